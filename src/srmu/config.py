@@ -1,0 +1,234 @@
+"""The one config tree: a YAML file, dotted overrides, and errors that say what to type."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.util
+import json
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    PlainSerializer,
+    TypeAdapter,
+    ValidationError,
+)  # fmt: skip
+
+from srmu.data import Source
+from srmu.errors import UserError
+from srmu.methods import METHODS, Method
+from srmu.train import TrainOptions
+
+
+def _sources(value: Any) -> Any:
+    """A path, a mapping, or a list of these, as a list of mappings."""
+    values = value if isinstance(value, list) else [value]
+    return [{"path": v} if isinstance(v, str | Path) else v for v in values]
+
+
+def _method(value: Any) -> Any:
+    if isinstance(value, Method):
+        return value
+    if isinstance(value, str):
+        value = {"name": value}
+    if not isinstance(value, dict):
+        raise UserError("method: expected a mapping like {name: srmu, layer: 7}")
+    options = {str(k): v for k, v in value.items() if k != "name"}
+    cls = find_method(str(value.get("name", "srmu")))
+    try:
+        return TypeAdapter(cls).validate_python(options)
+    except ValidationError as error:
+        raise UserError(explain(error, f"method {cls.name}", cls)) from None
+
+
+def _method_dict(method: Method) -> dict[str, Any]:
+    name = method.name
+    if METHODS.get(name) is not type(method):
+        name = (
+            f"{importlib.import_module(type(method).__module__).__file__}:{type(method).__name__}"
+        )
+    return {"name": name} | dataclasses.asdict(method)
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+
+
+class TopicConfig(Strict):
+    """One topic's texts and lengths, and the strength where it differs between topics."""
+
+    forget: Annotated[list[Source], BeforeValidator(_sources)]
+    retain: Annotated[list[Source], BeforeValidator(_sources)]
+    max_length: int = 512  # tokens of a forget text
+    retain_max_length: int | None = None  # None: as max_length
+    coeff: float | None = None
+    kappa: float | None = None
+    alpha: float | None = None
+
+    @property
+    def options(self) -> dict[str, float]:
+        """What this topic sets in place of the method's own options."""
+        given = {name: getattr(self, name) for name in ("coeff", "kappa", "alpha")}
+        return {name: value for name, value in given.items() if value is not None}
+
+
+class Config(Strict):
+    """Everything that decides a run."""
+
+    model: str
+    revision: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: the checkpoint's own
+    device: str = "cpu"
+    method: Annotated[Any, BeforeValidator(_method), PlainSerializer(_method_dict)]
+    topics: dict[str, TopicConfig]
+    train: TrainOptions = TrainOptions()
+    eval: list[str] = []
+    tasks_dir: str | None = None
+    seed: int = 0
+    runs_dir: str = "runs"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values with every default written out."""
+        return self.model_dump(mode="json")
+
+    @property
+    def id(self) -> str:
+        """First 8 hex digits of the SHA-256 of all that decides the result."""
+        values = {k: v for k, v in self.to_dict().items() if k not in ("runs_dir", "eval")}
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML config; relative paths in it start at its own folder."""
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({type(error).__name__})") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise UserError(f"{path}{line}: not YAML: {getattr(error, 'problem', error)}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: expected keys and values like 'model: folder'")
+    return build_config(rebased(tree, path.resolve().parent), overrides)
+
+
+def build_config(tree: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
+    """Check a tree of plain values with `key=value` overrides applied; UserError when wrong."""
+    values = json.loads(json.dumps(tree, default=str))
+    for override in overrides:
+        put(values, override)
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise UserError(explain(error, "", Config)) from None
+
+
+def rebased(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The tree with its relative paths, where they exist under `folder`, made absolute."""
+
+    def rebase(value: Any) -> Any:
+        if isinstance(value, list):
+            return [rebase(v) for v in value]
+        if isinstance(value, dict):
+            return value | {"path": rebase(value["path"])} if "path" in value else value
+        return str(folder / Path(value).expanduser()) if isinstance(value, str) else value
+
+    tree = dict(tree)
+    model = tree.get("model")
+    if isinstance(model, str) and (folder / Path(model).expanduser()).exists():
+        tree["model"] = rebase(model)  # otherwise a hub id
+    for key in ("tasks_dir", "runs_dir"):
+        if tree.get(key) is not None:
+            tree[key] = rebase(tree[key])
+    if isinstance(tree.get("topics"), dict):
+        tree["topics"] = {
+            name: topic
+            | {role: rebase(topic[role]) for role in ("forget", "retain") if role in topic}
+            if isinstance(topic, dict)
+            else topic
+            for name, topic in tree["topics"].items()
+        }
+    return tree
+
+
+def put(tree: dict[str, Any], override: str) -> None:
+    """Set `a.b.c=value` in a tree; the value is read as YAML."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"{override!r}: expected key=value, for example method.kappa=8")
+    try:
+        value = yaml.safe_load(text) if text else None
+    except yaml.YAMLError:
+        raise UserError(f"{override!r}: the value is not YAML") from None
+    *parents, last = key.split(".")
+    for parent in parents:
+        if tree.get(parent) is None:
+            tree[parent] = {}
+        tree = tree[parent]
+        if not isinstance(tree, dict):
+            raise UserError(f"{override!r}: {parent} holds a value, not further keys")
+    tree[last] = value
+
+
+def find_method(name: str) -> type[Method]:
+    """The class of a method: a name in METHODS, or `path/to/file.py:Class`."""
+    if name in METHODS:
+        return METHODS[name]
+    path, colon, attribute = name.rpartition(":")
+    if colon and path.endswith(".py"):
+        spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+        if spec is None or spec.loader is None or not Path(path).is_file():
+            raise UserError(f"method {name}: no such file")
+        module = importlib.util.module_from_spec(spec)
+        import sys
+
+        sys.modules[spec.name] = module  # dataclasses look their module up
+        spec.loader.exec_module(module)
+        cls = getattr(module, attribute, None)
+        if not (isinstance(cls, type) and issubclass(cls, Method)):
+            raise UserError(f"method {name}: {attribute} is not a Method in that file")
+        return cls
+    raise UserError(f"unknown method {name!r}{suggest(name, METHODS)}")
+
+
+def suggest(word: str, known: Any) -> str:
+    """`; did you mean ...?`, or what there is to choose from."""
+    close = get_close_matches(word, [str(k) for k in known], n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else f"; choose one of {', '.join(known)}"
+
+
+def explain(error: ValidationError, where: str, schema: type) -> str:
+    """The first of pydantic's complaints in one line."""
+    first = error.errors(include_url=False)[0]
+    location = [str(part) for part in first["loc"]]
+    key = ".".join(([where.split()[0]] if where else []) + location)
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, UserError):
+        return str(cause)
+    if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        return f"{key} is not an option{suggest(location[-1], known_keys(schema, location[:-1]))}"
+    if first["type"] in ("missing", "missing_argument"):
+        return f"{key} is missing from the config"
+    shown = first["input"] if isinstance(first["input"], str | int | float) else "that value"
+    message = first["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    return f"{key}={shown}: expected {message}"
+
+
+def known_keys(schema: type, path: Sequence[str]) -> list[str]:
+    """The keys that a place in the config tree takes."""
+    places = {"topics": TopicConfig, "train": TrainOptions}
+    if path and path[0] in places:
+        schema = Source if path[-1].isdigit() else places[path[0]]
+    if dataclasses.is_dataclass(schema):
+        return [f.name for f in dataclasses.fields(schema)]
+    return list(schema.model_fields)  # type: ignore[attr-defined]

@@ -1,0 +1,321 @@
+"""Texts to token batches: readers that name the bad row, and topics to unlearn."""
+
+from __future__ import annotations
+
+import csv
+import glob
+import hashlib
+import hmac
+import itertools
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from srmu.errors import UserError
+from srmu.files import cache_dir
+from srmu.model import Batch, first_line
+
+Padding = Literal["mask", "count"]
+
+MIN_TOKENS = 2  # a text with fewer carries no context
+SUFFIXES = ".jsonl .json .csv .parquet .txt"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where texts come from: a file or glob (`path`), or a data set of the hub (`dataset`)."""
+
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
+
+    path: str | None = None
+    dataset: str | None = None
+    name: str | None = None
+    split: str = "train"
+    column: str = "text"
+    revision: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.path is None) == (self.dataset is None):
+            raise UserError("a text source takes one of path (files) or dataset (a hub id)")
+        if self.path and (self.name or self.revision or self.split != "train"):
+            raise UserError(f"name, split and revision do not apply to the file {self.path}")
+
+
+@dataclass(frozen=True)
+class Topic:
+    """One thing to forget, with what to keep beside it, as batches of tokens.
+
+    `vocabulary` holds the ids of ordinary tokens (no special ones). `options` replaces options of
+    the method for this topic. `counts` says what was read, without the texts.
+    """
+
+    name: str
+    forget: Sequence[Batch]
+    retain: Sequence[Batch]
+    seed: int = 0
+    vocabulary: Tensor = field(default_factory=lambda: torch.arange(0))
+    options: Mapping[str, float] = field(default_factory=dict)
+    counts: Mapping[str, Any] = field(default_factory=dict)
+
+    def pairs(self) -> Iterator[tuple[Batch, Batch]]:
+        """Endless (forget, retain) batches in order; the shorter set starts again."""
+        return zip(itertools.cycle(self.forget), itertools.cycle(self.retain), strict=False)
+
+    def generator(self, purpose: str, shared: bool = False) -> torch.Generator:
+        """A random stream of its own for each purpose, the same on every device and run.
+
+        `shared` leaves the topic's name out, so that all topics draw the same.
+        """
+        key = f"{self.seed}/{purpose}/{'' if shared else self.name}"
+        digest = hashlib.sha256(key.encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+    def anchored(self, share: float) -> Topic:
+        """This topic with a share of each retain batch replaced by random-token rows.
+
+        The rows are fixed for a batch, so that what is computed from it can be cached.
+        """
+        generator = self.generator("anchors")
+
+        def mix(batch: Batch) -> Batch:
+            ids, mask, labels = (
+                batch[k].clone() for k in ("input_ids", "attention_mask", "labels")
+            )
+            rows = round(share * len(ids))
+            if rows == 0:
+                raise UserError(
+                    f"anchor_share={share:g} of a retain batch of {len(ids)} is no row; raise it"
+                )
+            special = ~torch.isin(ids[-rows:], self.vocabulary)
+            draw = torch.randint(len(self.vocabulary), (rows, ids.shape[1]), generator=generator)
+            first = ids[-rows:, :1]  # a leading <s> stays
+            ids[-rows:] = self.vocabulary[draw]
+            ids[-rows:, :1] = torch.where(special[:, :1], first, ids[-rows:, :1])
+            mask[-rows:], labels[-rows:] = 1, ids[-rows:]
+            return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+        return replace(self, retain=[mix(batch) for batch in self.retain])
+
+
+def load_topic(
+    name: str,
+    forget: Sequence[Source],
+    retain: Sequence[Source],
+    tokenizer: Any,
+    *,
+    base: Path,
+    batch_size: int,
+    max_length: int,
+    retain_max_length: int,
+    shuffle: bool,
+    padding: Padding,
+    seed: int,
+    options: Mapping[str, float],
+) -> Topic:
+    """Read, check, tokenise and batch one topic. UserError names the file and line at fault."""
+    texts = {"forget": read(forget, base), "retain": read(retain, base)}
+    if set(texts["forget"]) == set(texts["retain"]):
+        raise UserError(
+            f"topic {name}: forget and retain hold the same texts; "
+            "retain must name what the model should keep"
+        )
+    ordinary = sorted(set(range(len(tokenizer))) - set(tokenizer.all_special_ids))
+    topic = Topic(name, [], [], seed, torch.tensor(ordinary), options)
+    batches: dict[str, list[Batch]] = {}
+    counts = {}
+    for role, length in (("forget", max_length), ("retain", retain_max_length)):
+        rows = tokenise(texts[role], tokenizer, length)
+        if not rows:
+            raise UserError(
+                f"topic {name}: all {len(texts[role])} {role} texts are too short "
+                f"(under {MIN_TOKENS} tokens)"
+            )
+        if shuffle:
+            order = torch.randperm(len(rows), generator=topic.generator(f"shuffle {role}"))
+            rows = [rows[i] for i in order.tolist()]
+        batches[role] = list(batch_up(rows, tokenizer, batch_size, padding))
+        counts[role] = {
+            "documents": len(rows),
+            "too_short": len(texts[role]) - len(rows),
+            "tokens": sum(map(len, rows)),
+            "digest": digest(texts[role]),
+        }
+    return replace(topic, forget=batches["forget"], retain=batches["retain"], counts=counts)
+
+
+def tokenise(texts: Sequence[str], tokenizer: Any, max_length: int) -> list[list[int]]:
+    """Token ids of each text, cut at `max_length` tokens; texts that are too short left out."""
+    rows = tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]
+    special = set(tokenizer.all_special_ids)
+    return [row for row in rows if sum(i not in special for i in row) >= MIN_TOKENS]
+
+
+def batch_up(
+    rows: Sequence[list[int]], tokenizer: Any, batch_size: int, padding: Padding
+) -> Iterator[Batch]:
+    """Batches in order. `mask` pads right and counts real tokens only; `count` pads left and
+    counts the padding too, as the public RMU code does."""
+    pad = pad_id(tokenizer)
+    for start in range(0, len(rows), batch_size):
+        chunk = [torch.tensor(row) for row in rows[start : start + batch_size]]
+        side = "right" if padding == "mask" else "left"
+
+        def stack(values: list[Tensor], fill: int, side: str = side) -> Tensor:
+            return torch.nn.utils.rnn.pad_sequence(
+                values, batch_first=True, padding_value=fill, padding_side=side
+            )
+
+        ids = stack(chunk, pad)
+        mask = stack([torch.ones_like(row) for row in chunk], 0)
+        labels = ids if padding == "count" else ids.masked_fill(mask == 0, -100)
+        yield {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def pad_id(tokenizer: Any) -> int:
+    """The id to pad with; eos where there is no pad token (it is masked)."""
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return token
+    raise UserError(
+        "the tokenizer has neither a pad nor an eos token; "
+        "set pad_token in the model's tokenizer_config.json"
+    )
+
+
+def digest(texts: Iterable[str]) -> str:
+    """Keyed digest of the texts: it tells two data sets apart here and says nothing elsewhere."""
+    key_file = cache_dir() / "key"
+    if not key_file.exists():
+        key_file.parent.mkdir(parents=True, exist_ok=True)
+        key_file.write_bytes(os.urandom(32))
+        key_file.chmod(0o600)
+    code = hmac.new(key_file.read_bytes(), digestmod="sha256")
+    for text in texts:
+        code.update(text.encode() + b"\0")
+    return code.hexdigest()
+
+
+def read(sources: Sequence[Source], base: Path) -> list[str]:
+    """All texts of the sources in order; relative paths start at `base`."""
+    texts: list[str] = []
+    for source in sources:
+        if source.dataset is not None:
+            texts += read_hub(source)
+            continue
+        pattern = str(base / Path(str(source.path)).expanduser())
+        paths = sorted(glob.glob(pattern, recursive=True)) or [pattern]  # noqa: PTH207 - absolute patterns
+        for path in map(Path, paths):
+            texts += read_file(path, source.column)
+    return texts
+
+
+def read_file(path: Path, column: str) -> list[str]:
+    """The texts of one file, by its suffix."""
+    if not path.exists():
+        raise UserError(f"{path}: no such file")
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; name the files in it, for example '{path}/*.jsonl'")
+    try:
+        texts = list(_read_file(path, column))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start}); is it compressed?") from None
+    if not texts:
+        raise UserError(f"{path}: holds no text")
+    return texts
+
+
+def _read_file(path: Path, column: str) -> Iterator[str]:
+    suffix = path.suffix.lower()
+    if suffix == ".jsonl":
+        with path.open(encoding="utf-8-sig") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield checked(parse(line, f"{path}:{number}"), column, f"{path}:{number}")
+    elif suffix == ".json":
+        rows = parse(path.read_text(encoding="utf-8-sig"), str(path))
+        if not isinstance(rows, list):
+            raise UserError(f"{path}: expected a list of texts or of objects with {column!r}")
+        for number, row in enumerate(rows, 1):
+            yield checked(row, column, f"{path}: row {number}")
+    elif suffix == ".csv":
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, strict=True)
+            try:
+                for row in reader:
+                    yield checked(row, column, f"{path}:{reader.line_num}")
+            except csv.Error as error:
+                raise UserError(f"{path}:{reader.line_num}: not CSV: {error}") from None
+    elif suffix == ".parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        try:
+            table = pyarrow.parquet.read_table(path, columns=[column])
+        except pyarrow.ArrowException as error:
+            raise UserError(f"{path}: not Parquet: {first_line(error)}") from None
+        for number, row in enumerate(table.to_pylist(), 1):
+            yield checked(row, column, f"{path}: row {number}")
+    elif suffix == ".txt":
+        text = path.read_text(encoding="utf-8-sig").strip()
+        # Paragraphs where blank lines part them, else a document a line.
+        yield from filter(str.strip, text.split("\n\n") if "\n\n" in text else text.split("\n"))
+    else:
+        raise UserError(f"{path}: {suffix or 'no'} suffix; srmu reads {SUFFIXES}")
+
+
+def parse(text: str, place: str) -> Any:
+    """One JSON value; UserError naming the place where it is malformed."""
+    try:
+        return json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        reason = getattr(error, "msg", "nested too deeply")
+        raise UserError(f'{place}: not JSON ({reason}); expected {{"text": "..."}}') from None
+
+
+def checked(row: Any, column: str, place: str) -> str:
+    """The text of a row, which is an object with `column` or a plain string."""
+    if isinstance(row, dict):
+        if column not in row:
+            found = ", ".join(map(str, row)) or "none"
+            raise UserError(f"{place}: no column {column!r}; found {found}")
+        row = row[column]
+    if not isinstance(row, str):
+        raise UserError(f"{place}: {column!r} is {type(row).__name__}, expected a string")
+    if not row.strip():
+        raise UserError(f"{place}: the text is empty")
+    try:
+        row.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{place}: the text holds half of a surrogate pair") from None
+    return row
+
+
+def read_hub(source: Source) -> list[str]:
+    """The texts of a hub data set; blank rows, which WikiText is full of, are left out."""
+    from datasets import load_dataset
+
+    try:
+        rows = load_dataset(
+            source.dataset, source.name, split=source.split, revision=source.revision
+        )
+    except Exception as error:  # datasets raises many kinds; each is the user's to mend
+        raise UserError(
+            f"data set {source.dataset} cannot be loaded: {first_line(error)}; a gated set needs "
+            "`hf auth login`, a local copy goes in as path: file.jsonl"
+        ) from error
+    if source.column not in rows.column_names:
+        raise UserError(
+            f"data set {source.dataset} has no column {source.column!r}; "
+            f"found {', '.join(rows.column_names)}"
+        )
+    return [
+        checked(row, source.column, f"{source.dataset} row {number}")
+        for number, row in enumerate(rows[source.column], 1)
+        if not isinstance(row, str) or row.strip()
+    ]

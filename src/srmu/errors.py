@@ -1,0 +1,13 @@
+"""The errors a user can cause: one line each, exit code 2.
+
+UserError            wrong input: a file, an option, a model, a folder
+└── Diverged         the training produced a non-finite number
+"""
+
+
+class UserError(ValueError):
+    """Something the user can mend: says what was wrong, where, and what to type instead."""
+
+
+class Diverged(UserError):  # noqa: N818 - it names what happened
+    """A loss or gradient became non-finite; the model holds the last good weights."""

@@ -1,0 +1,43 @@
+"""Pure functions of tensors; every loss is computed in float32."""
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+def counted(labels: Int[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
+    """The tokens that a loss counts: those whose label is not -100."""
+    return labels != -100
+
+
+def without_first(mask: Bool[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
+    """The mask less the first counted token of each row.
+
+    That token is an attention sink in many models: its norm is so large that it rules any mean.
+    """
+    return mask & (mask.cumsum(dim=1) > 1)
+
+
+def token_mse(
+    hidden: Float[Tensor, "B T D"], target: Float[Tensor, "*#BTD"], mask: Bool[Tensor, "B T"]
+) -> Float[Tensor, ""]:
+    """Mean squared error over the counted tokens and all features.
+
+    SRMU eq. 5 prints squared norms; the public RMU code takes the mean over elements. Both terms
+    of the loss differ by the same factor D, so alpha means the same.
+    """
+    squares = (hidden.float() - target.float()).square().mean(dim=-1)  # (B, T)
+    return (squares * mask).sum() / mask.sum()
+
+
+def token_mean(values: Float[Tensor, "B T *D"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "*D"]:
+    """Mean over the counted tokens, in float32."""
+    return values.float()[mask].mean(dim=0)
+
+
+def token_cosine(
+    hidden: Float[Tensor, "B T D"], target: Float[Tensor, "*#BTD"], mask: Bool[Tensor, "B T"]
+) -> Float[Tensor, ""]:
+    """Mean cosine similarity over the counted tokens."""
+    cosines = torch.cosine_similarity(hidden.float(), target.float(), dim=-1)
+    return (cosines * mask).sum() / mask.sum()

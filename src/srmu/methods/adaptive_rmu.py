@@ -1,0 +1,60 @@
+"""Adaptive RMU: RMU whose strength follows the activation norm (arXiv 2408.06223)."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from srmu.errors import UserError
+from srmu.methods.base import KAPPA, State
+from srmu.methods.rmu import RMU
+from srmu.model import Batch, EditableModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptiveRMU(RMU):
+    """Sends forget activations to scale * ||h(x_f)|| * coeff * u, or kappa * ||h(x_f)|| * u."""
+
+    name: ClassVar[str] = "adaptive_rmu"
+    paper: ClassVar[str] = "arXiv 2408.06223"
+
+    scale: float | None = None  # None: 5, as the public code; only beside coeff
+    norm_source: Literal["frozen", "updated"] = "frozen"  # the public code measures the updated
+    norm_when: Literal["first_batch", "per_batch", "per_sample", "per_token"] = "first_batch"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.scale is not None and self.coeff is None:
+            raise UserError(
+                "method.scale has no effect without method.coeff; kappa takes its place"
+            )
+
+    @property
+    def factor(self) -> float:
+        """The target's norm over the norm that is measured."""
+        if self.coeff is not None:
+            return (5.0 if self.scale is None else self.scale) * self.coeff
+        return KAPPA if self.kappa is None else self.kappa
+
+    def target(
+        self, model: EditableModel, state: State, forget: Batch, retain: Batch, hidden: Tensor
+    ) -> Tensor:
+        direction = state.tensors["direction"]
+        if self.norm_when == "first_batch" and "first_norm" in state.memory:
+            return self.factor * state.memory["first_norm"] * direction
+        if self.norm_source == "frozen":
+            with model.frozen():
+                hidden = model.hidden(forget, self.site)
+        norms = hidden.float().norm(dim=-1)  # (B, T)
+        if self.norm_when == "per_token":  # the paper's form
+            return self.factor * norms[..., None] * direction
+        mask = self.measured(forget)
+        if self.norm_when == "per_sample":
+            means = (norms * mask).sum(dim=1) / mask.sum(dim=1)
+            return self.factor * means[:, None, None] * direction
+        mean = norms[mask].mean()
+        if self.norm_when == "first_batch":  # the public code's form
+            state.memory["first_norm"] = float(mean)
+        target = self.factor * mean * direction
+        state.tensors["target"] = target
+        return target

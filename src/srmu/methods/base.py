@@ -1,0 +1,231 @@
+"""What a method is: a frozen dataclass whose fields are its options, with one function."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from torch import Tensor
+
+from srmu.data import Topic
+from srmu.errors import UserError
+from srmu.losses import counted, token_cosine, token_mse, without_first
+from srmu.model import Batch, EditableModel, Site, Stream, check_layers
+from srmu.train import Log, Terms, TrainOptions, fit, to
+
+KAPPA = 8.0  # the strength where none is given
+
+
+@dataclass
+class State:
+    """The fixed things of one topic: what is drawn or measured once, before the first step."""
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)  # saved with the run
+    numbers: dict[str, Any] = field(default_factory=dict)  # printed and recorded
+    memory: dict[str, Any] = field(default_factory=dict)  # what a step hands to the next
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method(ABC):
+    """A way to unlearn. `depth` is the number of layers it needs, None for the whole model."""
+
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+
+    @property
+    @abstractmethod
+    def depth(self) -> int | None: ...
+
+    @property
+    @abstractmethod
+    def trainable(self) -> tuple[str, ...]:
+        """Roles by layer or glob patterns of parameter names."""
+
+    def resolved(self, config: Any) -> Self:
+        """This method with what depends on the model filled in; UserError where it cannot fit."""
+        return self
+
+    @abstractmethod
+    def apply(
+        self, model: EditableModel, topics: Sequence[Topic], train: TrainOptions, log: Log
+    ) -> dict[str, State]:
+        """Change the model; return the state of each topic."""
+
+
+class Objective(Method):
+    """A method that optimises a loss."""
+
+    @abstractmethod
+    def setup(self, model: EditableModel, topic: Topic) -> State: ...
+
+    @abstractmethod
+    def loss(
+        self, model: EditableModel, state: State, forget: Batch, retain: Batch, step: int
+    ) -> Terms: ...
+
+    def prepared(self, topic: Topic) -> Topic:
+        """The topic as the loss sees it."""
+        return topic
+
+    def for_topic(self, topic: Topic) -> Self:
+        """This method with the options that the topic sets for itself."""
+        return replace(self, **topic.options)
+
+    def apply(
+        self, model: EditableModel, topics: Sequence[Topic], train: TrainOptions, log: Log
+    ) -> dict[str, State]:
+        parts, states = [], {}
+        for topic in topics:
+            method = self.for_topic(topic)
+            state = states[topic.name] = method.setup(model, topic)
+
+            def loss(
+                forget: Batch, retain: Batch, step: int, method: Any = method, state: Any = state
+            ) -> Terms:
+                return method.loss(model, state, forget, retain, step)
+
+            parts.append((method.prepared(topic), loss))
+        fit(model, parts, train, log)
+        return states
+
+
+@dataclass(frozen=True, kw_only=True)
+class Misdirection(Objective):
+    """Drives forget activations at one site to a target and holds retain activations in place.
+
+    The strength is `coeff` (the literal c of the papers) or `kappa` (norm of the target over the
+    mean norm of forget activations: the scale on which methods compare), by default kappa 8.
+    """
+
+    layer: int | None = None  # None: 7 of 32, as the papers, in proportion to the model's depth
+    stream: Stream = "resid_post"
+    window: int = 3  # how many layers are updated; the last is `layer`
+    coeff: float | None = None
+    kappa: float | None = None
+    alpha: float = 1200.0  # weight of the retain loss
+    anchors: Literal["none", "random"] = "none"  # random: rows of random tokens to retain
+    anchor_share: float = 0.5  # of each retain batch
+    skip_first: bool = True  # leave each text's first token out of means and norms
+    map_batches: int = 64  # batches over which activations are averaged before the first step
+
+    def __post_init__(self) -> None:
+        if self.coeff is not None and self.kappa is not None:
+            raise UserError("method.coeff and method.kappa both set the strength; give one of them")
+        if not 0 < self.anchor_share <= 1:
+            raise UserError("method.anchor_share must be above 0 and at most 1")
+        self.needs("anchor_share", self.anchors != "none", "anchors=random")
+        for name in ("window", "map_batches"):
+            if getattr(self, name) < 1:
+                raise UserError(f"method.{name} must be at least 1")
+
+    def needs(self, option: str, holds: bool, condition: str) -> None:
+        """UserError when an option was changed that cannot take effect."""
+        default = type(self).__dataclass_fields__[option].default
+        if not holds and getattr(self, option) != default:
+            raise UserError(f"method.{option} has no effect without {condition}")
+
+    @property
+    def site(self) -> Site:
+        assert self.layer is not None, "resolved() fills the layer in"
+        return Site(self.layer, self.stream)
+
+    @property
+    def depth(self) -> int:
+        return self.site.layer + 1
+
+    @property
+    def last_updated(self) -> int:
+        # The input of a down-projection does not depend on that down-projection.
+        return self.site.layer - (self.stream == "mlp_post")
+
+    @property
+    def trainable(self) -> tuple[str, ...]:
+        last = self.last_updated
+        return tuple(f"{i}.mlp_down" for i in range(last - self.window + 1, last + 1))
+
+    def resolved(self, config: Any) -> Self:
+        method = self
+        if self.layer is None:
+            lowest = self.window - (self.stream != "mlp_post")
+            method = replace(self, layer=max(lowest, round(config.num_hidden_layers * 7 / 32)))
+        check_layers(config, method.site.layer)
+        check_layers(config, method.last_updated, self.window)
+        return method
+
+    def prepared(self, topic: Topic) -> Topic:
+        return topic.anchored(self.anchor_share) if self.anchors == "random" else topic
+
+    def scaled(self, shape: Tensor, norm: float) -> Tensor:
+        """The target of that shape: times coeff, or of norm kappa times `norm`."""
+        if self.coeff is not None:
+            return self.coeff * shape
+        size = float(shape.norm())
+        return shape * ((self.kappa or KAPPA) * norm / size if size else 0.0)
+
+    def measured(self, batch: Batch) -> Tensor:
+        """The tokens of a batch whose activations enter means and norms, (B, T)."""
+        mask = counted(batch["labels"])
+        return without_first(mask) if self.skip_first else mask
+
+    def frozen_hidden(
+        self, model: EditableModel, batches: Sequence[Batch]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Activations of the original model and the mask of the tokens to average."""
+        pairs = []
+        with model.frozen():
+            for batch in islice(batches, self.map_batches):
+                batch = to(batch, model.device)
+                pairs.append((model.hidden(batch, self.site), self.measured(batch)))
+        return pairs
+
+    def state(
+        self, shape: Tensor, forget: Sequence[tuple[Tensor, Tensor]], **tensors: Tensor
+    ) -> State:
+        """The state of a topic, from the target's shape (D,) and frozen forget activations."""
+        norms = torch.cat([hidden.float()[mask].norm(dim=-1) for hidden, mask in forget])
+        norm = float(norms.mean())
+        if not norm > 0:
+            raise UserError(f"the forget activations at {self.site} are all zero")
+        target = self.scaled(shape, norm)
+        size = float(shape.norm())
+        numbers = {
+            "coeff": float(target.norm()) / size if size else 0.0,
+            "kappa": float(target.norm()) / norm,
+            "target_norm": float(target.norm()),
+            "activation_norm": norm,
+        }
+        return State({**tensors, "target": target}, numbers)
+
+    def target(
+        self, model: EditableModel, state: State, forget: Batch, retain: Batch, hidden: Tensor
+    ) -> Tensor:
+        """Where forget activations are sent, broadcastable to (B, T, D)."""
+        return state.tensors["target"]
+
+    def loss(
+        self, model: EditableModel, state: State, forget: Batch, retain: Batch, step: int
+    ) -> Terms:
+        with model.frozen():
+            anchor = model.hidden(retain, self.site)
+        forget_mask, retain_mask = counted(forget["labels"]), counted(retain["labels"])
+        hidden = model.hidden(forget, self.site)
+        target = self.target(model, state, forget, retain, hidden.detach())
+        held = model.hidden(retain, self.site)
+        losses = {
+            "forget": token_mse(hidden, target, forget_mask),  # SRMU eq. 5, first term
+            "retain": self.alpha * token_mse(held, anchor, retain_mask),  # second term
+        }
+        with torch.no_grad():
+            size = target.float().norm(dim=-1).mean()
+            logged = {
+                "target_ratio": size / state.numbers["activation_norm"],
+                "forget_cos": token_cosine(hidden, target, forget_mask),
+                "retain_cos": token_cosine(held, anchor, retain_mask),
+            }
+        return Terms(losses, logged)

@@ -1,0 +1,26 @@
+"""RMU: representation misdirection for unlearning (Li et al., WMDP, arXiv 2403.03218)."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from srmu.data import Topic
+from srmu.methods.base import Misdirection, State
+from srmu.model import EditableModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class RMU(Misdirection):
+    """Sends forget activations to c * u, u a random unit vector with entries >= 0."""
+
+    name: ClassVar[str] = "rmu"
+    paper: ClassVar[str] = "arXiv 2403.03218"
+
+    def setup(self, model: EditableModel, topic: Topic) -> State:
+        forget = self.frozen_hidden(model, topic.forget)
+        width = forget[0][0].shape[-1]
+        # Entries of U[0, 1) are not centred: two topics' directions have a cosine near 0.75.
+        draw = torch.rand(width, generator=topic.generator("direction")).to(model.device)
+        direction = draw / draw.norm()
+        return self.state(direction, forget, direction=direction)

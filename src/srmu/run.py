@@ -1,0 +1,311 @@
+"""One unlearning run: its folder, what it writes, and whether it is already there."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from srmu import weights
+from srmu.config import Config, load_config
+from srmu.console import Watch, silent
+from srmu.data import Topic, load_topic, pad_id
+from srmu.errors import Diverged, UserError
+from srmu.files import require_free, write_json, write_whole
+from srmu.importance import FLAT
+from srmu.methods.base import State
+from srmu.model import EditableModel, first_line, load_module, read_config
+
+DELTA = "delta.safetensors"
+
+
+@dataclass(frozen=True)
+class Run:
+    """The folder of one run: `config.yaml`, `metrics.jsonl`, the delta, the state, the record."""
+
+    folder: Path
+
+    @classmethod
+    def open(cls, folder: Path) -> Run:
+        """A finished run; UserError when the folder is none."""
+        if not (folder / "record.json").is_file():
+            raise UserError(f"{folder} is not a finished run: it has no record.json")
+        return cls(folder)
+
+    @cached_property
+    def config(self) -> Config:
+        return load_config(self.folder / "config.yaml")
+
+    @cached_property
+    def record(self) -> dict[str, Any]:
+        return json.loads((self.folder / "record.json").read_text())
+
+    @cached_property
+    def delta(self) -> dict[str, Tensor]:
+        """The changed tensors by checkpoint name; none where the run changed nothing."""
+        path = self.folder / DELTA
+        return weights.load_delta(path) if path.exists() else {}
+
+    @property
+    def base(self) -> Path:
+        return weights.locate(self.config.model, self.config.revision)
+
+    def export(self, out: Path) -> Path:
+        """Write the full checkpoint. Refuses a run that diverged."""
+        if self.record["stop_reason"] != "max_steps":
+            raise UserError(f"{self.folder} stopped early: {self.record['stop_reason']}")
+        weights.export(self.base, self.delta, out)
+        return out
+
+    def results(self) -> dict[str, dict[str, float]]:
+        """What `srmu eval` measured of this run so far."""
+        path = self.folder / "results.json"
+        return json.loads(path.read_text()) if path.exists() else {}
+
+
+def plan(config: Config) -> tuple[Config, dict[str, Any]]:
+    """The config with what depends on the model filled in, and what a run would load and write.
+
+    Reads the model's config and tensor index only. UserError where the run cannot work.
+    """
+    folder = weights.locate(config.model, config.revision)
+    model_config = read_config(folder)
+    method = config.method.resolved(model_config)
+    for topic in config.topics.values():  # each topic's own strength must fit the method too
+        dataclasses.replace(method, **topic.options)
+    config = config.model_copy(update={"method": method})
+    files = weights.shards(folder)
+    layers = model_config.num_hidden_layers
+    summary = {
+        "id": config.id,
+        "run": str(run_folder(config)),
+        "model": config.model,
+        "layers": layers,
+        "layers_loaded": layers if method.depth is None else method.depth,
+        "trainable": list(method.trainable),
+        "shards": len(set(files.values())),
+        "checkpoint_bytes": sum(path.stat().st_size for path in set(files.values())),
+        "steps": config.train.max_steps,
+    }
+    return config, summary
+
+
+def run_folder(config: Config) -> Path:
+    return Path(config.runs_dir) / f"{config.id}-{config.method.name}"
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The model's tokenizer; UserError where there is none or it cannot pad."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # transformers raises many kinds
+        raise UserError(
+            f"the tokenizer of {folder} cannot be loaded: {first_line(error)}"
+        ) from error
+    pad_id(tokenizer)
+    return tokenizer
+
+
+def load_topics(config: Config, tokenizer: Any) -> list[Topic]:
+    """The topics of a config as batches; UserError when there is none."""
+    if not config.topics:
+        raise UserError("topics: name at least one, with its forget and retain texts")
+    return [
+        load_topic(
+            name,
+            topic.forget,
+            topic.retain,
+            tokenizer,
+            base=Path(),
+            batch_size=config.train.batch_size,
+            max_length=topic.max_length,
+            retain_max_length=topic.retain_max_length or topic.max_length,
+            shuffle=config.train.shuffle,
+            padding=config.train.padding,
+            seed=config.seed,
+            options=topic.options,
+        )
+        for name, topic in config.topics.items()
+    ]
+
+
+def unlearn(config: Config, *, out: Path | None = None, watch: Watch = silent) -> Run:
+    """Unlearn the config's topics; the run's folder holds the result, `out` a full checkpoint.
+
+    The same config on the same data is not run twice. Raises Diverged with the last good weights
+    kept in the folder, UserError before anything is written for all that can be known before.
+    """
+    config, _ = plan(config)
+    if out is not None:
+        require_free(out)
+    folder = run_folder(config)
+    base = weights.locate(config.model, config.revision)
+    tokenizer = load_tokenizer(base)
+    topics = load_topics(config, tokenizer)
+    data = {topic.name: dict(topic.counts) for topic in topics}
+    if (folder / "record.json").exists():
+        run = finished(folder, data)
+    else:
+        run = train(config, folder, base, topics, data, watch)
+    if out is not None:
+        run.export(out)
+    return run
+
+
+def finished(folder: Path, data: Mapping[str, Any]) -> Run:
+    """The run that is already there, if it was made from the same texts."""
+    run = Run.open(folder)
+    if run.record["data"] != data:
+        raise UserError(
+            f"{folder} holds a run of this config on other texts; "
+            "remove it, or name another runs_dir"
+        )
+    if run.record["stop_reason"] != "max_steps":
+        raise Diverged(f"{folder} holds this run, which diverged: {run.record['stop_reason']}")
+    return run
+
+
+def train(
+    config: Config, folder: Path, base: Path, topics: list[Topic], data: Any, watch: Watch
+) -> Run:
+    """Load the model, apply the method, and write the run's folder; the record comes last."""
+    method = config.method
+    model = EditableModel.load(
+        base,
+        depth=method.depth,
+        trainable=method.trainable,
+        dtype=config.dtype,
+        device=config.device,
+    )
+    weights.checkpoint_names(base, model.original)  # known before training: can it be written back?
+    folder.mkdir(parents=True, exist_ok=True)
+    text = yaml.safe_dump(config.to_dict(), sort_keys=False)
+    write_whole(folder / "config.yaml", text)
+    started, clock = datetime.now(UTC), time.monotonic()
+    stop_reason = "max_steps"
+    error: Diverged | None = None
+    steps = 0
+    states: dict[str, State] = {}
+    with (
+        (folder / "metrics.jsonl").open("w") as metrics,
+        watch(method.name, config.train.max_steps) as tick,
+    ):
+
+        def log(step: int, values: dict[str, float | str]) -> None:
+            nonlocal steps
+            steps = step + 1
+            values = {"step": step, **values, "seconds": round(time.monotonic() - clock, 4)}
+            metrics.write(json.dumps(values) + "\n")
+            metrics.flush()
+            tick(live(values))
+
+        try:
+            states = method.apply(model, topics, config.train, log)
+        except Diverged as diverged:
+            error, stop_reason = diverged, str(diverged)
+    changed = model.delta()
+    if error is None and (still := sorted(set(model.trained) - set(changed))):
+        raise UserError(f"{still[0]} did not change in {steps} steps; raise train.learning_rate")
+    if changed:
+        meta = {"base_model": config.model, "method": method.name, "run": config.id}
+        weights.save_delta(folder / DELTA, base, model.original, changed, meta)
+    tensors = {
+        f"{topic}.{name}": tensor.detach().float().cpu().contiguous()
+        for topic, state in states.items()
+        for name, tensor in state.tensors.items()
+    }
+    if tensors:
+        save_file(tensors, folder / "state.safetensors")
+    record = {
+        "id": config.id,
+        "method": method.name,
+        "paper": method.paper,
+        "model": config.model,
+        "started": started.isoformat(timespec="seconds"),
+        "seconds": round(time.monotonic() - clock, 3),
+        "steps": steps,
+        "stop_reason": stop_reason,
+        "topics": {name: state.numbers for name, state in states.items()},
+        "data": data,
+        "changed": sorted(changed),
+        "weights": config.train.weights,
+        "environment": environment(),
+    }
+    write_json(folder / "record.json", record)
+    if error is not None:
+        raise error
+    return Run.open(folder)
+
+
+def live(values: Mapping[str, Any]) -> str:
+    """The numbers of a step that a person follows."""
+    shown = {
+        "forget": "forget {:.3g}",
+        "retain": "retain {:.3g}",
+        "target_ratio": "target/norm {:.2f}",
+        "forget_cos": "cos(forget, target) {:.3f}",
+        "retain_cos": "cos(retain) {:.4f}",
+    }
+    return " ".join(text.format(values[k]) for k, text in shown.items() if k in values)
+
+
+def notes(run: Run) -> list[str]:
+    """What a person should know of a run's strength and map, a sentence each."""
+    lines = []
+    for name, numbers in run.record["topics"].items():
+        if "kappa" not in numbers:
+            continue
+        lines.append(
+            f"{name}: coeff {numbers['coeff']:.4g}, kappa {numbers['kappa']:.3g} "
+            f"(target norm {numbers['target_norm']:.4g}, "
+            f"forget activation norm {numbers['activation_norm']:.4g})"
+        )
+        if map_ := numbers.get("importance"):
+            lines.append(
+                f"{name}: importance map mean {map_['mean']:.2f}, sd {map_['sd']:.2f}, "
+                f"Gini {map_['gini']:.2f}, {map_['share_above_half']:.0%} above 0.5"
+            )
+            if map_["sd"] < FLAT and run.config.method.importance != "uniform":
+                lines.append(
+                    f"{name}: the map is nearly flat (sd under {FLAT}): it selects nothing"
+                )
+    return lines
+
+
+def environment() -> dict[str, str]:
+    """What the bits of a result may depend on."""
+    packages = ("srmu", "torch", "transformers", "safetensors", "tokenizers")
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "threads": str(torch.get_num_threads()),
+        **{name: version(name) for name in packages},
+    }
+
+
+def load_for_eval(target: Path | str) -> tuple[Any, Any, str, Run | None]:
+    """A whole model with its tokenizer, its fingerprint, and the run it comes from, if any."""
+    path = Path(target)
+    run = Run.open(path) if (path / "record.json").exists() else None
+    folder = run.base if run else weights.locate(str(target))
+    read_config(folder)
+    weights.shards(folder)
+    delta = run.delta if run else {}
+    tokenizer = load_tokenizer(folder)
+    module = load_module(folder)
+    weights.apply_delta(module, folder, delta)
+    return module.eval(), tokenizer, weights.fingerprint(folder, delta), run

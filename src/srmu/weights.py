@@ -1,0 +1,189 @@
+"""Checkpoints on disk: find, check, and write only the tensors that changed.
+
+A delta holds the changed tensors under their checkpoint names. An export copies the base model's
+files and patches the changed tensors' bytes where they lie, so that everything else stays
+byte-identical.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from srmu.errors import UserError
+from srmu.files import sha256, whole_folder
+from srmu.model import first_line
+
+INDEX = "model.safetensors.index.json"
+
+
+def locate(model: str, revision: str | None = None, base: Path = Path()) -> Path:
+    """The folder of a model: a local one, or the cached snapshot of a hub id."""
+    folder = base / Path(model).expanduser()
+    if folder.is_dir():
+        if revision:
+            raise UserError(f"revision does not apply to the local folder {folder}")
+        return folder
+    if model.count("/") != 1 or model.startswith((".", "/", "~")):
+        raise UserError(f"model {model}: no such folder, and not a hub id like owner/name")
+    from huggingface_hub import snapshot_download
+
+    try:
+        patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+    except Exception as error:  # the hub client raises many kinds
+        raise UserError(
+            f"model {model}: no such folder, and the hub says: {first_line(error)}"
+        ) from error
+
+
+def shards(folder: Path) -> dict[str, Path]:
+    """Which file holds which tensor. UserError where a file or tensor is missing or elsewhere."""
+    if not (folder / INDEX).exists():
+        single = folder / "model.safetensors"
+        if not single.exists():
+            pickles = sorted(p.name for p in folder.glob("*.bin"))
+            raise UserError(
+                f"model folder {folder} has no model.safetensors"
+                + (f", only {pickles[0]}: convert it with save_pretrained" if pickles else "")
+            )
+        return dict.fromkeys(tensor_names(single), single)
+    try:
+        listed = json.loads((folder / INDEX).read_text())["weight_map"]
+        found = {str(name): str(file) for name, file in listed.items()}
+    except (ValueError, KeyError, AttributeError) as error:
+        raise UserError(f"{folder / INDEX} is not a safetensors index") from error
+    for file in sorted(set(found.values())):
+        if Path(file).name != file or not file.endswith(".safetensors"):
+            raise UserError(f"{folder / INDEX} points out of the folder: {file!r}")
+        if not (folder / file).is_file():
+            raise UserError(f"model folder {folder} lacks {file}, which its index names")
+        inside = set(tensor_names(folder / file))
+        if lost := sorted(n for n, f in found.items() if f == file and n not in inside):
+            raise UserError(f"{folder / file} lacks the tensor {lost[0]}, which the index names")
+    return {name: folder / file for name, file in found.items()}
+
+
+def tensor_names(path: Path) -> list[str]:
+    """The tensors in a safetensors file; UserError naming the file when it is damaged."""
+    try:
+        with safe_open(path, "pt") as file:
+            return list(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is damaged: {first_line(error)}; fetch it again") from error
+
+
+def header(path: Path) -> tuple[dict[str, Any], int]:
+    """A safetensors file's header and the offset at which its data starts."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        return json.loads(file.read(size)), 8 + size
+
+
+def checkpoint_names(folder: Path, originals: Mapping[str, Tensor]) -> dict[str, str]:
+    """The checkpoint's name for each parameter: one may carry a prefix that the other lacks.
+
+    Sure because the stored bytes are compared with the original values, not only the names.
+    """
+    where = shards(folder)
+    names = {}
+    for name, original in originals.items():
+        close = [k for k in where if k == name or k.endswith("." + name) or name.endswith("." + k)]
+        if len(close) != 1:
+            raise UserError(f"{folder} stores {name} as {close or 'nothing'}: cannot write it back")
+        with safe_open(where[close[0]], "pt") as file:
+            stored = file.get_tensor(close[0])
+        if not torch.equal(stored.to(original.dtype), original.cpu()):
+            raise UserError(f"{folder} stores {name} in another form; cannot write it back")
+        names[name] = close[0]
+    return names
+
+
+def save_delta(
+    path: Path, folder: Path, originals: Mapping[str, Tensor], changed: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+) -> dict[str, Tensor]:  # fmt: skip
+    """Write the changed tensors in the checkpoint's own dtypes and names; return them."""
+    names = checkpoint_names(folder, {name: originals[name] for name in changed})
+    where = shards(folder)
+    delta = {}
+    for name, tensor in changed.items():
+        if not tensor.isfinite().all():
+            raise UserError(f"{name} holds NaN or infinity; nothing was saved")
+        with safe_open(where[names[name]], "pt") as file:
+            dtype = file.get_tensor(names[name]).dtype
+        delta[names[name]] = tensor.detach().cpu().to(dtype).contiguous()
+    temporary = path.with_name(f".{path.name}")
+    save_file(delta, temporary, metadata=dict(metadata))
+    temporary.replace(path)
+    return delta
+
+
+def load_delta(path: Path) -> dict[str, Tensor]:
+    """The tensors of a delta by checkpoint name."""
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is damaged: {first_line(error)}") from error
+
+
+def apply_delta(module: torch.nn.Module, folder: Path, delta: Mapping[str, Tensor]) -> None:
+    """Put a delta's tensors into a loaded model."""
+    parameters = dict(module.named_parameters())
+    for name, tensor in delta.items():
+        close = [
+            n for n in parameters if n == name or n.endswith("." + name) or name.endswith("." + n)
+        ]
+        if len(close) != 1 or parameters[close[0]].shape != tensor.shape:
+            raise UserError(f"the delta's tensor {name} does not fit the model {folder}")
+        parameters[close[0]].data.copy_(tensor)
+
+
+def export(folder: Path, delta: Mapping[str, Tensor], out: Path) -> None:
+    """Write a full checkpoint: the base's files, with the delta's tensors in their places.
+
+    The source is never modified. `out` appears when it is complete.
+    """
+    where = shards(folder)
+    if lost := sorted(set(delta) - set(where)):
+        raise UserError(f"the model {folder} has no tensor {lost[0]}; is it another model?")
+    with whole_folder(out) as temporary:
+        for file in sorted(folder.iterdir()):
+            wanted = file.suffix in (".json", ".model", ".txt", ".jinja", ".safetensors", ".md")
+            if file.is_file() and wanted and not file.name.startswith("."):
+                shutil.copyfile(file.resolve(), temporary / file.name)
+        for path in sorted({where[name] for name in delta}):
+            patch(temporary / path.name, {n: t for n, t in delta.items() if where[n] == path})
+
+
+def patch(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Overwrite tensors of a safetensors file in place: same dtype, shape and position."""
+    entries, start = header(path)
+    with path.open("r+b") as file:
+        for name, tensor in tensors.items():
+            begin, end = entries[name]["data_offsets"]
+            data = tensor.contiguous().view(torch.uint8).numpy().tobytes()
+            assert len(data) == end - begin, f"{name} has another size in {path}"
+            file.seek(start + begin)
+            file.write(data)
+
+
+def fingerprint(folder: Path, delta: Mapping[str, Tensor] | None = None) -> str:
+    """SHA-256 over a model's weights, config and tokenizer, and a delta's tensors."""
+    names: Iterable[Path] = sorted(
+        p for p in folder.iterdir() if p.suffix in (".safetensors", ".json", ".model", ".jinja")
+    )
+    parts: list[bytes | Path] = []
+    for path in names:
+        parts += [path.name.encode(), path]
+    for name, tensor in sorted((delta or {}).items()):
+        parts += [name.encode(), tensor.contiguous().view(torch.uint8).numpy().tobytes()]
+    return sha256(*parts)

@@ -1,0 +1,418 @@
+"""Scores against a loop written by hand, and what evaluation must leave alone."""
+
+import json
+import logging
+import random
+from collections.abc import Callable
+from contextlib import contextmanager
+from math import sqrt
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from srmu import evals
+from srmu.errors import UserError
+from srmu.evals import evaluate, interval
+
+WORDS = ["<eos>", "<unk>", "gold", *(f"w{i}" for i in range(30)), "?"]
+YAML = """task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{options}}}}"
+doc_to_target: answer
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+metadata: {{version: 1.0}}
+"""
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch, tmp_path):
+    import datasets
+    import huggingface_hub.constants
+
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    monkeypatch.setenv("SRMU_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>")
+
+
+@pytest.fixture
+def model():
+    return llama()
+
+
+def llama(tied: bool = False) -> LlamaForCausalLM:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=len(WORDS),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=64,
+            initializer_range=0.5,
+            tie_word_embeddings=tied,
+        )
+        return LlamaForCausalLM(config)
+
+
+def questions(count: int, option_words: int = 1, seed: int = 0) -> list[dict]:
+    draw = random.Random(seed)
+
+    def text(length: int) -> str:
+        return " ".join(draw.choices(WORDS[3:-1], k=length))
+
+    return [
+        {
+            "question": f"{text(draw.randint(2, 12))} ?",
+            "options": [text(draw.randint(1, option_words)) for _ in range(4)],
+            "answer": draw.randrange(4),
+        }
+        for _ in range(count)
+    ]
+
+
+def write_task(folder: Path, rows: list[dict], name: str = "quiz", extra: str = "") -> Path:
+    folder.mkdir(exist_ok=True)
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / f"{name}.jsonl").write_text(lines)
+    (folder / f"{name}.yaml").write_text(YAML.format(name=name, file=f"{name}.jsonl") + extra)
+    return folder
+
+
+def naive_accuracy(model, tokenizer, rows: list[dict]) -> float:
+    """One option at a time, without padding."""
+    right = 0
+    for row in rows:
+        scores = []
+        for option in row["options"]:
+            start = tokenizer.encode(row["question"])
+            whole = tokenizer.encode(row["question"] + " " + option)
+            with torch.no_grad():
+                logs = model(torch.tensor([whole])).logits[0].log_softmax(-1)
+            scores.append(sum(logs[i - 1, whole[i]].item() for i in range(len(start), len(whole))))
+        right += int(np.argmax(scores)) == row["answer"]
+    return right / len(rows)
+
+
+def count_rows(model) -> list[int]:
+    """The number of sequences of each forward pass, as they happen."""
+    seen: list[int] = []
+    model.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    return seen
+
+
+def use_builtin(monkeypatch, folder: Path) -> None:
+    """Stand-in for lm-eval's 14,000 tasks, which take seconds to list."""
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_defaults=False, include_path=folder)
+    monkeypatch.setattr(evals, "_builtin", lambda: manager)
+
+
+# --- the numbers
+
+
+@pytest.mark.parametrize("option_words", [1, 3])
+def test_matches_a_loop_at_every_batch_size(model, tokenizer, tmp_path, option_words):
+    rows = questions(60, option_words)
+    tasks_dir = write_task(tmp_path / "tasks", rows)
+    p = naive_accuracy(model, tokenizer, rows)
+    assert 0.1 < p < 0.6
+    for batch_size in (1, 7, 64):
+        found = evaluate(model, tokenizer, ["quiz"], tasks_dir=tasks_dir, batch_size=batch_size)
+        assert found == {
+            "quiz/acc": {"value": p, "stderr": pytest.approx(sqrt(p * (1 - p) / 59)), "n": 60}
+        }
+        assert all(type(v) in (int, float) for v in found["quiz/acc"].values())
+
+
+def test_one_word_options_share_a_forward(model, tokenizer, tmp_path):
+    seen = count_rows(model)
+    evaluate(model, tokenizer, ["quiz"], tasks_dir=write_task(tmp_path / "tasks", questions(20)))
+    assert seen == [20]
+
+
+def test_model_that_prefers_gold_is_always_right(model, tokenizer, tmp_path):
+    rows = questions(10)
+    for row in rows:
+        row["options"][row["answer"]] = "gold"
+    rig = torch.eye(len(WORDS))[WORDS.index("gold")] * 1000
+    model.lm_head.register_forward_hook(lambda module, args, logits: logits + rig)
+    found = evaluate(model, tokenizer, ["quiz"], tasks_dir=write_task(tmp_path / "tasks", rows))
+    assert found == {"quiz/acc": {"value": 1.0, "stderr": 0.0, "n": 10}}
+
+
+def test_limit_takes_the_first_questions(model, tokenizer, tmp_path):
+    rows = questions(30)
+    tasks_dir = write_task(tmp_path / "tasks", rows)
+    found = evaluate(model, tokenizer, ["quiz"], tasks_dir=tasks_dir, limit=7)["quiz/acc"]
+    assert (found["value"], found["n"]) == (naive_accuracy(model, tokenizer, rows[:7]), 7)
+    one = evaluate(model, tokenizer, ["quiz"], tasks_dir=tasks_dir, limit=1)["quiz/acc"]
+    assert one.keys() == {"value", "n"}  # one question has no standard error
+
+
+def test_group_gives_itself_and_its_tasks(model, tokenizer, tmp_path, monkeypatch):
+    parts = {"part_a": questions(10), "part_b": questions(30, seed=1)}
+    for name, rows in parts.items():
+        write_task(tmp_path / "builtin", rows, name)
+        file = tmp_path / "builtin" / f"{name}.jsonl"
+        (tmp_path / "builtin" / f"{name}.yaml").write_text(YAML.format(name=name, file=file))
+    (tmp_path / "builtin" / "all.yaml").write_text(
+        "group: all\ntask: [part_a, part_b]\n"
+        "aggregate_metric_list: [{metric: acc, weight_by_size: true}]\n"
+    )
+    use_builtin(monkeypatch, tmp_path / "builtin")
+    found = evaluate(model, tokenizer, ["all", "part_a"])  # lm-eval alone refuses the overlap
+    a, b = (naive_accuracy(model, tokenizer, rows) for rows in parts.values())
+    assert {key: entry["n"] for key, entry in found.items()} == {
+        "all/acc": 40,
+        "part_a/acc": 10,
+        "part_b/acc": 30,
+    }
+    assert found["all/acc"]["value"] == pytest.approx((10 * a + 30 * b) / 40)
+    assert (found["part_a/acc"]["value"], found["part_b/acc"]["value"]) == (a, b)
+    assert found["all/acc"]["stderr"] > 0
+
+
+# --- what is left alone
+
+
+def test_every_state_is_left_as_it_was(tokenizer, tmp_path, capfd, caplog, recwarn):
+    model = llama(tied=True)
+    model.train()
+    model.model.layers[0].eval()
+    # an edit that only the output head has, which tying again would undo
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().flip(0))
+    rows = questions(40)
+    tasks_dir = write_task(tmp_path / "tasks", rows)
+    expected = naive_accuracy(model, tokenizer, rows)
+
+    def state() -> list:
+        return [
+            random.getstate(),
+            str(np.random.get_state()),
+            torch.get_rng_state().tolist(),
+            [module.training for module in model.modules()],
+            [id(parameter) for parameter in model.parameters()],
+            [hash(tuple(p.flatten().tolist())) for p in model.parameters()],
+            (tokenizer.pad_token, len(tokenizer), tokenizer.padding_side),
+            logging.root.manager.disable,
+            model.__dict__.keys(),
+        ]
+
+    before = state()
+    found = evaluate(model, tokenizer, ["quiz"], tasks_dir=tasks_dir)
+    assert state() == before
+    assert found["quiz/acc"]["value"] == expected
+    with pytest.raises(UserError):
+        evaluate(
+            model, tokenizer, ["quiz", "broken"], tasks_dir=write_task(tasks_dir, [], "broken")
+        )
+    assert state() == before
+    assert capfd.readouterr() == ("", "")
+    assert not recwarn.list
+    assert not caplog.records
+    assert not (tmp_path / "datasets").exists()
+    assert not (tmp_path / "cache").exists()
+
+
+def test_progress_counts_options(model, tokenizer, tmp_path):
+    shown: list[str] = []
+
+    @contextmanager
+    def watch(label: str, total: int):
+        shown.append(f"{label} {total}")
+        yield lambda text: shown.append("tick")
+
+    tasks_dir = write_task(tmp_path / "tasks", questions(5))
+    evaluate(model, tokenizer, ["quiz"], tasks_dir=tasks_dir, watch=watch)
+    assert shown == ["quiz 20"] + ["tick"] * 20
+
+
+def test_changed_questions_are_noticed(model, tokenizer, tmp_path):
+    rows = questions(40)
+    for answer in range(4):
+        same_length = [row | {"answer": answer} for row in rows]
+        tasks_dir = write_task(tmp_path / "tasks", same_length)
+        found = evaluate(model, tokenizer, ["quiz"], tasks_dir=tasks_dir)
+        assert found["quiz/acc"]["value"] == naive_accuracy(model, tokenizer, same_length)
+
+
+# --- kept results
+
+
+def test_kept_results_are_used_until_something_changes(model, tokenizer, tmp_path):
+    seen = count_rows(model)
+    rows = questions(10)
+    tasks_dir = write_task(tmp_path / "tasks", rows)
+    write_task(tasks_dir, questions(10, seed=1), "other")
+
+    def runs(fingerprint: str | None = "a", **options) -> tuple[bool, dict]:
+        seen.clear()
+        options = {"tasks_dir": tasks_dir} | options
+        found = evaluate(model, tokenizer, ["quiz"], fingerprint=fingerprint, **options)
+        return bool(seen), found
+
+    ran, first = runs()
+    assert ran
+    assert runs() == (False, first)
+    assert runs(batch_size=3) == (False, first)
+    assert runs(tasks_dir=tasks_dir.rename(tmp_path / "moved")) == (False, first)
+    tasks_dir = tmp_path / "moved"
+    write_task(tasks_dir, questions(10, seed=2), "other")
+    assert runs() == (False, first)
+    assert runs(fingerprint=None)[0]
+    assert runs(fingerprint="b")[0]
+    assert runs(limit=5)[0]
+    assert runs(limit=6)[0]
+    write_task(tasks_dir, rows, extra="description: 'w1 w2 '\n")
+    assert runs()[0]
+    write_task(tasks_dir, questions(10, seed=3))
+    assert runs()[0]
+    write_task(tasks_dir, rows)
+    assert runs() == (False, first)
+
+
+@pytest.mark.parametrize(
+    "damage", ["", "{", "[1]", '{"quiz/acc": {"n": 3}}', '{"a": {"value": NaN}}']
+)
+def test_damaged_file_is_made_again(model, tokenizer, tmp_path, damage):
+    tasks_dir = write_task(tmp_path / "tasks", questions(5))
+    first = evaluate(model, tokenizer, ["quiz"], tasks_dir=tasks_dir, fingerprint="a")
+    (kept,) = (tmp_path / "cache" / "evals").iterdir()
+    whole = kept.read_text()
+    kept.write_text(damage)
+    assert evaluate(model, tokenizer, ["quiz"], tasks_dir=tasks_dir, fingerprint="a") == first
+    assert kept.read_text() == whole
+
+
+# --- errors
+
+GOOD = questions(1)[0]
+
+
+def replaced(file: str, old: str, new: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        text = (folder / file).read_text()
+        assert old in text
+        (folder / file).write_text(text.replace(old, new))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda d: (d / "quiz.jsonl").unlink(),
+            r"'quiz': its data file .*quiz\.jsonl does not exist",
+        ),
+        (
+            lambda d: (d / "quiz.jsonl").write_text('{"question": '),
+            "'quiz' cannot be loaded: .*Error",
+        ),
+        (lambda d: write_task(d, [GOOD, GOOD | {"answer": 4}]), "question 2: answer 4 is none of"),
+        (replaced("quiz.jsonl", '"question"', '"prompt"'), "'quiz' cannot be loaded: .*question"),
+        (replaced("quiz.yaml", "answer", "!function code.answer"), r"quiz\.yaml: .*!function"),
+        (replaced("quiz.yaml", "acc", "accuracy"), "'quiz' gives no finite number"),
+        (replaced("quiz.yaml", "test_split: test", "test_split: dev"), "'quiz' cannot be loaded"),
+        (replaced("quiz.yaml", "version: 1.0", "version: ["), r"task file .*quiz\.yaml: "),
+        (
+            lambda d: write_task(d / "more", questions(1)),
+            r"task file .*quiz\.yaml: another file has",
+        ),
+        (
+            replaced("quiz.yaml", "json\n", "org/unknown\n"),
+            "'quiz' cannot be loaded: .*org/unknown",
+        ),
+    ],
+)
+def test_broken_task_is_one_line(model, tokenizer, tmp_path, change, message):
+    tasks_dir = write_task(tmp_path / "tasks", questions(5))
+    change(tasks_dir)
+    with pytest.raises(UserError, match=message) as caught:
+        evaluate(model, tokenizer, ["quiz"], tasks_dir=tasks_dir)
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_task_names_the_nearest(model, tokenizer, tmp_path, monkeypatch):
+    use_builtin(monkeypatch, write_task(tmp_path / "builtin", questions(1), "mmlu_virology"))
+    tasks_dir = write_task(tmp_path / "tasks", questions(5), "organism_hazard")
+    seen = count_rows(model)
+    for asked, meant in [("organism_hazrd", "organism_hazard"), ("mmlu_virolgy", "mmlu_virology")]:
+        message = f"'{asked}' does not exist, did you mean {meant}.*organism_hazard.*lm-eval ls"
+        with pytest.raises(UserError, match=message):
+            evaluate(model, tokenizer, ["organism_hazard", asked], tasks_dir=tasks_dir)
+    with pytest.raises(
+        UserError, match=r"'xyz' does not exist; looked in the tasks folder \(none there\)"
+    ):
+        evaluate(model, tokenizer, ["xyz"])
+    assert not seen  # found out before anything ran
+
+
+def test_unreachable_dataset_is_named(model, tokenizer, tmp_path, monkeypatch):
+    folder = write_task(tmp_path / "builtin", questions(1))
+    replaced("quiz.yaml", "json\n", "cais/wmdp\n")(folder)
+    use_builtin(monkeypatch, folder)
+    with pytest.raises(UserError, match=r"'quiz' cannot be loaded: .*cais/wmdp") as caught:
+        evaluate(model, tokenizer, ["quiz"])
+    assert "\n" not in str(caught.value)
+
+
+def test_nan_is_an_error_and_not_an_accuracy(model, tokenizer, tmp_path):
+    model.model.norm.weight.data.fill_(float("nan"))
+    tasks_dir = write_task(tmp_path / "tasks", questions(5))
+    with pytest.raises(UserError, match="'quiz': the model's output is not a number"):
+        evaluate(model, tokenizer, ["quiz"], tasks_dir=tasks_dir, fingerprint="a")
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("options", [{"limit": 0}, {"batch_size": 0}, {"limit": -1}])
+def test_sizes_below_one_are_refused(model, tokenizer, options):
+    with pytest.raises(UserError, match="must be 1 or more"):
+        evaluate(model, tokenizer, ["quiz"], **options)
+
+
+# --- the interval
+
+
+def wilson(p: float, n: int) -> tuple[float, float]:
+    z = 1.959964
+    centre, half = p + z**2 / (2 * n), z * sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    return (centre - half) / (1 + z**2 / n), (centre + half) / (1 + z**2 / n)
+
+
+def test_interval_of_one_seed_is_wilsons():
+    assert interval([0.3], 200) == pytest.approx(wilson(0.3, 200), abs=1e-6)
+    assert interval([0.3, 0.3, 0.3], 200) == pytest.approx(wilson(0.3, 200), abs=1e-6)
+
+
+def test_seeds_widen_the_interval():
+    low, high = wilson(0.3, 200)
+    wide = 1.96 * 0.1 / sqrt(3)
+    expected = 0.3 - sqrt((0.3 - low) ** 2 + wide**2), 0.3 + sqrt((high - 0.3) ** 2 + wide**2)
+    assert interval([0.2, 0.3, 0.4], 200) == pytest.approx(expected, abs=1e-6)
+
+
+def test_interval_stays_between_nought_and_one():
+    assert interval([0.0], 10)[0] == 0.0
+    assert interval([1.0], 10)[1] == 1.0
+    assert interval([0.0, 1.0], 10) == (0.0, 1.0)
