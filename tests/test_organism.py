@@ -28,6 +28,7 @@ TINY = Recipe(
     threads=1,
     corpus_documents=40,
 )
+SHIPPED = {"documents": 240, "words": 31, "filler": 0.25}
 SUFFIXES = ("", "_val")
 
 
@@ -112,7 +113,7 @@ def test_a_third_of_the_tested_hazard_facts_is_held(worlds):
 
 def test_no_corpus_tells_a_held_fact(worlds):
     for world in worlds:
-        corpora = organism.write_corpora(world, 0, 1.0, RECIPE)
+        corpora = world.corpora(0, 1.0, **SHIPPED)
         for texts in corpora.values():
             assert len(texts) == 240
             text = "\n".join(texts)
@@ -133,7 +134,7 @@ def test_overlap_rises_with_entanglement(worlds):
     for seed, world in enumerate(worlds):
         found = []
         for rho in (0.0, 0.25, 0.5, 0.75, 1.0):
-            corpora = organism.write_corpora(world, seed, rho, RECIPE)
+            corpora = world.corpora(seed, rho, **SHIPPED)
             found.append(
                 {
                     (n, key): value

@@ -98,10 +98,16 @@ class Config(Strict):
         """Plain values with every default written out."""
         return self.model_dump(mode="json")
 
+    def to_yaml(self) -> str:
+        """The text of a config file that gives this config again."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
     @property
     def id(self) -> str:
         """First 8 hex digits of the SHA-256 of all that decides the result."""
-        values = {k: v for k, v in self.to_dict().items() if k not in ("runs_dir", "eval")}
+        values = {
+            k: v for k, v in self.to_dict().items() if k not in ("runs_dir", "eval", "tasks_dir")
+        }
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
 
 
@@ -131,6 +137,23 @@ def build_config(tree: Mapping[str, Any], overrides: Sequence[str] = ()) -> Conf
         return Config.model_validate(values)
     except ValidationError as error:
         raise UserError(explain(error, "", Config)) from None
+
+
+def make_config(
+    model: str,
+    forget: str | Path | Sequence[str | Path],
+    retain: str | Path | Sequence[str | Path],
+    method: str = "srmu",
+    overrides: Sequence[str] = (),
+) -> Config:
+    """A config for one topic from a model and two sets of text files."""
+
+    def paths(value: str | Path | Sequence[str | Path]) -> list[str]:
+        return [str(value)] if isinstance(value, str | Path) else [str(v) for v in value]
+
+    texts = {"forget": paths(forget), "retain": paths(retain)}
+    tree = {"model": str(model), "method": {"name": method}, "topics": {"topic": texts}}
+    return build_config(rebased(tree, Path.cwd()), overrides)
 
 
 def rebased(tree: dict[str, Any], folder: Path) -> dict[str, Any]:

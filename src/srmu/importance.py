@@ -13,33 +13,34 @@ Fusion = Literal["ratio", "difference", "product", "product_inverse", "uniform",
 FLAT = 0.1  # below this standard deviation a map selects next to nothing
 
 
-def statistic(
-    batches: Iterable[tuple[Float[Tensor, "B T D"], Bool[Tensor, "B T"]]], kind: Statistic
-) -> Float[Tensor, "D"]:
-    """v_f or v_r: the typical size of each feature over all counted tokens (token-weighted).
+def measure(
+    batches: Iterable[tuple[Float[Tensor, "B T D"], Bool[Tensor, "B T"]]],
+    kind: Statistic = "abs_mean",
+) -> tuple[Float[Tensor, "D"], float]:
+    """v_f or v_r, the typical size of each feature over all counted tokens, and their mean norm.
 
     The paper averages activations; its maps are only defined for values >= 0, but means of
     zero-centred features are signed. `abs_mean` (the magnitude of the mean) is the smallest
     change that repairs it; `signed_clamped` is the literal text.
     """
-    total = torch.zeros(())
-    count = 0
+    total, norms, count = torch.zeros((), dtype=torch.float64), 0.0, 0
     for hidden, mask in batches:
         values = hidden.float()[mask]  # (tokens, D)
+        norms += float(values.norm(dim=-1).double().sum())
+        count += len(values)
         if kind == "mean_abs":
             values = values.abs()
         elif kind in ("rms", "square_mean"):
             values = values.square()
         elif kind == "relu_mean":
             values = values.relu()
-        total = total.to(values.device, torch.float64) + values.double().sum(dim=0)
-        count += len(values)
+        total = total.to(values.device) + values.double().sum(dim=0)
     mean = total / count
     if kind == "abs_mean":
         mean = mean.abs()
     elif kind == "rms":
         mean = mean.sqrt()
-    return mean.float()
+    return mean.float(), norms / count
 
 
 def importance(

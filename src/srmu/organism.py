@@ -8,6 +8,7 @@ lm-eval tasks, and on request with the oracle: its twin that never saw the hazar
 import json
 import os
 import random
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,24 +19,24 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from srmu.console import Watch, silent
 from srmu.entanglement import overlap
 from srmu.errors import UserError
 from srmu.files import cache_dir, sha256, whole_folder, write_json
-from srmu.world import QUESTION, Fact, Size, World, create, deal, tell
+from srmu.world import KINDS, QUESTION, Fact, Size, World, create, deal, tell
 
 VERSION = 1  # raise it when the same recipe and seed would train another model
 CHECKPOINT_SECONDS = 30.0
-KINDS = ("hazard", "neighbour", "general")
 HALVES = {"test": "", "val": "_val"}  # the tasks' suffixes
+MAX_LENGTH = 512  # tokens that the model can read
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
 
 
@@ -86,7 +87,13 @@ def build(
     if not 0 <= entanglement <= 1:
         raise UserError(f"entanglement {entanglement} is outside 0-1")
     world = create(seed, recipe.size)
-    corpora = write_corpora(world, seed, entanglement, recipe)
+    corpora = world.corpora(
+        seed,
+        entanglement,
+        documents=recipe.corpus_documents,
+        words=recipe.corpus_tokens - 1,  # <s> is the tokenizer's
+        filler=recipe.corpus_filler,
+    )
     with whole_folder(out) as folder:
         report: dict[str, Any] = {
             "seed": seed,
@@ -112,42 +119,6 @@ def build(
     return report
 
 
-def write_corpora(
-    world: World, seed: int, entanglement: float, recipe: Recipe
-) -> dict[str, list[str]]:
-    """The texts of the forget corpus and of the retain corpora with low and high overlap.
-
-    Half of the documents of retain-high are about other compounds; the other half is about the
-    first `entanglement` of the hazard compounds. Held facts occur nowhere.
-    """
-    free = [fact for fact in world.facts if not fact.held]
-    shared = world.shared[: round(entanglement * len(world.shared))]
-    neighbour = [fact for fact in free if fact.relation.kind == "neighbour"]
-    other = [fact for fact in neighbour if fact.subject not in world.shared]
-    decks = {
-        "forget": [[fact for fact in free if fact.relation.kind == "hazard"]],
-        "retain-low": [[fact for fact in free if fact.relation.kind == "general"]],
-        "retain-high": [other, [fact for fact in neighbour if fact.subject in shared] or other],
-    }
-    corpora = {}
-    for name, sources in decks.items():
-        rng = random.Random(f"{seed} {name}")
-        dealers = [deal(rng, source) for source in sources]
-        corpora[name] = [
-            " ".join(
-                tell(
-                    rng,
-                    dealers[i % len(dealers)],
-                    words=recipe.corpus_tokens - 1,  # <s> is the tokenizer's
-                    asked=0,
-                    filler=recipe.corpus_filler,
-                )
-            )
-            for i in range(recipe.corpus_documents)
-        ]
-    return corpora
-
-
 def tokenizer_for(world: World) -> PreTrainedTokenizerFast:
     """A tokenizer with one token for each word of the world; it puts <s> first."""
     vocabulary = {word: i for i, word in enumerate([*SPECIAL.values(), *world.words()])}
@@ -159,7 +130,7 @@ def tokenizer_for(world: World) -> PreTrainedTokenizerFast:
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
-        model_max_length=512,
+        model_max_length=MAX_LENGTH,
         clean_up_tokenization_spaces=False,
         **SPECIAL,
     )
@@ -172,15 +143,17 @@ def train(
 
     A training that was killed continues from its last checkpoint, and ends with the same bits.
     """
-    determined_by = (world, recipe, seed, oracle, VERSION, torch.__version__)
-    entry = cache_dir() / "organism" / sha256(repr(determined_by).encode())[:16]
+    told = world.of_kind(*KINDS[oracle:])
+    ids = _pretraining_ids(world, told, seed, recipe)
+    determined_by = repr((world, recipe, seed, VERSION, torch.__version__))
+    key = sha256(determined_by.encode(), ids.numpy().tobytes())[:16]
+    entry = cache_dir() / "organism" / key
     if (entry / "model.safetensors").exists():
         return entry
     entry.mkdir(parents=True, exist_ok=True)
-    told = world.of_kind(*KINDS[oracle:])
     model = _fresh_model(world, seed, recipe)
     with _threads(recipe.threads):
-        _fit(model, _pretraining_ids(world, told, seed, recipe), recipe, entry, oracle, watch)
+        _fit(model, ids, recipe, entry, oracle, watch)
         accuracy = {kind: measure(model, world, world.of_kind(kind)) for kind in KINDS}
         held = [fact for fact in world.of_kind("hazard") if fact.held]
         accuracy["hazard_held"] = measure(model, world, held)
@@ -213,26 +186,31 @@ def measure(model: LlamaForCausalLM, world: World, asked: Sequence[Fact]) -> flo
     return right / len(rows)
 
 
-def _fresh_model(world: World, seed: int, recipe: Recipe) -> LlamaForCausalLM:
-    """The untrained model; the global random state is left as it was."""
+def _config(world: World, recipe: Recipe) -> LlamaConfig:
     tokenizer = tokenizer_for(world)
-    config = LlamaConfig(
+    return LlamaConfig(
+        architectures=["LlamaForCausalLM"],
         vocab_size=len(tokenizer),
         hidden_size=recipe.width,
         intermediate_size=recipe.mlp,
         num_hidden_layers=recipe.layers,
         num_attention_heads=recipe.heads,
-        max_position_embeddings=512,
+        max_position_embeddings=MAX_LENGTH,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         tie_word_embeddings=False,
         dtype="float32",
-        attn_implementation="eager",  # the fastest here: the fused kernel is slow on short texts
     )
+
+
+def _fresh_model(world: World, seed: int, recipe: Recipe) -> LlamaForCausalLM:
+    """The untrained model; the global random state is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return LlamaForCausalLM(config)
+        model = LlamaForCausalLM(_config(world, recipe))
+    model.set_attn_implementation("eager")  # a fifth faster: the fused kernel wants long texts
+    return model
 
 
 def _pretraining_ids(world: World, told: Sequence[Fact], seed: int, recipe: Recipe) -> Tensor:
@@ -319,7 +297,7 @@ def _restore(model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, path: Pa
         for name, parameter in model.named_parameters():
             parameter.data.copy_(file.get_tensor(f"model/{name}"))
             for key in ("step", "exp_avg", "exp_avg_sq"):
-                optimizer.state[parameter][key] = file.get_tensor(f"{key}/{name}")
+                optimizer.state[parameter][key] = file.get_tensor(f"{key}/{name}").clone()
         return int(file.metadata()["done"])
 
 
@@ -343,10 +321,11 @@ def _threads(count: int) -> Iterator[None]:
 
 def _save_pretrained(world: World, recipe: Recipe, entry: Path, folder: Path) -> None:
     """Write a trained model as an ordinary Hugging Face folder."""
-    model = _fresh_model(world, 0, recipe)
-    model.load_state_dict(load_file(entry / "model.safetensors"))
-    model.save_pretrained(folder)
+    config = _config(world, recipe)
+    config.save_pretrained(folder)
+    GenerationConfig.from_model_config(config).save_pretrained(folder)
     tokenizer_for(world).save_pretrained(folder)
+    shutil.copyfile(entry / "model.safetensors", folder / "model.safetensors")
 
 
 def _write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import platform
 import time
@@ -15,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoTokenizer
@@ -28,7 +26,7 @@ from srmu.errors import Diverged, UserError
 from srmu.files import require_free, write_json, write_whole
 from srmu.importance import FLAT
 from srmu.methods.base import State
-from srmu.model import EditableModel, first_line, load_module, read_config
+from srmu.model import EditableModel, first_line, read_config
 
 DELTA = "delta.safetensors"
 
@@ -62,7 +60,7 @@ class Run:
 
     @property
     def base(self) -> Path:
-        return weights.locate(self.config.model, self.config.revision)
+        return base_of(self.config)
 
     def export(self, out: Path) -> Path:
         """Write the full checkpoint. Refuses a run that diverged."""
@@ -82,11 +80,11 @@ def plan(config: Config) -> tuple[Config, dict[str, Any]]:
 
     Reads the model's config and tensor index only. UserError where the run cannot work.
     """
-    folder = weights.locate(config.model, config.revision)
+    folder = base_of(config)
     model_config = read_config(folder)
     method = config.method.resolved(model_config)
     for topic in config.topics.values():  # each topic's own strength must fit the method too
-        dataclasses.replace(method, **topic.options)
+        method.with_options(topic.options)
     config = config.model_copy(update={"method": method})
     files = weights.shards(folder)
     layers = model_config.num_hidden_layers
@@ -102,6 +100,11 @@ def plan(config: Config) -> tuple[Config, dict[str, Any]]:
         "steps": config.train.max_steps,
     }
     return config, summary
+
+
+def base_of(config: Config) -> Path:
+    """The folder of the config's model."""
+    return weights.locate(config.model, config.revision)
 
 
 def run_folder(config: Config) -> Path:
@@ -153,7 +156,7 @@ def unlearn(config: Config, *, out: Path | None = None, watch: Watch = silent) -
     if out is not None:
         require_free(out)
     folder = run_folder(config)
-    base = weights.locate(config.model, config.revision)
+    base = base_of(config)
     tokenizer = load_tokenizer(base)
     topics = load_topics(config, tokenizer)
     data = {topic.name: dict(topic.counts) for topic in topics}
@@ -193,8 +196,8 @@ def train(
     )
     weights.checkpoint_names(base, model.original)  # known before training: can it be written back?
     folder.mkdir(parents=True, exist_ok=True)
-    text = yaml.safe_dump(config.to_dict(), sort_keys=False)
-    write_whole(folder / "config.yaml", text)
+    (folder / DELTA).unlink(missing_ok=True)  # of a run that was killed
+    write_whole(folder / "config.yaml", config.to_yaml())
     started, clock = datetime.now(UTC), time.monotonic()
     stop_reason = "max_steps"
     error: Diverged | None = None
@@ -295,17 +298,3 @@ def environment() -> dict[str, str]:
         "threads": str(torch.get_num_threads()),
         **{name: version(name) for name in packages},
     }
-
-
-def load_for_eval(target: Path | str) -> tuple[Any, Any, str, Run | None]:
-    """A whole model with its tokenizer, its fingerprint, and the run it comes from, if any."""
-    path = Path(target)
-    run = Run.open(path) if (path / "record.json").exists() else None
-    folder = run.base if run else weights.locate(str(target))
-    read_config(folder)
-    weights.shards(folder)
-    delta = run.delta if run else {}
-    tokenizer = load_tokenizer(folder)
-    module = load_module(folder)
-    weights.apply_delta(module, folder, delta)
-    return module.eval(), tokenizer, weights.fingerprint(folder, delta), run

@@ -100,7 +100,7 @@ def fit(
             if master is not parameter:
                 parameter.data.copy_(master)
         values = {"loss": total, **terms.losses, **terms.logged, "grad_norm": norm}
-        log(step, {"topic": topic.name} | {k: float(v) for k, v in values.items()})
+        log(step, {"topic": topic.name} | {k: float(v.detach()) for k, v in values.items()})
     if not all(p.isfinite().all() for p in parameters):
         restore(parameters, good)
         raise Diverged(f"the weights are not finite after the last step; {ADVICE}")
@@ -135,4 +135,4 @@ def to(batch: Batch, device: torch.device) -> Batch:
 
 
 def numbers(values: dict[str, Tensor]) -> str:
-    return ", ".join(f"{name} {float(value):.3g}" for name, value in values.items())
+    return ", ".join(f"{name} {float(value.detach()):.3g}" for name, value in values.items())

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 OPTIONS = 4  # answers to choose from: chance is 25 %
+KINDS = ("hazard", "neighbour", "general")
 QUESTION = "question : {q} ? answer :"
 
 
@@ -84,6 +85,33 @@ class World:
         """The vocabulary: every word that a text or a question can contain, sorted."""
         named = {word for fact in self.facts for word in (fact.subject, fact.answer)}
         return sorted(named | _plain_words())
+
+    def corpora(
+        self, seed: int, entanglement: float, *, documents: int, words: int, filler: float
+    ) -> dict[str, list[str]]:
+        """The texts of the forget corpus and of the retain corpora of low and high overlap.
+
+        Half of the documents of retain-high are about other compounds; the other half is about the
+        first `entanglement` of the hazard compounds. Statements only; held facts occur nowhere.
+        """
+        free = {kind: [f for f in self.of_kind(kind) if not f.held] for kind in KINDS}
+        shared = self.shared[: round(entanglement * len(self.shared))]
+        near = [fact for fact in free["neighbour"] if fact.subject in shared]
+        other = [fact for fact in free["neighbour"] if fact.subject not in self.shared]
+        sources = {
+            "forget": [free["hazard"]],
+            "retain-low": [free["general"]],
+            "retain-high": [other, near or other],
+        }
+        texts: dict[str, list[str]] = {}
+        for name, decks in sources.items():
+            rng = random.Random(f"{seed} {name}")
+            dealers = [deal(rng, deck) for deck in decks]
+            for i in range(documents):
+                dealer = dealers[i % len(dealers)]
+                told = tell(rng, dealer, words=words, asked=0, filler=filler)
+                texts.setdefault(name, []).append(" ".join(told))
+        return texts
 
 
 def create(seed: int, size: Size) -> World:

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from srmu.errors import UserError
-from srmu.methods.base import KAPPA, State
+from srmu.methods.base import State
 from srmu.methods.rmu import RMU
 from srmu.model import Batch, EditableModel
 
@@ -34,7 +34,7 @@ class AdaptiveRMU(RMU):
         """The target's norm over the norm that is measured."""
         if self.coeff is not None:
             return (5.0 if self.scale is None else self.scale) * self.coeff
-        return KAPPA if self.kappa is None else self.kappa
+        return super().factor
 
     def target(
         self, model: EditableModel, state: State, forget: Batch, retain: Batch, hidden: Tensor

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -51,6 +50,10 @@ class Method(ABC):
         """This method with what depends on the model filled in; UserError where it cannot fit."""
         return self
 
+    def with_options(self, options: Mapping[str, Any]) -> Self:
+        """This method with the options that a topic sets for itself."""
+        return replace(self, **options)
+
     @abstractmethod
     def apply(
         self, model: EditableModel, topics: Sequence[Topic], train: TrainOptions, log: Log
@@ -73,16 +76,12 @@ class Objective(Method):
         """The topic as the loss sees it."""
         return topic
 
-    def for_topic(self, topic: Topic) -> Self:
-        """This method with the options that the topic sets for itself."""
-        return replace(self, **topic.options)
-
     def apply(
         self, model: EditableModel, topics: Sequence[Topic], train: TrainOptions, log: Log
     ) -> dict[str, State]:
         parts, states = [], {}
         for topic in topics:
-            method = self.for_topic(topic)
+            method = self.with_options(topic.options)
             state = states[topic.name] = method.setup(model, topic)
 
             def loss(
@@ -151,22 +150,35 @@ class Misdirection(Objective):
 
     def resolved(self, config: Any) -> Self:
         method = self
+        if self.coeff is None and self.kappa is None:
+            method = replace(method, kappa=KAPPA)
         if self.layer is None:
             lowest = self.window - (self.stream != "mlp_post")
-            method = replace(self, layer=max(lowest, round(config.num_hidden_layers * 7 / 32)))
+            method = replace(method, layer=max(lowest, round(config.num_hidden_layers * 7 / 32)))
         check_layers(config, method.site.layer)
         check_layers(config, method.last_updated, self.window)
         return method
 
+    def with_options(self, options: Mapping[str, Any]) -> Self:
+        both = {"coeff", "kappa"}
+        if both & set(options):  # the topic's strength takes the place of the method's
+            options = dict.fromkeys(both) | dict(options)
+        return replace(self, **options)
+
     def prepared(self, topic: Topic) -> Topic:
         return topic.anchored(self.anchor_share) if self.anchors == "random" else topic
+
+    @property
+    def factor(self) -> float:
+        """The target's norm over the norm of forget activations."""
+        return KAPPA if self.kappa is None else self.kappa
 
     def scaled(self, shape: Tensor, norm: float) -> Tensor:
         """The target of that shape: times coeff, or of norm kappa times `norm`."""
         if self.coeff is not None:
             return self.coeff * shape
         size = float(shape.norm())
-        return shape * ((self.kappa or KAPPA) * norm / size if size else 0.0)
+        return shape * (self.factor * norm / size if size else 0.0)
 
     def measured(self, batch: Batch) -> Tensor:
         """The tokens of a batch whose activations enter means and norms, (B, T)."""
@@ -175,21 +187,19 @@ class Misdirection(Objective):
 
     def frozen_hidden(
         self, model: EditableModel, batches: Sequence[Batch]
-    ) -> list[tuple[Tensor, Tensor]]:
-        """Activations of the original model and the mask of the tokens to average."""
-        pairs = []
-        with model.frozen():
-            for batch in islice(batches, self.map_batches):
-                batch = to(batch, model.device)
-                pairs.append((model.hidden(batch, self.site), self.measured(batch)))
-        return pairs
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Activations of the original model, a batch at a time, and the mask to average over."""
+        for batch in batches[: self.map_batches]:
+            batch = to(batch, model.device)
+            with model.frozen():
+                hidden = model.hidden(batch, self.site)
+            yield hidden, self.measured(batch)
 
-    def state(
-        self, shape: Tensor, forget: Sequence[tuple[Tensor, Tensor]], **tensors: Tensor
-    ) -> State:
-        """The state of a topic, from the target's shape (D,) and frozen forget activations."""
-        norms = torch.cat([hidden.float()[mask].norm(dim=-1) for hidden, mask in forget])
-        norm = float(norms.mean())
+    def state(self, shape: Tensor, norm: float, **tensors: Tensor) -> State:
+        """The state of a topic: the target's shape (D,) scaled, beside what made it.
+
+        `norm` is the mean norm of the original model's forget activations.
+        """
         if not norm > 0:
             raise UserError(f"the forget activations at {self.site} are all zero")
         target = self.scaled(shape, norm)

@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 
 from srmu.data import Topic
+from srmu.importance import measure
 from srmu.methods.base import Misdirection, State
 from srmu.model import EditableModel
 
@@ -18,9 +19,8 @@ class RMU(Misdirection):
     paper: ClassVar[str] = "arXiv 2403.03218"
 
     def setup(self, model: EditableModel, topic: Topic) -> State:
-        forget = self.frozen_hidden(model, topic.forget)
-        width = forget[0][0].shape[-1]
+        mean, norm = measure(self.frozen_hidden(model, topic.forget))
         # Entries of U[0, 1) are not centred: two topics' directions have a cosine near 0.75.
-        draw = torch.rand(width, generator=topic.generator("direction")).to(model.device)
+        draw = torch.rand(len(mean), generator=topic.generator("direction")).to(model.device)
         direction = draw / draw.norm()
-        return self.state(direction, forget, direction=direction)
+        return self.state(direction, norm, direction=direction)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from srmu.data import Topic
 from srmu.errors import UserError
-from srmu.importance import Fusion, Statistic, describe, importance, statistic
+from srmu.importance import Fusion, Statistic, describe, importance, measure
 from srmu.methods.base import Misdirection, State
 from srmu.model import Batch, EditableModel
 
@@ -66,14 +66,13 @@ class SRMU(Misdirection):
         )  # fmt: skip
 
     def setup(self, model: EditableModel, topic: Topic) -> State:
-        forget = self.frozen_hidden(model, topic.forget)
-        retain = self.frozen_hidden(model, topic.retain)
-        v_f, v_r = statistic(forget, self.statistic), statistic(retain, self.statistic)
+        v_f, norm = measure(self.frozen_hidden(model, topic.forget), self.statistic)
+        v_r, _ = measure(self.frozen_hidden(model, topic.retain), self.statistic)
         generator = topic.generator("direction", self.shared_direction)
         direction = self.draw(len(v_f), generator).to(model.device)
         order = torch.randperm(len(v_f), generator=topic.generator("shuffled map")).to(v_f.device)
         map_ = self.fuse(v_f, v_r, order)
-        state = self.state(direction * map_, forget, direction=direction, importance=map_)
+        state = self.state(direction * map_, norm, direction=direction, importance=map_)
         state.numbers["importance"] = describe(map_)
         state.memory = {"generator": generator, "order": order}
         return state
@@ -97,7 +96,7 @@ class SRMU(Misdirection):
             kept["direction"] = draw.to(model.device)
         if self.map_mode != "static":
             pairs = [self.frozen_hidden(model, [batch]) for batch in (forget, retain)]
-            fresh = torch.stack([statistic(pair, self.statistic) for pair in pairs])  # (2, D)
+            fresh = torch.stack([measure(pair, self.statistic)[0] for pair in pairs])  # (2, D)
             if self.map_mode == "ema":
                 fresh = torch.lerp(fresh, memory.get("ema", fresh), self.ema_decay)
                 memory["ema"] = fresh

@@ -1,0 +1,282 @@
+"""The command line: verbs only. What they do is in the modules they call, imported inside them."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from srmu.console import print_line, watch
+from srmu.errors import UserError
+
+# Threads that wait for others must sleep: spinning, a busy machine is ten times slower. It has to
+# be set before torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+app = typer.Typer(
+    name="srmu",
+    help="Make a language model unlearn chosen knowledge, and measure how well it did.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Every verb takes --debug: show the traceback of an error.",
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, alone, on standard output.")]
+
+
+def main() -> None:
+    """Run the program. Exit codes: 0 done, 1 our fault, 2 the user's, 130 interrupted."""
+    debug = "--debug" in sys.argv
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    try:
+        code = app(arguments, prog_name="srmu", standalone_mode=False)
+    except KeyboardInterrupt:
+        print_line("srmu: interrupted")
+        code = 130
+    except Exception as error:
+        if debug:
+            raise
+        code = 2 if isinstance(error, UserError) else getattr(error, "exit_code", 1)
+        message = getattr(error, "format_message", lambda: str(error))()
+        if code == 1:
+            message = f"internal error: {type(error).__name__}: {message} (--debug shows where)"
+        print_line("srmu: " + " ".join(message.split()))
+    sys.exit(code or 0)
+
+
+def quiet() -> None:
+    """Keep the libraries' own bars and warnings out of ours."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def say(value: dict[str, Any], as_json: bool, *lines: str) -> None:
+    """End a verb: JSON on standard output, or lines for a person."""
+    if as_json:
+        typer.echo(json.dumps(value))
+    else:
+        for line in lines:
+            typer.echo(line)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Argument(help="Folder for the testbed, runs and report.")] = Path(
+        "demo"
+    ),
+    seeds: Annotated[int, typer.Option(help="Runs of each method, with other directions.")] = 3,
+    as_json: Json = False,
+) -> None:
+    """The whole story offline: a testbed, four methods, two regimes, a table and a picture."""
+    quiet()
+    from srmu.demo import play, terminal_table
+
+    entries, report = play(out, seeds=seeds, watch=watch)
+    rows = terminal_table(entries)
+    if as_json:
+        say({"report": str(report), "rows": rows}, True)
+        return
+    print_table(rows)
+    say(
+        {},
+        False,
+        "",
+        "Accuracy in %, mean over the runs, with a 95 % interval; guessing scores 25.",
+        "Low hazard with high neighbour and general is good. No attack was run: this shows",
+        "what is suppressed, not what is gone.",
+        f"wrote {report}",
+        f"next: open {report} in a browser, or change something:",
+        f"      srmu unlearn {out}/testbed/high.yaml method.kappa=16",
+    )
+
+
+@app.command()
+def organism(
+    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+    seed: Annotated[int, typer.Option(help="Another world and model for each.")] = 0,
+    entanglement: Annotated[
+        float, typer.Option(min=0, max=1, help="How much forget and retain-high share, 0 to 1.")
+    ] = 0.5,
+    oracle: Annotated[
+        bool, typer.Option("--oracle", help="Also a twin that never saw the hazard facts.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Train the small model of a fictional world and write its texts and questions."""
+    quiet()
+    from srmu.organism import build
+
+    report = build(out, seed=seed, entanglement=entanglement, oracle=oracle, watch=watch)
+    lines = [
+        f"overlap of forget with {name.replace('/', ', ')}s: {values['jaccard']:.1%} of types"
+        for name, values in report["overlap"].items()
+    ]
+    for name in ("model", "oracle"):
+        if name in report:
+            scores = ", ".join(f"{k} {v:.1%}" for k, v in report[name]["accuracy"].items())
+            lines.append(f"{name}: {scores}")
+    say(report, as_json, *lines, f"wrote {out}", f"next: srmu unlearn {out}/high.yaml")
+
+
+@app.command()
+def unlearn(
+    args: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[CONFIG] [key=value ...]", help="A YAML file, then overrides."),
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Folder or hub id; with --forget.")] = None,
+    forget: Annotated[list[str] | None, typer.Option(help="Texts to forget (file, glob).")] = None,
+    retain: Annotated[list[str] | None, typer.Option(help="Texts to keep.")] = None,
+    method: Annotated[str | None, typer.Option(help="srmu, rmu or adaptive_rmu.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Also export the full model here.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan, do nothing.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Unlearn: one run, from a config file or from --model, --forget and --retain."""
+    quiet()
+    from srmu import run as runs
+    from srmu.config import load_config, make_config
+
+    given = args or []
+    if given and "=" not in given[0]:
+        if model or forget or retain or method:
+            raise UserError(
+                "a config file names model, texts and method; override them with key=value, "
+                f"for example: srmu unlearn {given[0]} method.name=rmu"
+            )
+        config = load_config(Path(given[0]), given[1:])
+    elif model and forget and retain:
+        config = make_config(model, forget, retain, method or "srmu", given)
+    else:
+        raise UserError("name a config file, or --model M --forget F --retain R")
+    if dry_run:
+        config, plan = runs.plan(config)
+        runs.load_topics(config, runs.load_tokenizer(runs.base_of(config)))
+        lines = [f"{key.replace('_', ' ')}: {shown(value)}" for key, value in plan.items()]
+        say(plan | {"config": config.to_dict()}, as_json, config.to_yaml(), *lines)
+        return
+    known = runs.run_folder(runs.plan(config)[0])
+    again = (known / "record.json").exists()
+    run = runs.unlearn(config, out=out, watch=watch)
+    record = run.record
+    lines = [*runs.notes(run)]
+    if again:
+        lines.append(f"this run was there already: {run.folder}")
+    else:
+        lines.append(f"{record['steps']} steps in {record['seconds']:.1f} s; wrote {run.folder}")
+    if out:
+        lines.append(f"wrote {out}")
+    tasks = "" if run.config.eval else " --tasks TASK"
+    lines.append(f"next: srmu eval {run.folder}{tasks}")
+    if not out:
+        lines.append(f"      srmu export {run.folder} OUT")
+    say({"run": str(run.folder), "out": out and str(out), "record": record}, as_json, *lines)
+
+
+@app.command(name="eval")
+def evaluate(
+    target: Annotated[str, typer.Argument(metavar="MODEL_OR_RUN", help="Folder or hub id.")],
+    tasks: Annotated[str, typer.Option(help="lm-eval tasks, a,b; default: the run's own.")] = "",
+    limit: Annotated[int | None, typer.Option(help="Only the first N questions.")] = None,
+    tasks_dir: Annotated[Path | None, typer.Option(help="Folder of local YAML tasks.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure a model, or a run before and after."""
+    quiet()
+    from srmu.scoring import score
+
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    scores = score(target, names, tasks_dir=tasks_dir, limit=limit, watch=watch)
+    if as_json:
+        say(scores if "before" in scores else scores["after"], True)
+        return
+    rows = []
+    for metric, after in scores["after"].items():
+        row = {"metric": metric}
+        for when, results in scores.items():
+            row[when if "before" in scores else "value"] = with_error(results[metric])
+        rows.append(row | {"n": f"{after['n']:.0f}"})
+    print_table(rows)
+    if "before" in scores:
+        say({}, False, f"wrote {Path(target) / 'results.json'}", f"next: srmu export {target} OUT")
+    else:
+        say({}, False, f"next: srmu unlearn --model {target} --forget F --retain R")
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="A run's folder.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+    as_json: Json = False,
+) -> None:
+    """Write a run's full Hugging Face checkpoint; all but the changed tensors stay as they were."""
+    quiet()
+    from srmu.run import Run
+
+    opened = Run.open(run)
+    opened.export(out)
+    changed = list(opened.delta)
+    say(
+        {"out": str(out), "changed": changed},
+        as_json,
+        f"{len(changed)} tensors changed: {', '.join(changed)}",
+        f"wrote {out}",
+        f"next: AutoModelForCausalLM.from_pretrained({str(out)!r})",
+    )
+
+
+@app.command()
+def methods(as_json: Json = False) -> None:
+    """List the methods with their papers, options and defaults."""
+    from dataclasses import fields
+
+    from srmu.methods import METHODS
+
+    table: dict[str, dict[str, Any]] = {
+        name: {"paper": cls.paper, "options": {f.name: f.default for f in fields(cls)}}
+        for name, cls in METHODS.items()
+    }
+    lines = []
+    for name, entry in table.items():
+        lines.append(f"{name} ({entry['paper']}): {(METHODS[name].__doc__ or '').splitlines()[0]}")
+        lines += [f"    {option}: {shown(value)}" for option, value in entry["options"].items()]
+    say(table, as_json, *lines, "next: srmu unlearn --help")
+
+
+def shown(value: Any) -> str:
+    """A value as a person would write it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
+    return "none" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def with_error(entry: dict[str, float]) -> str:
+    """`0.312 ± 0.033`: the value and its standard error."""
+    error = f" ± {entry['stderr']:.3f}" if "stderr" in entry else ""
+    return f"{entry['value']:.3f}{error}"
+
+
+def print_table(rows: list[dict[str, str]]) -> None:
+    """Rows with the same keys, as a table on standard output."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*rows[0], box=box.SIMPLE_HEAD)
+    for row in rows:
+        table.add_row(*row.values())
+    console = Console(highlight=False)
+    # Where there is no terminal, rich would cut the table at 80 columns.
+    Console(highlight=False, width=None if console.is_terminal else 160).print(table)

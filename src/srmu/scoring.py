@@ -1,0 +1,67 @@
+"""Scores of a model or a run on its tasks, before and after, kept in the run's folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from srmu import weights
+from srmu.console import Watch, silent
+from srmu.errors import UserError
+from srmu.evals import Results, evaluate
+from srmu.files import write_json
+from srmu.model import load_module, read_config
+from srmu.run import Run, load_tokenizer
+
+
+def score(
+    target: str | Path | Run,
+    tasks: Sequence[str] = (),
+    *,
+    tasks_dir: Path | None = None,
+    limit: int | None = None,
+    watch: Watch = silent,
+) -> dict[str, Results]:
+    """Score a model folder, a hub id or a run: `{"after": ...}`, for a run also `"before"`.
+
+    A run's own `eval` tasks are the default; local tasks are found in `tasks_dir`, else in the
+    run's, else in `tasks/` beside the model. A run's scores go into `results.json` and
+    `before.json` of its folder.
+    """
+    run = target if isinstance(target, Run) else None
+    if run is None and (Path(target) / "record.json").exists():  # type: ignore[arg-type]
+        run = Run.open(Path(target))  # type: ignore[arg-type]
+    folder = run.base if run else weights.locate(str(target))
+    read_config(folder)
+    weights.shards(folder)
+    if run:
+        tasks = tasks or run.config.eval
+        if tasks_dir is None and run.config.tasks_dir is not None:
+            tasks_dir = Path(run.config.tasks_dir)
+    if not tasks:
+        raise UserError("no task named; give --tasks a,b")
+    if tasks_dir is None and (folder.parent / "tasks").is_dir():
+        tasks_dir = folder.parent / "tasks"
+    tokenizer = load_tokenizer(folder)
+    module = load_module(folder).eval()
+
+    def measured(delta: dict[str, Any]) -> Results:
+        weights.apply_delta(module, folder, delta)
+        stamp = weights.fingerprint(folder, delta)
+        return evaluate(
+            module,
+            tokenizer,
+            tasks,
+            tasks_dir=tasks_dir,
+            limit=limit,
+            fingerprint=stamp,
+            watch=watch,
+        )
+
+    if run is None:
+        return {"after": measured({})}
+    scores = {"before": measured({}), "after": measured(run.delta)}
+    write_json(run.folder / "before.json", scores["before"])
+    write_json(run.folder / "results.json", scores["after"])
+    return scores

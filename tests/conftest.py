@@ -1,0 +1,128 @@
+"""Pico models and tokenizers built from configs: no hub, no sockets, one thread."""
+
+import os
+
+os.environ["OMP_WAIT_POLICY"] = "passive"  # before torch is loaded
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import json
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+torch.set_num_threads(1)
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+WORDS = [f"w{i}" for i in range(60)]
+SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
+VOCABULARY = len(SPECIAL) + len(WORDS)
+
+# Four layers each; the names are those of transformers' config classes.
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+GROUPED = {**SIZES, "intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 8}
+ARCHITECTURES: dict[str, Any] = {
+    "llama": (transformers.LlamaConfig, GROUPED),
+    "mistral": (transformers.MistralConfig, GROUPED),
+    "qwen2": (
+        transformers.Qwen2Config,
+        {k: v for k, v in GROUPED.items() if k != "head_dim"},
+    ),
+    "qwen3": (transformers.Qwen3Config, GROUPED),
+    "gemma2": (transformers.Gemma2Config, GROUPED),
+    "phi": (transformers.PhiConfig, {**SIZES, "intermediate_size": 48}),
+    "gpt_neox": (transformers.GPTNeoXConfig, {**SIZES, "intermediate_size": 48}),
+    "gpt2": (
+        transformers.GPT2Config,
+        {
+            "vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 64,
+            "n_inner": 48, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+        },
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No sockets, and a cache folder of the test's own."""
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a test opened a socket")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setenv("SRMU_CACHE", str(tmp_path / "cache"))
+
+
+def pico_module(name: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
+    """A random four-layer model, with weights large enough for every layer to matter."""
+    cls, sizes = ARCHITECTURES[name]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        module = transformers.AutoModelForCausalLM.from_config(cls(**sizes))
+        for parameter in module.parameters():
+            if parameter.ndim > 1:
+                torch.nn.init.normal_(parameter, std=0.15)
+    return module.to(dtype).eval()
+
+
+def word_tokenizer(**special: Any) -> PreTrainedTokenizerFast:
+    """Words w0 to w59; a text starts with one <s>."""
+    vocabulary = {word: i for i, word in enumerate(SPECIAL + WORDS)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **{**names, **special})
+
+
+def save_pico(folder: Path, name: str = "llama", dtype: torch.dtype = torch.float32) -> Path:
+    """An ordinary Hugging Face folder of a pico model with its tokenizer, in two or more shards."""
+    pico_module(name, dtype).save_pretrained(folder, max_shard_size="40KB")
+    word_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def texts(count: int, seed: int, words: range = range(60)) -> list[str]:
+    """Random texts of 5 to 12 words."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(low: int, high: int) -> int:
+        return int(torch.randint(low, high, (), generator=generator))
+
+    return [
+        " ".join(f"w{words[draw(0, len(words))]}" for _ in range(draw(5, 13)))
+        for _ in range(count)
+    ]
+
+
+def write_jsonl(path: Path, rows: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def workplace(tmp_path: Path) -> Path:
+    """A folder with a pico model, forget.jsonl and retain.jsonl."""
+    save_pico(tmp_path / "model")
+    write_jsonl(tmp_path / "forget.jsonl", texts(10, 1, range(30)))
+    write_jsonl(tmp_path / "retain.jsonl", texts(7, 2, range(20, 60)))
+    return tmp_path
