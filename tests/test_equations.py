@@ -143,7 +143,9 @@ def test_the_product_map_is_symmetric_and_scale_free(kind: Any) -> None:
     assert torch.equal(importance(v_r, v_f, kind), map_)
     torch.testing.assert_close(importance(7 * v_f, v_r, kind), map_)
     torch.testing.assert_close(importance(v_f, v_r / 7, kind), map_)
-    torch.testing.assert_close(importance(v_f, v_r, "product_inverse"), 1 - fuse(v_f, v_r, "product"))
+    torch.testing.assert_close(
+        importance(v_f, v_r, "product_inverse"), 1 - fuse(v_f, v_r, "product")
+    )
 
 
 @pytest.mark.parametrize("kind", [k for k in FUSIONS if k != "shuffled"])
@@ -266,9 +268,7 @@ def loop(batches: Any, kind: str) -> tuple[list[float], float]:
 @pytest.mark.parametrize("kind", STATISTICS)
 def test_statistics_equal_a_loop_over_tokens(kind: Any) -> None:
     """Batches of unequal counts: the mean is over tokens, not over documents or batches."""
-    batches = [
-        (rand(3, 5, D, seed=s) + 0.3, rand(3, 5, seed=10 + s) > s / 2) for s in range(3)
-    ]
+    batches = [(rand(3, 5, D, seed=s) + 0.3, rand(3, 5, seed=10 + s) > s / 2) for s in range(3)]
     assert len({int(mask.sum()) for _, mask in batches}) == 3
     got, norm = measure(batches, kind)
     expected, expected_norm = loop(batches, kind)
@@ -362,7 +362,9 @@ def test_token_cosine_equals_a_loop(shape: tuple[int, ...]) -> None:
             if MASK[b, t]:
                 h, v = hidden[b, t], full[b, t]
                 cosines.append(float(h @ v) / math.sqrt(float(h @ h) * float(v @ v)))
-    assert token_cosine(hidden, target, MASK) == pytest.approx(sum(cosines) / len(cosines), abs=1e-6)
+    assert token_cosine(hidden, target, MASK) == pytest.approx(
+        sum(cosines) / len(cosines), abs=1e-6
+    )
 
 
 def test_token_mean_equals_a_loop() -> None:

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, pico_module, texts, word_tokenizer, write_jsonl
 
+from conftest import ARCHITECTURES, pico_module, texts, word_tokenizer, write_jsonl
 from srmu.data import Source, Topic, load_topic
 from srmu.methods import RMU, SRMU, AdaptiveRMU, Method
 from srmu.model import EditableModel, Site
@@ -415,9 +415,7 @@ def test_the_frozen_swap_equals_a_second_model(arch: str, dtype: torch.dtype) ->
         changed = model.logits(values)
     with model.frozen():
         assert torch.equal(model.logits(values), expected.logits)
-        assert torch.equal(
-            model.hidden(values, Site(LAYER)), expected.hidden_states[LAYER + 1]
-        )
+        assert torch.equal(model.hidden(values, Site(LAYER)), expected.hidden_states[LAYER + 1])
     assert not torch.equal(changed, expected.logits)
     with torch.no_grad():
         assert torch.equal(model.logits(values), changed)

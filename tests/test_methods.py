@@ -1,13 +1,15 @@
 """The contract that every method keeps, and what each paper promises of its own."""
 
 import copy
-from dataclasses import replace
+from dataclasses import fields, replace
+from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, VOCABULARY, pico_module, texts, word_tokenizer
 
+from conftest import ARCHITECTURES, VOCABULARY, pico_module, texts, word_tokenizer
 from srmu.data import Topic, batch_up, tokenise
 from srmu.errors import UserError
 from srmu.importance import Fusion, Statistic
@@ -76,10 +78,9 @@ def variants() -> list[Method]:
 
 
 def label(method: Method) -> str:
-    fields = type(method).__dataclass_fields__
-    changed = {k: getattr(method, k) for k, f in fields.items() if getattr(method, k) != f.default}
-    changed = {k: v for k, v in changed.items() if k != "layer"}
-    return method.name + "".join(f"-{k}={v}" for k, v in changed.items())
+    changed = {f.name: getattr(method, f.name) for f in fields(method) if f.name != "layer"}
+    defaults = {f.name: f.default for f in fields(method)}
+    return method.name + "".join(f"-{k}={v}" for k, v in changed.items() if v != defaults[k])
 
 
 each_method = pytest.mark.parametrize("cls", METHODS.values(), ids=METHODS)
@@ -113,7 +114,8 @@ def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 @each_variant
 def test_only_the_declared_tensors_change(method: Method) -> None:
-    """All others are bitwise what they were; the run is also repeatable bit for bit."""
+    """All others are bitwise what they were. The run repeats itself bit for bit, and the model
+    cut to the declared depth ends with the same weights as the whole one."""
     model, logged, _ = run(method, [topic()])
     last = LAYER - (method.stream == "mlp_post")
     declared = {
@@ -124,16 +126,11 @@ def test_only_the_declared_tensors_change(method: Method) -> None:
     for name, tensor in after.items():
         assert torch.equal(tensor, before[name]) == (name not in declared), name
     assert all(torch.tensor(v).isfinite() for row in logged for v in row.values() if v != "bio")
-    assert equal(run(method, [topic()])[0].delta(), model.delta())
-
-
-@each_variant
-def test_it_runs_at_its_declared_depth(method: Method) -> None:
-    """The model cut to `depth` layers ends with the same weights as the whole one, bit for bit."""
-    assert method.depth == LAYER + 1
-    whole = run(method, [topic()], whole=True)[0]
+    assert method.depth == len(model.layers) == LAYER + 1
+    whole, again, _ = run(method, [topic()], whole=True)
     assert len(whole.layers) == 4
-    assert equal(run(method, [topic()])[0].delta(), whole.delta())
+    assert equal(whole.delta(), model.delta())
+    assert again == logged
 
 
 @each_variant
@@ -178,21 +175,20 @@ def test_padding_changes_nothing(method: Any) -> None:
             assert long[key] == pytest.approx(short[key], rel=1e-5, abs=1e-5), key
 
 
-@each_method
 @pytest.mark.parametrize(
-    "options", [{"norm_when": "per_token"}, {"target_mode": "additive"}, {}], ids=str
+    "method",
+    [AdaptiveRMU(norm_when="per_token"), SRMU(target_mode="additive"), RMU()],
+    ids=lambda m: m.name,
 )
-def test_logged_numbers_ignore_padding(cls: Any, options: Any) -> None:
-    """Right padding is no part of any mean that is logged, the target's norm among them."""
-    if not set(options) <= set(cls.__dataclass_fields__):
-        pytest.skip("not an option of this method")
+def test_logged_numbers_ignore_padding(method: Any) -> None:
+    """What stands under the padding enters no mean that is logged, the target's norm included."""
     some, junk = topic(), topic()
+    assert any((batch["attention_mask"] == 0).any() for batch in some.forget)
     for batch in junk.forget:
         batch["input_ids"] = torch.where(batch["attention_mask"] == 0, 9, batch["input_ids"])
-    assert any((b["attention_mask"] == 0).any() for b in some.forget)
-    method = cls(layer=LAYER, window=2, **options)
-    one, other = (run(method, [t])[1] for t in (some, junk))
+    one, other = (run(replace(method, layer=LAYER), [t])[1] for t in (some, junk))
     for clean, dirty in zip(one, other, strict=True):
+        assert clean.pop("topic") == dirty.pop("topic")
         assert dirty == pytest.approx(clean, rel=1e-5, abs=1e-5)
 
 
@@ -238,9 +234,7 @@ def test_topics_have_directions_of_their_own(cls: Any) -> None:
     assert not torch.equal(bio, cyber)
 
 
-@pytest.mark.parametrize(
-    "direction", ["signs", "uniform", "unit_uniform", "gaussian", "resampled"]
-)
+@pytest.mark.parametrize("direction", ["signs", "uniform", "unit_uniform", "gaussian", "resampled"])
 def test_topics_can_share_a_direction(direction: Any) -> None:
     method = SRMU(layer=LAYER, shared_direction=True, direction=direction)
     states = run(method, [topic("bio"), topic("cyber")])[2]
@@ -260,29 +254,29 @@ def test_a_single_document_is_enough(method: Method) -> None:
 
 
 @each_method
-def test_two_topics_alternate_with_options_of_their_own(cls: Any) -> None:
+def test_two_topics_alternate_with_options_of_their_own(
+    cls: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Steps f0, f1, f0, f1; each topic's batches in order, its own coeff and alpha."""
+    seen, plain = [], cls.loss
+
+    def loss(self: Any, model: Any, state: Any, forget: Any, retain: Any, step: int) -> Terms:
+        seen.append((step, self.coeff, self.alpha, forget["input_ids"], retain["input_ids"]))
+        return plain(self, model, state, forget, retain, step)
+
+    monkeypatch.setattr(cls, "loss", loss)
     method = cls(layer=LAYER, coeff=2.0, alpha=10.0)
-    seen = []
-
-    class Spy(cls):  # type: ignore[misc]
-        def loss(self, model: Any, state: Any, forget: Any, retain: Any, step: int) -> Terms:
-            seen.append((step, self.coeff, self.alpha, forget["input_ids"], retain["input_ids"]))
-            return super().loss(model, state, forget, retain, step)
-
-    spy = Spy(**{k: getattr(method, k) for k in cls.__dataclass_fields__})
     two = replace(topic("cyber", coeff=5.0, alpha=3.0), forget=batches(texts(4, 7)))
     train = replace(TRAIN, max_steps=6)
-    _, logged, states = run(spy, [topic("bio"), two], train)
+    _, logged, states = run(method, [topic("bio"), two], train)
     assert [row["topic"] for row in logged] == ["bio", "cyber"] * 3
     assert [s[:3] for s in seen] == [(i, *((2.0, 10.0), (5.0, 3.0))[i % 2]) for i in range(6)]
     for i, (_, _, _, forget, retain) in enumerate(seen):
         part = (topic("bio"), two)[i % 2]
         assert torch.equal(forget, part.forget[i // 2 % 2]["input_ids"])
         assert torch.equal(retain, part.retain[i // 2 % 2]["input_ids"])
-    if cls is RMU:
-        assert states["bio"].numbers["coeff"] == pytest.approx(2)
-        assert states["cyber"].numbers["coeff"] == pytest.approx(5)
+    if cls is not AdaptiveRMU:  # whose coefficient multiplies a norm
+        assert [states[n].numbers["coeff"] for n in ("bio", "cyber")] == pytest.approx([2, 5])
 
 
 @each_method
@@ -313,7 +307,8 @@ def test_the_global_random_state_decides_nothing(cls: Any) -> None:
 @each_method
 def test_every_architecture_unlearns(cls: Any, arch: str) -> None:
     method = cls(layer=LAYER, window=2)
-    model, logged, _ = run(method, [topic()], arch=arch)
+    some = replace(topic(), forget=topic().forget[:1])
+    model, logged, _ = run(method, [some], arch=arch)
     assert len(model.delta()) == 2
     assert logged[1]["forget"] < logged[0]["forget"]
 
@@ -344,8 +339,7 @@ def test_every_architecture_unlearns(cls: Any, arch: str) -> None:
         (SRMU, {"clip_quantile": 1.5}, "clip_quantile"),
         (AdaptiveRMU, {"scale": 3.0}, "scale"),
         (AdaptiveRMU, {"scale": 3.0, "kappa": 2.0}, "scale"),
-        # src does not refuse these yet: V does not depend on the topic there anyway
-        *(
+        *(  # V is the same for all topics there anyway
             (SRMU, {"shared_direction": True, "direction": d}, "shared_direction")
             for d in ("plus", "minus", "zero")
         ),
@@ -390,6 +384,48 @@ def test_adaptive_numbers_tell_its_strength(scale: float | None) -> None:
     factor = 0.5 * (5.0 if scale is None else scale)
     assert numbers["kappa"] == pytest.approx(factor, rel=1e-5)
     assert numbers["target_norm"] == pytest.approx(factor * numbers["activation_norm"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("layers", "options", "layer"),
+    [
+        (32, {}, 7),  # the papers' layer
+        (32, {"stream": "mlp_post"}, 7),
+        (64, {}, 14),
+        (4, {}, 2),  # the lowest that holds a window of three
+        (4, {"stream": "mlp_post"}, 3),
+        (4, {"window": 1}, 1),
+        (4, {"window": 1, "stream": "mlp_post"}, 1),
+        (4, {"layer": 3}, 3),
+        (1, {"window": 1}, 0),
+    ],
+)
+@each_method
+def test_the_layer_in_proportion_to_the_depth(
+    cls: Any, layers: int, options: Any, layer: int
+) -> None:
+    config = SimpleNamespace(num_hidden_layers=layers)
+    method = cls(**options).resolved(config)
+    assert method.layer == layer
+    assert method.kappa == 8.0  # the strength where none is given, written out
+    assert method.resolved(config) == method
+    assert cls(coeff=2.0, **options).resolved(config).kappa is None
+
+
+@pytest.mark.parametrize(
+    ("layers", "options"),
+    [
+        (2, {}),
+        (4, {"layer": 4}),
+        (4, {"layer": 1}),
+        (4, {"layer": 2, "stream": "mlp_post"}),
+        (4, {"layer": 0, "window": 1, "stream": "mlp_post"}),
+    ],
+)
+@each_method
+def test_a_layer_or_window_that_does_not_fit(cls: Any, layers: int, options: Any) -> None:
+    with pytest.raises(UserError, match=r"layer|window"):
+        cls(**options).resolved(SimpleNamespace(num_hidden_layers=layers))
 
 
 # --- anchors -------------------------------------------------------------------------------------
@@ -521,16 +557,17 @@ def test_frozen_and_updated_norms_agree_at_step_0(when: Any) -> None:
     assert torch.equal(adaptive_target(method), updated)
 
 
-def targets_of_a_run(method: AdaptiveRMU, steps: int = 4) -> list[torch.Tensor]:
-    seen = []
+def targets_of_a_run(method: Any, steps: int = 4) -> list[torch.Tensor]:
+    """The target of each step."""
+    cls, seen = type(method), []
 
-    class Spy(AdaptiveRMU):
-        def target(self, *args: Any) -> torch.Tensor:
-            seen.append(super().target(*args).clone())
-            return seen[-1]
+    def target(self: Any, *args: Any) -> torch.Tensor:
+        seen.append(cls.target(self, *args).clone())
+        return seen[-1]
 
-    spy = Spy(**{k: getattr(method, k) for k in AdaptiveRMU.__dataclass_fields__})
-    run(spy, [topic()], replace(TRAIN, max_steps=steps))
+    spy = type("Spy", (cls,), {"target": target})
+    options = {f.name: getattr(method, f.name) for f in fields(method)}
+    run(spy(**options), [topic()], replace(TRAIN, max_steps=steps))
     return seen
 
 
@@ -547,8 +584,7 @@ def test_the_other_targets_follow_the_batch(when: Any) -> None:
     """The third step sees the first batch again: only the updated model's norms have moved."""
     frozen = targets_of_a_run(AdaptiveRMU(layer=LAYER, norm_when=when))
     updated = targets_of_a_run(AdaptiveRMU(layer=LAYER, norm_when=when, norm_source="updated"))
-    assert not torch.equal(frozen[0].mean(dim=(0, 1)) if frozen[0].ndim > 1 else frozen[0],
-                           frozen[1].mean(dim=(0, 1)) if frozen[1].ndim > 1 else frozen[1])  # fmt: skip
+    assert not torch.equal(frozen[0].flatten()[-8:], frozen[1].flatten()[-8:])
     assert torch.equal(frozen[0], frozen[2])
     assert torch.equal(frozen[0], updated[0])
     assert not torch.equal(updated[0], updated[2])
@@ -673,18 +709,12 @@ def test_map_batches_limits_what_is_measured() -> None:
 
 
 def test_a_resampled_direction_changes_at_every_step() -> None:
-    seen = []
-
-    class Spy(SRMU):
-        def target(self, model: Any, state: Any, *args: Any) -> torch.Tensor:
-            value = super().target(model, state, *args)
-            seen.append(state.tensors["direction"].clone())
-            return value
-
-    run(Spy(layer=LAYER, direction="resampled"), [topic()], replace(TRAIN, max_steps=3))
-    assert all(v.abs().eq(1).all() for v in seen)
+    method = SRMU(layer=LAYER, direction="resampled", importance="uniform", coeff=2.0)
+    seen = targets_of_a_run(method, 3)
+    assert all(target.abs().eq(2).all() for target in seen)
     assert not torch.equal(seen[0], seen[1])
     assert not torch.equal(seen[1], seen[2])
+    assert all(torch.equal(*pair) for pair in zip(seen, targets_of_a_run(method, 3), strict=True))
 
 
 def test_the_additive_target_starts_from_the_frozen_activation() -> None:
@@ -745,10 +775,10 @@ def test_srmu_moves_selected_features_and_holds_the_others(kind: Any) -> None:
     got = planted(SRMU(**options, importance=kind), steps=40, learning_rate=2e-3)
     flat = planted(SRMU(**options, importance="uniform"), steps=40, learning_rate=2e-3)
     distances = got["distances"]
-    assert all(later < earlier for earlier, later in zip(distances, distances[1:], strict=False))
+    assert all(later < earlier for earlier, later in pairwise(distances))
     assert max(got["drifts"]) < 0.01
     top = got["map"].topk(8).indices
     assert set(top.tolist()) == set(range(8))  # the planted features
     share, uniform = (float(m["moved"][top].sum() / m["moved"].sum()) for m in (got, flat))
-    assert share > 0.8
+    assert share > 0.7
     assert share > uniform + 0.3

@@ -1,0 +1,40 @@
+# `make demo` and `make test` do all their own set-up in .venv, from a bare clone.
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON ?= python3
+STAMP := $(VENV)/.installed
+export HF_HUB_OFFLINE ?= 1
+export OMP_WAIT_POLICY ?= passive
+
+.PHONY: demo test test-slow check bench docs clean
+
+demo: $(STAMP)
+	$(BIN)/srmu demo demo
+
+test: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --jaxtyping-packages=srmu,beartype.beartype
+
+test-slow: $(STAMP)
+	$(BIN)/pytest -q -m slow
+
+check: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/steps.py
+
+docs: $(STAMP)
+	$(BIN)/mkdocs build --strict
+
+$(STAMP): pyproject.toml constraints.txt
+	@echo "setting up $(VENV): a few minutes the first time (PyTorch is large)"
+	$(PYTHON) -m venv $(VENV)
+	@# torch first and by its exact version: any other spec may fetch gigabytes of CUDA
+	$(BIN)/pip install -q --disable-pip-version-check $$(grep '^torch==' constraints.txt)
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,docs]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) site dist .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,90 @@
+"""What README and docs say to type works, and every command they name exists."""
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from conftest import save_pico, texts, write_jsonl
+from srmu import cli
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+SLOW = {"demo", "organism"}  # `make demo` runs them
+
+
+def blocks(path: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", path.read_text(), flags=re.DOTALL)
+
+
+def commands(path: Path) -> list[list[str]]:
+    """The srmu commands of a page, continuation lines joined, comments dropped."""
+    lines = "".join(blocks(path, "bash")).replace("\\\n", " ").splitlines()
+    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("srmu ")]
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with what the README calls my-model, forget.jsonl and retain.jsonl."""
+    save_pico(tmp_path / "my-model")
+    write_jsonl(tmp_path / "forget.jsonl", texts(10, 1, range(30)))
+    write_jsonl(tmp_path / "retain.jsonl", texts(7, 2, range(20, 60)))
+    shutil.copytree(ROOT / "tests" / "tasks", tmp_path / "tasks")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(sys, "argv", ["srmu", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    return int(stop.value.code or 0)
+
+
+def test_readme_commands_run(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = []
+    for arguments in commands(ROOT / "README.md"):
+        if arguments[0] in SLOW or any("organism" in word for word in arguments):
+            continue
+        if "RUN" in arguments:
+            newest = max((place / "runs").iterdir(), key=lambda p: p.stat().st_mtime)
+            arguments[arguments.index("RUN")] = str(newest)
+        assert run(arguments, monkeypatch) == 0, arguments
+        ran.append(arguments[0])
+    assert {"unlearn", "eval", "export"} <= set(ran)
+
+
+def test_readme_python_runs(place: Path) -> None:
+    (code,) = blocks(ROOT / "README.md", "python")
+    exec(compile(code, "README.md", "exec"), {})
+    assert (place / "unlearned" / "config.json").exists()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_commands_exist(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for arguments in commands(page):
+        assert run([arguments[0], "--help"], monkeypatch) == 0, arguments
+    for target in re.findall(r"^make ([\w-]+)", "".join(blocks(page, "bash")), flags=re.MULTILINE):
+        assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+        if not link.startswith(("http:", "https:")):
+            assert (page.parent / link).exists(), link
+
+
+def test_words_we_do_not_use() -> None:
+    for page in PAGES:
+        assert not re.search(r"\b(certified|erased)\b", page.read_text()), page
+
+
+def test_module_runs() -> None:
+    done = subprocess.run([sys.executable, "-m", "srmu", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "unlearn" in done.stdout

@@ -1,0 +1,64 @@
+"""Imports go one way, and the command line answers before torch is loaded."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[1] / "src" / "srmu"
+
+# A module may import those of a lower rank only.
+RANK = {
+    "__init__": 13, "__main__": 12, "cli": 11, "demo": 10, "report": 9, "scoring": 9, "organism": 9,
+    "evals": 8, "run": 8, "config": 7, "methods": 6, "train": 5, "data": 4, "weights": 4,
+    "model": 3, "losses": 3, "importance": 3, "world": 3, "entanglement": 3,
+    "files": 2, "console": 2, "errors": 1,
+}  # fmt: skip
+
+
+def imported(path: Path) -> set[str]:
+    """The srmu modules that a file imports, wherever in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "srmu":
+            parts = (node.module or "").split(".")
+            names |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            names |= {a.name.split(".")[1] for a in node.names if a.name.startswith("srmu.")}
+    return names
+
+
+@pytest.mark.parametrize("path", sorted(SOURCE.rglob("*.py")), ids=lambda p: p.stem)
+def test_imports_go_down(path: Path) -> None:
+    module = "methods" if path.parent.name == "methods" else path.stem
+    for name in imported(path) - {"methods"} if module == "methods" else imported(path):
+        assert RANK[name] < RANK[module], f"{module} imports {name}"
+
+
+def test_methods_import_base_only() -> None:
+    """Inside the package: __init__ may import every method, a method its base and its parent."""
+    for path in (SOURCE / "methods").glob("*.py"):
+        text = path.read_text()
+        if path.stem == "base":
+            assert "from srmu.methods" not in text
+        elif path.stem != "__init__":
+            assert "from srmu.methods import" not in text
+
+
+def test_public_names() -> None:
+    import srmu
+
+    assert srmu.__all__ == [
+        "METHODS", "Config", "Diverged", "Run", "UserError", "evaluate", "load_config",
+        "make_config", "score", "unlearn",
+    ]  # fmt: skip
+    assert set(srmu._HOME) == set(srmu.__all__)
+    for name in srmu.__all__:
+        assert getattr(srmu, name) is not None
+
+
+def test_cli_starts_without_torch() -> None:
+    code = "import sys, srmu.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
