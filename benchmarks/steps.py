@@ -88,8 +88,9 @@ def main() -> None:
     held = sum(p.numel() for p in source.parameters())
     ours = sum(p.numel() for p in model.module.parameters())
     print(f"{LAYERS} layers, hooked layer {LAYER}, {BATCH} x {TOKENS} + {BATCH} x {TOKENS} tokens")
-    print(f"reference / srmu, time of a step: {statistics.median(ratios):.1f} (median of {len(ratios)},"
-          f" {min(ratios):.1f} to {max(ratios):.1f})")  # fmt: skip
+    middle, count = statistics.median(ratios), len(ratios)
+    spread = f"{min(ratios):.1f} to {max(ratios):.1f}"
+    print(f"reference / srmu, time of a step: {middle:.1f} (median of {count}, {spread})")
     print(f"reference / srmu, parameters held: {2 * held / ours:.1f}")
     print(f"the same weights after {ROUNDS} steps: {'bit for bit' if same else 'NO'}")
 
