@@ -8,10 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from srmu import directions
+from srmu.directions import Direction
 from srmu.importance import Fusion, Statistic, describe, importance, measure
 from srmu.losses import counted, token_cosine, token_mean, token_mse, without_first
 from srmu.methods import RMU, SRMU
-from srmu.methods.srmu import Direction
 
 FUSIONS = get_args(Fusion)
 STATISTICS = get_args(Statistic)
@@ -122,8 +123,8 @@ def test_a_zero_map_is_the_zero_target() -> None:
     for strength in ({"coeff": 5.0}, {"kappa": 5.0}):
         method = SRMU(importance="difference", **strength)
         target = method.scaled(rand(D).sign() * importance(v, v, "difference"), norm=3.0)
-        nothing = SRMU(direction="zero").draw(D, torch.Generator())
-        assert torch.equal(target, SRMU(direction="zero", **strength).scaled(nothing, norm=3.0))
+        nothing = SRMU(direction="zero", **strength).scaled(draw("zero"), norm=3.0)
+        assert torch.equal(target, nothing)
         assert token_mse(hidden, target, mask) == hidden.square().mean()
 
 
@@ -178,7 +179,7 @@ def test_a_clipped_map_saturates_its_outliers() -> None:
 
 
 def draw(direction: Any, seed: int = 4) -> torch.Tensor:
-    return SRMU(direction=direction).draw(D, torch.Generator().manual_seed(seed))
+    return directions.draw(direction, D, torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("c", [0.5, 7.0, 100.0])
@@ -238,8 +239,17 @@ def test_directions(direction: Any) -> None:
         assert set(v.tolist()) == {{"plus": 1.0, "minus": -1.0, "zero": 0.0}[direction]}
 
 
+def test_rmus_directions_are_nearly_alike() -> None:
+    """Entries of U[0, 1): cosine 3/4 between two draws, sqrt(3)/2 with the all-ones vector."""
+    one, other = (
+        directions.draw("unit_uniform", 4096, torch.Generator().manual_seed(s)) for s in (0, 1)
+    )
+    assert float(one @ other) == pytest.approx(0.75, abs=0.02)
+    assert float(one.sum()) / 64 == pytest.approx(math.sqrt(3) / 2, abs=0.02)
+
+
 def test_signs_are_balanced() -> None:
-    v = SRMU().draw(4096, torch.Generator().manual_seed(0))
+    v = directions.draw("signs", 4096, torch.Generator().manual_seed(0))
     assert abs(v.mean()) < 0.05  # three standard deviations of 1/64
 
 

@@ -20,7 +20,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 app = typer.Typer(
     name="srmu",
     help="Make a language model unlearn chosen knowledge, and measure how well it did.",
-    no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -34,20 +33,22 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON, alone, on standa
 def main() -> None:
     """Run the program. Exit codes: 0 done, 1 our fault, 2 the user's, 130 interrupted."""
     debug = "--debug" in sys.argv
-    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"] or ["--help"]
     try:
         code = app(arguments, prog_name="srmu", standalone_mode=False)
-    except KeyboardInterrupt:
-        print_line("srmu: interrupted")
+    except (KeyboardInterrupt, typer.Abort):
         code = 130
     except Exception as error:
         if debug:
             raise
-        code = 2 if isinstance(error, UserError) else getattr(error, "exit_code", 1)
+        theirs = isinstance(error, UserError | PermissionError)
+        code = 2 if theirs else getattr(error, "exit_code", 1)
         message = getattr(error, "format_message", lambda: str(error))()
         if code == 1:
             message = f"internal error: {type(error).__name__}: {message} (--debug shows where)"
         print_line("srmu: " + " ".join(message.split()))
+    if code == 130:  # what typer, too, makes of an interrupt
+        print_line("srmu: interrupted")
     sys.exit(code or 0)
 
 
@@ -170,16 +171,17 @@ def unlearn(
     run = runs.unlearn(config, out=out, watch=watch)
     record = run.record
     lines = [*runs.notes(run)]
+    folder = near(run.folder)
     if again:
-        lines.append(f"this run was there already: {run.folder}")
+        lines.append(f"this run was there already: {folder}")
     else:
-        lines.append(f"{record['steps']} steps in {record['seconds']:.1f} s; wrote {run.folder}")
+        lines.append(f"{record['steps']} steps in {record['seconds']:.1f} s; wrote {folder}")
     if out:
         lines.append(f"wrote {out}")
     tasks = "" if run.config.eval else " --tasks TASK"
-    lines.append(f"next: srmu eval {run.folder}{tasks}")
+    lines.append(f"next: srmu eval {folder}{tasks}")
     if not out:
-        lines.append(f"      srmu export {run.folder} OUT")
+        lines.append(f"      srmu export {folder} OUT")
     say({"run": str(run.folder), "out": out and str(out), "record": record}, as_json, *lines)
 
 
@@ -253,6 +255,12 @@ def methods(as_json: Json = False) -> None:
     say(table, as_json, *lines, "next: srmu unlearn --help")
 
 
+def near(path: Path) -> Path:
+    """The path as one would type it here."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
+
+
 def shown(value: Any) -> str:
     """A value as a person would write it."""
     if isinstance(value, bool):
@@ -273,10 +281,11 @@ def print_table(rows: list[dict[str, str]]) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(*rows[0], box=box.SIMPLE_HEAD)
     for row in rows:
-        table.add_row(*row.values())
+        table.add_row(*map(Text, row.values()))  # as it is: no markup, no emoji
     console = Console(highlight=False)
     # Where there is no terminal, rich would cut the table at 80 columns.
     Console(highlight=False, width=None if console.is_terminal else 160).print(table)

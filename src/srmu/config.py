@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib.util
+import inspect
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -16,13 +18,15 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Field,
     PlainSerializer,
     TypeAdapter,
     ValidationError,
 )  # fmt: skip
 
-from srmu.data import Source
+from srmu.data import MIN_TOKENS, Source
 from srmu.errors import UserError
+from srmu.files import sha256
 from srmu.methods import METHODS, Method
 from srmu.train import TrainOptions
 
@@ -51,9 +55,7 @@ def _method(value: Any) -> Any:
 def _method_dict(method: Method) -> dict[str, Any]:
     name = method.name
     if METHODS.get(name) is not type(method):
-        name = (
-            f"{importlib.import_module(type(method).__module__).__file__}:{type(method).__name__}"
-        )
+        name = f"{inspect.getfile(type(method))}:{type(method).__name__}"
     return {"name": name} | dataclasses.asdict(method)
 
 
@@ -66,8 +68,8 @@ class TopicConfig(Strict):
 
     forget: Annotated[list[Source], BeforeValidator(_sources)]
     retain: Annotated[list[Source], BeforeValidator(_sources)]
-    max_length: int = 512  # tokens of a forget text
-    retain_max_length: int | None = None  # None: as max_length
+    max_length: int = Field(512, ge=MIN_TOKENS)  # tokens of a forget text
+    retain_max_length: int | None = Field(None, ge=MIN_TOKENS)  # None: as max_length
     coeff: float | None = None
     kappa: float | None = None
     alpha: float | None = None
@@ -108,6 +110,9 @@ class Config(Strict):
         values = {
             k: v for k, v in self.to_dict().items() if k not in ("runs_dir", "eval", "tasks_dir")
         }
+        file, is_file, _ = values["method"]["name"].rpartition(":")
+        if is_file:  # a method of one's own: its code decides, too
+            values["code"] = sha256(Path(file))
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
 
 
@@ -129,12 +134,18 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def build_config(tree: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
-    """Check a tree of plain values with `key=value` overrides applied; UserError when wrong."""
-    values = json.loads(json.dumps(tree, default=str))
+    """Check a tree of plain values with `key=value` overrides applied; UserError when wrong.
+
+    Relative paths that are left, those of overrides, start at the working folder.
+    """
+    try:
+        values = json.loads(json.dumps({"runs_dir": "runs", **tree}, default=str))
+    except (TypeError, ValueError):
+        raise UserError("config: the keys must be text") from None
     for override in overrides:
         put(values, override)
     try:
-        return Config.model_validate(values)
+        return Config.model_validate(rebased(values, Path.cwd()))
     except ValidationError as error:
         raise UserError(explain(error, "", Config)) from None
 
@@ -157,19 +168,28 @@ def make_config(
 
 
 def rebased(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The tree with its relative paths, where they exist under `folder`, made absolute."""
+    """The tree with its relative paths made absolute: they start at `folder`."""
 
     def rebase(value: Any) -> Any:
         if isinstance(value, list):
             return [rebase(v) for v in value]
         if isinstance(value, dict):
             return value | {"path": rebase(value["path"])} if "path" in value else value
-        return str(folder / Path(value).expanduser()) if isinstance(value, str) else value
+        if not isinstance(value, str):
+            return value
+        try:
+            return str(folder / Path(value).expanduser())
+        except RuntimeError:
+            raise UserError(f"{value}: there is no such user") from None
 
     tree = dict(tree)
-    model = tree.get("model")
-    if isinstance(model, str) and (folder / Path(model).expanduser()).exists():
+    model, method = tree.get("model"), tree.get("method")
+    if isinstance(model, str) and Path(rebase(model)).exists():
         tree["model"] = rebase(model)  # otherwise a hub id
+    if isinstance(method, str):
+        method = tree["method"] = {"name": method}
+    if isinstance(method, dict) and ".py:" in str(method.get("name")):
+        tree["method"] = method | {"name": rebase(method["name"])}
     for key in ("tasks_dir", "runs_dir"):
         if tree.get(key) is not None:
             tree[key] = rebase(tree[key])
@@ -209,17 +229,21 @@ def find_method(name: str) -> type[Method]:
         return METHODS[name]
     path, colon, attribute = name.rpartition(":")
     if colon and path.endswith(".py"):
-        spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+        unique = f"{Path(path).stem}_{sha256(path.encode())[:8]}"  # hides no other module
+        spec = importlib.util.spec_from_file_location(unique, path)
         if spec is None or spec.loader is None or not Path(path).is_file():
             raise UserError(f"method {name}: no such file")
         module = importlib.util.module_from_spec(spec)
-        import sys
-
         sys.modules[spec.name] = module  # dataclasses look their module up
-        spec.loader.exec_module(module)
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:  # the user's code
+            raise UserError(f"method {name}: {type(error).__name__}: {error}") from error
         cls = getattr(module, attribute, None)
         if not (isinstance(cls, type) and issubclass(cls, Method)):
             raise UserError(f"method {name}: {attribute} is not a Method in that file")
+        if inspect.isabstract(cls) or not hasattr(cls, "name") or not hasattr(cls, "paper"):
+            raise UserError(f"method {name}: a method has a name, a paper, a setup and a loss")
         return cls
     raise UserError(f"unknown method {name!r}{suggest(name, METHODS)}")
 
@@ -251,7 +275,7 @@ def known_keys(schema: type, path: Sequence[str]) -> list[str]:
     """The keys that a place in the config tree takes."""
     places = {"topics": TopicConfig, "train": TrainOptions}
     if path and path[0] in places:
-        schema = Source if path[-1].isdigit() else places[path[0]]
+        schema = Source if len(path) > 2 else places[path[0]]
     if dataclasses.is_dataclass(schema):
         return [f.name for f in dataclasses.fields(schema)]
     return list(schema.model_fields)  # type: ignore[attr-defined]

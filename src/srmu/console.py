@@ -53,4 +53,5 @@ def watch(label: str, total: int) -> Iterator[Tick]:
 
 def print_line(text: str) -> None:
     """Print one plain line on standard error, where it cannot mix with `--json` output."""
-    stderr.print(text, markup=False)
+    # As it is: rich would make an emoji of the line number in `a.jsonl:100: ...`.
+    stderr.print(text, markup=False, emoji=False)

@@ -223,11 +223,23 @@ def read_file(path: Path, column: str) -> list[str]:
         raise UserError(f"{path} is a folder; name the files in it, for example '{path}/*.jsonl'")
     try:
         texts = list(_read_file(path, column))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start}); is it compressed?") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}:{bad_line(path)}: not UTF-8 text; is it compressed?") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {first_line(error)}") from None
     if not texts:
         raise UserError(f"{path}: holds no text")
     return texts
+
+
+def bad_line(path: Path) -> int:
+    """The number of the first line that is not UTF-8."""
+    data, start = path.read_bytes(), 0
+    try:
+        data.decode()
+    except UnicodeDecodeError as error:
+        start = error.start
+    return data.count(b"\n", 0, start) + 1
 
 
 def _read_file(path: Path, column: str) -> Iterator[str]:
@@ -238,26 +250,32 @@ def _read_file(path: Path, column: str) -> Iterator[str]:
                 if line.strip():
                     yield checked(parse(line, f"{path}:{number}"), column, f"{path}:{number}")
     elif suffix == ".json":
-        rows = parse(path.read_text(encoding="utf-8-sig"), str(path))
+        rows = parse(path.read_text(encoding="utf-8-sig"), str(path), several_lines=True)
         if not isinstance(rows, list):
             raise UserError(f"{path}: expected a list of texts or of objects with {column!r}")
         for number, row in enumerate(rows, 1):
             yield checked(row, column, f"{path}: row {number}")
     elif suffix == ".csv":
         with path.open(encoding="utf-8-sig", newline="") as file:
+            csv.field_size_limit(2**31 - 1)  # documents are longer than the 128 KiB of the default
             reader = csv.DictReader(file, strict=True)
             try:
                 for row in reader:
+                    if None in row:  # an unquoted comma would cut the text
+                        raise csv.Error("more fields than the first line names")
                     yield checked(row, column, f"{path}:{reader.line_num}")
             except csv.Error as error:
-                raise UserError(f"{path}:{reader.line_num}: not CSV: {error}") from None
+                end = reader.reader.line_num  # also inside a row that does not end
+                raise UserError(f"{path}:{end}: not CSV: {error}") from None
     elif suffix == ".parquet":
         import pyarrow
         import pyarrow.parquet
 
         try:
-            table = pyarrow.parquet.read_table(path, columns=[column])
-        except pyarrow.ArrowException as error:
+            with pyarrow.parquet.ParquetFile(path) as file:
+                found = file.schema_arrow.names
+                table = file.read([column] if column in found else None)
+        except (pyarrow.ArrowException, OSError) as error:
             raise UserError(f"{path}: not Parquet: {first_line(error)}") from None
         for number, row in enumerate(table.to_pylist(), 1):
             yield checked(row, column, f"{path}: row {number}")
@@ -269,13 +287,15 @@ def _read_file(path: Path, column: str) -> Iterator[str]:
         raise UserError(f"{path}: {suffix or 'no'} suffix; srmu reads {SUFFIXES}")
 
 
-def parse(text: str, place: str) -> Any:
+def parse(text: str, place: str, several_lines: bool = False) -> Any:
     """One JSON value; UserError naming the place where it is malformed."""
     try:
         return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        reason = getattr(error, "msg", "nested too deeply")
-        raise UserError(f'{place}: not JSON ({reason}); expected {{"text": "..."}}') from None
+    except json.JSONDecodeError as error:
+        reason, line = error.msg, f":{error.lineno}" if several_lines else ""
+    except (ValueError, RecursionError):
+        reason, line = "nested too deeply, or a number too long", ""
+    raise UserError(f'{place}{line}: not JSON ({reason}); expected {{"text": "..."}}')
 
 
 def checked(row: Any, column: str, place: str) -> str:

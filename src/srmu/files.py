@@ -23,13 +23,21 @@ def require_free(path: Path) -> None:
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         kind = "is not empty" if path.is_dir() else "is a file"
         raise UserError(f"output folder {path} {kind}; name a new folder or remove it first")
+    require_place(path)
+
+
+def require_place(path: Path) -> None:
+    """Refuse a folder that could not be made where it is named."""
+    parent = next(p for p in path.resolve().parents if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UserError(f"folder {path} cannot be made: {parent} is not a folder to write to")
 
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary sibling of `path` and rename it to `path` only if the block succeeds."""
-    path = path.resolve()
     require_free(path)
+    path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     temporary.chmod(0o755)
@@ -46,8 +54,11 @@ def whole_folder(path: Path) -> Iterator[Path]:
 def write_whole(path: Path, text: str) -> None:
     """Write a text file so that a reader sees the old one or the new one, never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:

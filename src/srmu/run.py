@@ -6,7 +6,8 @@ import json
 import platform
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from functools import cached_property
 from importlib.metadata import version
@@ -23,12 +24,13 @@ from srmu.config import Config, load_config
 from srmu.console import Watch, silent
 from srmu.data import Topic, load_topic, pad_id
 from srmu.errors import Diverged, UserError
-from srmu.files import require_free, write_json, write_whole
+from srmu.files import require_free, require_place, write_json, write_whole
 from srmu.importance import FLAT
 from srmu.methods.base import State
 from srmu.model import EditableModel, first_line, read_config
 
 DELTA = "delta.safetensors"
+STATE = "state.safetensors"
 
 
 @dataclass(frozen=True)
@@ -83,8 +85,12 @@ def plan(config: Config) -> tuple[Config, dict[str, Any]]:
     folder = base_of(config)
     model_config = read_config(folder)
     method = config.method.resolved(model_config)
-    for topic in config.topics.values():  # each topic's own strength must fit the method too
+    known = {field.name for field in fields(method)}
+    for name, topic in config.topics.items():  # each topic's own strength must fit the method too
+        if unknown := sorted(set(topic.options) - known):
+            raise UserError(f"topics.{name}.{unknown[0]}: method {method.name} has no such option")
         method.with_options(topic.options)
+    check_device(config.device)
     config = config.model_copy(update={"method": method})
     files = weights.shards(folder)
     layers = model_config.num_hidden_layers
@@ -102,6 +108,14 @@ def plan(config: Config) -> tuple[Config, dict[str, Any]]:
     return config, summary
 
 
+def check_device(name: str) -> None:
+    """UserError when there is no such device here."""
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {name} is not there: {first_line(error)}") from None
+
+
 def base_of(config: Config) -> Path:
     """The folder of the config's model."""
     return weights.locate(config.model, config.revision)
@@ -114,11 +128,14 @@ def run_folder(config: Config) -> Path:
 def load_tokenizer(folder: Path) -> Any:
     """The model's tokenizer; UserError where there is none or it cannot pad."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds
         raise UserError(
             f"the tokenizer of {folder} cannot be loaded: {first_line(error)}"
         ) from error
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        # Without files transformers makes an empty one, to which every text is unknown.
+        raise UserError(f"model folder {folder} has no tokenizer; copy its tokenizer.json there")
     pad_id(tokenizer)
     return tokenizer
 
@@ -156,6 +173,7 @@ def unlearn(config: Config, *, out: Path | None = None, watch: Watch = silent) -
     if out is not None:
         require_free(out)
     folder = run_folder(config)
+    require_place(folder)
     base = base_of(config)
     tokenizer = load_tokenizer(base)
     topics = load_topics(config, tokenizer)
@@ -163,7 +181,12 @@ def unlearn(config: Config, *, out: Path | None = None, watch: Watch = silent) -
     if (folder / "record.json").exists():
         run = finished(folder, data)
     else:
-        run = train(config, folder, base, topics, data, watch)
+        try:
+            run = train(config, folder, base, topics, data, watch)
+        except BaseException:
+            if not (folder / "record.json").exists():  # the last thing written
+                discard(folder)
+            raise
     if out is not None:
         run.export(out)
     return run
@@ -182,6 +205,15 @@ def finished(folder: Path, data: Mapping[str, Any]) -> Run:
     return run
 
 
+def discard(folder: Path) -> None:
+    """Remove what a run that failed wrote, and its folders when that leaves them empty."""
+    for name in ("config.yaml", "metrics.jsonl", DELTA, STATE):
+        (folder / name).unlink(missing_ok=True)
+    with suppress(OSError):
+        folder.rmdir()
+        folder.parent.rmdir()
+
+
 def train(
     config: Config, folder: Path, base: Path, topics: list[Topic], data: Any, watch: Watch
 ) -> Run:
@@ -194,6 +226,12 @@ def train(
         dtype=config.dtype,
         device=config.device,
     )
+    highest = max(int(b["input_ids"].max()) for t in topics for b in (*t.forget, *t.retain))
+    if highest >= model.vocabulary_size:
+        raise UserError(
+            f"{base}: its tokenizer gives token {highest}, but the model knows "
+            f"{model.vocabulary_size} tokens; they do not belong together"
+        )
     weights.checkpoint_names(base, model.original)  # known before training: can it be written back?
     folder.mkdir(parents=True, exist_ok=True)
     (folder / DELTA).unlink(missing_ok=True)  # of a run that was killed
@@ -203,21 +241,17 @@ def train(
     error: Diverged | None = None
     steps = 0
     states: dict[str, State] = {}
-    with (
-        (folder / "metrics.jsonl").open("w") as metrics,
-        watch(method.name, config.train.max_steps) as tick,
-    ):
+    with (folder / "metrics.jsonl").open("w") as metrics:
 
         def log(step: int, values: dict[str, float | str]) -> None:
             nonlocal steps
             steps = step + 1
-            values = {"step": step, **values, "seconds": round(time.monotonic() - clock, 4)}
-            metrics.write(json.dumps(values) + "\n")
+            seconds = round(time.monotonic() - clock, 4)
+            metrics.write(json.dumps({"step": step, **values, "seconds": seconds}) + "\n")
             metrics.flush()
-            tick(live(values))
 
         try:
-            states = method.apply(model, topics, config.train, log)
+            states = method.apply(model, topics, config.train, log, watch)
         except Diverged as diverged:
             error, stop_reason = diverged, str(diverged)
     changed = model.delta()
@@ -232,7 +266,7 @@ def train(
         for name, tensor in state.tensors.items()
     }
     if tensors:
-        save_file(tensors, folder / "state.safetensors")
+        save_file(tensors, folder / STATE)
     record = {
         "id": config.id,
         "method": method.name,
@@ -252,18 +286,6 @@ def train(
     if error is not None:
         raise error
     return Run.open(folder)
-
-
-def live(values: Mapping[str, Any]) -> str:
-    """The numbers of a step that a person follows."""
-    shown = {
-        "forget": "forget {:.3g}",
-        "retain": "retain {:.3g}",
-        "target_ratio": "target/norm {:.2f}",
-        "forget_cos": "cos(forget, target) {:.3f}",
-        "retain_cos": "cos(retain) {:.4f}",
-    }
-    return " ".join(text.format(values[k]) for k, text in shown.items() if k in values)
 
 
 def notes(run: Run) -> list[str]:

@@ -23,6 +23,8 @@ from srmu.files import sha256, whole_folder
 from srmu.model import first_line
 
 INDEX = "model.safetensors.index.json"
+KEPT = (".json", ".model", ".txt", ".jinja", ".tiktoken", ".md")  # what an export copies as it is
+DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
 
 
 def locate(model: str, revision: str | None = None, base: Path = Path()) -> Path:
@@ -47,19 +49,19 @@ def locate(model: str, revision: str | None = None, base: Path = Path()) -> Path
 
 def shards(folder: Path) -> dict[str, Path]:
     """Which file holds which tensor. UserError where a file or tensor is missing or elsewhere."""
-    if not (folder / INDEX).exists():
-        single = folder / "model.safetensors"
-        if not single.exists():
-            pickles = sorted(p.name for p in folder.glob("*.bin"))
-            raise UserError(
-                f"model folder {folder} has no model.safetensors"
-                + (f", only {pickles[0]}: convert it with save_pretrained" if pickles else "")
-            )
+    single = folder / "model.safetensors"
+    if single.exists():  # transformers, too, takes it before an index
         return dict.fromkeys(tensor_names(single), single)
+    if not (folder / INDEX).exists():
+        pickles = sorted(p.name for p in folder.glob("*.bin"))
+        raise UserError(
+            f"model folder {folder} has no model.safetensors"
+            + (f", only {pickles[0]}: convert it with save_pretrained" if pickles else "")
+        )
     try:
         listed = json.loads((folder / INDEX).read_text())["weight_map"]
         found = {str(name): str(file) for name, file in listed.items()}
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(f"{folder / INDEX} is not a safetensors index") from error
     for file in sorted(set(found.values())):
         if Path(file).name != file or not file.endswith(".safetensors"):
@@ -101,6 +103,8 @@ def checkpoint_names(folder: Path, originals: Mapping[str, Tensor]) -> dict[str,
             raise UserError(f"{folder} stores {name} as {close or 'nothing'}: cannot write it back")
         with safe_open(where[close[0]], "pt") as file:
             stored = file.get_tensor(close[0])
+        if not stored.isfinite().all():
+            raise UserError(f"{folder} stores NaN or infinity in {close[0]}; fetch it again")
         if not torch.equal(stored.to(original.dtype), original.cpu()):
             raise UserError(f"{folder} stores {name} in another form; cannot write it back")
         names[name] = close[0]
@@ -156,10 +160,13 @@ def export(folder: Path, delta: Mapping[str, Tensor], out: Path) -> None:
     if lost := sorted(set(delta) - set(where)):
         raise UserError(f"the model {folder} has no tensor {lost[0]}; is it another model?")
     with whole_folder(out) as temporary:
-        for file in sorted(folder.iterdir()):
-            wanted = file.suffix in (".json", ".model", ".txt", ".jinja", ".safetensors", ".md")
+        for file in sorted([*folder.iterdir(), *folder.glob("additional_chat_templates/*")]):
+            # Not the weights that the model does not load: they would keep the old tensors.
+            wanted = file.suffix in KEPT or file in where.values()
             if file.is_file() and wanted and not file.name.startswith("."):
-                shutil.copyfile(file.resolve(), temporary / file.name)
+                copy = temporary / file.relative_to(folder)
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(file.resolve(), copy)
         for path in sorted({where[name] for name in delta}):
             patch(temporary / path.name, {n: t for n, t in delta.items() if where[n] == path})
 
@@ -169,17 +176,19 @@ def patch(path: Path, tensors: Mapping[str, Tensor]) -> None:
     entries, start = header(path)
     with path.open("r+b") as file:
         for name, tensor in tensors.items():
-            begin, end = entries[name]["data_offsets"]
-            data = tensor.contiguous().view(torch.uint8).numpy().tobytes()
-            assert len(data) == end - begin, f"{name} has another size in {path}"
-            file.seek(start + begin)
-            file.write(data)
+            entry = entries[name]
+            if (entry["dtype"], entry["shape"]) != (DTYPES.get(tensor.dtype), list(tensor.shape)):
+                raise UserError(
+                    f"{name} has another type or shape in the model; is it another one?"
+                )
+            file.seek(start + entry["data_offsets"][0])
+            file.write(tensor.contiguous().view(torch.uint8).numpy().tobytes())
 
 
 def fingerprint(folder: Path, delta: Mapping[str, Tensor] | None = None) -> str:
     """SHA-256 over a model's weights, config and tokenizer, and a delta's tensors."""
     names: Iterable[Path] = sorted(
-        p for p in folder.iterdir() if p.suffix in (".safetensors", ".json", ".model", ".jinja")
+        p for p in folder.iterdir() if p.suffix in (".safetensors", *KEPT) and p.suffix != ".md"
     )
     parts: list[bytes | Path] = []
     for path in names:

@@ -5,16 +5,18 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
 
+from srmu.console import Watch, silent
 from srmu.data import Topic
 from srmu.errors import UserError
 from srmu.losses import counted, token_cosine, token_mse, without_first
 from srmu.model import Batch, EditableModel, Site, Stream, check_layers
-from srmu.train import Log, Terms, TrainOptions, fit, to
+from srmu.train import Log, LossFunction, Terms, TrainOptions, fit, to
 
 KAPPA = 8.0  # the strength where none is given
 
@@ -56,7 +58,12 @@ class Method(ABC):
 
     @abstractmethod
     def apply(
-        self, model: EditableModel, topics: Sequence[Topic], train: TrainOptions, log: Log
+        self,
+        model: EditableModel,
+        topics: Sequence[Topic],
+        train: TrainOptions,
+        log: Log,
+        watch: Watch = silent,
     ) -> dict[str, State]:
         """Change the model; return the state of each topic."""
 
@@ -77,21 +84,41 @@ class Objective(Method):
         return topic
 
     def apply(
-        self, model: EditableModel, topics: Sequence[Topic], train: TrainOptions, log: Log
+        self,
+        model: EditableModel,
+        topics: Sequence[Topic],
+        train: TrainOptions,
+        log: Log,
+        watch: Watch = silent,
     ) -> dict[str, State]:
-        parts, states = [], {}
-        for topic in topics:
-            method = self.with_options(topic.options)
-            state = states[topic.name] = method.setup(model, topic)
+        parts: list[tuple[Topic, LossFunction]] = []
+        states = {}
+        with watch(f"{self.name}: measuring activations", len(topics)) as tick:
+            for topic in topics:
+                method = self.with_options(topic.options)
+                state = states[topic.name] = method.setup(model, topic)
+                parts.append((method.prepared(topic), partial(method.loss, model, state)))
+                tick(topic.name)
+        with watch(self.name, train.max_steps) as tick:
 
-            def loss(
-                forget: Batch, retain: Batch, step: int, method: Any = method, state: Any = state
-            ) -> Terms:
-                return method.loss(model, state, forget, retain, step)
+            def follow(step: int, values: dict[str, float | str]) -> None:
+                log(step, values)
+                tick(live(values))
 
-            parts.append((method.prepared(topic), loss))
-        fit(model, parts, train, log)
+            fit(model, parts, train, follow)
         return states
+
+
+def live(values: Mapping[str, Any]) -> str:
+    """The numbers of a step that a person follows."""
+    shown = {
+        "forget": "forget {:.3g}",
+        "retain": "retain {:.3g}",
+        "target_ratio": "target/norm {:.2f}",
+        "forget_cos": "cos(forget, target) {:.3f}",
+        "retain_cos": "cos(retain) {:.4f}",
+    }
+    return " ".join(text.format(values[k]) for k, text in shown.items() if k in values)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,9 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
 from srmu.data import Topic
+from srmu.directions import draw
 from srmu.importance import measure
 from srmu.methods.base import Misdirection, State
 from srmu.model import EditableModel
@@ -20,7 +19,5 @@ class RMU(Misdirection):
 
     def setup(self, model: EditableModel, topic: Topic) -> State:
         mean, norm = measure(self.frozen_hidden(model, topic.forget))
-        # Entries of U[0, 1) are not centred: two topics' directions have a cosine near 0.75.
-        draw = torch.rand(len(mean), generator=topic.generator("direction")).to(model.device)
-        direction = draw / draw.norm()
-        return self.state(direction, norm, direction=direction)
+        u = draw("unit_uniform", len(mean), topic.generator("direction")).to(model.device)
+        return self.state(u, norm, direction=u)
