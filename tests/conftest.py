@@ -109,8 +109,7 @@ def texts(count: int, seed: int, words: range = range(60)) -> list[str]:
         return int(torch.randint(low, high, (), generator=generator))
 
     return [
-        " ".join(f"w{words[draw(0, len(words))]}" for _ in range(draw(5, 13)))
-        for _ in range(count)
+        " ".join(f"w{words[draw(0, len(words))]}" for _ in range(draw(5, 13))) for _ in range(count)
     ]
 
 

@@ -47,7 +47,7 @@ def config_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_paths_start_at_the_config_file(config_file: Path, tmp_path: Path) -> None:
-    config = load_config(Path("../there/config.yaml"))
+    config = load_config("../there/config.yaml")
     there = tmp_path / "there"
     assert config.model == str(there / "model")
     bio, cyber = config.topics["bio"], config.topics["cyber"]

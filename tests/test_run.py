@@ -148,7 +148,7 @@ def test_a_flat_map_is_said_to_select_nothing(workplace: Path) -> None:
 def test_the_same_config_is_not_run_twice(workplace: Path) -> None:
     first = unlearn(config(workplace))
     times = {p: p.stat().st_mtime_ns for p in first.folder.iterdir()}
-    again = unlearn(config(workplace), out=workplace / "out")
+    again = unlearn(config(workplace), out=str(workplace / "out"))
     assert again.folder == first.folder
     assert {p: p.stat().st_mtime_ns for p in first.folder.iterdir()} == times
     assert (workplace / "out" / "config.json").exists()
@@ -299,5 +299,5 @@ def test_scores_of_a_run(workplace: Path, quiz: Path) -> None:
     # A model, the run by its path, and what was exported score the same.
     assert score(workplace / "model", ["quiz"]) == {"after": direct}
     assert score(str(run.folder)) == scores
-    run.export(workplace / "out")
-    assert score(workplace / "out", ["quiz"], tasks_dir=quiz)["after"] == scores["after"]
+    Run.open(str(run.folder)).export(str(workplace / "out"))
+    assert score(workplace / "out", ["quiz"], tasks_dir=str(quiz))["after"] == scores["after"]

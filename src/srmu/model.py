@@ -61,7 +61,7 @@ def read_config(folder: Path) -> Any:
     if not (folder / "config.json").is_file():
         raise UserError(f"model folder {folder} has no config.json; name a Hugging Face model")
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, OSError, KeyError) as error:
         raise UserError(f"{folder}/config.json cannot be read: {first_line(error)}") from error
     names = config.architectures or ["none named"]
@@ -236,7 +236,11 @@ def load_module(folder: Path, dtype: str = "auto") -> PreTrainedModel:
     """The whole checkpoint through transformers; UserError when a tensor is missing or misfits."""
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, output_loading_info=True
+            folder,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"model {folder} cannot be loaded: {first_line(error)}") from error

@@ -40,8 +40,9 @@ class Run:
     folder: Path
 
     @classmethod
-    def open(cls, folder: Path) -> Run:
+    def open(cls, folder: str | Path) -> Run:
         """A finished run; UserError when the folder is none."""
+        folder = Path(folder)
         if not (folder / "record.json").is_file():
             raise UserError(f"{folder} is not a finished run: it has no record.json")
         return cls(folder)
@@ -64,12 +65,12 @@ class Run:
     def base(self) -> Path:
         return base_of(self.config)
 
-    def export(self, out: Path) -> Path:
+    def export(self, out: str | Path) -> Path:
         """Write the full checkpoint. Refuses a run that diverged."""
         if self.record["stop_reason"] != "max_steps":
             raise UserError(f"{self.folder} stopped early: {self.record['stop_reason']}")
-        weights.export(self.base, self.delta, out)
-        return out
+        weights.export(self.base, self.delta, Path(out))
+        return Path(out)
 
     def results(self) -> dict[str, dict[str, float]]:
         """What `srmu eval` measured of this run so far."""
@@ -163,7 +164,7 @@ def load_topics(config: Config, tokenizer: Any) -> list[Topic]:
     ]
 
 
-def unlearn(config: Config, *, out: Path | None = None, watch: Watch = silent) -> Run:
+def unlearn(config: Config, *, out: str | Path | None = None, watch: Watch = silent) -> Run:
     """Unlearn the config's topics; the run's folder holds the result, `out` a full checkpoint.
 
     The same config on the same data is not run twice. Raises Diverged with the last good weights
@@ -171,7 +172,7 @@ def unlearn(config: Config, *, out: Path | None = None, watch: Watch = silent) -
     """
     config, _ = plan(config)
     if out is not None:
-        require_free(out)
+        require_free(Path(out))
     folder = run_folder(config)
     require_place(folder)
     base = base_of(config)

@@ -19,7 +19,7 @@ def score(
     target: str | Path | Run,
     tasks: Sequence[str] = (),
     *,
-    tasks_dir: Path | None = None,
+    tasks_dir: str | Path | None = None,
     limit: int | None = None,
     watch: Watch = silent,
 ) -> dict[str, Results]:
@@ -37,11 +37,13 @@ def score(
     weights.shards(folder)
     if run:
         tasks = tasks or run.config.eval
-        if tasks_dir is None and run.config.tasks_dir is not None:
-            tasks_dir = Path(run.config.tasks_dir)
+        if tasks_dir is None:
+            tasks_dir = run.config.tasks_dir
     if not tasks:
         raise UserError("no task named; give --tasks a,b")
-    if tasks_dir is None and (folder.parent / "tasks").is_dir():
+    if tasks_dir is not None:
+        tasks_dir = Path(tasks_dir)
+    elif (folder.parent / "tasks").is_dir():
         tasks_dir = folder.parent / "tasks"
     tokenizer = load_tokenizer(folder)
     module = load_module(folder).eval()

@@ -43,9 +43,13 @@ class TrainOptions:
     weights: Literal["fp32", "bf16"] = "fp32"  # bf16: no float32 masters, as the public code
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "max_steps", "batch_size"):
-            if not getattr(self, name) > 0:
+        for name in ("learning_rate", "max_steps", "batch_size", "adam_epsilon"):
+            if not 0 < getattr(self, name) <= 1e30:
                 raise UserError(f"train.{name} must be above 0")
+        if not 0 <= self.weight_decay <= 1e30:
+            raise UserError("train.weight_decay must be 0 or above")
+        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
+            raise UserError("train.max_grad_norm must be above 0, or null for no clipping")
 
 
 def fit(
@@ -103,7 +107,7 @@ def fit(
         log(step, {"topic": topic.name} | {k: float(v.detach()) for k, v in values.items()})
     if not all(p.isfinite().all() for p in parameters):
         restore(parameters, good)
-        raise Diverged(f"the weights are not finite after the last step; {ADVICE}")
+        raise Diverged(f"the weights are not finite after {place}; {ADVICE}")
 
 
 ADVICE = "lower train.learning_rate or the strength (method.kappa or method.coeff)"

@@ -93,7 +93,7 @@ class Objective(Method):
     ) -> dict[str, State]:
         parts: list[tuple[Topic, LossFunction]] = []
         states = {}
-        with watch(f"{self.name}: measuring activations", len(topics)) as tick:
+        with watch("measuring activations", len(topics)) as tick:
             for topic in topics:
                 method = self.with_options(topic.options)
                 state = states[topic.name] = method.setup(model, topic)
@@ -227,8 +227,9 @@ class Misdirection(Objective):
 
         `norm` is the mean norm of the original model's forget activations.
         """
-        if not norm > 0:
-            raise UserError(f"the forget activations at {self.site} are all zero")
+        if not 0 < norm < float("inf"):
+            kind = "all zero" if norm == 0 else "not finite"
+            raise UserError(f"the forget activations at {self.site} are {kind}")
         target = self.scaled(shape, norm)
         size = float(shape.norm())
         numbers = {
