@@ -173,7 +173,6 @@ def test_padding_changes_nothing(method: Any) -> None:
             assert long[key] == pytest.approx(short[key], rel=1e-5, abs=1e-5), key
 
 
-# FAILS until src is mended: target_ratio averages over padding too.
 @pytest.mark.parametrize(
     "method",
     [AdaptiveRMU(norm_when="per_token"), SRMU(target_mode="additive"), RMU()],
@@ -338,7 +337,6 @@ def test_every_architecture_unlearns(cls: Any, arch: str) -> None:
         (SRMU, {"clip_quantile": 1.5}, "clip_quantile"),
         (AdaptiveRMU, {"scale": 3.0}, "scale"),
         (AdaptiveRMU, {"scale": 3.0, "kappa": 2.0}, "scale"),
-        # FAILS until src is mended: shared_direction beside plus, minus and zero.
         *(  # V is the same for all topics there anyway
             (SRMU, {"shared_direction": True, "direction": d}, "shared_direction")
             for d in ("plus", "minus", "zero")
@@ -376,7 +374,6 @@ def test_kappa_sets_the_targets_norm(cls: Any, kappa: float | None) -> None:
         assert state.tensors["target"].norm() == pytest.approx(expected * mean, rel=1e-5)
 
 
-# FAILS until src is mended: AdaptiveRMU does not override `scaled`.
 @pytest.mark.parametrize("scale", [None, 2.0])
 def test_adaptive_numbers_tell_its_strength(scale: float | None) -> None:
     """With coeff the target is scale * coeff * norm, and the recorded kappa says so."""
@@ -432,7 +429,6 @@ def test_a_layer_or_window_that_does_not_fit(cls: Any, layers: int, options: Any
 # --- anchors -------------------------------------------------------------------------------------
 
 
-# FAILS until src is mended: `first` is a view in Topic.anchored, so <s> is lost.
 @pytest.mark.parametrize(("share", "rows"), [(0.25, 1), (0.5, 2), (0.75, 3), (1.0, 4)])
 def test_anchors_replace_their_share_of_retain_rows(share: float, rows: int) -> None:
     some = replace(
@@ -470,7 +466,6 @@ def test_anchors_of_a_share_that_is_no_row_are_refused() -> None:
         topic().anchored(0.1)
 
 
-# FAILS until src is mended: a last batch that is too short is refused.
 @each_method
 def test_anchors_survive_a_short_last_batch(cls: Any) -> None:
     """Seven texts in batches of two leave a batch of one: the default share must not refuse it."""
@@ -574,7 +569,6 @@ def targets_of_a_run(method: Any, steps: int = 4) -> list[torch.Tensor]:
     return seen
 
 
-# FAILS until src is mended: the first step multiplies in float32, later ones in float64.
 @pytest.mark.parametrize("source", ["frozen", "updated"])
 @pytest.mark.parametrize("strength", [{"kappa": 0.1}, {"coeff": 0.7, "scale": 1.3}, {"kappa": 3.3}])
 def test_the_first_batchs_target_holds_for_all_steps(source: Any, strength: Any) -> None:

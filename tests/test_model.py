@@ -316,7 +316,6 @@ def test_a_layer_without_an_mlp_module() -> None:
     assert list(model.trained) == ["model.decoder.layers.1.fc2.weight"]
     expected, _ = whole(module, "model.decoder.layers.1.fc2", True, example())
     got = model.hidden(example(), Site(1, "mlp_post"))
-    # FAILS until src is mended: OPT flattens (B, T) inside its layers, and hidden() returns that.
     assert got.shape == (*example()["input_ids"].shape, 48)
     assert torch.equal(got.flatten(0, 1), expected.reshape(-1, 48))
     with pytest.raises(UserError, match=r"has no 'mlp'; it has .*fc1"):

@@ -287,7 +287,6 @@ def test_a_run_leaves_the_global_random_state_alone() -> None:
     [
         *((n, value) for n in ("learning_rate", "max_steps", "batch_size") for value in (0, -1)),
         ("learning_rate", float("nan")),
-        # FAILS until src is mended: only the first three names are checked.
         ("max_grad_norm", 0.0),
         ("max_grad_norm", -1.0),
         ("weight_decay", -0.1),

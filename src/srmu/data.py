@@ -82,19 +82,22 @@ class Topic:
         The rows are fixed for a batch, so that what is computed from it can be cached.
         """
         generator = self.generator("anchors")
+        largest = max(len(batch["input_ids"]) for batch in self.retain)
+        if round(share * largest) == 0:
+            raise UserError(
+                f"anchor_share={share:g} of a retain batch of {largest} is no row; raise it"
+            )
 
         def mix(batch: Batch) -> Batch:
             ids, mask, labels = (
                 batch[k].clone() for k in ("input_ids", "attention_mask", "labels")
             )
             rows = round(share * len(ids))
-            if rows == 0:
-                raise UserError(
-                    f"anchor_share={share:g} of a retain batch of {len(ids)} is no row; raise it"
-                )
+            if rows == 0:  # a short last batch
+                return batch
             special = ~torch.isin(ids[-rows:], self.vocabulary)
             draw = torch.randint(len(self.vocabulary), (rows, ids.shape[1]), generator=generator)
-            first = ids[-rows:, :1]  # a leading <s> stays
+            first = ids[-rows:, :1].clone()  # a leading <s> stays
             ids[-rows:] = self.vocabulary[draw]
             ids[-rows:, :1] = torch.where(special[:, :1], first, ids[-rows:, :1])
             mask[-rows:], labels[-rows:] = 1, ids[-rows:]

@@ -167,7 +167,7 @@ class EditableModel:
                 )
         finally:
             handle.remove()
-        return caught[0]
+        return caught[0].reshape(*batch["input_ids"].shape, -1)  # OPT flattens inside its layers
 
     def logits(self, batch: Batch) -> Float[Tensor, "B T V"]:
         """Next-token logits; UserError when the model was loaded shallow."""

@@ -1,7 +1,8 @@
 """Adaptive RMU: RMU whose strength follows the activation norm (arXiv 2408.06223)."""
 
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, Self
 
 from torch import Tensor
 
@@ -36,6 +37,14 @@ class AdaptiveRMU(RMU):
             return (5.0 if self.scale is None else self.scale) * self.coeff
         return super().factor
 
+    def with_options(self, options: Mapping[str, Any]) -> Self:
+        bare = replace(self, scale=None) if "kappa" in options else self
+        return super(AdaptiveRMU, bare).with_options(options)
+
+    def scaled(self, shape: Tensor, norm: float) -> Tensor:
+        """The target of that shape, a unit vector, at activations of norm `norm`."""
+        return self.factor * norm * shape
+
     def target(
         self, model: EditableModel, state: State, forget: Batch, retain: Batch, hidden: Tensor
     ) -> Tensor:
@@ -52,9 +61,9 @@ class AdaptiveRMU(RMU):
         if self.norm_when == "per_sample":
             means = (norms * mask).sum(dim=1) / mask.sum(dim=1)
             return self.factor * means[:, None, None] * direction
-        mean = norms[mask].mean()
+        mean = float(norms[mask].mean())
         if self.norm_when == "first_batch":  # the public code's form
-            state.memory["first_norm"] = float(mean)
+            state.memory["first_norm"] = mean
         target = self.factor * mean * direction
         state.tensors["target"] = target
         return target

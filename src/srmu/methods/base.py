@@ -14,7 +14,7 @@ from torch import Tensor
 from srmu.console import Watch, silent
 from srmu.data import Topic
 from srmu.errors import UserError
-from srmu.losses import counted, token_cosine, token_mse, without_first
+from srmu.losses import counted, token_cosine, token_mean, token_mse, without_first
 from srmu.model import Batch, EditableModel, Site, Stream, check_layers
 from srmu.train import Log, LossFunction, Terms, TrainOptions, fit, to
 
@@ -260,9 +260,9 @@ class Misdirection(Objective):
             "retain": self.alpha * token_mse(held, anchor, retain_mask),  # second term
         }
         with torch.no_grad():
-            size = target.float().norm(dim=-1).mean()
+            size = target.float().norm(dim=-1).expand(forget_mask.shape)
             logged = {
-                "target_ratio": size / state.numbers["activation_norm"],
+                "target_ratio": token_mean(size, forget_mask) / state.numbers["activation_norm"],
                 "forget_cos": token_cosine(hidden, target, forget_mask),
                 "retain_cos": token_cosine(held, anchor, retain_mask),
             }

@@ -37,6 +37,8 @@ class SRMU(Misdirection):
         self.needs("ema_decay", self.map_mode == "ema", "map_mode=ema")
         self.needs("lam", self.importance == "difference", "importance=difference")
         self.needs("eps", self.importance not in ("difference", "uniform"), "a ratio or product")
+        drawn = self.direction not in ("plus", "minus", "zero")
+        self.needs("shared_direction", drawn, "a direction that is drawn")
         for option in ("map_mode", "statistic", "clip_quantile"):
             self.needs(option, self.importance != "uniform", "a map that is not uniform")
         if not 0 < self.clip_quantile <= 1 or not 0 <= self.ema_decay < 1 or self.eps <= 0:
