@@ -2,6 +2,8 @@
 VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
+# Modules whose tensor shapes are checked while the tests run.
+SHAPED := srmu.losses,srmu.importance,srmu.directions,srmu.model
 STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 export OMP_WAIT_POLICY ?= passive
@@ -12,7 +14,7 @@ demo: $(STAMP)
 	$(BIN)/srmu demo demo
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --jaxtyping-packages=srmu,beartype.beartype
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --jaxtyping-packages=$(SHAPED),beartype.beartype
 
 test-slow: $(STAMP)
 	$(BIN)/pytest -q -m slow

@@ -1,6 +1,5 @@
 """The training loop: closed forms of its steps, and what it leaves behind when it stops."""
 
-import random
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -232,7 +231,9 @@ def test_weights_that_are_not_finite_after_the_last_step(dtype: torch.dtype) -> 
     def loss(*_: Any) -> Terms:  # always 0, with a gradient of 1
         return Terms({"forget": sum((p - p.detach()).sum() for p in model.trained.values())}, {})
 
-    with pytest.raises(Diverged, match="the weights are not finite after the last step"):
+    with pytest.raises(
+        Diverged, match="the weights are not finite after step 11, topic bio, batch 11"
+    ):
         train(model, loss, 1, history, max_steps=12, learning_rate=3e37)
     assert not history[12][0].isfinite().any()
     assert same(list(model.trained.values()), history[11])
@@ -271,15 +272,14 @@ def test_a_loss_that_does_not_reach_the_trained_tensors() -> None:
 
 def test_a_run_leaves_the_global_random_state_alone() -> None:
     method = SRMU(layer=2, direction="resampled", anchors="random")
-    random.seed(1)
     np.random.seed(1)
     torch.manual_seed(1)
     model = EditableModel(pico_module(), method.trainable, method.depth)
-    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+    before = np.random.get_state()[1].tolist(), torch.get_rng_state()
     method.apply(model, [topic()], TrainOptions(max_steps=3), lambda *_: None)
-    after = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
-    assert before[:2] == after[:2]
-    assert torch.equal(before[2], after[2])
+    after = np.random.get_state()[1].tolist(), torch.get_rng_state()
+    assert before[0] == after[0]
+    assert torch.equal(before[1], after[1])
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,8 @@ from srmu.data import Padding, Topic
 from srmu.errors import Diverged, UserError
 from srmu.model import Batch, EditableModel
 
+LARGEST = 3e37  # AdamW multiplies in float32
+
 Log = Callable[[int, dict[str, float | str]], None]
 
 
@@ -44,10 +46,10 @@ class TrainOptions:
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "max_steps", "batch_size", "adam_epsilon"):
-            if not 0 < getattr(self, name) <= 1e30:
-                raise UserError(f"train.{name} must be above 0")
-        if not 0 <= self.weight_decay <= 1e30:
-            raise UserError("train.weight_decay must be 0 or above")
+            if not 0 < getattr(self, name) <= LARGEST:
+                raise UserError(f"train.{name} must be above 0 and at most {LARGEST:g}")
+        if not 0 <= self.weight_decay <= LARGEST:
+            raise UserError(f"train.weight_decay must be at least 0 and at most {LARGEST:g}")
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             raise UserError("train.max_grad_norm must be above 0, or null for no clipping")
 
