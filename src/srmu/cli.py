@@ -191,6 +191,7 @@ def evaluate(
     tasks: Annotated[str, typer.Option(help="lm-eval tasks, a,b; default: the run's own.")] = "",
     limit: Annotated[int | None, typer.Option(help="Only the first N questions.")] = None,
     tasks_dir: Annotated[Path | None, typer.Option(help="Folder of local YAML tasks.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1.")] = "auto",
     as_json: Json = False,
 ) -> None:
     """Measure a model, or a run before and after."""
@@ -198,7 +199,7 @@ def evaluate(
     from srmu.scoring import score
 
     names = [name.strip() for name in tasks.split(",") if name.strip()]
-    scores = score(target, names, tasks_dir=tasks_dir, limit=limit, watch=watch)
+    scores = score(target, names, tasks_dir=tasks_dir, limit=limit, device=device, watch=watch)
     if as_json:
         say(scores if "before" in scores else scores["after"], True)
         return

@@ -87,7 +87,7 @@ class Config(Strict):
     model: str
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: the checkpoint's own
-    device: str = "cpu"
+    device: str = "auto"  # auto: a GPU where there is one
     method: Annotated[Any, BeforeValidator(_method), PlainSerializer(_method_dict)]
     topics: dict[str, TopicConfig]
     train: TrainOptions = TrainOptions()

@@ -91,14 +91,15 @@ def plan(config: Config) -> tuple[Config, dict[str, Any]]:
         if unknown := sorted(set(topic.options) - known):
             raise UserError(f"topics.{name}.{unknown[0]}: method {method.name} has no such option")
         method.with_options(topic.options)
-    check_device(config.device)
-    config = config.model_copy(update={"method": method})
+    device = find_device(config.device)
+    config = config.model_copy(update={"method": method, "device": device})
     files = weights.shards(folder)
     layers = model_config.num_hidden_layers
     summary = {
         "id": config.id,
         "run": str(run_folder(config)),
         "model": config.model,
+        "device": device,
         "layers": layers,
         "layers_loaded": layers if method.depth is None else method.depth,
         "trainable": list(method.trainable),
@@ -109,12 +110,15 @@ def plan(config: Config) -> tuple[Config, dict[str, Any]]:
     return config, summary
 
 
-def check_device(name: str) -> None:
-    """UserError when there is no such device here."""
+def find_device(name: str) -> str:
+    """The device that a name means here; UserError when there is no such one."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device {name} is not there: {first_line(error)}") from None
+    return name
 
 
 def base_of(config: Config) -> Path:

@@ -12,7 +12,7 @@ from srmu.errors import UserError
 from srmu.evals import Results, evaluate
 from srmu.files import write_json
 from srmu.model import load_module, read_config
-from srmu.run import Run, load_tokenizer
+from srmu.run import Run, find_device, load_tokenizer
 
 
 def score(
@@ -21,6 +21,7 @@ def score(
     *,
     tasks_dir: str | Path | None = None,
     limit: int | None = None,
+    device: str = "auto",
     watch: Watch = silent,
 ) -> dict[str, Results]:
     """Score a model folder, a hub id or a run: `{"after": ...}`, for a run also `"before"`.
@@ -29,9 +30,11 @@ def score(
     run's, else in `tasks/` beside the model. A run's scores go into `results.json` and
     `before.json` of its folder.
     """
-    run = target if isinstance(target, Run) else None
-    if run is None and (Path(target) / "record.json").exists():  # type: ignore[arg-type]
-        run = Run.open(Path(target))  # type: ignore[arg-type]
+    if isinstance(target, Run):
+        run: Run | None = target
+    else:
+        is_run = (Path(target) / "record.json").exists()
+        run = Run.open(Path(target)) if is_run else None
     folder = run.base if run else weights.locate(str(target))
     read_config(folder)
     weights.shards(folder)
@@ -46,7 +49,7 @@ def score(
     elif (folder.parent / "tasks").is_dir():
         tasks_dir = folder.parent / "tasks"
     tokenizer = load_tokenizer(folder)
-    module = load_module(folder).eval()
+    module = load_module(folder).eval().to(find_device(device))
 
     def measured(delta: dict[str, Any]) -> Results:
         weights.apply_delta(module, folder, delta)

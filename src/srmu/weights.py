@@ -98,7 +98,7 @@ def checkpoint_names(folder: Path, originals: Mapping[str, Tensor]) -> dict[str,
     where = shards(folder)
     names = {}
     for name, original in originals.items():
-        close = [k for k in where if k == name or k.endswith("." + name) or name.endswith("." + k)]
+        close = [key for key in where if alike(key, name)]
         if len(close) != 1:
             raise UserError(f"{folder} stores {name} as {close or 'nothing'}: cannot write it back")
         with safe_open(where[close[0]], "pt") as file:
@@ -111,11 +111,19 @@ def checkpoint_names(folder: Path, originals: Mapping[str, Tensor]) -> dict[str,
     return names
 
 
+def alike(a: str, b: str) -> bool:
+    """Whether two tensor names are the same but for a prefix, such as `transformer.`."""
+    return a == b or a.endswith("." + b) or b.endswith("." + a)
+
+
 def save_delta(
-    path: Path, folder: Path, originals: Mapping[str, Tensor], changed: Mapping[str, Tensor],
+    path: Path,
+    folder: Path,
+    originals: Mapping[str, Tensor],
+    changed: Mapping[str, Tensor],
     metadata: Mapping[str, str],
-) -> dict[str, Tensor]:  # fmt: skip
-    """Write the changed tensors in the checkpoint's own dtypes and names; return them."""
+) -> None:
+    """Write the changed tensors in the checkpoint's own dtypes and names."""
     names = checkpoint_names(folder, {name: originals[name] for name in changed})
     where = shards(folder)
     delta = {}
@@ -128,7 +136,6 @@ def save_delta(
     temporary = path.with_name(f".{path.name}")
     save_file(delta, temporary, metadata=dict(metadata))
     temporary.replace(path)
-    return delta
 
 
 def load_delta(path: Path) -> dict[str, Tensor]:
@@ -143,9 +150,7 @@ def apply_delta(module: torch.nn.Module, folder: Path, delta: Mapping[str, Tenso
     """Put a delta's tensors into a loaded model."""
     parameters = dict(module.named_parameters())
     for name, tensor in delta.items():
-        close = [
-            n for n in parameters if n == name or n.endswith("." + name) or name.endswith("." + n)
-        ]
+        close = [known for known in parameters if alike(known, name)]
         if len(close) != 1 or parameters[close[0]].shape != tensor.shape:
             raise UserError(f"the delta's tensor {name} does not fit the model {folder}")
         parameters[close[0]].data.copy_(tensor)
