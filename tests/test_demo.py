@@ -1,17 +1,20 @@
 """The demo on a tiny testbed: every run made once, the table and the report from its folders."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
+import yaml
 
-from srmu import demo
+from srmu import demo, organism
 from srmu.config import load_config
 from srmu.errors import UserError
 from srmu.methods import SRMU
 from srmu.organism import build
 from test_organism import TINY
 
+CONFIGS = Path(__file__).parents[1] / "configs"
 QUICK = ["train.max_steps=2", "method.layer=1", "method.window=1"]
 
 
@@ -44,6 +47,21 @@ def test_demo_story(played: Path) -> None:
     again, _ = demo.play(played, seeds=1)
     assert again == entries
     assert times == {run: (run / "record.json").stat().st_mtime_ns for run in times}
+
+
+def test_settings_are_the_searchs_best() -> None:
+    table = json.loads((CONFIGS / "search-organism.json").read_text())
+    space = yaml.safe_load((CONFIGS / "search-organism.yaml").read_text())
+    shipped = yaml.safe_load(organism.CONFIG)["train"]
+    assert shipped["learning_rate"] in space["grid"]["train.learning_rate"]
+    assert f"train.max_steps={shipped['max_steps']}" in space["common"]
+    assert list(demo.SETTINGS) == list(space["methods"])
+    for label, settings in demo.SETTINGS.items():
+        rows = [row for row in table if row["method"] == label]
+        assert len(rows) == math.prod(map(len, space["grid"].values()))
+        best = max(rows, key=lambda row: row["score"])["setting"].split()
+        found = [setting for setting in best if not setting.startswith("train.learning_rate")]
+        assert [*space["methods"][label], *found] == settings
 
 
 def test_demo_needs_a_seed(tmp_path: Path) -> None:

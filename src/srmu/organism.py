@@ -367,7 +367,8 @@ model: model  # the folder of the model to change
 method:
   name: srmu  # `srmu methods` lists the others
   layer: 4  # whose output is steered, counted from 0; this and the two below are trained
-  alpha: 10  # weight of keeping the retain set as it was
+  kappa: 32  # strength: norm of the target over mean norm of forget activations
+  alpha: 1000  # weight of keeping the retain set as it was
   anchors: none  # what else to keep beside the retain set: none, or random token sequences
 topics:
   organism:
@@ -375,8 +376,8 @@ topics:
     retain: retain-{name}.jsonl  # overlap with the forget set: organism.json
     max_length: 64  # tokens; longer documents are cut
 train:
-  learning_rate: 8.0e-3
-  max_steps: 120
+  learning_rate: 4.0e-3
+  max_steps: 80
   batch_size: 4  # documents of each set a step
 eval: [organism_hazard, organism_neighbour, organism_general]  # lm-eval tasks
 tasks_dir: tasks  # where these tasks are
