@@ -118,9 +118,10 @@ def terminal_table(entries: Sequence[Entry]) -> list[dict[str, Any]]:
     metrics = {metric: metric.split("_", 1)[1].split("/")[0] for metric in FORGET + UTILITY}
     rows: list[dict[str, Any]] = []
     for row in table(entries, list(metrics)):
-        if not any(r["regime"] == row.group for r in rows):
+        shared = row.group.removesuffix(" entanglement")
+        if not any(r["entangled"] == shared for r in rows):
             before = {name: str(row.before[metric]) for metric, name in metrics.items()}
-            rows.append({"regime": row.group, "method": "before"} | before)
+            rows.append({"entangled": shared, "method": "before"} | before)
         after = {name: str(row.after[metric]) for metric, name in metrics.items()}
-        rows.append({"regime": row.group, "method": row.label} | after)
+        rows.append({"entangled": shared, "method": row.label} | after)
     return rows
