@@ -7,6 +7,7 @@ SHAPED := srmu.losses,srmu.importance,srmu.directions,srmu.model
 STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 export OMP_WAIT_POLICY ?= passive
+export NO_MKDOCS_2_WARNING := 1
 
 .PHONY: demo test test-slow check bench docs clean
 

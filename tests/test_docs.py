@@ -64,6 +64,17 @@ def test_readme_python_runs(place: Path) -> None:
     assert (place / "unlearned" / "config.json").exists()
 
 
+def test_contributing_method_runs(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    (code,) = re.findall(r"```python title=\"gaussian_rmu.py\"\n(.*?)```", text, flags=re.DOTALL)
+    (place / "gaussian_rmu.py").write_text(code)
+    (named,) = re.findall(r"`(method\.name=gaussian_rmu\.py:\w+)`", text)
+    paths = ["--model", "my-model", "--forget", "forget.jsonl", "--retain", "retain.jsonl"]
+    options = [named, "train.max_steps=2", "train.learning_rate=0.01"]
+    assert run(["unlearn", *paths, *options], monkeypatch) == 0
+    assert list((place / "runs").glob("*-gaussian_rmu/delta.safetensors"))
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_commands_exist(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for arguments in commands(page):
