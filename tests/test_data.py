@@ -16,7 +16,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import VOCABULARY, texts, word_tokenizer, write_jsonl
-from srmu.data import Source, Topic, batch_up, digest, load_topic, pad_id, read, tokenise
+from srmu.data import (
+    Source,
+    Topic,
+    batch_up,
+    digest,
+    load_topic,
+    own_key,
+    pad_id,
+    read,
+    tokenise,
+)  # fmt: skip
 from srmu.errors import UserError
 
 ROWS = ["one two", "three\nfour, five", 'six "seven"', "  eight\t"]
@@ -268,3 +278,9 @@ def test_order_of_documents(tmp_path: Path) -> None:
     torch.manual_seed(5)  # no global state
     assert documents(topic(tmp_path)) == shuffled
     assert documents(topic(tmp_path, seed=1)) != shuffled
+
+
+def test_processes_that_race_get_the_same_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = own_key()
+    monkeypatch.setattr(Path, "exists", lambda path: False)  # as a process that looked too early
+    assert own_key() == first

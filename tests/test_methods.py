@@ -780,3 +780,11 @@ def test_srmu_moves_selected_features_and_holds_the_others(kind: Any) -> None:
     share, uniform = (float(m["moved"][top].sum() / m["moved"].sum()) for m in (got, flat))
     assert share > 0.7
     assert share > uniform + 0.3
+
+
+@pytest.mark.parametrize("name", ["coeff", "kappa", "alpha"])
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("cls", METHODS.values(), ids=lambda cls: cls.name)
+def test_strengths_are_finite_and_not_negative(cls: Any, name: str, value: float) -> None:
+    with pytest.raises(UserError, match=rf"method\.{name}=.*at least 0"):
+        cls(**{name: value})

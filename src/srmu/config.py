@@ -165,7 +165,7 @@ def make_config(
 
     texts = {"forget": paths(forget), "retain": paths(retain)}
     tree = {"model": str(model), "method": {"name": method}, "topics": {"topic": texts}}
-    return build_config(rebased(tree, Path.cwd()), overrides)
+    return build_config(tree, overrides)
 
 
 def rebased(tree: dict[str, Any], folder: Path) -> dict[str, Any]:

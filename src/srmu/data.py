@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -191,14 +192,23 @@ def pad_id(tokenizer: Any) -> int:
     )
 
 
+def own_key() -> bytes:
+    """This user's secret of 32 bytes, drawn on first use; processes that race get the same."""
+    path = cache_dir() / "key"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = path.with_name(f".key.{os.getpid()}")
+        fresh.write_bytes(os.urandom(32))
+        fresh.chmod(0o600)
+        with suppress(FileExistsError):  # another process was faster: its key holds
+            os.link(fresh, path)
+        fresh.unlink()
+    return path.read_bytes()
+
+
 def digest(texts: Iterable[str]) -> str:
     """Keyed digest of the texts: it tells two data sets apart here and says nothing elsewhere."""
-    key_file = cache_dir() / "key"
-    if not key_file.exists():
-        key_file.parent.mkdir(parents=True, exist_ok=True)
-        key_file.write_bytes(os.urandom(32))
-        key_file.chmod(0o600)
-    code = hmac.new(key_file.read_bytes(), digestmod="sha256")
+    code = hmac.new(own_key(), digestmod="sha256")
     for text in texts:
         code.update(text.encode() + b"\0")
     return code.hexdigest()

@@ -59,9 +59,16 @@ def run_one(job: Job) -> Path:
     return run.folder
 
 
+def cpus() -> int:
+    """The processors that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def run_all(jobs: Sequence[Job], watch: Watch = silent) -> list[Path]:
     """Run the jobs in as many processes as there are processors; their folders in order."""
-    workers = min(len(os.sched_getaffinity(0)), len(jobs))
+    workers = min(cpus(), len(jobs))
     with (
         ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool,
         watch("unlearning and measuring", len(jobs)) as tick,

@@ -142,7 +142,14 @@ class Misdirection(Objective):
 
     def __post_init__(self) -> None:
         if self.coeff is not None and self.kappa is not None:
-            raise UserError("method.coeff and method.kappa both set the strength; give one of them")
+            raise UserError(
+                "method.coeff and method.kappa both set the strength; give one of them, "
+                "for example method.coeff=6.5 method.kappa=null"
+            )
+        for name in ("coeff", "kappa", "alpha"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < float("inf"):
+                raise UserError(f"method.{name}={value}: expected a finite number, at least 0")
         if not 0 < self.anchor_share <= 1:
             raise UserError("method.anchor_share must be above 0 and at most 1")
         self.needs("anchor_share", self.anchors != "none", "anchors=random")
