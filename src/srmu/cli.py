@@ -163,8 +163,11 @@ def unlearn(
     else:
         raise UserError("name a config file, or --model M --forget F --retain R")
     if dry_run:
+        from srmu.plan import estimate
+
         config, plan = runs.plan(config)
-        runs.load_topics(config, runs.load_tokenizer(runs.base_of(config)))
+        base = runs.base_of(config)
+        plan |= estimate(config, base, runs.load_topics(config, runs.load_tokenizer(base)))
         lines = [f"{key.replace('_', ' ')}: {shown(value)}" for key, value in plan.items()]
         say(plan | {"config": config.to_dict()}, as_json, config.to_yaml(), *lines)
         return
@@ -270,7 +273,9 @@ def shown(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, list):
         return ", ".join(map(str, value)) or "none"
-    return "none" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    return "none" if value is None else str(value)
 
 
 def with_error(entry: dict[str, float]) -> str:
