@@ -301,8 +301,8 @@ def test_fingerprints_tell_models_and_deltas_apart(tmp_path: Path) -> None:
     name = next(iter(weights.shards(folder)))
     prints = [
         weights.fingerprint(folder),
-        weights.fingerprint(folder, {name: torch.zeros(3)}),
-        weights.fingerprint(folder, {name: torch.ones(3)}),
+        weights.changed_fingerprint(weights.fingerprint(folder), {name: torch.zeros(3)}),
+        weights.changed_fingerprint(weights.fingerprint(folder), {name: torch.ones(3)}),
         weights.fingerprint(save_pico(tmp_path / "gpt2", "gpt2")),
     ]
     (folder / "chat_template.jinja").write_text(TEMPLATE)

@@ -51,16 +51,17 @@ def score(
     tokenizer = load_tokenizer(folder)
     module = load_module(folder).eval().to(find_device(device))
 
+    base = weights.fingerprint(folder)
+
     def measured(delta: dict[str, Any]) -> Results:
         weights.apply_delta(module, folder, delta)
-        stamp = weights.fingerprint(folder, delta)
         return evaluate(
             module,
             tokenizer,
             tasks,
             tasks_dir=tasks_dir,
             limit=limit,
-            fingerprint=stamp,
+            fingerprint=weights.changed_fingerprint(base, delta),
             watch=watch,
         )
 

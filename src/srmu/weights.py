@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -190,14 +190,20 @@ def patch(path: Path, tensors: Mapping[str, Tensor]) -> None:
             file.write(tensor.contiguous().view(torch.uint8).numpy().tobytes())
 
 
-def fingerprint(folder: Path, delta: Mapping[str, Tensor] | None = None) -> str:
-    """SHA-256 over a model's weights, config and tokenizer, and a delta's tensors."""
-    names: Iterable[Path] = sorted(
+def fingerprint(folder: Path) -> str:
+    """SHA-256 over a model's weights, config and tokenizer."""
+    names = sorted(
         p for p in folder.iterdir() if p.suffix in (".safetensors", *KEPT) and p.suffix != ".md"
     )
     parts: list[bytes | Path] = []
     for path in names:
         parts += [path.name.encode(), path]
-    for name, tensor in sorted((delta or {}).items()):
+    return sha256(*parts)
+
+
+def changed_fingerprint(base: str, delta: Mapping[str, Tensor]) -> str:
+    """The fingerprint of a model whose base has the fingerprint `base`, with a delta on it."""
+    parts = [base.encode()]
+    for name, tensor in sorted(delta.items()):
         parts += [name.encode(), tensor.contiguous().view(torch.uint8).numpy().tobytes()]
     return sha256(*parts)
