@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import save_pico, texts, word_tokenizer, write_jsonl
+from conftest import pico_module, save_pico, texts, word_tokenizer, write_jsonl
 from srmu import run as runs
 from srmu.config import Config, build_config, make_config
 from srmu.errors import Diverged, UserError
@@ -301,3 +302,19 @@ def test_scores_of_a_run(workplace: Path, quiz: Path) -> None:
     assert score(str(run.folder)) == scores
     Run.open(str(run.folder)).export(str(workplace / "out"))
     assert score(workplace / "out", ["quiz"], tasks_dir=str(quiz))["after"] == scores["after"]
+
+
+def test_a_base_that_changed_is_refused(workplace: Path) -> None:
+    """Its bytes would go into the export beside tensors made for other ones."""
+    run = unlearn(config(workplace))
+    Run.open(run.folder).export(workplace / "before")
+    pico_module(seed=1).save_pretrained(workplace / "model", max_shard_size="40KB")
+    uses: list[Callable[[], Any]] = [
+        lambda: Run.open(run.folder).export(workplace / "out"),
+        lambda: score(run.folder),
+        lambda: unlearn(config(workplace)),
+    ]
+    for use in uses:
+        with pytest.raises(UserError, match=r"made from another model .*down_proj"):
+            use()
+    assert not (workplace / "out").exists()

@@ -293,7 +293,7 @@ def test_a_damaged_delta_is_named(tmp_path: Path) -> None:
     path = tmp_path / "delta.safetensors"
     path.write_bytes(b"nothing")
     with pytest.raises(UserError, match=r"delta\.safetensors is damaged"):
-        weights.load_delta(path)
+        weights.load_delta(path, save_pico(tmp_path / "model"))
 
 
 def test_fingerprints_tell_models_and_deltas_apart(tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ class Run:
     def delta(self) -> dict[str, Tensor]:
         """The changed tensors by checkpoint name; none where the run changed nothing."""
         path = self.folder / DELTA
-        return weights.load_delta(path) if path.exists() else {}
+        return weights.load_delta(path, self.base) if path.exists() else {}
 
     @property
     def base(self) -> Path:
@@ -198,7 +198,7 @@ def unlearn(config: Config, *, out: str | Path | None = None, watch: Watch = sil
 
 
 def finished(folder: Path, data: Mapping[str, Any]) -> Run:
-    """The run that is already there, if it was made from the same texts."""
+    """The run that is already there, if it was made from the same texts and model."""
     run = Run.open(folder)
     if run.record["data"] != data:
         raise UserError(
@@ -207,6 +207,7 @@ def finished(folder: Path, data: Mapping[str, Any]) -> Run:
         )
     if run.record["stop_reason"] != "max_steps":
         raise Diverged(f"{folder} holds this run, which diverged: {run.record['stop_reason']}")
+    weights.load_delta(folder / DELTA, run.base)  # refuses a model that has changed since
     return run
 
 

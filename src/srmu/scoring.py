@@ -36,6 +36,7 @@ def score(
         is_run = (Path(target) / "record.json").exists()
         run = Run.open(Path(target)) if is_run else None
     folder = run.base if run else weights.locate(str(target))
+    delta = run.delta if run else {}
     read_config(folder)
     weights.shards(folder)
     if run:
@@ -67,7 +68,7 @@ def score(
 
     if run is None:
         return {"after": measured({})}
-    scores = {"before": measured({}), "after": measured(run.delta)}
+    scores = {"before": measured({}), "after": measured(delta)}
     write_json(run.folder / "before.json", scores["before"])
     write_json(run.folder / "results.json", scores["after"])
     return scores

@@ -101,8 +101,7 @@ def checkpoint_names(folder: Path, originals: Mapping[str, Tensor]) -> dict[str,
         close = [key for key in where if alike(key, name)]
         if len(close) != 1:
             raise UserError(f"{folder} stores {name} as {close or 'nothing'}: cannot write it back")
-        with safe_open(where[close[0]], "pt") as file:
-            stored = file.get_tensor(close[0])
+        stored = stored_tensor(where[close[0]], close[0])
         if not stored.isfinite().all():
             raise UserError(f"{folder} stores NaN or infinity in {close[0]}; fetch it again")
         if not torch.equal(stored.to(original.dtype), original.cpu()):
@@ -126,24 +125,46 @@ def save_delta(
     """Write the changed tensors in the checkpoint's own dtypes and names."""
     names = checkpoint_names(folder, {name: originals[name] for name in changed})
     where = shards(folder)
-    delta = {}
+    delta, marks = {}, {}
     for name, tensor in changed.items():
+        key = names[name]
         if not tensor.isfinite().all():
             raise UserError(f"{name} holds NaN or infinity; nothing was saved")
-        with safe_open(where[names[name]], "pt") as file:
-            dtype = file.get_tensor(names[name]).dtype
-        delta[names[name]] = tensor.detach().cpu().to(dtype).contiguous()
+        stored = stored_tensor(where[key], key)
+        delta[key] = tensor.detach().cpu().to(stored.dtype).contiguous()
+        marks[f"base.{key}"] = sha256(raw(stored))
     temporary = path.with_name(f".{path.name}")
-    save_file(delta, temporary, metadata=dict(metadata))
+    save_file(delta, temporary, metadata={**metadata, **marks})
     temporary.replace(path)
 
 
-def load_delta(path: Path) -> dict[str, Tensor]:
-    """The tensors of a delta by checkpoint name."""
+def load_delta(path: Path, folder: Path) -> dict[str, Tensor]:
+    """The tensors of a delta by checkpoint name; UserError when its base model has changed."""
+    where = shards(folder)
     try:
-        return load_file(path)
+        delta = load_file(path)
+        with safe_open(path, "pt") as file:
+            marks = file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is damaged: {first_line(error)}") from error
+    for key in delta:
+        if key not in where or marks.get(f"base.{key}") != sha256(
+            raw(stored_tensor(where[key], key))
+        ):
+            raise UserError(
+                f"{path} was made from another model than {folder} now is: {key} differs there"
+            )
+    return delta
+
+
+def stored_tensor(path: Path, key: str) -> Tensor:
+    with safe_open(path, "pt") as file:
+        return file.get_tensor(key)
+
+
+def raw(tensor: Tensor) -> bytes:
+    """The bytes of a tensor as they lie in a file."""
+    return tensor.contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def apply_delta(module: torch.nn.Module, folder: Path, delta: Mapping[str, Tensor]) -> None:
@@ -187,7 +208,7 @@ def patch(path: Path, tensors: Mapping[str, Tensor]) -> None:
                     f"{name} has another type or shape in the model; is it another one?"
                 )
             file.seek(start + entry["data_offsets"][0])
-            file.write(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+            file.write(raw(tensor))
 
 
 def fingerprint(folder: Path) -> str:
@@ -205,5 +226,5 @@ def changed_fingerprint(base: str, delta: Mapping[str, Tensor]) -> str:
     """The fingerprint of a model whose base has the fingerprint `base`, with a delta on it."""
     parts = [base.encode()]
     for name, tensor in sorted(delta.items()):
-        parts += [name.encode(), tensor.contiguous().view(torch.uint8).numpy().tobytes()]
+        parts += [name.encode(), raw(tensor)]
     return sha256(*parts)
