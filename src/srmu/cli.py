@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from srmu.console import print_line, watch
+from srmu.console import print_line, quiet, watch
 from srmu.errors import UserError
 
 # Threads that wait for others must sleep: spinning, a busy machine is ten times slower. It has to
@@ -50,15 +50,6 @@ def main() -> None:
     if code == 130:  # what typer, too, makes of an interrupt
         print_line("srmu: interrupted")
     sys.exit(code or 0)
-
-
-def quiet() -> None:
-    """Keep the libraries' own bars and warnings out of ours."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
 
 
 def say(value: dict[str, Any], as_json: bool, *lines: str) -> None:
@@ -295,5 +286,6 @@ def print_table(rows: list[dict[str, str]]) -> None:
     for row in rows:
         table.add_row(*map(Text, row.values()))  # as it is: no markup, no emoji
     console = Console(highlight=False)
-    # Where there is no terminal, rich would cut the table at 80 columns.
-    Console(highlight=False, width=None if console.is_terminal else 160).print(table)
+    if not console.is_terminal:
+        console.width = 160  # rich would cut the table at 80 columns
+    console.print(table)

@@ -1,5 +1,6 @@
 """What a person sees while something runs: one live line in a terminal, log lines elsewhere."""
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -49,6 +50,15 @@ def watch(label: str, total: int) -> Iterator[Tick]:
             last = now
 
     yield tick
+
+
+def quiet() -> None:
+    """Keep the libraries' own bars and warnings out of ours."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import transformers  # here, because the command line must start without it
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
 
 
 def print_line(text: str) -> None:

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import transformers
 
 from srmu.config import load_config
-from srmu.console import Watch, silent
+from srmu.console import Watch, quiet, silent
 from srmu.errors import UserError
 from srmu.organism import build
 from srmu.report import Entry, render, table
@@ -52,8 +51,7 @@ def run_one(job: Job) -> Path:
     """Unlearn and score one job; the folder of its run."""
     # Threads that wait for each other spin: one in each of several processes is faster.
     torch.set_num_threads(1)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    quiet()
     run = unlearn(load_config(job.config, job.overrides))
     score(run, job.tasks)
     return run.folder

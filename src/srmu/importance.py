@@ -82,13 +82,12 @@ def importance(
 def describe(map_: Float[Tensor, "D"]) -> dict[str, float]:
     """How selective a map is: mean, standard deviation, share above one half, Gini coefficient."""
     ordered = map_.double().sort().values
-    n = len(ordered)
+    n, total = len(ordered), float(ordered.sum())
     ranks = torch.arange(1, n + 1, dtype=torch.float64, device=ordered.device)
-    total = ordered.sum().clamp(min=1e-30)
-    gini = (2 * (ranks * ordered).sum() / (n * total) - (n + 1) / n) if total > 1e-29 else 0.0
+    gini = 2 * float((ranks * ordered).sum()) / (n * total) - (n + 1) / n if total else 0.0
     return {
         "mean": float(ordered.mean()),
         "sd": float(ordered.std(correction=0)),
         "share_above_half": float((ordered > 0.5).double().mean()),
-        "gini": float(gini),
+        "gini": gini,
     }

@@ -207,7 +207,7 @@ def finished(folder: Path, data: Mapping[str, Any]) -> Run:
         )
     if run.record["stop_reason"] != "max_steps":
         raise Diverged(f"{folder} holds this run, which diverged: {run.record['stop_reason']}")
-    weights.load_delta(folder / DELTA, run.base)  # refuses a model that has changed since
+    _ = run.delta  # refuses a model that has changed since
     return run
 
 
@@ -238,7 +238,7 @@ def train(
             f"{base}: its tokenizer gives token {highest}, but the model knows "
             f"{model.vocabulary_size} tokens; they do not belong together"
         )
-    weights.checkpoint_names(base, model.original)  # known before training: can it be written back?
+    names = weights.checkpoint_names(base, model.original)  # before training: can it be written?
     folder.mkdir(parents=True, exist_ok=True)
     (folder / DELTA).unlink(missing_ok=True)  # of a run that was killed
     write_whole(folder / "config.yaml", config.to_yaml())
@@ -265,7 +265,7 @@ def train(
         raise UserError(f"{still[0]} did not change in {steps} steps; raise train.learning_rate")
     if changed:
         meta = {"base_model": config.model, "method": method.name, "run": config.id}
-        weights.save_delta(folder / DELTA, base, model.original, changed, meta)
+        weights.save_delta(folder / DELTA, base, names, changed, meta)
     tensors = {
         f"{topic}.{name}": tensor.detach().float().cpu().contiguous()
         for topic, state in states.items()

@@ -118,12 +118,11 @@ def alike(a: str, b: str) -> bool:
 def save_delta(
     path: Path,
     folder: Path,
-    originals: Mapping[str, Tensor],
+    names: Mapping[str, str],
     changed: Mapping[str, Tensor],
     metadata: Mapping[str, str],
 ) -> None:
-    """Write the changed tensors in the checkpoint's own dtypes and names."""
-    names = checkpoint_names(folder, {name: originals[name] for name in changed})
+    """Write the changed tensors in the checkpoint's own dtypes, under their `checkpoint_names`."""
     where = shards(folder)
     delta, marks = {}, {}
     for name, tensor in changed.items():
