@@ -9,7 +9,7 @@ export HF_HUB_OFFLINE ?= 1
 export OMP_WAIT_POLICY ?= passive
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: demo test test-slow check bench docs clean
+.PHONY: demo test test-slow check bench bench-7b docs clean
 
 demo: $(STAMP)
 	$(BIN)/srmu demo demo
@@ -26,7 +26,16 @@ check: $(STAMP)
 	$(BIN)/mypy
 
 bench: $(STAMP)
-	$(BIN)/python benchmarks/steps.py
+	$(BIN)/python benchmarks/engine.py --dtype float32
+	$(BIN)/python benchmarks/engine.py --dtype bfloat16
+	$(BIN)/python benchmarks/sweep.py
+	$(BIN)/python benchmarks/runs.py --shape pico --steps 60
+	$(BIN)/python benchmarks/runs.py --shape 1b --dtype float32 --tokens 128 --steps 6
+	$(BIN)/python benchmarks/evals.py
+
+# 15 GB of disk for a while
+bench-7b: $(STAMP)
+	$(BIN)/python benchmarks/runs.py --shape 7b --dtype bfloat16 --tokens 64 --shards 8 --scratch .
 
 docs: $(STAMP)
 	$(BIN)/mkdocs build --strict

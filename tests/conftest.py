@@ -47,6 +47,24 @@ ARCHITECTURES: dict[str, Any] = {
     ),
     "qwen3": (transformers.Qwen3Config, GROUPED),
     "gemma2": (transformers.Gemma2Config, GROUPED),
+    "gemma3": (
+        transformers.Gemma3TextConfig,
+        {**GROUPED, "sliding_window": 4, "sliding_window_pattern": 2},
+    ),
+    "olmo2": (transformers.Olmo2Config, {k: v for k, v in GROUPED.items() if k != "head_dim"}),
+    "phi3": (transformers.Phi3Config, {k: v for k, v in GROUPED.items() if k != "head_dim"}),
+    "falcon": (transformers.FalconConfig, {**SIZES, "new_decoder_architecture": False}),
+    "mixtral": (
+        transformers.MixtralConfig,
+        {**GROUPED, "num_local_experts": 3, "num_experts_per_tok": 2},
+    ),
+    "qwen3_moe": (
+        transformers.Qwen3MoeConfig,
+        {
+            **GROUPED, "moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2,
+            "decoder_sparse_step": 1,
+        },
+    ),
     "phi": (transformers.PhiConfig, {**SIZES, "intermediate_size": 48}),
     "gpt_neox": (transformers.GPTNeoXConfig, {**SIZES, "intermediate_size": 48}),
     "gpt2": (
@@ -57,6 +75,40 @@ ARCHITECTURES: dict[str, Any] = {
         },
     ),
 }  # fmt: skip
+
+# The list of decoder layers, and the parameter of a layer that is its down-projection.
+PLACES: dict[str, tuple[str, str]] = {
+    **dict.fromkeys(ARCHITECTURES, ("model.layers", "mlp.down_proj.weight")),
+    "falcon": ("transformer.h", "mlp.dense_4h_to_h.weight"),
+    "gpt2": ("transformer.h", "mlp.c_proj.weight"),
+    "gpt_neox": ("gpt_neox.layers", "mlp.dense_4h_to_h.weight"),
+    "phi": ("model.layers", "mlp.fc2.weight"),
+    # Mixtures of experts: the module stacks those of all experts in one parameter.
+    "mixtral": ("model.layers", "mlp.experts.down_proj"),
+    "qwen3_moe": ("model.layers", "mlp.experts.down_proj"),
+}
+# How many experts a layer has, and under which name their checkpoints keep each one's.
+EXPERTS: dict[str, tuple[int, str]] = {
+    "mixtral": (3, "block_sparse_moe.experts.{}.w2.weight"),
+    "qwen3_moe": (4, "mlp.experts.{}.down_proj.weight"),
+}
+
+
+def block_name(arch: str, layer: int) -> str:
+    return f"{PLACES[arch][0]}.{layer}"
+
+
+def down_name(arch: str, layer: int) -> str:
+    """The module's name for the down-projection of a layer."""
+    return f"{block_name(arch, layer)}.{PLACES[arch][1]}"
+
+
+def stored_names(arch: str, layer: int) -> list[str]:
+    """The checkpoint's names for it: one, or one an expert."""
+    if arch not in EXPERTS:
+        return [down_name(arch, layer)]
+    count, inner = EXPERTS[arch]
+    return [f"{block_name(arch, layer)}.{inner.format(i)}" for i in range(count)]
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from srmu import directions
 from srmu.directions import Direction
-from srmu.importance import Fusion, Statistic, describe, importance, measure
+from srmu.importance import Fusion, Statistic, describe, importance, measure, sums
 from srmu.losses import counted, token_cosine, token_mean, token_mse, without_first
 from srmu.methods import RMU, SRMU
 
@@ -66,7 +66,7 @@ def test_signed_values_give_no_nan(kind: Any, v_f: list[float], v_r: list[float]
 def test_every_statistic_gives_every_map(statistic: Any, kind: Any) -> None:
     """Random signed activations, the case in which the printed ratio is undefined."""
     mask = torch.ones(3, 4, dtype=torch.bool)
-    values = [measure([(rand(3, 4, D, seed=s), mask)], statistic)[0] for s in (1, 2)]
+    values = [measure([sums(rand(3, 4, D, seed=s), mask)], statistic)[0] for s in (1, 2)]
     map_ = fuse(*values, kind)
     assert ((map_ >= 0) & (map_ <= 1)).all()
     assert (map_.max() > 0.99) if kind != "product_inverse" else (map_.min() < 0.01)
@@ -280,7 +280,7 @@ def test_statistics_equal_a_loop_over_tokens(kind: Any) -> None:
     """Batches of unequal counts: the mean is over tokens, not over documents or batches."""
     batches = [(rand(3, 5, D, seed=s) + 0.3, rand(3, 5, seed=10 + s) > s / 2) for s in range(3)]
     assert len({int(mask.sum()) for _, mask in batches}) == 3
-    got, norm = measure(batches, kind)
+    got, norm = measure([sums(*b) for b in batches], kind)
     expected, expected_norm = loop(batches, kind)
     assert got.dtype == torch.float32
     assert got.tolist() == pytest.approx(expected, rel=1e-5, abs=1e-7)
@@ -291,9 +291,9 @@ def test_statistics_equal_a_loop_over_tokens(kind: Any) -> None:
 
 def test_statistics_ignore_what_is_not_counted() -> None:
     hidden, mask = rand(2, 4, D), torch.tensor([[1, 1, 0, 0], [1, 1, 1, 0]]).bool()
-    expected = measure([(hidden, mask)])
+    expected = measure([sums(hidden, mask)])
     spoilt = hidden.masked_fill(~mask[..., None], float("nan"))
-    got = measure([(spoilt, mask)])
+    got = measure([sums(spoilt, mask)])
     assert torch.equal(got[0], expected[0])
     assert got[1] == expected[1]
 
@@ -302,7 +302,7 @@ def test_statistics_of_bf16_are_taken_in_wider_numbers() -> None:
     """A thousand tokens of 1 and one of 1000: bf16 sums would stop growing at 256."""
     hidden = torch.ones(1, 1001, 2, dtype=torch.bfloat16)
     hidden[0, 0] = 1000.0
-    got, norm = measure([(hidden, torch.ones(1, 1001).bool())])
+    got, norm = measure([sums(hidden, torch.ones(1, 1001).bool())])
     assert got.tolist() == pytest.approx([2000 / 1001] * 2, rel=1e-6)
     assert norm == pytest.approx(2000 / 1001 * math.sqrt(2), rel=1e-5)
 

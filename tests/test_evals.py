@@ -5,16 +5,20 @@ import logging
 import random
 from collections.abc import Callable
 from contextlib import contextmanager
+from functools import partial
 from math import sqrt
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from srmu import evals
+from conftest import ARCHITECTURES, VOCABULARY, pico_module, word_tokenizer
+from srmu import evals, likelihoods
 from srmu.errors import UserError
 from srmu.evals import evaluate, interval
 
@@ -389,6 +393,149 @@ def test_nan_is_an_error_and_not_an_accuracy(model, tokenizer, tmp_path):
 def test_sizes_below_one_are_refused(model, tokenizer, options):
     with pytest.raises(UserError, match="must be 1 or more"):
         evaluate(model, tokenizer, ["quiz"], **options)
+
+
+# --- lm-eval's own numbers, at less cost
+
+
+def asked(groups: int, longest: int = 3, start: int = 0, seed: int = 0) -> list[tuple]:
+    """Requests as lm-eval makes them: (texts, tokens before, tokens of the answer).
+
+    Contexts of 1 to 12 tokens after `start` tokens that all have in common; each has four answers
+    of one token and four of up to `longest`.
+    """
+    draw = random.Random(seed)
+
+    def tokens(low: int, high: int) -> list[int]:
+        return draw.choices(range(4, VOCABULARY), k=draw.randint(low, high))
+
+    preamble, found = tokens(start, start), []
+    for _ in range(groups):
+        before = preamble + tokens(1, 12)
+        answers = [tokens(1, 1) for _ in range(4)] + [tokens(1, longest) for _ in range(4)]
+        found += [(("", str(answer)), before, answer) for answer in answers]
+    return draw.sample(found, len(found))
+
+
+def harness(module, batch_size: int = 64):
+    from lm_eval.models.huggingface import HFLM
+
+    return HFLM(module, tokenizer=word_tokenizer(), batch_size=batch_size)
+
+
+def same(found: list[tuple], expected: list[tuple]) -> None:
+    assert [score for score, _ in found] == pytest.approx([s for s, _ in expected], abs=1e-5)
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
+
+
+@pytest.mark.parametrize("start", [0, 40])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_loglikelihoods_are_lm_evals(name, start):
+    module = pico_module(name)
+    lm, requests = harness(module), asked(8, start=start)
+    with torch.no_grad():
+        likeliest = module(torch.tensor([requests[0][1]])).logits[0, -1].argmax().item()
+    requests.append((("", "likeliest"), requests[0][1], [likeliest]))
+    seen = count_rows(module)
+    found = likelihoods.loglikelihoods(lm, requests)
+    assert (1 in seen) == (start > 0)  # the start that all share is read once
+    same(found, type(lm)._loglikelihood_tokens(lm, requests, disable_tqdm=True))
+    assert found[-1][1]
+
+
+@pytest.mark.parametrize("batch_size", [1, 5])
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("gemma2", {"final_logit_softcapping": 0.5, "sliding_window": 4}),
+        ("mistral", {"sliding_window": 4}),
+        ("llama", {"max_position_embeddings": 20}),  # long inputs lose their first tokens
+    ],
+)
+def test_softcap_window_and_truncation(monkeypatch, name, changes, batch_size):
+    cls, sizes = ARCHITECTURES[name]
+    monkeypatch.setitem(ARCHITECTURES, name, (cls, sizes | changes))
+    module = pico_module(name)
+    for start in (0, 18):
+        lm, requests = harness(module, batch_size), asked(8, 9, start)
+        expected = type(lm)._loglikelihood_tokens(lm, requests, disable_tqdm=True)
+        same(likelihoods.loglikelihoods(lm, requests), expected)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_rolling_windows_are_lm_evals(name):
+    from lm_eval.api.instance import Instance
+
+    lm = harness(pico_module(name), 4)
+    texts = [
+        " ".join(f"w{i}" for i in random.Random(n).choices(range(60), k=n)) for n in (3, 70, 150)
+    ]
+    requests = [Instance("loglikelihood_rolling", {}, (text,), 0) for text in texts]
+    expected = lm.loglikelihood_rolling(requests, disable_tqdm=True)
+    lm._loglikelihood_tokens = partial(likelihoods.loglikelihoods, lm)
+    assert lm.loglikelihood_rolling(requests, disable_tqdm=True) == pytest.approx(
+        expected, rel=1e-5
+    )
+
+
+def test_only_positions_that_predict_an_answer_meet_the_vocabulary(model, tokenizer, tmp_path):
+    shapes: list[tuple[int, ...]] = []
+    model.lm_head.register_forward_pre_hook(lambda module, args: shapes.append(args[0].shape[:2]))
+    evaluate(model, tokenizer, ["quiz"], tasks_dir=write_task(tmp_path / "tasks", questions(20)))
+    assert shapes == [(20, 1)]
+
+
+def test_a_recurrent_model_is_left_to_lm_eval(tokenizer, tmp_path):
+    from transformers import MambaConfig, MambaForCausalLM
+
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "state_size": 4}
+    model = MambaForCausalLM(MambaConfig(vocab_size=len(WORDS), **sizes)).eval()
+    rows = questions(5, 2)
+    tasks_dir = write_task(tmp_path / "tasks", rows)
+    found = evaluate(model, tokenizer, ["quiz"], tasks_dir=tasks_dir)["quiz/acc"]
+    assert found["value"] == naive_accuracy(model, tokenizer, rows)
+
+
+def test_option_without_a_token_is_refused(model, tokenizer, tmp_path):
+    rows = [GOOD, GOOD | {"options": ["w1", "", "w2", "w3"]}]
+    tasks_dir = write_task(tmp_path / "tasks", rows)
+    with pytest.raises(UserError, match=r"answer ' ' cannot be scored: 0 tokens after"):
+        evaluate(model, tokenizer, ["quiz"], tasks_dir=tasks_dir)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=7), min_size=1, max_size=7),
+    st.integers(1, 4),
+    st.integers(1, 9),
+)
+def test_plan_is_the_cheapest_cut(rows, most, setup):
+    order = sorted({tuple(row) for row in rows}, key=lambda row: (len(row), row))
+    tails = {row: 1 + sum(row) % len(row) for row in order}
+
+    def cost(batch: list[tuple[int, ...]], shared: int) -> int:
+        tokens = len(batch) * (max(map(len, batch)) - shared)
+        return tokens + (shared + 2 * setup if shared else setup)
+
+    def fits(batch: list[tuple[int, ...]], shared: int) -> bool:
+        starts = {row[:shared] for row in batch}
+        return len(starts) == 1 and all(shared <= len(row) - tails[row] for row in batch)
+
+    cheapest = [0]
+    for end in range(1, len(order) + 1):
+        batches = [(at, order[at:end]) for at in range(max(0, end - most), end)]
+        cheapest.append(
+            min(
+                cheapest[at] + cost(batch, shared)
+                for at, batch in batches
+                for shared in range(7)
+                if fits(batch, shared)
+            )
+        )
+    plan = likelihoods.batches(tails, most, setup)
+    assert [row for batch, _ in reversed(plan) for row in batch] == order
+    assert all(len(batch) <= most and fits(batch, shared) for batch, shared in plan)
+    assert sum(cost(batch, shared) for batch, shared in plan) == cheapest[-1]
 
 
 # --- the interval

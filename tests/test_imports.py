@@ -11,10 +11,11 @@ SOURCE = Path(__file__).parents[1] / "src" / "srmu"
 
 # A module may import those of a lower rank only.
 RANK = {
-    "__init__": 13, "__main__": 12, "cli": 11, "demo": 10, "report": 9, "scoring": 9, "organism": 9,
-    "evals": 8, "run": 8, "plan": 8, "config": 7, "methods": 6, "train": 5, "data": 4, "weights": 4,
-    "model": 3, "losses": 3, "importance": 3, "directions": 3, "world": 3, "entanglement": 3,
-    "files": 2, "console": 2, "errors": 1,
+    "__init__": 15, "__main__": 14, "cli": 13, "demo": 12,
+    "report": 11, "scoring": 11, "organism": 11, "evals": 10, "run": 10, "plan": 10,
+    "config": 9, "methods": 8, "train": 7, "data": 6, "model": 5, "loading": 4,
+    "weights": 3, "likelihoods": 3, "cache": 3, "losses": 3, "importance": 3, "directions": 3,
+    "world": 3, "entanglement": 3, "files": 2, "console": 2, "errors": 1,
 }  # fmt: skip
 
 

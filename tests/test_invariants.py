@@ -11,7 +11,15 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import ARCHITECTURES, pico_module, texts, word_tokenizer, write_jsonl
+from conftest import (
+    ARCHITECTURES,
+    block_name,
+    down_name,
+    pico_module,
+    texts,
+    word_tokenizer,
+    write_jsonl,
+)
 from srmu.data import Source, Topic, load_topic
 from srmu.methods import RMU, SRMU, AdaptiveRMU, Method
 from srmu.model import EditableModel, Site
@@ -22,11 +30,6 @@ SIZE, STEPS, LAYER = 3, 4, 2
 OPTIONS = TrainOptions(
     learning_rate=2e-3, max_steps=STEPS, batch_size=SIZE, adam_epsilon=1e-2, shuffle=False
 )
-PATHS = {  # decoder layers, down-projection
-    "gpt2": ("transformer.h", "mlp.c_proj"),
-    "gpt_neox": ("gpt_neox.layers", "mlp.dense_4h_to_h"),
-    "phi": ("model.layers", "mlp.fc2"),
-}
 DOCUMENTS = {  # forget and retain of each topic; the sets have unequal lengths and so cycle
     "one": (texts(4, 1, range(30)), texts(5, 2, range(20, 60))),
     "two": (texts(7, 3, range(10, 40)), texts(3, 4)),
@@ -34,8 +37,7 @@ DOCUMENTS = {  # forget and retain of each topic; the sets have unequal lengths 
 
 
 def weight_names(arch: str, window: int = 3, last: int = LAYER) -> list[str]:
-    layers, down = PATHS.get(arch, ("model.layers", "mlp.down_proj"))
-    return [f"{layers}.{i}.{down}.weight" for i in range(last - window + 1, last + 1)]
+    return [down_name(arch, i) for i in range(last - window + 1, last + 1)]
 
 
 def run(
@@ -71,10 +73,12 @@ class Naive:
     def __init__(self, arch: str, stream: str = "resid_post", skip_first: bool = True) -> None:
         self.model = pico_module(arch)
         self.first = copy.deepcopy(self.model)
-        layers, down = PATHS.get(arch, ("model.layers", "mlp.down_proj"))
-        self.place = f"{layers}.{LAYER}" + {
-            "resid_post": "", "mlp_out": ".mlp", "mlp_post": f".{down}"
-        }[stream]  # fmt: skip
+        block = block_name(arch, LAYER)
+        self.place = {
+            "resid_post": block,
+            "mlp_out": f"{block}.mlp",
+            "mlp_post": down_name(arch, LAYER).removesuffix(".weight"),
+        }[stream]
         self.inside = stream == "mlp_post"
         self.skip = int(skip_first)
 
@@ -165,10 +169,11 @@ def moved(got: Any, arch: str) -> None:
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_rmu_equals_the_naive_loop(arch: str, tmp_path: Any) -> None:
-    method = RMU(layer=LAYER, coeff=3.0, alpha=7.0)
+    # A window of two of three layers: the lowest is run once a batch and then replayed.
+    method = RMU(layer=LAYER, window=2, coeff=3.0, alpha=7.0)
     got = run(arch, method, tmp_path, two={"coeff": 5.0, "alpha": 4.0})
     naive = Naive(arch)
-    optimiser = naive.optimiser(weight_names(arch))
+    optimiser = naive.optimiser(weight_names(arch, 2))
     for step in range(STEPS):
         name = ("one", "two")[step % 2]
         u = got[2][name].tensors["direction"]
@@ -200,9 +205,10 @@ def test_srmu_equals_the_naive_loop(arch: str, tmp_path: Any) -> None:
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_adaptive_rmu_equals_the_naive_loop(arch: str, tmp_path: Any) -> None:
-    got = run(arch, AdaptiveRMU(layer=LAYER, coeff=0.3, scale=2.0, alpha=7.0), tmp_path)
+    method = AdaptiveRMU(layer=LAYER, window=1, coeff=0.3, scale=2.0, alpha=7.0)
+    got = run(arch, method, tmp_path)
     naive = Naive(arch)
-    optimiser = naive.optimiser(weight_names(arch))
+    optimiser = naive.optimiser(weight_names(arch, 1))
     for step in range(STEPS):
         name = ("one", "two")[step % 2]
         u = got[2][name].tensors["direction"]
@@ -265,17 +271,29 @@ VARIANTS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join(map(str, v.values())))
-def test_srmu_variants_equal_the_naive_loop(variant: dict[str, Any], tmp_path: Any) -> None:
+@pytest.mark.parametrize(
+    ("arch", "variant"),
+    [
+        *(("llama", variant) for variant in VARIANTS),
+        ("mixtral", {"stream": "mlp_out"}),
+        ("qwen3_moe", {"map_mode": "ema"}),
+        ("falcon", {"stream": "mlp_post"}),
+        ("gemma3", {"target_mode": "additive"}),
+    ],
+    ids=lambda v: v if isinstance(v, str) else "-".join(map(str, v.values())),
+)
+def test_srmu_variants_equal_the_naive_loop(
+    arch: str, variant: dict[str, Any], tmp_path: Any
+) -> None:
     option = {
         "importance": "ratio", "statistic": "abs_mean", "stream": "resid_post", "window": 2,
         "map_mode": "static", "ema_decay": 0.9, "target_mode": "absolute", "skip_first": True,
         "map_batches": 64,
     } | variant  # fmt: skip
-    got = run("llama", SRMU(layer=LAYER, coeff=0.7, alpha=7.0, **option), tmp_path, ("one",))
-    naive = Naive("llama", option["stream"], option["skip_first"])
+    got = run(arch, SRMU(layer=LAYER, coeff=0.7, alpha=7.0, **option), tmp_path, ("one",))
+    naive = Naive(arch, option["stream"], option["skip_first"])
     last = LAYER - (option["stream"] == "mlp_post")
-    optimiser = naive.optimiser(weight_names("llama", option["window"], last))
+    optimiser = naive.optimiser(weight_names(arch, option["window"], last))
     direction = got[2]["one"].tensors["direction"]
     average = {}
     for step in range(STEPS):
@@ -350,7 +368,7 @@ def tokenised(name: str) -> Topic:
 
 
 @pytest.mark.parametrize("weights", ["fp32", "bf16"])
-@pytest.mark.parametrize("arch", ["llama", "gpt2", "gemma2"])
+@pytest.mark.parametrize("arch", ["llama", "gpt2", "gemma2", "mixtral"])
 def test_bf16_models_equal_a_naive_loop(arch: str, weights: str) -> None:
     """With float32 masters the loop steps those; without, the bf16 weights themselves."""
     method, topic = RMU(layer=LAYER, coeff=3.0, alpha=7.0), tokenised("one")

@@ -526,7 +526,7 @@ def adaptive_target(method: AdaptiveRMU, factor: float = 1.0, batch: Any = None)
     """The target on a model whose activations at the site are `factor` times larger."""
     model = EditableModel(pico_module(), method.trainable, method.depth)
     plain = model.hidden
-    model.hidden = lambda b, site: factor * plain(b, site)  # type: ignore[method-assign]
+    model.hidden = lambda *args: factor * plain(*args)  # type: ignore[method-assign]
     some = topic()
     state = method.setup(model, some)
     forget = some.forget[0] if batch is None else batch

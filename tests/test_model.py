@@ -13,9 +13,11 @@ from safetensors.torch import load_file, save_file
 
 from conftest import (
     ARCHITECTURES,
-    GROUPED,
+    EXPERTS,
     SIZES,
     VOCABULARY,
+    block_name,
+    down_name,
     pico_module,
     save_pico,
     texts,
@@ -23,25 +25,15 @@ from conftest import (
 )
 from srmu.data import batch_up, tokenise
 from srmu.errors import UserError
-from srmu.model import (
-    EditableModel,
-    Site,
-    Stream,
-    check_layers,
-    find_layers,
-    load_module,
-    read_config,
-)
+from srmu.loading import check_layers, find_layers, load_module, read_config
+from srmu.model import EditableModel, Site, Stream
 
-LAYERS = {"gpt2": "transformer.h", "gpt_neox": "gpt_neox.layers"}  # others: model.layers
-DOWN = {"gpt2": "mlp.c_proj", "gpt_neox": "mlp.dense_4h_to_h", "phi": "mlp.fc2"}
 ROTARY = [name for name in ARCHITECTURES if name != "gpt2"]
 
 
-def names(arch: str, layer: int) -> tuple[str, str]:
-    """The decoder layer and its down-projection."""
-    block = f"{LAYERS.get(arch, 'model.layers')}.{layer}"
-    return block, f"{block}.{DOWN.get(arch, 'mlp.down_proj')}"
+def streams(arch: str) -> list[Any]:
+    """Those that the architecture has: the experts of a layer have no common down-projection."""
+    return [s for s in get_args(Stream) if s != "mlp_post" or arch not in EXPERTS]
 
 
 def example(padding: Any = "mask") -> dict[str, torch.Tensor]:
@@ -69,11 +61,11 @@ def whole(module: Any, place: str, inside: bool, batch: Any) -> tuple[torch.Tens
 
 
 @pytest.mark.parametrize("layer", range(4))
-@pytest.mark.parametrize("stream", get_args(Stream))
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize(("arch", "stream"), [(a, s) for a in ARCHITECTURES for s in streams(a)])
 def test_hidden_equals_a_plain_hook(arch: str, stream: Any, layer: int) -> None:
     """Bit for bit, from the model cut to that layer and from the whole one."""
-    batch, (block, down) = example(), names(arch, layer)
+    batch, block = example(), block_name(arch, layer)
+    down = down_name(arch, layer).removesuffix(".weight")
     place = {"resid_post": block, "mlp_out": f"{block}.mlp", "mlp_post": down}[stream]
     expected, logits = whole(pico_module(arch), place, stream == "mlp_post", batch)
     role = f"{layer}.mlp_down"
@@ -94,10 +86,17 @@ def test_layers_above_the_site_are_not_run(arch: str) -> None:
     model, ran = EditableModel(pico_module(arch), ["0.mlp_down"]), []
     for number, layer in enumerate(model.layers):
         layer.register_forward_pre_hook(lambda *_, number=number: ran.append(number))
-    for stream in get_args(Stream):
+    for stream in streams(arch):
         ran.clear()
         model.hidden(example(), Site(1, stream))
         assert ran == [0, 1]
+
+
+@pytest.mark.parametrize("arch", EXPERTS)
+def test_experts_have_no_common_down_projection(arch: str) -> None:
+    model = EditableModel(pico_module(arch), ["1.mlp_down"])
+    with pytest.raises(UserError, match=r"mlp_post: each expert has its own; read resid_post or"):
+        model.hidden(example(), Site(1, "mlp_post"))
 
 
 def test_hidden_leaves_no_hook_and_no_cut_behind() -> None:
@@ -152,12 +151,29 @@ def test_dropout_is_off() -> None:
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_roles_resolve_to_the_down_projection(arch: str) -> None:
     model = EditableModel(pico_module(arch), ["0.mlp_down", "2.mlp_down"], 3)
-    expected = [names(arch, layer)[1] + ".weight" for layer in (0, 2)]
+    expected = [down_name(arch, layer) for layer in (0, 2)]
     assert list(model.trained) == expected
     grads = [name for name, p in model.module.named_parameters() if p.requires_grad]
     assert grads == expected
-    shapes = {tuple(p.shape) for p in model.trained.values()}
-    assert shapes == {(48, 32) if arch == "gpt2" else (32, 48)}  # GPT-2 keeps it transposed
+    shape = {
+        "gpt2": (48, 32),  # which keeps it transposed
+        "falcon": (32, 128),  # always four times as wide
+        "mixtral": (3, 32, 48),  # experts first
+        "qwen3_moe": (4, 32, 24),
+    }.get(arch, (32, 48))
+    assert {tuple(p.shape) for p in model.trained.values()} == {shape}
+
+
+def test_a_mixture_may_have_layers_without_experts() -> None:
+    cls, sizes = ARCHITECTURES["qwen3_moe"]
+    module = other_module(cls(**sizes, mlp_only_layers=[1]))
+    model = EditableModel(module, ["1.mlp_down", "2.mlp_down"])
+    assert list(model.trained) == [
+        "model.layers.1.mlp.down_proj.weight", "model.layers.2.mlp.experts.down_proj"
+    ]  # fmt: skip
+    assert model.hidden(example(), Site(1, "mlp_post")).shape[-1] == 48
+    with pytest.raises(UserError, match="each expert has its own"):
+        model.hidden(example(), Site(2, "mlp_post"))
 
 
 @pytest.mark.parametrize(
@@ -324,10 +340,13 @@ def test_a_layer_without_an_mlp_module() -> None:
 
 
 def test_a_layer_without_the_role() -> None:
-    """A mixture of experts has no single down-projection."""
-    config = transformers.MixtralConfig(**GROUPED, num_local_experts=2, num_experts_per_tok=1)
-    with pytest.raises(UserError, match=r"no weight in the role 'mlp_down'; it has .*experts"):
-        EditableModel(other_module(config), ["1.mlp_down"])
+    """MPT names its MLP otherwise; a pattern of names still reaches it."""
+    config = transformers.MptConfig(d_model=32, n_heads=4, n_layers=2, vocab_size=VOCABULARY)
+    module = other_module(config)
+    with pytest.raises(UserError, match=r"no weight in the role 'mlp_down'; it has .*ffn.down_pro"):
+        EditableModel(module, ["1.mlp_down"])
+    name = "transformer.blocks.1.ffn.down_proj.weight"
+    assert list(EditableModel(module, ["*.1.ffn.down_proj.*"]).trained) == [name]
 
 
 def test_a_model_without_a_list_of_layers() -> None:
@@ -344,10 +363,9 @@ def test_a_model_without_a_list_of_layers() -> None:
 def test_load_equals_the_module_that_was_saved(arch: str, tmp_path: Path) -> None:
     folder = save_pico(tmp_path, arch)
     model = EditableModel.load(folder, depth=2, trainable=["1.mlp_down"])
-    block, down = names(arch, 1)
-    expected, _ = whole(pico_module(arch), block, False, example())
+    expected, _ = whole(pico_module(arch), block_name(arch, 1), False, example())
     assert torch.equal(model.hidden(example(), Site(1)), expected)
-    assert list(model.trained) == [f"{down}.weight"]
+    assert list(model.trained) == [down_name(arch, 1)]
     assert model.shallow
     assert read_config(folder).num_hidden_layers == 4
 
@@ -415,6 +433,12 @@ def test_folders_that_are_no_causal_language_model(
 
 
 def test_a_folder_without_weights(tmp_path: Path) -> None:
-    pico_module().config.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="has no config"):
+        load_module(tmp_path)
+    config = pico_module().config
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(tmp_path)
     with pytest.raises(UserError, match="cannot be loaded"):
         load_module(tmp_path)
+    with pytest.raises(UserError, match=r"has no model\.safetensors"):
+        load_module(tmp_path, depth=2)

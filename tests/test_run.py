@@ -15,7 +15,7 @@ from srmu import run as runs
 from srmu.config import Config, build_config, make_config
 from srmu.errors import Diverged, UserError
 from srmu.evals import evaluate
-from srmu.model import load_module
+from srmu.loading import load_module
 from srmu.run import Run, unlearn
 from srmu.scoring import score
 from srmu.weights import apply_delta

@@ -13,18 +13,29 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from conftest import ARCHITECTURES, pico_module, save_pico, texts, word_tokenizer, write_jsonl
+from conftest import (
+    ARCHITECTURES,
+    EXPERTS,
+    down_name,
+    pico_module,
+    save_pico,
+    stored_names,
+    texts,
+    word_tokenizer,
+    write_jsonl,
+)
 from srmu import run as runs
 from srmu import weights
 from srmu.config import make_config
 from srmu.errors import UserError
 from srmu.files import sha256
-from srmu.model import load_module
+from srmu.loading import load_module
+from srmu.model import EditableModel
 from srmu.run import Run, unlearn
 
 TEMPLATE = "{{ messages[0]['content'] }}"
 IDS = torch.tensor([[1, 7, 9, 30, 12]])
-BFLOAT16 = ("llama", "gpt2")  # those also tested in bf16
+BFLOAT16 = ("llama", "gpt2", "mixtral")  # those also tested in bf16
 MODELS = [*ARCHITECTURES, *(f"{name}-bf16" for name in BFLOAT16), "gpt2-bare", "llama-single"]
 
 
@@ -124,7 +135,11 @@ def test_an_export_keeps_all_but_the_declared_tensors(name: str, exports: Path) 
     for file in touched:  # same header, so same layout
         assert weights.header(out / file) == weights.header(base / file)
     old, new = tensors_of(base), tensors_of(out)
-    assert len(run.delta) == 3
+    architecture = name.partition("-")[0]
+    stored = [key for layer in range(3) for key in stored_names(architecture, layer)]
+    if name == "gpt2-bare":
+        stored = [key.removeprefix("transformer.") for key in stored]
+    assert set(run.delta) == set(stored)
     for tensor in old:
         expected = run.delta.get(tensor, old[tensor])
         assert torch.equal(new[tensor], expected)
@@ -151,8 +166,67 @@ def test_shards_are_kept(exports: Path) -> None:
     assert (exports / "gpt2-bare" / "out" / "model.safetensors").exists()
 
 
-def test_a_delta_has_the_checkpoints_dtype(tmp_path: Path) -> None:
-    folder = save_pico(tmp_path / "model", dtype=torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("arch", EXPERTS)
+def test_experts_are_written_one_by_one(arch: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """The module stacks them and the checkpoint does not: the parameter comes back bit for bit."""
+    folder, out = save_pico(tmp_path / "model", arch, dtype), tmp_path / "out"
+    model = EditableModel.load(folder, depth=3, trainable=["1.mlp_down", "2.mlp_down"])
+    names = weights.checkpoint_names(folder, model.original)
+    assert names == {down_name(arch, i): stored_names(arch, i) for i in (1, 2)}
+    assert len(weights.shards(folder)) > len(dict(load_module(folder).named_parameters()))
+    for parameter in model.trained.values():
+        noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+        parameter.data += noise.to(dtype)
+    changed = model.delta()
+    assert set(changed) == set(names)
+    weights.save_delta(tmp_path / "delta.safetensors", folder, names, changed, {})
+    delta = weights.load_delta(tmp_path / "delta.safetensors", folder)
+    assert set(delta) == {key for keys in names.values() for key in keys}
+    weights.export(folder, delta, out)
+    old, new = tensors_of(folder), tensors_of(out)
+    assert {key for key in old if not torch.equal(old[key], new[key])} == set(delta)
+    exported = AutoModelForCausalLM.from_pretrained(out, dtype="auto")
+    applied = load_module(folder)
+    weights.apply_delta(applied, folder, delta)
+    for module in (exported, applied):
+        for name, original in load_module(folder).named_parameters():
+            got = module.get_parameter(name)
+            assert got.dtype == original.dtype == dtype
+            assert torch.equal(got, changed.get(name, original)), name
+
+
+@pytest.mark.parametrize("arch", EXPERTS)
+def test_a_delta_of_one_expert_changes_that_one_only(arch: str, tmp_path: Path) -> None:
+    folder = save_pico(tmp_path / "model", arch)
+    module, name = load_module(folder), down_name(arch, 2)
+    before = module.get_parameter(name).detach().clone()
+    weights.apply_delta(module, folder, {stored_names(arch, 2)[1]: torch.ones_like(before[1])})
+    after = module.get_parameter(name)
+    assert after[1].eq(1).all()
+    assert torch.equal(after[0], before[0])
+    assert torch.equal(after[2:], before[2:])
+    with pytest.raises(UserError, match="does not fit"):
+        weights.apply_delta(module, folder, {stored_names(arch, 2)[1]: torch.ones(3, 3)})
+
+
+@pytest.mark.parametrize("arch", EXPERTS)
+def test_experts_whose_stored_form_is_another_are_refused(arch: str, tmp_path: Path) -> None:
+    """gate_up_proj stacks two stored tensors of each expert."""
+    folder = save_pico(tmp_path / "model", arch)
+    parameters = dict(load_module(folder).named_parameters())
+    both = "model.layers.1.mlp.experts.gate_up_proj"
+    with pytest.raises(UserError, match=rf"stores expert 0 of {both} as nothing: cannot write"):
+        weights.checkpoint_names(folder, {both: parameters[both].detach()})
+    name = down_name(arch, 1)
+    swapped = parameters[name].detach().flip(0)  # each under another expert's number
+    with pytest.raises(UserError, match=f"stores expert 0 of {name} as nothing"):
+        weights.checkpoint_names(folder, {name: swapped})
+
+
+@pytest.mark.parametrize("arch", ["llama", "mixtral"])
+def test_a_delta_has_the_checkpoints_dtype(arch: str, tmp_path: Path) -> None:
+    folder = save_pico(tmp_path / "model", arch, torch.bfloat16)
     run = unlearned(folder, "dtype=float32")
     assert {t.dtype for t in run.delta.values()} == {torch.bfloat16}
     run.export(tmp_path / "out")
@@ -193,6 +267,16 @@ def cut(folder: Path, keep: Callable[[bytes], bytes]) -> None:
     path.write_bytes(keep(path.read_bytes()))
 
 
+def misstate_shape(folder: Path) -> None:
+    """The header calls a tensor shorter than its bytes are."""
+    path = first_shard(folder)
+    data = path.read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    said = data[8:start].replace(b'"shape":[64,32]', b'"shape":[62,32]', 1)
+    assert said != data[8:start]
+    path.write_bytes(data[:8] + said + data[start:])
+
+
 BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "parent": (
         lambda f: edit_index(f, lambda m: m | {min(m): "../model-00001.safetensors"}),
@@ -216,10 +300,15 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "not json": (lambda f: (f / weights.INDEX).write_text("{"), "not a safetensors index"),
     "missing shard": (lambda f: first_shard(f).unlink(), "lacks model-00001-of-"),
     "missing tensor": (drop_tensor, "lacks the tensor"),
-    "truncated": (lambda f: cut(f, lambda data: data[:-9]), "is damaged"),
+    "truncated": (
+        lambda f: cut(f, lambda data: data[:-9]),
+        "is damaged: it ends before the tensor",
+    ),
     "extended": (lambda f: cut(f, lambda data: data + b"x"), "is damaged"),
+    "wrong shape": (misstate_shape, "is damaged"),
     "emptied": (lambda f: cut(f, lambda data: b""), "is damaged"),
     "huge header": (lambda f: cut(f, lambda data: b"\xff" * 8 + data[8:]), "is damaged"),
+    "cut header": (lambda f: cut(f, lambda data: data[:40]), "is damaged: its header is cut short"),
     "no weights": (
         lambda f: [p.unlink() for p in f.glob("*.safetensors*")],
         "has no model.safetensors",
@@ -238,6 +327,23 @@ def test_broken_folders_are_refused(case: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=says):
         unlearned(folder)
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_shard_that_is_cut_short_names_the_tensor(tmp_path: Path) -> None:
+    """The first tensor that is not whole, wherever the download stopped."""
+    folder = save_pico(tmp_path / "model")
+    path = first_shard(folder)
+    entries, start = weights.header(path)
+    data = path.read_bytes()
+    assert len(entries) > 1
+    for name, entry in entries.items():
+        for end in (entry["data_offsets"][0], entry["data_offsets"][1] - 1):
+            path.write_bytes(data[: start + end])
+            with pytest.raises(UserError) as caught:
+                weights.shards(folder)
+            assert f"{path} is damaged: it ends before the tensor {name} does" in str(caught.value)
+    path.write_bytes(data)
+    weights.shards(folder)
 
 
 def test_a_tensor_that_neither_index_nor_files_hold_is_refused(tmp_path: Path) -> None:
@@ -259,7 +365,7 @@ def test_save_delta_refuses_what_is_not_finite(value: float, tmp_path: Path) -> 
     changed = original.clone()
     changed[0, 0] = value
     with pytest.raises(UserError, match=rf"{name} holds NaN or infinity"):
-        weights.save_delta(tmp_path / "d.safetensors", folder, {name: name}, {name: changed}, {})
+        weights.save_delta(tmp_path / "d.safetensors", folder, {name: [name]}, {name: changed}, {})
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
@@ -280,7 +386,7 @@ def test_a_parameter_stored_in_another_form_is_refused(tmp_path: Path) -> None:
     folder = save_pico(tmp_path / "model")
     name = "model.layers.1.mlp.down_proj.weight"
     original = dict(load_module(folder).named_parameters())[name].detach()
-    assert weights.checkpoint_names(folder, {name: original}) == {name: name}
+    assert weights.checkpoint_names(folder, {name: original}) == {name: [name]}
     with pytest.raises(UserError, match="in another form"):
         weights.checkpoint_names(folder, {name: original + 1})
     with pytest.raises(UserError, match="as nothing"):

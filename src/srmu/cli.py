@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -154,13 +154,13 @@ def unlearn(
     else:
         raise UserError("name a config file, or --model M --forget F --retain R")
     if dry_run:
-        from srmu.plan import estimate
+        from srmu.plan import estimate, explain
 
         config, plan = runs.plan(config)
         base = runs.base_of(config)
         plan |= estimate(config, base, runs.load_topics(config, runs.load_tokenizer(base)))
-        lines = [f"{key.replace('_', ' ')}: {shown(value)}" for key, value in plan.items()]
-        say(plan | {"config": config.to_dict()}, as_json, config.to_yaml(), *lines)
+        plan["config"] = config.to_dict()
+        say(plan, as_json, config.to_yaml(), *explain(plan), "next: the same without --dry-run")
         return
     known = runs.run_folder(runs.plan(config)[0])
     again = (known / "record.json").exists()
@@ -174,6 +174,8 @@ def unlearn(
         lines.append(f"{record['steps']} steps in {record['seconds']:.1f} s; wrote {folder}")
     if out:
         lines.append(f"wrote {out}")
+    if run.config.cache == "disk":
+        lines.append("activations are kept for later runs; see srmu cache ls")
     tasks = "" if run.config.eval else " --tasks TASK"
     lines.append(f"next: srmu eval {folder}{tasks}")
     if not out:
@@ -216,6 +218,10 @@ def evaluate(
 def export(
     run: Annotated[Path, typer.Argument(help="A run's folder.")],
     out: Annotated[Path, typer.Argument(help="Folder to write.")],
+    link: Annotated[
+        bool | None,
+        typer.Option("--link/--copy", help="Share the files that stay as they were, or copy them."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Write a run's full Hugging Face checkpoint; all but the changed tensors stay as they were."""
@@ -223,7 +229,7 @@ def export(
     from srmu.run import Run
 
     opened = Run.open(run)
-    opened.export(out)
+    opened.export(out, link)
     changed = list(opened.delta)
     say(
         {"out": str(out), "changed": changed},
@@ -232,6 +238,49 @@ def export(
         f"wrote {out}",
         f"next: AutoModelForCausalLM.from_pretrained({str(out)!r})",
     )
+
+
+@app.command()
+def cache(
+    action: Annotated[Literal["ls", "clear"], typer.Argument(help="List it, or empty it.")],
+    everything: Annotated[
+        bool, typer.Option("--all", help="Clear testbeds and kept evaluations, too.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """The cache folder: activations that later runs use again, testbeds, evaluations."""
+    from datetime import datetime
+
+    from srmu import cache as caches
+
+    root = caches.cache_dir()
+    found = caches.listing()
+    rows = [
+        {
+            "activations": near(entry["folder"]).name,
+            "GB": f"{entry['bytes'] / 1e9:.3f}",
+            "last used": f"{datetime.fromtimestamp(entry['used']):%Y-%m-%d %H:%M}",
+            "model": str(entry.get("model", "unknown")),
+        }
+        for entry in reversed(found)
+    ]
+    others = {name: caches.folder_bytes(root / name) for name in ("organism", "evals")}
+    total = sum(entry["bytes"] for entry in found)
+    answer: dict[str, Any] = {"folder": str(root), "activations_bytes": total, "others": others}
+    if action == "ls":
+        if rows and not as_json:
+            print_table(rows)
+        held = ", ".join(f"{name} {size / 1e9:.3f} GB" for name, size in others.items())
+        say(
+            answer | {"activations": rows, "limit_bytes": caches.limit_bytes()},
+            as_json,
+            f"{root}: activations {total / 1e9:.3f} of at most {caches.limit_bytes() / 1e9:g} GB "
+            f"(SRMU_CACHE_LIMIT), {held}",
+            "next: srmu cache clear",
+        )
+        return
+    freed = caches.clear(("activations", *others) if everything else ("activations",))
+    say(answer | {"freed_bytes": freed}, as_json, f"freed {freed / 1e9:.3f} GB in {root}")
 
 
 @app.command()

@@ -30,6 +30,8 @@ from srmu.files import sha256
 from srmu.methods import METHODS, Method
 from srmu.train import TrainOptions
 
+UNDECIDING = ("runs_dir", "eval", "tasks_dir", "cache")  # keys that the weights do not depend on
+
 
 def _sources(value: Any) -> Any:
     """A path, a mapping, or a list of these, as a list of mappings."""
@@ -95,6 +97,7 @@ class Config(Strict):
     tasks_dir: str | None = None
     seed: int = 0
     runs_dir: str = "runs"
+    cache: Literal["disk", "memory", "none"] = "disk"  # where activations are kept for later steps
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values with every default written out."""
@@ -107,9 +110,7 @@ class Config(Strict):
     @property
     def id(self) -> str:
         """First 8 hex digits of the SHA-256 of all that decides the result."""
-        values = {
-            k: v for k, v in self.to_dict().items() if k not in ("runs_dir", "eval", "tasks_dir")
-        }
+        values = {k: v for k, v in self.to_dict().items() if k not in UNDECIDING}
         file, is_file, _ = values["method"]["name"].rpartition(":")
         if is_file:  # a method of one's own: its code decides, too
             values["code"] = sha256(Path(file))

@@ -18,9 +18,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from srmu.errors import UserError
+from srmu.errors import UserError, first_line
 from srmu.files import cache_dir
-from srmu.model import Batch, first_line
+from srmu.model import Batch
 
 Padding = Literal["mask", "count"]
 

@@ -11,3 +11,8 @@ class UserError(ValueError):
 
 class Diverged(UserError):  # noqa: N818 - it names what happened
     """A loss or gradient became non-finite; the model holds the last good weights."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of another library's message, for a one-line error of ours."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -10,8 +10,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from copy import deepcopy
 from difflib import get_close_matches
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from importlib.metadata import version
+from inspect import signature
 from math import isfinite
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -139,6 +140,8 @@ def _harness(model: Any, tokenizer: Any, batch_size: int) -> Iterator[Any]:
     from lm_eval.models.huggingface import HFLM
     from lm_eval.utils import env
 
+    from srmu.likelihoods import loglikelihoods
+
     modes = {module: module.training for module in model.modules()}
     states = random.getstate(), np.random.get_state(), logging.root.manager.disable
     bar = tqdm.__init__
@@ -157,7 +160,12 @@ def _harness(model: Any, tokenizer: Any, batch_size: int) -> Iterator[Any]:
             np.random.seed(SEED)
             torch.manual_seed(SEED)
             # a copy, because HFLM may give the tokenizer a padding token
-            yield HFLM(model, tokenizer=deepcopy(tokenizer), batch_size=batch_size)
+            lm = HFLM(model, tokenizer=deepcopy(tokenizer), batch_size=batch_size)
+            lm.tok_encode = lru_cache(64)(lm.tok_encode)  # a question comes with each option
+            known = {"logits_to_keep", "past_key_values"} <= {*signature(model.forward).parameters}
+            if known and not model._is_stateful:  # a recurrent state is left to lm-eval
+                lm._loglikelihood_tokens = partial(loglikelihoods, lm)
+            yield lm
         finally:
             random.setstate(states[0])
             np.random.set_state(states[1])

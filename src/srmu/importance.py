@@ -13,29 +13,30 @@ Fusion = Literal["ratio", "difference", "product", "product_inverse", "uniform",
 FLAT = 0.1  # below this standard deviation a map selects next to nothing
 
 
+def sums(hidden: Float[Tensor, "B T D"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "5 D"]:
+    """All that any statistic needs of a batch, in float64: the sums over its counted tokens of
+    x, |x|, x^2 and relu(x), and a row that starts with the sum of norms and the count."""
+    values = hidden.float()[mask]  # (tokens, D)
+    each = (values, values.abs(), values.square(), values.relu())
+    rows = [x.double().sum(dim=0) for x in each]
+    last = torch.zeros_like(rows[0])
+    last[0], last[1] = values.norm(dim=-1).double().sum(), len(values)
+    return torch.stack([*rows, last])
+
+
 def measure(
-    batches: Iterable[tuple[Float[Tensor, "B T D"], Bool[Tensor, "B T"]]],
-    kind: Statistic = "abs_mean",
+    batches: Iterable[Float[Tensor, "5 D"]], kind: Statistic = "abs_mean"
 ) -> tuple[Float[Tensor, "D"], float]:
-    """v_f or v_r, the typical size of each feature over all counted tokens, and their mean norm.
+    """v_f or v_r, the typical size of each feature over the counted tokens, and their mean norm.
 
     The paper averages activations; its maps are only defined for values >= 0, but means of
     zero-centred features are signed. `abs_mean` (the magnitude of the mean) is the smallest
-    change that repairs it; `signed_clamped` is the literal text.
+    change that repairs it; `signed_clamped` is the literal text. Takes each batch's `sums`.
     """
-    total, norms, count = torch.zeros((), dtype=torch.float64), 0.0, 0
-    for hidden, mask in batches:
-        values = hidden.float()[mask]  # (tokens, D)
-        norms += float(values.norm(dim=-1).double().sum())
-        count += len(values)
-        if kind == "mean_abs":
-            values = values.abs()
-        elif kind in ("rms", "square_mean"):
-            values = values.square()
-        elif kind == "relu_mean":
-            values = values.relu()
-        total = total.to(values.device) + values.double().sum(dim=0)
-    mean = total / count
+    total = torch.stack(list(batches)).sum(dim=0)
+    norms, count = total[4, :2].tolist()
+    row = {"mean_abs": 1, "rms": 2, "square_mean": 2, "relu_mean": 3}.get(kind, 0)
+    mean = total[row] / count
     if kind == "abs_mean":
         mean = mean.abs()
     elif kind == "rms":

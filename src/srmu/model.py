@@ -13,9 +13,11 @@ from typing import Any, Literal, get_args
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
+from srmu.cache import Activations, Output, digest
 from srmu.errors import UserError
+from srmu.loading import find_layers, load_module, read_config
 
 Batch = dict[str, Tensor]  # input_ids, attention_mask, labels (B, T); label -100 = not counted
 
@@ -26,6 +28,7 @@ Stream = Literal["resid_post", "mlp_out", "mlp_post"]
 ROLES: dict[str, tuple[str, ...]] = {
     "mlp_down": (
         "mlp.down_proj.weight",  # Llama, Mistral, Qwen, Gemma, Phi-3, OLMo
+        "mlp.experts.down_proj",  # Mixtral, Qwen-MoE: all experts in one tensor
         "mlp.c_proj.weight",  # GPT-2
         "mlp.dense_4h_to_h.weight",  # GPT-NeoX, Falcon, BLOOM
         "mlp.fc2.weight",  # Phi
@@ -56,43 +59,13 @@ class Site:
         return f"{self.layer}.{self.stream}"
 
 
-def read_config(folder: Path) -> Any:
-    """The model's configuration; UserError when it is not one of a causal language model."""
-    if not (folder / "config.json").is_file():
-        raise UserError(f"model folder {folder} has no config.json; name a Hugging Face model")
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, OSError, KeyError) as error:
-        raise UserError(f"{folder}/config.json cannot be read: {first_line(error)}") from error
-    names = config.architectures or ["none named"]
-    if not names[0].endswith(("ForCausalLM", "LMHeadModel")):
-        raise UserError(
-            f"{folder} is not a causal language model: its architecture is {names[0]}; "
-            "srmu needs one that transformers loads with AutoModelForCausalLM"
-        )
-    return config
-
-
-def check_layers(config: Any, layer: int, window: int = 1) -> None:
-    """UserError when the layer, or the window of updated layers that ends there, is not there."""
-    count = config.num_hidden_layers
-    if not 0 <= layer < count:
-        raise UserError(
-            f"layer {layer} does not exist: this model has {count} layers (0-{count - 1})"
-        )
-    if not 1 <= window <= layer + 1:
-        raise UserError(
-            f"a window of {window} layers ending at layer {layer} is impossible: "
-            f"use method.window=1 to {layer + 1}"
-        )
-
-
 class EditableModel:
     """A causal LM cut to `depth` layers, of which only the parameters named `trainable` change.
 
     `trainable` holds roles by layer (`"7.mlp_down"`) or glob patterns of parameter names. The
     original values of those parameters are kept, so that the frozen model is this same module run
-    inside `frozen()`: no second model.
+    inside `frozen()`: no second model. Layers below the first trained one are run once a batch:
+    `activations` keeps what the last of them gave.
     """
 
     def __init__(
@@ -100,15 +73,21 @@ class EditableModel:
     ) -> None:
         self.module = module.eval()  # no dropout: the retain loss of step 0 is exactly 0
         self.shallow = False
+        self.activations = Activations()
         self._owner, self._attribute = find_layers(module)
         if depth is not None and depth < len(self.layers):
             self._set_layers(self.layers[:depth])
             self.shallow = True
         module.requires_grad_(False)
         self.trained: dict[str, nn.Parameter] = self._select(trainable)
-        for parameter in self.trained.values():
+        self.fixed = self._count_fixed()
+        self.original: dict[str, Tensor] = {}
+        for name, parameter in self.trained.items():
+            # The original keeps the loaded memory, which may be the checkpoint's own file.
+            self.original[name] = parameter.data
+            parameter.data = parameter.data.clone()
             parameter.requires_grad_(True)
-        self.original = {name: p.detach().clone() for name, p in self.trained.items()}
+        self._frozen = False
 
     @classmethod
     def load(
@@ -122,9 +101,10 @@ class EditableModel:
     ) -> EditableModel:
         """Load the first `depth` layers of a checkpoint (all of them when None).
 
-        The tensors are memory-mapped, so layers that are cut off are never read from disk.
+        Layers that are cut off are never read from disk.
         """
-        model = cls(load_module(folder, dtype), trainable, depth)
+        model = cls(load_module(folder, dtype, depth), trainable, depth)
+        model.shallow = len(model.layers) < read_config(folder).num_hidden_layers
         model.module.to(device)
         model.original = {name: tensor.to(device) for name, tensor in model.original.items()}
         return model
@@ -141,9 +121,15 @@ class EditableModel:
     def vocabulary_size(self) -> int:
         return self.module.get_input_embeddings().weight.shape[0]
 
-    def hidden(self, batch: Batch, site: Site) -> Float[Tensor, "B T D"]:
-        """Activations at `site`; layers above it are not run."""
+    def hidden(self, batch: Batch, site: Site, keep: bool = True) -> Float[Tensor, "B T D"]:
+        """Activations at `site`; layers above it are not run.
+
+        Inside `frozen()` they are kept in `activations`, unless `keep` is false, and found there.
+        """
         check_layers_loaded(len(self.layers), site.layer)
+        name = f"{site}/{fingerprint(batch)}"
+        if self._frozen and isinstance(found := self.activations.find(name), Tensor):
+            return found
         layer = self.layers[site.layer]
         caught: list[Tensor] = []
 
@@ -157,9 +143,11 @@ class EditableModel:
             handle = child(layer, "mlp").register_forward_hook(catch)
         else:
             down = role_in_layer(layer, "mlp_down").removesuffix(".weight")
+            if "experts" in down:
+                raise UserError("mlp_post: each expert has its own; read resid_post or mlp_out")
             handle = child(layer, down).register_forward_pre_hook(catch)
         try:
-            with self._cut(site.layer + 1):
+            with self._layers_for(batch, site.layer + 1):
                 self.module.base_model(
                     input_ids=batch["input_ids"],
                     attention_mask=batch["attention_mask"],
@@ -167,26 +155,37 @@ class EditableModel:
                 )
         finally:
             handle.remove()
-        return caught[0].reshape(*batch["input_ids"].shape, -1)  # OPT flattens inside its layers
+        value = caught[0]
+        if value.ndim == 4:  # Gemma 3n: streams side by side, all of them a token's features
+            value = value.permute(1, 2, 0, 3)
+        value = value.reshape(*batch["input_ids"].shape, -1)  # OPT flattens inside its layers
+        if self._frozen and keep:
+            self.activations.keep(name, value)
+        return value
 
     def logits(self, batch: Batch) -> Float[Tensor, "B T V"]:
         """Next-token logits; UserError when the model was loaded shallow."""
         if self.shallow:
             raise UserError(f"logits need the whole model; only {len(self.layers)} layers loaded")
-        return self.module(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-        ).logits
+        with self._layers_for(batch, len(self.layers)):
+            return self.module(
+                input_ids=batch["input_ids"],
+                attention_mask=batch["attention_mask"],
+                use_cache=False,
+            ).logits
 
     @contextmanager
     def using(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
         """Run the block with other tensors in place of the trained ones, without gradients."""
         current = {name: self.trained[name].data for name in weights}
+        frozen, self._frozen = self._frozen, weights is self.original
         for name, tensor in weights.items():
             self.trained[name].data = tensor
         try:
             with torch.no_grad():
                 yield
         finally:
+            self._frozen = frozen
             for name, tensor in current.items():
                 self.trained[name].data = tensor
 
@@ -222,45 +221,60 @@ class EditableModel:
     def _set_layers(self, layers: nn.ModuleList) -> None:
         setattr(self._owner, self._attribute, layers)
 
+    def _count_fixed(self) -> int:
+        """How many layers at the bottom no trained parameter can change."""
+        prefix = next(n for n, m in self.module.named_modules() if m is self.layers)
+        found = [re.match(rf"{re.escape(prefix)}\.(\d+)\.", name) for name in self.trained]
+        # A parameter outside the layers may be the embedding, from which all of them follow.
+        return min((int(m[1]) if m else 0 for m in found), default=0)
+
     @contextmanager
-    def _cut(self, depth: int) -> Iterator[None]:
+    def _layers_for(self, batch: Batch, depth: int) -> Iterator[None]:
+        """Cut the module to `depth` layers, the fixed ones replaced by what they gave before.
+
+        The module's own code still makes masks and rotary tables: to call layers by ourselves we
+        would have to know each architecture. What was not kept yet is kept now.
+        """
         layers = self.layers
-        self._set_layers(layers[:depth])
+        kept = layers[:depth]
+        handle = None
+        # Gemma 3n and 4: the last layers read keys and values of layers that must then be run.
+        sharing = getattr(self.module.config, "num_kv_shared_layers", None) or 0
+        reads = sharing and depth > self.module.config.num_hidden_layers - sharing
+        if 0 < self.fixed < depth and not reads:
+            name = f"prefix/{fingerprint(batch)}"
+            if (found := self.activations.find(name)) is not None:
+                kept = nn.ModuleList([*[Known(found)] * self.fixed, *kept[self.fixed :]])
+            else:
+
+                def record(module: nn.Module, args: Any, output: Any) -> None:
+                    first = (output[0].detach(),) if isinstance(output, tuple) else output.detach()
+                    self.activations.keep(name, first)
+
+                handle = layers[self.fixed - 1].register_forward_hook(record)
+        self._set_layers(kept)
         try:
             yield
         finally:
             self._set_layers(layers)
+            if handle is not None:
+                handle.remove()
 
 
-def load_module(folder: Path, dtype: str = "auto") -> PreTrainedModel:
-    """The whole checkpoint through transformers; UserError when a tensor is missing or misfits."""
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"model {folder} cannot be loaded: {first_line(error)}") from error
-    module, info = loaded
-    if missing := sorted(info["missing_keys"]):
-        raise UserError(
-            f"model {folder} lacks {len(missing)} tensors, the first is {missing[0]}; "
-            "transformers would fill them with random numbers"
-        )
-    return module
+class Known(nn.Module):
+    """Stands in for layers whose output is known: a tensor, or a tuple of one."""
+
+    def __init__(self, output: Output) -> None:
+        super().__init__()
+        self.output = output
+
+    def forward(self, *args: Any, **kwargs: Any) -> Output:
+        return self.output
 
 
-def find_layers(module: PreTrainedModel) -> tuple[nn.Module, str]:
-    """The module that owns the list of decoder layers, and that list's attribute name."""
-    count = module.config.num_hidden_layers
-    for owner in module.base_model.modules():
-        for attribute, inner in owner.named_children():
-            if isinstance(inner, nn.ModuleList) and len(inner) == count:
-                return owner, attribute
-    raise UserError(f"{type(module).__name__} has no list of {count} decoder layers; cannot be cut")
+def fingerprint(batch: Batch) -> str:
+    """A name for all that activations depend on in a batch."""
+    return digest(batch["input_ids"], batch["attention_mask"])
 
 
 def role_in_layer(layer: nn.Module, role: str) -> str:
@@ -288,8 +302,3 @@ def child(layer: nn.Module, name: str) -> nn.Module:
 def check_layers_loaded(loaded: int, layer: int) -> None:
     if not 0 <= layer < loaded:
         raise UserError(f"layer {layer} is not loaded: only layers 0-{loaded - 1} are")
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of another library's message, for a one-line error of ours."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
@@ -20,14 +20,16 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from srmu import weights
+from srmu.cache import digest, open_activations
 from srmu.config import Config, load_config
-from srmu.console import Watch, silent
+from srmu.console import Watch, print_line, silent
 from srmu.data import Topic, load_topic, pad_id
-from srmu.errors import Diverged, UserError
-from srmu.files import require_free, require_place, write_json, write_whole
+from srmu.errors import Diverged, UserError, first_line
+from srmu.files import require_free, require_place, sha256, write_json, write_whole
 from srmu.importance import FLAT
+from srmu.loading import read_config, refuse_quantised
 from srmu.methods.base import State
-from srmu.model import EditableModel, first_line, read_config
+from srmu.model import EditableModel
 
 DELTA = "delta.safetensors"
 STATE = "state.safetensors"
@@ -65,11 +67,14 @@ class Run:
     def base(self) -> Path:
         return base_of(self.config)
 
-    def export(self, out: str | Path) -> Path:
-        """Write the full checkpoint. Refuses a run that diverged."""
+    def export(self, out: str | Path, link: bool | None = None) -> Path:
+        """Write the full checkpoint; `link`: shards that stay as they are become hard links.
+
+        Refuses a run that diverged.
+        """
         if self.record["stop_reason"] != "max_steps":
             raise UserError(f"{self.folder} stopped early: {self.record['stop_reason']}")
-        weights.export(self.base, self.delta, Path(out))
+        weights.export(self.base, self.delta, Path(out), link)
         return Path(out)
 
     def results(self) -> dict[str, dict[str, float]]:
@@ -85,6 +90,7 @@ def plan(config: Config) -> tuple[Config, dict[str, Any]]:
     """
     folder = base_of(config)
     model_config = read_config(folder)
+    refuse_quantised(folder, model_config)
     method = config.method.resolved(model_config)
     known = {field.name for field in fields(method)}
     for name, topic in config.topics.items():  # each topic's own strength must fit the method too
@@ -238,6 +244,10 @@ def train(
             f"{base}: its tokenizer gives token {highest}, but the model knows "
             f"{model.vocabulary_size} tokens; they do not belong together"
         )
+    say = print_line if watch is not silent else lambda text: None
+    model.activations = open_activations(
+        config.cache, cache_key(config, base, model, topics), model.device, say
+    )
     names = weights.checkpoint_names(base, model.original)  # before training: can it be written?
     folder.mkdir(parents=True, exist_ok=True)
     (folder / DELTA).unlink(missing_ok=True)  # of a run that was killed
@@ -292,6 +302,23 @@ def train(
     if error is not None:
         raise error
     return Run.open(folder)
+
+
+def cache_key(
+    config: Config, base: Path, model: EditableModel, topics: Sequence[Topic]
+) -> dict[str, Any]:
+    """What the activations of a run depend on, but for the machine and the libraries."""
+    batches = [b for topic in topics for part in (topic.forget, topic.retain) for b in part]
+    return {
+        "model": config.model,
+        "weights": weights.identity(base, config.method.depth),
+        "settings": sha256(base / "config.json"),
+        "data": digest(*(t for b in batches for t in (b["input_ids"], b["attention_mask"]))),
+        "fixed_layers": model.fixed,
+        "dtype": str(model.module.dtype),
+        "attention": model.module.config._attn_implementation,
+        "experts": getattr(model.module.config, "_experts_implementation", None),
+    }
 
 
 def notes(run: Run) -> list[str]:

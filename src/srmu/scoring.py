@@ -11,7 +11,7 @@ from srmu.console import Watch, silent
 from srmu.errors import UserError
 from srmu.evals import Results, evaluate
 from srmu.files import write_json
-from srmu.model import load_module, read_config
+from srmu.loading import load_module, read_config
 from srmu.run import Run, find_device, load_tokenizer
 
 

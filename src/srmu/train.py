@@ -99,7 +99,7 @@ def fit(
             raise Diverged(f"the gradient is not finite at {place}; {ADVICE}")
         if options.max_grad_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(masters, options.max_grad_norm, norm)
-        good = [p.detach().clone() for p in parameters]  # their loss was finite
+        restore(good, parameters)  # their loss was finite
         optimiser.step()
         optimiser.zero_grad()
         for master, parameter in zip(masters, parameters, strict=True):
@@ -130,10 +130,10 @@ def master_of(name: str, parameter: torch.nn.Parameter, weights: str) -> torch.n
     return torch.nn.Parameter(parameter.detach().float().clone())
 
 
-def restore(parameters: Sequence[torch.nn.Parameter], values: Sequence[Tensor]) -> None:
-    """Put earlier values back in place."""
-    for parameter, value in zip(parameters, values, strict=True):
-        parameter.data.copy_(value)
+def restore(places: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Copy values into tensors that are there."""
+    for place, value in zip(places, values, strict=True):
+        place.data.copy_(value)
 
 
 def to(batch: Batch, device: torch.device) -> Batch:

@@ -7,9 +7,11 @@ byte-identical.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +20,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from srmu.errors import UserError
+from srmu.errors import UserError, first_line
 from srmu.files import sha256, whole_folder
-from srmu.model import first_line
 
 INDEX = "model.safetensors.index.json"
 KEPT = (".json", ".model", ".txt", ".jinja", ".tiktoken", ".md")  # what an export copies as it is
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
+PAGE = 4096  # bytes
+TYPES = {name: dtype for dtype, name in DTYPES.items()}
 
 
 def locate(model: str, revision: str | None = None, base: Path = Path()) -> Path:
@@ -51,7 +54,7 @@ def shards(folder: Path) -> dict[str, Path]:
     """Which file holds which tensor. UserError where a file or tensor is missing or elsewhere."""
     single = folder / "model.safetensors"
     if single.exists():  # transformers, too, takes it before an index
-        return dict.fromkeys(tensor_names(single), single)
+        return dict.fromkeys(header(single)[0], single)
     if not (folder / INDEX).exists():
         pickles = sorted(p.name for p in folder.glob("*.bin"))
         raise UserError(
@@ -68,46 +71,121 @@ def shards(folder: Path) -> dict[str, Path]:
             raise UserError(f"{folder / INDEX} points out of the folder: {file!r}")
         if not (folder / file).is_file():
             raise UserError(f"model folder {folder} lacks {file}, which its index names")
-        inside = set(tensor_names(folder / file))
+        inside = header(folder / file)[0]
         if lost := sorted(n for n, f in found.items() if f == file and n not in inside):
             raise UserError(f"{folder / file} lacks the tensor {lost[0]}, which the index names")
     return {name: folder / file for name, file in found.items()}
 
 
-def tensor_names(path: Path) -> list[str]:
-    """The tensors in a safetensors file; UserError naming the file when it is damaged."""
-    try:
-        with safe_open(path, "pt") as file:
-            return list(file.keys())
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is damaged: {first_line(error)}; fetch it again") from error
-
-
 def header(path: Path) -> tuple[dict[str, Any], int]:
-    """A safetensors file's header and the offset at which its data starts."""
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        return json.loads(file.read(size)), 8 + size
+    """A safetensors file's tensors and the offset at which their data starts.
+
+    UserError naming the file, and the tensor that it does not hold whole, when it is damaged.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = 8 + int.from_bytes(file.read(8), "little")
+            if start > size:
+                raise ValueError("its header is cut short")
+            entries = json.loads(file.read(start - 8))
+        entries.pop("__metadata__", None)
+        for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+            if start + entry["data_offsets"][1] > size:
+                raise ValueError(f"it ends before the tensor {name} does")
+        with safe_open(path, "pt"):  # refuses what else does not fit
+            pass
+    except (
+        SafetensorError,
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        IndexError,
+    ) as error:
+        raise UserError(f"{path} is damaged: {first_line(error)}; fetch it again") from error
+    return entries, start
 
 
-def checkpoint_names(folder: Path, originals: Mapping[str, Tensor]) -> dict[str, str]:
-    """The checkpoint's name for each parameter: one may carry a prefix that the other lacks.
+def stored_types(folder: Path) -> dict[str, torch.dtype]:
+    """The dtype of each tensor as it is stored."""
+    return {
+        name: TYPES.get(entry["dtype"], torch.uint8)
+        for path in sorted(set(shards(folder).values()))
+        for name, entry in header(path)[0].items()
+    }
 
-    Sure because the stored bytes are compared with the original values, not only the names.
+
+def layer_of(name: str) -> int | None:
+    """The decoder layer that a tensor belongs to, by the first number in its name."""
+    found = re.search(r"(?:^|\.)(\d+)\.", name)
+    return int(found[1]) if found else None
+
+
+def in_layer(name: str) -> str:
+    """A tensor's name inside its decoder layer: what precedes it differs between classes."""
+    return re.split(r"(?:^|\.)\d+\.", name, maxsplit=1)[-1]
+
+
+def checkpoint_names(folder: Path, originals: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """The checkpoint's name for each parameter; one an expert where it stores them apart.
+
+    A name may carry a prefix that the other lacks. Sure because the stored bytes are compared with
+    the original values, not only the names.
     """
     where = shards(folder)
     names = {}
     for name, original in originals.items():
         close = [key for key in where if alike(key, name)]
+        if not close and original.ndim == 3:
+            names[name] = [
+                expert_name(folder, where, name, i, part) for i, part in enumerate(original)
+            ]
+            continue
         if len(close) != 1:
             raise UserError(f"{folder} stores {name} as {close or 'nothing'}: cannot write it back")
-        stored = stored_tensor(where[close[0]], close[0])
-        if not stored.isfinite().all():
-            raise UserError(f"{folder} stores NaN or infinity in {close[0]}; fetch it again")
-        if not torch.equal(stored.to(original.dtype), original.cpu()):
+        if not same(where[close[0]], close[0], original):
             raise UserError(f"{folder} stores {name} in another form; cannot write it back")
-        names[name] = close[0]
+        names[name] = close
     return names
+
+
+def expert_name(
+    folder: Path, where: Mapping[str, Path], name: str, number: int, part: Tensor
+) -> str:
+    """The checkpoint's name for one expert's part of a parameter that stacks all experts."""
+    found = [
+        key
+        for key in where
+        if layer_of(key) == layer_of(name)
+        and expert_of(key) == number
+        and same(where[key], key, part)
+    ]
+    if len(found) != 1:
+        raise UserError(
+            f"{folder} stores expert {number} of {name} as {found or 'nothing'}: "
+            "cannot write it back"
+        )
+    return found[0]
+
+
+def expert_of(name: str) -> int | None:
+    """The expert that a tensor belongs to, by the second number in its name."""
+    found = re.findall(r"\.(\d+)(?=\.)", name)
+    return int(found[1]) if len(found) == 2 else None
+
+
+def same(path: Path, key: str, original: Tensor) -> bool:
+    """Whether a stored tensor holds those values; UserError where it holds what is no number."""
+    stored = stored_tensor(path, key)
+    if stored.shape != original.shape or not torch.equal(
+        stored.to(original.dtype).nan_to_num(), original.cpu().nan_to_num()
+    ):
+        return False
+    if not stored.isfinite().all():
+        raise UserError(f"{path} stores NaN or infinity in {key}; fetch it again")
+    return True
 
 
 def alike(a: str, b: str) -> bool:
@@ -118,7 +196,7 @@ def alike(a: str, b: str) -> bool:
 def save_delta(
     path: Path,
     folder: Path,
-    names: Mapping[str, str],
+    names: Mapping[str, Sequence[str]],
     changed: Mapping[str, Tensor],
     metadata: Mapping[str, str],
 ) -> None:
@@ -126,12 +204,13 @@ def save_delta(
     where = shards(folder)
     delta, marks = {}, {}
     for name, tensor in changed.items():
-        key = names[name]
         if not tensor.isfinite().all():
             raise UserError(f"{name} holds NaN or infinity; nothing was saved")
-        stored = stored_tensor(where[key], key)
-        delta[key] = tensor.detach().cpu().to(stored.dtype).contiguous()
-        marks[f"base.{key}"] = sha256(raw(stored))
+        keys = names[name]
+        for key, part in zip(keys, tensor.unbind() if len(keys) > 1 else [tensor], strict=True):
+            stored = stored_tensor(where[key], key)
+            delta[key] = part.detach().cpu().to(stored.dtype).contiguous()
+            marks[f"base.{key}"] = sha256(raw(stored))
     temporary = path.with_name(f".{path.name}")
     save_file(delta, temporary, metadata={**metadata, **marks})
     temporary.replace(path)
@@ -170,20 +249,30 @@ def apply_delta(module: torch.nn.Module, folder: Path, delta: Mapping[str, Tenso
     """Put a delta's tensors into a loaded model."""
     parameters = dict(module.named_parameters())
     for name, tensor in delta.items():
-        close = [known for known in parameters if alike(known, name)]
-        if len(close) != 1 or parameters[close[0]].shape != tensor.shape:
+        places = [p.data for known, p in parameters.items() if alike(known, name)]
+        if not places and (number := expert_of(name)) is not None:
+            places = [
+                p.data[number]
+                for known, p in parameters.items()
+                if layer_of(known) == layer_of(name) and p.ndim == 3 and number < len(p)
+            ]
+            places = [place for place in places if place.shape == tensor.shape]
+        if len(places) != 1 or places[0].shape != tensor.shape:
             raise UserError(f"the delta's tensor {name} does not fit the model {folder}")
-        parameters[close[0]].data.copy_(tensor)
+        places[0].copy_(tensor)
 
 
-def export(folder: Path, delta: Mapping[str, Tensor], out: Path) -> None:
+def export(folder: Path, delta: Mapping[str, Tensor], out: Path, link: bool | None = None) -> None:
     """Write a full checkpoint: the base's files, with the delta's tensors in their places.
 
-    The source is never modified. `out` appears when it is complete.
+    Shards without a changed tensor are linked to the base's instead of copied if `link`, and by
+    default where the base lies in the hub's cache, whose files nobody edits. The source is never
+    modified. `out` appears when it is complete.
     """
     where = shards(folder)
     if lost := sorted(set(delta) - set(where)):
         raise UserError(f"the model {folder} has no tensor {lost[0]}; is it another model?")
+    patched = {where[name] for name in delta}
     with whole_folder(out) as temporary:
         for file in sorted([*folder.iterdir(), *folder.glob("additional_chat_templates/*")]):
             # Not the weights that the model does not load: they would keep the old tensors.
@@ -191,9 +280,21 @@ def export(folder: Path, delta: Mapping[str, Tensor], out: Path) -> None:
             if file.is_file() and wanted and not file.name.startswith("."):
                 copy = temporary / file.relative_to(folder)
                 copy.parent.mkdir(exist_ok=True)
-                shutil.copyfile(file.resolve(), copy)
-        for path in sorted({where[name] for name in delta}):
+                share = file.is_symlink() if link is None else link
+                if share and file in where.values() and file not in patched:
+                    hard_link(file.resolve(), copy)
+                else:
+                    shutil.copyfile(file.resolve(), copy)
+        for path in sorted(patched):
             patch(temporary / path.name, {n: t for n, t in delta.items() if where[n] == path})
+
+
+def hard_link(source: Path, target: Path) -> None:
+    """Give a file a second name; copy it where that cannot be, as on another file system."""
+    try:
+        target.hardlink_to(source)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def patch(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -208,6 +309,29 @@ def patch(path: Path, tensors: Mapping[str, Tensor]) -> None:
                 )
             file.seek(start + entry["data_offsets"][0])
             file.write(raw(tensor))
+
+
+def identity(folder: Path, depth: int | None) -> str:
+    """A digest that tells the first layers of two models apart without reading them whole.
+
+    Over each file's size, time of change and table of tensors, and the first page of each tensor.
+    """
+    code = hashlib.sha256()
+    for path in sorted(set(shards(folder).values())):
+        entries, start = header(path)
+        stat = path.stat()
+        code.update(
+            json.dumps(
+                [path.name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, entries]
+            ).encode()
+        )
+        with path.open("rb") as file:
+            for name, entry in sorted(entries.items()):
+                if depth is None or (layer_of(name) or 0) < depth:
+                    low, high = entry["data_offsets"]
+                    file.seek(start + low)
+                    code.update(file.read(min(PAGE, high - low)))
+    return code.hexdigest()
 
 
 def fingerprint(folder: Path) -> str:

@@ -11,11 +11,14 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
+from srmu.cache import digest
 from srmu.console import Watch, silent
 from srmu.data import Topic
 from srmu.errors import UserError
+from srmu.importance import sums
+from srmu.loading import check_layers
 from srmu.losses import counted, token_cosine, token_mean, token_mse, without_first
-from srmu.model import Batch, EditableModel, Site, Stream, check_layers
+from srmu.model import Batch, EditableModel, Site, Stream
 from srmu.train import Log, LossFunction, Terms, TrainOptions, fit, to
 
 KAPPA = 8.0  # the strength where none is given
@@ -219,15 +222,23 @@ class Misdirection(Objective):
         mask = counted(batch["labels"])
         return without_first(mask) if self.skip_first else mask
 
-    def frozen_hidden(
-        self, model: EditableModel, batches: Sequence[Batch]
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Activations of the original model, a batch at a time, and the mask to average over."""
+    def frozen_sums(
+        self, model: EditableModel, batches: Sequence[Batch], keep: bool = True
+    ) -> Iterator[Tensor]:
+        """What statistics need of the original model's activations, a batch at a time.
+
+        Each batch's is kept beside its activations, which `keep` says are needed again in steps.
+        """
         for batch in batches[: self.map_batches]:
             batch = to(batch, model.device)
-            with model.frozen():
-                hidden = model.hidden(batch, self.site)
-            yield hidden, self.measured(batch)
+            mask = self.measured(batch)
+            name = f"sums/{self.site}/{digest(batch['input_ids'], batch['attention_mask'], mask)}"
+            found = model.activations.find(name)
+            if not isinstance(found, Tensor):
+                with model.frozen():
+                    found = sums(model.hidden(batch, self.site, keep), mask)
+                model.activations.keep(name, found)
+            yield found
 
     def state(self, shape: Tensor, norm: float, **tensors: Tensor) -> State:
         """The state of a topic: the target's shape (D,) scaled, beside what made it.
@@ -262,9 +273,15 @@ class Misdirection(Objective):
         hidden = model.hidden(forget, self.site)
         target = self.target(model, state, forget, retain, hidden.detach())
         held = model.hidden(retain, self.site)
+        drift = token_mse(held, anchor, retain_mask)
+        if step == 0 and float(drift.detach()) > 0 and not model.delta():
+            raise UserError(
+                f"the first retain loss is {float(drift.detach()):.3g} and not 0: the cached "
+                "activations do not belong to this run; srmu cache clear, or cache=none"
+            )
         losses = {
             "forget": token_mse(hidden, target, forget_mask),  # SRMU eq. 5, first term
-            "retain": self.alpha * token_mse(held, anchor, retain_mask),  # second term
+            "retain": self.alpha * drift,  # second term
         }
         with torch.no_grad():
             size = target.float().norm(dim=-1).expand(forget_mask.shape)

@@ -18,6 +18,6 @@ class RMU(Misdirection):
     paper: ClassVar[str] = "arXiv 2403.03218"
 
     def setup(self, model: EditableModel, topic: Topic) -> State:
-        mean, norm = measure(self.frozen_hidden(model, topic.forget))
+        mean, norm = measure(self.frozen_sums(model, topic.forget, keep=False))
         u = draw("unit_uniform", len(mean), topic.generator("direction")).to(model.device)
         return self.state(u, norm, direction=u)

@@ -50,8 +50,8 @@ class SRMU(Misdirection):
         return importance(v_f, v_r, self.importance, order=order, **options)
 
     def setup(self, model: EditableModel, topic: Topic) -> State:
-        v_f, norm = measure(self.frozen_hidden(model, topic.forget), self.statistic)
-        v_r, _ = measure(self.frozen_hidden(model, topic.retain), self.statistic)
+        v_f, norm = measure(self.frozen_sums(model, topic.forget, keep=False), self.statistic)
+        v_r, _ = measure(self.frozen_sums(model, topic.retain), self.statistic)
         generator = topic.generator("direction", self.shared_direction)
         direction = draw(self.direction, len(v_f), generator).to(model.device)
         order = torch.randperm(len(v_f), generator=topic.generator("shuffled map")).to(v_f.device)
@@ -69,7 +69,7 @@ class SRMU(Misdirection):
             fresh = draw(self.direction, len(kept["direction"]), memory["generator"])
             kept["direction"] = fresh.to(model.device)
         if self.map_mode != "static":
-            pairs = [self.frozen_hidden(model, [batch]) for batch in (forget, retain)]
+            pairs = [self.frozen_sums(model, [batch]) for batch in (forget, retain)]
             values = torch.stack([measure(pair, self.statistic)[0] for pair in pairs])  # (2, D)
             if self.map_mode == "ema":
                 values = torch.lerp(values, memory.get("ema", values), self.ema_decay)

@@ -1,0 +1,216 @@
+"""A whole run on random weights of a real shape: what was planned, and what was measured.
+
+    python benchmarks/runs.py --shape 7b --dtype bfloat16 --tokens 64 --steps 4 --shards 8
+
+Writes the checkpoint one shard at a time, plans, empties the system's cache of its files, runs SRMU
+in a process of its own, counts what was read, exports with links, verifies, and deletes it all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import mmap
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from shapes import SHAPES, watched, write_checkpoint, write_texts
+
+from srmu import plan, weights
+from srmu import run as runs
+from srmu.config import Config, make_config
+from srmu.console import quiet
+
+LAYER = 7
+
+
+def config_for(folder: Path, arguments: argparse.Namespace) -> Config:
+    given = {
+        "method.layer": LAYER,
+        "method.coeff": 6.5,
+        "topics.topic.max_length": arguments.tokens,
+        "train.max_steps": arguments.steps,
+        "runs_dir": folder / "runs",
+    }
+    overrides = [f"{key}={value}" for key, value in given.items()]
+    forget, retain = folder / "forget.jsonl", folder / "retain.jsonl"
+    return make_config(str(folder / "model"), forget, retain, "srmu", overrides)
+
+
+def child(folder: Path, arguments: argparse.Namespace) -> None:
+    """The run itself, with its memory and time."""
+    start = time.perf_counter()
+    with watched() as memory:
+        done = runs.unlearn(config_for(folder, arguments))
+    answer = {
+        "private": memory.private,
+        "resident": memory.resident,
+        "seconds": done.record["seconds"],
+        "wall": time.perf_counter() - start,
+        "read": int(
+            Path("/proc/self/io").read_text().split("read_bytes: ")[1].split()[0]
+        ),  # from the disk, by this process
+        "run": str(done.folder),
+    }
+    print(json.dumps(answer))
+
+
+def drop(paths: list[Path]) -> None:
+    """Make the system forget what it holds of the files."""
+    for path in paths:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def pages(path: Path) -> np.ndarray[Any, Any]:
+    """Which pages of a file the system holds in memory."""
+    size = path.stat().st_size
+    count = -(-size // mmap.PAGESIZE)
+    held = np.zeros(count, np.uint8)
+    with path.open("rb") as file, mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY) as area:
+        anchor = ctypes.c_char.from_buffer(area)
+        libc = ctypes.CDLL(None, use_errno=True)
+        at, to = ctypes.c_void_p(ctypes.addressof(anchor)), ctypes.c_void_p(held.ctypes.data)
+        if libc.mincore(at, ctypes.c_size_t(size), to):
+            raise OSError(ctypes.get_errno(), "mincore")
+        del anchor
+    return held & 1
+
+
+def held_bytes(folder: Path) -> dict[str, int]:
+    """Bytes in memory of the tensors up to the hooked layer, and of those above."""
+    found = {"below": 0, "above": 0}
+    for path in sorted(set(weights.shards(folder).values())):
+        held = pages(path)
+        entries, start = weights.header(path)
+        for name, entry in entries.items():
+            low, high = (start + at for at in entry["data_offsets"])
+            # Whole pages of this tensor only: its edges are its neighbours', too.
+            part = held[-(-low // mmap.PAGESIZE) : high // mmap.PAGESIZE]
+            side = "below" if plan.touched(name, LAYER + 1) else "above"
+            found[side] += int(part.sum()) * mmap.PAGESIZE
+    return found
+
+
+def verify(base: Path, out: Path, changed: set[str]) -> None:
+    """Only the changed tensors differ between the two checkpoints."""
+    for path in sorted(set(weights.shards(base).values())):
+        if (out / path.name).samefile(path):
+            continue
+        with safe_open(path, "pt") as old, safe_open(out / path.name, "pt") as new:
+            names = list(old.keys())
+            differ = {n for n in names if not torch.equal(old.get_tensor(n), new.get_tensor(n))}
+        assert differ == changed & set(names), differ ^ (changed & set(names))
+
+
+def written(base: Path, out: Path) -> int:
+    """Bytes of the export that are its own and not links to the base's."""
+    own = (path for path in out.rglob("*") if path.is_file())
+    return sum(
+        p.stat().st_size
+        for p in own
+        if not ((base / p.name).exists() and p.samefile(base / p.name))
+    )
+
+
+def measure(arguments: argparse.Namespace) -> None:
+    with TemporaryDirectory(dir=arguments.scratch) as scratch:
+        folder = Path(scratch)
+        os.environ["SRMU_CACHE"] = str(folder / "cache")
+        base = write_checkpoint(
+            folder / "model", arguments.shape, getattr(torch, arguments.dtype), arguments.shards
+        )
+        for number, role in enumerate(("forget", "retain")):
+            documents = 4 * arguments.batches
+            write_texts(folder / f"{role}.jsonl", documents, arguments.tokens, number)
+        config, summary = runs.plan(config_for(folder, arguments))
+        topics = runs.load_topics(config, runs.load_tokenizer(base))
+        planned = summary | plan.estimate(config, base, topics)
+        files = sorted(set(weights.shards(base).values()))
+        before = {path: path.stat().st_mtime_ns for path in files}
+        rows = []
+        for temperature in ("cold", "warm"):  # the files on disk only, then in the system's cache
+            if temperature == "cold":
+                drop(files)
+            command = [sys.executable, __file__, "--child", str(folder)]
+            for name in ("shape", "dtype", "tokens", "steps", "batches"):
+                command += [f"--{name}", str(getattr(arguments, name))]
+            answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            got = json.loads(answer.splitlines()[-1])
+            if temperature == "cold":
+                held = held_bytes(base)
+                cold = got
+                weights_of = runs.Run.open(got["run"])
+                delta = (weights_of.folder / runs.DELTA).stat().st_size
+                start = time.perf_counter()
+                out = weights_of.export(folder / "out", link=True)
+                exported = time.perf_counter() - start
+                verify(base, out, set(weights_of.delta))
+                own = written(base, out)
+                for path in weights_of.folder.iterdir():
+                    path.unlink()
+                subprocess.run(["rm", "-rf", str(folder / "cache")], check=True)
+            rows.append(got)
+        total = sum(path.stat().st_size for path in files)
+        assert before == {path: path.stat().st_mtime_ns for path in files}
+        warm = rows[-1]
+        say = lambda *cells: print("| " + " | ".join(map(str, cells)) + " |")  # noqa: E731
+        print(
+            f"{arguments.shape}, {arguments.dtype}, {4} x {arguments.tokens} + "
+            f"{4} x {arguments.tokens} tokens, {arguments.steps} steps on "
+            f"{arguments.batches} + {arguments.batches} batches, {arguments.shards} shards, "
+            f"{total / 1e9:.2f} GB"
+        )
+        print()
+        say("", "planned", "measured", "planned / measured")
+        say("---", "---", "---", "---")
+        for name, a, b in (
+            ("private memory, GB", planned["memory_private"] / 1e9, warm["private"] / 1e9),
+            ("with mapped files, GB", planned["memory_peak"] / 1e9, warm["resident"] / 1e9),
+            ("read from the checkpoint, GB", planned["bytes_read"] / 1e9, held["below"] / 1e9),
+            ("seconds of training (files in memory)", planned["seconds"], warm["seconds"]),
+        ):
+            say(name, f"{a:.3g}", f"{b:.3g}", f"{a / b:.2f}")
+        print()
+        print(
+            f"read of the tensors above layer {LAYER}: {held['above'] / 1e6:.1f} MB of "
+            f"{(total - planned['bytes_read']) / 1e9:.2f} GB; read from the disk in all: "
+            f"{cold['read'] / 1e9:.2f} GB; run with files on disk only: {cold['wall']:.0f} s"
+        )
+        print(
+            f"delta {delta / 1e9:.3f} GB, {delta / total:.1%} of the checkpoint; export wrote "
+            f"{own / 1e9:.2f} GB, {own / total:.1%}, in {exported:.0f} s; verified: "
+            f"{len(weights_of.record['changed'])} tensors differ and no other, the source is "
+            "as it was"
+        )
+        print()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--shape", choices=SHAPES, default="pico")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--batches", type=int, default=3)
+    parser.add_argument("--shards", type=int, default=1)
+    parser.add_argument("--scratch", default=None, help="folder for the checkpoint")
+    parser.add_argument("--child", type=Path)
+    arguments = parser.parse_args()
+    quiet()
+    torch.set_num_threads(1)
+    child(arguments.child, arguments) if arguments.child else measure(arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""Log-probabilities of answers with as little reading as they need, in place of lm-eval's own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from itertools import accumulate, pairwise
+from operator import and_, eq
+from typing import Any
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from srmu.errors import UserError
+
+Tokens = tuple[int, ...]
+
+
+def loglikelihoods(lm: Any, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
+    """Each answer's log-probability, and whether it is the likeliest; as lm-eval's own method.
+
+    An input that several answers need (options of one token) is run once, a start that the inputs
+    of a batch share too, and only positions that predict an answer meet the vocabulary.
+    """
+    asked: dict[Tokens, list[int]] = {}
+    for i, (texts, before, answer) in enumerate(requests):
+        if not before or not 0 < len(answer) <= lm.max_length:
+            size = f"{len(answer)} tokens after {len(before)}; the model takes 1 to {lm.max_length}"
+            raise UserError(f"answer {texts and texts[1]!r} cannot be scored: {size}")
+        asked.setdefault(tuple((before + answer)[-lm.max_length - 1 : -1]), []).append(i)
+    tails = {row: max(len(requests[i][2]) for i in ids) for row, ids in asked.items()}
+    setup = 96 if lm.device.type == "cpu" else 2048  # tokens read while a forward gets going
+    tensor = partial(torch.tensor, device=lm.device)
+    found: dict[int, tuple[float, bool]] = {}
+    for rows, shared in batches(tails, lm.batch_size, setup):
+        ids = pad_sequence([tensor(row) for row in rows], batch_first=True)
+        width = max(tails[row] for row in rows)
+        last = range(-width, 0)
+        keep = tensor([[max(len(row) - shared + i, 0) for i in last] for row in rows])
+        with torch.no_grad():
+            past = None
+            if shared:
+                past = lm.model(ids[:1, :shared], use_cache=True, logits_to_keep=1).past_key_values
+                past.batch_repeat_interleave(len(rows))
+            states: Any = {"past_key_values": past, "use_cache": bool(shared)}
+            logits = lm.model(ids[:, shared:], **states, logits_to_keep=keep).logits
+            logs = logits.log_softmax(-1, dtype=lm.softmax_dtype)
+        which = [i for row in rows for i in asked[row]]
+        at = tensor([[n] for n, row in enumerate(rows) for _ in asked[row]])
+        # an answer ends at its input's last position; -1 before it, where others are longer
+        words = tensor([[-1] * (width - len(requests[i][2])) + requests[i][2] for i in which])
+        picked = logs[at, tensor(last), words.clamp(min=0)].masked_fill(words < 0, 0)
+        likeliest = (logs.argmax(-1)[at[:, 0]] == words) | (words < 0)
+        results = zip(picked.sum(-1).tolist(), likeliest.all(-1).tolist(), strict=True)
+        for i, result in zip(which, results, strict=True):
+            found[i] = result
+            if requests[i][0] is not None:  # else a part of a rolling request
+                lm.cache_hook.add_partial("loglikelihood", requests[i][0], result)
+    return [found[i] for i in range(len(requests))]
+
+
+def batches(tails: dict[Tokens, int], most: int, setup: int) -> list[tuple[list[Tokens], int]]:
+    """Cut inputs, sorted by length, into the batches that read least, the longest first.
+
+    A batch comes with the number of first tokens to read once for all its rows, none of them among
+    the `tails` that answers need; 0 where the forward it takes (`setup` tokens) would cost more.
+    """
+    order = sorted(tails, key=lambda row: (len(row), row))
+    free = [len(row) - tails[row] for row in order]
+    # how many first tokens each row has in common with the one before
+    common = [0, *(sum(accumulate(map(eq, *pair), and_)) for pair in pairwise(order))]
+    best = [(0, 0, 0)]  # for the first n rows: the cost, the last batch's start and what it shares
+    for end in range(1, len(order) + 1):
+        shared, ways = free[end - 1], []
+        for start in range(end - 1, max(end - most, 0) - 1, -1):
+            shared = min(shared, free[start])
+            whole = best[start][0] + setup + (end - start) * len(order[end - 1])
+            split = whole + setup - (end - start - 1) * shared
+            ways.append((whole, start, 0) if whole <= split else (split, start, shared))
+            shared = min(shared, common[start])
+        best.append(min(ways))
+    cut, end = [], len(order)
+    while end:
+        _, start, shared = best[end]
+        cut.append((order[start:end], shared))
+        end = start
+    return cut
