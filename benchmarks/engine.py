@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -24,7 +25,7 @@ import torch
 from shapes import SHAPES, config_of, watched, write_checkpoint
 from transformers import AutoModelForCausalLM
 
-from srmu.cache import Activations
+from srmu.cache import Activations, open_activations
 from srmu.console import quiet
 from srmu.data import Topic
 from srmu.losses import counted, token_mse
@@ -47,19 +48,25 @@ def batches(tokens: int, vocabulary: int, count: int, device: str) -> list[Batch
 
 
 class Clock:
-    """Seconds since the last look, with the device's work done."""
+    """Seconds since the last look, with the device's work done; of CUDA events on a GPU."""
 
     def __init__(self, device: str) -> None:
         self.device = device
-        self.last = 0.0
-        self()
+        self.last = self._now()
+
+    def _now(self) -> Any:
+        if self.device != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        event.synchronize()
+        return event
 
     def __call__(self) -> float:
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-        now = time.perf_counter()
-        passed, self.last = now - self.last, now
-        return passed
+        before, self.last = self.last, self._now()
+        if self.device != "cuda":
+            return self.last - before
+        return before.elapsed_time(self.last) / 1000
 
 
 def reference(
@@ -156,10 +163,12 @@ def ours(
         )
         return [p.detach() for p in model.trained.values()], times
 
-    kept = Activations(1 << 62)
-    if rung == "cached trial":
-        trial(kept)
-    return trial(kept)
+    if rung == "+ share":
+        return trial(Activations())
+    os.environ["SRMU_CACHE"] = str(folder.parent / "cache")
+    if not (folder.parent / "cache").exists():  # where an earlier trial leaves what it computed
+        trial(open_activations("disk", {}, torch.device(device)))
+    return trial(open_activations("disk", {}, torch.device(device)))
 
 
 def one(rung: str, *given: Any) -> tuple[list[torch.Tensor], list[float]]:
@@ -202,7 +211,7 @@ def matmul_speed(shape: str, tokens: int, dtype: torch.dtype, device: str) -> fl
 
 
 def memory_of(rung: str, arguments: argparse.Namespace, folder: Path) -> dict[str, int]:
-    """Peaks of a process that does one step of a rung."""
+    """Peaks of a process that does two steps of a rung."""
     command = [sys.executable, __file__, "--rung", rung, "--folder", str(folder)]
     for name in ("shape", "dtype", "tokens", "device"):
         command += [f"--{name}", str(getattr(arguments, name))]
@@ -273,17 +282,30 @@ def main() -> None:
     arguments = parser.parse_args()
     quiet()
     torch.set_num_threads(1)
-    if arguments.rung is None:
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        print("no CUDA device here: nothing was measured")
+    elif arguments.rung is None:
         ladder(arguments, lambda line: print(line, flush=True))
-        return
+    else:
+        print(json.dumps(memory_here(arguments)))
+
+
+def memory_here(arguments: argparse.Namespace) -> dict[str, int]:
+    """Peaks of this process while it does two steps: the moments are there in the second."""
     vocabulary = config_of(arguments.shape).vocab_size
-    made = batches(arguments.tokens, vocabulary, 2, arguments.device)
+    made = batches(arguments.tokens, vocabulary, 4, arguments.device)
     dtype = getattr(torch, arguments.dtype)
     with watched() as memory:
-        one(arguments.rung, arguments.folder, dtype, arguments.device, [(made[0], made[1])])
+        one(
+            arguments.rung,
+            arguments.folder,
+            dtype,
+            arguments.device,
+            list(zip(made[::2], made[1::2], strict=True)),
+        )
     if arguments.device == "cuda":
         memory.private = memory.resident = torch.cuda.max_memory_allocated()
-    print(json.dumps({"private": memory.private, "resident": memory.resident}))
+    return {"private": memory.private, "resident": memory.resident}
 
 
 if __name__ == "__main__":

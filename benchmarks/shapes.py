@@ -97,13 +97,13 @@ class Memory:
 
 @contextmanager
 def watched() -> Iterator[Memory]:
-    """Look at this process's memory a hundred times a second while the block runs."""
+    """Look at this process's memory twenty times a second while the block runs."""
     memory, done = Memory(), threading.Event()
 
     def follow() -> None:
         while not done.is_set():
             memory.look()
-            time.sleep(0.01)
+            time.sleep(0.05)
 
     thread = threading.Thread(target=follow, daemon=True)
     thread.start()

@@ -1,9 +1,13 @@
 """A sweep of 18 trials against 18 runs of the plain restatement of the public loop.
 
-    python benchmarks/sweep.py [--shape small] [--tokens 64] [--steps 6]
+    python benchmarks/sweep.py [--shape small] [--tokens 64] [--steps 6] [--device cpu]
+    python benchmarks/sweep.py --device cuda --shape 7b --dtype bfloat16 --tokens 512 --steps 150 \
+        --references 1
 
-Both in this process, loading included. srmu's trials are whole `unlearn` runs with their folders,
-importance maps and deltas; the reference trains and writes nothing, and measures no map.
+All in this process. "runs" are whole `unlearn` runs, with loading, folders, importance maps and
+deltas; "grid" are the same trials on a model that is loaded once. A reference run loads its two
+models and trains; it measures no map and writes nothing. With `--references N` only N of them are
+run, and their mean stands for all 18.
 """
 
 import argparse
@@ -18,14 +22,31 @@ from engine import BATCH, LAYER, reference
 from shapes import SHAPES, write_checkpoint, write_texts
 
 from srmu import run as runs
-from srmu.config import make_config
+from srmu.cache import open_activations
+from srmu.config import Config, make_config
 from srmu.console import quiet
+from srmu.data import Topic
+from srmu.model import EditableModel
 
 GRID = {
     "method.coeff": (5, 10, 20),
     "method.alpha": (300, 600, 1200),
     "method.importance": ("ratio", "difference"),
 }
+
+
+def trial(folder: Path, config: Config, topic: Topic, model: EditableModel | None) -> EditableModel:
+    """One trial on a model that earlier trials have used, put back to its original weights."""
+    method = config.method
+    if model is None:
+        model = EditableModel.load(
+            folder, depth=method.depth, trainable=method.trainable, device=config.device
+        )
+        model.activations = open_activations("memory", {}, model.device)
+    for name, tensor in model.original.items():
+        model.trained[name].data.copy_(tensor)
+    method.apply(model, [topic], config.train, lambda step, values: None)
+    return model
 
 
 def main() -> None:
@@ -36,7 +57,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--scratch", default=None, help="folder for the checkpoint")
+    parser.add_argument("--references", type=int, default=18)
     arguments = parser.parse_args()
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        print("no CUDA device here: nothing was measured")
+        return
     quiet()
     torch.set_num_threads(1)
     with TemporaryDirectory(dir=arguments.scratch) as scratch:
@@ -47,8 +72,9 @@ def main() -> None:
         for number, role in enumerate(("forget", "retain")):
             path = folder / f"{role}.jsonl"
             write_texts(path, BATCH * arguments.steps, arguments.tokens, number)
-        ours, theirs = [], []
-        for values in product(*GRID.values()):
+        ours, theirs, grid = [], [], []
+        model_once: EditableModel | None = None
+        for number, values in enumerate(product(*GRID.values())):
             overrides = [f"{key}={value}" for key, value in zip(GRID, values, strict=True)]
             config = make_config(
                 str(model),
@@ -66,6 +92,11 @@ def main() -> None:
             runs.unlearn(config)
             ours.append(time.perf_counter() - start)
             topic = runs.load_topics(config, runs.load_tokenizer(model))[0]
+            start = time.perf_counter()
+            model_once = trial(model, runs.plan(config)[0], topic, model_once)
+            grid.append(time.perf_counter() - start)
+            if number >= arguments.references:
+                continue
             pairs = [
                 tuple({k: v.to(arguments.device) for k, v in batch.items()} for batch in pair)
                 for pair in zip(topic.forget, topic.retain, strict=True)
@@ -73,13 +104,21 @@ def main() -> None:
             start = time.perf_counter()
             reference(model, dtype, arguments.device, pairs, "reference")
             theirs.append(time.perf_counter() - start)
+    reference_seconds = 18 * sum(theirs) / len(theirs)
     print(
         f"{arguments.shape}, {arguments.dtype}, {arguments.device}: {len(ours)} trials of "
         f"{arguments.steps} steps of {BATCH} x {arguments.tokens} + {BATCH} x {arguments.tokens} "
-        f"tokens: reference {sum(theirs):.0f} s, srmu {sum(ours):.1f} s "
-        f"({sum(theirs) / sum(ours):.1f} times faster); first trial {theirs[0] / ours[0]:.1f}, "
-        f"later ones {sum(theirs[1:]) / sum(ours[1:]):.1f} times"
+        f"tokens; {len(theirs)} of 18 reference runs were run"
     )
+    print()
+    print("| | s, 18 trials | times faster | s, first trial | s, a later one |")
+    print("|---|---|---|---|---|")
+    for name, times in (("reference", theirs), ("srmu, runs", ours), ("srmu, grid", grid)):
+        total = reference_seconds if times is theirs else sum(times)
+        later = sum(times[1:]) / max(1, len(times) - 1)
+        faster = reference_seconds / total
+        print(f"| {name} | {total:.1f} | {faster:.1f} | {times[0]:.2f} | {later:.2f} |")
+    print()
 
 
 if __name__ == "__main__":

@@ -511,6 +511,46 @@ def test_eval(call: Call, workplace: Path, builtin: None) -> None:
     assert f"next: srmu export {run} OUT" in shown
 
 
+def test_the_cache_is_listed_and_cleared(call: Call, workplace: Path) -> None:
+    kept = workplace / "cache" / "activations"
+    answer = call("cache", "ls")
+    assert answer.code == 0 and "activations 0.000 of at most 20 GB" in answer.out
+    first = call("unlearn", *sources(), *QUICK)
+    assert "activations are kept for later runs; see srmu cache ls" in first.out
+    assert "kept" not in call("unlearn", *sources(), *QUICK, "seed=1", "cache=none").out
+    assert len(list(kept.iterdir())) == 1
+    rows = json.loads(call("cache", "ls", "--json").out)
+    assert rows["activations_bytes"] == sum(p.stat().st_size for p in kept.rglob("*.*"))
+    assert [row["model"] for row in rows["activations"]] == [str(workplace / "model")]
+    table = call("cache", "ls").out
+    assert rows["activations"][0]["activations"] in table and "srmu cache clear" in table
+    (workplace / "cache" / "evals").mkdir()
+    (workplace / "cache" / "evals" / "x.json").write_text("{}")
+    assert json.loads(call("cache", "clear", "--json").out)["freed_bytes"] > 0
+    assert not kept.exists() and (workplace / "cache" / "evals" / "x.json").exists()
+    assert json.loads(call("cache", "clear", "--all", "--json").out)["freed_bytes"] == 2
+    assert (workplace / "cache" / "key").exists()  # without it, digests would change
+    assert_one_line(call("cache", "list"), "ls", "clear")
+
+
+def test_an_export_shares_files_when_asked(call: Call, workplace: Path) -> None:
+    run = json.loads(call("unlearn", *sources(), *QUICK, "--json").out)["run"]
+    before = {p: p.read_bytes() for p in Path("model").iterdir()}
+    assert call("export", run, "linked", "--link").code == 0
+    assert call("export", run, "copied", "--copy").code == 0
+    changed = {shards(Path("model"))[name].name for name in Run.open(run).delta}
+    for path in Path("model").glob("*.safetensors"):
+        shared = path.name not in changed
+        assert (workplace / "linked" / path.name).samefile(path) == shared
+        assert not (workplace / "copied" / path.name).samefile(path)
+        same = (Path("linked") / path.name).read_bytes() == (
+            Path("copied") / path.name
+        ).read_bytes()
+        assert same
+    assert not Path("linked/config.json").samefile("model/config.json")  # people edit it
+    assert before == {p: p.read_bytes() for p in Path("model").iterdir()}
+
+
 def test_methods(call: Call) -> None:
     table = json.loads(call("methods", "--json").out)
     assert list(table) == ["srmu", "rmu", "adaptive_rmu"]

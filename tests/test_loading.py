@@ -95,11 +95,11 @@ def test_a_checkpoint_of_several_types_converts(tmp_path: Path) -> None:
 def test_a_shallow_load_has_the_layers_of_the_whole_model(
     arch: str, stored: str, asked: str, tmp_path: Path
 ) -> None:
-    """Built shallow where loading converts; else mapped, and cut afterwards."""
+    """Built shallow, and mapped where loading does not convert."""
     folder = save_pico(tmp_path, arch, DTYPES[stored])
     module = load_module(folder, asked, DEPTH)
     converted = asked != "auto" or arch in FUSED
-    assert len(layers(module)) == (DEPTH if converted else 4)
+    assert len(layers(module)) == DEPTH
     assert mapped(module, folder) == (not converted)
     model = EditableModel(module, [f"{LAYER}.mlp_down"], DEPTH)
     expected = whole(folder, asked)

@@ -1,6 +1,8 @@
 """The contract that every method keeps, and what each paper promises of its own."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from itertools import pairwise
 from types import SimpleNamespace
@@ -788,3 +790,24 @@ def test_srmu_moves_selected_features_and_holds_the_others(kind: Any) -> None:
 def test_strengths_are_finite_and_not_negative(cls: Any, name: str, value: float) -> None:
     with pytest.raises(UserError, match=rf"method\.{name}=.*at least 0"):
         cls(**{name: value})
+
+
+@pytest.mark.parametrize(("method", "batches"), [(RMU, 3), (SRMU, 5), (AdaptiveRMU, 3)])
+def test_measuring_shows_each_batch(method: Any, batches: int) -> None:
+    """On a large model a batch takes many seconds: the progress counts batches."""
+    shown: list[tuple[str, int, int]] = []
+
+    @contextmanager
+    def watch(label: str, total: int) -> Iterator[Any]:
+        ticks: list[str] = []
+        yield ticks.append
+        shown.append((label, total, len(ticks)))
+
+    ids = torch.randint(4, 60, (2, 6), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    shifted = [{k: v.roll(i, 1) for k, v in batch.items()} for i in range(5)]
+    topic = Topic("t", shifted[:3], shifted[3:])
+    made = method(layer=2, window=1, kappa=1.0)
+    model = EditableModel(pico_module(), made.trainable, made.depth)
+    made.apply(model, [topic], TrainOptions(max_steps=2), lambda *_: None, watch)
+    assert shown == [("measuring activations", batches, batches), (made.name, 2, 2)]

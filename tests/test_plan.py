@@ -146,7 +146,7 @@ def test_the_cache_is_as_large_as_planned(
 
 
 def test_time_follows_from_the_speeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "probe", lambda *_: plan.Work(1e6, 1e30, 1e30))
+    monkeypatch.setattr(plan, "probe", lambda *_: plan.Work(1e6, 1e30, 1e30, 1e30))
     _, few, _ = planned(tmp_path / "a", "train.max_steps=10")
     _, many, _ = planned(tmp_path / "b", "train.max_steps=30")
     assert few["seconds_per_step"] == pytest.approx(few["flops_per_step"] / 1e6, rel=1e-3)
@@ -166,5 +166,5 @@ def test_advice_where_it_does_not_fit(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_speeds_are_measured() -> None:
-    speeds = plan.probe(torch.float32, "cpu", 64, 32)
-    assert min(speeds.flops, speeds.moved, speeds.operations) > 1000
+    speeds = plan.probe(torch.float32, "cpu", [(2, 4), (2, 5)], 32)
+    assert min(speeds.flops, speeds.near, speeds.far, speeds.operations) > 1000

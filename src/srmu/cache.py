@@ -31,7 +31,7 @@ from srmu.files import cache_dir, write_json
 
 Output = Tensor | tuple[Tensor]  # what a decoder layer returns
 
-FEW = 4  # prefix of forget and retain, target of both: what one step uses
+FEW = 6  # prefix, target and sums of a forget and a retain batch: what one step uses
 LIMIT_GB = 20.0  # of all activations together, unless SRMU_CACHE_LIMIT says otherwise
 SPARE = 1 << 30  # bytes that are left free on the disk
 

@@ -229,7 +229,7 @@ def export(
     from srmu.run import Run
 
     opened = Run.open(run)
-    opened.export(out, link)
+    opened.export(out, link, watch)
     changed = list(opened.delta)
     say(
         {"out": str(out), "changed": changed},

@@ -9,7 +9,7 @@ import hmac
 import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -68,6 +68,10 @@ class Topic:
         """Endless (forget, retain) batches in order; the shorter set starts again."""
         return zip(itertools.cycle(self.forget), itertools.cycle(self.retain), strict=False)
 
+    def followed(self, tick: Callable[[], None]) -> Topic:
+        """This topic, calling `tick` whenever a batch of it has been used."""
+        return replace(self, forget=Followed(self.forget, tick), retain=Followed(self.retain, tick))
+
     def generator(self, purpose: str, shared: bool = False) -> torch.Generator:
         """A random stream of its own for each purpose, the same on every device and run.
 
@@ -105,6 +109,26 @@ class Topic:
             return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
         return replace(self, retain=[mix(batch) for batch in self.retain])
+
+
+@dataclass(frozen=True)
+class Followed(Sequence[Batch]):
+    """Batches that call `tick` after each one that a loop has done with."""
+
+    batches: Sequence[Batch]
+    tick: Callable[[], None]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, key: Any) -> Any:
+        part = self.batches[key]
+        return Followed(part, self.tick) if isinstance(key, slice) else part
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in self.batches:
+            yield batch
+            self.tick()
 
 
 def load_topic(

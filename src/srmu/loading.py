@@ -1,13 +1,14 @@
 """Reading a checkpoint into a module no deeper than is needed, and refusing what cannot be cut.
 
-Transformers maps a checkpoint into memory where the stored tensors are those of the module: then
-cutting the list of layers is enough, because a layer that is cut off is never read. Where loading
-converts (another dtype, experts stacked into one tensor) every tensor is made anew, so there the
-module is built shallow: from a config of fewer layers, if that gives the same layers.
+The module is built shallow, from a config of fewer layers, if that gives the same layers. If not,
+it is built whole and its list of layers is cut: as right, and nearly as cheap where transformers
+maps the stored tensors into memory; but a load that converts (another dtype, stacked experts) then
+makes all of them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, logging
 
 from srmu.errors import UserError, first_line
 from srmu.weights import in_layer, layer_of, stored_types
@@ -74,11 +75,15 @@ def check_layers(config: Any, layer: int, window: int = 1) -> None:
 def load_module(folder: Path, dtype: str = "auto", depth: int | None = None) -> PreTrainedModel:
     """A checkpoint through transformers; UserError when a tensor is missing or misfits.
 
-    With `depth`, of at least that many layers: fewer than all where loading has to convert.
+    With `depth`, of that many layers, or of all where a shallow module would not be the same.
     """
     config = read_config(folder)
-    if depth is not None and depth < config.num_hidden_layers and converts(folder, config, dtype):
+    if depth is not None and depth < config.num_hidden_layers:
+        if missing := lost(folder, config):
+            raise incomplete(folder, missing)
         config = cut_config(config, depth) or config
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # it would list the layers that were left out
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -90,13 +95,31 @@ def load_module(folder: Path, dtype: str = "auto", depth: int | None = None) -> 
         )
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise UserError(f"model {folder} cannot be loaded: {first_line(error)}") from error
+    finally:
+        logging.set_verbosity(verbosity)
     module, info = loaded
     if missing := sorted(info["missing_keys"]):
-        raise UserError(
-            f"model {folder} lacks {len(missing)} tensors, the first is {missing[0]}; "
-            "transformers would fill them with random numbers"
-        )
+        raise incomplete(folder, missing)
     return module
+
+
+def incomplete(folder: Path, missing: Sequence[str]) -> UserError:
+    return UserError(
+        f"model {folder} lacks {len(missing)} tensors, the first is {missing[0]}; "
+        "transformers would fill them with random numbers"
+    )
+
+
+def lost(folder: Path, config: Any) -> list[str]:
+    """Tensors of some layer that the checkpoint lacks and has for another layer."""
+    stored = {(layer_of(name), in_layer(name)) for name in stored_types(folder)}
+    known = {name for layer, name in stored if layer is not None}
+    names = [name for name, _ in skeleton(config).named_parameters()]
+    return sorted(
+        name
+        for name in names
+        if in_layer(name) in known and (layer_of(name), in_layer(name)) not in stored
+    )
 
 
 def skeleton(config: Any, dtype: torch.dtype | None = None) -> PreTrainedModel:

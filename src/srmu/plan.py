@@ -10,6 +10,7 @@ import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -23,15 +24,18 @@ from torch.utils.flop_counter import flop_registry
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from srmu import weights
-from srmu.cache import FEW, Activations
+from srmu.cache import Activations
 from srmu.config import Config
 from srmu.data import Topic
 from srmu.loading import converts, read_config, skeleton
 from srmu.losses import token_mse
+from srmu.methods import RMU
 from srmu.model import Batch, EditableModel, Site
+from srmu.train import TrainOptions, fit
 
 PROBE_SECONDS = 2.0
 EVERYTHING = 1 << 62  # bytes
+FAR = 32 << 20  # bytes of an operation's tensors that no processor's cache holds
 
 
 class Meter(TorchDispatchMode):
@@ -39,7 +43,7 @@ class Meter(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.flops = self.moved = self.operations = self.held = self.peak = 0
+        self.flops = self.near = self.far = self.operations = self.held = self.peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -52,7 +56,11 @@ class Meter(TorchDispatchMode):
             self.flops += 2 * args[0].numel() * args[1].shape[-1]
         elif not any(alias is not None and not alias.is_write for alias in aliases):  # no view
             tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor)]
-            self.moved += sum(x.numel() * x.element_size() for x in tensors)
+            moved = sum(x.numel() * x.element_size() for x in tensors)
+            if moved > FAR:
+                self.far += moved
+            else:
+                self.near += moved
         if not any(aliases):
             for tensor in tree_leaves(out):
                 if isinstance(tensor, Tensor):
@@ -71,10 +79,14 @@ class Meter(TorchDispatchMode):
 
 @dataclass
 class Work:
-    """FLOPs, bytes moved and operations of a piece of work, and seconds from a machine's speeds."""
+    """FLOPs, bytes moved and operations of a piece of work, and seconds from a machine's speeds.
+
+    Bytes are `near` where an operation's tensors fit into the processor's cache, else `far`.
+    """
 
     flops: float = 0
-    moved: float = 0
+    near: float = 0
+    far: float = 0
     operations: float = 0
 
     def __add__(self, other: Work) -> Work:
@@ -125,7 +137,7 @@ def estimate(config: Config, folder: Path, topics: Sequence[Topic]) -> dict[str,
     total = each * config.train.max_steps + build
 
     width = base.hidden_size
-    recent = sum(prod(one) for one in most) * width * size * FEW // 2
+    recent = sum(prod(one) for one in most) * width * size * 2
     tensors = sum(p.numel() for p in model.module.parameters())
     mapped = config.device == "cpu" and not converts(folder, base, config.dtype)
     parts = {
@@ -137,7 +149,7 @@ def estimate(config: Config, folder: Path, topics: Sequence[Topic]) -> dict[str,
         "step": round(peak * scale),
         "cache": cache_bytes if config.cache == "memory" else recent,
     }
-    speeds = probe(dtype, config.device, prod(mean[0]), width)
+    speeds = probe(dtype, config.device, mean, width)
     free = (
         torch.cuda.mem_get_info(config.device)[0]
         if config.device.startswith("cuda")
@@ -302,7 +314,7 @@ def metered(action: Callable[[], object]) -> Meter:
 
 
 def work(meter: Meter) -> Work:
-    return Work(meter.flops, meter.moved, meter.operations)
+    return Work(meter.flops, meter.near, meter.far, meter.operations)
 
 
 def cache_plan(
@@ -313,14 +325,14 @@ def cache_plan(
     Frozen passes over forget texts serve the statistics alone, and are not kept.
     """
     method = config.method
-    forget_measured = getattr(method, "map_batches", 0)
-    retain_measured = forget_measured if hasattr(method, "importance") else 0  # for a map
+    measures = getattr(method, "measures", ())
     width = model.module.config.hidden_size
     total, counts = 0, [(0, 0), (0, 0)]
     for number, topic in enumerate(topics):
         steps = len(range(number, config.train.max_steps, len(topics)))
-        roles = ((topic.forget, forget_measured), (topic.retain, retain_measured))
-        for i, (batches, measured) in enumerate(roles):
+        for i, role in enumerate(("forget", "retain")):
+            batches = getattr(topic, role)
+            measured = method.map_batches if role in measures else 0
             used = batches[: max(steps, measured)]
             whole = batches[:measured] if i == 0 else used
             counts[i] = counts[i][0] + len(used), counts[i][1] + len(whole)
@@ -330,25 +342,38 @@ def cache_plan(
     return total, counts
 
 
-def probe(dtype: torch.dtype, device: str, tokens: int, width: int) -> Work:
+def probe(dtype: torch.dtype, device: str, shapes: Sequence[tuple[int, int]], width: int) -> Work:
     """This machine's FLOPs, bytes and small operations a second, in about two seconds.
 
-    The last is measured on a model so small that its arithmetic takes no time.
+    The last is measured in steps of a narrow model on batches of the run's own shapes: it holds
+    what Python, the loop and attention over few features take beside the large products.
     """
-    rows = max(16, min(tokens, 4096))
+    rows = max(16, min(prod(shapes[0]), 4096))
     a = torch.randn(rows, width, device=device).to(dtype)
     b = torch.randn(4 * width, width, device=device).to(dtype)
-    big = torch.randn(rows, 4 * width, device=device).to(dtype)
-    flops = 2 * rows * width * 4 * width / timed(lambda: a @ b.T, 0.6)
-    moved = 3 * big.numel() * big.element_size() / timed(lambda: big * big, 0.2)
+    small = torch.randn(FAR // 128, device=device)
+    large = torch.randn(FAR // 2, device=device)
+    flops = 2 * rows * width * 4 * width / timed(lambda: a @ b.T, 0.4)
+    near = 12 * small.numel() / timed(lambda: small * small, 0.1)
+    far = 12 * large.numel() / timed(lambda: large * large, 0.2)
     config = LlamaConfig(
-        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=1,
+        hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=1,
         vocab_size=16,
     )  # fmt: skip
-    small = AutoModelForCausalLM.from_config(config).to(device)
-    model = EditableModel(small, ["0.mlp_down", "1.mlp_down"])
-    step = stepper(model, [(1, 4), (1, 5)], Site(1), "fp32")
-    return Work(flops, moved, metered(step).operations / timed(step, 0.2))
+    tiny = AutoModelForCausalLM.from_config(config).to(device)
+    rmu = RMU(layer=1, window=2, coeff=1.0)
+    model = EditableModel(tiny, rmu.trainable, rmu.depth)
+    operations = metered(stepper(model, shapes, rmu.site, "fp32")).operations
+    forget, retain = (blank(one, model.device) for one in shapes)
+    for batch in (forget, retain):
+        batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    state = rmu.setup(model, topic := Topic("probe", [forget], [retain]))
+    loss = partial(rmu.loss, model, state)
+
+    def step() -> None:
+        fit(model, [(topic, loss)], TrainOptions(max_steps=1), lambda step, values: None)
+
+    return Work(flops, near, far, operations / timed(step, 0.3))
 
 
 def timed(action: Any, share: float) -> float:
@@ -358,7 +383,7 @@ def timed(action: Any, share: float) -> float:
     while len(times) < 3 or time.perf_counter() < end:
         start = time.perf_counter()
         if isinstance(out := action(), Tensor):
-            out[0, 0].item()  # waits for the device
+            out.reshape(-1)[0].item()  # waits for the device
         times.append(time.perf_counter() - start)
     return sorted(times)[len(times) // 2]
 

@@ -67,14 +67,14 @@ class Run:
     def base(self) -> Path:
         return base_of(self.config)
 
-    def export(self, out: str | Path, link: bool | None = None) -> Path:
+    def export(self, out: str | Path, link: bool | None = None, watch: Watch = silent) -> Path:
         """Write the full checkpoint; `link`: shards that stay as they are become hard links.
 
         Refuses a run that diverged.
         """
         if self.record["stop_reason"] != "max_steps":
             raise UserError(f"{self.folder} stopped early: {self.record['stop_reason']}")
-        weights.export(self.base, self.delta, Path(out), link)
+        weights.export(self.base, self.delta, Path(out), link, watch)
         return Path(out)
 
     def results(self) -> dict[str, dict[str, float]]:
@@ -199,7 +199,7 @@ def unlearn(config: Config, *, out: str | Path | None = None, watch: Watch = sil
                 discard(folder)
             raise
     if out is not None:
-        run.export(out)
+        run.export(out, watch=watch)
     return run
 
 

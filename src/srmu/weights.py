@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from srmu.console import Watch, silent
 from srmu.errors import UserError, first_line
 from srmu.files import sha256, whole_folder
 
@@ -262,7 +263,13 @@ def apply_delta(module: torch.nn.Module, folder: Path, delta: Mapping[str, Tenso
         places[0].copy_(tensor)
 
 
-def export(folder: Path, delta: Mapping[str, Tensor], out: Path, link: bool | None = None) -> None:
+def export(
+    folder: Path,
+    delta: Mapping[str, Tensor],
+    out: Path,
+    link: bool | None = None,
+    watch: Watch = silent,
+) -> None:
     """Write a full checkpoint: the base's files, with the delta's tensors in their places.
 
     Shards without a changed tensor are linked to the base's instead of copied if `link`, and by
@@ -273,18 +280,24 @@ def export(folder: Path, delta: Mapping[str, Tensor], out: Path, link: bool | No
     if lost := sorted(set(delta) - set(where)):
         raise UserError(f"the model {folder} has no tensor {lost[0]}; is it another model?")
     patched = {where[name] for name in delta}
-    with whole_folder(out) as temporary:
-        for file in sorted([*folder.iterdir(), *folder.glob("additional_chat_templates/*")]):
-            # Not the weights that the model does not load: they would keep the old tensors.
-            wanted = file.suffix in KEPT or file in where.values()
-            if file.is_file() and wanted and not file.name.startswith("."):
-                copy = temporary / file.relative_to(folder)
-                copy.parent.mkdir(exist_ok=True)
-                share = file.is_symlink() if link is None else link
-                if share and file in where.values() and file not in patched:
-                    hard_link(file.resolve(), copy)
-                else:
-                    shutil.copyfile(file.resolve(), copy)
+    # Not the weights that the model does not load: they would keep the old tensors.
+    wanted = [
+        file
+        for file in sorted([*folder.iterdir(), *folder.glob("additional_chat_templates/*")])
+        if file.is_file()
+        and (file.suffix in KEPT or file in where.values())
+        and not file.name.startswith(".")
+    ]
+    with whole_folder(out) as temporary, watch("writing files", len(wanted)) as tick:
+        for file in wanted:
+            copy = temporary / file.relative_to(folder)
+            copy.parent.mkdir(exist_ok=True)
+            share = file.is_symlink() if link is None else link
+            if share and file in where.values() and file not in patched:
+                hard_link(file.resolve(), copy)
+            else:
+                shutil.copyfile(file.resolve(), copy)
+            tick(file.name)
         for path in sorted(patched):
             patch(temporary / path.name, {n: t for n, t in delta.items() if where[n] == path})
 

@@ -86,6 +86,10 @@ class Objective(Method):
         """The topic as the loss sees it."""
         return topic
 
+    def reads(self, topic: Topic) -> int:
+        """How many batches of a topic `setup` reads, for the progress."""
+        return 0
+
     def apply(
         self,
         model: EditableModel,
@@ -96,12 +100,12 @@ class Objective(Method):
     ) -> dict[str, State]:
         parts: list[tuple[Topic, LossFunction]] = []
         states = {}
-        with watch("measuring activations", len(topics)) as tick:
+        with watch("measuring activations", sum(map(self.reads, topics))) as tick:
             for topic in topics:
                 method = self.with_options(topic.options)
-                state = states[topic.name] = method.setup(model, topic)
+                state = method.setup(model, topic.followed(partial(tick, topic.name)))
+                states[topic.name] = state
                 parts.append((method.prepared(topic), partial(method.loss, model, state)))
-                tick(topic.name)
         with watch(self.name, train.max_steps) as tick:
 
             def follow(step: int, values: dict[str, float | str]) -> None:
@@ -131,6 +135,8 @@ class Misdirection(Objective):
     The strength is `coeff` (the literal c of the papers) or `kappa` (norm of the target over the
     mean norm of forget activations: the scale on which methods compare), by default kappa 8.
     """
+
+    measures: ClassVar[tuple[str, ...]] = ("forget",)  # texts whose activations are averaged
 
     layer: int | None = None  # None: 7 of 32, as the papers, in proportion to the model's depth
     stream: Stream = "resid_post"
@@ -204,6 +210,9 @@ class Misdirection(Objective):
 
     def prepared(self, topic: Topic) -> Topic:
         return topic.anchored(self.anchor_share) if self.anchors == "random" else topic
+
+    def reads(self, topic: Topic) -> int:
+        return sum(min(self.map_batches, len(getattr(topic, role))) for role in self.measures)
 
     @property
     def factor(self) -> float:

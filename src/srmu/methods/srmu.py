@@ -20,6 +20,7 @@ class SRMU(Misdirection):
 
     name: ClassVar[str] = "srmu"
     paper: ClassVar[str] = "arXiv 2512.16297"
+    measures: ClassVar[tuple[str, ...]] = ("forget", "retain")
 
     importance: Fusion = "ratio"
     statistic: Statistic = "abs_mean"
