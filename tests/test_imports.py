@@ -13,7 +13,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "srmu"
 RANK = {
     "__init__": 15, "__main__": 14, "cli": 13, "demo": 12,
     "report": 11, "scoring": 11, "organism": 11, "evals": 10, "run": 10, "plan": 10,
-    "config": 9, "methods": 8, "train": 7, "data": 6, "model": 5, "loading": 4,
+    "config": 9, "meter": 9, "methods": 8, "train": 7, "data": 6, "model": 5, "loading": 4,
     "weights": 3, "likelihoods": 3, "cache": 3, "losses": 3, "importance": 3, "directions": 3,
     "world": 3, "entanglement": 3, "files": 2, "console": 2, "errors": 1,
 }  # fmt: skip

@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import ARCHITECTURES, save_pico, texts, word_tokenizer, write_jsonl
-from srmu import plan, run
+from srmu import meter, plan, run
 from srmu.cache import Activations
 from srmu.config import make_config
 from srmu.model import EditableModel
@@ -30,7 +30,7 @@ def planned(folder: Path, *options: str, name: str = "llama", dtype: Any = torch
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "PROBE_SECONDS", 0.01)
+    monkeypatch.setattr(meter, "PROBE_SECONDS", 0.01)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -52,7 +52,7 @@ def test_flops_are_those_of_the_real_step(name: str, tmp_path: Path) -> None:
     config, estimate, topics = planned(tmp_path, "method.window=1", "method.layer=2", name=name)
     method = config.method
     model = EditableModel.load(tmp_path / "model", depth=method.depth, trainable=method.trainable)
-    model.activations = Activations(plan.EVERYTHING)
+    model.activations = Activations(meter.EVERYTHING)
     (forget, *_), (retain, *_) = topics[0].forget, topics[0].retain
     prepared = method.setup(model, topics[0])
 
@@ -78,13 +78,13 @@ def test_flops_of_a_linear_layer_and_memory() -> None:
     def action() -> None:
         layer(x).sum().backward()
 
-    meter = plan.metered(action)
-    assert meter.flops == 2 * (2 * 4 * 6 * 5)  # forward, gradient of the weight
+    count = meter.metered(action)
+    assert count.flops == 2 * (2 * 4 * 6 * 5)  # forward, gradient of the weight
     # The output lives until it is summed; the sum, its gradient and the weight's live together.
-    assert meter.held == 5 * 6 * 4
-    assert meter.peak == (1 + 1 + 5 * 6) * 4
+    assert count.held == 5 * 6 * 4
+    assert count.peak == (1 + 1 + 5 * 6) * 4
     layer.zero_grad()
-    assert meter.held == 0
+    assert count.held == 0
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_the_cache_is_as_large_as_planned(
 
 
 def test_time_follows_from_the_speeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "probe", lambda *_: plan.Work(1e6, 1e30, 1e30, 1e30))
+    monkeypatch.setattr(plan, "probe", lambda *_: meter.Work(1e6, 1e30, 1e30, 1e30))
     _, few, _ = planned(tmp_path / "a", "train.max_steps=10")
     _, many, _ = planned(tmp_path / "b", "train.max_steps=30")
     assert few["seconds_per_step"] == pytest.approx(few["flops_per_step"] / 1e6, rel=1e-3)
@@ -166,5 +166,5 @@ def test_advice_where_it_does_not_fit(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_speeds_are_measured() -> None:
-    speeds = plan.probe(torch.float32, "cpu", [(2, 4), (2, 5)], 32)
+    speeds = meter.probe(torch.float32, "cpu", [(2, 4), (2, 5)], 32)
     assert min(speeds.flops, speeds.near, speeds.far, speeds.operations) > 1000

@@ -131,11 +131,18 @@ def skeleton(config: Any, dtype: torch.dtype | None = None) -> PreTrainedModel:
 def converts(folder: Path, config: Any, dtype: str) -> bool:
     """Whether loading makes new tensors: another dtype is asked for, or another layout is used."""
     stored = {name: t for name, t in stored_types(folder).items() if t.is_floating_point}
-    if dtype != "auto" and set(stored.values()) != {getattr(torch, dtype)}:
+    wanted = wanted_dtype(config, dtype)
+    if wanted is not None and set(stored.values()) != {wanted}:
         return True
     known = {in_layer(name) for name in stored}
     parameters = skeleton(config).named_parameters()
     return any(in_layer(name) not in known for name, _ in parameters if layer_of(name) is not None)
+
+
+def wanted_dtype(config: Any, dtype: str) -> torch.dtype | None:
+    """What the module's tensors will be; `auto` is what its config says, else as they are stored."""
+    value = config.dtype if dtype == "auto" else dtype
+    return getattr(torch, value) if isinstance(value, str) else value
 
 
 def cut_config(config: Any, depth: int) -> Any | None:
