@@ -140,7 +140,7 @@ def converts(folder: Path, config: Any, dtype: str) -> bool:
 
 
 def wanted_dtype(config: Any, dtype: str) -> torch.dtype | None:
-    """What the module's tensors will be; `auto` is what its config says, else as they are stored."""
+    """The dtype that loading gives; None where `auto` finds none in the config: as it is stored."""
     value = config.dtype if dtype == "auto" else dtype
     return getattr(torch, value) if isinstance(value, str) else value
 

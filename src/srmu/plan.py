@@ -65,7 +65,7 @@ def estimate(config: Config, folder: Path, topics: Sequence[Topic]) -> dict[str,
         if config.cache == "memory"
         else 2 * size * base.hidden_size * sum(map(prod, most)),
     }
-    speeds = probe(dtype, config.device, mean, width)
+    speeds = probe(dtype, config.device, mean, base.hidden_size)
     free = (
         torch.cuda.mem_get_info(config.device)[0]
         if config.device.startswith("cuda")
