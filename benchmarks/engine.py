@@ -30,7 +30,7 @@ from srmu.console import quiet
 from srmu.data import Topic
 from srmu.losses import counted, token_mse
 from srmu.methods import RMU
-from srmu.model import Batch, EditableModel
+from srmu.model import Batch, EditableModel, return_freed_blocks
 from srmu.train import TrainOptions, fit
 
 LAYER, WINDOW, BATCH, ALPHA, COEFF, RATE = 7, 3, 4, 1200.0, 6.5, 5e-5
@@ -74,6 +74,7 @@ def reference(
 ) -> tuple[list[torch.Tensor], list[float]]:
     """The public loop, written anew: two models, full forward passes, AdamW on three matrices.
 
+    In bfloat16 it steps float32 masters, as srmu does, which the public code does not have.
     "+ freeze" lets only those have gradients; "+ depth" also leaves out the layers above.
     """
     models = [
@@ -114,9 +115,9 @@ def reference(
     for forget, retain in pairs:
         with torch.no_grad():
             anchor = layer_output(frozen, retain)
-        mask = counted(forget["labels"])
-        loss = token_mse(layer_output(updated, forget), target, mask)
-        loss = loss + ALPHA * token_mse(layer_output(updated, retain), anchor, mask)
+        masks = [counted(batch["labels"]) for batch in (forget, retain)]
+        loss = token_mse(layer_output(updated, forget), target, masks[0])
+        loss = loss + ALPHA * token_mse(layer_output(updated, retain), anchor, masks[1])
         loss.backward()
         if bf16:
             for master, matrix in zip(masters, matrices, strict=True):
@@ -232,6 +233,7 @@ def rounds(
 def ladder(arguments: argparse.Namespace, say: Callable[[str], None]) -> None:
     """Print the table."""
     dtype = getattr(torch, arguments.dtype)
+    return_freed_blocks()  # for all rungs alike
     with TemporaryDirectory(dir=arguments.scratch) as scratch:
         folder = write_checkpoint(Path(scratch) / "model", arguments.shape, dtype)
         vocabulary = config_of(arguments.shape).vocab_size

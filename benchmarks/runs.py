@@ -47,7 +47,13 @@ def config_for(folder: Path, arguments: argparse.Namespace) -> Config:
 
 
 def child(folder: Path, arguments: argparse.Namespace) -> None:
-    """The run itself, with its memory and time."""
+    """The plan, or the run itself with its memory and time, in a process that has done nothing."""
+    if arguments.plan:
+        config, summary = runs.plan(config_for(folder, arguments))
+        base = runs.base_of(config)
+        topics = runs.load_topics(config, runs.load_tokenizer(base))
+        print(json.dumps(summary | plan.estimate(config, base, topics)))
+        return
     start = time.perf_counter()
     with watched() as memory:
         done = runs.unlearn(config_for(folder, arguments))
@@ -133,20 +139,22 @@ def measure(arguments: argparse.Namespace) -> None:
         for number, role in enumerate(("forget", "retain")):
             documents = 4 * arguments.batches
             write_texts(folder / f"{role}.jsonl", documents, arguments.tokens, number)
-        config, summary = runs.plan(config_for(folder, arguments))
-        topics = runs.load_topics(config, runs.load_tokenizer(base))
-        planned = summary | plan.estimate(config, base, topics)
+        command = [sys.executable, __file__, "--child", str(folder)]
+        for name in ("shape", "dtype", "tokens", "steps", "batches"):
+            command += [f"--{name}", str(getattr(arguments, name))]
+
+        def answer(*more: str) -> dict[str, Any]:
+            done = subprocess.run([*command, *more], check=True, capture_output=True, text=True)
+            return json.loads(done.stdout.splitlines()[-1])
+
+        planned = answer("--plan")
         files = sorted(set(weights.shards(base).values()))
         before = {path: path.stat().st_mtime_ns for path in files}
         rows = []
         for temperature in ("cold", "warm"):  # the files on disk only, then in the system's cache
             if temperature == "cold":
                 drop(files)
-            command = [sys.executable, __file__, "--child", str(folder)]
-            for name in ("shape", "dtype", "tokens", "steps", "batches"):
-                command += [f"--{name}", str(getattr(arguments, name))]
-            answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            got = json.loads(answer.splitlines()[-1])
+            got = answer()
             if temperature == "cold":
                 held = held_bytes(base)
                 cold = got
@@ -206,6 +214,7 @@ def main() -> None:
     parser.add_argument("--shards", type=int, default=1)
     parser.add_argument("--scratch", default=None, help="folder for the checkpoint")
     parser.add_argument("--child", type=Path)
+    parser.add_argument("--plan", action="store_true")
     arguments = parser.parse_args()
     quiet()
     torch.set_num_threads(1)

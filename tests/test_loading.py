@@ -528,3 +528,36 @@ def test_a_whole_model_is_not_kept_by_a_cut_one(tmp_path: Path) -> None:
     assert sum(p.numel() for p in copied.parameters()) < sum(
         p.numel() for p in whole(folder).parameters()
     )
+
+
+@pytest.mark.parametrize(("stored", "named"), [("float32", "bfloat16"), ("bfloat16", "float32")])
+def test_the_dtype_of_the_config_holds_at_every_depth(
+    stored: str, named: str, tmp_path: Path
+) -> None:
+    folder = save_pico(tmp_path, dtype=DTYPES[stored])
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"dtype": named}))
+    for depth in (None, 2, 4):
+        assert load_module(folder, "auto", depth).dtype == DTYPES[named]
+    assert converts(folder, read_config(folder), "auto")
+    assert not converts(folder, read_config(folder), stored)
+
+
+class Pair(torch.nn.Module):
+    """A layer that hands the next one indices besides its output."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, hidden: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.layer(hidden, *args, **kwargs), torch.zeros(1, dtype=torch.long)
+
+
+def test_nothing_stands_in_for_a_layer_that_gives_indices() -> None:
+    model = EditableModel(pico_module(), ["2.mlp_down"], 3)
+    model.layers[1] = Pair(model.layers[1])
+    ids = torch.randint(4, 60, (2, 5))
+    with pytest.raises(Exception):  # noqa: B017 - Llama does not know what to do with them
+        model.hidden({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, Site(2))
+    assert not model.activations.recent

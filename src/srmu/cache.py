@@ -7,7 +7,6 @@ the very tokens it was computed from; the folder's name holds everything else th
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -25,6 +24,11 @@ import numpy as np
 import psutil
 import torch
 from torch import Tensor
+
+try:
+    import fcntl
+except ImportError:  # Windows: no lock; an entry that two processes spoil has a wrong checksum
+    fcntl = None  # type: ignore[assignment]
 
 from srmu.errors import UserError
 from srmu.files import cache_dir, write_json
@@ -52,28 +56,39 @@ def plain(tensor: Tensor) -> Any:
 
 
 class Activations:
-    """What earlier batches gave, where it was computed: the newest few, and `room` bytes more."""
+    """What earlier batches gave, where it was computed: `room` bytes, and the newest few more.
+
+    What has found room stays: batches come round in order, so that the oldest are needed next.
+    """
 
     def __init__(self, room: int = 0) -> None:
         self.room = room
+        self.held: dict[str, Output] = {}
         self.recent: dict[str, Output] = {}
         self.hits = 0
-        self.bytes = 0
+
+    @property
+    def kept(self) -> str:
+        """Where entries go, for the record."""
+        return "memory" if self.room or self.held else "none"
 
     def find(self, name: str) -> Output | None:
         """The entry of that name, if it was kept."""
-        value = self.recent.get(name)
+        value = self.held.get(name, self.recent.get(name))
         self.hits += value is not None
         return value
 
     def keep(self, name: str, value: Output) -> None:
-        """Keep an entry; the oldest make room for it."""
-        if name in self.recent:
+        """Keep an entry while there is room for it, else until a few others have come."""
+        if name in self.held or name in self.recent:
+            return
+        if size(value) <= self.room:
+            self.room -= size(value)
+            self.held[name] = value
             return
         self.recent[name] = value
-        self.bytes += size(value)
-        while len(self.recent) > FEW and self.bytes > self.room:
-            self.bytes -= size(self.recent.pop(next(iter(self.recent))))
+        while len(self.recent) > FEW:
+            del self.recent[next(iter(self.recent))]
 
 
 class OnDisk(Activations):
@@ -99,7 +114,6 @@ class OnDisk(Activations):
         self.index: dict[str, dict[str, Any]] = {}
         self.read = 0  # bytes of the index file
         self.writes = True
-        self.total = sum(entry["bytes"] for entry in listing())
 
     def find(self, name: str) -> Output | None:
         found = super().find(name)
@@ -113,6 +127,9 @@ class OnDisk(Activations):
         if not self.writes:
             return
         try:
+            self.folder.mkdir(
+                parents=True, exist_ok=True, mode=0o700
+            )  # another may have cleared it
             with locked(self.folder / "lock"):
                 self._refresh()
                 if name not in self.index:  # another process may have been faster
@@ -122,13 +139,16 @@ class OnDisk(Activations):
             why = error.strerror or str(error)
             self.say(f"activations are not kept in {self.folder}: {why}; going on without")
 
+    @property
+    def kept(self) -> str:
+        return "disk" if self.writes else "none"
+
     def _append(self, name: str, value: Output) -> None:
         tensor = value[0] if isinstance(value, tuple) else value
         data = plain(tensor)
-        self.total += len(data)
-        if self.total > self.limit:
-            self.total = len(data) + shrink(self.limit - len(data), spare=self.folder)
-        if self.total > self.limit:
+        if len(data) > self.limit or shrink(self.limit - len(data), self.folder) + len(data) > (
+            self.limit
+        ):
             raise OSError(f"SRMU_CACHE_LIMIT of {self.limit / 1e9:g} GB is reached")
         if shutil.disk_usage(self.folder).free < len(data) + SPARE:
             raise OSError("the disk is full")
@@ -202,7 +222,8 @@ def size(value: Output) -> int:
 def locked(path: Path) -> Iterator[None]:
     """Hold a file's lock, which the system frees when the process ends, however it ends."""
     with path.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
@@ -246,9 +267,12 @@ def open_activations(
 def limit_bytes() -> int:
     """The most that all activations together may hold."""
     try:
-        return int(float(os.environ.get("SRMU_CACHE_LIMIT") or LIMIT_GB) * 1e9)
+        limit = int(float(os.environ.get("SRMU_CACHE_LIMIT") or LIMIT_GB) * 1e9)
     except (ValueError, OverflowError):
-        raise UserError("SRMU_CACHE_LIMIT is a number of gigabytes, for example 50") from None
+        limit = -1
+    if limit < 0:
+        raise UserError("SRMU_CACHE_LIMIT is a number of gigabytes, for example 50")
+    return limit
 
 
 def processor() -> str:

@@ -174,7 +174,7 @@ def unlearn(
         lines.append(f"{record['steps']} steps in {record['seconds']:.1f} s; wrote {folder}")
     if out:
         lines.append(f"wrote {out}")
-    if run.config.cache == "disk":
+    if not again and record["activations"]["kept"] == "disk":
         lines.append("activations are kept for later runs; see srmu cache ls")
     tasks = "" if run.config.eval else " --tasks TASK"
     lines.append(f"next: srmu eval {folder}{tasks}")

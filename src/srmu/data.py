@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -217,17 +218,29 @@ def pad_id(tokenizer: Any) -> int:
 
 
 def own_key() -> bytes:
-    """This user's secret of 32 bytes, drawn on first use; processes that race get the same."""
+    """This user's secret of 32 bytes, drawn on first use; processes that race get the same.
+
+    Where the cache folder cannot be used it lasts as long as the process: a later run then takes
+    its texts for others.
+    """
     path = cache_dir() / "key"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = path.with_name(f".key.{os.getpid()}")
-        fresh.write_bytes(os.urandom(32))
-        fresh.chmod(0o600)
-        with suppress(FileExistsError):  # another process was faster: its key holds
-            os.link(fresh, path)
-        fresh.unlink()
-    return path.read_bytes()
+    try:
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            fresh = path.with_name(f".key.{os.getpid()}")
+            fresh.write_bytes(os.urandom(32))
+            fresh.chmod(0o600)
+            with suppress(FileExistsError):  # another process was faster: its key holds
+                os.link(fresh, path)
+            fresh.unlink()
+        return path.read_bytes()
+    except OSError:
+        return passing_key()
+
+
+@cache
+def passing_key() -> bytes:
+    return os.urandom(32)
 
 
 def digest(texts: Iterable[str]) -> str:

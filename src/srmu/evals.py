@@ -118,6 +118,7 @@ def _kept(name: str, local: Local, limit: int | None, fingerprint: str | None) -
             raise UserError(f"task {name!r}: its data file {file} does not exist")
         text = text.replace(json.dumps(str(file)), sha256(file))  # what it holds, not where it is
     versions = [version(package) for package in ("lm-eval", "transformers", "torch")]
+    versions.append(sha256(Path(__file__).with_name("likelihoods.py")))
     key = json.dumps([fingerprint, name, text, limit, versions])
     return cache_dir() / "evals" / f"{sha256(key.encode())}.json"
 
@@ -163,7 +164,13 @@ def _harness(model: Any, tokenizer: Any, batch_size: int) -> Iterator[Any]:
             lm = HFLM(model, tokenizer=deepcopy(tokenizer), batch_size=batch_size)
             lm.tok_encode = lru_cache(64)(lm.tok_encode)  # a question comes with each option
             known = {"logits_to_keep", "past_key_values"} <= {*signature(model.forward).parameters}
-            if known and not model._is_stateful:  # a recurrent state is left to lm-eval
+            kinds = {*(getattr(model.config, "layer_types", None) or ())}
+            # a recurrent or convolved state is left to lm-eval
+            if (
+                known
+                and not model._is_stateful
+                and all("attention" in k and "linear" not in k for k in kinds)
+            ):
                 lm._loglikelihood_tokens = partial(loglikelihoods, lm)
             yield lm
         finally:

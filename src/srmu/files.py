@@ -15,7 +15,10 @@ from srmu.errors import UserError
 
 def cache_dir() -> Path:
     """Where results that can be made again are kept: `SRMU_CACHE`, else `~/.cache/srmu`."""
-    return Path(os.environ.get("SRMU_CACHE") or Path.home() / ".cache" / "srmu")
+    try:
+        return Path(os.environ.get("SRMU_CACHE") or Path.home() / ".cache" / "srmu")
+    except RuntimeError:
+        raise UserError("there is no home folder here; set SRMU_CACHE to a folder") from None
 
 
 def require_free(path: Path) -> None:

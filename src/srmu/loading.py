@@ -125,7 +125,8 @@ def lost(folder: Path, config: Any) -> list[str]:
 def skeleton(config: Any, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """The module of a configuration with no memory behind its tensors."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+        # A copy: from_config writes the dtype into its config.
+        return AutoModelForCausalLM.from_config(deepcopy(config), dtype=dtype or config.dtype)
 
 
 def converts(folder: Path, config: Any, dtype: str) -> bool:

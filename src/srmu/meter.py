@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from srmu.cache import Activations
 from srmu.data import Topic
+from srmu.errors import UserError, first_line
 from srmu.losses import token_mse
 from srmu.methods import RMU
 from srmu.model import Batch, EditableModel, Site
@@ -31,6 +32,7 @@ from srmu.train import TrainOptions, fit
 PROBE_SECONDS = 2.0
 EVERYTHING = 1 << 62  # bytes
 FAR = 32 << 20  # bytes of an operation's tensors that no processor's cache holds
+FRESH = 24 << 20  # bytes from which on the C library asks the system (model.return_freed_blocks)
 
 
 class Meter(TorchDispatchMode):
@@ -38,7 +40,8 @@ class Meter(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.flops = self.near = self.far = self.operations = self.held = self.peak = 0
+        self.flops = self.near = self.far = self.fresh = self.operations = 0
+        self.held = self.peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -64,6 +67,7 @@ class Meter(TorchDispatchMode):
 
     def _hold(self, storage: torch.UntypedStorage) -> None:
         size = storage.nbytes()
+        self.fresh += size if size >= FRESH else 0
         self.held += size
         self.peak = max(self.peak, self.held)
         weakref.finalize(storage, self._free, size)
@@ -76,12 +80,14 @@ class Meter(TorchDispatchMode):
 class Work:
     """FLOPs, bytes moved and operations of a piece of work, and seconds from a machine's speeds.
 
-    Bytes are `near` where an operation's tensors fit into the processor's cache, else `far`.
+    Bytes are `near` where an operation's tensors fit into the processor's cache, else `far`; those
+    of a large new tensor are `fresh`, too: the system has to find the memory.
     """
 
     flops: float = 0
     near: float = 0
     far: float = 0
+    fresh: float = 0
     operations: float = 0
 
     def __add__(self, other: Work) -> Work:
@@ -96,23 +102,38 @@ class Work:
         return sum(amount / speed for amount, speed in pairs)
 
 
-def blank(shape: tuple[int, int], device: torch.device) -> Batch:
-    """A batch of zeros. Its mask is of the kind that transformers takes as it is."""
+def blank(shape: tuple[int, int], device: torch.device, whole: bool = True) -> Batch:
+    """A batch of zeros. A `whole` mask, over pairs of tokens, is taken as it is by most models."""
     rows, tokens = shape
     ids = torch.zeros(rows, tokens, dtype=torch.long, device=device)
-    mask = torch.ones(rows, 1, tokens, tokens, dtype=torch.bool, device=device)
+    size = (rows, 1, tokens, tokens) if whole else (rows, tokens)
+    mask = torch.ones(size, dtype=torch.bool if whole else torch.long, device=device)
     return {"input_ids": ids, "attention_mask": mask, "labels": ids}
+
+
+def takes_whole_masks(model: EditableModel, site: Site | None) -> bool:
+    """Whether a model without memory runs on a mask over pairs of tokens, or on a plain one."""
+    for whole in (True, False):
+        model.activations = Activations()
+        try:
+            with model.using({}):
+                output(model, blank((2, 3), model.device, whole), site)
+        except (RuntimeError, ValueError, TypeError, NotImplementedError, IndexError) as error:
+            reason = error
+        else:
+            return whole
+    raise UserError(
+        f"{type(model.module).__name__} cannot be counted without its weights "
+        f"({first_line(reason)}); the run itself may work"
+    )
 
 
 def output(model: EditableModel, batch: Batch, site: Site | None) -> Tensor:
     return model.hidden(batch, site) if site is not None else model.logits(batch)
 
 
-def frozen_pass(
-    model: EditableModel, shape: tuple[int, int], site: Site | None
-) -> tuple[Work, Work]:
+def frozen_pass(model: EditableModel, batch: Batch, site: Site | None) -> tuple[Work, Work]:
     """The work of the original model's pass: of the fixed layers, and of those above them."""
-    batch = blank(shape, model.device)
     with model.using({}):
         model.activations = Activations(EVERYTHING)
         whole, above = (work(metered(lambda: output(model, batch, site))) for _ in range(2))
@@ -120,10 +141,9 @@ def frozen_pass(
 
 
 def stepper(
-    model: EditableModel, shapes: Sequence[tuple[int, int]], site: Site | None, kind: str
+    model: EditableModel, batches: Sequence[Batch], site: Site | None, kind: str
 ) -> Callable[[], None]:
     """A function that does a step, where the fixed layers' activations are there."""
-    batches = [blank(one, model.device) for one in shapes]
     model.activations = Activations(EVERYTHING)
     with model.using({}):
         for batch in batches:
@@ -161,7 +181,7 @@ def metered(action: Callable[[], object]) -> Meter:
 
 
 def work(meter: Meter) -> Work:
-    return Work(meter.flops, meter.near, meter.far, meter.operations)
+    return Work(meter.flops, meter.near, meter.far, meter.fresh, meter.operations)
 
 
 def probe(dtype: torch.dtype, device: str, shapes: Sequence[tuple[int, int]], width: int) -> Work:
@@ -177,7 +197,9 @@ def probe(dtype: torch.dtype, device: str, shapes: Sequence[tuple[int, int]], wi
     large = torch.randn(FAR // 2, device=device)
     flops = 2 * rows * width * 4 * width / timed(lambda: a @ b.T, 0.4)
     near = 12 * small.numel() / timed(lambda: small * small, 0.1)
-    far = 12 * large.numel() / timed(lambda: large * large, 0.2)
+    place = torch.empty_like(large)
+    far = 12 * large.numel() / timed(lambda: torch.mul(large, large, out=place), 0.2)
+    fresh = 4 * large.numel() / timed(lambda: torch.zeros_like(large).fill_(1), 0.1)
     config = LlamaConfig(
         hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=1,
         vocab_size=16,
@@ -185,17 +207,15 @@ def probe(dtype: torch.dtype, device: str, shapes: Sequence[tuple[int, int]], wi
     tiny = AutoModelForCausalLM.from_config(config).to(device)
     rmu = RMU(layer=1, window=2, coeff=1.0)
     model = EditableModel(tiny, rmu.trainable, rmu.depth)
-    operations = metered(stepper(model, shapes, rmu.site, "fp32")).operations
-    forget, retain = (blank(one, model.device) for one in shapes)
-    for batch in (forget, retain):
-        batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    forget, retain = (blank((rows, min(n, 128)), model.device, False) for rows, n in shapes)
+    operations = metered(stepper(model, [forget, retain], rmu.site, "fp32")).operations
     state = rmu.setup(model, topic := Topic("probe", [forget], [retain]))
     loss = partial(rmu.loss, model, state)
 
     def step() -> None:
         fit(model, [(topic, loss)], TrainOptions(max_steps=1), lambda step, values: None)
 
-    return Work(flops, near, far, operations / timed(step, 0.3))
+    return Work(flops, near, far, fresh, operations / timed(step, 0.3))
 
 
 def timed(action: Any, share: float) -> float:

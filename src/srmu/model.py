@@ -158,7 +158,8 @@ class EditableModel:
         finally:
             handle.remove()
         value = caught[0]
-        if value.ndim == 4:  # Gemma 3n: streams side by side, all of them a token's features
+        if value.ndim == 4 and hasattr(self.module.config, "altup_num_inputs"):
+            # Gemma 3n: streams before the batch, all of them a token's features
             value = value.permute(1, 2, 0, 3)
         value = value.reshape(*batch["input_ids"].shape, -1)  # OPT flattens inside its layers
         if self._frozen and keep:
@@ -250,6 +251,8 @@ class EditableModel:
             else:
 
                 def record(module: nn.Module, args: Any, output: Any) -> None:
+                    if isinstance(output, tuple) and any(map(is_index, output[1:])):
+                        return  # what the next layer takes besides: nothing can stand in
                     first = (output[0].detach(),) if isinstance(output, tuple) else output.detach()
                     self.activations.keep(name, first)
 
@@ -274,6 +277,10 @@ class Known(nn.Module):
         return self.output
 
 
+def is_index(value: Any) -> bool:
+    return isinstance(value, Tensor) and not value.is_floating_point()
+
+
 def fingerprint(batch: Batch) -> str:
     """A name for all that activations depend on in a batch."""
     return digest(batch["input_ids"], batch["attention_mask"])
@@ -285,7 +292,7 @@ def return_freed_blocks() -> None:
     glibc keeps blocks of up to 32 MB for itself, between which small ones settle: a step on 8
     layers of a 1B model then holds 1.4 GB where 1.2 would do. It costs no time.
     """
-    with suppress(OSError, AttributeError):  # another C library, which keeps less
+    with suppress(OSError, AttributeError, TypeError):  # another C library, which keeps less
         ctypes.CDLL(None).mallopt(-3, 24 << 20)  # M_MMAP_THRESHOLD
 
 

@@ -14,8 +14,9 @@ from srmu import weights
 from srmu.config import Config
 from srmu.data import Topic
 from srmu.loading import converts, read_config, skeleton, wanted_dtype
-from srmu.meter import Work, frozen_pass, metered, probe, stepper, work
+from srmu.meter import Work, blank, frozen_pass, metered, probe, stepper, takes_whole_masks, work
 from srmu.model import EditableModel, Site
+from srmu.train import check_precision
 
 
 def estimate(config: Config, folder: Path, topics: Sequence[Topic]) -> dict[str, Any]:
@@ -37,18 +38,23 @@ def estimate(config: Config, folder: Path, topics: Sequence[Topic]) -> dict[str,
 
     mean = [shape(topics, role, largest=False) for role in ("forget", "retain")]
     most = [shape(topics, role, largest=True) for role in ("forget", "retain")]
-    forget, retain = (frozen_pass(model, one, site) for one in mean)
-    step = work(metered(stepper(model, mean, site, config.train.weights)))
-    peak = metered(stepper(model, most, site, config.train.weights)).peak
+    check_precision("the model", dtype, config.train.weights)
+    whole = takes_whole_masks(model, site)
+    batches = [[blank(s, model.device, whole) for s in shapes] for shapes in (mean, most)]
+    forget, retain = (frozen_pass(model, batch, site) for batch in batches[0])
+    step = work(metered(stepper(model, batches[0], site, config.train.weights)))
+    peak = metered(stepper(model, batches[1], site, config.train.weights)).peak
     scale = size / counted.itemsize
     cache_bytes, first = cache_plan(config, topics, model, size)
     build = Work()
-    for (prefix, rest), (recorded, whole) in zip((forget, retain), first, strict=True):
-        build = build + prefix * recorded + rest * whole
+    for (prefix, rest), (recorded, passes, _) in zip((forget, retain), first, strict=True):
+        build = build + prefix * recorded + rest * passes
     each = step
     if config.cache == "none":
         each = step + forget[0] + retain[0] + retain[1]
-        build = (forget[0] + forget[1]) * first[0][1]
+        build = Work()
+        for (prefix, rest), (_, _, measured) in zip((forget, retain), first, strict=True):
+            build = build + (prefix + rest) * measured
     total = each * config.train.max_steps + build
 
     mapped = config.device == "cpu" and not converts(folder, base, config.dtype)
@@ -65,6 +71,10 @@ def estimate(config: Config, folder: Path, topics: Sequence[Topic]) -> dict[str,
         if config.cache == "memory"
         else 2 * size * base.hidden_size * sum(map(prod, most)),
     }
+    if config.device == "cpu":
+        total = total + Work(
+            fresh=sum(parts[k] for k in ("trained_copies", "masters", "optimiser"))
+        )
     speeds = probe(dtype, config.device, mean, base.hidden_size)
     free = (
         torch.cuda.mem_get_info(config.device)[0]
@@ -167,26 +177,35 @@ def shape(topics: Sequence[Topic], role: str, *, largest: bool) -> tuple[int, in
 
 def cache_plan(
     config: Config, topics: Sequence[Topic], model: EditableModel, size: int
-) -> tuple[int, list[tuple[int, int]]]:
-    """Bytes of the cache, and how many batches of each role are recorded, and run frozen.
+) -> tuple[int, list[tuple[int, int, int]]]:
+    """Bytes of the cache, and batches of each role that are recorded, run frozen, and measured.
 
-    Frozen passes over forget texts serve the statistics alone, and are not kept.
+    Frozen passes over forget texts serve the statistics alone, and are not kept, unless the target
+    is made from them.
     """
     method = config.method
-    measures = getattr(method, "measures", ())
-    width = model.module.config.hidden_size
-    total, counts = 0, [(0, 0), (0, 0)]
+    settings = model.module.config
+    width = settings.hidden_size
+    inside = getattr(method, "stream", "") == "mlp_post"
+    wide = getattr(settings, "intermediate_size", None) or 4 * width
+    additive = getattr(method, "target_mode", "") == "additive"
+    total, counts = 0, [(0, 0, 0), (0, 0, 0)]
     for number, topic in enumerate(topics):
         steps = len(range(number, config.train.max_steps, len(topics)))
+        prepared = method.prepared(topic) if hasattr(method, "prepared") else topic
         for i, role in enumerate(("forget", "retain")):
-            batches = getattr(topic, role)
-            measured = method.map_batches if role in measures else 0
-            used = batches[: max(steps, measured)]
-            whole = batches[:measured] if i == 0 else used
-            counts[i] = counts[i][0] + len(used), counts[i][1] + len(whole)
-            prefix = sum(b["input_ids"].numel() for b in used) if model.fixed else 0
-            target = sum(b["input_ids"].numel() for b in used) if i == 1 else 0
-            total += (prefix + target) * width * size
+            raw, batches = getattr(topic, role), getattr(prepared, role)[:steps]
+            measured = raw[: method.map_batches] if role in getattr(method, "measures", ()) else []
+            # A batch that is measured as it is, and then used, is recorded once.
+            others = [] if raw is getattr(prepared, role) else batches
+            used = [*raw[: max(len(measured), 0 if others else len(batches))], *others]
+            passes = used if i == 1 or additive else list(measured)
+            old = counts[i]
+            counts[i] = old[0] + len(used), old[1] + len(passes), old[2] + len(measured)
+            prefix = sum(b["input_ids"].numel() for b in used) * width if model.fixed else 0
+            kept = passes if i == 1 else batches if additive else []
+            target = sum(b["input_ids"].numel() for b in kept) * (wide if inside else width)
+            total += (prefix + target) * size
     return total, counts
 
 

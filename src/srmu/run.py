@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from srmu import weights
-from srmu.cache import digest, open_activations
+from srmu.cache import digest, limit_bytes, open_activations
 from srmu.config import Config, load_config
 from srmu.console import Watch, print_line, silent
 from srmu.data import Topic, load_topic, pad_id
@@ -30,6 +30,7 @@ from srmu.importance import FLAT
 from srmu.loading import read_config, refuse_quantised
 from srmu.methods.base import State
 from srmu.model import EditableModel
+from srmu.train import check_precision
 
 DELTA = "delta.safetensors"
 STATE = "state.safetensors"
@@ -91,6 +92,7 @@ def plan(config: Config) -> tuple[Config, dict[str, Any]]:
     folder = base_of(config)
     model_config = read_config(folder)
     refuse_quantised(folder, model_config)
+    limit_bytes()  # a mistake there must not wait until the model is loaded
     method = config.method.resolved(model_config)
     known = {field.name for field in fields(method)}
     for name, topic in config.topics.items():  # each topic's own strength must fit the method too
@@ -244,6 +246,8 @@ def train(
             f"{base}: its tokenizer gives token {highest}, but the model knows "
             f"{model.vocabulary_size} tokens; they do not belong together"
         )
+    for name, parameter in model.trained.items():
+        check_precision(name, parameter.dtype, config.train.weights)
     say = print_line if watch is not silent else lambda text: None
     model.activations = open_activations(
         config.cache, cache_key(config, base, model, topics), model.device, say
@@ -296,6 +300,7 @@ def train(
         "data": data,
         "changed": sorted(changed),
         "weights": config.train.weights,
+        "activations": {"kept": model.activations.kept, "found": model.activations.hits},
         "environment": environment(),
     }
     write_json(folder / "record.json", record)

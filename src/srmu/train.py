@@ -86,7 +86,8 @@ def fit(
         if not total.isfinite():
             restore(parameters, good)
             raise Diverged(f"the loss is not finite at {place} ({numbers(terms.losses)}); {ADVICE}")
-        total.backward()
+        if total.requires_grad:
+            total.backward()
         for master, parameter in zip(masters, parameters, strict=True):
             if parameter.grad is None:
                 raise UserError(
@@ -120,14 +121,18 @@ def master_of(name: str, parameter: torch.nn.Parameter, weights: str) -> torch.n
 
     A step of 5e-5 on a bf16 weight near 0.02 rounds to nothing; the float32 copy keeps it.
     """
-    if weights == "bf16" and parameter.dtype != torch.bfloat16:
-        raise UserError(
-            f"train.weights=bf16 needs a bf16 model, but {name} is {parameter.dtype}; "
-            "set dtype=bfloat16"
-        )
+    check_precision(name, parameter.dtype, weights)
     if weights == "bf16" or parameter.dtype == torch.float32:
         return parameter
     return torch.nn.Parameter(parameter.detach().float().clone())
+
+
+def check_precision(name: str, dtype: torch.dtype, weights: str) -> None:
+    """UserError where the trained weights cannot be stepped as they are."""
+    if weights == "bf16" and dtype != torch.bfloat16:
+        raise UserError(
+            f"train.weights=bf16 needs a bf16 model, but {name} is {dtype}; set dtype=bfloat16"
+        )
 
 
 def restore(places: Sequence[Tensor], values: Sequence[Tensor]) -> None:

@@ -197,7 +197,9 @@ class Misdirection(Objective):
             method = replace(method, kappa=KAPPA)
         if self.layer is None:
             lowest = self.window - (self.stream != "mlp_post")
-            method = replace(method, layer=max(lowest, round(config.num_hidden_layers * 7 / 32)))
+            count = config.num_hidden_layers
+            layer = min(max(lowest, round(count * 7 / 32)), count - 1)
+            method = replace(method, layer=layer)
         check_layers(config, method.site.layer)
         check_layers(config, method.last_updated, self.window)
         return method
