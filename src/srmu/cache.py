@@ -127,9 +127,8 @@ class OnDisk(Activations):
         if not self.writes:
             return
         try:
-            self.folder.mkdir(
-                parents=True, exist_ok=True, mode=0o700
-            )  # another may have cleared it
+            # Another process may have cleared it.
+            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             with locked(self.folder / "lock"):
                 self._refresh()
                 if name not in self.index:  # another process may have been faster
@@ -146,9 +145,8 @@ class OnDisk(Activations):
     def _append(self, name: str, value: Output) -> None:
         tensor = value[0] if isinstance(value, tuple) else value
         data = plain(tensor)
-        if len(data) > self.limit or shrink(self.limit - len(data), self.folder) + len(data) > (
-            self.limit
-        ):
+        room = self.limit - len(data)
+        if room < 0 or shrink(room, self.folder) > room:
             raise OSError(f"SRMU_CACHE_LIMIT of {self.limit / 1e9:g} GB is reached")
         if shutil.disk_usage(self.folder).free < len(data) + SPARE:
             raise OSError("the disk is full")

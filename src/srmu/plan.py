@@ -41,40 +41,30 @@ def estimate(config: Config, folder: Path, topics: Sequence[Topic]) -> dict[str,
     check_precision("the model", dtype, config.train.weights)
     whole = takes_whole_masks(model, site)
     batches = [[blank(s, model.device, whole) for s in shapes] for shapes in (mean, most)]
-    forget, retain = (frozen_pass(model, batch, site) for batch in batches[0])
+    passes = [frozen_pass(model, batch, site) for batch in batches[0]]
     step = work(metered(stepper(model, batches[0], site, config.train.weights)))
     peak = metered(stepper(model, batches[1], site, config.train.weights)).peak
     scale = size / counted.itemsize
-    cache_bytes, first = cache_plan(config, topics, model, size)
-    build = Work()
-    for (prefix, rest), (recorded, passes, _) in zip((forget, retain), first, strict=True):
-        build = build + prefix * recorded + rest * passes
-    each = step
-    if config.cache == "none":
-        each = step + forget[0] + retain[0] + retain[1]
-        build = Work()
-        for (prefix, rest), (_, _, measured) in zip((forget, retain), first, strict=True):
-            build = build + (prefix + rest) * measured
-    total = each * config.train.max_steps + build
+    cache_bytes, counts = cache_plan(config, topics, model, size)
+    each, total = work_of_run(config, step, passes, counts)
 
     mapped = config.device == "cpu" and not converts(folder, base, config.dtype)
+    held = (
+        sum(read.values()) if mapped else size * sum(p.numel() for p in model.module.parameters())
+    )
+    recent = 2 * size * base.hidden_size * sum(map(prod, most))
     parts = {
         "program": private_bytes() if config.device == "cpu" else 0,
-        "weights": sum(read.values())
-        if mapped
-        else size * sum(p.numel() for p in model.module.parameters()),
+        "weights": held,
         "trained_copies": (2 if mapped else 3) * trained * size,
         "masters": masters,
         "optimiser": 2 * trained * (4 if masters or size == 4 else size),
         "step": round(peak * scale),
-        "cache": cache_bytes
-        if config.cache == "memory"
-        else 2 * size * base.hidden_size * sum(map(prod, most)),
+        "cache": cache_bytes if config.cache == "memory" else recent,
     }
     if config.device == "cpu":
-        total = total + Work(
-            fresh=sum(parts[k] for k in ("trained_copies", "masters", "optimiser"))
-        )
+        once = sum(parts[name] for name in ("trained_copies", "masters", "optimiser"))
+        total = total + Work(fresh=once)
     speeds = probe(dtype, config.device, mean, base.hidden_size)
     free = (
         torch.cuda.mem_get_info(config.device)[0]
@@ -100,6 +90,27 @@ def estimate(config: Config, folder: Path, topics: Sequence[Topic]) -> dict[str,
         "seconds_per_step": round(each.seconds(speeds), 4),
         "seconds": round(total.seconds(speeds), 2),
     }
+
+
+def work_of_run(
+    config: Config,
+    step: Work,
+    passes: Sequence[tuple[Work, Work]],
+    counts: Sequence[tuple[int, int, int]],
+) -> tuple[Work, Work]:
+    """The work of each step, and of all with what is measured and recorded once.
+
+    `passes` are the frozen passes of a forget and a retain batch, `counts` those of `cache_plan`.
+    """
+    once = Work()
+    for (prefix, rest), (recorded, frozen, measured) in zip(passes, counts, strict=True):
+        if config.cache == "none":
+            once = once + (prefix + rest) * measured
+        else:
+            once = once + prefix * recorded + rest * frozen
+    if config.cache == "none":  # the fixed layers again at each step, and the retain targets
+        step = step + passes[0][0] + passes[1][0] + passes[1][1]
+    return step, step * config.train.max_steps + once
 
 
 def explain(plan: Mapping[str, Any]) -> list[str]:
