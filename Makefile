@@ -27,7 +27,7 @@ check: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/engine.py --dtype float32
-	$(BIN)/python benchmarks/engine.py --dtype bfloat16
+	$(BIN)/python benchmarks/engine.py --dtype bfloat16 --steps 3
 	$(BIN)/python benchmarks/sweep.py
 	$(BIN)/python benchmarks/runs.py --shape pico --steps 60
 	$(BIN)/python benchmarks/runs.py --shape 1b --dtype float32 --tokens 128 --steps 6

@@ -1,6 +1,6 @@
 """A sweep of 18 trials against 18 runs of the plain restatement of the public loop.
 
-    python benchmarks/sweep.py [--shape small] [--tokens 64] [--steps 6] [--device cpu]
+    python benchmarks/sweep.py [--shape small] [--tokens 64] [--steps 10] [--device cpu]
     python benchmarks/sweep.py --device cuda --shape 7b --dtype bfloat16 --tokens 512 --steps 150 \
         --references 1
 
@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="small")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--scratch", default=None, help="folder for the checkpoint")
     parser.add_argument("--references", type=int, default=18)
