@@ -162,11 +162,8 @@ def private_bytes() -> int:
 
 def stored(folder: Path) -> dict[str, int]:
     """Bytes of each tensor of a checkpoint."""
-    return {
-        name: entry["data_offsets"][1] - entry["data_offsets"][0]
-        for path in sorted(set(weights.shards(folder).values()))
-        for name, entry in weights.header(path)[0].items()
-    }
+    offsets = {name: e["data_offsets"] for name, e in weights.stored_entries(folder).items()}
+    return {name: high - low for name, (low, high) in offsets.items()}
 
 
 def touched(name: str, depth: int | None) -> bool:

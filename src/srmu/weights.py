@@ -109,13 +109,16 @@ def header(path: Path) -> tuple[dict[str, Any], int]:
     return entries, start
 
 
+def stored_entries(folder: Path) -> dict[str, Any]:
+    """What the headers of a checkpoint's files say of each tensor: dtype, shape, data_offsets."""
+    files = sorted(set(shards(folder).values()))
+    return {name: entry for path in files for name, entry in header(path)[0].items()}
+
+
 def stored_types(folder: Path) -> dict[str, torch.dtype]:
     """The dtype of each tensor as it is stored."""
-    return {
-        name: TYPES.get(entry["dtype"], torch.uint8)
-        for path in sorted(set(shards(folder).values()))
-        for name, entry in header(path)[0].items()
-    }
+    entries = stored_entries(folder)
+    return {name: TYPES.get(entry["dtype"], torch.uint8) for name, entry in entries.items()}
 
 
 def layer_of(name: str) -> int | None:
