@@ -18,6 +18,8 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from srmu.data import Topic, batch_up, tokenise
+
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -177,3 +179,20 @@ def workplace(tmp_path: Path) -> Path:
     write_jsonl(tmp_path / "forget.jsonl", texts(10, 1, range(30)))
     write_jsonl(tmp_path / "retain.jsonl", texts(7, 2, range(20, 60)))
     return tmp_path
+
+
+def batches(documents: list[str], size: int = 2, padding: Any = "mask") -> list[Any]:
+    tokenizer = word_tokenizer()
+    return list(batch_up(tokenise(documents, tokenizer, 64), tokenizer, size, padding))
+
+
+def topic(name: str = "bio", seed: int = 0, padding: Any = "mask", **options: Any) -> Topic:
+    """Forget words w0-w29, retain words w20-w59."""
+    return Topic(
+        name,
+        batches(texts(4, 1, range(30)), padding=padding),
+        batches(texts(4, 2, range(20, 60)), padding=padding),
+        seed,
+        torch.arange(4, VOCABULARY),
+        options,
+    )

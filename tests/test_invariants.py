@@ -64,7 +64,7 @@ def run(
         logged.append(values)
         weights.append({n: p.detach().clone() for n, p in model.trained.items()})
 
-    return logged, weights, method.apply(model, topics, OPTIONS, log)
+    return logged, weights, method.apply(model, topics, OPTIONS, log).states
 
 
 class Naive:
@@ -329,7 +329,7 @@ def test_weight_decay_and_clipping_equal_torchs(tmp_path: Any) -> None:
         learning_rate=2e-3, max_steps=3, adam_epsilon=1e-2, weight_decay=0.1, max_grad_norm=0.05
     )
     model = EditableModel(pico_module(), method.trainable, method.depth)
-    states = method.apply(model, [topic], options, lambda *_: None)
+    states = method.apply(model, [topic], options, lambda *_: None).states
     naive = Naive("llama")
     naive.optimiser(weight_names("llama"))
     parameters = list(naive.named.values())
@@ -380,7 +380,7 @@ def test_bf16_models_equal_a_naive_loop(arch: str, weights: str) -> None:
         [topic],
         options,
         lambda *_: history.append({n: p.detach().clone() for n, p in model.trained.items()}),
-    )
+    ).states
     u = states["one"].tensors["direction"]
 
     full, first = pico_module(arch, torch.bfloat16), pico_module(arch, torch.bfloat16)

@@ -297,7 +297,7 @@ def test_unlearning_a_sharing_model_equals_two_whole_ones(name: str, tmp_path: P
         model = EditableModel.load(folder, depth=method.depth, trainable=method.trainable)
         assert model.fixed == 2
         model.activations = kept
-        state = method.apply(model, [topic], options, lambda *_: None)["t"]
+        state = method.apply(model, [topic], options, lambda *_: None).states["t"]
         direction = state.tensors["direction"]
         results.append({n: p.detach() for n, p in model.trained.items()})
 

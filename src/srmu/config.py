@@ -35,7 +35,7 @@ UNDECIDING = ("runs_dir", "eval", "tasks_dir", "cache")  # keys that the weights
 
 def _sources(value: Any) -> Any:
     """A path, a mapping, or a list of these, as a list of mappings."""
-    values = value if isinstance(value, list) else [value]
+    values = value if isinstance(value, list) else [] if value is None else [value]
     return [{"path": v} if isinstance(v, str | Path) else v for v in values]
 
 
@@ -69,7 +69,7 @@ class TopicConfig(Strict):
     """One topic's texts and lengths, and the strength where it differs between topics."""
 
     forget: Annotated[list[Source], BeforeValidator(_sources)]
-    retain: Annotated[list[Source], BeforeValidator(_sources)]
+    retain: Annotated[list[Source], BeforeValidator(_sources)] = []  # some methods need none
     max_length: int = Field(512, ge=MIN_TOKENS)  # tokens of a forget text
     retain_max_length: int | None = Field(None, ge=MIN_TOKENS)  # None: as max_length
     coeff: float | None = None
@@ -155,7 +155,7 @@ def build_config(tree: Mapping[str, Any], overrides: Sequence[str] = ()) -> Conf
 def make_config(
     model: str,
     forget: str | Path | Sequence[str | Path],
-    retain: str | Path | Sequence[str | Path],
+    retain: str | Path | Sequence[str | Path] = (),
     method: str = "srmu",
     overrides: Sequence[str] = (),
 ) -> Config:

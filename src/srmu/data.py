@@ -6,7 +6,6 @@ import csv
 import glob
 import hashlib
 import hmac
-import itertools
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from srmu.errors import UserError, first_line
 from srmu.files import cache_dir
+from srmu.losses import counted
 from srmu.model import Batch
 
 Padding = Literal["mask", "count"]
@@ -66,8 +66,37 @@ class Topic:
     counts: Mapping[str, Any] = field(default_factory=dict)
 
     def pairs(self) -> Iterator[tuple[Batch, Batch]]:
-        """Endless (forget, retain) batches in order; the shorter set starts again."""
-        return zip(itertools.cycle(self.forget), itertools.cycle(self.retain), strict=False)
+        """Endless (forget, retain) batches in order; the shorter set starts again.
+
+        Without retain texts, the retain batches are empty.
+        """
+
+        def again(batches: Sequence[Batch]) -> Iterator[Batch]:
+            while True:
+                yield from batches or [{}]
+
+        return zip(again(self.forget), again(self.retain), strict=False)
+
+    def split(self) -> Topic:
+        """This topic's forget texts as prompts with answers: only answers keep their labels.
+
+        Plain texts have no questions: each is cut at a place drawn uniformly between a quarter and
+        three quarters of its ordinary tokens, at least one of which lies on either side. The draw
+        depends on the seed and the topic only.
+        """
+        generator = self.generator("split")
+
+        def cut(batch: Batch) -> Batch:
+            labels = batch["labels"].clone()
+            ordinary = counted(labels) & torch.isin(batch["input_ids"], self.vocabulary)
+            for row, marks in zip(labels, ordinary, strict=True):
+                places = marks.nonzero()[:, 0]
+                share = 0.25 + 0.5 * float(torch.rand((), generator=generator))
+                first = min(max(1, round(share * len(places))), len(places) - 1)
+                row[: places[first]] = -100
+            return batch | {"labels": labels}
+
+        return replace(self, forget=[cut(batch) for batch in self.forget])
 
     def followed(self, tick: Callable[[], None]) -> Topic:
         """This topic, calling `tick` whenever a batch of it has been used."""
@@ -78,9 +107,12 @@ class Topic:
 
         `shared` leaves the topic's name out, so that all topics draw the same.
         """
+        return torch.Generator().manual_seed(self.number(purpose, shared))
+
+    def number(self, purpose: str, shared: bool = False) -> int:
+        """The seed of the random stream for a purpose."""
         key = f"{self.seed}/{purpose}/{'' if shared else self.name}"
-        digest = hashlib.sha256(key.encode()).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1
 
     def anchored(self, share: float) -> Topic:
         """This topic with a share of each retain batch replaced by random-token rows.
@@ -149,6 +181,8 @@ def load_topic(
 ) -> Topic:
     """Read, check, tokenise and batch one topic. UserError names the file and line at fault."""
     texts = {"forget": read(forget, base), "retain": read(retain, base)}
+    if not texts["forget"]:
+        raise UserError(f"topic {name}: no forget texts; name topics.{name}.forget (--forget)")
     if set(texts["forget"]) == set(texts["retain"]):
         raise UserError(
             f"topic {name}: forget and retain hold the same texts; "
@@ -159,8 +193,8 @@ def load_topic(
     batches: dict[str, list[Batch]] = {}
     counts = {}
     for role, length in (("forget", max_length), ("retain", retain_max_length)):
-        rows = tokenise(texts[role], tokenizer, length)
-        if not rows:
+        rows = tokenise(texts[role], tokenizer, length) if texts[role] else []
+        if texts[role] and not rows:
             raise UserError(
                 f"topic {name}: all {len(texts[role])} {role} texts are too short "
                 f"(under {MIN_TOKENS} tokens)"

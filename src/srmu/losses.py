@@ -41,3 +41,36 @@ def token_cosine(
     """Mean cosine similarity over the counted tokens."""
     cosines = torch.cosine_similarity(hidden.float(), target.float(), dim=-1)
     return (cosines * mask).sum() / mask.sum()
+
+
+def predicted(labels: Int[Tensor, "B T"]) -> Bool[Tensor, "B S"]:
+    """The counted tokens that another one comes before: S = T - 1, those that can be predicted."""
+    return counted(labels[:, 1:])
+
+
+def token_nll(logits: Float[Tensor, "B T V"], labels: Int[Tensor, "B T"]) -> Float[Tensor, "B S"]:
+    """Nats that each next token costs; 0 where it is not counted."""
+    return torch.nn.functional.cross_entropy(
+        logits[:, :-1].float().transpose(1, 2), labels[:, 1:], ignore_index=-100, reduction="none"
+    )
+
+
+def mean_nll(logits: Float[Tensor, "B T V"], labels: Int[Tensor, "B T"]) -> Float[Tensor, ""]:
+    """Mean over the counted tokens of what each costs, in nats."""
+    return token_nll(logits, labels).sum() / predicted(labels).sum()
+
+
+def token_kl(
+    logits: Float[Tensor, "B T V"], others: Float[Tensor, "B T V"]
+) -> Float[Tensor, "B S"]:
+    """KL(p || q) in nats at each position that predicts a token, p of `logits`, q of `others`."""
+    log_p, log_q = (x[:, :-1].float().log_softmax(-1) for x in (logits, others))
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def mean_kl(
+    logits: Float[Tensor, "B T V"], others: Float[Tensor, "B T V"], labels: Int[Tensor, "B T"]
+) -> Float[Tensor, ""]:
+    """Mean of KL(p || q) over the positions that predict a counted token."""
+    mask = predicted(labels)
+    return (token_kl(logits, others) * mask).sum() / mask.sum()

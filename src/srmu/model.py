@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from srmu.cache import Activations, Output, digest
 from srmu.errors import UserError
@@ -72,6 +73,7 @@ class EditableModel:
     def __init__(
         self, module: PreTrainedModel, trainable: Sequence[str], depth: int | None = None
     ) -> None:
+        self.folder: Path | None = None  # where it was loaded from
         self.module = module.eval()  # no dropout: the retain loss of step 0 is exactly 0
         self.shallow = False
         self.activations = Activations()
@@ -89,6 +91,7 @@ class EditableModel:
             parameter.data = parameter.data.clone()
             parameter.requires_grad_(True)
         self._frozen = False
+        self._adapters: dict[str, Any] = {}  # by the name of the matrix beside each
 
     @classmethod
     def load(
@@ -106,6 +109,7 @@ class EditableModel:
         """
         return_freed_blocks()
         model = cls(load_module(folder, dtype, depth), trainable, depth)
+        model.folder = folder
         model.shallow = len(model.layers) < read_config(folder).num_hidden_layers
         model.module.to(device)
         model.original = {name: tensor.to(device) for name, tensor in model.original.items()}
@@ -178,6 +182,46 @@ class EditableModel:
             ).logits
 
     @contextmanager
+    def adapted(self, rank: int, alpha: int, seed: int) -> Iterator[None]:
+        """Train low-rank adapters (LoRA, arXiv 2106.09685) in place of the trained matrices.
+
+        Adapters begin as no change, so that `frozen()` stays the original model. At the end of the
+        block they are taken out and the model is as before, but for `merge`.
+        """
+        from peft import LoraConfig, inject_adapter_in_model
+
+        dense = self.trained, self.original
+        owners = {name.rpartition(".")[0]: name for name in self.trained}
+        turned = any(isinstance(self.module.get_submodule(name), Conv1D) for name in owners)
+        settings = LoraConfig(
+            r=rank, lora_alpha=alpha, target_modules=[*owners], fan_in_fan_out=turned
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            inject_adapter_in_model(settings, self.module)
+        self._adapters = {name: self.module.get_submodule(m) for m, name in owners.items()}
+        for parameter in dense[0].values():
+            parameter.requires_grad_(False)
+        self.trained = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+        self.original = {name: p.detach().clone() for name, p in self.trained.items()}
+        try:
+            yield
+        finally:
+            for module, name in owners.items():
+                self.module.set_submodule(module, self._adapters[name].get_base_layer())
+            self.trained, self.original = dense
+            self._adapters = {}
+            for parameter in self.trained.values():
+                parameter.requires_grad_(True)
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Add what the adapters do to the matrices that they stand beside, in float32."""
+        for adapter in self._adapters.values():
+            weight = adapter.get_base_layer().weight
+            weight.copy_(weight.float() + adapter.get_delta_weight("default").float())
+
+    @contextmanager
     def using(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
         """Run the block with other tensors in place of the trained ones, without gradients."""
         current = {name: self.trained[name].data for name in weights}
@@ -209,11 +253,13 @@ class EditableModel:
         chosen: dict[str, nn.Parameter] = {}
         prefix = next(n for n, m in self.module.named_modules() if m is self.layers)
         for pattern in trainable:
-            if match := re.fullmatch(r"(\d+)\.(\w+)", pattern):
-                layer = int(match[1])
-                check_layers_loaded(len(self.layers), layer)
-                inner = role_in_layer(self.layers[layer], match[2])
-                found = [f"{prefix}.{layer}.{inner}"]
+            if match := re.fullmatch(r"(\d+|\*)\.(\w+)", pattern):
+                count = len(self.layers)
+                found = []
+                for layer in range(count) if match[1] == "*" else [int(match[1])]:
+                    check_layers_loaded(count, layer)
+                    inside = in_role(self.layers[layer], match[2])
+                    found += [f"{prefix}.{layer}.{name}" for name in inside]
             else:
                 found = [name for name in names if fnmatchcase(name, pattern)]
             if not found:
@@ -296,10 +342,22 @@ def return_freed_blocks() -> None:
         ctypes.CDLL(None).mallopt(-3, 24 << 20)  # M_MMAP_THRESHOLD
 
 
+def in_role(layer: nn.Module, role: str) -> list[str]:
+    """The names, inside a decoder layer, of the weights that play a role.
+
+    Besides ROLES: `linear`, the matrices of all its linear maps, and `mlp`, those of its MLP.
+    """
+    if role not in ("linear", "mlp"):
+        return [role_in_layer(layer, role)]
+    names = [f"{n}.weight" for n, m in layer.named_modules() if isinstance(m, nn.Linear | Conv1D)]
+    return [n for n in names if role == "linear" or not re.search("attn|attention", n)]
+
+
 def role_in_layer(layer: nn.Module, role: str) -> str:
     """The name, inside a decoder layer, of the weight that plays `role`."""
     if role not in ROLES:
-        raise UserError(f"role {role!r} does not exist; choose one of {', '.join(ROLES)}")
+        known = ", ".join([*ROLES, "linear", "mlp"])
+        raise UserError(f"role {role!r} does not exist; choose one of {known}")
     names = dict(layer.named_parameters())
     for name in ROLES[role]:
         if name in names:

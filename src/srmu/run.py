@@ -14,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -28,9 +29,9 @@ from srmu.errors import Diverged, UserError, first_line
 from srmu.files import require_free, require_place, sha256, write_json, write_whole
 from srmu.importance import FLAT
 from srmu.loading import read_config, refuse_quantised
-from srmu.methods.base import State
+from srmu.methods.base import Outcome
 from srmu.model import EditableModel
-from srmu.train import check_precision
+from srmu.train import FINISHED, check_precision
 
 DELTA = "delta.safetensors"
 STATE = "state.safetensors"
@@ -73,8 +74,8 @@ class Run:
 
         Refuses a run that diverged.
         """
-        if self.record["stop_reason"] != "max_steps":
-            raise UserError(f"{self.folder} stopped early: {self.record['stop_reason']}")
+        if self.record["diverged"]:
+            raise UserError(f"{self.folder} diverged: {self.record['stop_reason']}")
         weights.export(self.base, self.delta, Path(out), link, watch)
         return Path(out)
 
@@ -100,7 +101,8 @@ def plan(config: Config) -> tuple[Config, dict[str, Any]]:
             raise UserError(f"topics.{name}.{unknown[0]}: method {method.name} has no such option")
         method.with_options(topic.options)
     device = find_device(config.device)
-    config = config.model_copy(update={"method": method, "device": device})
+    settings = {"method": method, "device": device, "train": method.training(config.train)}
+    config = config.model_copy(update=settings)
     files = weights.shards(folder)
     layers = model_config.num_hidden_layers
     summary = {
@@ -154,10 +156,10 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def load_topics(config: Config, tokenizer: Any) -> list[Topic]:
-    """The topics of a config as batches; UserError when there is none."""
+    """The topics of a config as batches; UserError when there is none, or one that does not do."""
     if not config.topics:
         raise UserError("topics: name at least one, with its forget and retain texts")
-    return [
+    topics = [
         load_topic(
             name,
             topic.forget,
@@ -174,6 +176,8 @@ def load_topics(config: Config, tokenizer: Any) -> list[Topic]:
         )
         for name, topic in config.topics.items()
     ]
+    config.method.check(topics, config.train)
+    return topics
 
 
 def unlearn(config: Config, *, out: str | Path | None = None, watch: Watch = silent) -> Run:
@@ -213,7 +217,7 @@ def finished(folder: Path, data: Mapping[str, Any]) -> Run:
             f"{folder} holds a run of this config on other texts; "
             "remove it, or name another runs_dir"
         )
-    if run.record["stop_reason"] != "max_steps":
+    if run.record["diverged"]:
         raise Diverged(f"{folder} holds this run, which diverged: {run.record['stop_reason']}")
     _ = run.delta  # refuses a model that has changed since
     return run
@@ -233,6 +237,7 @@ def train(
 ) -> Run:
     """Load the model, apply the method, and write the run's folder; the record comes last."""
     method = config.method
+    before = fresh_peak(config.device)
     model = EditableModel.load(
         base,
         depth=method.depth,
@@ -257,10 +262,9 @@ def train(
     (folder / DELTA).unlink(missing_ok=True)  # of a run that was killed
     write_whole(folder / "config.yaml", config.to_yaml())
     started, clock = datetime.now(UTC), time.monotonic()
-    stop_reason = "max_steps"
     error: Diverged | None = None
     steps = 0
-    states: dict[str, State] = {}
+    outcome = Outcome({})
     with (folder / "metrics.jsonl").open("w") as metrics:
 
         def log(step: int, values: dict[str, float | str]) -> None:
@@ -271,18 +275,24 @@ def train(
             metrics.flush()
 
         try:
-            states = method.apply(model, topics, config.train, log, watch)
+            outcome = method.apply(model, topics, config.train, log, watch)
         except Diverged as diverged:
-            error, stop_reason = diverged, str(diverged)
+            error, outcome = diverged, Outcome({}, str(diverged))
+    peak = peak_memory(config.device)
     changed = model.delta()
-    if error is None and (still := sorted(set(model.trained) - set(changed))):
-        raise UserError(f"{still[0]} did not change in {steps} steps; raise train.learning_rate")
+    still = sorted(set(model.trained) - set(changed))
+    if error is None and still and (outcome.stop_reason == FINISHED or not changed):
+        what = still[0] if changed else "the model"
+        raise UserError(
+            f"{what} did not change in {steps} steps ({outcome.stop_reason}); raise "
+            f"train.learning_rate, or see the options of {method.name}: srmu methods"
+        )
     if changed:
         meta = {"base_model": config.model, "method": method.name, "run": config.id}
         weights.save_delta(folder / DELTA, base, names, changed, meta)
     tensors = {
         f"{topic}.{name}": tensor.detach().float().cpu().contiguous()
-        for topic, state in states.items()
+        for topic, state in outcome.states.items()
         for name, tensor in state.tensors.items()
     }
     if tensors:
@@ -295,8 +305,10 @@ def train(
         "started": started.isoformat(timespec="seconds"),
         "seconds": round(time.monotonic() - clock, 3),
         "steps": steps,
-        "stop_reason": stop_reason,
-        "topics": {name: state.numbers for name, state in states.items()},
+        "stop_reason": outcome.stop_reason,
+        "diverged": error is not None,
+        "memory": {"before": before, "peak": peak},
+        "topics": {name: state.numbers for name, state in outcome.states.items()},
         "data": data,
         "changed": sorted(changed),
         "weights": config.train.weights,
@@ -324,6 +336,28 @@ def cache_key(
         "attention": model.module.config._attn_implementation,
         "experts": getattr(model.module.config, "_experts_implementation", None),
     }
+
+
+def fresh_peak(device: str) -> int:
+    """Bytes that the device's memory holds for us now, from which its peak is counted anew."""
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    with suppress(OSError):  # not Linux
+        Path("/proc/self/clear_refs").write_text("5")
+    return psutil.Process().memory_info().rss
+
+
+def peak_memory(device: str) -> int:
+    """The most bytes held since `fresh_peak`: of a GPU what was allocated, else resident memory."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device)
+    with suppress(OSError):
+        fields = dict(
+            line.split(":") for line in Path("/proc/self/status").read_text().splitlines()
+        )
+        return int(fields["VmHWM"].split()[0]) * 1024
+    return psutil.Process().memory_info().rss
 
 
 def notes(run: Run) -> list[str]:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from srmu.data import Padding, Topic
 from srmu.errors import Diverged, UserError
+from srmu.losses import predicted, token_kl, token_nll
 from srmu.model import Batch, EditableModel
 
 LARGEST = 3e37  # AdamW multiplies in float32
+FINISHED = "max_steps"  # the stop reason of a run that nothing stopped
+CHECKED_BATCHES = 4  # of each role and topic, on which the stop rules are measured
 
 Log = Callable[[int, dict[str, float | str]], None]
 
@@ -34,7 +38,7 @@ class TrainOptions:
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
 
-    learning_rate: float = 5e-5
+    learning_rate: float | None = None  # None: the method's own
     max_steps: int = 150  # over all topics together
     batch_size: int = 4  # documents of each of forget and retain
     weight_decay: float = 0.0  # torch's AdamW would take 0.01; the public RMU code has none
@@ -43,15 +47,30 @@ class TrainOptions:
     shuffle: bool = True
     padding: Padding = "mask"  # count: left padding that the losses count, as the public code
     weights: Literal["fp32", "bf16"] = "fp32"  # bf16: no float32 masters, as the public code
+    # Stop rules. None: none, but ln V for `forget_ceiling` where a loss has no lower bound.
+    forget_ceiling: float | None = None  # stop when a forget token costs as many nats; .inf: never
+    utility_floor: float | None = None  # least likelihood of a retain token, as a share of before
+    kl_budget: float | None = None  # most nats of KL(before || after) a retain token
+    check_every: int = 5  # steps between two measurements of these
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "max_steps", "batch_size", "adam_epsilon"):
-            if not 0 < getattr(self, name) <= LARGEST:
+        for name in ("learning_rate", "max_steps", "batch_size", "adam_epsilon", "check_every"):
+            if getattr(self, name) is not None and not 0 < getattr(self, name) <= LARGEST:
                 raise UserError(f"train.{name} must be above 0 and at most {LARGEST:g}")
         if not 0 <= self.weight_decay <= LARGEST:
             raise UserError(f"train.weight_decay must be at least 0 and at most {LARGEST:g}")
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             raise UserError("train.max_grad_norm must be above 0, or null for no clipping")
+        for name in ("forget_ceiling", "kl_budget"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise UserError(f"train.{name} must be above 0 nats, or null")
+        if self.utility_floor is not None and not 0 < self.utility_floor <= 1:
+            raise UserError("train.utility_floor must be above 0 and at most 1, or null")
+
+    def first_rule(self) -> str | None:
+        """The name of a stop rule that is set, if there is one."""
+        rules = ("forget_ceiling", "utility_floor", "kl_budget")
+        return next((name for name in rules if getattr(self, name) is not None), None)
 
 
 def fit(
@@ -59,13 +78,17 @@ def fit(
     parts: Sequence[tuple[Topic, LossFunction]],
     options: TrainOptions,
     log: Log,
-) -> None:
-    """Optimise the trained tensors of `model` for `max_steps` steps, topics alternating by step.
+    extra: Sequence[nn.Parameter] = (),
+) -> str:
+    """Optimise the trained tensors of `model`, and `extra`, topics alternating by step.
 
-    Raises Diverged at the first non-finite loss or gradient, with the model put back to the last
-    weights whose loss was finite.
+    Returns why it ended: FINISHED after `max_steps` steps, or the stop rule that held. Raises
+    Diverged at the first non-finite loss or gradient, with the model put back to the last weights
+    whose loss was finite.
     """
-    names, parameters = zip(*model.trained.items(), strict=True)
+    assert options.learning_rate is not None, "Method.training fills it in"
+    names = [*model.trained, *(f"extra {i}" for i in range(len(extra)))]
+    parameters = [*model.trained.values(), *extra]
     masters = [
         master_of(name, p, options.weights) for name, p in zip(names, parameters, strict=True)
     ]
@@ -76,6 +99,7 @@ def fit(
         eps=options.adam_epsilon,
     )
     streams = [topic.pairs() for topic, _ in parts]
+    limits = Limits(model, [topic for topic, _ in parts], options)
     good = [p.detach().clone() for p in parameters]
     for step in range(options.max_steps):
         topic, loss = parts[step % len(parts)]
@@ -88,12 +112,10 @@ def fit(
             raise Diverged(f"the loss is not finite at {place} ({numbers(terms.losses)}); {ADVICE}")
         if total.requires_grad:
             total.backward()
+        if all(parameter.grad is None for parameter in parameters):
+            raise UserError("the loss reaches none of the trained tensors: wrong layer or window")
         for master, parameter in zip(masters, parameters, strict=True):
-            if parameter.grad is None:
-                raise UserError(
-                    "the loss reaches none of the trained tensors: wrong layer or window"
-                )
-            if master is not parameter:
+            if master is not parameter and parameter.grad is not None:
                 master.grad, parameter.grad = parameter.grad.to(master.dtype), None
         norm = torch.nn.utils.get_total_norm([m.grad for m in masters if m.grad is not None])
         if not norm.isfinite():
@@ -107,10 +129,84 @@ def fit(
             if master is not parameter:
                 parameter.data.copy_(master)
         values = {"loss": total, **terms.losses, **terms.logged, "grad_norm": norm}
-        log(step, {"topic": topic.name} | {k: float(v.detach()) for k, v in values.items()})
+        reason, measured = limits.after(step)
+        row = {k: float(v.detach()) for k, v in values.items()} | measured
+        log(step, {"topic": topic.name} | row)
+        if reason:
+            return reason
     if not all(p.isfinite().all() for p in parameters):
         restore(parameters, good)
         raise Diverged(f"the weights are not finite after {place}; {ADVICE}")
+    return FINISHED
+
+
+class Limits:
+    """The stop rules, measured every few steps on the first batches of each topic.
+
+    Where the utility floor or the KL budget is broken, the model goes back to the weights of the
+    last measurement that kept them.
+    """
+
+    def __init__(
+        self, model: EditableModel, topics: Sequence[Topic], options: TrainOptions
+    ) -> None:
+        self.model, self.options = model, options
+        self.forget = [to(b, model.device) for t in topics for b in t.forget[:CHECKED_BATCHES]]
+        self.retain = [to(b, model.device) for t in topics for b in t.retain[:CHECKED_BATCHES]]
+        self.keeps = options.utility_floor is not None or options.kl_budget is not None
+        self.kept, self.kept_step = self.copies(), -1
+
+    def copies(self) -> list[Tensor]:
+        return [p.detach().clone() for p in self.model.trained.values()] if self.keeps else []
+
+    @torch.no_grad()
+    def after(self, step: int) -> tuple[str, dict[str, float]]:
+        """Why to stop after this step ("" to go on), and what was measured."""
+        options = self.options
+        last = step == options.max_steps - 1
+        if options.first_rule() is None or ((step + 1) % options.check_every and not last):
+            return "", {}
+        found: dict[str, float] = {}
+        if options.forget_ceiling is not None:
+            found["forget_nll"] = self.mean(self.forget, self.nll)
+            if not found["forget_nll"] < options.forget_ceiling:
+                return (
+                    f"forget_ceiling: {found['forget_nll']:.3g} nats a forget token after step "
+                    f"{step} (train.forget_ceiling={options.forget_ceiling:.3g})",
+                    found,
+                )
+        if self.keeps:
+            with self.model.frozen():
+                before = self.mean(self.retain, self.nll)
+            found["utility"] = math.exp(before - self.mean(self.retain, self.nll))
+            found["kl"] = self.mean(self.retain, self.divergence)
+            for rule, broken, value in (
+                ("utility_floor", found["utility"] < (options.utility_floor or 0), "utility"),
+                ("kl_budget", found["kl"] > (options.kl_budget or math.inf), "kl"),
+            ):
+                if broken:
+                    restore([*self.model.trained.values()], self.kept)
+                    kept = f"step {self.kept_step}" if self.kept_step >= 0 else "the start"
+                    return (
+                        f"{rule}: {value} {found[value]:.3g} after step {step} "
+                        f"(train.{rule}={getattr(options, rule):g}); put back to {kept}",
+                        found,
+                    )
+            self.kept, self.kept_step = self.copies(), step
+        return "", found
+
+    def nll(self, batch: Batch) -> Tensor:
+        return token_nll(self.model.logits(batch), batch["labels"])
+
+    def divergence(self, batch: Batch) -> Tensor:
+        with self.model.frozen():
+            before = self.model.logits(batch)
+        return token_kl(before, self.model.logits(batch)) * predicted(batch["labels"])
+
+    def mean(self, batches: Sequence[Batch], function: Callable[[Batch], Tensor]) -> float:
+        """Mean over the counted tokens of all the batches."""
+        total = sum(float(function(batch).sum()) for batch in batches)
+        return total / sum(int(predicted(batch["labels"]).sum()) for batch in batches)
 
 
 ADVICE = "lower train.learning_rate or the strength (method.kappa or method.coeff)"

@@ -6,7 +6,8 @@ from typing import ClassVar
 from srmu.data import Topic
 from srmu.directions import draw
 from srmu.importance import measure
-from srmu.methods.base import Misdirection, State
+from srmu.methods.base import State
+from srmu.methods.misdirection import Misdirection
 from srmu.model import EditableModel
 
 

@@ -10,7 +10,8 @@ from srmu.data import Topic
 from srmu.directions import Direction, draw
 from srmu.errors import UserError
 from srmu.importance import Fusion, Statistic, describe, importance, measure
-from srmu.methods.base import Misdirection, State
+from srmu.methods.base import State
+from srmu.methods.misdirection import Misdirection
 from srmu.model import Batch, EditableModel
 
 

@@ -1,4 +1,4 @@
-"""The contract that every method keeps, and what each paper promises of its own."""
+"""What the methods of one layer's activations promise beyond the contract of all methods."""
 
 import copy
 from collections.abc import Iterator
@@ -11,36 +11,21 @@ from typing import Any, get_args
 import pytest
 import torch
 
-from conftest import ARCHITECTURES, VOCABULARY, pico_module, texts, word_tokenizer
-from srmu.data import Topic, batch_up, tokenise
+from conftest import ARCHITECTURES, VOCABULARY, batches, pico_module, texts, topic
+from srmu.data import Topic
 from srmu.directions import Direction, draw
 from srmu.errors import UserError
 from srmu.importance import Fusion, Statistic
 from srmu.losses import counted
-from srmu.methods import METHODS, RMU, SRMU, AdaptiveRMU, Method
+from srmu.methods import METHODS as ALL_METHODS
+from srmu.methods import RMU, SRMU, AdaptiveRMU, Method, Misdirection
 from srmu.model import EditableModel, Site, Stream
 from srmu.train import Terms, TrainOptions
 
 LAYER = 2
 TRAIN = TrainOptions(learning_rate=1e-3, max_steps=2, batch_size=2)
 SPECIAL_IDS = {0, 1, 2, 3}
-
-
-def batches(documents: list[str], size: int = 2, padding: Any = "mask") -> list[Any]:
-    tokenizer = word_tokenizer()
-    return list(batch_up(tokenise(documents, tokenizer, 64), tokenizer, size, padding))
-
-
-def topic(name: str = "bio", seed: int = 0, padding: Any = "mask", **options: Any) -> Topic:
-    """Forget words w0-w29, retain words w20-w59."""
-    return Topic(
-        name,
-        batches(texts(4, 1, range(30)), padding=padding),
-        batches(texts(4, 2, range(20, 60)), padding=padding),
-        seed,
-        torch.arange(4, VOCABULARY),
-        options,
-    )
+METHODS = {n: cls for n, cls in ALL_METHODS.items() if issubclass(cls, Misdirection)}
 
 
 def variants() -> list[Method]:
@@ -95,7 +80,7 @@ def run(
 ) -> tuple[EditableModel, list[dict[str, Any]], dict[str, Any]]:  # fmt: skip
     model = EditableModel(pico_module(arch), method.trainable, None if whole else method.depth)
     logged: list[dict[str, Any]] = []
-    states = method.apply(model, topics, train, lambda step, values: logged.append(values))
+    states = method.apply(model, topics, train, lambda step, values: logged.append(values)).states
     return model, logged, states
 
 
@@ -757,7 +742,7 @@ def planted(method: SRMU, steps: int, learning_rate: float) -> dict[str, Any]:
 
     options = TrainOptions(learning_rate=learning_rate, max_steps=steps)
     some = replace(some, forget=some.forget[:1], retain=some.retain[:1])
-    state = method.apply(model, [some], options, log)["toy"]
+    state = method.apply(model, [some], options, log).states["toy"]
     target, map_ = state.tensors["target"], state.tensors["importance"]
     return {
         "distances": [float((h - target)[mask].norm()) for h in [before, *distances]],

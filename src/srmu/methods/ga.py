@@ -1,0 +1,25 @@
+"""GA: gradient ascent on the forget texts (as run in TOFU, arXiv 2401.06121)."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from srmu.losses import mean_nll
+from srmu.methods.base import State
+from srmu.methods.logits import LogitObjective
+from srmu.model import Batch, EditableModel
+from srmu.train import Terms
+
+
+@dataclass(frozen=True, kw_only=True)
+class GA(LogitObjective):
+    """Lowers the likelihood of forget texts, without end: a stop rule ends it."""
+
+    name: ClassVar[str] = "ga"
+    paper: ClassVar[str] = "arXiv 2401.06121"
+    endless: ClassVar[bool] = True
+
+    def loss(
+        self, model: EditableModel, state: State, forget: Batch, retain: Batch, step: int
+    ) -> Terms:
+        # eq: GA, L = -mean nll(x_f)
+        return Terms({"forget": -mean_nll(model.logits(forget), forget["labels"])}, {})

@@ -1,0 +1,98 @@
+"""The methods of the model's output: objectives of logits, on all of its tensors or on LoRA."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor
+
+from srmu.data import Topic
+from srmu.losses import mean_kl, mean_nll
+from srmu.methods.base import Objective, State
+from srmu.model import Batch, EditableModel
+from srmu.train import Terms, TrainOptions, fit, restore
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogitObjective(Objective):
+    """An objective of the next-token logits. It trains all tensors, those named, or LoRA."""
+
+    learning_rate: ClassVar[float] = 1e-5
+    depth: ClassVar[None] = None
+
+    parameters: tuple[str, ...] = ()  # names, globs or roles (`*.mlp`) of what is trained; (): all
+    lora_rank: int = 0  # above 0: adapters of that rank beside the linear maps, merged at the end
+    lora_alpha: int = 16  # adapters are scaled by lora_alpha / lora_rank
+
+    def __post_init__(self) -> None:
+        self.within(lora_rank=(0, 1 << 16))
+        self.needs("lora_alpha", self.lora_rank > 0, "method.lora_rank")
+
+    @property
+    def trainable(self) -> tuple[str, ...]:
+        return self.parameters or (("*.linear",) if self.lora_rank else ("*",))
+
+    @contextmanager
+    def editing(self, model: EditableModel, topics: Sequence[Topic]) -> Iterator[None]:
+        if not self.lora_rank:
+            yield
+            return
+        with model.adapted(self.lora_rank, self.lora_alpha, topics[0].number("adapters")):
+            yield
+            model.merge()
+
+    def setup(self, model: EditableModel, topic: Topic) -> State:
+        return State()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retaining(LogitObjective):
+    """An objective of logits with a choice of what holds the retain texts."""
+
+    retain: Literal["none", "nll", "kl"] = "none"  # their likelihood, or KL(original || model)
+    alpha: float = 1.0  # weight of the retain loss
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.within(alpha=(0, float("inf")))
+        self.needs("alpha", self.retain != "none", "method.retain")
+
+    @property
+    def reads_retain(self) -> bool:
+        return self.retain != "none"
+
+    def held(self, model: EditableModel, retain: Batch) -> dict[str, Tensor]:
+        """The retain loss, if there is one."""
+        if self.retain == "none":
+            return {}
+        logits, labels = model.logits(retain), retain["labels"]
+        if self.retain == "nll":
+            return {"retain": self.alpha * mean_nll(logits, labels)}
+        with model.frozen():
+            before = model.logits(retain)
+        return {"retain": self.alpha * mean_kl(before, logits, labels)}
+
+
+def strengthened(
+    model: EditableModel, topic: Topic, steps: int, learning_rate: float
+) -> Mapping[str, Tensor]:
+    """The trained tensors after fine-tuning on the forget texts; the model is put back.
+
+    Ticks of `topic.followed` come once a step.
+    """
+
+    def loss(forget: Batch, retain: Batch, step: int) -> Terms:
+        return Terms({"forget": mean_nll(model.logits(forget), forget["labels"])}, {})
+
+    options = TrainOptions(learning_rate=learning_rate, max_steps=steps)
+    fit(model, [(replace(topic, retain=[]), loss)], options, ignore)
+    tuned = {name: p.detach().clone() for name, p in model.trained.items()}
+    restore([*model.trained.values()], [model.original[name] for name in model.trained])
+    return tuned
+
+
+def ignore(step: int, values: Mapping[str, Any]) -> None:
+    """A log that nobody reads."""

@@ -1,0 +1,194 @@
+"""The methods of one layer's activations: a target for forget texts, retain texts held in place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from torch import Tensor
+
+from srmu.cache import digest
+from srmu.data import Topic
+from srmu.errors import UserError
+from srmu.importance import sums
+from srmu.loading import check_layers
+from srmu.losses import counted, token_cosine, token_mean, token_mse, without_first
+from srmu.methods.base import Objective, State
+from srmu.model import Batch, EditableModel, Site, Stream
+from srmu.train import Terms, to
+
+KAPPA = 8.0  # the strength where none is given
+
+
+@dataclass(frozen=True, kw_only=True)
+class Misdirection(Objective):
+    """Drives forget activations at one site to a target and holds retain activations in place.
+
+    The strength is `coeff` (the literal c of the papers) or `kappa` (norm of the target over the
+    mean norm of forget activations: the scale on which methods compare), by default kappa 8.
+    """
+
+    level: ClassVar = "representation"
+    uses: ClassVar[tuple[str, ...]] = ("retain texts", "the original activations")
+    measures: ClassVar[tuple[str, ...]] = ("forget",)  # texts whose activations are averaged
+
+    layer: int | None = None  # None: 7 of 32, as the papers, in proportion to the model's depth
+    stream: Stream = "resid_post"
+    window: int = 3  # how many layers are updated; the last is `layer`
+    coeff: float | None = None
+    kappa: float | None = None
+    alpha: float = 1200.0  # weight of the retain loss
+    anchors: Literal["none", "random"] = "none"  # random: rows of random tokens to retain
+    anchor_share: float = 0.5  # of each retain batch
+    skip_first: bool = True  # leave each text's first token out of means and norms
+    map_batches: int = 64  # batches over which activations are averaged before the first step
+
+    def __post_init__(self) -> None:
+        if self.coeff is not None and self.kappa is not None:
+            raise UserError(
+                "method.coeff and method.kappa both set the strength; give one of them, "
+                "for example method.coeff=6.5 method.kappa=null"
+            )
+        for name in ("coeff", "kappa", "alpha"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < float("inf"):
+                raise UserError(f"method.{name}={value}: expected a finite number, at least 0")
+        if not 0 < self.anchor_share <= 1:
+            raise UserError("method.anchor_share must be above 0 and at most 1")
+        self.needs("anchor_share", self.anchors != "none", "anchors=random")
+        for name in ("window", "map_batches"):
+            if getattr(self, name) < 1:
+                raise UserError(f"method.{name} must be at least 1")
+
+    @property
+    def site(self) -> Site:
+        assert self.layer is not None, "resolved() fills the layer in"
+        return Site(self.layer, self.stream)
+
+    @property
+    def depth(self) -> int:
+        return self.site.layer + 1
+
+    @property
+    def last_updated(self) -> int:
+        # The input of a down-projection does not depend on that down-projection.
+        return self.site.layer - (self.stream == "mlp_post")
+
+    @property
+    def trainable(self) -> tuple[str, ...]:
+        last = self.last_updated
+        return tuple(f"{i}.mlp_down" for i in range(last - self.window + 1, last + 1))
+
+    def resolved(self, config: Any) -> Self:
+        method = self
+        if self.coeff is None and self.kappa is None:
+            method = replace(method, kappa=KAPPA)
+        if self.layer is None:
+            lowest = self.window - (self.stream != "mlp_post")
+            count = config.num_hidden_layers
+            layer = min(max(lowest, round(count * 7 / 32)), count - 1)
+            method = replace(method, layer=layer)
+        check_layers(config, method.site.layer)
+        check_layers(config, method.last_updated, self.window)
+        return method
+
+    def with_options(self, options: Mapping[str, Any]) -> Self:
+        both = {"coeff", "kappa"}
+        if both & set(options):  # the topic's strength takes the place of the method's
+            options = dict.fromkeys(both) | dict(options)
+        return replace(self, **options)
+
+    def prepared(self, topic: Topic) -> Topic:
+        return topic.anchored(self.anchor_share) if self.anchors == "random" else topic
+
+    def reads(self, topic: Topic) -> int:
+        return sum(min(self.map_batches, len(getattr(topic, role))) for role in self.measures)
+
+    @property
+    def factor(self) -> float:
+        """The target's norm over the norm of forget activations."""
+        return KAPPA if self.kappa is None else self.kappa
+
+    def scaled(self, shape: Tensor, norm: float) -> Tensor:
+        """The target of that shape: times coeff, or of norm kappa times `norm`."""
+        if self.coeff is not None:
+            return self.coeff * shape
+        size = float(shape.norm())
+        return shape * (self.factor * norm / size if size else 0.0)
+
+    def measured(self, batch: Batch) -> Tensor:
+        """The tokens of a batch whose activations enter means and norms, (B, T)."""
+        mask = counted(batch["labels"])
+        return without_first(mask) if self.skip_first else mask
+
+    def frozen_sums(
+        self, model: EditableModel, batches: Sequence[Batch], keep: bool = True
+    ) -> Iterator[Tensor]:
+        """What statistics need of the original model's activations, a batch at a time.
+
+        Each batch's is kept beside its activations, which `keep` says are needed again in steps.
+        """
+        for batch in batches[: self.map_batches]:
+            batch = to(batch, model.device)
+            mask = self.measured(batch)
+            name = f"sums/{self.site}/{digest(batch['input_ids'], batch['attention_mask'], mask)}"
+            found = model.activations.find(name)
+            if not isinstance(found, Tensor):
+                with model.frozen():
+                    found = sums(model.hidden(batch, self.site, keep), mask)
+                model.activations.keep(name, found)
+            yield found
+
+    def state(self, shape: Tensor, norm: float, **tensors: Tensor) -> State:
+        """The state of a topic: the target's shape (D,) scaled, beside what made it.
+
+        `norm` is the mean norm of the original model's forget activations.
+        """
+        if not 0 < norm < float("inf"):
+            kind = "all zero" if norm == 0 else "not finite"
+            raise UserError(f"the forget activations at {self.site} are {kind}")
+        target = self.scaled(shape, norm)
+        size = float(shape.norm())
+        numbers = {
+            "coeff": float(target.norm()) / size if size else 0.0,
+            "kappa": float(target.norm()) / norm,
+            "target_norm": float(target.norm()),
+            "activation_norm": norm,
+        }
+        return State({**tensors, "target": target}, numbers)
+
+    def target(
+        self, model: EditableModel, state: State, forget: Batch, retain: Batch, hidden: Tensor
+    ) -> Tensor:
+        """Where forget activations are sent, broadcastable to (B, T, D)."""
+        return state.tensors["target"]
+
+    def loss(
+        self, model: EditableModel, state: State, forget: Batch, retain: Batch, step: int
+    ) -> Terms:
+        with model.frozen():
+            anchor = model.hidden(retain, self.site)
+        forget_mask, retain_mask = counted(forget["labels"]), counted(retain["labels"])
+        hidden = model.hidden(forget, self.site)
+        target = self.target(model, state, forget, retain, hidden.detach())
+        held = model.hidden(retain, self.site)
+        drift = token_mse(held, anchor, retain_mask)
+        if step == 0 and float(drift.detach()) > 0 and not model.delta():
+            raise UserError(
+                f"the first retain loss is {float(drift.detach()):.3g} and not 0: the cached "
+                "activations do not belong to this run; srmu cache clear, or cache=none"
+            )
+        losses = {
+            "forget": token_mse(hidden, target, forget_mask),  # SRMU eq. 5, first term
+            "retain": self.alpha * drift,  # second term
+        }
+        with torch.no_grad():
+            size = target.float().norm(dim=-1).expand(forget_mask.shape)
+            logged = {
+                "target_ratio": token_mean(size, forget_mask) / state.numbers["activation_norm"],
+                "forget_cos": token_cosine(hidden, target, forget_mask),
+                "retain_cos": token_cosine(held, anchor, retain_mask),
+            }
+        return Terms(losses, logged)

@@ -1,0 +1,41 @@
+"""NPO: negative preference optimisation (Zhang et al., arXiv 2404.05868)."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from srmu.losses import token_nll
+from srmu.methods.base import State
+from srmu.methods.logits import Retaining
+from srmu.model import Batch, EditableModel
+from srmu.train import Terms
+
+
+@dataclass(frozen=True, kw_only=True)
+class NPO(Retaining):
+    """Lowers forget texts' likelihood under the original's, ever more gently: bounded ascent."""
+
+    name: ClassVar[str] = "npo"
+    paper: ClassVar[str] = "arXiv 2404.05868"
+    uses: ClassVar[tuple[str, ...]] = ("the original's likelihoods", "retain texts (retain)")
+
+    beta: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.within(beta=(1e-6, float("inf")))
+
+    def loss(
+        self, model: EditableModel, state: State, forget: Batch, retain: Batch, step: int
+    ) -> Terms:
+        def nll() -> Tensor:  # of each text, summed over its tokens (B,)
+            return token_nll(model.logits(forget), forget["labels"]).sum(dim=1)
+
+        with model.frozen():
+            before = nll()
+        # eq: NPO, L = -(2/beta) E log sigmoid(-beta log(p/p0)), log(p/p0) = nll0 - nll
+        # (public ports took raw logits for log-probabilities, or means for the sums)
+        terms = -2 / self.beta * F.logsigmoid(self.beta * (nll() - before)).mean()
+        return Terms({"forget": terms, **self.held(model, retain)}, {})
