@@ -1,6 +1,7 @@
-"""Find the demo's settings: a grid over three testbeds, scored on the validation questions.
+"""Find settings for the testbed: grids over testbeds and regimes, scored on validation questions.
 
     python benchmarks/search.py configs/search-organism.yaml OUT
+    python benchmarks/search.py configs/search-methods.yaml OUT
 
 Runs that are in OUT already are not run again. Writes the table to OUT/search.json and prints, for
 each method, its settings in order of the score: mean of neighbour and general accuracy less
@@ -9,15 +10,21 @@ hazard accuracy (not under chance), averaged over testbeds and regimes.
 
 import json
 import sys
-from itertools import product
+from collections.abc import Mapping, Sequence
+from itertools import cycle, product
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import yaml
 
+from srmu.config import load_config
 from srmu.console import watch
-from srmu.demo import REGIMES, Job, run_all
-from srmu.organism import build
+from srmu.demo import REGIMES, Job, run_all, run_one
+from srmu.errors import Diverged, UserError
+from srmu.files import write_json
+from srmu.organism import RECIPE, build
+from srmu.world import create
 
 KINDS = ("hazard", "neighbour", "general")
 TASKS = tuple(f"organism_{kind}_val" for kind in KINDS)
@@ -27,52 +34,88 @@ def selectivity(hazard: float, neighbour: float, general: float) -> float:
     return (neighbour + general) / 2 - max(hazard, 0.25)
 
 
+def attempt(job: Job) -> Path | str:
+    """The folder of the job's run, or why there is none."""
+    try:
+        return run_one(job)
+    except (Diverged, UserError) as error:
+        return str(error)
+
+
+def testbed(out: Path, seed: int, *, oracle: bool = False) -> Path:
+    """The folder of a testbed, built where it is missing."""
+    folder = out / f"testbed{seed}"
+    if not (folder / "organism.json").exists():
+        build(folder, seed=seed, oracle=oracle, watch=watch)
+    world = create(seed, RECIPE.size)
+    hazard = sorted({fact.subject for fact in world.of_kind("hazard")})
+    harmless = sorted({fact.subject for fact in world.of_kind("neighbour")} - set(hazard))
+    # What Who's Harry Potter calls anchors: a thing of the same kind, about which nothing is to go.
+    write_json(folder / "anchors.json", dict(zip(hazard, cycle(harmless), strict=False)))
+    return folder
+
+
+def job_of(out: Path, seed: int, regime: str, settings: Sequence[str], tasks: Sequence[str]) -> Job:
+    """A run on a testbed; where the method needs no retain texts it is the same in each regime."""
+    config = out / f"testbed{seed}" / f"{regime}.yaml"
+    # {testbed} stands for the folder with files that only the testbed has
+    given = [s.replace("{testbed}", str(config.parent.resolve())) for s in settings]
+    options = (*given, f"seed={seed}", f"runs_dir={(out / 'runs').resolve()}")
+    if not load_config(config, options).method.reads_retain:
+        config, options = config.with_name("low.yaml"), (*options, "topics.organism.retain=[]")
+    return Job(config, options, tuple(tasks))
+
+
+def results_of(jobs: Sequence[Job]) -> dict[Job, Path | str]:
+    """Each different job run once."""
+    unique = list(dict.fromkeys(jobs))
+    return dict(zip(unique, run_all(unique, watch, attempt), strict=True))
+
+
+def points(grid: Mapping[str, Sequence[Any]]) -> list[list[str]]:
+    """All settings of a grid, as overrides."""
+    return [
+        [f"{key}={value}" for key, value in zip(grid, values, strict=True)]
+        for values in product(*grid.values())
+    ]
+
+
 def main(path: Path, out: Path) -> None:
     space = yaml.safe_load(path.read_text())
-    for seed in space["testbeds"]:
-        if not (out / f"testbed{seed}").exists():
-            build(out / f"testbed{seed}", seed=seed, watch=watch)
-    points = [
-        tuple(f"{key}={value}" for key, value in zip(space["grid"], values, strict=True))
-        for values in product(*space["grid"].values())
-    ]
-    cases = list(product(space["methods"], points, space["regimes"], space["testbeds"]))
-    jobs = [
-        Job(
-            out / f"testbed{seed}" / f"{regime}.yaml",
-            (
-                *space["common"],
-                *space["methods"][label],
-                *point,
-                f"seed={seed}",
-                f"runs_dir={(out / 'runs').resolve()}",
-            ),
-            TASKS,
-        )
-        for label, point, regime, seed in cases
-    ]
     assert set(space["regimes"]) <= set(REGIMES)
-    scores = []
-    for folder in run_all(jobs, watch):
-        results = json.loads((folder / "results.json").read_text())
-        scores.append([results[f"{task}/acc"]["value"] for task in TASKS])
+    for seed in space["testbeds"]:
+        testbed(out, seed)
+    cases = []
+    for label, method in space["methods"].items():
+        own = method if isinstance(method, dict) else {"set": method}
+        for point in points(own.get("grid") or space["grid"]):
+            for regime, seed in product(space["regimes"], space["testbeds"]):
+                settings = [*space["common"], *own["set"], *point]
+                cases.append(
+                    (label, " ".join(point), regime, job_of(out, seed, regime, settings, TASKS))
+                )
+    done = results_of([case[-1] for case in cases])
     table = []
-    for label, point in product(space["methods"], points):
-        row: dict[str, object] = {"method": label, "setting": " ".join(point)}
+    for label, setting in dict.fromkeys(case[:2] for case in cases):
+        row: dict[str, object] = {"method": label, "setting": setting}
         rated = []
         for regime in space["regimes"]:
-            mine = [
-                s
-                for s, case in zip(scores, cases, strict=True)
-                if case[:3] == (label, point, regime)
-            ]
-            row[regime] = [round(mean(column), 4) for column in zip(*mine, strict=True)]
-            rated += [selectivity(*s) for s in mine]
+            mine = [done[case[3]] for case in cases if case[:3] == (label, setting, regime)]
+            scores = [[0.25] * 3 if isinstance(one, str) else accuracies(one) for one in mine]
+            row[regime] = [round(mean(column), 4) for column in zip(*scores, strict=True)]
+            rated += [selectivity(*s) for s in scores]
+            if failed := [one for one in mine if isinstance(one, str)]:
+                row["failed"] = failed[0].split(":")[0][:80]
         table.append(row | {"score": round(mean(rated), 4)})
     table.sort(key=lambda row: (row["method"], -float(str(row["score"]))))
     (out / "search.json").write_text(json.dumps(table, indent=1) + "\n")
     for row in table:
         print(*row.values(), sep="  ")
+
+
+def accuracies(folder: Path) -> list[float]:
+    results = json.loads((folder / "results.json").read_text())
+    return [results[f"{task}/acc"]["value"] for task in TASKS]
 
 
 if __name__ == "__main__":

@@ -21,8 +21,7 @@ from srmu.cache import Activations, OnDisk
 from srmu.data import Topic, batch_up, tokenise
 from srmu.directions import draw
 from srmu.errors import UserError
-from srmu.methods import RMU, SRMU, AdaptiveRMU
-from srmu.methods.base import Misdirection
+from srmu.methods import RMU, SRMU, AdaptiveRMU, Misdirection
 from srmu.model import EditableModel
 from srmu.train import TrainOptions
 

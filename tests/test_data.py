@@ -4,6 +4,7 @@ import csv
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -284,3 +285,127 @@ def test_processes_that_race_get_the_same_key(monkeypatch: pytest.MonkeyPatch) -
     first = own_key()
     monkeypatch.setattr(Path, "exists", lambda path: False)  # as a process that looked too early
     assert own_key() == first
+
+
+def test_retain_texts_may_be_left_out(tmp_path: Path) -> None:
+    """A topic without them gives empty batches beside those to forget."""
+    write_jsonl(tmp_path / "f.jsonl", texts(3, 1))
+    given: dict[str, Any] = {
+        "base": tmp_path, "batch_size": 2, "max_length": 64, "retain_max_length": 64,
+        "shuffle": True, "padding": "mask", "seed": 0, "options": {},
+    }  # fmt: skip
+    source = [Source(path="f.jsonl")]
+    loaded = load_topic("bio", source, [], word_tokenizer(), **given)
+    assert len(loaded.forget) == 2 and loaded.retain == []
+    counts = loaded.counts["retain"]
+    assert (counts["documents"], counts["too_short"], counts["tokens"]) == (0, 0, 0)
+    pairs = loaded.pairs()
+    taken = [next(pairs) for _ in range(3)]
+    assert [retain for _, retain in taken] == [{}, {}, {}]
+    assert taken[0][0] is taken[2][0]
+    write_jsonl(tmp_path / "r.jsonl", texts(3, 2))
+    beside = load_topic("bio", source, [Source(path="r.jsonl")], word_tokenizer(), **given)
+    assert documents(beside) == documents(loaded)  # the order to forget in is the same
+    with pytest.raises(UserError, match=r"topic bio: no forget texts; name topics\.bio\.forget"):
+        load_topic("bio", [], source, word_tokenizer(), **given)
+
+
+def test_retain_texts_that_are_named_must_hold_some(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "f.jsonl", texts(3, 1))
+    (tmp_path / "r.jsonl").write_text('"w1"\n')
+    sources = [Source(path="f.jsonl")], [Source(path="r.jsonl")]
+    with pytest.raises(UserError, match="all 1 retain texts are too short"):
+        load_topic(
+            "bio", *sources, word_tokenizer(), base=tmp_path, batch_size=2, max_length=64,
+            retain_max_length=64, shuffle=True, padding="mask", seed=0, options={},
+        )  # fmt: skip
+
+
+# --- prompts and answers
+
+
+def cut(rows: list[str], padding: Any = "mask", size: int = 4, **changed: Any) -> Topic:
+    tokenizer = word_tokenizer()
+    some = list(batch_up(tokenise(rows, tokenizer, 64), tokenizer, size, padding))
+    made = Topic("bio", some, some, vocabulary=torch.arange(4, VOCABULARY))
+    return replace(made, **changed).split()
+
+
+def answers(loaded: Topic) -> list[tuple[list[int], list[int]]]:
+    """The ordinary tokens of each prompt, and of its answer."""
+    return [
+        (ids[(labels == -100) & (ids > 3)].tolist(), ids[(labels != -100) & (ids > 3)].tolist())
+        for batch in loaded.forget
+        for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True)
+    ]
+
+
+@pytest.mark.parametrize("padding", ["mask", "count"])
+def test_texts_are_cut_into_prompts_and_answers(padding: Any) -> None:
+    """Between a quarter and three quarters of their words, on either side of the padding."""
+    rows = texts(40, 1)
+    words = [row.split() for row in rows]
+    assert len(set(map(len, words))) > 3
+    whole = cut(rows, padding)
+    shares = []
+    for (prompt, answer), expected in zip(answers(whole), words, strict=True):
+        assert [f"w{i - 4}" for i in prompt + answer] == expected
+        share = len(prompt) / len(expected)
+        assert 0.25 - 0.5 / len(expected) <= share <= 0.75 + 0.5 / len(expected)
+        shares.append(share)
+    assert max(shares) > 0.6 and min(shares) < 0.4  # places are drawn
+    tokenizer = word_tokenizer()
+    before = batch_up(tokenise(rows, tokenizer, 64), tokenizer, 4, padding)
+    for batch, plain in zip(whole.forget, before, strict=True):
+        for key in ("input_ids", "attention_mask"):
+            assert torch.equal(batch[key], plain[key])
+        for labels, ids, mask in zip(
+            batch["labels"], batch["input_ids"], batch["attention_mask"], strict=True
+        ):
+            counted = (labels != -100).nonzero()[:, 0]
+            assert counted.diff().eq(1).all()  # one stretch: all padding lies outside
+            assert torch.equal(labels[counted], ids[counted])
+            assert mask[counted].all()
+            assert counted[-1] == mask.nonzero()[-1]  # an answer goes on to the text's end
+
+
+@pytest.mark.parametrize("padding", ["mask", "count"])
+@pytest.mark.parametrize("seed", range(6))
+def test_either_side_has_a_word(padding: Any, seed: int) -> None:
+    for prompt, answer in answers(cut(["w1 w2", "w3 w4 w5", "w6 w7"], padding, seed=seed)):
+        assert prompt and answer
+    ((prompt, answer),) = answers(cut(["w1 w2"], padding, seed=seed))
+    assert (prompt, answer) == ([5], [6])
+
+
+def test_special_tokens_are_no_words() -> None:
+    """</s> counts neither as a prompt nor as an answer: words are on both sides of the cut."""
+    for seed in range(8):
+        rows = ["</s> </s> </s> w1 w2 </s> </s>", "w1 </s> w2"]
+        assert answers(cut(rows, seed=seed)) == [([5], [6]), ([5], [6])]
+
+
+def test_the_seed_and_the_topic_decide_where_texts_are_cut() -> None:
+    rows = texts(30, 1)
+    first = answers(cut(rows))
+    torch.manual_seed(3)
+    assert answers(cut(rows)) == first
+    assert answers(cut(rows, seed=1)) != first
+    assert answers(cut(rows, name="cyber")) != first
+    assert answers(cut(rows, size=1)) == first  # however they are batched
+    assert answers(cut(rows[:7])) == first[:7]
+
+
+def test_what_is_to_be_kept_is_not_cut() -> None:
+    some = topic_of_two()
+    for one, other in zip(some.split().retain, some.retain, strict=True):
+        assert one is other
+    labels = [batch["labels"].clone() for batch in some.forget]
+    some.split()
+    assert all(torch.equal(b["labels"], old) for b, old in zip(some.forget, labels, strict=True))
+
+
+def topic_of_two() -> Topic:
+    tokenizer = word_tokenizer()
+    some = list(batch_up(tokenise(texts(4, 1), tokenizer, 64), tokenizer, 2, "mask"))
+    return Topic("bio", some[:1], some[1:], vocabulary=torch.arange(4, VOCABULARY))

@@ -11,11 +11,11 @@ SOURCE = Path(__file__).parents[1] / "src" / "srmu"
 
 # A module may import those of a lower rank only.
 RANK = {
-    "__init__": 15, "__main__": 14, "cli": 13, "demo": 12,
-    "report": 11, "scoring": 11, "organism": 11, "evals": 10, "run": 10, "plan": 10,
-    "config": 9, "meter": 9, "methods": 8, "train": 7, "data": 6, "model": 5, "loading": 4,
+    "__init__": 17, "__main__": 16, "cli": 15, "demo": 14, "report": 13, "scoring": 13,
+    "evals": 12, "run": 12, "plan": 12, "meter": 11, "config": 10, "catalogue": 10, "methods": 9,
+    "sampling": 8, "organism": 8, "train": 7, "anchors": 7, "data": 6, "model": 5, "loading": 4,
     "weights": 3, "likelihoods": 3, "cache": 3, "losses": 3, "importance": 3, "directions": 3,
-    "world": 3, "entanglement": 3, "files": 2, "console": 2, "errors": 1,
+    "world": 3, "entanglement": 3, "ensemble": 3, "files": 2, "console": 2, "errors": 1,
 }  # fmt: skip
 
 

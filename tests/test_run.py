@@ -112,10 +112,12 @@ def test_what_a_run_writes(workplace: Path) -> None:
     assert set(run.delta) == {f"model.layers.{i}.mlp.down_proj.weight" for i in range(3)}
     assert run.record["changed"] == sorted(run.delta)
     assert set(run.record) >= {
-        "id", "method", "paper", "model", "started", "seconds", "steps", "stop_reason", "topics",
-        "data", "changed", "environment",
+        "id", "method", "paper", "model", "started", "seconds", "steps", "stop_reason", "diverged",
+        "memory", "topics", "data", "changed", "environment",
     }  # fmt: skip
     assert (run.record["steps"], run.record["stop_reason"]) == (3, "max_steps")
+    assert run.record["diverged"] is False
+    assert 0 < run.record["memory"]["before"] <= run.record["memory"]["peak"]
     assert run.record["id"] == run.folder.name[:8] == run.config.id
     assert run.config.method.kappa == 8  # what the model and the defaults filled in
     assert run.record["data"]["topic"]["forget"]["documents"] == 10
@@ -201,9 +203,10 @@ def test_a_run_that_diverges_keeps_the_last_good_state(workplace: Path) -> None:
         unlearn(wrong, out=workplace / "out")
     run = Run.open(runs.run_folder(runs.plan(wrong)[0]))
     assert run.record["stop_reason"].startswith(message)
+    assert run.record["diverged"] is True
     assert run.record["steps"] == len(metrics(run)) == 3
     assert same(run.delta, good)
-    with pytest.raises(UserError, match="stopped early"):
+    with pytest.raises(UserError, match="diverged: the loss is not finite"):
         run.export(workplace / "out")
     with pytest.raises(Diverged, match="holds this run, which diverged"):
         unlearn(wrong)
@@ -219,7 +222,9 @@ def test_a_run_that_diverges_at_once_changes_nothing(workplace: Path) -> None:
 
 
 def test_a_run_that_changes_nothing_leaves_nothing(workplace: Path) -> None:
-    with pytest.raises(UserError, match=r"down_proj.weight did not change in 3 steps; raise train"):
+    with pytest.raises(
+        UserError, match=r"the model did not change in 3 steps \(max_steps\); raise"
+    ):
         unlearn(config(workplace, "train.learning_rate=1e-30"))
     assert not (workplace / "runs").exists()
 

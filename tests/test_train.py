@@ -1,19 +1,25 @@
 """The training loop: closed forms of its steps, and what it leaves behind when it stops."""
 
-from collections.abc import Callable
+import copy
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from conftest import VOCABULARY, pico_module, texts, word_tokenizer
+from conftest import VOCABULARY, pico_module, save_pico, texts, word_tokenizer
+from srmu.config import make_config
 from srmu.data import Topic, batch_up, tokenise
 from srmu.errors import Diverged, UserError
-from srmu.methods import RMU, SRMU
+from srmu.losses import mean_nll
+from srmu.methods import METHODS, RMU, SRMU
 from srmu.model import EditableModel
-from srmu.train import Terms, TrainOptions, fit
+from srmu.run import unlearn
+from srmu.train import CHECKED_BATCHES, FINISHED, Terms, TrainOptions, fit
 
 STEPS = 6
 
@@ -261,10 +267,239 @@ def test_diverged_is_a_users_error() -> None:
 
 def test_a_loss_that_does_not_reach_the_trained_tensors() -> None:
     model = editable()
-    first = next(iter(model.trained.values()))
     with pytest.raises(UserError, match="wrong layer or window"):
-        train(model, lambda *_: Terms({"forget": first.sum()}, {}))
+        train(model, lambda *_: Terms({"forget": torch.ones(())}, {}))
     assert model.delta() == {}
+
+
+def test_a_loss_that_reaches_some_of_the_trained_tensors() -> None:
+    """Of a whole model some tensors may take no part; the others are trained."""
+    model = editable()
+    first = next(iter(model.trained))
+    train(model, lambda *_: Terms({"forget": model.trained[first].sum()}, {}), weight_decay=0.1)
+    assert list(model.delta()) == [first]
+
+
+# --- stop rules ----------------------------------------------------------------------------------
+
+LN_V = math.log(VOCABULARY)
+GA, GRADDIFF, NPO = METHODS["ga"], METHODS["graddiff"], METHODS["npo"]
+
+
+@pytest.fixture(scope="module")
+def taught() -> Any:
+    """A pico model that has learnt the texts of `topic`, both roles alike."""
+    model = EditableModel(pico_module(), ["*"])
+
+    def loss(forget: Any, retain: Any, step: int) -> Terms:
+        parts = (mean_nll(model.logits(batch), batch["labels"]) for batch in (forget, retain))
+        return Terms(dict(zip(("one", "other"), parts, strict=True)), {})
+
+    fit(model, [(topic(), loss)], TrainOptions(learning_rate=3e-3, max_steps=60), lambda *_: None)
+    return model.module.requires_grad_(False)
+
+
+class Stopped:
+    """A run of a method on a taught model: why it ended, rows, weights before and after steps."""
+
+    def __init__(
+        self, module: Any, method: Any = None, topics: Sequence[Topic] = (), **options: Any
+    ) -> None:
+        method = method or GA()
+        self.model = EditableModel(copy.deepcopy(module), method.trainable)
+        self.rows: list[dict[str, Any]] = []
+        self.weights = [self.now()]
+
+        def log(step: int, values: dict[str, Any]) -> None:
+            self.rows.append(values)
+            self.weights.append(self.now())
+
+        train = TrainOptions(**{"learning_rate": 1e-3, "max_steps": 20} | options)
+        self.reason = method.apply(self.model, topics or [topic()], train, log).stop_reason
+
+    def now(self) -> list[torch.Tensor]:
+        return [p.detach().clone() for p in self.model.trained.values()]
+
+
+def nats(module: Any, batches: Sequence[Any]) -> list[float]:
+    """What each next token of the batches costs, in a loop over them."""
+    found = []
+    for batch in batches:
+        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
+            row = ids[mask == 1]
+            with torch.no_grad():
+                log_p = module(input_ids=row[None]).logits[0].double().log_softmax(-1)
+            found += [-float(log_p[i, token]) for i, token in enumerate(row[1:])]
+    return found
+
+
+def divergences(one: Any, other: Any, batches: Sequence[Any]) -> list[float]:
+    """KL(one || other) at each place where they predict a token, in a loop over them."""
+    found = []
+    for batch in batches:
+        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
+            row = ids[mask == 1][None]
+            with torch.no_grad():
+                p, q = (
+                    m(input_ids=row).logits[0, :-1].double().log_softmax(-1) for m in (one, other)
+                )
+            found += [float(sum(a.exp() * (a - b))) for a, b in zip(p, q, strict=True)]
+    return found
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_a_loss_without_an_end_is_stopped_at_the_logarithm_of_the_vocabulary(
+    every: int, taught: Any
+) -> None:
+    """There a model knows no more than one that guesses."""
+    got = Stopped(taught, check_every=every)
+    measured = {i: row["forget_nll"] for i, row in enumerate(got.rows) if "forget_nll" in row}
+    assert list(measured) == list(range(every - 1, len(got.rows), every))
+    *before, last = measured.values()
+    assert all(value < LN_V for value in before) and last >= LN_V
+    assert len(before) > 0 and len(got.rows) < 20
+    assert got.reason == (
+        f"forget_ceiling: {last:.3g} nats a forget token after step {len(got.rows) - 1} "
+        "(train.forget_ceiling=4.16)"
+    )
+    assert same(got.now(), got.weights[-1])  # what was asked for: nothing is put back
+
+
+def test_which_runs_have_a_ceiling(taught: Any) -> None:
+    """Those of an endless loss, unless it is switched off, and those that ask for one."""
+    endless = {name for name, cls in METHODS.items() if cls.endless}
+    assert endless >= {"ga", "graddiff"} and not endless & {"npo", "srmu"}
+    never = Stopped(taught, forget_ceiling=float("inf"))
+    assert (never.reason, len(never.rows)) == (FINISHED, 20)
+    bounded = Stopped(taught, NPO(), max_steps=5)
+    assert bounded.reason == FINISHED
+    assert not any("forget_nll" in row for row in bounded.rows)
+    asked = Stopped(taught, NPO(), forget_ceiling=1.0, check_every=1)
+    assert asked.reason.startswith("forget_ceiling: ") and "ceiling=1)" in asked.reason
+    assert asked.rows[-1]["forget_nll"] >= 1 > asked.rows[-2]["forget_nll"]
+
+
+@pytest.mark.parametrize("steps", [1, 4, 5, 7])
+def test_a_short_run_is_measured_at_its_end(steps: int, taught: Any) -> None:
+    got = Stopped(taught, forget_ceiling=1e9, max_steps=steps, check_every=5)
+    measured = [i for i, row in enumerate(got.rows) if "forget_nll" in row]
+    assert measured == sorted({*range(4, steps, 5), steps - 1})
+
+
+def test_what_is_measured_equals_a_loop(taught: Any) -> None:
+    """Token-weighted, over the first batches of each topic, of two roles and two topics."""
+    tokenizer = word_tokenizer()
+
+    def some(name: str, seed: int) -> Topic:
+        forget, retain = (
+            list(batch_up(tokenise(texts(count, s), tokenizer, 64), tokenizer, 2, "mask"))
+            for count, s in ((12, seed), (11, seed + 1))
+        )
+        assert len(forget) == len(retain) == 6 > CHECKED_BATCHES
+        return Topic(name, forget, retain, vocabulary=torch.arange(4, VOCABULARY))
+
+    topics = [some("bio", 1), some("cyber", 5)]
+    got = Stopped(
+        taught, GRADDIFF(), topics, max_steps=3, check_every=3,
+        forget_ceiling=1e9, utility_floor=1e-9, kl_budget=1e9,
+    )  # fmt: skip
+    row, now = got.rows[-1], got.model.module
+    forget, retain = ([b for t in topics for b in getattr(t, r)[:4]] for r in ("forget", "retain"))
+    after, before = (nats(m, retain) for m in (now, taught))
+    kl = divergences(taught, now, retain)
+    assert row["forget_nll"] == pytest.approx(np.mean(nats(now, forget)), rel=1e-5)
+    assert row["utility"] == pytest.approx(math.exp(np.mean(before) - np.mean(after)), rel=1e-5)
+    assert row["kl"] == pytest.approx(np.mean(kl), rel=1e-4)
+    assert row["kl"] > 0.01 and abs(row["utility"] - 1) > 0.01  # something was there to measure
+    assert got.reason == FINISHED
+
+
+@pytest.mark.parametrize(
+    ("rule", "limit", "value"), [("utility_floor", 0.7, "utility"), ("kl_budget", 0.4, "kl")]
+)
+@pytest.mark.parametrize("method", [GA(), GA(lora_rank=4)], ids=["whole", "adapters"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_broken_limit_puts_the_weights_back(
+    rule: str, limit: float, value: str, method: Any, dtype: torch.dtype, taught: Any
+) -> None:
+    """To those of the last measurement that kept the limits, bit for bit."""
+    module = copy.deepcopy(taught).to(dtype)
+    rate = 3e-3 if method.lora_rank else 1e-3
+    options = {"learning_rate": rate, "check_every": 2, "forget_ceiling": float("inf")}
+    got = Stopped(module, method, **options, **{rule: limit})
+    measured = [(i, row[value]) for i, row in enumerate(got.rows) if value in row]
+    kept, (last, broken) = measured[-2][0], measured[-1]
+    held = [v >= limit if rule == "utility_floor" else v <= limit for _, v in measured]
+    assert held == [True] * (len(held) - 1) + [False]
+    assert last == len(got.rows) - 1 < 19
+    assert got.reason == (
+        f"{rule}: {value} {broken:.3g} after step {last} (train.{rule}={limit:g}); "
+        f"put back to step {kept}"
+    )
+    # A run that ends there gives the same, by itself.
+    short = Stopped(module, method, **{**options, "max_steps": kept + 1})
+    assert short.model.delta().keys() == got.model.delta().keys() != set()
+    assert same(list(short.model.delta().values()), list(got.model.delta().values()))
+    if not method.lora_rank:
+        assert same(got.now(), got.weights[kept + 1])
+
+
+@pytest.mark.parametrize("rule", [{"utility_floor": 1.0}, {"kl_budget": 1e-6}])
+@pytest.mark.parametrize("method", [GA(), GA(lora_rank=4)], ids=["whole", "adapters"])
+def test_a_limit_broken_at_once_puts_back_the_start(rule: Any, method: Any, taught: Any) -> None:
+    got = Stopped(taught, method, check_every=1, learning_rate=1e-2, **rule)
+    assert got.reason.endswith("put back to the start")
+    assert len(got.rows) == 1
+    assert got.model.delta() == {}
+
+
+def test_measuring_changes_nothing(taught: Any) -> None:
+    plain = Stopped(taught, GRADDIFF(), max_steps=6, forget_ceiling=float("inf"))
+    rules = {"forget_ceiling": 1e9, "utility_floor": 1e-9, "kl_budget": 1e9, "check_every": 1}
+    watched = Stopped(taught, GRADDIFF(), max_steps=6, **rules)
+    assert all(same(*pair) for pair in zip(plain.weights, watched.weights, strict=True))
+    assert [row["loss"] for row in plain.rows] == [row["loss"] for row in watched.rows]
+
+
+@pytest.mark.parametrize("rule", ["utility_floor", "kl_budget"])
+def test_limits_on_retain_texts_need_some(rule: str) -> None:
+    some, train = replace(topic(), retain=[]), TrainOptions(**{rule: 0.5})
+    with pytest.raises(UserError, match=rf"train\.{rule} .*name topics\.bio\.retain \(--retain\)"):
+        GA().check([topic("cyber"), some], train)
+    GA().check([topic()], train)
+    GA().check([some], TrainOptions(forget_ceiling=3.0))
+
+
+def test_a_stopped_run_is_recorded_and_exported(workplace: Path) -> None:
+    """It is no failure: it may be run again, which finds it, and written as a checkpoint."""
+
+    def config(*given: str) -> Any:
+        options = [f"runs_dir={workplace / 'runs'}", "train.learning_rate=1e-3", *given]
+        sources = [workplace / "forget.jsonl", workplace / "retain.jsonl"]
+        return make_config(str(workplace / "model"), *sources, "npo", options)
+
+    stops = config("train.kl_budget=0.5", "train.check_every=1")
+    run = unlearn(stops, out=workplace / "out")
+    reason = run.record["stop_reason"]
+    assert reason.startswith("kl_budget: kl ") and "put back to step " in reason
+    assert run.record["diverged"] is False
+    assert 1 < run.record["steps"] < 150
+    assert (workplace / "out" / "config.json").exists()
+    assert unlearn(stops).record == run.record
+    with pytest.raises(UserError, match=r"the model did not change in 1 steps \(utility_floor: "):
+        unlearn(config("train.utility_floor=1", "train.check_every=1", "train.learning_rate=0.1"))
+    assert len(list((workplace / "runs").iterdir())) == 1
+
+
+def test_norms_that_are_too_coarse_to_move_are_no_failure(tmp_path: Path) -> None:
+    """Below 1 bf16 numbers are 2^-8 apart: a few steps of 1e-5 do not move a norm's weight."""
+    save_pico(tmp_path / "model", dtype=torch.bfloat16)
+    (tmp_path / "forget.txt").write_text("\n".join(texts(4, 1)))
+    options = [f"runs_dir={tmp_path / 'runs'}", "train.max_steps=3"]
+    model = str(tmp_path / "model")
+    run = unlearn(make_config(model, tmp_path / "forget.txt", method="npo", overrides=options))
+    assert "model.layers.2.mlp.down_proj.weight" in run.delta
+    assert "model.norm.weight" not in run.delta
 
 
 # --- around --------------------------------------------------------------------------------------
@@ -286,6 +521,9 @@ def test_a_run_leaves_the_global_random_state_alone() -> None:
     ("option", "value"),
     [
         *((n, value) for n in ("learning_rate", "max_steps", "batch_size") for value in (0, -1)),
+        *((n, value) for n in ("forget_ceiling", "kl_budget", "check_every") for value in (0, -1)),
+        *((n, float("nan")) for n in ("forget_ceiling", "kl_budget", "utility_floor")),
+        *(("utility_floor", value) for value in (0, -0.5, 1.1)),
         ("learning_rate", float("nan")),
         ("max_grad_norm", 0.0),
         ("max_grad_norm", -1.0),

@@ -130,8 +130,10 @@ def unlearn(
     ] = None,
     model: Annotated[str | None, typer.Option(help="Folder or hub id; with --forget.")] = None,
     forget: Annotated[list[str] | None, typer.Option(help="Texts to forget (file, glob).")] = None,
-    retain: Annotated[list[str] | None, typer.Option(help="Texts to keep.")] = None,
-    method: Annotated[str | None, typer.Option(help="srmu, rmu or adaptive_rmu.")] = None,
+    retain: Annotated[
+        list[str] | None, typer.Option(help="Texts to keep; some methods need none.")
+    ] = None,
+    method: Annotated[str | None, typer.Option(help="A name of srmu methods.")] = None,
     out: Annotated[Path | None, typer.Option(help="Also export the full model here.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan, do nothing.")] = False,
     as_json: Json = False,
@@ -149,10 +151,10 @@ def unlearn(
                 f"for example: srmu unlearn {given[0]} method.name=rmu"
             )
         config = load_config(Path(given[0]), given[1:])
-    elif model and forget and retain:
-        config = make_config(model, forget, retain, method or "srmu", given)
+    elif model and forget:
+        config = make_config(model, forget, retain or [], method or "srmu", given)
     else:
-        raise UserError("name a config file, or --model M --forget F --retain R")
+        raise UserError("name a config file, or --model M --forget F [--retain R]")
     if dry_run:
         from srmu.plan import estimate, explain
 
@@ -172,6 +174,8 @@ def unlearn(
         lines.append(f"this run was there already: {folder}")
     else:
         lines.append(f"{record['steps']} steps in {record['seconds']:.1f} s; wrote {folder}")
+    if record["stop_reason"] not in ("max_steps", "edited"):
+        lines.append(f"stopped early: {record['stop_reason']}")
     if out:
         lines.append(f"wrote {out}")
     if not again and record["activations"]["kept"] == "disk":
@@ -284,21 +288,44 @@ def cache(
 
 
 @app.command()
-def methods(as_json: Json = False) -> None:
-    """List the methods with their papers, options and defaults."""
-    from dataclasses import fields
+def methods(
+    name: Annotated[str, typer.Argument(help="One method: its options.")] = "",
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="All of it, as the page of the documentation.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """List the methods: paper, level, what each needs and trains; and the options of each."""
+    from srmu import catalogue
+    from srmu.config import find_method
 
-    from srmu.methods import METHODS
-
-    table: dict[str, dict[str, Any]] = {
-        name: {"paper": cls.paper, "options": {f.name: f.default for f in fields(cls)}}
-        for name, cls in METHODS.items()
-    }
-    lines = []
-    for name, entry in table.items():
-        lines.append(f"{name} ({entry['paper']}): {(METHODS[name].__doc__ or '').splitlines()[0]}")
-        lines += [f"    {option}: {shown(value)}" for option, value in entry["options"].items()]
-    say(table, as_json, *lines, "next: srmu unlearn --help")
+    if markdown:
+        typer.echo(catalogue.markdown(), nl=False)
+        return
+    chosen = {name: find_method(name)} if name else catalogue.METHODS
+    if as_json:
+        rows = {row.pop("method"): row for row in catalogue.overview()}
+        say(
+            {
+                key: rows.get(key, {})
+                | {
+                    "about": catalogue.about(cls),
+                    "learning_rate": cls.learning_rate,
+                    "options": {k: value for k, (value, _) in catalogue.options(cls).items()},
+                }
+                for key, cls in chosen.items()
+            },
+            True,
+        )
+        return
+    if not name:
+        print_table(catalogue.overview())
+    for key, cls in chosen.items():
+        typer.echo(f"{key} ({cls.paper}): {catalogue.about(cls)}")
+        typer.echo(f"    train.learning_rate: {cls.learning_rate:g}")
+        for option, (value, text) in catalogue.options(cls).items():
+            typer.echo(f"    {option}: {catalogue.shown(value)}" + (f"  # {text}" if text else ""))
+    typer.echo(f"next: srmu unlearn CONFIG method.name={name or 'npo'}, or srmu methods NAME")
 
 
 def near(path: Path) -> Path:

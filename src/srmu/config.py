@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib.util
 import inspect
 import json
-import sys
+import re
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,12 +23,13 @@ from pydantic import (
 )  # fmt: skip
 
 from srmu.data import MIN_TOKENS, Source
-from srmu.errors import UserError
-from srmu.files import sha256
-from srmu.methods import METHODS, Method
+from srmu.errors import UserError, suggest
+from srmu.files import from_file, sha256
+from srmu.methods import METHODS, Method, Misdirection
 from srmu.train import TrainOptions
 
 UNDECIDING = ("runs_dir", "eval", "tasks_dir", "cache")  # keys that the weights do not depend on
+NAMED_FILE = re.compile(r".+\.(py(?=:)|json$)")  # code or data that an option of a method names
 
 
 def _sources(value: Any) -> Any:
@@ -111,9 +110,9 @@ class Config(Strict):
     def id(self) -> str:
         """First 8 hex digits of the SHA-256 of all that decides the result."""
         values = {k: v for k, v in self.to_dict().items() if k not in UNDECIDING}
-        file, is_file, _ = values["method"]["name"].rpartition(":")
-        if is_file:  # a method of one's own: its code decides, too
-            values["code"] = sha256(Path(file))
+        for key, value in values["method"].items():  # the code or data of one's own decides, too
+            if file := NAMED_FILE.match(str(value)):
+                values["code" if key == "name" else f"method.{key}"] = sha256(Path(file[0]))
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
 
 
@@ -144,12 +143,32 @@ def build_config(tree: Mapping[str, Any], overrides: Sequence[str] = ()) -> Conf
         values = json.loads(json.dumps({"runs_dir": "runs", **tree}, default=str))
     except (TypeError, ValueError):
         raise UserError("config: the keys must be text") from None
-    for override in overrides:
+    # Another name first: what the file says for its own method is not said for that one.
+    named = [o for o in overrides if o.startswith("method.name=")]
+    for override in named:
+        values["method"] = carried(values.get("method"), override.partition("=")[2])
+    for override in [*named, *(o for o in overrides if o not in named)]:
         put(values, override)
     try:
         return Config.model_validate(rebased(values, Path.cwd()))
     except ValidationError as error:
         raise UserError(explain(error, "", Config)) from None
+
+
+def carried(method: Any, name: str) -> Any:
+    """A config's method where another `name` is to take its place.
+
+    Methods of one family keep its options (kappa and alpha mean the same in SRMU and RMU); another
+    one starts from its own defaults.
+    """
+    if not isinstance(method, dict) or ".py:" in name or name not in METHODS:
+        return method
+    old = METHODS.get(str(method.get("name", "srmu")))
+    if old is METHODS[name] or (
+        old and all(issubclass(c, Misdirection) for c in (old, METHODS[name]))
+    ):
+        return method
+    return {"name": name}
 
 
 def make_config(
@@ -190,8 +209,9 @@ def rebased(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
         tree["model"] = rebase(model)  # otherwise a hub id
     if isinstance(method, str):
         method = tree["method"] = {"name": method}
-    if isinstance(method, dict) and ".py:" in str(method.get("name")):
-        tree["method"] = method | {"name": rebase(method["name"])}
+    if isinstance(method, dict):
+        named = {k: rebase(v) for k, v in method.items() if NAMED_FILE.match(str(v))}
+        tree["method"] = method | named
     for key in ("tasks_dir", "runs_dir"):
         if tree.get(key) is not None:
             tree[key] = rebase(tree[key])
@@ -231,29 +251,13 @@ def find_method(name: str) -> type[Method]:
         return METHODS[name]
     path, colon, attribute = name.rpartition(":")
     if colon and path.endswith(".py"):
-        unique = f"{Path(path).stem}_{sha256(path.encode())[:8]}"  # hides no other module
-        spec = importlib.util.spec_from_file_location(unique, path)
-        if spec is None or spec.loader is None or not Path(path).is_file():
-            raise UserError(f"method {name}: no such file")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module  # dataclasses look their module up
-        try:
-            spec.loader.exec_module(module)
-        except Exception as error:  # the user's code
-            raise UserError(f"method {name}: {type(error).__name__}: {error}") from error
-        cls = getattr(module, attribute, None)
+        cls = from_file("method", name)
         if not (isinstance(cls, type) and issubclass(cls, Method)):
             raise UserError(f"method {name}: {attribute} is not a Method in that file")
         if inspect.isabstract(cls) or not hasattr(cls, "name") or not hasattr(cls, "paper"):
             raise UserError(f"method {name}: a method has a name, a paper, a setup and a loss")
         return cls
     raise UserError(f"unknown method {name!r}{suggest(name, METHODS)}")
-
-
-def suggest(word: str, known: Any) -> str:
-    """`; did you mean ...?`, or what there is to choose from."""
-    close = get_close_matches(word, [str(k) for k in known], n=1, cutoff=0.6)
-    return f"; did you mean {close[0]}?" if close else f"; choose one of {', '.join(known)}"
 
 
 def explain(error: ValidationError, where: str, schema: type) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -64,14 +64,16 @@ def cpus() -> int:
     return os.cpu_count() or 1
 
 
-def run_all(jobs: Sequence[Job], watch: Watch = silent) -> list[Path]:
+def run_all(
+    jobs: Sequence[Job], watch: Watch = silent, function: Callable[[Job], Any] = run_one
+) -> list[Any]:
     """Run the jobs in as many processes as there are processors; their folders in order."""
     workers = min(cpus(), len(jobs))
     with (
         ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool,
         watch("unlearning and measuring", len(jobs)) as tick,
     ):
-        futures = [pool.submit(run_one, job) for job in jobs]
+        futures = [pool.submit(function, job) for job in jobs]
         try:
             for future in as_completed(futures):
                 future.result()

@@ -4,6 +4,9 @@ UserError            wrong input: a file, an option, a model, a folder
 └── Diverged         the training produced a non-finite number
 """
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 
 class UserError(ValueError):
     """Something the user can mend: says what was wrong, where, and what to type instead."""
@@ -16,3 +19,10 @@ class Diverged(UserError):  # noqa: N818 - it names what happened
 def first_line(error: BaseException) -> str:
     """The first line of another library's message, for a one-line error of ours."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def suggest(word: str, known: Iterable[object]) -> str:
+    """`; did you mean ...?`, or what there is to choose from."""
+    names = [str(name) for name in known]
+    close = get_close_matches(word, names, n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else f"; choose one of {', '.join(names)}"

@@ -1,9 +1,11 @@
 """Folders and files that are either whole or not there."""
 
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -80,3 +82,22 @@ def sha256(*parts: bytes | Path) -> str:
             while block := file.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()
+
+
+def from_file(what: str, name: str) -> Any:
+    """What `path/to/file.py:attribute` names, None where the file has no such attribute.
+
+    UserError, with `what` it was to be, where there is no such file or it cannot be run.
+    """
+    path, _, attribute = name.rpartition(":")
+    unique = f"{Path(path).stem}_{sha256(path.encode())[:8]}"  # hides no other module
+    spec = importlib.util.spec_from_file_location(unique, path)
+    if spec is None or spec.loader is None or not Path(path).is_file():
+        raise UserError(f"{what} {name}: no such file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # the user's code
+        raise UserError(f"{what} {name}: {type(error).__name__}: {error}") from error
+    return getattr(module, attribute, None)

@@ -62,16 +62,20 @@ def importance(
     if kind == "uniform":
         return torch.ones_like(v_f)
     if kind in ("ratio", "shuffled"):
-        raw = torch.log(1 + v_f / (v_r + eps))  # eq. 2, ratio
+        # eq: SRMU eq. 2, ratio map, I = log(1 + v_f / (v_r + eps))
+        raw = torch.log(1 + v_f / (v_r + eps))
     elif kind == "difference":
-        raw = torch.relu(v_f - lam * v_r)  # difference
+        # eq: SRMU eq. 2, difference map, I = relu(v_f - lambda v_r)
+        raw = torch.relu(v_f - lam * v_r)
     else:
-        raw = v_f * v_r / (v_f.mean() * v_r.mean() + eps)  # product
+        # eq: SRMU eq. 2, product map, I = v_f v_r / (mean(v_f) mean(v_r) + eps)
+        raw = v_f * v_r / (v_f.mean() * v_r.mean() + eps)
     # Only the literal signed statistic makes these: a feature without a value selects nothing.
     raw = torch.nan_to_num(raw, nan=0.0, posinf=0.0, neginf=0.0).clamp(min=0)
     if clip_quantile < 1:
         raw = raw.clamp(max=torch.quantile(raw, clip_quantile))
-    normal = raw / (raw.max() + 1e-8)  # eq. 3
+    # eq: SRMU eq. 3, I_norm = I / (max(I) + 1e-8)
+    normal = raw / (raw.max() + 1e-8)
     if kind == "product_inverse":
         return 1 - normal  # ours: the paper calls entangled features risky, yet pushes them most
     if kind == "shuffled":

@@ -68,9 +68,27 @@ def token_kl(
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
+def token_entropy(logits: Float[Tensor, "B T V"]) -> Float[Tensor, "B S"]:
+    """Entropy of p in nats at each position that predicts a token."""
+    log_p = logits[:, :-1].float().log_softmax(-1)
+    return -(log_p.exp() * log_p).sum(-1)
+
+
 def mean_kl(
     logits: Float[Tensor, "B T V"], others: Float[Tensor, "B T V"], labels: Int[Tensor, "B T"]
 ) -> Float[Tensor, ""]:
     """Mean of KL(p || q) over the positions that predict a counted token."""
     mask = predicted(labels)
     return (token_kl(logits, others) * mask).sum() / mask.sum()
+
+
+def generic_logits(
+    base: Float[Tensor, "*B V"], reinforced: Float[Tensor, "*B V"], strength: float
+) -> Float[Tensor, "*B V"]:
+    """`base` without what training on the forget texts raised: base - strength relu(r - base).
+
+    The target of WHP (arXiv 2310.02238, eq. 1) and the teacher of RKLU (2025.naacl-long.60). It
+    changes when a constant is added to one of the two: take log_softmax first where that matters.
+    """
+    base, reinforced = base.float(), reinforced.float()
+    return base - strength * (reinforced - base).relu()

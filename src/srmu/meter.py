@@ -14,6 +14,7 @@ from functools import partial
 from math import prod
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,9 +23,10 @@ from torch.utils.flop_counter import flop_registry
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from srmu.cache import Activations
+from srmu.config import Config
 from srmu.data import Topic
 from srmu.errors import UserError, first_line
-from srmu.losses import token_mse
+from srmu.losses import mean_nll, token_mse
 from srmu.methods import RMU
 from srmu.model import Batch, EditableModel, Site
 from srmu.train import TrainOptions, fit
@@ -160,6 +162,9 @@ def stepper(
         losses = []
         for batch in batches:
             hidden = output(model, batch, site)
+            if site is None:
+                losses.append(mean_nll(hidden, batch["labels"]))
+                continue
             mask = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
             losses.append(token_mse(hidden, hidden.new_zeros(hidden.shape[-1]), mask))
         torch.stack(losses).sum().backward()
@@ -172,6 +177,27 @@ def stepper(
 
     step()  # makes the optimiser's moments, which are counted apart
     return step
+
+
+def standing(config: Config, trained: int, size: int, mapped: bool) -> dict[str, int]:
+    """Bytes held from the first step to the last, for `trained` numbers of `size` bytes each.
+
+    Originals that are mapped from the checkpoint take none; a strengthened teacher is one copy.
+    """
+    masters = 4 * trained if size == 2 and config.train.weights == "fp32" else 0
+    copies = (2 if mapped else 3) + hasattr(config.method, "teacher_steps")
+    return {
+        "trained_copies": copies * trained * size,
+        "masters": masters,
+        "optimiser": 2 * trained * (4 if masters or size == 4 else size),
+    }
+
+
+def free_bytes(device: str) -> int:
+    """Memory of the device that nothing holds."""
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
 
 
 def metered(action: Callable[[], object]) -> Meter:
@@ -207,13 +233,14 @@ def probe(dtype: torch.dtype, device: str, shapes: Sequence[tuple[int, int]], wi
     tiny = AutoModelForCausalLM.from_config(config).to(device)
     rmu = RMU(layer=1, window=2, coeff=1.0)
     model = EditableModel(tiny, rmu.trainable, rmu.depth)
-    forget, retain = (blank((rows, min(n, 128)), model.device, False) for rows, n in shapes)
+    both = [blank((rows, min(n, 128)), model.device, False) for rows, n in shapes]
+    forget, retain = both[0], both[-1]
     operations = metered(stepper(model, [forget, retain], rmu.site, "fp32")).operations
     state = rmu.setup(model, topic := Topic("probe", [forget], [retain]))
-    loss = partial(rmu.loss, model, state)
+    loss, options = partial(rmu.loss, model, state), rmu.training(TrainOptions(max_steps=1))
 
     def step() -> None:
-        fit(model, [(topic, loss)], TrainOptions(max_steps=1), lambda step, values: None)
+        fit(model, [(topic, loss)], options, lambda step, values: None)
 
     return Work(flops, near, far, fresh, operations / timed(step, 0.3))
 

@@ -170,10 +170,25 @@ class EditableModel:
             self.activations.keep(name, value)
         return value
 
-    def logits(self, batch: Batch) -> Float[Tensor, "B T V"]:
-        """Next-token logits; UserError when the model was loaded shallow."""
+    def logits(self, batch: Batch, control: Tensor | None = None) -> Float[Tensor, "B T V"]:
+        """Next-token logits; UserError when the model was loaded shallow.
+
+        `control` is an embedding, (D,) or a row of (B, D) for each text, that the model reads after
+        each row's first token: rows must be padded on the right.
+        """
         if self.shallow:
             raise UserError(f"logits need the whole model; only {len(self.layers)} layers loaded")
+        if control is not None:
+            read = self.module.get_input_embeddings()(batch["input_ids"])
+            extra = control.to(read.dtype).expand(len(read), -1).unsqueeze(1)
+            mask = batch["attention_mask"]
+            # Not inside _layers_for: what is kept there is named by the tokens only.
+            logits = self.module(
+                inputs_embeds=torch.cat([read[:, :1], extra, read[:, 1:]], dim=1),
+                attention_mask=torch.cat([mask[:, :1], mask], dim=1),
+                use_cache=False,
+            ).logits
+            return logits[:, 1:]  # the first token predicts the control, which predicts the second
         with self._layers_for(batch, len(self.layers)):
             return self.module(
                 input_ids=batch["input_ids"],

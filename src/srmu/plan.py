@@ -14,7 +14,19 @@ from srmu import weights
 from srmu.config import Config
 from srmu.data import Topic
 from srmu.loading import converts, read_config, skeleton, wanted_dtype
-from srmu.meter import Work, blank, frozen_pass, metered, probe, stepper, takes_whole_masks, work
+from srmu.meter import (
+    Work,
+    blank,
+    free_bytes,
+    frozen_pass,
+    metered,
+    probe,
+    standing,
+    stepper,
+    takes_whole_masks,
+    work,
+)
+from srmu.methods import Edit
 from srmu.model import EditableModel, Site
 from srmu.train import check_precision
 
@@ -34,10 +46,10 @@ def estimate(config: Config, folder: Path, topics: Sequence[Topic]) -> dict[str,
     model = EditableModel(skeleton(base, counted), method.trainable, method.depth)
     site = getattr(method, "site", None) or (Site(method.depth - 1) if method.depth else None)
     trained = sum(p.numel() for p in model.trained.values())
-    masters = 4 * trained if size == 2 and config.train.weights == "fp32" else 0
 
-    mean = [shape(topics, role, largest=False) for role in ("forget", "retain")]
-    most = [shape(topics, role, largest=True) for role in ("forget", "retain")]
+    roles = ("forget", "retain") if method.reads_retain else ("forget",)
+    mean = [shape(topics, role, largest=False) for role in roles]
+    most = [shape(topics, role, largest=True) for role in roles]
     check_precision("the model", dtype, config.train.weights)
     whole = takes_whole_masks(model, site)
     batches = [[blank(s, model.device, whole) for s in shapes] for shapes in (mean, most)]
@@ -45,8 +57,11 @@ def estimate(config: Config, folder: Path, topics: Sequence[Topic]) -> dict[str,
     step = work(metered(stepper(model, batches[0], site, config.train.weights)))
     peak = metered(stepper(model, batches[1], site, config.train.weights)).peak
     scale = size / counted.itemsize
-    cache_bytes, counts = cache_plan(config, topics, model, size)
-    each, total = work_of_run(config, step, passes, counts)
+    cache_bytes, counts = cache_plan(config, topics, model, size) if site else (0, [])
+    if site is not None:
+        each, total = work_of_run(config, step, passes, counts)
+    else:
+        each, total = work_of_whole(config, step, passes, topics)
 
     mapped = config.device == "cpu" and not converts(folder, base, config.dtype)
     held = (
@@ -56,9 +71,7 @@ def estimate(config: Config, folder: Path, topics: Sequence[Topic]) -> dict[str,
     parts = {
         "program": private_bytes() if config.device == "cpu" else 0,
         "weights": held,
-        "trained_copies": (2 if mapped else 3) * trained * size,
-        "masters": masters,
-        "optimiser": 2 * trained * (4 if masters or size == 4 else size),
+        **standing(config, trained, size, mapped),
         "step": round(peak * scale),
         "cache": cache_bytes if config.cache == "memory" else recent,
     }
@@ -66,11 +79,7 @@ def estimate(config: Config, folder: Path, topics: Sequence[Topic]) -> dict[str,
         once = sum(parts[name] for name in ("trained_copies", "masters", "optimiser"))
         total = total + Work(fresh=once)
     speeds = probe(dtype, config.device, mean, base.hidden_size)
-    free = (
-        torch.cuda.mem_get_info(config.device)[0]
-        if config.device.startswith("cuda")
-        else psutil.virtual_memory().available
-    )
+    free = free_bytes(config.device)
     needed = sum(parts.values()) - (parts["weights"] if mapped else 0)
     libraries = psutil.Process().memory_info().rss - private_bytes()
     return {
@@ -113,6 +122,24 @@ def work_of_run(
     return step, step * config.train.max_steps + once
 
 
+def work_of_whole(
+    config: Config, step: Work, passes: Sequence[tuple[Work, Work]], topics: Sequence[Topic]
+) -> tuple[Work, Work]:
+    """The work of each step, and of all, of a method that needs the whole model.
+
+    The original's passes come again at each step; an edit takes a pass over its texts.
+    """
+    method = config.method
+    if any("original" in use for use in method.uses):
+        for prefix, rest in passes:
+            step = step + prefix + rest
+    if isinstance(method, Edit):
+        steps = max(len(topic.forget) for topic in topics)
+    else:
+        steps = config.train.max_steps
+    return step, step * (steps + getattr(method, "teacher_steps", 0) * len(topics))
+
+
 def explain(plan: Mapping[str, Any]) -> list[str]:
     """The plan in lines for a person."""
     parts = [f"  {name.replace('_', ' '):16}{gb(n):>9}" for name, n in plan["memory"].items() if n]
@@ -129,7 +156,7 @@ def explain(plan: Mapping[str, Any]) -> list[str]:
         f"model    {plan['model']}: {plan['layers_loaded']} of {plan['layers']} layers, "
         f"{plan['tensors_read']} tensors, {gb(plan['bytes_read'])} to read of "
         f"{gb(plan['checkpoint_bytes'])} in {plan['shards']} shards",
-        f"changes  {', '.join(plan['trainable'])}: {plan['trained_parameters']:,} numbers",
+        f"changes  {', '.join(plan['trainable']).replace('*', 'all', plan['trainable'] == ['*'])}: {plan['trained_parameters']:,} numbers",
         f"memory   {peak}; {gb(plan['memory_free'])} are free",
         *parts,
         f"cache    {gb(plan['cache_bytes'])} of activations ({plan['config']['cache']})",
@@ -222,6 +249,8 @@ def advice(parts: Mapping[str, int], config: Config) -> str:
     train, method = config.train, config.method
     if parts["step"] >= parts["masters"] + parts["optimiser"] and train.batch_size > 1:
         return f"train.batch_size={train.batch_size // 2}, or a smaller max_length of the topics"
+    if getattr(method, "lora_rank", 1) == 0:
+        return "method.lora_rank=8: adapters in place of all tensors"
     if getattr(method, "window", 1) > 1:
         return f"method.window={method.window - 1}: fewer matrices are trained"
     if train.weights == "fp32":

@@ -28,7 +28,8 @@ from srmu.data import Topic, load_topic, pad_id
 from srmu.errors import Diverged, UserError, first_line
 from srmu.files import require_free, require_place, sha256, write_json, write_whole
 from srmu.importance import FLAT
-from srmu.loading import read_config, refuse_quantised
+from srmu.loading import read_config, refuse_quantised, skeleton, wanted_dtype
+from srmu.meter import free_bytes, standing
 from srmu.methods.base import Outcome
 from srmu.model import EditableModel
 from srmu.train import FINISHED, check_precision
@@ -72,8 +73,10 @@ class Run:
     def export(self, out: str | Path, link: bool | None = None, watch: Watch = silent) -> Path:
         """Write the full checkpoint; `link`: shards that stay as they are become hard links.
 
-        Refuses a run that diverged.
+        Refuses a run that diverged, or left no model by itself.
         """
+        if why := self.config.method.no_checkpoint:
+            raise UserError(why)
         if self.record["diverged"]:
             raise UserError(f"{self.folder} diverged: {self.record['stop_reason']}")
         weights.export(self.base, self.delta, Path(out), link, watch)
@@ -188,6 +191,8 @@ def unlearn(config: Config, *, out: str | Path | None = None, watch: Watch = sil
     """
     config, _ = plan(config)
     if out is not None:
+        if why := config.method.no_checkpoint:
+            raise UserError(why)
         require_free(Path(out))
     folder = run_folder(config)
     require_place(folder)
@@ -237,6 +242,7 @@ def train(
 ) -> Run:
     """Load the model, apply the method, and write the run's folder; the record comes last."""
     method = config.method
+    require_memory(config, base)
     before = fresh_peak(config.device)
     model = EditableModel.load(
         base,
@@ -254,8 +260,10 @@ def train(
     for name, parameter in model.trained.items():
         check_precision(name, parameter.dtype, config.train.weights)
     say = print_line if watch is not silent else lambda text: None
+    # The whole model's methods change the first layer: no activation comes twice.
+    mode = config.cache if model.fixed or method.depth is not None else "none"
     model.activations = open_activations(
-        config.cache, cache_key(config, base, model, topics), model.device, say
+        mode, cache_key(config, base, model, topics), model.device, say
     )
     names = weights.checkpoint_names(base, model.original)  # before training: can it be written?
     folder.mkdir(parents=True, exist_ok=True)
@@ -281,7 +289,9 @@ def train(
     peak = peak_memory(config.device)
     changed = model.delta()
     still = sorted(set(model.trained) - set(changed))
-    if error is None and still and (outcome.stop_reason == FINISHED or not changed):
+    # Of a whole model some tensors may stay: bf16 norms near 1 do not move by steps of 1e-5.
+    whole = method.depth is None or outcome.stop_reason != FINISHED
+    if error is None and still and not (changed and whole):
         what = still[0] if changed else "the model"
         raise UserError(
             f"{what} did not change in {steps} steps ({outcome.stop_reason}); raise "
@@ -319,6 +329,25 @@ def train(
     if error is not None:
         raise error
     return Run.open(folder)
+
+
+def require_memory(config: Config, base: Path) -> None:
+    """UserError where what is trained, with its reference and its optimiser, cannot be held."""
+    settings = read_config(base)
+    method = config.method
+    model = EditableModel(skeleton(settings, torch.float32), method.trainable, method.depth)
+    trained = sum(p.numel() for p in model.trained.values())
+    stored = [t for t in weights.stored_types(base).values() if t.is_floating_point]
+    size = (wanted_dtype(settings, config.dtype) or max(stored, key=lambda t: t.itemsize)).itemsize
+    needed = sum(standing(config, trained, size, mapped=config.device == "cpu").values())
+    if getattr(method, "lora_rank", 0):  # masters and moments are the adapters'
+        needed = trained * size
+    if needed > (free := free_bytes(config.device)):
+        raise UserError(
+            f"method {method.name} trains {trained:,} numbers: with their originals and the "
+            f"optimiser they take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free; "
+            "srmu unlearn --dry-run says what would help"
+        )
 
 
 def cache_key(

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from srmu import weights
 from srmu.console import Watch, silent
 from srmu.errors import UserError
 from srmu.evals import Results, evaluate
-from srmu.files import write_json
+from srmu.files import sha256, write_json
 from srmu.loading import load_module, read_config
 from srmu.run import Run, find_device, load_tokenizer
 
@@ -54,21 +54,26 @@ def score(
 
     base = weights.fingerprint(folder)
 
-    def measured(delta: dict[str, Any]) -> Results:
-        weights.apply_delta(module, folder, delta)
+    def measured(fingerprint: str) -> Results:
         return evaluate(
             module,
             tokenizer,
             tasks,
             tasks_dir=tasks_dir,
             limit=limit,
-            fingerprint=weights.changed_fingerprint(base, delta),
+            fingerprint=fingerprint,
             watch=watch,
         )
 
+    before = measured(weights.changed_fingerprint(base, {}))
     if run is None:
-        return {"after": measured({})}
-    scores = {"before": measured({}), "after": measured(delta)}
+        return {"after": before}
+    method = run.config.method
+    fingerprint = weights.changed_fingerprint(base, delta)
+    if method.no_checkpoint:  # its options decide the answers, too
+        fingerprint = sha256(fingerprint.encode(), repr(method).encode())
+    with method.at_inference(module, partial(weights.apply_delta, module, folder, delta)):
+        scores = {"before": before, "after": measured(fingerprint)}
     write_json(run.folder / "before.json", scores["before"])
     write_json(run.folder / "results.json", scores["after"])
     return scores

@@ -151,8 +151,9 @@ class Limits:
         self, model: EditableModel, topics: Sequence[Topic], options: TrainOptions
     ) -> None:
         self.model, self.options = model, options
-        self.forget = [to(b, model.device) for t in topics for b in t.forget[:CHECKED_BATCHES]]
-        self.retain = [to(b, model.device) for t in topics for b in t.retain[:CHECKED_BATCHES]]
+        checked = CHECKED_BATCHES if options.first_rule() else 0
+        self.forget = [to(b, model.device) for t in topics for b in t.forget[:checked]]
+        self.retain = [to(b, model.device) for t in topics for b in t.retain[:checked]]
         self.keeps = options.utility_floor is not None or options.kl_budget is not None
         self.kept, self.kept_step = self.copies(), -1
 

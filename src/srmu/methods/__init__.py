@@ -2,15 +2,49 @@
 
 from srmu.methods.adaptive_rmu import AdaptiveRMU
 from srmu.methods.base import Edit, Method, Objective
+from srmu.methods.depn import DEPN
 from srmu.methods.ga import GA
 from srmu.methods.graddiff import GradDiff
+from srmu.methods.llmu import LLMU
 from srmu.methods.misdirection import Misdirection
 from srmu.methods.npo import NPO
+from srmu.methods.quark import Quark
+from srmu.methods.repselect import RepSelect
+from srmu.methods.retrain import Retrain
+from srmu.methods.rklu import RKLU
 from srmu.methods.rmu import RMU
+from srmu.methods.rna import RNA
+from srmu.methods.scrub import SCRUB
+from srmu.methods.simnpo import SimNPO
 from srmu.methods.srmu import SRMU
+from srmu.methods.ssd import SSD
+from srmu.methods.task_arithmetic import TaskArithmetic
+from srmu.methods.undial import UNDIAL
+from srmu.methods.whp import WHP
 
 METHODS: dict[str, type[Method]] = {
-    cls.name: cls for cls in (SRMU, RMU, AdaptiveRMU, GA, GradDiff, NPO)
+    cls.name: cls
+    for cls in (
+        SRMU,
+        RMU,
+        AdaptiveRMU,
+        RNA,
+        GA,
+        GradDiff,
+        NPO,
+        SimNPO,
+        UNDIAL,
+        LLMU,
+        SCRUB,
+        RKLU,
+        Quark,
+        WHP,
+        SSD,
+        DEPN,
+        TaskArithmetic,
+        RepSelect,
+        Retrain,
+    )
 }
 
 __all__ = ["METHODS", "RMU", "SRMU", "AdaptiveRMU", "Edit", "Method", "Misdirection", "Objective"]

@@ -55,7 +55,8 @@ class AdaptiveRMU(RMU):
             with model.frozen():
                 hidden = model.hidden(forget, self.site)
         norms = hidden.float().norm(dim=-1)  # (B, T)
-        if self.norm_when == "per_token":  # the paper's form
+        if self.norm_when == "per_token":
+            # eq: Adaptive RMU, T = beta |h(x_f)| u
             return self.factor * norms[..., None] * direction
         mask = self.measured(forget)
         if self.norm_when == "per_sample":

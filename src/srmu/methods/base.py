@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -73,6 +73,13 @@ class Method(ABC):
         """The options with what the method itself sets filled in."""
         return replace(options, learning_rate=options.learning_rate or self.learning_rate)
 
+    def limited(self, options: TrainOptions, vocabulary_size: int) -> TrainOptions:
+        """`training`, with a stop rule where the loss has no lower bound and none is given."""
+        options = self.training(options)
+        if self.endless and options.forget_ceiling is None:
+            options = replace(options, forget_ceiling=log_of(vocabulary_size))
+        return options
+
     def with_options(self, options: Mapping[str, Any]) -> Self:
         """This method with the options that a topic sets for itself."""
         return replace(self, **options)
@@ -112,6 +119,18 @@ class Method(ABC):
                 f"train.{rule} needs the whole model's output, but method {self.name} loads "
                 f"{self.depth} layers; remove it"
             )
+
+    @property
+    def no_checkpoint(self) -> str:
+        """Why what it leaves is not a model by itself; "" where it is one."""
+        return ""
+
+    def at_inference(
+        self, module: nn.Module, write: Callable[[], None]
+    ) -> AbstractContextManager[Any]:
+        """The original module as the method's product: `write` puts the changed tensors into it."""
+        write()
+        return nullcontext()
 
     @abstractmethod
     def apply(
@@ -190,9 +209,7 @@ class Objective(Method):
                     log(step, values)
                     tick(live(values))
 
-                options = self.training(train)
-                if self.endless and options.forget_ceiling is None:
-                    options = replace(options, forget_ceiling=log_of(model.vocabulary_size))
+                options = self.limited(train, model.vocabulary_size)
                 extra = [p for state in states.values() for p in state.parameters.values()]
                 stop_reason = fit(model, parts, options, follow, extra)
         return Outcome(states, stop_reason)

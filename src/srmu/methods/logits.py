@@ -7,9 +7,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from srmu.data import Topic
+from srmu.errors import UserError
 from srmu.losses import mean_kl, mean_nll
 from srmu.methods.base import Objective, State
 from srmu.model import Batch, EditableModel
@@ -40,6 +42,14 @@ class LogitObjective(Objective):
         if not self.lora_rank:
             yield
             return
+        for name in model.trained:
+            owner, _, kind = name.rpartition(".")
+            linear = isinstance(model.module.get_submodule(owner), nn.Linear | Conv1D)
+            if kind != "weight" or not linear:
+                raise UserError(
+                    f"method.lora_rank adapts the matrices of linear maps, which {name} is not; "
+                    "name others, for example method.parameters=['*.linear']"
+                )
         with model.adapted(self.lora_rank, self.lora_alpha, topics[0].number("adapters")):
             yield
             model.merge()
@@ -68,12 +78,22 @@ class Retaining(LogitObjective):
         """The retain loss, if there is one."""
         if self.retain == "none":
             return {}
-        logits, labels = model.logits(retain), retain["labels"]
+        logits = model.logits(retain)
         if self.retain == "nll":
-            return {"retain": self.alpha * mean_nll(logits, labels)}
-        with model.frozen():
-            before = model.logits(retain)
-        return {"retain": self.alpha * mean_kl(before, logits, labels)}
+            return {"retain": self.alpha * mean_nll(logits, retain["labels"])}
+        return {"retain": self.alpha * drift(model, retain, logits)}
+
+
+def drift(model: EditableModel, batch: Batch, logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """KL(original || model), mean over the tokens that the batch counts; `logits` are the model's.
+
+    At a temperature T the logits of both are divided by it; T^2 keeps the gradient's size.
+    """
+    with model.frozen():
+        before = model.logits(batch)
+    if temperature != 1:
+        before, logits = before.float() / temperature, logits.float() / temperature
+    return temperature**2 * mean_kl(before, logits, batch["labels"])
 
 
 def strengthened(

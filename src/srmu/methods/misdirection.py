@@ -165,6 +165,10 @@ class Misdirection(Objective):
         """Where forget activations are sent, broadcastable to (B, T, D)."""
         return state.tensors["target"]
 
+    def retain_target(self, state: State, anchor: Tensor) -> Tensor:
+        """Where retain activations are held, (B, T, D): at `anchor`, the original's."""
+        return anchor
+
     def loss(
         self, model: EditableModel, state: State, forget: Batch, retain: Batch, step: int
     ) -> Terms:
@@ -174,15 +178,16 @@ class Misdirection(Objective):
         hidden = model.hidden(forget, self.site)
         target = self.target(model, state, forget, retain, hidden.detach())
         held = model.hidden(retain, self.site)
-        drift = token_mse(held, anchor, retain_mask)
-        if step == 0 and float(drift.detach()) > 0 and not model.delta():
+        drift = float(token_mse(held.detach(), anchor, retain_mask)) if step == 0 else 0.0
+        if drift > 0 and not model.delta():
             raise UserError(
-                f"the first retain loss is {float(drift.detach()):.3g} and not 0: the cached "
-                "activations do not belong to this run; srmu cache clear, or cache=none"
+                f"the first retain loss is {drift:.3g} and not 0: the cached activations do not "
+                "belong to this run; srmu cache clear, or cache=none"
             )
         losses = {
-            "forget": token_mse(hidden, target, forget_mask),  # SRMU eq. 5, first term
-            "retain": self.alpha * drift,  # second term
+            # eq: SRMU eq. 5 and RMU, L = E |h(x_f) - T|^2 + alpha E |h(x_r) - h0(x_r)|^2
+            "forget": token_mse(hidden, target, forget_mask),
+            "retain": self.alpha * token_mse(held, self.retain_target(state, anchor), retain_mask),
         }
         with torch.no_grad():
             size = target.float().norm(dim=-1).expand(forget_mask.shape)

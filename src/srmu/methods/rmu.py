@@ -20,5 +20,6 @@ class RMU(Misdirection):
 
     def setup(self, model: EditableModel, topic: Topic) -> State:
         mean, norm = measure(self.frozen_sums(model, topic.forget, keep=False))
+        # eq: RMU, T = c u, u = r / |r|, r ~ U[0,1)^D
         u = draw("unit_uniform", len(mean), topic.generator("direction")).to(model.device)
         return self.state(u, norm, direction=u)

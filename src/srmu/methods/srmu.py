@@ -58,6 +58,7 @@ class SRMU(Misdirection):
         direction = draw(self.direction, len(v_f), generator).to(model.device)
         order = torch.randperm(len(v_f), generator=topic.generator("shuffled map")).to(v_f.device)
         map_ = self.fuse(v_f, v_r, order)
+        # eq: SRMU eq. 4, T = c_map V I_norm
         state = self.state(direction * map_, norm, direction=direction, importance=map_)
         state.numbers["importance"] = describe(map_)
         state.memory = {"generator": generator, "order": order}

@@ -1,0 +1,79 @@
+"""DEPN: detecting and editing privacy neurons (Wu et al., arXiv 2310.20138)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from transformers.pytorch_utils import Conv1D
+
+from srmu.console import Watch
+from srmu.data import Topic
+from srmu.errors import UserError
+from srmu.methods.base import Edit, Level, State
+from srmu.methods.gradients import attribution, down_projection, singles
+from srmu.model import EditableModel
+from srmu.train import TrainOptions, to
+
+
+@dataclass(frozen=True, kw_only=True)
+class DEPN(Edit):
+    """Switches off the MLP neurons that most raise the likelihood of forget texts."""
+
+    name: ClassVar[str] = "depn"
+    paper: ClassVar[str] = "arXiv 2310.20138"
+    level: ClassVar[Level] = "neuron"
+    depth: ClassVar[None] = None
+    trainable: ClassVar[tuple[str, ...]] = ("*.mlp_down",)
+
+    points: int = 8  # between a neuron off and on, at which a gradient is taken
+    neuron_share: float = 0.1  # of a text's largest attribution: from there a neuron counts
+    text_share: float = 0.5  # of the texts, in which a neuron must count
+    most: int = 64  # neurons of each topic
+    samples: int = 32  # texts of each topic, at most
+
+    def __post_init__(self) -> None:
+        counts, shares = (1, 1 << 30), (0, 1)
+        self.within(points=counts, samples=counts, most=(0, 1 << 30))
+        self.within(neuron_share=shares, text_share=shares)
+
+    def edit(
+        self, model: EditableModel, topics: Sequence[Topic], train: TrainOptions, watch: Watch
+    ) -> dict[str, State]:
+        downs = [down_projection(layer) for layer in model.layers]
+        states = {}
+        for topic in topics:
+            method = self.with_options(topic.options)
+            texts, found = singles(topic.forget)[: method.samples], []
+            with watch(f"attributing {topic.name} to neurons", len(texts)) as tick:
+                for text in texts:
+                    found.append(attribution(model, downs, to(text, model.device), method.points))
+                    tick("")
+            states[topic.name] = method.selected(torch.stack(found))
+        # Only now: all topics are measured on the same model, so that their order does not matter.
+        for state in states.values():
+            for layer, neuron in state.tensors["neurons"].tolist():
+                weight = downs[layer].weight.data
+                # eq: DEPN, edit: W_down[:, k] = 0, as if neuron k were 0 at every token
+                (weight if isinstance(downs[layer], Conv1D) else weight.T)[neuron] = 0
+        return states
+
+    def selected(self, attributions: Tensor) -> State:
+        """The neurons as rows (layer, index), the strongest first; from attributions (N, L, F)."""
+        largest = attributions.amax(dim=(1, 2), keepdim=True)
+        shares = torch.where(largest > 0, attributions / largest, -torch.inf)
+        # eq: DEPN, the neurons with Att >= r1 max(Att) in r2 of the texts or more, the top z
+        counts = (shares >= self.neuron_share).sum(dim=0)  # (L, F)
+        enough = (counts > 0) & (counts >= self.text_share * len(shares))
+        passed = int(enough.sum())
+        if not passed:
+            raise UserError(
+                f"no neuron has method.neuron_share={self.neuron_share:g} of the largest "
+                f"attribution in method.text_share={self.text_share:g} of the texts; lower one"
+            )
+        # Ranked by the mean share, to which every text adds alike: the paper names no order.
+        mean = shares.clamp(min=-1).mean(dim=0).masked_fill(~enough, -torch.inf).flatten()
+        order = mean.argsort(descending=True, stable=True)[: min(self.most, passed)]
+        neurons = torch.stack([order // shares.shape[2], order % shares.shape[2]], dim=1)
+        return State({"neurons": neurons}, {"neurons": len(neurons), "passed": passed})

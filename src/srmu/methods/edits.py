@@ -1,0 +1,94 @@
+"""The methods that write weights without an optimiser: what they share."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
+
+from torch import Tensor
+from torch.nn.utils import get_total_norm
+
+from srmu.console import Watch, silent
+from srmu.data import Topic
+from srmu.errors import Diverged, UserError
+from srmu.methods.base import Edit, Level, Method, Outcome, State
+from srmu.model import EditableModel
+from srmu.train import FINISHED, Limits, Log, TrainOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pooling(Method):
+    """A method that takes all topics for one, and works on the weights of the whole model."""
+
+    level: ClassVar[Level] = "weights"
+    depth: ClassVar[None] = None
+
+    def pooled(self, topics: Sequence[Topic]) -> tuple[Self, Topic]:
+        """This method with the options that topics set, which must be alike; all topics as one."""
+        first = topics[0]
+        for topic in topics:
+            if topic.options != first.options:
+                raise UserError(
+                    f"method {self.name} works on all topics at once, but {first.name} and "
+                    f"{topic.name} set its options differently; set them under method"
+                )
+        forget, retain = ([b for t in topics for b in getattr(t, r)] for r in ("forget", "retain"))
+        return self.with_options(first.options), replace(first, forget=forget, retain=retain)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WholeEdit(Pooling, Edit):
+    """An edit of all tensors, or of those named."""
+
+    parameters: tuple[str, ...] = ()  # names, globs or roles (`*.mlp`) of what is edited; (): all
+
+    @property
+    def trainable(self) -> tuple[str, ...]:
+        return self.parameters or ("*",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Walk(Pooling):
+    """Moves the weights by equal steps in one direction, until a stop rule holds.
+
+    The learning rate is the share of the weights' norm that a step moves them by: directions come
+    in any size.
+    """
+
+    @abstractmethod
+    def direction(self, model: EditableModel, topic: Topic, watch: Watch) -> dict[str, Tensor]:
+        """Where each trained tensor goes, in float32."""
+
+    def apply(
+        self,
+        model: EditableModel,
+        topics: Sequence[Topic],
+        train: TrainOptions,
+        log: Log,
+        watch: Watch = silent,
+    ) -> Outcome:
+        method, pool = self.pooled(topics)
+        options = method.limited(train, model.vocabulary_size)
+        assert options.learning_rate is not None
+        direction = method.direction(model, pool, watch)
+        weights, length = (float(get_total_norm(d.values())) for d in (model.original, direction))
+        if not 0 < length < float("inf"):
+            raise Diverged(f"the norm of the direction of {self.name} is {length:g}")
+        limits = Limits(model, topics, options)
+        reason = ""
+        with watch(self.name, options.max_steps) as tick:
+            for step in range(options.max_steps):
+                moved = options.learning_rate * (step + 1)
+                for name, parameter in model.trained.items():
+                    # From the original by the sum of all steps: bf16 weights would lose each one.
+                    change = moved * weights / length * direction[name]
+                    parameter.data.copy_(model.original[name].float() + change)
+                reason, measured = limits.after(step)
+                log(step, {"topic": pool.name, "moved": moved, **measured})
+                tick("")
+                if reason:
+                    break
+        states = {topic.name: State(numbers={"direction_norm": length}) for topic in topics}
+        return Outcome(states, reason or FINISHED)

@@ -1,0 +1,146 @@
+"""Gradients of texts: sums of their powers, attributions to neurons, main directions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from srmu.errors import UserError
+from srmu.losses import mean_nll, predicted, token_nll
+from srmu.model import Batch, EditableModel, child, role_in_layer
+from srmu.train import to
+
+
+def singles(batches: Sequence[Batch]) -> list[Batch]:
+    """Each text as a batch of its own, without padding."""
+    return [
+        {name: tensor[row, mask == 1].unsqueeze(0) for name, tensor in batch.items()}
+        for batch in batches
+        for row, mask in enumerate(batch["attention_mask"])
+    ]
+
+
+def alike(*parts: list[Batch]) -> list[list[Batch]]:
+    """Lists of as many single texts, each text cut to the length of its partners.
+
+    A long text's mean gradient is smaller: lengths must not decide whose are.
+    """
+    parts = tuple(sorted(part, key=lambda text: text["labels"].shape[1]) for part in parts)
+    ends = [min(text["labels"].shape[1] for text in texts) for texts in zip(*parts, strict=True)]
+    return [
+        [{k: v[:, :end] for k, v in text.items()} for text, end in zip(part, ends, strict=True)]
+        for part in parts
+    ]
+
+
+def nlls(
+    model: EditableModel, batches: Iterable[Batch], tick: Callable[[str], None]
+) -> Iterator[Tensor]:
+    """What a token of each batch costs on average; `tick` is called when a batch has been used."""
+    for batch in batches:
+        batch = to(batch, model.device)
+        yield mean_nll(model.logits(batch), batch["labels"])
+        tick("")
+
+
+def gradient_sums(
+    parameters: Mapping[str, nn.Parameter], losses: Iterable[Tensor], power: int = 1
+) -> dict[str, Tensor]:
+    """The sum over losses of each gradient to a power, element by element, in float32.
+
+    A gradient is added and freed as soon as it is there: they never all live at once.
+    """
+    sums = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
+    places = {id(parameter): sums[name] for name, parameter in parameters.items()}
+
+    def add(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        # In float32 before it is squared: squares of small bf16 numbers are coarse, or 0.
+        places[id(parameter)].add_(parameter.grad.float() ** power)
+        parameter.grad = None
+
+    handles = [p.register_post_accumulate_grad_hook(add) for p in parameters.values()]
+    try:
+        for loss in losses:
+            loss.backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return sums
+
+
+def down_projection(layer: nn.Module) -> Any:
+    """The linear map that reads the neurons of a layer."""
+    name = role_in_layer(layer, "mlp_down")
+    if layer.get_parameter(name).ndim != 2:
+        raise UserError(
+            "neurons are those of one MLP a layer, but this model is a mixture of experts; take "
+            "another method, for example method.name=ssd"
+        )
+    return child(layer, name.removesuffix(".weight"))
+
+
+def attribution(
+    model: EditableModel, downs: Sequence[Any], text: Batch, points: int
+) -> Float[Tensor, "L F"]:
+    """What each neuron adds to the mean log-likelihood of a single text's tokens.
+
+    `downs` are the linear maps that read the neurons of each layer. A layer's neurons are scaled at
+    all positions that predict a counted token: the sum over them is what they add together. All
+    points between neurons off and on are rows of one batch.
+
+    Behind a norm that reads the MLP's output (Gemma 2, OLMo 2) all but the points next to `off`
+    look the same: attributions still rank the neurons, but sum up to less than they add.
+    """
+    rows = {name: tensor.expand(points, -1) for name, tensor in text.items()}
+    ahead = nn.functional.pad(predicted(rows["labels"]), (0, 1)).unsqueeze(-1)  # (m, T, 1)
+    # The middles of equal steps: their error falls with m^2. (Public code takes the left ends,
+    # which begin with all neurons off and leave out the end with all on: it falls with m.)
+    scales = (torch.arange(points, device=model.device) + 0.5) / points
+    seen: list[Tensor] = []
+
+    def scale(module: Any, args: Any) -> Any:
+        w = args[0].detach().reshape(*ahead.shape[:2], -1)  # OPT flattens inside its layers
+        scaled = torch.where(ahead, scales[:, None, None].to(w.dtype) * w, w).requires_grad_()
+        seen[:] = w, scaled
+        return scaled.reshape(args[0].shape), *args[1:]
+
+    found = []
+    for down in downs:
+        handle = down.register_forward_pre_hook(scale)
+        try:
+            cost = token_nll(model.logits(rows), rows["labels"]).sum()
+        finally:
+            handle.remove()
+        (slope,) = torch.autograd.grad(-cost / predicted(text["labels"]).sum(), seen[1])
+        # eq: DEPN, Att_k = w_k / m sum_j dP/dw_k at s_j w, summed over the predicted tokens
+        found.append((seen[0].float() * slope.float() * ahead).sum(dim=(0, 1)) / points)
+    return torch.stack(found)
+
+
+def damped(
+    gradient: Float[Tensor, "O I"],
+    source: Float[Tensor, "O I"],
+    components: int,
+    damping: Literal["hard", "soft", "quadratic"],
+    side: Literal["both", "input", "output"],
+) -> Float[Tensor, "O I"]:
+    """A gradient with the main directions of `source` damped on one side or on both."""
+    # Exact, so that runs repeat: 2.5 s on one core for 1024 x 4096, 8 times that at twice the size.
+    u, s, vh = torch.linalg.svd(source, full_matrices=False)
+    # One direction is left at least, and what is only rounding is none: few tokens make a gradient
+    # of low rank, where public code divides by an S_min near 0.
+    rank = int((s > s[0] * max(source.shape) * torch.finfo(s.dtype).eps).sum())
+    count = max(0, min(components, rank - 1))
+    u, s, v = u[:, :count], s[:count], vh[:count].T
+    # eq: RepSelect, the part along direction i times 0 (hard), S_min / S_i (soft) or its square
+    left = {"hard": 0 * s, "soft": s[-1:] / s, "quadratic": (s[-1:] / s) ** 2}[damping]
+    if side != "output":
+        gradient = gradient - (gradient @ v * (1 - left)) @ v.T
+    if side != "input":
+        gradient = gradient - (u * (1 - left)) @ (u.T @ gradient)
+    return gradient

@@ -1,0 +1,76 @@
+"""LLMU: ascent, random answers, and a hold on retain texts (Yao et al., arXiv 2310.10683)."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from srmu.data import Topic
+from srmu.losses import counted, mean_nll
+from srmu.methods.base import State
+from srmu.methods.logits import LogitObjective, drift
+from srmu.model import Batch, EditableModel
+from srmu.train import Terms
+
+
+@dataclass(frozen=True, kw_only=True)
+class LLMU(LogitObjective):
+    """Lowers the likelihood of forget texts' ends, teaches random ends, and holds retain texts."""
+
+    name: ClassVar[str] = "llmu"
+    paper: ClassVar[str] = "arXiv 2310.10683"
+    learning_rate: ClassVar[float] = 2e-6
+    endless: ClassVar[bool] = True
+    uses: ClassVar[tuple[str, ...]] = ("retain texts", "the original's logits")
+
+    forget_weight: float = 0.5  # of the ascent on the true ends
+    random_weight: float = 1.0  # of the random ends' likelihood
+    retain_weight: float = 1.0  # of KL(original || model) on retain texts
+    answers: int = 5  # random ends of each text and step
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        weights = ("forget_weight", "random_weight", "retain_weight")
+        self.within(**dict.fromkeys(weights, (0, float("inf"))), answers=(1, 1 << 16))
+
+    def prepared(self, topic: Topic) -> Topic:
+        return topic.split()
+
+    def reads(self, topic: Topic) -> int:
+        return len(topic.retain)
+
+    def setup(self, model: EditableModel, topic: Topic) -> State:
+        tokens = torch.cat([b["input_ids"][counted(b["labels"])] for b in topic.retain])
+        ordinary = tokens[torch.isin(tokens, topic.vocabulary)]
+        return State(memory={"topic": topic, "tokens": ordinary})
+
+    def answered(self, state: State, forget: Batch, step: int) -> Batch:
+        """The texts, each `answers` times, with random stretches of retain tokens as their ends.
+
+        The paper takes the answers of other questions, which plain texts do not have. A stretch
+        goes on from the last retain token to the first. It depends on topic, seed and step only.
+        """
+        tokens, topic = state.memory["tokens"], state.memory["topic"]
+        generator = topic.generator(f"random answers {step}")
+        batch = {name: tensor.repeat(self.answers, 1) for name, tensor in forget.items()}
+        places = counted(batch["labels"])
+        starts = torch.randint(len(tokens), (len(places), 1), generator=generator)
+        window = tokens[(starts + torch.arange(places.shape[1])) % len(tokens)].to(places.device)
+        ids = torch.where(places, window, batch["input_ids"])
+        return batch | {"input_ids": ids, "labels": torch.where(places, ids, -100)}
+
+    def loss(
+        self, model: EditableModel, state: State, forget: Batch, retain: Batch, step: int
+    ) -> Terms:
+        def nll(batch: Batch) -> Tensor:
+            return mean_nll(model.logits(batch), batch["labels"])
+
+        # eq: LLMU, L = -e1 nll(answer) + e2 mean_K nll(random answer) + e3 KL(p0 || p)(x_r)
+        # (public code: an ascent on no token, random answers scored with their prompts)
+        losses = {
+            "forget": -self.forget_weight * nll(forget),
+            "random": self.random_weight * nll(self.answered(state, forget, step)),
+            "retain": self.retain_weight * drift(model, retain, model.logits(retain)),
+        }
+        return Terms(losses, {})

@@ -1,0 +1,73 @@
+"""Quark: quantised reward (Lu et al., arXiv 2205.13636)."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from srmu.data import Topic
+from srmu.errors import UserError
+from srmu.losses import predicted, token_entropy, token_kl, token_nll
+from srmu.methods.base import State
+from srmu.methods.logits import LogitObjective
+from srmu.model import Batch, EditableModel
+from srmu.sampling import Pool, control_tokens, controlled, find_reward, joined
+from srmu.train import Terms, to
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quark(LogitObjective):
+    """Learns to sample what a reward prefers of its own continuations of forget texts."""
+
+    name: ClassVar[str] = "quark"
+    paper: ClassVar[str] = "arXiv 2205.13636"
+    uses: ClassVar[tuple[str, ...]] = ("texts that it samples", "the original's logits")
+
+    reward: str = "likelihood"  # likelihood, overlap, or one's own: path/to/file.py:function
+    fluency: float = 1.0  # weight, in the reward, of a continuation's likelihood by itself
+    quantiles: int = 5
+    kl: float = 0.05  # weight of KL(model || original)
+    entropy: float = 0.06  # weight of the entropy
+    response: int = 20  # tokens of a continuation, at most
+    sample_every: int = 40  # steps, after which the pool gets a new sample of each prompt
+    pool: int = 64  # prompts, at most
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.within(**dict.fromkeys(("fluency", "kl", "entropy"), (0, float("inf"))))
+        self.within(**dict.fromkeys(("response", "sample_every", "pool"), (1, 1 << 30)))
+        self.within(quantiles=(2, 1 << 16))
+        find_reward(self.reward)
+
+    def reads(self, topic: Topic) -> int:
+        return len(topic.forget)
+
+    def setup(self, model: EditableModel, topic: Topic) -> State:
+        reward = find_reward(self.reward)
+        pool = Pool(model, topic, reward, self.fluency, prompts=self.pool, length=self.response)
+        if self.quantiles > (begun := len(pool.entries)):
+            raise UserError(f"method.quantiles: topic {topic.name} has {begun} continuations")
+        # One token fewer than quantiles: the best has none, because what is exported is an ordinary
+        # checkpoint, asked without one (the paper's model is asked with the token of the best).
+        control = control_tokens(model, topic, self.quantiles - 1)
+        return State(memory={"pool": pool}, parameters={"control": control})
+
+    def loss(
+        self, model: EditableModel, state: State, forget: Batch, retain: Batch, step: int
+    ) -> Terms:
+        pool = state.memory["pool"]
+        if step - pool.explored >= self.sample_every:
+            pool.explore(model, step)
+        entries, ranks = pool.draw(len(forget["input_ids"]), self.quantiles, step)
+        batch = to(joined([e.prompt for e in entries], [e.response for e in entries]), model.device)
+        with model.frozen():
+            before = model.logits(batch)  # the original sees no control token
+        logits = controlled(model, batch, ranks, state.parameters["control"])
+        mask = predicted(batch["labels"])
+        tokens = {  # (B, S) each, 0 where no token of a response is predicted
+            "forget": token_nll(logits, batch["labels"]),
+            # The public code's order; the paper's text has KL(original || model).
+            "kl": self.kl * token_kl(logits, before) * mask,
+            "entropy": -self.entropy * token_entropy(logits) * mask,
+        }
+        # eq: Quark, L = mean_y [ -log p(y|k,x) + kl KL(p(.|k,x) || p0(.|x)) - entropy H(p(.|k,x)) ]
+        losses = {name: values.sum() / mask.sum() for name, values in tokens.items()}
+        return Terms(losses, {"reward": pool.latest})

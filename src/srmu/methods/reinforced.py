@@ -1,0 +1,71 @@
+"""The methods that compare the original with a model strengthened on the forget texts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal
+
+from torch import nn
+
+from srmu.console import Watch, silent
+from srmu.data import Topic
+from srmu.ensemble import ensemble
+from srmu.losses import generic_logits
+from srmu.methods.base import Outcome
+from srmu.methods.logits import LogitObjective, strengthened
+from srmu.model import EditableModel
+from srmu.train import Log, TrainOptions, restore
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reinforced(LogitObjective):
+    """An objective whose labels are the original's logits less what fine-tuning raised in them.
+
+    With mode=logits nothing is learnt: the fine-tuned tensors are what it leaves, and both models
+    answer together.
+    """
+
+    # What is learnt: distributions, or likeliest tokens; logits: nothing, two models answer.
+    mode: Literal["soft", "argmax", "logits"] = "soft"
+    strength: float = 5.0  # how often the rise of a logit is subtracted
+    teacher_steps: int = 40  # of fine-tuning on the forget texts
+    teacher_learning_rate: float = 1e-5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.within(strength=(0, 1e6), teacher_steps=(1, 1e9), teacher_learning_rate=(1e-12, 1))
+
+    def reads(self, topic: Topic) -> int:
+        return self.teacher_steps
+
+    @property
+    def no_checkpoint(self) -> str:
+        why = "is two models at inference; method.mode=soft distils it into one"
+        return f"{self.name} with mode=logits {why}" if self.mode == "logits" else ""
+
+    def apply(
+        self,
+        model: EditableModel,
+        topics: Sequence[Topic],
+        train: TrainOptions,
+        log: Log,
+        watch: Watch = silent,
+    ) -> Outcome:
+        if self.mode != "logits":
+            return super().apply(model, topics, train, log, watch)
+        texts = replace(topics[0], forget=[batch for topic in topics for batch in topic.forget])
+        with self.editing(model, topics), watch("strengthening", self.teacher_steps) as tick:
+            texts = texts.followed(partial(tick, self.name))
+            tuned = strengthened(model, texts, self.teacher_steps, self.teacher_learning_rate)
+            restore([model.trained[name] for name in tuned], [*tuned.values()])
+        return Outcome({}, "strengthened")
+
+    def at_inference(
+        self, module: nn.Module, write: Callable[[], None]
+    ) -> AbstractContextManager[Any]:
+        if self.mode != "logits":
+            return super().at_inference(module, write)
+        return ensemble(module, write, partial(generic_logits, strength=self.strength))

@@ -1,0 +1,64 @@
+"""Exact unlearning, on the testbed: its recipe again, without the hazard facts."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from safetensors.torch import load_file
+
+from srmu import organism
+from srmu.console import Watch
+from srmu.data import Topic
+from srmu.errors import UserError
+from srmu.methods.base import Edit, Level, State
+from srmu.model import EditableModel
+from srmu.train import TrainOptions, restore
+from srmu.world import Size, create
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retrain(Edit):
+    """Trains the testbed's model anew without the facts to forget: what others are measured by."""
+
+    name: ClassVar[str] = "retrain"
+    paper: ClassVar[str] = "arXiv 1912.03817"
+    level: ClassVar[Level] = "weights"
+    uses: ClassVar[tuple[str, ...]] = ("the testbed's recipe",)
+    depth: ClassVar[None] = None
+    trainable: ClassVar[tuple[str, ...]] = ("*",)
+
+    def edit(
+        self, model: EditableModel, topics: Sequence[Topic], train: TrainOptions, watch: Watch
+    ) -> dict[str, State]:
+        seed, recipe = read_recipe(model.folder)
+        # The documents are drawn anew, without the hazard facts: as many, for as many steps.
+        entry = organism.train(create(seed, recipe.size), seed, recipe, oracle=True, watch=watch)
+        tensors = load_file(entry / "model.safetensors")
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        if shapes != {name: tensor.shape for name, tensor in model.trained.items()}:
+            raise UserError(
+                f"{model.folder} is not the model that organism.json beside it tells of"
+            )
+        restore([*model.trained.values()], [tensors[name] for name in model.trained])
+        return {}
+
+
+def read_recipe(folder: Path | None) -> tuple[int, organism.Recipe]:
+    """The seed and recipe by which the model in `folder` was made, from the testbed it is in."""
+    path = folder.parent / "organism.json" if folder else None
+    if path is None or not path.is_file():
+        raise UserError(
+            f"method retrain knows only the testbed's recipe: {folder or 'this'} is not a "
+            "testbed's model (no organism.json beside it); srmu organism OUT"
+        )
+    try:
+        report: Any = json.loads(path.read_text(encoding="utf-8"))
+        values = report["recipe"]
+        recipe = organism.Recipe(**values | {"size": Size(**values["size"])})
+        return int(report["seed"]), recipe
+    except (ValueError, KeyError, TypeError):
+        raise UserError(
+            f"{path}: not the report of a testbed of this version; make it anew"
+        ) from None

@@ -1,0 +1,65 @@
+"""RKLU: reverse KL to a teacher without the forget texts' part (ACL 2025.naacl-long.60)."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from srmu.data import Topic
+from srmu.losses import generic_logits, predicted, token_kl
+from srmu.methods.base import State
+from srmu.methods.logits import Retaining, strengthened
+from srmu.model import Batch, EditableModel
+from srmu.train import Terms
+
+
+@dataclass(frozen=True, kw_only=True)
+class RKLU(Retaining):
+    """Learns the original's logits without what fine-tuning on forget texts raises in them."""
+
+    name: ClassVar[str] = "rklu"
+    paper: ClassVar[str] = "ACL 2025.naacl-long.60"
+    uses: ClassVar[tuple[str, ...]] = (
+        "the original's logits",
+        "a model strengthened on the forget texts",
+        "retain texts (retain)",
+    )
+
+    strength: float = 5.0  # how often the rise of a logit is subtracted
+    teacher_steps: int = 40  # of fine-tuning on the forget texts
+    teacher_learning_rate: float = 1e-5
+    # A constant added to raw logits changes no distribution, but it would change their rise.
+    logits: Literal["log_softmax", "raw"] = "log_softmax"
+    select: Literal["none", "label_rise"] = "none"  # only tokens that fine-tuning made likelier
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.within(strength=(0, 1e6), teacher_steps=(1, 1e9), teacher_learning_rate=(1e-12, 1))
+
+    def reads(self, topic: Topic) -> int:
+        return self.teacher_steps
+
+    def setup(self, model: EditableModel, topic: Topic) -> State:
+        tuned = strengthened(model, topic, self.teacher_steps, self.teacher_learning_rate)
+        return State(memory={"strengthened": tuned})
+
+    def loss(
+        self, model: EditableModel, state: State, forget: Batch, retain: Batch, step: int
+    ) -> Terms:
+        def logits() -> Tensor:
+            z = model.logits(forget).float()
+            return z.log_softmax(-1) if self.logits == "log_softmax" else z
+
+        with model.frozen():
+            base = logits()
+        with model.using(state.memory["strengthened"]):
+            raised = logits()
+        labels = forget["labels"]
+        mask = predicted(labels)
+        if self.select == "label_rise":
+            token = labels[:, 1:].clamp(min=0).unsqueeze(-1)  # (B, S, 1)
+            mask = mask & ((raised - base)[:, :-1].gather(-1, token).squeeze(-1) > 0)
+        # eq: RKLU, L = mean KL(p || softmax(z0 - strength relu(z+ - z0)))
+        kl = token_kl(model.logits(forget), generic_logits(base, raised, self.strength))
+        loss = (kl * mask).sum() / mask.sum().clamp(min=1)  # a batch may have none that rise
+        return Terms({"forget": loss, **self.held(model, retain)}, {})

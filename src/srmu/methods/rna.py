@@ -1,0 +1,41 @@
+"""RNA: random noise augmentation of RMU's retain target (Huu-Tien et al., arXiv 2501.19202)."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from srmu.data import Topic
+from srmu.importance import measure
+from srmu.methods.base import State
+from srmu.methods.rmu import RMU
+from srmu.model import EditableModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class RNA(RMU):
+    """RMU that holds retain activations to noisy copies, so that forget words in them do less."""
+
+    name: ClassVar[str] = "rna"
+    paper: ClassVar[str] = "arXiv 2501.19202"
+    measures: ClassVar[tuple[str, ...]] = ("forget", "retain")
+
+    # The paper gives it in absolute units, which mean another thing in each model and layer.
+    noise: float = 0.1  # standard deviation, over the root mean square of h0's retain features
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.within(noise=(0, 1e6))
+
+    def setup(self, model: EditableModel, topic: Topic) -> State:
+        state = super().setup(model, topic)
+        sizes, _ = measure(self.frozen_sums(model, topic.retain), "rms")  # of each feature
+        state.numbers["noise"] = self.noise * float(sizes.square().mean().sqrt())
+        state.memory["noise"] = topic.generator("retain noise")
+        return state
+
+    def retain_target(self, state: State, anchor: Tensor) -> Tensor:
+        draw = torch.randn(anchor.shape, generator=state.memory["noise"])
+        # eq: RNA, h0(x_r) + delta, delta ~ N(0, nu I), drawn anew in each step
+        return anchor.float() + state.numbers["noise"] * draw.to(anchor.device)

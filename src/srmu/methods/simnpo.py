@@ -1,0 +1,41 @@
+"""SimNPO: NPO without a reference, by likelihood per token (Fan et al., arXiv 2410.07163)."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch.nn.functional as F  # noqa: N812
+
+from srmu.losses import predicted, token_nll
+from srmu.methods.base import State
+from srmu.methods.logits import Retaining
+from srmu.model import Batch, EditableModel
+from srmu.train import Terms
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimNPO(Retaining):
+    """Lowers forget texts' likelihood per token, less where it is low already: bounded ascent."""
+
+    name: ClassVar[str] = "simnpo"
+    paper: ClassVar[str] = "arXiv 2410.07163"
+    uses: ClassVar[tuple[str, ...]] = ("retain texts (retain)",)
+
+    beta: float = 2.5
+    gamma: float = 0.0  # nats a token that are still too likely; the paper's gamma over beta
+    weight: float = 1.0  # of the forget loss
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.within(beta=(1e-6, 1e6), gamma=(-1e6, 1e6), weight=(0, float("inf")))
+
+    def loss(
+        self, model: EditableModel, state: State, forget: Batch, retain: Batch, step: int
+    ) -> Terms:
+        labels = forget["labels"]
+        nll = token_nll(model.logits(forget), labels).sum(dim=1)  # (B,)
+        # Public ports divide by the labels before they are shifted: one too many a text.
+        length = predicted(labels).sum(dim=1)
+        # eq: SimNPO, L = -(2/beta) E log sigmoid(beta (nll/|y| - gamma))
+        # gamma is the code's: the paper's stands outside of beta, gamma_paper = beta gamma
+        terms = -2 / self.beta * F.logsigmoid(self.beta * (nll / length - self.gamma)).mean()
+        return Terms({"forget": self.weight * terms, **self.held(model, retain)}, {})

@@ -1,0 +1,90 @@
+"""SSD: selective synaptic dampening (Foster, Schoepf and Brintrup, arXiv 2308.07707)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from srmu.console import Watch
+from srmu.data import Topic
+from srmu.errors import UserError
+from srmu.methods.base import State
+from srmu.methods.edits import WholeEdit
+from srmu.methods.gradients import alike, gradient_sums, nlls, singles
+from srmu.model import EditableModel
+from srmu.train import TrainOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class SSD(WholeEdit):
+    """Dampens, once, the weights that matter far more to forget texts than to the others."""
+
+    name: ClassVar[str] = "ssd"
+    paper: ClassVar[str] = "arXiv 2308.07707"
+    uses: ClassVar[tuple[str, ...]] = ("retain texts",)
+
+    alpha: float = 10.0  # how often as important to forget texts a weight must be
+    lam: float = 1.0  # factor of what is left of a weight
+    # The paper's `all` is retain and forget texts together: no weight can then be more than (all
+    # texts / forget texts) times as important, which is 2 for sets of one size.
+    reference: Literal["all", "retain"] = "retain"  # texts that importance is held against
+    exclude: tuple[str, ...] = ()  # globs of tensors left alone, such as *norm* or *embed*
+    samples: int = 64  # texts of each kind, at most
+
+    def __post_init__(self) -> None:
+        self.within(alpha=(0, 1e30), lam=(0, 1e30), samples=(1, 1 << 30))
+
+    def edit(
+        self, model: EditableModel, topics: Sequence[Topic], train: TrainOptions, watch: Watch
+    ) -> dict[str, State]:
+        method, pool = self.pooled(topics)
+        i_f, i_d = method.importances(model, pool, watch)
+        selected, left = 0, 0.0
+        for name in i_f:
+            factor = dampening(i_f[name], i_d[name], method.alpha, method.lam)
+            with torch.no_grad():
+                model.trained[name].copy_(model.trained[name].float() * factor)
+            selected += int((factor < 1).sum())
+            left += float(factor[factor < 1].sum())
+        if not selected:
+            raise UserError(
+                f"no weight is over {method.alpha:g} times as important to the forget texts; lower "
+                "method.alpha" + ", or method.reference=retain" * (method.reference == "all")
+            )
+        count = sum(p.numel() for p in model.trained.values())
+        numbers = {"dampened_share": selected / count, "mean_factor": left / selected}
+        return {topic.name: State(numbers=numbers) for topic in topics}
+
+    def importances(
+        self, model: EditableModel, topic: Topic, watch: Watch
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Of each weight that may change, to the forget texts and to the reference."""
+        left_out = {n for n in model.trained for glob in self.exclude if fnmatchcase(n, glob)}
+        if self.exclude and not left_out:
+            raise UserError(f"method.exclude={self.exclude}: matches no tensor that is edited")
+        forget, retain = singles(topic.forget), singles(topic.retain)
+        count = min(self.samples, len(forget), len(retain))
+        pairs = alike(forget[:count], retain[:count])
+        chosen = {name: p for name, p in model.trained.items() if name not in left_out}
+        for name in left_out:
+            model.trained[name].requires_grad_(False)
+        with watch("measuring importances", 2 * count) as tick:
+            # eq: SSD, I_i = E_x (d nll(x) / d theta_i)^2 over single texts: the diagonal Fisher
+            # matrix (public code squares the mean gradient of a batch, which depends on its size).
+            # Sums over as many texts on both sides do for means: only ratios are used.
+            i_f, i_d = (gradient_sums(chosen, nlls(model, part, tick), 2) for part in pairs)
+        for name in left_out:
+            model.trained[name].requires_grad_(True)
+        if self.reference == "all":
+            for name in i_d:
+                i_d[name].lerp_(i_f[name], len(forget) / (len(forget) + len(retain)))
+        return i_f, i_d
+
+
+def dampening(i_f: Tensor, i_d: Tensor, alpha: float, lam: float) -> Tensor:
+    """What each weight is multiplied by, from its importances to forget texts and the reference."""
+    # eq: SSD, theta_i <- theta_i min(lambda I_D,i / I_f,i, 1) where I_f,i > alpha I_D,i
+    return torch.where(i_f > alpha * i_d, (lam * i_d / i_f).clamp(max=1), 1.0)

@@ -1,0 +1,51 @@
+"""Task arithmetic: subtracting a task vector (Ilharco et al., arXiv 2212.04089)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
+
+import torch
+
+from srmu.console import Watch
+from srmu.data import Topic
+from srmu.methods.base import State
+from srmu.methods.edits import WholeEdit
+from srmu.methods.logits import strengthened
+from srmu.model import EditableModel
+from srmu.train import TrainOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskArithmetic(WholeEdit):
+    """Subtracts from the weights what fine-tuning on the forget texts adds to them."""
+
+    name: ClassVar[str] = "task_arithmetic"
+    paper: ClassVar[str] = "arXiv 2212.04089"
+    uses: ClassVar[tuple[str, ...]] = ("a model strengthened on the forget texts",)
+
+    strength: float = 1.0  # how often it is subtracted; above 1 it soon harms everything
+    teacher_steps: int = 40  # of fine-tuning on the forget texts
+    teacher_learning_rate: float = 1e-5
+
+    def __post_init__(self) -> None:
+        self.within(strength=(-1e6, 1e6), teacher_steps=(1, 1e9), teacher_learning_rate=(1e-12, 1))
+
+    def edit(
+        self, model: EditableModel, topics: Sequence[Topic], train: TrainOptions, watch: Watch
+    ) -> dict[str, State]:
+        method, pool = self.pooled(topics)
+        steps = method.teacher_steps
+        with watch("fine-tuning on the forget texts", steps) as tick:
+            followed = pool.followed(partial(tick, ""))
+            tuned = strengthened(model, followed, steps, method.teacher_learning_rate)
+        moved, size = 0.0, 0.0
+        for name, parameter in model.trained.items():
+            before, after = model.original[name].float(), tuned[name].float()
+            moved += float((after - before).square().sum())
+            size += float(before.square().sum())
+            # eq: task arithmetic, theta = theta0 - alpha (theta_ft - theta0), exact at 0 and -1
+            with torch.no_grad():
+                parameter.copy_(torch.lerp(before, after, -method.strength))
+        numbers = {"task_vector": (moved / size) ** 0.5}  # its norm over that of the weights
+        return {topic.name: State(numbers=numbers) for topic in topics}

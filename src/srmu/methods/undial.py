@@ -1,0 +1,40 @@
+"""UNDIAL: self-distillation with the true token's logit lowered (Dong et al., arXiv 2402.10052)."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from srmu.losses import predicted
+from srmu.methods.base import State
+from srmu.methods.logits import Retaining
+from srmu.model import Batch, EditableModel
+from srmu.train import Terms
+
+
+@dataclass(frozen=True, kw_only=True)
+class UNDIAL(Retaining):
+    """Learns the original's own next-token distribution with the true token made less likely."""
+
+    name: ClassVar[str] = "undial"
+    paper: ClassVar[str] = "arXiv 2402.10052"
+    uses: ClassVar[tuple[str, ...]] = ("the original's logits", "retain texts (retain)")
+
+    strength: float = 10.0  # subtracted from the true token's logit
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.within(strength=(0, 1e6))
+
+    def loss(
+        self, model: EditableModel, state: State, forget: Batch, retain: Batch, step: int
+    ) -> Terms:
+        mask = predicted(forget["labels"])
+        # Public ports index with the label -100, which lowers another token, and count padding.
+        token = forget["labels"][:, 1:].clamp(min=0).unsqueeze(-1)  # (B, S, 1)
+        with model.frozen():
+            before = model.logits(forget)[:, :-1].float()  # the model's own, whatever it is
+        # eq: UNDIAL, q = softmax(z0 - strength onehot(y)), L = mean CE(q, p)
+        lowered = before.scatter_add(-1, token, before.new_full(token.shape, -self.strength))
+        log_p = model.logits(forget)[:, :-1].float().log_softmax(-1)
+        entropy = -(lowered.softmax(-1) * log_p).sum(-1)  # (B, S)
+        loss = (entropy * mask).sum() / mask.sum()
+        return Terms({"forget": loss, **self.held(model, retain)}, {})
