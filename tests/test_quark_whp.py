@@ -13,7 +13,6 @@ import torch.nn.functional as F  # noqa: N812
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from test_organism import TINY
 from torch import Tensor
 from transformers import AutoTokenizer
 
@@ -31,7 +30,7 @@ from conftest import (
 from srmu import organism, sampling
 from srmu.anchors import Anchors, read_anchors, tokenised, translate
 from srmu.cache import Activations
-from srmu.config import build_config, make_config
+from srmu.config import build_config, load_config, make_config
 from srmu.data import Topic
 from srmu.ensemble import ensemble
 from srmu.errors import UserError
@@ -45,6 +44,7 @@ from srmu.run import unlearn
 from srmu.sampling import Entry
 from srmu.scoring import score
 from srmu.train import TrainOptions
+from test_organism import TINY
 
 TRAIN = TrainOptions(learning_rate=1e-2, max_steps=3, batch_size=2)
 
@@ -257,17 +257,16 @@ def test_a_reward_of_ones_own(tmp_path: Path) -> None:
         Quark(reward=f"{file}:longest")
 
 
-def test_a_config_names_its_reward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_config_names_its_reward(tmp_path: Path) -> None:
     """A relative path starts at the config's folder, and the run's id depends on the code."""
-    from srmu.config import load_config
-
     tree = "{model: m, method: {name: quark, reward: REWARD}, topics: {t: {forget: f.txt}}}"
     (tmp_path / "c.yaml").write_text(tree.replace("REWARD", "'mine.py:longest'"))
     (tmp_path / "mine.py").write_text(OWN_REWARD)
     config = load_config(tmp_path / "c.yaml")
     assert config.method.reward == f"{tmp_path}/mine.py:longest"
+    before = config.id
     (tmp_path / "mine.py").write_text(OWN_REWARD + "# other\n")
-    assert load_config(tmp_path / "c.yaml").id != config.id
+    assert load_config(tmp_path / "c.yaml").id != before
     (tmp_path / "c.yaml").write_text(tree.replace("REWARD", "likelyhood"))
     with pytest.raises(UserError, match="did you mean likelihood"):
         load_config(tmp_path / "c.yaml")
@@ -389,8 +388,8 @@ def test_without_weights_it_is_fine_tuning() -> None:
     entries = pool.entries[:2]
     batch = sampling.joined([e.prompt for e in entries], [e.response for e in entries])
     expected = pico_module()(**batch).loss  # transformers' own: the mean over labelled tokens
-    total = sum(got.losses.values())
-    assert float(total) == pytest.approx(float(expected), abs=1e-5)
+    total = torch.stack([*got.losses.values()]).sum()
+    assert float(total.detach()) == pytest.approx(float(expected.detach()), abs=1e-5)
 
 
 def test_before_training_only_control_tokens_move_the_kl() -> None:
@@ -401,7 +400,7 @@ def test_before_training_only_control_tokens_move_the_kl() -> None:
     found = []
     for rank in (0, 1, 2):
         pool.draw = lambda count, parts, step, rank=rank: (entries, [rank] * 2)
-        found.append(float(method.loss(model, state, forget, {}, 0).losses["kl"]))
+        found.append(method.loss(model, state, forget, {}, 0).losses["kl"].item())
     assert found[0] == 0.0
     assert found[1] > 1e-3 and found[2] > 1e-3 and found[1] != found[2]
 
@@ -469,20 +468,21 @@ def test_an_error_while_sampling_is_not_swallowed(monkeypatch: pytest.MonkeyPatc
         method.loss(model, state, topic().forget[0], {}, 1)
 
 
-def test_the_reward_of_samples_rises() -> None:
-    """A stub reward, one word: after training the model says it far more often."""
-    method = Quark(quantiles=2, response=3, sample_every=5, fluency=0.0, entropy=0.0)
-    object.__setattr__(method, "reward", "stub")
-    sampling.REWARDS["stub"] = lambda model, x, responses, truths: [
-        sum(token % 2 for token in y) / len(y) for y in responses
-    ]
-    try:
-        some = replace(topic(), forget=batches(texts(12, 1, range(30)), 4))
-        _, outcome, rows = applied(method, [some], replace(TRAIN, max_steps=60))
-    finally:
-        del sampling.REWARDS["stub"]
-    assert rows[0]["reward"] < 0.65
-    assert rows[-1]["reward"] > 0.8
+def test_the_reward_of_samples_rises(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stub reward, the share of words from the first half of the vocabulary."""
+
+    def early(response: list[int]) -> float:
+        return sum(token < VOCABULARY // 2 for token in response) / len(response)
+
+    def share(model: EditableModel) -> float:
+        drawn = sampling.sampled(model, [x for x, _ in sampling.continuations(some, 12)] * 20, 3, 9)
+        return sum(map(early, drawn)) / len(drawn)
+
+    monkeypatch.setitem(sampling.REWARDS, "stub", lambda m, x, y, t: [early(r) for r in y])
+    method = Quark(reward="stub", quantiles=3, response=3, sample_every=5, fluency=0.0, entropy=0.0)
+    some = replace(topic(), forget=batches(texts(12, 1, range(30)), 4))
+    model, *_ = applied(method, [some], replace(TRAIN, learning_rate=3e-3, max_steps=60))
+    assert share(model) > share(editable()) + 0.05
 
 
 @pytest.mark.parametrize(
@@ -741,7 +741,7 @@ def test_files_of_anchors(tmp_path: Path) -> None:
             (tmp_path / name).write_text(content)
         with pytest.raises(UserError, match=says):
             WHP(anchors=str(tmp_path / name))
-    with pytest.raises(UserError, match="method.anchors has no effect without method.mode"):
+    with pytest.raises(UserError, match=r"method\.anchors has no effect without method\.mode"):
         WHP(anchors=str(good), mode="logits")
     with pytest.raises(UserError, match="load the model from a folder"):
         WHP(anchors=str(good)).setup(editable(), topic())
@@ -763,7 +763,6 @@ def test_a_run_with_anchors(workplace: Path) -> None:
     run = unlearn(config(**{term: "w50"}))
     assert run.delta and run.record["stop_reason"] == "max_steps"
     other = config(**{term: "w51"})
-    assert other.id != run.config.id or other.id != run.record["id"]
     assert other.id != run.record["id"]  # what the file holds decides, too
     with pytest.raises(UserError, match="none of its terms is in topic's forget texts"):
         unlearn(config(Hogwarts="w50"))
@@ -873,7 +872,7 @@ def test_a_run_of_two_models_is_scored_and_not_exported(quizzed: Path) -> None:
         sources = (quizzed / "forget.jsonl", quizzed / "retain.jsonl")
         return make_config(str(quizzed / "model"), *sources, "whp", [*options, *quick(quizzed)])
 
-    with pytest.raises(UserError, match="two models at inference; method.mode=soft distils"):
+    with pytest.raises(UserError, match=r"two models at inference; method\.mode=soft distils"):
         unlearn(config(5), out=quizzed / "out")
     run = unlearn(config(5))
     assert run.record["stop_reason"] == "strengthened"
@@ -976,7 +975,7 @@ def test_retrain_knows_the_testbed_only(testbed: Path, tmp_path: Path) -> None:
     assert not (elsewhere / "runs").exists()
     report = testbed / "organism.json"
     (elsewhere / "organism.json").write_text(report.read_text())
-    with pytest.raises(UserError, match="is not the model that organism.json beside it tells of"):
+    with pytest.raises(UserError, match=r"is not the model that organism\.json beside it tells of"):
         unlearn(config)
     for text in ("{", "[]", '{"seed": 1, "recipe": {"size": {}, "speed": 3}}', '{"seed": 1}'):
         (elsewhere / "organism.json").write_text(text)

@@ -16,7 +16,8 @@ from srmu.losses import counted, predicted, token_nll
 from srmu.model import Batch, EditableModel
 from srmu.train import to
 
-ROWS = 8  # texts that are run at once: the logits of a batch are the largest tensor there is
+ROWS = 8  # texts scored at once: the logits of all their tokens are the largest tensor there is
+SAMPLED_ROWS = 32  # texts continued at once, which needs the logits of one token each
 
 Ids = list[int]
 # (model, prompts, responses, true continuations) -> what each response is worth, all at once. The
@@ -161,8 +162,8 @@ def sampled(model: EditableModel, contexts: Sequence[Ids], length: int, seed: in
     try:
         with torch.random.fork_rng(range(torch.cuda.device_count())):
             torch.manual_seed(seed)
-            for start in range(0, len(contexts), ROWS):
-                rows = [torch.tensor(row) for row in contexts[start : start + ROWS]]
+            for start in range(0, len(contexts), SAMPLED_ROWS):
+                rows = [torch.tensor(row) for row in contexts[start : start + SAMPLED_ROWS]]
                 ids, mask = (
                     torch.nn.utils.rnn.pad_sequence(part, batch_first=True, padding_side="left")
                     for part in (rows, [torch.ones_like(row) for row in rows])

@@ -23,7 +23,7 @@ class Quark(LogitObjective):
 
     reward: str = "likelihood"  # likelihood, overlap, or one's own: path/to/file.py:function
     fluency: float = 1.0  # weight, in the reward, of a continuation's likelihood by itself
-    quantiles: int = 5
+    quantiles: int = 5  # of the pool by reward; the best is learnt without a control token
     kl: float = 0.05  # weight of KL(model || original)
     entropy: float = 0.06  # weight of the entropy
     response: int = 20  # tokens of a continuation, at most

@@ -28,11 +28,10 @@ class Reinforced(LogitObjective):
     answer together.
     """
 
-    # What is learnt: distributions, or likeliest tokens; logits: nothing, two models answer.
-    mode: Literal["soft", "argmax", "logits"] = "soft"
+    mode: Literal["soft", "argmax", "logits"] = "soft"  # logits: learns nothing, two models answer
     strength: float = 5.0  # how often the rise of a logit is subtracted
     teacher_steps: int = 40  # of fine-tuning on the forget texts
-    teacher_learning_rate: float = 1e-5
+    teacher_learning_rate: float = 1e-5  # of that fine-tuning
 
     def __post_init__(self) -> None:
         super().__post_init__()
