@@ -171,10 +171,12 @@ def test_forget_texts_become_less_likely(name: str, learnt: Weights) -> None:
 
 @pytest.mark.parametrize("name", ["ssd", "task_arithmetic", "repselect"])
 def test_topics_are_one_pool_with_options_alike(name: str) -> None:
-    """Two topics give what one topic of all their texts gives; a State belongs to each."""
+    """Two topics give what one of all their texts in turn gives; a State belongs to each."""
     method = EDITS[name]
     a, b = topic("a"), replace(topic("b"), forget=batches(texts(4, 7, range(25))))
-    whole = replace(a, forget=[*a.forget, *b.forget], retain=[*a.retain, *b.retain])
+    pairs = zip(a.forget, b.forget, strict=True), zip(a.retain, b.retain, strict=True)
+    forget, retain = ([batch for pair in part for batch in pair] for part in pairs)
+    whole = replace(a, forget=forget, retain=retain)
     apart, outcome = edited(method, a, b)
     together, _ = edited(method, whole)
     assert set(outcome.states) == {"a", "b"}

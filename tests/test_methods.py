@@ -240,8 +240,7 @@ def test_a_single_document_is_enough(method: Method) -> None:
 def test_two_topics_alternate(name: str) -> None:
     """Steps of one, of the other, and so on; each topic has a state, and a say in the result."""
     two = replace(topic("cyber"), forget=batches(texts(3, 7)), retain=batches(texts(3, 8)))
-    # Its fine-tuning takes the topics' batches one after the other: as many steps as there are.
-    method = made(name, **{"teacher_steps": 4} if name == "task_arithmetic" else {})
+    method = made(name)
     got = run(method, [topic("bio"), two], replace(TRAIN, max_steps=4))
     assert list(got.outcome.states) == ["bio", "cyber"]
     if isinstance(method, Objective):

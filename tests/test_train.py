@@ -461,6 +461,19 @@ def test_measuring_changes_nothing(taught: Any) -> None:
     assert [row["loss"] for row in plain.rows] == [row["loss"] for row in watched.rows]
 
 
+@pytest.mark.parametrize(
+    "rule", [{}, {"forget_ceiling": float("inf")}, {"kl_budget": 1.0}, {"utility_floor": 0.5}]
+)
+@pytest.mark.parametrize("rate", [1e30, 3e37])
+def test_measurements_that_are_no_numbers(rule: Any, rate: float, taught: Any) -> None:
+    """A model that gives no numbers is no forgetting: the last good weights come back."""
+    model = EditableModel(copy.deepcopy(taught), ["*"])
+    options = TrainOptions(learning_rate=rate, max_steps=3, check_every=1, **rule)
+    with pytest.raises(Diverged, match=r"no number after step 0, topic bio.*lower train"):
+        GA().apply(model, [topic()], options, lambda *_: None)
+    assert model.delta() == {}
+
+
 @pytest.mark.parametrize("rule", ["utility_floor", "kl_budget"])
 def test_limits_on_retain_texts_need_some(rule: str) -> None:
     some, train = replace(topic(), retain=[]), TrainOptions(**{rule: 0.5})
@@ -541,3 +554,27 @@ def test_train_options_are_frozen_and_hashable() -> None:
     assert {options, replace(options)} == {options}
     with pytest.raises(AttributeError):
         options.max_steps = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("options", [{"name": "ssd"}, {"name": "whp", "mode": "logits"}])
+def test_rules_that_nothing_could_obey_are_refused(
+    options: dict[str, Any], workplace: Path
+) -> None:
+    config = make_config(
+        str(workplace / "model"), workplace / "forget.jsonl", workplace / "retain.jsonl",
+        options["name"],
+        [f"method.{k}={v}" for k, v in options.items()] + ["train.kl_budget=1"],
+    )  # fmt: skip
+    with pytest.raises(UserError, match="kl_budget has no effect"):
+        unlearn(config)
+
+
+def test_a_rule_broken_at_once_says_what_to_do(workplace: Path) -> None:
+    config = make_config(
+        str(workplace / "model"), workplace / "forget.jsonl", workplace / "retain.jsonl", "ga",
+        ["train.learning_rate=0.1", "train.kl_budget=1e-6", f"runs_dir={workplace / 'runs'}",
+         "train.forget_ceiling=.inf"],
+    )  # fmt: skip
+    with pytest.raises(UserError, match=r"lower train\.learning_rate or"):
+        unlearn(config)
+    assert not (workplace / "runs").exists()

@@ -10,7 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from srmu.methods import METHODS, Method, Misdirection
+from srmu.methods import METHODS, Edit, Method, Misdirection
 
 PACKAGE = Path(__file__).parent
 ROLES = {"*": "all tensors", "*.mlp_down": "MLP down-projections", "*.mlp": "the MLPs' matrices"}
@@ -65,11 +65,11 @@ def is_choice(kind: Any) -> bool:
 def equations() -> Iterator[tuple[str, str, str]]:
     """Each equation in the code: its text, the file, and the function that computes it.
 
-    They are the comments that begin with `eq:`, continued by lines of comment indented further.
+    They are the comments that begin with `eq:`.
     """
     for path in sorted(PACKAGE.rglob("*.py")):
         lines = path.read_text(encoding="utf-8").splitlines()
-        marks = [i for i, line in enumerate(lines) if re.search(r"# eq: ", line)]
+        marks = [i for i, line in enumerate(lines) if re.match(r" *# eq: ", line)]
         if not marks:
             continue
         places = [
@@ -78,9 +78,7 @@ def equations() -> Iterator[tuple[str, str, str]]:
             if isinstance(node, ast.FunctionDef | ast.ClassDef)
         ]
         for i in marks:
-            text = lines[i].split("# eq: ")[1]
-            while i + 1 < len(lines) and (more := re.match(r"\s*#   (.*)", lines[i + 1])):
-                text, i = f"{text} {more[1]}", i + 1
+            text = lines[i].partition("# eq: ")[2]
             around = [p for p in places if p[0] <= i + 1 <= p[1]]
             # the innermost starts last; a function or class of the file itself names the place
             inner = ".".join(name for _, _, name in sorted(around)[:2])
@@ -100,7 +98,8 @@ def markdown() -> str:
     ]
     for name, cls in METHODS.items():
         page += [f"## {name}", "", f"{about(cls)} ({cls.paper})", ""]
-        page += [f"`train.learning_rate`, where it is not given: {cls.learning_rate:g}.", ""]
+        if not issubclass(cls, Edit):
+            page += [f"`train.learning_rate`, where it is not given: {cls.learning_rate:g}.", ""]
         if cls.endless:
             page += [
                 "Its loss has no lower bound: unless `train.forget_ceiling` is given, it stops "
@@ -108,7 +107,7 @@ def markdown() -> str:
                 "",
             ]
         lines = [[f"`{k}`", f"`{shown(v)}`", text] for k, (v, text) in options(cls).items()]
-        page += [*table(["option", "default", ""], lines), ""]
+        page += [*table(["option", "default", ""], lines), ""] if lines else []
     page += ["## Where each equation is", ""]
     found = [[f"`{text}`", f"`{file}`", f"`{name}`"] for text, file, name in equations()]
     page += [*table(["equation", "file", "place"], found), ""]

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -162,6 +163,12 @@ class Followed(Sequence[Batch]):
         for batch in self.batches:
             yield batch
             self.tick()
+
+
+def in_turn(parts: Sequence[Sequence[Batch]]) -> list[Batch]:
+    """A batch of each part, another of each, and so on: the first few are of all parts."""
+    rows = zip_longest(*parts)
+    return [batch for row in rows for batch in row if batch is not None]
 
 
 def load_topic(

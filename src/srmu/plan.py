@@ -26,7 +26,7 @@ from srmu.meter import (
     takes_whole_masks,
     work,
 )
-from srmu.methods import Edit
+from srmu.methods import Edit, Walk
 from srmu.model import EditableModel, Site
 from srmu.train import check_precision
 
@@ -133,7 +133,7 @@ def work_of_whole(
     if any("original" in use for use in method.uses):
         for prefix, rest in passes:
             step = step + prefix + rest
-    if isinstance(method, Edit):
+    if isinstance(method, Edit | Walk):
         steps = max(len(topic.forget) for topic in topics)
     else:
         steps = config.train.max_steps
@@ -150,13 +150,14 @@ def explain(plan: Mapping[str, Any]) -> list[str]:
         if mapped
         else gb(plan["memory_peak"])
     )
+    changes = ", ".join(plan["trainable"])
     tera = plan["flops_per_step"] / 1e12, plan["flops"] / 1e12
     lines = [
         f"run      {plan['run']}, {plan['steps']} steps on {plan['device']}",
         f"model    {plan['model']}: {plan['layers_loaded']} of {plan['layers']} layers, "
         f"{plan['tensors_read']} tensors, {gb(plan['bytes_read'])} to read of "
         f"{gb(plan['checkpoint_bytes'])} in {plan['shards']} shards",
-        f"changes  {', '.join(plan['trainable']).replace('*', 'all', plan['trainable'] == ['*'])}: {plan['trained_parameters']:,} numbers",
+        f"changes  {'all' if changes == '*' else changes}: {plan['trained_parameters']:,} numbers",
         f"memory   {peak}; {gb(plan['memory_free'])} are free",
         *parts,
         f"cache    {gb(plan['cache_bytes'])} of activations ({plan['config']['cache']})",

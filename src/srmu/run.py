@@ -260,7 +260,7 @@ def train(
     for name, parameter in model.trained.items():
         check_precision(name, parameter.dtype, config.train.weights)
     say = print_line if watch is not silent else lambda text: None
-    # The whole model's methods change the first layer: no activation comes twice.
+    # Where the first layer changes, no activation comes twice.
     mode = config.cache if model.fixed or method.depth is not None else "none"
     model.activations = open_activations(
         mode, cache_key(config, base, model, topics), model.device, say
@@ -293,6 +293,11 @@ def train(
     whole = method.depth is None or outcome.stop_reason != FINISHED
     if error is None and still and not (changed and whole):
         what = still[0] if changed else "the model"
+        if outcome.stop_reason.startswith(("utility_floor", "kl_budget")):
+            raise UserError(
+                f"nothing is left of {steps} steps ({outcome.stop_reason}): lower "
+                "train.learning_rate or train.check_every, or allow more"
+            )
         raise UserError(
             f"{what} did not change in {steps} steps ({outcome.stop_reason}); raise "
             f"train.learning_rate, or see the options of {method.name}: srmu methods"

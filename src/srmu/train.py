@@ -130,6 +130,9 @@ def fit(
                 parameter.data.copy_(master)
         values = {"loss": total, **terms.losses, **terms.logged, "grad_norm": norm}
         reason, measured = limits.after(step)
+        if any(map(math.isnan, measured.values())):
+            restore(parameters, good)
+            raise Diverged(f"what the stop rules measure is no number after {place}; {ADVICE}")
         row = {k: float(v.detach()) for k, v in values.items()} | measured
         log(step, {"topic": topic.name} | row)
         if reason:

@@ -3,6 +3,7 @@
 from srmu.methods.adaptive_rmu import AdaptiveRMU
 from srmu.methods.base import Edit, Method, Objective
 from srmu.methods.depn import DEPN
+from srmu.methods.edits import Walk
 from srmu.methods.ga import GA
 from srmu.methods.graddiff import GradDiff
 from srmu.methods.llmu import LLMU
@@ -47,4 +48,6 @@ METHODS: dict[str, type[Method]] = {
     )
 }
 
-__all__ = ["METHODS", "RMU", "SRMU", "AdaptiveRMU", "Edit", "Method", "Misdirection", "Objective"]
+__all__ = [
+    "METHODS", "RMU", "SRMU", "AdaptiveRMU", "Edit", "Method", "Misdirection", "Objective", "Walk",
+]  # fmt: skip

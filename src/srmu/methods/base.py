@@ -114,11 +114,21 @@ class Method(ABC):
                         f"train.{floor} is measured on retain texts: name "
                         f"topics.{topic.name}.retain (--retain)"
                     )
-        if self.depth is not None and (rule := train.first_rule()):
+        if (rule := train.first_rule()) and self.depth is not None:
             raise UserError(
                 f"train.{rule} needs the whole model's output, but method {self.name} loads "
                 f"{self.depth} layers; remove it"
             )
+        if rule and self.at_once:
+            raise UserError(
+                f"train.{rule} has no effect: method {self.name} writes the weights at once; "
+                "remove it"
+            )
+
+    @property
+    def at_once(self) -> bool:
+        """Whether it writes the weights in one go: there is nothing that a stop rule could stop."""
+        return isinstance(self, Edit)
 
     @property
     def no_checkpoint(self) -> str:

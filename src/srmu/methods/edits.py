@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from srmu.console import Watch, silent
-from srmu.data import Topic
+from srmu.data import Topic, in_turn
 from srmu.errors import Diverged, UserError
 from srmu.methods.base import Edit, Level, Method, Outcome, State
 from srmu.model import EditableModel
@@ -34,7 +35,7 @@ class Pooling(Method):
                     f"method {self.name} works on all topics at once, but {first.name} and "
                     f"{topic.name} set its options differently; set them under method"
                 )
-        forget, retain = ([b for t in topics for b in getattr(t, r)] for r in ("forget", "retain"))
+        forget, retain = (in_turn([getattr(t, r) for t in topics]) for r in ("forget", "retain"))
         return self.with_options(first.options), replace(first, forget=forget, retain=retain)
 
 
@@ -86,6 +87,8 @@ class Walk(Pooling):
                     change = moved * weights / length * direction[name]
                     parameter.data.copy_(model.original[name].float() + change)
                 reason, measured = limits.after(step)
+                if any(map(math.isnan, measured.values())):
+                    raise Diverged(f"what the stop rules measure is no number after step {step}")
                 log(step, {"topic": pool.name, "moved": moved, **measured})
                 tick("")
                 if reason:

@@ -37,8 +37,8 @@ class Misdirection(Objective):
     layer: int | None = None  # None: 7 of 32, as the papers, in proportion to the model's depth
     stream: Stream = "resid_post"
     window: int = 3  # how many layers are updated; the last is `layer`
-    coeff: float | None = None
-    kappa: float | None = None
+    coeff: float | None = None  # the literal strength of the papers, c or c_map
+    kappa: float | None = None  # the strength as the target's norm over that of activations
     alpha: float = 1200.0  # weight of the retain loss
     anchors: Literal["none", "random"] = "none"  # random: rows of random tokens to retain
     anchor_share: float = 0.5  # of each retain batch

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from torch import nn
 
 from srmu.console import Watch, silent
-from srmu.data import Topic
+from srmu.data import Topic, in_turn
 from srmu.ensemble import ensemble
 from srmu.losses import generic_logits
 from srmu.methods.base import Outcome
@@ -41,6 +41,10 @@ class Reinforced(LogitObjective):
         return self.teacher_steps
 
     @property
+    def at_once(self) -> bool:
+        return self.mode == "logits"
+
+    @property
     def no_checkpoint(self) -> str:
         why = "is two models at inference; method.mode=soft distils it into one"
         return f"{self.name} with mode=logits {why}" if self.mode == "logits" else ""
@@ -55,7 +59,7 @@ class Reinforced(LogitObjective):
     ) -> Outcome:
         if self.mode != "logits":
             return super().apply(model, topics, train, log, watch)
-        texts = replace(topics[0], forget=[batch for topic in topics for batch in topic.forget])
+        texts = replace(topics[0], forget=in_turn([topic.forget for topic in topics]))
         with self.editing(model, topics), watch("strengthening", self.teacher_steps) as tick:
             texts = texts.followed(partial(tick, self.name))
             tuned = strengthened(model, texts, self.teacher_steps, self.teacher_learning_rate)

@@ -72,9 +72,9 @@ class SSD(WholeEdit):
         for name in left_out:
             model.trained[name].requires_grad_(False)
         with watch("measuring importances", 2 * count) as tick:
-            # eq: SSD, I_i = E_x (d nll(x) / d theta_i)^2 over single texts: the diagonal Fisher
-            # matrix (public code squares the mean gradient of a batch, which depends on its size).
-            # Sums over as many texts on both sides do for means: only ratios are used.
+            # eq: SSD, I_i = E_x (d nll(x) / d theta_i)^2, over single texts
+            # It is the diagonal Fisher matrix (public code squares the mean gradient of a batch,
+            # which depends on its size). Sums over as many texts do for means: ratios are used.
             i_f, i_d = (gradient_sums(chosen, nlls(model, part, tick), 2) for part in pairs)
         for name in left_out:
             model.trained[name].requires_grad_(True)
