@@ -1,6 +1,7 @@
 """The config tree: files, overrides, paths, ids."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -249,3 +250,25 @@ def test_two_method_files_of_one_name_are_kept_apart(tmp_path: Path) -> None:
     assert [c.method.strength for c in make] == [1.0, 3.0]
     names = [c.to_dict()["method"]["name"] for c in make]
     assert names == [f"{tmp_path}/{f}/json.py:Shrink" for f in "ab"]
+
+
+def test_another_family_starts_from_its_own_defaults(tmp_path: Path) -> None:
+    """What a file says for SRMU, its learning rate too, is not said for NPO; but it is for RMU."""
+    path = tmp_path / "a.yaml"
+    path.write_text(
+        "model: m\nmethod: {name: srmu, kappa: 3, alpha: 7}\n"
+        "topics: {t: {forget: f.jsonl}}\ntrain: {learning_rate: 4.0e-3, max_steps: 9}\n"
+    )
+    npo = load_config(path, ["method.beta=0.2", "method.name=npo"])
+    assert (npo.method.alpha, npo.method.beta) == (1.0, 0.2)
+    assert (npo.train.learning_rate, npo.train.max_steps) == (None, 9)
+    assert load_config(path, ["method.name=npo", "train.learning_rate=1e-4"]).train == replace(
+        npo.train, learning_rate=1e-4
+    )
+    rmu = load_config(path, ["method.name=rmu"])
+    assert (rmu.method.kappa, rmu.method.alpha, rmu.train.learning_rate) == (3, 7, 4e-3)
+    assert load_config(path, ["method.name=srmu"]).method.kappa == 3
+    with pytest.raises(UserError, match="kappa is not an option"):
+        load_config(path, ["method.name=npo", "method.kappa=3"])
+    path.write_text("model: m\nmethod: srmu\ntopics: {t: {forget: f.jsonl}}\n")
+    assert load_config(path, ["method.name=ga"]).method.name == "ga"

@@ -146,7 +146,7 @@ def build_config(tree: Mapping[str, Any], overrides: Sequence[str] = ()) -> Conf
     # Another name first: what the file says for its own method is not said for that one.
     named = [o for o in overrides if o.startswith("method.name=")]
     for override in named:
-        values["method"] = carried(values.get("method"), override.partition("=")[2])
+        forget_old_method(values, override.partition("=")[2])
     for override in [*named, *(o for o in overrides if o not in named)]:
         put(values, override)
     try:
@@ -155,20 +155,22 @@ def build_config(tree: Mapping[str, Any], overrides: Sequence[str] = ()) -> Conf
         raise UserError(explain(error, "", Config)) from None
 
 
-def carried(method: Any, name: str) -> Any:
-    """A config's method where another `name` is to take its place.
+def forget_old_method(values: dict[str, Any], name: str) -> None:
+    """Drop from a config's tree what is said for its method, where another `name` takes its place.
 
     Methods of one family keep its options (kappa and alpha mean the same in SRMU and RMU); another
-    one starts from its own defaults.
+    one starts from its own defaults, with its own learning rate.
     """
-    if not isinstance(method, dict) or ".py:" in name or name not in METHODS:
-        return method
-    old = METHODS.get(str(method.get("name", "srmu")))
-    if old is METHODS[name] or (
-        old and all(issubclass(c, Misdirection) for c in (old, METHODS[name]))
-    ):
-        return method
-    return {"name": name}
+    method = values.get("method")
+    if not isinstance(method, dict):
+        values["method"] = method = {"name": method or "srmu"}
+    old, new = METHODS.get(str(method.get("name", "srmu"))), METHODS.get(name)
+    kin = old and new and issubclass(old, Misdirection) and issubclass(new, Misdirection)
+    if old is None or new is None or old is new or kin:
+        return
+    values["method"] = {"name": name}
+    if isinstance(values.get("train"), dict):
+        values["train"].pop("learning_rate", None)
 
 
 def make_config(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -355,6 +356,13 @@ def return_freed_blocks() -> None:
     """
     with suppress(OSError, AttributeError, TypeError):  # another C library, which keeps less
         ctypes.CDLL(None).mallopt(-3, 24 << 20)  # M_MMAP_THRESHOLD
+
+
+def release() -> None:
+    """Give what earlier runs of this process freed back to the system, so that it counts no more."""
+    gc.collect()
+    with suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def in_role(layer: nn.Module, role: str) -> list[str]:

@@ -31,7 +31,7 @@ from srmu.importance import FLAT
 from srmu.loading import read_config, refuse_quantised, skeleton, wanted_dtype
 from srmu.meter import free_bytes, standing
 from srmu.methods.base import Outcome
-from srmu.model import EditableModel
+from srmu.model import EditableModel, release
 from srmu.train import FINISHED, check_precision
 
 DELTA = "delta.safetensors"
@@ -377,6 +377,7 @@ def fresh_peak(device: str) -> int:
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
+    release()
     with suppress(OSError):  # not Linux
         Path("/proc/self/clear_refs").write_text("5")
     return psutil.Process().memory_info().rss
