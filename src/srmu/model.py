@@ -359,7 +359,7 @@ def return_freed_blocks() -> None:
 
 
 def release() -> None:
-    """Give what earlier runs of this process freed back to the system, so that it counts no more."""
+    """Give what this process freed back to the system, so that it counts no more."""
     gc.collect()
     with suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
