@@ -1,0 +1,42 @@
+"""The settings behind the table of all methods are what the search found, for every method."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from srmu.methods import METHODS
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+ORACLE = "Retraining (oracle)"
+
+
+def read(name: str) -> Any:
+    return yaml.safe_load((CONFIGS / name).read_text())
+
+
+def test_every_method_is_searched_alike_and_run_at_its_best() -> None:
+    space, table = (
+        read("search-methods.yaml"),
+        json.loads((CONFIGS / "search-methods.json").read_text()),
+    )
+    chosen = read("methods-organism.yaml")
+    assert chosen["common"] == space["common"]
+    assert list(chosen["methods"]) == [*space["methods"], ORACLE]
+    for label, method in space["methods"].items():
+        rows = [row for row in table if row["method"] == label]
+        assert len(rows) == math.prod(map(len, method["grid"].values())) == 6, label
+        best = max(rows, key=lambda row: row["score"])["setting"].split()
+        assert chosen["methods"][label] == [*method["set"], *best], label
+
+
+def test_no_method_is_left_out() -> None:
+    named = {
+        setting.removeprefix("method.name=")
+        for settings in read("methods-organism.yaml")["methods"].values()
+        for setting in settings
+        if setting.startswith("method.name=")
+    }
+    assert named == set(METHODS)
