@@ -499,7 +499,7 @@ def test_a_stopped_run_is_recorded_and_exported(workplace: Path) -> None:
     assert 1 < run.record["steps"] < 150
     assert (workplace / "out" / "config.json").exists()
     assert unlearn(stops).record == run.record
-    with pytest.raises(UserError, match=r"the model did not change in 1 steps \(utility_floor: "):
+    with pytest.raises(UserError, match=r"nothing is left of 1 steps \(utility_floor: "):
         unlearn(config("train.utility_floor=1", "train.check_every=1", "train.learning_rate=0.1"))
     assert len(list((workplace / "runs").iterdir())) == 1
 

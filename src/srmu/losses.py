@@ -5,7 +5,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
-def counted(labels: Int[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
+def counted(labels: Int[Tensor, "*B T"]) -> Bool[Tensor, "*B T"]:
     """The tokens that a loss counts: those whose label is not -100."""
     return labels != -100
 
