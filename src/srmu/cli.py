@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -12,6 +11,8 @@ import typer
 
 from srmu.console import print_line, quiet, watch
 from srmu.errors import UserError
+from srmu.measuring import verbs
+from srmu.terminal import Json, near, print_table, say
 
 # Threads that wait for others must sleep: spinning, a busy machine is ten times slower. It has to
 # be set before torch is loaded.
@@ -26,8 +27,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Every verb takes --debug: show the traceback of an error.",
 )
-
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, alone, on standard output.")]
+app.add_typer(verbs)
 
 
 def main() -> None:
@@ -50,15 +50,6 @@ def main() -> None:
     if code == 130:  # what typer, too, makes of an interrupt
         print_line("srmu: interrupted")
     sys.exit(code or 0)
-
-
-def say(value: dict[str, Any], as_json: bool, *lines: str) -> None:
-    """End a verb: JSON on standard output, or lines for a person."""
-    if as_json:
-        typer.echo(json.dumps(value))
-    else:
-        for line in lines:
-            typer.echo(line)
 
 
 @app.command()
@@ -187,37 +178,6 @@ def unlearn(
     say({"run": str(run.folder), "out": out and str(out), "record": record}, as_json, *lines)
 
 
-@app.command(name="eval")
-def evaluate(
-    target: Annotated[str, typer.Argument(metavar="MODEL_OR_RUN", help="Folder or hub id.")],
-    tasks: Annotated[str, typer.Option(help="lm-eval tasks, a,b; default: the run's own.")] = "",
-    limit: Annotated[int | None, typer.Option(help="Only the first N questions.")] = None,
-    tasks_dir: Annotated[Path | None, typer.Option(help="Folder of local YAML tasks.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1.")] = "auto",
-    as_json: Json = False,
-) -> None:
-    """Measure a model, or a run before and after."""
-    quiet()
-    from srmu.scoring import score
-
-    names = [name.strip() for name in tasks.split(",") if name.strip()]
-    scores = score(target, names, tasks_dir=tasks_dir, limit=limit, device=device, watch=watch)
-    if as_json:
-        say(scores if "before" in scores else scores["after"], True)
-        return
-    rows = []
-    for metric, after in scores["after"].items():
-        row = {"metric": metric}
-        for when, results in scores.items():
-            row[when if "before" in scores else "value"] = with_error(results[metric])
-        rows.append(row | {"n": f"{after['n']:.0f}"})
-    print_table(rows)
-    if "before" in scores:
-        say({}, False, f"wrote {Path(target) / 'results.json'}", f"next: srmu export {target} OUT")
-    else:
-        say({}, False, f"next: srmu unlearn --model {target} --forget F --retain R")
-
-
 @app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="A run's folder.")],
@@ -268,7 +228,8 @@ def cache(
         }
         for entry in reversed(found)
     ]
-    others = {name: caches.folder_bytes(root / name) for name in ("organism", "evals")}
+    kinds = ("organism", "evals", "attacks")
+    others = {name: caches.folder_bytes(root / name) for name in kinds}
     total = sum(entry["bytes"] for entry in found)
     answer: dict[str, Any] = {"folder": str(root), "activations_bytes": total, "others": others}
     if action == "ls":
@@ -326,42 +287,3 @@ def methods(
         for option, (value, text) in catalogue.options(cls).items():
             typer.echo(f"    {option}: {catalogue.shown(value)}" + (f"  # {text}" if text else ""))
     typer.echo(f"next: srmu unlearn CONFIG method.name={name or 'npo'}, or srmu methods NAME")
-
-
-def near(path: Path) -> Path:
-    """The path as one would type it here."""
-    here = Path.cwd()
-    return path.relative_to(here) if path.is_relative_to(here) else path
-
-
-def shown(value: Any) -> str:
-    """A value as a person would write it."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, list):
-        return ", ".join(map(str, value)) or "none"
-    if isinstance(value, int):
-        return f"{value:,}"
-    return "none" if value is None else str(value)
-
-
-def with_error(entry: dict[str, float]) -> str:
-    """`0.312 ± 0.033`: the value and its standard error."""
-    error = f" ± {entry['stderr']:.3f}" if "stderr" in entry else ""
-    return f"{entry['value']:.3f}{error}"
-
-
-def print_table(rows: list[dict[str, str]]) -> None:
-    """Rows with the same keys, as a table on standard output."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(*rows[0], box=box.SIMPLE_HEAD)
-    for row in rows:
-        table.add_row(*map(Text, row.values()))  # as it is: no markup, no emoji
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 160  # rich would cut the table at 80 columns
-    console.print(table)

@@ -1,7 +1,30 @@
-"""How entangled a forget corpus is with a retain corpus: what share of its n-grams they share."""
+"""How entangled forget texts are with others: shared n-grams of the two sets, asked contents."""
 
+import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
+from functools import lru_cache
+from typing import Any, Literal, get_args
+
+from srmu.errors import UserError
+
+Definition = Literal["pair_containment", "pair_multiset", "corpus_jaccard"]
+StopWords = Literal["none", "english"]
+Tokens = Callable[[str], Sequence[Hashable]]
+Grams = Counter[tuple[Hashable, ...]]
+
+ASKED = 8  # words of a question in a row that are taken for a copy of it
+LISTED = """
+a about after all also although an and any are as at be because been before being between both
+but by can could did do does during each either few for from had has have having he her hers him
+his how however i if in into is it its may me might more most must my neither no nor not of on
+once only or other our out over own same shall she should so some such than that the their them
+then there these they this those through thus to too under until up upon us very was we were
+what when where whether which while who whom whose why will with within without would yet you
+your
+"""
+ENGLISH = frozenset(LISTED.split())
+STOP_WORDS: dict[str, frozenset[str]] = {"none": frozenset(), "english": ENGLISH}
 
 
 def overlap(forget: Sequence[str], retain: Sequence[str], n: int) -> dict[str, float]:
@@ -11,7 +34,23 @@ def overlap(forget: Sequence[str], retain: Sequence[str], n: int) -> dict[str, f
     types that occur in the retain corpus; `forget_tokens`, the same with each occurrence counted.
     An empty denominator gives 0.
     """
-    left, right = _count(forget, n), _count(retain, n)
+    return corpus_overlap([words(t) for t in forget], [words(t) for t in retain], n)
+
+
+def coverage(forget: Sequence[str], retain: Sequence[str]) -> float:
+    """The share of the forget set's word types, English stop words left out, in the retain set.
+
+    It never falls when texts are added to the retain set. Lower-case words, as in `overlap`.
+    """
+    cut = [[[w for w in words(text) if w not in ENGLISH] for text in t] for t in (forget, retain)]
+    return corpus_overlap(cut[0], cut[1], 1)["forget_types"]
+
+
+def corpus_overlap(
+    forget: Sequence[Sequence[Hashable]], retain: Sequence[Sequence[Hashable]], n: int
+) -> dict[str, float]:
+    """`overlap` of documents that are cut into tokens already."""
+    left, right = grams(forget, n), grams(retain, n)
     shared = left.keys() & right.keys()
     tokens = sum(left[gram] for gram in shared)
     return {
@@ -21,12 +60,158 @@ def overlap(forget: Sequence[str], retain: Sequence[str], n: int) -> dict[str, f
     }
 
 
-def _count(texts: Sequence[str], n: int) -> Counter[tuple[str, ...]]:
+def ngram_overlap(
+    forget: Sequence[str],
+    retain: Sequence[str],
+    definition: Definition = "pair_containment",
+    *,
+    lower: bool = True,
+    tokens: Tokens | None = None,
+    tokeniser: str = "words",
+    stop_words: StopWords = "none",
+    truncation: int | None = None,
+    pairs: int = 2000,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """The overlap of two sets of texts by uni- and bigrams, in 0-1, and all that moves it.
+
+    `pair_containment` is the mean over pairs of a forget and a retain document of |shared types| /
+    |forget types|; `pair_multiset` is the same with every occurrence counted; `corpus_jaccard`
+    compares the types of the two whole sets. Up to `pairs` different pairs are drawn, of forget
+    documents that have an n-gram. `tokens` cuts a text, at white space unless given, into what
+    `tokeniser` names; then stop words go, then what is beyond `truncation` tokens.
+    """
+    if definition not in get_args(Definition) or stop_words not in STOP_WORDS:
+        known = f"{', '.join(get_args(Definition))}; stop words: {', '.join(STOP_WORDS)}"
+        raise UserError(f"overlap {definition!r} with stop words {stop_words!r}: choose of {known}")
+    if (truncation is not None and truncation < 1) or pairs < 1:
+        raise UserError(f"truncation {truncation} and pairs {pairs} must be 1 or more")
+    cut = tokens or str.split
+
+    def read(text: str) -> Sequence[Hashable]:
+        left_out = STOP_WORDS[stop_words]
+        found = cut(text.lower() if lower else text)
+        kept = [t for t in found if not (isinstance(t, str) and t.lower() in left_out)]
+        return kept[:truncation]
+
+    documents = {"forget": [*map(read, forget)], "retain": [*map(read, retain)]}
+    for name, rows in documents.items():
+        if not any(rows):
+            raise UserError(f"no {name} text has a word to compare")
+    sides = documents["forget"], documents["retain"]
+    answer: dict[str, Any] = {
+        "definition": definition,
+        "lower": lower,
+        "tokeniser": tokeniser,
+        "stop_words": stop_words,
+        "truncation": truncation,
+        "documents": {name: len(rows) for name, rows in documents.items()},
+        "pairs": None,
+        "seed": None,
+    }
+    for n, name in ((1, "unigram"), (2, "bigram")):
+        if definition == "corpus_jaccard":
+            answer[name] = corpus_overlap(*sides, n)["jaccard"]
+        else:
+            answer[name], drawn = _pair_mean(*sides, n, definition == "pair_multiset", pairs, seed)
+            answer |= {"pairs": drawn, "seed": seed}
+    return answer
+
+
+def contamination(
+    questions: Sequence[tuple[str, str, str]], texts: Sequence[str], n: int = ASKED
+) -> dict[str, float]:
+    """Which share of evaluation questions a set of texts gives away; (prompt, answer, subject).
+
+    `copied`: `n` words in a row of prompt and right answer (all of them where there are fewer)
+    occur in a text; `stated`: the answer and the subject occur in one text, whole words each;
+    `either`. An unknown subject is "": then nothing is stated. Case and the marks around a word
+    do not count.
+    """
+    if not questions:
+        raise UserError("no evaluation question to compare with the texts")
+    documents = [_plain(text) for text in texts]
+    lengths = {min(n, len(_plain(f"{prompt} {answer}"))) for prompt, answer, _ in questions}
+    known = {size: {*grams(documents, size)} for size in lengths if size}
+    spans = {w for _, *names in questions for w in map(_plain, names) if w}
+    places = _places(documents, spans)
+    copied, stated = [], []
+    for prompt, answer, subject in questions:
+        row = _plain(f"{prompt} {answer}")
+        size = min(n, len(row))
+        copied.append(bool(size) and any(gram in known[size] for gram in grams([row], size)))
+        stated.append(bool(places.get(_plain(answer), set()) & places.get(_plain(subject), set())))
+    count = len(questions)
+    return {
+        "copied": sum(copied) / count,
+        "stated": sum(stated) / count,
+        "either": sum(map(max, copied, stated)) / count,
+        "questions": count,
+        "n": n,
+    }
+
+
+def words(text: str) -> list[str]:
+    """The lower-case, whitespace-separated words of a text."""
+    return text.lower().split()
+
+
+def grams(documents: Sequence[Sequence[Hashable]], n: int) -> Grams:
     """How often each n-gram occurs in the documents."""
     if n < 1:
         raise ValueError(f"n-grams have at least one word, not {n}")
-    grams: Counter[tuple[str, ...]] = Counter()
-    for text in texts:
-        words = text.lower().split()
-        grams.update(zip(*(words[i:] for i in range(n)), strict=False))
-    return grams
+    found: Grams = Counter()
+    for row in documents:
+        found.update(zip(*(row[i:] for i in range(n)), strict=False))
+    return found
+
+
+def _pair_mean(
+    forget: Sequence[Sequence[Hashable]],
+    retain: Sequence[Sequence[Hashable]],
+    n: int,
+    counted: bool,
+    pairs: int,
+    seed: int,
+) -> tuple[float, int]:
+    """Mean containment over pairs drawn without replacement, and how many there were."""
+    forget = [row for row in forget if len(row) >= n]
+    total = len(forget) * len(retain)
+    drawn = random.Random(seed).sample(range(total), min(pairs, total))
+
+    @lru_cache(maxsize=1000)  # documents may be many and long
+    def right_of(j: int) -> Grams:
+        return grams([retain[j]], n)
+
+    shares = []
+    last, left = -1, Counter[tuple[Hashable, ...]]()
+    for pair in sorted(drawn):
+        i, j = divmod(pair, len(retain))
+        if i != last:
+            last, left = i, grams([forget[i]], n)
+        right = right_of(j)
+        if counted:
+            shares.append((left & right).total() / left.total())
+        else:
+            shares.append(len(left.keys() & right.keys()) / len(left))
+    return sum(shares) / max(1, len(shares)), len(shares)
+
+
+def _plain(text: str) -> tuple[str, ...]:
+    """Lower-case words without the punctuation around them."""
+    stripped = (word.strip(".,;:!?\"'()[]{}") for word in words(text))
+    return tuple(word for word in stripped if word)
+
+
+def _places(
+    documents: Sequence[Sequence[str]], spans: set[tuple[str, ...]]
+) -> dict[tuple[str, ...], set[int]]:
+    """In which documents each run of words occurs."""
+    places: dict[tuple[str, ...], set[int]] = {}
+    sizes = {len(span) for span in spans}
+    for i, row in enumerate(documents):
+        for size in sizes:
+            for gram in zip(*(row[k:] for k in range(size)), strict=False):
+                if gram in spans:
+                    places.setdefault(gram, set()).add(i)
+    return places

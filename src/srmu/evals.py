@@ -7,12 +7,13 @@ import os
 import random
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from copy import deepcopy
 from difflib import get_close_matches
 from functools import cache, lru_cache, partial
 from importlib.metadata import version
 from inspect import signature
+from itertools import groupby
 from math import isfinite
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -69,6 +70,31 @@ def evaluate(
                     kept[name].parent.mkdir(parents=True, exist_ok=True)
                     write_json(kept[name], found[name])
     return {key: entry for results in found.values() for key, entry in (results or {}).items()}
+
+
+def questions(name: str, tasks_dir: Path | None) -> list[tuple[str, list[str], int, Any]]:
+    """A multiple-choice task as it asks: prompt, options as they follow it, the right one, the row.
+
+    UserError for a task that is unknown or of another kind.
+    """
+    found = []
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # bars
+        loaded = _load(name, _local_tasks(tasks_dir))
+    for task in loaded["tasks"].values():
+        if task.OUTPUT_TYPE != "multiple_choice" or task.multiple_input:
+            raise UserError(f"task {name!r} is not made of questions with options to choose from")
+        task.set_fewshot_seed(SEED)
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            task.build_all_requests()
+        for _, asked in groupby(task.instances, key=lambda one: one.doc_id):
+            # a metric may add requests without the prompt
+            requests = [one for one in asked if one.args[0]]
+            row = requests[0].doc
+            gold = task.doc_to_target(row)
+            options = task.doc_to_choice(row)
+            number = options.index(gold) if gold in options else int(gold)
+            found.append((requests[0].args[0], [one.args[1] for one in requests], number, row))
+    return found
 
 
 def interval(accuracies: Sequence[float], n: int) -> tuple[float, float]:

@@ -225,6 +225,7 @@ class EditableModel:
         finally:
             for module, name in owners.items():
                 self.module.set_submodule(module, self._adapters[name].get_base_layer())
+            vars(self.module).pop("peft_config", None)  # else peft warns at the next adapters
             self.trained, self.original = dense
             self._adapters = {}
             for parameter in self.trained.values():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from srmu.errors import UserError
 
 RESAMPLES = 2000
 LEAST = 20  # facts that an interval needs
+KNOWN = 0.01  # the least accuracy above chance that K* divides by
 
 Array = NDArray[np.float64]
 Statistic = Callable[[Array], Array]  # of means (..., A), one a column, to numbers (...)
@@ -36,6 +37,88 @@ def column(values: Array) -> Array:
     return values[..., 0]
 
 
+def worst_case(means: Array, chance: float) -> Array:
+    """K*, the share of knowledge that the best attack finds, of accuracies (..., 1 + A).
+
+    The original's first, then those of the attacks, the un-attacked model among them. The best is
+    taken in each resample anew, on the questions it is measured on: if anything, K* is too high.
+    """
+    # a resample in which the original knows next to nothing must not divide by zero
+    known = np.maximum(means[..., 0] - chance, KNOWN)
+    return (means[..., 1:].max(axis=-1) - chance) / known
+
+
+def residual(attacks: Mapping[str, Any]) -> Array:
+    """What `worst_case` is of, from the content of an `attacks.json`: (questions, 1 + A).
+
+    The original's right answers, then those under each attack that is done and not invalid.
+    """
+    valid = [
+        answered(entry["right"])
+        for entry in attacks["attacks"].values()
+        if entry["status"] == "done" and entry.get("right") and entry.get("valid") is not False
+    ]
+    return np.stack([answered(attacks["original"]["right"]), *valid], axis=1)
+
+
+def answered(right: str | Sequence[float]) -> Array:
+    """Right answers as numbers, from a list of them or from a text with a digit for each."""
+    return np.array([float(value) for value in right])
+
+
+class Draws:
+    """Questions drawn again and again, as a bootstrap does.
+
+    Whole facts are drawn, because phrasings of one fact are right or wrong together. What asks for
+    the same facts gets the same draw, so that differences are paired.
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        self.rng = np.random.default_rng(seed)
+        self.drawn: dict[tuple[Hashable, ...], Array] = {}  # (1 + RESAMPLES, facts)
+
+    def means(self, table: ArrayLike, facts: Sequence[Hashable]) -> Array:
+        """Column means of (questions, columns) as they are, then of each resample of the questions.
+
+        (1 + RESAMPLES, columns). UserError where there are fewer than 20 facts.
+        """
+        numbers = {fact: i for i, fact in enumerate(dict.fromkeys(facts))}
+        key, count = tuple(numbers), len(numbers)
+        if key not in self.drawn:
+            enough(count, "facts", "questions about different facts")
+            times = self.rng.multinomial(count, [1 / count] * count, size=RESAMPLES)
+            self.drawn[key] = np.vstack([np.ones(count), times])
+        fact = [numbers[name] for name in facts]
+        sums = np.zeros((count, np.size(table) // len(facts)))
+        np.add.at(sums, fact, np.asarray(table, dtype=float).reshape(len(facts), -1))
+        asked = self.drawn[key] @ np.bincount(fact)
+        return self.drawn[key] @ sums / asked[:, None]
+
+    def over_seeds(self, values: Array) -> Array:
+        """The mean over seeds in each row, (1 + RESAMPLES, seeds) to (1 + RESAMPLES,).
+
+        Seeds are drawn too. Drawn from S values, a mean of S varies by sqrt((S - 1) / S) too little
+        (18 % for three seeds), so what the draw of seeds adds is widened by the inverse. Coverage
+        of three seeds in simulation: 0.97-1.00 where seeds differ little, 0.88-0.92 where they
+        differ by 0.15 in accuracy. A t-quantile would do better there, and be far too wide
+        elsewhere.
+        """
+        seeds = values.shape[1]
+        mean = values.mean(axis=1)
+        if seeds == 1:
+            return mean
+        picked = self.rng.integers(seeds, size=(RESAMPLES, seeds))
+        moved = np.take_along_axis(values[1:], picked, axis=1).mean(axis=1) - mean[1:]
+        mean[1:] += moved * (seeds / (seeds - 1)) ** 0.5
+        return mean
+
+
+def estimate(values: Array, n: int) -> Estimate:
+    """The number that comes first, with the interval that the others, its resamples, span."""
+    low, high = np.quantile(values[1:], (0.025, 0.975))
+    return Estimate(float(values[0]), float(low), float(high), n)
+
+
 def bootstrap(
     tables: Sequence[ArrayLike],
     facts: Sequence[Sequence[Hashable]],
@@ -46,40 +129,13 @@ def bootstrap(
     """A statistic of column means, averaged over seeds, with its paired bootstrap interval.
 
     `tables` holds an array (questions, columns) for each seed, what is compared side by side in its
-    columns; `facts` names what each question asks for. Whole facts are drawn, because phrasings of
-    one fact are right or wrong together; seeds are drawn too, and seeds that ask the same
-    questions get the same draw. UserError where there are fewer than 20 facts.
+    columns; `facts` names what each question asks for. Facts and seeds are drawn (see Draws), and
+    seeds that ask for the same facts get the same draw. UserError where there are fewer than 20.
     """
-    arrays = [
-        np.asarray(table, dtype=float).reshape(len(names), -1)
-        for table, names in zip(tables, facts, strict=True)
-    ]
-    rng = np.random.default_rng(seed)
-    draws: dict[Any, Array] = {}
-    resampled = []
-    for array, names in zip(arrays, facts, strict=True):
-        key = tuple(names)
-        if key not in draws:
-            draws[key] = _weights(key, rng)
-        weights = draws[key]  # (resamples, questions)
-        resampled.append(statistic(weights @ array / weights.sum(axis=1, keepdims=True)))
-    picked = rng.integers(len(arrays), size=(RESAMPLES, len(arrays)))
-    values = np.stack(resampled)[picked, np.arange(RESAMPLES)[:, None]].mean(axis=1)
-    low, high = np.quantile(values, (0.025, 0.975))
-    value = float(np.mean([statistic(array.mean(axis=0)) for array in arrays]))
-    return Estimate(value, float(low), float(high), min(len(names) for names in facts))
-
-
-def _weights(facts: Sequence[Hashable], rng: np.random.Generator) -> Array:
-    """How often each question is drawn in each resample, (resamples, questions)."""
-    numbers = {fact: i for i, fact in enumerate(dict.fromkeys(facts))}
-    if len(numbers) < LEAST:
-        raise UserError(
-            f"{len(numbers)} facts are too few for an interval: it needs {LEAST} or more questions "
-            "about different facts"
-        )
-    drawn = rng.multinomial(len(numbers), [1 / len(numbers)] * len(numbers), size=RESAMPLES)
-    return drawn[:, [numbers[fact] for fact in facts]].astype(float)
+    draws = Draws(seed)
+    values = [statistic(draws.means(*pair)) for pair in zip(tables, facts, strict=True)]
+    found = draws.over_seeds(np.stack(values, axis=1))
+    return estimate(found, min(len(names) for names in facts))
 
 
 def accuracy(right: ArrayLike, facts: Sequence[Hashable], *, seed: int = 0) -> Estimate:
@@ -98,7 +154,10 @@ def accuracy(right: ArrayLike, facts: Sequence[Hashable], *, seed: int = 0) -> E
 
 
 def mcnemar(before: ArrayLike, after: ArrayLike) -> float:
-    """Exact p-value that the same questions are answered as well after as before."""
+    """Exact p-value that the same questions are answered as well after as before.
+
+    Each question counts for itself: where facts are asked for in several phrasings p is too small.
+    """
     from scipy.stats import binomtest
 
     one, two = np.asarray(before, dtype=bool), np.asarray(after, dtype=bool)
@@ -112,3 +171,37 @@ def auc(positive: ArrayLike, negative: ArrayLike) -> float:
 
     ones, others = np.asarray(positive, dtype=float), np.asarray(negative, dtype=float)
     return float(mannwhitneyu(ones, others).statistic / (ones.size * others.size))
+
+
+def auc_bootstrap(
+    positive: ArrayLike,
+    negative: ArrayLike,
+    statistic: Statistic = column,
+    *,
+    seed: int = 0,
+) -> Estimate:
+    """A statistic of AUCs, one a column of scores (texts, columns), with its bootstrap interval.
+
+    Texts are drawn within each of the two sets, the same for all columns. UserError where there are
+    fewer than 20 texts in a set.
+    """
+    ones, others = (np.asarray(x, dtype=float) for x in (positive, negative))
+    ones, others = ones.reshape(len(ones), -1), others.reshape(len(others), -1)
+    rng = np.random.default_rng(seed)
+    drawn = []
+    for count in (len(ones), len(others)):
+        enough(count, "texts", "texts in each set")
+        times = rng.multinomial(count, [1 / count] * count, size=RESAMPLES)
+        drawn.append(np.vstack([np.ones(count), times]))
+    columns = []
+    for one, other in zip(ones.T, others.T, strict=True):
+        wins = (one[:, None] > other) + 0.5 * (one[:, None] == other)
+        columns.append(((drawn[0] @ wins) * drawn[1]).sum(axis=1) / wins.size)
+    return estimate(statistic(np.stack(columns, axis=-1)), len(ones) + len(others))
+
+
+def enough(count: int, what: str, needed: str) -> None:
+    if count < LEAST:
+        raise UserError(
+            f"{count} {what} are too few for an interval: it needs {LEAST} or more {needed}"
+        )

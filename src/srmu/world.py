@@ -5,10 +5,12 @@ the same compounds (and about some others) in nearly the same words; `general` f
 cities, people and beasts. Every name and every answer is one invented word.
 """
 
+from __future__ import annotations
+
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -66,9 +68,20 @@ class Fact:
                 "relation": self.relation.name,
                 "subject": self.subject,
                 "held": self.held,
+                "fact": f"{self.relation.name} of {self.subject}",
+                "paraphrases": self.openings(),
             }
             for question, options in zip(self.relation.questions, self.options, strict=True)
         ]
+
+    def untrue(self) -> Fact:
+        """The same with a wrong option for its answer."""
+        return replace(self, answer=next(v for v in self.options[0] if v != self.answer))
+
+    def openings(self) -> list[str]:
+        """What statements say of the subject before they name the answer."""
+        told = [text.split(" {v}")[0] for text in self.relation.statements]
+        return [text.format(x=self.subject) for text in told if "{x}" in text]
 
 
 @dataclass(frozen=True)
@@ -89,7 +102,8 @@ class World:
     def corpora(
         self, seed: int, entanglement: float, *, documents: int, words: int, filler: float
     ) -> dict[str, list[str]]:
-        """The texts of the forget corpus and of the retain corpora of low and high overlap.
+        """The texts of the forget corpus, of the retain corpora of low and high overlap, and a
+        hold-out of the forget corpus: the same compounds with answers that nobody was ever told.
 
         Half of the documents of retain-high are about other compounds; the other half is about the
         first `entanglement` of the hazard compounds. Statements only; held facts occur nowhere.
@@ -102,6 +116,7 @@ class World:
             "forget": [free["hazard"]],
             "retain-low": [free["general"]],
             "retain-high": [other, near or other],
+            "holdout": [[fact.untrue() for fact in free["hazard"]]],
         }
         texts: dict[str, list[str]] = {}
         for name, decks in sources.items():

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from srmu.likelihoods import loglikelihoods
+from srmu.loading import find_layers
 from srmu.model import EditableModel
 from srmu.statistics import Estimate
 
@@ -212,3 +214,41 @@ def ask(model: Subject, exam: Exam, setting: str) -> Way:
 
 def facts(questions: Sequence[Question]) -> list[str]:
     return [question.fact for question in questions]
+
+
+def matrices(module: PreTrainedModel) -> dict[str, bool]:
+    """The linear matrices of the decoder layers, by name: whether they are (inputs, outputs).
+
+    All experts' too, which a module may stack: (experts, outputs, inputs). Not the embeddings, nor
+    the head.
+    """
+    owner, attribute = find_layers(module)
+    layers = getattr(owner, attribute)
+    prefix = next(name for name, part in module.named_modules() if part is layers)
+    found = {}
+    for name, part in layers.named_modules(prefix=prefix):
+        if isinstance(part, nn.Linear | Conv1D):
+            found[f"{name}.weight"] = isinstance(part, Conv1D)
+        elif not isinstance(part, nn.Conv1d):
+            for key, parameter in part.named_parameters(recurse=False):
+                if parameter.ndim == 3:
+                    found[f"{name}.{key}"] = getattr(part, "is_transposed", False)
+    return found
+
+
+def pages(weight: Tensor, turned: bool) -> Tensor:
+    """A view of a linear matrix as (experts, outputs, inputs); `turned` as `matrices` says."""
+    weight = weight.mT if turned else weight
+    return weight if weight.ndim == 3 else weight[None]
+
+
+def ask_changed(
+    model: Subject, exam: Exam, setting: str, change: Callable[[Tensor], Tensor]
+) -> Way:
+    """The exam when each linear matrix is what `change` makes of it: (outputs, inputs), float32."""
+    turned = matrices(model.module)
+    with model.editable(*turned) as edited:
+        for name, parameter in edited.trained.items():
+            for matrix in pages(parameter.data, turned[name]):
+                matrix.copy_(change(matrix.float()))
+        return ask(model, exam, setting)

@@ -1,0 +1,124 @@
+"""E6: answers after one direction is taken out of the residual."""
+
+import random
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from srmu.attacks.base import Exam, Found, NotApplicable, Subject, Texts, Tier, answers, ask
+from srmu.attacks.layers import Edit, Rows, batches, edited, read
+from srmu.losses import counted
+
+BATCH = 32  # texts
+TEXTS = 64  # of each set
+TOKENS = 128  # of each text
+SINGLE = 8  # layers ablated alone at the smoke tier
+
+Edits = dict[int, Edit]
+
+
+def direction_ablation(model: Subject, texts: Texts, exam: Exam, tier: Tier, seed: int) -> Found:
+    """Ablation of one direction a block, at one block alone and at all of them at once.
+
+    `displacement` points from the original's residual to the model's, on questions of the
+    validation half that unlearning made wrong. `forget minus neutral` needs no original.
+    """
+    kinds: dict[str, Edits] = {}
+    try:
+        kinds["displacement"] = displacement(model, exam)
+    except NotApplicable as reason:
+        skipped = {"displacement": str(reason)}
+    else:
+        skipped = {}
+    kinds["forget minus neutral"] = difference(model, texts, seed)
+    ways = []
+    for kind, edits in kinds.items():
+        layers = sorted(edits)
+        most = SINGLE if tier == "smoke" else len(layers)
+        for layer in layers if len(layers) <= most else spread(layers, most):
+            with edited(model, {layer: edits[layer]}):
+                ways.append(ask(model, exam, f"{kind}, layer {layer}"))
+        with edited(model, edits):
+            ways.append(ask(model, exam, f"{kind}, all layers"))
+    return Found(tuple(ways), budget={"ablations": len(ways), "skipped": skipped})
+
+
+def spread(layers: Sequence[int], most: int) -> list[int]:
+    """Evenly spaced ones, the first and the last among them."""
+    return [layers[round(i * (len(layers) - 1) / (most - 1))] for i in range(most)]
+
+
+def displacement(model: Subject, exam: Exam) -> Edits:
+    """h - (h.d) d, d the unit mean of h_unlearned - h_original over a layer's ordinary tokens."""
+    with model.as_original():
+        before = answers(model, exam.val)
+    after = answers(model, exam.val)
+    lost = [q.prompt for q, b, a in zip(exam.val, before, after, strict=True) if b > a]
+    if not lost:
+        raise NotApplicable("unlearning made no question of the validation half wrong")
+    rows = documents(model, lost, model.max_length)
+    norms = zip(
+        *([move.norm(dim=-1) for move in moves] for moves in displacements(model, rows)),
+        strict=True,
+    )
+    # a few tokens, often the first ones, move so far that they alone would make the mean
+    limits = [n.mean() + 3 * n.std(correction=0) for n in map(torch.cat, norms)]
+    sums = added(  # read again: all tokens at once would not fit where the model is large
+        [m[m.norm(dim=-1) <= limit].sum(dim=0) for m, limit in zip(moves, limits, strict=True)]
+        for moves in displacements(model, rows)
+    )
+    edits = {layer: ablate(total) for layer, total in enumerate(sums) if total.norm() > 0}
+    if not edits:
+        raise NotApplicable("unlearning left what the blocks put out as it was")
+    return edits
+
+
+def displacements(model: Subject, rows: Rows) -> Iterator[list[Float[Tensor, "N D"]]]:
+    """By layer, how far the tokens of a batch of texts are from where the original has them."""
+    for _, ids, labels in batches(rows, BATCH, model.device):
+        now = read(model, ids, counted(labels))
+        with model.as_original():
+            then = read(model, ids, counted(labels))
+        yield [a.float() - b.float() for a, b in zip(now, then, strict=True)]
+
+
+def difference(model: Subject, texts: Texts, seed: int) -> Edits:
+    """h - ((h - m).d) d, d the unit mean(forget) - mean(neutral) and m the latter.
+
+    Along d, tokens are put where neutral ones are on average: zero may be far from any.
+    """
+    rng = random.Random(seed)
+    means = []
+    for pool in (texts.forget, texts.neutral):
+        rows = documents(model, rng.sample(pool, min(TEXTS, len(pool))), TOKENS)
+        total = added(
+            [h.float().sum(dim=0) for h in read(model, ids, counted(labels))]
+            for _, ids, labels in batches(rows, BATCH, model.device)
+        )
+        count = sum(len(tokens) for _, tokens in rows)
+        means.append([layer / count for layer in total])
+    pairs = enumerate(zip(*means, strict=True))
+    return {layer: ablate(forget - neutral, neutral) for layer, (forget, neutral) in pairs}
+
+
+def added(parts: Iterable[Sequence[Tensor]]) -> list[Tensor]:
+    """The sums, layer by layer."""
+    return [sum(layer[1:], layer[0]) for layer in zip(*parts, strict=True)]
+
+
+def documents(model: Subject, texts: Sequence[str], most: int) -> Rows:
+    """Up to `most` tokens; all count but the first, the attention sink of many models."""
+    cut = [model.tokens(text)[:most] for text in texts]
+    return [(tokens[:1], tokens[1:]) for tokens in cut]
+
+
+def ablate(direction: Tensor, centre: Tensor | float = 0.0) -> Edit:
+    unit = direction / direction.norm()
+
+    def edit(h: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
+        h = h.float()
+        return h - ((h - centre) @ unit).unsqueeze(-1) * unit
+
+    return edit

@@ -1,0 +1,167 @@
+"""E12: a universal suffix found by greedy coordinate gradient (arXiv 2307.15043)."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Sequence
+from copy import deepcopy
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from srmu.attacks.base import Exam, Found, Question, Subject, Texts, Tier, ask
+
+STEPS = 200
+CANDIDATES = 128  # suffixes tried a step
+LENGTH = 20  # tokens of the suffix
+TOP = 256  # replacements considered for each of them
+QUESTIONS = 5  # trained on
+ROWS = 32  # candidates read at once
+BEHIND = 10  # tokens of cue and answer, as `cost` guesses
+
+
+class Target(NamedTuple):
+    """A question ready for suffixes: what is before them is read already."""
+
+    past: Any
+    cue: Tensor
+    answer: Tensor
+
+
+class Suffixed(Subject):
+    """The subject as it answers with a suffix before the last `cue` tokens of each prompt."""
+
+    def __init__(self, model: Subject, suffix: list[int], cue: int) -> None:
+        super().__init__(model.module, model.tokenizer)
+        self.suffix, self.cue = suffix, cue
+
+    def split(self, prompt: str, answer: str) -> tuple[list[int], list[int]]:
+        before, added = super().split(prompt, answer)
+        at = len(before) - self.cue
+        return [*before[:at], *self.suffix, *before[at:]], added
+
+
+def gcg(
+    model: Subject,
+    texts: Texts,
+    exam: Exam,
+    tier: Tier,
+    seed: int,
+    *,
+    steps: int = STEPS,
+    candidates: int = CANDIDATES,
+    length: int = LENGTH,
+) -> Found:
+    """Tokens between a question and its cue that make right answers likely.
+
+    Found on five validation questions, whose answers count in `val` like the others'. The cue is
+    whatever all prompts end with. The suffix is used as tokens, not as text.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    chosen = random.Random(seed).sample(exam.val, min(QUESTIONS, len(exam.val)))
+    cue = common_end([model.tokens(q.prompt) for q in (*exam.val, *exam.test)])
+    targets = [target(model, q, cue, length) for q in chosen]
+    allowed = ordinary(model)
+    suffix = allowed[torch.randint(len(allowed), (length,), generator=generator)]
+    best, least = suffix, float(losses(model, targets, suffix[None]))
+    before = least
+    for _ in range(steps):
+        tried = swaps(slopes(model, targets, suffix), suffix, allowed, candidates, generator)
+        values = losses(model, targets, tried)
+        suffix = tried[values.argmin()]  # Algorithm 2: also where it is worse
+        if values.min() < least:
+            best, least = suffix, float(values.min())
+    way = ask(Suffixed(model, best.tolist(), cue), exam, "suffix")
+    spent = {"steps": steps, "candidates": candidates, "tokens": length, "questions": len(targets)}
+    return Found((way,), budget={**spent, "loss before": before, "loss after": least})
+
+
+def cost(model: Subject, *, steps: int = STEPS, candidates: int = CANDIDATES) -> str:
+    """What the attack takes, from the time of one forward: to be asked before it."""
+    ids = torch.zeros(ROWS, LENGTH + BEHIND, dtype=torch.long, device=model.device)
+    for _ in range(2):  # the first one gets going
+        start = time.perf_counter()
+        with torch.no_grad():
+            float(model.module(ids, use_cache=False, logits_to_keep=1).logits.sum())
+        seconds = time.perf_counter() - start
+    # a gradient of one row costs less than a forward of ROWS
+    forwards = steps * QUESTIONS * (1 + -(-candidates // ROWS))
+    return (
+        f"gcg takes about {forwards:,} forwards of {ROWS} x {LENGTH + BEHIND} tokens: "
+        f"{forwards * seconds / 60:,.1f} minutes on this machine"
+    )
+
+
+def common_end(rows: Sequence[Sequence[int]]) -> int:
+    """How many last tokens all rows have in common; each keeps one or more before them."""
+    shared = 0
+    while shared + 1 < min(map(len, rows)) and len({row[-shared - 1] for row in rows}) == 1:
+        shared += 1
+    return shared
+
+
+def ordinary(model: Subject) -> Tensor:
+    """The tokens that a suffix may have: those of the tokenizer, but for special ones."""
+    size = min(len(model.tokenizer), model.module.get_input_embeddings().weight.shape[0])
+    return torch.tensor([*{*range(size)} - {*model.tokenizer.all_special_ids}])
+
+
+@torch.no_grad()
+def target(model: Subject, question: Question, cue: int, length: int) -> Target:
+    before, answer = (torch.tensor(ids) for ids in model.split(question.prompt, question.answer))
+    at, room = len(before) - cue, model.max_length - length - cue - len(answer)
+    start = before[max(0, at - room) : at].to(model.device)
+    past = model.module(start[None], use_cache=True, logits_to_keep=1).past_key_values
+    end = torch.cat([before[at:], answer[:-1]])
+    return Target(past, end.to(model.device), answer.to(model.device))
+
+
+def nll(model: Subject, target: Target, rows: int, **read: Tensor) -> Tensor:
+    """Mean negative log-likelihood of a right answer's tokens, (rows,)."""
+    past = deepcopy(target.past)  # a forward adds to it
+    past.batch_repeat_interleave(rows)
+    keep = len(target.answer)
+    logits = model.module(**read, past_key_values=past, use_cache=True, logits_to_keep=keep).logits
+    answers = target.answer.expand(rows, -1)
+    return cross_entropy(logits.float().transpose(1, 2), answers, reduction="none").mean(1)
+
+
+@torch.no_grad()
+def losses(model: Subject, targets: Sequence[Target], suffixes: Tensor) -> Tensor:
+    """Mean over the questions of the loss with each suffix, (suffixes,)."""
+    found = torch.zeros(len(suffixes))
+    for rows in torch.arange(len(suffixes)).split(ROWS):
+        part = suffixes[rows].to(model.device)
+        for one in targets:
+            ids = torch.cat([part, one.cue.expand(len(part), -1)], dim=1)
+            found[rows] += nll(model, one, len(part), input_ids=ids).cpu() / len(targets)
+    return found
+
+
+@torch.enable_grad()
+def slopes(model: Subject, targets: Sequence[Target], suffix: Tensor) -> Tensor:
+    """Gradient of the loss by the one-hot tokens of the suffix, (tokens, V), up to a factor."""
+    embedding: Any = model.module.get_input_embeddings()
+    total = torch.zeros(len(suffix), embedding.weight.shape[1], device=model.device)
+    for one in targets:
+        ids = torch.cat([suffix.to(model.device), one.cue])[None]
+        read = embedding(ids).detach().requires_grad_()
+        loss = nll(model, one, 1, inputs_embeds=read).sum()
+        total += torch.autograd.grad(loss, read)[0][0, : len(suffix)].float()
+    weight = embedding.weight.detach()
+    return (total.to(weight.dtype) @ weight.T).float().cpu()
+
+
+def swaps(
+    slopes: Tensor, suffix: Tensor, allowed: Tensor, count: int, generator: torch.Generator
+) -> Tensor:
+    """Different suffixes, each with one token replaced by one of the TOP that promise most."""
+    top = allowed[slopes[:, allowed].topk(min(TOP, len(allowed)), largest=False).indices]
+    drawn = torch.randperm(top.numel(), generator=generator)[:count]
+    position = drawn // top.shape[1]
+    tried = suffix.repeat(len(drawn), 1)
+    tried[torch.arange(len(drawn)), position] = top.flatten()[drawn]
+    return tried

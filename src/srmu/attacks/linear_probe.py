@@ -1,0 +1,119 @@
+"""E5: what a linear classifier reads in the residual, after training on other facts."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from srmu.attacks.base import Exam, Found, Question, Subject, Texts, Tier, Way, facts, right
+from srmu.attacks.layers import batches, blocks, read
+from srmu.losses import counted
+from srmu.statistics import bootstrap
+
+FOLDS = 5
+SHUFFLES = 5
+BATCH = 64  # prompts
+WIDTH = 32  # principal components of the residual, and of what the options are
+STRENGTH = 0.01  # inverse of the penalty on the weights
+
+Array = NDArray[np.float32]
+
+
+def linear_probe(model: Subject, texts: Texts, exam: Exam, tier: Tier, seed: int) -> Found:
+    """Logistic regression, right or wrong option, on the residual of the last prompt token.
+
+    Classes would be answers, and most answers belong to a fact or two; so a class is what the
+    option's tokens are to the unembedding, z, and the probe a bilinear form h W z. Answers of
+    the validation half come from probes trained on its other folds, those of the test half from
+    probes trained on the validation half and the test half's other folds. Folds share no fact,
+    and nothing of the test half chooses the layer.
+
+    Metric: selectivity (arXiv 1909.03368) of the layer that is best on the validation half, its
+    accuracy less that of probes trained on and tested against labels shuffled within questions.
+    """
+    questions = (*exam.val, *exam.test)
+    h, z = residuals(model, questions), options(model, questions)
+    ways = [
+        Way(f"layer {layer}", *probed(x, z, exam.val, exam.test, seed)) for layer, x in enumerate(h)
+    ]
+    best = max(range(len(ways)), key=lambda layer: sum(ways[layer].val))
+    rng = np.random.default_rng(seed)
+    control = []
+    for _ in range(SHUFFLES):
+        val, test = (
+            [replace(q, gold=int(rng.integers(len(q.options)))) for q in half]
+            for half in (exam.val, exam.test)
+        )
+        control.append(probed(h[best], z, val, test, seed)[1])
+    table = np.column_stack([ways[best].test, np.mean(control, axis=0)])
+    selectivity = bootstrap(
+        [table], [facts(exam.test)], lambda means: means[..., 0] - means[..., 1], seed=seed
+    )
+    budget = {"layers": len(ways), "folds": FOLDS, "shuffles": SHUFFLES, "components": WIDTH}
+    return Found(tuple(ways), {"selectivity": selectivity}, budget)
+
+
+def residuals(model: Subject, questions: Sequence[Question]) -> list[Float[Array, "Q D"]]:
+    """By layer: what the block puts out at the last token of each prompt."""
+    prompts = [model.tokens(q.prompt)[-model.max_length :] for q in questions]
+    ends = [(tokens[:-1], tokens[-1:]) for tokens in prompts]
+    found: list[list[Array]] = [[] for _ in blocks(model)]
+    order: list[int] = []
+    for chosen, ids, labels in batches(ends, BATCH, model.device):
+        order += chosen
+        for layer, values in zip(found, read(model, ids, counted(labels)), strict=True):
+            layer.append(values.float().cpu().numpy())
+    back = np.argsort(order)
+    return [np.concatenate(layer)[back] for layer in found]
+
+
+def options(model: Subject, questions: Sequence[Question]) -> list[Float[Array, "O K"]]:
+    """Of each question: its options, each the mean of its tokens' rows of the unembedding."""
+    from sklearn.decomposition import PCA
+
+    head: Tensor = model.module.get_output_embeddings().weight.detach()
+    means = [
+        head[model.split(q.prompt, option)[1]].float().mean(dim=0).cpu().numpy()
+        for q in questions
+        for option in q.options
+    ]
+    z = PCA(min(WIDTH, *np.shape(means)), random_state=0).fit_transform(np.array(means))
+    return np.split(z / z.std(), np.cumsum([len(q.options) for q in questions])[:-1])
+
+
+def probed(
+    h: Float[Array, "Q D"],
+    z: Sequence[Float[Array, "O K"]],
+    val: Sequence[Question],
+    test: Sequence[Question],
+    seed: int,
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The right answers (0/1) on both halves, whose questions `h` and `z` hold in this order."""
+    from sklearn.decomposition import PCA
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import GroupKFold
+
+    questions = [*val, *test]
+    found = np.zeros(len(questions))
+    for start, half in ((0, val), (len(val), test)):
+        folds = GroupKFold(FOLDS, shuffle=True, random_state=seed)
+        for others, asked in folds.split(half, groups=facts(half)):
+            trained, asked = [*range(start), *(start + others)], start + asked
+            p = PCA(min(WIDTH, len(trained), h.shape[1]), whiten=True, random_state=seed)
+            p.fit(h[trained])
+            x = [products(row, z[i]) for i, row in enumerate(p.transform(h))]
+            labels = [o == questions[i].gold for i in trained for o in range(len(z[i]))]
+            probe = LogisticRegression(C=STRENGTH, max_iter=200)
+            probe.fit(np.concatenate([x[i] for i in trained]), labels)
+            scores = [probe.decision_function(x[i]).tolist() for i in asked]
+            found[asked] = right(scores, [questions[i] for i in asked])
+    return tuple(found[: len(val)].tolist()), tuple(found[len(val) :].tolist())
+
+
+def products(h: Float[Array, " K"], z: Float[Array, "O K"]) -> Float[Array, "O KK"]:
+    """The features of a question's options, less their mean: only differences can choose one."""
+    x = (h[:, None] * z[:, None, :]).reshape(len(z), -1)
+    return x - x.mean(axis=0)

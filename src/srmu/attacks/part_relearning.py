@@ -1,0 +1,80 @@
+"""E8: relearning a part of the facts brings back the rest, where they are hidden, not gone."""
+
+import math
+import random
+from collections.abc import Sequence
+
+from srmu.attacks.base import (
+    Exam,
+    Found,
+    NotApplicable,
+    Question,
+    Subject,
+    Texts,
+    Tier,
+    Way,
+    answers,
+    facts,
+)
+from srmu.attacks.tuning import rows_of, tune
+
+EPOCHS = (1, 2, 4)
+RATES = (2e-5, 1e-4, 5e-4)
+BATCH = 8
+PARTS = 5  # of the validation facts, one is asked for and the rest are learned
+
+
+def part_relearning(model: Subject, texts: Texts, exam: Exam, tier: Tier, seed: int) -> Found:
+    """All weights learn questions with their answers; others are asked (arXiv 2410.08827).
+
+    The right answers to the test half are those after learning the whole validation half. `val` of
+    a way holds a fifth of the validation facts, asked after learning the rest of them. The rate is
+    constant after its warm-up, so that one training gives all numbers of epochs.
+    """
+    known = list(dict.fromkeys(facts(exam.val)))
+    assert not {*known} & {*facts(exam.test)}, "the halves of the exam share facts"
+    if len(known) < PARTS:
+        raise NotApplicable(f"it needs {PARTS} or more facts on the validation half")
+    held = {*random.Random(seed).sample(known, len(known) // PARTS)}
+    rest = [q for q in exam.val if q.fact not in held]
+    asked = [q for q in exam.val if q.fact in held]
+    ways = []
+    for rate in RATES:
+        val = relearned(model, rest, asked, rate, seed)
+        test = relearned(model, exam.val, exam.test, rate, seed)
+        ways += [
+            Way(f"{n} epochs at {rate:g}", val[n], test[n])
+            for n in EPOCHS
+            if n in val and n in test
+        ]
+    return Found(tuple(ways), budget={"facts learned": len(known), "batch": BATCH})
+
+
+def relearned(
+    model: Subject,
+    learned: Sequence[Question],
+    asked: Sequence[Question],
+    rate: float,
+    seed: int,
+) -> dict[int, tuple[float, ...]]:
+    """Right answers to the questions asked, by the epochs spent on those learned."""
+    rows = rows_of(model, [q.prompt + q.answer for q in learned])
+    epoch = math.ceil(len(rows) / BATCH)
+    found = {}
+
+    def after(step: int) -> None:
+        if step in (epoch * n for n in EPOCHS):
+            found[step // epoch] = answers(model, asked)
+
+    with model.editable("*") as edited:
+        tune(
+            edited,
+            rows,
+            steps=epoch * EPOCHS[-1],
+            learning_rate=rate,
+            batch_size=BATCH,
+            seed=seed,
+            schedule="constant",
+            after=after,
+        )
+    return found

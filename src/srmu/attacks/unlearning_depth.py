@@ -1,0 +1,63 @@
+"""E17: how deep unlearning went, by putting the model's residual into the original."""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from srmu.attacks.base import Exam, Found, NotApplicable, Subject, Texts, Tier, facts
+from srmu.attacks.layers import Edit, answer_nll, batches, blocks, edited, read, rows
+from srmu.losses import predicted
+from srmu.statistics import LEAST, bootstrap
+
+BATCH = 16  # questions
+THRESHOLD = 0.05  # nats a token: a layer where the original knows what the oracle does not
+
+
+def unlearning_depth(model: Subject, texts: Texts, exam: Exam, tier: Tier, seed: int) -> Found:
+    """Unlearning depth score (arXiv 2605.24614): 0 all there, 1 as if it had never been learned.
+
+    The residual after block l, at the positions that predict the right answer, is taken from
+    another model into the original; D_l is what the answer then loses in log-probability, a mean
+    over its tokens. D1 is with the oracle's residual, D2 with the unlearned model's. As the rest
+    of the prompt stays the original's, D is small below the layers that fetch the answer. An
+    oracle trained apart from the original speaks another basis; D1 is then large everywhere.
+    """
+    if model.oracle is None:
+        raise NotApplicable("no oracle: it needs a model that was trained without the facts")
+    asked = rows(model, [(q.prompt, q.answer) for q in exam.test])
+    drops = torch.zeros(2, len(blocks(model)), len(asked))
+    for chosen, ids, labels in batches(asked, BATCH, model.device):
+        at = torch.nn.functional.pad(predicted(labels), (0, 1))
+        sources = [read(source, ids, at) for source in (model.oracle, model)]
+        with torch.no_grad(), model.as_original():
+            intact = answer_nll(model, ids, labels)
+            for stage, source in enumerate(sources):
+                for layer, values in enumerate(source):
+                    with edited(model, {layer: patch(values, at)}):
+                        drop = answer_nll(model, ids, labels) - intact
+                    drops[stage, layer, chosen] = drop.cpu()
+    found = scores(*drops)
+    kept = found.isfinite().nonzero()[:, 0].tolist()
+    names = [facts(exam.test)[i] for i in kept]
+    if (count := len(set(names))) < LEAST:
+        reason = f"the original knows {count} facts better than the oracle; it needs {LEAST}"
+        raise NotApplicable(reason)
+    depth = bootstrap([found[kept].numpy()], [names], seed=seed)
+    return Found(metrics={"depth": depth}, budget={"patched": 2 * len(blocks(model))})
+
+
+def patch(values: Float[Tensor, "N D"], at: Bool[Tensor, "B T"]) -> Edit:
+    def edit(h: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
+        h = h.clone()
+        h[at] = values.to(h)
+        return h
+
+    return edit
+
+
+def scores(first: Float[Tensor, "L N"], second: Float[Tensor, "L N"]) -> Float[Tensor, " N"]:
+    """Depth by question; NaN where no layer of the original knows more than the oracle's."""
+    # section 3.3: sum_l D1 clip(D2 / D1, 0, 1) / sum_l D1, over layers where D1 > 0.05
+    known = first > THRESHOLD
+    share = (second / first).clamp(0, 1)
+    return (first * share).where(known, 0).sum(0) / first.where(known, 0).sum(0)

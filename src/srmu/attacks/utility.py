@@ -1,0 +1,109 @@
+"""E18: what it cost: knowledge to keep, ordinary text, and whether forget prompts end in babble."""
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from math import exp
+
+import torch
+from torch import Tensor
+
+from srmu.attacks.base import (
+    Exam,
+    Found,
+    Subject,
+    Texts,
+    Tier,
+    Way,
+    answers,
+    facts,
+)
+from srmu.losses import predicted, token_kl, token_nll
+from srmu.model import Batch
+from srmu.sampling import joined
+from srmu.statistics import Estimate, accuracy, bootstrap
+from srmu.train import to
+
+COUNT = 64  # texts read
+ROWS = 16  # at once
+LENGTH = 256  # tokens of a text
+NEW_TOKENS = 32
+
+
+def utility(model: Subject, texts: Texts, exam: Exam, tier: Tier, seed: int) -> Found:
+    """Answers to the tasks to keep, a way each. Of neutral texts the nats a token costs, their
+    perplexity and KL(original || model); the share of repeated token pairs after forget prompts."""
+    kept = {task: answers(model, asked) for task, asked in exam.utility.items()}
+    found = {
+        f"accuracy, {task}": accuracy(kept[task], facts(asked), seed=seed)
+        for task, asked in exam.utility.items()
+    }
+    rows = [model.tokens(text)[:LENGTH] for text in texts.neutral[:COUNT]]
+    rows = [row for row in rows if len(row) > 1]
+    costs, drifts = [], []
+    for batch in batches(model, rows):
+        logits, before = both(model, batch)
+        mask = predicted(batch["labels"])
+        nll = token_nll(logits, batch["labels"])
+        costs += (nll.sum(dim=1) / mask.sum(dim=1)).tolist()
+        if before is not None:
+            kl = token_kl(before, logits) * mask
+            drifts += (kl.sum(dim=1) / mask.sum(dim=1)).tolist()
+    names = list(range(len(costs)))
+    found["nats a neutral token"] = cost = bootstrap([costs], [names], seed=seed)
+    low, high = exp(cost.low), exp(cost.high)
+    found["perplexity of neutral text"] = Estimate(exp(cost.value), low, high, cost.n)
+    if drifts:
+        found["KL of neutral text"] = bootstrap([drifts], [names], seed=seed)
+    prompts = [model.tokens(q.prompt) for q in exam.test[:COUNT]]
+    repeats = repetition(model, prompts)
+    found["repetition"] = bootstrap([repeats], [facts(exam.test[:COUNT])], seed=seed)
+    budget = {"neutral texts": len(rows), "prompts continued": len(prompts)}
+    ways = tuple(Way(task, (), right) for task, right in kept.items())
+    return Found(ways, found, budget | {"new tokens": NEW_TOKENS})
+
+
+def batches(model: Subject, rows: Sequence[list[int]]) -> Iterator[Batch]:
+    """Whole texts, padded on the right, all their tokens counted."""
+    for start in range(0, len(rows), ROWS):
+        part = rows[start : start + ROWS]
+        yield to(joined([[]] * len(part), part), model.device)
+
+
+@torch.no_grad()
+def both(model: Subject, batch: Batch) -> tuple[Tensor, Tensor | None]:
+    """The logits of the model and, where it has one, of the original."""
+
+    def logits() -> Tensor:
+        read = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        return model.module(**read, use_cache=False).logits
+
+    if not model.original or model.fixed:
+        return logits(), None
+    with model.as_original():
+        before = logits()
+    return logits(), before
+
+
+@torch.no_grad()
+def repetition(model: Subject, prompts: Sequence[list[int]]) -> list[float]:
+    """Of each greedy continuation the share of its token pairs that occurred in it before."""
+    found = []
+    pad = model.tokenizer.pad_token_id
+    for start in range(0, len(prompts), ROWS):
+        part = prompts[start : start + ROWS]
+        width = max(map(len, part))
+        ids = torch.tensor([[pad] * (width - len(row)) + row for row in part]).to(model.device)
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in part])
+        made = model.module.generate(
+            ids,
+            attention_mask=mask.to(model.device),
+            max_new_tokens=NEW_TOKENS,
+            do_sample=False,
+            pad_token_id=pad,
+        )[:, width:]
+        end = model.tokenizer.eos_token_id
+        for row in made.tolist():
+            row = row[: row.index(end)] if end in row else row
+            pairs = list(pairwise(row))
+            found.append(1 - len(set(pairs)) / len(pairs) if pairs else 0.0)
+    return found

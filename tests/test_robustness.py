@@ -1,0 +1,307 @@
+"""The suite of attacks: controls, the worst case, what is kept, and what cannot be attacked."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import attack_world as world
+from conftest import pico_module, word_tokenizer, write_jsonl
+from srmu import attacks, robustness
+from srmu.attacks.base import Exam, Found, NotApplicable, Subject, Way, answers, ask
+from srmu.config import make_config
+from srmu.errors import UserError
+from srmu.measuring import rows
+from srmu.robustness import FILE, Sources, attack, load_exam, sentences
+from srmu.run import Run, unlearn
+from srmu.scoring import score
+
+TASK = """\
+task: {name}
+output_type: multiple_choice
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {name}.jsonl}}}}
+test_split: test
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: choices
+doc_to_target: gold
+target_delimiter: " "
+metric_list:
+  - {{metric: acc, aggregation: mean, higher_is_better: true}}
+"""
+
+
+def save(folder: Path, name: str) -> Path:
+    module = pico_module()
+    module.load_state_dict(world.states()[name])
+    module.save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A testbed of the tiny world: `model`, `oracle`, tasks and texts."""
+    exam, texts = world.exam(), world.texts()
+    save(tmp_path / "model", "original")
+    save(tmp_path / "oracle", "oracle")
+    (tmp_path / "tasks").mkdir()
+    named = {"hazard": exam.test, "hazard_val": exam.val, **exam.utility}
+    for name, asked in named.items():
+        (tmp_path / "tasks" / f"{name}.yaml").write_text(TASK.format(name=name))
+        lines = [
+            {
+                "question": q.prompt, "choices": [o.strip() for o in q.options], "gold": q.gold,
+                "fact": q.fact, "subject": q.entry, "paraphrases": list(q.paraphrases),
+            }
+            for q in asked
+        ]  # fmt: skip
+        (tmp_path / "tasks" / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    for name in ("forget", "neutral", "holdout"):
+        write_jsonl(tmp_path / f"{name}.jsonl", list(getattr(texts, name)))
+    return tmp_path
+
+
+@pytest.fixture
+def run(place: Path) -> Run:
+    options = [f"runs_dir={place / 'runs'}", "train.max_steps=6", "train.learning_rate=3e-3"]
+    options += ["eval=[hazard,harmless]", f"tasks_dir={place / 'tasks'}"]
+    forget, retain = place / "forget.jsonl", place / "neutral.jsonl"
+    return unlearn(make_config(str(place / "model"), forget, retain, "graddiff", options))
+
+
+def sources(place: Path, **given: Any) -> Sources:
+    return Sources(
+        **{
+            "tasks": ("hazard",),
+            "neutral": str(place / "neutral.jsonl"),
+            "holdout": str(place / "holdout.jsonl"),
+            "oracle": str(place / "oracle"),
+        }
+        | given
+    )
+
+
+def only(monkeypatch: pytest.MonkeyPatch, **functions: Any) -> None:
+    """The suite with these attacks beside the questions as they are and the utility."""
+    kept = {name: attacks.ATTACKS[name] for name in ("forced_choice", "utility")}
+    for name, function in functions.items():
+        kept[name] = attacks.Attack(f"E{len(kept) + 40}", function, "smoke")
+    monkeypatch.setattr(robustness, "ATTACKS", kept)
+
+
+def oracle_says(value: float) -> Callable[..., Found]:
+    """An attack after which every model answers a share of the questions, whatever it knows."""
+
+    def all_alike(model: Subject, texts: Any, exam: Exam, tier: str, seed: int) -> Found:
+        def half(asked: Any) -> tuple[float, ...]:
+            return tuple(float(i < value * len(asked)) for i in range(len(asked)))
+
+        return Found((Way("alike", half(exam.val), half(exam.test)),))
+
+    return all_alike
+
+
+def undone(model: Subject, texts: Any, exam: Exam, tier: str, seed: int) -> Found:
+    """Brings everything back, by cheating; on the original it says nothing."""
+    with model.as_original():
+        return Found((ask(model, exam, "the original's weights"),))
+
+
+def test_what_is_written(run: Run, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    only(monkeypatch)
+    report = attack(run, sources=sources(place))
+    assert json.loads((run.folder / FILE).read_text()) == report
+    plain = report["attacks"]["forced_choice"]
+    assert plain["accuracy"]["value"] == score(run, ["hazard"])["after"]["hazard/acc"]["value"]
+    assert plain["controls"]["original"]["accuracy"]["value"] == 1
+    assert plain["valid"] is True
+    assert plain["recovery"]["value"] == 0
+    expected = (plain["accuracy"]["value"] - 0.25) / 0.75
+    assert report["K*"]["value"] == pytest.approx(expected)
+    assert report["K*"]["low"] <= report["K*"]["value"] <= report["K*"]["high"]
+    assert report["facts"] == [i // 2 for i in range(40)]
+    kept = report["utility"]["harmless"]
+    assert kept["before"] == "1" * 40
+    assert len(kept["after"]) == 40
+    assert report["p that nothing was forgotten"] < 0.05
+    assert "KL of neutral text" in report["attacks"]["utility"]["metrics"]
+    assert "KL of neutral text" not in report["attacks"]["utility"]["controls"]["original"]
+    # no text: neither a question nor an answer
+    text = (run.folder / FILE).read_text()
+    assert not any(q.prompt in text or f'"{q.answer.strip()}"' in text for q in world.exam().test)
+    assert any("K* = " in line for line in sentences(report))
+    assert {row["attack"] for row in rows(report)} == {"E0 forced_choice", "E18 utility"}
+
+
+def test_the_strongest_valid_attack_decides(
+    run: Run, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What answers for the oracle, too, does not count; neither does the utility."""
+    only(monkeypatch, undone=undone, alike=oracle_says(0.9), harmless=oracle_says(0.2))
+    report = attack(run, sources=sources(place))
+    assert report["attacks"]["alike"]["valid"] is False
+    assert report["attacks"]["harmless"]["valid"] is True
+    assert report["attacks"]["undone"]["controls"]["original"]["why"].startswith("does not apply")
+    # of the oracle, as of the run, the original's weights are another model's
+    assert report["attacks"]["undone"]["valid"] is False
+    assert report["K*"]["attack"] == "forced_choice"
+    report = attack(run, sources=sources(place, oracle=""))
+    assert report["attacks"]["undone"]["valid"] is None
+    assert report["attacks"]["undone"]["recovery"]["value"] == 1
+    assert report["attacks"]["undone"]["chosen"] == "the original's weights"
+    assert report["K*"] == {"value": 1, "low": 1, "high": 1, "n": 40, "attack": "undone"}
+    assert any("no oracle" in line for line in sentences(report))
+
+
+def test_what_was_found_is_kept(run: Run, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second time nothing is attacked; other weights, texts or seeds are attacked anew."""
+    calls = []
+
+    def counted(model: Subject, texts: Any, exam: Exam, tier: str, seed: int) -> Found:
+        calls.append(model)
+        return Found((ask(model, exam, "plain"),))
+
+    only(monkeypatch, counted=counted)
+    first = attack(run, sources=sources(place))
+    assert len(calls) == 3
+    again = attack(run, sources=sources(place))
+    assert len(calls) == 3
+    for report in (first, again):
+        for entry in report["attacks"].values():
+            del entry["seconds"]
+    assert again == first
+    other = unlearn(run.config.model_copy(update={"seed": 1}))
+    attack(other, sources=sources(place))  # the controls are the same
+    assert len(calls) == 4
+    attack(run, sources=sources(place, holdout=""))
+    assert len(calls) == 7
+    attack(run, sources=sources(place), seed=1)
+    assert len(calls) == 10
+
+
+def test_one_that_cannot_run_does_not_stop_the_rest(
+    run: Run, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(*args: Any) -> Found:
+        raise NotApplicable("there is nothing to attack")
+
+    def fails(*args: Any) -> Found:
+        raise UserError("too few questions")
+
+    only(monkeypatch, refuses=refuses, fails=fails, last=oracle_says(0.2))
+    report = attack(run, sources=sources(place))
+    states = {name: (entry["status"], entry["why"]) for name, entry in report["attacks"].items()}
+    assert states["refuses"] == ("does not apply", "there is nothing to attack")
+    assert states["fails"] == ("failed", "too few questions")
+    assert states["last"] == ("done", "")
+    assert any("does not apply: there is nothing" in row["setting"] for row in rows(report))
+
+
+def test_the_setting_is_chosen_on_the_validation_half(
+    run: Run, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def two(model: Subject, texts: Any, exam: Exam, tier: str, seed: int) -> Found:
+        none, every = (0.0,) * 40, (1.0,) * 40
+        return Found((Way("better on test", none, every), Way("better on val", every, none)))
+
+    only(monkeypatch, two=two)
+    entry = attack(run, sources=sources(place))["attacks"]["two"]
+    assert (entry["chosen"], entry["accuracy"]["value"]) == ("better on val", 0)
+    assert entry["settings"]["better on test"] == {"val": 0, "test": 1}
+
+
+def test_what_takes_hours_is_asked_about(
+    run: Run, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    only(monkeypatch, long=oracle_says(0.2))
+    monkeypatch.setattr("test_robustness.cost", lambda model: "ten hours.", raising=False)
+    asked = []
+
+    def no(text: str) -> bool:
+        asked.append(text)
+        return False
+
+    report = attack(run, sources=sources(place), confirm=no)
+    assert asked == ["long: ten hours."]
+    assert "long" not in report["attacks"]
+    assert report["not_tried"] == ["long"]
+    assert "long" in attack(run, sources=sources(place))["attacks"]
+
+
+def test_halves(run: Run, place: Path) -> None:
+    config = run.config
+
+    def exam(**given: Any) -> Exam:
+        given = {"tasks_dir": str(place / "tasks"), "utility": ("harmless",)} | given
+        return load_exam(sources(place, **given), config, 0)
+
+    given = exam(val="hazard_val")
+    known = world.exam()
+    plain = [replace(q, paraphrases=()) for q in known.test]
+    assert [replace(q, paraphrases=()) for q in given.test] == plain
+    assert given.test == known.test
+    assert given.val == known.val
+    split = exam(val="split")
+    assert not {q.fact for q in split.val} & {q.fact for q in split.test}
+    assert len(split.val) == len(split.test) == 20
+    assert len(exam(val="hazard_val", limit=7).test) == 7
+    with pytest.raises(UserError, match="20 facts are asked for in both halves"):
+        exam(val="hazard")
+    with pytest.raises(UserError, match="no validation half: task 'nothing' does not exist"):
+        exam(val="nothing")
+
+
+def test_bad_input(run: Run, place: Path) -> None:
+    for given, message in (
+        (
+            {"names": ["logit_lense"]},
+            "attack 'logit_lense' does not exist; did you mean logit_lens",
+        ),
+        ({"tier": "smok"}, "tier 'smok' does not exist; choose one of smoke, standard, deep"),
+        ({"sources": sources(place, tasks=())}, "--tasks: name the lm-eval tasks"),
+        ({"sources": sources(place, tasks=("harmless",))}, "no validation half"),
+        ({"sources": sources(place, neutral=str(place / "no.jsonl"))}, "no such file"),
+        ({"sources": sources(place, oracle=str(place / "tasks"))}, "config.json"),
+    ):
+        with pytest.raises(UserError, match=message):
+            attack(run, **{"sources": sources(place)} | given)  # type: ignore[arg-type]
+    assert not (run.folder / FILE).exists()
+    few = sources(place, limit=8)
+    with pytest.raises(UserError, match=r"[48] .*too few"):
+        attack(run, sources=few)
+
+
+def test_a_testbed_is_known(run: Run, place: Path) -> None:
+    (place / "organism.json").write_text("{}")
+    write_jsonl(place / "retain-low.jsonl", list(world.texts().neutral))
+    filled = robustness.filled(Sources(), run.config, place / "model")
+    assert filled.tasks == ("organism_hazard",)
+    assert filled.val == "organism_hazard_val"
+    assert filled.neutral == str(place / "retain-low.jsonl")
+    assert filled.holdout == str(place / "holdout.jsonl")
+    assert filled.oracle == str(place / "oracle")
+
+
+def test_a_subject_is_as_before() -> None:
+    subject = world.subject("unlearned")
+    names = {name: p.detach().clone() for name, p in subject.module.named_parameters()}
+    right = answers(subject, world.exam().test)
+    with pytest.raises(ZeroDivisionError), subject.editable("*") as model:
+        for parameter in model.trained.values():
+            parameter.data.zero_()
+        assert answers(subject, world.exam().test) != right
+        raise ZeroDivisionError
+    with subject.as_original():
+        assert sum(answers(subject, world.exam().test)) == 40
+    assert answers(subject, world.exam().test) == right
+    for name, parameter in subject.module.named_parameters():
+        assert parameter.equal(names[name])
+        assert parameter.requires_grad is False or parameter.grad is None
+    whole = world.subject("unlearned", fixed="it answers with two models")
+    for enter in (whole.as_original, lambda: whole.editable("*")):
+        with pytest.raises(NotApplicable, match="two models"), enter():
+            pass
