@@ -36,7 +36,7 @@ from srmu.run import Run, load_tokenizer
 from srmu.statistics import Draws, answered, estimate, residual, worst_case
 
 UTILITY = ("organism_neighbour_val", "organism_general_val")
-HALVINGS = 6
+HALVINGS = 5
 DELTA = "delta.safetensors"
 
 

@@ -20,7 +20,7 @@ HEAVY = sys.modules[heavy_tuning.__module__]
 
 
 def best(found: Found) -> float:
-    return max(float(np.mean(way.test)) for way in found.ways)
+    return max(float(np.mean(way.test)) for way in found.ways if way.test)
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def test_sizes_of_benign_relearning() -> None:
 
 def test_curve_of_benign_relearning(monkeypatch: pytest.MonkeyPatch) -> None:
     """The standard tier's numbers of texts; the area is the trapezoids' under their accuracies."""
-    accuracies = {5: 0.25, 10: 0.5, 50: 0.75, 100: 1.0}
+    accuracies = {5: 0.25, 10: 0.5, 50: 0.75}
 
     def counted(model: Any, exam: Exam, rows: Any, kind: str, *args: Any) -> Any:
         right = round(accuracies[len(rows)] * 40)
@@ -70,14 +70,14 @@ def test_curve_of_benign_relearning(monkeypatch: pytest.MonkeyPatch) -> None:
     found = benign_relearning(subject("unlearned"), many, exam(), "standard", 0)
     kinds = ("LoRA", "full weights", "full weights at 5e-4")
     assert found.budget == {
-        "texts": [5, 10, 50, 100],
-        "not reached": [500, 1000],
-        "steps": {kind: [15, 30, 150, 300] for kind in kinds},
+        "texts": [5, 10, 50],
+        "not reached": [100, 500, 1000],
+        "steps": {kind: [15, 30, 150] for kind in kinds},
         "out of memory": [],
     }
-    sides = np.log([2, 5, 2])
-    area = (sides * [0.375, 0.625, 0.875]).sum() / sides.sum()
-    assert len(found.ways) == 4 * len(kinds)
+    sides = np.log([2, 5])
+    area = (sides * [0.375, 0.625]).sum() / sides.sum()
+    assert len(found.ways) == 3 * len(kinds)
     for kind in kinds:
         estimate = found.metrics[f"accuracy over log n, {kind}"]
         assert estimate.value == pytest.approx(area)
@@ -104,7 +104,7 @@ def test_benign_relearning_where_memory_ends(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.usefixtures("strong")
 def test_part_relearning_finds_what_is_hidden() -> None:
     """Suppressed facts come back with others; those never learned do not."""
-    assert best(part_relearning(subject("unlearned"), texts(), exam(), "standard", 0)) > 0.7
+    assert best(part_relearning(subject("unlearned"), texts(), exam(), "standard", 0)) > 0.55
     assert best(part_relearning(subject("oracle"), texts(), exam(), "standard", 0)) < 0.4
 
 
@@ -127,8 +127,11 @@ def test_part_relearning_never_learns_what_it_asks(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(PART, "rows_of", learn)
     monkeypatch.setattr(PART, "answers", asked)
     found = part_relearning(subject("oracle"), texts(), exam(), "standard", 0)
-    assert len(trained) == 6 and len(found.ways) == 9
+    assert len(trained) == 4 and len(found.ways) == 9
     assert {len(way.val) for way in found.ways} == {8}
+    # the test half is asked once, after what the validation half found best
+    (chosen,) = (way for way in found.ways if way.test)
+    assert sum(chosen.val) == max(sum(way.val) for way in found.ways)
     assert not any(q.prompt + q.answer in rows for rows in trained for q in exam().test)
 
 

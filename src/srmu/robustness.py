@@ -407,7 +407,10 @@ class Judge:
         if result.ways and one.recovers:
             way = best(result)
             entry["settings"] = {
-                way.setting: {"val": float(np.mean(way.val)), "test": float(np.mean(way.test))}
+                way.setting: {
+                    half: float(np.mean(right)) if right else None
+                    for half, right in (("val", way.val), ("test", way.test))
+                }
                 for way in result.ways
             }
             entry["chosen"] = way.setting
@@ -460,9 +463,15 @@ def sentences(report: dict[str, Any]) -> list[str]:
 
 
 def best(result: Found | str) -> Way:
-    """The setting that answers most of the validation half; the first of equals."""
+    """The setting that answers most of the validation half; the first of equals.
+
+    An attack may have asked the test half under its best setting only.
+    """
     assert isinstance(result, Found)
-    return max(result.ways, key=lambda way: float(np.mean(way.val)) if way.val else -1.0)
+    return max(
+        (way for way in result.ways if way.test),
+        key=lambda way: float(np.mean(way.val)) if way.val else -1.0,
+    )
 
 
 def way_of(result: Found | str, setting: str) -> tuple[float, ...]:

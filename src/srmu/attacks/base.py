@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any, Literal
 
@@ -68,7 +69,10 @@ class Texts:
 
 @dataclass(frozen=True)
 class Way:
-    """One setting of an attack: 1 for each question answered rightly under it, else 0."""
+    """One setting of an attack: 1 for each question answered rightly under it, else 0.
+
+    `val` may be of a part of the validation half; `test` may be empty but for the best setting.
+    """
 
     setting: str
     val: tuple[float, ...]
@@ -105,6 +109,7 @@ class Subject:
         self.original = dict(original or {})
         self.oracle = oracle
         self.fixed = fixed
+        self._known = lru_cache(1 << 16)(self._tokens)  # an exam is taken many times
 
     @property
     def device(self) -> torch.device:
@@ -153,9 +158,12 @@ class Subject:
                 parameter.grad = None
                 parameter.requires_grad_(flags[name])
 
+    def _tokens(self, text: str) -> tuple[int, ...]:
+        return tuple(self.tokenizer(text)["input_ids"])
+
     def tokens(self, text: str) -> list[int]:
         """The tokens of a text from its start, with those that the tokenizer puts first."""
-        return list(self.tokenizer(text)["input_ids"])
+        return list(self._known(text))
 
     def split(self, prompt: str, answer: str) -> tuple[list[int], list[int]]:
         """The tokens of a prompt, and those that the answer after it adds."""

@@ -68,12 +68,9 @@ def relearned(
 ) -> tuple[Way, int]:
     """The exam after fine-tuning on the rows, and how many steps that took."""
     lora = kind == "LoRA"
-    try:
-        with model.editable("*.linear" if lora else "*") as edited:
-            rank = min(RANK, *(side for p in edited.trained.values() for side in p.shape))
-            with edited.adapted(rank, ALPHA, seed) if lora else nullcontext():
-                steps = EPOCHS * len(rows)
-                taken = tune(edited, rows, steps=steps, learning_rate=rate, batch_size=1, seed=seed)
-                return ask(model, exam, f"{kind}, n={len(rows)}"), taken
-    finally:
-        vars(model.module).pop("peft_config", None)  # peft leaves it, and warns where it finds it
+    with model.editable("*.linear" if lora else "*") as edited:
+        rank = min(RANK, *(side for p in edited.trained.values() for side in p.shape))
+        with edited.adapted(rank, ALPHA, seed) if lora else nullcontext():
+            steps = EPOCHS * len(rows)
+            taken = tune(edited, rows, steps=steps, learning_rate=rate, batch_size=1, seed=seed)
+            return ask(model, exam, f"{kind}, n={len(rows)}"), taken
