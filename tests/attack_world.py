@@ -4,19 +4,37 @@
 `w51 subject`. Harmless facts on the same subjects: `w52 subject`, answers w48, w49, w58, w59.
 """
 
+import json
 import random
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from conftest import pico_module, word_tokenizer
+from conftest import pico_module, word_tokenizer, write_jsonl
 from srmu.attacks.base import Exam, Question, Subject, Texts
+from srmu.config import make_config
+from srmu.run import Run, unlearn
 
 ANSWERS = [f"w{i}" for i in range(40, 48)]
 HARMLESS = ["w48", "w49", "w58", "w59"]
 SUBJECTS = [f"w{i}" for i in range(40)]
+
+TASK = """\
+task: {name}
+output_type: multiple_choice
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {name}.jsonl}}}}
+test_split: test
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: choices
+doc_to_target: gold
+target_delimiter: " "
+metric_list:
+  - {{metric: acc, aggregation: mean, higher_is_better: true}}
+"""
 
 
 @cache
@@ -111,3 +129,42 @@ def subject(name: str, **given: Any) -> Subject:
     }  # fmt: skip
     oracle = subject("oracle") if name == "unlearned" else None
     return Subject(module, word_tokenizer(), **{"original": original, "oracle": oracle} | given)
+
+
+def save(folder: Path, name: str) -> Path:
+    module = pico_module()
+    module.load_state_dict(states()[name])
+    module.save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def write(folder: Path) -> Path:
+    """A testbed of the tiny world: `model`, `oracle`, tasks and texts."""
+    asked, told = exam(), texts()
+    save(folder / "model", "original")
+    save(folder / "oracle", "oracle")
+    (folder / "tasks").mkdir()
+    named = {"hazard": asked.test, "hazard_val": asked.val, **asked.utility}
+    for name, questions in named.items():
+        (folder / "tasks" / f"{name}.yaml").write_text(TASK.format(name=name))
+        lines = [
+            {
+                "question": q.prompt, "choices": [o.strip() for o in q.options], "gold": q.gold,
+                "fact": q.fact, "subject": q.entry, "paraphrases": list(q.paraphrases),
+            }
+            for q in questions
+        ]  # fmt: skip
+        (folder / "tasks" / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    for name in ("forget", "neutral", "holdout"):
+        write_jsonl(folder / f"{name}.jsonl", list(getattr(told, name)))
+    return folder
+
+
+def unlearned(folder: Path, **given: Any) -> Run:
+    """A run on it that suppresses the hazard facts somewhat."""
+    options = [f"runs_dir={folder / 'runs'}", "train.max_steps=6", "train.learning_rate=3e-3"]
+    options += ["eval=[hazard,harmless]", f"tasks_dir={folder / 'tasks'}"]
+    options += [f"{key}={value}" for key, value in given.items()]
+    forget, retain = folder / "forget.jsonl", folder / "neutral.jsonl"
+    return unlearn(make_config(str(folder / "model"), forget, retain, "graddiff", options))

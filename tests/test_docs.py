@@ -1,5 +1,6 @@
 """What README and docs say to type works, and every command they name exists."""
 
+import json
 import re
 import shlex
 import shutil
@@ -34,6 +35,10 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write_jsonl(tmp_path / "forget.jsonl", texts(10, 1, range(30)))
     write_jsonl(tmp_path / "retain.jsonl", texts(7, 2, range(20, 60)))
     shutil.copytree(ROOT / "tests" / "tasks", tmp_path / "tasks")
+    words = [f"w{i}" for i in range(4)]
+    asked = [{"question": f"w{i} w{i + 1}", "options": words, "answer": i % 4} for i in range(48)]
+    lines = "".join(json.dumps(row) + "\n" for row in asked)
+    (tmp_path / "tasks" / "quiz.jsonl").write_text(lines)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -50,12 +55,12 @@ def test_readme_commands_run(place: Path, monkeypatch: pytest.MonkeyPatch) -> No
     for arguments in commands(ROOT / "README.md"):
         if arguments[0] in SLOW or any("organism" in word for word in arguments):
             continue
-        if "RUN" in arguments:
-            newest = max((place / "runs").iterdir(), key=lambda p: p.stat().st_mtime)
-            arguments[arguments.index("RUN")] = str(newest)
+        made = (place / "runs").glob("*")
+        newest = max(made, key=lambda p: p.stat().st_mtime, default="")
+        arguments = [str(newest) if word.endswith("RUN") else word for word in arguments]
         assert run(arguments, monkeypatch) == 0, arguments
         ran.append(arguments[0])
-    assert {"unlearn", "eval", "export"} <= set(ran)
+    assert {"unlearn", "eval", "export", "attack", "compare", "entanglement"} <= set(ran)
 
 
 def test_readme_python_runs(place: Path) -> None:
@@ -99,3 +104,11 @@ def test_module_runs() -> None:
     done = subprocess.run([sys.executable, "-m", "srmu", "--help"], capture_output=True, text=True)
     assert done.returncode == 0
     assert "unlearn" in done.stdout
+
+
+def test_every_attack_is_on_its_page() -> None:
+    from srmu.attacks import ATTACKS
+
+    page = (ROOT / "docs" / "attacks.md").read_text()
+    rows = re.findall(r"^\| (E\d+) \| `(\w+)` \| (\w+)", page, flags=re.MULTILINE)
+    assert rows == [(one.id, name, one.tier) for name, one in ATTACKS.items()]

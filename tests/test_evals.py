@@ -563,3 +563,31 @@ def test_interval_stays_between_nought_and_one():
     assert interval([0.0], 10)[0] == 0.0
     assert interval([1.0], 10)[1] == 1.0
     assert interval([0.0, 1.0], 10) == (0.0, 1.0)
+
+
+def test_questions_are_what_the_harness_asks(tmp_path):
+    """A task as MMLU's: the options in the prompt, letters as answers."""
+    rows = [
+        {"question": f"w{i} ?", "options": [f"w{i + j}" for j in range(4)], "answer": i % 4}
+        for i in range(6)
+    ]
+    folder = write_task(tmp_path / "tasks", rows)
+    listed = "\\n".join(f"{x}. {{{{options[{i}]}}}}" for i, x in enumerate("ABCD"))
+    config = (folder / "quiz.yaml").read_text()
+    config = config.replace('"{{question}}"', f'"{{{{question}}}}\\n{listed}\\nAnswer:"')
+    config = config.replace('"{{options}}"', "[A, B, C, D]")
+    (folder / "quiz.yaml").write_text("description: 'Choose. '\n" + config)
+    found = evals.questions("quiz", folder)
+    assert found[1][:3] == (
+        "Choose. w1 ?\nA. w1\nB. w2\nC. w3\nD. w4\nAnswer:",
+        [" A", " B", " C", " D"],
+        1,
+    )
+    assert [gold for _, _, gold, _ in found] == [row["answer"] for row in rows]
+    assert found[5][3]["question"] == "w5 ?"
+    with pytest.raises(UserError, match="task 'quizz' does not exist, did you mean quiz"):
+        evals.questions("quizz", folder)
+    text = (folder / "quiz.yaml").read_text().replace("multiple_choice", "generate_until")
+    (folder / "quiz.yaml").write_text(text)
+    with pytest.raises(UserError, match="not made of questions with options"):
+        evals.questions("quiz", folder)

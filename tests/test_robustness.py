@@ -9,68 +9,24 @@ from typing import Any
 import pytest
 
 import attack_world as world
-from conftest import pico_module, word_tokenizer, write_jsonl
+from conftest import write_jsonl
 from srmu import attacks, robustness
 from srmu.attacks.base import Exam, Found, NotApplicable, Subject, Way, answers, ask
-from srmu.config import make_config
 from srmu.errors import UserError
 from srmu.measuring import rows
 from srmu.robustness import FILE, Sources, attack, load_exam, sentences
 from srmu.run import Run, unlearn
 from srmu.scoring import score
 
-TASK = """\
-task: {name}
-output_type: multiple_choice
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {name}.jsonl}}}}
-test_split: test
-doc_to_text: "{{{{question}}}}"
-doc_to_choice: choices
-doc_to_target: gold
-target_delimiter: " "
-metric_list:
-  - {{metric: acc, aggregation: mean, higher_is_better: true}}
-"""
-
-
-def save(folder: Path, name: str) -> Path:
-    module = pico_module()
-    module.load_state_dict(world.states()[name])
-    module.save_pretrained(folder)
-    word_tokenizer().save_pretrained(folder)
-    return folder
-
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
-    """A testbed of the tiny world: `model`, `oracle`, tasks and texts."""
-    exam, texts = world.exam(), world.texts()
-    save(tmp_path / "model", "original")
-    save(tmp_path / "oracle", "oracle")
-    (tmp_path / "tasks").mkdir()
-    named = {"hazard": exam.test, "hazard_val": exam.val, **exam.utility}
-    for name, asked in named.items():
-        (tmp_path / "tasks" / f"{name}.yaml").write_text(TASK.format(name=name))
-        lines = [
-            {
-                "question": q.prompt, "choices": [o.strip() for o in q.options], "gold": q.gold,
-                "fact": q.fact, "subject": q.entry, "paraphrases": list(q.paraphrases),
-            }
-            for q in asked
-        ]  # fmt: skip
-        (tmp_path / "tasks" / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    for name in ("forget", "neutral", "holdout"):
-        write_jsonl(tmp_path / f"{name}.jsonl", list(getattr(texts, name)))
-    return tmp_path
+    return world.write(tmp_path)
 
 
 @pytest.fixture
 def run(place: Path) -> Run:
-    options = [f"runs_dir={place / 'runs'}", "train.max_steps=6", "train.learning_rate=3e-3"]
-    options += ["eval=[hazard,harmless]", f"tasks_dir={place / 'tasks'}"]
-    forget, retain = place / "forget.jsonl", place / "neutral.jsonl"
-    return unlearn(make_config(str(place / "model"), forget, retain, "graddiff", options))
+    return world.unlearned(place)
 
 
 def sources(place: Path, **given: Any) -> Sources:
