@@ -201,10 +201,12 @@ def test_halves(run: Run, place: Path) -> None:
     assert [replace(q, paraphrases=()) for q in given.test] == plain
     assert given.test == known.test
     assert given.val == known.val
-    split = exam(val="split")
-    assert not {q.fact for q in split.val} & {q.fact for q in split.test}
-    assert len(split.val) == len(split.test) == 20
-    assert len(exam(val="hazard_val", limit=7).test) == 7
+    both = exam(tasks=("hazard", "hazard_val"), val="split")
+    assert not {q.fact for q in both.val} & {q.fact for q in both.test}
+    assert len(both.val) == len(both.test) == 40
+    with pytest.raises(UserError, match="--tasks ask for 10 facts, too few for an interval: 20"):
+        exam(val="split")
+    assert len(exam(val="hazard_val", limit=39).test) == 39
     with pytest.raises(UserError, match="20 facts are asked for in both halves"):
         exam(val="hazard")
     with pytest.raises(UserError, match="no validation half: task 'nothing' does not exist"):
@@ -227,7 +229,7 @@ def test_bad_input(run: Run, place: Path) -> None:
             attack(run, **{"sources": sources(place)} | given)  # type: ignore[arg-type]
     assert not (run.folder / FILE).exists()
     few = sources(place, limit=8)
-    with pytest.raises(UserError, match=r"[48] .*too few"):
+    with pytest.raises(UserError, match=r"ask for [4-8] facts, too few"):
         attack(run, sources=few)
 
 

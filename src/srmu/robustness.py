@@ -37,7 +37,16 @@ from srmu.evals import questions
 from srmu.files import cache_dir, sha256, write_json
 from srmu.loading import load_module, read_config
 from srmu.run import Run, find_device, load_tokenizer
-from srmu.statistics import Estimate, accuracy, answered, bootstrap, mcnemar, residual, worst_case
+from srmu.statistics import (
+    LEAST,
+    Estimate,
+    accuracy,
+    answered,
+    bootstrap,
+    mcnemar,
+    residual,
+    worst_case,
+)
 
 FILE = "attacks.json"
 CONTROLS = ("original", "oracle")
@@ -198,6 +207,12 @@ def load_exam(sources: Sources, config: Config, seed: int) -> Exam:
         raise UserError(
             f"{len(both)} facts are asked for in both halves, the tasks and their --val"
         )
+    for part, option in ((some(test), "--tasks"), (some(val), "--val")):
+        if (count := len({q.fact for q in part})) < LEAST:
+            raise UserError(
+                f"{option} ask for {count} facts, too few for an interval: {LEAST} or more in each "
+                "half; name more tasks, or raise --limit"
+            )
     return Exam(some(test), some(val), {task: some(asked(task)) for task in sources.utility})
 
 
