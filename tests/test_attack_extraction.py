@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 import torch
 
@@ -46,7 +48,7 @@ def test_strengths_are_those_of_growing_prefixes(
                 return 1 - k / len(answer)
         return 0.0
 
-    monkeypatch.setattr("srmu.attacks.extraction.POSITIONS", 40)  # several batches
+    monkeypatch.setattr(sys.modules["srmu.attacks.extraction"], "POSITIONS", 40)  # several batches
     found = extraction_strengths(model, pairs)
     assert found == pytest.approx([naive(*pair) for pair in pairs])
     assert len(set(found)) > 2

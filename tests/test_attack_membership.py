@@ -1,6 +1,7 @@
 """Membership attacks where it is known who was a member."""
 
 import random
+import sys
 import zlib
 
 import numpy as np
@@ -93,12 +94,12 @@ def test_batches_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     model = subject("unlearned")
     rows = random_texts(9, 4)
     whole = scores(model, rows)
-    monkeypatch.setattr("srmu.attacks.membership.LOGITS", 1)
+    monkeypatch.setattr(sys.modules["srmu.attacks.membership"], "LOGITS", 1)
     np.testing.assert_allclose(scores(model, rows), whole, rtol=1e-4)
 
 
 def test_subject_is_as_before_and_the_seed_decides(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("srmu.attacks.membership.COUNT", 40)
+    monkeypatch.setattr(sys.modules["srmu.attacks.membership"], "COUNT", 40)
     model = subject("unlearned")
     before = {name: tensor.clone() for name, tensor in model.module.state_dict().items()}
     state, torch_state = random.getstate(), torch.get_rng_state()
