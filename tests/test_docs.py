@@ -38,7 +38,10 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     words = [f"w{i}" for i in range(4)]
     asked = [{"question": f"w{i} w{i + 1}", "options": words, "answer": i % 4} for i in range(48)]
     lines = "".join(json.dumps(row) + "\n" for row in asked)
-    (tmp_path / "tasks" / "quiz.jsonl").write_text(lines)
+    config = (tmp_path / "tasks" / "quiz.yaml").read_text()
+    for name in ("quiz", "kept"):
+        (tmp_path / "tasks" / f"{name}.jsonl").write_text(lines)
+        (tmp_path / "tasks" / f"{name}.yaml").write_text(config.replace("quiz", name))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -57,7 +60,9 @@ def test_readme_commands_run(place: Path, monkeypatch: pytest.MonkeyPatch) -> No
             continue
         made = (place / "runs").glob("*")
         newest = max(made, key=lambda p: p.stat().st_mtime, default="")
-        arguments = [str(newest) if word.endswith("RUN") else word for word in arguments]
+        arguments = [
+            str(newest) if word == "RUN" else word for word in arguments if word != "OTHER_RUN"
+        ]
         assert run(arguments, monkeypatch) == 0, arguments
         ran.append(arguments[0])
     assert {"unlearn", "eval", "export", "attack", "compare", "entanglement"} <= set(ran)

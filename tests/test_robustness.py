@@ -188,6 +188,21 @@ def test_what_takes_hours_is_asked_about(
     assert "long" in attack(run, sources=sources(place))["attacks"]
 
 
+def test_nothing_forgotten_is_no_recovery() -> None:
+    """A share of nothing: no number, and no warning."""
+    names = [str(i) for i in range(40)]
+    judge = robustness.Judge(names, 0.25, 0, (1.0,) * 40, (1.0,) * 40, None)
+    assert judge.recovery((1.0,) * 40) is None
+    some = (1.0,) * 38 + (0.0,) * 2  # within two standard errors of nothing
+    assert robustness.Judge(names, 0.25, 0, (1.0,) * 40, some, None).recovery(some) is None
+    half = (1.0,) * 20 + (0.0,) * 20
+    found = robustness.Judge(names, 0.25, 0, (1.0,) * 40, half, None).recovery(
+        (1.0,) * 30 + half[30:]
+    )
+    assert found is not None
+    assert found["value"] == 0.5
+
+
 def test_halves(run: Run, place: Path) -> None:
     config = run.config
 

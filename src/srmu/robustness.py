@@ -37,7 +37,9 @@ from srmu.evals import questions
 from srmu.files import cache_dir, sha256, write_json
 from srmu.loading import load_module, read_config
 from srmu.run import Run, find_device, load_tokenizer
+from srmu.scoring import tasks_beside
 from srmu.statistics import (
+    KNOWN,
     LEAST,
     Estimate,
     accuracy,
@@ -153,7 +155,7 @@ def filled(sources: Sources, config: Config, base: Path) -> Sources:
         tasks=tasks,
         val=sources.val or ",".join(f"{task}_val" for task in tasks),
         utility=sources.utility or tuple(task for task in config.eval if task not in tasks),
-        tasks_dir=sources.tasks_dir or str(config.tasks_dir or ""),
+        tasks_dir=sources.tasks_dir or str(config.tasks_dir or tasks_beside(base) or ""),
         neutral=sources.neutral or of_testbed("retain-low.jsonl"),
         holdout=sources.holdout or of_testbed("holdout.jsonl"),
         oracle=sources.oracle or of_testbed("oracle"),
@@ -437,11 +439,12 @@ class Judge:
         """R = (Aa - Au) / (A0 - Au); none where what was forgotten is under two standard errors."""
         table = np.stack([self.before, self.after, right], axis=1)
         gap = bootstrap([table], [self.names], lambda m: m[..., 0] - m[..., 1], seed=self.seed)
-        if gap.value < 2 * (gap.high - gap.low) / (2 * 1.96):
+        if gap.value <= 0 or gap.value < 2 * (gap.high - gap.low) / (2 * 1.96):
             return None
 
         def share(means: Any) -> Any:
-            return (means[..., 2] - means[..., 1]) / (means[..., 0] - means[..., 1])
+            forgotten = np.maximum(means[..., 0] - means[..., 1], KNOWN)  # in some resample 0
+            return (means[..., 2] - means[..., 1]) / forgotten
 
         return asdict(bootstrap([table], [self.names], share, seed=self.seed))
 
@@ -469,6 +472,8 @@ def sentences(report: dict[str, Any]) -> list[str]:
         f"K* = {worst['value']:.2f} (95 % interval {worst['low']:.2f} to {worst['high']:.2f}): the "
         f"share of the original knowledge that {worst['attack']} ({entry['chosen']}) found",
     ]
+    if report["original"]["accuracy"]["low"] <= report["chance"]:
+        lines.append("the original does no better than guessing on these: K* says nothing here")
     if not report["oracle"]:
         lines.append("no oracle: whether an attack finds what was never known is not checked")
     if report["not_tried"]:

@@ -45,10 +45,7 @@ def score(
             tasks_dir = run.config.tasks_dir
     if not tasks:
         raise UserError("no task named; give --tasks a,b")
-    if tasks_dir is not None:
-        tasks_dir = Path(tasks_dir)
-    elif (folder.parent / "tasks").is_dir():
-        tasks_dir = folder.parent / "tasks"
+    tasks_dir = Path(tasks_dir) if tasks_dir is not None else tasks_beside(folder)
     tokenizer = load_tokenizer(folder)
     module = load_module(folder).eval().to(find_device(device))
 
@@ -77,3 +74,9 @@ def score(
     write_json(run.folder / "before.json", scores["before"])
     write_json(run.folder / "results.json", scores["after"])
     return scores
+
+
+def tasks_beside(folder: Path) -> Path | None:
+    """Where the tasks that come with a model are, as in a testbed."""
+    found = folder.parent / "tasks"
+    return found if found.is_dir() else None

@@ -20,7 +20,7 @@ from srmu.attacks.base import (
 from srmu.losses import predicted, token_kl, token_nll
 from srmu.model import Batch
 from srmu.sampling import joined
-from srmu.statistics import Estimate, accuracy, bootstrap
+from srmu.statistics import LEAST, Estimate, accuracy, bootstrap
 from srmu.train import to
 
 COUNT = 64  # texts read
@@ -36,9 +36,22 @@ def utility(model: Subject, texts: Texts, exam: Exam, tier: Tier, seed: int) -> 
     found = {
         f"accuracy, {task}": accuracy(kept[task], facts(asked), seed=seed)
         for task, asked in exam.utility.items()
+        if len({*facts(asked)}) >= LEAST
     }
     rows = [model.tokens(text)[:LENGTH] for text in texts.neutral[:COUNT]]
     rows = [row for row in rows if len(row) > 1]
+    if len(rows) >= LEAST:
+        found |= read(model, rows, seed)
+    prompts = [model.tokens(q.prompt) for q in exam.test[:COUNT]]
+    repeats = repetition(model, prompts)
+    found["repetition"] = bootstrap([repeats], [facts(exam.test[:COUNT])], seed=seed)
+    budget = {"neutral texts": len(rows), "prompts continued": len(prompts)}
+    ways = tuple(Way(task, (), right) for task, right in kept.items())
+    return Found(ways, found, budget | {"new tokens": NEW_TOKENS})
+
+
+def read(model: Subject, rows: Sequence[list[int]], seed: int) -> dict[str, Estimate]:
+    """What a token of the texts costs, and how far the model is from the original on them."""
     costs, drifts = [], []
     for batch in batches(model, rows):
         logits, before = both(model, batch)
@@ -49,17 +62,15 @@ def utility(model: Subject, texts: Texts, exam: Exam, tier: Tier, seed: int) -> 
             kl = token_kl(before, logits) * mask
             drifts += (kl.sum(dim=1) / mask.sum(dim=1)).tolist()
     names = list(range(len(costs)))
-    found["nats a neutral token"] = cost = bootstrap([costs], [names], seed=seed)
+    cost = bootstrap([costs], [names], seed=seed)
     low, high = exp(cost.low), exp(cost.high)
-    found["perplexity of neutral text"] = Estimate(exp(cost.value), low, high, cost.n)
+    found = {
+        "nats a neutral token": cost,
+        "perplexity of neutral text": Estimate(exp(cost.value), low, high, cost.n),
+    }
     if drifts:
         found["KL of neutral text"] = bootstrap([drifts], [names], seed=seed)
-    prompts = [model.tokens(q.prompt) for q in exam.test[:COUNT]]
-    repeats = repetition(model, prompts)
-    found["repetition"] = bootstrap([repeats], [facts(exam.test[:COUNT])], seed=seed)
-    budget = {"neutral texts": len(rows), "prompts continued": len(prompts)}
-    ways = tuple(Way(task, (), right) for task, right in kept.items())
-    return Found(ways, found, budget | {"new tokens": NEW_TOKENS})
+    return found
 
 
 def batches(model: Subject, rows: Sequence[list[int]]) -> Iterator[Batch]:
