@@ -129,7 +129,8 @@ def row(label: str, regime: str, reports: Sequence[dict[str, Any]], shares: Sequ
         draws = Draws()
         values = [statistic(draws.means(t, f)) for t, f in zip(tables, facts, strict=True)]
         n = min(len(f) for f in facts)
-        return estimate(draws.over_seeds(np.stack(values, axis=1)), n)
+        # what is added for the draw of seeds may lead out of what an accuracy can be
+        return estimate(draws.over_seeds(np.stack(values, axis=1)).clip(0, 1), n)
 
     facts = [report["facts"] for report in reports]
     plain = [answered(r["attacks"]["forced_choice"]["right"]) for r in reports]
@@ -208,7 +209,11 @@ def main(path: Path, out: Path, budget: float, tier: str) -> None:
     text = "\n".join(table(["entangled", "method", "share", *metrics, "strongest attack"], lines))
     attacks = [*dict.fromkeys(name for r in rows for name in r["by attack"])]
     cells = [
-        [r["regime"], r["label"], *(f"{100 * r['by attack'].get(a, np.nan):.0f}" for a in attacks)]
+        [
+            r["regime"],
+            r["label"],
+            *(f"{100 * r['by attack'].get(a, np.nan):.0f}".replace("nan", "") for a in attacks),
+        ]
         for r in rows
     ]
     text += "\n\n" + "\n".join(table(["entangled", "method", *attacks], cells))

@@ -161,10 +161,10 @@ def write(folder: Path) -> Path:
     return folder
 
 
-def unlearned(folder: Path, **given: Any) -> Run:
+def unlearned(folder: Path, method: str = "graddiff", **given: Any) -> Run:
     """A run on it that suppresses the hazard facts somewhat."""
     options = [f"runs_dir={folder / 'runs'}", "train.max_steps=6", "train.learning_rate=3e-3"]
     options += ["eval=[hazard,harmless]", f"tasks_dir={folder / 'tasks'}"]
     options += [f"{key}={value}" for key, value in given.items()]
     forget, retain = folder / "forget.jsonl", folder / "neutral.jsonl"
-    return unlearn(make_config(str(folder / "model"), forget, retain, "graddiff", options))
+    return unlearn(make_config(str(folder / "model"), forget, retain, method, options))

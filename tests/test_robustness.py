@@ -11,7 +11,7 @@ import pytest
 import attack_world as world
 from conftest import write_jsonl
 from srmu import attacks, robustness
-from srmu.attacks.base import Exam, Found, NotApplicable, Subject, Way, answers, ask
+from srmu.attacks.base import Exam, Found, NotApplicable, Subject, Way, answers, ask, option_scores
 from srmu.errors import UserError
 from srmu.measuring import rows
 from srmu.robustness import FILE, Sources, attack, load_exam, sentences
@@ -186,6 +186,27 @@ def test_what_takes_hours_is_asked_about(
     assert "long" not in report["attacks"]
     assert report["not_tried"] == ["long"]
     assert "long" in attack(run, sources=sources(place))["attacks"]
+
+
+def test_two_models_at_inference_are_attacked_together(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who's Harry Potter's logits: its two models answer, and its weights are not attacked."""
+    settings = {"mode": "logits", "strength": 30, "teacher_steps": 6, "teacher_learning_rate": 3e-3}
+    given = {f"method.{key}": value for key, value in settings.items()}
+    run = world.unlearned(place, "whp", **given)
+    said = []
+
+    def listen(model: Subject, texts: Any, exam: Exam, tier: str, seed: int) -> Found:
+        said.append(option_scores(model, exam.test))
+        return Found()
+
+    only(monkeypatch, listen=listen, quantisation=attacks.ATTACKS["quantisation"].run)
+    report = attack(run, sources=sources(place, oracle=""))["attacks"]
+    assert len(said) == 2
+    assert said[0] != said[1]
+    assert report["quantisation"]["status"] == "does not apply"
+    assert "two models" in report["quantisation"]["why"]
 
 
 def test_nothing_forgotten_is_no_recovery() -> None:

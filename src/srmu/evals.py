@@ -12,7 +12,6 @@ from copy import deepcopy
 from difflib import get_close_matches
 from functools import cache, lru_cache, partial
 from importlib.metadata import version
-from inspect import signature
 from itertools import groupby
 from math import isfinite
 from pathlib import Path
@@ -167,7 +166,7 @@ def _harness(model: Any, tokenizer: Any, batch_size: int) -> Iterator[Any]:
     from lm_eval.models.huggingface import HFLM
     from lm_eval.utils import env
 
-    from srmu.likelihoods import loglikelihoods
+    from srmu.likelihoods import keeps_past, loglikelihoods
 
     modes = {module: module.training for module in model.modules()}
     states = random.getstate(), np.random.get_state(), logging.root.manager.disable
@@ -189,14 +188,7 @@ def _harness(model: Any, tokenizer: Any, batch_size: int) -> Iterator[Any]:
             # a copy, because HFLM may give the tokenizer a padding token
             lm = HFLM(model, tokenizer=deepcopy(tokenizer), batch_size=batch_size)
             lm.tok_encode = lru_cache(64)(lm.tok_encode)  # a question comes with each option
-            known = {"logits_to_keep", "past_key_values"} <= {*signature(model.forward).parameters}
-            kinds = {*(getattr(model.config, "layer_types", None) or ())}
-            # a recurrent or convolved state is left to lm-eval
-            if (
-                known
-                and not model._is_stateful
-                and all("attention" in k and "linear" not in k for k in kinds)
-            ):
+            if keeps_past(model):  # else it is left to lm-eval
                 lm._loglikelihood_tokens = partial(loglikelihoods, lm)
             yield lm
         finally:

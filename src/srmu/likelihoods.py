@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from inspect import signature
 from itertools import accumulate, pairwise
 from operator import and_, eq
 from typing import Any
@@ -32,7 +33,9 @@ def loglikelihoods(lm: Any, requests: Sequence[Any], **_: Any) -> list[tuple[flo
     setup = 96 if lm.device.type == "cpu" else 2048  # tokens read while a forward gets going
     tensor = partial(torch.tensor, device=lm.device)
     found: dict[int, tuple[float, bool]] = {}
+    past_kept = keeps_past(lm.model)
     for rows, shared in batches(tails, lm.batch_size, setup):
+        shared = shared if past_kept else 0
         ids = pad_sequence([tensor(row) for row in rows], batch_first=True)
         width = max(tails[row] for row in rows)
         last = range(-width, 0)
@@ -57,6 +60,14 @@ def loglikelihoods(lm: Any, requests: Sequence[Any], **_: Any) -> list[tuple[flo
             if requests[i][0] is not None:  # else a part of a rolling request
                 lm.cache_hook.add_partial("loglikelihood", requests[i][0], result)
     return [found[i] for i in range(len(requests))]
+
+
+def keeps_past(model: Any) -> bool:
+    """Whether a start that rows share can be read once: not where a state is recurrent."""
+    known = {"logits_to_keep", "past_key_values"} <= {*signature(model.forward).parameters}
+    kinds = {*(getattr(model.config, "layer_types", None) or ())}
+    attends = all("attention" in kind and "linear" not in kind for kind in kinds)
+    return known and not model._is_stateful and attends
 
 
 def batches(tails: dict[Tokens, int], most: int, setup: int) -> list[tuple[list[Tokens], int]]:

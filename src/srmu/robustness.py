@@ -278,8 +278,9 @@ class Subjects:
         module = self.module(self.base)
         method = self.run.config.method
         write = partial(weights.apply_delta, module, self.base, self.run.delta)
-        # for good: this module is nothing else
-        method.at_inference(module, write).__enter__()
+        # for good, as this module is nothing else; forgotten, the context would end by itself
+        self.inference = method.at_inference(module, write)
+        self.inference.__enter__()
         changed = {
             name: self.before[name]
             for name, parameter in module.named_parameters()
