@@ -201,12 +201,25 @@ def test_two_models_at_inference_are_attacked_together(
         said.append(option_scores(model, exam.test))
         return Found()
 
-    only(monkeypatch, listen=listen, quantisation=attacks.ATTACKS["quantisation"].run)
-    report = attack(run, sources=sources(place, oracle=""))["attacks"]
+    monkeypatch.setitem(attacks.ATTACKS, "listen", attacks.Attack("E99", listen, "smoke"))
+    monkeypatch.delitem(attacks.ATTACKS, "benign_relearning")  # the slowest
+    report = attack(run, tier="standard", sources=sources(place, oracle=""))["attacks"]
     assert len(said) == 2
     assert said[0] != said[1]
-    assert report["quantisation"]["status"] == "does not apply"
-    assert "two models" in report["quantisation"]["why"]
+    weights = ("quantisation", "noise", "part_relearning", "direction_ablation", "linear_probe")
+    for name in weights:
+        assert report[name]["status"] == "does not apply"
+        assert "two models" in report[name]["why"]
+    read = (
+        "forced_choice",
+        "format_shift",
+        "extraction",
+        "entangled_queries",
+        "logit_lens",
+        "leak",
+    )
+    for name in (*read, "prompts", "membership", "utility"):
+        assert report[name]["status"] == "done", report[name]["why"]
 
 
 def test_nothing_forgotten_is_no_recovery() -> None:

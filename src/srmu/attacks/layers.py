@@ -66,7 +66,12 @@ def residual(output: Any) -> Float[Tensor, "B T D"]:
 def read(
     model: Subject, ids: Int[Tensor, "B T"], at: Bool[Tensor, "B T"]
 ) -> list[Float[Tensor, "N D"]]:
-    """What each block puts out at N marked tokens, row after row, in the model's own dtype."""
+    """What each block puts out at N marked tokens, row after row, in the model's own dtype.
+
+    NotApplicable where more than one set of weights answers: there is no one output.
+    """
+    if model.fixed:
+        raise NotApplicable(model.fixed)
     found: list[Tensor] = []
 
     def keep(value: Tensor) -> Tensor:
