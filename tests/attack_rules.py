@@ -27,6 +27,7 @@ class RuleModel(torch.nn.Module):
         super().__init__()
         self.words, self.rule, self.device = words, rule, torch.device("cpu")
         self.config = SimpleNamespace(max_position_embeddings=4096)
+        self._is_stateful = False
 
     def forward(
         self,
