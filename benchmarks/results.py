@@ -27,9 +27,10 @@ from srmu import weights
 from srmu.attacks.base import Question, Subject, answers
 from srmu.catalogue import table
 from srmu.console import quiet, watch
-from srmu.demo import TASKS, run_all
+from srmu.demo import TASKS
 from srmu.errors import UserError
 from srmu.files import write_json, write_whole
+from srmu.jobs import run_all
 from srmu.loading import load_module
 from srmu.robustness import FILE, Sources, attack, filled, load_exam
 from srmu.run import Run, load_tokenizer

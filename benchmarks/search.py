@@ -20,9 +20,10 @@ import yaml
 
 from srmu.config import load_config
 from srmu.console import watch
-from srmu.demo import REGIMES, Job, run_all, run_one
+from srmu.demo import REGIMES
 from srmu.errors import Diverged, UserError
 from srmu.files import write_json
+from srmu.jobs import Job, run_all, run_one
 from srmu.organism import RECIPE, build
 from srmu.world import create
 

@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from srmu import measuring, searching
 from srmu.console import print_line, quiet, watch
 from srmu.errors import UserError
-from srmu.measuring import verbs
 from srmu.terminal import Json, near, print_table, say
 
 # Threads that wait for others must sleep: spinning, a busy machine is ten times slower. It has to
@@ -27,7 +27,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Every verb takes --debug: show the traceback of an error.",
 )
-app.add_typer(verbs)
+app.add_typer(measuring.verbs)
+app.add_typer(searching.verbs)
 
 
 def main() -> None:
