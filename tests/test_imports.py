@@ -17,8 +17,8 @@ RANK = {
     "run": 12, "plan": 12, "meter": 11, "config": 10, "catalogue": 10, "methods": 9,
     "sampling": 8, "organism": 8, "train": 7, "anchors": 7, "data": 6, "model": 5, "loading": 4,
     "terminal": 3, "weights": 3, "likelihoods": 3, "cache": 3, "losses": 3, "importance": 3,
-    "directions": 3, "figures": 3, "world": 3, "entanglement": 3, "ensemble": 3, "statistics": 2,
-    "files": 2, "console": 2, "errors": 1,
+    "directions": 3, "figures": 3, "world": 3, "entanglement": 3, "ensemble": 3, "checkpoint": 3,
+    "statistics": 2, "files": 2, "console": 2, "errors": 1,
 }  # fmt: skip
 PACKAGES = ("methods", "attacks")  # whose files import each other
 

@@ -110,6 +110,7 @@ class Config(Strict):
     def id(self) -> str:
         """First 8 hex digits of the SHA-256 of all that decides the result."""
         values = {k: v for k, v in self.to_dict().items() if k not in UNDECIDING}
+        del values["train"]["checkpoint_seconds"]
         for key, value in values["method"].items():  # the code or data of one's own decides, too
             if file := NAMED_FILE.match(str(value)):
                 values["code" if key == "name" else f"method.{key}"] = sha256(Path(file[0]))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import platform
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from functools import cached_property
@@ -16,12 +16,14 @@ from typing import Any
 
 import psutil
 import torch
+from filelock import FileLock, Timeout
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoTokenizer
 
 from srmu import weights
 from srmu.cache import digest, limit_bytes, open_activations
+from srmu.checkpoint import Checkpoints
 from srmu.config import Config, load_config
 from srmu.console import Watch, print_line, silent
 from srmu.data import Topic, load_topic, pad_id
@@ -36,6 +38,8 @@ from srmu.train import FINISHED, check_precision
 
 DELTA = "delta.safetensors"
 STATE = "state.safetensors"
+CHECKPOINTS = "checkpoint"  # only there while the run is made
+LOCK = ".lock"
 
 
 @dataclass(frozen=True)
@@ -203,15 +207,40 @@ def unlearn(config: Config, *, out: str | Path | None = None, watch: Watch = sil
     if (folder / "record.json").exists():
         run = finished(folder, data)
     else:
-        try:
-            run = train(config, folder, base, topics, data, watch)
-        except BaseException:
-            if not (folder / "record.json").exists():  # the last thing written
-                discard(folder)
-            raise
+        with alone(folder):
+            try:
+                run = train(config, folder, base, topics, data, watch)
+            except BaseException:
+                written = (folder / "record.json").exists()  # the last thing written
+                if not written and not Checkpoints(folder / CHECKPOINTS).kept():
+                    discard(folder)
+                raise
     if out is not None:
         run.export(out, watch=watch)
     return run
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Hold a run's folder while it is written; UserError where another process does.
+
+    The lock ends with the process that holds it, however that ends.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise UserError(f"{folder} is being written by another process; wait for it") from None
+    try:
+        yield
+    finally:
+        # before the release: a lock that was waited for would be that of a file without a name
+        (folder / LOCK).unlink(missing_ok=True)
+        lock.release()
+        with suppress(OSError):
+            folder.rmdir()
+            folder.parent.rmdir()
 
 
 def finished(folder: Path, data: Mapping[str, Any]) -> Run:
@@ -232,9 +261,13 @@ def discard(folder: Path) -> None:
     """Remove what a run that failed wrote, and its folders when that leaves them empty."""
     for name in ("config.yaml", "metrics.jsonl", DELTA, STATE):
         (folder / name).unlink(missing_ok=True)
-    with suppress(OSError):
-        folder.rmdir()
-        folder.parent.rmdir()
+
+
+def keep_lines(metrics: Path, steps: int) -> float:
+    """Cut a run's metrics to those of its first steps; the seconds that these took."""
+    lines = metrics.read_text().splitlines()[:steps] if steps else []
+    metrics.write_text("".join(f"{line}\n" for line in lines))
+    return float(json.loads(lines[-1])["seconds"]) if lines else 0.0
 
 
 def train(
@@ -273,7 +306,14 @@ def train(
     error: Diverged | None = None
     steps = 0
     outcome = Outcome({})
-    with (folder / "metrics.jsonl").open("w") as metrics:
+    checkpoints = Checkpoints(
+        folder / CHECKPOINTS,
+        config.train.checkpoint_seconds,
+        {"run": config.id, "data": data, "base": weights.identity(base, method.depth)},
+    )
+    done = checkpoints.done()
+    clock -= keep_lines(folder / "metrics.jsonl", done)
+    with (folder / "metrics.jsonl").open("a") as metrics:
 
         def log(step: int, values: dict[str, float | str]) -> None:
             nonlocal steps
@@ -283,7 +323,7 @@ def train(
             metrics.flush()
 
         try:
-            outcome = method.apply(model, topics, config.train, log, watch)
+            outcome = method.apply(model, topics, config.train, log, watch, checkpoints)
         except Diverged as diverged:
             error, outcome = diverged, Outcome({}, str(diverged))
     peak = peak_memory(config.device)
@@ -292,6 +332,7 @@ def train(
     # Of a whole model some tensors may stay: bf16 norms near 1 do not move by steps of 1e-5.
     whole = method.depth is None or outcome.stop_reason != FINISHED
     if error is None and still and not (changed and whole):
+        checkpoints.clear()  # it would end there again
         what = still[0] if changed else "the model"
         if outcome.stop_reason.startswith(("utility_floor", "kl_budget")):
             raise UserError(
@@ -320,6 +361,8 @@ def train(
         "started": started.isoformat(timespec="seconds"),
         "seconds": round(time.monotonic() - clock, 3),
         "steps": steps,
+        "resumed_at": done,
+        "checkpoint_failed": checkpoints.failed,
         "stop_reason": outcome.stop_reason,
         "diverged": error is not None,
         "memory": {"before": before, "peak": peak},
@@ -331,6 +374,7 @@ def train(
         "environment": environment(),
     }
     write_json(folder / "record.json", record)
+    checkpoints.clear()
     if error is not None:
         raise error
     return Run.open(folder)

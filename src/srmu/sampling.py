@@ -207,6 +207,7 @@ class Pool:
         own = [truth[:length] for _, truth in self.texts]
         self.entries = judged(model, reward, fluency, self.texts, own)
         self.explore(model, 0)
+        self.fixed = len(self.entries)  # those that the texts and the original decide
 
     def explore(self, model: EditableModel, step: int) -> None:
         """Add a sample for each prompt, drawn as one of the best quantile: without a token."""
@@ -215,6 +216,17 @@ class Pool:
         found = judged(model, self.reward, self.fluency, self.texts, responses)
         self.entries += found
         self.explored, self.latest = step, torch.tensor([entry.reward for entry in found]).mean()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What later samples added: responses and rewards, but no prompt."""
+        added = [(entry.response, entry.reward) for entry in self.entries[self.fixed :]]
+        return {"added": added, "explored": self.explored, "latest": float(self.latest)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for i, (response, reward) in enumerate(state["added"]):
+            prompt, _ = self.texts[i % len(self.texts)]
+            self.entries.append(Entry(prompt, response, reward))
+        self.explored, self.latest = state["explored"], torch.tensor(state["latest"])
 
     def draw(self, count: int, parts: int, step: int) -> tuple[list[Entry], list[int]]:
         """As many entries of each quantile as can be, with their quantiles, the best (0) first."""

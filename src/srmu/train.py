@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from functools import partial
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from srmu.checkpoint import Checkpoints, packed, unpack
 from srmu.data import Padding, Topic
 from srmu.errors import Diverged, UserError
 from srmu.losses import predicted, token_kl, token_nll
@@ -28,6 +30,9 @@ class Terms(NamedTuple):
     losses: dict[str, Tensor]
     logged: dict[str, Tensor]
 
+
+NOWHERE = Checkpoints()
+NOTHING: Mapping[str, dict[str, Any]] = {}
 
 LossFunction = Callable[[Batch, Batch, int], Terms]
 
@@ -52,6 +57,7 @@ class TrainOptions:
     utility_floor: float | None = None  # least likelihood of a retain token, as a share of before
     kl_budget: float | None = None  # most nats of KL(before || after) a retain token
     check_every: int = 5  # steps between two measurements of these
+    checkpoint_seconds: float = 60.0  # between two checkpoints, from which a killed run goes on
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "max_steps", "batch_size", "adam_epsilon", "check_every"):
@@ -66,6 +72,8 @@ class TrainOptions:
                 raise UserError(f"train.{name} must be above 0 nats, or null")
         if self.utility_floor is not None and not 0 < self.utility_floor <= 1:
             raise UserError("train.utility_floor must be above 0 and at most 1, or null")
+        if not self.checkpoint_seconds >= 0:
+            raise UserError("train.checkpoint_seconds must be at least 0; .inf: no checkpoints")
 
     def first_rule(self) -> str | None:
         """The name of a stop rule that is set, if there is one."""
@@ -79,12 +87,15 @@ def fit(
     options: TrainOptions,
     log: Log,
     extra: Sequence[nn.Parameter] = (),
+    checkpoints: Checkpoints = NOWHERE,
+    memory: Mapping[str, dict[str, Any]] = NOTHING,
 ) -> str:
     """Optimise the trained tensors of `model`, and `extra`, topics alternating by step.
 
     Returns why it ended: FINISHED after `max_steps` steps, or the stop rule that held. Raises
     Diverged at the first non-finite loss or gradient, with the model put back to the last weights
-    whose loss was finite.
+    whose loss was finite. Goes on from the newest of `checkpoints`; `memory` is what the losses
+    hand from step to step, by a name for each, and is kept there too.
     """
     assert options.learning_rate is not None, "Method.training fills it in"
     names = [*model.trained, *(f"extra {i}" for i in range(len(extra)))]
@@ -101,8 +112,13 @@ def fit(
     streams = [topic.pairs() for topic, _ in parts]
     limits = Limits(model, [topic for topic, _ in parts], options)
     good = [p.detach().clone() for p in parameters]
+    training = Training(parameters, masters, good, optimiser, limits, memory)
+    done = training.resume(checkpoints)
     for step in range(options.max_steps):
         topic, loss = parts[step % len(parts)]
+        if step < done:
+            next(streams[step % len(parts)])
+            continue
         batches = [to(batch, model.device) for batch in next(streams[step % len(parts)])]
         terms = loss(batches[0], batches[1], step)
         total = torch.stack(list(terms.losses.values())).sum()
@@ -137,10 +153,67 @@ def fit(
         log(step, {"topic": topic.name} | row)
         if reason:
             return reason
+        if checkpoints.due():
+            checkpoints.save(step + 1, *training.state())
     if not all(p.isfinite().all() for p in parameters):
         restore(parameters, good)
         raise Diverged(f"the weights are not finite after {place}; {ADVICE}")
     return FINISHED
+
+
+class Training(NamedTuple):
+    """All that the rest of a training depends on, but for what is set up anew from the config."""
+
+    parameters: list[nn.Parameter]
+    masters: list[nn.Parameter]
+    good: list[Tensor]  # the weights before the last step
+    optimiser: torch.optim.Optimizer
+    limits: Limits
+    memory: Mapping[str, dict[str, Any]]
+
+    def lists(self) -> dict[str, Sequence[Tensor]]:
+        """The tensors that are there from the start, to be filled in place."""
+        found: dict[str, Sequence[Tensor]] = {
+            "parameter": self.parameters, "good": self.good, "kept": self.limits.kept,
+        }  # fmt: skip
+        if any(m is not p for m, p in zip(self.masters, self.parameters, strict=True)):
+            found["master"] = self.masters
+        return found
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """It as tensors and JSON values."""
+        tensors = {f"{k}/{i}": t for k, ts in self.lists().items() for i, t in enumerate(ts)}
+        for i, entry in self.optimiser.state_dict()["state"].items():
+            tensors |= {f"optimiser/{i}/{key}": value for key, value in entry.items()}
+        numbers: dict[str, Any] = {"kept_step": self.limits.kept_step, "memory": {}}
+        for name, memory in self.memory.items():
+            changing, numbers["memory"][name] = packed(memory)
+            tensors |= {f"memory/{name}/{key}": value for key, value in changing.items()}
+        return tensors, numbers
+
+    def resume(self, checkpoints: Checkpoints) -> int:
+        """Put back what the newest checkpoint holds; how many steps are done."""
+        if (found := checkpoints.load()) is None:
+            return 0
+        done, tensors, numbers = found
+        for key, places in self.lists().items():
+            restore(places, [tensors[f"{key}/{i}"] for i in range(len(places))])
+        under = partial(below, tensors)
+        state = {
+            int(i): under(f"optimiser/{i}/")
+            for i in {k.split("/")[1] for k in tensors if k.startswith("optimiser/")}
+        }
+        whole = self.optimiser.state_dict()
+        self.optimiser.load_state_dict(whole | {"state": state})
+        self.limits.kept_step = numbers["kept_step"]
+        for name, memory in self.memory.items():
+            unpack(memory, under(f"memory/{name}/"), numbers["memory"][name])
+        return done
+
+
+def below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names start so, by the rest of their names."""
+    return {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
 
 
 class Limits:

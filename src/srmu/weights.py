@@ -217,7 +217,23 @@ def save_delta(
             marks[f"base.{key}"] = sha256(raw(stored))
     temporary = path.with_name(f".{path.name}")
     save_file(delta, temporary, metadata={**metadata, **marks})
+    sort_metadata(temporary)
     temporary.replace(path)
+
+
+def sort_metadata(path: Path) -> None:
+    """Give a safetensors file the bytes that any other of its content has.
+
+    The library writes metadata in the order of a hash map, another one in each process.
+    """
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        entries = json.loads(file.read(size))
+        entries["__metadata__"] = dict(sorted(entries["__metadata__"].items()))
+        text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(text) <= size, "the same entries in another order are as long"
+        file.seek(8)
+        file.write(text.ljust(size))
 
 
 def load_delta(path: Path, folder: Path) -> dict[str, Tensor]:

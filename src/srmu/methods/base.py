@@ -7,16 +7,20 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import count
 from math import log as log_of
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 from torch import Tensor, nn
 
+from srmu.checkpoint import Checkpoints
 from srmu.console import Watch, silent
 from srmu.data import Topic
 from srmu.errors import UserError
 from srmu.model import Batch, EditableModel
-from srmu.train import FINISHED, Log, LossFunction, Terms, TrainOptions, fit
+from srmu.train import FINISHED, NOWHERE, Log, LossFunction, Terms, TrainOptions, fit
+
+CHANGING = ("tensors", "numbers", "memory")  # what a loss may change of its topic's state
 
 Level = Literal["logit", "neuron", "representation", "weights"]
 
@@ -150,8 +154,9 @@ class Method(ABC):
         train: TrainOptions,
         log: Log,
         watch: Watch = silent,
+        checkpoints: Checkpoints = NOWHERE,
     ) -> Outcome:
-        """Change the model."""
+        """Change the model; what is optimised goes on from its checkpoint, if there is one."""
 
 
 class Edit(Method):
@@ -169,6 +174,7 @@ class Edit(Method):
         train: TrainOptions,
         log: Log,
         watch: Watch = silent,
+        checkpoints: Checkpoints = NOWHERE,
     ) -> Outcome:
         return Outcome(self.edit(model, topics, self.training(train), watch), "edited")
 
@@ -203,6 +209,7 @@ class Objective(Method):
         train: TrainOptions,
         log: Log,
         watch: Watch = silent,
+        checkpoints: Checkpoints = NOWHERE,
     ) -> Outcome:
         parts: list[tuple[Topic, LossFunction]] = []
         states = {}
@@ -214,14 +221,18 @@ class Objective(Method):
                     states[topic.name] = state
                     parts.append((method.prepared(topic), partial(method.loss, model, state)))
             with watch(self.name, train.max_steps) as tick:
+                steps = count()
 
                 def follow(step: int, values: dict[str, float | str]) -> None:
+                    while next(steps) < step:
+                        tick("from the checkpoint")
                     log(step, values)
                     tick(live(values))
 
                 options = self.limited(train, model.vocabulary_size)
                 extra = [p for state in states.values() for p in state.parameters.values()]
-                stop_reason = fit(model, parts, options, follow, extra)
+                memory = {f"{n}.{k}": getattr(s, k) for n, s in states.items() for k in CHANGING}
+                stop_reason = fit(model, parts, options, follow, extra, checkpoints, memory)
         return Outcome(states, stop_reason)
 
 

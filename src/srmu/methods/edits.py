@@ -11,12 +11,13 @@ from typing import ClassVar, Self
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
+from srmu.checkpoint import Checkpoints
 from srmu.console import Watch, silent
 from srmu.data import Topic, in_turn
 from srmu.errors import Diverged, UserError
 from srmu.methods.base import Edit, Level, Method, Outcome, State
 from srmu.model import EditableModel
-from srmu.train import FINISHED, Limits, Log, TrainOptions
+from srmu.train import FINISHED, NOWHERE, Limits, Log, TrainOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +70,7 @@ class Walk(Pooling):
         train: TrainOptions,
         log: Log,
         watch: Watch = silent,
+        checkpoints: Checkpoints = NOWHERE,
     ) -> Outcome:
         method, pool = self.pooled(topics)
         options = method.limited(train, model.vocabulary_size)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from srmu.checkpoint import Checkpoints
 from srmu.console import Watch, silent
 from srmu.data import Topic, in_turn
 from srmu.ensemble import ensemble
@@ -17,7 +18,7 @@ from srmu.losses import generic_logits
 from srmu.methods.base import Outcome
 from srmu.methods.logits import LogitObjective, strengthened
 from srmu.model import EditableModel
-from srmu.train import Log, TrainOptions, restore
+from srmu.train import NOWHERE, Log, TrainOptions, restore
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,9 +57,10 @@ class Reinforced(LogitObjective):
         train: TrainOptions,
         log: Log,
         watch: Watch = silent,
+        checkpoints: Checkpoints = NOWHERE,
     ) -> Outcome:
         if self.mode != "logits":
-            return super().apply(model, topics, train, log, watch)
+            return super().apply(model, topics, train, log, watch, checkpoints)
         texts = replace(topics[0], forget=in_turn([topic.forget for topic in topics]))
         with self.editing(model, topics), watch("strengthening", self.teacher_steps) as tick:
             texts = texts.followed(partial(tick, self.name))
