@@ -128,6 +128,9 @@ def unlearn(
     method: Annotated[str | None, typer.Option(help="A name of srmu methods.")] = None,
     out: Annotated[Path | None, typer.Option(help="Also export the full model here.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan, do nothing.")] = False,
+    from_record: Annotated[
+        Path | None, typer.Option(help="Make this record's run again and compare.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Unlearn: one run, from a config file or from --model, --forget and --retain."""
@@ -136,6 +139,11 @@ def unlearn(
     from srmu.config import load_config, make_config
 
     given = args or []
+    if from_record:
+        if model or forget or retain or method or out or dry_run:
+            raise UserError("--from-record takes key=value overrides and no other option")
+        repeat(from_record, given, as_json)
+        return
     if given and "=" not in given[0]:
         if model or forget or retain or method:
             raise UserError(
@@ -179,6 +187,64 @@ def unlearn(
     say({"run": str(run.folder), "out": out and str(out), "record": record}, as_json, *lines)
 
 
+def repeat(record: Path, overrides: list[str], as_json: bool) -> None:
+    """Make a record's run again and say whether the same came out."""
+    from srmu.rerun import rerun
+
+    run, found = rerun(record, overrides, watch)
+    if found["same"]:
+        said = ["the same delta, byte for byte"]
+    else:
+        names = ", ".join(found["tensors"]) or "no tensor, but the file"
+        said = [f"another delta: {names} differ", *found["differences"]]
+        if not found["differences"]:
+            said.append("environment and data are alike: the hardware, or how busy it was, differs")
+    say(
+        {"run": str(run.folder), **found},
+        as_json,
+        *said,
+        f"wrote {near(run.folder)}, and the outcome into {near(record)}",
+        f"next: srmu verify {near(record.parent)}",
+    )
+    if not found["same"]:
+        raise typer.Exit(2)
+
+
+@app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(metavar="RUN_OR_EXPORT", help="What to check.")],
+    key: Annotated[
+        Path | None, typer.Option(help="Public Ed25519 key (PEM): check the signature, too.")
+    ] = None,
+    sign: Annotated[
+        Path | None, typer.Option(help="Private Ed25519 key (PEM): sign what was verified.")
+    ] = None,
+    summary: Annotated[
+        Path | None, typer.Option(help="Write the record on one page here (Markdown).")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Recompute every digest of a run or an export, and of its base model, against the record."""
+    from srmu import verify as verifying
+    from srmu.files import write_whole
+
+    found = verifying.verify(folder, key, watch)
+    lines = [
+        f"as recorded: {found['files']} files, {found['tensors']} tensors of record "
+        f"{found['record']}" + (", signed" if key else "")
+    ]
+    if sign:
+        lines.append(f"wrote {verifying.sign(folder, sign)}")
+    if summary:
+        from srmu.card import summary as page
+        from srmu.record import read
+
+        write_whole(summary, page(read(verifying.record_of(folder))))
+        lines.append(f"wrote {summary}")
+    lines.append("next: srmu unlearn --from-record RUN/record.json makes the run again")
+    say(found, as_json, *lines)
+
+
 @app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="A run's folder.")],
@@ -187,6 +253,9 @@ def export(
         bool | None,
         typer.Option("--link/--copy", help="Share the files that stay as they were, or copy them."),
     ] = None,
+    last_good: Annotated[
+        bool, typer.Option("--last-good", help="Of a run that diverged: the weights before that.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Write a run's full Hugging Face checkpoint; all but the changed tensors stay as they were."""
@@ -194,14 +263,14 @@ def export(
     from srmu.run import Run
 
     opened = Run.open(run)
-    opened.export(out, link, watch)
+    opened.export(out, link, watch, last_good=last_good)
     changed = list(opened.delta)
     say(
         {"out": str(out), "changed": changed},
         as_json,
         f"{len(changed)} tensors changed: {', '.join(changed)}",
-        f"wrote {out}",
-        f"next: AutoModelForCausalLM.from_pretrained({str(out)!r})",
+        f"wrote {out}, with its model card and record",
+        f"next: srmu verify {out}, then AutoModelForCausalLM.from_pretrained({str(out)!r})",
     )
 
 

@@ -26,9 +26,16 @@ from srmu.data import MIN_TOKENS, Source
 from srmu.errors import UserError, suggest
 from srmu.files import from_file, sha256
 from srmu.methods import METHODS, Method, Misdirection
+from srmu.record import Purpose
 from srmu.train import TrainOptions
 
-UNDECIDING = ("runs_dir", "eval", "tasks_dir", "cache")  # keys that the weights do not depend on
+UNDECIDING = (
+    "runs_dir",
+    "eval",
+    "tasks_dir",
+    "cache",
+    "purpose",
+)  # keys that the weights do not depend on
 NAMED_FILE = re.compile(r".+\.(py(?=:)|json$)")  # code or data that an option of a method names
 
 
@@ -97,6 +104,7 @@ class Config(Strict):
     seed: int = 0
     runs_dir: str = "runs"
     cache: Literal["disk", "memory", "none"] = "disk"  # where activations are kept for later steps
+    purpose: Purpose = Purpose()  # for the record: why, in the operator's words
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values with every default written out."""

@@ -68,7 +68,12 @@ def write_whole(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as sorted, indented JSON, whole or not at all."""
-    write_whole(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
+    write_whole(path, as_json(value))
+
+
+def as_json(value: Any) -> str:
+    """Sorted, indented JSON: the same text for the same value."""
+    return json.dumps(value, indent=2, sort_keys=True) + "\n"
 
 
 def sha256(*parts: bytes | Path) -> str:

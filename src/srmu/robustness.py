@@ -36,6 +36,7 @@ from srmu.errors import UserError, first_line, suggest
 from srmu.evals import questions
 from srmu.files import cache_dir, sha256, write_json
 from srmu.loading import load_module, read_config
+from srmu.record import extend
 from srmu.run import Run, find_device, load_tokenizer
 from srmu.scoring import tasks_beside
 from srmu.statistics import (
@@ -118,7 +119,20 @@ def attack(
     for name, entry in report["attacks"].items():
         entry["seconds"] = round(seconds[name], 3)
     write_json(run.folder / FILE, report)
+    extend(run.folder, [FILE], attacks=recorded(report))
     return report
+
+
+def recorded(report: dict[str, Any]) -> dict[str, Any]:
+    """What the audit record says of the attacks: each one's outcome beside its controls, and K*."""
+    kept = ("id", "status", "why", "accuracy", "recovery", "valid", "budget", "seconds")
+    tried = {
+        name: {key: entry[key] for key in kept if key in entry}
+        | {"controls": {who: c.get("accuracy") for who, c in entry.get("controls", {}).items()}}
+        for name, entry in report["attacks"].items()
+    }
+    names = ("tier", "seed", "chance", "tasks", "oracle", "not_tried", "K*")
+    return {name: report[name] for name in names} | {"tried": tried}
 
 
 def select(tier: Tier, names: Sequence[str]) -> dict[str, Attack]:

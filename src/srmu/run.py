@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,23 +19,27 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from srmu import record as audit
 from srmu import weights
 from srmu.cache import digest, limit_bytes, open_activations
+from srmu.card import model_card
 from srmu.checkpoint import Checkpoints
 from srmu.config import Config, load_config
 from srmu.console import Watch, print_line, silent
 from srmu.data import Topic, load_topic, pad_id
 from srmu.errors import Diverged, UserError, first_line
-from srmu.files import require_free, require_place, sha256, write_json, write_whole
+from srmu.files import as_json, require_free, require_place, sha256, write_json, write_whole
 from srmu.importance import FLAT
 from srmu.loading import read_config, refuse_quantised, skeleton, wanted_dtype
 from srmu.meter import free_bytes, standing
 from srmu.methods.base import Outcome
-from srmu.model import EditableModel, release
+from srmu.model import Batch, EditableModel, release
+from srmu.record import RECORD
 from srmu.train import FINISHED, check_precision
 
 DELTA = "delta.safetensors"
 STATE = "state.safetensors"
+CARD = "README.md"
 CHECKPOINTS = "checkpoint"  # only there while the run is made
 LOCK = ".lock"
 
@@ -52,7 +54,7 @@ class Run:
     def open(cls, folder: str | Path) -> Run:
         """A finished run; UserError when the folder is none."""
         folder = Path(folder)
-        if not (folder / "record.json").is_file():
+        if not (folder / RECORD).is_file():
             raise UserError(f"{folder} is not a finished run: it has no record.json")
         return cls(folder)
 
@@ -62,7 +64,7 @@ class Run:
 
     @cached_property
     def record(self) -> dict[str, Any]:
-        return json.loads((self.folder / "record.json").read_text())
+        return json.loads((self.folder / RECORD).read_text())
 
     @cached_property
     def delta(self) -> dict[str, Tensor]:
@@ -74,16 +76,31 @@ class Run:
     def base(self) -> Path:
         return base_of(self.config)
 
-    def export(self, out: str | Path, link: bool | None = None, watch: Watch = silent) -> Path:
+    def export(
+        self,
+        out: str | Path,
+        link: bool | None = None,
+        watch: Watch = silent,
+        *,
+        last_good: bool = False,
+    ) -> Path:
         """Write the full checkpoint; `link`: shards that stay as they are become hard links.
 
-        Refuses a run that diverged, or left no model by itself.
+        Refuses a run that left no model by itself, and one that diverged, unless its `last_good`
+        weights are asked for. The record and a model card come along.
         """
         if why := self.config.method.no_checkpoint:
             raise UserError(why)
-        if self.record["diverged"]:
-            raise UserError(f"{self.folder} diverged: {self.record['stop_reason']}")
-        weights.export(self.base, self.delta, Path(out), link, watch)
+        if self.record["diverged"] and not last_good:
+            raise UserError(
+                f"{self.folder} diverged: {self.record['stop_reason']}; --last-good exports the "
+                "weights before that"
+            )
+        record = audit.read(self.folder / RECORD)
+        card = model_card(record)
+        record = audit.sealed(record | {"exported": {CARD: sha256(card.encode())}})
+        texts = {CARD: card, weights.EXPORTED: as_json(record)}
+        weights.export(self.base, self.delta, Path(out), link, watch, texts)
         return Path(out)
 
     def results(self) -> dict[str, dict[str, float]]:
@@ -204,14 +221,14 @@ def unlearn(config: Config, *, out: str | Path | None = None, watch: Watch = sil
     tokenizer = load_tokenizer(base)
     topics = load_topics(config, tokenizer)
     data = {topic.name: dict(topic.counts) for topic in topics}
-    if (folder / "record.json").exists():
+    if (folder / RECORD).exists():
         run = finished(folder, data)
     else:
         with alone(folder):
             try:
                 run = train(config, folder, base, topics, data, watch)
             except BaseException:
-                written = (folder / "record.json").exists()  # the last thing written
+                written = (folder / RECORD).exists()  # the last thing written
                 if not written and not Checkpoints(folder / CHECKPOINTS).kept():
                     discard(folder)
                 raise
@@ -354,26 +371,45 @@ def train(
     if tensors:
         save_file(tensors, folder / STATE)
     record = {
+        "schema_version": audit.SCHEMA,
         "id": config.id,
+        "tool": audit.tool_block(),
+        "started": started.isoformat(timespec="seconds"),
+        "purpose": config.purpose,
         "method": method.name,
         "paper": method.paper,
         "model": config.model,
-        "started": started.isoformat(timespec="seconds"),
+        "base": audit.base_block(config.model, config.revision, base, watch),
+        "data": data,
+        "overlap": {topic.name: shared_pairs(topic) for topic in topics},
+        "topics": {name: state.numbers for name, state in outcome.states.items()},
         "seconds": round(time.monotonic() - clock, 3),
         "steps": steps,
         "resumed_at": done,
         "checkpoint_failed": checkpoints.failed,
         "stop_reason": outcome.stop_reason,
         "diverged": error is not None,
-        "memory": {"before": before, "peak": peak},
-        "topics": {name: state.numbers for name, state in outcome.states.items()},
-        "data": data,
-        "changed": sorted(changed),
         "weights": config.train.weights,
+        "flops": dense_flops(model, topics, steps),
+        "memory": {"before": before, "peak": peak},
         "activations": {"kept": model.activations.kept, "found": model.activations.hits},
-        "environment": environment(),
+        "changed": sorted(changed),
+        "change": audit.change_block(base, folder / DELTA),
+        "environment": audit.environment(),
+        "reproduction": {
+            "command": f"srmu unlearn --from-record {RECORD}",
+            "config": config.to_dict(),
+            "expected": {n: sha256(folder / n) for n in (DELTA,) if (folder / n).exists()},
+        },
+        "limits": audit.LIMITS,
+        "files": {
+            name: sha256(folder / name)
+            for name in ("config.yaml", "metrics.jsonl", DELTA, STATE)
+            if (folder / name).exists()
+        },
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    write_json(folder / "record.json", record)
+    write_json(folder / RECORD, audit.sealed(record))
     checkpoints.clear()
     if error is not None:
         raise error
@@ -462,12 +498,35 @@ def notes(run: Run) -> list[str]:
     return lines
 
 
-def environment() -> dict[str, str]:
-    """What the bits of a result may depend on."""
-    packages = ("srmu", "torch", "transformers", "safetensors", "tokenizers")
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "threads": str(torch.get_num_threads()),
-        **{name: version(name) for name in packages},
-    }
+def shared_pairs(topic: Topic) -> float:
+    """The share of the forget texts' distinct pairs of neighbouring tokens that retain texts have.
+
+    0 without retain texts. Of tokens, because these are what the run has read.
+    """
+
+    def pairs(batches: Sequence[Batch]) -> Tensor:
+        found = [torch.zeros(0, dtype=torch.long)]
+        for batch in batches:
+            ids, real = batch["input_ids"].long(), batch["attention_mask"].bool()
+            both = real[:, 1:] & real[:, :-1]
+            found.append((ids[:, :-1] * (1 << 31) + ids[:, 1:])[both].unique())
+        return torch.cat(found).unique()
+
+    forget, retain = pairs(topic.forget), pairs(topic.retain)
+    return float(torch.isin(forget, retain).float().mean()) if len(forget) else 0.0
+
+
+def dense_flops(model: EditableModel, topics: Sequence[Topic], steps: int) -> float:
+    """FLOPs of the steps in products with weight matrices, without attention and what is cached.
+
+    Two a token and weight forward, in the layers that change also two for each of the gradients of
+    inputs and of weights, and two for the frozen pass of the retain texts.
+    """
+    sizes = [sum(p.numel() for p in layer.parameters()) for layer in model.layers]
+    moving = sum(sizes[model.fixed :])
+    total = 0.0
+    for role, passes in (("forget", 6), ("retain", 8)):
+        tokens = [b["input_ids"].numel() for t in topics for b in getattr(t, role)]
+        mean = sum(tokens) / max(1, len(tokens))
+        total += steps * mean * (2 * sum(sizes[: model.fixed]) + passes * moving)
+    return total

@@ -12,6 +12,7 @@ from srmu.errors import UserError
 from srmu.evals import Results, evaluate
 from srmu.files import sha256, write_json
 from srmu.loading import load_module, read_config
+from srmu.record import extend
 from srmu.run import Run, find_device, load_tokenizer
 
 
@@ -73,6 +74,7 @@ def score(
         scores = {"before": before, "after": measured(fingerprint)}
     write_json(run.folder / "before.json", scores["before"])
     write_json(run.folder / "results.json", scores["after"])
+    extend(run.folder, ["before.json", "results.json"], results=scores)
     return scores
 
 

@@ -28,6 +28,7 @@ INDEX = "model.safetensors.index.json"
 KEPT = (".json", ".model", ".txt", ".jinja", ".tiktoken", ".md")  # what an export copies as it is
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
 PAGE = 4096  # bytes
+EXPORTED = "srmu-record.json"  # the record that an export brings along
 TYPES = {name: dtype for dtype, name in DTYPES.items()}
 
 
@@ -288,8 +289,11 @@ def export(
     out: Path,
     link: bool | None = None,
     watch: Watch = silent,
+    texts: Mapping[str, str] | None = None,
 ) -> None:
     """Write a full checkpoint: the base's files, with the delta's tensors in their places.
+
+    `texts` are files to write beside them, or in place of the base's, by name.
 
     Shards without a changed tensor are linked to the base's instead of copied if `link`, and by
     default where the base lies in the hub's cache, whose files nobody edits. The source is never
@@ -299,14 +303,7 @@ def export(
     if lost := sorted(set(delta) - set(where)):
         raise UserError(f"the model {folder} has no tensor {lost[0]}; is it another model?")
     patched = {where[name] for name in delta}
-    # Not the weights that the model does not load: they would keep the old tensors.
-    wanted = [
-        file
-        for file in sorted([*folder.iterdir(), *folder.glob("additional_chat_templates/*")])
-        if file.is_file()
-        and (file.suffix in KEPT or file in where.values())
-        and not file.name.startswith(".")
-    ]
+    wanted = [folder / name for name in carried(folder)]
     with whole_folder(out) as temporary, watch("writing files", len(wanted)) as tick:
         for file in wanted:
             copy = temporary / file.relative_to(folder)
@@ -319,6 +316,24 @@ def export(
             tick(file.name)
         for path in sorted(patched):
             patch(temporary / path.name, {n: t for n, t in delta.items() if where[n] == path})
+        for name, text in (texts or {}).items():
+            (temporary / name).write_text(text, encoding="utf-8")
+
+
+def carried(folder: Path) -> list[str]:
+    """The files of a checkpoint that an export has too, relative to it.
+
+    Not weights that the model does not load: they would keep the old tensors.
+    """
+    loaded = set(shards(folder).values())
+    return [
+        file.relative_to(folder).as_posix()
+        for file in sorted([*folder.iterdir(), *folder.glob("additional_chat_templates/*")])
+        if file.is_file()
+        and (file.suffix in KEPT or file in loaded)
+        and not file.name.startswith(".")
+        and file.name != EXPORTED
+    ]
 
 
 def hard_link(source: Path, target: Path) -> None:
