@@ -578,3 +578,51 @@ def test_a_rule_broken_at_once_says_what_to_do(workplace: Path) -> None:
     with pytest.raises(UserError, match=r"lower train\.learning_rate or"):
         unlearn(config)
     assert not (workplace / "runs").exists()
+
+
+# --- a retain loss that runs away ---------------------------------------------------------------
+
+
+def spiking(model: EditableModel, values: dict[int, float], usual: float = 0.01) -> Any:
+    """A loss whose retain term is `usual`, but for some steps."""
+
+    def loss(forget: Any, retain: Any, step: int) -> Terms:
+        total = sum(p.float().sum() for p in model.trained.values())
+        kept = torch.tensor(values.get(step, usual))
+        return Terms({"forget": 0 * total + 1, "retain": kept + 1e-6 * total}, {})
+
+    return loss
+
+
+@pytest.mark.parametrize(
+    ("step", "times", "stops"),
+    [(15, 500, False), (15, 1500, True), (9, 1500, False), (10, 1500, True)],
+)
+def test_a_retain_loss_that_runs_away_stops_the_run(step: int, times: float, stops: bool) -> None:
+    """At 1000 times the median of ten steps, and not before there are ten."""
+    model = editable()
+    loss = spiking(model, {step: 0.01 * times})
+    weights: Weights = []
+    if not stops:
+        train(model, loss, max_steps=20, history=weights)
+        return
+    with pytest.raises(Diverged, match=f"over 1000 times its usual .*, at step {step}, topic bio"):
+        train(model, loss, max_steps=20, history=weights)
+    assert same([p.detach() for p in model.trained.values()], weights[step - 1])
+
+
+def test_many_times_nothing_is_little() -> None:
+    """A retain loss begins at 0: below the loss that the run began with nothing has run away."""
+    model = editable()
+    train(model, spiking(model, {15: 0.9}, usual=0.0), max_steps=20)
+    with pytest.raises(Diverged, match="retain loss"):
+        train(model, spiking(model, {15: 9.0}, usual=0.0), max_steps=20)
+
+
+def test_the_retain_rule_can_be_set_and_left_out() -> None:
+    model = editable()
+    train(model, spiking(model, {15: 1e6}), max_steps=20, retain_spike=None)
+    with pytest.raises(Diverged):
+        train(model, spiking(model, {15: 1.5}), max_steps=20, retain_spike=100)
+    with pytest.raises(UserError, match=r"train.retain_spike must be above 1"):
+        TrainOptions(retain_spike=1)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from statistics import median
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from srmu.model import Batch, EditableModel
 
 LARGEST = 3e37  # AdamW multiplies in float32
 FINISHED = "max_steps"  # the stop reason of a run that nothing stopped
+RECENT = 10  # steps of a topic that its usual retain loss is the median of
 CHECKED_BATCHES = 4  # of each role and topic, on which the stop rules are measured
 
 Log = Callable[[int, dict[str, float | str]], None]
@@ -56,6 +58,7 @@ class TrainOptions:
     forget_ceiling: float | None = None  # stop when a forget token costs as many nats; .inf: never
     utility_floor: float | None = None  # least likelihood of a retain token, as a share of before
     kl_budget: float | None = None  # most nats of KL(before || after) a retain token
+    retain_spike: float | None = 1000.0  # times its recent median, above which it has diverged
     check_every: int = 5  # steps between two measurements of these
     checkpoint_seconds: float = 60.0  # between two checkpoints, from which a killed run goes on
 
@@ -72,6 +75,8 @@ class TrainOptions:
                 raise UserError(f"train.{name} must be above 0 nats, or null")
         if self.utility_floor is not None and not 0 < self.utility_floor <= 1:
             raise UserError("train.utility_floor must be above 0 and at most 1, or null")
+        if self.retain_spike is not None and not self.retain_spike > 1:
+            raise UserError("train.retain_spike must be above 1, or null for no such stop")
         if not self.checkpoint_seconds >= 0:
             raise UserError("train.checkpoint_seconds must be at least 0; .inf: no checkpoints")
 
@@ -112,7 +117,8 @@ def fit(
     streams = [topic.pairs() for topic, _ in parts]
     limits = Limits(model, [topic for topic, _ in parts], options)
     good = [p.detach().clone() for p in parameters]
-    training = Training(parameters, masters, good, optimiser, limits, memory)
+    spikes = Spikes(options.retain_spike)
+    training = Training(parameters, masters, good, optimiser, limits, memory, spikes)
     done = training.resume(checkpoints)
     for step in range(options.max_steps):
         topic, loss = parts[step % len(parts)]
@@ -126,6 +132,9 @@ def fit(
         if not total.isfinite():
             restore(parameters, good)
             raise Diverged(f"the loss is not finite at {place} ({numbers(terms.losses)}); {ADVICE}")
+        if spike := spikes.after(topic.name, terms.losses, float(total.detach())):
+            restore(parameters, good)
+            raise Diverged(f"{spike} at {place}; {ADVICE}")
         if total.requires_grad:
             total.backward()
         if all(parameter.grad is None for parameter in parameters):
@@ -170,6 +179,7 @@ class Training(NamedTuple):
     optimiser: torch.optim.Optimizer
     limits: Limits
     memory: Mapping[str, dict[str, Any]]
+    spikes: Spikes
 
     def lists(self) -> dict[str, Sequence[Tensor]]:
         """The tensors that are there from the start, to be filled in place."""
@@ -186,6 +196,7 @@ class Training(NamedTuple):
         for i, entry in self.optimiser.state_dict()["state"].items():
             tensors |= {f"optimiser/{i}/{key}": value for key, value in entry.items()}
         numbers: dict[str, Any] = {"kept_step": self.limits.kept_step, "memory": {}}
+        numbers["spikes"] = {"first": self.spikes.first, "recent": self.spikes.recent}
         for name, memory in self.memory.items():
             changing, numbers["memory"][name] = packed(memory)
             tensors |= {f"memory/{name}/{key}": value for key, value in changing.items()}
@@ -206,6 +217,7 @@ class Training(NamedTuple):
         whole = self.optimiser.state_dict()
         self.optimiser.load_state_dict(whole | {"state": state})
         self.limits.kept_step = numbers["kept_step"]
+        self.spikes.first, self.spikes.recent = (numbers["spikes"][k] for k in ("first", "recent"))
         for name, memory in self.memory.items():
             unpack(memory, under(f"memory/{name}/"), numbers["memory"][name])
         return done
@@ -214,6 +226,35 @@ class Training(NamedTuple):
 def below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The tensors whose names start so, by the rest of their names."""
     return {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+
+
+class Spikes:
+    """Tells a retain loss that runs away from one that rises.
+
+    It has run away when it is `times` its median over the last steps of its topic, and above the
+    whole loss that the run began with: a retain loss begins at 0, and many times nothing is little.
+    """
+
+    def __init__(self, times: float | None) -> None:
+        self.times = times
+        self.first: float | None = None
+        self.recent: dict[str, list[float]] = {}  # by topic
+
+    def after(self, topic: str, losses: Mapping[str, Tensor], total: float) -> str:
+        """What is wrong with a step's losses; "" for nothing."""
+        if self.times is None or "retain" not in losses:
+            return ""
+        if self.first is None:
+            self.first = abs(total)
+        recent = self.recent.setdefault(topic, [])
+        retain = float(losses["retain"].detach())
+        usual = median(recent) if len(recent) == RECENT else math.inf
+        if retain > max(self.times * usual, self.first):
+            times = f"over {self.times:g} times its usual {usual:.3g}"
+            return f"the retain loss is {retain:.3g}, {times},"
+        recent.append(retain)
+        del recent[:-RECENT]
+        return ""
 
 
 class Limits:
