@@ -72,9 +72,18 @@ class Run:
         path = self.folder / DELTA
         return weights.load_delta(path, self.base) if path.exists() else {}
 
-    @property
+    @cached_property
     def base(self) -> Path:
-        return base_of(self.config)
+        """The folder of its model; UserError where a file there is not the one it was made from."""
+        folder = base_of(self.config)
+        known = self.record["base"]["files"]
+        for name, file in audit.manifest(folder).items():
+            if name in known and file["sha256"] != known[name]["sha256"]:
+                raise UserError(
+                    f"{folder}: {name} is not the file that {self.folder} was made from; "
+                    f"srmu verify {self.folder} says what differs"
+                )
+        return folder
 
     def export(
         self,
