@@ -222,6 +222,12 @@ def load_topic(
 def tokenise(texts: Sequence[str], tokenizer: Any, max_length: int) -> list[list[int]]:
     """Token ids of each text, cut at `max_length` tokens; texts that are too short left out."""
     rows = tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]
+    bos = tokenizer.bos_token_id
+    if bos is not None and any(row[:2] == [bos, bos] for row in rows):
+        raise UserError(
+            f"texts begin with {tokenizer.bos_token}, and the tokenizer adds it again; "
+            "take it out of the texts"
+        )
     special = set(tokenizer.all_special_ids)
     return [row for row in rows if sum(i not in special for i in row) >= MIN_TOKENS]
 

@@ -48,6 +48,8 @@ def whole_folder(path: Path) -> Iterator[Path]:
     temporary.chmod(0o755)
     try:
         yield temporary
+        for file in temporary.rglob("*"):
+            flush(file)
         if path.exists():
             path.rmdir()
         temporary.rename(path)
@@ -56,11 +58,35 @@ def whole_folder(path: Path) -> Iterator[Path]:
         raise
 
 
+def flush(path: Path) -> None:
+    """Wait until a file, or a folder's list of files, is on the disk: a rename may come first."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except OSError:  # a folder, on Windows
+        return
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def require_space(path: Path, size: int) -> None:
+    """UserError where `size` bytes, and a tenth more, do not fit on the disk of a path to be."""
+    place = next(p for p in [path.resolve(), *path.resolve().parents] if p.exists())
+    free = shutil.disk_usage(place).free
+    if free < 1.1 * size:
+        raise UserError(
+            f"{path} needs {1.1 * size / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free there; "
+            "free some, or name another disk"
+        )
+
+
 def write_whole(path: Path, text: str) -> None:
     """Write a text file so that a reader sees the old one or the new one, never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         temporary.write_text(text, encoding="utf-8")
+        flush(temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -28,7 +28,15 @@ from srmu.config import Config, load_config
 from srmu.console import Watch, print_line, silent
 from srmu.data import Topic, load_topic, pad_id
 from srmu.errors import Diverged, UserError, first_line
-from srmu.files import as_json, require_free, require_place, sha256, write_json, write_whole
+from srmu.files import (
+    as_json,
+    require_free,
+    require_place,
+    require_space,
+    sha256,
+    write_json,
+    write_whole,
+)
 from srmu.importance import FLAT
 from srmu.loading import read_config, refuse_quantised, skeleton, wanted_dtype
 from srmu.meter import free_bytes, standing
@@ -325,6 +333,7 @@ def train(
         mode, cache_key(config, base, model, topics), model.device, say
     )
     names = weights.checkpoint_names(base, model.original)  # before training: can it be written?
+    require_space(folder, sum(t.numel() * t.element_size() for t in model.original.values()))
     folder.mkdir(parents=True, exist_ok=True)
     (folder / DELTA).unlink(missing_ok=True)  # of a run that was killed
     write_whole(folder / "config.yaml", config.to_yaml())

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from srmu.console import Watch, silent
 from srmu.errors import UserError, first_line
-from srmu.files import sha256, whole_folder
+from srmu.files import require_space, sha256, whole_folder
 
 INDEX = "model.safetensors.index.json"
 KEPT = (".json", ".model", ".txt", ".jinja", ".tiktoken", ".md")  # what an export copies as it is
@@ -304,6 +304,7 @@ def export(
         raise UserError(f"the model {folder} has no tensor {lost[0]}; is it another model?")
     patched = {where[name] for name in delta}
     wanted = [folder / name for name in carried(folder)]
+    require_space(out, sum(file.stat().st_size for file in wanted if not link))
     with whole_folder(out) as temporary, watch("writing files", len(wanted)) as tick:
         for file in wanted:
             copy = temporary / file.relative_to(folder)
