@@ -148,10 +148,7 @@ def build_config(tree: Mapping[str, Any], overrides: Sequence[str] = ()) -> Conf
 
     Relative paths that are left, those of overrides, start at the working folder.
     """
-    try:
-        values = json.loads(json.dumps({"runs_dir": "runs", **tree}, default=str))
-    except (TypeError, ValueError):
-        raise UserError("config: the keys must be text") from None
+    values = plain({"runs_dir": "runs", **tree})
     # Another name first: what the file says for its own method is not said for that one.
     named = [o for o in overrides if o.startswith("method.name=")]
     for override in named:
@@ -159,9 +156,19 @@ def build_config(tree: Mapping[str, Any], overrides: Sequence[str] = ()) -> Conf
     for override in [*named, *(o for o in overrides if o not in named)]:
         put(values, override)
     try:
-        return Config.model_validate(rebased(values, Path.cwd()))
+        return Config.model_validate(rebased(plain(values), Path.cwd()))
     except ValidationError as error:
         raise UserError(explain(error, "", Config)) from None
+
+
+def plain(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A tree of JSON values alone; YAML leaves dates, and the two halves of a character apart."""
+    try:
+        values: dict[str, Any] = json.loads(json.dumps(tree, default=str))
+        json.dumps(values, ensure_ascii=False).encode()
+    except (TypeError, ValueError):
+        raise UserError("config: the keys must be text, of whole characters") from None
+    return values
 
 
 def forget_old_method(values: dict[str, Any], name: str) -> None:

@@ -9,7 +9,10 @@ from difflib import get_close_matches
 
 
 class UserError(ValueError):
-    """Something the user can mend: says what was wrong, where, and what to type instead."""
+    """Something the user can mend: says in a line what was wrong, where, and what to type."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.splitlines()))  # names of columns or files may hold more
 
 
 class Diverged(UserError):  # noqa: N818 - it names what happened
