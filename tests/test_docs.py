@@ -117,3 +117,17 @@ def test_every_attack_is_on_its_page() -> None:
     page = (ROOT / "docs" / "attacks.md").read_text()
     rows = re.findall(r"^\| (E\d+) \| `(\w+)` \| (\w+)", page, flags=re.MULTILINE)
     assert rows == [(one.id, name, one.tier) for name, one in ATTACKS.items()]
+
+
+def test_each_row_of_reliability_names_its_tests() -> None:
+    rows = [
+        line
+        for line in (ROOT / "docs" / "reliability.md").read_text().splitlines()
+        if line.startswith("| ") and not line.startswith("| what happens")
+    ]
+    assert len(rows) > 25
+    for row in rows:
+        named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", row)
+        assert named, row
+        for file, name in named:
+            assert f"def {name}(" in (ROOT / "tests" / file).read_text(), name
