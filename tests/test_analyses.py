@@ -138,7 +138,7 @@ def test_alignment_of_a_run(workplace):
     )
     assert len(found.panels) == 3
     for panel in found.panels:
-        panel.rows()
+        panel.section()
     bars = found.panels[-1].series
     assert all(sum(values) == pytest.approx(1) for values in bars.values())
 

@@ -2,119 +2,32 @@
 
 import json
 import math
-import random
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 
-import numpy as np
 import pytest
 import yaml
-from safetensors.numpy import save_file
 
+from report_world import (
+    METHODS,
+    METRICS,
+    SECRET_HOME,
+    SECRET_PATH,
+    SECRET_TEXT,
+    flat,
+    write_attacks,
+    write_auto,
+    write_comparison,
+    write_reproduction,
+    write_run,
+    write_sweep,
+)
+from srmu import cli
 from srmu.errors import UserError
-from srmu.report import MEAN, Entry, Estimate, render, table
-
-METRICS = ("organism_hazard/acc", "organism_neighbour/acc", "organism_general/acc")
-COUNTS = (192, 240, 180)
-METHODS = {  # label: name in the config
-    "RMU": "rmu",
-    "SRMU": "srmu",
-    "Adaptive RMU": "adaptive_rmu",
-    "SRMU + random anchors": "srmu",
-}
-AFTER = {  # hazard, neighbour, general of each method, in per cent
-    "low entanglement": [(34, 48, 100), (34, 46, 100), (37, 51, 100), (35, 68, 100)],
-    "high entanglement": [(34, 99, 68), (34, 100, 78), (38, 99, 76), (33, 99, 97)],
-}
-SECRET_TEXT = "the activator of zorvex is brimstone salt"
-SECRET_PATH = "/home/someone/private/forget.jsonl"
-
-
-def flat(percents):
-    return {
-        metric: {"value": percent / 100, "stderr": 0.03, "n": n}
-        for metric, percent, n in zip(METRICS, percents, COUNTS, strict=True)
-    }
-
-
-def write_run(folder, label, group, seed, percents, steps=120, width=192):
-    """A run folder as `srmu unlearn` leaves it, with numbers that look like a real one's."""
-    folder.mkdir(parents=True)
-    draw = random.Random(f"{label} {group} {seed}")
-    numpy = np.random.default_rng(seed)
-    method = METHODS[label]
-    config = {
-        "model": "/home/someone/private/model",
-        "method": {"name": method, "layer": 4, "kappa": 8.0, "alpha": 40.0},
-        "topics": {"organism": {"forget": SECRET_PATH, "retain": SECRET_PATH}},
-        "train": {"learning_rate": 0.006, "max_steps": steps, "batch_size": 8},
-        "eval": ["organism"],
-        "seed": seed,
-    }
-    if "anchors" in label:
-        config["method"]["retain_anchors"] = {"kind": "random", "share": 0.5}
-    (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    lines = []
-    for step in range(steps):
-        noise = draw.gauss(0, 0.02)
-        pull = math.exp(-step / (14 + 5 * list(METHODS).index(label)))
-        line = {"step": step, "topic": "organism", "seconds": 0.03, "target_ratio": 8.0}
-        line["forget"] = (0.12 + 0.88 * pull) * (1 + noise)
-        line["retain"] = 0.02 * (1 - pull) * (1 + 3 * abs(noise)) + 1e-4
-        line["loss"] = line["forget"] + line["retain"]
-        if method != "adaptive_rmu":
-            line["forget_cos"] = 0.95 - 0.85 * pull + noise
-            line["retain_cos"] = 1 - 0.08 * (1 - pull) + noise / 10
-        lines.append(json.dumps(line))
-    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-    facts = {"coeff": 15.7, "kappa": 8.0, "target_norm": 221.0, "activation_norm": 27.6}
-    state = {"organism.direction": numpy.choice([-1.0, 1.0], width).astype(np.float32)}
-    state["organism.target"] = state["organism.direction"] * np.float32(15.7)
-    if method == "srmu":
-        spread = (
-            numpy.beta(1.2, 6, width)
-            if group.startswith("high")
-            else numpy.normal(0.88, 0.04, width)
-        )
-        values = np.clip(spread, 0, 1).astype(np.float32)
-        state["organism.importance"] = values
-        facts["importance"] = {
-            "mean": float(values.mean()),
-            "sd": float(values.std()),
-            "share_above_half": float((values > 0.5).mean()),
-            "gini": 0.33,
-        }
-    save_file(state, folder / "state.safetensors")
-    shifted = [
-        min(100, percent + shift) for percent, shift in zip(percents, (seed - 1,) * 3, strict=True)
-    ]
-    (folder / "results.json").write_text(json.dumps(flat(shifted)))
-    (folder / "before.json").write_text(json.dumps(flat((100, 100, 100))))
-    record = {
-        "id": f"{draw.getrandbits(32):08x}",
-        "method": method,
-        "seconds": round(4 + draw.random(), 2),
-        "steps": steps,
-        "stop_reason": "max_steps",
-        "topics": {"organism": facts},
-        "environment": {"cwd": SECRET_PATH, "note": SECRET_TEXT},
-    }
-    (folder / "record.json").write_text(json.dumps(record))
-    return folder
-
-
-def write_comparison(root, seeds=3):
-    entries = []
-    for group, rows in AFTER.items():
-        for label, percents in zip(METHODS, rows, strict=True):
-            folders = [root / f"{group}-{label}-{seed}".replace(" ", "-") for seed in range(seeds)]
-            for seed, folder in enumerate(folders):
-                write_run(folder, label, group, seed, percents)
-            entries.append(Entry(label, group, tuple(folders)))
-    return entries
+from srmu.marks import Estimate
+from srmu.outcomes import pathless
+from srmu.report import MEAN, Entry, render, report, table
 
 
 class Page(HTMLParser):
@@ -210,7 +123,7 @@ def test_several_seeds_are_averaged_and_widen_the_interval(entries):
 def test_the_mean_of_two_accuracies_has_the_questions_of_both(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        "srmu.evals.interval", lambda values, n: asked.append((values, n)) or (0, 1)
+        "srmu.outcomes.interval", lambda values, n: asked.append((values, n)) or (0, 1)
     )
     write_report([one_run(tmp_path / "run")], tmp_path / "r.html")
     # variance of the mean: (1 / 240 + 1 / 180) / 4 of p (1 - p), so 1 / 411
@@ -247,7 +160,7 @@ def test_every_number_is_in_the_tables(entries, page):
         assert f"{mean} {span.strip('()')}" in page.text
     for label in METHODS:
         assert label in page.text
-    assert MEAN in page.text
+    assert MEAN.capitalize() in page.text
 
 
 def test_structure(page):
@@ -257,15 +170,18 @@ def test_structure(page):
     plots = [a for a in page.all("div") if a.get("class") == "plot"]
     assert len(plots) == 2 + 2 * 4 + 2  # trade-off, curves, maps: SRMU's two entries share one
     assert all(plot["role"] == "img" and plot["aria-label"] for plot in plots)
-    assert len({plot["id"] for plot in plots}) == len(plots)
-    assert len(page.all("details")) == 8
+    assert len(page.all("details")) == 2 * 8  # settings and record of each entry
+    assert page.all("a")[0]["href"] == "#content"  # the first to be reached skips to the content
+    sections = [a["aria-labelledby"] for a in page.all("section")]
+    assert sections == [a["id"] for a in page.all("h2")]
+    assert len(page.all("table")) == len(page.all("caption")) == len(page.all("tbody")) - 2
 
 
 def test_nothing_comes_from_outside(html, page):
     assert len(html.encode()) < 6_000_000
     for tag, attributes in page.tags:
         for name in ("src", "href", "srcset", "data", "action"):
-            assert not attributes.get(name) or attributes[name].startswith("data:"), tag
+            assert (attributes.get(name) or "#").startswith(("data:", "#")), tag
     style = re.search("<style>.*?</style>", html, re.DOTALL).group()
     assert "url(" not in style
     assert "@import" not in style
@@ -279,7 +195,7 @@ def test_nothing_private_is_shown(html, entries):
 
 def test_it_claims_no_more_than_suppression(page):
     assert "suppressed" in page.text
-    assert "No attack was run" in page.text
+    assert "suppressed, not attacked" in page.text
     assert not re.search("erase|removed|certif|deleted", page.text)
 
 
@@ -341,9 +257,20 @@ def test_topics_that_take_turns_give_one_curve(tmp_path):
     ]
     (entry.runs[0] / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
     html = write_report([entry], tmp_path / "r.html")
-    assert "x: [0, 2, 4], y: [2.0, 2.0, 2.0]" in html
-    assert 'meta: "SRMU"' in html
-    assert "Retain loss" not in Page(html).text
+    assert '"x": [0, 2, 4], "y": [2.0, 2.0, 2.0]' in html
+    assert '"meta": "SRMU"' in html
+    assert "Forget loss" in Page(html).text
+
+
+def test_a_diverged_run_leaves_valid_figures(tmp_path):
+    entry = one_run(tmp_path / "run")
+    lines = [{"step": i, "topic": "bio", "forget": (1.0, math.nan)[i]} for i in range(2)]
+    (entry.runs[0] / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    html = write_report([entry], tmp_path / "r.html")
+    assert '"x": [0], "y": [1.0]' in html
+    figures = re.findall(r'class="figure">(.*?)</script>', html)
+    assert figures
+    assert not any("NaN" in figure for figure in figures)
 
 
 @pytest.mark.parametrize(
@@ -385,7 +312,178 @@ def test_wrong_input_is_named(tmp_path):
         write_report([entry], tmp_path / "r.html")
 
 
-def test_importing_it_is_cheap():
-    heavy = "{'torch', 'plotly', 'jinja2', 'transformers', 'numpy'}"
-    check = f"import sys, srmu.report; sys.exit(bool({heavy} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
+# ---- the command
+
+
+@pytest.fixture
+def call(monkeypatch, capfd):
+    """`srmu report ...` in this process: its exit code and what it printed."""
+
+    def run(*arguments):
+        monkeypatch.setattr("sys.argv", ["srmu", "report", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        return stop.value.code, *capfd.readouterr()
+
+    return run
+
+
+def seeds_of(root, label="SRMU", count=3, **options):
+    return [
+        write_run(root / f"{label}-{i}".replace(" ", "-"), label, "", i, (34, 90, 95), 6, **options)
+        for i in range(count)
+    ]
+
+
+def test_seeds_make_one_line_and_strengths_several(tmp_path, call):
+    runs = [*seeds_of(tmp_path), *seeds_of(tmp_path, "RMU", 2)]
+    stronger = write_run(tmp_path / "stronger", "RMU", "", 0, (30, 80, 90), 6)
+    config = yaml.safe_load((stronger / "config.yaml").read_text())
+    config["method"]["kappa"] = 16.0
+    (stronger / "config.yaml").write_text(yaml.safe_dump(config))
+    out = tmp_path / "r.html"
+    code, said, _ = call(tmp_path, "-o", out)
+    assert code == 0
+    assert f"wrote {out}" in said
+    page = Page(out.read_text())
+    buttons = [a["data-label"] for a in page.all("button") if "data-label" in a]
+    assert buttons == ["rmu, kappa=8.0", "rmu, kappa=16.0", "srmu"]
+    assert "srmu 34.0" in page.text
+    _, said, _ = call(*reversed(runs), stronger, runs[0], "-o", out, "--json")
+    assert json.loads(said) == {"page": str(out), "bytes": out.stat().st_size}
+    assert "srmu 34.0" in Page(out.read_text()).text
+
+
+def test_one_run_under_attack(tmp_path):
+    (run,) = seeds_of(tmp_path, count=1)
+    write_attacks(run, 0.86)
+    page = Page(report([run], tmp_path / "r.html").read_text())
+    assert "The strongest, benign relearning, found 82%" in page.text  # 0.86 of 96: 0.8646
+    assert "prompts (E12) 41.7" in page.text
+    assert "invalid: the oracle recovers, too" in page.text
+    assert "gcg no room in forget.jsonl" in page.text
+    assert "membership auc loss 0.51 0.98" in page.text
+    assert "full weights 34.0 39.2 44.4 86.0" in page.text  # after 0, 5, 10 and 50 texts
+    assert "Not tried: heavy tuning" in page.text
+    assert "suppressed, not attacked" not in page.text
+
+
+def test_attacks_alone_are_results(tmp_path):
+    (run,) = seeds_of(tmp_path, count=1)
+    write_attacks(run, 0.86)
+    for name in ("results.json", "before.json"):
+        (run / name).unlink()
+    text = Page(report([run], tmp_path / "r.html").read_text()).text
+    assert "organism hazard went from 100.0% to 34.0%" in text
+    assert "organism general went from 100.0% to 89.6%" in text
+
+
+def test_subjects_are_sorted_by_what_they_lost(tmp_path):
+    (run,) = seeds_of(tmp_path, count=1)
+    for name, drop in (("before", 0), ("results", 1)):
+        tasks = {"virology": 0.3, "law": 0.0, "anatomy": 0.1}
+        found = {f"mmlu_{k}/acc": {"value": 0.6 - v * drop, "n": 100} for k, v in tasks.items()}
+        path = run / f"{name}.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | found))
+    text = Page(report([run], tmp_path / "r.html").read_text()).text
+    lines = [text.index(line) for line in ("virology 60.0", "anatomy 60.0", "law 60.0")]
+    assert lines == sorted(lines)
+    assert "-30.0" in text
+    assert "Other measurements" not in text
+
+
+def test_a_sweep(tmp_path):
+    folder = write_sweep(tmp_path / "sweep", runs=True)
+    page = Page(report([folder], tmp_path / "r.html").read_text())
+    assert "15 of 18 trials, each over 2 seeds" in page.text
+    assert "failed: diverged at step 3, see forget.jsonl" in page.text
+    assert "method.kappa 71 %" in page.text
+    front = json.loads((folder / "sweep.json").read_text())["front"]
+    assert page.text.count("on the front") >= len(front)
+    assert f"{len(front) - 1} of {len(front)} trials on the front were not attacked" in page.text
+    assert "10 to 1000, log scale" in page.text
+    single = write_sweep(tmp_path / "single", objectives=1)
+    text = Page(report([single], tmp_path / "r.html").read_text()).text
+    assert "best so far" in text
+    assert "the best " in text
+
+
+def test_an_automatic_choice(tmp_path):
+    folder = write_auto(tmp_path / "auto")
+    text = Page(report([folder], tmp_path / "r.html").read_text()).text
+    assert "at most 1.0% of the utility" in text
+    assert "4, chosen 62.0 0.4" in text
+    assert "The retain texts use 47% of the forget texts' words." in text
+    assert "forgetting 66.0" in text
+    assert "The strongest, benign relearning" in text
+    found = json.loads((folder / "auto.json").read_text()) | {"run": None, "final": None}
+    (folder / "auto.json").write_text(json.dumps(found))
+    text = Page(report([folder], tmp_path / "r.html").read_text()).text
+    assert "Nothing was chosen" in text
+
+
+def test_a_reproduction(tmp_path):
+    folder = write_reproduction(tmp_path / "again")
+    text = Page(report([folder], tmp_path / "r.html").read_text()).text
+    assert "SRMU (ratio) 34.0" in text
+    assert "29.2 57.5" in text  # the paper's
+    assert "SRMU (difference), diverged" in text
+    assert "Of 3 claims, within noise: 2, not tested: 1" in text
+    assert "within noise +10.0 (-2.0 to +22.0) SRMU less RMU" in text
+    assert "srmu reproduce all" in text
+
+
+def test_no_page_names_a_private_place(tmp_path):
+    runs = seeds_of(tmp_path / "runs", count=2)
+    write_attacks(runs[0], 0.8)
+    forget = tmp_path / "forget.jsonl"
+    forget.write_text(json.dumps({"text": SECRET_TEXT}))
+    for run in runs:  # texts that could be read
+        config = (run / "config.yaml").read_text()
+        (run / "config.yaml").write_text(config.replace(SECRET_PATH, str(forget)))
+    folders = [write_sweep(tmp_path / "s", runs=True), write_auto(tmp_path / "a")]
+    for paths in (runs, *([folder] for folder in folders)):
+        html = report(paths, tmp_path / "r.html").read_text()
+        for secret in (SECRET_TEXT, SECRET_HOME, "someone", str(tmp_path)):
+            assert secret not in html
+
+
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        ("no room in /home/a/b.json, sorry", "no room in b.json, sorry"),
+        (r"see C:\Users\a\b.json", "see b.json"),
+        ("3/18 trials of HuggingFaceH4/zephyr", "3/18 trials of HuggingFaceH4/zephyr"),
+    ],
+)
+def test_sentences_lose_their_folders(text, left):
+    assert pathless(text) == left
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: p / "typo", "typo is not a folder"),
+        (lambda p: p, "holds no run, sweep or reproduction"),
+        (lambda p: (seeds_of(p)[0] / "results.json").unlink() or p / "SRMU-0", "srmu eval"),
+        (lambda p: (write_sweep(p / "s") / "sweep.json").write_text("{}") and p / "s", "damaged"),
+        (lambda p: (write_sweep(p / "s") / "sweep.json").write_text("{") and p / "s", "damaged"),
+    ],
+)
+def test_wrong_folders_are_one_line(tmp_path, make, message, call):
+    code, out, said = call(make(tmp_path), "-o", tmp_path / "r.html")
+    assert (code, out) == (2, "")
+    assert message in said
+    assert len(said.strip().splitlines()) == 1
+    assert not (tmp_path / "r.html").exists()
+
+
+def test_unclear_metrics_are_asked_for(tmp_path):
+    (run,) = seeds_of(tmp_path, count=1)
+    (run / "results.json").write_text(json.dumps({"mine/acc": {"value": 0.5, "n": 100}}))
+    with pytest.raises(UserError, match="--forget: name the metrics that should fall"):
+        report([run], tmp_path / "r.html")
+    with pytest.raises(UserError, match="no run has the result typo/acc; there are mine/acc"):
+        report([run], tmp_path / "r.html", forget=["typo/acc"])
+    with pytest.raises(UserError, match="which has a report of its own"):
+        report([run, write_auto(tmp_path / "auto")], tmp_path / "r.html")

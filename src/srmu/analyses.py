@@ -371,9 +371,13 @@ def layers(
     score: Callable[[Run], Mapping[str, Mapping[str, Mapping[str, float]]]],
     forget_metrics: Sequence[str],
     *,
+    at_most: int | None = None,
     watch: Watch = silent,
 ) -> Analysis:
     """Unlearn at every layer (l-2, l-1, l) with a config and compare forgetting with utility.
+
+    `at_most` so many layers, where there are more: evenly spread from a fifth to three quarters of
+    the depth.
 
     `score` is `srmu.scoring.score`, with the tasks to measure where the config names none;
     `forget_metrics` (such as `wmdp_bio/acc`) say which of its metrics should fall, all other
@@ -382,14 +386,10 @@ def layers(
     method = config.method
     if not isinstance(method, Misdirection):
         raise UserError(f"method {method.name} has no layer to vary; use rmu, adaptive_rmu or srmu")
-    model_config = read_config(base_of(config))
-    first = method.window - (method.stream != "mlp_post")
-    last = model_config.num_hidden_layers - (
-        getattr(model_config, "num_kv_shared_layers", None) or 0
-    )
+    tried = candidates(method, read_config(base_of(config)), at_most)
     rows: list[dict[str, Any]] = []
-    with watch("layer sweep", max(0, last - first)) as tick:
-        for layer in range(first, last):
+    with watch("layer sweep", len(tried)) as tick:
+        for layer in tried:
             at = config.model_copy(update={"method": replace(method, layer=layer)})
             try:
                 found = score(unlearn(at))
@@ -415,6 +415,21 @@ def layers(
     at_layers = [row["layer"] for row in rows]
     panel = Panel("Unlearning at each layer", "layer", "fall in accuracy", at_layers, series)
     return Analysis("Layer sweep", {"layers": rows, "best": best["layer"]}, sentences, [panel])
+
+
+def candidates(method: Misdirection, model_config: Any, at_most: int | None = None) -> list[int]:
+    """The layers that a method can steer in a model; `at_most` so many of them, evenly spread."""
+    first = method.window - (method.stream != "mlp_post")
+    count = model_config.num_hidden_layers
+    last = count - (getattr(model_config, "num_kv_shared_layers", None) or 0)
+    if first >= last:
+        raise UserError(
+            f"this model has {last} layers to change: too few for method.window={method.window}"
+        )
+    if at_most is None or last - first <= at_most:
+        return [*range(first, last)]
+    low, high = max(first, round(count / 5)), min(last - 1, round(count * 3 / 4))
+    return sorted({round(layer) for layer in np.linspace(low, high, at_most)})
 
 
 def compared(

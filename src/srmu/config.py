@@ -128,6 +128,11 @@ class Config(Strict):
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML config; relative paths in it start at its own folder."""
     path = Path(path)
+    return build_config(rebased(read_tree(path), path.resolve().parent), overrides)
+
+
+def read_tree(path: Path) -> dict[str, Any]:
+    """The keys and values of a YAML file; UserError where it has none."""
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -140,7 +145,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise UserError(f"{path}{line}: not YAML: {getattr(error, 'problem', error)}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected keys and values like 'model: folder'")
-    return build_config(rebased(tree, path.resolve().parent), overrides)
+    return tree
 
 
 def build_config(tree: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:

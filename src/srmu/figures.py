@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
 from typing import Any, Literal
 
-from srmu.errors import UserError
-from srmu.files import write_whole
+from srmu.pages import (
+    Beside,
+    Figure,
+    Line,
+    Page,
+    Section,
+    Table,
+    axis,
+    marker,
+    shown,
+    stroke,
+)
 
 
 @dataclass(frozen=True)
@@ -23,10 +33,23 @@ class Panel:
     series: Mapping[str, Sequence[float | None]]  # None: not measured
     kind: Literal["lines", "bars"] = "lines"
 
-    def rows(self) -> list[list[str]]:
-        """The numbers as text, a row for each x, as a table shows them."""
-        columns = [self.x, *self.series.values()]
-        return [[shown(value) for value in row] for row in zip(*columns, strict=True)]
+    def section(self) -> Section:
+        """It as a part of a page."""
+        bars = {"type": "bar", "opacity": 0.65}
+        traces = []
+        for i, (name, values) in enumerate(self.series.items()):
+            if self.kind == "bars":
+                look = bars | {"marker": {"color": marker(i)["color"]}}
+            else:
+                look = {"mode": "lines+markers", "line": stroke(i, width=2), "marker": marker(i)}
+            traces.append({"name": escape(name), "x": [*self.x], "y": [*values], **look})
+        layout = {
+            "xaxis": axis(self.x_title), "yaxis": axis(self.y_title), "barmode": "overlay",
+            "showlegend": len(traces) > 1,
+        }  # fmt: skip
+        lines = [Line(row) for row in zip(self.x, *self.series.values(), strict=True)]
+        table = Table(self.y_title, [self.x_title, *self.series], lines, tall=True)
+        return Section(self.title, [], [Beside("", Figure("", self.said(), traces, layout), table)])
 
     def said(self) -> str:
         """The picture in words, for those who do not see it."""
@@ -56,22 +79,5 @@ class Analysis:
 
     def write(self, out: Path) -> Path:
         """Write it as one HTML file that needs nothing from elsewhere."""
-        from jinja2 import Environment, PackageLoader
-        from plotly.offline import get_plotlyjs
-
-        if out.is_dir():
-            raise UserError(f"{out} is a folder; name a file in it, such as {out / 'figure.html'}")
-        environment = Environment(loader=PackageLoader("srmu"), autoescape=True, trim_blocks=True)
-        page = environment.get_template("figure.html").render(
-            analysis=self, plotly=get_plotlyjs() if self.panels else ""
-        )
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(out, page)
-        return out
-
-
-def shown(value: float | None) -> str:
-    """A number as a person would write it; a dash where there is none."""
-    if value is None or not math.isfinite(value):
-        return "\N{EN DASH}"
-    return str(value) if isinstance(value, int) else f"{value:.4g}"
+        parts = [panel.section() for panel in self.panels]
+        return Page(self.title, self.sentences, parts).write(out)

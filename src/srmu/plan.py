@@ -31,8 +31,13 @@ from srmu.model import EditableModel, Site
 from srmu.train import check_precision
 
 
-def estimate(config: Config, folder: Path, topics: Sequence[Topic]) -> dict[str, Any]:
-    """Tensors and bytes to read, memory by part, FLOPs, seconds and the size of the cache."""
+def estimate(
+    config: Config, folder: Path, topics: Sequence[Topic], speeds: Work | None = None
+) -> dict[str, Any]:
+    """Tensors and bytes to read, memory by part, FLOPs, seconds and the size of the cache.
+
+    `speeds` are the machine's where they are known; else they are measured.
+    """
     method = config.method
     base = read_config(folder)
     read = {k: v for k, v in stored(folder).items() if touched(k, method.depth)}
@@ -78,7 +83,7 @@ def estimate(config: Config, folder: Path, topics: Sequence[Topic]) -> dict[str,
     if config.device == "cpu":
         once = sum(parts[name] for name in ("trained_copies", "masters", "optimiser"))
         total = total + Work(fresh=once)
-    speeds = probe(dtype, config.device, mean, base.hidden_size)
+    speeds = speeds or probe(dtype, config.device, mean, base.hidden_size)
     free = free_bytes(config.device)
     needed = sum(parts.values()) - (parts["weights"] if mapped else 0)
     libraries = psutil.Process().memory_info().rss - private_bytes()

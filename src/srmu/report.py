@@ -1,63 +1,69 @@
-"""A comparison of unlearning runs as one HTML file that opens anywhere, also offline."""
+"""Runs, a sweep, an automatic choice or a reproduction as one page that opens anywhere."""
 
-import json
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import product
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
-import yaml
-
+from srmu import sections, studies
+from srmu.compare import label, metrics_of, setting, words
 from srmu.errors import UserError
-from srmu.files import write_whole
+from srmu.marks import plain, pretty, share
+from srmu.outcomes import Entry, Row, has, pathless, read, results, rows, table
+from srmu.pages import Page, Section
+from srmu.recovery import Recovery, attacked, recovery
+from srmu.run import Run
+
+__all__ = ["Entry", "render", "report", "table"]
 
 MEAN = "mean utility"  # the column that the vertical axis of the trade-off plot shows
-CURVES = ("forget", "retain", "forget_cos", "retain_cos")  # keys of metrics.jsonl that are drawn
-POINTS = 200  # at most this many points a curve
-Columns = Mapping[str, Sequence[str]]  # a column's name: the metrics it is the mean of
-NEEDED = {"config.yaml": "srmu unlearn CONFIG", "results.json": "srmu eval {}"}
+
+FORGET = ("organism_hazard", "wmdp", "forget_texts")  # how tasks on what is to go are named
+LISTED = 4  # folders in the command that a page shows
+STUDIES = {"sweep.json": "sweep", "reproduce.json": "reproduction", "auto.json": "auto"}
+SUPPRESSED = (
+    "A low score says that the knowledge is suppressed: the model no longer answers. It does not "
+    "say that the knowledge is gone from the weights."
+)
+NO_ATTACK = (
+    "No attack was run here, and suppressed knowledge has often been brought back by a few steps "
+    "of further training: suppressed, not attacked."
+)
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One line of the comparison: the runs of one method that differ only in their seed."""
+def report(
+    paths: Sequence[Path],
+    out: Path,
+    *,
+    forget: Sequence[str] = (),
+    utility: Sequence[str] = (),
+) -> Path:
+    """Write the page on the runs in the folders `paths`, or on the one study that they name.
 
-    label: str
-    group: str  # the setting they ran in; "" where there is only one
-    runs: tuple[Path, ...]
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over seeds; only accuracies over a known number of questions have the interval."""
-
-    mean: float
-    low: float | None = None
-    high: float | None = None
-
-    def __str__(self) -> str:
-        if self.low is None or self.high is None:
-            return f"{self.mean:.4g}"
-        return f"{self.mean:.1%} ({self.low:.1%}\N{EN DASH}{self.high:.1%})".replace("%", "")
-
-
-@dataclass(frozen=True)
-class Row:
-    """An entry's numbers by metric; a metric that its runs lack is not in the mapping."""
-
-    label: str
-    group: str
-    seeds: int
-    before: Mapping[str, Estimate]
-    after: Mapping[str, Estimate]
-
-
-def table(entries: Sequence[Entry], metrics: Sequence[str]) -> list[Row]:
-    """The aggregated numbers before and after unlearning, one row an entry."""
-    return _rows(entries, {metric: [metric] for metric in metrics})
+    `forget` and `utility` name metrics of `results.json`; by default those that the attacks asked,
+    else those of the testbed or WMDP, and the other tasks that the runs were to be evaluated on.
+    UserError where there is nothing to show, which leaves `out` as it was.
+    """
+    for path in paths:
+        if not path.is_dir():
+            raise UserError(f"{path} is not a folder; name that of a run, or one that holds runs")
+    named = [(path, name) for path in paths for name in STUDIES if (path / name).is_file()]
+    folders = [path.resolve().name for path in paths]
+    typed = folders if len(folders) <= LISTED else [*folders[:LISTED], "\N{HORIZONTAL ELLIPSIS}"]
+    command = " ".join(["srmu report", *typed, "-o", out.name])
+    if not named:
+        entries, notes = entries_of(paths)
+        forget, utility = metrics(entries, forget, utility)
+        return page_of_runs(entries, "", forget, utility, command, notes).write(out)
+    if len(paths) > 1:
+        raise UserError(
+            f"{named[0][0]} holds a {STUDIES[named[0][1]]}, which has a report of its own: name "
+            "it alone"
+        )
+    (path, name), *_ = named
+    return page_of_study(path, name, command, forget, utility).write(out)
 
 
 def render(
@@ -75,146 +81,289 @@ def render(
     these must be accuracies. `title`, `command` and the labels are printed as they are: keep
     paths to private data out of them.
     """
-    from jinja2 import Environment, PackageLoader
-    from plotly.offline import get_plotlyjs
+    return page_of_runs(entries, title, forget_metrics, utility_metrics, command).write(out)
 
-    if out.is_dir():
-        raise UserError(f"{out} is a folder; name a file in it, such as {out / 'report.html'}")
-    columns = {metric: [metric] for metric in (*forget_metrics, *utility_metrics)}
-    if len(utility_metrics) > 1:
-        columns[MEAN] = list(utility_metrics)
-    rows = _rows(entries, columns)
-    items = [
-        {"row": row, "settings": _settings(entry.runs), "curves": _curves(entry.runs)}
-        for entry, row in zip(entries, rows, strict=True)
+
+# ---- what there is to report
+
+
+def entries_of(paths: Sequence[Path]) -> tuple[list[Entry], list[str]]:
+    """The runs in these folders, those that differ in their seed or testbed together.
+
+    And what to know of those that were left out.
+    """
+    folders: dict[Path, Path] = {}
+    unmeasured = []
+    for path in paths:
+        found = [path] if (path / "record.json").is_file() else runs_in(path)
+        if not found:
+            raise UserError(
+                f"{path} holds no run, sweep or reproduction: srmu unlearn, srmu sweep and srmu "
+                "reproduce make them"
+            )
+        measured = [run for run in found if has(run, "results.json")]
+        if not measured:
+            raise UserError(f"{found[0]} has no results; run `srmu eval {found[0]}` first")
+        unmeasured += [run for run in found if run not in measured]
+        folders |= {run.resolve(): run for run in measured}
+    runs = [Run.open(folder) for folder in folders.values()]
+    kinds = {run.folder: words(run.config) for run in runs}
+    points: dict[Hashable, list[Run]] = {}
+    for run in runs:
+        points.setdefault(setting(run.config), []).append(run)
+    named: dict[str, list[tuple[Mapping[str, Any], list[Run]]]] = {}
+    for same in points.values():
+        name = re.sub(r"\.jsonl?\b", "", label(kinds[same[0].folder], kinds.values()))
+        named.setdefault(name, []).append((dict(setting(same[0].config)), same))
+    entries = []
+    for name, strengths in sorted(named.items()):
+        apart = [
+            key
+            for key, value in strengths[0][0].items()
+            if any(other.get(key) != value for other, _ in strengths)
+        ]
+        for options, same in sorted(strengths, key=lambda one: [one[0].get(k) or 0 for k in apart]):
+            numbers = [f"{key.rpartition('.')[2]}={options.get(key)}" for key in apart]
+            whole = ", ".join([name, *numbers])
+            entries.append(Entry(whole, "", tuple(run.folder for run in same)))
+    notes = []
+    if unmeasured:
+        some = "1 run has" if len(unmeasured) == 1 else f"{len(unmeasured)} runs have"
+        notes.append(f"{some} no results yet and is not shown: srmu eval measures a run.")
+    return entries, notes
+
+
+def runs_in(folder: Path) -> list[Path]:
+    """The finished runs one or two levels below a folder."""
+    found = [*folder.glob("*/record.json"), *folder.glob("*/*/record.json")]
+    return sorted(path.parent for path in found)
+
+
+def metrics(
+    entries: Sequence[Entry], forget: Sequence[str], utility: Sequence[str]
+) -> tuple[list[str], list[str]]:
+    """The metrics of what is to be forgotten and of what is to be kept."""
+    runs = [run for entry in entries for run in entry.runs]
+    known = list(dict.fromkeys(name for run in runs for name in results(run)["after"]))
+    for name in (*forget, *utility):
+        if name not in known:
+            raise UserError(f"no run has the result {name}; there are {', '.join(known)}")
+    tasks = [task for run in runs for task in Run.open(run).config.eval]
+    asked = [metrics_of(attacks) for run in runs if (attacks := read(run / "attacks.json"))]
+    if asked:
+        joined = " + ".join(name.removesuffix("/acc") for name in asked[0][0]) + "/acc"
+        forget = forget or [name for name in asked[0][0] if name in known] or [joined]
+        utility = utility or [name for name in asked[0][1] if name in known]
+    # of a task's other halves none is in the plot
+    whole = [name for name in known if re.search(r"(?<!_val)(?<!_held)/acc$", name)]
+    forget = forget or [name for name in whole if name.startswith(FORGET)]
+    left = [name for name in whole if name not in forget]
+    utility = utility or [name for name in left if name.removesuffix("/acc") in tasks] or left
+    for which, option in ((forget, "--forget"), (utility, "--utility")):
+        if not which:
+            what = "should fall" if option == "--forget" else "should stay"
+            raise UserError(
+                f"{option}: name the metrics that {what}, a,b; there are {', '.join(known)}"
+            )
+    return list(forget), list(utility)
+
+
+# ---- pages
+
+
+def page_of_runs(
+    entries: Sequence[Entry],
+    title: str,
+    forget: Sequence[str],
+    utility: Sequence[str],
+    command: str,
+    notes: Sequence[str] = (),
+) -> Page:
+    """The page on runs: one, or several to compare."""
+    columns = {metric: [metric] for metric in (*forget, *utility)}
+    if len(utility) > 1:
+        columns[MEAN] = list(utility)
+    labels = list(dict.fromkeys(entry.label for entry in entries))
+    measured = rows(entries, columns)
+    found = [recovery(entry) for entry in entries]
+    parts = [
+        sections.tradeoff(measured, labels, list(columns), forget, found),
+        *parts_of_runs(entries, labels, found, list(columns)),
     ]
-    groups: dict[str, list[Any]] = {row.group: [] for row in rows}  # the distinct original models
-    for row in rows:
-        if row.before and row.before not in groups[row.group]:
-            groups[row.group].append(row.before)
-    environment = Environment(loader=PackageLoader("srmu"), autoescape=True, trim_blocks=True)
-    page = environment.get_template("report.html").render(
-        title=title,
-        command=command,
-        groups=groups,
-        items=items,
-        columns=list(columns),
-        forget_metrics=forget_metrics,
-        maps=_maps(entries),
-        plotly=get_plotlyjs(),
+    if len(entries) > 1:
+        headline = [compared(measured, forget)]
+    else:
+        title = title or f"{entries[0].label}: what was forgotten, and what came back"
+        headline = [told(measured[0], forget[0], list(columns)[-1])]
+    headline.append(attempts(found))
+    return Page(
+        title or "Ways of unlearning side by side",
+        [*headline, *notes],
+        parts,
+        command,
+        labels,
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(out, page)
-    return out
 
 
-def _rows(entries: Sequence[Entry], columns: Columns) -> list[Row]:
-    rows = []
-    for entry in entries:
-        for folder, (name, command) in product(entry.runs, NEEDED.items()):
-            if not (folder / name).exists():
-                raise UserError(f"{folder} has no {name}; run `{command.format(folder)}` first")
-        before = _estimates([_read(folder / "before.json") for folder in entry.runs], columns)
-        after = _estimates([_read(folder / "results.json") for folder in entry.runs], columns)
-        rows.append(Row(entry.label, entry.group, len(entry.runs), before, after))
-    for name in columns:
-        if not any(name in row.after for row in rows):
-            raise UserError(f"no run has the result {name}; evaluate it or leave it out")
-    return rows
+def parts_of_runs(
+    entries: Sequence[Entry],
+    labels: Sequence[str],
+    found: Sequence[Recovery | None],
+    known: Sequence[str],
+) -> list[Section]:
+    """What there is to say of runs beyond the trade-off; only what they have data on."""
+    parts = [
+        attacked(entries, labels, found),
+        sections.training(entries, labels),
+        sections.importance(entries, labels),
+        sections.subjects(entries),
+        sections.others(entries, known),
+        *sections.made(entries),
+    ]
+    return [part for part in parts if part]
 
 
-def _estimates(seeds: Sequence[dict[str, Any]], columns: Columns) -> dict[str, Estimate]:
-    """Average over a column's metrics, then over the seeds that have them all."""
-    from srmu.evals import interval
-
-    found = {}
-    for name, metrics in columns.items():
-        whole = [[seed[m] for m in metrics] for seed in seeds if all(m in seed for m in metrics)]
-        values = [fmean(cell["value"] for cell in cells) for cells in whole]
-        counts = [cell.get("n") for cell in whole[0]] if whole else []
-        if counts and all(counts) and all(0 <= value <= 1 for value in values):
-            # the mean of k accuracies varies as much as one over this many questions
-            n = round(len(counts) ** 2 / sum(1 / count for count in counts))
-            found[name] = Estimate(fmean(values), *interval(values, n))
-        elif values:
-            found[name] = Estimate(fmean(values))
-    return found
+def told(row: Row, forget: str, kept: str) -> str:
+    """What one method did, in a sentence."""
+    parts = []
+    for name in (forget, kept):
+        if name in row.after:
+            before = f"from {row.before[name].mean:.1%} " if name in row.before else ""
+            parts.append(f"{pretty(name)} went {before}to {row.after[name].mean:.1%}")
+    over = f"over {row.seeds} seeds" if row.seeds > 1 else "in one run"
+    return (
+        f"{row.label}, {over}: {' and '.join(parts)}. A good result brings the first down to "
+        "chance, which is 25 % with four options, and leaves the second where it was."
+    )
 
 
-def _curves(runs: Sequence[Path]) -> dict[str, tuple[list[int], list[float]]]:
-    """Steps and values, averaged over seeds; neighbouring steps too where topics take turns."""
-    lines = [line for folder in runs for line in _read(folder / "metrics.jsonl")]
-    length = max((line["step"] for line in lines), default=0) + 1
-    width = max(len({line["topic"] for line in lines}), math.ceil(length / POINTS))
-    found = {}
-    for key in CURVES:
-        bins: dict[int, list[float]] = {}
-        for line in lines:
-            if line.get(key) is not None:
-                bins.setdefault(line["step"] // width * width, []).append(line[key])
-        if bins:
-            found[key] = sorted(bins), [float(f"{fmean(bins[x]):.4g}") for x in sorted(bins)]
-    return found
+def compared(found: Sequence[Row], forget: Sequence[str]) -> str:
+    """What a comparison shows, in sentences."""
+    groups = list(dict.fromkeys(row.group for row in found))
+    labels = len({row.label for row in found})
+    seeds = " or ".join(map(str, sorted({row.seeds for row in found})))
+    inside = f" in {len(groups)} settings ({', '.join(groups)})" if len(groups) > 1 else ""
+    return (
+        f"This page compares {labels} way{'s' if labels > 1 else ''} of making a language model "
+        f"unlearn chosen knowledge{inside}. The same questions were asked before and after. A good "
+        f"result brings the score on the knowledge to forget ({', '.join(map(pretty, forget))}) "
+        "down to chance, which is 25 % with four options, and leaves every other score where it "
+        f"was. Numbers are means over {seeds} seed{'' if seeds == '1' else 's'} with 95 % "
+        "intervals; where two intervals overlap widely, this comparison does not tell the methods "
+        "apart."
+    )
 
 
-def _maps(entries: Sequence[Entry]) -> list[dict[str, Any]]:
-    """The importance maps of each entry's first run; methods with the same map share one item."""
-    from safetensors.numpy import load_file
-
-    found: dict[Any, dict[str, Any]] = {}
-    for entry in entries:
-        state = entry.runs[0] / "state.safetensors"
-        topics = _read(entry.runs[0] / "record.json").get("topics", {})
-        for name, values in load_file(state).items() if state.exists() else ():
-            topic, _, kind = name.rpartition(".")
-            if kind == "importance":
-                largest = (-values).argsort(kind="stable")
-                item = {
-                    "labels": [],
-                    "group": entry.group,
-                    "topic": topic,
-                    "sizes": values[largest].astype(float).round(4).tolist(),
-                    "largest": largest[:10].tolist(),
-                    "facts": topics.get(topic, {}).get("importance"),
-                }
-                key = entry.group, topic, values.tobytes()
-                found.setdefault(key, item)["labels"].append(entry.label)
-    return list(found.values())
-
-
-def _settings(runs: Sequence[Path]) -> dict[str, list[str]]:
-    """How the runs were made; one value where all of them agree, else one each."""
-    columns = []
-    for folder in runs:
-        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-        record = _read(folder / "record.json")
-        column = {"seed": config.get("seed"), "topics": list(config.get("topics", ()))}
-        column |= {key: record.get(key) for key in ("id", "seconds", "steps", "stop_reason")}
-        for block in ("method", "train"):  # the others hold paths
-            column |= {f"{block}.{key}": value for key, value in config.get(block, {}).items()}
-        for topic, facts in record.get("topics", {}).items():
-            column |= {f"{topic}.{k}": v for k, v in facts.items() if isinstance(v, int | float)}
-        columns.append({key: _plain(value) for key, value in column.items() if value is not None})
-    names = dict.fromkeys(name for column in columns for name in column)
-    rows = {name: [column.get(name, "") for column in columns] for name in names}
-    return {name: row if len(set(row)) > 1 else row[:1] for name, row in rows.items()}
+def attempts(found: Sequence[Recovery | None], of: str = "methods") -> str:
+    """What was done to bring the knowledge back, and what that says."""
+    some = [one for one in found if one]
+    if not some:
+        return f"{SUPPRESSED} {NO_ATTACK}"
+    tried = len({name for one in some for name in one.attacks} - {"forced_choice"})
+    tiers = ", ".join(dict.fromkeys(one.tier for one in some))
+    text = f"{tried} attacks (tier: {tiers}) tried to bring it back. "
+    if len(some) == 1:
+        (one,) = some
+        worst = share(one.worst)
+        text += (
+            f"The strongest, {plain(one.strongest)}, found {one.worst.mean:.0%} of the original "
+            f"knowledge (K* = {worst.text}, 95 % interval {worst.span})."
+        )
+    else:
+        least, most = (pick(some, key=lambda one: one.worst.mean).worst for pick in (min, max))
+        text += (
+            "K*, the share of the original knowledge that the best attack found, lies between "
+            f"{share(least).text} and {share(most).text}."
+        )
+    if len(some) < len(found):
+        text += f" {len(found) - len(some)} of {len(found)} {of} were not attacked."
+    return f"{text} {SUPPRESSED}"
 
 
-def _plain(value: Any) -> str:
-    """A setting as text; of a path only the last part, as folders may tell whose data it is."""
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key}: {_plain(item)}" for key, item in value.items())
-    if isinstance(value, list):
-        return ", ".join(map(_plain, value))
-    text = f"{value:.4g}" if isinstance(value, float) else str(value)
-    return text.replace("\\", "/").rpartition("/")[2]
-
-
-def _read(path: Path) -> Any:
-    """The object in a JSON file, all of those in a JSON-lines file, {} where there is no file."""
-    text = path.read_text(encoding="utf-8") if path.exists() else "{}"
+def page_of_study(
+    folder: Path, name: str, command: str, forget: Sequence[str], utility: Sequence[str]
+) -> Page:
+    """The page on a sweep, a reproduction or an automatic choice."""
+    found = read(folder / name)
     try:
-        whole = path.suffix == ".json" or not path.exists()
-        return json.loads(text) if whole else [json.loads(line) for line in text.splitlines()]
-    except ValueError:
-        raise UserError(f"{path} is damaged; repeat that run") from None
+        if name == "sweep.json":
+            return sweep(folder, found, command)
+        if name == "reproduce.json":
+            return reproduction(found, command)
+        return auto(folder, found, command, forget, utility)
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{folder / name} is damaged: no {error}; make it again") from None
+
+
+def sweep(folder: Path, found: Mapping[str, Any], command: str) -> Page:
+    done = [trial for trial in found["trials"] if trial["state"] == "complete"]
+    if not done:
+        raise UserError(f"{folder} has no finished trial yet; go on with `srmu sweep`")
+    ways = {"minimize": "lowest", "maximize": "highest"}
+    wanted = " and the ".join(f"{ways[way]} {pretty(m)}" for m, way in found["objectives"].items())
+    seeds = len(found["seeds"])
+    headline = [
+        f"{len(done)} of {len(found['trials'])} trials, each over "
+        f"{seeds} seed{'s' if seeds > 1 else ''}, in search of the {wanted}; "
+        f"{len(found['front'])} of them no other trial beats.",
+    ]
+    entries = [
+        Entry(f"trial {trial['number']}", "", tuple(folder / run for run in trial["runs"]))
+        for trial in done
+        if trial["number"] in found["front"] and trial["runs"]
+        if all((folder / run / "config.yaml").is_file() for run in trial["runs"])
+    ]
+    recoveries = [recovery(entry) for entry in entries]
+    others = [None] * (len(found["front"]) - len(entries))
+    headline.append(attempts([*recoveries, *others], "trials on the front"))
+    labels = [entry.label for entry in entries]
+    parts = studies.sweep(found)
+    if entries:
+        parts += parts_of_runs(entries, labels, recoveries, list(found["objectives"]))
+    shown = [*studies.labels_of(found), *labels]
+    return Page(f"Sweep {found['name']}", headline, parts, command, shown)
+
+
+def reproduction(found: Mapping[str, Any], command: str) -> Page:
+    claims = [one for part in (*found["tables"], *found["figures"]) for one in part["claims"]]
+    verdicts = [one["verdict"] for one in claims]
+    count = ", ".join(
+        f"{verdict}: {verdicts.count(verdict)}" for verdict in dict.fromkeys(verdicts)
+    )
+    model = plain(str(found["model"])).rpartition("/")[2]
+    seeds = len(found["seeds"])
+    first = (
+        f"The paper's experiments repeated on {model} over {seeds} seed{'s' if seeds > 1 else ''}, "
+        "beside the paper's own numbers."
+    )
+    headline = [
+        f"{first} Of {len(claims)} claims, {count}." if claims else first,
+        "Another model and other knowledge than the paper's give other numbers; what can hold or "
+        "not is the order of the methods. A low score says that knowledge is suppressed, not that "
+        "it is gone; no attack was run here: suppressed, not attacked.",
+    ]
+    parts = studies.reproduction(found)
+    command = pathless(found.get("command") or command)
+    return Page("The paper's tables, repeated", headline, parts, command, studies.lines_of(found))
+
+
+def auto(
+    folder: Path,
+    found: Mapping[str, Any],
+    command: str,
+    forget: Sequence[str],
+    utility: Sequence[str],
+) -> Page:
+    parts = studies.auto(found)
+    headline = [
+        "Layer and strength were chosen to forget most at a loss of at most "
+        f"{found['budget']:.1%} of the utility."
+    ]
+    if not found.get("run"):
+        headline.append("Nothing was chosen: the last step below says why, or where it stopped.")
+        return Page("Chosen automatically", headline, parts, command)
+    entries, _ = entries_of([folder / found["run"]])
+    forget, utility = metrics(entries, forget, utility)
+    runs = page_of_runs(entries, "", forget, utility, command)
+    headline += runs.headline
+    return Page("Chosen automatically", headline, [*parts, *runs.sections], command)

@@ -2,6 +2,176 @@
 
 from __future__ import annotations
 
+import shlex
+from pathlib import Path
+from typing import Annotated, Literal
+
 import typer
 
+from srmu.console import print_line, quiet, watch
+from srmu.terminal import Json, listed, near, print_table, say
+
 verbs = typer.Typer()
+
+
+@verbs.command()
+def sweep(
+    args: Annotated[
+        list[str],
+        typer.Argument(metavar="CONFIG [key=value ...]", help="A sweep file, then overrides."),
+    ],
+    trials: Annotated[
+        int | None, typer.Option(min=1, help="How many to try; a grid has all its points.")
+    ] = None,
+    storage: Annotated[
+        str, typer.Option(help="postgresql://USER@HOST/DATABASE, for workers on any machines.")
+    ] = "",
+    as_json: Json = False,
+) -> None:
+    """Try many settings of a config, alone or with other workers; a stopped sweep goes on."""
+    quiet()
+    from srmu import sweep as sweeping
+
+    more = [] if trials is None else [f"trials={trials}"]
+    ready = sweeping.Plan(Path(args[0]), [*args[1:], *more])
+    try:
+        found = sweeping.sweep(ready, storage, watch)
+    except KeyboardInterrupt:
+        print_line("what is done is kept: the same command goes on")
+        raise
+    if (table := sweeping.rows(found)) and not as_json:
+        print_table(table)
+    out = near(ready.out)
+    lines = [*sweeping.sentences(found), f"wrote {out / sweeping.FILE}", f"next: srmu report {out}"]
+    if best := next(iter(sweeping.best(found)), None):
+        typed = shlex.join([str(near(ready.config)), *ready.overrides(best["params"])])
+        lines.append(f"      srmu unlearn {typed}")
+    say(found, as_json, *lines)
+
+
+@verbs.command()
+def auto(
+    model: Annotated[str, typer.Argument(help="Folder or hub id.")],
+    forget: Annotated[list[str], typer.Option(help="Texts to forget (file, glob).")],
+    retain: Annotated[list[str], typer.Option(help="Texts to keep.")],
+    budget: Annotated[str, typer.Option(help="The most utility to lose: 1% or 0.01.")] = "1%",
+    tasks: Annotated[str, typer.Option(help="lm-eval tasks on what is to go, a,b.")] = "",
+    utility: Annotated[str, typer.Option(help="lm-eval tasks on what is to stay, a,b.")] = "",
+    tasks_dir: Annotated[Path | None, typer.Option(help="Folder of local YAML tasks.")] = None,
+    method: Annotated[str, typer.Option(help="srmu, rmu, adaptive_rmu or rna.")] = "srmu",
+    trials: Annotated[int, typer.Option(min=1, help="Strengths to try.")] = 24,
+    out: Annotated[Path, typer.Option(help="Folder for all of it.")] = Path("auto"),
+    seed: int = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1.")] = "auto",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan, do nothing.")] = False,
+    as_json: Json = False,
+) -> None:
+    """One command: find layer and strength within a budget of utility, unlearn, attack, export."""
+    quiet()
+    from srmu import auto as automatic
+
+    def tell(step: str, sentence: str) -> None:
+        (print_line if as_json else typer.echo)(f"{step}: {sentence}")
+
+    asked = automatic.Asked(
+        model=model,
+        forget=tuple(forget),
+        retain=tuple(retain),
+        budget=automatic.share(budget),
+        tasks=listed(tasks),
+        utility=listed(utility),
+        tasks_dir=str(tasks_dir or ""),
+        method=method,
+        trials=trials,
+        out=out.resolve(),
+        seed=seed,
+        device=device,
+    )
+    job = automatic.prepare(asked)
+    if answer := automatic.finished(job):
+        for choice in answer["choices"]:
+            tell(**choice)
+        done = f"this was there already: {near(asked.out)}"
+    else:
+        planned = automatic.plan(job)
+        if dry_run:
+            lines = automatic.explain(planned)
+            say(planned, as_json, *lines, "next: the same without --dry-run")
+            return
+        for line in automatic.explain(planned):
+            (print_line if as_json else typer.echo)(line)
+        try:
+            answer = automatic.search(job, tell, watch)
+        except KeyboardInterrupt:
+            print_line("what is done is kept: the same command goes on")
+            raise
+        done = f"wrote {near(asked.out)}"
+    say(
+        answer,
+        as_json,
+        done,
+        f"next: open {near(asked.out / automatic.PAGE)} in a browser",
+        f"      srmu attack {near(asked.out / answer['run'])} --tier standard",
+    )
+
+
+@verbs.command()
+def reproduce(
+    what: Annotated[
+        Literal["table2", "table3", "table4", "figure2", "all"],
+        typer.Argument(help="Of the paper."),
+    ],
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="For every run.")
+    ] = None,
+    model: Annotated[str, typer.Option(help="Folder or hub id; default: testbeds.")] = "",
+    seeds: Annotated[
+        int | None, typer.Option(help="Testbeds (3), or draws of the directions on a model (1).")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for all of it.")] = Path("reproduce"),
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what it needs, do nothing.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """SRMU's tables and figure again, beside the paper's numbers; which of its claims hold here."""
+    quiet()
+    from srmu import reproduce as again
+    from srmu import tables
+    from srmu.report import report as drawn
+
+    place = again.place_of(out, model, seeds, settings or ())
+    command = again.command_of(what, place, settings or ())
+    if dry_run:
+        found, lines = again.needed(what, place)
+        say(found, as_json, *lines, "next: the same without --dry-run")
+        return
+    found = again.reproduce(what, place, command=command, watch=watch)
+    paths = [*tables.write(found, out), drawn([out], out / "report.html")]
+    if not as_json:
+        tables.show(found)
+    wrote = ", ".join(str(near(path)) for path in paths)
+    say(found, as_json, f"wrote {wrote}", f"next: open {near(paths[-1])} in a browser")
+
+
+@verbs.command()
+def report(
+    paths: Annotated[
+        list[Path],
+        typer.Argument(metavar="PATH...", help="Runs, folders of runs, or one study."),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The page.")] = Path("report.html"),
+    forget: Annotated[
+        str, typer.Option(help="Metrics that should fall; default: those attacked.")
+    ] = "",
+    utility: Annotated[str, typer.Option(help="Metrics that should stay.")] = "",
+    as_json: Json = False,
+) -> None:
+    """Draw runs, a sweep, a choice or a reproduction as one page that opens anywhere."""
+    quiet()
+    from srmu.report import report as drawn
+
+    page = drawn(paths, out, forget=listed(forget), utility=listed(utility))
+    size = page.stat().st_size
+    lines = [f"wrote {near(page)} ({size / 1e6:.1f} MB)", f"next: open {near(page)} in a browser"]
+    say({"page": str(page), "bytes": size}, as_json, *lines)

@@ -1,0 +1,165 @@
+"""What the paper's own setting needs on this machine: texts and how to get them, memory, hours."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from transformers import MistralConfig
+
+from srmu import plan, run
+from srmu.config import Config, load_config
+from srmu.data import Topic
+from srmu.errors import UserError
+from srmu.jobs import Job
+from srmu.loading import read_config, skeleton
+from srmu.meter import Work, blank, probe
+from srmu.plan import duration, gb
+
+FAST = 100e12  # FLOPs a second that one may expect of a data-centre GPU in bfloat16
+
+
+def needs(
+    jobs: Mapping[str, Job], runs: Mapping[str, int], spec: Mapping[str, Any], name: str
+) -> dict[str, Any]:
+    """What runs take: a job of each method, and how many runs of it are wanted.
+
+    Where model or texts are not there, the model's published dimensions and texts of the lengths
+    that the configs state take their place; nothing is fetched.
+    """
+    methods: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    speeds: Work | None = None
+    with checkpoint(name, spec) as (folder, known):
+        for label, job in jobs.items():
+            config = load_config(job.config, (*job.overrides, f"model={folder}"))
+            config, _ = run.plan(config)
+            topics = topics_of(config, folder, spec)
+            if speeds is None:  # the machine's; measuring them takes long where it is slow
+                lengths = [(config.train.batch_size, 512)] * 2
+                speeds = probe(
+                    torch.bfloat16, config.device, lengths, read_config(folder).hidden_size
+                )
+            found = plan.estimate(config, folder, topics, speeds)
+            adapters = getattr(config.method, "lora_rank", 0)
+            methods[label] = found | {"runs": runs[label], "adapters": adapters}
+            sources |= sources_of(config, spec)
+        parameters = sum(plan.stored(folder).values()) / 2
+        size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    asked = spec["asked"]
+    tokens = sum(one["questions"] * one["tokens"] for one in asked.values())
+    return {
+        "model": {"name": name, "there": known, "bytes": size},
+        "sources": sources | {k: v for k, v in spec["sources"].items() if "questions" in v},
+        "methods": methods,
+        "matmul_flops_a_second": speeds.flops if speeds else 0,
+        "questions": sum(one["questions"] for one in asked.values()),
+        "evaluation_flops": 2 * parameters * tokens,  # of one run; the original's once more
+    }
+
+
+@contextmanager
+def checkpoint(name: str, spec: Mapping[str, Any]) -> Iterator[tuple[Path, bool]]:
+    """The model's folder where it is there, else one that has its dimensions and no weights."""
+    if Path(name).is_dir():
+        yield Path(name), True
+        return
+    from huggingface_hub import snapshot_download
+
+    try:
+        found = Path(snapshot_download(name, local_files_only=True))
+        complete = any(found.glob("*.safetensors"))
+    except Exception:  # not in the cache; the client raises many kinds
+        complete = False
+    if complete:
+        yield found, True
+        return
+    if name != spec["name"]:
+        raise UserError(
+            f"model {name} is not here, and dimensions are known of {spec['name']} only: fetch it "
+            f"with hf download {name}, or name its folder"
+        )
+    with TemporaryDirectory() as scratch:
+        yield hollow(Path(scratch), spec["shape"]), False
+
+
+def hollow(folder: Path, shape: Mapping[str, int]) -> Path:
+    """A checkpoint whose file is as long as its header says and holds nothing on the disk."""
+    given: dict[str, Any] = dict(shape)
+    config = MistralConfig(**given, architectures=["MistralForCausalLM"], dtype="bfloat16")
+    config.save_pretrained(folder)
+    entries, end = {}, 0
+    for name, parameter in skeleton(config).named_parameters():
+        start, end = end, end + 2 * parameter.numel()
+        entries[name] = {
+            "dtype": "BF16", "shape": [*parameter.shape], "data_offsets": [start, end],
+        }  # fmt: skip
+    header = json.dumps(entries).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + end)
+    return folder
+
+
+def topics_of(config: Config, folder: Path, spec: Mapping[str, Any]) -> list[Topic]:
+    """The config's texts where all of them are files, else batches of the lengths it states."""
+    parts = [s for topic in config.topics.values() for s in (*topic.forget, *topic.retain)]
+    if all(source.path for source in parts) and (folder / "tokenizer.json").exists():
+        return run.load_topics(config, run.load_tokenizer(folder))
+    rows, cpu = config.train.batch_size, torch.device("cpu")
+    found = []
+    for name, topic in config.topics.items():
+        lengths = (topic.max_length, topic.retain_max_length or topic.max_length)
+        count = -(-spec["documents"].get(name, 1000) // rows)
+        # the same batch again and again: only its shape is looked at
+        forget, retain = ([blank((rows, length), cpu, False)] * count for length in lengths)
+        found.append(Topic(name, forget, retain, options=topic.options))
+    return found
+
+
+def sources_of(config: Config, spec: Mapping[str, Any]) -> dict[str, str]:
+    """Where the texts come from, and how to get those that are not files."""
+    found = {}
+    for topic in config.topics.values():
+        for source in (*topic.forget, *topic.retain):
+            if source.dataset:
+                found[source.dataset] = spec["sources"].get(source.dataset, "a data set of the hub")
+            else:
+                found[Path(source.path or "").name] = "a file"
+    return found
+
+
+def explain(found: Mapping[str, Any]) -> list[str]:
+    """What is needed, in lines for a person."""
+    model, flops, methods = found["model"], found["evaluation_flops"], found["methods"]
+    scoring = flops / found["matmul_flops_a_second"]
+    runs = sum(one["runs"] for one in methods.values())
+    there = "is here" if model["there"] else f"hf download {model['name']}"
+    lines = [f"model   {model['name']}, {gb(model['bytes'])}: {there}"]
+    lines += [f"data    {name}: {how}" for name, how in found["sources"].items()]
+    for label, one in methods.items():
+        # adapters are counted as if all that they stand beside were trained
+        most = "under " if one["adapters"] else ""
+        lines.append(
+            f"runs    {one['runs']} of {label}: {most}{gb(one['memory_private'])} of memory beside "
+            f"{gb(one['bytes_read'])} of the model's files, {most}{one['flops'] / 1e15:.3g} PFLOP, "
+            f"here {duration(one['seconds'])}"
+        )
+    lines.append(
+        f"scores  {found['questions']:,} questions a run: {flops / 1e15:.3g} PFLOP, here "
+        f"{duration(scoring)}"
+    )
+    total = sum(one["runs"] * (one["flops"] + flops) for one in methods.values()) + flops
+    here = sum(one["runs"] * (one["seconds"] + scoring) for one in methods.values()) + scoring
+    lines.append(
+        f"in all  {runs} runs, {total / 1e15:.3g} PFLOP: here {duration(here)}; "
+        f"{duration(total / FAST)} where {FAST / 1e12:.0f} TFLOP a second are reached"
+    )
+    if not model["there"]:
+        lines.append("reckoned from the model's published dimensions: it is not here")
+    return lines
