@@ -69,7 +69,7 @@ def dial(task: Task) -> None:
     if (task.out / "record.json").exists():
         return
     run = Run.open(task.run)
-    record = dict(run.record)
+    share = 1.0
     task.out.mkdir(parents=True, exist_ok=True)
     copyfile(task.run / "config.yaml", task.out / "config.yaml")
     if run.config.method.no_checkpoint:
@@ -86,8 +86,8 @@ def dial(task: Task) -> None:
         weights.save_delta(
             task.out / DELTA, run.base, names, changed, meta | {"run": run.config.id}
         )
-        record |= {"share": share}
-    write_json(task.out / "record.json", record)
+    write_json(task.out / "share.json", {"share": share})
+    copyfile(task.run / "record.json", task.out / "record.json")  # its change is the whole run's
 
 
 def originals(run: Run) -> dict[str, torch.Tensor]:
@@ -196,8 +196,7 @@ def main(path: Path, out: Path, budget: float, tier: str) -> None:
     for label, regime in dict.fromkeys(case[:2] for case in made):
         folders = [tasks[run].out for one, group, _, run in made if (one, group) == (label, regime)]
         reports = [json.loads((folder / FILE).read_text()) for folder in folders]
-        records = [json.loads((folder / "record.json").read_text()) for folder in folders]
-        shares = [record.get("share", 1.0) for record in records]
+        shares = [json.loads((folder / "share.json").read_text())["share"] for folder in folders]
         rows.append(row(label, regime, reports, shares))
     metrics = [*rows[0]["estimates"]]
     lines = [

@@ -23,6 +23,7 @@ from srmu.files import write_json
 from srmu.jobs import Job, run_all, run_one
 from srmu.loading import load_module
 from srmu.organism import RECIPE, build
+from srmu.record import extend
 from srmu.robustness import numbered, written
 from srmu.run import Run, load_tokenizer, load_topics, plan, run_folder, unlearn
 from srmu.scoring import score
@@ -182,6 +183,7 @@ def measure(job: Job) -> Path | str:
     try:
         folder = run_one(job)
         write_json(folder / ANSWERS, answers_of(Run.open(folder), job.tasks))
+        extend(folder, [ANSWERS])
         return folder
     except Diverged:
         return "diverged"

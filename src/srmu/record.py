@@ -192,7 +192,9 @@ def extend(folder: Path, files: Sequence[str], **blocks: Any) -> None:
     """Add what was measured of a run to its record, with the digests of the files that hold it."""
     record = read(folder / RECORD)
     digests = {name: sha256(folder / name) for name in files}
-    write_json(folder / RECORD, sealed(record | blocks | {"files": record["files"] | digests}))
+    extended = sealed(record | blocks | {"files": record["files"] | digests})
+    if extended != record:
+        write_json(folder / RECORD, extended)
 
 
 def manifest(folder: Path, watch: Watch = silent) -> dict[str, dict[str, Any]]:
