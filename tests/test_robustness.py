@@ -1,6 +1,11 @@
 """The suite of attacks: controls, the worst case, what is kept, and what cannot be attacked."""
 
 import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -312,3 +317,25 @@ def test_a_subject_is_as_before() -> None:
     for enter in (whole.as_original, lambda: whole.editable("*")):
         with pytest.raises(NotApplicable, match="two models"), enter():
             pass
+
+
+def test_a_killed_suite_ends_with_the_same_report(run: Run, place: Path) -> None:
+    """What was found before the kill is not looked for again."""
+    words = [sys.executable, "-m", "srmu", "attack", str(run.folder), "--tasks", "hazard"]
+    words += ["--neutral", str(place / "neutral.jsonl")]
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and len([*(place / "cache" / "attacks").glob("*.json")]) < 3:
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert not (run.folder / FILE).exists()
+    kept = {p: p.stat().st_mtime_ns for p in (place / "cache" / "attacks").glob("*.json")}
+    given = Sources(tasks=("hazard",), neutral=str(place / "neutral.jsonl"))
+    resumed = attack(run, sources=given)
+    assert all(path.stat().st_mtime_ns == times for path, times in kept.items())
+    shutil.rmtree(place / "cache" / "attacks")
+    whole = attack(Run.open(run.folder), sources=given)
+    for report in (resumed, whole):
+        for entry in report["attacks"].values():
+            del entry["seconds"]
+    assert resumed == whole
