@@ -258,7 +258,8 @@ def search(
     config, answer["scan"] = scan(bench, watch)
     say("layers", reasons.scanned(answer["scan"]))
     answer["trials"] = trials = try_all(bench, config, asked.trials, watch)
-    chosen = best([usual, *trials], limit)
+    # where none keeps the margin, the whole budget is better than nothing
+    chosen = best([usual, *trials], limit) or best([usual, *trials], asked.budget)
     if chosen is None:
         say("search", reasons.none_within(asked.budget, trials))
         raise UserError(

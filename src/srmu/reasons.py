@@ -74,13 +74,19 @@ def set_at(entry: Entry) -> str:
 
 def picked(budget: float, chosen: Entry, found: Sequence[Entry]) -> str:
     """Why this trial."""
-    limit = MARGIN * budget
+    limit, cost = MARGIN * budget, chosen["values"]["utility_loss"]
     known = [one["values"] for one in found if one["values"]]
     within = sum(values["utility_loss"] <= limit for values in known)
-    return (
+    rule = (
         f"Of {len(known)} runs {within} lose at most {limit:.2%} of utility on the half to choose "
-        f"on ({MARGIN:g} of the budget, as the best of many flatters itself); of these this one "
-        f"forgets most, {chosen['values']['forgetting']:.0%}: {set_at(chosen)}."
+        f"on ({MARGIN:g} of the budget, as the best of many flatters itself); of these"
+        if cost <= limit
+        else f"No run forgets within {limit:.2%} of utility, {MARGIN:g} of the budget, which would "
+        "leave room for chance; of those within the whole budget"
+    )
+    return (
+        f"{rule} this one forgets most, {chosen['values']['forgetting']:.0%} for {cost:.2%}: "
+        f"{set_at(chosen)}."
     )
 
 
@@ -91,8 +97,8 @@ def none_within(budget: float, found: Sequence[Entry]) -> str:
         return f"None of {len(found)} trials forgets anything, whatever it costs."
     values = closest["values"]
     return (
-        f"No trial forgets within {MARGIN * budget:.2%} of utility ({MARGIN:g} of the "
-        f"budget); the nearest forgets {values['forgetting']:.0%} for {values['utility_loss']:.2%}."
+        f"No trial forgets within the budget of {budget:.2%} of utility; the nearest forgets "
+        f"{values['forgetting']:.0%} for {values['utility_loss']:.2%}."
     )
 
 

@@ -92,7 +92,7 @@ def rate(config: Config) -> float:
 def start(config: Config) -> dict[str, Any]:
     """Where a search begins, and what layers are scanned with: a moderate strength.
 
-    Random anchors stay: on the testbeds less was forgotten without them at the same cost.
+    Random anchors stay: on most testbeds less was forgotten without them at the same cost.
     """
     return {
         "method.kappa": 4.0,
