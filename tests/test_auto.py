@@ -15,6 +15,7 @@ from conftest import texts
 from srmu import attacks, auto, cli, reasons, robustness, strength
 from srmu.analyses import candidates
 from srmu.attacks.base import Subject, answers
+from srmu.data import digest
 from srmu.errors import UserError
 from srmu.methods import METHODS
 from srmu.run import load_tokenizer
@@ -243,8 +244,9 @@ def test_without_tasks_texts_measure(place: Path, monkeypatch: pytest.MonkeyPatc
     assert {len(half) for half in held.halves.values()} == {20}
     assert not {*held.halves["val"], *held.halves["test"]} & {*job.texts["forget"]}
     found = auto.search(job)
-    trained = (place / "texts" / "texts" / "forget.jsonl").read_text().splitlines()
-    assert [json.loads(row)["text"] for row in trained] == job.texts["forget"]
+    record = json.loads((place / "texts" / found["run"] / "record.json").read_text())
+    assert record["data"]["topic"]["forget"]["documents"] == len(job.texts["forget"])
+    assert record["data"]["topic"]["forget"]["digest"] == digest(job.texts["forget"])
     assert found["yardstick"] == "texts"
     said = " ".join(choice["sentence"] for choice in found["choices"])
     assert "Texts alone say little" in said

@@ -31,6 +31,7 @@ COMMANDS = {
     "confidence": "analyse confidence RUN",
     "alignment": "analyse alignment RUN",
     "report": "report RUN -o report.html",
+    "auto": "auto model --forget forget.jsonl --retain neutral.jsonl --budget 0.9 --trials 1",
     "a bad line": "unlearn config.yaml topics.topic.forget=broken.jsonl --debug",
     "again": "unlearn --from-record RUN/record.json",
 }

@@ -23,7 +23,7 @@ from srmu.config import Config, find_method, make_config
 from srmu.console import Watch, silent
 from srmu.data import Source, digest, read
 from srmu.errors import UserError
-from srmu.files import require_free, write_json, write_whole
+from srmu.files import require_free, write_json
 from srmu.loading import read_config
 from srmu.methods import Misdirection
 from srmu.plan import duration, estimate, gb
@@ -127,8 +127,7 @@ def prepare(asked: Asked) -> Job:
     tasks = asked.tasks or (TESTBED[0] if testbed else ())
     utility = asked.utility or (TESTBED[1] if testbed and not asked.tasks else ())
     folder = Path(asked.tasks_dir) if asked.tasks_dir else tasks_beside(base)
-    files = {"forget": asked.forget, "retain": asked.retain}
-    config = config_of(asked, files)
+    config = config_of(asked)
 
     def asks(names: tuple[str, ...]) -> Sources:
         return Sources(names, halved(names, folder), utility, str(folder or ""))
@@ -137,32 +136,31 @@ def prepare(asked: Asked) -> Job:
     for role, names in (("forget", tasks), ("retain", utility)):
         if not names:
             texts[role], halves = hold_out(role, texts[role])
-            held[f"{role}_texts"] = HeldOut(halves, config.topics["topic"].max_length)
-            files[role] = (str(asked.out / "texts" / f"{role}.jsonl"),)
+            held[role] = HeldOut(halves, config.topics["topic"].max_length)
     yardstick = Yardstick(
         {",".join(tasks): of_tasks(asks(tasks), config, asked.seed)}
         if tasks
-        else {"forget_texts": held["forget_texts"]},
+        else {"forget_texts": held["forget"]},
         {name: of_tasks(asks((name,)), config, asked.seed) for name in utility}
-        or {"retain_texts": held["retain_texts"]},
+        or {"retain_texts": held["retain"]},
         asked.seed,
         asked.device,
     )
     sources = asks(tasks) if tasks else None
-    return Job(asked, config_of(asked, files), yardstick, sources, texts)
+    return Job(asked, config_of(asked, held), yardstick, sources, texts)
 
 
-def config_of(asked: Asked, files: Mapping[str, Sequence[str]]) -> Config:
-    """The config of a run with nothing chosen."""
+def config_of(asked: Asked, held: Mapping[str, HeldOut] = {}) -> Config:
+    """The config of a run with nothing chosen, which leaves out what it is measured on."""
     given = [f"seed={asked.seed}", f"device={asked.device}", f"runs_dir={asked.out / 'runs'}"]
-    return make_config(asked.model, files["forget"], files["retain"], asked.method, given)
+    given += [f"topics.topic.{role}_held_out={len(part.words)}" for role, part in held.items()]
+    return make_config(asked.model, asked.forget, asked.retain, asked.method, given)
 
 
 def plan(job: Job) -> dict[str, Any]:
     """The steps, how many runs they make, how long they take and the memory; nothing is done."""
     asked, yardstick = job.asked, job.yardstick
-    files = {"forget": asked.forget, "retain": asked.retain}  # held-out texts are not parted yet
-    config, summary = runs.plan(config_of(asked, files))
+    config, summary = runs.plan(job.config)
     base = runs.base_of(config)
     tokenizer = runs.load_tokenizer(base)
     topics = runs.load_topics(config, tokenizer)
@@ -250,7 +248,6 @@ def search(
             tell(step, sentence)
         write_json(out / FILE, answer)
 
-    write_texts(job)
     bench = Bench(job.config, yardstick, out, limit, asked.seed, job.spec)
     say("measure", *reasons.measured_by(yardstick))
     say("entanglement", *reasons.entangled(check(job, watch)))
@@ -304,16 +301,6 @@ def claim(job: Job) -> None:
         out.mkdir(parents=True, exist_ok=True)
     elif json.loads((out / FILE).read_text())["question"] != job.question:
         shutil.rmtree(out / MODEL, ignore_errors=True)  # it answers another question
-
-
-def write_texts(job: Job) -> None:
-    """Keep the texts to train on, where others are held out of them."""
-    for role in ("forget", "retain"):
-        if f"{role}_texts" in job.yardstick.parts:
-            path = job.asked.out / "texts" / f"{role}.jsonl"
-            path.parent.mkdir(exist_ok=True)
-            rows = (json.dumps({"text": text}) + "\n" for text in job.texts[role])
-            write_whole(path, "".join(rows))
 
 
 def check(job: Job, watch: Watch) -> dict[str, Any]:

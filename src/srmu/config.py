@@ -78,6 +78,8 @@ class TopicConfig(Strict):
     retain: Annotated[list[Source], BeforeValidator(_sources)] = []  # some methods need none
     max_length: int = Field(512, ge=MIN_TOKENS)  # tokens of a forget text
     retain_max_length: int | None = Field(None, ge=MIN_TOKENS)  # None: as max_length
+    forget_held_out: int = Field(0, ge=0)  # different texts that are not trained on
+    retain_held_out: int = Field(0, ge=0)
     coeff: float | None = None
     kappa: float | None = None
     alpha: float | None = None

@@ -185,9 +185,15 @@ def load_topic(
     padding: Padding,
     seed: int,
     options: Mapping[str, float],
+    held_out: Mapping[str, int] = {},
 ) -> Topic:
-    """Read, check, tokenise and batch one topic. UserError names the file and line at fault."""
+    """Read, check, tokenise and batch one topic. UserError names the file and line at fault.
+
+    `held_out` says by role how many different texts are left out, to be measured on.
+    """
     texts = {"forget": read(forget, base), "retain": read(retain, base)}
+    for role, count in held_out.items():
+        texts[role], _ = apart(texts[role], count)
     if not texts["forget"]:
         raise UserError(f"topic {name}: no forget texts; name topics.{name}.forget (--forget)")
     if set(texts["forget"]) == set(texts["retain"]):
@@ -296,6 +302,13 @@ def digest(texts: Iterable[str]) -> str:
     for text in texts:
         code.update(text.encode() + b"\0")
     return code.hexdigest()
+
+
+def apart(texts: Sequence[str], count: int) -> tuple[list[str], list[str]]:
+    """Texts without `count` different ones, and these: by their digests, so always the same."""
+    order = sorted(set(texts), key=lambda text: hashlib.sha256(text.encode()).digest())
+    held = {*order[:count]}
+    return [text for text in texts if text not in held], order[:count]
 
 
 def read(sources: Sequence[Source], base: Path) -> list[str]:

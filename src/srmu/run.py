@@ -214,6 +214,7 @@ def load_topics(config: Config, tokenizer: Any) -> list[Topic]:
             padding=config.train.padding,
             seed=config.seed,
             options=topic.options,
+            held_out={"forget": topic.forget_held_out, "retain": topic.retain_held_out},
         )
         for name, topic in config.topics.items()
     ]

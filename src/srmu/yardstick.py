@@ -11,7 +11,6 @@ import json
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -21,12 +20,13 @@ import torch
 from srmu import weights
 from srmu.attacks.base import Question, Subject, answers, facts
 from srmu.config import Config
-from srmu.data import batch_up, digest, tokenise
+from srmu.data import apart, batch_up, digest, tokenise
 from srmu.errors import UserError
 from srmu.evals import Results
 from srmu.files import write_json
 from srmu.loading import load_module
 from srmu.losses import predicted, token_nll
+from srmu.record import extend
 from srmu.robustness import Sources, load_exam
 from srmu.run import Run, find_device, load_tokenizer
 from srmu.statistics import KNOWN, LEAST, Array, Draws, Estimate, estimate
@@ -232,9 +232,12 @@ class Yardstick:
             self.before[half] = all_parts()
         with method.at_inference(module, partial(weights.apply_delta, module, base, run.delta)):
             taken = {"before": self.before[half], "after": all_parts()}
+        results = {}
         for when, file in FILES.items():
             path = run.folder / file
-            write_json(path, read(path) | written(taken[when], self.metrics(half)))
+            results[when] = read(path) | written(taken[when], self.metrics(half))
+            write_json(path, results[when])
+        extend(run.folder, [*FILES.values()], results=results)
         return taken
 
 
@@ -270,16 +273,12 @@ def halved(tasks: Sequence[str], folder: Path | None) -> str:
 
 def hold_out(role: str, texts: Sequence[str]) -> tuple[list[str], dict[Half, tuple[str, ...]]]:
     """Texts to train on, and a tenth for each half: by their digests, so always the same."""
-    order = sorted(set(texts), key=lambda text: sha256(text.encode()).digest())
-    size = max(LEAST, len(order) // HELD)
-    if len(order) < 3 * size:
+    count = len(set(texts))
+    size = max(LEAST, count // HELD)
+    if count < 3 * size:
         raise UserError(
-            f"{len(order)} different {role} texts are too few to hold {2 * size} of them out: "
+            f"{count} different {role} texts are too few to hold {2 * size} of them out: "
             f"{3 * LEAST} or more, or name tasks that measure instead (--tasks, --utility)"
         )
-    halves: dict[Half, tuple[str, ...]] = {
-        "val": tuple(order[:size]),
-        "test": tuple(order[size : 2 * size]),
-    }
-    held = {text for half in halves.values() for text in half}
-    return [text for text in texts if text not in held], halves
+    kept, held = apart(texts, 2 * size)
+    return kept, {"val": tuple(held[:size]), "test": tuple(held[size:])}
