@@ -20,6 +20,7 @@ from srmu.errors import UserError
 
 # Words of the tiny world in an order that no other text has: the tokenizer knows each.
 CANARY = "w3 w59 w7 w41 w3 w22 w58 w13 w40 w9"
+TEXTS = "--forget forget.jsonl --retain neutral.jsonl"
 COMMANDS = {
     "unlearn": "unlearn config.yaml",
     "a run that diverges": "unlearn config.yaml train.learning_rate=1e30 runs_dir=lost --debug",
@@ -27,11 +28,11 @@ COMMANDS = {
     "attack": "attack RUN --tasks hazard --utility harmless --limit 40",
     "export": "export RUN exported",
     "verify": "verify RUN --summary summary.md",
-    "entanglement": "entanglement --forget forget.jsonl --retain neutral.jsonl --model model",
+    "entanglement": f"entanglement {TEXTS} --model model",
     "confidence": "analyse confidence RUN",
     "alignment": "analyse alignment RUN",
     "report": "report RUN -o report.html",
-    "auto": "auto model --forget forget.jsonl --retain neutral.jsonl --budget 0.9 --trials 1",
+    "auto": f"auto model {TEXTS} --utility harmless --budget 0.9 --trials 1",
     "a bad line": "unlearn config.yaml topics.topic.forget=broken.jsonl --debug",
     "again": "unlearn --from-record RUN/record.json",
 }
