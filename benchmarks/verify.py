@@ -56,7 +56,7 @@ def main() -> None:
         (folder / "config.json").write_text("{}")
         files = {name: audit.digests(folder / name) for name in weights.carried(folder)}
         total = sum(file["bytes"] for file in files.values())
-        empty = {"documents": 0, "too_short": 0, "tokens": 0, "digest": ""}
+        empty = {"documents": 0, "too_short": 0, "bad_rows": 0, "tokens": 0, "digest": ""}
         zeros = files["model-0.safetensors"]["tensors"]
         change = {
             name: {

@@ -26,6 +26,7 @@ from srmu.data import (
     own_key,
     pad_id,
     read,
+    read_counted,
     tokenise,
 )  # fmt: skip
 from srmu.errors import UserError
@@ -409,3 +410,38 @@ def topic_of_two() -> Topic:
     tokenizer = word_tokenizer()
     some = list(batch_up(tokenise(texts(4, 1), tokenizer, 64), tokenizer, 2, "mask"))
     return Topic("bio", some[:1], some[1:], vocabulary=torch.arange(4, VOCABULARY))
+
+
+GOOD, BAD = '{"text": "a b c"}', ['{"text": 5}', '{"text": ""}', "{", '{"other": "x"}']
+
+
+@pytest.mark.parametrize("row", BAD)
+def test_rows_that_are_no_texts_are_left_out_when_asked(tmp_path: Path, row: str) -> None:
+    path = tmp_path / "texts.jsonl"
+    path.write_text("\n".join([GOOD] * 30 + [row] + [GOOD] * 9))
+    with pytest.raises(UserError, match=r"texts\.jsonl:31"):
+        read([Source(path=str(path))], Path())
+    texts, bad = read_counted([Source(path=str(path), on_bad_row="skip")], Path())
+    assert (len(texts), bad) == (39, 1)
+
+
+def test_many_such_rows_are_a_wrong_file(tmp_path: Path) -> None:
+    path = tmp_path / "texts.jsonl"
+    path.write_text("\n".join([GOOD] * 18 + [BAD[0]] * 2))
+    says = r"2 of 20 rows are no texts, more than 5%; the first: .*texts\.jsonl:19: 'text' is int"
+    with pytest.raises(UserError, match=says):
+        read([Source(path=str(path), on_bad_row="skip")], Path())
+
+
+@pytest.mark.parametrize("suffix", ["json", "csv", "parquet"])
+def test_other_files_leave_rows_out_too(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"texts.{suffix}"
+    values = ["a b c"] * 40 + [" "]
+    if suffix == "json":
+        path.write_text(json.dumps(values))
+    elif suffix == "csv":
+        path.write_text("text\n" + "\n".join(f'"{value}"' for value in values))
+    else:
+        pyarrow.parquet.write_table(pyarrow.table({"text": values}), path)
+    texts, bad = read_counted([Source(path=str(path), on_bad_row="skip")], Path())
+    assert (len(texts), bad) == (40, 1)

@@ -76,6 +76,10 @@ def test_what_is_written(run: Run, place: Path, monkeypatch: pytest.MonkeyPatch)
     only(monkeypatch)
     report = attack(run, sources=sources(place))
     assert json.loads((run.folder / FILE).read_text()) == report
+    told = Run.open(run.folder).record["attacks"]
+    assert told["K*"] == report["K*"]
+    assert told["given_away"] == {"forget": 1.0, "retain": 0.0}  # the forget texts answer them
+    assert len(told["tried"]["forced_choice"]["definition"]) == 64
     plain = report["attacks"]["forced_choice"]
     assert plain["accuracy"]["value"] == score(run, ["hazard"])["after"]["hazard/acc"]["value"]
     assert plain["controls"]["original"]["accuracy"]["value"] == 1

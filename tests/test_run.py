@@ -206,11 +206,15 @@ def test_a_run_that_diverges_keeps_the_last_good_state(workplace: Path) -> None:
     assert run.record["diverged"] is True
     assert run.record["steps"] == len(metrics(run)) == 3
     assert same(run.delta, good)
-    with pytest.raises(UserError, match="diverged: the loss is not finite"):
+    with pytest.raises(UserError, match=r"diverged: the loss is not finite.*--last-good exports"):
         run.export(workplace / "out")
     with pytest.raises(Diverged, match="holds this run, which diverged"):
         unlearn(wrong)
     assert not (workplace / "out").exists()
+    run.export(workplace / "out", last_good=True)
+    module = load_module(workplace / "out")
+    for name, tensor in good.items():
+        assert torch.equal(dict(module.named_parameters())[name], tensor)
 
 
 def test_a_run_that_diverges_at_once_changes_nothing(workplace: Path) -> None:
@@ -298,6 +302,9 @@ def test_scores_of_a_run(workplace: Path, quiz: Path) -> None:
     apply_delta(module, run.base, run.delta)
     assert scores["after"] == evaluate(module, tokenizer, ["quiz"], tasks_dir=quiz)
     assert scores["after"] != scores["before"]
+    told = Run.open(run.folder).record["results"]
+    assert told == scores
+    assert told["after"]["quiz/acc"]["version"] == 1.0
     assert direct["quiz/acc"]["n"] == 20
     assert json.loads((run.folder / "before.json").read_text()) == scores["before"]
     assert json.loads((run.folder / "results.json").read_text()) == scores["after"]
@@ -307,6 +314,11 @@ def test_scores_of_a_run(workplace: Path, quiz: Path) -> None:
     assert score(str(run.folder)) == scores
     Run.open(str(run.folder)).export(str(workplace / "out"))
     assert score(workplace / "out", ["quiz"], tasks_dir=str(quiz))["after"] == scores["after"]
+    prompt = told["after"]["quiz/acc"]["prompt"]
+    path = quiz / "quiz.yaml"
+    path.write_text(path.read_text().replace("{{question}}", "{{question}}?"))
+    asked = evaluate(module, tokenizer, ["quiz"], tasks_dir=quiz)["quiz/acc"]
+    assert asked["prompt"] != prompt
 
 
 def test_a_base_that_changed_is_refused(workplace: Path) -> None:
@@ -320,6 +332,6 @@ def test_a_base_that_changed_is_refused(workplace: Path) -> None:
         lambda: unlearn(config(workplace)),
     ]
     for use in uses:
-        with pytest.raises(UserError, match=r"made from another model .*down_proj"):
+        with pytest.raises(UserError, match=r"is not the file that .* was made from"):
             use()
     assert not (workplace / "out").exists()

@@ -27,6 +27,7 @@ from srmu.files import require_free, write_json
 from srmu.loading import read_config
 from srmu.methods import Misdirection
 from srmu.plan import duration, estimate, gb
+from srmu.record import extend
 from srmu.report import report
 from srmu.robustness import Sources, attack, sentences
 from srmu.run import Run
@@ -269,6 +270,8 @@ def search(
     final: dict[str, Any] = {half: yardstick.estimates(run, half) for half in HALVES}
     final["defaults"] = yardstick.estimates(Run.open(out / usual["runs"][0]), "test")
     answer |= {"run": chosen["runs"][0], "final": final}
+    why = [c["sentence"] for c in answer["choices"] if c["step"] in ("layers", "search")]
+    extend(run.folder, [], purpose=run.record["purpose"] | {"choice": " ".join(why)})
     say("final", *reasons.judged(asked.budget, final, chosen is usual))
     if job.sources is None:
         say("attacks", "None was run: they ask questions, and --tasks names none.")

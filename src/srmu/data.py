@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -27,6 +27,7 @@ from srmu.model import Batch
 Padding = Literal["mask", "count"]
 
 MIN_TOKENS = 2  # a text with fewer carries no context
+MOST_BAD = 0.05  # share of rows that may be left out
 SUFFIXES = ".jsonl .json .csv .parquet .txt"
 
 
@@ -42,6 +43,7 @@ class Source:
     split: str = "train"
     column: str = "text"
     revision: str | None = None
+    on_bad_row: Literal["error", "skip"] = "error"  # skip: leave rows out that are no texts
 
     def __post_init__(self) -> None:
         if (self.path is None) == (self.dataset is None):
@@ -191,7 +193,9 @@ def load_topic(
 
     `held_out` says by role how many different texts are left out, to be measured on.
     """
-    texts = {"forget": read(forget, base), "retain": read(retain, base)}
+    texts, bad = {}, {}
+    for role, sources in (("forget", forget), ("retain", retain)):
+        texts[role], bad[role] = read_counted(sources, base)
     for role, count in held_out.items():
         texts[role], _ = apart(texts[role], count)
     if not texts["forget"]:
@@ -219,6 +223,7 @@ def load_topic(
         counts[role] = {
             "documents": len(rows),
             "too_short": len(texts[role]) - len(rows),
+            "bad_rows": bad[role],
             "tokens": sum(map(len, rows)),
             "digest": digest(texts[role]),
         }
@@ -311,33 +316,69 @@ def apart(texts: Sequence[str], count: int) -> tuple[list[str], list[str]]:
     return [text for text in texts if text not in held], order[:count]
 
 
+@dataclass
+class Rows:
+    """What becomes of a row that is no text: an error, or it is left out and counted."""
+
+    skip: bool
+    bad: int = 0
+    first: str = ""  # what was wrong with the first of them
+
+    def take(self, text: Callable[[], str]) -> Iterator[str]:
+        try:
+            yield text()
+        except UserError as error:
+            if not self.skip:
+                raise
+            self.bad += 1
+            self.first = self.first or str(error)
+
+
 def read(sources: Sequence[Source], base: Path) -> list[str]:
     """All texts of the sources in order; relative paths start at `base`."""
+    return read_counted(sources, base)[0]
+
+
+def read_counted(sources: Sequence[Source], base: Path) -> tuple[list[str], int]:
+    """`read`, and how many rows were left out because they are no texts.
+
+    UserError where these are many: then it is the file or the column that is wrong.
+    """
     texts: list[str] = []
+    bad = 0
     for source in sources:
+        rows = Rows(source.on_bad_row == "skip")
+        before = len(texts)
         if source.dataset is not None:
-            texts += read_hub(source)
-            continue
-        pattern = str(base / Path(str(source.path)).expanduser())
-        paths = sorted(glob.glob(pattern, recursive=True)) or [pattern]  # noqa: PTH207 - absolute patterns
-        for path in map(Path, paths):
-            texts += read_file(path, source.column)
-    return texts
+            texts += read_hub(source, rows)
+        else:
+            pattern = str(base / Path(str(source.path)).expanduser())
+            paths = sorted(glob.glob(pattern, recursive=True)) or [pattern]  # noqa: PTH207 - absolute patterns
+            for path in map(Path, paths):
+                texts += read_file(path, source.column, rows)
+        count = len(texts) - before + rows.bad
+        if rows.bad > MOST_BAD * count:
+            raise UserError(
+                f"{rows.bad} of {count} rows are no texts, more than {MOST_BAD:.0%}; the first: "
+                f"{rows.first}"
+            )
+        bad += rows.bad
+    return texts, bad
 
 
-def read_file(path: Path, column: str) -> list[str]:
+def read_file(path: Path, column: str, rows: Rows) -> list[str]:
     """The texts of one file, by its suffix."""
     if not path.exists():
         raise UserError(f"{path}: no such file")
     if path.is_dir():
         raise UserError(f"{path} is a folder; name the files in it, for example '{path}/*.jsonl'")
     try:
-        texts = list(_read_file(path, column))
+        texts = list(_read_file(path, column, rows))
     except UnicodeDecodeError:
         raise UserError(f"{path}:{bad_line(path)}: not UTF-8 text; is it compressed?") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {first_line(error)}") from None
-    if not texts:
+    if not texts and not rows.bad:
         raise UserError(f"{path}: holds no text")
     return texts
 
@@ -352,19 +393,19 @@ def bad_line(path: Path) -> int:
     return data.count(b"\n", 0, start) + 1
 
 
-def _read_file(path: Path, column: str) -> Iterator[str]:
+def _read_file(path: Path, column: str, rows: Rows) -> Iterator[str]:
     suffix = path.suffix.lower()
     if suffix == ".jsonl":
         with path.open(encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    yield checked(parse(line, f"{path}:{number}"), column, f"{path}:{number}")
+                    yield from rows.take(partial(in_line, line, column, f"{path}:{number}"))
     elif suffix == ".json":
-        rows = parse(path.read_text(encoding="utf-8-sig"), str(path), several_lines=True)
-        if not isinstance(rows, list):
+        listed = parse(path.read_text(encoding="utf-8-sig"), str(path), several_lines=True)
+        if not isinstance(listed, list):
             raise UserError(f"{path}: expected a list of texts or of objects with {column!r}")
-        for number, row in enumerate(rows, 1):
-            yield checked(row, column, f"{path}: row {number}")
+        for number, row in enumerate(listed, 1):
+            yield from rows.take(partial(checked, row, column, f"{path}: row {number}"))
     elif suffix == ".csv":
         with path.open(encoding="utf-8-sig", newline="") as file:
             csv.field_size_limit(2**31 - 1)  # documents are longer than the 128 KiB of the default
@@ -373,7 +414,8 @@ def _read_file(path: Path, column: str) -> Iterator[str]:
                 for row in reader:
                     if None in row:  # an unquoted comma would cut the text
                         raise csv.Error("more fields than the first line names")
-                    yield checked(row, column, f"{path}:{reader.line_num}")
+                    place = f"{path}:{reader.line_num}"
+                    yield from rows.take(partial(checked, row, column, place))
             except csv.Error as error:
                 end = reader.reader.line_num  # also inside a row that does not end
                 raise UserError(f"{path}:{end}: not CSV: {error}") from None
@@ -388,13 +430,18 @@ def _read_file(path: Path, column: str) -> Iterator[str]:
         except (pyarrow.ArrowException, OSError) as error:
             raise UserError(f"{path}: not Parquet: {first_line(error)}") from None
         for number, row in enumerate(table.to_pylist(), 1):
-            yield checked(row, column, f"{path}: row {number}")
+            yield from rows.take(partial(checked, row, column, f"{path}: row {number}"))
     elif suffix == ".txt":
         text = path.read_text(encoding="utf-8-sig").strip()
         # Paragraphs where blank lines part them, else a document a line.
         yield from filter(str.strip, text.split("\n\n") if "\n\n" in text else text.split("\n"))
     else:
         raise UserError(f"{path}: {suffix or 'no'} suffix; srmu reads {SUFFIXES}")
+
+
+def in_line(line: str, column: str, place: str) -> str:
+    """The text of a line of JSON."""
+    return checked(parse(line, place), column, place)
 
 
 def parse(text: str, place: str, several_lines: bool = False) -> Any:
@@ -426,12 +473,12 @@ def checked(row: Any, column: str, place: str) -> str:
     return row
 
 
-def read_hub(source: Source) -> list[str]:
+def read_hub(source: Source, rows: Rows) -> list[str]:
     """The texts of a hub data set; blank rows, which WikiText is full of, are left out."""
     from datasets import load_dataset
 
     try:
-        rows = load_dataset(
+        table = load_dataset(
             source.dataset, source.name, split=source.split, revision=source.revision
         )
     except Exception as error:  # datasets raises many kinds; each is the user's to mend
@@ -439,13 +486,14 @@ def read_hub(source: Source) -> list[str]:
             f"data set {source.dataset} cannot be loaded: {first_line(error)}; a gated set needs "
             "`hf auth login`, a local copy goes in as path: file.jsonl"
         ) from error
-    if source.column not in rows.column_names:
+    if source.column not in table.column_names:
         raise UserError(
             f"data set {source.dataset} has no column {source.column!r}; "
-            f"found {', '.join(rows.column_names)}"
+            f"found {', '.join(table.column_names)}"
         )
-    return [
-        checked(row, source.column, f"{source.dataset} row {number}")
-        for number, row in enumerate(rows[source.column], 1)
-        if not isinstance(row, str) or row.strip()
-    ]
+    found: list[str] = []
+    for number, row in enumerate(table[source.column], 1):
+        if not isinstance(row, str) or row.strip():
+            place = f"{source.dataset} row {number}"
+            found += rows.take(partial(checked, row, source.column, place))
+    return found

@@ -28,7 +28,7 @@ from srmu.files import cache_dir, sha256, write_json
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Results = dict[str, dict[str, float]]
+Results = dict[str, dict[str, Any]]
 Local = dict[str, tuple[dict[str, Any], list[Path]]]  # task -> its YAML, the files it asks from
 FILE_FORMATS = ("json", "csv", "parquet", "text")  # dataset_path of a task kept in local files
 SEED = 1234  # lm-eval's own, for few-shot examples and sampled answers
@@ -143,7 +143,7 @@ def _kept(name: str, local: Local, limit: int | None, fingerprint: str | None) -
             raise UserError(f"task {name!r}: its data file {file} does not exist")
         text = text.replace(json.dumps(str(file)), sha256(file))  # what it holds, not where it is
     versions = [version(package) for package in ("lm-eval", "transformers", "torch")]
-    versions.append(sha256(Path(__file__).with_name("likelihoods.py")))
+    versions += [sha256(Path(__file__).with_name(name)) for name in ("likelihoods.py", "evals.py")]
     key = json.dumps([fingerprint, name, text, limit, versions])
     return cache_dir() / "evals" / f"{sha256(key.encode())}.json"
 
@@ -245,6 +245,16 @@ def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
+def asked_how(task: Any) -> dict[str, Any]:
+    """A task's version, and a digest of the template of its prompts, for the record."""
+    names = ["doc_to_text", "doc_to_choice", "doc_to_target", "description"]
+    names += ["target_delimiter", "num_fewshot", "fewshot_delimiter"]
+    parts = {name: getattr(task.config, name, None) for name in names}
+    # of a function its name: it has no text
+    text = json.dumps(parts, sort_keys=True, default=lambda f: getattr(f, "__qualname__", str(f)))
+    return {"version": task.VERSION, "prompt": sha256(text.encode())[:16]}
+
+
 def _score(lm: Any, name: str, loaded: Any, limit: int | None, watch: Watch) -> Results:
     """Run a loaded task or group, and flatten what lm-eval reports."""
     from lm_eval.evaluator import evaluate as run
@@ -265,12 +275,14 @@ def _score(lm: Any, name: str, loaded: Any, limit: int | None, watch: Watch) -> 
     # 1000 resamples serve only errors without a closed form; an accuracy's has one
     report = run(lm=lm, task_dict=loaded, limit=limit, bootstrap_iters=1000, log_samples=False)
     flat: Results = {}
+    asked = {task.config.task: asked_how(task) for task in loaded["tasks"].values()}
     for task, metrics in report["results"].items():
         for key in (key for key in metrics if "," in key and "_stderr," not in key):
             entry = {"value": metrics[key], "stderr": metrics.get(key.replace(",", "_stderr,", 1))}
             entry = {k: float(v) for k, v in entry.items() if isinstance(v, float) and isfinite(v)}
             if "value" in entry:
-                flat[f"{task}/{key.removesuffix(',none')}"] = entry | {"n": metrics["sample_len"]}
+                how = {"n": metrics["sample_len"], **asked.get(task, {})}
+                flat[f"{task}/{key.removesuffix(',none')}"] = entry | how
     if not flat:
         raise UserError(f"task {name!r} gives no finite number: does lm-eval know its metrics?")
     return flat

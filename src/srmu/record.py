@@ -44,6 +44,7 @@ class Purpose(Block):
     operator: str = ""
     ticket: str = ""
     reviewer: str = ""
+    choice: str = ""  # why this layer and this strength
     not_covered: list[str] = []  # models that this run does not change
 
 
@@ -93,6 +94,7 @@ class TextSet(Block):
 
     documents: int
     too_short: int
+    bad_rows: int
     tokens: int
     digest: str
 

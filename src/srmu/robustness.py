@@ -32,6 +32,7 @@ from srmu.attacks.base import (
 )
 from srmu.config import Config
 from srmu.console import Watch, silent
+from srmu.entanglement import contamination
 from srmu.errors import UserError, first_line, suggest
 from srmu.evals import questions
 from srmu.files import cache_dir, sha256, write_json
@@ -119,20 +120,33 @@ def attack(
     for name, entry in report["attacks"].items():
         entry["seconds"] = round(seconds[name], 3)
     write_json(run.folder / FILE, report)
-    extend(run.folder, [FILE], attacks=recorded(report))
+    extend(run.folder, [FILE], attacks=recorded(report, chosen) | copied(exam, run.config))
     return report
 
 
-def recorded(report: dict[str, Any]) -> dict[str, Any]:
+def recorded(report: dict[str, Any], chosen: dict[str, Attack]) -> dict[str, Any]:
     """What the audit record says of the attacks: each one's outcome beside its controls, and K*."""
     kept = ("id", "status", "why", "accuracy", "recovery", "valid", "budget", "seconds")
+    code = {name: {"definition": code_of(one)[0]} for name, one in chosen.items()}
     tried = {
         name: {key: entry[key] for key in kept if key in entry}
+        | code[name]
         | {"controls": {who: c.get("accuracy") for who, c in entry.get("controls", {}).items()}}
         for name, entry in report["attacks"].items()
     }
     names = ("tier", "seed", "chance", "tasks", "oracle", "not_tried", "K*")
     return {name: report[name] for name in names} | {"tried": tried}
+
+
+def copied(exam: Exam, config: Config) -> dict[str, Any]:
+    """The share of the questions that the forget and the retain texts give away."""
+    asked = [(q.prompt, q.options[q.gold], q.entry) for q in exam.test]
+    shares = {}
+    for role in ("forget", "retain"):
+        sources = [source for topic in config.topics.values() for source in getattr(topic, role)]
+        texts = data.read(sources, Path())
+        shares[role] = contamination(asked, texts)["either"] if texts else 0.0
+    return {"given_away": shares}
 
 
 def select(tier: Tier, names: Sequence[str]) -> dict[str, Attack]:

@@ -411,7 +411,11 @@ def train(
         "weights": config.train.weights,
         "flops": dense_flops(model, topics, steps),
         "memory": {"before": before, "peak": peak},
-        "activations": {"kept": model.activations.kept, "found": model.activations.hits},
+        "activations": {
+            "kept": model.activations.kept,
+            "found": model.activations.hits,
+            "folder": getattr(model.activations, "folder", Path()).name,  # in srmu cache ls
+        },
         "changed": sorted(changed),
         "change": audit.change_block(base, folder / DELTA),
         "environment": audit.environment(),
