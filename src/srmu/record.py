@@ -176,7 +176,9 @@ def read(path: Path) -> dict[str, Any]:
         record = json.loads(path.read_text(encoding="utf-8"))
         Record.model_validate(record)
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} is no record of this version: {short(error)}") from None
+        raise UserError(
+            f"{path} is no record of this version ({short(error)}); make the run again"
+        ) from None
     if record["seal"] != seal(record):
         raise UserError(f"{path} was edited after it was written: its seal does not fit")
     return dict(record)
