@@ -309,7 +309,7 @@ def _scan(scan: Mapping[str, Any]) -> Section:
     ]  # fmt: skip
     return Section(
         "Layer scan",
-        ["What a short run at each layer forgets, and what it costs: the further apart, the "
+        ["What a run at each layer forgets, and what it costs: the further apart, the "
          "better."],
         [Beside("", Figure("", f"Scan of the layers. {words}.", traces, layout),
                 Table("By layer, per cent", ["Layer", "Forgetting", "Utility loss"], lines))],
