@@ -9,8 +9,10 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import json
 import socket
+import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -196,3 +198,30 @@ def topic(name: str = "bio", seed: int = 0, padding: Any = "mask", **options: An
         torch.arange(4, VOCABULARY),
         options,
     )
+
+
+class Answer(NamedTuple):
+    """What a command said."""
+
+    code: int
+    out: str
+    err: str
+
+
+Call = Callable[..., Answer]
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capfd: Any) -> Call:
+    """`srmu ...` in the working folder, in this process."""
+    from srmu import cli
+
+    def run(*arguments: Any) -> Answer:
+        monkeypatch.setattr(sys, "argv", ["srmu", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        assert isinstance(stop.value.code, int)
+        return Answer(stop.value.code, *capfd.readouterr())
+
+    return run

@@ -2,17 +2,16 @@
 
 import json
 import shutil
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 from transformers import AutoModelForCausalLM
 
 import attack_world as world
-from conftest import texts
-from srmu import attacks, auto, cli, reasons, robustness, strength
+from conftest import Call, texts
+from srmu import attacks, auto, reasons, robustness, strength
 from srmu.analyses import candidates
 from srmu.attacks.base import Subject, answers
 from srmu.data import digest
@@ -24,12 +23,6 @@ from srmu.yardstick import HeldOut, Yardstick, hold_out
 TRIALS = 3
 NAMED = ("--forget", "forget.jsonl", "--retain", "neutral.jsonl")
 TASKS = ("--tasks", "hazard", "--utility", "harmless", "--tasks-dir", "tasks")
-
-
-class Answer(NamedTuple):
-    code: int
-    out: str
-    err: str
 
 
 def asked(place: Path, out: str = "auto", **given: Any) -> auto.Asked:
@@ -76,21 +69,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture
-def call(place: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> Callable[..., Answer]:
-    """`srmu ...` beside the tiny world, in this process."""
+def inside(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands run beside the tiny world, and are quick."""
     monkeypatch.chdir(place)
     monkeypatch.setenv("SRMU_CACHE", str(place / "cache"))
     quick(monkeypatch)
-
-    def run(*arguments: Any) -> Answer:
-        monkeypatch.setattr(sys, "argv", ["srmu", *map(str, arguments)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        assert isinstance(stop.value.code, int)
-        return Answer(stop.value.code, *capfd.readouterr())
-
-    return run
 
 
 def answer(place: Path, out: str = "auto") -> dict[str, Any]:
@@ -136,7 +119,7 @@ def test_what_is_exported_is_the_chosen_run(place: Path) -> None:
     assert found["final"]["test"]["parts"]["hazard"]["after"]["value"] == pytest.approx(share)
 
 
-def test_again_does_nothing(call: Callable[..., Answer], place: Path) -> None:
+def test_again_does_nothing(inside: None, call: Call, place: Path) -> None:
     before = answer(place)
     runs = {path: path.stat().st_mtime_ns for path in (place / "auto").rglob("*.json")}
     options = ("--budget", "20%", "--trials", TRIALS)
@@ -190,7 +173,7 @@ def test_a_longer_search_goes_on(place: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_nothing_within_the_budget(
-    call: Callable[..., Answer], place: Path, monkeypatch: pytest.MonkeyPatch
+    inside: None, call: Call, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One line that says so; the folder stays, nothing is exported."""
     shutil.copytree(place / "auto", place / "tight")
@@ -223,7 +206,7 @@ def test_what_is_said_of_a_choice() -> None:
     assert strength.worth(found[0]["values"], 0.01) == 0.01
 
 
-def test_the_plan_comes_first_and_writes_nothing(call: Callable[..., Answer], place: Path) -> None:
+def test_the_plan_comes_first_and_writes_nothing(inside: None, call: Call, place: Path) -> None:
     options = ("--out", "planned", "--dry-run", "--json")
     got = call("auto", "model", *NAMED, *TASKS, *options)
     assert (got.code, (place / "planned").exists()) == (0, False)
@@ -312,7 +295,7 @@ def test_layers_of_a_deep_model_are_spread() -> None:
     ],
 )
 def test_bad_input_is_one_line(
-    call: Callable[..., Answer], place: Path, changed: dict[str, str], message: str
+    inside: None, call: Call, place: Path, changed: dict[str, str], message: str
 ) -> None:
     names = dict(zip(NAMED[::2], NAMED[1::2], strict=True))
     names |= dict(zip(TASKS[::2], TASKS[1::2], strict=True)) | {"--out": "bad"} | changed

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
@@ -20,7 +20,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import srmu
-from conftest import SIZES, texts, word_tokenizer
+from conftest import SIZES, Answer, Call, texts, word_tokenizer
 from srmu import cli, evals
 from srmu.methods import METHODS
 from srmu.run import Run
@@ -30,29 +30,10 @@ QUICK = ("method.layer=2", "train.max_steps=2", "train.learning_rate=1e-2")
 GOOD = '{"text": "w1 w2 w3"}\n'
 
 
-class Answer(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Call = Callable[..., Answer]
-
-
-@pytest.fixture
-def call(workplace: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> Call:
-    """`srmu ...` in the workplace, in this process."""
+@pytest.fixture(autouse=True)
+def inside(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every command runs in the workplace."""
     monkeypatch.chdir(workplace)
-
-    def run(*arguments: Any) -> Answer:
-        monkeypatch.setattr(sys, "argv", ["srmu", *map(str, arguments)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        assert isinstance(stop.value.code, int)
-        return Answer(stop.value.code, *capfd.readouterr())
-
-    return run
 
 
 def outside(*arguments: str) -> Answer:

@@ -1,42 +1,19 @@
 """The verbs that measure, as they are typed: what they print, and what they say of mistakes."""
 
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import pytest
 
 import attack_world as world
-from conftest import write_jsonl
-from srmu import cli
+from conftest import Call, write_jsonl
 
 
-class Answer(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Call = Callable[..., Answer]
-
-
-@pytest.fixture
-def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> Call:
-    """`srmu ...` in a folder with the tiny world, in this process."""
+@pytest.fixture(autouse=True)
+def inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every command runs in a folder with the tiny world."""
     world.write(tmp_path)
     monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: Any) -> Answer:
-        monkeypatch.setattr(sys, "argv", ["srmu", *map(str, arguments)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        assert isinstance(stop.value.code, int)
-        return Answer(stop.value.code, *capfd.readouterr())
-
-    return run
 
 
 GIVEN = ("--tasks", "hazard", "--neutral", "neutral.jsonl", "--attacks", "logit_lens,E2")

@@ -12,7 +12,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from statistics import fmean
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import optuna
 import pytest
@@ -21,7 +21,8 @@ from optuna.samplers import NSGAIISampler, RandomSampler, TPESampler
 from optuna.trial import TrialState
 
 import attack_world as world
-from srmu import cli, sweep
+from conftest import Answer
+from srmu import sweep
 from srmu.console import silent
 from srmu.errors import Diverged, UserError
 from srmu.run import Run
@@ -401,27 +402,6 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
     "no config": ({"config": "none.yaml"}, ["none.yaml", "no such file"]),
     "broken set": ({"set": ["method.kappa"]}, ["key=value"]),
 }  # fmt: skip
-
-
-class Answer(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capfd: Any) -> Callable[..., Answer]:
-    """`srmu ...` in this process."""
-
-    def run(*arguments: Any) -> Answer:
-        monkeypatch.setattr(sys, "argv", ["srmu", *map(str, arguments)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        assert isinstance(stop.value.code, int)
-        return Answer(stop.value.code, *capfd.readouterr())
-
-    return run
 
 
 def assert_refused(answer: Answer, *says: str) -> None:
