@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -247,6 +248,14 @@ def test_signed(copy: Path, tmp_path: Path) -> None:
     verify(copy / "run")
     with pytest.raises(UserError, match="is not the signature"):
         verify(copy / "run", public)
+
+
+def test_signing_without_the_library(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.startswith("cryptography")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "cryptography", None)
+    with pytest.raises(UserError, match=r"pip install 'srmu\[sign\]'"):
+        verify(made / "run", made / "key.pub")
 
 
 def audit_text(value: Any) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -139,14 +140,13 @@ def in_tensors(path: Path, expected: Mapping[str, Any]) -> Iterator[str]:
 
 def check_signature(path: Path, key: Path) -> None:
     """UserError where the record's signature is not that of the public key's owner."""
-    from cryptography.exceptions import InvalidSignature
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-    from cryptography.hazmat.primitives.serialization import load_pem_public_key
-
-    public = loaded(key, load_pem_public_key, Ed25519PublicKey, "public")
+    ed25519, serialization = cryptography()
+    public = loaded(key, serialization.load_pem_public_key, ed25519.Ed25519PublicKey, "public")
     signature = path.with_name(SIGNATURE)
     if not signature.is_file():
         raise UserError(f"{path.parent} is not signed: it has no {SIGNATURE}; --sign makes one")
+    from cryptography.exceptions import InvalidSignature
+
     try:
         public.verify(bytes.fromhex(signature.read_text().strip()), path.read_bytes())
     except (InvalidSignature, ValueError):
@@ -155,19 +155,25 @@ def check_signature(path: Path, key: Path) -> None:
 
 def sign(folder: Path, key: Path) -> Path:
     """Write the record's Ed25519 signature beside it."""
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-    from cryptography.hazmat.primitives.serialization import load_pem_private_key
-
-    def without_password(data: bytes) -> Any:
-        return load_pem_private_key(data, None)
-
+    ed25519, serialization = cryptography()
+    without_password = partial(serialization.load_pem_private_key, password=None)
     path = record_of(folder)
-    private = loaded(key, without_password, Ed25519PrivateKey, "private")
+    private = loaded(key, without_password, ed25519.Ed25519PrivateKey, "private")
     write_whole(path.with_name(SIGNATURE), private.sign(path.read_bytes()).hex() + "\n")
     return path.with_name(SIGNATURE)
 
 
-def loaded(path: Path, load: Any, kind: type, what: str) -> Any:
+def cryptography() -> tuple[Any, Any]:
+    """The library's keys and key files; UserError where it is not installed."""
+    try:
+        from cryptography.hazmat.primitives import serialization
+        from cryptography.hazmat.primitives.asymmetric import ed25519
+    except ImportError:
+        raise UserError("signatures need a library: pip install 'srmu[sign]'") from None
+    return ed25519, serialization
+
+
+def loaded(path: Path, load: Callable[[bytes], Any], kind: type, what: str) -> Any:
     """An Ed25519 key from a PEM file."""
     try:
         key = load(path.read_bytes())
