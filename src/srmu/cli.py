@@ -298,7 +298,7 @@ def cache(
         }
         for entry in reversed(found)
     ]
-    kinds = ("organism", "evals", "attacks")
+    kinds = ("organism", "evals", "attacks", "hashes")
     others = {name: caches.folder_bytes(root / name) for name in kinds}
     total = sum(entry["bytes"] for entry in found)
     answer: dict[str, Any] = {"folder": str(root), "activations_bytes": total, "others": others}
