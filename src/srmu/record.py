@@ -23,6 +23,7 @@ from srmu.errors import UserError, first_line
 from srmu.files import cache_dir, sha256, write_json
 
 RECORD = "record.json"
+DELTA = "delta.safetensors"
 SCHEMA = 1  # raised when a field changes its meaning
 LIMITS = (
     "Suppressed, not shown to be absent: other attacks, or more of the same, may recover more.",

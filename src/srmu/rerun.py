@@ -12,7 +12,8 @@ from srmu.config import build_config
 from srmu.console import Watch, silent
 from srmu.errors import UserError
 from srmu.files import write_json
-from srmu.run import DELTA, Run, base_of, plan, run_folder, unlearn
+from srmu.record import DELTA
+from srmu.run import Run, base_of, plan, run_folder, unlearn
 
 
 def rerun(

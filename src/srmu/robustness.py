@@ -6,7 +6,7 @@ import json
 import random
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from importlib.metadata import version
@@ -92,7 +92,8 @@ def attack(
     base = run.base
     sources = filled(sources, run.config, base)
     exam = load_exam(sources, run.config, seed)
-    texts = load_texts(sources, run.config)
+    own = own_texts(run.config)
+    texts = load_texts(sources, own)
     subjects = Subjects(run, base, sources.oracle, find_device(device))
     for name, one in list(chosen.items()):
         cost = cost_of(one, subjects)
@@ -120,7 +121,7 @@ def attack(
     for name, entry in report["attacks"].items():
         entry["seconds"] = round(seconds[name], 3)
     write_json(run.folder / FILE, report)
-    extend(run.folder, [FILE], attacks=recorded(report, chosen) | copied(exam, run.config))
+    extend(run.folder, [FILE], attacks=recorded(report, chosen) | copied(exam, own))
     return report
 
 
@@ -138,14 +139,12 @@ def recorded(report: dict[str, Any], chosen: dict[str, Attack]) -> dict[str, Any
     return {name: report[name] for name in names} | {"tried": tried}
 
 
-def copied(exam: Exam, config: Config) -> dict[str, Any]:
+def copied(exam: Exam, own: Mapping[str, Sequence[str]]) -> dict[str, Any]:
     """The share of the questions that the forget and the retain texts give away."""
-    asked = [(q.prompt, q.options[q.gold], q.entry) for q in exam.test]
-    shares = {}
-    for role in ("forget", "retain"):
-        sources = [source for topic in config.topics.values() for source in getattr(topic, role)]
-        texts = data.read(sources, Path())
-        shares[role] = contamination(asked, texts)["either"] if texts else 0.0
+    asked = [(q.prompt, q.answer, q.entry) for q in exam.test]
+    shares = {
+        role: contamination(asked, texts)["either"] if texts else 0.0 for role, texts in own.items()
+    }
     return {"given_away": shares}
 
 
@@ -246,18 +245,26 @@ def load_exam(sources: Sources, config: Config, seed: int) -> Exam:
     return Exam(some(test), some(val), {task: some(asked(task)) for task in sources.utility})
 
 
-def load_texts(sources: Sources, config: Config) -> Texts:
+def own_texts(config: Config) -> dict[str, list[str]]:
+    """The run's texts of all topics, by role."""
+    return {
+        role: [
+            t for topic in config.topics.values() for t in data.read(getattr(topic, role), Path())
+        ]
+        for role in ("forget", "retain")
+    }
+
+
+def load_texts(sources: Sources, own: Mapping[str, Sequence[str]]) -> Texts:
     """The run's forget texts, and neutral ones: its retain texts where no others are named."""
 
     def of(name: str) -> list[str]:
         return data.read([data.Source(path=name)], Path()) if name else []
 
-    forget = [text for t in config.topics.values() for text in data.read(t.forget, Path())]
-    retain = [text for t in config.topics.values() for text in data.read(t.retain or [], Path())]
-    neutral = of(sources.neutral) or retain
+    neutral = of(sources.neutral) or own["retain"]
     if not neutral:
         raise UserError("--neutral: name a file of texts that are far from the forget knowledge")
-    return Texts(tuple(forget), tuple(neutral), tuple(of(sources.holdout)))
+    return Texts(tuple(own["forget"]), tuple(neutral), tuple(of(sources.holdout)))
 
 
 class Subjects:

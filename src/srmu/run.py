@@ -42,10 +42,9 @@ from srmu.loading import read_config, refuse_quantised, skeleton, wanted_dtype
 from srmu.meter import free_bytes, standing
 from srmu.methods.base import Outcome
 from srmu.model import Batch, EditableModel, release
-from srmu.record import RECORD
+from srmu.record import DELTA, RECORD
 from srmu.train import FINISHED, check_precision
 
-DELTA = "delta.safetensors"
 STATE = "state.safetensors"
 CARD = "README.md"
 CHECKPOINTS = "checkpoint"  # only there while the run is made

@@ -11,10 +11,9 @@ from srmu import weights
 from srmu.console import Watch, silent
 from srmu.errors import UserError
 from srmu.files import sha256, write_whole
-from srmu.record import RECORD, digests, read
+from srmu.record import DELTA, RECORD, digests, read
 
 SIGNATURE = "record.sig"
-DELTA = "delta.safetensors"
 
 
 def record_of(folder: Path) -> Path:
