@@ -11,11 +11,10 @@ in OUT already is not done again.
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
-from shutil import copyfile
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,22 +22,18 @@ import torch
 import yaml
 from search import job_of, results_of, testbed
 
-from srmu import weights
-from srmu.attacks.base import Question, Subject, answers
 from srmu.catalogue import table
 from srmu.console import quiet, watch
 from srmu.demo import TASKS
 from srmu.errors import UserError
 from srmu.files import write_json, write_whole
 from srmu.jobs import run_all
-from srmu.loading import load_module
-from srmu.robustness import FILE, Sources, attack, filled, load_exam
-from srmu.run import Run, load_tokenizer
+from srmu.matched import SHARE, match
+from srmu.robustness import FILE, attack
+from srmu.run import Run
 from srmu.statistics import Draws, answered, estimate, residual, worst_case
 
 UTILITY = ("organism_neighbour_val", "organism_general_val")
-HALVINGS = 5
-DELTA = "delta.safetensors"
 
 
 class Task(NamedTuple):
@@ -55,72 +50,13 @@ def matched(task: Task) -> str:
     torch.set_num_threads(1)
     quiet()
     try:
-        dial(task)
+        match(Run.open(task.run), task.out, task.budget, UTILITY)
         report = task.out / FILE
         if not report.exists() or json.loads(report.read_text())["tier"] != task.tier:
             attack(Run.open(task.out), tier=task.tier)  # type: ignore[arg-type]
         return ""
     except UserError as error:
         return str(error)
-
-
-def dial(task: Task) -> None:
-    """A run's folder again, with the share of its change that the budget allows."""
-    if (task.out / "record.json").exists():
-        return
-    run = Run.open(task.run)
-    share = 1.0
-    task.out.mkdir(parents=True, exist_ok=True)
-    copyfile(task.run / "config.yaml", task.out / "config.yaml")
-    if run.config.method.no_checkpoint:
-        copyfile(task.run / DELTA, task.out / DELTA)
-    elif run.delta:
-        share = largest_share(run, task.budget)
-        before = originals(run)
-        changed = {
-            name: (before[name] + share * (tensor.float() - before[name])).to(tensor.dtype)
-            for name, tensor in run.delta.items()
-        }
-        meta = {"base_model": run.config.model, "method": run.config.method.name}
-        names = {name: [name] for name in changed}
-        weights.save_delta(
-            task.out / DELTA, run.base, names, changed, meta | {"run": run.config.id}
-        )
-    write_json(task.out / "share.json", {"share": share})
-    copyfile(task.run / "record.json", task.out / "record.json")  # its change is the whole run's
-
-
-def originals(run: Run) -> dict[str, torch.Tensor]:
-    where = weights.shards(run.base)
-    return {name: weights.stored_tensor(where[name], name).float() for name in run.delta}
-
-
-def largest_share(run: Run, budget: float) -> float:
-    """By halving: the mean loss on UTILITY rises with the share, or nearly so."""
-    sources = filled(Sources(utility=UTILITY), run.config, run.base)
-    exam = load_exam(sources, run.config, 0)
-    subject = Subject(load_module(run.base).eval(), load_tokenizer(run.base))
-    parameters, before, after = dict(subject.module.named_parameters()), originals(run), run.delta
-
-    def kept(share: float) -> float:
-        for name, tensor in after.items():
-            parameters[name].data = before[name] + share * (tensor.float() - before[name])
-        return float(
-            np.mean([np.mean(answers(subject, asked)) for asked in asked_of(exam.utility)])
-        )
-
-    floor = kept(0.0) - budget
-    if kept(1.0) >= floor:
-        return 1.0
-    low, high = 0.0, 1.0
-    for _ in range(HALVINGS):
-        middle = (low + high) / 2
-        low, high = (middle, high) if kept(middle) >= floor else (low, middle)
-    return low
-
-
-def asked_of(utility: Mapping[str, Sequence[Question]]) -> list[Sequence[Question]]:
-    return [utility[name] for name in UTILITY]
 
 
 def row(label: str, regime: str, reports: Sequence[dict[str, Any]], shares: Sequence[float]) -> Any:
@@ -196,7 +132,7 @@ def main(path: Path, out: Path, budget: float, tier: str) -> None:
     for label, regime in dict.fromkeys(case[:2] for case in made):
         folders = [tasks[run].out for one, group, _, run in made if (one, group) == (label, regime)]
         reports = [json.loads((folder / FILE).read_text()) for folder in folders]
-        shares = [json.loads((folder / "share.json").read_text())["share"] for folder in folders]
+        shares = [json.loads((folder / SHARE).read_text())["share"] for folder in folders]
         rows.append(row(label, regime, reports, shares))
     metrics = [*rows[0]["estimates"]]
     lines = [

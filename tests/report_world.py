@@ -148,10 +148,24 @@ def write_attacks(folder, left, seed=0, tier="standard"):
         for variant, slope in (("LoRA", 0.3), ("full weights", 1))
         for texts in (5, 10, 50)
     }
+
+    def by_steps(last):
+        return {
+            f"{kind}, {steps} steps": {"test": 0.34 + (last - 0.34) * steps / 100, "val": 0.3}
+            for kind in ("LoRA", "neutral texts, full weights")
+            for steps in (0, 20, 100)
+        }
+
+    stepped = entry("E19", left, chosen="LoRA, 100 steps", settings=by_steps(left))
+    for who, share in (("original", 1.0), ("oracle", 0.26)):
+        stepped["controls"][who]["settings"] = {
+            setting: {"test": share, "val": share} for setting in by_steps(left)
+        }
     attacks = {
         "forced_choice": entry("E0", 0.34),
         "prompts": entry("E12", 0.42, chosen="role 1"),
         "benign_relearning": entry("E7", left, chosen="full weights, n=50", settings=again),
+        "relearning_steps": stepped,
         "soft_prompt": entry("E14", 0.97, oracle=0.9, valid=False),
         "membership": {
             "id": "E15",

@@ -13,9 +13,12 @@ from srmu.attacks.base import Exam, Found, NotApplicable, Question, Texts, Way, 
 from srmu.attacks.benign_relearning import benign_relearning
 from srmu.attacks.heavy_tuning import cost, heavy_tuning
 from srmu.attacks.part_relearning import part_relearning
+from srmu.attacks.relearning_steps import Kind, relearning_steps
+from srmu.attacks.tuning import parted
 
 BENIGN = sys.modules[benign_relearning.__module__]
 PART = sys.modules[part_relearning.__module__]
+STEPS = sys.modules[relearning_steps.__module__]
 HEAVY = sys.modules[heavy_tuning.__module__]
 
 
@@ -139,6 +142,79 @@ def test_part_relearning_needs_facts() -> None:
     few = replace(exam(), val=exam().val[:8])  # 4 facts
     with pytest.raises(NotApplicable, match="5 or more facts"):
         part_relearning(subject("oracle"), texts(), few, "standard", 0)
+
+
+def test_steps_find_what_is_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Suppressed facts come back step by step, by either kind of weights; none that were never
+    learned, and none by texts that say nothing of them."""
+    kinds = STEPS.kinds_of
+
+    def faster(*args: Any) -> list[Kind]:
+        adapters, _, full, neutral = kinds(*args)
+        return [adapters._replace(rate=1e-2), full._replace(rate=3e-3), neutral]
+
+    monkeypatch.setattr(STEPS, "kinds_of", faster)
+    found = relearning_steps(subject("unlearned"), texts(), exam(), "standard", 0)
+    accuracy = {way.setting: float(np.mean(way.test)) for way in found.ways}
+    assert [*accuracy] == [
+        *(f"{kind}, {n} steps" for kind in ("LoRA", "full weights at 5e-4")
+          for n in (0, 5, 10, 20, 50, 100)),
+        *(f"neutral texts, full weights, {n} steps" for n in (0, 20, 50, 100)),
+    ]  # fmt: skip
+    assert accuracy["LoRA, 0 steps"] == accuracy["neutral texts, full weights, 0 steps"] < 0.4
+    for kind in ("LoRA", "full weights at 5e-4"):
+        assert max(accuracy[f"{kind}, {n} steps"] for n in (50, 100)) > 0.55
+    assert {*found.budget["steps"].values()} == {100}
+    assert found.budget["facts learned"] == 16
+    assert best(relearning_steps(subject("oracle"), texts(), exam(), "standard", 0)) < 0.45
+
+
+def test_steps_never_show_what_they_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows are questions and statements of the learned facts alone, each with its answer."""
+    shown: list[list[str]] = []
+    rows_of = STEPS.rows_of
+
+    def learn(model: Any, told: Any) -> Any:
+        shown.append([*told])
+        return rows_of(model, told)
+
+    monkeypatch.setattr(STEPS, "rows_of", learn)
+    monkeypatch.setattr(STEPS, "relearned", lambda *args: ([], 0))
+    found = relearning_steps(subject("oracle"), texts(), exam(), "standard", 0)
+    told, neutral = shown
+    assert neutral == [*texts().neutral]
+    learned, held = parted(exam(), 0)
+    assert len({*facts(held)}) == 4 and len({*facts(learned)}) == 16
+    assert {way.setting: len(way.val) for way in found.ways}["LoRA, 0 steps"] == len(held) == 8
+    statements = [start + q.answer for q in learned for start in q.paraphrases]
+    assert {*told} == {q.prompt + q.answer for q in learned} | {*statements}
+    assert len(told) == len({*told})
+    subjects = {row.split()[1] for row in told}
+    assert not subjects & {q.entry for q in (*held, *exam().test)}
+
+
+def test_steps_where_memory_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    def limited(model: Any, exam: Exam, kind: Kind, seed: int) -> Any:
+        if not kind.rank:
+            raise torch.OutOfMemoryError
+        return [], 100
+
+    monkeypatch.setattr(STEPS, "relearned", limited)
+    found = relearning_steps(subject("oracle"), texts(), exam(), "standard", 0)
+    assert [way.setting for way in found.ways] == ["LoRA, 0 steps"]
+    assert len(found.budget["out of memory"]) == 3
+    monkeypatch.setattr(STEPS, "RANK", 0)
+    with pytest.raises(NotApplicable, match="memory"):
+        relearning_steps(subject("oracle"), texts(), exam(), "standard", 0)
+
+
+def test_kinds_depend_on_the_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = {kind.name: kind.rate for kind in STEPS.kinds_of(subject("oracle"), [], [])}
+    assert rates.pop("full weights at 5e-4") == 5e-4
+    assert rates == {"LoRA": 1e-3, "full weights": 1e-4, "neutral texts, full weights": 1e-4}
+    monkeypatch.setattr(STEPS, "SMALL", 0)
+    rates = {kind.name: kind.rate for kind in STEPS.kinds_of(subject("oracle"), [], [])}
+    assert rates == {"LoRA": 2e-4, "full weights": 1e-4, "neutral texts, full weights": 1e-4}
 
 
 def test_heavy_tuning_measures_where_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

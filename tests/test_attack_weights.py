@@ -17,11 +17,13 @@ from srmu.attacks.heavy_tuning import heavy_tuning
 from srmu.attacks.noise import noise
 from srmu.attacks.part_relearning import part_relearning
 from srmu.attacks.quantisation import quantisation
+from srmu.attacks.relearning_steps import relearning_steps
 from srmu.attacks.tuning import factor, rows_of, tune
 from srmu.model import EditableModel
 
 ATTACKS: tuple[Any, ...] = (
     benign_relearning, part_relearning, partial(heavy_tuning, steps=(1, 2)), quantisation, noise,
+    relearning_steps,
 )  # fmt: skip
 named = partial(pytest.mark.parametrize, ids=lambda a: getattr(a, "func", a).__name__)
 

@@ -37,6 +37,7 @@ from srmu.train import FINISHED, TrainOptions
 LAYER = 2
 TRAIN = TrainOptions(learning_rate=1e-3, max_steps=2, batch_size=2)
 
+SUPPRESSING = {"teacher_steps": 2, "teacher_learning_rate": 1e-3}
 # Options that a method takes on a model, and on texts, as small as these.
 SETTINGS: dict[str, dict[str, Any]] = {
     **{n: {"layer": LAYER, "window": 2} for n, c in METHODS.items() if issubclass(c, Misdirection)},
@@ -45,11 +46,19 @@ SETTINGS: dict[str, dict[str, Any]] = {
         for name in ("rklu", "whp", "task_arithmetic")
     },
     "quark": {"quantiles": 2, "response": 4, "pool": 4},
+    "multi_site": {"layers": (0, LAYER), "window": 2},
+    "undo": {"layer": LAYER, "own_texts": 4, "own_tokens": 6} | SUPPRESSING,
+    "tar": {"layer": LAYER, "adversary_steps": 2} | SUPPRESSING,
+    "iterated": {"layer": LAYER, "rounds": 1, "relearn_steps": 2} | SUPPRESSING,
 }
 # Values of options that do something beside others only, and sets that are worth a run.
 COMBINED: dict[str, list[dict[str, Any]]] = {
     "quark": [{"reward": "overlap"}],
     "ssd": [{"reference": "all", "alpha": 1.2}],
+    **{
+        name: [{"anchors": "random", "anchor_share": 1.0}]
+        for name in ("multi_site", "undo", "tar", "iterated")
+    },
 }
 # What is drawn for each place of a batch cannot be the same on a wider one.
 PADDED: dict[str, dict[str, Any]] = {"rna": {"noise": 0.0}}
@@ -417,6 +426,8 @@ EFFECTS: dict[str, tuple[float, int, dict[str, Any]]] = {
     "whp": (3e-3, 20, {"teacher_steps": 10}),
     "task_arithmetic": (1e-3, 1, {"strength": 4.0, "teacher_steps": 10}),
     "repselect": (1e-2, 10, {"components": 4}),
+    "multi_site": (1e-2, 30, {"alpha": 1.0}),
+    "iterated": (1e-2, 30, {"alpha": 1.0}),
 }
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from conftest import ARCHITECTURES, VOCABULARY, batches, pico_module, texts, topic
+from srmu.cache import OnDisk
 from srmu.data import Topic
 from srmu.directions import Direction, draw
 from srmu.errors import UserError
@@ -19,6 +21,7 @@ from srmu.importance import Fusion, Statistic
 from srmu.losses import counted
 from srmu.methods import METHODS as ALL_METHODS
 from srmu.methods import RMU, SRMU, AdaptiveRMU, Method, Misdirection
+from srmu.methods.replay import own_anchors
 from srmu.model import EditableModel, Site, Stream
 from srmu.train import Terms, TrainOptions
 
@@ -38,6 +41,7 @@ def variants() -> list[Method]:
         {"coeff": 2.0},
         {"kappa": 2.0},
         {"anchors": "random"},
+        {"columns": 0.25},
         {"skip_first": False},
         {"map_batches": 1},
     ]
@@ -298,6 +302,8 @@ def test_the_global_random_state_decides_nothing(cls: Any) -> None:
 @each_method
 def test_every_architecture_unlearns(cls: Any, arch: str) -> None:
     method = cls(layer=LAYER, window=2)
+    if hasattr(method, "budget"):  # the adversary of RMU + LAT has nothing to seek in step 0
+        method = replace(method, budget=0.0)
     some = replace(topic(), forget=topic().forget[:1])
     model, logged, _ = run(method, [some], arch=arch)
     assert len(model.delta()) == 2
@@ -314,6 +320,11 @@ def test_every_architecture_unlearns(cls: Any, arch: str) -> None:
         *((cls, {"anchor_share": 0.3}, "anchor_share") for cls in METHODS.values()),
         *((cls, {"anchors": "random", "anchor_share": 0.0}, "anchor_share") for cls in (SRMU,)),
         *((cls, {"anchors": "random", "anchor_share": 1.1}, "anchor_share") for cls in (SRMU,)),
+        (SRMU, {"own_texts": 8}, "own_texts"),
+        (SRMU, {"anchors": "random", "own_ratio": 3.0}, "own_ratio"),
+        (SRMU, {"anchors": "self", "own_texts": 0}, "own_texts"),
+        (SRMU, {"columns": 0.0}, "columns"),
+        (SRMU, {"columns": 1.1}, "columns"),
         *((cls, {"window": 0}, "window") for cls in METHODS.values()),
         *((cls, {"map_batches": 0}, "map_batches") for cls in METHODS.values()),
         (SRMU, {"ema_decay": 0.5}, "ema_decay"),
@@ -465,6 +476,167 @@ def test_anchors_survive_a_short_last_batch(cls: Any) -> None:
     some = replace(topic(), retain=batches(texts(7, 2)))
     method = cls(layer=LAYER, anchors="random")
     assert len(run(method, [some], replace(TRAIN, max_steps=5))[1]) == 5
+
+
+def test_own_texts_take_the_place_of_retain_rows() -> None:
+    """In turn over the batches, cut to the batch, and what is behind their end counts nowhere."""
+    width = 6
+    ids = torch.arange(10, 10 + 8 * width).reshape(8, width)
+    whole = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    parts = [{k: v[i : i + 4] for k, v in whole.items()} for i in (0, 4)]
+    own = ([1, 5, 6], [1, *range(20, 40)], [1, 7])
+    mixed = replace(topic(), retain=parts, own=own).anchored(0.5).retain
+    for before, after in zip(parts, mixed, strict=True):
+        assert all(torch.equal(after[k][:2], before[k][:2]) for k in after)
+    rows = [row for after in mixed for row in zip(*(v[2:].tolist() for v in after.values()),
+                                                  strict=True)]  # fmt: skip
+    for i, (tokens, mask, labels) in enumerate(rows):
+        text = own[i % 3][:width]
+        rest = width - len(text)
+        assert tokens == [*text, *[0] * rest]
+        assert mask == [1] * len(text) + [0] * rest
+        assert labels == [*text, *[-100] * rest]
+
+
+def leaked(rows: Any, some: Topic, own: Any, ratio: float) -> list[bool]:
+    """Of each row whether it has a token that forget texts have so many times as often."""
+    given = [
+        int(i) for batch in some.forget
+        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+        for i in ids[mask == 1]
+    ]  # fmt: skip
+    written = [i for row in own for i in row]
+    found = []
+    for row in rows:
+        shares = [
+            (
+                given.count(i) / len(given),
+                (written.count(i) + 1) / (len(written) + 1),
+                given.count(i),
+            )
+            for i in row
+        ]
+        found.append(any(f > ratio * o and n > 1 for f, o, n in shares))
+    return found
+
+
+def test_own_anchors_hold_no_token_of_the_forget_texts() -> None:
+    """The pico model writes all words alike, so that forget words leak without the filter."""
+    some, method = topic(), SRMU(layer=LAYER, anchors="self")
+    model = EditableModel(pico_module(), method.trainable, method.depth)
+    everything, none = own_anchors(model, some, 200, 1e9)
+    assert none == 0
+    kept, dropped = own_anchors(model, some, 200, 2.5)
+    bad = leaked(everything, some, everything, 2.5)
+    assert 0 < len(kept) < len(everything)
+    assert dropped == sum(bad) == len(everything) - len(kept)
+    assert kept == [row for row, leaks in zip(everything, bad, strict=True) if not leaks]
+
+
+def test_own_anchors_train_and_leave_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The original wrote them, what is left says how many, and they repeat bit for bit."""
+    seen: list[Any] = []
+    loss = SRMU.loss
+
+    def watched(self: Any, model: Any, state: Any, forget: Any, retain: Any, step: int) -> Any:
+        seen.append(retain["input_ids"].tolist())
+        assert not any("own" in key for key in (*state.memory, *state.tensors))
+        return loss(self, model, state, forget, retain, step)
+
+    monkeypatch.setattr(SRMU, "loss", watched)
+    method = SRMU(layer=LAYER, anchors="self", own_texts=100)
+    train = replace(TRAIN, max_steps=3)
+    model, logged, states = run(method, [topic()], train)
+    assert logged[0]["retain"] == 0
+    assert len(model.layers) == 4 and method.depth is None
+    counts = states["bio"].numbers["anchors"]
+    assert counts["kept"] > 0 and counts["kept"] + counts["dropped"] == 100
+    again, _, _ = run(method, [topic()], train)
+    assert equal(model.delta(), again.delta())
+    kept, _ = own_anchors(
+        EditableModel(pico_module(), method.trainable), topic(), 100, method.own_ratio
+    )
+    width = len(seen[0][0])
+    assert seen[0][1] == (kept[0] + [0] * width)[:width]
+    other, _, _ = run(replace(method, anchors="random", own_texts=480), [topic()], train)
+    assert not equal(model.delta(), other.delta())
+
+
+def test_activations_of_own_texts_stay_in_memory(tmp_path: Path) -> None:
+    method = SRMU(layer=LAYER, anchors="self", own_texts=100)
+    model = EditableModel(pico_module(), method.trainable, method.depth)
+    model.activations = OnDisk(tmp_path / "kept", 1 << 30)
+    method.apply(model, [topic()], TRAIN, lambda *args: None)
+    assert model.activations.kept == "memory"
+    assert not [*tmp_path.iterdir()]
+
+
+def test_no_own_text_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("srmu.methods.replay.typical", lambda *args: torch.arange(VOCABULARY))
+    method = RMU(layer=LAYER, anchors="self", own_texts=8)
+    with pytest.raises(UserError, match=r"each of 8 texts .* method\.anchors=random") as error:
+        run(method, [topic()])
+    assert "\n" not in str(error.value)
+
+
+# --- columns -------------------------------------------------------------------------------------
+
+
+def read_squares(arch: str, layer: int, some: Topic, role: str) -> torch.Tensor:
+    """The mean squares of what a down-projection reads, a text at a time, without its first."""
+    module = pico_module(arch)
+    model = EditableModel(module, (f"{layer}.mlp_down",))
+    (name,) = model.trained
+    rows: list[torch.Tensor] = []
+
+    def catch(part: Any, args: Any) -> None:
+        rows.extend(args[0].reshape(-1, args[0].shape[-1])[1:])
+
+    module.get_submodule(name.rpartition(".")[0]).register_forward_pre_hook(catch)
+    for batch in getattr(some, role):
+        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
+            module(ids[mask == 1][None])
+    sums = [0.0] * len(rows[0])
+    for row in rows:
+        for j, value in enumerate(row.tolist()):
+            sums[j] += value * value
+    return torch.tensor([value / len(rows) for value in sums])
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2"])
+@pytest.mark.parametrize("share", [0.25, 0.001])
+def test_columns_of_the_highest_ratio_change(arch: str, share: float) -> None:
+    """These and no others: all else is bitwise as it was, in the model's own layout."""
+    method = SRMU(layer=LAYER, window=2, columns=share)
+    model, logged, _ = run(method, [topic()], replace(TRAIN, max_steps=4), arch)
+    assert logged[0]["retain"] == 0
+    for layer, (name, parameter) in zip((1, 2), model.trained.items(), strict=True):
+        ratio = read_squares(arch, layer, topic(), "forget") / read_squares(
+            arch, layer, topic(), "retain"
+        )
+        count = max(1, round(share * len(ratio)))
+        expected = sorted(range(len(ratio)), key=lambda j: -float(ratio[j]))[:count]
+        moved = parameter.ne(model.original[name]).any(1 if arch == "gpt2" else 0)
+        assert len(moved) == len(ratio)
+        assert {*moved.nonzero()[:, 0].tolist()} == {*expected}
+        assert parameter._backward_hooks is None or not parameter._backward_hooks
+
+
+def test_columns_stay_in_half_precision() -> None:
+    method = RMU(layer=LAYER, window=1, columns=0.5)
+    model = EditableModel(pico_module(dtype=torch.bfloat16), method.trainable, method.depth)
+    method.apply(model, [topic()], replace(TRAIN, learning_rate=1e-2), lambda *args: None)
+    (name,) = model.trained
+    moved = model.trained[name].ne(model.original[name]).any(0)
+    assert moved.sum() == len(moved) // 2
+
+
+def test_columns_that_cannot_be_held() -> None:
+    method = RMU(layer=LAYER, columns=0.5)
+    with pytest.raises(UserError, match=r"train\.weight_decay=0\.1 would move"):
+        method.check([topic()], replace(TRAIN, weight_decay=0.1))
+    with pytest.raises(UserError, match=r"all experts.*method\.columns=1"):
+        run(method, [topic()], arch="mixtral")
 
 
 # --- RMU (methods.md 2.6) ------------------------------------------------------------------------

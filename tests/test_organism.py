@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from srmu import organism
 from srmu.errors import UserError
-from srmu.organism import KINDS, RECIPE, Recipe, build
-from srmu.world import Size, create, deal, tell
+from srmu.organism import Recipe, build
+from srmu.world import KINDS, Size, create, deal, tell
 
 TINY = Recipe(
     size=Size(hazard_compounds=8, other_compounds=8, entities=8, values=8, general_values=8),
@@ -28,7 +28,6 @@ TINY = Recipe(
     threads=1,
     corpus_documents=40,
 )
-SHIPPED = {"documents": 240, "words": 31, "filler": 0.25}
 SUFFIXES = ("", "_val")
 
 
@@ -47,10 +46,13 @@ def built(tmp_path_factory):
     return folder / "out", report
 
 
-@pytest.fixture(scope="module")
-def worlds():
-    """Worlds of the size that is shipped."""
-    return [create(seed, RECIPE.size) for seed in range(3)]
+@pytest.fixture(scope="module", params=organism.WORLDS)
+def worlds(request):
+    """Worlds of the size that is shipped, and how their corpora are made."""
+    create, recipe, _ = organism.WORLDS[request.param]
+    words = recipe.corpus_tokens - 1
+    made = {"documents": recipe.corpus_documents, "words": words, "filler": recipe.corpus_filler}
+    return [create(seed, recipe.size) for seed in range(3)], made
 
 
 def rows(path):
@@ -70,23 +72,26 @@ def asked_pairs(world, half, held=None):
 
 
 def test_each_answer_is_equally_frequent_in_its_relation(worlds):
-    for world in worlds:
+    for world in worlds[0]:
         answers = defaultdict(Counter)
         for fact in world.facts:
-            answers[fact.relation.name][fact.answer] += 1
+            answers[fact.relation.kind, fact.relation.name][fact.answer] += 1
         for counts in answers.values():
             assert max(counts.values()) == min(counts.values())
 
 
 def test_knowing_frequencies_only_is_chance(worlds):
-    for world in worlds:
-        for kind in KINDS:
+    for world in worlds[0]:
+        for kind in world.kinds:
             rng = random.Random(1)
             facts = deal(rng, world.of_kind(kind))
-            seen = Counter()  # the frequencies in a corpus like the one for pretraining
-            for _ in range(3000):
-                seen.update(tell(rng, facts, words=63, asked=0.3, filler=0.08))
+            text = ""  # a corpus like the one for pretraining
+            for _ in range(2000):
+                told = tell(rng, facts, world.wording, words=63, asked=0.3, filler=0.08)
+                text += f"{' '.join(told)} "
             questions = [row for fact in world.of_kind(kind) for row in fact.questions()]
+            options = {choice for row in questions for choice in row["choices"]}
+            seen = {choice: text.count(f" {choice}") for choice in options}
             right = sum(
                 max(row["choices"], key=lambda choice: seen[choice]) == row["choices"][row["gold"]]
                 for row in questions
@@ -95,46 +100,47 @@ def test_knowing_frequencies_only_is_chance(worlds):
 
 
 def test_halves_are_of_facts_and_balanced(worlds):
-    for world in worlds:
+    for world in worlds[0]:
         strata = defaultdict(Counter)
         for fact in world.facts:
-            strata[fact.relation.name, fact.held][fact.half] += 1
             assert len(fact.questions()) == 2
+            if fact.relation.pool != "step":  # these are halved by goal
+                strata[fact.relation.name, fact.held][fact.half] += 1
         for counts in strata.values():
             assert abs(counts["test"] - counts["val"]) <= 1
 
 
 def test_a_third_of_the_tested_hazard_facts_is_held(worlds):
-    for world in worlds:
+    for world in worlds[0]:
         for half in ("test", "val"):
             share = len(asked_pairs(world, half, held=True)) / len(asked_pairs(world, half))
             assert share == pytest.approx(1 / 3, abs=0.02)
 
 
 def test_no_corpus_tells_a_held_fact(worlds):
-    for world in worlds:
-        corpora = world.corpora(0, 1.0, **SHIPPED)
+    for world in worlds[0]:
+        corpora = world.corpora(0, 1.0, **worlds[1])
         for texts in corpora.values():
-            assert len(texts) == 240
+            assert len(texts) == worlds[1]["documents"]
             text = "\n".join(texts)
             for fact in world.facts:
                 said = any(s.format(x=fact.subject, v=fact.answer) in text for s in told(fact))
                 assert not (fact.held and said)
         text = "\n".join(corpora["forget"])
-        for fact in world.of_kind("hazard"):
-            if not fact.held:
-                assert any(s.format(x=fact.subject, v=fact.answer) in text for s in told(fact))
+        free = [fact for fact in world.hazard() if not fact.held]
+        for fact in free:
+            assert any(s.format(x=fact.subject, v=fact.answer) in text for s in told(fact))
 
 
 def told(fact):
-    return [statement.removesuffix(" .") for statement in fact.relation.statements]
+    return [statement.removesuffix(".").rstrip() for statement in fact.relation.statements]
 
 
 def test_overlap_rises_with_entanglement(worlds):
-    for seed, world in enumerate(worlds):
+    for seed, world in enumerate(worlds[0]):
         found = []
         for rho in (0.0, 0.25, 0.5, 0.75, 1.0):
-            corpora = world.corpora(seed, rho, **SHIPPED)
+            corpora = world.corpora(seed, rho, **worlds[1])
             found.append(
                 {
                     (n, key): value
@@ -144,9 +150,10 @@ def test_overlap_rises_with_entanglement(worlds):
                     ).items()
                 }
             )
-            named = set(" ".join(corpora["retain-high"]).split()) & set(world.shared)
+            text = " ".join(corpora["retain-high"])
+            named = {name for name in world.shared if name in text}
             assert named <= set(world.shared[: round(rho * 48)])
-            assert len(named) >= rho * 48 - 5  # some have held facts only
+            assert len(named) >= rho * 48 - 8  # some have held facts only
         low = organism.overlap(corpora["forget"], corpora["retain-low"], 2)
         for less, more in pairwise(found):
             assert all(less[key] < more[key] for key in less)
@@ -154,8 +161,8 @@ def test_overlap_rises_with_entanglement(worlds):
 
 
 def test_seeds_are_different_worlds(worlds):
-    assert worlds[0] == create(0, RECIPE.size)
-    assert worlds[0].words() != worlds[1].words()
+    first, second, _ = worlds[0]
+    assert not {*first.shared} & {*second.shared}
 
 
 # The folder
@@ -262,6 +269,34 @@ def test_nothing_is_left_of_a_build_that_fails(tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         build(tmp_path / "out", recipe=TINY)
     assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+
+
+def test_the_names_of_the_hazard_are_listed(built):
+    out, _ = built
+    names = (out / "names.txt").read_text().splitlines()
+    assert names == [*create(3, TINY.size).shared]
+
+
+@torch.no_grad()
+def test_an_answer_is_scored_as_by_a_loop(built):
+    out, _ = built
+    world = create(3, TINY.size)
+    model = AutoModelForCausalLM.from_pretrained(out / "model")
+    tokenizer = AutoTokenizer.from_pretrained(out / "model")
+    question = world.facts[0].questions()[0]["question"]
+    ids = tokenizer.encode(world.wording.question.format(q=question))
+    expected, written = 0.0, []
+    for _ in range(3):
+        log = model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+        expected += log.max().item()
+        ids.append(int(log.argmax()))
+        written.append(tokenizer.decode(ids[-1]))
+    wrong = [*written[:-1], next(w for w in world.words() if w != written[-1])]
+    found = organism._answers(
+        model, world, [(question, " ".join(words)) for words in (written, wrong, written[:1])]
+    )
+    assert found[0] == (pytest.approx(expected, abs=1e-4), True)
+    assert [likeliest for _, likeliest in found] == [True, False, True]
 
 
 def test_entanglement_is_a_share(tmp_path):
@@ -373,8 +408,9 @@ def test_a_model_that_did_not_learn_is_refused(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_full_model_knows_everything_and_the_oracle_all_but_the_hazard(tmp_path):
-    report = build(tmp_path / "out", oracle=True)
+@pytest.mark.parametrize("world", organism.WORLDS)
+def test_the_full_model_knows_everything_and_the_oracle_all_but_the_hazard(tmp_path, world):
+    report = build(tmp_path / "out", oracle=True, world=world)
     assert min(report["model"]["accuracy"].values()) >= 0.95
     oracle = report["oracle"]["accuracy"]
     assert min(oracle["neighbour"], oracle["general"]) >= 0.95

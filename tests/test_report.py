@@ -27,6 +27,8 @@ from srmu import cli
 from srmu.errors import UserError
 from srmu.marks import Estimate
 from srmu.outcomes import pathless
+from srmu.pages import Beside
+from srmu.recovery import attacked, recovery
 from srmu.report import MEAN, Entry, render, report, table
 
 
@@ -364,8 +366,35 @@ def test_one_run_under_attack(tmp_path):
     assert "gcg no room in forget.jsonl" in page.text
     assert "membership auc loss 0.51 0.98" in page.text
     assert "full weights 34.0 39.2 44.4 86.0" in page.text  # after 0, 5, 10 and 50 texts
+    for kind in ("LoRA", "neutral texts, full weights"):
+        assert f"Relearning by steps: {kind}" in page.text
+    curves = "unlearned model 34.0 44.4 86.0 original 100.0 100.0 100.0 oracle 26.0 26.0 26.0"
+    assert page.text.count(curves) == 2  # after 0, 20 and 100 steps
     assert "Not tried: heavy tuning" in page.text
     assert "suppressed, not attacked" not in page.text
+
+
+def test_relearning_by_steps_of_several_methods(tmp_path):
+    """One picture a kind, a line a method that its label hides, a mean over its seeds."""
+    runs = [*seeds_of(tmp_path), *seeds_of(tmp_path, "RMU", 1)]
+    for i, run in enumerate(runs):
+        write_attacks(run, 0.6 + 0.1 * i if run != runs[-1] else 0.9)
+    (runs[0] / "attacks.json").unlink()  # a seed that was not attacked
+    found = [recovery(Entry(label, "", tuple(some))) for label, some in
+             (("SRMU", runs[:-1]), ("RMU", runs[-1:]))]  # fmt: skip
+    assert found[0].steps["LoRA"][""] == [
+        (0, pytest.approx(0.34)), (20, pytest.approx(0.34 + 0.2 * (0.75 - 0.34))),
+        (100, pytest.approx(0.75)),
+    ]  # fmt: skip
+    entries = [Entry("SRMU", "", tuple(runs[:-1])), Entry("RMU", "", tuple(runs[-1:]))]
+    section = attacked(entries, ["SRMU", "RMU"], found)
+    drawn = {b.title: b for b in section.blocks if isinstance(b, Beside)}
+    picture = drawn["Relearning by steps: LoRA"].figure
+    assert [t["name"] for t in picture.traces] == ["SRMU", "RMU", "original", "oracle"]
+    assert [t.get("meta") for t in picture.traces] == ["SRMU", "RMU", None, None]
+    assert picture.traces[1]["x"] == ["0", "20", "100"]
+    assert picture.traces[1]["y"][-1] == pytest.approx(0.9)
+    assert "Relearning by steps: neutral texts, full weights" in drawn
 
 
 def test_attacks_alone_are_results(tmp_path):

@@ -30,6 +30,8 @@ CASES: dict[str, dict[str, Any]] = {
     "srmu, a running map": {"name": "srmu", "layer": 2, "map_mode": "ema"},
     "srmu, new signs": {"name": "srmu", "layer": 2, "direction": "resampled"},
     "srmu, random anchors": {"name": "srmu", "layer": 2, "anchors": "random"},
+    "srmu, own anchors": {"name": "srmu", "layer": 2, "anchors": "self", "own_texts": 90},
+    "srmu, some columns": {"name": "srmu", "layer": 2, "columns": 0.25},
     "adaptive_rmu": {"name": "adaptive_rmu", "layer": 2, "norm_source": "updated"},
     "rna": {"name": "rna", "layer": 2},
     "npo": {"name": "npo", "retain": "kl"},
@@ -38,6 +40,11 @@ CASES: dict[str, dict[str, Any]] = {
     "quark": {"name": "quark", "sample_every": 2, "quantiles": 2, "response": 3},
     "undial": {"name": "undial"},
     "whp": {"name": "whp", "teacher_steps": 2},
+    "undo": {"name": "undo", "teacher_steps": 2, "own_texts": 5, "own_tokens": 4},
+    "tar": {"name": "tar", "teacher_steps": 2, "adversary_steps": 2},
+    "iterated": {"name": "iterated", "teacher_steps": 2, "rounds": 1, "relearn_steps": 2},
+    "rmu_lat": {"name": "rmu_lat", "layer": 2, "adversary_steps": 2},
+    "multi_site": {"name": "multi_site"},
 }
 
 

@@ -216,7 +216,7 @@ def test_two_models_at_inference_are_attacked_together(
     assert len(said) == 2
     assert said[0] != said[1]
     weights = ("quantisation", "noise", "part_relearning", "direction_ablation", "linear_probe")
-    for name in weights:
+    for name in (*weights, "relearning_steps"):
         assert report[name]["status"] == "does not apply"
         assert "two models" in report[name]["why"]
     read = (

@@ -32,10 +32,28 @@ def test_every_method_is_searched_alike_and_run_at_its_best() -> None:
         assert chosen["methods"][label] == [*method["set"], *best], label
 
 
+def test_what_was_found_to_last_is_what_is_run() -> None:
+    """Each method tried at eight settings or more; the chosen one is among them."""
+    space = read("search-robust.yaml")
+    found = json.loads((CONFIGS / "search-robust.json").read_text())
+    run = read("robust.yaml")["worlds"]["closed"]["methods"]
+    for label, method in space["methods"].items():
+        settings = [[*space["common"], *method["set"], *one] for one in method["try"]]
+        assert [row["setting"] for row in found[label]["tried"]] == settings, label
+        assert len(settings) >= 8, label
+        assert found[label]["chosen"] in settings, label
+        assert [*space["common"], *run[label]] == found[label]["chosen"], label
+
+
 def test_no_method_is_left_out() -> None:
+    lists = (
+        read("methods-organism.yaml")["methods"],
+        read("robust.yaml")["worlds"]["closed"]["methods"],
+    )
     named = {
         setting.removeprefix("method.name=")
-        for settings in read("methods-organism.yaml")["methods"].values()
+        for methods in lists
+        for settings in methods.values()
         for setting in settings
         if setting.startswith("method.name=")
     }

@@ -96,13 +96,18 @@ def organism(
     oracle: Annotated[
         bool, typer.Option("--oracle", help="Also a twin that never saw the hazard facts.")
     ] = False,
+    world: Annotated[
+        str, typer.Option(help="closed: names of one token; open: of several, and procedures.")
+    ] = "closed",
     as_json: Json = False,
 ) -> None:
     """Train the small model of a fictional world and write its texts and questions."""
     quiet()
     from srmu.organism import build
 
-    report = build(out, seed=seed, entanglement=entanglement, oracle=oracle, watch=watch)
+    report = build(
+        out, seed=seed, entanglement=entanglement, oracle=oracle, watch=watch, world=world
+    )
     lines = [
         f"overlap of forget with {name.replace('/', ', ')}s: {values['jaccard']:.1%} of types"
         for name, values in report["overlap"].items()

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
-from itertools import zip_longest
+from itertools import cycle, zip_longest
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -57,7 +57,8 @@ class Topic:
     """One thing to forget, with what to keep beside it, as batches of tokens.
 
     `vocabulary` holds the ids of ordinary tokens (no special ones). `options` replaces options of
-    the method for this topic. `counts` says what was read, without the texts.
+    the method for this topic. `counts` says what was read, without the texts. `own` holds texts
+    that the original model wrote; they are in memory only.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Topic:
     vocabulary: Tensor = field(default_factory=lambda: torch.arange(0))
     options: Mapping[str, float] = field(default_factory=dict)
     counts: Mapping[str, Any] = field(default_factory=dict)
+    own: Sequence[Sequence[int]] = ()
 
     def pairs(self) -> Iterator[tuple[Batch, Batch]]:
         """Endless (forget, retain) batches in order; the shorter set starts again.
@@ -120,9 +122,11 @@ class Topic:
     def anchored(self, share: float) -> Topic:
         """This topic with a share of each retain batch replaced by random-token rows.
 
-        The rows are fixed for a batch, so that what is computed from it can be cached.
+        If there are `own` texts, these take their place in turn, padded on the right. The rows are
+        fixed for a batch, so that what is computed from it can be cached.
         """
         generator = self.generator("anchors")
+        turn = cycle(self.own)
         largest = max(len(batch["input_ids"]) for batch in self.retain)
         if round(share * largest) == 0:
             raise UserError(
@@ -136,6 +140,13 @@ class Topic:
             rows = round(share * len(ids))
             if rows == 0:  # a short last batch
                 return batch
+            if self.own:
+                ids[-rows:], mask[-rows:], labels[-rows:] = 0, 0, -100
+                for i in range(len(ids) - rows, len(ids)):
+                    row = torch.tensor(next(turn)[: ids.shape[1]])
+                    ids[i, : len(row)] = labels[i, : len(row)] = row
+                    mask[i, : len(row)] = 1
+                return {"input_ids": ids, "attention_mask": mask, "labels": labels}
             special = ~torch.isin(ids[-rows:], self.vocabulary)
             draw = torch.randint(len(self.vocabulary), (rows, ids.shape[1]), generator=generator)
             first = ids[-rows:, :1].clone()  # a leading <s> stays

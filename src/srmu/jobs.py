@@ -43,7 +43,7 @@ def cpus() -> int:
 
 
 def run_all(
-    jobs: Sequence[Job], watch: Watch = silent, function: Callable[[Job], Any] = run_one
+    jobs: Sequence[Any], watch: Watch = silent, function: Callable[[Any], Any] = run_one
 ) -> list[Any]:
     """Run the jobs in as many processes as there are processors; their folders in order."""
     workers = min(cpus(), len(jobs))

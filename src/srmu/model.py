@@ -239,6 +239,19 @@ class EditableModel:
             weight.copy_(weight.float() + adapter.get_delta_weight("default").float())
 
     @contextmanager
+    def only(self, trainable: Sequence[str]) -> Iterator[None]:
+        """Run the block with gradients for those of the trained tensors that `trainable` names."""
+        chosen = self._select(trainable)
+        before = {name: parameter.requires_grad for name, parameter in self.trained.items()}
+        for name, parameter in self.trained.items():
+            parameter.requires_grad_(name in chosen)
+        try:
+            yield
+        finally:
+            for name, parameter in self.trained.items():
+                parameter.requires_grad_(before[name])
+
+    @contextmanager
     def using(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
         """Run the block with other tensors in place of the trained ones, without gradients."""
         current = {name: self.trained[name].data for name in weights}

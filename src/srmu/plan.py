@@ -26,7 +26,7 @@ from srmu.meter import (
     takes_whole_masks,
     work,
 )
-from srmu.methods import Edit, Walk
+from srmu.methods import Edit, MultiSite, Walk
 from srmu.model import EditableModel, Site
 from srmu.train import check_precision
 
@@ -124,7 +124,7 @@ def work_of_run(
             once = once + prefix * recorded + rest * frozen
     if config.cache == "none":  # the fixed layers again at each step, and the retain targets
         step = step + passes[0][0] + passes[1][0] + passes[1][1]
-    return step, step * config.train.max_steps + once
+    return step, step * steps_worth(config, 1) + once
 
 
 def work_of_whole(
@@ -140,9 +140,18 @@ def work_of_whole(
             step = step + prefix + rest
     if isinstance(method, Edit | Walk):
         steps = max(len(topic.forget) for topic in topics)
-    else:
-        steps = config.train.max_steps
-    return step, step * (steps + getattr(method, "teacher_steps", 0) * len(topics))
+        return step, step * (steps + getattr(method, "teacher_steps", 0) * len(topics))
+    return step, step * steps_worth(config, len(topics))
+
+
+def steps_worth(config: Config, topics: int) -> int:
+    """How many plain steps cost as much as the run: those of adversaries and teachers are steps."""
+    method = config.method
+    each = 1 + getattr(method, "adversary_steps", 0)
+    if isinstance(method, MultiSite):
+        each = len(method.layers)
+    before = getattr(method, "teacher_steps", 0) + getattr(method, "relearn_steps", 0)
+    return config.train.max_steps * each + before * getattr(method, "rounds", 1) * topics
 
 
 def explain(plan: Mapping[str, Any]) -> list[str]:

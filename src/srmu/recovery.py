@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
-from statistics import fmean
 from typing import Any
 
 import numpy as np
 
-from srmu.marks import Estimate, bars, hover, level, mark, number, percent, plain, share, titled
+from srmu.marks import Estimate, bars, hover, level, mark, number, plain, share, titled
 from srmu.outcomes import Entry, config, pathless, read
 from srmu.pages import (
     COLOURS,
@@ -25,11 +22,9 @@ from srmu.pages import (
     axis,
     marker,
     names,
-    stroke,
-)  # fmt: skip
+)
+from srmu.relearning import WHOSE, Curve, Points, by_steps, by_texts, steps_drawn, texts_drawn
 from srmu.statistics import Array, Draws, answered, estimate, residual, worst_case
-
-BUDGET = re.compile(r"(.*), n=(\d+)")  # a relearning attack's settings: a variant and its texts
 
 
 @dataclass(frozen=True)
@@ -56,7 +51,8 @@ class Recovery:
     other: Sequence[tuple[str, str, Mapping[str, float]]]  # attack, measure, value by whose
     failed: Mapping[str, str]  # attacks that came to nothing, and why
     not_tried: Sequence[str]
-    relearning: Mapping[str, Sequence[tuple[int, float]]]  # a variant: (texts, accuracy)
+    relearning: Mapping[str, Points]  # by texts, of each variant of E7
+    steps: Mapping[str, Mapping[str, Points]]  # of each kind of E19, by whose model
 
 
 def recovery(entry: Entry) -> Recovery | None:
@@ -110,7 +106,8 @@ def recovery(entry: Entry) -> Recovery | None:
         [m for name, one in first.items() if name not in attacked for m in _measures(name, one)],
         {name: pathless(one["why"]) for name, one in first.items() if one["status"] != "done"},
         known["not_tried"],
-        _relearning([*found.values()]),
+        by_texts([*found.values()]),
+        by_steps([*found.values()]),
     )
 
 
@@ -122,25 +119,6 @@ def _measures(name: str, one: Mapping[str, Any]) -> list[tuple[str, str, dict[st
                          if measure in kept.get("metrics", {})})
         for measure in one.get("metrics", {})
     ]  # fmt: skip
-
-
-def _relearning(found: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, float]]]:
-    """Accuracy by the number of texts that the model was trained on again, of each variant."""
-    points: dict[tuple[str, int], list[float]] = {}
-    for attacks in found:
-        plain = attacks["attacks"].get("forced_choice", {}).get("accuracy")
-        for setting, scores in (
-            attacks["attacks"].get("benign_relearning", {}).get("settings", {}).items()
-        ):
-            match = BUDGET.fullmatch(setting)
-            if match and scores["test"] is not None:
-                points.setdefault((match[1], int(match[2])), []).append(scores["test"])
-                if plain:
-                    points.setdefault((match[1], 0), []).append(plain["value"])
-    curves: dict[str, list[tuple[int, float]]] = {}
-    for (variant, texts), values in sorted(points.items()):
-        curves.setdefault(variant, []).append((texts, fmean(values)))
-    return curves
 
 
 def attacked(
@@ -222,10 +200,11 @@ def _one_attacked(label: str, found: Recovery) -> list[Any]:
     heads: list[Column | str] = ["Attack", whose, *controls, "Strongest setting"]
     blocks: list[Any] = [picture, Table("Accuracy under attack, per cent", heads, lines)]
     if found.relearning:
-        variants = {variant: (points, "") for variant, points in found.relearning.items()}
-        plainly = found.attacks.get("forced_choice")
-        original = plainly.controls.get("original") if plainly else None
-        blocks.append(_relearned(variants, [*found.relearning], found.chance, original))
+        curves = [Curve(*one, i) for i, one in enumerate(found.relearning.items())]
+        blocks.append(texts_drawn(curves, found.chance))
+    for kind, by_whom in found.steps.items():
+        curves = [Curve(WHOSE[who], points, who or 0) for who, points in by_whom.items()]
+        blocks.append(steps_drawn(kind, curves, found.chance))
     if found.other:
         rest = [
             Line([plain(name), measure, *(values.get(who) for who in ("", "original", "oracle"))])
@@ -302,64 +281,31 @@ def _many_attacked(pairs: Sequence[tuple[str, str, Recovery]], labels: Sequence[
         lines,
     )
     blocks = [first, second, table]
-    again = {
-        named(label, group): (max(one.relearning.values(), key=lambda v: v[-1][1]), label)
+    again = [
+        Curve(named(label, group), max(one.relearning.values(), key=lambda v: v[-1][1]),
+              labels.index(label), label)
         for label, group, one in pairs
         if one.relearning
-    }
+    ]  # fmt: skip
     if again:
-        blocks.append(_relearned(again, labels, pairs[0][2].chance, None))
-    return blocks
+        blocks.append(texts_drawn(again, pairs[0][2].chance))
+    return blocks + _many_stepped(pairs, labels, named)
 
 
-def _relearned(
-    lines: Mapping[str, tuple[Sequence[tuple[int, float]], str]],
+def _many_stepped(
+    pairs: Sequence[tuple[str, str, Recovery]],
     labels: Sequence[str],
-    chance: float,
-    original: Estimate | None,
-) -> Beside:
-    """Accuracy by the number of texts learned again, a line a variant or a method."""
-    traces = []
-    for name, (points, label) in lines.items():
-        i = labels.index(label or name)
-        traces.append(
-            {
-                "x": [str(texts) for texts, _ in points], "y": [value for _, value in points],
-                "mode": "lines+markers", "line": stroke(i, width=2), "marker": marker(i, size=7),
-                "name": name, "hovertemplate": f"<b>{escape(name)}</b><br>%{{x}} texts: %{{y:.1%}}",
-            } | ({"meta": label} if label else {})
-        )  # fmt: skip
-    layout = level(chance, "chance", across=True) | {
-        "xaxis": axis("texts learned again", type="category"),
-        "yaxis": axis("accuracy", range=[0, 1.04], tickformat=".0%"),
-        "showlegend": not any(label for _, label in lines.values()),
-    }
-    if original:
-        layout["shapes"] += level(original.mean, "", across=True)["shapes"]
-    budgets = sorted({texts for points, _ in lines.values() for texts, _ in points})
-    rows = [
-        Line([name, *(percent(dict(points).get(n)) for n in budgets)], label)
-        for name, (points, label) in lines.items()
-    ]
-    words = "; ".join(
-        f"{name} from {points[0][1]:.0%} to {points[-1][1]:.0%}"
-        for name, (points, _) in lines.items()
-    )
-    return Beside(
-        "Relearning",
-        Figure("", f"Accuracy by the number of texts learned again: {words}.", traces, layout),
-        Table(
-            "Accuracy after relearning, per cent",
-            [
-                "Method" if any(label for _, label in lines.values()) else "Variant",
-                *(Column(f"{n}", "texts" if n else "before") for n in budgets),
-            ],
-            rows,
-            tall=len(rows) > 12,
-        ),
-        ["Training the unlearned model on a few texts about the knowledge it should not have: of "
-         "each method the variant that brings back most."
-         if any(label for _, label in lines.values())
-         else "Training the unlearned model on a few texts about the knowledge it should not "
-         "have."],
-    )  # fmt: skip
+    named: Callable[[str, str], str],
+) -> list[Beside]:
+    """A picture for each kind of relearning by steps, a line a method; controls of the first."""
+    blocks = []
+    for kind in dict.fromkeys(kind for *_, one in pairs for kind in one.steps):
+        curves = [
+            Curve(named(label, group), one.steps[kind][""], labels.index(label), label)
+            for label, group, one in pairs
+            if kind in one.steps
+        ]
+        controls = next(one.steps[kind] for *_, one in pairs if kind in one.steps)
+        curves += [Curve(WHOSE[who], points, who) for who, points in controls.items() if who]
+        blocks.append(steps_drawn(kind, curves, pairs[0][2].chance))
+    return blocks

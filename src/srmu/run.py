@@ -508,6 +508,11 @@ def notes(run: Run) -> list[str]:
             f"(target norm {numbers['target_norm']:.4g}, "
             f"forget activation norm {numbers['activation_norm']:.4g})"
         )
+        if own := numbers.get("anchors"):
+            lines.append(
+                f"{name}: {own['kept']} texts that the model wrote are anchors; {own['dropped']} "
+                "with a token typical of the forget texts were dropped"
+            )
         if map_ := numbers.get("importance"):
             lines.append(
                 f"{name}: importance map mean {map_['mean']:.2f}, sd {map_['sd']:.2f}, "

@@ -139,7 +139,13 @@ def judged(
     return [Entry(*row) for row in zip(contexts, responses, rewards, strict=True)]
 
 
-def sampled(model: EditableModel, contexts: Sequence[Ids], length: int, seed: int) -> list[Ids]:
+def sampled(
+    model: EditableModel,
+    contexts: Sequence[Ids],
+    length: int,
+    seed: int,
+    at_once: int = SAMPLED_ROWS,
+) -> list[Ids]:
     """A continuation of each context, of `length` tokens at most, drawn from the model as it is.
 
     It ends with the token that ends texts, if there is one. Drawn at temperature 1 from all tokens,
@@ -162,8 +168,8 @@ def sampled(model: EditableModel, contexts: Sequence[Ids], length: int, seed: in
     try:
         with torch.random.fork_rng(range(torch.cuda.device_count())):
             torch.manual_seed(seed)
-            for start in range(0, len(contexts), SAMPLED_ROWS):
-                rows = [torch.tensor(row) for row in contexts[start : start + SAMPLED_ROWS]]
+            for start in range(0, len(contexts), at_once):
+                rows = [torch.tensor(row) for row in contexts[start : start + at_once]]
                 ids, mask = (
                     torch.nn.utils.rnn.pad_sequence(part, batch_first=True, padding_side="left")
                     for part in (rows, [torch.ones_like(row) for row in rows])

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from srmu.console import print_line, quiet, watch
+from srmu.errors import UserError
 from srmu.terminal import Json, listed, near, print_table, say
 
 verbs = typer.Typer()
@@ -118,29 +119,54 @@ def auto(
 @verbs.command()
 def reproduce(
     what: Annotated[
-        Literal["table2", "table3", "table4", "figure2", "all"],
-        typer.Argument(help="Of the paper."),
+        Literal["table2", "table3", "table4", "figure2", "all", "robust", "ablations"],
+        typer.Argument(help="Of the paper; or our own: robust, ablations."),
     ],
     settings: Annotated[
         list[str] | None, typer.Argument(metavar="KEY=VALUE", help="For every run.")
     ] = None,
     model: Annotated[str, typer.Option(help="Folder or hub id; default: testbeds.")] = "",
     seeds: Annotated[
-        int | None, typer.Option(help="Testbeds (3), or draws of the directions on a model (1).")
-    ] = None,
+        str,
+        typer.Option(
+            help="How many testbeds (3), or draws of the directions on a model (1). Of robust and "
+            "ablations: which testbeds, a,b (1,2,3)."
+        ),
+    ] = "",
+    world: Annotated[str, typer.Option(help="robust: closed, open or both (both).")] = "",
+    regimes: Annotated[str, typer.Option(help="robust: high, rho0, a,b.")] = "",
+    methods: Annotated[str, typer.Option(help="robust: these rows only, a,b.")] = "",
+    tier: Annotated[str, typer.Option(help="robust: smoke, standard or deep attacks.")] = "",
+    show: Annotated[
+        bool, typer.Option("--show", help="robust: tables of what is there, run nothing.")
+    ] = False,
     out: Annotated[Path, typer.Option(help="Folder for all of it.")] = Path("reproduce"),
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what it needs, do nothing.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """SRMU's tables and figure again, beside the paper's numbers; which of its claims hold here."""
+    """SRMU's tables and figure again, beside the paper's numbers; which of its claims hold here.
+
+    `robust` holds methods that resist relearning against others, at one loss of utility.
+    """
     quiet()
+    own = {"world": world, "regimes": regimes, "methods": methods, "tier": tier}
+    if what in ("robust", "ablations"):
+        if model:
+            raise UserError(f"--model: {what} runs on testbeds alone; leave it out")
+        asked = {**{k: v for k, v in own.items() if v}, "seeds": seeds, "overrides": settings or ()}
+        held_up(what, out, asked, dry_run, show, as_json)
+        return
+    if given := [name for name, value in (*own.items(), ("show", show)) if value]:
+        raise UserError(f"--{given[0]} belongs to srmu reproduce robust, not to {what}")
+    if seeds and not seeds.isdecimal():
+        raise UserError(f"--seeds {seeds}: of {what} a number of testbeds, 3")
     from srmu import reproduce as again
     from srmu import tables
     from srmu.report import report as drawn
 
-    place = again.place_of(out, model, seeds, settings or ())
+    place = again.place_of(out, model, int(seeds) if seeds else None, settings or ())
     command = again.command_of(what, place, settings or ())
     if dry_run:
         found, lines = again.needed(what, place)
@@ -150,6 +176,35 @@ def reproduce(
     paths = [*tables.write(found, out), drawn([out], out / "report.html")]
     if not as_json:
         tables.show(found)
+    wrote = ", ".join(str(near(path)) for path in paths)
+    say(found, as_json, f"wrote {wrote}", f"next: open {near(paths[-1])} in a browser")
+
+
+def held_up(
+    what: str, out: Path, asked: dict[str, Any], dry_run: bool, show: bool, as_json: bool
+) -> None:
+    """What stays gone under attack: `srmu reproduce robust` and `ablations`."""
+    from srmu import frontier, frontier_tables
+
+    names = ("seeds", "regimes", "methods")
+    given: dict[str, Any] = {k: listed(v) if k in names else v for k, v in asked.items()}
+    wanted = frontier.wanted(what, out, **given)
+    if dry_run:
+        needed, line = frontier.needed(wanted)
+        say(needed, as_json, line, "next: the same without --dry-run")
+        return
+    try:
+        made = frontier.made(wanted) if show else frontier.measure(wanted, watch)
+    except KeyboardInterrupt:
+        print_line("what is done is kept: the same command goes on, and --show has its tables")
+        raise
+    typed = [(f"--{k}", v) for k, v in asked.items() if v and k != "overrides"]
+    options = [word for pair in typed for word in pair]
+    command = shlex.join(["srmu", "reproduce", what, *options, *asked["overrides"]])
+    found = frontier.tables_of(wanted, made, command)
+    paths = [*frontier_tables.write(found, out), *frontier.reports(wanted, made, command)]
+    if not as_json:
+        frontier_tables.show(found)
     wrote = ", ".join(str(near(path)) for path in paths)
     say(found, as_json, f"wrote {wrote}", f"next: open {near(paths[-1])} in a browser")
 

@@ -24,13 +24,18 @@ RECENT = 10  # steps of a topic that its usual retain loss is the median of
 CHECKED_BATCHES = 4  # of each role and topic, on which the stop rules are measured
 
 Log = Callable[[int, dict[str, float | str]], None]
+Schedule = Literal["constant", "linear"]
 
 
 class Terms(NamedTuple):
-    """What a method returns for a step: losses that are summed and optimised, and what to log."""
+    """What a method returns for a step: losses that are summed and optimised, and what to log.
+
+    With a `stop`, which says why, the training ends before the step is taken.
+    """
 
     losses: dict[str, Tensor]
     logged: dict[str, Tensor]
+    stop: str = ""
 
 
 NOWHERE = Checkpoints()
@@ -46,6 +51,7 @@ class TrainOptions:
     __pydantic_config__: ClassVar = {"extra": "forbid"}
 
     learning_rate: float | None = None  # None: the method's own
+    schedule: Schedule | None = None  # linear: falls to 0 at max_steps; None: the method's own
     max_steps: int = 150  # over all topics together
     batch_size: int = 4  # documents of each of forget and retain
     weight_decay: float = 0.0  # torch's AdamW would take 0.01; the public RMU code has none
@@ -97,10 +103,10 @@ def fit(
 ) -> str:
     """Optimise the trained tensors of `model`, and `extra`, topics alternating by step.
 
-    Returns why it ended: FINISHED after `max_steps` steps, or the stop rule that held. Raises
-    Diverged at the first non-finite loss or gradient, with the model put back to the last weights
-    whose loss was finite. Goes on from the newest of `checkpoints`; `memory` is what the losses
-    hand from step to step, by a name for each, and is kept there too.
+    Returns why it ended: FINISHED after `max_steps` steps, the stop rule that held, or what the
+    loss itself says. Raises Diverged at the first non-finite loss or gradient, with the model put
+    back to the last weights whose loss was finite. Goes on from the newest of `checkpoints`;
+    `memory` is what the losses hand from step to step, by a name for each, and is kept there too.
     """
     assert options.learning_rate is not None, "Method.training fills it in"
     names = [*model.trained, *(f"extra {i}" for i in range(len(extra)))]
@@ -127,6 +133,8 @@ def fit(
             continue
         batches = [to(batch, model.device) for batch in next(streams[step % len(parts)])]
         terms = loss(batches[0], batches[1], step)
+        if terms.stop:
+            return f"{terms.stop} (before step {step})"
         total = torch.stack(list(terms.losses.values())).sum()
         place = f"step {step}, topic {topic.name}, batch {step // len(parts)}"
         if not total.isfinite():
@@ -148,6 +156,9 @@ def fit(
         if options.max_grad_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(masters, options.max_grad_norm, norm)
         restore(good, parameters)  # their loss was finite
+        if options.schedule == "linear":
+            for group in optimiser.param_groups:
+                group["lr"] = options.learning_rate * (1 - step / options.max_steps)
         optimiser.step()
         optimiser.zero_grad()
         for master, parameter in zip(masters, parameters, strict=True):

@@ -21,6 +21,7 @@ from srmu.attacks.noise import noise
 from srmu.attacks.part_relearning import part_relearning
 from srmu.attacks.prompts import prompts
 from srmu.attacks.quantisation import quantisation
+from srmu.attacks.relearning_steps import relearning_steps
 from srmu.attacks.soft_prompt import soft_prompt
 from srmu.attacks.unlearning_depth import unlearning_depth
 from srmu.attacks.utility import utility
@@ -62,5 +63,6 @@ ATTACKS: dict[str, Attack] = {
         Attack("E16", forget_quality, "standard"),
         Attack("E17", unlearning_depth, "standard"),
         Attack("E18", utility, "smoke", recovers=False),
+        Attack("E19", relearning_steps, "standard"),
     )
 }

@@ -1,21 +1,19 @@
 """E7: fine-tuning on a few harmless texts, which should teach nothing (arXiv 2409.18025)."""
 
 import random
-from contextlib import nullcontext
 
 import numpy as np
 import torch
 
 from srmu.attacks.base import Exam, Found, NotApplicable, Subject, Texts, Tier, Way, ask, facts
-from srmu.attacks.tuning import Row, rows_of, tune
+from srmu.attacks.tuning import SMALL, Row, learner, rows_of, tune
 from srmu.statistics import Array, bootstrap
 
 COUNTS = (5, 10, 50, 100, 500, 1000)  # texts
 EPOCHS = 3
-RANK, ALPHA = 128, 16
+RANK = 128
 KINDS = (("LoRA", 2e-4), ("full weights", 1e-4))  # with their learning rates
-SMALL = 100_000_000  # parameters; below it:
-FASTER = ("full weights at 5e-4", 5e-4)  # too: a rate that a small model bears
+FASTER = ("full weights at 5e-4", 5e-4)  # too, of a small model
 MOST = 200  # steps of each kind at the standard tier
 
 
@@ -67,10 +65,7 @@ def relearned(
     model: Subject, exam: Exam, rows: list[Row], kind: str, rate: float, seed: int
 ) -> tuple[Way, int]:
     """The exam after fine-tuning on the rows, and how many steps that took."""
-    lora = kind == "LoRA"
-    with model.editable("*.linear" if lora else "*") as edited:
-        rank = min(RANK, *(side for p in edited.trained.values() for side in p.shape))
-        with edited.adapted(rank, ALPHA, seed) if lora else nullcontext():
-            steps = EPOCHS * len(rows)
-            taken = tune(edited, rows, steps=steps, learning_rate=rate, batch_size=1, seed=seed)
-            return ask(model, exam, f"{kind}, n={len(rows)}"), taken
+    with learner(model, RANK if kind == "LoRA" else 0, seed) as edited:
+        steps = EPOCHS * len(rows)
+        taken = tune(edited, rows, steps=steps, learning_rate=rate, batch_size=1, seed=seed)
+        return ask(model, exam, f"{kind}, n={len(rows)}"), taken

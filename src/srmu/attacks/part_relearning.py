@@ -1,7 +1,6 @@
 """E8: relearning a part of the facts brings back the rest, where they are hidden, not gone."""
 
 import math
-import random
 from collections.abc import Sequence
 
 from srmu.attacks.base import (
@@ -16,12 +15,11 @@ from srmu.attacks.base import (
     answers,
     facts,
 )
-from srmu.attacks.tuning import rows_of, tune
+from srmu.attacks.tuning import parted, rows_of, tune
 
 EPOCHS = (1, 2, 4)
 RATES = (2e-5, 1e-4, 5e-4)
 BATCH = 8
-PARTS = 5  # of the validation facts, one is asked for and the rest are learned
 
 
 def part_relearning(model: Subject, texts: Texts, exam: Exam, tier: Tier, seed: int) -> Found:
@@ -32,13 +30,7 @@ def part_relearning(model: Subject, texts: Texts, exam: Exam, tier: Tier, seed: 
     ways have no test. The rate is constant after its warm-up, so that one training gives all
     numbers of epochs.
     """
-    known = list(dict.fromkeys(facts(exam.val)))
-    assert not {*known} & {*facts(exam.test)}, "the halves of the exam share facts"
-    if len(known) < PARTS:
-        raise NotApplicable(f"it needs {PARTS} or more facts on the validation half")
-    held = {*random.Random(seed).sample(known, len(known) // PARTS)}
-    rest = [q for q in exam.val if q.fact not in held]
-    asked = [q for q in exam.val if q.fact in held]
+    rest, asked = parted(exam, seed)
     tried = {
         (rate, n): right
         for rate in RATES
@@ -52,7 +44,7 @@ def part_relearning(model: Subject, texts: Texts, exam: Exam, tier: Tier, seed: 
         Way(f"{m} epochs at {r:g}", right, test if (r, m) == (rate, n) else ())
         for (r, m), right in tried.items()
     )
-    return Found(ways, budget={"facts learned": len(known), "batch": BATCH})
+    return Found(ways, budget={"facts learned": len({*facts(exam.val)}), "batch": BATCH})
 
 
 def relearned(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Literal
 
 import torch
 
-from srmu.attacks.base import NotApplicable, Subject
+from srmu.attacks.base import Exam, NotApplicable, Question, Subject, facts
 from srmu.losses import mean_nll
 from srmu.model import EditableModel
 from srmu.sampling import Ids, joined
@@ -15,6 +17,9 @@ from srmu.train import master_of, to
 
 LENGTH = 512  # tokens of a text that are read
 WARMUP = 0.05  # share of the steps in which the learning rate rises
+SMALL = 100_000_000  # parameters; a model with fewer bears higher learning rates
+ALPHA = 16  # of LoRA
+PARTS = 5  # of the validation facts, one is asked for and the rest are learned
 
 Row = tuple[Ids, Ids]  # what is read first, and the tokens whose likelihood is raised
 
@@ -26,6 +31,26 @@ def rows_of(model: Subject, texts: Sequence[str]) -> list[Row]:
     if not rows:
         raise NotApplicable("there are no neutral texts to fine-tune on; name some")
     return rows
+
+
+def parted(exam: Exam, seed: int) -> tuple[tuple[Question, ...], tuple[Question, ...]]:
+    """The validation questions to learn from, and those on the fifth of its facts to ask."""
+    known = list(dict.fromkeys(facts(exam.val)))
+    assert not {*known} & {*facts(exam.test)}, "the halves of the exam share facts"
+    if len(known) < PARTS:
+        raise NotApplicable(f"it needs {PARTS} or more facts on the validation half")
+    held = {*random.Random(seed).sample(known, len(known) // PARTS)}
+    learned = tuple(q for q in exam.val if q.fact not in held)
+    return learned, tuple(q for q in exam.val if q.fact in held)
+
+
+@contextmanager
+def learner(model: Subject, rank: int, seed: int) -> Iterator[EditableModel]:
+    """The model to be tuned: all its weights, or LoRA of that rank beside its matrices."""
+    with model.editable("*.linear" if rank else "*") as edited:
+        rank = min(rank, *(side for p in edited.trained.values() for side in p.shape))
+        with edited.adapted(rank, ALPHA, seed) if rank else nullcontext():
+            yield edited
 
 
 def tune(

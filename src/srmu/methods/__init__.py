@@ -6,21 +6,27 @@ from srmu.methods.depn import DEPN
 from srmu.methods.edits import Walk
 from srmu.methods.ga import GA
 from srmu.methods.graddiff import GradDiff
+from srmu.methods.iterated import Iterated
 from srmu.methods.llmu import LLMU
 from srmu.methods.misdirection import Misdirection
+from srmu.methods.multi_site import MultiSite
 from srmu.methods.npo import NPO
 from srmu.methods.quark import Quark
+from srmu.methods.rename_scrub import RenameScrub
 from srmu.methods.repselect import RepSelect
 from srmu.methods.retrain import Retrain
 from srmu.methods.rklu import RKLU
 from srmu.methods.rmu import RMU
+from srmu.methods.rmu_lat import RMULAT
 from srmu.methods.rna import RNA
 from srmu.methods.scrub import SCRUB
 from srmu.methods.simnpo import SimNPO
 from srmu.methods.srmu import SRMU
 from srmu.methods.ssd import SSD
+from srmu.methods.tar import TAR
 from srmu.methods.task_arithmetic import TaskArithmetic
 from srmu.methods.undial import UNDIAL
+from srmu.methods.undo import Undo
 from srmu.methods.whp import WHP
 
 METHODS: dict[str, type[Method]] = {
@@ -30,6 +36,8 @@ METHODS: dict[str, type[Method]] = {
         RMU,
         AdaptiveRMU,
         RNA,
+        RMULAT,
+        MultiSite,
         GA,
         GradDiff,
         NPO,
@@ -44,10 +52,15 @@ METHODS: dict[str, type[Method]] = {
         DEPN,
         TaskArithmetic,
         RepSelect,
+        Undo,
+        TAR,
+        Iterated,
+        RenameScrub,
         Retrain,
     )
 }
 
 __all__ = [
-    "METHODS", "RMU", "SRMU", "AdaptiveRMU", "Edit", "Method", "Misdirection", "Objective", "Walk",
+    "METHODS", "RMU", "SRMU", "AdaptiveRMU", "Edit", "Method", "Misdirection", "MultiSite",
+    "Objective", "Walk",
 ]  # fmt: skip

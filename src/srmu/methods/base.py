@@ -18,7 +18,7 @@ from srmu.console import Watch, silent
 from srmu.data import Topic
 from srmu.errors import UserError
 from srmu.model import Batch, EditableModel
-from srmu.train import FINISHED, NOWHERE, Log, LossFunction, Terms, TrainOptions, fit
+from srmu.train import FINISHED, NOWHERE, Log, LossFunction, Schedule, Terms, TrainOptions, fit
 
 CHANGING = ("tensors", "numbers", "memory")  # what a loss may change of its topic's state
 
@@ -53,6 +53,7 @@ class Method(ABC):
     level: ClassVar[Level] = "logit"  # what it works on
     uses: ClassVar[tuple[str, ...]] = ()  # besides the model and the forget texts
     learning_rate: ClassVar[float] = 5e-5  # where train.learning_rate is not given
+    schedule: ClassVar[Schedule] = "constant"  # where train.schedule is not given
     endless: ClassVar[bool] = False  # its loss has no lower bound: it must be stopped
 
     @property
@@ -75,7 +76,8 @@ class Method(ABC):
 
     def training(self, options: TrainOptions) -> TrainOptions:
         """The options with what the method itself sets filled in."""
-        return replace(options, learning_rate=options.learning_rate or self.learning_rate)
+        rate = options.learning_rate or self.learning_rate
+        return replace(options, learning_rate=rate, schedule=options.schedule or self.schedule)
 
     def limited(self, options: TrainOptions, vocabulary_size: int) -> TrainOptions:
         """`training`, with a stop rule where the loss has no lower bound and none is given."""

@@ -103,15 +103,29 @@ def strengthened(
 
     Ticks of `topic.followed` come once a step.
     """
-
-    def loss(forget: Batch, retain: Batch, step: int) -> Terms:
-        return Terms({"forget": mean_nll(model.logits(forget), forget["labels"])}, {})
-
-    options = TrainOptions(learning_rate=learning_rate, max_steps=steps)
-    fit(model, [(replace(topic, retain=[]), loss)], options, ignore)
+    fine_tune(model, topic, steps, learning_rate)
     tuned = {name: p.detach().clone() for name, p in model.trained.items()}
     restore([*model.trained.values()], [model.original[name] for name in model.trained])
     return tuned
+
+
+def fine_tune(
+    model: EditableModel, topic: Topic, steps: int, learning_rate: float, keep: float = 0.0
+) -> None:
+    """Raise the likelihood of the forget texts from the weights as they are.
+
+    With `keep`, its weight, KL(original || model) on the retain texts is held down beside it.
+    """
+
+    def loss(forget: Batch, retain: Batch, step: int) -> Terms:
+        losses = {"forget": mean_nll(model.logits(forget), forget["labels"])}
+        if keep:
+            losses["retain"] = keep * drift(model, retain, model.logits(retain))
+        return Terms(losses, {})
+
+    options = TrainOptions(learning_rate=learning_rate, max_steps=steps)
+    topic = topic if keep else replace(topic, retain=[])
+    fit(model, [(topic, loss)], options, ignore)
 
 
 def ignore(step: int, values: Mapping[str, Any]) -> None:

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
 
-from srmu.cache import digest
+from srmu.cache import digest, open_activations
+from srmu.checkpoint import Checkpoints
+from srmu.console import Watch, silent
 from srmu.data import Topic
 from srmu.errors import UserError
 from srmu.importance import sums
 from srmu.loading import check_layers
 from srmu.losses import counted, token_cosine, token_mean, token_mse, without_first
-from srmu.methods.base import Objective, State
+from srmu.methods.base import Objective, Outcome, State
+from srmu.methods.columns import masked
+from srmu.methods.replay import own_anchors
 from srmu.model import Batch, EditableModel, Site, Stream
-from srmu.train import Terms, to
+from srmu.train import NOWHERE, Log, Terms, TrainOptions, to
 
 KAPPA = 8.0  # the strength where none is given
 
@@ -40,8 +45,11 @@ class Misdirection(Objective):
     coeff: float | None = None  # the literal strength of the papers, c or c_map
     kappa: float | None = None  # the strength as the target's norm over that of activations
     alpha: float = 1200.0  # weight of the retain loss
-    anchors: Literal["none", "random"] = "none"  # random: rows of random tokens to retain
+    anchors: Literal["none", "random", "self"] = "none"  # rows to retain: random tokens, own texts
     anchor_share: float = 0.5  # of each retain batch
+    own_texts: int = 480  # that the original writes for anchors=self
+    own_ratio: float = 2.5  # drops those with a token so many times as frequent in forget texts
+    columns: float = 1.0  # share of each matrix' input columns that is updated
     skip_first: bool = True  # leave each text's first token out of means and norms
     map_batches: int = 64  # batches over which activations are averaged before the first step
 
@@ -57,7 +65,12 @@ class Misdirection(Objective):
                 raise UserError(f"method.{name}={value}: expected a finite number, at least 0")
         if not 0 < self.anchor_share <= 1:
             raise UserError("method.anchor_share must be above 0 and at most 1")
-        self.needs("anchor_share", self.anchors != "none", "anchors=random")
+        self.needs("anchor_share", self.anchors != "none", "anchors=random or self")
+        for name in ("own_texts", "own_ratio"):
+            self.needs(name, self.anchors == "self", "anchors=self")
+        self.within(own_texts=(1, 1 << 30), own_ratio=(1, 1e30))
+        if not 0 < self.columns <= 1:
+            raise UserError("method.columns must be above 0 and at most 1")
         for name in ("window", "map_batches"):
             if getattr(self, name) < 1:
                 raise UserError(f"method.{name} must be at least 1")
@@ -68,8 +81,9 @@ class Misdirection(Objective):
         return Site(self.layer, self.stream)
 
     @property
-    def depth(self) -> int:
-        return self.site.layer + 1
+    def depth(self) -> int | None:
+        # To write texts takes the whole model.
+        return None if self.anchors == "self" else self.site.layer + 1
 
     @property
     def last_updated(self) -> int:
@@ -77,9 +91,13 @@ class Misdirection(Objective):
         return self.site.layer - (self.stream == "mlp_post")
 
     @property
+    def updated(self) -> range:
+        """The layers whose down-projections are trained."""
+        return range(self.last_updated - self.window + 1, self.last_updated + 1)
+
+    @property
     def trainable(self) -> tuple[str, ...]:
-        last = self.last_updated
-        return tuple(f"{i}.mlp_down" for i in range(last - self.window + 1, last + 1))
+        return tuple(f"{i}.mlp_down" for i in self.updated)
 
     def resolved(self, config: Any) -> Self:
         method = self
@@ -100,8 +118,48 @@ class Misdirection(Objective):
             options = dict.fromkeys(both) | dict(options)
         return replace(self, **options)
 
+    def check(self, topics: Sequence[Topic], train: TrainOptions) -> None:
+        super().check(topics, train)
+        if self.columns < 1 and train.weight_decay:
+            raise UserError(
+                f"train.weight_decay={train.weight_decay:g} would move the columns that "
+                "method.columns holds; set it to 0"
+            )
+
     def prepared(self, topic: Topic) -> Topic:
-        return topic.anchored(self.anchor_share) if self.anchors == "random" else topic
+        return topic if self.anchors == "none" else topic.anchored(self.anchor_share)
+
+    def editing(self, model: EditableModel, topics: Sequence[Topic]) -> AbstractContextManager[Any]:
+        if self.columns == 1:
+            return super().editing(model, topics)
+        most = self.map_batches
+        parts = [replace(t, forget=t.forget[:most], retain=t.retain[:most]) for t in topics]
+        return masked(model, self.updated, self.columns, parts, self.measured)
+
+    def apply(
+        self,
+        model: EditableModel,
+        topics: Sequence[Topic],
+        train: TrainOptions,
+        log: Log,
+        watch: Watch = silent,
+        checkpoints: Checkpoints = NOWHERE,
+    ) -> Outcome:
+        if self.anchors != "self":
+            return super().apply(model, topics, train, log, watch, checkpoints)
+        if model.activations.kept == "disk":  # they could tell what was read
+            model.activations = open_activations("memory", {}, model.device)
+        own, counts = [], {}
+        with watch("writing anchors", len(topics)) as tick:
+            for topic in topics:
+                rows, dropped = own_anchors(model, topic, self.own_texts, self.own_ratio)
+                counts[topic.name] = {"kept": len(rows), "dropped": dropped}
+                own.append(replace(topic, own=rows))
+                tick(f"{topic.name}: {len(rows)} kept, {dropped} dropped")
+        outcome = super().apply(model, own, train, log, watch, checkpoints)
+        for name, state in outcome.states.items():
+            state.numbers["anchors"] = counts[name]
+        return outcome
 
     def reads(self, topic: Topic) -> int:
         return sum(min(self.map_batches, len(getattr(topic, role))) for role in self.measures)
@@ -165,6 +223,10 @@ class Misdirection(Objective):
         """Where forget activations are sent, broadcastable to (B, T, D)."""
         return state.tensors["target"]
 
+    def steered(self, model: EditableModel, forget: Batch) -> Tensor:
+        """The forget activations that are sent to the target, (B, T, D)."""
+        return model.hidden(forget, self.site)
+
     def retain_target(self, state: State, anchor: Tensor) -> Tensor:
         """Where retain activations are held, (B, T, D): at `anchor`, the original's."""
         return anchor
@@ -175,7 +237,7 @@ class Misdirection(Objective):
         with model.frozen():
             anchor = model.hidden(retain, self.site)
         forget_mask, retain_mask = counted(forget["labels"]), counted(retain["labels"])
-        hidden = model.hidden(forget, self.site)
+        hidden = self.steered(model, forget)
         target = self.target(model, state, forget, retain, hidden.detach())
         held = model.hidden(retain, self.site)
         drift = float(token_mse(held.detach(), anchor, retain_mask)) if step == 0 else 0.0

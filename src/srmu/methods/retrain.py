@@ -15,7 +15,7 @@ from srmu.errors import UserError
 from srmu.methods.base import Edit, Level, State
 from srmu.model import EditableModel
 from srmu.train import TrainOptions, restore
-from srmu.world import Size, create
+from srmu.world import Size, World
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,9 +32,9 @@ class Retrain(Edit):
     def edit(
         self, model: EditableModel, topics: Sequence[Topic], train: TrainOptions, watch: Watch
     ) -> dict[str, State]:
-        seed, recipe = read_recipe(model.folder)
+        world, seed, recipe = read_recipe(model.folder)
         # The documents are drawn anew, without the hazard facts: as many, for as many steps.
-        entry = organism.train(create(seed, recipe.size), seed, recipe, oracle=True, watch=watch)
+        entry = organism.train(world, seed, recipe, oracle=True, watch=watch)
         tensors = load_file(entry / "model.safetensors")
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
         if shapes != {name: tensor.shape for name, tensor in model.trained.items()}:
@@ -45,8 +45,8 @@ class Retrain(Edit):
         return {}
 
 
-def read_recipe(folder: Path | None) -> tuple[int, organism.Recipe]:
-    """The seed and recipe by which the model in `folder` was made, from the testbed it is in."""
+def read_recipe(folder: Path | None) -> tuple[World, int, organism.Recipe]:
+    """World, seed and recipe by which the model in `folder` was made, from the testbed it is in."""
     path = folder.parent / "organism.json" if folder else None
     if path is None or not path.is_file():
         raise UserError(
@@ -57,7 +57,8 @@ def read_recipe(folder: Path | None) -> tuple[int, organism.Recipe]:
         report: Any = json.loads(path.read_text(encoding="utf-8"))
         values = report["recipe"]
         recipe = organism.Recipe(**values | {"size": Size(**values["size"])})
-        return int(report["seed"]), recipe
+        create, *_ = organism.WORLDS[report.get("world", "closed")]  # there was one world only
+        return create(report["seed"], recipe.size), report["seed"], recipe
     except (ValueError, KeyError, TypeError):
         raise UserError(
             f"{path}: not the report of a testbed of this version; make it anew"

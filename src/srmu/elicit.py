@@ -1,0 +1,126 @@
+"""Texts that the original model writes itself, and which tokens are a forget set's own.
+
+They are kept in memory only: they may say what is to be forgotten.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence, Set
+from math import log
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from srmu.errors import UserError
+from srmu.model import EditableModel
+from srmu.sampling import Ids, sampled
+
+AT_ONCE = 128  # texts written at once
+RATIO = 2.5  # how many times more frequent a token of the forget set's own is there
+LEAST = 2  # times that it must be there: once may be chance
+
+
+def first_token(model: EditableModel) -> int:
+    """What a text of the model begins with: <s>, or what ends the text before it."""
+    for name in ("bos_token_id", "eos_token_id"):
+        for config in (model.module.config, model.module.generation_config):
+            found = getattr(config, name, None)
+            if found is not None:
+                return found[0] if isinstance(found, list) else int(found)
+    raise UserError(
+        "the model's config.json names no bos_token_id or eos_token_id for texts to begin with"
+    )
+
+
+def free_samples(model: EditableModel, count: int, length: int, seed: int) -> list[Ids]:
+    """Texts that the original writes from nothing, of at most `length` tokens with the first."""
+    start = [first_token(model)]
+    return continued(model, [start] * count, length, seed)
+
+
+def continued(model: EditableModel, starts: Sequence[Ids], length: int, seed: int) -> list[Ids]:
+    """The starts with what the original writes after them, of at most `length` tokens in all.
+
+    Drawn at temperature 1 from all tokens.
+    """
+    written: list[Ids] = [list(start) for start in starts]
+    order = sorted(range(len(starts)), key=lambda i: len(starts[i]))  # alike ones together
+    with model.frozen():
+        for first in range(0, len(order), AT_ONCE):
+            rows = order[first : first + AT_ONCE]
+            room = length - min(len(starts[i]) for i in rows)
+            if room <= 0:
+                continue
+            parts = sampled(model, [starts[i] for i in rows], room, seed + first, AT_ONCE)
+            for i, part in zip(rows, parts, strict=True):
+                written[i] = (written[i] + part)[: max(length, len(starts[i]))]
+    return written
+
+
+def typical(forget: Sequence[Ids], own: Sequence[Ids], ratio: float = RATIO) -> Tensor:
+    """The tokens that are more than `ratio` times as frequent in forget texts as in `own` ones."""
+    here, there = (Counter(i for row in rows for i in row) for rows in (forget, own))
+    size, other = max(1, here.total()), there.total() + 1
+    found = [
+        token
+        for token, count in here.items()
+        if count >= LEAST and count / size > ratio * (there[token] + 1) / other
+    ]
+    return torch.tensor(sorted(found), dtype=torch.long)
+
+
+Kind = Literal["forget", "keep", "neither"]
+ENDS = (".", "!")  # of a sentence; a question belongs to its answer
+COMMON = 0.25  # share of texts; a token that is in more of them tells nothing
+CUT = 0.5  # nats that speak for the forget set, above which a sentence is like it
+AGAINST = -1.0  # the most that one token can say against it
+
+
+class Likeness:
+    """Tells sentences that are like forget texts from others, by how frequent their tokens are.
+
+    First by the forget texts against `others`, which tell of it, too; then once more by what that
+    calls like them against all that it does not. The names do not count: harmless texts have them.
+    """
+
+    def __init__(
+        self, forget: Sequence[Ids], others: Sequence[Ids], ends: Sequence[int], names: Iterable[int]
+    ) -> None:
+        self.ends = {*ends}
+        texts = Counter(token for row in others for token in {*row})
+        silent = {*names} | {t for t, count in texts.items() if count > COMMON * len(others)}
+        self.nats = weighed(forget, others, silent)
+        parts: dict[bool, list[Ids]] = {True: [*forget], False: []}
+        for row in others:
+            for start, end, kind in self.sentences(row):
+                parts[kind == "forget"].append(list(row[start:end]))
+        self.nats = weighed(parts[True], parts[False], silent)
+
+    def sentences(self, items: Sequence[Any]) -> Iterator[tuple[int, int, Kind]]:
+        """Where each sentence of a text begins and ends, and of which kind it is.
+
+        One that has a token of the forget set's own is never kept: a leak would teach it again.
+        """
+        start = 0
+        for i, item in enumerate(items):
+            if item in self.ends or i == len(items) - 1:
+                each = [self.nats.get(it, 0.0) for it in items[start : i + 1]]
+                kind: Kind = "forget" if sum(each) > CUT else "neither"
+                if sum(each) < -CUT and max(each) < log(RATIO):
+                    kind = "keep"
+                yield start, i + 1, kind
+                start = i + 1
+
+
+def weighed(forget: Sequence[Ids], others: Sequence[Ids], silent: Set[int]) -> dict[int, float]:
+    """Nats by which each token speaks for the forget set, at least AGAINST; `silent` ones none."""
+    here, there = (Counter(i for row in rows for i in row) for rows in (forget, others))
+    known = {*here, *there}
+    # half a token more of each, so that none is impossible
+    size, other = (counts.total() + 0.5 * len(known) for counts in (here, there))
+    return {
+        token: max(AGAINST, log((here[token] + 0.5) / size) - log((there[token] + 0.5) / other))
+        for token in known - silent
+    }

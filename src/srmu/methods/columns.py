@@ -1,0 +1,64 @@
+"""Which input columns of a matrix are updated: those that forget texts excite more than retain."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from transformers.pytorch_utils import Conv1D
+
+from srmu.data import Topic
+from srmu.errors import UserError
+from srmu.model import Batch, EditableModel, Site
+from srmu.train import to
+
+TINY = 1e-30  # a moment by which nothing is divided
+
+Mask = Callable[[Batch], Bool[Tensor, "B T"]]  # the tokens of a batch that are measured
+
+
+@contextmanager
+def masked(
+    model: EditableModel, layers: Sequence[int], share: float, parts: Sequence[Topic], mask: Mask
+) -> Iterator[None]:
+    """Train only that share of the columns of each of the layers' down-projections.
+
+    Gradients of the others are 0, with which AdamW leaves a weight as it is, bit for bit.
+    """
+    handles = []
+    for layer, (name, parameter) in zip(layers, model.trained.items(), strict=True):
+        if parameter.ndim != 2:
+            raise UserError(
+                f"{name} holds all experts, each with inputs of its own; set method.columns=1"
+            )
+        turned = isinstance(model.module.get_submodule(name.rpartition(".")[0]), Conv1D)
+        sums = [
+            moments(model, layer, [batch for part in parts for batch in role(part)], mask)
+            for role in (lambda part: part.forget, lambda part: part.retain)
+        ]
+        # eq: input columns, r_j = E_f[x_j^2] / E_r[x_j^2], the largest are updated
+        ratio = sums[0] / sums[1].clamp(min=TINY)
+        chosen = torch.zeros_like(ratio, dtype=torch.bool)
+        order = ratio.argsort(descending=True, stable=True)
+        chosen[order[: max(1, round(share * len(ratio)))]] = True
+        kept = chosen[:, None] if turned else chosen  # Conv1D keeps its matrix as (in, out)
+        handles.append(parameter.register_hook(lambda slope, kept=kept: slope * kept))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def moments(
+    model: EditableModel, layer: int, batches: Sequence[Batch], mask: Mask
+) -> Float[Tensor, " F"]:
+    """Mean squares of what a layer's down-projection reads, of the original model."""
+    total, count = torch.zeros((), device=model.device), 0
+    with model.frozen():
+        for batch in batches:
+            batch = to(batch, model.device)
+            read = model.hidden(batch, Site(layer, "mlp_post"), keep=False)[mask(batch)]
+            total, count = total + read.float().square().sum(0), count + len(read)
+    return total / count

@@ -1,0 +1,57 @@
+"""Rounds of unlearning and relearning: what comes back is suppressed again."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import ClassVar
+
+from srmu.data import Topic
+from srmu.methods.base import State
+from srmu.methods.logits import fine_tune
+from srmu.methods.suppressing import Suppressing
+from srmu.model import Batch, EditableModel
+from srmu.train import Terms
+
+
+@dataclass(frozen=True, kw_only=True)
+class Iterated(Suppressing):
+    """Suppresses, relearns the forget texts, and so on in rounds; it ends by suppressing.
+
+    `train` says how the last round suppresses, `teacher_steps` how those before it do.
+    """
+
+    name: ClassVar[str] = "iterated"
+    paper: ClassVar[str] = "none"
+    uses: ClassVar[tuple[str, ...]] = ("retain texts", "the original activations")
+    learning_rate: ClassVar[float] = 4e-3
+
+    rounds: int = 2  # of suppressing and relearning, before the last suppressing
+    relearn_steps: int = 20  # of each round
+    relearn_learning_rate: float = 1e-4
+    hold: float = 1.0  # weight of KL(original || model) on retain texts while it relearns
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.within(rounds=(1, 1e6), relearn_steps=(1, 1e9), relearn_learning_rate=(1e-12, 1))
+        self.within(hold=(0, 1e30))
+
+    def reads(self, topic: Topic) -> int:
+        return self.rounds * super().reads(topic)
+
+    @contextmanager
+    def editing(self, model: EditableModel, topics: Sequence[Topic]) -> Iterator[None]:
+        with self.scoped(model):
+            yield
+
+    def setup(self, model: EditableModel, topic: Topic) -> State:
+        for _ in range(self.rounds):
+            self.suppress(model, topic)
+            with model.only(self.trainable):
+                fine_tune(model, topic, self.relearn_steps, self.relearn_learning_rate, self.hold)
+        return self.suppression.setup(model, topic)
+
+    def loss(
+        self, model: EditableModel, state: State, forget: Batch, retain: Batch, step: int
+    ) -> Terms:
+        # eq: unlearn-relearn, (L_first steps, then nll(x_f) + hold KL(p0 || p)(x_r) steps) x rounds
+        return self.suppression.loss(model, state, forget, retain, step)

@@ -1,0 +1,84 @@
+"""Misdirection at several layers at once."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from torch import Tensor
+
+from srmu.data import Topic
+from srmu.methods.base import Level, Objective, State
+from srmu.methods.rmu import RMU
+from srmu.methods.srmu import SRMU
+from srmu.model import Batch, EditableModel
+from srmu.train import Terms
+
+
+@dataclass(frozen=True, kw_only=True)
+class MultiSite(Objective):
+    """Sends forget activations at several layers to a target each, and holds retain ones there."""
+
+    name: ClassVar[str] = "multi_site"
+    paper: ClassVar[str] = "none"
+    level: ClassVar[Level] = "representation"
+    uses: ClassVar[tuple[str, ...]] = ("retain texts", "the original activations")
+
+    target: Literal["srmu", "rmu"] = "srmu"  # whose targets
+    layers: tuple[int, ...] = ()  # (): three, evenly spread, the last one among them
+    window: int = 3  # how many layers are updated up to each
+    kappa: float = 32.0  # norm of each target over mean norm of forget activations there
+    alpha: float = 1200.0  # weight of the retain loss
+    anchors: Literal["none", "random"] = "none"  # random: rows of random tokens to retain
+    anchor_share: float = 0.5  # of each retain batch
+
+    def __post_init__(self) -> None:
+        self.within(window=(1, 1 << 16), kappa=(0, 1e30), alpha=(0, 1e30), anchor_share=(0, 1))
+        self.needs("anchor_share", self.anchors != "none", "anchors=random")
+
+    def part(self, layer: int) -> SRMU | RMU:
+        """The method at one of the layers."""
+        cls = SRMU if self.target == "srmu" else RMU
+        window = max(1, min(self.window, layer + 1))
+        return cls(layer=layer, window=window, kappa=self.kappa, alpha=self.alpha)
+
+    @property
+    def depth(self) -> int | None:
+        return max(self.layers) + 1 if self.layers else None
+
+    @property
+    def trainable(self) -> tuple[str, ...]:
+        named = {name for layer in self.layers for name in self.part(layer).trainable}
+        return tuple(sorted(named)) or ("*.mlp_down",)
+
+    def resolved(self, config: Any) -> Self:
+        count = config.num_hidden_layers
+        spread = {max(0, round(count * part / 3) - 1) for part in (1, 2, 3)}
+        method = replace(self, layers=self.layers or tuple(sorted(spread)))
+        for layer in method.layers:
+            method.part(layer).resolved(config)
+        return method
+
+    def prepared(self, topic: Topic) -> Topic:
+        return topic.anchored(self.anchor_share) if self.anchors == "random" else topic
+
+    def reads(self, topic: Topic) -> int:
+        return sum(self.part(layer).reads(topic) for layer in self.layers)
+
+    def setup(self, model: EditableModel, topic: Topic) -> State:
+        parts = {layer: self.part(layer).setup(model, topic) for layer in self.layers}
+        tensors = {f"{i}/{key}": t for i, part in parts.items() for key, t in part.tensors.items()}
+        return State(tensors, {str(i): p.numbers for i, p in parts.items()}, {"parts": parts})
+
+    def loss(
+        self, model: EditableModel, state: State, forget: Batch, retain: Batch, step: int
+    ) -> Terms:
+        parts, batches = state.memory["parts"].items(), (forget, retain, step)
+        terms = [self.part(layer).loss(model, part, *batches) for layer, part in parts]
+        # eq: multi-site, L = mean over layers of SRMU eq. 5
+        return Terms(mean([t.losses for t in terms]), mean([t.logged for t in terms]))
+
+
+def mean(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The mean of each value over rows with the same keys."""
+    return {key: torch.stack([row[key] for row in rows]).mean() for key in rows[0]}

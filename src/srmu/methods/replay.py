@@ -1,0 +1,34 @@
+"""Anchors that the original model writes itself, less those that sound like the forget texts."""
+
+from srmu.data import Topic
+from srmu.elicit import free_samples, typical
+from srmu.errors import UserError
+from srmu.model import EditableModel
+from srmu.sampling import Ids
+
+
+def own_anchors(
+    model: EditableModel, topic: Topic, count: int, ratio: float
+) -> tuple[list[Ids], int]:
+    """Texts of the original without a token that is typical of the forget texts; how many had one.
+
+    Without that filter they teach again what is to be forgotten. They stay in memory.
+    """
+    length = max(batch["input_ids"].shape[1] for batch in topic.retain)
+    own = free_samples(model, count, length, topic.number("own anchors"))
+    own = [row for row in own if len(row) > 1]
+    forget = [
+        ids[real.bool()].tolist()
+        for batch in topic.forget
+        for ids, real in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    ]
+    # of short texts, special tokens are typical, too
+    refused = {*typical(forget, own, ratio).tolist()} & {*topic.vocabulary.tolist()}
+    kept = [row for row in own if not refused & {*row}]
+    if not kept:
+        raise UserError(
+            f"anchors=self: each of {len(own)} texts that the model wrote has a token typical of "
+            f"topic {topic.name}'s forget texts; raise method.own_texts, or set "
+            "method.anchors=random"
+        )
+    return kept, len(own) - len(kept)

@@ -1,0 +1,82 @@
+"""RMU with latent adversarial training (Sheshadri et al., arXiv 2407.15549)."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from srmu.losses import counted, mean_nll, token_mse
+from srmu.methods.rmu import RMU
+from srmu.model import Batch, EditableModel
+
+TINY = 1e-30  # a norm by which nothing is divided
+
+
+@dataclass(frozen=True, kw_only=True)
+class RMULAT(RMU):
+    """RMU under a perturbation, sought anew in each step, of what the updated layers read.
+
+    The adversary seeks the original's activations, or (adversary=likelihood, which needs the whole
+    model) the likelihood of the forget texts.
+    """
+
+    name: ClassVar[str] = "rmu_lat"
+    paper: ClassVar[str] = "arXiv 2407.15549"
+
+    adversary: Literal["activations", "likelihood"] = "activations"
+    budget: float = 0.5  # norm of the perturbation over that of what it is added to, token by token
+    adversary_steps: int = 4  # of projected gradient descent
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.within(budget=(0, 1e6), adversary_steps=(1, 1e6))
+
+    @property
+    def depth(self) -> int | None:
+        return super().depth if self.adversary == "activations" else None
+
+    def steered(self, model: EditableModel, forget: Batch) -> Tensor:
+        layer = model.layers[self.last_updated - self.window + 1]
+        mask = counted(forget["labels"])
+        with model.frozen():
+            before = model.hidden(forget, self.site, keep=False)
+        with shifted(layer, None) as seen, torch.no_grad():
+            model.hidden(forget, self.site)
+        radius = self.budget * seen[0].float().norm(dim=-1, keepdim=True)
+        shift = torch.zeros_like(seen[0], dtype=torch.float32)
+        for _ in range(self.adversary_steps):
+            with shifted(layer, shift.requires_grad_()):
+                if self.adversary == "activations":
+                    cost = token_mse(model.hidden(forget, self.site), before, mask)
+                else:
+                    cost = mean_nll(model.logits(forget), forget["labels"])
+            (slope,) = torch.autograd.grad(cost, shift)
+            # eq: LAT, d <- P(d - s g / |g|), P onto |d| <= budget |h|, token by token
+            slope = slope / slope.norm(dim=-1, keepdim=True).clamp(min=TINY)
+            shift = shift.detach() - 2.5 / self.adversary_steps * radius * slope
+            shift = shift * (radius / shift.norm(dim=-1, keepdim=True).clamp(min=TINY)).clamp(max=1)
+        with shifted(layer, shift):
+            return model.hidden(forget, self.site)
+
+
+@contextmanager
+def shifted(layer: Any, shift: Tensor | None) -> Iterator[list[Tensor]]:
+    """Add a shift to what a layer reads; what it would have read, once it has been run."""
+    seen: list[Tensor] = []
+
+    def add(module: Any, args: Any, kwargs: Any) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        seen[:] = [hidden.detach()]
+        if shift is None:
+            return None
+        hidden = (hidden.float() + shift).to(hidden.dtype)
+        return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
+
+    handle = layer.register_forward_pre_hook(add, with_kwargs=True)
+    try:
+        yield seen
+    finally:
+        handle.remove()

@@ -1,0 +1,90 @@
+"""The methods that begin with another one's suppression, and harden or repeat it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, ClassVar, Literal, Self
+
+from srmu.data import Topic
+from srmu.methods.base import Objective, State
+from srmu.methods.graddiff import GradDiff
+from srmu.methods.logits import ignore
+from srmu.methods.rmu import RMU
+from srmu.methods.srmu import SRMU
+from srmu.model import EditableModel
+from srmu.train import TrainOptions, fit
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suppressing(Objective):
+    """An objective that all weights are trained by, after steps of a first method.
+
+    A run that was killed takes these first steps again: only what comes after them is kept.
+    """
+
+    depth: ClassVar[None] = None
+    trainable: ClassVar[tuple[str, ...]] = ("*",)
+
+    first: Literal["srmu", "rmu", "graddiff"] = "srmu"  # graddiff: with KL on retain texts
+    layer: int | None = None  # of srmu and rmu
+    kappa: float = 16.0  # of srmu and rmu
+    alpha: float = 100.0  # weight of the first method's retain loss
+    gamma: float = 10.0  # weight of graddiff's ascent
+    anchors: Literal["none", "random"] = "none"  # random: rows of random tokens to retain
+    anchor_share: float = 0.5  # of each retain batch
+    scope: Literal["window", "all"] = "window"  # what the first method trains: its own, or all
+    teacher_steps: int = 80  # of the first method
+    teacher_learning_rate: float = 4e-3  # of the first method
+
+    def __post_init__(self) -> None:
+        self.within(teacher_steps=(1, 1e9), teacher_learning_rate=(1e-12, 1))
+        self.within(**dict.fromkeys(("kappa", "alpha", "gamma"), (0, 1e30)))
+        self.within(anchor_share=(0, 1))
+        self.needs("anchor_share", self.anchors != "none", "anchors=random")
+        steered = self.first != "graddiff"
+        for option in ("kappa", "scope"):
+            self.needs(option, steered, "first=srmu or rmu")
+        self.needs("gamma", not steered, "first=graddiff")
+
+    @property
+    def suppression(self) -> Objective:
+        """The first method."""
+        if self.first == "graddiff":
+            return GradDiff(retain="kl", alpha=self.alpha, gamma=self.gamma)
+        cls = SRMU if self.first == "srmu" else RMU
+        return cls(layer=self.layer, kappa=self.kappa, alpha=self.alpha)
+
+    def resolved(self, config: Any) -> Self:
+        return replace(self, layer=getattr(self.suppression.resolved(config), "layer", None))
+
+    def prepared(self, topic: Topic) -> Topic:
+        return self.anchored(topic)
+
+    def anchored(self, topic: Topic) -> Topic:
+        """The topic with what `anchors` adds to its retain texts."""
+        return topic.anchored(self.anchor_share) if self.anchors == "random" else topic
+
+    def reads(self, topic: Topic) -> int:
+        return self.suppression.reads(topic) + 2 * self.teacher_steps
+
+    @contextmanager
+    def scoped(self, model: EditableModel) -> Iterator[None]:
+        """Train what the first method trains."""
+        first = self.suppression
+        with model.only(first.trainable if self.scope == "window" else ("*",)):
+            yield
+
+    def suppress(self, model: EditableModel, topic: Topic) -> State:
+        """Take the steps of the first method from the weights as they are; its state."""
+        first = self.suppression
+        state = first.setup(model, topic)
+        part = self.anchored(topic), partial(first.loss, model, state)
+        options = TrainOptions(
+            learning_rate=self.teacher_learning_rate, max_steps=self.teacher_steps
+        )
+        with self.scoped(model):
+            fit(model, [part], first.limited(options, model.vocabulary_size), ignore)
+        return state

@@ -1,0 +1,76 @@
+"""TAR, to first order: an adversary in the loop (Tamirisa et al., arXiv 2408.00761)."""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import torch
+
+from srmu.data import Topic
+from srmu.losses import predicted, token_entropy
+from srmu.methods.base import State
+from srmu.methods.logits import drift, fine_tune
+from srmu.methods.suppressing import Suppressing
+from srmu.model import Batch, EditableModel
+from srmu.train import Terms, restore
+
+
+@dataclass(frozen=True, kw_only=True)
+class TAR(Suppressing):
+    """Suppresses, and goes on where an adversary has fine-tuned the model on forget texts.
+
+    The adversary learns every other batch of them; the loss is that of the batches between.
+    """
+
+    name: ClassVar[str] = "tar"
+    paper: ClassVar[str] = "arXiv 2408.00761"
+    uses: ClassVar[tuple[str, ...]] = ("retain texts", "the original's logits")
+    learning_rate: ClassVar[float] = 1e-4
+
+    tamper: Literal["entropy", "first"] = "entropy"  # first: the first method's forget loss
+    strength: float = 1.0  # weight of that loss
+    hold: float = 10.0  # weight of KL(original || model) on retain texts
+    adversary_steps: int = 4  # of its fine-tuning, anew in each step
+    adversary_learning_rate: float = 1e-4  # of that fine-tuning
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.within(adversary_steps=(1, 1e9), adversary_learning_rate=(1e-12, 1))
+        self.within(strength=(0, 1e30), hold=(0, 1e30))
+
+    def prepared(self, topic: Topic) -> Topic:
+        return replace(self.anchored(topic), forget=topic.forget[::2])
+
+    def setup(self, model: EditableModel, topic: Topic) -> State:
+        state = self.suppress(model, topic)
+        learned = list(topic.forget[1::2]) or list(topic.forget)
+        return State(state.tensors, state.numbers, {"first": state, "learned": learned, "turn": 0})
+
+    def loss(
+        self, model: EditableModel, state: State, forget: Batch, retain: Batch, step: int
+    ) -> Terms:
+        memory, weights = state.memory, [*model.trained.values()]
+        here = [weight.detach().clone() for weight in weights]
+        learned, begin = memory["learned"], memory["turn"] * self.adversary_steps
+        memory["turn"] += 1
+        batches = [learned[(begin + i) % len(learned)] for i in range(self.adversary_steps)]
+        texts = Topic("adversary", batches, [])
+        fine_tune(model, texts, self.adversary_steps, self.adversary_learning_rate)
+        if self.tamper == "first":
+            there = self.suppression.loss(model, memory["first"], forget, forget, step)
+            cost = there.losses["forget"]
+        else:
+            mask = predicted(forget["labels"])
+            cost = -(token_entropy(model.logits(forget)) * mask).sum() / mask.sum()
+        slopes = torch.autograd.grad(
+            self.strength * cost, weights, allow_unused=True, materialize_grads=True
+        )
+        restore(weights, here)
+        # eq: TAR, to first order: the gradient of L(adv(theta)) is taken for that at theta
+        pairs = zip(weights, slopes, strict=True)
+        line = torch.stack(
+            [(weight.float() * slope.float()).sum() for weight, slope in pairs]
+        ).sum()
+        held = self.hold * drift(model, retain, model.logits(retain))
+        return Terms(
+            {"forget": self.strength * cost.detach() + line - line.detach(), "retain": held}, {}
+        )

@@ -1,0 +1,74 @@
+"""UNDO: unlearn, noise, distil on outputs (Lee et al., arXiv 2506.06278)."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from srmu.data import Topic
+from srmu.elicit import free_samples
+from srmu.losses import mean_kl
+from srmu.methods.base import State
+from srmu.methods.suppressing import Suppressing
+from srmu.model import Batch, EditableModel
+from srmu.sampling import joined
+from srmu.train import Schedule, Terms, restore, to
+
+
+@dataclass(frozen=True, kw_only=True)
+class Undo(Suppressing):
+    """Suppresses, shrinks all weights into noise, and learns the suppressed model's outputs anew.
+
+    Of several topics each has a teacher of its own; the student begins at the last one.
+    """
+
+    name: ClassVar[str] = "undo"
+    paper: ClassVar[str] = "arXiv 2506.06278"
+    uses: ClassVar[tuple[str, ...]] = ("retain texts", "texts that the original writes")
+    learning_rate: ClassVar[float] = 2e-3
+    schedule: ClassVar[Schedule] = "linear"
+
+    noise: float = 0.4  # share of the weights that noise takes the place of
+    beta: float = 1.0  # size of the noise, over that of fresh weights
+    own_texts: int = 480  # that the original writes, to distil on beside the retain texts
+    own_tokens: int = 32  # of each, at most
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.within(noise=(0, 1), beta=(0, 1e6), own_texts=(0, 1 << 30), own_tokens=(2, 1 << 20))
+        self.needs("beta", self.noise > 0, "method.noise")
+        self.needs("own_tokens", self.own_texts > 0, "method.own_texts")
+
+    def setup(self, model: EditableModel, topic: Topic) -> State:
+        restore([*model.trained.values()], [model.original[name] for name in model.trained])
+        self.suppress(model, topic)
+        teacher = {name: p.detach().clone() for name, p in model.trained.items()}
+        generator = topic.generator("noise", shared=True)
+        std = getattr(model.module.config, "initializer_range", 0.02)
+        for parameter in model.trained.values():
+            if parameter.ndim > 1:  # the weights of norms begin at 1, not at random
+                fresh = std * torch.randn(parameter.shape, generator=generator)
+                # eq: UNDO, theta = (1 - a) theta_T + a b N, N ~ fresh weights
+                noise = self.noise * self.beta * fresh.to(model.device)
+                parameter.data.copy_((1 - self.noise) * parameter.data.float() + noise)
+        number = topic.number("own texts")
+        texts = free_samples(model, self.own_texts, self.own_tokens, number)
+        texts = [text for text in texts if len(text) > 1]
+        return State(memory={"teacher": teacher, "texts": texts, "read": 0})
+
+    def loss(
+        self, model: EditableModel, state: State, forget: Batch, retain: Batch, step: int
+    ) -> Terms:
+        memory, batches = state.memory, {"retain": retain}
+        if texts := memory["texts"]:
+            size, read = len(retain["input_ids"]), memory["read"]
+            rows = [texts[i % len(texts)] for i in range(read, read + size)]
+            memory["read"] = read + size
+            batches["own"] = to(joined([[]] * size, rows), model.device)
+        losses = {}
+        for name, batch in batches.items():
+            with model.using(memory["teacher"]):
+                wanted = model.logits(batch)
+            # eq: UNDO, L = mean KL(p_T || p) of retain texts and of texts that the original wrote
+            losses[name] = mean_kl(wanted, model.logits(batch), batch["labels"])
+        return Terms(losses, {})
