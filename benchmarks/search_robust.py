@@ -127,9 +127,9 @@ def main(path: Path, testbed: Path, out: Path, labels: Sequence[str]) -> None:
             print(label, *setting, flush=True)
             job = Job(config, tuple(given), tasks)
             rows.append({"setting": overrides} | measured(job, space, out))
-        best = chosen(rows, space)
-        table[label] = {"chosen": best and best["setting"], "tried": rows}
-        write_json(table_path, table)
+            best = chosen(rows, space)
+            table[label] = {"chosen": best and best["setting"], "tried": rows}
+            write_json(table_path, table)
         print("chosen:", json.dumps(best), flush=True)
 
 

@@ -11,20 +11,18 @@ SOURCE = Path(__file__).parents[1] / "src" / "srmu"
 
 # A module may import those of a lower rank only.
 RANK = {
-    "__init__": 22, "__main__": 21, "cli": 20, "measuring": 19, "searching": 19, "auto": 18,
-    "reproduce": 18, "frontier": 18, "frontier_tables": 17, "reasons": 17, "places": 17,
-    "needs": 17, "tables": 17, "demo": 17,
-    "strength": 16, "claims": 16, "report": 16, "sweep": 16, "yardstick": 15, "sections": 15,
-    "studies": 15, "compare": 15, "recovery": 14, "robustness": 14, "jobs": 14, "matched": 14,
-    "outcomes": 13, "attacks": 13, "analyses": 13, "separability": 13, "scoring": 13, "rerun": 13,
-    "evals": 12,
-    "run": 12, "plan": 12, "meter": 11, "config": 10, "catalogue": 10, "methods": 9, "sampling": 8,
+    "__init__": 23, "__main__": 22, "cli": 21, "measuring": 20, "searching": 20, "auto": 19,
+    "reproduce": 19, "frontier": 19, "frontier_tables": 18, "reasons": 18, "places": 18,
+    "needs": 18, "tables": 18, "demo": 18, "strength": 17, "claims": 17, "report": 17, "sweep": 17,
+    "yardstick": 16, "sections": 16, "studies": 16, "compare": 16, "recovery": 15, "robustness": 15,
+    "jobs": 15, "matched": 15, "outcomes": 14, "attacks": 14, "analyses": 14, "separability": 14,
+    "scoring": 14, "rerun": 14, "relearning": 14, "evals": 13, "run": 13, "plan": 13, "meter": 12,
+    "config": 11, "catalogue": 11, "methods": 10, "elicit": 9, "names": 9, "sampling": 8,
     "organism": 8, "train": 7, "anchors": 7, "data": 6, "model": 5, "card": 5, "verify": 5,
-    "open_world": 4,
-    "marks": 4, "loading": 4, "figures": 4, "record": 4, "pages": 3, "study": 3, "space": 3,
-    "terminal": 3, "weights": 3, "likelihoods": 3, "cache": 3, "losses": 3, "importance": 3,
-    "directions": 3, "world": 3, "entanglement": 3, "ensemble": 3, "checkpoint": 3, "statistics": 2,
-    "files": 2, "console": 2, "errors": 1, "relearning": 13,
+    "open_world": 4, "marks": 4, "loading": 4, "figures": 4, "record": 4, "pages": 3, "study": 3,
+    "space": 3, "terminal": 3, "weights": 3, "likelihoods": 3, "cache": 3, "losses": 3,
+    "importance": 3, "directions": 3, "world": 3, "entanglement": 3, "ensemble": 3, "checkpoint": 3,
+    "statistics": 2, "files": 2, "console": 2, "errors": 1,
 }  # fmt: skip
 PACKAGES = ("methods", "attacks")  # whose files import each other
 

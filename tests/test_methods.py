@@ -10,8 +10,10 @@ import inspect
 import json
 import math
 import re
+import tempfile
 from collections.abc import Sequence
 from dataclasses import MISSING, fields, replace
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -22,7 +24,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
-from conftest import ARCHITECTURES, batches, pico_module, texts, topic
+from conftest import ARCHITECTURES, batches, pico_module, texts, topic, word_tokenizer
 from srmu import run as runs
 from srmu.config import build_config, make_config
 from srmu.data import Topic
@@ -50,7 +52,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "undo": {"layer": LAYER, "own_texts": 4, "own_tokens": 6} | SUPPRESSING,
     "tar": {"layer": LAYER, "adversary_steps": 2} | SUPPRESSING,
     "iterated": {"layer": LAYER, "rounds": 1, "relearn_steps": 2} | SUPPRESSING,
-}
+    "rename_scrub": {
+        "names": str(Path(__file__).with_name("names.txt")), "own_texts": 12, "own_tokens": 10,
+        "prompt": 2, "renamings": 3, "keep_rows": 2, "held_out": 2,
+    },
+}  # fmt: skip
 # Values of options that do something beside others only, and sets that are worth a run.
 COMBINED: dict[str, list[dict[str, Any]]] = {
     "quark": [{"reward": "overlap"}],
@@ -120,6 +126,15 @@ each_name = pytest.mark.parametrize("name", RAN)
 each_variant = pytest.mark.parametrize("method", [v for n in RAN for v in variants(n)], ids=label)
 
 
+@cache
+def tokenizer_folder() -> Path:
+    """Where a method finds the models' tokenizer."""
+    folder = Path(tempfile.mkdtemp())
+    word_tokenizer().save_pretrained(folder)
+    pico_module().config.save_pretrained(folder)
+    return folder
+
+
 def run(
     method: Method,
     topics: Sequence[Topic],
@@ -129,6 +144,7 @@ def run(
     """The model after a run, what was logged, the outcome."""
     module = pico_module() if module is None else module
     model = EditableModel(module, method.trainable, method.depth)
+    model.folder = tokenizer_folder()
     method.check(topics, train)
     logged: list[dict[str, Any]] = []
     outcome = method.apply(model, topics, train, lambda step, values: logged.append(values))

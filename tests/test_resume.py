@@ -40,6 +40,11 @@ CASES: dict[str, dict[str, Any]] = {
     "quark": {"name": "quark", "sample_every": 2, "quantiles": 2, "response": 3},
     "undial": {"name": "undial"},
     "whp": {"name": "whp", "teacher_steps": 2},
+    "rename_scrub": {
+        "name": "rename_scrub", "names": str(Path(__file__).with_name("names.txt")),
+        "own_texts": 12, "own_tokens": 10, "prompt": 2, "renamings": 3, "keep_rows": 2,
+        "held_out": 2, "noise": 0.1,
+    },
     "undo": {"name": "undo", "teacher_steps": 2, "own_texts": 5, "own_tokens": 4},
     "tar": {"name": "tar", "teacher_steps": 2, "adversary_steps": 2},
     "iterated": {"name": "iterated", "teacher_steps": 2, "rounds": 1, "relearn_steps": 2},

@@ -36,7 +36,9 @@ UNDECIDING = (
     "cache",
     "purpose",
 )  # keys that the weights do not depend on
-NAMED_FILE = re.compile(r".+\.(py(?=:)|(json|txt)$)")  # code or data that an option of a method names
+NAMED_FILE = re.compile(
+    r".+\.(py(?=:)|(json|txt)$)"
+)  # code or data that an option of a method names
 
 
 def _sources(value: Any) -> Any:

@@ -107,6 +107,11 @@ class Topic:
         """This topic, calling `tick` whenever a batch of it has been used."""
         return replace(self, forget=Followed(self.forget, tick), retain=Followed(self.retain, tick))
 
+    def tick(self) -> None:
+        """Say that a part of something is done, to whom `followed` named."""
+        if isinstance(self.forget, Followed):
+            self.forget.tick()
+
     def generator(self, purpose: str, shared: bool = False) -> torch.Generator:
         """A random stream of its own for each purpose, the same on every device and run.
 

@@ -6,7 +6,7 @@ They are kept in memory only: they may say what is to be forgotten.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from math import log
 from typing import Any, Literal
 
@@ -22,6 +22,10 @@ RATIO = 2.5  # how many times more frequent a token of the forget set's own is t
 LEAST = 2  # times that it must be there: once may be chance
 
 
+def silent() -> None:
+    """Nobody follows."""
+
+
 def first_token(model: EditableModel) -> int:
     """What a text of the model begins with: <s>, or what ends the text before it."""
     for name in ("bos_token_id", "eos_token_id"):
@@ -34,16 +38,23 @@ def first_token(model: EditableModel) -> int:
     )
 
 
-def free_samples(model: EditableModel, count: int, length: int, seed: int) -> list[Ids]:
+def free_samples(
+    model: EditableModel, count: int, length: int, seed: int, tick: Callable[[], None] = silent
+) -> list[Ids]:
     """Texts that the original writes from nothing, of at most `length` tokens with the first."""
-    start = [first_token(model)]
-    return continued(model, [start] * count, length, seed)
+    return continued(model, [[first_token(model)]] * count, length, seed, tick)
 
 
-def continued(model: EditableModel, starts: Sequence[Ids], length: int, seed: int) -> list[Ids]:
+def continued(
+    model: EditableModel,
+    starts: Sequence[Ids],
+    length: int,
+    seed: int,
+    tick: Callable[[], None] = silent,
+) -> list[Ids]:
     """The starts with what the original writes after them, of at most `length` tokens in all.
 
-    Drawn at temperature 1 from all tokens.
+    Drawn at temperature 1 from all tokens; `tick` is called after each of as many `chunks`.
     """
     written: list[Ids] = [list(start) for start in starts]
     order = sorted(range(len(starts)), key=lambda i: len(starts[i]))  # alike ones together
@@ -51,12 +62,17 @@ def continued(model: EditableModel, starts: Sequence[Ids], length: int, seed: in
         for first in range(0, len(order), AT_ONCE):
             rows = order[first : first + AT_ONCE]
             room = length - min(len(starts[i]) for i in rows)
-            if room <= 0:
-                continue
-            parts = sampled(model, [starts[i] for i in rows], room, seed + first, AT_ONCE)
-            for i, part in zip(rows, parts, strict=True):
-                written[i] = (written[i] + part)[: max(length, len(starts[i]))]
+            if room > 0:
+                parts = sampled(model, [starts[i] for i in rows], room, seed + first, AT_ONCE)
+                for i, part in zip(rows, parts, strict=True):
+                    written[i] = (written[i] + part)[: max(length, len(starts[i]))]
+            tick()
     return written
+
+
+def chunks(count: int) -> int:
+    """In how many parts as many texts are written."""
+    return -(-count // AT_ONCE)
 
 
 def typical(forget: Sequence[Ids], own: Sequence[Ids], ratio: float = RATIO) -> Tensor:
@@ -78,6 +94,11 @@ CUT = 0.5  # nats that speak for the forget set, above which a sentence is like 
 AGAINST = -1.0  # the most that one token can say against it
 
 
+def ends_sentence(text: str) -> bool:
+    """Whether a sentence ends with a token of this text."""
+    return text.strip().endswith(ENDS)
+
+
 class Likeness:
     """Tells sentences that are like forget texts from others, by how frequent their tokens are.
 
@@ -86,7 +107,11 @@ class Likeness:
     """
 
     def __init__(
-        self, forget: Sequence[Ids], others: Sequence[Ids], ends: Sequence[int], names: Iterable[int]
+        self,
+        forget: Sequence[Ids],
+        others: Sequence[Ids],
+        ends: Sequence[int],
+        names: Iterable[int],
     ) -> None:
         self.ends = {*ends}
         texts = Counter(token for row in others for token in {*row})

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from srmu.errors import UserError, first_line
 from srmu.model import Batch
 from srmu.sampling import Ids
 
-FEWEST = 3  # names: with two, all that depends on a name would become the other's
+FEWEST = 3  # names: of two, what depends on one would become what depends on the other
 FORMS = ("", " ")  # what may stand before a name: tokenizers join a space to the word after it
+WORD = re.compile(r"[^\W\d_][\w'-]*")
+SENTENCE = re.compile(r"(?<=[.!?:])\s+|\n+")
+OFTEN = 3  # times that a name is in the forget texts, at least
+RARER = 4.0  # times that it is more frequent there than in retain texts, where it is no capital
 
 
 class Slot(NamedTuple):
@@ -25,11 +31,15 @@ class Slot(NamedTuple):
     form: int
 
 
+Item = int | Slot
+Way = Mapping[int, int]  # for each name of a text: the name that is written
+
+
 @dataclass(frozen=True)
 class Template:
-    """A text in tokens, with slots for its names. Each item, a token or a slot, is a place."""
+    """A text in tokens, with slots for its names."""
 
-    items: tuple[int | Slot, ...]
+    items: tuple[Item, ...]
 
     @property
     def names(self) -> list[int]:
@@ -52,22 +62,32 @@ class Names:
                 tuple(tokenizer.encode(before + name, add_special_tokens=False)) for before in FORMS
             )
             if any(not ids or tokenizer.unk_token_id in ids for ids in forms):
-                raise UserError(f"method.names: the tokenizer does not know {name!r}")
+                raise UserError(
+                    f"method.names: the tokenizer does not know {name!r}; take it out of the list"
+                )
             found.append(forms)
         return cls(tuple(found))
 
-    @property
+    @cached_property
     def pieces(self) -> set[int]:
         """All tokens that names are made of."""
         return {token for forms in self.tokens for ids in forms for token in ids}
 
+    @cached_property
+    def by_first(self) -> Mapping[int, list[tuple[Slot, tuple[int, ...]]]]:
+        """Slots with their tokens by the first of these, the longest first."""
+        found: dict[int, list[tuple[Slot, tuple[int, ...]]]] = {}
+        for name, forms in enumerate(self.tokens):
+            for form, ids in enumerate(forms):
+                found.setdefault(ids[0], []).append((Slot(name, form), ids))
+        return {k: sorted(v, key=lambda entry: -len(entry[1])) for k, v in found.items()}
+
     def template(self, ids: Sequence[int]) -> Template:
         """A text with slots where it has names, the longest name first."""
-        known = self._by_first
-        items: list[int | Slot] = []
+        items: list[Item] = []
         at = 0
         while at < len(ids):
-            for slot, name in known.get(ids[at], ()):
+            for slot, name in self.by_first.get(ids[at], ()):
                 if tuple(ids[at : at + len(name)]) == name:
                     items.append(slot)
                     at += len(name)
@@ -77,29 +97,19 @@ class Names:
                 at += 1
         return Template(tuple(items))
 
-    @property
-    def _by_first(self) -> Mapping[int, list[tuple[Slot, tuple[int, ...]]]]:
-        found: dict[int, list[tuple[Slot, tuple[int, ...]]]] = {}
-        for name, forms in enumerate(self.tokens):
-            for form, ids in enumerate(forms):
-                found.setdefault(ids[0], []).append((Slot(name, form), ids))
-        return {k: sorted(v, key=lambda entry: -len(entry[1])) for k, v in found.items()}
-
-    def renamed(
-        self, template: Template, count: int, generator: torch.Generator
-    ) -> list[dict[int, int]]:
+    def ways(self, template: Template, count: int, generator: torch.Generator) -> list[Way]:
         """`count` ways to name what a template tells of: its own way, then other names at random.
 
         Two names of a text stay two.
         """
         own = template.names
-        ways = [dict(zip(own, own, strict=True))]
+        found: list[Way] = [dict(zip(own, own, strict=True))]
         for _ in range(count - 1):
             order = torch.randperm(len(self.tokens), generator=generator).tolist()
-            ways.append(dict(zip(own, order, strict=False)))
-        return ways
+            found.append(dict(zip(own, order, strict=False)))
+        return found
 
-    def written(self, template: Template, way: Mapping[int, int]) -> tuple[Ids, Ids]:
+    def written(self, template: Template, way: Way) -> tuple[Ids, Ids]:
         """The tokens of a template with these names, and the last position of each item."""
         ids: Ids = []
         last: Ids = []
@@ -113,8 +123,8 @@ def batch_of(rows: Iterable[Ids]) -> Batch:
     """Rows of tokens as a batch, padded on the right; all real tokens count."""
     tensors = [torch.tensor(row) for row in rows]
     pad = torch.nn.utils.rnn.pad_sequence
-    mask = pad([torch.ones_like(row) for row in tensors], batch_first=True)
     ids = pad(tensors, batch_first=True)
+    mask = pad([torch.ones_like(row) for row in tensors], batch_first=True)
     return {
         "input_ids": ids,
         "attention_mask": mask,
@@ -127,20 +137,68 @@ def read_names(path: str) -> list[str]:
     if not path.endswith(".txt"):
         raise UserError(f"method.names={path}: expected a .txt file with a name on each line")
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         why = "no such file" if isinstance(error, FileNotFoundError) else first_line(error)
         raise UserError(f"method.names={path}: {why}") from None
     names = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
     if len(names) < FEWEST:
         raise UserError(
-            f"method.names={path}: {len(names)} names; {FEWEST} or more are needed, one a line, "
-            "because each is replaced by others"
+            f"method.names={path}: {len(names)} names; {FEWEST} or more are needed, one on each "
+            "line, because each takes the others' place"
         )
     return names
 
 
-def gathered(values: Tensor, last: Sequence[Ids]) -> Tensor:
-    """Values (K, T, V) of K renamed texts at the last position of each item: (K, L, V)."""
-    places = torch.tensor(last, device=values.device)
-    return values[torch.arange(len(last), device=values.device)[:, None], places]
+def find_names(forget: Sequence[str], retain: Sequence[str] = ()) -> list[str]:
+    """What are names in forget texts, most frequent first: a guess, to be reviewed.
+
+    Words with a capital inside a sentence, joined where several stand together; in texts without
+    capitals, words that are rare in retain texts. UserError where there are too few.
+    """
+    here, there = (Counter(w for text in texts for w in words(text)) for texts in (forget, retain))
+    found = [name for name, count in proper(forget).most_common() if count >= OFTEN]
+    if len(found) < FEWEST:
+        size, other = here.total() + 1, there.total() + 1
+        spread = Counter(w for text in forget for w in {*words(text)})
+        found = [
+            word
+            for word, count in here.most_common()
+            if count >= OFTEN
+            and count / size > RARER * there[word] / other
+            and spread[word] <= len(forget) / 5  # what all texts have is the topic's, not a name
+        ]
+    if len(found) < FEWEST:
+        raise UserError(
+            "no names were found in the forget texts; write them to a file, one on each line, and "
+            "give it as method.names=names.txt"
+        )
+    return found
+
+
+def words(text: str) -> list[str]:
+    return WORD.findall(text)
+
+
+def proper(texts: Sequence[str]) -> Counter[str]:
+    """Runs of words with capitals, and how often each stands there.
+
+    The first word of a sentence counts where it has its capital elsewhere, too.
+    """
+    sentences = [part for text in texts for part in SENTENCE.split(text) if part.strip()]
+    inside = {w[0] for part in sentences for w in [*WORD.finditer(part)][1:] if w[0][0].isupper()}
+    found: Counter[str] = Counter()
+    for part in sentences:
+        run: list[str] = []
+        end = -1
+        for number, word in enumerate(WORD.finditer(part)):
+            capital = word[0][0].isupper() and (number > 0 or word[0] in inside)
+            if run and not (capital and part[end : word.start()] == " "):
+                found[" ".join(run)] += 1
+                run = []
+            if capital:
+                run.append(word[0])
+                end = word.end()
+        if run:
+            found[" ".join(run)] += 1
+    return found

@@ -3,23 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from srmu.checkpoint import Checkpoints
+from srmu.console import Watch, silent
 from srmu.data import Topic
-from srmu.elicit import ENDS, Likeness, continued, first_token, free_samples
+from srmu.elicit import Likeness, chunks, continued, ends_sentence, first_token, free_samples
 from srmu.errors import UserError
-from srmu.losses import predicted, token_kl
-from srmu.methods.base import State
-from srmu.methods.logits import LogitObjective
+from srmu.losses import token_kl
+from srmu.methods.base import Outcome, State
+from srmu.methods.logits import LogitObjective, drift, ignore
+from srmu.methods.renaming import (
+    Own,
+    divergence,
+    kept_of,
+    leave_one_out,
+    packed,
+    sentences_of,
+    still_told,
+    texts_of,
+)
+from srmu.methods.srmu import SRMU
+from srmu.methods.suppressing import perturb
 from srmu.model import Batch, EditableModel
-from srmu.names import Names, Template, batch_of, read_names
+from srmu.names import Names, find_names, read_names
 from srmu.sampling import Ids
-from srmu.train import Schedule, Terms, to
+from srmu.train import NOWHERE, Log, Schedule, Terms, TrainOptions, to
+
+HELD_AT_ONCE = 4  # held-out texts that are read at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,241 +45,171 @@ class RenameScrub(LogitObjective):
     name: ClassVar[str] = "rename_scrub"
     paper: ClassVar[str] = "none"
     uses: ClassVar[tuple[str, ...]] = ("retain texts", "names", "texts that the original writes")
-    learning_rate: ClassVar[float] = 2e-3
+    learning_rate: ClassVar[float] = 1e-3
     schedule: ClassVar[Schedule] = "linear"
 
-    names: str | None = None
-    coverage: Literal["elicited", "texts"] = "elicited"
-    positions: Literal["named", "all"] = "named"
-    renamed: bool = True  # renamed texts are taught, too, not only those with their own names
+    names: str | None = None  # a .txt file, a name on each line; null: found in the forget texts
+    coverage: Literal["elicited", "texts"] = "elicited"  # what is taught: own texts, forget texts
+    own_texts: int = 600  # from forget prefixes, and as many from nothing; never written to disk
+    prompt: int = 4  # tokens of a forget text that the model continues
+    own_tokens: int = 32  # of each own text
+    renamings: int = 8  # namings of each text: its own, and others at random
+    renamed: bool = True  # other namings are taught, too, not the text's own alone
     fresh: bool = True  # other names at each step
-    renamings: int = 8  # ways that each text is named, its own among them
-    texts: int = 480
-    start: int = 4  # tokens of a forget text that the model continues
-    length: int = 32
-    keep_rows: int = 12
-    threshold: float = 0.3  # nats
-    keep: float = 2.0
-    retain: float = 2.0
-    anchor_share: float = 0.5
-    noise: float = 0.0
-    held: int = 16
-    stop_at: float = 0.0
-    share: float = 0.5
-    hold: float = 1.0
-    mode: Literal["kl", "mi"] = "mi"
-    inv: float = 1.0
-    cal: float = 1.0
-    check_every: int = 10
+    positions: Literal["named", "all"] = "named"  # tokens that depend on the name, or all
+    threshold: float = 0.3  # nats that a token tells of the name where it depends on it
+    hold: float = 0.25  # weight of tokens that depend on the name in sentences to keep
+    keep: float = 0.7  # weight of all other tokens of own texts
+    keep_rows: int = 12  # own texts to keep a step
+    retain: float = 0.7  # weight of the retain texts
+    noise: float = 0.0  # share of the weights that noise takes the place of at the start, as UNDO
+    held_out: int = 16  # texts that are not taught, on which the stop rule is measured
+    stop_at: float = 0.0  # told of them above guessing, of 1; below it the training stops
+    check_every: int = 20  # steps between two such measurements
+    closing_kappa: float = 0.0  # strength of an SRMU pass at the end; 0: none
+    closing_rate: float = 5e-5  # learning rate of that pass
+    closing_steps: int = 80
 
-    def prepared(self, topic: Topic) -> Topic:
-        return topic.anchored(self.anchor_share) if self.anchor_share else topic
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.within(own_texts=(1, 1 << 20), prompt=(2, 1 << 20), own_tokens=(4, 1 << 20))
+        self.within(renamings=(2, 1 << 10), threshold=(0, 1e3), noise=(0, 1), held_out=(0, 1 << 20))
+        self.within(hold=(0, 1e6), keep=(0, 1e6), retain=(0, 1e6), keep_rows=(0, 1 << 20))
+        self.within(stop_at=(-1, 1), check_every=(1, 1 << 30), closing_kappa=(0, 1e6))
+        for option in ("closing_rate", "closing_steps"):
+            self.needs(option, self.closing_kappa > 0, "method.closing_kappa")
+        if self.names is not None:
+            read_names(self.names)
+
+    def reads(self, topic: Topic) -> int:
+        return 2 * chunks(self.own_texts)
 
     def setup(self, model: EditableModel, topic: Topic) -> State:
-        import time
-        t0 = time.time()
-        tokenizer = AutoTokenizer.from_pretrained(model.folder)
-        names = Names.tokenised(read_names(self.names), tokenizer)
-        forget, kept = (texts_of(batches) for batches in (topic.forget, topic.retain))
-        samples = free_samples(model, self.texts, self.length, topic.number("own texts"))
-        ends = [i for i in range(len(tokenizer)) if tokenizer.decode([i]).strip().endswith(ENDS)]
-        like = Likeness(forget, samples + kept, ends, names.pieces)
-        written = forget
-        if self.coverage == "elicited":
-            starts = [forget[i % len(forget)][: self.start] for i in range(self.texts)]
-            written = continued(model, starts, self.length, topic.number("elicited")) + samples
-        rows = packed(written, names, like, self.length, first_token(model), topic.generator("packing"), self.share)
-        order = torch.randperm(len(rows), generator=topic.generator("order")).tolist()
-        rows = [rows[i] for i in order]
-        own = Own(names, rows[self.held :], rows[: self.held], samples, like, topic)
-        print("setup", round(time.time() - t0, 1), len(rows))
-        self.perturb(model, topic)
-        return State(numbers={"texts": len(rows)}, memory={"own": own})
+        if model.folder is None:
+            raise UserError("rename_scrub needs a tokenizer: load the model from a folder")
+        tokenizer = AutoTokenizer.from_pretrained(model.folder, trust_remote_code=False)
+        forget, retain = texts_of(topic.forget[:]), texts_of(topic.retain[:])
+        names = Names.tokenised(self.named(tokenizer, forget, retain), tokenizer)
+        if not any(names.template(ids).names for ids in forget):
+            raise UserError(
+                f"method.names={self.names}: none of its {len(names.tokens)} names is in topic "
+                f"{topic.name}'s forget texts; name what they tell of"
+            )
+        length, tick = self.own_tokens, topic.tick
+        free = free_samples(model, self.own_texts, length, topic.number("own texts"), tick)
+        starts = [forget[i % len(forget)][: self.prompt] for i in range(self.own_texts)]
+        elicited = continued(model, starts, length, topic.number("elicited"), tick)
+        ends = [i for i in range(len(tokenizer)) if ends_sentence(str(tokenizer.decode([i])))]
+        like = Likeness(forget, free + retain, ends, names.pieces)
+        first = first_token(model)
+        told, known = (sentences_of(part, names, like, first) for part in (elicited + free, forget))
+        if not {*told["forget"]} - {*known["forget"]}:
+            raise UserError(
+                f"topic {topic.name}: what the model wrote after the beginnings of forget texts "
+                "tells nothing new of the names; raise method.own_texts or method.own_tokens, or "
+                "set method.coverage=texts"
+            )
+        if self.coverage == "texts":  # whatever they are like
+            told["forget"] = [sentence for kind in known.values() for sentence in kind]
+        texts = packed(told, length, first, topic.generator("packing"))
+        held = texts[: min(self.held_out, len(texts) // 4)]
+        if self.noise and not model.delta():  # once, whatever the number of topics
+            perturb(model, topic.generator("noise", shared=True), self.noise)
+        numbers = {"names": len(names.tokens), "own_texts": len(texts), "held_out": len(held)}
+        box = Own(names, texts[len(held) :], held, kept_of(free, like), topic)
+        return State({}, numbers, {"own": box})
 
-    def perturb(self, model, topic):
-        if self.noise:
-            gen = topic.generator("noise")
-            for n, p in model.trained.items():
-                if p.ndim > 1:
-                    p.data.copy_((1 - self.noise) * p.data + self.noise * 0.02 * torch.randn(p.shape, generator=gen))
+    def named(self, tokenizer: Any, forget: Sequence[Ids], retain: Sequence[Ids]) -> list[str]:
+        """The names of the file, or those that are found in the texts."""
+        if self.names is not None:
+            return read_names(self.names)
+        texts = ([str(tokenizer.decode(i)) for i in part] for part in (forget, retain))
+        return find_names(*texts)
 
     def loss(
         self, model: EditableModel, state: State, forget: Batch, retain: Batch, step: int
     ) -> Terms:
-        own = state.memory["own"]
-        if step % self.check_every == 0:
-            left = own.residual(self, model)
-            print(step, "residual", round(left, 3))
+        own: Own = state.memory["own"]
+        logged = {}
+        if own.held and step % self.check_every == 0:
+            left = self.left(model, own)
+            logged["held_out_told"] = torch.tensor(left)
             if left <= self.stop_at:
-                return Terms({}, {}, "what was held out is as any other name's")
-        count = len(forget["input_ids"])
-        group = own.group(own.turn(own.texts, count, step), self.renamings, step if self.fresh else None)
-        p0 = group.read(model, frozen=True)
-        p = group.read(model, taught=None if self.renamed else 1)
-        target, told = leave_one_out(p0)
-        # eq: rename_scrub, L = mean KL(q_k || p_k) + ..., q_k = mean_{j != k} p0_j
-        named = group.valid & group.like & (told > self.threshold if self.positions == "named" else True)
-        if not self.renamed:
-            p0, target, named = p0[:, :1], target[:, :1], named[:, :1]
-        valid = group.valid[:, : p.shape[1]]
-        rest = valid & ~named
-        if self.mode == "kl":
-            losses = {"forget": (kl(target, p) * named).sum() / named.sum().clamp(min=1)}
-        else:
-            where = named.any(1)
-            mean = p.exp().mean(1).clamp(min=1e-30).log()
-            mean0 = p0.exp().mean(1).clamp(min=1e-30).log()
-            mi = kl(p, mean[:, None]).mean(1)
-            losses = {"forget": self.inv * (mi * where).sum() / where.sum().clamp(min=1)}
-            losses["cal"] = self.cal * (kl(mean0, mean) * where).sum() / where.sum().clamp(min=1)
-        near = valid & ~group.like[:, : p.shape[1]] & (told[:, : p.shape[1]] > self.threshold)
-        if self.hold:
-            losses["hold"] = self.hold * (kl(p0, p) * near).sum() / near.sum().clamp(min=1)
-            rest = rest & ~near
-        held, count = (kl(p0, p) * rest).sum(), rest.sum()
-        if self.keep:
-            batch, mask = own.kept(self.keep_rows, step)
-            batch, mask = to(batch, model.device), mask.to(model.device)
-            with model.frozen(), torch.no_grad():
-                before = model.logits(batch)
-            k2 = token_kl(before, model.logits(batch))
-            losses["keep"] = self.keep * (held + (k2 * mask).sum()) / (count + mask.sum())
-        if self.retain:
-            with model.frozen(), torch.no_grad():
-                before = model.logits(retain)
-            k3 = token_kl(before, model.logits(retain)) * predicted(retain["labels"])
-            losses["retain"] = self.retain * k3.sum() / predicted(retain["labels"]).sum()
-        return Terms(losses, {"named": named.sum().float() / named.shape[1]})
-
-
-def kl(p: Tensor, q: Tensor) -> Tensor:
-    return (p.exp() * (p - q)).sum(-1)
-
-
-def leave_one_out(p0: Tensor) -> tuple[Tensor, Tensor]:
-    """Of log-probabilities (G, K, L, V): the mean of the others, and KL to it (G, K, L)."""
-    p = p0.exp()
-    mean = (p.sum(1, keepdim=True) - p) / (p.shape[1] - 1)
-    target = mean.clamp(min=1e-30).log()
-    return target, kl(p0, target)
-
-
-def texts_of(batches: Sequence[Batch]) -> list[Ids]:
-    return [
-        ids[mask == 1].tolist()
-        for batch in batches
-        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
-    ]
-
-
-def packed(texts, names, like, length, first, generator, share=0.5):
-    """Sentences with names, joined to texts of about `length` tokens; items and which are like."""
-    found = {"forget": {}, "keep": {}}
-    for text in texts:
-        items = names.template(text).items
-        for start, end, kind in like.sentences(items):
-            t = tuple(i for i in items[start:end] if i != first)
-            if kind in found and Template(t).names:
-                found[kind][t] = None
-    pools = {}
-    for kind, ts in found.items():
-        ts = list(ts)
-        pools[kind] = [ts[i] for i in torch.randperm(len(ts), generator=generator).tolist()]
-    print({k: len(v) for k, v in pools.items()})
-    rows, row, flags = [], [first], [False]
-    nk = len(pools["forget"]) * share / (1 - share) if pools["keep"] else 0
-    order = [("forget", t) for t in pools["forget"]]
-    order += [("keep", pools["keep"][i % len(pools["keep"])]) for i in range(round(nk))]
-    for i in torch.randperm(len(order), generator=generator).tolist():
-        kind, t = order[i]
-        if len(row) + len(t) > length and len(row) > 1:
-            rows.append((Template(tuple(row)), flags))
-            row, flags = [first], [False]
-        row += t; flags = flags + [kind == "forget"] * len(t)
-    return rows
-
-
-@dataclass
-class Group:
-    batch: Batch
-    places: Tensor  # (G, K, L)
-    valid: Tensor  # (G, K, L)
-    like: Tensor
-
-    def read(self, model, frozen=False, taught=None):
-        g, k, l = self.places.shape
-        places = self.places
-        batch = self.batch
-        if taught:
-            rows = torch.arange(g * k).view(g, k)[:, :taught].flatten()
-            batch = {n: t[rows] for n, t in batch.items()}
-            places = places[:, :taught]
-        batch = to(batch, model.device)
-        if frozen:
-            with model.frozen(), torch.no_grad():
-                logits = model.logits(batch)
-        else:
-            logits = model.logits(batch)
-        flat = places.reshape(-1, l).to(model.device)
-        v = logits[torch.arange(len(flat), device=flat.device)[:, None], flat]
-        return v.float().log_softmax(-1).view(g, -1, l, v.shape[-1])
-
-
-class Own:
-    def __init__(self, names, texts, held, samples, like, topic):
-        self.names, self.texts, self.held, self.samples, self.topic = names, texts, held, samples, topic
-        self.masks = []; self.like = like
-        for s in samples:
-            m = torch.zeros(len(s), dtype=torch.bool)
-            for a, b, alike in like.sentences(s):
-                m[a:b] = alike == "keep"
-            self.masks.append(m[1:])
-        self.known = None
-
-    def state_dict(self): return {}
-    def load_state_dict(self, s): pass
-
-    def turn(self, items, count, step):
-        return [items[(step * count + i) % len(items)] for i in range(count)]
-
-    def kept(self, count, step):
-        idx = self.turn(range(len(self.samples)), count, step)
-        batch = batch_of([self.samples[i] for i in idx])
-        mask = torch.nn.utils.rnn.pad_sequence([self.masks[i] for i in idx], batch_first=True)
-        return batch, mask
-
-    def group(self, templates, count, step):
-        gen = self.topic.generator(f"renamings {step}")
-        rows, places = [], []
-        flags = []
-        for t, like in templates:
-            flags += [torch.tensor(like[1:] + [False])] * count
-            for way in self.names.renamed(t, count, gen):
-                ids, last = self.names.written(t, way)
-                rows.append(ids); places.append(torch.tensor(last))
-        pl = torch.nn.utils.rnn.pad_sequence(places, batch_first=True)
-        valid = torch.nn.utils.rnn.pad_sequence([torch.ones(len(p) - 1, dtype=torch.bool) for p in places], batch_first=True)
-        valid = torch.cat([valid, torch.zeros(len(valid), 1, dtype=torch.bool)], 1)
-        g = len(templates)
-        fl = torch.nn.utils.rnn.pad_sequence(flags, batch_first=True)
-        return Group(batch_of(rows), pl.view(g, count, -1), valid.view(g, count, -1), fl.view(g, count, -1))
+                stop = f"what the held-out texts tell of names is {left:.3f} above guessing"
+                return Terms({"forget": torch.zeros(())}, logged, stop)
+        texts = own.turn(len(forget["input_ids"]), step)
+        group = own.group(texts, self.renamings, f"{step}" if self.fresh else "fixed")
+        with model.frozen(), torch.no_grad():
+            before = group.read(model)
+        target, told = leave_one_out(before)
+        log_p = group.read(model, None if self.renamed else 1)
+        namings = log_p.shape[1]
+        before, target, told = before[:, :namings], target[:, :namings], told[:, :namings]
+        alike, follows = group.alike[:, :namings], group.follows[:, :namings]
+        depends = follows & (told.cpu() > self.threshold)
+        scrubbed = follows & alike if self.positions == "all" else depends & alike
+        near = depends & ~alike
+        changed, drifted = divergence(target, log_p), divergence(before, log_p)
+        # eq: rename_scrub, forget: mean KL(q_k || p_k) where what follows tells of the name
+        losses = {"forget": mean_over(changed, scrubbed)}
+        losses["hold"] = self.hold * mean_over(drifted, near)
+        # eq: rename_scrub, keep: mean KL(p0 || p) of all else in own texts
+        rest = follows & ~scrubbed & ~near
+        costs, count = masked(drifted, rest).sum(), rest.sum()
+        if self.keep_rows and own.kept:
+            batch, mark = own.keeping(self.keep_rows, step)
+            batch, mark = to(batch, model.device), mark.to(model.device)
+            with model.frozen():
+                wanted = model.logits(batch)
+            costs = costs + masked(token_kl(wanted, model.logits(batch)), mark).sum()
+            count = count + mark.sum().cpu()
+        losses["keep"] = self.keep * costs / count.clamp(min=1)
+        # eq: rename_scrub, retain: mean KL(p0 || p) of the retain texts
+        losses["retain"] = self.retain * drift(model, retain, model.logits(retain))
+        logged["named"] = scrubbed.sum().float()
+        return Terms(losses, logged)
 
     @torch.no_grad()
-    def residual(self, method, model):
-        if self.known is None:
-            self.known = []
-            for i in range(0, len(self.held), 4):
-                gr = self.group(self.held[i : i + 4], 8, None)
-                p0 = gr.read(model, frozen=True)
-                _, told = leave_one_out(p0)
-                self.known.append((gr, p0.argmax(-1), gr.valid & gr.like & (told > method.threshold)))
-        num = n = 0.0
-        for gr, top, named in self.known:
-            p = gr.read(model)
-            own = p.gather(-1, top[..., None])  # G K L 1
-            tops = top.transpose(1, 2)[:, None].expand(-1, p.shape[1], -1, -1)  # G K L K
-            others = p.gather(-1, tops)
-            w = (own > others).float() + 0.5 * (own == others).float()
-            sel = named[..., None] & (tops != top[..., None])
-            num += float((w * sel).sum()); n += float(sel.sum())
-        return 2 * num / max(1, n) - 1
+    def left(self, model: EditableModel, own: Own) -> float:
+        """What the held-out texts still tell of names: 1 all, 0 no more than of any other.
+
+        1 where they told nothing from the start: then they cannot say when it is enough.
+        """
+        wins, pairs = 0.0, 0
+        for start in range(0, len(own.held), HELD_AT_ONCE):
+            group = own.group(own.held[start : start + HELD_AT_ONCE], self.renamings, "held out")
+            with model.frozen():
+                before = group.read(model)
+            _, told = leave_one_out(before)
+            where = group.follows & group.alike & (told.cpu() > self.threshold)
+            found = still_told(group.read(model), before.argmax(-1), where.to(model.device))
+            wins, pairs = wins + found[0], pairs + found[1]
+        return 2 * wins / pairs - 1 if pairs else 1.0
+
+    def apply(
+        self,
+        model: EditableModel,
+        topics: Sequence[Topic],
+        train: TrainOptions,
+        log: Log,
+        watch: Watch = silent,
+        checkpoints: Checkpoints = NOWHERE,
+    ) -> Outcome:
+        outcome = super().apply(model, topics, train, log, watch, checkpoints)
+        if self.closing_kappa:
+            srmu = SRMU(kappa=self.closing_kappa, anchors="random").resolved(model.module.config)
+            last = EditableModel(model.module, srmu.trainable)
+            options = replace(
+                train, learning_rate=self.closing_rate, max_steps=self.closing_steps, schedule=None
+            )
+            srmu.apply(last, topics, options, ignore, watch)
+        return outcome
+
+
+def masked(values: Tensor, where: Tensor) -> Tensor:
+    return values * where.to(values.device)
+
+
+def mean_over(values: Tensor, where: Tensor) -> Tensor:
+    """Mean of the values there; 0 where it is nowhere."""
+    return masked(values, where).sum() / where.sum().clamp(min=1).to(values.device)

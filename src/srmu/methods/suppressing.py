@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, Literal, Self
 
+import torch
+
 from srmu.data import Topic
 from srmu.methods.base import Objective, State
 from srmu.methods.graddiff import GradDiff
@@ -88,3 +90,16 @@ class Suppressing(Objective):
         with self.scoped(model):
             fit(model, [part], first.limited(options, model.vocabulary_size), ignore)
         return state
+
+
+def perturb(
+    model: EditableModel, generator: torch.Generator, noise: float, beta: float = 1.0
+) -> None:
+    """Shrink all weights into noise that is `beta` times the size of fresh weights."""
+    std = getattr(model.module.config, "initializer_range", 0.02)
+    for parameter in model.trained.values():
+        if parameter.ndim > 1:  # the weights of norms begin at 1, not at random
+            fresh = std * torch.randn(parameter.shape, generator=generator)
+            # eq: UNDO, theta = (1 - a) theta_T + a b N, N ~ fresh weights
+            change = noise * beta * fresh.to(model.device)
+            parameter.data.copy_((1 - noise) * parameter.data.float() + change)

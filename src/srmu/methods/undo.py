@@ -3,13 +3,11 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
 from srmu.data import Topic
 from srmu.elicit import free_samples
 from srmu.losses import mean_kl
 from srmu.methods.base import State
-from srmu.methods.suppressing import Suppressing
+from srmu.methods.suppressing import Suppressing, perturb
 from srmu.model import Batch, EditableModel
 from srmu.sampling import joined
 from srmu.train import Schedule, Terms, restore, to
@@ -43,14 +41,7 @@ class Undo(Suppressing):
         restore([*model.trained.values()], [model.original[name] for name in model.trained])
         self.suppress(model, topic)
         teacher = {name: p.detach().clone() for name, p in model.trained.items()}
-        generator = topic.generator("noise", shared=True)
-        std = getattr(model.module.config, "initializer_range", 0.02)
-        for parameter in model.trained.values():
-            if parameter.ndim > 1:  # the weights of norms begin at 1, not at random
-                fresh = std * torch.randn(parameter.shape, generator=generator)
-                # eq: UNDO, theta = (1 - a) theta_T + a b N, N ~ fresh weights
-                noise = self.noise * self.beta * fresh.to(model.device)
-                parameter.data.copy_((1 - self.noise) * parameter.data.float() + noise)
+        perturb(model, topic.generator("noise", shared=True), self.noise, self.beta)
         number = topic.number("own texts")
         texts = free_samples(model, self.own_texts, self.own_tokens, number)
         texts = [text for text in texts if len(text) > 1]

@@ -1,0 +1,183 @@
+"""Texts in several namings, as rename_scrub reads them: all in memory, none is ever written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from srmu.data import Topic
+from srmu.elicit import Kind, Likeness
+from srmu.model import Batch, EditableModel
+from srmu.names import Item, Names, Template, batch_of
+from srmu.sampling import Ids
+from srmu.train import to
+
+
+def leave_one_out(
+    log_p: Float[Tensor, "G K L V"],
+) -> tuple[Float[Tensor, "G K L V"], Float[Tensor, "G K L"]]:
+    """Of each naming: the mean distribution under the others, and how far its own is from that.
+
+    The second is KL(own || mean) in nats: what the next token tells of the name.
+    """
+    p = log_p.exp()
+    # eq: rename_scrub, q_k = mean over j != k of p0(. | the text in naming j)
+    mean = (p.sum(dim=1, keepdim=True) - p) / (p.shape[1] - 1)
+    target = mean.clamp(min=1e-30).log()
+    return target, divergence(log_p, target)
+
+
+def divergence(log_p: Float[Tensor, "*B V"], log_q: Float[Tensor, "*B V"]) -> Float[Tensor, "*B"]:
+    """KL(p || q) in nats."""
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def still_told(
+    log_p: Float[Tensor, "G K L V"], top: Int[Tensor, "G K L"], where: Bool[Tensor, "G K L"]
+) -> tuple[float, int]:
+    """How often a name's own answer is likelier than that of another name, and of how many pairs.
+
+    `top` is what the original would say at each place; a tie counts half.
+    """
+    others = top.transpose(1, 2)[:, None].expand(-1, top.shape[1], -1, -1)  # (G, K, L, K)
+    own = log_p.gather(-1, top[..., None])
+    rival = log_p.gather(-1, others)
+    wins = (own > rival).float() + 0.5 * (own == rival).float()
+    pairs = where[..., None] & (others != top[..., None])
+    return float((wins * pairs).sum()), int(pairs.sum())
+
+
+@dataclass(frozen=True)
+class Group:
+    """G texts in K namings each: a batch, and where each of its L items ends."""
+
+    batch: Batch
+    places: Int[Tensor, "G K L"]
+    follows: Bool[Tensor, "G K L"]  # whether another item follows, which can be predicted
+    alike: Bool[Tensor, "G K L"]  # whether what follows is in a sentence like the forget texts
+
+    def read(self, model: EditableModel, namings: int | None = None) -> Float[Tensor, "G k L V"]:
+        """Log-probabilities of what follows each item, under the first `namings` only."""
+        count, every, length = self.places.shape
+        rows = torch.arange(count * every).view(count, every)[:, :namings].flatten()
+        batch = to({name: tensor[rows] for name, tensor in self.batch.items()}, model.device)
+        places = self.places.view(-1, length)[rows].to(model.device)
+        logits = model.logits(batch)
+        found = logits[torch.arange(len(rows), device=model.device)[:, None], places]
+        return found.float().log_softmax(-1).view(count, -1, length, found.shape[-1])
+
+
+@dataclass(frozen=True)
+class Told:
+    """A text with slots for names, and which of its items are in sentences like forget texts."""
+
+    template: Template
+    alike: tuple[bool, ...]
+
+
+@dataclass
+class Own:
+    """What the original wrote: texts that tell of names, those held out, and texts to keep."""
+
+    names: Names
+    texts: list[Told]
+    held: list[Told]
+    kept: list[tuple[Ids, list[bool]]]  # tokens, and which of them are held to the original
+    topic: Topic
+
+    def group(self, texts: Sequence[Told], namings: int, draw: str) -> Group:
+        """The texts in as many namings; `draw` names the random stream."""
+        generator = self.topic.generator(f"namings {draw}")
+        rows: list[Ids] = []
+        places: list[Tensor] = []
+        alike: list[Tensor] = []
+        for text in texts:
+            for way in self.names.ways(text.template, namings, generator):
+                ids, last = self.names.written(text.template, way)
+                rows.append(ids)
+                places.append(torch.tensor(last))
+                alike.append(torch.tensor([*text.alike[1:], False]))
+        follows = [torch.arange(len(last)) < len(last) - 1 for last in places]
+        parts = (
+            torch.nn.utils.rnn.pad_sequence(part, batch_first=True).view(len(texts), namings, -1)
+            for part in (places, follows, alike)
+        )
+        return Group(batch_of(rows), *parts)
+
+    def turn(self, count: int, step: int) -> list[Told]:
+        """The texts of a step."""
+        return [self.texts[(step * count + i) % len(self.texts)] for i in range(count)]
+
+    def keeping(self, count: int, step: int) -> tuple[Batch, Tensor]:
+        """The texts to keep of a step, and the positions whose prediction is held, (B, T - 1)."""
+        rows = [self.kept[(step * count + i) % len(self.kept)] for i in range(count)]
+        batch = batch_of([ids for ids, _ in rows])
+        marks = [torch.tensor(mark[1:]) for _, mark in rows]
+        return batch, torch.nn.utils.rnn.pad_sequence(marks, batch_first=True)
+
+
+def texts_of(batches: Sequence[Batch]) -> list[Ids]:
+    """The texts of batches, without padding."""
+    return [
+        ids[real == 1].tolist()
+        for batch in batches
+        for ids, real in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    ]
+
+
+def kept_of(texts: Sequence[Ids], like: Likeness) -> list[tuple[Ids, list[bool]]]:
+    """Texts of two tokens and more with the tokens that are to stay as they are."""
+    found = []
+    for ids in texts:
+        mark = [
+            kind == "keep" for start, end, kind in like.sentences(ids) for _ in range(start, end)
+        ]
+        if len(ids) > 1 and any(mark[1:]):
+            found.append((ids, mark))
+    return found
+
+
+def sentences_of(
+    texts: Sequence[Ids], names: Names, like: Likeness, first: int
+) -> dict[Kind, list[Template]]:
+    """The different sentences that tell of names, by their kind; `first` begins texts."""
+    found: dict[Kind, dict[Template, None]] = {"forget": {}, "keep": {}, "neither": {}}
+    for ids in texts:
+        whole = names.template(ids).items
+        for start, end, kind in like.sentences(whole):
+            sentence = Template(tuple(item for item in whole[start:end] if item != first))
+            if sentence.names:
+                found[kind][sentence] = None
+    return {kind: [*sentences] for kind, sentences in found.items()}
+
+
+def packed(
+    sentences: Mapping[Kind, Sequence[Template]],
+    length: int,
+    first: int,
+    generator: torch.Generator,
+) -> list[Told]:
+    """The sentences to forget, each once, and as many to keep, joined to texts of about `length`.
+
+    What is to be told apart stands together.
+    """
+    forget, keep = sentences["forget"], sentences["keep"]
+    told = [(sentence, True) for sentence in forget]
+    told += [(keep[i % len(keep)], False) for i in range(len(forget) if keep else 0)]
+    found: list[Told] = []
+    items: list[Item] = [first]
+    alike = [False]
+    for i in torch.randperm(len(told), generator=generator).tolist():
+        sentence, forgets = told[i]
+        if len(items) > 1 and len(items) + len(sentence.items) > length:
+            found.append(Told(Template(tuple(items)), tuple(alike)))
+            items, alike = [first], [False]
+        items = [*items, *sentence.items]
+        alike = [*alike, *[forgets] * len(sentence.items)]
+    if len(items) > 1:
+        found.append(Told(Template(tuple(items)), tuple(alike)))
+    return found
