@@ -64,8 +64,18 @@ class Frontier:
         if self.kind == "robust":
             return methods
         base = self.spec["ablated"]
-        changed = {k: (*methods[base], *v) for k, v in given["ablations"].items()}
-        return {base: methods[base]} | changed
+        own = (*methods[base], *given.get("ablated", ()))
+        return {base: own} | {k: (*own, *v) for k, v in given["ablations"].items()}
+
+    @property
+    def attacks(self) -> tuple[str, ...]:
+        """The attacks by name; (): all of the tier."""
+        return tuple(self.spec.get("attacks", {}).get(self.kind, ()))
+
+    @property
+    def tried(self) -> str:
+        """A name for what the runs are attacked with."""
+        return f"{self.tier}-{self.kind}" if self.attacks else self.tier
 
     def labels(self, world: str) -> list[str]:
         return [k for k in self.settings(world) if not self.methods or k in self.methods]
@@ -90,6 +100,7 @@ class Case(NamedTuple):
     attacked: tuple[str, ...]  # tasks that ask for what is to go
     texts: Mapping[str, str]
     tier: str
+    attacks: tuple[str, ...] = ()  # these alone, where they are named
 
 
 def wanted(
@@ -223,12 +234,13 @@ def case_of(frontier: Frontier, world: str, regime: str, label: str, seed: int) 
     run = run_folder(plan(load_config(job.config, job.overrides))[0])
     return Case(
         job,
-        home / f"matched-{spec['budget']:g}-{frontier.tier}" / run.name,
+        home / f"matched-{spec['budget']:g}-{frontier.tried}" / run.name,
         spec["budget"],
         tuple(spec["judged"]),
         tuple(spec["worlds"][world]["attacked"].values()),
         {kind: str(folder / name) for kind, name in spec["texts"].items()},
         frontier.tier,
+        frontier.attacks,
     )
 
 
@@ -239,7 +251,7 @@ def done(case: Case) -> bool:
         return False
     report = json.loads((case.out / FILE).read_text())
     controls = [controls_of(case) / who / TEXTS for who in CONTROLS]
-    tried = {*report["attacks"]} == {*select(case.tier, ())}  # type: ignore[arg-type]
+    tried = {*report["attacks"]} == {*select(case.tier, case.attacks)}  # type: ignore[arg-type]
     return tried and all(path.exists() for path in controls)
 
 
@@ -260,7 +272,7 @@ def measured(case: Case) -> Path | str:
         examine_run(run, case)
         examine_controls(run, case)
         sources = Sources(tasks=case.attacked, limit=10_000)
-        attack(run, tier=case.tier, sources=sources)  # type: ignore[arg-type]
+        attack(run, tier=case.tier, names=case.attacks, sources=sources)  # type: ignore[arg-type]
         return case.out
     except Diverged:
         return "diverged"

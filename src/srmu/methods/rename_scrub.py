@@ -7,13 +7,12 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
 from transformers import AutoTokenizer
 
 from srmu.checkpoint import Checkpoints
 from srmu.console import Watch, silent
 from srmu.data import Topic
-from srmu.elicit import Likeness, chunks, continued, ends_sentence, first_token, free_samples
+from srmu.elicit import chunks
 from srmu.errors import UserError
 from srmu.losses import token_kl
 from srmu.methods.base import Outcome, State
@@ -21,21 +20,17 @@ from srmu.methods.logits import LogitObjective, drift, ignore
 from srmu.methods.renaming import (
     Own,
     divergence,
-    kept_of,
     leave_one_out,
-    packed,
-    sentences_of,
-    still_told,
+    masked,
+    mean_over,
     texts_of,
+    write,
 )
 from srmu.methods.srmu import SRMU
 from srmu.methods.suppressing import perturb
 from srmu.model import Batch, EditableModel
 from srmu.names import Names, find_names, read_names
-from srmu.sampling import Ids
 from srmu.train import NOWHERE, Log, Schedule, Terms, TrainOptions, to
-
-HELD_AT_ONCE = 4  # held-out texts that are read at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,43 +83,23 @@ class RenameScrub(LogitObjective):
         if model.folder is None:
             raise UserError("rename_scrub needs a tokenizer: load the model from a folder")
         tokenizer = AutoTokenizer.from_pretrained(model.folder, trust_remote_code=False)
-        forget, retain = texts_of(topic.forget[:]), texts_of(topic.retain[:])
-        names = Names.tokenised(self.named(tokenizer, forget, retain), tokenizer)
-        if not any(names.template(ids).names for ids in forget):
-            raise UserError(
-                f"method.names={self.names}: none of its {len(names.tokens)} names is in topic "
-                f"{topic.name}'s forget texts; name what they tell of"
-            )
-        length, tick = self.own_tokens, topic.tick
-        free = free_samples(model, self.own_texts, length, topic.number("own texts"), tick)
-        starts = [forget[i % len(forget)][: self.prompt] for i in range(self.own_texts)]
-        elicited = continued(model, starts, length, topic.number("elicited"), tick)
-        ends = [i for i in range(len(tokenizer)) if ends_sentence(str(tokenizer.decode([i])))]
-        like = Likeness(forget, free + retain, ends, names.pieces)
-        first = first_token(model)
-        told, known = (sentences_of(part, names, like, first) for part in (elicited + free, forget))
-        if not {*told["forget"]} - {*known["forget"]}:
-            raise UserError(
-                f"topic {topic.name}: what the model wrote after the beginnings of forget texts "
-                "tells nothing new of the names; raise method.own_texts or method.own_tokens, or "
-                "set method.coverage=texts"
-            )
-        if self.coverage == "texts":  # whatever they are like
-            told["forget"] = [sentence for kind in known.values() for sentence in kind]
-        texts = packed(told, length, first, topic.generator("packing"))
-        held = texts[: min(self.held_out, len(texts) // 4)]
+        own = write(
+            model, topic, Names.tokenised(self.named(tokenizer, topic), tokenizer), tokenizer,
+            count=self.own_texts, prompt=self.prompt, length=self.own_tokens,
+            elicited=self.coverage == "elicited", held_out=self.held_out,
+        )  # fmt: skip
         if self.noise and not model.delta():  # once, whatever the number of topics
             perturb(model, topic.generator("noise", shared=True), self.noise)
-        numbers = {"names": len(names.tokens), "own_texts": len(texts), "held_out": len(held)}
-        box = Own(names, texts[len(held) :], held, kept_of(free, like), topic)
-        return State({}, numbers, {"own": box})
+        counts = {"names": own.names.tokens, "own_texts": own.texts, "held_out": own.held}
+        numbers = {name: len(counted) for name, counted in counts.items()}
+        return State({}, numbers, {"own": own})
 
-    def named(self, tokenizer: Any, forget: Sequence[Ids], retain: Sequence[Ids]) -> list[str]:
+    def named(self, tokenizer: Any, topic: Topic) -> list[str]:
         """The names of the file, or those that are found in the texts."""
         if self.names is not None:
             return read_names(self.names)
-        texts = ([str(tokenizer.decode(i)) for i in part] for part in (forget, retain))
-        return find_names(*texts)
+        roles = (texts_of(topic.forget[:]), texts_of(topic.retain[:]))
+        return find_names(*([str(tokenizer.decode(ids)) for ids in texts] for texts in roles))
 
     def loss(
         self, model: EditableModel, state: State, forget: Batch, retain: Batch, step: int
@@ -132,7 +107,7 @@ class RenameScrub(LogitObjective):
         own: Own = state.memory["own"]
         logged = {}
         if own.held and step % self.check_every == 0:
-            left = self.left(model, own)
+            left = own.left(model, self.renamings, self.threshold)
             logged["held_out_told"] = torch.tensor(left)
             if left <= self.stop_at:
                 stop = f"what the held-out texts tell of names is {left:.3f} above guessing"
@@ -169,23 +144,6 @@ class RenameScrub(LogitObjective):
         logged["named"] = scrubbed.sum().float()
         return Terms(losses, logged)
 
-    @torch.no_grad()
-    def left(self, model: EditableModel, own: Own) -> float:
-        """What the held-out texts still tell of names: 1 all, 0 no more than of any other.
-
-        1 where they told nothing from the start: then they cannot say when it is enough.
-        """
-        wins, pairs = 0.0, 0
-        for start in range(0, len(own.held), HELD_AT_ONCE):
-            group = own.group(own.held[start : start + HELD_AT_ONCE], self.renamings, "held out")
-            with model.frozen():
-                before = group.read(model)
-            _, told = leave_one_out(before)
-            where = group.follows & group.alike & (told.cpu() > self.threshold)
-            found = still_told(group.read(model), before.argmax(-1), where.to(model.device))
-            wins, pairs = wins + found[0], pairs + found[1]
-        return 2 * wins / pairs - 1 if pairs else 1.0
-
     def apply(
         self,
         model: EditableModel,
@@ -204,12 +162,3 @@ class RenameScrub(LogitObjective):
             )
             srmu.apply(last, topics, options, ignore, watch)
         return outcome
-
-
-def masked(values: Tensor, where: Tensor) -> Tensor:
-    return values * where.to(values.device)
-
-
-def mean_over(values: Tensor, where: Tensor) -> Tensor:
-    """Mean of the values there; 0 where it is nowhere."""
-    return masked(values, where).sum() / where.sum().clamp(min=1).to(values.device)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from srmu.data import Topic
-from srmu.elicit import Kind, Likeness
+from srmu.elicit import Kind, Likeness, continued, ends_sentence, first_token, free_samples
+from srmu.errors import UserError
 from srmu.model import Batch, EditableModel
 from srmu.names import Item, Names, Template, batch_of
 from srmu.sampling import Ids
@@ -49,6 +51,9 @@ def still_told(
     wins = (own > rival).float() + 0.5 * (own == rival).float()
     pairs = where[..., None] & (others != top[..., None])
     return float((wins * pairs).sum()), int(pairs.sum())
+
+
+HELD_AT_ONCE = 4  # held-out texts that are read at once
 
 
 @dataclass(frozen=True)
@@ -118,6 +123,76 @@ class Own:
         batch = batch_of([ids for ids, _ in rows])
         marks = [torch.tensor(mark[1:]) for _, mark in rows]
         return batch, torch.nn.utils.rnn.pad_sequence(marks, batch_first=True)
+
+    @torch.no_grad()
+    def left(self, model: EditableModel, namings: int, threshold: float) -> float:
+        """What the held-out texts still tell of names: 1 all, 0 no more than of any other.
+
+        1 where they told nothing from the start: then they cannot say when it is enough.
+        """
+        wins, pairs = 0.0, 0
+        for start in range(0, len(self.held), HELD_AT_ONCE):
+            group = self.group(self.held[start : start + HELD_AT_ONCE], namings, "held out")
+            with model.frozen():
+                before = group.read(model)
+            _, told = leave_one_out(before)
+            where = group.follows & group.alike & (told.cpu() > threshold)
+            found = still_told(group.read(model), before.argmax(-1), where.to(model.device))
+            wins, pairs = wins + found[0], pairs + found[1]
+        return 2 * wins / pairs - 1 if pairs else 1.0
+
+
+def write(
+    model: EditableModel,
+    topic: Topic,
+    names: Names,
+    tokenizer: Any,
+    *,
+    count: int,
+    prompt: int,
+    length: int,
+    elicited: bool,
+    held_out: int,
+) -> Own:
+    """What the original writes after the first `prompt` tokens of forget texts, and from nothing.
+
+    `count` texts of each, of at most `length` tokens. Without `elicited` the forget texts are
+    taught. UserError where none of the names is in them, or the model tells nothing new.
+    """
+    forget, retain = texts_of(topic.forget[:]), texts_of(topic.retain[:])
+    if not any(names.template(ids).names for ids in forget):
+        raise UserError(
+            f"method.names: none of its {len(names.tokens)} names is in topic {topic.name}'s "
+            "forget texts; name what they tell of"
+        )
+    free = free_samples(model, count, length, topic.number("own texts"), topic.tick)
+    starts = [forget[i % len(forget)][:prompt] for i in range(count)]
+    more = continued(model, starts, length, topic.number("elicited"), topic.tick)
+    ends = [i for i in range(len(tokenizer)) if ends_sentence(str(tokenizer.decode([i])))]
+    like = Likeness(forget, free + retain, ends, names.pieces)
+    first = first_token(model)
+    told, known = (sentences_of(part, names, like, first) for part in (more + free, forget))
+    if not {*told["forget"]} - {*known["forget"]}:
+        raise UserError(
+            f"topic {topic.name}: what the model wrote after the beginnings of forget texts tells "
+            "nothing new of the names; raise method.own_texts or method.own_tokens, or set "
+            "method.coverage=texts"
+        )
+    if not elicited:  # all that forget texts say, whatever it is like
+        told["forget"] = [sentence for kind in known.values() for sentence in kind]
+    texts = packed(told, length, first, topic.generator("packing"))
+    held = texts[: min(held_out, len(texts) // 4)]
+    return Own(names, texts[len(held) :], held, kept_of(free, like), topic)
+
+
+def masked(values: Tensor, where: Tensor) -> Tensor:
+    """The values there, and 0 elsewhere."""
+    return values * where.to(values.device)
+
+
+def mean_over(values: Tensor, where: Tensor) -> Tensor:
+    """Mean of the values there; 0 where it is nowhere."""
+    return masked(values, where).sum() / where.sum().clamp(min=1).to(values.device)
 
 
 def texts_of(batches: Sequence[Batch]) -> list[Ids]:
