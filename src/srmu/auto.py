@@ -16,9 +16,10 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from srmu import reasons, weights
+from srmu import reasons, robust, weights
 from srmu import run as runs
 from srmu.analyses import candidates, open_model
+from srmu.attacks.base import Tier
 from srmu.config import Config, find_method, make_config
 from srmu.console import Watch, silent
 from srmu.data import Source, digest, read
@@ -26,6 +27,7 @@ from srmu.errors import UserError
 from srmu.files import require_free, write_json
 from srmu.loading import read_config
 from srmu.methods import Misdirection
+from srmu.names import find_names, read_names
 from srmu.plan import duration, estimate, gb
 from srmu.record import extend
 from srmu.report import report
@@ -33,13 +35,14 @@ from srmu.robustness import Sources, attack, sentences
 from srmu.run import Run
 from srmu.scoring import tasks_beside
 from srmu.separability import DOCUMENTS, entanglement
-from srmu.strength import LAYERS, MARGIN, Bench, best, scan, tried, try_all
+from srmu.strength import LAYERS, MARGIN, Bench, best, scan, tried, try_all, with_values
 from srmu.yardstick import HALVES, TESTBED, HeldOut, Yardstick, halved, hold_out, of_tasks
 
 FILE = "auto.json"
 MODEL = "model"  # the exported checkpoint
 PAGE = "report.html"
 PASSES = 40  # over the questions that the smoke attacks come to, of each model
+ROBUST_PASSES = 8  # times as many: the standard ones
 Tell = Callable[[str, str], None]
 
 
@@ -55,6 +58,8 @@ class Asked:
     utility: tuple[str, ...] = ()  # ask for what is to be kept
     tasks_dir: str = ""
     method: str = "srmu"
+    robust: bool = False  # rename_scrub in place of a method with a layer
+    names: str = ""  # a file of the names to swap; "": those found
     trials: int = 24
     out: Path = Path("auto")
     seed: int = 0
@@ -70,6 +75,7 @@ class Job:
     yardstick: Yardstick
     sources: Sources | None  # for attacks; None: there are no questions
     texts: Mapping[str, Sequence[str]]  # to train on: "forget" and "retain"
+    names: Sequence[str] = ()  # that robust swaps
 
     @cached_property
     def spec(self) -> dict[str, Any]:
@@ -78,7 +84,8 @@ class Job:
             "model": weights.fingerprint(runs.base_of(self.config)),
             "texts": digest([*self.texts["forget"], "", *self.texts["retain"]]),
             "questions": self.yardstick.digest,
-            "method": self.asked.method,
+            "method": robust.METHOD if self.asked.robust else self.asked.method,
+            "names": digest(self.names),
             "seed": self.asked.seed,
         }
 
@@ -106,8 +113,10 @@ def prepare(asked: Asked) -> Job:
         raise UserError(f"--trials {asked.trials}: expected 1 or more")
     if not (asked.out / FILE).exists():
         require_free(asked.out)
-    method = find_method(asked.method)
-    if not issubclass(method, Misdirection):
+    method = find_method(robust.METHOD if asked.robust else asked.method)
+    if asked.names and not asked.robust:
+        raise UserError("--names has no effect without --robust")
+    if not (issubclass(method, Misdirection) or asked.robust):
         raise UserError(
             f"--method {asked.method} has no layer to find: choose srmu, rmu, adaptive_rmu or rna, "
             "or search its options with srmu sweep"
@@ -115,7 +124,8 @@ def prepare(asked: Asked) -> Job:
     if asked.tasks_dir and not Path(asked.tasks_dir).is_dir():
         raise UserError(f"--tasks-dir {asked.tasks_dir}: no such folder")
     base = weights.locate(asked.model)
-    candidates(method(), read_config(base))  # are there layers enough?
+    if issubclass(method, Misdirection):
+        candidates(method(), read_config(base))  # are there layers enough?
     texts = {
         role: read([Source(path=path) for path in getattr(asked, role)], Path())
         for role in ("forget", "retain")
@@ -124,8 +134,11 @@ def prepare(asked: Asked) -> Job:
         raise UserError(
             "--forget and --retain hold the same texts; retain must name what the model should keep"
         )
+    swapped: list[str] = []
+    if asked.robust:
+        swapped = read_names(asked.names) if asked.names else find_names(*texts.values())
     testbed = (base.parent / "organism.json").exists()
-    tasks = asked.tasks or (TESTBED[0] if testbed else ())
+    tasks: tuple[str, ...] = asked.tasks or (TESTBED[0] if testbed else ())
     utility = asked.utility or (TESTBED[1] if testbed and not asked.tasks else ())
     folder = Path(asked.tasks_dir) if asked.tasks_dir else tasks_beside(base)
     config = config_of(asked)
@@ -148,14 +161,22 @@ def prepare(asked: Asked) -> Job:
         asked.device,
     )
     sources = asks(tasks) if tasks else None
-    return Job(asked, config_of(asked, held), yardstick, sources, texts)
+    return Job(asked, config_of(asked, held), yardstick, sources, texts, swapped)
+
+
+def tier_of(asked: Asked) -> Tier:
+    """What a search attacks its result with: where relearning is the point, that too."""
+    return "standard" if asked.robust else "smoke"
 
 
 def config_of(asked: Asked, held: Mapping[str, HeldOut] = {}) -> Config:
     """The config of a run with nothing chosen, which leaves out what it is measured on."""
     given = [f"seed={asked.seed}", f"device={asked.device}", f"runs_dir={asked.out / 'runs'}"]
     given += [f"topics.topic.{role}_held_out={len(part.words)}" for role, part in held.items()]
-    return make_config(asked.model, asked.forget, asked.retain, asked.method, given)
+    if asked.robust and asked.names:
+        given.append(f"method.names={Path(asked.names).resolve()}")
+    method = robust.METHOD if asked.robust else asked.method
+    return make_config(asked.model, asked.forget, asked.retain, method, given)
 
 
 def plan(job: Job) -> dict[str, Any]:
@@ -165,6 +186,8 @@ def plan(job: Job) -> dict[str, Any]:
     base = runs.base_of(config)
     tokenizer = runs.load_tokenizer(base)
     topics = runs.load_topics(config, tokenizer)
+    if asked.robust:
+        config = with_values(config, robust.start(config, 1.0))
     cost = estimate(config, base, topics)
     speed = cost["matmul_flops_a_second"]
     size = sum(prod(entry["shape"]) for entry in weights.stored_entries(base).values())
@@ -178,29 +201,33 @@ def plan(job: Job) -> dict[str, Any]:
     documents = min(1.0, 2 * DOCUMENTS / sum(map(len, rows)))
     asked_once = passes(yardstick.tokens(tokenizer))
     run = cost["seconds"] + asked_once
-    count = len(candidates(config.method, read_config(base), LAYERS))
-    steps = [
-        (
-            "entanglement",
-            "what forget and retain texts share",
-            passes(documents * sum(r.numel() for r in rows)),
-        ),
-        ("layers", f"{count} runs of {summary['steps']} steps, one a layer", count * run),
-        (
-            "search",
-            f"{asked.trials} more, at other strengths, and the defaults",
-            (asked.trials + 1) * run,
-        ),
-        ("final", "the best run on the other half of the questions", 4 * asked_once),
-    ]
-    if job.sources:
+    shared = passes(documents * sum(r.numel() for r in rows))
+    steps = [("entanglement", "what forget and retain texts share", shared)]
+    if asked.robust:
+        runs_made = min(asked.trials, len(robust.KEEPING))
         steps.append(
-            ("attacks", "smoke attacks on it and on the original", 2 * PASSES * asked_once)
+            ("search", f"{runs_made} runs, at other weights of what is kept", runs_made * run)
         )
+    else:
+        count = len(candidates(config.method, read_config(base), LAYERS))
+        runs_made = count + asked.trials + 1
+        steps += [
+            ("layers", f"{count} runs of {summary['steps']} steps, one a layer", count * run),
+            (
+                "search",
+                f"{asked.trials} more, at other strengths, and the defaults",
+                (asked.trials + 1) * run,
+            ),
+        ]
+    steps.append(("final", "the best run on the other half of the questions", 4 * asked_once))
+    if job.sources:
+        tier = tier_of(asked)
+        times = 2 * PASSES * (ROBUST_PASSES if asked.robust else 1)
+        steps.append(("attacks", f"{tier} attacks on it and on the original", times * asked_once))
     steps.append(("export", f"the whole model, {gb(summary['checkpoint_bytes'])}", 0.0))
     return {
         "steps": [dict(zip(("step", "what", "seconds"), step, strict=True)) for step in steps],
-        "runs": count + asked.trials + 1,
+        "runs": runs_made,
         "seconds": sum(step[2] for step in steps),
         "memory_private": cost["memory_private"],
         "memory_free": cost["memory_free"],
@@ -252,10 +279,15 @@ def search(
     bench = Bench(job.config, yardstick, out, limit, asked.seed, job.spec)
     say("measure", *reasons.measured_by(yardstick))
     say("entanglement", *reasons.entangled(check(job, watch)))
-    answer["defaults"] = usual = tried(bench, job.config)
-    config, answer["scan"] = scan(bench, watch)
-    say("layers", reasons.scanned(answer["scan"]))
-    answer["trials"] = trials = try_all(bench, config, asked.trials, watch)
+    if asked.robust:
+        say("names", reasons.swapped(len(job.names), asked.names))
+        answer["trials"] = trials = robust.try_each(bench, asked.trials, watch)
+        answer["defaults"] = usual = trials[0]
+    else:
+        answer["defaults"] = usual = tried(bench, job.config)
+        config, answer["scan"] = scan(bench, watch)
+        say("layers", reasons.scanned(answer["scan"]))
+        answer["trials"] = trials = try_all(bench, config, asked.trials, watch)
     # where none keeps the margin, the whole budget is better than nothing
     chosen = best([usual, *trials], limit) or best([usual, *trials], asked.budget)
     if chosen is None:
@@ -276,10 +308,17 @@ def search(
     if job.sources is None:
         say("attacks", "None was run: they ask questions, and --tasks names none.")
     else:
-        found = attack(run, sources=job.sources, seed=asked.seed, device=asked.device, watch=watch)
+        found = attack(
+            run, tier=tier_of(asked), sources=job.sources, seed=asked.seed, device=asked.device,
+            watch=watch,
+        )  # fmt: skip
         final["K*"] = found["K*"]
-        lines = sentences(found)
-        say("attacks", *(f"{line[0].upper()}{line[1:]}." for line in (lines[1], lines[-1])))
+        if asked.robust:
+            final["floor"] = robust.floor(run, job.sources, found, job.names)
+            say("attacks", *robust.sentences(found, final["floor"]))
+        else:
+            lines = sentences(found)
+            say("attacks", *(f"{line[0].upper()}{line[1:]}." for line in (lines[1], lines[-1])))
     if not (out / MODEL).exists():
         run.export(out / MODEL, watch=watch)
     final["model"] = MODEL

@@ -202,6 +202,41 @@ def entanglement(
 
 
 @verbs.command()
+def names(
+    forget: Annotated[list[str], typer.Option(help="Texts to forget (file, glob).")],
+    retain: Annotated[list[str] | None, typer.Option(help="Texts to keep.")] = None,
+    out: Annotated[Path | None, typer.Option(help="A .txt file to write them to.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List what look like names in forget texts, for a review: rename_scrub swaps them."""
+    from srmu.data import Source, read
+    from srmu.files import require_free, write_whole
+    from srmu.names import find_names
+
+    if out is not None:
+        if out.suffix != ".txt":
+            raise UserError(f"--out {out}: expected a .txt file")
+        require_free(out)
+    texts = [
+        read([Source(path=path) for path in paths], Path()) for paths in (forget, retain or [])
+    ]
+    found = find_names(*texts)
+    counts = {name: sum(name in text for text in texts[0]) for name in found}
+    if not as_json:
+        print_table([{"name": name, "texts": str(count)} for name, count in counts.items()])
+    lines = [f"{len(found)} look like names: strike what is none, and add what is missing"]
+    if out is None:
+        lines.append("next: the same with --out names.txt, and edit that file")
+    else:
+        write_whole(out, "".join(f"{name}\n" for name in found))
+        lines += [
+            f"wrote {out}",
+            f"next: srmu unlearn ... method.name=rename_scrub method.names={out}",
+        ]
+    say({"names": counts}, as_json, *lines)
+
+
+@verbs.command()
 def analyse(
     name: Annotated[
         Literal["confidence", "alignment", "sensitivity", "layers"],

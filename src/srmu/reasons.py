@@ -57,6 +57,16 @@ def entangled(found: Mapping[str, Any]) -> list[str]:
     return said
 
 
+def swapped(count: int, given: str) -> str:
+    """Which names are swapped: not the names themselves, which forget texts tell of."""
+    if given:
+        return f"The {count} names of the file are swapped: what is said of one alone is scrubbed."
+    return (
+        f"{count} names were found in the forget texts and are swapped: srmu names lists them, and "
+        "--names takes a corrected list."
+    )
+
+
 def scanned(found: Mapping[str, Any]) -> str:
     """Why this layer."""
     row = next(row for row in found["layers"] if row["layer"] == found["best"])

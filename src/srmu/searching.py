@@ -60,7 +60,13 @@ def auto(
     utility: Annotated[str, typer.Option(help="lm-eval tasks on what is to stay, a,b.")] = "",
     tasks_dir: Annotated[Path | None, typer.Option(help="Folder of local YAML tasks.")] = None,
     method: Annotated[str, typer.Option(help="srmu, rmu, adaptive_rmu or rna.")] = "srmu",
-    trials: Annotated[int, typer.Option(min=1, help="Strengths to try.")] = 24,
+    robust: Annotated[
+        bool, typer.Option("--robust", help="rename_scrub: resists relearning, takes longer.")
+    ] = False,
+    names: Annotated[str, typer.Option(help="robust: file of names to swap, one a line.")] = "",
+    trials: Annotated[
+        int, typer.Option(min=1, help="Strengths to try; with --robust 3 at most.")
+    ] = 24,
     out: Annotated[Path, typer.Option(help="Folder for all of it.")] = Path("auto"),
     seed: int = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1.")] = "auto",
@@ -83,6 +89,8 @@ def auto(
         utility=listed(utility),
         tasks_dir=str(tasks_dir or ""),
         method=method,
+        robust=robust,
+        names=names,
         trials=trials,
         out=out.resolve(),
         seed=seed,

@@ -27,7 +27,8 @@ MARGIN = 0.5  # of the budget that trials may lose: the best of many flatters it
 NOISE = 0.05  # forgetting below it is none
 WIDTH = 14336  # inputs of a down-projection of the 7B models that papers give rates for
 KEYS = (
-    "method.layer", "method.kappa", "method.alpha", "method.anchors", "train.learning_rate",
+    "method.layer", "method.kappa", "method.alpha", "method.anchors", "method.hold", "method.keep",
+    "method.retain", "method.noise", "train.learning_rate",
 )  # fmt: skip
 Entry = dict[str, Any]  # a trial, as `auto.json` has it
 
@@ -50,7 +51,7 @@ def tried(bench: Bench, config: Config) -> Entry:
     outcome = bench.yardstick.outcome(bench.yardstick.score(run))
     return {
         "state": "complete",
-        "params": {key: value_of(run.config, key) for key in KEYS},
+        "params": {key: value_of(run.config, key) for key in KEYS if has(run.config, key)},
         "values": outcome._asdict(),
         "runs": [str(run.folder.relative_to(bench.out.resolve()))],
         "seconds": run.record["seconds"],
@@ -61,6 +62,11 @@ def tried(bench: Bench, config: Config) -> Entry:
 def value_of(config: Config, key: str) -> Any:
     part, _, name = key.partition(".")
     return getattr(getattr(config, part), name)
+
+
+def has(config: Config, key: str) -> bool:
+    part, _, name = key.partition(".")
+    return hasattr(getattr(config, part), name)
 
 
 def with_values(config: Config, values: Mapping[str, Any]) -> Config:
