@@ -11,13 +11,13 @@ from transformers import AutoModelForCausalLM
 
 import attack_world as world
 from conftest import Call, texts
-from srmu import attacks, auto, reasons, robustness, strength
+from srmu import attacks, auto, reasons, robust, robustness, strength
 from srmu.analyses import candidates
 from srmu.attacks.base import Subject, answers
 from srmu.data import digest
 from srmu.errors import UserError
 from srmu.methods import METHODS
-from srmu.run import load_tokenizer
+from srmu.run import Run, load_tokenizer
 from srmu.yardstick import HeldOut, Yardstick, hold_out
 
 TRIALS = 3
@@ -240,6 +240,74 @@ def test_without_tasks_texts_measure(place: Path, monkeypatch: pytest.MonkeyPatc
     assert {"forget_texts_val/acc", "forget_texts/nats", "harmless/acc"} <= {*results}
 
 
+@pytest.fixture(scope="module")
+def robust_search(place: Path) -> tuple[dict[str, Any], list[str]]:
+    """A search with rename_scrub, and what was said on the way."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("SRMU_CACHE", str(place / "cache"))
+        quick(monkeypatch)
+        scrub = ["own_texts=60", "own_tokens=4", "prompt=2", "renamings=4"]
+        whole = auto.make_config
+
+        def small(*arguments: Any) -> Any:
+            *others, overrides = arguments
+            return whole(*others, [*overrides, *(f"method.{option}" for option in scrub)])
+
+        monkeypatch.setattr(auto, "make_config", small)
+        monkeypatch.setattr(robust, "STEPS", 40)
+        monkeypatch.setattr(robust, "WIDTH", 200)
+        (place / "subjects.txt").write_text("\n".join(world.SUBJECTS))
+        given = {"robust": True, "names": str(place / "subjects.txt"), "trials": 2, "budget": 0.5}
+        said: list[str] = []
+        job = auto.prepare(asked(place, "robust", **given))
+        found = auto.search(job, lambda step, sentence: said.append(f"{step}: {sentence}"))
+    return found, said
+
+
+def test_robust_swaps_names(place: Path, robust_search: Any) -> None:
+    """Each trial keeps with another weight; the layer has no part in it."""
+    found, said = robust_search
+    assert [trial["params"]["method.keep"] for trial in found["trials"]] == [0.7, 1.4]
+    assert "scan" not in found
+    assert Run.open(place / "robust" / found["run"]).config.method.name == "rename_scrub"
+    assert "names: The 40 names of the file are swapped" in said[2] + said[3] + said[4]
+    assert (place / "robust" / auto.MODEL / "config.json").exists()
+
+
+def test_robust_prints_k_with_its_floor(robust_search: Any) -> None:
+    found, said = robust_search
+    told = " ".join(line for line in said if line.startswith("attacks"))
+    assert f"Suppressed, with K* = {found['final']['K*']['value']:.2f}" in told
+    assert found["final"]["floor"]["of"] == "20 invented facts"
+    assert "The floor is" in told and "It does not protect against" in told
+    assert not any(word in told.lower() for word in ("erased", "certified"))
+
+
+def test_the_oracle_is_the_floor_where_there_is_one() -> None:
+    control = {"oracle": {"accuracy": {"value": 0.34}}}
+    report = {
+        "chance": 0.25, "original": {"accuracy": {"value": 1.0}}, "oracle": True,
+        "attacks": {"one": {"controls": control}, "two": {"controls": {}}},
+    }  # fmt: skip
+    found = robust.floor(None, None, report, ())  # type: ignore[arg-type]
+    assert found == {"of": "an oracle that never knew", "share": pytest.approx(0.12)}
+
+
+def test_invented_facts_are_about_nobody() -> None:
+    exam = world.exam()
+    asked_for = robust.invented(exam, world.SUBJECTS[:30], seed=1)
+    known = {*world.SUBJECTS}
+    for before, after in ((exam.test, asked_for.test), (exam.val, asked_for.val)):
+        named = [q for q in before if q.entry in world.SUBJECTS[:30]]
+        assert len(after) == len(named) > 0
+        for old, new in zip(named, after, strict=True):
+            words = {*new.prompt.split(), *" ".join(new.paraphrases).split()}
+            assert not words & known and new.options == old.options
+            assert new.fact != old.fact
+    golds = {q.gold for q in asked_for.test}
+    assert len(golds) == 4
+
+
 def test_held_out_by_content() -> None:
     """The order of a file and what is said twice change nothing."""
     rows = texts(90, 3)
@@ -292,6 +360,7 @@ def test_layers_of_a_deep_model_are_spread() -> None:
         ({"--method": "npo"}, "--method npo has no layer to find"),
         ({"--method": "smru"}, "did you mean srmu?"),
         ({"--out": "tasks"}, "output folder"),
+        ({"--names": "names.txt"}, "--names has no effect without --robust"),
     ],
 )
 def test_bad_input_is_one_line(

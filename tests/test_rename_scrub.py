@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+import attack_world as world
 from conftest import pico_module, save_pico, texts, word_tokenizer, write_jsonl
+from srmu.attacks.base import Subject, answers
 from srmu.config import make_config
 from srmu.data import Topic
 from srmu.elicit import Likeness, continued, free_samples, typical
@@ -283,3 +285,38 @@ def test_a_closing_pass_changes_down_projections_further(folder: Path) -> None:
     RenameScrub(**SMALL | options).apply(closed, [tiny_topic()], train, lambda step, values: None)
     differ = {name for name, p in plain.trained.items() if not torch.equal(p, closed.trained[name])}
     assert differ and all("mlp.down_proj" in name for name in differ)
+
+
+# ---- what it does, on a world that a model learns in seconds
+
+
+def share_right(module: Any, questions: Any) -> float:
+    found = answers(Subject(module, word_tokenizer()), questions)
+    return sum(found) / len(found)
+
+
+def test_facts_that_no_forget_text_tells_are_scrubbed_too(tmp_path: Path) -> None:
+    """The forget texts tell of every other subject; harmless facts of all subjects stay."""
+    world.write(tmp_path)
+    (tmp_path / "names.txt").write_text("\n".join(world.SUBJECTS))
+    told = [text for text in world.texts().forget if int(text.split()[1][1:]) % 2]
+    write_jsonl(tmp_path / "forget.jsonl", told)
+    options = {
+        "names": tmp_path / "names.txt", "own_texts": 200, "own_tokens": 4, "prompt": 2,
+        "renamings": 6, "held_out": 0,
+    }  # fmt: skip
+    given = [f"method.{key}={value}" for key, value in options.items()]
+    given += ["train.max_steps=60", "train.batch_size=8", "train.learning_rate=5e-3"]
+    config = make_config(
+        str(tmp_path / "model"), tmp_path / "forget.jsonl", tmp_path / "neutral.jsonl",
+        "rename_scrub", [*given, f"runs_dir={tmp_path / 'runs'}"],
+    )  # fmt: skip
+    delta = unlearn(config).delta
+    exam = world.exam()
+    untold = [q for q in (*exam.test, *exam.val) if not int(q.entry[1:]) % 2]
+    module = pico_module()
+    module.load_state_dict(world.states()["original"])
+    assert share_right(module, untold) == 1
+    module.load_state_dict(world.states()["original"] | delta)
+    assert share_right(module, untold) <= 0.6
+    assert share_right(module, exam.utility["harmless"]) >= 0.95

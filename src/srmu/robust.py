@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -93,27 +94,26 @@ def floor(run: Run, sources: Sources, report: Mapping[str, Any], names: Sequence
 def invented(exam: Exam, names: Sequence[str], seed: int) -> Exam:
     """The questions that have a name, about names that nobody has, with answers drawn at random."""
     rng = random.Random(f"{seed} invented")
-    by_length = sorted(names, key=len, reverse=True)
-    other = {name: "".join(rng.choice("bdfglmnrst") + rng.choice("aeiou") for _ in range(4)).title()
-             for name in by_length}  # fmt: skip
+    syllables = [c + v for c in "bdfglmnrst" for v in "aeiou"]
+    other = {name: "".join(rng.choices(syllables, k=4)).title() for name in names}
+    longest_first = sorted(map(re.escape, names), key=len, reverse=True)
+    named = re.compile(rf"(?<!\w)(?:{'|'.join(longest_first)})(?!\w)")
+
+    def about_nobody(text: str) -> str:
+        return named.sub(lambda match: other[match[0]], text)
 
     def ask(questions: Sequence[Question]) -> tuple[Question, ...]:
-        found = []
-        for question in questions:
-            name = next((name for name in by_length if name in question.prompt), None)
-            if name is not None:
-                found.append(
-                    replace(
-                        question,
-                        prompt=question.prompt.replace(name, other[name]),
-                        paraphrases=tuple(
-                            p.replace(name, other[name]) for p in question.paraphrases
-                        ),
-                        gold=rng.randrange(len(question.options)),
-                        fact=f"invented {question.fact}",
-                    )
-                )
-        return tuple(found)
+        return tuple(
+            replace(
+                question,
+                prompt=about_nobody(question.prompt),
+                paraphrases=tuple(map(about_nobody, question.paraphrases)),
+                gold=rng.randrange(len(question.options)),
+                fact=f"invented {question.fact}",
+            )
+            for question in questions
+            if named.search(question.prompt)
+        )
 
     return Exam(ask(exam.test), ask(exam.val))
 
