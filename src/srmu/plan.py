@@ -53,8 +53,13 @@ def estimate(
     trained = sum(p.numel() for p in model.trained.values())
 
     roles = ("forget", "retain") if method.reads_retain else ("forget",)
-    mean = [shape(topics, role, largest=False) for role in roles]
-    most = [shape(topics, role, largest=True) for role in roles]
+    mean, most = (
+        [
+            method.read_at_once(found) if role == "forget" else found
+            for role, found in ((role, shape(topics, role, largest=largest)) for role in roles)
+        ]
+        for largest in (False, True)
+    )
     check_precision("the model", dtype, config.train.weights)
     whole = takes_whole_masks(model, site)
     batches = [[blank(s, model.device, whole) for s in shapes] for shapes in (mean, most)]
@@ -67,6 +72,8 @@ def estimate(
         each, total = work_of_run(config, step, passes, counts)
     else:
         each, total = work_of_whole(config, step, passes, topics)
+        written = method.written_tokens * len(topics) / prod(mean[0])
+        total = total + passes[0][0] * written + passes[0][1] * written
 
     mapped = config.device == "cpu" and not converts(folder, base, config.dtype)
     held = (

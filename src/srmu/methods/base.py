@@ -86,6 +86,15 @@ class Method(ABC):
             options = replace(options, forget_ceiling=log_of(vocabulary_size))
         return options
 
+    def read_at_once(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """Rows and tokens that a step reads where its batch of forget texts has that many."""
+        return shape
+
+    @property
+    def written_tokens(self) -> int:
+        """How many tokens the model writes for a topic before the first step."""
+        return 0
+
     def with_options(self, options: Mapping[str, Any]) -> Self:
         """This method with the options that a topic sets for itself."""
         return replace(self, **options)

@@ -76,6 +76,13 @@ class RenameScrub(LogitObjective):
         if self.names is not None:
             read_names(self.names)
 
+    def read_at_once(self, shape: tuple[int, int]) -> tuple[int, int]:
+        return shape[0] * self.renamings + self.keep_rows, self.own_tokens
+
+    @property
+    def written_tokens(self) -> int:
+        return 2 * self.own_texts * self.own_tokens
+
     def reads(self, topic: Topic) -> int:
         return 2 * chunks(self.own_texts)
 
