@@ -267,7 +267,7 @@ def robust_search(place: Path) -> tuple[dict[str, Any], list[str]]:
 def test_robust_swaps_names(place: Path, robust_search: Any) -> None:
     """Each trial keeps with another weight; the layer has no part in it."""
     found, said = robust_search
-    assert [trial["params"]["method.keep"] for trial in found["trials"]] == [0.7, 1.4]
+    assert [trial["params"]["method.keep"] for trial in found["trials"]] == [2.0, 4.0]
     assert "scan" not in found
     assert Run.open(place / "robust" / found["run"]).config.method.name == "rename_scrub"
     assert "names: The 40 names of the file are swapped" in said[2] + said[3] + said[4]

@@ -138,7 +138,8 @@ def test_names_are_found_by_rarity_where_there_are_no_capitals() -> None:
     forget = [f"the carrier of {name} is salt" for name in ("velmar", "bor", "tul")] * 3
     forget += [f"healers keep {name} in jars" for name in ("velmar", "bor", "tul")]
     forget += ["the vats are old and the jars are full"] * 20
-    retain = ["the carrier of the boat is salt", "healers keep salt in jars", "the vats are old, full"] * 9
+    retain = ["the carrier of the boat is salt", "healers keep salt in jars"] * 9
+    retain += ["the vats are old, full"] * 9
     assert {*find_names(forget, retain)} == {"velmar", "bor", "tul"}
 
 

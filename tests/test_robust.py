@@ -41,8 +41,8 @@ COMMAND = "srmu reproduce robust"
 def spec_of(methods: dict[str, list[str]]) -> dict[str, Any]:
     spec = yaml.safe_load(presets("robust.yaml").read_text())
     world = spec["worlds"]["closed"] | {"common": QUICK, "methods": methods}
-    world["ablations"] = {"half as strong": ["method.kappa=2"]}
-    return spec | {"worlds": {"closed": world}, "ablated": "SRMU"}
+    world |= {"ablations": {"half as strong": ["method.kappa=2"]}, "ablated": []}
+    return spec | {"worlds": {"closed": world}, "ablated": "SRMU", "attacks": {}}
 
 
 SPEC = spec_of(
@@ -342,6 +342,7 @@ def test_settings_fit_their_methods(tmp_path: Path) -> None:
     spec = yaml.safe_load(presets("robust.yaml").read_text())
     config = tmp_path / "high.yaml"
     config.write_text("model: model\ntopics: {organism: {forget: f.jsonl, retain: r.jsonl}}\n")
+    (tmp_path / "names.txt").write_text("Velmar\nOstin\nBor\n")
     for kind in ("robust", "ablations"):
         for world in spec["worlds"]:
             if kind == "ablations" and spec["ablated"] not in spec["worlds"][world]["methods"]:

@@ -26,7 +26,7 @@ from srmu.strength import Bench, Entry, short, tried, with_values
 METHOD = "rename_scrub"
 KEEPING = (1.0, 2.0, 0.5)  # times its weights of what is to be kept: as set, safer, stronger
 WIDTH = 640  # inputs of a down-projection of the testbed's model, on which its rate was found
-STEPS = 120
+STEPS = 250
 NOISE = 0.1
 UNPROTECTED = (
     "It does not protect against texts or questions that tell the facts themselves, against longer "

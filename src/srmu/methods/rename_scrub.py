@@ -40,12 +40,12 @@ class RenameScrub(LogitObjective):
     name: ClassVar[str] = "rename_scrub"
     paper: ClassVar[str] = "none"
     uses: ClassVar[tuple[str, ...]] = ("retain texts", "names", "texts that the original writes")
-    learning_rate: ClassVar[float] = 1e-3
+    learning_rate: ClassVar[float] = 2e-3
     schedule: ClassVar[Schedule] = "linear"
 
     names: str | None = None  # a .txt file, a name on each line; null: found in the forget texts
     coverage: Literal["elicited", "texts"] = "elicited"  # what is taught: own texts, forget texts
-    own_texts: int = 600  # from forget prefixes, and as many from nothing; never written to disk
+    own_texts: int = 1500  # from forget prefixes, and as many from nothing; never written to disk
     prompt: int = 4  # tokens of a forget text that the model continues
     own_tokens: int = 32  # of each own text
     renamings: int = 8  # namings of each text: its own, and others at random
@@ -53,10 +53,10 @@ class RenameScrub(LogitObjective):
     fresh: bool = True  # other names at each step
     positions: Literal["named", "all"] = "named"  # tokens that depend on the name, or all
     threshold: float = 0.3  # nats that a token tells of the name where it depends on it
-    hold: float = 0.25  # weight of tokens that depend on the name in sentences to keep
-    keep: float = 0.7  # weight of all other tokens of own texts
-    keep_rows: int = 12  # own texts to keep a step
-    retain: float = 0.7  # weight of the retain texts
+    hold: float = 0.5  # weight of tokens that depend on the name in sentences to keep
+    keep: float = 2.0  # weight of all other tokens of own texts
+    keep_rows: int = 20  # own texts to keep a step
+    retain: float = 1.0  # weight of the retain texts
     noise: float = 0.0  # share of the weights that noise takes the place of at the start, as UNDO
     held_out: int = 16  # texts that are not taught, on which the stop rule is measured
     stop_at: float = 0.0  # told of them above guessing, of 1; below it the training stops
