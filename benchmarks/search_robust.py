@@ -7,7 +7,8 @@ run one after the other; runs and attacks that are in OUT are not made again. Ch
 settings that lose at most `most_loss` of the utility, the one with the least residual, and of those
 within `tie` of it the one that suppresses most; where none keeps the utility, the one that loses
 least. The residual is the largest accuracy of before and after relearning; a setting that loses
-more than `hopeless`, or that leaves more than `unchanged` of the accuracy, is not attacked.
+more than `hopeless`, or that leaves more than `unchanged` of the accuracy, is not attacked, and not
+chosen while another keeps the utility.
 OUT/search-robust.json holds all that was tried, and what was chosen.
 """
 
@@ -81,9 +82,7 @@ def measured(job: Job, space: Mapping[str, Any], out: Path) -> Row:
     }
     lost = mean(before[f"{t}/acc"]["value"] - after[f"{t}/acc"]["value"] for t in utility)
     row |= {"lost": round(lost, 4), "seconds": round(Run.open(folder).record["seconds"], 1)}
-    if row[space["forget"]] > space["unchanged"]:
-        row["residual"] = row[space["forget"]]
-    if lost > space["hopeless"] or "residual" in row:
+    if lost > space["hopeless"] or row[space["forget"]] > space["unchanged"]:
         print(f"{time.monotonic() - started:.0f} s", *row.values(), sep="  ", flush=True)
         return row
     exam = {"test": space["test"], "val": space["forget"]}
@@ -100,7 +99,7 @@ def measured(job: Job, space: Mapping[str, Any], out: Path) -> Row:
 def chosen(rows: Sequence[Row], space: Mapping[str, Any]) -> Row | None:
     """The best of the settings, as this file's first lines say."""
     whole = [row for row in rows if "failed" not in row]
-    keeping = [row for row in whole if row["lost"] <= space["most_loss"]]
+    keeping = [row for row in whole if row["lost"] <= space["most_loss"] and "residual" in row]
     if not keeping:
         return min(whole, key=lambda row: (row["lost"], row[space["forget"]]), default=None)
     least = min(row["residual"] for row in keeping) + space["tie"]
