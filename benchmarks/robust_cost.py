@@ -19,8 +19,7 @@ import torch
 import yaml
 
 from srmu.config import build_config, load_config
-from srmu.data import Topic
-from srmu.needs import hollow
+from srmu.needs import hollow, topics_of
 from srmu.places import presets, read_spec
 from srmu.plan import estimate
 from srmu.run import load_tokenizer, load_topics, plan
@@ -49,16 +48,14 @@ def once(config: Path, given: list[str], runs: Path) -> tuple[float, float]:
 def at_7b(label: str, testbed: Path, scratch: Path) -> float:
     """What the plan counts for a method, its own texts as long as the others."""
     given = [one for one in settings(label, testbed) if not one.startswith("method.layer")]
-    tree = {"model": str(scratch), "topics": {"topic": {"forget": "f.jsonl", "retain": "r.jsonl"}}}
+    texts = {"forget": "f.jsonl", "retain": "r.jsonl", "max_length": LENGTH}
+    tree = {"model": str(scratch), "topics": {"topic": texts}}
     config, _ = plan(build_config(tree, [*given, "device=cpu"]))
     method = config.method
     if hasattr(method, "own_tokens"):
         config = config.model_copy(update={"method": replace(method, own_tokens=LENGTH)})
-    blank = {
-        name: torch.ones(config.train.batch_size, LENGTH, dtype=torch.long)
-        for name in ("input_ids", "attention_mask", "labels")
-    }
-    topic = Topic("topic", [blank] * 60, [blank] * 60, vocabulary=torch.arange(3, 32000))
+    (topic,) = topics_of(config, scratch, {"documents": {"topic": 240}})
+    topic = replace(topic, vocabulary=torch.arange(3, 32000))  # random anchors draw from it
     return float(estimate(config, scratch, [topic])["flops"])
 
 

@@ -444,6 +444,8 @@ EFFECTS: dict[str, tuple[float, int, dict[str, Any]]] = {
     "repselect": (1e-2, 10, {"components": 4}),
     "multi_site": (1e-2, 30, {"alpha": 1.0}),
     "iterated": (1e-2, 30, {"alpha": 1.0}),
+    "rename_scrub": (2e-3, 30, {}),
+    "rklu": (1e-3, 20, {}),
 }
 
 

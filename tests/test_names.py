@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerFast
 
 from conftest import word_tokenizer
 from srmu.errors import UserError
-from srmu.names import Names, Slot, Template, batch_of, find_names, read_names
+from srmu.names import Names, Slot, Template, find_names, read_names
+from srmu.sampling import whole
 
 NAMES = ["w1", "w2", "w3", "w4"]
 
@@ -90,7 +91,7 @@ def test_an_unknown_name() -> None:
 
 
 def test_batches_are_padded_on_the_right() -> None:
-    batch = batch_of([[5, 6, 7], [8]])
+    batch = whole([[5, 6, 7], [8]])
     assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 0, 0]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert batch["labels"].tolist() == [[5, 6, 7], [8, -100, -100]]

@@ -13,18 +13,17 @@ from conftest import pico_module, save_pico, texts, word_tokenizer, write_jsonl
 from srmu.attacks.base import Subject, answers
 from srmu.config import make_config
 from srmu.data import Topic
-from srmu.elicit import Likeness, continued, free_samples, typical
+from srmu.elicit import Likeness, continued, free_samples, texts_of, typical
 from srmu.errors import UserError
+from srmu.losses import kl
 from srmu.methods.rename_scrub import RenameScrub
 from srmu.methods.renaming import (
     Own,
-    divergence,
     kept_of,
     leave_one_out,
     packed,
     sentences_of,
     still_told,
-    texts_of,
 )  # fmt: skip
 from srmu.model import EditableModel
 from srmu.names import Names, Slot
@@ -65,7 +64,7 @@ def test_what_no_naming_changes_is_not_told() -> None:
     target, told = leave_one_out(same)
     assert torch.allclose(target, same, atol=1e-6) and float(told.abs().max()) < 1e-6
     # a model that says the mean everywhere has nothing left to learn
-    assert float(divergence(target, same).abs().max()) < 1e-6
+    assert float(kl(target, same).abs().max()) < 1e-6
 
 
 def test_an_own_answer_has_no_part_in_its_target() -> None:

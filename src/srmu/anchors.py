@@ -50,12 +50,18 @@ class Translation(NamedTuple):
         return found
 
 
+def tokenizer_of(folder: Path | None, who: str) -> Any:
+    """The tokenizer of the model in `folder`; UserError, saying who needs it, without one."""
+    if folder is None:
+        raise UserError(f"{who} needs a tokenizer: load the model from a folder")
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
 def anchors_for(folder: Path | None, path: str, topic: Topic) -> Anchors:
     """The terms of a file in the tokens of the model in `folder`."""
-    if folder is None:
-        raise UserError("method.anchors needs a tokenizer: load the model from a folder")
+    tokenizer = tokenizer_of(folder, "method.anchors")
     terms = read_anchors(path)
-    anchors = tokenised(terms, AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
+    anchors = tokenised(terms, tokenizer)
     if terms and not any(translate(batch, anchors).named for batch in topic.forget[:]):
         raise UserError(
             f"method.anchors={path}: none of its terms is in {topic.name}'s forget texts"

@@ -14,12 +14,21 @@ import torch
 from torch import Tensor
 
 from srmu.errors import UserError
-from srmu.model import EditableModel
+from srmu.model import Batch, EditableModel
 from srmu.sampling import Ids, sampled
 
 AT_ONCE = 128  # texts written at once
 RATIO = 2.5  # how many times more frequent a token of the forget set's own is there
 LEAST = 2  # times that it must be there: once may be chance
+
+
+def texts_of(batches: Sequence[Batch]) -> list[Ids]:
+    """The texts of batches, without padding."""
+    return [
+        ids[real == 1].tolist()
+        for batch in batches
+        for ids, real in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    ]
 
 
 def silent() -> None:

@@ -26,11 +26,10 @@ from srmu.errors import Diverged, UserError, first_line, suggest
 from srmu.files import require_place, write_json
 from srmu.jobs import Job, run_all, run_one
 from srmu.loading import load_module
-from srmu.matched import SHARE, match
+from srmu.matched import SHARE, exam, match
 from srmu.organism import build
 from srmu.outcomes import Entry
-from srmu.places import asked, exam, presets, there
-from srmu.record import RECORD
+from srmu.places import asked, presets, there
 from srmu.report import render
 from srmu.robustness import CONTROLS, FILE, TIERS, Sources, attack, select
 from srmu.run import Run, load_tokenizer, plan, run_folder
@@ -366,15 +365,10 @@ def line_of(frontier: Frontier, label: str, states: Sequence[Path | str]) -> Lin
 def seconds_of(frontier: Frontier, world: str, regime: str) -> float | None:
     """What a run of the method takes that cost is told by; None where it was not run here."""
     whose = frontier.spec["cost"]
-    every = Frontier(**vars(frontier) | {"kind": "robust", "methods": (whose,)})
-    _, found = states(every)
-    runs = [path for key, path in found.items() if key[:2] == (world, regime)]
-    made = [path for path in runs if isinstance(path, Path)]
-    return fmean(record(path)["seconds"] for path in made) if made else None
-
-
-def record(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / RECORD).read_text())
+    here = {"kind": "robust", "worlds": (world,), "regimes": (regime,), "methods": (whose,)}
+    _, found = states(Frontier(**vars(frontier) | here))
+    made = [path for path in found.values() if isinstance(path, Path)]
+    return fmean(Run(path).record["seconds"] for path in made) if made else None
 
 
 def row_of(
@@ -384,7 +378,7 @@ def row_of(
     if line.why:
         return {"label": line.label, "why": line.why}
     reports = reports_of(line)
-    records = [record(run) for run in line.runs]
+    records = [Run(run).record for run in line.runs]
     seconds = fmean(r["seconds"] for r in records)
     memory = fmean(r["memory"]["peak"] - r["memory"]["before"] for r in records)
     whole = tuple(run.parents[1] / "runs" / run.name for run in line.runs)

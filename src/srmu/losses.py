@@ -60,12 +60,16 @@ def mean_nll(logits: Float[Tensor, "B T V"], labels: Int[Tensor, "B T"]) -> Floa
     return token_nll(logits, labels).sum() / predicted(labels).sum()
 
 
+def kl(log_p: Float[Tensor, "*B V"], log_q: Float[Tensor, "*B V"]) -> Float[Tensor, "*B"]:
+    """KL(p || q) in nats, of log-probabilities."""
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
 def token_kl(
     logits: Float[Tensor, "B T V"], others: Float[Tensor, "B T V"]
 ) -> Float[Tensor, "B S"]:
     """KL(p || q) in nats at each position that predicts a token, p of `logits`, q of `others`."""
-    log_p, log_q = (x[:, :-1].float().log_softmax(-1) for x in (logits, others))
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
+    return kl(*(x[:, :-1].float().log_softmax(-1) for x in (logits, others)))
 
 
 def token_entropy(logits: Float[Tensor, "B T V"]) -> Float[Tensor, "B S"]:

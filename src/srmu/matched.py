@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from shutil import copyfile
 
@@ -51,7 +52,7 @@ def match(run: Run, out: Path, budget: float, judged: Sequence[str]) -> None:
 
 def largest_share(run: Run, budget: float, judged: Sequence[str]) -> float:
     """By halving: the mean loss on `judged` rises with the share, or nearly so."""
-    asked = [exam(task, run.config.tasks_dir) for task in judged]
+    asked = [exam(task, run.config.tasks_dir or "") for task in judged]
     subject = Subject(load_module(run.base).eval(), load_tokenizer(run.base))
     parameters, before, after = dict(subject.module.named_parameters()), originals(run), run.delta
 
@@ -70,9 +71,14 @@ def largest_share(run: Run, budget: float, judged: Sequence[str]) -> float:
     return low
 
 
-def exam(task: str, tasks_dir: str | None) -> list[Question]:
+@lru_cache(32)
+def exam(task: str, tasks_dir: str) -> list[Question]:
+    """The questions of a task; `tasks_dir` is "" for one of lm-eval's own."""
     rows = questions(task, Path(tasks_dir) if tasks_dir else None)
-    return [Question(prompt, tuple(options), gold, "") for prompt, options, gold, _ in rows]
+    return [
+        Question(prompt, tuple(options), gold, str(row.get("fact") or f"{task} {i}"))
+        for i, (prompt, options, gold, row) in enumerate(rows)
+    ]
 
 
 def originals(run: Run) -> dict[str, torch.Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 
 from srmu.errors import UserError, first_line
-from srmu.model import Batch
 from srmu.sampling import Ids
 
 FEWEST = 3  # names: of two, what depends on one would become what depends on the other
@@ -117,19 +116,6 @@ class Names:
             ids += self.tokens[way[item.name]][item.form] if isinstance(item, Slot) else (item,)
             last.append(len(ids) - 1)
         return ids, last
-
-
-def batch_of(rows: Iterable[Ids]) -> Batch:
-    """Rows of tokens as a batch, padded on the right; all real tokens count."""
-    tensors = [torch.tensor(row) for row in rows]
-    pad = torch.nn.utils.rnn.pad_sequence
-    ids = pad(tensors, batch_first=True)
-    mask = pad([torch.ones_like(row) for row in tensors], batch_first=True)
-    return {
-        "input_ids": ids,
-        "attention_mask": mask,
-        "labels": ids.masked_fill(mask == 0, -100),
-    }
 
 
 def read_names(path: str) -> list[str]:

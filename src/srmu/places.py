@@ -13,15 +13,15 @@ from typing import Any, ClassVar, NamedTuple
 import yaml
 
 from srmu import weights
-from srmu.attacks.base import Question, Subject, answers
+from srmu.attacks.base import Subject, answers
 from srmu.claims import ANSWERS, RESULTS
 from srmu.config import build_config, load_config
 from srmu.console import Watch, print_line, silent
 from srmu.errors import Diverged, UserError
-from srmu.evals import questions
 from srmu.files import write_json
 from srmu.jobs import Job, run_all, run_one
 from srmu.loading import load_module
+from srmu.matched import exam
 from srmu.organism import RECIPE, build
 from srmu.record import extend
 from srmu.robustness import numbered, written
@@ -215,15 +215,6 @@ def asked(subject: Subject, tasks_dir: str | None, tasks: Sequence[str]) -> dict
         right = written(answers(subject, asked_for))
         found[task] = {"right": right, "facts": numbered([q.fact for q in asked_for])}
     return found
-
-
-@lru_cache(32)
-def exam(task: str, tasks_dir: str) -> list[Question]:
-    rows = questions(task, Path(tasks_dir) if tasks_dir else None)
-    return [
-        Question(prompt, tuple(options), gold, str(row.get("fact") or f"{task} {i}"))
-        for i, (prompt, options, gold, row) in enumerate(rows)
-    ]
 
 
 def there(job: Job) -> Path | str | None:

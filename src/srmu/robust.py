@@ -16,12 +16,12 @@ from srmu.attacks.base import Exam, Found, NotApplicable, Question, Subject, fac
 from srmu.attacks.relearning_steps import relearning_steps
 from srmu.config import Config
 from srmu.console import Watch
-from srmu.loading import load_module, read_config
+from srmu.loading import load_module
 from srmu.methods.rename_scrub import RenameScrub
 from srmu.robustness import Sources, best, filled, load_exam, load_texts, own_texts
-from srmu.run import Run, base_of, load_tokenizer
+from srmu.run import Run, load_tokenizer
 from srmu.statistics import LEAST
-from srmu.strength import Bench, Entry, short, tried, with_values
+from srmu.strength import Bench, Entry, rate, short, tried, with_values
 
 METHOD = "rename_scrub"
 KEEPING = (1.0, 2.0, 0.5)  # times its weights of what is to be kept: as set, safer, stronger
@@ -37,13 +37,11 @@ UNPROTECTED = (
 
 def start(config: Config, keeping: float) -> dict[str, Any]:
     """The settings of a trial: weights of what is kept, and a rate for the model's width."""
-    settings = read_config(base_of(config))
-    inputs = getattr(settings, "intermediate_size", None) or 4 * settings.hidden_size
     usual = RenameScrub()
     return {
         **{f"method.{key}": keeping * getattr(usual, key) for key in ("hold", "keep", "retain")},
         "method.noise": NOISE,
-        "train.learning_rate": short(RenameScrub.learning_rate * WIDTH / inputs),
+        "train.learning_rate": short(rate(config, WIDTH)),
         "train.max_steps": STEPS,
     }
 

@@ -60,6 +60,11 @@ def joined(contexts: Sequence[Ids], responses: Sequence[Ids]) -> Batch:
     }
 
 
+def whole(rows: Sequence[Ids]) -> Batch:
+    """A batch of texts, padded on the right, that counts all their tokens."""
+    return joined([[]] * len(rows), rows)
+
+
 @torch.no_grad()
 def likelihoods(
     model: EditableModel, contexts: Sequence[Ids], responses: Sequence[Ids]

@@ -84,15 +84,15 @@ def short(value: float) -> float:
     return float(f"{value:.3g}")
 
 
-def rate(config: Config) -> float:
-    """The method's learning rate, which is one for 7B models, at this model's width.
+def rate(config: Config, width: int = WIDTH) -> float:
+    """The method's learning rate, which is one for models of a `width`, at this model's width.
 
     A step of Adam changes every weight alike, and what a matrix puts out then changes with the
     number of its inputs: narrow models need larger steps.
     """
     settings = read_config(base_of(config))
     inputs = getattr(settings, "intermediate_size", None) or 4 * settings.hidden_size
-    return type(config.method).learning_rate * WIDTH / inputs
+    return type(config.method).learning_rate * width / inputs
 
 
 def start(config: Config) -> dict[str, Any]:

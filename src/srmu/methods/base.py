@@ -213,6 +213,12 @@ class Objective(Method):
         """What the model is put into while it is trained."""
         return nullcontext()
 
+    def finish(
+        self, model: EditableModel, topics: Sequence[Topic], train: TrainOptions, watch: Watch
+    ) -> None:
+        """What a method does to the model after its training."""
+        return
+
     def apply(
         self,
         model: EditableModel,
@@ -244,6 +250,7 @@ class Objective(Method):
                 extra = [p for state in states.values() for p in state.parameters.values()]
                 memory = {f"{n}.{k}": getattr(s, k) for n, s in states.items() for k in CHANGING}
                 stop_reason = fit(model, parts, options, follow, extra, checkpoints, memory)
+        self.finish(model, topics, train, watch)
         return Outcome(states, stop_reason)
 
 

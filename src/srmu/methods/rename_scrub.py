@@ -7,30 +7,27 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
-from transformers import AutoTokenizer
 
-from srmu.checkpoint import Checkpoints
-from srmu.console import Watch, silent
+from srmu.anchors import tokenizer_of
+from srmu.console import Watch
 from srmu.data import Topic
-from srmu.elicit import chunks
-from srmu.errors import UserError
-from srmu.losses import token_kl
-from srmu.methods.base import Outcome, State
+from srmu.elicit import chunks, texts_of
+from srmu.losses import kl, token_kl
+from srmu.methods.base import State
 from srmu.methods.logits import LogitObjective, drift, ignore
 from srmu.methods.renaming import (
     Own,
-    divergence,
+    dealt,
     leave_one_out,
     masked,
     mean_over,
-    texts_of,
     write,
 )
 from srmu.methods.srmu import SRMU
 from srmu.methods.suppressing import perturb
 from srmu.model import Batch, EditableModel
 from srmu.names import Names, find_names, read_names
-from srmu.train import NOWHERE, Log, Schedule, Terms, TrainOptions, to
+from srmu.train import Schedule, Terms, TrainOptions, to
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,9 +84,7 @@ class RenameScrub(LogitObjective):
         return 2 * chunks(self.own_texts)
 
     def setup(self, model: EditableModel, topic: Topic) -> State:
-        if model.folder is None:
-            raise UserError("rename_scrub needs a tokenizer: load the model from a folder")
-        tokenizer = AutoTokenizer.from_pretrained(model.folder, trust_remote_code=False)
+        tokenizer = tokenizer_of(model.folder, "rename_scrub")
         own = write(
             model, topic, Names.tokenised(self.named(tokenizer, topic), tokenizer), tokenizer,
             count=self.own_texts, prompt=self.prompt, length=self.own_tokens,
@@ -119,7 +114,7 @@ class RenameScrub(LogitObjective):
             if left <= self.stop_at:
                 stop = f"what the held-out texts tell of names is {left:.3f} above guessing"
                 return Terms({"forget": torch.zeros(())}, logged, stop)
-        texts = own.turn(len(forget["input_ids"]), step)
+        texts = dealt(own.texts, len(forget["input_ids"]), step)
         group = own.group(texts, self.renamings, f"{step}" if self.fresh else "fixed")
         with model.frozen(), torch.no_grad():
             before = group.read(model)
@@ -131,7 +126,7 @@ class RenameScrub(LogitObjective):
         depends = follows & (told.cpu() > self.threshold)
         scrubbed = follows & alike if self.positions == "all" else depends & alike
         near = depends & ~alike
-        changed, drifted = divergence(target, log_p), divergence(before, log_p)
+        changed, drifted = kl(target, log_p), kl(before, log_p)
         # eq: rename_scrub, forget: mean KL(q_k || p_k) where what follows tells of the name
         losses = {"forget": mean_over(changed, scrubbed)}
         losses["hold"] = self.hold * mean_over(drifted, near)
@@ -151,16 +146,9 @@ class RenameScrub(LogitObjective):
         logged["named"] = scrubbed.sum().float()
         return Terms(losses, logged)
 
-    def apply(
-        self,
-        model: EditableModel,
-        topics: Sequence[Topic],
-        train: TrainOptions,
-        log: Log,
-        watch: Watch = silent,
-        checkpoints: Checkpoints = NOWHERE,
-    ) -> Outcome:
-        outcome = super().apply(model, topics, train, log, watch, checkpoints)
+    def finish(
+        self, model: EditableModel, topics: Sequence[Topic], train: TrainOptions, watch: Watch
+    ) -> None:
         if self.closing_kappa:
             srmu = SRMU(kappa=self.closing_kappa, anchors="random").resolved(model.module.config)
             last = EditableModel(model.module, srmu.trainable)
@@ -168,4 +156,3 @@ class RenameScrub(LogitObjective):
                 train, learning_rate=self.closing_rate, max_steps=self.closing_steps, schedule=None
             )
             srmu.apply(last, topics, options, ignore, watch)
-        return outcome

@@ -4,18 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from srmu.data import Topic
-from srmu.elicit import Kind, Likeness, continued, ends_sentence, first_token, free_samples
+from srmu.elicit import (
+    Kind,
+    Likeness,
+    continued,
+    ends_sentence,
+    first_token,
+    free_samples,
+    texts_of,
+)
 from srmu.errors import UserError
+from srmu.losses import kl
 from srmu.model import Batch, EditableModel
-from srmu.names import Item, Names, Template, batch_of
-from srmu.sampling import Ids
+from srmu.names import Item, Names, Template
+from srmu.sampling import Ids, whole
 from srmu.train import to
 
 
@@ -30,12 +39,7 @@ def leave_one_out(
     # eq: rename_scrub, q_k = mean over j != k of p0(. | the text in naming j)
     mean = (p.sum(dim=1, keepdim=True) - p) / (p.shape[1] - 1)
     target = mean.clamp(min=1e-30).log()
-    return target, divergence(log_p, target)
-
-
-def divergence(log_p: Float[Tensor, "*B V"], log_q: Float[Tensor, "*B V"]) -> Float[Tensor, "*B"]:
-    """KL(p || q) in nats."""
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
+    return target, kl(log_p, target)
 
 
 def still_told(
@@ -52,6 +56,8 @@ def still_told(
     pairs = where[..., None] & (others != top[..., None])
     return float((wins * pairs).sum()), int(pairs.sum())
 
+
+T = TypeVar("T")
 
 HELD_AT_ONCE = 4  # held-out texts that are read at once
 
@@ -111,16 +117,12 @@ class Own:
             torch.nn.utils.rnn.pad_sequence(part, batch_first=True).view(len(texts), namings, -1)
             for part in (places, follows, alike)
         )
-        return Group(batch_of(rows), *parts)
-
-    def turn(self, count: int, step: int) -> list[Told]:
-        """The texts of a step."""
-        return [self.texts[(step * count + i) % len(self.texts)] for i in range(count)]
+        return Group(whole(rows), *parts)
 
     def keeping(self, count: int, step: int) -> tuple[Batch, Tensor]:
         """The texts to keep of a step, and the positions whose prediction is held, (B, T - 1)."""
-        rows = [self.kept[(step * count + i) % len(self.kept)] for i in range(count)]
-        batch = batch_of([ids for ids, _ in rows])
+        rows = dealt(self.kept, count, step)
+        batch = whole([ids for ids, _ in rows])
         marks = [torch.tensor(mark[1:]) for _, mark in rows]
         return batch, torch.nn.utils.rnn.pad_sequence(marks, batch_first=True)
 
@@ -140,6 +142,11 @@ class Own:
             found = still_told(group.read(model), before.argmax(-1), where.to(model.device))
             wins, pairs = wins + found[0], pairs + found[1]
         return 2 * wins / pairs - 1 if pairs else 1.0
+
+
+def dealt(items: Sequence[T], count: int, step: int) -> list[T]:
+    """The items of a step: `count` a step in order, and again from the start."""
+    return [items[(step * count + i) % len(items)] for i in range(count)]
 
 
 def write(
@@ -193,15 +200,6 @@ def masked(values: Tensor, where: Tensor) -> Tensor:
 def mean_over(values: Tensor, where: Tensor) -> Tensor:
     """Mean of the values there; 0 where it is nowhere."""
     return masked(values, where).sum() / where.sum().clamp(min=1).to(values.device)
-
-
-def texts_of(batches: Sequence[Batch]) -> list[Ids]:
-    """The texts of batches, without padding."""
-    return [
-        ids[real == 1].tolist()
-        for batch in batches
-        for ids, real in zip(batch["input_ids"], batch["attention_mask"], strict=True)
-    ]
 
 
 def kept_of(texts: Sequence[Ids], like: Likeness) -> list[tuple[Ids, list[bool]]]:

@@ -1,7 +1,7 @@
 """Anchors that the original model writes itself, less those that sound like the forget texts."""
 
 from srmu.data import Topic
-from srmu.elicit import free_samples, typical
+from srmu.elicit import free_samples, texts_of, typical
 from srmu.errors import UserError
 from srmu.model import EditableModel
 from srmu.sampling import Ids
@@ -17,11 +17,7 @@ def own_anchors(
     length = max(batch["input_ids"].shape[1] for batch in topic.retain)
     own = free_samples(model, count, length, topic.number("own anchors"))
     own = [row for row in own if len(row) > 1]
-    forget = [
-        ids[real.bool()].tolist()
-        for batch in topic.forget
-        for ids, real in zip(batch["input_ids"], batch["attention_mask"], strict=True)
-    ]
+    forget = texts_of(topic.forget)
     # of short texts, special tokens are typical, too
     refused = {*typical(forget, own, ratio).tolist()} & {*topic.vocabulary.tolist()}
     kept = [row for row in own if not refused & {*row}]

@@ -9,7 +9,7 @@ from srmu.losses import mean_kl
 from srmu.methods.base import State
 from srmu.methods.suppressing import Suppressing, perturb
 from srmu.model import Batch, EditableModel
-from srmu.sampling import joined
+from srmu.sampling import whole
 from srmu.train import Schedule, Terms, restore, to
 
 
@@ -55,7 +55,7 @@ class Undo(Suppressing):
             size, read = len(retain["input_ids"]), memory["read"]
             rows = [texts[i % len(texts)] for i in range(read, read + size)]
             memory["read"] = read + size
-            batches["own"] = to(joined([[]] * size, rows), model.device)
+            batches["own"] = to(whole(rows), model.device)
         losses = {}
         for name, batch in batches.items():
             with model.using(memory["teacher"]):
