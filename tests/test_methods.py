@@ -445,7 +445,6 @@ EFFECTS: dict[str, tuple[float, int, dict[str, Any]]] = {
     "multi_site": (1e-2, 30, {"alpha": 1.0}),
     "iterated": (1e-2, 30, {"alpha": 1.0}),
     "rename_scrub": (2e-3, 30, {}),
-    "rklu": (1e-3, 20, {}),
 }
 
 
