@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from srmu import measuring, searching
+from srmu import measuring, ranks, searching
 from srmu.console import print_line, quiet, watch
 from srmu.errors import UserError
 from srmu.terminal import Json, near, print_table, say
@@ -35,8 +35,13 @@ def main() -> None:
     """Run the program. Exit codes: 0 done, 1 our fault, 2 the user's, 130 interrupted."""
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"] or ["--help"]
+    shown = sys.stdout, sys.stderr
     try:
+        if not ranks.first():  # the first process speaks for all, but for its errors
+            sys.stdout = sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115
+        ranks.join()
         code = app(arguments, prog_name="srmu", standalone_mode=False)
+        ranks.leave()
     except (KeyboardInterrupt, typer.Abort):
         code = 130
     except Exception as error:
@@ -47,7 +52,11 @@ def main() -> None:
         message = getattr(error, "format_message", lambda: str(error))()
         if code == 1:
             message = f"internal error: {type(error).__name__}: {message} (--debug shows where)"
-        print_line("srmu: " + " ".join(message.split()))
+        message = " ".join(message.split())
+        sys.stdout, sys.stderr = shown
+        if ranks.says_first(message):
+            who = f"rank {ranks.rank()} of {ranks.size()}: " if ranks.size() > 1 else ""
+            print_line(f"srmu: {who}{message}")
     if code == 130:  # what typer, too, makes of an interrupt
         print_line("srmu: interrupted")
     sys.exit(code or 0)
@@ -136,6 +145,9 @@ def unlearn(
     from_record: Annotated[
         Path | None, typer.Option(help="Make this record's run again and compare.")
     ] = None,
+    shard: Annotated[
+        bool, typer.Option("--shard", help="Cut the weights over the launcher's processes (FSDP2).")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Unlearn: one run, from a config file or from --model, --forget and --retain."""
@@ -171,7 +183,7 @@ def unlearn(
         return
     known = runs.run_folder(runs.plan(config)[0])
     again = (known / "record.json").exists()
-    run = runs.unlearn(config, out=out, watch=watch)
+    run = runs.unlearn(config, out=out, shard=shard or ranks.asked_to_shard(), watch=watch)
     record = run.record
     lines = [*runs.notes(run)]
     folder = near(run.folder)

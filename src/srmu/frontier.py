@@ -116,7 +116,9 @@ def wanted(
 ) -> Frontier:
     """What is asked for, with the defaults of configs/robust.yaml; UserError for what is not."""
     spec = spec or yaml.safe_load(presets("robust.yaml").read_text(encoding="utf-8"))
-    worlds = [*spec["worlds"]] if world == "both" else [world]
+    listed = "ablations" if kind == "ablations" else "methods"
+    some = [one for one, each in spec["worlds"].items() if each[listed]]
+    worlds = some if world == "both" else [world]
     check("--world", worlds, [*spec["worlds"], "both"])
     regimes = regimes or spec["runs"][kind]
     check("--regimes", regimes, spec["regimes"])

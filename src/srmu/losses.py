@@ -1,8 +1,14 @@
-"""Pure functions of tensors; every loss is computed in float32."""
+"""Functions of tensors; every loss is computed in float32.
+
+Means are over the whole batch, of which several processes each have some rows (`ranks.spread`):
+what comes out is then this process' share of the mean.
+"""
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from srmu.ranks import total
 
 
 def counted(labels: Int[Tensor, "*B T"]) -> Bool[Tensor, "*B T"]:
@@ -27,12 +33,12 @@ def token_mse(
     of the loss differ by the same factor D, so alpha means the same.
     """
     squares = (hidden.float() - target.float()).square().mean(dim=-1)  # (B, T)
-    return (squares * mask).sum() / mask.sum()
+    return (squares * mask).sum() / total(mask.sum())
 
 
 def token_mean(values: Float[Tensor, "B T *D"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "*D"]:
     """Mean over the counted tokens, in float32."""
-    return values.float()[mask].mean(dim=0)
+    return values.float()[mask].sum(dim=0) / total(mask.sum())
 
 
 def token_cosine(
@@ -40,7 +46,7 @@ def token_cosine(
 ) -> Float[Tensor, ""]:
     """Mean cosine similarity over the counted tokens."""
     cosines = torch.cosine_similarity(hidden.float(), target.float(), dim=-1)
-    return (cosines * mask).sum() / mask.sum()
+    return (cosines * mask).sum() / total(mask.sum())
 
 
 def predicted(labels: Int[Tensor, "B T"]) -> Bool[Tensor, "B S"]:
@@ -57,7 +63,13 @@ def token_nll(logits: Float[Tensor, "B T V"], labels: Int[Tensor, "B T"]) -> Flo
 
 def mean_nll(logits: Float[Tensor, "B T V"], labels: Int[Tensor, "B T"]) -> Float[Tensor, ""]:
     """Mean over the counted tokens of what each costs, in nats."""
-    return token_nll(logits, labels).sum() / predicted(labels).sum()
+    return token_nll(logits, labels).sum() / total(predicted(labels).sum())
+
+
+def row_mean(values: Float[Tensor, "B"], labels: Int[Tensor, "B T"]) -> Float[Tensor, ""]:
+    """Mean over the rows that have a counted token to predict."""
+    rows = predicted(labels).any(dim=1)
+    return values.where(rows, 0).sum() / total(rows.sum())
 
 
 def kl(log_p: Float[Tensor, "*B V"], log_q: Float[Tensor, "*B V"]) -> Float[Tensor, "*B"]:
@@ -83,7 +95,7 @@ def mean_kl(
 ) -> Float[Tensor, ""]:
     """Mean of KL(p || q) over the positions that predict a counted token."""
     mask = predicted(labels)
-    return (token_kl(logits, others) * mask).sum() / mask.sum()
+    return (token_kl(logits, others) * mask).sum() / total(mask.sum())
 
 
 def generic_logits(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from srmu import ranks
 from srmu.cache import Activations, Output, digest
 from srmu.errors import UserError
 from srmu.loading import find_layers, load_module, read_config
@@ -115,6 +116,20 @@ class EditableModel:
         model.module.to(device)
         model.original = {name: tensor.to(device) for name, tensor in model.original.items()}
         return model
+
+    def shard(self, device: str) -> None:
+        """Cut layers, embeddings and head over the processes (FSDP2), before any training.
+
+        A process then holds its part of them, and all of a layer while that is run.
+        """
+        ends = [self.module.get_input_embeddings(), self.module.get_output_embeddings()]
+        ends = [end for end in ends if end is not None]
+        tied = len({id(end.weight) for end in ends}) < len(ends)
+        ranks.shard([*self.layers, *([] if tied else ends)], device)
+        self.module.to(device)  # what is left: norms, ends that are tied
+        parameters = dict(self.module.named_parameters())
+        self.trained = {name: parameters[name] for name in self.trained}
+        self.original = {name: p.detach().clone() for name, p in self.trained.items()}
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -254,29 +269,36 @@ class EditableModel:
     @contextmanager
     def using(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
         """Run the block with other tensors in place of the trained ones, without gradients."""
-        current = {name: self.trained[name].data for name in weights}
         frozen, self._frozen = self._frozen, weights is self.original
-        for name, tensor in weights.items():
-            self.trained[name].data = tensor
+        current = {name: put(self.trained[name], tensor) for name, tensor in weights.items()}
         try:
             with torch.no_grad():
                 yield
         finally:
             self._frozen = frozen
             for name, tensor in current.items():
-                self.trained[name].data = tensor
+                put(self.trained[name], tensor)
 
     def frozen(self) -> Any:
         """Run the block as the original model."""
         return self.using(self.original)
 
     def delta(self) -> dict[str, Tensor]:
-        """The trained tensors that differ from their originals, by parameter name."""
-        return {
-            name: parameter.detach()
-            for name, parameter in self.trained.items()
-            if not torch.equal(parameter, self.original[name])
-        }
+        """The trained tensors that differ from their originals, by parameter name.
+
+        The first process has them whole; all processes must ask.
+        """
+        found = {}
+        for name, parameter in self.trained.items():
+            tensor, original = parameter.detach(), self.original[name]
+            same = torch.equal(ranks.local(tensor), ranks.local(original))
+            if not ranks.is_sharded(tensor):
+                if not same:
+                    found[name] = tensor
+            elif not ranks.everywhere(same, self.device):
+                whole = ranks.whole(tensor)
+                found[name] = whole.cpu() if ranks.first() else tensor
+        return found
 
     def _select(self, trainable: Sequence[str]) -> dict[str, nn.Parameter]:
         names = dict(self.module.named_parameters())
@@ -340,6 +362,20 @@ class EditableModel:
             self._set_layers(layers)
             if handle is not None:
                 handle.remove()
+
+
+def put(parameter: nn.Parameter, tensor: Tensor) -> Tensor:
+    """Put a tensor in a parameter's place; what was there.
+
+    A sharded one is filled in place: FSDP holds its memory, and gathers the layer anew.
+    """
+    if not ranks.is_sharded(parameter):
+        before, parameter.data = parameter.data, tensor
+        return before
+    held = ranks.local(parameter.detach())
+    before = held.clone()
+    held.copy_(ranks.local(tensor))
+    return before
 
 
 class Known(nn.Module):

@@ -110,6 +110,11 @@ class Environment(Block):
     packages: dict[str, str]
 
 
+class Processes(Block):
+    count: int = 1
+    sharded: bool = False  # over which the weights were cut
+
+
 class Reproduction(Block):
     command: str
     config: dict[str, Any]
@@ -148,6 +153,7 @@ class Record(Block):
     results: dict[Literal["before", "after"], dict[str, dict[str, Any]]] = {}
     attacks: dict[str, Any] = {}
     environment: Environment
+    processes: Processes = Processes()
     reproduction: Reproduction
     limits: list[str]
     files: dict[str, str]  # SHA-256 of what lies beside the record

@@ -27,6 +27,7 @@ METHOD = "rename_scrub"
 KEEPING = (1.0, 2.0, 0.5)  # times its weights of what is to be kept: as set, safer, stronger
 WIDTH = 640  # inputs of a down-projection of the testbed's model, on which its rate was found
 STEPS = 250
+NOISE = 0.1
 UNPROTECTED = (
     "It does not protect against texts or questions that tell the facts themselves, against longer "
     "fine-tuning than was tried, nor does it cover what has no name on the list: steps of a "
@@ -39,6 +40,7 @@ def start(config: Config, keeping: float) -> dict[str, Any]:
     usual = RenameScrub()
     return {
         **{f"method.{key}": keeping * getattr(usual, key) for key in ("hold", "keep", "retain")},
+        "method.noise": NOISE,
         "train.learning_rate": short(rate(config, WIDTH)),
         "train.max_steps": STEPS,
     }

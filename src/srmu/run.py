@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from functools import cached_property
@@ -19,8 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from srmu import ranks, weights
 from srmu import record as audit
-from srmu import weights
 from srmu.cache import digest, limit_bytes, open_activations
 from srmu.card import model_card
 from srmu.checkpoint import Checkpoints
@@ -221,13 +222,23 @@ def load_topics(config: Config, tokenizer: Any) -> list[Topic]:
     return topics
 
 
-def unlearn(config: Config, *, out: str | Path | None = None, watch: Watch = silent) -> Run:
+def unlearn(
+    config: Config,
+    *,
+    out: str | Path | None = None,
+    shard: bool = False,
+    watch: Watch = silent,
+) -> Run:
     """Unlearn the config's topics; the run's folder holds the result, `out` a full checkpoint.
 
     The same config on the same data is not run twice. Raises Diverged with the last good weights
     kept in the folder, UserError before anything is written for all that can be known before.
+    Where a launcher started several processes, each reads a part of every batch, and with `shard`
+    also holds but a part of the weights; the first one writes.
     """
     config, _ = plan(config)
+    check_ranks(config, shard)
+    ranks.join()
     if out is not None:
         if why := config.method.no_checkpoint:
             raise UserError(why)
@@ -238,20 +249,44 @@ def unlearn(config: Config, *, out: str | Path | None = None, watch: Watch = sil
     tokenizer = load_tokenizer(base)
     topics = load_topics(config, tokenizer)
     data = {topic.name: dict(topic.counts) for topic in topics}
-    if (folder / RECORD).exists():
+    if ranks.agreed((folder / RECORD).exists()):
         run = finished(folder, data)
     else:
-        with alone(folder):
+        with alone(folder) if ranks.first() else nullcontext():
             try:
-                run = train(config, folder, base, topics, data, watch)
+                run = train(config, folder, base, topics, data, shard, watch)
             except BaseException:
                 written = (folder / RECORD).exists()  # the last thing written
-                if not written and not Checkpoints(folder / CHECKPOINTS).kept():
+                if ranks.first() and not written and not Checkpoints(folder / CHECKPOINTS).kept():
                     discard(folder)
                 raise
-    if out is not None:
+    if out is not None and ranks.first():
         run.export(out, watch=watch)
     return run
+
+
+def check_ranks(config: Config, shard: bool) -> None:
+    """UserError where the method cannot be spread over the processes that there are."""
+    method, count = config.method, ranks.size()
+    if shard and count == 1:
+        raise UserError(
+            "--shard cuts the weights over several processes, but there is one: start "
+            "torchrun --nproc-per-node 2 -m srmu unlearn ... --shard"
+        )
+    if count == 1:
+        return
+    if not method.spreads:
+        raise UserError(
+            f"method {method.name} runs in one process, but {count} were started; start it without "
+            "the launcher"
+        )
+    if shard and getattr(method, "lora_rank", 0) > 0:
+        raise UserError("--shard and method.lora_rank do not go together; leave one out")
+    if shard and getattr(method, "stream", "resid_post") != "resid_post":
+        # FSDP gathers a layer again for its gradient when that of its output is there
+        raise UserError(
+            f"--shard needs method.stream=resid_post: {method.stream} lies inside a layer"
+        )
 
 
 @contextmanager
@@ -305,18 +340,24 @@ def keep_lines(metrics: Path, steps: int) -> float:
 
 
 def train(
-    config: Config, folder: Path, base: Path, topics: list[Topic], data: Any, watch: Watch
+    config: Config,
+    folder: Path,
+    base: Path,
+    topics: list[Topic],
+    data: Any,
+    shard: bool,
+    watch: Watch,
 ) -> Run:
     """Load the model, apply the method, and write the run's folder; the record comes last."""
     method = config.method
-    require_memory(config, base)
+    require_memory(config, base, ranks.size() if shard else 1)
     before = fresh_peak(config.device)
     model = EditableModel.load(
         base,
         depth=method.depth,
         trainable=method.trainable,
         dtype=config.dtype,
-        device=config.device,
+        device="cpu" if shard else config.device,
     )
     highest = max(int(b["input_ids"].max()) for t in topics for b in (*t.forget, *t.retain))
     if highest >= model.vocabulary_size:
@@ -329,14 +370,18 @@ def train(
     say = print_line if watch is not silent else lambda text: None
     # Where the first layer changes, no activation comes twice.
     mode = config.cache if model.fixed or method.depth is not None else "none"
+    names = weights.checkpoint_names(base, model.original)  # before training: can it be written?
+    if shard:  # all processes run the same layers at once: none may find what others must compute
+        mode = "none"
+        model.shard(config.device)
     model.activations = open_activations(
         mode, cache_key(config, base, model, topics), model.device, say
     )
-    names = weights.checkpoint_names(base, model.original)  # before training: can it be written?
-    require_space(folder, sum(t.numel() * t.element_size() for t in model.original.values()))
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / DELTA).unlink(missing_ok=True)  # of a run that was killed
-    write_whole(folder / "config.yaml", config.to_yaml())
+    if ranks.first():
+        require_space(folder, sum(t.numel() * t.element_size() for t in model.original.values()))
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / DELTA).unlink(missing_ok=True)  # of a run that was killed
+        write_whole(folder / "config.yaml", config.to_yaml())
     started, clock = datetime.now(UTC), time.monotonic()
     error: Diverged | None = None
     steps = 0
@@ -347,8 +392,12 @@ def train(
         {"run": config.id, "data": data, "base": weights.identity(base, method.depth)},
     )
     done = checkpoints.done()
-    clock -= keep_lines(folder / "metrics.jsonl", done)
-    with (folder / "metrics.jsonl").open("a") as metrics:
+    if len({*ranks.gathered(done)}) > 1:
+        raise UserError(f"{folder} must lie on storage that all processes see, but does not")
+    if ranks.first():
+        clock -= keep_lines(folder / "metrics.jsonl", done)
+    path = folder / "metrics.jsonl" if ranks.first() else Path(os.devnull)
+    with path.open("a") as metrics:
 
         def log(step: int, values: dict[str, float | str]) -> None:
             nonlocal steps
@@ -361,7 +410,7 @@ def train(
             outcome = method.apply(model, topics, config.train, log, watch, checkpoints)
         except Diverged as diverged:
             error, outcome = diverged, Outcome({}, str(diverged))
-    peak = peak_memory(config.device)
+    peak = max(ranks.gathered(peak_memory(config.device)))
     changed = model.delta()
     still = sorted(set(model.trained) - set(changed))
     # Of a whole model some tensors may stay: bf16 norms near 1 do not move by steps of 1e-5.
@@ -378,6 +427,11 @@ def train(
             f"{what} did not change in {steps} steps ({outcome.stop_reason}); raise "
             f"train.learning_rate, or see the options of {method.name}: srmu methods"
         )
+    if not ranks.first():
+        ranks.agreed(None)  # the first one has written
+        if error is not None:
+            raise error
+        return Run.open(folder)
     if changed:
         meta = {"base_model": config.model, "method": method.name, "run": config.id}
         weights.save_delta(folder / DELTA, base, names, changed, meta)
@@ -418,6 +472,7 @@ def train(
         "changed": sorted(changed),
         "change": audit.change_block(base, folder / DELTA),
         "environment": audit.environment(),
+        "processes": {"count": ranks.size(), "sharded": shard},
         "reproduction": {
             "command": f"srmu unlearn --from-record {RECORD}",
             "config": config.to_dict(),
@@ -433,13 +488,17 @@ def train(
     }
     write_json(folder / RECORD, audit.sealed(record))
     checkpoints.clear()
+    ranks.agreed(None)
     if error is not None:
         raise error
     return Run.open(folder)
 
 
-def require_memory(config: Config, base: Path) -> None:
-    """UserError where what is trained, with its reference and its optimiser, cannot be held."""
+def require_memory(config: Config, base: Path, parts: int = 1) -> None:
+    """UserError where what is trained, with its reference and its optimiser, cannot be held.
+
+    In `parts`: over so many processes.
+    """
     settings = read_config(base)
     method = config.method
     model = EditableModel(skeleton(settings, torch.float32), method.trainable, method.depth)
@@ -449,6 +508,7 @@ def require_memory(config: Config, base: Path) -> None:
     needed = sum(standing(config, trained, size, mapped=config.device == "cpu").values())
     if getattr(method, "lora_rank", 0):  # masters and moments are the adapters'
         needed = trained * size
+    needed //= parts
     if needed > (free := free_bytes(config.device)):
         raise UserError(
             f"method {method.name} trains {trained:,} numbers: with their originals and the "

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from srmu import ranks
 from srmu.checkpoint import Checkpoints, packed, unpack
 from srmu.data import Padding, Topic
 from srmu.errors import Diverged, UserError
@@ -100,6 +101,8 @@ def fit(
     extra: Sequence[nn.Parameter] = (),
     checkpoints: Checkpoints = NOWHERE,
     memory: Mapping[str, dict[str, Any]] = NOTHING,
+    *,
+    spread: bool = False,
 ) -> str:
     """Optimise the trained tensors of `model`, and `extra`, topics alternating by step.
 
@@ -107,6 +110,7 @@ def fit(
     loss itself says. Raises Diverged at the first non-finite loss or gradient, with the model put
     back to the last weights whose loss was finite. Goes on from the newest of `checkpoints`;
     `memory` is what the losses hand from step to step, by a name for each, and is kept there too.
+    With `spread` each process reads its rows of a batch, and the losses are shares of the whole.
     """
     assert options.learning_rate is not None, "Method.training fills it in"
     names = [*model.trained, *(f"extra {i}" for i in range(len(extra)))]
@@ -115,7 +119,7 @@ def fit(
         master_of(name, p, options.weights) for name, p in zip(names, parameters, strict=True)
     ]
     optimiser = torch.optim.AdamW(
-        masters,
+        by_layout(masters),
         lr=options.learning_rate,
         weight_decay=options.weight_decay,
         eps=options.adam_epsilon,
@@ -131,30 +135,38 @@ def fit(
         if step < done:
             next(streams[step % len(parts)])
             continue
-        batches = [to(batch, model.device) for batch in next(streams[step % len(parts)])]
-        terms = loss(batches[0], batches[1], step)
-        if terms.stop:
-            return f"{terms.stop} (before step {step})"
-        total = torch.stack(list(terms.losses.values())).sum()
+        pair = next(streams[step % len(parts)])
+        batches = [to(ranks.rows(b) if spread else b, model.device) for b in pair]
+        with ranks.spread(spread):
+            terms = loss(batches[0], batches[1], step)
+            if terms.stop:
+                return f"{terms.stop} (before step {step})"
+            total = torch.stack(list(terms.losses.values())).sum()
+            losses = together(terms.losses)
+            values = {"loss": ranks.total(total.detach()), **losses, **together(terms.logged)}
         place = f"step {step}, topic {topic.name}, batch {step // len(parts)}"
-        if not total.isfinite():
+        if not values["loss"].isfinite():
             restore(parameters, good)
-            raise Diverged(f"the loss is not finite at {place} ({numbers(terms.losses)}); {ADVICE}")
-        if spike := spikes.after(topic.name, terms.losses, float(total.detach())):
+            raise Diverged(f"the loss is not finite at {place} ({numbers(losses)}); {ADVICE}")
+        if spike := spikes.after(topic.name, losses, float(values["loss"])):
             restore(parameters, good)
             raise Diverged(f"{spike} at {place}; {ADVICE}")
         if total.requires_grad:
-            total.backward()
+            # of sharded tensors FSDP takes the processes' mean
+            (total * ranks.size() if spread else total).backward()
         if all(parameter.grad is None for parameter in parameters):
             raise UserError("the loss reaches none of the trained tensors: wrong layer or window")
+        if spread:
+            ranks.add_up(parameters)
         for master, parameter in zip(masters, parameters, strict=True):
             if master is not parameter and parameter.grad is not None:
                 master.grad, parameter.grad = parameter.grad.to(master.dtype), None
-        norm = torch.nn.utils.get_total_norm([m.grad for m in masters if m.grad is not None])
+        norm = ranks.norm([m.grad for m in masters if m.grad is not None])
         if not norm.isfinite():
             raise Diverged(f"the gradient is not finite at {place}; {ADVICE}")
         if options.max_grad_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(masters, options.max_grad_norm, norm)
+            for part in by_layout(masters):
+                torch.nn.utils.clip_grads_with_norm_(part["params"], options.max_grad_norm, norm)
         restore(good, parameters)  # their loss was finite
         if options.schedule == "linear":
             for group in optimiser.param_groups:
@@ -164,7 +176,7 @@ def fit(
         for master, parameter in zip(masters, parameters, strict=True):
             if master is not parameter:
                 parameter.data.copy_(master)
-        values = {"loss": total, **terms.losses, **terms.logged, "grad_norm": norm}
+        values["grad_norm"] = norm
         reason, measured = limits.after(step)
         if any(map(math.isnan, measured.values())):
             restore(parameters, good)
@@ -173,12 +185,27 @@ def fit(
         log(step, {"topic": topic.name} | row)
         if reason:
             return reason
-        if checkpoints.due():
-            checkpoints.save(step + 1, *training.state())
-    if not all(p.isfinite().all() for p in parameters):
+        if ranks.agreed(checkpoints.due()):
+            state = training.state()
+            if ranks.first():
+                checkpoints.save(step + 1, *state)
+    if not ranks.everywhere(all(ranks.local(p).isfinite().all() for p in parameters)):
         restore(parameters, good)
         raise Diverged(f"the weights are not finite after {place}; {ADVICE}")
     return FINISHED
+
+
+def together(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The sum of what the processes hold of each value, where they share the work."""
+    place = next(iter(values.values())).device if values else None
+    each = [value.detach().float().to(place) for value in values.values()]
+    return dict(zip(values, ranks.total(torch.stack(each)) if each else (), strict=True))
+
+
+def by_layout(masters: Sequence[nn.Parameter]) -> list[dict[str, Any]]:
+    """The tensors in groups, those that are sharded apart: products of both kinds do not mix."""
+    parts = [[m for m in masters if ranks.is_sharded(m) is kind] for kind in (True, False)]
+    return [{"params": part} for part in parts if part]
 
 
 class Training(NamedTuple):
@@ -202,16 +229,17 @@ class Training(NamedTuple):
         return found
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """It as tensors and JSON values."""
+        """It as tensors and JSON values; all processes must ask, each gets all of it."""
         tensors = {f"{k}/{i}": t for k, ts in self.lists().items() for i, t in enumerate(ts)}
-        for i, entry in self.optimiser.state_dict()["state"].items():
+        for i, master in enumerate(self.masters):
+            entry = self.optimiser.state.get(master, {})
             tensors |= {f"optimiser/{i}/{key}": value for key, value in entry.items()}
         numbers: dict[str, Any] = {"kept_step": self.limits.kept_step, "memory": {}}
         numbers["spikes"] = {"first": self.spikes.first, "recent": self.spikes.recent}
         for name, memory in self.memory.items():
             changing, numbers["memory"][name] = packed(memory)
             tensors |= {f"memory/{name}/{key}": value for key, value in changing.items()}
-        return tensors, numbers
+        return {name: ranks.whole(tensor) for name, tensor in tensors.items()}, numbers
 
     def resume(self, checkpoints: Checkpoints) -> int:
         """Put back what the newest checkpoint holds; how many steps are done."""
@@ -219,12 +247,17 @@ class Training(NamedTuple):
             return 0
         done, tensors, numbers = found
         for key, places in self.lists().items():
-            restore(places, [tensors[f"{key}/{i}"] for i in range(len(places))])
+            kept = [tensors[f"{key}/{i}"] for i in range(len(places))]
+            restore(places, [*map(ranks.laid_like, kept, places)])
         under = partial(below, tensors)
-        state = {
-            int(i): under(f"optimiser/{i}/")
-            for i in {k.split("/")[1] for k in tensors if k.startswith("optimiser/")}
-        }
+        order = [m for part in self.optimiser.param_groups for m in part["params"]]
+        state = {}
+        for i, master in enumerate(order):
+            number = next(j for j, m in enumerate(self.masters) if m is master)
+            entry = under(f"optimiser/{number}/")
+            like = {k: ranks.laid_like(v, master) for k, v in entry.items() if v.ndim}
+            if entry:
+                state[i] = entry | like
         whole = self.optimiser.state_dict()
         self.optimiser.load_state_dict(whole | {"state": state})
         self.limits.kept_step = numbers["kept_step"]

@@ -7,9 +7,11 @@ from typing import Any, ClassVar, Literal, Self
 from torch import Tensor
 
 from srmu.errors import UserError
+from srmu.losses import token_mean
 from srmu.methods.base import State
 from srmu.methods.rmu import RMU
 from srmu.model import Batch, EditableModel
+from srmu.ranks import total
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,9 +62,9 @@ class AdaptiveRMU(RMU):
             return self.factor * norms[..., None] * direction
         mask = self.measured(forget)
         if self.norm_when == "per_sample":
-            means = (norms * mask).sum(dim=1) / mask.sum(dim=1)
+            means = (norms * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
             return self.factor * means[:, None, None] * direction
-        mean = float(norms[mask].mean())
+        mean = float(total(token_mean(norms, mask)))
         if self.norm_when == "first_batch":  # the public code's form
             state.memory["first_norm"] = mean
         target = self.factor * mean * direction

@@ -54,6 +54,8 @@ class Method(ABC):
     uses: ClassVar[tuple[str, ...]] = ()  # besides the model and the forget texts
     learning_rate: ClassVar[float] = 5e-5  # where train.learning_rate is not given
     schedule: ClassVar[Schedule] = "constant"  # where train.schedule is not given
+    # whether several processes can share its work, each with a part of every batch
+    spreads: ClassVar[bool] = False
     endless: ClassVar[bool] = False  # its loss has no lower bound: it must be stopped
 
     @property
@@ -249,7 +251,9 @@ class Objective(Method):
                 options = self.limited(train, model.vocabulary_size)
                 extra = [p for state in states.values() for p in state.parameters.values()]
                 memory = {f"{n}.{k}": getattr(s, k) for n, s in states.items() for k in CHANGING}
-                stop_reason = fit(model, parts, options, follow, extra, checkpoints, memory)
+                stop_reason = fit(
+                    model, parts, options, follow, extra, checkpoints, memory, spread=self.spreads
+                )
         self.finish(model, topics, train, watch)
         return Outcome(states, stop_reason)
 

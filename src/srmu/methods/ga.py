@@ -16,6 +16,7 @@ class GA(LogitObjective):
 
     name: ClassVar[str] = "ga"
     paper: ClassVar[str] = "arXiv 2401.06121"
+    spreads: ClassVar[bool] = True
     endless: ClassVar[bool] = True
 
     def loss(

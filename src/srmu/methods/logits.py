@@ -62,6 +62,8 @@ class LogitObjective(Objective):
 class Retaining(LogitObjective):
     """An objective of logits with a choice of what holds the retain texts."""
 
+    spreads: ClassVar[bool] = True
+
     retain: Literal["none", "nll", "kl"] = "none"  # their likelihood, or KL(original || model)
     alpha: float = 1.0  # weight of the retain loss
 

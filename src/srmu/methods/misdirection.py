@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
+from srmu import ranks
 from srmu.cache import digest, open_activations
 from srmu.checkpoint import Checkpoints
 from srmu.console import Watch, silent
@@ -36,6 +37,7 @@ class Misdirection(Objective):
     """
 
     level: ClassVar = "representation"
+    spreads: ClassVar[bool] = True
     uses: ClassVar[tuple[str, ...]] = ("retain texts", "the original activations")
     measures: ClassVar[tuple[str, ...]] = ("forget",)  # texts whose activations are averaged
 
@@ -120,6 +122,11 @@ class Misdirection(Objective):
 
     def check(self, topics: Sequence[Topic], train: TrainOptions) -> None:
         super().check(topics, train)
+        if ranks.size() > 1 and (self.columns < 1 or self.anchors == "self"):
+            raise UserError(
+                "method.columns below 1 and anchors=self run in one process, but "
+                f"{ranks.size()} were started; start it without the launcher"
+            )
         if self.columns < 1 and train.weight_decay:
             raise UserError(
                 f"train.weight_decay={train.weight_decay:g} would move the columns that "

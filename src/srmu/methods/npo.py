@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from srmu.losses import token_nll
+from srmu.losses import row_mean, token_nll
 from srmu.methods.base import State
 from srmu.methods.logits import Retaining
 from srmu.model import Batch, EditableModel
@@ -37,5 +37,6 @@ class NPO(Retaining):
             before = nll()
         # eq: NPO, L = -(2/beta) E log sigmoid(-beta log(p/p0)), log(p/p0) = nll0 - nll
         # (public ports took raw logits for log-probabilities, or means for the sums)
-        terms = -2 / self.beta * F.logsigmoid(self.beta * (nll() - before)).mean()
-        return Terms({"forget": terms, **self.held(model, retain)}, {})
+        terms = -2 / self.beta * F.logsigmoid(self.beta * (nll() - before))
+        loss = row_mean(terms, forget["labels"])
+        return Terms({"forget": loss, **self.held(model, retain)}, {})

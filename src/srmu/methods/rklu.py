@@ -10,6 +10,7 @@ from srmu.losses import generic_logits, predicted, token_kl
 from srmu.methods.base import State
 from srmu.methods.logits import Retaining, strengthened
 from srmu.model import Batch, EditableModel
+from srmu.ranks import total
 from srmu.train import Terms
 
 
@@ -61,5 +62,5 @@ class RKLU(Retaining):
             mask = mask & ((raised - base)[:, :-1].gather(-1, token).squeeze(-1) > 0)
         # eq: RKLU, L = mean KL(p || softmax(z0 - strength relu(z+ - z0)))
         kl = token_kl(model.logits(forget), generic_logits(base, raised, self.strength))
-        loss = (kl * mask).sum() / mask.sum().clamp(min=1)  # a batch may have none that rise
+        loss = (kl * mask).sum() / total(mask.sum()).clamp(min=1)  # a batch may have none that rise
         return Terms({"forget": loss, **self.held(model, retain)}, {})

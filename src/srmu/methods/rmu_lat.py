@@ -25,6 +25,7 @@ class RMULAT(RMU):
 
     name: ClassVar[str] = "rmu_lat"
     paper: ClassVar[str] = "arXiv 2407.15549"
+    spreads: ClassVar[bool] = False  # what is drawn at each step is drawn for a whole batch
 
     adversary: Literal["activations", "likelihood"] = "activations"
     budget: float = 0.5  # norm of the perturbation over that of what it is added to, token by token

@@ -19,6 +19,7 @@ class RNA(RMU):
 
     name: ClassVar[str] = "rna"
     paper: ClassVar[str] = "arXiv 2501.19202"
+    spreads: ClassVar[bool] = False  # what is drawn at each step is drawn for a whole batch
     measures: ClassVar[tuple[str, ...]] = ("forget", "retain")
 
     # The paper gives it in absolute units, which mean another thing in each model and layer.

@@ -18,6 +18,7 @@ class SCRUB(LogitObjective):
 
     name: ClassVar[str] = "scrub"
     paper: ClassVar[str] = "arXiv 2302.09880"
+    spreads: ClassVar[bool] = True
     endless: ClassVar[bool] = True
     uses: ClassVar[tuple[str, ...]] = ("retain texts", "the original's logits")
 

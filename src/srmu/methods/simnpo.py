@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import torch.nn.functional as F  # noqa: N812
 
-from srmu.losses import predicted, token_nll
+from srmu.losses import predicted, row_mean, token_nll
 from srmu.methods.base import State
 from srmu.methods.logits import Retaining
 from srmu.model import Batch, EditableModel
@@ -34,8 +34,9 @@ class SimNPO(Retaining):
         labels = forget["labels"]
         nll = token_nll(model.logits(forget), labels).sum(dim=1)  # (B,)
         # Public ports divide by the labels before they are shifted: one too many a text.
-        length = predicted(labels).sum(dim=1)
+        length = predicted(labels).sum(dim=1).clamp(min=1)
         # eq: SimNPO, L = -(2/beta) E log sigmoid(beta (nll/|y| - gamma))
         # gamma is the code's: the paper's stands outside of beta, gamma_paper = beta gamma
-        terms = -2 / self.beta * F.logsigmoid(self.beta * (nll / length - self.gamma)).mean()
-        return Terms({"forget": self.weight * terms, **self.held(model, retain)}, {})
+        terms = -2 / self.beta * F.logsigmoid(self.beta * (nll / length - self.gamma))
+        loss = row_mean(terms, labels)
+        return Terms({"forget": self.weight * loss, **self.held(model, retain)}, {})

@@ -13,6 +13,7 @@ from srmu.importance import Fusion, Statistic, describe, importance, measure
 from srmu.methods.base import State
 from srmu.methods.misdirection import Misdirection
 from srmu.model import Batch, EditableModel
+from srmu.ranks import total
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +73,7 @@ class SRMU(Misdirection):
             fresh = draw(self.direction, len(kept["direction"]), memory["generator"])
             kept["direction"] = fresh.to(model.device)
         if self.map_mode != "static":
-            pairs = [self.frozen_sums(model, [batch]) for batch in (forget, retain)]
+            pairs = [map(total, self.frozen_sums(model, [batch])) for batch in (forget, retain)]
             values = torch.stack([measure(pair, self.statistic)[0] for pair in pairs])  # (2, D)
             if self.map_mode == "ema":
                 values = torch.lerp(values, memory.get("ema", values), self.ema_decay)

@@ -1,6 +1,6 @@
 """SSD: selective synaptic dampening (Foster, Schoepf and Brintrup, arXiv 2308.07707)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import ClassVar, Literal
@@ -8,13 +8,14 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from srmu import ranks
 from srmu.console import Watch
 from srmu.data import Topic
 from srmu.errors import UserError
 from srmu.methods.base import State
 from srmu.methods.edits import WholeEdit
 from srmu.methods.gradients import alike, gradient_sums, nlls, singles
-from srmu.model import EditableModel
+from srmu.model import Batch, EditableModel
 from srmu.train import TrainOptions
 
 
@@ -24,6 +25,7 @@ class SSD(WholeEdit):
 
     name: ClassVar[str] = "ssd"
     paper: ClassVar[str] = "arXiv 2308.07707"
+    spreads: ClassVar[bool] = True
     uses: ClassVar[tuple[str, ...]] = ("retain texts",)
 
     alpha: float = 10.0  # how often as important to forget texts a weight must be
@@ -47,8 +49,9 @@ class SSD(WholeEdit):
             factor = dampening(i_f[name], i_d[name], method.alpha, method.lam)
             with torch.no_grad():
                 model.trained[name].copy_(model.trained[name].float() * factor)
-            selected += int((factor < 1).sum())
-            left += float(factor[factor < 1].sum())
+            lower = ranks.whole(factor)
+            selected += int((lower < 1).sum())
+            left += float(lower[lower < 1].sum())
         if not selected:
             raise UserError(
                 f"no weight is over {method.alpha:g} times as important to the forget texts; lower "
@@ -75,13 +78,30 @@ class SSD(WholeEdit):
             # eq: SSD, I_i = E_x (d nll(x) / d theta_i)^2, over single texts
             # It is the diagonal Fisher matrix (public code squares the mean gradient of a batch,
             # which depends on its size). Sums over as many texts do for means: ratios are used.
-            i_f, i_d = (gradient_sums(chosen, nlls(model, part, tick), 2) for part in pairs)
+            i_f, i_d = (
+                pooled(gradient_sums(chosen, nlls(model, mine(part, chosen), tick), 2))
+                for part in pairs
+            )
         for name in left_out:
             model.trained[name].requires_grad_(True)
         if self.reference == "all":
             for name in i_d:
                 i_d[name].lerp_(i_f[name], len(forget) / (len(forget) + len(retain)))
         return i_f, i_d
+
+
+def mine(texts: list[Batch], parameters: Mapping[str, Tensor]) -> list[Batch]:
+    """This process' share of single texts; of tensors that are sharded all read all texts.
+
+    There a gradient comes as the mean over the processes: squares of it would be of several texts.
+    """
+    sharded = any(map(ranks.is_sharded, parameters.values()))
+    return texts if sharded else texts[ranks.rank() :: ranks.size()]
+
+
+def pooled(sums: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The sums of all processes' texts."""
+    return {k: t if ranks.is_sharded(t) else ranks.summed(t) for k, t in sums.items()}
 
 
 def dampening(i_f: Tensor, i_d: Tensor, alpha: float, lam: float) -> Tensor:

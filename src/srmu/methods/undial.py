@@ -7,6 +7,7 @@ from srmu.losses import predicted
 from srmu.methods.base import State
 from srmu.methods.logits import Retaining
 from srmu.model import Batch, EditableModel
+from srmu.ranks import total
 from srmu.train import Terms
 
 
@@ -36,5 +37,5 @@ class UNDIAL(Retaining):
         lowered = before.scatter_add(-1, token, before.new_full(token.shape, -self.strength))
         log_p = model.logits(forget)[:, :-1].float().log_softmax(-1)
         entropy = -(lowered.softmax(-1) * log_p).sum(-1)  # (B, S)
-        loss = (entropy * mask).sum() / mask.sum()
+        loss = (entropy * mask).sum() / total(mask.sum())
         return Terms({"forget": loss, **self.held(model, retain)}, {})

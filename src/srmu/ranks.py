@@ -1,0 +1,229 @@
+"""The processes of one run that a launcher started together: which one this is, sums over all.
+
+`torchrun` and `accelerate launch` start them, and say so in the environment. A process alone is all
+of them, and nothing here changes what it does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
+
+from srmu.errors import UserError
+
+if TYPE_CHECKING:  # the command line asks for its rank before it knows whether it needs torch
+    from torch import Tensor, nn
+    from torch.distributed.tensor import DTensor
+
+PATIENCE = timedelta(minutes=30)  # that ranks wait for one that loads or writes
+T = TypeVar("T")
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", "0")) if size() > 1 else 0
+
+
+def size() -> int:
+    """How many processes there are."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if "MASTER_ADDR" in os.environ else 1
+
+
+def first() -> bool:
+    """Whether this is the process that writes files."""
+    return rank() == 0
+
+
+def join() -> None:
+    """Meet the others, once; UserError where they cannot be met."""
+    if size() == 1:
+        return
+    import torch
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    try:
+        dist.init_process_group(timeout=PATIENCE)  # gloo for the CPU, NCCL for CUDA
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"the {size()} processes cannot meet: {error}") from error
+
+
+def leave() -> None:
+    """Say goodbye to the others, after the last sum."""
+    if size() > 1:
+        import torch.distributed as dist
+
+        if dist.is_initialized():
+            dist.barrier()
+            dist.destroy_process_group()
+
+
+def says_first(message: str) -> bool:
+    """Whether no other process has said this: what all of them find wrong is said once."""
+    if size() == 1:
+        return True
+    with suppress(Exception):  # the others may be gone, and their store with them
+        from torch.distributed.distributed_c10d import _get_default_store
+
+        key = hashlib.sha256(message.encode()).hexdigest()
+        return int(_get_default_store().add(f"said {key}", 1)) == 1
+    return True
+
+
+def asked_to_shard() -> bool:
+    """Whether `accelerate launch --use_fsdp` started this."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1")
+
+
+# --- what is agreed ------------------------------------------------------------------------------
+
+
+def agreed(value: T) -> T:
+    """The first process' value, on all of them."""
+    if size() == 1:
+        return value
+    import torch.distributed as dist
+
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gathered(value: T) -> list[T]:
+    """The values of all processes, on each."""
+    if size() == 1:
+        return [value]
+    import torch.distributed as dist
+
+    found: list[Any] = [None] * size()
+    dist.all_gather_object(found, value)
+    return found
+
+
+# --- what is summed ------------------------------------------------------------------------------
+
+_spread = False
+
+
+@contextmanager
+def spread(over: bool = True) -> Iterator[None]:
+    """Run the block on this process' share of the rows: `total` then sums over all of them."""
+    global _spread
+    before, _spread = _spread, over and size() > 1
+    try:
+        yield
+    finally:
+        _spread = before
+
+
+def total(value: Tensor) -> Tensor:
+    """Inside `spread`: the sum of the processes' values, without gradient; else the value.
+
+    A loss divides its own share by it: the shares then add up to the loss of the whole batch.
+    """
+    return summed(value) if _spread else value
+
+
+def summed(value: Tensor) -> Tensor:
+    """The sum of the processes' values, without gradient."""
+    if size() == 1:
+        return value.detach()
+    import torch.distributed as dist
+
+    found = value.detach().clone()
+    dist.all_reduce(found)
+    return found
+
+
+def rows(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """This process' rows of a batch: every `size`-th; where none is left, one that counts nothing.
+
+    Padding stays as it is, so that each row is computed as in the whole batch.
+    """
+    count, mine = len(next(iter(batch.values()), ())), rank()
+    if size() == 1 or not batch:
+        return batch
+    if mine < count:
+        return {name: tensor[mine :: size()] for name, tensor in batch.items()}
+    found = {name: tensor[:1].clone() for name, tensor in batch.items()}
+    found["labels"].fill_(-100)
+    return found
+
+
+def add_up(parameters: Iterable[nn.Parameter]) -> None:
+    """Sum the gradients of the processes, in place; those of sharded tensors are summed already.
+
+    FSDP takes their mean: the losses were multiplied by `size`.
+    """
+    for parameter in parameters:
+        if parameter.grad is not None and not is_sharded(parameter):
+            parameter.grad = summed(parameter.grad) / size()
+
+
+# --- tensors that are sharded --------------------------------------------------------------------
+
+
+def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
+    return hasattr(tensor, "full_tensor")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process' part of a sharded tensor, in its own memory; another tensor as it is."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All parts of a sharded tensor together, on each process; another tensor as it is."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def laid_like(tensor: Tensor, place: Tensor) -> Tensor:
+    """A whole tensor that each process has, cut as `place` is."""
+    if not is_sharded(place):
+        return tensor
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = place.device_mesh
+    whole = DTensor.from_local(tensor.to(place.device), mesh, [Replicate()], run_check=False)
+    return whole.redistribute(mesh, place.placements)
+
+
+def norm(tensors: Sequence[Tensor]) -> Tensor:
+    """The norm of tensors together, some of them sharded."""
+    import torch
+
+    if not any(map(is_sharded, tensors)):
+        return torch.nn.utils.get_total_norm(tensors)
+    squares = [local(t).double().square().sum() for t in tensors if is_sharded(t)]
+    total = summed(torch.stack(squares).sum())
+    for tensor in tensors:
+        if not is_sharded(tensor):
+            total = total + tensor.double().square().sum()
+    return total.sqrt().float()
+
+
+def everywhere(holds: bool, device: Any = "cpu") -> bool:
+    """Whether it holds on all processes."""
+    import torch
+
+    failed = torch.tensor(float(not holds), device=device)
+    return float(summed(failed)) == 0
+
+
+def shard(modules: Iterable[nn.Module], device: str) -> None:
+    """Cut each module's tensors over the processes (FSDP2); it is gathered while it runs."""
+    import torch
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    mesh = init_device_mesh(device.partition(":")[0], (size(),))
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+    for module in modules:
+        # Each is a root of its own: activations are also read without the model's own forward.
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
