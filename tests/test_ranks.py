@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import attack_world as world
 from conftest import Call, save_pico, texts, write_jsonl
 from rank_worker import CASES, DIES_AT, STEPS, WHOLE, config
 from srmu import ranks
@@ -147,6 +148,73 @@ def test_the_command_line_speaks_once(folder: Path, tmp_path: Path) -> None:
     assert json.loads(done.stdout)["record"]["processes"] == {"count": 2, "sharded": True}
 
 
+# --- evaluation and attacks ----------------------------------------------------------------------
+
+ATTACKS = "forced_choice,format_shift,logit_lens,quantisation"
+
+
+@pytest.fixture(scope="module")
+def attacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small world with a run in it; the folder of the run."""
+    place = world.write(tmp_path_factory.mktemp("attacked"))
+    return world.unlearned(place).folder
+
+
+def asked(run: Path, verb: str, *words: str) -> list[str]:
+    place = run.parents[1]
+    return [verb, str(run), *words, "--tasks", "hazard", "--tasks-dir", str(place / "tasks")]
+
+
+def test_two_processes_score_what_one_does(
+    attacked: Path, call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("SRMU_CACHE", str(tmp_path / "one"))
+    alone = json.loads(call(*asked(attacked, "eval"), "--json").out)
+    monkeypatch.setenv("SRMU_CACHE", str(tmp_path / "two"))
+    both = launch("-m", "srmu", *asked(attacked, "eval"), "--json")
+    assert both.returncode == 0, both.stderr
+    assert json.loads(both.stdout) == alone
+    assert alone["before"]["hazard/acc"] != alone["after"]["hazard/acc"]
+
+
+def test_two_processes_attack_as_one_does(
+    attacked: Path, call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    more = ["--attacks", ATTACKS, "--oracle", str(attacked.parents[1] / "oracle"), "--json"]
+    monkeypatch.setenv("SRMU_CACHE", str(tmp_path / "one"))
+    alone = json.loads(call(*asked(attacked, "attack", *more)).out)
+    monkeypatch.setenv("SRMU_CACHE", str(tmp_path / "two"))
+    both = launch("-m", "srmu", *asked(attacked, "attack", *more))
+    assert both.returncode == 0, both.stderr
+    found = json.loads(both.stdout)
+    for report in (alone, found):
+        for entry in report["attacks"].values():
+            entry.pop("seconds")
+    assert found == alone
+    assert len([*(tmp_path / "two" / "attacks").iterdir()]) > len(ATTACKS.split(","))
+
+
+def test_what_fails_on_one_rank_ends_all(attacked: Path, tmp_path: Path) -> None:
+    """One rank's attacks meet a cache that cannot be read; the others have done theirs."""
+    script = tmp_path / "attack.py"
+    script.write_text(
+        "import sys\n"
+        "from srmu import cli, ranks, robustness\n"
+        "from srmu.errors import UserError\n"
+        "read = robustness.read_found\n"
+        "mine = ranks.rank()\n"
+        "def fail(path):\n"
+        "    if mine == 1:\n"
+        '        raise UserError("this rank\'s cache cannot be read")\n'
+        "    return read(path)\n"
+        "robustness.read_found = fail\n"
+        "cli.main()\n"
+    )
+    failed = launch(str(script), *asked(attacked, "attack", "--attacks", "format_shift"))
+    assert failed.returncode != 0
+    assert "srmu: rank 1 of 2: this rank's cache cannot be read" in failed.stderr
+
+
 # --- without processes ---------------------------------------------------------------------------
 
 
@@ -226,3 +294,13 @@ def test_one_process_cannot_shard(folder: Path, call: Call) -> None:
         words += [f"--{role}", str(folder / f"{role}.jsonl")]
     answer = call(*words)
     assert answer.code == 2 and "torchrun --nproc-per-node 2 -m srmu unlearn" in answer.err
+
+
+def test_layers_left_on_disk_change_nothing(folder: Path, made: dict[str, Any]) -> None:
+    for case in ("srmu", "adaptive_rmu"):
+        wanted = config(folder, "offloaded", case).model_copy(update={"cache": "none"})
+        run = unlearn(wanted, offload=True)
+        one = unlearn(config(folder, "whole", case).model_copy(update={"cache": "none"}))
+        assert (run.folder / DELTA).read_bytes() == (one.folder / DELTA).read_bytes()
+    with pytest.raises(UserError, match="it goes with a method of one layer"):
+        unlearn(config(folder, "offloaded", "npo"), offload=True)

@@ -21,6 +21,7 @@ from unittest.mock import patch
 
 import yaml
 
+from srmu import ranks
 from srmu.console import Watch, silent
 from srmu.errors import UserError
 from srmu.files import cache_dir, sha256, write_json
@@ -58,6 +59,7 @@ def evaluate(
     local = _local_tasks(tasks_dir)
     kept = {name: _kept(name, local, limit, fingerprint) for name in tasks}
     found = {name: _read(kept[name]) if fingerprint else None for name in tasks}
+    found = ranks.agreed(found)
     missing = [name for name in found if found[name] is None]
     if missing:
         with _harness(model, tokenizer, batch_size) as lm:
@@ -65,7 +67,7 @@ def evaluate(
             loaded = {name: _load(name, local) for name in missing}
             for name in missing:
                 found[name] = _score(lm, name, loaded.pop(name), limit, watch)
-                if fingerprint:
+                if fingerprint and ranks.first():
                     kept[name].parent.mkdir(parents=True, exist_ok=True)
                     write_json(kept[name], found[name])
     return {key: entry for results in found.values() for key, entry in (results or {}).items()}
@@ -257,12 +259,22 @@ def asked_how(task: Any) -> dict[str, Any]:
 
 def _score(lm: Any, name: str, loaded: Any, limit: int | None, watch: Watch) -> Results:
     """Run a loaded task or group, and flatten what lm-eval reports."""
+    import numpy as np
     from lm_eval.evaluator import evaluate as run
 
     def answer(kind: str, requests: list[Any]) -> list[Any]:
-        with watch(name, len(requests)) as tick:
+        # of several processes each answers some, neighbours together: they share their prompts
+        parts = [
+            part for part in np.array_split(np.arange(len(requests)), ranks.size()) if len(part)
+        ]
+        with watch(name, len(requests) // ranks.size()) as tick:
             lm.cache_hook.add_partial = lambda *answered: tick("")
-            answers: list[Any] = getattr(type(lm), kind)(lm, requests, disable_tqdm=True)
+
+            def some(part: Any) -> list[Any]:
+                asked = [requests[i] for i in part]
+                return list(getattr(type(lm), kind)(lm, asked, disable_tqdm=True))
+
+            answers = [one for part in ranks.shared_out(parts, some) for one in part]
         scores = [one[0] if isinstance(one, tuple) else one for one in answers]
         if any(score != score for score in scores):
             raise UserError(f"task {name!r}: the model's output is not a number (NaN)")

@@ -104,18 +104,35 @@ class EditableModel:
         trainable: Sequence[str],
         dtype: str = "auto",
         device: str = "cpu",
+        offload: bool = False,
     ) -> EditableModel:
         """Load the first `depth` layers of a checkpoint (all of them when None).
 
-        Layers that are cut off are never read from disk.
+        Layers that are cut off are never read from disk. With `offload` the layers below the first
+        trained one stay there, or in the main memory, and come to the device one at a time.
         """
         return_freed_blocks()
         model = cls(load_module(folder, dtype, depth), trainable, depth)
         model.folder = folder
         model.shallow = len(model.layers) < read_config(folder).num_hidden_layers
-        model.module.to(device)
+        if offload:
+            model._leave_below(device)
+        else:
+            model.module.to(device)
         model.original = {name: tensor.to(device) for name, tensor in model.original.items()}
         return model
+
+    def _leave_below(self, device: str) -> None:
+        """Leave the fixed layers where they are, as files mapped into memory; move all else."""
+        from accelerate import cpu_offload
+
+        for layer in self.layers[: self.fixed]:
+            cpu_offload(layer, execution_device=torch.device(device))
+        for part in self.module.modules():
+            for kind in (part._parameters, part._buffers):
+                for tensor in kind.values():
+                    if tensor is not None and tensor.device.type != "meta":
+                        tensor.data = tensor.data.to(device)
 
     def shard(self, device: str) -> None:
         """Cut layers, embeddings and head over the processes (FSDP2), before any training.

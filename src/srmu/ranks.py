@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
@@ -21,15 +21,20 @@ if TYPE_CHECKING:  # the command line asks for its rank before it knows whether 
 
 PATIENCE = timedelta(minutes=30)  # that ranks wait for one that loads or writes
 T = TypeVar("T")
+S = TypeVar("S")
+
+
+_alone = False
 
 
 def rank() -> int:
-    return int(os.environ.get("RANK", "0")) if size() > 1 else 0
+    return 0 if size() == 1 else int(os.environ.get("RANK", "0"))
 
 
 def size() -> int:
-    """How many processes there are."""
-    return int(os.environ.get("WORLD_SIZE", "1")) if "MASTER_ADDR" in os.environ else 1
+    """How many processes work together."""
+    launched = "MASTER_ADDR" in os.environ and not _alone
+    return int(os.environ.get("WORLD_SIZE", "1")) if launched else 1
 
 
 def first() -> bool:
@@ -104,6 +109,41 @@ def gathered(value: T) -> list[T]:
     found: list[Any] = [None] * size()
     dist.all_gather_object(found, value)
     return found
+
+
+def shared_out(items: Sequence[S], do: Callable[[S], T]) -> list[T]:
+    """`do` of each item, in order, on all processes: each does its part of them.
+
+    Where one fails, it raises its error when all are done, and the others exit, too.
+    """
+    count, first_of_mine = size(), rank()
+    if count == 1:
+        return [do(item) for item in items]
+    error: Exception | None = None
+    mine: list[T] = []
+    try:
+        with by_itself():
+            mine = [do(item) for item in items[first_of_mine::count]]
+    except Exception as raised:  # whatever it is, the others must hear of it
+        error = raised
+    failed = gathered(error is not None)
+    if error is not None:
+        raise error
+    if any(failed):
+        raise SystemExit(1)  # the one that failed says why
+    parts = gathered(mine)
+    return [parts[i % count][i // count] for i in range(len(items))]
+
+
+@contextmanager
+def by_itself() -> Iterator[None]:
+    """Run the block as if there were no other process: what is in it waits for none."""
+    global _alone
+    _alone = True
+    try:
+        yield
+    finally:
+        _alone = False
 
 
 # --- what is summed ------------------------------------------------------------------------------

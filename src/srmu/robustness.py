@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from srmu import data, weights
+from srmu import data, ranks, weights
 from srmu.attacks import ATTACKS, TIERS, Attack
 from srmu.attacks.base import (
     Exam,
@@ -97,15 +97,19 @@ def attack(
     subjects = Subjects(run, base, sources.oracle, find_device(device))
     for name, one in list(chosen.items()):
         cost = cost_of(one, subjects)
-        if cost and not confirm(f"{name}: {cost}"):
+        if cost and not ranks.agreed(ranks.first() and confirm(f"{name}: {cost}")):
             del chosen[name]
     given = sha256(repr((exam, texts, seed)).encode())
     found: dict[str, dict[str, Found | str]] = {name: {} for name in chosen}
     seconds = dict.fromkeys(chosen, 0.0)
     prints = subjects.prints()
-    with watch("attacking", len(chosen) * len(prints)) as tick:
-        for (who, weights_of), (name, one) in product(prints.items(), chosen.items()):
-            key = sha256(json.dumps([weights_of, name, tier, given, code_of(one)]).encode())
+    pairs = [*product(prints, chosen)]
+    with watch("attacking", len(pairs) // ranks.size()) as tick:
+
+        def made(pair: tuple[str, str]) -> tuple[Found | str, float]:
+            who, name = pair
+            one = chosen[name]
+            key = sha256(json.dumps([prints[who], name, tier, given, code_of(one)]).encode())
             kept = cache_dir() / "attacks" / f"{key}.json"
             started = time.monotonic()
             result: Found | str | None = read_found(kept)
@@ -114,12 +118,17 @@ def attack(
                 if isinstance(result, Found):
                     kept.parent.mkdir(parents=True, exist_ok=True)
                     write_json(kept, asdict(result))
-            found[name][who] = result
-            seconds[name] += time.monotonic() - started
             tick(f"{name}, {who}")
+            return result, time.monotonic() - started
+
+        for (who, name), (result, took) in zip(pairs, ranks.shared_out(pairs, made), strict=True):
+            found[name][who] = result
+            seconds[name] += took
     report = summary(run, chosen, found, exam, tier, seed, sources)
     for name, entry in report["attacks"].items():
         entry["seconds"] = round(seconds[name], 3)
+    if not ranks.first():
+        return report
     write_json(run.folder / FILE, report)
     extend(run.folder, [FILE], attacks=recorded(report, chosen) | copied(exam, own))
     return report

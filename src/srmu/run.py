@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import torch
@@ -50,6 +50,13 @@ STATE = "state.safetensors"
 CARD = "README.md"
 CHECKPOINTS = "checkpoint"  # only there while the run is made
 LOCK = ".lock"
+
+
+class Layout(NamedTuple):
+    """Where the weights are held: over the processes, or partly out of the device's memory."""
+
+    shard: bool = False
+    offload: bool = False
 
 
 @dataclass(frozen=True)
@@ -227,6 +234,7 @@ def unlearn(
     *,
     out: str | Path | None = None,
     shard: bool = False,
+    offload: bool = False,
     watch: Watch = silent,
 ) -> Run:
     """Unlearn the config's topics; the run's folder holds the result, `out` a full checkpoint.
@@ -234,10 +242,16 @@ def unlearn(
     The same config on the same data is not run twice. Raises Diverged with the last good weights
     kept in the folder, UserError before anything is written for all that can be known before.
     Where a launcher started several processes, each reads a part of every batch, and with `shard`
-    also holds but a part of the weights; the first one writes.
+    also holds but a part of the weights; the first one writes. With `offload` the layers below
+    those that change stay out of the device's memory.
     """
     config, _ = plan(config)
     check_ranks(config, shard)
+    if offload and (shard or config.method.depth is None):
+        raise UserError(
+            "--offload leaves layers below those that change on the disk: it goes with a method of "
+            "one layer (srmu, rmu, ...), and without --shard"
+        )
     ranks.join()
     if out is not None:
         if why := config.method.no_checkpoint:
@@ -254,7 +268,7 @@ def unlearn(
     else:
         with alone(folder) if ranks.first() else nullcontext():
             try:
-                run = train(config, folder, base, topics, data, shard, watch)
+                run = train(config, folder, base, topics, data, Layout(shard, offload), watch)
             except BaseException:
                 written = (folder / RECORD).exists()  # the last thing written
                 if ranks.first() and not written and not Checkpoints(folder / CHECKPOINTS).kept():
@@ -345,19 +359,20 @@ def train(
     base: Path,
     topics: list[Topic],
     data: Any,
-    shard: bool,
+    layout: Layout,
     watch: Watch,
 ) -> Run:
     """Load the model, apply the method, and write the run's folder; the record comes last."""
     method = config.method
-    require_memory(config, base, ranks.size() if shard else 1)
+    require_memory(config, base, ranks.size() if layout.shard else 1)
     before = fresh_peak(config.device)
     model = EditableModel.load(
         base,
         depth=method.depth,
         trainable=method.trainable,
         dtype=config.dtype,
-        device="cpu" if shard else config.device,
+        device="cpu" if layout.shard else config.device,
+        offload=layout.offload,
     )
     highest = max(int(b["input_ids"].max()) for t in topics for b in (*t.forget, *t.retain))
     if highest >= model.vocabulary_size:
@@ -371,7 +386,9 @@ def train(
     # Where the first layer changes, no activation comes twice.
     mode = config.cache if model.fixed or method.depth is not None else "none"
     names = weights.checkpoint_names(base, model.original)  # before training: can it be written?
-    if shard:  # all processes run the same layers at once: none may find what others must compute
+    if (
+        layout.shard
+    ):  # all processes run the same layers at once: none may find what others must compute
         mode = "none"
         model.shard(config.device)
     model.activations = open_activations(
@@ -472,7 +489,7 @@ def train(
         "changed": sorted(changed),
         "change": audit.change_block(base, folder / DELTA),
         "environment": audit.environment(),
-        "processes": {"count": ranks.size(), "sharded": shard},
+        "processes": {"count": ranks.size(), "sharded": layout.shard},
         "reproduction": {
             "command": f"srmu unlearn --from-record {RECORD}",
             "config": config.to_dict(),

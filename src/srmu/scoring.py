@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from srmu import weights
+from srmu import ranks, weights
 from srmu.console import Watch, silent
 from srmu.errors import UserError
 from srmu.evals import Results, evaluate
@@ -72,6 +72,8 @@ def score(
         fingerprint = sha256(fingerprint.encode(), repr(method).encode())
     with method.at_inference(module, partial(weights.apply_delta, module, folder, delta)):
         scores = {"before": before, "after": measured(fingerprint)}
+    if not ranks.first():
+        return scores
     write_json(run.folder / "before.json", scores["before"])
     write_json(run.folder / "results.json", scores["after"])
     extend(run.folder, ["before.json", "results.json"], results=scores)
