@@ -38,6 +38,8 @@ CASES: dict[str, dict[str, Any]] = {
     "rklu": {"name": "rklu", "retain": "kl", "teacher_steps": 3},
     "scrub": {"name": "scrub", "ascent_steps": 1},
     "ssd": {"name": "ssd", "alpha": 1.0},
+    "srmu, bf16": {"name": "srmu", "layer": 2},
+    "npo, bf16": {"name": "npo", "retain": "kl"},
 }  # fmt: skip
 
 
@@ -56,6 +58,7 @@ def config(folder: Path, runs_dir: str, case: str) -> Config:
         "train": options | ({"max_grad_norm": 0.5} if case == "npo" else {}),
         "runs_dir": str(folder / runs_dir),
         "device": "cpu",
+        "dtype": "bfloat16" if "bf16" in case else "auto",
     }
     return build_config(tree)
 

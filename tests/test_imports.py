@@ -22,7 +22,7 @@ RANK = {
     "verify": 5, "open_world": 4, "marks": 4, "loading": 4, "figures": 4, "record": 4, "pages": 3,
     "study": 3, "space": 3, "terminal": 3, "weights": 3, "likelihoods": 3, "cache": 3, "losses": 3,
     "importance": 3, "directions": 3, "world": 3, "entanglement": 3, "ensemble": 3, "checkpoint": 3,
-    "statistics": 2, "files": 2, "console": 2, "ranks": 2, "errors": 1,
+    "statistics": 2, "scale": 2, "files": 2, "console": 2, "ranks": 2, "errors": 1,
 }  # fmt: skip
 PACKAGES = ("methods", "attacks")  # whose files import each other
 

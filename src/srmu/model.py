@@ -313,8 +313,7 @@ class EditableModel:
                 if not same:
                     found[name] = tensor
             elif not ranks.everywhere(same, self.device):
-                whole = ranks.whole(tensor)
-                found[name] = whole.cpu() if ranks.first() else tensor
+                found[name] = ranks.to_first(tensor)
         return found
 
     def _select(self, trainable: Sequence[str]) -> dict[str, nn.Parameter]:

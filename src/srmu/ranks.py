@@ -223,6 +223,17 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
+def to_first(tensor: Tensor) -> Tensor:
+    """All parts of a sharded tensor together in the first process' main memory, nothing elsewhere.
+
+    All processes must ask; another tensor stays as it is.
+    """
+    if not is_sharded(tensor):
+        return tensor
+    found = whole(tensor)
+    return found.cpu() if first() else found.new_empty(0)
+
+
 def laid_like(tensor: Tensor, place: Tensor) -> Tensor:
     """A whole tensor that each process has, cut as `place` is."""
     if not is_sharded(place):

@@ -156,11 +156,11 @@ def fit(
             (total * ranks.size() if spread else total).backward()
         if all(parameter.grad is None for parameter in parameters):
             raise UserError("the loss reaches none of the trained tensors: wrong layer or window")
-        if spread:
-            ranks.add_up(parameters)
         for master, parameter in zip(masters, parameters, strict=True):
             if master is not parameter and parameter.grad is not None:
                 master.grad, parameter.grad = parameter.grad.to(master.dtype), None
+        if spread:
+            ranks.add_up(masters)
         norm = ranks.norm([m.grad for m in masters if m.grad is not None])
         if not norm.isfinite():
             raise Diverged(f"the gradient is not finite at {place}; {ADVICE}")
@@ -229,7 +229,7 @@ class Training(NamedTuple):
         return found
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """It as tensors and JSON values; all processes must ask, each gets all of it."""
+        """It as tensors and JSON values; all processes must ask, the first gets all of it."""
         tensors = {f"{k}/{i}": t for k, ts in self.lists().items() for i, t in enumerate(ts)}
         for i, master in enumerate(self.masters):
             entry = self.optimiser.state.get(master, {})
@@ -239,7 +239,7 @@ class Training(NamedTuple):
         for name, memory in self.memory.items():
             changing, numbers["memory"][name] = packed(memory)
             tensors |= {f"memory/{name}/{key}": value for key, value in changing.items()}
-        return {name: ranks.whole(tensor) for name, tensor in tensors.items()}, numbers
+        return {name: ranks.to_first(tensor) for name, tensor in tensors.items()}, numbers
 
     def resume(self, checkpoints: Checkpoints) -> int:
         """Put back what the newest checkpoint holds; how many steps are done."""
