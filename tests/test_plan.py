@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from conftest import ARCHITECTURES, save_pico, texts, word_tokenizer, write_jsonl
 from srmu import meter, plan, run
 from srmu.cache import Activations
-from srmu.config import make_config
+from srmu.config import build_config, make_config
 from srmu.errors import UserError
 from srmu.loading import skeleton
 from srmu.model import EditableModel, Site
@@ -217,3 +217,26 @@ def test_flops_in_all_are_those_of_the_real_run(
 def test_a_precision_that_the_run_refuses(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"train.weights=bf16 needs a bf16 model"):
         planned(tmp_path, "train.weights=bf16")
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_what_each_process_holds(name: str, tmp_path: Path, monkeypatch: Any) -> None:
+    config, estimate, topics = planned(tmp_path, name=name)
+    rows = plan.launches(config, tmp_path / "model", topics)
+    assert all(row["fits"] for row in rows)
+    first, *_, last = rows
+    assert first["flops_per_rank_per_step"] <= last["flops_per_rank_per_step"] * 4
+    assert last["sharded"] and last["parts"]["originals"] < first["parts"]["originals"]
+    assert first["parts"]["originals"] == 4 * estimate["trained_parameters"]
+    monkeypatch.setattr(plan, "free_bytes", lambda device: 1)
+    assert not any(row["fits"] for row in plan.launches(config, tmp_path / "model", topics))
+
+
+def test_adapters_cannot_be_cut(tmp_path: Path) -> None:
+    config, _, topics = planned(tmp_path)
+    tree = config.to_dict() | {"method": {"name": "npo", "lora_rank": 2}}
+    rows = plan.launches(run.plan(build_config(tree))[0], tmp_path / "model", topics)
+    assert {row["lora"] for row in rows} == {0, 2}
+    assert not any(row["sharded"] and row["lora"] for row in rows)
+    whole, adapted = rows[0]["parts"], rows[1]["parts"]
+    assert adapted["moments"] < whole["moments"] / 2 and adapted["weights"] == whole["weights"]

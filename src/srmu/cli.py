@@ -18,6 +18,8 @@ from srmu.terminal import Json, near, print_table, say
 # be set before torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+SHARED = ("unlearn", "eval", "attack")  # verbs that several processes share
+
 app = typer.Typer(
     name="srmu",
     help="Make a language model unlearn chosen knowledge, and measure how well it did.",
@@ -39,6 +41,11 @@ def main() -> None:
     try:
         if not ranks.first():  # the first process speaks for all, but for its errors
             sys.stdout = sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115
+        if ranks.size() > 1 and arguments[0] not in SHARED:
+            raise UserError(
+                f"srmu {arguments[0]} runs in one process: start it without the launcher, which is "
+                f"for {', '.join(SHARED)}"
+            )
         ranks.join()
         code = app(arguments, prog_name="srmu", standalone_mode=False)
         ranks.leave()
@@ -148,6 +155,9 @@ def unlearn(
     shard: Annotated[
         bool, typer.Option("--shard", help="Cut the weights over the launcher's processes (FSDP2).")
     ] = False,
+    offload: Annotated[
+        bool, typer.Option("--offload", help="Leave the layers below those that change on disk.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Unlearn: one run, from a config file or from --model, --forget and --retain."""
@@ -157,8 +167,10 @@ def unlearn(
 
     given = args or []
     if from_record:
-        if model or forget or retain or method or out or dry_run:
+        if model or forget or retain or method or out or dry_run or shard or offload:
             raise UserError("--from-record takes key=value overrides and no other option")
+        if ranks.size() > 1:
+            raise UserError("--from-record runs in one process: start it without the launcher")
         repeat(from_record, given, as_json)
         return
     if given and "=" not in given[0]:
@@ -173,17 +185,15 @@ def unlearn(
     else:
         raise UserError("name a config file, or --model M --forget F [--retain R]")
     if dry_run:
-        from srmu.plan import estimate, explain
+        from srmu.needs import dry_run as planned
 
-        config, plan = runs.plan(config)
-        base = runs.base_of(config)
-        plan |= estimate(config, base, runs.load_topics(config, runs.load_tokenizer(base)))
-        plan["config"] = config.to_dict()
-        say(plan, as_json, config.to_yaml(), *explain(plan), "next: the same without --dry-run")
+        config, plan, lines = planned(config)
+        say(plan, as_json, config.to_yaml(), *lines, "next: the same without --dry-run")
         return
     known = runs.run_folder(runs.plan(config)[0])
     again = (known / "record.json").exists()
-    run = runs.unlearn(config, out=out, shard=shard or ranks.asked_to_shard(), watch=watch)
+    sharded = shard or ranks.asked_to_shard()
+    run = runs.unlearn(config, out=out, shard=sharded, offload=offload, watch=watch)
     record = run.record
     lines = [*runs.notes(run)]
     folder = near(run.folder)

@@ -73,7 +73,11 @@ class EditableModel:
     """
 
     def __init__(
-        self, module: PreTrainedModel, trainable: Sequence[str], depth: int | None = None
+        self,
+        module: PreTrainedModel,
+        trainable: Sequence[str],
+        depth: int | None = None,
+        copy: bool = True,
     ) -> None:
         self.folder: Path | None = None  # where it was loaded from
         self.module = module.eval()  # no dropout: the retain loss of step 0 is exactly 0
@@ -90,7 +94,8 @@ class EditableModel:
         for name, parameter in self.trained.items():
             # The original keeps the loaded memory, which may be the checkpoint's own file.
             self.original[name] = parameter.data
-            parameter.data = parameter.data.clone()
+            if copy:  # else `shard` makes the copies, of its part alone
+                parameter.data = parameter.data.clone()
             parameter.requires_grad_(True)
         self._frozen = False
         self._adapters: dict[str, Any] = {}  # by the name of the matrix beside each
@@ -105,6 +110,7 @@ class EditableModel:
         dtype: str = "auto",
         device: str = "cpu",
         offload: bool = False,
+        copy: bool = True,
     ) -> EditableModel:
         """Load the first `depth` layers of a checkpoint (all of them when None).
 
@@ -112,7 +118,7 @@ class EditableModel:
         trained one stay there, or in the main memory, and come to the device one at a time.
         """
         return_freed_blocks()
-        model = cls(load_module(folder, dtype, depth), trainable, depth)
+        model = cls(load_module(folder, dtype, depth), trainable, depth, copy)
         model.folder = folder
         model.shallow = len(model.layers) < read_config(folder).num_hidden_layers
         if offload:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -12,15 +13,17 @@ from typing import Any
 import torch
 from transformers import MistralConfig
 
-from srmu import plan, run
+from srmu import plan, run, scale, weights
 from srmu.config import Config, load_config
 from srmu.data import Topic
 from srmu.errors import UserError
+from srmu.files import write_json
 from srmu.jobs import Job
 from srmu.loading import read_config, skeleton
 from srmu.meter import Work, blank, probe
 from srmu.plan import duration, gb
 
+NARROW = 1024  # features of the products that are timed where only dimensions are known
 FAST = 100e12  # FLOPs a second that one may expect of a data-centre GPU in bfloat16
 
 
@@ -89,21 +92,101 @@ def checkpoint(name: str, spec: Mapping[str, Any]) -> Iterator[tuple[Path, bool]
 
 
 def hollow(folder: Path, shape: Mapping[str, int]) -> Path:
-    """A checkpoint whose file is as long as its header says and holds nothing on the disk."""
+    """A Mistral-like checkpoint of such dimensions without weights."""
     given: dict[str, Any] = dict(shape)
     config = MistralConfig(**given, architectures=["MistralForCausalLM"], dtype="bfloat16")
+    return hollow_of(folder, config, split=False)
+
+
+def hollow_of(folder: Path, config: Any, *, split: bool = True) -> Path:
+    """A checkpoint whose files are as long as their headers say and hold nothing on the disk.
+
+    `split`: one for each layer, and one for the rest, as a file longer than the memory is cannot
+    be looked at.
+    """
     config.save_pretrained(folder)
-    entries, end = {}, 0
+    kind, size = ("F32", 4) if config.dtype == torch.float32 else ("BF16", 2)
+    files: dict[str, dict[str, Any]] = {}
     for name, parameter in skeleton(config).named_parameters():
-        start, end = end, end + 2 * parameter.numel()
-        entries[name] = {
-            "dtype": "BF16", "shape": [*parameter.shape], "data_offsets": [start, end],
-        }  # fmt: skip
-    header = json.dumps(entries).encode()
-    with (folder / "model.safetensors").open("wb") as file:
-        file.write(len(header).to_bytes(8, "little") + header)
-        file.truncate(8 + len(header) + end)
+        file = f"model-{weights.layer_of(name)}.safetensors" if split else "model.safetensors"
+        entries = files.setdefault(file, {})
+        for part in apart(name, len(parameter)) if parameter.ndim == 3 else [name]:
+            shape = [*parameter.shape[-2:]]
+            start = max((e["data_offsets"][1] for e in [*entries.values()][-1:]), default=0)
+            end = start + size * prod(shape)
+            entries[part] = {"dtype": kind, "shape": shape, "data_offsets": [start, end]}
+    for file, entries in files.items():
+        header = json.dumps(entries).encode()
+        with (folder / file).open("wb") as opened:
+            opened.write(len(header).to_bytes(8, "little") + header)
+            opened.truncate(8 + len(header) + [*entries.values()][-1]["data_offsets"][1])
+    where = {name: file for file, entries in files.items() for name in entries}
+    write_json(folder / weights.INDEX, {"weight_map": where})
     return folder
+
+
+def apart(name: str, experts: int) -> list[str]:
+    """The names of a tensor's experts: checkpoints store each by itself."""
+    owner, _, kind = name.rpartition(".")
+    return [f"{owner}.{i}.{kind}.weight" for i in range(experts)]
+
+
+def dry_run(config: Config) -> tuple[Config, dict[str, Any], list[str]]:
+    """The plan of `srmu unlearn`, and the lines that tell it.
+
+    Of a model of which only the config.json is there, the dimensions and texts of the lengths that
+    the config states take the place of weights and texts.
+    """
+    base = run.base_of(config)
+    if weights_in(base):
+        config, found = run.plan(config)
+        topics = run.load_topics(config, run.load_tokenizer(base))
+        found |= plan.estimate(config, base, topics) | {
+            "ranks": plan.launches(config, base, topics)
+        }
+        found["config"] = config.to_dict()
+        return config, found, plan.explain(found)
+    settings = read_config(base)
+    with TemporaryDirectory() as scratch:
+        folder = hollow_of(Path(scratch), settings)
+        planned, found = run.plan(config.model_copy(update={"model": str(folder)}))
+        topics = topics_of(planned, folder, {"documents": {}})
+        narrow = min(settings.hidden_size, NARROW)  # this machine is not the one it will run on
+        speeds = probe(torch.bfloat16, planned.device, [(4, 64)] * 2, narrow)
+        found |= plan.estimate(planned, folder, topics, speeds)
+        found["ranks"] = plan.launches(planned, folder, topics, elsewhere=True)
+    config = planned.model_copy(update={"model": config.model})
+    found |= {"id": config.id, "run": str(run.run_folder(config)), "model": config.model}
+    found |= {"config": config.to_dict(), "advice": ""}
+    lines = plan.explain(found)
+    lines.append(
+        "reckoned from the dimensions of its config.json, for GPUs, and from texts of the lengths "
+        "that the config states: no weights are here"
+    )
+    if settings.model_type in scale.KNOWN:
+        longest = max(topic.max_length for topic in planned.topics.values())
+        found["dimensions"] = dimensions(settings, planned.method.depth, longest)
+        lines.append(
+            "model of {parameters:,} numbers: {held:,} are loaded, and a token of a text of "
+            "{tokens} takes {flops_per_token:,} FLOPs a pass".format(**found["dimensions"])
+        )
+    return config, found, lines
+
+
+def dimensions(settings: Any, depth: int | None, tokens: int) -> dict[str, int]:
+    """What a model's dimensions say of it at the depth used."""
+    return {
+        "parameters": scale.size_of(settings).total,
+        "held": scale.size_of(settings, depth).total,
+        "tokens": tokens,
+        "flops_per_token": scale.flops_per_token(settings, tokens, depth),
+    }
+
+
+def weights_in(folder: Path) -> bool:
+    """Whether a model's folder holds more than its description: else it is planned by that."""
+    kinds = ("*.safetensors", "*.index.json", "*.bin", "*.gguf", "*.pt", "tokenizer*")
+    return not (folder / "config.json").is_file() or any(any(folder.glob(k)) for k in kinds)
 
 
 def topics_of(config: Config, folder: Path, spec: Mapping[str, Any]) -> list[Topic]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -10,16 +12,21 @@ from typing import Any
 import psutil
 import torch
 
-from srmu import weights
+from srmu import scale, weights
+from srmu.cache import Activations
 from srmu.config import Config
 from srmu.data import Topic
 from srmu.loading import converts, read_config, skeleton, wanted_dtype
+from srmu.losses import mean_nll
 from srmu.meter import (
+    EVERYTHING,
+    Meter,
     Work,
     blank,
     free_bytes,
     frozen_pass,
     metered,
+    output,
     probe,
     standing,
     stepper,
@@ -27,7 +34,8 @@ from srmu.meter import (
     work,
 )
 from srmu.methods import Edit, MultiSite, Walk
-from srmu.model import EditableModel, Site
+from srmu.methods.logits import LogitObjective
+from srmu.model import Batch, EditableModel, Site
 from srmu.train import check_precision
 
 
@@ -41,15 +49,11 @@ def estimate(
     method = config.method
     base = read_config(folder)
     read = {k: v for k, v in stored(folder).items() if touched(k, method.depth)}
-    types = weights.stored_types(folder).values()
-    stored_as = max((t for t in types if t.is_floating_point), key=lambda t: t.itemsize)
-    dtype = wanted_dtype(base, config.dtype) or stored_as
+    dtype = dtype_of(config, folder, base)
     size = dtype.itemsize
-    # Grouped products of experts exist in bf16 only where there is no memory behind tensors.
-    experts = getattr(base, "_experts_implementation", None) or hasattr(base, "num_experts_per_tok")
-    counted = torch.bfloat16 if experts else dtype
+    counted = torch.bfloat16 if has_experts(base) else dtype
     model = EditableModel(skeleton(base, counted), method.trainable, method.depth)
-    site = getattr(method, "site", None) or (Site(method.depth - 1) if method.depth else None)
+    site = site_of(config)
     trained = sum(p.numel() for p in model.trained.values())
 
     roles = ("forget", "retain") if method.reads_retain else ("forget",)
@@ -111,6 +115,132 @@ def estimate(
         "seconds_per_step": round(each.seconds(speeds), 4),
         "seconds": round(total.seconds(speeds), 2),
     }
+
+
+def launches(
+    config: Config, folder: Path, topics: Sequence[Topic], elsewhere: bool = False
+) -> list[dict[str, Any]]:
+    """What each process holds and computes, of one and of more, in each way that there is.
+
+    As `scale.launches`, and whether it `fits` into the devices that are seen here. `elsewhere`: it
+    is reckoned for GPUs, though none is here.
+    """
+    method, base = config.method, read_config(folder)
+    dtype = dtype_of(config, folder, base)
+    size = dtype.itemsize
+    ranks = (0, method.lora_rank or 8) if isinstance(method, LogitObjective) else (0,)
+    ways: list[scale.Variant] = []
+    for rank in ranks:
+        way = replace(method, lora_rank=rank) if len(ranks) > 1 else method
+        counted = torch.bfloat16 if has_experts(base) else dtype
+        model = EditableModel(skeleton(base, counted), way.trainable, way.depth)
+        ways += ways_of(config, model, topics, rank, size)
+    rows = scale.launches(
+        pieces(model, model.module.named_parameters()), ways, config.train.batch_size, size,
+        mixed=size == 2 and config.train.weights == "fp32", gpu=elsewhere or config.device != "cpu",
+        spreads=method.spreads,
+    )  # fmt: skip
+    free, devices = free_bytes(config.device), torch.cuda.device_count()
+    for row in rows:
+        taken, count = row["memory_per_rank"], row["processes"]
+        if config.device == "cpu":  # all of them share it
+            row["fits"] = taken * count <= free
+        else:
+            row["fits"] = taken <= free and count <= devices
+    return rows
+
+
+def ways_of(
+    config: Config, model: EditableModel, topics: Sequence[Topic], rank: int, size: int
+) -> list[scale.Variant]:
+    """The ways to make a step, with adapters of a rank or without: with a cache or without, cut."""
+    method = config.method
+    site = site_of(config)
+    roles = ("forget", "retain") if method.reads_retain else ("forget",)
+    shapes = [shape(topics, role, largest=True) for role in roles]
+    shapes[0] = method.read_at_once(shapes[0])
+    whole = takes_whole_masks(model, site)
+    batches = [blank(s, model.device, whole) for s in shapes]
+    passes = [frozen_pass(model, batch, site) for batch in batches]
+    trained = pieces(model, model.trained.items())
+    with model.adapted(rank, rank, 0) if rank else nullcontext():
+        adapters = sum(p.numel() for p in model.trained.values()) if rank else 0
+        step = work(metered(stepper(model, batches, site, config.train.weights)))
+        activations = left_by_a_pass(model, batches, site)
+    again = sum((prefix.flops + above.flops for prefix, above in passes), 0.0)
+    recent = 2 * size * model.module.config.hidden_size * sum(map(prod, shapes))
+
+    def way(caching: bool, sharded: bool) -> scale.Variant:
+        flops = step.flops
+        if site is not None and not caching:
+            # as in work_of_run
+            flops += passes[0][0].flops + sum(w.flops for w in passes[-1])
+        elif site is None and any("original" in use for use in method.uses):
+            flops += again
+        kept = 0
+        if caching:
+            everything = cache_plan(config, topics, model, size)[0]
+            kept = everything if config.cache == "memory" else recent
+        scaled = round(activations * size / model.module.dtype.itemsize)
+        return scale.Variant(rank, caching, sharded, trained, adapters, scaled, kept, round(flops))
+
+    found = [way(True, False)] if site is not None and model.fixed else []
+    found.append(way(False, False))
+    if not rank and getattr(method, "stream", "resid_post") == "resid_post":
+        found.append(way(False, True))
+    return found
+
+
+def left_by_a_pass(model: EditableModel, batches: Sequence[Batch], site: Site | None) -> int:
+    """The most bytes of a pass with its losses, and of the way back from these to the output."""
+    model.activations = Activations(EVERYTHING)
+    with model.using({}):
+        for batch in batches:
+            output(model, batch, site)
+    with Meter() as meter:
+        outs = [output(model, batch, site) for batch in batches]
+        losses = [
+            mean_nll(out, batch["labels"]) if site is None else out.float().square().mean()
+            for out, batch in zip(outs, batches, strict=True)
+        ]
+        torch.autograd.grad(torch.stack(losses).sum(), outs, retain_graph=True)
+    return meter.peak
+
+
+def site_of(config: Config) -> Site | None:
+    """Where a step reads activations; None where it reads logits."""
+    method = config.method
+    return getattr(method, "site", None) or (Site(method.depth - 1) if method.depth else None)
+
+
+def dtype_of(config: Config, folder: Path, base: Any) -> torch.dtype:
+    """The dtype that the model is loaded in."""
+    types = weights.stored_types(folder).values()
+    stored_as = max((t for t in types if t.is_floating_point), key=lambda t: t.itemsize)
+    return wanted_dtype(base, config.dtype) or stored_as
+
+
+def has_experts(base: Any) -> bool:
+    """Grouped products of experts exist in bf16 only where there is no memory behind tensors."""
+    found = getattr(base, "_experts_implementation", None) or hasattr(base, "num_experts_per_tok")
+    return bool(found)
+
+
+def pieces(model: EditableModel, named: Iterable[tuple[str, torch.Tensor]]) -> scale.Size:
+    """How many numbers these tensors of a model have, by the pieces in which it is cut."""
+    inside = {id(p): i for i, layer in enumerate(model.layers) for p in layer.parameters()}
+    ends = [model.module.get_input_embeddings(), model.module.get_output_embeddings()]
+    apart = [end.weight for end in ends if end is not None]
+    apart = apart if len({id(p) for p in apart}) == len(apart) else []
+    layers, cut, rest = [0] * len(model.layers), [0] * len(apart), 0
+    for _, tensor in named:
+        if id(tensor) in inside:
+            layers[inside[id(tensor)]] += tensor.numel()
+        elif found := [i for i, p in enumerate(apart) if p is tensor]:
+            cut[found[0]] += tensor.numel()
+        else:
+            rest += tensor.numel()
+    return scale.Size(tuple(layers), tuple(cut), rest)
 
 
 def work_of_run(
@@ -187,8 +317,26 @@ def explain(plan: Mapping[str, Any]) -> list[str]:
         f"reading aside; a matrix product here does {plan['matmul_flops_a_second'] / 1e9:.0f} "
         "GFLOP a second",
     ]
+    if plan.get("ranks"):
+        lines += what_fits(plan["ranks"])
     if plan["advice"]:
         lines.append(f"this does not fit into memory; try {plan['advice']}")
+    return lines
+
+
+def what_fits(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What each process holds, as a table: in a way of launching, by the number of processes."""
+    lines = ["what fits: memory of each process, the device that holds it, work of its step"]
+    for row in rows:
+        count, tera = row["processes"], row["flops_per_rank_per_step"] / 1e12
+        way = [name for name, on in (("--shard", row["sharded"]), ("cached", row["caching"])) if on]
+        way += [f"LoRA {row['lora']}"] if row["lora"] else []
+        device = f"{row['device_gb']} GB" if row["device_gb"] else "none"
+        lines.append(
+            f"  {count:>2} {'process  ' if count == 1 else 'processes'} {', '.join(way):9}"
+            f"{gb(row['memory_per_rank']):>11}  {device:>6} {tera:>8.3g} TFLOP"
+            f"  {'fits here' if row['fits'] else 'not here'}"
+        )
     return lines
 
 

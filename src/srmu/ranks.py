@@ -271,10 +271,14 @@ def shard(modules: Iterable[nn.Module], device: str) -> None:
     """Cut each module's tensors over the processes (FSDP2); it is gathered while it runs."""
     import torch
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, share_comm_ctx
 
     mesh = init_device_mesh(device.partition(":")[0], (size(),))
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
-    for module in modules:
-        # Each is a root of its own: activations are also read without the model's own forward.
+    # Each is a root of its own: activations are also read without the model's own forward. What
+    # they share lets one piece's gradients be freed before those of the next are summed.
+    roots: list[Any] = [
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+        for module in modules
+    ]
+    share_comm_ctx(roots)

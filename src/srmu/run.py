@@ -373,6 +373,7 @@ def train(
         dtype=config.dtype,
         device="cpu" if layout.shard else config.device,
         offload=layout.offload,
+        copy=not layout.shard,
     )
     highest = max(int(b["input_ids"].max()) for t in topics for b in (*t.forget, *t.retain))
     if highest >= model.vocabulary_size:
