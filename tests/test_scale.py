@@ -1,6 +1,7 @@
 """The arithmetic of sizes, against modules of the published configs and the meter's counts."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,11 @@ def test_launches() -> None:
     assert [r["flops_per_rank_per_step"] for r in rows] == [64, 32, 32, 16, 16, 16, 16]
     assert {r["device_gb"] for r in rows} == {24}
     assert len(scale.launches(SIZE, ways, 4, 2, spreads=False, **given)) == 1
+    left = [*ways, replace(way(), offloaded=(100, 100))]
+    offloaded = [
+        r for r in scale.launches(SIZE, left, 4, 2, spreads=True, **given) if r["offloaded"]
+    ]
+    assert [(r["processes"], r["parts"]["weights"]) for r in offloaded] == [(1, 620 - 2 * 100)]
     large = scale.Size((10**12,) * 2, (), 0)
     rows = scale.launches(large, ways, 4, 2, spreads=True, **given)
     assert rows[-1]["processes"] == 64 and rows[0]["device_gb"] is None

@@ -185,6 +185,9 @@ def ways_of(
         return scale.Variant(rank, caching, sharded, trained, adapters, scaled, kept, round(flops))
 
     found = [way(True, False)] if site is not None and model.fixed else []
+    if found:
+        below = (sum(p.numel() for p in x.parameters()) for x in model.layers[: model.fixed])
+        found.append(replace(found[0], offloaded=tuple(below)))
     found.append(way(False, False))
     if not rank and getattr(method, "stream", "resid_post") == "resid_post":
         found.append(way(False, True))
@@ -329,11 +332,12 @@ def what_fits(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = ["what fits: memory of each process, the device that holds it, work of its step"]
     for row in rows:
         count, tera = row["processes"], row["flops_per_rank_per_step"] / 1e12
-        way = [name for name, on in (("--shard", row["sharded"]), ("cached", row["caching"])) if on]
+        marks = {"sharded": "--shard", "offloaded": "--offload", "caching": "cached"}
+        way = [mark for key, mark in marks.items() if row[key]]
         way += [f"LoRA {row['lora']}"] if row["lora"] else []
         device = f"{row['device_gb']} GB" if row["device_gb"] else "none"
         lines.append(
-            f"  {count:>2} {'process  ' if count == 1 else 'processes'} {', '.join(way):9}"
+            f"  {count:>2} {'process  ' if count == 1 else 'processes'} {', '.join(way):17}"
             f"{gb(row['memory_per_rank']):>11}  {device:>6} {tera:>8.3g} TFLOP"
             f"  {'fits here' if row['fits'] else 'not here'}"
         )

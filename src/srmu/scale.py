@@ -42,6 +42,7 @@ class Variant:
     activations: int  # bytes that a pass leaves for its gradient
     cache: int  # bytes of activations kept from step to step
     flops: int
+    offloaded: tuple[int, ...] = ()  # numbers of the layers left on the disk, which come one by one
 
 
 # --- from a configuration ------------------------------------------------------------------------
@@ -111,7 +112,7 @@ def held(
     trained, each = (way.adapters, 4) if way.lora else (beside, itemsize)
     mixed = mixed and not way.lora
     exact = 4 if mixed else each
-    # While a piece runs it is there whole, beside what arrives of it; then its gradient is, which is
+    # While a piece runs it is there whole, beside what arrives of it; then its gradient is, and is
     # summed in float32.
     gathered = 0
     if way.sharded:
@@ -121,8 +122,9 @@ def held(
     backward = gathered + max(way.activations * share, trained * each)
     # On a GPU AdamW works on all tensors at once, and makes one more copy of them.
     update = trained * exact * (2 if gpu else 1)
+    there = size.part(cut) - sum(way.offloaded) + max(way.offloaded, default=0)
     return {
-        "weights": size.part(cut) * itemsize,
+        "weights": there * itemsize,
         "originals": beside * itemsize,
         "last_good": trained * each,
         "masters": trained * 4 if mixed else 0,
@@ -152,7 +154,7 @@ def launches(
             break
         share = -(-rows // processes) / rows
         for way in ways:
-            if way.sharded and processes == 1:
+            if (processes == 1 and way.sharded) or (processes > 1 and way.offloaded):
                 continue
             parts = held(size, way, processes, share, itemsize, mixed, gpu)
             memory = sum(parts.values())
@@ -162,6 +164,7 @@ def launches(
                     "sharded": way.sharded,
                     "caching": way.caching,
                     "lora": way.lora,
+                    "offloaded": bool(way.offloaded),
                     "memory_per_rank": memory,
                     "device_gb": next((n for n in DEVICES if memory <= n * 1e9), None),
                     "flops_per_rank_per_step": round(way.flops * share),
