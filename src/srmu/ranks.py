@@ -201,9 +201,14 @@ def add_up(parameters: Iterable[nn.Parameter]) -> None:
 
     FSDP takes their mean: the losses were multiplied by `size`.
     """
+    if size() == 1:
+        return
+    import torch.distributed as dist
+
     for parameter in parameters:
         if parameter.grad is not None and not is_sharded(parameter):
-            parameter.grad = summed(parameter.grad) / size()
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= size()
 
 
 # --- tensors that are sharded --------------------------------------------------------------------
