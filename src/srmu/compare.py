@@ -25,6 +25,7 @@ from srmu.statistics import (
     worst_case,
 )
 
+TEXTS = {"template", "where"}  # options of texts whose values are no paths
 Where = tuple[str, int]  # a run's model and seed: what is compared in pairs
 
 
@@ -285,7 +286,7 @@ def setting(config: Config) -> tuple[tuple[str, Any], ...]:
             return [leaf for k, v in value.items() for leaf in leaves(v, f"{key}.{k}")]
         if isinstance(value, list):
             return [leaf for i, v in enumerate(value) for leaf in leaves(v, f"{key}.{i}")]
-        is_path = isinstance(value, str) and not key.endswith(".template")
+        is_path = isinstance(value, str) and not TEXTS & {*key.split(".")}
         return [(key.lstrip("."), Path(value).name if is_path else value)]
 
     return tuple(leaves(tree, ""))

@@ -14,6 +14,7 @@ from srmu.terminal import Json, in_percent, listed, near, print_table, say, with
 
 if TYPE_CHECKING:
     from srmu.figures import Analysis
+    from srmu.suite_scores import Way
 
 verbs = typer.Typer(rich_markup_mode=None)
 
@@ -52,7 +53,10 @@ def evaluate(
     if suite:
         if tasks or tasks_dir:
             raise UserError("--suite and --tasks are measured one at a time")
-        on_suite(target, suite, (data, revision, template, oracle, limit, device), log, as_json)
+        from srmu.suite_scores import Way
+
+        way = Way(suite, data, revision, template, oracle, limit, device)
+        on_suite(target, way, log, as_json)
         return
     if data or revision or oracle or template or log:
         raise UserError("--data, --revision, --oracle, --template and --log go with --suite")
@@ -77,26 +81,18 @@ def evaluate(
         say({}, False, f"next: srmu unlearn --model {target} --forget F --retain R")
 
 
-def on_suite(
-    target: str,
-    name: str,
-    given: tuple[str, str, str, str, int | None, str],
-    log: Path | None,
-    as_json: bool,
-) -> None:
+def on_suite(target: str, way: Way, log: Path | None, as_json: bool) -> None:
     """Measure on a suite, and show the table of its paper and everything else."""
     from srmu import suites
-    from srmu.suite_scores import FILE, TITLES, Way, as_printed, score
+    from srmu.suite_scores import FILE, TITLES, as_printed, score
 
-    data, revision, template, oracle, limit, device = given
-    way = Way(name, data, revision, template, oracle, limit, device)
     scores = score(target, way, log=log, watch=watch)
     if as_json:
         say(scores, True)
         return
     titles = TITLES if "before" in scores else TITLES | {"after": "model"}
     shown = {title: scores[when] for when, title in titles.items() if when in scores}
-    print_table(as_printed(suites.find(name)[0], shown))
+    print_table(as_printed(suites.find(way.name)[0], shown))
     print_table(
         [
             {"metric": metric, "n": f"{entry['n']:.0f}"}
@@ -109,7 +105,7 @@ def on_suite(
     if "before" in scores:
         say({}, False, *lines, f"wrote {near(Path(target) / FILE)}", f"next: srmu report {target}")
     else:
-        then = f"srmu eval RUN --suite {name} --oracle {log}"
+        then = f"srmu eval RUN --suite {way.name} --oracle {log}"
         again = f"srmu unlearn --model {target} --forget F --retain R"
         say({}, False, *lines, f"next: {then if log else again}")
 

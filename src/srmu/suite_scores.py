@@ -90,15 +90,16 @@ def score(
     reference: Values | None = None
     oracle: dict[str, Any] = {}
     marks = marks_of(folder, way)
+    given = asdict(way) | {"device": "", "data": contents(way)}
+    measure = partial(measured, way=way, given=given, watch=watch)
     if way.oracle.endswith(".json"):
         reference, rows = read_log(Path(way.oracle), marks)
     elif way.oracle not in ("", NONE):
-        of_it, rows = measured(weights.locate(way.oracle), None, way, None, watch)
+        of_it, rows = measure(weights.locate(way.oracle))
         oracle, reference = {"oracle": of_it.metrics}, dict(of_it.values)
     found: dict[str, Any] = {}
     for when in ("before", "after") if run else ("after",):
-        delta_of = run if when == "after" else None
-        scores, seen = measured(folder, delta_of, way, reference, watch)
+        scores, seen = measure(folder, run if when == "after" else None, reference)
         if reference is not None and seen != rows:
             raise UserError(f"--oracle {way.oracle}: its log was made from other rows than these")
         found[when] = scores.metrics
@@ -115,11 +116,17 @@ def score(
 
 
 def measured(
-    folder: Path, run: Run | None, way: Way, reference: Values | None, watch: Watch
+    folder: Path,
+    run: Run | None = None,
+    reference: Values | None = None,
+    *,
+    way: Way,
+    given: Mapping[str, Any],
+    watch: Watch,
 ) -> tuple[Scores, dict[str, str]]:
     """What a suite says of a model, changed by a run or not, and digests of the rows it read.
 
-    Kept in the cache folder until the model, the data, the way or the code change.
+    Kept in the cache folder until the model, what is `given`, the reference or the code change.
     """
     delta = dict(run.delta) if run else {}
     mark = weights.changed_fingerprint(weights.fingerprint(folder), delta)
@@ -127,8 +134,8 @@ def measured(
     told = repr(method) if method and method.no_checkpoint else ""
     code = [sha256(path) for path in sorted(Path(suites.__file__).parent.glob("*.py"))]
     versions = [version(package) for package in ("transformers", "torch", "rouge-score", "lm-eval")]
-    given = asdict(way) | {"oracle": reference, "device": "", "data": contents(way)}
-    key = sha256(json.dumps([mark, told, given, code, versions], sort_keys=True).encode())
+    decides = [mark, told, {**given, "oracle": reference}, code, versions]
+    key = sha256(json.dumps(decides, sort_keys=True).encode())
     path = cache_dir() / "suites" / f"{key}.json"
     kept = ranks.agreed(_read(path))
     if kept is not None:

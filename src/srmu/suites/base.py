@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from math import isfinite, sqrt
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +20,8 @@ from srmu.console import Watch, silent
 from srmu.errors import UserError, first_line
 from srmu.files import sha256
 
+S = TypeVar("S")
+T = TypeVar("T")
 Row = dict[str, Any]
 Metrics = dict[str, dict[str, float]]  # "tofu/model_utility" -> value, n and, if known, stderr
 Values = dict[str, list[float]]  # a number for each question or text, by name
@@ -191,17 +194,13 @@ def write(
     rows = [model.tokens(prompt)[-(model.max_length - new_tokens) :] for prompt in prompts]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     parts = [order[start : start + ROWS] for start in range(0, len(order), ROWS)]
-    with watch(label, -(-len(parts) // ranks.size())) as tick:
 
-        def some(part: Sequence[int]) -> list[str]:
-            made = continued(model, [rows[i] for i in part], new_tokens)
-            tick("")
-            return [
-                cut(model.tokenizer.decode(ids, skip_special_tokens=True), stops) for ids in made
-            ]
+    def some(part: Sequence[int]) -> list[str]:
+        made = continued(model, [rows[i] for i in part], new_tokens)
+        return [cut(model.tokenizer.decode(ids, skip_special_tokens=True), stops) for ids in made]
 
-        written = ranks.shared_out(parts, some)
-    found = dict(zip(order, (text for part in written for text in part), strict=True))
+    written = chain.from_iterable(shared_out(parts, some, label, watch))
+    found = dict(zip(order, written, strict=True))
     if prompts and not any(found.values()) and not model.original:
         raise UserError(
             f"{label}: the model wrote nothing after any of {len(prompts)} prompts; is --template "
@@ -255,17 +254,33 @@ def log_likelihoods(
     Nats, summed over the answer's tokens. Of several processes each reads some.
     """
     parts = [pairs[start : start + 256] for start in range(0, len(pairs), 256)]
-    with watch(label, -(-len(parts) // ranks.size())) as tick:
 
-        def some(part: Sequence[tuple[str, str]]) -> list[tuple[float, int]]:
-            found = [(logp, length) for logp, length, _ in likelihoods(model, part)]
-            tick("")
-            return found
+    def some(part: Sequence[tuple[str, str]]) -> list[tuple[float, int]]:
+        return [(logp, length) for logp, length, _ in likelihoods(model, part)]
 
-        found = [one for part in ranks.shared_out(parts, some) for one in part]
-    if not all(isfinite(logp) for logp, _ in found):
-        raise UserError(f"{label}: the model's output is not a number (NaN)")
+    found = [*chain.from_iterable(shared_out(parts, some, label, watch))]
+    check_finite([logp for logp, _ in found], label)
     return found
+
+
+def shared_out(
+    items: Sequence[S], do: Callable[[S], T], label: str, watch: Watch = silent
+) -> list[T]:
+    """What `do` makes of each item, in their order; of several processes each takes some."""
+    with watch(label, -(-len(items) // ranks.size())) as tick:
+
+        def one(item: S) -> T:
+            made = do(item)
+            tick("")
+            return made
+
+        return ranks.shared_out(items, one)
+
+
+def check_finite(values: Iterable[float], label: str) -> None:
+    """UserError where a number that a model gave is none."""
+    if not all(map(isfinite, values)):
+        raise UserError(f"{label}: the model's output is not a number (NaN)")
 
 
 def mean(values: Sequence[float]) -> dict[str, float]:

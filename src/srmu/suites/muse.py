@@ -4,16 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from math import isfinite
 
 import torch
 
-from srmu import ranks
 from srmu.attacks.base import Subject
 from srmu.attacks.membership import lowest as least
 from srmu.errors import UserError
 from srmu.losses import token_nll
-from srmu.suites.base import Asked, Column, Metrics, Scores, Suite, Values, mean, rouge, write
+from srmu.suites.base import (
+    Asked,
+    Column,
+    Metrics,
+    Scores,
+    Suite,
+    Values,
+    check_finite,
+    mean,
+    rouge,
+    shared_out,
+    write,
+)
 
 PARTS = ("news", "books")
 RECITED = 128  # new tokens, and tokens of the truth they are held against
@@ -106,16 +116,8 @@ def lowest(model: Subject, asked: Asked, kind: str, texts: Sequence[str]) -> lis
     where 40 % of a text's are less than one, and has no number then.
     """
     label = f"muse {kind} texts"
-    with asked.watch(label, -(-len(texts) // ranks.size())) as tick:
-
-        def one(text: str) -> float:
-            logp = log_p(model, text)
-            tick("")
-            return least(logp, SHARE)
-
-        found = ranks.shared_out(texts, one)
-    if not all(map(isfinite, found)):
-        raise UserError(f"{label}: the model's output is not a number (NaN)")
+    found = shared_out(texts, lambda text: least(log_p(model, text), SHARE), label, asked.watch)
+    check_finite(found, label)
     return found
 
 

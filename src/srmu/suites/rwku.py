@@ -18,7 +18,6 @@ import numpy as np
 import yaml
 from jinja2 import Template
 
-from srmu import ranks
 from srmu.attacks.base import Subject
 from srmu.attacks.membership import scores
 from srmu.errors import UserError, suggest
@@ -30,10 +29,12 @@ from srmu.suites.base import (
     Scores,
     Suite,
     Values,
+    check_finite,
     log_likelihoods,
     mean,
     prompt_of,
     rouge,
+    shared_out,
     write,
 )
 
@@ -197,18 +198,11 @@ def membership(model: Subject, asked: Asked, about: str) -> Values:
     texts = [row["text"] for row in read(asked, about, {"text": str})]
     parts = [texts[start : start + 64] for start in range(0, len(texts), 64)]
     label = f"rwku {about.replace('_', ' ')}"
-    with asked.watch(label, -(-len(parts) // ranks.size())) as tick:
-
-        def some(part: Sequence[str]) -> list[list[float]]:
-            found: list[list[float]] = (-scores(model, part)).tolist()
-            tick("")
-            return found
-
-        table = np.array([row for part in ranks.shared_out(parts, some) for row in part])
+    found = shared_out(parts, lambda part: -scores(model, part), label, asked.watch)
+    table = np.concatenate(found)
     if not len(table):
         raise UserError(f"{label}: no text has two tokens; it takes longer ones")
-    if not np.isfinite(table).all():
-        raise UserError(f"{label}: the model's output is not a number (NaN)")
+    check_finite(table.flat, label)
     return dict(zip(MEMBERSHIP, table.T.tolist(), strict=True))
 
 

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from math import isfinite
 
 import torch
 
-from srmu import ranks
 from srmu.attacks.base import Subject
 from srmu.errors import UserError
-from srmu.suites.base import Asked, Column, Row, Scores, Suite, mean, write
+from srmu.suites.base import (
+    Asked,
+    Column,
+    Row,
+    Scores,
+    Suite,
+    check_finite,
+    mean,
+    shared_out,
+    write,
+)
 
 NEW_TOKENS = 30  # of a completion: our choice
 
@@ -100,21 +108,19 @@ def next_masses(
     model: Subject, asked: Asked, rows: Sequence[Row], starts: Sequence[tuple[list[int], list[int]]]
 ) -> list[tuple[float, float]]:
     """Of each row: the probability that a target token is next, and its part in that of both."""
-    with asked.watch("whp probabilities", -(-len(rows) // ranks.size())) as tick:
 
-        def one(job: tuple[Row, tuple[list[int], list[int]]]) -> tuple[float, float]:
-            row, (targets, generic) = job
-            ids = model.tokens(row["prompt"].rstrip())[-model.max_length :]
-            logits = model.module(torch.tensor([ids]).to(model.device), use_cache=False).logits
-            # in double precision, and of logarithms: the share of two tiny masses is still one
-            logs = logits[0, -1].double().log_softmax(-1)
-            target, other = (logs[some].logsumexp(0) for some in (targets, generic))
-            tick("")
-            return float(target.exp()), float((target - other).sigmoid())
+    def one(job: tuple[Row, tuple[list[int], list[int]]]) -> tuple[float, float]:
+        row, (targets, generic) = job
+        ids = model.tokens(row["prompt"].rstrip())[-model.max_length :]
+        logits = model.module(torch.tensor([ids]).to(model.device), use_cache=False).logits
+        # in double precision, and of logarithms: the share of two tiny masses is still one
+        logs = logits[0, -1].double().log_softmax(-1)
+        target, other = (logs[some].logsumexp(0) for some in (targets, generic))
+        return float(target.exp()), float((target - other).sigmoid())
 
-        found = ranks.shared_out(list(zip(rows, starts, strict=True)), one)
-    if not all(isfinite(share) for _, share in found):
-        raise UserError("whp probabilities: the model's output is not a number (NaN)")
+    label = "whp probabilities"
+    found = shared_out(list(zip(rows, starts, strict=True)), one, label, asked.watch)
+    check_finite([share for _, share in found], label)
     return found
 
 
