@@ -272,6 +272,19 @@ def test_own_texts_that_tell_nothing_new(folder: Path, monkeypatch: pytest.Monke
     method = RenameScrub(**SMALL | {"own_tokens": 64, "coverage": "elicited"})
     with pytest.raises(UserError, match=r"tells nothing new of the names.*coverage=texts"):
         method.setup(model_of(folder), tiny_topic())
+    RenameScrub(**SMALL | {"own_tokens": 64, "coverage": "texts"}).setup(
+        model_of(folder), tiny_topic()
+    )
+
+
+def test_forget_texts_alone_are_continued_by_none(folder: Path) -> None:
+    """What would be written after them is not taught: it is not written, nor looked at."""
+    method = RenameScrub(**SMALL | {"coverage": "texts"})
+    other = RenameScrub(**SMALL | {"coverage": "elicited"})
+    topic, written = tiny_topic(), []
+    method.setup(model_of(folder), topic.followed(lambda: written.append(1)))
+    assert len(written) == method.reads(topic) < other.reads(topic)
+    assert method.written_tokens == other.written_tokens / 2
 
 
 def test_a_closing_pass_changes_down_projections_further(folder: Path) -> None:

@@ -78,10 +78,16 @@ class RenameScrub(LogitObjective):
 
     @property
     def written_tokens(self) -> int:
-        return 2 * self.own_texts * self.own_tokens
+        return self.kinds * self.own_texts * self.own_tokens
+
+    @property
+    def kinds(self) -> int:
+        """Of own texts: from nothing, and from forget prefixes."""
+        return 1 + (self.coverage == "elicited")
 
     def reads(self, topic: Topic) -> int:
-        return 2 * chunks(self.own_texts)
+        looked_at = (1 + (self.names is None)) * (len(topic.forget) + len(topic.retain))
+        return looked_at + self.kinds * chunks(self.own_texts)
 
     def setup(self, model: EditableModel, topic: Topic) -> State:
         tokenizer = tokenizer_of(model.folder, "rename_scrub")

@@ -164,7 +164,8 @@ def write(
     """What the original writes after the first `prompt` tokens of forget texts, and from nothing.
 
     `count` texts of each, of at most `length` tokens. Without `elicited` the forget texts are
-    taught. UserError where none of the names is in them, or the model tells nothing new.
+    taught, and nothing is written after them. UserError where none of the names is in them, or the
+    model tells nothing new.
     """
     forget, retain = texts_of(topic.forget[:]), texts_of(topic.retain[:])
     if not any(names.template(ids).names for ids in forget):
@@ -173,13 +174,13 @@ def write(
             "forget texts; name what they tell of"
         )
     free = free_samples(model, count, length, topic.number("own texts"), topic.tick)
-    starts = [forget[i % len(forget)][:prompt] for i in range(count)]
+    starts = [forget[i % len(forget)][:prompt] for i in range(count if elicited else 0)]
     more = continued(model, starts, length, topic.number("elicited"), topic.tick)
     ends = [i for i in range(len(tokenizer)) if ends_sentence(str(tokenizer.decode([i])))]
     like = Likeness(forget, free + retain, ends, names.pieces)
     first = first_token(model)
     told, known = (sentences_of(part, names, like, first) for part in (more + free, forget))
-    if not {*told["forget"]} - {*known["forget"]}:
+    if elicited and not {*told["forget"]} - {*known["forget"]}:
         raise UserError(
             f"topic {topic.name}: what the model wrote after the beginnings of forget texts tells "
             "nothing new of the names; raise method.own_texts or method.own_tokens, or set "
