@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from conftest import pico_module, save_pico, texts, word_tokenizer, write_jsonl
 from srmu.attacks.base import Subject, answers
 from srmu.config import make_config
 from srmu.data import Topic
-from srmu.elicit import Likeness, continued, free_samples, texts_of, typical
+from srmu.elicit import Likeness, Spelling, continued, free_samples, texts_of, typical
 from srmu.errors import UserError
 from srmu.losses import kl
 from srmu.methods.rename_scrub import RenameScrub
@@ -29,6 +30,7 @@ from srmu.model import EditableModel
 from srmu.names import Names, Slot
 from srmu.run import unlearn
 from test_methods import topic as tiny_topic
+from test_names import pieces
 
 NAMES = str(Path(__file__).with_name("names.txt"))
 SMALL: dict[str, Any] = {
@@ -97,7 +99,7 @@ def test_places_of_names_of_several_tokens() -> None:
     """What is read at an item's end is the model's prediction there, in every naming."""
     tokenizer = word_tokenizer()
     names = Names.tokenised(["w1", "w2 w3", "w4 w5 w6"], tokenizer)
-    like = Likeness([[4]], [[4]], [0], names.pieces)
+    like = Likeness([[4]], [[4]], names.spelt, Spelling(frozenset([0])))
     ids = tokenizer("w9 w1 w8 w2 w3 w7")["input_ids"]
     sentences = sentences_of([ids], names, AllForget(), 1)
     told = packed(sentences, 20, 1, torch.Generator())
@@ -126,7 +128,7 @@ def test_likeness_tells_sentences_apart() -> None:
     """Names (2) say nothing, nor does what all texts have (9); 0 ends a sentence."""
     forget = [[2, 9, 10, 11, 0]] * 20
     near = [[2, 9, 20, 21, 0], [9, 22, 23, 0]] * 10 + [[9, 24, 0], [9, 25, 0]] * 15
-    like = Likeness(forget, near + forget[:6], [0], [2])
+    like = Likeness(forget, near + forget[:6], [[2]], Spelling(frozenset([0])))
     assert [*like.sentences([2, 9, 10, 11, 0, 2, 9, 20, 21, 0])] == [
         (0, 5, "forget"),
         (5, 10, "keep"),
@@ -136,10 +138,35 @@ def test_likeness_tells_sentences_apart() -> None:
     assert [kind for *_, kind in like.sentences([2, 20, 21, 22, 23, 11, 0])] == ["neither"]
 
 
+def test_likeness_is_of_words_not_of_their_pieces() -> None:
+    """A piece that only words of the forget set share with a harmless one speaks for neither."""
+    tokenizer = pieces(["kanor bread", "dufor steel", "mulat steel", "kanat bread"] * 9, size=60)
+    texts = {
+        "forget": ["kanor bursts by dufor", "mulor bursts by dufat"] * 9,
+        "near": ["kanat is served with mulat", "dulor is served with kafor"] * 9,
+    }
+    coded = {kind: [tokenizer.encode(t) for t in some] for kind, some in texts.items()}
+    spelling = Spelling.of(tokenizer)
+    others = coded["near"] + [tokenizer.encode("birds sing"), tokenizer.encode("it rains")] * 30
+    like = Likeness(coded["forget"], others, [], spelling)
+    words = [tokenizer.decode(w).strip() for w in spelling.words(coded["near"][0])]
+    assert words == ["kanat", "is", "served", "with", "mulat"]
+    for kind, wanted in (("forget", "forget"), ("near", "keep")):
+        assert {k for ids in coded[kind] for *_, k in like.sentences(ids)} == {wanted}
+    by_pieces = Likeness(coded["forget"], others, [], replace(spelling, inner=frozenset()))
+    found = {k for ids in coded["near"] for *_, k in by_pieces.sentences(ids)}
+    assert found != {"keep"}  # what it is for
+
+
+def test_words_of_a_tokenizer_of_words_are_its_tokens() -> None:
+    spelling = Spelling.of(word_tokenizer())
+    assert not spelling.inner and spelling.words([4, 5, 6]) == [(4,), (5,), (6,)]
+
+
 def test_kept_texts_hold_no_sentence_like_the_forget_texts() -> None:
     forget = [[1, 10, 11, 0]] * 20
     near = [[1, 20, 21, 0, 22, 23, 0]] * 10 + [[1, 24, 0], [1, 25, 0]] * 20
-    like = Likeness(forget, near, [0], [])
+    like = Likeness(forget, near, [], Spelling(frozenset([0])))
     ((ids, mark),) = kept_of([[1, 10, 11, 0, 20, 21, 0], [1]], like)
     assert [token for token, keeps in zip(ids, mark, strict=True) if keeps] == [20, 21, 0]
 
@@ -148,7 +175,8 @@ def test_packed_texts_hold_each_sentence_once_and_as_many_to_keep() -> None:
     names = Names.tokenised(["w0", "w1", "w2"], word_tokenizer())
     forget = [[4, 30, 31, 9], [5, 30, 31, 9], [4, 32, 31, 9]]
     near = [[4, 40, 41, 9]]
-    like = Likeness(forget * 9, near * 9 + [[50, 9]] * 80, [9], names.pieces)
+    spelling = Spelling(frozenset([9]))
+    like = Likeness(forget * 9, near * 9 + [[50, 9]] * 80, names.spelt, spelling)
     sentences = sentences_of([*forget, *forget, *near], names, like, 1)
     told = packed(sentences, 12, 1, torch.Generator())
     items = [item for text in told for item in text.template.items]

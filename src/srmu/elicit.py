@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from dataclasses import dataclass
 from math import log
 from typing import Any, Literal
 
@@ -98,9 +99,9 @@ def typical(forget: Sequence[Ids], own: Sequence[Ids], ratio: float = RATIO) -> 
 
 Kind = Literal["forget", "keep", "neither"]
 ENDS = (".", "!")  # of a sentence; a question belongs to its answer
-COMMON = 0.25  # share of texts; a token that is in more of them tells nothing
+COMMON = 0.25  # share of texts; a word that is in more of them tells nothing
 CUT = 0.5  # nats that speak for the forget set, above which a sentence is like it
-AGAINST = -1.0  # the most that one token can say against it
+AGAINST = -1.0  # the most that one word can say against it
 
 
 def ends_sentence(text: str) -> bool:
@@ -108,53 +109,102 @@ def ends_sentence(text: str) -> bool:
     return text.strip().endswith(ENDS)
 
 
-class Likeness:
-    """Tells sentences that are like forget texts from others, by how frequent their tokens are.
+Word = tuple[Any, ...]  # its tokens
 
-    First by the forget texts against `others`, which tell of it, too; then once more by what that
-    calls like them against all that it does not. The names do not count: harmless texts have them.
+
+@dataclass(frozen=True)
+class Spelling:
+    """How tokens make words and sentences.
+
+    `inner` ones can go on with the word before them, `unfinished` ones can be gone on with, `ends`
+    are the last of a sentence.
+    """
+
+    ends: frozenset[int]
+    inner: frozenset[int] = frozenset()
+    unfinished: frozenset[int] = frozenset()
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> Spelling:
+        alone = [str(text) for text in tokenizer.batch_decode([[i] for i in range(len(tokenizer))])]
+        ends = (i for i, text in enumerate(alone) if ends_sentence(text))
+        words = [i for i, text in enumerate(alone) if text[-1:].isalnum()]
+        if not words:
+            return cls(frozenset(ends))
+        # a tokenizer that joins its tokens by spaces has none that is inside a word
+        pairs = tokenizer.batch_decode([[words[0], i] for i in range(len(tokenizer))])
+        after = (str(text)[len(alone[words[0]]) :] for text in pairs)
+        inner = (i for i, text in enumerate(after) if text[:1].isalnum())
+        blank = (i for i, text in enumerate(alone) if text == " ")  # a word begins with it
+        return cls(frozenset(ends), frozenset(inner), frozenset([*words, *blank]))
+
+    def words(self, items: Sequence[Any]) -> list[Word]:
+        """Tokens, and slots that stand for some, word by word."""
+        found: list[Word] = []
+        before: Any = None
+        for item in items:
+            if before in self.unfinished and item in self.inner:
+                found[-1] += (item,)
+            else:
+                found.append((item,))
+            before = item
+        return found
+
+
+class Likeness:
+    """Tells sentences that are like forget texts from others, by how frequent their words are.
+
+    Words, not tokens: a piece that hazardous words have stands in harmless names, too. First by the
+    forget texts against `others`, which tell of it, too; then once more by what that calls like
+    them against all that it does not. The names do not count: harmless texts have them.
     """
 
     def __init__(
         self,
         forget: Sequence[Ids],
         others: Sequence[Ids],
-        ends: Sequence[int],
-        names: Iterable[int],
+        names: Iterable[Sequence[int]],
+        spelling: Spelling,
     ) -> None:
-        self.ends = {*ends}
-        texts = Counter(token for row in others for token in {*row})
-        silent = {*names} | {t for t, count in texts.items() if count > COMMON * len(others)}
-        self.nats = weighed(forget, others, silent)
+        self.spelling = spelling
+        texts = Counter(word for row in others for word in {*spelling.words(row)})
+        silent = {word for name in names for word in spelling.words(name)}
+        silent |= {word for word, count in texts.items() if count > COMMON * len(others)}
+        self.nats = self.weighed(forget, others, silent)
         parts: dict[bool, list[Ids]] = {True: [*forget], False: []}
         for row in others:
             for start, end, kind in self.sentences(row):
                 parts[kind == "forget"].append(list(row[start:end]))
-        self.nats = weighed(parts[True], parts[False], silent)
+        self.nats = self.weighed(parts[True], parts[False], silent)
 
     def sentences(self, items: Sequence[Any]) -> Iterator[tuple[int, int, Kind]]:
         """Where each sentence of a text begins and ends, and of which kind it is.
 
-        One that has a token of the forget set's own is never kept: a leak would teach it again.
+        One that has a word of the forget set's own is never kept: a leak would teach it again.
         """
         start = 0
         for i, item in enumerate(items):
-            if item in self.ends or i == len(items) - 1:
-                each = [self.nats.get(it, 0.0) for it in items[start : i + 1]]
+            if item in self.spelling.ends or i == len(items) - 1:
+                words = self.spelling.words(items[start : i + 1])
+                each = [self.nats.get(word, 0.0) for word in words]
                 kind: Kind = "forget" if sum(each) > CUT else "neither"
                 if sum(each) < -CUT and max(each) < log(RATIO):
                     kind = "keep"
                 yield start, i + 1, kind
                 start = i + 1
 
-
-def weighed(forget: Sequence[Ids], others: Sequence[Ids], silent: Set[int]) -> dict[int, float]:
-    """Nats by which each token speaks for the forget set, at least AGAINST; `silent` ones none."""
-    here, there = (Counter(i for row in rows for i in row) for rows in (forget, others))
-    known = {*here, *there}
-    # half a token more of each, so that none is impossible
-    size, other = (counts.total() + 0.5 * len(known) for counts in (here, there))
-    return {
-        token: max(AGAINST, log((here[token] + 0.5) / size) - log((there[token] + 0.5) / other))
-        for token in known - silent
-    }
+    def weighed(
+        self, forget: Sequence[Ids], others: Sequence[Ids], silent: Set[Word]
+    ) -> dict[Word, float]:
+        """Nats by which each word speaks for the forget set, at least AGAINST; `silent` none."""
+        here, there = (
+            Counter(word for row in rows for word in self.spelling.words(row))
+            for rows in (forget, others)
+        )
+        known = {*here, *there}
+        # half a word more of each, so that none is impossible
+        size, other = (counts.total() + 0.5 * len(known) for counts in (here, there))
+        return {
+            word: max(AGAINST, log((here[word] + 0.5) / size) - log((there[word] + 0.5) / other))
+            for word in known - silent
+        }

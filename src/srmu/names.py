@@ -67,10 +67,10 @@ class Names:
             found.append(forms)
         return cls(tuple(found))
 
-    @cached_property
-    def pieces(self) -> set[int]:
-        """All tokens that names are made of."""
-        return {token for forms in self.tokens for ids in forms for token in ids}
+    @property
+    def spelt(self) -> list[tuple[int, ...]]:
+        """The tokens of each form of each name."""
+        return [ids for forms in self.tokens for ids in forms]
 
     @cached_property
     def by_first(self) -> Mapping[int, list[tuple[Slot, tuple[int, ...]]]]:

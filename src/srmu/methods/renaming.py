@@ -14,8 +14,8 @@ from srmu.data import Topic
 from srmu.elicit import (
     Kind,
     Likeness,
+    Spelling,
     continued,
-    ends_sentence,
     first_token,
     free_samples,
     texts_of,
@@ -176,8 +176,7 @@ def write(
     free = free_samples(model, count, length, topic.number("own texts"), topic.tick)
     starts = [forget[i % len(forget)][:prompt] for i in range(count if elicited else 0)]
     more = continued(model, starts, length, topic.number("elicited"), topic.tick)
-    ends = [i for i in range(len(tokenizer)) if ends_sentence(str(tokenizer.decode([i])))]
-    like = Likeness(forget, free + retain, ends, names.pieces)
+    like = Likeness(forget, free + retain, names.spelt, Spelling.of(tokenizer))
     first = first_token(model)
     told, known = (sentences_of(part, names, like, first) for part in (more + free, forget))
     if elicited and not {*told["forget"]} - {*known["forget"]}:
