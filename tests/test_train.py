@@ -91,6 +91,27 @@ def test_adam_steps_by_the_learning_rate(slope: float) -> None:
     assert logged[0]["grad_norm"] == pytest.approx(abs(slope) * count**0.5, rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("schedule", "shares"),
+    [("constant", [1 / 3, 2 / 3, 1, 1, 1, 1]), ("linear", [1 / 3, 2 / 3, 1, 1, 2 / 3, 1 / 3])],
+)
+def test_the_rate_rises_and_then_stays_or_falls(schedule: str, shares: list[float]) -> None:
+    """As transformers' schedules: over `warmup_steps` to the whole rate, then to 0 or level."""
+    model, steps = editable(), len(shares)
+    options = {"schedule": schedule, "warmup_steps": 3, "max_steps": steps}
+    _, weights = train(model, linear(model, 1.0), **options)
+    for share, before, after in zip(shares, weights, weights[1:], strict=False):
+        for old, new in zip(before, after, strict=True):
+            expected = torch.full_like(new, -1e-3 * share)
+            torch.testing.assert_close(new - old, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("steps", [-1, 20])
+def test_a_warm_up_ends_before_the_training_does(steps: int) -> None:
+    with pytest.raises(UserError, match=rf"warmup_steps={steps} must be .* below .*max_steps=20"):
+        TrainOptions(warmup_steps=steps, max_steps=20)
+
+
 def test_float32_masters_keep_small_steps_of_bf16_weights() -> None:
     """Below 1 the bf16 numbers are 2^-8 apart: steps of 0.001 round away unless a float32 copy
     keeps them; five of them reach 0.995, which rounds to 1 - 2^-8."""

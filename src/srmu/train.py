@@ -53,6 +53,7 @@ class TrainOptions:
 
     learning_rate: float | None = None  # None: the method's own
     schedule: Schedule | None = None  # linear: falls to 0 at max_steps; None: the method's own
+    warmup_steps: int = 0  # over which the learning rate rises from 0
     max_steps: int = 150  # over all topics together
     batch_size: int = 4  # documents of each of forget and retain
     weight_decay: float = 0.0  # torch's AdamW would take 0.01; the public RMU code has none
@@ -73,6 +74,11 @@ class TrainOptions:
         for name in ("learning_rate", "max_steps", "batch_size", "adam_epsilon", "check_every"):
             if getattr(self, name) is not None and not 0 < getattr(self, name) <= LARGEST:
                 raise UserError(f"train.{name} must be above 0 and at most {LARGEST:g}")
+        if not 0 <= self.warmup_steps < self.max_steps:
+            raise UserError(
+                f"train.warmup_steps={self.warmup_steps} must be at least 0 and below "
+                f"train.max_steps={self.max_steps}"
+            )
         if not 0 <= self.weight_decay <= LARGEST:
             raise UserError(f"train.weight_decay must be at least 0 and at most {LARGEST:g}")
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
@@ -86,6 +92,16 @@ class TrainOptions:
             raise UserError("train.retain_spike must be above 1, or null for no such stop")
         if not self.checkpoint_seconds >= 0:
             raise UserError("train.checkpoint_seconds must be at least 0; .inf: no checkpoints")
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step, counted from 0."""
+        assert self.learning_rate is not None
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / self.warmup_steps
+        if self.schedule == "linear":
+            done = (step - self.warmup_steps) / (self.max_steps - self.warmup_steps)
+            return self.learning_rate * (1 - done)
+        return self.learning_rate
 
     def first_rule(self) -> str | None:
         """The name of a stop rule that is set, if there is one."""
@@ -169,9 +185,8 @@ def fit(
             for part in by_layout(masters):
                 torch.nn.utils.clip_grads_with_norm_(part["params"], options.max_grad_norm, norm)
         restore(good, parameters)  # their loss was finite
-        if options.schedule == "linear":
-            for group in optimiser.param_groups:
-                group["lr"] = options.learning_rate * (1 - step / options.max_steps)
+        for group in optimiser.param_groups:
+            group["lr"] = options.rate(step)
         optimiser.step()
         optimiser.zero_grad()
         for master, parameter in zip(masters, parameters, strict=True):

@@ -159,6 +159,7 @@ class RenameScrub(LogitObjective):
             srmu = SRMU(kappa=self.closing_kappa, anchors="random").resolved(model.module.config)
             last = EditableModel(model.module, srmu.trainable)
             options = replace(
-                train, learning_rate=self.closing_rate, max_steps=self.closing_steps, schedule=None
-            )
+                train, learning_rate=self.closing_rate, max_steps=self.closing_steps,
+                schedule=None, warmup_steps=0,
+            )  # fmt: skip
             srmu.apply(last, topics, options, ignore, watch)
