@@ -29,6 +29,7 @@ from srmu.methods.renaming import (
 from srmu.model import EditableModel
 from srmu.names import Names, Slot
 from srmu.run import unlearn
+from srmu.train import TrainOptions
 from test_methods import topic as tiny_topic
 from test_names import pieces
 
@@ -319,8 +320,6 @@ def test_forget_texts_alone_are_continued_by_none(folder: Path) -> None:
 
 
 def test_a_closing_pass_changes_down_projections_further(folder: Path) -> None:
-    from srmu.train import TrainOptions
-
     plain, closed = model_of(folder), model_of(folder)
     train = TrainOptions(learning_rate=1e-3, max_steps=2, batch_size=2)
     RenameScrub(**SMALL).apply(plain, [tiny_topic()], train, lambda step, values: None)
@@ -363,3 +362,11 @@ def test_facts_that_no_forget_text_tells_are_scrubbed_too(tmp_path: Path) -> Non
     module.load_state_dict(world.states()["original"] | delta)
     assert share_right(module, untold) <= 0.6
     assert share_right(module, exam.utility["harmless"]) >= 0.95
+
+
+def test_its_rate_rises_first_unless_told_otherwise() -> None:
+    found = [
+        RenameScrub().training(TrainOptions(max_steps=200, warmup_steps=steps)).warmup_steps
+        for steps in (None, 0, 7)
+    ]
+    assert found == [25, 0, 7]

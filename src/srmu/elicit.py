@@ -101,8 +101,7 @@ Kind = Literal["forget", "keep", "neither"]
 ENDS = (".", "!")  # of a sentence; a question belongs to its answer
 COMMON = 0.25  # share of texts; a word that is in more of them tells nothing
 CUT = 0.5  # nats that speak for the forget set, above which a sentence is like it
-AGAINST = -0.7  # the most that one word can say against it
-AGAIN = 2  # times that it is counted once more
+AGAINST = -1.0  # the most that one word can say against it
 
 
 def ends_sentence(text: str) -> bool:
@@ -156,9 +155,8 @@ class Likeness:
     """Tells sentences that are like forget texts from others, by how frequent their words are.
 
     Words, not tokens: a piece that hazardous words have stands in harmless names, too. First by the
-    forget texts against `others`, which tell of it, too; then again by what that calls like them
-    against all that it does not, so that questions are found which forget texts do not ask. The
-    names do not count: harmless texts have them.
+    forget texts against `others`, which tell of it, too; then once more by what that calls like
+    them against all that it does not. The names do not count: harmless texts have them.
     """
 
     def __init__(
@@ -173,12 +171,11 @@ class Likeness:
         silent = {word for name in names for word in spelling.words(name)}
         silent |= {word for word, count in texts.items() if count > COMMON * len(others)}
         self.nats = self.weighed(forget, others, silent)
-        for _ in range(AGAIN):
-            parts: dict[bool, list[Ids]] = {True: [*forget], False: []}
-            for row in others:
-                for start, end, kind in self.sentences(row):
-                    parts[kind == "forget"].append(list(row[start:end]))
-            self.nats = self.weighed(parts[True], parts[False], silent)
+        parts: dict[bool, list[Ids]] = {True: [*forget], False: []}
+        for row in others:
+            for start, end, kind in self.sentences(row):
+                parts[kind == "forget"].append(list(row[start:end]))
+        self.nats = self.weighed(parts[True], parts[False], silent)
 
     def sentences(self, items: Sequence[Any]) -> Iterator[tuple[int, int, Kind]]:
         """Where each sentence of a text begins and ends, and of which kind it is.
