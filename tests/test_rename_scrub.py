@@ -362,11 +362,3 @@ def test_facts_that_no_forget_text_tells_are_scrubbed_too(tmp_path: Path) -> Non
     module.load_state_dict(world.states()["original"] | delta)
     assert share_right(module, untold) <= 0.6
     assert share_right(module, exam.utility["harmless"]) >= 0.95
-
-
-def test_its_rate_rises_first_unless_told_otherwise() -> None:
-    found = [
-        RenameScrub().training(TrainOptions(max_steps=200, warmup_steps=steps)).warmup_steps
-        for steps in (None, 0, 7)
-    ]
-    assert found == [25, 0, 7]

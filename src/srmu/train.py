@@ -53,7 +53,7 @@ class TrainOptions:
 
     learning_rate: float | None = None  # None: the method's own
     schedule: Schedule | None = None  # linear: falls to 0 at max_steps; None: the method's own
-    warmup_steps: int | None = None  # over which the rate rises from 0; None: the method's own
+    warmup_steps: int = 0  # over which the learning rate rises from 0
     max_steps: int = 150  # over all topics together
     batch_size: int = 4  # documents of each of forget and retain
     weight_decay: float = 0.0  # torch's AdamW would take 0.01; the public RMU code has none
@@ -74,7 +74,7 @@ class TrainOptions:
         for name in ("learning_rate", "max_steps", "batch_size", "adam_epsilon", "check_every"):
             if getattr(self, name) is not None and not 0 < getattr(self, name) <= LARGEST:
                 raise UserError(f"train.{name} must be above 0 and at most {LARGEST:g}")
-        if not 0 <= (self.warmup_steps or 0) < self.max_steps:
+        if not 0 <= self.warmup_steps < self.max_steps:
             raise UserError(
                 f"train.warmup_steps={self.warmup_steps} must be at least 0 and below "
                 f"train.max_steps={self.max_steps}"
@@ -96,7 +96,7 @@ class TrainOptions:
     def rate(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""
         assert self.learning_rate is not None
-        rising = self.warmup_steps or 0
+        rising = self.warmup_steps
         if step < rising:
             return self.learning_rate * (step + 1) / rising
         if self.schedule == "linear":

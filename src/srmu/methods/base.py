@@ -54,7 +54,6 @@ class Method(ABC):
     uses: ClassVar[tuple[str, ...]] = ()  # besides the model and the forget texts
     learning_rate: ClassVar[float] = 5e-5  # where train.learning_rate is not given
     schedule: ClassVar[Schedule] = "constant"  # where train.schedule is not given
-    warmup: ClassVar[float] = 0.0  # share of max_steps, where train.warmup_steps is not given
     # whether several processes can share its work, each with a part of every batch
     spreads: ClassVar[bool] = False
     endless: ClassVar[bool] = False  # its loss has no lower bound: it must be stopped
@@ -79,13 +78,8 @@ class Method(ABC):
 
     def training(self, options: TrainOptions) -> TrainOptions:
         """The options with what the method itself sets filled in."""
-        rising = options.warmup_steps
-        return replace(
-            options,
-            learning_rate=options.learning_rate or self.learning_rate,
-            schedule=options.schedule or self.schedule,
-            warmup_steps=round(self.warmup * options.max_steps) if rising is None else rising,
-        )
+        rate = options.learning_rate or self.learning_rate
+        return replace(options, learning_rate=rate, schedule=options.schedule or self.schedule)
 
     def limited(self, options: TrainOptions, vocabulary_size: int) -> TrainOptions:
         """`training`, with a stop rule where the loss has no lower bound and none is given."""

@@ -39,7 +39,6 @@ class RenameScrub(LogitObjective):
     uses: ClassVar[tuple[str, ...]] = ("retain texts", "names", "texts that the original writes")
     learning_rate: ClassVar[float] = 2e-3
     schedule: ClassVar[Schedule] = "linear"
-    warmup: ClassVar[float] = 0.125
 
     names: str | None = None  # a .txt file, a name on each line; null: found in the forget texts
     coverage: Literal["elicited", "texts"] = "elicited"  # what is taught: own texts, forget texts
