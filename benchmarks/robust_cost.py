@@ -24,14 +24,16 @@ from srmu.places import presets, read_spec
 from srmu.plan import estimate
 from srmu.run import load_tokenizer, load_topics, plan
 
-METHODS = ("SRMU + random anchors", "rename-scrub")
+ALONE = "rename-scrub, forget texts alone"
+METHODS = ("SRMU + random anchors", "rename-scrub", ALONE)
 LENGTH = 512  # tokens of a text at 7B
 USED = 0.4 * 312e12  # FLOP a second of one A100 in bf16 at a common share of its peak
 
 
 def settings(label: str, testbed: Path) -> list[str]:
     world = yaml.safe_load(presets("robust.yaml").read_text(encoding="utf-8"))["worlds"]["closed"]
-    given = [*world["common"], *world["methods"][label]]
+    given = [*world["common"], *world["methods"][label.partition(",")[0]]]
+    given += ["method.coverage=texts"] if label == ALONE else []
     return [text.replace("{testbed}", str(testbed)) for text in given]
 
 
@@ -82,8 +84,9 @@ def main(testbed: Path, rounds: int) -> None:
                 f"| {label} | {seconds:.1f} | {memory / 1e9:.2f} | {here / 1e12:.2f} | "
                 f"{there / 1e15:.2f} | {there / USED / 3600:.2f} |"
             )
-    ratios = [scrub / plain for plain, scrub in zip(*rows, strict=True)]
-    print("| ratio | " + " | ".join(f"{ratio:.1f}" for ratio in ratios) + " | |")
+    for label, row in list(zip(METHODS, rows, strict=True))[1:]:
+        ratios = [scrub / plain for plain, scrub in zip(rows[0], row, strict=True)]
+        print(f"| {label}: ratio | " + " | ".join(f"{ratio:.1f}" for ratio in ratios) + " | |")
 
 
 if __name__ == "__main__":
