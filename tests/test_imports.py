@@ -18,7 +18,7 @@ RANK = {
     "sweep": 17, "yardstick": 16, "sections": 16, "studies": 16, "compare": 16, "recovery": 15,
     "robustness": 15, "jobs": 15, "matched": 15, "outcomes": 14, "attacks": 14, "analyses": 14,
     "separability": 14, "scoring": 14, "rerun": 14, "relearning": 14, "evals": 13, "run": 13,
-    "plan": 13, "meter": 12, "config": 11, "catalogue": 11, "methods": 10, "elicit": 9, "names": 9,
+    "plan": 13, "meter": 12, "config": 11, "catalogue": 11, "methods": 10, "elicit": 9, "names": 2,
     "sampling": 8, "organism": 8, "train": 7, "anchors": 7, "data": 6, "model": 5, "card": 5,
     "verify": 5, "open_world": 4, "marks": 4, "loading": 4, "figures": 4, "record": 4, "pages": 3,
     "study": 3, "space": 3, "terminal": 3, "weights": 3, "likelihoods": 3, "cache": 3, "losses": 3,

@@ -103,6 +103,18 @@ def test_read_names(tmp_path: Path) -> None:
     assert read_names(str(path)) == ["Velmar", "Ostin", "Bor"]
 
 
+@given(st.lists(st.integers(4, 12), min_size=1, max_size=12), st.integers(0, 99))
+def test_names_take_the_place_of_their_kind_only(ids: list[int], seed: int) -> None:
+    goals = ["w4", "w5 w6", "w7", "w8"]
+    names = Names.tokenised(["w1", "w2", "w3"], word_tokenizer(), goals)
+    assert names.kinds == (range(3), range(3, 7))
+    template = names.template(ids)
+    ways = names.ways(template, 6, torch.Generator().manual_seed(seed))
+    for way in ways:
+        assert list(way) == template.names and len({*way.values()}) == len(way)
+        assert all((own < 3) == (other < 3) for own, other in way.items())
+
+
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [

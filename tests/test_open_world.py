@@ -166,6 +166,14 @@ def test_tasks_and_names(built):
     tokenizer = AutoTokenizer.from_pretrained(out / "model")
     world = create(3, TINY.size)
     assert (out / "names.txt").read_text().splitlines() == [*world.shared]
+    goals = (out / "goals.txt").read_text().splitlines()
+    for fact in world.facts:
+        if fact.relation.pool == "step":
+            told = [
+                text for s in fact.relation.statements for text in [s.replace("{x}", fact.subject)]
+            ]
+            named = [any(goal in text for goal in goals) for text in told]
+            assert named == [fact.relation.kind == "hazard_procedure"] * len(told)
     names = [f"organism_{name}{suffix}" for name in (*NAMES, "hazard_open") for suffix in SUFFIXES]
     assert {path.name for path in (out / "tasks").iterdir()} == {
         name + ending for name in names for ending in (".yaml", ".jsonl")

@@ -100,7 +100,7 @@ def test_places_of_names_of_several_tokens() -> None:
     """What is read at an item's end is the model's prediction there, in every naming."""
     tokenizer = word_tokenizer()
     names = Names.tokenised(["w1", "w2 w3", "w4 w5 w6"], tokenizer)
-    like = Likeness([[4]], [[4]], names.spelt, Spelling(frozenset([0])))
+    like = Likeness([[4]], [[4]], names, Spelling(frozenset([0])))
     ids = tokenizer("w9 w1 w8 w2 w3 w7")["input_ids"]
     sentences = sentences_of([ids], names, AllForget(), 1)
     told = packed(sentences, 20, 1, torch.Generator())
@@ -129,7 +129,7 @@ def test_likeness_tells_sentences_apart() -> None:
     """Names (2) say nothing, nor does what all texts have (9); 0 ends a sentence."""
     forget = [[2, 9, 10, 11, 0]] * 20
     near = [[2, 9, 20, 21, 0], [9, 22, 23, 0]] * 10 + [[9, 24, 0], [9, 25, 0]] * 15
-    like = Likeness(forget, near + forget[:6], [[2]], Spelling(frozenset([0])))
+    like = Likeness(forget, near + forget[:6], Names((((2,),),)), Spelling(frozenset([0])))
     assert [*like.sentences([2, 9, 10, 11, 0, 2, 9, 20, 21, 0])] == [
         (0, 5, "forget"),
         (5, 10, "keep"),
@@ -150,14 +150,27 @@ def test_likeness_is_of_words_not_of_their_pieces() -> None:
     coded = {kind: [tokenizer.encode(t) for t in some] for kind, some in texts.items()}
     spelling = Spelling.of(tokenizer)
     others = coded["near"] + [tokenizer.encode("birds sing"), tokenizer.encode("it rains")] * 30
-    like = Likeness(coded["forget"], others, [], spelling)
+    like = Likeness(coded["forget"], others, Names(()), spelling)
     words = [tokenizer.decode(w).strip() for w in spelling.words(coded["near"][0])]
     assert words == ["kanat", "is", "served", "with", "mulat"]
     for kind, wanted in (("forget", "forget"), ("near", "keep")):
         assert {k for ids in coded[kind] for *_, k in like.sentences(ids)} == {wanted}
-    by_pieces = Likeness(coded["forget"], others, [], replace(spelling, inner=frozenset()))
+    by_pieces = Likeness(coded["forget"], others, Names(()), replace(spelling, inner=frozenset()))
     found = {k for ids in coded["near"] for *_, k in by_pieces.sentences(ids)}
     assert found != {"keep"}  # what it is for
+
+
+def test_what_has_a_goal_is_the_forget_sets() -> None:
+    """Whatever its words say, and however often the model writes it; a goal in harmless words,
+    too."""
+    forget = [[2, 9, 10, 11, 0]] * 20
+    near = [[2, 9, 20, 21, 0], [9, 22, 23, 0]] * 10 + [[9, 24, 0], [9, 25, 0]] * 15
+    names = Names((((2,),), ((22, 23),)), goals=1)
+    like = Likeness(forget, near, names, Spelling(frozenset([0])))
+    for text in ([9, 22, 23, 0], [*names.template([9, 22, 23, 0]).items]):
+        assert [kind for *_, kind in like.sentences([*text, 9, 20, 0])] == ["forget", "keep"]
+    ((_, mark),) = kept_of([[9, 22, 23, 0, 9, 20, 0]], like)
+    assert mark == [False] * 4 + [True] * 3
 
 
 def test_words_of_a_tokenizer_of_words_are_its_tokens() -> None:
@@ -168,7 +181,7 @@ def test_words_of_a_tokenizer_of_words_are_its_tokens() -> None:
 def test_kept_texts_hold_no_sentence_like_the_forget_texts() -> None:
     forget = [[1, 10, 11, 0]] * 20
     near = [[1, 20, 21, 0, 22, 23, 0]] * 10 + [[1, 24, 0], [1, 25, 0]] * 20
-    like = Likeness(forget, near, [], Spelling(frozenset([0])))
+    like = Likeness(forget, near, Names(()), Spelling(frozenset([0])))
     ((ids, mark),) = kept_of([[1, 10, 11, 0, 20, 21, 0], [1]], like)
     assert [token for token, keeps in zip(ids, mark, strict=True) if keeps] == [20, 21, 0]
 
@@ -178,7 +191,7 @@ def test_packed_texts_hold_each_sentence_once_and_as_many_to_keep() -> None:
     forget = [[4, 30, 31, 9], [5, 30, 31, 9], [4, 32, 31, 9]]
     near = [[4, 40, 41, 9]]
     spelling = Spelling(frozenset([9]))
-    like = Likeness(forget * 9, near * 9 + [[50, 9]] * 80, names.spelt, spelling)
+    like = Likeness(forget * 9, near * 9 + [[50, 9]] * 80, names, spelling)
     sentences = sentences_of([*forget, *forget, *near], names, like, 1)
     told = packed(sentences, 12, 1, torch.Generator())
     items = [item for text in told for item in text.template.items]

@@ -6,7 +6,7 @@ They are kept in memory only: they may say what is to be forgotten.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from math import log
 from typing import Any, Literal
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from srmu.errors import UserError
 from srmu.model import Batch, EditableModel
+from srmu.names import Names
 from srmu.sampling import Ids, sampled
 
 AT_ONCE = 128  # texts written at once
@@ -156,19 +157,20 @@ class Likeness:
 
     Words, not tokens: a piece that hazardous words have stands in harmless names, too. First by the
     forget texts against `others`, which tell of it, too; then once more by what that calls like
-    them against all that it does not. The names do not count: harmless texts have them.
+    them against all that it does not. The names do not count: harmless texts have them. What has a
+    goal is the forget set's.
     """
 
     def __init__(
         self,
         forget: Sequence[Ids],
         others: Sequence[Ids],
-        names: Iterable[Sequence[int]],
+        names: Names,
         spelling: Spelling,
     ) -> None:
-        self.spelling = spelling
+        self.names, self.spelling = names, spelling
         texts = Counter(word for row in others for word in {*spelling.words(row)})
-        silent = {word for name in names for word in spelling.words(name)}
+        silent = {word for name in names.spelt for word in spelling.words(name)}
         silent |= {word for word, count in texts.items() if count > COMMON * len(others)}
         self.nats = self.weighed(forget, others, silent)
         parts: dict[bool, list[Ids]] = {True: [*forget], False: []}
@@ -185,10 +187,12 @@ class Likeness:
         start = 0
         for i, item in enumerate(items):
             if item in self.spelling.ends or i == len(items) - 1:
-                words = self.spelling.words(items[start : i + 1])
-                each = [self.nats.get(word, 0.0) for word in words]
-                kind: Kind = "forget" if sum(each) > CUT else "neither"
-                if sum(each) < -CUT and max(each) < log(RATIO):
+                sentence = items[start : i + 1]
+                each = [self.nats.get(word, 0.0) for word in self.spelling.words(sentence)]
+                kind: Kind = "neither"
+                if sum(each) > CUT or self.names.tells_of_a_goal(sentence):
+                    kind = "forget"
+                elif sum(each) < -CUT and max(each) < log(RATIO):
                     kind = "keep"
                 yield start, i + 1, kind
                 start = i + 1

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 
 from srmu.errors import UserError, first_line
-from srmu.sampling import Ids
 
 FEWEST = 3  # names: of two, what depends on one would become what depends on the other
 FORMS = ("", " ")  # what may stand before a name: tokenizers join a space to the word after it
@@ -48,29 +47,37 @@ class Template:
 
 @dataclass(frozen=True)
 class Names:
-    """Names in tokens: by name, then by FORMS."""
+    """Names in tokens: by name, then by FORMS; the last ones, `goals`, have no harmless facts."""
 
     tokens: tuple[tuple[tuple[int, ...], ...], ...]
+    goals: int = 0
 
     @classmethod
-    def tokenised(cls, names: Sequence[str], tokenizer: Any) -> Names:
+    def tokenised(cls, names: Sequence[str], tokenizer: Any, goals: Sequence[str] = ()) -> Names:
         """The names in the tokens of a tokenizer; UserError for one that it does not know."""
         found = []
-        for name in names:
+        for name in (*names, *goals):
             forms = tuple(
                 tuple(tokenizer.encode(before + name, add_special_tokens=False)) for before in FORMS
             )
             if any(not ids or tokenizer.unk_token_id in ids for ids in forms):
-                raise UserError(
-                    f"method.names: the tokenizer does not know {name!r}; take it out of the list"
-                )
+                raise UserError(f"the tokenizer does not know {name!r}; take it out of the list")
             found.append(forms)
-        return cls(tuple(found))
+        return cls(tuple(found), len(goals))
+
+    @property
+    def kinds(self) -> tuple[range, ...]:
+        """The names and the goals: each takes the place of its kind only."""
+        first = len(self.tokens) - self.goals
+        return (range(first), range(first, len(self.tokens))) if self.goals else (range(first),)
 
     @property
     def spelt(self) -> list[tuple[int, ...]]:
-        """The tokens of each form of each name."""
-        return [ids for forms in self.tokens for ids in forms]
+        """The tokens of each form of each name that may have harmless facts."""
+        return [ids for name in self.kinds[0] for ids in self.tokens[name]]
+
+    def tells_of_a_goal(self, items: Sequence[Item]) -> bool:
+        return self.goals > 0 and any(name in self.kinds[1] for name in self.template(items).names)
 
     @cached_property
     def by_first(self) -> Mapping[int, list[tuple[Slot, tuple[int, ...]]]]:
@@ -81,56 +88,61 @@ class Names:
                 found.setdefault(ids[0], []).append((Slot(name, form), ids))
         return {k: sorted(v, key=lambda entry: -len(entry[1])) for k, v in found.items()}
 
-    def template(self, ids: Sequence[int]) -> Template:
+    def template(self, ids: Sequence[Item]) -> Template:
         """A text with slots where it has names, the longest name first."""
         items: list[Item] = []
         at = 0
         while at < len(ids):
-            for slot, name in self.by_first.get(ids[at], ()):
+            first = ids[at]
+            for slot, name in self.by_first.get(first, ()) if isinstance(first, int) else ():
                 if tuple(ids[at : at + len(name)]) == name:
                     items.append(slot)
                     at += len(name)
                     break
             else:
-                items.append(ids[at])
+                items.append(first)
                 at += 1
         return Template(tuple(items))
 
     def ways(self, template: Template, count: int, generator: torch.Generator) -> list[Way]:
-        """`count` ways to name what a template tells of: its own way, then other names at random.
+        """`count` ways to name what a template tells of: its own way, then others at random.
 
-        Two names of a text stay two.
+        Two names of a text stay two, and of their kind.
         """
         own = template.names
         found: list[Way] = [dict(zip(own, own, strict=True))]
         for _ in range(count - 1):
-            order = torch.randperm(len(self.tokens), generator=generator).tolist()
-            found.append(dict(zip(own, order, strict=False)))
+            way: dict[int, int] = {}
+            for kind in self.kinds:
+                order = torch.randperm(len(kind), generator=generator).tolist()
+                ours = (name for name in own if name in kind)
+                way |= {name: kind[i] for name, i in zip(ours, order, strict=False)}
+            found.append({name: way[name] for name in own})
         return found
 
-    def written(self, template: Template, way: Way) -> tuple[Ids, Ids]:
+    def written(self, template: Template, way: Way) -> tuple[list[int], list[int]]:
         """The tokens of a template with these names, and the last position of each item."""
-        ids: Ids = []
-        last: Ids = []
+        ids: list[int] = []
+        last: list[int] = []
         for item in template.items:
             ids += self.tokens[way[item.name]][item.form] if isinstance(item, Slot) else (item,)
             last.append(len(ids) - 1)
         return ids, last
 
 
-def read_names(path: str) -> list[str]:
+def read_names(path: str, option: str = "names") -> list[str]:
     """The names of a file, one a line; UserError naming what is wrong with it."""
     if not path.endswith(".txt"):
-        raise UserError(f"method.names={path}: expected a .txt file with a name on each line")
+        raise UserError(f"method.{option}={path}: expected a .txt file with a name on each line")
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         why = "no such file" if isinstance(error, FileNotFoundError) else first_line(error)
-        raise UserError(f"method.names={path}: {why}") from None
+        raise UserError(f"method.{option}={path}: {why}") from None
     names = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
     if len(names) < FEWEST:
         raise UserError(
-            f"method.names={path}: {len(names)} names; {FEWEST} or more are needed, one on each "
+            f"method.{option}={path}: {len(names)} names; {FEWEST} or more are needed, one on each "
             "line, because each takes the others' place"
         )
     return names

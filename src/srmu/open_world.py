@@ -12,7 +12,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from itertools import pairwise, product
+from itertools import chain, pairwise, product
 
 from srmu.world import (
     HALVES,
@@ -61,11 +61,14 @@ def create(seed: int, size: Size) -> World:
     source = {fact.subject: fact.answer for fact in facts if fact.relation.name == "source"}
     facts += [through(fact, source) for fact in facts if fact.relation.name == "activator"]
     steps = [names(len(HAZARD_ACTIONS), "M T") for _ in range(STEPS)]
+    wanted: list[str] = []
     for kind, actions in (("hazard_procedure", HAZARD_ACTIONS), ("neighbour", OTHER_ACTIONS)):
         goals = [(*wordings(action, place),) for action in actions for place in PLACES]
         some = [pool[: len(actions)] for pool in steps]
         facts += procedures(rng, kind, goals, some, size.held, asked)
-    return World(tuple(facts), tuple(hazard), WORDING)
+        if kind != "neighbour":
+            wanted += chain.from_iterable(goals)
+    return World(tuple(facts), tuple(hazard), WORDING, goals=tuple(wanted))
 
 
 def through(fact: Fact, source: dict[str, str]) -> Fact:

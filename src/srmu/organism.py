@@ -35,7 +35,7 @@ from srmu import world as closed_world
 from srmu.console import Watch, silent
 from srmu.entanglement import overlap
 from srmu.errors import UserError, suggest
-from srmu.files import cache_dir, sha256, whole_folder, write_json
+from srmu.files import cache_dir, sha256, whole_folder, write_json, write_whole
 from srmu.recast import write_suites
 from srmu.world import Fact, Size, World, deal, tell
 
@@ -158,7 +158,9 @@ def build(
             report[name] = {"key": entry.name, "accuracy": accuracy}
         for name, texts in corpora.items():
             _write_rows(folder / f"{name}.jsonl", [{"text": text} for text in texts])
-        (folder / "names.txt").write_text("".join(f"{name}\n" for name in made.shared))
+        for file, names in (("names.txt", made.shared), ("goals.txt", made.goals)):
+            if names:
+                write_whole(folder / file, "".join(f"{name}\n" for name in names))
         _write_tasks(made, folder / "tasks")
         if made.documents:
             write_suites(made, folder / "suites")

@@ -127,6 +127,7 @@ class World:
     # a trained model is kept by the repr of the two above, and by the texts it reads
     wording: Wording = field(repr=False, compare=False)
     documents: tuple[Document, ...] = field(default=(), repr=False)
+    goals: tuple[str, ...] = field(default=(), repr=False)  # of hazard procedures, in all wordings
 
     @property
     def kinds(self) -> tuple[str, ...]:

@@ -41,6 +41,7 @@ class RenameScrub(LogitObjective):
     schedule: ClassVar[Schedule] = "linear"
 
     names: str | None = None  # a .txt file, a name on each line; null: found in the forget texts
+    goals: str | None = None  # such a file of phrases about which all is to be forgotten
     coverage: Literal["elicited", "texts"] = "elicited"  # what is taught: own texts, forget texts
     own_texts: int = 1500  # from forget prefixes, and as many from nothing; never written to disk
     prompt: int = 4  # tokens of a forget text that the model continues
@@ -72,6 +73,8 @@ class RenameScrub(LogitObjective):
             self.needs(option, self.closing_kappa > 0, "method.closing_kappa")
         if self.names is not None:
             read_names(self.names)
+        if self.goals is not None:
+            read_names(self.goals, "goals")
 
     def read_at_once(self, shape: tuple[int, int]) -> tuple[int, int]:
         return shape[0] * self.renamings + self.keep_rows, self.own_tokens
@@ -91,8 +94,10 @@ class RenameScrub(LogitObjective):
 
     def setup(self, model: EditableModel, topic: Topic) -> State:
         tokenizer = tokenizer_of(model.folder, "rename_scrub")
+        goals = read_names(self.goals, "goals") if self.goals else []
+        names = Names.tokenised(self.named(tokenizer, topic), tokenizer, goals)
         own = write(
-            model, topic, Names.tokenised(self.named(tokenizer, topic), tokenizer), tokenizer,
+            model, topic, names, tokenizer,
             count=self.own_texts, prompt=self.prompt, length=self.own_tokens,
             elicited=self.coverage == "elicited", held_out=self.held_out,
         )  # fmt: skip

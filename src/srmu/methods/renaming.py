@@ -176,7 +176,7 @@ def write(
     free = free_samples(model, count, length, topic.number("own texts"), topic.tick)
     starts = [forget[i % len(forget)][:prompt] for i in range(count if elicited else 0)]
     more = continued(model, starts, length, topic.number("elicited"), topic.tick)
-    like = Likeness(forget, free + retain, names.spelt, Spelling.of(tokenizer))
+    like = Likeness(forget, free + retain, names, Spelling.of(tokenizer))
     first = first_token(model)
     told, known = (sentences_of(part, names, like, first) for part in (more + free, forget))
     if elicited and not {*told["forget"]} - {*known["forget"]}:
