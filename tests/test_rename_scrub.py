@@ -292,6 +292,7 @@ def test_what_the_model_writes_is_in_no_file(tmp_path: Path) -> None:
     [
         ({"names": "absent.txt"}, "no such file"),
         ({"names": "names.json"}, "expected a .txt file"),
+        ({"goals": "absent.txt"}, "method.goals=absent.txt: no such file"),
         ({"renamings": 1}, "renamings=1: expected"),
         ({"threshold": -1.0}, "threshold=-1.0: expected"),
         ({"closing_steps": 9}, "no effect without method.closing_kappa"),
@@ -307,6 +308,8 @@ def test_names_that_cover_nothing(folder: Path, tmp_path: Path) -> None:
     path.write_text("w57\nw58\nw59\n")
     with pytest.raises(UserError, match="none of its 3 names is in topic bio's forget texts"):
         RenameScrub(**SMALL | {"names": str(path)}).setup(model_of(folder), tiny_topic())
+    with pytest.raises(UserError, match="none of its 3 goals is in topic bio's forget texts"):
+        RenameScrub(**SMALL | {"goals": str(path)}).setup(model_of(folder), tiny_topic())
 
 
 def test_own_texts_that_tell_nothing_new(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -168,11 +168,13 @@ def write(
     model tells nothing new.
     """
     forget, retain = texts_of(topic.forget[:]), texts_of(topic.retain[:])
-    if not any(names.template(ids).names for ids in forget):
-        raise UserError(
-            f"method.names: none of its {len(names.tokens)} names is in topic {topic.name}'s "
-            "forget texts; name what they tell of"
-        )
+    told_of = {name for ids in forget for name in names.template(ids).names}
+    for option, kind in zip(("names", "goals"), names.kinds, strict=False):
+        if told_of.isdisjoint(kind):
+            raise UserError(
+                f"method.{option}: none of its {len(kind)} {option} is in topic {topic.name}'s "
+                "forget texts; name what they tell of"
+            )
     free = free_samples(model, count, length, topic.number("own texts"), topic.tick)
     starts = [forget[i % len(forget)][:prompt] for i in range(count if elicited else 0)]
     more = continued(model, starts, length, topic.number("elicited"), topic.tick)
