@@ -361,6 +361,7 @@ def test_layers_of_a_deep_model_are_spread() -> None:
         ({"--method": "smru"}, "did you mean srmu?"),
         ({"--out": "tasks"}, "output folder"),
         ({"--names": "names.txt"}, "--names has no effect without --robust"),
+        ({"--goals": "goals.txt"}, "--goals has no effect without --robust"),
     ],
 )
 def test_bad_input_is_one_line(

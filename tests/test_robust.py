@@ -342,7 +342,8 @@ def test_settings_fit_their_methods(tmp_path: Path) -> None:
     spec = yaml.safe_load(presets("robust.yaml").read_text())
     config = tmp_path / "high.yaml"
     config.write_text("model: model\ntopics: {organism: {forget: f.jsonl, retain: r.jsonl}}\n")
-    (tmp_path / "names.txt").write_text("Velmar\nOstin\nBor\n")
+    for name in ("names.txt", "goals.txt"):
+        (tmp_path / name).write_text("Velmar\nOstin\nBor\n")
     for kind in ("robust", "ablations"):
         for world in spec["worlds"]:
             if kind == "ablations" and spec["ablated"] not in spec["worlds"][world]["methods"]:

@@ -60,6 +60,7 @@ class Asked:
     method: str = "srmu"
     robust: bool = False  # rename_scrub in place of a method with a layer
     names: str = ""  # a file of the names to swap; "": those found
+    goals: str = ""  # a file of phrases about which all is to be forgotten
     trials: int = 24
     out: Path = Path("auto")
     seed: int = 0
@@ -76,6 +77,7 @@ class Job:
     sources: Sources | None  # for attacks; None: there are no questions
     texts: Mapping[str, Sequence[str]]  # to train on: "forget" and "retain"
     names: Sequence[str] = ()  # that robust swaps
+    goals: Sequence[str] = ()
 
     @cached_property
     def spec(self) -> dict[str, Any]:
@@ -86,6 +88,7 @@ class Job:
             "questions": self.yardstick.digest,
             "method": robust.METHOD if self.asked.robust else self.asked.method,
             "names": digest(self.names),
+            "goals": digest(self.goals),
             "seed": self.asked.seed,
         }
 
@@ -114,8 +117,9 @@ def prepare(asked: Asked) -> Job:
     if not (asked.out / FILE).exists():
         require_free(asked.out)
     method = find_method(robust.METHOD if asked.robust else asked.method)
-    if asked.names and not asked.robust:
-        raise UserError("--names has no effect without --robust")
+    for option in ("names", "goals"):
+        if getattr(asked, option) and not asked.robust:
+            raise UserError(f"--{option} has no effect without --robust")
     if not (issubclass(method, Misdirection) or asked.robust):
         raise UserError(
             f"--method {asked.method} has no layer to find: choose srmu, rmu, adaptive_rmu or rna, "
@@ -137,6 +141,7 @@ def prepare(asked: Asked) -> Job:
     swapped: list[str] = []
     if asked.robust:
         swapped = read_names(asked.names) if asked.names else find_names(*texts.values())
+    goals = read_names(asked.goals, "goals") if asked.goals else []
     testbed = (base.parent / "organism.json").exists()
     tasks: tuple[str, ...] = asked.tasks or (TESTBED[0] if testbed else ())
     utility = asked.utility or (TESTBED[1] if testbed and not asked.tasks else ())
@@ -161,7 +166,7 @@ def prepare(asked: Asked) -> Job:
         asked.device,
     )
     sources = asks(tasks) if tasks else None
-    return Job(asked, config_of(asked, held), yardstick, sources, texts, swapped)
+    return Job(asked, config_of(asked, held), yardstick, sources, texts, swapped, goals)
 
 
 def tier_of(asked: Asked) -> Tier:
@@ -173,8 +178,9 @@ def config_of(asked: Asked, held: Mapping[str, HeldOut] = {}) -> Config:
     """The config of a run with nothing chosen, which leaves out what it is measured on."""
     given = [f"seed={asked.seed}", f"device={asked.device}", f"runs_dir={asked.out / 'runs'}"]
     given += [f"topics.topic.{role}_held_out={len(part.words)}" for role, part in held.items()]
-    if asked.robust and asked.names:
-        given.append(f"method.names={Path(asked.names).resolve()}")
+    for option in ("names", "goals"):
+        if path := getattr(asked, option):
+            given.append(f"method.{option}={Path(path).resolve()}")
     method = robust.METHOD if asked.robust else asked.method
     return make_config(asked.model, asked.forget, asked.retain, method, given)
 
@@ -314,7 +320,7 @@ def search(
         )  # fmt: skip
         final["K*"] = found["K*"]
         if asked.robust:
-            final["floor"] = robust.floor(run, job.sources, found, job.names)
+            final["floor"] = robust.floor(run, job.sources, found, [*job.names, *job.goals])
             say("attacks", *robust.sentences(found, final["floor"]))
         else:
             lines = sentences(found)

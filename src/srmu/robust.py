@@ -30,8 +30,8 @@ STEPS = 250
 NOISE = 0.1
 UNPROTECTED = (
     "It does not protect against texts or questions that tell the facts themselves, against longer "
-    "fine-tuning than was tried, nor does it cover what has no name on the list: steps of a "
-    "procedure, or other names."
+    "fine-tuning than was tried, nor does it cover what has no name or goal on the lists: other "
+    "names, or steps of a procedure whose goal was not given (--goals)."
 )
 
 

@@ -64,6 +64,9 @@ def auto(
         bool, typer.Option("--robust", help="rename_scrub: resists relearning, takes longer.")
     ] = False,
     names: Annotated[str, typer.Option(help="robust: file of names to swap, one a line.")] = "",
+    goals: Annotated[
+        str, typer.Option(help="robust: file of phrases about which all is to be forgotten.")
+    ] = "",
     trials: Annotated[
         int, typer.Option(min=1, help="Strengths to try; with --robust 3 at most.")
     ] = 24,
@@ -91,6 +94,7 @@ def auto(
         method=method,
         robust=robust,
         names=names,
+        goals=goals,
         trials=trials,
         out=out.resolve(),
         seed=seed,
