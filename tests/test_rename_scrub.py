@@ -136,8 +136,7 @@ def test_likeness_tells_sentences_apart() -> None:
     ]
     assert [kind for *_, kind in like.sentences([2, 9, 0])] == ["neither"]
     # what has a word of the forget set's own is never kept
-    mixed = [2, *range(20, 26), *range(20, 26), 11, 0]
-    assert [kind for *_, kind in like.sentences(mixed)] == ["neither"]
+    assert [kind for *_, kind in like.sentences([2, 20, 21, 22, 23, 11, 0])] == ["neither"]
 
 
 def test_likeness_is_of_words_not_of_their_pieces() -> None:
@@ -236,13 +235,11 @@ def model_of(folder: Path) -> EditableModel:
 
 def test_at_the_start_only_the_names_cost(folder: Path) -> None:
     """All that is held to the original costs nothing yet; the loss is what the names tell."""
-    options = {"threshold": 0.0, "coverage": "texts"}
-    method, model, topic = RenameScrub(**SMALL | options), model_of(folder), tiny_topic()
+    method, model, topic = RenameScrub(**SMALL | {"threshold": 0.0}), model_of(folder), tiny_topic()
     state = method.setup(model, topic)
     (forget, retain), *_ = zip(topic.forget, topic.retain, strict=False)
-    steps = (method.loss(model, state, forget, retain, step) for step in range(1, 9))
-    terms = next(t for t in steps if t.logged["named"])
-    assert float(terms.losses["forget"].detach()) > 1e-6
+    terms = method.loss(model, state, forget, retain, 1)
+    assert float(terms.losses["forget"].detach()) > 0
     for name in ("hold", "keep", "retain"):
         assert float(terms.losses[name].detach()) == pytest.approx(0, abs=1e-5)
 
