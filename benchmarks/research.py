@@ -1,9 +1,10 @@
-"""Put the tables of `srmu reproduce robust` and `ablations` into docs/research.md.
+"""Put tables of `srmu reproduce robust` or `ablations` into docs/research.md.
 
-    python benchmarks/research.py OUT
+    srmu reproduce robust --out OUT --world closed --show
+    python benchmarks/research.py OUT/robust.md closed
 
-OUT is the folder of the reproduction. What stands between `<!-- robust -->` and `<!-- /robust -->`
-is replaced by OUT/robust.md, likewise the ablations; their pictures are copied beside the page.
+What stands between `<!-- closed -->` and `<!-- /closed -->` is replaced by the file; the page has
+the marks closed, open and ablations. The file's pictures are copied beside the page.
 """
 
 import re
@@ -27,17 +28,13 @@ def filled(page: str, name: str, text: str) -> str:
     return f"{before}{start}\n\n{lower}\n\n{end}{after}"
 
 
-def main(out: Path, page: Path = PAGE) -> None:
-    for name in ("robust", "ablations"):
-        if not (out / f"{name}.md").exists():
-            print(f"{out} has no {name}.md: srmu reproduce {name} --out {out}")
-            continue
-        text = (out / f"{name}.md").read_text()
-        write_whole(page, filled(page.read_text(), name, text))
-        for picture in re.findall(r"\]\(([\w-]+\.svg)\)", text):
-            copyfile(out / picture, page.parent / picture)
-        print(f"{page}: {name}")
+def main(table: Path, mark: str, page: Path = PAGE) -> None:
+    text = table.read_text()
+    write_whole(page, filled(page.read_text(), mark, text))
+    for picture in re.findall(r"\]\(([\w-]+\.svg)\)", text):
+        copyfile(table.parent / picture, page.parent / picture)
+    print(f"{page}: {mark}")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2])

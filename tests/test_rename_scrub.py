@@ -172,6 +172,19 @@ def test_what_has_a_goal_is_the_forget_sets() -> None:
     assert mark == [False] * 4 + [True] * 3
 
 
+def test_harmless_procedures_of_the_same_steps_are_kept() -> None:
+    """Steps (30 to 33) say nothing where a goal (22, 23) stands; without it they are hazardous."""
+    rinses = [[22, 23, a, b, 0] for a in range(30, 34) for b in range(30, 34)] * 4
+    forget = [*rinses, *[[2, 10, 11, 0]] * 20]
+    near = [[40, 41, 30, 31, 0], [40, 42, 32, 33, 0]] * 6 + [[24, 0], [25, 0]] * 30
+    harmless = [[40, 41, 30, 31, 0], [40, 42, 32, 33, 0]]
+    for goals, kind in ((1, "keep"), (0, "neither")):
+        names = Names((((2,),), ((22, 23),))[: 1 + goals], goals=goals)
+        like = Likeness(forget, near + forget[:6], names, Spelling(frozenset([0])))
+        assert {found for ids in harmless for *_, found in like.sentences(ids)} == {kind}
+        assert [found for *_, found in like.sentences([2, 10, 11, 0])] == ["forget"]
+
+
 def test_words_of_a_tokenizer_of_words_are_its_tokens() -> None:
     spelling = Spelling.of(word_tokenizer())
     assert not spelling.inner and spelling.words([4, 5, 6]) == [(4,), (5,), (6,)]

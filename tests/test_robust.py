@@ -327,7 +327,7 @@ def test_the_page_takes_the_tables(tmp_path: Path) -> None:
     root = Path(__file__).parents[1]
     filled = from_file("script", f"{root / 'benchmarks' / 'research.py'}:filled")
     page = (root / "docs" / "research.md").read_text()
-    for name in ("robust", "ablations"):
+    for name in ("closed", "open", "ablations"):
         once = filled(page, name, "## Closed world\n\n| a |\n")
         assert f"<!-- {name} -->\n\n### Closed world\n\n| a |\n\n<!-- /{name} -->" in once
         assert filled(once, name, "## Closed world\n\n| a |\n") == once

@@ -158,7 +158,8 @@ class Likeness:
     Words, not tokens: a piece that hazardous words have stands in harmless names, too. First by the
     forget texts against `others`, which tell of it, too; then once more by what that calls like
     them against all that it does not. The names do not count: harmless texts have them. What has a
-    goal is the forget set's.
+    goal is the forget set's, and the other words of its sentences do not count: harmless procedures
+    have the same steps.
     """
 
     def __init__(
@@ -169,15 +170,24 @@ class Likeness:
         spelling: Spelling,
     ) -> None:
         self.names, self.spelling = names, spelling
+        self.nats: dict[Word, float] = {}
         texts = Counter(word for row in others for word in {*spelling.words(row)})
         silent = {word for name in names.spelt for word in spelling.words(name)}
         silent |= {word for word, count in texts.items() if count > COMMON * len(others)}
-        self.nats = self.weighed(forget, others, silent)
-        parts: dict[bool, list[Ids]] = {True: [*forget], False: []}
+        ours, theirs = ([s for row in rows for s, _ in self.told(row)] for rows in (forget, others))
+        self.nats = self.weighed(ours, theirs, silent)
+        parts: dict[bool, list[Ids]] = {True: ours, False: []}
         for row in others:
-            for start, end, kind in self.sentences(row):
-                parts[kind == "forget"].append(list(row[start:end]))
+            for sentence, kind in self.told(row):
+                parts[kind == "forget"].append(sentence)
         self.nats = self.weighed(parts[True], parts[False], silent)
+
+    def told(self, row: Ids) -> Iterator[tuple[Ids, Kind]]:
+        """The sentences of a text that tell of no goal."""
+        for start, end, kind in self.sentences(row):
+            sentence = row[start:end]
+            if not self.names.tells_of_a_goal(sentence):
+                yield sentence, kind
 
     def sentences(self, items: Sequence[Any]) -> Iterator[tuple[int, int, Kind]]:
         """Where each sentence of a text begins and ends, and of which kind it is.
