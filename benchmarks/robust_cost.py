@@ -25,7 +25,7 @@ from srmu.plan import estimate
 from srmu.run import load_tokenizer, load_topics, plan
 
 ALONE = "rename-scrub, forget texts alone"
-METHODS = ("SRMU + random anchors", "rename-scrub", ALONE)
+METHODS = ("SRMU + random anchors", "rename-scrub", ALONE, "rename-scrub (three namings)")
 LENGTH = 512  # tokens of a text at 7B
 USED = 0.4 * 312e12  # FLOP a second of one A100 in bf16 at a common share of its peak
 
