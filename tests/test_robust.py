@@ -196,7 +196,7 @@ def test_interrupted_it_goes_on(small: Any, found: dict[str, Any], monkeypatch: 
         with pytest.raises(KeyboardInterrupt):
             measure(this)
     labels = [*rows(tables_of(this, frontier.made(this), COMMAND))]
-    assert labels == ["original", "oracle", "SRMU", "half as strong (1 of 2 testbeds)"]
+    assert labels == ["original", "oracle", "SRMU", "half as strong (1 of 2)"]
     before = len(made)
     done = rows(tables_of(this, measure(this), COMMAND))
     assert made[before:] == [1]

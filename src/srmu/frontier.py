@@ -359,7 +359,7 @@ def line_of(frontier: Frontier, label: str, states: Sequence[Path | str]) -> Lin
         why = f"{wrong[0]} in {len(wrong)} of {len(some)} runs" if wrong else NOT_RUN
         return Line(label, (), (), why=why.replace(f"{frontier.out.resolve()}/", ""))
     if len(some) < len(states):
-        label = f"{label} ({len(some)} of {len(states)} testbeds)"
+        label = f"{label} ({len(some)} of {len(states)})"
     runs = tuple(Path(path) for path, _ in some)
     return Line(label, runs, tuple(seed for _, seed in some))
 
