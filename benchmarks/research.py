@@ -28,12 +28,12 @@ def filled(page: str, name: str, text: str) -> str:
     return f"{before}{start}\n\n{lower}\n\n{end}{after}"
 
 
-def main(table: Path, mark: str, page: Path = PAGE) -> None:
+def main(table: Path, mark: str) -> None:
     text = table.read_text()
-    write_whole(page, filled(page.read_text(), mark, text))
+    write_whole(PAGE, filled(PAGE.read_text(), mark, text))
     for picture in re.findall(r"\]\(([\w-]+\.svg)\)", text):
-        copyfile(table.parent / picture, page.parent / picture)
-    print(f"{page}: {mark}")
+        copyfile(table.parent / picture, PAGE.parent / picture)
+    print(f"{PAGE}: {mark}")
 
 
 if __name__ == "__main__":

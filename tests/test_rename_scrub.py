@@ -176,8 +176,8 @@ def test_harmless_procedures_of_the_same_steps_are_kept() -> None:
     """Steps (30 to 33) say nothing where a goal (22, 23) stands; without it they are hazardous."""
     rinses = [[22, 23, a, b, 0] for a in range(30, 34) for b in range(30, 34)] * 4
     forget = [*rinses, *[[2, 10, 11, 0]] * 20]
-    near = [[40, 41, 30, 31, 0], [40, 42, 32, 33, 0]] * 6 + [[24, 0], [25, 0]] * 30
     harmless = [[40, 41, 30, 31, 0], [40, 42, 32, 33, 0]]
+    near = harmless * 6 + [[24, 0], [25, 0]] * 30
     for goals, kind in ((1, "keep"), (0, "neither")):
         names = Names((((2,),), ((22, 23),))[: 1 + goals], goals=goals)
         like = Likeness(forget, near + forget[:6], names, Spelling(frozenset([0])))
@@ -252,7 +252,7 @@ def test_at_the_start_only_the_names_cost(folder: Path) -> None:
     state = method.setup(model, topic)
     (forget, retain), *_ = zip(topic.forget, topic.retain, strict=False)
     terms = method.loss(model, state, forget, retain, 1)
-    assert float(terms.losses["forget"].detach()) > 0
+    assert float(terms.losses["forget"].detach()) > 1e-6
     for name in ("hold", "keep", "retain"):
         assert float(terms.losses[name].detach()) == pytest.approx(0, abs=1e-5)
 

@@ -151,6 +151,14 @@ class Spelling:
             before = item
         return found
 
+    def sentences(self, items: Sequence[Any]) -> Iterator[tuple[int, int]]:
+        """Where each sentence of a text begins and ends."""
+        start = 0
+        for end, item in enumerate(items, 1):
+            if item in self.ends or end == len(items):
+                yield start, end
+                start = end
+
 
 class Likeness:
     """Tells sentences that are like forget texts from others, by how frequent their words are.
@@ -170,42 +178,32 @@ class Likeness:
         spelling: Spelling,
     ) -> None:
         self.names, self.spelling = names, spelling
-        self.nats: dict[Word, float] = {}
         texts = Counter(word for row in others for word in {*spelling.words(row)})
         silent = {word for name in names.spelt for word in spelling.words(name)}
         silent |= {word for word, count in texts.items() if count > COMMON * len(others)}
-        ours, theirs = ([s for row in rows for s, _ in self.told(row)] for rows in (forget, others))
+        ours, theirs = map(self.without_goals, (forget, others))
         self.nats = self.weighed(ours, theirs, silent)
         parts: dict[bool, list[Ids]] = {True: ours, False: []}
-        for row in others:
-            for sentence, kind in self.told(row):
-                parts[kind == "forget"].append(sentence)
+        for sentence in theirs:
+            parts[self.kind(sentence) == "forget"].append(sentence)
         self.nats = self.weighed(parts[True], parts[False], silent)
 
-    def told(self, row: Ids) -> Iterator[tuple[Ids, Kind]]:
-        """The sentences of a text that tell of no goal."""
-        for start, end, kind in self.sentences(row):
-            sentence = row[start:end]
-            if not self.names.tells_of_a_goal(sentence):
-                yield sentence, kind
+    def without_goals(self, rows: Sequence[Ids]) -> list[Ids]:
+        """The sentences of texts that tell of no goal."""
+        cut = (row[start:end] for row in rows for start, end in self.spelling.sentences(row))
+        return [sentence for sentence in cut if not self.names.tells_of_a_goal(sentence)]
 
     def sentences(self, items: Sequence[Any]) -> Iterator[tuple[int, int, Kind]]:
-        """Where each sentence of a text begins and ends, and of which kind it is.
+        """Where each sentence of a text begins and ends, and of which kind it is."""
+        for start, end in self.spelling.sentences(items):
+            yield start, end, self.kind(items[start:end])
 
-        One that has a word of the forget set's own is never kept: a leak would teach it again.
-        """
-        start = 0
-        for i, item in enumerate(items):
-            if item in self.spelling.ends or i == len(items) - 1:
-                sentence = items[start : i + 1]
-                each = [self.nats.get(word, 0.0) for word in self.spelling.words(sentence)]
-                kind: Kind = "neither"
-                if sum(each) > CUT or self.names.tells_of_a_goal(sentence):
-                    kind = "forget"
-                elif sum(each) < -CUT and max(each) < log(RATIO):
-                    kind = "keep"
-                yield start, i + 1, kind
-                start = i + 1
+    def kind(self, sentence: Sequence[Any]) -> Kind:
+        """One with a word of the forget set's own is never kept: a leak would teach it again."""
+        each = [self.nats.get(word, 0.0) for word in self.spelling.words(sentence)]
+        if sum(each) > CUT or self.names.tells_of_a_goal(sentence):
+            return "forget"
+        return "keep" if sum(each) < -CUT and max(each) < log(RATIO) else "neither"
 
     def weighed(
         self, forget: Sequence[Ids], others: Sequence[Ids], silent: Set[Word]
