@@ -25,13 +25,13 @@ import torch
 from shapes import SHAPES, config_of, watched, write_checkpoint
 from transformers import AutoModelForCausalLM
 
-from srmu.cache import Activations, open_activations
-from srmu.console import quiet
-from srmu.data import Topic
-from srmu.losses import counted, token_mse
+from srmu.engine.activation_cache import Activations, open_activations
+from srmu.engine.losses import counted, token_mse
+from srmu.engine.model import Batch, EditableModel, return_freed_blocks
+from srmu.engine.progress import quiet
+from srmu.engine.topic import Topic
+from srmu.engine.train import TrainOptions, fit
 from srmu.methods import RMU
-from srmu.model import Batch, EditableModel, return_freed_blocks
-from srmu.train import TrainOptions, fit
 
 LAYER, WINDOW, BATCH, ALPHA, COEFF, RATE = 7, 3, 4, 1200.0, 6.5, 5e-5
 RUNGS = ("reference", "+ freeze", "+ depth", "+ share", "cached trial")

@@ -32,7 +32,8 @@ from lm_eval.tasks import TaskManager
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedTokenizerFast
 
-from srmu import evals, likelihoods
+from srmu.engine import likelihoods
+from srmu.evals import lm_eval
 
 BATCH = 64
 YAML = """task: quiz
@@ -138,7 +139,7 @@ def compare(label: str, config: Any, kind: str, count: int, rounds: int) -> None
             return float(report["results"]["quiz"]["acc,none"])
 
         def ours(limit: int | None = None) -> float:
-            found = evals.evaluate(
+            found = lm_eval.evaluate(
                 model, tokenizer, ["quiz"], tasks_dir=tasks, limit=limit, batch_size=BATCH
             )
             return found["quiz/acc"]["value"]

@@ -18,11 +18,11 @@ import yaml
 from scipy.stats import t
 from search import job_of, results_of, testbed
 
-from srmu.catalogue import table
-from srmu.demo import FORGET, REGIMES, TASKS, UTILITY
-from srmu.files import write_json, write_whole
-from srmu.report import Entry, render
-from srmu.report import table as estimates
+from srmu.engine.files import write_json, write_whole
+from srmu.methods.reference import table
+from srmu.report.build import Entry, render
+from srmu.report.build import table as estimates
+from srmu.reproduce.demo import FORGET, REGIMES, TASKS, UTILITY
 
 METRICS = {
     "hazard": FORGET[0],

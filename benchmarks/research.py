@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from shutil import copyfile
 
-from srmu.files import write_whole
+from srmu.engine.files import write_whole
 
 PAGE = Path(__file__).parents[1] / "docs" / "research.md"
 

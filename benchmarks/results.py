@@ -22,16 +22,16 @@ import torch
 import yaml
 from search import job_of, results_of, testbed
 
-from srmu.catalogue import table
-from srmu.console import quiet, watch
-from srmu.demo import TASKS
+from srmu.attacks.suite import FILE, attack
+from srmu.engine.files import write_json, write_whole
+from srmu.engine.progress import quiet, watch
 from srmu.errors import UserError
-from srmu.files import write_json, write_whole
-from srmu.jobs import run_all
-from srmu.matched import SHARE, match
-from srmu.robustness import FILE, attack
-from srmu.run import Run
-from srmu.statistics import Draws, answered, estimate, residual, worst_case
+from srmu.evals.matched import SHARE, match
+from srmu.evals.parallel import run_all
+from srmu.evals.statistics import Draws, answered, estimate, residual, worst_case
+from srmu.methods.reference import table
+from srmu.reproduce.demo import TASKS
+from srmu.runs.run import Run
 
 UTILITY = ("organism_neighbour_val", "organism_general_val")
 

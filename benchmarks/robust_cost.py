@@ -18,11 +18,11 @@ from statistics import median
 import torch
 import yaml
 
-from srmu.config import build_config, load_config
-from srmu.needs import hollow, topics_of
-from srmu.places import presets, read_spec
-from srmu.plan import estimate
-from srmu.run import load_tokenizer, load_topics, plan
+from srmu.reproduce.needs import hollow, topics_of
+from srmu.reproduce.runs import presets, read_spec
+from srmu.runs.config import build_config, load_config
+from srmu.runs.estimate import estimate
+from srmu.runs.run import load_tokenizer, load_topics, plan
 
 ALONE = "rename-scrub, forget texts alone"
 METHODS = ("SRMU + random anchors", "rename-scrub", ALONE, "rename-scrub (three namings)")

@@ -25,10 +25,11 @@ import torch
 from safetensors import safe_open
 from shapes import SHAPES, watched, write_checkpoint, write_texts
 
-from srmu import plan, weights
-from srmu import run as runs
-from srmu.config import Config, make_config
-from srmu.console import quiet
+from srmu.engine import weights
+from srmu.engine.progress import quiet
+from srmu.runs import estimate
+from srmu.runs import run as runs
+from srmu.runs.config import Config, make_config
 
 LAYER = 7
 
@@ -52,7 +53,7 @@ def child(folder: Path, arguments: argparse.Namespace) -> None:
         config, summary = runs.plan(config_for(folder, arguments))
         base = runs.base_of(config)
         topics = runs.load_topics(config, runs.load_tokenizer(base))
-        print(json.dumps(summary | plan.estimate(config, base, topics)))
+        print(json.dumps(summary | estimate.estimate(config, base, topics)))
         return
     start = time.perf_counter()
     with watched() as memory:
@@ -103,7 +104,7 @@ def held_bytes(folder: Path) -> dict[str, int]:
             low, high = (start + at for at in entry["data_offsets"])
             # Whole pages of this tensor only: its edges are its neighbours', too.
             part = held[-(-low // mmap.PAGESIZE) : high // mmap.PAGESIZE]
-            side = "below" if plan.touched(name, LAYER + 1) else "above"
+            side = "below" if estimate.touched(name, LAYER + 1) else "above"
             found[side] += int(part.sum()) * mmap.PAGESIZE
     return found
 

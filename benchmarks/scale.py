@@ -23,10 +23,12 @@ import torch
 import yaml
 from shapes import SHAPES, watched, write_checkpoint, write_texts
 
-from srmu import cli, meter, needs, plan
-from srmu import run as runs
-from srmu.config import load_config
-from srmu.console import quiet
+from srmu.cli import main as cli
+from srmu.engine.progress import quiet
+from srmu.reproduce import needs
+from srmu.runs import estimate, meter
+from srmu.runs import run as runs
+from srmu.runs.config import load_config
 
 ROOT = Path(__file__).parents[1]
 MODELS = ("llama-3.2-1b", "llama-3.1-8b", "llama-3.1-70b", "llama-3.1-405b", "qwen3-30b-a3b")
@@ -115,7 +117,7 @@ def measured(place: Path, source: Path, method: str, launch: tuple[int, bool, in
     options += [f"method.lora_rank={lora}"] if lora else []
     config, _ = runs.plan(load_config(source, options))
     base = runs.base_of(config)
-    rows = plan.launches(config, base, runs.load_topics(config, runs.load_tokenizer(base)))
+    rows = estimate.launches(config, base, runs.load_topics(config, runs.load_tokenizer(base)))
     row = next(
         r for r in rows if (r["processes"], r["sharded"], r["lora"]) == (processes, sharded, lora)
     )

@@ -18,14 +18,14 @@ from typing import Any
 
 import yaml
 
-from srmu.config import load_config
-from srmu.console import watch
-from srmu.demo import REGIMES
+from srmu.engine.files import write_json
+from srmu.engine.progress import watch
 from srmu.errors import Diverged, UserError
-from srmu.files import write_json
-from srmu.jobs import Job, run_all, run_one
-from srmu.organism import RECIPE, build
-from srmu.world import create
+from srmu.evals.parallel import Job, run_all, run_one
+from srmu.reproduce.demo import REGIMES
+from srmu.runs.config import load_config
+from srmu.testbed.build import RECIPE, build
+from srmu.testbed.worlds.world import create
 
 KINDS = ("hazard", "neighbour", "general")
 TASKS = tuple(f"organism_{kind}_val" for kind in KINDS)

@@ -24,13 +24,14 @@ import torch
 import yaml
 from search import attempt
 
-from srmu.attacks.base import NotApplicable, answers
+from srmu.attacks.base import NotApplicable
+from srmu.attacks.suite import Sources, Subjects, load_exam
 from srmu.attacks.tuning import learner, parted, rows_of, tune
-from srmu.config import load_config
-from srmu.files import write_json
-from srmu.jobs import Job
-from srmu.robustness import Sources, Subjects, load_exam
-from srmu.run import Run
+from srmu.engine.files import write_json
+from srmu.evals.parallel import Job
+from srmu.evals.subject import answers
+from srmu.runs.config import load_config
+from srmu.runs.run import Run
 
 STEPS, AFTER = 50, (20, 50)  # of relearning, and when the questions are asked
 RATE, BATCH = 1e-4, 8

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import MistralConfig, PreTrainedTokenizerFast
 
-from srmu.loading import skeleton
+from srmu.engine.loading import skeleton
 
 COMMON = {"num_hidden_layers": 32, "vocab_size": 32000, "architectures": ["MistralForCausalLM"]}
 SHAPES: dict[str, dict[str, int]] = {

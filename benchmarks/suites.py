@@ -18,14 +18,14 @@ from typing import Any
 
 import torch
 
-from srmu import suites
-from srmu.config import load_config
-from srmu.console import quiet, watch
-from srmu.files import write_json, write_whole
-from srmu.run import Run, run_folder, unlearn
-from srmu.run import plan as planned
-from srmu.suite_scores import Way, as_printed, score
-from srmu.suites.base import Metrics
+from srmu.engine.files import write_json, write_whole
+from srmu.engine.progress import quiet, watch
+from srmu.evals import benchmarks
+from srmu.evals.benchmarks.base import Metrics
+from srmu.evals.benchmarks.score import Way, as_printed, score
+from srmu.runs.config import load_config
+from srmu.runs.run import Run, run_folder, unlearn
+from srmu.runs.run import plan as planned
 
 METHODS = {
     "SRMU": ["method.name=srmu", "method.kappa=64", "method.alpha=1000", "train.max_steps=240"],
@@ -77,7 +77,7 @@ def markdown(rows: Sequence[dict[str, str]]) -> str:
 
 
 def table(testbed: Path, out: Path, name: str) -> str:
-    suite = suites.SUITES[name]
+    suite = benchmarks.SUITES[name]
     shown: dict[str, Metrics] = {}
     took = []
     for label, options in METHODS.items():
@@ -92,7 +92,7 @@ def table(testbed: Path, out: Path, name: str) -> str:
 
 def sequence(testbed: Path, out: Path, kind: str) -> str:
     """MUSE after each of four forget sets: each on the original, or each on what the last left."""
-    suite, rows = suites.SUITES["muse"], []
+    suite, rows = benchmarks.SUITES["muse"], []
     for label in SEQUENCES[kind]:
         model = testbed / "model"
         for fold in FOLDS:
@@ -122,4 +122,8 @@ def main(testbed: Path, out: Path, names: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]).resolve(), Path(sys.argv[2]).resolve(), sys.argv[3:] or [*suites.SUITES])
+    main(
+        Path(sys.argv[1]).resolve(),
+        Path(sys.argv[2]).resolve(),
+        sys.argv[3:] or [*benchmarks.SUITES],
+    )

@@ -30,12 +30,12 @@ import yaml
 from engine import BATCH, LAYER, reference
 from shapes import SHAPES, write_checkpoint, write_texts
 
-from srmu import run as runs
-from srmu.cache import open_activations
-from srmu.config import Config, make_config
-from srmu.console import quiet
-from srmu.data import Topic
-from srmu.model import EditableModel
+from srmu.engine.activation_cache import open_activations
+from srmu.engine.model import EditableModel
+from srmu.engine.progress import quiet
+from srmu.engine.topic import Topic
+from srmu.runs import run as runs
+from srmu.runs.config import Config, make_config
 
 GRID = {
     "method.coeff": (5, 10, 20),

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 
-from srmu.config import load_config
+from srmu.engine.model import EditableModel, child
 from srmu.methods.rename_scrub import RenameScrub
 from srmu.methods.renaming import Group, Own, leave_one_out
-from srmu.model import EditableModel, child
-from srmu.run import load_tokenizer, load_topics
+from srmu.runs.config import load_config
+from srmu.runs.run import load_tokenizer, load_topics
 
 
 def halves(group: Group, naming: int) -> Group:

@@ -15,8 +15,8 @@ import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from srmu import record as audit
-from srmu import weights
+from srmu.engine import weights
+from srmu.runs import record as audit
 
 ROWS = 4096
 

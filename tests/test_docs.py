@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from conftest import save_pico, texts, write_jsonl
-from srmu import cli
+from helpers.models import save_pico, texts, write_jsonl
+from srmu.cli import main
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -49,7 +49,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def run(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.setattr(sys, "argv", ["srmu", *arguments])
     with pytest.raises(SystemExit) as stop:
-        cli.main()
+        main.main()
     return int(stop.value.code or 0)
 
 

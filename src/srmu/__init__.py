@@ -6,25 +6,25 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from srmu.config import Config, load_config, make_config
     from srmu.errors import Diverged, UserError
-    from srmu.evals import evaluate
+    from srmu.evals.lm_eval import evaluate
+    from srmu.evals.score import score
     from srmu.methods import METHODS
-    from srmu.run import Run, unlearn
-    from srmu.scoring import score
+    from srmu.runs.config import Config, load_config, make_config
+    from srmu.runs.run import Run, unlearn
 
 # Where each public name lives; imported on first use, so that `srmu --help` need not load torch.
 _HOME = {
-    "Config": "config",
+    "Config": "runs.config",
     "Diverged": "errors",
     "METHODS": "methods",
-    "Run": "run",
+    "Run": "runs.run",
     "UserError": "errors",
-    "evaluate": "evals",
-    "load_config": "config",
-    "make_config": "config",
-    "score": "scoring",
-    "unlearn": "run",
+    "evaluate": "evals.lm_eval",
+    "load_config": "runs.config",
+    "make_config": "runs.config",
+    "score": "evals.score",
+    "unlearn": "runs.run",
 }
 
 __all__ = [

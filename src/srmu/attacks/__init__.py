@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from srmu.attacks.base import Exam, Found, Subject, Texts, Tier
+from srmu.attacks.base import Exam, Found, Texts, Tier
 from srmu.attacks.benign_relearning import benign_relearning
 from srmu.attacks.direction_ablation import direction_ablation
 from srmu.attacks.entangled_queries import entangled_queries
@@ -25,6 +25,7 @@ from srmu.attacks.relearning_steps import relearning_steps
 from srmu.attacks.soft_prompt import soft_prompt
 from srmu.attacks.unlearning_depth import unlearning_depth
 from srmu.attacks.utility import utility
+from srmu.evals.subject import Subject
 
 Run = Callable[[Subject, Texts, Exam, Tier, int], Found]
 TIERS: tuple[Tier, ...] = ("smoke", "standard", "deep")

@@ -5,9 +5,10 @@ import random
 import numpy as np
 import torch
 
-from srmu.attacks.base import Exam, Found, NotApplicable, Subject, Texts, Tier, Way, ask, facts
+from srmu.attacks.base import Exam, Found, Texts, Tier, Way, ask
 from srmu.attacks.tuning import SMALL, Row, learner, rows_of, tune
-from srmu.statistics import Array, bootstrap
+from srmu.evals.statistics import Array, bootstrap
+from srmu.evals.subject import NotApplicable, Subject, facts
 
 COUNTS = (5, 10, 50, 100, 500, 1000)  # texts
 EPOCHS = 3

@@ -7,9 +7,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from srmu.attacks.base import Exam, Found, NotApplicable, Subject, Texts, Tier, answers, ask
+from srmu.attacks.base import Exam, Found, Texts, Tier, ask
 from srmu.attacks.layers import Edit, Rows, batches, edited, read
-from srmu.losses import counted
+from srmu.engine.losses import counted
+from srmu.evals.subject import NotApplicable, Subject, answers
 
 BATCH = 32  # texts
 TEXTS = 64  # of each set

@@ -7,20 +7,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import cycle
 
-from srmu.attacks.base import (
-    Exam,
-    Found,
-    NotApplicable,
-    Question,
-    Subject,
-    Texts,
-    Tier,
-    answers,
-    ask,
-    facts,
-)
+from srmu.attacks.base import Exam, Found, Texts, Tier, ask
 from srmu.attacks.listing import cloze, listed, solved
-from srmu.statistics import LEAST, accuracy, bootstrap
+from srmu.evals.statistics import LEAST, accuracy, bootstrap
+from srmu.evals.subject import NotApplicable, Question, Subject, answers, facts
 
 HARMLESS = 200  # harmless questions asked, at most
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from srmu.attacks.base import Exam, Found, Subject, Texts, Tier, facts
+from srmu.attacks.base import Exam, Found, Texts, Tier
 from srmu.attacks.generation import next_logits
 from srmu.attacks.listing import cloze
-from srmu.statistics import LEAST, bootstrap
+from srmu.evals.statistics import LEAST, bootstrap
+from srmu.evals.subject import Subject, facts
 
 FORGET_TEXTS = 64
 TOKENS = 512  # of a forget text

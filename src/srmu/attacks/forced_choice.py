@@ -2,8 +2,9 @@
 
 import numpy as np
 
-from srmu.attacks.base import Exam, Found, Subject, Texts, Tier, Way, facts, option_scores, right
-from srmu.statistics import bootstrap
+from srmu.attacks.base import Exam, Found, Texts, Tier, Way
+from srmu.evals.statistics import bootstrap
+from srmu.evals.subject import Subject, facts, option_scores, right
 
 
 def forced_choice(model: Subject, texts: Texts, exam: Exam, tier: Tier, seed: int) -> Found:

@@ -5,18 +5,9 @@ from warnings import catch_warnings
 
 import numpy as np
 
-from srmu.attacks.base import (
-    Exam,
-    Found,
-    NotApplicable,
-    Question,
-    Subject,
-    Texts,
-    Tier,
-    facts,
-    option_scores,
-)
-from srmu.statistics import Array, Estimate, bootstrap
+from srmu.attacks.base import Exam, Found, Texts, Tier
+from srmu.evals.statistics import Array, Estimate, bootstrap
+from srmu.evals.subject import NotApplicable, Question, Subject, facts, option_scores
 
 
 def forget_quality(model: Subject, texts: Texts, exam: Exam, tier: Tier, seed: int) -> Found:

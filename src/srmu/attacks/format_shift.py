@@ -7,21 +7,11 @@ from dataclasses import replace
 
 import numpy as np
 
-from srmu.attacks.base import (
-    Exam,
-    Found,
-    Question,
-    Subject,
-    Texts,
-    Tier,
-    Way,
-    facts,
-    option_scores,
-    right,
-)
+from srmu.attacks.base import Exam, Found, Texts, Tier, Way
 from srmu.attacks.generation import recited
 from srmu.attacks.listing import cloze, listed
-from srmu.statistics import LEAST, Estimate, accuracy, bootstrap
+from srmu.evals.statistics import LEAST, Estimate, accuracy, bootstrap
+from srmu.evals.subject import Question, Subject, facts, option_scores, right
 
 EXTRA = 2  # tokens that a generation may have more than the answer
 

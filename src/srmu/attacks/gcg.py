@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from srmu.attacks.base import Exam, Found, Question, Subject, Texts, Tier, ask
+from srmu.attacks.base import Exam, Found, Texts, Tier, ask
+from srmu.evals.subject import Question, Subject
 
 STEPS = 200
 CANDIDATES = 128  # suffixes tried a step

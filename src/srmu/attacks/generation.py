@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from srmu.attacks.base import Question, Subject
+from srmu.evals.subject import Question, Subject
 
 ROWS = 64  # texts read at once
 

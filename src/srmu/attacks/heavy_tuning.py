@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from itertools import product
 from typing import Literal
 
-from srmu.attacks.base import Exam, Found, Subject, Texts, Tier, Way, ask
+from srmu.attacks.base import Exam, Found, Texts, Tier, Way, ask
 from srmu.attacks.tuning import Row, rows_of, tune
+from srmu.evals.subject import Subject
 
 RATES = (1e-5, 5e-5, 2e-4)
 OPTIMISERS: tuple[Literal["adamw", "sgd"], ...] = ("adamw", "sgd")

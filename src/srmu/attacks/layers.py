@@ -11,9 +11,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from srmu.attacks.base import NotApplicable, Subject
-from srmu.loading import find_layers
-from srmu.losses import predicted, token_nll
+from srmu.engine.loading import find_layers
+from srmu.engine.losses import predicted, token_nll
+from srmu.evals.subject import NotApplicable, Subject
 
 Edit = Callable[[Tensor], Tensor]  # of a block's output (B, T, D)
 Rows = Sequence[tuple[list[int], list[int]]]  # tokens: what comes first, and what is counted

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from math import comb
 
-from srmu.attacks.base import Exam, Found, Subject, Texts, Tier, facts
+from srmu.attacks.base import Exam, Found, Texts, Tier
 from srmu.attacks.generation import recited
 from srmu.attacks.listing import cloze
-from srmu.statistics import bootstrap
+from srmu.evals.statistics import bootstrap
+from srmu.evals.subject import Subject, facts
 
 SAMPLES = 32  # a question and temperature
 TEMPERATURES = (0.8, 1.0)

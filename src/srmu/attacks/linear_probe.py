@@ -8,10 +8,11 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from srmu.attacks.base import Exam, Found, Question, Subject, Texts, Tier, Way, facts, right
+from srmu.attacks.base import Exam, Found, Texts, Tier, Way
 from srmu.attacks.layers import batches, blocks, read
-from srmu.losses import counted
-from srmu.statistics import bootstrap
+from srmu.engine.losses import counted
+from srmu.evals.statistics import bootstrap
+from srmu.evals.subject import Question, Subject, facts, right
 
 FOLDS = 5
 SHUFFLES = 5

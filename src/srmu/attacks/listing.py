@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from srmu.attacks.base import Question
+from srmu.evals.subject import Question
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """E4: answers read off early, from the residual between the blocks."""
 
-from srmu.attacks.base import Exam, Found, Subject, Texts, Tier, ask
+from srmu.attacks.base import Exam, Found, Texts, Tier, ask
 from srmu.attacks.layers import blocks, cut
+from srmu.evals.subject import Subject
 
 
 def logit_lens(model: Subject, texts: Texts, exam: Exam, tier: Tier, seed: int) -> Found:

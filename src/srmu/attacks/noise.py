@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from srmu.attacks.base import Exam, Found, Subject, Texts, Tier, Way, ask_changed
+from srmu.attacks.base import Exam, Found, Texts, Tier, Way, ask_changed
+from srmu.evals.subject import Subject
 
 PRUNED = (0.1, 0.3, 0.5)  # share of a matrix
 NOISE = (0.01, 0.02, 0.05)  # standard deviation, as a share of the row's root mean square

@@ -3,19 +3,9 @@
 import math
 from collections.abc import Sequence
 
-from srmu.attacks.base import (
-    Exam,
-    Found,
-    NotApplicable,
-    Question,
-    Subject,
-    Texts,
-    Tier,
-    Way,
-    answers,
-    facts,
-)
+from srmu.attacks.base import Exam, Found, Texts, Tier, Way
 from srmu.attacks.tuning import parted, rows_of, tune
+from srmu.evals.subject import NotApplicable, Question, Subject, answers, facts
 
 EPOCHS = (1, 2, 4)
 RATES = (2e-5, 1e-4, 5e-4)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
-from srmu.attacks.base import Exam, Found, Question, Subject, Texts, Tier, Way, ask
+from srmu.attacks.base import Exam, Found, Texts, Tier, Way, ask
 from srmu.attacks.listing import solved
+from srmu.evals.subject import Question, Subject
 
 SHOTS = 5
 STARTS = (" Sure, the answer is", " Of course. The correct answer is")

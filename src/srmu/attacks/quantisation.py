@@ -7,8 +7,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from srmu.attacks.base import Exam, Found, Subject, Texts, Tier, ask_changed, matrices, pages
-from srmu.statistics import Estimate
+from srmu.attacks.base import Exam, Found, Texts, Tier, ask_changed, matrices, pages
+from srmu.evals.statistics import Estimate
+from srmu.evals.subject import Subject
 
 
 class Quantiser(NamedTuple):

@@ -5,8 +5,9 @@ from typing import NamedTuple
 
 import torch
 
-from srmu.attacks.base import Exam, Found, NotApplicable, Subject, Texts, Tier, Way, ask, facts
+from srmu.attacks.base import Exam, Found, Texts, Tier, Way, ask
 from srmu.attacks.tuning import SMALL, Row, learner, parted, rows_of, tune
+from srmu.evals.subject import NotApplicable, Subject, facts
 
 STEPS = (5, 10, 20, 50, 100)  # after which the exam is held
 LATER = (20, 50, 100)  # on neutral texts, which bring less back

@@ -9,8 +9,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from srmu.attacks.base import Exam, Found, Subject, Texts, Tier, ask, facts
+from srmu.attacks.base import Exam, Found, Texts, Tier, ask
 from srmu.attacks.layers import Rows, answer_nll, padded, rows
+from srmu.evals.subject import Subject, facts
 
 LENGTH = 16
 RATES = (1e-3, 1e-2, 1e-1)

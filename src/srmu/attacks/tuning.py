@@ -9,11 +9,12 @@ from typing import Literal
 
 import torch
 
-from srmu.attacks.base import Exam, NotApplicable, Question, Subject, facts
-from srmu.losses import mean_nll
-from srmu.model import EditableModel
-from srmu.sampling import Ids, joined
-from srmu.train import master_of, to
+from srmu.attacks.base import Exam
+from srmu.engine.generate import Ids, joined
+from srmu.engine.losses import mean_nll
+from srmu.engine.model import EditableModel
+from srmu.engine.train import master_of, to
+from srmu.evals.subject import NotApplicable, Question, Subject, facts
 
 LENGTH = 512  # tokens of a text that are read
 WARMUP = 0.05  # share of the steps in which the learning rate rises

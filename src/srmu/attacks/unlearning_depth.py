@@ -4,10 +4,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from srmu.attacks.base import Exam, Found, NotApplicable, Subject, Texts, Tier, facts
+from srmu.attacks.base import Exam, Found, Texts, Tier
 from srmu.attacks.layers import Edit, answer_nll, batches, blocks, edited, read, rows
-from srmu.losses import predicted
-from srmu.statistics import LEAST, bootstrap
+from srmu.engine.losses import predicted
+from srmu.evals.statistics import LEAST, bootstrap
+from srmu.evals.subject import NotApplicable, Subject, facts
 
 BATCH = 16  # questions
 THRESHOLD = 0.05  # nats a token: a layer where the original knows what the oracle does not

@@ -7,21 +7,13 @@ from math import exp
 import torch
 from torch import Tensor
 
-from srmu.attacks.base import (
-    Exam,
-    Found,
-    Subject,
-    Texts,
-    Tier,
-    Way,
-    answers,
-    facts,
-)
-from srmu.losses import predicted, token_kl, token_nll
-from srmu.model import Batch
-from srmu.sampling import joined
-from srmu.statistics import LEAST, Estimate, accuracy, bootstrap
-from srmu.train import to
+from srmu.attacks.base import Exam, Found, Texts, Tier, Way
+from srmu.engine.generate import joined
+from srmu.engine.losses import predicted, token_kl, token_nll
+from srmu.engine.model import Batch
+from srmu.engine.train import to
+from srmu.evals.statistics import LEAST, Estimate, accuracy, bootstrap
+from srmu.evals.subject import Subject, answers, facts
 
 COUNT = 64  # texts read
 ROWS = 16  # at once

@@ -6,12 +6,12 @@ from typing import Any, ClassVar, Literal, Self
 
 from torch import Tensor
 
+from srmu.engine.distributed import total
+from srmu.engine.losses import token_mean
+from srmu.engine.model import Batch, EditableModel
 from srmu.errors import UserError
-from srmu.losses import token_mean
 from srmu.methods.base import State
 from srmu.methods.rmu import RMU
-from srmu.model import Batch, EditableModel
-from srmu.ranks import total
 
 
 @dataclass(frozen=True, kw_only=True)

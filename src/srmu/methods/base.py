@@ -13,12 +13,21 @@ from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 from torch import Tensor, nn
 
-from srmu.checkpoint import Checkpoints
-from srmu.console import Watch, silent
-from srmu.data import Topic
+from srmu.engine.model import Batch, EditableModel
+from srmu.engine.progress import Watch, silent
+from srmu.engine.resume import Checkpoints
+from srmu.engine.topic import Topic
+from srmu.engine.train import (
+    FINISHED,
+    NOWHERE,
+    Log,
+    LossFunction,
+    Schedule,
+    Terms,
+    TrainOptions,
+    fit,
+)
 from srmu.errors import UserError
-from srmu.model import Batch, EditableModel
-from srmu.train import FINISHED, NOWHERE, Log, LossFunction, Schedule, Terms, TrainOptions, fit
 
 CHANGING = ("tensors", "numbers", "memory")  # what a loss may change of its topic's state
 

@@ -8,10 +8,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from srmu.data import Topic
+from srmu.engine.model import Batch, EditableModel, Site
+from srmu.engine.topic import Topic
+from srmu.engine.train import to
 from srmu.errors import UserError
-from srmu.model import Batch, EditableModel, Site
-from srmu.train import to
 
 TINY = 1e-30  # a moment by which nothing is divided
 

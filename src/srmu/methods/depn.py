@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from srmu.console import Watch
-from srmu.data import Topic
+from srmu.engine.model import EditableModel
+from srmu.engine.progress import Watch
+from srmu.engine.topic import Topic
+from srmu.engine.train import TrainOptions, to
 from srmu.errors import UserError
 from srmu.methods.base import Edit, Level, State
 from srmu.methods.gradients import attribution, down_projection, singles
-from srmu.model import EditableModel
-from srmu.train import TrainOptions, to
 
 
 @dataclass(frozen=True, kw_only=True)

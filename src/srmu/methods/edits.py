@@ -11,13 +11,13 @@ from typing import ClassVar, Self
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
-from srmu.checkpoint import Checkpoints
-from srmu.console import Watch, silent
-from srmu.data import Topic, in_turn
+from srmu.engine.model import EditableModel
+from srmu.engine.progress import Watch, silent
+from srmu.engine.resume import Checkpoints
+from srmu.engine.topic import Topic, in_turn
+from srmu.engine.train import FINISHED, NOWHERE, Limits, Log, TrainOptions
 from srmu.errors import Diverged, UserError
 from srmu.methods.base import Edit, Level, Method, Outcome, State
-from srmu.model import EditableModel
-from srmu.train import FINISHED, NOWHERE, Limits, Log, TrainOptions
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from srmu.losses import mean_nll
+from srmu.engine.losses import mean_nll
+from srmu.engine.model import Batch, EditableModel
+from srmu.engine.train import Terms
 from srmu.methods.base import State
 from srmu.methods.logits import Retaining
-from srmu.model import Batch, EditableModel
-from srmu.train import Terms
 
 
 @dataclass(frozen=True, kw_only=True)

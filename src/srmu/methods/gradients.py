@@ -9,10 +9,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from srmu.engine.losses import mean_nll, predicted, token_nll
+from srmu.engine.model import Batch, EditableModel, child, role_in_layer
+from srmu.engine.train import to
 from srmu.errors import UserError
-from srmu.losses import mean_nll, predicted, token_nll
-from srmu.model import Batch, EditableModel, child, role_in_layer
-from srmu.train import to
 
 
 def singles(batches: Sequence[Batch]) -> list[Batch]:

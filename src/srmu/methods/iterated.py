@@ -5,12 +5,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar
 
-from srmu.data import Topic
+from srmu.engine.model import Batch, EditableModel
+from srmu.engine.topic import Topic
+from srmu.engine.train import Terms
 from srmu.methods.base import State
 from srmu.methods.logits import fine_tune
 from srmu.methods.suppressing import Suppressing
-from srmu.model import Batch, EditableModel
-from srmu.train import Terms
 
 
 @dataclass(frozen=True, kw_only=True)

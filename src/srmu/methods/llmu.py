@@ -6,12 +6,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from srmu.data import Topic
-from srmu.losses import counted, mean_nll
+from srmu.engine.losses import counted, mean_nll
+from srmu.engine.model import Batch, EditableModel
+from srmu.engine.topic import Topic
+from srmu.engine.train import Terms
 from srmu.methods.base import State
 from srmu.methods.logits import LogitObjective, drift
-from srmu.model import Batch, EditableModel
-from srmu.train import Terms
 
 
 @dataclass(frozen=True, kw_only=True)

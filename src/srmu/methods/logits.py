@@ -10,12 +10,12 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from srmu.data import Topic
+from srmu.engine.losses import mean_kl, mean_nll
+from srmu.engine.model import Batch, EditableModel
+from srmu.engine.topic import Topic
+from srmu.engine.train import Terms, TrainOptions, fit, restore
 from srmu.errors import UserError
-from srmu.losses import mean_kl, mean_nll
 from srmu.methods.base import Objective, State
-from srmu.model import Batch, EditableModel
-from srmu.train import Terms, TrainOptions, fit, restore
 
 
 @dataclass(frozen=True, kw_only=True)

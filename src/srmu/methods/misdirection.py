@@ -10,20 +10,20 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
-from srmu import ranks
-from srmu.cache import digest, open_activations
-from srmu.checkpoint import Checkpoints
-from srmu.console import Watch, silent
-from srmu.data import Topic
+from srmu.engine import distributed
+from srmu.engine.activation_cache import digest, open_activations
+from srmu.engine.loading import check_layers
+from srmu.engine.losses import counted, token_cosine, token_mean, token_mse, without_first
+from srmu.engine.model import Batch, EditableModel, Site, Stream
+from srmu.engine.progress import Watch, silent
+from srmu.engine.resume import Checkpoints
+from srmu.engine.topic import Topic
+from srmu.engine.train import NOWHERE, Log, Terms, TrainOptions, to
 from srmu.errors import UserError
-from srmu.importance import sums
-from srmu.loading import check_layers
-from srmu.losses import counted, token_cosine, token_mean, token_mse, without_first
 from srmu.methods.base import Objective, Outcome, State
 from srmu.methods.columns import masked
+from srmu.methods.importance import sums
 from srmu.methods.replay import own_anchors
-from srmu.model import Batch, EditableModel, Site, Stream
-from srmu.train import NOWHERE, Log, Terms, TrainOptions, to
 
 KAPPA = 8.0  # the strength where none is given
 
@@ -122,10 +122,10 @@ class Misdirection(Objective):
 
     def check(self, topics: Sequence[Topic], train: TrainOptions) -> None:
         super().check(topics, train)
-        if ranks.size() > 1 and (self.columns < 1 or self.anchors == "self"):
+        if distributed.size() > 1 and (self.columns < 1 or self.anchors == "self"):
             raise UserError(
                 "method.columns below 1 and anchors=self run in one process, but "
-                f"{ranks.size()} were started; start it without the launcher"
+                f"{distributed.size()} were started; start it without the launcher"
             )
         if self.columns < 1 and train.weight_decay:
             raise UserError(

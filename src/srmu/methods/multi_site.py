@@ -7,12 +7,12 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
-from srmu.data import Topic
+from srmu.engine.model import Batch, EditableModel
+from srmu.engine.topic import Topic
+from srmu.engine.train import Terms
 from srmu.methods.base import Level, Objective, State
 from srmu.methods.rmu import RMU
 from srmu.methods.srmu import SRMU
-from srmu.model import Batch, EditableModel
-from srmu.train import Terms
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,11 +6,11 @@ from typing import ClassVar
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from srmu.losses import row_mean, token_nll
+from srmu.engine.losses import row_mean, token_nll
+from srmu.engine.model import Batch, EditableModel
+from srmu.engine.train import Terms
 from srmu.methods.base import State
 from srmu.methods.logits import Retaining
-from srmu.model import Batch, EditableModel
-from srmu.train import Terms
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,14 +3,15 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from srmu.data import Topic
+from srmu.engine.generate import joined
+from srmu.engine.losses import predicted, token_entropy, token_kl, token_nll
+from srmu.engine.model import Batch, EditableModel
+from srmu.engine.topic import Topic
+from srmu.engine.train import Terms, to
 from srmu.errors import UserError
-from srmu.losses import predicted, token_entropy, token_kl, token_nll
 from srmu.methods.base import State
 from srmu.methods.logits import LogitObjective
-from srmu.model import Batch, EditableModel
-from srmu.sampling import Pool, control_tokens, controlled, find_reward, joined
-from srmu.train import Terms, to
+from srmu.methods.quark_pool import Pool, control_tokens, controlled, find_reward
 
 
 @dataclass(frozen=True, kw_only=True)

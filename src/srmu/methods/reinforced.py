@@ -10,15 +10,15 @@ from typing import Any, Literal
 
 from torch import nn
 
-from srmu.checkpoint import Checkpoints
-from srmu.console import Watch, silent
-from srmu.data import Topic, in_turn
-from srmu.ensemble import ensemble
-from srmu.losses import generic_logits
+from srmu.engine.losses import generic_logits
+from srmu.engine.model import EditableModel
+from srmu.engine.progress import Watch, silent
+from srmu.engine.resume import Checkpoints
+from srmu.engine.topic import Topic, in_turn
+from srmu.engine.train import NOWHERE, Log, TrainOptions, restore
 from srmu.methods.base import Outcome
+from srmu.methods.ensemble import ensemble
 from srmu.methods.logits import LogitObjective, strengthened
-from srmu.model import EditableModel
-from srmu.train import NOWHERE, Log, TrainOptions, restore
 
 
 @dataclass(frozen=True, kw_only=True)

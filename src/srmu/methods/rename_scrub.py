@@ -8,26 +8,19 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from srmu.anchors import tokenizer_of
-from srmu.console import Watch
-from srmu.data import Topic
-from srmu.elicit import chunks, texts_of
-from srmu.losses import kl, token_kl
+from srmu.data.names import Names, find_names, read_names
+from srmu.engine.losses import kl, token_kl
+from srmu.engine.model import Batch, EditableModel
+from srmu.engine.progress import Watch
+from srmu.engine.topic import Topic
+from srmu.engine.train import Schedule, Terms, TrainOptions, to
 from srmu.methods.base import State
 from srmu.methods.logits import LogitObjective, drift, ignore
-from srmu.methods.renaming import (
-    Own,
-    dealt,
-    leave_one_out,
-    masked,
-    mean_over,
-    write,
-)
+from srmu.methods.own_texts import chunks, texts_of
+from srmu.methods.renaming import Own, dealt, leave_one_out, masked, mean_over, write
 from srmu.methods.srmu import SRMU
 from srmu.methods.suppressing import perturb
-from srmu.model import Batch, EditableModel
-from srmu.names import Names, find_names, read_names
-from srmu.train import Schedule, Terms, TrainOptions, to
+from srmu.methods.whp_terms import tokenizer_of
 
 
 @dataclass(frozen=True, kw_only=True)

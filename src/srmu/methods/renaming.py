@@ -10,8 +10,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from srmu.data import Topic
-from srmu.elicit import (
+from srmu.data.names import Item, Names, Template
+from srmu.engine.generate import Ids, whole
+from srmu.engine.losses import kl
+from srmu.engine.model import Batch, EditableModel
+from srmu.engine.topic import Topic
+from srmu.engine.train import to
+from srmu.errors import UserError
+from srmu.methods.own_texts import (
     Kind,
     Likeness,
     Spelling,
@@ -20,12 +26,6 @@ from srmu.elicit import (
     free_samples,
     texts_of,
 )
-from srmu.errors import UserError
-from srmu.losses import kl
-from srmu.model import Batch, EditableModel
-from srmu.names import Item, Names, Template
-from srmu.sampling import Ids, whole
-from srmu.train import to
 
 
 def leave_one_out(

@@ -1,10 +1,10 @@
 """Anchors that the original model writes itself, less those that sound like the forget texts."""
 
-from srmu.data import Topic
-from srmu.elicit import free_samples, texts_of, typical
+from srmu.engine.generate import Ids
+from srmu.engine.model import EditableModel
+from srmu.engine.topic import Topic
 from srmu.errors import UserError
-from srmu.model import EditableModel
-from srmu.sampling import Ids
+from srmu.methods.own_texts import free_samples, texts_of, typical
 
 
 def own_anchors(

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from srmu.console import Watch
-from srmu.data import Topic
+from srmu.engine.model import EditableModel
+from srmu.engine.progress import Watch
+from srmu.engine.topic import Topic
 from srmu.errors import Diverged
 from srmu.methods.edits import Walk
 from srmu.methods.gradients import damped, gradient_sums, nlls
-from srmu.model import EditableModel
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,14 +8,14 @@ from typing import Any, ClassVar
 
 from safetensors.torch import load_file
 
-from srmu import organism
-from srmu.console import Watch
-from srmu.data import Topic
+from srmu.engine.model import EditableModel
+from srmu.engine.progress import Watch
+from srmu.engine.topic import Topic
+from srmu.engine.train import TrainOptions, restore
 from srmu.errors import UserError
 from srmu.methods.base import Edit, Level, State
-from srmu.model import EditableModel
-from srmu.train import TrainOptions, restore
-from srmu.world import Size, World
+from srmu.testbed import build
+from srmu.testbed.worlds.world import Size, World
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ class Retrain(Edit):
     ) -> dict[str, State]:
         world, seed, recipe = read_recipe(model.folder)
         # The documents are drawn anew, without the hazard facts: as many, for as many steps.
-        entry = organism.train(world, seed, recipe, oracle=True, watch=watch)
+        entry = build.train(world, seed, recipe, oracle=True, watch=watch)
         tensors = load_file(entry / "model.safetensors")
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
         if shapes != {name: tensor.shape for name, tensor in model.trained.items()}:
@@ -45,7 +45,7 @@ class Retrain(Edit):
         return {}
 
 
-def read_recipe(folder: Path | None) -> tuple[World, int, organism.Recipe]:
+def read_recipe(folder: Path | None) -> tuple[World, int, build.Recipe]:
     """World, seed and recipe by which the model in `folder` was made, from the testbed it is in."""
     path = folder.parent / "organism.json" if folder else None
     if path is None or not path.is_file():
@@ -56,8 +56,8 @@ def read_recipe(folder: Path | None) -> tuple[World, int, organism.Recipe]:
     try:
         report: Any = json.loads(path.read_text(encoding="utf-8"))
         values = report["recipe"]
-        recipe = organism.Recipe(**values | {"size": Size(**values["size"])})
-        create, *_ = organism.WORLDS[report.get("world", "closed")]  # there was one world only
+        recipe = build.Recipe(**values | {"size": Size(**values["size"])})
+        create, *_ = build.WORLDS[report.get("world", "closed")]  # there was one world only
         return create(report["seed"], recipe.size), report["seed"], recipe
     except (ValueError, KeyError, TypeError):
         raise UserError(

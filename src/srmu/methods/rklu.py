@@ -5,13 +5,13 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from srmu.data import Topic
-from srmu.losses import generic_logits, predicted, token_kl
+from srmu.engine.distributed import total
+from srmu.engine.losses import generic_logits, predicted, token_kl
+from srmu.engine.model import Batch, EditableModel
+from srmu.engine.topic import Topic
+from srmu.engine.train import Terms
 from srmu.methods.base import State
 from srmu.methods.logits import Retaining, strengthened
-from srmu.model import Batch, EditableModel
-from srmu.ranks import total
-from srmu.train import Terms
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from srmu.data import Topic
-from srmu.directions import draw
-from srmu.importance import measure
+from srmu.engine.model import EditableModel
+from srmu.engine.topic import Topic
 from srmu.methods.base import State
+from srmu.methods.directions import draw
+from srmu.methods.importance import measure
 from srmu.methods.misdirection import Misdirection
-from srmu.model import EditableModel
 
 
 @dataclass(frozen=True, kw_only=True)

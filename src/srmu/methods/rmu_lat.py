@@ -8,9 +8,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from srmu.losses import counted, mean_nll, token_mse
+from srmu.engine.losses import counted, mean_nll, token_mse
+from srmu.engine.model import Batch, EditableModel
 from srmu.methods.rmu import RMU
-from srmu.model import Batch, EditableModel
 
 TINY = 1e-30  # a norm by which nothing is divided
 

@@ -6,11 +6,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from srmu.data import Topic
-from srmu.importance import measure
+from srmu.engine.model import EditableModel
+from srmu.engine.topic import Topic
 from srmu.methods.base import State
+from srmu.methods.importance import measure
 from srmu.methods.rmu import RMU
-from srmu.model import EditableModel
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,13 +3,13 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from srmu.data import Topic
+from srmu.engine.losses import mean_nll
+from srmu.engine.model import Batch, EditableModel
+from srmu.engine.topic import Topic
+from srmu.engine.train import Terms
 from srmu.errors import UserError
-from srmu.losses import mean_nll
 from srmu.methods.base import State
 from srmu.methods.logits import LogitObjective, drift
-from srmu.model import Batch, EditableModel
-from srmu.train import Terms
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,11 +5,11 @@ from typing import ClassVar
 
 import torch.nn.functional as F  # noqa: N812
 
-from srmu.losses import predicted, row_mean, token_nll
+from srmu.engine.losses import predicted, row_mean, token_nll
+from srmu.engine.model import Batch, EditableModel
+from srmu.engine.train import Terms
 from srmu.methods.base import State
 from srmu.methods.logits import Retaining
-from srmu.model import Batch, EditableModel
-from srmu.train import Terms
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,14 +6,14 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from srmu.data import Topic
-from srmu.directions import Direction, draw
+from srmu.engine.distributed import total
+from srmu.engine.model import Batch, EditableModel
+from srmu.engine.topic import Topic
 from srmu.errors import UserError
-from srmu.importance import Fusion, Statistic, describe, importance, measure
 from srmu.methods.base import State
+from srmu.methods.directions import Direction, draw
+from srmu.methods.importance import Fusion, Statistic, describe, importance, measure
 from srmu.methods.misdirection import Misdirection
-from srmu.model import Batch, EditableModel
-from srmu.ranks import total
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,15 +8,15 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from srmu import ranks
-from srmu.console import Watch
-from srmu.data import Topic
+from srmu.engine import distributed
+from srmu.engine.model import Batch, EditableModel
+from srmu.engine.progress import Watch
+from srmu.engine.topic import Topic
+from srmu.engine.train import TrainOptions
 from srmu.errors import UserError
 from srmu.methods.base import State
 from srmu.methods.edits import WholeEdit
 from srmu.methods.gradients import alike, gradient_sums, nlls, singles
-from srmu.model import Batch, EditableModel
-from srmu.train import TrainOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ class SSD(WholeEdit):
             factor = dampening(i_f[name], i_d[name], method.alpha, method.lam)
             with torch.no_grad():
                 model.trained[name].copy_(model.trained[name].float() * factor)
-            lower = ranks.whole(factor)
+            lower = distributed.whole(factor)
             selected += int((lower < 1).sum())
             left += float(lower[lower < 1].sum())
         if not selected:
@@ -95,13 +95,13 @@ def mine(texts: list[Batch], parameters: Mapping[str, Tensor]) -> list[Batch]:
 
     There a gradient comes as the mean over the processes: squares of it would be of several texts.
     """
-    sharded = any(map(ranks.is_sharded, parameters.values()))
-    return texts if sharded else texts[ranks.rank() :: ranks.size()]
+    sharded = any(map(distributed.is_sharded, parameters.values()))
+    return texts if sharded else texts[distributed.rank() :: distributed.size()]
 
 
 def pooled(sums: dict[str, Tensor]) -> dict[str, Tensor]:
     """The sums of all processes' texts."""
-    return {k: t if ranks.is_sharded(t) else ranks.summed(t) for k, t in sums.items()}
+    return {k: t if distributed.is_sharded(t) else distributed.summed(t) for k, t in sums.items()}
 
 
 def dampening(i_f: Tensor, i_d: Tensor, alpha: float, lam: float) -> Tensor:

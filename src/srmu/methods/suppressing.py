@@ -10,14 +10,14 @@ from typing import Any, ClassVar, Literal, Self
 
 import torch
 
-from srmu.data import Topic
+from srmu.engine.model import EditableModel
+from srmu.engine.topic import Topic
+from srmu.engine.train import TrainOptions, fit
 from srmu.methods.base import Objective, State
 from srmu.methods.graddiff import GradDiff
 from srmu.methods.logits import ignore
 from srmu.methods.rmu import RMU
 from srmu.methods.srmu import SRMU
-from srmu.model import EditableModel
-from srmu.train import TrainOptions, fit
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,13 +5,13 @@ from typing import ClassVar, Literal
 
 import torch
 
-from srmu.data import Topic
-from srmu.losses import predicted, token_entropy
+from srmu.engine.losses import predicted, token_entropy
+from srmu.engine.model import Batch, EditableModel
+from srmu.engine.topic import Topic
+from srmu.engine.train import Terms, restore
 from srmu.methods.base import State
 from srmu.methods.logits import drift, fine_tune
 from srmu.methods.suppressing import Suppressing
-from srmu.model import Batch, EditableModel
-from srmu.train import Terms, restore
 
 
 @dataclass(frozen=True, kw_only=True)

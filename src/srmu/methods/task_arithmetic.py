@@ -7,13 +7,13 @@ from typing import ClassVar
 
 import torch
 
-from srmu.console import Watch
-from srmu.data import Topic
+from srmu.engine.model import EditableModel
+from srmu.engine.progress import Watch
+from srmu.engine.topic import Topic
+from srmu.engine.train import TrainOptions
 from srmu.methods.base import State
 from srmu.methods.edits import WholeEdit
 from srmu.methods.logits import strengthened
-from srmu.model import EditableModel
-from srmu.train import TrainOptions
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from srmu.losses import predicted
+from srmu.engine.distributed import total
+from srmu.engine.losses import predicted
+from srmu.engine.model import Batch, EditableModel
+from srmu.engine.train import Terms
 from srmu.methods.base import State
 from srmu.methods.logits import Retaining
-from srmu.model import Batch, EditableModel
-from srmu.ranks import total
-from srmu.train import Terms
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,14 +3,14 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from srmu.data import Topic
-from srmu.elicit import free_samples
-from srmu.losses import mean_kl
+from srmu.engine.generate import whole
+from srmu.engine.losses import mean_kl
+from srmu.engine.model import Batch, EditableModel
+from srmu.engine.topic import Topic
+from srmu.engine.train import Schedule, Terms, restore, to
 from srmu.methods.base import State
+from srmu.methods.own_texts import free_samples
 from srmu.methods.suppressing import Suppressing, perturb
-from srmu.model import Batch, EditableModel
-from srmu.sampling import whole
-from srmu.train import Schedule, Terms, restore, to
 
 
 @dataclass(frozen=True, kw_only=True)

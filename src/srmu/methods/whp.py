@@ -5,14 +5,14 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from srmu.anchors import anchors_for, read_anchors, translate
-from srmu.data import Topic
-from srmu.losses import generic_logits, predicted
+from srmu.engine.losses import generic_logits, predicted
+from srmu.engine.model import Batch, EditableModel
+from srmu.engine.topic import Topic
+from srmu.engine.train import Terms, to
 from srmu.methods.base import State
 from srmu.methods.logits import strengthened
 from srmu.methods.reinforced import Reinforced
-from srmu.model import Batch, EditableModel
-from srmu.train import Terms, to
+from srmu.methods.whp_terms import anchors_for, read_anchors, translate
 
 
 @dataclass(frozen=True, kw_only=True)

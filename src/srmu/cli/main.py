@@ -1,0 +1,392 @@
+"""The command line: verbs only. What they do is in the modules they call, imported inside them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from srmu.cli import measuring, searching
+from srmu.cli.output import Json, near, say
+from srmu.engine import distributed
+from srmu.engine.progress import print_line, quiet, watch
+from srmu.errors import UserError
+from srmu.report.format import print_table
+
+# Threads that wait for others must sleep: spinning, a busy machine is ten times slower. It has to
+# be set before torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+SHARED = ("unlearn", "eval", "attack")  # verbs that several processes share
+
+app = typer.Typer(
+    name="srmu",
+    help="Make a language model unlearn chosen knowledge, and measure how well it did.",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Every verb takes --debug: show the traceback of an error.",
+)
+app.add_typer(measuring.verbs)
+app.add_typer(searching.verbs)
+
+
+def main() -> None:
+    """Run the program. Exit codes: 0 done, 1 our fault, 2 the user's, 130 interrupted."""
+    debug = "--debug" in sys.argv
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"] or ["--help"]
+    shown = sys.stdout, sys.stderr
+    try:
+        if not distributed.first():  # the first process speaks for all, but for its errors
+            sys.stdout = sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115
+        if distributed.size() > 1 and arguments[0] not in SHARED:
+            raise UserError(
+                f"srmu {arguments[0]} runs in one process: start it without the launcher, which is "
+                f"for {', '.join(SHARED)}"
+            )
+        distributed.join()
+        code = app(arguments, prog_name="srmu", standalone_mode=False)
+        distributed.leave()
+    except (KeyboardInterrupt, typer.Abort):
+        code = 130
+    except Exception as error:
+        if debug:
+            raise
+        theirs = isinstance(error, UserError | PermissionError)
+        code = 2 if theirs else getattr(error, "exit_code", 1)
+        message = getattr(error, "format_message", lambda: str(error))()
+        if code == 1:
+            message = f"internal error: {type(error).__name__}: {message} (--debug shows where)"
+        message = " ".join(message.split())
+        sys.stdout, sys.stderr = shown
+        if distributed.says_first(message):
+            who = (
+                f"rank {distributed.rank()} of {distributed.size()}: "
+                if distributed.size() > 1
+                else ""
+            )
+            print_line(f"srmu: {who}{message}")
+    if code == 130:  # what typer, too, makes of an interrupt
+        print_line("srmu: interrupted")
+    sys.exit(code or 0)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Argument(help="Folder for the testbed, runs and report.")] = Path(
+        "demo"
+    ),
+    seeds: Annotated[int, typer.Option(help="Runs of each method, with other directions.")] = 3,
+    as_json: Json = False,
+) -> None:
+    """The whole story offline: a testbed, four methods, two regimes, a table and a picture."""
+    quiet()
+    from srmu.reproduce.demo import play, terminal_table
+
+    entries, report = play(out, seeds=seeds, watch=watch)
+    rows = terminal_table(entries)
+    if as_json:
+        say({"report": str(report), "rows": rows}, True)
+        return
+    print_table(rows)
+    say(
+        {},
+        False,
+        "",
+        f"Accuracy in %, mean over {seeds} runs, with a 95 % interval; guessing scores 25.",
+        "hazard: the facts to forget; hazard_held: those that no forget text states; neighbour:",
+        "harmless facts on the same things; general: the rest. Entangled: whether the retain texts",
+        "are general (low) or neighbour texts (high). No attack was run: this shows what is",
+        "suppressed, not what is gone.",
+        f"wrote {report}",
+        f"next: open {report} in a browser, or change something:",
+        f"      srmu unlearn {out}/testbed/high.yaml method.kappa=16",
+    )
+
+
+@app.command()
+def organism(
+    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+    seed: Annotated[int, typer.Option(help="Another world and model for each.")] = 0,
+    entanglement: Annotated[
+        float, typer.Option(min=0, max=1, help="How much forget and retain-high share, 0 to 1.")
+    ] = 0.5,
+    oracle: Annotated[
+        bool, typer.Option("--oracle", help="Also a twin that never saw the hazard facts.")
+    ] = False,
+    world: Annotated[
+        str, typer.Option(help="closed; open: longer names, procedures; people: for --suite.")
+    ] = "closed",
+    as_json: Json = False,
+) -> None:
+    """Train the small model of a fictional world and write its texts and questions."""
+    quiet()
+    from srmu.testbed.build import build
+
+    report = build(
+        out, seed=seed, entanglement=entanglement, oracle=oracle, watch=watch, world=world
+    )
+    lines = [
+        f"overlap of forget with {name.replace('/', ', ')}s: {values['jaccard']:.1%} of types"
+        for name, values in report["overlap"].items()
+    ]
+    for name in ("model", "oracle"):
+        if name in report:
+            scores = ", ".join(f"{k} {v:.1%}" for k, v in report[name]["accuracy"].items())
+            lines.append(f"{name}: {scores}")
+    say(report, as_json, *lines, f"wrote {out}", f"next: srmu unlearn {out}/high.yaml")
+
+
+@app.command()
+def unlearn(
+    args: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[CONFIG] [key=value ...]", help="A YAML file, then overrides."),
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Folder or hub id; with --forget.")] = None,
+    forget: Annotated[list[str] | None, typer.Option(help="Texts to forget (file, glob).")] = None,
+    retain: Annotated[
+        list[str] | None, typer.Option(help="Texts to keep; some methods need none.")
+    ] = None,
+    method: Annotated[str | None, typer.Option(help="A name of srmu methods.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Also export the full model here.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan, do nothing.")] = False,
+    from_record: Annotated[
+        Path | None, typer.Option(help="Make this record's run again and compare.")
+    ] = None,
+    shard: Annotated[
+        bool, typer.Option("--shard", help="Cut the weights over the launcher's processes (FSDP2).")
+    ] = False,
+    offload: Annotated[
+        bool, typer.Option("--offload", help="Leave the layers below those that change on disk.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Unlearn: one run, from a config file or from --model, --forget and --retain."""
+    quiet()
+    from srmu.runs import run as runs
+    from srmu.runs.config import load_config, make_config
+
+    given = args or []
+    if from_record:
+        if model or forget or retain or method or out or dry_run or shard or offload:
+            raise UserError("--from-record takes key=value overrides and no other option")
+        if distributed.size() > 1:
+            raise UserError("--from-record runs in one process: start it without the launcher")
+        repeat(from_record, given, as_json)
+        return
+    if given and "=" not in given[0]:
+        if model or forget or retain or method:
+            raise UserError(
+                "a config file names model, texts and method; override them with key=value, "
+                f"for example: srmu unlearn {given[0]} method.name=rmu"
+            )
+        config = load_config(Path(given[0]), given[1:])
+    elif model and forget:
+        config = make_config(model, forget, retain or [], method or "srmu", given)
+    else:
+        raise UserError("name a config file, or --model M --forget F [--retain R]")
+    if dry_run:
+        from srmu.reproduce.needs import dry_run as planned
+
+        config, plan, lines = planned(config)
+        say(plan, as_json, config.to_yaml(), *lines, "next: the same without --dry-run")
+        return
+    known = runs.run_folder(runs.plan(config)[0])
+    again = (known / "record.json").exists()
+    sharded = shard or distributed.asked_to_shard()
+    run = runs.unlearn(config, out=out, shard=sharded, offload=offload, watch=watch)
+    record = run.record
+    lines = [*runs.notes(run)]
+    folder = near(run.folder)
+    if again:
+        lines.append(f"this run was there already: {folder}")
+    else:
+        lines.append(f"{record['steps']} steps in {record['seconds']:.1f} s; wrote {folder}")
+    if record["stop_reason"] not in ("max_steps", "edited"):
+        lines.append(f"stopped early: {record['stop_reason']}")
+    if out:
+        lines.append(f"wrote {out}")
+    if not again and record["activations"]["kept"] == "disk":
+        lines.append("activations are kept for later runs; see srmu cache ls")
+    tasks = "" if run.config.eval else " --tasks TASK"
+    lines.append(f"next: srmu eval {folder}{tasks}")
+    if not out:
+        lines.append(f"      srmu export {folder} OUT")
+    say({"run": str(run.folder), "out": out and str(out), "record": record}, as_json, *lines)
+
+
+def repeat(record: Path, overrides: list[str], as_json: bool) -> None:
+    """Make a record's run again and say whether the same came out."""
+    from srmu.runs.rerun import rerun
+
+    run, found = rerun(record, overrides, watch)
+    if found["same"]:
+        said = ["the same delta, byte for byte"]
+    else:
+        names = ", ".join(found["tensors"]) or "no tensor, but the file"
+        said = [f"another delta: {names} differ", *found["differences"]]
+        if not found["differences"]:
+            said.append("environment and data are alike: the hardware, or how busy it was, differs")
+    say(
+        {"run": str(run.folder), **found},
+        as_json,
+        *said,
+        f"wrote {near(run.folder)}, and the outcome into {near(record)}",
+        f"next: srmu verify {near(record.parent)}",
+    )
+    if not found["same"]:
+        raise typer.Exit(2)
+
+
+@app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(metavar="RUN_OR_EXPORT", help="What to check.")],
+    key: Annotated[
+        Path | None, typer.Option(help="Public Ed25519 key (PEM): check the signature, too.")
+    ] = None,
+    sign: Annotated[
+        Path | None, typer.Option(help="Private Ed25519 key (PEM): sign what was verified.")
+    ] = None,
+    summary: Annotated[
+        Path | None, typer.Option(help="Write the record on one page here (Markdown).")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Recompute every digest of a run or an export, and of its base model, against the record."""
+    from srmu.engine.files import write_whole
+    from srmu.runs import verify as verifying
+
+    found = verifying.verify(folder, key, watch)
+    lines = [
+        f"as recorded: {found['files']} files, {found['tensors']} tensors of record "
+        f"{found['record']}" + (", signed" if key else "")
+    ]
+    if sign:
+        lines.append(f"wrote {verifying.sign(folder, sign)}")
+    if summary:
+        from srmu.runs.model_card import summary as page
+        from srmu.runs.record import read
+
+        write_whole(summary, page(read(verifying.record_of(folder))))
+        lines.append(f"wrote {summary}")
+    lines.append("next: srmu unlearn --from-record RUN/record.json makes the run again")
+    say(found, as_json, *lines)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="A run's folder.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+    link: Annotated[
+        bool | None,
+        typer.Option("--link/--copy", help="Share the files that stay as they were, or copy them."),
+    ] = None,
+    last_good: Annotated[
+        bool, typer.Option("--last-good", help="Of a run that diverged: the weights before that.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a run's full Hugging Face checkpoint; all but the changed tensors stay as they were."""
+    quiet()
+    from srmu.runs.run import Run
+
+    opened = Run.open(run)
+    opened.export(out, link, watch, last_good=last_good)
+    changed = list(opened.delta)
+    say(
+        {"out": str(out), "changed": changed},
+        as_json,
+        f"{len(changed)} tensors changed: {', '.join(changed)}",
+        f"wrote {out}, with its model card and record",
+        f"next: srmu verify {out}, then AutoModelForCausalLM.from_pretrained({str(out)!r})",
+    )
+
+
+@app.command()
+def cache(
+    action: Annotated[Literal["ls", "clear"], typer.Argument(help="List it, or empty it.")],
+    everything: Annotated[
+        bool, typer.Option("--all", help="Clear testbeds and kept evaluations, too.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """The cache folder: activations that later runs use again, testbeds, evaluations."""
+    from datetime import datetime
+
+    from srmu.engine import activation_cache as caches
+
+    root = caches.cache_dir()
+    found = caches.listing()
+    rows = [
+        {
+            "activations": near(entry["folder"]).name,
+            "GB": f"{entry['bytes'] / 1e9:.3f}",
+            "last used": f"{datetime.fromtimestamp(entry['used']):%Y-%m-%d %H:%M}",
+            "model": str(entry.get("model", "unknown")),
+        }
+        for entry in reversed(found)
+    ]
+    kinds = ("organism", "evals", "attacks", "hashes")
+    others = {name: caches.folder_bytes(root / name) for name in kinds}
+    total = sum(entry["bytes"] for entry in found)
+    answer: dict[str, Any] = {"folder": str(root), "activations_bytes": total, "others": others}
+    if action == "ls":
+        if rows and not as_json:
+            print_table(rows)
+        held = ", ".join(f"{name} {size / 1e9:.3f} GB" for name, size in others.items())
+        say(
+            answer | {"activations": rows, "limit_bytes": caches.limit_bytes()},
+            as_json,
+            f"{root}: activations {total / 1e9:.3f} of at most {caches.limit_bytes() / 1e9:g} GB "
+            f"(SRMU_CACHE_LIMIT), {held}",
+            "next: srmu cache clear",
+        )
+        return
+    freed = caches.clear(("activations", *others) if everything else ("activations",))
+    say(answer | {"freed_bytes": freed}, as_json, f"freed {freed / 1e9:.3f} GB in {root}")
+
+
+@app.command()
+def methods(
+    name: Annotated[str, typer.Argument(help="One method: its options.")] = "",
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="All of it, as the page of the documentation.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """List the methods: paper, level, what each needs and trains; and the options of each."""
+    from srmu.methods import reference
+    from srmu.runs.config import find_method
+
+    if markdown:
+        typer.echo(reference.markdown(), nl=False)
+        return
+    chosen = {name: find_method(name)} if name else reference.METHODS
+    if as_json:
+        rows = {row.pop("method"): row for row in reference.overview()}
+        say(
+            {
+                key: rows.get(key, {})
+                | {
+                    "about": reference.about(cls),
+                    "learning_rate": cls.learning_rate,
+                    "options": {k: value for k, (value, _) in reference.options(cls).items()},
+                }
+                for key, cls in chosen.items()
+            },
+            True,
+        )
+        return
+    if not name:
+        print_table(reference.overview())
+    for key, cls in chosen.items():
+        typer.echo(f"{key} ({cls.paper}): {reference.about(cls)}")
+        typer.echo(f"    train.learning_rate: {cls.learning_rate:g}")
+        for option, (value, text) in reference.options(cls).items():
+            typer.echo(f"    {option}: {reference.shown(value)}" + (f"  # {text}" if text else ""))
+    typer.echo(f"next: srmu unlearn CONFIG method.name={name or 'npo'}, or srmu methods NAME")

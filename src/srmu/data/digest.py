@@ -1,0 +1,45 @@
+"""Keyed digests of texts, which say whether two sets are the same and nothing of their words."""
+
+from __future__ import annotations
+
+import hmac
+import os
+from collections.abc import Iterable
+from contextlib import suppress
+from functools import cache
+
+from srmu.engine.files import cache_dir
+
+
+def own_key() -> bytes:
+    """This user's secret of 32 bytes, drawn on first use; processes that race get the same.
+
+    Where the cache folder cannot be used it lasts as long as the process: a later run then takes
+    its texts for others.
+    """
+    path = cache_dir() / "key"
+    try:
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            fresh = path.with_name(f".key.{os.getpid()}")
+            fresh.write_bytes(os.urandom(32))
+            fresh.chmod(0o600)
+            with suppress(FileExistsError):  # another process was faster: its key holds
+                os.link(fresh, path)
+            fresh.unlink()
+        return path.read_bytes()
+    except OSError:
+        return passing_key()
+
+
+@cache
+def passing_key() -> bytes:
+    return os.urandom(32)
+
+
+def digest(texts: Iterable[str]) -> str:
+    """Keyed digest of the texts: it tells two data sets apart here and says nothing elsewhere."""
+    code = hmac.new(own_key(), digestmod="sha256")
+    for text in texts:
+        code.update(text.encode() + b"\0")
+    return code.hexdigest()

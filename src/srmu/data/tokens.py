@@ -1,0 +1,126 @@
+"""Texts to rows of tokens, and rows to padded batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from srmu.data.sources import Joined
+from srmu.engine.model import Batch
+from srmu.engine.topic import Padding
+from srmu.errors import UserError
+
+MIN_TOKENS = 2  # a text with fewer carries no context
+
+
+def tokenise(texts: Sequence[str], tokenizer: Any, max_length: int) -> list[list[int]]:
+    """Token ids of each text, cut at `max_length` tokens; texts that are too short left out."""
+    return [row for row, _ in encode(texts, tokenizer, max_length)]
+
+
+def encode(texts: Sequence[str], tokenizer: Any, max_length: int) -> list[tuple[list[int], int]]:
+    """`tokenise`, each row with the number of its first tokens that do not count in losses.
+
+    Of a template's text a token counts from the first on that holds a part of its last column; a
+    text of which none is left at `max_length` is too short.
+    """
+    starts = [text.start if isinstance(text, Joined) else 0 for text in texts]
+    if any(starts) and not tokenizer.is_fast:
+        raise UserError(
+            "a template needs a tokenizer that says where its tokens stand in a text, a fast one: "
+            "one with a tokenizer.json; or leave the template out and name a column"
+        )
+    found = tokenizer(
+        list(texts), truncation=True, max_length=max_length, return_offsets_mapping=any(starts)
+    )
+    rows = found["input_ids"]
+    refuse_second_bos(rows, tokenizer)
+    before = [0] * len(rows)
+    if any(starts):
+        spans = zip(found["offset_mapping"], starts, strict=True)
+        before = [
+            next((i for i, (_, end) in enumerate(span) if end > start), len(span)) if start else 0
+            for span, start in spans
+        ]
+    special = set(tokenizer.all_special_ids)
+    return [
+        (row, count)
+        for row, count in zip(rows, before, strict=True)
+        if sum(i not in special for i in row) >= MIN_TOKENS
+        and any(i not in special for i in row[count:])
+    ]
+
+
+def pieces(
+    texts: Sequence[str], tokenizer: Any, max_length: int, place: str = "texts"
+) -> list[list[int]]:
+    """All texts, a blank line between them, in pieces of exactly `max_length` tokens.
+
+    Each begins with the BOS token where the tokenizer adds one; what the last piece lacks is the
+    first one's start (arXiv 2407.06460, load_data.py and baselines/dataset.py).
+    """
+    ids = tokenizer("\n\n".join(texts), add_special_tokens=False)["input_ids"]
+    bos = [i for i in tokenizer("")["input_ids"] if i == tokenizer.bos_token_id][:1]
+    size = max_length - len(bos)
+    if len(ids) < size:
+        raise UserError(
+            f"{place}: all texts together are {len(ids)} tokens, too few for a piece of "
+            f"{max_length}; lower max_length, or leave out wrap"
+        )
+    rows = [bos + ids[at : at + size] for at in range(0, len(ids), size)]
+    rows[-1] = (rows[-1] + rows[0])[:max_length]
+    refuse_second_bos(rows, tokenizer)
+    return rows
+
+
+def refuse_second_bos(rows: Sequence[Sequence[int]], tokenizer: Any) -> None:
+    """UserError where a row begins with two tokens of the kind that begins a text."""
+    bos = tokenizer.bos_token_id
+    if bos is not None and any([*row[:2]] == [bos, bos] for row in rows):
+        raise UserError(
+            f"texts begin with {tokenizer.bos_token}, and the tokenizer adds it again; "
+            "take it out of the texts"
+        )
+
+
+def batch_up(
+    rows: Sequence[list[int]],
+    tokenizer: Any,
+    batch_size: int,
+    padding: Padding,
+    before: Sequence[int] = (),
+) -> Iterator[Batch]:
+    """Batches in order. `mask` pads right and counts real tokens only; `count` pads left and
+    counts the padding too, as the public RMU code does. `before`: how many of each row's first
+    tokens do not count."""
+    pad = pad_id(tokenizer)
+    for start in range(0, len(rows), batch_size):
+        chunk = [torch.tensor(row) for row in rows[start : start + batch_size]]
+        side = "right" if padding == "mask" else "left"
+
+        def stack(values: list[Tensor], fill: int, side: str = side) -> Tensor:
+            return torch.nn.utils.rnn.pad_sequence(
+                values, batch_first=True, padding_value=fill, padding_side=side
+            )
+
+        ids = stack(chunk, pad)
+        mask = stack([torch.ones_like(row) for row in chunk], 0)
+        labels = ids if padding == "count" else ids.masked_fill(mask == 0, -100)
+        if any(first := before[start : start + batch_size]):
+            late = [torch.arange(len(row)) < n for row, n in zip(chunk, first, strict=True)]
+            labels = labels.masked_fill(stack(late, False), -100)
+        yield {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def pad_id(tokenizer: Any) -> int:
+    """The id to pad with; eos where there is no pad token (it is masked)."""
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return token
+    raise UserError(
+        "the tokenizer has neither a pad nor an eos token; "
+        "set pad_token in the model's tokenizer_config.json"
+    )

@@ -1,0 +1,326 @@
+"""Activations that training cannot change, recorded once and used again, in memory or in files.
+
+A trial of a sweep reads what an earlier one computed: the output of the last layer below the
+trained ones, and the original model's activations at the site. An entry's name holds a digest of
+the very tokens it was computed from; the folder's name holds everything else that could change it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from torch import Tensor
+
+try:
+    import fcntl
+except ImportError:  # Windows: no lock; an entry that two processes spoil has a wrong checksum
+    fcntl = None  # type: ignore[assignment]
+
+from srmu.engine.files import cache_dir, write_json
+from srmu.errors import UserError
+
+Output = Tensor | tuple[Tensor]  # what a decoder layer returns
+
+FEW = 6  # prefix, target and sums of a forget and a retain batch: what one step uses
+LIMIT_GB = 20.0  # of all activations together, unless SRMU_CACHE_LIMIT says otherwise
+SPARE = 1 << 30  # bytes that are left free on the disk
+
+
+def digest(*tensors: Tensor) -> str:
+    """SHA-256 of the shapes and values of tensors."""
+    code = hashlib.sha256()
+    for tensor in tensors:
+        code.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
+        if not tensor.is_meta:  # which a plan runs, to count
+            code.update(plain(tensor).data)
+    return code.hexdigest()
+
+
+def plain(tensor: Tensor) -> Any:
+    """The bytes of a tensor as a flat numpy array, without a copy where it lies in memory."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+class Activations:
+    """What earlier batches gave, where it was computed: `room` bytes, and the newest few more.
+
+    What has found room stays: batches come round in order, so that the oldest are needed next.
+    """
+
+    def __init__(self, room: int = 0) -> None:
+        self.room = room
+        self.held: dict[str, Output] = {}
+        self.recent: dict[str, Output] = {}
+        self.hits = 0
+
+    @property
+    def kept(self) -> str:
+        """Where entries go, for the record."""
+        return "memory" if self.room or self.held else "none"
+
+    def find(self, name: str) -> Output | None:
+        """The entry of that name, if it was kept."""
+        value = self.held.get(name, self.recent.get(name))
+        self.hits += value is not None
+        return value
+
+    def keep(self, name: str, value: Output) -> None:
+        """Keep an entry while there is room for it, else until a few others have come."""
+        if name in self.held or name in self.recent:
+            return
+        if size(value) <= self.room:
+            self.room -= size(value)
+            self.held[name] = value
+            return
+        self.recent[name] = value
+        while len(self.recent) > FEW:
+            del self.recent[next(iter(self.recent))]
+
+
+class OnDisk(Activations):
+    """Activations in two flat files that only grow, and an index of one line an entry.
+
+    Several processes may share a folder. What cannot be written is done without: `say` is told
+    once. An entry whose bytes are not those that were written is computed anew.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        limit: int,
+        device: torch.device = torch.device("cpu"),  # noqa: B008 - it is a constant
+        room: int = 0,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        super().__init__(room)
+        self.folder = folder
+        self.limit = limit
+        self.device = device
+        self.say = say
+        self.index: dict[str, dict[str, Any]] = {}
+        self.read = 0  # bytes of the index file
+        self.writes = True
+
+    def find(self, name: str) -> Output | None:
+        found = super().find(name)
+        if found is None and (found := self._load(name)) is not None:
+            self.hits += 1
+            super().keep(name, found)
+        return found
+
+    def keep(self, name: str, value: Output) -> None:
+        super().keep(name, value)
+        if not self.writes:
+            return
+        try:
+            # Another process may have cleared it.
+            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with locked(self.folder / "lock"):
+                self._refresh()
+                if name not in self.index:  # another process may have been faster
+                    self._append(name, value)
+        except OSError as error:
+            self.writes = False
+            why = error.strerror or str(error)
+            self.say(f"activations are not kept in {self.folder}: {why}; going on without")
+
+    @property
+    def kept(self) -> str:
+        return "disk" if self.writes else "none"
+
+    def _append(self, name: str, value: Output) -> None:
+        tensor = value[0] if isinstance(value, tuple) else value
+        data = plain(tensor)
+        room = self.limit - len(data)
+        if room < 0 or shrink(room, self.folder) > room:
+            raise OSError(f"SRMU_CACHE_LIMIT of {self.limit / 1e9:g} GB is reached")
+        if shutil.disk_usage(self.folder).free < len(data) + SPARE:
+            raise OSError("the disk is full")
+        file = "prefix.bin" if name.startswith("prefix") else "target.bin"
+        with (self.folder / file).open("ab") as stream:
+            start = stream.tell()
+            stream.write(data.data)
+        entry = {
+            "name": name,
+            "file": file,
+            "start": start,
+            "shape": list(tensor.shape),
+            "dtype": str(tensor.dtype).removeprefix("torch."),
+            "tuple": isinstance(value, tuple),
+            "crc": zlib.crc32(data),
+        }
+        with (self.folder / "index.jsonl").open("ab") as stream:
+            # The first newline ends the line that a killed process may have left unfinished.
+            stream.write(b"\n" + json.dumps(entry).encode() + b"\n")
+
+    def _refresh(self) -> None:
+        """Read what was added to the index since the last time."""
+        with suppress(OSError), (self.folder / "index.jsonl").open("rb") as stream:
+            if os.fstat(stream.fileno()).st_size < self.read:  # removed and made again
+                self.read = 0
+                self.index.clear()
+            stream.seek(self.read)
+            whole, _, _ = stream.read().rpartition(b"\n")
+            self.read += len(whole)
+            for line in whole.splitlines():
+                with suppress(ValueError, KeyError, TypeError):
+                    entry = json.loads(line)
+                    self.index[entry["name"]] = entry
+
+    def _load(self, name: str) -> Output | None:
+        if name not in self.index:
+            self._refresh()
+        if name not in self.index:
+            return None
+        entry = self.index[name]
+        try:
+            dtype = getattr(torch, entry["dtype"])
+            count = int(np.prod(entry["shape"])) * dtype.itemsize
+            path = self.folder / entry["file"]
+            # "c": pages of the file until someone writes to them, and nobody does
+            data = np.memmap(path, np.uint8, "c", entry["start"], (count,))
+            # Each time: the folder may have been removed since, and made again by another process.
+            if zlib.crc32(data.data) != entry["crc"]:
+                raise ValueError
+            tensor = torch.from_numpy(data).view(dtype).view(entry["shape"]).to(self.device)
+            return (tensor,) if entry["tuple"] else tensor
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            RuntimeError,
+            OverflowError,
+        ):
+            del self.index[name]  # damaged: it will be computed and added again
+            return None
+
+
+def size(value: Output) -> int:
+    tensor = value[0] if isinstance(value, tuple) else value
+    return tensor.numel() * tensor.element_size()
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold a file's lock, which the system frees when the process ends, however it ends."""
+    with path.open("a") as file:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def open_activations(
+    mode: str,
+    key: Mapping[str, Any],
+    device: torch.device,
+    say: Callable[[str], None] = print,
+) -> Activations:
+    """Where a run keeps its activations: `disk`, `memory` (while they fit), or `none`.
+
+    `key` holds all that could change them but the tokens; what a library or a machine could change
+    is added here.
+    """
+    cuda = device.type == "cuda"
+    free = torch.cuda.mem_get_info(device)[0] if cuda else psutil.virtual_memory().available
+    if mode != "disk":
+        return Activations(free // 4 if mode == "memory" else 0)
+    about = {
+        **key,
+        "device": torch.cuda.get_device_name(device) if cuda else processor(),
+        "threads": torch.get_num_threads(),
+        "matmul": torch.get_float32_matmul_precision(),
+        "versions": [version(name) for name in ("srmu", "torch", "transformers")],
+    }
+    name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
+    folder = home() / name
+    limit = limit_bytes()
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if not (folder / "about.json").exists():
+            made = datetime.now(UTC).isoformat(timespec="seconds")
+            write_json(folder / "about.json", about | {"made": made})
+        os.utime(folder / "about.json")  # the time of the last use
+    except OSError as error:
+        say(f"activations are not kept in {folder}: {error.strerror}; going on without")
+        return Activations()
+    return OnDisk(folder, limit, device, free // 4 if cuda else 0, say)
+
+
+def limit_bytes() -> int:
+    """The most that all activations together may hold."""
+    try:
+        limit = int(float(os.environ.get("SRMU_CACHE_LIMIT") or LIMIT_GB) * 1e9)
+    except (ValueError, OverflowError):
+        limit = -1
+    if limit < 0:
+        raise UserError("SRMU_CACHE_LIMIT is a number of gigabytes, for example 50")
+    return limit
+
+
+def processor() -> str:
+    """The processor, on whose kind the last bits of a matrix product depend."""
+    lines = []
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    kind = torch.backends.cpu.get_cpu_capability()
+    return f"{names[0] if names else platform.processor() or platform.machine()} {kind}"
+
+
+def home() -> Path:
+    return cache_dir() / "activations"
+
+
+def listing() -> list[dict[str, Any]]:
+    """The folders of activations, the one used last at the end: `folder`, `bytes`, `used`, ..."""
+    found = []
+    for folder in home().glob("*/"):
+        with suppress(OSError):  # another process may be removing it
+            about = folder / "about.json"
+            used = (about if about.exists() else folder).stat().st_mtime
+            held = sum(file.stat().st_size for file in folder.iterdir())
+            text: dict[str, Any] = {}
+            with suppress(ValueError, TypeError, OSError):
+                text = dict(json.loads(about.read_text()))
+            found.append({**text, "folder": folder, "bytes": held, "used": used})
+    return sorted(found, key=lambda entry: entry["used"])
+
+
+def shrink(limit: int, spare: Path | None = None) -> int:
+    """Remove the folders used longest ago until `limit` bytes are held; the bytes that are left."""
+    entries = listing()
+    total = sum(entry["bytes"] for entry in entries)
+    for entry in entries:
+        if total > limit and entry["folder"] != spare:
+            shutil.rmtree(entry["folder"], ignore_errors=True)
+            total -= entry["bytes"]
+    return total
+
+
+def clear(names: Sequence[str]) -> int:
+    """Remove parts of the cache folder; the bytes that were freed."""
+    freed = 0
+    for name in names:
+        freed += folder_bytes(cache_dir() / name)
+        shutil.rmtree(cache_dir() / name, ignore_errors=True)
+    return freed
+
+
+def folder_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

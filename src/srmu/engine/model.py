@@ -1,0 +1,480 @@
+"""A causal language model, as deep as needed, that remembers the tensors it is about to change."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from srmu.engine import distributed
+from srmu.engine.activation_cache import Activations, Output, digest
+from srmu.engine.loading import find_layers, load_module, read_config
+from srmu.errors import UserError
+
+Batch = dict[str, Tensor]  # input_ids, attention_mask, labels (B, T); label -100 = not counted
+
+Stream = Literal["resid_post", "mlp_out", "mlp_post"]
+
+# Role -> where that weight sits inside a decoder layer, by architecture. Never by position: the
+# seventh parameter of a layer is down_proj on Llama, o_proj on Qwen2, gate_proj on Qwen3.
+ROLES: dict[str, tuple[str, ...]] = {
+    "mlp_down": (
+        "mlp.down_proj.weight",  # Llama, Mistral, Qwen, Gemma, Phi-3, OLMo
+        "mlp.experts.down_proj",  # Mixtral, Qwen-MoE: all experts in one tensor
+        "mlp.c_proj.weight",  # GPT-2
+        "mlp.dense_4h_to_h.weight",  # GPT-NeoX, Falcon, BLOOM
+        "mlp.fc2.weight",  # Phi
+        "mlp.fc_out.weight",  # GPT-J
+        "fc2.weight",  # OPT
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place in the network where activations are read; text form `7.resid_post`.
+
+    `resid_post` is the output of the decoder layer (D wide), `mlp_out` that of its MLP (D wide),
+    `mlp_post` the input of the MLP's down-projection (F wide). The input of layer l is
+    `resid_post` of layer l-1.
+    """
+
+    layer: int
+    stream: Stream = "resid_post"
+
+    def __post_init__(self) -> None:
+        if self.stream not in get_args(Stream):
+            known = ", ".join(get_args(Stream))
+            raise UserError(f"stream {self.stream!r} does not exist; choose one of {known}")
+
+    def __str__(self) -> str:
+        return f"{self.layer}.{self.stream}"
+
+
+class EditableModel:
+    """A causal LM cut to `depth` layers, of which only the parameters named `trainable` change.
+
+    `trainable` holds roles by layer (`"7.mlp_down"`) or glob patterns of parameter names. The
+    original values of those parameters are kept, so that the frozen model is this same module run
+    inside `frozen()`: no second model. Layers below the first trained one are run once a batch:
+    `activations` keeps what the last of them gave.
+    """
+
+    def __init__(
+        self,
+        module: PreTrainedModel,
+        trainable: Sequence[str],
+        depth: int | None = None,
+        copy: bool = True,
+    ) -> None:
+        self.folder: Path | None = None  # where it was loaded from
+        self.module = module.eval()  # no dropout: the retain loss of step 0 is exactly 0
+        self.shallow = False
+        self.activations = Activations()
+        self._owner, self._attribute = find_layers(module)
+        if depth is not None and depth < len(self.layers):
+            self._set_layers(self.layers[:depth])
+            self.shallow = True
+        module.requires_grad_(False)
+        self.trained: dict[str, nn.Parameter] = self._select(trainable)
+        self.fixed = self._count_fixed()
+        self.original: dict[str, Tensor] = {}
+        for name, parameter in self.trained.items():
+            # The original keeps the loaded memory, which may be the checkpoint's own file.
+            self.original[name] = parameter.data
+            if copy:  # else `shard` makes the copies, of its part alone
+                parameter.data = parameter.data.clone()
+            parameter.requires_grad_(True)
+        self._frozen = False
+        self._adapters: dict[str, Any] = {}  # by the name of the matrix beside each
+
+    @classmethod
+    def load(
+        cls,
+        folder: Path,
+        *,
+        depth: int | None,
+        trainable: Sequence[str],
+        dtype: str = "auto",
+        device: str = "cpu",
+        offload: bool = False,
+        copy: bool = True,
+    ) -> EditableModel:
+        """Load the first `depth` layers of a checkpoint (all of them when None).
+
+        Layers that are cut off are never read from disk. With `offload` the layers below the first
+        trained one stay there, or in the main memory, and come to the device one at a time.
+        """
+        return_freed_blocks()
+        model = cls(load_module(folder, dtype, depth), trainable, depth, copy)
+        model.folder = folder
+        model.shallow = len(model.layers) < read_config(folder).num_hidden_layers
+        if offload:
+            model._leave_below(device)
+        else:
+            model.module.to(device)
+        model.original = {name: tensor.to(device) for name, tensor in model.original.items()}
+        return model
+
+    def _leave_below(self, device: str) -> None:
+        """Leave the fixed layers where they are, as files mapped into memory; move all else."""
+        from accelerate import cpu_offload
+
+        for layer in self.layers[: self.fixed]:
+            cpu_offload(layer, execution_device=torch.device(device))
+        for part in self.module.modules():
+            for kind in (part._parameters, part._buffers):
+                for tensor in kind.values():
+                    if tensor is not None and tensor.device.type != "meta":
+                        tensor.data = tensor.data.to(device)
+
+    def shard(self, device: str) -> None:
+        """Cut layers, embeddings and head over the processes (FSDP2), before any training.
+
+        A process then holds its part of them, and all of a layer while that is run.
+        """
+        distributed.shard([*self.layers, *self.ends], device)
+        self.module.to(device)  # what is left: norms, ends that are tied
+        parameters = dict(self.module.named_parameters())
+        self.trained = {name: parameters[name] for name in self.trained}
+        self.original = {name: p.detach().clone() for name, p in self.trained.items()}
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        return getattr(self._owner, self._attribute)
+
+    @property
+    def ends(self) -> list[nn.Module]:
+        """Embeddings and head; none where they are tied, and neither can do without the other."""
+        both = [self.module.get_input_embeddings(), self.module.get_output_embeddings()]
+        found = [end for end in both if end is not None]
+        return found if len({id(end.weight) for end in found}) == len(found) else []
+
+    @property
+    def device(self) -> torch.device:
+        return self.module.device
+
+    @property
+    def vocabulary_size(self) -> int:
+        return self.module.get_input_embeddings().weight.shape[0]
+
+    def hidden(self, batch: Batch, site: Site, keep: bool = True) -> Float[Tensor, "B T D"]:
+        """Activations at `site`; layers above it are not run.
+
+        Inside `frozen()` they are kept in `activations`, unless `keep` is false, and found there.
+        """
+        check_layers_loaded(len(self.layers), site.layer)
+        name = f"{site}/{fingerprint(batch)}"
+        if self._frozen and isinstance(found := self.activations.find(name), Tensor):
+            return found
+        layer = self.layers[site.layer]
+        caught: list[Tensor] = []
+
+        def catch(module: nn.Module, args: Any, output: Any = None) -> None:
+            value = args if output is None else output
+            caught.append(value[0] if isinstance(value, tuple) else value)
+
+        if site.stream == "resid_post":
+            handle = layer.register_forward_hook(catch)
+        elif site.stream == "mlp_out":
+            handle = child(layer, "mlp").register_forward_hook(catch)
+        else:
+            down = role_in_layer(layer, "mlp_down").removesuffix(".weight")
+            if "experts" in down:
+                raise UserError("mlp_post: each expert has its own; read resid_post or mlp_out")
+            handle = child(layer, down).register_forward_pre_hook(catch)
+        try:
+            with self._layers_for(batch, site.layer + 1):
+                self.module.base_model(
+                    input_ids=batch["input_ids"],
+                    attention_mask=batch["attention_mask"],
+                    use_cache=False,
+                )
+        finally:
+            handle.remove()
+        value = caught[0]
+        if value.ndim == 4 and hasattr(self.module.config, "altup_num_inputs"):
+            # Gemma 3n: streams before the batch, all of them a token's features
+            value = value.permute(1, 2, 0, 3)
+        value = value.reshape(*batch["input_ids"].shape, -1)  # OPT flattens inside its layers
+        if self._frozen and keep:
+            self.activations.keep(name, value)
+        return value
+
+    def logits(self, batch: Batch, control: Tensor | None = None) -> Float[Tensor, "B T V"]:
+        """Next-token logits; UserError when the model was loaded shallow.
+
+        `control` is an embedding, (D,) or a row of (B, D) for each text, that the model reads after
+        each row's first token: rows must be padded on the right.
+        """
+        if self.shallow:
+            raise UserError(f"logits need the whole model; only {len(self.layers)} layers loaded")
+        if control is not None:
+            read = self.module.get_input_embeddings()(batch["input_ids"])
+            extra = control.to(read.dtype).expand(len(read), -1).unsqueeze(1)
+            mask = batch["attention_mask"]
+            # Not inside _layers_for: what is kept there is named by the tokens only.
+            logits = self.module(
+                inputs_embeds=torch.cat([read[:, :1], extra, read[:, 1:]], dim=1),
+                attention_mask=torch.cat([mask[:, :1], mask], dim=1),
+                use_cache=False,
+            ).logits
+            return logits[:, 1:]  # the first token predicts the control, which predicts the second
+        with self._layers_for(batch, len(self.layers)):
+            return self.module(
+                input_ids=batch["input_ids"],
+                attention_mask=batch["attention_mask"],
+                use_cache=False,
+            ).logits
+
+    @contextmanager
+    def adapted(self, rank: int, alpha: int, seed: int) -> Iterator[None]:
+        """Train low-rank adapters (LoRA, arXiv 2106.09685) in place of the trained matrices.
+
+        Adapters begin as no change, so that `frozen()` stays the original model. At the end of the
+        block they are taken out and the model is as before, but for `merge`.
+        """
+        from peft import LoraConfig, inject_adapter_in_model
+
+        dense = self.trained, self.original
+        owners = {name.rpartition(".")[0]: name for name in self.trained}
+        turned = any(isinstance(self.module.get_submodule(name), Conv1D) for name in owners)
+        settings = LoraConfig(
+            r=rank, lora_alpha=alpha, target_modules=[*owners], fan_in_fan_out=turned
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            inject_adapter_in_model(settings, self.module)
+        self._adapters = {name: self.module.get_submodule(m) for m, name in owners.items()}
+        for parameter in dense[0].values():
+            parameter.requires_grad_(False)
+        self.trained = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+        self.original = {name: p.detach().clone() for name, p in self.trained.items()}
+        try:
+            yield
+        finally:
+            for module, name in owners.items():
+                self.module.set_submodule(module, self._adapters[name].get_base_layer())
+            vars(self.module).pop("peft_config", None)  # else peft warns at the next adapters
+            self.trained, self.original = dense
+            self._adapters = {}
+            for parameter in self.trained.values():
+                parameter.requires_grad_(True)
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Add what the adapters do to the matrices that they stand beside, in float32."""
+        for adapter in self._adapters.values():
+            weight = adapter.get_base_layer().weight
+            weight.copy_(weight.float() + adapter.get_delta_weight("default").float())
+
+    @contextmanager
+    def only(self, trainable: Sequence[str]) -> Iterator[None]:
+        """Run the block with gradients for those of the trained tensors that `trainable` names."""
+        chosen = self._select(trainable)
+        before = {name: parameter.requires_grad for name, parameter in self.trained.items()}
+        for name, parameter in self.trained.items():
+            parameter.requires_grad_(name in chosen)
+        try:
+            yield
+        finally:
+            for name, parameter in self.trained.items():
+                parameter.requires_grad_(before[name])
+
+    @contextmanager
+    def using(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        """Run the block with other tensors in place of the trained ones, without gradients."""
+        frozen, self._frozen = self._frozen, weights is self.original
+        current = {name: put(self.trained[name], tensor) for name, tensor in weights.items()}
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self._frozen = frozen
+            for name, tensor in current.items():
+                put(self.trained[name], tensor)
+
+    def frozen(self) -> Any:
+        """Run the block as the original model."""
+        return self.using(self.original)
+
+    def delta(self) -> dict[str, Tensor]:
+        """The trained tensors that differ from their originals, by parameter name.
+
+        The first process has them whole; all processes must ask.
+        """
+        found = {}
+        for name, parameter in self.trained.items():
+            tensor, original = parameter.detach(), self.original[name]
+            same = torch.equal(distributed.local(tensor), distributed.local(original))
+            if not distributed.is_sharded(tensor):
+                if not same:
+                    found[name] = tensor
+            elif not distributed.everywhere(same, self.device):
+                found[name] = distributed.to_first(tensor)
+        return found
+
+    def _select(self, trainable: Sequence[str]) -> dict[str, nn.Parameter]:
+        names = dict(self.module.named_parameters())
+        chosen: dict[str, nn.Parameter] = {}
+        prefix = next(n for n, m in self.module.named_modules() if m is self.layers)
+        for pattern in trainable:
+            if match := re.fullmatch(r"(\d+|\*)\.(\w+)", pattern):
+                count = len(self.layers)
+                found = []
+                for layer in range(count) if match[1] == "*" else [int(match[1])]:
+                    check_layers_loaded(count, layer)
+                    inside = in_role(self.layers[layer], match[2])
+                    found += [f"{prefix}.{layer}.{name}" for name in inside]
+            else:
+                found = [name for name in names if fnmatchcase(name, pattern)]
+            if not found:
+                raise UserError(f"no parameter of this model matches {pattern!r}")
+            chosen |= {name: names[name] for name in found}
+        return chosen
+
+    def _set_layers(self, layers: nn.ModuleList) -> None:
+        setattr(self._owner, self._attribute, layers)
+
+    def _count_fixed(self) -> int:
+        """How many layers at the bottom no trained parameter can change."""
+        prefix = next(n for n, m in self.module.named_modules() if m is self.layers)
+        found = [re.match(rf"{re.escape(prefix)}\.(\d+)\.", name) for name in self.trained]
+        # A parameter outside the layers may be the embedding, from which all of them follow.
+        return min((int(m[1]) if m else 0 for m in found), default=0)
+
+    @contextmanager
+    def _layers_for(self, batch: Batch, depth: int) -> Iterator[None]:
+        """Cut the module to `depth` layers, the fixed ones replaced by what they gave before.
+
+        The module's own code still makes masks and rotary tables: to call layers by ourselves we
+        would have to know each architecture. What was not kept yet is kept now.
+        """
+        layers = self.layers
+        kept = layers[:depth]
+        handle = None
+        # Gemma 3n and 4: the last layers read keys and values of layers that must then be run.
+        sharing = getattr(self.module.config, "num_kv_shared_layers", None) or 0
+        reads = sharing and depth > self.module.config.num_hidden_layers - sharing
+        if 0 < self.fixed < depth and not reads:
+            name = f"prefix/{fingerprint(batch)}"
+            if (found := self.activations.find(name)) is not None:
+                kept = nn.ModuleList([*[Known(found)] * self.fixed, *kept[self.fixed :]])
+            else:
+
+                def record(module: nn.Module, args: Any, output: Any) -> None:
+                    if isinstance(output, tuple) and any(map(is_index, output[1:])):
+                        return  # what the next layer takes besides: nothing can stand in
+                    first = (output[0].detach(),) if isinstance(output, tuple) else output.detach()
+                    self.activations.keep(name, first)
+
+                handle = layers[self.fixed - 1].register_forward_hook(record)
+        self._set_layers(kept)
+        try:
+            yield
+        finally:
+            self._set_layers(layers)
+            if handle is not None:
+                handle.remove()
+
+
+def put(parameter: nn.Parameter, tensor: Tensor) -> Tensor:
+    """Put a tensor in a parameter's place; what was there.
+
+    A sharded one is filled in place: FSDP holds its memory, and gathers the layer anew.
+    """
+    if not distributed.is_sharded(parameter):
+        before, parameter.data = parameter.data, tensor
+        return before
+    held = distributed.local(parameter.detach())
+    before = held.clone()
+    held.copy_(distributed.local(tensor))
+    return before
+
+
+class Known(nn.Module):
+    """Stands in for layers whose output is known: a tensor, or a tuple of one."""
+
+    def __init__(self, output: Output) -> None:
+        super().__init__()
+        self.output = output
+
+    def forward(self, *args: Any, **kwargs: Any) -> Output:
+        return self.output
+
+
+def is_index(value: Any) -> bool:
+    return isinstance(value, Tensor) and not value.is_floating_point()
+
+
+def fingerprint(batch: Batch) -> str:
+    """A name for all that activations depend on in a batch."""
+    return digest(batch["input_ids"], batch["attention_mask"])
+
+
+def return_freed_blocks() -> None:
+    """Have the C library give freed blocks of 24 MB and more back to the system at once.
+
+    glibc keeps blocks of up to 32 MB for itself, between which small ones settle: a step on 8
+    layers of a 1B model then holds 1.4 GB where 1.2 would do. It costs no time.
+    """
+    with suppress(OSError, AttributeError, TypeError):  # another C library, which keeps less
+        ctypes.CDLL(None).mallopt(-3, 24 << 20)  # M_MMAP_THRESHOLD
+
+
+def release() -> None:
+    """Give what this process freed back to the system, so that it counts no more."""
+    gc.collect()
+    with suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def in_role(layer: nn.Module, role: str) -> list[str]:
+    """The names, inside a decoder layer, of the weights that play a role.
+
+    Besides ROLES: `linear`, the matrices of all its linear maps, and `mlp`, those of its MLP.
+    """
+    if role not in ("linear", "mlp"):
+        return [role_in_layer(layer, role)]
+    names = [f"{n}.weight" for n, m in layer.named_modules() if isinstance(m, nn.Linear | Conv1D)]
+    return [n for n in names if role == "linear" or not re.search("attn|attention", n)]
+
+
+def role_in_layer(layer: nn.Module, role: str) -> str:
+    """The name, inside a decoder layer, of the weight that plays `role`."""
+    if role not in ROLES:
+        known = ", ".join([*ROLES, "linear", "mlp"])
+        raise UserError(f"role {role!r} does not exist; choose one of {known}")
+    names = dict(layer.named_parameters())
+    for name in ROLES[role]:
+        if name in names:
+            return name
+    raise UserError(
+        f"{type(layer).__name__} has no weight in the role {role!r}; it has {', '.join(names)}"
+    )
+
+
+def child(layer: nn.Module, name: str) -> nn.Module:
+    """A submodule of a decoder layer; UserError naming what there is when it is missing."""
+    try:
+        return layer.get_submodule(name)
+    except AttributeError:
+        names = ", ".join(n for n, _ in layer.named_children())
+        raise UserError(f"{type(layer).__name__} has no {name!r}; it has {names}") from None
+
+
+def check_layers_loaded(loaded: int, layer: int) -> None:
+    if not 0 <= layer < loaded:
+        raise UserError(f"layer {layer} is not loaded: only layers 0-{loaded - 1} are")

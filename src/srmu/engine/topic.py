@@ -1,0 +1,159 @@
+"""A topic: what to forget with what to keep, as batches of tokens, and what walks it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import cycle, zip_longest
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from srmu.engine.losses import counted
+from srmu.engine.model import Batch
+from srmu.errors import UserError
+
+Padding = Literal["mask", "count"]
+
+
+@dataclass(frozen=True)
+class Topic:
+    """One thing to forget, with what to keep beside it, as batches of tokens.
+
+    `vocabulary` holds the ids of ordinary tokens (no special ones). `options` replaces options of
+    the method for this topic. `counts` says what was read, without the texts. `own` holds texts
+    that the original model wrote; they are in memory only.
+    """
+
+    name: str
+    forget: Sequence[Batch]
+    retain: Sequence[Batch]
+    seed: int = 0
+    vocabulary: Tensor = field(default_factory=lambda: torch.arange(0))
+    options: Mapping[str, float] = field(default_factory=dict)
+    counts: Mapping[str, Any] = field(default_factory=dict)
+    own: Sequence[Sequence[int]] = ()
+
+    def pairs(self) -> Iterator[tuple[Batch, Batch]]:
+        """Endless (forget, retain) batches in order; the shorter set starts again.
+
+        Without retain texts, the retain batches are empty.
+        """
+
+        def again(batches: Sequence[Batch]) -> Iterator[Batch]:
+            while True:
+                yield from batches or [{}]
+
+        return zip(again(self.forget), again(self.retain), strict=False)
+
+    def split(self) -> Topic:
+        """This topic's forget texts as prompts with answers: only answers keep their labels.
+
+        Texts of a template stay as they are. Plain texts have no questions: each is cut at a place
+        drawn uniformly between a quarter and three quarters of its ordinary tokens, at least one of
+        which lies on either side. The draw depends on the seed and the topic only.
+        """
+        generator = self.generator("split")
+
+        def cut(batch: Batch) -> Batch:
+            labels = batch["labels"].clone()
+            words = torch.isin(batch["input_ids"], self.vocabulary)
+            asked = words & batch["attention_mask"].bool() & ~counted(labels)
+            ordinary = counted(labels) & words
+            for row, marks, question in zip(labels, ordinary, asked, strict=True):
+                places = marks.nonzero()[:, 0]
+                share = 0.25 + 0.5 * float(torch.rand((), generator=generator))
+                if question.any():
+                    continue
+                first = min(max(1, round(share * len(places))), len(places) - 1)
+                row[: places[first]] = -100
+            return batch | {"labels": labels}
+
+        return replace(self, forget=[cut(batch) for batch in self.forget])
+
+    def followed(self, tick: Callable[[], None]) -> Topic:
+        """This topic, calling `tick` whenever a batch of it has been used."""
+        return replace(self, forget=Followed(self.forget, tick), retain=Followed(self.retain, tick))
+
+    def tick(self) -> None:
+        """Say that a part of something is done, to whom `followed` named."""
+        if isinstance(self.forget, Followed):
+            self.forget.tick()
+
+    def generator(self, purpose: str, shared: bool = False) -> torch.Generator:
+        """A random stream of its own for each purpose, the same on every device and run.
+
+        `shared` leaves the topic's name out, so that all topics draw the same.
+        """
+        return torch.Generator().manual_seed(self.number(purpose, shared))
+
+    def number(self, purpose: str, shared: bool = False) -> int:
+        """The seed of the random stream for a purpose."""
+        key = f"{self.seed}/{purpose}/{'' if shared else self.name}"
+        return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1
+
+    def anchored(self, share: float) -> Topic:
+        """This topic with a share of each retain batch replaced by random-token rows.
+
+        If there are `own` texts, these take their place in turn, padded on the right. The rows are
+        fixed for a batch, so that what is computed from it can be cached.
+        """
+        generator = self.generator("anchors")
+        turn = cycle(self.own)
+        largest = max(len(batch["input_ids"]) for batch in self.retain)
+        if round(share * largest) == 0:
+            raise UserError(
+                f"anchor_share={share:g} of a retain batch of {largest} is no row; raise it"
+            )
+
+        def mix(batch: Batch) -> Batch:
+            ids, mask, labels = (
+                batch[k].clone() for k in ("input_ids", "attention_mask", "labels")
+            )
+            rows = round(share * len(ids))
+            if rows == 0:  # a short last batch
+                return batch
+            if self.own:
+                ids[-rows:], mask[-rows:], labels[-rows:] = 0, 0, -100
+                for i in range(len(ids) - rows, len(ids)):
+                    row = torch.tensor(next(turn)[: ids.shape[1]])
+                    ids[i, : len(row)] = labels[i, : len(row)] = row
+                    mask[i, : len(row)] = 1
+                return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+            special = ~torch.isin(ids[-rows:], self.vocabulary)
+            draw = torch.randint(len(self.vocabulary), (rows, ids.shape[1]), generator=generator)
+            first = ids[-rows:, :1].clone()  # a leading <s> stays
+            ids[-rows:] = self.vocabulary[draw]
+            ids[-rows:, :1] = torch.where(special[:, :1], first, ids[-rows:, :1])
+            mask[-rows:], labels[-rows:] = 1, ids[-rows:]
+            return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+        return replace(self, retain=[mix(batch) for batch in self.retain])
+
+
+@dataclass(frozen=True)
+class Followed(Sequence[Batch]):
+    """Batches that call `tick` after each one that a loop has done with."""
+
+    batches: Sequence[Batch]
+    tick: Callable[[], None]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, key: Any) -> Any:
+        part = self.batches[key]
+        return Followed(part, self.tick) if isinstance(key, slice) else part
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in self.batches:
+            yield batch
+            self.tick()
+
+
+def in_turn(parts: Sequence[Sequence[Batch]]) -> list[Batch]:
+    """A batch of each part, another of each, and so on: the first few are of all parts."""
+    rows = zip_longest(*parts)
+    return [batch for row in rows for batch in row if batch is not None]

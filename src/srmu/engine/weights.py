@@ -1,0 +1,399 @@
+"""Checkpoints on disk: find, check, and write only the tensors that changed.
+
+A delta holds the changed tensors under their checkpoint names. An export copies the base model's
+files and patches the changed tensors' bytes where they lie, so that everything else stays
+byte-identical.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from srmu.engine.files import require_space, sha256, whole_folder
+from srmu.engine.progress import Watch, silent
+from srmu.errors import UserError, first_line
+
+INDEX = "model.safetensors.index.json"
+KEPT = (".json", ".model", ".txt", ".jinja", ".tiktoken", ".md")  # what an export copies as it is
+DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
+PAGE = 4096  # bytes
+EXPORTED = "srmu-record.json"  # the record that an export brings along
+TYPES = {name: dtype for dtype, name in DTYPES.items()}
+
+
+def locate(model: str, revision: str | None = None, base: Path = Path()) -> Path:
+    """The folder of a model: a local one, or the cached snapshot of a hub id."""
+    folder = base / Path(model).expanduser()
+    if folder.is_dir():
+        if revision:
+            raise UserError(f"revision does not apply to the local folder {folder}")
+        return folder
+    if model.count("/") != 1 or model.startswith((".", "/", "~")):
+        raise UserError(f"model {model}: no such folder, and not a hub id like owner/name")
+    from huggingface_hub import snapshot_download
+
+    try:
+        patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+    except Exception as error:  # the hub client raises many kinds
+        raise UserError(
+            f"model {model}: no such folder, and the hub says: {first_line(error)}"
+        ) from error
+
+
+def shards(folder: Path) -> dict[str, Path]:
+    """Which file holds which tensor. UserError where a file or tensor is missing or elsewhere."""
+    single = folder / "model.safetensors"
+    if single.exists():  # transformers, too, takes it before an index
+        return dict.fromkeys(header(single)[0], single)
+    if not (folder / INDEX).exists():
+        pickles = sorted(p.name for p in folder.glob("*.bin"))
+        raise UserError(
+            f"model folder {folder} has no model.safetensors"
+            + (f", only {pickles[0]}: convert it with save_pretrained" if pickles else "")
+        )
+    try:
+        listed = json.loads((folder / INDEX).read_text())["weight_map"]
+        found = {str(name): str(file) for name, file in listed.items()}
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"{folder / INDEX} is not a safetensors index") from error
+    for file in sorted(set(found.values())):
+        if Path(file).name != file or not file.endswith(".safetensors"):
+            raise UserError(f"{folder / INDEX} points out of the folder: {file!r}")
+        if not (folder / file).is_file():
+            raise UserError(f"model folder {folder} lacks {file}, which its index names")
+        inside = header(folder / file)[0]
+        if lost := sorted(n for n, f in found.items() if f == file and n not in inside):
+            raise UserError(f"{folder / file} lacks the tensor {lost[0]}, which the index names")
+    return {name: folder / file for name, file in found.items()}
+
+
+def header(path: Path) -> tuple[dict[str, Any], int]:
+    """A safetensors file's tensors and the offset at which their data starts.
+
+    UserError naming the file, and the tensor that it does not hold whole, when it is damaged.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = 8 + int.from_bytes(file.read(8), "little")
+            if start > size:
+                raise ValueError("its header is cut short")
+            entries = json.loads(file.read(start - 8))
+        entries.pop("__metadata__", None)
+        for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+            if start + entry["data_offsets"][1] > size:
+                raise ValueError(f"it ends before the tensor {name} does")
+        with safe_open(path, "pt"):  # refuses what else does not fit
+            pass
+    except (
+        SafetensorError,
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        IndexError,
+    ) as error:
+        raise UserError(f"{path} is damaged: {first_line(error)}; fetch it again") from error
+    return entries, start
+
+
+def stored_entries(folder: Path) -> dict[str, Any]:
+    """What the headers of a checkpoint's files say of each tensor: dtype, shape, data_offsets."""
+    files = sorted(set(shards(folder).values()))
+    return {name: entry for path in files for name, entry in header(path)[0].items()}
+
+
+def stored_types(folder: Path) -> dict[str, torch.dtype]:
+    """The dtype of each tensor as it is stored."""
+    entries = stored_entries(folder)
+    return {name: TYPES.get(entry["dtype"], torch.uint8) for name, entry in entries.items()}
+
+
+def layer_of(name: str) -> int | None:
+    """The decoder layer that a tensor belongs to, by the first number in its name."""
+    found = re.search(r"(?:^|\.)(\d+)\.", name)
+    return int(found[1]) if found else None
+
+
+def in_layer(name: str) -> str:
+    """A tensor's name inside its decoder layer: what precedes it differs between classes."""
+    return re.split(r"(?:^|\.)\d+\.", name, maxsplit=1)[-1]
+
+
+def checkpoint_names(folder: Path, originals: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """The checkpoint's name for each parameter; one an expert where it stores them apart.
+
+    A name may carry a prefix that the other lacks. Sure because the stored bytes are compared with
+    the original values, not only the names.
+    """
+    where = shards(folder)
+    names = {}
+    for name, original in originals.items():
+        close = [key for key in where if alike(key, name)]
+        if not close and original.ndim == 3:
+            names[name] = [
+                expert_name(folder, where, name, i, part) for i, part in enumerate(original)
+            ]
+            continue
+        if len(close) != 1:
+            raise UserError(f"{folder} stores {name} as {close or 'nothing'}: cannot write it back")
+        if not same(where[close[0]], close[0], original):
+            raise UserError(f"{folder} stores {name} in another form; cannot write it back")
+        names[name] = close
+    return names
+
+
+def expert_name(
+    folder: Path, where: Mapping[str, Path], name: str, number: int, part: Tensor
+) -> str:
+    """The checkpoint's name for one expert's part of a parameter that stacks all experts."""
+    found = [
+        key
+        for key in where
+        if layer_of(key) == layer_of(name)
+        and expert_of(key) == number
+        and same(where[key], key, part)
+    ]
+    if len(found) != 1:
+        raise UserError(
+            f"{folder} stores expert {number} of {name} as {found or 'nothing'}: "
+            "cannot write it back"
+        )
+    return found[0]
+
+
+def expert_of(name: str) -> int | None:
+    """The expert that a tensor belongs to, by the second number in its name."""
+    found = re.findall(r"\.(\d+)(?=\.)", name)
+    return int(found[1]) if len(found) == 2 else None
+
+
+def same(path: Path, key: str, original: Tensor) -> bool:
+    """Whether a stored tensor holds those values; UserError where it holds what is no number."""
+    stored = stored_tensor(path, key)
+    if stored.shape != original.shape or not torch.equal(
+        stored.to(original.dtype).nan_to_num(), original.cpu().nan_to_num()
+    ):
+        return False
+    if not stored.isfinite().all():
+        raise UserError(f"{path} stores NaN or infinity in {key}; fetch it again")
+    return True
+
+
+def alike(a: str, b: str) -> bool:
+    """Whether two tensor names are the same but for a prefix, such as `transformer.`."""
+    return a == b or a.endswith("." + b) or b.endswith("." + a)
+
+
+def save_delta(
+    path: Path,
+    folder: Path,
+    names: Mapping[str, Sequence[str]],
+    changed: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+) -> None:
+    """Write the changed tensors in the checkpoint's own dtypes, under their `checkpoint_names`."""
+    where = shards(folder)
+    delta, marks = {}, {}
+    for name, tensor in changed.items():
+        if not tensor.isfinite().all():
+            raise UserError(f"{name} holds NaN or infinity; nothing was saved")
+        keys = names[name]
+        for key, part in zip(keys, tensor.unbind() if len(keys) > 1 else [tensor], strict=True):
+            stored = stored_tensor(where[key], key)
+            delta[key] = part.detach().cpu().to(stored.dtype).contiguous()
+            marks[f"base.{key}"] = sha256(raw(stored))
+    temporary = path.with_name(f".{path.name}")
+    save_file(delta, temporary, metadata={**metadata, **marks})
+    sort_metadata(temporary)
+    temporary.replace(path)
+
+
+def sort_metadata(path: Path) -> None:
+    """Give a safetensors file the bytes that any other of its content has.
+
+    The library writes metadata in the order of a hash map, another one in each process.
+    """
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        entries = json.loads(file.read(size))
+        entries["__metadata__"] = dict(sorted(entries["__metadata__"].items()))
+        text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(text) <= size, "the same entries in another order are as long"
+        file.seek(8)
+        file.write(text.ljust(size))
+
+
+def load_delta(path: Path, folder: Path) -> dict[str, Tensor]:
+    """The tensors of a delta by checkpoint name; UserError when its base model has changed."""
+    where = shards(folder)
+    try:
+        delta = load_file(path)
+        with safe_open(path, "pt") as file:
+            marks = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is damaged: {first_line(error)}") from error
+    for key in delta:
+        if key not in where or marks.get(f"base.{key}") != sha256(
+            raw(stored_tensor(where[key], key))
+        ):
+            raise UserError(
+                f"{path} was made from another model than {folder} now is: {key} differs there"
+            )
+    return delta
+
+
+def stored_tensor(path: Path, key: str) -> Tensor:
+    with safe_open(path, "pt") as file:
+        return file.get_tensor(key)
+
+
+def raw(tensor: Tensor) -> bytes:
+    """The bytes of a tensor as they lie in a file."""
+    return tensor.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def apply_delta(module: torch.nn.Module, folder: Path, delta: Mapping[str, Tensor]) -> None:
+    """Put a delta's tensors into a loaded model."""
+    parameters = dict(module.named_parameters())
+    for name, tensor in delta.items():
+        places = [p.data for known, p in parameters.items() if alike(known, name)]
+        if not places and (number := expert_of(name)) is not None:
+            places = [
+                p.data[number]
+                for known, p in parameters.items()
+                if layer_of(known) == layer_of(name) and p.ndim == 3 and number < len(p)
+            ]
+            places = [place for place in places if place.shape == tensor.shape]
+        if len(places) != 1 or places[0].shape != tensor.shape:
+            raise UserError(f"the delta's tensor {name} does not fit the model {folder}")
+        places[0].copy_(tensor)
+
+
+def export(
+    folder: Path,
+    delta: Mapping[str, Tensor],
+    out: Path,
+    link: bool | None = None,
+    watch: Watch = silent,
+    texts: Mapping[str, str] | None = None,
+) -> None:
+    """Write a full checkpoint: the base's files, with the delta's tensors in their places.
+
+    `texts` are files to write beside them, or in place of the base's, by name.
+
+    Shards without a changed tensor are linked to the base's instead of copied if `link`, and by
+    default where the base lies in the hub's cache, whose files nobody edits. The source is never
+    modified. `out` appears when it is complete.
+    """
+    where = shards(folder)
+    if lost := sorted(set(delta) - set(where)):
+        raise UserError(f"the model {folder} has no tensor {lost[0]}; is it another model?")
+    patched = {where[name] for name in delta}
+    wanted = [folder / name for name in carried(folder)]
+    require_space(out, sum(file.stat().st_size for file in wanted if not link))
+    with whole_folder(out) as temporary, watch("writing files", len(wanted)) as tick:
+        for file in wanted:
+            copy = temporary / file.relative_to(folder)
+            copy.parent.mkdir(exist_ok=True)
+            share = file.is_symlink() if link is None else link
+            if share and file in where.values() and file not in patched:
+                hard_link(file.resolve(), copy)
+            else:
+                shutil.copyfile(file.resolve(), copy)
+            tick(file.name)
+        for path in sorted(patched):
+            patch(temporary / path.name, {n: t for n, t in delta.items() if where[n] == path})
+        for name, text in (texts or {}).items():
+            (temporary / name).write_text(text, encoding="utf-8")
+
+
+def carried(folder: Path) -> list[str]:
+    """The files of a checkpoint that an export has too, relative to it.
+
+    Not weights that the model does not load: they would keep the old tensors.
+    """
+    loaded = set(shards(folder).values())
+    return [
+        file.relative_to(folder).as_posix()
+        for file in sorted([*folder.iterdir(), *folder.glob("additional_chat_templates/*")])
+        if file.is_file()
+        and (file.suffix in KEPT or file in loaded)
+        and not file.name.startswith(".")
+        and file.name != EXPORTED
+    ]
+
+
+def hard_link(source: Path, target: Path) -> None:
+    """Give a file a second name; copy it where that cannot be, as on another file system."""
+    try:
+        target.hardlink_to(source)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def patch(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Overwrite tensors of a safetensors file in place: same dtype, shape and position."""
+    entries, start = header(path)
+    with path.open("r+b") as file:
+        for name, tensor in tensors.items():
+            entry = entries[name]
+            if (entry["dtype"], entry["shape"]) != (DTYPES.get(tensor.dtype), list(tensor.shape)):
+                raise UserError(
+                    f"{name} has another type or shape in the model; is it another one?"
+                )
+            file.seek(start + entry["data_offsets"][0])
+            file.write(raw(tensor))
+
+
+def identity(folder: Path, depth: int | None) -> str:
+    """A digest that tells the first layers of two models apart without reading them whole.
+
+    Over each file's size, time of change and table of tensors, and three pages of each tensor.
+    """
+    code = hashlib.sha256()
+    for path in sorted(set(shards(folder).values())):
+        entries, start = header(path)
+        stat = path.stat()
+        marks = [path.name, stat.st_size, stat.st_mtime_ns, stat.st_ino, entries]
+        code.update(json.dumps(marks).encode())
+        with path.open("rb") as file:
+            for name, entry in sorted(entries.items()):
+                if depth is None or (layer_of(name) or 0) < depth:
+                    low, high = entry["data_offsets"]
+                    for place in (low, (low + high) // 2, max(low, high - PAGE)):
+                        file.seek(start + place)
+                        code.update(file.read(min(PAGE, high - place)))
+    return code.hexdigest()
+
+
+def fingerprint(folder: Path) -> str:
+    """SHA-256 over a model's weights, config and tokenizer."""
+    names = sorted(
+        p for p in folder.iterdir() if p.suffix in (".safetensors", *KEPT) and p.suffix != ".md"
+    )
+    parts: list[bytes | Path] = []
+    for path in names:
+        parts += [path.name.encode(), path]
+    return sha256(*parts)
+
+
+def changed_fingerprint(base: str, delta: Mapping[str, Tensor]) -> str:
+    """The fingerprint of a model whose base has the fingerprint `base`, with a delta on it."""
+    parts = [base.encode()]
+    for name, tensor in sorted(delta.items()):
+        parts += [name.encode(), raw(tensor)]
+    return sha256(*parts)

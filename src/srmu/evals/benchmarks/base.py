@@ -1,0 +1,302 @@
+"""What every suite gets and gives: rows of its data set, a model that answers, named numbers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from math import isfinite, sqrt
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from srmu.engine import distributed
+from srmu.engine.files import sha256
+from srmu.engine.progress import Watch, silent
+from srmu.errors import UserError, first_line
+from srmu.evals.subject import Subject, likelihoods
+
+S = TypeVar("S")
+T = TypeVar("T")
+Row = dict[str, Any]
+Metrics = dict[str, dict[str, float]]  # "tofu/model_utility" -> value, n and, if known, stderr
+Values = dict[str, list[float]]  # a number for each question or text, by name
+PLAIN = "Question: {question}\nAnswer:"
+ROWS = 32  # prompts continued at once
+KINDS: dict[type, str] = {
+    str: "a text",
+    list: "a list of texts",
+    int: "a whole number",
+    dict: "a mapping",
+}
+
+
+@dataclass
+class Data:
+    """A published data set: on the hub at a revision, or in a folder that is laid out like it.
+
+    A folder is one that `datasets` loads: a clone of the hub's, or a README.md whose header lists
+    `configs`. `get` says how to come by it. `seen` gathers digests of the rows that were read.
+    """
+
+    hub: str
+    get: str
+    revision: str = "main"
+    folder: Path | None = None
+    limit: int | None = None  # rows of each part
+    seen: dict[str, str] = field(default_factory=dict)
+
+    def rows(
+        self, config: str, split: str, fields: Mapping[str, type], *, least: int = 1
+    ) -> list[Row]:
+        """The rows of a part, at least `least`, in which these fields are there and of their types.
+
+        UserError where the set is out of reach, or names the first row that is not as it should be.
+        """
+        import datasets
+
+        place = str(self.folder) if self.folder else self.hub
+        where = f"{place}, config {config}, split {split}"
+        revision = {} if self.folder else {"revision": self.revision}
+        bars = datasets.are_progress_bars_disabled()
+        datasets.disable_progress_bars()
+        try:
+            # the user's cache gains and lends nothing where files are local
+            with TemporaryDirectory() as scratch:
+                kept = {"cache_dir": scratch, "keep_in_memory": True} if self.folder else {}
+                loaded = datasets.load_dataset(place, config, split=split, **revision, **kept)
+                rows = [dict(row) for row in loaded]
+        except Exception as error:  # whatever the library cannot read is the user's to mend
+            why = first_line(error.__cause__ or error)
+            raise UserError(f"{where} cannot be read: {why}; {self.get}") from error
+        finally:
+            if not bars:
+                datasets.enable_progress_bars()
+        if len(rows) < least:
+            raise UserError(f"{where} has {len(rows)} rows; this suite needs {least}")
+        for number, row in enumerate(rows, 1):
+            for name, kind in fields.items():
+                check(row, name, kind, f"{where}, row {number}")
+        rows = rows[: self.limit]
+        text = json.dumps(rows, sort_keys=True, default=str)
+        self.seen[f"{config}/{split}"] = sha256(text.encode())[:16]
+        return rows
+
+
+def check(row: Row, name: str, kind: type, where: str) -> None:
+    """UserError unless a row's field is there and of its type, and no text in it is empty."""
+    if name not in row:
+        raise UserError(f"{where}: no field {name!r}; it has {', '.join(row) or 'none'}")
+    value = row[name]
+    found = KINDS.get(type(value), type(value).__name__)
+    wrong = type(value) is not kind
+    if kind is list and not wrong:
+        wrong = not value or not all(isinstance(part, str) for part in value)
+        found = "an empty list" if not value else "a list of other things" if wrong else found
+    if wrong:
+        raise UserError(f"{where}: field {name!r} is {found}; expected {KINDS[kind]}")
+    texts = value if kind is list else [value] if kind is str else []
+    if not all(text.strip() for text in texts):
+        raise UserError(f"{where}: field {name!r} has an empty text")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a suite is asked to measure, and how.
+
+    `part` is what follows the slash in `--suite tofu/forget10`. `template` has `{question}`; ""
+    stands for the tokenizer's chat template, else PLAIN. `reference` holds the values of a model
+    that never saw the forget set; None: what needs one is left out.
+    """
+
+    data: Data
+    part: str = ""
+    template: str = ""
+    reference: Mapping[str, Sequence[float]] | None = None
+    watch: Watch = silent
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a suite measured of a model: named numbers, and those of each question behind them."""
+
+    metrics: Metrics
+    values: Values = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a suite's table, as its paper prints it: a metric times `scale`.
+
+    `better` is "high", "low" or "zero" (best where it is 0), seen from an unlearned model.
+    """
+
+    title: str
+    metric: str
+    better: str
+    scale: float = 100.0
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A benchmark: its data set, what measures a model on it, and the table of its paper.
+
+    `axes` are the columns of its figure, across and up. `parts` are what can follow the slash, the
+    usual one first; () where there are none, or where they are in the data; `hub` may have
+    `{part}`. `oracle` says what is left out without a model that never saw the forget set, ""
+    where none is needed.
+    """
+
+    title: str
+    paper: str
+    hub: str
+    get: str
+    run: Callable[[Subject, Asked], Scores]
+    columns: tuple[Column, ...]
+    axes: tuple[str, str] = ("", "")
+    parts: tuple[str, ...] = ()
+    oracle: str = ""
+    revision: str = "main"
+
+
+def prompt_of(model: Subject, question: str, template: str = "") -> str:
+    """A question as the model is asked it: by a template, its chat template, or PLAIN."""
+    if template or not model.tokenizer.chat_template:
+        return (template or PLAIN).replace("{question}", question)
+    said = [{"role": "user", "content": question}]
+    text = model.tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+    start = model.tokenizer.bos_token or ""
+    # the tokenizer puts its own first token there
+    twice = start and model.tokens("")[:1] == [model.tokenizer.bos_token_id]
+    return text.removeprefix(start) if twice else text
+
+
+def write(
+    model: Subject,
+    prompts: Sequence[str],
+    new_tokens: int,
+    *,
+    stops: Sequence[str] = (),
+    label: str = "answers",
+    watch: Watch = silent,
+) -> list[str]:
+    """Greedy continuations of prompts, each cut before the first of `stops`, without blanks around.
+
+    In batches padded on the left; of several processes each writes some. A continuation is at most
+    half of what the model can read; a prompt that is too long for the rest loses its first tokens.
+    UserError where a model that nothing was unlearned from writes nothing at all.
+    """
+    new_tokens = min(new_tokens, model.max_length // 2)
+    rows = [model.tokens(prompt)[-(model.max_length - new_tokens) :] for prompt in prompts]
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    parts = [order[start : start + ROWS] for start in range(0, len(order), ROWS)]
+
+    def some(part: Sequence[int]) -> list[str]:
+        made = continued(model, [rows[i] for i in part], new_tokens)
+        return [cut(model.tokenizer.decode(ids, skip_special_tokens=True), stops) for ids in made]
+
+    written = chain.from_iterable(shared_out(parts, some, label, watch))
+    found = dict(zip(order, written, strict=True))
+    if prompts and not any(found.values()) and not model.original:
+        raise UserError(
+            f"{label}: the model wrote nothing after any of {len(prompts)} prompts; is --template "
+            "what it was trained with?"
+        )
+    return [found[i] for i in range(len(rows))]
+
+
+@torch.no_grad()
+def continued(model: Subject, rows: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:
+    """The likeliest token again and again after each row, to the end of the text or the cap."""
+    pad = model.tokenizer.pad_token_id or 0
+    ends = model.module.generation_config.eos_token_id
+    ends = {model.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+    width = max(map(len, rows))
+    ids = torch.tensor([[pad] * (width - len(row)) + [*row] for row in rows]).to(model.device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    made = model.module.generate(
+        ids,
+        attention_mask=mask.to(model.device),
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        num_beams=1,
+        temperature=None,
+        top_p=None,
+        top_k=None,
+        repetition_penalty=1.0,  # whatever the checkpoint's own settings say
+        pad_token_id=pad,
+        eos_token_id=sorted(ends) or None,
+    )[:, width:].tolist()
+    stops = [next((i for i, token in enumerate(row) if token in ends), len(row)) for row in made]
+    return [row[:stop] for row, stop in zip(made, stops, strict=True)]
+
+
+def cut(text: str, stops: Sequence[str]) -> str:
+    """A text before the first of some strings, without blanks around."""
+    for stop in stops:
+        text = text.partition(stop)[0]
+    return text.strip()
+
+
+def log_likelihoods(
+    model: Subject,
+    pairs: Sequence[tuple[str, str]],
+    *,
+    label: str = "likelihoods",
+    watch: Watch = silent,
+) -> list[tuple[float, int]]:
+    """Of each (prompt, answer), the answer with the space before it: log p and how many tokens.
+
+    Nats, summed over the answer's tokens. Of several processes each reads some.
+    """
+    parts = [pairs[start : start + 256] for start in range(0, len(pairs), 256)]
+
+    def some(part: Sequence[tuple[str, str]]) -> list[tuple[float, int]]:
+        return [(logp, length) for logp, length, _ in likelihoods(model, part)]
+
+    found = [*chain.from_iterable(shared_out(parts, some, label, watch))]
+    check_finite([logp for logp, _ in found], label)
+    return found
+
+
+def shared_out(
+    items: Sequence[S], do: Callable[[S], T], label: str, watch: Watch = silent
+) -> list[T]:
+    """What `do` makes of each item, in their order; of several processes each takes some."""
+    with watch(label, -(-len(items) // distributed.size())) as tick:
+
+        def one(item: S) -> T:
+            made = do(item)
+            tick("")
+            return made
+
+        return distributed.shared_out(items, one)
+
+
+def check_finite(values: Iterable[float], label: str) -> None:
+    """UserError where a number that a model gave is none."""
+    if not all(map(isfinite, values)):
+        raise UserError(f"{label}: the model's output is not a number (NaN)")
+
+
+def mean(values: Sequence[float]) -> dict[str, float]:
+    """A metric that is a mean over questions, with its standard error."""
+    count = len(values)
+    error = float(np.std(values, ddof=1)) / sqrt(count) if count > 1 else float("nan")
+    found = {"value": float(np.mean(values)), "n": float(count)}
+    return found | ({"stderr": error} if isfinite(error) else {})
+
+
+def rouge(kind: str, answers: Sequence[str], truths: Sequence[str], **options: Any) -> list[float]:
+    """ROUGE-L of each answer: its "recall" or "fmeasure" (0-1), by rouge-score with its options."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rougeL"], **options)
+    return [
+        float(getattr(scorer.score(truth, answer)["rougeL"], kind))
+        for answer, truth in zip(answers, truths, strict=True)
+    ]

@@ -1,0 +1,410 @@
+"""Methods side by side at the same loss of utility, each with what is only noise marked as such."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+import numpy as np
+
+from srmu.errors import UserError
+from srmu.evals.statistics import (
+    RESAMPLES,
+    Array,
+    Draws,
+    Estimate,
+    answered,
+    estimate,
+    residual,
+    worst_case,
+)
+from srmu.runs.config import UNDECIDING, Config
+from srmu.runs.run import Run
+
+TEXTS = {"template", "where"}  # options of texts whose values are no paths
+Where = tuple[str, int]  # a run's model and seed: what is compared in pairs
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method at the utility loss that all are compared at.
+
+    Differences are to the first method's, below 0 where less knowledge is left; `verdict` is that
+    of K* where both have it, else of the forget accuracy; "" for the first method itself.
+    """
+
+    method: str
+    points: int  # settings of its strength
+    seeds: int
+    utility_loss: Estimate
+    forget_accuracy: Estimate
+    residual: Estimate | None  # K*, where all runs were attacked
+    forget_difference: Estimate | None
+    residual_difference: Estimate | None
+    verdict: str
+    note: str
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A run's numbers as they are and in each resample of the questions: (1 + RESAMPLES,)."""
+
+    run: Run
+    where: Where
+    tasks: tuple[tuple[str, ...], tuple[str, ...]]  # metrics of what is forgotten and of utility
+    before: Array  # accuracy of the original model on what is to be forgotten
+    forget: Array  # and of the unlearned one
+    loss: Array  # mean drop of accuracy over the utility tasks
+    residual: Array | None  # K*
+    n: tuple[int, int]  # questions on what is to be forgotten, and on utility
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A method's numbers at the common utility loss, a column a seed: (1 + RESAMPLES, seeds)."""
+
+    where: tuple[Where, ...]
+    loss: Array
+    forget: Array
+    residual: Array | None
+    reached: bool  # whether every seed's curve goes as far as the common utility loss
+    rough: bool  # whether one is read between the original model and its first point
+    n: tuple[int, int]
+
+
+def compare(
+    runs: Sequence[Path],
+    budget: float = 0.05,
+    forget: Sequence[str] = (),
+    utility: Sequence[str] = (),
+    seed: int = 0,
+) -> list[Row]:
+    """One row a method, read where its strength curve loses `budget` of the utility accuracy.
+
+    Runs that differ in `seed`, or in the testbed of one recipe, are repetitions of one point; runs
+    that differ in numbers only (kappa, learning_rate, max_steps) are points of one curve, which
+    starts at the original model: no loss, all knowledge, K* = 1. It is read between its points in
+    a straight line, in each resample anew; a curve that ends before `budget` at its last point.
+
+    `forget` and `utility` name metrics of `results.json` (organism_hazard/acc): for runs that have
+    no `attacks.json`, whose answers question by question make narrower intervals. UserError for
+    runs that cannot be held against each other.
+    """
+    if not 0 <= budget <= 1:
+        raise UserError(f"utility loss {budget:g}: it is a share, from 0 to 1")
+    if not runs:
+        raise UserError("name the folders of one run or more")
+    opened = [Run.open(folder) for folder in runs]
+    draws = Draws(seed)
+    attacks = {run.folder: read(run.folder / "attacks.json") for run in opened}
+    for found in filter(None, attacks.values()):  # what was attacked says what to look up elsewhere
+        of_attacks = metrics_of(found)
+        forget, utility = forget or of_attacks[0], utility or of_attacks[1]
+    check_attacks(opened, attacks)
+    measured = [
+        from_attacks(run, attacks[run.folder], draws)
+        if attacks[run.folder]
+        else from_results(run, tuple(forget), tuple(utility))
+        for run in opened
+    ]
+    first = measured[0]
+    for other in measured[1:]:
+        if other.tasks != first.tasks:
+            raise UserError(
+                f"{first.run.folder} and {other.run.folder} were measured on different tasks: "
+                f"{shown(first)} and {shown(other)}"
+            )
+    methods = by_method(measured)
+    readings = [reading(points, budget) for _, points in methods]
+    return [
+        row(name, points, found, readings[0], budget, draws)
+        for (name, points), found in zip(methods, readings, strict=True)
+    ]
+
+
+def row(
+    name: str,
+    points: Sequence[dict[Where, Measured]],
+    found: Reading,
+    base: Reading,
+    budget: float,
+    draws: Draws,
+) -> Row:
+    """A method's line of the table; `base` is the first method's reading."""
+    forget = difference(found.forget, base.forget, found, base, draws)
+    left = difference(found.residual, base.residual, found, base, draws)
+    telling = left or forget
+    spread = None if found.residual is None else draws.over_seeds(found.residual)
+    return Row(
+        name,
+        len(points),
+        len(found.where),
+        estimate(draws.over_seeds(found.loss).clip(0), found.n[1]),
+        estimate(draws.over_seeds(found.forget).clip(0, 1), found.n[0]),
+        None if spread is None else estimate(spread, found.n[0]),
+        forget,
+        left,
+        verdict(telling) if telling else "",
+        note(found, points, budget),
+    )
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A JSON file; nothing where there is none."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except ValueError:
+        raise UserError(f"{path} is damaged; make it again") from None
+
+
+def metrics_of(attacks: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The names that the tasks of an `attacks.json` have in `results.json`."""
+    return (
+        tuple(f"{task}/acc" for task in attacks["tasks"]["test"]),
+        tuple(f"{task}/acc" for task in attacks["tasks"]["utility"]),
+    )
+
+
+def check_attacks(runs: Sequence[Run], attacks: Mapping[Path, dict[str, Any]]) -> None:
+    """UserError where K* of two runs does not mean the same."""
+    found = [(run, attacks[run.folder]) for run in runs if attacks[run.folder]]
+    for run, entry in found[1:]:
+        first, known = found[0]
+        for key in ("tier", "chance"):
+            if entry[key] != known[key]:
+                raise UserError(
+                    f"{first.folder} and {run.folder} were attacked with {key} {known[key]} and "
+                    f"{entry[key]}; attack all alike"
+                )
+        for other, same in found:
+            alike = all(entry[key] == same[key] for key in ("seed", "facts"))
+            if other.config.model == run.config.model and not alike:
+                raise UserError(
+                    f"{other.folder} and {run.folder} were attacked with other questions; "
+                    "attack all with the same --seed and --limit"
+                )
+
+
+def from_attacks(run: Run, attacks: Mapping[str, Any], draws: Draws) -> Measured:
+    """A run's numbers from its answers question by question."""
+    model = run.config.model
+    plain = attacks["attacks"].get("forced_choice", {})
+    if not plain.get("right") or not attacks["utility"]:
+        what = "answers to utility tasks" if plain.get("right") else "forced_choice"
+        raise UserError(f"{run.folder}/attacks.json has no {what}: attack the run again with them")
+
+    def means(table: Array, asked: str, facts: Sequence[Hashable]) -> Array:
+        return draws.means(table, [(model, asked, fact) for fact in facts])
+
+    table = np.column_stack([residual(attacks), answered(plain["right"])])
+    right = means(table, "forget", attacks["facts"])
+    drops = []
+    for task, kept in attacks["utility"].items():
+        both = np.stack([answered(kept["before"]), answered(kept["after"])], axis=1)
+        before, after = means(both, task, kept["facts"]).T
+        drops.append(before - after)
+    return Measured(
+        run,
+        (model, run.config.seed),
+        metrics_of(attacks),
+        right[:, 0],
+        right[:, -1],
+        np.mean(drops, axis=0),
+        worst_case(right[:, :-1], attacks["chance"]),
+        (len(table), sum(len(kept["facts"]) for kept in attacks["utility"].values())),
+    )
+
+
+def from_results(run: Run, forget: tuple[str, ...], utility: tuple[str, ...]) -> Measured:
+    """A run's numbers from its accuracies alone, taken as normal about their values.
+
+    Seeds of one setting share their questions and hence their error; other settings are taken not
+    to, so that differences come out too wide: nothing says which questions changed.
+    """
+    after, before = (read(run.folder / name) for name in ("results.json", "before.json"))
+    if not after or not before:
+        raise UserError(f"{run.folder} has no results; run `srmu eval {run.folder}` first")
+    if not forget or not utility:
+        raise UserError(
+            "name the metrics of what is forgotten and those of the utility; there are "
+            + ", ".join(after)
+        )
+    for name in (*forget, *utility):
+        if name not in after or name not in before:
+            raise UserError(
+                f"{run.folder} has no result {name}; run `srmu eval {run.folder} --tasks "
+                f"{name.split('/')[0]}` first"
+            )
+        if not after[name].get("n"):
+            raise UserError(f"{name} is no accuracy over a number of questions; name another")
+
+    def drawn(results: Mapping[str, Any], names: Sequence[str], which: Hashable) -> Array:
+        values = [normal(results[name], (run.config.model, name, which)) for name in names]
+        return np.mean(values, axis=0)
+
+    this = setting(run.config)
+    return Measured(
+        run,
+        (run.config.model, run.config.seed),
+        (forget, utility),
+        drawn(before, forget, "before"),
+        drawn(after, forget, this),
+        drawn(before, utility, "before") - drawn(after, utility, this),
+        None,
+        (total(after, forget), total(after, utility)),
+    )
+
+
+def total(results: Mapping[str, Any], names: Sequence[str]) -> int:
+    return sum(int(results[name]["n"]) for name in names)
+
+
+def normal(entry: Mapping[str, float], key: Hashable) -> Array:
+    """An accuracy, then what it might have been: the same for the same key."""
+    value, n = entry["value"], entry["n"]
+    # two more right and two more wrong answers (Agresti and Coull): at 0 and 1 there is doubt too
+    p = (value * n + 2) / (n + 4)
+    rng = np.random.default_rng(crc32(repr(key).encode()))
+    moved = value + rng.standard_normal(RESAMPLES) * (p * (1 - p) / (n + 4)) ** 0.5
+    return np.concatenate([[value], moved.clip(0, 1)])
+
+
+def setting(config: Config) -> tuple[tuple[str, Any], ...]:
+    """What a run did, whichever its seed and testbed: keys and values in a row, paths by name."""
+    tree = config.to_dict()
+    for key in (*UNDECIDING, "seed", "device"):
+        tree.pop(key)
+
+    def leaves(value: Any, key: str) -> list[tuple[str, Any]]:
+        if isinstance(value, dict):
+            return [leaf for k, v in value.items() for leaf in leaves(v, f"{key}.{k}")]
+        if isinstance(value, list):
+            return [leaf for i, v in enumerate(value) for leaf in leaves(v, f"{key}.{i}")]
+        is_path = isinstance(value, str) and not TEXTS & {*key.split(".")}
+        return [(key.lstrip("."), Path(value).name if is_path else value)]
+
+    return tuple(leaves(tree, ""))
+
+
+def words(config: Config) -> dict[str, Any]:
+    """The part of a setting that makes another method of it, not another strength: no numbers."""
+    return {
+        key: value
+        for key, value in setting(config)
+        if isinstance(value, str | bool)  # None stands where a number may
+    }
+
+
+def by_method(measured: Sequence[Measured]) -> list[tuple[str, list[dict[Where, Measured]]]]:
+    """Each method with its points, each point's runs by where they were made."""
+    found: dict[Hashable, dict[Hashable, dict[Where, Measured]]] = {}
+    kinds: dict[Hashable, dict[str, Any]] = {}
+    for one in measured:
+        kind = words(one.run.config)
+        kinds[tuple(kind.items())] = kind
+        points = found.setdefault(tuple(kind.items()), {})
+        point = points.setdefault(setting(one.run.config), {})
+        if one.where in point:
+            raise UserError(f"{point[one.where].run.folder} and {one.run.folder} are the same run")
+        point[one.where] = one
+    return [(label(kinds[key], kinds.values()), [*found[key].values()]) for key in found]
+
+
+def label(kind: Mapping[str, Any], kinds: Iterable[Mapping[str, Any]]) -> str:
+    """A method's name, and what tells it from others of that name."""
+    others = [other for other in kinds if other["method.name"] == kind["method.name"]]
+    apart = [
+        f"{key.rpartition('.')[2]}={value}" if isinstance(value, bool) else value
+        for key, value in kind.items()
+        if any(other.get(key) != value for other in others)
+        and not key.endswith((".split", ".column"))  # of texts whose path says more
+    ]
+    return kind["method.name"] + (f" ({', '.join(dict.fromkeys(apart))})" if apart else "")
+
+
+def reading(points: Sequence[dict[Where, Measured]], budget: float) -> Reading:
+    """A method's numbers at a utility loss, along the curve of each of its seeds."""
+    places = tuple(dict.fromkeys(place for point in points for place in point))
+    curves = [[point[place] for point in points if place in point] for place in places]
+    found = [along(curve, budget) for curve in curves]
+    loss, forget, left = (np.stack(values, axis=1) for values in zip(*found, strict=True))
+    runs = [one for curve in curves for one in curve]
+    return Reading(
+        places,
+        loss,
+        forget,
+        left if all(one.residual is not None for one in runs) else None,
+        all(max(one.loss[0] for one in curve) >= budget for curve in curves),
+        any(min(one.loss[0] for one in curve) > budget for curve in curves),
+        min(one.n for one in runs),
+    )
+
+
+def along(curve: Sequence[Measured], budget: float) -> tuple[Array, Array, Array]:
+    """Utility loss, forget accuracy and K* where a curve loses `budget`, or at its end."""
+    none = np.zeros_like(curve[0].loss)
+    # a gain of utility is no loss: else a method that costs nothing would come before no method
+    losses = [none, *(one.loss.clip(min=0) for one in curve)]
+    forgets = [curve[0].before, *(one.forget for one in curve)]
+    lefts = [none + 1, *(none + np.nan if one.residual is None else one.residual for one in curve)]
+    loss, forget, left = (np.stack(values, axis=1) for values in (losses, forgets, lefts))
+    # by loss; of points that cost the same the one that forgets most comes last
+    order = np.lexsort((-forget, loss), axis=-1)
+    last = (loss <= budget).sum(axis=1, keepdims=True) - 1
+    low, high = (
+        np.take_along_axis(order, at, axis=1) for at in (last, np.minimum(last + 1, len(curve)))
+    )
+    start, stop = (np.take_along_axis(loss, at, axis=1) for at in (low, high))
+    share = (budget - start) / np.where(stop > start, stop - start, np.inf)
+
+    def between(values: Array) -> Array:
+        one, other = (np.take_along_axis(values, at, axis=1) for at in (low, high))
+        return (one + share * (other - one))[:, 0]
+
+    return between(loss), between(forget), between(left)
+
+
+def difference(
+    mine: Array | None, theirs: Array | None, one: Reading, base: Reading, draws: Draws
+) -> Estimate | None:
+    """How a number differs from the first method's, in pairs of seeds where both have them."""
+    if mine is None or theirs is None or one is base:
+        return None
+    if both := [place for place in one.where if place in base.where]:
+        own, other = ([read.where.index(place) for place in both] for read in (one, base))
+        found = draws.over_seeds(mine[:, own] - theirs[:, other])
+    else:
+        found = draws.over_seeds(mine) - draws.over_seeds(theirs)
+    return estimate(found, min(one.n[0], base.n[0]))
+
+
+def verdict(found: Estimate) -> str:
+    """Whether a difference from another method's knowledge that is left is more than noise."""
+    if found.low <= 0 <= found.high:
+        return "noise"
+    return "better" if found.high < 0 else "worse"
+
+
+def note(found: Reading, points: Sequence[dict[Where, Measured]], budget: float) -> str:
+    """What to know about a row."""
+    notes = []
+    if not found.reached:
+        notes.append(f"its strongest setting, where that loses less than {budget:.1%}")
+    if found.rough:
+        notes.append("read between the original model and its weakest setting: add weaker ones")
+    if any(set(point) != set(found.where) for point in points):
+        notes.append("not every seed has every setting")
+    attacked = [one.residual is not None for point in points for one in point.values()]
+    if any(attacked) and not all(attacked):
+        notes.append("no K*: not all of its runs were attacked")
+    return "; ".join(notes)
+
+
+def shown(one: Measured) -> str:
+    return ", ".join(metric for metrics in one.tasks for metric in metrics)

@@ -1,0 +1,90 @@
+"""A run at a stated loss of utility: the largest share of its change that costs no more."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from shutil import copyfile
+
+import numpy as np
+import torch
+
+from srmu.engine import weights
+from srmu.engine.files import write_json, write_whole
+from srmu.engine.loading import load_module
+from srmu.evals.lm_eval import questions
+from srmu.evals.subject import Question, Subject, answers
+from srmu.runs.record import DELTA, RECORD
+from srmu.runs.run import Run, load_tokenizer
+
+SHARE = "share.json"
+HALVINGS = 5
+
+
+def match(run: Run, out: Path, budget: float, judged: Sequence[str]) -> None:
+    """Write to `out` the run with the share of its change that the budget allows.
+
+    `budget` is the most that the mean accuracy on the tasks `judged` may fall. What is there is
+    kept. Where a method needs more than its weights to answer, the run is taken whole.
+    """
+    if (out / RECORD).exists():
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    copyfile(run.folder / "config.yaml", out / "config.yaml")
+    fixed = run.config.method.no_checkpoint or not run.delta
+    share = 1.0 if fixed else largest_share(run, budget, judged)
+    if share < 1:
+        before = originals(run)
+        changed = {
+            name: between(before[name], tensor, share).to(tensor.dtype)
+            for name, tensor in run.delta.items()
+        }
+        meta = {"base_model": run.config.model, "method": run.config.method.name}
+        names = {name: [name] for name in changed}
+        weights.save_delta(out / DELTA, run.base, names, changed, meta | {"run": run.config.id})
+    elif (run.folder / DELTA).exists():
+        copyfile(run.folder / DELTA, out / DELTA)
+    write_json(out / SHARE, {"share": share})
+    # last, as in a run; the change that it tells of is the whole run's
+    write_whole(out / RECORD, (run.folder / RECORD).read_text())
+
+
+def largest_share(run: Run, budget: float, judged: Sequence[str]) -> float:
+    """By halving: the mean loss on `judged` rises with the share, or nearly so."""
+    asked = [exam(task, run.config.tasks_dir or "") for task in judged]
+    subject = Subject(load_module(run.base).eval(), load_tokenizer(run.base))
+    parameters, before, after = dict(subject.module.named_parameters()), originals(run), run.delta
+
+    def kept(share: float) -> float:
+        for name, tensor in after.items():
+            parameters[name].data = between(before[name], tensor, share)
+        return float(np.mean([np.mean(answers(subject, task)) for task in asked]))
+
+    floor = kept(0.0) - budget
+    if kept(1.0) >= floor:
+        return 1.0
+    low, high = 0.0, 1.0
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if kept(middle) >= floor else (low, middle)
+    return low
+
+
+@lru_cache(32)
+def exam(task: str, tasks_dir: str) -> list[Question]:
+    """The questions of a task; `tasks_dir` is "" for one of lm-eval's own."""
+    rows = questions(task, Path(tasks_dir) if tasks_dir else None)
+    return [
+        Question(prompt, tuple(options), gold, str(row.get("fact") or f"{task} {i}"))
+        for i, (prompt, options, gold, row) in enumerate(rows)
+    ]
+
+
+def originals(run: Run) -> dict[str, torch.Tensor]:
+    where = weights.shards(run.base)
+    return {name: weights.stored_tensor(where[name], name).float() for name in run.delta}
+
+
+def between(before: torch.Tensor, after: torch.Tensor, share: float) -> torch.Tensor:
+    return before + share * (after.float() - before)

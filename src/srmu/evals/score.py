@@ -1,0 +1,86 @@
+"""Scores of a model or a run on its tasks, before and after, kept in the run's folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from srmu.engine import distributed, weights
+from srmu.engine.files import sha256, write_json
+from srmu.engine.loading import load_module, read_config
+from srmu.engine.progress import Watch, silent
+from srmu.errors import UserError
+from srmu.evals.lm_eval import Results, evaluate
+from srmu.runs.record import extend
+from srmu.runs.run import Run, find_device, load_tokenizer
+
+
+def score(
+    target: str | Path | Run,
+    tasks: Sequence[str] = (),
+    *,
+    tasks_dir: str | Path | None = None,
+    limit: int | None = None,
+    device: str = "auto",
+    watch: Watch = silent,
+) -> dict[str, Results]:
+    """Score a model folder, a hub id or a run: `{"after": ...}`, for a run also `"before"`.
+
+    A run's own `eval` tasks are the default; local tasks are found in `tasks_dir`, else in the
+    run's, else in `tasks/` beside the model. A run's scores go into `results.json` and
+    `before.json` of its folder.
+    """
+    if isinstance(target, Run):
+        run: Run | None = target
+    else:
+        is_run = (Path(target) / "record.json").exists()
+        run = Run.open(Path(target)) if is_run else None
+    folder = run.base if run else weights.locate(str(target))
+    delta = run.delta if run else {}
+    read_config(folder)
+    weights.shards(folder)
+    if run:
+        tasks = tasks or run.config.eval
+        if tasks_dir is None:
+            tasks_dir = run.config.tasks_dir
+    if not tasks:
+        raise UserError("no task named; give --tasks a,b")
+    tasks_dir = Path(tasks_dir) if tasks_dir is not None else tasks_beside(folder)
+    tokenizer = load_tokenizer(folder)
+    module = load_module(folder).eval().to(find_device(device))
+
+    base = weights.fingerprint(folder)
+
+    def measured(fingerprint: str) -> Results:
+        return evaluate(
+            module,
+            tokenizer,
+            tasks,
+            tasks_dir=tasks_dir,
+            limit=limit,
+            fingerprint=fingerprint,
+            watch=watch,
+        )
+
+    before = measured(weights.changed_fingerprint(base, {}))
+    if run is None:
+        return {"after": before}
+    method = run.config.method
+    fingerprint = weights.changed_fingerprint(base, delta)
+    if method.no_checkpoint:  # its options decide the answers, too
+        fingerprint = sha256(fingerprint.encode(), repr(method).encode())
+    with method.at_inference(module, partial(weights.apply_delta, module, folder, delta)):
+        scores = {"before": before, "after": measured(fingerprint)}
+    if not distributed.first():
+        return scores
+    write_json(run.folder / "before.json", scores["before"])
+    write_json(run.folder / "results.json", scores["after"])
+    extend(run.folder, ["before.json", "results.json"], results=scores)
+    return scores
+
+
+def tasks_beside(folder: Path) -> Path | None:
+    """Where the tasks that come with a model are, as in a testbed."""
+    found = folder.parent / "tasks"
+    return found if found.is_dir() else None

@@ -1,0 +1,371 @@
+"""How far apart a model keeps forget and retain texts, layer by layer, and what to do about it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from srmu.data.overlap import contamination, coverage, ngram_overlap
+from srmu.data.tokens import batch_up, tokenise
+from srmu.engine.loading import find_layers
+from srmu.engine.losses import counted, without_first
+from srmu.engine.model import Batch
+from srmu.engine.progress import Watch, silent
+from srmu.engine.train import to
+from srmu.errors import UserError
+from srmu.evals.figures import Analysis, Panel
+from srmu.methods.importance import FLAT, describe, importance, measure, sums
+
+Array = NDArray[Any]
+
+DOCUMENTS = 200  # of each set that are read at most
+FOLDS = 5
+OUTLIER = 10  # times the median: what is larger is an outlier of the importance map
+LISTED = 20  # outliers of a layer, the largest first
+CLEAR = 0.75  # balanced accuracy from which a layer tells the sets apart
+# Entanglement: below the one no protection, above the other a risk. On the testbed it is 0.06 for
+# general texts, 0.33 for those on other compounds, 0.6 for those on all compounds to forget.
+LOW, HIGH = 0.2, 0.5
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Documents of one set as batches, and which of their tokens are kept (B, T, in `chosen`).
+
+    `owners` says of each kept token, in order, in which document it stands.
+    """
+
+    batches: list[Batch]
+    masks: list[Tensor]
+    chosen: list[Tensor]
+    owners: Array
+
+
+def entanglement(
+    forget: Sequence[str],
+    retain: Sequence[str],
+    questions: Sequence[tuple[str, str, str]] = (),
+    model: tuple[PreTrainedModel, Any] | None = None,
+    *,
+    overlap: dict[str, Any] | None = None,
+    layers: dict[str, Any] | None = None,
+    watch: Watch = silent,
+) -> Analysis:
+    """All that can be known of a forget and a retain set before training, and advice.
+
+    `questions` are (prompt, right answer, subject or ""); `model` a module with its tokenizer.
+    `overlap` and `layers` are options of `ngram_overlap` and `separability`. The headline number
+    `entanglement` is the share of the forget set's word types, stop words left out, that the
+    retain set uses too: more shared words never lower it.
+    """
+    numbers: dict[str, Any] = {
+        "entanglement": coverage(forget, retain),
+        "overlap": ngram_overlap(forget, retain, **(overlap or {})),
+    }
+    if questions:
+        numbers["contamination"] = {
+            name: contamination(questions, texts)
+            for name, texts in (("forget", forget), ("retain", retain))
+        }
+    panels = []
+    if model is not None:
+        numbers["separability"] = separability(
+            *model, forget, retain, **(layers or {}), watch=watch
+        )
+        panels = pictures(numbers["separability"]["layers"])
+    return Analysis("Entanglement of forget and retain set", numbers, advise(numbers), panels)
+
+
+def separability(
+    module: PreTrainedModel,
+    tokenizer: Any,
+    forget: Sequence[str],
+    retain: Sequence[str],
+    *,
+    tokens: int = 1000,
+    max_length: int = 512,
+    batch_size: int = 8,
+    components: int = 10,
+    seed: int = 0,
+    watch: Watch = silent,
+) -> dict[str, Any]:
+    """Numbers of each layer's output on forget and retain texts; a text's first token is left out.
+
+    By layer: `accuracy`, the balanced one of a logistic regression between the tokens of the two
+    sets, cross-validated by document, with its standard error over folds; `mean_cosine` of the two
+    means; `subspace_cosine`, the mean over principal angles, and `smallest_angle` (degrees) between
+    the first `components` principal directions of each set; `importance`, SRMU's map there. Up to
+    `tokens` tokens of each set, of up to 200 documents, are held for every layer; the map is made
+    of all tokens of these documents.
+    """
+    if components < 1 or tokens < 2:
+        raise UserError(f"components {components} must be 1 or more, tokens {tokens} 2 or more")
+    generator = torch.Generator().manual_seed(seed)
+    samples = []
+    for name, texts in (("forget", forget), ("retain", retain)):
+        few = [texts[i] for i in torch.randperm(len(texts), generator=generator)[:DOCUMENTS]]
+        rows = tokenise(few, tokenizer, max_length) if few else []
+        batches = list(batch_up(rows, tokenizer, batch_size, "mask"))
+        samples.append(draw(name, batches, tokens, generator))
+    least = min(len(sample.owners) for sample in samples)
+    available = min(least - 1, module.config.hidden_size)
+    if components > available:
+        raise UserError(
+            f"components {components} is more than the {available} that there are: name fewer, "
+            "or give more texts"
+        )
+    with watch("reading the texts", sum(len(s.batches) for s in samples)) as tick:
+        read_all = [activations(module, sample, tick) for sample in samples]
+    layers = []
+    with watch("comparing layers", len(read_all[0])) as tick:
+        for layer, ((left, f_sums), (right, r_sums)) in enumerate(zip(*read_all, strict=True)):
+            accuracy, error = classify(left, right, samples[0].owners, samples[1].owners, seed)
+            cosines = principal_cosines(left, right, components)
+            layers.append(
+                {
+                    "layer": layer,
+                    "accuracy": accuracy,
+                    "stderr": error,
+                    "mean_cosine": cosine(left.mean(axis=0), right.mean(axis=0)),
+                    "subspace_cosine": float(cosines.mean()),
+                    "smallest_angle": math.degrees(math.acos(cosines.max())),
+                    "importance": describe_map(f_sums, r_sums),
+                }
+            )
+            tick("")
+    return {
+        "layers": layers,
+        "documents": [len(set(sample.owners.tolist())) for sample in samples],
+        "tokens": [len(sample.owners) for sample in samples],
+        "components": components,
+        "max_length": max_length,
+        "seed": seed,
+    }
+
+
+def draw(name: str, batches: list[Batch], tokens: int, generator: torch.Generator) -> Sample:
+    """Choose `tokens` tokens of the batches, all alike likely but the first of each document."""
+    masks = [without_first(counted(batch["labels"])) for batch in batches]
+    flat = torch.cat([torch.zeros(0, dtype=torch.bool), *(mask.flatten() for mask in masks)])
+    places = flat.nonzero()[:, 0]
+    kept = torch.zeros_like(flat)
+    kept[places[torch.randperm(len(places), generator=generator)[:tokens]]] = True
+    parts = kept.split([mask.numel() for mask in masks])
+    chosen = [part.view_as(mask) for part, mask in zip(parts, masks, strict=True)]
+    rows = torch.arange(sum(len(mask) for mask in masks)).split([len(mask) for mask in masks])
+    owners = [row[:, None].expand_as(part)[part] for row, part in zip(rows, chosen, strict=True)]
+    found = torch.cat([torch.zeros(0, dtype=torch.long), *owners]).numpy()
+    if (count := len(set(found.tolist()))) < 2:
+        raise UserError(
+            f"{count} document of the {name} set has tokens to compare; it takes 2 or more, so "
+            "that what is tested was not learnt from"
+        )
+    return Sample(batches, masks, chosen, found)
+
+
+@torch.no_grad()
+def activations(
+    module: PreTrainedModel, sample: Sample, tick: Callable[[str], None]
+) -> list[tuple[Array, Tensor]]:
+    """By layer: the chosen tokens' activations (N, D), and `importance.sums` over all tokens.
+
+    One forward a batch.
+    """
+    blocks = getattr(*find_layers(module))
+    values: list[list[Tensor]] = [[] for _ in blocks]
+    totals: list[Tensor | int] = [0 for _ in blocks]
+    masks: list[Tensor] = []  # of the batch that is read: all tokens, the chosen ones
+
+    def see(layer: int, block: nn.Module, args: Any, output: Any) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        if hidden.ndim == 4:  # Gemma 3n
+            raise UserError(f"{type(module).__name__} keeps several streams: it is not compared")
+        hidden = hidden.reshape(*masks[0].shape, -1)  # OPT flattens inside its layers
+        totals[layer] = totals[layer] + sums(hidden, masks[0]).cpu()
+        values[layer].append(hidden[masks[1]].float().cpu())
+
+    handles = [block.register_forward_hook(partial(see, i)) for i, block in enumerate(blocks)]
+    try:
+        for batch, mask, chosen in zip(sample.batches, sample.masks, sample.chosen, strict=True):
+            masks[:] = mask.to(module.device), chosen.to(module.device)
+            read = to({k: batch[k] for k in ("input_ids", "attention_mask")}, module.device)
+            module.base_model(**read, use_cache=False)
+            tick("")
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [
+        (torch.cat(parts).numpy(), torch.as_tensor(total))
+        for parts, total in zip(values, totals, strict=True)
+    ]
+
+
+def classify(
+    left: Array, right: Array, left_owners: Array, right_owners: Array, seed: int = 0
+) -> tuple[float, float]:
+    """Balanced accuracy of a linear classifier on documents it has not seen, and its error.
+
+    The error is the standard error over the folds. A document's tokens are all in one fold.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import balanced_accuracy_score
+    from sklearn.model_selection import StratifiedGroupKFold
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    values = np.concatenate([left, right])
+    labels = np.repeat([1, 0], [len(left), len(right)])
+    groups = np.concatenate([left_owners, right_owners + left_owners.max() + 1])
+    folds = min(FOLDS, *(len(np.unique(x)) for x in (left_owners, right_owners)))
+    found = []
+    for train, test in StratifiedGroupKFold(folds, shuffle=True, random_state=seed).split(
+        values, labels, groups
+    ):
+        # Scaled: a few outlier features would rule the penalty.
+        model = make_pipeline(
+            StandardScaler(),
+            LogisticRegression(C=0.1, class_weight="balanced", max_iter=200, tol=1e-3),
+        )
+        model.fit(values[train], labels[train])
+        found.append(balanced_accuracy_score(labels[test], model.predict(values[test])))
+    return float(np.mean(found)), float(np.std(found, ddof=1) / len(found) ** 0.5)
+
+
+def principal_cosines(left: Array, right: Array, k: int) -> Array:
+    """Cosines of the principal angles between the first `k` principal directions of two sets."""
+    bases = []
+    for values in (left, right):
+        centred = torch.from_numpy(values - values.mean(axis=0)).double()
+        bases.append(torch.linalg.svd(centred, full_matrices=False).Vh[:k])
+    return torch.linalg.svdvals(bases[0] @ bases[1].T).clamp(max=1).numpy()
+
+
+def cosine(left: Array, right: Array) -> float:
+    return float(left @ right / (np.linalg.norm(left) * np.linalg.norm(right) + 1e-12))
+
+
+def describe_map(forget: Float[Tensor, "5 D"], retain: Float[Tensor, "5 D"]) -> dict[str, Any]:
+    """How selective SRMU's default map is for these sums, and its outlier dimensions."""
+    map_ = importance(measure([forget])[0], measure([retain])[0], "ratio")
+    median = float(map_.median())
+    largest = map_.argsort(descending=True)[:LISTED].tolist()
+    outliers = [
+        {"dimension": i, "value": float(map_[i])} for i in largest if map_[i] > OUTLIER * median
+    ]
+    return {**describe(map_), "median": median, "outliers": outliers}
+
+
+def pictures(layers: Sequence[dict[str, Any]]) -> list[Panel]:
+    at = [row["layer"] for row in layers]
+
+    def panel(title: str, y_title: str, **series: str) -> Panel:
+        values = {name.replace("_", " "): [row[k] for row in layers] for name, k in series.items()}
+        return Panel(title, "layer", y_title, at, values)
+
+    maps = {
+        name: [row["importance"][key] for row in layers]
+        for name, key in (("Gini coefficient", "gini"), ("share above 0.5", "share_above_half"))
+    }
+    return [
+        panel("Telling forget from retain tokens", "balanced accuracy", accuracy="accuracy"),
+        panel(
+            "How alike the two sets are",
+            "cosine",
+            of_the_means="mean_cosine",
+            of_the_subspaces="subspace_cosine",
+        ),
+        panel("Smallest principal angle", "degrees", angle="smallest_angle"),
+        Panel("Importance map", "layer", "in 0-1", at, maps),
+    ]
+
+
+def best_layer(layers: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The lowest layer whose accuracy is within one standard error of the highest."""
+    top = max(layers, key=lambda row: row["accuracy"])
+    return next(r for r in layers if r["accuracy"] >= top["accuracy"] - top["stderr"])
+
+
+def advise(numbers: dict[str, Any]) -> list[str]:
+    """What the numbers of `entanglement` mean, in sentences."""
+    shared, overlap = numbers["entanglement"], numbers["overlap"]
+    settings = [
+        "lower case" if overlap["lower"] else "case kept",
+        f"tokens by {overlap['tokeniser']}",
+        f"stop words {overlap['stop_words']}",
+        f"truncation {overlap['truncation'] or 'none'}",
+    ]
+    if overlap["pairs"]:
+        settings.append(f"{overlap['pairs']} pairs, seed {overlap['seed']}")
+    said = [
+        f"Entanglement {shared:.2f}: the retain set uses {shared:.0%} of the forget set's words "
+        "(types, without stop words).",
+        f"Overlap ({overlap['definition']}): unigrams {overlap['unigram']:.1%}, "
+        f"bigrams {overlap['bigram']:.1%}; {', '.join(settings)}.",
+    ]
+    if shared < LOW:
+        said.append(
+            "They share so little that the retain set cannot protect neighbouring knowledge: add "
+            "harmless retain texts on the same subjects as the forget set."
+        )
+    elif shared > HIGH:
+        said.append(
+            "They share so much that knowledge beside the forget set is at risk: measure it with "
+            "neighbour questions, and raise method.alpha if it suffers."
+        )
+    for name, found in numbers.get("contamination", {}).items():
+        if found["either"]:
+            effect = {
+                "forget": "suppressing those texts suppresses these very questions; ask about "
+                "facts that no forget text states, too",
+                "retain": "some of its texts hold a question or a subject with the right answer; "
+                "take out those that tell what is to be forgotten",
+            }[name]
+            said.append(
+                f"{found['either']:.0%} of {found['questions']} evaluation questions are given "
+                f"away by the {name} set: {effect}."
+            )
+    if "separability" in numbers:
+        said += advise_layers(numbers["separability"]["layers"])
+    return said
+
+
+def advise_layers(layers: Sequence[dict[str, Any]]) -> list[str]:
+    best = best_layer(layers)
+    layer, accuracy = best["layer"], best["accuracy"]
+    window = f" method.window={layer + 1}" if layer < 2 else ""
+    said = [
+        f"Layer {layer} separates best (balanced accuracy {accuracy:.1%} +- {best['stderr']:.1%}; "
+        f"a coin gives 50%): method.layer={layer}{window}."
+    ]
+    if accuracy < CLEAR:
+        said.append(
+            "No layer tells the two sets apart well: what changes forget texts changes retain "
+            "texts, and knowledge beside the forget set is at risk."
+        )
+    map_ = best["importance"]
+    if map_["sd"] < FLAT:
+        said.append(
+            f"SRMU's importance map at layer {layer} is nearly flat (Gini {map_['gini']:.2f}, sd "
+            f"under {FLAT}): it selects nothing, and method.importance=uniform does the same."
+        )
+    else:
+        said.append(
+            f"SRMU's importance map at layer {layer}: Gini {map_['gini']:.2f}, "
+            f"{map_['share_above_half']:.1%} of dimensions above 0.5."
+        )
+    if map_["outliers"]:
+        said.append(
+            f"{len(map_['outliers'])} of its dimensions are outliers, above {OUTLIER} times the "
+            "median: method.clip_quantile=0.99 keeps them from setting the scale."
+        )
+    return said

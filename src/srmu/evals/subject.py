@@ -1,0 +1,171 @@
+"""A model under examination: questions, answers and what it gives them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from srmu.engine.likelihoods import loglikelihoods
+from srmu.engine.model import EditableModel
+
+
+class NotApplicable(Exception):  # noqa: N818 (nothing went wrong)
+    """This attack says nothing about this model, these texts or these questions; the reason."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt and the options that can follow it, each with the space before it.
+
+    `fact` is what it asks for, the same in all its phrasings; `paraphrases` are other prompts that
+    the options can follow; `entry` is the thing that the question is about, if it is known.
+    """
+
+    prompt: str
+    options: tuple[str, ...]
+    gold: int
+    fact: str
+    paraphrases: tuple[str, ...] = ()
+    entry: str = ""
+
+    @property
+    def answer(self) -> str:
+        return self.options[self.gold]
+
+
+class Subject:
+    """A model under attack. Whatever an attack does to it, it is as before afterwards.
+
+    `original` holds the tensors of the model before unlearning that differ from its own, by
+    parameter name; none for the original itself. `fixed` says why its weights cannot be attacked
+    (it answers with more than them), "" where they can.
+    """
+
+    def __init__(
+        self,
+        module: PreTrainedModel,
+        tokenizer: Any,
+        original: Mapping[str, Tensor] | None = None,
+        oracle: Subject | None = None,
+        fixed: str = "",
+    ) -> None:
+        self.module = module.eval()
+        self.tokenizer = tokenizer
+        self.original = dict(original or {})
+        self.oracle = oracle
+        self.fixed = fixed
+        self._known = lru_cache(1 << 16)(self._tokens)  # an exam is taken many times
+
+    @property
+    def device(self) -> torch.device:
+        return self.module.device
+
+    @property
+    def max_length(self) -> int:
+        """The most tokens the model can read."""
+        return getattr(self.module.config, "max_position_embeddings", None) or 2048
+
+    @contextmanager
+    def as_original(self) -> Iterator[None]:
+        """Run the block as the model before unlearning; NotApplicable where this is it."""
+        if not self.original:
+            raise NotApplicable("this is the original model")
+        if self.fixed:
+            raise NotApplicable(self.fixed)
+        parameters = dict(self.module.named_parameters())
+        current = {name: parameters[name].data for name in self.original}
+        for name, tensor in self.original.items():
+            parameters[name].data = tensor
+        try:
+            yield
+        finally:
+            for name, tensor in current.items():
+                parameters[name].data = tensor
+
+    @contextmanager
+    def editable(self, *trainable: str) -> Iterator[EditableModel]:
+        """The model with copies of the parameters that match, to be changed freely.
+
+        `trainable` is as for methods: `"*"`, `"*.linear"`, names, globs. `frozen()` of what is
+        yielded is the model under attack. NotApplicable where its weights say not all.
+        """
+        if self.fixed:
+            raise NotApplicable(self.fixed)
+        flags = {name: p.requires_grad for name, p in self.module.named_parameters()}
+        model = EditableModel(self.module, trainable)
+        original = dict(model.original)
+        try:
+            yield model
+        finally:
+            for name, parameter in self.module.named_parameters():
+                if name in original:
+                    parameter.data = original[name]
+                parameter.grad = None
+                parameter.requires_grad_(flags[name])
+
+    def _tokens(self, text: str) -> tuple[int, ...]:
+        return tuple(self.tokenizer(text)["input_ids"])
+
+    def tokens(self, text: str) -> list[int]:
+        """The tokens of a text from its start, with those that the tokenizer puts first."""
+        return list(self._known(text))
+
+    def split(self, prompt: str, answer: str) -> tuple[list[int], list[int]]:
+        """The tokens of a prompt, and those that the answer after it adds."""
+        before, whole = self.tokens(prompt), self.tokens(prompt + answer)
+        return before, whole[len(before) :]
+
+
+def likelihoods(model: Subject, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, int, bool]]:
+    """Of each (prompt, answer): log-probability of the answer, its tokens, whether it is greedy."""
+    requests = [((prompt, answer), *model.split(prompt, answer)) for prompt, answer in pairs]
+    reader: Any = SimpleNamespace(
+        model=model.module,
+        device=model.device,
+        batch_size=64,
+        max_length=model.max_length,
+        softmax_dtype=torch.float32,
+        cache_hook=SimpleNamespace(add_partial=lambda *args: None),
+    )
+    found = loglikelihoods(reader, requests)
+    return [(logp, len(r[2]), sure) for (logp, sure), r in zip(found, requests, strict=True)]
+
+
+def option_scores(
+    model: Subject, questions: Sequence[Question], *, normalised: bool = False
+) -> list[list[float]]:
+    """The log-probability of each option of each question; `normalised`: a token's mean."""
+    pairs = [(q.prompt, option) for q in questions for option in q.options]
+    rows = iter(likelihoods(model, pairs))
+    return [
+        [
+            logp / length if normalised else logp
+            for logp, length, _ in (next(rows) for _ in q.options)
+        ]
+        for q in questions
+    ]
+
+
+def right(scores: Sequence[Sequence[float]], questions: Sequence[Question]) -> tuple[float, ...]:
+    """1 where the right option has the highest score, else 0; the first of equals is chosen."""
+    return tuple(
+        float(max(range(len(row)), key=row.__getitem__) == q.gold)
+        for row, q in zip(scores, questions, strict=True)
+    )
+
+
+def answers(model: Subject, questions: Sequence[Question]) -> tuple[float, ...]:
+    """1 for each question whose right option the model finds likeliest, else 0."""
+    return right(option_scores(model, questions), questions)
+
+
+def facts(questions: Sequence[Question]) -> list[str]:
+    return [question.fact for question in questions]

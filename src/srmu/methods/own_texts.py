@@ -1,0 +1,222 @@
+"""Texts that the original model writes itself, and which tokens are a forget set's own.
+
+They are kept in memory only: they may say what is to be forgotten.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence, Set
+from dataclasses import dataclass
+from math import log
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from srmu.data.names import Names
+from srmu.engine.generate import Ids, sampled
+from srmu.engine.model import Batch, EditableModel
+from srmu.errors import UserError
+
+AT_ONCE = 128  # texts written at once
+RATIO = 2.5  # how many times more frequent a token of the forget set's own is there
+LEAST = 2  # times that it must be there: once may be chance
+
+
+def texts_of(batches: Sequence[Batch]) -> list[Ids]:
+    """The texts of batches, without padding."""
+    return [
+        ids[real == 1].tolist()
+        for batch in batches
+        for ids, real in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    ]
+
+
+def silent() -> None:
+    """Nobody follows."""
+
+
+def first_token(model: EditableModel) -> int:
+    """What a text of the model begins with: <s>, or what ends the text before it."""
+    for name in ("bos_token_id", "eos_token_id"):
+        for config in (model.module.config, model.module.generation_config):
+            found = getattr(config, name, None)
+            if found is not None:
+                return found[0] if isinstance(found, list) else int(found)
+    raise UserError(
+        "the model's config.json names no bos_token_id or eos_token_id for texts to begin with"
+    )
+
+
+def free_samples(
+    model: EditableModel, count: int, length: int, seed: int, tick: Callable[[], None] = silent
+) -> list[Ids]:
+    """Texts that the original writes from nothing, of at most `length` tokens with the first."""
+    return continued(model, [[first_token(model)]] * count, length, seed, tick)
+
+
+def continued(
+    model: EditableModel,
+    starts: Sequence[Ids],
+    length: int,
+    seed: int,
+    tick: Callable[[], None] = silent,
+) -> list[Ids]:
+    """The starts with what the original writes after them, of at most `length` tokens in all.
+
+    Drawn at temperature 1 from all tokens; `tick` is called after each of as many `chunks`.
+    """
+    written: list[Ids] = [list(start) for start in starts]
+    order = sorted(range(len(starts)), key=lambda i: len(starts[i]))  # alike ones together
+    with model.frozen():
+        for first in range(0, len(order), AT_ONCE):
+            rows = order[first : first + AT_ONCE]
+            room = length - min(len(starts[i]) for i in rows)
+            if room > 0:
+                parts = sampled(model, [starts[i] for i in rows], room, seed + first, AT_ONCE)
+                for i, part in zip(rows, parts, strict=True):
+                    written[i] = (written[i] + part)[: max(length, len(starts[i]))]
+            tick()
+    return written
+
+
+def chunks(count: int) -> int:
+    """In how many parts as many texts are written."""
+    return -(-count // AT_ONCE)
+
+
+def typical(forget: Sequence[Ids], own: Sequence[Ids], ratio: float = RATIO) -> Tensor:
+    """The tokens that are more than `ratio` times as frequent in forget texts as in `own` ones."""
+    here, there = (Counter(i for row in rows for i in row) for rows in (forget, own))
+    size, other = max(1, here.total()), there.total() + 1
+    found = [
+        token
+        for token, count in here.items()
+        if count >= LEAST and count / size > ratio * (there[token] + 1) / other
+    ]
+    return torch.tensor(sorted(found), dtype=torch.long)
+
+
+Kind = Literal["forget", "keep", "neither"]
+ENDS = (".", "!")  # of a sentence; a question belongs to its answer
+COMMON = 0.25  # share of texts; a word that is in more of them tells nothing
+CUT = 0.5  # nats that speak for the forget set, above which a sentence is like it
+AGAINST = -1.0  # the most that one word can say against it
+
+
+def ends_sentence(text: str) -> bool:
+    """Whether a sentence ends with a token of this text."""
+    return text.strip().endswith(ENDS)
+
+
+Word = tuple[Any, ...]  # its tokens
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """How tokens make words and sentences.
+
+    `inner` ones can go on with the word before them, `unfinished` ones can be gone on with, `ends`
+    are the last of a sentence.
+    """
+
+    ends: frozenset[int]
+    inner: frozenset[int] = frozenset()
+    unfinished: frozenset[int] = frozenset()
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> Spelling:
+        alone = [str(text) for text in tokenizer.batch_decode([[i] for i in range(len(tokenizer))])]
+        ends = (i for i, text in enumerate(alone) if ends_sentence(text))
+        words = [i for i, text in enumerate(alone) if text[-1:].isalnum()]
+        if not words:
+            return cls(frozenset(ends))
+        # a tokenizer that joins its tokens by spaces has none that is inside a word
+        pairs = tokenizer.batch_decode([[words[0], i] for i in range(len(tokenizer))])
+        after = (str(text)[len(alone[words[0]]) :] for text in pairs)
+        inner = (i for i, text in enumerate(after) if text[:1].isalnum())
+        blank = (i for i, text in enumerate(alone) if text == " ")  # a word begins with it
+        return cls(frozenset(ends), frozenset(inner), frozenset([*words, *blank]))
+
+    def words(self, items: Sequence[Any]) -> list[Word]:
+        """Tokens, and slots that stand for some, word by word."""
+        found: list[Word] = []
+        before: Any = None
+        for item in items:
+            if before in self.unfinished and item in self.inner:
+                found[-1] += (item,)
+            else:
+                found.append((item,))
+            before = item
+        return found
+
+    def sentences(self, items: Sequence[Any]) -> Iterator[tuple[int, int]]:
+        """Where each sentence of a text begins and ends."""
+        start = 0
+        for end, item in enumerate(items, 1):
+            if item in self.ends or end == len(items):
+                yield start, end
+                start = end
+
+
+class Likeness:
+    """Tells sentences that are like forget texts from others, by how frequent their words are.
+
+    Words, not tokens: a piece that hazardous words have stands in harmless names, too. First by the
+    forget texts against `others`, which tell of it, too; then once more by what that calls like
+    them against all that it does not. The names do not count: harmless texts have them. What has a
+    goal is the forget set's, and the other words of its sentences do not count: harmless procedures
+    have the same steps.
+    """
+
+    def __init__(
+        self,
+        forget: Sequence[Ids],
+        others: Sequence[Ids],
+        names: Names,
+        spelling: Spelling,
+    ) -> None:
+        self.names, self.spelling = names, spelling
+        texts = Counter(word for row in others for word in {*spelling.words(row)})
+        silent = {word for name in names.spelt for word in spelling.words(name)}
+        silent |= {word for word, count in texts.items() if count > COMMON * len(others)}
+        ours, theirs = map(self.without_goals, (forget, others))
+        self.nats = self.weighed(ours, theirs, silent)
+        parts: dict[bool, list[Ids]] = {True: ours, False: []}
+        for sentence in theirs:
+            parts[self.kind(sentence) == "forget"].append(sentence)
+        self.nats = self.weighed(parts[True], parts[False], silent)
+
+    def without_goals(self, rows: Sequence[Ids]) -> list[Ids]:
+        """The sentences of texts that tell of no goal."""
+        cut = (row[start:end] for row in rows for start, end in self.spelling.sentences(row))
+        return [sentence for sentence in cut if not self.names.tells_of_a_goal(sentence)]
+
+    def sentences(self, items: Sequence[Any]) -> Iterator[tuple[int, int, Kind]]:
+        """Where each sentence of a text begins and ends, and of which kind it is."""
+        for start, end in self.spelling.sentences(items):
+            yield start, end, self.kind(items[start:end])
+
+    def kind(self, sentence: Sequence[Any]) -> Kind:
+        """One with a word of the forget set's own is never kept: a leak would teach it again."""
+        each = [self.nats.get(word, 0.0) for word in self.spelling.words(sentence)]
+        if sum(each) > CUT or self.names.tells_of_a_goal(sentence):
+            return "forget"
+        return "keep" if sum(each) < -CUT and max(each) < log(RATIO) else "neither"
+
+    def weighed(
+        self, forget: Sequence[Ids], others: Sequence[Ids], silent: Set[Word]
+    ) -> dict[Word, float]:
+        """Nats by which each word speaks for the forget set, at least AGAINST; `silent` none."""
+        here, there = (
+            Counter(word for row in rows for word in self.spelling.words(row))
+            for rows in (forget, others)
+        )
+        known = {*here, *there}
+        # half a word more of each, so that none is impossible
+        size, other = (counts.total() + 0.5 * len(known) for counts in (here, there))
+        return {
+            word: max(AGAINST, log((here[word] + 0.5) / size) - log((there[word] + 0.5) / other))
+            for word in known - silent
+        }

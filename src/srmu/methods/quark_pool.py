@@ -1,0 +1,189 @@
+"""Continuations with their rewards, and the control tokens of Quark."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+
+from srmu.engine.files import from_file
+from srmu.engine.generate import Ids, likelihoods, sampled
+from srmu.engine.losses import counted
+from srmu.engine.model import Batch, EditableModel
+from srmu.engine.topic import Topic
+from srmu.errors import UserError, suggest
+
+# (model, prompts, responses, true continuations) -> what each response is worth, all at once. The
+# model is the original, without gradients: `likelihoods` and `model.logits` read it.
+Reward = Callable[[EditableModel, Sequence[Ids], Sequence[Ids], Sequence[Ids]], Sequence[float]]
+
+
+class Entry(NamedTuple):
+    """A continuation of a prompt, and what it is worth."""
+
+    prompt: Ids
+    response: Ids
+    reward: float
+
+
+def continuations(topic: Topic, count: int) -> list[tuple[Ids, Ids]]:
+    """The first `count` forget texts, each as a prompt and its true continuation."""
+    found: list[tuple[Ids, Ids]] = []
+    for batch in topic.split().forget:
+        for ids, mask, labels in zip(
+            batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True
+        ):
+            answer = counted(labels) & (mask == 1)
+            found.append((ids[(mask == 1) & ~answer].tolist(), ids[answer].tolist()))
+    return found[:count]
+
+
+def unlikely(
+    model: EditableModel,
+    prompts: Sequence[Ids],
+    responses: Sequence[Ids],
+    truths: Sequence[Ids],
+) -> list[float]:
+    """Minus what the original says that the prompt implies: - mean log p0(y | x)."""
+    return [-value for value in likelihoods(model, prompts, responses)]
+
+
+def different(
+    model: EditableModel,
+    prompts: Sequence[Ids],
+    responses: Sequence[Ids],
+    truths: Sequence[Ids],
+) -> list[float]:
+    """Minus the share of a response's bigrams that its forget text's continuation has."""
+
+    def share(response: Ids, truth: Ids) -> float:
+        grams: list[Any] = list(pairwise(response)) or response  # of one token: that token
+        known: set[Any] = {*pairwise(truth), *truth}
+        return sum(gram in known for gram in grams) / len(grams)
+
+    return [-share(*pair) for pair in zip(responses, truths, strict=True)]
+
+
+REWARDS: dict[str, Reward] = {"likelihood": unlikely, "overlap": different}
+
+
+def find_reward(name: str) -> Reward:
+    """A reward by its name, or one's own: `path/to/file.py:function`."""
+    if name in REWARDS:
+        return REWARDS[name]
+    if ".py:" not in name:
+        raise UserError(
+            f"unknown method.reward {name!r}{suggest(name, REWARDS)}, or path/to/file.py:function"
+        )
+    function: Any = from_file("method.reward", name)
+    if not callable(function):
+        raise UserError(f"method.reward {name}: there is no such function in that file")
+    return function
+
+
+def judged(
+    model: EditableModel,
+    reward: Reward,
+    fluency: float,
+    texts: Sequence[tuple[Ids, Ids]],
+    responses: Sequence[Ids],
+) -> list[Entry]:
+    """The responses to prompts with what they are worth.
+
+    To the reward comes `fluency` times the original's mean log-likelihood of the response without
+    its prompt: after the text's first token only, which is a <s> in most models.
+    """
+    contexts, truths = [x for x, _ in texts], [y for _, y in texts]
+    with model.frozen():
+        values = reward(model, contexts, responses, truths)
+        fluent = likelihoods(model, [x[:1] for x in contexts], responses)
+    if len(values) != len(responses):
+        raise UserError(f"method.reward gave {len(values)} numbers for {len(responses)} responses")
+    rewards = [float(value) + fluency * extra for value, extra in zip(values, fluent, strict=True)]
+    return [Entry(*row) for row in zip(contexts, responses, rewards, strict=True)]
+
+
+def quantiles(pool: Sequence[Entry], count: int) -> list[list[Entry]]:
+    """The pool by reward, the best first, in `count` equal parts; the rest goes to the worst."""
+    ranked = sorted(pool, key=lambda entry: -entry.reward)
+    size = len(ranked) // count
+    parts = [ranked[i * size : (i + 1) * size] for i in range(count - 1)]
+    return [*parts, ranked[(count - 1) * size :]]
+
+
+class Pool:
+    """The continuations of a topic's prompts with what they are worth, more as training goes on.
+
+    At first: each forget text's own continuation, and one that the original samples.
+    """
+
+    def __init__(
+        self,
+        model: EditableModel,
+        topic: Topic,
+        reward: Reward,
+        fluency: float,
+        *,
+        prompts: int,
+        length: int,
+    ) -> None:
+        self.topic, self.reward, self.fluency, self.length = topic, reward, fluency, length
+        self.texts = continuations(topic, prompts)
+        own = [truth[:length] for _, truth in self.texts]
+        self.entries = judged(model, reward, fluency, self.texts, own)
+        self.explore(model, 0)
+        self.fixed = len(self.entries)  # those that the texts and the original decide
+
+    def explore(self, model: EditableModel, step: int) -> None:
+        """Add a sample for each prompt, drawn as one of the best quantile: without a token."""
+        contexts = [prompt for prompt, _ in self.texts]
+        responses = sampled(model, contexts, self.length, self.topic.number(f"samples {step}"))
+        found = judged(model, self.reward, self.fluency, self.texts, responses)
+        self.entries += found
+        self.explored, self.latest = step, torch.tensor([entry.reward for entry in found]).mean()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What later samples added: responses and rewards, but no prompt."""
+        added = [(entry.response, entry.reward) for entry in self.entries[self.fixed :]]
+        return {"added": added, "explored": self.explored, "latest": float(self.latest)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for i, (response, reward) in enumerate(state["added"]):
+            prompt, _ = self.texts[i % len(self.texts)]
+            self.entries.append(Entry(prompt, response, reward))
+        self.explored, self.latest = state["explored"], torch.tensor(state["latest"])
+
+    def draw(self, count: int, parts: int, step: int) -> tuple[list[Entry], list[int]]:
+        """As many entries of each quantile as can be, with their quantiles, the best (0) first."""
+        generator = self.topic.generator(f"batch {step}")
+        order = torch.randperm(parts, generator=generator).tolist()
+        ranks = sorted(order[i % parts] for i in range(count))
+        places = torch.rand(count, generator=generator).tolist()
+        ranked = quantiles(self.entries, parts)
+        chosen = [ranked[k][int(u * len(ranked[k]))] for k, u in zip(ranks, places, strict=True)]
+        return chosen, ranks
+
+
+def control_tokens(model: EditableModel, topic: Topic, count: int) -> torch.nn.Parameter:
+    """Embeddings of new tokens, (count, D): by dimension as normal as those of ordinary tokens."""
+    with torch.no_grad():
+        known = model.module.get_input_embeddings()(topic.vocabulary.to(model.device))
+    draw = torch.randn(count, known.shape[1], generator=topic.generator("control tokens"))
+    rows = known.float().mean(0) + known.float().std(0) * draw.to(model.device)
+    return torch.nn.Parameter(rows.to(known.dtype))
+
+
+def controlled(
+    model: EditableModel, batch: Batch, ranks: Sequence[int], control: torch.Tensor
+) -> torch.Tensor:
+    """Logits of rows each read with the control token of its rank; rank 0, first, has none."""
+    best = list(ranks).count(0)
+    logits = []
+    if best:
+        logits.append(model.logits({name: rows[:best] for name, rows in batch.items()}))
+    if best < len(ranks):
+        rest = {name: rows[best:] for name, rows in batch.items()}
+        logits.append(model.logits(rest, control[[rank - 1 for rank in ranks[best:]]]))
+    return torch.cat(logits)

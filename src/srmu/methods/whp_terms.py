@@ -1,0 +1,146 @@
+"""Texts with generic terms in place of a topic's own, aligned token by token."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from srmu.engine.model import Batch
+from srmu.engine.topic import Topic
+from srmu.errors import UserError, first_line
+
+Ids = list[int]
+
+
+class Anchor(NamedTuple):
+    """A way to write a term in tokens; `number` is the term's, the same for all its ways."""
+
+    number: int
+    term: Ids
+    generic: Ids
+
+
+Anchors = dict[int, list[Anchor]]  # by the term's first token, the longest first
+
+
+class Translation(NamedTuple):
+    """A batch with generic terms, and where the original's positions lie in it."""
+
+    batch: Batch
+    places: Tensor  # (B, T) in the translation; 0 where there is none
+    usable: Tensor  # (B, T) bool: what follows can be learnt from what follows at its place
+    named: list[tuple[int, int, int]]  # row, a term's last position, first token of its generic
+
+    def aligned(self, logits: Tensor, before: Tensor) -> Tensor:
+        """The translation's logits at the original's positions; `before` are the original's.
+
+        After a term its generic one is no likelier than in the original text, where it was not
+        named. (The paper reduces these logits, too, and does not say by how much.)
+        """
+        rows = torch.arange(len(self.places))[:, None]
+        found = logits[rows.to(logits.device), self.places.to(logits.device)]
+        for row, last, token in self.named:
+            own = before[row, last:, token]
+            found[row, last:, token] = torch.minimum(found[row, last:, token], own)
+        return found
+
+
+def tokenizer_of(folder: Path | None, who: str) -> Any:
+    """The tokenizer of the model in `folder`; UserError, saying who needs it, without one."""
+    if folder is None:
+        raise UserError(f"{who} needs a tokenizer: load the model from a folder")
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
+def anchors_for(folder: Path | None, path: str, topic: Topic) -> Anchors:
+    """The terms of a file in the tokens of the model in `folder`."""
+    tokenizer = tokenizer_of(folder, "method.anchors")
+    terms = read_anchors(path)
+    anchors = tokenised(terms, tokenizer)
+    if terms and not any(translate(batch, anchors).named for batch in topic.forget[:]):
+        raise UserError(
+            f"method.anchors={path}: none of its terms is in {topic.name}'s forget texts"
+        )
+    return anchors
+
+
+def read_anchors(path: str) -> dict[str, str]:
+    """Terms with their generic ones, from a JSON file; UserError naming the file at fault."""
+    if not path.endswith(".json"):
+        raise UserError(f"method.anchors={path}: expected a .json file of {{term: generic term}}")
+    try:
+        found: Any = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        why = "no such file" if isinstance(error, FileNotFoundError) else first_line(error)
+        raise UserError(f"method.anchors={path}: {why}") from None
+    texts = [*found, *found.values()] if isinstance(found, dict) else [None]
+    if not all(isinstance(text, str) and text.strip() for text in texts):
+        raise UserError(
+            f"method.anchors={path}: expected an object of texts, like "
+            '{"Hogwarts": "the academy"}'
+        )
+    return found
+
+
+def tokenised(terms: dict[str, str], tokenizer: Any) -> Anchors:
+    """The terms in tokens, as they stand at the start of a text and inside one."""
+    found: dict[tuple[int, ...], Anchor] = {}
+    for number, (term, generic) in enumerate(terms.items()):
+        for space in ("", " "):
+            old, new = (
+                tokenizer.encode(space + text.strip(), add_special_tokens=False)
+                for text in (term, generic)
+            )
+            if tokenizer.unk_token_id in new:
+                raise UserError(f"method.anchors: the tokenizer does not know {generic!r}")
+            if tokenizer.unk_token_id not in old:  # else it stands in no text
+                found.setdefault(tuple(old), Anchor(number, old, new))
+    anchors: Anchors = {}
+    for anchor in sorted(found.values(), key=lambda anchor: -len(anchor.term)):
+        anchors.setdefault(anchor.term[0], []).append(anchor)
+    return anchors
+
+
+def translate(batch: Batch, anchors: Anchors) -> Translation:
+    """The batch with generic terms, padded on the right.
+
+    A token outside of terms has its own place; a term's last token has that of its generic one's
+    last, and its other tokens have none. From a term's second occurrence in a text on, its tokens
+    are not to be learnt: after "He is called Harry" nobody is "Jon", and a model that learns to
+    rename who was named before contradicts itself. The paper leaves those tokens out, too.
+    """
+    shape = batch["input_ids"].shape
+    places, usable = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.bool)
+    rows: list[Tensor] = []
+    named: list[tuple[int, int, int]] = []
+    every = zip(batch["input_ids"].cpu(), batch["attention_mask"].cpu(), strict=True)
+    for row, (padded, mask) in enumerate(every):
+        ids: Ids = padded[mask == 1].tolist()
+        at = int(mask.argmax())  # position of ids[0]: padding may come first
+        written: Ids = []
+        seen: set[int] = set()
+        while ids:
+            known = anchors.get(ids[0], ())
+            anchor = next((a for a in known if ids[: len(a.term)] == a.term), None)
+            size = len(anchor.term) if anchor else 1
+            last = at + size - 1
+            if anchor:
+                if anchor.number in seen and written:
+                    usable[row, at - 1] = False  # it predicts the term
+                seen.add(anchor.number)
+                named.append((row, last, anchor.generic[0]))
+            written += anchor.generic if anchor else ids[:1]
+            places[row, last], usable[row, last] = len(written) - 1, True
+            ids, at = ids[size:], last + 1
+        rows.append(torch.tensor(written))
+    pad = torch.nn.utils.rnn.pad_sequence
+    translated = {
+        "input_ids": pad(rows, batch_first=True),
+        "attention_mask": pad([torch.ones_like(ids) for ids in rows], batch_first=True),
+    }
+    return Translation(translated, places, usable, named)

@@ -1,0 +1,319 @@
+"""What attacks brought back: read from `attacks.json`, and the part of a page about it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from srmu.evals.statistics import Array, Draws, answered, estimate, residual, worst_case
+from srmu.report.format import Estimate, bars, hover, level, mark, number, plain, share, titled
+from srmu.report.html import (
+    COLOURS,
+    GREY,
+    Beside,
+    Column,
+    Figure,
+    Line,
+    Section,
+    Table,
+    axis,
+    marker,
+    names,
+)
+from srmu.report.relearning import (
+    WHOSE,
+    Curve,
+    Points,
+    by_steps,
+    by_texts,
+    steps_drawn,
+    texts_drawn,
+)
+from srmu.report.results import Entry, config, pathless, read
+
+
+@dataclass(frozen=True)
+class Attacked:
+    """What an attack brought back: accuracies on the knowledge to forget, averaged over seeds."""
+
+    id: str
+    accuracy: Estimate
+    controls: Mapping[str, Estimate]  # the same attack on the original model and on the oracle
+    valid: bool  # not where the oracle, which never knew, recovers too
+    chosen: str  # its strongest setting; of the last seed, where there are several
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """The attacks on an entry's runs; K* is the share of the knowledge that the best one finds."""
+
+    seeds: int
+    tier: str
+    chance: float
+    worst: Estimate
+    strongest: str
+    attacks: Mapping[str, Attacked]
+    other: Sequence[tuple[str, str, Mapping[str, float]]]  # attack, measure, value by whose
+    failed: Mapping[str, str]  # attacks that came to nothing, and why
+    not_tried: Sequence[str]
+    relearning: Mapping[str, Points]  # by texts, of each variant of E7
+    steps: Mapping[str, Mapping[str, Points]]  # of each kind of E19, by whose model
+
+
+def recovery(entry: Entry) -> Recovery | None:
+    """What the attacks on an entry's runs brought back; None where none was attacked."""
+    found = {run: read(run / "attacks.json") for run in entry.runs}
+    found = {run: attacks for run, attacks in found.items() if attacks}
+    if not found:
+        return None
+    draws = Draws()
+    worst: list[Array] = []
+    answers: dict[tuple[str, str], list[Array]] = {}  # of an attack on "" or on a control
+    for run, attacks in found.items():
+        model = config(run)["model"]  # questions of one testbed are drawn alike for all
+        facts = [(model, fact) for fact in attacks["facts"]]
+        worst.append(worst_case(draws.means(residual(attacks), facts), attacks["chance"]))
+        asked = {
+            (name, who): answered(kept["right"])
+            for name, one in attacks["attacks"].items()
+            for who, kept in {"": one, **one.get("controls", {})}.items()
+            if kept.get("right")
+        }
+        means = draws.means(np.stack([*asked.values()], axis=1), facts)
+        for key, column in zip(asked, means.T, strict=True):
+            answers.setdefault(key, []).append(column)
+
+    def averaged(values: Sequence[Array]) -> Estimate:
+        one = estimate(draws.over_seeds(np.stack(values, axis=1)), 0)
+        return Estimate(one.value, one.low, one.high)
+
+    first = {name: one for a in found.values() for name, one in a["attacks"].items()}
+    attacked = {
+        name: Attacked(
+            one["id"],
+            averaged(answers[name, ""]),
+            {who: averaged(v) for (of, who), v in answers.items() if of == name and who},
+            one.get("valid") is not False,
+            one.get("chosen", ""),
+        )
+        for name, one in first.items()
+        if (name, "") in answers
+    }
+    valid = [name for name, one in attacked.items() if one.valid]
+    known = next(iter(found.values()))
+    return Recovery(
+        len(found),
+        known["tier"],
+        known["chance"],
+        averaged(worst),
+        max(valid, key=lambda name: attacked[name].accuracy.mean),
+        attacked,
+        [m for name, one in first.items() if name not in attacked for m in _measures(name, one)],
+        {name: pathless(one["why"]) for name, one in first.items() if one["status"] != "done"},
+        known["not_tried"],
+        by_texts([*found.values()]),
+        by_steps([*found.values()]),
+    )
+
+
+def _measures(name: str, one: Mapping[str, Any]) -> list[tuple[str, str, dict[str, float]]]:
+    """What an attack that asks no questions found, with the controls' numbers: "" is the run."""
+    whose = {"": one, **one.get("controls", {})}
+    return [
+        (name, measure, {who: kept["metrics"][measure]["value"] for who, kept in whose.items()
+                         if measure in kept.get("metrics", {})})
+        for measure in one.get("metrics", {})
+    ]  # fmt: skip
+
+
+def attacked(
+    entries: Sequence[Entry], labels: Sequence[str], found: Sequence[Recovery | None]
+) -> Section | None:
+    """Recovery by attack; None where no run was attacked."""
+    pairs = [(e.label, e.group, one) for e, one in zip(entries, found, strict=True) if one]
+    if not pairs:
+        return None
+    tiers = ", ".join(dict.fromkeys(one.tier for _, _, one in pairs))
+    notes = [
+        f"Accuracy on the knowledge to forget under each attack (tier: {tiers}), with 95 % "
+        "intervals. The same attack on the original model shows what there is to find; on a model "
+        "that never saw it (the oracle) it shows what the attack itself teaches. An attack that "
+        "recovers from the oracle too is invalid, and does not count in K*.",
+    ]
+    if len({one.tier for *_, one in pairs}) > 1:
+        notes.append(
+            "Not all were attacked alike: a K* from a lower tier is a floor, and is not to be held "
+            "against one from a higher tier."
+        )
+    if missing := dict.fromkeys(plain(name) for *_, one in pairs for name in one.not_tried):
+        notes.append(f"Not tried: {', '.join(missing)}. What no attack found may still be there.")
+    if len(pairs) == 1:
+        return Section("Recovery by attack", notes, _one_attacked(pairs[0][0], pairs[0][2]))
+    return Section("Recovery by attack", notes, _many_attacked(pairs, labels))
+
+
+def _one_attacked(label: str, found: Recovery) -> list[Any]:
+    order = sorted(found.attacks, key=lambda name: -found.attacks[name].accuracy.mean)
+    ticks = [plain(name) for name in order]
+    values = [found.attacks[name].accuracy for name in order]
+    traces: list[dict[str, Any]] = [
+        {
+            "type": "bar", "orientation": "h", "name": "unlearned model", "y": ticks,
+            "x": [one.mean for one in values], "error_x": bars(values) | {"color": COLOURS[0]},
+            "marker": {
+                "color": COLOURS[0],
+                "opacity": [0.5 if found.attacks[name].valid else 0.2 for name in order],
+            },
+            "hovertemplate": "%{y}<br>unlearned model %{x:.1%}",
+        }
+    ]  # fmt: skip
+    for who, symbol, colour in (
+        ("original", "circle-open", GREY),
+        ("oracle", "diamond", COLOURS[1]),
+    ):
+        known = [(t, found.attacks[n].controls.get(who)) for t, n in zip(ticks, order, strict=True)]
+        if points := [(t, one.mean) for t, one in known if one]:
+            traces.append(
+                {
+                    "mode": "markers", "name": who, "cliponaxis": False,
+                    "y": [t for t, _ in points], "x": [x for _, x in points],
+                    "marker": {"symbol": symbol, "size": 9, "color": colour, "line": {"width": 2}},
+                    "hovertemplate": f"%{{y}}<br>{who} %{{x:.1%}}",
+                }
+            )  # fmt: skip
+    layout = level(found.chance, "chance") | {
+        "xaxis": axis("accuracy on the knowledge to forget", range=[0, 1.03], tickformat=".0%"),
+        # with room for the name of the line below the last bar
+        "yaxis": names(ticks) | {"autorange": False, "range": [len(ticks) + 0.1, -0.6]},
+        "showlegend": True, "bargap": 0.35,
+    }  # fmt: skip
+    words = ", ".join(f"{t} {one}" for t, one in zip(ticks, values, strict=True))
+    picture = Figure(
+        "", f"Bars of the accuracy of {label} under each attack, per cent: {words}.", traces,
+        layout, rows=len(order),
+    )  # fmt: skip
+    lines = [
+        Line([
+            f"{plain(name)} ({one.id})", number(one.accuracy),
+            number(one.controls.get("original")), number(one.controls.get("oracle")),
+            one.chosen if one.valid else f"invalid: the oracle recovers, too; {one.chosen}",
+        ])
+        for name, one in ((name, found.attacks[name]) for name in order)
+    ]  # fmt: skip
+    controls = Column("Original", "control"), Column("Oracle", "control")
+    whose = Column("Unlearned", "under attack")
+    heads: list[Column | str] = ["Attack", whose, *controls, "Strongest setting"]
+    blocks: list[Any] = [picture, Table("Accuracy under attack, per cent", heads, lines)]
+    if found.relearning:
+        curves = [Curve(*one, i) for i, one in enumerate(found.relearning.items())]
+        blocks.append(texts_drawn(curves, found.chance))
+    for kind, by_whom in found.steps.items():
+        curves = [Curve(WHOSE[who], points, who or 0) for who, points in by_whom.items()]
+        blocks.append(steps_drawn(kind, curves, found.chance))
+    if found.other:
+        rest = [
+            Line([plain(name), measure, *(values.get(who) for who in ("", "original", "oracle"))])
+            for name, measure, values in found.other
+        ]
+        heads = ["Attack", "Measure", "Unlearned", *controls]
+        blocks.append(Table("What else was measured", heads, rest))
+    if found.failed:
+        why = [Line([plain(name), text]) for name, text in found.failed.items()]
+        blocks.append(Table("Attacks without a result", ["Attack", "Why"], why, words=True))
+    return blocks
+
+
+def _many_attacked(pairs: Sequence[tuple[str, str, Recovery]], labels: Sequence[str]) -> list[Any]:
+    def named(label: str, group: str) -> str:
+        return f"{label} · {group}" if group else label
+
+    order = sorted(pairs, key=lambda pair: pair[2].worst.mean)
+    ticks = [named(label, group) for label, group, _ in order]
+    worst = [
+        mark(one.worst, Estimate(0), hover(tick, f"K* {share(one.worst).text} "
+             f"({share(one.worst).span})", f"strongest: {plain(one.strongest)}"), label,
+             marker(labels.index(label), size=10)) | {"y": [tick]}
+        for tick, (label, _, one) in zip(ticks, order, strict=True)
+    ]  # fmt: skip
+    words = ", ".join(f"{t} {share(p[2].worst).text}" for t, p in zip(ticks, order, strict=True))
+    first = Figure(
+        "K*: the share of the knowledge that the best attack found",
+        f"K* of each method with its interval, lowest first: {words}.",
+        worst,
+        {"xaxis": axis("K*", range=[-0.02, 1.04]), "yaxis": names(ticks) | {"showgrid": True}},
+        rows=len(ticks),
+    )
+    kinds = list(dict.fromkeys(name for *_, one in pairs for name in one.attacks))
+
+    def typical(name: str) -> float:
+        known = [one.attacks[name].accuracy.mean for *_, one in pairs if name in one.attacks]
+        return sum(known) / len(known)
+
+    kinds.sort(key=typical, reverse=True)
+    strip = []
+    for label, group, one in pairs:
+        known = [name for name in kinds if name in one.attacks]
+        strip.append(
+            {
+                "mode": "markers", "meta": label, "cliponaxis": False,
+                "marker": marker(labels.index(label), size=9, opacity=0.75),
+                "x": [one.attacks[name].accuracy.mean for name in known],
+                "y": [plain(name) for name in known], "hoverinfo": "text",
+                "text": [hover(named(label, group), f"{plain(n)} {one.attacks[n].accuracy}")
+                         for n in known],
+            }
+        )  # fmt: skip
+    means = ", ".join(f"{plain(name)} {typical(name):.0%}" for name in kinds)
+    second = Figure(
+        "Accuracy under each attack, a mark a method",
+        f"Accuracy of each method under each attack; the mean of the methods: {means}.",
+        strip,
+        level(pairs[0][2].chance, "chance") | {
+            "xaxis": axis("accuracy on the knowledge to forget", range=[0, 1.03], tickformat=".0%"),
+            "yaxis": names([plain(name) for name in kinds]) | {"showgrid": True},
+        },
+        rows=len(kinds) + 2,
+    )  # fmt: skip
+    lines = [
+        Line([named(label, group),
+              *(number(one.attacks[n].accuracy) if n in one.attacks else None for n in kinds)],
+             label)
+        for label, group, one in pairs
+    ]  # fmt: skip
+    table = Table(
+        "Accuracy under attack, per cent",
+        ["Method", *(titled(plain(name)) for name in kinds)],
+        lines,
+    )
+    blocks = [first, second, table]
+    again = [
+        Curve(named(label, group), max(one.relearning.values(), key=lambda v: v[-1][1]),
+              labels.index(label), label)
+        for label, group, one in pairs
+        if one.relearning
+    ]  # fmt: skip
+    if again:
+        blocks.append(texts_drawn(again, pairs[0][2].chance))
+    return blocks + _many_stepped(pairs, labels, named)
+
+
+def _many_stepped(
+    pairs: Sequence[tuple[str, str, Recovery]],
+    labels: Sequence[str],
+    named: Callable[[str, str], str],
+) -> list[Beside]:
+    """A picture for each kind of relearning by steps, a line a method; controls of the first."""
+    blocks = []
+    for kind in dict.fromkeys(kind for *_, one in pairs for kind in one.steps):
+        curves = [
+            Curve(named(label, group), one.steps[kind][""], labels.index(label), label)
+            for label, group, one in pairs
+            if kind in one.steps
+        ]
+        controls = next(one.steps[kind] for *_, one in pairs if kind in one.steps)
+        curves += [Curve(WHOSE[who], points, who) for who, points in controls.items() if who]
+        blocks.append(steps_drawn(kind, curves, pairs[0][2].chance))
+    return blocks

@@ -1,0 +1,227 @@
+"""What runs came to: their numbers, aggregated over the seeds of one method, and their facts."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import yaml
+
+from srmu.errors import UserError
+from srmu.evals.lm_eval import interval
+from srmu.report.format import Estimate
+
+CURVES = ("forget", "retain", "forget_cos", "retain_cos")  # keys of metrics.jsonl that are drawn
+POINTS = 120  # at most this many points a curve
+Columns = Mapping[str, Sequence[str]]  # a column's name: the metrics it is the mean of
+Results = dict[str, dict[str, Any]]  # as in results.json
+NEEDED = {"config.yaml": "srmu unlearn CONFIG", "results.json": "srmu eval {}"}
+VERSIONS = ("srmu", "torch", "transformers", "safetensors", "tokenizers")
+ENVIRONMENT = ("platform", "python", "threads", *VERSIONS)  # the rest might name a folder
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of the comparison: the runs of one method that differ only in their seed."""
+
+    label: str
+    group: str  # the setting they ran in; "" where there is only one
+    runs: tuple[Path, ...]
+
+
+@dataclass(frozen=True)
+class Row:
+    """An entry's numbers by metric; a metric that its runs lack is not in the mapping."""
+
+    label: str
+    group: str
+    seeds: int
+    before: Mapping[str, Estimate]
+    after: Mapping[str, Estimate]
+
+
+def table(entries: Sequence[Entry], metrics: Sequence[str]) -> list[Row]:
+    """The aggregated numbers before and after unlearning, one row an entry."""
+    return rows(entries, {metric: [metric] for metric in metrics})
+
+
+def rows(entries: Sequence[Entry], columns: Columns) -> list[Row]:
+    """The aggregated numbers in columns that are each the mean of some metrics."""
+    found = []
+    for entry in entries:
+        for folder, (name, command) in product(entry.runs, NEEDED.items()):
+            if not has(folder, name):
+                raise UserError(f"{folder} has no {name}; run `{command.format(folder)}` first")
+        both = [results(folder) for folder in entry.runs]
+        before, after = (
+            estimates([seed[when] for seed in both], columns) for when in ("before", "after")
+        )
+        found.append(Row(entry.label, entry.group, len(entry.runs), before, after))
+    for name in columns:
+        if not any(name in row.after for row in found):
+            raise UserError(f"no run has the result {name}; evaluate it or leave it out")
+    return found
+
+
+def has(folder: Path, name: str) -> bool:
+    """Whether a run has a file; the attacks asked what an evaluation asks."""
+    names = (name, "attacks.json") if name == "results.json" else (name,)
+    return any((folder / one).exists() for one in names)
+
+
+def results(folder: Path) -> dict[str, Results]:
+    """A run's flat results before and after, with those of its attacks' questions."""
+    before, after = (read(folder / name) for name in ("before.json", "results.json"))
+    if attacks := read(folder / "attacks.json"):
+        forget = " + ".join(attacks["tasks"]["test"]) + "/acc"
+        before.setdefault(forget, attacks["original"]["accuracy"])
+        if plain := attacks["attacks"].get("forced_choice", {}).get("accuracy"):
+            after.setdefault(forget, plain)
+        for task, kept in attacks["utility"].items():
+            for flat, right in ((before, kept["before"]), (after, kept["after"])):
+                value = {"value": fmean(map(float, right)), "n": len(right)}
+                flat.setdefault(f"{task}/acc", value)
+    return {"before": before, "after": after}
+
+
+def estimates(seeds: Sequence[Results], columns: Columns) -> dict[str, Estimate]:
+    """Average over a column's metrics, then over the seeds that have them all."""
+    found = {}
+    for name, metrics in columns.items():
+        whole = [[seed[m] for m in metrics] for seed in seeds if all(m in seed for m in metrics)]
+        values = [fmean(cell["value"] for cell in cells) for cells in whole]
+        counts = [cell.get("n") or 0 for cell in whole[0]] if whole else []
+        if counts and all(counts) and all(0 <= value <= 1 for value in values):
+            # the mean of k accuracies varies as much as one over this many questions
+            n = round(len(counts) ** 2 / sum(1 / count for count in counts))
+            found[name] = Estimate(fmean(values), *interval(values, n))
+        elif values:
+            found[name] = Estimate(fmean(values))
+    return found
+
+
+def curves(runs: Sequence[Path]) -> dict[str, tuple[list[int], list[float]]]:
+    """Steps and values, averaged over seeds; neighbouring steps too where topics take turns."""
+    lines = [line for folder in runs for line in read(folder / "metrics.jsonl")]
+    length = max((line["step"] for line in lines), default=0) + 1
+    width = max(len({line["topic"] for line in lines}), math.ceil(length / POINTS))
+    found = {}
+    for key in CURVES:
+        bins: dict[int, list[float]] = {}
+        for line in lines:
+            if line.get(key) is not None and math.isfinite(line[key]):  # a run may diverge
+                bins.setdefault(line["step"] // width * width, []).append(line[key])
+        if bins:
+            found[key] = sorted(bins), [float(f"{fmean(bins[x]):.4g}") for x in sorted(bins)]
+    return found
+
+
+def maps(entries: Sequence[Entry]) -> list[dict[str, Any]]:
+    """The importance maps of each entry's first run; methods with the same map share one item."""
+    from safetensors.numpy import load_file
+
+    found: dict[Any, dict[str, Any]] = {}
+    for entry in entries:
+        state = entry.runs[0] / "state.safetensors"
+        topics = read(entry.runs[0] / "record.json").get("topics", {})
+        for name, values in load_file(state).items() if state.exists() else ():
+            topic, _, kind = name.rpartition(".")
+            if kind == "importance":
+                largest = (-values).argsort(kind="stable")
+                item = {
+                    "labels": [],
+                    "group": entry.group,
+                    "topic": topic,
+                    "order": largest.tolist(),
+                    "sizes": values[largest].astype(float).round(4).tolist(),
+                    "facts": topics.get(topic, {}).get("importance"),
+                }
+                key = entry.group, topic, values.tobytes()
+                found.setdefault(key, item)["labels"].append(entry.label)
+    return list(found.values())
+
+
+def settings(runs: Sequence[Path]) -> dict[str, list[str]]:
+    """How the runs were made; one value where all of them agree, else one each."""
+    columns = []
+    for folder in runs:
+        tree = config(folder)
+        column = {"seed": tree.get("seed"), "topics": list(tree.get("topics", ()))}
+        for block in ("method", "train"):  # the others hold paths
+            column |= {f"{block}.{key}": value for key, value in tree.get(block, {}).items()}
+        for topic, facts in read(folder / "record.json").get("topics", {}).items():
+            column |= {f"{topic}.{k}": v for k, v in facts.items() if isinstance(v, int | float)}
+        columns.append(column)
+    return _side_by_side(columns)
+
+
+def record(runs: Sequence[Path]) -> dict[str, list[str]]:
+    """The facts that the records keep; of paths the last part, of texts only their counts."""
+    columns = []
+    for folder in runs:
+        kept = read(folder / "record.json")
+        column = {
+            key: kept.get(key)
+            for key in ("id", "method", "paper", "model", "started", "seconds", "steps",
+                        "stop_reason", "diverged", "share", "weights")
+        }  # fmt: skip
+        if "peak" in kept.get("memory", {}):
+            column["peak memory"] = f"{kept['memory']['peak'] / 1e6:.0f} MB"
+        changed = kept.get("changed", [])
+        column["changed tensors"] = f"{len(changed)}: {', '.join(changed[:12])}" + (
+            ", …" if len(changed) > 12 else ""
+        )
+        for topic, sets in kept.get("data", {}).items():
+            for name, facts in sets.items():
+                said = [f"{v} {k.replace('_', ' ')}" for k, v in facts.items() if k != "digest"]
+                said.append(f"SHA-256 {facts.get('digest', '')[:12]}")
+                column[f"{topic}.{name} texts"] = ", ".join(said)
+        for key in ENVIRONMENT:
+            column[f"environment.{key}"] = kept.get("environment", {}).get(key)
+        columns.append(column if kept else {})
+    return _side_by_side(columns)
+
+
+def _side_by_side(columns: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Columns as rows, of text; a row in which all agree has one value."""
+    plain = [{k: _plain(v) for k, v in column.items() if v is not None} for column in columns]
+    names = dict.fromkeys(name for column in plain for name in column)
+    found = {name: [column.get(name, "") for column in plain] for name in names}
+    return {name: row if len(set(row)) > 1 else row[:1] for name, row in found.items()}
+
+
+def _plain(value: Any) -> str:
+    """A setting as text; of a path only the last part, as folders may tell whose data it is."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}: {_plain(item)}" for key, item in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(_plain, value))
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return text.replace("\\", "/").rpartition("/")[2]
+
+
+def pathless(text: str) -> str:
+    """A sentence with only the last part of each absolute path in it."""
+    return re.sub(r"(?<![\w.])(?:~|[A-Za-z]:)?[/\\][^\s'\"(]*[/\\]", "", text)
+
+
+def config(folder: Path) -> dict[str, Any]:
+    """The tree of a run's config, as it was written."""
+    return yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+
+
+def read(path: Path) -> Any:
+    """The object in a JSON file, all of those in a JSON-lines file, {} where there is no file."""
+    text = path.read_text(encoding="utf-8") if path.exists() else "{}"
+    try:
+        whole = path.suffix == ".json" or not path.exists()
+        return json.loads(text) if whole else [json.loads(line) for line in text.splitlines()]
+    except ValueError:
+        raise UserError(f"{path} is damaged; repeat that run") from None

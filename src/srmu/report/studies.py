@@ -1,0 +1,437 @@
+"""The parts of a page about many runs: a sweep, an automatic choice, a reproduction of a paper."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from srmu.evals.lm_eval import interval
+from srmu.report.format import Estimate, bars, hover, mark, number, percent, plain, pretty, titled
+from srmu.report.html import (
+    GREY,
+    Beside,
+    Cell,
+    Column,
+    Figure,
+    Line,
+    Panels,
+    Section,
+    Table,
+    Value,
+    axis,
+    marker,
+    names,
+    shown,
+    stroke,
+)
+from srmu.report.results import pathless
+
+FRONT, BEHIND = "on the front", "behind the front"
+Trial = Mapping[str, Any]
+
+
+def at(cell: Mapping[str, Any]) -> Estimate:
+    """A number of a reproduction, with its interval where it has one."""
+    return Estimate(cell["value"], cell.get("low"), cell.get("high"))
+
+
+def setting(value: Any) -> str:
+    """A value of a search space as a person would write it."""
+    return f"{value:.4g}" if isinstance(value, float) else pathless(str(value))
+
+
+# ---- sweeps
+
+
+def measured(trial: Trial, metric: str) -> Estimate:
+    """A trial's number with the interval over its questions and seeds, where those are known."""
+    value = trial["values"][metric]
+    seeds = trial.get("replicates", {}).get(metric) or [value]
+    n, errors = trial.get("n", {}).get(metric), trial.get("errors", {}).get(metric)
+    if n and not metric.startswith("attack.") and all(0 <= one <= 1 for one in seeds):
+        return Estimate(value, *interval(seeds, round(n)))
+    if errors and all(errors):  # seeds share their questions: their errors do not average out
+        half = 1.96 * sum(errors) / len(errors)
+        return Estimate(value, value - half, value + half)
+    return Estimate(value)
+
+
+def sweep(found: Mapping[str, Any]) -> list[Section]:
+    """A sweep's front, what mattered, its trials and its space."""
+    objectives = found["objectives"]
+    done = [trial for trial in found["trials"] if trial["state"] == "complete"]
+    sections = [_front(found, done) if len(objectives) > 1 else _history(found, done)]
+    if found["importance"]:
+        sections.append(_mattered(found["importance"]))
+    sections.append(trials(found["trials"], list(objectives), found["front"], labels_of(found)))
+    space = [Line([key, _range(values)]) for key, values in found["space"].items()]
+    facts = [
+        Line(["sampler", found["sampler"]]),
+        Line(["seeds", ", ".join(map(str, found["seeds"]))]),
+        *(Line([pretty(metric), way]) for metric, way in objectives.items()),
+    ]
+    sections.append(
+        Section("The search", [], [Table("Space", ["Key", "Values"], space, words=True),
+                                   Table("How it was searched", [], facts, words=True)])
+    )  # fmt: skip
+    return sections
+
+
+def labels_of(found: Mapping[str, Any]) -> list[str]:
+    """What a click shows and hides: the methods, where the space has several, else the front."""
+    methods = dict.fromkeys(
+        str(trial["params"]["method.name"])
+        for trial in found["trials"]
+        if "method.name" in trial["params"]
+    )
+    if len(methods) > 1:
+        return list(methods)
+    return [FRONT, BEHIND] if len(found["objectives"]) > 1 else []
+
+
+def _label(trial: Trial, labels: Sequence[str], front: Sequence[int]) -> str:
+    if FRONT in labels:
+        return FRONT if trial["number"] in front else BEHIND
+    return str(trial["params"].get("method.name", "")) if labels else ""
+
+
+def _hover(trial: Trial, metrics: Sequence[str]) -> str:
+    params = [f"{key} {setting(value)}" for key, value in trial["params"].items()]
+    numbers = [f"{pretty(name)} {measured(trial, name)}" for name in metrics]
+    name = f"trial {trial['number']}" if "number" in trial else "trial"
+    return hover(name, *numbers, *params)
+
+
+def _format(values: Sequence[float]) -> dict[str, str]:
+    """An axis in per cent where all numbers on it are accuracies."""
+    return {"tickformat": ".0%"} if all(0 <= value <= 1 for value in values) else {}
+
+
+def _front(found: Mapping[str, Any], done: Sequence[Trial]) -> Section:
+    # what should be low goes along, what should be high goes up
+    (x, x_way), (y, y_way) = sorted(
+        found["objectives"].items(), key=lambda item: item[1] != "minimize"
+    )[:2]
+    labels, front = labels_of(found), found["front"]
+    best = sorted((t for t in done if t["number"] in front), key=lambda t: t["values"][x])
+    traces: list[dict[str, Any]] = [
+        {
+            "x": [trial["values"][x] for trial in best],
+            "y": [trial["values"][y] for trial in best],
+            "mode": "lines", "line": {"color": GREY, "width": 1.25, "dash": "dot"},
+            "hoverinfo": "skip",
+        }
+    ]  # fmt: skip
+    for trial in sorted(done, key=lambda one: one["number"] in front):
+        label = _label(trial, labels, front)
+        i = labels.index(label)
+        if trial["number"] in front:
+            look = marker(i, size=12)
+        else:
+            look = marker(i, size=8, line={"width": 1.5})
+            look["symbol"] += "-open"
+        numbers = measured(trial, x), measured(trial, y)
+        traces.append(mark(*numbers, _hover(trial, list(found["objectives"])), label, look))
+    layout = {
+        "xaxis": axis(f"{pretty(x)} ({_better(x_way)})", **_format([t["values"][x] for t in done])),
+        "yaxis": axis(f"{pretty(y)} ({_better(y_way)})", **_format([t["values"][y] for t in done])),
+    }
+    words = "; ".join(
+        f"trial {t['number']}: {pretty(x)} {measured(t, x)}, {pretty(y)} {measured(t, y)}"
+        for t in best
+    )
+    picture = Figure(
+        "", f"Scatter plot of {len(done)} trials. On the Pareto front: {words}.", traces, layout
+    )
+    notes = [
+        f"Each mark is one trial, with 95 % intervals; {len(best)} of {len(done)} are on the "
+        "Pareto front (filled, joined by the dotted line): no other trial is as good in every "
+        "objective and better in one. The front is of the means: where intervals overlap, another "
+        "draw of seeds may choose its neighbours.",
+    ]
+    return Section("The front", notes, [picture])
+
+
+def _better(way: str) -> str:
+    return "lower is better" if way == "minimize" else "higher is better"
+
+
+def _history(found: Mapping[str, Any], done: Sequence[Trial]) -> Section:
+    ((metric, way),) = found["objectives"].items()
+    labels, front = labels_of(found), found["front"]
+    choose = min if way == "minimize" else max
+    best = [choose(t["values"][metric] for t in done[: i + 1]) for i in range(len(done))]
+    traces: list[dict[str, Any]] = [
+        {
+            "x": [trial["number"] for trial in done], "y": best, "mode": "lines",
+            "line": {"color": GREY, "width": 1.25, "shape": "hv"}, "hoverinfo": "skip",
+        }
+    ]  # fmt: skip
+    for trial in done:
+        label = _label(trial, labels, front)
+        look = marker(labels.index(label) if label else 0, size=9)
+        number_ = Estimate(trial["number"])
+        traces.append(mark(number_, measured(trial, metric), _hover(trial, [metric]), label, look))
+    layout = {
+        "xaxis": axis("trial"),
+        "yaxis": axis(
+            f"{pretty(metric)} ({_better(way)})", **_format([t["values"][metric] for t in done])
+        ),
+    }
+    words = f"{pretty(metric)} of {len(done)} trials, the best {choose(best, default=0):.4g}"
+    notes = ["Each mark is one trial, with its 95 % interval; the line is the best so far."]
+    return Section("The search, trial by trial", notes, [Figure("", words, traces, layout)])
+
+
+def _mattered(importance: Mapping[str, float]) -> Section:
+    order = sorted(importance, key=lambda key: -importance[key])
+    bar = {
+        "type": "bar", "orientation": "h", "y": order, "x": [importance[key] for key in order],
+        "marker": {"color": marker(0)["color"], "opacity": 0.85}, "hovertemplate": "%{y} %{x:.0%}",
+    }  # fmt: skip
+    words = ", ".join(f"{key} {importance[key]:.0%}" for key in order)
+    layout = {
+        "xaxis": axis("share of the variation", range=[0, 1.02], tickformat=".0%"),
+        "yaxis": names(order), "bargap": 0.4,
+    }  # fmt: skip
+    lines = [Line([key, Cell(f"{100 * importance[key]:.0f} %", "", importance[key])])
+             for key in order]  # fmt: skip
+    return Section(
+        "What mattered",
+        ["How much of the variation between trials each key explains."],
+        [Beside("", Figure("", f"Importance of each key: {words}.", [bar], layout, len(order)),
+                Table("Share of the variation", ["Key", "Share"], lines))],
+    )  # fmt: skip
+
+
+def _range(values: Any) -> str:
+    if not isinstance(values, Mapping):
+        return ", ".join(map(setting, values))
+    step = values.get("step")
+    tail = f", in steps of {setting(step)}" if step else ", log scale" if values.get("log") else ""
+    return f"{setting(values['low'])} to {setting(values['high'])}{tail}"
+
+
+def trials(
+    rows: Sequence[Trial],
+    metrics: Sequence[str],
+    front: Sequence[int] = (),
+    labels: Sequence[str] = (),
+) -> Section:
+    """The table of the trials, whatever became of them; without a front, of shares."""
+    keys = list(dict.fromkeys(key for trial in rows for key in trial["params"]))
+    lines = []
+    for i, trial in enumerate(rows):
+        index = trial.get("number", i)
+        state = trial["state"]
+        if trial.get("why"):
+            state += f": {pathless(trial['why'])}"
+        if index in front:
+            state = FRONT if len(metrics) > 1 else "the best"
+        cells: list[Value] = [Cell(str(index), "", index)]
+        for value in (trial["params"].get(key) for key in keys):
+            cells.append(setting(value) if isinstance(value, str) else value)
+        for metric in metrics:
+            known = trial["state"] == "complete" and metric in trial["values"]
+            found = measured(trial, metric) if known else None
+            cells.append(percent(found.mean) if found and not front else number(found))
+        lines.append(Line([*cells, state], _label({"number": i, **trial}, labels, front)))
+    heads = ["Trial", *keys, *(titled(pretty(name)) for name in metrics), "State"]
+    count: dict[str, int] = {}
+    for trial in rows:
+        count[trial["state"]] = count.get(trial["state"], 0) + 1
+    states = ", ".join(f"{many} {state}" for state, many in count.items())
+    table = Table(f"{len(rows)} trials: {states}", heads, lines, tall=len(rows) > 20)
+    return Section("Trials", [], [table])
+
+
+# ---- the automatic choice
+
+
+def auto(found: Mapping[str, Any]) -> list[Section]:
+    """Every choice in a sentence, the layer scan, the search for the strength, the comparison."""
+    choices = [Line([plain(one["step"]), pathless(one["sentence"])]) for one in found["choices"]]
+    table = Table("Each choice and its reason", ["Step", "Why"], choices, words=True)
+    sections = [Section("Choices", [], [table])]
+    if found.get("scan"):
+        sections.append(_scan(found["scan"]))
+    tried = found.get("trials", [])
+    if done := [trial for trial in tried if trial["state"] == "complete"]:
+        sections.append(_strengths(done, found["budget"]))
+        sections.append(trials(tried, ["forgetting", "utility_loss"]))
+    if final := found.get("final"):
+        whose = {"val": Column("Chosen", "on the half to choose on"),
+                 "test": Column("Chosen", "on the half kept back"),
+                 "defaults": Column("Fixed defaults", "on the half kept back")}  # fmt: skip
+        lines = [
+            Line([plain(key), *(number(at(final[name][key])) for name in whose)])
+            for key in ("forgetting", "utility_loss")
+        ]
+        table = Table("Per cent, with 95 % intervals", ["Measure", *whose.values()], lines)
+        sections.append(Section("Against the fixed defaults", [], [table]))
+    return sections
+
+
+def _scan(scan: Mapping[str, Any]) -> Section:
+    layers = scan["layers"]
+    x = [one["layer"] for one in layers]
+    traces = []
+    for i, key in enumerate(("forgetting", "utility_loss")):
+        traces.append(
+            {
+                "x": x, "y": [one[key] for one in layers], "mode": "lines+markers",
+                "name": plain(key), "line": stroke(i, width=2), "marker": marker(i, size=8),
+                "hovertemplate": f"layer %{{x}}<br>{plain(key)} %{{y:.1%}}",
+            }
+        )  # fmt: skip
+    layout = {
+        "xaxis": axis("layer", dtick=1 if len(x) <= 16 else 4), "showlegend": True,
+        "yaxis": axis("change of accuracy", tickformat=".0%"),
+        "shapes": [{"type": "line", "x0": scan["best"], "x1": scan["best"], "yref": "paper",
+                    "y0": 0, "y1": 1, "layer": "below",
+                    "line": {"dash": "dot", "width": 1.25, "color": GREY}}],
+        "annotations": [{"x": scan["best"], "y": 1, "yref": "paper", "yanchor": "top",
+                         "xanchor": "left", "xshift": 3, "text": "chosen", "showarrow": False}],
+    }  # fmt: skip
+    words = "; ".join(
+        f"layer {one['layer']}: forgetting {one['forgetting']:.1%}, "
+        f"utility loss {one['utility_loss']:.1%}"
+        for one in layers
+    )
+    lines = [
+        Line([
+            Cell(f"{one['layer']}{', chosen' if one['layer'] == scan['best'] else ''}", "",
+                 one["layer"]),
+            Cell(f"{100 * one['forgetting']:.1f}", "", one["forgetting"]),
+            Cell(f"{100 * one['utility_loss']:.1f}", "", one["utility_loss"]),
+        ])
+        for one in layers
+    ]  # fmt: skip
+    return Section(
+        "Layer scan",
+        ["What a run at each layer forgets, and what it costs: the further apart, the "
+         "better."],
+        [Beside("", Figure("", f"Scan of the layers. {words}.", traces, layout),
+                Table("By layer, per cent", ["Layer", "Forgetting", "Utility loss"], lines))],
+    )  # fmt: skip
+
+
+def _strengths(done: Sequence[Trial], budget: float) -> Section:
+    x, y = "utility_loss", "forgetting"
+    traces = []
+    for trial in done:
+        inside = trial["values"][x] <= budget
+        look = (
+            marker(0, size=11)
+            if inside
+            else {"color": GREY, "symbol": "circle-open", "size": 9, "line": {"width": 1.5}}
+        )
+        numbers = measured(trial, x), measured(trial, y)
+        traces.append(mark(*numbers, _hover(trial, [y, x]), "", look))
+    layout = {
+        "xaxis": axis("utility loss (lower is better)", tickformat=".1%"),
+        "yaxis": axis("forgetting (higher is better)", tickformat=".0%"),
+        "shapes": [{"type": "line", "x0": budget, "x1": budget, "yref": "paper", "y0": 0, "y1": 1,
+                    "layer": "below", "line": {"dash": "dot", "width": 1.25, "color": GREY}}],
+        "annotations": [{"x": budget, "y": 0, "yref": "paper", "yanchor": "bottom", "text":
+                         f"budget {budget:.1%}", "xanchor": "left", "xshift": 3,
+                         "showarrow": False}],
+    }  # fmt: skip
+    words = f"Forgetting against utility loss of {len(done)} trials; the budget is {budget:.1%}"
+    notes = ["Each mark is one strength; filled where it keeps within the budget."]
+    return Section("Search for the strength", notes, [Figure("", words, traces, layout)])
+
+
+# ---- reproductions
+
+
+def reproduction(found: Mapping[str, Any]) -> list[Section]:
+    """The paper's tables and figures beside ours, with what became of its claims."""
+    labels = lines_of(found)
+    sections = [
+        Section(one["title"], [pathless(one["note"])] if one.get("note") else [],
+                [_reproduced(one), *_claims(one["claims"])])
+        for one in found["tables"]
+    ]  # fmt: skip
+    for one in found["figures"]:
+        panels, table = _drawn(one, labels)
+        sections.append(Section(one["title"], [], [panels, table, *_claims(one["claims"])]))
+    return sections
+
+
+def lines_of(found: Mapping[str, Any]) -> list[str]:
+    """What a click shows and hides: the rows of the tables and the lines of the figures."""
+    rows = [row["label"] for table in found["tables"] for row in table["rows"]]
+    return list(
+        dict.fromkeys([*rows, *(s["label"] for f in found["figures"] for s in f["series"])])
+    )
+
+
+def _reproduced(table: Mapping[str, Any]) -> Table:
+    theirs = table.get("paper_columns", [])
+    heads: list[Column | str] = ["Method"]
+    heads += [Column(name, "here") for name in table["columns"]]
+    heads += [Column(name, "the paper") for name in theirs]
+    lines = []
+    for row in table["rows"]:
+        cells: list[Value] = [f"{row['label']}, {row['why']}" if row.get("why") else row["label"]]
+        cells += [number(at(row["cells"][name])) if name in row["cells"] else None
+                  for name in table["columns"]]  # fmt: skip
+        cells += [percent(row.get("paper", {}).get(name)) for name in theirs]
+        lines.append(Line(cells, row["label"]))
+    return Table("Per cent, with 95 % intervals; beside the paper's numbers", heads, lines)
+
+
+def _claims(claims: Sequence[Mapping[str, Any]]) -> list[Table]:
+    if not claims:
+        return []
+    lines = []
+    for one in claims:
+        gap = one["difference"] or {}
+        shown_gap = "{value:+.1%} ({low:+.1%} to {high:+.1%})".format(**gap) if gap else ""
+        words = one["sentence"].removeprefix(f"{one['claim']}: ")
+        texts = [one["claim"], one["source"], one["verdict"], shown_gap.replace("%", ""), words]
+        lines.append(Line(texts))
+    heads = ["Claim", "Source", "Verdict here", "Difference, points", "In words"]
+    return [Table("The paper's claims", heads, lines, words=True)]
+
+
+def _drawn(figure: Mapping[str, Any], labels: Sequence[str]) -> tuple[Panels, Table]:
+    traces, lines, ends = [], [], []
+    for series in figure["series"]:
+        label, i = series["label"], labels.index(series["label"])
+        points = [point for point in series["points"] if point["x"] and point["y"]]
+        xs, ys = ([at(point[key]) for point in points] for key in ("x", "y"))
+        traces.append(
+            {
+                "x": [one.mean for one in xs], "y": [one.mean for one in ys], "meta": label,
+                "error_x": bars(xs), "error_y": bars(ys), "mode": "lines+markers",
+                "line": stroke(i, width=1.75), "marker": marker(i, size=8), "hoverinfo": "text",
+                "text": [
+                    hover(label, f"coeff {setting(point['coeff'])}",
+                          f"kappa {shown(point['kappa'])}",
+                          f"{figure['x_title']} {x}", f"{figure['y_title']} {y}")
+                    for point, x, y in zip(points, xs, ys, strict=True)
+                ],
+            }
+        )  # fmt: skip
+        lines += [
+            Line([label, point["coeff"], point["kappa"], number(x), number(y)], label)
+            for point, x, y in zip(points, xs, ys, strict=True)
+        ]
+        ends.append(
+            f"{label}: {len(points)} points, {figure['y_title']} "
+            f"{min(one.mean for one in ys):.1%} to {max(one.mean for one in ys):.1%}"
+            if points
+            else f"{label}: not measured"
+        )
+    layout = {
+        "xaxis": axis(figure["x_title"], tickformat=".0%"),
+        "yaxis": axis(figure["y_title"], tickformat=".0%"),
+    }
+    words = (
+        f"{figure['title']}: {figure['y_title']} against {figure['x_title']}. {'; '.join(ends)}."
+    )
+    heads: list[Column | str] = ["Method", "Coeff", "Kappa", figure["x_title"], figure["y_title"]]
+    table = Table("The points of the figure, per cent", heads, lines, tall=len(lines) > 20)
+    return Panels([Figure("", words, traces, layout)], small=False), table

@@ -1,0 +1,315 @@
+"""The one config tree: a YAML file, dotted overrides, and errors that say what to type."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import inspect
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    TypeAdapter,
+    ValidationError,
+)  # fmt: skip
+
+from srmu.data.sources import Source
+from srmu.data.tokens import MIN_TOKENS
+from srmu.engine.files import from_file, sha256
+from srmu.engine.train import TrainOptions
+from srmu.errors import UserError, suggest
+from srmu.methods import METHODS, Method, Misdirection
+from srmu.runs.record import Purpose
+
+UNDECIDING = (
+    "runs_dir",
+    "eval",
+    "tasks_dir",
+    "cache",
+    "purpose",
+)  # keys that the weights do not depend on
+NAMED_FILE = re.compile(
+    r".+\.(py(?=:)|(json|txt)$)"
+)  # code or data that an option of a method names
+
+
+def _sources(value: Any) -> Any:
+    """A path, a mapping, or a list of these, as a list of mappings."""
+    values = value if isinstance(value, list) else [] if value is None else [value]
+    return [{"path": v} if isinstance(v, str | Path) else v for v in values]
+
+
+def _method(value: Any) -> Any:
+    if isinstance(value, Method):
+        return value
+    if isinstance(value, str):
+        value = {"name": value}
+    if not isinstance(value, dict):
+        raise UserError("method: expected a mapping like {name: srmu, layer: 7}")
+    options = {str(k): v for k, v in value.items() if k != "name"}
+    cls = find_method(str(value.get("name", "srmu")))
+    try:
+        return TypeAdapter(cls).validate_python(options)
+    except ValidationError as error:
+        raise UserError(explain(error, f"method {cls.name}", cls)) from None
+
+
+def _method_dict(method: Method) -> dict[str, Any]:
+    name = method.name
+    if METHODS.get(name) is not type(method):
+        name = f"{inspect.getfile(type(method))}:{type(method).__name__}"
+    return {"name": name} | dataclasses.asdict(method)
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+
+
+class TopicConfig(Strict):
+    """One topic's texts and lengths, and the strength where it differs between topics."""
+
+    forget: Annotated[list[Source], BeforeValidator(_sources)]
+    retain: Annotated[list[Source], BeforeValidator(_sources)] = []  # some methods need none
+    max_length: int = Field(512, ge=MIN_TOKENS)  # tokens of a forget text
+    retain_max_length: int | None = Field(None, ge=MIN_TOKENS)  # None: as max_length
+    forget_held_out: int = Field(0, ge=0)  # different texts that are not trained on
+    retain_held_out: int = Field(0, ge=0)
+    coeff: float | None = None
+    kappa: float | None = None
+    alpha: float | None = None
+
+    @property
+    def options(self) -> dict[str, float]:
+        """What this topic sets in place of the method's own options."""
+        given = {name: getattr(self, name) for name in ("coeff", "kappa", "alpha")}
+        return {name: value for name, value in given.items() if value is not None}
+
+
+class Config(Strict):
+    """Everything that decides a run."""
+
+    model: str
+    revision: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: the checkpoint's own
+    device: str = "auto"  # auto: a GPU where there is one
+    method: Annotated[Any, BeforeValidator(_method), PlainSerializer(_method_dict)]
+    topics: dict[str, TopicConfig]
+    train: TrainOptions = TrainOptions()
+    eval: list[str] = []
+    tasks_dir: str | None = None
+    seed: int = 0
+    runs_dir: str = "runs"
+    cache: Literal["disk", "memory", "none"] = "disk"  # where activations are kept for later steps
+    purpose: Purpose = Purpose()  # for the record: why, in the operator's words
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values with every default written out."""
+        return self.model_dump(mode="json")
+
+    def to_yaml(self) -> str:
+        """The text of a config file that gives this config again."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+    @property
+    def id(self) -> str:
+        """First 8 hex digits of the SHA-256 of all that decides the result."""
+        values = {k: v for k, v in self.to_dict().items() if k not in UNDECIDING}
+        del values["train"]["checkpoint_seconds"]
+        for key, value in values["method"].items():  # the code or data of one's own decides, too
+            if file := NAMED_FILE.match(str(value)):
+                values["code" if key == "name" else f"method.{key}"] = sha256(Path(file[0]))
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML config; relative paths in it start at its own folder."""
+    path = Path(path)
+    return build_config(rebased(read_tree(path), path.resolve().parent), overrides)
+
+
+def read_tree(path: Path) -> dict[str, Any]:
+    """The keys and values of a YAML file; UserError where it has none."""
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({type(error).__name__})") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise UserError(f"{path}{line}: not YAML: {getattr(error, 'problem', error)}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: expected keys and values like 'model: folder'")
+    return tree
+
+
+def build_config(tree: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
+    """Check a tree of plain values with `key=value` overrides applied; UserError when wrong.
+
+    Relative paths that are left, those of overrides, start at the working folder.
+    """
+    values = plain({"runs_dir": "runs", **tree})
+    # Another name first: what the file says for its own method is not said for that one.
+    named = [o for o in overrides if o.startswith("method.name=")]
+    for override in named:
+        forget_old_method(values, override.partition("=")[2])
+    for override in [*named, *(o for o in overrides if o not in named)]:
+        put(values, override)
+    try:
+        return Config.model_validate(rebased(plain(values), Path.cwd()))
+    except ValidationError as error:
+        raise UserError(explain(error, "", Config)) from None
+
+
+def plain(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A tree of JSON values alone; YAML leaves dates, and the two halves of a character apart."""
+    try:
+        values: dict[str, Any] = json.loads(json.dumps(tree, default=str))
+        json.dumps(values, ensure_ascii=False).encode()
+    except (TypeError, ValueError):
+        raise UserError("config: the keys must be text, of whole characters") from None
+    return values
+
+
+def forget_old_method(values: dict[str, Any], name: str) -> None:
+    """Drop from a config's tree what is said for its method, where another `name` takes its place.
+
+    Methods of one family keep its options (kappa and alpha mean the same in SRMU and RMU); another
+    one starts from its own defaults, with its own learning rate.
+    """
+    method = values.get("method")
+    if not isinstance(method, dict):
+        values["method"] = method = {"name": method or "srmu"}
+    old, new = METHODS.get(str(method.get("name", "srmu"))), METHODS.get(name)
+    kin = old and new and issubclass(old, Misdirection) and issubclass(new, Misdirection)
+    if old is None or new is None or old is new or kin:
+        return
+    values["method"] = {"name": name}
+    if isinstance(values.get("train"), dict):
+        values["train"].pop("learning_rate", None)
+
+
+def make_config(
+    model: str,
+    forget: str | Path | Sequence[str | Path],
+    retain: str | Path | Sequence[str | Path] = (),
+    method: str = "srmu",
+    overrides: Sequence[str] = (),
+) -> Config:
+    """A config for one topic from a model and two sets of text files."""
+
+    def paths(value: str | Path | Sequence[str | Path]) -> list[str]:
+        return [str(value)] if isinstance(value, str | Path) else [str(v) for v in value]
+
+    texts = {"forget": paths(forget), "retain": paths(retain)}
+    tree = {"model": str(model), "method": {"name": method}, "topics": {"topic": texts}}
+    return build_config(tree, overrides)
+
+
+def rebased(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The tree with its relative paths made absolute: they start at `folder`."""
+
+    def rebase(value: Any) -> Any:
+        if isinstance(value, list):
+            return [rebase(v) for v in value]
+        if isinstance(value, dict):
+            return value | {"path": rebase(value["path"])} if "path" in value else value
+        if not isinstance(value, str):
+            return value
+        try:
+            return str(folder / Path(value).expanduser())
+        except RuntimeError:
+            raise UserError(f"{value}: there is no such user") from None
+
+    tree = dict(tree)
+    model, method = tree.get("model"), tree.get("method")
+    if isinstance(model, str) and Path(rebase(model)).exists():
+        tree["model"] = rebase(model)  # otherwise a hub id
+    if isinstance(method, str):
+        method = tree["method"] = {"name": method}
+    if isinstance(method, dict):
+        named = {k: rebase(v) for k, v in method.items() if NAMED_FILE.match(str(v))}
+        tree["method"] = method | named
+    for key in ("tasks_dir", "runs_dir"):
+        if tree.get(key) is not None:
+            tree[key] = rebase(tree[key])
+    if isinstance(tree.get("topics"), dict):
+        tree["topics"] = {
+            name: topic
+            | {role: rebase(topic[role]) for role in ("forget", "retain") if role in topic}
+            if isinstance(topic, dict)
+            else topic
+            for name, topic in tree["topics"].items()
+        }
+    return tree
+
+
+def put(tree: dict[str, Any], override: str) -> None:
+    """Set `a.b.c=value` in a tree; the value is read as YAML."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"{override!r}: expected key=value, for example method.kappa=8")
+    try:
+        value = yaml.safe_load(text) if text else None
+    except yaml.YAMLError:
+        raise UserError(f"{override!r}: the value is not YAML") from None
+    *parents, last = key.split(".")
+    for parent in parents:
+        if tree.get(parent) is None:
+            tree[parent] = {}
+        tree = tree[parent]
+        if not isinstance(tree, dict):
+            raise UserError(f"{override!r}: {parent} holds a value, not further keys")
+    tree[last] = value
+
+
+def find_method(name: str) -> type[Method]:
+    """The class of a method: a name in METHODS, or `path/to/file.py:Class`."""
+    if name in METHODS:
+        return METHODS[name]
+    path, colon, attribute = name.rpartition(":")
+    if colon and path.endswith(".py"):
+        cls = from_file("method", name)
+        if not (isinstance(cls, type) and issubclass(cls, Method)):
+            raise UserError(f"method {name}: {attribute} is not a Method in that file")
+        if inspect.isabstract(cls) or not hasattr(cls, "name") or not hasattr(cls, "paper"):
+            raise UserError(f"method {name}: a method has a name, a paper, a setup and a loss")
+        return cls
+    raise UserError(f"unknown method {name!r}{suggest(name, METHODS)}")
+
+
+def explain(error: ValidationError, where: str, schema: type) -> str:
+    """The first of pydantic's complaints in one line."""
+    first = error.errors(include_url=False)[0]
+    location = [str(part) for part in first["loc"]]
+    key = ".".join(([where.split()[0]] if where else []) + location)
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, UserError):
+        return str(cause)
+    if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        return f"{key} is not an option{suggest(location[-1], known_keys(schema, location[:-1]))}"
+    if first["type"] in ("missing", "missing_argument"):
+        return f"{key} is missing from the config"
+    shown = first["input"] if isinstance(first["input"], str | int | float) else "that value"
+    message = first["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    return f"{key}={shown}: expected {message}"
+
+
+def known_keys(schema: type, path: Sequence[str]) -> list[str]:
+    """The keys that a place in the config tree takes."""
+    places = {"topics": TopicConfig, "train": TrainOptions}
+    if path and path[0] in places:
+        schema = Source if len(path) > 2 else places[path[0]]
+    if dataclasses.is_dataclass(schema):
+        return [f.name for f in dataclasses.fields(schema)]
+    return list(schema.model_fields)  # type: ignore[attr-defined]

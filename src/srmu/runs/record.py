@@ -1,0 +1,365 @@
+"""The audit record of a run: what was done to which model, with digests of everything it names."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import safe_open
+from torch import Tensor
+
+from srmu.engine import weights
+from srmu.engine.files import cache_dir, sha256, write_json
+from srmu.engine.progress import Watch, silent
+from srmu.errors import UserError, first_line
+
+RECORD = "record.json"
+DELTA = "delta.safetensors"
+SCHEMA = 1  # raised when a field changes its meaning
+LIMITS = (
+    "Suppressed, not shown to be absent: other attacks, or more of the same, may recover more.",
+    "Nothing is said of copies, quantised or earlier versions, or models trained from this one.",
+    "Test again after any fine-tuning, merging, quantisation or change of the system prompt.",
+)
+PACKAGES = ("srmu", "torch", "transformers", "safetensors", "tokenizers", "numpy", "lm-eval")
+
+
+class Block(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Purpose(Block):
+    """Why the run was made, in the operator's words; never the data itself."""
+
+    reason: str = ""
+    target: str = ""  # what is to be forgotten, described
+    operator: str = ""
+    ticket: str = ""
+    reviewer: str = ""
+    choice: str = ""  # why this layer and this strength
+    not_covered: list[str] = []  # models that this run does not change
+
+
+class Tool(Block):
+    name: str
+    version: str
+    commit: str | None  # of a checkout; a release has none
+
+
+class File(Block):
+    bytes: int
+    sha256: str
+    header: str = ""  # of a safetensors file: SHA-256 of what precedes the tensors
+    tensors: dict[str, str] = {}  # and of each tensor's bytes
+
+
+class Base(Block):
+    """The model before."""
+
+    id: str
+    revision: str | None
+    licence: str | None
+    dtype: str
+    tokenizer: str  # SHA-256 over the tokenizer's files
+    files: dict[str, File]
+
+
+class Changed(Block):
+    """One tensor that the run changed."""
+
+    shape: list[int]
+    dtype: str
+    before: str  # SHA-256 of its bytes
+    after: str
+    relative_norm: float = Field(ge=0)  # |after - before| / |before|, Frobenius
+    share_changed: float = Field(ge=0, le=1)  # of its elements
+
+
+class Change(Block):
+    tensors: dict[str, Changed]
+    others: int  # tensors of the base that are not in the delta
+    others_identical: bool  # an export takes their bytes from the base; `srmu verify` compares them
+
+
+class TextSet(Block):
+    """A set of texts: how much of it, and a digest that needs the operator's key."""
+
+    documents: int
+    too_short: int
+    bad_rows: int
+    tokens: int
+    digest: str
+
+
+class Environment(Block):
+    python: str
+    platform: str
+    processor: str
+    gpu: str | None
+    threads: int
+    deterministic: bool  # torch.use_deterministic_algorithms
+    packages: dict[str, str]
+
+
+class Processes(Block):
+    count: int = 1
+    sharded: bool = False  # over which the weights were cut
+
+
+class Reproduction(Block):
+    command: str
+    config: dict[str, Any]
+    expected: dict[str, str]  # SHA-256 of the delta
+    rerun: dict[str, Any] | None = None  # what the last re-run found
+
+
+class Record(Block):
+    """A run's `record.json`; `seal` is the SHA-256 of all else as canonical JSON."""
+
+    schema_version: Literal[1]
+    id: str
+    tool: Tool
+    started: str
+    finished: str
+    purpose: Purpose
+    method: str
+    paper: str
+    model: str
+    base: Base
+    data: dict[str, dict[Literal["forget", "retain"], TextSet]]
+    overlap: dict[str, float]  # of forget with retain, by topic: share of the forget set's words
+    topics: dict[str, dict[str, Any]]  # what each topic's direction and map are like
+    seconds: float
+    steps: int
+    resumed_at: int
+    checkpoint_failed: str
+    stop_reason: str
+    diverged: bool
+    weights: str
+    flops: float | None  # of the training steps; None where they were not counted
+    memory: dict[Literal["before", "peak"], int]
+    activations: dict[str, Any]
+    changed: list[str]
+    change: Change
+    results: dict[Literal["before", "after"], dict[str, dict[str, Any]]] = {}
+    attacks: dict[str, Any] = {}
+    environment: Environment
+    processes: Processes = Processes()
+    reproduction: Reproduction
+    limits: list[str]
+    files: dict[str, str]  # SHA-256 of what lies beside the record
+    exported: dict[str, str] = {}  # in an export: of what is neither the base's nor the delta's
+    seal: str
+
+
+def canonical(value: Any) -> bytes:
+    """JSON that is the same bytes for the same value."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return text.encode()
+
+
+def seal(record: Mapping[str, Any]) -> str:
+    return hashlib.sha256(canonical({k: v for k, v in record.items() if k != "seal"})).hexdigest()
+
+
+def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record checked against its schema, with its seal."""
+    whole = Record.model_validate({**record, "seal": ""}).model_dump(mode="json")
+    return whole | {"seal": seal(whole)}
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A record as it was written; UserError where it is not one, or was edited."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        Record.model_validate(record)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path} is no record of this version ({short(error)}); make the run again"
+        ) from None
+    if record["seal"] != seal(record):
+        raise UserError(f"{path} was edited after it was written: its seal does not fit")
+    return dict(record)
+
+
+def short(error: Exception) -> str:
+    """What is wrong with a record, in a few words."""
+    if isinstance(error, ValidationError):
+        first = error.errors(include_url=False)[0]
+        return ".".join(map(str, first["loc"])) + ": " + first["msg"]
+    return first_line(error)
+
+
+def extend(folder: Path, files: Sequence[str], **blocks: Any) -> None:
+    """Add what was measured of a run to its record, with the digests of the files that hold it."""
+    record = read(folder / RECORD)
+    digests = {name: sha256(folder / name) for name in files}
+    extended = sealed(record | blocks | {"files": record["files"] | digests})
+    if extended != record:
+        write_json(folder / RECORD, extended)
+
+
+def manifest(folder: Path, watch: Watch = silent) -> dict[str, dict[str, Any]]:
+    """Size and digests of every file of a checkpoint, by name.
+
+    Read in one pass; what was read is kept in the cache folder until size or time of change differ.
+    """
+    names = [*weights.carried(folder)]
+    stats = {name: (folder / name).stat() for name in names}
+    marks = [
+        (str(folder.resolve()), n, s.st_size, s.st_mtime_ns, s.st_ino) for n, s in stats.items()
+    ]
+    kept = cache_dir() / "hashes" / f"{sha256(canonical(marks))[:32]}.json"
+    try:
+        return dict(json.loads(kept.read_text()))
+    except (OSError, ValueError):
+        pass
+    found = {}
+    with watch("hashing the base model", len(names)) as tick:
+        for name in names:
+            found[name] = digests(folder / name)
+            tick(name)
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        write_json(kept, found)
+    except OSError:
+        pass  # without a cache they are read again
+    return found
+
+
+def digests(path: Path) -> dict[str, Any]:
+    """A file's size and SHA-256, and of a safetensors file that of each tensor; in one pass."""
+    whole, head = hashlib.sha256(), hashlib.sha256()
+    tensors = {}
+    parts = []
+    if path.suffix == ".safetensors":
+        entries, start = weights.header(path)
+        spans = {n: [start + at for at in e["data_offsets"]] for n, e in entries.items()}
+        parts = sorted((low, high, name) for name, (low, high) in spans.items())
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        for low, high, name in [*parts, (size, size, "")]:
+            read_into(file, low - file.tell(), whole, head)  # tensors leave no gaps
+            if name:
+                part = hashlib.sha256()
+                read_into(file, high - low, whole, part)
+                tensors[name] = part.hexdigest()
+    found = {"bytes": size, "sha256": whole.hexdigest(), "tensors": tensors}
+    return found | {"header": head.hexdigest() if parts else ""}
+
+
+def read_into(file: Any, size: int, *codes: Any) -> None:
+    """Feed the next bytes of a file to digests, a piece at a time."""
+    while size > 0:
+        block = file.read(min(size, 1 << 22))
+        if not block:
+            raise UserError(f"{file.name} ended while it was read")
+        for code in codes:
+            code.update(block)
+        size -= len(block)
+
+
+def base_block(model: str, revision: str | None, folder: Path, watch: Watch) -> dict[str, Any]:
+    files = manifest(folder, watch)
+    config = json.loads((folder / "config.json").read_text())
+    words = [n for n in files if "token" in n or n.startswith(("vocab", "merges", "spiece"))]
+    types = {str(t).removeprefix("torch.") for t in weights.stored_types(folder).values()}
+    return {
+        "id": model,
+        "revision": revision or revision_of(folder),
+        "licence": licence_of(folder) or config.get("license"),
+        "dtype": ", ".join(sorted(types)),
+        "tokenizer": sha256(*(files[name]["sha256"].encode() for name in sorted(words))),
+        "files": files,
+    }
+
+
+def revision_of(folder: Path) -> str | None:
+    """The commit of a hub snapshot, which its folder is named by."""
+    return folder.name if folder.parent.name == "snapshots" else None
+
+
+def licence_of(folder: Path) -> str | None:
+    """The licence that the model card names in its head."""
+    card = folder / "README.md"
+    if not card.is_file():
+        return None
+    head = card.read_text(encoding="utf-8", errors="replace").split("---")
+    try:
+        facts = yaml.safe_load(head[1]) if len(head) > 2 else {}
+    except yaml.YAMLError:
+        return None
+    licence = facts.get("license") if isinstance(facts, dict) else None
+    return str(licence) if licence else None
+
+
+def change_block(folder: Path, delta: Path) -> dict[str, Any]:
+    """Each tensor of a delta beside the base's."""
+    where = weights.shards(folder)
+    tensors = {}
+    if delta.exists():
+        with safe_open(delta, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 - it is no mapping
+                before = weights.stored_tensor(where[name], name)
+                tensors[name] = compared(before, file.get_tensor(name))
+    others = len(where) - len(tensors)
+    return {"tensors": tensors, "others": others, "others_identical": True}
+
+
+def compared(before: Tensor, after: Tensor) -> dict[str, Any]:
+    size = float(before.float().norm())
+    moved = float((after.float() - before.float()).norm())
+    return {
+        "shape": list(before.shape),
+        "dtype": str(before.dtype).removeprefix("torch."),
+        "before": sha256(weights.raw(before)),
+        "after": sha256(weights.raw(after)),
+        "relative_norm": moved / size if size else float(moved > 0),
+        "share_changed": float((after != before).float().mean()),
+    }
+
+
+def tool_block() -> dict[str, Any]:
+    """This program's version, and its commit where it runs from a checkout."""
+    home = Path(__file__).parents[3]
+    commit = None
+    if (home / ".git").exists():
+        try:
+            asked = ["git", "-C", str(home), "rev-parse", "HEAD"]
+            answer = subprocess.run(asked, capture_output=True, text=True, timeout=10)
+            commit = answer.stdout.strip() or None
+        except (OSError, subprocess.SubprocessError):
+            pass
+    return {"name": "srmu", "version": version("srmu"), "commit": commit}
+
+
+def environment() -> dict[str, Any]:
+    """What the bits of a result may depend on."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": torch.backends.cpu.get_cpu_capability(),
+        "gpu": gpu,
+        "threads": torch.get_num_threads(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "packages": {name: version(name) for name in PACKAGES},
+    }
+
+
+def schema() -> dict[str, Any]:
+    """The JSON Schema of a record."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | Record.model_json_schema()
+
+
+if __name__ == "__main__":  # python -m srmu.runs.record > src/srmu/runs/record.schema.json
+    print(json.dumps(schema(), indent=2))

@@ -1,0 +1,72 @@
+"""A run made again from its record, and what differs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from srmu.engine.files import write_json
+from srmu.engine.progress import Watch, silent
+from srmu.errors import UserError
+from srmu.runs import record as audit
+from srmu.runs.config import build_config
+from srmu.runs.record import DELTA
+from srmu.runs.run import Run, base_of, plan, run_folder, unlearn
+
+
+def rerun(
+    path: Path, overrides: Sequence[str] = (), watch: Watch = silent
+) -> tuple[Run, dict[str, Any]]:
+    """Make the run of a record again, in `again/` beside it, and compare what came out.
+
+    The outcome (`same`, and where not, how data and environments differ) is kept in the record.
+    UserError where the base model is not that of the record. `overrides` may change what decides
+    no result, such as `runs_dir` or `device`.
+    """
+    record = audit.read(path)
+    again = f"runs_dir={path.resolve().parent.parent / 'again'}"
+    config, _ = plan(build_config(record["reproduction"]["config"], [again, *overrides]))
+    base = base_of(config)
+    for name, file in audit.manifest(base, watch).items():
+        known = record["base"]["files"].get(name)
+        if known is None or known["sha256"] != file["sha256"]:
+            raise UserError(
+                f"{base} is not the base model of {path}: its {name} differs; nothing was run"
+            )
+    if run_folder(config).resolve() == path.resolve().parent:
+        raise UserError("runs_dir: name another folder than the record's own")
+    run = unlearn(config, watch=watch)
+    found = compared(record, run.record)
+    rerun = {"when": datetime.now(UTC).isoformat(timespec="seconds"), **found}
+    reproduction = record["reproduction"] | {"rerun": rerun}
+    write_json(path, audit.sealed(record | {"reproduction": reproduction}))
+    return run, found
+
+
+def compared(first: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """Whether two records tell of the same delta; where not, what differs before it."""
+    one, two = (r["reproduction"]["expected"].get(DELTA, "") for r in (first, other))
+    if one == two:
+        return {"same": True, "tensors": [], "differences": []}
+    tensors = [
+        name
+        for name, entry in first["change"]["tensors"].items()
+        if other["change"]["tensors"].get(name, {}).get("after") != entry["after"]
+    ]
+    differences = [*differing("", first["environment"], other["environment"])]
+    differences += differing("data.", first["data"], other["data"])
+    return {"same": False, "tensors": tensors, "differences": differences}
+
+
+def differing(prefix: str, one: Any, other: Any) -> list[str]:
+    """`torch: 2.13.0 then, 2.14.0 now`, for each leaf of two trees that differs."""
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        keys = dict.fromkeys([*one, *other])
+        return [
+            text
+            for key in keys
+            for text in differing(f"{prefix}{key}.", one.get(key), other.get(key))
+        ]
+    return [] if one == other else [f"{prefix.rstrip('.')}: {one} then, {other} now"]

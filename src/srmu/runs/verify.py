@@ -1,0 +1,183 @@
+"""Recompute every digest of a run or an export: what is there, against what its record says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from srmu.engine import weights
+from srmu.engine.files import sha256, write_whole
+from srmu.engine.progress import Watch, silent
+from srmu.errors import UserError
+from srmu.runs.record import DELTA, RECORD, digests, read
+
+SIGNATURE = "record.sig"
+
+
+def record_of(folder: Path) -> Path:
+    """The record of a run's or an export's folder."""
+    for name in (RECORD, weights.EXPORTED):
+        if (folder / name).is_file():
+            return folder / name
+    raise UserError(
+        f"{folder} holds no record ({RECORD} of a run, {weights.EXPORTED} of an export): "
+        "name the folder of a run, or one that srmu export wrote"
+    )
+
+
+def verify(folder: Path, key: Path | None = None, watch: Watch = silent) -> dict[str, Any]:
+    """Check a run or an export; how many files and tensors were compared.
+
+    UserError naming everything that is not as the record says. The base model is read too where a
+    run is checked, once, a piece at a time.
+    """
+    path = record_of(folder)
+    record = read(path)
+    if key is not None:
+        check_signature(path, key)
+    if path.name == RECORD:
+        found = [*in_run(folder, record, watch)]
+        tensors = len(record["change"]["tensors"]) + sum(
+            len(file["tensors"]) for file in record["base"]["files"].values()
+        )
+        files = len(record["files"]) + len(record["base"]["files"])
+    else:
+        found = [*in_export(folder, record, watch)]
+        tensors = len(record["change"]["tensors"]) + record["change"]["others"]
+        files = len(record["base"]["files"])
+    if found:
+        raise UserError(f"{folder}: {len(found)} not as recorded: " + "; ".join(found[:20]))
+    return {"record": record["id"], "files": files, "tensors": tensors, "signed": key is not None}
+
+
+def in_run(folder: Path, record: Mapping[str, Any], watch: Watch) -> Iterator[str]:
+    """What of a run's folder, or of its base model, is not as its record says."""
+    for name, expected in record["files"].items():
+        if not (folder / name).is_file():
+            yield f"{name} is missing"
+        elif name != DELTA and sha256(folder / name) != expected:
+            yield f"{name} has changed"
+    if DELTA in record["files"] and (folder / DELTA).is_file():
+        after = {name: entry["after"] for name, entry in record["change"]["tensors"].items()}
+        yield from in_tensors(folder / DELTA, {"sha256": record["files"][DELTA], "tensors": after})
+    known = {*record["files"], RECORD, SIGNATURE}
+    for path in sorted(folder.iterdir()):
+        if path.name not in known:
+            yield f"{path.name} is not in the record"
+    base = weights.locate(record["model"], record["reproduction"]["config"]["revision"])
+    yield from in_base(base, record["base"]["files"], watch)
+
+
+def in_base(folder: Path, files: Mapping[str, Any], watch: Watch) -> Iterator[str]:
+    """What of a checkpoint's files is not as recorded."""
+    with watch("hashing the base model", len(files)) as tick:
+        for name, file in files.items():
+            if not (folder / name).is_file():
+                yield f"{name} of the base model is missing"
+            else:
+                for what in in_tensors(folder / name, file):
+                    yield f"base model: {what}"
+            tick(name)
+
+
+def in_export(folder: Path, record: Mapping[str, Any], watch: Watch) -> Iterator[str]:
+    """What of an export is neither the base's bytes nor the delta's, where each belongs."""
+    after = {name: entry["after"] for name, entry in record["change"]["tensors"].items()}
+    own = record["exported"]
+    expected = {name: file for name, file in record["base"]["files"].items() if name not in own}
+    with watch("hashing the export", len(expected)) as tick:
+        for name, file in expected.items():
+            if not (folder / name).is_file():
+                yield f"{name} is missing"
+                continue
+            changed = {k: after[k] for k in file["tensors"] if k in after}
+            patched = {**file, "tensors": file["tensors"] | changed}
+            if changed:
+                patched["sha256"] = ""  # header and tensors say all
+            yield from in_tensors(folder / name, patched)
+            tick(name)
+    for name, digest in own.items():
+        if not (folder / name).is_file():
+            yield f"{name} is missing"
+        elif sha256(folder / name) != digest:
+            yield f"{name} has changed"
+    known = {*expected, *own, weights.EXPORTED, SIGNATURE}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.relative_to(folder).as_posix() not in known:
+            yield f"{path.relative_to(folder).as_posix()} is not in the record"
+
+
+def in_tensors(path: Path, expected: Mapping[str, Any]) -> Iterator[str]:
+    """What of a file is not as expected; of a safetensors file, which tensors."""
+    if path.suffix != ".safetensors":
+        if sha256(path) != expected["sha256"]:
+            yield f"{path.name} has changed"
+        return
+    try:
+        found = digests(path)
+    except UserError as error:
+        yield str(error)
+        return
+    wrong = False
+    for name, digest in expected["tensors"].items():
+        if name not in found["tensors"]:
+            yield f"{path.name} lacks the tensor {name}"
+            wrong = True
+        elif found["tensors"][name] != digest:
+            yield f"{path.name}: the tensor {name} has changed"
+            wrong = True
+    for name in sorted(set(found["tensors"]) - set(expected["tensors"])):
+        yield f"{path.name}: the tensor {name} is not in the record"
+        wrong = True
+    if not wrong and any(
+        expected.get(part) and found[part] != expected[part] for part in ("header", "sha256")
+    ):
+        yield f"{path.name}: its header has changed"
+
+
+def check_signature(path: Path, key: Path) -> None:
+    """UserError where the record's signature is not that of the public key's owner."""
+    ed25519, serialization = cryptography()
+    public = loaded(key, serialization.load_pem_public_key, ed25519.Ed25519PublicKey, "public")
+    signature = path.with_name(SIGNATURE)
+    if not signature.is_file():
+        raise UserError(f"{path.parent} is not signed: it has no {SIGNATURE}; --sign makes one")
+    from cryptography.exceptions import InvalidSignature
+
+    try:
+        public.verify(bytes.fromhex(signature.read_text().strip()), path.read_bytes())
+    except (InvalidSignature, ValueError):
+        raise UserError(f"{signature} is not the signature of {path.name} by {key}") from None
+
+
+def sign(folder: Path, key: Path) -> Path:
+    """Write the record's Ed25519 signature beside it."""
+    ed25519, serialization = cryptography()
+    without_password = partial(serialization.load_pem_private_key, password=None)
+    path = record_of(folder)
+    private = loaded(key, without_password, ed25519.Ed25519PrivateKey, "private")
+    write_whole(path.with_name(SIGNATURE), private.sign(path.read_bytes()).hex() + "\n")
+    return path.with_name(SIGNATURE)
+
+
+def cryptography() -> tuple[Any, Any]:
+    """The library's keys and key files; UserError where it is not installed."""
+    try:
+        from cryptography.hazmat.primitives import serialization
+        from cryptography.hazmat.primitives.asymmetric import ed25519
+    except ImportError:
+        raise UserError("signatures need a library: pip install 'srmu[sign]'") from None
+    return ed25519, serialization
+
+
+def loaded(path: Path, load: Callable[[bytes], Any], kind: type, what: str) -> Any:
+    """An Ed25519 key from a PEM file."""
+    try:
+        key = load(path.read_bytes())
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path} is no {what} key in PEM form: {type(error).__name__}") from None
+    if not isinstance(key, kind):
+        raise UserError(f"{path} is no Ed25519 {what} key; openssl genpkey -algorithm ed25519")
+    return key

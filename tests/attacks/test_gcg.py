@@ -1,0 +1,129 @@
+import pytest
+import torch
+from torch import Tensor
+
+from helpers.attack_world import exam, subject, texts
+from helpers.models import pico_module, word_tokenizer
+from srmu.attacks.gcg import (
+    Suffixed,
+    common_end,
+    cost,
+    gcg,
+    losses,
+    ordinary,
+    slopes,
+    swaps,
+    target,
+)
+from srmu.evals.subject import Subject, answers
+
+
+def naive(model: Subject, suffix: Tensor, cue: int, wanted: list[int]) -> float:
+    """Mean loss of the right answers of some validation questions, one whole forward each."""
+    found = []
+    for i in wanted:
+        q = exam().val[i]
+        before, answer = model.split(q.prompt, q.answer)
+        at = len(before) - cue
+        row = torch.tensor([before[:at] + suffix.tolist() + before[at:] + answer])
+        with torch.no_grad():
+            logs = model.module(row).logits[0].float().log_softmax(-1)
+        places = range(row.shape[1] - len(answer) - 1, row.shape[1] - 1)
+        found.append(
+            -sum(float(logs[p, t]) for p, t in zip(places, answer, strict=True)) / len(answer)
+        )
+    return sum(found) / len(found)
+
+
+@pytest.mark.parametrize("cue", [0, 1])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "mixtral"])
+def test_losses_are_those_of_whole_forwards(name: str, cue: int) -> None:
+    model = Subject(pico_module(name), word_tokenizer())
+    suffixes = torch.randint(4, 64, (40, 3), generator=torch.Generator().manual_seed(0))
+    targets = [target(model, exam().val[i], cue, 3) for i in (0, 3)]
+    found = losses(model, targets, suffixes)
+    for row in (0, 20, 39):  # of more batches than one
+        assert float(found[row]) == pytest.approx(
+            naive(model, suffixes[row], cue, [0, 3]), abs=2e-4
+        )
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_slopes_tell_how_the_loss_changes(name: str) -> None:
+    """The embedding moved a little towards a token's, against the derivative."""
+    model = Subject(pico_module(name), word_tokenizer())
+    suffix = torch.tensor([7, 9])
+    one = target(model, exam().val[0], 0, 2)
+    found = slopes(model, [one], suffix)
+    assert found.shape == (2, 64)
+    weight = model.module.get_input_embeddings().weight
+    for place, token in ((0, 30), (1, 50)):
+        ids = torch.cat([suffix, one.cue])[None]
+        before, answer = model.split(exam().val[0].prompt, exam().val[0].answer)
+        row = torch.tensor([before + ids[0].tolist()])
+        values = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                read = model.module.get_input_embeddings()(row).clone()
+                read[0, len(before) + place] += sign * 1e-3 * weight[token]
+                logs = model.module(inputs_embeds=read).logits[0, -1].double().log_softmax(-1)
+            values.append(-float(logs[answer[0]]))
+        slope = (values[0] - values[1]) / 2e-3
+        assert float(found[place, token]) == pytest.approx(slope, rel=0.02, abs=2e-3)
+
+
+def test_swaps_change_one_token_to_a_promising_one() -> None:
+    generator = torch.Generator().manual_seed(0)
+    suffix, allowed = torch.tensor([5, 6, 7]), torch.tensor([2, 4, 5, 6, 7, 9])
+    steep = torch.arange(30.0).reshape(3, 10)
+    tried = swaps(steep, suffix, allowed, 100, generator)
+    assert len(tried) == 18  # all there are
+    assert len({tuple(row) for row in tried.tolist()}) == 16  # three of them change nothing
+    assert all((row != suffix).sum() <= 1 for row in tried)
+    assert {*tried.flatten().tolist()} <= {*allowed.tolist()}
+    assert len(swaps(steep, suffix, allowed, 4, generator)) == 4
+
+
+def test_one_step_over_all_tokens_finds_the_best_one() -> None:
+    model = subject("unlearned")
+    found = gcg(model, texts(), exam(), "deep", 0, steps=1, candidates=1000, length=1)
+    import random
+
+    chosen = random.Random(0).sample(range(len(exam().val)), 5)
+    values = {int(t): naive(model, t[None], 0, chosen) for t in ordinary(model)}
+    assert found.budget["loss after"] == pytest.approx(min(values.values()), abs=1e-4)
+    best = torch.tensor([min(values, key=values.__getitem__)])
+    asked = [Suffixed(model, best.tolist(), 0).split(q.prompt, q.answer) for q in exam().test]
+    assert all(before[-1] == best for before, _ in asked)
+    assert found.ways[0].test == answers(Suffixed(model, best.tolist(), 0), exam().test)
+
+
+def test_more_steps_never_make_it_worse() -> None:
+    model = subject("unlearned")
+    before = {k: v.clone() for k, v in model.module.state_dict().items()}
+    found = [
+        gcg(model, texts(), exam(), "deep", 1, steps=n, candidates=8, length=3) for n in (2, 6)
+    ]
+    after = [one.budget["loss after"] for one in found]
+    assert found[0].budget["loss before"] == found[1].budget["loss before"] > after[0] >= after[1]
+    assert found[1] == gcg(model, texts(), exam(), "deep", 1, steps=6, candidates=8, length=3)
+    assert all(torch.equal(v, before[k]) for k, v in model.module.state_dict().items())
+    assert all(p.grad is None for p in model.module.parameters())
+
+
+def test_the_cue_is_what_all_prompts_end_with() -> None:
+    assert common_end([[1, 2, 8, 9], [1, 3, 8, 9], [4, 8, 9]]) == 2
+    assert common_end([[8, 9], [8, 9]]) == 1  # something is before it
+    assert common_end([[1, 2], [1, 3]]) == 0
+    model = subject("unlearned")
+    before, answer = Suffixed(model, [5, 6], 1).split("w50 w0", " w41")
+    plain, same = model.split("w50 w0", " w41")
+    assert (before, answer) == ([*plain[:-1], 5, 6, plain[-1]], same)
+
+
+def test_cost_says_minutes_and_bfloat16_runs() -> None:
+    model = Subject(pico_module("gemma2", torch.bfloat16), word_tokenizer())
+    assert "5,000 forwards" in cost(model)
+    assert "minutes" in cost(model)
+    found = gcg(model, texts(), exam(), "deep", 0, steps=2, candidates=4, length=2)
+    assert len(found.ways[0].test) == len(exam().test)

@@ -1,0 +1,146 @@
+"""Quantisers, pruning and noise by hand."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from helpers.attack_world import exam, subject, texts
+from helpers.models import pico_module, word_tokenizer
+from srmu.attacks.base import matrices
+from srmu.attacks.noise import disturbance, noise, pruned
+from srmu.attacks.quantisation import (
+    QUANTISERS,
+    Quantiser,
+    normal_levels,
+    quantisation,
+    rounded,
+    undone,
+)
+from srmu.evals.subject import Subject
+
+INT8, INT4, NF4 = QUANTISERS.values()
+
+
+def test_int8_has_a_scale_for_each_output() -> None:
+    matrix = torch.tensor([[127.0, 0.4, -0.6, 63.5001], [-2.54, 0.011, 0.009, 0.0], [0, 0, 0, 0]])
+    expected = torch.tensor([[127.0, 0, -1, 64], [-2.54, 0.02, 0, 0], [0, 0, 0, 0]])
+    assert torch.allclose(rounded(matrix, INT8), expected, atol=1e-6)
+
+
+def test_int4_has_a_scale_for_each_group_of_inputs() -> None:
+    matrix = torch.zeros(1, 130)  # a group of 128 and one of two
+    matrix[0, 0], matrix[0, 1], matrix[0, 2] = 7, 2.6, -0.4
+    matrix[0, 128], matrix[0, 129] = 0.7, 0.16
+    found = rounded(matrix, INT4)
+    assert found[0, :3].tolist() == pytest.approx([7, 3, 0])
+    assert found[0, 128:].tolist() == pytest.approx([0.7, 0.2])
+    assert not found[0, 3:128].any()
+
+
+def test_nf4_levels_are_the_published_ones() -> None:
+    """QLoRA, arXiv 2305.14314, appendix E."""
+    published = [
+        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+        -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+        0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+        0.7229568362236023, 1.0,
+    ]  # fmt: skip
+    assert normal_levels().tolist() == pytest.approx(published, abs=1e-6)
+    matrix = torch.zeros(2, 64)
+    matrix[0, :3] = torch.tensor([-2.0, 1.4, 0.1])  # scale 2: 0.7 is nearest to 0.723, 0.05 to 0.08
+    expected = [-2.0, 2 * published[14], 2 * published[8]]
+    assert rounded(matrix, NF4)[0, :3].tolist() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("quantiser", QUANTISERS.values(), ids=[*QUANTISERS])
+def test_no_level_is_nearer(quantiser: Quantiser) -> None:
+    matrix = torch.randn(6, 150, generator=torch.Generator().manual_seed(0))
+    found = rounded(matrix, quantiser)
+    size = quantiser.block or 150
+    for row, values in zip(matrix, found, strict=True):
+        for start in range(0, 150, size):
+            block = row[start : start + size]
+            levels = quantiser.levels * block.abs().max()
+            nearest = (block[:, None] - levels).abs().min(dim=1).values
+            assert torch.allclose((values[start : start + size] - block).abs(), nearest, atol=1e-6)
+    assert torch.allclose(rounded(found, quantiser), found, atol=1e-6)
+
+
+def test_share_in_the_originals_bucket() -> None:
+    """Changes far under a step are undone, larger ones are not; other parameters do not count."""
+    module = pico_module()
+    name = "model.layers.1.mlp.down_proj.weight"
+    original = module.get_parameter(name).detach().clone()
+    step = original.abs().amax(dim=1, keepdim=True) / 7
+    grid = (original / step).round() * step  # in the middle of the buckets
+    small, large = grid.clone(), grid.clone()
+    small[:, ::2] += 0.1 * step
+    # to the bucket beside it, towards 0: the scale stays
+    large[:, 1] -= 1.5 * step[:, 0] * grid[:, 1].sign()
+    moved = int((grid[:, 1].abs() > 1.4 * step[:, 0]).sum())
+    model = Subject(module, word_tokenizer(), {name: grid, "model.norm.weight": torch.ones(32)})
+
+    module.get_parameter(name).data = small
+    assert undone(model, INT4) == (32 * 24, 32 * 24)
+    assert undone(model, INT8)[1] < 32  # its steps are smaller; the largest weights stay so
+    module.get_parameter(name).data = large
+    changed, same = undone(model, INT4)
+    assert changed == int((large != grid).sum())
+    assert same <= changed - moved
+    module.get_parameter(name).data = 2 * grid  # the same levels beside other scales
+    outermost = int((grid.abs() > 6.5 * step).sum())  # these buckets have no outer edge
+    assert undone(model, INT4) == (int((grid != 0).sum()), outermost)
+    module.get_parameter(name).data = grid.clone()
+    assert undone(model, INT4) == (0, 0)
+
+
+def test_quantisation_undoes_a_small_change() -> None:
+    """Planted: what unlearning did is far less than the steps."""
+    model = subject("original")
+    generator = torch.Generator().manual_seed(0)
+    original = {}
+    for name in matrices(model.module):
+        parameter = model.module.get_parameter(name)
+        original[name] = parameter.data
+        draw = torch.randn(parameter.shape, generator=generator)
+        parameter.data = parameter.data + 1e-6 * draw * (parameter.abs() < 0.1)
+    found = quantisation(
+        Subject(model.module, model.tokenizer, original), texts(), exam(), "smoke", 0
+    )
+    assert [way.setting for way in found.ways] == list(QUANTISERS)
+    assert all(np.mean(way.test) > 0.9 for way in found.ways)
+    assert len(found.metrics) == 3
+    for estimate in found.metrics.values():
+        assert estimate.value > 0.99
+        assert estimate.low == estimate.value == estimate.high
+    assert not quantisation(subject("original"), texts(), exam(), "smoke", 0).metrics
+
+
+def test_pruned_by_hand() -> None:
+    matrix = torch.tensor([[3.0, -1.0, 0.5, 2.0, -4.0], [0.1, 6.0, -0.2, 7.0, 1.0]])
+    expected = torch.tensor([[3.0, -1.0, 0.0, 2.0, -4.0], [0.0, 6.0, 0.0, 7.0, 1.0]])
+    assert torch.equal(pruned(matrix, 0.3), expected)
+    same = torch.ones(2, 5)
+    assert int((pruned(same, 0.3) == 0).sum()) == 3  # of equals no more than the share
+
+
+def test_noise_is_a_share_of_the_rows_size() -> None:
+    device: Any = SimpleNamespace(device=torch.device("cpu"))
+    matrix = torch.ones(3, 20_000) * torch.tensor([[0.01], [1.0], [50.0]])
+    change = disturbance(device, 0.05, 7)
+    added = change(matrix) - matrix
+    assert (added.std(dim=1) / matrix[:, 0]).tolist() == pytest.approx([0.05] * 3, rel=0.03)
+    assert not torch.equal(change(matrix) - matrix, added)  # each matrix gets its own
+    assert torch.equal(disturbance(device, 0.05, 7)(matrix) - matrix, added)
+
+
+def test_noise_counts_each_seed() -> None:
+    found = noise(subject("original"), texts(), exam(), "standard", 0)
+    assert [way.setting for way in found.ways] == [
+        "10% pruned", "30% pruned", "50% pruned", "noise of 1%", "noise of 2%", "noise of 5%",
+    ]  # fmt: skip
+    assert {3 * value for way in found.ways[3:] for value in way.test} <= {0.0, 1.0, 2.0, 3.0}
+    assert all(np.mean(way.test) > 0.9 for way in (found.ways[0], *found.ways[3:]))

@@ -1,0 +1,345 @@
+"""The suite of attacks: controls, the worst case, what is kept, and what cannot be attacked."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helpers import attack_world as world
+from helpers.models import write_jsonl
+from srmu import attacks
+from srmu.attacks import suite
+from srmu.attacks.base import Exam, Found, Way, ask
+from srmu.attacks.suite import FILE, Sources, attack, load_exam, sentences
+from srmu.cli.measuring import rows
+from srmu.errors import UserError
+from srmu.evals.score import score
+from srmu.evals.subject import NotApplicable, Subject, answers, option_scores
+from srmu.runs.run import Run, unlearn
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    return world.write(tmp_path)
+
+
+@pytest.fixture
+def run(place: Path) -> Run:
+    return world.unlearned(place)
+
+
+def sources(place: Path, **given: Any) -> Sources:
+    return Sources(
+        **{
+            "tasks": ("hazard",),
+            "neutral": str(place / "neutral.jsonl"),
+            "holdout": str(place / "holdout.jsonl"),
+            "oracle": str(place / "oracle"),
+        }
+        | given
+    )
+
+
+def only(monkeypatch: pytest.MonkeyPatch, **functions: Any) -> None:
+    """The suite with these attacks beside the questions as they are and the utility."""
+    kept = {name: attacks.ATTACKS[name] for name in ("forced_choice", "utility")}
+    for name, function in functions.items():
+        kept[name] = attacks.Attack(f"E{len(kept) + 40}", function, "smoke")
+    monkeypatch.setattr(suite, "ATTACKS", kept)
+
+
+def oracle_says(value: float) -> Callable[..., Found]:
+    """An attack after which every model answers a share of the questions, whatever it knows."""
+
+    def all_alike(model: Subject, texts: Any, exam: Exam, tier: str, seed: int) -> Found:
+        def half(asked: Any) -> tuple[float, ...]:
+            return tuple(float(i < value * len(asked)) for i in range(len(asked)))
+
+        return Found((Way("alike", half(exam.val), half(exam.test)),))
+
+    return all_alike
+
+
+def undone(model: Subject, texts: Any, exam: Exam, tier: str, seed: int) -> Found:
+    """Brings everything back, by cheating; on the original it says nothing."""
+    with model.as_original():
+        return Found((ask(model, exam, "the original's weights"),))
+
+
+def test_what_is_written(run: Run, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    only(monkeypatch)
+    report = attack(run, sources=sources(place))
+    assert json.loads((run.folder / FILE).read_text()) == report
+    told = Run.open(run.folder).record["attacks"]
+    assert told["K*"] == report["K*"]
+    assert told["given_away"] == {"forget": 1.0, "retain": 0.0}  # the forget texts answer them
+    assert len(told["tried"]["forced_choice"]["definition"]) == 64
+    plain = report["attacks"]["forced_choice"]
+    assert plain["accuracy"]["value"] == score(run, ["hazard"])["after"]["hazard/acc"]["value"]
+    assert plain["controls"]["original"]["accuracy"]["value"] == 1
+    assert plain["valid"] is True
+    assert plain["recovery"]["value"] == 0
+    expected = (plain["accuracy"]["value"] - 0.25) / 0.75
+    assert report["K*"]["value"] == pytest.approx(expected)
+    assert report["K*"]["low"] <= report["K*"]["value"] <= report["K*"]["high"]
+    assert report["facts"] == [i // 2 for i in range(40)]
+    kept = report["utility"]["harmless"]
+    assert kept["before"] == "1" * 40
+    assert len(kept["after"]) == 40
+    assert report["p that nothing was forgotten"] < 0.05
+    assert "KL of neutral text" in report["attacks"]["utility"]["metrics"]
+    assert "KL of neutral text" not in report["attacks"]["utility"]["controls"]["original"]
+    # no text: neither a question nor an answer
+    text = (run.folder / FILE).read_text()
+    assert not any(q.prompt in text or f'"{q.answer.strip()}"' in text for q in world.exam().test)
+    assert any("K* = " in line for line in sentences(report))
+    assert {row["attack"] for row in rows(report)} == {"E0 forced_choice", "E18 utility"}
+
+
+def test_the_strongest_valid_attack_decides(
+    run: Run, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What answers for the oracle, too, does not count; neither does the utility."""
+    only(monkeypatch, undone=undone, alike=oracle_says(0.9), harmless=oracle_says(0.2))
+    report = attack(run, sources=sources(place))
+    assert report["attacks"]["alike"]["valid"] is False
+    assert report["attacks"]["harmless"]["valid"] is True
+    assert report["attacks"]["undone"]["controls"]["original"]["why"].startswith("does not apply")
+    # of the oracle, as of the run, the original's weights are another model's
+    assert report["attacks"]["undone"]["valid"] is False
+    assert report["K*"]["attack"] == "forced_choice"
+    report = attack(run, sources=sources(place, oracle=""))
+    assert report["attacks"]["undone"]["valid"] is None
+    assert report["attacks"]["undone"]["recovery"]["value"] == 1
+    assert report["attacks"]["undone"]["chosen"] == "the original's weights"
+    assert report["K*"] == {"value": 1, "low": 1, "high": 1, "n": 40, "attack": "undone"}
+    assert any("no oracle" in line for line in sentences(report))
+
+
+def test_what_was_found_is_kept(run: Run, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second time nothing is attacked; other weights, texts or seeds are attacked anew."""
+    calls = []
+
+    def counted(model: Subject, texts: Any, exam: Exam, tier: str, seed: int) -> Found:
+        calls.append(model)
+        return Found((ask(model, exam, "plain"),))
+
+    only(monkeypatch, counted=counted)
+    first = attack(run, sources=sources(place))
+    assert len(calls) == 3
+    again = attack(run, sources=sources(place))
+    assert len(calls) == 3
+    for report in (first, again):
+        for entry in report["attacks"].values():
+            del entry["seconds"]
+    assert again == first
+    other = unlearn(run.config.model_copy(update={"seed": 1}))
+    attack(other, sources=sources(place))  # the controls are the same
+    assert len(calls) == 4
+    attack(run, sources=sources(place, holdout=""))
+    assert len(calls) == 7
+    attack(run, sources=sources(place), seed=1)
+    assert len(calls) == 10
+
+
+def test_one_that_cannot_run_does_not_stop_the_rest(
+    run: Run, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(*args: Any) -> Found:
+        raise NotApplicable("there is nothing to attack")
+
+    def fails(*args: Any) -> Found:
+        raise UserError("too few questions")
+
+    only(monkeypatch, refuses=refuses, fails=fails, last=oracle_says(0.2))
+    report = attack(run, sources=sources(place))
+    states = {name: (entry["status"], entry["why"]) for name, entry in report["attacks"].items()}
+    assert states["refuses"] == ("does not apply", "there is nothing to attack")
+    assert states["fails"] == ("failed", "too few questions")
+    assert states["last"] == ("done", "")
+    assert any("does not apply: there is nothing" in row["setting"] for row in rows(report))
+
+
+def test_the_setting_is_chosen_on_the_validation_half(
+    run: Run, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def two(model: Subject, texts: Any, exam: Exam, tier: str, seed: int) -> Found:
+        none, every = (0.0,) * 40, (1.0,) * 40
+        return Found((Way("better on test", none, every), Way("better on val", every, none)))
+
+    only(monkeypatch, two=two)
+    entry = attack(run, sources=sources(place))["attacks"]["two"]
+    assert (entry["chosen"], entry["accuracy"]["value"]) == ("better on val", 0)
+    assert entry["settings"]["better on test"] == {"val": 0, "test": 1}
+
+
+def test_what_takes_hours_is_asked_about(
+    run: Run, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    only(monkeypatch, long=oracle_says(0.2))
+    monkeypatch.setattr("test_robustness.cost", lambda model: "ten hours.", raising=False)
+    asked = []
+
+    def no(text: str) -> bool:
+        asked.append(text)
+        return False
+
+    report = attack(run, sources=sources(place), confirm=no)
+    assert asked == ["long: ten hours."]
+    assert "long" not in report["attacks"]
+    assert report["not_tried"] == ["long"]
+    assert "long" in attack(run, sources=sources(place))["attacks"]
+
+
+def test_two_models_at_inference_are_attacked_together(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who's Harry Potter's logits: its two models answer, and its weights are not attacked."""
+    settings = {"mode": "logits", "strength": 30, "teacher_steps": 6, "teacher_learning_rate": 3e-3}
+    given = {f"method.{key}": value for key, value in settings.items()}
+    run = world.unlearned(place, "whp", **given)
+    said = []
+
+    def listen(model: Subject, texts: Any, exam: Exam, tier: str, seed: int) -> Found:
+        said.append(option_scores(model, exam.test))
+        return Found()
+
+    monkeypatch.setitem(attacks.ATTACKS, "listen", attacks.Attack("E99", listen, "smoke"))
+    monkeypatch.delitem(attacks.ATTACKS, "benign_relearning")  # the slowest
+    report = attack(run, tier="standard", sources=sources(place, oracle=""))["attacks"]
+    assert len(said) == 2
+    assert said[0] != said[1]
+    weights = ("quantisation", "noise", "part_relearning", "direction_ablation", "linear_probe")
+    for name in (*weights, "relearning_steps"):
+        assert report[name]["status"] == "does not apply"
+        assert "two models" in report[name]["why"]
+    read = (
+        "forced_choice",
+        "format_shift",
+        "extraction",
+        "entangled_queries",
+        "logit_lens",
+        "leak",
+    )
+    for name in (*read, "prompts", "membership", "utility"):
+        assert report[name]["status"] == "done", report[name]["why"]
+
+
+def test_nothing_forgotten_is_no_recovery() -> None:
+    """A share of nothing: no number, and no warning."""
+    names = [str(i) for i in range(40)]
+    judge = suite.Judge(names, 0.25, 0, (1.0,) * 40, (1.0,) * 40, None)
+    assert judge.recovery((1.0,) * 40) is None
+    some = (1.0,) * 38 + (0.0,) * 2  # within two standard errors of nothing
+    assert suite.Judge(names, 0.25, 0, (1.0,) * 40, some, None).recovery(some) is None
+    half = (1.0,) * 20 + (0.0,) * 20
+    found = suite.Judge(names, 0.25, 0, (1.0,) * 40, half, None).recovery((1.0,) * 30 + half[30:])
+    assert found is not None
+    assert found["value"] == 0.5
+
+
+def test_halves(run: Run, place: Path) -> None:
+    config = run.config
+
+    def exam(**given: Any) -> Exam:
+        given = {"tasks_dir": str(place / "tasks"), "utility": ("harmless",)} | given
+        return load_exam(sources(place, **given), config, 0)
+
+    given = exam(val="hazard_val")
+    known = world.exam()
+    plain = [replace(q, paraphrases=()) for q in known.test]
+    assert [replace(q, paraphrases=()) for q in given.test] == plain
+    assert given.test == known.test
+    assert given.val == known.val
+    both = exam(tasks=("hazard", "hazard_val"), val="split")
+    assert not {q.fact for q in both.val} & {q.fact for q in both.test}
+    assert len(both.val) == len(both.test) == 40
+    with pytest.raises(UserError, match="--tasks ask for 10 facts, too few for an interval: 20"):
+        exam(val="split")
+    assert len(exam(val="hazard_val", limit=39).test) == 39
+    with pytest.raises(UserError, match="20 facts are asked for in both halves"):
+        exam(val="hazard")
+    with pytest.raises(UserError, match="no validation half: task 'nothing' does not exist"):
+        exam(val="nothing")
+
+
+def test_bad_input(run: Run, place: Path) -> None:
+    for given, message in (
+        (
+            {"names": ["logit_lense"]},
+            "attack 'logit_lense' does not exist; did you mean logit_lens",
+        ),
+        ({"tier": "smok"}, "tier 'smok' does not exist; choose one of smoke, standard, deep"),
+        ({"sources": sources(place, tasks=())}, "--tasks: name the lm-eval tasks"),
+        ({"sources": sources(place, tasks=("harmless",))}, "no validation half"),
+        ({"sources": sources(place, neutral=str(place / "no.jsonl"))}, "no such file"),
+        ({"sources": sources(place, oracle=str(place / "tasks"))}, "config.json"),
+    ):
+        with pytest.raises(UserError, match=message):
+            attack(run, **{"sources": sources(place)} | given)  # type: ignore[arg-type]
+    assert not (run.folder / FILE).exists()
+    few = sources(place, limit=8)
+    with pytest.raises(UserError, match=r"ask for [4-8] facts, too few"):
+        attack(run, sources=few)
+
+
+def test_a_testbed_is_known(run: Run, place: Path) -> None:
+    (place / "organism.json").write_text("{}")
+    write_jsonl(place / "retain-low.jsonl", list(world.texts().neutral))
+    filled = suite.filled(Sources(), run.config, place / "model")
+    assert filled.tasks == ("organism_hazard",)
+    assert filled.val == "organism_hazard_val"
+    assert filled.neutral == str(place / "retain-low.jsonl")
+    assert filled.holdout == str(place / "holdout.jsonl")
+    assert filled.oracle == str(place / "oracle")
+
+
+def test_a_subject_is_as_before() -> None:
+    subject = world.subject("unlearned")
+    names = {name: p.detach().clone() for name, p in subject.module.named_parameters()}
+    right = answers(subject, world.exam().test)
+    with pytest.raises(ZeroDivisionError), subject.editable("*") as model:
+        for parameter in model.trained.values():
+            parameter.data.zero_()
+        assert answers(subject, world.exam().test) != right
+        raise ZeroDivisionError
+    with subject.as_original():
+        assert sum(answers(subject, world.exam().test)) == 40
+    assert answers(subject, world.exam().test) == right
+    for name, parameter in subject.module.named_parameters():
+        assert parameter.equal(names[name])
+        assert parameter.requires_grad is False or parameter.grad is None
+    whole = world.subject("unlearned", fixed="it answers with two models")
+    for enter in (whole.as_original, lambda: whole.editable("*")):
+        with pytest.raises(NotApplicable, match="two models"), enter():
+            pass
+
+
+def test_a_killed_suite_ends_with_the_same_report(run: Run, place: Path) -> None:
+    """What was found before the kill is not looked for again."""
+    words = [sys.executable, "-m", "srmu", "attack", str(run.folder), "--tasks", "hazard"]
+    words += ["--neutral", str(place / "neutral.jsonl")]
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and len([*(place / "cache" / "attacks").glob("*.json")]) < 3:
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert not (run.folder / FILE).exists()
+    kept = {p: p.stat().st_mtime_ns for p in (place / "cache" / "attacks").glob("*.json")}
+    given = Sources(tasks=("hazard",), neutral=str(place / "neutral.jsonl"))
+    resumed = attack(run, sources=given)
+    assert all(path.stat().st_mtime_ns == times for path, times in kept.items())
+    shutil.rmtree(place / "cache" / "attacks")
+    whole = attack(Run.open(run.folder), sources=given)
+    for report in (resumed, whole):
+        for entry in report["attacks"].values():
+            del entry["seconds"]
+    assert resumed == whole

@@ -1,0 +1,101 @@
+"""The verbs that measure, as they are typed: what they print, and what they say of mistakes."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from helpers import attack_world as world
+from helpers.models import Call, write_jsonl
+
+
+@pytest.fixture(autouse=True)
+def inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every command runs in a folder with the tiny world."""
+    world.write(tmp_path)
+    monkeypatch.chdir(tmp_path)
+
+
+GIVEN = ("--tasks", "hazard", "--neutral", "neutral.jsonl", "--attacks", "logit_lens,E2")
+
+
+def test_attack_and_compare(call: Call, tmp_path: Path) -> None:
+    run, other = (world.unlearned(tmp_path, **{"train.max_steps": n}).folder for n in (4, 8))
+    done = call("attack", run, *GIVEN, "--oracle", "oracle")
+    assert done.code == 0, done.err
+    assert "E4 logit_lens" in done.out and "E2 extraction" in done.out
+    assert "K* = " in done.out and "not tried: format_shift" in done.out
+    assert f"wrote {run.relative_to(tmp_path)}/attacks.json" in done.out
+    assert f"next: srmu compare {run.relative_to(tmp_path)}" in done.out
+    assert not any(q.prompt in done.out for q in world.exam().test)
+    done = call("attack", other, *GIVEN, "--oracle", "oracle", "--json")
+    assert json.loads(done.out) == json.loads((other / "attacks.json").read_text())
+    done = call("compare", run, other, "--budget", "0.1")
+    assert done.code == 0, done.err
+    assert "graddiff" in done.out and "2 x 1" in done.out
+    rows = json.loads(call("compare", run, other, "--json").out)["rows"]
+    assert rows[0]["method"] == "graddiff" and rows[0]["residual"]["n"] == 40
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("attack", "nothing"), "nothing is not a finished run"),
+        (("attack", "RUN"), "--tasks: name the lm-eval tasks"),
+        (("attack", "RUN", *GIVEN, "--val", "none"), "no validation half"),
+        (("attack", "RUN", *GIVEN, "--attacks", "logitlens"), "did you mean logit_lens"),
+        (("attack", "RUN", *GIVEN, "--tier", "quick"), "'quick' is not one of"),
+        (("attack", "RUN", *GIVEN, "--limit", "10"), "too few for an interval"),
+        (("compare", "RUN"), "srmu eval"),
+        (("compare", "model"), "model is not a finished run"),
+        (("analyse", "alignment", "model"), "analyse alignment needs a run"),
+        (("analyse", "alignment", "RUN"), "alignment needs a run with one direction"),
+        (("analyse", "layers", "RUN"), "--tasks: name the metrics"),
+        (("analyse", "confidence", "model"), "name texts to read model on"),
+        (("entanglement", "--forget", "no.jsonl", "--retain", "neutral.jsonl"), "no such file"),
+    ],
+)
+def test_mistakes(call: Call, tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
+    """One line, exit code 2, nothing written."""
+    given = [str(world.unlearned(tmp_path).folder) if a == "RUN" else a for a in arguments]
+    before = sorted(tmp_path.rglob("*.json")) + sorted(tmp_path.glob("*.html"))
+    answer = call(*given)
+    assert answer.code == 2, answer.err
+    assert message in answer.err
+    assert len(answer.err.strip().splitlines()) == 1 or "--tier" in given
+    assert sorted(tmp_path.rglob("*.json")) + sorted(tmp_path.glob("*.html")) == before
+
+
+def test_entanglement(call: Call, tmp_path: Path) -> None:
+    texts = ("--forget", "forget.jsonl", "--retain", "neutral.jsonl")
+    found = json.loads(call("entanglement", *texts, "--json").out)
+    assert 0 < found["numbers"]["entanglement"] < 1
+    done = call(
+        "entanglement", *texts, "--model", "model", "--tasks", "hazard", "--tasks-dir", "tasks",
+        "--out", "pages/one.html",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    assert "wrote pages/one.html" in done.out
+    page = (tmp_path / "pages/one.html").read_text()
+    assert "Plotly" in page and not any(text in page for text in world.texts().forget)
+    other = write_jsonl(tmp_path / "other.jsonl", ["w53 w54 w55"] * 3)
+    unlike = ("--forget", "forget.jsonl", "--retain", other)
+    assert json.loads(call("entanglement", *unlike, "--json").out)["numbers"]["entanglement"] == 0
+
+
+@pytest.mark.parametrize("name", ["confidence", "sensitivity"])
+def test_analyse(call: Call, tmp_path: Path, name: str) -> None:
+    run = world.unlearned(tmp_path).folder
+    done = call("analyse", name, run)
+    assert done.code == 0, done.err
+    assert f"wrote {name}.html" in done.out
+    assert (tmp_path / f"{name}.html").exists()
+    of_model = call("analyse", name, "model", "--forget", "forget.jsonl", "--json")
+    assert json.loads(of_model.out)["page"] == f"{name}.html"
+
+
+def test_what_was_attacked_is_in_the_cache(call: Call, tmp_path: Path) -> None:
+    call("attack", world.unlearned(tmp_path).folder, *GIVEN)
+    assert json.loads(call("cache", "ls", "--json").out)["others"]["attacks"] > 0
+    call("cache", "clear", "--all")
+    assert json.loads(call("cache", "ls", "--json").out)["others"]["attacks"] == 0

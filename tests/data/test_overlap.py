@@ -1,0 +1,145 @@
+from itertools import pairwise
+
+import pytest
+
+from srmu.data.overlap import contamination, coverage, ngram_overlap, overlap
+from srmu.errors import UserError
+from srmu.testbed.worlds.world import Size, create
+
+
+def test_a_hand_example():
+    forget = ["a b a", "c a"]  # a 3, b 1, c 1; ab, ba, ca
+    retain = ["A b d", "c"]  # a, b, c, d; ab, bd
+    assert overlap(forget, retain, 1) == {"jaccard": 3 / 4, "forget_types": 1, "forget_tokens": 1}
+    assert overlap(forget, retain, 2) == pytest.approx(
+        {"jaccard": 1 / 4, "forget_types": 1 / 3, "forget_tokens": 1 / 3}
+    )
+
+
+def test_occurrences_count_in_tokens_only():
+    assert overlap(["a a a b"], ["a c"], 1) == pytest.approx(
+        {"jaccard": 1 / 3, "forget_types": 1 / 2, "forget_tokens": 3 / 4}
+    )
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_identical_and_disjoint(n):
+    texts = ["the red fox runs", "a b c d e"]
+    assert set(overlap(texts, texts, n).values()) == {1}
+    assert set(overlap(texts, ["u v w x y"], n).values()) == {0}
+
+
+def test_no_ngram_crosses_two_documents():
+    assert overlap(["a b", "c d"], ["b c"], 2)["forget_types"] == 0
+
+
+def test_texts_too_short_share_nothing():
+    assert set(overlap(["a"], ["a"], 2).values()) == {0}
+    assert set(overlap([], [], 1).values()) == {0}
+
+
+def test_an_ngram_has_a_word():
+    with pytest.raises(ValueError, match="at least one word"):
+        overlap(["a"], ["a"], 0)
+
+
+def test_pairs_by_hand():
+    forget, retain = ["a a b", "c"], ["a b b", "A d"]
+    # types: {a, b} of {a, b}: 1, of {a}: 1/2; {c}: 0 and 0. Bigrams: aa, ab with ab, bb: 1/2, 0
+    found = ngram_overlap(forget, retain)
+    assert found["unigram"] == pytest.approx(1.5 / 4)
+    assert found["bigram"] == pytest.approx(0.5 / 2)  # the text without a bigram is in no pair
+    # with multiplicity: a 2, b 1 with a 1, b 2: 2 of 3; with a 1, d 1: 1 of 3
+    many = ngram_overlap(forget, retain, "pair_multiset")
+    assert many["unigram"] == pytest.approx((2 / 3 + 1 / 3) / 4)
+    whole = ngram_overlap(forget, retain, "corpus_jaccard")
+    assert whole["unigram"] == overlap(forget, retain, 1)["jaccard"]
+    assert whole["bigram"] == overlap(forget, retain, 2)["jaccard"]
+    assert whole["pairs"] is whole["seed"] is None
+
+
+def test_what_moves_the_number_is_told_and_moves_it():
+    forget, retain = ["The cat sat"], ["the dog sat"]
+    plain = ngram_overlap(forget, retain)
+    assert plain["unigram"] == pytest.approx(2 / 3)
+    assert plain["lower"] and plain["stop_words"] == "none" and plain["tokeniser"] == "words"
+    assert plain["documents"] == {"forget": 1, "retain": 1} and plain["pairs"] == 1
+    assert ngram_overlap(forget, retain, lower=False)["unigram"] == pytest.approx(1 / 3)
+    stopped = ngram_overlap(forget, retain, stop_words="english", lower=False)
+    assert stopped["unigram"] == pytest.approx(1 / 2) and stopped["stop_words"] == "english"
+    assert ngram_overlap(forget, retain, truncation=2)["unigram"] == pytest.approx(1 / 2)
+    letters = ngram_overlap(["ab"], ["bc"], tokens=lambda text: [*map(ord, text)], tokeniser="x")
+    assert letters["unigram"] == 1 / 2 and letters["tokeniser"] == "x"
+
+
+def test_pairs_are_drawn_by_seed():
+    forget = [f"w{i} w{i + 1} a" for i in range(40)]
+    retain = [f"w{i} w{i + 2} b" for i in range(40)]
+    one, same, other = (
+        ngram_overlap(forget, retain, pairs=50, seed=seed)["unigram"] for seed in (0, 0, 1)
+    )
+    assert one == same != other
+    assert ngram_overlap(forget, retain, pairs=10**6)["pairs"] == 1600
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"definition": "cosine"}, "choose of pair_containment"),
+        ({"stop_words": "french"}, "stop words: none, english"),
+        ({"truncation": 0}, "1 or more"),
+        ({"pairs": 0}, "1 or more"),
+    ],
+)
+def test_wrong_settings(given, message):
+    with pytest.raises(UserError, match=message):
+        ngram_overlap(["a"], ["b"], **given)
+
+
+@pytest.mark.parametrize(("forget", "retain"), [([], ["a"]), (["a"], []), (["a"], [" "])])
+def test_nothing_to_compare(forget, retain):
+    with pytest.raises(UserError, match=r"no (forget|retain) text has a word"):
+        ngram_overlap(forget, retain)
+
+
+def test_coverage_leaves_stop_words_out_and_never_falls():
+    assert coverage(["the red fox"], ["the Red hen"]) == 1 / 2
+    assert coverage(["the red fox"], ["the Red hen", "a fox"]) == 1
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_coverage_and_jaccard_rank_dialled_entanglements(seed):
+    """The pair definitions do not: half of the texts share a subject at every setting above 0."""
+    world = create(seed, Size())
+    found = []
+    for dial in (0, 0.25, 0.5, 0.75, 1):
+        texts = world.corpora(seed, dial, documents=240, words=31, filler=0.25)
+        pair = texts["forget"], texts["retain-high"]
+        jaccard = ngram_overlap(*pair, "corpus_jaccard")
+        found.append((coverage(*pair), jaccard["unigram"], jaccard["bigram"]))
+    for column in zip(*found, strict=True):
+        assert all(a < b for a, b in pairwise(column)), column
+    low = coverage(texts["forget"], texts["retain-low"])
+    assert low < found[0][0] / 2
+
+
+def test_contamination():
+    texts = [
+        "Note that the carrier of zorine is smoke, as a rule.",
+        "pafine; glows red. Nothing else",
+    ]
+    copy = ("the carrier of zorine is", " smoke", "")  # its 6 words occur
+    moved = ("what does zorine travel on", " smoke", "zorine")  # its subject and answer do
+    clean = ("what is the colour of zorine", " red", "zorine")  # in two different texts
+    found = contamination([copy, moved, clean], texts)
+    assert found == {"copied": 1 / 3, "stated": 1 / 3, "either": 2 / 3, "questions": 3, "n": 8}
+    longer = ("note that the carrier of zorine is smoke as a law", "x", "")
+    assert contamination([longer], texts)["copied"] == 1  # eight words in a row of eleven
+    assert contamination([longer], texts, n=11)["copied"] == 0
+    assert contamination([("glow", "s", "x")], texts)["either"] == 0  # no part of a word
+    assert contamination([copy], [])["either"] == 0
+
+
+def test_contamination_needs_questions():
+    with pytest.raises(UserError, match="no evaluation question"):
+        contamination([], ["a"])

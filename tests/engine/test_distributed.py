@@ -1,0 +1,344 @@
+"""One process = two that share batches = two that share weights, too; in real processes."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from helpers import attack_world as world
+from helpers.benchmark_sets import write_sets
+from helpers.models import Call, fill, texts
+from helpers.rank_worker import CASES, DIES_AT, STEPS, WHOLE, config
+from srmu.engine import distributed
+from srmu.engine.losses import mean_nll, row_mean, token_mse
+from srmu.engine.weights import shards, stored_tensor
+from srmu.errors import UserError
+from srmu.runs.run import DELTA, Run, check_ranks, plan, run_folder, unlearn
+
+KINDS = ("plain", "sharded")
+WORKER = str(Path(__file__).parents[1] / "helpers" / "rank_worker.py")
+LAUNCHER = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+# Sums over rows are taken in another order: by rank first. Their rounding is of 1e-7 of the
+# gradient; Adam's first steps divide by its size, so that it shows where that is near 0.
+LOSS, DELTA_SHARE = 1e-4, 1e-3
+# Gradients of bf16 models are rounded to 3 digits before they are summed: the first losses agree
+# so far, and steps of Adam go other ways where a gradient is small.
+ROUNDED, ROUNDED_SHARE = 0.01, 0.5  # measured: 0.33 (srmu), 0.05 (npo)
+
+
+def launch(*words: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        [*LAUNCHER, *words], env=environment, capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return fill(tmp_path_factory.mktemp("ranks"), 10)
+
+
+@pytest.fixture(scope="module")
+def made(folder: Path) -> dict[str, Any]:
+    """Runs of all cases: in one process, in two, in two with sharded weights."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SRMU_CACHE", str(folder / "cache"))
+        for kind in KINDS:
+            done = launch(WORKER, str(folder), kind, kind, *CASES)
+            assert done.returncode == 0, done.stderr[-3000:]
+        return {case: unlearn(config(folder, "one", case)) for case in CASES}
+
+
+def found(folder: Path, runs_dir: str, case: str) -> Run:
+    return Run.open(run_folder(plan(config(folder, runs_dir, case))[0]))
+
+
+def rows(run: Run) -> list[dict[str, Any]]:
+    found = [json.loads(line) for line in (run.folder / "metrics.jsonl").open()]
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in found]
+
+
+def apart(run: Run, other: Run, base: Path) -> float:
+    """How far two deltas are apart, as a share of what was changed."""
+    where = shards(base)
+    one, two = (load_file(r.folder / DELTA) for r in (run, other))
+    assert set(one) == set(two)
+    before = {name: stored_tensor(where[name], name) for name in one}
+    pairs = [(float((one[k] - two[k]).norm()), float((one[k] - before[k]).norm())) for k in one]
+    return sum(a**2 for a, _ in pairs) ** 0.5 / sum(b**2 for _, b in pairs) ** 0.5
+
+
+@pytest.mark.parametrize(
+    ("case", "kind"), [(c, k) for c in CASES for k in KINDS if k == "plain" or c not in WHOLE]
+)
+def test_two_processes_do_what_one_does(
+    folder: Path, made: dict[str, Any], case: str, kind: str
+) -> None:
+    one, two = made[case], found(folder, kind, case)
+    assert two.record["processes"] == {"count": 2, "sharded": kind == "sharded"}
+    pairs = list(zip(rows(one), rows(two), strict=True))
+    assert len(pairs) == (0 if case == "ssd" else STEPS)
+    half = "bf16" in case
+    for alone, together in pairs[:1] if half else pairs:
+        for key in ("topic", "step"):
+            assert together.pop(key) == alone.pop(key)
+        assert together == pytest.approx(alone, rel=ROUNDED if half else LOSS, abs=1e-6)
+    assert apart(one, two, folder / "model") < (ROUNDED_SHARE if half else DELTA_SHARE)
+    assert one.record["topics"].keys() == two.record["topics"].keys()
+
+
+@pytest.mark.parametrize("case", ["srmu", "undial"])  # without clipping: norms are summed by rank
+def test_sharded_weights_end_with_the_bits_of_whole_ones(
+    folder: Path, made: dict[str, Any], case: str
+) -> None:
+    plain, sharded = (found(folder, kind, case).folder / DELTA for kind in KINDS)
+    one, two = load_file(plain), load_file(sharded)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_process_goes_on_where_two_were_killed(
+    folder: Path, made: dict[str, Any], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SRMU_CACHE", str(folder / "cache"))
+    name = f"died-{kind}"
+    died = launch(WORKER, str(folder), name, kind, "--die", "npo")
+    (folder / "steps").unlink()
+    assert died.returncode != 0
+    assert "rank" in died.stderr and "SIGKILL" in died.stderr
+    wanted = config(folder, name, "npo")
+    assert not (run_folder(plan(wanted)[0]) / "record.json").exists()
+    run = unlearn(wanted)
+    assert run.record["resumed_at"] >= DIES_AT
+    assert run.record["processes"] == {"count": 1, "sharded": False}
+    assert len(rows(run)) == STEPS
+    assert apart(made["npo"], run, folder / "model") < DELTA_SHARE
+
+
+def test_the_error_of_one_rank_is_named_and_ends_all(folder: Path) -> None:
+    failed = launch(WORKER, str(folder), "failed", "plain", "--fail", "srmu")
+    assert failed.returncode != 0
+    assert "srmu: rank 1 of 2: its disk is not there" in failed.stderr
+    assert not (folder / "failed").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["sweep", "study"], "srmu sweep runs in one process"),
+        (["unlearn", "--from-record", "record.json"], "--from-record runs in one process"),
+    ],
+)
+def test_what_several_processes_would_all_write_is_refused(
+    call: Call, monkeypatch: pytest.MonkeyPatch, words: list[str], why: str
+) -> None:
+    monkeypatch.setattr(distributed, "size", lambda: 2)
+    monkeypatch.setattr(distributed, "join", lambda: None)
+    monkeypatch.setattr(distributed, "says_first", lambda message: True)
+    answer = call(*words)
+    assert answer.code == 2 and why in answer.err
+
+
+def test_a_mistake_is_said_once(folder: Path) -> None:
+    words = ["unlearn", "--model", str(folder / "model"), "--forget", str(folder / "no.jsonl")]
+    failed = launch("-m", "srmu", *words, "--retain", str(folder / "retain.jsonl"))
+    assert failed.returncode != 0
+    assert failed.stderr.count("srmu: rank") == 1
+    assert "no.jsonl" in failed.stderr
+
+
+def test_the_command_line_speaks_once(folder: Path, tmp_path: Path) -> None:
+    words = ["unlearn", "--model", str(folder / "model"), "--shard", "--json"]
+    for role in ("forget", "retain"):
+        words += [f"--{role}", str(folder / f"{role}.jsonl")]
+    out = [f"runs_dir={tmp_path / 'runs'}", "method.layer=2", "train.max_steps=2"]
+    done = launch("-m", "srmu", *words, *out)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["record"]["processes"] == {"count": 2, "sharded": True}
+
+
+# --- evaluation and attacks ----------------------------------------------------------------------
+
+ATTACKS = "forced_choice,format_shift,logit_lens,quantisation"
+
+
+@pytest.fixture(scope="module")
+def attacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small world with a run in it; the folder of the run."""
+    place = world.write(tmp_path_factory.mktemp("attacked"))
+    return world.unlearned(place).folder
+
+
+def asked(run: Path, verb: str, *words: str) -> list[str]:
+    place = run.parents[1]
+    return [verb, str(run), *words, "--tasks", "hazard", "--tasks-dir", str(place / "tasks")]
+
+
+def test_two_processes_score_what_one_does(
+    attacked: Path, call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("SRMU_CACHE", str(tmp_path / "one"))
+    alone = json.loads(call(*asked(attacked, "eval"), "--json").out)
+    monkeypatch.setenv("SRMU_CACHE", str(tmp_path / "two"))
+    both = launch("-m", "srmu", *asked(attacked, "eval"), "--json")
+    assert both.returncode == 0, both.stderr
+    assert json.loads(both.stdout) == alone
+    assert alone["before"]["hazard/acc"] != alone["after"]["hazard/acc"]
+
+
+def test_two_processes_ask_a_suite_as_one_does(
+    attacked: Path, call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    prompts = texts(70, seed=1, words=range(40))
+    written = [{"prompt": text, "references": ["w41", "w42"]} for text in prompts]
+    cut = [{"prompt": text, "targets": ["w41"], "generic": ["w42"]} for text in prompts[:9]]
+    data = write_sets(tmp_path, {("completion", "test"): written, ("probability", "test"): cut})
+    words = ["eval", str(attacked), "--suite", "whp", "--data", str(data), "--json"]
+    monkeypatch.setenv("SRMU_CACHE", str(tmp_path / "one"))
+    alone = json.loads(call(*words).out)
+    monkeypatch.setenv("SRMU_CACHE", str(tmp_path / "two"))
+    both = launch("-m", "srmu", *words)
+    assert both.returncode == 0, both.stderr
+    assert json.loads(both.stdout) == alone
+    assert alone["before"] != alone["after"]
+    assert alone["after"]["whp/completion_familiarity"]["n"] == 70
+
+
+def test_two_processes_attack_as_one_does(
+    attacked: Path, call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    more = ["--attacks", ATTACKS, "--oracle", str(attacked.parents[1] / "oracle"), "--json"]
+    monkeypatch.setenv("SRMU_CACHE", str(tmp_path / "one"))
+    alone = json.loads(call(*asked(attacked, "attack", *more)).out)
+    monkeypatch.setenv("SRMU_CACHE", str(tmp_path / "two"))
+    both = launch("-m", "srmu", *asked(attacked, "attack", *more))
+    assert both.returncode == 0, both.stderr
+    found = json.loads(both.stdout)
+    for report in (alone, found):
+        for entry in report["attacks"].values():
+            entry.pop("seconds")
+    assert found == alone
+    assert len([*(tmp_path / "two" / "attacks").iterdir()]) > len(ATTACKS.split(","))
+
+
+def test_what_fails_on_one_rank_ends_all(attacked: Path, tmp_path: Path) -> None:
+    """One rank's attacks meet a cache that cannot be read; the others have done theirs."""
+    script = tmp_path / "attack.py"
+    script.write_text(
+        "import sys\n"
+        "from srmu import cli, ranks, robustness\n"
+        "from srmu.errors import UserError\n"
+        "read = robustness.read_found\n"
+        "mine = ranks.rank()\n"
+        "def fail(path):\n"
+        "    if mine == 1:\n"
+        '        raise UserError("this rank\'s cache cannot be read")\n'
+        "    return read(path)\n"
+        "robustness.read_found = fail\n"
+        "cli.main()\n"
+    )
+    failed = launch(str(script), *asked(attacked, "attack", "--attacks", "format_shift"))
+    assert failed.returncode != 0
+    assert "srmu: rank 1 of 2: this rank's cache cannot be read" in failed.stderr
+
+
+# --- without processes ---------------------------------------------------------------------------
+
+
+FUNCTIONS: dict[str, Callable[[Any], Any]] = {
+    "nll": lambda b: mean_nll(b["logits"], b["labels"]),
+    "mse": lambda b: token_mse(b["logits"], torch.ones(7), b["labels"] != -100),
+    "rows": lambda b: row_mean(b["logits"].sum(dim=(1, 2)), b["labels"]),
+}
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_shares_add_up(monkeypatch: pytest.MonkeyPatch, name: str, count: int) -> None:
+    """To the loss of the whole batch, also where some process has no row."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 7, (4, 6), generator=generator)
+    labels[1, 3:] = labels[2, :2] = -100
+    batch = {"labels": labels, "logits": torch.randn(4, 6, 7, generator=generator)}
+    whole = float(FUNCTIONS[name](batch))
+    monkeypatch.setattr(distributed, "size", lambda: count)
+    parts = []
+    for rank in range(count):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        parts.append(distributed.rows(batch))
+    counts: list[torch.Tensor] = []
+
+    def noted(value: torch.Tensor) -> torch.Tensor:
+        counts.append(value)
+        return value
+
+    monkeypatch.setattr("srmu.engine.losses.total", noted)
+    for part in parts:
+        FUNCTIONS[name](part)
+    monkeypatch.setattr("srmu.engine.losses.total", lambda value: torch.stack(counts[:count]).sum())
+    assert sum(float(FUNCTIONS[name](part)) for part in parts) == pytest.approx(whole, rel=1e-6)
+
+
+@pytest.mark.parametrize("launched", [False, True])
+def test_alone_it_is_all_of_them(monkeypatch: pytest.MonkeyPatch, launched: bool) -> None:
+    for name in ("MASTER_ADDR", "WORLD_SIZE", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+    if launched:  # by Slurm, say, but for one process
+        monkeypatch.setenv("WORLD_SIZE", "1")
+        monkeypatch.setenv("MASTER_ADDR", "localhost")
+    assert (distributed.rank(), distributed.size(), distributed.first()) == (0, 1, True)
+    value = torch.ones(3, requires_grad=True)
+    with distributed.spread():
+        assert distributed.total(value) is value
+    assert (
+        distributed.agreed("a") == "a"
+        and distributed.gathered(2) == [2]
+        and distributed.everywhere(True)
+    )
+    assert distributed.says_first("this") and distributed.says_first("this")
+    assert distributed.rows({}) == {}
+    distributed.join()
+    distributed.leave()
+
+
+def test_what_cannot_be_spread_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="--shard cuts the weights over several processes"):
+        check_ranks(config(folder, "r", "srmu"), shard=True)
+    monkeypatch.setattr(distributed, "size", lambda: 2)
+    srmu = config(folder, "r", "srmu")
+    check_ranks(srmu, shard=True)
+    from srmu.methods import METHODS
+
+    alone = srmu.model_copy(update={"method": METHODS["undo"]()})
+    with pytest.raises(UserError, match="method undo runs in one process, but 2 were started"):
+        check_ranks(alone, shard=False)
+    adapted = srmu.model_copy(update={"method": METHODS["npo"](lora_rank=2)})
+    with pytest.raises(UserError, match="do not go together"):
+        check_ranks(adapted, shard=True)
+    with pytest.raises(UserError, match="mlp_post lies inside a layer"):
+        check_ranks(config(folder, "r", WHOLE[0]), shard=True)
+
+
+def test_one_process_cannot_shard(folder: Path, call: Call) -> None:
+    words = ["unlearn", "--model", str(folder / "model"), "--shard"]
+    for role in ("forget", "retain"):
+        words += [f"--{role}", str(folder / f"{role}.jsonl")]
+    answer = call(*words)
+    assert answer.code == 2 and "torchrun --nproc-per-node 2 -m srmu unlearn" in answer.err
+
+
+def test_layers_left_on_disk_change_nothing(folder: Path, made: dict[str, Any]) -> None:
+    for case in ("srmu", "adaptive_rmu"):
+        wanted = config(folder, "offloaded", case).model_copy(update={"cache": "none"})
+        run = unlearn(wanted, offload=True)
+        one = unlearn(config(folder, "whole", case).model_copy(update={"cache": "none"}))
+        assert (run.folder / DELTA).read_bytes() == (one.folder / DELTA).read_bytes()
+    with pytest.raises(UserError, match="it goes with a method of one layer"):
+        unlearn(config(folder, "offloaded", "npo"), offload=True)

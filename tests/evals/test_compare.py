@@ -1,0 +1,298 @@
+"""Comparisons at matched utility loss, of runs whose numbers are made up and so known."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from srmu.errors import UserError
+from srmu.evals.compare import Row, compare, setting
+from srmu.runs.config import build_config, make_config
+
+QUESTIONS = 200  # two of each fact
+METRICS = ["hazard/acc"], ["near/acc"]
+
+
+def answers(share: float, seed: int = 0) -> list[int]:
+    """A share of the facts is known, in both phrasings; who knows less knows a part of it."""
+    order = np.random.default_rng(seed).permutation(QUESTIONS // 2)
+    return np.repeat(order < round(share * QUESTIONS / 2), 2).astype(int).tolist()
+
+
+def folder_of(place: Path, method: str, overrides: Sequence[str], seed: int, bed: str) -> Path:
+    """A run's folder without results, on the model of a testbed of its own."""
+    model = place / bed / "model"
+    model.mkdir(parents=True, exist_ok=True)
+    bed_folder = place / bed
+    config = make_config(
+        str(model), bed_folder / "forget.jsonl", bed_folder / "retain-low.jsonl", method,
+        [*overrides, f"seed={seed}", f"runs_dir={place / 'runs'}"],
+    )  # fmt: skip
+    folder = place / "runs" / f"{config.id}-{method}"
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(config.to_yaml())
+    (folder / "record.json").write_text("{}")
+    return folder
+
+
+def attacked(
+    place: Path,
+    method: str,
+    forget: float,
+    utility: float,
+    *overrides: str,
+    best: float | None = None,
+    seed: int = 0,
+    bed: str = "bed0",
+    **changes: Any,
+) -> Path:
+    """A run whose `attacks.json` says: all known before, after it these shares."""
+    folder = folder_of(place, method, overrides, seed, bed)
+    names = [i // 2 for i in range(QUESTIONS)]
+    draw = seed + 10 * int(bed[-1])
+    attacks: dict[str, Any] = {
+        "forced_choice": {"status": "done", "right": answers(forget, draw), "valid": None},
+        "quantisation": {
+            "status": "done", "valid": True,
+            "right": "".join(map(str, answers(forget if best is None else best, draw))),
+        },
+        "soft_prompt": {"status": "done", "right": answers(1), "valid": False},
+        "membership": {"status": "does not apply", "why": "no hold-out texts"},
+    }  # fmt: skip
+    found = {
+        "tier": "smoke", "seed": 0, "chance": 0.25, "facts": names,
+        "tasks": {"test": ["hazard"], "val": "hazard_val", "utility": ["near", "far"]},
+        "original": {"right": "1" * QUESTIONS},
+        "utility": {
+            "near": {"facts": names, "before": answers(1), "after": answers(utility, draw + 1)},
+            "far": {"facts": names, "before": answers(1), "after": answers(1)},
+        },
+        "attacks": attacks,
+    }  # fmt: skip
+    (folder / "attacks.json").write_text(json.dumps(found | changes))
+    return folder
+
+
+def evaluated(
+    place: Path,
+    method: str,
+    forget: float,
+    utility: float,
+    *overrides: str,
+    seed: int = 0,
+    n: int = 400,
+) -> Path:
+    folder = folder_of(place, method, overrides, seed, "bed0")
+    for name, values in (("before", (1.0, 1.0)), ("results", (forget, utility))):
+        entries = {
+            f"{task}/acc": {"value": value, "stderr": 0.01, "n": n}
+            for task, value in zip(("hazard", "near"), values, strict=True)
+        }
+        (folder / f"{name}.json").write_text(json.dumps(entries))
+    return folder
+
+
+def inside(row: Row) -> bool:
+    found = [row.utility_loss, row.forget_accuracy, *([row.residual] if row.residual else [])]
+    return all(one.low <= one.value <= one.high for one in found)
+
+
+def test_a_method_is_interpolated_along_its_own_curve(tmp_path: Path) -> None:
+    """Loss 0.02 at kappa 4 and 0.1 at kappa 8, the mean over two tasks: half-way is 0.06."""
+    runs = [
+        attacked(tmp_path, "srmu", 0.6, 0.96, "method.kappa=4", best=0.8),
+        attacked(tmp_path, "srmu", 0.3, 0.8, "method.kappa=8", best=0.5),
+    ]
+    (row,) = compare(runs, budget=0.06)
+    assert (row.method, row.points, row.seeds, row.note) == ("srmu", 2, 1, "")
+    assert row.utility_loss.value == pytest.approx(0.06)
+    assert row.forget_accuracy.value == pytest.approx(0.45)
+    assert row.residual is not None
+    assert row.residual.value == pytest.approx((0.65 - 0.25) / 0.75)
+    assert inside(row)
+    assert row.forget_difference is row.residual_difference is None and row.verdict == ""
+    assert (row.forget_accuracy.n, row.utility_loss.n) == (QUESTIONS, 2 * QUESTIONS)
+    assert compare(runs[::-1], budget=0.06) == [row]
+    # a quarter of the way to the first point, from the original: nothing lost, all known, K* 1
+    (row,) = compare(runs, budget=0.005)
+    assert row.forget_accuracy.value == pytest.approx(0.9)
+    assert row.residual is not None
+    assert row.residual.value == pytest.approx(0.75 + 0.25 * (0.8 - 0.25) / 0.75)
+    assert "weakest setting" in row.note
+
+
+def test_a_curve_that_ends_below_the_budget(tmp_path: Path) -> None:
+    """Its strongest setting, also where that gained utility: never the original model."""
+    runs = [
+        attacked(tmp_path, "srmu", 0.6, 1, "method.kappa=4"),
+        attacked(tmp_path, "srmu", 0.3, 1, "method.kappa=8"),
+        attacked(tmp_path, "rmu", 0.5, 0.98),
+    ]
+    for row, accuracy, loss in zip(compare(runs, 0.2), (0.3, 0.5), (0, 0.01), strict=True):
+        assert row.forget_accuracy.value == pytest.approx(accuracy)
+        assert row.utility_loss.value == pytest.approx(loss)
+        assert "strongest setting, where that loses less than 20.0%" in row.note
+    found = json.loads((runs[2] / "attacks.json").read_text())
+    found["utility"]["near"] = {
+        "facts": found["facts"], "before": answers(0.8), "after": answers(0.9)
+    }  # fmt: skip
+    (runs[2] / "attacks.json").write_text(json.dumps(found))
+    assert compare(runs[2:])[0].forget_accuracy.value == pytest.approx(0.5)
+
+
+def test_the_same_method_twice_is_noise_and_a_better_one_is_not(tmp_path: Path) -> None:
+    """In pairs: both lose the same questions, so that a small difference shows."""
+    runs = [
+        attacked(tmp_path, "rmu", 0.5, 0.8),
+        attacked(tmp_path, "adaptive_rmu", 0.5, 0.8),
+        attacked(tmp_path, "srmu", 0.4, 0.8),
+        attacked(tmp_path, "npo", 0.4, 0.8, best=0.7),
+    ]
+    first, same, better, worse = compare(runs, 0.1)
+    assert [row.verdict for row in (first, same, better, worse)] == ["", "noise", "better", "worse"]
+    assert same.forget_difference is not None
+    assert (same.forget_difference.low, same.forget_difference.high) == (0, 0)
+    found = better.forget_difference
+    assert found is not None and found.value == pytest.approx(-0.1)
+    alone = first.forget_accuracy
+    assert found.high - found.low < 0.8 * (alone.high - alone.low)
+    # less is answered as it is, more comes back: K* decides
+    assert worse.forget_difference is not None and worse.forget_difference.high < 0
+    assert worse.residual_difference is not None
+    assert worse.residual_difference.value == pytest.approx(0.2 / 0.75)
+
+
+def test_seeds_and_testbeds_are_repetitions(tmp_path: Path) -> None:
+    """Of one point; the interval is that of their spread."""
+    shares = {("bed0", 0): 0.3, ("bed0", 1): 0.5, ("bed1", 0): 0.7}
+    runs = [
+        attacked(tmp_path, "srmu", share, 0.9, seed=seed, bed=bed)
+        for (bed, seed), share in shares.items()
+    ]
+    (row,) = compare(runs)
+    assert (row.points, row.seeds, row.method) == (1, 3, "srmu")
+    assert row.forget_accuracy.value == pytest.approx(0.5)
+    (one,) = compare(runs[1:2])
+    spread = [row.forget_accuracy.high - row.forget_accuracy.low,
+              one.forget_accuracy.high - one.forget_accuracy.low]  # fmt: skip
+    assert spread[0] > 1.5 * spread[1]
+    # another method on the same two: what they have in common is compared in pairs
+    others = [
+        attacked(tmp_path, "rmu", share + 0.1, 0.9, seed=seed, bed=bed)
+        for (bed, seed), share in shares.items()
+    ]
+    _, rmu = compare([*runs, *others])
+    assert rmu.forget_difference is not None
+    assert rmu.forget_difference.value == pytest.approx(0.1)
+    assert rmu.verdict == "worse"
+    lone = compare([*runs, others[0]])[1].forget_difference
+    assert lone is not None and lone.value == pytest.approx(0.1)
+    apart = compare([*runs[:2], others[2]])[1].forget_difference  # nothing in common
+    assert apart is not None and apart.value == pytest.approx(0.8 - 0.4)
+
+
+def test_what_is_no_number_makes_another_method(tmp_path: Path) -> None:
+    runs = [
+        attacked(tmp_path, "graddiff", 0.5, 0.9, "method.retain=nll"),
+        attacked(tmp_path, "graddiff", 0.4, 0.9, "method.retain=kl", "train.max_steps=9"),
+        attacked(tmp_path, "graddiff", 0.3, 0.7, "method.retain=kl"),
+        attacked(tmp_path, "ga", 0.3, 0.7),
+    ]
+    rows = compare(runs)
+    assert [(row.method, row.points) for row in rows] == [
+        ("graddiff (nll)", 1), ("graddiff (kl)", 2), ("ga", 1)
+    ]  # fmt: skip
+
+
+def test_results_alone(tmp_path: Path) -> None:
+    """The normal interval from n; seeds share their questions, so they are no more of them."""
+    run = evaluated(tmp_path, "rmu", 0.4, 0.9)
+    (row,) = compare([run], 1, *METRICS)
+    assert row.forget_accuracy.value == pytest.approx(0.4)
+    width = row.forget_accuracy.high - row.forget_accuracy.low
+    assert width == pytest.approx(2 * 1.96 * (0.24 / 400) ** 0.5, rel=0.15)
+    assert row.residual is None and row.forget_accuracy.n == 400
+    more = [run, *(evaluated(tmp_path, "rmu", 0.4, 0.9, seed=seed) for seed in (1, 2))]
+    (three,) = compare(more, 1, *METRICS)
+    found = three.forget_accuracy
+    assert three.seeds == 3 and found.high - found.low == pytest.approx(width, rel=0.02)
+    runs = [
+        *more, evaluated(tmp_path, "srmu", 0.41, 0.9), evaluated(tmp_path, "npo", 0.2, 0.9)
+    ]  # fmt: skip
+    rows = compare(runs, 1, *METRICS)
+    assert [row.verdict for row in rows] == ["", "noise", "better"]
+    assert rows[0].forget_accuracy == three.forget_accuracy
+
+
+def test_attacked_and_evaluated_runs_together(tmp_path: Path) -> None:
+    """The one with answers says which results of the other are meant."""
+    runs = [attacked(tmp_path, "rmu", 0.5, 0.9), evaluated(tmp_path, "srmu", 0.5, 0.95)]
+    for name in ("before", "results"):
+        path = runs[1] / f"{name}.json"
+        entries = json.loads(path.read_text())
+        path.write_text(json.dumps(entries | {"far/acc": {"value": 1.0, "n": 400}}))
+    rmu, srmu = compare(runs, 0.025)
+    assert rmu.residual is not None and srmu.residual is srmu.residual_difference is None
+    assert srmu.verdict == "noise"
+
+
+def test_the_same_call_gives_the_same_rows(tmp_path: Path) -> None:
+    runs = [attacked(tmp_path, "rmu", 0.5, 0.9, seed=seed) for seed in range(3)]
+    assert compare(runs) == compare(runs) != compare(runs, seed=1)
+
+
+CANNOT: dict[str, tuple[Any, str]] = {
+    "none": (lambda one, make: compare([]), "name the folders"),
+    "budget": (lambda one, make: compare([one], 5), "utility loss 5: it is a share"),
+    "no run": (lambda one, make: compare([one.parent]), "is not a finished run"),
+    "no results": (lambda one, make: compare([one, make(None)]), "run `srmu eval "),
+    "metrics": (lambda one, make: compare([make(evaluated)]), "there are hazard/acc, near/acc"),
+    "unknown": (lambda one, make: compare([make(evaluated)], 1, ["x"], ["y"]), "no result x"),
+    "tasks": (
+        lambda one, make: compare(
+            [one, make(attacked, tasks={"test": ["a"], "val": "", "utility": ["near", "far"]})]
+        ),
+        "different tasks: hazard/acc, near/acc, far/acc and a/acc, near/acc, far/acc",
+    ),
+    "tier": (lambda one, make: compare([one, make(attacked, tier="deep")]), "tier smoke and deep"),
+    "questions": (
+        lambda one, make: compare([one, make(attacked, facts=list(range(QUESTIONS)))]),
+        "with other questions",
+    ),
+    "same": (lambda one, make: compare([one, one]), "are the same run"),
+    "plain": (lambda one, make: compare([make(attacked, attacks={})]), "has no forced_choice"),
+    "damaged": (
+        lambda one, make: (one / "attacks.json").write_text("{") and compare([one]),
+        "attacks.json is damaged",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CANNOT)
+def test_what_cannot_be_compared_is_refused_in_one_line(tmp_path: Path, case: str) -> None:
+    def make(how: Any, **changes: Any) -> Path:
+        if how is None:
+            return folder_of(tmp_path, "npo", (), 0, "bed0")
+        return how(tmp_path, "npo", 0.5, 0.9, **changes)
+
+    call, expected = CANNOT[case]
+    with pytest.raises(UserError) as caught:
+        call(attacked(tmp_path, "rmu", 0.5, 0.9), make)
+    assert expected in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_setting_has_paths_by_name_and_templates_whole() -> None:
+    def of(path: str, template: str) -> Any:
+        source = {"path": path, "template": template}
+        tree = {
+            "model": "m",
+            "method": {"name": "ga"},
+            "topics": {"t": {"forget": source, "retain": "b.jsonl"}},
+        }
+        return setting(build_config(tree, []))
+
+    assert of("x/a.jsonl", "{q} [/I]{a}") == of("y/a.jsonl", "{q} [/I]{a}")
+    assert of("x/a.jsonl", "{q} [/I]{a}") != of("x/a.jsonl", "{p} [/I]{a}")

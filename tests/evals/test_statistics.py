@@ -1,0 +1,206 @@
+"""Intervals and tests where the truth is known."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+from statsmodels.stats.contingency_tables import mcnemar as exact_mcnemar
+from statsmodels.stats.proportion import proportion_confint
+
+from srmu.errors import UserError
+from srmu.evals import statistics
+from srmu.evals.statistics import (
+    Draws,
+    Estimate,
+    accuracy,
+    answered,
+    auc,
+    auc_bootstrap,
+    bootstrap,
+    mcnemar,
+    residual,
+    worst_case,
+)
+
+
+@pytest.fixture
+def fewer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(statistics, "RESAMPLES", 400)
+
+
+def covered(tables, facts, truth: float) -> float:
+    """How often the interval of these data sets holds the truth."""
+    hits = 0
+    for i, (table, names) in enumerate(zip(tables, facts, strict=True)):
+        found = bootstrap(table, names, seed=i)
+        hits += found.low <= truth <= found.high
+    return hits / len(tables)
+
+
+def test_interval_covers_clustered_facts(fewer: None) -> None:
+    """50 facts in four phrasings, right or wrong together; questions alone would claim too much."""
+    rng = np.random.default_rng(0)
+    names = np.repeat(np.arange(50), 4)
+    data = [[np.repeat(rng.random(50) < 0.6, 4)] for _ in range(250)]
+    by_fact = covered(data, [[names]] * 250, 0.6)
+    by_question = covered(data, [[range(200)]] * 250, 0.6)
+    assert 0.90 <= by_fact <= 0.99
+    assert by_question < 0.80
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("spread", [0.0, 0.06])
+def test_interval_covers_seeds(fewer: None, shared: bool, spread: float) -> None:
+    """Three seeds that differ, on the same questions or each on its own; never too narrow."""
+    rng = np.random.default_rng(1)
+    data, facts = [], []
+    for _ in range(250):
+        hard = rng.normal(0, 0.2, (1 if shared else 3, 60))
+        known = rng.random((3, 60)) < 0.6 + rng.normal(0, spread, (3, 1)) + hard
+        data.append(list(known))
+        facts.append([[f"{s * (not shared)} {i}" for i in range(60)] for s in range(3)])
+    assert 0.92 <= covered(data, facts, 0.6) <= 1
+
+
+def test_draw_of_seeds_is_widened() -> None:
+    """Where all that varies is the seed, the mean varies as sd(seeds, ddof=1) / sqrt(seeds)."""
+    values = [0.2, 0.5, 0.65]
+    draws = Draws(0)
+    found = draws.over_seeds(np.tile(values, (1 + statistics.RESAMPLES, 1)))
+    assert found[0] == pytest.approx(0.45)
+    assert found[1:].std() == pytest.approx(np.std(values, ddof=1) / 3**0.5, rel=0.05)
+
+
+def test_paired_differences_are_narrower() -> None:
+    rng = np.random.default_rng(2)
+    before = rng.random(200) < 0.7
+    after = np.where(rng.random(200) < 0.1, ~before, before)
+    names = list(range(200))
+    pair = bootstrap([np.stack([before, after], 1)], [names], lambda m: m[..., 0] - m[..., 1])
+    one, two = (accuracy(x, names) for x in (before, after))
+    assert pair.value == pytest.approx(one.value - two.value)
+    apart = np.hypot(one.high - one.low, two.high - two.low)
+    assert pair.high - pair.low < 0.7 * apart
+
+
+def test_interval_is_the_normal_one_of_many_facts() -> None:
+    right = np.arange(1000) < 300
+    found = accuracy(right, list(range(1000)))
+    assert (found.value, found.n) == (0.3, 1000)
+    assert found.high - found.low == pytest.approx(2 * 1.96 * (0.21 / 1000) ** 0.5, rel=0.08)
+    assert accuracy(right, list(range(1000)), seed=1) != found
+    assert accuracy(right, list(range(1000))) == found
+
+
+def test_what_asks_for_the_same_facts_shares_draws() -> None:
+    """Two seeds on the same questions are no more questions; on others they are."""
+    rng = np.random.default_rng(3)
+    right = rng.random(100) < 0.5
+    assert bootstrap([right, right], [range(100)] * 2) == bootstrap([right], [range(100)])
+    draws = Draws(0)
+    one, same, other = (draws.means(right, names)[1:] for names in (
+        range(100), range(100), range(100, 200)
+    ))  # fmt: skip
+    assert (one == same).all()
+    assert abs(np.corrcoef(one[:, 0], other[:, 0])[0, 1]) < 0.1
+    phrasings = draws.means(np.repeat(right, 2), np.repeat(np.arange(100), 2).tolist())
+    np.testing.assert_allclose(phrasings, draws.means(right, range(100)))
+
+
+def test_means_are_those_of_drawn_questions() -> None:
+    """Facts of unequal numbers of questions: what is drawn is the questions of whole facts."""
+    rng = np.random.default_rng(4)
+    names = rng.integers(25, size=80).tolist() + list(range(25))
+    table = rng.random((105, 3))
+    draws = Draws(5)
+    found = draws.means(table, names)
+    assert found.shape == (1 + statistics.RESAMPLES, 3)
+    np.testing.assert_allclose(found[0], table.mean(axis=0))
+    order = list(dict.fromkeys(names))
+    times = draws.drawn[tuple(order)]
+    assert (times[1:].sum(axis=1) == 25).all()
+    for row in (1, 77):
+        picked = [
+            question
+            for i, name in enumerate(names)
+            for question in [table[i]] * int(times[row][order.index(name)])
+        ]
+        np.testing.assert_allclose(found[row], np.mean(picked, axis=0))
+
+
+@pytest.mark.parametrize("right", [0, 1])
+def test_accuracy_at_the_ends_is_wilsons(right: int) -> None:
+    """A question a fact, however many phrasings."""
+    found = accuracy([right] * 60, [i // 2 for i in range(60)])
+    low, high = proportion_confint(30 * right, 30, method="wilson")
+    assert found.value == right
+    assert (found.low, found.high) == pytest.approx((low, high))
+    assert 0 <= found.low < found.high <= 1
+
+
+def test_too_few_facts() -> None:
+    with pytest.raises(UserError, match=r"^19 facts are too few for an interval.*20.*$"):
+        bootstrap([[1.0] * 38], [[i // 2 for i in range(38)]])
+    with pytest.raises(UserError, match=r"^19 texts are too few.*$"):
+        auc_bootstrap(range(19), range(30))
+    bootstrap([[1.0] * 20], [range(20)])
+
+
+def test_mcnemar_is_exact() -> None:
+    rng = np.random.default_rng(6)
+    before, after = rng.random(80) < 0.8, rng.random(80) < 0.6
+    table = [[(before & after).sum(), (before & ~after).sum()],
+             [(~before & after).sum(), (~before & ~after).sum()]]  # fmt: skip
+    assert mcnemar(before, after) == pytest.approx(exact_mcnemar(table, exact=True).pvalue)
+    assert mcnemar([1] * 6, [0] * 6) == pytest.approx(2 / 2**6)
+    assert mcnemar(before, before) == 1
+
+
+def test_auc_is_that_of_a_double_loop() -> None:
+    rng = np.random.default_rng(7)
+    ones, others = rng.integers(6, size=31), rng.integers(5, size=23)
+    wins = [(a > b) + 0.5 * (a == b) for a in ones for b in others]
+    assert auc(ones, others) == pytest.approx(np.mean(wins))
+    found = auc_bootstrap(ones, others)
+    assert found.value == pytest.approx(np.mean(wins))
+    assert found.low < found.value < found.high and found.n == 54
+    assert auc(ones, ones) == auc_bootstrap(ones, ones).value == 0.5
+    same = auc_bootstrap(np.stack([ones, ones], 1), np.stack([others, others], 1),
+                         lambda a: a[..., 0] - a[..., 1])  # fmt: skip
+    assert same == Estimate(0, 0, 0, 54)
+
+
+def test_auc_interval_covers(fewer: None) -> None:
+    """Scores of normals one apart: the AUC is Phi(1 / sqrt 2)."""
+    rng, truth, hits = np.random.default_rng(8), 0.7602, 0
+    for i in range(250):
+        found = auc_bootstrap(rng.normal(1, 1, 60), rng.normal(0, 1, 50), seed=i)
+        hits += found.low <= truth <= found.high
+    assert 0.90 <= hits / 250 <= 0.99
+
+
+def test_worst_case() -> None:
+    """By hand; the best attack is picked in each row anew."""
+    means = np.array([[0.85, 0.25, 0.55, 0.4], [0.65, 0.25, 0.35, 0.45], [0.25, 0.2, 0.2, 0.2]])
+    found = worst_case(means, 0.25)
+    assert found[:2] == pytest.approx([0.5, 0.5])
+    assert np.isfinite(found).all()
+
+
+def test_residual_leaves_out_what_says_nothing() -> None:
+    attacks = {
+        "original": {"right": "1111"},
+        "attacks": {
+            "forced_choice": {"status": "done", "right": "0001", "valid": None},
+            "logit_lens": {"status": "done", "right": [1, 0.5, 0, 1], "valid": True},
+            "soft_prompt": {"status": "done", "right": "1111", "valid": False},
+            "membership": {"status": "done", "metrics": {}},
+            "paraphrases": {"status": "does not apply", "why": "there are none"},
+        },
+    }
+    columns = residual(attacks)
+    assert columns.T.tolist() == [[1, 1, 1, 1], [0, 0, 0, 1], [1, 0.5, 0, 1]]
+    assert worst_case(columns.mean(axis=0), 0.25) == pytest.approx((0.625 - 0.25) / 0.75)
+    found = bootstrap([np.tile(columns, (10, 1))], [range(40)], partial(worst_case, chance=0.25))
+    assert found.value == pytest.approx(0.5) and found.low < 0.5 < found.high
+    assert answered("01").tolist() == answered([0, 1]).tolist() == [0, 1]

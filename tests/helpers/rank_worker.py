@@ -1,0 +1,106 @@
+"""What a launcher starts in test_ranks.py: runs of pico models, in as many processes as there are.
+
+python rank_worker.py FOLDER RUNS_DIR {plain,sharded} CASE...      these runs
+python rank_worker.py FOLDER RUNS_DIR {plain,sharded} --die CASE   one, whose rank 1 is killed
+python rank_worker.py FOLDER RUNS_DIR {plain,sharded} --fail CASE  a command line, whose rank 1 errs
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from helpers.models import both_ways
+from srmu.cli import main as cli
+from srmu.engine import distributed, train
+from srmu.errors import UserError
+from srmu.runs import run as runs
+from srmu.runs.config import Config, build_config
+
+STEPS = 5
+DIES_AT = 3
+# Texts come in batches of 3, the last of a topic being 1: then one of two processes has no row.
+CASES: dict[str, dict[str, Any]] = {
+    "srmu": {"name": "srmu", "layer": 2},
+    "srmu, a running map": {"name": "srmu", "layer": 2, "map_mode": "ema"},
+    "srmu, new signs, anchors": {
+        "name": "srmu", "layer": 2, "direction": "resampled", "anchors": "random",
+    },
+    "rmu, inside the MLP": {"name": "rmu", "layer": 3, "stream": "mlp_post"},
+    "adaptive_rmu": {"name": "adaptive_rmu", "layer": 2, "norm_when": "per_batch"},
+    "adaptive_rmu, by text": {"name": "adaptive_rmu", "layer": 2, "norm_when": "per_sample"},
+    "ga": {"name": "ga"},
+    "graddiff": {"name": "graddiff"},
+    "npo": {"name": "npo", "retain": "kl"},
+    "simnpo": {"name": "simnpo", "retain": "nll"},
+    "undial": {"name": "undial", "retain": "kl"},
+    "rklu": {"name": "rklu", "retain": "kl", "teacher_steps": 3},
+    "scrub": {"name": "scrub", "ascent_steps": 1},
+    "ssd": {"name": "ssd", "alpha": 1.0},
+    "srmu, bf16": {"name": "srmu", "layer": 2},
+    "npo, bf16": {"name": "npo", "retain": "kl"},
+}  # fmt: skip
+
+
+WHOLE = ("rmu, inside the MLP",)  # cases that cannot be sharded
+
+
+def config(folder: Path, runs_dir: str, case: str) -> Config:
+    topics = both_ways(folder)
+    options = {"max_steps": STEPS, "learning_rate": 1e-3, "batch_size": 3, "checkpoint_seconds": 0}
+    tree = {
+        "model": str(folder / "model"),
+        "method": CASES[case],
+        # of all texts together SSD would find equal importances, and rounding would choose
+        "topics": {"bio": topics["bio"]} if case == "ssd" else topics,
+        "train": options | ({"max_grad_norm": 0.5} if case == "npo" else {}),
+        "runs_dir": str(folder / runs_dir),
+        "device": "cpu",
+        "dtype": "bfloat16" if "bf16" in case else "auto",
+    }
+    return build_config(tree)
+
+
+def main(folder: Path, runs_dir: str, kind: str, *cases: str) -> None:
+    torch.set_num_threads(1)
+    if cases[0] == "--die":
+        save = distributed.agreed
+
+        def agreed(value: Any) -> Any:
+            if distributed.rank() == 1 and (folder / "steps").exists():
+                os.kill(os.getpid(), signal.SIGKILL)
+            return save(value)
+
+        def log_step(step: int) -> None:
+            if step == DIES_AT and distributed.first():
+                (folder / "steps").touch()
+
+        after = train.Limits.after
+        train.Limits.after = lambda self, step: (log_step(step), after(self, step))[1]  # type: ignore
+        distributed.agreed = agreed
+        cases = cases[1:]
+    if cases[0] == "--fail":
+        plan = runs.plan
+
+        def fail(config: Config) -> Any:
+            if distributed.rank() == 1:
+                raise UserError("its disk is not there")
+            return plan(config)
+
+        runs.plan = fail
+        path = folder / "failing.yaml"
+        path.write_text(config(folder, runs_dir, cases[1]).to_yaml())
+        sys.argv = ["srmu", "unlearn", str(path)]
+        cli.main()
+    for case in cases:
+        if kind == "sharded" and case in WHOLE:
+            continue
+        runs.unlearn(config(folder, runs_dir, case), shard=kind == "sharded")
+    distributed.leave()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), *sys.argv[2:])

@@ -1,0 +1,518 @@
+"""The report: right numbers, nothing leaked, nothing from outside, whole without JavaScript."""
+
+import json
+import math
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import pytest
+import yaml
+
+from helpers.report_world import (
+    METHODS,
+    METRICS,
+    SECRET_HOME,
+    SECRET_PATH,
+    SECRET_TEXT,
+    flat,
+    write_attacks,
+    write_auto,
+    write_comparison,
+    write_reproduction,
+    write_run,
+    write_sweep,
+)
+from srmu.cli import main
+from srmu.errors import UserError
+from srmu.report.attacks import attacked, recovery
+from srmu.report.build import MEAN, Entry, render, report, table
+from srmu.report.format import Estimate
+from srmu.report.html import Beside
+from srmu.report.results import pathless
+
+
+class Page(HTMLParser):
+    """A page's text without its scripts, its attributes, and whether every tag is closed."""
+
+    VOID = ("meta", "link", "br", "path", "circle")
+
+    def __init__(self, html):
+        super().__init__()
+        self.open, self.tags, self.words = [], [], []
+        self.feed(html)
+        self.close()
+        assert self.open == []
+        self.text = " ".join(" ".join(self.words).split())
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] not in ("script", "style"):
+            self.words.append(data)
+
+    def all(self, tag):
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+def write_report(entries, out, **changes):
+    options = {
+        "title": "Unlearning on the testbed",
+        "forget_metrics": METRICS[:1],
+        "utility_metrics": METRICS[1:],
+        "command": "srmu demo --seeds 3",
+    }
+    return render(entries, out, **(options | changes)).read_text(encoding="utf-8")
+
+
+def one_run(folder, label="SRMU", group="high entanglement", percents=(34, 100, 78)):
+    return Entry(label, group, (write_run(folder, label, group, 1, percents, steps=6),))
+
+
+@pytest.fixture(scope="module")
+def entries(tmp_path_factory):
+    return write_comparison(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="module")
+def html(entries, tmp_path_factory):
+    return write_report(entries, tmp_path_factory.mktemp("out") / "new" / "report.html")
+
+
+@pytest.fixture(scope="module")
+def page(html):
+    return Page(html)
+
+
+# ---- the numbers
+
+
+def test_one_seed_has_wilsons_interval(tmp_path):
+    entry = one_run(tmp_path / "run")
+    results = {"x/acc": {"value": 0.5, "n": 100}}
+    (entry.runs[0] / "results.json").write_text(json.dumps(results))
+    (row,) = table([entry], ["x/acc"])
+    assert row.after["x/acc"].mean == 0.5
+    assert row.after["x/acc"].low == pytest.approx(0.40383, abs=1e-5)
+    assert row.after["x/acc"].high == pytest.approx(0.59617, abs=1e-5)
+    assert str(row.after["x/acc"]) == "50.0 (40.4\N{EN DASH}59.6)"
+    assert row.before == {}  # before.json knows no such metric
+
+
+def test_several_seeds_are_averaged_and_widen_the_interval(entries):
+    rows = table(entries, METRICS)
+    assert [(row.group, row.label) for row in rows] == [(e.group, e.label) for e in entries]
+    srmu = rows[5]
+    hazard = srmu.after["organism_hazard/acc"]
+    assert (srmu.label, srmu.seeds) == ("SRMU", 3)
+    assert hazard.mean == pytest.approx(0.34)  # of 33, 34 and 35 %
+    # Wilson at 0.34 of 192: 0.2767 to 0.4096; seeds: 1.96 * 0.01 / sqrt(3) = 0.0113
+    assert hazard.low == pytest.approx(0.34 - math.hypot(0.34 - 0.2767, 0.0113), abs=2e-4)
+    assert hazard.high == pytest.approx(0.34 + math.hypot(0.4096 - 0.34, 0.0113), abs=2e-4)
+    assert srmu.before["organism_general/acc"].mean == 1
+    assert srmu.before["organism_general/acc"].high == 1
+
+
+def test_the_mean_of_two_accuracies_has_the_questions_of_both(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "srmu.report.results.interval", lambda values, n: asked.append((values, n)) or (0, 1)
+    )
+    write_report([one_run(tmp_path / "run")], tmp_path / "r.html")
+    # variance of the mean: (1 / 240 + 1 / 180) / 4 of p (1 - p), so 1 / 411
+    assert ([pytest.approx(0.89)], 411) in asked
+
+
+def test_seeds_without_a_metric_do_not_count(tmp_path):
+    runs = one_run(tmp_path / "a").runs + one_run(tmp_path / "b", percents=(50, 90, 70)).runs
+    (runs[0] / "results.json").write_text("{}")
+    (row,) = table([Entry("SRMU", "", runs)], METRICS[:1])
+    assert row.after[METRICS[0]].mean == 0.5
+
+
+def test_other_numbers_than_accuracies_have_no_interval(tmp_path):
+    entry = one_run(tmp_path / "run")
+    results = {"text/ppl": {"value": 12.3456, "n": 100}, "text/kl": {"value": 0.25}}
+    (entry.runs[0] / "results.json").write_text(json.dumps(results))
+    (row,) = table([entry], list(results))
+    assert row.after == {"text/ppl": Estimate(12.3456), "text/kl": Estimate(0.25)}
+    assert str(row.after["text/ppl"]) == "12.35"
+
+
+# ---- the page
+
+
+def test_every_number_is_in_the_tables(entries, page):
+    numbers = [
+        estimate
+        for row in table(entries, METRICS)
+        for estimate in (*row.before.values(), *row.after.values())
+    ]
+    for number in numbers:
+        mean, _, span = str(number).partition(" ")
+        assert f"{mean} {span.strip('()')}" in page.text
+    for label in METHODS:
+        assert label in page.text
+    assert MEAN.capitalize() in page.text
+
+
+def test_structure(page):
+    assert page.all("html") == [{"lang": "en"}]
+    assert [len(page.all(tag)) for tag in ("h1", "title", "main")] == [1, 1, 1]
+    assert all("scope" in attributes for attributes in page.all("th"))
+    plots = [a for a in page.all("div") if a.get("class") == "plot"]
+    assert len(plots) == 2 + 2 * 4 + 2  # trade-off, curves, maps: SRMU's two entries share one
+    assert all(plot["role"] == "img" and plot["aria-label"] for plot in plots)
+    assert len(page.all("details")) == 2 * 8  # settings and record of each entry
+    assert page.all("a")[0]["href"] == "#content"  # the first to be reached skips to the content
+    sections = [a["aria-labelledby"] for a in page.all("section")]
+    assert sections == [a["id"] for a in page.all("h2")]
+    assert len(page.all("table")) == len(page.all("caption")) == len(page.all("tbody")) - 2
+
+
+def test_nothing_comes_from_outside(html, page):
+    assert len(html.encode()) < 6_000_000
+    for tag, attributes in page.tags:
+        for name in ("src", "href", "srcset", "data", "action"):
+            assert (attributes.get(name) or "#").startswith(("data:", "#")), tag
+    style = re.search("<style>.*?</style>", html, re.DOTALL).group()
+    assert "url(" not in style
+    assert "@import" not in style
+    assert html.count("plotly.js v") == 1
+
+
+def test_nothing_private_is_shown(html, entries):
+    for secret in (SECRET_TEXT, SECRET_PATH, "someone", str(entries[0].runs[0].parent)):
+        assert secret not in html
+
+
+def test_it_claims_no_more_than_suppression(page):
+    assert "suppressed" in page.text
+    assert "suppressed, not attacked" in page.text
+    assert not re.search("erase|removed|certif|deleted", page.text)
+
+
+def test_it_says_whether_the_map_selects(page):
+    topic = "entanglement \N{MIDDLE DOT} topic organism"
+    assert f"low {topic} Nearly flat" in page.text  # 0.88 with a standard deviation of 0.04
+    assert f"high {topic} Not flat" in page.text
+
+
+def test_the_same_runs_give_the_same_file(entries, html, tmp_path):
+    assert write_report(entries, tmp_path / "again.html") == html
+
+
+@pytest.mark.parametrize("where", ["label", "group", "title", "command"])
+def test_everything_is_escaped(tmp_path, where):
+    attack = "</script><script>alert(1)</script>\"'&{{ 7 * 7 }}"
+    entry, changes = one_run(tmp_path / "run"), {}
+    if where in ("title", "command"):
+        changes = {where: attack}
+    else:
+        entry = replace(entry, **{where: attack})
+    html = write_report([entry], tmp_path / "r.html", **changes)
+    clean = write_report([one_run(tmp_path / "other")], tmp_path / "clean.html")
+    assert "<script>alert" not in html
+    assert len(Page(html).all("script")) == len(Page(clean).all("script"))
+    assert attack in Page(html).text
+
+
+def test_each_original_model_is_shown_once(page, tmp_path):
+    assert page.text.count("Before: original model") == 2  # one a group
+    entries = [one_run(tmp_path / "a"), one_run(tmp_path / "b", label="RMU")]
+    (entries[1].runs[0] / "before.json").write_text(json.dumps(flat((97, 98, 99))))
+    text = Page(write_report(entries, tmp_path / "r.html")).text
+    assert text.count("Before: original model") == 2  # they started from different ones
+    assert "97.0 " in text
+
+
+def test_settings_show_options_but_no_paths(tmp_path):
+    runs = one_run(tmp_path / "a").runs + one_run(tmp_path / "b").runs
+    for folder, rate in zip(runs, (0.006, 0.003), strict=True):
+        config = yaml.safe_load((folder / "config.yaml").read_text())
+        config["method"] |= {"name": "/home/someone/my.py:Mine", "stages": ["C:\\me\\a", {"b": 2}]}
+        config["train"]["learning_rate"] = rate
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    html = write_report([Entry("Mine", "", runs)], tmp_path / "r.html")
+    text = Page(html).text
+    assert "method · name my.py:Mine" in text
+    assert "a, b: 2" in text
+    assert "train · learning rate 0.006 0.003" in text  # one each, as they differ
+    assert "train · batch size 8 train" in text  # once, as they agree
+    assert "someone" not in html
+
+
+def test_topics_that_take_turns_give_one_curve(tmp_path):
+    entry = one_run(tmp_path / "run")
+    lines = [
+        {"step": step, "topic": ("bio", "cyber")[step % 2], "forget": (1.0, 3.0)[step % 2]}
+        for step in range(6)
+    ]
+    (entry.runs[0] / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    html = write_report([entry], tmp_path / "r.html")
+    assert '"x": [0, 2, 4], "y": [2.0, 2.0, 2.0]' in html
+    assert '"meta": "SRMU"' in html
+    assert "Forget loss" in Page(html).text
+
+
+def test_a_diverged_run_leaves_valid_figures(tmp_path):
+    entry = one_run(tmp_path / "run")
+    lines = [{"step": i, "topic": "bio", "forget": (1.0, math.nan)[i]} for i in range(2)]
+    (entry.runs[0] / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    html = write_report([entry], tmp_path / "r.html")
+    assert '"x": [0], "y": [1.0]' in html
+    figures = re.findall(r'class="figure">(.*?)</script>', html)
+    assert figures
+    assert not any("NaN" in figure for figure in figures)
+
+
+@pytest.mark.parametrize(
+    ("file", "lost"),
+    [
+        ("metrics.jsonl", "Training curves"),
+        ("state.safetensors", "Importance maps"),
+        ("before.json", "Before: original model"),
+        ("record.json", "stop reason"),
+    ],
+)
+def test_what_is_missing_is_left_out(tmp_path, file, lost):
+    entry = one_run(tmp_path / "run")
+    assert lost in Page(write_report([entry], tmp_path / "whole.html")).text
+    (entry.runs[0] / file).unlink()
+    assert lost not in Page(write_report([entry], tmp_path / "part.html")).text
+
+
+@pytest.mark.parametrize(
+    ("file", "command"), [("results.json", "srmu eval"), ("config.yaml", "srmu unlearn")]
+)
+def test_an_incomplete_folder_is_the_users_error(tmp_path, file, command):
+    entry = one_run(tmp_path / "run")
+    (entry.runs[0] / file).unlink()
+    with pytest.raises(UserError, match=rf"run has no {file}; run `{command}") as caught:
+        write_report([entry], tmp_path / "r.html")
+    assert str(entry.runs[0]) in str(caught.value)
+    assert not (tmp_path / "r.html").exists()
+
+
+def test_wrong_input_is_named(tmp_path):
+    entry = one_run(tmp_path / "run")
+    with pytest.raises(UserError, match="no run has the result typo/acc"):
+        table([entry], ["typo/acc"])
+    with pytest.raises(UserError, match="is a folder"):
+        write_report([entry], tmp_path)
+    (entry.runs[0] / "metrics.jsonl").write_text('{"step": 0, ')
+    with pytest.raises(UserError, match=r"metrics\.jsonl is damaged"):
+        write_report([entry], tmp_path / "r.html")
+
+
+# ---- the command
+
+
+@pytest.fixture
+def call(monkeypatch, capfd):
+    """`srmu report ...` in this process: its exit code and what it printed."""
+
+    def run(*arguments):
+        monkeypatch.setattr("sys.argv", ["srmu", "report", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            main.main()
+        return stop.value.code, *capfd.readouterr()
+
+    return run
+
+
+def seeds_of(root, label="SRMU", count=3, **options):
+    return [
+        write_run(root / f"{label}-{i}".replace(" ", "-"), label, "", i, (34, 90, 95), 6, **options)
+        for i in range(count)
+    ]
+
+
+def test_seeds_make_one_line_and_strengths_several(tmp_path, call):
+    runs = [*seeds_of(tmp_path), *seeds_of(tmp_path, "RMU", 2)]
+    stronger = write_run(tmp_path / "stronger", "RMU", "", 0, (30, 80, 90), 6)
+    config = yaml.safe_load((stronger / "config.yaml").read_text())
+    config["method"]["kappa"] = 16.0
+    (stronger / "config.yaml").write_text(yaml.safe_dump(config))
+    out = tmp_path / "r.html"
+    code, said, _ = call(tmp_path, "-o", out)
+    assert code == 0
+    assert f"wrote {out}" in said
+    page = Page(out.read_text())
+    buttons = [a["data-label"] for a in page.all("button") if "data-label" in a]
+    assert buttons == ["rmu, kappa=8.0", "rmu, kappa=16.0", "srmu"]
+    assert "srmu 34.0" in page.text
+    _, said, _ = call(*reversed(runs), stronger, runs[0], "-o", out, "--json")
+    assert json.loads(said) == {"page": str(out), "bytes": out.stat().st_size}
+    assert "srmu 34.0" in Page(out.read_text()).text
+
+
+def test_one_run_under_attack(tmp_path):
+    (run,) = seeds_of(tmp_path, count=1)
+    write_attacks(run, 0.86)
+    page = Page(report([run], tmp_path / "r.html").read_text())
+    assert "The strongest, benign relearning, found 82%" in page.text  # 0.86 of 96: 0.8646
+    assert "prompts (E12) 41.7" in page.text
+    assert "invalid: the oracle recovers, too" in page.text
+    assert "gcg no room in forget.jsonl" in page.text
+    assert "membership auc loss 0.51 0.98" in page.text
+    assert "full weights 34.0 39.2 44.4 86.0" in page.text  # after 0, 5, 10 and 50 texts
+    for kind in ("LoRA", "neutral texts, full weights"):
+        assert f"Relearning by steps: {kind}" in page.text
+    curves = "unlearned model 34.0 44.4 86.0 original 100.0 100.0 100.0 oracle 26.0 26.0 26.0"
+    assert page.text.count(curves) == 2  # after 0, 20 and 100 steps
+    assert "Not tried: heavy tuning" in page.text
+    assert "suppressed, not attacked" not in page.text
+
+
+def test_relearning_by_steps_of_several_methods(tmp_path):
+    """One picture a kind, a line a method that its label hides, a mean over its seeds."""
+    runs = [*seeds_of(tmp_path), *seeds_of(tmp_path, "RMU", 1)]
+    for i, run in enumerate(runs):
+        write_attacks(run, 0.6 + 0.1 * i if run != runs[-1] else 0.9)
+    (runs[0] / "attacks.json").unlink()  # a seed that was not attacked
+    found = [recovery(Entry(label, "", tuple(some))) for label, some in
+             (("SRMU", runs[:-1]), ("RMU", runs[-1:]))]  # fmt: skip
+    assert found[0].steps["LoRA"][""] == [
+        (0, pytest.approx(0.34)), (20, pytest.approx(0.34 + 0.2 * (0.75 - 0.34))),
+        (100, pytest.approx(0.75)),
+    ]  # fmt: skip
+    entries = [Entry("SRMU", "", tuple(runs[:-1])), Entry("RMU", "", tuple(runs[-1:]))]
+    section = attacked(entries, ["SRMU", "RMU"], found)
+    drawn = {b.title: b for b in section.blocks if isinstance(b, Beside)}
+    picture = drawn["Relearning by steps: LoRA"].figure
+    assert [t["name"] for t in picture.traces] == ["SRMU", "RMU", "original", "oracle"]
+    assert [t.get("meta") for t in picture.traces] == ["SRMU", "RMU", None, None]
+    assert picture.traces[1]["x"] == ["0", "20", "100"]
+    assert picture.traces[1]["y"][-1] == pytest.approx(0.9)
+    assert "Relearning by steps: neutral texts, full weights" in drawn
+
+
+def test_attacks_alone_are_results(tmp_path):
+    (run,) = seeds_of(tmp_path, count=1)
+    write_attacks(run, 0.86)
+    for name in ("results.json", "before.json"):
+        (run / name).unlink()
+    text = Page(report([run], tmp_path / "r.html").read_text()).text
+    assert "organism hazard went from 100.0% to 34.0%" in text
+    assert "organism general went from 100.0% to 89.6%" in text
+
+
+def test_subjects_are_sorted_by_what_they_lost(tmp_path):
+    (run,) = seeds_of(tmp_path, count=1)
+    for name, drop in (("before", 0), ("results", 1)):
+        tasks = {"virology": 0.3, "law": 0.0, "anatomy": 0.1}
+        found = {f"mmlu_{k}/acc": {"value": 0.6 - v * drop, "n": 100} for k, v in tasks.items()}
+        path = run / f"{name}.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | found))
+    text = Page(report([run], tmp_path / "r.html").read_text()).text
+    lines = [text.index(line) for line in ("virology 60.0", "anatomy 60.0", "law 60.0")]
+    assert lines == sorted(lines)
+    assert "-30.0" in text
+    assert "Other measurements" not in text
+
+
+def test_a_sweep(tmp_path):
+    folder = write_sweep(tmp_path / "sweep", runs=True)
+    page = Page(report([folder], tmp_path / "r.html").read_text())
+    assert "15 of 18 trials, each over 2 seeds" in page.text
+    assert "failed: diverged at step 3, see forget.jsonl" in page.text
+    assert "method.kappa 71 %" in page.text
+    front = json.loads((folder / "sweep.json").read_text())["front"]
+    assert page.text.count("on the front") >= len(front)
+    assert f"{len(front) - 1} of {len(front)} trials on the front were not attacked" in page.text
+    assert "10 to 1000, log scale" in page.text
+    single = write_sweep(tmp_path / "single", objectives=1)
+    text = Page(report([single], tmp_path / "r.html").read_text()).text
+    assert "best so far" in text
+    assert "the best " in text
+
+
+def test_an_automatic_choice(tmp_path):
+    folder = write_auto(tmp_path / "auto")
+    text = Page(report([folder], tmp_path / "r.html").read_text()).text
+    assert "at most 1.0% of the utility" in text
+    assert "4, chosen 62.0 0.4" in text
+    assert "The retain texts use 47% of the forget texts' words." in text
+    assert "forgetting 66.0" in text
+    assert "The strongest, benign relearning" in text
+    found = json.loads((folder / "auto.json").read_text()) | {"run": None, "final": None}
+    (folder / "auto.json").write_text(json.dumps(found))
+    text = Page(report([folder], tmp_path / "r.html").read_text()).text
+    assert "Nothing was chosen" in text
+
+
+def test_a_reproduction(tmp_path):
+    folder = write_reproduction(tmp_path / "again")
+    text = Page(report([folder], tmp_path / "r.html").read_text()).text
+    assert "SRMU (ratio) 34.0" in text
+    assert "29.2 57.5" in text  # the paper's
+    assert "SRMU (difference), diverged" in text
+    assert "Of 3 claims, within noise: 2, not tested: 1" in text
+    assert "within noise +10.0 (-2.0 to +22.0) SRMU less RMU" in text
+    assert "srmu reproduce all" in text
+
+
+def test_no_page_names_a_private_place(tmp_path):
+    runs = seeds_of(tmp_path / "runs", count=2)
+    write_attacks(runs[0], 0.8)
+    forget = tmp_path / "forget.jsonl"
+    forget.write_text(json.dumps({"text": SECRET_TEXT}))
+    for run in runs:  # texts that could be read
+        config = (run / "config.yaml").read_text()
+        (run / "config.yaml").write_text(config.replace(SECRET_PATH, str(forget)))
+    folders = [write_sweep(tmp_path / "s", runs=True), write_auto(tmp_path / "a")]
+    for paths in (runs, *([folder] for folder in folders)):
+        html = report(paths, tmp_path / "r.html").read_text()
+        for secret in (SECRET_TEXT, SECRET_HOME, "someone", str(tmp_path)):
+            assert secret not in html
+
+
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        ("no room in /home/a/b.json, sorry", "no room in b.json, sorry"),
+        (r"see C:\Users\a\b.json", "see b.json"),
+        ("3/18 trials of HuggingFaceH4/zephyr", "3/18 trials of HuggingFaceH4/zephyr"),
+    ],
+)
+def test_sentences_lose_their_folders(text, left):
+    assert pathless(text) == left
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: p / "typo", "typo is not a folder"),
+        (lambda p: p, "holds no run, sweep or reproduction"),
+        (lambda p: (seeds_of(p)[0] / "results.json").unlink() or p / "SRMU-0", "srmu eval"),
+        (lambda p: (write_sweep(p / "s") / "sweep.json").write_text("{}") and p / "s", "damaged"),
+        (lambda p: (write_sweep(p / "s") / "sweep.json").write_text("{") and p / "s", "damaged"),
+    ],
+)
+def test_wrong_folders_are_one_line(tmp_path, make, message, call):
+    code, out, said = call(make(tmp_path), "-o", tmp_path / "r.html")
+    assert (code, out) == (2, "")
+    assert message in said
+    assert len(said.strip().splitlines()) == 1
+    assert not (tmp_path / "r.html").exists()
+
+
+def test_unclear_metrics_are_asked_for(tmp_path):
+    (run,) = seeds_of(tmp_path, count=1)
+    (run / "results.json").write_text(json.dumps({"mine/acc": {"value": 0.5, "n": 100}}))
+    with pytest.raises(UserError, match="--forget: name the metrics that should fall"):
+        report([run], tmp_path / "r.html")
+    with pytest.raises(UserError, match="no run has the result typo/acc; there are mine/acc"):
+        report([run], tmp_path / "r.html", forget=["typo/acc"])
+    with pytest.raises(UserError, match="which has a report of its own"):
+        report([run, write_auto(tmp_path / "auto")], tmp_path / "r.html")

@@ -1,0 +1,78 @@
+"""The demo on a tiny testbed: every run made once, the table and the report from its folders."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import yaml
+
+from helpers.testbeds import TINY
+from srmu.errors import UserError
+from srmu.methods import SRMU
+from srmu.reproduce import demo
+from srmu.runs.config import load_config
+from srmu.testbed import build as building
+from srmu.testbed.build import build
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+QUICK = ["train.max_steps=2", "method.layer=1", "method.window=1"]
+
+
+@pytest.fixture
+def played(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(demo, "SETTINGS", {"A": QUICK, "B": ["method.name=rmu", *QUICK]})
+    build(tmp_path / "demo" / "testbed", seed=3, recipe=TINY)
+    return tmp_path / "demo"
+
+
+def test_demo_story(played: Path) -> None:
+    entries, report = demo.play(played, seeds=1)
+    assert [(e.label, e.group, len(e.runs)) for e in entries] == [
+        ("A", "low entanglement", 1),
+        ("B", "low entanglement", 1),
+        ("A", "high entanglement", 1),
+        ("B", "high entanglement", 1),
+    ]
+    for entry in entries:
+        method = json.loads((entry.runs[0] / "record.json").read_text())["method"]
+        assert method == ("srmu" if entry.label == "A" else "rmu")
+    assert report.stat().st_size < 6e6
+    rows = demo.terminal_table(entries)
+    assert [r["method"] for r in rows] == ["before", "A", "B", "before", "A", "B"]
+    value = json.loads((entries[0].runs[0] / "results.json").read_text())
+    assert rows[1]["hazard"].startswith(f"{100 * value['organism_hazard/acc']['value']:.1f} (")
+
+    times = {run: (run / "record.json").stat().st_mtime_ns for e in entries for run in e.runs}
+    again, _ = demo.play(played, seeds=1)
+    assert again == entries
+    assert times == {run: (run / "record.json").stat().st_mtime_ns for run in times}
+
+
+def test_settings_are_the_searchs_best() -> None:
+    table = json.loads((CONFIGS / "search-organism.json").read_text())
+    space = yaml.safe_load((CONFIGS / "search-organism.yaml").read_text())
+    shipped = yaml.safe_load(building.CONFIG)["train"]
+    assert shipped["learning_rate"] in space["grid"]["train.learning_rate"]
+    assert f"train.max_steps={shipped['max_steps']}" in space["common"]
+    assert list(demo.SETTINGS) == list(space["methods"])
+    for label, settings in demo.SETTINGS.items():
+        rows = [row for row in table if row["method"] == label]
+        assert len(rows) == math.prod(map(len, space["grid"].values()))
+        best = max(rows, key=lambda row: row["score"])["setting"].split()
+        found = [setting for setting in best if not setting.startswith("train.learning_rate")]
+        assert [*space["methods"][label], *found] == settings
+
+
+def test_demo_needs_a_seed(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="seeds must be at least 1"):
+        demo.play(tmp_path / "demo", seeds=0)
+    assert not (tmp_path / "demo").exists()
+
+
+def test_emitted_configs_fit_the_schema(played: Path) -> None:
+    for regime in demo.REGIMES:
+        config = load_config(played / "testbed" / f"{regime}.yaml")
+        assert isinstance(config.method, SRMU)
+        assert Path(config.topics["organism"].retain[0].path or "").name == f"retain-{regime}.jsonl"

@@ -1,0 +1,413 @@
+"""The paper's tables again: tiny testbeds, claims with known answers, what Zephyr would need."""
+
+import json
+import re
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from helpers import attack_world
+from helpers.testbeds import TINY
+from srmu.engine.files import write_json
+from srmu.errors import UserError
+from srmu.evals.statistics import Estimate
+from srmu.report import markdown
+from srmu.reproduce import claims, needs
+from srmu.reproduce import runs as places
+from srmu.reproduce.claims import Line, judge_curves, judge_row
+from srmu.reproduce.paper import command_of, needed, place_of, reproduce, wanted_of, with_mean
+from srmu.reproduce.runs import Model, presets, read_spec
+from srmu.runs.config import load_config
+from srmu.runs.meter import Work
+from srmu.runs.run import Run
+
+ZEPHYR = "HuggingFaceH4/zephyr-7b-beta"
+QUICK = ["train.max_steps=2", "method.layer=1", "method.window=1", "method.alpha=10"]
+
+
+@pytest.fixture(scope="module")
+def again(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A small reproduction made twice: what it found, its folder, and how many runs each made."""
+    out = tmp_path_factory.mktemp("reproduction") / "out"
+    methods = out.with_name("methods.yaml")
+    settings = {
+        "SRMU": ["method.name=srmu", "method.kappa=4"],
+        "RMU": ["method.name=rmu", "method.kappa=2"],
+        "Another": ["method.name=adaptive_rmu", "method.kappa=1"],
+    }
+    methods.write_text(yaml.safe_dump({"common": QUICK, "methods": settings}))
+    spec = read_spec()
+    spec["figure2"]["coeffs"] = [1, 1.0e30]
+    for label in ("difference", "product", "Adaptive RMU"):
+        del spec["figure2"]["series"][label]
+    del spec["tables"]["table3"]
+    for name in ("table4", "table4-matched"):
+        changes = spec["tables"][name]["changes"]
+        kept = ("zero target", "no I_norm", "RMU", "full SRMU")
+        spec["tables"][name]["changes"] = {label: changes[label] for label in kept}
+    place = places.Testbeds(out, 2, (), spec["testbed"] | {"methods": str(methods)})
+    made = []
+
+    def run_all(jobs: Sequence[Any], watch: Any, function: Callable[[Any], Any]) -> list[Any]:
+        made.append(len(jobs))
+        return [function(job) for job in jobs]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SRMU_CACHE", str(out.with_name("cache")))
+        patch.setattr(places, "build", partial(places.build, recipe=TINY))
+        patch.setattr(places, "RECIPE", TINY)
+        patch.setattr(places, "run_all", run_all)
+        found = reproduce("all", place, command="srmu reproduce all", spec=spec)
+        first, made = made, []
+        assert reproduce("all", place, command="srmu reproduce all", spec=spec) == found
+    markdown.write(found, out)
+    return found, out, first, made
+
+
+def table(found: Any, name: str) -> dict[str, Any]:
+    one = next(one for one in found["tables"] if one["name"] == name)
+    return one | {"rows": {row["label"]: row for row in one["rows"]}}
+
+
+def records(out: Path, **wanted: Any) -> list[dict[str, Any]]:
+    """The records of the runs whose method has these options."""
+    runs = [Run.open(path.parent) for path in out.glob("runs/*/record.json")]
+    options = [{"name": run.config.method.name, **vars(run.config.method)} for run in runs]
+    return [
+        run.record | {"seed": run.config.seed}
+        for run, given in zip(runs, options, strict=True)
+        if wanted.items() <= given.items()
+    ]
+
+
+def test_tables_stand_beside_the_papers(again: Any) -> None:
+    found, out, _, _ = again
+    low = table(found, "table2")
+    assert [*low["rows"]][:1] == ["before"]
+    assert {"RMU", "SRMU", "Another"} < {*low["rows"]}
+    assert low["rows"]["LLMU"]["why"] == "not run"
+    assert low["rows"]["SRMU"]["paper"]["WMDP"] == pytest.approx((0.285 + 0.258) / 2)
+    assert not low["rows"]["Another"]["paper"]
+    runs = [
+        run for run in map(Run.open, out.glob("runs/*"))
+        if run.config.method.name == "rmu" and run.config.method.kappa == 2
+        and "low" in str(run.config.topics["organism"].retain[0].path)
+    ]  # fmt: skip
+    values = [run.results()["organism_hazard/acc"]["value"] for run in runs]
+    assert len(values) == 2
+    cell = low["rows"]["RMU"]["cells"]["hazard"]
+    assert cell["value"] == pytest.approx(np.mean(values))
+    assert cell["low"] < cell["value"] < cell["high"]
+    assert low["rows"]["RMU"]["kappa"] == pytest.approx(2, rel=1e-5)
+    assert {c["verdict"] for c in low["claims"] if "LLMU" in c["claim"]} == {"not tested"}
+
+
+def test_answers_are_those_of_the_scores(again: Any) -> None:
+    _, out, _, _ = again
+    for path in out.glob("runs/*/answers.json"):
+        kept = json.loads(path.read_text())
+        for when, name in claims.RESULTS.items():
+            scores = json.loads((path.parent / name).read_text())
+            for task, entry in kept[when].items():
+                right = claims.answered(entry["right"]).mean()
+                assert right == pytest.approx(scores[f"{task}/acc"]["value"]), (path, task)
+
+
+def test_ablations_share_a_coefficient_then_a_norm(again: Any) -> None:
+    found, out, _, _ = again
+    full = {
+        record["seed"]: record["topics"]["organism"]
+        for record in records(out, name="srmu", kappa=4.0, importance="ratio", direction="signs")
+    }
+    literal, matched = table(found, "table4"), table(found, "table4-matched")
+    uniform = records(out, name="srmu", importance="uniform")
+    for record in uniform:
+        numbers = record["topics"]["organism"]
+        same = [
+            numbers[key] == pytest.approx(full[record["seed"]][key], rel=1e-4)
+            for key in ("coeff", "kappa")
+        ]
+        assert sum(same) == 1  # the one or the other, as the maps differ in norm
+    assert len(uniform) == 4
+    assert literal["rows"]["no I_norm"]["kappa"] > matched["rows"]["no I_norm"]["kappa"] + 0.1
+    for label, row in matched["rows"].items():
+        if row["cells"] and label not in ("before", "zero target"):
+            assert row["kappa"] == pytest.approx(4, rel=1e-4), label
+    assert matched["rows"]["zero target"]["kappa"] == 0
+    assert literal["rows"]["RMU"]["kappa"] == pytest.approx(2, rel=1e-4)  # its own
+
+
+def test_diverged_points_are_marked(again: Any) -> None:
+    found, out, _, _ = again
+    assert [figure["name"] for figure in found["figures"]] == ["figure2", "figure2-all"]
+    for figure in found["figures"]:
+        for series in figure["series"]:
+            small, large = series["points"]
+            assert small["x"]["low"] <= small["x"]["value"] <= small["x"]["high"]
+            assert large["x"] is None
+            assert large["why"] == "diverged in 2 of 2 runs"
+        assert {c["verdict"] for c in figure["claims"]} == {"not tested"}
+        drawn = ElementTree.fromstring((out / f"{figure['name']}.svg").read_text())
+        spots = [e for e in drawn.iter() if e.tag.endswith("circle")]
+        assert len(spots) == 2 * 2  # a point and an entry of the legend each
+
+
+def test_a_second_call_makes_no_run(again: Any) -> None:
+    _, _, first, second = again
+    assert sum(first) == 24
+    assert second == []
+
+
+def test_what_is_written_has_neither_dates_nor_paths(again: Any) -> None:
+    found, out, _, _ = again
+    text = (out / "reproduce.md").read_text()
+    assert text.startswith("```bash\nsrmu reproduce all\n```")
+    assert "mean over 2 testbeds" in text
+    assert "| before |" in text and "![" in text
+    for shared in (text, (out / "reproduce.json").read_text()):
+        assert str(out.parent) not in shared
+        assert not re.search(r"\b20\d\d-\d\d", shared)
+    assert json.loads((out / "reproduce.json").read_text()) == json.loads(json.dumps(found))
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "above", "below", "said"),
+    [
+        (0.01, 0.1, 0, np.inf, "holds"),
+        (-0.1, -0.01, 0, np.inf, "does not hold"),
+        (-0.1, 0.1, 0, np.inf, "within noise"),
+        (0.0, 0.0, 0, np.inf, "within noise"),
+        (-0.3, -0.25, -np.inf, -0.2, "holds"),
+        (-0.04, 0.04, -0.05, 0.05, "holds"),
+        (0.06, 0.09, -0.05, 0.05, "does not hold"),
+        (0.04, 0.09, -0.05, 0.05, "within noise"),
+    ],
+)
+def test_verdicts(low: float, high: float, above: float, below: float, said: str) -> None:
+    found = Estimate((low + high) / 2, low, high, 100)
+    assert claims.verdict(found, above, below) == said
+    assert claims.verdict(None, above, below) == "not tested"
+
+
+def line(folder: Path, label: str, right: Sequence[Any], **tasks: Sequence[Any]) -> Line:
+    """Runs of which each answered so: arrays (seeds, questions) of the task `t` and of others."""
+    runs = []
+    given = {"t": right, **tasks}
+    for seed in range(len(right)):
+        run = folder / f"{label}{seed}"
+        run.mkdir(parents=True, exist_ok=True)
+        both = {task: np.asarray(rows[seed]).astype(float) for task, rows in given.items()}
+        entry = {
+            task: {"right": row.tolist(), "facts": [*range(len(row))]} for task, row in both.items()
+        }
+        write_json(run / "answers.json", {"before": entry, "after": entry})
+        for name in claims.RESULTS.values():
+            scores = {f"{t}/acc": {"value": r.mean(), "n": len(r)} for t, r in both.items()}
+            write_json(run / name, scores)
+        runs.append(run)
+    return Line(label, tuple(runs), tuple(range(len(right))))
+
+
+CLAIM = {"claim": "A is above B", "of": ["A", "B"], "metric": "utility", "above": 0}
+
+
+def judged(one: Line, other: Line) -> dict[str, Any]:
+    return judge_row(CLAIM, {"A": one, "B": other}, "t", ["t/acc"], {}, "here")
+
+
+def test_a_difference_is_covered_and_paired(tmp_path: Path) -> None:
+    """Rows that differ by 0.1 on questions that are easy or hard for both."""
+    rng = np.random.default_rng(0)
+    covered, widths = 0, []
+    for _ in range(30):
+        luck = rng.random((3, 100))
+        found = judged(line(tmp_path, "A", luck < 0.6), line(tmp_path, "B", luck < 0.5))
+        apart = found["difference"]
+        covered += apart["low"] <= 0.1 <= apart["high"]
+        widths.append(apart["high"] - apart["low"])
+    assert covered >= 25  # 0.95 of 30, less three standard errors
+    # unpaired, the error of the difference of two accuracies near a half over 300 questions
+    assert np.mean(widths) < 0.8 * 2 * 1.96 * (2 * 0.25 / 300) ** 0.5
+    assert found["verdict"] == "holds"
+    assert found["sentence"].startswith("A is above B: holds. A less B, t: +")
+
+
+def test_claims_come_out_either_way_and_as_noise(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    much, less, other = (rng.random((3, 200)) < p for p in (0.9, 0.4, 0.4))
+    rows = {
+        name: line(tmp_path, name, r) for name, r in zip("MLO", (much, less, other), strict=True)
+    }
+    assert judged(rows["M"], rows["L"])["verdict"] == "holds"
+    assert judged(rows["L"], rows["M"])["verdict"] == "does not hold"
+    assert judged(rows["L"], rows["O"])["verdict"] == "within noise"
+    failed = judged(replace(rows["L"], runs=(), asked=(), why="diverged"), rows["O"])
+    assert (failed["verdict"], failed["difference"]) == ("not tested", None)
+    assert judge_row(CLAIM, {}, "t", ["t/acc"], {}, "")["verdict"] == "not tested"
+
+
+def test_curves_are_read_at_equal_forgetting(tmp_path: Path) -> None:
+    """Between a point that forgets 40 and keeps all, and one that forgets 60 and keeps 80."""
+
+    def point(label: str, known: int, kept: int) -> Line:
+        rows = [[i < known for i in range(100)]] * 3
+        return line(tmp_path, label, rows, u=[[i < kept for i in range(100)]] * 3)
+
+    before = replace(point("before", 100, 100), when="before")
+    curves = {"A": [point("a", 60, 100), point("b", 40, 80)], "B": [point("c", 40, 60)]}
+    claim = {"claim": "A keeps more", "of": ["A", "B"], "at": [60, 80, 95]}
+    found = judge_curves(claim, curves, before, ["t/acc"], "u", ["u/acc"], "here")
+    # 60 % of 75 points are 45: A keeps 95 of 100; B, from the original, 100 - 40 * 45 / 60 = 70
+    assert found[0]["difference"]["value"] == pytest.approx(0.25)
+    assert found[1]["difference"]["value"] == pytest.approx(0.2)
+    assert [one["verdict"] for one in found] == ["holds", "holds", "not tested"]
+    assert "never forgets 95 %" in found[2]["sentence"]
+
+
+def test_the_papers_own_noise() -> None:
+    """The z values of its gaps, and its averages."""
+    spec = read_spec()["tables"]
+    rows = {
+        name: {label: with_mean(row) for label, row in one["rows"].items()}
+        for name, one in spec.items()
+    }
+    high = rows["table3"]
+    assert claims.gap(high["SRMU"], high["RMU"], "WMDP") == (
+        pytest.approx(-0.071), pytest.approx(-5.7, abs=0.1),
+    )  # fmt: skip
+    low = rows["table2"]
+    assert claims.gap(low["SRMU"], low["RMU"], "WMDP")[1] == pytest.approx(-1.1, abs=0.05)  # type: ignore[index]
+    assert claims.gap(low["SRMU"], low["RMU"], "MMLU")[1] == pytest.approx(0.34, abs=0.02)  # type: ignore[index]
+    assert low["before"]["WMDP"] == pytest.approx(0.5475)
+    assert high["Adaptive RMU"]["WMDP"] == pytest.approx(0.43535)
+    assert claims.gap(low["SRMU"], {}, "WMDP") is None
+
+
+def test_claims_name_rows_that_there_are() -> None:
+    spec = read_spec()
+    for one in spec["tables"].values():
+        for claim in one["claims"]:
+            assert {*claim["of"]} <= {*one["rows"]}, claim
+            assert claim["metric"] in ("forget", "utility")
+    for claim in spec["figure2"]["claims"]:
+        assert {*claim["of"]} <= {*spec["figure2"]["series"]}
+    grid = spec["figure2"]["coeffs"]
+    assert {*range(11, 170, 10), 1} <= {*grid}
+
+
+def test_settings_of_the_real_thing_fit_the_schema(tmp_path: Path) -> None:
+    """All that `--model` would run; and the derived high entanglement is the preset's."""
+    spec = read_spec()
+    place = place_of(tmp_path / "out", ZEPHYR)
+    for want in {w._replace(label="") for w in wanted_of("all", spec, place)}:
+        job = place.job(want, 0, ())
+        config = load_config(job.config, job.overrides)
+        assert (config.model, config.seed) == (ZEPHYR, 0)
+    low, high = (
+        place.job(want, 0, ())
+        for want in (places.Wanted("", "SRMU", regime) for regime in ("low", "high"))
+    )
+    made = load_config(high.config, high.overrides)
+    preset = load_config(presets("wmdp-zephyr-high.yaml"))
+    assert made.id == preset.id != load_config(low.config, low.overrides).id
+
+
+def test_dry_run_offline_says_what_is_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(needs, "probe", lambda *given: Work(1e12, 1e10, 1e10, 1e10, 1e5))
+    place = place_of(tmp_path / "out", ZEPHYR, overrides=["topics.bio.forget=mine.jsonl"])
+    found, lines = needed("table3", place)
+    assert not (tmp_path / "out").exists()
+    said = "\n".join(lines)
+    assert "14.48 GB: hf download HuggingFaceH4/zephyr-7b-beta" in said
+    assert "cais/wmdp-corpora" in said and "hf auth login" in said
+    assert "mine.jsonl: a file" in said and str(tmp_path) not in said
+    assert [*found["methods"]] == ["RMU", "Adaptive RMU", "SRMU"]
+    one = found["methods"]["SRMU"]
+    layer = 4096 * (4096 * 2 + 1024 * 2 + 3 * 14336 + 2)
+    assert one["trained_parameters"] == 3 * 4096 * 14336
+    assert one["bytes_read"] == 2 * (8 * layer + 32000 * 4096 + 4096)
+    assert one["seconds"] > one["flops"] / 1e12
+    assert "3 runs" in said
+    assert not found["model"]["there"]
+
+
+def test_dry_run_of_the_testbed(tmp_path: Path) -> None:
+    found, lines = needed("table4", place_of(tmp_path / "out"))
+    assert found == {"testbeds": 3, "runs": 3 * 15}
+    assert not (tmp_path / "out").exists()
+    assert "3 testbeds" in lines[0]
+
+
+def test_a_model_of_ones_own(workplace: Path) -> None:
+    """The presets on a tiny model: tables of its tasks, without answers question by question."""
+    (workplace / "tasks").mkdir()
+    for name in ("wmdp_bio", "wmdp_cyber", "mmlu"):
+        rows = [
+            {"question": q.prompt, "choices": [o.strip() for o in q.options], "gold": q.gold}
+            for q in attack_world.exam().test
+        ]
+        (workplace / "tasks" / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        (workplace / "tasks" / f"{name}.yaml").write_text(attack_world.TASK.format(name=name))
+    local = {"forget": workplace / "forget.jsonl", "retain": workplace / "retain.jsonl"}
+    overrides = [f"topics.{t}.{k}={v}" for t in ("bio", "cyber") for k, v in local.items()]
+    overrides += [f"tasks_dir={workplace / 'tasks'}", "method.layer=2", "train.max_steps=4"]
+    overrides += ["dtype=float32", "train.weights=fp32", "train.learning_rate=0.01"]
+    spec = read_spec()
+    del spec["tables"]["table4"]
+    kept = spec["tables"]["table4-matched"]["changes"]
+    for label in ("fixed +1", "fixed -1", "U[0,1)", "shuffled map (ours)"):
+        del kept[label]
+    place = place_of(workplace / "out", str(workplace / "model"), overrides=overrides)
+    assert isinstance(place, Model) and place.seeds == 1
+    command = command_of("table4", place, overrides)
+    one = table(reproduce("table4", place, command=command, spec=spec), "table4-matched")
+    assert one["columns"] == ["MMLU", "bio", "cyber", "WMDP"]
+    assert {label for label, row in one["rows"].items() if row["cells"]} == {"before", *kept}
+    kappas = [one["rows"][label]["kappa"] for label in ("no I_norm", "full SRMU", "RMU")]
+    assert kappas == pytest.approx([kappas[0]] * 3, rel=1e-4)
+    verdicts = {claim["claim"]: claim["verdict"] for claim in one["claims"]}
+    assert verdicts["SRMU forgets more than RMU"] != "not tested"
+    assert verdicts["SRMU forgets more than with its map shuffled"] == "not tested"
+    assert str(workplace) not in command
+    assert "--model model" in command and "topics.bio.forget=forget.jsonl" in command
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"seeds": 0}, "--seeds must be at least 1"),
+        ({"model": ZEPHYR}, "gated.*--dry-run says how to get them"),
+        ({"model": ZEPHYR, "overrides": ["method.kapa=2"]}, "kapa is not an option"),
+        ({"model": "owner/other"}, "owner/other"),
+        ({"overrides": ["train.stepz=2"]}, "stepz is not an option"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_made(
+    tmp_path: Path, given: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(UserError, match=said):
+        reproduce("table3", place_of(tmp_path / "out", **given), command="")
+    assert not (tmp_path / "out").exists()
+
+
+def test_dry_run_of_an_unknown_model(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="dimensions are known of"):
+        needed("table3", place_of(tmp_path / "out", "owner/other"))
+
+
+def test_a_hollow_checkpoint_takes_no_disk(tmp_path: Path) -> None:
+    shape = read_spec()["zephyr"]["shape"]
+    folder = needs.hollow(tmp_path, shape)
+    status = (folder / "model.safetensors").stat()
+    assert status.st_size > 14e9 and status.st_blocks * 512 < 1e6
+    assert torch.bfloat16 in {*places.weights.stored_types(folder).values()}

@@ -1,0 +1,418 @@
+"""The frontier: shares, tables from attacks with known answers, what goes on, what is refused."""
+
+import json
+import re
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from helpers import attack_world
+from helpers.testbeds import TINY
+from srmu.attacks import ATTACKS, suite
+from srmu.engine.weights import load_delta
+from srmu.errors import UserError
+from srmu.evals.matched import match
+from srmu.evals.statistics import residual
+from srmu.report import frontier_tables
+from srmu.reproduce import robust
+from srmu.reproduce.robust import NOT_RUN, controlled, measure, tables_of, wanted
+from srmu.reproduce.runs import presets
+from srmu.runs.config import load_config
+from srmu.runs.run import Run
+from srmu.testbed.worlds.world import Size
+
+# enough facts for intervals, and little else
+SMALL = replace(
+    TINY,
+    size=Size(hazard_compounds=12, other_compounds=12, entities=24, values=8, general_values=8),
+)
+QUICK = ["train.max_steps=2", "method.layer=1", "method.window=1"]
+FEW = ("forced_choice", "quantisation", "utility")
+COMMAND = "srmu reproduce robust"
+
+
+def spec_of(methods: dict[str, list[str]]) -> dict[str, Any]:
+    spec = yaml.safe_load(presets("robust.yaml").read_text())
+    world = spec["worlds"]["closed"] | {"common": QUICK, "methods": methods}
+    world |= {"ablations": {"half as strong": ["method.kappa=2"]}, "ablated": []}
+    return spec | {"worlds": {"closed": world}, "ablated": "SRMU", "attacks": {}}
+
+
+SPEC = spec_of(
+    {
+        "SRMU": ["method.name=srmu", "method.kappa=4", "train.learning_rate=0.1"],
+        "Too far": ["method.name=rmu", "method.coeff=1e30", "method.kappa=null"],
+        "Misspelt": ["method.name=rmu", "method.kapa=2"],
+        "Names": ["method.name=rmu", "seed=0", "dtype={testbed}"],
+    }
+)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Tiny testbeds, few attacks, one process; the folder, and how many cases each call made."""
+    out = tmp_path_factory.mktemp("frontier") / "out"
+    made: list[int] = []
+
+    def run_all(jobs: Sequence[Any], watch: Any, function: Callable[[Any], Any]) -> list[Any]:
+        made.append(len(jobs))
+        return [function(job) for job in jobs]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SRMU_CACHE", str(out.with_name("cache")))
+        patch.setattr(robust, "build", partial(robust.build, recipe=SMALL))
+        patch.setattr(robust, "run_all", run_all)
+        patch.setattr(suite, "ATTACKS", {name: ATTACKS[name] for name in FEW})
+        yield out, made
+
+
+def asked(out: Path, **given: Any) -> robust.Frontier:
+    options = {"spec": SPEC, "seeds": ("1", "2"), "regimes": ("high",), "tier": "standard"}
+    return wanted(**{"kind": "robust", "out": out} | options | given)
+
+
+@pytest.fixture(scope="module")
+def found(small: Any) -> dict[str, Any]:
+    this = asked(small[0])
+    return tables_of(this, measure(this), COMMAND)
+
+
+def rows(found: dict[str, Any], part: int = 0) -> dict[str, Any]:
+    return {row["label"]: row for row in found["parts"][part]["rows"]}
+
+
+def folders(out: Path) -> list[Path]:
+    return sorted(out.glob("closed/matched-0.03-standard/*-srmu"))
+
+
+def test_a_row_holds_what_the_files_say(small: Any, found: dict[str, Any]) -> None:
+    runs = folders(small[0])
+    assert len(runs) == 2
+    row = rows(found)["SRMU"]
+    for column, metric in (
+        ("hazard", "organism_hazard/acc"),
+        ("held out", "organism_hazard_held/acc"),
+    ):
+        values = [json.loads((run / "results.json").read_text())[metric]["value"] for run in runs]
+        assert row["cells"][column]["value"] == pytest.approx(np.mean(values))
+        whole = small[0] / "closed" / "runs"
+        values = [
+            json.loads((whole / run.name / "results.json").read_text())[metric]["value"]
+            for run in runs
+        ]
+        assert row["whole"][column]["value"] == pytest.approx(np.mean(values))
+    shares = [json.loads((run / "share.json").read_text())["share"] for run in runs]
+    assert row["share"] == pytest.approx(np.mean(shares))
+    assert row["times"] == pytest.approx(1)
+    assert {*row["attacks"]} == {"forced_choice", "quantisation"}
+    kept = [row["cells"][name]["value"] for name in ("neighbour", "general")]
+    assert row["kept"]["value"] == pytest.approx(np.mean(kept))
+
+
+def test_k_star_is_the_naive_one(small: Any, found: dict[str, Any]) -> None:
+    worst = []
+    for run in folders(small[0]):
+        report = json.loads((run / "attacks.json").read_text())
+        known = report["original"]["accuracy"]["value"] - report["chance"]
+        best = max(
+            e["accuracy"]["value"]
+            for e in report["attacks"].values()
+            if "right" in e and e["valid"] is not False
+        )
+        worst.append((best - report["chance"]) / max(known, 0.01))
+    expected = np.clip(np.mean(worst), 0, 1)
+    assert rows(found)["SRMU"]["K*"]["value"] == pytest.approx(expected)
+
+
+def test_perplexities_are_those_of_the_texts(small: Any, found: dict[str, Any]) -> None:
+    """The original's on forget texts, text by text."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    logs = []
+    for seed in (1, 2):
+        bed = small[0] / "closed" / f"testbed{seed}-high"
+        model = AutoModelForCausalLM.from_pretrained(bed / "model")
+        tokenizer = AutoTokenizer.from_pretrained(bed / "model")
+        lines = (bed / "forget.jsonl").read_text().splitlines()
+        costs = []
+        for line in lines[:64]:
+            ids = torch.tensor([tokenizer(json.loads(line)["text"])["input_ids"]])
+            with torch.no_grad():
+                costs.append(model(ids, labels=ids).loss.item())
+        logs.append(np.mean(costs))
+    given = rows(found)["original"]["perplexity"]["forget"]
+    assert given == pytest.approx(np.exp(np.mean(logs)), rel=1e-4)
+
+
+def test_failures_are_rows(found: dict[str, Any]) -> None:
+    said = {label: row.get("why", "") for label, row in rows(found).items()}
+    assert said["Too far"] == "diverged in 2 of 2 runs"
+    assert re.match(r"failed: method.kapa is not an option.* in 2 of 2 runs", said["Misspelt"])
+    assert said["Names"].startswith("failed: ")
+    assert not said["SRMU"] and not said["original"] and not said["oracle"]
+
+
+def test_what_is_there_is_not_made_again(small: Any, found: dict[str, Any]) -> None:
+    out, made = small
+    this = asked(out)
+    before = len(made)
+    times = {run: (run / "attacks.json").stat().st_mtime_ns for run in folders(out)}
+    again = measure(this)
+    assert made[before:] == []
+    assert {run: (run / "attacks.json").stat().st_mtime_ns for run in folders(out)} == times
+    assert tables_of(this, again, COMMAND) == found
+    assert tables_of(this, robust.made(this), COMMAND)["parts"][0]["rows"][2] == rows(found)["SRMU"]
+
+
+def test_another_attack_is_made_up_for(small: Any, found: dict[str, Any], monkeypatch: Any) -> None:
+    out, _ = small
+    more = {name: ATTACKS[name] for name in (*FEW, "noise")}
+    this = asked(out, methods=("SRMU",))
+    needed = robust.needed(this)[0]
+    assert needed == {"testbeds": 0, "runs": 0}
+    monkeypatch.setattr(suite, "ATTACKS", more)
+    assert robust.needed(this)[0]["runs"] == 2
+
+
+def test_interrupted_it_goes_on(small: Any, found: dict[str, Any], monkeypatch: Any) -> None:
+    out, made = small
+    this = asked(out, kind="ablations")
+
+    def first(jobs: Sequence[Any], watch: Any, function: Callable[[Any], Any]) -> list[Any]:
+        function(jobs[0])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(robust, "run_all", first)
+        with pytest.raises(KeyboardInterrupt):
+            measure(this)
+    labels = [*rows(tables_of(this, robust.made(this), COMMAND))]
+    assert labels == ["original", "oracle", "SRMU", "half as strong (1 of 2)"]
+    before = len(made)
+    done = rows(tables_of(this, measure(this), COMMAND))
+    assert made[before:] == [1]
+    assert [*done] == ["original", "oracle", "SRMU", "half as strong"]
+    assert done["SRMU"] == rows(found)["SRMU"]
+    assert done["half as strong"]["times"] is not None
+
+
+def test_pages_have_neither_dates_nor_paths(small: Any, found: dict[str, Any]) -> None:
+    out, _ = small
+    paths = frontier_tables.write(found, out)
+    assert [path.name for path in paths] == ["robust.json", "robust.md", "robust-closed-high.svg"]
+    text = (out / "robust.md").read_text()
+    assert text.startswith(f"```bash\n{COMMAND}\n```")
+    assert "| Too far |  | diverged in 2 of 2 runs |" in text
+    for shared in (text, (out / "robust.json").read_text()):
+        assert str(out.parent) not in shared
+        assert not re.search(r"\b20\d\d-\d\d", shared)
+    drawn = ElementTree.fromstring(paths[-1].read_text())
+    spots = [e for e in drawn.iter() if e.tag.endswith("circle")]
+    assert len(spots) == 3  # the original, the oracle, SRMU
+    this = asked(out)
+    (page,) = robust.reports(this, robust.made(this), COMMAND)
+    assert page.name == "robust-closed-high.html"
+    assert "SRMU" in page.read_text()
+
+
+def test_labels_do_not_lie_on_each_other() -> None:
+    points = [{"x": 500.0, "y": 20.0 + i % 3} for i in range(12)]
+    frontier_tables.label(points, lambda p: p["x"])
+    heights = sorted(point["label_y"] for point in points)
+    assert min(np.diff(heights)) >= frontier_tables.LINE
+    assert heights[0] >= frontier_tables.TOP and heights[-1] <= frontier_tables.BOTTOM
+
+
+# ---- the share
+
+
+def test_the_share_is_the_largest_that_the_budget_allows(tmp_path: Path) -> None:
+    """Against a scan of all shares that halving can give."""
+    folder = attack_world.write(tmp_path)
+    run = attack_world.unlearned(folder, **{"train.max_steps": 40, "train.learning_rate": 1e-2})
+    match(run, tmp_path / "out", 0.1, ["harmless"])
+    share = json.loads((tmp_path / "out" / "share.json").read_text())["share"]
+    base = attack_world.subject("original")
+    before = {n: p.data.clone() for n, p in base.module.named_parameters()}
+    questions = attack_world.exam().utility["harmless"]
+    prompts = torch.tensor([base.tokens(q.prompt) for q in questions])
+    options = torch.tensor([[base.tokens(o)[-1] for o in q.options] for q in questions])
+    gold = torch.tensor([q.gold for q in questions])
+    rights = []
+    for step in range(33):
+        for name, parameter in base.module.named_parameters():
+            if name in run.delta:
+                parameter.data = before[name] + step / 32 * (run.delta[name] - before[name])
+        with torch.no_grad():
+            scores = base.module(prompts).logits[:, -1].gather(1, options)
+        rights.append(float((scores.argmax(1) == gold).double().mean()))
+    assert 0 < share < 1
+    step = round(32 * share)
+    assert rights[step] >= rights[0] - 0.1 > rights[step + 1]
+    kept = load_delta(tmp_path / "out" / "delta.safetensors", run.base)
+    for name, tensor in kept.items():
+        torch.testing.assert_close(tensor, before[name] + share * (run.delta[name] - before[name]))
+
+
+def test_a_run_within_the_budget_stays_as_it_is(tmp_path: Path) -> None:
+    run = attack_world.unlearned(attack_world.write(tmp_path))
+    match(run, tmp_path / "out", 1.0, ["harmless"])
+    assert json.loads((tmp_path / "out" / "share.json").read_text()) == {"share": 1.0}
+    same = (tmp_path / "out" / "delta.safetensors").read_bytes()
+    assert same == (run.folder / "delta.safetensors").read_bytes()
+    assert Run.open(tmp_path / "out").config.id == run.config.id
+
+
+# ---- tables from attacks with known answers
+
+
+def report(**attacks: Any) -> dict[str, Any]:
+    """40 questions; the original knows all."""
+
+    def entry(right: float, oracle: float, valid: bool) -> dict[str, Any]:
+        def of(share: float) -> dict[str, Any]:
+            count = round(40 * share)
+            return {"right": "1" * count + "0" * (40 - count), "accuracy": {"value": share}}
+
+        controls = {"original": of(1.0), "oracle": of(oracle)}
+        return {"status": "done", "valid": valid, "controls": controls, **of(right)}
+
+    entries = {name: entry(*given) for name, given in attacks.items()}
+    return {
+        "chance": 0.25,
+        "facts": [*range(40)],
+        "original": {"right": "1" * 40, "accuracy": {"value": 1.0}},
+        "attacks": entries | {"utility": {"status": "done", "metrics": {}}},
+    }
+
+
+def test_invalid_attacks_do_not_count() -> None:
+    given = [report(plain=(0.4, 0.25, True), leaky=(0.9, 0.7, False), other=(0.55, 0.3, True))] * 2
+    whole = [slice(None)] * 2
+    found = robust.residual_of(given, [residual(r) for r in given], (1, 2), whole)
+    assert found["value"] == pytest.approx((0.55 - 0.25) / 0.75)
+    assert found["low"] < found["value"] < found["high"]
+    tables = [controlled(r, "oracle") for r in given]
+    found = robust.residual_of(given, tables, (1, 2), whole)
+    assert found["value"] == pytest.approx((0.3 - 0.25) / 0.75)
+    shown = robust.by_attack(given, "unlearned")
+    assert shown["leaky"] == pytest.approx({"accuracy": 0.9, "share": 0.65 / 0.75, "valid": False})
+    assert "utility" not in shown
+    oracle = robust.by_attack(given, "oracle")
+    assert oracle["plain"] == pytest.approx({"accuracy": 0.25, "share": 0.0, "valid": True})
+
+
+def test_each_kind_of_question_has_its_k_star() -> None:
+    """The first half of the questions comes back, the second does not."""
+    given = [report(plain=(0.5, 0.25, True))]
+    halves = [
+        robust.residual_of(given, [residual(given[0])], (1,), [part])["value"]
+        for part in (slice(0, 20), slice(20, 40))
+    ]
+    assert halves == [1.0, 0.0]
+
+
+def test_the_page_takes_the_tables(tmp_path: Path) -> None:
+    from srmu.engine.files import from_file
+
+    root = Path(__file__).parents[2]
+    filled = from_file("script", f"{root / 'benchmarks' / 'research.py'}:filled")
+    page = (root / "docs" / "research.md").read_text()
+    for name in ("closed", "open", "ablations"):
+        once = filled(page, name, "## Closed world\n\n| a |\n")
+        assert f"<!-- {name} -->\n\n### Closed world\n\n| a |\n\n<!-- /{name} -->" in once
+        assert filled(once, name, "## Closed world\n\n| a |\n") == once
+    with pytest.raises(SystemExit, match="no <!-- other -->"):
+        filled(page, "other", "")
+
+
+# ---- settings and mistakes
+
+
+def test_settings_fit_their_methods(tmp_path: Path) -> None:
+    spec = yaml.safe_load(presets("robust.yaml").read_text())
+    config = tmp_path / "high.yaml"
+    config.write_text("model: model\ntopics: {organism: {forget: f.jsonl, retain: r.jsonl}}\n")
+    for name in ("names.txt", "goals.txt"):
+        (tmp_path / name).write_text("Velmar\nOstin\nBor\n")
+    for kind in ("robust", "ablations"):
+        for world in spec["worlds"]:
+            if kind == "ablations" and spec["ablated"] not in spec["worlds"][world]["methods"]:
+                continue
+            this = wanted(kind, tmp_path / "out", world=world, spec=spec)
+            for label, settings in this.settings(world).items():
+                given = [s.replace("{testbed}", str(tmp_path)) for s in settings]
+                method = load_config(config, given).method.name
+                assert f"method.name={method}" in settings, label
+    (only,) = wanted("ablations", tmp_path / "out", spec=spec).worlds
+    assert only == "closed"  # the open world has none
+    assert spec["cost"] in spec["worlds"]["closed"]["methods"]
+    assert 0 not in spec["seeds"]  # settings were tuned on it
+
+
+@pytest.mark.parametrize("world", ["closed", "open"])
+def test_a_testbed_has_all_that_is_named(tmp_path: Path, world: str) -> None:
+    spec = yaml.safe_load(presets("robust.yaml").read_text())
+    robust.build(tmp_path / "out", world=world, recipe=TINY)
+    metrics = [m for each in spec["worlds"][world]["columns"].values() for m in each]
+    attacked = spec["worlds"][world]["attacked"].values()
+    tasks = {m.split("/")[0] for m in metrics} | {*spec["judged"]} | {*attacked}
+    for task in tasks | {f"{task}_val" for task in attacked}:
+        assert (tmp_path / "out" / "tasks" / f"{task}.yaml").exists(), task
+    regimes = {regime["config"] for regime in spec["regimes"].values()}
+    for name in (*spec["texts"].values(), *regimes):
+        assert (tmp_path / "out" / name).exists(), name
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"world": "opne"}, "--world opne does not exist; did you mean open?"),
+        ({"regimes": ("hihg",)}, "--regimes hihg does not exist; did you mean high?"),
+        ({"methods": ("SRUM",)}, "--methods SRUM does not exist; did you mean SRMU?"),
+        ({"tier": "smok"}, "--tier smok does not exist; did you mean smoke?"),
+        ({"seeds": ("one",)}, "--seeds one: name the seeds of the testbeds, 1,2,3"),
+        ({"overrides": ("train.stepz=2",)}, "stepz is not an option"),
+        ({"out": Path("/dev/null/out")}, "cannot be made"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_made(
+    tmp_path: Path, given: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(UserError, match=re.escape(said)):
+        wanted(**{"kind": "robust", "out": tmp_path / "out"} | given)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["robust", "--model", "m"], "robust runs on testbeds alone"),
+        (["table2", "--methods", "SRMU"], "--methods belongs to srmu reproduce robust"),
+        (["table2", "--show"], "--show belongs to srmu reproduce robust"),
+        (["table2", "--seeds", "1,2"], "--seeds 1,2: of table2 a number of testbeds"),
+        (["robust", "--tier", "none"], "--tier none does not exist"),
+    ],
+)
+def test_the_verb_refuses_in_one_line(tmp_path: Path, call: Any, words: Any, said: str) -> None:
+    code, _, error = call("reproduce", *words, "--out", str(tmp_path / "out"))
+    assert code == 2 and said in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_there_is_shown_as_such(tmp_path: Path, call: Any) -> None:
+    out = tmp_path / "out"
+    code, said, _ = call("reproduce", "robust", "--show", "--world", "closed", "--out", str(out))
+    assert code == 0 and NOT_RUN in said
+    assert json.loads((out / "robust.json").read_text())["seeds"] == [1, 2, 3]
+    code, said, _ = call("reproduce", "robust", "--dry-run", "--out", str(tmp_path / "other"))
+    assert code == 0 and "12 testbeds to build" in said
+    assert not (tmp_path / "other").exists()

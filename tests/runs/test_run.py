@@ -1,0 +1,337 @@
+"""A run's folder, when it is made again and when not, and its scores."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from helpers.models import pico_module, save_pico, texts, word_tokenizer, write_jsonl
+from srmu.engine.loading import load_module
+from srmu.engine.weights import apply_delta
+from srmu.errors import Diverged, UserError
+from srmu.evals.lm_eval import evaluate
+from srmu.evals.score import score
+from srmu.runs import run as runs
+from srmu.runs.config import Config, build_config, make_config
+from srmu.runs.run import Run, unlearn
+
+QUICK = ["method.layer=2", "train.max_steps=3", "train.learning_rate=0.01"]
+WIDTH = 32
+
+TASK = """task: quiz
+dataset_path: json
+dataset_kwargs: {data_files: {test: quiz.jsonl}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: "{{options}}"
+doc_to_target: answer
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+metadata: {version: 1.0}
+"""
+
+BREAKS = """
+from dataclasses import dataclass
+from typing import ClassVar
+from srmu.methods import RMU
+
+
+@dataclass(frozen=True, kw_only=True)
+class Breaks(RMU):
+    "RMU whose loss is infinite from one step on."
+
+    name: ClassVar[str] = "breaks"
+    at: int = 99
+
+    def loss(self, model, state, forget, retain, step):
+        terms = super().loss(model, state, forget, retain, step)
+        if step >= self.at:
+            terms.losses["forget"] = terms.losses["forget"] * float("inf")
+        return terms
+"""
+
+
+def config(folder: Path, *overrides: str, method: str = "srmu", runs_dir: str = "runs") -> Config:
+    sources = [folder / "forget.jsonl", folder / "retain.jsonl"]
+    quick = [*QUICK, f"runs_dir={folder / runs_dir}", *overrides]
+    return make_config(str(folder / "model"), *sources, method, quick)
+
+
+def two_topics(folder: Path, **values: Any) -> Config:
+    sources = {role: str(folder / f"{role}.jsonl") for role in ("forget", "retain")}
+    other = {"forget": sources["retain"], "retain": sources["forget"], "kappa": 2, "max_length": 6}
+    tree = {
+        "model": str(folder / "model"),
+        "method": {"name": "srmu", "alpha": 5},
+        "topics": {"bio": sources, "cyber": other},
+        "runs_dir": str(folder / "runs"),
+    }
+    return build_config(tree | values, QUICK)
+
+
+def metrics(run: Run) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run.folder / "metrics.jsonl").open()]
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+# --- the folder
+
+
+def test_what_a_run_writes(workplace: Path) -> None:
+    run = unlearn(config(workplace))
+    assert {p.name for p in run.folder.iterdir()} == {
+        "config.yaml", "metrics.jsonl", "delta.safetensors", "state.safetensors", "record.json"
+    }  # fmt: skip
+    assert re.fullmatch(r"[0-9a-f]{8}-srmu", run.folder.name)
+
+    lines = metrics(run)
+    assert [line["step"] for line in lines] == [0, 1, 2]
+    assert set(lines[0]) == {
+        "step", "topic", "loss", "forget", "retain", "target_ratio", "forget_cos", "retain_cos",
+        "grad_norm", "seconds",
+    }  # fmt: skip
+    assert lines[0]["retain"] == 0
+    assert lines[0]["target_ratio"] == pytest.approx(8)
+
+    state = load_file(run.folder / "state.safetensors")
+    names = {"topic.direction", "topic.importance", "topic.target"}
+    assert set(state) == names
+    assert {(t.dtype, tuple(t.shape)) for t in state.values()} == {(torch.float32, (WIDTH,))}
+    numbers = run.record["topics"]["topic"]
+    rebuilt = numbers["coeff"] * state["topic.direction"] * state["topic.importance"]
+    torch.testing.assert_close(state["topic.target"], rebuilt)
+
+    assert set(run.delta) == {f"model.layers.{i}.mlp.down_proj.weight" for i in range(3)}
+    assert run.record["changed"] == sorted(run.delta)
+    assert set(run.record) >= {
+        "id", "method", "paper", "model", "started", "seconds", "steps", "stop_reason", "diverged",
+        "memory", "topics", "data", "changed", "environment",
+    }  # fmt: skip
+    assert (run.record["steps"], run.record["stop_reason"]) == (3, "max_steps")
+    assert run.record["diverged"] is False
+    assert 0 < run.record["memory"]["before"] <= run.record["memory"]["peak"]
+    assert run.record["id"] == run.folder.name[:8] == run.config.id
+    assert run.config.method.kappa == 8  # what the model and the defaults filled in
+    assert run.record["data"]["topic"]["forget"]["documents"] == 10
+    everything = "".join(p.read_text(errors="ignore") for p in run.folder.iterdir())
+    assert texts(1, 1, range(30))[0] not in everything  # no forget text leaks
+
+
+def test_two_topics_alternate(workplace: Path) -> None:
+    run = unlearn(two_topics(workplace))
+    assert [line["topic"] for line in metrics(run)] == ["bio", "cyber", "bio"]
+    state = load_file(run.folder / "state.safetensors")
+    assert {name.split(".")[0] for name in state} == {"bio", "cyber"}
+    assert not torch.equal(state["bio.direction"], state["cyber.direction"])
+    assert run.record["topics"]["cyber"]["kappa"] == pytest.approx(2)
+    assert run.record["topics"]["bio"]["kappa"] == pytest.approx(8)
+    assert set(run.record["data"]) == {"bio", "cyber"}
+    notes = "\n".join(runs.notes(run))
+    assert "bio: coeff " in notes and "cyber: importance map mean" in notes
+
+
+def test_a_flat_map_is_said_to_select_nothing(workplace: Path) -> None:
+    run = unlearn(config(workplace, "method.clip_quantile=0.001"))
+    assert "topic: the map is nearly flat (sd under 0.1): it selects nothing" in runs.notes(run)
+    chosen = unlearn(config(workplace, "method.importance=uniform"))  # flat on purpose
+    assert not any("flat" in note for note in runs.notes(chosen))
+
+
+# --- again
+
+
+def test_the_same_config_is_not_run_twice(workplace: Path) -> None:
+    first = unlearn(config(workplace))
+    times = {p: p.stat().st_mtime_ns for p in first.folder.iterdir()}
+    again = unlearn(config(workplace), out=str(workplace / "out"))
+    assert again.folder == first.folder
+    assert {p: p.stat().st_mtime_ns for p in first.folder.iterdir()} == times
+    assert (workplace / "out" / "config.json").exists()
+    assert unlearn(first.config).folder == first.folder  # its own config.yaml means the same run
+
+
+def test_other_texts_under_the_same_config_are_refused(workplace: Path) -> None:
+    run = unlearn(config(workplace))
+    write_jsonl(workplace / "retain.jsonl", texts(7, 3, range(20, 60)))
+    with pytest.raises(UserError, match=rf"{run.folder.name} holds a run .* on other texts"):
+        unlearn(config(workplace))
+
+
+def test_a_killed_run_is_made_again(workplace: Path) -> None:
+    run = unlearn(config(workplace))
+    delta = run.delta
+    (run.folder / "record.json").unlink()
+    with pytest.raises(UserError, match="not a finished run"):
+        Run.open(run.folder)
+    assert same(unlearn(config(workplace)).delta, delta)
+    assert len(metrics(run)) == 3
+
+
+def test_the_same_seed_gives_the_same_delta(workplace: Path) -> None:
+    first = unlearn(config(workplace))
+    torch.manual_seed(7)  # no global state
+    second = unlearn(config(workplace, runs_dir="other"))
+    assert first.folder != second.folder
+    assert first.folder.name == second.folder.name
+    assert same(first.delta, second.delta)
+    assert not same(first.delta, unlearn(config(workplace, "seed=1")).delta)
+
+
+# --- a run that fails
+
+
+def breaks(folder: Path, at: int, steps: int = 6) -> Config:
+    (folder / "breaks.py").write_text(BREAKS)
+    method = f"{folder / 'breaks.py'}:Breaks"
+    return config(folder, f"method.at={at}", f"train.max_steps={steps}", method=method)
+
+
+def test_a_run_that_diverges_keeps_the_last_good_state(workplace: Path) -> None:
+    # After step 2 the weights have a step that no finite loss confirmed: those of step 1 are kept.
+    good = unlearn(breaks(workplace, 99, steps=2)).delta
+    wrong = breaks(workplace, 3)
+    message = "the loss is not finite at step 3, topic topic, batch 3"
+    with pytest.raises(Diverged, match=message):
+        unlearn(wrong, out=workplace / "out")
+    run = Run.open(runs.run_folder(runs.plan(wrong)[0]))
+    assert run.record["stop_reason"].startswith(message)
+    assert run.record["diverged"] is True
+    assert run.record["steps"] == len(metrics(run)) == 3
+    assert same(run.delta, good)
+    with pytest.raises(UserError, match=r"diverged: the loss is not finite.*--last-good exports"):
+        run.export(workplace / "out")
+    with pytest.raises(Diverged, match="holds this run, which diverged"):
+        unlearn(wrong)
+    assert not (workplace / "out").exists()
+    run.export(workplace / "out", last_good=True)
+    module = load_module(workplace / "out")
+    for name, tensor in good.items():
+        assert torch.equal(dict(module.named_parameters())[name], tensor)
+
+
+def test_a_run_that_diverges_at_once_changes_nothing(workplace: Path) -> None:
+    wrong = breaks(workplace, 0)
+    with pytest.raises(Diverged, match="step 0, topic topic, batch 0"):
+        unlearn(wrong)
+    run = Run.open(runs.run_folder(runs.plan(wrong)[0]))
+    assert (run.delta, run.record["changed"], run.record["steps"]) == ({}, [], 0)
+
+
+def test_a_run_that_changes_nothing_leaves_nothing(workplace: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"the model did not change in 3 steps \(max_steps\); raise"
+    ):
+        unlearn(config(workplace, "train.learning_rate=1e-30"))
+    assert not (workplace / "runs").exists()
+
+
+def test_an_interrupted_run_leaves_nothing_of_its_own(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*args: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    wanted = config(workplace)
+    folder = runs.run_folder(runs.plan(wanted)[0])
+    folder.mkdir(parents=True)
+    (folder / "notes.txt").write_text("mine")
+    monkeypatch.setattr("srmu.engine.weights.save_delta", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        unlearn(wanted)
+    assert [p.name for p in folder.iterdir()] == ["notes.txt"]
+
+
+# --- the tokenizer
+
+
+def test_a_tokenizer_of_another_model_is_refused(workplace: Path) -> None:
+    tokenizer = word_tokenizer()
+    tokenizer.add_tokens(["w99"])
+    tokenizer.save_pretrained(workplace / "model")
+    assert unlearn(config(workplace)).folder.exists()  # it does not occur
+    write_jsonl(workplace / "forget.jsonl", ["w1 w99 w2"])
+    with pytest.raises(UserError, match="gives token 64, but the model knows 64 tokens"):
+        unlearn(config(workplace, "seed=1"))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
+def test_a_folder_without_tokenizer_is_refused(name: str, tmp_path: Path) -> None:
+    folder = save_pico(tmp_path / "model", name)
+    for path in folder.glob("*token*"):
+        path.unlink()
+    with pytest.raises(UserError, match=r"tokenizer"):  # transformers may make an empty one
+        runs.load_tokenizer(folder)
+
+
+# --- scores
+
+
+@pytest.fixture
+def quiz(workplace: Path) -> Path:
+    """The tasks folder beside the model, with a task of 20 questions."""
+    folder = workplace / "tasks"
+    folder.mkdir()
+    (folder / "quiz.yaml").write_text(TASK)
+    rows = [
+        {"question": text, "options": ["w1", "w2", "w3", "w4"], "answer": i % 4}
+        for i, text in enumerate(texts(20, 5))
+    ]
+    (folder / "quiz.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_scores_of_a_run(workplace: Path, quiz: Path) -> None:
+    # A change large enough to show, and the run's own task.
+    overrides = ("eval=[quiz]", "train.max_steps=20", "train.learning_rate=0.1")
+    run = unlearn(config(workplace, *overrides))
+    assert run.results() == {}
+    scores = score(run)
+    assert set(scores) == {"before", "after"}
+    module = load_module(run.base).eval()
+    tokenizer = runs.load_tokenizer(run.base)
+    direct = evaluate(module, tokenizer, ["quiz"], tasks_dir=quiz)
+    assert scores["before"] == direct
+    apply_delta(module, run.base, run.delta)
+    assert scores["after"] == evaluate(module, tokenizer, ["quiz"], tasks_dir=quiz)
+    assert scores["after"] != scores["before"]
+    told = Run.open(run.folder).record["results"]
+    assert told == scores
+    assert told["after"]["quiz/acc"]["version"] == 1.0
+    assert direct["quiz/acc"]["n"] == 20
+    assert json.loads((run.folder / "before.json").read_text()) == scores["before"]
+    assert json.loads((run.folder / "results.json").read_text()) == scores["after"]
+    assert run.results() == scores["after"]
+    # A model, the run by its path, and what was exported score the same.
+    assert score(workplace / "model", ["quiz"]) == {"after": direct}
+    assert score(str(run.folder)) == scores
+    Run.open(str(run.folder)).export(str(workplace / "out"))
+    assert score(workplace / "out", ["quiz"], tasks_dir=str(quiz))["after"] == scores["after"]
+    prompt = told["after"]["quiz/acc"]["prompt"]
+    path = quiz / "quiz.yaml"
+    path.write_text(path.read_text().replace("{{question}}", "{{question}}?"))
+    asked = evaluate(module, tokenizer, ["quiz"], tasks_dir=quiz)["quiz/acc"]
+    assert asked["prompt"] != prompt
+
+
+def test_a_base_that_changed_is_refused(workplace: Path) -> None:
+    """Its bytes would go into the export beside tensors made for other ones."""
+    run = unlearn(config(workplace))
+    Run.open(run.folder).export(workplace / "before")
+    pico_module(seed=1).save_pretrained(workplace / "model", max_shard_size="40KB")
+    uses: list[Callable[[], Any]] = [
+        lambda: Run.open(run.folder).export(workplace / "out"),
+        lambda: score(run.folder),
+        lambda: unlearn(config(workplace)),
+    ]
+    for use in uses:
+        with pytest.raises(UserError, match=r"is not the file that .* was made from"):
+            use()
+    assert not (workplace / "out").exists()

@@ -1,0 +1,381 @@
+"""One command from texts to an unlearned model: what it chooses, keeps, explains and refuses."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from helpers import attack_world as world
+from helpers.models import Call, texts
+from srmu import attacks
+from srmu.attacks import suite
+from srmu.data.digest import digest
+from srmu.errors import UserError
+from srmu.evals.analyses import candidates
+from srmu.evals.subject import Subject, answers
+from srmu.methods import METHODS
+from srmu.runs.run import Run, load_tokenizer
+from srmu.search import auto, explain, robust, strength
+from srmu.search.objective import HeldOut, Yardstick, hold_out
+
+TRIALS = 3
+NAMED = ("--forget", "forget.jsonl", "--retain", "neutral.jsonl")
+TASKS = ("--tasks", "hazard", "--utility", "harmless", "--tasks-dir", "tasks")
+
+
+def asked(place: Path, out: str = "auto", **given: Any) -> auto.Asked:
+    names = {"tasks": ("hazard",), "utility": ("harmless",), "tasks_dir": str(place / "tasks")}
+    return auto.Asked(
+        **{
+            "model": str(place / "model"),
+            "forget": (str(place / "forget.jsonl"),),
+            "retain": (str(place / "neutral.jsonl"),),
+            "budget": 0.2,
+            "trials": TRIALS,
+            "out": place / out,
+            **names,
+        }
+        | given
+    )
+
+
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few steps, and few attacks."""
+    whole = auto.make_config
+
+    def shortened(*arguments: Any) -> Any:
+        *others, overrides = arguments
+        return whole(*others, [*overrides, "train.max_steps=20"])
+
+    monkeypatch.setattr(auto, "make_config", shortened)
+    kept = {name: attacks.ATTACKS[name] for name in ("forced_choice", "utility")}
+    monkeypatch.setattr(suite, "ATTACKS", kept)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The tiny world with one finished search in `auto`, and a cache of its own."""
+    folder = tmp_path_factory.mktemp("world")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("SRMU_CACHE", str(folder / "cache"))
+        quick(monkeypatch)
+        world.write(folder)
+        said: list[tuple[str, str]] = []
+        auto.search(auto.prepare(asked(folder)), lambda *one: said.append(one))
+        (folder / "said.json").write_text(json.dumps(said))
+        yield folder
+
+
+@pytest.fixture
+def inside(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands run beside the tiny world, and are quick."""
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("SRMU_CACHE", str(place / "cache"))
+    quick(monkeypatch)
+
+
+def answer(place: Path, out: str = "auto") -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((place / out / auto.FILE).read_text())
+    return found
+
+
+def test_every_choice_is_explained(place: Path) -> None:
+    found = answer(place)
+    steps = [choice["step"] for choice in found["choices"]]
+    assert [*dict.fromkeys(steps)] == [
+        "measure", "entanglement", "layers", "search", "final", "attacks", "export",
+    ]  # fmt: skip
+    assert all(choice["sentence"].endswith(".") for choice in found["choices"])
+    told = json.loads((place / "said.json").read_text())
+    assert told == [[choice["step"], choice["sentence"]] for choice in found["choices"]]
+    assert str(place) not in json.dumps(found)
+
+
+def test_the_choice_is_the_best_within_the_margin(place: Path) -> None:
+    found = answer(place)
+    limit = strength.MARGIN * found["budget"]
+    tried = [found["defaults"], *found["trials"]]
+    assert len(found["trials"]) == TRIALS
+    (chosen,) = (one for one in tried if one["runs"] == [found["run"]])
+    assert chosen["values"]["utility_loss"] <= limit
+    for one in tried:
+        if one["values"]["utility_loss"] <= limit:
+            assert one["values"]["forgetting"] <= chosen["values"]["forgetting"]
+    val = found["final"]["val"]
+    for key, value in chosen["values"].items():
+        assert val[key]["value"] == pytest.approx(value)
+        assert val[key]["low"] <= value <= val[key]["high"]
+
+
+def test_what_is_exported_is_the_chosen_run(place: Path) -> None:
+    """And the test half is answered by it as the final result says."""
+    found = answer(place)
+    module = AutoModelForCausalLM.from_pretrained(place / "auto" / "model").eval()
+    model = Subject(module, load_tokenizer(place / "model"))
+    right = answers(model, world.exam().test)
+    share = sum(right) / len(right)
+    assert found["final"]["test"]["parts"]["hazard"]["after"]["value"] == pytest.approx(share)
+
+
+def test_again_does_nothing(inside: None, call: Call, place: Path) -> None:
+    before = answer(place)
+    runs = {path: path.stat().st_mtime_ns for path in (place / "auto").rglob("*.json")}
+    options = ("--budget", "20%", "--trials", TRIALS)
+    got = call("auto", "model", *NAMED, *TASKS, *options)
+    assert (got.code, answer(place)) == (0, before)
+    assert "this was there already: auto" in got.out
+    assert {path: path.stat().st_mtime_ns for path in (place / "auto").rglob("*.json")} == runs
+    printed = call("auto", "model", *NAMED, *TASKS, *options, "--json")
+    assert json.loads(printed.out) == before
+
+
+def test_killed_and_continued_it_chooses_the_same(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No run is made twice, and the trials after the kill are what they would have been."""
+    monkeypatch.setenv("SRMU_CACHE", str(place / "cache"))
+    quick(monkeypatch)
+    count = 0
+
+    def killed(*arguments: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == 2:
+            raise KeyboardInterrupt
+        return strength_tried(*arguments)
+
+    strength_tried = strength.tried
+    monkeypatch.setattr(strength, "tried", killed)
+    with pytest.raises(KeyboardInterrupt):
+        auto.search(auto.prepare(asked(place, "killed")))
+    monkeypatch.setattr(strength, "tried", strength_tried)
+    again = auto.search(auto.prepare(asked(place, "killed")))
+    whole = answer(place)
+    values = [(one["params"], one["values"]) for one in again["trials"]]
+    assert values == [(one["params"], one["values"]) for one in whole["trials"]]
+    assert again["final"]["test"] == whole["final"]["test"]
+
+
+def test_a_longer_search_goes_on(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the trials that are there; what was exported before answered another question."""
+    monkeypatch.setenv("SRMU_CACHE", str(place / "cache"))
+    quick(monkeypatch)
+    shutil.copytree(place / "auto", place / "longer")
+    (place / "longer" / "model" / "old").touch()
+    more = auto.search(auto.prepare(asked(place, "longer", trials=TRIALS + 1)))
+    first = [one["params"] for one in answer(place)["trials"]]
+    assert [one["params"] for one in more["trials"]][:TRIALS] == first
+    assert len(more["trials"]) == TRIALS + 1
+    assert not (place / "longer" / "model" / "old").exists()
+    assert (place / "longer" / more["final"]["model"]).is_dir()
+
+
+def test_nothing_within_the_budget(
+    inside: None, call: Call, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One line that says so; the folder stays, nothing is exported."""
+    shutil.copytree(place / "auto", place / "tight")
+    shutil.rmtree(place / "tight" / "model")
+    monkeypatch.setattr(strength, "NOISE", 2.0)
+    got = call(
+        "auto", "model", *NAMED, *TASKS, "--budget", "20%", "--out", "tight", "--trials", TRIALS
+    )
+    assert got.code == 2
+    last = got.err.strip().splitlines()[-1]
+    assert last.startswith("srmu: None of 3 trials forgets anything")
+    assert "Nothing is exported; allow more (--budget)" in last
+    assert not (place / "tight" / "model").exists()
+    assert answer(place, "tight")["run"] is None
+
+
+def test_what_is_said_of_a_choice() -> None:
+    def one(forgetting: float, loss: float) -> dict[str, Any]:
+        return {"values": {"forgetting": forgetting, "utility_loss": loss}, "params": {}}
+
+    found = [one(0.01, 0.0), one(0.6, 0.03), one(0.5, 0.02), {"values": {}, "params": {}}]
+    assert strength.best(found, 0.01) is None
+    said = explain.none_within(0.01, found)
+    assert "within the budget of 1.00% of utility" in said
+    assert said.endswith("the nearest forgets 50% for 2.00%.")
+    assert strength.best([*found, one(0.6, 0.02)], 0.03) == one(0.6, 0.02)  # of equals
+    assert "4 runs 2 lose at most 2.50%" in explain.picked(0.05, found[2], [*found, one(0.4, 0.04)])
+    assert "within the whole budget" in explain.picked(0.02, found[2], found)
+    assert strength.worth(found[1]["values"], 0.01) == pytest.approx(0.2)
+    assert strength.worth(found[0]["values"], 0.01) == 0.01
+
+
+def test_the_plan_comes_first_and_writes_nothing(inside: None, call: Call, place: Path) -> None:
+    options = ("--out", "planned", "--dry-run", "--json")
+    got = call("auto", "model", *NAMED, *TASKS, *options)
+    assert (got.code, (place / "planned").exists()) == (0, False)
+    plan = json.loads(got.out)
+    assert plan["seconds"] == pytest.approx(sum(step["seconds"] for step in plan["steps"]))
+    lines = "\n".join(auto.explain(plan))
+    assert "2 runs of 20 steps" in lines
+    assert "27 runs, about" in lines  # 24 trials, 2 layers, the defaults
+
+
+def test_without_tasks_texts_measure(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Held-out ones: none is trained on, no attack runs, and it says what that is worth."""
+    monkeypatch.setenv("SRMU_CACHE", str(place / "cache"))
+    quick(monkeypatch)
+    job = auto.prepare(asked(place, "texts", tasks=(), trials=1, budget=0.9))
+    held = job.yardstick.forget["forget_texts"]
+    assert isinstance(held, HeldOut)
+    assert {len(half) for half in held.halves.values()} == {20}
+    assert not {*held.halves["val"], *held.halves["test"]} & {*job.texts["forget"]}
+    found = auto.search(job)
+    record = json.loads((place / "texts" / found["run"] / "record.json").read_text())
+    assert record["data"]["topic"]["forget"]["documents"] == len(job.texts["forget"])
+    assert record["data"]["topic"]["forget"]["digest"] == digest(job.texts["forget"])
+    assert found["yardstick"] == "texts"
+    said = " ".join(choice["sentence"] for choice in found["choices"])
+    assert "Texts alone say little" in said
+    assert "None was run" in said
+    nats = found["final"]["test"]["parts"]["forget_texts"]
+    assert nats["after"]["nats"] > nats["before"]["nats"]
+    results = json.loads((place / "texts" / found["run"] / "results.json").read_text())
+    assert {"forget_texts_val/acc", "forget_texts/nats", "harmless/acc"} <= {*results}
+
+
+@pytest.fixture(scope="module")
+def robust_search(place: Path) -> tuple[dict[str, Any], list[str]]:
+    """A search with rename_scrub, and what was said on the way."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("SRMU_CACHE", str(place / "cache"))
+        quick(monkeypatch)
+        scrub = ["own_texts=60", "own_tokens=4", "prompt=2", "renamings=4"]
+        whole = auto.make_config
+
+        def small(*arguments: Any) -> Any:
+            *others, overrides = arguments
+            return whole(*others, [*overrides, *(f"method.{option}" for option in scrub)])
+
+        monkeypatch.setattr(auto, "make_config", small)
+        monkeypatch.setattr(robust, "STEPS", 40)
+        monkeypatch.setattr(robust, "WIDTH", 200)
+        (place / "subjects.txt").write_text("\n".join(world.SUBJECTS))
+        given = {"robust": True, "names": str(place / "subjects.txt"), "trials": 2, "budget": 0.5}
+        said: list[str] = []
+        job = auto.prepare(asked(place, "robust", **given))
+        found = auto.search(job, lambda step, sentence: said.append(f"{step}: {sentence}"))
+    return found, said
+
+
+def test_robust_swaps_names(place: Path, robust_search: Any) -> None:
+    """Each trial keeps with another weight; the layer has no part in it."""
+    found, said = robust_search
+    assert [trial["params"]["method.keep"] for trial in found["trials"]] == [2.0, 4.0]
+    assert "scan" not in found
+    assert Run.open(place / "robust" / found["run"]).config.method.name == "rename_scrub"
+    assert "names: The 40 names of the file are swapped" in said[2] + said[3] + said[4]
+    assert (place / "robust" / auto.MODEL / "config.json").exists()
+
+
+def test_robust_prints_k_with_its_floor(robust_search: Any) -> None:
+    found, said = robust_search
+    told = " ".join(line for line in said if line.startswith("attacks"))
+    assert f"Suppressed, with K* = {found['final']['K*']['value']:.2f}" in told
+    assert found["final"]["floor"]["of"] == "20 invented facts"
+    assert "The floor is" in told and "It does not protect against" in told
+    assert not any(word in told.lower() for word in ("erased", "certified"))
+
+
+def test_the_oracle_is_the_floor_where_there_is_one() -> None:
+    control = {"oracle": {"accuracy": {"value": 0.34}}}
+    report = {
+        "chance": 0.25, "original": {"accuracy": {"value": 1.0}}, "oracle": True,
+        "attacks": {"one": {"controls": control}, "two": {"controls": {}}},
+    }  # fmt: skip
+    found = robust.floor(None, None, report, ())  # type: ignore[arg-type]
+    assert found == {"of": "an oracle that never knew", "share": pytest.approx(0.12)}
+
+
+def test_invented_facts_are_about_nobody() -> None:
+    exam = world.exam()
+    asked_for = robust.invented(exam, world.SUBJECTS[:30], seed=1)
+    known = {*world.SUBJECTS}
+    for before, after in ((exam.test, asked_for.test), (exam.val, asked_for.val)):
+        named = [q for q in before if q.entry in world.SUBJECTS[:30]]
+        assert len(after) == len(named) > 0
+        for old, new in zip(named, after, strict=True):
+            words = {*new.prompt.split(), *" ".join(new.paraphrases).split()}
+            assert not words & known and new.options == old.options
+            assert new.fact != old.fact
+    golds = {q.gold for q in asked_for.test}
+    assert len(golds) == 4
+
+
+def test_held_out_by_content() -> None:
+    """The order of a file and what is said twice change nothing."""
+    rows = texts(90, 3)
+    kept, halves = hold_out("forget", rows)
+    again, same = hold_out("forget", [*reversed(rows), rows[0]])
+    assert halves == same
+    assert {*kept} == {*again}
+    assert not {*halves["val"]} & {*halves["test"]}
+    with pytest.raises(UserError, match="30 different forget texts are too few"):
+        hold_out("forget", texts(30, 3))
+
+
+def test_outcome_is_what_it_says() -> None:
+    """(A0 - Au) / (A0 - chance), and the mean fall of what is to be kept."""
+    part: Any = type("Part", (), {"chance": 0.25})  # of four options
+    yardstick = Yardstick({"gone": part}, {"a": part, "b": part})
+    values = {"gone": (0.85, 0.40), "a": (1.0, 0.9), "b": (0.8, 0.9)}
+    scores = {
+        when: {f"{name}_val/acc": {"value": pair[i]} for name, pair in values.items()}
+        for i, when in enumerate(("before", "after"))
+    }
+    forgetting, lost = yardstick.outcome(scores)
+    assert forgetting == pytest.approx(0.45 / 0.60)
+    assert lost == pytest.approx((0.1 - 0.1) / 2)
+    scores["before"]["gone_val/acc"]["value"] = 0.27
+    with pytest.raises(UserError, match="it knows nothing of this"):
+        yardstick.outcome(scores)
+
+
+def test_layers_of_a_deep_model_are_spread() -> None:
+    shape: Any = type("Shape", (), {"num_hidden_layers": 32})
+    method = METHODS["srmu"]()
+    found = candidates(method, shape, 8)  # type: ignore[arg-type]
+    assert (found[0], found[-1], len(found)) == (6, 24, 8)
+    assert candidates(method, shape) == [*range(2, 32)]  # type: ignore[arg-type]
+    shape.num_hidden_layers = 2
+    with pytest.raises(UserError, match="too few for method"):
+        candidates(method, shape)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"--budget": "5"}, "--budget 5: expected a share"),
+        ({"--budget": "abc"}, "--budget abc: expected a share"),
+        ({"model": "nowhere"}, "nowhere"),
+        ({"--forget": "missing.jsonl"}, "missing.jsonl: no such file"),
+        ({"--retain": "forget.jsonl"}, "--forget and --retain hold the same texts"),
+        ({"--tasks-dir": "nowhere"}, "--tasks-dir nowhere: no such folder"),
+        ({"--method": "npo"}, "--method npo has no layer to find"),
+        ({"--method": "smru"}, "did you mean srmu?"),
+        ({"--out": "tasks"}, "output folder"),
+        ({"--names": "names.txt"}, "--names has no effect without --robust"),
+        ({"--goals": "goals.txt"}, "--goals has no effect without --robust"),
+    ],
+)
+def test_bad_input_is_one_line(
+    inside: None, call: Call, place: Path, changed: dict[str, str], message: str
+) -> None:
+    names = dict(zip(NAMED[::2], NAMED[1::2], strict=True))
+    names |= dict(zip(TASKS[::2], TASKS[1::2], strict=True)) | {"--out": "bad"} | changed
+    model = names.pop("model", "model")
+    got = call("auto", model, *(part for pair in names.items() for part in pair))
+    assert got.code == 2
+    lines = [line for line in got.err.strip().splitlines() if line.startswith("srmu: ")]
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert "Traceback" not in got.err
+    assert not (place / "bad").exists()
