@@ -26,11 +26,11 @@ from shapes import SHAPES, config_of, watched, write_checkpoint
 from transformers import AutoModelForCausalLM
 
 from srmu.engine.activation_cache import Activations, open_activations
-from srmu.engine.losses import counted, token_mse
+from srmu.engine.losses import is_counted, token_mse
 from srmu.engine.model import Batch, EditableModel, return_freed_blocks
-from srmu.engine.progress import quiet
+from srmu.engine.progress import silence_libraries
 from srmu.engine.topic import Topic
-from srmu.engine.train import TrainOptions, fit
+from srmu.engine.train import TrainOptions, fit_model
 from srmu.methods import RMU
 
 LAYER, WINDOW, BATCH, ALPHA, COEFF, RATE = 7, 3, 4, 1200.0, 6.5, 5e-5
@@ -115,7 +115,7 @@ def reference(
     for forget, retain in pairs:
         with torch.no_grad():
             anchor = layer_output(frozen, retain)
-        masks = [counted(batch["labels"]) for batch in (forget, retain)]
+        masks = [is_counted(batch["labels"]) for batch in (forget, retain)]
         loss = token_mse(layer_output(updated, forget), target, masks[0])
         loss = loss + ALPHA * token_mse(layer_output(updated, retain), anchor, masks[1])
         loss.backward()
@@ -156,7 +156,7 @@ def ours(
             model.activations = Activations()
         options = TrainOptions(learning_rate=RATE, max_steps=len(pairs), batch_size=BATCH)
         clock, times = Clock(device), []
-        fit(
+        fit_model(
             model,
             [(topic, partial(method.loss, model, state))],
             options,
@@ -282,7 +282,7 @@ def main() -> None:
     parser.add_argument("--rung", choices=RUNGS, help="one step of it, for its memory")
     parser.add_argument("--folder", type=Path)
     arguments = parser.parse_args()
-    quiet()
+    silence_libraries()
     torch.set_num_threads(1)
     if arguments.device == "cuda" and not torch.cuda.is_available():
         print("no CUDA device here: nothing was measured")

@@ -16,12 +16,13 @@ from statistics import fmean
 
 import yaml
 from scipy.stats import t
-from search import job_of, results_of, testbed
 
+from search import job_of, results_of, testbed
 from srmu.engine.files import write_json, write_whole
-from srmu.methods.reference import table
-from srmu.report.build import Entry, render
-from srmu.report.build import table as estimates
+from srmu.methods.reference import markdown_table
+from srmu.report.build import write_runs_page
+from srmu.report.results import RunGroup
+from srmu.report.results import aggregate_metrics as estimates
 from srmu.reproduce.demo import FORGET, REGIMES, TASKS, UTILITY
 
 METRICS = {
@@ -48,7 +49,7 @@ def main(path: Path, out: Path) -> None:
         if wrong := [run for run in runs if isinstance(run, str)]:
             failed[f"{label}, {regime}"] = wrong[0]
         else:
-            entries.append(Entry(label, REGIMES[regime], tuple(runs)))
+            entries.append(RunGroup(label, REGIMES[regime], tuple(runs)))
     rows = estimates(entries, list(METRICS.values()))
     costs = [cost(entry.runs) for entry in entries]
     lines = []
@@ -62,7 +63,7 @@ def main(path: Path, out: Path) -> None:
             scores = [str(row.after[m]) for m in METRICS.values()]
             lines.append([regime, row.label, *scores, seconds, megabytes])
     head = ["entangled", "method", *METRICS, "seconds", "memory, MB"]
-    text = "\n".join(table(head, lines))
+    text = "\n".join(markdown_table(head, lines))
     for name, why in failed.items():
         text += f"\n\n{name}: {why}"
     write_whole(out / "methods.md", text + "\n")
@@ -70,7 +71,7 @@ def main(path: Path, out: Path) -> None:
         out / "methods.json", {"rows": [dict(zip(head, line, strict=True)) for line in lines]}
     )
     command = f"python benchmarks/methods.py {path} OUT"
-    render(
+    write_runs_page(
         entries,
         out / "report.html",
         title="Every method on the testbed",

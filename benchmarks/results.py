@@ -20,16 +20,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import yaml
-from search import job_of, results_of, testbed
 
-from srmu.attacks.suite import FILE, attack
+from search import job_of, results_of, testbed
+from srmu.attacks.suite import FILE, attack_run
 from srmu.engine.files import write_json, write_whole
-from srmu.engine.progress import quiet, watch
-from srmu.errors import UserError
-from srmu.evals.matched import SHARE, match
+from srmu.engine.progress import show_progress, silence_libraries
+from srmu.errors import SrmuError
+from srmu.evals.matched import SHARE, match_utility
 from srmu.evals.parallel import run_all
-from srmu.evals.statistics import Draws, answered, estimate, residual, worst_case
-from srmu.methods.reference import table
+from srmu.evals.statistics import Draws, estimate_from, parse_answers, residual_table, worst_case
+from srmu.methods.reference import markdown_table
 from srmu.reproduce.demo import TASKS
 from srmu.runs.run import Run
 
@@ -48,14 +48,14 @@ class Task(NamedTuple):
 def matched(task: Task) -> str:
     """Bring the run to the budget, attack it; its folder, or why there is none."""
     torch.set_num_threads(1)
-    quiet()
+    silence_libraries()
     try:
-        match(Run.open(task.run), task.out, task.budget, UTILITY)
+        match_utility(Run.open(task.run), task.out, task.budget, UTILITY)
         report = task.out / FILE
         if not report.exists() or json.loads(report.read_text())["tier"] != task.tier:
-            attack(Run.open(task.out), tier=task.tier)  # type: ignore[arg-type]
+            attack_run(Run.open(task.out), tier=task.tier)  # type: ignore[arg-type]
         return ""
-    except UserError as error:
+    except SrmuError as error:
         return str(error)
 
 
@@ -67,18 +67,20 @@ def row(label: str, regime: str, reports: Sequence[dict[str, Any]], shares: Sequ
         values = [statistic(draws.means(t, f)) for t, f in zip(tables, facts, strict=True)]
         n = min(len(f) for f in facts)
         # what is added for the draw of seeds may lead out of what an accuracy can be
-        return estimate(draws.over_seeds(np.stack(values, axis=1)).clip(0, 1), n)
+        return estimate_from(draws.over_seeds(np.stack(values, axis=1)).clip(0, 1), n)
 
     facts = [report["facts"] for report in reports]
-    plain = [answered(r["attacks"]["forced_choice"]["right"]) for r in reports]
+    plain = [parse_answers(r["attacks"]["forced_choice"]["right"]) for r in reports]
     found = {"hazard": mean(plain, facts, lambda m: m[:, 0])}
     for task in reports[0]["utility"]:
         kept = [r["utility"][task] for r in reports]
         found[task.removeprefix("organism_")] = mean(
-            [answered(k["after"]) for k in kept], [k["facts"] for k in kept], lambda m: m[:, 0]
+            [parse_answers(k["after"]) for k in kept], [k["facts"] for k in kept], lambda m: m[:, 0]
         )
     chance = reports[0]["chance"]
-    found["K*"] = mean([residual(r) for r in reports], facts, partial(worst_case, chance=chance))
+    found["K*"] = mean(
+        [residual_table(r) for r in reports], facts, partial(worst_case, chance=chance)
+    )
     names = sorted({name for r in reports for name in r["attacks"]})
     by_attack = {
         name: float(np.mean([r["attacks"][name]["accuracy"]["value"] for r in reports]))
@@ -125,7 +127,10 @@ def main(path: Path, out: Path, budget: float, tier: str) -> None:
     # one of each testbed first: its controls are kept for the others
     first = {seed: tasks[run] for *_, seed, run in reversed(made)}
     rest = [task for task in tasks.values() if task not in first.values()]
-    said = [*run_all([*first.values()], watch, matched), *run_all(rest, watch, matched)]
+    said = [
+        *run_all([*first.values()], show_progress, matched),
+        *run_all(rest, show_progress, matched),
+    ]
     if wrong := [why for why in said if why]:
         raise SystemExit(wrong[0])
     rows = []
@@ -142,7 +147,9 @@ def main(path: Path, out: Path, budget: float, tier: str) -> None:
         ]
         for r in rows
     ]  # fmt: skip
-    text = "\n".join(table(["entangled", "method", "share", *metrics, "strongest attack"], lines))
+    text = "\n".join(
+        markdown_table(["entangled", "method", "share", *metrics, "strongest attack"], lines)
+    )
     attacks = [*dict.fromkeys(name for r in rows for name in r["by attack"])]
     cells = [
         [
@@ -152,7 +159,7 @@ def main(path: Path, out: Path, budget: float, tier: str) -> None:
         ]
         for r in rows
     ]
-    text += "\n\n" + "\n".join(table(["entangled", "method", *attacks], cells))
+    text += "\n\n" + "\n".join(markdown_table(["entangled", "method", *attacks], cells))
     write_whole(out / "results.md", text + "\n")
     write_json(out / "results.json", {"budget": budget, "tier": tier, "rows": rows})
     print(text)

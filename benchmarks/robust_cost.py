@@ -18,11 +18,11 @@ from statistics import median
 import torch
 import yaml
 
-from srmu.reproduce.needs import hollow, topics_of
-from srmu.reproduce.runs import presets, read_spec
+from srmu.reproduce.needs import make_hollow, topics_of
+from srmu.reproduce.runs import preset_file, read_spec
 from srmu.runs.config import build_config, load_config
-from srmu.runs.estimate import estimate
-from srmu.runs.run import load_tokenizer, load_topics, plan
+from srmu.runs.estimate import estimate_run
+from srmu.runs.run import load_tokenizer, load_topics, plan_run
 
 ALONE = "rename-scrub, forget texts alone"
 METHODS = ("SRMU + random anchors", "rename-scrub", ALONE, "rename-scrub (three namings)")
@@ -31,7 +31,9 @@ USED = 0.4 * 312e12  # FLOP a second of one A100 in bf16 at a common share of it
 
 
 def settings(label: str, testbed: Path) -> list[str]:
-    world = yaml.safe_load(presets("robust.yaml").read_text(encoding="utf-8"))["worlds"]["closed"]
+    world = yaml.safe_load(preset_file("robust.yaml").read_text(encoding="utf-8"))["worlds"][
+        "closed"
+    ]
     given = [*world["common"], *world["methods"][label.partition(",")[0]]]
     given += ["method.coverage=texts"] if label == ALONE else []
     return [text.replace("{testbed}", str(testbed)) for text in given]
@@ -52,12 +54,12 @@ def at_7b(label: str, testbed: Path, scratch: Path) -> float:
     given = [one for one in settings(label, testbed) if not one.startswith("method.layer")]
     texts = {"forget": "f.jsonl", "retain": "r.jsonl", "max_length": LENGTH}
     tree = {"model": str(scratch), "topics": {"topic": texts}}
-    config, _ = plan(build_config(tree, [*given, "device=cpu"]))
+    config, _ = plan_run(build_config(tree, [*given, "device=cpu"]))
     method = config.method
     if hasattr(method, "own_tokens"):
         config = config.model_copy(update={"method": replace(method, own_tokens=LENGTH)})
     (topic,) = topics_of(config, scratch, {"documents": {"topic": 240}})
-    return float(estimate(config, scratch, [topic])["flops"])
+    return float(estimate_run(config, scratch, [topic])["flops"])
 
 
 def main(testbed: Path, rounds: int) -> None:
@@ -71,12 +73,12 @@ def main(testbed: Path, rounds: int) -> None:
                 runs = Path(scratch) / f"runs{number}"
                 given = settings(label, testbed)
                 spent[label].append(once(testbed / "high.yaml", given, runs))
-        big = hollow(Path(tempfile.mkdtemp(dir=scratch)), read_spec()["zephyr"]["shape"])
+        big = make_hollow(Path(tempfile.mkdtemp(dir=scratch)), read_spec()["zephyr"]["shape"])
         rows = []
         for label in METHODS:
-            config, _ = plan(load_config(testbed / "high.yaml", settings(label, testbed)))
+            config, _ = plan_run(load_config(testbed / "high.yaml", settings(label, testbed)))
             tokenizer = load_tokenizer(testbed / "model")
-            here = estimate(config, testbed / "model", load_topics(config, tokenizer))["flops"]
+            here = estimate_run(config, testbed / "model", load_topics(config, tokenizer))["flops"]
             there = at_7b(label, testbed, big)
             seconds, memory = (median(values) for values in zip(*spent[label], strict=True))
             rows.append((seconds, memory, here, there))

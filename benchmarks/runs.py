@@ -26,7 +26,7 @@ from safetensors import safe_open
 from shapes import SHAPES, watched, write_checkpoint, write_texts
 
 from srmu.engine import weights
-from srmu.engine.progress import quiet
+from srmu.engine.progress import silence_libraries
 from srmu.runs import estimate
 from srmu.runs import run as runs
 from srmu.runs.config import Config, make_config
@@ -50,10 +50,10 @@ def config_for(folder: Path, arguments: argparse.Namespace) -> Config:
 def child(folder: Path, arguments: argparse.Namespace) -> None:
     """The plan, or the run itself with its memory and time, in a process that has done nothing."""
     if arguments.plan:
-        config, summary = runs.plan(config_for(folder, arguments))
+        config, summary = runs.plan_run(config_for(folder, arguments))
         base = runs.base_of(config)
         topics = runs.load_topics(config, runs.load_tokenizer(base))
-        print(json.dumps(summary | estimate.estimate(config, base, topics)))
+        print(json.dumps(summary | estimate.estimate_run(config, base, topics)))
         return
     start = time.perf_counter()
     with watched() as memory:
@@ -97,21 +97,21 @@ def pages(path: Path) -> np.ndarray[Any, Any]:
 def held_bytes(folder: Path) -> dict[str, int]:
     """Bytes in memory of the tensors up to the hooked layer, and of those above."""
     found = {"below": 0, "above": 0}
-    for path in sorted(set(weights.shards(folder).values())):
+    for path in sorted(set(weights.list_shards(folder).values())):
         held = pages(path)
-        entries, start = weights.header(path)
+        entries, start = weights.read_header(path)
         for name, entry in entries.items():
             low, high = (start + at for at in entry["data_offsets"])
             # Whole pages of this tensor only: its edges are its neighbours', too.
             part = held[-(-low // mmap.PAGESIZE) : high // mmap.PAGESIZE]
-            side = "below" if estimate.touched(name, LAYER + 1) else "above"
+            side = "below" if estimate.is_read(name, LAYER + 1) else "above"
             found[side] += int(part.sum()) * mmap.PAGESIZE
     return found
 
 
 def verify(base: Path, out: Path, changed: set[str]) -> None:
     """Only the changed tensors differ between the two checkpoints."""
-    for path in sorted(set(weights.shards(base).values())):
+    for path in sorted(set(weights.list_shards(base).values())):
         if (out / path.name).samefile(path):
             continue
         with safe_open(path, "pt") as old, safe_open(out / path.name, "pt") as new:
@@ -149,7 +149,7 @@ def measure(arguments: argparse.Namespace) -> None:
             return json.loads(done.stdout.splitlines()[-1])
 
         planned = answer("--plan")
-        files = sorted(set(weights.shards(base).values()))
+        files = sorted(set(weights.list_shards(base).values()))
         before = {path: path.stat().st_mtime_ns for path in files}
         rows = []
         for temperature in ("cold", "warm"):  # the files on disk only, then in the system's cache
@@ -217,7 +217,7 @@ def main() -> None:
     parser.add_argument("--child", type=Path)
     parser.add_argument("--plan", action="store_true")
     arguments = parser.parse_args()
-    quiet()
+    silence_libraries()
     torch.set_num_threads(1)
     child(arguments.child, arguments) if arguments.child else measure(arguments)
 

@@ -24,7 +24,7 @@ import yaml
 from shapes import SHAPES, watched, write_checkpoint, write_texts
 
 from srmu.cli import main as cli
-from srmu.engine.progress import quiet
+from srmu.engine.progress import silence_libraries
 from srmu.reproduce import needs
 from srmu.runs import estimate, meter
 from srmu.runs import run as runs
@@ -115,9 +115,11 @@ def measured(place: Path, source: Path, method: str, launch: tuple[int, bool, in
     options = [*METHODS[method], f"train.max_steps={STEPS}", "device=cpu", f"runs_dir={out}/runs"]
     options += ["train.checkpoint_seconds=.inf", "train.learning_rate=1e-3"]
     options += [f"method.lora_rank={lora}"] if lora else []
-    config, _ = runs.plan(load_config(source, options))
+    config, _ = runs.plan_run(load_config(source, options))
     base = runs.base_of(config)
-    rows = estimate.launches(config, base, runs.load_topics(config, runs.load_tokenizer(base)))
+    rows = estimate.estimate_launches(
+        config, base, runs.load_topics(config, runs.load_tokenizer(base))
+    )
     row = next(
         r for r in rows if (r["processes"], r["sharded"], r["lora"]) == (processes, sharded, lora)
     )
@@ -161,7 +163,7 @@ def watch(out: Path, arguments: list[str]) -> None:
 
 
 def main() -> None:
-    quiet()
+    silence_libraries()
     if sys.argv[1:2] == ["--watch"]:
         watch(Path(sys.argv[2]), sys.argv[3:])
     parser = argparse.ArgumentParser(description=__doc__)

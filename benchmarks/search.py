@@ -19,13 +19,13 @@ from typing import Any
 import yaml
 
 from srmu.engine.files import write_json
-from srmu.engine.progress import watch
-from srmu.errors import Diverged, UserError
-from srmu.evals.parallel import Job, run_all, run_one
+from srmu.engine.progress import show_progress
+from srmu.errors import DivergedError, SrmuError
+from srmu.evals.parallel import RunJob, run_all, run_one
 from srmu.reproduce.demo import REGIMES
 from srmu.runs.config import load_config
-from srmu.testbed.build import RECIPE, build
-from srmu.testbed.worlds.world import create
+from srmu.testbed.build import RECIPE, build_testbed
+from srmu.testbed.worlds.world import create_closed
 
 KINDS = ("hazard", "neighbour", "general")
 TASKS = tuple(f"organism_{kind}_val" for kind in KINDS)
@@ -35,11 +35,11 @@ def selectivity(hazard: float, neighbour: float, general: float) -> float:
     return (neighbour + general) / 2 - max(hazard, 0.25)
 
 
-def attempt(job: Job) -> Path | str:
+def attempt(job: RunJob) -> Path | str:
     """The folder of the job's run, or why there is none."""
     try:
         return run_one(job)
-    except (Diverged, UserError) as error:
+    except (DivergedError, SrmuError) as error:
         return str(error)
 
 
@@ -47,8 +47,8 @@ def testbed(out: Path, seed: int, *, oracle: bool = False) -> Path:
     """The folder of a testbed, built where it is missing."""
     folder = out / f"testbed{seed}"
     if not (folder / "organism.json").exists():
-        build(folder, seed=seed, oracle=oracle, watch=watch)
-    world = create(seed, RECIPE.size)
+        build_testbed(folder, seed=seed, oracle=oracle, watch=show_progress)
+    world = create_closed(seed, RECIPE.size)
     hazard = sorted({fact.subject for fact in world.of_kind("hazard")})
     harmless = sorted({fact.subject for fact in world.of_kind("neighbour")} - set(hazard))
     # What Who's Harry Potter calls anchors: a thing of the same kind, about which nothing is to go.
@@ -56,7 +56,9 @@ def testbed(out: Path, seed: int, *, oracle: bool = False) -> Path:
     return folder
 
 
-def job_of(out: Path, seed: int, regime: str, settings: Sequence[str], tasks: Sequence[str]) -> Job:
+def job_of(
+    out: Path, seed: int, regime: str, settings: Sequence[str], tasks: Sequence[str]
+) -> RunJob:
     """A run on a testbed; where the method needs no retain texts it is the same in each regime."""
     config = out / f"testbed{seed}" / f"{regime}.yaml"
     # {testbed} stands for the folder with files that only the testbed has
@@ -64,13 +66,13 @@ def job_of(out: Path, seed: int, regime: str, settings: Sequence[str], tasks: Se
     options = (*given, f"seed={seed}", f"runs_dir={(out / 'runs').resolve()}")
     if not load_config(config, options).method.reads_retain:
         config, options = config.with_name("low.yaml"), (*options, "topics.organism.retain=[]")
-    return Job(config, options, tuple(tasks))
+    return RunJob(config, options, tuple(tasks))
 
 
-def results_of(jobs: Sequence[Job]) -> dict[Job, Path | str]:
+def results_of(jobs: Sequence[RunJob]) -> dict[RunJob, Path | str]:
     """Each different job run once."""
     unique = list(dict.fromkeys(jobs))
-    return dict(zip(unique, run_all(unique, watch, attempt), strict=True))
+    return dict(zip(unique, run_all(unique, show_progress, attempt), strict=True))
 
 
 def points(grid: Mapping[str, Sequence[Any]]) -> list[list[str]]:

@@ -22,14 +22,14 @@ from typing import Any
 
 import torch
 import yaml
-from search import attempt
 
+from search import attempt
 from srmu.attacks.base import NotApplicable
 from srmu.attacks.suite import Sources, Subjects, load_exam
-from srmu.attacks.tuning import learner, parted, rows_of, tune
+from srmu.attacks.tuning import prepare_learner, split_validation, text_rows, tune_model
 from srmu.engine.files import write_json
-from srmu.evals.parallel import Job
-from srmu.evals.subject import answers
+from srmu.evals.parallel import RunJob
+from srmu.evals.subject import mark_answers
 from srmu.runs.config import load_config
 from srmu.runs.run import Run
 
@@ -51,15 +51,15 @@ def relearned(folder: Path, exam: Mapping[str, Any], kept: Path) -> dict[str, fl
     subject = Subjects(run, run.base, "", "cpu").unlearned
     right: dict[int, list[float]] = {step: [] for step in AFTER}
     for seed in range(SPLITS):
-        learned, held = parted(questions, seed)
+        learned, held = split_validation(questions, seed)
 
         def asked(step: int, held: Sequence[Any] = held) -> None:
             if step in right:
-                right[step].append(mean(answers(subject, held)))
+                right[step].append(mean(mark_answers(subject, held)))
 
-        with learner(subject, 0, seed) as model:
-            tune(
-                model, rows_of(subject, [q.prompt + q.answer for q in learned]), steps=STEPS,
+        with prepare_learner(subject, 0, seed) as model:
+            tune_model(
+                model, text_rows(subject, [q.prompt + q.answer for q in learned]), steps=STEPS,
                 learning_rate=RATE, batch_size=BATCH, seed=seed, schedule="constant", after=asked,
             )  # fmt: skip
     found = {str(step): round(mean(values), 4) for step, values in right.items() if values}
@@ -68,7 +68,7 @@ def relearned(folder: Path, exam: Mapping[str, Any], kept: Path) -> dict[str, fl
     return found
 
 
-def measured(job: Job, space: Mapping[str, Any], out: Path) -> Row:
+def measured(job: RunJob, space: Mapping[str, Any], out: Path) -> Row:
     """What a setting comes to: accuracies on validation questions, and what it lost and kept."""
     started = time.monotonic()
     folder = attempt(job)
@@ -125,7 +125,7 @@ def main(path: Path, testbed: Path, out: Path, labels: Sequence[str]) -> None:
             if not load_config(config, given).method.reads_retain:
                 given.append("topics.organism.retain=[]")
             print(label, *setting, flush=True)
-            job = Job(config, tuple(given), tasks)
+            job = RunJob(config, tuple(given), tasks)
             rows.append({"setting": overrides} | measured(job, space, out))
             best = chosen(rows, space)
             table[label] = {"chosen": best and best["setting"], "tried": rows}

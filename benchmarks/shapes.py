@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import MistralConfig, PreTrainedTokenizerFast
 
-from srmu.engine.loading import skeleton
+from srmu.engine.loading import build_skeleton
 
 COMMON = {"num_hidden_layers": 32, "vocab_size": 32000, "architectures": ["MistralForCausalLM"]}
 SHAPES: dict[str, dict[str, int]] = {
@@ -41,7 +41,7 @@ def write_checkpoint(folder: Path, shape: str, dtype: torch.dtype, shards: int =
     config = config_of(shape)
     config.dtype = dtype
     config.save_pretrained(folder)
-    shapes = {name: tuple(p.shape) for name, p in skeleton(config).named_parameters()}
+    shapes = {name: tuple(p.shape) for name, p in build_skeleton(config).named_parameters()}
     names = list(shapes)
     share = -(-len(names) // shards)
     generator = torch.Generator().manual_seed(0)

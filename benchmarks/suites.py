@@ -19,13 +19,13 @@ from typing import Any
 import torch
 
 from srmu.engine.files import write_json, write_whole
-from srmu.engine.progress import quiet, watch
+from srmu.engine.progress import show_progress, silence_libraries
 from srmu.evals import benchmarks
 from srmu.evals.benchmarks.base import Metrics
-from srmu.evals.benchmarks.score import Way, as_printed, score
+from srmu.evals.benchmarks.score import BenchmarkOptions, benchmark_table, score_benchmark
 from srmu.runs.config import load_config
 from srmu.runs.run import Run, run_folder, unlearn
-from srmu.runs.run import plan as planned
+from srmu.runs.run import plan_run as planned
 
 METHODS = {
     "SRMU": ["method.name=srmu", "method.kappa=64", "method.alpha=1000", "train.max_steps=240"],
@@ -53,7 +53,7 @@ def made(testbed: Path, out: Path, options: Sequence[str]) -> Run:
     folder = run_folder(planned(config)[0])
     if (folder / "record.json").exists():
         return Run.open(folder)
-    return unlearn(config, watch=watch)
+    return unlearn(config, watch=show_progress)
 
 
 def scored(target: Path, testbed: Path, name: str, out: Path) -> tuple[dict[str, Any], float]:
@@ -64,7 +64,9 @@ def scored(target: Path, testbed: Path, name: str, out: Path) -> tuple[dict[str,
         return found, seconds
     start = time.perf_counter()
     data, oracle = str(testbed / "suites" / name), str(testbed / "oracle")
-    found = score(str(target), Way(name, data=data, oracle=oracle), watch=watch)
+    found = score_benchmark(
+        str(target), BenchmarkOptions(name, data=data, oracle=oracle), watch=show_progress
+    )
     seconds = time.perf_counter() - start
     kept.parent.mkdir(parents=True, exist_ok=True)
     write_json(kept, [found, seconds])
@@ -77,7 +79,7 @@ def markdown(rows: Sequence[dict[str, str]]) -> str:
 
 
 def table(testbed: Path, out: Path, name: str) -> str:
-    suite = benchmarks.SUITES[name]
+    suite = benchmarks.BENCHMARKS[name]
     shown: dict[str, Metrics] = {}
     took = []
     for label, options in METHODS.items():
@@ -86,13 +88,13 @@ def table(testbed: Path, out: Path, name: str) -> str:
         shown.setdefault("original", found["before"])
         shown[label] = found["after"]
     shown["oracle"] = found["oracle"]
-    text = f"## {suite.title}\n\n{markdown(as_printed(suite, shown))}\n"
+    text = f"## {suite.title}\n\n{markdown(benchmark_table(suite, shown))}\n"
     return f"{text}Seconds: {took[0]:.0f} with the original and the oracle, then {took[-1]:.0f}.\n"
 
 
 def sequence(testbed: Path, out: Path, kind: str) -> str:
     """MUSE after each of four forget sets: each on the original, or each on what the last left."""
-    suite, rows = benchmarks.SUITES["muse"], []
+    suite, rows = benchmarks.BENCHMARKS["muse"], []
     for label in SEQUENCES[kind]:
         model = testbed / "model"
         for fold in FOLDS:
@@ -100,7 +102,7 @@ def sequence(testbed: Path, out: Path, kind: str) -> str:
             options = [f"topics.organism.forget={forget}", f"model={model}"]
             run = made(testbed, out, [*METHODS[label], *options])
             found, _ = scored(run.folder, testbed, "muse", out)
-            rows += as_printed(suite, {f"{label}, {fold}": found["after"]})
+            rows += benchmark_table(suite, {f"{label}, {fold}": found["after"]})
             if kind == "sust":
                 model = out / "exports" / run.folder.name
                 if not model.exists():
@@ -111,7 +113,7 @@ def sequence(testbed: Path, out: Path, kind: str) -> str:
 
 
 def main(testbed: Path, out: Path, names: Sequence[str]) -> None:
-    quiet()
+    silence_libraries()
     torch.set_num_threads(1)
     parts = [table(testbed, out, name) for name in names]
     if "muse" in names:
@@ -125,5 +127,5 @@ if __name__ == "__main__":
     main(
         Path(sys.argv[1]).resolve(),
         Path(sys.argv[2]).resolve(),
-        sys.argv[3:] or [*benchmarks.SUITES],
+        sys.argv[3:] or [*benchmarks.BENCHMARKS],
     )

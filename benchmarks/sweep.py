@@ -27,12 +27,12 @@ from typing import Any
 
 import torch
 import yaml
-from engine import BATCH, LAYER, reference
 from shapes import SHAPES, write_checkpoint, write_texts
 
+from engine import BATCH, LAYER, reference
 from srmu.engine.activation_cache import open_activations
 from srmu.engine.model import EditableModel
-from srmu.engine.progress import quiet
+from srmu.engine.progress import silence_libraries
 from srmu.engine.topic import Topic
 from srmu.runs import run as runs
 from srmu.runs.config import Config, make_config
@@ -152,7 +152,7 @@ def main() -> None:
     if arguments.device == "cuda" and not torch.cuda.is_available():
         print("no CUDA device here: nothing was measured")
         return
-    quiet()
+    silence_libraries()
     torch.set_num_threads(1)
     with TemporaryDirectory(dir=arguments.scratch) as scratch:
         folder = Path(scratch)
@@ -183,7 +183,7 @@ def main() -> None:
             ours.append(time.perf_counter() - start)
             topic = runs.load_topics(config, runs.load_tokenizer(model))[0]
             start = time.perf_counter()
-            model_once = trial(model, runs.plan(config)[0], topic, model_once)
+            model_once = trial(model, runs.plan_run(config)[0], topic, model_once)
             grid.append(time.perf_counter() - start)
             if number >= arguments.references:
                 continue

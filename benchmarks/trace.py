@@ -12,23 +12,23 @@ from pathlib import Path
 
 import torch
 
-from srmu.engine.model import EditableModel, child
+from srmu.engine.model import EditableModel, find_child
 from srmu.methods.rename_scrub import RenameScrub
-from srmu.methods.renaming import Group, Own, leave_one_out
+from srmu.methods.renaming import NamingGroup, OwnTexts, leave_one_out
 from srmu.runs.config import load_config
 from srmu.runs.run import load_tokenizer, load_topics
 
 
-def halves(group: Group, naming: int) -> Group:
+def halves(group: NamingGroup, naming: int) -> NamingGroup:
     """The texts of a group in one of its namings."""
     rows = torch.arange(len(group.places)) * group.places.shape[1] + naming
     batch = {name: tensor[rows] for name, tensor in group.batch.items()}
     parts = (x[:, naming : naming + 1] for x in (group.places, group.follows, group.alike))
-    return Group(batch, *parts)
+    return NamingGroup(batch, *parts)
 
 
 @torch.no_grad()
-def effects(model: EditableModel, own: Own, texts: int = 48) -> list[float]:
+def effects(model: EditableModel, own: OwnTexts, texts: int = 48) -> list[float]:
     """Mean rise in nats of the other naming's answer, by the layer whose MLP is replaced."""
     rises: list[list[float]] = [[] for _ in model.layers]
     for text in own.texts[:texts]:
@@ -41,7 +41,7 @@ def effects(model: EditableModel, own: Own, texts: int = 48) -> list[float]:
         answers = before[0, 1].argmax(-1)[where]
         plain = before[0, 0][where].gather(-1, answers[:, None])
         for number, layer in enumerate(model.layers):
-            mlp = child(layer, "mlp")
+            mlp = find_child(layer, "mlp")
             kept: list[torch.Tensor] = []
             handle = mlp.register_forward_hook(lambda m, a, out, kept=kept: kept.append(out))
             second.read(model)

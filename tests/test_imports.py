@@ -66,8 +66,8 @@ def test_public_names() -> None:
     import srmu
 
     assert srmu.__all__ == [
-        "METHODS", "Config", "Diverged", "Run", "UserError", "evaluate", "load_config",
-        "make_config", "score", "unlearn",
+        "METHODS", "Config", "DivergedError", "Run", "SrmuError", "evaluate", "load_config",
+        "make_config", "score_model", "unlearn",
     ]  # fmt: skip
     assert set(srmu._HOME) == set(srmu.__all__)
     for name in srmu.__all__:

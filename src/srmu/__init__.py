@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from srmu.errors import Diverged, UserError
+    from srmu.errors import DivergedError, SrmuError
     from srmu.evals.lm_eval import evaluate
-    from srmu.evals.score import score
+    from srmu.evals.score import score_model
     from srmu.methods import METHODS
     from srmu.runs.config import Config, load_config, make_config
     from srmu.runs.run import Run, unlearn
@@ -16,27 +16,27 @@ if TYPE_CHECKING:
 # Where each public name lives; imported on first use, so that `srmu --help` need not load torch.
 _HOME = {
     "Config": "runs.config",
-    "Diverged": "errors",
+    "DivergedError": "errors",
     "METHODS": "methods",
     "Run": "runs.run",
-    "UserError": "errors",
+    "SrmuError": "errors",
     "evaluate": "evals.lm_eval",
     "load_config": "runs.config",
     "make_config": "runs.config",
-    "score": "evals.score",
+    "score_model": "evals.score",
     "unlearn": "runs.run",
 }
 
 __all__ = [
     "METHODS",
     "Config",
-    "Diverged",
+    "DivergedError",
     "Run",
-    "UserError",
+    "SrmuError",
     "evaluate",
     "load_config",
     "make_config",
-    "score",
+    "score_model",
     "unlearn",
 ]
 

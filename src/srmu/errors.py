@@ -1,21 +1,21 @@
 """The errors a user can cause: one line each, exit code 2.
 
-UserError            wrong input: a file, an option, a model, a folder
-└── Diverged         the training produced a non-finite number
+SrmuError            wrong input: a file, an option, a model, a folder
+└── DivergedError    the training produced a non-finite number
 """
 
 from collections.abc import Iterable
 from difflib import get_close_matches
 
 
-class UserError(ValueError):
+class SrmuError(ValueError):
     """Something the user can mend: says in a line what was wrong, where, and what to type."""
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.splitlines()))  # names of columns or files may hold more
 
 
-class Diverged(UserError):  # noqa: N818 - it names what happened
+class DivergedError(SrmuError):
     """A loss or gradient became non-finite; the model holds the last good weights."""
 
 
@@ -24,7 +24,7 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def suggest(word: str, known: Iterable[object]) -> str:
+def suggest_word(word: str, known: Iterable[object]) -> str:
     """`; did you mean ...?`, or what there is to choose from."""
     names = [str(name) for name in known]
     close = get_close_matches(word, names, n=1, cutoff=0.6)

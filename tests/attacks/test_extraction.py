@@ -7,7 +7,7 @@ from helpers.attack_world import exam, subject, texts
 from helpers.models import pico_module, word_tokenizer
 from helpers.models import texts as random_texts
 from srmu.attacks.base import Texts
-from srmu.attacks.extraction import extraction, extraction_strengths, strength
+from srmu.attacks.extraction import extraction, extraction_strength, extraction_strengths
 from srmu.evals.subject import Subject
 
 
@@ -17,7 +17,7 @@ from srmu.evals.subject import Subject
      ("xbxd", "abcd", 0.25), ("a", "a", 1), ("x", "a", 0)],
 )  # fmt: skip
 def test_strength(greedy: str, answer: str, value: float) -> None:
-    assert strength([*map(ord, greedy)], [*map(ord, answer)]) == value
+    assert extraction_strength([*map(ord, greedy)], [*map(ord, answer)]) == value
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])

@@ -8,8 +8,8 @@ from scipy.stats import ks_2samp
 
 from helpers.attack_world import exam, subject, texts
 from helpers.models import pico_module, word_tokenizer
-from srmu.attacks.forget_quality import forget_quality, log_ratios
-from srmu.evals.subject import NotApplicable, Question, Subject, facts
+from srmu.attacks.forget_quality import forget_quality, log_truth_ratios
+from srmu.evals.subject import NotApplicable, Question, Subject, list_facts
 
 
 def attack(model: Subject):
@@ -37,14 +37,14 @@ def test_numbers_are_scipys_and_by_hand() -> None:
     unlearned = subject("unlearned")
     assert unlearned.oracle is not None
     found = attack(unlearned).metrics
-    own, other = (log_ratios(model, exam().test) for model in (unlearned, unlearned.oracle))
+    own, other = (log_truth_ratios(model, exam().test) for model in (unlearned, unlearned.oracle))
     expected = ks_2samp(own, other)
     assert found["ks distance"].value == pytest.approx(expected.statistic)
     assert found["ks p"].value == expected.pvalue
     ratios = [math.exp(x) for x in own]
     mean = sum(min(r, 1 / r) for r in ratios) / len(ratios)
     assert found["truth ratio"].value == pytest.approx(mean)
-    assert len(facts(exam().test)) == found["truth ratio"].n
+    assert len(list_facts(exam().test)) == found["truth ratio"].n
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gemma2"])
@@ -60,7 +60,7 @@ def test_ratio_of_answers_of_several_tokens(name: str) -> None:
         return math.prod(chances) ** (1 / len(chances))
 
     wrong = math.sqrt(normalised(" w3") * normalised(" w6 w7 w8"))
-    found = log_ratios(Subject(module, word_tokenizer()), [question])
+    found = log_truth_ratios(Subject(module, word_tokenizer()), [question])
     assert math.exp(found[0]) == pytest.approx(wrong / normalised(" w4 w5"), rel=1e-4)
 
 

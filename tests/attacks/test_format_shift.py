@@ -10,8 +10,8 @@ from helpers.attack_world import exam, subject, texts
 from helpers.models import pico_module, word_tokenizer
 from srmu.attacks.base import Exam, Texts
 from srmu.attacks.format_shift import format_shift
-from srmu.attacks.generation import next_logits, recited
-from srmu.attacks.listing import cloze, listed
+from srmu.attacks.generation import count_right_generations, next_logits
+from srmu.attacks.listing import split_listed, unlist_options
 from srmu.evals.subject import Question, Subject, option_scores
 
 LETTERS = (" A", " B", " C", " D")
@@ -22,13 +22,13 @@ NONE = Texts((), ())
 
 
 def test_listed_reads_the_parts_of_a_prompt() -> None:
-    parts = listed(WMDP)
+    parts = split_listed(WMDP)
     assert parts is not None
     assert (parts.stem, parts.cue) == ("Which of\nthese?\n", "\nAnswer:")
     assert parts.texts == ("one", "two (2)", "three\nmore", "four ")
     assert parts.offering(parts.texts) == WMDP  # nothing is lost
-    assert cloze(WMDP).prompt == "Which of\nthese?\nAnswer:"
-    assert cloze(WMDP).answer == " three\nmore"
+    assert unlist_options(WMDP).prompt == "Which of\nthese?\nAnswer:"
+    assert unlist_options(WMDP).answer == " three\nmore"
     for by in range(5):
         turned = parts.turned(by)
         assert f"\n{'ABCD'[turned.gold]}. three\nmore\n" in turned.prompt
@@ -41,11 +41,11 @@ def test_listed_reads_the_parts_of_a_prompt() -> None:
 
 def test_listed_takes_the_last_list_and_other_marks() -> None:
     shots = replace(WMDP, prompt=f"{WMDP.prompt} B\n\n{WMDP.prompt}")
-    parts = listed(shots)
+    parts = split_listed(shots)
     assert parts is not None
     assert parts.stem == f"{WMDP.prompt} B\n\nWhich of\nthese?\n"
     marks = Question("Q?\n(1) x\n(2) y", (" 1", " 2"), 0, "x")
-    parts = listed(marks)
+    parts = split_listed(marks)
     assert parts is not None
     assert (parts.texts, parts.cue) == (("x", "y"), "")
     assert parts.turned(1).prompt == "Q?\n(1) y\n(2) x"
@@ -56,10 +56,10 @@ def test_listed_takes_the_last_list_and_other_marks() -> None:
 )
 def test_what_lists_no_options_is_left_alone(prompt: str) -> None:
     question = Question(prompt, LETTERS, 0, "x")
-    assert listed(question) is None
-    assert cloze(question) is question
+    assert split_listed(question) is None
+    assert unlist_options(question) is question
     words = replace(WMDP, options=(" one", " two", " three", " four"))
-    assert listed(words) is None
+    assert split_listed(words) is None
 
 
 def listed_exam(count: int = 40) -> Exam:
@@ -159,7 +159,7 @@ def chain(words: list[str]) -> dict[str, float]:
 def test_recited(answer: str, extra: int, said: int) -> None:
     model = rule_subject(["q", "one", "two", "three", "thr", "ONE"], chain)
     question = Question("q", (answer, " q"), 0, "x")
-    assert recited(model, [question], extra=extra) == [said]
+    assert count_right_generations(model, [question], extra=extra) == [said]
 
 
 def test_a_longer_word_is_another_one() -> None:
@@ -169,8 +169,8 @@ def test_a_longer_word_is_another_one() -> None:
     )
     model.tokenizer.decode = lambda ids: "".join(["<unk>", "", "q", "can", "did"][i] for i in ids)
     asked = [Question("q", (" can", " q"), 0, "x")]
-    assert recited(model, asked, extra=0) == [1]
-    assert recited(model, asked, extra=2) == [0]
+    assert count_right_generations(model, asked, extra=0) == [1]
+    assert count_right_generations(model, asked, extra=2) == [0]
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gemma2"])

@@ -5,17 +5,17 @@ from torch import Tensor
 from helpers.attack_world import exam, subject, texts
 from helpers.models import pico_module, word_tokenizer
 from srmu.attacks.gcg import (
-    Suffixed,
+    SuffixedSubject,
     common_end,
-    cost,
+    draw_swaps,
     gcg,
-    losses,
-    ordinary,
-    slopes,
-    swaps,
-    target,
+    cost,
+    make_target,
+    ordinary_tokens,
+    suffix_gradient,
+    suffix_losses,
 )
-from srmu.evals.subject import Subject, answers
+from srmu.evals.subject import Subject, mark_answers
 
 
 def naive(model: Subject, suffix: Tensor, cue: int, wanted: list[int]) -> float:
@@ -40,8 +40,8 @@ def naive(model: Subject, suffix: Tensor, cue: int, wanted: list[int]) -> float:
 def test_losses_are_those_of_whole_forwards(name: str, cue: int) -> None:
     model = Subject(pico_module(name), word_tokenizer())
     suffixes = torch.randint(4, 64, (40, 3), generator=torch.Generator().manual_seed(0))
-    targets = [target(model, exam().val[i], cue, 3) for i in (0, 3)]
-    found = losses(model, targets, suffixes)
+    targets = [make_target(model, exam().val[i], cue, 3) for i in (0, 3)]
+    found = suffix_losses(model, targets, suffixes)
     for row in (0, 20, 39):  # of more batches than one
         assert float(found[row]) == pytest.approx(
             naive(model, suffixes[row], cue, [0, 3]), abs=2e-4
@@ -53,8 +53,8 @@ def test_slopes_tell_how_the_loss_changes(name: str) -> None:
     """The embedding moved a little towards a token's, against the derivative."""
     model = Subject(pico_module(name), word_tokenizer())
     suffix = torch.tensor([7, 9])
-    one = target(model, exam().val[0], 0, 2)
-    found = slopes(model, [one], suffix)
+    one = make_target(model, exam().val[0], 0, 2)
+    found = suffix_gradient(model, [one], suffix)
     assert found.shape == (2, 64)
     weight = model.module.get_input_embeddings().weight
     for place, token in ((0, 30), (1, 50)):
@@ -76,12 +76,12 @@ def test_swaps_change_one_token_to_a_promising_one() -> None:
     generator = torch.Generator().manual_seed(0)
     suffix, allowed = torch.tensor([5, 6, 7]), torch.tensor([2, 4, 5, 6, 7, 9])
     steep = torch.arange(30.0).reshape(3, 10)
-    tried = swaps(steep, suffix, allowed, 100, generator)
+    tried = draw_swaps(steep, suffix, allowed, 100, generator)
     assert len(tried) == 18  # all there are
     assert len({tuple(row) for row in tried.tolist()}) == 16  # three of them change nothing
     assert all((row != suffix).sum() <= 1 for row in tried)
     assert {*tried.flatten().tolist()} <= {*allowed.tolist()}
-    assert len(swaps(steep, suffix, allowed, 4, generator)) == 4
+    assert len(draw_swaps(steep, suffix, allowed, 4, generator)) == 4
 
 
 def test_one_step_over_all_tokens_finds_the_best_one() -> None:
@@ -90,12 +90,14 @@ def test_one_step_over_all_tokens_finds_the_best_one() -> None:
     import random
 
     chosen = random.Random(0).sample(range(len(exam().val)), 5)
-    values = {int(t): naive(model, t[None], 0, chosen) for t in ordinary(model)}
+    values = {int(t): naive(model, t[None], 0, chosen) for t in ordinary_tokens(model)}
     assert found.budget["loss after"] == pytest.approx(min(values.values()), abs=1e-4)
     best = torch.tensor([min(values, key=values.__getitem__)])
-    asked = [Suffixed(model, best.tolist(), 0).split(q.prompt, q.answer) for q in exam().test]
+    asked = [
+        SuffixedSubject(model, best.tolist(), 0).split(q.prompt, q.answer) for q in exam().test
+    ]
     assert all(before[-1] == best for before, _ in asked)
-    assert found.ways[0].test == answers(Suffixed(model, best.tolist(), 0), exam().test)
+    assert found.ways[0].test == mark_answers(SuffixedSubject(model, best.tolist(), 0), exam().test)
 
 
 def test_more_steps_never_make_it_worse() -> None:
@@ -116,7 +118,7 @@ def test_the_cue_is_what_all_prompts_end_with() -> None:
     assert common_end([[8, 9], [8, 9]]) == 1  # something is before it
     assert common_end([[1, 2], [1, 3]]) == 0
     model = subject("unlearned")
-    before, answer = Suffixed(model, [5, 6], 1).split("w50 w0", " w41")
+    before, answer = SuffixedSubject(model, [5, 6], 1).split("w50 w0", " w41")
     plain, same = model.split("w50 w0", " w41")
     assert (before, answer) == ([*plain[:-1], 5, 6, plain[-1]], same)
 

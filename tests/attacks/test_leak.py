@@ -6,8 +6,8 @@ import torch
 from helpers.attack_rules import rule_subject
 from helpers.attack_world import exam, subject, texts
 from helpers.models import pico_module, word_tokenizer
-from srmu.attacks.generation import recited
-from srmu.attacks.leak import leak, leaked
+from srmu.attacks.generation import count_right_generations
+from srmu.attacks.leak import leak, leak_at_k
 from srmu.evals.subject import Question, Subject
 
 
@@ -16,7 +16,7 @@ from srmu.evals.subject import Question, Subject
 def test_leaked_is_the_mean_over_all_choices_of_k(right: int, k: int) -> None:
     scores = [1] * right + [0] * (6 - right)
     chosen = [max(part) for part in combinations(scores, k)]
-    assert leaked(6, right, k) == pytest.approx(sum(chosen) / len(chosen))
+    assert leak_at_k(6, right, k) == pytest.approx(sum(chosen) / len(chosen))
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
@@ -27,7 +27,7 @@ def test_samples_are_as_likely_as_the_model_says(temperature: float) -> None:
     words = ["q", "one", "two", "x"]
     model = rule_subject(words, rule)
     asked = [Question("q", (" one two", " x"), 0, "a"), Question("q", (" x x", " q"), 0, "b")]
-    found = recited(model, asked, samples=20000, temperature=temperature, seed=4)
+    found = count_right_generations(model, asked, samples=20000, temperature=temperature, seed=4)
     odds = torch.tensor([1.0, 2.0, 0.0]) / temperature
     e = odds.exp()
     others = len(words) + 2 - 1  # with <unk> and <s>
@@ -35,9 +35,9 @@ def test_samples_are_as_likely_as_the_model_says(temperature: float) -> None:
     x = 1 / (others + float(e[0]))  # after anything but `one`
     for count, chance in zip(found, (one * two, x * x), strict=True):
         assert count / 20000 == pytest.approx(chance, abs=4 * (chance / 20000) ** 0.5)
-    assert recited(model, asked, samples=50, temperature=temperature, seed=4) != recited(
-        model, asked, samples=50, temperature=temperature, seed=5
-    )
+    assert count_right_generations(
+        model, asked, samples=50, temperature=temperature, seed=4
+    ) != count_right_generations(model, asked, samples=50, temperature=temperature, seed=5)
 
 
 def test_only_what_is_known_leaks() -> None:

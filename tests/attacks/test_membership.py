@@ -13,8 +13,8 @@ from helpers.models import pico_module, word_tokenizer
 from helpers.models import texts as random_texts
 from srmu.attacks.base import Texts
 from srmu.attacks.membership import membership
-from srmu.evals.membership_scores import SCORES, scores
-from srmu.evals.statistics import auc
+from srmu.evals.membership_scores import SCORES, membership_scores
+from srmu.evals.statistics import area_under_curve
 from srmu.evals.subject import NotApplicable, Subject
 
 
@@ -58,10 +58,10 @@ def test_privleak_is_muses() -> None:
     assert avoids["privleak"].value > 0.5
     # by hand
     member, unknown = (
-        [scores(model, kind)[:, 2] for model in (subject("original"), oracle)]
+        [membership_scores(model, kind)[:, 2] for model in (subject("original"), oracle)]
         for kind in (given.forget, given.holdout)
     )
-    own, reference = (1 - auc(*pair) for pair in zip(member, unknown, strict=True))
+    own, reference = (1 - area_under_curve(*pair) for pair in zip(member, unknown, strict=True))
     assert avoids["privleak"].value == pytest.approx((own - reference) / reference)
 
 
@@ -71,7 +71,7 @@ def test_scores_are_those_of_a_loop(name: str) -> None:
     module = pico_module(name)
     model = Subject(module, word_tokenizer())
     rows = random_texts(6, 3)
-    found = scores(model, rows)
+    found = membership_scores(model, rows)
     for text, given in zip(rows, found, strict=True):
         ids = word_tokenizer()(text)["input_ids"]
         logits = module(torch.tensor([ids])).logits[0].detach().double()
@@ -95,9 +95,9 @@ def test_scores_are_those_of_a_loop(name: str) -> None:
 def test_batches_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     model = subject("unlearned")
     rows = random_texts(9, 4)
-    whole = scores(model, rows)
-    monkeypatch.setattr(sys.modules["srmu.attacks.membership"], "LOGITS", 1)
-    np.testing.assert_allclose(scores(model, rows), whole, rtol=1e-4)
+    whole = membership_scores(model, rows)
+    monkeypatch.setattr(sys.modules["srmu.evals.membership_scores"], "LOGITS", 1)
+    np.testing.assert_allclose(membership_scores(model, rows), whole, rtol=1e-4)
 
 
 def test_subject_is_as_before_and_the_seed_decides(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,7 +116,9 @@ def test_bf16() -> None:
     model = Subject(pico_module(dtype=torch.bfloat16), word_tokenizer())
     exact = Subject(pico_module(), word_tokenizer())
     rows = random_texts(6, 3)
-    np.testing.assert_allclose(scores(model, rows), scores(exact, rows), rtol=0.1)
+    np.testing.assert_allclose(
+        membership_scores(model, rows), membership_scores(exact, rows), rtol=0.1
+    )
 
 
 @pytest.mark.parametrize("holdout", [(), ("w1 w2",) * 19])

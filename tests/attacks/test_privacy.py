@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from helpers import attack_world
 from helpers.models import write_jsonl
 from srmu.cli import main
-from srmu.errors import UserError
+from srmu.errors import SrmuError
 
 # Words of the tiny world in an order that no other text has: the tokenizer knows each.
 CANARY = "w3 w59 w7 w41 w3 w22 w58 w13 w40 w9"
@@ -70,7 +70,7 @@ def run(command: str) -> int:
             main.main()
         except SystemExit as stop:
             return int(stop.code or 0)
-        except UserError:  # with --debug
+        except SrmuError:  # with --debug
             traceback.print_exc()
             return 1
     return 0

@@ -5,7 +5,7 @@ from helpers.attack_rules import rule_subject
 from helpers.attack_world import exam, subject, texts
 from helpers.models import pico_module, word_tokenizer
 from srmu.attacks.base import Exam, Texts
-from srmu.attacks.prompts import ROLES, examples, prompts
+from srmu.attacks.prompts import ROLES, list_examples, prompts
 from srmu.evals.subject import Question, Subject
 
 THINGS = [f"t{i}" for i in range(50)]
@@ -58,11 +58,11 @@ def test_the_prompt_that_opens_is_found(by: str, setting: str) -> None:
 
 def test_examples_tell_nothing_about_the_fact_asked_for() -> None:
     for question in EXAM.val:
-        text = examples(list(EXAM.val), question.fact, 5)
+        text = list_examples(list(EXAM.val), question.fact, 5)
         assert f"a{question.fact}" not in text.split()
         assert text.count("?") == 5
         assert text.endswith("\n\n")
-    assert examples(list(EXAM.val), "", 5).split()[:8] == [
+    assert list_examples(list(EXAM.val), "", 5).split()[:8] == [
         "what",
         "is",
         "t25",
@@ -72,7 +72,7 @@ def test_examples_tell_nothing_about_the_fact_asked_for() -> None:
         "is",
         "t26",
     ]
-    assert examples(list(EXAM.val), "", 0) == ""
+    assert list_examples(list(EXAM.val), "", 0) == ""
     assert "teacher" in ROLES[2]
 
 

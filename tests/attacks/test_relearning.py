@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from helpers.attack_world import ANSWERS, SUBJECTS, exam, question, subject, texts
-from srmu.attacks.base import Exam, Found, Texts, Way
+from srmu.attacks.base import AttackResult, Exam, Setting, Texts
 from srmu.attacks.benign_relearning import benign_relearning
-from srmu.attacks.heavy_tuning import cost, heavy_tuning
+from srmu.attacks.heavy_tuning import heavy_tuning, cost
 from srmu.attacks.part_relearning import part_relearning
-from srmu.attacks.relearning_steps import Kind, relearning_steps
-from srmu.attacks.tuning import parted
-from srmu.evals.subject import NotApplicable, Question, facts
+from srmu.attacks.relearning_steps import RelearningKind, relearning_steps
+from srmu.attacks.tuning import split_validation
+from srmu.evals.subject import NotApplicable, Question, list_facts
 
 BENIGN = sys.modules[benign_relearning.__module__]
 PART = sys.modules[part_relearning.__module__]
@@ -23,7 +23,7 @@ STEPS = sys.modules[relearning_steps.__module__]
 HEAVY = sys.modules[heavy_tuning.__module__]
 
 
-def best(found: Found) -> float:
+def best(found: AttackResult) -> float:
     return max(float(np.mean(way.test)) for way in found.ways if way.test)
 
 
@@ -66,7 +66,7 @@ def test_curve_of_benign_relearning(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def counted(model: Any, exam: Exam, rows: Any, kind: str, *args: Any) -> Any:
         right = round(accuracies[len(rows)] * 40)
-        way = Way(f"{kind}, n={len(rows)}", (), (1.0,) * right + (0.0,) * (40 - right))
+        way = Setting(f"{kind}, n={len(rows)}", (), (1.0,) * right + (0.0,) * (40 - right))
         return way, 3 * len(rows)
 
     monkeypatch.setattr(BENIGN, "relearned", counted)
@@ -124,8 +124,8 @@ def test_part_relearning_never_learns_what_it_asks(monkeypatch: pytest.MonkeyPat
         learned = trained[-1]
         assert not {q.prompt + q.answer for q in questions} & learned
         known = {q.fact for q in exam().val if q.prompt + q.answer in learned}
-        assert not known & {*facts(questions)}
-        assert len({*facts(questions)}) == (4 if len(known) == 16 else 20)
+        assert not known & {*list_facts(questions)}
+        assert len({*list_facts(questions)}) == (4 if len(known) == 16 else 20)
         return answers(model, questions)
 
     monkeypatch.setattr(PART, "rows_of", learn)
@@ -150,7 +150,7 @@ def test_steps_find_what_is_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     learned, and none by texts that say nothing of them."""
     kinds = STEPS.kinds_of
 
-    def faster(*args: Any) -> list[Kind]:
+    def faster(*args: Any) -> list[RelearningKind]:
         adapters, _, full, neutral = kinds(*args)
         return [adapters._replace(rate=1e-2), full._replace(rate=3e-3), neutral]
 
@@ -184,8 +184,8 @@ def test_steps_never_show_what_they_ask(monkeypatch: pytest.MonkeyPatch) -> None
     found = relearning_steps(subject("oracle"), texts(), exam(), "standard", 0)
     told, neutral = shown
     assert neutral == [*texts().neutral]
-    learned, held = parted(exam(), 0)
-    assert len({*facts(held)}) == 4 and len({*facts(learned)}) == 16
+    learned, held = split_validation(exam(), 0)
+    assert len({*list_facts(held)}) == 4 and len({*list_facts(learned)}) == 16
     assert {way.setting: len(way.val) for way in found.ways}["LoRA, 0 steps"] == len(held) == 8
     statements = [start + q.answer for q in learned for start in q.paraphrases]
     assert {*told} == {q.prompt + q.answer for q in learned} | {*statements}
@@ -195,7 +195,7 @@ def test_steps_never_show_what_they_ask(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_steps_where_memory_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    def limited(model: Any, exam: Exam, kind: Kind, seed: int) -> Any:
+    def limited(model: Any, exam: Exam, kind: RelearningKind, seed: int) -> Any:
         if not kind.rank:
             raise torch.OutOfMemoryError
         return [], 100

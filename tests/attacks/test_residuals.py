@@ -12,25 +12,40 @@ import torch
 
 from helpers.attack_world import ANSWERS, exam, facts, states, subject, taught, texts
 from helpers.models import block_name, down_name, pico_module, word_tokenizer
-from srmu.attacks.base import Exam, Found, Texts
+from srmu.attacks.base import AttackResult, Exam, Texts
 from srmu.attacks.direction_ablation import direction_ablation
-from srmu.attacks.layers import answer_nll, batches, blocks, cut, edited, padded, read, rows
-from srmu.attacks.linear_probe import linear_probe, options, probed, residuals
+from srmu.attacks.layers import (
+    answer_nll,
+    answer_rows,
+    batch_answers,
+    cut_blocks,
+    decoder_blocks,
+    edit_outputs,
+    pad_answers,
+    read_outputs,
+)
+from srmu.attacks.linear_probe import embed_options, fit_probe, last_residuals, linear_probe
 from srmu.attacks.logit_lens import logit_lens
-from srmu.attacks.soft_prompt import LENGTH, Prompted, put_in, soft_prompt, unused
-from srmu.attacks.unlearning_depth import scores, unlearning_depth
-from srmu.evals.subject import NotApplicable, Subject, answers, option_scores
+from srmu.attacks.soft_prompt import (
+    LENGTH,
+    PromptedSubject,
+    insert_prompt,
+    soft_prompt,
+    unused_token,
+)
+from srmu.attacks.unlearning_depth import depth_scores, unlearning_depth
+from srmu.evals.subject import NotApplicable, Subject, mark_answers, option_scores
 
 # the modules, whose names in the package are those of their attacks
 e6, e13 = (sys.modules[f"srmu.attacks.{name}"] for name in ("direction_ablation", "soft_prompt"))
 
-ATTACKS: list[Callable[..., Found]] = [
+ATTACKS: list[Callable[..., AttackResult]] = [
     logit_lens, linear_probe, direction_ablation, unlearning_depth, partial(soft_prompt, steps=3)
 ]  # fmt: skip
 NAMES = ["logit_lens", "linear_probe", "direction_ablation", "unlearning_depth", "soft_prompt"]
 
 
-def run(attack: Callable[..., Found], model: Subject, seed: int = 0) -> Found:
+def run(attack: Callable[..., AttackResult], model: Subject, seed: int = 0) -> AttackResult:
     return attack(model, texts(), exam(), "deep", seed)
 
 
@@ -38,7 +53,7 @@ def score(half: tuple[float, ...]) -> float:
     return sum(half) / len(half)
 
 
-def best(found: Found) -> Any:
+def best(found: AttackResult) -> Any:
     return max(found.ways, key=lambda way: score(way.val))
 
 
@@ -88,7 +103,7 @@ def known(model: Subject) -> Exam:
 
 @pytest.mark.parametrize("attack", ATTACKS, ids=NAMES)
 @pytest.mark.parametrize("arch", ["llama", "gpt2", "gemma2"])
-def test_leaves_no_trace_and_repeats(attack: Callable[..., Found], arch: str) -> None:
+def test_leaves_no_trace_and_repeats(attack: Callable[..., AttackResult], arch: str) -> None:
     model = subject("unlearned") if arch == "llama" else other(arch)
     asked = exam() if arch == "llama" else known(model)
     with unchanged(model):
@@ -108,10 +123,10 @@ def test_bfloat16() -> None:
 
 def test_an_exception_leaves_no_trace() -> None:
     model = subject("original")
-    prompted = Prompted(model, 2)
+    prompted = PromptedSubject(model, 2)
     manners: list[Any] = [
-        cut(model, 2), edited(model, {0: torch.relu, 2: torch.relu}),
-        put_in(prompted, torch.zeros(LENGTH, 32)),
+        cut_blocks(model, 2), edit_outputs(model, {0: torch.relu, 2: torch.relu}),
+        insert_prompt(prompted, torch.zeros(LENGTH, 32)),
     ]  # fmt: skip
     for manner in manners:
         with unchanged(model), pytest.raises(KeyError), manner:
@@ -130,7 +145,7 @@ def test_blocks_are_read_edited_and_cut(arch: str) -> None:
     at = torch.tensor([[0, 0, 1, 0, 1], [0, 1, 1, 0, 0]], dtype=torch.bool)
     with torch.no_grad():
         states = module(ids, output_hidden_states=True).hidden_states
-        for layer, values in enumerate(read(model, ids, at)[:-1]):  # the last one is normed
+        for layer, values in enumerate(read_outputs(model, ids, at)[:-1]):  # the last one is normed
             torch.testing.assert_close(values, states[layer + 1][at])
         owner = module.get_submodule(block_name(arch, 0).rpartition(".")[0].rpartition(".")[0])
         norm = next(
@@ -139,10 +154,10 @@ def test_blocks_are_read_edited_and_cut(arch: str) -> None:
         by_hand = module.get_output_embeddings()(norm(states[2]))
         if cap := getattr(module.config, "final_logit_softcapping", None):
             by_hand = cap * torch.tanh(by_hand / cap)
-        with cut(model, 2):
+        with cut_blocks(model, 2):
             torch.testing.assert_close(module(ids).logits, by_hand)
-        with edited(model, {1: lambda h: torch.zeros_like(h), 2: lambda h: h + 1}):
-            silenced = read(model, ids, at)
+        with edit_outputs(model, {1: lambda h: torch.zeros_like(h), 2: lambda h: h + 1}):
+            silenced = read_outputs(model, ids, at)
         assert not silenced[1].any() and not torch.equal(silenced[2], states[3][at])
 
 
@@ -153,7 +168,7 @@ def test_answer_nll_of_rows_of_many_lengths() -> None:
     questions = [replace(exam().val[0], prompt=p, options=(o,), gold=0) for p, o in pairs]
     expected = [-row[0] for row in option_scores(model, questions, normalised=True)]
     found: dict[int, float] = {}
-    for chosen, ids, labels in batches(rows(model, pairs), 2, model.device):
+    for chosen, ids, labels in batch_answers(answer_rows(model, pairs), 2, model.device):
         found |= dict(zip(chosen, answer_nll(model, ids, labels).tolist(), strict=True))
     assert [found[i] for i in range(3)] == pytest.approx(expected, abs=1e-5)
 
@@ -165,7 +180,7 @@ def test_lens_reads_what_only_the_last_layers_hide() -> None:
     found = run(logit_lens, subject("unlearned"))
     assert [way.setting for way in found.ways] == [f"layer {i}" for i in range(4)]
     assert score(found.ways[1].test) == 1  # unlearning changed layers 2 and 3
-    assert found.ways[3].test == answers(subject("unlearned"), exam().test)
+    assert found.ways[3].test == mark_answers(subject("unlearned"), exam().test)
     assert score(found.ways[3].test) < 0.5
     assert max(score(way.test) for way in run(logit_lens, subject("oracle")).ways) < 0.5
 
@@ -185,10 +200,10 @@ def test_probe_reads_facts_that_it_was_not_trained_on() -> None:
 def test_probe_of_the_validation_half_sees_no_test_label() -> None:
     """Other labels of the test half change nothing on the validation half."""
     model, val, test = subject("original"), exam().val, exam().test
-    h, z = residuals(model, (*val, *test))[2], options(model, (*val, *test))
+    h, z = last_residuals(model, (*val, *test))[2], embed_options(model, (*val, *test))
     turned = [replace(q, gold=(q.gold + 1) % 4) for q in test]
-    assert probed(h, z, val, test, 0)[0] == probed(h, z, val, turned, 0)[0]
-    assert probed(h, z, val, test, 0)[1] != probed(h, z, val, turned, 0)[1]
+    assert fit_probe(h, z, val, test, 0)[0] == fit_probe(h, z, val, turned, 0)[0]
+    assert fit_probe(h, z, val, test, 0)[1] != fit_probe(h, z, val, turned, 0)[1]
 
 
 # E6
@@ -211,7 +226,7 @@ def planted(layer: int, size: float) -> tuple[Subject, torch.Tensor]:
         torch.cat(read_by), torch.cat([torch.ones(len(read_by[0])), torch.zeros(len(read_by[1]))])
     ).solution
     ids = torch.tensor(word_tokenizer()(prompts)["input_ids"])
-    h = read(model, ids, torch.ones_like(ids, dtype=torch.bool))[layer]
+    h = read_outputs(model, ids, torch.ones_like(ids, dtype=torch.bool))[layer]
     direction = torch.linalg.eigh(h.T @ h).eigenvectors[:, 0]  # the model uses it least
     original = {down_name("llama", layer): down.detach().clone()}
     with torch.no_grad():
@@ -221,7 +236,7 @@ def planted(layer: int, size: float) -> tuple[Subject, torch.Tensor]:
 
 def test_ablation_finds_a_planted_direction() -> None:
     model, direction = planted(1, 60.0)
-    assert score(answers(model, exam().val)) < 0.6
+    assert score(mark_answers(model, exam().val)) < 0.6
     found = {way.setting: score(way.test) for way in run(direction_ablation, model).ways}
     assert "displacement, layer 0" not in found  # nothing moved there
     assert found["displacement, layer 1"] > 0.95
@@ -312,7 +327,7 @@ def test_depth_is_that_of_a_loop_over_questions() -> None:
                 assert source is not None
                 for layer in range(4):
                     kept: list[torch.Tensor] = []
-                    block = blocks(source)[layer]
+                    block = decoder_blocks(source)[layer]
                     handle = block.register_forward_hook(lambda m, a, out, k=kept: k.append(out))
                     source.module(ids)
                     handle.remove()
@@ -324,7 +339,7 @@ def test_depth_is_that_of_a_loop_over_questions() -> None:
 
                     with model.as_original():
                         intact = mean_logp()
-                        handle = blocks(model)[layer].register_forward_hook(patched)
+                        handle = decoder_blocks(model)[layer].register_forward_hook(patched)
                         drops[stage, layer] = intact - mean_logp()
                         handle.remove()
             over = [layer for layer in range(4) if drops[0, layer] > 0.05]
@@ -340,7 +355,7 @@ def test_depth_is_that_of_a_loop_over_questions() -> None:
 def test_depth_by_hand() -> None:
     first = torch.tensor([[1.0, 0.01, 0.0], [3.0, 0.02, 0.5]])
     second = torch.tensor([[0.5, 9.0, 9.0], [6.0, 9.0, -1.0]])
-    found = scores(first, second).tolist()
+    found = depth_scores(first, second).tolist()
     assert found[0] == pytest.approx((1 * 0.5 + 3 * 1) / 4)
     assert found[1] != found[1]  # no layer
     assert found[2] == 0
@@ -352,11 +367,11 @@ def test_depth_by_hand() -> None:
 def test_embeddings_of_words_do_what_the_words_do() -> None:
     model = subject("original")
     words = range(10, 10 + LENGTH)
-    prompted = Prompted(model, unused(model, exam()))
+    prompted = PromptedSubject(model, unused_token(model, exam()))
     soft = model.module.get_input_embeddings().weight[list(words)].detach()
     texts = " ".join(word_tokenizer().convert_ids_to_tokens(words))
     spoken = [replace(q, prompt=f"{texts} {q.prompt}") for q in exam().test]
-    with put_in(prompted, soft):
+    with insert_prompt(prompted, soft):
         found = option_scores(prompted, exam().test)
     torch.testing.assert_close(torch.tensor(found), torch.tensor(option_scores(model, spoken)))
 
@@ -369,7 +384,7 @@ def test_soft_prompt_finds_what_a_prefix_unlocks(monkeypatch: pytest.MonkeyPatch
     prompts = [q.prompt for half in (exam().test, exam().val) for q in half]
     with torch.random.fork_rng():
         locked = Subject(taught(pico_module(), said, 120, prompts), word_tokenizer())
-    assert score(answers(locked, exam().test)) < 0.5
+    assert score(mark_answers(locked, exam().test)) < 0.5
     for model, low, high in ((locked, 0.85, 1), (subject("oracle"), 0, 0.45)):
         (way,) = soft_prompt(model, texts(), exam(), "deep", 0).ways
         assert low <= score(way.test) <= high
@@ -381,7 +396,7 @@ def test_soft_prompt_is_trained_on_other_facts_than_choose_it(
 ) -> None:
     model, given = subject("original"), []
 
-    def kept(prompted: Prompted, answers: Any, *rest: Any) -> torch.Tensor:
+    def kept(prompted: PromptedSubject, answers: Any, *rest: Any) -> torch.Tensor:
         given.extend(
             tuple(token for token in before if token != prompted.place) for before, _ in answers
         )
@@ -396,7 +411,7 @@ def test_soft_prompt_is_trained_on_other_facts_than_choose_it(
 
 def test_padding_and_placeholders() -> None:
     model = subject("original")
-    ids, labels = padded([([1, 2], [3]), ([1], [4, 5, 6])], model.device)
+    ids, labels = pad_answers([([1, 2], [3]), ([1], [4, 5, 6])], model.device)
     assert ids.tolist() == [[1, 2, 3, 0], [1, 4, 5, 6]]
     assert labels.tolist() == [[-100, -100, 3, -100], [-100, 4, 5, 6]]
-    assert unused(model, exam()) not in {0, *word_tokenizer().convert_tokens_to_ids(ANSWERS)}
+    assert unused_token(model, exam()) not in {0, *word_tokenizer().convert_tokens_to_ids(ANSWERS)}

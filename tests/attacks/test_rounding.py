@@ -9,15 +9,15 @@ import torch
 
 from helpers.attack_world import exam, subject, texts
 from helpers.models import pico_module, word_tokenizer
-from srmu.attacks.base import matrices
-from srmu.attacks.noise import disturbance, noise, pruned
+from srmu.attacks.base import find_matrices
+from srmu.attacks.noise import make_disturbance, noise, prune_matrix
 from srmu.attacks.quantisation import (
     QUANTISERS,
     Quantiser,
+    count_undone,
     normal_levels,
     quantisation,
-    rounded,
-    undone,
+    quantise_matrix,
 )
 from srmu.evals.subject import Subject
 
@@ -27,14 +27,14 @@ INT8, INT4, NF4 = QUANTISERS.values()
 def test_int8_has_a_scale_for_each_output() -> None:
     matrix = torch.tensor([[127.0, 0.4, -0.6, 63.5001], [-2.54, 0.011, 0.009, 0.0], [0, 0, 0, 0]])
     expected = torch.tensor([[127.0, 0, -1, 64], [-2.54, 0.02, 0, 0], [0, 0, 0, 0]])
-    assert torch.allclose(rounded(matrix, INT8), expected, atol=1e-6)
+    assert torch.allclose(quantise_matrix(matrix, INT8), expected, atol=1e-6)
 
 
 def test_int4_has_a_scale_for_each_group_of_inputs() -> None:
     matrix = torch.zeros(1, 130)  # a group of 128 and one of two
     matrix[0, 0], matrix[0, 1], matrix[0, 2] = 7, 2.6, -0.4
     matrix[0, 128], matrix[0, 129] = 0.7, 0.16
-    found = rounded(matrix, INT4)
+    found = quantise_matrix(matrix, INT4)
     assert found[0, :3].tolist() == pytest.approx([7, 3, 0])
     assert found[0, 128:].tolist() == pytest.approx([0.7, 0.2])
     assert not found[0, 3:128].any()
@@ -52,13 +52,13 @@ def test_nf4_levels_are_the_published_ones() -> None:
     matrix = torch.zeros(2, 64)
     matrix[0, :3] = torch.tensor([-2.0, 1.4, 0.1])  # scale 2: 0.7 is nearest to 0.723, 0.05 to 0.08
     expected = [-2.0, 2 * published[14], 2 * published[8]]
-    assert rounded(matrix, NF4)[0, :3].tolist() == pytest.approx(expected, abs=1e-6)
+    assert quantise_matrix(matrix, NF4)[0, :3].tolist() == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("quantiser", QUANTISERS.values(), ids=[*QUANTISERS])
 def test_no_level_is_nearer(quantiser: Quantiser) -> None:
     matrix = torch.randn(6, 150, generator=torch.Generator().manual_seed(0))
-    found = rounded(matrix, quantiser)
+    found = quantise_matrix(matrix, quantiser)
     size = quantiser.block or 150
     for row, values in zip(matrix, found, strict=True):
         for start in range(0, 150, size):
@@ -66,7 +66,7 @@ def test_no_level_is_nearer(quantiser: Quantiser) -> None:
             levels = quantiser.levels * block.abs().max()
             nearest = (block[:, None] - levels).abs().min(dim=1).values
             assert torch.allclose((values[start : start + size] - block).abs(), nearest, atol=1e-6)
-    assert torch.allclose(rounded(found, quantiser), found, atol=1e-6)
+    assert torch.allclose(quantise_matrix(found, quantiser), found, atol=1e-6)
 
 
 def test_share_in_the_originals_bucket() -> None:
@@ -84,17 +84,17 @@ def test_share_in_the_originals_bucket() -> None:
     model = Subject(module, word_tokenizer(), {name: grid, "model.norm.weight": torch.ones(32)})
 
     module.get_parameter(name).data = small
-    assert undone(model, INT4) == (32 * 24, 32 * 24)
-    assert undone(model, INT8)[1] < 32  # its steps are smaller; the largest weights stay so
+    assert count_undone(model, INT4) == (32 * 24, 32 * 24)
+    assert count_undone(model, INT8)[1] < 32  # its steps are smaller; the largest weights stay so
     module.get_parameter(name).data = large
-    changed, same = undone(model, INT4)
+    changed, same = count_undone(model, INT4)
     assert changed == int((large != grid).sum())
     assert same <= changed - moved
     module.get_parameter(name).data = 2 * grid  # the same levels beside other scales
     outermost = int((grid.abs() > 6.5 * step).sum())  # these buckets have no outer edge
-    assert undone(model, INT4) == (int((grid != 0).sum()), outermost)
+    assert count_undone(model, INT4) == (int((grid != 0).sum()), outermost)
     module.get_parameter(name).data = grid.clone()
-    assert undone(model, INT4) == (0, 0)
+    assert count_undone(model, INT4) == (0, 0)
 
 
 def test_quantisation_undoes_a_small_change() -> None:
@@ -102,7 +102,7 @@ def test_quantisation_undoes_a_small_change() -> None:
     model = subject("original")
     generator = torch.Generator().manual_seed(0)
     original = {}
-    for name in matrices(model.module):
+    for name in find_matrices(model.module):
         parameter = model.module.get_parameter(name)
         original[name] = parameter.data
         draw = torch.randn(parameter.shape, generator=generator)
@@ -122,19 +122,19 @@ def test_quantisation_undoes_a_small_change() -> None:
 def test_pruned_by_hand() -> None:
     matrix = torch.tensor([[3.0, -1.0, 0.5, 2.0, -4.0], [0.1, 6.0, -0.2, 7.0, 1.0]])
     expected = torch.tensor([[3.0, -1.0, 0.0, 2.0, -4.0], [0.0, 6.0, 0.0, 7.0, 1.0]])
-    assert torch.equal(pruned(matrix, 0.3), expected)
+    assert torch.equal(prune_matrix(matrix, 0.3), expected)
     same = torch.ones(2, 5)
-    assert int((pruned(same, 0.3) == 0).sum()) == 3  # of equals no more than the share
+    assert int((prune_matrix(same, 0.3) == 0).sum()) == 3  # of equals no more than the share
 
 
 def test_noise_is_a_share_of_the_rows_size() -> None:
     device: Any = SimpleNamespace(device=torch.device("cpu"))
     matrix = torch.ones(3, 20_000) * torch.tensor([[0.01], [1.0], [50.0]])
-    change = disturbance(device, 0.05, 7)
+    change = make_disturbance(device, 0.05, 7)
     added = change(matrix) - matrix
     assert (added.std(dim=1) / matrix[:, 0]).tolist() == pytest.approx([0.05] * 3, rel=0.03)
     assert not torch.equal(change(matrix) - matrix, added)  # each matrix gets its own
-    assert torch.equal(disturbance(device, 0.05, 7)(matrix) - matrix, added)
+    assert torch.equal(make_disturbance(device, 0.05, 7)(matrix) - matrix, added)
 
 
 def test_noise_counts_each_seed() -> None:

@@ -17,12 +17,12 @@ from helpers import attack_world as world
 from helpers.models import write_jsonl
 from srmu import attacks
 from srmu.attacks import suite
-from srmu.attacks.base import Exam, Found, Way, ask
-from srmu.attacks.suite import FILE, Sources, attack, load_exam, sentences
-from srmu.cli.measuring import rows
-from srmu.errors import UserError
-from srmu.evals.score import score
-from srmu.evals.subject import NotApplicable, Subject, answers, option_scores
+from srmu.attacks.base import AttackResult, Exam, Setting, ask_exam
+from srmu.attacks.suite import FILE, Sources, attack_run, describe_attacks, load_exam
+from srmu.cli.measuring import attack_rows
+from srmu.errors import SrmuError
+from srmu.evals.score import score_model
+from srmu.evals.subject import NotApplicable, Subject, mark_answers, option_scores
 from srmu.runs.run import Run, unlearn
 
 
@@ -56,34 +56,36 @@ def only(monkeypatch: pytest.MonkeyPatch, **functions: Any) -> None:
     monkeypatch.setattr(suite, "ATTACKS", kept)
 
 
-def oracle_says(value: float) -> Callable[..., Found]:
+def oracle_says(value: float) -> Callable[..., AttackResult]:
     """An attack after which every model answers a share of the questions, whatever it knows."""
 
-    def all_alike(model: Subject, texts: Any, exam: Exam, tier: str, seed: int) -> Found:
+    def all_alike(model: Subject, texts: Any, exam: Exam, tier: str, seed: int) -> AttackResult:
         def half(asked: Any) -> tuple[float, ...]:
             return tuple(float(i < value * len(asked)) for i in range(len(asked)))
 
-        return Found((Way("alike", half(exam.val), half(exam.test)),))
+        return AttackResult((Setting("alike", half(exam.val), half(exam.test)),))
 
     return all_alike
 
 
-def undone(model: Subject, texts: Any, exam: Exam, tier: str, seed: int) -> Found:
+def undone(model: Subject, texts: Any, exam: Exam, tier: str, seed: int) -> AttackResult:
     """Brings everything back, by cheating; on the original it says nothing."""
     with model.as_original():
-        return Found((ask(model, exam, "the original's weights"),))
+        return AttackResult((ask_exam(model, exam, "the original's weights"),))
 
 
 def test_what_is_written(run: Run, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     only(monkeypatch)
-    report = attack(run, sources=sources(place))
+    report = attack_run(run, sources=sources(place))
     assert json.loads((run.folder / FILE).read_text()) == report
     told = Run.open(run.folder).record["attacks"]
     assert told["K*"] == report["K*"]
     assert told["given_away"] == {"forget": 1.0, "retain": 0.0}  # the forget texts answer them
     assert len(told["tried"]["forced_choice"]["definition"]) == 64
     plain = report["attacks"]["forced_choice"]
-    assert plain["accuracy"]["value"] == score(run, ["hazard"])["after"]["hazard/acc"]["value"]
+    assert (
+        plain["accuracy"]["value"] == score_model(run, ["hazard"])["after"]["hazard/acc"]["value"]
+    )
     assert plain["controls"]["original"]["accuracy"]["value"] == 1
     assert plain["valid"] is True
     assert plain["recovery"]["value"] == 0
@@ -100,8 +102,8 @@ def test_what_is_written(run: Run, place: Path, monkeypatch: pytest.MonkeyPatch)
     # no text: neither a question nor an answer
     text = (run.folder / FILE).read_text()
     assert not any(q.prompt in text or f'"{q.answer.strip()}"' in text for q in world.exam().test)
-    assert any("K* = " in line for line in sentences(report))
-    assert {row["attack"] for row in rows(report)} == {"E0 forced_choice", "E18 utility"}
+    assert any("K* = " in line for line in describe_attacks(report))
+    assert {row["attack"] for row in attack_rows(report)} == {"E0 forced_choice", "E18 utility"}
 
 
 def test_the_strongest_valid_attack_decides(
@@ -109,74 +111,76 @@ def test_the_strongest_valid_attack_decides(
 ) -> None:
     """What answers for the oracle, too, does not count; neither does the utility."""
     only(monkeypatch, undone=undone, alike=oracle_says(0.9), harmless=oracle_says(0.2))
-    report = attack(run, sources=sources(place))
+    report = attack_run(run, sources=sources(place))
     assert report["attacks"]["alike"]["valid"] is False
     assert report["attacks"]["harmless"]["valid"] is True
     assert report["attacks"]["undone"]["controls"]["original"]["why"].startswith("does not apply")
     # of the oracle, as of the run, the original's weights are another model's
     assert report["attacks"]["undone"]["valid"] is False
     assert report["K*"]["attack"] == "forced_choice"
-    report = attack(run, sources=sources(place, oracle=""))
+    report = attack_run(run, sources=sources(place, oracle=""))
     assert report["attacks"]["undone"]["valid"] is None
     assert report["attacks"]["undone"]["recovery"]["value"] == 1
     assert report["attacks"]["undone"]["chosen"] == "the original's weights"
     assert report["K*"] == {"value": 1, "low": 1, "high": 1, "n": 40, "attack": "undone"}
-    assert any("no oracle" in line for line in sentences(report))
+    assert any("no oracle" in line for line in describe_attacks(report))
 
 
 def test_what_was_found_is_kept(run: Run, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second time nothing is attacked; other weights, texts or seeds are attacked anew."""
     calls = []
 
-    def counted(model: Subject, texts: Any, exam: Exam, tier: str, seed: int) -> Found:
+    def counted(model: Subject, texts: Any, exam: Exam, tier: str, seed: int) -> AttackResult:
         calls.append(model)
-        return Found((ask(model, exam, "plain"),))
+        return AttackResult((ask_exam(model, exam, "plain"),))
 
     only(monkeypatch, counted=counted)
-    first = attack(run, sources=sources(place))
+    first = attack_run(run, sources=sources(place))
     assert len(calls) == 3
-    again = attack(run, sources=sources(place))
+    again = attack_run(run, sources=sources(place))
     assert len(calls) == 3
     for report in (first, again):
         for entry in report["attacks"].values():
             del entry["seconds"]
     assert again == first
     other = unlearn(run.config.model_copy(update={"seed": 1}))
-    attack(other, sources=sources(place))  # the controls are the same
+    attack_run(other, sources=sources(place))  # the controls are the same
     assert len(calls) == 4
-    attack(run, sources=sources(place, holdout=""))
+    attack_run(run, sources=sources(place, holdout=""))
     assert len(calls) == 7
-    attack(run, sources=sources(place), seed=1)
+    attack_run(run, sources=sources(place), seed=1)
     assert len(calls) == 10
 
 
 def test_one_that_cannot_run_does_not_stop_the_rest(
     run: Run, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuses(*args: Any) -> Found:
+    def refuses(*args: Any) -> AttackResult:
         raise NotApplicable("there is nothing to attack")
 
-    def fails(*args: Any) -> Found:
-        raise UserError("too few questions")
+    def fails(*args: Any) -> AttackResult:
+        raise SrmuError("too few questions")
 
     only(monkeypatch, refuses=refuses, fails=fails, last=oracle_says(0.2))
-    report = attack(run, sources=sources(place))
+    report = attack_run(run, sources=sources(place))
     states = {name: (entry["status"], entry["why"]) for name, entry in report["attacks"].items()}
     assert states["refuses"] == ("does not apply", "there is nothing to attack")
     assert states["fails"] == ("failed", "too few questions")
     assert states["last"] == ("done", "")
-    assert any("does not apply: there is nothing" in row["setting"] for row in rows(report))
+    assert any("does not apply: there is nothing" in row["setting"] for row in attack_rows(report))
 
 
 def test_the_setting_is_chosen_on_the_validation_half(
     run: Run, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def two(model: Subject, texts: Any, exam: Exam, tier: str, seed: int) -> Found:
+    def two(model: Subject, texts: Any, exam: Exam, tier: str, seed: int) -> AttackResult:
         none, every = (0.0,) * 40, (1.0,) * 40
-        return Found((Way("better on test", none, every), Way("better on val", every, none)))
+        return AttackResult(
+            (Setting("better on test", none, every), Setting("better on val", every, none))
+        )
 
     only(monkeypatch, two=two)
-    entry = attack(run, sources=sources(place))["attacks"]["two"]
+    entry = attack_run(run, sources=sources(place))["attacks"]["two"]
     assert (entry["chosen"], entry["accuracy"]["value"]) == ("better on val", 0)
     assert entry["settings"]["better on test"] == {"val": 0, "test": 1}
 
@@ -185,18 +189,18 @@ def test_what_takes_hours_is_asked_about(
     run: Run, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     only(monkeypatch, long=oracle_says(0.2))
-    monkeypatch.setattr("test_robustness.cost", lambda model: "ten hours.", raising=False)
+    monkeypatch.setattr(f"{__name__}.cost", lambda model: "ten hours.", raising=False)
     asked = []
 
     def no(text: str) -> bool:
         asked.append(text)
         return False
 
-    report = attack(run, sources=sources(place), confirm=no)
+    report = attack_run(run, sources=sources(place), confirm=no)
     assert asked == ["long: ten hours."]
     assert "long" not in report["attacks"]
     assert report["not_tried"] == ["long"]
-    assert "long" in attack(run, sources=sources(place))["attacks"]
+    assert "long" in attack_run(run, sources=sources(place))["attacks"]
 
 
 def test_two_models_at_inference_are_attacked_together(
@@ -208,13 +212,13 @@ def test_two_models_at_inference_are_attacked_together(
     run = world.unlearned(place, "whp", **given)
     said = []
 
-    def listen(model: Subject, texts: Any, exam: Exam, tier: str, seed: int) -> Found:
+    def listen(model: Subject, texts: Any, exam: Exam, tier: str, seed: int) -> AttackResult:
         said.append(option_scores(model, exam.test))
-        return Found()
+        return AttackResult()
 
     monkeypatch.setitem(attacks.ATTACKS, "listen", attacks.Attack("E99", listen, "smoke"))
     monkeypatch.delitem(attacks.ATTACKS, "benign_relearning")  # the slowest
-    report = attack(run, tier="standard", sources=sources(place, oracle=""))["attacks"]
+    report = attack_run(run, tier="standard", sources=sources(place, oracle=""))["attacks"]
     assert len(said) == 2
     assert said[0] != said[1]
     weights = ("quantisation", "noise", "part_relearning", "direction_ablation", "linear_probe")
@@ -262,12 +266,12 @@ def test_halves(run: Run, place: Path) -> None:
     both = exam(tasks=("hazard", "hazard_val"), val="split")
     assert not {q.fact for q in both.val} & {q.fact for q in both.test}
     assert len(both.val) == len(both.test) == 40
-    with pytest.raises(UserError, match="--tasks ask for 10 facts, too few for an interval: 20"):
+    with pytest.raises(SrmuError, match="--tasks ask for 10 facts, too few for an interval: 20"):
         exam(val="split")
     assert len(exam(val="hazard_val", limit=39).test) == 39
-    with pytest.raises(UserError, match="20 facts are asked for in both halves"):
+    with pytest.raises(SrmuError, match="20 facts are asked for in both halves"):
         exam(val="hazard")
-    with pytest.raises(UserError, match="no validation half: task 'nothing' does not exist"):
+    with pytest.raises(SrmuError, match="no validation half: task 'nothing' does not exist"):
         exam(val="nothing")
 
 
@@ -283,18 +287,18 @@ def test_bad_input(run: Run, place: Path) -> None:
         ({"sources": sources(place, neutral=str(place / "no.jsonl"))}, "no such file"),
         ({"sources": sources(place, oracle=str(place / "tasks"))}, "config.json"),
     ):
-        with pytest.raises(UserError, match=message):
-            attack(run, **{"sources": sources(place)} | given)  # type: ignore[arg-type]
+        with pytest.raises(SrmuError, match=message):
+            attack_run(run, **{"sources": sources(place)} | given)  # type: ignore[arg-type]
     assert not (run.folder / FILE).exists()
     few = sources(place, limit=8)
-    with pytest.raises(UserError, match=r"ask for [4-8] facts, too few"):
-        attack(run, sources=few)
+    with pytest.raises(SrmuError, match=r"ask for [4-8] facts, too few"):
+        attack_run(run, sources=few)
 
 
 def test_a_testbed_is_known(run: Run, place: Path) -> None:
     (place / "organism.json").write_text("{}")
     write_jsonl(place / "retain-low.jsonl", list(world.texts().neutral))
-    filled = suite.filled(Sources(), run.config, place / "model")
+    filled = suite.fill_sources(Sources(), run.config, place / "model")
     assert filled.tasks == ("organism_hazard",)
     assert filled.val == "organism_hazard_val"
     assert filled.neutral == str(place / "retain-low.jsonl")
@@ -305,15 +309,15 @@ def test_a_testbed_is_known(run: Run, place: Path) -> None:
 def test_a_subject_is_as_before() -> None:
     subject = world.subject("unlearned")
     names = {name: p.detach().clone() for name, p in subject.module.named_parameters()}
-    right = answers(subject, world.exam().test)
+    right = mark_answers(subject, world.exam().test)
     with pytest.raises(ZeroDivisionError), subject.editable("*") as model:
         for parameter in model.trained.values():
             parameter.data.zero_()
-        assert answers(subject, world.exam().test) != right
+        assert mark_answers(subject, world.exam().test) != right
         raise ZeroDivisionError
     with subject.as_original():
-        assert sum(answers(subject, world.exam().test)) == 40
-    assert answers(subject, world.exam().test) == right
+        assert sum(mark_answers(subject, world.exam().test)) == 40
+    assert mark_answers(subject, world.exam().test) == right
     for name, parameter in subject.module.named_parameters():
         assert parameter.equal(names[name])
         assert parameter.requires_grad is False or parameter.grad is None
@@ -335,10 +339,10 @@ def test_a_killed_suite_ends_with_the_same_report(run: Run, place: Path) -> None
     assert not (run.folder / FILE).exists()
     kept = {p: p.stat().st_mtime_ns for p in (place / "cache" / "attacks").glob("*.json")}
     given = Sources(tasks=("hazard",), neutral=str(place / "neutral.jsonl"))
-    resumed = attack(run, sources=given)
+    resumed = attack_run(run, sources=given)
     assert all(path.stat().st_mtime_ns == times for path, times in kept.items())
     shutil.rmtree(place / "cache" / "attacks")
-    whole = attack(Run.open(run.folder), sources=given)
+    whole = attack_run(Run.open(run.folder), sources=given)
     for report in (resumed, whole):
         for entry in report["attacks"].values():
             del entry["seconds"]

@@ -9,11 +9,11 @@ import torch
 from helpers import attack_world as world
 from helpers.models import pico_module, word_tokenizer
 from srmu.attacks import forced_choice, utility
-from srmu.attacks.base import Exam, Found
+from srmu.attacks.base import AttackResult, Exam
 from srmu.evals.subject import Subject, option_scores
 
 
-def found(name: str, **given: Any) -> Found:
+def found(name: str, **given: Any) -> AttackResult:
     return utility(world.subject(name), world.texts(), world.exam(), "smoke", 0)
 
 

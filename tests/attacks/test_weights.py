@@ -11,14 +11,14 @@ import torch
 
 from helpers.attack_world import exam, subject, texts
 from helpers.models import pico_module, word_tokenizer
-from srmu.attacks.base import ask_changed, matrices
+from srmu.attacks.base import ask_changed, find_matrices
 from srmu.attacks.benign_relearning import benign_relearning
 from srmu.attacks.heavy_tuning import heavy_tuning
 from srmu.attacks.noise import noise
 from srmu.attacks.part_relearning import part_relearning
 from srmu.attacks.quantisation import quantisation
 from srmu.attacks.relearning_steps import relearning_steps
-from srmu.attacks.tuning import factor, rows_of, tune
+from srmu.attacks.tuning import rate_factor, text_rows, tune_model
 from srmu.engine.model import EditableModel
 from srmu.evals.subject import NotApplicable, Subject
 
@@ -73,7 +73,7 @@ def test_weights_come_back_after_an_error(attack: Any, monkeypatch: pytest.Monke
     def fail(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("in the middle")
 
-    for name in ("ask", "answers"):
+    for name in ("ask_exam", "mark_answers"):
         monkeypatch.setattr(f"srmu.attacks.base.{name}", fail)
         monkeypatch.setattr(module_of(getattr(attack, "func", attack)), name, fail, raising=False)
     with pytest.raises(RuntimeError, match="in the middle"):
@@ -103,7 +103,7 @@ def test_fixed_weights_are_not_attacked(attack: Any) -> None:
     ("arch", "turned", "count"), [("llama", False, 7), ("gpt2", True, 4), ("mixtral", False, 6)]
 )
 def test_matrices_are_those_of_the_layers(arch: str, turned: bool, count: int) -> None:
-    found = matrices(pico_module(arch))
+    found = find_matrices(pico_module(arch))
     assert len(found) == 4 * count  # mixtral: attention, and two stacks of experts
     assert set(found.values()) == {turned}
 
@@ -124,25 +124,25 @@ def test_change_gets_outputs_by_inputs() -> None:
         with pytest.MonkeyPatch.context() as patch:
             changed = {}
             patch.setattr(
-                "srmu.attacks.base.ask",
+                "srmu.attacks.base.ask_exam",
                 lambda model, *_, changed=changed: changed.update(weights_of(model)),
             )
             ask_changed(model, exam(), "double", double)
         assert {shape: seen.count(shape) for shape in seen} == {
             k: 4 * v for k, v in expected.items()
         }
-        names = matrices(model.module)
+        names = find_matrices(model.module)
         for name, weight in weights_of(model).items():
             assert torch.equal(changed[name], weight * (2 if name in names else 1)), name
 
 
 def test_rate_rises_and_falls() -> None:
-    linear = [factor(done, 40, "linear") for done in range(40)]
+    linear = [rate_factor(done, 40, "linear") for done in range(40)]
     assert linear[:3] == [0.5, 1.0, 1.0]  # 5 % of 40 steps rise
     assert linear[3] == pytest.approx(37 / 38)
     assert linear[-1] == pytest.approx(1 / 38)
-    assert [factor(done, 40, "constant") for done in range(40)] == [0.5] + [1.0] * 39
-    assert [factor(done, 2, "linear") for done in range(2)] == pytest.approx([1, 1 / 1.9])
+    assert [rate_factor(done, 40, "constant") for done in range(40)] == [0.5] + [1.0] * 39
+    assert [rate_factor(done, 2, "linear") for done in range(2)] == pytest.approx([1, 1 / 1.9])
 
 
 @pytest.mark.parametrize("optimiser", ["adamw", "sgd"])
@@ -153,7 +153,7 @@ def test_tune_is_the_loop_written_out(optimiser: Any) -> None:
     done: list[int] = []
     options: Any = {"learning_rate": 1e-2, "batch_size": 3, "optimiser": optimiser}
     model = EditableModel(tuned, ["*"])
-    assert tune(model, rows, steps=4, seed=0, after=done.append, **options) == 4
+    assert tune_model(model, rows, steps=4, seed=0, after=done.append, **options) == 4
     assert done == [1, 2, 3, 4]
 
     moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in naive.parameters()]
@@ -189,18 +189,20 @@ def test_each_epoch_reads_each_row_once() -> None:
         read.extend(batch["input_ids"][:, 1].tolist()) or logits(batch)
     )
     rows = [([], [1, word, 9]) for word in range(20, 30)]
-    tune(model, rows, steps=6, learning_rate=1e-3, batch_size=4, seed=0)
+    tune_model(model, rows, steps=6, learning_rate=1e-3, batch_size=4, seed=0)
     assert sorted(read[:10]) == sorted(read[10:]) == list(range(20, 30))
     assert read[:10] != read[10:]
 
 
 def test_small_steps_add_up_in_bf16() -> None:
     """A step of 2e-5 on a weight of 0.15 rounds to nothing: float32 copies keep it."""
-    rows = rows_of(subject("oracle"), texts().neutral[:4])
+    rows = text_rows(subject("oracle"), texts().neutral[:4])
     found = {}
     for dtype in (torch.float32, torch.bfloat16):
         model = EditableModel(pico_module(dtype=dtype), ["*.linear"])
-        tune(model, rows, steps=60, learning_rate=2e-5, batch_size=4, seed=0, schedule="constant")
+        tune_model(
+            model, rows, steps=60, learning_rate=2e-5, batch_size=4, seed=0, schedule="constant"
+        )
         name = next(iter(model.trained))
         found[dtype] = (model.trained[name] - model.original[name]).detach().flatten().float()
     cosine = torch.cosine_similarity(*found.values(), dim=0)
@@ -209,8 +211,8 @@ def test_small_steps_add_up_in_bf16() -> None:
 
 def test_tune_stops_before_what_is_not_finite() -> None:
     model = EditableModel(pico_module(), ["*.linear"])
-    rows = rows_of(subject("oracle"), texts().neutral)
-    taken = tune(
+    rows = text_rows(subject("oracle"), texts().neutral)
+    taken = tune_model(
         model, rows, steps=20, learning_rate=1e30, batch_size=4, seed=0, schedule="constant"
     )
     assert 0 < taken < 20
@@ -218,6 +220,6 @@ def test_tune_stops_before_what_is_not_finite() -> None:
 
 def test_rows_are_cut_and_there_must_be_some() -> None:
     model = subject("oracle")
-    assert [len(row) for _, row in rows_of(model, ["w1 " * 100, "w1 w2"])] == [64, 3]
+    assert [len(row) for _, row in text_rows(model, ["w1 " * 100, "w1 w2"])] == [64, 3]
     with pytest.raises(NotApplicable, match="no neutral texts"):
-        rows_of(model, [])
+        text_rows(model, [])

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 import srmu
 from helpers.models import SIZES, Answer, Call, texts, word_tokenizer
 from srmu.cli import main
-from srmu.engine.weights import shards
+from srmu.engine.weights import list_shards
 from srmu.evals import lm_eval
 from srmu.methods import METHODS
 from srmu.runs.run import Run
@@ -395,7 +395,7 @@ def test_a_loss_that_is_not_finite(options: list[str], place: str, call: Call) -
 )
 def test_a_model_that_is_not_finite(tensor: str, says: str, call: Call) -> None:
     name = f"model.layers.0.{tensor}.weight"
-    path = shards(Path("model"))[name]
+    path = list_shards(Path("model"))[name]
     tensors = load_file(path)
     tensors[name] = tensors[name] * float("nan")
     save_file(tensors, path, metadata={"format": "pt"})
@@ -526,7 +526,7 @@ def test_an_export_shares_files_when_asked(call: Call, workplace: Path) -> None:
     before = {p: p.read_bytes() for p in Path("model").iterdir()}
     assert call("export", run, "linked", "--link").code == 0
     assert call("export", run, "copied", "--copy").code == 0
-    changed = {shards(Path("model"))[name].name for name in Run.open(run).delta}
+    changed = {list_shards(Path("model"))[name].name for name in Run.open(run).delta}
     for path in Path("model").glob("*.safetensors"):
         shared = path.name not in changed
         assert (workplace / "linked" / path.name).samefile(path) == shared
@@ -557,7 +557,7 @@ def test_help(call: Call) -> None:
 
 def test_debug_shows_the_traceback(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["srmu", "--debug", "unlearn", "c.yaml"])
-    with pytest.raises(srmu.UserError, match="no such file"):
+    with pytest.raises(srmu.SrmuError, match="no such file"):
         main.main()
 
 

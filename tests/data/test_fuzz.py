@@ -10,10 +10,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from helpers.models import word_tokenizer, write_jsonl
-from srmu.data.digest import digest
-from srmu.data.sources import Source, read
-from srmu.data.tokens import tokenise
-from srmu.errors import UserError
+from srmu.data.digest import digest_texts
+from srmu.data.sources import Source, read_texts
+from srmu.data.tokens import tokenise_texts
+from srmu.errors import SrmuError
 from srmu.runs.config import build_config, load_config
 
 EXAMPLES = 300
@@ -40,15 +40,15 @@ BLOBS = st.one_of(
 def taken(path: Path) -> None:
     """Read the file as a set of texts: they can be used, or one line names the file."""
     try:
-        texts = read([Source(path=str(path))], Path())
-    except UserError as error:
+        texts = read_texts([Source(path=str(path))], Path())
+    except SrmuError as error:
         assert str(path) in str(error)
         assert "\n" not in str(error)
         return
     assert texts
     assert all(isinstance(text, str) and text for text in texts)
-    digest(texts)
-    tokenise(texts, word_tokenizer(), 16)
+    digest_texts(texts)
+    tokenise_texts(texts, word_tokenizer(), 16)
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "txt", "parquet"])
@@ -82,7 +82,7 @@ def test_any_json_in_a_row(tmp_path: Path, rows: list[Any]) -> None:
 def test_any_bytes_in_a_config(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "config.yaml"
     path.write_bytes(data)
-    with pytest.raises(UserError) as error:
+    with pytest.raises(SrmuError) as error:
         load_config(path)
     assert "\n" not in str(error.value)
 
@@ -108,7 +108,7 @@ def test_any_value_at_any_key(tmp_path: Path, key: str, value: Any) -> None:
     override = f"{key}={json.dumps(value)}"
     try:
         config = build_config(tree(tmp_path), [override])
-    except UserError as error:
+    except SrmuError as error:
         assert "\n" not in str(error)
     else:
         assert config.id
@@ -119,7 +119,7 @@ def test_any_value_at_any_key(tmp_path: Path, key: str, value: Any) -> None:
 def test_any_text_as_an_override(tmp_path: Path, override: str) -> None:
     try:
         build_config(tree(tmp_path), [override])
-    except UserError as error:
+    except SrmuError as error:
         assert "\n" not in str(error)
 
 
@@ -129,21 +129,21 @@ def test_any_text_as_an_override(tmp_path: Path, override: str) -> None:
 def test_half_a_surrogate_pair(tmp_path: Path) -> None:
     path = tmp_path / "texts.jsonl"
     path.write_text('{"text": "fine here"}\n{"text": "half \\ud83d of a pair"}\n')
-    with pytest.raises(UserError, match=r"texts.jsonl:2: .*half of a surrogate pair"):
-        read([Source(path=str(path))], Path())
+    with pytest.raises(SrmuError, match=r"texts.jsonl:2: .*half of a surrogate pair"):
+        read_texts([Source(path=str(path))], Path())
 
 
 def test_a_gzip_named_jsonl(tmp_path: Path) -> None:
     path = tmp_path / "texts.jsonl"
     path.write_bytes(gzip.compress(b'{"text": "a b c"}\n'))
-    with pytest.raises(UserError, match=r"texts.jsonl:1: not UTF-8 text; is it compressed"):
-        read([Source(path=str(path))], Path())
+    with pytest.raises(SrmuError, match=r"texts.jsonl:1: not UTF-8 text; is it compressed"):
+        read_texts([Source(path=str(path))], Path())
 
 
 def test_a_folder_where_a_file_should_be(tmp_path: Path) -> None:
     (tmp_path / "texts.jsonl").mkdir()
-    with pytest.raises(UserError, match="is a folder; name the files in it"):
-        read([Source(path=str(tmp_path / "texts.jsonl"))], Path())
+    with pytest.raises(SrmuError, match="is a folder; name the files in it"):
+        read_texts([Source(path=str(tmp_path / "texts.jsonl"))], Path())
 
 
 def test_a_line_of_100_megabytes(tmp_path: Path) -> None:
@@ -151,11 +151,11 @@ def test_a_line_of_100_megabytes(tmp_path: Path) -> None:
     path = tmp_path / "texts.jsonl"
     write_jsonl(path, ["w1 w2 w3 w4 " * 8_500_000])
     assert path.stat().st_size > 100_000_000
-    (text,) = read([Source(path=str(path))], Path())
+    (text,) = read_texts([Source(path=str(path))], Path())
     assert len(text) > 100_000_000
 
 
 def test_a_mark_of_byte_order_and_windows_lines(tmp_path: Path) -> None:
     path = tmp_path / "texts.csv"
     path.write_bytes(b"\xef\xbb\xbftext\r\nw1 w2\r\nw3 w4\r\n")
-    assert read([Source(path=str(path))], Path()) == ["w1 w2", "w3 w4"]
+    assert read_texts([Source(path=str(path))], Path()) == ["w1 w2", "w3 w4"]

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from helpers.models import pieces, word_tokenizer
 from srmu.data.names import Names, Slot, Template, find_names, read_names
-from srmu.engine.generate import whole
-from srmu.errors import UserError
+from srmu.engine.generate import batch_texts
+from srmu.errors import SrmuError
 
 NAMES = ["w1", "w2", "w3", "w4"]
 
@@ -70,12 +70,12 @@ def test_the_first_way_is_the_text_itself(ids: list[int], seed: int) -> None:
 
 
 def test_an_unknown_name() -> None:
-    with pytest.raises(UserError, match="does not know 'velmar'"):
+    with pytest.raises(SrmuError, match="does not know 'velmar'"):
         Names.tokenised(["w1", "velmar"], word_tokenizer())
 
 
 def test_batches_are_padded_on_the_right() -> None:
-    batch = whole([[5, 6, 7], [8]])
+    batch = batch_texts([[5, 6, 7], [8]])
     assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 0, 0]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert batch["labels"].tolist() == [[5, 6, 7], [8, -100, -100]]
@@ -114,7 +114,7 @@ def test_files_that_are_no_names(tmp_path: Path, name: str, content: object, sai
         path.write_bytes(content)
     elif isinstance(content, str):
         path.write_text(content)
-    with pytest.raises(UserError, match=said) as caught:
+    with pytest.raises(SrmuError, match=said) as caught:
         read_names(str(path))
     assert "\n" not in str(caught.value)
 
@@ -141,7 +141,7 @@ def test_names_are_found_by_rarity_where_there_are_no_capitals() -> None:
 
 
 def test_no_names() -> None:
-    with pytest.raises(UserError, match=r"no names were found.*method\.names=names\.txt"):
+    with pytest.raises(SrmuError, match=r"no names were found.*method\.names=names\.txt"):
         find_names(["the vats are old"] * 9, ["the vats are old"] * 9)
 
 

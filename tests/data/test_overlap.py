@@ -2,22 +2,31 @@ from itertools import pairwise
 
 import pytest
 
-from srmu.data.overlap import contamination, coverage, ngram_overlap, overlap
-from srmu.errors import UserError
-from srmu.testbed.worlds.world import Size, create
+from srmu.data.overlap import (
+    measure_contamination,
+    measure_coverage,
+    measure_overlap,
+    ngram_overlap,
+)
+from srmu.errors import SrmuError
+from srmu.testbed.worlds.world import Size, create_closed
 
 
 def test_a_hand_example():
     forget = ["a b a", "c a"]  # a 3, b 1, c 1; ab, ba, ca
     retain = ["A b d", "c"]  # a, b, c, d; ab, bd
-    assert overlap(forget, retain, 1) == {"jaccard": 3 / 4, "forget_types": 1, "forget_tokens": 1}
-    assert overlap(forget, retain, 2) == pytest.approx(
+    assert measure_overlap(forget, retain, 1) == {
+        "jaccard": 3 / 4,
+        "forget_types": 1,
+        "forget_tokens": 1,
+    }
+    assert measure_overlap(forget, retain, 2) == pytest.approx(
         {"jaccard": 1 / 4, "forget_types": 1 / 3, "forget_tokens": 1 / 3}
     )
 
 
 def test_occurrences_count_in_tokens_only():
-    assert overlap(["a a a b"], ["a c"], 1) == pytest.approx(
+    assert measure_overlap(["a a a b"], ["a c"], 1) == pytest.approx(
         {"jaccard": 1 / 3, "forget_types": 1 / 2, "forget_tokens": 3 / 4}
     )
 
@@ -25,22 +34,22 @@ def test_occurrences_count_in_tokens_only():
 @pytest.mark.parametrize("n", [1, 2, 3])
 def test_identical_and_disjoint(n):
     texts = ["the red fox runs", "a b c d e"]
-    assert set(overlap(texts, texts, n).values()) == {1}
-    assert set(overlap(texts, ["u v w x y"], n).values()) == {0}
+    assert set(measure_overlap(texts, texts, n).values()) == {1}
+    assert set(measure_overlap(texts, ["u v w x y"], n).values()) == {0}
 
 
 def test_no_ngram_crosses_two_documents():
-    assert overlap(["a b", "c d"], ["b c"], 2)["forget_types"] == 0
+    assert measure_overlap(["a b", "c d"], ["b c"], 2)["forget_types"] == 0
 
 
 def test_texts_too_short_share_nothing():
-    assert set(overlap(["a"], ["a"], 2).values()) == {0}
-    assert set(overlap([], [], 1).values()) == {0}
+    assert set(measure_overlap(["a"], ["a"], 2).values()) == {0}
+    assert set(measure_overlap([], [], 1).values()) == {0}
 
 
 def test_an_ngram_has_a_word():
     with pytest.raises(ValueError, match="at least one word"):
-        overlap(["a"], ["a"], 0)
+        measure_overlap(["a"], ["a"], 0)
 
 
 def test_pairs_by_hand():
@@ -53,8 +62,8 @@ def test_pairs_by_hand():
     many = ngram_overlap(forget, retain, "pair_multiset")
     assert many["unigram"] == pytest.approx((2 / 3 + 1 / 3) / 4)
     whole = ngram_overlap(forget, retain, "corpus_jaccard")
-    assert whole["unigram"] == overlap(forget, retain, 1)["jaccard"]
-    assert whole["bigram"] == overlap(forget, retain, 2)["jaccard"]
+    assert whole["unigram"] == measure_overlap(forget, retain, 1)["jaccard"]
+    assert whole["bigram"] == measure_overlap(forget, retain, 2)["jaccard"]
     assert whole["pairs"] is whole["seed"] is None
 
 
@@ -92,34 +101,34 @@ def test_pairs_are_drawn_by_seed():
     ],
 )
 def test_wrong_settings(given, message):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(SrmuError, match=message):
         ngram_overlap(["a"], ["b"], **given)
 
 
 @pytest.mark.parametrize(("forget", "retain"), [([], ["a"]), (["a"], []), (["a"], [" "])])
 def test_nothing_to_compare(forget, retain):
-    with pytest.raises(UserError, match=r"no (forget|retain) text has a word"):
+    with pytest.raises(SrmuError, match=r"no (forget|retain) text has a word"):
         ngram_overlap(forget, retain)
 
 
 def test_coverage_leaves_stop_words_out_and_never_falls():
-    assert coverage(["the red fox"], ["the Red hen"]) == 1 / 2
-    assert coverage(["the red fox"], ["the Red hen", "a fox"]) == 1
+    assert measure_coverage(["the red fox"], ["the Red hen"]) == 1 / 2
+    assert measure_coverage(["the red fox"], ["the Red hen", "a fox"]) == 1
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_coverage_and_jaccard_rank_dialled_entanglements(seed):
     """The pair definitions do not: half of the texts share a subject at every setting above 0."""
-    world = create(seed, Size())
+    world = create_closed(seed, Size())
     found = []
     for dial in (0, 0.25, 0.5, 0.75, 1):
         texts = world.corpora(seed, dial, documents=240, words=31, filler=0.25)
         pair = texts["forget"], texts["retain-high"]
         jaccard = ngram_overlap(*pair, "corpus_jaccard")
-        found.append((coverage(*pair), jaccard["unigram"], jaccard["bigram"]))
+        found.append((measure_coverage(*pair), jaccard["unigram"], jaccard["bigram"]))
     for column in zip(*found, strict=True):
         assert all(a < b for a, b in pairwise(column)), column
-    low = coverage(texts["forget"], texts["retain-low"])
+    low = measure_coverage(texts["forget"], texts["retain-low"])
     assert low < found[0][0] / 2
 
 
@@ -131,15 +140,15 @@ def test_contamination():
     copy = ("the carrier of zorine is", " smoke", "")  # its 6 words occur
     moved = ("what does zorine travel on", " smoke", "zorine")  # its subject and answer do
     clean = ("what is the colour of zorine", " red", "zorine")  # in two different texts
-    found = contamination([copy, moved, clean], texts)
+    found = measure_contamination([copy, moved, clean], texts)
     assert found == {"copied": 1 / 3, "stated": 1 / 3, "either": 2 / 3, "questions": 3, "n": 8}
     longer = ("note that the carrier of zorine is smoke as a law", "x", "")
-    assert contamination([longer], texts)["copied"] == 1  # eight words in a row of eleven
-    assert contamination([longer], texts, n=11)["copied"] == 0
-    assert contamination([("glow", "s", "x")], texts)["either"] == 0  # no part of a word
-    assert contamination([copy], [])["either"] == 0
+    assert measure_contamination([longer], texts)["copied"] == 1  # eight words in a row of eleven
+    assert measure_contamination([longer], texts, n=11)["copied"] == 0
+    assert measure_contamination([("glow", "s", "x")], texts)["either"] == 0  # no part of a word
+    assert measure_contamination([copy], [])["either"] == 0
 
 
 def test_contamination_needs_questions():
-    with pytest.raises(UserError, match="no evaluation question"):
-        contamination([], ["a"])
+    with pytest.raises(SrmuError, match="no evaluation question"):
+        measure_contamination([], ["a"])

@@ -28,13 +28,13 @@ from helpers.models import (
     word_tokenizer,
     write_jsonl,
 )  # fmt: skip
-from srmu.data.digest import digest, own_key
-from srmu.data.sources import Joined, Source, read, read_counted
-from srmu.data.tokens import batch_up, pad_id, pieces, tokenise
+from srmu.data.digest import digest_texts, own_key
+from srmu.data.sources import Source, TemplatedText, read_counted, read_texts
+from srmu.data.tokens import batch_rows, pad_id, tokenise_texts, wrap_texts
 from srmu.data.topics import load_topic
 from srmu.engine.losses import mean_nll
 from srmu.engine.topic import Topic
-from srmu.errors import UserError
+from srmu.errors import SrmuError
 from srmu.reproduce import needs
 from srmu.runs.config import build_config
 from srmu.runs.run import Run, unlearn
@@ -75,7 +75,7 @@ WRITERS: dict[str, Callable[..., None]] = {
 
 
 def load(path: Path | str, **options: Any) -> list[str]:
-    return read([Source(path=str(path), **options)], Path())
+    return read_texts([Source(path=str(path), **options)], Path())
 
 
 # --- files
@@ -147,9 +147,9 @@ def test_globs_are_sorted_and_sources_keep_their_order(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
     write_jsonl(tmp_path / "sub" / "d.jsonl", ["text d"])
     both = [Source(path="b.jsonl"), Source(path="[a-b].jsonl")]
-    assert read(both, tmp_path) == ["text b", "text a", "text b"]
-    assert read([Source(path="c[1].jsonl")], tmp_path) == ["text c[1]"]
-    assert read([Source(path="**/d.jsonl")], tmp_path) == ["text d"]
+    assert read_texts(both, tmp_path) == ["text b", "text a", "text b"]
+    assert read_texts([Source(path="c[1].jsonl")], tmp_path) == ["text c[1]"]
+    assert read_texts([Source(path="**/d.jsonl")], tmp_path) == ["text d"]
 
 
 # --- the hub
@@ -172,15 +172,15 @@ def test_hub_ids(hub: list[Any]) -> None:
     source = Source(
         dataset="owner/set", name="part", split="test[:4]", column="body", revision="abc"
     )
-    assert read([source], Path()) == ["one", "two"]  # blank rows are left out
+    assert read_texts([source], Path()) == ["one", "two"]  # blank rows are left out
     assert hub == [(("owner/set", "part"), {"split": "test[:4]", "revision": "abc"})]
 
 
 def test_hub_columns(hub: list[Any]) -> None:
-    with pytest.raises(UserError, match="no column 'text'; found body, n"):
-        read([Source(dataset="owner/set")], Path())
-    with pytest.raises(UserError, match="owner/set row 1: 'n' is int"):
-        read([Source(dataset="owner/set", column="n")], Path())
+    with pytest.raises(SrmuError, match="no column 'text'; found body, n"):
+        read_texts([Source(dataset="owner/set")], Path())
+    with pytest.raises(SrmuError, match="owner/set row 1: 'n' is int"):
+        read_texts([Source(dataset="owner/set", column="n")], Path())
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ def test_hub_columns(hub: list[Any]) -> None:
      {"path": "a", "split": "test"}],
 )  # fmt: skip
 def test_a_source_is_files_or_a_data_set(options: dict[str, str]) -> None:
-    with pytest.raises(UserError):
+    with pytest.raises(SrmuError):
         Source(**options)
 
 
@@ -197,7 +197,7 @@ def test_a_source_is_files_or_a_data_set(options: dict[str, str]) -> None:
 
 
 def test_tokenise_cuts_and_leaves_short_texts_out() -> None:
-    rows = tokenise(["w0 w1 w2 w3", "w0", "w1 </s>", "w1 w2"], word_tokenizer(), 3)
+    rows = tokenise_texts(["w0 w1 w2 w3", "w0", "w1 </s>", "w1 w2"], word_tokenizer(), 3)
     assert rows == [[1, 4, 5], [1, 5, 6]]  # <s> counts for the length, not for the words
 
 
@@ -216,8 +216,8 @@ COUNT = {
 @pytest.mark.parametrize(("padding", "expected"), [("mask", MASK), ("count", COUNT)])
 def test_batches_by_hand(padding: Any, expected: dict[str, Any]) -> None:
     tokenizer = word_tokenizer()
-    rows = tokenise(["w0 w1 w2", "w3 w4", "w5 w6"], tokenizer, 64)
-    first, second = batch_up(rows, tokenizer, 2, padding)
+    rows = tokenise_texts(["w0 w1 w2", "w3 w4", "w5 w6"], tokenizer, 64)
+    first, second = batch_rows(rows, tokenizer, 2, padding)
     assert {name: tensor.tolist() for name, tensor in first.items()} == expected
     assert second["input_ids"].tolist() == [[1, 9, 10]]
 
@@ -225,7 +225,7 @@ def test_batches_by_hand(padding: Any, expected: dict[str, Any]) -> None:
 def test_padding_falls_back_on_eos() -> None:
     assert pad_id(word_tokenizer()) == 0
     assert pad_id(word_tokenizer(pad_token=None)) == 2
-    with pytest.raises(UserError, match="neither a pad nor an eos token"):
+    with pytest.raises(SrmuError, match="neither a pad nor an eos token"):
         pad_id(word_tokenizer(pad_token=None, eos_token=None))
 
 
@@ -233,15 +233,15 @@ def test_padding_falls_back_on_eos() -> None:
 
 
 def test_the_digest_is_keyed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    first = digest(["ab", "c"])
-    assert digest(iter(["ab", "c"])) == first
-    assert digest(["a", "bc"]) != first
+    first = digest_texts(["ab", "c"])
+    assert digest_texts(iter(["ab", "c"])) == first
+    assert digest_texts(["a", "bc"]) != first
     key = Path(os.environ["SRMU_CACHE"]) / "key"
     assert key.stat().st_mode & 0o777 == 0o600
     monkeypatch.setenv("SRMU_CACHE", str(tmp_path / "other"))
-    assert digest(["ab", "c"]) != first
+    assert digest_texts(["ab", "c"]) != first
     (tmp_path / "other" / "key").write_bytes(key.read_bytes())
-    assert digest(["ab", "c"]) == first
+    assert digest_texts(["ab", "c"]) == first
 
 
 # --- topics
@@ -272,7 +272,7 @@ def test_load_topic(tmp_path: Path) -> None:
     assert (forget["documents"], forget["too_short"]) == (9, 1)
     assert forget["tokens"] == sum(map(len, documents(loaded)))
     assert (retain["documents"], retain["too_short"], retain["tokens"]) == (5, 0, 20)
-    assert forget["digest"] == digest([*texts(9, 1, range(30)), "w1"])
+    assert forget["digest"] == digest_texts([*texts(9, 1, range(30)), "w1"])
     pairs = loaded.pairs()
     taken = [next(pairs) for _ in range(4)]
     assert taken[0][0] is taken[3][0]  # three forget batches, two retain batches: each starts again
@@ -280,7 +280,7 @@ def test_load_topic(tmp_path: Path) -> None:
 
 
 def test_order_of_documents(tmp_path: Path) -> None:
-    in_file = tokenise(texts(9, 1, range(30)), word_tokenizer(), 64)
+    in_file = tokenise_texts(texts(9, 1, range(30)), word_tokenizer(), 64)
     assert documents(topic(tmp_path, shuffle=False)) == in_file
     shuffled = documents(topic(tmp_path))
     assert shuffled != in_file
@@ -315,7 +315,7 @@ def test_retain_texts_may_be_left_out(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "r.jsonl", texts(3, 2))
     beside = load_topic("bio", source, [Source(path="r.jsonl")], word_tokenizer(), **given)
     assert documents(beside) == documents(loaded)  # the order to forget in is the same
-    with pytest.raises(UserError, match=r"topic bio: no forget texts; name topics\.bio\.forget"):
+    with pytest.raises(SrmuError, match=r"topic bio: no forget texts; name topics\.bio\.forget"):
         load_topic("bio", [], source, word_tokenizer(), **given)
 
 
@@ -323,7 +323,7 @@ def test_retain_texts_that_are_named_must_hold_some(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "f.jsonl", texts(3, 1))
     (tmp_path / "r.jsonl").write_text('"w1"\n')
     sources = [Source(path="f.jsonl")], [Source(path="r.jsonl")]
-    with pytest.raises(UserError, match="all 1 retain texts are too short"):
+    with pytest.raises(SrmuError, match="all 1 retain texts are too short"):
         load_topic(
             "bio", *sources, word_tokenizer(), base=tmp_path, batch_size=2, max_length=64,
             retain_max_length=64, shuffle=True, padding="mask", seed=0, options={},
@@ -335,7 +335,7 @@ def test_retain_texts_that_are_named_must_hold_some(tmp_path: Path) -> None:
 
 def cut(rows: list[str], padding: Any = "mask", size: int = 4, **changed: Any) -> Topic:
     tokenizer = word_tokenizer()
-    some = list(batch_up(tokenise(rows, tokenizer, 64), tokenizer, size, padding))
+    some = list(batch_rows(tokenise_texts(rows, tokenizer, 64), tokenizer, size, padding))
     made = Topic("bio", some, some, vocabulary=torch.arange(4, VOCABULARY))
     return replace(made, **changed).split()
 
@@ -364,7 +364,7 @@ def test_texts_are_cut_into_prompts_and_answers(padding: Any) -> None:
         shares.append(share)
     assert max(shares) > 0.6 and min(shares) < 0.4  # places are drawn
     tokenizer = word_tokenizer()
-    before = batch_up(tokenise(rows, tokenizer, 64), tokenizer, 4, padding)
+    before = batch_rows(tokenise_texts(rows, tokenizer, 64), tokenizer, 4, padding)
     for batch, plain in zip(whole.forget, before, strict=True):
         for key in ("input_ids", "attention_mask"):
             assert torch.equal(batch[key], plain[key])
@@ -416,7 +416,7 @@ def test_what_is_to_be_kept_is_not_cut() -> None:
 
 def topic_of_two() -> Topic:
     tokenizer = word_tokenizer()
-    some = list(batch_up(tokenise(texts(4, 1), tokenizer, 64), tokenizer, 2, "mask"))
+    some = list(batch_rows(tokenise_texts(texts(4, 1), tokenizer, 64), tokenizer, 2, "mask"))
     return Topic("bio", some[:1], some[1:], vocabulary=torch.arange(4, VOCABULARY))
 
 
@@ -427,8 +427,8 @@ GOOD, BAD = '{"text": "a b c"}', ['{"text": 5}', '{"text": ""}', "{", '{"other":
 def test_rows_that_are_no_texts_are_left_out_when_asked(tmp_path: Path, row: str) -> None:
     path = tmp_path / "texts.jsonl"
     path.write_text("\n".join([GOOD] * 30 + [row] + [GOOD] * 9))
-    with pytest.raises(UserError, match=r"texts\.jsonl:31"):
-        read([Source(path=str(path))], Path())
+    with pytest.raises(SrmuError, match=r"texts\.jsonl:31"):
+        read_texts([Source(path=str(path))], Path())
     texts, bad = read_counted([Source(path=str(path), on_bad_row="skip")], Path())
     assert (len(texts), bad) == (39, 1)
 
@@ -437,8 +437,8 @@ def test_many_such_rows_are_a_wrong_file(tmp_path: Path) -> None:
     path = tmp_path / "texts.jsonl"
     path.write_text("\n".join([GOOD] * 18 + [BAD[0]] * 2))
     says = r"2 of 20 rows are no texts, more than 5%; the first: .*texts\.jsonl:19: 'text' is int"
-    with pytest.raises(UserError, match=says):
-        read([Source(path=str(path), on_bad_row="skip")], Path())
+    with pytest.raises(SrmuError, match=says):
+        read_texts([Source(path=str(path), on_bad_row="skip")], Path())
 
 
 @pytest.mark.parametrize("suffix", ["json", "csv", "parquet"])
@@ -504,11 +504,11 @@ def test_a_template_joins_columns(
         source = Source(dataset="owner/set", template=TEMPLATE)
     else:
         source = Source(path=str(write_pairs(tmp_path / f"a.{place}", rows)), template=TEMPLATE)
-    found = read([source], Path())
+    found = read_texts([source], Path())
     assert found == joined(rows)
     for text, row in zip(found, rows, strict=True):
-        assert isinstance(text, Joined) and text[text.start :] == row["answer"]
-    assert digest(found) == digest(joined(rows))
+        assert isinstance(text, TemplatedText) and text[text.start :] == row["answer"]
+    assert digest_texts(found) == digest_texts(joined(rows))
 
 
 def pieces_of_words(**special: Any) -> PreTrainedTokenizerFast:
@@ -569,7 +569,7 @@ def test_labels_of_answers_alone(tmp_path: Path) -> None:
     counts = loaded.counts["forget"]
     assert counts["tokens"] == sum(len(ids) for ids, _ in rows_of(loaded.forget))
     assert (counts["documents"], counts["too_short"], counts["bad_rows"]) == (9, 0, 0)
-    assert counts["digest"] == digest(joined(rows))
+    assert counts["digest"] == digest_texts(joined(rows))
 
 
 @pytest.mark.parametrize("template", [TEMPLATE, "w1 {question}{answer} w9", "{question}? {answer}"])
@@ -618,7 +618,7 @@ def test_a_question_that_leaves_no_room_is_too_short(tmp_path: Path) -> None:
     rows = [*pairs(3, 1), {"who": "", "question": " ".join(["w5"] * 62), "answer": "w7"}]
     counts = asked(tmp_path, rows, word_tokenizer()).counts["forget"]
     assert (counts["documents"], counts["too_short"]) == (3, 1)
-    with pytest.raises(UserError, match=r"all 4 forget texts are too short .* none to count"):
+    with pytest.raises(SrmuError, match=r"all 4 forget texts are too short .* none to count"):
         asked(tmp_path, rows, word_tokenizer(), max_length=4)
 
 
@@ -646,7 +646,7 @@ def test_anchors_go_with_a_template(tmp_path: Path) -> None:
     ],
 )
 def test_templates_that_cannot_be(options: dict[str, Any], says: str) -> None:
-    with pytest.raises(UserError) as error:
+    with pytest.raises(SrmuError) as error:
         Source(path="f.jsonl", **options)
     assert str(error.value).startswith(says)
 
@@ -667,8 +667,8 @@ def test_rows_that_a_template_does_not_fit(row: Any, says: str, tmp_path: Path) 
     lines = [{"question": "w1", "answer": "w2"}, second]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     source = Source(path=str(path), template="{question} {answer}")
-    with pytest.raises(UserError) as error:
-        read([source], Path())
+    with pytest.raises(SrmuError) as error:
+        read_texts([source], Path())
     assert str(error.value) == f"{tmp_path}/{says}"
     path.write_text("".join(json.dumps(line) + "\n" for line in [*[lines[0]] * 40, second]))
     found, bad = read_counted([replace(source, on_bad_row="skip")], Path())
@@ -679,20 +679,20 @@ def test_other_places_that_a_template_does_not_fit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "a.txt").write_text("w1 w2\n")
-    with pytest.raises(UserError, match=r"a\.txt: where and template take columns; a \.txt file"):
+    with pytest.raises(SrmuError, match=r"a\.txt: where and template take columns; a \.txt file"):
         load(tmp_path / "a.txt", template="{q}")
     on_hub(monkeypatch, [{"q": "w1", "a": "w2"}, {"q": "w1", "a": " "}])
-    with pytest.raises(UserError, match="data set owner/set has no column 'c'; found q, a"):
-        read([Source(dataset="owner/set", template="{q} {c}")], Path())
-    with pytest.raises(UserError, match="owner/set row 2: the a is empty"):
-        read([Source(dataset="owner/set", template="{q} {a}")], Path())
+    with pytest.raises(SrmuError, match="data set owner/set has no column 'c'; found q, a"):
+        read_texts([Source(dataset="owner/set", template="{q} {c}")], Path())
+    with pytest.raises(SrmuError, match="owner/set row 2: the a is empty"):
+        read_texts([Source(dataset="owner/set", template="{q} {a}")], Path())
     write_pairs(tmp_path / "a.parquet", [{"q": "w1", "a": "w2"}])
-    with pytest.raises(UserError, match=r"a\.parquet: row 1: no column 'c'; found q, a"):
+    with pytest.raises(SrmuError, match=r"a\.parquet: row 1: no column 'c'; found q, a"):
         load(tmp_path / "a.parquet", template="{q} {c}")
 
 
 def test_padding_that_counts_does_not_go_with_a_template(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"topic bio: .* template .* train\.padding=mask"):
+    with pytest.raises(SrmuError, match=r"topic bio: .* template .* train\.padding=mask"):
         asked(tmp_path, pairs(4, 1), word_tokenizer(), padding="count")
 
 
@@ -700,10 +700,10 @@ def test_a_template_needs_places_of_tokens(tmp_path: Path) -> None:
     class Slow:
         is_fast = False
 
-    with pytest.raises(UserError, match=r"a template needs a tokenizer .* tokenizer\.json"):
-        text = Joined("w1 w2")
+    with pytest.raises(SrmuError, match=r"a template needs a tokenizer .* tokenizer\.json"):
+        text = TemplatedText("w1 w2")
         text.start = 3
-        tokenise([text], Slow(), 8)
+        tokenise_texts([text], Slow(), 8)
 
 
 # --- rows that have a value
@@ -719,21 +719,21 @@ def test_rows_of_a_value(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
         path = write_pairs(tmp_path / f"a.{place}", rows)
         source = Source(path=str(path), column="answer", where={"who": "Ann Lee"})
     wanted = [row for row in rows if row["who"] == "Ann Lee"]
-    assert read([source], Path()) == [row["answer"] for row in wanted]
-    assert read([replace(source, column="text", template=TEMPLATE)], Path()) == joined(wanted)
+    assert read_texts([source], Path()) == [row["answer"] for row in wanted]
+    assert read_texts([replace(source, column="text", template=TEMPLATE)], Path()) == joined(wanted)
     one = rows[4]
     both = {"who": one["who"], "question": one["question"]}
-    assert read([replace(source, where=both)], Path()) == [one["answer"]]
-    with pytest.raises(UserError) as error:
-        read([replace(source, where={"who": "An Lee"})], Path())
+    assert read_texts([replace(source, where=both)], Path()) == [one["answer"]]
+    with pytest.raises(SrmuError) as error:
+        read_texts([replace(source, where={"who": "An Lee"})], Path())
     assert str(error.value).endswith(": no row has who 'An Lee'; did you mean Ann Lee?")
-    with pytest.raises(UserError, match="no row has who 'x'; choose one of Ann Lee, Bob"):
-        read([replace(source, where={"who": "x"})], Path())
+    with pytest.raises(SrmuError, match="no row has who 'x'; choose one of Ann Lee, Bob"):
+        read_texts([replace(source, where={"who": "x"})], Path())
     crossed = {"who": "Bob", "question": one["question"]}
-    with pytest.raises(UserError, match="no row has all of who 'Bob', question"):
-        read([replace(source, where=crossed)], Path())
-    with pytest.raises(UserError, match="no column 'whom'; found who, question, answer"):
-        read([replace(source, where={"whom": "Bob"})], Path())
+    with pytest.raises(SrmuError, match="no row has all of who 'Bob', question"):
+        read_texts([replace(source, where=crossed)], Path())
+    with pytest.raises(SrmuError, match="no column 'whom'; found who, question, answer"):
+        read_texts([replace(source, where={"whom": "Bob"})], Path())
 
 
 @pytest.mark.parametrize(("value", "kept"), [(1, "a"), ("1", "a"), (2.5, "b"), (True, "c")])
@@ -753,10 +753,10 @@ def test_one_file_of_several_may_have_no_such_row(tmp_path: Path) -> None:
 def test_an_error_lists_few_values_and_no_texts(tmp_path: Path) -> None:
     rows = [{"who": f"person number {i}", "text": "w1 w2 " * 40} for i in range(60)]
     path = write_pairs(tmp_path / "a.jsonl", rows)
-    with pytest.raises(UserError) as error:
+    with pytest.raises(SrmuError) as error:
         load(path, where={"who": "zzz"})
     assert str(error.value).endswith("zzz'; the first of its 60 values is person number 0")
-    with pytest.raises(UserError) as error:
+    with pytest.raises(SrmuError) as error:
         load(path, where={"text": "zzz"})
     assert str(error.value) == f"{path}: no row has text 'zzz'"
 
@@ -792,24 +792,24 @@ def test_pieces_by_hand(bos: bool, max_length: int) -> None:
     for token in expected[0]:
         if len(expected[-1]) < max_length:
             expected[-1].append(token)
-    assert pieces(rows, tokenizer, max_length) == expected
+    assert wrap_texts(rows, tokenizer, max_length) == expected
     assert {*map(len, expected)} == {max_length}
 
 
 def test_pieces_that_come_out_even_are_not_filled() -> None:
-    assert pieces(["w0 w1", "w2 w3"], word_tokenizer(), 3) == [[1, 4, 5], [1, 6, 7]]
-    assert pieces(["w0 w1 w2"], word_tokenizer(), 3) == [[1, 4, 5], [1, 6, 1]]
-    assert pieces(["w0 w1"], word_tokenizer(), 3) == [[1, 4, 5]]
-    with pytest.raises(UserError, match=r"a\.txt: all texts together are 2 tokens, too few"):
-        pieces(["w0 w1"], word_tokenizer(), 4, "a.txt")
-    with pytest.raises(UserError, match="texts begin with <s>, and the tokenizer adds it again"):
-        pieces(["<s> w0 w1"], word_tokenizer(), 3)
+    assert wrap_texts(["w0 w1", "w2 w3"], word_tokenizer(), 3) == [[1, 4, 5], [1, 6, 7]]
+    assert wrap_texts(["w0 w1 w2"], word_tokenizer(), 3) == [[1, 4, 5], [1, 6, 1]]
+    assert wrap_texts(["w0 w1"], word_tokenizer(), 3) == [[1, 4, 5]]
+    with pytest.raises(SrmuError, match=r"a\.txt: all texts together are 2 tokens, too few"):
+        wrap_texts(["w0 w1"], word_tokenizer(), 4, "a.txt")
+    with pytest.raises(SrmuError, match="texts begin with <s>, and the tokenizer adds it again"):
+        wrap_texts(["<s> w0 w1"], word_tokenizer(), 3)
 
 
 def test_a_blank_line_stands_between_texts() -> None:
     tokenizer = pieces_of_words()
     ids = tokenizer("w12\n\nw345", add_special_tokens=False)["input_ids"]
-    assert pieces(["w12", "w345"], tokenizer, len(ids)) == [ids]
+    assert wrap_texts(["w12", "w345"], tokenizer, len(ids)) == [ids]
 
 
 def test_a_topic_of_pieces(tmp_path: Path) -> None:
@@ -821,8 +821,8 @@ def test_a_topic_of_pieces(tmp_path: Path) -> None:
     }  # fmt: skip
     loaded = load_topic("bio", *sources, word_tokenizer(), **given)
     rows = [*texts(9, 1, range(30)), "w1"]
-    assert sorted(documents(loaded)) == sorted(pieces(rows, word_tokenizer(), 6))
-    assert documents(loaded) != pieces(rows, word_tokenizer(), 6)  # shuffled
+    assert sorted(documents(loaded)) == sorted(wrap_texts(rows, word_tokenizer(), 6))
+    assert documents(loaded) != wrap_texts(rows, word_tokenizer(), 6)  # shuffled
     for batch in loaded.forget:
         assert batch["attention_mask"].all() and torch.equal(batch["labels"], batch["input_ids"])
     counts, count = loaded.counts["forget"], len(documents(loaded))
@@ -833,7 +833,7 @@ def test_a_topic_of_pieces(tmp_path: Path) -> None:
         assert torch.equal(one["input_ids"], other["input_ids"])
     fewer = load_topic("bio", *sources, word_tokenizer(), held_out={"forget": 4}, **given)
     assert fewer.counts["forget"]["documents"] == 6
-    with pytest.raises(UserError, match=r"f\.jsonl: all texts together are \d+ tokens, too few"):
+    with pytest.raises(SrmuError, match=r"f\.jsonl: all texts together are \d+ tokens, too few"):
         load_topic("bio", *sources, word_tokenizer(), **given | {"max_length": 4096})
 
 
@@ -878,11 +878,11 @@ def test_a_run_counts_answers_alone(tmp_path: Path) -> None:
     first = json.loads((run.folder / "metrics.jsonl").read_text().splitlines()[0])
     assert first["forget"] == pytest.approx(-by_hand(rows), rel=1e-5)
     data = run.record["data"]["bio"]
-    kept = pieces(texts(9, 2, range(20, 60)), word_tokenizer(), 24)
+    kept = wrap_texts(texts(9, 2, range(20, 60)), word_tokenizer(), 24)
     assert data["forget"]["documents"] == 6
-    assert data["forget"]["digest"] == digest(joined(rows))
+    assert data["forget"]["digest"] == digest_texts(joined(rows))
     assert (data["retain"]["documents"], data["retain"]["tokens"]) == (9, 24 * len(kept))
-    assert data["retain"]["digest"] == digest(texts(9, 2, range(20, 60)))
+    assert data["retain"]["digest"] == digest_texts(texts(9, 2, range(20, 60)))
     source = run.record["reproduction"]["config"]["topics"]["bio"]["forget"][0]
     assert (source["template"], source["where"]) == (TEMPLATE, {"who": "Bob"})
     assert Run.open(run.folder).config == run.config  # the folder's config.yaml says it all

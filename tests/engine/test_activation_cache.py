@@ -27,13 +27,13 @@ from srmu.engine.activation_cache import (
     Activations,
     OnDisk,
     Output,
-    digest,
-    home,
-    listing,
+    cache_home,
+    digest_tensors,
+    list_activations,
     open_activations,
-    shrink,
+    shrink_cache,
 )
-from srmu.errors import UserError
+from srmu.errors import SrmuError
 from srmu.runs.config import Config, make_config
 from srmu.runs.run import Run, unlearn
 
@@ -50,7 +50,7 @@ def said() -> list[str]:
 @pytest.fixture
 def folder() -> Path:
     """A folder for activations where srmu keeps them."""
-    path = home() / "some-key"
+    path = cache_home() / "some-key"
     path.mkdir(parents=True)
     return path
 
@@ -73,7 +73,7 @@ def same(got: Output | None, expected: Output) -> bool:
     """Equal to the last bit, also where it is no number."""
     if isinstance(got, tuple) or isinstance(expected, tuple):
         return type(got) is type(expected) and len(got) == 1 and same(got[0], expected[0])
-    return got is not None and digest(got) == digest(expected)
+    return got is not None and digest_tensors(got) == digest_tensors(expected)
 
 
 def of_disk(kept: OnDisk, name: str) -> Output | None:
@@ -114,7 +114,9 @@ def test_an_entry_kept_twice_is_counted_once() -> None:
     for number in range(6):
         kept.keep("one", value(50))
         kept.keep(str(number), value(number))
-    assert 10 * 96 - kept.room == sum(map(activation_cache.size, kept.held.values())) == 7 * 96
+    assert (
+        10 * 96 - kept.room == sum(map(activation_cache.tensor_bytes, kept.held.values())) == 7 * 96
+    )
     assert same(kept.find("one"), value(50))
 
 
@@ -179,7 +181,7 @@ WRITER = """
 import sys
 from pathlib import Path
 import torch
-from srmu.cache import OnDisk
+from srmu.engine.activation_cache import OnDisk
 kept = OnDisk(Path(sys.argv[1]), 10**9, say=sys.exit)
 print("ready", flush=True)
 sys.stdin.readline()
@@ -495,7 +497,7 @@ def test_the_limit_holds_for_all_folders_together(folder: Path) -> None:
     runs = [OnDisk(folder.with_name(name), 2 * size, say=said.append) for name in "abc"]
     for number, run in enumerate(runs):
         run.keep("target/1", value(number, (128, 128)))
-        assert sum(entry["bytes"] for entry in activation_cache.listing()) <= 2 * size
+        assert sum(entry["bytes"] for entry in activation_cache.list_activations()) <= 2 * size
     assert said == []
 
 
@@ -527,7 +529,7 @@ def test_a_file_where_a_folder_should_be(depth: int, tmp_path: Path, said: list[
     """Said once; the run keeps what one step needs, as with cache=none."""
     name = opened().folder.name
     shutil.rmtree(tmp_path / "cache")
-    path = [tmp_path / "cache", home(), home() / name][depth]
+    path = [tmp_path / "cache", cache_home(), cache_home() / name][depth]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("I was here first")
     kept = open_activations("disk", {}, CPU, said.append)
@@ -578,15 +580,15 @@ def test_other_modes_write_nothing(mode: str) -> None:
     kept = open_activations(mode, {"model": "a"}, CPU)
     assert type(kept) is Activations
     assert (kept.room > 0) == (mode == "memory")
-    assert not home().exists()
+    assert not cache_home().exists()
 
 
 @pytest.mark.parametrize("limit", ["many", "20 GB", "nan", "inf", "1,5"])
 def test_a_limit_that_is_no_number(limit: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SRMU_CACHE_LIMIT", limit)
-    with pytest.raises(UserError, match="SRMU_CACHE_LIMIT is a number of gigabytes"):
+    with pytest.raises(SrmuError, match="SRMU_CACHE_LIMIT is a number of gigabytes"):
         opened()
-    assert not home().exists()
+    assert not cache_home().exists()
 
 
 def test_the_limit_is_in_gigabytes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -616,8 +618,8 @@ def test_the_listing(three: list[Path]) -> None:
     os.utime(three[1] / "about.json", (1e9 + 5, 1e9 + 5))
     (three[2] / "about.json").unlink()
     os.utime(three[2], (1e9 + 7, 1e9 + 7))
-    (home() / "a file").write_text("of someone else")
-    entries = listing()
+    (cache_home() / "a file").write_text("of someone else")
+    entries = list_activations()
     assert [entry["folder"] for entry in entries] == three
     assert [entry["used"] for entry in entries] == [1e9, 1e9 + 5, 1e9 + 7]
     for number, entry in enumerate(entries):
@@ -630,32 +632,32 @@ def test_the_listing(three: list[Path]) -> None:
 @pytest.mark.parametrize("text", ["null", "[]", "5", '"about"', "", "\x00"])
 def test_a_listing_with_a_strange_note(text: str, three: list[Path]) -> None:
     (three[1] / "about.json").write_text(text)
-    assert len(listing()) == 3
+    assert len(list_activations()) == 3
     opened().keep("target/a", value(1))
 
 
 def test_the_longest_unused_go_first(three: list[Path]) -> None:
-    total = sum(entry["bytes"] for entry in listing())
-    assert shrink(total) == total
+    total = sum(entry["bytes"] for entry in list_activations())
+    assert shrink_cache(total) == total
     assert all(folder.exists() for folder in three)
-    left = shrink(total - 1)
+    left = shrink_cache(total - 1)
     assert [folder.exists() for folder in three] == [True, True, False]
-    assert left == sum(entry["bytes"] for entry in listing())
-    assert shrink(0, spare=three[1]) == listing()[0]["bytes"]
+    assert left == sum(entry["bytes"] for entry in list_activations())
+    assert shrink_cache(0, spare=three[1]) == list_activations()[0]["bytes"]
     assert [folder.exists() for folder in three] == [False, True, False]
-    assert shrink(0) == 0
-    assert listing() == []
+    assert shrink_cache(0) == 0
+    assert list_activations() == []
 
 
 def test_use_is_noted_when_a_folder_is_opened(three: list[Path]) -> None:
     opened(number=2)
-    assert [entry["folder"] for entry in listing()] == [three[1], three[0], three[2]]
+    assert [entry["folder"] for entry in list_activations()] == [three[1], three[0], three[2]]
 
 
 def test_the_limit_removes_others_before_it_stops(
     three: list[Path], said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    held = sum(entry["bytes"] for entry in listing())
+    held = sum(entry["bytes"] for entry in list_activations())
     monkeypatch.setenv("SRMU_CACHE_LIMIT", str((held + 1000) / 1e9))
     kept = open_activations("disk", {"number": 0}, CPU, said.append)
     for number in range(2):  # the second passes the limit
@@ -702,7 +704,7 @@ def test_a_run_is_the_same_with_any_cache(method: str, workplace: Path) -> None:
     assert len({each.id for each in configs}) == 1
     runs = [unlearn(each) for each in configs]
     assert len({run.folder.name for run in runs}) == 1
-    (entry,) = listing()
+    (entry,) = list_activations()
     assert entry["bytes"] > 10_000
     for run in runs[1:]:
         assert equal(tensors(run), tensors(runs[0]))
@@ -722,14 +724,14 @@ def test_trials_share_a_folder_and_others_do_not(workplace: Path) -> None:
 
     def folders(number: int, *overrides: str) -> int:
         unlearn(config(workplace, f"runs{number}", *overrides))
-        return len(listing())
+        return len(list_activations())
 
     assert folders(0) == 1
-    first = listing()[0]["bytes"]
+    first = list_activations()[0]["bytes"]
     shared = ["method.alpha=3", "train.learning_rate=0.02", "method.coeff=2", "train.max_steps=3"]
     for number, override in enumerate(shared, 1):
         assert folders(number, override) == 1
-    assert listing()[0]["bytes"] == first
+    assert list_activations()[0]["bytes"] == first
     others = [
         "method.window=1", "seed=1", "train.batch_size=3", "dtype=bfloat16", "train.padding=count",
     ]  # fmt: skip
@@ -761,12 +763,12 @@ def same_time(change: Change) -> Change:
 def last_values(model: Path) -> None:
     """The last row of one matrix below the trained layers, beyond the first page of its bytes."""
     name = "model.layers.0.mlp.down_proj.weight"
-    path = weights.shards(model)[name]
+    path = weights.list_shards(model)[name]
     tensor = load_file(path)[name]
     assert tensor.nbytes > weights.PAGE
     tensor = tensor.clone()
     tensor[-1] += 0.5
-    weights.patch(path, {name: tensor})
+    weights.patch_file(path, {name: tensor})
 
 
 def settings(**changed: Any) -> Change:
@@ -812,12 +814,12 @@ def test_another_architecture_in_the_same_place(workplace: Path) -> None:
     shutil.rmtree(workplace / "model")
     save_pico(workplace / "model", "mistral")
     unlearn(config(workplace, "runs1"))
-    assert len(listing()) == 2
+    assert len(list_activations()) == 2
 
 
 def poison(kind: str) -> None:
     """Other values for the entries of a kind, under checksums that are theirs."""
-    folder = listing()[0]["folder"]
+    folder = list_activations()[0]["folder"]
     lines = [json.loads(x) for x in (folder / "index.jsonl").read_text().split("\n") if x]
     data = {name: bytearray((folder / name).read_bytes()) for name in ("prefix.bin", "target.bin")}
     for entry in lines:
@@ -826,7 +828,7 @@ def poison(kind: str) -> None:
             size = dtype.itemsize * torch.Size(entry["shape"]).numel()
             part = data[entry["file"]][entry["start"] : entry["start"] + size]
             wrong = torch.frombuffer(part, dtype=dtype).clone() * 1.01
-            part = activation_cache.plain(wrong).tobytes()
+            part = activation_cache.flat_bytes(wrong).tobytes()
             data[entry["file"]][entry["start"] : entry["start"] + size] = part
             entry["crc"] = zlib.crc32(part)
     for name, content in data.items():
@@ -860,7 +862,7 @@ def test_wrong_activations_are_noticed_at_the_first_step(
 def test_damaged_files_change_no_result(workplace: Path) -> None:
     """A run whose cache was damaged on disk since: what is wrong is computed anew."""
     expected = tensors(unlearn(config(workplace, "runs0")))
-    folder = listing()[0]["folder"]
+    folder = list_activations()[0]["folder"]
     for number, (damage, change) in enumerate(DAMAGE.items(), 1):
         if damage != "files swapped":
             change(folder)
@@ -871,14 +873,16 @@ def test_a_run_without_a_place_for_its_cache(
     workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = tensors(unlearn(config(workplace, "runs0")))
-    (activation_cache.home().parent / "activations.txt").write_text("")
-    monkeypatch.setattr(activation_cache, "home", lambda: tmp_path / "cache" / "activations.txt")
+    (activation_cache.cache_home().parent / "activations.txt").write_text("")
+    monkeypatch.setattr(
+        activation_cache, "cache_home", lambda: tmp_path / "cache" / "activations.txt"
+    )
     assert equal(tensors(unlearn(config(workplace, "runs1"))), expected)
     monkeypatch.undo()
     monkeypatch.setenv("SRMU_CACHE_LIMIT", "0.00001")
     monkeypatch.setenv("SRMU_CACHE", str(tmp_path / "cache2"))
     assert equal(tensors(unlearn(config(workplace, "runs2"))), expected)
     monkeypatch.setenv("SRMU_CACHE_LIMIT", "lots")
-    with pytest.raises(UserError, match="SRMU_CACHE_LIMIT is a number of gigabytes"):
+    with pytest.raises(SrmuError, match="SRMU_CACHE_LIMIT is a number of gigabytes"):
         unlearn(config(workplace, "runs3"))
     assert not (workplace / "runs3").exists()

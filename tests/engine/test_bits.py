@@ -17,14 +17,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from helpers.models import ARCHITECTURES, save_pico, texts, word_tokenizer
-from srmu.data.tokens import batch_up, tokenise
+from srmu.data.tokens import batch_rows, tokenise_texts
 from srmu.engine.activation_cache import Activations, OnDisk
 from srmu.engine.model import EditableModel
 from srmu.engine.topic import Topic
 from srmu.engine.train import TrainOptions
-from srmu.errors import UserError
+from srmu.errors import SrmuError
 from srmu.methods import RMU, SRMU, AdaptiveRMU, Misdirection
-from srmu.methods.directions import draw
+from srmu.methods.directions import draw_direction
 
 LAYER, STEPS, SIZE = 2, 4, 3
 ROOM = 1 << 30
@@ -54,7 +54,7 @@ def topic(padding: Any = "mask") -> Topic:
     tokenizer = word_tokenizer()
     rows = [texts(5, 1, range(30)), texts(6, 2, range(20, 60))]
     forget, retain = (
-        list(batch_up(tokenise(r, tokenizer, 64), tokenizer, SIZE, padding)) for r in rows
+        list(batch_rows(tokenise_texts(r, tokenizer, 64), tokenizer, SIZE, padding)) for r in rows
     )
     assert len(forget) == len(retain) == 2
     assert any((b["attention_mask"] == 0).any() for b in (*forget, *retain))
@@ -81,7 +81,7 @@ def naive(
         stepped, lr=OPTIONS["learning_rate"], eps=1e-8, weight_decay=0.0, **adam
     )
     width = live.config.hidden_size
-    target = method.coeff * draw("unit_uniform", width, topic.generator("direction"))
+    target = method.coeff * draw_direction("unit_uniform", width, topic.generator("direction"))
     losses = []
 
     def hidden(model: Any, batch: Any) -> Tensor:
@@ -331,6 +331,6 @@ def test_activations_of_another_window_are_noticed(tmp_path: Path) -> None:
     kept, methods = Activations(ROOM), [RMU(layer=LAYER, window=w, coeff=3.0) for w in (2, 1)]
     models = [EditableModel(copy.deepcopy(module), method.trainable) for method in methods]
     ours(models[0], methods[0], batches, kept)
-    with pytest.raises(UserError, match=r"first retain loss is .* and not 0"):
+    with pytest.raises(SrmuError, match=r"first retain loss is .* and not 0"):
         ours(models[1], methods[1], batches, kept)
     assert models[1].delta() == {}

@@ -18,9 +18,9 @@ from helpers.models import Call, fill, texts
 from helpers.rank_worker import CASES, DIES_AT, STEPS, WHOLE, config
 from srmu.engine import distributed
 from srmu.engine.losses import mean_nll, row_mean, token_mse
-from srmu.engine.weights import shards, stored_tensor
-from srmu.errors import UserError
-from srmu.runs.run import DELTA, Run, check_ranks, plan, run_folder, unlearn
+from srmu.engine.weights import list_shards, stored_tensor
+from srmu.errors import SrmuError
+from srmu.runs.run import DELTA, Run, check_ranks, plan_run, run_folder, unlearn
 
 KINDS = ("plain", "sharded")
 WORKER = str(Path(__file__).parents[1] / "helpers" / "rank_worker.py")
@@ -57,7 +57,7 @@ def made(folder: Path) -> dict[str, Any]:
 
 
 def found(folder: Path, runs_dir: str, case: str) -> Run:
-    return Run.open(run_folder(plan(config(folder, runs_dir, case))[0]))
+    return Run.open(run_folder(plan_run(config(folder, runs_dir, case))[0]))
 
 
 def rows(run: Run) -> list[dict[str, Any]]:
@@ -67,7 +67,7 @@ def rows(run: Run) -> list[dict[str, Any]]:
 
 def apart(run: Run, other: Run, base: Path) -> float:
     """How far two deltas are apart, as a share of what was changed."""
-    where = shards(base)
+    where = list_shards(base)
     one, two = (load_file(r.folder / DELTA) for r in (run, other))
     assert set(one) == set(two)
     before = {name: stored_tensor(where[name], name) for name in one}
@@ -114,7 +114,7 @@ def test_one_process_goes_on_where_two_were_killed(
     assert died.returncode != 0
     assert "rank" in died.stderr and "SIGKILL" in died.stderr
     wanted = config(folder, name, "npo")
-    assert not (run_folder(plan(wanted)[0]) / "record.json").exists()
+    assert not (run_folder(plan_run(wanted)[0]) / "record.json").exists()
     run = unlearn(wanted)
     assert run.record["resumed_at"] >= DIES_AT
     assert run.record["processes"] == {"count": 1, "sharded": False}
@@ -139,8 +139,8 @@ def test_the_error_of_one_rank_is_named_and_ends_all(folder: Path) -> None:
 def test_what_several_processes_would_all_write_is_refused(
     call: Call, monkeypatch: pytest.MonkeyPatch, words: list[str], why: str
 ) -> None:
-    monkeypatch.setattr(distributed, "size", lambda: 2)
-    monkeypatch.setattr(distributed, "join", lambda: None)
+    monkeypatch.setattr(distributed, "get_size", lambda: 2)
+    monkeypatch.setattr(distributed, "join_group", lambda: None)
     monkeypatch.setattr(distributed, "says_first", lambda message: True)
     answer = call(*words)
     assert answer.code == 2 and why in answer.err
@@ -233,16 +233,18 @@ def test_what_fails_on_one_rank_ends_all(attacked: Path, tmp_path: Path) -> None
     script = tmp_path / "attack.py"
     script.write_text(
         "import sys\n"
-        "from srmu import cli, ranks, robustness\n"
-        "from srmu.errors import UserError\n"
-        "read = robustness.read_found\n"
-        "mine = ranks.rank()\n"
+        "from srmu.attacks import suite\n"
+        "from srmu.cli.main import main\n"
+        "from srmu.engine import distributed\n"
+        "from srmu.errors import SrmuError\n"
+        "read = suite.read_result\n"
+        "mine = distributed.get_rank()\n"
         "def fail(path):\n"
         "    if mine == 1:\n"
-        '        raise UserError("this rank\'s cache cannot be read")\n'
+        '        raise SrmuError("this rank\'s cache cannot be read")\n'
         "    return read(path)\n"
-        "robustness.read_found = fail\n"
-        "cli.main()\n"
+        "suite.read_result = fail\n"
+        "main()\n"
     )
     failed = launch(str(script), *asked(attacked, "attack", "--attacks", "format_shift"))
     assert failed.returncode != 0
@@ -268,21 +270,23 @@ def test_shares_add_up(monkeypatch: pytest.MonkeyPatch, name: str, count: int) -
     labels[1, 3:] = labels[2, :2] = -100
     batch = {"labels": labels, "logits": torch.randn(4, 6, 7, generator=generator)}
     whole = float(FUNCTIONS[name](batch))
-    monkeypatch.setattr(distributed, "size", lambda: count)
+    monkeypatch.setattr(distributed, "get_size", lambda: count)
     parts = []
     for rank in range(count):
-        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-        parts.append(distributed.rows(batch))
+        monkeypatch.setattr(distributed, "get_rank", lambda rank=rank: rank)
+        parts.append(distributed.take_rows(batch))
     counts: list[torch.Tensor] = []
 
     def noted(value: torch.Tensor) -> torch.Tensor:
         counts.append(value)
         return value
 
-    monkeypatch.setattr("srmu.engine.losses.total", noted)
+    monkeypatch.setattr("srmu.engine.losses.total_spread", noted)
     for part in parts:
         FUNCTIONS[name](part)
-    monkeypatch.setattr("srmu.engine.losses.total", lambda value: torch.stack(counts[:count]).sum())
+    monkeypatch.setattr(
+        "srmu.engine.losses.total_spread", lambda value: torch.stack(counts[:count]).sum()
+    )
     assert sum(float(FUNCTIONS[name](part)) for part in parts) == pytest.approx(whole, rel=1e-6)
 
 
@@ -293,36 +297,36 @@ def test_alone_it_is_all_of_them(monkeypatch: pytest.MonkeyPatch, launched: bool
     if launched:  # by Slurm, say, but for one process
         monkeypatch.setenv("WORLD_SIZE", "1")
         monkeypatch.setenv("MASTER_ADDR", "localhost")
-    assert (distributed.rank(), distributed.size(), distributed.first()) == (0, 1, True)
+    assert (distributed.get_rank(), distributed.get_size(), distributed.is_first()) == (0, 1, True)
     value = torch.ones(3, requires_grad=True)
-    with distributed.spread():
-        assert distributed.total(value) is value
+    with distributed.spread_rows():
+        assert distributed.total_spread(value) is value
     assert (
-        distributed.agreed("a") == "a"
-        and distributed.gathered(2) == [2]
-        and distributed.everywhere(True)
+        distributed.agree_on("a") == "a"
+        and distributed.gather_values(2) == [2]
+        and distributed.holds_everywhere(True)
     )
     assert distributed.says_first("this") and distributed.says_first("this")
-    assert distributed.rows({}) == {}
-    distributed.join()
-    distributed.leave()
+    assert distributed.take_rows({}) == {}
+    distributed.join_group()
+    distributed.leave_group()
 
 
 def test_what_cannot_be_spread_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match="--shard cuts the weights over several processes"):
+    with pytest.raises(SrmuError, match="--shard cuts the weights over several processes"):
         check_ranks(config(folder, "r", "srmu"), shard=True)
-    monkeypatch.setattr(distributed, "size", lambda: 2)
+    monkeypatch.setattr(distributed, "get_size", lambda: 2)
     srmu = config(folder, "r", "srmu")
     check_ranks(srmu, shard=True)
     from srmu.methods import METHODS
 
     alone = srmu.model_copy(update={"method": METHODS["undo"]()})
-    with pytest.raises(UserError, match="method undo runs in one process, but 2 were started"):
+    with pytest.raises(SrmuError, match="method undo runs in one process, but 2 were started"):
         check_ranks(alone, shard=False)
     adapted = srmu.model_copy(update={"method": METHODS["npo"](lora_rank=2)})
-    with pytest.raises(UserError, match="do not go together"):
+    with pytest.raises(SrmuError, match="do not go together"):
         check_ranks(adapted, shard=True)
-    with pytest.raises(UserError, match="mlp_post lies inside a layer"):
+    with pytest.raises(SrmuError, match="mlp_post lies inside a layer"):
         check_ranks(config(folder, "r", WHOLE[0]), shard=True)
 
 
@@ -340,5 +344,5 @@ def test_layers_left_on_disk_change_nothing(folder: Path, made: dict[str, Any]) 
         run = unlearn(wanted, offload=True)
         one = unlearn(config(folder, "whole", case).model_copy(update={"cache": "none"}))
         assert (run.folder / DELTA).read_bytes() == (one.folder / DELTA).read_bytes()
-    with pytest.raises(UserError, match="it goes with a method of one layer"):
+    with pytest.raises(SrmuError, match="it goes with a method of one layer"):
         unlearn(config(folder, "offloaded", "npo"), offload=True)

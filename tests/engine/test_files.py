@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from srmu.engine.files import cache_dir, require_free, sha256, whole_folder, write_json, write_whole
-from srmu.errors import UserError
+from srmu.errors import SrmuError
 
 
 def test_whole_folder_appears_at_the_end(tmp_path: Path) -> None:
@@ -31,7 +31,7 @@ def test_whole_folder_takes_an_empty_folder_and_refuses_a_full_one(tmp_path: Pat
     out.mkdir()
     with whole_folder(out) as temporary:
         (temporary / "a.txt").write_text("a")
-    with pytest.raises(UserError, match="not empty"), whole_folder(out):
+    with pytest.raises(SrmuError, match="not empty"), whole_folder(out):
         pass
     assert (out / "a.txt").read_text() == "a"
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
@@ -40,7 +40,7 @@ def test_whole_folder_takes_an_empty_folder_and_refuses_a_full_one(tmp_path: Pat
 def test_an_output_that_is_a_file_or_lies_in_one_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for name in ("file", "file/out", "file/a/b"):
-        with pytest.raises(UserError, match=r"is a file|not a folder"):
+        with pytest.raises(SrmuError, match=r"is a file|not a folder"):
             require_free(tmp_path / name)
     require_free(tmp_path / "new" / "newer")
 

@@ -22,24 +22,24 @@ from helpers.models import (
     texts,
     word_tokenizer,
 )
-from srmu.data.tokens import batch_up, tokenise
+from srmu.data.tokens import batch_rows, tokenise_texts
 from srmu.engine.activation_cache import Activations
 from srmu.engine.loading import (
     check_layers,
-    converts,
     cut_config,
     find_layers,
     load_module,
+    needs_conversion,
     read_config,
 )
 from srmu.engine.model import EditableModel, Site
 from srmu.engine.topic import Topic
 from srmu.engine.train import TrainOptions
-from srmu.engine.weights import shards
-from srmu.errors import UserError
+from srmu.engine.weights import list_shards
+from srmu.errors import SrmuError
 from srmu.methods import RMU
 from srmu.runs.config import Config, make_config
-from srmu.runs.run import plan, unlearn
+from srmu.runs.run import plan_run, unlearn
 
 LAYER, DEPTH = 2, 3
 FUSED = {"mixtral", "qwen3_moe"}  # transformers stacks what the checkpoint stores by expert
@@ -48,7 +48,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 def batches(padding: Any = "mask") -> list[dict[str, Tensor]]:
     tokenizer = word_tokenizer()
-    return list(batch_up(tokenise(texts(5, 1), tokenizer, 64), tokenizer, 3, padding))
+    return list(batch_rows(tokenise_texts(texts(5, 1), tokenizer, 64), tokenizer, 3, padding))
 
 
 def plain(module: Any, batch: Any, layer: int = LAYER) -> Tensor:
@@ -81,9 +81,9 @@ def layers(module: Any) -> Any:
 def test_what_converts(arch: str, tmp_path: Path) -> None:
     folder = save_pico(tmp_path, arch, torch.bfloat16)
     config = read_config(folder)
-    assert converts(folder, config, "auto") == (arch in FUSED)
-    assert converts(folder, config, "bfloat16") == (arch in FUSED)
-    assert converts(folder, config, "float32")
+    assert needs_conversion(folder, config, "auto") == (arch in FUSED)
+    assert needs_conversion(folder, config, "bfloat16") == (arch in FUSED)
+    assert needs_conversion(folder, config, "float32")
 
 
 def test_a_checkpoint_of_several_types_converts(tmp_path: Path) -> None:
@@ -92,8 +92,8 @@ def test_a_checkpoint_of_several_types_converts(tmp_path: Path) -> None:
     module.model.layers[0].mlp.up_proj.float()
     module.save_pretrained(tmp_path)
     config = read_config(tmp_path)
-    assert converts(tmp_path, config, "bfloat16")
-    assert converts(tmp_path, config, "float32")
+    assert needs_conversion(tmp_path, config, "bfloat16")
+    assert needs_conversion(tmp_path, config, "float32")
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def mapped(module: Any, folder: Path) -> bool:
 
 def test_training_leaves_the_mapped_file_alone(tmp_path: Path) -> None:
     folder = save_pico(tmp_path)
-    before = {path: path.read_bytes() for path in set(shards(folder).values())}
+    before = {path: path.read_bytes() for path in set(list_shards(folder).values())}
     model = EditableModel.load(folder, depth=DEPTH, trainable=["*"])
     for parameter in model.trained.values():
         parameter.data.add_(1)
@@ -255,7 +255,7 @@ def by_token(value: Tensor) -> Tensor:
 def test_models_that_share_keys_are_not_cut_wrongly(name: str, tmp_path: Path) -> None:
     folder = gemma(name, tmp_path)
     config = read_config(folder)
-    assert not converts(folder, config, "auto")
+    assert not needs_conversion(folder, config, "auto")
     for dtype in ("auto", "bfloat16"):
         expected = whole(folder, dtype)
         for layer in range(4):
@@ -286,11 +286,11 @@ def test_the_sharing_layers_are_refused(name: str, tmp_path: Path) -> None:
     for layer in range(4):
         check_layers(config, layer)
     for layer in (4, 5):
-        with pytest.raises(UserError, match=rf"layer {layer} takes its keys.*last 2.*below 4"):
+        with pytest.raises(SrmuError, match=rf"layer {layer} takes its keys.*last 2.*below 4"):
             check_layers(config, layer)
-        with pytest.raises(UserError, match=r"choose method\.layer below 4"):
+        with pytest.raises(SrmuError, match=r"choose method\.layer below 4"):
             RMU(layer=layer, kappa=1.0).resolved(config)
-    with pytest.raises(UserError, match="layer 6 does not exist"):
+    with pytest.raises(SrmuError, match="layer 6 does not exist"):
         check_layers(config, 6)
 
 
@@ -456,7 +456,7 @@ def test_other_layouts_equal_a_plain_hook(name: str, tmp_path: Path) -> None:
 def test_layers_without_a_down_projection_are_refused(name: str, tmp_path: Path) -> None:
     cls, sizes, part = REFUSED[name]
     folder = other(cls(**sizes), tmp_path)
-    with pytest.raises(UserError, match=r"has no weight in the role 'mlp_down'; it has .*") as stop:
+    with pytest.raises(SrmuError, match=r"has no weight in the role 'mlp_down'; it has .*") as stop:
         EditableModel.load(folder, depth=DEPTH, trainable=[f"{LAYER}.mlp_down"])
     assert part in str(stop.value)
 
@@ -472,7 +472,7 @@ def config(folder: Path) -> Config:
 
 def refused(folder: Path, *says: str) -> None:
     """Unlearning ends with one line that says all this, and leaves nothing."""
-    with pytest.raises(UserError) as stop:
+    with pytest.raises(SrmuError) as stop:
         unlearn(config(folder))
     assert "\n" not in str(stop.value)
     for part in says:
@@ -494,13 +494,13 @@ def test_quantised_models(settings: dict[str, Any], kind: str, workplace: Path) 
     path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": settings}))
     says = f"is quantised ({kind}); unlearn the unquantised model, then quantise"
     refused(workplace, str(workplace / "model"), says)
-    with pytest.raises(UserError, match=re.escape(says)):
-        plan(config(workplace))
+    with pytest.raises(SrmuError, match=re.escape(says)):
+        plan_run(config(workplace))
 
 
 def last_shard(folder: Path) -> tuple[Path, str]:
     """The file of a layer that no run of layer 2 needs, and its last tensor."""
-    where = shards(folder)
+    where = list_shards(folder)
     path = where["model.layers.3.mlp.down_proj.weight"]
     return path, max(name for name, file in where.items() if file == path)
 
@@ -513,7 +513,7 @@ def test_a_missing_shard(workplace: Path) -> None:
 
 @pytest.mark.parametrize("size", [0, 7, 100, -1])
 def test_a_truncated_shard(size: int, workplace: Path) -> None:
-    path = shards(workplace / "model")["model.layers.1.mlp.down_proj.weight"]
+    path = list_shards(workplace / "model")["model.layers.1.mlp.down_proj.weight"]
     data = path.read_bytes()
     path.write_bytes(data[:size])
     refused(workplace, str(path), "is damaged", *(["it ends before the tensor"] * (size == -1)))
@@ -521,7 +521,7 @@ def test_a_truncated_shard(size: int, workplace: Path) -> None:
 
 def test_a_shard_without_a_tensor_that_the_index_names(workplace: Path) -> None:
     path, _ = last_shard(workplace / "model")
-    wanted = next(file for file in set(shards(workplace / "model").values()) if file != path)
+    wanted = next(file for file in set(list_shards(workplace / "model").values()) if file != path)
     path.write_bytes(wanted.read_bytes())
     refused(workplace, str(path), "lacks the tensor ", "which the index names")
 
@@ -547,8 +547,8 @@ def test_the_dtype_of_the_config_holds_at_every_depth(
     (folder / "config.json").write_text(json.dumps(settings | {"dtype": named}))
     for depth in (None, 2, 4):
         assert load_module(folder, "auto", depth).dtype == DTYPES[named]
-    assert converts(folder, read_config(folder), "auto")
-    assert not converts(folder, read_config(folder), stored)
+    assert needs_conversion(folder, read_config(folder), "auto")
+    assert not needs_conversion(folder, read_config(folder), stored)
 
 
 class Pair(torch.nn.Module):

@@ -23,10 +23,10 @@ from helpers.models import (
     texts,
     word_tokenizer,
 )
-from srmu.data.tokens import batch_up, tokenise
+from srmu.data.tokens import batch_rows, tokenise_texts
 from srmu.engine.loading import check_layers, find_layers, load_module, read_config
 from srmu.engine.model import EditableModel, Site, Stream
-from srmu.errors import UserError
+from srmu.errors import SrmuError
 
 ROTARY = [name for name in ARCHITECTURES if name != "gpt2"]
 
@@ -38,7 +38,7 @@ def streams(arch: str) -> list[Any]:
 
 def example(padding: Any = "mask") -> dict[str, torch.Tensor]:
     tokenizer = word_tokenizer()
-    return next(batch_up(tokenise(texts(3, 1), tokenizer, 64), tokenizer, 3, padding))
+    return next(batch_rows(tokenise_texts(texts(3, 1), tokenizer, 64), tokenizer, 3, padding))
 
 
 def inputs(batch: Any) -> dict[str, torch.Tensor]:
@@ -95,7 +95,7 @@ def test_layers_above_the_site_are_not_run(arch: str) -> None:
 @pytest.mark.parametrize("arch", EXPERTS)
 def test_experts_have_no_common_down_projection(arch: str) -> None:
     model = EditableModel(pico_module(arch), ["1.mlp_down"])
-    with pytest.raises(UserError, match=r"mlp_post: each expert has its own; read resid_post or"):
+    with pytest.raises(SrmuError, match=r"mlp_post: each expert has its own; read resid_post or"):
         model.hidden(example(), Site(1, "mlp_post"))
 
 
@@ -172,7 +172,7 @@ def test_a_mixture_may_have_layers_without_experts() -> None:
         "model.layers.1.mlp.down_proj.weight", "model.layers.2.mlp.experts.down_proj"
     ]  # fmt: skip
     assert model.hidden(example(), Site(1, "mlp_post")).shape[-1] == 48
-    with pytest.raises(UserError, match="each expert has its own"):
+    with pytest.raises(SrmuError, match="each expert has its own"):
         model.hidden(example(), Site(2, "mlp_post"))
 
 
@@ -266,7 +266,7 @@ def test_delta_lists_what_differs() -> None:
 @pytest.mark.parametrize("layer", [2, 3, 40, -1])
 def test_a_layer_that_is_not_loaded(layer: int) -> None:
     model = EditableModel(pico_module(), ["0.mlp_down"], 2)
-    with pytest.raises(UserError, match=rf"layer {layer} is not loaded: only layers 0-1 are"):
+    with pytest.raises(SrmuError, match=rf"layer {layer} is not loaded: only layers 0-1 are"):
         model.hidden(example(), Site(layer))
 
 
@@ -280,19 +280,19 @@ def test_a_layer_that_is_not_loaded(layer: int) -> None:
     ],
 )
 def test_what_cannot_be_trained(patterns: list[str], message: str) -> None:
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(SrmuError, match=message):
         EditableModel(pico_module(), patterns, 2)
 
 
 def test_a_stream_that_does_not_exist() -> None:
     # Where shapes are checked, the checker refuses the value first.
-    with pytest.raises((UserError, TypeError), match=r"(?s)resid_pre.*resid_post.*mlp_out"):
+    with pytest.raises((SrmuError, TypeError), match=r"(?s)resid_pre.*resid_post.*mlp_out"):
         Site(1, "resid_pre")  # type: ignore[arg-type]
     assert str(Site(7, "mlp_out")) == "7.mlp_out"
 
 
 def test_logits_need_the_whole_model() -> None:
-    with pytest.raises(UserError, match="only 2 layers loaded"):
+    with pytest.raises(SrmuError, match="only 2 layers loaded"):
         EditableModel(pico_module(), ["0.mlp_down"], 2).logits(example())
     deep = EditableModel(pico_module(), ["0.mlp_down"], 4)
     assert deep.logits(example()).shape[-1] == deep.vocabulary_size == VOCABULARY
@@ -310,7 +310,7 @@ def test_logits_need_the_whole_model() -> None:
     ],
 )
 def test_layers_and_windows_that_do_not_exist(layer: int, window: int, message: str) -> None:
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(SrmuError, match=message):
         check_layers(SimpleNamespace(num_hidden_layers=4), layer, window)
 
 
@@ -335,7 +335,7 @@ def test_a_layer_without_an_mlp_module() -> None:
     got = model.hidden(example(), Site(1, "mlp_post"))
     assert got.shape == (*example()["input_ids"].shape, 48)
     assert torch.equal(got.flatten(0, 1), expected.reshape(-1, 48))
-    with pytest.raises(UserError, match=r"has no 'mlp'; it has .*fc1"):
+    with pytest.raises(SrmuError, match=r"has no 'mlp'; it has .*fc1"):
         model.hidden(example(), Site(1, "mlp_out"))
 
 
@@ -343,7 +343,7 @@ def test_a_layer_without_the_role() -> None:
     """MPT names its MLP otherwise; a pattern of names still reaches it."""
     config = transformers.MptConfig(d_model=32, n_heads=4, n_layers=2, vocab_size=VOCABULARY)
     module = other_module(config)
-    with pytest.raises(UserError, match=r"no weight in the role 'mlp_down'; it has .*ffn.down_pro"):
+    with pytest.raises(SrmuError, match=r"no weight in the role 'mlp_down'; it has .*ffn.down_pro"):
         EditableModel(module, ["1.mlp_down"])
     name = "transformer.blocks.1.ffn.down_proj.weight"
     assert list(EditableModel(module, ["*.1.ffn.down_proj.*"]).trained) == [name]
@@ -352,7 +352,7 @@ def test_a_layer_without_the_role() -> None:
 def test_a_model_without_a_list_of_layers() -> None:
     module = pico_module()
     module.config.num_hidden_layers = 7
-    with pytest.raises(UserError, match="no list of 7 decoder layers"):
+    with pytest.raises(SrmuError, match="no list of 7 decoder layers"):
         find_layers(module)
 
 
@@ -386,7 +386,7 @@ def test_a_checkpoint_that_lacks_a_tensor(tmp_path: Path) -> None:
     tensors = load_file(file)
     del tensors[name]
     save_file(tensors, file, {"format": "pt"})
-    with pytest.raises(UserError, match=f"lacks 1 tensors, the first is {name}"):
+    with pytest.raises(SrmuError, match=f"lacks 1 tensors, the first is {name}"):
         load_module(tmp_path)
 
 
@@ -396,7 +396,7 @@ def test_a_checkpoint_with_a_tensor_of_another_shape(tmp_path: Path) -> None:
     tensors = load_file(file)
     tensors["model.layers.2.mlp.up_proj.weight"] = torch.zeros(5, 32)
     save_file(tensors, file, {"format": "pt"})
-    with pytest.raises(UserError, match="cannot be loaded"):
+    with pytest.raises(SrmuError, match="cannot be loaded"):
         load_module(tmp_path)
 
 
@@ -428,17 +428,17 @@ def test_folders_that_are_no_causal_language_model(
     if config is not None:
         text = config if isinstance(config, str) else json.dumps(config)
         (tmp_path / "config.json").write_text(text)
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(SrmuError, match=message):
         read_config(tmp_path)
 
 
 def test_a_folder_without_weights(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="has no config"):
+    with pytest.raises(SrmuError, match="has no config"):
         load_module(tmp_path)
     config = pico_module().config
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="cannot be loaded"):
+    with pytest.raises(SrmuError, match="cannot be loaded"):
         load_module(tmp_path)
-    with pytest.raises(UserError, match=r"has no model\.safetensors"):
+    with pytest.raises(SrmuError, match=r"has no model\.safetensors"):
         load_module(tmp_path, depth=2)

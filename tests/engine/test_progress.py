@@ -10,7 +10,7 @@ def test_log_lines_without_a_terminal(
 ) -> None:
     clock = iter([0.0, 4.0, 11.0, 12.0, 13.0])
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
-    with progress.watch("srmu", 4) as tick:
+    with progress.show_progress("srmu", 4) as tick:
         for text in ("a", "b", "", "last [bold] one"):
             tick(text)
     out, err = capsys.readouterr()
@@ -20,6 +20,6 @@ def test_log_lines_without_a_terminal(
 
 
 def test_silent(capsys: pytest.CaptureFixture[str]) -> None:
-    with progress.silent("srmu", 1) as tick:
+    with progress.ignore_progress("srmu", 1) as tick:
         tick("text")
     assert capsys.readouterr() == ("", "")

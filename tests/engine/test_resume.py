@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from helpers.models import both_ways, fill
-from srmu.engine.resume import NUMBERS, TENSORS, Checkpoints, packed, unpack
-from srmu.errors import UserError
+from srmu.engine.resume import NUMBERS, TENSORS, Checkpoints, pack_memory, unpack_memory
+from srmu.errors import SrmuError
 from srmu.methods import METHODS
 from srmu.runs import run as runs
 from srmu.runs.config import Config, build_config
@@ -135,7 +135,7 @@ def begun(workplace: Path, tmp_path: Path) -> Config:
 
 
 def folder_of(made: Config) -> Path:
-    return runs.run_folder(runs.plan(made)[0])
+    return runs.run_folder(runs.plan_run(made)[0])
 
 
 def checkpoint(made: Config) -> Path:
@@ -213,15 +213,15 @@ def test_a_full_disk_costs_the_checkpoint_and_not_the_run(
 
 def test_two_runs_do_not_share_a_folder(begun: Config) -> None:
     folder = folder_of(begun)
-    code = "import sys; from srmu.run import alone; from pathlib import Path\n"
-    code += "with alone(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+    code = "import sys; from srmu.runs.run import hold_folder; from pathlib import Path\n"
+    code += "with hold_folder(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
     with subprocess.Popen(
         [sys.executable, "-c", code, str(folder)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     ) as other:  # fmt: skip
         assert other.stdout is not None
         assert other.stdout.readline() == "held\n"
-        with pytest.raises(UserError, match="written by another process"):
+        with pytest.raises(SrmuError, match="written by another process"):
             unlearn(begun)
         other.send_signal(signal.SIGKILL)
         other.wait()
@@ -254,8 +254,8 @@ def test_what_is_packed_comes_back() -> None:
     held, again = fresh(), fresh()
     torch.rand(5, generator=held["g"])
     held["t"], held["n"], held["new"], held["pool"].seen = torch.zeros(2), 4, torch.ones(3), [1, 2]
-    tensors, numbers = packed(held)
-    unpack(again, tensors, json.loads(json.dumps(numbers)))
+    tensors, numbers = pack_memory(held)
+    unpack_memory(again, tensors, json.loads(json.dumps(numbers)))
     assert torch.equal(torch.rand(3, generator=again["g"]), torch.rand(3, generator=held["g"]))
     assert again["t"].tolist() == [0, 0]
     assert (again["n"], again["new"].tolist(), again["pool"].seen) == (4, [1, 1, 1], [1, 2])

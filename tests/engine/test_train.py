@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from helpers.models import VOCABULARY, pico_module, save_pico, texts, word_tokenizer
-from srmu.data.tokens import batch_up, tokenise
+from srmu.data.tokens import batch_rows, tokenise_texts
 from srmu.engine.losses import mean_nll
 from srmu.engine.model import EditableModel
 from srmu.engine.topic import Topic
-from srmu.engine.train import CHECKED_BATCHES, FINISHED, Terms, TrainOptions, fit
-from srmu.errors import Diverged, UserError
+from srmu.engine.train import CHECKED_BATCHES, FINISHED, Terms, TrainOptions, fit_model
+from srmu.errors import DivergedError, SrmuError
 from srmu.methods import METHODS, RMU, SRMU
 from srmu.runs.config import make_config
 from srmu.runs.run import unlearn
@@ -28,7 +28,7 @@ STEPS = 6
 def topic(name: str = "bio") -> Topic:
     tokenizer = word_tokenizer()
     forget, retain = (
-        list(batch_up(tokenise(texts(4, seed), tokenizer, 64), tokenizer, 2, "mask"))
+        list(batch_rows(tokenise_texts(texts(4, seed), tokenizer, 64), tokenizer, 2, "mask"))
         for seed in (1, 2)
     )
     return Topic(name, forget, retain, vocabulary=torch.arange(4, VOCABULARY))
@@ -68,7 +68,9 @@ def train(
         history.append([p.detach().clone() for p in model.trained.values()])
 
     parts = [(topic(name), loss) for name in ("bio", "cyber")[:topics]]
-    fit(model, parts, TrainOptions(**{"learning_rate": 1e-3, "max_steps": STEPS} | options), log)
+    fit_model(
+        model, parts, TrainOptions(**{"learning_rate": 1e-3, "max_steps": STEPS} | options), log
+    )
     return logged, history
 
 
@@ -109,7 +111,7 @@ def test_the_rate_rises_and_then_stays_or_falls(schedule: str, shares: list[floa
 
 @pytest.mark.parametrize("steps", [-1, 20])
 def test_a_warm_up_ends_before_the_training_does(steps: int) -> None:
-    with pytest.raises(UserError, match=rf"warmup_steps={steps} must be .* below .*max_steps=20"):
+    with pytest.raises(SrmuError, match=rf"warmup_steps={steps} must be .* below .*max_steps=20"):
         TrainOptions(warmup_steps=steps, max_steps=20)
 
 
@@ -143,7 +145,7 @@ def test_masters_of_bf16_equal_a_float32_run_that_is_rounded() -> None:
 
 def test_bf16_weights_need_a_bf16_model() -> None:
     model = editable()
-    with pytest.raises(UserError, match=r"weights=bf16 needs a bf16 model.*float32.*dtype"):
+    with pytest.raises(SrmuError, match=r"weights=bf16 needs a bf16 model.*float32.*dtype"):
         train(model, linear(model), weights="bf16")
     assert model.delta() == {}
 
@@ -222,7 +224,9 @@ def test_a_loss_that_is_not_finite(step: int, place: str, bad: float, dtype: tor
         terms = plain(forget, retain, now)
         return Terms({"forget": terms.losses["forget"] * (bad if now == step else 1)}, {})
 
-    with pytest.raises(Diverged, match=rf"the loss is not finite at {place}.*train.learning_rate"):
+    with pytest.raises(
+        DivergedError, match=rf"the loss is not finite at {place}.*train.learning_rate"
+    ):
         train(model, loss, 2, history, learning_rate=0.05)
     assert len(history) == step + 1  # one for the start, one a finished step
     assert same(list(model.trained.values()), history[max(step - 1, 0)])
@@ -244,7 +248,9 @@ def test_a_gradient_that_is_not_finite(step: int, dtype: torch.dtype) -> None:
             terms.losses["spike"] = zero.abs().sqrt()
         return terms
 
-    with pytest.raises(Diverged, match=f"gradient is not finite at step {step}, topic bio, batch"):
+    with pytest.raises(
+        DivergedError, match=f"gradient is not finite at step {step}, topic bio, batch"
+    ):
         train(model, loss, 1, history, learning_rate=0.05)
     assert len(history) == step + 1
     assert same(list(model.trained.values()), history[step])
@@ -260,7 +266,7 @@ def test_weights_that_are_not_finite_after_the_last_step(dtype: torch.dtype) -> 
         return Terms({"forget": sum((p - p.detach()).sum() for p in model.trained.values())}, {})
 
     with pytest.raises(
-        Diverged, match="the weights are not finite after step 11, topic bio, batch 11"
+        DivergedError, match="the weights are not finite after step 11, topic bio, batch 11"
     ):
         train(model, loss, 1, history, max_steps=12, learning_rate=3e37)
     assert not history[12][0].isfinite().any()
@@ -277,19 +283,19 @@ def test_a_run_that_explodes_leaves_a_working_model(method: Any) -> None:
         history.append({n: p.detach().clone() for n, p in model.trained.items()})
 
     options = TrainOptions(learning_rate=1e25, max_steps=10)
-    with pytest.raises(Diverged, match="not finite at step 1"):
+    with pytest.raises(DivergedError, match="not finite at step 1"):
         method.apply(model, [topic()], options, log)
     assert len(history) == 1
     assert model.delta() == {}  # the first update did the harm
 
 
 def test_diverged_is_a_users_error() -> None:
-    assert issubclass(Diverged, UserError)
+    assert issubclass(DivergedError, SrmuError)
 
 
 def test_a_loss_that_does_not_reach_the_trained_tensors() -> None:
     model = editable()
-    with pytest.raises(UserError, match="wrong layer or window"):
+    with pytest.raises(SrmuError, match="wrong layer or window"):
         train(model, lambda *_: Terms({"forget": torch.ones(())}, {}))
     assert model.delta() == {}
 
@@ -317,7 +323,9 @@ def taught() -> Any:
         parts = (mean_nll(model.logits(batch), batch["labels"]) for batch in (forget, retain))
         return Terms(dict(zip(("one", "other"), parts, strict=True)), {})
 
-    fit(model, [(topic(), loss)], TrainOptions(learning_rate=3e-3, max_steps=60), lambda *_: None)
+    fit_model(
+        model, [(topic(), loss)], TrainOptions(learning_rate=3e-3, max_steps=60), lambda *_: None
+    )
     return model.module.requires_grad_(False)
 
 
@@ -414,7 +422,7 @@ def test_what_is_measured_equals_a_loop(taught: Any) -> None:
 
     def some(name: str, seed: int) -> Topic:
         forget, retain = (
-            list(batch_up(tokenise(texts(count, s), tokenizer, 64), tokenizer, 2, "mask"))
+            list(batch_rows(tokenise_texts(texts(count, s), tokenizer, 64), tokenizer, 2, "mask"))
             for count, s in ((12, seed), (11, seed + 1))
         )
         assert len(forget) == len(retain) == 6 > CHECKED_BATCHES
@@ -491,7 +499,7 @@ def test_measurements_that_are_no_numbers(rule: Any, rate: float, taught: Any) -
     """A model that gives no numbers is no forgetting: the last good weights come back."""
     model = EditableModel(copy.deepcopy(taught), ["*"])
     options = TrainOptions(learning_rate=rate, max_steps=3, check_every=1, **rule)
-    with pytest.raises(Diverged, match=r"no number after step 0, topic bio.*lower train"):
+    with pytest.raises(DivergedError, match=r"no number after step 0, topic bio.*lower train"):
         GA().apply(model, [topic()], options, lambda *_: None)
     assert model.delta() == {}
 
@@ -499,7 +507,7 @@ def test_measurements_that_are_no_numbers(rule: Any, rate: float, taught: Any) -
 @pytest.mark.parametrize("rule", ["utility_floor", "kl_budget"])
 def test_limits_on_retain_texts_need_some(rule: str) -> None:
     some, train = replace(topic(), retain=[]), TrainOptions(**{rule: 0.5})
-    with pytest.raises(UserError, match=rf"train\.{rule} .*name topics\.bio\.retain \(--retain\)"):
+    with pytest.raises(SrmuError, match=rf"train\.{rule} .*name topics\.bio\.retain \(--retain\)"):
         GA().check([topic("cyber"), some], train)
     GA().check([topic()], train)
     GA().check([some], TrainOptions(forget_ceiling=3.0))
@@ -521,7 +529,7 @@ def test_a_stopped_run_is_recorded_and_exported(workplace: Path) -> None:
     assert 1 < run.record["steps"] < 150
     assert (workplace / "out" / "config.json").exists()
     assert unlearn(stops).record == run.record
-    with pytest.raises(UserError, match=r"nothing is left of 1 steps \(utility_floor: "):
+    with pytest.raises(SrmuError, match=r"nothing is left of 1 steps \(utility_floor: "):
         unlearn(config("train.utility_floor=1", "train.check_every=1", "train.learning_rate=0.1"))
     assert len(list((workplace / "runs").iterdir())) == 1
 
@@ -567,7 +575,7 @@ def test_a_run_leaves_the_global_random_state_alone() -> None:
     ],
 )
 def test_train_options_that_make_no_sense(option: str, value: float) -> None:
-    with pytest.raises(UserError, match=f"train.{option}"):
+    with pytest.raises(SrmuError, match=f"train.{option}"):
         TrainOptions(**{option: value})
 
 
@@ -587,7 +595,7 @@ def test_rules_that_nothing_could_obey_are_refused(
         options["name"],
         [f"method.{k}={v}" for k, v in options.items()] + ["train.kl_budget=1"],
     )  # fmt: skip
-    with pytest.raises(UserError, match="kl_budget has no effect"):
+    with pytest.raises(SrmuError, match="kl_budget has no effect"):
         unlearn(config)
 
 
@@ -597,7 +605,7 @@ def test_a_rule_broken_at_once_says_what_to_do(workplace: Path) -> None:
         ["train.learning_rate=0.1", "train.kl_budget=1e-6", f"runs_dir={workplace / 'runs'}",
          "train.forget_ceiling=.inf"],
     )  # fmt: skip
-    with pytest.raises(UserError, match=r"lower train\.learning_rate or"):
+    with pytest.raises(SrmuError, match=r"lower train\.learning_rate or"):
         unlearn(config)
     assert not (workplace / "runs").exists()
 
@@ -628,7 +636,9 @@ def test_a_retain_loss_that_runs_away_stops_the_run(step: int, times: float, sto
     if not stops:
         train(model, loss, max_steps=20, history=weights)
         return
-    with pytest.raises(Diverged, match=f"over 1000 times its usual .*, at step {step}, topic bio"):
+    with pytest.raises(
+        DivergedError, match=f"over 1000 times its usual .*, at step {step}, topic bio"
+    ):
         train(model, loss, max_steps=20, history=weights)
     assert same([p.detach() for p in model.trained.values()], weights[step - 1])
 
@@ -637,14 +647,14 @@ def test_many_times_nothing_is_little() -> None:
     """A retain loss begins at 0: below the loss that the run began with nothing has run away."""
     model = editable()
     train(model, spiking(model, {15: 0.9}, usual=0.0), max_steps=20)
-    with pytest.raises(Diverged, match="retain loss"):
+    with pytest.raises(DivergedError, match="retain loss"):
         train(model, spiking(model, {15: 9.0}, usual=0.0), max_steps=20)
 
 
 def test_the_retain_rule_can_be_set_and_left_out() -> None:
     model = editable()
     train(model, spiking(model, {15: 1e6}), max_steps=20, retain_spike=None)
-    with pytest.raises(Diverged):
+    with pytest.raises(DivergedError):
         train(model, spiking(model, {15: 1.5}), max_steps=20, retain_spike=100)
-    with pytest.raises(UserError, match=r"train.retain_spike must be above 1"):
+    with pytest.raises(SrmuError, match=r"train.retain_spike must be above 1"):
         TrainOptions(retain_spike=1)

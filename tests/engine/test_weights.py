@@ -28,7 +28,7 @@ from srmu.engine import weights
 from srmu.engine.files import sha256
 from srmu.engine.loading import load_module
 from srmu.engine.model import EditableModel
-from srmu.errors import UserError
+from srmu.errors import SrmuError
 from srmu.runs import run as runs
 from srmu.runs.config import make_config
 from srmu.runs.run import Run, unlearn
@@ -125,7 +125,7 @@ def test_an_export_keeps_all_but_the_declared_tensors(name: str, exports: Path) 
     base, out = exports / name / "model", exports / name / "out"
     run = Run.open(next((exports / name / "runs").iterdir()))
     files, copied = hashes(base), hashes(out)
-    where = weights.shards(base)
+    where = weights.list_shards(base)
     touched = {where[tensor].name for tensor in run.delta}
     left_out = {"consolidated.safetensors", "pytorch_model.bin"}
     assert set(copied) == {*files, "README.md", weights.EXPORTED} - left_out
@@ -133,7 +133,7 @@ def test_an_export_keeps_all_but_the_declared_tensors(name: str, exports: Path) 
     assert "chat_template.jinja" in copied
     assert "additional_chat_templates/tools.jinja" in copied
     for file in touched:  # same header, so same layout
-        assert weights.header(out / file) == weights.header(base / file)
+        assert weights.read_header(out / file) == weights.read_header(base / file)
     old, new = tensors_of(base), tensors_of(out)
     architecture = name.partition("-")[0]
     stored = [key for layer in range(3) for key in stored_names(architecture, layer)]
@@ -174,7 +174,7 @@ def test_experts_are_written_one_by_one(arch: str, dtype: torch.dtype, tmp_path:
     model = EditableModel.load(folder, depth=3, trainable=["1.mlp_down", "2.mlp_down"])
     names = weights.checkpoint_names(folder, model.original)
     assert names == {down_name(arch, i): stored_names(arch, i) for i in (1, 2)}
-    assert len(weights.shards(folder)) > len(dict(load_module(folder).named_parameters()))
+    assert len(weights.list_shards(folder)) > len(dict(load_module(folder).named_parameters()))
     for parameter in model.trained.values():
         noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
         parameter.data += noise.to(dtype)
@@ -183,7 +183,7 @@ def test_experts_are_written_one_by_one(arch: str, dtype: torch.dtype, tmp_path:
     weights.save_delta(tmp_path / "delta.safetensors", folder, names, changed, {})
     delta = weights.load_delta(tmp_path / "delta.safetensors", folder)
     assert set(delta) == {key for keys in names.values() for key in keys}
-    weights.export(folder, delta, out)
+    weights.export_checkpoint(folder, delta, out)
     old, new = tensors_of(folder), tensors_of(out)
     assert {key for key in old if not torch.equal(old[key], new[key])} == set(delta)
     exported = AutoModelForCausalLM.from_pretrained(out, dtype="auto")
@@ -206,7 +206,7 @@ def test_a_delta_of_one_expert_changes_that_one_only(arch: str, tmp_path: Path) 
     assert after[1].eq(1).all()
     assert torch.equal(after[0], before[0])
     assert torch.equal(after[2:], before[2:])
-    with pytest.raises(UserError, match="does not fit"):
+    with pytest.raises(SrmuError, match="does not fit"):
         weights.apply_delta(module, folder, {stored_names(arch, 2)[1]: torch.ones(3, 3)})
 
 
@@ -216,11 +216,11 @@ def test_experts_whose_stored_form_is_another_are_refused(arch: str, tmp_path: P
     folder = save_pico(tmp_path / "model", arch)
     parameters = dict(load_module(folder).named_parameters())
     both = "model.layers.1.mlp.experts.gate_up_proj"
-    with pytest.raises(UserError, match=rf"stores expert 0 of {both} as nothing: cannot write"):
+    with pytest.raises(SrmuError, match=rf"stores expert 0 of {both} as nothing: cannot write"):
         weights.checkpoint_names(folder, {both: parameters[both].detach()})
     name = down_name(arch, 1)
     swapped = parameters[name].detach().flip(0)  # each under another expert's number
-    with pytest.raises(UserError, match=f"stores expert 0 of {name} as nothing"):
+    with pytest.raises(SrmuError, match=f"stores expert 0 of {name} as nothing"):
         weights.checkpoint_names(folder, {name: swapped})
 
 
@@ -236,7 +236,7 @@ def test_the_file_that_transformers_loads_is_the_one_that_is_patched(tmp_path: P
     folder = save_pico(tmp_path / "model")  # shards with an index
     pico_module(seed=1).save_pretrained(tmp_path / "other")
     shutil.copy(tmp_path / "other" / "model.safetensors", folder)  # beside one whole file
-    assert set(weights.shards(folder).values()) == {folder / "model.safetensors"}
+    assert set(weights.list_shards(folder).values()) == {folder / "model.safetensors"}
     run = unlearned(folder, out=tmp_path / "out")
     loaded = dict(load_module(tmp_path / "out").named_parameters())
     assert all(torch.equal(loaded[name], tensor) for name, tensor in run.delta.items())
@@ -321,10 +321,10 @@ def test_broken_folders_are_refused(case: str, tmp_path: Path) -> None:
     change, says = BROKEN[case]
     folder = save_pico(tmp_path / "model")
     change(folder)
-    with pytest.raises(UserError, match=says) as caught:
-        weights.shards(folder)
+    with pytest.raises(SrmuError, match=says) as caught:
+        weights.list_shards(folder)
     assert str(folder) in str(caught.value)
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(SrmuError, match=says):
         unlearned(folder)
     assert not (tmp_path / "runs").exists()
 
@@ -333,17 +333,17 @@ def test_a_shard_that_is_cut_short_names_the_tensor(tmp_path: Path) -> None:
     """The first tensor that is not whole, wherever the download stopped."""
     folder = save_pico(tmp_path / "model")
     path = first_shard(folder)
-    entries, start = weights.header(path)
+    entries, start = weights.read_header(path)
     data = path.read_bytes()
     assert len(entries) > 1
     for name, entry in entries.items():
         for end in (entry["data_offsets"][0], entry["data_offsets"][1] - 1):
             path.write_bytes(data[: start + end])
-            with pytest.raises(UserError) as caught:
-                weights.shards(folder)
+            with pytest.raises(SrmuError) as caught:
+                weights.list_shards(folder)
             assert f"{path} is damaged: it ends before the tensor {name} does" in str(caught.value)
     path.write_bytes(data)
-    weights.shards(folder)
+    weights.list_shards(folder)
 
 
 def test_a_tensor_that_neither_index_nor_files_hold_is_refused(tmp_path: Path) -> None:
@@ -352,7 +352,7 @@ def test_a_tensor_that_neither_index_nor_files_hold_is_refused(tmp_path: Path) -
     for path in folder.glob("*.safetensors"):
         kept = {k: v for k, v in load_file(path).items() if "layers.3.mlp.up" not in k}
         save_file(kept, path, metadata={"format": "pt"})
-    with pytest.raises(UserError, match="lacks 1 tensors, the first is"):
+    with pytest.raises(SrmuError, match="lacks 1 tensors, the first is"):
         unlearned(folder)
     assert not (tmp_path / "runs").exists()
 
@@ -364,7 +364,7 @@ def test_save_delta_refuses_what_is_not_finite(value: float, tmp_path: Path) -> 
     original = dict(load_module(folder).named_parameters())[name].detach()
     changed = original.clone()
     changed[0, 0] = value
-    with pytest.raises(UserError, match=rf"{name} holds NaN or infinity"):
+    with pytest.raises(SrmuError, match=rf"{name} holds NaN or infinity"):
         weights.save_delta(tmp_path / "d.safetensors", folder, {name: [name]}, {name: changed}, {})
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
@@ -376,8 +376,8 @@ def test_a_delta_does_not_fit_another_model(tmp_path: Path) -> None:
     gpt2 = save_pico(tmp_path / "gpt2", "gpt2")
     for other, says in ((half, "another type or shape"), (gpt2, "has no tensor")):
         before = hashes(tmp_path)
-        with pytest.raises(UserError, match=says):
-            weights.export(other, run.delta, tmp_path / "out")
+        with pytest.raises(SrmuError, match=says):
+            weights.export_checkpoint(other, run.delta, tmp_path / "out")
         assert hashes(tmp_path) == before
         assert not (tmp_path / "out").exists()
 
@@ -387,42 +387,42 @@ def test_a_parameter_stored_in_another_form_is_refused(tmp_path: Path) -> None:
     name = "model.layers.1.mlp.down_proj.weight"
     original = dict(load_module(folder).named_parameters())[name].detach()
     assert weights.checkpoint_names(folder, {name: original}) == {name: [name]}
-    with pytest.raises(UserError, match="in another form"):
+    with pytest.raises(SrmuError, match="in another form"):
         weights.checkpoint_names(folder, {name: original + 1})
-    with pytest.raises(UserError, match="as nothing"):
+    with pytest.raises(SrmuError, match="as nothing"):
         weights.checkpoint_names(folder, {"absent.weight": original})
 
 
 def test_a_damaged_delta_is_named(tmp_path: Path) -> None:
     path = tmp_path / "delta.safetensors"
     path.write_bytes(b"nothing")
-    with pytest.raises(UserError, match=r"delta\.safetensors is damaged"):
+    with pytest.raises(SrmuError, match=r"delta\.safetensors is damaged"):
         weights.load_delta(path, save_pico(tmp_path / "model"))
 
 
 def test_fingerprints_tell_models_and_deltas_apart(tmp_path: Path) -> None:
     folder = save_pico(tmp_path / "model")
-    name = next(iter(weights.shards(folder)))
+    name = next(iter(weights.list_shards(folder)))
     prints = [
-        weights.fingerprint(folder),
-        weights.changed_fingerprint(weights.fingerprint(folder), {name: torch.zeros(3)}),
-        weights.changed_fingerprint(weights.fingerprint(folder), {name: torch.ones(3)}),
-        weights.fingerprint(save_pico(tmp_path / "gpt2", "gpt2")),
+        weights.fingerprint_model(folder),
+        weights.changed_fingerprint(weights.fingerprint_model(folder), {name: torch.zeros(3)}),
+        weights.changed_fingerprint(weights.fingerprint_model(folder), {name: torch.ones(3)}),
+        weights.fingerprint_model(save_pico(tmp_path / "gpt2", "gpt2")),
     ]
     (folder / "chat_template.jinja").write_text(TEMPLATE)
-    prints.append(weights.fingerprint(folder))
+    prints.append(weights.fingerprint_model(folder))
     assert len(set(prints)) == 5
-    assert prints[-1] == weights.fingerprint(shutil.copytree(folder, tmp_path / "copy"))
+    assert prints[-1] == weights.fingerprint_model(shutil.copytree(folder, tmp_path / "copy"))
 
 
 def test_locate(tmp_path: Path) -> None:
-    assert weights.locate(str(tmp_path)) == tmp_path
-    assert weights.locate(tmp_path.name, base=tmp_path.parent) == tmp_path
-    with pytest.raises(UserError, match="revision does not apply"):
-        weights.locate(str(tmp_path), "main")
+    assert weights.locate_model(str(tmp_path)) == tmp_path
+    assert weights.locate_model(tmp_path.name, base=tmp_path.parent) == tmp_path
+    with pytest.raises(SrmuError, match="revision does not apply"):
+        weights.locate_model(str(tmp_path), "main")
     for name in ("absent", "./a/b", "a/b/c", "/a/b"):
-        with pytest.raises(UserError, match="not a hub id"):
-            weights.locate(name)
+        with pytest.raises(SrmuError, match="not a hub id"):
+            weights.locate_model(name)
 
 
 def test_locate_asks_the_hub_for_safe_files_only(
@@ -438,5 +438,5 @@ def test_locate_asks_the_hub_for_safe_files_only(
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    assert weights.locate("owner/name", "abc") == tmp_path
+    assert weights.locate_model("owner/name", "abc") == tmp_path
     assert calls == [("owner/name", "abc")]

@@ -5,20 +5,20 @@ import torch
 from torch import nn
 
 from helpers.models import VOCABULARY, batches, pico_module, texts, word_tokenizer
-from srmu.engine.losses import counted, without_first
+from srmu.engine.losses import is_counted, without_first
 from srmu.engine.model import EditableModel, Site
-from srmu.errors import Diverged, UserError
+from srmu.errors import DivergedError, SrmuError
 from srmu.evals.analyses import (
-    alignment,
-    confidence,
-    cosines,
-    layers,
-    next_token,
+    layer_sensitivity,
+    measure_alignment,
+    measure_confidence,
+    measure_sensitivity,
+    next_token_confidence,
     open_model,
-    psi,
-    sensitivity,
-    sureness,
-    texts_of,
+    run_texts,
+    sweep_layers,
+    token_confidence,
+    token_cosines,
 )
 from srmu.report.analyses import draw_panel, write_analysis
 from srmu.runs.config import make_config
@@ -45,11 +45,11 @@ def a_run(workplace, method="srmu", *overrides):
 
 def test_sureness_by_hand():
     logits = torch.tensor([[0.0, 0.0, 0.0, 0.0], [math.log(6), math.log(3), 0.0, -1e9]])
-    found = sureness(logits)
+    found = token_confidence(logits)
     torch.testing.assert_close(found[0], torch.tensor([0, 0.25, 0, math.log(4)]))
     entropy = -sum(p * math.log(p) for p in (0.6, 0.3, 0.1))
     torch.testing.assert_close(found[1], torch.tensor([math.log(6), 0.6, 0.3, entropy]))
-    assert sureness(torch.tensor([[0.0, -math.inf]])).isfinite().all()
+    assert token_confidence(torch.tensor([[0.0, -math.inf]])).isfinite().all()
 
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2"])
@@ -57,21 +57,21 @@ def test_confidence_of_a_model_that_says_all_alike(arch):
     model = plain(arch)
     nn.init.zeros_(model.module.get_output_embeddings().weight)
     for tokens in ("predicted", "generated"):
-        found = confidence(model, word_tokenizer(), TEXTS, tokens=tokens)
+        found = measure_confidence(model, word_tokenizer(), TEXTS, tokens=tokens)
         for name in TEXTS:
             row = found.numbers["confidence"][name]["model"]
             assert row["entropy"] == pytest.approx(math.log(VOCABULARY), rel=1e-5)
             assert row["probability"] == pytest.approx(1 / VOCABULARY, rel=1e-5)
             assert row["margin"] == 0 and row["logit"] == 0
     words = sum(len(text.split()) for text in TEXTS["forget"])
-    predicted = confidence(model, word_tokenizer(), TEXTS).numbers["confidence"]["forget"]
+    predicted = measure_confidence(model, word_tokenizer(), TEXTS).numbers["confidence"]["forget"]
     assert predicted["model"]["tokens"] == words  # each word comes after a token
 
 
 def test_padding_does_not_change_confidence():
     model = plain()
-    many = torch.cat([next_token(model, b) for b in batches(TEXTS["forget"], 6)])
-    each = torch.cat([next_token(model, b) for b in batches(TEXTS["forget"], 1)])
+    many = torch.cat([next_token_confidence(model, b) for b in batches(TEXTS["forget"], 6)])
+    each = torch.cat([next_token_confidence(model, b) for b in batches(TEXTS["forget"], 1)])
     torch.testing.assert_close(many, each, atol=1e-5, rtol=1e-4)
 
 
@@ -87,11 +87,11 @@ def test_generated_tokens_are_the_greedy_ones():
         for _ in range(6):
             with torch.no_grad():
                 logits = model.module(torch.tensor([ids])).logits[0, -1]
-            naive.append(sureness(logits[None]))
+            naive.append(token_confidence(logits[None]))
             ids.append(int(logits.argmax()))
             if ids[-1] == model.module.generation_config.eos_token_id:
                 break
-    found = confidence(model, tokenizer, {"forget": TEXTS["forget"]}, tokens="generated",
+    found = measure_confidence(model, tokenizer, {"forget": TEXTS["forget"]}, tokens="generated",
                        new_tokens=6)  # fmt: skip
     row = found.numbers["confidence"]["forget"]["model"]
     assert row["tokens"] == len(naive) < 6 * len(TEXTS["forget"])
@@ -109,18 +109,18 @@ def test_cosine_of_a_planted_displacement():
     with torch.no_grad():
         bias += 3 * direction
     rows = batches(TEXTS["forget"])
-    at = cosines(model, rows, Site(2), direction)
+    at = token_cosines(model, rows, Site(2), direction)
     torch.testing.assert_close(at["displacement"], torch.ones_like(at["after"]))
     with model.frozen():
         naive = [
             torch.cosine_similarity(
-                model.hidden(b, Site(2))[without_first(counted(b["labels"]))], direction, dim=-1
+                model.hidden(b, Site(2))[without_first(is_counted(b["labels"]))], direction, dim=-1
             )
             for b in rows
         ]
     torch.testing.assert_close(at["before"], torch.cat(naive))
     assert (at["after"] > at["before"]).all()
-    below = cosines(model, rows, Site(1), direction)
+    below = token_cosines(model, rows, Site(1), direction)
     assert len(below["displacement"]) == 0
     torch.testing.assert_close(below["before"], below["after"])
 
@@ -128,7 +128,7 @@ def test_cosine_of_a_planted_displacement():
 def test_alignment_of_a_run(workplace):
     _, run = a_run(workplace, "rmu", "method.kappa=8", "method.alpha=0")
     model, tokenizer = open_model(run.folder, "cpu")
-    found = alignment(run, model, tokenizer)
+    found = measure_alignment(run, model, tokenizer)
     (rows,) = found.numbers["topics"].values()
     site = found.numbers["layer"]
     assert rows[site]["direction"]["displacement"] > 0.3
@@ -146,8 +146,8 @@ def test_alignment_of_a_run(workplace):
 
 def test_alignment_needs_a_direction(workplace):
     _, run = a_run(workplace, "npo", "train.learning_rate=0.001")
-    with pytest.raises(UserError, match="npo keeps none"):
-        alignment(run, *open_model(run.folder, "cpu"))
+    with pytest.raises(SrmuError, match="npo keeps none"):
+        measure_alignment(run, *open_model(run.folder, "cpu"))
 
 
 def test_sensitivity_of_linear_maps():
@@ -157,20 +157,20 @@ def test_sensitivity_of_linear_maps():
     rows = batches(TEXTS["forget"], 3)
     size, draws = 0.1, 200
     model.module.model.norm = nn.Identity()
-    assert psi(model, rows, 3, size, draws) == pytest.approx(size**2, rel=0.02)
+    assert layer_sensitivity(model, rows, 3, size, draws) == pytest.approx(size**2, rel=0.02)
     matrix = nn.Linear(32, 32, bias=False)
     with torch.no_grad():
         matrix.weight.normal_(generator=torch.Generator().manual_seed(1))
         hidden = torch.cat([
-            model.hidden(b, Site(3))[without_first(counted(b["labels"]))] for b in rows
+            model.hidden(b, Site(3))[without_first(is_counted(b["labels"]))] for b in rows
         ])  # fmt: skip
         ratio = hidden.square().sum(-1) / matrix(hidden).square().sum(-1)
         expected = size**2 * float(matrix.weight.square().sum() / 32 * ratio.mean())
         model.module.model.norm = matrix
-        assert psi(model, rows, 3, size, draws) == pytest.approx(expected, rel=0.03)
+        assert layer_sensitivity(model, rows, 3, size, draws) == pytest.approx(expected, rel=0.03)
     model.module.model.norm = nn.Linear(32, 32)  # what it gives is its bias
     nn.init.zeros_(model.module.model.norm.weight)
-    assert psi(model, rows, 3, size) == 0
+    assert layer_sensitivity(model, rows, 3, size) == 0
     assert not model.layers[3]._forward_hooks
 
 
@@ -178,10 +178,10 @@ def test_sensitivity_of_linear_maps():
 def test_sensitivity_of_every_layer(arch):
     model = plain(arch)
     before = {k: v.clone() for k, v in model.module.state_dict().items()}
-    found = sensitivity(model, word_tokenizer(), TEXTS)
-    again = sensitivity(model, word_tokenizer(), TEXTS)
+    found = measure_sensitivity(model, word_tokenizer(), TEXTS)
+    again = measure_sensitivity(model, word_tokenizer(), TEXTS)
     assert found.numbers == again.numbers
-    assert found.numbers != sensitivity(model, word_tokenizer(), TEXTS, seed=1).numbers
+    assert found.numbers != measure_sensitivity(model, word_tokenizer(), TEXTS, seed=1).numbers
     for values in found.numbers["psi"].values():
         assert len(values) == 4 and all(value > 0 for value in values)
     assert all(torch.equal(v, before[k]) for k, v in model.module.state_dict().items())
@@ -190,7 +190,7 @@ def test_sensitivity_of_every_layer(arch):
 def test_a_small_noise_gives_psi_of_its_square():
     model, rows = plain(), batches(TEXTS["forget"])
     with torch.no_grad():
-        one, two = (psi(model, rows, 1, size, 50) for size in (1e-3, 2e-3))
+        one, two = (layer_sensitivity(model, rows, 1, size, 50) for size in (1e-3, 2e-3))
     assert two / one == pytest.approx(4, rel=0.02)
 
 
@@ -198,12 +198,12 @@ def test_before_and_after_a_run(workplace):
     _, run = a_run(workplace)
     model, tokenizer = open_model(run.folder, "cpu")
     original, _ = open_model(workplace / "model", "cpu")
-    assert set(texts_of(run)) == {"forget", "retain"}
-    found = confidence(model, tokenizer, texts_of(run)).numbers["confidence"]["forget"]
-    alone = confidence(original, tokenizer, texts_of(run)).numbers["confidence"]["forget"]
+    assert set(run_texts(run)) == {"forget", "retain"}
+    found = measure_confidence(model, tokenizer, run_texts(run)).numbers["confidence"]["forget"]
+    alone = measure_confidence(original, tokenizer, run_texts(run)).numbers["confidence"]["forget"]
     assert found["before"] == alone["model"] != found["after"]
-    psis = sensitivity(model, tokenizer, texts_of(run), documents=4).numbers["psi"]
-    one = sensitivity(original, tokenizer, texts_of(run), documents=4).numbers["psi"]
+    psis = measure_sensitivity(model, tokenizer, run_texts(run), documents=4).numbers["psi"]
+    one = measure_sensitivity(original, tokenizer, run_texts(run), documents=4).numbers["psi"]
     assert psis["forget, before"] == one["forget, model"] != psis["forget, after"]
 
 
@@ -222,41 +222,41 @@ def test_the_layer_sweep_goes_on_where_it_stopped(workplace, tmp_path):
         }
         return {"before": before, "after": after}
 
-    found = layers(config, score, ["hazard/acc"])
+    found = sweep_layers(config, score, ["hazard/acc"])
     assert scored == [2, 3] and found.numbers["best"] == 2  # a window of three starts at layer 0
     row = found.numbers["layers"][0]
     assert row["forgetting"] == pytest.approx(0.5) and row["utility_loss"] == pytest.approx(0.1)
     assert "method.layer=2" in found.sentences[0]
     times = {p: p.stat().st_mtime_ns for p in (workplace / "runs").glob("*/record.json")}
-    assert layers(config, score, ["hazard/acc"]).numbers == found.numbers
+    assert sweep_layers(config, score, ["hazard/acc"]).numbers == found.numbers
     assert times == {p: p.stat().st_mtime_ns for p in (workplace / "runs").glob("*/record.json")}
     page = write_analysis(found, tmp_path / "sweep.html").read_text()
     assert "Unlearning at each layer" in page and str(workplace) not in page
 
     def refuse(run):
         if run.config.method.layer == 2:
-            raise Diverged("step 3: the loss is not finite")
+            raise DivergedError("step 3: the loss is not finite")
         return score(run)
 
-    found = layers(config, refuse, ["hazard/acc"])
+    found = sweep_layers(config, refuse, ["hazard/acc"])
     assert found.numbers["best"] == 3 and "Diverged at layers 2." in found.sentences
     assert found.panels[0].series["forgetting"][0] is None
     assert "\N{EN DASH}" in write_analysis(found, tmp_path / "lost.html").read_text()
-    with pytest.raises(UserError, match="no accuracy other/acc"):
-        layers(config, score, ["other/acc"])
-    with pytest.raises(UserError, match="another one to keep"):
-        layers(config, score, ["hazard/acc", "rest/acc"])
+    with pytest.raises(SrmuError, match="no accuracy other/acc"):
+        sweep_layers(config, score, ["other/acc"])
+    with pytest.raises(SrmuError, match="another one to keep"):
+        sweep_layers(config, score, ["hazard/acc", "rest/acc"])
 
 
 def test_wrong_input(workplace):
     model, tokenizer = plain(), word_tokenizer()
     for rows in ([], ["w1"]):
-        with pytest.raises(UserError, match="no text of two tokens"):
-            confidence(model, tokenizer, {"forget": rows})
-    with pytest.raises(UserError, match="must be 1 or more"):
-        confidence(model, tokenizer, TEXTS, documents=0)
-    with pytest.raises(UserError, match="size 0"):
-        sensitivity(model, tokenizer, TEXTS, size=0)
+        with pytest.raises(SrmuError, match="no text of two tokens"):
+            measure_confidence(model, tokenizer, {"forget": rows})
+    with pytest.raises(SrmuError, match="must be 1 or more"):
+        measure_confidence(model, tokenizer, TEXTS, documents=0)
+    with pytest.raises(SrmuError, match="size 0"):
+        measure_sensitivity(model, tokenizer, TEXTS, size=0)
     config, _ = a_run(workplace, "npo", "train.learning_rate=0.001")
-    with pytest.raises(UserError, match="no layer to vary"):
-        layers(config, lambda run: {}, ["x/acc"])
+    with pytest.raises(SrmuError, match="no layer to vary"):
+        sweep_layers(config, lambda run: {}, ["x/acc"])

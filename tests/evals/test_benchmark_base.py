@@ -10,16 +10,16 @@ import torch
 
 from helpers.benchmark_sets import edited, greedy, write_sets
 from helpers.models import pico_module, texts, word_tokenizer
-from srmu.errors import UserError
+from srmu.errors import SrmuError
 from srmu.evals.benchmarks.base import (
-    Data,
-    continued,
-    cut,
+    BenchmarkData,
+    continue_greedily,
+    cut_at_stop,
     log_likelihoods,
-    mean,
+    mean_metric,
     prompt_of,
-    rouge,
-    write,
+    rouge_scores,
+    write_continuations,
 )
 from srmu.evals.subject import Subject
 
@@ -27,8 +27,10 @@ ROWS = [{"text": f"w{i} w{i + 1}", "options": [f"w{i}", "w9"], "answer": i} for 
 FIELDS: dict[str, type] = {"text": str, "options": list, "answer": int}
 
 
-def local(folder: Path, rows: Sequence[Mapping[str, Any]] = ROWS, **given: Any) -> Data:
-    return Data("a/b", "get it so", folder=write_sets(folder, {("one", "test"): rows}), **given)
+def local(folder: Path, rows: Sequence[Mapping[str, Any]] = ROWS, **given: Any) -> BenchmarkData:
+    return BenchmarkData(
+        "a/b", "get it so", folder=write_sets(folder, {("one", "test"): rows}), **given
+    )
 
 
 def pico(seed: int = 0, **special: Any) -> Subject:
@@ -38,7 +40,7 @@ def pico(seed: int = 0, **special: Any) -> Subject:
 @pytest.mark.parametrize("ending", ["jsonl", "parquet"])
 def test_rows_of_a_local_folder(tmp_path: Path, ending: str) -> None:
     sets = {("one", "test"): ROWS, ("one", "dev"): ROWS[:1], ("two", "test"): ROWS[2:]}
-    data = Data("a/b", "", folder=write_sets(tmp_path / "set", sets, ending))
+    data = BenchmarkData("a/b", "", folder=write_sets(tmp_path / "set", sets, ending))
     for (config, split), rows in sets.items():
         assert data.rows(config, split, FIELDS) == rows
     assert [*data.seen] == ["one/test", "one/dev", "two/test"]
@@ -63,13 +65,13 @@ def test_digests_follow_the_rows(tmp_path: Path) -> None:
 
 def test_folder_config_and_split_that_are_not_there(tmp_path: Path) -> None:
     data = local(tmp_path / "set")
-    missing = Data("a/b", "get it so", folder=tmp_path / "none")
+    missing = BenchmarkData("a/b", "get it so", folder=tmp_path / "none")
     for one, config, split in (
         (missing, "one", "test"),
         (data, "three", "test"),
         (data, "one", "train"),
     ):
-        with pytest.raises(UserError) as error:
+        with pytest.raises(SrmuError) as error:
             one.rows(config, split, FIELDS)
         said = str(error.value)
         assert f"{one.folder}, config {config}, split {split} cannot be read" in said
@@ -95,7 +97,7 @@ def test_bad_fields(tmp_path: Path, changed: dict[str, Any], field: str, said: s
     """All rows the same, as a column holds one type."""
     rows = [{**row, **changed} for row in ROWS]
     data = local(tmp_path / "set", rows)
-    with pytest.raises(UserError) as error:
+    with pytest.raises(SrmuError) as error:
         data.rows("one", "test", FIELDS)
     place = f"{data.folder}, config one, split test, row 1: field {field!r} "
     assert str(error.value) == place + said
@@ -103,14 +105,14 @@ def test_bad_fields(tmp_path: Path, changed: dict[str, Any], field: str, said: s
 
 def test_the_row_that_is_wrong(tmp_path: Path) -> None:
     data = local(tmp_path / "set", [*ROWS[:2], {**ROWS[2], "text": ""}])
-    with pytest.raises(UserError, match="row 3: field 'text' has an empty text"):
+    with pytest.raises(SrmuError, match="row 3: field 'text' has an empty text"):
         data.rows("one", "test", FIELDS)
-    with pytest.raises(UserError, match="row 1: no field 'other'; it has text, options, answer"):
+    with pytest.raises(SrmuError, match="row 1: no field 'other'; it has text, options, answer"):
         data.rows("one", "test", {"other": str})
 
 
 def test_too_few_rows(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="split test has 4 rows; this suite needs 5"):
+    with pytest.raises(SrmuError, match="split test has 4 rows; this suite needs 5"):
         local(tmp_path / "set").rows("one", "test", FIELDS, least=5)
 
 
@@ -119,7 +121,7 @@ def test_a_padded_batch_is_as_one_by_one(special: dict[str, str]) -> None:
     """Prompts of 5 to 12 words, more than one batch of them."""
     model = pico(**special)
     prompts = texts(40, seed=3)
-    said = write(model, prompts, 6)
+    said = write_continuations(model, prompts, 6)
     assert said == [greedy(model, prompt, 6) for prompt in prompts]
     assert len(set(said)) > 5
 
@@ -130,7 +132,7 @@ def test_answers_end_with_the_text_and_with_the_cap() -> None:
     with torch.no_grad():  # the end of the text becomes likely
         model.module.lm_head.weight[2] *= 3
     rows = [model.tokens(prompt) for prompt in prompts]
-    made = continued(model, rows, 10)
+    made = continue_greedily(model, rows, 10)
     said = [model.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in made]
     assert said == [greedy(model, prompt, 10) for prompt in prompts]
     lengths = {len(ids) for ids in made}
@@ -139,19 +141,19 @@ def test_answers_end_with_the_text_and_with_the_cap() -> None:
     # what its generation config calls an end is one as well
     often = max({token for ids in made for token in ids})
     model.module.generation_config.eos_token_id = [2, often]
-    assert not any(often in ids for ids in continued(model, rows, 10))
+    assert not any(often in ids for ids in continue_greedily(model, rows, 10))
 
 
 def test_cut() -> None:
-    assert cut(" one\ntwo three ", ("three", "\n")) == "one"
-    assert cut("one two", ("\n",)) == "one two"
-    assert cut("\none", ("\n",)) == ""
+    assert cut_at_stop(" one\ntwo three ", ("three", "\n")) == "one"
+    assert cut_at_stop("one two", ("\n",)) == "one two"
+    assert cut_at_stop("\none", ("\n",)) == ""
     model = pico()
     (prompt,) = texts(1, seed=5)
-    whole = write(model, [prompt], 8)[0].split()
+    whole = write_continuations(model, [prompt], 8)[0].split()
     stop = next(word for word in whole if word != whole[0])
     kept = " ".join(whole).partition(stop)[0].strip()
-    assert write(model, [prompt], 8, stops=(stop,)) == [kept]
+    assert write_continuations(model, [prompt], 8, stops=(stop,)) == [kept]
 
 
 def test_a_prompt_that_is_too_long_loses_its_first_tokens() -> None:
@@ -159,21 +161,23 @@ def test_a_prompt_that_is_too_long_loses_its_first_tokens() -> None:
     model = pico()
     words = " ".join(texts(12, seed=6)).split()[:80]
     last = [model.tokenizer.convert_tokens_to_ids(word) for word in words[-54:]]
-    expected = model.tokenizer.decode(continued(model, [last], 10)[0], skip_special_tokens=True)
-    assert write(model, [" ".join(words)], 10) == [expected.strip()]
+    expected = model.tokenizer.decode(
+        continue_greedily(model, [last], 10)[0], skip_special_tokens=True
+    )
+    assert write_continuations(model, [" ".join(words)], 10) == [expected.strip()]
 
 
 def test_half_of_what_a_model_reads_is_for_the_prompt() -> None:
     model = pico()
     (prompt,) = texts(1, seed=5)
-    assert len({write(model, [prompt], count)[0] for count in (32, 64, 65, 128)}) == 1
+    assert len({write_continuations(model, [prompt], count)[0] for count in (32, 64, 65, 128)}) == 1
 
 
 def test_the_checkpoints_own_settings_of_generation_do_not_count() -> None:
     model, prompts = pico(), texts(3, seed=4)
-    plain = write(model, prompts, 12)
+    plain = write_continuations(model, prompts, 12)
     model.module.generation_config.repetition_penalty = 1.7
-    assert write(model, prompts, 12) == plain
+    assert write_continuations(model, prompts, 12) == plain
 
 
 def test_empty_answers() -> None:
@@ -181,10 +185,10 @@ def test_empty_answers() -> None:
     module = pico_module()
     module.lm_head.bias = torch.nn.Parameter(torch.eye(64)[2] * 1e4)  # it ends at once
     prompts = texts(3, seed=7)
-    assert write(edited(module), prompts, 5) == ["", "", ""]
-    with pytest.raises(UserError, match="my answers: the model wrote nothing after any of 3"):
-        write(Subject(module, word_tokenizer()), prompts, 5, label="my answers")
-    assert write(Subject(module, word_tokenizer()), [], 5) == []
+    assert write_continuations(edited(module), prompts, 5) == ["", "", ""]
+    with pytest.raises(SrmuError, match="my answers: the model wrote nothing after any of 3"):
+        write_continuations(Subject(module, word_tokenizer()), prompts, 5, label="my answers")
+    assert write_continuations(Subject(module, word_tokenizer()), [], 5) == []
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -206,26 +210,31 @@ def test_a_model_that_is_not_a_number() -> None:
     module = pico_module()
     with torch.no_grad():
         module.lm_head.weight.fill_(float("nan"))
-    with pytest.raises(UserError, match=r"odds: the model's output is not a number \(NaN\)"):
+    with pytest.raises(SrmuError, match=r"odds: the model's output is not a number \(NaN\)"):
         log_likelihoods(Subject(module, word_tokenizer()), [("w1", " w2")], label="odds")
 
 
 def test_mean() -> None:
     values = np.random.default_rng(0).normal(size=17)
-    found = mean([*values])
+    found = mean_metric([*values])
     assert found["n"] == 17
     assert found["value"] == pytest.approx(values.mean())
     assert found["stderr"] == pytest.approx(values.std(ddof=1) / np.sqrt(17))
-    assert mean([3.0]) == {"value": 3.0, "n": 1.0}
+    assert mean_metric([3.0]) == {"value": 3.0, "n": 1.0}
 
 
 def test_rouge() -> None:
     truth = "the cat sat on the mat"
-    assert rouge("recall", [truth, "dog", "", f"well {truth} now"], [truth] * 4) == [1, 0, 0, 1]
+    assert rouge_scores("recall", [truth, "dog", "", f"well {truth} now"], [truth] * 4) == [
+        1,
+        0,
+        0,
+        1,
+    ]
     # three of four words said are three of the six in their order: P 3/4, R 3/6, F 2PR/(P+R) = .6
     said = ["cat sat a mat"]
-    assert rouge("recall", said, [truth]) == [pytest.approx(0.5)]
-    assert rouge("fmeasure", said, [truth]) == [pytest.approx(0.6)]
+    assert rouge_scores("recall", said, [truth]) == [pytest.approx(0.5)]
+    assert rouge_scores("fmeasure", said, [truth]) == [pytest.approx(0.6)]
 
 
 def test_prompt_of() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from srmu.evals.benchmarks import SUITES
+from srmu.evals.benchmarks import BENCHMARKS
 from srmu.reproduce import needs
 from srmu.runs import estimate
 from srmu.runs.config import load_config
@@ -16,7 +16,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 NAMES = [
     path.name
     for path in sorted(CONFIGS.glob("*.yaml"))
-    if path.name.partition("-")[0] in {*SUITES} - {"wmdp"}
+    if path.name.partition("-")[0] in {*BENCHMARKS} - {"wmdp"}
 ]
 
 # A model of little more than its architecture.
@@ -43,7 +43,7 @@ def test_every_benchmark_has_configs() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_dry_run_needs_nothing(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # what several devices take is half of the work and test_scale's
-    monkeypatch.setattr(estimate, "launches", lambda *args, **given: [])
+    monkeypatch.setattr(estimate, "estimate_launches", lambda *args, **given: [])
     layers = 1 + tree(name)["method"].get("layer", 0)
     (tmp_path / "config.json").write_text(json.dumps(SMALL | {"num_hidden_layers": layers}))
     config = load_config(CONFIGS / name, [f"model={tmp_path}"])
@@ -76,7 +76,9 @@ def test_texts_are_of_the_benchmark(name: str) -> None:
         if source.dataset:
             assert source.dataset.startswith(hubs[benchmark])
             # the kind of text that the suite of that name is asked about
-            assert (source.revision or SUITES[benchmark].revision) == SUITES[benchmark].revision
+            assert (source.revision or BENCHMARKS[benchmark].revision) == BENCHMARKS[
+                benchmark
+            ].revision
         else:
             assert Path(str(source.path)).is_absolute()
             assert not Path(str(source.path)).resolve().is_relative_to(CONFIGS)

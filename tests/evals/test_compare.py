@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from srmu.errors import UserError
-from srmu.evals.compare import Row, compare, setting
+from srmu.errors import SrmuError
+from srmu.evals.compare import ComparisonRow, compare_runs, run_setting
 from srmu.runs.config import build_config, make_config
 
 QUESTIONS = 200  # two of each fact
@@ -95,7 +95,7 @@ def evaluated(
     return folder
 
 
-def inside(row: Row) -> bool:
+def inside(row: ComparisonRow) -> bool:
     found = [row.utility_loss, row.forget_accuracy, *([row.residual] if row.residual else [])]
     return all(one.low <= one.value <= one.high for one in found)
 
@@ -106,7 +106,7 @@ def test_a_method_is_interpolated_along_its_own_curve(tmp_path: Path) -> None:
         attacked(tmp_path, "srmu", 0.6, 0.96, "method.kappa=4", best=0.8),
         attacked(tmp_path, "srmu", 0.3, 0.8, "method.kappa=8", best=0.5),
     ]
-    (row,) = compare(runs, budget=0.06)
+    (row,) = compare_runs(runs, budget=0.06)
     assert (row.method, row.points, row.seeds, row.note) == ("srmu", 2, 1, "")
     assert row.utility_loss.value == pytest.approx(0.06)
     assert row.forget_accuracy.value == pytest.approx(0.45)
@@ -115,9 +115,9 @@ def test_a_method_is_interpolated_along_its_own_curve(tmp_path: Path) -> None:
     assert inside(row)
     assert row.forget_difference is row.residual_difference is None and row.verdict == ""
     assert (row.forget_accuracy.n, row.utility_loss.n) == (QUESTIONS, 2 * QUESTIONS)
-    assert compare(runs[::-1], budget=0.06) == [row]
+    assert compare_runs(runs[::-1], budget=0.06) == [row]
     # a quarter of the way to the first point, from the original: nothing lost, all known, K* 1
-    (row,) = compare(runs, budget=0.005)
+    (row,) = compare_runs(runs, budget=0.005)
     assert row.forget_accuracy.value == pytest.approx(0.9)
     assert row.residual is not None
     assert row.residual.value == pytest.approx(0.75 + 0.25 * (0.8 - 0.25) / 0.75)
@@ -131,7 +131,7 @@ def test_a_curve_that_ends_below_the_budget(tmp_path: Path) -> None:
         attacked(tmp_path, "srmu", 0.3, 1, "method.kappa=8"),
         attacked(tmp_path, "rmu", 0.5, 0.98),
     ]
-    for row, accuracy, loss in zip(compare(runs, 0.2), (0.3, 0.5), (0, 0.01), strict=True):
+    for row, accuracy, loss in zip(compare_runs(runs, 0.2), (0.3, 0.5), (0, 0.01), strict=True):
         assert row.forget_accuracy.value == pytest.approx(accuracy)
         assert row.utility_loss.value == pytest.approx(loss)
         assert "strongest setting, where that loses less than 20.0%" in row.note
@@ -140,7 +140,7 @@ def test_a_curve_that_ends_below_the_budget(tmp_path: Path) -> None:
         "facts": found["facts"], "before": answers(0.8), "after": answers(0.9)
     }  # fmt: skip
     (runs[2] / "attacks.json").write_text(json.dumps(found))
-    assert compare(runs[2:])[0].forget_accuracy.value == pytest.approx(0.5)
+    assert compare_runs(runs[2:])[0].forget_accuracy.value == pytest.approx(0.5)
 
 
 def test_the_same_method_twice_is_noise_and_a_better_one_is_not(tmp_path: Path) -> None:
@@ -151,7 +151,7 @@ def test_the_same_method_twice_is_noise_and_a_better_one_is_not(tmp_path: Path) 
         attacked(tmp_path, "srmu", 0.4, 0.8),
         attacked(tmp_path, "npo", 0.4, 0.8, best=0.7),
     ]
-    first, same, better, worse = compare(runs, 0.1)
+    first, same, better, worse = compare_runs(runs, 0.1)
     assert [row.verdict for row in (first, same, better, worse)] == ["", "noise", "better", "worse"]
     assert same.forget_difference is not None
     assert (same.forget_difference.low, same.forget_difference.high) == (0, 0)
@@ -172,10 +172,10 @@ def test_seeds_and_testbeds_are_repetitions(tmp_path: Path) -> None:
         attacked(tmp_path, "srmu", share, 0.9, seed=seed, bed=bed)
         for (bed, seed), share in shares.items()
     ]
-    (row,) = compare(runs)
+    (row,) = compare_runs(runs)
     assert (row.points, row.seeds, row.method) == (1, 3, "srmu")
     assert row.forget_accuracy.value == pytest.approx(0.5)
-    (one,) = compare(runs[1:2])
+    (one,) = compare_runs(runs[1:2])
     spread = [row.forget_accuracy.high - row.forget_accuracy.low,
               one.forget_accuracy.high - one.forget_accuracy.low]  # fmt: skip
     assert spread[0] > 1.5 * spread[1]
@@ -184,13 +184,13 @@ def test_seeds_and_testbeds_are_repetitions(tmp_path: Path) -> None:
         attacked(tmp_path, "rmu", share + 0.1, 0.9, seed=seed, bed=bed)
         for (bed, seed), share in shares.items()
     ]
-    _, rmu = compare([*runs, *others])
+    _, rmu = compare_runs([*runs, *others])
     assert rmu.forget_difference is not None
     assert rmu.forget_difference.value == pytest.approx(0.1)
     assert rmu.verdict == "worse"
-    lone = compare([*runs, others[0]])[1].forget_difference
+    lone = compare_runs([*runs, others[0]])[1].forget_difference
     assert lone is not None and lone.value == pytest.approx(0.1)
-    apart = compare([*runs[:2], others[2]])[1].forget_difference  # nothing in common
+    apart = compare_runs([*runs[:2], others[2]])[1].forget_difference  # nothing in common
     assert apart is not None and apart.value == pytest.approx(0.8 - 0.4)
 
 
@@ -201,7 +201,7 @@ def test_what_is_no_number_makes_another_method(tmp_path: Path) -> None:
         attacked(tmp_path, "graddiff", 0.3, 0.7, "method.retain=kl"),
         attacked(tmp_path, "ga", 0.3, 0.7),
     ]
-    rows = compare(runs)
+    rows = compare_runs(runs)
     assert [(row.method, row.points) for row in rows] == [
         ("graddiff (nll)", 1), ("graddiff (kl)", 2), ("ga", 1)
     ]  # fmt: skip
@@ -210,19 +210,19 @@ def test_what_is_no_number_makes_another_method(tmp_path: Path) -> None:
 def test_results_alone(tmp_path: Path) -> None:
     """The normal interval from n; seeds share their questions, so they are no more of them."""
     run = evaluated(tmp_path, "rmu", 0.4, 0.9)
-    (row,) = compare([run], 1, *METRICS)
+    (row,) = compare_runs([run], 1, *METRICS)
     assert row.forget_accuracy.value == pytest.approx(0.4)
     width = row.forget_accuracy.high - row.forget_accuracy.low
     assert width == pytest.approx(2 * 1.96 * (0.24 / 400) ** 0.5, rel=0.15)
     assert row.residual is None and row.forget_accuracy.n == 400
     more = [run, *(evaluated(tmp_path, "rmu", 0.4, 0.9, seed=seed) for seed in (1, 2))]
-    (three,) = compare(more, 1, *METRICS)
+    (three,) = compare_runs(more, 1, *METRICS)
     found = three.forget_accuracy
     assert three.seeds == 3 and found.high - found.low == pytest.approx(width, rel=0.02)
     runs = [
         *more, evaluated(tmp_path, "srmu", 0.41, 0.9), evaluated(tmp_path, "npo", 0.2, 0.9)
     ]  # fmt: skip
-    rows = compare(runs, 1, *METRICS)
+    rows = compare_runs(runs, 1, *METRICS)
     assert [row.verdict for row in rows] == ["", "noise", "better"]
     assert rows[0].forget_accuracy == three.forget_accuracy
 
@@ -234,38 +234,44 @@ def test_attacked_and_evaluated_runs_together(tmp_path: Path) -> None:
         path = runs[1] / f"{name}.json"
         entries = json.loads(path.read_text())
         path.write_text(json.dumps(entries | {"far/acc": {"value": 1.0, "n": 400}}))
-    rmu, srmu = compare(runs, 0.025)
+    rmu, srmu = compare_runs(runs, 0.025)
     assert rmu.residual is not None and srmu.residual is srmu.residual_difference is None
     assert srmu.verdict == "noise"
 
 
 def test_the_same_call_gives_the_same_rows(tmp_path: Path) -> None:
     runs = [attacked(tmp_path, "rmu", 0.5, 0.9, seed=seed) for seed in range(3)]
-    assert compare(runs) == compare(runs) != compare(runs, seed=1)
+    assert compare_runs(runs) == compare_runs(runs) != compare_runs(runs, seed=1)
 
 
 CANNOT: dict[str, tuple[Any, str]] = {
-    "none": (lambda one, make: compare([]), "name the folders"),
-    "budget": (lambda one, make: compare([one], 5), "utility loss 5: it is a share"),
-    "no run": (lambda one, make: compare([one.parent]), "is not a finished run"),
-    "no results": (lambda one, make: compare([one, make(None)]), "run `srmu eval "),
-    "metrics": (lambda one, make: compare([make(evaluated)]), "there are hazard/acc, near/acc"),
-    "unknown": (lambda one, make: compare([make(evaluated)], 1, ["x"], ["y"]), "no result x"),
+    "none": (lambda one, make: compare_runs([]), "name the folders"),
+    "budget": (lambda one, make: compare_runs([one], 5), "utility loss 5: it is a share"),
+    "no run": (lambda one, make: compare_runs([one.parent]), "is not a finished run"),
+    "no results": (lambda one, make: compare_runs([one, make(None)]), "run `srmu eval "),
+    "metrics": (
+        lambda one, make: compare_runs([make(evaluated)]),
+        "there are hazard/acc, near/acc",
+    ),
+    "unknown": (lambda one, make: compare_runs([make(evaluated)], 1, ["x"], ["y"]), "no result x"),
     "tasks": (
-        lambda one, make: compare(
+        lambda one, make: compare_runs(
             [one, make(attacked, tasks={"test": ["a"], "val": "", "utility": ["near", "far"]})]
         ),
         "different tasks: hazard/acc, near/acc, far/acc and a/acc, near/acc, far/acc",
     ),
-    "tier": (lambda one, make: compare([one, make(attacked, tier="deep")]), "tier smoke and deep"),
+    "tier": (
+        lambda one, make: compare_runs([one, make(attacked, tier="deep")]),
+        "tier smoke and deep",
+    ),
     "questions": (
-        lambda one, make: compare([one, make(attacked, facts=list(range(QUESTIONS)))]),
+        lambda one, make: compare_runs([one, make(attacked, facts=list(range(QUESTIONS)))]),
         "with other questions",
     ),
-    "same": (lambda one, make: compare([one, one]), "are the same run"),
-    "plain": (lambda one, make: compare([make(attacked, attacks={})]), "has no forced_choice"),
+    "same": (lambda one, make: compare_runs([one, one]), "are the same run"),
+    "plain": (lambda one, make: compare_runs([make(attacked, attacks={})]), "has no forced_choice"),
     "damaged": (
-        lambda one, make: (one / "attacks.json").write_text("{") and compare([one]),
+        lambda one, make: (one / "attacks.json").write_text("{") and compare_runs([one]),
         "attacks.json is damaged",
     ),
 }
@@ -279,7 +285,7 @@ def test_what_cannot_be_compared_is_refused_in_one_line(tmp_path: Path, case: st
         return how(tmp_path, "npo", 0.5, 0.9, **changes)
 
     call, expected = CANNOT[case]
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(SrmuError) as caught:
         call(attacked(tmp_path, "rmu", 0.5, 0.9), make)
     assert expected in str(caught.value) and "\n" not in str(caught.value)
 
@@ -292,7 +298,7 @@ def test_a_setting_has_paths_by_name_and_templates_whole() -> None:
             "method": {"name": "ga"},
             "topics": {"t": {"forget": source, "retain": "b.jsonl"}},
         }
-        return setting(build_config(tree, []))
+        return run_setting(build_config(tree, []))
 
     assert of("x/a.jsonl", "{q} [/I]{a}") == of("y/a.jsonl", "{q} [/I]{a}")
     assert of("x/a.jsonl", "{q} [/I]{a}") != of("x/a.jsonl", "{p} [/I]{a}")

@@ -20,9 +20,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from helpers.models import ARCHITECTURES, VOCABULARY, pico_module, word_tokenizer
 from srmu.engine import likelihoods
-from srmu.errors import UserError
+from srmu.errors import SrmuError
 from srmu.evals import lm_eval
-from srmu.evals.lm_eval import evaluate, interval
+from srmu.evals.lm_eval import accuracy_interval, evaluate
 
 WORDS = ["<eos>", "<unk>", "gold", *(f"w{i}" for i in range(30)), "?"]
 YAML = """task: {name}
@@ -235,7 +235,7 @@ def test_every_state_is_left_as_it_was(tokenizer, tmp_path, capfd, caplog, recwa
     found = evaluate(model, tokenizer, ["quiz"], tasks_dir=tasks_dir)
     assert state() == before
     assert found["quiz/acc"]["value"] == expected
-    with pytest.raises(UserError):
+    with pytest.raises(SrmuError):
         evaluate(
             model, tokenizer, ["quiz", "broken"], tasks_dir=write_task(tasks_dir, [], "broken")
         )
@@ -361,7 +361,7 @@ def replaced(file: str, old: str, new: str) -> Callable[[Path], None]:
 def test_broken_task_is_one_line(model, tokenizer, tmp_path, change, message):
     tasks_dir = write_task(tmp_path / "tasks", questions(5))
     change(tasks_dir)
-    with pytest.raises(UserError, match=message) as caught:
+    with pytest.raises(SrmuError, match=message) as caught:
         evaluate(model, tokenizer, ["quiz"], tasks_dir=tasks_dir)
     assert "\n" not in str(caught.value)
 
@@ -372,10 +372,10 @@ def test_unknown_task_names_the_nearest(model, tokenizer, tmp_path, monkeypatch)
     seen = count_rows(model)
     for asked, meant in [("organism_hazrd", "organism_hazard"), ("mmlu_virolgy", "mmlu_virology")]:
         message = f"'{asked}' does not exist, did you mean {meant}.*organism_hazard.*lm-eval ls"
-        with pytest.raises(UserError, match=message):
+        with pytest.raises(SrmuError, match=message):
             evaluate(model, tokenizer, ["organism_hazard", asked], tasks_dir=tasks_dir)
     with pytest.raises(
-        UserError, match=r"'xyz' does not exist; looked in the tasks folder \(none there\)"
+        SrmuError, match=r"'xyz' does not exist; looked in the tasks folder \(none there\)"
     ):
         evaluate(model, tokenizer, ["xyz"])
     assert not seen  # found out before anything ran
@@ -385,7 +385,7 @@ def test_unreachable_dataset_is_named(model, tokenizer, tmp_path, monkeypatch):
     folder = write_task(tmp_path / "builtin", questions(1))
     replaced("quiz.yaml", "json\n", "cais/wmdp\n")(folder)
     use_builtin(monkeypatch, folder)
-    with pytest.raises(UserError, match=r"'quiz' cannot be loaded: .*cais/wmdp") as caught:
+    with pytest.raises(SrmuError, match=r"'quiz' cannot be loaded: .*cais/wmdp") as caught:
         evaluate(model, tokenizer, ["quiz"])
     assert "\n" not in str(caught.value)
 
@@ -393,14 +393,14 @@ def test_unreachable_dataset_is_named(model, tokenizer, tmp_path, monkeypatch):
 def test_nan_is_an_error_and_not_an_accuracy(model, tokenizer, tmp_path):
     model.model.norm.weight.data.fill_(float("nan"))
     tasks_dir = write_task(tmp_path / "tasks", questions(5))
-    with pytest.raises(UserError, match="'quiz': the model's output is not a number"):
+    with pytest.raises(SrmuError, match="'quiz': the model's output is not a number"):
         evaluate(model, tokenizer, ["quiz"], tasks_dir=tasks_dir, fingerprint="a")
     assert not (tmp_path / "cache").exists()
 
 
 @pytest.mark.parametrize("options", [{"limit": 0}, {"batch_size": 0}, {"limit": -1}])
 def test_sizes_below_one_are_refused(model, tokenizer, options):
-    with pytest.raises(UserError, match="must be 1 or more"):
+    with pytest.raises(SrmuError, match="must be 1 or more"):
         evaluate(model, tokenizer, ["quiz"], **options)
 
 
@@ -508,7 +508,7 @@ def test_a_recurrent_model_is_left_to_lm_eval(tokenizer, tmp_path):
 def test_option_without_a_token_is_refused(model, tokenizer, tmp_path):
     rows = [GOOD, GOOD | {"options": ["w1", "", "w2", "w3"]}]
     tasks_dir = write_task(tmp_path / "tasks", rows)
-    with pytest.raises(UserError, match=r"an answer cannot be scored: 0 tokens after"):
+    with pytest.raises(SrmuError, match=r"an answer cannot be scored: 0 tokens after"):
         evaluate(model, tokenizer, ["quiz"], tasks_dir=tasks_dir)
 
 
@@ -541,7 +541,7 @@ def test_plan_is_the_cheapest_cut(rows, most, setup):
                 if fits(batch, shared)
             )
         )
-    plan = likelihoods.batches(tails, most, setup)
+    plan = likelihoods.plan_batches(tails, most, setup)
     assert [row for batch, _ in reversed(plan) for row in batch] == order
     assert all(len(batch) <= most and fits(batch, shared) for batch, shared in plan)
     assert sum(cost(batch, shared) for batch, shared in plan) == cheapest[-1]
@@ -557,21 +557,21 @@ def wilson(p: float, n: int) -> tuple[float, float]:
 
 
 def test_interval_of_one_seed_is_wilsons():
-    assert interval([0.3], 200) == pytest.approx(wilson(0.3, 200), abs=1e-6)
-    assert interval([0.3, 0.3, 0.3], 200) == pytest.approx(wilson(0.3, 200), abs=1e-6)
+    assert accuracy_interval([0.3], 200) == pytest.approx(wilson(0.3, 200), abs=1e-6)
+    assert accuracy_interval([0.3, 0.3, 0.3], 200) == pytest.approx(wilson(0.3, 200), abs=1e-6)
 
 
 def test_seeds_widen_the_interval():
     low, high = wilson(0.3, 200)
     wide = 1.96 * 0.1 / sqrt(3)
     expected = 0.3 - sqrt((0.3 - low) ** 2 + wide**2), 0.3 + sqrt((high - 0.3) ** 2 + wide**2)
-    assert interval([0.2, 0.3, 0.4], 200) == pytest.approx(expected, abs=1e-6)
+    assert accuracy_interval([0.2, 0.3, 0.4], 200) == pytest.approx(expected, abs=1e-6)
 
 
 def test_interval_stays_between_nought_and_one():
-    assert interval([0.0], 10)[0] == 0.0
-    assert interval([1.0], 10)[1] == 1.0
-    assert interval([0.0, 1.0], 10) == (0.0, 1.0)
+    assert accuracy_interval([0.0], 10)[0] == 0.0
+    assert accuracy_interval([1.0], 10)[1] == 1.0
+    assert accuracy_interval([0.0, 1.0], 10) == (0.0, 1.0)
 
 
 def test_questions_are_what_the_harness_asks(tmp_path):
@@ -586,7 +586,7 @@ def test_questions_are_what_the_harness_asks(tmp_path):
     config = config.replace('"{{question}}"', f'"{{{{question}}}}\\n{listed}\\nAnswer:"')
     config = config.replace('"{{options}}"', "[A, B, C, D]")
     (folder / "quiz.yaml").write_text("description: 'Choose. '\n" + config)
-    found = lm_eval.questions("quiz", folder)
+    found = lm_eval.load_questions("quiz", folder)
     assert found[1][:3] == (
         "Choose. w1 ?\nA. w1\nB. w2\nC. w3\nD. w4\nAnswer:",
         [" A", " B", " C", " D"],
@@ -594,9 +594,9 @@ def test_questions_are_what_the_harness_asks(tmp_path):
     )
     assert [gold for _, _, gold, _ in found] == [row["answer"] for row in rows]
     assert found[5][3]["question"] == "w5 ?"
-    with pytest.raises(UserError, match="task 'quizz' does not exist, did you mean quiz"):
-        lm_eval.questions("quizz", folder)
+    with pytest.raises(SrmuError, match="task 'quizz' does not exist, did you mean quiz"):
+        lm_eval.load_questions("quizz", folder)
     text = (folder / "quiz.yaml").read_text().replace("multiple_choice", "generate_until")
     (folder / "quiz.yaml").write_text(text)
-    with pytest.raises(UserError, match="not made of questions with options"):
-        lm_eval.questions("quiz", folder)
+    with pytest.raises(SrmuError, match="not made of questions with options"):
+        lm_eval.load_questions("quiz", folder)

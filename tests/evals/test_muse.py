@@ -12,9 +12,15 @@ from rouge_score.rouge_scorer import RougeScorer
 from helpers import attack_world
 from helpers.benchmark_sets import edited, greedy, write_sets
 from helpers.models import pico_module, texts, word_tokenizer
-from srmu.errors import UserError
+from srmu.errors import SrmuError
 from srmu.evals.benchmarks import muse
-from srmu.evals.benchmarks.base import Asked, Data, Scores, cut, rouge
+from srmu.evals.benchmarks.base import (
+    BenchmarkData,
+    BenchmarkRequest,
+    BenchmarkScores,
+    cut_at_stop,
+    rouge_scores,
+)
 from srmu.evals.subject import Subject
 
 KEYS = ("muse/verbmem_f", "muse/knowmem_f", "muse/knowmem_r")
@@ -40,8 +46,8 @@ def sets(**changed: Sequence[Mapping[str, str]]) -> dict[tuple[str, str], Any]:
     return {key: changed.get("_".join(key), rows) for key, rows in found.items()}
 
 
-def asked(folder: Path, limit: int | None = None, **given: Any) -> Asked:
-    return Asked(Data("a/b", "get it", folder=folder, limit=limit), **given)
+def asked(folder: Path, limit: int | None = None, **given: Any) -> BenchmarkRequest:
+    return BenchmarkRequest(BenchmarkData("a/b", "get it", folder=folder, limit=limit), **given)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +55,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_sets(tmp_path_factory.mktemp("muse") / "set", sets())
 
 
-def value(scores: Scores, name: str) -> float:
+def value(scores: BenchmarkScores, name: str) -> float:
     return scores.metrics[f"muse/{name}"]["value"]
 
 
@@ -59,7 +65,7 @@ def pico() -> Subject:
 
 def test_each_number_is_that_of_a_loop(folder: Path) -> None:
     model = pico()
-    found = muse.run(model, asked(folder, limit=6))
+    found = muse.run_muse(model, asked(folder, limit=6))
     tables = sets()
     scorer = RougeScorer(["rougeL"])
     naive = []
@@ -96,9 +102,9 @@ def test_who_knows_what(folder: Path) -> None:
     knowing = Subject(
         attack_world.taught(pico_module(), rows[:40] + rows[80:], 140), word_tokenizer()
     )
-    reference = muse.run(pico(), asked(folder)).values
+    reference = muse.run_muse(pico(), asked(folder)).values
     found = {
-        name: muse.run(model, asked(folder, reference=reference, template="{question}"))
+        name: muse.run_muse(model, asked(folder, reference=reference, template="{question}"))
         for name, model in (("knowing", knowing), ("ignorant", pico()))
     }
     assert value(found["ignorant"], "privleak") == 0 == value(found["ignorant"], "privleak_member")
@@ -115,7 +121,7 @@ def test_what_is_recited_word_for_word(tmp_path: Path) -> None:
     prompts = texts(4, seed=1)
     rows = [{"prompt": prompt, "gt": greedy(model, prompt, 32)} for prompt in prompts]
     tables = sets(verbmem_forget=rows)
-    found = muse.recited(model, asked(write_sets(tmp_path / "set", tables)))
+    found = muse.verbatim_recall(model, asked(write_sets(tmp_path / "set", tables)))
     assert found == [1, 1, 1, 1]
 
 
@@ -123,33 +129,39 @@ def test_a_truth_is_as_long_as_what_can_be_written() -> None:
     """The first 128 tokens, <s> among them; a shorter one stays, unknown words and all."""
     model = pico()
     words = " ".join(texts(30, seed=2)).split()
-    assert muse.shortened(model, " ".join(words)) == " ".join(words[:127])
-    assert muse.shortened(model, "w1 unheard-of") == "w1 unheard-of"
+    assert muse.shorten_truth(model, " ".join(words)) == " ".join(words[:127])
+    assert muse.shorten_truth(model, "w1 unheard-of") == "w1 unheard-of"
 
 
 @pytest.mark.parametrize("stop", ["\n\n", "\nQuestion", "Question: w3", " Question : w3"])
 def test_answers_end_before_the_next_question(stop: str) -> None:
-    assert cut(f"w1 w2{stop} w4", muse.STOPS) == "w1 w2"
+    assert cut_at_stop(f"w1 w2{stop} w4", muse.STOPS) == "w1 w2"
 
 
 def test_f1_is_of_words_as_they_stand() -> None:
     said, truths = ["he runs", "he runs", "", "he runs on"], ["he runs", "he run", "a", "he"]
-    assert rouge("fmeasure", said, truths) == [pytest.approx(one) for one in (1, 0.5, 0, 0.5)]
+    assert rouge_scores("fmeasure", said, truths) == [
+        pytest.approx(one) for one in (1, 0.5, 0, 0.5)
+    ]
 
 
 def test_auc_and_privleak_in_closed_form() -> None:
     def scores(forget: Sequence[float], holdout: Sequence[float]) -> dict[str, list[float]]:
         return {"min40_forget": [*forget], "min40_holdout": [*holdout]}
 
-    assert muse.area(scores([1, 2, 3], [1, 2, 3])) == 0.5
-    assert muse.area(scores([4, 5], [1, 2, 3])) == 1
-    assert muse.area(scores([0], [1, 2])) == 0
-    assert muse.area(scores([2], [1, 3])) == 0.5
-    assert muse.area(scores([2, 1], [1, 0])) == pytest.approx(3.5 / 4)
+    assert muse.membership_area(scores([1, 2, 3], [1, 2, 3])) == 0.5
+    assert muse.membership_area(scores([4, 5], [1, 2, 3])) == 1
+    assert muse.membership_area(scores([0], [1, 2])) == 0
+    assert muse.membership_area(scores([2], [1, 3])) == 0.5
+    assert muse.membership_area(scores([2, 1], [1, 0])) == pytest.approx(3.5 / 4)
     same = scores([0, 1], [0, 1])
-    known = {name: found["value"] for name, found in muse.privacy(scores([2], [1]), same).items()}
+    known = {
+        name: found["value"] for name, found in muse.privacy_metrics(scores([2], [1]), same).items()
+    }
     assert known == {"muse/auc": 1, "muse/privleak": -1, "muse/privleak_member": 1}
-    over = {name: found["value"] for name, found in muse.privacy(scores([0], [1]), same).items()}
+    over = {
+        name: found["value"] for name, found in muse.privacy_metrics(scores([0], [1]), same).items()
+    }
     assert over == {"muse/auc": 0, "muse/privleak": 1, "muse/privleak_member": -1}
 
 
@@ -160,16 +172,16 @@ def test_min_k(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     every = [muse.log_p(model, row) for row in rows]
     assert [len(logp) for logp in every] == [len(row.split()) for row in rows]
     monkeypatch.setattr(muse, "SHARE", 1.0)
-    found = muse.lowest(model, asked(tmp_path), "forget", rows)
+    found = muse.min_k_scores(model, asked(tmp_path), "forget", rows)
     assert found == pytest.approx([float(logp.mean()) for logp in every])
     for share in (0.2, 0.4, 0.6):
         monkeypatch.setattr(muse, "SHARE", share)
-        fewer = muse.lowest(model, asked(tmp_path), "forget", rows)
+        fewer = muse.min_k_scores(model, asked(tmp_path), "forget", rows)
         counts = [int(share * len(logp)) for logp in every]
         assert fewer == pytest.approx(
             [sum(sorted(logp.tolist())[:n]) / n for n, logp in zip(counts, every, strict=True)]
         )
-    (one,) = muse.lowest(model, asked(tmp_path), "forget", ["w1"])
+    (one,) = muse.min_k_scores(model, asked(tmp_path), "forget", ["w1"])
     assert one == pytest.approx(float(muse.log_p(model, "w1")))
 
 
@@ -184,7 +196,7 @@ def test_shots_are_not_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(
         muse, "write", lambda model, prompts, *_, **__: seen.extend(prompts) or [""]
     )
-    muse.answered(pico(), where, "forget")
+    muse.answer_recall(pico(), where, "forget")
     (row, *_) = sets()["knowmem", "forget_qa"]
     first = "".join(f"Question: w{i}\nAnswer: w{i + 1}\n\n" for i in range(3))
     assert seen == [f"{first}Question: {row['question']}\nAnswer: "]
@@ -201,8 +213,8 @@ def test_shots_are_not_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_references_that_cannot_be_one(
     folder: Path, reference: dict[str, list[float]], said: str
 ) -> None:
-    with pytest.raises(UserError, match=said):
-        muse.run(pico(), asked(folder, reference=reference))
+    with pytest.raises(SrmuError, match=said):
+        muse.run_muse(pico(), asked(folder, reference=reference))
 
 
 @pytest.mark.parametrize(
@@ -223,35 +235,35 @@ def test_a_field_that_is_missing(tmp_path: Path, config: str, split: str, field:
     }
     tables["privleak", "holdout"] = tables["privleak", "forget"]
     where = f"config {config}, split {split}, row 1: no field '{field}'; it has "
-    with pytest.raises(UserError, match=where):
-        muse.run(pico(), asked(write_sets(tmp_path / "set", tables), limit=2))
+    with pytest.raises(SrmuError, match=where):
+        muse.run_muse(pico(), asked(write_sets(tmp_path / "set", tables), limit=2))
 
 
 def test_a_model_that_is_not_a_number(folder: Path) -> None:
     module = pico_module()
     with torch.no_grad():
         module.lm_head.weight.fill_(float("nan"))
-    with pytest.raises(UserError, match=r"muse forget texts: .* not a number \(NaN\)"):
-        muse.run(Subject(module, word_tokenizer()), asked(folder))
+    with pytest.raises(SrmuError, match=r"muse forget texts: .* not a number \(NaN\)"):
+        muse.run_muse(Subject(module, word_tokenizer()), asked(folder))
 
 
 def test_a_text_of_no_token() -> None:
     stub: Any = SimpleNamespace(tokens=lambda text: [1], max_length=9, device="cpu")
-    with pytest.raises(UserError, match="less than two tokens"):
+    with pytest.raises(SrmuError, match="less than two tokens"):
         muse.log_p(stub, "w1")
 
 
 def test_an_unlearned_model_may_be_silent(folder: Path) -> None:
     module = pico_module()
     module.lm_head.bias = torch.nn.Parameter(torch.eye(64)[2] * 1e4)
-    found = muse.run(edited(module), asked(folder, limit=3))
+    found = muse.run_muse(edited(module), asked(folder, limit=3))
     assert [value(found, key.removeprefix("muse/")) for key in KEYS] == [0, 0, 0]
 
 
 def test_the_table_is_of_what_is_measured(folder: Path) -> None:
     reference = {"min40_forget": [0.0, 1.0], "min40_holdout": [0.0, 1.0]}
-    found = muse.run(pico(), asked(folder, limit=2, reference=reference))
+    found = muse.run_muse(pico(), asked(folder, limit=2, reference=reference))
     assert {column.metric for column in muse.SUITE.columns} <= {*found.metrics}
-    again = muse.run(pico(), asked(folder, limit=2, reference=reference))
+    again = muse.run_muse(pico(), asked(folder, limit=2, reference=reference))
     assert found == again
     assert muse.SUITE.hub.format(part="News") == "muse-bench/MUSE-News"

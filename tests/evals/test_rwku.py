@@ -12,9 +12,9 @@ import torch
 
 from helpers.benchmark_sets import Sets, edited, greedy, write_sets
 from helpers.models import pico_module, word_tokenizer
-from srmu.errors import UserError
+from srmu.errors import SrmuError
 from srmu.evals.benchmarks import rwku
-from srmu.evals.benchmarks.base import Asked, Data, Scores
+from srmu.evals.benchmarks.base import BenchmarkData, BenchmarkRequest, BenchmarkScores
 from srmu.evals.subject import Subject
 
 PEOPLE = ("Ada Bly", "Cy Dole")
@@ -75,11 +75,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_sets(tmp_path_factory.mktemp("rwku") / "set", sets())
 
 
-def asked(folder: Path, part: str = "", limit: int | None = None, **given: Any) -> Asked:
-    return Asked(Data("jinzhuoran/RWKU", "get it", folder=folder, limit=limit), part, **given)
+def asked(folder: Path, part: str = "", limit: int | None = None, **given: Any) -> BenchmarkRequest:
+    return BenchmarkRequest(
+        BenchmarkData("jinzhuoran/RWKU", "get it", folder=folder, limit=limit), part, **given
+    )
 
 
-def only(tmp_path: Path, name: str, rows: Sequence[Mapping[str, Any]]) -> Asked:
+def only(tmp_path: Path, name: str, rows: Sequence[Mapping[str, Any]]) -> BenchmarkRequest:
     """A folder of one set."""
     return asked(write_sets(tmp_path / "set", {(name, "test"): rows}))
 
@@ -101,11 +103,11 @@ def saying(monkeypatch: pytest.MonkeyPatch, *answers: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def measured(folder: Path) -> Scores:
-    return rwku.run(pico(), asked(folder))
+def measured(folder: Path) -> BenchmarkScores:
+    return rwku.run_rwku(pico(), asked(folder))
 
 
-def test_every_number_of_the_paper_is_there(measured: Scores) -> None:
+def test_every_number_of_the_paper_is_there(measured: BenchmarkScores) -> None:
     assert {column.metric for column in rwku.SUITE.columns} <= {*measured.metrics}
     attacks = [name for name in measured.metrics if name.startswith("rwku/forget/level3/")]
     assert attacks == [f"rwku/forget/level3/{name.replace(' ', '_')}" for name in ATTACKS]
@@ -116,7 +118,7 @@ def test_every_number_of_the_paper_is_there(measured: Scores) -> None:
     assert all(math.isfinite(found["value"]) for found in measured.metrics.values())
 
 
-def test_probes_are_asked_and_scored_one_by_one(measured: Scores) -> None:
+def test_probes_are_asked_and_scored_one_by_one(measured: BenchmarkScores) -> None:
     """Without a chat template, the authors' words as they are."""
     model, scores = pico(), []
     for (name, _), rows in sets().items():
@@ -148,7 +150,7 @@ def subsequence(one: Sequence[str], other: Sequence[str]) -> int:
     return table[-1][-1]
 
 
-def test_membership_is_that_of_a_loop(measured: Scores) -> None:
+def test_membership_is_that_of_a_loop(measured: BenchmarkScores) -> None:
     model = pico()
     for about in ("mia_forget", "mia_retain"):
         for i, row in enumerate(sets()[about, "test"]):
@@ -176,13 +178,13 @@ def test_zlib_falls_with_what_does_not_compress(tmp_path: Path) -> None:
     model = pico()
     model.module.lm_head.weight.data.zero_()
     rows = [{"text": " ".join(["w1"] * 30)}, {"text": " ".join(f"w{i}" for i in range(30))}]
-    found = rwku.membership(model, only(tmp_path, "mia_forget", rows), "mia_forget")
+    found = rwku.membership_values(model, only(tmp_path, "mia_forget", rows), "mia_forget")
     assert found["loss"] == pytest.approx([math.log(64)] * 2)
     assert found["zlib"][0] > found["zlib"][1] > 0
     assert found["mink"] == pytest.approx([math.log(64)] * 2)
 
 
-def test_letters_and_choices_by_a_loop(measured: Scores) -> None:
+def test_letters_and_choices_by_a_loop(measured: BenchmarkScores) -> None:
     model, right, true = pico(), [], []
     for row in sets()["utility_general", "test"]:
         listed = "w1 w2\nA. w3\nB. w4\nC. w5\nD. w6"
@@ -191,11 +193,11 @@ def test_letters_and_choices_by_a_loop(measured: Scores) -> None:
         logs = [scored(model, prompt, f" {letter}") for letter in "ABCD"]
         right.append(float(logs.index(max(logs)) == row["answer"]))
     assert measured.values["general"] == right
-    primer = rwku.primed("w9")
+    primer = rwku.prime_question("w9")
     assert primer.startswith("Q: What is human") and primer.count("\nA: ") == 6
     assert primer.endswith("Barcelona, Spain.\n\nQ: w9")
     for row in sets()["utility_truthfulness", "test"]:
-        prompt = f"{rwku.primed(row['question'])} A:"
+        prompt = f"{rwku.prime_question(row['question'])} A:"
         logs = [scored(model, prompt, f" {text}") for text in row["mc1_targets"]["choices"]]
         true.append(float(logs[1] > max(logs[0], logs[2])))
     assert measured.values["truthfulness"] == true
@@ -218,27 +220,27 @@ def test_choices_of_a_model_that_finds_all_alike(
     model.module.lm_head.weight.data.zero_()
     (row, *_) = sets()["utility_general", "test"]
     rows = [{**row, "answer": gold}]
-    assert rwku.general(model, only(tmp_path / "a", "utility_general", rows)) == [expected]
+    assert rwku.measure_mmlu(model, only(tmp_path / "a", "utility_general", rows)) == [expected]
     labels = [int(i == gold) for i in range(2)]
     rows = [{"question": "w1", "mc1_targets": {"choices": ["w1", "w2"], "labels": labels}}]
-    assert rwku.truthfulness(model, only(tmp_path / "b", "utility_truthfulness", rows)) == [0]
+    assert rwku.measure_truthfulqa(model, only(tmp_path / "b", "utility_truthfulness", rows)) == [0]
     shorter = [{"question": "w1", "mc1_targets": {"choices": ["w1 w2", "w3"], "labels": [0, 1]}}]
     asked_for = only(tmp_path / "c", "utility_truthfulness", shorter)
-    assert rwku.truthfulness(model, asked_for) == [1]  # sums, so fewer tokens are likelier
+    assert rwku.measure_truthfulqa(model, asked_for) == [1]  # sums, so fewer tokens are likelier
 
 
 def test_reasons_facts_and_free_texts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Answers to w0, w1, w2 and w3 in turn."""
     said = ("so the answer is w0. So the answer is w9.", "the W1!", "The answer is w2", "")
     seen = saying(monkeypatch, *said)
-    assert rwku.reason(pico(), asked(folder)) == [1, 1, 0, 0]
+    assert rwku.measure_bbh(pico(), asked(folder)) == [1, 1, 0, 0]
     assert seen[2] == f"w1 w2\n\n{rwku.REASON}\nQ: w2 A:"
     seen = saying(monkeypatch, "w0", "The w1 w2 w3.", "w9", "")
-    assert rwku.factuality(pico(), asked(folder)) == [1, pytest.approx(0.8), 0, 0]
+    assert rwku.measure_triviaqa(pico(), asked(folder)) == [1, pytest.approx(0.8), 0, 0]
     assert seen[0] == f"{rwku.TRIVIA}Q: w0\nA:"
     seen = saying(monkeypatch, "a b a b a", "a", "", "a b c d")
     pairs, triples = 1.0, math.log2(3) - 2 / 3  # 2 of each; 2 and 1
-    assert rwku.fluency(pico(), asked(folder)) == pytest.approx(
+    assert rwku.measure_fluency(pico(), asked(folder)) == pytest.approx(
         [(2 / 3 * pairs + 4 / 3 * triples) / 2, 0, 0, (2 / 3 * math.log2(3) + 4 / 3) / 2]
     )
     assert seen[0] == "Instruction: w0 w5\n"
@@ -247,33 +249,33 @@ def test_reasons_facts_and_free_texts(folder: Path, monkeypatch: pytest.MonkeyPa
 def test_entropy_of_a_text_without_repeats() -> None:
     """All n-grams differ: log2 of their number."""
     text = " ".join(f"w{i}" for i in range(50))
-    assert rwku.entropy(text) == pytest.approx(math.log2(49) / 3 + 2 * math.log2(48) / 3)
-    assert rwku.entropy("no, no.") == pytest.approx(math.log2(3) / 3 + 2 / 3)
+    assert rwku.ngram_entropy(text) == pytest.approx(math.log2(49) / 3 + 2 * math.log2(48) / 3)
+    assert rwku.ngram_entropy("no, no.") == pytest.approx(math.log2(3) / 3 + 2 / 3)
 
 
 def test_an_answer_that_is_a_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saying(monkeypatch, "the answer is (B).")
     rows = [{"question": "q", "cot": "c", "answer": ["A", "b"]}]
-    assert rwku.reason(pico(), only(tmp_path / "a", "utility_reason", rows)) == [1]
+    assert rwku.measure_bbh(pico(), only(tmp_path / "a", "utility_reason", rows)) == [1]
     rows = [{"question": "q", "cot": "c", "answer": "ab"}]  # not one of its characters
-    assert rwku.reason(pico(), only(tmp_path / "b", "utility_reason", rows)) == [0]
+    assert rwku.measure_bbh(pico(), only(tmp_path / "b", "utility_reason", rows)) == [0]
 
 
 def test_words_and_conclusions() -> None:
-    assert rwku.words("The (big) Apple, an a-b") == ["big", "apple", "ab"]
-    assert rwku.concluded("First. So the answer is 4 x. Then the answer is 5.") == "4 x"
-    assert rwku.concluded(" all of it ") == "all of it"
-    assert rwku.concluded("  ") == "NOANSWER"
-    assert rwku.f1("", "the") == 1  # nothing against nothing
-    assert rwku.f1("w1 w1", "w1") == pytest.approx(2 / 3)
+    assert rwku.answer_words("The (big) Apple, an a-b") == ["big", "apple", "ab"]
+    assert rwku.find_conclusion("First. So the answer is 4 x. Then the answer is 5.") == "4 x"
+    assert rwku.find_conclusion(" all of it ") == "all of it"
+    assert rwku.find_conclusion("  ") == "NOANSWER"
+    assert rwku.word_f1("", "the") == 1  # nothing against nothing
+    assert rwku.word_f1("w1 w1", "w1") == pytest.approx(2 / 3)
 
 
 def test_recall_in_any_script() -> None:
     truths = ["Maine", "Portland, Maine", "Лев Толстой", "東京", "U.S.A."]
-    assert rwku.recall(truths, truths) == [1] * 5
-    assert rwku.recall(["It is Maine. Yes"], ["Maine"]) == [1]
-    assert rwku.recall(["maine"], ["Maine"]) == [0]
-    assert rwku.recall(["Толстой", ""], ["Лев Толстой", "a"]) == [0.5, 0]
+    assert rwku.rouge_recall(truths, truths) == [1] * 5
+    assert rwku.rouge_recall(["It is Maine. Yes"], ["Maine"]) == [1]
+    assert rwku.rouge_recall(["maine"], ["Maine"]) == [0]
+    assert rwku.rouge_recall(["Толстой", ""], ["Лев Толстой", "a"]) == [0.5, 0]
 
 
 def test_answers_end_with_the_line_and_empty_ones_are_counted(
@@ -286,7 +288,7 @@ def test_answers_end_with_the_line_and_empty_ones_are_counted(
         return ["", "w11 x", "x"] + [""] * (len(prompts) - 3)
 
     monkeypatch.setattr(rwku, "write", write)
-    found = rwku.probes(pico(), asked(folder), "neighbor", (1, 2))
+    found = rwku.measure_probes(pico(), asked(folder), "neighbor", (1, 2))
     assert kept == [(30, ("\n",))]
     assert found["empty"] == [1, 0, 0, 1, 1, 1, 1, 1]
     assert found["all"] == [0, 0.5, 0, 0, 0, 0, 0, 0] == found["level1"] + found["level2"]
@@ -303,26 +305,26 @@ def test_a_chat_template_and_a_template(folder: Path) -> None:
         ("incontext learning", 3, f"<user>{rwku.BRIEF}q\n</user><bot>\nAnswer:"),
         ("affirmative suffix", 3, f"<user>{rwku.BRIEF}Question: q</user><bot>\n"),
     ):
-        made = rwku.probe({"query": "q", "type": row}, level)
-        assert rwku.posed(model, asked(folder), "q", *made) == expected
+        made = rwku.probe_text({"query": "q", "type": row}, level)
+        assert rwku.pose_question(model, asked(folder), "q", *made) == expected
         own = asked(folder, template="ask {question} now")
-        assert rwku.posed(model, own, "q", *made) == "ask q now"
+        assert rwku.pose_question(model, own, "q", *made) == "ask q now"
 
 
-def test_one_person(folder: Path, measured: Scores) -> None:
+def test_one_person(folder: Path, measured: BenchmarkScores) -> None:
     """The rows about each, and no other; a limit counts these."""
-    each = [rwku.run(pico(), asked(folder, person)) for person in PEOPLE]
+    each = [rwku.run_rwku(pico(), asked(folder, person)) for person in PEOPLE]
     for name, found in measured.metrics.items():
         values = [one.metrics[name]["value"] for one in each]
         assert found["value"] == pytest.approx(np.mean(values)), name
         assert found["n"] == sum(one.metrics[name]["n"] for one in each)
-    few = rwku.read(asked(folder, PEOPLE[1], limit=1), "forget_level3", {})
+    few = rwku.read_rows(asked(folder, PEOPLE[1], limit=1), "forget_level3", {})
     assert [(row["subject"], row["type"]) for row in few] == [(PEOPLE[1], ATTACKS[0])]
 
 
 def test_a_person_that_is_not_there(folder: Path) -> None:
-    with pytest.raises(UserError) as error:
-        rwku.run(pico(), asked(folder, "Ada Blye"))
+    with pytest.raises(SrmuError) as error:
+        rwku.run_rwku(pico(), asked(folder, "Ada Blye"))
     place = f"{folder}, config forget_level1, split test: nothing about 'Ada Blye'"
     assert str(error.value) == f"{place}; did you mean Ada Bly?"
 
@@ -351,39 +353,39 @@ def test_bad_fields(tmp_path: Path, config: str, changed: dict[str, Any], said: 
     rows = [{**row, **changed} for row in sets()[config, "test"]]
     where = only(tmp_path, config, rows)
     measure = {
-        "forget_level2": lambda *given: rwku.probes(*given, "forget", (2,)),
-        "forget_level3": lambda *given: rwku.probes(*given, "forget", (3,)),
-        "mia_retain": lambda *given: rwku.membership(*given, "mia_retain"),
+        "forget_level2": lambda *given: rwku.measure_probes(*given, "forget", (2,)),
+        "forget_level3": lambda *given: rwku.measure_probes(*given, "forget", (3,)),
+        "mia_retain": lambda *given: rwku.membership_values(*given, "mia_retain"),
     }.get(config) or rwku.UTILITY[config.removeprefix("utility_")]
-    with pytest.raises(UserError) as error:
+    with pytest.raises(SrmuError) as error:
         measure(pico(), where)
     assert f"config {config}, split test, row 1: {said}" in str(error.value)
 
 
 def test_a_set_that_is_not_there(tmp_path: Path) -> None:
     tables: Sets = {key: rows for key, rows in sets().items() if "fluency" not in key[0]}
-    with pytest.raises(UserError, match=r"config utility_fluency, split test cannot be read"):
-        rwku.run(pico(), asked(write_sets(tmp_path / "set", tables), limit=1))
+    with pytest.raises(SrmuError, match=r"config utility_fluency, split test cannot be read"):
+        rwku.run_rwku(pico(), asked(write_sets(tmp_path / "set", tables), limit=1))
 
 
 def test_a_model_that_is_not_a_number(folder: Path) -> None:
     module = pico_module()
     module.lm_head.weight.data.fill_(float("nan"))
-    with pytest.raises(UserError, match=r"rwku mia forget: .* not a number \(NaN\)"):
-        rwku.membership(Subject(module, word_tokenizer()), asked(folder), "mia_forget")
+    with pytest.raises(SrmuError, match=r"rwku mia forget: .* not a number \(NaN\)"):
+        rwku.membership_values(Subject(module, word_tokenizer()), asked(folder), "mia_forget")
 
 
 def test_texts_of_no_token(tmp_path: Path) -> None:
     model = pico()
     model._known = lambda text: (1,)
-    with pytest.raises(UserError, match="no text has two tokens"):
-        rwku.membership(model, only(tmp_path, "mia_forget", [{"text": "w1"}]), "mia_forget")
+    with pytest.raises(SrmuError, match="no text has two tokens"):
+        rwku.membership_values(model, only(tmp_path, "mia_forget", [{"text": "w1"}]), "mia_forget")
 
 
 def test_an_unlearned_model_may_be_silent(folder: Path) -> None:
     module = pico_module()
     module.lm_head.bias = torch.nn.Parameter(torch.eye(64)[2] * 1e4)
-    found = rwku.run(edited(module), asked(folder, limit=1)).metrics
+    found = rwku.run_rwku(edited(module), asked(folder, limit=1)).metrics
     for name in ("forget/empty", "neighbor/empty"):
         assert found[f"rwku/{name}"]["value"] == 1
     for name in ("forget/all", "neighbor/all", "reason", "factuality", "fluency"):
@@ -392,5 +394,5 @@ def test_an_unlearned_model_may_be_silent(folder: Path) -> None:
 
 def test_the_same_again(folder: Path) -> None:
     given = asked(folder, limit=1)
-    assert rwku.run(pico(), given) == rwku.run(pico(), given)
+    assert rwku.run_rwku(pico(), given) == rwku.run_rwku(pico(), given)
     assert len(given.data.seen) == 12

@@ -9,22 +9,27 @@ from sklearn.linear_model import LogisticRegression
 
 from helpers.models import pico_module, texts, word_tokenizer
 from srmu.data.overlap import ngram_overlap
-from srmu.data.tokens import batch_up, tokenise
+from srmu.data.tokens import batch_rows, tokenise_texts
 from srmu.engine.loading import find_layers
-from srmu.engine.losses import counted, without_first
-from srmu.errors import UserError
+from srmu.engine.losses import is_counted, without_first
+from srmu.errors import SrmuError
 from srmu.evals.separability import (
-    activations,
-    advise,
+    advise_user,
     best_layer,
-    classify,
+    classify_sets,
     describe_map,
-    draw,
-    entanglement,
+    draw_sample,
+    measure_entanglement,
+    measure_separability,
     principal_cosines,
-    separability,
+    sample_activations,
 )
-from srmu.methods.importance import describe, importance, measure, sums
+from srmu.methods.importance import (
+    describe_importance,
+    importance_map,
+    measure_features,
+    sum_features,
+)
 from srmu.report.analyses import write_analysis
 
 FORGET, RETAIN = texts(12, 1, range(30)), texts(12, 2, range(20, 60))
@@ -32,8 +37,8 @@ FORGET, RETAIN = texts(12, 1, range(30)), texts(12, 2, range(20, 60))
 
 def sample(documents, tokens=1000, size=5):
     tokenizer = word_tokenizer()
-    batches = list(batch_up(tokenise(documents, tokenizer, 64), tokenizer, size, "mask"))
-    return draw("forget", batches, tokens, torch.Generator().manual_seed(0))
+    batches = list(batch_rows(tokenise_texts(documents, tokenizer, 64), tokenizer, size, "mask"))
+    return draw_sample("forget", batches, tokens, torch.Generator().manual_seed(0))
 
 
 def states(module, batch):
@@ -55,14 +60,14 @@ def states(module, batch):
 @pytest.mark.parametrize("arch", ["llama", "gpt2", "gemma2"])
 def test_activations_are_those_of_each_block(arch):
     module, drawn = pico_module(arch), sample(FORGET)
-    found = activations(module, drawn, lambda text: None)
+    found = sample_activations(module, drawn, lambda text: None)
     naive = [states(module, batch) for batch in drawn.batches]
-    masks = [without_first(counted(batch["labels"])) for batch in drawn.batches]
+    masks = [without_first(is_counted(batch["labels"])) for batch in drawn.batches]
     assert len(found) == 4
     for layer, (values, total) in enumerate(found):
         parts = [h[layer][mask] for h, mask in zip(naive, masks, strict=True)]
         np.testing.assert_allclose(values, torch.cat(parts).numpy(), atol=1e-5)
-        whole = [sums(h[layer], mask) for h, mask in zip(naive, masks, strict=True)]
+        whole = [sum_features(h[layer], mask) for h, mask in zip(naive, masks, strict=True)]
         torch.testing.assert_close(total, torch.stack(whole).sum(dim=0), atol=1e-4, rtol=1e-5)
     assert not any(block._forward_hooks for block in getattr(*find_layers(module)))
 
@@ -84,20 +89,20 @@ def test_a_classifier_learns_documents_not_tokens():
     marks = rng.normal(size=(20, 40))
     left, right = marks[owners], marks[10 + owners]
     noise = rng.normal(size=(2, 200, 40)) * 0.1
-    accuracy, error = classify(left + noise[0], right + noise[1], owners, owners)
+    accuracy, error = classify_sets(left + noise[0], right + noise[1], owners, owners)
     whole = np.concatenate([left, right])
     labels = np.repeat([1, 0], 200)
     assert LogisticRegression().fit(whole, labels).score(whole, labels) == 1
     assert accuracy < 0.8 and error > 0
     left[:, :20], right[:, :20] = 3, -3
-    assert classify(left + noise[0], right + noise[1], owners, owners)[0] > 0.95
+    assert classify_sets(left + noise[0], right + noise[1], owners, owners)[0] > 0.95
 
 
 def test_accuracy_is_balanced():
     rng = np.random.default_rng(0)
     left, right = rng.normal(size=(300, 5)), rng.normal(size=(20, 5))
     owners = np.arange(300) // 10
-    assert abs(classify(left, right, owners, np.arange(20) // 2)[0] - 0.5) < 0.2
+    assert abs(classify_sets(left, right, owners, np.arange(20) // 2)[0] - 0.5) < 0.2
 
 
 def test_principal_angles_by_hand():
@@ -116,10 +121,12 @@ def test_the_map_is_srmus_and_its_outliers_are_found():
     values = torch.full((1, 3, 50), 1.0)
     values[..., 7] = 1e6
     mask = torch.ones(1, 3, dtype=torch.bool)
-    retain = sums(torch.ones(1, 3, 50), mask)
-    found = describe_map(sums(values, mask), retain)
-    map_ = importance(measure([sums(values, mask)])[0], torch.ones(50), "ratio")
-    assert found.items() >= describe(map_).items()
+    retain = sum_features(torch.ones(1, 3, 50), mask)
+    found = describe_map(sum_features(values, mask), retain)
+    map_ = importance_map(
+        measure_features([sum_features(values, mask)])[0], torch.ones(50), "ratio"
+    )
+    assert found.items() >= describe_importance(map_).items()
     assert found["outliers"] == [{"dimension": 7, "value": pytest.approx(1)}]
 
 
@@ -137,12 +144,12 @@ def test_a_feature_planted_in_one_layer_separates_there():
 
     block.register_forward_hook(add)
     forget, retain = texts(20, 1, range(20)), texts(20, 2, range(20, 60))
-    found = separability(module, word_tokenizer(), forget, retain, components=3)
+    found = measure_separability(module, word_tokenizer(), forget, retain, components=3)
     rows = found["layers"]
     assert rows[2]["accuracy"] == 1 and best_layer(rows)["layer"] <= 2
     assert rows[2]["mean_cosine"] < rows[1]["mean_cosine"]
     assert found["documents"] == [20, 20]
-    again = separability(module, word_tokenizer(), forget, retain, components=3)
+    again = measure_separability(module, word_tokenizer(), forget, retain, components=3)
     assert again == found
 
 
@@ -158,7 +165,7 @@ def advice(shared, rows=None, contamination=None):
         **({"separability": {"layers": rows}} if rows else {}),
         **({"contamination": contamination} if contamination else {}),
     }
-    return " ".join(advise(numbers))
+    return " ".join(advise_user(numbers))
 
 
 def test_advice():
@@ -178,7 +185,7 @@ def test_advice():
 
 def test_the_whole_and_its_page(tmp_path):
     questions = [("w1 w2 w3", " w4", "w1"), ("zz", " yy", "")]
-    found = entanglement(
+    found = measure_entanglement(
         FORGET,
         RETAIN,
         questions,
@@ -199,11 +206,11 @@ def test_the_whole_and_its_page(tmp_path):
 
 
 def test_without_a_model_there_is_no_picture(tmp_path):
-    found = entanglement(FORGET, RETAIN)
+    found = measure_entanglement(FORGET, RETAIN)
     assert not found.panels and len(found.sentences) >= 2
     page = write_analysis(found, tmp_path / "figure.html").read_text()
     assert "plotly.js v" not in page
-    with pytest.raises(UserError, match="is a folder"):
+    with pytest.raises(SrmuError, match="is a folder"):
         write_analysis(found, tmp_path)
 
 
@@ -219,5 +226,5 @@ def test_without_a_model_there_is_no_picture(tmp_path):
     ],
 )
 def test_wrong_input(forget, retain, options, message):
-    with pytest.raises(UserError, match=message):
-        separability(pico_module(), word_tokenizer(), forget, retain, **options)
+    with pytest.raises(SrmuError, match=message):
+        measure_separability(pico_module(), word_tokenizer(), forget, retain, **options)

@@ -7,18 +7,18 @@ import pytest
 from statsmodels.stats.contingency_tables import mcnemar as exact_mcnemar
 from statsmodels.stats.proportion import proportion_confint
 
-from srmu.errors import UserError
+from srmu.errors import SrmuError
 from srmu.evals import statistics
 from srmu.evals.statistics import (
     Draws,
     Estimate,
-    accuracy,
-    answered,
-    auc,
+    area_under_curve,
     auc_bootstrap,
-    bootstrap,
-    mcnemar,
-    residual,
+    bootstrap_estimate,
+    estimate_accuracy,
+    mcnemar_p,
+    parse_answers,
+    residual_table,
     worst_case,
 )
 
@@ -32,7 +32,7 @@ def covered(tables, facts, truth: float) -> float:
     """How often the interval of these data sets holds the truth."""
     hits = 0
     for i, (table, names) in enumerate(zip(tables, facts, strict=True)):
-        found = bootstrap(table, names, seed=i)
+        found = bootstrap_estimate(table, names, seed=i)
         hits += found.low <= truth <= found.high
     return hits / len(tables)
 
@@ -76,8 +76,10 @@ def test_paired_differences_are_narrower() -> None:
     before = rng.random(200) < 0.7
     after = np.where(rng.random(200) < 0.1, ~before, before)
     names = list(range(200))
-    pair = bootstrap([np.stack([before, after], 1)], [names], lambda m: m[..., 0] - m[..., 1])
-    one, two = (accuracy(x, names) for x in (before, after))
+    pair = bootstrap_estimate(
+        [np.stack([before, after], 1)], [names], lambda m: m[..., 0] - m[..., 1]
+    )
+    one, two = (estimate_accuracy(x, names) for x in (before, after))
     assert pair.value == pytest.approx(one.value - two.value)
     apart = np.hypot(one.high - one.low, two.high - two.low)
     assert pair.high - pair.low < 0.7 * apart
@@ -85,18 +87,20 @@ def test_paired_differences_are_narrower() -> None:
 
 def test_interval_is_the_normal_one_of_many_facts() -> None:
     right = np.arange(1000) < 300
-    found = accuracy(right, list(range(1000)))
+    found = estimate_accuracy(right, list(range(1000)))
     assert (found.value, found.n) == (0.3, 1000)
     assert found.high - found.low == pytest.approx(2 * 1.96 * (0.21 / 1000) ** 0.5, rel=0.08)
-    assert accuracy(right, list(range(1000)), seed=1) != found
-    assert accuracy(right, list(range(1000))) == found
+    assert estimate_accuracy(right, list(range(1000)), seed=1) != found
+    assert estimate_accuracy(right, list(range(1000))) == found
 
 
 def test_what_asks_for_the_same_facts_shares_draws() -> None:
     """Two seeds on the same questions are no more questions; on others they are."""
     rng = np.random.default_rng(3)
     right = rng.random(100) < 0.5
-    assert bootstrap([right, right], [range(100)] * 2) == bootstrap([right], [range(100)])
+    assert bootstrap_estimate([right, right], [range(100)] * 2) == bootstrap_estimate(
+        [right], [range(100)]
+    )
     draws = Draws(0)
     one, same, other = (draws.means(right, names)[1:] for names in (
         range(100), range(100), range(100, 200)
@@ -131,7 +135,7 @@ def test_means_are_those_of_drawn_questions() -> None:
 @pytest.mark.parametrize("right", [0, 1])
 def test_accuracy_at_the_ends_is_wilsons(right: int) -> None:
     """A question a fact, however many phrasings."""
-    found = accuracy([right] * 60, [i // 2 for i in range(60)])
+    found = estimate_accuracy([right] * 60, [i // 2 for i in range(60)])
     low, high = proportion_confint(30 * right, 30, method="wilson")
     assert found.value == right
     assert (found.low, found.high) == pytest.approx((low, high))
@@ -139,11 +143,11 @@ def test_accuracy_at_the_ends_is_wilsons(right: int) -> None:
 
 
 def test_too_few_facts() -> None:
-    with pytest.raises(UserError, match=r"^19 facts are too few for an interval.*20.*$"):
-        bootstrap([[1.0] * 38], [[i // 2 for i in range(38)]])
-    with pytest.raises(UserError, match=r"^19 texts are too few.*$"):
+    with pytest.raises(SrmuError, match=r"^19 facts are too few for an interval.*20.*$"):
+        bootstrap_estimate([[1.0] * 38], [[i // 2 for i in range(38)]])
+    with pytest.raises(SrmuError, match=r"^19 texts are too few.*$"):
         auc_bootstrap(range(19), range(30))
-    bootstrap([[1.0] * 20], [range(20)])
+    bootstrap_estimate([[1.0] * 20], [range(20)])
 
 
 def test_mcnemar_is_exact() -> None:
@@ -151,20 +155,20 @@ def test_mcnemar_is_exact() -> None:
     before, after = rng.random(80) < 0.8, rng.random(80) < 0.6
     table = [[(before & after).sum(), (before & ~after).sum()],
              [(~before & after).sum(), (~before & ~after).sum()]]  # fmt: skip
-    assert mcnemar(before, after) == pytest.approx(exact_mcnemar(table, exact=True).pvalue)
-    assert mcnemar([1] * 6, [0] * 6) == pytest.approx(2 / 2**6)
-    assert mcnemar(before, before) == 1
+    assert mcnemar_p(before, after) == pytest.approx(exact_mcnemar(table, exact=True).pvalue)
+    assert mcnemar_p([1] * 6, [0] * 6) == pytest.approx(2 / 2**6)
+    assert mcnemar_p(before, before) == 1
 
 
 def test_auc_is_that_of_a_double_loop() -> None:
     rng = np.random.default_rng(7)
     ones, others = rng.integers(6, size=31), rng.integers(5, size=23)
     wins = [(a > b) + 0.5 * (a == b) for a in ones for b in others]
-    assert auc(ones, others) == pytest.approx(np.mean(wins))
+    assert area_under_curve(ones, others) == pytest.approx(np.mean(wins))
     found = auc_bootstrap(ones, others)
     assert found.value == pytest.approx(np.mean(wins))
     assert found.low < found.value < found.high and found.n == 54
-    assert auc(ones, ones) == auc_bootstrap(ones, ones).value == 0.5
+    assert area_under_curve(ones, ones) == auc_bootstrap(ones, ones).value == 0.5
     same = auc_bootstrap(np.stack([ones, ones], 1), np.stack([others, others], 1),
                          lambda a: a[..., 0] - a[..., 1])  # fmt: skip
     assert same == Estimate(0, 0, 0, 54)
@@ -198,9 +202,11 @@ def test_residual_leaves_out_what_says_nothing() -> None:
             "paraphrases": {"status": "does not apply", "why": "there are none"},
         },
     }
-    columns = residual(attacks)
+    columns = residual_table(attacks)
     assert columns.T.tolist() == [[1, 1, 1, 1], [0, 0, 0, 1], [1, 0.5, 0, 1]]
     assert worst_case(columns.mean(axis=0), 0.25) == pytest.approx((0.625 - 0.25) / 0.75)
-    found = bootstrap([np.tile(columns, (10, 1))], [range(40)], partial(worst_case, chance=0.25))
+    found = bootstrap_estimate(
+        [np.tile(columns, (10, 1))], [range(40)], partial(worst_case, chance=0.25)
+    )
     assert found.value == pytest.approx(0.5) and found.low < 0.5 < found.high
-    assert answered("01").tolist() == answered([0, 1]).tolist() == [0, 1]
+    assert parse_answers("01").tolist() == parse_answers([0, 1]).tolist() == [0, 1]

@@ -12,9 +12,9 @@ import torch
 
 from helpers import attack_world
 from helpers.models import pico_module, word_tokenizer
-from srmu.errors import UserError
+from srmu.errors import SrmuError
 from srmu.evals.benchmarks import tofu
-from srmu.evals.benchmarks.base import Asked, Data, prompt_of
+from srmu.evals.benchmarks.base import BenchmarkData, BenchmarkRequest, prompt_of
 from srmu.evals.subject import Subject
 
 TEMPLATE = "w50 {question}"
@@ -69,9 +69,9 @@ def sets(**changed: Any) -> dict[str, list[dict[str, Any]]]:
     }
 
 
-def asked(folder: Path, **given: Any) -> Asked:
-    data = Data("locuslab/TOFU", "get it", folder=folder)
-    return Asked(data, **{"template": TEMPLATE, **given})
+def asked(folder: Path, **given: Any) -> BenchmarkRequest:
+    data = BenchmarkData("locuslab/TOFU", "get it", folder=folder)
+    return BenchmarkRequest(data, **{"template": TEMPLATE, **given})
 
 
 def pico(seed: int = 0) -> Subject:
@@ -96,12 +96,12 @@ def test_nothing_is_needed_that_the_hub_has_not(folder: Path) -> None:
     """Each part reads four configs, split train, of the fields named on the data's card."""
     for part in tofu.PARTS:
         question = asked(folder, part=part)
-        tofu.run(pico(), question)
+        tofu.run_tofu(pico(), question)
         configs = (f"{part}_perturbed", *list(tofu.SETS.values())[1:])
         assert set(question.data.seen) == {f"{config}/train" for config in configs}
     assert tofu.SUITE.parts[0] == "forget10"
     question = asked(folder)
-    tofu.run(pico(), question)
+    tofu.run_tofu(pico(), question)
     assert "forget10_perturbed/train" in question.data.seen
 
 
@@ -118,7 +118,7 @@ def per_token(model: Subject, prompt: str, answer: str) -> float:
 
 def test_probability_and_truth_ratio_are_those_of_a_loop(folder: Path) -> None:
     model = pico()
-    found = tofu.run(model, asked(folder)).metrics
+    found = tofu.run_tofu(model, asked(folder)).metrics
     for name, config in tofu.SETS.items():
         rows = sets()[config.format(part="forget10")]
         probability, geometric, arithmetic = [], [], []
@@ -151,7 +151,7 @@ def test_probability_and_truth_ratio_are_those_of_a_loop(folder: Path) -> None:
 
 @pytest.mark.parametrize("fork", tofu.FORKS)
 def test_model_utility_is_the_harmonic_mean_of_nine(folder: Path, fork: str) -> None:
-    found = tofu.run(attack_world.subject("original"), asked(folder)).metrics
+    found = tofu.run_tofu(attack_world.subject("original"), asked(folder)).metrics
     nine = [
         found[f"tofu/{name}/{key}"]["value"]
         for name in ("retain", "real_authors", "world_facts")
@@ -162,14 +162,16 @@ def test_model_utility_is_the_harmonic_mean_of_nine(folder: Path, fork: str) -> 
 
 
 def test_harmonic() -> None:
-    assert tofu.harmonic([1, 1, 0.25]) == pytest.approx(0.5)
-    assert tofu.harmonic([0.9] * 8 + [0.0]) == 0
+    assert tofu.harmonic_mean([1, 1, 0.25]) == pytest.approx(0.5)
+    assert tofu.harmonic_mean([0.9] * 8 + [0.0]) == 0
 
 
 def test_a_model_without_a_preference(folder: Path) -> None:
     """Every token has p = 1 / 64: no answer is likelier than another."""
     model = scaled(0)
-    found = {key: metric["value"] for key, metric in tofu.run(model, asked(folder)).metrics.items()}
+    found = {
+        key: metric["value"] for key, metric in tofu.run_tofu(model, asked(folder)).metrics.items()
+    }
     assert found["tofu/forget/probability"] == pytest.approx(1 / 64)
     assert found["tofu/retain/probability"] == pytest.approx(1 / 64)
     assert found["tofu/real_authors/probability"] == pytest.approx(1 / 4)
@@ -182,33 +184,33 @@ def test_a_model_without_a_preference(folder: Path) -> None:
 
 
 def test_forks_agree_on_one_wrong_answer_and_not_on_more() -> None:
-    assert tofu.log_ratios(-1.0, [-3.0]) == pytest.approx((-2.0, -2.0))
-    geometric, arithmetic = tofu.log_ratios(math.log(0.5), [math.log(0.1), math.log(0.4)])
+    assert tofu.truth_log_ratios(-1.0, [-3.0]) == pytest.approx((-2.0, -2.0))
+    geometric, arithmetic = tofu.truth_log_ratios(math.log(0.5), [math.log(0.1), math.log(0.4)])
     assert math.exp(geometric) == pytest.approx(0.2 / 0.5)
     assert math.exp(arithmetic) == pytest.approx(0.25 / 0.5)
 
 
 def test_a_truth_ratio_counts_both_ways_on_the_forget_set() -> None:
-    assert tofu.bounded("forget", [4.0, 0.25, 1.0]) == [0.25, 0.25, 1.0]
-    assert tofu.bounded("retain", [4.0, 0.25, 1.0]) == [0.0, 0.75, 0.0]
+    assert tofu.bound_ratios("forget", [4.0, 0.25, 1.0]) == [0.25, 0.25, 1.0]
+    assert tofu.bound_ratios("retain", [4.0, 0.25, 1.0]) == [0.0, 0.75, 0.0]
 
 
 def test_a_broken_model_gives_numbers(folder: Path) -> None:
     """Its p of an answer is no float any more; logs of it must still be written and compared."""
     model = scaled(1e4)
-    scores = tofu.run(model, asked(folder))
+    scores = tofu.run_tofu(model, asked(folder))
     text = json.dumps([scores.metrics, scores.values], allow_nan=False)
     assert "e+" in text or "e-" in text  # it was as broken as meant
-    again = tofu.run(model, asked(folder, reference=scores.values)).metrics
+    again = tofu.run_tofu(model, asked(folder, reference=scores.values)).metrics
     assert again["tofu/forget_quality"]["value"] == 1
 
 
 def test_nested_parts(folder: Path) -> None:
     """The questions of a small part are answered as they are in a large one."""
     model = pico()
-    large = tofu.run(model, asked(folder, part="forget10"))
+    large = tofu.run_tofu(model, asked(folder, part="forget10"))
     for part, count in (("forget05", 4), ("forget01", 2)):
-        small = tofu.run(model, asked(folder, part=part))
+        small = tofu.run_tofu(model, asked(folder, part=part))
         for key, values in small.values.items():
             assert len(values) == count
             assert values == pytest.approx(large.values[key][-count:], rel=1e-4)
@@ -222,15 +224,15 @@ def test_the_first_rows_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     first = write_sets(tmp_path / "first", {name: rows[:2] for name, rows in sets().items()})
     assert tofu.MOST == 300
     monkeypatch.setattr(tofu, "MOST", 2)
-    some, same = (tofu.run(pico(), asked(place)) for place in (whole, first))
+    some, same = (tofu.run_tofu(pico(), asked(place)) for place in (whole, first))
     assert some == same
     assert some.metrics["tofu/forget/rouge"]["n"] == 2
     monkeypatch.setattr(tofu, "MOST", 300)
-    assert tofu.run(pico(), asked(whole)).metrics["tofu/forget/rouge"]["n"] == 8
+    assert tofu.run_tofu(pico(), asked(whole)).metrics["tofu/forget/rouge"]["n"] == 8
 
 
 def test_it_is_the_same_again(folder: Path) -> None:
-    assert tofu.run(pico(), asked(folder)) == tofu.run(pico(), asked(folder))
+    assert tofu.run_tofu(pico(), asked(folder)) == tofu.run_tofu(pico(), asked(folder))
 
 
 # A model that knows its forget set, and one that never saw it.
@@ -264,12 +266,14 @@ def known(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tofu.Scores]:
     """What three models score: all but the oracle against the oracle."""
     folder = write_sets(tmp_path_factory.mktemp("known"), known_sets())
     found = {
-        "oracle": tofu.run(attack_world.subject("oracle"), asked(folder, template="{question}"))
+        "oracle": tofu.run_tofu(
+            attack_world.subject("oracle"), asked(folder, template="{question}")
+        )
     }
     question = asked(folder, template="{question}", reference=found["oracle"].values)
     for name in ("original", "unlearned"):
-        found[name] = tofu.run(attack_world.subject(name), question)
-    found["itself"] = tofu.run(attack_world.subject("oracle"), question)
+        found[name] = tofu.run_tofu(attack_world.subject(name), question)
+    found["itself"] = tofu.run_tofu(attack_world.subject("oracle"), question)
     return found
 
 
@@ -310,11 +314,11 @@ def test_forget_quality_is_of_the_largest_gap() -> None:
     rng = np.random.default_rng(0)
     own, other = rng.exponential(1, 30), rng.exponential(2, 30)
     gap = max(abs(np.mean(own <= x) - np.mean(other <= x)) for x in [*own, *other])
-    found = tofu.forget_quality(list(own), list(other))
+    found = tofu.forget_quality_metrics(list(own), list(other))
     assert found["tofu/forget_quality_ks"]["value"] == pytest.approx(gap)
-    turned = tofu.forget_quality(list(1 / own), list(1 / other))
+    turned = tofu.forget_quality_metrics(list(1 / own), list(1 / other))
     assert turned["tofu/forget_quality"]["value"] == found["tofu/forget_quality"]["value"]
-    apart = tofu.forget_quality(list(range(300)), list(range(300, 600)))
+    apart = tofu.forget_quality_metrics(list(range(300)), list(range(300, 600)))
     # 2 of the 600-choose-300 orders are as extreme
     assert apart["tofu/forget_quality_log10"]["value"] == pytest.approx(
         math.log10(2) - math.log10(math.comb(600, 300))
@@ -333,9 +337,9 @@ def test_a_reference_of_other_questions(
     folder: Path, values: dict[str, list[float]], said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Said before anything is measured."""
-    monkeypatch.setattr(tofu, "measure", None)
-    with pytest.raises(UserError, match=said):
-        tofu.run(pico(), asked(folder, reference=values))
+    monkeypatch.setattr(tofu, "measure_set", None)
+    with pytest.raises(SrmuError, match=said):
+        tofu.run_tofu(pico(), asked(folder, reference=values))
 
 
 @pytest.mark.parametrize(
@@ -360,22 +364,22 @@ def test_bad_rows(tmp_path: Path, config: str, change: dict[str, Any], said: str
     else:  # a column has one type: it is of that type in all rows
         rows = [row | change for row in rows]
         said = said.replace("row 2", "row 1")
-    with pytest.raises(UserError, match=f"config {config}, split train, .*{said}") as error:
-        tofu.run(pico(), asked(write_sets(tmp_path / "tofu", sets(**{config: rows}))))
+    with pytest.raises(SrmuError, match=f"config {config}, split train, .*{said}") as error:
+        tofu.run_tofu(pico(), asked(write_sets(tmp_path / "tofu", sets(**{config: rows}))))
     assert "w2" not in str(error.value)  # nothing of what is to be forgotten
 
 
 def test_a_missing_field(tmp_path: Path) -> None:
     rows = [real(i) for i in range(3)]
     place = write_sets(tmp_path / "tofu", sets(forget10_perturbed=rows))
-    with pytest.raises(UserError, match="forget10_perturbed, split train, row 1: no field 'para"):
-        tofu.run(pico(), asked(place))
+    with pytest.raises(SrmuError, match="forget10_perturbed, split train, row 1: no field 'para"):
+        tofu.run_tofu(pico(), asked(place))
 
 
 def test_a_missing_part(tmp_path: Path) -> None:
     place = write_sets(tmp_path / "tofu", {"retain_perturbed": sets()["retain_perturbed"]})
-    with pytest.raises(UserError, match="config forget10_perturbed, split train cannot be read"):
-        tofu.run(pico(), asked(place))
+    with pytest.raises(SrmuError, match="config forget10_perturbed, split train cannot be read"):
+        tofu.run_tofu(pico(), asked(place))
 
 
 # Prompts
@@ -388,10 +392,10 @@ def test_a_chat_template_is_a_template(folder: Path) -> None:
         "{% if add_generation_prompt %} w58{% endif %}"
     )
     assert prompt_of(chat, "w1") == "w57 w1 w58"
-    plain = tofu.run(pico(), asked(folder, template="w57 {question} w58"))
-    assert tofu.run(chat, asked(folder, template="")) == plain
+    plain = tofu.run_tofu(pico(), asked(folder, template="w57 {question} w58"))
+    assert tofu.run_tofu(chat, asked(folder, template="")) == plain
     # a template given goes before the tokenizer's
-    assert tofu.run(chat, asked(folder)) == tofu.run(pico(), asked(folder)) != plain
+    assert tofu.run_tofu(chat, asked(folder)) == tofu.run_tofu(pico(), asked(folder)) != plain
 
 
 @pytest.mark.parametrize(
@@ -403,7 +407,7 @@ def test_a_chat_template_is_a_template(folder: Path) -> None:
     ],
 )
 def test_one_blank_before_an_answer(prompt: str, pair: tuple[str, str]) -> None:
-    assert tofu.spaced(prompt, "yes") == pair
+    assert tofu.split_space(prompt, "yes") == pair
 
 
 def test_answers_are_asked_for_under_the_cap(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -415,7 +419,7 @@ def test_answers_are_asked_for_under_the_cap(folder: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(tofu, "write", write)
     monkeypatch.setattr(tofu, "NEW_TOKENS", CAP)
-    found = tofu.run(pico(), asked(folder)).metrics
+    found = tofu.run_tofu(pico(), asked(folder)).metrics
     assert [count for _, count in asks] == [200] * 4
     assert asks[0][0] == [f"w50 w{i} w{i + 1}" for i in range(8)]
     # the first question's answer is what was written; the second's has two of its words

@@ -10,9 +10,9 @@ import torch
 
 from helpers import attack_world
 from helpers.models import pico_module, word_tokenizer
-from srmu.errors import UserError
+from srmu.errors import SrmuError
 from srmu.evals.benchmarks import whp
-from srmu.evals.benchmarks.base import Asked, Data
+from srmu.evals.benchmarks.base import BenchmarkData, BenchmarkRequest
 from srmu.evals.subject import Subject
 
 Rows = Sequence[Mapping[str, Any]]
@@ -40,8 +40,8 @@ def write_list(
     return folder
 
 
-def asked(folder: Path | None, **given: Any) -> Asked:
-    return Asked(Data(whp.SUITE.hub, whp.SUITE.get, folder=folder), **given)
+def asked(folder: Path | None, **given: Any) -> BenchmarkRequest:
+    return BenchmarkRequest(BenchmarkData(whp.SUITE.hub, whp.SUITE.get, folder=folder), **given)
 
 
 def pico() -> Subject:
@@ -57,8 +57,8 @@ def scaled(factor: float) -> Subject:
     return Subject(module, word_tokenizer(), {"lm_head.weight": head})
 
 
-def values(model: Subject, question: Asked) -> dict[str, float]:
-    return {key: metric["value"] for key, metric in whp.run(model, question).metrics.items()}
+def values(model: Subject, question: BenchmarkRequest) -> dict[str, float]:
+    return {key: metric["value"] for key, metric in whp.run_whp(model, question).metrics.items()}
 
 
 def test_probabilities_are_those_of_a_loop(tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ def test_probabilities_are_those_of_a_loop(tmp_path: Path) -> None:
         )
         masses.append(target)
         shares.append(target / (target + other))
-    found = whp.run(model, asked(write_list(tmp_path / "list"))).metrics
+    found = whp.run_whp(model, asked(write_list(tmp_path / "list"))).metrics
     for key, expected in (("probability_familiarity", masses), ("probability_share", shares)):
         assert found[f"whp/{key}"]["value"] == pytest.approx(sum(expected) / 2, rel=1e-5)
         assert found[f"whp/{key}"]["n"] == 2
@@ -122,7 +122,7 @@ def test_shares_of_a_broken_model(tmp_path: Path) -> None:
     ],
 )
 def test_words_are_whole(text: str, words: str, found: bool) -> None:
-    assert whp.has(text, words) is found
+    assert whp.has_words(text, words) is found
 
 
 def test_completions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,13 +144,13 @@ def test_completions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = pico()
     model.module.config.max_position_embeddings = 2048
     model.tokenizer.chat_template = "{{ messages[0]['content'] }} w1"
-    found = whp.run(model, asked(place)).metrics["whp/completion_familiarity"]
+    found = whp.run_whp(model, asked(place)).metrics["whp/completion_familiarity"]
     assert found["value"] == 0.5
     assert found["n"] == 4
     # texts to go on with stand as they are
     assert asks == {("One", "Two", "Three", "Vale, four"): 30}
     asks.clear()
-    whp.run(model, asked(place, template="Go on: {question}"))
+    whp.run_whp(model, asked(place, template="Go on: {question}"))
     assert [prompts[0] for prompts in asks] == ["Go on: One"]
 
 
@@ -181,15 +181,15 @@ def test_what_is_known_shows(tmp_path: Path) -> None:
 
 def test_it_is_the_same_again(tmp_path: Path) -> None:
     place = write_list(tmp_path / "list")
-    assert whp.run(pico(), asked(place)) == whp.run(pico(), asked(place))
+    assert whp.run_whp(pico(), asked(place)) == whp.run_whp(pico(), asked(place))
 
 
 def test_without_a_list(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no data set of its own; write a folder with completion"):
-        whp.run(pico(), asked(None))
+    with pytest.raises(SrmuError, match="no data set of its own; write a folder with completion"):
+        whp.run_whp(pico(), asked(None))
     said = "none, config completion, split test cannot be read: .*; write a folder with completion"
-    with pytest.raises(UserError, match=said):
-        whp.run(pico(), asked(tmp_path / "none"))
+    with pytest.raises(SrmuError, match=said):
+        whp.run_whp(pico(), asked(tmp_path / "none"))
 
 
 @pytest.mark.parametrize(
@@ -214,8 +214,8 @@ def test_bad_rows(
     rows = [dict(row) for row in (COMPLETION if config == "completion" else PROBABILITY)]
     rows[1].update(change)
     place = write_list(tmp_path / "list", **{config: rows})
-    with pytest.raises(UserError, match=f"config {config}, (split test, )?{said}") as error:
-        whp.run(pico(), asked(place))
+    with pytest.raises(SrmuError, match=f"config {config}, (split test, )?{said}") as error:
+        whp.run_whp(pico(), asked(place))
     assert "w16" not in str(error.value)
     assert "w4" not in str(error.value).lower()
 
@@ -227,8 +227,8 @@ def test_a_missing_field(tmp_path: Path, config: str, name: str) -> None:
     rows = COMPLETION if config == "completion" else PROBABILITY
     rows = [{key: value for key, value in row.items() if key != name} for row in rows]
     place = write_list(tmp_path / "list", **{config: rows})
-    with pytest.raises(UserError, match=f"config {config}, split test, row 1: no field '{name}'"):
-        whp.run(pico(), asked(place))
+    with pytest.raises(SrmuError, match=f"config {config}, split test, row 1: no field '{name}'"):
+        whp.run_whp(pico(), asked(place))
 
 
 def test_the_row_in_the_instructions_is_one(tmp_path: Path) -> None:
@@ -239,7 +239,7 @@ def test_the_row_in_the_instructions_is_one(tmp_path: Path) -> None:
         decoder.raw_decode(text, text.index(start))[0]
         for start in ('{"prompt": "The', '{"prompt": "At')
     )
-    data = Data("", "", folder=write_list(tmp_path / "list", [first], [second]))
+    data = BenchmarkData("", "", folder=write_list(tmp_path / "list", [first], [second]))
     assert data.rows("completion", "test", {"prompt": str, "references": list}) == [first]
     fields = {"prompt": str, "targets": list, "generic": list}
     assert data.rows("probability", "test", fields) == [second]

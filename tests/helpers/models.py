@@ -17,7 +17,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from srmu.data.tokens import batch_up, tokenise
+from srmu.data.tokens import batch_rows, tokenise_texts
 from srmu.engine.topic import Topic
 
 torch.set_num_threads(1)
@@ -178,7 +178,7 @@ def both_ways(folder: Path) -> dict[str, dict[str, str]]:
 
 def batches(documents: list[str], size: int = 2, padding: Any = "mask") -> list[Any]:
     tokenizer = word_tokenizer()
-    return list(batch_up(tokenise(documents, tokenizer, 64), tokenizer, size, padding))
+    return list(batch_rows(tokenise_texts(documents, tokenizer, 64), tokenizer, size, padding))
 
 
 def topic(name: str = "bio", seed: int = 0, padding: Any = "mask", **options: Any) -> Topic:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from srmu.testbed.build import Recipe, build
+from srmu.testbed.build import Recipe, build_testbed
 from srmu.testbed.worlds.world import Size
 
 PEOPLE_TINY = Recipe(
@@ -42,7 +42,7 @@ def people_folder() -> Path:
     try:
         with FileLock(folder / "lock"):
             if not (folder / "out").exists():
-                build(folder / "out", oracle=True, world="people", recipe=PEOPLE_TINY)
+                build_testbed(folder / "out", oracle=True, world="people", recipe=PEOPLE_TINY)
     finally:
         os.environ.pop("SRMU_CACHE")
         if before is not None:

@@ -1,4 +1,4 @@
-"""What a launcher starts in test_ranks.py: runs of pico models, in as many processes as there are.
+"""What a launcher starts in test_distributed.py: runs of pico models, in as many processes as there are.
 
 python rank_worker.py FOLDER RUNS_DIR {plain,sharded} CASE...      these runs
 python rank_worker.py FOLDER RUNS_DIR {plain,sharded} --die CASE   one, whose rank 1 is killed
@@ -16,7 +16,7 @@ import torch
 from helpers.models import both_ways
 from srmu.cli import main as cli
 from srmu.engine import distributed, train
-from srmu.errors import UserError
+from srmu.errors import SrmuError
 from srmu.runs import run as runs
 from srmu.runs.config import Config, build_config
 
@@ -67,30 +67,30 @@ def config(folder: Path, runs_dir: str, case: str) -> Config:
 def main(folder: Path, runs_dir: str, kind: str, *cases: str) -> None:
     torch.set_num_threads(1)
     if cases[0] == "--die":
-        save = distributed.agreed
+        save = distributed.agree_on
 
         def agreed(value: Any) -> Any:
-            if distributed.rank() == 1 and (folder / "steps").exists():
+            if distributed.get_rank() == 1 and (folder / "steps").exists():
                 os.kill(os.getpid(), signal.SIGKILL)
             return save(value)
 
         def log_step(step: int) -> None:
-            if step == DIES_AT and distributed.first():
+            if step == DIES_AT and distributed.is_first():
                 (folder / "steps").touch()
 
         after = train.Limits.after
         train.Limits.after = lambda self, step: (log_step(step), after(self, step))[1]  # type: ignore
-        distributed.agreed = agreed
+        distributed.agree_on = agreed
         cases = cases[1:]
     if cases[0] == "--fail":
-        plan = runs.plan
+        plan = runs.plan_run
 
         def fail(config: Config) -> Any:
-            if distributed.rank() == 1:
-                raise UserError("its disk is not there")
+            if distributed.get_rank() == 1:
+                raise SrmuError("its disk is not there")
             return plan(config)
 
-        runs.plan = fail
+        runs.plan_run = fail
         path = folder / "failing.yaml"
         path.write_text(config(folder, runs_dir, cases[1]).to_yaml())
         sys.argv = ["srmu", "unlearn", str(path)]
@@ -99,7 +99,7 @@ def main(folder: Path, runs_dir: str, kind: str, *cases: str) -> None:
         if kind == "sharded" and case in WHOLE:
             continue
         runs.unlearn(config(folder, runs_dir, case), shard=kind == "sharded")
-    distributed.leave()
+    distributed.leave_group()
 
 
 if __name__ == "__main__":

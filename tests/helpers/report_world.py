@@ -8,7 +8,7 @@ import numpy as np
 import yaml
 from safetensors.numpy import save_file
 
-from srmu.report.results import Entry
+from srmu.report.results import RunGroup
 
 METRICS = ("organism_hazard/acc", "organism_neighbour/acc", "organism_general/acc")
 COUNTS = (192, 240, 180)
@@ -113,7 +113,7 @@ def write_comparison(root, seeds=3):
             folders = [root / f"{group}-{label}-{seed}".replace(" ", "-") for seed in range(seeds)]
             for seed, folder in enumerate(folders):
                 write_run(folder, label, group, seed, percents)
-            entries.append(Entry(label, group, tuple(folders)))
+            entries.append(RunGroup(label, group, tuple(folders)))
     return entries
 
 

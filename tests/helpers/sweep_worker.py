@@ -10,8 +10,8 @@ from pathlib import Path
 
 import optuna
 
-from srmu.engine.progress import silent
-from srmu.search.queue import Study, open_study, work
+from srmu.engine.progress import ignore_progress
+from srmu.search.queue import Study, open_study, work_queue
 
 POINTS = 5
 
@@ -37,4 +37,6 @@ def objective(folder: Path, trial: optuna.Trial) -> float:
 
 
 if __name__ == "__main__":
-    work(join(sys.argv[1]), lambda trial: objective(Path(sys.argv[2]), trial), silent)
+    work_queue(
+        join(sys.argv[1]), lambda trial: objective(Path(sys.argv[2]), trial), ignore_progress
+    )

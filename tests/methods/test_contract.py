@@ -25,11 +25,11 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from helpers.models import ARCHITECTURES, batches, pico_module, texts, topic, word_tokenizer
-from srmu.engine.losses import predicted, token_nll
+from srmu.engine.losses import is_predicted, token_nll
 from srmu.engine.model import EditableModel
 from srmu.engine.topic import Topic
 from srmu.engine.train import FINISHED, TrainOptions
-from srmu.errors import UserError
+from srmu.errors import SrmuError
 from srmu.methods import METHODS, Edit, Method, Misdirection, Objective
 from srmu.methods.base import Level
 from srmu.methods.logits import LogitObjective
@@ -311,7 +311,7 @@ def test_defaults_survive_a_config(name: str) -> None:
     config = build_config(tree)
     assert config.method == METHODS[name]()
     assert build_config(config.to_dict()) == config
-    with pytest.raises(UserError, match=r"method\.nothing is not an option"):
+    with pytest.raises(SrmuError, match=r"method\.nothing is not an option"):
         build_config(tree | {"method": {"name": name, "nothing": 1}})
 
 
@@ -324,7 +324,7 @@ def test_defaults_survive_a_config(name: str) -> None:
     ],
 )
 def test_options_of_logits_that_make_no_sense(name: str, options: Any, says: str) -> None:
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(SrmuError, match=says):
         made(name, **options)
 
 
@@ -371,7 +371,7 @@ def test_retain_texts_are_asked_for_where_they_are_read(method: Method) -> None:
     """Whoever says that it reads none runs without; whoever reads some says so in one line."""
     some = replace(topic(), retain=[])
     if method.reads_retain:
-        with pytest.raises(UserError, match=r"retain texts.*topics\.bio\.retain") as caught:
+        with pytest.raises(SrmuError, match=r"retain texts.*topics\.bio\.retain") as caught:
             method.check([topic("cyber"), some], TRAIN)
         assert f"method {method.name} " in str(caught.value)
         assert "\n" not in str(caught.value)
@@ -389,7 +389,7 @@ def test_stop_rules_need_the_whole_model(name: str, rule: str) -> None:
             method.check([topic()], train)
             return
         why = f"has no effect: method {name} writes the weights at once"
-    with pytest.raises(UserError, match=rf"train\.{rule} .*{why}"):
+    with pytest.raises(SrmuError, match=rf"train\.{rule} .*{why}"):
         method.check([topic()], train)
 
 
@@ -409,7 +409,7 @@ def test_every_architecture(name: str, arch: str) -> None:
     before = {n: t.clone() for n, t in module.state_dict().items()}
     try:
         got = run(method, [some], module=module)
-    except UserError as error:
+    except SrmuError as error:
         assert "\n" not in str(error)
         assert all(torch.equal(t, before[n]) for n, t in module.state_dict().items())
         return
@@ -468,7 +468,7 @@ def taught() -> Any:
 def nll(module: Any, batch: Any) -> torch.Tensor:
     """Nats that a token of a batch costs the whole model."""
     logits = module(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    return token_nll(logits, batch["labels"]).sum() / predicted(batch["labels"]).sum()
+    return token_nll(logits, batch["labels"]).sum() / is_predicted(batch["labels"]).sum()
 
 
 @each_name
@@ -524,7 +524,7 @@ def test_a_run_from_texts_to_an_exported_checkpoint(
     expected = ("edited", 0) if issubclass(METHODS[name], Edit) else (FINISHED, 2)
     assert (record["stop_reason"], len(steps)) == expected
     assert record["steps"] == len(steps)
-    assert run.config == runs.plan(config)[0]
+    assert run.config == runs.plan_run(config)[0]
     assert runs.unlearn(config).folder == run.folder  # found, not run again
     (model,) = seen
     assert set(record["changed"]) == set(model.delta())

@@ -22,18 +22,25 @@ from helpers.models import (
     write_jsonl,
 )
 from srmu import make_config, unlearn
-from srmu.engine.losses import counted, mean_nll
+from srmu.engine.losses import is_counted, mean_nll
 from srmu.engine.model import EditableModel
-from srmu.engine.progress import silent
+from srmu.engine.progress import ignore_progress
 from srmu.engine.topic import Topic
 from srmu.engine.train import TrainOptions
-from srmu.errors import Diverged, UserError
+from srmu.errors import DivergedError, SrmuError
 from srmu.methods import METHODS, RMU, Method
 from srmu.methods.depn import DEPN
-from srmu.methods.gradients import alike, attribution, damped, gradient_sums, nlls, singles
+from srmu.methods.gradients import (
+    attribute_neurons,
+    batch_nlls,
+    damp_directions,
+    gradient_sums,
+    group_alike,
+    split_batches,
+)
 from srmu.methods.repselect import RepSelect
 from srmu.methods.rna import RNA
-from srmu.methods.ssd import SSD, dampening
+from srmu.methods.ssd import SSD, dampening_factors
 from srmu.methods.task_arithmetic import TaskArithmetic
 
 ARCHES = ("llama", "gpt2", "gemma2")
@@ -96,7 +103,7 @@ def test_only_the_trained_tensors_change(name: str, arch: str) -> None:
     """MLP matrices or what is named, all others bit for bit; the global random state is kept."""
     method = EDITS[name]
     if arch == "mixtral" and name in ("depn", "repselect"):
-        with pytest.raises(UserError, match=r"mixture of experts|no parameter"):
+        with pytest.raises(SrmuError, match=r"mixture of experts|no parameter"):
             edited(method, arch=arch)
         return
     before = pico_module(arch).state_dict()
@@ -182,7 +189,7 @@ def test_topics_are_one_pool_with_options_alike(name: str) -> None:
     assert set(outcome.states) == {"a", "b"}
     assert all(torch.equal(v, weights(together)[k]) for k, v in weights(apart).items())
     option = {"ssd": "alpha", "task_arithmetic": "strength", "repselect": "components"}[name]
-    with pytest.raises(UserError, match=r"all topics at once.*under method"):
+    with pytest.raises(SrmuError, match=r"all topics at once.*under method"):
         edited(method, a, replace(b, options={option: 2}))
     same, _ = edited(method, replace(a, options={option: 2}))
     own, _ = edited(replace(method, **{option: 2}), a)
@@ -230,7 +237,7 @@ def test_a_whole_run(name: str, tmp_path: Any) -> None:
     ],
 )
 def test_options_are_checked(cls: Any, options: dict[str, Any], match: str) -> None:
-    with pytest.raises(UserError, match=match):
+    with pytest.raises(SrmuError, match=match):
         cls(**options)
 
 
@@ -243,7 +250,7 @@ def test_who_needs_retain_texts(method: Method, needs: bool) -> None:
     bare = replace(topic(), retain=[])
     assert method.reads_retain is needs
     if needs:
-        with pytest.raises(UserError, match="needs retain texts"):
+        with pytest.raises(SrmuError, match="needs retain texts"):
             method.check([bare], TRAIN)
     else:
         method.check([bare], TRAIN)
@@ -320,10 +327,12 @@ def test_dampening_in_closed_form() -> None:
     i_d = torch.tensor([1.0, 1.0, 1.0, 0.0, 0.0])
     i_f = torch.tensor([10.0, 11.0, 100.0, 1.0, 0.0])
     expected = [1.0, 1 / 11, 0.01, 0.0, 1.0]
-    assert dampening(i_f, i_d, 10.0, 1.0).tolist() == pytest.approx(expected)
-    assert dampening(i_f, i_d, 10.0, 0.0).tolist() == [1.0, 0.0, 0.0, 0.0, 1.0]
+    assert dampening_factors(i_f, i_d, 10.0, 1.0).tolist() == pytest.approx(expected)
+    assert dampening_factors(i_f, i_d, 10.0, 0.0).tolist() == [1.0, 0.0, 0.0, 0.0, 1.0]
     # lam above alpha would raise weights: the clip at 1
-    assert dampening(i_f, i_d, 10.0, 50.0).tolist() == pytest.approx([1.0, 1.0, 0.5, 0.0, 1.0])
+    assert dampening_factors(i_f, i_d, 10.0, 50.0).tolist() == pytest.approx(
+        [1.0, 1.0, 0.5, 0.0, 1.0]
+    )
 
 
 @pytest.mark.parametrize("lam", [0.0, 0.7, 2.0])
@@ -353,7 +362,7 @@ def test_ssd_does_not_depend_on_batches(padding: Any) -> None:
 def test_ssd_caps_texts_and_lengths_alike() -> None:
     """As many texts of the same lengths in both passes."""
     part = replace(topic(), forget=batches(texts(9, 1)), retain=batches(texts(5, 2)))
-    forget, retain = alike(singles(part.forget)[:5], singles(part.retain)[:5])
+    forget, retain = group_alike(split_batches(part.forget)[:5], split_batches(part.retain)[:5])
     lengths = [[t["input_ids"].shape[1] for t in side] for side in (forget, retain)]
     assert lengths[0] == lengths[1] and len(lengths[0]) == 5
     longest = [sorted(map(len, rows(side)[:5])) for side in (part.forget, part.retain)]
@@ -385,7 +394,7 @@ def test_gradients_never_live_together() -> None:
             lambda p: alive.append(sum(q.grad is not None for q in model.trained.values()))
         )
     ticks: list[str] = []
-    sums = gradient_sums(model.trained, nlls(model, topic().forget, ticks.append), 2)
+    sums = gradient_sums(model.trained, batch_nlls(model, topic().forget, ticks.append), 2)
     assert set(alive) == {1} and len(alive) == len(topic().forget) * len(sums)
     assert len(ticks) == len(topic().forget)
 
@@ -409,7 +418,7 @@ def test_ssd_leaves_excluded_tensors() -> None:
     }
     assert changed < set(everything.delta())
     assert all(torch.equal(everything.delta()[n], t) for n, t in model.delta().items())
-    with pytest.raises(UserError, match=r"method.exclude=.*matches no tensor"):
+    with pytest.raises(SrmuError, match=r"method.exclude=.*matches no tensor"):
         edited(SSD(exclude=("norms",)))
 
 
@@ -420,7 +429,7 @@ def test_ssd_says_when_it_selects_nothing() -> None:
         (SSD(alpha=1e20, parameters=("*.mlp_down",)), "lower method.alpha$"),
     ):
         model = EditableModel(pico_module(), method.trainable)
-        with pytest.raises(UserError, match=match):
+        with pytest.raises(SrmuError, match=match):
             method.apply(model, [topic()], TRAIN, lambda step, values: None)
         assert not model.delta()
 
@@ -478,7 +487,7 @@ def measured(module: Any, ids: list[int], points: int) -> torch.Tensor:
     batch = {"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row}
     from srmu.methods.gradients import down_projection
 
-    return attribution(model, [down_projection(x) for x in model.layers], batch, points)
+    return attribute_neurons(model, [down_projection(x) for x in model.layers], batch, points)
 
 
 IDS = [1, 5, 9, 30, 12, 7, 22, 9]
@@ -513,7 +522,7 @@ def test_attribution_does_not_see_what_is_not_counted() -> None:
     row = torch.tensor([IDS])
     batch = {"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row.clone()}
     batch["labels"][:, :-1] = -100
-    found = attribution(model, downs, batch, 64)
+    found = attribute_neurons(model, downs, batch, 64)
     module = pico_module()
 
     def last(on: float) -> torch.Tensor:
@@ -613,7 +622,7 @@ def test_neurons_are_chosen_as_the_card_says() -> None:
     assert low.numbers == {"neurons": 3, "passed": 3}
     att[3] = -1.0  # no neuron raises this text
     assert DEPN(neuron_share=0.4, text_share=1.0, most=0).text_share == 1.0
-    with pytest.raises(UserError, match=r"method.neuron_share=0.4.*method.text_share=1"):
+    with pytest.raises(SrmuError, match=r"method.neuron_share=0.4.*method.text_share=1"):
         DEPN(neuron_share=0.4, text_share=1.0).selected(att)
 
 
@@ -667,10 +676,10 @@ def test_minus_one_is_the_fine_tuned_model_exactly(arch: str) -> None:
         if "c_attn.bias" in name:  # keys' gradient is only rounding, which Adam makes whole steps
             keep[32:64] = False
         torch.testing.assert_close(tuned[name][keep], value[keep], rtol=1e-3, atol=2e-4)
-    from srmu.methods.logits import strengthened
+    from srmu.methods.logits import strengthen_weights
 
     model = EditableModel(pico_module(arch), ["*"])
-    exact = strengthened(model, topic(), 3, 1e-3)
+    exact = strengthen_weights(model, topic(), 3, 1e-3)
     assert not model.delta()
     assert all(torch.equal(tuned[name], value) for name, value in exact.items())
 
@@ -741,18 +750,18 @@ def matrix(seed: int, *shape: int) -> torch.Tensor:
 def test_damping_equals_the_loop(kind: Any, shape: tuple[int, int], own: bool) -> None:
     gradient = matrix(1, *shape)
     source = gradient if own else matrix(2, *shape)
-    found = damped(gradient, source, 4, kind, "both")
+    found = damp_directions(gradient, source, 4, kind, "both")
     torch.testing.assert_close(found, explicit(gradient, source, 4, kind), rtol=1e-4, atol=1e-5)
 
 
 def test_hard_damping_leaves_nothing_along_main_directions() -> None:
     gradient, source = matrix(1, 12, 7), matrix(2, 12, 7)
     u, _, vh = torch.linalg.svd(source, full_matrices=False)
-    both = damped(gradient, source, 3, "hard", "both")
+    both = damp_directions(gradient, source, 3, "hard", "both")
     assert (both @ vh[:3].T).abs().max() < 1e-5 and (u[:, :3].T @ both).abs().max() < 1e-5
-    inputs = damped(gradient, source, 3, "hard", "input")
+    inputs = damp_directions(gradient, source, 3, "hard", "input")
     assert (inputs @ vh[:3].T).abs().max() < 1e-5 and (u[:, :3].T @ inputs).abs().max() > 0.1
-    outputs = damped(gradient, source, 3, "hard", "output")
+    outputs = damp_directions(gradient, source, 3, "hard", "output")
     assert (outputs @ vh[:3].T).abs().max() > 0.1 and (u[:, :3].T @ outputs).abs().max() < 1e-5
 
 
@@ -769,7 +778,7 @@ def test_hard_damping_leaves_nothing_along_main_directions() -> None:
 )
 def test_damping_of_a_diagonal_matrix(kind: Any, side: Any, expected: list[float]) -> None:
     """S = 8, 4, 2, 1 and three main directions, so that S_min is 2."""
-    found = damped(torch.diag(torch.tensor([8.0, 4.0, 2.0, 1.0])), *[
+    found = damp_directions(torch.diag(torch.tensor([8.0, 4.0, 2.0, 1.0])), *[
         torch.diag(torch.tensor([8.0, 4.0, 2.0, 1.0])), 3, kind, side
     ])  # fmt: skip
     torch.testing.assert_close(found, torch.diag(torch.tensor(expected)).float())
@@ -780,14 +789,16 @@ def test_damping_of_low_rank() -> None:
     direction is always left."""
     thin = matrix(1, 10, 3) @ matrix(2, 3, 8)
     for kind in ("hard", "soft", "quadratic"):
-        found = damped(thin, thin, 64, kind, "both")
+        found = damp_directions(thin, thin, 64, kind, "both")
         assert found.isfinite().all() and found.norm() > 0.01
-        torch.testing.assert_close(found, damped(thin, thin, 2, kind, "both"))
+        torch.testing.assert_close(found, damp_directions(thin, thin, 2, kind, "both"))
     one = torch.outer(matrix(3, 5), matrix(4, 6))
-    torch.testing.assert_close(damped(one, one, 64, "soft", "both"), one)  # nothing to damp
+    torch.testing.assert_close(
+        damp_directions(one, one, 64, "soft", "both"), one
+    )  # nothing to damp
     none = torch.zeros(4, 5)
-    assert torch.equal(damped(none, none, 3, "soft", "both"), none)
-    torch.testing.assert_close(damped(thin, thin, 0, "hard", "both"), thin)
+    assert torch.equal(damp_directions(none, none, 3, "soft", "both"), none)
+    torch.testing.assert_close(damp_directions(thin, thin, 0, "hard", "both"), thin)
 
 
 @each_arch
@@ -816,7 +827,7 @@ def test_gradients_beside_adapters_are_those_of_the_merged_model(arch: str) -> N
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(EditableModel, "adapted", spying)
-        found, same = method.gradients(model, topic(), silent)
+        found, same = method.gradients(model, topic(), ignore_progress)
     assert found is same
     assert list(model.module.state_dict()) == names and not model.delta()
     assert all(torch.equal(v, weights(model)[k]) for k, v in before.items())
@@ -854,7 +865,7 @@ def test_adapters_learn_the_forget_texts() -> None:
         patch.setattr("srmu.methods.repselect.gradient_sums", spy)
         for rank in (0, 4):
             method = RepSelect(lora_rank=rank, **({"elicit_learning_rate": 1.0} if rank else {}))
-            method.gradients(model, topic(), silent)
+            method.gradients(model, topic(), ignore_progress)
     assert costs[1] < costs[0] - 0.01
     assert costs[0] == pytest.approx(forget_nll(model), rel=1e-5)
 
@@ -935,14 +946,14 @@ def test_directions_of_retain_texts() -> None:
     """spectrum=retain: the forget gradient loses what retain texts' gradient has most of."""
     method = RepSelect(components=3, damping="hard", spectrum="retain", lora_rank=0)
     model = EditableModel(pico_module(), method.trainable)
-    forget, retain = method.gradients(model, topic(), silent)
+    forget, retain = method.gradients(model, topic(), ignore_progress)
     plain = pico_module()
     plain.requires_grad_(True)
     for batch in topic().retain:
         plain(**batch).loss.backward()
     name = down_name("llama", 1)
     torch.testing.assert_close(retain[name], plain.get_parameter(name).grad, rtol=1e-3, atol=1e-5)
-    found = method.direction(model, topic(), silent)[name]
+    found = method.direction(model, topic(), ignore_progress)[name]
     u, _, vh = torch.linalg.svd(retain[name], full_matrices=False)
     assert (found @ vh[:3].T).abs().max() < 1e-5 < (forget[name] @ vh[:3].T).abs().max()
     assert (u[:, :3].T @ found).abs().max() < 1e-5
@@ -951,7 +962,7 @@ def test_directions_of_retain_texts() -> None:
 def test_elicitation_that_diverges_is_said() -> None:
     method = RepSelect(elicit_learning_rate=1e25)
     model = EditableModel(pico_module(), method.trainable)
-    with pytest.raises(Diverged, match=r"lower method\.elicit_learning_rate"):
+    with pytest.raises(DivergedError, match=r"lower method\.elicit_learning_rate"):
         method.apply(model, [topic()], TRAIN, lambda step, values: None)
     assert not model.delta()
 
@@ -987,7 +998,7 @@ def test_the_noise_is_a_share_of_the_activations(skip_first: bool) -> None:
     _, outcome, logged = run_rna(method, part)
     values = []
     for batch in part.retain:
-        mask = counted(batch["labels"])
+        mask = is_counted(batch["labels"])
         hidden = []
         module = pico_module()
         module.get_submodule(block_name("llama", 2)).register_forward_hook(
@@ -1007,7 +1018,7 @@ def test_the_noise_is_a_share_of_the_activations(skip_first: bool) -> None:
     for step in range(4):
         batch = part.retain[step % len(part.retain)]
         draws.append(torch.randn(*batch["input_ids"].shape, 32, generator=generator))
-    mask = counted(part.retain[0]["labels"])
+    mask = is_counted(part.retain[0]["labels"])
     expected = 2.0 * float((state.numbers["noise"] * draws[0][mask]).square().mean())
     assert logged[0]["retain"] == pytest.approx(expected, rel=1e-4)
     assert not torch.equal(draws[0][0, 0], draws[2][0, 0])
@@ -1037,7 +1048,7 @@ def test_stale_activations_are_still_noticed() -> None:
     with model.frozen():
         for batch in part.retain:
             model.hidden(batch, method.site).add_(1e-3)  # what the cache holds
-    with pytest.raises(UserError, match="cached activations do not belong"):
+    with pytest.raises(SrmuError, match="cached activations do not belong"):
         method.loss(model, state, part.forget[0], part.retain[0], 0)
 
 

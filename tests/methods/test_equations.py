@@ -8,10 +8,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from srmu.engine.losses import counted, token_cosine, token_mean, token_mse, without_first
+from srmu.engine.losses import is_counted, token_cosine, token_mean, token_mse, without_first
 from srmu.methods import RMU, SRMU, directions
 from srmu.methods.directions import Direction
-from srmu.methods.importance import Fusion, Statistic, describe, importance, measure, sums
+from srmu.methods.importance import (
+    Fusion,
+    Statistic,
+    describe_importance,
+    importance_map,
+    measure_features,
+    sum_features,
+)
 
 FUSIONS = get_args(Fusion)
 STATISTICS = get_args(Statistic)
@@ -29,7 +36,7 @@ def sizes(seed: int) -> torch.Tensor:
 
 def fuse(v_f: torch.Tensor, v_r: torch.Tensor, kind: Any, **options: Any) -> torch.Tensor:
     order = torch.randperm(len(v_f), generator=torch.Generator().manual_seed(9))
-    return importance(v_f, v_r, kind, **{"order": order} | options)
+    return importance_map(v_f, v_r, kind, **{"order": order} | options)
 
 
 vectors = st.lists(st.floats(0, 1e4, width=32), min_size=2, max_size=12)
@@ -65,7 +72,9 @@ def test_signed_values_give_no_nan(kind: Any, v_f: list[float], v_r: list[float]
 def test_every_statistic_gives_every_map(statistic: Any, kind: Any) -> None:
     """Random signed activations, the case in which the printed ratio is undefined."""
     mask = torch.ones(3, 4, dtype=torch.bool)
-    values = [measure([sums(rand(3, 4, D, seed=s), mask)], statistic)[0] for s in (1, 2)]
+    values = [
+        measure_features([sum_features(rand(3, 4, D, seed=s), mask)], statistic)[0] for s in (1, 2)
+    ]
     map_ = fuse(*values, kind)
     assert ((map_ >= 0) & (map_ <= 1)).all()
     assert (map_.max() > 0.99) if kind != "product_inverse" else (map_.min() < 0.01)
@@ -90,7 +99,7 @@ def naive_map(v_f: list[float], v_r: list[float], kind: str, lam: float, eps: fl
 @pytest.mark.parametrize("kind", ["ratio", "difference", "product", "product_inverse"])
 def test_maps_equal_a_loop(kind: Any, lam: float, eps: float) -> None:
     v_f, v_r = sizes(1), sizes(2)
-    got = importance(v_f, v_r, kind, lam=lam, eps=eps)
+    got = importance_map(v_f, v_r, kind, lam=lam, eps=eps)
     expected, biggest = naive_map(v_f.tolist(), v_r.tolist(), kind, lam, eps)
     largest = biggest / (biggest + 1e-8)
     if kind == "product_inverse":
@@ -104,16 +113,16 @@ def test_maps_equal_a_loop(kind: Any, lam: float, eps: float) -> None:
 def test_a_small_map_keeps_the_constant_of_equation_3() -> None:
     """max(I_norm) = max(I) / (max(I) + 1e-8), also where the constant is not negligible."""
     v_f = torch.tensor([3e-8, 1e-8, 0.0])
-    got = importance(v_f, torch.zeros(3), "difference")
+    got = importance_map(v_f, torch.zeros(3), "difference")
     assert got.tolist() == pytest.approx([0.75, 0.25, 0.0], rel=1e-5)
 
 
 def test_equal_statistics_leave_no_selection() -> None:
     v = sizes(1)
-    torch.testing.assert_close(importance(v, v, "ratio"), torch.ones(D), rtol=0, atol=1e-4)
-    assert torch.equal(importance(v, v, "difference"), torch.zeros(D))
-    assert torch.equal(importance(v, v, "uniform"), torch.ones(D))
-    assert importance(torch.zeros(D), torch.zeros(D), "product").eq(0).all()
+    torch.testing.assert_close(importance_map(v, v, "ratio"), torch.ones(D), rtol=0, atol=1e-4)
+    assert torch.equal(importance_map(v, v, "difference"), torch.zeros(D))
+    assert torch.equal(importance_map(v, v, "uniform"), torch.ones(D))
+    assert importance_map(torch.zeros(D), torch.zeros(D), "product").eq(0).all()
 
 
 def test_a_zero_map_is_the_zero_target() -> None:
@@ -121,7 +130,7 @@ def test_a_zero_map_is_the_zero_target() -> None:
     v, hidden, mask = sizes(1), rand(2, 3, D), torch.ones(2, 3, dtype=torch.bool)
     for strength in ({"coeff": 5.0}, {"kappa": 5.0}):
         method = SRMU(importance="difference", **strength)
-        target = method.scaled(rand(D).sign() * importance(v, v, "difference"), norm=3.0)
+        target = method.scaled(rand(D).sign() * importance_map(v, v, "difference"), norm=3.0)
         nothing = SRMU(direction="zero", **strength).scaled(draw("zero"), norm=3.0)
         assert torch.equal(target, nothing)
         assert token_mse(hidden, target, mask) == hidden.square().mean()
@@ -139,12 +148,12 @@ def test_scaling_both_statistics_changes_no_map(k: float) -> None:
 @pytest.mark.parametrize("kind", ["product", "product_inverse"])
 def test_the_product_map_is_symmetric_and_scale_free(kind: Any) -> None:
     v_f, v_r = sizes(1), sizes(2)
-    map_ = importance(v_f, v_r, kind)
-    assert torch.equal(importance(v_r, v_f, kind), map_)
-    torch.testing.assert_close(importance(7 * v_f, v_r, kind), map_)
-    torch.testing.assert_close(importance(v_f, v_r / 7, kind), map_)
+    map_ = importance_map(v_f, v_r, kind)
+    assert torch.equal(importance_map(v_r, v_f, kind), map_)
+    torch.testing.assert_close(importance_map(7 * v_f, v_r, kind), map_)
+    torch.testing.assert_close(importance_map(v_f, v_r / 7, kind), map_)
     torch.testing.assert_close(
-        importance(v_f, v_r, "product_inverse"), 1 - fuse(v_f, v_r, "product")
+        importance_map(v_f, v_r, "product_inverse"), 1 - fuse(v_f, v_r, "product")
     )
 
 
@@ -152,8 +161,8 @@ def test_the_product_map_is_symmetric_and_scale_free(kind: Any) -> None:
 def test_permuting_features_permutes_the_map(kind: Any) -> None:
     v_f, v_r = sizes(1), sizes(2)
     order = torch.randperm(D, generator=torch.Generator().manual_seed(3))
-    expected = importance(v_f, v_r, kind)[order]
-    torch.testing.assert_close(importance(v_f[order], v_r[order], kind), expected)
+    expected = importance_map(v_f, v_r, kind)[order]
+    torch.testing.assert_close(importance_map(v_f[order], v_r[order], kind), expected)
 
 
 def test_the_shuffled_map_holds_the_ratio_maps_values_elsewhere() -> None:
@@ -167,8 +176,8 @@ def test_a_clipped_map_saturates_its_outliers() -> None:
     v_r = torch.ones(101)
     v_f = torch.arange(101) / 100
     v_f[-1] = 1000.0
-    literal = importance(v_f, v_r, "difference", lam=0.0)
-    clipped = importance(v_f, v_r, "difference", lam=0.0, clip_quantile=0.99)
+    literal = importance_map(v_f, v_r, "difference", lam=0.0)
+    clipped = importance_map(v_f, v_r, "difference", lam=0.0, clip_quantile=0.99)
     assert literal[:-1].max() < 0.001
     assert clipped[-1] == clipped[-2] == clipped.max() == pytest.approx(1)
     torch.testing.assert_close(clipped[:-1], v_f[:-1] / 0.99, rtol=1e-5, atol=1e-6)
@@ -178,14 +187,14 @@ def test_a_clipped_map_saturates_its_outliers() -> None:
 
 
 def draw(direction: Any, seed: int = 4) -> torch.Tensor:
-    return directions.draw(direction, D, torch.Generator().manual_seed(seed))
+    return directions.draw_direction(direction, D, torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("c", [0.5, 7.0, 100.0])
 @pytest.mark.parametrize("kind", ["ratio", "difference", "product"])
 def test_the_target_is_c_times_the_map_in_size(kind: Any, c: float) -> None:
     """|T| = c_map * I_norm, element by element (SRMU eq. 4)."""
-    map_ = importance(sizes(1), sizes(2), kind)
+    map_ = importance_map(sizes(1), sizes(2), kind)
     method = SRMU(importance=kind, coeff=c)
     for direction in ("signs", "plus", "minus"):
         target = method.scaled(draw(direction) * map_, norm=3.0)
@@ -196,7 +205,7 @@ def test_the_target_is_c_times_the_map_in_size(kind: Any, c: float) -> None:
 
 
 def test_the_uniform_target_has_norm_c_root_d() -> None:
-    map_ = importance(sizes(1), sizes(2), "uniform")
+    map_ = importance_map(sizes(1), sizes(2), "uniform")
     target = SRMU(importance="uniform", coeff=7.0).scaled(draw("signs") * map_, norm=3.0)
     assert target.norm() == pytest.approx(7.0 * math.sqrt(D))
 
@@ -241,14 +250,15 @@ def test_directions(direction: Any) -> None:
 def test_rmus_directions_are_nearly_alike() -> None:
     """Entries of U[0, 1): cosine 3/4 between two draws, sqrt(3)/2 with the all-ones vector."""
     one, other = (
-        directions.draw("unit_uniform", 4096, torch.Generator().manual_seed(s)) for s in (0, 1)
+        directions.draw_direction("unit_uniform", 4096, torch.Generator().manual_seed(s))
+        for s in (0, 1)
     )
     assert float(one @ other) == pytest.approx(0.75, abs=0.02)
     assert float(one.sum()) / 64 == pytest.approx(math.sqrt(3) / 2, abs=0.02)
 
 
 def test_signs_are_balanced() -> None:
-    v = directions.draw("signs", 4096, torch.Generator().manual_seed(0))
+    v = directions.draw_direction("signs", 4096, torch.Generator().manual_seed(0))
     assert abs(v.mean()) < 0.05  # three standard deviations of 1/64
 
 
@@ -279,7 +289,7 @@ def test_statistics_equal_a_loop_over_tokens(kind: Any) -> None:
     """Batches of unequal counts: the mean is over tokens, not over documents or batches."""
     batches = [(rand(3, 5, D, seed=s) + 0.3, rand(3, 5, seed=10 + s) > s / 2) for s in range(3)]
     assert len({int(mask.sum()) for _, mask in batches}) == 3
-    got, norm = measure([sums(*b) for b in batches], kind)
+    got, norm = measure_features([sum_features(*b) for b in batches], kind)
     expected, expected_norm = loop(batches, kind)
     assert got.dtype == torch.float32
     assert got.tolist() == pytest.approx(expected, rel=1e-5, abs=1e-7)
@@ -290,9 +300,9 @@ def test_statistics_equal_a_loop_over_tokens(kind: Any) -> None:
 
 def test_statistics_ignore_what_is_not_counted() -> None:
     hidden, mask = rand(2, 4, D), torch.tensor([[1, 1, 0, 0], [1, 1, 1, 0]]).bool()
-    expected = measure([sums(hidden, mask)])
+    expected = measure_features([sum_features(hidden, mask)])
     spoilt = hidden.masked_fill(~mask[..., None], float("nan"))
-    got = measure([sums(spoilt, mask)])
+    got = measure_features([sum_features(spoilt, mask)])
     assert torch.equal(got[0], expected[0])
     assert got[1] == expected[1]
 
@@ -301,7 +311,7 @@ def test_statistics_of_bf16_are_taken_in_wider_numbers() -> None:
     """A thousand tokens of 1 and one of 1000: bf16 sums would stop growing at 256."""
     hidden = torch.ones(1, 1001, 2, dtype=torch.bfloat16)
     hidden[0, 0] = 1000.0
-    got, norm = measure([sums(hidden, torch.ones(1, 1001).bool())])
+    got, norm = measure_features([sum_features(hidden, torch.ones(1, 1001).bool())])
     assert got.tolist() == pytest.approx([2000 / 1001] * 2, rel=1e-6)
     assert norm == pytest.approx(2000 / 1001 * math.sqrt(2), rel=1e-5)
 
@@ -317,7 +327,7 @@ def test_the_first_token_of_each_text_is_left_out(skip_first: bool, side: str) -
     firsts = torch.tensor([[1, 0, 0], [1, 0, 0] if side == "right" else [0, 1, 0]]).bool()
     expected = (labels != -100) & ~(firsts if skip_first else torch.zeros_like(firsts))
     assert torch.equal(got, expected)
-    assert torch.equal(counted(labels), labels != -100)
+    assert torch.equal(is_counted(labels), labels != -100)
 
 
 def test_without_first_skips_over_uncounted_tokens() -> None:
@@ -407,11 +417,11 @@ def gini(values: list[float]) -> float:
         [1.0] + [0.0] * 9,
         [0.0, 0.25, 0.5, 0.75, 1.0],
         sizes(1).tolist(),
-        importance(sizes(1), sizes(2), "ratio").tolist(),
+        importance_map(sizes(1), sizes(2), "ratio").tolist(),
     ],
 )
 def test_describe_by_definition(values: list[float]) -> None:
-    got = describe(torch.tensor(values))
+    got = describe_importance(torch.tensor(values))
     mean = sum(values) / len(values)
     assert got["mean"] == pytest.approx(mean, abs=1e-6)
     sd = math.sqrt(sum((x - mean) ** 2 for x in values) / len(values))
@@ -421,4 +431,9 @@ def test_describe_by_definition(values: list[float]) -> None:
 
 
 def test_describe_of_a_zero_map() -> None:
-    assert describe(torch.zeros(5)) == {"mean": 0, "sd": 0, "share_above_half": 0, "gini": 0}
+    assert describe_importance(torch.zeros(5)) == {
+        "mean": 0,
+        "sd": 0,
+        "share_above_half": 0,
+        "gini": 0,
+    }

@@ -14,14 +14,14 @@ import torch
 
 from helpers.models import ARCHITECTURES, VOCABULARY, batches, pico_module, texts, topic
 from srmu.engine.activation_cache import OnDisk
-from srmu.engine.losses import counted
+from srmu.engine.losses import is_counted
 from srmu.engine.model import EditableModel, Site, Stream
 from srmu.engine.topic import Topic
 from srmu.engine.train import Terms, TrainOptions
-from srmu.errors import UserError
+from srmu.errors import SrmuError
 from srmu.methods import METHODS as ALL_METHODS
 from srmu.methods import RMU, SRMU, AdaptiveRMU, Method, Misdirection
-from srmu.methods.directions import Direction, draw
+from srmu.methods.directions import Direction, draw_direction
 from srmu.methods.importance import Fusion, Statistic
 from srmu.methods.replay import own_anchors
 
@@ -142,7 +142,7 @@ def test_step_0_in_closed_form(method: Any) -> None:
     forget, retain = topic().forget[0], topic().retain[0]
     hidden = model.hidden(forget, method.site)
     target = method.target(model, state, forget, retain, hidden.detach())
-    mask = counted(forget["labels"])
+    mask = is_counted(forget["labels"])
     size = hidden.shape[-1]
     slope = 2 * (hidden - target).detach() / (int(mask.sum()) * size) * mask[..., None]
     loss = ((hidden - target).square().mean(dim=-1))[mask].mean()
@@ -207,7 +207,7 @@ def test_a_batch_equals_its_rows(cls: Any) -> None:
     assert whole["retain"] > 0.01
     rows = [method.loss(model, state, row(forget, i), row(retain, i), 0).losses for i in range(2)]
     for key, batch in (("forget", forget), ("retain", retain)):
-        counts = counted(batch["labels"]).sum(dim=1)
+        counts = is_counted(batch["labels"]).sum(dim=1)
         expected = sum(r[key].item() * int(n) for r, n in zip(rows, counts, strict=True))
         assert whole[key].item() == pytest.approx(expected / int(counts.sum()), rel=1e-5)
 
@@ -348,7 +348,7 @@ def test_every_architecture_unlearns(cls: Any, arch: str) -> None:
     ],
 )
 def test_options_that_cannot_take_effect_are_errors(cls: Any, options: Any, named: str) -> None:
-    with pytest.raises(UserError, match=named):
+    with pytest.raises(SrmuError, match=named):
         cls(layer=LAYER, **options)
 
 
@@ -426,7 +426,7 @@ def test_the_layer_in_proportion_to_the_depth(
 )
 @each_method
 def test_a_layer_or_window_that_does_not_fit(cls: Any, layers: int, options: Any) -> None:
-    with pytest.raises(UserError, match=r"layer|window"):
+    with pytest.raises(SrmuError, match=r"layer|window"):
         cls(**options).resolved(SimpleNamespace(num_hidden_layers=layers))
 
 
@@ -466,7 +466,7 @@ def test_anchors_without_a_leading_special_token() -> None:
 
 
 def test_anchors_of_a_share_that_is_no_row_are_refused() -> None:
-    with pytest.raises(UserError, match="anchor_share"):
+    with pytest.raises(SrmuError, match="anchor_share"):
         topic().anchored(0.1)
 
 
@@ -572,9 +572,11 @@ def test_activations_of_own_texts_stay_in_memory(tmp_path: Path) -> None:
 
 
 def test_no_own_text_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("srmu.methods.replay.typical", lambda *args: torch.arange(VOCABULARY))
+    monkeypatch.setattr(
+        "srmu.methods.replay.typical_tokens", lambda *args: torch.arange(VOCABULARY)
+    )
     method = RMU(layer=LAYER, anchors="self", own_texts=8)
-    with pytest.raises(UserError, match=r"each of 8 texts .* method\.anchors=random") as error:
+    with pytest.raises(SrmuError, match=r"each of 8 texts .* method\.anchors=random") as error:
         run(method, [topic()])
     assert "\n" not in str(error.value)
 
@@ -633,9 +635,9 @@ def test_columns_stay_in_half_precision() -> None:
 
 def test_columns_that_cannot_be_held() -> None:
     method = RMU(layer=LAYER, columns=0.5)
-    with pytest.raises(UserError, match=r"train\.weight_decay=0\.1 would move"):
+    with pytest.raises(SrmuError, match=r"train\.weight_decay=0\.1 would move"):
         method.check([topic()], replace(TRAIN, weight_decay=0.1))
-    with pytest.raises(UserError, match=r"all experts.*method\.columns=1"):
+    with pytest.raises(SrmuError, match=r"all experts.*method\.columns=1"):
         run(method, [topic()], arch="mixtral")
 
 
@@ -801,7 +803,7 @@ def test_rmu_is_srmu_with_its_direction_as_the_map() -> None:
     u = state.tensors["direction"]
     method = SRMU(layer=LAYER, coeff=6.5 * float(u.max()), direction="plus")
     model = EditableModel(pico_module(), method.trainable, method.depth)
-    plus = draw("plus", len(u), torch.Generator())
+    plus = draw_direction("plus", len(u), torch.Generator())
     injected = method.state(plus * (u / u.max()), 1.0, direction=plus, importance=u / u.max())
     forget, retain = next(topic().pairs())
     got = method.loss(model, injected, forget, retain, 0)
@@ -951,7 +953,7 @@ def test_srmu_moves_selected_features_and_holds_the_others(kind: Any) -> None:
 @pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
 @pytest.mark.parametrize("cls", METHODS.values(), ids=lambda cls: cls.name)
 def test_strengths_are_finite_and_not_negative(cls: Any, name: str, value: float) -> None:
-    with pytest.raises(UserError, match=rf"method\.{name}=.*at least 0"):
+    with pytest.raises(SrmuError, match=rf"method\.{name}=.*at least 0"):
         cls(**{name: value})
 
 

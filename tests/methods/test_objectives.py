@@ -12,16 +12,23 @@ import torch
 from torch import Tensor
 
 from helpers.models import VOCABULARY, batches, pico_module, texts, topic
-from srmu.engine.losses import counted, generic_logits, mean_kl, mean_nll, predicted, token_nll
+from srmu.engine.losses import (
+    generic_logits,
+    is_counted,
+    is_predicted,
+    mean_kl,
+    mean_nll,
+    token_nll,
+)
 from srmu.engine.model import Batch, EditableModel
 from srmu.engine.topic import Topic
 from srmu.engine.train import TrainOptions
-from srmu.errors import UserError
+from srmu.errors import SrmuError
 from srmu.methods.base import Objective, State
 from srmu.methods.ga import GA
 from srmu.methods.graddiff import GradDiff
 from srmu.methods.llmu import LLMU
-from srmu.methods.logits import LogitObjective, strengthened
+from srmu.methods.logits import LogitObjective, strengthen_weights
 from srmu.methods.npo import NPO
 from srmu.methods.rklu import RKLU
 from srmu.methods.scrub import SCRUB
@@ -497,7 +504,7 @@ def test_simnpo_weighs_each_text_by_its_own_cost() -> None:
     method, part = SimNPO(beta=0.8, gamma=3.0), bio()
     model = editable(method)
     costs = text_costs(model, part.forget[0])
-    length = predicted(part.forget[0]["labels"]).sum(dim=1)
+    length = is_predicted(part.forget[0]["labels"]).sum(dim=1)
     weights = 2 * torch.sigmoid(-0.8 * (costs.detach() / length - 3.0)) / length
     found = gradient(model, total(method, model, State(), part))
     close(found, gradient(model, -(weights * costs).mean()), 1e-4)
@@ -535,7 +542,7 @@ def student_gradient(method: Any, now: Tensor, before: Tensor, batch: Batch, **m
 WIDE = 130  # tokens: the label -100 would be a place in it
 PROMPTED = lines([3, 9, 4, 7, 5, 1], [8, 2, 6, 9, 0, 0])
 PROMPTED["labels"][0, :3] = PROMPTED["labels"][1, 4:] = -100  # a prompt, and padding
-COUNTED = predicted(PROMPTED["labels"])  # (B, S)
+COUNTED = is_predicted(PROMPTED["labels"])  # (B, S)
 
 
 def test_undial_lowers_only_the_true_tokens_of_the_teacher() -> None:
@@ -635,12 +642,12 @@ def test_answers_have_the_same_lengths_on_either_side_of_padding() -> None:
     for padding in ("mask", "count"):  # right, left
         whole = topic(padding=padding)
         part = LLMU().prepared(whole)
-        lengths.append([counted(b["labels"]).sum(1).tolist() for b in part.forget])
+        lengths.append([is_counted(b["labels"]).sum(1).tolist() for b in part.forget])
         for raw, batch in zip(whole.forget, part.forget, strict=True):
             assert torch.equal(raw["input_ids"], batch["input_ids"])
             real = raw["attention_mask"].sum(1)
-            assert (counted(batch["labels"]).sum(1) < real - 1).all()  # <s> and a prompt
-            assert not counted(batch["labels"])[raw["attention_mask"] == 0].any()
+            assert (is_counted(batch["labels"]).sum(1) < real - 1).all()  # <s> and a prompt
+            assert not is_counted(batch["labels"])[raw["attention_mask"] == 0].any()
     assert lengths[0] == lengths[1]
     assert min(map(min, lengths[0])) >= 1
 
@@ -764,7 +771,7 @@ def test_scrub_of_no_weights_leaves_only_the_ascent() -> None:
 
 
 def test_scrub_that_nothing_would_move() -> None:
-    with pytest.raises(UserError, match=r"method.gamma=0.*no gradient.*above 0"):
+    with pytest.raises(SrmuError, match=r"method.gamma=0.*no gradient.*above 0"):
         SCRUB(gamma=0.0).setup(editable(SCRUB()), bio())
 
 
@@ -879,7 +886,7 @@ def test_strengthening_is_fine_tuning_on_forget_texts_alone() -> None:
     """As much as the same steps of likelihood by hand."""
     part = topic()
     model, other = editable(RKLU()), editable(RKLU())
-    tuned = strengthened(model, part, 3, 1e-3)
+    tuned = strengthen_weights(model, part, 3, 1e-3)
     optimiser = torch.optim.AdamW(other.trained.values(), lr=1e-3, weight_decay=0.0)
     for step in range(3):
         other.module(**part.forget[step % 2]).loss.backward()
@@ -968,7 +975,7 @@ def test_lora(arch: str, method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_adapters_stand_beside_linear_maps_only(arch: str, pattern: str, name: str) -> None:
     method = GA(lora_rank=2, parameters=(pattern,))
     model = editable(method, arch)
-    with pytest.raises(UserError, match=rf"lora_rank.*{name}.* is not;.*parameters="):
+    with pytest.raises(SrmuError, match=rf"lora_rank.*{name}.* is not;.*parameters="):
         apply(method, model)
     assert model.delta() == {}
 
@@ -1020,7 +1027,7 @@ def test_runs_with_adapters_repeat_and_leave_the_global_random_state_alone() -> 
     ],
 )
 def test_options_that_make_no_sense(cls: Any, options: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(SrmuError, match=message):
         cls(**options)
 
 
@@ -1041,7 +1048,7 @@ def test_options_that_make_no_sense(cls: Any, options: dict[str, Any], message: 
 def test_retain_texts_are_needed(method: Any) -> None:
     alone = replace(topic(), retain=[])
     assert method.reads_retain
-    with pytest.raises(UserError, match=rf"{method.name} needs retain texts.*topics.bio.retain"):
+    with pytest.raises(SrmuError, match=rf"{method.name} needs retain texts.*topics.bio.retain"):
         method.check([topic("cyber"), alone], TrainOptions())
     method.check([topic()], TrainOptions())
 

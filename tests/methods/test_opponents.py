@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from helpers.models import pico_module, save_pico, texts, topic, write_jsonl
-from srmu.engine.losses import counted, mean_nll, predicted, token_mse
+from srmu.engine.losses import is_counted, is_predicted, mean_nll, token_mse
 from srmu.engine.model import Batch, EditableModel
 from srmu.engine.train import TrainOptions
-from srmu.errors import UserError
+from srmu.errors import SrmuError
 from srmu.methods.iterated import Iterated
 from srmu.methods.logits import fine_tune
 from srmu.methods.multi_site import MultiSite
 from srmu.methods.rmu import RMU
-from srmu.methods.rmu_lat import RMULAT, shifted
+from srmu.methods.rmu_lat import RMULAT, shift_inputs
 from srmu.methods.srmu import SRMU
 from srmu.methods.suppressing import Suppressing
 from srmu.methods.tar import TAR
@@ -126,7 +126,7 @@ def test_fine_tuning_by_hand() -> None:
             loss = mean_nll(logits(module, forget), forget["labels"])
             if keep:
                 p, q = (logits(m, retain).log_softmax(-1) for m in (original, module))
-                kl = (p.exp() * (p - q)).sum(-1)[:, :-1][predicted(retain["labels"])].mean()
+                kl = (p.exp() * (p - q)).sum(-1)[:, :-1][is_predicted(retain["labels"])].mean()
                 loss = loss + keep * kl
             step(optimiser, loss)
         expected = dict(module.named_parameters())
@@ -139,7 +139,7 @@ def test_the_layer_is_filled_in(cls: Any) -> None:
     config = SimpleNamespace(num_hidden_layers=12)
     assert cls().resolved(config).layer == RMU().resolved(config).layer
     assert cls(first="graddiff").resolved(config).layer is None
-    with pytest.raises(UserError, match="layer"):
+    with pytest.raises(SrmuError, match="layer"):
         cls(layer=12).resolved(config)
 
 
@@ -161,7 +161,7 @@ def test_the_layer_is_filled_in(cls: Any) -> None:
     ],
 )
 def test_options_that_make_no_sense(cls: Any, options: Any, says: str) -> None:
-    with pytest.raises(UserError, match=says) as caught:
+    with pytest.raises(SrmuError, match=says) as caught:
         cls(**options)
     assert "\n" not in str(caught.value)
 
@@ -253,18 +253,18 @@ def test_one_step_of_the_adversary_by_hand(arch: str) -> None:
     method, part = lat(adversary_steps=1, budget=0.3), topic()
     model = moved(editable(method, arch))
     batch, layer = part.forget[0], model.layers[1]
-    mask = counted(batch["labels"])
+    mask = is_counted(batch["labels"])
     with model.frozen():
         before = model.hidden(batch, method.site, keep=False)
     shift = torch.zeros_like(before, requires_grad=True)
-    with shifted(layer, shift) as seen:
+    with shift_inputs(layer, shift) as seen:
         cost = token_mse(model.hidden(batch, method.site), before, mask)
     (slope,) = torch.autograd.grad(cost, shift)
     step_by_hand = torch.zeros_like(before)
     for row, token in mask.nonzero().tolist():
         g, h = slope[row, token], seen[0][row, token]
         step_by_hand[row, token] = -0.3 * h.norm() * g / g.norm()
-    with shifted(layer, step_by_hand):
+    with shift_inputs(layer, step_by_hand):
         expected = model.hidden(batch, method.site)
     got = method.steered(model, batch)
     torch.testing.assert_close(got[mask], expected[mask], rtol=1e-4, atol=1e-4)
@@ -297,7 +297,7 @@ def test_the_adversary_gets_nearer_to_what_it_seeks(adversary: Any) -> None:
         with model.frozen():
             before = model.hidden(batch, method.site, keep=False)
         hidden = method.steered(model, batch)
-        found.append(float(token_mse(hidden, before, counted(batch["labels"])).detach()))
+        found.append(float(token_mse(hidden, before, is_counted(batch["labels"])).detach()))
     assert found[0] > found[1] > found[2]
 
 
@@ -322,11 +322,11 @@ def test_tars_gradient_is_that_behind_the_adversary(tamper: Any) -> None:
         cost = token_mse(
             other.hidden(forget, SRMU(layer=LAYER).site),
             state.tensors["target"],
-            counted(forget["labels"]),
+            is_counted(forget["labels"]),
         )
     else:
         p = logits(module, forget)[:, :-1].softmax(-1)
-        cost = (p * p.log()).sum(-1)[predicted(forget["labels"])].mean()
+        cost = (p * p.log()).sum(-1)[is_predicted(forget["labels"])].mean()
     wanted = pytest.approx(3 * float(cost.detach()), rel=1e-3)
     assert float(terms.losses["forget"].detach()) == wanted
     (3.0 * cost).backward()
@@ -415,7 +415,7 @@ def test_layers_where_none_are_named(count: int, layers: tuple[int, ...]) -> Non
     method = MultiSite().resolved(SimpleNamespace(num_hidden_layers=count))
     assert method.layers == layers
     assert method.depth == count
-    with pytest.raises(UserError, match="layer"):
+    with pytest.raises(SrmuError, match="layer"):
         MultiSite(layers=(count,)).resolved(SimpleNamespace(num_hidden_layers=count))
 
 
@@ -437,9 +437,9 @@ def test_a_plan_says_what_they_cost(name: str, tmp_path: Any, monkeypatch: Any) 
     }[name]  # fmt: skip
     for value in ("[2]", "[0,1,2]") if name == "multi_site" else (1, 99):
         sources = [tmp_path / "f.jsonl", tmp_path / "r.jsonl"]
-        config, _ = run.plan(
+        config, _ = run.plan_run(
             make_config(str(tmp_path / "model"), *sources, name, [more.format(value)])
         )
         topics = run.load_topics(config, run.load_tokenizer(tmp_path / "model"))
-        found.append(estimate.estimate(config, tmp_path / "model", topics)["flops"])
+        found.append(estimate.estimate_run(config, tmp_path / "model", topics)["flops"])
     assert found[1] > 1.2 * found[0]

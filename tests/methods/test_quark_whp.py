@@ -34,15 +34,15 @@ from srmu.engine.losses import generic_logits, token_entropy
 from srmu.engine.model import EditableModel
 from srmu.engine.topic import Topic
 from srmu.engine.train import TrainOptions
-from srmu.errors import UserError
-from srmu.evals.score import score
+from srmu.errors import SrmuError
+from srmu.evals.score import score_model
 from srmu.methods import METHODS, quark_pool
 from srmu.methods.base import State
-from srmu.methods.ensemble import ensemble
+from srmu.methods.ensemble import combine_logits
 from srmu.methods.quark import Quark
-from srmu.methods.quark_pool import Entry
+from srmu.methods.quark_pool import PoolEntry
 from srmu.methods.whp import WHP
-from srmu.methods.whp_terms import Anchors, read_anchors, tokenised, translate
+from srmu.methods.whp_terms import Anchors, read_anchors, tokenise_terms, translate_batch
 from srmu.runs.config import build_config, load_config, make_config
 from srmu.runs.run import unlearn
 from srmu.testbed import build
@@ -115,7 +115,7 @@ def test_a_control_is_not_mistaken_for_what_was_kept() -> None:
 @pytest.mark.parametrize("padding", ["mask", "count"])
 def test_texts_become_prompts_and_continuations(padding: Any) -> None:
     some = topic(padding=padding)
-    found = quark_pool.continuations(some, 99)
+    found = quark_pool.split_continuations(some, 99)
     rows = [
         row[mask == 1].tolist()
         for batch in some.forget
@@ -123,8 +123,8 @@ def test_texts_become_prompts_and_continuations(padding: Any) -> None:
     ]
     assert [x + y for x, y in found] == rows
     assert all(len(x) >= 2 and len(y) >= 1 for x, y in found)  # a <s> and a word, a word
-    assert quark_pool.continuations(some, 3) == found[:3]
-    assert quark_pool.continuations(topic(), 99) == found  # wherever the padding is
+    assert quark_pool.split_continuations(some, 3) == found[:3]
+    assert quark_pool.split_continuations(topic(), 99) == found  # wherever the padding is
 
 
 def peaked(arch: str) -> Any:
@@ -141,7 +141,7 @@ def test_samples_do_not_depend_on_padding(arch: str) -> None:
     module = peaked(arch)
     model = EditableModel(module, ("*",))
     contexts = [[1, 5, 6], [1, 8], [1, 9, 10, 11, 12, 13], [1, 40]]
-    got = generate.sampled(model, contexts, 5, 0)
+    got = generate.sample_continuations(model, contexts, 5, 0)
     for context, response in zip(contexts, got, strict=True):
         expected: list[int] = []
         while len(expected) < 5 and expected[-1:] != [2]:
@@ -156,15 +156,15 @@ def test_samples_are_drawn_from_all_tokens_whatever_the_checkpoint_says() -> Non
     module = pico_module()
     model = EditableModel(module, ("*",))
     contexts = [[1, 5, 6, 7]] * 400
-    expected = generate.sampled(model, contexts, 1, 3)
+    expected = generate.sample_continuations(model, contexts, 1, 3)
     for name, value in {"top_k": 1, "temperature": 0.1, "repetition_penalty": 9.0}.items():
         setattr(module.generation_config, name, value)
     own = module.generation_config
     state = torch.get_rng_state()
-    assert generate.sampled(model, contexts, 1, 3) == expected
+    assert generate.sample_continuations(model, contexts, 1, 3) == expected
     assert torch.equal(torch.get_rng_state(), state)
     assert module.generation_config is own and own.top_k == 1
-    assert generate.sampled(model, contexts, 1, 4) != expected
+    assert generate.sample_continuations(model, contexts, 1, 4) != expected
     counts = torch.bincount(torch.tensor(expected).flatten(), minlength=VOCABULARY) / 400
     with torch.no_grad():
         p = module(torch.tensor(contexts[:1])).logits[0, -1].softmax(-1)
@@ -175,7 +175,9 @@ def test_samples_are_drawn_from_all_tokens_whatever_the_checkpoint_says() -> Non
 def test_a_sample_ends_with_the_end_of_a_text() -> None:
     module = pico_module()
     module.generation_config.eos_token_id = list(range(2, 34))  # some models have several
-    drawn = generate.sampled(EditableModel(module, ("*",)), [[1, 5], [1, 6, 7]] * 10, 8, 0)
+    drawn = generate.sample_continuations(
+        EditableModel(module, ("*",)), [[1, 5], [1, 6, 7]] * 10, 8, 0
+    )
     ends = set(range(2, 34))
     assert all(1 <= len(row) <= 8 and not ends & {*row[:-1]} for row in drawn)
     assert all(len(row) == 8 or row[-1] in ends for row in drawn)
@@ -202,7 +204,9 @@ def test_rewards_follow_the_original() -> None:
     with torch.no_grad():
         for parameter in model.trained.values():
             parameter.mul_(1.5)
-    entries = quark_pool.judged(model, quark_pool.find_reward("likelihood"), 0.7, TEXTS, RESPONSES)
+    entries = quark_pool.judge_responses(
+        model, quark_pool.find_reward("likelihood"), 0.7, TEXTS, RESPONSES
+    )
     for (x, _), y, entry in zip(TEXTS, RESPONSES, entries, strict=True):
         expected = -naive_likelihood(module, x, y) + 0.7 * naive_likelihood(module, [1], y)
         assert entry.reward == pytest.approx(expected, abs=1e-4)
@@ -240,10 +244,10 @@ def test_a_reward_of_ones_own(tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
     file.write_text(OWN_REWARD)
     reward = quark_pool.find_reward(f"{file}:longest")
-    entries = quark_pool.judged(editable(), reward, 0.0, TEXTS, RESPONSES)
+    entries = quark_pool.judge_responses(editable(), reward, 0.0, TEXTS, RESPONSES)
     assert [entry.reward for entry in entries] == [len(y) for y in RESPONSES]
-    with pytest.raises(UserError, match="gave 1 numbers for 12 responses"):
-        quark_pool.judged(
+    with pytest.raises(SrmuError, match="gave 1 numbers for 12 responses"):
+        quark_pool.judge_responses(
             editable(), quark_pool.find_reward(f"{file}:short"), 0.0, TEXTS, RESPONSES
         )
     for name, says in (
@@ -253,10 +257,10 @@ def test_a_reward_of_ones_own(tmp_path: Path) -> None:
         ("overlab", "did you mean overlap?"),
         ("zzz", "choose one of likelihood, overlap, or path/to/file.py:function"),
     ):
-        with pytest.raises(UserError, match=says):
+        with pytest.raises(SrmuError, match=says):
             Quark(reward=name)
     file.write_text("1 / 0")
-    with pytest.raises(UserError, match="ZeroDivisionError"):
+    with pytest.raises(SrmuError, match="ZeroDivisionError"):
         Quark(reward=f"{file}:longest")
 
 
@@ -271,15 +275,15 @@ def test_a_config_names_its_reward(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(OWN_REWARD + "# other\n")
     assert load_config(tmp_path / "c.yaml").id != before
     (tmp_path / "c.yaml").write_text(tree.replace("REWARD", "likelyhood"))
-    with pytest.raises(UserError, match="did you mean likelihood"):
+    with pytest.raises(SrmuError, match="did you mean likelihood"):
         load_config(tmp_path / "c.yaml")
 
 
 @given(st.lists(st.floats(-9, 9), min_size=2, max_size=40), st.integers(2, 8))
 def test_quantiles(rewards: list[float], count: int) -> None:
     """Of equal sizes, the remainder in the worst, and none better than one of a better part."""
-    pool = [Entry([1], [i], reward) for i, reward in enumerate(rewards)]
-    parts = quark_pool.quantiles(pool, count)
+    pool = [PoolEntry([1], [i], reward) for i, reward in enumerate(rewards)]
+    parts = quark_pool.split_quantiles(pool, count)
     assert len(parts) == count
     size = len(pool) // count
     assert [len(part) for part in parts[:-1]] == [size] * (count - 1)
@@ -296,7 +300,7 @@ def test_quantiles(rewards: list[float], count: int) -> None:
 def test_a_batch_is_drawn_evenly() -> None:
     state = Quark(quantiles=3, response=4).setup(editable(), topic())
     pool = state.memory["pool"]
-    parts = quark_pool.quantiles(pool.entries, 3)
+    parts = quark_pool.split_quantiles(pool.entries, 3)
     counts = torch.zeros(3)
     for step in range(60):
         entries, ranks = pool.draw(4, 3, step)
@@ -369,7 +373,7 @@ def test_the_kl_is_of_the_model_to_the_original() -> None:
     shaken(model)
     pool = state.memory["pool"]
     pool.draw = lambda count, parts, step: (pool.entries[:count], [0] * count)
-    batch = generate.joined(
+    batch = generate.join_responses(
         [e.prompt for e in pool.entries[:2]], [e.response for e in pool.entries[:2]]
     )
     mask = (batch["labels"] != -100)[:, 1:]
@@ -389,7 +393,7 @@ def test_without_weights_it_is_fine_tuning() -> None:
     pool.draw = lambda count, parts, step: (pool.entries[:count], [0] * count)
     got = method.loss(model, state, topic().forget[0], {}, 0)
     entries = pool.entries[:2]
-    batch = generate.joined([e.prompt for e in entries], [e.response for e in entries])
+    batch = generate.join_responses([e.prompt for e in entries], [e.response for e in entries])
     expected = pico_module()(**batch).loss  # transformers' own: the mean over labelled tokens
     total = torch.stack([*got.losses.values()]).sum()
     assert float(total.detach()) == pytest.approx(float(expected.detach()), abs=1e-5)
@@ -451,13 +455,13 @@ def test_each_of_several_topics_is_sampled() -> None:
 def test_new_samples_come_from_the_model_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """And those of the beginning from the original; swapped names in public code hide which."""
     seen: list[tuple[bool, int]] = []
-    drawn = generate.sampled
+    drawn = generate.sample_continuations
 
     def watched(model: EditableModel, contexts: Any, length: int, seed: int) -> Any:
         seen.append((bool(model.delta()), seed))
         return drawn(model, contexts, length, seed)
 
-    monkeypatch.setattr(generate, "sampled", watched)
+    monkeypatch.setattr(generate, "sample_continuations", watched)
     applied(Quark(quantiles=2, response=3, sample_every=2), [topic()], replace(TRAIN, max_steps=5))
     assert [changed for changed, _ in seen] == [False, True, True]
     assert len({seed for _, seed in seen}) == 3
@@ -466,7 +470,7 @@ def test_new_samples_come_from_the_model_as_it_is(monkeypatch: pytest.MonkeyPatc
 def test_an_error_while_sampling_is_not_swallowed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Public code catches RuntimeError and skips the step."""
     method, model, state = started(sample_every=1)
-    monkeypatch.setattr(quark_pool, "judged", lambda *_: 1 / 0)
+    monkeypatch.setattr(quark_pool, "judge_responses", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         method.loss(model, state, topic().forget[0], {}, 1)
 
@@ -478,8 +482,8 @@ def test_the_reward_of_samples_rises(monkeypatch: pytest.MonkeyPatch) -> None:
         return sum(token < VOCABULARY // 2 for token in response) / len(response)
 
     def share(model: EditableModel) -> float:
-        drawn = generate.sampled(
-            model, [x for x, _ in quark_pool.continuations(some, 12)] * 20, 3, 9
+        drawn = generate.sample_continuations(
+            model, [x for x, _ in quark_pool.split_continuations(some, 12)] * 20, 3, 9
         )
         return sum(map(early, drawn)) / len(drawn)
 
@@ -501,12 +505,12 @@ def test_the_reward_of_samples_rises(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_options_of_quark(options: Any, says: str) -> None:
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(SrmuError, match=says):
         Quark(**options)
 
 
 def test_more_quantiles_than_continuations() -> None:
-    with pytest.raises(UserError, match="topic bio has 8 continuations"):
+    with pytest.raises(SrmuError, match="topic bio has 8 continuations"):
         Quark(quantiles=9, response=4).setup(editable(), topic())
 
 
@@ -639,14 +643,14 @@ def encoded(text: str) -> list[int]:
 
 
 def anchors_of(terms: dict[str, str]) -> Anchors:
-    return tokenised(terms, word_tokenizer())
+    return tokenise_terms(terms, word_tokenizer())
 
 
 @pytest.mark.parametrize("padding", ["mask", "count"])
 def test_no_anchors_are_the_identity(padding: Any) -> None:
     model = editable()
     for batch in topic(padding=padding).forget:
-        found = translate(batch, {})
+        found = translate_batch(batch, {})
         mask = batch["attention_mask"] == 1
         assert torch.equal(found.usable, mask)
         assert found.batch["input_ids"][found.batch["attention_mask"] == 1].tolist() == (
@@ -669,7 +673,7 @@ def test_a_translation(padding: Any) -> None:
     terms = {"w1 w2": "w40", "w1": "w41 w42 w43", "w5": "w50"}
     text = "w0 w1 w2 w3 w1 w4 w1 w2 w5 w1"
     batch = batches([text, "w9 w9"], padding=padding)[0]
-    found = translate(batch, anchors_of(terms))
+    found = translate_batch(batch, anchors_of(terms))
     row = found.batch["input_ids"][0][found.batch["attention_mask"][0] == 1]
     expected = "w0 w40 w3 w41 w42 w43 w4 w40 w50 w41 w42 w43"
     assert row.tolist() == encoded(expected)
@@ -721,10 +725,10 @@ def test_terms_in_subwords() -> None:
             table = {"Harry": [5, 6], " Harry": [7], "Jon": [8], " Jon": [9, 10]}
             return table[text]
 
-    anchors = tokenised({"Harry": "Jon"}, Subwords())
+    anchors = tokenise_terms({"Harry": "Jon"}, Subwords())
     ids = torch.tensor([[5, 6, 3, 7, 4]])
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
-    found = translate(batch, anchors)
+    found = translate_batch(batch, anchors)
     assert found.batch["input_ids"].tolist() == [[8, 3, 9, 10, 4]]
     assert found.usable.int().tolist() == [[0, 1, 0, 1, 1]]  # both ways are one term's
 
@@ -744,11 +748,11 @@ def test_files_of_anchors(tmp_path: Path) -> None:
     ):
         if content is not None:
             (tmp_path / name).write_text(content)
-        with pytest.raises(UserError, match=says):
+        with pytest.raises(SrmuError, match=says):
             WHP(anchors=str(tmp_path / name))
-    with pytest.raises(UserError, match=r"method\.anchors has no effect without method\.mode"):
+    with pytest.raises(SrmuError, match=r"method\.anchors has no effect without method\.mode"):
         WHP(anchors=str(good), mode="logits")
-    with pytest.raises(UserError, match="load the model from a folder"):
+    with pytest.raises(SrmuError, match="load the model from a folder"):
         WHP(anchors=str(good)).setup(editable(), topic())
 
 
@@ -769,9 +773,9 @@ def test_a_run_with_anchors(workplace: Path) -> None:
     assert run.delta and run.record["stop_reason"] == "max_steps"
     other = config(**{term: "w51"})
     assert other.id != run.record["id"]  # what the file holds decides, too
-    with pytest.raises(UserError, match="none of its terms is in topic's forget texts"):
+    with pytest.raises(SrmuError, match="none of its terms is in topic's forget texts"):
         unlearn(config(Hogwarts="w50"))
-    with pytest.raises(UserError, match="the tokenizer does not know 'Jon'"):
+    with pytest.raises(SrmuError, match="the tokenizer does not know 'Jon'"):
         unlearn(config(**{term: "Jon"}))
 
 
@@ -820,7 +824,7 @@ def test_two_models_answer_together(arch: str) -> None:
 
     with (
         torch.no_grad(),
-        ensemble(module, writing(module, tensors), lambda a, b: generic_logits(a, b, 5.0)),
+        combine_logits(module, writing(module, tensors), lambda a, b: generic_logits(a, b, 5.0)),
     ):
         got = module(torch.tensor([prompts[0]])).logits[0]
         torch.testing.assert_close(got, combined(prompts[0]), atol=1e-3, rtol=1e-3)
@@ -877,13 +881,13 @@ def test_a_run_of_two_models_is_scored_and_not_exported(quizzed: Path) -> None:
         sources = (quizzed / "forget.jsonl", quizzed / "retain.jsonl")
         return make_config(str(quizzed / "model"), *sources, "whp", [*options, *quick(quizzed)])
 
-    with pytest.raises(UserError, match=r"two models at inference; method\.mode=soft distils"):
+    with pytest.raises(SrmuError, match=r"two models at inference; method\.mode=soft distils"):
         unlearn(config(5), out=quizzed / "out")
     run = unlearn(config(5))
     assert run.record["stop_reason"] == "strengthened"
-    with pytest.raises(UserError, match="whp with mode=logits is two models at inference"):
+    with pytest.raises(SrmuError, match="whp with mode=logits is two models at inference"):
         run.export(quizzed / "out")
-    scores = score(run)
+    scores = score_model(run)
     base, tuned = pico_module(), pico_module()
     for name, tensor in run.delta.items():
         tuned.get_parameter(name).data.copy_(tensor)
@@ -909,8 +913,8 @@ def test_a_run_of_two_models_is_scored_and_not_exported(quizzed: Path) -> None:
     # the same tensors with another strength are another product: nothing kept is taken for it
     more, none = unlearn(config(50)), unlearn(config(0))
     assert same(more.delta, run.delta)
-    assert score(more)["after"]["quiz/acc"]["value"] == right[50.0] / 40
-    assert score(none)["after"] == scores["before"]
+    assert score_model(more)["after"]["quiz/acc"]["value"] == right[50.0] / 40
+    assert score_model(none)["after"] == scores["before"]
     assert len({right[5.0], right[50.0], right[0.0]}) > 1
 
 
@@ -946,19 +950,19 @@ def retrain_config(folder: Path, **options: Any) -> Any:
 
 @pytest.fixture
 def testbed(tmp_path: Path) -> Path:
-    build.build(tmp_path / "bed", seed=3, oracle=True, recipe=TINY)
+    build.build_testbed(tmp_path / "bed", seed=3, oracle=True, recipe=TINY)
     return tmp_path / "bed"
 
 
 def test_retrain_gives_the_oracle(testbed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainings = []
-    train = build.train
+    train = build.train_testbed
 
     def counted(*args: Any, **options: Any) -> Path:
         trainings.append(options["oracle"])
         return train(*args, **options)
 
-    monkeypatch.setattr(build, "train", counted)
+    monkeypatch.setattr(build, "train_testbed", counted)
     run = unlearn(retrain_config(testbed))
     assert trainings == [True]
     oracle = load_file(testbed / "oracle" / "model.safetensors")
@@ -975,16 +979,16 @@ def test_retrain_knows_the_testbed_only(testbed: Path, tmp_path: Path) -> None:
     save_pico(elsewhere / "model")
     write_jsonl(elsewhere / "forget.jsonl", texts(4, 1))
     config = retrain_config(elsewhere)
-    with pytest.raises(UserError, match=r"no organism\.json beside it\); srmu organism OUT"):
+    with pytest.raises(SrmuError, match=r"no organism\.json beside it\); srmu organism OUT"):
         unlearn(config)
     assert not (elsewhere / "runs").exists()
     report = testbed / "organism.json"
     (elsewhere / "organism.json").write_text(report.read_text())
-    with pytest.raises(UserError, match=r"is not the model that organism\.json beside it tells of"):
+    with pytest.raises(SrmuError, match=r"is not the model that organism\.json beside it tells of"):
         unlearn(config)
     for text in ("{", "[]", '{"seed": 1, "recipe": {"size": {}, "speed": 3}}', '{"seed": 1}'):
         (elsewhere / "organism.json").write_text(text)
-        with pytest.raises(UserError, match="not the report of a testbed of this version"):
+        with pytest.raises(SrmuError, match="not the report of a testbed of this version"):
             unlearn(config)
-    with pytest.raises(UserError, match="this is not a testbed's model"):
+    with pytest.raises(SrmuError, match="this is not a testbed's model"):
         METHODS["retrain"]().apply(editable(), [topic()], TRAIN, lambda *_: None)

@@ -61,13 +61,13 @@ def test_one_method_by_name(
 
 
 def test_every_option_that_is_a_choice_says_which() -> None:
-    text = reference.options(METHODS["srmu"])["importance"][1]
+    text = reference.list_options(METHODS["srmu"])["importance"][1]
     assert text.startswith("one of ratio, difference, product")
 
 
 def test_every_method_has_an_equation() -> None:
     """And each file that the index names holds the comment, in the place that it names."""
-    found = list(reference.equations())
+    found = list(reference.find_equations())
     files = {file for _, file, _ in found}
     shared = {"depn", "repselect", "retrain"}  # retrain has none; the others' are found below
     for name, cls in METHODS.items():

@@ -13,15 +13,29 @@ from helpers import attack_world as world
 from helpers.models import pico_module, pieces, save_pico, texts, word_tokenizer, write_jsonl
 from helpers.models import topic as tiny_topic
 from srmu.data.names import Names, Slot
-from srmu.engine.losses import kl
+from srmu.engine.losses import kl_divergence
 from srmu.engine.model import EditableModel
 from srmu.engine.topic import Topic
 from srmu.engine.train import TrainOptions
-from srmu.errors import UserError
-from srmu.evals.subject import Subject, answers
-from srmu.methods.own_texts import Likeness, Spelling, continued, free_samples, texts_of, typical
+from srmu.errors import SrmuError
+from srmu.evals.subject import Subject, mark_answers
+from srmu.methods.own_texts import (
+    Likeness,
+    Spelling,
+    continue_texts,
+    free_samples,
+    typical_tokens,
+    unpad_texts,
+)
 from srmu.methods.rename_scrub import RenameScrub
-from srmu.methods.renaming import Own, kept_of, leave_one_out, packed, sentences_of, still_told
+from srmu.methods.renaming import (
+    OwnTexts,
+    count_still_told,
+    kept_tokens,
+    leave_one_out,
+    pack_sentences,
+    sentences_of,
+)
 from srmu.runs.config import make_config
 from srmu.runs.run import unlearn
 
@@ -59,7 +73,7 @@ def test_what_no_naming_changes_is_not_told() -> None:
     target, told = leave_one_out(same)
     assert torch.allclose(target, same, atol=1e-6) and float(told.abs().max()) < 1e-6
     # a model that says the mean everywhere has nothing left to learn
-    assert float(kl(target, same).abs().max()) < 1e-6
+    assert float(kl_divergence(target, same).abs().max()) < 1e-6
 
 
 def test_an_own_answer_has_no_part_in_its_target() -> None:
@@ -85,7 +99,7 @@ def test_still_told_equals_a_loop() -> None:
             if mine != other:
                 a, b = float(log_p[g, k, place, mine]), float(log_p[g, k, place, other])
                 wins, pairs = wins + (a > b) + 0.5 * (a == b), pairs + 1
-    assert still_told(log_p, top, where) == (wins, pairs)
+    assert count_still_told(log_p, top, where) == (wins, pairs)
 
 
 def test_places_of_names_of_several_tokens() -> None:
@@ -95,8 +109,8 @@ def test_places_of_names_of_several_tokens() -> None:
     like = Likeness([[4]], [[4]], names, Spelling(frozenset([0])))
     ids = tokenizer("w9 w1 w8 w2 w3 w7")["input_ids"]
     sentences = sentences_of([ids], names, AllForget(), 1)
-    told = packed(sentences, 20, 1, torch.Generator())
-    own = Own(names, told, [], [], Topic("bio", [], [], 0))
+    told = pack_sentences(sentences, 20, 1, torch.Generator())
+    own = OwnTexts(names, told, [], [], Topic("bio", [], [], 0))
     group = own.group(told, 4, "0")
     model = EditableModel(pico_module(), ("*",))
     found = group.read(model)
@@ -160,7 +174,7 @@ def test_what_has_a_goal_is_the_forget_sets() -> None:
     like = Likeness(forget, near, names, Spelling(frozenset([0])))
     for text in ([9, 22, 23, 0], [*names.template([9, 22, 23, 0]).items]):
         assert [kind for *_, kind in like.sentences([*text, 9, 20, 0])] == ["forget", "keep"]
-    ((_, mark),) = kept_of([[9, 22, 23, 0, 9, 20, 0]], like)
+    ((_, mark),) = kept_tokens([[9, 22, 23, 0, 9, 20, 0]], like)
     assert mark == [False] * 4 + [True] * 3
 
 
@@ -186,7 +200,7 @@ def test_kept_texts_hold_no_sentence_like_the_forget_texts() -> None:
     forget = [[1, 10, 11, 0]] * 20
     near = [[1, 20, 21, 0, 22, 23, 0]] * 10 + [[1, 24, 0], [1, 25, 0]] * 20
     like = Likeness(forget, near, Names(()), Spelling(frozenset([0])))
-    ((ids, mark),) = kept_of([[1, 10, 11, 0, 20, 21, 0], [1]], like)
+    ((ids, mark),) = kept_tokens([[1, 10, 11, 0, 20, 21, 0], [1]], like)
     assert [token for token, keeps in zip(ids, mark, strict=True) if keeps] == [20, 21, 0]
 
 
@@ -197,7 +211,7 @@ def test_packed_texts_hold_each_sentence_once_and_as_many_to_keep() -> None:
     spelling = Spelling(frozenset([9]))
     like = Likeness(forget * 9, near * 9 + [[50, 9]] * 80, names, spelling)
     sentences = sentences_of([*forget, *forget, *near], names, like, 1)
-    told = packed(sentences, 12, 1, torch.Generator())
+    told = pack_sentences(sentences, 12, 1, torch.Generator())
     items = [item for text in told for item in text.template.items]
     assert items.count(32) == 1 and items.count(30) == 2
     assert sum(sum(text.alike) for text in told) == 12  # three sentences of four
@@ -209,20 +223,20 @@ def test_packed_texts_hold_each_sentence_once_and_as_many_to_keep() -> None:
 def test_typical_tokens_by_counting() -> None:
     forget, own = [[4, 4, 5, 6], [4, 5, 7]], [[5, 6, 8, 8], [5, 8, 8, 8]]
     # of 7 and 8 tokens: 4 (3 and 0), 5 (2 and 2); 6 and 7 stand there once only
-    assert typical(forget, own).tolist() == [4]
-    assert typical(forget, own, ratio=0.1).tolist() == [4, 5]
+    assert typical_tokens(forget, own).tolist() == [4]
+    assert typical_tokens(forget, own, ratio=0.1).tolist() == [4, 5]
 
 
 def test_own_texts_are_the_originals() -> None:
     """They begin with the starts, are no longer than asked for, and the change has no say."""
     model = EditableModel(pico_module(), ("*",))
     starts = [[1, 9], [1, 8, 7, 6], [1]]
-    first = continued(model, starts, 6, seed=3)
+    first = continue_texts(model, starts, 6, seed=3)
     assert [text[: len(s)] for text, s in zip(first, starts, strict=True)] == starts
     assert all(len(text) <= 6 for text in first) and max(map(len, first)) == 6
     for parameter in model.trained.values():
         parameter.data.mul_(0.5)
-    assert continued(model, starts, 6, seed=3) == first
+    assert continue_texts(model, starts, 6, seed=3) == first
     assert all(text[0] == 1 for text in free_samples(model, 5, 6, 0))
 
 
@@ -301,26 +315,26 @@ def test_what_the_model_writes_is_in_no_file(tmp_path: Path) -> None:
     ],
 )
 def test_options_that_cannot_work(options: dict[str, Any], said: str) -> None:
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(SrmuError, match=said):
         RenameScrub(**options)
 
 
 def test_names_that_cover_nothing(folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "others.txt"
     path.write_text("w57\nw58\nw59\n")
-    with pytest.raises(UserError, match="none of its 3 names is in topic bio's forget texts"):
+    with pytest.raises(SrmuError, match="none of its 3 names is in topic bio's forget texts"):
         RenameScrub(**SMALL | {"names": str(path)}).setup(model_of(folder), tiny_topic())
-    with pytest.raises(UserError, match="none of its 3 goals is in topic bio's forget texts"):
+    with pytest.raises(SrmuError, match="none of its 3 goals is in topic bio's forget texts"):
         RenameScrub(**SMALL | {"goals": str(path)}).setup(model_of(folder), tiny_topic())
 
 
 def test_own_texts_that_tell_nothing_new(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model that writes nothing but the forget texts again."""
-    known = texts_of(tiny_topic().forget)
-    for name in ("continued", "free_samples"):
+    known = unpad_texts(tiny_topic().forget)
+    for name in ("continue_texts", "free_samples"):
         monkeypatch.setattr(f"srmu.methods.renaming.{name}", lambda *args: known)
     method = RenameScrub(**SMALL | {"own_tokens": 64, "coverage": "elicited"})
-    with pytest.raises(UserError, match=r"tells nothing new of the names.*coverage=texts"):
+    with pytest.raises(SrmuError, match=r"tells nothing new of the names.*coverage=texts"):
         method.setup(model_of(folder), tiny_topic())
     RenameScrub(**SMALL | {"own_tokens": 64, "coverage": "texts"}).setup(
         model_of(folder), tiny_topic()
@@ -351,7 +365,7 @@ def test_a_closing_pass_changes_down_projections_further(folder: Path) -> None:
 
 
 def share_right(module: Any, questions: Any) -> float:
-    found = answers(Subject(module, word_tokenizer()), questions)
+    found = mark_answers(Subject(module, word_tokenizer()), questions)
     return sum(found) / len(found)
 
 

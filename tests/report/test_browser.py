@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from helpers.report_world import write_attacks, write_reproduction, write_run, write_sweep
-from srmu.report.build import report
+from srmu.report.build import write_report
 
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no chromium here: .ci/chromium installs it")
@@ -29,7 +29,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "sweep": write_sweep(root / "sweep", runs=True),
         "again": write_reproduction(root / "again"),
     }
-    return {name: report([folder], root / f"{name}.html") for name, folder in made.items()}
+    return {name: write_report([folder], root / f"{name}.html") for name, folder in made.items()}
 
 
 @pytest.fixture(scope="module")

@@ -24,12 +24,12 @@ from helpers.report_world import (
     write_sweep,
 )
 from srmu.cli import main
-from srmu.errors import UserError
-from srmu.report.attacks import attacked, recovery
-from srmu.report.build import MEAN, Entry, render, report, table
+from srmu.errors import SrmuError
+from srmu.report.attacks import attack_section, measure_recovery
+from srmu.report.build import MEAN, write_report, write_runs_page
 from srmu.report.format import Estimate
 from srmu.report.html import Beside
-from srmu.report.results import pathless
+from srmu.report.results import RunGroup, aggregate_metrics, strip_paths
 
 
 class Page(HTMLParser):
@@ -64,18 +64,18 @@ class Page(HTMLParser):
         return [attributes for name, attributes in self.tags if name == tag]
 
 
-def write_report(entries, out, **changes):
+def page_text(entries, out, **changes):
     options = {
         "title": "Unlearning on the testbed",
         "forget_metrics": METRICS[:1],
         "utility_metrics": METRICS[1:],
         "command": "srmu demo --seeds 3",
     }
-    return render(entries, out, **(options | changes)).read_text(encoding="utf-8")
+    return write_runs_page(entries, out, **(options | changes)).read_text(encoding="utf-8")
 
 
 def one_run(folder, label="SRMU", group="high entanglement", percents=(34, 100, 78)):
-    return Entry(label, group, (write_run(folder, label, group, 1, percents, steps=6),))
+    return RunGroup(label, group, (write_run(folder, label, group, 1, percents, steps=6),))
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def entries(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def html(entries, tmp_path_factory):
-    return write_report(entries, tmp_path_factory.mktemp("out") / "new" / "report.html")
+    return page_text(entries, tmp_path_factory.mktemp("out") / "new" / "report.html")
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,7 @@ def test_one_seed_has_wilsons_interval(tmp_path):
     entry = one_run(tmp_path / "run")
     results = {"x/acc": {"value": 0.5, "n": 100}}
     (entry.runs[0] / "results.json").write_text(json.dumps(results))
-    (row,) = table([entry], ["x/acc"])
+    (row,) = aggregate_metrics([entry], ["x/acc"])
     assert row.after["x/acc"].mean == 0.5
     assert row.after["x/acc"].low == pytest.approx(0.40383, abs=1e-5)
     assert row.after["x/acc"].high == pytest.approx(0.59617, abs=1e-5)
@@ -109,7 +109,7 @@ def test_one_seed_has_wilsons_interval(tmp_path):
 
 
 def test_several_seeds_are_averaged_and_widen_the_interval(entries):
-    rows = table(entries, METRICS)
+    rows = aggregate_metrics(entries, METRICS)
     assert [(row.group, row.label) for row in rows] == [(e.group, e.label) for e in entries]
     srmu = rows[5]
     hazard = srmu.after["organism_hazard/acc"]
@@ -125,9 +125,10 @@ def test_several_seeds_are_averaged_and_widen_the_interval(entries):
 def test_the_mean_of_two_accuracies_has_the_questions_of_both(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        "srmu.report.results.interval", lambda values, n: asked.append((values, n)) or (0, 1)
+        "srmu.report.results.accuracy_interval",
+        lambda values, n: asked.append((values, n)) or (0, 1),
     )
-    write_report([one_run(tmp_path / "run")], tmp_path / "r.html")
+    page_text([one_run(tmp_path / "run")], tmp_path / "r.html")
     # variance of the mean: (1 / 240 + 1 / 180) / 4 of p (1 - p), so 1 / 411
     assert ([pytest.approx(0.89)], 411) in asked
 
@@ -135,7 +136,7 @@ def test_the_mean_of_two_accuracies_has_the_questions_of_both(tmp_path, monkeypa
 def test_seeds_without_a_metric_do_not_count(tmp_path):
     runs = one_run(tmp_path / "a").runs + one_run(tmp_path / "b", percents=(50, 90, 70)).runs
     (runs[0] / "results.json").write_text("{}")
-    (row,) = table([Entry("SRMU", "", runs)], METRICS[:1])
+    (row,) = aggregate_metrics([RunGroup("SRMU", "", runs)], METRICS[:1])
     assert row.after[METRICS[0]].mean == 0.5
 
 
@@ -143,7 +144,7 @@ def test_other_numbers_than_accuracies_have_no_interval(tmp_path):
     entry = one_run(tmp_path / "run")
     results = {"text/ppl": {"value": 12.3456, "n": 100}, "text/kl": {"value": 0.25}}
     (entry.runs[0] / "results.json").write_text(json.dumps(results))
-    (row,) = table([entry], list(results))
+    (row,) = aggregate_metrics([entry], list(results))
     assert row.after == {"text/ppl": Estimate(12.3456), "text/kl": Estimate(0.25)}
     assert str(row.after["text/ppl"]) == "12.35"
 
@@ -154,7 +155,7 @@ def test_other_numbers_than_accuracies_have_no_interval(tmp_path):
 def test_every_number_is_in_the_tables(entries, page):
     numbers = [
         estimate
-        for row in table(entries, METRICS)
+        for row in aggregate_metrics(entries, METRICS)
         for estimate in (*row.before.values(), *row.after.values())
     ]
     for number in numbers:
@@ -208,7 +209,7 @@ def test_it_says_whether_the_map_selects(page):
 
 
 def test_the_same_runs_give_the_same_file(entries, html, tmp_path):
-    assert write_report(entries, tmp_path / "again.html") == html
+    assert page_text(entries, tmp_path / "again.html") == html
 
 
 @pytest.mark.parametrize("where", ["label", "group", "title", "command"])
@@ -219,8 +220,8 @@ def test_everything_is_escaped(tmp_path, where):
         changes = {where: attack}
     else:
         entry = replace(entry, **{where: attack})
-    html = write_report([entry], tmp_path / "r.html", **changes)
-    clean = write_report([one_run(tmp_path / "other")], tmp_path / "clean.html")
+    html = page_text([entry], tmp_path / "r.html", **changes)
+    clean = page_text([one_run(tmp_path / "other")], tmp_path / "clean.html")
     assert "<script>alert" not in html
     assert len(Page(html).all("script")) == len(Page(clean).all("script"))
     assert attack in Page(html).text
@@ -230,7 +231,7 @@ def test_each_original_model_is_shown_once(page, tmp_path):
     assert page.text.count("Before: original model") == 2  # one a group
     entries = [one_run(tmp_path / "a"), one_run(tmp_path / "b", label="RMU")]
     (entries[1].runs[0] / "before.json").write_text(json.dumps(flat((97, 98, 99))))
-    text = Page(write_report(entries, tmp_path / "r.html")).text
+    text = Page(page_text(entries, tmp_path / "r.html")).text
     assert text.count("Before: original model") == 2  # they started from different ones
     assert "97.0 " in text
 
@@ -242,7 +243,7 @@ def test_settings_show_options_but_no_paths(tmp_path):
         config["method"] |= {"name": "/home/someone/my.py:Mine", "stages": ["C:\\me\\a", {"b": 2}]}
         config["train"]["learning_rate"] = rate
         (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    html = write_report([Entry("Mine", "", runs)], tmp_path / "r.html")
+    html = page_text([RunGroup("Mine", "", runs)], tmp_path / "r.html")
     text = Page(html).text
     assert "method · name my.py:Mine" in text
     assert "a, b: 2" in text
@@ -258,7 +259,7 @@ def test_topics_that_take_turns_give_one_curve(tmp_path):
         for step in range(6)
     ]
     (entry.runs[0] / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    html = write_report([entry], tmp_path / "r.html")
+    html = page_text([entry], tmp_path / "r.html")
     assert '"x": [0, 2, 4], "y": [2.0, 2.0, 2.0]' in html
     assert '"meta": "SRMU"' in html
     assert "Forget loss" in Page(html).text
@@ -268,7 +269,7 @@ def test_a_diverged_run_leaves_valid_figures(tmp_path):
     entry = one_run(tmp_path / "run")
     lines = [{"step": i, "topic": "bio", "forget": (1.0, math.nan)[i]} for i in range(2)]
     (entry.runs[0] / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    html = write_report([entry], tmp_path / "r.html")
+    html = page_text([entry], tmp_path / "r.html")
     assert '"x": [0], "y": [1.0]' in html
     figures = re.findall(r'class="figure">(.*?)</script>', html)
     assert figures
@@ -286,9 +287,9 @@ def test_a_diverged_run_leaves_valid_figures(tmp_path):
 )
 def test_what_is_missing_is_left_out(tmp_path, file, lost):
     entry = one_run(tmp_path / "run")
-    assert lost in Page(write_report([entry], tmp_path / "whole.html")).text
+    assert lost in Page(page_text([entry], tmp_path / "whole.html")).text
     (entry.runs[0] / file).unlink()
-    assert lost not in Page(write_report([entry], tmp_path / "part.html")).text
+    assert lost not in Page(page_text([entry], tmp_path / "part.html")).text
 
 
 @pytest.mark.parametrize(
@@ -297,21 +298,21 @@ def test_what_is_missing_is_left_out(tmp_path, file, lost):
 def test_an_incomplete_folder_is_the_users_error(tmp_path, file, command):
     entry = one_run(tmp_path / "run")
     (entry.runs[0] / file).unlink()
-    with pytest.raises(UserError, match=rf"run has no {file}; run `{command}") as caught:
-        write_report([entry], tmp_path / "r.html")
+    with pytest.raises(SrmuError, match=rf"run has no {file}; run `{command}") as caught:
+        page_text([entry], tmp_path / "r.html")
     assert str(entry.runs[0]) in str(caught.value)
     assert not (tmp_path / "r.html").exists()
 
 
 def test_wrong_input_is_named(tmp_path):
     entry = one_run(tmp_path / "run")
-    with pytest.raises(UserError, match="no run has the result typo/acc"):
-        table([entry], ["typo/acc"])
-    with pytest.raises(UserError, match="is a folder"):
-        write_report([entry], tmp_path)
+    with pytest.raises(SrmuError, match="no run has the result typo/acc"):
+        aggregate_metrics([entry], ["typo/acc"])
+    with pytest.raises(SrmuError, match="is a folder"):
+        page_text([entry], tmp_path)
     (entry.runs[0] / "metrics.jsonl").write_text('{"step": 0, ')
-    with pytest.raises(UserError, match=r"metrics\.jsonl is damaged"):
-        write_report([entry], tmp_path / "r.html")
+    with pytest.raises(SrmuError, match=r"metrics\.jsonl is damaged"):
+        page_text([entry], tmp_path / "r.html")
 
 
 # ---- the command
@@ -359,7 +360,7 @@ def test_seeds_make_one_line_and_strengths_several(tmp_path, call):
 def test_one_run_under_attack(tmp_path):
     (run,) = seeds_of(tmp_path, count=1)
     write_attacks(run, 0.86)
-    page = Page(report([run], tmp_path / "r.html").read_text())
+    page = Page(write_report([run], tmp_path / "r.html").read_text())
     assert "The strongest, benign relearning, found 82%" in page.text  # 0.86 of 96: 0.8646
     assert "prompts (E12) 41.7" in page.text
     assert "invalid: the oracle recovers, too" in page.text
@@ -380,14 +381,14 @@ def test_relearning_by_steps_of_several_methods(tmp_path):
     for i, run in enumerate(runs):
         write_attacks(run, 0.6 + 0.1 * i if run != runs[-1] else 0.9)
     (runs[0] / "attacks.json").unlink()  # a seed that was not attacked
-    found = [recovery(Entry(label, "", tuple(some))) for label, some in
+    found = [measure_recovery(RunGroup(label, "", tuple(some))) for label, some in
              (("SRMU", runs[:-1]), ("RMU", runs[-1:]))]  # fmt: skip
     assert found[0].steps["LoRA"][""] == [
         (0, pytest.approx(0.34)), (20, pytest.approx(0.34 + 0.2 * (0.75 - 0.34))),
         (100, pytest.approx(0.75)),
     ]  # fmt: skip
-    entries = [Entry("SRMU", "", tuple(runs[:-1])), Entry("RMU", "", tuple(runs[-1:]))]
-    section = attacked(entries, ["SRMU", "RMU"], found)
+    entries = [RunGroup("SRMU", "", tuple(runs[:-1])), RunGroup("RMU", "", tuple(runs[-1:]))]
+    section = attack_section(entries, ["SRMU", "RMU"], found)
     drawn = {b.title: b for b in section.blocks if isinstance(b, Beside)}
     picture = drawn["Relearning by steps: LoRA"].figure
     assert [t["name"] for t in picture.traces] == ["SRMU", "RMU", "original", "oracle"]
@@ -402,7 +403,7 @@ def test_attacks_alone_are_results(tmp_path):
     write_attacks(run, 0.86)
     for name in ("results.json", "before.json"):
         (run / name).unlink()
-    text = Page(report([run], tmp_path / "r.html").read_text()).text
+    text = Page(write_report([run], tmp_path / "r.html").read_text()).text
     assert "organism hazard went from 100.0% to 34.0%" in text
     assert "organism general went from 100.0% to 89.6%" in text
 
@@ -414,7 +415,7 @@ def test_subjects_are_sorted_by_what_they_lost(tmp_path):
         found = {f"mmlu_{k}/acc": {"value": 0.6 - v * drop, "n": 100} for k, v in tasks.items()}
         path = run / f"{name}.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | found))
-    text = Page(report([run], tmp_path / "r.html").read_text()).text
+    text = Page(write_report([run], tmp_path / "r.html").read_text()).text
     lines = [text.index(line) for line in ("virology 60.0", "anatomy 60.0", "law 60.0")]
     assert lines == sorted(lines)
     assert "-30.0" in text
@@ -423,7 +424,7 @@ def test_subjects_are_sorted_by_what_they_lost(tmp_path):
 
 def test_a_sweep(tmp_path):
     folder = write_sweep(tmp_path / "sweep", runs=True)
-    page = Page(report([folder], tmp_path / "r.html").read_text())
+    page = Page(write_report([folder], tmp_path / "r.html").read_text())
     assert "15 of 18 trials, each over 2 seeds" in page.text
     assert "failed: diverged at step 3, see forget.jsonl" in page.text
     assert "method.kappa 71 %" in page.text
@@ -432,14 +433,14 @@ def test_a_sweep(tmp_path):
     assert f"{len(front) - 1} of {len(front)} trials on the front were not attacked" in page.text
     assert "10 to 1000, log scale" in page.text
     single = write_sweep(tmp_path / "single", objectives=1)
-    text = Page(report([single], tmp_path / "r.html").read_text()).text
+    text = Page(write_report([single], tmp_path / "r.html").read_text()).text
     assert "best so far" in text
     assert "the best " in text
 
 
 def test_an_automatic_choice(tmp_path):
     folder = write_auto(tmp_path / "auto")
-    text = Page(report([folder], tmp_path / "r.html").read_text()).text
+    text = Page(write_report([folder], tmp_path / "r.html").read_text()).text
     assert "at most 1.0% of the utility" in text
     assert "4, chosen 62.0 0.4" in text
     assert "The retain texts use 47% of the forget texts' words." in text
@@ -447,13 +448,13 @@ def test_an_automatic_choice(tmp_path):
     assert "The strongest, benign relearning" in text
     found = json.loads((folder / "auto.json").read_text()) | {"run": None, "final": None}
     (folder / "auto.json").write_text(json.dumps(found))
-    text = Page(report([folder], tmp_path / "r.html").read_text()).text
+    text = Page(write_report([folder], tmp_path / "r.html").read_text()).text
     assert "Nothing was chosen" in text
 
 
 def test_a_reproduction(tmp_path):
     folder = write_reproduction(tmp_path / "again")
-    text = Page(report([folder], tmp_path / "r.html").read_text()).text
+    text = Page(write_report([folder], tmp_path / "r.html").read_text()).text
     assert "SRMU (ratio) 34.0" in text
     assert "29.2 57.5" in text  # the paper's
     assert "SRMU (difference), diverged" in text
@@ -472,7 +473,7 @@ def test_no_page_names_a_private_place(tmp_path):
         (run / "config.yaml").write_text(config.replace(SECRET_PATH, str(forget)))
     folders = [write_sweep(tmp_path / "s", runs=True), write_auto(tmp_path / "a")]
     for paths in (runs, *([folder] for folder in folders)):
-        html = report(paths, tmp_path / "r.html").read_text()
+        html = write_report(paths, tmp_path / "r.html").read_text()
         for secret in (SECRET_TEXT, SECRET_HOME, "someone", str(tmp_path)):
             assert secret not in html
 
@@ -486,7 +487,7 @@ def test_no_page_names_a_private_place(tmp_path):
     ],
 )
 def test_sentences_lose_their_folders(text, left):
-    assert pathless(text) == left
+    assert strip_paths(text) == left
 
 
 @pytest.mark.parametrize(
@@ -510,9 +511,9 @@ def test_wrong_folders_are_one_line(tmp_path, make, message, call):
 def test_unclear_metrics_are_asked_for(tmp_path):
     (run,) = seeds_of(tmp_path, count=1)
     (run / "results.json").write_text(json.dumps({"mine/acc": {"value": 0.5, "n": 100}}))
-    with pytest.raises(UserError, match="--forget: name the metrics that should fall"):
-        report([run], tmp_path / "r.html")
-    with pytest.raises(UserError, match="no run has the result typo/acc; there are mine/acc"):
-        report([run], tmp_path / "r.html", forget=["typo/acc"])
-    with pytest.raises(UserError, match="which has a report of its own"):
-        report([run, write_auto(tmp_path / "auto")], tmp_path / "r.html")
+    with pytest.raises(SrmuError, match="--forget: name the metrics that should fall"):
+        write_report([run], tmp_path / "r.html")
+    with pytest.raises(SrmuError, match="no run has the result typo/acc; there are mine/acc"):
+        write_report([run], tmp_path / "r.html", forget=["typo/acc"])
+    with pytest.raises(SrmuError, match="which has a report of its own"):
+        write_report([run, write_auto(tmp_path / "auto")], tmp_path / "r.html")

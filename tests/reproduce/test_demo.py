@@ -8,12 +8,12 @@ import pytest
 import yaml
 
 from helpers.testbeds import TINY
-from srmu.errors import UserError
+from srmu.errors import SrmuError
 from srmu.methods import SRMU
 from srmu.reproduce import demo
 from srmu.runs.config import load_config
 from srmu.testbed import build as building
-from srmu.testbed.build import build
+from srmu.testbed.build import build_testbed
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 QUICK = ["train.max_steps=2", "method.layer=1", "method.window=1"]
@@ -23,12 +23,12 @@ QUICK = ["train.max_steps=2", "method.layer=1", "method.window=1"]
 def played(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr(demo, "SETTINGS", {"A": QUICK, "B": ["method.name=rmu", *QUICK]})
-    build(tmp_path / "demo" / "testbed", seed=3, recipe=TINY)
+    build_testbed(tmp_path / "demo" / "testbed", seed=3, recipe=TINY)
     return tmp_path / "demo"
 
 
 def test_demo_story(played: Path) -> None:
-    entries, report = demo.play(played, seeds=1)
+    entries, report = demo.play_demo(played, seeds=1)
     assert [(e.label, e.group, len(e.runs)) for e in entries] == [
         ("A", "low entanglement", 1),
         ("B", "low entanglement", 1),
@@ -45,7 +45,7 @@ def test_demo_story(played: Path) -> None:
     assert rows[1]["hazard"].startswith(f"{100 * value['organism_hazard/acc']['value']:.1f} (")
 
     times = {run: (run / "record.json").stat().st_mtime_ns for e in entries for run in e.runs}
-    again, _ = demo.play(played, seeds=1)
+    again, _ = demo.play_demo(played, seeds=1)
     assert again == entries
     assert times == {run: (run / "record.json").stat().st_mtime_ns for run in times}
 
@@ -66,8 +66,8 @@ def test_settings_are_the_searchs_best() -> None:
 
 
 def test_demo_needs_a_seed(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="seeds must be at least 1"):
-        demo.play(tmp_path / "demo", seeds=0)
+    with pytest.raises(SrmuError, match="seeds must be at least 1"):
+        demo.play_demo(tmp_path / "demo", seeds=0)
     assert not (tmp_path / "demo").exists()
 
 

@@ -17,14 +17,21 @@ import yaml
 from helpers import attack_world
 from helpers.testbeds import TINY
 from srmu.engine.files import write_json
-from srmu.errors import UserError
+from srmu.errors import SrmuError
 from srmu.evals.statistics import Estimate
 from srmu.report import markdown
 from srmu.reproduce import claims, needs
 from srmu.reproduce import runs as places
-from srmu.reproduce.claims import Line, judge_curves, judge_row
-from srmu.reproduce.paper import command_of, needed, place_of, reproduce, wanted_of, with_mean
-from srmu.reproduce.runs import Model, presets, read_spec
+from srmu.reproduce.claims import ClaimLine, judge_curves, judge_row
+from srmu.reproduce.paper import (
+    command_of,
+    paper_needs,
+    place_of,
+    reproduce_paper,
+    wanted_of,
+    with_mean,
+)
+from srmu.reproduce.runs import Model, preset_file, read_spec
 from srmu.runs.config import load_config
 from srmu.runs.meter import Work
 from srmu.runs.run import Run
@@ -65,10 +72,10 @@ def again(tmp_path_factory: pytest.TempPathFactory) -> Any:
         patch.setattr(places, "build", partial(places.build, recipe=TINY))
         patch.setattr(places, "RECIPE", TINY)
         patch.setattr(places, "run_all", run_all)
-        found = reproduce("all", place, command="srmu reproduce all", spec=spec)
+        found = reproduce_paper("all", place, command="srmu reproduce all", spec=spec)
         first, made = made, []
-        assert reproduce("all", place, command="srmu reproduce all", spec=spec) == found
-    markdown.write(found, out)
+        assert reproduce_paper("all", place, command="srmu reproduce all", spec=spec) == found
+    markdown.write_reproduction(found, out)
     return found, out, first, made
 
 
@@ -193,11 +200,11 @@ def test_what_is_written_has_neither_dates_nor_paths(again: Any) -> None:
 )
 def test_verdicts(low: float, high: float, above: float, below: float, said: str) -> None:
     found = Estimate((low + high) / 2, low, high, 100)
-    assert claims.verdict(found, above, below) == said
-    assert claims.verdict(None, above, below) == "not tested"
+    assert claims.interval_verdict(found, above, below) == said
+    assert claims.interval_verdict(None, above, below) == "not tested"
 
 
-def line(folder: Path, label: str, right: Sequence[Any], **tasks: Sequence[Any]) -> Line:
+def line(folder: Path, label: str, right: Sequence[Any], **tasks: Sequence[Any]) -> ClaimLine:
     """Runs of which each answered so: arrays (seeds, questions) of the task `t` and of others."""
     runs = []
     given = {"t": right, **tasks}
@@ -213,13 +220,13 @@ def line(folder: Path, label: str, right: Sequence[Any], **tasks: Sequence[Any])
             scores = {f"{t}/acc": {"value": r.mean(), "n": len(r)} for t, r in both.items()}
             write_json(run / name, scores)
         runs.append(run)
-    return Line(label, tuple(runs), tuple(range(len(right))))
+    return ClaimLine(label, tuple(runs), tuple(range(len(right))))
 
 
 CLAIM = {"claim": "A is above B", "of": ["A", "B"], "metric": "utility", "above": 0}
 
 
-def judged(one: Line, other: Line) -> dict[str, Any]:
+def judged(one: ClaimLine, other: ClaimLine) -> dict[str, Any]:
     return judge_row(CLAIM, {"A": one, "B": other}, "t", ["t/acc"], {}, "here")
 
 
@@ -257,7 +264,7 @@ def test_claims_come_out_either_way_and_as_noise(tmp_path: Path) -> None:
 def test_curves_are_read_at_equal_forgetting(tmp_path: Path) -> None:
     """Between a point that forgets 40 and keeps all, and one that forgets 60 and keeps 80."""
 
-    def point(label: str, known: int, kept: int) -> Line:
+    def point(label: str, known: int, kept: int) -> ClaimLine:
         rows = [[i < known for i in range(100)]] * 3
         return line(tmp_path, label, rows, u=[[i < kept for i in range(100)]] * 3)
 
@@ -280,15 +287,15 @@ def test_the_papers_own_noise() -> None:
         for name, one in spec.items()
     }
     high = rows["table3"]
-    assert claims.gap(high["SRMU"], high["RMU"], "WMDP") == (
+    assert claims.paper_gap(high["SRMU"], high["RMU"], "WMDP") == (
         pytest.approx(-0.071), pytest.approx(-5.7, abs=0.1),
     )  # fmt: skip
     low = rows["table2"]
-    assert claims.gap(low["SRMU"], low["RMU"], "WMDP")[1] == pytest.approx(-1.1, abs=0.05)  # type: ignore[index]
-    assert claims.gap(low["SRMU"], low["RMU"], "MMLU")[1] == pytest.approx(0.34, abs=0.02)  # type: ignore[index]
+    assert claims.paper_gap(low["SRMU"], low["RMU"], "WMDP")[1] == pytest.approx(-1.1, abs=0.05)  # type: ignore[index]
+    assert claims.paper_gap(low["SRMU"], low["RMU"], "MMLU")[1] == pytest.approx(0.34, abs=0.02)  # type: ignore[index]
     assert low["before"]["WMDP"] == pytest.approx(0.5475)
     assert high["Adaptive RMU"]["WMDP"] == pytest.approx(0.43535)
-    assert claims.gap(low["SRMU"], {}, "WMDP") is None
+    assert claims.paper_gap(low["SRMU"], {}, "WMDP") is None
 
 
 def test_claims_name_rows_that_there_are() -> None:
@@ -313,10 +320,10 @@ def test_settings_of_the_real_thing_fit_the_schema(tmp_path: Path) -> None:
         assert (config.model, config.seed) == (ZEPHYR, 0)
     low, high = (
         place.job(want, 0, ())
-        for want in (places.Wanted("", "SRMU", regime) for regime in ("low", "high"))
+        for want in (places.WantedRun("", "SRMU", regime) for regime in ("low", "high"))
     )
     made = load_config(high.config, high.overrides)
-    preset = load_config(presets("wmdp-zephyr-high.yaml"))
+    preset = load_config(preset_file("wmdp-zephyr-high.yaml"))
     assert made.id == preset.id != load_config(low.config, low.overrides).id
 
 
@@ -325,7 +332,7 @@ def test_dry_run_offline_says_what_is_needed(
 ) -> None:
     monkeypatch.setattr(needs, "probe", lambda *given: Work(1e12, 1e10, 1e10, 1e10, 1e5))
     place = place_of(tmp_path / "out", ZEPHYR, overrides=["topics.bio.forget=mine.jsonl"])
-    found, lines = needed("table3", place)
+    found, lines = paper_needs("table3", place)
     assert not (tmp_path / "out").exists()
     said = "\n".join(lines)
     assert "14.48 GB: hf download HuggingFaceH4/zephyr-7b-beta" in said
@@ -342,7 +349,7 @@ def test_dry_run_offline_says_what_is_needed(
 
 
 def test_dry_run_of_the_testbed(tmp_path: Path) -> None:
-    found, lines = needed("table4", place_of(tmp_path / "out"))
+    found, lines = paper_needs("table4", place_of(tmp_path / "out"))
     assert found == {"testbeds": 3, "runs": 3 * 15}
     assert not (tmp_path / "out").exists()
     assert "3 testbeds" in lines[0]
@@ -370,7 +377,7 @@ def test_a_model_of_ones_own(workplace: Path) -> None:
     place = place_of(workplace / "out", str(workplace / "model"), overrides=overrides)
     assert isinstance(place, Model) and place.seeds == 1
     command = command_of("table4", place, overrides)
-    one = table(reproduce("table4", place, command=command, spec=spec), "table4-matched")
+    one = table(reproduce_paper("table4", place, command=command, spec=spec), "table4-matched")
     assert one["columns"] == ["MMLU", "bio", "cyber", "WMDP"]
     assert {label for label, row in one["rows"].items() if row["cells"]} == {"before", *kept}
     kappas = [one["rows"][label]["kappa"] for label in ("no I_norm", "full SRMU", "RMU")]
@@ -395,19 +402,19 @@ def test_a_model_of_ones_own(workplace: Path) -> None:
 def test_mistakes_are_told_before_anything_is_made(
     tmp_path: Path, given: dict[str, Any], said: str
 ) -> None:
-    with pytest.raises(UserError, match=said):
-        reproduce("table3", place_of(tmp_path / "out", **given), command="")
+    with pytest.raises(SrmuError, match=said):
+        reproduce_paper("table3", place_of(tmp_path / "out", **given), command="")
     assert not (tmp_path / "out").exists()
 
 
 def test_dry_run_of_an_unknown_model(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="dimensions are known of"):
-        needed("table3", place_of(tmp_path / "out", "owner/other"))
+    with pytest.raises(SrmuError, match="dimensions are known of"):
+        paper_needs("table3", place_of(tmp_path / "out", "owner/other"))
 
 
 def test_a_hollow_checkpoint_takes_no_disk(tmp_path: Path) -> None:
     shape = read_spec()["zephyr"]["shape"]
-    folder = needs.hollow(tmp_path, shape)
+    folder = needs.make_hollow(tmp_path, shape)
     status = (folder / "model.safetensors").stat()
     assert status.st_size > 14e9 and status.st_blocks * 512 < 1e6
     assert torch.bfloat16 in {*places.weights.stored_types(folder).values()}

@@ -18,13 +18,19 @@ from helpers import attack_world
 from helpers.testbeds import TINY
 from srmu.attacks import ATTACKS, suite
 from srmu.engine.weights import load_delta
-from srmu.errors import UserError
-from srmu.evals.matched import match
-from srmu.evals.statistics import residual
+from srmu.errors import SrmuError
+from srmu.evals.matched import match_utility
+from srmu.evals.statistics import residual_table
 from srmu.report import frontier_tables
 from srmu.reproduce import robust
-from srmu.reproduce.robust import NOT_RUN, controlled, measure, tables_of, wanted
-from srmu.reproduce.runs import presets
+from srmu.reproduce.robust import (
+    NOT_RUN,
+    control_residuals,
+    measure_frontier,
+    plan_frontier,
+    tables_of,
+)
+from srmu.reproduce.runs import preset_file
 from srmu.runs.config import load_config
 from srmu.runs.run import Run
 from srmu.testbed.worlds.world import Size
@@ -40,7 +46,7 @@ COMMAND = "srmu reproduce robust"
 
 
 def spec_of(methods: dict[str, list[str]]) -> dict[str, Any]:
-    spec = yaml.safe_load(presets("robust.yaml").read_text())
+    spec = yaml.safe_load(preset_file("robust.yaml").read_text())
     world = spec["worlds"]["closed"] | {"common": QUICK, "methods": methods}
     world |= {"ablations": {"half as strong": ["method.kappa=2"]}, "ablated": []}
     return spec | {"worlds": {"closed": world}, "ablated": "SRMU", "attacks": {}}
@@ -76,13 +82,13 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def asked(out: Path, **given: Any) -> robust.Frontier:
     options = {"spec": SPEC, "seeds": ("1", "2"), "regimes": ("high",), "tier": "standard"}
-    return wanted(**{"kind": "robust", "out": out} | options | given)
+    return plan_frontier(**{"kind": "robust", "out": out} | options | given)
 
 
 @pytest.fixture(scope="module")
 def found(small: Any) -> dict[str, Any]:
     this = asked(small[0])
-    return tables_of(this, measure(this), COMMAND)
+    return tables_of(this, measure_frontier(this), COMMAND)
 
 
 def rows(found: dict[str, Any], part: int = 0) -> dict[str, Any]:
@@ -165,21 +171,24 @@ def test_what_is_there_is_not_made_again(small: Any, found: dict[str, Any]) -> N
     this = asked(out)
     before = len(made)
     times = {run: (run / "attacks.json").stat().st_mtime_ns for run in folders(out)}
-    again = measure(this)
+    again = measure_frontier(this)
     assert made[before:] == []
     assert {run: (run / "attacks.json").stat().st_mtime_ns for run in folders(out)} == times
     assert tables_of(this, again, COMMAND) == found
-    assert tables_of(this, robust.made(this), COMMAND)["parts"][0]["rows"][2] == rows(found)["SRMU"]
+    assert (
+        tables_of(this, robust.read_frontier(this), COMMAND)["parts"][0]["rows"][2]
+        == rows(found)["SRMU"]
+    )
 
 
 def test_another_attack_is_made_up_for(small: Any, found: dict[str, Any], monkeypatch: Any) -> None:
     out, _ = small
     more = {name: ATTACKS[name] for name in (*FEW, "noise")}
     this = asked(out, methods=("SRMU",))
-    needed = robust.needed(this)[0]
+    needed = robust.frontier_needs(this)[0]
     assert needed == {"testbeds": 0, "runs": 0}
     monkeypatch.setattr(suite, "ATTACKS", more)
-    assert robust.needed(this)[0]["runs"] == 2
+    assert robust.frontier_needs(this)[0]["runs"] == 2
 
 
 def test_interrupted_it_goes_on(small: Any, found: dict[str, Any], monkeypatch: Any) -> None:
@@ -193,11 +202,11 @@ def test_interrupted_it_goes_on(small: Any, found: dict[str, Any], monkeypatch: 
     with monkeypatch.context() as patch:
         patch.setattr(robust, "run_all", first)
         with pytest.raises(KeyboardInterrupt):
-            measure(this)
-    labels = [*rows(tables_of(this, robust.made(this), COMMAND))]
+            measure_frontier(this)
+    labels = [*rows(tables_of(this, robust.read_frontier(this), COMMAND))]
     assert labels == ["original", "oracle", "SRMU", "half as strong (1 of 2)"]
     before = len(made)
-    done = rows(tables_of(this, measure(this), COMMAND))
+    done = rows(tables_of(this, measure_frontier(this), COMMAND))
     assert made[before:] == [1]
     assert [*done] == ["original", "oracle", "SRMU", "half as strong"]
     assert done["SRMU"] == rows(found)["SRMU"]
@@ -206,7 +215,7 @@ def test_interrupted_it_goes_on(small: Any, found: dict[str, Any], monkeypatch: 
 
 def test_pages_have_neither_dates_nor_paths(small: Any, found: dict[str, Any]) -> None:
     out, _ = small
-    paths = frontier_tables.write(found, out)
+    paths = frontier_tables.write_robust(found, out)
     assert [path.name for path in paths] == ["robust.json", "robust.md", "robust-closed-high.svg"]
     text = (out / "robust.md").read_text()
     assert text.startswith(f"```bash\n{COMMAND}\n```")
@@ -218,14 +227,14 @@ def test_pages_have_neither_dates_nor_paths(small: Any, found: dict[str, Any]) -
     spots = [e for e in drawn.iter() if e.tag.endswith("circle")]
     assert len(spots) == 3  # the original, the oracle, SRMU
     this = asked(out)
-    (page,) = robust.reports(this, robust.made(this), COMMAND)
+    (page,) = robust.write_frontier_reports(this, robust.read_frontier(this), COMMAND)
     assert page.name == "robust-closed-high.html"
     assert "SRMU" in page.read_text()
 
 
 def test_labels_do_not_lie_on_each_other() -> None:
     points = [{"x": 500.0, "y": 20.0 + i % 3} for i in range(12)]
-    frontier_tables.label(points, lambda p: p["x"])
+    frontier_tables.place_labels(points, lambda p: p["x"])
     heights = sorted(point["label_y"] for point in points)
     assert min(np.diff(heights)) >= frontier_tables.LINE
     assert heights[0] >= frontier_tables.TOP and heights[-1] <= frontier_tables.BOTTOM
@@ -238,7 +247,7 @@ def test_the_share_is_the_largest_that_the_budget_allows(tmp_path: Path) -> None
     """Against a scan of all shares that halving can give."""
     folder = attack_world.write(tmp_path)
     run = attack_world.unlearned(folder, **{"train.max_steps": 40, "train.learning_rate": 1e-2})
-    match(run, tmp_path / "out", 0.1, ["harmless"])
+    match_utility(run, tmp_path / "out", 0.1, ["harmless"])
     share = json.loads((tmp_path / "out" / "share.json").read_text())["share"]
     base = attack_world.subject("original")
     before = {n: p.data.clone() for n, p in base.module.named_parameters()}
@@ -264,7 +273,7 @@ def test_the_share_is_the_largest_that_the_budget_allows(tmp_path: Path) -> None
 
 def test_a_run_within_the_budget_stays_as_it_is(tmp_path: Path) -> None:
     run = attack_world.unlearned(attack_world.write(tmp_path))
-    match(run, tmp_path / "out", 1.0, ["harmless"])
+    match_utility(run, tmp_path / "out", 1.0, ["harmless"])
     assert json.loads((tmp_path / "out" / "share.json").read_text()) == {"share": 1.0}
     same = (tmp_path / "out" / "delta.safetensors").read_bytes()
     assert same == (run.folder / "delta.safetensors").read_bytes()
@@ -297,10 +306,10 @@ def report(**attacks: Any) -> dict[str, Any]:
 def test_invalid_attacks_do_not_count() -> None:
     given = [report(plain=(0.4, 0.25, True), leaky=(0.9, 0.7, False), other=(0.55, 0.3, True))] * 2
     whole = [slice(None)] * 2
-    found = robust.residual_of(given, [residual(r) for r in given], (1, 2), whole)
+    found = robust.residual_of(given, [residual_table(r) for r in given], (1, 2), whole)
     assert found["value"] == pytest.approx((0.55 - 0.25) / 0.75)
     assert found["low"] < found["value"] < found["high"]
-    tables = [controlled(r, "oracle") for r in given]
+    tables = [control_residuals(r, "oracle") for r in given]
     found = robust.residual_of(given, tables, (1, 2), whole)
     assert found["value"] == pytest.approx((0.3 - 0.25) / 0.75)
     shown = robust.by_attack(given, "unlearned")
@@ -314,7 +323,7 @@ def test_each_kind_of_question_has_its_k_star() -> None:
     """The first half of the questions comes back, the second does not."""
     given = [report(plain=(0.5, 0.25, True))]
     halves = [
-        robust.residual_of(given, [residual(given[0])], (1,), [part])["value"]
+        robust.residual_of(given, [residual_table(given[0])], (1,), [part])["value"]
         for part in (slice(0, 20), slice(20, 40))
     ]
     assert halves == [1.0, 0.0]
@@ -338,7 +347,7 @@ def test_the_page_takes_the_tables(tmp_path: Path) -> None:
 
 
 def test_settings_fit_their_methods(tmp_path: Path) -> None:
-    spec = yaml.safe_load(presets("robust.yaml").read_text())
+    spec = yaml.safe_load(preset_file("robust.yaml").read_text())
     config = tmp_path / "high.yaml"
     config.write_text("model: model\ntopics: {organism: {forget: f.jsonl, retain: r.jsonl}}\n")
     for name in ("names.txt", "goals.txt"):
@@ -347,12 +356,12 @@ def test_settings_fit_their_methods(tmp_path: Path) -> None:
         for world in spec["worlds"]:
             if kind == "ablations" and spec["ablated"] not in spec["worlds"][world]["methods"]:
                 continue
-            this = wanted(kind, tmp_path / "out", world=world, spec=spec)
+            this = plan_frontier(kind, tmp_path / "out", world=world, spec=spec)
             for label, settings in this.settings(world).items():
                 given = [s.replace("{testbed}", str(tmp_path)) for s in settings]
                 method = load_config(config, given).method.name
                 assert f"method.name={method}" in settings, label
-    (only,) = wanted("ablations", tmp_path / "out", spec=spec).worlds
+    (only,) = plan_frontier("ablations", tmp_path / "out", spec=spec).worlds
     assert only == "closed"  # the open world has none
     assert spec["cost"] in spec["worlds"]["closed"]["methods"]
     assert 0 not in spec["seeds"]  # settings were tuned on it
@@ -360,7 +369,7 @@ def test_settings_fit_their_methods(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("world", ["closed", "open"])
 def test_a_testbed_has_all_that_is_named(tmp_path: Path, world: str) -> None:
-    spec = yaml.safe_load(presets("robust.yaml").read_text())
+    spec = yaml.safe_load(preset_file("robust.yaml").read_text())
     robust.build(tmp_path / "out", world=world, recipe=TINY)
     metrics = [m for each in spec["worlds"][world]["columns"].values() for m in each]
     attacked = spec["worlds"][world]["attacked"].values()
@@ -387,8 +396,8 @@ def test_a_testbed_has_all_that_is_named(tmp_path: Path, world: str) -> None:
 def test_mistakes_are_told_before_anything_is_made(
     tmp_path: Path, given: dict[str, Any], said: str
 ) -> None:
-    with pytest.raises(UserError, match=re.escape(said)):
-        wanted(**{"kind": "robust", "out": tmp_path / "out"} | given)
+    with pytest.raises(SrmuError, match=re.escape(said)):
+        plan_frontier(**{"kind": "robust", "out": tmp_path / "out"} | given)
     assert not (tmp_path / "out").exists()
 
 

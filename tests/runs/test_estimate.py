@@ -11,9 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from helpers.models import ARCHITECTURES, save_pico, texts, word_tokenizer, write_jsonl
 from srmu.engine.activation_cache import Activations
-from srmu.engine.loading import skeleton
+from srmu.engine.loading import build_skeleton
 from srmu.engine.model import EditableModel, Site
-from srmu.errors import UserError
+from srmu.errors import SrmuError
 from srmu.runs import estimate as plan
 from srmu.runs import meter, run
 from srmu.runs.config import build_config, make_config
@@ -25,11 +25,11 @@ def planned(folder: Path, *options: str, name: str = "llama", dtype: Any = torch
     write_jsonl(folder / "f.jsonl", texts(8, 1))
     write_jsonl(folder / "r.jsonl", texts(8, 2))
     given = ["method.layer=1", "method.window=1", *options]
-    config, summary = run.plan(
+    config, summary = run.plan_run(
         make_config(str(folder / "model"), folder / "f.jsonl", folder / "r.jsonl", "rmu", given)
     )
     topics = run.load_topics(config, word_tokenizer())
-    return config, summary | plan.estimate(config, folder / "model", topics), topics
+    return config, summary | plan.estimate_run(config, folder / "model", topics), topics
 
 
 @pytest.fixture(autouse=True)
@@ -82,7 +82,7 @@ def test_flops_of_a_linear_layer_and_memory() -> None:
     def action() -> None:
         layer(x).sum().backward()
 
-    count = meter.metered(action)
+    count = meter.run_metered(action)
     assert count.flops == 2 * (2 * 4 * 6 * 5)  # forward, gradient of the weight
     # The output lives until it is summed; the sum, its gradient and the weight's live together.
     assert count.held == 5 * 6 * 4
@@ -170,7 +170,7 @@ def test_advice_where_it_does_not_fit(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_speeds_are_measured() -> None:
-    speeds = meter.probe(torch.float32, "cpu", [(2, 4), (2, 5)], 32)
+    speeds = meter.probe_machine(torch.float32, "cpu", [(2, 4), (2, 5)], 32)
     assert min(vars(speeds).values()) > 1000
 
 
@@ -180,15 +180,15 @@ def test_models_that_want_a_plain_mask(cls: Any, tmp_path: Path) -> None:
     model = EditableModel(meter_model(config), ["1.mlp_down"], 2)
     try:
         whole = meter.takes_whole_masks(model, Site(1))
-    except UserError as error:
+    except SrmuError as error:
         assert "cannot be counted without its weights" in str(error)
         return
-    batches = [meter.blank((2, n), model.device, whole) for n in (4, 5)]
-    assert meter.metered(meter.stepper(model, batches, Site(1), "fp32")).flops > 0
+    batches = [meter.blank_batch((2, n), model.device, whole) for n in (4, 5)]
+    assert meter.run_metered(meter.make_stepper(model, batches, Site(1), "fp32")).flops > 0
 
 
 def meter_model(config: Any) -> Any:
-    return skeleton(config, torch.float32)
+    return build_skeleton(config, torch.float32)
 
 
 @pytest.mark.parametrize("kept", ["none", "disk"])
@@ -216,27 +216,29 @@ def test_flops_in_all_are_those_of_the_real_run(
 
 
 def test_a_precision_that_the_run_refuses(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"train.weights=bf16 needs a bf16 model"):
+    with pytest.raises(SrmuError, match=r"train.weights=bf16 needs a bf16 model"):
         planned(tmp_path, "train.weights=bf16")
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_what_each_process_holds(name: str, tmp_path: Path, monkeypatch: Any) -> None:
     config, estimate, topics = planned(tmp_path, name=name)
-    rows = plan.launches(config, tmp_path / "model", topics)
+    rows = plan.estimate_launches(config, tmp_path / "model", topics)
     assert all(row["fits"] for row in rows)
     first, *_, last = rows
     assert first["flops_per_rank_per_step"] <= last["flops_per_rank_per_step"] * 4
     assert last["sharded"] and last["parts"]["originals"] < first["parts"]["originals"]
     assert first["parts"]["originals"] == 4 * estimate["trained_parameters"]
     monkeypatch.setattr(plan, "free_bytes", lambda device: 1)
-    assert not any(row["fits"] for row in plan.launches(config, tmp_path / "model", topics))
+    assert not any(
+        row["fits"] for row in plan.estimate_launches(config, tmp_path / "model", topics)
+    )
 
 
 def test_adapters_cannot_be_cut(tmp_path: Path) -> None:
     config, _, topics = planned(tmp_path)
     tree = config.to_dict() | {"method": {"name": "npo", "lora_rank": 2}}
-    rows = plan.launches(run.plan(build_config(tree))[0], tmp_path / "model", topics)
+    rows = plan.estimate_launches(run.plan_run(build_config(tree))[0], tmp_path / "model", topics)
     assert {row["lora"] for row in rows} == {0, 2}
     assert not any(row["sharded"] and row["lora"] for row in rows)
     whole, adapted = rows[0]["parts"], rows[1]["parts"]

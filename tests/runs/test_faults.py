@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from helpers.models import pico_module, texts, word_tokenizer, write_jsonl
 from srmu.engine import weights
 from srmu.engine.loading import load_module
-from srmu.errors import UserError
+from srmu.errors import SrmuError
 from srmu.runs.config import make_config
 from srmu.runs.run import Run, unlearn
 
@@ -78,7 +78,7 @@ def test_a_disk_that_is_full_at_any_shard(
 LIMITED = """
 import resource, signal, sys
 from pathlib import Path
-from srmu.run import Run
+from srmu.runs.run import Run
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), -1))
 Run.open(sys.argv[1]).export(sys.argv[2])
@@ -99,14 +99,14 @@ def test_free_space_is_asked_for_first(
 ) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, 1000))
-    with pytest.raises(UserError, match="are free there; free some"):
+    with pytest.raises(SrmuError, match="are free there; free some"):
         Run.open(made / "run").export(tmp_path / "out")
-    with pytest.raises(UserError, match="are free there; free some"):
+    with pytest.raises(SrmuError, match="are free there; free some"):
         start(made, f"runs_dir={tmp_path / 'runs'}", "seed=5")
     assert {p.name for p in tmp_path.iterdir()} <= {"cache"}
 
 
-EXPORT = "import sys; from srmu.run import Run; Run.open(sys.argv[1]).export(sys.argv[2])"
+EXPORT = "import sys; from srmu.runs.run import Run; Run.open(sys.argv[1]).export(sys.argv[2])"
 
 
 @pytest.mark.parametrize("seconds", [0.0, 0.005, 0.02])
@@ -133,13 +133,15 @@ def test_a_base_that_changed_since_is_refused(made: Path, tmp_path: Path) -> Non
     shutil.copytree(made, tmp_path / "copy")
     run = start(tmp_path / "copy", "seed=1")
     untouched = next(
-        name for name, path in weights.shards(run.base).items() if name not in run.record["changed"]
+        name
+        for name, path in weights.list_shards(run.base).items()
+        if name not in run.record["changed"]
     )
-    path = weights.shards(run.base)[untouched]
+    path = weights.list_shards(run.base)[untouched]
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    with pytest.raises(UserError, match=f"{path.name} is not the file that"):
+    with pytest.raises(SrmuError, match=f"{path.name} is not the file that"):
         Run.open(run.folder).export(tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -193,7 +195,7 @@ def remote_code(folder: Path) -> None:
 def poisoned(value: float) -> Callable[[Path], None]:
     def spoil(folder: Path) -> None:
         name = "model.layers.1.mlp.down_proj.weight"
-        path = weights.shards(folder)[name]
+        path = weights.list_shards(folder)[name]
         tensors = load_file(path)
         tensors[name][0, 0] = value
         save_file(tensors, path, metadata={"format": "pt"})
@@ -237,7 +239,7 @@ def test_a_checkpoint_that_is_not_right_is_refused(made: Path, model: Path, case
     spoil(model)
     bomb = Path("/tmp/srmu-bomb")
     bomb.unlink(missing_ok=True)
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(SrmuError, match=says):
         start(made, f"model={model}", f"runs_dir={model.parent / 'runs'}")
     assert not bomb.exists()
     assert not [*(model.parent / "runs").rglob("*")]
@@ -247,10 +249,10 @@ def test_fewer_layers_than_there_are_changes_nothing_else(made: Path, model: Pat
     """A config that lies about its layers makes another model; the lie is the base's, and stays."""
     lying(num_hidden_layers=3)(model)
     run = start(made, f"model={model}", f"runs_dir={model.parent / 'runs'}")
-    assert set(run.delta) <= set(weights.shards(model))
+    assert set(run.delta) <= set(weights.list_shards(model))
 
 
 def test_a_tokenizer_that_adds_bos_twice(made: Path, tmp_path: Path) -> None:
     write_jsonl(tmp_path / "forget.jsonl", [f"<s> {text}" for text in texts(12, seed=0)])
-    with pytest.raises(UserError, match=r"begin with <s>, and the tokenizer adds it again"):
+    with pytest.raises(SrmuError, match=r"begin with <s>, and the tokenizer adds it again"):
         start(made, f"topics.topic.forget={tmp_path / 'forget.jsonl'}")

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from helpers.models import pico_module, save_pico, texts, word_tokenizer, write_jsonl
 from srmu.engine.loading import load_module
 from srmu.engine.weights import apply_delta
-from srmu.errors import Diverged, UserError
+from srmu.errors import DivergedError, SrmuError
 from srmu.evals.lm_eval import evaluate
-from srmu.evals.score import score
+from srmu.evals.score import score_model
 from srmu.runs import run as runs
 from srmu.runs.config import Config, build_config, make_config
 from srmu.runs.run import Run, unlearn
@@ -134,15 +134,15 @@ def test_two_topics_alternate(workplace: Path) -> None:
     assert run.record["topics"]["cyber"]["kappa"] == pytest.approx(2)
     assert run.record["topics"]["bio"]["kappa"] == pytest.approx(8)
     assert set(run.record["data"]) == {"bio", "cyber"}
-    notes = "\n".join(runs.notes(run))
+    notes = "\n".join(runs.run_notes(run))
     assert "bio: coeff " in notes and "cyber: importance map mean" in notes
 
 
 def test_a_flat_map_is_said_to_select_nothing(workplace: Path) -> None:
     run = unlearn(config(workplace, "method.clip_quantile=0.001"))
-    assert "topic: the map is nearly flat (sd under 0.1): it selects nothing" in runs.notes(run)
+    assert "topic: the map is nearly flat (sd under 0.1): it selects nothing" in runs.run_notes(run)
     chosen = unlearn(config(workplace, "method.importance=uniform"))  # flat on purpose
-    assert not any("flat" in note for note in runs.notes(chosen))
+    assert not any("flat" in note for note in runs.run_notes(chosen))
 
 
 # --- again
@@ -161,7 +161,7 @@ def test_the_same_config_is_not_run_twice(workplace: Path) -> None:
 def test_other_texts_under_the_same_config_are_refused(workplace: Path) -> None:
     run = unlearn(config(workplace))
     write_jsonl(workplace / "retain.jsonl", texts(7, 3, range(20, 60)))
-    with pytest.raises(UserError, match=rf"{run.folder.name} holds a run .* on other texts"):
+    with pytest.raises(SrmuError, match=rf"{run.folder.name} holds a run .* on other texts"):
         unlearn(config(workplace))
 
 
@@ -169,7 +169,7 @@ def test_a_killed_run_is_made_again(workplace: Path) -> None:
     run = unlearn(config(workplace))
     delta = run.delta
     (run.folder / "record.json").unlink()
-    with pytest.raises(UserError, match="not a finished run"):
+    with pytest.raises(SrmuError, match="not a finished run"):
         Run.open(run.folder)
     assert same(unlearn(config(workplace)).delta, delta)
     assert len(metrics(run)) == 3
@@ -199,16 +199,16 @@ def test_a_run_that_diverges_keeps_the_last_good_state(workplace: Path) -> None:
     good = unlearn(breaks(workplace, 99, steps=2)).delta
     wrong = breaks(workplace, 3)
     message = "the loss is not finite at step 3, topic topic, batch 3"
-    with pytest.raises(Diverged, match=message):
+    with pytest.raises(DivergedError, match=message):
         unlearn(wrong, out=workplace / "out")
-    run = Run.open(runs.run_folder(runs.plan(wrong)[0]))
+    run = Run.open(runs.run_folder(runs.plan_run(wrong)[0]))
     assert run.record["stop_reason"].startswith(message)
     assert run.record["diverged"] is True
     assert run.record["steps"] == len(metrics(run)) == 3
     assert same(run.delta, good)
-    with pytest.raises(UserError, match=r"diverged: the loss is not finite.*--last-good exports"):
+    with pytest.raises(SrmuError, match=r"diverged: the loss is not finite.*--last-good exports"):
         run.export(workplace / "out")
-    with pytest.raises(Diverged, match="holds this run, which diverged"):
+    with pytest.raises(DivergedError, match="holds this run, which diverged"):
         unlearn(wrong)
     assert not (workplace / "out").exists()
     run.export(workplace / "out", last_good=True)
@@ -219,15 +219,15 @@ def test_a_run_that_diverges_keeps_the_last_good_state(workplace: Path) -> None:
 
 def test_a_run_that_diverges_at_once_changes_nothing(workplace: Path) -> None:
     wrong = breaks(workplace, 0)
-    with pytest.raises(Diverged, match="step 0, topic topic, batch 0"):
+    with pytest.raises(DivergedError, match="step 0, topic topic, batch 0"):
         unlearn(wrong)
-    run = Run.open(runs.run_folder(runs.plan(wrong)[0]))
+    run = Run.open(runs.run_folder(runs.plan_run(wrong)[0]))
     assert (run.delta, run.record["changed"], run.record["steps"]) == ({}, [], 0)
 
 
 def test_a_run_that_changes_nothing_leaves_nothing(workplace: Path) -> None:
     with pytest.raises(
-        UserError, match=r"the model did not change in 3 steps \(max_steps\); raise"
+        SrmuError, match=r"the model did not change in 3 steps \(max_steps\); raise"
     ):
         unlearn(config(workplace, "train.learning_rate=1e-30"))
     assert not (workplace / "runs").exists()
@@ -240,7 +240,7 @@ def test_an_interrupted_run_leaves_nothing_of_its_own(
         raise KeyboardInterrupt
 
     wanted = config(workplace)
-    folder = runs.run_folder(runs.plan(wanted)[0])
+    folder = runs.run_folder(runs.plan_run(wanted)[0])
     folder.mkdir(parents=True)
     (folder / "notes.txt").write_text("mine")
     monkeypatch.setattr("srmu.engine.weights.save_delta", interrupt)
@@ -258,7 +258,7 @@ def test_a_tokenizer_of_another_model_is_refused(workplace: Path) -> None:
     tokenizer.save_pretrained(workplace / "model")
     assert unlearn(config(workplace)).folder.exists()  # it does not occur
     write_jsonl(workplace / "forget.jsonl", ["w1 w99 w2"])
-    with pytest.raises(UserError, match="gives token 64, but the model knows 64 tokens"):
+    with pytest.raises(SrmuError, match="gives token 64, but the model knows 64 tokens"):
         unlearn(config(workplace, "seed=1"))
 
 
@@ -267,7 +267,7 @@ def test_a_folder_without_tokenizer_is_refused(name: str, tmp_path: Path) -> Non
     folder = save_pico(tmp_path / "model", name)
     for path in folder.glob("*token*"):
         path.unlink()
-    with pytest.raises(UserError, match=r"tokenizer"):  # transformers may make an empty one
+    with pytest.raises(SrmuError, match=r"tokenizer"):  # transformers may make an empty one
         runs.load_tokenizer(folder)
 
 
@@ -293,7 +293,7 @@ def test_scores_of_a_run(workplace: Path, quiz: Path) -> None:
     overrides = ("eval=[quiz]", "train.max_steps=20", "train.learning_rate=0.1")
     run = unlearn(config(workplace, *overrides))
     assert run.results() == {}
-    scores = score(run)
+    scores = score_model(run)
     assert set(scores) == {"before", "after"}
     module = load_module(run.base).eval()
     tokenizer = runs.load_tokenizer(run.base)
@@ -310,10 +310,10 @@ def test_scores_of_a_run(workplace: Path, quiz: Path) -> None:
     assert json.loads((run.folder / "results.json").read_text()) == scores["after"]
     assert run.results() == scores["after"]
     # A model, the run by its path, and what was exported score the same.
-    assert score(workplace / "model", ["quiz"]) == {"after": direct}
-    assert score(str(run.folder)) == scores
+    assert score_model(workplace / "model", ["quiz"]) == {"after": direct}
+    assert score_model(str(run.folder)) == scores
     Run.open(str(run.folder)).export(str(workplace / "out"))
-    assert score(workplace / "out", ["quiz"], tasks_dir=str(quiz))["after"] == scores["after"]
+    assert score_model(workplace / "out", ["quiz"], tasks_dir=str(quiz))["after"] == scores["after"]
     prompt = told["after"]["quiz/acc"]["prompt"]
     path = quiz / "quiz.yaml"
     path.write_text(path.read_text().replace("{{question}}", "{{question}}?"))
@@ -328,10 +328,10 @@ def test_a_base_that_changed_is_refused(workplace: Path) -> None:
     pico_module(seed=1).save_pretrained(workplace / "model", max_shard_size="40KB")
     uses: list[Callable[[], Any]] = [
         lambda: Run.open(run.folder).export(workplace / "out"),
-        lambda: score(run.folder),
+        lambda: score_model(run.folder),
         lambda: unlearn(config(workplace)),
     ]
     for use in uses:
-        with pytest.raises(UserError, match=r"is not the file that .* was made from"):
+        with pytest.raises(SrmuError, match=r"is not the file that .* was made from"):
             use()
     assert not (workplace / "out").exists()

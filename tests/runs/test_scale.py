@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from srmu.engine.loading import read_config, skeleton
+from srmu.engine.loading import build_skeleton, read_config
 from srmu.engine.model import EditableModel, Site
 from srmu.reproduce import needs
 from srmu.runs import estimate, meter, scale
@@ -37,8 +37,8 @@ def test_all_of_them_are_checked() -> None:
 def test_numbers_are_those_of_the_module_and_as_published(name: str) -> None:
     config = read_config(CONFIGS / "models" / name)
     found = scale.size_of(config)
-    model = EditableModel(skeleton(config), ["*.mlp_down"])
-    assert found == estimate.pieces(model, model.module.named_parameters())
+    model = EditableModel(build_skeleton(config), ["*.mlp_down"])
+    assert found == estimate.count_pieces(model, model.module.named_parameters())
     assert found.total == sum(p.numel() for p in model.module.parameters())
     assert found.total == pytest.approx(PUBLISHED[name], rel=4e-3)
 
@@ -46,7 +46,7 @@ def test_numbers_are_those_of_the_module_and_as_published(name: str) -> None:
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_numbers_at_a_depth(name: str) -> None:
     config = read_config(CONFIGS / "models" / name)
-    model = EditableModel(skeleton(config), ["4.mlp_down"], 5)
+    model = EditableModel(build_skeleton(config), ["4.mlp_down"], 5)
     assert scale.size_of(config, 5).total == sum(p.numel() for p in model.module.parameters())
 
 
@@ -58,13 +58,13 @@ def test_flops_are_those_that_the_meter_counts(name: str, depth: int | None) -> 
     small: dict[str, Any] = {"num_hidden_layers": 3, "hidden_size": 256, "intermediate_size": 512}
     for key, value in (small | {"vocab_size": 500}).items():
         setattr(config, key, value)
-    model = EditableModel(skeleton(config), ["1.mlp_down"], depth)
+    model = EditableModel(build_skeleton(config), ["1.mlp_down"], depth)
     site = Site(depth - 1) if depth else None
     whole = meter.takes_whole_masks(model, site)
-    batch = meter.blank((2, 64), model.device, whole)
+    batch = meter.blank_batch((2, 64), model.device, whole)
     with torch.no_grad(), model.using({}):
         model.activations.room = 0
-        counted = meter.metered(lambda: meter.output(model, batch, site)).flops
+        counted = meter.run_metered(lambda: meter.site_output(model, batch, site)).flops
     assert scale.flops_per_token(config, 64, depth) * 2 * 64 == pytest.approx(counted, rel=0.02)
 
 
@@ -80,19 +80,21 @@ def way(**changed: Any) -> scale.Variant:
 
 
 def test_bytes_by_hand() -> None:
-    whole = scale.held(SIZE, way(), 1, 1.0, 2, True, False)
+    whole = scale.held_bytes(SIZE, way(), 1, 1.0, 2, True, False)
     assert whole == {
         "weights": 620, "originals": 620, "last_good": 620, "masters": 1240, "moments": 2480,
         "step": 620 + 1240 + 400, "cache": 0,  # the last for one piece as AdamW works on it
     }  # fmt: skip
-    assert scale.held(SIZE, way(), 1, 1.0, 2, True, True)["step"] == 2480
-    part = scale.held(SIZE, way(sharded=True), 4, 0.25, 2, True, False)
+    assert scale.held_bytes(SIZE, way(), 1, 1.0, 2, True, True)["step"] == 2480
+    part = scale.held_bytes(SIZE, way(sharded=True), 4, 0.25, 2, True, False)
     assert part["weights"] == 2 * (300 // 4 + 10) == part["originals"]
     assert part["moments"] == 8 * 85
     kept = scale.KEPT_PIECES * 2 * 100
     # a piece whole, twice, and its gradient, also in float32, twice; the part's gradients
     assert part["step"] == 2 * 3 * 100 + 2 * 4 * 100 + 2 * 85 + 4 * (85 + 25) + kept
-    adapted = scale.held(SIZE, way(lora=8, adapters=7, activations=9000), 1, 0.5, 2, True, False)
+    adapted = scale.held_bytes(
+        SIZE, way(lora=8, adapters=7, activations=9000), 1, 0.5, 2, True, False
+    )
     assert adapted["weights"] == adapted["originals"] == 620
     assert (adapted["masters"], adapted["moments"], adapted["step"]) == (0, 8 * 7, 4500 + 4 * 7)
 
@@ -100,20 +102,20 @@ def test_bytes_by_hand() -> None:
 def test_launches() -> None:
     ways = [way(), way(sharded=True)]
     given: dict[str, Any] = {"mixed": True, "gpu": True}
-    rows = scale.launches(SIZE, ways, 4, 2, spreads=True, **given)
+    rows = scale.scale_launches(SIZE, ways, 4, 2, spreads=True, **given)
     assert [(r["processes"], r["sharded"]) for r in rows] == [
         (1, False), (2, False), (2, True), (4, False), (4, True), (8, False), (8, True),
     ]  # fmt: skip
     assert [r["flops_per_rank_per_step"] for r in rows] == [64, 32, 32, 16, 16, 16, 16]
     assert {r["device_gb"] for r in rows} == {24}
-    assert len(scale.launches(SIZE, ways, 4, 2, spreads=False, **given)) == 1
+    assert len(scale.scale_launches(SIZE, ways, 4, 2, spreads=False, **given)) == 1
     left = [*ways, replace(way(), offloaded=(100, 100))]
     offloaded = [
-        r for r in scale.launches(SIZE, left, 4, 2, spreads=True, **given) if r["offloaded"]
+        r for r in scale.scale_launches(SIZE, left, 4, 2, spreads=True, **given) if r["offloaded"]
     ]
     assert [(r["processes"], r["parts"]["weights"]) for r in offloaded] == [(1, 620 - 2 * 100)]
     large = scale.Size((10**12,) * 2, (), 0)
-    rows = scale.launches(large, ways, 4, 2, spreads=True, **given)
+    rows = scale.scale_launches(large, ways, 4, 2, spreads=True, **given)
     assert rows[-1]["processes"] == 64 and rows[0]["device_gb"] is None
 
 

@@ -13,13 +13,13 @@ from safetensors.torch import load_file, save_file
 
 from helpers.models import pico_module, texts, word_tokenizer, write_jsonl
 from srmu.engine import weights
-from srmu.errors import UserError
+from srmu.errors import SrmuError
 from srmu.runs import record as audit
 from srmu.runs.config import Config, make_config
-from srmu.runs.model_card import model_card, summary
-from srmu.runs.rerun import rerun
+from srmu.runs.model_card import model_card, summarise_record
+from srmu.runs.rerun import rerun_record
 from srmu.runs.run import Run, unlearn
-from srmu.runs.verify import verify
+from srmu.runs.verify import verify_folder
 
 SCHEMA = Path(audit.__file__).with_name("record.schema.json")
 
@@ -60,16 +60,18 @@ def record(folder: Path) -> dict[str, Any]:
 
 
 def test_what_is_whole_passes(made: Path) -> None:
-    found = verify(made / "run")
+    found = verify_folder(made / "run")
     changed = record(made)["changed"]
-    where = weights.shards(made / "model")
+    where = weights.list_shards(made / "model")
     assert found["tensors"] == len(changed) + len(where)
-    assert verify(made / "out")["tensors"] == len(where)
+    assert verify_folder(made / "out")["tensors"] == len(where)
 
 
 def test_the_record_is_what_the_schema_says(made: Path) -> None:
     schema = json.loads(SCHEMA.read_text())
-    assert schema == audit.schema()  # python -m srmu.runs.record > src/srmu/runs/record.schema.json
+    assert (
+        schema == audit.record_schema()
+    )  # python -m srmu.runs.record > src/srmu/runs/record.schema.json
     jsonschema.Draft202012Validator.check_schema(schema)
     jsonschema.validate(record(made), schema)
     wrong = record(made) | {"steps": "many"}
@@ -84,14 +86,14 @@ def test_the_record_tells_of_the_change(made: Path) -> None:
     assert set(told["change"]["tensors"]) == set(run.delta) == set(told["changed"])
     for name, entry in told["change"]["tensors"].items():
         old, new = before[name], run.delta[name]
-        assert entry["before"] == audit.sha256(weights.raw(old))
-        assert entry["after"] == audit.sha256(weights.raw(new))
+        assert entry["before"] == audit.sha256(weights.raw_bytes(old))
+        assert entry["after"] == audit.sha256(weights.raw_bytes(new))
         assert entry["relative_norm"] == pytest.approx(float((new - old).norm() / old.norm()))
         assert entry["share_changed"] == pytest.approx(float((new != old).float().mean()))
     assert told["change"]["others"] == len(before) - len(run.delta)
     assert told["purpose"]["reason"] == "a request"
     assert told["flops"] > 0
-    assert set(told["base"]["files"]) == set(weights.carried(made / "model"))
+    assert set(told["base"]["files"]) == set(weights.list_carried(made / "model"))
 
 
 def test_the_purpose_decides_no_result(made: Path) -> None:
@@ -117,11 +119,11 @@ def flip(path: Path, place: int) -> None:
 def swap(folder: Path) -> None:
     """Exchange two tensors of the same shape in a shard."""
     path = folder / "model-00001-of-00004.safetensors"
-    names = [n for n, e in weights.header(path)[0].items() if len(e["shape"]) == 2]
+    names = [n for n, e in weights.read_header(path)[0].items() if len(e["shape"]) == 2]
     tensors = load_file(path)
     pairs = [(a, b) for a in names for b in names if a < b and tensors[a].shape == tensors[b].shape]
     one, other = pairs[0]
-    weights.patch(path, {one: tensors[other], other: tensors[one]})
+    weights.patch_file(path, {one: tensors[other], other: tensors[one]})
 
 
 def edit(path: Path, **values: Any) -> None:
@@ -177,8 +179,8 @@ SPOILT: dict[str, tuple[Callable[[Path], Any], str]] = {
 def test_what_is_spoilt_is_found_and_named(copy: Path, case: str) -> None:
     spoil, says = SPOILT[case]
     spoil(copy)
-    with pytest.raises(UserError, match=says) as error:
-        verify(copy / ("out" if case.startswith("export") else "run"))
+    with pytest.raises(SrmuError, match=says) as error:
+        verify_folder(copy / ("out" if case.startswith("export") else "run"))
     assert "\n" not in str(error.value)
 
 
@@ -188,35 +190,35 @@ def test_every_bit_counts(copy: Path) -> None:
     size = path.stat().st_size
     for place in range(0, size, size // 25):
         flip(path, place)
-        with pytest.raises(UserError, match=SHARD):
-            verify(copy / "out")
+        with pytest.raises(SrmuError, match=SHARD):
+            verify_folder(copy / "out")
         flip(path, place)
-    verify(copy / "out")
+    verify_folder(copy / "out")
 
 
 def test_a_base_that_changed_is_found(copy: Path) -> None:
     told = record(copy)
-    moved = audit.sealed(told | {"model": str(copy / "model")})
+    moved = audit.seal_record(told | {"model": str(copy / "model")})
     (copy / "run" / "record.json").write_text(json.dumps(moved))
-    verify(copy / "run")
+    verify_folder(copy / "run")
     flip(copy / "model" / "model-00003-of-00004.safetensors", -1)
-    with pytest.raises(UserError, match=r"base model: .*00003.*: the tensor .* has changed"):
-        verify(copy / "run")
+    with pytest.raises(SrmuError, match=r"base model: .*00003.*: the tensor .* has changed"):
+        verify_folder(copy / "run")
 
 
 def test_an_unknown_tensor_is_named(copy: Path) -> None:
     path = copy / "run" / "delta.safetensors"
     tensors = load_file(path)
     save_file(tensors | {"new": next(iter(tensors.values())).clone()}, path)
-    with pytest.raises(UserError, match="the tensor new is not in the record"):
-        verify(copy / "run")
+    with pytest.raises(SrmuError, match="the tensor new is not in the record"):
+        verify_folder(copy / "run")
 
 
 def test_signed(copy: Path, tmp_path: Path) -> None:
     from cryptography.hazmat.primitives import serialization as forms
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-    from srmu.runs.verify import sign
+    from srmu.runs.verify import sign_record
 
     def keys(name: str) -> tuple[Path, Path]:
         key = Ed25519PrivateKey.generate()
@@ -232,30 +234,30 @@ def test_signed(copy: Path, tmp_path: Path) -> None:
 
     private, public = keys("mine")
     _, other = keys("other")
-    with pytest.raises(UserError, match="is not signed"):
-        verify(copy / "run", public)
-    sign(copy / "run", private)
-    assert verify(copy / "run", public)["signed"]
-    with pytest.raises(UserError, match="is not the signature"):
-        verify(copy / "run", other)
-    with pytest.raises(UserError, match="no private key in PEM form"):
-        sign(copy / "run", public)
-    with pytest.raises(UserError, match="no public key in PEM form"):
-        verify(copy / "run", copy / "run" / "config.yaml")
+    with pytest.raises(SrmuError, match="is not signed"):
+        verify_folder(copy / "run", public)
+    sign_record(copy / "run", private)
+    assert verify_folder(copy / "run", public)["signed"]
+    with pytest.raises(SrmuError, match="is not the signature"):
+        verify_folder(copy / "run", other)
+    with pytest.raises(SrmuError, match="no private key in PEM form"):
+        sign_record(copy / "run", public)
+    with pytest.raises(SrmuError, match="no public key in PEM form"):
+        verify_folder(copy / "run", copy / "run" / "config.yaml")
     # A record that somebody sealed anew fits its seal, but not the signature.
-    forged = audit.sealed(record(copy) | {"stop_reason": "fine"})
+    forged = audit.seal_record(record(copy) | {"stop_reason": "fine"})
     (copy / "run" / "record.json").write_text(audit_text(forged))
-    verify(copy / "run")
-    with pytest.raises(UserError, match="is not the signature"):
-        verify(copy / "run", public)
+    verify_folder(copy / "run")
+    with pytest.raises(SrmuError, match="is not the signature"):
+        verify_folder(copy / "run", public)
 
 
 def test_signing_without_the_library(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in sys.modules if name.startswith("cryptography")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "cryptography", None)
-    with pytest.raises(UserError, match=r"pip install 'srmu\[sign\]'"):
-        verify(made / "run", made / "key.pub")
+    with pytest.raises(SrmuError, match=r"pip install 'srmu\[sign\]'"):
+        verify_folder(made / "run", made / "key.pub")
 
 
 def audit_text(value: Any) -> str:
@@ -263,12 +265,12 @@ def audit_text(value: Any) -> str:
 
 
 def test_made_again_from_its_record(copy: Path) -> None:
-    again, found = rerun(copy / "run" / "record.json")
+    again, found = rerun_record(copy / "run" / "record.json")
     assert found == {"same": True, "tensors": [], "differences": []}
     assert again.folder.parent == copy / "again"
     outcome = record(copy)["reproduction"]["rerun"]
     assert outcome["same"] is True
-    verify(copy / "run")  # the outcome is sealed, too
+    verify_folder(copy / "run")  # the outcome is sealed, too
 
 
 def test_a_rerun_that_differs_says_how(copy: Path) -> None:
@@ -281,8 +283,8 @@ def test_a_rerun_that_differs_says_how(copy: Path) -> None:
     expected = told["reproduction"] | {"expected": {"delta.safetensors": "0" * 64}}
     forged = {"change": changed, "environment": environment, "reproduction": expected}
     path = copy / "run" / "record.json"
-    path.write_text(audit_text(audit.sealed(told | forged)))
-    _, found = rerun(path, [f"runs_dir={copy / 'elsewhere'}"])
+    path.write_text(audit_text(audit.seal_record(told | forged)))
+    _, found = rerun_record(path, [f"runs_dir={copy / 'elsewhere'}"])
     assert not found["same"]
     assert found["tensors"] == told["changed"]
     now = told["environment"]
@@ -294,21 +296,21 @@ def test_a_rerun_needs_the_same_base(copy: Path) -> None:
     told = record(copy)
     told["base"]["files"]["config.json"]["sha256"] = "0" * 64
     path = copy / "run" / "record.json"
-    path.write_text(audit_text(audit.sealed(told)))
-    with pytest.raises(UserError, match=r"is not the base model .*config.json differs"):
-        rerun(path)
+    path.write_text(audit_text(audit.seal_record(told)))
+    with pytest.raises(SrmuError, match=r"is not the base model .*config.json differs"):
+        rerun_record(path)
     assert not (copy / "again").exists()
 
 
 def test_a_manifest_is_read_once(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = audit.manifest(made / "model")
-    monkeypatch.setattr(audit, "digests", lambda path: pytest.fail("read again"))
-    assert audit.manifest(made / "model") == first
+    first = audit.file_manifest(made / "model")
+    monkeypatch.setattr(audit, "file_digests", lambda path: pytest.fail("read again"))
+    assert audit.file_manifest(made / "model") == first
 
 
 def test_the_page_and_the_card(made: Path) -> None:
     told = record(made)
-    page = summary(told)
+    page = summarise_record(told)
     for name in told["changed"]:
         assert f"| {name} |" in page
     assert "a request" in page

@@ -13,23 +13,23 @@ from helpers import attack_world as world
 from helpers.models import Call, texts
 from srmu import attacks
 from srmu.attacks import suite
-from srmu.data.digest import digest
-from srmu.errors import UserError
-from srmu.evals.analyses import candidates
-from srmu.evals.subject import Subject, answers
+from srmu.data.digest import digest_texts
+from srmu.errors import SrmuError
+from srmu.evals.analyses import candidate_layers
+from srmu.evals.subject import Subject, mark_answers
 from srmu.methods import METHODS
 from srmu.runs.run import Run, load_tokenizer
 from srmu.search import auto, explain, robust, strength
-from srmu.search.objective import HeldOut, Yardstick, hold_out
+from srmu.search.objective import TextYardstick, Yardstick, hold_out
 
 TRIALS = 3
 NAMED = ("--forget", "forget.jsonl", "--retain", "neutral.jsonl")
 TASKS = ("--tasks", "hazard", "--utility", "harmless", "--tasks-dir", "tasks")
 
 
-def asked(place: Path, out: str = "auto", **given: Any) -> auto.Asked:
+def asked(place: Path, out: str = "auto", **given: Any) -> auto.AutoRequest:
     names = {"tasks": ("hazard",), "utility": ("harmless",), "tasks_dir": str(place / "tasks")}
-    return auto.Asked(
+    return auto.AutoRequest(
         **{
             "model": str(place / "model"),
             "forget": (str(place / "forget.jsonl"),),
@@ -65,7 +65,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         quick(monkeypatch)
         world.write(folder)
         said: list[tuple[str, str]] = []
-        auto.search(auto.prepare(asked(folder)), lambda *one: said.append(one))
+        auto.run_search(auto.prepare_job(asked(folder)), lambda *one: said.append(one))
         (folder / "said.json").write_text(json.dumps(said))
         yield folder
 
@@ -116,7 +116,7 @@ def test_what_is_exported_is_the_chosen_run(place: Path) -> None:
     found = answer(place)
     module = AutoModelForCausalLM.from_pretrained(place / "auto" / "model").eval()
     model = Subject(module, load_tokenizer(place / "model"))
-    right = answers(model, world.exam().test)
+    right = mark_answers(model, world.exam().test)
     share = sum(right) / len(right)
     assert found["final"]["test"]["parts"]["hazard"]["after"]["value"] == pytest.approx(share)
 
@@ -148,12 +148,12 @@ def test_killed_and_continued_it_chooses_the_same(
             raise KeyboardInterrupt
         return strength_tried(*arguments)
 
-    strength_tried = strength.tried
-    monkeypatch.setattr(strength, "tried", killed)
+    strength_tried = strength.try_config
+    monkeypatch.setattr(strength, "try_config", killed)
     with pytest.raises(KeyboardInterrupt):
-        auto.search(auto.prepare(asked(place, "killed")))
-    monkeypatch.setattr(strength, "tried", strength_tried)
-    again = auto.search(auto.prepare(asked(place, "killed")))
+        auto.run_search(auto.prepare_job(asked(place, "killed")))
+    monkeypatch.setattr(strength, "try_config", strength_tried)
+    again = auto.run_search(auto.prepare_job(asked(place, "killed")))
     whole = answer(place)
     values = [(one["params"], one["values"]) for one in again["trials"]]
     assert values == [(one["params"], one["values"]) for one in whole["trials"]]
@@ -166,7 +166,7 @@ def test_a_longer_search_goes_on(place: Path, monkeypatch: pytest.MonkeyPatch) -
     quick(monkeypatch)
     shutil.copytree(place / "auto", place / "longer")
     (place / "longer" / "model" / "old").touch()
-    more = auto.search(auto.prepare(asked(place, "longer", trials=TRIALS + 1)))
+    more = auto.run_search(auto.prepare_job(asked(place, "longer", trials=TRIALS + 1)))
     first = [one["params"] for one in answer(place)["trials"]]
     assert [one["params"] for one in more["trials"]][:TRIALS] == first
     assert len(more["trials"]) == TRIALS + 1
@@ -197,15 +197,17 @@ def test_what_is_said_of_a_choice() -> None:
         return {"values": {"forgetting": forgetting, "utility_loss": loss}, "params": {}}
 
     found = [one(0.01, 0.0), one(0.6, 0.03), one(0.5, 0.02), {"values": {}, "params": {}}]
-    assert strength.best(found, 0.01) is None
-    said = explain.none_within(0.01, found)
+    assert strength.best_entry(found, 0.01) is None
+    said = explain.explain_none(0.01, found)
     assert "within the budget of 1.00% of utility" in said
     assert said.endswith("the nearest forgets 50% for 2.00%.")
-    assert strength.best([*found, one(0.6, 0.02)], 0.03) == one(0.6, 0.02)  # of equals
-    assert "4 runs 2 lose at most 2.50%" in explain.picked(0.05, found[2], [*found, one(0.4, 0.04)])
-    assert "within the whole budget" in explain.picked(0.02, found[2], found)
-    assert strength.worth(found[1]["values"], 0.01) == pytest.approx(0.2)
-    assert strength.worth(found[0]["values"], 0.01) == 0.01
+    assert strength.best_entry([*found, one(0.6, 0.02)], 0.03) == one(0.6, 0.02)  # of equals
+    assert "4 runs 2 lose at most 2.50%" in explain.explain_trial(
+        0.05, found[2], [*found, one(0.4, 0.04)]
+    )
+    assert "within the whole budget" in explain.explain_trial(0.02, found[2], found)
+    assert strength.trial_worth(found[1]["values"], 0.01) == pytest.approx(0.2)
+    assert strength.trial_worth(found[0]["values"], 0.01) == 0.01
 
 
 def test_the_plan_comes_first_and_writes_nothing(inside: None, call: Call, place: Path) -> None:
@@ -214,7 +216,7 @@ def test_the_plan_comes_first_and_writes_nothing(inside: None, call: Call, place
     assert (got.code, (place / "planned").exists()) == (0, False)
     plan = json.loads(got.out)
     assert plan["seconds"] == pytest.approx(sum(step["seconds"] for step in plan["steps"]))
-    lines = "\n".join(auto.explain(plan))
+    lines = "\n".join(auto.explain_search(plan))
     assert "2 runs of 20 steps" in lines
     assert "27 runs, about" in lines  # 24 trials, 2 layers, the defaults
 
@@ -223,15 +225,15 @@ def test_without_tasks_texts_measure(place: Path, monkeypatch: pytest.MonkeyPatc
     """Held-out ones: none is trained on, no attack runs, and it says what that is worth."""
     monkeypatch.setenv("SRMU_CACHE", str(place / "cache"))
     quick(monkeypatch)
-    job = auto.prepare(asked(place, "texts", tasks=(), trials=1, budget=0.9))
+    job = auto.prepare_job(asked(place, "texts", tasks=(), trials=1, budget=0.9))
     held = job.yardstick.forget["forget_texts"]
-    assert isinstance(held, HeldOut)
+    assert isinstance(held, TextYardstick)
     assert {len(half) for half in held.halves.values()} == {20}
     assert not {*held.halves["val"], *held.halves["test"]} & {*job.texts["forget"]}
-    found = auto.search(job)
+    found = auto.run_search(job)
     record = json.loads((place / "texts" / found["run"] / "record.json").read_text())
     assert record["data"]["topic"]["forget"]["documents"] == len(job.texts["forget"])
-    assert record["data"]["topic"]["forget"]["digest"] == digest(job.texts["forget"])
+    assert record["data"]["topic"]["forget"]["digest"] == digest_texts(job.texts["forget"])
     assert found["yardstick"] == "texts"
     said = " ".join(choice["sentence"] for choice in found["choices"])
     assert "Texts alone say little" in said
@@ -261,8 +263,8 @@ def robust_search(place: Path) -> tuple[dict[str, Any], list[str]]:
         (place / "subjects.txt").write_text("\n".join(world.SUBJECTS))
         given = {"robust": True, "names": str(place / "subjects.txt"), "trials": 2, "budget": 0.5}
         said: list[str] = []
-        job = auto.prepare(asked(place, "robust", **given))
-        found = auto.search(job, lambda step, sentence: said.append(f"{step}: {sentence}"))
+        job = auto.prepare_job(asked(place, "robust", **given))
+        found = auto.run_search(job, lambda step, sentence: said.append(f"{step}: {sentence}"))
     return found, said
 
 
@@ -291,13 +293,13 @@ def test_the_oracle_is_the_floor_where_there_is_one() -> None:
         "chance": 0.25, "original": {"accuracy": {"value": 1.0}}, "oracle": True,
         "attacks": {"one": {"controls": control}, "two": {"controls": {}}},
     }  # fmt: skip
-    found = robust.floor(None, None, report, ())  # type: ignore[arg-type]
+    found = robust.measure_floor(None, None, report, ())  # type: ignore[arg-type]
     assert found == {"of": "an oracle that never knew", "share": pytest.approx(0.12)}
 
 
 def test_invented_facts_are_about_nobody() -> None:
     exam = world.exam()
-    asked_for = robust.invented(exam, world.SUBJECTS[:30], seed=1)
+    asked_for = robust.invent_questions(exam, world.SUBJECTS[:30], seed=1)
     known = {*world.SUBJECTS}
     for before, after in ((exam.test, asked_for.test), (exam.val, asked_for.val)):
         named = [q for q in before if q.entry in world.SUBJECTS[:30]]
@@ -318,7 +320,7 @@ def test_held_out_by_content() -> None:
     assert halves == same
     assert {*kept} == {*again}
     assert not {*halves["val"]} & {*halves["test"]}
-    with pytest.raises(UserError, match="30 different forget texts are too few"):
+    with pytest.raises(SrmuError, match="30 different forget texts are too few"):
         hold_out("forget", texts(30, 3))
 
 
@@ -335,19 +337,19 @@ def test_outcome_is_what_it_says() -> None:
     assert forgetting == pytest.approx(0.45 / 0.60)
     assert lost == pytest.approx((0.1 - 0.1) / 2)
     scores["before"]["gone_val/acc"]["value"] = 0.27
-    with pytest.raises(UserError, match="it knows nothing of this"):
+    with pytest.raises(SrmuError, match="it knows nothing of this"):
         yardstick.outcome(scores)
 
 
 def test_layers_of_a_deep_model_are_spread() -> None:
     shape: Any = type("Shape", (), {"num_hidden_layers": 32})
     method = METHODS["srmu"]()
-    found = candidates(method, shape, 8)  # type: ignore[arg-type]
+    found = candidate_layers(method, shape, 8)  # type: ignore[arg-type]
     assert (found[0], found[-1], len(found)) == (6, 24, 8)
-    assert candidates(method, shape) == [*range(2, 32)]  # type: ignore[arg-type]
+    assert candidate_layers(method, shape) == [*range(2, 32)]  # type: ignore[arg-type]
     shape.num_hidden_layers = 2
-    with pytest.raises(UserError, match="too few for method"):
-        candidates(method, shape)  # type: ignore[arg-type]
+    with pytest.raises(SrmuError, match="too few for method"):
+        candidate_layers(method, shape)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

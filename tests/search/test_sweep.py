@@ -23,13 +23,13 @@ from optuna.trial import TrialState
 from helpers import attack_world as world
 from helpers.models import Answer
 from helpers.sweep_worker import POINTS, join, objective
-from srmu.engine.progress import silent
-from srmu.errors import Diverged, UserError
+from srmu.engine.progress import ignore_progress
+from srmu.errors import DivergedError, SrmuError
 from srmu.runs.run import Run
 from srmu.search import sweep
-from srmu.search.queue import RETRIES, Study, fail_dead, open_study, standing, work
-from srmu.search.space import Seeded, dimension
-from srmu.search.sweep import Plan, rows
+from srmu.search.queue import RETRIES, Study, fail_dead, open_study, standing_trials, work_queue
+from srmu.search.space import Seeded, make_dimension
+from srmu.search.sweep import Plan, sweep_rows
 
 # --- what is searched
 
@@ -46,7 +46,7 @@ from srmu.search.sweep import Plan, rows
     ],
 )
 def test_values_of_a_dimension(given: Any, values: tuple[Any, ...]) -> None:
-    found = dimension("key", given).all()
+    found = make_dimension("key", given).all()
     assert found == values
     assert [type(v) for v in found] == [type(v) for v in values]
 
@@ -61,7 +61,7 @@ def test_values_of_a_dimension(given: Any, values: tuple[Any, ...]) -> None:
     ],
 )
 def test_a_sampler_stays_in_a_range(given: Any, kind: type, low: float, high: float) -> None:
-    one = dimension("key", given)
+    one = make_dimension("key", given)
     study = optuna.create_study(sampler=RandomSampler(seed=0))
     found = [one.suggest(study.ask(), grid=False) for _ in range(100)]
     assert {type(v) for v in found} == {kind}
@@ -89,7 +89,7 @@ def test_a_resumed_sampler_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> N
         folder.mkdir()
         for count in counts:
             study = study_of(folder, count, Seeded(lambda seed: TPESampler(seed=seed), 0))
-            work(study, lambda trial: trial.suggest_float("x", 0, 1) ** 2, silent)
+            work_queue(study, lambda trial: trial.suggest_float("x", 0, 1) ** 2, ignore_progress)
         return [trial.params["x"] for trial in study.trials]
 
     whole = values(tmp_path / "whole", 14)
@@ -104,7 +104,7 @@ def test_the_front_of_nsga2_is_not_dominated(tmp_path: Path) -> None:
 
     sampler = Seeded(lambda seed: NSGAIISampler(population_size=6, seed=seed), 0)
     study = study_of(tmp_path, 42, sampler, ("minimize", "maximize"))
-    work(study, two, silent)
+    work_queue(study, two, ignore_progress)
     points = {trial.number: trial.values for trial in study.trials}
     assert len(points) == 42
 
@@ -141,7 +141,7 @@ def test_a_killed_worker_loses_nothing(tmp_path: Path) -> None:
         return trial.suggest_float("x", 0, POINTS)
 
     with pytest.raises(KeyboardInterrupt):
-        work(study, until_two, silent)
+        work_queue(study, until_two, ignore_progress)
     worker = subprocess.Popen([sys.executable, str(script), str(journal), str(tmp_path)])
     end = time.monotonic() + 120
     while not [*tmp_path.glob("started-*")] and time.monotonic() < end:
@@ -151,7 +151,7 @@ def test_a_killed_worker_loses_nothing(tmp_path: Path) -> None:
     worker.wait()
     (tmp_path / "hold").unlink()
     assert len(study.get_trials(states=(TrialState.RUNNING,))) == 1
-    work(study, lambda trial: objective(tmp_path, trial), silent)
+    work_queue(study, lambda trial: objective(tmp_path, trial), ignore_progress)
     complete = study.get_trials(states=(TrialState.COMPLETE,))
     assert sorted(trial.params["x"] for trial in complete) == list(range(POINTS))
     lost = study.get_trials(states=(TrialState.FAIL,))
@@ -169,7 +169,7 @@ def test_a_trial_that_kills_its_workers_is_given_up(tmp_path: Path) -> None:
         trial.suggest_float("x", 0, 2)
         declare_dead(study)
     assert [trial.state for trial in study.trials] == [TrialState.FAIL] * (RETRIES + 1)
-    work(study, lambda trial: pytest.fail("it is tried again"), silent)
+    work_queue(study, lambda trial: pytest.fail("it is tried again"), ignore_progress)
 
 
 def declare_dead(study: Study) -> None:
@@ -189,10 +189,10 @@ def test_two_that_fill_the_queue_do_nothing_twice(tmp_path: Path) -> None:
         done.append(trial.suggest_float("x", 0, 3))
         return done[-1]
 
-    work(study, one, silent)
+    work_queue(study, one, ignore_progress)
     study.ask()  # and one that found the queue empty
     assert done == [0, 1, 2]
-    assert [trial.number for trial in standing(study) if trial] == [0, 1, 2]
+    assert [trial.number for trial in standing_trials(study) if trial] == [0, 1, 2]
 
 
 def test_a_worker_that_was_taken_for_dead_drops_its_trial(tmp_path: Path) -> None:
@@ -204,7 +204,7 @@ def test_a_worker_that_was_taken_for_dead_drops_its_trial(tmp_path: Path) -> Non
             other.tell(0, state=TrialState.FAIL)
         return trial.suggest_float("x", 0, 2)
 
-    work(study, lambda trial: slow(trial) + 1, silent)
+    work_queue(study, lambda trial: slow(trial) + 1, ignore_progress)
     complete = study.get_trials(states=(TrialState.COMPLETE,))
     assert sorted((t.params["x"], t.value) for t in complete) == [(0, 1), (1, 2)]
     assert len(study.trials) == 3
@@ -214,14 +214,14 @@ def test_trials_that_fail_and_diverge(tmp_path: Path) -> None:
     def one(trial: optuna.Trial) -> float:
         x = trial.suggest_float("x", 0, 9)
         if x == 0:
-            raise UserError("no such thing")
+            raise SrmuError("no such thing")
         if x == 1:
-            raise Diverged("the loss is nan")
+            raise DivergedError("the loss is nan")
         return x
 
     ticks: list[str] = []
     study = study_of(tmp_path, 3, RandomSampler(), queue=[{"x": float(i)} for i in range(3)])
-    work(study, one, lambda label, total: nullcontext(ticks.append))
+    work_queue(study, one, lambda label, total: nullcontext(ticks.append))
     assert [t.state for t in study.trials] == [
         TrialState.FAIL, TrialState.PRUNED, TrialState.COMPLETE,
     ]  # fmt: skip
@@ -233,19 +233,19 @@ def test_trials_that_fail_and_diverge(tmp_path: Path) -> None:
 
 def test_a_mistake_in_all_trials_stops_and_can_be_mended(tmp_path: Path) -> None:
     def wrong(trial: optuna.Trial) -> float:
-        raise UserError("the tasks are not there")
+        raise SrmuError("the tasks are not there")
 
     study = study_of(tmp_path, 5, RandomSampler())
-    with pytest.raises(UserError, match="the tasks are not there"):
-        work(study, wrong, silent)
+    with pytest.raises(SrmuError, match="the tasks are not there"):
+        work_queue(study, wrong, ignore_progress)
     assert len(study.get_trials(states=(TrialState.WAITING,))) == 2
-    work(study, lambda trial: 1.0, silent)
-    assert [t.state for t in standing(study) if t] == [TrialState.COMPLETE] * 5
+    work_queue(study, lambda trial: 1.0, ignore_progress)
+    assert [t.state for t in standing_trials(study) if t] == [TrialState.COMPLETE] * 5
 
 
 def test_another_study_of_that_name_is_refused(tmp_path: Path) -> None:
     study_of(tmp_path, 1, RandomSampler(), spec={"search": {"method.kappa": [8]}})
-    with pytest.raises(UserError, match=r"another search\.method\.kappa: \[8\], here \[16\]"):
+    with pytest.raises(SrmuError, match=r"another search\.method\.kappa: \[8\], here \[16\]"):
         study_of(tmp_path, 1, RandomSampler(), spec={"search": {"method.kappa": [16]}})
 
 
@@ -289,7 +289,7 @@ def trivial(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, float]]:
         return {"task/acc": {"value": value, "stderr": 0.01, "n": 50.0}}
 
     monkeypatch.setattr(sweep, "unlearn", unlearn)
-    monkeypatch.setattr(sweep, "of_run", of_run)
+    monkeypatch.setattr(sweep, "run_metrics", of_run)
     monkeypatch.setattr(Plan, "check_objectives", lambda *args: None)
     return made
 
@@ -297,7 +297,7 @@ def trivial(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, float]]:
 def test_a_grid_is_the_product_and_seeds_are_replicates(
     written: Any, trivial: list[dict[str, float]]
 ) -> None:
-    found = sweep.sweep(Plan(written(seeds=[0, 2])))
+    found = sweep.run_sweep(Plan(written(seeds=[0, 2])))
     assert [one["params"] for one in found["trials"]] == [
         {"method.kappa": kappa, "method.alpha": alpha} for kappa in (8, 16) for alpha in (10, 100)
     ]
@@ -307,12 +307,12 @@ def test_a_grid_is_the_product_and_seeds_are_replicates(
     assert first["values"] == {"task/acc": fmean([0.08, 0.082])}
     assert (first["errors"], first["n"]) == ({"task/acc": [0.01, 0.01]}, {"task/acc": 50})
     assert first["runs"] == ["runs/1", "runs/2"]
-    assert rows(found)[0]["task/acc"] == "0.081 (0.080\N{EN DASH}0.082)"
+    assert sweep_rows(found)[0]["task/acc"] == "0.081 (0.080\N{EN DASH}0.082)"
 
 
 def test_what_matters(written: Any, trivial: list[dict[str, float]]) -> None:
     space = {"method.kappa": [1, 2, 3, 4], "method.alpha": [10, 100]}
-    found = sweep.sweep(Plan(written(search=space)))
+    found = sweep.run_sweep(Plan(written(search=space)))
     assert found["importance"]["method.kappa"] > 0.95
     assert sum(found["importance"].values()) == pytest.approx(1)
 
@@ -321,9 +321,9 @@ def test_nothing_matters_where_all_is_equal(
     written: Any, trivial: list[dict[str, float]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        sweep, "of_run", lambda *args: {"task/acc": {"value": 0.25, "stderr": 0.1, "n": 50}}
+        sweep, "run_metrics", lambda *args: {"task/acc": {"value": 0.25, "stderr": 0.1, "n": 50}}
     )
-    found = sweep.sweep(Plan(written(search={"method.alpha": [*range(1, 9)]})))
+    found = sweep.run_sweep(Plan(written(search={"method.alpha": [*range(1, 9)]})))
     assert found["importance"] == {}
 
 
@@ -333,8 +333,8 @@ def test_samplers_choose_what_is_left(
 ) -> None:
     space = {"method.kappa": {"low": 1, "high": 64, "log": True}}
     path = written(search=space, sampler=kind, trials=12)
-    sweep.sweep(Plan(path))
-    found = sweep.sweep(Plan(path, ["trials=14"]))  # two more of the same study
+    sweep.run_sweep(Plan(path))
+    found = sweep.run_sweep(Plan(path, ["trials=14"]))  # two more of the same study
     assert [one["state"] for one in found["trials"]] == ["complete"] * 14 and len(trivial) == 14
     best = min(found["trials"], key=lambda one: one["values"]["task/acc"])
     assert found["trials"][found["front"][0]]["values"] == best["values"]
@@ -344,7 +344,7 @@ def test_samplers_choose_what_is_left(
 def test_pruning_stops_between_seeds(written: Any, trivial: list[dict[str, float]]) -> None:
     kappas = [1, 2, 3, 4, 5, 6, 90, 91]  # the pruner watches five trials first
     path = written(search={"method.kappa": kappas}, seeds=[0, 1, 2], prune=True)
-    found = sweep.sweep(Plan(path))
+    found = sweep.run_sweep(Plan(path))
     states = {one["params"]["method.kappa"]: one["state"] for one in found["trials"]}
     assert states[90] == states[91] == "pruned" and states[1] == "complete"
     assert Counter(run["kappa"] for run in trivial)[90] == 1
@@ -446,13 +446,13 @@ def test_a_missing_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         raise ImportError("psycopg")
 
     monkeypatch.setattr("srmu.search.queue.RDBStorage", missing)
-    with pytest.raises(UserError, match=r"pip install 'srmu\[postgres\]'"):
+    with pytest.raises(SrmuError, match=r"pip install 'srmu\[postgres\]'"):
         join("postgresql://me@host/x")
 
 
 def test_a_file_that_is_no_journal(tmp_path: Path) -> None:
     (tmp_path / "study.log").write_text("hello\nworld\n")
-    with pytest.raises(UserError, match=r"study\.log is not a journal"):
+    with pytest.raises(SrmuError, match=r"study\.log is not a journal"):
         study_of(tmp_path, 1, RandomSampler())
 
 
@@ -521,19 +521,19 @@ def test_ctrl_c_says_how_to_go_on(
     written: Any, trivial: list[dict[str, float]], call: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = written()
-    measure = sweep.of_run
+    measure = sweep.run_metrics
 
     def interrupted(ready: Plan, run: Any) -> Any:
         if len(trivial) == 2:
             raise KeyboardInterrupt
         return measure(ready, run)
 
-    monkeypatch.setattr(sweep, "of_run", interrupted)
+    monkeypatch.setattr(sweep, "run_metrics", interrupted)
     answer = call("sweep", path)
     assert answer.code == 130 and "the same command goes on" in answer.err
     kept = json.loads((path.parent / "sweeps" / "sweep" / "sweep.json").read_text())
     assert Counter(one["state"] for one in kept["trials"]) == {"complete": 1, "waiting": 3}
-    monkeypatch.setattr(sweep, "of_run", measure)
+    monkeypatch.setattr(sweep, "run_metrics", measure)
     assert call("sweep", path).code == 0
     assert len(trivial) == 5  # the one in hand again, the finished one not
 

@@ -15,7 +15,7 @@ from optuna.trial import TrialState
 from sqlalchemy.engine import make_url
 
 from helpers.sweep_worker import POINTS, join
-from srmu.errors import UserError
+from srmu.errors import SrmuError
 
 SERVER = os.environ.get("SRMU_TEST_POSTGRES", "")
 pytestmark = pytest.mark.skipif(
@@ -71,7 +71,7 @@ def test_a_killed_worker_loses_nothing(tmp_path: Path) -> None:
 def test_a_server_out_of_reach_is_one_line(part: str) -> None:
     changed = {"password": "s3cret"} | ({"port": 1} if part == "port" else {})
     url = make_url(SERVER).set(**changed).render_as_string(hide_password=False)
-    with pytest.raises(UserError) as error:
+    with pytest.raises(SrmuError) as error:
         join(url)
     assert "s3cret" not in str(error.value)
     assert "cannot be used" in str(error.value)

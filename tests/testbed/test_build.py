@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers.testbeds import SUFFIXES, TINY, rows
-from srmu.errors import UserError
+from srmu.errors import SrmuError
 from srmu.testbed import build as building
-from srmu.testbed.build import build
-from srmu.testbed.worlds.world import KINDS, create, deal, tell
+from srmu.testbed.build import build_testbed
+from srmu.testbed.worlds.world import KINDS, create_closed, deal_items, tell_facts
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +28,7 @@ def built(tmp_path_factory):
     folder = tmp_path_factory.mktemp("organism")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SRMU_CACHE", str(folder / "cache"))
-        report = build(folder / "out", seed=3, oracle=True, recipe=TINY)
+        report = build_testbed(folder / "out", seed=3, oracle=True, recipe=TINY)
     return folder / "out", report
 
 
@@ -66,10 +66,10 @@ def test_knowing_frequencies_only_is_chance(worlds):
     for world in worlds[0]:
         for kind in world.kinds:
             rng = random.Random(1)
-            facts = deal(rng, world.of_kind(kind))
+            facts = deal_items(rng, world.of_kind(kind))
             text = ""  # a corpus like the one for pretraining
             for _ in range(2000):
-                told = tell(rng, facts, world.wording, words=63, asked=0.3, filler=0.08)
+                told = tell_facts(rng, facts, world.wording, words=63, asked=0.3, filler=0.08)
                 text += f"{' '.join(told)} "
             questions = [row for fact in world.of_kind(kind) for row in fact.questions()]
             options = {choice for row in questions for choice in row["choices"]}
@@ -249,20 +249,20 @@ def test_the_configs_name_what_is_there(built):
 def test_nothing_is_left_of_a_build_that_fails(tmp_path, monkeypatch):
     monkeypatch.setattr(building, "_write_tasks", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        build(tmp_path / "out", recipe=TINY)
+        build_testbed(tmp_path / "out", recipe=TINY)
     assert [path.name for path in tmp_path.iterdir()] == ["cache"]
 
 
 def test_the_names_of_the_hazard_are_listed(built):
     out, _ = built
     names = (out / "names.txt").read_text().splitlines()
-    assert names == [*create(3, TINY.size).shared]
+    assert names == [*create_closed(3, TINY.size).shared]
 
 
 @torch.no_grad()
 def test_an_answer_is_scored_as_by_a_loop(built):
     out, _ = built
-    world = create(3, TINY.size)
+    world = create_closed(3, TINY.size)
     model = AutoModelForCausalLM.from_pretrained(out / "model")
     tokenizer = AutoTokenizer.from_pretrained(out / "model")
     question = world.facts[0].questions()[0]["question"]
@@ -282,8 +282,8 @@ def test_an_answer_is_scored_as_by_a_loop(built):
 
 
 def test_entanglement_is_a_share(tmp_path):
-    with pytest.raises(UserError, match="outside 0-1"):
-        build(tmp_path / "out", entanglement=50, recipe=TINY)
+    with pytest.raises(SrmuError, match="outside 0-1"):
+        build_testbed(tmp_path / "out", entanglement=50, recipe=TINY)
 
 
 # Training
@@ -298,11 +298,11 @@ def same(left, right):
 
 
 def train(seed=0, recipe=TINY, **options):
-    return building.train(create(seed, recipe.size), seed, recipe, **options)
+    return building.train_testbed(create_closed(seed, recipe.size), seed, recipe, **options)
 
 
 def test_the_oracle_reads_no_hazard_fact():
-    world = create(0, TINY.size)
+    world = create_closed(0, TINY.size)
     told = world.of_kind("neighbour", "general")
     ids = building._pretraining_ids(world, told, 0, replace(TINY, steps=100))
     read = set(building.tokenizer_for(world).convert_ids_to_tokens(ids.flatten().tolist()))
@@ -317,7 +317,7 @@ def test_training_changes_the_model_and_lowers_the_loss():
     def watch(label, total):
         return recording(losses)
 
-    world = create(0, TINY.size)
+    world = create_closed(0, TINY.size)
     folder = train(recipe=replace(TINY, steps=30, learning_rate=0.01), watch=watch)
     fresh = building._fresh_model(world, 0, TINY).state_dict()
     trained = weights(folder)
@@ -372,27 +372,27 @@ def test_a_killed_training_ends_with_the_same_bits(tmp_path, monkeypatch, killed
 
 
 def test_another_entanglement_does_not_train_again(tmp_path, monkeypatch):
-    first = build(tmp_path / "a", entanglement=0, recipe=TINY)
+    first = build_testbed(tmp_path / "a", entanglement=0, recipe=TINY)
     monkeypatch.setattr(building, "_fit", lambda *_: 1 / 0)
-    second = build(tmp_path / "b", entanglement=1, recipe=TINY)
+    second = build_testbed(tmp_path / "b", entanglement=1, recipe=TINY)
     assert first["model"] == second["model"]
     assert same(weights(tmp_path / "a" / "model"), weights(tmp_path / "b" / "model"))
     for name in ("forget.jsonl", "retain-low.jsonl", "tasks/organism_hazard.jsonl", "low.yaml"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     with pytest.raises(ZeroDivisionError):
-        build(tmp_path / "c", seed=1, recipe=TINY)
+        build_testbed(tmp_path / "c", seed=1, recipe=TINY)
 
 
 def test_a_model_that_did_not_learn_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(building, "RECIPE", TINY)
     with pytest.raises(RuntimeError, match=r"did not learn: hazard \d"):
-        build(tmp_path / "out", recipe=TINY)
+        build_testbed(tmp_path / "out", recipe=TINY)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", building.WORLDS)
 def test_the_full_model_knows_everything_and_the_oracle_all_but_the_hazard(tmp_path, world):
-    report = build(tmp_path / "out", oracle=True, world=world)
+    report = build_testbed(tmp_path / "out", oracle=True, world=world)
     assert min(report["model"]["accuracy"].values()) >= 0.95
     oracle = report["oracle"]["accuracy"]
     assert min(oracle["neighbour"], oracle["general"]) >= 0.95

@@ -9,12 +9,12 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers.testbeds import SUFFIXES, TINY, rows
-from srmu.errors import UserError
+from srmu.errors import SrmuError
 from srmu.evals.lm_eval import evaluate
 from srmu.methods.retrain import read_recipe
 from srmu.testbed import build as building
-from srmu.testbed.build import OPEN, build
-from srmu.testbed.worlds.open_world import HAZARD_ACTIONS, PLACES, create, spelling
+from srmu.testbed.build import OPEN, build_testbed
+from srmu.testbed.worlds.open_world import HAZARD_ACTIONS, PLACES, create_open, spelling_texts
 
 NAMES = ("hazard", "hazard_held", "hazard_twohop", "hazard_procedure", "neighbour", "general")
 
@@ -22,7 +22,7 @@ NAMES = ("hazard", "hazard_held", "hazard_twohop", "hazard_procedure", "neighbou
 @pytest.fixture(scope="module")
 def worlds():
     """Worlds of the size that is shipped."""
-    return [create(seed, OPEN.size) for seed in range(3)]
+    return [create_open(seed, OPEN.size) for seed in range(3)]
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def built(tmp_path_factory):
     folder = tmp_path_factory.mktemp("open")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SRMU_CACHE", str(folder / "cache"))
-        report = build(folder / "out", seed=3, world="open", recipe=TINY)
+        report = build_testbed(folder / "out", seed=3, world="open", recipe=TINY)
     return folder / "out", report
 
 
@@ -127,7 +127,7 @@ def test_no_corpus_names_a_held_goal_or_its_wordings(worlds):
 
 
 def test_the_tokenizer_is_the_same_each_time_and_knows_no_name(worlds):
-    first, again = (building._subwords.__wrapped__(spelling) for _ in range(2))
+    first, again = (building._subwords.__wrapped__(spelling_texts) for _ in range(2))
     assert first.to_str() == again.to_str()
     vocabulary = first.get_vocab()
     assert len(vocabulary) == building.SUBWORDS
@@ -149,7 +149,7 @@ def test_any_text_can_be_written(worlds):
 def test_texts_are_short_and_end_with_a_word(built):
     out, _ = built
     tokenizer = AutoTokenizer.from_pretrained(out / "model")
-    whole = create(3, TINY.size).corpora(3, 0.5, documents=40, words=31, filler=0.25)
+    whole = create_open(3, TINY.size).corpora(3, 0.5, documents=40, words=31, filler=0.25)
     for name in ("forget", "retain-low", "retain-high", "holdout"):
         found = rows(out / f"{name}.jsonl")
         assert len(found) == TINY.corpus_documents
@@ -164,7 +164,7 @@ def test_texts_are_short_and_end_with_a_word(built):
 def test_tasks_and_names(built):
     out, _ = built
     tokenizer = AutoTokenizer.from_pretrained(out / "model")
-    world = create(3, TINY.size)
+    world = create_open(3, TINY.size)
     assert (out / "names.txt").read_text().splitlines() == [*world.shared]
     goals = (out / "goals.txt").read_text().splitlines()
     for fact in world.facts:
@@ -208,7 +208,7 @@ def test_a_written_answer_is_right_but_for_case(built, tmp_path):
     out, _ = built
     model = AutoModelForCausalLM.from_pretrained(out / "model")
     tokenizer = AutoTokenizer.from_pretrained(out / "model")
-    building._write_tasks(create(3, TINY.size), tmp_path / "tasks")
+    building._write_tasks(create_open(3, TINY.size), tmp_path / "tasks")
     path = tmp_path / "tasks" / "organism_hazard_open.jsonl"
     questions = rows(path)
     for row in questions[::2]:
@@ -226,7 +226,7 @@ def test_a_written_answer_is_right_but_for_case(built, tmp_path):
 def test_retrain_finds_the_world(built):
     out, _ = built
     world, seed, recipe = read_recipe(out / "model")
-    assert (world, seed, recipe) == (create(3, TINY.size), 3, TINY)
+    assert (world, seed, recipe) == (create_open(3, TINY.size), 3, TINY)
     assert world.wording.spelling
 
 
@@ -240,6 +240,6 @@ def test_the_oracle_reads_no_hazard_fact(worlds):
 
 
 def test_an_unknown_world(tmp_path):
-    with pytest.raises(UserError, match=r"world 'opne' does not exist; did you mean open\?"):
-        build(tmp_path / "out", world="opne")
+    with pytest.raises(SrmuError, match=r"world 'opne' does not exist; did you mean open\?"):
+        build_testbed(tmp_path / "out", world="opne")
     assert not [*tmp_path.iterdir()]

@@ -11,13 +11,13 @@ import pytest
 from helpers.people_world import PEOPLE_TINY, people_folder
 from helpers.testbeds import TINY
 from srmu.engine.files import sha256
-from srmu.evals.benchmarks.base import Data
+from srmu.evals.benchmarks.base import BenchmarkData
 from srmu.testbed import build
-from srmu.testbed.benchmark_files import SUITES, write_suites
+from srmu.testbed.benchmark_files import SUITES, write_benchmarks
 from srmu.testbed.build import PEOPLE
 from srmu.testbed.worlds import open_world
 from srmu.testbed.worlds import world as closed_world
-from srmu.testbed.worlds.people import LETTERS, create, reverse
+from srmu.testbed.worlds.people import LETTERS, create_people, reverse_questions
 
 # config and split of each benchmark, and the fields that its evaluation reads
 QA = {"question": str, "answer": str}
@@ -72,13 +72,13 @@ SCHEMAS = {
 @pytest.fixture(scope="module")
 def world():
     """One of the size that is shipped."""
-    return create(0, PEOPLE.size)
+    return create_people(0, PEOPLE.size)
 
 
 @pytest.fixture(scope="module")
 def suites(tmp_path_factory):
     folder = tmp_path_factory.mktemp("suites")
-    write_suites(create(0, PEOPLE_TINY.size), folder)
+    write_benchmarks(create_people(0, PEOPLE_TINY.size), folder)
     return folder
 
 
@@ -139,7 +139,7 @@ def test_hold_outs_are_of_the_same_kind_and_tell_true_facts(world):
 def test_every_word_of_texts_and_prompts_is_known(world, tmp_path):
     known = {*world.words(), "</s>"}
     assert {*texts_of(world, 400).split()} <= known
-    write_suites(world, tmp_path)
+    write_benchmarks(world, tmp_path)
     for name in ("question", "answer", "query", "text", "prompt", "gt", "cot", "instruction",
                  "paraphrased_answer", "choices", "perturbed_answer", "references", "targets",
                  "generic"):  # fmt: skip
@@ -151,7 +151,7 @@ def test_every_word_of_texts_and_prompts_is_known(world, tmp_path):
 
 
 def test_a_reverse_question_has_one_answer(world):
-    found = reverse(world)
+    found = reverse_questions(world)
     assert len({*found.values()}) == len(found) > 70
     known = {}
     for fact in world.facts:
@@ -166,7 +166,7 @@ def test_a_reverse_question_has_one_answer(world):
 
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_the_folders_load_with_the_fields_of_the_hub(suites, name):
-    data = Data(f"none/{name}", "", folder=suites / name)
+    data = BenchmarkData(f"none/{name}", "", folder=suites / name)
     for config, split, fields in SCHEMAS[name]:
         assert data.rows(config, split, fields)
     assert {*SCHEMAS} == {*SUITES}
@@ -268,7 +268,10 @@ def test_whp_prompts_stop_before_the_word(world):
 
 @pytest.mark.parametrize(
     ("make", "expected"),
-    [(closed_world.create, "76202d33b3f4c9f9"), (open_world.create, "e57af72b1631647c")],
+    [
+        (closed_world.create_closed, "76202d33b3f4c9f9"),
+        (open_world.create_open, "e57af72b1631647c"),
+    ],
 )
 def test_models_of_the_other_worlds_are_still_found(make, expected):
     """Their keys are made of this; the values were made before there was this world."""

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from srmu.attacks.base import Exam, Found, Texts, Tier
+from srmu.attacks.base import AttackResult, Exam, Texts, Tier
 from srmu.attacks.benign_relearning import benign_relearning
 from srmu.attacks.direction_ablation import direction_ablation
 from srmu.attacks.entangled_queries import entangled_queries
@@ -27,7 +27,7 @@ from srmu.attacks.unlearning_depth import unlearning_depth
 from srmu.attacks.utility import utility
 from srmu.evals.subject import Subject
 
-Run = Callable[[Subject, Texts, Exam, Tier, int], Found]
+Run = Callable[[Subject, Texts, Exam, Tier, int], AttackResult]
 TIERS: tuple[Tier, ...] = ("smoke", "standard", "deep")
 
 

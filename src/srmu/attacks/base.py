@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from srmu.engine.loading import find_layers
 from srmu.evals.statistics import Estimate
-from srmu.evals.subject import Question, Subject, answers
+from srmu.evals.subject import Question, Subject, mark_answers
 
 Tier = Literal["smoke", "standard", "deep"]  # minutes on the testbed; an hour; a night
 
@@ -39,7 +39,7 @@ class Texts:
 
 
 @dataclass(frozen=True)
-class Way:
+class Setting:
     """One setting of an attack: 1 for each question answered rightly under it, else 0.
 
     `val` may be of a part of the validation half; `test` may be empty but for the best setting.
@@ -51,21 +51,21 @@ class Way:
 
 
 @dataclass(frozen=True)
-class Found:
+class AttackResult:
     """What an attack brought back: its settings, other numbers by name, and what it spent."""
 
-    ways: tuple[Way, ...] = ()
+    ways: tuple[Setting, ...] = ()
     metrics: Mapping[str, Estimate] = field(default_factory=dict)
     budget: Mapping[str, Any] = field(default_factory=dict)
 
 
-def ask(model: Subject, exam: Exam, setting: str) -> Way:
+def ask_exam(model: Subject, exam: Exam, setting: str) -> Setting:
     """The exam under the setting that the model is in now."""
-    got = answers(model, (*exam.val, *exam.test))
-    return Way(setting, got[: len(exam.val)], got[len(exam.val) :])
+    got = mark_answers(model, (*exam.val, *exam.test))
+    return Setting(setting, got[: len(exam.val)], got[len(exam.val) :])
 
 
-def matrices(module: PreTrainedModel) -> dict[str, bool]:
+def find_matrices(module: PreTrainedModel) -> dict[str, bool]:
     """The linear matrices of the decoder layers, by name: whether they are (inputs, outputs).
 
     All experts' too, which a module may stack: (experts, outputs, inputs). Not the embeddings, nor
@@ -85,7 +85,7 @@ def matrices(module: PreTrainedModel) -> dict[str, bool]:
     return found
 
 
-def pages(weight: Tensor, turned: bool) -> Tensor:
+def view_matrices(weight: Tensor, turned: bool) -> Tensor:
     """A view of a linear matrix as (experts, outputs, inputs); `turned` as `matrices` says."""
     weight = weight.mT if turned else weight
     return weight if weight.ndim == 3 else weight[None]
@@ -93,11 +93,11 @@ def pages(weight: Tensor, turned: bool) -> Tensor:
 
 def ask_changed(
     model: Subject, exam: Exam, setting: str, change: Callable[[Tensor], Tensor]
-) -> Way:
+) -> Setting:
     """The exam when each linear matrix is what `change` makes of it: (outputs, inputs), float32."""
-    turned = matrices(model.module)
+    turned = find_matrices(model.module)
     with model.editable(*turned) as edited:
         for name, parameter in edited.trained.items():
-            for matrix in pages(parameter.data, turned[name]):
+            for matrix in view_matrices(parameter.data, turned[name]):
                 matrix.copy_(change(matrix.float()))
-        return ask(model, exam, setting)
+        return ask_exam(model, exam, setting)

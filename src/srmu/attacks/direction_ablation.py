@@ -7,10 +7,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from srmu.attacks.base import Exam, Found, Texts, Tier, ask
-from srmu.attacks.layers import Edit, Rows, batches, edited, read
-from srmu.engine.losses import counted
-from srmu.evals.subject import NotApplicable, Subject, answers
+from srmu.attacks.base import AttackResult, Exam, Texts, Tier, ask_exam
+from srmu.attacks.layers import Edit, Rows, batch_answers, edit_outputs, read_outputs
+from srmu.engine.losses import is_counted
+from srmu.evals.subject import NotApplicable, Subject, mark_answers
 
 BATCH = 32  # texts
 TEXTS = 64  # of each set
@@ -20,7 +20,9 @@ SINGLE = 8  # layers ablated alone at the smoke tier
 Edits = dict[int, Edit]
 
 
-def direction_ablation(model: Subject, texts: Texts, exam: Exam, tier: Tier, seed: int) -> Found:
+def direction_ablation(
+    model: Subject, texts: Texts, exam: Exam, tier: Tier, seed: int
+) -> AttackResult:
     """Ablation of one direction a block, at one block alone and at all of them at once.
 
     `displacement` points from the original's residual to the model's, on questions of the
@@ -28,64 +30,64 @@ def direction_ablation(model: Subject, texts: Texts, exam: Exam, tier: Tier, see
     """
     kinds: dict[str, Edits] = {}
     try:
-        kinds["displacement"] = displacement(model, exam)
+        kinds["displacement"] = find_displacement_edits(model, exam)
     except NotApplicable as reason:
         skipped = {"displacement": str(reason)}
     else:
         skipped = {}
-    kinds["forget minus neutral"] = difference(model, texts, seed)
+    kinds["forget minus neutral"] = find_difference_edits(model, texts, seed)
     ways = []
     for kind, edits in kinds.items():
         layers = sorted(edits)
         most = SINGLE if tier == "smoke" else len(layers)
-        for layer in layers if len(layers) <= most else spread(layers, most):
-            with edited(model, {layer: edits[layer]}):
-                ways.append(ask(model, exam, f"{kind}, layer {layer}"))
-        with edited(model, edits):
-            ways.append(ask(model, exam, f"{kind}, all layers"))
-    return Found(tuple(ways), budget={"ablations": len(ways), "skipped": skipped})
+        for layer in layers if len(layers) <= most else pick_evenly(layers, most):
+            with edit_outputs(model, {layer: edits[layer]}):
+                ways.append(ask_exam(model, exam, f"{kind}, layer {layer}"))
+        with edit_outputs(model, edits):
+            ways.append(ask_exam(model, exam, f"{kind}, all layers"))
+    return AttackResult(tuple(ways), budget={"ablations": len(ways), "skipped": skipped})
 
 
-def spread(layers: Sequence[int], most: int) -> list[int]:
+def pick_evenly(layers: Sequence[int], most: int) -> list[int]:
     """Evenly spaced ones, the first and the last among them."""
     return [layers[round(i * (len(layers) - 1) / (most - 1))] for i in range(most)]
 
 
-def displacement(model: Subject, exam: Exam) -> Edits:
+def find_displacement_edits(model: Subject, exam: Exam) -> Edits:
     """h - (h.d) d, d the unit mean of h_unlearned - h_original over a layer's ordinary tokens."""
     with model.as_original():
-        before = answers(model, exam.val)
-    after = answers(model, exam.val)
+        before = mark_answers(model, exam.val)
+    after = mark_answers(model, exam.val)
     lost = [q.prompt for q, b, a in zip(exam.val, before, after, strict=True) if b > a]
     if not lost:
         raise NotApplicable("unlearning made no question of the validation half wrong")
-    rows = documents(model, lost, model.max_length)
+    rows = cut_documents(model, lost, model.max_length)
     norms = zip(
-        *([move.norm(dim=-1) for move in moves] for moves in displacements(model, rows)),
+        *([move.norm(dim=-1) for move in moves] for moves in iterate_displacements(model, rows)),
         strict=True,
     )
     # a few tokens, often the first ones, move so far that they alone would make the mean
     limits = [n.mean() + 3 * n.std(correction=0) for n in map(torch.cat, norms)]
-    sums = added(  # read again: all tokens at once would not fit where the model is large
+    sums = add_by_layer(  # read again: all tokens at once would not fit where the model is large
         [m[m.norm(dim=-1) <= limit].sum(dim=0) for m, limit in zip(moves, limits, strict=True)]
-        for moves in displacements(model, rows)
+        for moves in iterate_displacements(model, rows)
     )
-    edits = {layer: ablate(total) for layer, total in enumerate(sums) if total.norm() > 0}
+    edits = {layer: make_ablation(total) for layer, total in enumerate(sums) if total.norm() > 0}
     if not edits:
         raise NotApplicable("unlearning left what the blocks put out as it was")
     return edits
 
 
-def displacements(model: Subject, rows: Rows) -> Iterator[list[Float[Tensor, "N D"]]]:
+def iterate_displacements(model: Subject, rows: Rows) -> Iterator[list[Float[Tensor, "N D"]]]:
     """By layer, how far the tokens of a batch of texts are from where the original has them."""
-    for _, ids, labels in batches(rows, BATCH, model.device):
-        now = read(model, ids, counted(labels))
+    for _, ids, labels in batch_answers(rows, BATCH, model.device):
+        now = read_outputs(model, ids, is_counted(labels))
         with model.as_original():
-            then = read(model, ids, counted(labels))
+            then = read_outputs(model, ids, is_counted(labels))
         yield [a.float() - b.float() for a, b in zip(now, then, strict=True)]
 
 
-def difference(model: Subject, texts: Texts, seed: int) -> Edits:
+def find_difference_edits(model: Subject, texts: Texts, seed: int) -> Edits:
     """h - ((h - m).d) d, d the unit mean(forget) - mean(neutral) and m the latter.
 
     Along d, tokens are put where neutral ones are on average: zero may be far from any.
@@ -93,29 +95,29 @@ def difference(model: Subject, texts: Texts, seed: int) -> Edits:
     rng = random.Random(seed)
     means = []
     for pool in (texts.forget, texts.neutral):
-        rows = documents(model, rng.sample(pool, min(TEXTS, len(pool))), TOKENS)
-        total = added(
-            [h.float().sum(dim=0) for h in read(model, ids, counted(labels))]
-            for _, ids, labels in batches(rows, BATCH, model.device)
+        rows = cut_documents(model, rng.sample(pool, min(TEXTS, len(pool))), TOKENS)
+        total = add_by_layer(
+            [h.float().sum(dim=0) for h in read_outputs(model, ids, is_counted(labels))]
+            for _, ids, labels in batch_answers(rows, BATCH, model.device)
         )
         count = sum(len(tokens) for _, tokens in rows)
         means.append([layer / count for layer in total])
     pairs = enumerate(zip(*means, strict=True))
-    return {layer: ablate(forget - neutral, neutral) for layer, (forget, neutral) in pairs}
+    return {layer: make_ablation(forget - neutral, neutral) for layer, (forget, neutral) in pairs}
 
 
-def added(parts: Iterable[Sequence[Tensor]]) -> list[Tensor]:
+def add_by_layer(parts: Iterable[Sequence[Tensor]]) -> list[Tensor]:
     """The sums, layer by layer."""
     return [sum(layer[1:], layer[0]) for layer in zip(*parts, strict=True)]
 
 
-def documents(model: Subject, texts: Sequence[str], most: int) -> Rows:
+def cut_documents(model: Subject, texts: Sequence[str], most: int) -> Rows:
     """Up to `most` tokens; all count but the first, the attention sink of many models."""
     cut = [model.tokens(text)[:most] for text in texts]
     return [(tokens[:1], tokens[1:]) for tokens in cut]
 
 
-def ablate(direction: Tensor, centre: Tensor | float = 0.0) -> Edit:
+def make_ablation(direction: Tensor, centre: Tensor | float = 0.0) -> Edit:
     unit = direction / direction.norm()
 
     def edit(h: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:

@@ -7,15 +7,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import cycle
 
-from srmu.attacks.base import Exam, Found, Texts, Tier, ask
-from srmu.attacks.listing import cloze, listed, solved
-from srmu.evals.statistics import LEAST, accuracy, bootstrap
-from srmu.evals.subject import NotApplicable, Question, Subject, answers, facts
+from srmu.attacks.base import AttackResult, Exam, Texts, Tier, ask_exam
+from srmu.attacks.listing import solve_question, split_listed, unlist_options
+from srmu.evals.statistics import LEAST, bootstrap_estimate, estimate_accuracy
+from srmu.evals.subject import NotApplicable, Question, Subject, list_facts, mark_answers
 
 HARMLESS = 200  # harmless questions asked, at most
 
 
-def entangled_queries(model: Subject, texts: Texts, exam: Exam, tier: Tier, seed: int) -> Found:
+def entangled_queries(
+    model: Subject, texts: Texts, exam: Exam, tier: Tier, seed: int
+) -> AttackResult:
     """Forget and harmless questions in pairs; forget terms in harmless questions.
 
     In a pair, the question in front comes with its right answer. The costs are the accuracy on
@@ -24,60 +26,62 @@ def entangled_queries(model: Subject, texts: Texts, exam: Exam, tier: Tier, seed
     rng = random.Random(seed)
     pool = [question for task in exam.utility.values() for question in task]
     harmless = rng.sample(pool, min(HARMLESS, len(pool)))
-    if len(set(facts(harmless))) < LEAST:
+    if len(set(list_facts(harmless))) < LEAST:
         raise NotApplicable(f"needs harmless questions about {LEAST} facts: give utility tasks")
     ways = tuple(
-        ask(model, Exam(posed(harmless, exam.test), posed(harmless, exam.val)), setting)
-        for setting, posed in (("second", after), ("first and again", around))
+        ask_exam(model, Exam(posed(harmless, exam.test), posed(harmless, exam.val)), setting)
+        for setting, posed in (("second", put_after), ("first and again", put_around))
     )
     partners = rng.sample(exam.test, len(exam.test))
     forms = {
         "alone": harmless,
-        "in pair": after(partners, harmless),
-        "option": [with_option(q, shifted(partners, i), rng) for i, q in enumerate(harmless)],
-        "in front": [in_front(q, f) for q, f in zip(harmless, cycle(partners))],
+        "in pair": put_after(partners, harmless),
+        "option": [
+            replace_option(q, rotate_pairs(partners, i), rng) for i, q in enumerate(harmless)
+        ],
+        "in front": [put_forget_in_front(q, f) for q, f in zip(harmless, cycle(partners))],
     }
-    got = {name: answers(model, questions) for name, questions in forms.items()}
-    names = facts(harmless)
+    got = {name: mark_answers(model, questions) for name, questions in forms.items()}
+    names = list_facts(harmless)
     metrics = {
-        "forget in pair": accuracy(ways[0].test, facts(exam.test), seed=seed),
-        "utility alone": accuracy(got["alone"], names, seed=seed),
-        "utility in pair": accuracy(got["in pair"], names, seed=seed),
+        "forget in pair": estimate_accuracy(ways[0].test, list_facts(exam.test), seed=seed),
+        "utility alone": estimate_accuracy(got["alone"], names, seed=seed),
+        "utility in pair": estimate_accuracy(got["in pair"], names, seed=seed),
     }
     for name in ("option", "in front"):
         table = list(zip(got["alone"], got[name], strict=True))
-        cost = bootstrap([table], [names], lambda m: m[..., 0] - m[..., 1], seed=seed)
+        cost = bootstrap_estimate([table], [names], lambda m: m[..., 0] - m[..., 1], seed=seed)
         metrics[f"cost of a forget term, {name}"] = cost
-    return Found(ways, metrics, {"harmless questions": len(harmless)})
+    return AttackResult(ways, metrics, {"harmless questions": len(harmless)})
 
 
-def after(fronts: Sequence[Question], questions: Sequence[Question]) -> tuple[Question, ...]:
+def put_after(fronts: Sequence[Question], questions: Sequence[Question]) -> tuple[Question, ...]:
     """Each question after one of `fronts` and its right answer."""
     return tuple(
-        replace(q, prompt=solved(front) + q.prompt)
+        replace(q, prompt=solve_question(front) + q.prompt)
         for q, front in zip(questions, cycle(fronts), strict=False)
     )
 
 
-def around(between: Sequence[Question], questions: Sequence[Question]) -> tuple[Question, ...]:
+def put_around(between: Sequence[Question], questions: Sequence[Question]) -> tuple[Question, ...]:
     """Each question, then one of `between` with its right answer, then the first one again.
 
     An answer to the first question, read before the second, would be that to it alone.
     """
-    pairs = zip(questions, after(between, questions), strict=True)
+    pairs = zip(questions, put_after(between, questions), strict=True)
     return tuple(replace(pair, prompt=f"{q.prompt}\n\n{pair.prompt}") for q, pair in pairs)
 
 
-def shifted(questions: Sequence[Question], by: int) -> list[Question]:
+def rotate_pairs(questions: Sequence[Question], by: int) -> list[Question]:
     by %= len(questions)
     return [*questions[by:], *questions[:by]]
 
 
-def with_option(question: Question, forget: Sequence[Question], rng: random.Random) -> Question:
+def replace_option(question: Question, forget: Sequence[Question], rng: random.Random) -> Question:
     """The question with a wrong option replaced by the first forget answer that is not one."""
-    parts = listed(question)
+    parts = split_listed(question)
     texts = [text.strip() for text in (parts.texts if parts else question.options)]
-    words = (cloze(f).answer.strip() for f in forget)
+    words = (unlist_options(f).answer.strip() for f in forget)
     wrong = rng.choice([i for i in range(len(texts)) if i != question.gold])
     texts[wrong] = next((word for word in words if word not in texts), texts[wrong])
     if parts:
@@ -85,7 +89,7 @@ def with_option(question: Question, forget: Sequence[Question], rng: random.Rand
     return replace(question, options=tuple(f" {text}" for text in texts))
 
 
-def in_front(question: Question, forget: Question) -> Question:
+def put_forget_in_front(question: Question, forget: Question) -> Question:
     """The question after the thing that a forget question is about, or its answer."""
-    term = forget.entry or cloze(forget).answer.strip()
+    term = forget.entry or unlist_options(forget).answer.strip()
     return replace(question, prompt=f"{term} {question.prompt}")

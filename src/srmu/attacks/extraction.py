@@ -5,11 +5,11 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from srmu.attacks.base import Exam, Found, Texts, Tier
+from srmu.attacks.base import AttackResult, Exam, Texts, Tier
 from srmu.attacks.generation import next_logits
-from srmu.attacks.listing import cloze
-from srmu.evals.statistics import LEAST, bootstrap
-from srmu.evals.subject import Subject, facts
+from srmu.attacks.listing import unlist_options
+from srmu.evals.statistics import LEAST, bootstrap_estimate
+from srmu.evals.subject import Subject, list_facts
 
 FORGET_TEXTS = 64
 TOKENS = 512  # of a forget text
@@ -18,21 +18,21 @@ POSITIONS = 512  # whose logits are held at once
 Pair = tuple[list[int], list[int]]  # what is given, what is to be recited
 
 
-def extraction(model: Subject, texts: Texts, exam: Exam, tier: Tier, seed: int) -> Found:
+def extraction(model: Subject, texts: Texts, exam: Exam, tier: Tier, seed: int) -> AttackResult:
     """Extraction strength on the answers (as text, no options listed) and on forget texts.
 
     Of a forget text, the second half is to be recited after the first.
     """
-    questions = [cloze(q) for q in exam.test]
+    questions = [unlist_options(q) for q in exam.test]
     strengths = extraction_strengths(model, [model.split(q.prompt, q.answer) for q in questions])
-    metrics = {"answers": bootstrap([strengths], [facts(questions)], seed=seed)}
+    metrics = {"answers": bootstrap_estimate([strengths], [list_facts(questions)], seed=seed)}
     drawn = random.Random(seed).sample(texts.forget, min(FORGET_TEXTS, len(texts.forget)))
     rows = [model.tokens(text)[: min(TOKENS, model.max_length)] for text in drawn]
     halves = [(row[: len(row) // 2], row[len(row) // 2 :]) for row in rows if len(row) > 1]
     if len(halves) >= LEAST:
         strengths = extraction_strengths(model, halves)
-        metrics["forget texts"] = bootstrap([strengths], [range(len(halves))], seed=seed)
-    return Found(metrics=metrics, budget={"forget texts": len(halves), "tokens": TOKENS})
+        metrics["forget texts"] = bootstrap_estimate([strengths], [range(len(halves))], seed=seed)
+    return AttackResult(metrics=metrics, budget={"forget texts": len(halves), "tokens": TOKENS})
 
 
 def extraction_strengths(model: Subject, pairs: Sequence[Pair]) -> list[float]:
@@ -46,11 +46,11 @@ def extraction_strengths(model: Subject, pairs: Sequence[Pair]) -> list[float]:
         greedy = next_logits(model, rows, width).argmax(-1).tolist()
         for i, tokens in zip(batch, greedy, strict=True):
             answer = pairs[i][1]
-            found[i] = strength(tokens[-len(answer) :], answer)
+            found[i] = extraction_strength(tokens[-len(answer) :], answer)
     return found
 
 
-def strength(greedy: Sequence[int], answer: Sequence[int]) -> float:
+def extraction_strength(greedy: Sequence[int], answer: Sequence[int]) -> float:
     """ES = 1 - k*/T (arXiv 2406.09179): k* answer tokens to give, then all greedy ones match."""
     wrong = [i for i, pair in enumerate(zip(greedy, answer, strict=True)) if pair[0] != pair[1]]
     return 1 - (wrong[-1] + 1 if wrong else 0) / len(answer)

@@ -5,12 +5,12 @@ from warnings import catch_warnings
 
 import numpy as np
 
-from srmu.attacks.base import Exam, Found, Texts, Tier
-from srmu.evals.statistics import Array, Estimate, bootstrap
-from srmu.evals.subject import NotApplicable, Question, Subject, facts, option_scores
+from srmu.attacks.base import AttackResult, Exam, Texts, Tier
+from srmu.evals.statistics import Array, Estimate, bootstrap_estimate
+from srmu.evals.subject import NotApplicable, Question, Subject, list_facts, option_scores
 
 
-def forget_quality(model: Subject, texts: Texts, exam: Exam, tier: Tier, seed: int) -> Found:
+def forget_quality(model: Subject, texts: Texts, exam: Exam, tier: Tier, seed: int) -> AttackResult:
     """TOFU's forget quality (arXiv 2401.06121): two-sample Kolmogorov-Smirnov against the oracle.
 
     `truth ratio` is the mean of min(R, 1 / R), as TOFU's code takes it on the forget set; R alone
@@ -21,23 +21,23 @@ def forget_quality(model: Subject, texts: Texts, exam: Exam, tier: Tier, seed: i
 
     if model.oracle is None:
         raise NotApplicable("no oracle: name a model that never saw the forget texts")
-    own, other = (log_ratios(who, exam.test) for who in (model, model.oracle))
-    names = facts(exam.test)
+    own, other = (log_truth_ratios(who, exam.test) for who in (model, model.oracle))
+    names = list_facts(exam.test)
     bounded = np.exp(-np.abs(own))
     places = np.union1d(own, other)  # where either distribution function steps
     steps = np.concatenate([own[:, None] <= places, other[:, None] <= places], axis=1)
     with catch_warnings(action="ignore"):  # of many questions the exact p is out of reach
         p = float(ks_2samp(own, other).pvalue)
-    return Found(
+    return AttackResult(
         metrics={
-            "truth ratio": bootstrap([bounded], [names], seed=seed),
-            "ks distance": bootstrap([steps], [names], distance, seed=seed),
+            "truth ratio": bootstrap_estimate([bounded], [names], seed=seed),
+            "ks distance": bootstrap_estimate([steps], [names], ks_distance, seed=seed),
             "ks p": Estimate(p, p, p, len(names)),
         }
     )
 
 
-def log_ratios(model: Subject, questions: Sequence[Question]) -> Array:
+def log_truth_ratios(model: Subject, questions: Sequence[Question]) -> Array:
     """Log of each question's truth ratio R: wrong answers by the right one, each p ** (1 / tokens).
 
     Wrong answers' geometric mean, as TOFU's code has it; its paper takes the arithmetic one.
@@ -51,7 +51,7 @@ def log_ratios(model: Subject, questions: Sequence[Question]) -> Array:
     return np.array(found)
 
 
-def distance(shares: Array) -> Array:
+def ks_distance(shares: Array) -> Array:
     """D of two distribution functions at the same places, one after the other: (..., 2 places)."""
     one, other = np.split(shares, 2, axis=-1)
     return np.abs(one - other).max(axis=-1)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from srmu.attacks.base import Exam, Found, Texts, Tier, ask
+from srmu.attacks.base import AttackResult, Exam, Texts, Tier, ask_exam
 from srmu.evals.subject import Question, Subject
 
 STEPS = 200
@@ -32,7 +32,7 @@ class Target(NamedTuple):
     answer: Tensor
 
 
-class Suffixed(Subject):
+class SuffixedSubject(Subject):
     """The subject as it answers with a suffix before the last `cue` tokens of each prompt."""
 
     def __init__(self, model: Subject, suffix: list[int], cue: int) -> None:
@@ -55,7 +55,7 @@ def gcg(
     steps: int = STEPS,
     candidates: int = CANDIDATES,
     length: int = LENGTH,
-) -> Found:
+) -> AttackResult:
     """Tokens between a question and its cue that make right answers likely.
 
     Found on five validation questions, whose answers count in `val` like the others'. The cue is
@@ -64,20 +64,22 @@ def gcg(
     generator = torch.Generator().manual_seed(seed)
     chosen = random.Random(seed).sample(exam.val, min(QUESTIONS, len(exam.val)))
     cue = common_end([model.tokens(q.prompt) for q in (*exam.val, *exam.test)])
-    targets = [target(model, q, cue, length) for q in chosen]
-    allowed = ordinary(model)
+    targets = [make_target(model, q, cue, length) for q in chosen]
+    allowed = ordinary_tokens(model)
     suffix = allowed[torch.randint(len(allowed), (length,), generator=generator)]
-    best, least = suffix, float(losses(model, targets, suffix[None]))
+    best, least = suffix, float(suffix_losses(model, targets, suffix[None]))
     before = least
     for _ in range(steps):
-        tried = swaps(slopes(model, targets, suffix), suffix, allowed, candidates, generator)
-        values = losses(model, targets, tried)
+        tried = draw_swaps(
+            suffix_gradient(model, targets, suffix), suffix, allowed, candidates, generator
+        )
+        values = suffix_losses(model, targets, tried)
         suffix = tried[values.argmin()]  # Algorithm 2: also where it is worse
         if values.min() < least:
             best, least = suffix, float(values.min())
-    way = ask(Suffixed(model, best.tolist(), cue), exam, "suffix")
+    way = ask_exam(SuffixedSubject(model, best.tolist(), cue), exam, "suffix")
     spent = {"steps": steps, "candidates": candidates, "tokens": length, "questions": len(targets)}
-    return Found((way,), budget={**spent, "loss before": before, "loss after": least})
+    return AttackResult((way,), budget={**spent, "loss before": before, "loss after": least})
 
 
 def cost(model: Subject, *, steps: int = STEPS, candidates: int = CANDIDATES) -> str:
@@ -104,14 +106,14 @@ def common_end(rows: Sequence[Sequence[int]]) -> int:
     return shared
 
 
-def ordinary(model: Subject) -> Tensor:
+def ordinary_tokens(model: Subject) -> Tensor:
     """The tokens that a suffix may have: those of the tokenizer, but for special ones."""
     size = min(len(model.tokenizer), model.module.get_input_embeddings().weight.shape[0])
     return torch.tensor([*{*range(size)} - {*model.tokenizer.all_special_ids}])
 
 
 @torch.no_grad()
-def target(model: Subject, question: Question, cue: int, length: int) -> Target:
+def make_target(model: Subject, question: Question, cue: int, length: int) -> Target:
     before, answer = (torch.tensor(ids) for ids in model.split(question.prompt, question.answer))
     at, room = len(before) - cue, model.max_length - length - cue - len(answer)
     start = before[max(0, at - room) : at].to(model.device)
@@ -120,7 +122,7 @@ def target(model: Subject, question: Question, cue: int, length: int) -> Target:
     return Target(past, end.to(model.device), answer.to(model.device))
 
 
-def nll(model: Subject, target: Target, rows: int, **read: Tensor) -> Tensor:
+def target_nll(model: Subject, target: Target, rows: int, **read: Tensor) -> Tensor:
     """Mean negative log-likelihood of a right answer's tokens, (rows,)."""
     past = deepcopy(target.past)  # a forward adds to it
     past.batch_repeat_interleave(rows)
@@ -131,32 +133,32 @@ def nll(model: Subject, target: Target, rows: int, **read: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def losses(model: Subject, targets: Sequence[Target], suffixes: Tensor) -> Tensor:
+def suffix_losses(model: Subject, targets: Sequence[Target], suffixes: Tensor) -> Tensor:
     """Mean over the questions of the loss with each suffix, (suffixes,)."""
     found = torch.zeros(len(suffixes))
     for rows in torch.arange(len(suffixes)).split(ROWS):
         part = suffixes[rows].to(model.device)
         for one in targets:
             ids = torch.cat([part, one.cue.expand(len(part), -1)], dim=1)
-            found[rows] += nll(model, one, len(part), input_ids=ids).cpu() / len(targets)
+            found[rows] += target_nll(model, one, len(part), input_ids=ids).cpu() / len(targets)
     return found
 
 
 @torch.enable_grad()
-def slopes(model: Subject, targets: Sequence[Target], suffix: Tensor) -> Tensor:
+def suffix_gradient(model: Subject, targets: Sequence[Target], suffix: Tensor) -> Tensor:
     """Gradient of the loss by the one-hot tokens of the suffix, (tokens, V), up to a factor."""
     embedding: Any = model.module.get_input_embeddings()
     total = torch.zeros(len(suffix), embedding.weight.shape[1], device=model.device)
     for one in targets:
         ids = torch.cat([suffix.to(model.device), one.cue])[None]
         read = embedding(ids).detach().requires_grad_()
-        loss = nll(model, one, 1, inputs_embeds=read).sum()
+        loss = target_nll(model, one, 1, inputs_embeds=read).sum()
         total += torch.autograd.grad(loss, read)[0][0, : len(suffix)].float()
     weight = embedding.weight.detach()
     return (total.to(weight.dtype) @ weight.T).float().cpu()
 
 
-def swaps(
+def draw_swaps(
     slopes: Tensor, suffix: Tensor, allowed: Tensor, count: int, generator: torch.Generator
 ) -> Tensor:
     """Different suffixes, each with one token replaced by one of the TOP that promise most."""

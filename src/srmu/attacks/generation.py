@@ -29,7 +29,7 @@ def next_logits(model: Subject, rows: Sequence[Sequence[int]], width: int) -> Te
     return model.module(**given, use_cache=False).logits
 
 
-def recited(
+def count_right_generations(
     model: Subject,
     questions: Sequence[Question],
     *,
@@ -45,7 +45,7 @@ def recited(
     once, whatever number of samples has it, and all others end at once.
     """
     tokenizer, generator = model.tokenizer, torch.Generator().manual_seed(seed)
-    wanted = [plain(q.answer) for q in questions]
+    wanted = [normalise_text(q.answer) for q in questions]
     parts = [model.split(q.prompt, q.answer) for q in questions]
     right = [0] * len(questions)
     live: dict[tuple[int, tuple[int, ...]], int]  # by question and tokens so far: samples
@@ -61,7 +61,7 @@ def recited(
                 for token, count in Counter(row[: live[i, said]]).items():
                     tokens = (*said, token)
                     over = token in tokenizer.all_special_ids
-                    text = plain(tokenizer.decode(said if over else tokens))
+                    text = normalise_text(tokenizer.decode(said if over else tokens))
                     over |= len(tokens) == len(parts[i][1]) + extra
                     if re.match(re.escape(wanted[i]) + (r"(?!\w)" if over else r"\W"), text):
                         right[i] += count
@@ -71,7 +71,7 @@ def recited(
     return right
 
 
-def plain(text: str) -> str:
+def normalise_text(text: str) -> str:
     """A text to compare: without case, extra space and a last character that is not whole yet."""
     return " ".join(text.casefold().split()).rstrip("\ufffd")
 

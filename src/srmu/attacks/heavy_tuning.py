@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from itertools import product
 from typing import Literal
 
-from srmu.attacks.base import Exam, Found, Texts, Tier, Way, ask
-from srmu.attacks.tuning import Row, rows_of, tune
+from srmu.attacks.base import AttackResult, Exam, Setting, Texts, Tier, ask_exam
+from srmu.attacks.tuning import Row, text_rows, tune_model
 from srmu.evals.subject import Subject
 
 RATES = (1e-5, 5e-5, 2e-4)
@@ -19,20 +19,20 @@ TOKENS = 128  # of a text, as `cost` guesses
 
 def heavy_tuning(
     model: Subject, texts: Texts, exam: Exam, tier: Tier, seed: int, steps: Sequence[int] = STEPS
-) -> Found:
+) -> AttackResult:
     """All weights on the neutral texts, for each rate, optimiser and schedule."""
-    rows = rows_of(model, texts.neutral)
-    ways: list[Way] = []
+    rows = text_rows(model, texts.neutral)
+    ways: list[Setting] = []
     taken = {}
     for rate, optimiser, schedule in product(RATES, OPTIMISERS, SCHEDULES):
         setting = f"{optimiser}, {rate:g}, {schedule}"
 
         def after(step: int, setting: str = setting) -> None:
             if step in steps:
-                ways.append(ask(model, exam, f"{setting}, {step} steps"))
+                ways.append(ask_exam(model, exam, f"{setting}, {step} steps"))
 
         with model.editable("*") as edited:
-            taken[setting] = tune(
+            taken[setting] = tune_model(
                 edited,
                 rows,
                 steps=max(steps),
@@ -43,7 +43,7 @@ def heavy_tuning(
                 schedule=schedule,
                 after=after,
             )
-    return Found(tuple(ways), budget={"texts": len(rows), "batch": BATCH, "steps": taken})
+    return AttackResult(tuple(ways), budget={"texts": len(rows), "batch": BATCH, "steps": taken})
 
 
 def cost(model: Subject) -> str:
@@ -54,7 +54,7 @@ def cost(model: Subject) -> str:
     ends: list[float] = []
     with model.editable("*") as edited:
         # The first step also makes the optimiser's state.
-        tune(
+        tune_model(
             edited,
             rows,
             steps=2,

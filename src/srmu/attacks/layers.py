@@ -12,20 +12,20 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from srmu.engine.loading import find_layers
-from srmu.engine.losses import predicted, token_nll
+from srmu.engine.losses import is_predicted, token_nll
 from srmu.evals.subject import NotApplicable, Subject
 
 Edit = Callable[[Tensor], Tensor]  # of a block's output (B, T, D)
 Rows = Sequence[tuple[list[int], list[int]]]  # tokens: what comes first, and what is counted
 
 
-def blocks(model: Subject) -> nn.ModuleList:
+def decoder_blocks(model: Subject) -> nn.ModuleList:
     owner, attribute = find_layers(model.module)
     return getattr(owner, attribute)
 
 
 @contextmanager
-def cut(model: Subject, depth: int) -> Iterator[None]:
+def cut_blocks(model: Subject, depth: int) -> Iterator[None]:
     """Run the block with the first `depth` blocks only, then the model's own norm and head."""
     owner, attribute = find_layers(model.module)
     whole = getattr(owner, attribute)
@@ -37,12 +37,12 @@ def cut(model: Subject, depth: int) -> Iterator[None]:
 
 
 @contextmanager
-def edited(model: Subject, edits: Mapping[int, Edit]) -> Iterator[None]:
+def edit_outputs(model: Subject, edits: Mapping[int, Edit]) -> Iterator[None]:
     """Run the block with the outputs of some blocks, by number, put through a function each."""
 
     def hook(edit: Edit) -> Callable[..., Any]:
         def change(module: nn.Module, args: Any, output: Any) -> Any:
-            value = residual(output)
+            value = residual_stream(output)
             new = edit(value).to(value.dtype)
             return (new, *output[1:]) if isinstance(output, tuple) else new
 
@@ -50,12 +50,12 @@ def edited(model: Subject, edits: Mapping[int, Edit]) -> Iterator[None]:
 
     with ExitStack() as stack:
         for layer, edit in edits.items():
-            handle = blocks(model)[layer].register_forward_hook(hook(edit))
+            handle = decoder_blocks(model)[layer].register_forward_hook(hook(edit))
             stack.callback(handle.remove)
         yield
 
 
-def residual(output: Any) -> Float[Tensor, "B T D"]:
+def residual_stream(output: Any) -> Float[Tensor, "B T D"]:
     value = output[0] if isinstance(output, tuple) else output
     if value.ndim != 3:
         raise NotApplicable("blocks of this model pass on more than one residual a token")
@@ -63,7 +63,7 @@ def residual(output: Any) -> Float[Tensor, "B T D"]:
 
 
 @torch.no_grad()
-def read(
+def read_outputs(
     model: Subject, ids: Int[Tensor, "B T"], at: Bool[Tensor, "B T"]
 ) -> list[Float[Tensor, "N D"]]:
     """What each block puts out at N marked tokens, row after row, in the model's own dtype.
@@ -78,12 +78,12 @@ def read(
         found.append(value[at])
         return value
 
-    with edited(model, dict.fromkeys(range(len(blocks(model))), keep)):
+    with edit_outputs(model, dict.fromkeys(range(len(decoder_blocks(model))), keep)):
         model.module(ids, use_cache=False, logits_to_keep=1)
     return found
 
 
-def rows(model: Subject, pairs: Sequence[tuple[str, str]]) -> Rows:
+def answer_rows(model: Subject, pairs: Sequence[tuple[str, str]]) -> Rows:
     """The tokens of prompts and their answers; of a prompt that is too long, the end."""
     found = []
     for prompt, answer in pairs:
@@ -92,17 +92,17 @@ def rows(model: Subject, pairs: Sequence[tuple[str, str]]) -> Rows:
     return found
 
 
-def batches(
+def batch_answers(
     rows: Rows, size: int, device: torch.device
 ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
     """Numbers of at most `size` rows of like length, their tokens and labels (B, T)."""
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]) + len(rows[i][1]))
     for start in range(0, len(order), size):
         chosen = order[start : start + size]
-        yield chosen, *padded([rows[i] for i in chosen], device)
+        yield chosen, *pad_answers([rows[i] for i in chosen], device)
 
 
-def padded(rows: Rows, device: torch.device) -> tuple[Tensor, Tensor]:
+def pad_answers(rows: Rows, device: torch.device) -> tuple[Tensor, Tensor]:
     """Tokens and labels (B, T), padded on the right, where no token that counts can see it."""
     ids = [torch.tensor(before + after) for before, after in rows]
     labels = [torch.tensor([-100] * len(before) + after) for before, after in rows]
@@ -116,7 +116,7 @@ def answer_nll(
     model: Subject, ids: Int[Tensor, "B T"], labels: Int[Tensor, "B T"]
 ) -> Float[Tensor, " B"]:
     """Nats that a token of each row's answer costs, on average."""
-    counts = predicted(labels)
+    counts = is_predicted(labels)
     # only columns from the first answer on meet the vocabulary
     width = ids.shape[1] - int(counts.any(dim=0).nonzero()[0])
     logits = model.module(ids, use_cache=False, logits_to_keep=width).logits

@@ -8,11 +8,11 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from srmu.attacks.base import Exam, Found, Texts, Tier, Way
-from srmu.attacks.layers import batches, blocks, read
-from srmu.engine.losses import counted
-from srmu.evals.statistics import bootstrap
-from srmu.evals.subject import Question, Subject, facts, right
+from srmu.attacks.base import AttackResult, Exam, Setting, Texts, Tier
+from srmu.attacks.layers import batch_answers, decoder_blocks, read_outputs
+from srmu.engine.losses import is_counted
+from srmu.evals.statistics import bootstrap_estimate
+from srmu.evals.subject import Question, Subject, list_facts, mark_right
 
 FOLDS = 5
 SHUFFLES = 5
@@ -23,7 +23,7 @@ STRENGTH = 0.01  # inverse of the penalty on the weights
 Array = NDArray[np.float32]
 
 
-def linear_probe(model: Subject, texts: Texts, exam: Exam, tier: Tier, seed: int) -> Found:
+def linear_probe(model: Subject, texts: Texts, exam: Exam, tier: Tier, seed: int) -> AttackResult:
     """Logistic regression, right or wrong option, on the residual of the last prompt token.
 
     Classes would be answers, and most answers belong to a fact or two; so a class is what the
@@ -36,9 +36,10 @@ def linear_probe(model: Subject, texts: Texts, exam: Exam, tier: Tier, seed: int
     accuracy less that of probes trained on and tested against labels shuffled within questions.
     """
     questions = (*exam.val, *exam.test)
-    h, z = residuals(model, questions), options(model, questions)
+    h, z = last_residuals(model, questions), embed_options(model, questions)
     ways = [
-        Way(f"layer {layer}", *probed(x, z, exam.val, exam.test, seed)) for layer, x in enumerate(h)
+        Setting(f"layer {layer}", *fit_probe(x, z, exam.val, exam.test, seed))
+        for layer, x in enumerate(h)
     ]
     best = max(range(len(ways)), key=lambda layer: sum(ways[layer].val))
     rng = np.random.default_rng(seed)
@@ -48,30 +49,30 @@ def linear_probe(model: Subject, texts: Texts, exam: Exam, tier: Tier, seed: int
             [replace(q, gold=int(rng.integers(len(q.options)))) for q in half]
             for half in (exam.val, exam.test)
         )
-        control.append(probed(h[best], z, val, test, seed)[1])
+        control.append(fit_probe(h[best], z, val, test, seed)[1])
     table = np.column_stack([ways[best].test, np.mean(control, axis=0)])
-    selectivity = bootstrap(
-        [table], [facts(exam.test)], lambda means: means[..., 0] - means[..., 1], seed=seed
+    selectivity = bootstrap_estimate(
+        [table], [list_facts(exam.test)], lambda means: means[..., 0] - means[..., 1], seed=seed
     )
     budget = {"layers": len(ways), "folds": FOLDS, "shuffles": SHUFFLES, "components": WIDTH}
-    return Found(tuple(ways), {"selectivity": selectivity}, budget)
+    return AttackResult(tuple(ways), {"selectivity": selectivity}, budget)
 
 
-def residuals(model: Subject, questions: Sequence[Question]) -> list[Float[Array, "Q D"]]:
+def last_residuals(model: Subject, questions: Sequence[Question]) -> list[Float[Array, "Q D"]]:
     """By layer: what the block puts out at the last token of each prompt."""
     prompts = [model.tokens(q.prompt)[-model.max_length :] for q in questions]
     ends = [(tokens[:-1], tokens[-1:]) for tokens in prompts]
-    found: list[list[Array]] = [[] for _ in blocks(model)]
+    found: list[list[Array]] = [[] for _ in decoder_blocks(model)]
     order: list[int] = []
-    for chosen, ids, labels in batches(ends, BATCH, model.device):
+    for chosen, ids, labels in batch_answers(ends, BATCH, model.device):
         order += chosen
-        for layer, values in zip(found, read(model, ids, counted(labels)), strict=True):
+        for layer, values in zip(found, read_outputs(model, ids, is_counted(labels)), strict=True):
             layer.append(values.float().cpu().numpy())
     back = np.argsort(order)
     return [np.concatenate(layer)[back] for layer in found]
 
 
-def options(model: Subject, questions: Sequence[Question]) -> list[Float[Array, "O K"]]:
+def embed_options(model: Subject, questions: Sequence[Question]) -> list[Float[Array, "O K"]]:
     """Of each question: its options, each the mean of its tokens' rows of the unembedding."""
     from sklearn.decomposition import PCA
 
@@ -85,7 +86,7 @@ def options(model: Subject, questions: Sequence[Question]) -> list[Float[Array, 
     return np.split(z / z.std(), np.cumsum([len(q.options) for q in questions])[:-1])
 
 
-def probed(
+def fit_probe(
     h: Float[Array, "Q D"],
     z: Sequence[Float[Array, "O K"]],
     val: Sequence[Question],
@@ -101,20 +102,20 @@ def probed(
     found = np.zeros(len(questions))
     for start, half in ((0, val), (len(val), test)):
         folds = GroupKFold(FOLDS, shuffle=True, random_state=seed)
-        for others, asked in folds.split(half, groups=facts(half)):
+        for others, asked in folds.split(half, groups=list_facts(half)):
             trained, asked = [*range(start), *(start + others)], start + asked
             p = PCA(min(WIDTH, len(trained), h.shape[1]), whiten=True, random_state=seed)
             p.fit(h[trained])
-            x = [products(row, z[i]) for i, row in enumerate(p.transform(h))]
+            x = [option_features(row, z[i]) for i, row in enumerate(p.transform(h))]
             labels = [o == questions[i].gold for i in trained for o in range(len(z[i]))]
             probe = LogisticRegression(C=STRENGTH, max_iter=200)
             probe.fit(np.concatenate([x[i] for i in trained]), labels)
             scores = [probe.decision_function(x[i]).tolist() for i in asked]
-            found[asked] = right(scores, [questions[i] for i in asked])
+            found[asked] = mark_right(scores, [questions[i] for i in asked])
     return tuple(found[: len(val)].tolist()), tuple(found[len(val) :].tolist())
 
 
-def products(h: Float[Array, " K"], z: Float[Array, "O K"]) -> Float[Array, "O KK"]:
+def option_features(h: Float[Array, " K"], z: Float[Array, "O K"]) -> Float[Array, "O KK"]:
     """The features of a question's options, less their mean: only differences can choose one."""
     x = (h[:, None] * z[:, None, :]).reshape(len(z), -1)
     return x - x.mean(axis=0)

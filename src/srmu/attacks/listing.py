@@ -44,7 +44,7 @@ class ListedQuestion:
         return replace(self.question, prompt=self.stem.rstrip() + self.cue, options=options)
 
 
-def listed(question: Question) -> ListedQuestion | None:
+def split_listed(question: Question) -> ListedQuestion | None:
     """The parts of a prompt with a line `A. text` for each option; None where it has no such lines.
 
     The last such lines count (others belong to examples); only the last text must be of one line.
@@ -67,12 +67,12 @@ def listed(question: Question) -> ListedQuestion | None:
     return ListedQuestion(question, stem, opening, closing, tuple(texts), cue)
 
 
-def solved(question: Question) -> str:
+def solve_question(question: Question) -> str:
     """A question and its right answer, for another question to follow."""
     return f"{question.prompt}{question.answer}\n\n"
 
 
-def cloze(question: Question) -> Question:
+def unlist_options(question: Question) -> Question:
     """The question with no options in its prompt, and their texts as options."""
-    parts = listed(question)
+    parts = split_listed(question)
     return parts.cloze() if parts else question

@@ -4,15 +4,15 @@ import random
 
 import numpy as np
 
-from srmu.attacks.base import Exam, Found, Texts, Tier
-from srmu.evals.membership_scores import LENGTH, SCORES, scores
-from srmu.evals.statistics import LEAST, Array, auc_bootstrap, column
+from srmu.attacks.base import AttackResult, Exam, Texts, Tier
+from srmu.evals.membership_scores import LENGTH, SCORES, membership_scores
+from srmu.evals.statistics import LEAST, Array, auc_bootstrap, first_column
 from srmu.evals.subject import NotApplicable, Subject
 
 COUNT = 256  # texts of each kind
 
 
-def membership(model: Subject, texts: Texts, exam: Exam, tier: Tier, seed: int) -> Found:
+def membership(model: Subject, texts: Texts, exam: Exam, tier: Tier, seed: int) -> AttackResult:
     """The AUC of each score, forget texts against hold-out texts: 0.5 tells nothing apart, 1 all.
 
     `privleak` is MUSE's (arXiv 2407.06460) with Min-K, (A - A_oracle) / A_oracle, as a share, not
@@ -24,25 +24,25 @@ def membership(model: Subject, texts: Texts, exam: Exam, tier: Tier, seed: int) 
         raise NotApplicable("no hold-out texts: name a file of them, like the forget texts")
     rng = random.Random(seed)
     sets = [rng.sample(kind, min(len(kind), COUNT)) for kind in (texts.forget, texts.holdout)]
-    member, unknown = found = [scores(model, kind) for kind in sets]
+    member, unknown = found = [membership_scores(model, kind) for kind in sets]
     fewest = min(map(len, found))
     if fewest < LEAST:
         raise NotApplicable(f"{fewest} texts of a kind are too few: it takes {LEAST}")
     metrics = {
-        f"auc {name}": auc_bootstrap(member[:, i], unknown[:, i], column, seed=seed)
+        f"auc {name}": auc_bootstrap(member[:, i], unknown[:, i], first_column, seed=seed)
         for i, name in enumerate(SCORES)
     }
     if model.oracle:
         member, unknown = (
-            np.stack([own[:, 2], scores(model.oracle, kind)[:, 2]], axis=1)
+            np.stack([own[:, 2], membership_scores(model.oracle, kind)[:, 2]], axis=1)
             for own, kind in zip(found, sets, strict=True)
         )
-        metrics["privleak"] = auc_bootstrap(member, unknown, privleak, seed=seed)
+        metrics["privleak"] = auc_bootstrap(member, unknown, priv_leak, seed=seed)
     budget = {"forget texts": len(member), "hold-out texts": len(unknown), "tokens": LENGTH}
-    return Found((), metrics, budget)
+    return AttackResult((), metrics, budget)
 
 
-def privleak(areas: Array) -> Array:
+def priv_leak(areas: Array) -> Array:
     """From the AUCs of the model and of the oracle, (..., 2)."""
     own, oracle = 1 - areas[..., 0], 1 - areas[..., 1]
     # an oracle that tells all apart in some resample must not divide by zero

@@ -7,7 +7,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from srmu.attacks.base import Exam, Found, Texts, Tier, ask_changed, matrices, pages
+from srmu.attacks.base import (
+    AttackResult,
+    Exam,
+    Texts,
+    Tier,
+    ask_changed,
+    find_matrices,
+    view_matrices,
+)
 from srmu.evals.statistics import Estimate
 from srmu.evals.subject import Subject
 
@@ -41,38 +49,38 @@ QUANTISERS = {
 }
 
 
-def quantisation(model: Subject, texts: Texts, exam: Exam, tier: Tier, seed: int) -> Found:
+def quantisation(model: Subject, texts: Texts, exam: Exam, tier: Tier, seed: int) -> AttackResult:
     """All linear matrices of the layers rounded to the nearest level, in float.
 
     Metrics, where the original is known: of the weights that unlearning changed, the share that
     rounding puts into the original's bucket; counted, so that it has no interval.
     """
     ways = tuple(
-        ask_changed(model, exam, name, partial(rounded, quantiser=quantiser))
+        ask_changed(model, exam, name, partial(quantise_matrix, quantiser=quantiser))
         for name, quantiser in QUANTISERS.items()
     )
     metrics = {}
     for name, quantiser in QUANTISERS.items():
-        changed, same = undone(model, quantiser)
+        changed, same = count_undone(model, quantiser)
         if changed:
             share = same / changed
             metrics[f"in the original's bucket, {name}"] = Estimate(share, share, share, changed)
-    return Found(ways, metrics)
+    return AttackResult(ways, metrics)
 
 
-def blocks(matrix: Float[Tensor, "O I"], quantiser: Quantiser) -> Float[Tensor, "O G S"]:
+def group_weights(matrix: Float[Tensor, "O I"], quantiser: Quantiser) -> Float[Tensor, "O G S"]:
     """The weights that share a scale side by side; the last block is filled up with zeros."""
     size = quantiser.block or matrix.shape[1]
     filled = torch.nn.functional.pad(matrix, (0, -matrix.shape[1] % size))
     return filled.reshape(len(matrix), -1, size)
 
 
-def scales(weights: Float[Tensor, "O G S"]) -> Float[Tensor, "O G 1"]:
+def group_scales(weights: Float[Tensor, "O G S"]) -> Float[Tensor, "O G 1"]:
     largest = weights.abs().amax(dim=2, keepdim=True)
     return largest.masked_fill(largest == 0, 1)
 
 
-def codes(
+def nearest_levels(
     weights: Float[Tensor, "O G S"], scale: Float[Tensor, "O G 1"], quantiser: Quantiser
 ) -> Int[Tensor, "O G S"]:
     """The number of the level nearest to each weight."""
@@ -80,33 +88,36 @@ def codes(
     return torch.bucketize((weights / scale).contiguous(), (levels[1:] + levels[:-1]) / 2)
 
 
-def rounded(matrix: Float[Tensor, "O I"], quantiser: Quantiser) -> Float[Tensor, "O I"]:
+def quantise_matrix(matrix: Float[Tensor, "O I"], quantiser: Quantiser) -> Float[Tensor, "O I"]:
     """The matrix after quantising and back."""
-    weights = blocks(matrix, quantiser)
-    scale = scales(weights)
-    values = quantiser.levels.to(matrix.device)[codes(weights, scale, quantiser)] * scale
+    weights = group_weights(matrix, quantiser)
+    scale = group_scales(weights)
+    values = quantiser.levels.to(matrix.device)[nearest_levels(weights, scale, quantiser)] * scale
     return values.flatten(1)[:, : matrix.shape[1]]
 
 
-def undone(model: Subject, quantiser: Quantiser) -> tuple[int, int]:
+def count_undone(model: Subject, quantiser: Quantiser) -> tuple[int, int]:
     """How many weights of the linear matrices differ from the original's; how many of them fall,
     once they are rounded, into the bucket of the original's.
 
     The rounded values themselves are hardly ever equal: one changed weight moves a block's scale.
     """
-    turned = matrices(model.module)
+    turned = find_matrices(model.module)
     parameters = dict(model.module.named_parameters())
     changed = same = 0
     for name in turned.keys() & model.original.keys():
         now, then = (
-            pages(weight, turned[name]) for weight in (parameters[name].data, model.original[name])
+            view_matrices(weight, turned[name])
+            for weight in (parameters[name].data, model.original[name])
         )
         for one, other in zip(now, then, strict=True):
-            before = blocks(other.float(), quantiser)
-            differ = blocks(one.float(), quantiser) != before
-            after = blocks(rounded(one.float(), quantiser), quantiser)
-            scale = scales(before)
-            alike = codes(after, scale, quantiser) == codes(before, scale, quantiser)
+            before = group_weights(other.float(), quantiser)
+            differ = group_weights(one.float(), quantiser) != before
+            after = group_weights(quantise_matrix(one.float(), quantiser), quantiser)
+            scale = group_scales(before)
+            alike = nearest_levels(after, scale, quantiser) == nearest_levels(
+                before, scale, quantiser
+            )
             changed += int(differ.sum())
             same += int((differ & alike).sum())
     return changed, same

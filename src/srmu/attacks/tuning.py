@@ -10,11 +10,11 @@ from typing import Literal
 import torch
 
 from srmu.attacks.base import Exam
-from srmu.engine.generate import Ids, joined
+from srmu.engine.generate import Ids, join_responses
 from srmu.engine.losses import mean_nll
 from srmu.engine.model import EditableModel
-from srmu.engine.train import master_of, to
-from srmu.evals.subject import NotApplicable, Question, Subject, facts
+from srmu.engine.train import master_of, move_batch
+from srmu.evals.subject import NotApplicable, Question, Subject, list_facts
 
 LENGTH = 512  # tokens of a text that are read
 WARMUP = 0.05  # share of the steps in which the learning rate rises
@@ -25,7 +25,7 @@ PARTS = 5  # of the validation facts, one is asked for and the rest are learned
 Row = tuple[Ids, Ids]  # what is read first, and the tokens whose likelihood is raised
 
 
-def rows_of(model: Subject, texts: Sequence[str]) -> list[Row]:
+def text_rows(model: Subject, texts: Sequence[str]) -> list[Row]:
     """Texts as rows of which all tokens count."""
     ids = [model.tokens(text)[: min(LENGTH, model.max_length)] for text in texts]
     rows: list[Row] = [([], row) for row in ids if len(row) > 1]
@@ -34,10 +34,10 @@ def rows_of(model: Subject, texts: Sequence[str]) -> list[Row]:
     return rows
 
 
-def parted(exam: Exam, seed: int) -> tuple[tuple[Question, ...], tuple[Question, ...]]:
+def split_validation(exam: Exam, seed: int) -> tuple[tuple[Question, ...], tuple[Question, ...]]:
     """The validation questions to learn from, and those on the fifth of its facts to ask."""
-    known = list(dict.fromkeys(facts(exam.val)))
-    assert not {*known} & {*facts(exam.test)}, "the halves of the exam share facts"
+    known = list(dict.fromkeys(list_facts(exam.val)))
+    assert not {*known} & {*list_facts(exam.test)}, "the halves of the exam share facts"
     if len(known) < PARTS:
         raise NotApplicable(f"it needs {PARTS} or more facts on the validation half")
     held = {*random.Random(seed).sample(known, len(known) // PARTS)}
@@ -46,7 +46,7 @@ def parted(exam: Exam, seed: int) -> tuple[tuple[Question, ...], tuple[Question,
 
 
 @contextmanager
-def learner(model: Subject, rank: int, seed: int) -> Iterator[EditableModel]:
+def prepare_learner(model: Subject, rank: int, seed: int) -> Iterator[EditableModel]:
     """The model to be tuned: all its weights, or LoRA of that rank beside its matrices."""
     with model.editable("*.linear" if rank else "*") as edited:
         rank = min(rank, *(side for p in edited.trained.values() for side in p.shape))
@@ -54,7 +54,7 @@ def learner(model: Subject, rank: int, seed: int) -> Iterator[EditableModel]:
             yield edited
 
 
-def tune(
+def tune_model(
     model: EditableModel,
     rows: Sequence[Row],
     *,
@@ -79,13 +79,17 @@ def tune(
         if optimiser == "adamw"
         else torch.optim.SGD(masters, lr=learning_rate, momentum=0.9)
     )
-    rate = torch.optim.lr_scheduler.LambdaLR(stepper, lambda done: factor(done, steps, schedule))
+    rate = torch.optim.lr_scheduler.LambdaLR(
+        stepper, lambda done: rate_factor(done, steps, schedule)
+    )
     generator = torch.Generator().manual_seed(seed)
     waiting: list[int] = []
     for step in range(steps):
         waiting = waiting or torch.randperm(len(rows), generator=generator).tolist()
         drawn, waiting = waiting[:batch_size], waiting[batch_size:]
-        batch = to(joined(*zip(*(rows[i] for i in drawn), strict=True)), model.device)
+        batch = move_batch(
+            join_responses(*zip(*(rows[i] for i in drawn), strict=True)), model.device
+        )
         loss = mean_nll(model.logits(batch), batch["labels"])
         loss.backward()
         for master, parameter in zip(masters, parameters, strict=True):
@@ -105,7 +109,7 @@ def tune(
     return steps
 
 
-def factor(done: int, steps: int, schedule: str) -> float:
+def rate_factor(done: int, steps: int, schedule: str) -> float:
     """The share of the learning rate for the step after `done` ones: up, then level or down."""
     warm = WARMUP * steps
     rising = (done + 1) / max(1.0, warm)

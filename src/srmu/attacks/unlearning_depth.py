@@ -4,17 +4,27 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from srmu.attacks.base import Exam, Found, Texts, Tier
-from srmu.attacks.layers import Edit, answer_nll, batches, blocks, edited, read, rows
-from srmu.engine.losses import predicted
-from srmu.evals.statistics import LEAST, bootstrap
-from srmu.evals.subject import NotApplicable, Subject, facts
+from srmu.attacks.base import AttackResult, Exam, Texts, Tier
+from srmu.attacks.layers import (
+    Edit,
+    answer_nll,
+    answer_rows,
+    batch_answers,
+    decoder_blocks,
+    edit_outputs,
+    read_outputs,
+)
+from srmu.engine.losses import is_predicted
+from srmu.evals.statistics import LEAST, bootstrap_estimate
+from srmu.evals.subject import NotApplicable, Subject, list_facts
 
 BATCH = 16  # questions
 THRESHOLD = 0.05  # nats a token: a layer where the original knows what the oracle does not
 
 
-def unlearning_depth(model: Subject, texts: Texts, exam: Exam, tier: Tier, seed: int) -> Found:
+def unlearning_depth(
+    model: Subject, texts: Texts, exam: Exam, tier: Tier, seed: int
+) -> AttackResult:
     """Unlearning depth score (arXiv 2605.24614): 0 all there, 1 as if it had never been learned.
 
     The residual after block l, at the positions that predict the right answer, is taken from
@@ -25,29 +35,31 @@ def unlearning_depth(model: Subject, texts: Texts, exam: Exam, tier: Tier, seed:
     """
     if model.oracle is None:
         raise NotApplicable("no oracle: it needs a model that was trained without the facts")
-    asked = rows(model, [(q.prompt, q.answer) for q in exam.test])
-    drops = torch.zeros(2, len(blocks(model)), len(asked))
-    for chosen, ids, labels in batches(asked, BATCH, model.device):
-        at = torch.nn.functional.pad(predicted(labels), (0, 1))
-        sources = [read(source, ids, at) for source in (model.oracle, model)]
+    asked = answer_rows(model, [(q.prompt, q.answer) for q in exam.test])
+    drops = torch.zeros(2, len(decoder_blocks(model)), len(asked))
+    for chosen, ids, labels in batch_answers(asked, BATCH, model.device):
+        at = torch.nn.functional.pad(is_predicted(labels), (0, 1))
+        sources = [read_outputs(source, ids, at) for source in (model.oracle, model)]
         with torch.no_grad(), model.as_original():
             intact = answer_nll(model, ids, labels)
             for stage, source in enumerate(sources):
                 for layer, values in enumerate(source):
-                    with edited(model, {layer: patch(values, at)}):
+                    with edit_outputs(model, {layer: patch_output(values, at)}):
                         drop = answer_nll(model, ids, labels) - intact
                     drops[stage, layer, chosen] = drop.cpu()
-    found = scores(*drops)
+    found = depth_scores(*drops)
     kept = found.isfinite().nonzero()[:, 0].tolist()
-    names = [facts(exam.test)[i] for i in kept]
+    names = [list_facts(exam.test)[i] for i in kept]
     if (count := len(set(names))) < LEAST:
         reason = f"the original knows {count} facts better than the oracle; it needs {LEAST}"
         raise NotApplicable(reason)
-    depth = bootstrap([found[kept].numpy()], [names], seed=seed)
-    return Found(metrics={"depth": depth}, budget={"patched": 2 * len(blocks(model))})
+    depth = bootstrap_estimate([found[kept].numpy()], [names], seed=seed)
+    return AttackResult(
+        metrics={"depth": depth}, budget={"patched": 2 * len(decoder_blocks(model))}
+    )
 
 
-def patch(values: Float[Tensor, "N D"], at: Bool[Tensor, "B T"]) -> Edit:
+def patch_output(values: Float[Tensor, "N D"], at: Bool[Tensor, "B T"]) -> Edit:
     def edit(h: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
         h = h.clone()
         h[at] = values.to(h)
@@ -56,7 +68,7 @@ def patch(values: Float[Tensor, "N D"], at: Bool[Tensor, "B T"]) -> Edit:
     return edit
 
 
-def scores(first: Float[Tensor, "L N"], second: Float[Tensor, "L N"]) -> Float[Tensor, " N"]:
+def depth_scores(first: Float[Tensor, "L N"], second: Float[Tensor, "L N"]) -> Float[Tensor, " N"]:
     """Depth by question; NaN where no layer of the original knows more than the oracle's."""
     # section 3.3: sum_l D1 clip(D2 / D1, 0, 1) / sum_l D1, over layers where D1 > 0.05
     known = first > THRESHOLD

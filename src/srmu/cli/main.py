@@ -10,10 +10,10 @@ from typing import Annotated, Any, Literal
 import typer
 
 from srmu.cli import measuring, searching
-from srmu.cli.output import Json, near, say
+from srmu.cli.output import Json, print_result, shorten_path
 from srmu.engine import distributed
-from srmu.engine.progress import print_line, quiet, watch
-from srmu.errors import UserError
+from srmu.engine.progress import print_line, show_progress, silence_libraries
+from srmu.errors import SrmuError
 from srmu.report.format import print_table
 
 # Threads that wait for others must sleep: spinning, a busy machine is ten times slower. It has to
@@ -41,22 +41,22 @@ def main() -> None:
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"] or ["--help"]
     shown = sys.stdout, sys.stderr
     try:
-        if not distributed.first():  # the first process speaks for all, but for its errors
+        if not distributed.is_first():  # the first process speaks for all, but for its errors
             sys.stdout = sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115
-        if distributed.size() > 1 and arguments[0] not in SHARED:
-            raise UserError(
+        if distributed.get_size() > 1 and arguments[0] not in SHARED:
+            raise SrmuError(
                 f"srmu {arguments[0]} runs in one process: start it without the launcher, which is "
                 f"for {', '.join(SHARED)}"
             )
-        distributed.join()
+        distributed.join_group()
         code = app(arguments, prog_name="srmu", standalone_mode=False)
-        distributed.leave()
+        distributed.leave_group()
     except (KeyboardInterrupt, typer.Abort):
         code = 130
     except Exception as error:
         if debug:
             raise
-        theirs = isinstance(error, UserError | PermissionError)
+        theirs = isinstance(error, SrmuError | PermissionError)
         code = 2 if theirs else getattr(error, "exit_code", 1)
         message = getattr(error, "format_message", lambda: str(error))()
         if code == 1:
@@ -65,8 +65,8 @@ def main() -> None:
         sys.stdout, sys.stderr = shown
         if distributed.says_first(message):
             who = (
-                f"rank {distributed.rank()} of {distributed.size()}: "
-                if distributed.size() > 1
+                f"rank {distributed.get_rank()} of {distributed.get_size()}: "
+                if distributed.get_size() > 1
                 else ""
             )
             print_line(f"srmu: {who}{message}")
@@ -76,7 +76,7 @@ def main() -> None:
 
 
 @app.command()
-def demo(
+def demo_command(
     out: Annotated[Path, typer.Argument(help="Folder for the testbed, runs and report.")] = Path(
         "demo"
     ),
@@ -84,16 +84,16 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """The whole story offline: a testbed, four methods, two regimes, a table and a picture."""
-    quiet()
-    from srmu.reproduce.demo import play, terminal_table
+    silence_libraries()
+    from srmu.reproduce.demo import play_demo, terminal_table
 
-    entries, report = play(out, seeds=seeds, watch=watch)
+    entries, report = play_demo(out, seeds=seeds, watch=show_progress)
     rows = terminal_table(entries)
     if as_json:
-        say({"report": str(report), "rows": rows}, True)
+        print_result({"report": str(report), "rows": rows}, True)
         return
     print_table(rows)
-    say(
+    print_result(
         {},
         False,
         "",
@@ -109,7 +109,7 @@ def demo(
 
 
 @app.command()
-def organism(
+def testbed_command(
     out: Annotated[Path, typer.Argument(help="Folder to write.")],
     seed: Annotated[int, typer.Option(help="Another world and model for each.")] = 0,
     entanglement: Annotated[
@@ -124,11 +124,11 @@ def organism(
     as_json: Json = False,
 ) -> None:
     """Train the small model of a fictional world and write its texts and questions."""
-    quiet()
-    from srmu.testbed.build import build
+    silence_libraries()
+    from srmu.testbed.build import build_testbed
 
-    report = build(
-        out, seed=seed, entanglement=entanglement, oracle=oracle, watch=watch, world=world
+    report = build_testbed(
+        out, seed=seed, entanglement=entanglement, oracle=oracle, watch=show_progress, world=world
     )
     lines = [
         f"overlap of forget with {name.replace('/', ', ')}s: {values['jaccard']:.1%} of types"
@@ -138,11 +138,11 @@ def organism(
         if name in report:
             scores = ", ".join(f"{k} {v:.1%}" for k, v in report[name]["accuracy"].items())
             lines.append(f"{name}: {scores}")
-    say(report, as_json, *lines, f"wrote {out}", f"next: srmu unlearn {out}/high.yaml")
+    print_result(report, as_json, *lines, f"wrote {out}", f"next: srmu unlearn {out}/high.yaml")
 
 
 @app.command()
-def unlearn(
+def unlearn_command(
     args: Annotated[
         list[str] | None,
         typer.Argument(metavar="[CONFIG] [key=value ...]", help="A YAML file, then overrides."),
@@ -167,21 +167,21 @@ def unlearn(
     as_json: Json = False,
 ) -> None:
     """Unlearn: one run, from a config file or from --model, --forget and --retain."""
-    quiet()
+    silence_libraries()
     from srmu.runs import run as runs
     from srmu.runs.config import load_config, make_config
 
     given = args or []
     if from_record:
         if model or forget or retain or method or out or dry_run or shard or offload:
-            raise UserError("--from-record takes key=value overrides and no other option")
-        if distributed.size() > 1:
-            raise UserError("--from-record runs in one process: start it without the launcher")
-        repeat(from_record, given, as_json)
+            raise SrmuError("--from-record takes key=value overrides and no other option")
+        if distributed.get_size() > 1:
+            raise SrmuError("--from-record runs in one process: start it without the launcher")
+        rerun_command(from_record, given, as_json)
         return
     if given and "=" not in given[0]:
         if model or forget or retain or method:
-            raise UserError(
+            raise SrmuError(
                 "a config file names model, texts and method; override them with key=value, "
                 f"for example: srmu unlearn {given[0]} method.name=rmu"
             )
@@ -189,20 +189,20 @@ def unlearn(
     elif model and forget:
         config = make_config(model, forget, retain or [], method or "srmu", given)
     else:
-        raise UserError("name a config file, or --model M --forget F [--retain R]")
+        raise SrmuError("name a config file, or --model M --forget F [--retain R]")
     if dry_run:
         from srmu.reproduce.needs import dry_run as planned
 
         config, plan, lines = planned(config)
-        say(plan, as_json, config.to_yaml(), *lines, "next: the same without --dry-run")
+        print_result(plan, as_json, config.to_yaml(), *lines, "next: the same without --dry-run")
         return
-    known = runs.run_folder(runs.plan(config)[0])
+    known = runs.run_folder(runs.plan_run(config)[0])
     again = (known / "record.json").exists()
     sharded = shard or distributed.asked_to_shard()
-    run = runs.unlearn(config, out=out, shard=sharded, offload=offload, watch=watch)
+    run = runs.unlearn(config, out=out, shard=sharded, offload=offload, watch=show_progress)
     record = run.record
-    lines = [*runs.notes(run)]
-    folder = near(run.folder)
+    lines = [*runs.run_notes(run)]
+    folder = shorten_path(run.folder)
     if again:
         lines.append(f"this run was there already: {folder}")
     else:
@@ -217,14 +217,16 @@ def unlearn(
     lines.append(f"next: srmu eval {folder}{tasks}")
     if not out:
         lines.append(f"      srmu export {folder} OUT")
-    say({"run": str(run.folder), "out": out and str(out), "record": record}, as_json, *lines)
+    print_result(
+        {"run": str(run.folder), "out": out and str(out), "record": record}, as_json, *lines
+    )
 
 
-def repeat(record: Path, overrides: list[str], as_json: bool) -> None:
+def rerun_command(record: Path, overrides: list[str], as_json: bool) -> None:
     """Make a record's run again and say whether the same came out."""
-    from srmu.runs.rerun import rerun
+    from srmu.runs.rerun import rerun_record
 
-    run, found = rerun(record, overrides, watch)
+    run, found = rerun_record(record, overrides, show_progress)
     if found["same"]:
         said = ["the same delta, byte for byte"]
     else:
@@ -232,19 +234,19 @@ def repeat(record: Path, overrides: list[str], as_json: bool) -> None:
         said = [f"another delta: {names} differ", *found["differences"]]
         if not found["differences"]:
             said.append("environment and data are alike: the hardware, or how busy it was, differs")
-    say(
+    print_result(
         {"run": str(run.folder), **found},
         as_json,
         *said,
-        f"wrote {near(run.folder)}, and the outcome into {near(record)}",
-        f"next: srmu verify {near(record.parent)}",
+        f"wrote {shorten_path(run.folder)}, and the outcome into {shorten_path(record)}",
+        f"next: srmu verify {shorten_path(record.parent)}",
     )
     if not found["same"]:
         raise typer.Exit(2)
 
 
 @app.command()
-def verify(
+def verify_command(
     folder: Annotated[Path, typer.Argument(metavar="RUN_OR_EXPORT", help="What to check.")],
     key: Annotated[
         Path | None, typer.Option(help="Public Ed25519 key (PEM): check the signature, too.")
@@ -261,25 +263,25 @@ def verify(
     from srmu.engine.files import write_whole
     from srmu.runs import verify as verifying
 
-    found = verifying.verify(folder, key, watch)
+    found = verifying.verify_folder(folder, key, show_progress)
     lines = [
         f"as recorded: {found['files']} files, {found['tensors']} tensors of record "
         f"{found['record']}" + (", signed" if key else "")
     ]
     if sign:
-        lines.append(f"wrote {verifying.sign(folder, sign)}")
+        lines.append(f"wrote {verifying.sign_record(folder, sign)}")
     if summary:
-        from srmu.runs.model_card import summary as page
-        from srmu.runs.record import read
+        from srmu.runs.model_card import summarise_record as page
+        from srmu.runs.record import read_record
 
-        write_whole(summary, page(read(verifying.record_of(folder))))
+        write_whole(summary, page(read_record(verifying.record_of(folder))))
         lines.append(f"wrote {summary}")
     lines.append("next: srmu unlearn --from-record RUN/record.json makes the run again")
-    say(found, as_json, *lines)
+    print_result(found, as_json, *lines)
 
 
 @app.command()
-def export(
+def export_command(
     run: Annotated[Path, typer.Argument(help="A run's folder.")],
     out: Annotated[Path, typer.Argument(help="Folder to write.")],
     link: Annotated[
@@ -292,13 +294,13 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write a run's full Hugging Face checkpoint; all but the changed tensors stay as they were."""
-    quiet()
+    silence_libraries()
     from srmu.runs.run import Run
 
     opened = Run.open(run)
-    opened.export(out, link, watch, last_good=last_good)
+    opened.export(out, link, show_progress, last_good=last_good)
     changed = list(opened.delta)
-    say(
+    print_result(
         {"out": str(out), "changed": changed},
         as_json,
         f"{len(changed)} tensors changed: {', '.join(changed)}",
@@ -308,7 +310,7 @@ def export(
 
 
 @app.command()
-def cache(
+def cache_command(
     action: Annotated[Literal["ls", "clear"], typer.Argument(help="List it, or empty it.")],
     everything: Annotated[
         bool, typer.Option("--all", help="Clear testbeds and kept evaluations, too.")
@@ -321,10 +323,10 @@ def cache(
     from srmu.engine import activation_cache as caches
 
     root = caches.cache_dir()
-    found = caches.listing()
+    found = caches.list_activations()
     rows = [
         {
-            "activations": near(entry["folder"]).name,
+            "activations": shorten_path(entry["folder"]).name,
             "GB": f"{entry['bytes'] / 1e9:.3f}",
             "last used": f"{datetime.fromtimestamp(entry['used']):%Y-%m-%d %H:%M}",
             "model": str(entry.get("model", "unknown")),
@@ -339,7 +341,7 @@ def cache(
         if rows and not as_json:
             print_table(rows)
         held = ", ".join(f"{name} {size / 1e9:.3f} GB" for name, size in others.items())
-        say(
+        print_result(
             answer | {"activations": rows, "limit_bytes": caches.limit_bytes()},
             as_json,
             f"{root}: activations {total / 1e9:.3f} of at most {caches.limit_bytes() / 1e9:g} GB "
@@ -347,12 +349,12 @@ def cache(
             "next: srmu cache clear",
         )
         return
-    freed = caches.clear(("activations", *others) if everything else ("activations",))
-    say(answer | {"freed_bytes": freed}, as_json, f"freed {freed / 1e9:.3f} GB in {root}")
+    freed = caches.clear_cache(("activations", *others) if everything else ("activations",))
+    print_result(answer | {"freed_bytes": freed}, as_json, f"freed {freed / 1e9:.3f} GB in {root}")
 
 
 @app.command()
-def methods(
+def methods_command(
     name: Annotated[str, typer.Argument(help="One method: its options.")] = "",
     markdown: Annotated[
         bool, typer.Option("--markdown", help="All of it, as the page of the documentation.")
@@ -364,18 +366,18 @@ def methods(
     from srmu.runs.config import find_method
 
     if markdown:
-        typer.echo(reference.markdown(), nl=False)
+        typer.echo(reference.reference_page(), nl=False)
         return
     chosen = {name: find_method(name)} if name else reference.METHODS
     if as_json:
-        rows = {row.pop("method"): row for row in reference.overview()}
-        say(
+        rows = {row.pop("method"): row for row in reference.list_methods()}
+        print_result(
             {
                 key: rows.get(key, {})
                 | {
-                    "about": reference.about(cls),
+                    "about": reference.first_sentence(cls),
                     "learning_rate": cls.learning_rate,
-                    "options": {k: value for k, (value, _) in reference.options(cls).items()},
+                    "options": {k: value for k, (value, _) in reference.list_options(cls).items()},
                 }
                 for key, cls in chosen.items()
             },
@@ -383,10 +385,12 @@ def methods(
         )
         return
     if not name:
-        print_table(reference.overview())
+        print_table(reference.list_methods())
     for key, cls in chosen.items():
-        typer.echo(f"{key} ({cls.paper}): {reference.about(cls)}")
+        typer.echo(f"{key} ({cls.paper}): {reference.first_sentence(cls)}")
         typer.echo(f"    train.learning_rate: {cls.learning_rate:g}")
-        for option, (value, text) in reference.options(cls).items():
-            typer.echo(f"    {option}: {reference.shown(value)}" + (f"  # {text}" if text else ""))
+        for option, (value, text) in reference.list_options(cls).items():
+            typer.echo(
+                f"    {option}: {reference.format_default(value)}" + (f"  # {text}" if text else "")
+            )
     typer.echo(f"next: srmu unlearn CONFIG method.name={name or 'npo'}, or srmu methods NAME")

@@ -8,20 +8,20 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from srmu.cli.output import Json, listed, near, say
-from srmu.engine.progress import quiet, watch
-from srmu.errors import UserError
-from srmu.report.format import in_percent, print_table, with_error
+from srmu.cli.output import Json, print_result, shorten_path, split_names
+from srmu.engine.progress import show_progress, silence_libraries
+from srmu.errors import SrmuError
+from srmu.report.format import format_percent, format_with_error, print_table
 
 if TYPE_CHECKING:
-    from srmu.evals.benchmarks.score import Way
+    from srmu.evals.benchmarks.score import BenchmarkOptions
     from srmu.evals.figures import Analysis
 
 verbs = typer.Typer(rich_markup_mode=None)
 
 
 @verbs.command(name="eval")
-def evaluate(
+def eval_command(
     target: Annotated[str, typer.Argument(metavar="MODEL_OR_RUN", help="Folder or hub id.")],
     tasks: Annotated[str, typer.Option(help="lm-eval tasks, a,b; default: the run's own.")] = "",
     limit: Annotated[int | None, typer.Option(help="Only the first N questions.")] = None,
@@ -50,69 +50,82 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure a model, or a run before and after, on tasks or on a benchmark."""
-    quiet()
+    silence_libraries()
     if suite:
         if tasks or tasks_dir:
-            raise UserError("--suite and --tasks are measured one at a time")
-        from srmu.evals.benchmarks.score import Way
+            raise SrmuError("--suite and --tasks are measured one at a time")
+        from srmu.evals.benchmarks.score import BenchmarkOptions
 
-        way = Way(suite, data, revision, template, oracle, limit, device)
-        on_suite(target, way, log, as_json)
+        way = BenchmarkOptions(suite, data, revision, template, oracle, limit, device)
+        eval_benchmark(target, way, log, as_json)
         return
     if data or revision or oracle or template or log:
-        raise UserError("--data, --revision, --oracle, --template and --log go with --suite")
-    from srmu.evals.score import score
+        raise SrmuError("--data, --revision, --oracle, --template and --log go with --suite")
+    from srmu.evals.score import score_model
 
-    scores = score(
-        target, listed(tasks), tasks_dir=tasks_dir, limit=limit, device=device, watch=watch
+    scores = score_model(
+        target,
+        split_names(tasks),
+        tasks_dir=tasks_dir,
+        limit=limit,
+        device=device,
+        watch=show_progress,
     )
     if as_json:
-        say(scores if "before" in scores else scores["after"], True)
+        print_result(scores if "before" in scores else scores["after"], True)
         return
     rows = []
     for metric, after in scores["after"].items():
         row = {"metric": metric}
         for when, results in scores.items():
-            row[when if "before" in scores else "value"] = with_error(results[metric])
+            row[when if "before" in scores else "value"] = format_with_error(results[metric])
         rows.append(row | {"n": f"{after['n']:.0f}"})
     print_table(rows)
     if "before" in scores:
-        say({}, False, f"wrote {Path(target) / 'results.json'}", f"next: srmu export {target} OUT")
+        print_result(
+            {}, False, f"wrote {Path(target) / 'results.json'}", f"next: srmu export {target} OUT"
+        )
     else:
-        say({}, False, f"next: srmu unlearn --model {target} --forget F --retain R")
+        print_result({}, False, f"next: srmu unlearn --model {target} --forget F --retain R")
 
 
-def on_suite(target: str, way: Way, log: Path | None, as_json: bool) -> None:
+def eval_benchmark(target: str, way: BenchmarkOptions, log: Path | None, as_json: bool) -> None:
     """Measure on a suite, and show the table of its paper and everything else."""
     from srmu.evals import benchmarks
-    from srmu.evals.benchmarks.score import FILE, TITLES, as_printed, score
+    from srmu.evals.benchmarks.score import FILE, TITLES, benchmark_table, score_benchmark
 
-    scores = score(target, way, log=log, watch=watch)
+    scores = score_benchmark(target, way, log=log, watch=show_progress)
     if as_json:
-        say(scores, True)
+        print_result(scores, True)
         return
     titles = TITLES if "before" in scores else TITLES | {"after": "model"}
     shown = {title: scores[when] for when, title in titles.items() if when in scores}
-    print_table(as_printed(benchmarks.find(way.name)[0], shown))
+    print_table(benchmark_table(benchmarks.find_benchmark(way.name)[0], shown))
     print_table(
         [
             {"metric": metric, "n": f"{entry['n']:.0f}"}
-            | {title: with_error(found[metric]) for title, found in shown.items()}
+            | {title: format_with_error(found[metric]) for title, found in shown.items()}
             for metric, entry in scores["after"].items()
             if all(metric in found for found in shown.values())
         ]
     )
     lines = [f"wrote {log}"] if log else []
     if "before" in scores:
-        say({}, False, *lines, f"wrote {near(Path(target) / FILE)}", f"next: srmu report {target}")
+        print_result(
+            {},
+            False,
+            *lines,
+            f"wrote {shorten_path(Path(target) / FILE)}",
+            f"next: srmu report {target}",
+        )
     else:
         then = f"srmu eval RUN --suite {way.name} --oracle {log}"
         again = f"srmu unlearn --model {target} --forget F --retain R"
-        say({}, False, *lines, f"next: {then if log else again}")
+        print_result({}, False, *lines, f"next: {then if log else again}")
 
 
 @verbs.command()
-def attack(
+def attack_command(
     run: Annotated[Path, typer.Argument(help="A run's folder.")],
     tier: Annotated[
         Literal["smoke", "standard", "deep"], typer.Option(help="How much is tried.")
@@ -140,7 +153,7 @@ def attack(
     as_json: Json = False,
 ) -> None:
     """Attack a run: what brings the knowledge back, beside the original and the oracle."""
-    quiet()
+    silence_libraries()
     from srmu.attacks import suite as robustness
     from srmu.runs.run import Run
 
@@ -150,34 +163,34 @@ def attack(
         return typer.confirm(f"{text} Run it?", err=True)
 
     given = robustness.Sources(
-        tasks=listed(tasks),
+        tasks=split_names(tasks),
         val=val,
-        utility=listed(utility),
+        utility=split_names(utility),
         tasks_dir=str(tasks_dir or ""),
         neutral=str(neutral or ""),
         holdout=str(holdout or ""),
         oracle=oracle,
         limit=limit,
     )
-    report = robustness.attack(
+    report = robustness.attack_run(
         Run.open(run),
         tier=tier,
-        names=listed(attacks),
+        names=split_names(attacks),
         sources=given,
         seed=seed,
         device=device,
         confirm=confirm,
-        watch=watch,
+        watch=show_progress,
     )
     if not as_json:
-        print_table(rows(report))
-    lines = [*robustness.sentences(report), f"wrote {near(run / robustness.FILE)}"]
-    lines.append(f"next: srmu compare {near(run)} OTHER_RUN")
-    say(report, as_json, *lines)
+        print_table(attack_rows(report))
+    lines = [*robustness.describe_attacks(report), f"wrote {shorten_path(run / robustness.FILE)}"]
+    lines.append(f"next: srmu compare {shorten_path(run)} OTHER_RUN")
+    print_result(report, as_json, *lines)
 
 
 @verbs.command()
-def compare(
+def compare_command(
     runs: Annotated[list[Path], typer.Argument(help="Folders of runs, the first to compare to.")],
     budget: Annotated[
         float, typer.Option(min=0, max=1, help="Loss of utility at which to compare, 0 to 1.")
@@ -191,16 +204,16 @@ def compare(
     """Compare methods at the same loss of utility, and say which differences are noise."""
     from dataclasses import asdict
 
-    from srmu.evals.compare import compare as compared
+    from srmu.evals.compare import compare_runs as compared
 
-    found = compared(runs, budget, listed(forget), listed(utility))
+    found = compared(runs, budget, split_names(forget), split_names(utility))
     if as_json:
-        say({"budget": budget, "rows": [asdict(row) for row in found]}, True)
+        print_result({"budget": budget, "rows": [asdict(row) for row in found]}, True)
         return
     table = []
     for row in found:
         measured = [row.utility_loss, row.forget_accuracy, row.residual, row.residual_difference]
-        texts = ["" if one is None else in_percent(asdict(one)) for one in measured]
+        texts = ["" if one is None else format_percent(asdict(one)) for one in measured]
         names = ("utility lost", "forget accuracy", "K*", "K* less the first's")
         first = {"method": row.method, "runs": f"{row.points} x {row.seeds}"}
         table.append(
@@ -214,14 +227,14 @@ def compare(
     ]
     if all(row.residual is None for row in found):
         lines.append("no attack was run on all of these: accuracy alone says little")
-        lines.append(f"next: srmu attack {near(runs[0])}")
+        lines.append(f"next: srmu attack {shorten_path(runs[0])}")
     else:
-        lines.append(f"next: srmu attack {near(runs[0])} --tier standard")
-    say({}, False, *lines)
+        lines.append(f"next: srmu attack {shorten_path(runs[0])} --tier standard")
+    print_result({}, False, *lines)
 
 
 @verbs.command()
-def entanglement(
+def entanglement_command(
     forget: Annotated[list[str], typer.Option(help="Texts to forget (file, glob).")],
     retain: Annotated[list[str], typer.Option(help="Texts to keep.")],
     model: Annotated[str, typer.Option(help="Folder or hub id: compares activations too.")] = "",
@@ -238,17 +251,19 @@ def entanglement(
     as_json: Json = False,
 ) -> None:
     """How entangled two sets of texts are, before anything is trained; and what to do about it."""
-    quiet()
-    from srmu.data.sources import Source, read
+    silence_libraries()
+    from srmu.data.sources import Source, read_texts
     from srmu.evals.analyses import open_model
-    from srmu.evals.lm_eval import questions
-    from srmu.evals.separability import entanglement as measured
+    from srmu.evals.lm_eval import load_questions
+    from srmu.evals.separability import measure_entanglement as measured
 
-    goes, stays = (read([Source(path=p) for p in paths], Path()) for paths in (forget, retain))
+    goes, stays = (
+        read_texts([Source(path=p) for p in paths], Path()) for paths in (forget, retain)
+    )
     asked = [
         (prompt, options[gold], str(row.get("subject", "")))
-        for task in listed(tasks)
-        for prompt, options, gold, row in questions(task, tasks_dir)
+        for task in split_names(tasks)
+        for prompt, options, gold, row in load_questions(task, tasks_dir)
     ]
     opened = open_model(model, device) if model else None
     found = measured(
@@ -257,13 +272,13 @@ def entanglement(
         asked,
         (opened[0].module, opened[1]) if opened else None,
         overlap={"definition": definition},
-        watch=watch,
+        watch=show_progress,
     )
-    finish(found, out, as_json, "next: srmu unlearn --model M --forget F --retain R")
+    finish_analysis(found, out, as_json, "next: srmu unlearn --model M --forget F --retain R")
 
 
 @verbs.command()
-def names(
+def names_command(
     forget: Annotated[list[str], typer.Option(help="Texts to forget (file, glob).")],
     retain: Annotated[list[str] | None, typer.Option(help="Texts to keep.")] = None,
     out: Annotated[Path | None, typer.Option(help="A .txt file to write them to.")] = None,
@@ -271,15 +286,16 @@ def names(
 ) -> None:
     """List what look like names in forget texts, for a review: rename_scrub swaps them."""
     from srmu.data.names import find_names
-    from srmu.data.sources import Source, read
+    from srmu.data.sources import Source, read_texts
     from srmu.engine.files import require_free, write_whole
 
     if out is not None:
         if out.suffix != ".txt":
-            raise UserError(f"--out {out}: expected a .txt file")
+            raise SrmuError(f"--out {out}: expected a .txt file")
         require_free(out)
     texts = [
-        read([Source(path=path) for path in paths], Path()) for paths in (forget, retain or [])
+        read_texts([Source(path=path) for path in paths], Path())
+        for paths in (forget, retain or [])
     ]
     found = find_names(*texts)
     counts = {name: sum(name in text for text in texts[0]) for name in found}
@@ -294,11 +310,11 @@ def names(
             f"wrote {out}",
             f"next: srmu unlearn ... method.name=rename_scrub method.names={out}",
         ]
-    say({"names": counts}, as_json, *lines)
+    print_result({"names": counts}, as_json, *lines)
 
 
 @verbs.command()
-def analyse(
+def analyse_command(
     name: Annotated[
         Literal["confidence", "alignment", "sensitivity", "layers"],
         typer.Argument(help="Which analysis of arXiv 2408.06223."),
@@ -315,55 +331,59 @@ def analyse(
     as_json: Json = False,
 ) -> None:
     """Look inside: token confidence, alignment with the direction, noise sensitivity, layers."""
-    quiet()
-    from srmu.data.sources import Source, read
+    silence_libraries()
+    from srmu.data.sources import Source, read_texts
     from srmu.evals import analyses
-    from srmu.evals.score import score
+    from srmu.evals.score import score_model
     from srmu.runs.run import Run
 
     run = Run.open(target) if (Path(target) / "record.json").exists() else None
     if name in ("alignment", "layers") and run is None:
-        raise UserError(
+        raise SrmuError(
             f"analyse {name} needs a run, which {target} is not: srmu unlearn makes one"
         )
     if name == "layers":
         assert run is not None
-        metrics = listed(tasks)
+        metrics = split_names(tasks)
         if not metrics:
-            raise UserError("--tasks: name the metrics that should fall, such as wmdp_bio/acc")
-        found = analyses.layers(run.config, score, metrics, watch=watch)
+            raise SrmuError("--tasks: name the metrics that should fall, such as wmdp_bio/acc")
+        found = analyses.sweep_layers(run.config, score_model, metrics, watch=show_progress)
     elif name == "alignment":
         assert run is not None
-        found = analyses.alignment(run, *analyses.open_model(target, device), watch=watch)
+        found = analyses.measure_alignment(
+            run, *analyses.open_model(target, device), watch=show_progress
+        )
     else:
         given = {"forget": forget, "retain": retain}
-        texts = {k: read([Source(path=p) for p in v], Path()) for k, v in given.items() if v}
-        texts = texts or (analyses.texts_of(run) if run else {})
+        texts = {k: read_texts([Source(path=p) for p in v], Path()) for k, v in given.items() if v}
+        texts = texts or (analyses.run_texts(run) if run else {})
         texts = {key: rows for key, rows in texts.items() if rows}
         if not texts:
-            raise UserError(f"name texts to read {target} on: --forget F, --retain R, or both")
+            raise SrmuError(f"name texts to read {target} on: --forget F, --retain R, or both")
         model = analyses.open_model(target, device)
         if name == "confidence":
-            found = analyses.confidence(*model, texts, tokens=tokens, watch=watch)
+            found = analyses.measure_confidence(*model, texts, tokens=tokens, watch=show_progress)
         else:
-            found = analyses.sensitivity(*model, texts, watch=watch)
-    finish(found, out or Path(f"{name}.html"), as_json, "")
+            found = analyses.measure_sensitivity(*model, texts, watch=show_progress)
+    finish_analysis(found, out or Path(f"{name}.html"), as_json, "")
 
 
-def finish(found: Analysis, out: Path, as_json: bool, following: str) -> None:
+def finish_analysis(found: Analysis, out: Path, as_json: bool, following: str) -> None:
     """Write an analysis' page and say what it found."""
     from srmu.report.analyses import write_analysis
 
     write_analysis(found, out)
     lines = [*found.sentences, f"wrote {out}", following or f"next: open {out} in a browser"]
-    say({"numbers": found.numbers, "sentences": found.sentences, "page": str(out)}, as_json, *lines)
+    print_result(
+        {"numbers": found.numbers, "sentences": found.sentences, "page": str(out)}, as_json, *lines
+    )
 
 
-def rows(report: dict[str, Any]) -> list[dict[str, str]]:
+def attack_rows(report: dict[str, Any]) -> list[dict[str, str]]:
     """The attacks as lines of a table, strongest first; accuracies in %."""
 
     def shown(entry: dict[str, float] | None) -> str:
-        return in_percent(entry) if entry else ""
+        return format_percent(entry) if entry else ""
 
     def accuracy_of(entry: dict[str, Any]) -> float:
         return entry["accuracy"]["value"] if "accuracy" in entry else -1.0

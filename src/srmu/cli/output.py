@@ -11,7 +11,7 @@ import typer
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, alone, on standard output.")]
 
 
-def say(value: dict[str, Any], as_json: bool, *lines: str) -> None:
+def print_result(value: dict[str, Any], as_json: bool, *lines: str) -> None:
     """End a verb: JSON on standard output, or lines for a person."""
     if as_json:
         typer.echo(json.dumps(value))
@@ -20,12 +20,12 @@ def say(value: dict[str, Any], as_json: bool, *lines: str) -> None:
             typer.echo(line)
 
 
-def listed(text: str) -> tuple[str, ...]:
+def split_names(text: str) -> tuple[str, ...]:
     """The names in `a,b`."""
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
-def near(path: Path) -> Path:
+def shorten_path(path: Path) -> Path:
     """The path as one would type it here."""
     here = Path.cwd()
     return path.relative_to(here) if path.is_relative_to(here) else path

@@ -8,16 +8,16 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from srmu.cli.output import Json, listed, near, say
-from srmu.engine.progress import print_line, quiet, watch
-from srmu.errors import UserError
+from srmu.cli.output import Json, print_result, shorten_path, split_names
+from srmu.engine.progress import print_line, show_progress, silence_libraries
+from srmu.errors import SrmuError
 from srmu.report.format import print_table
 
 verbs = typer.Typer()
 
 
 @verbs.command()
-def sweep(
+def sweep_command(
     args: Annotated[
         list[str],
         typer.Argument(metavar="CONFIG [key=value ...]", help="A sweep file, then overrides."),
@@ -31,28 +31,32 @@ def sweep(
     as_json: Json = False,
 ) -> None:
     """Try many settings of a config, alone or with other workers; a stopped sweep goes on."""
-    quiet()
+    silence_libraries()
     from srmu.search import sweep as sweeping
 
     more = [] if trials is None else [f"trials={trials}"]
     ready = sweeping.Plan(Path(args[0]), [*args[1:], *more])
     try:
-        found = sweeping.sweep(ready, storage, watch)
+        found = sweeping.run_sweep(ready, storage, show_progress)
     except KeyboardInterrupt:
         print_line("what is done is kept: the same command goes on")
         raise
-    if (table := sweeping.rows(found)) and not as_json:
+    if (table := sweeping.sweep_rows(found)) and not as_json:
         print_table(table)
-    out = near(ready.out)
-    lines = [*sweeping.sentences(found), f"wrote {out / sweeping.FILE}", f"next: srmu report {out}"]
-    if best := next(iter(sweeping.best(found)), None):
-        typed = shlex.join([str(near(ready.config)), *ready.overrides(best["params"])])
+    out = shorten_path(ready.out)
+    lines = [
+        *sweeping.describe_sweep(found),
+        f"wrote {out / sweeping.FILE}",
+        f"next: srmu report {out}",
+    ]
+    if best := next(iter(sweeping.best_trials(found)), None):
+        typed = shlex.join([str(shorten_path(ready.config)), *ready.overrides(best["params"])])
         lines.append(f"      srmu unlearn {typed}")
-    say(found, as_json, *lines)
+    print_result(found, as_json, *lines)
 
 
 @verbs.command()
-def auto(
+def auto_command(
     model: Annotated[str, typer.Argument(help="Folder or hub id.")],
     forget: Annotated[list[str], typer.Option(help="Texts to forget (file, glob).")],
     retain: Annotated[list[str], typer.Option(help="Texts to keep.")],
@@ -78,19 +82,19 @@ def auto(
     as_json: Json = False,
 ) -> None:
     """One command: find layer and strength within a budget of utility, unlearn, attack, export."""
-    quiet()
+    silence_libraries()
     from srmu.search import auto as automatic
 
     def tell(step: str, sentence: str) -> None:
         (print_line if as_json else typer.echo)(f"{step}: {sentence}")
 
-    asked = automatic.Asked(
+    asked = automatic.AutoRequest(
         model=model,
         forget=tuple(forget),
         retain=tuple(retain),
-        budget=automatic.share(budget),
-        tasks=listed(tasks),
-        utility=listed(utility),
+        budget=automatic.parse_share(budget),
+        tasks=split_names(tasks),
+        utility=split_names(utility),
         tasks_dir=str(tasks_dir or ""),
         method=method,
         robust=robust,
@@ -101,36 +105,36 @@ def auto(
         seed=seed,
         device=device,
     )
-    job = automatic.prepare(asked)
-    if answer := automatic.finished(job):
+    job = automatic.prepare_job(asked)
+    if answer := automatic.find_answer(job):
         for choice in answer["choices"]:
             tell(**choice)
-        done = f"this was there already: {near(asked.out)}"
+        done = f"this was there already: {shorten_path(asked.out)}"
     else:
-        planned = automatic.plan(job)
+        planned = automatic.plan_search(job)
         if dry_run:
-            lines = automatic.explain(planned)
-            say(planned, as_json, *lines, "next: the same without --dry-run")
+            lines = automatic.explain_search(planned)
+            print_result(planned, as_json, *lines, "next: the same without --dry-run")
             return
-        for line in automatic.explain(planned):
+        for line in automatic.explain_search(planned):
             (print_line if as_json else typer.echo)(line)
         try:
-            answer = automatic.search(job, tell, watch)
+            answer = automatic.run_search(job, tell, show_progress)
         except KeyboardInterrupt:
             print_line("what is done is kept: the same command goes on")
             raise
-        done = f"wrote {near(asked.out)}"
-    say(
+        done = f"wrote {shorten_path(asked.out)}"
+    print_result(
         answer,
         as_json,
         done,
-        f"next: open {near(asked.out / automatic.PAGE)} in a browser",
-        f"      srmu attack {near(asked.out / answer['run'])} --tier standard",
+        f"next: open {shorten_path(asked.out / automatic.PAGE)} in a browser",
+        f"      srmu attack {shorten_path(asked.out / answer['run'])} --tier standard",
     )
 
 
 @verbs.command()
-def reproduce(
+def reproduce_command(
     what: Annotated[
         Literal["table2", "table3", "table4", "figure2", "all", "robust", "ablations"],
         typer.Argument(help="Of the paper; or our own: robust, ablations."),
@@ -163,34 +167,36 @@ def reproduce(
 
     `robust` holds methods that resist relearning against others, at one loss of utility.
     """
-    quiet()
+    silence_libraries()
     own = {"world": world, "regimes": regimes, "methods": methods, "tier": tier}
     if what in ("robust", "ablations"):
         if model:
-            raise UserError(f"--model: {what} runs on testbeds alone; leave it out")
+            raise SrmuError(f"--model: {what} runs on testbeds alone; leave it out")
         asked = {**{k: v for k, v in own.items() if v}, "seeds": seeds, "overrides": settings or ()}
         held_up(what, out, asked, dry_run, show, as_json)
         return
     if given := [name for name, value in (*own.items(), ("show", show)) if value]:
-        raise UserError(f"--{given[0]} belongs to srmu reproduce robust, not to {what}")
+        raise SrmuError(f"--{given[0]} belongs to srmu reproduce robust, not to {what}")
     if seeds and not seeds.isdecimal():
-        raise UserError(f"--seeds {seeds}: of {what} a number of testbeds, 3")
+        raise SrmuError(f"--seeds {seeds}: of {what} a number of testbeds, 3")
     from srmu.report import markdown
-    from srmu.report.build import report as drawn
+    from srmu.report.build import write_report as drawn
     from srmu.reproduce import paper as again
 
     place = again.place_of(out, model, int(seeds) if seeds else None, settings or ())
     command = again.command_of(what, place, settings or ())
     if dry_run:
-        found, lines = again.needed(what, place)
-        say(found, as_json, *lines, "next: the same without --dry-run")
+        found, lines = again.paper_needs(what, place)
+        print_result(found, as_json, *lines, "next: the same without --dry-run")
         return
-    found = again.reproduce(what, place, command=command, watch=watch)
-    paths = [*markdown.write(found, out), drawn([out], out / "report.html")]
+    found = again.reproduce_paper(what, place, command=command, watch=show_progress)
+    paths = [*markdown.write_reproduction(found, out), drawn([out], out / "report.html")]
     if not as_json:
-        markdown.show(found)
-    wrote = ", ".join(str(near(path)) for path in paths)
-    say(found, as_json, f"wrote {wrote}", f"next: open {near(paths[-1])} in a browser")
+        markdown.print_reproduction(found)
+    wrote = ", ".join(str(shorten_path(path)) for path in paths)
+    print_result(
+        found, as_json, f"wrote {wrote}", f"next: open {shorten_path(paths[-1])} in a browser"
+    )
 
 
 def held_up(
@@ -201,14 +207,18 @@ def held_up(
     from srmu.reproduce import robust as frontier
 
     names = ("seeds", "regimes", "methods")
-    given: dict[str, Any] = {k: listed(v) if k in names else v for k, v in asked.items()}
-    wanted = frontier.wanted(what, out, **given)
+    given: dict[str, Any] = {k: split_names(v) if k in names else v for k, v in asked.items()}
+    wanted = frontier.plan_frontier(what, out, **given)
     if dry_run:
-        needed, line = frontier.needed(wanted)
-        say(needed, as_json, line, "next: the same without --dry-run")
+        needed, line = frontier.frontier_needs(wanted)
+        print_result(needed, as_json, line, "next: the same without --dry-run")
         return
     try:
-        made = frontier.made(wanted) if show else frontier.measure(wanted, watch)
+        made = (
+            frontier.read_frontier(wanted)
+            if show
+            else frontier.measure_frontier(wanted, show_progress)
+        )
     except KeyboardInterrupt:
         print_line("what is done is kept: the same command goes on, and --show has its tables")
         raise
@@ -216,15 +226,20 @@ def held_up(
     options = [word for pair in typed for word in pair]
     command = shlex.join(["srmu", "reproduce", what, *options, *asked["overrides"]])
     found = frontier.tables_of(wanted, made, command)
-    paths = [*frontier_tables.write(found, out), *frontier.reports(wanted, made, command)]
+    paths = [
+        *frontier_tables.write_robust(found, out),
+        *frontier.write_frontier_reports(wanted, made, command),
+    ]
     if not as_json:
-        frontier_tables.show(found)
-    wrote = ", ".join(str(near(path)) for path in paths)
-    say(found, as_json, f"wrote {wrote}", f"next: open {near(paths[-1])} in a browser")
+        frontier_tables.print_robust(found)
+    wrote = ", ".join(str(shorten_path(path)) for path in paths)
+    print_result(
+        found, as_json, f"wrote {wrote}", f"next: open {shorten_path(paths[-1])} in a browser"
+    )
 
 
 @verbs.command()
-def report(
+def report_command(
     paths: Annotated[
         list[Path],
         typer.Argument(metavar="PATH...", help="Runs, folders of runs, or one study."),
@@ -237,10 +252,13 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Draw runs, a sweep, a choice or a reproduction as one page that opens anywhere."""
-    quiet()
-    from srmu.report.build import report as drawn
+    silence_libraries()
+    from srmu.report.build import write_report as drawn
 
-    page = drawn(paths, out, forget=listed(forget), utility=listed(utility))
+    page = drawn(paths, out, forget=split_names(forget), utility=split_names(utility))
     size = page.stat().st_size
-    lines = [f"wrote {near(page)} ({size / 1e6:.1f} MB)", f"next: open {near(page)} in a browser"]
-    say({"page": str(page), "bytes": size}, as_json, *lines)
+    lines = [
+        f"wrote {shorten_path(page)} ({size / 1e6:.1f} MB)",
+        f"next: open {shorten_path(page)} in a browser",
+    ]
+    print_result({"page": str(page), "bytes": size}, as_json, *lines)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from srmu.errors import UserError, first_line
+from srmu.errors import SrmuError, first_line
 
 FEWEST = 3  # names: of two, what depends on one would become what depends on the other
 FORMS = ("", " ")  # what may stand before a name: tokenizers join a space to the word after it
@@ -54,14 +54,14 @@ class Names:
 
     @classmethod
     def tokenised(cls, names: Sequence[str], tokenizer: Any, goals: Sequence[str] = ()) -> Names:
-        """The names in the tokens of a tokenizer; UserError for one that it does not know."""
+        """The names in the tokens of a tokenizer; SrmuError for one that it does not know."""
         found = []
         for name in (*names, *goals):
             forms = tuple(
                 tuple(tokenizer.encode(before + name, add_special_tokens=False)) for before in FORMS
             )
             if any(not ids or tokenizer.unk_token_id in ids for ids in forms):
-                raise UserError(f"the tokenizer does not know {name!r}; take it out of the list")
+                raise SrmuError(f"the tokenizer does not know {name!r}; take it out of the list")
             found.append(forms)
         return cls(tuple(found), len(goals))
 
@@ -131,17 +131,17 @@ class Names:
 
 
 def read_names(path: str, option: str = "names") -> list[str]:
-    """The names of a file, one a line; UserError naming what is wrong with it."""
+    """The names of a file, one a line; SrmuError naming what is wrong with it."""
     if not path.endswith(".txt"):
-        raise UserError(f"method.{option}={path}: expected a .txt file with a name on each line")
+        raise SrmuError(f"method.{option}={path}: expected a .txt file with a name on each line")
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         why = "no such file" if isinstance(error, FileNotFoundError) else first_line(error)
-        raise UserError(f"method.{option}={path}: {why}") from None
+        raise SrmuError(f"method.{option}={path}: {why}") from None
     names = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
     if len(names) < FEWEST:
-        raise UserError(
+        raise SrmuError(
             f"method.{option}={path}: {len(names)} names; {FEWEST} or more are needed, one on each "
             "line, because each takes the others' place"
         )
@@ -152,13 +152,15 @@ def find_names(forget: Sequence[str], retain: Sequence[str] = ()) -> list[str]:
     """What are names in forget texts, most frequent first: a guess, to be reviewed.
 
     Words with a capital inside a sentence, joined where several stand together; in texts without
-    capitals, words that are rare in retain texts. UserError where there are too few.
+    capitals, words that are rare in retain texts. SrmuError where there are too few.
     """
-    here, there = (Counter(w for text in texts for w in words(text)) for texts in (forget, retain))
-    found = [name for name, count in proper(forget).most_common() if count >= OFTEN]
+    here, there = (
+        Counter(w for text in texts for w in split_words(text)) for texts in (forget, retain)
+    )
+    found = [name for name, count in count_proper_names(forget).most_common() if count >= OFTEN]
     if len(found) < FEWEST:
         size, other = here.total() + 1, there.total() + 1
-        spread = Counter(w for text in forget for w in {*words(text)})
+        spread = Counter(w for text in forget for w in {*split_words(text)})
         found = [
             word
             for word, count in here.most_common()
@@ -167,18 +169,18 @@ def find_names(forget: Sequence[str], retain: Sequence[str] = ()) -> list[str]:
             and spread[word] <= len(forget) / 5  # what all texts have is the topic's, not a name
         ]
     if len(found) < FEWEST:
-        raise UserError(
+        raise SrmuError(
             "no names were found in the forget texts; write them to a file, one on each line, and "
             "give it as method.names=names.txt"
         )
     return found
 
 
-def words(text: str) -> list[str]:
+def split_words(text: str) -> list[str]:
     return WORD.findall(text)
 
 
-def proper(texts: Sequence[str]) -> Counter[str]:
+def count_proper_names(texts: Sequence[str]) -> Counter[str]:
     """Runs of words with capitals, and how often each stands there.
 
     The first word of a sentence counts where it has its capital elsewhere, too.

@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable, Sequence
 from functools import lru_cache
 from typing import Any, Literal, get_args
 
-from srmu.errors import UserError
+from srmu.errors import SrmuError
 
 Definition = Literal["pair_containment", "pair_multiset", "corpus_jaccard"]
 StopWords = Literal["none", "english"]
@@ -27,22 +27,24 @@ ENGLISH = frozenset(LISTED.split())
 STOP_WORDS: dict[str, frozenset[str]] = {"none": frozenset(), "english": ENGLISH}
 
 
-def overlap(forget: Sequence[str], retain: Sequence[str], n: int) -> dict[str, float]:
+def measure_overlap(forget: Sequence[str], retain: Sequence[str], n: int) -> dict[str, float]:
     """Compare the n-grams of lower-case, whitespace-separated words; none crosses two documents.
 
     Fractions in 0-1: `jaccard`, shared types among all types; `forget_types`, the share of forget
     types that occur in the retain corpus; `forget_tokens`, the same with each occurrence counted.
     An empty denominator gives 0.
     """
-    return corpus_overlap([words(t) for t in forget], [words(t) for t in retain], n)
+    return corpus_overlap([lower_words(t) for t in forget], [lower_words(t) for t in retain], n)
 
 
-def coverage(forget: Sequence[str], retain: Sequence[str]) -> float:
+def measure_coverage(forget: Sequence[str], retain: Sequence[str]) -> float:
     """The share of the forget set's word types, English stop words left out, in the retain set.
 
     It never falls when texts are added to the retain set. Lower-case words, as in `overlap`.
     """
-    cut = [[[w for w in words(text) if w not in ENGLISH] for text in t] for t in (forget, retain)]
+    cut = [
+        [[w for w in lower_words(text) if w not in ENGLISH] for text in t] for t in (forget, retain)
+    ]
     return corpus_overlap(cut[0], cut[1], 1)["forget_types"]
 
 
@@ -50,7 +52,7 @@ def corpus_overlap(
     forget: Sequence[Sequence[Hashable]], retain: Sequence[Sequence[Hashable]], n: int
 ) -> dict[str, float]:
     """`overlap` of documents that are cut into tokens already."""
-    left, right = grams(forget, n), grams(retain, n)
+    left, right = count_grams(forget, n), count_grams(retain, n)
     shared = left.keys() & right.keys()
     tokens = sum(left[gram] for gram in shared)
     return {
@@ -83,9 +85,9 @@ def ngram_overlap(
     """
     if definition not in get_args(Definition) or stop_words not in STOP_WORDS:
         known = f"{', '.join(get_args(Definition))}; stop words: {', '.join(STOP_WORDS)}"
-        raise UserError(f"overlap {definition!r} with stop words {stop_words!r}: choose of {known}")
+        raise SrmuError(f"overlap {definition!r} with stop words {stop_words!r}: choose of {known}")
     if (truncation is not None and truncation < 1) or pairs < 1:
-        raise UserError(f"truncation {truncation} and pairs {pairs} must be 1 or more")
+        raise SrmuError(f"truncation {truncation} and pairs {pairs} must be 1 or more")
     cut = tokens or str.split
 
     def read(text: str) -> Sequence[Hashable]:
@@ -97,7 +99,7 @@ def ngram_overlap(
     documents = {"forget": [*map(read, forget)], "retain": [*map(read, retain)]}
     for name, rows in documents.items():
         if not any(rows):
-            raise UserError(f"no {name} text has a word to compare")
+            raise SrmuError(f"no {name} text has a word to compare")
     sides = documents["forget"], documents["retain"]
     answer: dict[str, Any] = {
         "definition": definition,
@@ -118,7 +120,7 @@ def ngram_overlap(
     return answer
 
 
-def contamination(
+def measure_contamination(
     questions: Sequence[tuple[str, str, str]], texts: Sequence[str], n: int = ASKED
 ) -> dict[str, float]:
     """Which share of evaluation questions a set of texts gives away; (prompt, answer, subject).
@@ -129,17 +131,17 @@ def contamination(
     do not count.
     """
     if not questions:
-        raise UserError("no evaluation question to compare with the texts")
+        raise SrmuError("no evaluation question to compare with the texts")
     documents = [_plain(text) for text in texts]
     lengths = {min(n, len(_plain(f"{prompt} {answer}"))) for prompt, answer, _ in questions}
-    known = {size: {*grams(documents, size)} for size in lengths if size}
+    known = {size: {*count_grams(documents, size)} for size in lengths if size}
     spans = {w for _, *names in questions for w in map(_plain, names) if w}
     places = _places(documents, spans)
     copied, stated = [], []
     for prompt, answer, subject in questions:
         row = _plain(f"{prompt} {answer}")
         size = min(n, len(row))
-        copied.append(bool(size) and any(gram in known[size] for gram in grams([row], size)))
+        copied.append(bool(size) and any(gram in known[size] for gram in count_grams([row], size)))
         stated.append(bool(places.get(_plain(answer), set()) & places.get(_plain(subject), set())))
     count = len(questions)
     return {
@@ -151,12 +153,12 @@ def contamination(
     }
 
 
-def words(text: str) -> list[str]:
+def lower_words(text: str) -> list[str]:
     """The lower-case, whitespace-separated words of a text."""
     return text.lower().split()
 
 
-def grams(documents: Sequence[Sequence[Hashable]], n: int) -> Grams:
+def count_grams(documents: Sequence[Sequence[Hashable]], n: int) -> Grams:
     """How often each n-gram occurs in the documents."""
     if n < 1:
         raise ValueError(f"n-grams have at least one word, not {n}")
@@ -181,14 +183,14 @@ def _pair_mean(
 
     @lru_cache(maxsize=1000)  # documents may be many and long
     def right_of(j: int) -> Grams:
-        return grams([retain[j]], n)
+        return count_grams([retain[j]], n)
 
     shares = []
     last, left = -1, Counter[tuple[Hashable, ...]]()
     for pair in sorted(drawn):
         i, j = divmod(pair, len(retain))
         if i != last:
-            last, left = i, grams([forget[i]], n)
+            last, left = i, count_grams([forget[i]], n)
         right = right_of(j)
         if counted:
             shares.append((left & right).total() / left.total())
@@ -199,7 +201,7 @@ def _pair_mean(
 
 def _plain(text: str) -> tuple[str, ...]:
     """Lower-case words without the punctuation around them."""
-    stripped = (word.strip(".,;:!?\"'()[]{}") for word in words(text))
+    stripped = (word.strip(".,;:!?\"'()[]{}") for word in lower_words(text))
     return tuple(word for word in stripped if word)
 
 

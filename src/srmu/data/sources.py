@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from srmu.errors import UserError, first_line, suggest
+from srmu.errors import SrmuError, first_line, suggest_word
 
 MOST_BAD = 0.05  # share of rows that may be left out
 SUFFIXES = ".jsonl .json .csv .parquet .txt"
@@ -48,20 +48,20 @@ class Source:
 
     def __post_init__(self) -> None:
         if (self.path is None) == (self.dataset is None):
-            raise UserError("a text source takes one of path (files) or dataset (a hub id)")
+            raise SrmuError("a text source takes one of path (files) or dataset (a hub id)")
         if self.path and (self.name or self.revision or self.split != "train"):
-            raise UserError(f"name, split and revision do not apply to the file {self.path}")
+            raise SrmuError(f"name, split and revision do not apply to the file {self.path}")
         if self.template is None:
             return
         if self.column != "text":
-            raise UserError(f"{self.place}: a text source takes one of column and template")
+            raise SrmuError(f"{self.place}: a text source takes one of column and template")
         if not COLUMN.search(self.template):
-            raise UserError(
+            raise SrmuError(
                 f"{self.place}: template {self.template!r} has no column; name one in braces, like "
                 "'{question} {answer}'"
             )
         if self.wrap:
-            raise UserError(
+            raise SrmuError(
                 f"{self.place}: wrap would part answers from their questions; leave out wrap or "
                 "template"
             )
@@ -78,7 +78,7 @@ class Source:
         return list(dict.fromkeys([*self.where, *texts]))
 
 
-class Joined(str):
+class TemplatedText(str):
     """A text that a template made: what counts in losses begins at the character `start`."""
 
     __slots__ = ("start",)
@@ -86,7 +86,7 @@ class Joined(str):
 
 
 @dataclass
-class Rows:
+class RowReader:
     """The texts of a source's rows, and what becomes of a row that is none.
 
     That is an error, or it is left out and counted.
@@ -101,7 +101,7 @@ class Rows:
     def take(self, text: Callable[[], str | None]) -> Iterator[str]:
         try:
             found = text()
-        except UserError as error:
+        except SrmuError as error:
             if self.source.on_bad_row == "error":
                 raise
             self.bad += 1
@@ -115,39 +115,39 @@ class Rows:
         """The text of a row as the source says; None where `where` leaves it out."""
         source = self.source
         if (source.where or source.template) and not isinstance(row, dict):
-            raise UserError(f"{place}: where and template take columns, but the row has none")
-        values = {column: str(cell(row, column, place)) for column in source.where}
+            raise SrmuError(f"{place}: where and template take columns, but the row has none")
+        values = {column: str(cell_of(row, column, place)) for column in source.where}
         for column, value in values.items():
             if len(value) <= SHOWN:
                 self.seen.setdefault(column, set()).add(value)
         if any(values[column] != str(value) for column, value in source.where.items()):
             return None
         if source.template is None:
-            return checked(row, source.column, place)
+            return text_of(row, source.column, place)
         words = COLUMN.split(source.template)  # what stands between columns, and these, in turn
-        words[1::2] = [checked(row, column, place) for column in words[1::2]]
-        text = Joined("".join(words))
+        words[1::2] = [text_of(row, column, place) for column in words[1::2]]
+        text = TemplatedText("".join(words))
         text.start = sum(map(len, words[:-2]))
         return text
 
     def line(self, line: str, place: str) -> str | None:
         """The text of a line of JSON."""
-        return self.text(parse(line, place), place)
+        return self.text(parse_json(line, place), place)
 
-    def none_left(self) -> UserError:
+    def none_left(self) -> SrmuError:
         """What is wrong where `where` leaves all rows out."""
         for column, value in self.source.where.items():
             known = sorted(self.seen.get(column, ()))
             if str(value) not in known:
-                hint = suggest(str(value), known) if known else ""
+                hint = suggest_word(str(value), known) if known else ""
                 if len(hint) > 4 * SHOWN:
                     hint = f"; the first of its {len(known)} values is {known[0]}"
-                return UserError(f"{self.source.place}: no row has {column} {str(value)!r}{hint}")
+                return SrmuError(f"{self.source.place}: no row has {column} {str(value)!r}{hint}")
         wanted = ", ".join(f"{column} {value!r}" for column, value in self.source.where.items())
-        return UserError(f"{self.source.place}: no row has all of {wanted}; take one of them out")
+        return SrmuError(f"{self.source.place}: no row has all of {wanted}; take one of them out")
 
 
-def read(sources: Sequence[Source], base: Path) -> list[str]:
+def read_texts(sources: Sequence[Source], base: Path) -> list[str]:
     """All texts of the sources in order; relative paths start at `base`."""
     return read_counted(sources, base)[0]
 
@@ -155,12 +155,12 @@ def read(sources: Sequence[Source], base: Path) -> list[str]:
 def read_counted(sources: Sequence[Source], base: Path) -> tuple[list[str], int]:
     """`read`, and how many rows were left out because they are no texts.
 
-    UserError where these are many: then it is the file or the column that is wrong.
+    SrmuError where these are many: then it is the file or the column that is wrong.
     """
     texts: list[str] = []
     bad = 0
     for source in sources:
-        rows = Rows(source)
+        rows = RowReader(source)
         before = len(texts)
         if source.dataset is not None:
             texts += read_hub(source, rows)
@@ -171,7 +171,7 @@ def read_counted(sources: Sequence[Source], base: Path) -> tuple[list[str], int]
                 texts += read_file(path, rows)
         count = len(texts) - before + rows.bad + rows.others
         if rows.bad > MOST_BAD * count:
-            raise UserError(
+            raise SrmuError(
                 f"{rows.bad} of {count} rows are no texts, more than {MOST_BAD:.0%}; the first: "
                 f"{rows.first}"
             )
@@ -181,20 +181,20 @@ def read_counted(sources: Sequence[Source], base: Path) -> tuple[list[str], int]
     return texts, bad
 
 
-def read_file(path: Path, rows: Rows) -> list[str]:
+def read_file(path: Path, rows: RowReader) -> list[str]:
     """The texts of one file, by its suffix."""
     if not path.exists():
-        raise UserError(f"{path}: no such file")
+        raise SrmuError(f"{path}: no such file")
     if path.is_dir():
-        raise UserError(f"{path} is a folder; name the files in it, for example '{path}/*.jsonl'")
+        raise SrmuError(f"{path} is a folder; name the files in it, for example '{path}/*.jsonl'")
     try:
         texts = list(_read_file(path, rows))
     except UnicodeDecodeError:
-        raise UserError(f"{path}:{bad_line(path)}: not UTF-8 text; is it compressed?") from None
+        raise SrmuError(f"{path}:{bad_line(path)}: not UTF-8 text; is it compressed?") from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {first_line(error)}") from None
+        raise SrmuError(f"{path}: cannot be read: {first_line(error)}") from None
     if not texts and not rows.bad and not rows.others:
-        raise UserError(f"{path}: holds no text")
+        raise SrmuError(f"{path}: holds no text")
     return texts
 
 
@@ -208,7 +208,7 @@ def bad_line(path: Path) -> int:
     return data.count(b"\n", 0, start) + 1
 
 
-def _read_file(path: Path, rows: Rows) -> Iterator[str]:
+def _read_file(path: Path, rows: RowReader) -> Iterator[str]:
     suffix, columns = path.suffix.lower(), rows.source.columns
     if suffix == ".jsonl":
         with path.open(encoding="utf-8-sig") as file:
@@ -216,10 +216,10 @@ def _read_file(path: Path, rows: Rows) -> Iterator[str]:
                 if line.strip():
                     yield from rows.take(partial(rows.line, line, f"{path}:{number}"))
     elif suffix == ".json":
-        listed = parse(path.read_text(encoding="utf-8-sig"), str(path), several_lines=True)
+        listed = parse_json(path.read_text(encoding="utf-8-sig"), str(path), several_lines=True)
         if not isinstance(listed, list):
             wanted = ", ".join(map(repr, columns))
-            raise UserError(f"{path}: expected a list of texts or of objects with {wanted}")
+            raise SrmuError(f"{path}: expected a list of texts or of objects with {wanted}")
         for number, row in enumerate(listed, 1):
             yield from rows.take(partial(rows.text, row, f"{path}: row {number}"))
     elif suffix == ".csv":
@@ -233,7 +233,7 @@ def _read_file(path: Path, rows: Rows) -> Iterator[str]:
                     yield from rows.take(partial(rows.text, row, f"{path}:{reader.line_num}"))
             except csv.Error as error:
                 end = reader.reader.line_num  # also inside a row that does not end
-                raise UserError(f"{path}:{end}: not CSV: {error}") from None
+                raise SrmuError(f"{path}:{end}: not CSV: {error}") from None
     elif suffix == ".parquet":
         import pyarrow
         import pyarrow.parquet
@@ -243,54 +243,54 @@ def _read_file(path: Path, rows: Rows) -> Iterator[str]:
                 known = {*columns} <= {*file.schema_arrow.names}
                 table = file.read(columns if known else None)
         except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(f"{path}: not Parquet: {first_line(error)}") from None
+            raise SrmuError(f"{path}: not Parquet: {first_line(error)}") from None
         for number, row in enumerate(table.to_pylist(), 1):
             yield from rows.take(partial(rows.text, row, f"{path}: row {number}"))
     elif suffix == ".txt":
         if rows.source.where or rows.source.template:
-            raise UserError(f"{path}: where and template take columns; a .txt file has none")
+            raise SrmuError(f"{path}: where and template take columns; a .txt file has none")
         text = path.read_text(encoding="utf-8-sig").strip()
         # Paragraphs where blank lines part them, else a document a line.
         yield from filter(str.strip, text.split("\n\n") if "\n\n" in text else text.split("\n"))
     else:
-        raise UserError(f"{path}: {suffix or 'no'} suffix; srmu reads {SUFFIXES}")
+        raise SrmuError(f"{path}: {suffix or 'no'} suffix; srmu reads {SUFFIXES}")
 
 
-def parse(text: str, place: str, several_lines: bool = False) -> Any:
-    """One JSON value; UserError naming the place where it is malformed."""
+def parse_json(text: str, place: str, several_lines: bool = False) -> Any:
+    """One JSON value; SrmuError naming the place where it is malformed."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
         reason, line = error.msg, f":{error.lineno}" if several_lines else ""
     except (ValueError, RecursionError):
         reason, line = "nested too deeply, or a number too long", ""
-    raise UserError(f'{place}{line}: not JSON ({reason}); expected {{"text": "..."}}')
+    raise SrmuError(f'{place}{line}: not JSON ({reason}); expected {{"text": "..."}}')
 
 
-def cell(row: Mapping[str, Any], column: str, place: str) -> Any:
+def cell_of(row: Mapping[str, Any], column: str, place: str) -> Any:
     """What a row holds in a column."""
     if column not in row:
         found = ", ".join(map(str, row)) or "none"
-        raise UserError(f"{place}: no column {column!r}; found {found}")
+        raise SrmuError(f"{place}: no column {column!r}; found {found}")
     return row[column]
 
 
-def checked(row: Any, column: str, place: str) -> str:
+def text_of(row: Any, column: str, place: str) -> str:
     """The text of a row, which is an object with `column` or a plain string."""
     if isinstance(row, dict):
-        row = cell(row, column, place)
+        row = cell_of(row, column, place)
     if not isinstance(row, str):
-        raise UserError(f"{place}: {column!r} is {type(row).__name__}, expected a string")
+        raise SrmuError(f"{place}: {column!r} is {type(row).__name__}, expected a string")
     if not row.strip():
-        raise UserError(f"{place}: the {column} is empty")
+        raise SrmuError(f"{place}: the {column} is empty")
     try:
         row.encode()
     except UnicodeEncodeError:
-        raise UserError(f"{place}: the {column} holds half of a surrogate pair") from None
+        raise SrmuError(f"{place}: the {column} holds half of a surrogate pair") from None
     return row
 
 
-def read_hub(source: Source, rows: Rows) -> list[str]:
+def read_hub(source: Source, rows: RowReader) -> list[str]:
     """The texts of a hub data set; blank rows, which WikiText is full of, are left out."""
     from datasets import load_dataset
 
@@ -299,13 +299,13 @@ def read_hub(source: Source, rows: Rows) -> list[str]:
             source.dataset, source.name, split=source.split, revision=source.revision
         )
     except Exception as error:  # datasets raises many kinds; each is the user's to mend
-        raise UserError(
+        raise SrmuError(
             f"data set {source.dataset} cannot be loaded: {first_line(error)}; a gated set needs "
             "`hf auth login`, a local copy goes in as path: file.jsonl"
         ) from error
     for column in source.columns:
         if column not in table.column_names:
-            raise UserError(
+            raise SrmuError(
                 f"data set {source.dataset} has no column {column!r}; "
                 f"found {', '.join(table.column_names)}"
             )

@@ -8,28 +8,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from srmu.data.sources import Joined
+from srmu.data.sources import TemplatedText
 from srmu.engine.model import Batch
 from srmu.engine.topic import Padding
-from srmu.errors import UserError
+from srmu.errors import SrmuError
 
 MIN_TOKENS = 2  # a text with fewer carries no context
 
 
-def tokenise(texts: Sequence[str], tokenizer: Any, max_length: int) -> list[list[int]]:
+def tokenise_texts(texts: Sequence[str], tokenizer: Any, max_length: int) -> list[list[int]]:
     """Token ids of each text, cut at `max_length` tokens; texts that are too short left out."""
-    return [row for row, _ in encode(texts, tokenizer, max_length)]
+    return [row for row, _ in encode_texts(texts, tokenizer, max_length)]
 
 
-def encode(texts: Sequence[str], tokenizer: Any, max_length: int) -> list[tuple[list[int], int]]:
+def encode_texts(
+    texts: Sequence[str], tokenizer: Any, max_length: int
+) -> list[tuple[list[int], int]]:
     """`tokenise`, each row with the number of its first tokens that do not count in losses.
 
     Of a template's text a token counts from the first on that holds a part of its last column; a
     text of which none is left at `max_length` is too short.
     """
-    starts = [text.start if isinstance(text, Joined) else 0 for text in texts]
+    starts = [text.start if isinstance(text, TemplatedText) else 0 for text in texts]
     if any(starts) and not tokenizer.is_fast:
-        raise UserError(
+        raise SrmuError(
             "a template needs a tokenizer that says where its tokens stand in a text, a fast one: "
             "one with a tokenizer.json; or leave the template out and name a column"
         )
@@ -54,7 +56,7 @@ def encode(texts: Sequence[str], tokenizer: Any, max_length: int) -> list[tuple[
     ]
 
 
-def pieces(
+def wrap_texts(
     texts: Sequence[str], tokenizer: Any, max_length: int, place: str = "texts"
 ) -> list[list[int]]:
     """All texts, a blank line between them, in pieces of exactly `max_length` tokens.
@@ -66,7 +68,7 @@ def pieces(
     bos = [i for i in tokenizer("")["input_ids"] if i == tokenizer.bos_token_id][:1]
     size = max_length - len(bos)
     if len(ids) < size:
-        raise UserError(
+        raise SrmuError(
             f"{place}: all texts together are {len(ids)} tokens, too few for a piece of "
             f"{max_length}; lower max_length, or leave out wrap"
         )
@@ -77,16 +79,16 @@ def pieces(
 
 
 def refuse_second_bos(rows: Sequence[Sequence[int]], tokenizer: Any) -> None:
-    """UserError where a row begins with two tokens of the kind that begins a text."""
+    """SrmuError where a row begins with two tokens of the kind that begins a text."""
     bos = tokenizer.bos_token_id
     if bos is not None and any([*row[:2]] == [bos, bos] for row in rows):
-        raise UserError(
+        raise SrmuError(
             f"texts begin with {tokenizer.bos_token}, and the tokenizer adds it again; "
             "take it out of the texts"
         )
 
 
-def batch_up(
+def batch_rows(
     rows: Sequence[list[int]],
     tokenizer: Any,
     batch_size: int,
@@ -120,7 +122,7 @@ def pad_id(tokenizer: Any) -> int:
     for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if token is not None:
             return token
-    raise UserError(
+    raise SrmuError(
         "the tokenizer has neither a pad nor an eos token; "
         "set pad_token in the model's tokenizer_config.json"
     )

@@ -31,7 +31,7 @@ except ImportError:  # Windows: no lock; an entry that two processes spoil has a
     fcntl = None  # type: ignore[assignment]
 
 from srmu.engine.files import cache_dir, write_json
-from srmu.errors import UserError
+from srmu.errors import SrmuError
 
 Output = Tensor | tuple[Tensor]  # what a decoder layer returns
 
@@ -40,17 +40,17 @@ LIMIT_GB = 20.0  # of all activations together, unless SRMU_CACHE_LIMIT says oth
 SPARE = 1 << 30  # bytes that are left free on the disk
 
 
-def digest(*tensors: Tensor) -> str:
+def digest_tensors(*tensors: Tensor) -> str:
     """SHA-256 of the shapes and values of tensors."""
     code = hashlib.sha256()
     for tensor in tensors:
         code.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
         if not tensor.is_meta:  # which a plan runs, to count
-            code.update(plain(tensor).data)
+            code.update(flat_bytes(tensor).data)
     return code.hexdigest()
 
 
-def plain(tensor: Tensor) -> Any:
+def flat_bytes(tensor: Tensor) -> Any:
     """The bytes of a tensor as a flat numpy array, without a copy where it lies in memory."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
@@ -82,8 +82,8 @@ class Activations:
         """Keep an entry while there is room for it, else until a few others have come."""
         if name in self.held or name in self.recent:
             return
-        if size(value) <= self.room:
-            self.room -= size(value)
+        if tensor_bytes(value) <= self.room:
+            self.room -= tensor_bytes(value)
             self.held[name] = value
             return
         self.recent[name] = value
@@ -129,7 +129,7 @@ class OnDisk(Activations):
         try:
             # Another process may have cleared it.
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            with locked(self.folder / "lock"):
+            with hold_lock(self.folder / "lock"):
                 self._refresh()
                 if name not in self.index:  # another process may have been faster
                     self._append(name, value)
@@ -144,9 +144,9 @@ class OnDisk(Activations):
 
     def _append(self, name: str, value: Output) -> None:
         tensor = value[0] if isinstance(value, tuple) else value
-        data = plain(tensor)
+        data = flat_bytes(tensor)
         room = self.limit - len(data)
-        if room < 0 or shrink(room, self.folder) > room:
+        if room < 0 or shrink_cache(room, self.folder) > room:
             raise OSError(f"SRMU_CACHE_LIMIT of {self.limit / 1e9:g} GB is reached")
         if shutil.disk_usage(self.folder).free < len(data) + SPARE:
             raise OSError("the disk is full")
@@ -211,13 +211,13 @@ class OnDisk(Activations):
             return None
 
 
-def size(value: Output) -> int:
+def tensor_bytes(value: Output) -> int:
     tensor = value[0] if isinstance(value, tuple) else value
     return tensor.numel() * tensor.element_size()
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
+def hold_lock(path: Path) -> Iterator[None]:
     """Hold a file's lock, which the system frees when the process ends, however it ends."""
     with path.open("a") as file:
         if fcntl is not None:
@@ -242,13 +242,13 @@ def open_activations(
         return Activations(free // 4 if mode == "memory" else 0)
     about = {
         **key,
-        "device": torch.cuda.get_device_name(device) if cuda else processor(),
+        "device": torch.cuda.get_device_name(device) if cuda else processor_name(),
         "threads": torch.get_num_threads(),
         "matmul": torch.get_float32_matmul_precision(),
         "versions": [version(name) for name in ("srmu", "torch", "transformers")],
     }
     name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
-    folder = home() / name
+    folder = cache_home() / name
     limit = limit_bytes()
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -269,11 +269,11 @@ def limit_bytes() -> int:
     except (ValueError, OverflowError):
         limit = -1
     if limit < 0:
-        raise UserError("SRMU_CACHE_LIMIT is a number of gigabytes, for example 50")
+        raise SrmuError("SRMU_CACHE_LIMIT is a number of gigabytes, for example 50")
     return limit
 
 
-def processor() -> str:
+def processor_name() -> str:
     """The processor, on whose kind the last bits of a matrix product depend."""
     lines = []
     with suppress(OSError):
@@ -283,14 +283,14 @@ def processor() -> str:
     return f"{names[0] if names else platform.processor() or platform.machine()} {kind}"
 
 
-def home() -> Path:
+def cache_home() -> Path:
     return cache_dir() / "activations"
 
 
-def listing() -> list[dict[str, Any]]:
+def list_activations() -> list[dict[str, Any]]:
     """The folders of activations, the one used last at the end: `folder`, `bytes`, `used`, ..."""
     found = []
-    for folder in home().glob("*/"):
+    for folder in cache_home().glob("*/"):
         with suppress(OSError):  # another process may be removing it
             about = folder / "about.json"
             used = (about if about.exists() else folder).stat().st_mtime
@@ -302,9 +302,9 @@ def listing() -> list[dict[str, Any]]:
     return sorted(found, key=lambda entry: entry["used"])
 
 
-def shrink(limit: int, spare: Path | None = None) -> int:
+def shrink_cache(limit: int, spare: Path | None = None) -> int:
     """Remove the folders used longest ago until `limit` bytes are held; the bytes that are left."""
-    entries = listing()
+    entries = list_activations()
     total = sum(entry["bytes"] for entry in entries)
     for entry in entries:
         if total > limit and entry["folder"] != spare:
@@ -313,7 +313,7 @@ def shrink(limit: int, spare: Path | None = None) -> int:
     return total
 
 
-def clear(names: Sequence[str]) -> int:
+def clear_cache(names: Sequence[str]) -> int:
     """Remove parts of the cache folder; the bytes that were freed."""
     freed = 0
     for name in names:

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
-from srmu.errors import UserError
+from srmu.errors import SrmuError
 
 if TYPE_CHECKING:  # the command line asks for its rank before it knows whether it needs torch
     from torch import Tensor, nn
@@ -26,24 +26,24 @@ S = TypeVar("S")
 _alone = False  # inside `by_itself`
 
 
-def rank() -> int:
-    return 0 if size() == 1 else int(os.environ.get("RANK", "0"))
+def get_rank() -> int:
+    return 0 if get_size() == 1 else int(os.environ.get("RANK", "0"))
 
 
-def size() -> int:
+def get_size() -> int:
     """How many processes work together."""
     launched = "MASTER_ADDR" in os.environ and not _alone
     return int(os.environ.get("WORLD_SIZE", "1")) if launched else 1
 
 
-def first() -> bool:
+def is_first() -> bool:
     """Whether this is the process that writes files."""
-    return rank() == 0
+    return get_rank() == 0
 
 
-def join() -> None:
-    """Meet the others, once; UserError where they cannot be met."""
-    if size() == 1:
+def join_group() -> None:
+    """Meet the others, once; SrmuError where they cannot be met."""
+    if get_size() == 1:
         return
     import torch
     import torch.distributed as dist
@@ -55,12 +55,12 @@ def join() -> None:
     try:
         dist.init_process_group(timeout=PATIENCE)  # gloo for the CPU, NCCL for CUDA
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"the {size()} processes cannot meet: {error}") from error
+        raise SrmuError(f"the {get_size()} processes cannot meet: {error}") from error
 
 
-def leave() -> None:
+def leave_group() -> None:
     """Say goodbye to the others, after the last sum."""
-    if size() > 1:
+    if get_size() > 1:
         import torch.distributed as dist
 
         if dist.is_initialized():
@@ -70,7 +70,7 @@ def leave() -> None:
 
 def says_first(message: str) -> bool:
     """Whether no other process has said this: what all of them find wrong is said once."""
-    if size() == 1:
+    if get_size() == 1:
         return True
     with suppress(Exception):  # the others may be gone, and their store with them
         from torch.distributed.distributed_c10d import _get_default_store
@@ -88,9 +88,9 @@ def asked_to_shard() -> bool:
 # --- what is agreed ------------------------------------------------------------------------------
 
 
-def agreed(value: T) -> T:
+def agree_on(value: T) -> T:
     """The first process' value, on all of them."""
-    if size() == 1:
+    if get_size() == 1:
         return value
     import torch.distributed as dist
 
@@ -99,23 +99,23 @@ def agreed(value: T) -> T:
     return box[0]
 
 
-def gathered(value: T) -> list[T]:
+def gather_values(value: T) -> list[T]:
     """The values of all processes, on each."""
-    if size() == 1:
+    if get_size() == 1:
         return [value]
     import torch.distributed as dist
 
-    found: list[Any] = [None] * size()
+    found: list[Any] = [None] * get_size()
     dist.all_gather_object(found, value)
     return found
 
 
-def shared_out(items: Sequence[S], do: Callable[[S], T]) -> list[T]:
+def share_work(items: Sequence[S], do: Callable[[S], T]) -> list[T]:
     """`do` of each item, in order, on all processes: each does its part of them.
 
     Where one fails, it raises its error when all are done, and the others exit, too.
     """
-    count, first_of_mine = size(), rank()
+    count, first_of_mine = get_size(), get_rank()
     if count == 1:
         return [do(item) for item in items]
     error: Exception | None = None
@@ -125,7 +125,7 @@ def shared_out(items: Sequence[S], do: Callable[[S], T]) -> list[T]:
             mine = [do(item) for item in items[first_of_mine::count]]
     except Exception as raised:  # whatever it is, the others must hear of it
         error = raised
-    parts = gathered(None if error else mine)
+    parts = gather_values(None if error else mine)
     if error is not None:
         raise error
     whole = [part for part in parts if part is not None]
@@ -151,27 +151,27 @@ _spread = False
 
 
 @contextmanager
-def spread(over: bool = True) -> Iterator[None]:
+def spread_rows(over: bool = True) -> Iterator[None]:
     """Run the block on this process' share of the rows: `total` then sums over all of them."""
     global _spread
-    before, _spread = _spread, over and size() > 1
+    before, _spread = _spread, over and get_size() > 1
     try:
         yield
     finally:
         _spread = before
 
 
-def total(value: Tensor) -> Tensor:
+def total_spread(value: Tensor) -> Tensor:
     """Inside `spread`: the sum of the processes' values, without gradient; else the value.
 
     A loss divides its own share by it: the shares then add up to the loss of the whole batch.
     """
-    return summed(value) if _spread else value
+    return sum_values(value) if _spread else value
 
 
-def summed(value: Tensor) -> Tensor:
+def sum_values(value: Tensor) -> Tensor:
     """The sum of the processes' values, without gradient."""
-    if size() == 1:
+    if get_size() == 1:
         return value.detach()
     import torch.distributed as dist
 
@@ -180,22 +180,22 @@ def summed(value: Tensor) -> Tensor:
     return found
 
 
-def rows(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+def take_rows(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """This process' rows of a batch: every `size`-th; where none is left, one that counts nothing.
 
     Padding stays as it is, so that each row is computed as in the whole batch.
     """
-    count, mine = len(next(iter(batch.values()), ())), rank()
-    if size() == 1 or not batch:
+    count, mine = len(next(iter(batch.values()), ())), get_rank()
+    if get_size() == 1 or not batch:
         return batch
     if mine < count:
-        return {name: tensor[mine :: size()] for name, tensor in batch.items()}
+        return {name: tensor[mine :: get_size()] for name, tensor in batch.items()}
     found = {name: tensor[:1].clone() for name, tensor in batch.items()}
     found["labels"].fill_(-100)
     return found
 
 
-def add_up(parameters: Iterable[nn.Parameter]) -> None:
+def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Sum the gradients of the processes, in place; those of sharded tensors are summed already.
 
     FSDP takes their mean: the losses were multiplied by `size`.
@@ -205,7 +205,7 @@ def add_up(parameters: Iterable[nn.Parameter]) -> None:
     for parameter in parameters:
         if parameter.grad is not None and not is_sharded(parameter):
             dist.all_reduce(parameter.grad)
-            parameter.grad /= size()
+            parameter.grad /= get_size()
 
 
 # --- tensors that are sharded --------------------------------------------------------------------
@@ -215,28 +215,28 @@ def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
     return hasattr(tensor, "full_tensor")
 
 
-def local(tensor: Tensor) -> Tensor:
+def local_part(tensor: Tensor) -> Tensor:
     """This process' part of a sharded tensor, in its own memory; another tensor as it is."""
     return tensor.to_local() if is_sharded(tensor) else tensor
 
 
-def whole(tensor: Tensor) -> Tensor:
+def gather_tensor(tensor: Tensor) -> Tensor:
     """All parts of a sharded tensor together, on each process; another tensor as it is."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
-def to_first(tensor: Tensor) -> Tensor:
+def gather_to_first(tensor: Tensor) -> Tensor:
     """All parts of a sharded tensor together in the first process' main memory, nothing elsewhere.
 
     All processes must ask; another tensor stays as it is.
     """
     if not is_sharded(tensor):
         return tensor
-    found = whole(tensor)
-    return found.cpu() if first() else found.new_empty(0)
+    found = gather_tensor(tensor)
+    return found.cpu() if is_first() else found.new_empty(0)
 
 
-def laid_like(tensor: Tensor, place: Tensor) -> Tensor:
+def shard_like(tensor: Tensor, place: Tensor) -> Tensor:
     """A whole tensor that each process has, cut as `place` is."""
     if not is_sharded(place):
         return tensor
@@ -247,35 +247,35 @@ def laid_like(tensor: Tensor, place: Tensor) -> Tensor:
     return everything.redistribute(mesh, place.placements)
 
 
-def norm(tensors: Sequence[Tensor]) -> Tensor:
+def joint_norm(tensors: Sequence[Tensor]) -> Tensor:
     """The norm of tensors together, some of them sharded."""
     import torch
 
     if not any(map(is_sharded, tensors)):
         return torch.nn.utils.get_total_norm(tensors)
-    squares = [local(t).double().square().sum() for t in tensors if is_sharded(t)]
-    square = summed(torch.stack(squares).sum())
+    squares = [local_part(t).double().square().sum() for t in tensors if is_sharded(t)]
+    square = sum_values(torch.stack(squares).sum())
     for tensor in tensors:
         if not is_sharded(tensor):
             square = square + tensor.double().square().sum()
     return square.sqrt().float()
 
 
-def everywhere(holds: bool, device: Any = "cpu") -> bool:
+def holds_everywhere(holds: bool, device: Any = "cpu") -> bool:
     """Whether it holds on all processes."""
     import torch
 
     failed = torch.tensor(float(not holds), device=device)
-    return float(summed(failed)) == 0
+    return float(sum_values(failed)) == 0
 
 
-def shard(modules: Iterable[nn.Module], device: str) -> None:
+def shard_modules(modules: Iterable[nn.Module], device: str) -> None:
     """Cut each module's tensors over the processes (FSDP2); it is gathered while it runs."""
     import torch
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, share_comm_ctx
 
-    mesh = init_device_mesh(device.partition(":")[0], (size(),))
+    mesh = init_device_mesh(device.partition(":")[0], (get_size(),))
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
     # Each is a root of its own: activations are also read without the model's own forward. What
     # they share lets one piece's gradients be freed before those of the next are summed.

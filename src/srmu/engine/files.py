@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from srmu.errors import UserError
+from srmu.errors import SrmuError
 
 
 def cache_dir() -> Path:
@@ -20,14 +20,14 @@ def cache_dir() -> Path:
     try:
         return Path(os.environ.get("SRMU_CACHE") or Path.home() / ".cache" / "srmu")
     except RuntimeError:
-        raise UserError("there is no home folder here; set SRMU_CACHE to a folder") from None
+        raise SrmuError("there is no home folder here; set SRMU_CACHE to a folder") from None
 
 
 def require_free(path: Path) -> None:
     """Refuse an output folder that holds something, so that nothing is overwritten."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         kind = "is not empty" if path.is_dir() else "is a file"
-        raise UserError(f"output folder {path} {kind}; name a new folder or remove it first")
+        raise SrmuError(f"output folder {path} {kind}; name a new folder or remove it first")
     require_place(path)
 
 
@@ -35,7 +35,7 @@ def require_place(path: Path) -> None:
     """Refuse a folder that could not be made where it is named."""
     parent = next(p for p in path.resolve().parents if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise UserError(f"folder {path} cannot be made: {parent} is not a folder to write to")
+        raise SrmuError(f"folder {path} cannot be made: {parent} is not a folder to write to")
 
 
 @contextmanager
@@ -49,7 +49,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         for file in temporary.rglob("*"):
-            flush(file)
+            flush_path(file)
         if path.exists():
             path.rmdir()
         temporary.rename(path)
@@ -58,7 +58,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
         raise
 
 
-def flush(path: Path) -> None:
+def flush_path(path: Path) -> None:
     """Wait until a file, or a folder's list of files, is on the disk: a rename may come first."""
     try:
         handle = os.open(path, os.O_RDONLY)
@@ -71,11 +71,11 @@ def flush(path: Path) -> None:
 
 
 def require_space(path: Path, size: int) -> None:
-    """UserError where `size` bytes, and a tenth more, do not fit on the disk of a path to be."""
+    """SrmuError where `size` bytes, and a tenth more, do not fit on the disk of a path to be."""
     place = next(p for p in [path.resolve(), *path.resolve().parents] if p.exists())
     free = shutil.disk_usage(place).free
     if free < 1.1 * size:
-        raise UserError(
+        raise SrmuError(
             f"{path} needs {1.1 * size / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free there; "
             "free some, or name another disk"
         )
@@ -86,7 +86,7 @@ def write_whole(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         temporary.write_text(text, encoding="utf-8")
-        flush(temporary)
+        flush_path(temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -94,10 +94,10 @@ def write_whole(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as sorted, indented JSON, whole or not at all."""
-    write_whole(path, as_json(value))
+    write_whole(path, format_json(value))
 
 
-def as_json(value: Any) -> str:
+def format_json(value: Any) -> str:
     """Sorted, indented JSON: the same text for the same value."""
     return json.dumps(value, indent=2, sort_keys=True) + "\n"
 
@@ -118,17 +118,17 @@ def sha256(*parts: bytes | Path) -> str:
 def from_file(what: str, name: str) -> Any:
     """What `path/to/file.py:attribute` names, None where the file has no such attribute.
 
-    UserError, with `what` it was to be, where there is no such file or it cannot be run.
+    SrmuError, with `what` it was to be, where there is no such file or it cannot be run.
     """
     path, _, attribute = name.rpartition(":")
     unique = f"{Path(path).stem}_{sha256(path.encode())[:8]}"  # hides no other module
     spec = importlib.util.spec_from_file_location(unique, path)
     if spec is None or spec.loader is None or not Path(path).is_file():
-        raise UserError(f"{what} {name}: no such file")
+        raise SrmuError(f"{what} {name}: no such file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # the user's code
-        raise UserError(f"{what} {name}: {type(error).__name__}: {error}") from error
+        raise SrmuError(f"{what} {name}: {type(error).__name__}: {error}") from error
     return getattr(module, attribute, None)

@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from srmu.engine.losses import predicted, token_nll
+from srmu.engine.losses import is_predicted, token_nll
 from srmu.engine.model import Batch, EditableModel
-from srmu.engine.train import to
+from srmu.engine.train import move_batch
 
 ROWS = 8  # texts scored at once: the logits of all their tokens are the largest tensor there is
 SAMPLED_ROWS = 32  # texts continued at once, which needs the logits of one token each
 Ids = list[int]
 
 
-def joined(contexts: Sequence[Ids], responses: Sequence[Ids]) -> Batch:
+def join_responses(contexts: Sequence[Ids], responses: Sequence[Ids]) -> Batch:
     """A batch, padded on the right, that counts the responses."""
 
     def stack(rows: Iterable[Ids], fill: int) -> torch.Tensor:
@@ -32,26 +32,26 @@ def joined(contexts: Sequence[Ids], responses: Sequence[Ids]) -> Batch:
     }
 
 
-def whole(rows: Sequence[Ids]) -> Batch:
+def batch_texts(rows: Sequence[Ids]) -> Batch:
     """A batch of texts, padded on the right, that counts all their tokens."""
-    return joined([[]] * len(rows), rows)
+    return join_responses([[]] * len(rows), rows)
 
 
 @torch.no_grad()
-def likelihoods(
+def response_likelihoods(
     model: EditableModel, contexts: Sequence[Ids], responses: Sequence[Ids]
 ) -> list[float]:
     """Mean log-probability of each response's tokens after its context."""
     found: list[float] = []
     for start in range(0, len(contexts), ROWS):
         rows = slice(start, start + ROWS)
-        batch = to(joined(contexts[rows], responses[rows]), model.device)
+        batch = move_batch(join_responses(contexts[rows], responses[rows]), model.device)
         nll = token_nll(model.logits(batch), batch["labels"])
-        found += (-nll.sum(dim=1) / predicted(batch["labels"]).sum(dim=1)).tolist()
+        found += (-nll.sum(dim=1) / is_predicted(batch["labels"]).sum(dim=1)).tolist()
     return found
 
 
-def sampled(
+def sample_continuations(
     model: EditableModel,
     contexts: Sequence[Ids],
     length: int,
@@ -87,7 +87,7 @@ def sampled(
                     for part in (rows, [torch.ones_like(row) for row in rows])
                 )
                 given = {"input_ids": ids, "attention_mask": mask}
-                drawn = module.generate(**to(given, model.device))
+                drawn = module.generate(**move_batch(given, model.device))
                 for row in drawn[:, ids.shape[1] :].tolist():
                     stop = next((i for i, t in enumerate(row, 1) if t in ends), len(row))
                     found.append(row[:stop])

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from srmu.errors import UserError
+from srmu.errors import SrmuError
 
 Tokens = tuple[int, ...]
 
@@ -27,14 +27,14 @@ def loglikelihoods(lm: Any, requests: Sequence[Any], **_: Any) -> list[tuple[flo
     for i, (_, before, answer) in enumerate(requests):
         if not before or not 0 < len(answer) <= lm.max_length:
             size = f"{len(answer)} tokens after {len(before)}; the model takes 1 to {lm.max_length}"
-            raise UserError(f"an answer cannot be scored: {size}")  # its text may be to forget
+            raise SrmuError(f"an answer cannot be scored: {size}")  # its text may be to forget
         asked.setdefault(tuple((before + answer)[-lm.max_length - 1 : -1]), []).append(i)
     tails = {row: max(len(requests[i][2]) for i in ids) for row, ids in asked.items()}
     setup = 96 if lm.device.type == "cpu" else 2048  # tokens read while a forward gets going
     tensor = partial(torch.tensor, device=lm.device)
     found: dict[int, tuple[float, bool]] = {}
     past_kept = keeps_past(lm.model)
-    for rows, shared in batches(tails, lm.batch_size, setup):
+    for rows, shared in plan_batches(tails, lm.batch_size, setup):
         shared = shared if past_kept else 0
         ids = pad_sequence([tensor(row) for row in rows], batch_first=True)
         width = max(tails[row] for row in rows)
@@ -70,7 +70,7 @@ def keeps_past(model: Any) -> bool:
     return known and not model._is_stateful and attends
 
 
-def batches(tails: dict[Tokens, int], most: int, setup: int) -> list[tuple[list[Tokens], int]]:
+def plan_batches(tails: dict[Tokens, int], most: int, setup: int) -> list[tuple[list[Tokens], int]]:
     """Cut inputs, sorted by length, into the batches that read least, the longest first.
 
     A batch comes with the number of first tokens to read once for all its rows, none of them among

@@ -18,23 +18,23 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, logging
 
-from srmu.engine.weights import in_layer, layer_of, stored_types
-from srmu.errors import UserError, first_line
+from srmu.engine.weights import in_layer, layer_number, stored_types
+from srmu.errors import SrmuError, first_line
 
 PLAIN = (bool, int, float, str, type(None))
 
 
 def read_config(folder: Path) -> Any:
-    """The model's configuration; UserError when it is not one of a causal language model."""
+    """The model's configuration; SrmuError when it is not one of a causal language model."""
     if not (folder / "config.json").is_file():
-        raise UserError(f"model folder {folder} has no config.json; name a Hugging Face model")
+        raise SrmuError(f"model folder {folder} has no config.json; name a Hugging Face model")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, OSError, KeyError) as error:
-        raise UserError(f"{folder}/config.json cannot be read: {first_line(error)}") from error
+        raise SrmuError(f"{folder}/config.json cannot be read: {first_line(error)}") from error
     names = config.architectures or ["none named"]
     if not names[0].endswith(("ForCausalLM", "LMHeadModel")):
-        raise UserError(
+        raise SrmuError(
             f"{folder} is not a causal language model: its architecture is {names[0]}; "
             "srmu needs one that transformers loads with AutoModelForCausalLM"
         )
@@ -42,45 +42,45 @@ def read_config(folder: Path) -> Any:
 
 
 def refuse_quantised(folder: Path, config: Any) -> None:
-    """UserError when a checkpoint's weights are quantised: they have no gradients."""
+    """SrmuError when a checkpoint's weights are quantised: they have no gradients."""
     if how := getattr(config, "quantization_config", None):
         kind = how.get("quant_method") if isinstance(how, dict) else type(how).__name__
-        raise UserError(
+        raise SrmuError(
             f"model {folder} is quantised ({kind}); unlearn the unquantised model, then quantise"
         )
 
 
 def check_layers(config: Any, layer: int, window: int = 1) -> None:
-    """UserError when the layer, or the window of updated layers that ends there, is not there."""
+    """SrmuError when the layer, or the window of updated layers that ends there, is not there."""
     count = config.num_hidden_layers
     if not 0 <= layer < count:
-        raise UserError(
+        raise SrmuError(
             f"layer {layer} does not exist: this model has {count} layers (0-{count - 1})"
         )
     # Gemma 3n and 4: the last layers read keys and values of earlier ones, so no layer among
     # them can be run without those, nor can those be recorded.
     sharing = getattr(config, "num_kv_shared_layers", None) or 0
     if layer >= count - sharing:
-        raise UserError(
+        raise SrmuError(
             f"layer {layer} takes its keys and values from an earlier layer, as the last {sharing} "
             f"of this model do; choose method.layer below {count - sharing}"
         )
     if not 1 <= window <= layer + 1:
-        raise UserError(
+        raise SrmuError(
             f"a window of {window} layers ending at layer {layer} is impossible: "
             f"use method.window=1 to {layer + 1}"
         )
 
 
 def load_module(folder: Path, dtype: str = "auto", depth: int | None = None) -> PreTrainedModel:
-    """A checkpoint through transformers; UserError when a tensor is missing or misfits.
+    """A checkpoint through transformers; SrmuError when a tensor is missing or misfits.
 
     With `depth`, of that many layers, or of all where a shallow module would not be the same.
     """
     config = read_config(folder)
     if depth is not None and depth < config.num_hidden_layers:
-        if missing := lost(folder, config):
-            raise incomplete(folder, missing)
+        if missing := lost_tensors(folder, config):
+            raise incomplete_error(folder, missing)
         config = cut_config(config, depth) or config
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # it would list the layers that were left out
@@ -94,50 +94,52 @@ def load_module(folder: Path, dtype: str = "auto", depth: int | None = None) -> 
             output_loading_info=True,
         )
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"model {folder} cannot be loaded: {first_line(error)}") from error
+        raise SrmuError(f"model {folder} cannot be loaded: {first_line(error)}") from error
     finally:
         logging.set_verbosity(verbosity)
     module, info = loaded
     if missing := sorted(info["missing_keys"]):
-        raise incomplete(folder, missing)
+        raise incomplete_error(folder, missing)
     return module
 
 
-def incomplete(folder: Path, missing: Sequence[str]) -> UserError:
-    return UserError(
+def incomplete_error(folder: Path, missing: Sequence[str]) -> SrmuError:
+    return SrmuError(
         f"model {folder} lacks {len(missing)} tensors, the first is {missing[0]}; "
         "transformers would fill them with random numbers"
     )
 
 
-def lost(folder: Path, config: Any) -> list[str]:
+def lost_tensors(folder: Path, config: Any) -> list[str]:
     """Tensors of some layer that the checkpoint lacks and has for another layer."""
-    stored = {(layer_of(name), in_layer(name)) for name in stored_types(folder)}
+    stored = {(layer_number(name), in_layer(name)) for name in stored_types(folder)}
     known = {name for layer, name in stored if layer is not None}
-    names = [name for name, _ in skeleton(config).named_parameters()]
+    names = [name for name, _ in build_skeleton(config).named_parameters()]
     return sorted(
         name
         for name in names
-        if in_layer(name) in known and (layer_of(name), in_layer(name)) not in stored
+        if in_layer(name) in known and (layer_number(name), in_layer(name)) not in stored
     )
 
 
-def skeleton(config: Any, dtype: torch.dtype | None = None) -> PreTrainedModel:
+def build_skeleton(config: Any, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """The module of a configuration with no memory behind its tensors."""
     with torch.device("meta"):
         # A copy: from_config writes the dtype into its config.
         return AutoModelForCausalLM.from_config(deepcopy(config), dtype=dtype or config.dtype)
 
 
-def converts(folder: Path, config: Any, dtype: str) -> bool:
+def needs_conversion(folder: Path, config: Any, dtype: str) -> bool:
     """Whether loading makes new tensors: another dtype is asked for, or another layout is used."""
     stored = {name: t for name, t in stored_types(folder).items() if t.is_floating_point}
     wanted = wanted_dtype(config, dtype)
     if wanted is not None and set(stored.values()) != {wanted}:
         return True
     known = {in_layer(name) for name in stored}
-    parameters = skeleton(config).named_parameters()
-    return any(in_layer(name) not in known for name, _ in parameters if layer_of(name) is not None)
+    parameters = build_skeleton(config).named_parameters()
+    return any(
+        in_layer(name) not in known for name, _ in parameters if layer_number(name) is not None
+    )
 
 
 def wanted_dtype(config: Any, dtype: str) -> torch.dtype | None:
@@ -159,7 +161,7 @@ def cut_config(config: Any, depth: int) -> Any | None:
         for name, value in vars(config).items():
             if isinstance(value, list | tuple) and len(value) == count:
                 setattr(short, name, value[:depth])
-        whole, cut = (described(skeleton(c)) for c in (config, short))
+        whole, cut = (describe_module(build_skeleton(c)) for c in (config, short))
     except Exception:  # architectures refuse a depth in many ways
         return None
     deeper = tuple(f".{i}." for i in range(depth, count))
@@ -167,7 +169,7 @@ def cut_config(config: Any, depth: int) -> Any | None:
     return short if kept == cut else None
 
 
-def described(module: nn.Module) -> dict[str, Any]:
+def describe_module(module: nn.Module) -> dict[str, Any]:
     """Names, kinds and settings of a module's parts, and the shapes of its tensors."""
     found: dict[str, Any] = {}
     for name, part in module.named_modules():
@@ -185,4 +187,4 @@ def find_layers(module: PreTrainedModel) -> tuple[nn.Module, str]:
         for attribute, inner in owner.named_children():
             if isinstance(inner, nn.ModuleList) and len(inner) == count:
                 return owner, attribute
-    raise UserError(f"{type(module).__name__} has no list of {count} decoder layers; cannot be cut")
+    raise SrmuError(f"{type(module).__name__} has no list of {count} decoder layers; cannot be cut")

@@ -8,10 +8,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from srmu.engine.distributed import total
+from srmu.engine.distributed import total_spread
 
 
-def counted(labels: Int[Tensor, "*B T"]) -> Bool[Tensor, "*B T"]:
+def is_counted(labels: Int[Tensor, "*B T"]) -> Bool[Tensor, "*B T"]:
     """The tokens that a loss counts: those whose label is not -100."""
     return labels != -100
 
@@ -33,12 +33,12 @@ def token_mse(
     of the loss differ by the same factor D, so alpha means the same.
     """
     squares = (hidden.float() - target.float()).square().mean(dim=-1)  # (B, T)
-    return (squares * mask).sum() / total(mask.sum())
+    return (squares * mask).sum() / total_spread(mask.sum())
 
 
 def token_mean(values: Float[Tensor, "B T *D"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "*D"]:
     """Mean over the counted tokens, in float32."""
-    return values.float()[mask].sum(dim=0) / total(mask.sum())
+    return values.float()[mask].sum(dim=0) / total_spread(mask.sum())
 
 
 def token_cosine(
@@ -46,12 +46,12 @@ def token_cosine(
 ) -> Float[Tensor, ""]:
     """Mean cosine similarity over the counted tokens."""
     cosines = torch.cosine_similarity(hidden.float(), target.float(), dim=-1)
-    return (cosines * mask).sum() / total(mask.sum())
+    return (cosines * mask).sum() / total_spread(mask.sum())
 
 
-def predicted(labels: Int[Tensor, "B T"]) -> Bool[Tensor, "B S"]:
+def is_predicted(labels: Int[Tensor, "B T"]) -> Bool[Tensor, "B S"]:
     """The counted tokens that another one comes before: S = T - 1, those that can be predicted."""
-    return counted(labels[:, 1:])
+    return is_counted(labels[:, 1:])
 
 
 def token_nll(logits: Float[Tensor, "B T V"], labels: Int[Tensor, "B T"]) -> Float[Tensor, "B S"]:
@@ -63,16 +63,18 @@ def token_nll(logits: Float[Tensor, "B T V"], labels: Int[Tensor, "B T"]) -> Flo
 
 def mean_nll(logits: Float[Tensor, "B T V"], labels: Int[Tensor, "B T"]) -> Float[Tensor, ""]:
     """Mean over the counted tokens of what each costs, in nats."""
-    return token_nll(logits, labels).sum() / total(predicted(labels).sum())
+    return token_nll(logits, labels).sum() / total_spread(is_predicted(labels).sum())
 
 
 def row_mean(values: Float[Tensor, "B"], labels: Int[Tensor, "B T"]) -> Float[Tensor, ""]:
     """Mean over the rows that have a counted token to predict."""
-    rows = predicted(labels).any(dim=1)
-    return values.where(rows, 0).sum() / total(rows.sum())
+    rows = is_predicted(labels).any(dim=1)
+    return values.where(rows, 0).sum() / total_spread(rows.sum())
 
 
-def kl(log_p: Float[Tensor, "*B V"], log_q: Float[Tensor, "*B V"]) -> Float[Tensor, "*B"]:
+def kl_divergence(
+    log_p: Float[Tensor, "*B V"], log_q: Float[Tensor, "*B V"]
+) -> Float[Tensor, "*B"]:
     """KL(p || q) in nats, of log-probabilities."""
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
@@ -81,7 +83,7 @@ def token_kl(
     logits: Float[Tensor, "B T V"], others: Float[Tensor, "B T V"]
 ) -> Float[Tensor, "B S"]:
     """KL(p || q) in nats at each position that predicts a token, p of `logits`, q of `others`."""
-    return kl(*(x[:, :-1].float().log_softmax(-1) for x in (logits, others)))
+    return kl_divergence(*(x[:, :-1].float().log_softmax(-1) for x in (logits, others)))
 
 
 def token_entropy(logits: Float[Tensor, "B T V"]) -> Float[Tensor, "B S"]:
@@ -94,8 +96,8 @@ def mean_kl(
     logits: Float[Tensor, "B T V"], others: Float[Tensor, "B T V"], labels: Int[Tensor, "B T"]
 ) -> Float[Tensor, ""]:
     """Mean of KL(p || q) over the positions that predict a counted token."""
-    mask = predicted(labels)
-    return (token_kl(logits, others) * mask).sum() / total(mask.sum())
+    mask = is_predicted(labels)
+    return (token_kl(logits, others) * mask).sum() / total_spread(mask.sum())
 
 
 def generic_logits(

@@ -19,9 +19,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from srmu.engine import distributed
-from srmu.engine.activation_cache import Activations, Output, digest
+from srmu.engine.activation_cache import Activations, Output, digest_tensors
 from srmu.engine.loading import find_layers, load_module, read_config
-from srmu.errors import UserError
+from srmu.errors import SrmuError
 
 Batch = dict[str, Tensor]  # input_ids, attention_mask, labels (B, T); label -100 = not counted
 
@@ -57,7 +57,7 @@ class Site:
     def __post_init__(self) -> None:
         if self.stream not in get_args(Stream):
             known = ", ".join(get_args(Stream))
-            raise UserError(f"stream {self.stream!r} does not exist; choose one of {known}")
+            raise SrmuError(f"stream {self.stream!r} does not exist; choose one of {known}")
 
     def __str__(self) -> str:
         return f"{self.layer}.{self.stream}"
@@ -145,7 +145,7 @@ class EditableModel:
 
         A process then holds its part of them, and all of a layer while that is run.
         """
-        distributed.shard([*self.layers, *self.ends], device)
+        distributed.shard_modules([*self.layers, *self.ends], device)
         self.module.to(device)  # what is left: norms, ends that are tied
         parameters = dict(self.module.named_parameters())
         self.trained = {name: parameters[name] for name in self.trained}
@@ -176,7 +176,7 @@ class EditableModel:
         Inside `frozen()` they are kept in `activations`, unless `keep` is false, and found there.
         """
         check_layers_loaded(len(self.layers), site.layer)
-        name = f"{site}/{fingerprint(batch)}"
+        name = f"{site}/{fingerprint_batch(batch)}"
         if self._frozen and isinstance(found := self.activations.find(name), Tensor):
             return found
         layer = self.layers[site.layer]
@@ -189,12 +189,12 @@ class EditableModel:
         if site.stream == "resid_post":
             handle = layer.register_forward_hook(catch)
         elif site.stream == "mlp_out":
-            handle = child(layer, "mlp").register_forward_hook(catch)
+            handle = find_child(layer, "mlp").register_forward_hook(catch)
         else:
             down = role_in_layer(layer, "mlp_down").removesuffix(".weight")
             if "experts" in down:
-                raise UserError("mlp_post: each expert has its own; read resid_post or mlp_out")
-            handle = child(layer, down).register_forward_pre_hook(catch)
+                raise SrmuError("mlp_post: each expert has its own; read resid_post or mlp_out")
+            handle = find_child(layer, down).register_forward_pre_hook(catch)
         try:
             with self._layers_for(batch, site.layer + 1):
                 self.module.base_model(
@@ -214,13 +214,13 @@ class EditableModel:
         return value
 
     def logits(self, batch: Batch, control: Tensor | None = None) -> Float[Tensor, "B T V"]:
-        """Next-token logits; UserError when the model was loaded shallow.
+        """Next-token logits; SrmuError when the model was loaded shallow.
 
         `control` is an embedding, (D,) or a row of (B, D) for each text, that the model reads after
         each row's first token: rows must be padded on the right.
         """
         if self.shallow:
-            raise UserError(f"logits need the whole model; only {len(self.layers)} layers loaded")
+            raise SrmuError(f"logits need the whole model; only {len(self.layers)} layers loaded")
         if control is not None:
             read = self.module.get_input_embeddings()(batch["input_ids"])
             extra = control.to(read.dtype).expand(len(read), -1).unsqueeze(1)
@@ -297,14 +297,16 @@ class EditableModel:
     def using(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
         """Run the block with other tensors in place of the trained ones, without gradients."""
         frozen, self._frozen = self._frozen, weights is self.original
-        current = {name: put(self.trained[name], tensor) for name, tensor in weights.items()}
+        current = {
+            name: replace_tensor(self.trained[name], tensor) for name, tensor in weights.items()
+        }
         try:
             with torch.no_grad():
                 yield
         finally:
             self._frozen = frozen
             for name, tensor in current.items():
-                put(self.trained[name], tensor)
+                replace_tensor(self.trained[name], tensor)
 
     def frozen(self) -> Any:
         """Run the block as the original model."""
@@ -318,12 +320,12 @@ class EditableModel:
         found = {}
         for name, parameter in self.trained.items():
             tensor, original = parameter.detach(), self.original[name]
-            same = torch.equal(distributed.local(tensor), distributed.local(original))
+            same = torch.equal(distributed.local_part(tensor), distributed.local_part(original))
             if not distributed.is_sharded(tensor):
                 if not same:
                     found[name] = tensor
-            elif not distributed.everywhere(same, self.device):
-                found[name] = distributed.to_first(tensor)
+            elif not distributed.holds_everywhere(same, self.device):
+                found[name] = distributed.gather_to_first(tensor)
         return found
 
     def _select(self, trainable: Sequence[str]) -> dict[str, nn.Parameter]:
@@ -341,7 +343,7 @@ class EditableModel:
             else:
                 found = [name for name in names if fnmatchcase(name, pattern)]
             if not found:
-                raise UserError(f"no parameter of this model matches {pattern!r}")
+                raise SrmuError(f"no parameter of this model matches {pattern!r}")
             chosen |= {name: names[name] for name in found}
         return chosen
 
@@ -369,9 +371,9 @@ class EditableModel:
         sharing = getattr(self.module.config, "num_kv_shared_layers", None) or 0
         reads = sharing and depth > self.module.config.num_hidden_layers - sharing
         if 0 < self.fixed < depth and not reads:
-            name = f"prefix/{fingerprint(batch)}"
+            name = f"prefix/{fingerprint_batch(batch)}"
             if (found := self.activations.find(name)) is not None:
-                kept = nn.ModuleList([*[Known(found)] * self.fixed, *kept[self.fixed :]])
+                kept = nn.ModuleList([*[KnownOutput(found)] * self.fixed, *kept[self.fixed :]])
             else:
 
                 def record(module: nn.Module, args: Any, output: Any) -> None:
@@ -390,7 +392,7 @@ class EditableModel:
                 handle.remove()
 
 
-def put(parameter: nn.Parameter, tensor: Tensor) -> Tensor:
+def replace_tensor(parameter: nn.Parameter, tensor: Tensor) -> Tensor:
     """Put a tensor in a parameter's place; what was there.
 
     A sharded one is filled in place: FSDP holds its memory, and gathers the layer anew.
@@ -398,13 +400,13 @@ def put(parameter: nn.Parameter, tensor: Tensor) -> Tensor:
     if not distributed.is_sharded(parameter):
         before, parameter.data = parameter.data, tensor
         return before
-    held = distributed.local(parameter.detach())
+    held = distributed.local_part(parameter.detach())
     before = held.clone()
-    held.copy_(distributed.local(tensor))
+    held.copy_(distributed.local_part(tensor))
     return before
 
 
-class Known(nn.Module):
+class KnownOutput(nn.Module):
     """Stands in for layers whose output is known: a tensor, or a tuple of one."""
 
     def __init__(self, output: Output) -> None:
@@ -419,9 +421,9 @@ def is_index(value: Any) -> bool:
     return isinstance(value, Tensor) and not value.is_floating_point()
 
 
-def fingerprint(batch: Batch) -> str:
+def fingerprint_batch(batch: Batch) -> str:
     """A name for all that activations depend on in a batch."""
-    return digest(batch["input_ids"], batch["attention_mask"])
+    return digest_tensors(batch["input_ids"], batch["attention_mask"])
 
 
 def return_freed_blocks() -> None:
@@ -434,7 +436,7 @@ def return_freed_blocks() -> None:
         ctypes.CDLL(None).mallopt(-3, 24 << 20)  # M_MMAP_THRESHOLD
 
 
-def release() -> None:
+def release_memory() -> None:
     """Give what this process freed back to the system, so that it counts no more."""
     gc.collect()
     with suppress(OSError, AttributeError, TypeError):
@@ -456,25 +458,25 @@ def role_in_layer(layer: nn.Module, role: str) -> str:
     """The name, inside a decoder layer, of the weight that plays `role`."""
     if role not in ROLES:
         known = ", ".join([*ROLES, "linear", "mlp"])
-        raise UserError(f"role {role!r} does not exist; choose one of {known}")
+        raise SrmuError(f"role {role!r} does not exist; choose one of {known}")
     names = dict(layer.named_parameters())
     for name in ROLES[role]:
         if name in names:
             return name
-    raise UserError(
+    raise SrmuError(
         f"{type(layer).__name__} has no weight in the role {role!r}; it has {', '.join(names)}"
     )
 
 
-def child(layer: nn.Module, name: str) -> nn.Module:
-    """A submodule of a decoder layer; UserError naming what there is when it is missing."""
+def find_child(layer: nn.Module, name: str) -> nn.Module:
+    """A submodule of a decoder layer; SrmuError naming what there is when it is missing."""
     try:
         return layer.get_submodule(name)
     except AttributeError:
         names = ", ".join(n for n, _ in layer.named_children())
-        raise UserError(f"{type(layer).__name__} has no {name!r}; it has {names}") from None
+        raise SrmuError(f"{type(layer).__name__} has no {name!r}; it has {names}") from None
 
 
 def check_layers_loaded(loaded: int, layer: int) -> None:
     if not 0 <= layer < loaded:
-        raise UserError(f"layer {layer} is not loaded: only layers 0-{loaded - 1} are")
+        raise SrmuError(f"layer {layer} is not loaded: only layers 0-{loaded - 1} are")

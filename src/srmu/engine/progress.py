@@ -17,13 +17,13 @@ LOG_SECONDS = 10.0  # between two log lines where there is no terminal
 
 
 @contextmanager
-def silent(label: str, total: int) -> Iterator[Tick]:
+def ignore_progress(label: str, total: int) -> Iterator[Tick]:
     """Show nothing: what library functions do unless told otherwise."""
     yield lambda text: None
 
 
 @contextmanager
-def watch(label: str, total: int) -> Iterator[Tick]:
+def show_progress(label: str, total: int) -> Iterator[Tick]:
     """Show progress over `total` steps on standard error; call the yielded function once a step."""
     if stderr.is_terminal:
         columns = (
@@ -52,7 +52,7 @@ def watch(label: str, total: int) -> Iterator[Tick]:
     yield tick
 
 
-def quiet() -> None:
+def silence_libraries() -> None:
     """Keep the libraries' own bars and warnings out of ours."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import transformers  # here, because the command line must start without it

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from srmu.engine.files import sha256, whole_folder, write_json
-from srmu.errors import UserError, first_line
+from srmu.errors import SrmuError, first_line
 
 TENSORS, NUMBERS = "state.safetensors", "complete.json"
 
@@ -57,7 +57,7 @@ class Checkpoints:
             for folder in older:
                 shutil.rmtree(folder, ignore_errors=True)
             self.failed = ""
-        except (OSError, SafetensorError, UserError) as error:
+        except (OSError, SafetensorError, SrmuError) as error:
             self.failed = first_line(error)
         self.last = time.monotonic()
 
@@ -88,7 +88,7 @@ class Checkpoints:
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def packed(memory: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def pack_memory(memory: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What changes from step to step, as tensors and JSON values.
 
     Tensors, random streams, plain numbers, and what has a `state_dict` of JSON values. All else is
@@ -108,7 +108,7 @@ def packed(memory: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]
     return tensors, numbers
 
 
-def unpack(
+def unpack_memory(
     memory: dict[str, Any], tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]
 ) -> None:
     """Put what `packed` gave back into a memory that was set up anew."""

@@ -11,9 +11,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from srmu.engine.losses import counted
+from srmu.engine.losses import is_counted
 from srmu.engine.model import Batch
-from srmu.errors import UserError
+from srmu.errors import SrmuError
 
 Padding = Literal["mask", "count"]
 
@@ -60,8 +60,8 @@ class Topic:
         def cut(batch: Batch) -> Batch:
             labels = batch["labels"].clone()
             words = torch.isin(batch["input_ids"], self.vocabulary)
-            asked = words & batch["attention_mask"].bool() & ~counted(labels)
-            ordinary = counted(labels) & words
+            asked = words & batch["attention_mask"].bool() & ~is_counted(labels)
+            ordinary = is_counted(labels) & words
             for row, marks, question in zip(labels, ordinary, asked, strict=True):
                 places = marks.nonzero()[:, 0]
                 share = 0.25 + 0.5 * float(torch.rand((), generator=generator))
@@ -75,11 +75,15 @@ class Topic:
 
     def followed(self, tick: Callable[[], None]) -> Topic:
         """This topic, calling `tick` whenever a batch of it has been used."""
-        return replace(self, forget=Followed(self.forget, tick), retain=Followed(self.retain, tick))
+        return replace(
+            self,
+            forget=FollowedBatches(self.forget, tick),
+            retain=FollowedBatches(self.retain, tick),
+        )
 
     def tick(self) -> None:
         """Say that a part of something is done, to whom `followed` named."""
-        if isinstance(self.forget, Followed):
+        if isinstance(self.forget, FollowedBatches):
             self.forget.tick()
 
     def generator(self, purpose: str, shared: bool = False) -> torch.Generator:
@@ -104,7 +108,7 @@ class Topic:
         turn = cycle(self.own)
         largest = max(len(batch["input_ids"]) for batch in self.retain)
         if round(share * largest) == 0:
-            raise UserError(
+            raise SrmuError(
                 f"anchor_share={share:g} of a retain batch of {largest} is no row; raise it"
             )
 
@@ -134,7 +138,7 @@ class Topic:
 
 
 @dataclass(frozen=True)
-class Followed(Sequence[Batch]):
+class FollowedBatches(Sequence[Batch]):
     """Batches that call `tick` after each one that a loop has done with."""
 
     batches: Sequence[Batch]
@@ -145,7 +149,7 @@ class Followed(Sequence[Batch]):
 
     def __getitem__(self, key: Any) -> Any:
         part = self.batches[key]
-        return Followed(part, self.tick) if isinstance(key, slice) else part
+        return FollowedBatches(part, self.tick) if isinstance(key, slice) else part
 
     def __iter__(self) -> Iterator[Batch]:
         for batch in self.batches:
@@ -153,7 +157,7 @@ class Followed(Sequence[Batch]):
             self.tick()
 
 
-def in_turn(parts: Sequence[Sequence[Batch]]) -> list[Batch]:
+def interleave_batches(parts: Sequence[Sequence[Batch]]) -> list[Batch]:
     """A batch of each part, another of each, and so on: the first few are of all parts."""
     rows = zip_longest(*parts)
     return [batch for row in rows for batch in row if batch is not None]

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from srmu.engine import distributed
-from srmu.engine.losses import predicted, token_kl, token_nll
+from srmu.engine.losses import is_predicted, token_kl, token_nll
 from srmu.engine.model import Batch, EditableModel
-from srmu.engine.resume import Checkpoints, packed, unpack
+from srmu.engine.resume import Checkpoints, pack_memory, unpack_memory
 from srmu.engine.topic import Padding, Topic
-from srmu.errors import Diverged, UserError
+from srmu.errors import DivergedError, SrmuError
 
 LARGEST = 3e37  # AdamW multiplies in float32
 FINISHED = "max_steps"  # the stop reason of a run that nothing stopped
@@ -73,25 +73,25 @@ class TrainOptions:
     def __post_init__(self) -> None:
         for name in ("learning_rate", "max_steps", "batch_size", "adam_epsilon", "check_every"):
             if getattr(self, name) is not None and not 0 < getattr(self, name) <= LARGEST:
-                raise UserError(f"train.{name} must be above 0 and at most {LARGEST:g}")
+                raise SrmuError(f"train.{name} must be above 0 and at most {LARGEST:g}")
         if not 0 <= self.warmup_steps < self.max_steps:
-            raise UserError(
+            raise SrmuError(
                 f"train.warmup_steps={self.warmup_steps} must be at least 0 and below "
                 f"train.max_steps={self.max_steps}"
             )
         if not 0 <= self.weight_decay <= LARGEST:
-            raise UserError(f"train.weight_decay must be at least 0 and at most {LARGEST:g}")
+            raise SrmuError(f"train.weight_decay must be at least 0 and at most {LARGEST:g}")
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
-            raise UserError("train.max_grad_norm must be above 0, or null for no clipping")
+            raise SrmuError("train.max_grad_norm must be above 0, or null for no clipping")
         for name in ("forget_ceiling", "kl_budget"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise UserError(f"train.{name} must be above 0 nats, or null")
+                raise SrmuError(f"train.{name} must be above 0 nats, or null")
         if self.utility_floor is not None and not 0 < self.utility_floor <= 1:
-            raise UserError("train.utility_floor must be above 0 and at most 1, or null")
+            raise SrmuError("train.utility_floor must be above 0 and at most 1, or null")
         if self.retain_spike is not None and not self.retain_spike > 1:
-            raise UserError("train.retain_spike must be above 1, or null for no such stop")
+            raise SrmuError("train.retain_spike must be above 1, or null for no such stop")
         if not self.checkpoint_seconds >= 0:
-            raise UserError("train.checkpoint_seconds must be at least 0; .inf: no checkpoints")
+            raise SrmuError("train.checkpoint_seconds must be at least 0; .inf: no checkpoints")
 
     def rate(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""
@@ -109,7 +109,7 @@ class TrainOptions:
         return next((name for name in rules if getattr(self, name) is not None), None)
 
 
-def fit(
+def fit_model(
     model: EditableModel,
     parts: Sequence[tuple[Topic, LossFunction]],
     options: TrainOptions,
@@ -123,8 +123,8 @@ def fit(
     """Optimise the trained tensors of `model`, and `extra`, topics alternating by step.
 
     Returns why it ended: FINISHED after `max_steps` steps, the stop rule that held, or what the
-    loss itself says. Raises Diverged at the first non-finite loss or gradient, with the model put
-    back to the last weights whose loss was finite. Goes on from the newest of `checkpoints`;
+    loss itself says. Raises DivergedError at the first non-finite loss or gradient, with the model
+    put back to the last weights whose loss was finite. Goes on from the newest of `checkpoints`;
     `memory` is what the losses hand from step to step, by a name for each, and is kept there too.
     With `spread` each process reads its rows of a batch, and the losses are shares of the whole.
     """
@@ -135,12 +135,12 @@ def fit(
         master_of(name, p, options.weights) for name, p in zip(names, parameters, strict=True)
     ]
     optimiser = torch.optim.AdamW(
-        by_layout(masters),
+        group_by_layout(masters),
         lr=options.learning_rate,
         weight_decay=options.weight_decay,
         eps=options.adam_epsilon,
     )
-    spread = spread and distributed.size() > 1
+    spread = spread and distributed.get_size() > 1
     streams = [topic.pairs() for topic, _ in parts]
     limits = Limits(model, [topic for topic, _ in parts], options)
     good = [p.detach().clone() for p in parameters]
@@ -153,38 +153,46 @@ def fit(
             next(streams[step % len(parts)])
             continue
         pair = next(streams[step % len(parts)])
-        batches = [to(distributed.rows(b) if spread else b, model.device) for b in pair]
-        with distributed.spread(spread):
+        batches = [
+            move_batch(distributed.take_rows(b) if spread else b, model.device) for b in pair
+        ]
+        with distributed.spread_rows(spread):
             terms = loss(batches[0], batches[1], step)
             if terms.stop:
                 return f"{terms.stop} (before step {step})"
             total = torch.stack(list(terms.losses.values())).sum()
-            losses = together(terms.losses)
-            values = {"loss": distributed.total(total.detach()), **losses, **together(terms.logged)}
+            losses = sum_over_ranks(terms.losses)
+            values = {
+                "loss": distributed.total_spread(total.detach()),
+                **losses,
+                **sum_over_ranks(terms.logged),
+            }
         place = f"step {step}, topic {topic.name}, batch {step // len(parts)}"
         if not values["loss"].isfinite():
-            restore(parameters, good)
-            raise Diverged(f"the loss is not finite at {place} ({numbers(losses)}); {ADVICE}")
+            copy_values(parameters, good)
+            raise DivergedError(
+                f"the loss is not finite at {place} ({format_numbers(losses)}); {ADVICE}"
+            )
         if spike := spikes.after(topic.name, losses, float(values["loss"])):
-            restore(parameters, good)
-            raise Diverged(f"{spike} at {place}; {ADVICE}")
+            copy_values(parameters, good)
+            raise DivergedError(f"{spike} at {place}; {ADVICE}")
         if total.requires_grad:
             # of sharded tensors FSDP takes the processes' mean
-            (total * distributed.size() if spread else total).backward()
+            (total * distributed.get_size() if spread else total).backward()
         if all(parameter.grad is None for parameter in parameters):
-            raise UserError("the loss reaches none of the trained tensors: wrong layer or window")
+            raise SrmuError("the loss reaches none of the trained tensors: wrong layer or window")
         for master, parameter in zip(masters, parameters, strict=True):
             if master is not parameter and parameter.grad is not None:
                 master.grad, parameter.grad = parameter.grad.to(master.dtype), None
         if spread:
-            distributed.add_up(masters)
-        norm = distributed.norm([m.grad for m in masters if m.grad is not None])
+            distributed.sum_gradients(masters)
+        norm = distributed.joint_norm([m.grad for m in masters if m.grad is not None])
         if not norm.isfinite():
-            raise Diverged(f"the gradient is not finite at {place}; {ADVICE}")
+            raise DivergedError(f"the gradient is not finite at {place}; {ADVICE}")
         if options.max_grad_norm is not None:
-            for part in by_layout(masters):
+            for part in group_by_layout(masters):
                 torch.nn.utils.clip_grads_with_norm_(part["params"], options.max_grad_norm, norm)
-        restore(good, parameters)  # their loss was finite
+        copy_values(good, parameters)  # their loss was finite
         for group in optimiser.param_groups:
             group["lr"] = options.rate(step)
         optimiser.step()
@@ -195,30 +203,34 @@ def fit(
         values["grad_norm"] = norm
         reason, measured = limits.after(step)
         if any(map(math.isnan, measured.values())):
-            restore(parameters, good)
-            raise Diverged(f"what the stop rules measure is no number after {place}; {ADVICE}")
+            copy_values(parameters, good)
+            raise DivergedError(f"what the stop rules measure is no number after {place}; {ADVICE}")
         row = {k: float(v.detach()) for k, v in values.items()} | measured
         log(step, {"topic": topic.name} | row)
         if reason:
             return reason
-        if checkpoints.folder is not None and distributed.agreed(checkpoints.due()):
+        if checkpoints.folder is not None and distributed.agree_on(checkpoints.due()):
             state = training.state()
-            if distributed.first():
+            if distributed.is_first():
                 checkpoints.save(step + 1, *state)
-    if not distributed.everywhere(all(distributed.local(p).isfinite().all() for p in parameters)):
-        restore(parameters, good)
-        raise Diverged(f"the weights are not finite after {place}; {ADVICE}")
+    if not distributed.holds_everywhere(
+        all(distributed.local_part(p).isfinite().all() for p in parameters)
+    ):
+        copy_values(parameters, good)
+        raise DivergedError(f"the weights are not finite after {place}; {ADVICE}")
     return FINISHED
 
 
-def together(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def sum_over_ranks(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The sum of what the processes hold of each value, where they share the work."""
     place = next(iter(values.values())).device if values else None
     each = [value.detach().float().to(place) for value in values.values()]
-    return dict(zip(values, distributed.total(torch.stack(each)) if each else (), strict=True))
+    return dict(
+        zip(values, distributed.total_spread(torch.stack(each)) if each else (), strict=True)
+    )
 
 
-def by_layout(masters: Sequence[nn.Parameter]) -> list[dict[str, Any]]:
+def group_by_layout(masters: Sequence[nn.Parameter]) -> list[dict[str, Any]]:
     """The tensors in groups, those that are sharded apart: products of both kinds do not mix."""
     parts = [[m for m in masters if distributed.is_sharded(m) is kind] for kind in (True, False)]
     return [{"params": part} for part in parts if part]
@@ -253,9 +265,11 @@ class Training(NamedTuple):
         numbers: dict[str, Any] = {"kept_step": self.limits.kept_step, "memory": {}}
         numbers["spikes"] = {"first": self.spikes.first, "recent": self.spikes.recent}
         for name, memory in self.memory.items():
-            changing, numbers["memory"][name] = packed(memory)
+            changing, numbers["memory"][name] = pack_memory(memory)
             tensors |= {f"memory/{name}/{key}": value for key, value in changing.items()}
-        return {name: distributed.to_first(tensor) for name, tensor in tensors.items()}, numbers
+        return {
+            name: distributed.gather_to_first(tensor) for name, tensor in tensors.items()
+        }, numbers
 
     def resume(self, checkpoints: Checkpoints) -> int:
         """Put back what the newest checkpoint holds; how many steps are done."""
@@ -264,14 +278,14 @@ class Training(NamedTuple):
         done, tensors, numbers = found
         for key, places in self.lists().items():
             kept = [tensors[f"{key}/{i}"] for i in range(len(places))]
-            restore(places, [*map(distributed.laid_like, kept, places)])
-        under = partial(below, tensors)
+            copy_values(places, [*map(distributed.shard_like, kept, places)])
+        under = partial(with_prefix, tensors)
         order = [m for part in self.optimiser.param_groups for m in part["params"]]
         state = {}
         for i, master in enumerate(order):
             number = next(j for j, m in enumerate(self.masters) if m is master)
             entry = under(f"optimiser/{number}/")
-            like = {k: distributed.laid_like(v, master) for k, v in entry.items() if v.ndim}
+            like = {k: distributed.shard_like(v, master) for k, v in entry.items() if v.ndim}
             if entry:
                 state[i] = entry | like
         whole = self.optimiser.state_dict()
@@ -279,11 +293,11 @@ class Training(NamedTuple):
         self.limits.kept_step = numbers["kept_step"]
         self.spikes.first, self.spikes.recent = (numbers["spikes"][k] for k in ("first", "recent"))
         for name, memory in self.memory.items():
-            unpack(memory, under(f"memory/{name}/"), numbers["memory"][name])
+            unpack_memory(memory, under(f"memory/{name}/"), numbers["memory"][name])
         return done
 
 
-def below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The tensors whose names start so, by the rest of their names."""
     return {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
 
@@ -329,8 +343,8 @@ class Limits:
     ) -> None:
         self.model, self.options = model, options
         checked = CHECKED_BATCHES if options.first_rule() else 0
-        self.forget = [to(b, model.device) for t in topics for b in t.forget[:checked]]
-        self.retain = [to(b, model.device) for t in topics for b in t.retain[:checked]]
+        self.forget = [move_batch(b, model.device) for t in topics for b in t.forget[:checked]]
+        self.retain = [move_batch(b, model.device) for t in topics for b in t.retain[:checked]]
         self.keeps = options.utility_floor is not None or options.kl_budget is not None
         self.kept, self.kept_step = self.copies(), -1
 
@@ -363,7 +377,7 @@ class Limits:
                 ("kl_budget", found["kl"] > (options.kl_budget or math.inf), "kl"),
             ):
                 if broken:
-                    restore([*self.model.trained.values()], self.kept)
+                    copy_values([*self.model.trained.values()], self.kept)
                     kept = f"step {self.kept_step}" if self.kept_step >= 0 else "the start"
                     return (
                         f"{rule}: {value} {found[value]:.3g} after step {step} "
@@ -379,12 +393,12 @@ class Limits:
     def divergence(self, batch: Batch) -> Tensor:
         with self.model.frozen():
             before = self.model.logits(batch)
-        return token_kl(before, self.model.logits(batch)) * predicted(batch["labels"])
+        return token_kl(before, self.model.logits(batch)) * is_predicted(batch["labels"])
 
     def mean(self, batches: Sequence[Batch], function: Callable[[Batch], Tensor]) -> float:
         """Mean over the counted tokens of all the batches."""
         total = sum(float(function(batch).sum()) for batch in batches)
-        return total / sum(int(predicted(batch["labels"]).sum()) for batch in batches)
+        return total / sum(int(is_predicted(batch["labels"]).sum()) for batch in batches)
 
 
 ADVICE = "lower train.learning_rate or the strength (method.kappa or method.coeff)"
@@ -402,22 +416,22 @@ def master_of(name: str, parameter: torch.nn.Parameter, weights: str) -> torch.n
 
 
 def check_precision(name: str, dtype: torch.dtype, weights: str) -> None:
-    """UserError where the trained weights cannot be stepped as they are."""
+    """SrmuError where the trained weights cannot be stepped as they are."""
     if weights == "bf16" and dtype != torch.bfloat16:
-        raise UserError(
+        raise SrmuError(
             f"train.weights=bf16 needs a bf16 model, but {name} is {dtype}; set dtype=bfloat16"
         )
 
 
-def restore(places: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+def copy_values(places: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     """Copy values into tensors that are there."""
     for place, value in zip(places, values, strict=True):
         place.data.copy_(value)
 
 
-def to(batch: Batch, device: torch.device) -> Batch:
+def move_batch(batch: Batch, device: torch.device) -> Batch:
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
-def numbers(values: dict[str, Tensor]) -> str:
+def format_numbers(values: dict[str, Tensor]) -> str:
     return ", ".join(f"{name} {float(value.detach()):.3g}" for name, value in values.items())

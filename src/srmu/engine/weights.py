@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from srmu.engine.files import require_space, sha256, whole_folder
-from srmu.engine.progress import Watch, silent
-from srmu.errors import UserError, first_line
+from srmu.engine.progress import Watch, ignore_progress
+from srmu.errors import SrmuError, first_line
 
 INDEX = "model.safetensors.index.json"
 KEPT = (".json", ".model", ".txt", ".jinja", ".tiktoken", ".md")  # what an export copies as it is
@@ -32,34 +32,34 @@ EXPORTED = "srmu-record.json"  # the record that an export brings along
 TYPES = {name: dtype for dtype, name in DTYPES.items()}
 
 
-def locate(model: str, revision: str | None = None, base: Path = Path()) -> Path:
+def locate_model(model: str, revision: str | None = None, base: Path = Path()) -> Path:
     """The folder of a model: a local one, or the cached snapshot of a hub id."""
     folder = base / Path(model).expanduser()
     if folder.is_dir():
         if revision:
-            raise UserError(f"revision does not apply to the local folder {folder}")
+            raise SrmuError(f"revision does not apply to the local folder {folder}")
         return folder
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
-        raise UserError(f"model {model}: no such folder, and not a hub id like owner/name")
+        raise SrmuError(f"model {model}: no such folder, and not a hub id like owner/name")
     from huggingface_hub import snapshot_download
 
     try:
         patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
         return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
     except Exception as error:  # the hub client raises many kinds
-        raise UserError(
+        raise SrmuError(
             f"model {model}: no such folder, and the hub says: {first_line(error)}"
         ) from error
 
 
-def shards(folder: Path) -> dict[str, Path]:
-    """Which file holds which tensor. UserError where a file or tensor is missing or elsewhere."""
+def list_shards(folder: Path) -> dict[str, Path]:
+    """Which file holds which tensor. SrmuError where a file or tensor is missing or elsewhere."""
     single = folder / "model.safetensors"
     if single.exists():  # transformers, too, takes it before an index
-        return dict.fromkeys(header(single)[0], single)
+        return dict.fromkeys(read_header(single)[0], single)
     if not (folder / INDEX).exists():
         pickles = sorted(p.name for p in folder.glob("*.bin"))
-        raise UserError(
+        raise SrmuError(
             f"model folder {folder} has no model.safetensors"
             + (f", only {pickles[0]}: convert it with save_pretrained" if pickles else "")
         )
@@ -67,22 +67,22 @@ def shards(folder: Path) -> dict[str, Path]:
         listed = json.loads((folder / INDEX).read_text())["weight_map"]
         found = {str(name): str(file) for name, file in listed.items()}
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(f"{folder / INDEX} is not a safetensors index") from error
+        raise SrmuError(f"{folder / INDEX} is not a safetensors index") from error
     for file in sorted(set(found.values())):
         if Path(file).name != file or not file.endswith(".safetensors"):
-            raise UserError(f"{folder / INDEX} points out of the folder: {file!r}")
+            raise SrmuError(f"{folder / INDEX} points out of the folder: {file!r}")
         if not (folder / file).is_file():
-            raise UserError(f"model folder {folder} lacks {file}, which its index names")
-        inside = header(folder / file)[0]
+            raise SrmuError(f"model folder {folder} lacks {file}, which its index names")
+        inside = read_header(folder / file)[0]
         if lost := sorted(n for n, f in found.items() if f == file and n not in inside):
-            raise UserError(f"{folder / file} lacks the tensor {lost[0]}, which the index names")
+            raise SrmuError(f"{folder / file} lacks the tensor {lost[0]}, which the index names")
     return {name: folder / file for name, file in found.items()}
 
 
-def header(path: Path) -> tuple[dict[str, Any], int]:
+def read_header(path: Path) -> tuple[dict[str, Any], int]:
     """A safetensors file's tensors and the offset at which their data starts.
 
-    UserError naming the file, and the tensor that it does not hold whole, when it is damaged.
+    SrmuError naming the file, and the tensor that it does not hold whole, when it is damaged.
     """
     try:
         size = path.stat().st_size
@@ -106,14 +106,14 @@ def header(path: Path) -> tuple[dict[str, Any], int]:
         AttributeError,
         IndexError,
     ) as error:
-        raise UserError(f"{path} is damaged: {first_line(error)}; fetch it again") from error
+        raise SrmuError(f"{path} is damaged: {first_line(error)}; fetch it again") from error
     return entries, start
 
 
 def stored_entries(folder: Path) -> dict[str, Any]:
     """What the headers of a checkpoint's files say of each tensor: dtype, shape, data_offsets."""
-    files = sorted(set(shards(folder).values()))
-    return {name: entry for path in files for name, entry in header(path)[0].items()}
+    files = sorted(set(list_shards(folder).values()))
+    return {name: entry for path in files for name, entry in read_header(path)[0].items()}
 
 
 def stored_types(folder: Path) -> dict[str, torch.dtype]:
@@ -122,7 +122,7 @@ def stored_types(folder: Path) -> dict[str, torch.dtype]:
     return {name: TYPES.get(entry["dtype"], torch.uint8) for name, entry in entries.items()}
 
 
-def layer_of(name: str) -> int | None:
+def layer_number(name: str) -> int | None:
     """The decoder layer that a tensor belongs to, by the first number in its name."""
     found = re.search(r"(?:^|\.)(\d+)\.", name)
     return int(found[1]) if found else None
@@ -139,19 +139,19 @@ def checkpoint_names(folder: Path, originals: Mapping[str, Tensor]) -> dict[str,
     A name may carry a prefix that the other lacks. Sure because the stored bytes are compared with
     the original values, not only the names.
     """
-    where = shards(folder)
+    where = list_shards(folder)
     names = {}
     for name, original in originals.items():
-        close = [key for key in where if alike(key, name)]
+        close = [key for key in where if are_alike(key, name)]
         if not close and original.ndim == 3:
             names[name] = [
                 expert_name(folder, where, name, i, part) for i, part in enumerate(original)
             ]
             continue
         if len(close) != 1:
-            raise UserError(f"{folder} stores {name} as {close or 'nothing'}: cannot write it back")
-        if not same(where[close[0]], close[0], original):
-            raise UserError(f"{folder} stores {name} in another form; cannot write it back")
+            raise SrmuError(f"{folder} stores {name} as {close or 'nothing'}: cannot write it back")
+        if not stores_values(where[close[0]], close[0], original):
+            raise SrmuError(f"{folder} stores {name} in another form; cannot write it back")
         names[name] = close
     return names
 
@@ -163,12 +163,12 @@ def expert_name(
     found = [
         key
         for key in where
-        if layer_of(key) == layer_of(name)
+        if layer_number(key) == layer_number(name)
         and expert_of(key) == number
-        and same(where[key], key, part)
+        and stores_values(where[key], key, part)
     ]
     if len(found) != 1:
-        raise UserError(
+        raise SrmuError(
             f"{folder} stores expert {number} of {name} as {found or 'nothing'}: "
             "cannot write it back"
         )
@@ -181,19 +181,19 @@ def expert_of(name: str) -> int | None:
     return int(found[1]) if len(found) == 2 else None
 
 
-def same(path: Path, key: str, original: Tensor) -> bool:
-    """Whether a stored tensor holds those values; UserError where it holds what is no number."""
+def stores_values(path: Path, key: str, original: Tensor) -> bool:
+    """Whether a stored tensor holds those values; SrmuError where it holds what is no number."""
     stored = stored_tensor(path, key)
     if stored.shape != original.shape or not torch.equal(
         stored.to(original.dtype).nan_to_num(), original.cpu().nan_to_num()
     ):
         return False
     if not stored.isfinite().all():
-        raise UserError(f"{path} stores NaN or infinity in {key}; fetch it again")
+        raise SrmuError(f"{path} stores NaN or infinity in {key}; fetch it again")
     return True
 
 
-def alike(a: str, b: str) -> bool:
+def are_alike(a: str, b: str) -> bool:
     """Whether two tensor names are the same but for a prefix, such as `transformer.`."""
     return a == b or a.endswith("." + b) or b.endswith("." + a)
 
@@ -206,16 +206,16 @@ def save_delta(
     metadata: Mapping[str, str],
 ) -> None:
     """Write the changed tensors in the checkpoint's own dtypes, under their `checkpoint_names`."""
-    where = shards(folder)
+    where = list_shards(folder)
     delta, marks = {}, {}
     for name, tensor in changed.items():
         if not tensor.isfinite().all():
-            raise UserError(f"{name} holds NaN or infinity; nothing was saved")
+            raise SrmuError(f"{name} holds NaN or infinity; nothing was saved")
         keys = names[name]
         for key, part in zip(keys, tensor.unbind() if len(keys) > 1 else [tensor], strict=True):
             stored = stored_tensor(where[key], key)
             delta[key] = part.detach().cpu().to(stored.dtype).contiguous()
-            marks[f"base.{key}"] = sha256(raw(stored))
+            marks[f"base.{key}"] = sha256(raw_bytes(stored))
     temporary = path.with_name(f".{path.name}")
     save_file(delta, temporary, metadata={**metadata, **marks})
     sort_metadata(temporary)
@@ -238,19 +238,19 @@ def sort_metadata(path: Path) -> None:
 
 
 def load_delta(path: Path, folder: Path) -> dict[str, Tensor]:
-    """The tensors of a delta by checkpoint name; UserError when its base model has changed."""
-    where = shards(folder)
+    """The tensors of a delta by checkpoint name; SrmuError when its base model has changed."""
+    where = list_shards(folder)
     try:
         delta = load_file(path)
         with safe_open(path, "pt") as file:
             marks = file.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is damaged: {first_line(error)}") from error
+        raise SrmuError(f"{path} is damaged: {first_line(error)}") from error
     for key in delta:
         if key not in where or marks.get(f"base.{key}") != sha256(
-            raw(stored_tensor(where[key], key))
+            raw_bytes(stored_tensor(where[key], key))
         ):
-            raise UserError(
+            raise SrmuError(
                 f"{path} was made from another model than {folder} now is: {key} differs there"
             )
     return delta
@@ -261,7 +261,7 @@ def stored_tensor(path: Path, key: str) -> Tensor:
         return file.get_tensor(key)
 
 
-def raw(tensor: Tensor) -> bytes:
+def raw_bytes(tensor: Tensor) -> bytes:
     """The bytes of a tensor as they lie in a file."""
     return tensor.contiguous().view(torch.uint8).numpy().tobytes()
 
@@ -270,25 +270,25 @@ def apply_delta(module: torch.nn.Module, folder: Path, delta: Mapping[str, Tenso
     """Put a delta's tensors into a loaded model."""
     parameters = dict(module.named_parameters())
     for name, tensor in delta.items():
-        places = [p.data for known, p in parameters.items() if alike(known, name)]
+        places = [p.data for known, p in parameters.items() if are_alike(known, name)]
         if not places and (number := expert_of(name)) is not None:
             places = [
                 p.data[number]
                 for known, p in parameters.items()
-                if layer_of(known) == layer_of(name) and p.ndim == 3 and number < len(p)
+                if layer_number(known) == layer_number(name) and p.ndim == 3 and number < len(p)
             ]
             places = [place for place in places if place.shape == tensor.shape]
         if len(places) != 1 or places[0].shape != tensor.shape:
-            raise UserError(f"the delta's tensor {name} does not fit the model {folder}")
+            raise SrmuError(f"the delta's tensor {name} does not fit the model {folder}")
         places[0].copy_(tensor)
 
 
-def export(
+def export_checkpoint(
     folder: Path,
     delta: Mapping[str, Tensor],
     out: Path,
     link: bool | None = None,
-    watch: Watch = silent,
+    watch: Watch = ignore_progress,
     texts: Mapping[str, str] | None = None,
 ) -> None:
     """Write a full checkpoint: the base's files, with the delta's tensors in their places.
@@ -299,11 +299,11 @@ def export(
     default where the base lies in the hub's cache, whose files nobody edits. The source is never
     modified. `out` appears when it is complete.
     """
-    where = shards(folder)
+    where = list_shards(folder)
     if lost := sorted(set(delta) - set(where)):
-        raise UserError(f"the model {folder} has no tensor {lost[0]}; is it another model?")
+        raise SrmuError(f"the model {folder} has no tensor {lost[0]}; is it another model?")
     patched = {where[name] for name in delta}
-    wanted = [folder / name for name in carried(folder)]
+    wanted = [folder / name for name in list_carried(folder)]
     require_space(out, sum(file.stat().st_size for file in wanted if not link))
     with whole_folder(out) as temporary, watch("writing files", len(wanted)) as tick:
         for file in wanted:
@@ -316,17 +316,17 @@ def export(
                 shutil.copyfile(file.resolve(), copy)
             tick(file.name)
         for path in sorted(patched):
-            patch(temporary / path.name, {n: t for n, t in delta.items() if where[n] == path})
+            patch_file(temporary / path.name, {n: t for n, t in delta.items() if where[n] == path})
         for name, text in (texts or {}).items():
             (temporary / name).write_text(text, encoding="utf-8")
 
 
-def carried(folder: Path) -> list[str]:
+def list_carried(folder: Path) -> list[str]:
     """The files of a checkpoint that an export has too, relative to it.
 
     Not weights that the model does not load: they would keep the old tensors.
     """
-    loaded = set(shards(folder).values())
+    loaded = set(list_shards(folder).values())
     return [
         file.relative_to(folder).as_posix()
         for file in sorted([*folder.iterdir(), *folder.glob("additional_chat_templates/*")])
@@ -345,34 +345,34 @@ def hard_link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def patch(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def patch_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Overwrite tensors of a safetensors file in place: same dtype, shape and position."""
-    entries, start = header(path)
+    entries, start = read_header(path)
     with path.open("r+b") as file:
         for name, tensor in tensors.items():
             entry = entries[name]
             if (entry["dtype"], entry["shape"]) != (DTYPES.get(tensor.dtype), list(tensor.shape)):
-                raise UserError(
+                raise SrmuError(
                     f"{name} has another type or shape in the model; is it another one?"
                 )
             file.seek(start + entry["data_offsets"][0])
-            file.write(raw(tensor))
+            file.write(raw_bytes(tensor))
 
 
-def identity(folder: Path, depth: int | None) -> str:
+def identify_base(folder: Path, depth: int | None) -> str:
     """A digest that tells the first layers of two models apart without reading them whole.
 
     Over each file's size, time of change and table of tensors, and three pages of each tensor.
     """
     code = hashlib.sha256()
-    for path in sorted(set(shards(folder).values())):
-        entries, start = header(path)
+    for path in sorted(set(list_shards(folder).values())):
+        entries, start = read_header(path)
         stat = path.stat()
         marks = [path.name, stat.st_size, stat.st_mtime_ns, stat.st_ino, entries]
         code.update(json.dumps(marks).encode())
         with path.open("rb") as file:
             for name, entry in sorted(entries.items()):
-                if depth is None or (layer_of(name) or 0) < depth:
+                if depth is None or (layer_number(name) or 0) < depth:
                     low, high = entry["data_offsets"]
                     for place in (low, (low + high) // 2, max(low, high - PAGE)):
                         file.seek(start + place)
@@ -380,7 +380,7 @@ def identity(folder: Path, depth: int | None) -> str:
     return code.hexdigest()
 
 
-def fingerprint(folder: Path) -> str:
+def fingerprint_model(folder: Path) -> str:
     """SHA-256 over a model's weights, config and tokenizer."""
     names = sorted(
         p for p in folder.iterdir() if p.suffix in (".safetensors", *KEPT) and p.suffix != ".md"
@@ -395,5 +395,5 @@ def changed_fingerprint(base: str, delta: Mapping[str, Tensor]) -> str:
     """The fingerprint of a model whose base has the fingerprint `base`, with a delta on it."""
     parts = [base.encode()]
     for name, tensor in sorted(delta.items()):
-        parts += [name.encode(), raw(tensor)]
+        parts += [name.encode(), raw_bytes(tensor)]
     return sha256(*parts)

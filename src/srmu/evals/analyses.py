@@ -16,16 +16,16 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from srmu.data.sources import read
-from srmu.data.tokens import batch_up, pad_id, tokenise
+from srmu.data.sources import read_texts
+from srmu.data.tokens import batch_rows, pad_id, tokenise_texts
 from srmu.engine import weights
 from srmu.engine.loading import load_module, read_config
-from srmu.engine.losses import counted, predicted, without_first
+from srmu.engine.losses import is_counted, is_predicted, without_first
 from srmu.engine.model import Batch, EditableModel, Site
-from srmu.engine.progress import Watch, silent
-from srmu.engine.train import to
-from srmu.errors import Diverged, UserError
-from srmu.evals.figures import Analysis, Panel, shown
+from srmu.engine.progress import Watch, ignore_progress
+from srmu.engine.train import move_batch
+from srmu.errors import DivergedError, SrmuError
+from srmu.evals.figures import Analysis, Panel, format_number
 from srmu.methods import Misdirection
 from srmu.runs.config import Config
 from srmu.runs.run import STATE, Run, base_of, find_device, load_tokenizer, unlearn
@@ -42,8 +42,8 @@ def open_model(target: str | Path, device: str = "auto") -> tuple[EditableModel,
     """
     run = Run(Path(target)) if (Path(target) / "record.json").is_file() else None
     if run and (why := run.config.method.no_checkpoint):
-        raise UserError(why)
-    folder = run.base if run else weights.locate(str(target))
+        raise SrmuError(why)
+    folder = run.base if run else weights.locate_model(str(target))
     module = load_module(folder).eval().to(find_device(device))
     model = EditableModel(module, run.record["changed"] if run else [])
     if run:
@@ -51,34 +51,34 @@ def open_model(target: str | Path, device: str = "auto") -> tuple[EditableModel,
     return model, load_tokenizer(folder)
 
 
-def texts_of(run: Run) -> dict[str, list[str]]:
+def run_texts(run: Run) -> dict[str, list[str]]:
     """The forget and the retain texts of a run's topics."""
     topics = run.config.topics.values()
     return {
-        "forget": [text for topic in topics for text in read(topic.forget, Path())],
-        "retain": [text for topic in topics for text in read(topic.retain, Path())],
+        "forget": [text for topic in topics for text in read_texts(topic.forget, Path())],
+        "retain": [text for topic in topics for text in read_texts(topic.retain, Path())],
     }
 
 
-def moments(model: EditableModel) -> dict[str, Any]:
+def model_states(model: EditableModel) -> dict[str, Any]:
     """The states of a model to compare: before and after, where a run changed it."""
     both = {"before": model.frozen, "after": nullcontext}
     return both if model.trained else {"model": nullcontext}
 
 
-def prepare(
+def prepare_batches(
     texts: Sequence[str], tokenizer: Any, documents: int, max_length: int, batch_size: int = 8
 ) -> list[Batch]:
-    """The first `documents` texts as batches; UserError where none has two tokens."""
+    """The first `documents` texts as batches; SrmuError where none has two tokens."""
     if documents < 1 or batch_size < 1:
-        raise UserError(f"documents {documents} and batch size {batch_size} must be 1 or more")
-    rows = tokenise(list(texts)[:documents], tokenizer, max_length) if texts else []
+        raise SrmuError(f"documents {documents} and batch size {batch_size} must be 1 or more")
+    rows = tokenise_texts(list(texts)[:documents], tokenizer, max_length) if texts else []
     if not rows:
-        raise UserError("no text of two tokens or more to analyse; name forget and retain texts")
-    return list(batch_up(rows, tokenizer, batch_size, "mask"))
+        raise SrmuError("no text of two tokens or more to analyse; name forget and retain texts")
+    return list(batch_rows(rows, tokenizer, batch_size, "mask"))
 
 
-def confidence(
+def measure_confidence(
     model: EditableModel,
     tokenizer: Any,
     texts: Texts,
@@ -87,7 +87,7 @@ def confidence(
     new_tokens: int = 16,
     documents: int = 64,
     max_length: int = 128,
-    watch: Watch = silent,
+    watch: Watch = ignore_progress,
 ) -> Analysis:
     """How sure a model is of its next token: the largest logit and probability, the margin of the
     likeliest over the second in probability, the entropy in nats; means over tokens.
@@ -97,8 +97,10 @@ def confidence(
     """
     found: dict[str, dict[str, dict[str, float]]] = {}
     values: dict[str, Tensor] = {}
-    parts = {k: prepare(rows, tokenizer, documents, max_length) for k, rows in texts.items()}
-    when = moments(model)
+    parts = {
+        k: prepare_batches(rows, tokenizer, documents, max_length) for k, rows in texts.items()
+    }
+    when = model_states(model)
     total = sum(map(len, parts.values())) * len(when)
     with watch("reading the model's confidence", total) as tick:
         for moment, state in when.items():
@@ -107,9 +109,9 @@ def confidence(
                 for batch in batches:
                     with state(), torch.no_grad():
                         if tokens == "predicted":
-                            each.append(next_token(model, batch))
+                            each.append(next_token_confidence(model, batch))
                         else:
-                            each.append(generated(model, batch, tokenizer, new_tokens))
+                            each.append(generated_confidence(model, batch, tokenizer, new_tokens))
                     tick("")
                 four = torch.cat(each)  # (N, 4)
                 values[f"{name}, {moment}"] = four[:, 1]
@@ -132,13 +134,13 @@ def confidence(
             + ", ".join(f"{change:+.2f} on {name} texts" for name, change in gap.items())
             + "."
         )
-    panel = histogram(
+    panel = draw_histogram(
         f"Largest probability of {tokens} tokens", "largest probability", values, 0.0, 1.0
     )
     return Analysis("Token confidence", {"tokens": tokens, "confidence": found}, sentences, [panel])
 
 
-def sureness(logits: Float[Tensor, "N V"]) -> Float[Tensor, "N 4"]:
+def token_confidence(logits: Float[Tensor, "N V"]) -> Float[Tensor, "N 4"]:
     """Of each row: largest logit, largest probability, its margin over the next, entropy (nats)."""
     logits = logits.float()
     logs = logits.log_softmax(dim=-1)
@@ -149,13 +151,13 @@ def sureness(logits: Float[Tensor, "N V"]) -> Float[Tensor, "N 4"]:
     )
 
 
-def next_token(model: EditableModel, batch: Batch) -> Float[Tensor, "N 4"]:
-    batch = to(batch, model.device)
+def next_token_confidence(model: EditableModel, batch: Batch) -> Float[Tensor, "N 4"]:
+    batch = move_batch(batch, model.device)
     logits = model.logits(batch)[:, :-1]
-    return sureness(logits[predicted(batch["labels"])]).cpu()
+    return token_confidence(logits[is_predicted(batch["labels"])]).cpu()
 
 
-def generated(
+def generated_confidence(
     model: EditableModel, batch: Batch, tokenizer: Any, new_tokens: int
 ) -> Float[Tensor, "N 4"]:
     """The same at the tokens that the model puts after the first half of each row."""
@@ -163,7 +165,7 @@ def generated(
     rows = zip(batch["input_ids"].tolist(), lengths, strict=True)
     halves = [row[: max(1, length // 2)] for row, length in rows]
     # padded on the left: all rows go on at the same column
-    (prompts,) = batch_up(halves, tokenizer, len(halves), "count")
+    (prompts,) = batch_rows(halves, tokenizer, len(halves), "count")
     ids, mask = (prompts[k].to(model.device) for k in ("input_ids", "attention_mask"))
     ends = model.module.generation_config.eos_token_id
     out: Any = model.module.generate(
@@ -181,17 +183,19 @@ def generated(
     logits = torch.stack(out.logits, dim=1)  # (B, S, V)
     known = torch.tensor([] if ends is None else ends, device=ids.device).reshape(-1)
     ended = torch.isin(out.sequences[:, ids.shape[1] :], known).long()
-    return sureness(logits[ended.cumsum(dim=1) == ended]).cpu()  # up to the first end, with it
+    return token_confidence(
+        logits[ended.cumsum(dim=1) == ended]
+    ).cpu()  # up to the first end, with it
 
 
-def alignment(
+def measure_alignment(
     run: Run,
     model: EditableModel,
     tokenizer: Any,
     *,
     documents: int = 64,
     max_length: int = 128,
-    watch: Watch = silent,
+    watch: Watch = ignore_progress,
 ) -> Analysis:
     """Cosines of forget activations, before and after, and of their displacement h - h0, with the
     run's direction and with its target; means by layer, and a histogram at the run's own.
@@ -202,7 +206,7 @@ def alignment(
     method = run.config.method
     vectors = load_file(run.folder / STATE) if (run.folder / STATE).exists() else {}
     if not isinstance(method, Misdirection) or not any(".direction" in name for name in vectors):
-        raise UserError(
+        raise SrmuError(
             f"alignment needs a run with one direction; method {method.name} keeps none: "
             "use one of rmu, adaptive_rmu, srmu"
         )
@@ -211,29 +215,30 @@ def alignment(
     sentences, panels = [], []
     with watch("measuring directions", len(run.config.topics) * count) as tick:
         for number, (name, topic) in enumerate(run.config.topics.items(), 1):
-            texts = read(topic.forget, Path())
-            batches = prepare(texts, tokenizer, documents, max_length)
+            texts = read_texts(topic.forget, Path())
+            batches = prepare_batches(texts, tokenizer, documents, max_length)
             layers = []
             for layer in range(count):
                 place = Site(layer, site.stream)
                 layers.append(
                     {
-                        kind: cosines(model, batches, place, vectors[f"{name}.{kind}"])
+                        kind: token_cosines(model, batches, place, vectors[f"{name}.{kind}"])
                         for kind in ("direction", "target")
                     }
                 )
                 tick("")
             numbers["topics"][name] = [
-                {kind: {k: mean(v) for k, v in row[kind].items()} for kind in row} for row in layers
+                {kind: {k: mean_or_none(v) for k, v in row[kind].items()} for kind in row}
+                for row in layers
             ]
             at = numbers["topics"][name][site.layer]
             sentences.append(
                 f"Topic {number}, layer {site.layer}: cosine of forget activations with the "
-                f"direction {shown(at['direction']['before'])} before and "
-                f"{shown(at['direction']['after'])} after, of their displacement "
-                f"{shown(at['direction']['displacement'])}; with the target "
-                f"{shown(at['target']['after'])} after, displacement "
-                f"{shown(at['target']['displacement'])}."
+                f"direction {format_number(at['direction']['before'])} before and "
+                f"{format_number(at['direction']['after'])} after, of their displacement "
+                f"{format_number(at['direction']['displacement'])}; with the target "
+                f"{format_number(at['target']['after'])} after, displacement "
+                f"{format_number(at['target']['displacement'])}."
             )
             for kind in ("direction", "target"):
                 means = [row[kind] for row in numbers["topics"][name]]
@@ -241,7 +246,7 @@ def alignment(
                 title = f"Cosine with the {kind}, topic {number}"
                 panels.append(Panel(title, "layer", "mean cosine", [*range(count)], series))
             panels.append(
-                histogram(
+                draw_histogram(
                     f"Cosines with the target at layer {site.layer}, topic {number}",
                     "cosine",
                     layers[site.layer]["target"],
@@ -253,7 +258,7 @@ def alignment(
 
 
 @torch.no_grad()
-def cosines(
+def token_cosines(
     model: EditableModel, batches: Sequence[Batch], site: Site, vector: Float[Tensor, " D"]
 ) -> dict[str, Float[Tensor, " N"]]:
     """Each token's cosine with a vector: `before`, `after`, and that of its `displacement`.
@@ -262,8 +267,8 @@ def cosines(
     """
     found: dict[str, list[Tensor]] = {"before": [], "after": [], "displacement": []}
     for batch in batches:
-        mask = without_first(counted(batch["labels"])).to(model.device)
-        batch = to(batch, model.device)
+        mask = without_first(is_counted(batch["labels"])).to(model.device)
+        batch = move_batch(batch, model.device)
         with model.frozen():
             before = model.hidden(batch, site, keep=False)[mask].float()
         after = model.hidden(batch, site)[mask].float()
@@ -274,7 +279,7 @@ def cosines(
     return {name: torch.cat(parts) for name, parts in found.items()}
 
 
-def sensitivity(
+def measure_sensitivity(
     model: EditableModel,
     tokenizer: Any,
     texts: Texts,
@@ -284,7 +289,7 @@ def sensitivity(
     documents: int = 16,
     max_length: int = 128,
     seed: int = 0,
-    watch: Watch = silent,
+    watch: Watch = ignore_progress,
 ) -> Analysis:
     """How much noise in each layer's output changes what the model reads its answer from.
 
@@ -294,9 +299,11 @@ def sensitivity(
     left out. A network that passes its input on unchanged has psi = size^2.
     """
     if size <= 0 or draws < 1:
-        raise UserError(f"size {size} must be above 0, and draws {draws} 1 or more")
-    parts = {k: prepare(rows, tokenizer, documents, max_length) for k, rows in texts.items()}
-    count, when = len(model.layers), moments(model)
+        raise SrmuError(f"size {size} must be above 0, and draws {draws} 1 or more")
+    parts = {
+        k: prepare_batches(rows, tokenizer, documents, max_length) for k, rows in texts.items()
+    }
+    count, when = len(model.layers), model_states(model)
     found: dict[str, list[float]] = {}
     with watch("adding noise", count * len(parts) * len(when)) as tick:
         for name, batches in parts.items():
@@ -304,7 +311,7 @@ def sensitivity(
                 values = []
                 for layer in range(count):
                     with state(), torch.no_grad():
-                        values.append(psi(model, batches, layer, size, draws, seed))
+                        values.append(layer_sensitivity(model, batches, layer, size, draws, seed))
                     tick("")
                 found[f"{name}, {moment}"] = values
     sentences = [
@@ -320,7 +327,7 @@ def sensitivity(
 
 
 @torch.no_grad()
-def psi(
+def layer_sensitivity(
     model: EditableModel,
     batches: Sequence[Batch],
     layer: int,
@@ -332,11 +339,11 @@ def psi(
     generator = torch.Generator().manual_seed(seed)
     found = []
     for batch in batches:
-        mask = without_first(counted(batch["labels"])).to(model.device)
-        inputs = to({k: batch[k] for k in ("input_ids", "attention_mask")}, model.device)
+        mask = without_first(is_counted(batch["labels"])).to(model.device)
+        inputs = move_batch({k: batch[k] for k in ("input_ids", "attention_mask")}, model.device)
         clean = model.module.base_model(**inputs, use_cache=False)[0][mask].float()
         for _ in range(draws):
-            with noise(model.layers[layer], mask, size, generator):
+            with add_noise(model.layers[layer], mask, size, generator):
                 noisy = model.module.base_model(**inputs, use_cache=False)[0][mask].float()
             # Adaptive RMU (arXiv 2408.06223), noise sensitivity of a layer
             found.append((noisy - clean).square().sum(dim=-1) / clean.square().sum(dim=-1))
@@ -344,7 +351,7 @@ def psi(
 
 
 @contextmanager
-def noise(
+def add_noise(
     block: nn.Module, mask: Tensor, size: float, generator: torch.Generator
 ) -> Iterator[None]:
     """Add |h| eta to a block's output h at the marked tokens (B, T) while the block runs."""
@@ -352,7 +359,7 @@ def noise(
     def add(module: nn.Module, args: Any, output: Any) -> Any:
         hidden = output[0] if isinstance(output, tuple) else output
         if hidden.ndim == 4:  # Gemma 3n
-            raise UserError("this model keeps several streams: its layers' noise is not measured")
+            raise SrmuError("this model keeps several streams: its layers' noise is not measured")
         eta = torch.randn(hidden.shape, generator=generator).to(hidden.device)
         eta = eta * size / hidden.shape[-1] ** 0.5
         marks = mask.reshape(*hidden.shape[:-1], 1)
@@ -367,40 +374,40 @@ def noise(
         handle.remove()
 
 
-def layers(
+def sweep_layers(
     config: Config,
     score: Callable[[Run], Mapping[str, Mapping[str, Mapping[str, float]]]],
     forget_metrics: Sequence[str],
     *,
     at_most: int | None = None,
-    watch: Watch = silent,
+    watch: Watch = ignore_progress,
 ) -> Analysis:
     """Unlearn at every layer (l-2, l-1, l) with a config and compare forgetting with utility.
 
     `at_most` so many layers, where there are more: evenly spread from a fifth to three quarters of
     the depth.
 
-    `score` is `srmu.scoring.score`, with the tasks to measure where the config names none;
+    `score` is `srmu.score_model`, with the tasks to measure where the config names none;
     `forget_metrics` (such as `wmdp_bio/acc`) say which of its metrics should fall, all other
     accuracies are utility. Runs that are there already are used again, so a stopped sweep goes on.
     """
     method = config.method
     if not isinstance(method, Misdirection):
-        raise UserError(f"method {method.name} has no layer to vary; use rmu, adaptive_rmu or srmu")
-    tried = candidates(method, read_config(base_of(config)), at_most)
+        raise SrmuError(f"method {method.name} has no layer to vary; use rmu, adaptive_rmu or srmu")
+    tried = candidate_layers(method, read_config(base_of(config)), at_most)
     rows: list[dict[str, Any]] = []
     with watch("layer sweep", len(tried)) as tick:
         for layer in tried:
             at = config.model_copy(update={"method": replace(method, layer=layer)})
             try:
                 found = score(unlearn(at))
-                rows.append({"layer": layer, **compared(found, forget_metrics)})
-            except Diverged as error:
+                rows.append({"layer": layer, **compare_scores(found, forget_metrics)})
+            except DivergedError as error:
                 rows.append({"layer": layer, "diverged": str(error)})
             tick(f"layer {layer}")
     known = [row for row in rows if "diverged" not in row]
     if not known:
-        raise UserError(f"every layer of {method.name} diverged; lower train.learning_rate")
+        raise SrmuError(f"every layer of {method.name} diverged; lower train.learning_rate")
     best = max(known, key=lambda row: row["forgetting"] - row["utility_loss"])
     sentences = [
         f"Layer {best['layer']} gains most: forget accuracy falls by {best['forgetting']:.1%} and "
@@ -418,13 +425,15 @@ def layers(
     return Analysis("Layer sweep", {"layers": rows, "best": best["layer"]}, sentences, [panel])
 
 
-def candidates(method: Misdirection, model_config: Any, at_most: int | None = None) -> list[int]:
+def candidate_layers(
+    method: Misdirection, model_config: Any, at_most: int | None = None
+) -> list[int]:
     """The layers that a method can steer in a model; `at_most` so many of them, evenly spread."""
     first = method.window - (method.stream != "mlp_post")
     count = model_config.num_hidden_layers
     last = count - (getattr(model_config, "num_kv_shared_layers", None) or 0)
     if first >= last:
-        raise UserError(
+        raise SrmuError(
             f"this model has {last} layers to change: too few for method.window={method.window}"
         )
     if at_most is None or last - first <= at_most:
@@ -433,7 +442,7 @@ def candidates(method: Misdirection, model_config: Any, at_most: int | None = No
     return sorted({round(layer) for layer in np.linspace(low, high, at_most)})
 
 
-def compared(
+def compare_scores(
     scores: Mapping[str, Mapping[str, Mapping[str, float]]], forget_metrics: Sequence[str]
 ) -> dict[str, Any]:
     """Accuracies before and after a run, and the mean falls of forget and of other metrics."""
@@ -445,10 +454,10 @@ def compared(
     for metric in forget_metrics:
         if metric not in falls:
             known = ", ".join(falls) or "none"
-            raise UserError(f"no accuracy {metric} was measured; there are {known}")
+            raise SrmuError(f"no accuracy {metric} was measured; there are {known}")
     others = [fall for metric, fall in falls.items() if metric not in forget_metrics]
     if not forget_metrics or not others:
-        raise UserError("a layer sweep needs an accuracy to lower and another one to keep")
+        raise SrmuError("a layer sweep needs an accuracy to lower and another one to keep")
     return {
         "forgetting": fmean(falls[metric] for metric in forget_metrics),
         "utility_loss": fmean(others),
@@ -457,7 +466,7 @@ def compared(
     }
 
 
-def histogram(
+def draw_histogram(
     title: str, x_title: str, values: Mapping[str, Tensor], low: float, high: float
 ) -> Panel:
     """Shares of values in bins between two limits, one series for each name that has values."""
@@ -471,5 +480,5 @@ def histogram(
     return Panel(title, x_title, "share of tokens", middles, series, "bars")
 
 
-def mean(values: Tensor) -> float | None:
+def mean_or_none(values: Tensor) -> float | None:
     return float(values.double().mean()) if len(values) else None

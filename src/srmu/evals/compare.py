@@ -11,15 +11,15 @@ from zlib import crc32
 
 import numpy as np
 
-from srmu.errors import UserError
+from srmu.errors import SrmuError
 from srmu.evals.statistics import (
     RESAMPLES,
     Array,
     Draws,
     Estimate,
-    answered,
-    estimate,
-    residual,
+    estimate_from,
+    parse_answers,
+    residual_table,
     worst_case,
 )
 from srmu.runs.config import UNDECIDING, Config
@@ -30,7 +30,7 @@ Where = tuple[str, int]  # a run's model and seed: what is compared in pairs
 
 
 @dataclass(frozen=True)
-class Row:
+class ComparisonRow:
     """A method at the utility loss that all are compared at.
 
     Differences are to the first method's, below 0 where less knowledge is left; `verdict` is that
@@ -50,7 +50,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Measured:
+class RunNumbers:
     """A run's numbers as they are and in each resample of the questions: (1 + RESAMPLES,)."""
 
     run: Run
@@ -64,7 +64,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Reading:
+class MethodReading:
     """A method's numbers at the common utility loss, a column a seed: (1 + RESAMPLES, seeds)."""
 
     where: tuple[Where, ...]
@@ -76,13 +76,13 @@ class Reading:
     n: tuple[int, int]
 
 
-def compare(
+def compare_runs(
     runs: Sequence[Path],
     budget: float = 0.05,
     forget: Sequence[str] = (),
     utility: Sequence[str] = (),
     seed: int = 0,
-) -> list[Row]:
+) -> list[ComparisonRow]:
     """One row a method, read where its strength curve loses `budget` of the utility accuracy.
 
     Runs that differ in `seed`, or in the testbed of one recipe, are repetitions of one point; runs
@@ -91,16 +91,16 @@ def compare(
     a straight line, in each resample anew; a curve that ends before `budget` at its last point.
 
     `forget` and `utility` name metrics of `results.json` (organism_hazard/acc): for runs that have
-    no `attacks.json`, whose answers question by question make narrower intervals. UserError for
+    no `attacks.json`, whose answers question by question make narrower intervals. SrmuError for
     runs that cannot be held against each other.
     """
     if not 0 <= budget <= 1:
-        raise UserError(f"utility loss {budget:g}: it is a share, from 0 to 1")
+        raise SrmuError(f"utility loss {budget:g}: it is a share, from 0 to 1")
     if not runs:
-        raise UserError("name the folders of one run or more")
+        raise SrmuError("name the folders of one run or more")
     opened = [Run.open(folder) for folder in runs]
     draws = Draws(seed)
-    attacks = {run.folder: read(run.folder / "attacks.json") for run in opened}
+    attacks = {run.folder: read_optional_json(run.folder / "attacks.json") for run in opened}
     for found in filter(None, attacks.values()):  # what was attacked says what to look up elsewhere
         of_attacks = metrics_of(found)
         forget, utility = forget or of_attacks[0], utility or of_attacks[1]
@@ -114,53 +114,53 @@ def compare(
     first = measured[0]
     for other in measured[1:]:
         if other.tasks != first.tasks:
-            raise UserError(
+            raise SrmuError(
                 f"{first.run.folder} and {other.run.folder} were measured on different tasks: "
-                f"{shown(first)} and {shown(other)}"
+                f"{task_names(first)} and {task_names(other)}"
             )
     methods = by_method(measured)
-    readings = [reading(points, budget) for _, points in methods]
+    readings = [read_curves(points, budget) for _, points in methods]
     return [
-        row(name, points, found, readings[0], budget, draws)
+        comparison_row(name, points, found, readings[0], budget, draws)
         for (name, points), found in zip(methods, readings, strict=True)
     ]
 
 
-def row(
+def comparison_row(
     name: str,
-    points: Sequence[dict[Where, Measured]],
-    found: Reading,
-    base: Reading,
+    points: Sequence[dict[Where, RunNumbers]],
+    found: MethodReading,
+    base: MethodReading,
     budget: float,
     draws: Draws,
-) -> Row:
+) -> ComparisonRow:
     """A method's line of the table; `base` is the first method's reading."""
-    forget = difference(found.forget, base.forget, found, base, draws)
-    left = difference(found.residual, base.residual, found, base, draws)
+    forget = difference_to(found.forget, base.forget, found, base, draws)
+    left = difference_to(found.residual, base.residual, found, base, draws)
     telling = left or forget
     spread = None if found.residual is None else draws.over_seeds(found.residual)
-    return Row(
+    return ComparisonRow(
         name,
         len(points),
         len(found.where),
-        estimate(draws.over_seeds(found.loss).clip(0), found.n[1]),
-        estimate(draws.over_seeds(found.forget).clip(0, 1), found.n[0]),
-        None if spread is None else estimate(spread, found.n[0]),
+        estimate_from(draws.over_seeds(found.loss).clip(0), found.n[1]),
+        estimate_from(draws.over_seeds(found.forget).clip(0, 1), found.n[0]),
+        None if spread is None else estimate_from(spread, found.n[0]),
         forget,
         left,
-        verdict(telling) if telling else "",
-        note(found, points, budget),
+        noise_verdict(telling) if telling else "",
+        row_note(found, points, budget),
     )
 
 
-def read(path: Path) -> dict[str, Any]:
+def read_optional_json(path: Path) -> dict[str, Any]:
     """A JSON file; nothing where there is none."""
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
         return {}
     except ValueError:
-        raise UserError(f"{path} is damaged; make it again") from None
+        raise SrmuError(f"{path} is damaged; make it again") from None
 
 
 def metrics_of(attacks: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -172,44 +172,44 @@ def metrics_of(attacks: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, 
 
 
 def check_attacks(runs: Sequence[Run], attacks: Mapping[Path, dict[str, Any]]) -> None:
-    """UserError where K* of two runs does not mean the same."""
+    """SrmuError where K* of two runs does not mean the same."""
     found = [(run, attacks[run.folder]) for run in runs if attacks[run.folder]]
     for run, entry in found[1:]:
         first, known = found[0]
         for key in ("tier", "chance"):
             if entry[key] != known[key]:
-                raise UserError(
+                raise SrmuError(
                     f"{first.folder} and {run.folder} were attacked with {key} {known[key]} and "
                     f"{entry[key]}; attack all alike"
                 )
         for other, same in found:
             alike = all(entry[key] == same[key] for key in ("seed", "facts"))
             if other.config.model == run.config.model and not alike:
-                raise UserError(
+                raise SrmuError(
                     f"{other.folder} and {run.folder} were attacked with other questions; "
                     "attack all with the same --seed and --limit"
                 )
 
 
-def from_attacks(run: Run, attacks: Mapping[str, Any], draws: Draws) -> Measured:
+def from_attacks(run: Run, attacks: Mapping[str, Any], draws: Draws) -> RunNumbers:
     """A run's numbers from its answers question by question."""
     model = run.config.model
     plain = attacks["attacks"].get("forced_choice", {})
     if not plain.get("right") or not attacks["utility"]:
         what = "answers to utility tasks" if plain.get("right") else "forced_choice"
-        raise UserError(f"{run.folder}/attacks.json has no {what}: attack the run again with them")
+        raise SrmuError(f"{run.folder}/attacks.json has no {what}: attack the run again with them")
 
     def means(table: Array, asked: str, facts: Sequence[Hashable]) -> Array:
         return draws.means(table, [(model, asked, fact) for fact in facts])
 
-    table = np.column_stack([residual(attacks), answered(plain["right"])])
+    table = np.column_stack([residual_table(attacks), parse_answers(plain["right"])])
     right = means(table, "forget", attacks["facts"])
     drops = []
     for task, kept in attacks["utility"].items():
-        both = np.stack([answered(kept["before"]), answered(kept["after"])], axis=1)
+        both = np.stack([parse_answers(kept["before"]), parse_answers(kept["after"])], axis=1)
         before, after = means(both, task, kept["facts"]).T
         drops.append(before - after)
-    return Measured(
+    return RunNumbers(
         run,
         (model, run.config.seed),
         metrics_of(attacks),
@@ -221,35 +221,37 @@ def from_attacks(run: Run, attacks: Mapping[str, Any], draws: Draws) -> Measured
     )
 
 
-def from_results(run: Run, forget: tuple[str, ...], utility: tuple[str, ...]) -> Measured:
+def from_results(run: Run, forget: tuple[str, ...], utility: tuple[str, ...]) -> RunNumbers:
     """A run's numbers from its accuracies alone, taken as normal about their values.
 
     Seeds of one setting share their questions and hence their error; other settings are taken not
     to, so that differences come out too wide: nothing says which questions changed.
     """
-    after, before = (read(run.folder / name) for name in ("results.json", "before.json"))
+    after, before = (
+        read_optional_json(run.folder / name) for name in ("results.json", "before.json")
+    )
     if not after or not before:
-        raise UserError(f"{run.folder} has no results; run `srmu eval {run.folder}` first")
+        raise SrmuError(f"{run.folder} has no results; run `srmu eval {run.folder}` first")
     if not forget or not utility:
-        raise UserError(
+        raise SrmuError(
             "name the metrics of what is forgotten and those of the utility; there are "
             + ", ".join(after)
         )
     for name in (*forget, *utility):
         if name not in after or name not in before:
-            raise UserError(
+            raise SrmuError(
                 f"{run.folder} has no result {name}; run `srmu eval {run.folder} --tasks "
                 f"{name.split('/')[0]}` first"
             )
         if not after[name].get("n"):
-            raise UserError(f"{name} is no accuracy over a number of questions; name another")
+            raise SrmuError(f"{name} is no accuracy over a number of questions; name another")
 
     def drawn(results: Mapping[str, Any], names: Sequence[str], which: Hashable) -> Array:
-        values = [normal(results[name], (run.config.model, name, which)) for name in names]
+        values = [resample_normal(results[name], (run.config.model, name, which)) for name in names]
         return np.mean(values, axis=0)
 
-    this = setting(run.config)
-    return Measured(
+    this = run_setting(run.config)
+    return RunNumbers(
         run,
         (run.config.model, run.config.seed),
         (forget, utility),
@@ -257,15 +259,15 @@ def from_results(run: Run, forget: tuple[str, ...], utility: tuple[str, ...]) ->
         drawn(after, forget, this),
         drawn(before, utility, "before") - drawn(after, utility, this),
         None,
-        (total(after, forget), total(after, utility)),
+        (count_questions(after, forget), count_questions(after, utility)),
     )
 
 
-def total(results: Mapping[str, Any], names: Sequence[str]) -> int:
+def count_questions(results: Mapping[str, Any], names: Sequence[str]) -> int:
     return sum(int(results[name]["n"]) for name in names)
 
 
-def normal(entry: Mapping[str, float], key: Hashable) -> Array:
+def resample_normal(entry: Mapping[str, float], key: Hashable) -> Array:
     """An accuracy, then what it might have been: the same for the same key."""
     value, n = entry["value"], entry["n"]
     # two more right and two more wrong answers (Agresti and Coull): at 0 and 1 there is doubt too
@@ -275,7 +277,7 @@ def normal(entry: Mapping[str, float], key: Hashable) -> Array:
     return np.concatenate([[value], moved.clip(0, 1)])
 
 
-def setting(config: Config) -> tuple[tuple[str, Any], ...]:
+def run_setting(config: Config) -> tuple[tuple[str, Any], ...]:
     """What a run did, whichever its seed and testbed: keys and values in a row, paths by name."""
     tree = config.to_dict()
     for key in (*UNDECIDING, "seed", "device"):
@@ -292,31 +294,31 @@ def setting(config: Config) -> tuple[tuple[str, Any], ...]:
     return tuple(leaves(tree, ""))
 
 
-def words(config: Config) -> dict[str, Any]:
+def setting_words(config: Config) -> dict[str, Any]:
     """The part of a setting that makes another method of it, not another strength: no numbers."""
     return {
         key: value
-        for key, value in setting(config)
+        for key, value in run_setting(config)
         if isinstance(value, str | bool)  # None stands where a number may
     }
 
 
-def by_method(measured: Sequence[Measured]) -> list[tuple[str, list[dict[Where, Measured]]]]:
+def by_method(measured: Sequence[RunNumbers]) -> list[tuple[str, list[dict[Where, RunNumbers]]]]:
     """Each method with its points, each point's runs by where they were made."""
-    found: dict[Hashable, dict[Hashable, dict[Where, Measured]]] = {}
+    found: dict[Hashable, dict[Hashable, dict[Where, RunNumbers]]] = {}
     kinds: dict[Hashable, dict[str, Any]] = {}
     for one in measured:
-        kind = words(one.run.config)
+        kind = setting_words(one.run.config)
         kinds[tuple(kind.items())] = kind
         points = found.setdefault(tuple(kind.items()), {})
-        point = points.setdefault(setting(one.run.config), {})
+        point = points.setdefault(run_setting(one.run.config), {})
         if one.where in point:
-            raise UserError(f"{point[one.where].run.folder} and {one.run.folder} are the same run")
+            raise SrmuError(f"{point[one.where].run.folder} and {one.run.folder} are the same run")
         point[one.where] = one
-    return [(label(kinds[key], kinds.values()), [*found[key].values()]) for key in found]
+    return [(method_label(kinds[key], kinds.values()), [*found[key].values()]) for key in found]
 
 
-def label(kind: Mapping[str, Any], kinds: Iterable[Mapping[str, Any]]) -> str:
+def method_label(kind: Mapping[str, Any], kinds: Iterable[Mapping[str, Any]]) -> str:
     """A method's name, and what tells it from others of that name."""
     others = [other for other in kinds if other["method.name"] == kind["method.name"]]
     apart = [
@@ -328,14 +330,14 @@ def label(kind: Mapping[str, Any], kinds: Iterable[Mapping[str, Any]]) -> str:
     return kind["method.name"] + (f" ({', '.join(dict.fromkeys(apart))})" if apart else "")
 
 
-def reading(points: Sequence[dict[Where, Measured]], budget: float) -> Reading:
+def read_curves(points: Sequence[dict[Where, RunNumbers]], budget: float) -> MethodReading:
     """A method's numbers at a utility loss, along the curve of each of its seeds."""
     places = tuple(dict.fromkeys(place for point in points for place in point))
     curves = [[point[place] for point in points if place in point] for place in places]
-    found = [along(curve, budget) for curve in curves]
+    found = [read_along(curve, budget) for curve in curves]
     loss, forget, left = (np.stack(values, axis=1) for values in zip(*found, strict=True))
     runs = [one for curve in curves for one in curve]
-    return Reading(
+    return MethodReading(
         places,
         loss,
         forget,
@@ -346,7 +348,7 @@ def reading(points: Sequence[dict[Where, Measured]], budget: float) -> Reading:
     )
 
 
-def along(curve: Sequence[Measured], budget: float) -> tuple[Array, Array, Array]:
+def read_along(curve: Sequence[RunNumbers], budget: float) -> tuple[Array, Array, Array]:
     """Utility loss, forget accuracy and K* where a curve loses `budget`, or at its end."""
     none = np.zeros_like(curve[0].loss)
     # a gain of utility is no loss: else a method that costs nothing would come before no method
@@ -370,8 +372,8 @@ def along(curve: Sequence[Measured], budget: float) -> tuple[Array, Array, Array
     return between(loss), between(forget), between(left)
 
 
-def difference(
-    mine: Array | None, theirs: Array | None, one: Reading, base: Reading, draws: Draws
+def difference_to(
+    mine: Array | None, theirs: Array | None, one: MethodReading, base: MethodReading, draws: Draws
 ) -> Estimate | None:
     """How a number differs from the first method's, in pairs of seeds where both have them."""
     if mine is None or theirs is None or one is base:
@@ -381,17 +383,17 @@ def difference(
         found = draws.over_seeds(mine[:, own] - theirs[:, other])
     else:
         found = draws.over_seeds(mine) - draws.over_seeds(theirs)
-    return estimate(found, min(one.n[0], base.n[0]))
+    return estimate_from(found, min(one.n[0], base.n[0]))
 
 
-def verdict(found: Estimate) -> str:
+def noise_verdict(found: Estimate) -> str:
     """Whether a difference from another method's knowledge that is left is more than noise."""
     if found.low <= 0 <= found.high:
         return "noise"
     return "better" if found.high < 0 else "worse"
 
 
-def note(found: Reading, points: Sequence[dict[Where, Measured]], budget: float) -> str:
+def row_note(found: MethodReading, points: Sequence[dict[Where, RunNumbers]], budget: float) -> str:
     """What to know about a row."""
     notes = []
     if not found.reached:
@@ -406,5 +408,5 @@ def note(found: Reading, points: Sequence[dict[Where, Measured]], budget: float)
     return "; ".join(notes)
 
 
-def shown(one: Measured) -> str:
+def task_names(one: RunNumbers) -> str:
     return ", ".join(metric for metrics in one.tasks for metric in metrics)

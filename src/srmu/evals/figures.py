@@ -35,7 +35,7 @@ class Analysis:
     panels: list[Panel] = field(default_factory=list)
 
 
-def shown(value: float | None) -> str:
+def format_number(value: float | None) -> str:
     """A number as a person would write it; a dash where there is none."""
     if value is None or not math.isfinite(value):
         return DASH

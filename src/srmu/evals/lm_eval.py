@@ -24,8 +24,8 @@ import yaml
 
 from srmu.engine import distributed
 from srmu.engine.files import cache_dir, sha256, write_json
-from srmu.engine.progress import Watch, silent
-from srmu.errors import UserError
+from srmu.engine.progress import Watch, ignore_progress
+from srmu.errors import SrmuError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -45,7 +45,7 @@ def evaluate(
     limit: int | None = None,
     batch_size: int = 64,
     fingerprint: str | None = None,
-    watch: Watch = silent,
+    watch: Watch = ignore_progress,
 ) -> Results:
     """Score a model on lm-eval tasks, built in or described by YAML files under `tasks_dir`.
 
@@ -53,14 +53,14 @@ def evaluate(
     not a finite number is left out. `limit` takes the first questions of each task. `fingerprint`
     stands for weights, config and tokenizer: with it results are kept in the cache folder until
     the task, its local questions or a library change (a hub dataset is taken not to change).
-    Raises UserError for a task that is unknown, broken or out of reach.
+    Raises SrmuError for a task that is unknown, broken or out of reach.
     """
     if batch_size < 1 or (limit is not None and limit < 1):
-        raise UserError(f"batch size {batch_size} and limit {limit} must be 1 or more")
+        raise SrmuError(f"batch size {batch_size} and limit {limit} must be 1 or more")
     local = _local_tasks(tasks_dir)
     kept = {name: _kept(name, local, limit, fingerprint) for name in tasks}
     found = {name: _read(kept[name]) if fingerprint else None for name in tasks}
-    found = distributed.agreed(found)
+    found = distributed.agree_on(found)
     missing = [name for name in found if found[name] is None]
     if missing:
         with _harness(model, tokenizer, batch_size) as lm:
@@ -68,23 +68,23 @@ def evaluate(
             loaded = {name: _load(name, local) for name in missing}
             for name in missing:
                 found[name] = _score(lm, name, loaded.pop(name), limit, watch)
-                if fingerprint and distributed.first():
+                if fingerprint and distributed.is_first():
                     kept[name].parent.mkdir(parents=True, exist_ok=True)
                     write_json(kept[name], found[name])
     return {key: entry for results in found.values() for key, entry in (results or {}).items()}
 
 
-def questions(name: str, tasks_dir: Path | None) -> list[tuple[str, list[str], int, Any]]:
+def load_questions(name: str, tasks_dir: Path | None) -> list[tuple[str, list[str], int, Any]]:
     """A multiple-choice task as it asks: prompt, options as they follow it, the right one, the row.
 
-    UserError for a task that is unknown or of another kind.
+    SrmuError for a task that is unknown or of another kind.
     """
     found = []
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # bars
         loaded = _load(name, _local_tasks(tasks_dir))
     for task in loaded["tasks"].values():
         if task.OUTPUT_TYPE != "multiple_choice" or task.multiple_input:
-            raise UserError(f"task {name!r} is not made of questions with options to choose from")
+            raise SrmuError(f"task {name!r} is not made of questions with options to choose from")
         task.set_fewshot_seed(SEED)
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
             task.build_all_requests()
@@ -99,7 +99,7 @@ def questions(name: str, tasks_dir: Path | None) -> list[tuple[str, list[str], i
     return found
 
 
-def interval(accuracies: Sequence[float], n: int) -> tuple[float, float]:
+def accuracy_interval(accuracies: Sequence[float], n: int) -> tuple[float, float]:
     """95 % interval for an accuracy, given each seed's accuracy on the same `n` questions.
 
     Wilson's interval at the mean with `n` questions (seeds share them, so do not multiply them),
@@ -122,11 +122,11 @@ def _local_tasks(folder: Path | None) -> Local:
         try:
             config = yaml.safe_load(path.read_bytes())  # refuses !function, which runs code
         except (ValueError, yaml.YAMLError) as error:
-            raise UserError(f"task file {path}: {getattr(error, 'problem', error)}") from error
+            raise SrmuError(f"task file {path}: {getattr(error, 'problem', error)}") from error
         if not isinstance(config, dict) or not isinstance(config.get("task"), str):
             continue  # another kind of file
         if config["task"] in found:
-            raise UserError(f"task file {path}: another file has task {config['task']!r} too")
+            raise SrmuError(f"task file {path}: another file has task {config['task']!r} too")
         is_local = config.get("dataset_path") in FILE_FORMATS
         files = (config.get("dataset_kwargs") or {}).get("data_files") if is_local else None
         splits = files if isinstance(files, dict) else {"train": files} if files else {}
@@ -143,7 +143,7 @@ def _kept(name: str, local: Local, limit: int | None, fingerprint: str | None) -
     text = json.dumps(config, sort_keys=True, default=str)
     for file in files:
         if not file.is_file():
-            raise UserError(f"task {name!r}: its data file {file} does not exist")
+            raise SrmuError(f"task {name!r}: its data file {file} does not exist")
         text = text.replace(json.dumps(str(file)), sha256(file))  # what it holds, not where it is
     versions = [version(package) for package in ("lm-eval", "transformers", "torch")]
     from srmu.engine import likelihoods
@@ -221,7 +221,7 @@ def _load(name: str, local: Local) -> Any:
         close = get_close_matches(name, {*local, *_builtin().all_tasks})
         meant = f", did you mean {' or '.join(close)}?" if close else ";"
         where = f"the tasks folder ({', '.join(local) or 'none there'}) and in lm-eval's own"
-        raise UserError(f"task {name!r} does not exist{meant} looked in {where} (lm-eval ls tasks)")
+        raise SrmuError(f"task {name!r} does not exist{meant} looked in {where} (lm-eval ls tasks)")
     try:
         if name not in local:
             return _builtin().load([name])
@@ -234,7 +234,7 @@ def _load(name: str, local: Local) -> Any:
             _check_answers(task)
     except Exception as error:  # whatever lm-eval or datasets cannot use is the user's to mend
         why = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise UserError(f"task {name!r} cannot be loaded: {why}") from error
+        raise SrmuError(f"task {name!r} cannot be loaded: {why}") from error
     return loaded
 
 
@@ -267,18 +267,18 @@ def _score(lm: Any, name: str, loaded: Any, limit: int | None, watch: Watch) -> 
 
     def answer(kind: str, requests: list[Any]) -> list[Any]:
         # of several processes each answers some, neighbours together: they share their prompts
-        each = max(1, -(-len(requests) // distributed.size()))
+        each = max(1, -(-len(requests) // distributed.get_size()))
         parts = [requests[low : low + each] for low in range(0, len(requests), each)]
-        with watch(name, len(requests) // distributed.size()) as tick:
+        with watch(name, len(requests) // distributed.get_size()) as tick:
             lm.cache_hook.add_partial = lambda *answered: tick("")
 
             def some(part: list[Any]) -> list[Any]:
                 return list(getattr(type(lm), kind)(lm, part, disable_tqdm=True))
 
-            answers = [one for part in distributed.shared_out(parts, some) for one in part]
+            answers = [one for part in distributed.share_work(parts, some) for one in part]
         scores = [one[0] if isinstance(one, tuple) else one for one in answers]
         if any(score != score for score in scores):
-            raise UserError(f"task {name!r}: the model's output is not a number (NaN)")
+            raise SrmuError(f"task {name!r}: the model's output is not a number (NaN)")
         return answers
 
     for kind in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
@@ -297,5 +297,5 @@ def _score(lm: Any, name: str, loaded: Any, limit: int | None, watch: Watch) -> 
                 how = {"n": metrics["sample_len"], **asked.get(task, {})}
                 flat[f"{task}/{key.removesuffix(',none')}"] = entry | how
     if not flat:
-        raise UserError(f"task {name!r} gives no finite number: does lm-eval know its metrics?")
+        raise SrmuError(f"task {name!r} gives no finite number: does lm-eval know its metrics?")
     return flat

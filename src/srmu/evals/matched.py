@@ -13,8 +13,8 @@ import torch
 from srmu.engine import weights
 from srmu.engine.files import write_json, write_whole
 from srmu.engine.loading import load_module
-from srmu.evals.lm_eval import questions
-from srmu.evals.subject import Question, Subject, answers
+from srmu.evals.lm_eval import load_questions
+from srmu.evals.subject import Question, Subject, mark_answers
 from srmu.runs.record import DELTA, RECORD
 from srmu.runs.run import Run, load_tokenizer
 
@@ -22,7 +22,7 @@ SHARE = "share.json"
 HALVINGS = 5
 
 
-def match(run: Run, out: Path, budget: float, judged: Sequence[str]) -> None:
+def match_utility(run: Run, out: Path, budget: float, judged: Sequence[str]) -> None:
     """Write to `out` the run with the share of its change that the budget allows.
 
     `budget` is the most that the mean accuracy on the tasks `judged` may fall. What is there is
@@ -35,9 +35,9 @@ def match(run: Run, out: Path, budget: float, judged: Sequence[str]) -> None:
     fixed = run.config.method.no_checkpoint or not run.delta
     share = 1.0 if fixed else largest_share(run, budget, judged)
     if share < 1:
-        before = originals(run)
+        before = original_tensors(run)
         changed = {
-            name: between(before[name], tensor, share).to(tensor.dtype)
+            name: interpolate(before[name], tensor, share).to(tensor.dtype)
             for name, tensor in run.delta.items()
         }
         meta = {"base_model": run.config.model, "method": run.config.method.name}
@@ -52,14 +52,18 @@ def match(run: Run, out: Path, budget: float, judged: Sequence[str]) -> None:
 
 def largest_share(run: Run, budget: float, judged: Sequence[str]) -> float:
     """By halving: the mean loss on `judged` rises with the share, or nearly so."""
-    asked = [exam(task, run.config.tasks_dir or "") for task in judged]
+    asked = [load_task(task, run.config.tasks_dir or "") for task in judged]
     subject = Subject(load_module(run.base).eval(), load_tokenizer(run.base))
-    parameters, before, after = dict(subject.module.named_parameters()), originals(run), run.delta
+    parameters, before, after = (
+        dict(subject.module.named_parameters()),
+        original_tensors(run),
+        run.delta,
+    )
 
     def kept(share: float) -> float:
         for name, tensor in after.items():
-            parameters[name].data = between(before[name], tensor, share)
-        return float(np.mean([np.mean(answers(subject, task)) for task in asked]))
+            parameters[name].data = interpolate(before[name], tensor, share)
+        return float(np.mean([np.mean(mark_answers(subject, task)) for task in asked]))
 
     floor = kept(0.0) - budget
     if kept(1.0) >= floor:
@@ -72,19 +76,19 @@ def largest_share(run: Run, budget: float, judged: Sequence[str]) -> float:
 
 
 @lru_cache(32)
-def exam(task: str, tasks_dir: str) -> list[Question]:
+def load_task(task: str, tasks_dir: str) -> list[Question]:
     """The questions of a task; `tasks_dir` is "" for one of lm-eval's own."""
-    rows = questions(task, Path(tasks_dir) if tasks_dir else None)
+    rows = load_questions(task, Path(tasks_dir) if tasks_dir else None)
     return [
         Question(prompt, tuple(options), gold, str(row.get("fact") or f"{task} {i}"))
         for i, (prompt, options, gold, row) in enumerate(rows)
     ]
 
 
-def originals(run: Run) -> dict[str, torch.Tensor]:
-    where = weights.shards(run.base)
+def original_tensors(run: Run) -> dict[str, torch.Tensor]:
+    where = weights.list_shards(run.base)
     return {name: weights.stored_tensor(where[name], name).float() for name in run.delta}
 
 
-def between(before: torch.Tensor, after: torch.Tensor, share: float) -> torch.Tensor:
+def interpolate(before: torch.Tensor, after: torch.Tensor, share: float) -> torch.Tensor:
     return before + share * (after.float() - before)

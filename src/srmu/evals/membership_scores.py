@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from srmu.engine.generate import joined
-from srmu.engine.losses import predicted
-from srmu.engine.train import to
+from srmu.engine.generate import join_responses
+from srmu.engine.losses import is_predicted
+from srmu.engine.train import move_batch
 from srmu.evals.statistics import Array
 from srmu.evals.subject import Subject
 
@@ -20,7 +20,7 @@ LOGITS = 2**26  # numbers in a batch's logits: 256 MB in float32
 
 
 @torch.no_grad()
-def scores(model: Subject, texts: Sequence[str]) -> Array:
+def membership_scores(model: Subject, texts: Sequence[str]) -> Array:
     """SCORES of each text that has two tokens, higher for a member: (texts, 4)."""
     rows = [model.tokens(text)[: min(LENGTH, model.max_length)] for text in texts]
     rows = [row for row in rows if len(row) > 1]
@@ -30,21 +30,21 @@ def scores(model: Subject, texts: Sequence[str]) -> Array:
     while order:
         count = max(1, LOGITS // (size * len(rows[order[0]])))
         part, order = order[:count], order[count:]
-        batch = to(joined([[]] * len(part), [rows[i] for i in part]), model.device)
-        mask = predicted(batch["labels"])
+        batch = move_batch(join_responses([[]] * len(part), [rows[i] for i in part]), model.device)
+        mask = is_predicted(batch["labels"])
         read = {name: batch[name] for name in ("input_ids", "attention_mask")}
         logits = model.module(**read, use_cache=False).logits
         for i, ids, kept, given in zip(part, batch["input_ids"], mask, logits, strict=True):
-            logp, standard = surprise(given[:-1][kept], ids[1:][kept])
+            logp, standard = standardise_surprise(given[:-1][kept], ids[1:][kept])
             words = model.tokenizer.decode(rows[i], skip_special_tokens=True)
             # arXiv 2012.07805: log-likelihood by the size of the compressed text
             mean = float(logp.mean())
             packed = mean / len(zlib.compress(words.encode()))
-            found[i] = mean, packed, lowest(logp), lowest(standard)
+            found[i] = mean, packed, mean_lowest(logp), mean_lowest(standard)
     return found
 
 
-def surprise(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+def standardise_surprise(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     """Log-probabilities of tokens, (T, V) and (T,) to (T,), and the same in standard units.
 
     Those are (log p - mu) / sigma, of log p under p itself (Min-K++, arXiv 2404.02936).
@@ -56,7 +56,7 @@ def surprise(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     return logp, (logp - mean) / spread.clamp(min=1e-6)
 
 
-def lowest(values: Tensor, share: float = SHARE) -> float:
+def mean_lowest(values: Tensor, share: float = SHARE) -> float:
     """Mean of the lowest `share` of the values, at least of one (Min-K, arXiv 2310.16789)."""
     count = max(1, int(share * len(values)))
     return float(values.sort().values[:count].mean())

@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from srmu.engine.progress import Watch, quiet, silent
-from srmu.evals.score import score
+from srmu.engine.progress import Watch, ignore_progress, silence_libraries
+from srmu.evals.score import score_model
 from srmu.runs.config import load_config
 from srmu.runs.run import unlearn
 
 
-class Job(NamedTuple):
+class RunJob(NamedTuple):
     """A config file with overrides, and the tasks to score instead of the config's own."""
 
     config: Path
@@ -25,17 +25,17 @@ class Job(NamedTuple):
     tasks: tuple[str, ...] = ()
 
 
-def run_one(job: Job) -> Path:
+def run_one(job: RunJob) -> Path:
     """Unlearn and score one job; the folder of its run."""
     # Threads that wait for each other spin: one in each of several processes is faster.
     torch.set_num_threads(1)
-    quiet()
+    silence_libraries()
     run = unlearn(load_config(job.config, job.overrides))
-    score(run, job.tasks)
+    score_model(run, job.tasks)
     return run.folder
 
 
-def cpus() -> int:
+def count_cpus() -> int:
     """The processors that this process may use."""
     if hasattr(os, "sched_getaffinity"):  # Linux
         return len(os.sched_getaffinity(0))
@@ -43,10 +43,10 @@ def cpus() -> int:
 
 
 def run_all(
-    jobs: Sequence[Any], watch: Watch = silent, function: Callable[[Any], Any] = run_one
+    jobs: Sequence[Any], watch: Watch = ignore_progress, function: Callable[[Any], Any] = run_one
 ) -> list[Any]:
     """Run the jobs in as many processes as there are processors; their folders in order."""
-    workers = min(cpus(), len(jobs))
+    workers = min(count_cpus(), len(jobs))
     with (
         ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool,
         watch("unlearning and measuring", len(jobs)) as tick,

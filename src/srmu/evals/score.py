@@ -9,21 +9,21 @@ from pathlib import Path
 from srmu.engine import distributed, weights
 from srmu.engine.files import sha256, write_json
 from srmu.engine.loading import load_module, read_config
-from srmu.engine.progress import Watch, silent
-from srmu.errors import UserError
+from srmu.engine.progress import Watch, ignore_progress
+from srmu.errors import SrmuError
 from srmu.evals.lm_eval import Results, evaluate
-from srmu.runs.record import extend
+from srmu.runs.record import extend_record
 from srmu.runs.run import Run, find_device, load_tokenizer
 
 
-def score(
+def score_model(
     target: str | Path | Run,
     tasks: Sequence[str] = (),
     *,
     tasks_dir: str | Path | None = None,
     limit: int | None = None,
     device: str = "auto",
-    watch: Watch = silent,
+    watch: Watch = ignore_progress,
 ) -> dict[str, Results]:
     """Score a model folder, a hub id or a run: `{"after": ...}`, for a run also `"before"`.
 
@@ -36,21 +36,21 @@ def score(
     else:
         is_run = (Path(target) / "record.json").exists()
         run = Run.open(Path(target)) if is_run else None
-    folder = run.base if run else weights.locate(str(target))
+    folder = run.base if run else weights.locate_model(str(target))
     delta = run.delta if run else {}
     read_config(folder)
-    weights.shards(folder)
+    weights.list_shards(folder)
     if run:
         tasks = tasks or run.config.eval
         if tasks_dir is None:
             tasks_dir = run.config.tasks_dir
     if not tasks:
-        raise UserError("no task named; give --tasks a,b")
+        raise SrmuError("no task named; give --tasks a,b")
     tasks_dir = Path(tasks_dir) if tasks_dir is not None else tasks_beside(folder)
     tokenizer = load_tokenizer(folder)
     module = load_module(folder).eval().to(find_device(device))
 
-    base = weights.fingerprint(folder)
+    base = weights.fingerprint_model(folder)
 
     def measured(fingerprint: str) -> Results:
         return evaluate(
@@ -72,11 +72,11 @@ def score(
         fingerprint = sha256(fingerprint.encode(), repr(method).encode())
     with method.at_inference(module, partial(weights.apply_delta, module, folder, delta)):
         scores = {"before": before, "after": measured(fingerprint)}
-    if not distributed.first():
+    if not distributed.is_first():
         return scores
     write_json(run.folder / "before.json", scores["before"])
     write_json(run.folder / "results.json", scores["after"])
-    extend(run.folder, ["before.json", "results.json"], results=scores)
+    extend_record(run.folder, ["before.json", "results.json"], results=scores)
     return scores
 
 

@@ -15,16 +15,22 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from srmu.data.overlap import contamination, coverage, ngram_overlap
-from srmu.data.tokens import batch_up, tokenise
+from srmu.data.overlap import measure_contamination, measure_coverage, ngram_overlap
+from srmu.data.tokens import batch_rows, tokenise_texts
 from srmu.engine.loading import find_layers
-from srmu.engine.losses import counted, without_first
+from srmu.engine.losses import is_counted, without_first
 from srmu.engine.model import Batch
-from srmu.engine.progress import Watch, silent
-from srmu.engine.train import to
-from srmu.errors import UserError
+from srmu.engine.progress import Watch, ignore_progress
+from srmu.engine.train import move_batch
+from srmu.errors import SrmuError
 from srmu.evals.figures import Analysis, Panel
-from srmu.methods.importance import FLAT, describe, importance, measure, sums
+from srmu.methods.importance import (
+    FLAT,
+    describe_importance,
+    importance_map,
+    measure_features,
+    sum_features,
+)
 
 Array = NDArray[Any]
 
@@ -51,7 +57,7 @@ class Sample:
     owners: Array
 
 
-def entanglement(
+def measure_entanglement(
     forget: Sequence[str],
     retain: Sequence[str],
     questions: Sequence[tuple[str, str, str]] = (),
@@ -59,7 +65,7 @@ def entanglement(
     *,
     overlap: dict[str, Any] | None = None,
     layers: dict[str, Any] | None = None,
-    watch: Watch = silent,
+    watch: Watch = ignore_progress,
 ) -> Analysis:
     """All that can be known of a forget and a retain set before training, and advice.
 
@@ -69,24 +75,24 @@ def entanglement(
     retain set uses too: more shared words never lower it.
     """
     numbers: dict[str, Any] = {
-        "entanglement": coverage(forget, retain),
+        "entanglement": measure_coverage(forget, retain),
         "overlap": ngram_overlap(forget, retain, **(overlap or {})),
     }
     if questions:
         numbers["contamination"] = {
-            name: contamination(questions, texts)
+            name: measure_contamination(questions, texts)
             for name, texts in (("forget", forget), ("retain", retain))
         }
     panels = []
     if model is not None:
-        numbers["separability"] = separability(
+        numbers["separability"] = measure_separability(
             *model, forget, retain, **(layers or {}), watch=watch
         )
-        panels = pictures(numbers["separability"]["layers"])
-    return Analysis("Entanglement of forget and retain set", numbers, advise(numbers), panels)
+        panels = draw_panels(numbers["separability"]["layers"])
+    return Analysis("Entanglement of forget and retain set", numbers, advise_user(numbers), panels)
 
 
-def separability(
+def measure_separability(
     module: PreTrainedModel,
     tokenizer: Any,
     forget: Sequence[str],
@@ -97,7 +103,7 @@ def separability(
     batch_size: int = 8,
     components: int = 10,
     seed: int = 0,
-    watch: Watch = silent,
+    watch: Watch = ignore_progress,
 ) -> dict[str, Any]:
     """Numbers of each layer's output on forget and retain texts; a text's first token is left out.
 
@@ -109,34 +115,34 @@ def separability(
     of all tokens of these documents.
     """
     if components < 1 or tokens < 2:
-        raise UserError(f"components {components} must be 1 or more, tokens {tokens} 2 or more")
+        raise SrmuError(f"components {components} must be 1 or more, tokens {tokens} 2 or more")
     generator = torch.Generator().manual_seed(seed)
     samples = []
     for name, texts in (("forget", forget), ("retain", retain)):
         few = [texts[i] for i in torch.randperm(len(texts), generator=generator)[:DOCUMENTS]]
-        rows = tokenise(few, tokenizer, max_length) if few else []
-        batches = list(batch_up(rows, tokenizer, batch_size, "mask"))
-        samples.append(draw(name, batches, tokens, generator))
+        rows = tokenise_texts(few, tokenizer, max_length) if few else []
+        batches = list(batch_rows(rows, tokenizer, batch_size, "mask"))
+        samples.append(draw_sample(name, batches, tokens, generator))
     least = min(len(sample.owners) for sample in samples)
     available = min(least - 1, module.config.hidden_size)
     if components > available:
-        raise UserError(
+        raise SrmuError(
             f"components {components} is more than the {available} that there are: name fewer, "
             "or give more texts"
         )
     with watch("reading the texts", sum(len(s.batches) for s in samples)) as tick:
-        read_all = [activations(module, sample, tick) for sample in samples]
+        read_all = [sample_activations(module, sample, tick) for sample in samples]
     layers = []
     with watch("comparing layers", len(read_all[0])) as tick:
         for layer, ((left, f_sums), (right, r_sums)) in enumerate(zip(*read_all, strict=True)):
-            accuracy, error = classify(left, right, samples[0].owners, samples[1].owners, seed)
+            accuracy, error = classify_sets(left, right, samples[0].owners, samples[1].owners, seed)
             cosines = principal_cosines(left, right, components)
             layers.append(
                 {
                     "layer": layer,
                     "accuracy": accuracy,
                     "stderr": error,
-                    "mean_cosine": cosine(left.mean(axis=0), right.mean(axis=0)),
+                    "mean_cosine": cosine_of(left.mean(axis=0), right.mean(axis=0)),
                     "subspace_cosine": float(cosines.mean()),
                     "smallest_angle": math.degrees(math.acos(cosines.max())),
                     "importance": describe_map(f_sums, r_sums),
@@ -153,9 +159,9 @@ def separability(
     }
 
 
-def draw(name: str, batches: list[Batch], tokens: int, generator: torch.Generator) -> Sample:
+def draw_sample(name: str, batches: list[Batch], tokens: int, generator: torch.Generator) -> Sample:
     """Choose `tokens` tokens of the batches, all alike likely but the first of each document."""
-    masks = [without_first(counted(batch["labels"])) for batch in batches]
+    masks = [without_first(is_counted(batch["labels"])) for batch in batches]
     flat = torch.cat([torch.zeros(0, dtype=torch.bool), *(mask.flatten() for mask in masks)])
     places = flat.nonzero()[:, 0]
     kept = torch.zeros_like(flat)
@@ -166,7 +172,7 @@ def draw(name: str, batches: list[Batch], tokens: int, generator: torch.Generato
     owners = [row[:, None].expand_as(part)[part] for row, part in zip(rows, chosen, strict=True)]
     found = torch.cat([torch.zeros(0, dtype=torch.long), *owners]).numpy()
     if (count := len(set(found.tolist()))) < 2:
-        raise UserError(
+        raise SrmuError(
             f"{count} document of the {name} set has tokens to compare; it takes 2 or more, so "
             "that what is tested was not learnt from"
         )
@@ -174,7 +180,7 @@ def draw(name: str, batches: list[Batch], tokens: int, generator: torch.Generato
 
 
 @torch.no_grad()
-def activations(
+def sample_activations(
     module: PreTrainedModel, sample: Sample, tick: Callable[[str], None]
 ) -> list[tuple[Array, Tensor]]:
     """By layer: the chosen tokens' activations (N, D), and `importance.sums` over all tokens.
@@ -189,16 +195,16 @@ def activations(
     def see(layer: int, block: nn.Module, args: Any, output: Any) -> None:
         hidden = output[0] if isinstance(output, tuple) else output
         if hidden.ndim == 4:  # Gemma 3n
-            raise UserError(f"{type(module).__name__} keeps several streams: it is not compared")
+            raise SrmuError(f"{type(module).__name__} keeps several streams: it is not compared")
         hidden = hidden.reshape(*masks[0].shape, -1)  # OPT flattens inside its layers
-        totals[layer] = totals[layer] + sums(hidden, masks[0]).cpu()
+        totals[layer] = totals[layer] + sum_features(hidden, masks[0]).cpu()
         values[layer].append(hidden[masks[1]].float().cpu())
 
     handles = [block.register_forward_hook(partial(see, i)) for i, block in enumerate(blocks)]
     try:
         for batch, mask, chosen in zip(sample.batches, sample.masks, sample.chosen, strict=True):
             masks[:] = mask.to(module.device), chosen.to(module.device)
-            read = to({k: batch[k] for k in ("input_ids", "attention_mask")}, module.device)
+            read = move_batch({k: batch[k] for k in ("input_ids", "attention_mask")}, module.device)
             module.base_model(**read, use_cache=False)
             tick("")
     finally:
@@ -210,7 +216,7 @@ def activations(
     ]
 
 
-def classify(
+def classify_sets(
     left: Array, right: Array, left_owners: Array, right_owners: Array, seed: int = 0
 ) -> tuple[float, float]:
     """Balanced accuracy of a linear classifier on documents it has not seen, and its error.
@@ -250,22 +256,22 @@ def principal_cosines(left: Array, right: Array, k: int) -> Array:
     return torch.linalg.svdvals(bases[0] @ bases[1].T).clamp(max=1).numpy()
 
 
-def cosine(left: Array, right: Array) -> float:
+def cosine_of(left: Array, right: Array) -> float:
     return float(left @ right / (np.linalg.norm(left) * np.linalg.norm(right) + 1e-12))
 
 
 def describe_map(forget: Float[Tensor, "5 D"], retain: Float[Tensor, "5 D"]) -> dict[str, Any]:
     """How selective SRMU's default map is for these sums, and its outlier dimensions."""
-    map_ = importance(measure([forget])[0], measure([retain])[0], "ratio")
+    map_ = importance_map(measure_features([forget])[0], measure_features([retain])[0], "ratio")
     median = float(map_.median())
     largest = map_.argsort(descending=True)[:LISTED].tolist()
     outliers = [
         {"dimension": i, "value": float(map_[i])} for i in largest if map_[i] > OUTLIER * median
     ]
-    return {**describe(map_), "median": median, "outliers": outliers}
+    return {**describe_importance(map_), "median": median, "outliers": outliers}
 
 
-def pictures(layers: Sequence[dict[str, Any]]) -> list[Panel]:
+def draw_panels(layers: Sequence[dict[str, Any]]) -> list[Panel]:
     at = [row["layer"] for row in layers]
 
     def panel(title: str, y_title: str, **series: str) -> Panel:
@@ -295,7 +301,7 @@ def best_layer(layers: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return next(r for r in layers if r["accuracy"] >= top["accuracy"] - top["stderr"])
 
 
-def advise(numbers: dict[str, Any]) -> list[str]:
+def advise_user(numbers: dict[str, Any]) -> list[str]:
     """What the numbers of `entanglement` mean, in sentences."""
     shared, overlap = numbers["entanglement"], numbers["overlap"]
     settings = [

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from srmu.errors import UserError
+from srmu.errors import SrmuError
 
 RESAMPLES = 2000
 LEAST = 20  # facts that an interval needs
@@ -32,7 +32,7 @@ class Estimate:
         return Estimate(self.value - other, self.low - other, self.high - other, self.n)
 
 
-def column(values: Array) -> Array:
+def first_column(values: Array) -> Array:
     """The statistic that is a single mean."""
     return values[..., 0]
 
@@ -48,20 +48,20 @@ def worst_case(means: Array, chance: float) -> Array:
     return (means[..., 1:].max(axis=-1) - chance) / known
 
 
-def residual(attacks: Mapping[str, Any]) -> Array:
+def residual_table(attacks: Mapping[str, Any]) -> Array:
     """What `worst_case` is of, from the content of an `attacks.json`: (questions, 1 + A).
 
     The original's right answers, then those under each attack that is done and not invalid.
     """
     valid = [
-        answered(entry["right"])
+        parse_answers(entry["right"])
         for entry in attacks["attacks"].values()
         if entry["status"] == "done" and entry.get("right") and entry.get("valid") is not False
     ]
-    return np.stack([answered(attacks["original"]["right"]), *valid], axis=1)
+    return np.stack([parse_answers(attacks["original"]["right"]), *valid], axis=1)
 
 
-def answered(right: str | Sequence[float]) -> Array:
+def parse_answers(right: str | Sequence[float]) -> Array:
     """Right answers as numbers, from a list of them or from a text with a digit for each."""
     return np.array([float(value) for value in right])
 
@@ -80,12 +80,12 @@ class Draws:
     def means(self, table: ArrayLike, facts: Sequence[Hashable]) -> Array:
         """Column means of (questions, columns) as they are, then of each resample of the questions.
 
-        (1 + RESAMPLES, columns). UserError where there are fewer than 20 facts.
+        (1 + RESAMPLES, columns). SrmuError where there are fewer than 20 facts.
         """
         numbers = {fact: i for i, fact in enumerate(dict.fromkeys(facts))}
         key, count = tuple(numbers), len(numbers)
         if key not in self.drawn:
-            enough(count, "facts", "questions about different facts")
+            require_enough(count, "facts", "questions about different facts")
             times = self.rng.multinomial(count, [1 / count] * count, size=RESAMPLES)
             self.drawn[key] = np.vstack([np.ones(count), times])
         fact = [numbers[name] for name in facts]
@@ -113,16 +113,16 @@ class Draws:
         return mean
 
 
-def estimate(values: Array, n: int) -> Estimate:
+def estimate_from(values: Array, n: int) -> Estimate:
     """The number that comes first, with the interval that the others, its resamples, span."""
     low, high = np.quantile(values[1:], (0.025, 0.975))
     return Estimate(float(values[0]), float(low), float(high), n)
 
 
-def bootstrap(
+def bootstrap_estimate(
     tables: Sequence[ArrayLike],
     facts: Sequence[Sequence[Hashable]],
-    statistic: Statistic = column,
+    statistic: Statistic = first_column,
     *,
     seed: int = 0,
 ) -> Estimate:
@@ -130,22 +130,22 @@ def bootstrap(
 
     `tables` holds an array (questions, columns) for each seed, what is compared side by side in its
     columns; `facts` names what each question asks for. Facts and seeds are drawn (see Draws), and
-    seeds that ask for the same facts get the same draw. UserError where there are fewer than 20.
+    seeds that ask for the same facts get the same draw. SrmuError where there are fewer than 20.
     """
     draws = Draws(seed)
     values = [statistic(draws.means(*pair)) for pair in zip(tables, facts, strict=True)]
     found = draws.over_seeds(np.stack(values, axis=1))
-    return estimate(found, min(len(names) for names in facts))
+    return estimate_from(found, min(len(names) for names in facts))
 
 
-def accuracy(right: ArrayLike, facts: Sequence[Hashable], *, seed: int = 0) -> Estimate:
+def estimate_accuracy(right: ArrayLike, facts: Sequence[Hashable], *, seed: int = 0) -> Estimate:
     """A share of right answers with its interval.
 
     The bootstrap's, or Wilson's with a question a fact where that has no width: at 0 and 1.
     """
     from statsmodels.stats.proportion import proportion_confint
 
-    found = bootstrap([right], [facts], seed=seed)
+    found = bootstrap_estimate([right], [facts], seed=seed)
     if found.low < found.high:
         return found
     count = len(set(facts))
@@ -153,7 +153,7 @@ def accuracy(right: ArrayLike, facts: Sequence[Hashable], *, seed: int = 0) -> E
     return Estimate(found.value, max(0.0, float(low)), min(1.0, float(high)), found.n)
 
 
-def mcnemar(before: ArrayLike, after: ArrayLike) -> float:
+def mcnemar_p(before: ArrayLike, after: ArrayLike) -> float:
     """Exact p-value that the same questions are answered as well after as before.
 
     Each question counts for itself: where facts are asked for in several phrasings p is too small.
@@ -165,7 +165,7 @@ def mcnemar(before: ArrayLike, after: ArrayLike) -> float:
     return float(binomtest(lost, lost + won).pvalue) if lost + won else 1.0
 
 
-def auc(positive: ArrayLike, negative: ArrayLike) -> float:
+def area_under_curve(positive: ArrayLike, negative: ArrayLike) -> float:
     """Chance that a positive scores higher than a negative; a tie counts a half."""
     from scipy.stats import mannwhitneyu
 
@@ -176,13 +176,13 @@ def auc(positive: ArrayLike, negative: ArrayLike) -> float:
 def auc_bootstrap(
     positive: ArrayLike,
     negative: ArrayLike,
-    statistic: Statistic = column,
+    statistic: Statistic = first_column,
     *,
     seed: int = 0,
 ) -> Estimate:
     """A statistic of AUCs, one a column of scores (texts, columns), with its bootstrap interval.
 
-    Texts are drawn within each of the two sets, the same for all columns. UserError where there are
+    Texts are drawn within each of the two sets, the same for all columns. SrmuError where there are
     fewer than 20 texts in a set.
     """
     ones, others = (np.asarray(x, dtype=float) for x in (positive, negative))
@@ -190,18 +190,18 @@ def auc_bootstrap(
     rng = np.random.default_rng(seed)
     drawn = []
     for count in (len(ones), len(others)):
-        enough(count, "texts", "texts in each set")
+        require_enough(count, "texts", "texts in each set")
         times = rng.multinomial(count, [1 / count] * count, size=RESAMPLES)
         drawn.append(np.vstack([np.ones(count), times]))
     columns = []
     for one, other in zip(ones.T, others.T, strict=True):
         wins = (one[:, None] > other) + 0.5 * (one[:, None] == other)
         columns.append(((drawn[0] @ wins) * drawn[1]).sum(axis=1) / wins.size)
-    return estimate(statistic(np.stack(columns, axis=-1)), len(ones) + len(others))
+    return estimate_from(statistic(np.stack(columns, axis=-1)), len(ones) + len(others))
 
 
-def enough(count: int, what: str, needed: str) -> None:
+def require_enough(count: int, what: str, needed: str) -> None:
     if count < LEAST:
-        raise UserError(
+        raise SrmuError(
             f"{count} {what} are too few for an interval: it needs {LEAST} or more {needed}"
         )

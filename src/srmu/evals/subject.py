@@ -124,7 +124,9 @@ class Subject:
         return before, whole[len(before) :]
 
 
-def likelihoods(model: Subject, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, int, bool]]:
+def answer_likelihoods(
+    model: Subject, pairs: Sequence[tuple[str, str]]
+) -> list[tuple[float, int, bool]]:
     """Of each (prompt, answer): log-probability of the answer, its tokens, whether it is greedy."""
     requests = [((prompt, answer), *model.split(prompt, answer)) for prompt, answer in pairs]
     reader: Any = SimpleNamespace(
@@ -144,7 +146,7 @@ def option_scores(
 ) -> list[list[float]]:
     """The log-probability of each option of each question; `normalised`: a token's mean."""
     pairs = [(q.prompt, option) for q in questions for option in q.options]
-    rows = iter(likelihoods(model, pairs))
+    rows = iter(answer_likelihoods(model, pairs))
     return [
         [
             logp / length if normalised else logp
@@ -154,7 +156,9 @@ def option_scores(
     ]
 
 
-def right(scores: Sequence[Sequence[float]], questions: Sequence[Question]) -> tuple[float, ...]:
+def mark_right(
+    scores: Sequence[Sequence[float]], questions: Sequence[Question]
+) -> tuple[float, ...]:
     """1 where the right option has the highest score, else 0; the first of equals is chosen."""
     return tuple(
         float(max(range(len(row)), key=row.__getitem__) == q.gold)
@@ -162,10 +166,10 @@ def right(scores: Sequence[Sequence[float]], questions: Sequence[Question]) -> t
     )
 
 
-def answers(model: Subject, questions: Sequence[Question]) -> tuple[float, ...]:
+def mark_answers(model: Subject, questions: Sequence[Question]) -> tuple[float, ...]:
     """1 for each question whose right option the model finds likeliest, else 0."""
-    return right(option_scores(model, questions), questions)
+    return mark_right(option_scores(model, questions), questions)
 
 
-def facts(questions: Sequence[Question]) -> list[str]:
+def list_facts(questions: Sequence[Question]) -> list[str]:
     return [question.fact for question in questions]

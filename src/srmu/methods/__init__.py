@@ -3,7 +3,7 @@
 from srmu.methods.adaptive_rmu import AdaptiveRMU
 from srmu.methods.base import Edit, Method, Objective
 from srmu.methods.depn import DEPN
-from srmu.methods.edits import Walk
+from srmu.methods.edits import WeightWalk
 from srmu.methods.ga import GA
 from srmu.methods.graddiff import GradDiff
 from srmu.methods.iterated import Iterated
@@ -62,5 +62,5 @@ METHODS: dict[str, type[Method]] = {
 
 __all__ = [
     "METHODS", "RMU", "SRMU", "AdaptiveRMU", "Edit", "Method", "Misdirection", "MultiSite",
-    "Objective", "Walk",
+    "Objective", "WeightWalk",
 ]  # fmt: skip

@@ -6,10 +6,10 @@ from typing import Any, ClassVar, Literal, Self
 
 from torch import Tensor
 
-from srmu.engine.distributed import total
+from srmu.engine.distributed import total_spread
 from srmu.engine.losses import token_mean
 from srmu.engine.model import Batch, EditableModel
-from srmu.errors import UserError
+from srmu.errors import SrmuError
 from srmu.methods.base import State
 from srmu.methods.rmu import RMU
 
@@ -28,7 +28,7 @@ class AdaptiveRMU(RMU):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.scale is not None and self.coeff is None:
-            raise UserError(
+            raise SrmuError(
                 "method.scale has no effect without method.coeff; kappa takes its place"
             )
 
@@ -64,7 +64,7 @@ class AdaptiveRMU(RMU):
         if self.norm_when == "per_sample":
             means = (norms * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
             return self.factor * means[:, None, None] * direction
-        mean = float(total(token_mean(norms, mask)))
+        mean = float(total_spread(token_mean(norms, mask)))
         if self.norm_when == "first_batch":  # the public code's form
             state.memory["first_norm"] = mean
         target = self.factor * mean * direction

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Self
 from torch import Tensor, nn
 
 from srmu.engine.model import Batch, EditableModel
-from srmu.engine.progress import Watch, silent
+from srmu.engine.progress import Watch, ignore_progress
 from srmu.engine.resume import Checkpoints
 from srmu.engine.topic import Topic
 from srmu.engine.train import (
@@ -25,9 +25,9 @@ from srmu.engine.train import (
     Schedule,
     Terms,
     TrainOptions,
-    fit,
+    fit_model,
 )
-from srmu.errors import UserError
+from srmu.errors import SrmuError
 
 CHANGING = ("tensors", "numbers", "memory")  # what a loss may change of its topic's state
 
@@ -44,7 +44,7 @@ class State:
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)  # trained beside the model's
 
 
-class Outcome(NamedTuple):
+class MethodOutcome(NamedTuple):
     """What a method leaves besides the changed model: the state of each topic, why it ended."""
 
     states: dict[str, State]
@@ -82,7 +82,7 @@ class Method(ABC):
         return "retain texts" in self.uses
 
     def resolved(self, config: Any) -> Self:
-        """This method with what depends on the model filled in; UserError where it cannot fit."""
+        """This method with what depends on the model filled in; SrmuError where it cannot fit."""
         return self
 
     def training(self, options: TrainOptions) -> TrainOptions:
@@ -111,42 +111,42 @@ class Method(ABC):
         return replace(self, **options)
 
     def needs(self, option: str, holds: bool, condition: str) -> None:
-        """UserError when an option was changed that cannot take effect."""
+        """SrmuError when an option was changed that cannot take effect."""
         default = type(self).__dataclass_fields__[option].default
         if not holds and getattr(self, option) != default:
-            raise UserError(f"method.{option} has no effect without {condition}")
+            raise SrmuError(f"method.{option} has no effect without {condition}")
 
     def within(self, **bounds: tuple[float, float]) -> None:
-        """UserError when an option lies outside its bounds, which belong to the range."""
+        """SrmuError when an option lies outside its bounds, which belong to the range."""
         for name, (low, high) in bounds.items():
             value = getattr(self, name)
             if not low <= value <= high:
                 room = f"from {low:g} to {high:g}" if high < float("inf") else f"at least {low:g}"
-                raise UserError(f"method.{name}={value}: expected a number {room}")
+                raise SrmuError(f"method.{name}={value}: expected a number {room}")
 
     def check(self, topics: Sequence[Topic], train: TrainOptions) -> None:
-        """UserError where the texts are not what the method, or a stop rule, needs."""
+        """SrmuError where the texts are not what the method, or a stop rule, needs."""
         for topic in topics:
             if topic.retain:
                 continue
             if self.reads_retain:
-                raise UserError(
+                raise SrmuError(
                     f"method {self.name} needs retain texts: name topics.{topic.name}.retain "
                     "(--retain)"
                 )
             for floor in ("utility_floor", "kl_budget"):
                 if getattr(train, floor) is not None:
-                    raise UserError(
+                    raise SrmuError(
                         f"train.{floor} is measured on retain texts: name "
                         f"topics.{topic.name}.retain (--retain)"
                     )
         if (rule := train.first_rule()) and self.depth is not None:
-            raise UserError(
+            raise SrmuError(
                 f"train.{rule} needs the whole model's output, but method {self.name} loads "
                 f"{self.depth} layers; remove it"
             )
         if rule and self.at_once:
-            raise UserError(
+            raise SrmuError(
                 f"train.{rule} has no effect: method {self.name} writes the weights at once; "
                 "remove it"
             )
@@ -175,9 +175,9 @@ class Method(ABC):
         topics: Sequence[Topic],
         train: TrainOptions,
         log: Log,
-        watch: Watch = silent,
+        watch: Watch = ignore_progress,
         checkpoints: Checkpoints = NOWHERE,
-    ) -> Outcome:
+    ) -> MethodOutcome:
         """Change the model; what is optimised goes on from its checkpoint, if there is one."""
 
 
@@ -195,10 +195,10 @@ class Edit(Method):
         topics: Sequence[Topic],
         train: TrainOptions,
         log: Log,
-        watch: Watch = silent,
+        watch: Watch = ignore_progress,
         checkpoints: Checkpoints = NOWHERE,
-    ) -> Outcome:
-        return Outcome(self.edit(model, topics, self.training(train), watch), "edited")
+    ) -> MethodOutcome:
+        return MethodOutcome(self.edit(model, topics, self.training(train), watch), "edited")
 
 
 class Objective(Method):
@@ -236,9 +236,9 @@ class Objective(Method):
         topics: Sequence[Topic],
         train: TrainOptions,
         log: Log,
-        watch: Watch = silent,
+        watch: Watch = ignore_progress,
         checkpoints: Checkpoints = NOWHERE,
-    ) -> Outcome:
+    ) -> MethodOutcome:
         parts: list[tuple[Topic, LossFunction]] = []
         states = {}
         with self.editing(model, topics):
@@ -255,19 +255,19 @@ class Objective(Method):
                     while next(steps) < step:
                         tick("from the checkpoint")
                     log(step, values)
-                    tick(live(values))
+                    tick(live_numbers(values))
 
                 options = self.limited(train, model.vocabulary_size)
                 extra = [p for state in states.values() for p in state.parameters.values()]
                 memory = {f"{n}.{k}": getattr(s, k) for n, s in states.items() for k in CHANGING}
-                stop_reason = fit(
+                stop_reason = fit_model(
                     model, parts, options, follow, extra, checkpoints, memory, spread=self.spreads
                 )
         self.finish(model, topics, train, watch)
-        return Outcome(states, stop_reason)
+        return MethodOutcome(states, stop_reason)
 
 
-def live(values: Mapping[str, Any]) -> str:
+def live_numbers(values: Mapping[str, Any]) -> str:
     """The numbers of a step that a person follows."""
     shown = {
         "forget": "forget {:.3g}",

@@ -10,8 +10,8 @@ from transformers.pytorch_utils import Conv1D
 
 from srmu.engine.model import Batch, EditableModel, Site
 from srmu.engine.topic import Topic
-from srmu.engine.train import to
-from srmu.errors import UserError
+from srmu.engine.train import move_batch
+from srmu.errors import SrmuError
 
 TINY = 1e-30  # a moment by which nothing is divided
 
@@ -19,7 +19,7 @@ Mask = Callable[[Batch], Bool[Tensor, "B T"]]  # the tokens of a batch that are 
 
 
 @contextmanager
-def masked(
+def mask_columns(
     model: EditableModel, layers: Sequence[int], share: float, parts: Sequence[Topic], mask: Mask
 ) -> Iterator[None]:
     """Train only that share of the columns of each of the layers' down-projections.
@@ -29,12 +29,12 @@ def masked(
     handles = []
     for layer, (name, parameter) in zip(layers, model.trained.items(), strict=True):
         if parameter.ndim != 2:
-            raise UserError(
+            raise SrmuError(
                 f"{name} holds all experts, each with inputs of its own; set method.columns=1"
             )
         turned = isinstance(model.module.get_submodule(name.rpartition(".")[0]), Conv1D)
         sums = [
-            moments(model, layer, [batch for part in parts for batch in role(part)], mask)
+            input_moments(model, layer, [batch for part in parts for batch in role(part)], mask)
             for role in (lambda part: part.forget, lambda part: part.retain)
         ]
         # eq: input columns, r_j = E_f[x_j^2] / E_r[x_j^2], the largest are updated
@@ -51,14 +51,14 @@ def masked(
             handle.remove()
 
 
-def moments(
+def input_moments(
     model: EditableModel, layer: int, batches: Sequence[Batch], mask: Mask
 ) -> Float[Tensor, " F"]:
     """Mean squares of what a layer's down-projection reads, of the original model."""
     total, count = torch.zeros((), device=model.device), 0
     with model.frozen():
         for batch in batches:
-            batch = to(batch, model.device)
+            batch = move_batch(batch, model.device)
             read = model.hidden(batch, Site(layer, "mlp_post"), keep=False)[mask(batch)]
             total, count = total + read.float().square().sum(0), count + len(read)
     return total / count

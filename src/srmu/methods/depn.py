@@ -11,10 +11,10 @@ from transformers.pytorch_utils import Conv1D
 from srmu.engine.model import EditableModel
 from srmu.engine.progress import Watch
 from srmu.engine.topic import Topic
-from srmu.engine.train import TrainOptions, to
-from srmu.errors import UserError
+from srmu.engine.train import TrainOptions, move_batch
+from srmu.errors import SrmuError
 from srmu.methods.base import Edit, Level, State
-from srmu.methods.gradients import attribution, down_projection, singles
+from srmu.methods.gradients import attribute_neurons, down_projection, split_batches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,10 +45,14 @@ class DEPN(Edit):
         states = {}
         for topic in topics:
             method = self.with_options(topic.options)
-            texts, found = singles(topic.forget)[: method.samples], []
+            texts, found = split_batches(topic.forget)[: method.samples], []
             with watch(f"attributing {topic.name} to neurons", len(texts)) as tick:
                 for text in texts:
-                    found.append(attribution(model, downs, to(text, model.device), method.points))
+                    found.append(
+                        attribute_neurons(
+                            model, downs, move_batch(text, model.device), method.points
+                        )
+                    )
                     tick("")
             states[topic.name] = method.selected(torch.stack(found))
         # Only now: all topics are measured on the same model, so that their order does not matter.
@@ -68,7 +72,7 @@ class DEPN(Edit):
         enough = (counts > 0) & (counts >= self.text_share * len(shares))
         passed = int(enough.sum())
         if not passed:
-            raise UserError(
+            raise SrmuError(
                 f"no neuron has method.neuron_share={self.neuron_share:g} of the largest "
                 f"attribution in method.text_share={self.text_share:g} of the texts; lower one"
             )

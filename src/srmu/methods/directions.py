@@ -11,7 +11,7 @@ Direction = Literal[
 ]
 
 
-def draw(kind: Direction, width: int, generator: torch.Generator) -> Float[Tensor, " D"]:
+def draw_direction(kind: Direction, width: int, generator: torch.Generator) -> Float[Tensor, " D"]:
     """A direction of `width` features; `resampled` is `signs`, drawn again each step."""
     if kind in ("plus", "minus"):
         return torch.full((width,), 1.0 if kind == "plus" else -1.0)

@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from srmu.engine.model import EditableModel
-from srmu.engine.progress import Watch, silent
+from srmu.engine.progress import Watch, ignore_progress
 from srmu.engine.resume import Checkpoints
-from srmu.engine.topic import Topic, in_turn
+from srmu.engine.topic import Topic, interleave_batches
 from srmu.engine.train import FINISHED, NOWHERE, Limits, Log, TrainOptions
-from srmu.errors import Diverged, UserError
-from srmu.methods.base import Edit, Level, Method, Outcome, State
+from srmu.errors import DivergedError, SrmuError
+from srmu.methods.base import Edit, Level, Method, MethodOutcome, State
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,11 +32,13 @@ class Pooling(Method):
         first = topics[0]
         for topic in topics:
             if topic.options != first.options:
-                raise UserError(
+                raise SrmuError(
                     f"method {self.name} works on all topics at once, but {first.name} and "
                     f"{topic.name} set its options differently; set them under method"
                 )
-        forget, retain = (in_turn([getattr(t, r) for t in topics]) for r in ("forget", "retain"))
+        forget, retain = (
+            interleave_batches([getattr(t, r) for t in topics]) for r in ("forget", "retain")
+        )
         return self.with_options(first.options), replace(first, forget=forget, retain=retain)
 
 
@@ -52,7 +54,7 @@ class WholeEdit(Pooling, Edit):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Walk(Pooling):
+class WeightWalk(Pooling):
     """Moves the weights by equal steps in one direction, until a stop rule holds.
 
     The learning rate is the share of the weights' norm that a step moves them by: directions come
@@ -69,16 +71,16 @@ class Walk(Pooling):
         topics: Sequence[Topic],
         train: TrainOptions,
         log: Log,
-        watch: Watch = silent,
+        watch: Watch = ignore_progress,
         checkpoints: Checkpoints = NOWHERE,
-    ) -> Outcome:
+    ) -> MethodOutcome:
         method, pool = self.pooled(topics)
         options = method.limited(train, model.vocabulary_size)
         assert options.learning_rate is not None
         direction = method.direction(model, pool, watch)
         weights, length = (float(get_total_norm(d.values())) for d in (model.original, direction))
         if not 0 < length < float("inf"):
-            raise Diverged(f"the norm of the direction of {self.name} is {length:g}")
+            raise DivergedError(f"the norm of the direction of {self.name} is {length:g}")
         limits = Limits(model, topics, options)
         reason = ""
         with watch(self.name, options.max_steps) as tick:
@@ -90,10 +92,12 @@ class Walk(Pooling):
                     parameter.data.copy_(model.original[name].float() + change)
                 reason, measured = limits.after(step)
                 if any(map(math.isnan, measured.values())):
-                    raise Diverged(f"what the stop rules measure is no number after step {step}")
+                    raise DivergedError(
+                        f"what the stop rules measure is no number after step {step}"
+                    )
                 log(step, {"topic": pool.name, "moved": moved, **measured})
                 tick("")
                 if reason:
                     break
         states = {topic.name: State(numbers={"direction_norm": length}) for topic in topics}
-        return Outcome(states, reason or FINISHED)
+        return MethodOutcome(states, reason or FINISHED)

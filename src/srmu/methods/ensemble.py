@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 @contextmanager
-def ensemble(
+def combine_logits(
     module: nn.Module, write: Callable[[], None], combine: Callable[[Tensor, Tensor], Tensor]
 ) -> Iterator[None]:
     """Run the block with a module whose logits are those before and after `write`, combined.

@@ -9,13 +9,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from srmu.engine.losses import mean_nll, predicted, token_nll
-from srmu.engine.model import Batch, EditableModel, child, role_in_layer
-from srmu.engine.train import to
-from srmu.errors import UserError
+from srmu.engine.losses import is_predicted, mean_nll, token_nll
+from srmu.engine.model import Batch, EditableModel, find_child, role_in_layer
+from srmu.engine.train import move_batch
+from srmu.errors import SrmuError
 
 
-def singles(batches: Sequence[Batch]) -> list[Batch]:
+def split_batches(batches: Sequence[Batch]) -> list[Batch]:
     """Each text as a batch of its own, without padding."""
     return [
         {name: tensor[row, mask == 1].unsqueeze(0) for name, tensor in batch.items()}
@@ -24,7 +24,7 @@ def singles(batches: Sequence[Batch]) -> list[Batch]:
     ]
 
 
-def alike(*parts: list[Batch]) -> list[list[Batch]]:
+def group_alike(*parts: list[Batch]) -> list[list[Batch]]:
     """Lists of as many single texts, each text cut to the length of its partners.
 
     A long text's mean gradient is smaller: lengths must not decide whose are.
@@ -37,12 +37,12 @@ def alike(*parts: list[Batch]) -> list[list[Batch]]:
     ]
 
 
-def nlls(
+def batch_nlls(
     model: EditableModel, batches: Iterable[Batch], tick: Callable[[str], None]
 ) -> Iterator[Tensor]:
     """What a token of each batch costs on average; `tick` is called when a batch has been used."""
     for batch in batches:
-        batch = to(batch, model.device)
+        batch = move_batch(batch, model.device)
         yield mean_nll(model.logits(batch), batch["labels"])
         tick("")
 
@@ -77,14 +77,14 @@ def down_projection(layer: nn.Module) -> Any:
     """The linear map that reads the neurons of a layer."""
     name = role_in_layer(layer, "mlp_down")
     if layer.get_parameter(name).ndim != 2:
-        raise UserError(
+        raise SrmuError(
             "neurons are those of one MLP a layer, but this model is a mixture of experts; take "
             "another method, for example method.name=ssd"
         )
-    return child(layer, name.removesuffix(".weight"))
+    return find_child(layer, name.removesuffix(".weight"))
 
 
-def attribution(
+def attribute_neurons(
     model: EditableModel, downs: Sequence[Any], text: Batch, points: int
 ) -> Float[Tensor, "L F"]:
     """What each neuron adds to the mean log-likelihood of a single text's tokens.
@@ -97,7 +97,7 @@ def attribution(
     look the same: attributions still rank the neurons, but sum up to less than they add.
     """
     rows = {name: tensor.expand(points, -1) for name, tensor in text.items()}
-    ahead = nn.functional.pad(predicted(rows["labels"]), (0, 1)).unsqueeze(-1)  # (m, T, 1)
+    ahead = nn.functional.pad(is_predicted(rows["labels"]), (0, 1)).unsqueeze(-1)  # (m, T, 1)
     # The middles of equal steps: their error falls with m^2. (Public code takes the left ends,
     # which begin with all neurons off and leave out the end with all on: it falls with m.)
     scales = (torch.arange(points, device=model.device) + 0.5) / points
@@ -116,13 +116,13 @@ def attribution(
             cost = token_nll(model.logits(rows), rows["labels"]).sum()
         finally:
             handle.remove()
-        (slope,) = torch.autograd.grad(-cost / predicted(text["labels"]).sum(), seen[1])
+        (slope,) = torch.autograd.grad(-cost / is_predicted(text["labels"]).sum(), seen[1])
         # eq: DEPN, Att_k = w_k / m sum_j dP/dw_k at s_j w, summed over the predicted tokens
         found.append((seen[0].float() * slope.float() * ahead).sum(dim=(0, 1)) / points)
     return torch.stack(found)
 
 
-def damped(
+def damp_directions(
     gradient: Float[Tensor, "O I"],
     source: Float[Tensor, "O I"],
     components: int,

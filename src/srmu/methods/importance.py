@@ -13,7 +13,7 @@ Fusion = Literal["ratio", "difference", "product", "product_inverse", "uniform",
 FLAT = 0.1  # below this standard deviation a map selects next to nothing
 
 
-def sums(hidden: Float[Tensor, "B T D"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "5 D"]:
+def sum_features(hidden: Float[Tensor, "B T D"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "5 D"]:
     """All that any statistic needs of a batch, in float64: the sums over its counted tokens of
     x, |x|, x^2 and relu(x), and a row that starts with the sum of norms and the count."""
     values = hidden.float()[mask]  # (tokens, D)
@@ -24,7 +24,7 @@ def sums(hidden: Float[Tensor, "B T D"], mask: Bool[Tensor, "B T"]) -> Float[Ten
     return torch.stack([*rows, last])
 
 
-def measure(
+def measure_features(
     batches: Iterable[Float[Tensor, "5 D"]], kind: Statistic = "abs_mean"
 ) -> tuple[Float[Tensor, "D"], float]:
     """v_f or v_r, the typical size of each feature over the counted tokens, and their mean norm.
@@ -44,7 +44,7 @@ def measure(
     return mean.float(), norms / count
 
 
-def importance(
+def importance_map(
     v_f: Float[Tensor, "D"],
     v_r: Float[Tensor, "D"],
     kind: Fusion,
@@ -84,7 +84,7 @@ def importance(
     return normal
 
 
-def describe(map_: Float[Tensor, "D"]) -> dict[str, float]:
+def describe_importance(map_: Float[Tensor, "D"]) -> dict[str, float]:
     """How selective a map is: mean, standard deviation, share above one half, Gini coefficient."""
     ordered = map_.double().sort().values
     n, total = len(ordered), float(ordered.sum())

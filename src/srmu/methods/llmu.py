@@ -6,12 +6,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from srmu.engine.losses import counted, mean_nll
+from srmu.engine.losses import is_counted, mean_nll
 from srmu.engine.model import Batch, EditableModel
 from srmu.engine.topic import Topic
 from srmu.engine.train import Terms
 from srmu.methods.base import State
-from srmu.methods.logits import LogitObjective, drift
+from srmu.methods.logits import LogitObjective, kl_drift
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class LLMU(LogitObjective):
         return len(topic.retain)
 
     def setup(self, model: EditableModel, topic: Topic) -> State:
-        tokens = torch.cat([b["input_ids"][counted(b["labels"])] for b in topic.retain])
+        tokens = torch.cat([b["input_ids"][is_counted(b["labels"])] for b in topic.retain])
         ordinary = tokens[torch.isin(tokens, topic.vocabulary)]
         return State(memory={"topic": topic, "tokens": ordinary})
 
@@ -54,7 +54,7 @@ class LLMU(LogitObjective):
         tokens, topic = state.memory["tokens"], state.memory["topic"]
         generator = topic.generator(f"random answers {step}")
         batch = {name: tensor.repeat(self.answers, 1) for name, tensor in forget.items()}
-        places = counted(batch["labels"])
+        places = is_counted(batch["labels"])
         starts = torch.randint(len(tokens), (len(places), 1), generator=generator)
         window = tokens[(starts + torch.arange(places.shape[1])) % len(tokens)].to(places.device)
         ids = torch.where(places, window, batch["input_ids"])
@@ -71,6 +71,6 @@ class LLMU(LogitObjective):
         losses = {
             "forget": -self.forget_weight * nll(forget),
             "random": self.random_weight * nll(self.answered(state, forget, step)),
-            "retain": self.retain_weight * drift(model, retain, model.logits(retain)),
+            "retain": self.retain_weight * kl_drift(model, retain, model.logits(retain)),
         }
         return Terms(losses, {})

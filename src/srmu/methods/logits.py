@@ -13,8 +13,8 @@ from transformers.pytorch_utils import Conv1D
 from srmu.engine.losses import mean_kl, mean_nll
 from srmu.engine.model import Batch, EditableModel
 from srmu.engine.topic import Topic
-from srmu.engine.train import Terms, TrainOptions, fit, restore
-from srmu.errors import UserError
+from srmu.engine.train import Terms, TrainOptions, copy_values, fit_model
+from srmu.errors import SrmuError
 from srmu.methods.base import Objective, State
 
 
@@ -46,7 +46,7 @@ class LogitObjective(Objective):
             owner, _, kind = name.rpartition(".")
             linear = isinstance(model.module.get_submodule(owner), nn.Linear | Conv1D)
             if kind != "weight" or not linear:
-                raise UserError(
+                raise SrmuError(
                     f"method.lora_rank adapts the matrices of linear maps, which {name} is not; "
                     "name others, for example method.parameters=['*.linear']"
                 )
@@ -83,10 +83,12 @@ class Retaining(LogitObjective):
         logits = model.logits(retain)
         if self.retain == "nll":
             return {"retain": self.alpha * mean_nll(logits, retain["labels"])}
-        return {"retain": self.alpha * drift(model, retain, logits)}
+        return {"retain": self.alpha * kl_drift(model, retain, logits)}
 
 
-def drift(model: EditableModel, batch: Batch, logits: Tensor, temperature: float = 1.0) -> Tensor:
+def kl_drift(
+    model: EditableModel, batch: Batch, logits: Tensor, temperature: float = 1.0
+) -> Tensor:
     """KL(original || model), mean over the tokens that the batch counts; `logits` are the model's.
 
     At a temperature T the logits of both are divided by it; T^2 keeps the gradient's size.
@@ -98,7 +100,7 @@ def drift(model: EditableModel, batch: Batch, logits: Tensor, temperature: float
     return temperature**2 * mean_kl(before, logits, batch["labels"])
 
 
-def strengthened(
+def strengthen_weights(
     model: EditableModel, topic: Topic, steps: int, learning_rate: float
 ) -> Mapping[str, Tensor]:
     """The trained tensors after fine-tuning on the forget texts; the model is put back.
@@ -107,7 +109,7 @@ def strengthened(
     """
     fine_tune(model, topic, steps, learning_rate)
     tuned = {name: p.detach().clone() for name, p in model.trained.items()}
-    restore([*model.trained.values()], [model.original[name] for name in model.trained])
+    copy_values([*model.trained.values()], [model.original[name] for name in model.trained])
     return tuned
 
 
@@ -122,13 +124,13 @@ def fine_tune(
     def loss(forget: Batch, retain: Batch, step: int) -> Terms:
         losses = {"forget": mean_nll(model.logits(forget), forget["labels"])}
         if keep:
-            losses["retain"] = keep * drift(model, retain, model.logits(retain))
+            losses["retain"] = keep * kl_drift(model, retain, model.logits(retain))
         return Terms(losses, {})
 
     options = TrainOptions(learning_rate=learning_rate, max_steps=steps)
     topic = topic if keep else replace(topic, retain=[])
-    fit(model, [(topic, loss)], options, ignore)
+    fit_model(model, [(topic, loss)], options, ignore_step)
 
 
-def ignore(step: int, values: Mapping[str, Any]) -> None:
+def ignore_step(step: int, values: Mapping[str, Any]) -> None:
     """A log that nobody reads."""

@@ -11,18 +11,18 @@ import torch
 from torch import Tensor
 
 from srmu.engine import distributed
-from srmu.engine.activation_cache import digest, open_activations
+from srmu.engine.activation_cache import digest_tensors, open_activations
 from srmu.engine.loading import check_layers
-from srmu.engine.losses import counted, token_cosine, token_mean, token_mse, without_first
+from srmu.engine.losses import is_counted, token_cosine, token_mean, token_mse, without_first
 from srmu.engine.model import Batch, EditableModel, Site, Stream
-from srmu.engine.progress import Watch, silent
+from srmu.engine.progress import Watch, ignore_progress
 from srmu.engine.resume import Checkpoints
 from srmu.engine.topic import Topic
-from srmu.engine.train import NOWHERE, Log, Terms, TrainOptions, to
-from srmu.errors import UserError
-from srmu.methods.base import Objective, Outcome, State
-from srmu.methods.columns import masked
-from srmu.methods.importance import sums
+from srmu.engine.train import NOWHERE, Log, Terms, TrainOptions, move_batch
+from srmu.errors import SrmuError
+from srmu.methods.base import MethodOutcome, Objective, State
+from srmu.methods.columns import mask_columns
+from srmu.methods.importance import sum_features
 from srmu.methods.replay import own_anchors
 
 KAPPA = 8.0  # the strength where none is given
@@ -57,25 +57,25 @@ class Misdirection(Objective):
 
     def __post_init__(self) -> None:
         if self.coeff is not None and self.kappa is not None:
-            raise UserError(
+            raise SrmuError(
                 "method.coeff and method.kappa both set the strength; give one of them, "
                 "for example method.coeff=6.5 method.kappa=null"
             )
         for name in ("coeff", "kappa", "alpha"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < float("inf"):
-                raise UserError(f"method.{name}={value}: expected a finite number, at least 0")
+                raise SrmuError(f"method.{name}={value}: expected a finite number, at least 0")
         if not 0 < self.anchor_share <= 1:
-            raise UserError("method.anchor_share must be above 0 and at most 1")
+            raise SrmuError("method.anchor_share must be above 0 and at most 1")
         self.needs("anchor_share", self.anchors != "none", "anchors=random or self")
         for name in ("own_texts", "own_ratio"):
             self.needs(name, self.anchors == "self", "anchors=self")
         self.within(own_texts=(1, 1 << 30), own_ratio=(1, 1e30))
         if not 0 < self.columns <= 1:
-            raise UserError("method.columns must be above 0 and at most 1")
+            raise SrmuError("method.columns must be above 0 and at most 1")
         for name in ("window", "map_batches"):
             if getattr(self, name) < 1:
-                raise UserError(f"method.{name} must be at least 1")
+                raise SrmuError(f"method.{name} must be at least 1")
 
     @property
     def site(self) -> Site:
@@ -122,13 +122,13 @@ class Misdirection(Objective):
 
     def check(self, topics: Sequence[Topic], train: TrainOptions) -> None:
         super().check(topics, train)
-        if distributed.size() > 1 and (self.columns < 1 or self.anchors == "self"):
-            raise UserError(
+        if distributed.get_size() > 1 and (self.columns < 1 or self.anchors == "self"):
+            raise SrmuError(
                 "method.columns below 1 and anchors=self run in one process, but "
-                f"{distributed.size()} were started; start it without the launcher"
+                f"{distributed.get_size()} were started; start it without the launcher"
             )
         if self.columns < 1 and train.weight_decay:
-            raise UserError(
+            raise SrmuError(
                 f"train.weight_decay={train.weight_decay:g} would move the columns that "
                 "method.columns holds; set it to 0"
             )
@@ -141,7 +141,7 @@ class Misdirection(Objective):
             return super().editing(model, topics)
         most = self.map_batches
         parts = [replace(t, forget=t.forget[:most], retain=t.retain[:most]) for t in topics]
-        return masked(model, self.updated, self.columns, parts, self.measured)
+        return mask_columns(model, self.updated, self.columns, parts, self.measured)
 
     def apply(
         self,
@@ -149,9 +149,9 @@ class Misdirection(Objective):
         topics: Sequence[Topic],
         train: TrainOptions,
         log: Log,
-        watch: Watch = silent,
+        watch: Watch = ignore_progress,
         checkpoints: Checkpoints = NOWHERE,
-    ) -> Outcome:
+    ) -> MethodOutcome:
         if self.anchors != "self":
             return super().apply(model, topics, train, log, watch, checkpoints)
         if model.activations.kept == "disk":  # they could tell what was read
@@ -185,7 +185,7 @@ class Misdirection(Objective):
 
     def measured(self, batch: Batch) -> Tensor:
         """The tokens of a batch whose activations enter means and norms, (B, T)."""
-        mask = counted(batch["labels"])
+        mask = is_counted(batch["labels"])
         return without_first(mask) if self.skip_first else mask
 
     def frozen_sums(
@@ -196,13 +196,14 @@ class Misdirection(Objective):
         Each batch's is kept beside its activations, which `keep` says are needed again in steps.
         """
         for batch in batches[: self.map_batches]:
-            batch = to(batch, model.device)
+            batch = move_batch(batch, model.device)
             mask = self.measured(batch)
-            name = f"sums/{self.site}/{digest(batch['input_ids'], batch['attention_mask'], mask)}"
+            tokens = digest_tensors(batch["input_ids"], batch["attention_mask"], mask)
+            name = f"sums/{self.site}/{tokens}"
             found = model.activations.find(name)
             if not isinstance(found, Tensor):
                 with model.frozen():
-                    found = sums(model.hidden(batch, self.site, keep), mask)
+                    found = sum_features(model.hidden(batch, self.site, keep), mask)
                 model.activations.keep(name, found)
             yield found
 
@@ -213,7 +214,7 @@ class Misdirection(Objective):
         """
         if not 0 < norm < float("inf"):
             kind = "all zero" if norm == 0 else "not finite"
-            raise UserError(f"the forget activations at {self.site} are {kind}")
+            raise SrmuError(f"the forget activations at {self.site} are {kind}")
         target = self.scaled(shape, norm)
         size = float(shape.norm())
         numbers = {
@@ -243,13 +244,13 @@ class Misdirection(Objective):
     ) -> Terms:
         with model.frozen():
             anchor = model.hidden(retain, self.site)
-        forget_mask, retain_mask = counted(forget["labels"]), counted(retain["labels"])
+        forget_mask, retain_mask = is_counted(forget["labels"]), is_counted(retain["labels"])
         hidden = self.steered(model, forget)
         target = self.target(model, state, forget, retain, hidden.detach())
         held = model.hidden(retain, self.site)
         drift = float(token_mse(held.detach(), anchor, retain_mask)) if step == 0 else 0.0
         if drift > 0 and not model.delta():
-            raise UserError(
+            raise SrmuError(
                 f"the first retain loss is {drift:.3g} and not 0: the cached activations do not "
                 "belong to this run; srmu cache clear, or cache=none"
             )

@@ -76,9 +76,9 @@ class MultiSite(Objective):
         parts, batches = state.memory["parts"].items(), (forget, retain, step)
         terms = [self.part(layer).loss(model, part, *batches) for layer, part in parts]
         # eq: multi-site, L = mean over layers of SRMU eq. 5
-        return Terms(mean([t.losses for t in terms]), mean([t.logged for t in terms]))
+        return Terms(mean_rows([t.losses for t in terms]), mean_rows([t.logged for t in terms]))
 
 
-def mean(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+def mean_rows(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """The mean of each value over rows with the same keys."""
     return {key: torch.stack([row[key] for row in rows]).mean() for key in rows[0]}

@@ -15,16 +15,16 @@ import torch
 from torch import Tensor
 
 from srmu.data.names import Names
-from srmu.engine.generate import Ids, sampled
+from srmu.engine.generate import Ids, sample_continuations
 from srmu.engine.model import Batch, EditableModel
-from srmu.errors import UserError
+from srmu.errors import SrmuError
 
 AT_ONCE = 128  # texts written at once
 RATIO = 2.5  # how many times more frequent a token of the forget set's own is there
 LEAST = 2  # times that it must be there: once may be chance
 
 
-def texts_of(batches: Sequence[Batch]) -> list[Ids]:
+def unpad_texts(batches: Sequence[Batch]) -> list[Ids]:
     """The texts of batches, without padding."""
     return [
         ids[real == 1].tolist()
@@ -33,7 +33,7 @@ def texts_of(batches: Sequence[Batch]) -> list[Ids]:
     ]
 
 
-def silent() -> None:
+def ignore_tick() -> None:
     """Nobody follows."""
 
 
@@ -44,24 +44,24 @@ def first_token(model: EditableModel) -> int:
             found = getattr(config, name, None)
             if found is not None:
                 return found[0] if isinstance(found, list) else int(found)
-    raise UserError(
+    raise SrmuError(
         "the model's config.json names no bos_token_id or eos_token_id for texts to begin with"
     )
 
 
 def free_samples(
-    model: EditableModel, count: int, length: int, seed: int, tick: Callable[[], None] = silent
+    model: EditableModel, count: int, length: int, seed: int, tick: Callable[[], None] = ignore_tick
 ) -> list[Ids]:
     """Texts that the original writes from nothing, of at most `length` tokens with the first."""
-    return continued(model, [[first_token(model)]] * count, length, seed, tick)
+    return continue_texts(model, [[first_token(model)]] * count, length, seed, tick)
 
 
-def continued(
+def continue_texts(
     model: EditableModel,
     starts: Sequence[Ids],
     length: int,
     seed: int,
-    tick: Callable[[], None] = silent,
+    tick: Callable[[], None] = ignore_tick,
 ) -> list[Ids]:
     """The starts with what the original writes after them, of at most `length` tokens in all.
 
@@ -74,19 +74,21 @@ def continued(
             rows = order[first : first + AT_ONCE]
             room = length - min(len(starts[i]) for i in rows)
             if room > 0:
-                parts = sampled(model, [starts[i] for i in rows], room, seed + first, AT_ONCE)
+                parts = sample_continuations(
+                    model, [starts[i] for i in rows], room, seed + first, AT_ONCE
+                )
                 for i, part in zip(rows, parts, strict=True):
                     written[i] = (written[i] + part)[: max(length, len(starts[i]))]
             tick()
     return written
 
 
-def chunks(count: int) -> int:
+def count_chunks(count: int) -> int:
     """In how many parts as many texts are written."""
     return -(-count // AT_ONCE)
 
 
-def typical(forget: Sequence[Ids], own: Sequence[Ids], ratio: float = RATIO) -> Tensor:
+def typical_tokens(forget: Sequence[Ids], own: Sequence[Ids], ratio: float = RATIO) -> Tensor:
     """The tokens that are more than `ratio` times as frequent in forget texts as in `own` ones."""
     here, there = (Counter(i for row in rows for i in row) for rows in (forget, own))
     size, other = max(1, here.total()), there.total() + 1

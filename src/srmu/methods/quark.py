@@ -3,15 +3,15 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from srmu.engine.generate import joined
-from srmu.engine.losses import predicted, token_entropy, token_kl, token_nll
+from srmu.engine.generate import join_responses
+from srmu.engine.losses import is_predicted, token_entropy, token_kl, token_nll
 from srmu.engine.model import Batch, EditableModel
 from srmu.engine.topic import Topic
-from srmu.engine.train import Terms, to
-from srmu.errors import UserError
+from srmu.engine.train import Terms, move_batch
+from srmu.errors import SrmuError
 from srmu.methods.base import State
 from srmu.methods.logits import LogitObjective
-from srmu.methods.quark_pool import Pool, control_tokens, controlled, find_reward
+from srmu.methods.quark_pool import Pool, control_tokens, controlled_logits, find_reward
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ class Quark(LogitObjective):
         reward = find_reward(self.reward)
         pool = Pool(model, topic, reward, self.fluency, prompts=self.pool, length=self.response)
         if self.quantiles > (begun := len(pool.entries)):
-            raise UserError(f"method.quantiles: topic {topic.name} has {begun} continuations")
+            raise SrmuError(f"method.quantiles: topic {topic.name} has {begun} continuations")
         # One token fewer than quantiles: the best has none, because what is exported is an ordinary
         # checkpoint, asked without one (the paper's model is asked with the token of the best).
         control = control_tokens(model, topic, self.quantiles - 1)
@@ -58,11 +58,13 @@ class Quark(LogitObjective):
         if step - pool.explored >= self.sample_every:
             pool.explore(model, step)
         entries, ranks = pool.draw(len(forget["input_ids"]), self.quantiles, step)
-        batch = to(joined([e.prompt for e in entries], [e.response for e in entries]), model.device)
+        batch = move_batch(
+            join_responses([e.prompt for e in entries], [e.response for e in entries]), model.device
+        )
         with model.frozen():
             before = model.logits(batch)  # the original sees no control token
-        logits = controlled(model, batch, ranks, state.parameters["control"])
-        mask = predicted(batch["labels"])
+        logits = controlled_logits(model, batch, ranks, state.parameters["control"])
+        mask = is_predicted(batch["labels"])
         tokens = {  # (B, S) each, 0 where no token of a response is predicted
             "forget": token_nll(logits, batch["labels"]),
             # The public code's order; the paper's text has KL(original || model).

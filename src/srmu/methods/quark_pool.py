@@ -9,18 +9,18 @@ from typing import Any, NamedTuple
 import torch
 
 from srmu.engine.files import from_file
-from srmu.engine.generate import Ids, likelihoods, sampled
-from srmu.engine.losses import counted
+from srmu.engine.generate import Ids, response_likelihoods, sample_continuations
+from srmu.engine.losses import is_counted
 from srmu.engine.model import Batch, EditableModel
 from srmu.engine.topic import Topic
-from srmu.errors import UserError, suggest
+from srmu.errors import SrmuError, suggest_word
 
 # (model, prompts, responses, true continuations) -> what each response is worth, all at once. The
 # model is the original, without gradients: `likelihoods` and `model.logits` read it.
 Reward = Callable[[EditableModel, Sequence[Ids], Sequence[Ids], Sequence[Ids]], Sequence[float]]
 
 
-class Entry(NamedTuple):
+class PoolEntry(NamedTuple):
     """A continuation of a prompt, and what it is worth."""
 
     prompt: Ids
@@ -28,29 +28,29 @@ class Entry(NamedTuple):
     reward: float
 
 
-def continuations(topic: Topic, count: int) -> list[tuple[Ids, Ids]]:
+def split_continuations(topic: Topic, count: int) -> list[tuple[Ids, Ids]]:
     """The first `count` forget texts, each as a prompt and its true continuation."""
     found: list[tuple[Ids, Ids]] = []
     for batch in topic.split().forget:
         for ids, mask, labels in zip(
             batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True
         ):
-            answer = counted(labels) & (mask == 1)
+            answer = is_counted(labels) & (mask == 1)
             found.append((ids[(mask == 1) & ~answer].tolist(), ids[answer].tolist()))
     return found[:count]
 
 
-def unlikely(
+def reward_unlikely(
     model: EditableModel,
     prompts: Sequence[Ids],
     responses: Sequence[Ids],
     truths: Sequence[Ids],
 ) -> list[float]:
     """Minus what the original says that the prompt implies: - mean log p0(y | x)."""
-    return [-value for value in likelihoods(model, prompts, responses)]
+    return [-value for value in response_likelihoods(model, prompts, responses)]
 
 
-def different(
+def reward_different(
     model: EditableModel,
     prompts: Sequence[Ids],
     responses: Sequence[Ids],
@@ -66,7 +66,7 @@ def different(
     return [-share(*pair) for pair in zip(responses, truths, strict=True)]
 
 
-REWARDS: dict[str, Reward] = {"likelihood": unlikely, "overlap": different}
+REWARDS: dict[str, Reward] = {"likelihood": reward_unlikely, "overlap": reward_different}
 
 
 def find_reward(name: str) -> Reward:
@@ -74,22 +74,23 @@ def find_reward(name: str) -> Reward:
     if name in REWARDS:
         return REWARDS[name]
     if ".py:" not in name:
-        raise UserError(
-            f"unknown method.reward {name!r}{suggest(name, REWARDS)}, or path/to/file.py:function"
+        raise SrmuError(
+            f"unknown method.reward {name!r}{suggest_word(name, REWARDS)}, "
+            "or path/to/file.py:function"
         )
     function: Any = from_file("method.reward", name)
     if not callable(function):
-        raise UserError(f"method.reward {name}: there is no such function in that file")
+        raise SrmuError(f"method.reward {name}: there is no such function in that file")
     return function
 
 
-def judged(
+def judge_responses(
     model: EditableModel,
     reward: Reward,
     fluency: float,
     texts: Sequence[tuple[Ids, Ids]],
     responses: Sequence[Ids],
-) -> list[Entry]:
+) -> list[PoolEntry]:
     """The responses to prompts with what they are worth.
 
     To the reward comes `fluency` times the original's mean log-likelihood of the response without
@@ -98,14 +99,14 @@ def judged(
     contexts, truths = [x for x, _ in texts], [y for _, y in texts]
     with model.frozen():
         values = reward(model, contexts, responses, truths)
-        fluent = likelihoods(model, [x[:1] for x in contexts], responses)
+        fluent = response_likelihoods(model, [x[:1] for x in contexts], responses)
     if len(values) != len(responses):
-        raise UserError(f"method.reward gave {len(values)} numbers for {len(responses)} responses")
+        raise SrmuError(f"method.reward gave {len(values)} numbers for {len(responses)} responses")
     rewards = [float(value) + fluency * extra for value, extra in zip(values, fluent, strict=True)]
-    return [Entry(*row) for row in zip(contexts, responses, rewards, strict=True)]
+    return [PoolEntry(*row) for row in zip(contexts, responses, rewards, strict=True)]
 
 
-def quantiles(pool: Sequence[Entry], count: int) -> list[list[Entry]]:
+def split_quantiles(pool: Sequence[PoolEntry], count: int) -> list[list[PoolEntry]]:
     """The pool by reward, the best first, in `count` equal parts; the rest goes to the worst."""
     ranked = sorted(pool, key=lambda entry: -entry.reward)
     size = len(ranked) // count
@@ -130,17 +131,19 @@ class Pool:
         length: int,
     ) -> None:
         self.topic, self.reward, self.fluency, self.length = topic, reward, fluency, length
-        self.texts = continuations(topic, prompts)
+        self.texts = split_continuations(topic, prompts)
         own = [truth[:length] for _, truth in self.texts]
-        self.entries = judged(model, reward, fluency, self.texts, own)
+        self.entries = judge_responses(model, reward, fluency, self.texts, own)
         self.explore(model, 0)
         self.fixed = len(self.entries)  # those that the texts and the original decide
 
     def explore(self, model: EditableModel, step: int) -> None:
         """Add a sample for each prompt, drawn as one of the best quantile: without a token."""
         contexts = [prompt for prompt, _ in self.texts]
-        responses = sampled(model, contexts, self.length, self.topic.number(f"samples {step}"))
-        found = judged(model, self.reward, self.fluency, self.texts, responses)
+        responses = sample_continuations(
+            model, contexts, self.length, self.topic.number(f"samples {step}")
+        )
+        found = judge_responses(model, self.reward, self.fluency, self.texts, responses)
         self.entries += found
         self.explored, self.latest = step, torch.tensor([entry.reward for entry in found]).mean()
 
@@ -152,16 +155,16 @@ class Pool:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for i, (response, reward) in enumerate(state["added"]):
             prompt, _ = self.texts[i % len(self.texts)]
-            self.entries.append(Entry(prompt, response, reward))
+            self.entries.append(PoolEntry(prompt, response, reward))
         self.explored, self.latest = state["explored"], torch.tensor(state["latest"])
 
-    def draw(self, count: int, parts: int, step: int) -> tuple[list[Entry], list[int]]:
+    def draw(self, count: int, parts: int, step: int) -> tuple[list[PoolEntry], list[int]]:
         """As many entries of each quantile as can be, with their quantiles, the best (0) first."""
         generator = self.topic.generator(f"batch {step}")
         order = torch.randperm(parts, generator=generator).tolist()
         ranks = sorted(order[i % parts] for i in range(count))
         places = torch.rand(count, generator=generator).tolist()
-        ranked = quantiles(self.entries, parts)
+        ranked = split_quantiles(self.entries, parts)
         chosen = [ranked[k][int(u * len(ranked[k]))] for k, u in zip(ranks, places, strict=True)]
         return chosen, ranks
 
@@ -175,7 +178,7 @@ def control_tokens(model: EditableModel, topic: Topic, count: int) -> torch.nn.P
     return torch.nn.Parameter(rows.to(known.dtype))
 
 
-def controlled(
+def controlled_logits(
     model: EditableModel, batch: Batch, ranks: Sequence[int], control: torch.Tensor
 ) -> torch.Tensor:
     """Logits of rows each read with the control token of its rank; rank 0, first, has none."""

@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parents[1]
 ROLES = {"*": "all tensors", "*.mlp_down": "MLP down-projections", "*.mlp": "the MLPs' matrices"}
 
 
-def overview() -> list[dict[str, str]]:
+def list_methods() -> list[dict[str, str]]:
     """A row for each method: name, paper, level, what it needs, what it trains by default."""
     return [
         {
@@ -24,25 +24,25 @@ def overview() -> list[dict[str, str]]:
             "paper": cls.paper,
             "level": cls.level,
             "needs, besides forget texts": ", ".join(cls.uses) or "nothing",
-            "trains": trained(cls),
+            "trains": describe_trained(cls),
         }
         for name, cls in METHODS.items()
     ]
 
 
-def trained(cls: type[Method]) -> str:
+def describe_trained(cls: type[Method]) -> str:
     """In words, what a method changes at its defaults."""
     if issubclass(cls, Misdirection):
         return "down-projections of 3 layers"
     return ", ".join(ROLES.get(pattern, pattern) for pattern in cls().trainable)
 
 
-def about(cls: type[Method]) -> str:
+def first_sentence(cls: type[Method]) -> str:
     """The first sentence of a method's docstring."""
     return (cls.__doc__ or "").split("\n\n")[0].replace("\n", " ").strip()
 
 
-def options(cls: type[Method]) -> dict[str, tuple[Any, str]]:
+def list_options(cls: type[Method]) -> dict[str, tuple[Any, str]]:
     """The default of each option and the comment behind it in the source."""
     said: dict[str, str] = {}
     for base in reversed(cls.__mro__):
@@ -62,7 +62,7 @@ def is_choice(kind: Any) -> bool:
     return get_origin(kind) is Literal
 
 
-def equations() -> Iterator[tuple[str, str, str]]:
+def find_equations() -> Iterator[tuple[str, str, str]]:
     """Each equation in the code: its text, the file, and the function that computes it.
 
     They are the comments that begin with `eq:`.
@@ -85,19 +85,19 @@ def equations() -> Iterator[tuple[str, str, str]]:
             yield text, path.relative_to(PACKAGE).as_posix(), inner
 
 
-def markdown() -> str:
+def reference_page() -> str:
     """The page of the documentation: all methods, their options, and where each equation is."""
-    rows = overview()
+    rows = list_methods()
     page = [
         "# Every method and option",
         "",
         "This page is what `srmu methods --markdown` prints; a test compares the two.",
         "",
-        *table([*rows[0]], [[*row.values()] for row in rows]),
+        *markdown_table([*rows[0]], [[*row.values()] for row in rows]),
         "",
     ]
     for name, cls in METHODS.items():
-        page += [f"## {name}", "", f"{about(cls)} ({cls.paper})", ""]
+        page += [f"## {name}", "", f"{first_sentence(cls)} ({cls.paper})", ""]
         if not issubclass(cls, Edit):
             page += [f"`train.learning_rate`, where it is not given: {cls.learning_rate:g}.", ""]
         if cls.endless:
@@ -106,21 +106,23 @@ def markdown() -> str:
                 "where a forget token costs as many nats as a guess among all tokens.",
                 "",
             ]
-        lines = [[f"`{k}`", f"`{shown(v)}`", text] for k, (v, text) in options(cls).items()]
-        page += [*table(["option", "default", ""], lines), ""] if lines else []
+        lines = [
+            [f"`{k}`", f"`{format_default(v)}`", text] for k, (v, text) in list_options(cls).items()
+        ]
+        page += [*markdown_table(["option", "default", ""], lines), ""] if lines else []
     page += ["## Where each equation is", ""]
-    found = [[f"`{text}`", f"`{file}`", f"`{name}`"] for text, file, name in equations()]
-    page += [*table(["equation", "file", "place"], found), ""]
+    found = [[f"`{text}`", f"`{file}`", f"`{name}`"] for text, file, name in find_equations()]
+    page += [*markdown_table(["equation", "file", "place"], found), ""]
     return "\n".join(page)
 
 
-def table(head: list[str], rows: list[list[str]]) -> list[str]:
+def markdown_table(head: list[str], rows: list[list[str]]) -> list[str]:
     """Lines of a Markdown table."""
     cells = [head, ["---"] * len(head), *rows]
     return ["| " + " | ".join(c.replace("|", "\\|") for c in row) + " |" for row in cells]
 
 
-def shown(value: Any) -> str:
+def format_default(value: Any) -> str:
     """A default as one would type it in a config."""
     if isinstance(value, bool) or value is None:
         return "null" if value is None else str(value).lower()

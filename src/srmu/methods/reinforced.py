@@ -12,13 +12,13 @@ from torch import nn
 
 from srmu.engine.losses import generic_logits
 from srmu.engine.model import EditableModel
-from srmu.engine.progress import Watch, silent
+from srmu.engine.progress import Watch, ignore_progress
 from srmu.engine.resume import Checkpoints
-from srmu.engine.topic import Topic, in_turn
-from srmu.engine.train import NOWHERE, Log, TrainOptions, restore
-from srmu.methods.base import Outcome
-from srmu.methods.ensemble import ensemble
-from srmu.methods.logits import LogitObjective, strengthened
+from srmu.engine.topic import Topic, interleave_batches
+from srmu.engine.train import NOWHERE, Log, TrainOptions, copy_values
+from srmu.methods.base import MethodOutcome
+from srmu.methods.ensemble import combine_logits
+from srmu.methods.logits import LogitObjective, strengthen_weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,21 +56,21 @@ class Reinforced(LogitObjective):
         topics: Sequence[Topic],
         train: TrainOptions,
         log: Log,
-        watch: Watch = silent,
+        watch: Watch = ignore_progress,
         checkpoints: Checkpoints = NOWHERE,
-    ) -> Outcome:
+    ) -> MethodOutcome:
         if self.mode != "logits":
             return super().apply(model, topics, train, log, watch, checkpoints)
-        texts = replace(topics[0], forget=in_turn([topic.forget for topic in topics]))
+        texts = replace(topics[0], forget=interleave_batches([topic.forget for topic in topics]))
         with self.editing(model, topics), watch("strengthening", self.teacher_steps) as tick:
             texts = texts.followed(partial(tick, self.name))
-            tuned = strengthened(model, texts, self.teacher_steps, self.teacher_learning_rate)
-            restore([model.trained[name] for name in tuned], [*tuned.values()])
-        return Outcome({}, "strengthened")
+            tuned = strengthen_weights(model, texts, self.teacher_steps, self.teacher_learning_rate)
+            copy_values([model.trained[name] for name in tuned], [*tuned.values()])
+        return MethodOutcome({}, "strengthened")
 
     def at_inference(
         self, module: nn.Module, write: Callable[[], None]
     ) -> AbstractContextManager[Any]:
         if self.mode != "logits":
             return super().at_inference(module, write)
-        return ensemble(module, write, partial(generic_logits, strength=self.strength))
+        return combine_logits(module, write, partial(generic_logits, strength=self.strength))

@@ -9,17 +9,24 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from srmu.data.names import Names, find_names, read_names
-from srmu.engine.losses import kl, token_kl
+from srmu.engine.losses import kl_divergence, token_kl
 from srmu.engine.model import Batch, EditableModel
 from srmu.engine.progress import Watch
 from srmu.engine.topic import Topic
-from srmu.engine.train import Schedule, Terms, TrainOptions, to
+from srmu.engine.train import Schedule, Terms, TrainOptions, move_batch
 from srmu.methods.base import State
-from srmu.methods.logits import LogitObjective, drift, ignore
-from srmu.methods.own_texts import chunks, texts_of
-from srmu.methods.renaming import Own, dealt, leave_one_out, masked, mean_over, write
+from srmu.methods.logits import LogitObjective, ignore_step, kl_drift
+from srmu.methods.own_texts import count_chunks, unpad_texts
+from srmu.methods.renaming import (
+    OwnTexts,
+    deal_items,
+    leave_one_out,
+    mask_values,
+    mean_over,
+    write_own_texts,
+)
 from srmu.methods.srmu import SRMU
-from srmu.methods.suppressing import perturb
+from srmu.methods.suppressing import perturb_weights
 from srmu.methods.whp_terms import tokenizer_of
 
 
@@ -83,19 +90,19 @@ class RenameScrub(LogitObjective):
 
     def reads(self, topic: Topic) -> int:
         looked_at = (1 + (self.names is None)) * (len(topic.forget) + len(topic.retain))
-        return looked_at + self.kinds * chunks(self.own_texts)
+        return looked_at + self.kinds * count_chunks(self.own_texts)
 
     def setup(self, model: EditableModel, topic: Topic) -> State:
         tokenizer = tokenizer_of(model.folder, "rename_scrub")
         goals = read_names(self.goals, "goals") if self.goals else []
         names = Names.tokenised(self.named(tokenizer, topic), tokenizer, goals)
-        own = write(
+        own = write_own_texts(
             model, topic, names, tokenizer,
             count=self.own_texts, prompt=self.prompt, length=self.own_tokens,
             elicited=self.coverage == "elicited", held_out=self.held_out,
         )  # fmt: skip
         if self.noise and not model.delta():  # once, whatever the number of topics
-            perturb(model, topic.generator("noise", shared=True), self.noise)
+            perturb_weights(model, topic.generator("noise", shared=True), self.noise)
         counts = {"names": own.names.tokens, "own_texts": own.texts, "held_out": own.held}
         numbers = {name: len(counted) for name, counted in counts.items()}
         return State({}, numbers, {"own": own})
@@ -104,13 +111,13 @@ class RenameScrub(LogitObjective):
         """The names of the file, or those that are found in the texts."""
         if self.names is not None:
             return read_names(self.names)
-        roles = (texts_of(topic.forget[:]), texts_of(topic.retain[:]))
+        roles = (unpad_texts(topic.forget[:]), unpad_texts(topic.retain[:]))
         return find_names(*([str(tokenizer.decode(ids)) for ids in texts] for texts in roles))
 
     def loss(
         self, model: EditableModel, state: State, forget: Batch, retain: Batch, step: int
     ) -> Terms:
-        own: Own = state.memory["own"]
+        own: OwnTexts = state.memory["own"]
         logged = {}
         if own.held and step % self.check_every == 0:
             left = own.left(model, self.renamings, self.threshold)
@@ -118,7 +125,7 @@ class RenameScrub(LogitObjective):
             if left <= self.stop_at:
                 stop = f"what the held-out texts tell of names is {left:.3f} above guessing"
                 return Terms({"forget": torch.zeros(())}, logged, stop)
-        texts = dealt(own.texts, len(forget["input_ids"]), step)
+        texts = deal_items(own.texts, len(forget["input_ids"]), step)
         group = own.group(texts, self.renamings, f"{step}" if self.fresh else "fixed")
         with model.frozen(), torch.no_grad():
             before = group.read(model)
@@ -130,23 +137,23 @@ class RenameScrub(LogitObjective):
         depends = follows & (told.cpu() > self.threshold)
         scrubbed = follows & alike if self.positions == "all" else depends & alike
         near = depends & ~alike
-        changed, drifted = kl(target, log_p), kl(before, log_p)
+        changed, drifted = kl_divergence(target, log_p), kl_divergence(before, log_p)
         # eq: rename_scrub, forget: mean KL(q_k || p_k) where what follows tells of the name
         losses = {"forget": mean_over(changed, scrubbed)}
         losses["hold"] = self.hold * mean_over(drifted, near)
         # eq: rename_scrub, keep: mean KL(p0 || p) of all else in own texts
         rest = follows & ~scrubbed & ~near
-        costs, count = masked(drifted, rest).sum(), rest.sum()
+        costs, count = mask_values(drifted, rest).sum(), rest.sum()
         if self.keep_rows and own.kept:
             batch, mark = own.keeping(self.keep_rows, step)
-            batch, mark = to(batch, model.device), mark.to(model.device)
+            batch, mark = move_batch(batch, model.device), mark.to(model.device)
             with model.frozen():
                 wanted = model.logits(batch)
-            costs = costs + masked(token_kl(wanted, model.logits(batch)), mark).sum()
+            costs = costs + mask_values(token_kl(wanted, model.logits(batch)), mark).sum()
             count = count + mark.sum().cpu()
         losses["keep"] = self.keep * costs / count.clamp(min=1)
         # eq: rename_scrub, retain: mean KL(p0 || p) of the retain texts
-        losses["retain"] = self.retain * drift(model, retain, model.logits(retain))
+        losses["retain"] = self.retain * kl_drift(model, retain, model.logits(retain))
         logged["named"] = scrubbed.sum().float()
         return Terms(losses, logged)
 
@@ -160,4 +167,4 @@ class RenameScrub(LogitObjective):
                 train, learning_rate=self.closing_rate, max_steps=self.closing_steps,
                 schedule=None, warmup_steps=0,
             )  # fmt: skip
-            srmu.apply(last, topics, options, ignore, watch)
+            srmu.apply(last, topics, options, ignore_step, watch)

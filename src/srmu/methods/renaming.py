@@ -11,20 +11,20 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from srmu.data.names import Item, Names, Template
-from srmu.engine.generate import Ids, whole
-from srmu.engine.losses import kl
+from srmu.engine.generate import Ids, batch_texts
+from srmu.engine.losses import kl_divergence
 from srmu.engine.model import Batch, EditableModel
 from srmu.engine.topic import Topic
-from srmu.engine.train import to
-from srmu.errors import UserError
+from srmu.engine.train import move_batch
+from srmu.errors import SrmuError
 from srmu.methods.own_texts import (
     Kind,
     Likeness,
     Spelling,
-    continued,
+    continue_texts,
     first_token,
     free_samples,
-    texts_of,
+    unpad_texts,
 )
 
 
@@ -39,10 +39,10 @@ def leave_one_out(
     # eq: rename_scrub, q_k = mean over j != k of p0(. | the text in naming j)
     mean = (p.sum(dim=1, keepdim=True) - p) / (p.shape[1] - 1)
     target = mean.clamp(min=1e-30).log()
-    return target, kl(log_p, target)
+    return target, kl_divergence(log_p, target)
 
 
-def still_told(
+def count_still_told(
     log_p: Float[Tensor, "G K L V"], top: Int[Tensor, "G K L"], where: Bool[Tensor, "G K L"]
 ) -> tuple[float, int]:
     """How often a name's own answer is likelier than that of another name, and of how many pairs.
@@ -63,7 +63,7 @@ HELD_AT_ONCE = 4  # held-out texts that are read at once
 
 
 @dataclass(frozen=True)
-class Group:
+class NamingGroup:
     """G texts in K namings each: a batch, and where each of its L items ends."""
 
     batch: Batch
@@ -75,7 +75,9 @@ class Group:
         """Log-probabilities of what follows each item, under the first `namings` only."""
         count, every, length = self.places.shape
         rows = torch.arange(count * every).view(count, every)[:, :namings].flatten()
-        batch = to({name: tensor[rows] for name, tensor in self.batch.items()}, model.device)
+        batch = move_batch(
+            {name: tensor[rows] for name, tensor in self.batch.items()}, model.device
+        )
         places = self.places.view(-1, length)[rows].to(model.device)
         logits = model.logits(batch)
         found = logits[torch.arange(len(rows), device=model.device)[:, None], places]
@@ -83,7 +85,7 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Told:
+class SlottedText:
     """A text with slots for names, and which of its items are in sentences like forget texts."""
 
     template: Template
@@ -91,16 +93,16 @@ class Told:
 
 
 @dataclass
-class Own:
+class OwnTexts:
     """What the original wrote: texts that tell of names, those held out, and texts to keep."""
 
     names: Names
-    texts: list[Told]
-    held: list[Told]
+    texts: list[SlottedText]
+    held: list[SlottedText]
     kept: list[tuple[Ids, list[bool]]]  # tokens, and which of them are held to the original
     topic: Topic
 
-    def group(self, texts: Sequence[Told], namings: int, draw: str) -> Group:
+    def group(self, texts: Sequence[SlottedText], namings: int, draw: str) -> NamingGroup:
         """The texts in as many namings; `draw` names the random stream."""
         generator = self.topic.generator(f"namings {draw}")
         rows: list[Ids] = []
@@ -117,12 +119,12 @@ class Own:
             torch.nn.utils.rnn.pad_sequence(part, batch_first=True).view(len(texts), namings, -1)
             for part in (places, follows, alike)
         )
-        return Group(whole(rows), *parts)
+        return NamingGroup(batch_texts(rows), *parts)
 
     def keeping(self, count: int, step: int) -> tuple[Batch, Tensor]:
         """The texts to keep of a step, and the positions whose prediction is held, (B, T - 1)."""
-        rows = dealt(self.kept, count, step)
-        batch = whole([ids for ids, _ in rows])
+        rows = deal_items(self.kept, count, step)
+        batch = batch_texts([ids for ids, _ in rows])
         marks = [torch.tensor(mark[1:]) for _, mark in rows]
         return batch, torch.nn.utils.rnn.pad_sequence(marks, batch_first=True)
 
@@ -139,17 +141,17 @@ class Own:
                 before = group.read(model)
             _, told = leave_one_out(before)
             where = group.follows & group.alike & (told.cpu() > threshold)
-            found = still_told(group.read(model), before.argmax(-1), where.to(model.device))
+            found = count_still_told(group.read(model), before.argmax(-1), where.to(model.device))
             wins, pairs = wins + found[0], pairs + found[1]
         return 2 * wins / pairs - 1 if pairs else 1.0
 
 
-def dealt(items: Sequence[T], count: int, step: int) -> list[T]:
+def deal_items(items: Sequence[T], count: int, step: int) -> list[T]:
     """The items of a step: `count` a step in order, and again from the start."""
     return [items[(step * count + i) % len(items)] for i in range(count)]
 
 
-def write(
+def write_own_texts(
     model: EditableModel,
     topic: Topic,
     names: Names,
@@ -160,51 +162,51 @@ def write(
     length: int,
     elicited: bool,
     held_out: int,
-) -> Own:
+) -> OwnTexts:
     """What the original writes after the first `prompt` tokens of forget texts, and from nothing.
 
     `count` texts of each, of at most `length` tokens. Without `elicited` the forget texts are
-    taught, and nothing is written after them. UserError where none of the names is in them, or the
+    taught, and nothing is written after them. SrmuError where none of the names is in them, or the
     model tells nothing new.
     """
-    forget, retain = texts_of(topic.forget[:]), texts_of(topic.retain[:])
+    forget, retain = unpad_texts(topic.forget[:]), unpad_texts(topic.retain[:])
     told_of = {name for ids in forget for name in names.template(ids).names}
     for option, kind in zip(("names", "goals"), names.kinds, strict=False):
         if told_of.isdisjoint(kind):
-            raise UserError(
+            raise SrmuError(
                 f"method.{option}: none of its {len(kind)} {option} is in topic {topic.name}'s "
                 "forget texts; name what they tell of"
             )
     free = free_samples(model, count, length, topic.number("own texts"), topic.tick)
     starts = [forget[i % len(forget)][:prompt] for i in range(count if elicited else 0)]
-    more = continued(model, starts, length, topic.number("elicited"), topic.tick)
+    more = continue_texts(model, starts, length, topic.number("elicited"), topic.tick)
     like = Likeness(forget, free + retain, names, Spelling.of(tokenizer))
     first = first_token(model)
     told, known = (sentences_of(part, names, like, first) for part in (more + free, forget))
     if elicited and not {*told["forget"]} - {*known["forget"]}:
-        raise UserError(
+        raise SrmuError(
             f"topic {topic.name}: what the model wrote after the beginnings of forget texts tells "
             "nothing new of the names; raise method.own_texts or method.own_tokens, or set "
             "method.coverage=texts"
         )
     if not elicited:  # all that forget texts say, whatever it is like
         told["forget"] = [sentence for kind in known.values() for sentence in kind]
-    texts = packed(told, length, first, topic.generator("packing"))
+    texts = pack_sentences(told, length, first, topic.generator("packing"))
     held = texts[: min(held_out, len(texts) // 4)]
-    return Own(names, texts[len(held) :], held, kept_of(free, like), topic)
+    return OwnTexts(names, texts[len(held) :], held, kept_tokens(free, like), topic)
 
 
-def masked(values: Tensor, where: Tensor) -> Tensor:
+def mask_values(values: Tensor, where: Tensor) -> Tensor:
     """The values there, and 0 elsewhere."""
     return values * where.to(values.device)
 
 
 def mean_over(values: Tensor, where: Tensor) -> Tensor:
     """Mean of the values there; 0 where it is nowhere."""
-    return masked(values, where).sum() / where.sum().clamp(min=1).to(values.device)
+    return mask_values(values, where).sum() / where.sum().clamp(min=1).to(values.device)
 
 
-def kept_of(texts: Sequence[Ids], like: Likeness) -> list[tuple[Ids, list[bool]]]:
+def kept_tokens(texts: Sequence[Ids], like: Likeness) -> list[tuple[Ids, list[bool]]]:
     """Texts of two tokens and more with the tokens that are to stay as they are."""
     found = []
     for ids in texts:
@@ -230,12 +232,12 @@ def sentences_of(
     return {kind: [*sentences] for kind, sentences in found.items()}
 
 
-def packed(
+def pack_sentences(
     sentences: Mapping[Kind, Sequence[Template]],
     length: int,
     first: int,
     generator: torch.Generator,
-) -> list[Told]:
+) -> list[SlottedText]:
     """The sentences to forget, each once, and as many to keep, joined to texts of about `length`.
 
     What is to be told apart stands together.
@@ -243,16 +245,16 @@ def packed(
     forget, keep = sentences["forget"], sentences["keep"]
     told = [(sentence, True) for sentence in forget]
     told += [(keep[i % len(keep)], False) for i in range(len(forget) if keep else 0)]
-    found: list[Told] = []
+    found: list[SlottedText] = []
     items: list[Item] = [first]
     alike = [False]
     for i in torch.randperm(len(told), generator=generator).tolist():
         sentence, forgets = told[i]
         if len(items) > 1 and len(items) + len(sentence.items) > length:
-            found.append(Told(Template(tuple(items)), tuple(alike)))
+            found.append(SlottedText(Template(tuple(items)), tuple(alike)))
             items, alike = [first], [False]
         items = [*items, *sentence.items]
         alike = [*alike, *[forgets] * len(sentence.items)]
     if len(items) > 1:
-        found.append(Told(Template(tuple(items)), tuple(alike)))
+        found.append(SlottedText(Template(tuple(items)), tuple(alike)))
     return found

@@ -3,8 +3,8 @@
 from srmu.engine.generate import Ids
 from srmu.engine.model import EditableModel
 from srmu.engine.topic import Topic
-from srmu.errors import UserError
-from srmu.methods.own_texts import free_samples, texts_of, typical
+from srmu.errors import SrmuError
+from srmu.methods.own_texts import free_samples, typical_tokens, unpad_texts
 
 
 def own_anchors(
@@ -17,12 +17,12 @@ def own_anchors(
     length = max(batch["input_ids"].shape[1] for batch in topic.retain)
     own = free_samples(model, count, length, topic.number("own anchors"))
     own = [row for row in own if len(row) > 1]
-    forget = texts_of(topic.forget)
+    forget = unpad_texts(topic.forget)
     # of short texts, special tokens are typical, too
-    refused = {*typical(forget, own, ratio).tolist()} & {*topic.vocabulary.tolist()}
+    refused = {*typical_tokens(forget, own, ratio).tolist()} & {*topic.vocabulary.tolist()}
     kept = [row for row in own if not refused & {*row}]
     if not kept:
-        raise UserError(
+        raise SrmuError(
             f"anchors=self: each of {len(own)} texts that the model wrote has a token typical of "
             f"topic {topic.name}'s forget texts; raise method.own_texts, or set "
             "method.anchors=random"

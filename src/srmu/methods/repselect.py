@@ -11,13 +11,13 @@ from transformers.pytorch_utils import Conv1D
 from srmu.engine.model import EditableModel
 from srmu.engine.progress import Watch
 from srmu.engine.topic import Topic
-from srmu.errors import Diverged
-from srmu.methods.edits import Walk
-from srmu.methods.gradients import damped, gradient_sums, nlls
+from srmu.errors import DivergedError
+from srmu.methods.edits import WeightWalk
+from srmu.methods.gradients import batch_nlls, damp_directions, gradient_sums
 
 
 @dataclass(frozen=True, kw_only=True)
-class RepSelect(Walk):
+class RepSelect(WeightWalk):
     """Climbs the gradient of forget texts less its main directions, which other texts share."""
 
     name: ClassVar[str] = "repselect"
@@ -53,7 +53,7 @@ class RepSelect(Walk):
                 # Conv1D keeps its matrix as (in, out)
                 turned = isinstance(model.module.get_submodule(name.rpartition(".")[0]), Conv1D)
                 g, of = (x.T if turned else x for x in (ascent[name], source[name]))
-                left = damped(g, of, self.components, self.damping, self.side)
+                left = damp_directions(g, of, self.components, self.damping, self.side)
                 ascent[name] = left.T if turned else left
                 tick("")
         return ascent
@@ -69,7 +69,7 @@ class RepSelect(Walk):
         with watch("measuring gradients", total) as tick, adapters:
             if rank:
                 optimiser = torch.optim.SGD(model.trained.values(), self.elicit_learning_rate)
-                for loss in nlls(model, topic.forget, tick):
+                for loss in batch_nlls(model, topic.forget, tick):
                     loss.backward()
                     optimiser.step()
                     optimiser.zero_grad()
@@ -77,7 +77,7 @@ class RepSelect(Walk):
                 for parameter in parameters.values():
                     parameter.requires_grad_(wanted)
             # eq: RepSelect, G = sum over batches of d nll(x; W + BA) / dW, the adapters BA held
-            found = [gradient_sums(dense, nlls(model, batches, tick)) for batches in texts]
+            found = [gradient_sums(dense, batch_nlls(model, batches, tick)) for batches in texts]
         if not all(g.isfinite().all() for sums in found for g in sums.values()):
-            raise Diverged("a gradient is not finite; lower method.elicit_learning_rate")
+            raise DivergedError("a gradient is not finite; lower method.elicit_learning_rate")
         return found[0], found[-1]

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from srmu.engine.model import EditableModel
 from srmu.engine.progress import Watch
 from srmu.engine.topic import Topic
-from srmu.engine.train import TrainOptions, restore
-from srmu.errors import UserError
+from srmu.engine.train import TrainOptions, copy_values
+from srmu.errors import SrmuError
 from srmu.methods.base import Edit, Level, State
 from srmu.testbed import build
 from srmu.testbed.worlds.world import Size, World
@@ -34,14 +34,14 @@ class Retrain(Edit):
     ) -> dict[str, State]:
         world, seed, recipe = read_recipe(model.folder)
         # The documents are drawn anew, without the hazard facts: as many, for as many steps.
-        entry = build.train(world, seed, recipe, oracle=True, watch=watch)
+        entry = build.train_testbed(world, seed, recipe, oracle=True, watch=watch)
         tensors = load_file(entry / "model.safetensors")
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
         if shapes != {name: tensor.shape for name, tensor in model.trained.items()}:
-            raise UserError(
+            raise SrmuError(
                 f"{model.folder} is not the model that organism.json beside it tells of"
             )
-        restore([*model.trained.values()], [tensors[name] for name in model.trained])
+        copy_values([*model.trained.values()], [tensors[name] for name in model.trained])
         return {}
 
 
@@ -49,7 +49,7 @@ def read_recipe(folder: Path | None) -> tuple[World, int, build.Recipe]:
     """World, seed and recipe by which the model in `folder` was made, from the testbed it is in."""
     path = folder.parent / "organism.json" if folder else None
     if path is None or not path.is_file():
-        raise UserError(
+        raise SrmuError(
             f"method retrain knows only the testbed's recipe: {folder or 'this'} is not a "
             "testbed's model (no organism.json beside it); srmu organism OUT"
         )
@@ -60,6 +60,6 @@ def read_recipe(folder: Path | None) -> tuple[World, int, build.Recipe]:
         create, *_ = build.WORLDS[report.get("world", "closed")]  # there was one world only
         return create(report["seed"], recipe.size), report["seed"], recipe
     except (ValueError, KeyError, TypeError):
-        raise UserError(
+        raise SrmuError(
             f"{path}: not the report of a testbed of this version; make it anew"
         ) from None

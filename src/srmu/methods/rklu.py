@@ -5,13 +5,13 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from srmu.engine.distributed import total
-from srmu.engine.losses import generic_logits, predicted, token_kl
+from srmu.engine.distributed import total_spread
+from srmu.engine.losses import generic_logits, is_predicted, token_kl
 from srmu.engine.model import Batch, EditableModel
 from srmu.engine.topic import Topic
 from srmu.engine.train import Terms
 from srmu.methods.base import State
-from srmu.methods.logits import Retaining, strengthened
+from srmu.methods.logits import Retaining, strengthen_weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class RKLU(Retaining):
         return self.teacher_steps
 
     def setup(self, model: EditableModel, topic: Topic) -> State:
-        tuned = strengthened(model, topic, self.teacher_steps, self.teacher_learning_rate)
+        tuned = strengthen_weights(model, topic, self.teacher_steps, self.teacher_learning_rate)
         return State(memory={"strengthened": tuned})
 
     def loss(
@@ -56,11 +56,13 @@ class RKLU(Retaining):
         with model.using(state.memory["strengthened"]):
             raised = logits()
         labels = forget["labels"]
-        mask = predicted(labels)
+        mask = is_predicted(labels)
         if self.select == "label_rise":
             token = labels[:, 1:].clamp(min=0).unsqueeze(-1)  # (B, S, 1)
             mask = mask & ((raised - base)[:, :-1].gather(-1, token).squeeze(-1) > 0)
         # eq: RKLU, L = mean KL(p || softmax(z0 - strength relu(z+ - z0)))
         kl = token_kl(model.logits(forget), generic_logits(base, raised, self.strength))
-        loss = (kl * mask).sum() / total(mask.sum()).clamp(min=1)  # a batch may have none that rise
+        loss = (kl * mask).sum() / total_spread(mask.sum()).clamp(
+            min=1
+        )  # a batch may have none that rise
         return Terms({"forget": loss, **self.held(model, retain)}, {})

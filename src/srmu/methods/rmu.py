@@ -6,8 +6,8 @@ from typing import ClassVar
 from srmu.engine.model import EditableModel
 from srmu.engine.topic import Topic
 from srmu.methods.base import State
-from srmu.methods.directions import draw
-from srmu.methods.importance import measure
+from srmu.methods.directions import draw_direction
+from srmu.methods.importance import measure_features
 from srmu.methods.misdirection import Misdirection
 
 
@@ -19,7 +19,7 @@ class RMU(Misdirection):
     paper: ClassVar[str] = "arXiv 2403.03218"
 
     def setup(self, model: EditableModel, topic: Topic) -> State:
-        mean, norm = measure(self.frozen_sums(model, topic.forget, keep=False))
+        mean, norm = measure_features(self.frozen_sums(model, topic.forget, keep=False))
         # eq: RMU, T = c u, u = r / |r|, r ~ U[0,1)^D
-        u = draw("unit_uniform", len(mean), topic.generator("direction")).to(model.device)
+        u = draw_direction("unit_uniform", len(mean), topic.generator("direction")).to(model.device)
         return self.state(u, norm, direction=u)

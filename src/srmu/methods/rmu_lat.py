@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from srmu.engine.losses import counted, mean_nll, token_mse
+from srmu.engine.losses import is_counted, mean_nll, token_mse
 from srmu.engine.model import Batch, EditableModel
 from srmu.methods.rmu import RMU
 
@@ -41,15 +41,15 @@ class RMULAT(RMU):
 
     def steered(self, model: EditableModel, forget: Batch) -> Tensor:
         layer = model.layers[self.last_updated - self.window + 1]
-        mask = counted(forget["labels"])
+        mask = is_counted(forget["labels"])
         with model.frozen():
             before = model.hidden(forget, self.site, keep=False)
-        with shifted(layer, None) as seen, torch.no_grad():
+        with shift_inputs(layer, None) as seen, torch.no_grad():
             model.hidden(forget, self.site)
         radius = self.budget * seen[0].float().norm(dim=-1, keepdim=True)
         shift = torch.zeros_like(seen[0], dtype=torch.float32)
         for _ in range(self.adversary_steps):
-            with shifted(layer, shift.requires_grad_()):
+            with shift_inputs(layer, shift.requires_grad_()):
                 if self.adversary == "activations":
                     cost = token_mse(model.hidden(forget, self.site), before, mask)
                 else:
@@ -59,12 +59,12 @@ class RMULAT(RMU):
             slope = slope / slope.norm(dim=-1, keepdim=True).clamp(min=TINY)
             shift = shift.detach() - 2.5 / self.adversary_steps * radius * slope
             shift = shift * (radius / shift.norm(dim=-1, keepdim=True).clamp(min=TINY)).clamp(max=1)
-        with shifted(layer, shift):
+        with shift_inputs(layer, shift):
             return model.hidden(forget, self.site)
 
 
 @contextmanager
-def shifted(layer: Any, shift: Tensor | None) -> Iterator[list[Tensor]]:
+def shift_inputs(layer: Any, shift: Tensor | None) -> Iterator[list[Tensor]]:
     """Add a shift to what a layer reads; what it would have read, once it has been run."""
     seen: list[Tensor] = []
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from srmu.engine.model import EditableModel
 from srmu.engine.topic import Topic
 from srmu.methods.base import State
-from srmu.methods.importance import measure
+from srmu.methods.importance import measure_features
 from srmu.methods.rmu import RMU
 
 
@@ -31,7 +31,7 @@ class RNA(RMU):
 
     def setup(self, model: EditableModel, topic: Topic) -> State:
         state = super().setup(model, topic)
-        sizes, _ = measure(self.frozen_sums(model, topic.retain), "rms")  # of each feature
+        sizes, _ = measure_features(self.frozen_sums(model, topic.retain), "rms")  # of each feature
         state.numbers["noise"] = self.noise * float(sizes.square().mean().sqrt())
         state.memory["noise"] = topic.generator("retain noise")
         return state

@@ -7,9 +7,9 @@ from srmu.engine.losses import mean_nll
 from srmu.engine.model import Batch, EditableModel
 from srmu.engine.topic import Topic
 from srmu.engine.train import Terms
-from srmu.errors import UserError
+from srmu.errors import SrmuError
 from srmu.methods.base import State
-from srmu.methods.logits import LogitObjective, drift
+from srmu.methods.logits import LogitObjective, kl_drift
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ class SCRUB(LogitObjective):
 
     def setup(self, model: EditableModel, topic: Topic) -> State:
         if self.gamma == 0 and not model.delta():
-            raise UserError(
+            raise SrmuError(
                 "method.gamma=0: at the start KL has no gradient, and nothing else would move the "
                 "model; give gamma a value above 0"
             )
@@ -50,10 +50,10 @@ class SCRUB(LogitObjective):
         # its minimum then, and Adam would make full steps of rounding noise.
         if turn % 2 and turn < 2 * self.ascent_steps:
             # eq: SCRUB, max: L = -T^2 KL(p0 || p)(x_f)
-            kl = drift(model, forget, model.logits(forget), self.temperature)
+            kl = kl_drift(model, forget, model.logits(forget), self.temperature)
             return Terms({"forget": -kl}, {})
         # eq: SCRUB, min: L = alpha T^2 KL(p0 || p)(x_r) + gamma nll(x_r)
         logits = model.logits(retain)
-        kl = drift(model, retain, logits, self.temperature)
+        kl = kl_drift(model, retain, logits, self.temperature)
         nll = mean_nll(logits, retain["labels"])
         return Terms({"retain": self.alpha * kl, "retain_nll": self.gamma * nll}, {})

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import torch.nn.functional as F  # noqa: N812
 
-from srmu.engine.losses import predicted, row_mean, token_nll
+from srmu.engine.losses import is_predicted, row_mean, token_nll
 from srmu.engine.model import Batch, EditableModel
 from srmu.engine.train import Terms
 from srmu.methods.base import State
@@ -34,7 +34,7 @@ class SimNPO(Retaining):
         labels = forget["labels"]
         nll = token_nll(model.logits(forget), labels).sum(dim=1)  # (B,)
         # Public ports divide by the labels before they are shifted: one too many a text.
-        length = predicted(labels).sum(dim=1).clamp(min=1)
+        length = is_predicted(labels).sum(dim=1).clamp(min=1)
         # eq: SimNPO, L = -(2/beta) E log sigmoid(beta (nll/|y| - gamma))
         # gamma is the code's: the paper's stands outside of beta, gamma_paper = beta gamma
         terms = -2 / self.beta * F.logsigmoid(self.beta * (nll / length - self.gamma))

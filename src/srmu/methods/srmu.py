@@ -6,13 +6,19 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from srmu.engine.distributed import total
+from srmu.engine.distributed import total_spread
 from srmu.engine.model import Batch, EditableModel
 from srmu.engine.topic import Topic
-from srmu.errors import UserError
+from srmu.errors import SrmuError
 from srmu.methods.base import State
-from srmu.methods.directions import Direction, draw
-from srmu.methods.importance import Fusion, Statistic, describe, importance, measure
+from srmu.methods.directions import Direction, draw_direction
+from srmu.methods.importance import (
+    Fusion,
+    Statistic,
+    describe_importance,
+    importance_map,
+    measure_features,
+)
 from srmu.methods.misdirection import Misdirection
 
 
@@ -45,23 +51,25 @@ class SRMU(Misdirection):
         for option in ("map_mode", "statistic", "clip_quantile"):
             self.needs(option, self.importance != "uniform", "a map that is not uniform")
         if not 0 < self.clip_quantile <= 1 or not 0 <= self.ema_decay < 1 or self.eps <= 0:
-            raise UserError("method: 0 < clip_quantile <= 1, 0 <= ema_decay < 1 and eps > 0")
+            raise SrmuError("method: 0 < clip_quantile <= 1, 0 <= ema_decay < 1 and eps > 0")
 
     def fuse(self, v_f: Tensor, v_r: Tensor, order: Tensor) -> Tensor:
         """I_norm (D,) from the two statistics; `order` is the permutation of `shuffled`."""
         options = {"lam": self.lam, "eps": self.eps, "clip_quantile": self.clip_quantile}
-        return importance(v_f, v_r, self.importance, order=order, **options)
+        return importance_map(v_f, v_r, self.importance, order=order, **options)
 
     def setup(self, model: EditableModel, topic: Topic) -> State:
-        v_f, norm = measure(self.frozen_sums(model, topic.forget, keep=False), self.statistic)
-        v_r, _ = measure(self.frozen_sums(model, topic.retain), self.statistic)
+        v_f, norm = measure_features(
+            self.frozen_sums(model, topic.forget, keep=False), self.statistic
+        )
+        v_r, _ = measure_features(self.frozen_sums(model, topic.retain), self.statistic)
         generator = topic.generator("direction", self.shared_direction)
-        direction = draw(self.direction, len(v_f), generator).to(model.device)
+        direction = draw_direction(self.direction, len(v_f), generator).to(model.device)
         order = torch.randperm(len(v_f), generator=topic.generator("shuffled map")).to(v_f.device)
         map_ = self.fuse(v_f, v_r, order)
         # eq: SRMU eq. 4, T = c_map V I_norm
         state = self.state(direction * map_, norm, direction=direction, importance=map_)
-        state.numbers["importance"] = describe(map_)
+        state.numbers["importance"] = describe_importance(map_)
         state.memory = {"generator": generator, "order": order}
         return state
 
@@ -70,11 +78,15 @@ class SRMU(Misdirection):
     ) -> Tensor:
         kept, memory = state.tensors, state.memory
         if self.direction == "resampled":
-            fresh = draw(self.direction, len(kept["direction"]), memory["generator"])
+            fresh = draw_direction(self.direction, len(kept["direction"]), memory["generator"])
             kept["direction"] = fresh.to(model.device)
         if self.map_mode != "static":
-            pairs = [map(total, self.frozen_sums(model, [batch])) for batch in (forget, retain)]
-            values = torch.stack([measure(pair, self.statistic)[0] for pair in pairs])  # (2, D)
+            pairs = [
+                map(total_spread, self.frozen_sums(model, [batch])) for batch in (forget, retain)
+            ]
+            values = torch.stack(
+                [measure_features(pair, self.statistic)[0] for pair in pairs]
+            )  # (2, D)
             if self.map_mode == "ema":
                 values = torch.lerp(values, memory.get("ema", values), self.ema_decay)
                 memory["ema"] = values

@@ -13,10 +13,10 @@ from srmu.engine.model import Batch, EditableModel
 from srmu.engine.progress import Watch
 from srmu.engine.topic import Topic
 from srmu.engine.train import TrainOptions
-from srmu.errors import UserError
+from srmu.errors import SrmuError
 from srmu.methods.base import State
 from srmu.methods.edits import WholeEdit
-from srmu.methods.gradients import alike, gradient_sums, nlls, singles
+from srmu.methods.gradients import batch_nlls, gradient_sums, group_alike, split_batches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,14 +46,14 @@ class SSD(WholeEdit):
         i_f, i_d = method.importances(model, pool, watch)
         selected, left = 0, 0.0
         for name in i_f:
-            factor = dampening(i_f[name], i_d[name], method.alpha, method.lam)
+            factor = dampening_factors(i_f[name], i_d[name], method.alpha, method.lam)
             with torch.no_grad():
                 model.trained[name].copy_(model.trained[name].float() * factor)
-            lower = distributed.whole(factor)
+            lower = distributed.gather_tensor(factor)
             selected += int((lower < 1).sum())
             left += float(lower[lower < 1].sum())
         if not selected:
-            raise UserError(
+            raise SrmuError(
                 f"no weight is over {method.alpha:g} times as important to the forget texts; lower "
                 "method.alpha" + ", or method.reference=retain" * (method.reference == "all")
             )
@@ -67,10 +67,10 @@ class SSD(WholeEdit):
         """Of each weight that may change, to the forget texts and to the reference."""
         left_out = {n for n in model.trained for glob in self.exclude if fnmatchcase(n, glob)}
         if self.exclude and not left_out:
-            raise UserError(f"method.exclude={self.exclude}: matches no tensor that is edited")
-        forget, retain = singles(topic.forget), singles(topic.retain)
+            raise SrmuError(f"method.exclude={self.exclude}: matches no tensor that is edited")
+        forget, retain = split_batches(topic.forget), split_batches(topic.retain)
         count = min(self.samples, len(forget), len(retain))
-        pairs = alike(forget[:count], retain[:count])
+        pairs = group_alike(forget[:count], retain[:count])
         chosen = {name: p for name, p in model.trained.items() if name not in left_out}
         for name in left_out:
             model.trained[name].requires_grad_(False)
@@ -79,7 +79,9 @@ class SSD(WholeEdit):
             # It is the diagonal Fisher matrix (public code squares the mean gradient of a batch,
             # which depends on its size). Sums over as many texts do for means: ratios are used.
             i_f, i_d = (
-                pooled(gradient_sums(chosen, nlls(model, mine(part, chosen), tick), 2))
+                pool_sums(
+                    gradient_sums(chosen, batch_nlls(model, own_share(part, chosen), tick), 2)
+                )
                 for part in pairs
             )
         for name in left_out:
@@ -90,21 +92,23 @@ class SSD(WholeEdit):
         return i_f, i_d
 
 
-def mine(texts: list[Batch], parameters: Mapping[str, Tensor]) -> list[Batch]:
+def own_share(texts: list[Batch], parameters: Mapping[str, Tensor]) -> list[Batch]:
     """This process' share of single texts; of tensors that are sharded all read all texts.
 
     There a gradient comes as the mean over the processes: squares of it would be of several texts.
     """
     sharded = any(map(distributed.is_sharded, parameters.values()))
-    return texts if sharded else texts[distributed.rank() :: distributed.size()]
+    return texts if sharded else texts[distributed.get_rank() :: distributed.get_size()]
 
 
-def pooled(sums: dict[str, Tensor]) -> dict[str, Tensor]:
+def pool_sums(sums: dict[str, Tensor]) -> dict[str, Tensor]:
     """The sums of all processes' texts."""
-    return {k: t if distributed.is_sharded(t) else distributed.summed(t) for k, t in sums.items()}
+    return {
+        k: t if distributed.is_sharded(t) else distributed.sum_values(t) for k, t in sums.items()
+    }
 
 
-def dampening(i_f: Tensor, i_d: Tensor, alpha: float, lam: float) -> Tensor:
+def dampening_factors(i_f: Tensor, i_d: Tensor, alpha: float, lam: float) -> Tensor:
     """What each weight is multiplied by, from its importances to forget texts and the reference."""
     # eq: SSD, theta_i <- theta_i min(lambda I_D,i / I_f,i, 1) where I_f,i > alpha I_D,i
     return torch.where(i_f > alpha * i_d, (lam * i_d / i_f).clamp(max=1), 1.0)

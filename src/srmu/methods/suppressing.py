@@ -12,10 +12,10 @@ import torch
 
 from srmu.engine.model import EditableModel
 from srmu.engine.topic import Topic
-from srmu.engine.train import TrainOptions, fit
+from srmu.engine.train import TrainOptions, fit_model
 from srmu.methods.base import Objective, State
 from srmu.methods.graddiff import GradDiff
-from srmu.methods.logits import ignore
+from srmu.methods.logits import ignore_step
 from srmu.methods.rmu import RMU
 from srmu.methods.srmu import SRMU
 
@@ -88,11 +88,11 @@ class Suppressing(Objective):
             learning_rate=self.teacher_learning_rate, max_steps=self.teacher_steps
         )
         with self.scoped(model):
-            fit(model, [part], first.limited(options, model.vocabulary_size), ignore)
+            fit_model(model, [part], first.limited(options, model.vocabulary_size), ignore_step)
         return state
 
 
-def perturb(
+def perturb_weights(
     model: EditableModel, generator: torch.Generator, noise: float, beta: float = 1.0
 ) -> None:
     """Shrink all weights into noise that is `beta` times the size of fresh weights."""

@@ -5,12 +5,12 @@ from typing import ClassVar, Literal
 
 import torch
 
-from srmu.engine.losses import predicted, token_entropy
+from srmu.engine.losses import is_predicted, token_entropy
 from srmu.engine.model import Batch, EditableModel
 from srmu.engine.topic import Topic
-from srmu.engine.train import Terms, restore
+from srmu.engine.train import Terms, copy_values
 from srmu.methods.base import State
-from srmu.methods.logits import drift, fine_tune
+from srmu.methods.logits import fine_tune, kl_drift
 from srmu.methods.suppressing import Suppressing
 
 
@@ -59,18 +59,18 @@ class TAR(Suppressing):
             there = self.suppression.loss(model, memory["first"], forget, forget, step)
             cost = there.losses["forget"]
         else:
-            mask = predicted(forget["labels"])
+            mask = is_predicted(forget["labels"])
             cost = -(token_entropy(model.logits(forget)) * mask).sum() / mask.sum()
         slopes = torch.autograd.grad(
             self.strength * cost, weights, allow_unused=True, materialize_grads=True
         )
-        restore(weights, here)
+        copy_values(weights, here)
         # eq: TAR, to first order: the gradient of L(adv(theta)) is taken for that at theta
         pairs = zip(weights, slopes, strict=True)
         line = torch.stack(
             [(weight.float() * slope.float()).sum() for weight, slope in pairs]
         ).sum()
-        held = self.hold * drift(model, retain, model.logits(retain))
+        held = self.hold * kl_drift(model, retain, model.logits(retain))
         return Terms(
             {"forget": self.strength * cost.detach() + line - line.detach(), "retain": held}, {}
         )

@@ -13,7 +13,7 @@ from srmu.engine.topic import Topic
 from srmu.engine.train import TrainOptions
 from srmu.methods.base import State
 from srmu.methods.edits import WholeEdit
-from srmu.methods.logits import strengthened
+from srmu.methods.logits import strengthen_weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ class TaskArithmetic(WholeEdit):
         steps = method.teacher_steps
         with watch("fine-tuning on the forget texts", steps) as tick:
             followed = pool.followed(partial(tick, ""))
-            tuned = strengthened(model, followed, steps, method.teacher_learning_rate)
+            tuned = strengthen_weights(model, followed, steps, method.teacher_learning_rate)
         moved, size = 0.0, 0.0
         for name, parameter in model.trained.items():
             before, after = model.original[name].float(), tuned[name].float()

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from srmu.engine.distributed import total
-from srmu.engine.losses import predicted
+from srmu.engine.distributed import total_spread
+from srmu.engine.losses import is_predicted
 from srmu.engine.model import Batch, EditableModel
 from srmu.engine.train import Terms
 from srmu.methods.base import State
@@ -28,7 +28,7 @@ class UNDIAL(Retaining):
     def loss(
         self, model: EditableModel, state: State, forget: Batch, retain: Batch, step: int
     ) -> Terms:
-        mask = predicted(forget["labels"])
+        mask = is_predicted(forget["labels"])
         # Public ports index with the label -100, which lowers another token, and count padding.
         token = forget["labels"][:, 1:].clamp(min=0).unsqueeze(-1)  # (B, S, 1)
         with model.frozen():
@@ -37,5 +37,5 @@ class UNDIAL(Retaining):
         lowered = before.scatter_add(-1, token, before.new_full(token.shape, -self.strength))
         log_p = model.logits(forget)[:, :-1].float().log_softmax(-1)
         entropy = -(lowered.softmax(-1) * log_p).sum(-1)  # (B, S)
-        loss = (entropy * mask).sum() / total(mask.sum())
+        loss = (entropy * mask).sum() / total_spread(mask.sum())
         return Terms({"forget": loss, **self.held(model, retain)}, {})

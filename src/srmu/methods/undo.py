@@ -3,14 +3,14 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from srmu.engine.generate import whole
+from srmu.engine.generate import batch_texts
 from srmu.engine.losses import mean_kl
 from srmu.engine.model import Batch, EditableModel
 from srmu.engine.topic import Topic
-from srmu.engine.train import Schedule, Terms, restore, to
+from srmu.engine.train import Schedule, Terms, copy_values, move_batch
 from srmu.methods.base import State
 from srmu.methods.own_texts import free_samples
-from srmu.methods.suppressing import Suppressing, perturb
+from srmu.methods.suppressing import Suppressing, perturb_weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,10 +38,10 @@ class Undo(Suppressing):
         self.needs("own_tokens", self.own_texts > 0, "method.own_texts")
 
     def setup(self, model: EditableModel, topic: Topic) -> State:
-        restore([*model.trained.values()], [model.original[name] for name in model.trained])
+        copy_values([*model.trained.values()], [model.original[name] for name in model.trained])
         self.suppress(model, topic)
         teacher = {name: p.detach().clone() for name, p in model.trained.items()}
-        perturb(model, topic.generator("noise", shared=True), self.noise, self.beta)
+        perturb_weights(model, topic.generator("noise", shared=True), self.noise, self.beta)
         number = topic.number("own texts")
         texts = free_samples(model, self.own_texts, self.own_tokens, number)
         texts = [text for text in texts if len(text) > 1]
@@ -55,7 +55,7 @@ class Undo(Suppressing):
             size, read = len(retain["input_ids"]), memory["read"]
             rows = [texts[i % len(texts)] for i in range(read, read + size)]
             memory["read"] = read + size
-            batches["own"] = to(whole(rows), model.device)
+            batches["own"] = move_batch(batch_texts(rows), model.device)
         losses = {}
         for name, batch in batches.items():
             with model.using(memory["teacher"]):

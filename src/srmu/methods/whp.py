@@ -5,14 +5,14 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from srmu.engine.losses import generic_logits, predicted
+from srmu.engine.losses import generic_logits, is_predicted
 from srmu.engine.model import Batch, EditableModel
 from srmu.engine.topic import Topic
-from srmu.engine.train import Terms, to
+from srmu.engine.train import Terms, move_batch
 from srmu.methods.base import State
-from srmu.methods.logits import strengthened
+from srmu.methods.logits import strengthen_weights
 from srmu.methods.reinforced import Reinforced
-from srmu.methods.whp_terms import anchors_for, read_anchors, translate
+from srmu.methods.whp_terms import anchors_for, read_anchors, translate_batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,17 +37,19 @@ class WHP(Reinforced):
 
     def setup(self, model: EditableModel, topic: Topic) -> State:
         anchors = None if self.anchors is None else anchors_for(model.folder, self.anchors, topic)
-        tuned = strengthened(model, topic, self.teacher_steps, self.teacher_learning_rate)
+        tuned = strengthen_weights(model, topic, self.teacher_steps, self.teacher_learning_rate)
         return State(memory={"strengthened": tuned, "anchors": anchors})
 
     def generic(self, model: EditableModel, state: State, batch: Batch) -> tuple[Tensor, Tensor]:
         """Logits without the topic at each position, and where they say what is to be learnt."""
-        usable = predicted(batch["labels"])
+        usable = is_predicted(batch["labels"])
         with model.frozen():
             base = model.logits(batch).float()
             if state.memory["anchors"] is not None:
-                found = translate(batch, state.memory["anchors"])
-                base = found.aligned(model.logits(to(found.batch, model.device)).float(), base)
+                found = translate_batch(batch, state.memory["anchors"])
+                base = found.aligned(
+                    model.logits(move_batch(found.batch, model.device)).float(), base
+                )
                 usable = usable & found.usable[:, :-1].to(model.device)
         with model.using(state.memory["strengthened"]):
             raised = model.logits(batch)

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from srmu.engine.model import Batch
 from srmu.engine.topic import Topic
-from srmu.errors import UserError, first_line
+from srmu.errors import SrmuError, first_line
 
 Ids = list[int]
 
@@ -51,9 +51,9 @@ class Translation(NamedTuple):
 
 
 def tokenizer_of(folder: Path | None, who: str) -> Any:
-    """The tokenizer of the model in `folder`; UserError, saying who needs it, without one."""
+    """The tokenizer of the model in `folder`; SrmuError, saying who needs it, without one."""
     if folder is None:
-        raise UserError(f"{who} needs a tokenizer: load the model from a folder")
+        raise SrmuError(f"{who} needs a tokenizer: load the model from a folder")
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
@@ -61,33 +61,33 @@ def anchors_for(folder: Path | None, path: str, topic: Topic) -> Anchors:
     """The terms of a file in the tokens of the model in `folder`."""
     tokenizer = tokenizer_of(folder, "method.anchors")
     terms = read_anchors(path)
-    anchors = tokenised(terms, tokenizer)
-    if terms and not any(translate(batch, anchors).named for batch in topic.forget[:]):
-        raise UserError(
+    anchors = tokenise_terms(terms, tokenizer)
+    if terms and not any(translate_batch(batch, anchors).named for batch in topic.forget[:]):
+        raise SrmuError(
             f"method.anchors={path}: none of its terms is in {topic.name}'s forget texts"
         )
     return anchors
 
 
 def read_anchors(path: str) -> dict[str, str]:
-    """Terms with their generic ones, from a JSON file; UserError naming the file at fault."""
+    """Terms with their generic ones, from a JSON file; SrmuError naming the file at fault."""
     if not path.endswith(".json"):
-        raise UserError(f"method.anchors={path}: expected a .json file of {{term: generic term}}")
+        raise SrmuError(f"method.anchors={path}: expected a .json file of {{term: generic term}}")
     try:
         found: Any = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         why = "no such file" if isinstance(error, FileNotFoundError) else first_line(error)
-        raise UserError(f"method.anchors={path}: {why}") from None
+        raise SrmuError(f"method.anchors={path}: {why}") from None
     texts = [*found, *found.values()] if isinstance(found, dict) else [None]
     if not all(isinstance(text, str) and text.strip() for text in texts):
-        raise UserError(
+        raise SrmuError(
             f"method.anchors={path}: expected an object of texts, like "
             '{"Hogwarts": "the academy"}'
         )
     return found
 
 
-def tokenised(terms: dict[str, str], tokenizer: Any) -> Anchors:
+def tokenise_terms(terms: dict[str, str], tokenizer: Any) -> Anchors:
     """The terms in tokens, as they stand at the start of a text and inside one."""
     found: dict[tuple[int, ...], Anchor] = {}
     for number, (term, generic) in enumerate(terms.items()):
@@ -97,7 +97,7 @@ def tokenised(terms: dict[str, str], tokenizer: Any) -> Anchors:
                 for text in (term, generic)
             )
             if tokenizer.unk_token_id in new:
-                raise UserError(f"method.anchors: the tokenizer does not know {generic!r}")
+                raise SrmuError(f"method.anchors: the tokenizer does not know {generic!r}")
             if tokenizer.unk_token_id not in old:  # else it stands in no text
                 found.setdefault(tuple(old), Anchor(number, old, new))
     anchors: Anchors = {}
@@ -106,7 +106,7 @@ def tokenised(terms: dict[str, str], tokenizer: Any) -> Anchors:
     return anchors
 
 
-def translate(batch: Batch, anchors: Anchors) -> Translation:
+def translate_batch(batch: Batch, anchors: Anchors) -> Translation:
     """The batch with generic terms, padded on the right.
 
     A token outside of terms has its own place; a term's last token has that of its generic one's

@@ -5,8 +5,18 @@ from __future__ import annotations
 from html import escape
 from pathlib import Path
 
-from srmu.evals.figures import Analysis, Panel, shown
-from srmu.report.html import Beside, Figure, Line, Page, Section, Table, axis, marker, stroke
+from srmu.evals.figures import Analysis, Panel, format_number
+from srmu.report.html import (
+    Beside,
+    Figure,
+    Page,
+    Section,
+    Table,
+    TableLine,
+    label_marker,
+    label_stroke,
+    make_axis,
+)
 
 
 def write_analysis(analysis: Analysis, out: Path) -> Path:
@@ -21,15 +31,19 @@ def draw_panel(panel: Panel) -> Section:
     traces = []
     for i, (name, values) in enumerate(panel.series.items()):
         if panel.kind == "bars":
-            look = bars | {"marker": {"color": marker(i)["color"]}}
+            look = bars | {"marker": {"color": label_marker(i)["color"]}}
         else:
-            look = {"mode": "lines+markers", "line": stroke(i, width=2), "marker": marker(i)}
+            look = {
+                "mode": "lines+markers",
+                "line": label_stroke(i, width=2),
+                "marker": label_marker(i),
+            }
         traces.append({"name": escape(name), "x": [*panel.x], "y": [*values], **look})
     layout = {
-        "xaxis": axis(panel.x_title), "yaxis": axis(panel.y_title), "barmode": "overlay",
+        "xaxis": make_axis(panel.x_title), "yaxis": make_axis(panel.y_title), "barmode": "overlay",
         "showlegend": len(traces) > 1,
     }  # fmt: skip
-    lines = [Line(row) for row in zip(panel.x, *panel.series.values(), strict=True)]
+    lines = [TableLine(row) for row in zip(panel.x, *panel.series.values(), strict=True)]
     table = Table(panel.y_title, [panel.x_title, *panel.series], lines, tall=True)
     return Section(
         panel.title, [], [Beside("", Figure("", describe_panel(panel), traces, layout), table)]
@@ -44,7 +58,7 @@ def describe_panel(panel: Panel) -> str:
         if known:
             (low, at_low), (high, at_high) = min(known), max(known)
             parts.append(
-                f"{name}: lowest {shown(low)} at {shown(at_low)}, "
-                f"highest {shown(high)} at {shown(at_high)}"
+                f"{name}: lowest {format_number(low)} at {format_number(at_low)}, "
+                f"highest {format_number(high)} at {format_number(at_high)}"
             )
     return f"{panel.title}, {panel.y_title} by {panel.x_title}. {'; '.join(parts)}."

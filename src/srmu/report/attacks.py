@@ -8,35 +8,54 @@ from typing import Any
 
 import numpy as np
 
-from srmu.evals.statistics import Array, Draws, answered, estimate, residual, worst_case
-from srmu.report.format import Estimate, bars, hover, level, mark, number, plain, share, titled
+from srmu.evals.statistics import (
+    Array,
+    Draws,
+    estimate_from,
+    parse_answers,
+    residual_table,
+    worst_case,
+)
+from srmu.report.format import (
+    Estimate,
+    capitalise,
+    draw_level,
+    draw_mark,
+    error_bars,
+    hover_text,
+    name_words,
+    number_cell,
+    share_cell,
+)
 from srmu.report.html import (
     COLOURS,
     GREY,
     Beside,
-    Column,
+    ColumnHead,
     Figure,
-    Line,
     Section,
     Table,
-    axis,
-    marker,
-    names,
+    TableLine,
+    label_marker,
+    make_axis,
+    name_axis,
 )
 from srmu.report.relearning import (
     WHOSE,
-    Curve,
     Points,
+    RelearningCurve,
     by_steps,
     by_texts,
-    steps_drawn,
-    texts_drawn,
+    draw_by_steps,
+    draw_by_texts,
 )
-from srmu.report.results import Entry, config, pathless, read
+from srmu.report.results import RunGroup, read_config_tree, read_run_file, strip_paths
+
+KNOWLEDGE = "accuracy on the knowledge to forget"
 
 
 @dataclass(frozen=True)
-class Attacked:
+class AttackedRow:
     """What an attack brought back: accuracies on the knowledge to forget, averaged over seeds."""
 
     id: str
@@ -55,7 +74,7 @@ class Recovery:
     chance: float
     worst: Estimate
     strongest: str
-    attacks: Mapping[str, Attacked]
+    attacks: Mapping[str, AttackedRow]
     other: Sequence[tuple[str, str, Mapping[str, float]]]  # attack, measure, value by whose
     failed: Mapping[str, str]  # attacks that came to nothing, and why
     not_tried: Sequence[str]
@@ -63,9 +82,9 @@ class Recovery:
     steps: Mapping[str, Mapping[str, Points]]  # of each kind of E19, by whose model
 
 
-def recovery(entry: Entry) -> Recovery | None:
+def measure_recovery(entry: RunGroup) -> Recovery | None:
     """What the attacks on an entry's runs brought back; None where none was attacked."""
-    found = {run: read(run / "attacks.json") for run in entry.runs}
+    found = {run: read_run_file(run / "attacks.json") for run in entry.runs}
     found = {run: attacks for run, attacks in found.items() if attacks}
     if not found:
         return None
@@ -73,11 +92,11 @@ def recovery(entry: Entry) -> Recovery | None:
     worst: list[Array] = []
     answers: dict[tuple[str, str], list[Array]] = {}  # of an attack on "" or on a control
     for run, attacks in found.items():
-        model = config(run)["model"]  # questions of one testbed are drawn alike for all
+        model = read_config_tree(run)["model"]  # questions of one testbed are drawn alike for all
         facts = [(model, fact) for fact in attacks["facts"]]
-        worst.append(worst_case(draws.means(residual(attacks), facts), attacks["chance"]))
+        worst.append(worst_case(draws.means(residual_table(attacks), facts), attacks["chance"]))
         asked = {
-            (name, who): answered(kept["right"])
+            (name, who): parse_answers(kept["right"])
             for name, one in attacks["attacks"].items()
             for who, kept in {"": one, **one.get("controls", {})}.items()
             if kept.get("right")
@@ -87,12 +106,12 @@ def recovery(entry: Entry) -> Recovery | None:
             answers.setdefault(key, []).append(column)
 
     def averaged(values: Sequence[Array]) -> Estimate:
-        one = estimate(draws.over_seeds(np.stack(values, axis=1)), 0)
+        one = estimate_from(draws.over_seeds(np.stack(values, axis=1)), 0)
         return Estimate(one.value, one.low, one.high)
 
     first = {name: one for a in found.values() for name, one in a["attacks"].items()}
     attacked = {
-        name: Attacked(
+        name: AttackedRow(
             one["id"],
             averaged(answers[name, ""]),
             {who: averaged(v) for (of, who), v in answers.items() if of == name and who},
@@ -112,7 +131,7 @@ def recovery(entry: Entry) -> Recovery | None:
         max(valid, key=lambda name: attacked[name].accuracy.mean),
         attacked,
         [m for name, one in first.items() if name not in attacked for m in _measures(name, one)],
-        {name: pathless(one["why"]) for name, one in first.items() if one["status"] != "done"},
+        {name: strip_paths(one["why"]) for name, one in first.items() if one["status"] != "done"},
         known["not_tried"],
         by_texts([*found.values()]),
         by_steps([*found.values()]),
@@ -129,8 +148,8 @@ def _measures(name: str, one: Mapping[str, Any]) -> list[tuple[str, str, dict[st
     ]  # fmt: skip
 
 
-def attacked(
-    entries: Sequence[Entry], labels: Sequence[str], found: Sequence[Recovery | None]
+def attack_section(
+    entries: Sequence[RunGroup], labels: Sequence[str], found: Sequence[Recovery | None]
 ) -> Section | None:
     """Recovery by attack; None where no run was attacked."""
     pairs = [(e.label, e.group, one) for e, one in zip(entries, found, strict=True) if one]
@@ -148,7 +167,7 @@ def attacked(
             "Not all were attacked alike: a K* from a lower tier is a floor, and is not to be held "
             "against one from a higher tier."
         )
-    if missing := dict.fromkeys(plain(name) for *_, one in pairs for name in one.not_tried):
+    if missing := dict.fromkeys(name_words(name) for *_, one in pairs for name in one.not_tried):
         notes.append(f"Not tried: {', '.join(missing)}. What no attack found may still be there.")
     if len(pairs) == 1:
         return Section("Recovery by attack", notes, _one_attacked(pairs[0][0], pairs[0][2]))
@@ -157,12 +176,13 @@ def attacked(
 
 def _one_attacked(label: str, found: Recovery) -> list[Any]:
     order = sorted(found.attacks, key=lambda name: -found.attacks[name].accuracy.mean)
-    ticks = [plain(name) for name in order]
+    ticks = [name_words(name) for name in order]
     values = [found.attacks[name].accuracy for name in order]
     traces: list[dict[str, Any]] = [
         {
             "type": "bar", "orientation": "h", "name": "unlearned model", "y": ticks,
-            "x": [one.mean for one in values], "error_x": bars(values) | {"color": COLOURS[0]},
+            "x": [one.mean for one in values],
+            "error_x": error_bars(values) | {"color": COLOURS[0]},
             "marker": {
                 "color": COLOURS[0],
                 "opacity": [0.5 if found.attacks[name].valid else 0.2 for name in order],
@@ -184,10 +204,10 @@ def _one_attacked(label: str, found: Recovery) -> list[Any]:
                     "hovertemplate": f"%{{y}}<br>{who} %{{x:.1%}}",
                 }
             )  # fmt: skip
-    layout = level(found.chance, "chance") | {
-        "xaxis": axis("accuracy on the knowledge to forget", range=[0, 1.03], tickformat=".0%"),
+    layout = draw_level(found.chance, "chance") | {
+        "xaxis": make_axis(KNOWLEDGE, range=[0, 1.03], tickformat=".0%"),
         # with room for the name of the line below the last bar
-        "yaxis": names(ticks) | {"autorange": False, "range": [len(ticks) + 0.1, -0.6]},
+        "yaxis": name_axis(ticks) | {"autorange": False, "range": [len(ticks) + 0.1, -0.6]},
         "showlegend": True, "bargap": 0.35,
     }  # fmt: skip
     words = ", ".join(f"{t} {one}" for t, one in zip(ticks, values, strict=True))
@@ -196,32 +216,38 @@ def _one_attacked(label: str, found: Recovery) -> list[Any]:
         layout, rows=len(order),
     )  # fmt: skip
     lines = [
-        Line([
-            f"{plain(name)} ({one.id})", number(one.accuracy),
-            number(one.controls.get("original")), number(one.controls.get("oracle")),
+        TableLine([
+            f"{name_words(name)} ({one.id})", number_cell(one.accuracy),
+            number_cell(one.controls.get("original")), number_cell(one.controls.get("oracle")),
             one.chosen if one.valid else f"invalid: the oracle recovers, too; {one.chosen}",
         ])
         for name, one in ((name, found.attacks[name]) for name in order)
     ]  # fmt: skip
-    controls = Column("Original", "control"), Column("Oracle", "control")
-    whose = Column("Unlearned", "under attack")
-    heads: list[Column | str] = ["Attack", whose, *controls, "Strongest setting"]
+    controls = ColumnHead("Original", "control"), ColumnHead("Oracle", "control")
+    whose = ColumnHead("Unlearned", "under attack")
+    heads: list[ColumnHead | str] = ["Attack", whose, *controls, "Strongest setting"]
     blocks: list[Any] = [picture, Table("Accuracy under attack, per cent", heads, lines)]
     if found.relearning:
-        curves = [Curve(*one, i) for i, one in enumerate(found.relearning.items())]
-        blocks.append(texts_drawn(curves, found.chance))
+        curves = [RelearningCurve(*one, i) for i, one in enumerate(found.relearning.items())]
+        blocks.append(draw_by_texts(curves, found.chance))
     for kind, by_whom in found.steps.items():
-        curves = [Curve(WHOSE[who], points, who or 0) for who, points in by_whom.items()]
-        blocks.append(steps_drawn(kind, curves, found.chance))
+        curves = [RelearningCurve(WHOSE[who], points, who or 0) for who, points in by_whom.items()]
+        blocks.append(draw_by_steps(kind, curves, found.chance))
     if found.other:
         rest = [
-            Line([plain(name), measure, *(values.get(who) for who in ("", "original", "oracle"))])
+            TableLine(
+                [
+                    name_words(name),
+                    measure,
+                    *(values.get(who) for who in ("", "original", "oracle")),
+                ]
+            )
             for name, measure, values in found.other
         ]
         heads = ["Attack", "Measure", "Unlearned", *controls]
         blocks.append(Table("What else was measured", heads, rest))
     if found.failed:
-        why = [Line([plain(name), text]) for name, text in found.failed.items()]
+        why = [TableLine([name_words(name), text]) for name, text in found.failed.items()]
         blocks.append(Table("Attacks without a result", ["Attack", "Why"], why, words=True))
     return blocks
 
@@ -233,17 +259,22 @@ def _many_attacked(pairs: Sequence[tuple[str, str, Recovery]], labels: Sequence[
     order = sorted(pairs, key=lambda pair: pair[2].worst.mean)
     ticks = [named(label, group) for label, group, _ in order]
     worst = [
-        mark(one.worst, Estimate(0), hover(tick, f"K* {share(one.worst).text} "
-             f"({share(one.worst).span})", f"strongest: {plain(one.strongest)}"), label,
-             marker(labels.index(label), size=10)) | {"y": [tick]}
+        draw_mark(one.worst, Estimate(0), hover_text(tick, f"K* {share_cell(one.worst).text} "
+             f"({share_cell(one.worst).span})", f"strongest: {name_words(one.strongest)}"), label,
+             label_marker(labels.index(label), size=10)) | {"y": [tick]}
         for tick, (label, _, one) in zip(ticks, order, strict=True)
     ]  # fmt: skip
-    words = ", ".join(f"{t} {share(p[2].worst).text}" for t, p in zip(ticks, order, strict=True))
+    words = ", ".join(
+        f"{t} {share_cell(p[2].worst).text}" for t, p in zip(ticks, order, strict=True)
+    )
     first = Figure(
         "K*: the share of the knowledge that the best attack found",
         f"K* of each method with its interval, lowest first: {words}.",
         worst,
-        {"xaxis": axis("K*", range=[-0.02, 1.04]), "yaxis": names(ticks) | {"showgrid": True}},
+        {
+            "xaxis": make_axis("K*", range=[-0.02, 1.04]),
+            "yaxis": name_axis(ticks) | {"showgrid": True},
+        },
         rows=len(ticks),
     )
     kinds = list(dict.fromkeys(name for *_, one in pairs for name in one.attacks))
@@ -259,44 +290,45 @@ def _many_attacked(pairs: Sequence[tuple[str, str, Recovery]], labels: Sequence[
         strip.append(
             {
                 "mode": "markers", "meta": label, "cliponaxis": False,
-                "marker": marker(labels.index(label), size=9, opacity=0.75),
+                "marker": label_marker(labels.index(label), size=9, opacity=0.75),
                 "x": [one.attacks[name].accuracy.mean for name in known],
-                "y": [plain(name) for name in known], "hoverinfo": "text",
-                "text": [hover(named(label, group), f"{plain(n)} {one.attacks[n].accuracy}")
+                "y": [name_words(name) for name in known], "hoverinfo": "text",
+                "text": [hover_text(named(label, group),
+                                    f"{name_words(n)} {one.attacks[n].accuracy}")
                          for n in known],
             }
         )  # fmt: skip
-    means = ", ".join(f"{plain(name)} {typical(name):.0%}" for name in kinds)
+    means = ", ".join(f"{name_words(name)} {typical(name):.0%}" for name in kinds)
     second = Figure(
         "Accuracy under each attack, a mark a method",
         f"Accuracy of each method under each attack; the mean of the methods: {means}.",
         strip,
-        level(pairs[0][2].chance, "chance") | {
-            "xaxis": axis("accuracy on the knowledge to forget", range=[0, 1.03], tickformat=".0%"),
-            "yaxis": names([plain(name) for name in kinds]) | {"showgrid": True},
+        draw_level(pairs[0][2].chance, "chance") | {
+            "xaxis": make_axis(KNOWLEDGE, range=[0, 1.03], tickformat=".0%"),
+            "yaxis": name_axis([name_words(name) for name in kinds]) | {"showgrid": True},
         },
         rows=len(kinds) + 2,
     )  # fmt: skip
     lines = [
-        Line([named(label, group),
-              *(number(one.attacks[n].accuracy) if n in one.attacks else None for n in kinds)],
+        TableLine([named(label, group),
+              *(number_cell(one.attacks[n].accuracy) if n in one.attacks else None for n in kinds)],
              label)
         for label, group, one in pairs
     ]  # fmt: skip
     table = Table(
         "Accuracy under attack, per cent",
-        ["Method", *(titled(plain(name)) for name in kinds)],
+        ["Method", *(capitalise(name_words(name)) for name in kinds)],
         lines,
     )
     blocks = [first, second, table]
     again = [
-        Curve(named(label, group), max(one.relearning.values(), key=lambda v: v[-1][1]),
+        RelearningCurve(named(label, group), max(one.relearning.values(), key=lambda v: v[-1][1]),
               labels.index(label), label)
         for label, group, one in pairs
         if one.relearning
     ]  # fmt: skip
     if again:
-        blocks.append(texts_drawn(again, pairs[0][2].chance))
+        blocks.append(draw_by_texts(again, pairs[0][2].chance))
     return blocks + _many_stepped(pairs, labels, named)
 
 
@@ -309,11 +341,13 @@ def _many_stepped(
     blocks = []
     for kind in dict.fromkeys(kind for *_, one in pairs for kind in one.steps):
         curves = [
-            Curve(named(label, group), one.steps[kind][""], labels.index(label), label)
+            RelearningCurve(named(label, group), one.steps[kind][""], labels.index(label), label)
             for label, group, one in pairs
             if kind in one.steps
         ]
         controls = next(one.steps[kind] for *_, one in pairs if kind in one.steps)
-        curves += [Curve(WHOSE[who], points, who) for who, points in controls.items() if who]
-        blocks.append(steps_drawn(kind, curves, pairs[0][2].chance))
+        curves += [
+            RelearningCurve(WHOSE[who], points, who) for who, points in controls.items() if who
+        ]
+        blocks.append(draw_by_steps(kind, curves, pairs[0][2].chance))
     return blocks

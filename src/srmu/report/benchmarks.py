@@ -7,12 +7,22 @@ from statistics import fmean, stdev
 from typing import Any
 
 from srmu.evals import benchmarks as suites
-from srmu.evals.benchmarks.base import Column, Metrics, Suite
-from srmu.evals.benchmarks.score import FILE, cell
-from srmu.report.format import Estimate, hover, mark
-from srmu.report.html import GREY, Cell, Figure, Line, Panels, Section, Table, axis, marker
-from srmu.report.html import Column as Head
-from srmu.report.results import Entry, read
+from srmu.evals.benchmarks.base import Benchmark, Metrics, TableColumn
+from srmu.evals.benchmarks.score import FILE, format_metric
+from srmu.report.format import Estimate, draw_mark, hover_text
+from srmu.report.html import (
+    GREY,
+    Cell,
+    Figure,
+    Panels,
+    Section,
+    Table,
+    TableLine,
+    label_marker,
+    make_axis,
+)
+from srmu.report.html import ColumnHead as Head
+from srmu.report.results import RunGroup, read_run_file
 
 HINTS = {"high": "higher is better", "low": "lower is better", "zero": "0 is best"}
 ARROWS = {"high": "\N{UPWARDS ARROW}", "low": "\N{DOWNWARDS ARROW}", "zero": "0"}
@@ -20,17 +30,19 @@ RINGS = {"Original model": "circle-open", "Oracle": "diamond-open"}
 Shown = tuple[str, str, list[Metrics]]  # what a row is called, whose label it has, seeds
 
 
-def benchmarks(entries: Sequence[Entry], labels: Sequence[str]) -> list[Section]:
+def benchmark_sections(entries: Sequence[RunGroup], labels: Sequence[str]) -> list[Section]:
     """A section for each suite that any of the runs was measured on."""
-    measured = [(entry, [read(folder / FILE) for folder in entry.runs]) for entry in entries]
+    measured = [
+        (entry, [read_run_file(folder / FILE) for folder in entry.runs]) for entry in entries
+    ]
     names = dict.fromkeys(name for _, seeds in measured for one in seeds for name in one)
-    return [section(name, measured, labels) for name in names]
+    return [benchmark_section(name, measured, labels) for name in names]
 
 
-def section(
-    name: str, measured: Sequence[tuple[Entry, list[dict[str, Any]]]], labels: Sequence[str]
+def benchmark_section(
+    name: str, measured: Sequence[tuple[RunGroup, list[dict[str, Any]]]], labels: Sequence[str]
 ) -> Section:
-    suite, part = suites.find(name)
+    suite, part = suites.find_benchmark(name)
     shown: list[Shown] = []
     for when, title in zip(("before", "oracle"), RINGS, strict=True):
         known: list[Metrics] = []
@@ -45,7 +57,7 @@ def section(
             shown.append((label, entry.label, after))
     heads: list[Head | str] = ["Model", *(Head(c.title, HINTS[c.better]) for c in suite.columns)]
     lines = [
-        Line([title, *(valued(column, seeds) for column in suite.columns)], label)
+        TableLine([title, *(value_cell(column, seeds) for column in suite.columns)], label)
         for title, label, seeds in shown
     ]
     first = [line for line in lines if not line.label]
@@ -55,22 +67,24 @@ def section(
         "Means over seeds; in small type one standard error, over seeds where there are several, "
         "else over questions. The definition of each number is in docs/benchmarks.md.",
     ]
-    picture = [Panels([figure(suite, shown, labels)], small=False)] if suite.axes[0] else []
+    picture = (
+        [Panels([benchmark_figure(suite, shown, labels)], small=False)] if suite.axes[0] else []
+    )
     return Section(f"Benchmark: {suite.title}", notes, [*picture, table])
 
 
-def valued(column: Column, seeds: Sequence[Metrics]) -> Cell | None:
+def value_cell(column: TableColumn, seeds: Sequence[Metrics]) -> Cell | None:
     """A column's mean over seeds, with its standard error; None where it was left out."""
     found = [metrics for metrics in seeds if column.metric in metrics]
     if not found:
         return None
-    one = estimate(column, found)
-    text = cell(column, {column.metric: {"value": one.mean / column.scale, "n": 0}})
+    one = estimate_column(column, found)
+    text = format_metric(column, {column.metric: {"value": one.mean / column.scale, "n": 0}})
     span = "" if one.high is None else f"\N{PLUS-MINUS SIGN}{one.high - one.mean:.2g}"
     return Cell(text, span, one.mean)
 
 
-def estimate(column: Column, seeds: Sequence[Metrics]) -> Estimate:
+def estimate_column(column: TableColumn, seeds: Sequence[Metrics]) -> Estimate:
     """The mean over seeds in the column's scale, between one standard error below and above."""
     entries = [metrics[column.metric] for metrics in seeds]
     values = [column.scale * entry["value"] for entry in entries]
@@ -84,7 +98,7 @@ def estimate(column: Column, seeds: Sequence[Metrics]) -> Estimate:
     return Estimate(middle, middle - error, middle + error)
 
 
-def figure(suite: Suite, shown: Sequence[Shown], labels: Sequence[str]) -> Figure:
+def benchmark_figure(suite: Benchmark, shown: Sequence[Shown], labels: Sequence[str]) -> Figure:
     """Each model's mark at two columns of the table."""
     across, up = (next(c for c in suite.columns if c.title == title) for title in suite.axes)
     ring = {"color": GREY, "size": 12, "line": {"width": 2}}
@@ -92,17 +106,19 @@ def figure(suite: Suite, shown: Sequence[Shown], labels: Sequence[str]) -> Figur
     for title, label, seeds in shown:
         if not all(c.metric in metrics for c in (across, up) for metrics in seeds):
             continue
-        x, y = (estimate(column, seeds) for column in (across, up))
+        x, y = (estimate_column(column, seeds) for column in (across, up))
         text = [f"{c.title} {one.mean:.3g}" for c, one in ((across, x), (up, y))]
-        look = marker(labels.index(label), size=11) if label else ring | {"symbol": RINGS[title]}
+        look = (
+            label_marker(labels.index(label), size=11) if label else ring | {"symbol": RINGS[title]}
+        )
         if not label:
             names.append(
                 {"x": x.mean, "y": y.mean, "text": title, "showarrow": False, "yshift": 15}
             )
-        traces.append(mark(x, y, hover(title, *text), label, look))
+        traces.append(draw_mark(x, y, hover_text(title, *text), label, look))
         words.append(f"{title}: {', '.join(text)}")
     layout: dict[str, Any] = {
-        name: axis(f"{column.title} {ARROWS[column.better]}")
+        name: make_axis(f"{column.title} {ARROWS[column.better]}")
         for name, column in (("xaxis", across), ("yaxis", up))
     }
     layout["annotations"] = names

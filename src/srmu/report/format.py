@@ -24,18 +24,18 @@ class Estimate:
         return f"{self.mean:.1%} ({self.low:.1%}\N{EN DASH}{self.high:.1%})".replace("%", "")
 
 
-def plain(name: str) -> str:
+def name_words(name: str) -> str:
     """A name of the code as words."""
     return name.replace("_", " ")
 
 
-def pretty(metric: str) -> str:
+def metric_words(metric: str) -> str:
     """`organism_hazard/acc` as a person would call it."""
     task, _, kind = metric.partition("/")
     return " ".join([task, *([] if kind in ("", "acc") else [kind])]).replace("_", " ")
 
 
-def number(found: Estimate | None) -> Cell | None:
+def number_cell(found: Estimate | None) -> Cell | None:
     """An estimate as a table shows it: accuracies in per cent, the interval in small type."""
     if found is None:
         return None
@@ -43,28 +43,28 @@ def number(found: Estimate | None) -> Cell | None:
     return Cell(text, span.strip("()"), found.mean)
 
 
-def percent(value: float | None) -> Cell | None:
+def percent_cell(value: float | None) -> Cell | None:
     """A share without an interval, in per cent."""
     return None if value is None else Cell(f"{100 * value:.1f}", "", value)
 
 
-def share(found: Estimate) -> Cell:
+def share_cell(found: Estimate) -> Cell:
     """A share such as K*, as a number below 1."""
     assert found.low is not None and found.high is not None
     return Cell(f"{found.mean:.2f}", f"{found.low:.2f}\N{EN DASH}{found.high:.2f}", found.mean)
 
 
-def titled(text: str) -> str:
+def capitalise(text: str) -> str:
     """A name at the head of a column."""
     return text[:1].upper() + text[1:]
 
 
-def said(name: str, numbers: Mapping[str, Estimate]) -> str:
+def describe_numbers(name: str, numbers: Mapping[str, Estimate]) -> str:
     """Numbers in words."""
-    return f"{name}: " + ", ".join(f"{pretty(k)} {v}" for k, v in numbers.items())
+    return f"{name}: " + ", ".join(f"{metric_words(k)} {v}" for k, v in numbers.items())
 
 
-def bars(found: Sequence[Estimate]) -> dict[str, Any]:
+def error_bars(found: Sequence[Estimate]) -> dict[str, Any]:
     """Plotly's error bars; none where there is no interval."""
     if any(one.low is None or one.high is None for one in found):
         return {}
@@ -73,22 +73,23 @@ def bars(found: Sequence[Estimate]) -> dict[str, Any]:
     return {"type": "data", "array": up, "arrayminus": down, "thickness": 1.25, "width": 0}
 
 
-def mark(
+def draw_mark(
     x: Estimate, y: Estimate, hover: str, label: str, look: Mapping[str, Any]
 ) -> dict[str, Any]:
     """One point with both intervals; hovering shows a name in bold and lines below it."""
     trace = {
         "x": [x.mean], "y": [y.mean], "mode": "markers", "cliponaxis": False, "marker": look,
-        "text": [hover], "hoverinfo": "text", "error_x": bars([x]), "error_y": bars([y]),
+        "text": [hover], "hoverinfo": "text",
+        "error_x": error_bars([x]), "error_y": error_bars([y]),
     }  # fmt: skip
     return trace | ({"meta": label} if label else {})
 
 
-def hover(name: str, *lines: str) -> str:
+def hover_text(name: str, *lines: str) -> str:
     return "<br>".join([f"<b>{escape(name)}</b>", *map(escape, lines)])
 
 
-def level(at: float, name: str, across: bool = False) -> dict[str, Any]:
+def draw_level(at: float, name: str, across: bool = False) -> dict[str, Any]:
     """A dotted line at a value of x (or y, `across`) with its name, for a layout."""
     free, held = ("x", "y") if across else ("y", "x")
     line = {
@@ -103,13 +104,13 @@ def level(at: float, name: str, across: bool = False) -> dict[str, Any]:
     return {"shapes": [line], "annotations": [text]}
 
 
-def with_error(entry: dict[str, float]) -> str:
+def format_with_error(entry: dict[str, float]) -> str:
     """`0.312 ± 0.033`: the value and its standard error."""
     error = f" ± {entry['stderr']:.3f}" if "stderr" in entry else ""
     return f"{entry['value']:.3f}{error}"
 
 
-def in_percent(entry: dict[str, float]) -> str:
+def format_percent(entry: dict[str, float]) -> str:
     """`31.2 (24.0-39.1)`: a number between 0 and 1 with its interval."""
     return "{value:.1%} ({low:.1%}\N{EN DASH}{high:.1%})".format(**entry).replace("%", "")
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from srmu.engine.files import write_json, write_whole
-from srmu.methods.reference import table
-from srmu.report.format import in_percent, print_table
+from srmu.methods.reference import markdown_table
+from srmu.report.format import format_percent, print_table
 
 WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 760, 420, 64, 16, 560, 364
 LINE = 16  # between two labels of the picture
@@ -18,16 +18,16 @@ Found = Mapping[str, Any]  # what srmu.frontier.tables_of gives
 Rows = list[dict[str, str]]
 
 
-def write(found: Found, out: Path) -> list[Path]:
+def write_robust(found: Found, out: Path) -> list[Path]:
     """Write `robust.json`, `robust.md` and the pictures, or those of the ablations."""
     out.mkdir(parents=True, exist_ok=True)
     paths = [out / f"{found['kind']}.json", out / f"{found['kind']}.md"]
     write_json(paths[0], found)
-    write_whole(paths[1], markdown(found))
+    write_whole(paths[1], robust_markdown(found))
     for part in found["parts"]:
-        if points_of(part):
+        if shown_rows(part):
             paths.append(out / f"{picture_of(found, part)}.svg")
-            write_whole(paths[-1], picture(found, part))
+            write_whole(paths[-1], draw_robust(found, part))
     return paths
 
 
@@ -35,28 +35,33 @@ def picture_of(found: Found, part: Found) -> str:
     return f"{found['kind']}-{part['world']}-{part['regime']}"
 
 
-def markdown(found: Found) -> str:
+def robust_markdown(found: Found) -> str:
     """All of it, with the command that makes it again; no date, no path."""
-    lines = ["```bash", found["command"], "```", "", described(found), ""]
+    lines = ["```bash", found["command"], "```", "", describe_robust(found), ""]
     for part in found["parts"]:
         lines += [f"## {part['title']}", ""]
-        if points_of(part):
-            lines += [f"![{told(part)}]({picture_of(found, part)}.svg)", ""]
-        for title, rows in sections(found, part):
-            lines += [f"{title}", "", *table([*rows[0]], [[*row.values()] for row in rows]), ""]
+        if shown_rows(part):
+            lines += [f"![{describe_picture(part)}]({picture_of(found, part)}.svg)", ""]
+        for title, rows in robust_sections(found, part):
+            lines += [
+                f"{title}",
+                "",
+                *markdown_table([*rows[0]], [[*row.values()] for row in rows]),
+                "",
+            ]
     return "\n".join(lines)
 
 
-def show(found: Found) -> None:
+def print_robust(found: Found) -> None:
     """The tables in the terminal."""
-    print(described(found))
+    print(describe_robust(found))
     for part in found["parts"]:
-        for title, rows in sections(found, part):
+        for title, rows in robust_sections(found, part):
             print(f"\n{part['title']}. {title}")
             print_table(rows)
 
 
-def described(found: Found) -> str:
+def describe_robust(found: Found) -> str:
     count = len(found["seeds"])
     named = ", ".join(map(str, found["seeds"]))
     over = f"over {count} testbeds (seeds {named})" if count > 1 else f"on testbed {named}"
@@ -68,12 +73,15 @@ def described(found: Found) -> str:
     )
 
 
-def sections(found: Found, part: Found) -> list[tuple[str, Rows]]:
+def robust_sections(found: Found, part: Found) -> list[tuple[str, Rows]]:
     """A part's tables as strings, with their titles."""
     rows = part["rows"]
-    sections = [("At the same loss of utility:", [accuracy(part, row) for row in rows])]
+    sections = [("At the same loss of utility:", [accuracy_line(part, row) for row in rows])]
     kinds = [
-        {"method": row["label"], **{name: known(one) for name, one in row["kinds"].items()}}
+        {
+            "method": row["label"],
+            **{name: format_residual(one) for name, one in row["kinds"].items()},
+        }
         for row in rows
         if row.get("kinds")
     ]
@@ -85,14 +93,14 @@ def sections(found: Found, part: Found) -> list[tuple[str, Rows]]:
             "Accuracy under each attack, and in brackets the share of the original knowledge that "
             "is (x: the oracle recovers, too, and K* does not count it):"
         )
-        sections.append((title, [attacked(names, row) for row in rows if not row.get("why")]))
-    cost = [spent(found, row) for row in rows if "seconds" in row]
+        sections.append((title, [attack_line(names, row) for row in rows if not row.get("why")]))
+    cost = [cost_line(found, row) for row in rows if "seconds" in row]
     if cost:
         title = f"Perplexity of texts, and cost; x: as often as {found['cost']}'s seconds:"
-        texts = [spent(found, row) for row in rows if not row.get("why")]
+        texts = [cost_line(found, row) for row in rows if not row.get("why")]
         sections.append((title, texts))
         whole = [
-            {"method": row["label"], **{k: in_percent(v) for k, v in row["whole"].items()}}
+            {"method": row["label"], **{k: format_percent(v) for k, v in row["whole"].items()}}
             for row in rows
             if "whole" in row
         ]
@@ -100,7 +108,7 @@ def sections(found: Found, part: Found) -> list[tuple[str, Rows]]:
     return sections
 
 
-def accuracy(part: Found, row: Found) -> dict[str, str]:
+def accuracy_line(part: Found, row: Found) -> dict[str, str]:
     """A method's line; one that was not run or failed says so in the first column."""
     if row.get("why"):
         blank = dict.fromkeys((*part["columns"], "K*", "strongest attack"), "")
@@ -110,18 +118,18 @@ def accuracy(part: Found, row: Found) -> dict[str, str]:
     return {
         "method": row["label"],
         "share": "" if share is None else f"{share:.2f}",
-        **{name: in_percent(row["cells"][name]) for name in part["columns"]},
-        "K*": known(row["K*"]),
+        **{name: format_percent(row["cells"][name]) for name in part["columns"]},
+        "K*": format_residual(row["K*"]),
         "strongest attack": max(counted, key=counted.__getitem__) if counted else "",
     }
 
 
-def known(estimate: Found) -> str:
+def format_residual(estimate: Found) -> str:
     """`0.31 (0.24-0.39)`: a K* with its interval."""
     return "{value:.2f} ({low:.2f}\N{EN DASH}{high:.2f})".format(**estimate)
 
 
-def attacked(names: Sequence[str], row: Found) -> dict[str, str]:
+def attack_line(names: Sequence[str], row: Found) -> dict[str, str]:
     def shown(name: str) -> str:
         if name not in row["attacks"]:
             return ""
@@ -132,7 +140,7 @@ def attacked(names: Sequence[str], row: Found) -> dict[str, str]:
     return {"method": row["label"], **{name: shown(name) for name in names}}
 
 
-def spent(found: Found, row: Found) -> dict[str, str]:
+def cost_line(found: Found, row: Found) -> dict[str, str]:
     def number(key: str, form: str) -> str:
         return "" if row.get(key) is None else form.format(row[key])
 
@@ -148,24 +156,24 @@ def spent(found: Found, row: Found) -> dict[str, str]:
 # ---- the picture
 
 
-def points_of(part: Found) -> list[Found]:
+def shown_rows(part: Found) -> list[Found]:
     """The rows that the picture shows: all but those without a number."""
     return [row for row in part["rows"] if not row.get("why")]
 
 
-def told(part: Found) -> str:
+def describe_picture(part: Found) -> str:
     """The picture in words."""
     return "; ".join(
         f"{row['label']} keeps {100 * row['kept']['value']:.1f} at K* {row['K*']['value']:.2f}"
-        for row in points_of(part)
+        for row in shown_rows(part)
     )
 
 
-def picture(found: Found, part: Found) -> str:
+def draw_robust(found: Found, part: Found) -> str:
     """Accuracy kept against K* as SVG that suits light and dark pages, a point a method."""
     from jinja2 import Environment, PackageLoader
 
-    rows = points_of(part)
+    rows = shown_rows(part)
     kept = [100 * row["kept"]["low"] for row in rows]
     y_low = min(90, 10 * floor(min(kept) / 10))
 
@@ -185,7 +193,7 @@ def picture(found: Found, part: Found) -> str:
             "right": across(row["K*"]["high"]),
             "top": down(100 * row["kept"]["high"]),
             "bottom": down(100 * row["kept"]["low"]),
-            "text": f"K* {row['K*']['value']:.2f}, keeps {in_percent(row['kept'])}",
+            "text": f"K* {row['K*']['value']:.2f}, keeps {format_percent(row['kept'])}",
             "beside": row["K*"]["value"] < MIDDLE,
         }
         for row in rows
@@ -193,13 +201,13 @@ def picture(found: Found, part: Found) -> str:
     near = [point for point in points if point["beside"]]
     far = [point for point in points if not point["beside"]]
     for group, x in ((near, lambda p: p["x"] + 10), (far, lambda p: RIGHT + 14)):
-        label(group, x)
+        place_labels(group, x)
     environment = Environment(
         loader=PackageLoader("srmu.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     return environment.get_template("frontier.svg").render(
         title=f"{part['title']}: what is kept against what attacks find",
-        desc=told(part),
+        desc=describe_picture(part),
         points=points,
         x_title="K*: share of the knowledge that the strongest attack found",
         y_title=f"accuracy kept, mean of {' and '.join(found['kept'])}, %",
@@ -214,7 +222,7 @@ def picture(found: Found, part: Found) -> str:
     )
 
 
-def label(points: Sequence[dict[str, Any]], x: Callable[[dict[str, Any]], float]) -> None:
+def place_labels(points: Sequence[dict[str, Any]], x: Callable[[dict[str, Any]], float]) -> None:
     """Give each point the place of its label: as high as the point, or as near as there is room."""
     lowest = TOP + 10.0
     for point in sorted(points, key=lambda p: (p["y"], p["x"])):

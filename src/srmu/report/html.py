@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 from srmu.engine.files import write_whole
-from srmu.errors import UserError
+from srmu.errors import SrmuError
 
 # Read on white and on near-black alike. With five shapes and five dashes: 30 that differ.
-from srmu.evals.figures import shown
+from srmu.evals.figures import format_number
 
 COLOURS = ("#2f7fd0", "#d4611c", "#1f9a6b", "#a45cc8", "#b08400", "#d1497b")
 GREY = "#808890"
@@ -42,14 +42,14 @@ class Cell(NamedTuple):
 Value = Cell | str | float | None  # None: not measured
 
 
-class Column(NamedTuple):
+class ColumnHead(NamedTuple):
     """A column's head, with a second line in small type."""
 
     name: str
     note: str = ""
 
 
-class Line(NamedTuple):
+class TableLine(NamedTuple):
     """A row of a table; a click on a label hides the rows of that label."""
 
     cells: Sequence[Value]
@@ -62,9 +62,9 @@ class Table:
 
     kind: ClassVar[str] = "table"
     caption: str
-    columns: Sequence[Column | str]
-    lines: Sequence[Line]
-    first: Sequence[Line] = ()
+    columns: Sequence[ColumnHead | str]
+    lines: Sequence[TableLine]
+    first: Sequence[TableLine] = ()
     tall: bool = False  # scrolls in a box of its own
     words: bool = False  # text, which may break, instead of numbers
     fold: str = ""  # the line that unfolds it; "": it is not folded
@@ -135,7 +135,7 @@ class Page:
 
     def __post_init__(self) -> None:
         blocks = [block for section in self.sections for block in section.blocks]
-        found = [figure for block in blocks for figure in figures_of(block)]
+        found = [figure for block in blocks for figure in list_figures(block)]
         object.__setattr__(self, "figures", found)
 
     def write(self, out: Path) -> Path:
@@ -144,7 +144,7 @@ class Page:
         from plotly.offline import get_plotlyjs
 
         if out.is_dir():
-            raise UserError(f"{out} is a folder; name a file in it, such as {out / 'report.html'}")
+            raise SrmuError(f"{out} is a folder; name a file in it, such as {out / 'report.html'}")
         environment = Environment(
             loader=PackageLoader("srmu.report"),
             autoescape=True,
@@ -153,21 +153,21 @@ class Page:
         )
         text = environment.get_template("page.html").render(
             page=self,
-            glyphs={label: glyph(i) for i, label in enumerate(self.labels)},
-            cell=cell,
-            finite=finite,
-            Column=Column,
+            glyphs={label: label_glyph(i) for i, label in enumerate(self.labels)},
+            cell=make_cell,
+            finite=finite_json,
+            Column=ColumnHead,
             plotly=get_plotlyjs() if self.figures else "",
         )
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
             write_whole(out, text)
         except OSError as error:
-            raise UserError(f"{out} cannot be written: {error.strerror}") from None
+            raise SrmuError(f"{out} cannot be written: {error.strerror}") from None
         return out
 
 
-def figures_of(block: Table | Figure | Beside | Panels) -> list[Figure]:
+def list_figures(block: Table | Figure | Beside | Panels) -> list[Figure]:
     if isinstance(block, Figure):
         return [block]
     if isinstance(block, Beside):
@@ -175,27 +175,27 @@ def figures_of(block: Table | Figure | Beside | Panels) -> list[Figure]:
     return list(block.figures) if isinstance(block, Panels) else []
 
 
-def glyph(i: int) -> tuple[str, str]:
+def label_glyph(i: int) -> tuple[str, str]:
     """The colour and the SVG path of the i-th label."""
     return COLOURS[i % len(COLOURS)], [*SHAPES.values()][i % len(SHAPES)]
 
 
-def marker(i: int, **more: Any) -> dict[str, Any]:
+def label_marker(i: int, **more: Any) -> dict[str, Any]:
     """The marker of the i-th label, as plotly wants it."""
     return {"color": COLOURS[i % len(COLOURS)], "symbol": [*SHAPES][i % len(SHAPES)], **more}
 
 
-def stroke(i: int, **more: Any) -> dict[str, Any]:
+def label_stroke(i: int, **more: Any) -> dict[str, Any]:
     """The line of the i-th label, as plotly wants it."""
     return {"color": COLOURS[i % len(COLOURS)], "dash": DASHES[i % len(DASHES)], **more}
 
 
-def axis(title: str, **more: Any) -> dict[str, Any]:
+def make_axis(title: str, **more: Any) -> dict[str, Any]:
     """An axis with a title."""
     return {"title": {"text": escape(title), "standoff": 8}, **more}
 
 
-def names(labels: Sequence[str], longest: int = 26) -> dict[str, Any]:
+def name_axis(labels: Sequence[str], longest: int = 26) -> dict[str, Any]:
     """A vertical axis of names, from the top down; long names are cut, hovering shows them."""
     short = [label if len(label) <= longest else label[: longest - 1] + "…" for label in labels]
     return {
@@ -205,19 +205,19 @@ def names(labels: Sequence[str], longest: int = 26) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def cell(value: Value) -> Cell:
+def make_cell(value: Value) -> Cell:
     """A value as a table shows it."""
     if isinstance(value, Cell):
         return value
     if isinstance(value, str):
         return Cell(value)
-    return Cell(shown(value), sort=value)
+    return Cell(format_number(value), sort=value)
 
 
-def finite(value: Any) -> Any:
+def finite_json(value: Any) -> Any:
     """Traces as JSON can say them: null for what is no number."""
     if isinstance(value, Mapping):
-        return {key: finite(item) for key, item in value.items()}
+        return {key: finite_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
+        return [finite_json(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -8,30 +8,32 @@ from pathlib import Path
 from typing import Any
 
 from srmu.engine.files import write_json, write_whole
-from srmu.methods.reference import table
-from srmu.report.format import in_percent, print_table
+from srmu.methods.reference import markdown_table
+from srmu.report.format import format_percent, print_table
 
 WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 760, 440, 64, 16, 610, 384
 Found = Mapping[str, Any]  # what srmu.reproduce.reproduce gives
 
 
-def write(found: Found, out: Path) -> list[Path]:
+def write_reproduction(found: Found, out: Path) -> list[Path]:
     """Write `reproduce.json`, `reproduce.md` and a picture for each figure."""
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "reproduce.json", found)
-    write_whole(out / "reproduce.md", markdown(found))
+    write_whole(out / "reproduce.md", reproduction_markdown(found))
     paths = [out / "reproduce.json", out / "reproduce.md"]
     for figure in found["figures"]:
         paths.append(out / f"{figure['name']}.svg")
-        write_whole(paths[-1], picture(figure))
+        write_whole(paths[-1], draw_reproduction(figure))
     return paths
 
 
-def rows_of(one: Found) -> list[dict[str, str]]:
+def table_rows(one: Found) -> list[dict[str, str]]:
     """A table's rows as strings: accuracies in % with intervals, and the paper's."""
     rows = []
     for row in one["rows"]:
-        cells = {name: in_percent(row["cells"][name]) for name in one["columns"] if row["cells"]}
+        cells = {
+            name: format_percent(row["cells"][name]) for name in one["columns"] if row["cells"]
+        }
         kappa = "" if row["kappa"] is None else f"{row['kappa']:.3g}"
         paper = {
             f"paper {name}": f"{100 * row['paper'][name]:.1f}" if name in row["paper"] else ""
@@ -43,7 +45,7 @@ def rows_of(one: Found) -> list[dict[str, str]]:
     return rows
 
 
-def points_of(figure: Found) -> list[dict[str, str]]:
+def point_rows(figure: Found) -> list[dict[str, str]]:
     """A figure's points as strings, a row for each coefficient: forgotten, kept, and kappa."""
 
     def shown(point: Found) -> str:
@@ -81,7 +83,7 @@ def claims_of(claims: Sequence[Found]) -> list[dict[str, str]]:
     return rows
 
 
-def markdown(found: Found) -> str:
+def reproduction_markdown(found: Found) -> str:
     """All of it, with the command that makes it again; no date, no path."""
     seeds = len(found["seeds"])
     kind = "testbed" if found["model"] == "testbed" else "run"
@@ -94,21 +96,26 @@ def markdown(found: Found) -> str:
         "",
     ]
     for one in found["tables"]:
-        lines += [f"## {one['title']}", "", *listed(rows_of(one)), "", one["note"], ""]
-        lines += [*listed(claims_of(one["claims"])), ""]
+        lines += [f"## {one['title']}", "", *markdown_lines(table_rows(one)), "", one["note"], ""]
+        lines += [*markdown_lines(claims_of(one["claims"])), ""]
     for figure in found["figures"]:
         title = f"{figure['title']} ({figure['y_title']})"
-        lines += [f"## {title}", "", f"![{described(figure)}]({figure['name']}.svg)", ""]
+        lines += [f"## {title}", "", f"![{describe_figure(figure)}]({figure['name']}.svg)", ""]
         lines += ["Points of accuracy forgotten, accuracy kept, and kappa in brackets:", ""]
-        lines += [*listed(points_of(figure)), "", *listed(claims_of(figure["claims"])), ""]
+        lines += [
+            *markdown_lines(point_rows(figure)),
+            "",
+            *markdown_lines(claims_of(figure["claims"])),
+            "",
+        ]
     return "\n".join(lines)
 
 
-def listed(rows: Sequence[Mapping[str, str]]) -> list[str]:
-    return table([*rows[0]], [[*row.values()] for row in rows])
+def markdown_lines(rows: Sequence[Mapping[str, str]]) -> list[str]:
+    return markdown_table([*rows[0]], [[*row.values()] for row in rows])
 
 
-def described(figure: Found) -> str:
+def describe_figure(figure: Found) -> str:
     """The picture in words: the most that each series keeps and forgets."""
     parts = []
     for series in figure["series"]:
@@ -120,7 +127,7 @@ def described(figure: Found) -> str:
     return "; ".join(parts)
 
 
-def picture(figure: Found) -> str:
+def draw_reproduction(figure: Found) -> str:
     """A figure as SVG that suits light and dark pages; each point tells its numbers."""
     from jinja2 import Environment, PackageLoader
 
@@ -144,7 +151,7 @@ def picture(figure: Found) -> str:
                     "x": across(100 * point["x"]["value"]),
                     "y": down(100 * point["y"]["value"]),
                     "text": f"coeff {point['coeff']:g}, kappa {point['kappa']:.3g}: "
-                    f"forgets {in_percent(point['x'])}, keeps {in_percent(point['y'])}",
+                    f"forgets {format_percent(point['x'])}, keeps {format_percent(point['y'])}",
                 }
                 for point in one["points"]
                 if point["x"]
@@ -158,7 +165,7 @@ def picture(figure: Found) -> str:
     return environment.get_template("figure.svg").render(
         figure=figure,
         series=series,
-        desc=described(figure),
+        desc=describe_figure(figure),
         x_ticks=[{"at": across(v), "text": v} for v in range(x_low, x_high + 1, 10)],
         y_ticks=[{"at": down(v), "text": v} for v in range(y_low, y_high + 1, 10)],
         width=WIDTH,
@@ -170,16 +177,16 @@ def picture(figure: Found) -> str:
     )
 
 
-def show(found: Found) -> None:
+def print_reproduction(found: Found) -> None:
     """The tables and the verdicts in the terminal."""
     for one in found["tables"]:
         print(f"\n{one['title']}")
-        print_table(rows_of(one))
+        print_table(table_rows(one))
         print(one["note"])
     for figure in found["figures"]:
         print(f"\n{figure['title']} ({figure['y_title']})")
         print("points of accuracy forgotten, accuracy kept (kappa)")
-        print_table(points_of(figure))
+        print_table(point_rows(figure))
     for one in (*found["tables"], *found["figures"]):
         print(f"\n{one['title']}: what the paper claims")
         for claim in one["claims"]:

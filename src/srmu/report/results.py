@@ -14,8 +14,8 @@ from typing import Any
 
 import yaml
 
-from srmu.errors import UserError
-from srmu.evals.lm_eval import interval
+from srmu.errors import SrmuError
+from srmu.evals.lm_eval import accuracy_interval
 from srmu.report.format import Estimate
 
 CURVES = ("forget", "retain", "forget_cos", "retain_cos")  # keys of metrics.jsonl that are drawn
@@ -28,7 +28,7 @@ ENVIRONMENT = ("platform", "python", "threads", *VERSIONS)  # the rest might nam
 
 
 @dataclass(frozen=True)
-class Entry:
+class RunGroup:
     """One line of the comparison: the runs of one method that differ only in their seed."""
 
     label: str
@@ -37,7 +37,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Row:
+class GroupRow:
     """An entry's numbers by metric; a metric that its runs lack is not in the mapping."""
 
     label: str
@@ -47,39 +47,39 @@ class Row:
     after: Mapping[str, Estimate]
 
 
-def table(entries: Sequence[Entry], metrics: Sequence[str]) -> list[Row]:
+def aggregate_metrics(entries: Sequence[RunGroup], metrics: Sequence[str]) -> list[GroupRow]:
     """The aggregated numbers before and after unlearning, one row an entry."""
-    return rows(entries, {metric: [metric] for metric in metrics})
+    return aggregate_columns(entries, {metric: [metric] for metric in metrics})
 
 
-def rows(entries: Sequence[Entry], columns: Columns) -> list[Row]:
+def aggregate_columns(entries: Sequence[RunGroup], columns: Columns) -> list[GroupRow]:
     """The aggregated numbers in columns that are each the mean of some metrics."""
     found = []
     for entry in entries:
         for folder, (name, command) in product(entry.runs, NEEDED.items()):
-            if not has(folder, name):
-                raise UserError(f"{folder} has no {name}; run `{command.format(folder)}` first")
-        both = [results(folder) for folder in entry.runs]
+            if not has_file(folder, name):
+                raise SrmuError(f"{folder} has no {name}; run `{command.format(folder)}` first")
+        both = [read_results(folder) for folder in entry.runs]
         before, after = (
-            estimates([seed[when] for seed in both], columns) for when in ("before", "after")
+            estimate_columns([seed[when] for seed in both], columns) for when in ("before", "after")
         )
-        found.append(Row(entry.label, entry.group, len(entry.runs), before, after))
+        found.append(GroupRow(entry.label, entry.group, len(entry.runs), before, after))
     for name in columns:
         if not any(name in row.after for row in found):
-            raise UserError(f"no run has the result {name}; evaluate it or leave it out")
+            raise SrmuError(f"no run has the result {name}; evaluate it or leave it out")
     return found
 
 
-def has(folder: Path, name: str) -> bool:
+def has_file(folder: Path, name: str) -> bool:
     """Whether a run has a file; the attacks asked what an evaluation asks."""
     names = (name, "attacks.json") if name == "results.json" else (name,)
     return any((folder / one).exists() for one in names)
 
 
-def results(folder: Path) -> dict[str, Results]:
+def read_results(folder: Path) -> dict[str, Results]:
     """A run's flat results before and after, with those of its attacks' questions."""
-    before, after = (read(folder / name) for name in ("before.json", "results.json"))
-    if attacks := read(folder / "attacks.json"):
+    before, after = (read_run_file(folder / name) for name in ("before.json", "results.json"))
+    if attacks := read_run_file(folder / "attacks.json"):
         forget = " + ".join(attacks["tasks"]["test"]) + "/acc"
         before.setdefault(forget, attacks["original"]["accuracy"])
         if plain := attacks["attacks"].get("forced_choice", {}).get("accuracy"):
@@ -91,7 +91,7 @@ def results(folder: Path) -> dict[str, Results]:
     return {"before": before, "after": after}
 
 
-def estimates(seeds: Sequence[Results], columns: Columns) -> dict[str, Estimate]:
+def estimate_columns(seeds: Sequence[Results], columns: Columns) -> dict[str, Estimate]:
     """Average over a column's metrics, then over the seeds that have them all."""
     found = {}
     for name, metrics in columns.items():
@@ -101,15 +101,15 @@ def estimates(seeds: Sequence[Results], columns: Columns) -> dict[str, Estimate]
         if counts and all(counts) and all(0 <= value <= 1 for value in values):
             # the mean of k accuracies varies as much as one over this many questions
             n = round(len(counts) ** 2 / sum(1 / count for count in counts))
-            found[name] = Estimate(fmean(values), *interval(values, n))
+            found[name] = Estimate(fmean(values), *accuracy_interval(values, n))
         elif values:
             found[name] = Estimate(fmean(values))
     return found
 
 
-def curves(runs: Sequence[Path]) -> dict[str, tuple[list[int], list[float]]]:
+def training_curves(runs: Sequence[Path]) -> dict[str, tuple[list[int], list[float]]]:
     """Steps and values, averaged over seeds; neighbouring steps too where topics take turns."""
-    lines = [line for folder in runs for line in read(folder / "metrics.jsonl")]
+    lines = [line for folder in runs for line in read_run_file(folder / "metrics.jsonl")]
     length = max((line["step"] for line in lines), default=0) + 1
     width = max(len({line["topic"] for line in lines}), math.ceil(length / POINTS))
     found = {}
@@ -123,14 +123,14 @@ def curves(runs: Sequence[Path]) -> dict[str, tuple[list[int], list[float]]]:
     return found
 
 
-def maps(entries: Sequence[Entry]) -> list[dict[str, Any]]:
+def importance_maps(entries: Sequence[RunGroup]) -> list[dict[str, Any]]:
     """The importance maps of each entry's first run; methods with the same map share one item."""
     from safetensors.numpy import load_file
 
     found: dict[Any, dict[str, Any]] = {}
     for entry in entries:
         state = entry.runs[0] / "state.safetensors"
-        topics = read(entry.runs[0] / "record.json").get("topics", {})
+        topics = read_run_file(entry.runs[0] / "record.json").get("topics", {})
         for name, values in load_file(state).items() if state.exists() else ():
             topic, _, kind = name.rpartition(".")
             if kind == "importance":
@@ -148,25 +148,25 @@ def maps(entries: Sequence[Entry]) -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def settings(runs: Sequence[Path]) -> dict[str, list[str]]:
+def run_settings(runs: Sequence[Path]) -> dict[str, list[str]]:
     """How the runs were made; one value where all of them agree, else one each."""
     columns = []
     for folder in runs:
-        tree = config(folder)
+        tree = read_config_tree(folder)
         column = {"seed": tree.get("seed"), "topics": list(tree.get("topics", ()))}
         for block in ("method", "train"):  # the others hold paths
             column |= {f"{block}.{key}": value for key, value in tree.get(block, {}).items()}
-        for topic, facts in read(folder / "record.json").get("topics", {}).items():
+        for topic, facts in read_run_file(folder / "record.json").get("topics", {}).items():
             column |= {f"{topic}.{k}": v for k, v in facts.items() if isinstance(v, int | float)}
         columns.append(column)
     return _side_by_side(columns)
 
 
-def record(runs: Sequence[Path]) -> dict[str, list[str]]:
+def record_facts(runs: Sequence[Path]) -> dict[str, list[str]]:
     """The facts that the records keep; of paths the last part, of texts only their counts."""
     columns = []
     for folder in runs:
-        kept = read(folder / "record.json")
+        kept = read_run_file(folder / "record.json")
         column = {
             key: kept.get(key)
             for key in ("id", "method", "paper", "model", "started", "seconds", "steps",
@@ -207,21 +207,21 @@ def _plain(value: Any) -> str:
     return text.replace("\\", "/").rpartition("/")[2]
 
 
-def pathless(text: str) -> str:
+def strip_paths(text: str) -> str:
     """A sentence with only the last part of each absolute path in it."""
     return re.sub(r"(?<![\w.])(?:~|[A-Za-z]:)?[/\\][^\s'\"(]*[/\\]", "", text)
 
 
-def config(folder: Path) -> dict[str, Any]:
+def read_config_tree(folder: Path) -> dict[str, Any]:
     """The tree of a run's config, as it was written."""
     return yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
 
 
-def read(path: Path) -> Any:
+def read_run_file(path: Path) -> Any:
     """The object in a JSON file, all of those in a JSON-lines file, {} where there is no file."""
     text = path.read_text(encoding="utf-8") if path.exists() else "{}"
     try:
         whole = path.suffix == ".json" or not path.exists()
         return json.loads(text) if whole else [json.loads(line) for line in text.splitlines()]
     except ValueError:
-        raise UserError(f"{path} is damaged; repeat that run") from None
+        raise SrmuError(f"{path} is damaged; repeat that run") from None

@@ -10,41 +10,41 @@ from srmu.methods.importance import FLAT
 from srmu.report.attacks import Recovery
 from srmu.report.format import (
     Estimate,
-    hover,
-    level,
-    mark,
-    number,
-    plain,
-    pretty,
-    said,
-    share,
-    titled,
+    capitalise,
+    describe_numbers,
+    draw_level,
+    draw_mark,
+    hover_text,
+    metric_words,
+    name_words,
+    number_cell,
+    share_cell,
 )
 from srmu.report.html import (
     GREY,
     Beside,
     Cell,
-    Column,
+    ColumnHead,
     Figure,
-    Line,
     Panels,
     Section,
     Table,
-    axis,
-    cell,
-    marker,
-    stroke,
+    TableLine,
+    label_marker,
+    label_stroke,
+    make_axis,
+    make_cell,
 )
 from srmu.report.results import (
-    Entry,
+    GroupRow,
     Results,
-    Row,
-    curves,
-    estimates,
-    maps,
-    record,
-    results,
-    settings,
+    RunGroup,
+    estimate_columns,
+    importance_maps,
+    read_results,
+    record_facts,
+    run_settings,
+    training_curves,
 )
 
 CHANCE = 0.25  # of four options
@@ -63,8 +63,8 @@ CURVE_TITLES = {
 # ---- forgetting against utility
 
 
-def tradeoff(
-    rows: Sequence[Row],
+def tradeoff_section(
+    rows: Sequence[GroupRow],
     labels: Sequence[str],
     columns: Sequence[str],
     forget: Sequence[str],
@@ -72,7 +72,7 @@ def tradeoff(
 ) -> Section:
     """The plot of the first forget metric against the last column, and the table of all."""
     axes = columns[0], columns[-1]
-    groups: dict[str, list[Row]] = {}
+    groups: dict[str, list[GroupRow]] = {}
     for row in rows:
         groups.setdefault(row.group, []).append(row)
     lowest = [
@@ -102,7 +102,7 @@ def tradeoff(
     return Section("Forgetting against utility", notes, [Panels(pictures, small=False), *tables])
 
 
-def originals(rows: Sequence[Row]) -> list[Mapping[str, Estimate]]:
+def distinct_originals(rows: Sequence[GroupRow]) -> list[Mapping[str, Estimate]]:
     """The distinct models that the rows started from."""
     found: list[Mapping[str, Estimate]] = []
     for row in rows:
@@ -113,69 +113,81 @@ def originals(rows: Sequence[Row]) -> list[Mapping[str, Estimate]]:
 
 def _front(
     group: str,
-    rows: Sequence[Row],
+    rows: Sequence[GroupRow],
     labels: Sequence[str],
     axes: tuple[str, str],
     bottom: float,
     chance: float,
 ) -> Figure:
     ring = {"symbol": "circle-open", "color": GREY, "size": 12, "line": {"width": 2}}
-    shown = [("Original model", numbers, "", ring) for numbers in originals(rows)]
+    shown = [("Original model", numbers, "", ring) for numbers in distinct_originals(rows)]
     for row in rows:
-        look = marker(labels.index(row.label), size=11)
+        look = label_marker(labels.index(row.label), size=11)
         shown.append((row.label, row.after, row.label, look))
     traces = [
-        mark(numbers[axes[0]], numbers[axes[1]], hover(name, *_lines(numbers)), label, look)
+        draw_mark(
+            numbers[axes[0]], numbers[axes[1]], hover_text(name, *_lines(numbers)), label, look
+        )
         for name, numbers, label, look in shown
         if axes[0] in numbers and axes[1] in numbers
     ]
-    words = "; ".join(said(name, numbers) for name, numbers, _, _ in shown)
-    layout = level(chance, "chance")
+    words = "; ".join(describe_numbers(name, numbers) for name, numbers, _, _ in shown)
+    layout = draw_level(chance, "chance")
     layout["annotations"].append(
         {"x": 0, "y": 1, "xref": "paper", "yref": "paper", "xanchor": "left", "yanchor": "top",
          "xshift": 3, "showarrow": False, "text": "\N{NORTH WEST ARROW} better"}
     )  # fmt: skip
-    layout["xaxis"] = axis(
-        f"{pretty(axes[0])}, accuracy", range=[0, 1.04], tickformat=".0%", dtick=0.25
+    layout["xaxis"] = make_axis(
+        f"{metric_words(axes[0])}, accuracy", range=[0, 1.04], tickformat=".0%", dtick=0.25
     )
-    layout["yaxis"] = axis(
-        f"{pretty(axes[1])}, accuracy", range=[bottom, 1 + (1 - bottom) * 0.06], tickformat=".0%"
+    layout["yaxis"] = make_axis(
+        f"{metric_words(axes[1])}, accuracy",
+        range=[bottom, 1 + (1 - bottom) * 0.06],
+        tickformat=".0%",
     )
-    what = f"Scatter plot of {pretty(axes[0])} against {pretty(axes[1])}, per cent. {words}."
+    x, y = map(metric_words, axes)
+    what = f"Scatter plot of {x} against {y}, per cent. {words}."
     return Figure(group, what, traces, layout)
 
 
 def _lines(numbers: Mapping[str, Estimate]) -> list[str]:
-    return [f"{pretty(name)} {one}" for name, one in numbers.items()]
+    return [f"{metric_words(name)} {one}" for name, one in numbers.items()]
 
 
 def _results(
     group: str,
-    rows: Sequence[Row],
+    rows: Sequence[GroupRow],
     columns: Sequence[str],
     forget: Sequence[str],
     attacks: Mapping[int, Recovery],
 ) -> Table:
     attacked = any(id(row) in attacks for row in rows)
-    heads: list[Column | str] = ["Method"]
+    heads: list[ColumnHead | str] = ["Method"]
     for name in columns:
         heads.append(
-            Column(titled(pretty(name)), f"{'lower' if name in forget else 'higher'} is better")
+            ColumnHead(
+                capitalise(metric_words(name)),
+                f"{'lower' if name in forget else 'higher'} is better",
+            )
         )
     if attacked:
-        heads += [Column("K*", "lower is better"), "Strongest attack"]
+        heads += [ColumnHead("K*", "lower is better"), "Strongest attack"]
     before = [
-        Line(["Before: original model", *(number(numbers.get(name)) for name in columns)]
+        TableLine(["Before: original model", *(number_cell(numbers.get(name)) for name in columns)]
              + [""] * (1 + 2 * attacked))
-        for numbers in originals(rows)
+        for numbers in distinct_originals(rows)
     ]  # fmt: skip
     lines = []
     for row in rows:
-        cells: list[Any] = [row.label, *(number(row.after.get(name)) for name in columns)]
+        cells: list[Any] = [row.label, *(number_cell(row.after.get(name)) for name in columns)]
         if attacked:
             one = attacks.get(id(row))
-            cells += [share(one.worst), plain(one.strongest)] if one else [None, "not attacked"]
-        lines.append(Line([*cells, row.seeds], row.label))
+            cells += (
+                [share_cell(one.worst), name_words(one.strongest)]
+                if one
+                else [None, "not attacked"]
+            )
+        lines.append(TableLine([*cells, row.seeds], row.label))
     title = "Mean over seeds with 95 % interval; accuracies in per cent"
     return Table(f"{group}. {title}" if group else title, [*heads, "Seeds"], lines, before)
 
@@ -183,11 +195,11 @@ def _results(
 # ---- training curves
 
 
-def training(entries: Sequence[Entry], labels: Sequence[str]) -> Section | None:
+def training_section(entries: Sequence[RunGroup], labels: Sequence[str]) -> Section | None:
     """The curves of metrics.jsonl; None where no run has one."""
     panels = []
-    ends: list[Line] = []
-    drawn = [(entry, curves(entry.runs)) for entry in entries]
+    ends: list[TableLine] = []
+    drawn = [(entry, training_curves(entry.runs)) for entry in entries]
     for group in dict.fromkeys(entry.group for entry in entries):
         members = [(entry, found) for entry, found in drawn if entry.group == group and found]
         figures = []
@@ -196,7 +208,7 @@ def training(entries: Sequence[Entry], labels: Sequence[str]) -> Section | None:
                 {
                     "x": found[key][0], "y": found[key][1], "mode": "lines", "meta": entry.label,
                     "hovertemplate": f"<b>{escape(entry.label)}</b><br>step %{{x}}: %{{y:.3g}}",
-                    "line": stroke(labels.index(entry.label), width=1.75),
+                    "line": label_stroke(labels.index(entry.label), width=1.75),
                 }
                 for entry, found in members
                 if key in found
@@ -204,7 +216,7 @@ def training(entries: Sequence[Entry], labels: Sequence[str]) -> Section | None:
             if traces:
                 scale = {"type": "log", "dtick": 1, "exponentformat": "power"}
                 layout = {
-                    "xaxis": axis("step", nticks=5),
+                    "xaxis": make_axis("step", nticks=5),
                     "yaxis": scale if key == "retain" else {"nticks": 5},
                 }
                 ends_of = [
@@ -219,7 +231,9 @@ def training(entries: Sequence[Entry], labels: Sequence[str]) -> Section | None:
             panels.append(Panels(figures, group))
         for entry, found in members:
             name = f"{entry.label} · {group}" if group else entry.label
-            ends.append(Line([name, *(_ends(found.get(key)) for key in CURVE_TITLES)], entry.label))
+            ends.append(
+                TableLine([name, *(_ends(found.get(key)) for key in CURVE_TITLES)], entry.label)
+            )
     if not panels:
         return None
     notes = [
@@ -228,9 +242,9 @@ def training(entries: Sequence[Entry], labels: Sequence[str]) -> Section | None:
         "activations on the retain text with those of the original model. Methods steer to "
         "different targets, so compare the shapes of their losses rather than the heights.",
     ]
-    heads: list[Column | str] = [
+    heads: list[ColumnHead | str] = [
         "Method",
-        *(Column(title, "first to last") for title in CURVE_TITLES.values()),
+        *(ColumnHead(title, "first to last") for title in CURVE_TITLES.values()),
     ]
     table = Table("Where the curves start and end", heads, ends)
     return Section("Training curves", notes, [*panels, table])
@@ -245,9 +259,9 @@ def _ends(curve: tuple[list[int], list[float]] | None) -> Cell | None:
 # ---- importance maps
 
 
-def importance(entries: Sequence[Entry], labels: Sequence[str]) -> Section | None:
+def importance_section(entries: Sequence[RunGroup], labels: Sequence[str]) -> Section | None:
     """The importance maps, sortable and with outliers named; None where no method has one."""
-    blocks = [_map(one, labels) for one in maps(entries)]
+    blocks = [_map(one, labels) for one in importance_maps(entries)]
     if not blocks:
         return None
     notes = [
@@ -291,11 +305,11 @@ def _map(found: Mapping[str, Any], labels: Sequence[str]) -> Beside:
          "line": {"color": GREY, "dash": "dash", "width": 1.25}},
         {"x": list(range(1, count + 1)), "y": sizes, "mode": "lines", "text": order,
          "hovertemplate": "dimension %{text}<br>rank %{x}: %{y:.3f}",
-         "line": stroke(labels.index(found["labels"][0]), width=2, dash="solid")},
+         "line": label_stroke(labels.index(found["labels"][0]), width=2, dash="solid")},
     ]  # fmt: skip
     layout = {
-        "xaxis": axis("dimensions, from most to least important"),
-        "yaxis": axis("importance", range=[0, 1.02]),
+        "xaxis": make_axis("dimensions, from most to least important"),
+        "yaxis": make_axis("importance", range=[0, 1.02]),
         "annotations": [{"x": 1, "xref": "paper", "xanchor": "right", "y": mean, "text": "uniform",
                          "yanchor": "bottom", "showarrow": False}],
     }  # fmt: skip
@@ -305,7 +319,7 @@ def _map(found: Mapping[str, Any], labels: Sequence[str]) -> Beside:
     )
     caption = "Importance by dimension" if count <= LARGEST else f"The largest {LARGEST}"
     lines = [
-        Line([Cell(str(d), "", d), Cell(f"{size:.3f}", "", size)])
+        TableLine([Cell(str(d), "", d), Cell(f"{size:.3f}", "", size)])
         for d, size in zip(order[:LARGEST], sizes, strict=False)
     ]
     heading = ", ".join(found["labels"])
@@ -322,7 +336,7 @@ def _map(found: Mapping[str, Any], labels: Sequence[str]) -> Beside:
 # ---- subjects, and what else was measured
 
 
-def subjects_of(metrics: Sequence[str]) -> dict[str, list[str]]:
+def group_subjects(metrics: Sequence[str]) -> dict[str, list[str]]:
     """Groups such as MMLU's, each with the accuracies whose names continue its own."""
     tasks = [metric for metric in metrics if metric.endswith("/acc")]
     stems = dict.fromkeys([*GROUPS, *(task.removesuffix("/acc") for task in tasks)])
@@ -330,13 +344,13 @@ def subjects_of(metrics: Sequence[str]) -> dict[str, list[str]]:
     return {stem: members for stem, members in found.items() if len(members) >= BRANCHES}
 
 
-def subjects(entries: Sequence[Entry]) -> Section | None:
+def subject_section(entries: Sequence[RunGroup]) -> Section | None:
     """Each group's subjects before and after, the largest loss first; None where there is none."""
     blocks = []
     for entry in entries:
-        both = [results(folder) for folder in entry.runs]
+        both = [read_results(folder) for folder in entry.runs]
         names_ = list(dict.fromkeys(name for one in both for name in one["after"]))
-        for group, members in subjects_of(names_).items():
+        for group, members in group_subjects(names_).items():
             before, after = _changes(both, members)
             lines = []
             for name in members:
@@ -346,12 +360,19 @@ def subjects(entries: Sequence[Entry]) -> Section | None:
                 if name in before:
                     difference = after[name].mean - before[name].mean
                     change = Cell(f"{100 * difference:+.1f}", "", difference)
-                shown = pretty(name.removeprefix(f"{group}_"))
-                cells = [shown, number(before.get(name)), number(after[name]), change]
-                lines.append(Line(cells, entry.label))
+                shown = metric_words(name.removeprefix(f"{group}_"))
+                cells = [shown, number_cell(before.get(name)), number_cell(after[name]), change]
+                lines.append(TableLine(cells, entry.label))
             lines.sort(key=loss_of)
-            heads: list[Column | str] = ["Subject", "Before", "After", Column("Change", "points")]
-            title = f"{pretty(group)}, {entry.label}" if len(entries) > 1 else pretty(group)
+            heads: list[ColumnHead | str] = [
+                "Subject",
+                "Before",
+                "After",
+                ColumnHead("Change", "points"),
+            ]
+            title = (
+                f"{metric_words(group)}, {entry.label}" if len(entries) > 1 else metric_words(group)
+            )
             if entry.group:
                 title += f", {entry.group}"
             blocks.append(Table(title, heads, lines, tall=len(lines) > 20))
@@ -359,9 +380,9 @@ def subjects(entries: Sequence[Entry]) -> Section | None:
     return Section("Accuracy by subject", notes, blocks) if blocks else None
 
 
-def loss_of(line: Line) -> float:
+def loss_of(line: TableLine) -> float:
     """What the line of a subject is sorted by: its change, 0 where that is not known."""
-    return cell(line.cells[-1]).sort or 0.0
+    return make_cell(line.cells[-1]).sort or 0.0
 
 
 def _changes(
@@ -369,24 +390,26 @@ def _changes(
 ) -> tuple[dict[str, Estimate], dict[str, Estimate]]:
     columns = {name: [name] for name in metrics}
     before, after = (
-        estimates([one[when] for one in both], columns) for when in ("before", "after")
+        estimate_columns([one[when] for one in both], columns) for when in ("before", "after")
     )
     return before, after
 
 
-def others(entries: Sequence[Entry], known: Sequence[str]) -> Section | None:
+def other_section(entries: Sequence[RunGroup], known: Sequence[str]) -> Section | None:
     """What was measured beyond the columns that the first table has."""
     lines = []
     for entry in entries:
-        both = [results(folder) for folder in entry.runs]
+        both = [read_results(folder) for folder in entry.runs]
         found = list(dict.fromkeys(name for one in both for name in one["after"]))
-        grouped = {name for members in subjects_of(found).values() for name in members}
+        grouped = {name for members in group_subjects(found).values() for name in members}
         rest = [name for name in found if name not in known and name not in grouped]
         before, after = _changes(both, rest)
         for name in rest:
-            shown = f"{pretty(name)}, {entry.label}" if len(entries) > 1 else pretty(name)
-            cells = [shown, number(before.get(name)), number(after.get(name))]
-            lines.append(Line(cells, entry.label))
+            shown = (
+                f"{metric_words(name)}, {entry.label}" if len(entries) > 1 else metric_words(name)
+            )
+            cells = [shown, number_cell(before.get(name)), number_cell(after.get(name))]
+            lines.append(TableLine(cells, entry.label))
     if not lines:
         return None
     table = Table("Means over seeds; accuracies in per cent", ["Metric", "Before", "After"], lines)
@@ -396,16 +419,16 @@ def others(entries: Sequence[Entry], known: Sequence[str]) -> Section | None:
 # ---- how it was made
 
 
-def made(entries: Sequence[Entry]) -> list[Section]:
+def record_sections(entries: Sequence[RunGroup]) -> list[Section]:
     """The settings and the record of each entry's runs."""
-    parts = {"Settings": settings, "The record": record}
+    parts = {"Settings": run_settings, "The record": record_facts}
     sections = []
     for title, facts in parts.items():
         blocks = []
         for entry in entries:
             found = facts(entry.runs)
             lines = [
-                Line([name.replace("_", " ").replace(".", " · "), *values])
+                TableLine([name.replace("_", " ").replace(".", " · "), *values])
                 for name, values in found.items()
             ]
             count = len(entry.runs)

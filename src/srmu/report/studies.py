@@ -5,70 +5,82 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from srmu.evals.lm_eval import interval
-from srmu.report.format import Estimate, bars, hover, mark, number, percent, plain, pretty, titled
+from srmu.evals.lm_eval import accuracy_interval
+from srmu.report.format import (
+    Estimate,
+    capitalise,
+    draw_mark,
+    error_bars,
+    hover_text,
+    metric_words,
+    name_words,
+    number_cell,
+    percent_cell,
+)
 from srmu.report.html import (
     GREY,
     Beside,
     Cell,
-    Column,
+    ColumnHead,
     Figure,
-    Line,
     Panels,
     Section,
     Table,
+    TableLine,
     Value,
-    axis,
-    marker,
-    names,
-    shown,
-    stroke,
+    format_number,
+    label_marker,
+    label_stroke,
+    make_axis,
+    name_axis,
 )
-from srmu.report.results import pathless
+from srmu.report.results import strip_paths
 
 FRONT, BEHIND = "on the front", "behind the front"
 Trial = Mapping[str, Any]
 
 
-def at(cell: Mapping[str, Any]) -> Estimate:
+def cell_estimate(cell: Mapping[str, Any]) -> Estimate:
     """A number of a reproduction, with its interval where it has one."""
     return Estimate(cell["value"], cell.get("low"), cell.get("high"))
 
 
-def setting(value: Any) -> str:
+def format_setting(value: Any) -> str:
     """A value of a search space as a person would write it."""
-    return f"{value:.4g}" if isinstance(value, float) else pathless(str(value))
+    return f"{value:.4g}" if isinstance(value, float) else strip_paths(str(value))
 
 
 # ---- sweeps
 
 
-def measured(trial: Trial, metric: str) -> Estimate:
+def trial_estimate(trial: Trial, metric: str) -> Estimate:
     """A trial's number with the interval over its questions and seeds, where those are known."""
     value = trial["values"][metric]
     seeds = trial.get("replicates", {}).get(metric) or [value]
     n, errors = trial.get("n", {}).get(metric), trial.get("errors", {}).get(metric)
     if n and not metric.startswith("attack.") and all(0 <= one <= 1 for one in seeds):
-        return Estimate(value, *interval(seeds, round(n)))
+        return Estimate(value, *accuracy_interval(seeds, round(n)))
     if errors and all(errors):  # seeds share their questions: their errors do not average out
         half = 1.96 * sum(errors) / len(errors)
         return Estimate(value, value - half, value + half)
     return Estimate(value)
 
 
-def sweep(found: Mapping[str, Any]) -> list[Section]:
+def sweep_sections(found: Mapping[str, Any]) -> list[Section]:
     """A sweep's front, what mattered, its trials and its space."""
     objectives = found["objectives"]
     done = [trial for trial in found["trials"] if trial["state"] == "complete"]
     sections = [_front(found, done) if len(objectives) > 1 else _history(found, done)]
     if found["importance"]:
         sections.append(_mattered(found["importance"]))
-    sections.append(trials(found["trials"], list(objectives), found["front"], labels_of(found)))
-    space = [Line([key, _range(values)]) for key, values in found["space"].items()]
+    sections.append(
+        trial_section(found["trials"], list(objectives), found["front"], labels_of(found))
+    )
+    space = [TableLine([key, _range(values)]) for key, values in found["space"].items()]
     facts = [
-        Line(["sampler", found["sampler"]]),
-        Line(["seeds", ", ".join(map(str, found["seeds"]))]),
-        *(Line([pretty(metric), way]) for metric, way in objectives.items()),
+        TableLine(["sampler", found["sampler"]]),
+        TableLine(["seeds", ", ".join(map(str, found["seeds"]))]),
+        *(TableLine([metric_words(metric), way]) for metric, way in objectives.items()),
     ]
     sections.append(
         Section("The search", [], [Table("Space", ["Key", "Values"], space, words=True),
@@ -96,10 +108,10 @@ def _label(trial: Trial, labels: Sequence[str], front: Sequence[int]) -> str:
 
 
 def _hover(trial: Trial, metrics: Sequence[str]) -> str:
-    params = [f"{key} {setting(value)}" for key, value in trial["params"].items()]
-    numbers = [f"{pretty(name)} {measured(trial, name)}" for name in metrics]
+    params = [f"{key} {format_setting(value)}" for key, value in trial["params"].items()]
+    numbers = [f"{metric_words(name)} {trial_estimate(trial, name)}" for name in metrics]
     name = f"trial {trial['number']}" if "number" in trial else "trial"
-    return hover(name, *numbers, *params)
+    return hover_text(name, *numbers, *params)
 
 
 def _format(values: Sequence[float]) -> dict[str, str]:
@@ -126,18 +138,23 @@ def _front(found: Mapping[str, Any], done: Sequence[Trial]) -> Section:
         label = _label(trial, labels, front)
         i = labels.index(label)
         if trial["number"] in front:
-            look = marker(i, size=12)
+            look = label_marker(i, size=12)
         else:
-            look = marker(i, size=8, line={"width": 1.5})
+            look = label_marker(i, size=8, line={"width": 1.5})
             look["symbol"] += "-open"
-        numbers = measured(trial, x), measured(trial, y)
-        traces.append(mark(*numbers, _hover(trial, list(found["objectives"])), label, look))
+        numbers = trial_estimate(trial, x), trial_estimate(trial, y)
+        traces.append(draw_mark(*numbers, _hover(trial, list(found["objectives"])), label, look))
     layout = {
-        "xaxis": axis(f"{pretty(x)} ({_better(x_way)})", **_format([t["values"][x] for t in done])),
-        "yaxis": axis(f"{pretty(y)} ({_better(y_way)})", **_format([t["values"][y] for t in done])),
+        "xaxis": make_axis(
+            f"{metric_words(x)} ({_better(x_way)})", **_format([t["values"][x] for t in done])
+        ),
+        "yaxis": make_axis(
+            f"{metric_words(y)} ({_better(y_way)})", **_format([t["values"][y] for t in done])
+        ),
     }
     words = "; ".join(
-        f"trial {t['number']}: {pretty(x)} {measured(t, x)}, {pretty(y)} {measured(t, y)}"
+        f"trial {t['number']}: {metric_words(x)} {trial_estimate(t, x)}, "
+        f"{metric_words(y)} {trial_estimate(t, y)}"
         for t in best
     )
     picture = Figure(
@@ -169,16 +186,19 @@ def _history(found: Mapping[str, Any], done: Sequence[Trial]) -> Section:
     ]  # fmt: skip
     for trial in done:
         label = _label(trial, labels, front)
-        look = marker(labels.index(label) if label else 0, size=9)
+        look = label_marker(labels.index(label) if label else 0, size=9)
         number_ = Estimate(trial["number"])
-        traces.append(mark(number_, measured(trial, metric), _hover(trial, [metric]), label, look))
+        traces.append(
+            draw_mark(number_, trial_estimate(trial, metric), _hover(trial, [metric]), label, look)
+        )
     layout = {
-        "xaxis": axis("trial"),
-        "yaxis": axis(
-            f"{pretty(metric)} ({_better(way)})", **_format([t["values"][metric] for t in done])
+        "xaxis": make_axis("trial"),
+        "yaxis": make_axis(
+            f"{metric_words(metric)} ({_better(way)})",
+            **_format([t["values"][metric] for t in done]),
         ),
     }
-    words = f"{pretty(metric)} of {len(done)} trials, the best {choose(best, default=0):.4g}"
+    words = f"{metric_words(metric)} of {len(done)} trials, the best {choose(best, default=0):.4g}"
     notes = ["Each mark is one trial, with its 95 % interval; the line is the best so far."]
     return Section("The search, trial by trial", notes, [Figure("", words, traces, layout)])
 
@@ -187,14 +207,15 @@ def _mattered(importance: Mapping[str, float]) -> Section:
     order = sorted(importance, key=lambda key: -importance[key])
     bar = {
         "type": "bar", "orientation": "h", "y": order, "x": [importance[key] for key in order],
-        "marker": {"color": marker(0)["color"], "opacity": 0.85}, "hovertemplate": "%{y} %{x:.0%}",
+        "marker": {"color": label_marker(0)["color"], "opacity": 0.85},
+        "hovertemplate": "%{y} %{x:.0%}",
     }  # fmt: skip
     words = ", ".join(f"{key} {importance[key]:.0%}" for key in order)
     layout = {
-        "xaxis": axis("share of the variation", range=[0, 1.02], tickformat=".0%"),
-        "yaxis": names(order), "bargap": 0.4,
+        "xaxis": make_axis("share of the variation", range=[0, 1.02], tickformat=".0%"),
+        "yaxis": name_axis(order), "bargap": 0.4,
     }  # fmt: skip
-    lines = [Line([key, Cell(f"{100 * importance[key]:.0f} %", "", importance[key])])
+    lines = [TableLine([key, Cell(f"{100 * importance[key]:.0f} %", "", importance[key])])
              for key in order]  # fmt: skip
     return Section(
         "What mattered",
@@ -206,13 +227,19 @@ def _mattered(importance: Mapping[str, float]) -> Section:
 
 def _range(values: Any) -> str:
     if not isinstance(values, Mapping):
-        return ", ".join(map(setting, values))
+        return ", ".join(map(format_setting, values))
     step = values.get("step")
-    tail = f", in steps of {setting(step)}" if step else ", log scale" if values.get("log") else ""
-    return f"{setting(values['low'])} to {setting(values['high'])}{tail}"
+    tail = (
+        f", in steps of {format_setting(step)}"
+        if step
+        else ", log scale"
+        if values.get("log")
+        else ""
+    )
+    return f"{format_setting(values['low'])} to {format_setting(values['high'])}{tail}"
 
 
-def trials(
+def trial_section(
     rows: Sequence[Trial],
     metrics: Sequence[str],
     front: Sequence[int] = (),
@@ -225,18 +252,18 @@ def trials(
         index = trial.get("number", i)
         state = trial["state"]
         if trial.get("why"):
-            state += f": {pathless(trial['why'])}"
+            state += f": {strip_paths(trial['why'])}"
         if index in front:
             state = FRONT if len(metrics) > 1 else "the best"
         cells: list[Value] = [Cell(str(index), "", index)]
         for value in (trial["params"].get(key) for key in keys):
-            cells.append(setting(value) if isinstance(value, str) else value)
+            cells.append(format_setting(value) if isinstance(value, str) else value)
         for metric in metrics:
             known = trial["state"] == "complete" and metric in trial["values"]
-            found = measured(trial, metric) if known else None
-            cells.append(percent(found.mean) if found and not front else number(found))
-        lines.append(Line([*cells, state], _label({"number": i, **trial}, labels, front)))
-    heads = ["Trial", *keys, *(titled(pretty(name)) for name in metrics), "State"]
+            found = trial_estimate(trial, metric) if known else None
+            cells.append(percent_cell(found.mean) if found and not front else number_cell(found))
+        lines.append(TableLine([*cells, state], _label({"number": i, **trial}, labels, front)))
+    heads = ["Trial", *keys, *(capitalise(metric_words(name)) for name in metrics), "State"]
     count: dict[str, int] = {}
     for trial in rows:
         count[trial["state"]] = count.get(trial["state"], 0) + 1
@@ -248,9 +275,12 @@ def trials(
 # ---- the automatic choice
 
 
-def auto(found: Mapping[str, Any]) -> list[Section]:
+def auto_sections(found: Mapping[str, Any]) -> list[Section]:
     """Every choice in a sentence, the layer scan, the search for the strength, the comparison."""
-    choices = [Line([plain(one["step"]), pathless(one["sentence"])]) for one in found["choices"]]
+    choices = [
+        TableLine([name_words(one["step"]), strip_paths(one["sentence"])])
+        for one in found["choices"]
+    ]
     table = Table("Each choice and its reason", ["Step", "Why"], choices, words=True)
     sections = [Section("Choices", [], [table])]
     if found.get("scan"):
@@ -258,13 +288,15 @@ def auto(found: Mapping[str, Any]) -> list[Section]:
     tried = found.get("trials", [])
     if done := [trial for trial in tried if trial["state"] == "complete"]:
         sections.append(_strengths(done, found["budget"]))
-        sections.append(trials(tried, ["forgetting", "utility_loss"]))
+        sections.append(trial_section(tried, ["forgetting", "utility_loss"]))
     if final := found.get("final"):
-        whose = {"val": Column("Chosen", "on the half to choose on"),
-                 "test": Column("Chosen", "on the half kept back"),
-                 "defaults": Column("Fixed defaults", "on the half kept back")}  # fmt: skip
+        whose = {"val": ColumnHead("Chosen", "on the half to choose on"),
+                 "test": ColumnHead("Chosen", "on the half kept back"),
+                 "defaults": ColumnHead("Fixed defaults", "on the half kept back")}  # fmt: skip
         lines = [
-            Line([plain(key), *(number(at(final[name][key])) for name in whose)])
+            TableLine(
+                [name_words(key), *(number_cell(cell_estimate(final[name][key])) for name in whose)]
+            )
             for key in ("forgetting", "utility_loss")
         ]
         table = Table("Per cent, with 95 % intervals", ["Measure", *whose.values()], lines)
@@ -280,13 +312,14 @@ def _scan(scan: Mapping[str, Any]) -> Section:
         traces.append(
             {
                 "x": x, "y": [one[key] for one in layers], "mode": "lines+markers",
-                "name": plain(key), "line": stroke(i, width=2), "marker": marker(i, size=8),
-                "hovertemplate": f"layer %{{x}}<br>{plain(key)} %{{y:.1%}}",
+                "name": name_words(key), "line": label_stroke(i, width=2),
+                "marker": label_marker(i, size=8),
+                "hovertemplate": f"layer %{{x}}<br>{name_words(key)} %{{y:.1%}}",
             }
         )  # fmt: skip
     layout = {
-        "xaxis": axis("layer", dtick=1 if len(x) <= 16 else 4), "showlegend": True,
-        "yaxis": axis("change of accuracy", tickformat=".0%"),
+        "xaxis": make_axis("layer", dtick=1 if len(x) <= 16 else 4), "showlegend": True,
+        "yaxis": make_axis("change of accuracy", tickformat=".0%"),
         "shapes": [{"type": "line", "x0": scan["best"], "x1": scan["best"], "yref": "paper",
                     "y0": 0, "y1": 1, "layer": "below",
                     "line": {"dash": "dot", "width": 1.25, "color": GREY}}],
@@ -299,7 +332,7 @@ def _scan(scan: Mapping[str, Any]) -> Section:
         for one in layers
     )
     lines = [
-        Line([
+        TableLine([
             Cell(f"{one['layer']}{', chosen' if one['layer'] == scan['best'] else ''}", "",
                  one["layer"]),
             Cell(f"{100 * one['forgetting']:.1f}", "", one["forgetting"]),
@@ -322,15 +355,15 @@ def _strengths(done: Sequence[Trial], budget: float) -> Section:
     for trial in done:
         inside = trial["values"][x] <= budget
         look = (
-            marker(0, size=11)
+            label_marker(0, size=11)
             if inside
             else {"color": GREY, "symbol": "circle-open", "size": 9, "line": {"width": 1.5}}
         )
-        numbers = measured(trial, x), measured(trial, y)
-        traces.append(mark(*numbers, _hover(trial, [y, x]), "", look))
+        numbers = trial_estimate(trial, x), trial_estimate(trial, y)
+        traces.append(draw_mark(*numbers, _hover(trial, [y, x]), "", look))
     layout = {
-        "xaxis": axis("utility loss (lower is better)", tickformat=".1%"),
-        "yaxis": axis("forgetting (higher is better)", tickformat=".0%"),
+        "xaxis": make_axis("utility loss (lower is better)", tickformat=".1%"),
+        "yaxis": make_axis("forgetting (higher is better)", tickformat=".0%"),
         "shapes": [{"type": "line", "x0": budget, "x1": budget, "yref": "paper", "y0": 0, "y1": 1,
                     "layer": "below", "line": {"dash": "dot", "width": 1.25, "color": GREY}}],
         "annotations": [{"x": budget, "y": 0, "yref": "paper", "yanchor": "bottom", "text":
@@ -345,11 +378,11 @@ def _strengths(done: Sequence[Trial], budget: float) -> Section:
 # ---- reproductions
 
 
-def reproduction(found: Mapping[str, Any]) -> list[Section]:
+def reproduction_sections(found: Mapping[str, Any]) -> list[Section]:
     """The paper's tables and figures beside ours, with what became of its claims."""
     labels = lines_of(found)
     sections = [
-        Section(one["title"], [pathless(one["note"])] if one.get("note") else [],
+        Section(one["title"], [strip_paths(one["note"])] if one.get("note") else [],
                 [_reproduced(one), *_claims(one["claims"])])
         for one in found["tables"]
     ]  # fmt: skip
@@ -369,16 +402,16 @@ def lines_of(found: Mapping[str, Any]) -> list[str]:
 
 def _reproduced(table: Mapping[str, Any]) -> Table:
     theirs = table.get("paper_columns", [])
-    heads: list[Column | str] = ["Method"]
-    heads += [Column(name, "here") for name in table["columns"]]
-    heads += [Column(name, "the paper") for name in theirs]
+    heads: list[ColumnHead | str] = ["Method"]
+    heads += [ColumnHead(name, "here") for name in table["columns"]]
+    heads += [ColumnHead(name, "the paper") for name in theirs]
     lines = []
     for row in table["rows"]:
         cells: list[Value] = [f"{row['label']}, {row['why']}" if row.get("why") else row["label"]]
-        cells += [number(at(row["cells"][name])) if name in row["cells"] else None
+        cells += [number_cell(cell_estimate(row["cells"][name])) if name in row["cells"] else None
                   for name in table["columns"]]  # fmt: skip
-        cells += [percent(row.get("paper", {}).get(name)) for name in theirs]
-        lines.append(Line(cells, row["label"]))
+        cells += [percent_cell(row.get("paper", {}).get(name)) for name in theirs]
+        lines.append(TableLine(cells, row["label"]))
     return Table("Per cent, with 95 % intervals; beside the paper's numbers", heads, lines)
 
 
@@ -391,7 +424,7 @@ def _claims(claims: Sequence[Mapping[str, Any]]) -> list[Table]:
         shown_gap = "{value:+.1%} ({low:+.1%} to {high:+.1%})".format(**gap) if gap else ""
         words = one["sentence"].removeprefix(f"{one['claim']}: ")
         texts = [one["claim"], one["source"], one["verdict"], shown_gap.replace("%", ""), words]
-        lines.append(Line(texts))
+        lines.append(TableLine(texts))
     heads = ["Claim", "Source", "Verdict here", "Difference, points", "In words"]
     return [Table("The paper's claims", heads, lines, words=True)]
 
@@ -401,22 +434,24 @@ def _drawn(figure: Mapping[str, Any], labels: Sequence[str]) -> tuple[Panels, Ta
     for series in figure["series"]:
         label, i = series["label"], labels.index(series["label"])
         points = [point for point in series["points"] if point["x"] and point["y"]]
-        xs, ys = ([at(point[key]) for point in points] for key in ("x", "y"))
+        xs, ys = ([cell_estimate(point[key]) for point in points] for key in ("x", "y"))
         traces.append(
             {
                 "x": [one.mean for one in xs], "y": [one.mean for one in ys], "meta": label,
-                "error_x": bars(xs), "error_y": bars(ys), "mode": "lines+markers",
-                "line": stroke(i, width=1.75), "marker": marker(i, size=8), "hoverinfo": "text",
-                "text": [
-                    hover(label, f"coeff {setting(point['coeff'])}",
-                          f"kappa {shown(point['kappa'])}",
+                "error_x": error_bars(xs), "error_y": error_bars(ys), "mode": "lines+markers",
+                "line": label_stroke(i, width=1.75), "marker": label_marker(i, size=8),
+                "hoverinfo": "text", "text": [
+                    hover_text(label, f"coeff {format_setting(point['coeff'])}",
+                          f"kappa {format_number(point['kappa'])}",
                           f"{figure['x_title']} {x}", f"{figure['y_title']} {y}")
                     for point, x, y in zip(points, xs, ys, strict=True)
                 ],
             }
         )  # fmt: skip
         lines += [
-            Line([label, point["coeff"], point["kappa"], number(x), number(y)], label)
+            TableLine(
+                [label, point["coeff"], point["kappa"], number_cell(x), number_cell(y)], label
+            )
             for point, x, y in zip(points, xs, ys, strict=True)
         ]
         ends.append(
@@ -426,12 +461,18 @@ def _drawn(figure: Mapping[str, Any], labels: Sequence[str]) -> tuple[Panels, Ta
             else f"{label}: not measured"
         )
     layout = {
-        "xaxis": axis(figure["x_title"], tickformat=".0%"),
-        "yaxis": axis(figure["y_title"], tickformat=".0%"),
+        "xaxis": make_axis(figure["x_title"], tickformat=".0%"),
+        "yaxis": make_axis(figure["y_title"], tickformat=".0%"),
     }
     words = (
         f"{figure['title']}: {figure['y_title']} against {figure['x_title']}. {'; '.join(ends)}."
     )
-    heads: list[Column | str] = ["Method", "Coeff", "Kappa", figure["x_title"], figure["y_title"]]
+    heads: list[ColumnHead | str] = [
+        "Method",
+        "Coeff",
+        "Kappa",
+        figure["x_title"],
+        figure["y_title"],
+    ]
     table = Table("The points of the figure, per cent", heads, lines, tall=len(lines) > 20)
     return Panels([Figure("", words, traces, layout)], small=False), table

@@ -12,9 +12,9 @@ from zlib import crc32
 
 import numpy as np
 
-from srmu.evals.compare import normal, read
-from srmu.evals.lm_eval import interval
-from srmu.evals.statistics import LEAST, Array, Draws, Estimate, answered, estimate
+from srmu.evals.compare import read_optional_json, resample_normal
+from srmu.evals.lm_eval import accuracy_interval
+from srmu.evals.statistics import LEAST, Array, Draws, Estimate, estimate_from, parse_answers
 
 ANSWERS = "answers.json"  # of a run: right answers question by question, before and after
 RESULTS = {"before": "before.json", "after": "results.json"}
@@ -26,7 +26,7 @@ Columns = Mapping[str, Sequence[str]]  # a column's name: the metrics that it is
 
 
 @dataclass(frozen=True)
-class Line:
+class ClaimLine:
     """A row of a table or a point of a figure: runs that differ only in their seed.
 
     `asked` says which questions each run was asked: the same number, the same questions. `why` says
@@ -40,51 +40,55 @@ class Line:
     why: str = ""
 
 
-def spread(line: Line, metrics: Sequence[str], draws: Draws) -> Array:
+def resample_mean(line: ClaimLine, metrics: Sequence[str], draws: Draws) -> Array:
     """The mean of some accuracies as it is, and in each resample: (1 + RESAMPLES, seeds)."""
     runs = zip(line.runs, line.asked, strict=True)
-    each = [[sample(line, run, asked, m, draws) for m in metrics] for run, asked in runs]
+    each = [[resample_accuracy(line, run, asked, m, draws) for m in metrics] for run, asked in runs]
     return np.mean(each, axis=1).T
 
 
-def sample(line: Line, run: Path, asked: int, metric: str, draws: Draws) -> Array:
+def resample_accuracy(line: ClaimLine, run: Path, asked: int, metric: str, draws: Draws) -> Array:
     """An accuracy as it is, and in each resample of the questions.
 
     From the answers question by question where they are kept, so that two rows are compared on the
     same questions; else taken as normal about its value, which makes differences too wide.
     """
     task = metric.split("/")[0]
-    kept = read(run / ANSWERS).get(line.when, {}).get(task)
+    kept = read_optional_json(run / ANSWERS).get(line.when, {}).get(task)
     if kept and len({*kept["facts"]}) >= LEAST:
         facts = [(asked, task, fact) for fact in kept["facts"]]
-        return draws.means(answered(kept["right"]), facts)[:, 0]
-    return normal(read(run / RESULTS[line.when])[metric], (metric, asked, line.when, line.label))
+        return draws.means(parse_answers(kept["right"]), facts)[:, 0]
+    return resample_normal(
+        read_optional_json(run / RESULTS[line.when])[metric], (metric, asked, line.when, line.label)
+    )
 
 
-def questions(line: Line, metrics: Sequence[str]) -> int:
+def effective_questions(line: ClaimLine, metrics: Sequence[str]) -> int:
     """Questions that vary as the mean of the metrics does, if it were one accuracy."""
-    counts = [read(line.runs[0] / RESULTS[line.when])[metric]["n"] for metric in metrics]
+    counts = [
+        read_optional_json(line.runs[0] / RESULTS[line.when])[metric]["n"] for metric in metrics
+    ]
     return round(len(counts) ** 2 / sum(1 / count for count in counts))
 
 
-def cell(line: Line, metrics: Sequence[str]) -> dict[str, float]:
+def mean_cell(line: ClaimLine, metrics: Sequence[str]) -> dict[str, float]:
     """The mean accuracy of a row's runs with its interval, as in every other table of ours."""
-    results = [read(run / RESULTS[line.when]) for run in line.runs]
+    results = [read_optional_json(run / RESULTS[line.when]) for run in line.runs]
     values = [float(np.mean([found[metric]["value"] for metric in metrics])) for found in results]
-    low, high = interval(values, questions(line, metrics))
+    low, high = accuracy_interval(values, effective_questions(line, metrics))
     return {"value": float(np.mean(values)), "low": low, "high": high}
 
 
-def drop(before: Line, line: Line, metrics: Sequence[str]) -> dict[str, float]:
+def accuracy_drop(before: ClaimLine, line: ClaimLine, metrics: Sequence[str]) -> dict[str, float]:
     """How far an accuracy fell, with its interval."""
     draws = Draws()
-    fallen = spread(before, metrics, draws) - spread(line, metrics, draws)
-    return shown(estimate(draws.over_seeds(fallen), questions(line, metrics)))
+    fallen = resample_mean(before, metrics, draws) - resample_mean(line, metrics, draws)
+    return interval_of(estimate_from(draws.over_seeds(fallen), effective_questions(line, metrics)))
 
 
 def judge_row(
     claim: Mapping[str, Any],
-    lines: Mapping[str, Line],
+    lines: Mapping[str, ClaimLine],
     column: str,
     metrics: Sequence[str],
     paper: Mapping[str, Mapping[str, float]],
@@ -99,17 +103,19 @@ def judge_row(
         note = f"{failed[0].label} {failed[0].why}"
     else:
         draws = draws_of(claim)
-        apart = spread(lines[one], metrics, draws) - spread(lines[other], metrics, draws)
-        found = estimate(draws.over_seeds(apart), questions(lines[one], metrics))
+        apart = resample_mean(lines[one], metrics, draws) - resample_mean(
+            lines[other], metrics, draws
+        )
+        found = estimate_from(draws.over_seeds(apart), effective_questions(lines[one], metrics))
     theirs = "MMLU" if claim["metric"] == "utility" else "WMDP"
-    own = gap(paper.get(one, {}), paper.get(other, {}), theirs)
-    return judged(claim, column, found, note, claim.get("source", source), own)
+    own = paper_gap(paper.get(one, {}), paper.get(other, {}), theirs)
+    return judge_difference(claim, column, found, note, claim.get("source", source), own)
 
 
 def judge_curves(
     claim: Mapping[str, Any],
-    curves: Mapping[str, Sequence[Line]],
-    before: Line,
+    curves: Mapping[str, Sequence[ClaimLine]],
+    before: ClaimLine,
     forget: Sequence[str],
     column: str,
     utility: Sequence[str],
@@ -121,20 +127,22 @@ def judge_curves(
         draws, kept, note = draws_of(claim), [], ""
         for name in claim["of"]:
             points = [line for line in curves.get(name, ()) if not line.why]
-            at = frontier(points, before, forget, utility, percent / 100, draws) if points else None
+            at = (
+                best_kept(points, before, forget, utility, percent / 100, draws) if points else None
+            )
             if at is None:
                 note = f"{name} never forgets {percent} %"
             else:
                 kept.append(at)
-        both = None if note else estimate(draws.over_seeds(kept[0] - kept[1]), 0)
+        both = None if note else estimate_from(draws.over_seeds(kept[0] - kept[1]), 0)
         this = {**claim, "claim": f"{claim['claim']}, {percent} %", "above": 0}
-        found.append(judged(this, column, both, note, source, None))
+        found.append(judge_difference(this, column, both, note, source, None))
     return found
 
 
-def frontier(
-    points: Sequence[Line],
-    before: Line,
+def best_kept(
+    points: Sequence[ClaimLine],
+    before: ClaimLine,
     forget: Sequence[str],
     utility: Sequence[str],
     share: float,
@@ -145,9 +153,9 @@ def frontier(
     Read in each resample anew, in a straight line between the best points that forget more and
     less, the original model among them. None where a seed's curve does not go as far.
     """
-    known = spread(before, forget, draws)
-    lost = np.stack([known - known, *(known - spread(p, forget, draws) for p in points)])
-    kept = np.stack([spread(line, utility, draws) for line in (before, *points)])
+    known = resample_mean(before, forget, draws)
+    lost = np.stack([known - known, *(known - resample_mean(p, forget, draws) for p in points)])
+    kept = np.stack([resample_mean(line, utility, draws) for line in (before, *points)])
     level = share * (known - CHANCE)
     if (lost[:, 0].max(axis=0) < level[0] - 1e-9).any():
         return None
@@ -160,7 +168,7 @@ def frontier(
     return found
 
 
-def judged(
+def judge_difference(
     claim: Mapping[str, Any],
     column: str,
     found: Estimate | None,
@@ -170,7 +178,7 @@ def judged(
 ) -> dict[str, Any]:
     """A claim with its verdict, in numbers and in a sentence."""
     bounds = claim.get("above", -inf) / 100, claim.get("below", inf) / 100
-    result = verdict(found, *bounds)
+    result = interval_verdict(found, *bounds)
     one, other = claim["of"]
     if found is None:
         sentence = f"{claim['claim']}: not tested here, {note}."
@@ -185,13 +193,13 @@ def judged(
         "claim": claim["claim"],
         "source": source,
         "verdict": result,
-        "difference": shown(found) if found else None,
+        "difference": interval_of(found) if found else None,
         "paper": {"difference": own[0], "z": own[1]} if own else None,
         "sentence": sentence,
     }
 
 
-def verdict(found: Estimate | None, above: float, below: float) -> str:
+def interval_verdict(found: Estimate | None, above: float, below: float) -> str:
     """Whether an interval lies between two bounds, outside them, or across one of them."""
     if found is None:
         return "not tested"
@@ -202,7 +210,7 @@ def verdict(found: Estimate | None, above: float, below: float) -> str:
     return "within noise"
 
 
-def gap(
+def paper_gap(
     one: Mapping[str, float], other: Mapping[str, float], column: str
 ) -> tuple[float, float] | None:
     """The paper's difference between two rows, and over its standard error.
@@ -226,5 +234,5 @@ def draws_of(claim: Mapping[str, Any]) -> Draws:
     return Draws(crc32(json.dumps(claim, sort_keys=True).encode()))
 
 
-def shown(found: Estimate) -> dict[str, float]:
+def interval_of(found: Estimate) -> dict[str, float]:
     return {key: value for key, value in asdict(found).items() if key != "n"}

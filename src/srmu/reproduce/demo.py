@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from srmu.engine.progress import Watch, silent
-from srmu.errors import UserError
-from srmu.evals.parallel import Job, run_all
-from srmu.report.build import Entry, render, table
-from srmu.testbed.build import build
+from srmu.engine.progress import Watch, ignore_progress
+from srmu.errors import SrmuError
+from srmu.evals.parallel import RunJob, run_all
+from srmu.report.build import write_runs_page
+from srmu.report.results import RunGroup, aggregate_metrics
+from srmu.testbed.build import build_testbed
 
 # Each method's best of the same nine settings, by `python benchmarks/search.py
 # configs/search-organism.yaml OUT`: on the validation questions of three testbeds, both regimes.
@@ -32,32 +33,36 @@ UTILITY = ["organism_neighbour/acc", "organism_general/acc"]
 TASKS = tuple(metric.split("/")[0] for metric in FORGET + UTILITY)
 
 
-def play(out: Path, *, seeds: int = 3, watch: Watch = silent) -> tuple[list[Entry], Path]:
+def play_demo(
+    out: Path, *, seeds: int = 3, watch: Watch = ignore_progress
+) -> tuple[list[RunGroup], Path]:
     """Build the testbed, run every method in both regimes, and write `report.html` to `out`.
 
     What is there already is used again, so that a stopped demo goes on.
     """
     if seeds < 1:
-        raise UserError("--seeds must be at least 1")
+        raise SrmuError("--seeds must be at least 1")
     testbed = out / "testbed"
     if not (testbed / "organism.json").exists():
-        build(testbed, watch=watch)
+        build_testbed(testbed, watch=watch)
     groups = [
         (label, regime, [[*overrides, f"seed={seed}"] for seed in range(seeds)])
         for regime in REGIMES
         for label, overrides in SETTINGS.items()
     ]
     jobs = [
-        Job(testbed / f"{regime}.yaml", (*overrides, f"runs_dir={(out / 'runs').resolve()}"), TASKS)
+        RunJob(
+            testbed / f"{regime}.yaml", (*overrides, f"runs_dir={(out / 'runs').resolve()}"), TASKS
+        )
         for _, regime, runs in groups
         for overrides in runs
     ]
     folders = iter(run_all(jobs, watch))
     entries = [
-        Entry(label, REGIMES[regime], tuple(next(folders) for _ in runs))
+        RunGroup(label, REGIMES[regime], tuple(next(folders) for _ in runs))
         for label, regime, runs in groups
     ]
-    report = render(
+    report = write_runs_page(
         entries,
         out / "report.html",
         title="Unlearning on the testbed",
@@ -68,11 +73,11 @@ def play(out: Path, *, seeds: int = 3, watch: Watch = silent) -> tuple[list[Entr
     return entries, report
 
 
-def terminal_table(entries: Sequence[Entry]) -> list[dict[str, Any]]:
+def terminal_table(entries: Sequence[RunGroup]) -> list[dict[str, Any]]:
     """The report's table as rows of strings: the original model first in each regime."""
     metrics = {metric: metric.split("_", 1)[1].split("/")[0] for metric in FORGET + UTILITY}
     rows: list[dict[str, Any]] = []
-    for row in table(entries, list(metrics)):
+    for row in aggregate_metrics(entries, list(metrics)):
         shared = row.group.removesuffix(" entanglement")
         if not any(r["entangled"] == shared for r in rows):
             before = {name: str(row.before[metric]) for metric, name in metrics.items()}

@@ -16,21 +16,21 @@ from transformers import MistralConfig
 
 from srmu.engine import weights
 from srmu.engine.files import write_json
-from srmu.engine.loading import read_config, skeleton
+from srmu.engine.loading import build_skeleton, read_config
 from srmu.engine.topic import Topic
-from srmu.errors import UserError
-from srmu.evals.parallel import Job
+from srmu.errors import SrmuError
+from srmu.evals.parallel import RunJob
 from srmu.runs import estimate, run, scale
 from srmu.runs.config import Config, load_config
-from srmu.runs.estimate import duration, gb
-from srmu.runs.meter import Work, blank, probe
+from srmu.runs.estimate import format_duration, format_gb
+from srmu.runs.meter import Work, blank_batch, probe_machine
 
 NARROW = 1024  # features of the products that are timed where only dimensions are known
 FAST = 100e12  # FLOPs a second that one may expect of a data-centre GPU in bfloat16
 
 
-def needs(
-    jobs: Mapping[str, Job], runs: Mapping[str, int], spec: Mapping[str, Any], name: str
+def estimate_needs(
+    jobs: Mapping[str, RunJob], runs: Mapping[str, int], spec: Mapping[str, Any], name: str
 ) -> dict[str, Any]:
     """What runs take: a job of each method, and how many runs of it are wanted.
 
@@ -40,21 +40,21 @@ def needs(
     methods: dict[str, Any] = {}
     sources: dict[str, str] = {}
     speeds: Work | None = None
-    with checkpoint(name, spec) as (folder, known):
+    with checkpoint_or_hollow(name, spec) as (folder, known):
         for label, job in jobs.items():
             config = load_config(job.config, (*job.overrides, f"model={folder}"))
-            config, _ = run.plan(config)
+            config, _ = run.plan_run(config)
             topics = topics_of(config, folder, spec)
             if speeds is None:  # the machine's; measuring them takes long where it is slow
                 lengths = [(config.train.batch_size, 512)] * 2
-                speeds = probe(
+                speeds = probe_machine(
                     torch.bfloat16, config.device, lengths, read_config(folder).hidden_size
                 )
-            found = estimate.estimate(config, folder, topics, speeds)
+            found = estimate.estimate_run(config, folder, topics, speeds)
             adapters = getattr(config.method, "lora_rank", 0)
             methods[label] = found | {"runs": runs[label], "adapters": adapters}
             sources |= sources_of(config, spec)
-        parameters = sum(estimate.stored(folder).values()) / 2
+        parameters = sum(estimate.stored_bytes(folder).values()) / 2
         size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     asked = spec["asked"]
     tokens = sum(one["questions"] * one["tokens"] for one in asked.values())
@@ -69,7 +69,7 @@ def needs(
 
 
 @contextmanager
-def checkpoint(name: str, spec: Mapping[str, Any]) -> Iterator[tuple[Path, bool]]:
+def checkpoint_or_hollow(name: str, spec: Mapping[str, Any]) -> Iterator[tuple[Path, bool]]:
     """The model's folder where it is there, else one that has its dimensions and no weights."""
     if Path(name).is_dir():
         yield Path(name), True
@@ -85,15 +85,15 @@ def checkpoint(name: str, spec: Mapping[str, Any]) -> Iterator[tuple[Path, bool]
         yield found, True
         return
     if name != spec["name"]:
-        raise UserError(
+        raise SrmuError(
             f"model {name} is not here, and dimensions are known of {spec['name']} only: fetch it "
             f"with hf download {name}, or name its folder"
         )
     with TemporaryDirectory() as scratch:
-        yield hollow(Path(scratch), spec["shape"]), False
+        yield make_hollow(Path(scratch), spec["shape"]), False
 
 
-def hollow(folder: Path, shape: Mapping[str, int]) -> Path:
+def make_hollow(folder: Path, shape: Mapping[str, int]) -> Path:
     """A Mistral-like checkpoint of such dimensions without weights."""
     given: dict[str, Any] = dict(shape)
     config = MistralConfig(**given, architectures=["MistralForCausalLM"], dtype="bfloat16")
@@ -110,10 +110,10 @@ def hollow_of(folder: Path, config: Any, *, split: bool = True) -> Path:
     kind, size = ("F32", 4) if config.dtype == torch.float32 else ("BF16", 2)
     files: dict[str, dict[str, Any]] = {}
     ends: Counter[str] = Counter()  # of each file's tensors
-    for name, parameter in skeleton(config).named_parameters():
-        file = f"model-{weights.layer_of(name)}.safetensors" if split else "model.safetensors"
+    for name, parameter in build_skeleton(config).named_parameters():
+        file = f"model-{weights.layer_number(name)}.safetensors" if split else "model.safetensors"
         entries = files.setdefault(file, {})
-        for part in apart(name, len(parameter)) if parameter.ndim == 3 else [name]:
+        for part in expert_names(name, len(parameter)) if parameter.ndim == 3 else [name]:
             shape = [*parameter.shape[-2:]]
             start = ends[file]
             ends[file] += size * prod(shape)
@@ -128,7 +128,7 @@ def hollow_of(folder: Path, config: Any, *, split: bool = True) -> Path:
     return folder
 
 
-def apart(name: str, experts: int) -> list[str]:
+def expert_names(name: str, experts: int) -> list[str]:
     """The names of a tensor's experts: checkpoints store each by itself."""
     owner, _, kind = name.rpartition(".")
     return [f"{owner}.{i}.{kind}.weight" for i in range(experts)]
@@ -142,33 +142,33 @@ def dry_run(config: Config) -> tuple[Config, dict[str, Any], list[str]]:
     """
     base = run.base_of(config)
     if weights_in(base):
-        config, found = run.plan(config)
+        config, found = run.plan_run(config)
         topics = run.load_topics(config, run.load_tokenizer(base))
-        found |= estimate.estimate(config, base, topics) | {
-            "ranks": estimate.launches(config, base, topics)
+        found |= estimate.estimate_run(config, base, topics) | {
+            "ranks": estimate.estimate_launches(config, base, topics)
         }
         found["config"] = config.to_dict()
-        return config, found, estimate.explain(found)
+        return config, found, estimate.explain_plan(found)
     settings = read_config(base)
     with TemporaryDirectory() as scratch:
         folder = hollow_of(Path(scratch), settings)
-        planned, found = run.plan(config.model_copy(update={"model": str(folder)}))
+        planned, found = run.plan_run(config.model_copy(update={"model": str(folder)}))
         topics = topics_of(planned, folder, {"documents": {}})
         narrow = min(settings.hidden_size, NARROW)  # this machine is not the one it will run on
-        speeds = probe(torch.bfloat16, planned.device, [(4, 64)] * 2, narrow)
-        found |= estimate.estimate(planned, folder, topics, speeds)
-        found["ranks"] = estimate.launches(planned, folder, topics, elsewhere=True)
+        speeds = probe_machine(torch.bfloat16, planned.device, [(4, 64)] * 2, narrow)
+        found |= estimate.estimate_run(planned, folder, topics, speeds)
+        found["ranks"] = estimate.estimate_launches(planned, folder, topics, elsewhere=True)
     config = planned.model_copy(update={"model": config.model})
     found |= {"id": config.id, "run": str(run.run_folder(config)), "model": config.model}
     found |= {"config": config.to_dict(), "advice": ""}
-    lines = estimate.explain(found)
+    lines = estimate.explain_plan(found)
     lines.append(
         "reckoned from the dimensions of its config.json, for GPUs, and from texts of the lengths "
         "that the config states: no weights are here"
     )
     if settings.model_type in scale.KNOWN:
         longest = max(topic.max_length for topic in planned.topics.values())
-        found["dimensions"] = dimensions(settings, planned.method.depth, longest)
+        found["dimensions"] = model_dimensions(settings, planned.method.depth, longest)
         lines.append(
             "model of {parameters:,} numbers: {held:,} are loaded, and a token of a text of "
             "{tokens} takes {flops_per_token:,} FLOPs a pass".format(**found["dimensions"])
@@ -176,7 +176,7 @@ def dry_run(config: Config) -> tuple[Config, dict[str, Any], list[str]]:
     return config, found, lines
 
 
-def dimensions(settings: Any, depth: int | None, tokens: int) -> dict[str, int]:
+def model_dimensions(settings: Any, depth: int | None, tokens: int) -> dict[str, int]:
     """What a model's dimensions say of it at the depth used."""
     return {
         "parameters": scale.size_of(settings).total,
@@ -206,7 +206,7 @@ def topics_of(config: Config, folder: Path, spec: Mapping[str, Any]) -> list[Top
         lengths = (topic.max_length, topic.retain_max_length or topic.max_length)
         count = -(-spec["documents"].get(name, 1000) // rows)
         # the same batch again and again: only its shape is looked at
-        forget, retain = ([blank((rows, length), cpu, False)] * count for length in lengths)
+        forget, retain = ([blank_batch((rows, length), cpu, False)] * count for length in lengths)
         found.append(Topic(name, forget, retain, vocabulary=vocabulary, options=topic.options))
     return found
 
@@ -223,31 +223,31 @@ def sources_of(config: Config, spec: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def explain(found: Mapping[str, Any]) -> list[str]:
+def explain_needs(found: Mapping[str, Any]) -> list[str]:
     """What is needed, in lines for a person."""
     model, flops, methods = found["model"], found["evaluation_flops"], found["methods"]
     scoring = flops / found["matmul_flops_a_second"]
     runs = sum(one["runs"] for one in methods.values())
     there = "is here" if model["there"] else f"hf download {model['name']}"
-    lines = [f"model   {model['name']}, {gb(model['bytes'])}: {there}"]
+    lines = [f"model   {model['name']}, {format_gb(model['bytes'])}: {there}"]
     lines += [f"data    {name}: {how}" for name, how in found["sources"].items()]
     for label, one in methods.items():
         # adapters are counted as if all that they stand beside were trained
         most = "under " if one["adapters"] else ""
         lines.append(
-            f"runs    {one['runs']} of {label}: {most}{gb(one['memory_private'])} of memory beside "
-            f"{gb(one['bytes_read'])} of the model's files, {most}{one['flops'] / 1e15:.3g} PFLOP, "
-            f"here {duration(one['seconds'])}"
+            f"runs    {one['runs']} of {label}: {most}{format_gb(one['memory_private'])} of memory "
+            f"beside {format_gb(one['bytes_read'])} of the model's files, "
+            f"{most}{one['flops'] / 1e15:.3g} PFLOP, here {format_duration(one['seconds'])}"
         )
     lines.append(
         f"scores  {found['questions']:,} questions a run: {flops / 1e15:.3g} PFLOP, here "
-        f"{duration(scoring)}"
+        f"{format_duration(scoring)}"
     )
     total = sum(one["runs"] * (one["flops"] + flops) for one in methods.values()) + flops
     here = sum(one["runs"] * (one["seconds"] + scoring) for one in methods.values()) + scoring
     lines.append(
-        f"in all  {runs} runs, {total / 1e15:.3g} PFLOP: here {duration(here)}; "
-        f"{duration(total / FAST)} where {FAST / 1e12:.0f} TFLOP a second are reached"
+        f"in all  {runs} runs, {total / 1e15:.3g} PFLOP: here {format_duration(here)}; "
+        f"{format_duration(total / FAST)} where {FAST / 1e12:.0f} TFLOP a second are reached"
     )
     if not model["there"]:
         lines.append("reckoned from the model's published dimensions: it is not here")

@@ -16,26 +16,34 @@ import numpy as np
 import torch
 import yaml
 
-from srmu.attacks.suite import CONTROLS, FILE, TIERS, Sources, attack, select
-from srmu.attacks.utility import COUNT, LENGTH, read
+from srmu.attacks.suite import CONTROLS, FILE, TIERS, Sources, attack_run, select_attacks
+from srmu.attacks.utility import COUNT, LENGTH, measure_texts
 from srmu.data import sources
 from srmu.engine import weights
 from srmu.engine.files import require_place, write_json
 from srmu.engine.loading import load_module
-from srmu.engine.progress import Watch, quiet, silent
-from srmu.errors import Diverged, UserError, first_line, suggest
-from srmu.evals.matched import SHARE, exam, match
-from srmu.evals.parallel import Job, run_all, run_one
-from srmu.evals.score import score
-from srmu.evals.statistics import LEAST, Array, Draws, answered, estimate, residual, worst_case
+from srmu.engine.progress import Watch, ignore_progress, silence_libraries
+from srmu.errors import DivergedError, SrmuError, first_line, suggest_word
+from srmu.evals.matched import SHARE, load_task, match_utility
+from srmu.evals.parallel import RunJob, run_all, run_one
+from srmu.evals.score import score_model
+from srmu.evals.statistics import (
+    LEAST,
+    Array,
+    Draws,
+    estimate_from,
+    parse_answers,
+    residual_table,
+    worst_case,
+)
 from srmu.evals.subject import Subject
-from srmu.report.build import render
-from srmu.report.results import Entry
-from srmu.reproduce.claims import ANSWERS, RESULTS, Line, cell, shown, spread
-from srmu.reproduce.runs import asked, presets, there
+from srmu.report.build import write_runs_page
+from srmu.report.results import RunGroup
+from srmu.reproduce.claims import ANSWERS, RESULTS, ClaimLine, interval_of, mean_cell, resample_mean
+from srmu.reproduce.runs import ask_tasks, existing_run, preset_file
 from srmu.runs.config import build_config, load_config
-from srmu.runs.run import Run, load_tokenizer, plan, run_folder
-from srmu.testbed.build import build
+from srmu.runs.run import Run, load_tokenizer, plan_run, run_folder
+from srmu.testbed.build import build_testbed
 
 TEXTS = "texts.json"  # what a token costs, in nats, by the kind of text
 NOT_RUN = "not run"
@@ -93,7 +101,7 @@ class Frontier:
 class Case(NamedTuple):
     """A run to be made, brought to the budget and attacked; `out` is where that is written."""
 
-    job: Job
+    job: RunJob
     out: Path
     budget: float
     judged: tuple[str, ...]
@@ -103,7 +111,7 @@ class Case(NamedTuple):
     attacks: tuple[str, ...] = ()  # these alone, where they are named
 
 
-def wanted(
+def plan_frontier(
     kind: str,
     out: Path,
     *,
@@ -115,17 +123,17 @@ def wanted(
     overrides: Sequence[str] = (),
     spec: Mapping[str, Any] | None = None,
 ) -> Frontier:
-    """What is asked for, with the defaults of configs/robust.yaml; UserError for what is not."""
-    spec = spec or yaml.safe_load(presets("robust.yaml").read_text(encoding="utf-8"))
+    """What is asked for, with the defaults of configs/robust.yaml; SrmuError for what is not."""
+    spec = spec or yaml.safe_load(preset_file("robust.yaml").read_text(encoding="utf-8"))
     listed = "ablations" if kind == "ablations" else "methods"
     some = [one for one, each in spec["worlds"].items() if each[listed]]
     worlds = some if world == "both" else [world]
-    check("--world", worlds, [*spec["worlds"], "both"])
+    check_option("--world", worlds, [*spec["worlds"], "both"])
     regimes = regimes or spec["runs"][kind]
-    check("--regimes", regimes, spec["regimes"])
-    check("--tier", [tier or spec["tier"]], TIERS)
+    check_option("--regimes", regimes, spec["regimes"])
+    check_option("--tier", [tier or spec["tier"]], TIERS)
     if wrong := [seed for seed in seeds if not seed.isdecimal()]:
-        raise UserError(f"--seeds {wrong[0]}: name the seeds of the testbeds, 1,2,3")
+        raise SrmuError(f"--seeds {wrong[0]}: name the seeds of the testbeds, 1,2,3")
     topics = {"organism": {"forget": "forget.jsonl"}}
     build_config({"model": "model", "method": "srmu", "topics": topics}, overrides)
     require_place(out)
@@ -136,22 +144,26 @@ def wanted(
     )  # fmt: skip
     if kind == "ablations":
         for one in worlds:
-            check(
+            check_option(
                 "configs/robust.yaml, ablated:", [spec["ablated"]], spec["worlds"][one]["methods"]
             )
-    check("--methods", methods, [label for one in worlds for label in found.settings(one)])
+    check_option("--methods", methods, [label for one in worlds for label in found.settings(one)])
     return found
 
 
-def check(option: str, given: Sequence[str], known: Sequence[str] | Mapping[str, Any]) -> None:
+def check_option(
+    option: str, given: Sequence[str], known: Sequence[str] | Mapping[str, Any]
+) -> None:
     if wrong := [name for name in given if name not in known]:
-        raise UserError(f"{option} {wrong[0]} does not exist{suggest(wrong[0], list(known))}")
+        raise SrmuError(f"{option} {wrong[0]} does not exist{suggest_word(wrong[0], list(known))}")
 
 
 # ---- the runs
 
 
-def measure(frontier: Frontier, watch: Watch = silent) -> dict[tuple[str, str, str], list[Any]]:
+def measure_frontier(
+    frontier: Frontier, watch: Watch = ignore_progress
+) -> dict[tuple[str, str, str], list[Any]]:
     """Make what is missing: by world, regime and label what came of each seed.
 
     A folder with all its numbers, or why there is none. What is there is not made again.
@@ -160,26 +172,28 @@ def measure(frontier: Frontier, watch: Watch = silent) -> dict[tuple[str, str, s
         folder = frontier.testbed(world, regime, seed)
         if not (folder / "organism.json").exists():
             share = frontier.spec["regimes"][regime]["entanglement"]
-            build(folder, seed=seed, entanglement=share, oracle=True, world=world, watch=watch)
-    cases, found = states(frontier)
+            build_testbed(
+                folder, seed=seed, entanglement=share, oracle=True, world=world, watch=watch
+            )
+    cases, found = case_states(frontier)
     missing = [key for key, state in found.items() if state == NOT_RUN and key in cases]
     # the first of each testbed before the others: its controls are kept for them
     first = {(key[0], key[3]): key for key in reversed(missing)}
     order = [*reversed(first.values()), *(key for key in missing if key not in first.values())]
     if order:
-        made = run_all([cases[key] for key in order], watch, measured)
+        made = run_all([cases[key] for key in order], watch, measure_case)
         found |= dict(zip(order, made, strict=True))
     return by_label(frontier, found)
 
 
-def made(frontier: Frontier) -> dict[tuple[str, str, str], list[Any]]:
+def read_frontier(frontier: Frontier) -> dict[tuple[str, str, str], list[Any]]:
     """What is there already, as `measure` gives it; runs nothing."""
-    return by_label(frontier, states(frontier)[1])
+    return by_label(frontier, case_states(frontier)[1])
 
 
-def needed(frontier: Frontier) -> tuple[dict[str, int], str]:
+def frontier_needs(frontier: Frontier) -> tuple[dict[str, int], str]:
     """What is to be built and run, in numbers and in a line."""
-    found = states(frontier)[1]
+    found = case_states(frontier)[1]
     beds = [frontier.testbed(*part, seed) for part in frontier.parts() for seed in frontier.seeds]
     counts = {
         "testbeds": sum(not (bed / "organism.json").exists() for bed in beds),
@@ -202,7 +216,7 @@ def by_label(
     }
 
 
-def states(frontier: Frontier) -> tuple[dict[Any, Case], dict[Any, Path | str]]:
+def case_states(frontier: Frontier) -> tuple[dict[Any, Case], dict[Any, Path | str]]:
     """All cases, and what is there of each: its folder, or why there is none."""
     cases: dict[Any, Case] = {}
     found: dict[Any, Path | str] = {}
@@ -214,11 +228,11 @@ def states(frontier: Frontier) -> tuple[dict[Any, Case], dict[Any, Path | str]]:
                 continue
             try:
                 cases[key] = case_of(frontier, *key)
-                if done(cases[key]):
+                if is_done(cases[key]):
                     found[key] = cases[key].out
-                elif there(cases[key].job) == "diverged":
+                elif existing_run(cases[key].job) == "diverged":
                     found[key] = "diverged"
-            except UserError as error:
+            except SrmuError as error:
                 found[key] = f"failed: {error}"
     return cases, found
 
@@ -232,8 +246,8 @@ def case_of(frontier: Frontier, world: str, regime: str, label: str, seed: int) 
         metric.split("/")[0] for each in frontier.columns(world).values() for metric in each
     )
     config = folder / spec["regimes"][regime]["config"]
-    job = Job(config, (*settings, *own, *frontier.overrides), tuple(tasks))
-    run = run_folder(plan(load_config(job.config, job.overrides))[0])
+    job = RunJob(config, (*settings, *own, *frontier.overrides), tuple(tasks))
+    run = run_folder(plan_run(load_config(job.config, job.overrides))[0])
     return Case(
         job,
         home / f"matched-{spec['budget']:g}-{frontier.tried}" / run.name,
@@ -246,14 +260,14 @@ def case_of(frontier: Frontier, world: str, regime: str, label: str, seed: int) 
     )
 
 
-def done(case: Case) -> bool:
+def is_done(case: Case) -> bool:
     """Whether all is there: every attack of the tier, too."""
     names = (SHARE, *RESULTS.values(), ANSWERS, TEXTS, FILE)
     if not all((case.out / name).exists() for name in names):
         return False
     report = json.loads((case.out / FILE).read_text())
     controls = [controls_of(case) / who / TEXTS for who in CONTROLS]
-    tried = {*report["attacks"]} == {*select(case.tier, case.attacks)}  # type: ignore[arg-type]
+    tried = {*report["attacks"]} == {*select_attacks(case.tier, case.attacks)}  # type: ignore[arg-type]
     return tried and all(path.exists() for path in controls)
 
 
@@ -262,23 +276,23 @@ def controls_of(case: Case) -> Path:
     return case.out.parents[1] / "controls" / case.job.config.parent.name
 
 
-def measured(case: Case) -> Path | str:
+def measure_case(case: Case) -> Path | str:
     """The folder of a case with all its numbers; or why there is none."""
     torch.set_num_threads(1)
-    quiet()
+    silence_libraries()
     try:
         whole = Run.open(run_one(case.job))
-        match(whole, case.out, case.budget, case.judged)
+        match_utility(whole, case.out, case.budget, case.judged)
         run = Run.open(case.out)
-        score(run, case.job.tasks)
+        score_model(run, case.job.tasks)
         examine_run(run, case)
         examine_controls(run, case)
         sources = Sources(tasks=case.attacked, limit=10_000)
-        attack(run, tier=case.tier, names=case.attacks, sources=sources)  # type: ignore[arg-type]
+        attack_run(run, tier=case.tier, names=case.attacks, sources=sources)  # type: ignore[arg-type]
         return case.out
-    except Diverged:
+    except DivergedError:
         return "diverged"
-    except UserError as error:
+    except SrmuError as error:
         return f"failed: {error}"
     except Exception as error:  # a fault of one method must not cost the rows of the others
         return f"failed: {type(error).__name__}: {first_line(error)}"
@@ -288,7 +302,7 @@ def examine_run(run: Run, case: Case) -> None:
     module = load_module(run.base)
     method = run.config.method
     with method.at_inference(module, partial(weights.apply_delta, module, run.base, run.delta)):
-        examine(Subject(module, load_tokenizer(run.base)), run.folder, case)
+        examine_subject(Subject(module, load_tokenizer(run.base)), run.folder, case)
 
 
 def examine_controls(run: Run, case: Case) -> None:
@@ -297,23 +311,23 @@ def examine_controls(run: Run, case: Case) -> None:
         out = controls_of(case) / who
         if not (out / TEXTS).exists():
             out.mkdir(parents=True, exist_ok=True)
-            scores = score(folder, case.job.tasks, tasks_dir=run.config.tasks_dir)
+            scores = score_model(folder, case.job.tasks, tasks_dir=run.config.tasks_dir)
             write_json(out / RESULTS["after"], scores["after"])
-            examine(Subject(load_module(folder), load_tokenizer(folder)), out, case)
+            examine_subject(Subject(load_module(folder), load_tokenizer(folder)), out, case)
 
 
-def examine(subject: Subject, out: Path, case: Case) -> None:
+def examine_subject(subject: Subject, out: Path, case: Case) -> None:
     """Write a model's answers question by question, and what texts cost it."""
     scores = json.loads((out / RESULTS["after"]).read_text())
     # what is answered in the model's own words has a score alone
     chosen = [task for task in case.job.tasks if f"{task}/acc" in scores]
     folder = load_config(case.job.config, case.job.overrides).tasks_dir
-    write_json(out / ANSWERS, {"after": asked(subject, folder, chosen)})
+    write_json(out / ANSWERS, {"after": ask_tasks(subject, folder, chosen)})
     nats = {}
     for kind, name in case.texts.items():
-        texts = sources.read([sources.Source(path=name)], Path())[:COUNT]
+        texts = sources.read_texts([sources.Source(path=name)], Path())[:COUNT]
         rows = [subject.tokens(text)[:LENGTH] for text in texts]
-        nats[kind] = read(subject, rows, 0)["nats a neutral token"].value
+        nats[kind] = measure_texts(subject, rows, 0)["nats a neutral token"].value
     write_json(out / TEXTS, nats)
 
 
@@ -327,7 +341,7 @@ def tables_of(
     parts = []
     for world, regime in frontier.parts():
         lines = {
-            label: line_of(frontier, label, found[world, regime, label])
+            label: frontier_line(frontier, label, found[world, regime, label])
             for label in frontier.labels(world)
         }
         base = seconds_of(frontier, world, regime)
@@ -352,30 +366,30 @@ def tables_of(
     }
 
 
-def line_of(frontier: Frontier, label: str, states: Sequence[Path | str]) -> Line:
+def frontier_line(frontier: Frontier, label: str, states: Sequence[Path | str]) -> ClaimLine:
     """A row's folders; while not all are there the label says how many are."""
     some = [(path, s) for path, s in zip(states, frontier.seeds, strict=True) if path != NOT_RUN]
     wrong = [state for state, _ in some if isinstance(state, str)]
     if wrong or not some:
         why = f"{wrong[0]} in {len(wrong)} of {len(some)} runs" if wrong else NOT_RUN
-        return Line(label, (), (), why=why.replace(f"{frontier.out.resolve()}/", ""))
+        return ClaimLine(label, (), (), why=why.replace(f"{frontier.out.resolve()}/", ""))
     if len(some) < len(states):
         label = f"{label} ({len(some)} of {len(states)})"
     runs = tuple(Path(path) for path, _ in some)
-    return Line(label, runs, tuple(seed for _, seed in some))
+    return ClaimLine(label, runs, tuple(seed for _, seed in some))
 
 
 def seconds_of(frontier: Frontier, world: str, regime: str) -> float | None:
     """What a run of the method takes that cost is told by; None where it was not run here."""
     whose = frontier.spec["cost"]
     here = {"kind": "robust", "worlds": (world,), "regimes": (regime,), "methods": (whose,)}
-    _, found = states(Frontier(**vars(frontier) | here))
+    _, found = case_states(Frontier(**vars(frontier) | here))
     made = [path for path in found.values() if isinstance(path, Path)]
     return fmean(Run(path).record["seconds"] for path in made) if made else None
 
 
 def row_of(
-    frontier: Frontier, world: str, regime: str, line: Line, base: float | None
+    frontier: Frontier, world: str, regime: str, line: ClaimLine, base: float | None
 ) -> dict[str, Any]:
     """A method's numbers: estimates over facts and testbeds, and what it cost."""
     if line.why:
@@ -387,8 +401,8 @@ def row_of(
     whole = tuple(run.parents[1] / "runs" / run.name for run in line.runs)
     columns = frontier.columns(world)
     shares = [json.loads((run / SHARE).read_text())["share"] for run in line.runs]
-    tables = [residual(report) for report in reports]
-    left = residuals(frontier, world, regime, reports, tables, line.asked)
+    tables = [residual_table(report) for report in reports]
+    left = estimate_residuals(frontier, world, regime, reports, tables, line.asked)
     return answers_row(frontier, world, line) | {
         "share": fmean(shares),
         **left,
@@ -396,11 +410,13 @@ def row_of(
         "seconds": seconds,
         "times": seconds / base if base else None,
         "megabytes": memory / 1e6,
-        "whole": {k: cell(Line(line.label, whole, line.asked), m) for k, m in columns.items()},
+        "whole": {
+            k: mean_cell(ClaimLine(line.label, whole, line.asked), m) for k, m in columns.items()
+        },
     }
 
 
-def reports_of(line: Line) -> list[dict[str, Any]]:
+def reports_of(line: ClaimLine) -> list[dict[str, Any]]:
     return [json.loads((run / FILE).read_text()) for run in line.runs]
 
 
@@ -412,44 +428,44 @@ def control_rows(frontier: Frontier, world: str, regime: str, lines: Any) -> lis
             known.setdefault(seed, run)
     rows = []
     for who in CONTROLS if known else ():
-        reports = reports_of(Line(who, tuple(known.values()), tuple(known)))
+        reports = reports_of(ClaimLine(who, tuple(known.values()), tuple(known)))
         folders = tuple(
             run.parents[1] / "controls" / frontier.testbed(world, regime, seed).name / who
             for seed, run in known.items()
         )
-        tables = [controlled(report, who) for report in reports]
+        tables = [control_residuals(report, who) for report in reports]
         rows.append(
-            answers_row(frontier, world, Line(who, folders, tuple(known)))
-            | residuals(frontier, world, regime, reports, tables, tuple(known))
+            answers_row(frontier, world, ClaimLine(who, folders, tuple(known)))
+            | estimate_residuals(frontier, world, regime, reports, tables, tuple(known))
             | {"attacks": by_attack(reports, who)}
         )
     return rows
 
 
-def answers_row(frontier: Frontier, world: str, line: Line) -> dict[str, Any]:
+def answers_row(frontier: Frontier, world: str, line: ClaimLine) -> dict[str, Any]:
     """What a row's models answer, and what a token of texts costs them."""
     columns = frontier.columns(world)
     kept = [metric for name in frontier.spec["kept"] for metric in columns[name]]
     nats = [json.loads((run / TEXTS).read_text()) for run in line.runs]
     return {
         "label": line.label,
-        "cells": {name: estimated(line, metrics) for name, metrics in columns.items()},
-        "kept": estimated(line, kept),
+        "cells": {name: estimate_line(line, metrics) for name, metrics in columns.items()},
+        "kept": estimate_line(line, kept),
         "perplexity": {kind: exp(fmean(n[kind] for n in nats)) for kind in frontier.spec["texts"]},
     }
 
 
-def estimated(line: Line, metrics: Sequence[str]) -> dict[str, float]:
+def estimate_line(line: ClaimLine, metrics: Sequence[str]) -> dict[str, float]:
     draws = Draws()
-    return clipped(draws.over_seeds(spread(line, metrics, draws)))
+    return clip_interval(draws.over_seeds(resample_mean(line, metrics, draws)))
 
 
-def clipped(values: Array) -> dict[str, float]:
+def clip_interval(values: Array) -> dict[str, float]:
     """A number with its interval; what is added for the draw of testbeds may lead out of 0 to 1."""
-    return shown(estimate(values.clip(0, 1), 0))
+    return interval_of(estimate_from(values.clip(0, 1), 0))
 
 
-def residuals(
+def estimate_residuals(
     frontier: Frontier,
     world: str,
     regime: str,
@@ -465,7 +481,7 @@ def residuals(
         folder = str(frontier.testbed(world, regime, seed) / "tasks")
         end = 0
         for name, task in kinds.items():  # an attack asks one task after the other
-            start, end = end, end + len(exam(task, folder))
+            start, end = end, end + len(load_task(task, folder))
             parts[name].append(slice(start, end))
     whole = [slice(None)] * len(seeds)
     found: dict[str, Any] = {"K*": residual_of(reports, tables, seeds, whole)}
@@ -491,20 +507,20 @@ def residual_of(
         )
         for report, table, seed, part in zip(reports, tables, seeds, parts, strict=True)
     ]
-    return clipped(draws.over_seeds(np.stack(values, axis=1)))
+    return clip_interval(draws.over_seeds(np.stack(values, axis=1)))
 
 
-def reports(
+def write_frontier_reports(
     frontier: Frontier, found: Mapping[tuple[str, str, str], Sequence[Any]], command: str
 ) -> list[Path]:
     """A page a world and regime on its runs as they were attacked, with their recovery."""
     paths = []
     for world, regime in frontier.parts():
         lines = [
-            line_of(frontier, label, found[world, regime, label])
+            frontier_line(frontier, label, found[world, regime, label])
             for label in frontier.labels(world)
         ]
-        entries = [Entry(line.label, "", line.runs) for line in lines if not line.why]
+        entries = [RunGroup(line.label, "", line.runs) for line in lines if not line.why]
         if not entries:
             continue
         columns, keep = frontier.columns(world), frontier.spec["kept"]
@@ -512,7 +528,7 @@ def reports(
         every = [metric for metrics in columns.values() for metric in metrics]
         title = frontier.spec["worlds"][world]["title"]
         paths.append(
-            render(
+            write_runs_page(
                 entries,
                 frontier.out / f"{frontier.kind}-{world}-{regime}.html",
                 title=f"{title}, {frontier.spec['regimes'][regime]['title']}",
@@ -524,15 +540,15 @@ def reports(
     return paths
 
 
-def controlled(report: Report, who: str) -> Array:
+def control_residuals(report: Report, who: str) -> Array:
     """As `residual`, of a control: the attacks that count are those that count for the run."""
     given = [
-        answered(entry["controls"][who]["right"])
+        parse_answers(entry["controls"][who]["right"])
         for entry in report["attacks"].values()
         if entry["status"] == "done" and entry.get("right") and entry.get("valid") is not False
         if "right" in entry["controls"].get(who, {})
     ]
-    return np.stack([answered(report["original"]["right"]), *given], axis=1)
+    return np.stack([parse_answers(report["original"]["right"]), *given], axis=1)
 
 
 def by_attack(reports: Sequence[Report], who: str) -> dict[str, dict[str, Any]]:

@@ -12,25 +12,25 @@ from typing import Any, ClassVar, NamedTuple
 
 import yaml
 
-from srmu.attacks.suite import numbered, written
+from srmu.attacks.suite import number_facts, write_answers
 from srmu.engine import weights
 from srmu.engine.files import write_json
 from srmu.engine.loading import load_module
-from srmu.engine.progress import Watch, print_line, silent
-from srmu.errors import Diverged, UserError
-from srmu.evals.matched import exam
-from srmu.evals.parallel import Job, run_all, run_one
-from srmu.evals.score import score
-from srmu.evals.subject import Subject, answers
+from srmu.engine.progress import Watch, ignore_progress, print_line
+from srmu.errors import DivergedError, SrmuError
+from srmu.evals.matched import load_task
+from srmu.evals.parallel import RunJob, run_all, run_one
+from srmu.evals.score import score_model
+from srmu.evals.subject import Subject, mark_answers
 from srmu.reproduce.claims import ANSWERS, RESULTS
 from srmu.runs.config import build_config, load_config
-from srmu.runs.record import extend
-from srmu.runs.run import Run, load_tokenizer, load_topics, plan, run_folder, unlearn
-from srmu.testbed.build import RECIPE, build
-from srmu.testbed.worlds.world import create
+from srmu.runs.record import extend_record
+from srmu.runs.run import Run, load_tokenizer, load_topics, plan_run, run_folder, unlearn
+from srmu.testbed.build import RECIPE, build_testbed
+from srmu.testbed.worlds.world import create_closed
 
 
-def presets(name: str) -> Path:
+def preset_file(name: str) -> Path:
     """A file of `configs/`: in the package of a wheel, beside the sources of a checkout."""
     here = Path(__file__)
     folders = (here.parents[1] / "configs", here.parents[3] / "configs")
@@ -38,10 +38,10 @@ def presets(name: str) -> Path:
 
 
 def read_spec() -> dict[str, Any]:
-    return yaml.safe_load(presets("reproduce.yaml").read_text(encoding="utf-8"))
+    return yaml.safe_load(preset_file("reproduce.yaml").read_text(encoding="utf-8"))
 
 
-class Wanted(NamedTuple):
+class WantedRun(NamedTuple):
     """A row or a point before its runs are made.
 
     `base` is the method whose settings it takes, `extra` what is set besides. `like` names a
@@ -75,23 +75,23 @@ class Testbeds:
     @property
     def settings(self) -> dict[str, tuple[str, ...]]:
         """What each method is run with."""
-        found = yaml.safe_load(presets(self.spec["methods"]).read_text(encoding="utf-8"))
+        found = yaml.safe_load(preset_file(self.spec["methods"]).read_text(encoding="utf-8"))
         return {k: (*found["common"], *v) for k, v in found["methods"].items()}
 
     def folder(self, seed: int) -> Path:
         return self.out / f"testbed{seed}"
 
     def prepare(self, watch: Watch) -> None:
-        """Build the testbeds that are missing; UserError first, for settings of no method."""
+        """Build the testbeds that are missing; SrmuError first, for settings of no method."""
         topics = {"organism": {"forget": "forget.jsonl"}}
         build_config({"model": "model", "method": "srmu", "topics": topics}, self.overrides)
         for seed in range(self.seeds):
             folder = self.folder(seed)
             if not (folder / "organism.json").exists():
-                build(folder, seed=seed, oracle=True, watch=watch)
-            write_json(folder / "anchors.json", anchors(seed))
+                build_testbed(folder, seed=seed, oracle=True, watch=watch)
+            write_json(folder / "anchors.json", whp_anchors(seed))
 
-    def job(self, want: Wanted, seed: int, extra: Sequence[str]) -> Job:
+    def job(self, want: WantedRun, seed: int, extra: Sequence[str]) -> RunJob:
         """A run; where the method reads no retain texts it is the same in each regime."""
         config = self.folder(seed) / f"{want.regime}.yaml"
         place = str(self.folder(seed).resolve())
@@ -100,11 +100,11 @@ class Testbeds:
         options = (*settings, *common, *self.overrides, *want.extra, *extra)
         if not load_config(config, options).method.reads_retain:
             config, options = config.with_name("low.yaml"), (*options, "topics.organism.retain=[]")
-        return Job(config, options, tuple(self.spec["tasks"]))
+        return RunJob(config, options, tuple(self.spec["tasks"]))
 
-    def run(self, jobs: Sequence[Job], watch: Watch) -> list[Path | str]:
+    def run(self, jobs: Sequence[RunJob], watch: Watch) -> list[Path | str]:
         """Several at once."""
-        return run_all(jobs, watch, measure) if jobs else []
+        return run_all(jobs, watch, measure_job) if jobs else []
 
 
 @dataclass(frozen=True)
@@ -130,38 +130,38 @@ class Model:
         return {k: tuple(v.get("set", ())) for k, v in self.spec["methods"].items()}
 
     def prepare(self, watch: Watch) -> None:
-        """UserError where the model or the texts are out of reach, before anything is made."""
-        job = self.job(Wanted("SRMU", "SRMU", "low"), 0, ())
+        """SrmuError where the model or the texts are out of reach, before anything is made."""
+        job = self.job(WantedRun("SRMU", "SRMU", "low"), 0, ())
         config = load_config(job.config, job.overrides)
         try:
-            config, _ = plan(config)
-            load_topics(config, load_tokenizer(weights.locate(config.model, config.revision)))
-        except UserError as error:
+            config, _ = plan_run(config)
+            load_topics(config, load_tokenizer(weights.locate_model(config.model, config.revision)))
+        except SrmuError as error:
             gated = ", ".join(k for k, v in self.spec["sources"].items() if v.startswith("gated"))
-            raise UserError(
+            raise SrmuError(
                 f"{error}; it takes the model and the texts ({gated} is gated): "
                 f"srmu reproduce all --model {self.name} --dry-run says how to get them"
             ) from error
 
-    def job(self, want: Wanted, seed: int, extra: Sequence[str]) -> Job:
+    def job(self, want: WantedRun, seed: int, extra: Sequence[str]) -> RunJob:
         common = (f"model={self.name}", f"seed={seed}", f"runs_dir={(self.out / 'runs').resolve()}")
         regime = self.spec["regimes"][want.regime]
         options = (*self.settings[want.base], *common, *regime, *self.overrides)
-        config = presets(self.spec["methods"][want.base]["config"])
-        return Job(config, (*options, *want.extra, *extra), tuple(self.spec["tasks"]))
+        config = preset_file(self.spec["methods"][want.base]["config"])
+        return RunJob(config, (*options, *want.extra, *extra), tuple(self.spec["tasks"]))
 
-    def run(self, jobs: Sequence[Job], watch: Watch) -> list[Path | str]:
+    def run(self, jobs: Sequence[RunJob], watch: Watch) -> list[Path | str]:
         """One after the other: each fills the machine."""
         found: list[Path | str] = []
         for number, job in enumerate(jobs, 1):
             config = load_config(job.config, job.overrides)
-            if watch is not silent:
+            if watch is not ignore_progress:
                 print_line(f"run {number} of {len(jobs)}: {config.method.name}, seed {config.seed}")
             try:
                 run = unlearn(config, watch=watch)
-                score(run, job.tasks, device=config.device, watch=watch)
+                score_model(run, job.tasks, device=config.device, watch=watch)
                 found.append(run.folder)
-            except Diverged:
+            except DivergedError:
                 found.append("diverged")
         return found
 
@@ -169,25 +169,25 @@ class Model:
 Place = Testbeds | Model
 
 
-def anchors(seed: int) -> dict[str, str]:
+def whp_anchors(seed: int) -> dict[str, str]:
     """What Who's Harry Potter calls anchors: for each thing about which facts are to be forgotten
     one of the same kind about which none are."""
-    world = create(seed, RECIPE.size)
+    world = create_closed(seed, RECIPE.size)
     hazard = sorted({fact.subject for fact in world.of_kind("hazard")})
     harmless = sorted({fact.subject for fact in world.of_kind("neighbour")} - set(hazard))
     return dict(zip(hazard, cycle(harmless), strict=False))
 
 
-def measure(job: Job) -> Path | str:
+def measure_job(job: RunJob) -> Path | str:
     """The folder of a job's run on a testbed, with its answers; or why there is none."""
     try:
         folder = run_one(job)
         write_json(folder / ANSWERS, answers_of(Run.open(folder), job.tasks))
-        extend(folder, [ANSWERS])
+        extend_record(folder, [ANSWERS])
         return folder
-    except Diverged:
+    except DivergedError:
         return "diverged"
-    except UserError as error:
+    except SrmuError as error:
         return f"failed: {error}"
 
 
@@ -198,31 +198,31 @@ def answers_of(run: Run, tasks: Sequence[str]) -> dict[str, Any]:
     before = original_answers(str(run.base), run.config.tasks_dir or "", tuple(tasks))
     method = run.config.method
     with method.at_inference(module, partial(weights.apply_delta, module, run.base, run.delta)):
-        return {"before": before, "after": asked(subject, run.config.tasks_dir, tasks)}
+        return {"before": before, "after": ask_tasks(subject, run.config.tasks_dir, tasks)}
 
 
 @lru_cache(8)
 def original_answers(base: str, tasks_dir: str, tasks: tuple[str, ...]) -> dict[str, Any]:
     subject = Subject(load_module(Path(base)).eval(), load_tokenizer(Path(base)))
-    return asked(subject, tasks_dir, tasks)
+    return ask_tasks(subject, tasks_dir, tasks)
 
 
-def asked(subject: Subject, tasks_dir: str | None, tasks: Sequence[str]) -> dict[str, Any]:
+def ask_tasks(subject: Subject, tasks_dir: str | None, tasks: Sequence[str]) -> dict[str, Any]:
     """A model's right answers to local tasks, and which fact each question is about."""
     found = {}
     for task in tasks:
-        asked_for = exam(task, tasks_dir or "")
-        right = written(answers(subject, asked_for))
-        found[task] = {"right": right, "facts": numbered([q.fact for q in asked_for])}
+        asked_for = load_task(task, tasks_dir or "")
+        right = write_answers(mark_answers(subject, asked_for))
+        found[task] = {"right": right, "facts": number_facts([q.fact for q in asked_for])}
     return found
 
 
-def there(job: Job) -> Path | str | None:
+def existing_run(job: RunJob) -> Path | str | None:
     """What is there of a job: the folder of its run, that it diverged, None where it is to be made.
 
-    Raises UserError for settings that cannot work.
+    Raises SrmuError for settings that cannot work.
     """
-    config, _ = plan(load_config(job.config, job.overrides))
+    config, _ = plan_run(load_config(job.config, job.overrides))
     folder = run_folder(config)
     if not (folder / "record.json").exists():
         return None

@@ -26,7 +26,7 @@ from srmu.data.sources import Source
 from srmu.data.tokens import MIN_TOKENS
 from srmu.engine.files import from_file, sha256
 from srmu.engine.train import TrainOptions
-from srmu.errors import UserError, suggest
+from srmu.errors import SrmuError, suggest_word
 from srmu.methods import METHODS, Method, Misdirection
 from srmu.runs.record import Purpose
 
@@ -54,13 +54,13 @@ def _method(value: Any) -> Any:
     if isinstance(value, str):
         value = {"name": value}
     if not isinstance(value, dict):
-        raise UserError("method: expected a mapping like {name: srmu, layer: 7}")
+        raise SrmuError("method: expected a mapping like {name: srmu, layer: 7}")
     options = {str(k): v for k, v in value.items() if k != "name"}
     cls = find_method(str(value.get("name", "srmu")))
     try:
         return TypeAdapter(cls).validate_python(options)
     except ValidationError as error:
-        raise UserError(explain(error, f"method {cls.name}", cls)) from None
+        raise SrmuError(explain_error(error, f"method {cls.name}", cls)) from None
 
 
 def _method_dict(method: Method) -> dict[str, Any]:
@@ -133,51 +133,51 @@ class Config(Strict):
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML config; relative paths in it start at its own folder."""
     path = Path(path)
-    return build_config(rebased(read_tree(path), path.resolve().parent), overrides)
+    return build_config(rebase_paths(read_tree(path), path.resolve().parent), overrides)
 
 
 def read_tree(path: Path) -> dict[str, Any]:
-    """The keys and values of a YAML file; UserError where it has none."""
+    """The keys and values of a YAML file; SrmuError where it has none."""
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+        raise SrmuError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({type(error).__name__})") from None
+        raise SrmuError(f"{path}: cannot be read ({type(error).__name__})") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{line}: not YAML: {getattr(error, 'problem', error)}") from None
+        raise SrmuError(f"{path}{line}: not YAML: {getattr(error, 'problem', error)}") from None
     if not isinstance(tree, dict):
-        raise UserError(f"{path}: expected keys and values like 'model: folder'")
+        raise SrmuError(f"{path}: expected keys and values like 'model: folder'")
     return tree
 
 
 def build_config(tree: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
-    """Check a tree of plain values with `key=value` overrides applied; UserError when wrong.
+    """Check a tree of plain values with `key=value` overrides applied; SrmuError when wrong.
 
     Relative paths that are left, those of overrides, start at the working folder.
     """
-    values = plain({"runs_dir": "runs", **tree})
+    values = plain_values({"runs_dir": "runs", **tree})
     # Another name first: what the file says for its own method is not said for that one.
     named = [o for o in overrides if o.startswith("method.name=")]
     for override in named:
         forget_old_method(values, override.partition("=")[2])
     for override in [*named, *(o for o in overrides if o not in named)]:
-        put(values, override)
+        put_override(values, override)
     try:
-        return Config.model_validate(rebased(plain(values), Path.cwd()))
+        return Config.model_validate(rebase_paths(plain_values(values), Path.cwd()))
     except ValidationError as error:
-        raise UserError(explain(error, "", Config)) from None
+        raise SrmuError(explain_error(error, "", Config)) from None
 
 
-def plain(tree: Mapping[str, Any]) -> dict[str, Any]:
+def plain_values(tree: Mapping[str, Any]) -> dict[str, Any]:
     """A tree of JSON values alone; YAML leaves dates, and the two halves of a character apart."""
     try:
         values: dict[str, Any] = json.loads(json.dumps(tree, default=str))
         json.dumps(values, ensure_ascii=False).encode()
     except (TypeError, ValueError):
-        raise UserError("config: the keys must be text, of whole characters") from None
+        raise SrmuError("config: the keys must be text, of whole characters") from None
     return values
 
 
@@ -216,7 +216,7 @@ def make_config(
     return build_config(tree, overrides)
 
 
-def rebased(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
+def rebase_paths(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The tree with its relative paths made absolute: they start at `folder`."""
 
     def rebase(value: Any) -> Any:
@@ -229,7 +229,7 @@ def rebased(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
         try:
             return str(folder / Path(value).expanduser())
         except RuntimeError:
-            raise UserError(f"{value}: there is no such user") from None
+            raise SrmuError(f"{value}: there is no such user") from None
 
     tree = dict(tree)
     model, method = tree.get("model"), tree.get("method")
@@ -254,22 +254,22 @@ def rebased(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
     return tree
 
 
-def put(tree: dict[str, Any], override: str) -> None:
+def put_override(tree: dict[str, Any], override: str) -> None:
     """Set `a.b.c=value` in a tree; the value is read as YAML."""
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise UserError(f"{override!r}: expected key=value, for example method.kappa=8")
+        raise SrmuError(f"{override!r}: expected key=value, for example method.kappa=8")
     try:
         value = yaml.safe_load(text) if text else None
     except yaml.YAMLError:
-        raise UserError(f"{override!r}: the value is not YAML") from None
+        raise SrmuError(f"{override!r}: the value is not YAML") from None
     *parents, last = key.split(".")
     for parent in parents:
         if tree.get(parent) is None:
             tree[parent] = {}
         tree = tree[parent]
         if not isinstance(tree, dict):
-            raise UserError(f"{override!r}: {parent} holds a value, not further keys")
+            raise SrmuError(f"{override!r}: {parent} holds a value, not further keys")
     tree[last] = value
 
 
@@ -281,23 +281,25 @@ def find_method(name: str) -> type[Method]:
     if colon and path.endswith(".py"):
         cls = from_file("method", name)
         if not (isinstance(cls, type) and issubclass(cls, Method)):
-            raise UserError(f"method {name}: {attribute} is not a Method in that file")
+            raise SrmuError(f"method {name}: {attribute} is not a Method in that file")
         if inspect.isabstract(cls) or not hasattr(cls, "name") or not hasattr(cls, "paper"):
-            raise UserError(f"method {name}: a method has a name, a paper, a setup and a loss")
+            raise SrmuError(f"method {name}: a method has a name, a paper, a setup and a loss")
         return cls
-    raise UserError(f"unknown method {name!r}{suggest(name, METHODS)}")
+    raise SrmuError(f"unknown method {name!r}{suggest_word(name, METHODS)}")
 
 
-def explain(error: ValidationError, where: str, schema: type) -> str:
+def explain_error(error: ValidationError, where: str, schema: type) -> str:
     """The first of pydantic's complaints in one line."""
     first = error.errors(include_url=False)[0]
     location = [str(part) for part in first["loc"]]
     key = ".".join(([where.split()[0]] if where else []) + location)
     cause = first.get("ctx", {}).get("error")
-    if isinstance(cause, UserError):
+    if isinstance(cause, SrmuError):
         return str(cause)
     if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        return f"{key} is not an option{suggest(location[-1], known_keys(schema, location[:-1]))}"
+        return (
+            f"{key} is not an option{suggest_word(location[-1], known_keys(schema, location[:-1]))}"
+        )
     if first["type"] in ("missing", "missing_argument"):
         return f"{key} is missing from the config"
     shown = first["input"] if isinstance(first["input"], str | int | float) else "that value"

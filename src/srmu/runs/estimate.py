@@ -14,12 +14,12 @@ import torch
 
 from srmu.engine import weights
 from srmu.engine.activation_cache import Activations
-from srmu.engine.loading import converts, read_config, skeleton, wanted_dtype
+from srmu.engine.loading import build_skeleton, needs_conversion, read_config, wanted_dtype
 from srmu.engine.losses import mean_nll
 from srmu.engine.model import Batch, EditableModel, Site
 from srmu.engine.topic import Topic
 from srmu.engine.train import check_precision
-from srmu.methods import Edit, MultiSite, Walk
+from srmu.methods import Edit, MultiSite, WeightWalk
 from srmu.methods.base import Method
 from srmu.methods.logits import LogitObjective
 from srmu.runs import scale
@@ -28,20 +28,20 @@ from srmu.runs.meter import (
     EVERYTHING,
     Meter,
     Work,
-    blank,
+    blank_batch,
     free_bytes,
     frozen_pass,
-    metered,
-    output,
-    probe,
-    standing,
-    stepper,
+    make_stepper,
+    probe_machine,
+    run_metered,
+    site_output,
+    standing_bytes,
     takes_whole_masks,
-    work,
+    work_of,
 )
 
 
-def estimate(
+def estimate_run(
     config: Config, folder: Path, topics: Sequence[Topic], speeds: Work | None = None
 ) -> dict[str, Any]:
     """Tensors and bytes to read, memory by part, FLOPs, seconds and the size of the cache.
@@ -50,20 +50,20 @@ def estimate(
     """
     method = config.method
     base = read_config(folder)
-    read = {k: v for k, v in stored(folder).items() if touched(k, method.depth)}
+    read = {k: v for k, v in stored_bytes(folder).items() if is_read(k, method.depth)}
     dtype = dtype_of(config, folder, base)
     size = dtype.itemsize
-    model = bare(base, dtype, method)
+    model = bare_model(base, dtype, method)
     site = site_of(config)
     trained = sum(p.numel() for p in model.trained.values())
 
     mean, most = (shapes_of(method, topics, largest=largest) for largest in (False, True))
     check_precision("the model", dtype, config.train.weights)
     whole = takes_whole_masks(model, site)
-    batches = [[blank(s, model.device, whole) for s in shapes] for shapes in (mean, most)]
+    batches = [[blank_batch(s, model.device, whole) for s in shapes] for shapes in (mean, most)]
     passes = [frozen_pass(model, batch, site) for batch in batches[0]]
-    step = work(metered(stepper(model, batches[0], site, config.train.weights)))
-    peak = metered(stepper(model, batches[1], site, config.train.weights)).peak
+    step = work_of(run_metered(make_stepper(model, batches[0], site, config.train.weights)))
+    peak = run_metered(make_stepper(model, batches[1], site, config.train.weights)).peak
     scale = size / model.module.dtype.itemsize
     cache_bytes, counts = cache_plan(config, topics, model, size) if site else (0, [])
     if site is not None:
@@ -73,7 +73,7 @@ def estimate(
         written = method.written_tokens * len(topics) / prod(mean[0])
         total = total + passes[0][0] * written + passes[0][1] * written
 
-    mapped = config.device == "cpu" and not converts(folder, base, config.dtype)
+    mapped = config.device == "cpu" and not needs_conversion(folder, base, config.dtype)
     held = (
         sum(read.values()) if mapped else size * sum(p.numel() for p in model.module.parameters())
     )
@@ -81,14 +81,14 @@ def estimate(
     parts = {
         "program": private_bytes() if config.device == "cpu" else 0,
         "weights": held,
-        **standing(config, trained, size, mapped),
+        **standing_bytes(config, trained, size, mapped),
         "step": round(peak * scale),
         "cache": cache_bytes if config.cache == "memory" else recent,
     }
     if config.device == "cpu":
         once = sum(parts[name] for name in ("trained_copies", "masters", "optimiser"))
         total = total + Work(fresh=once)
-    speeds = speeds or probe(dtype, config.device, mean, base.hidden_size)
+    speeds = speeds or probe_machine(dtype, config.device, mean, base.hidden_size)
     free = free_bytes(config.device)
     needed = sum(parts.values()) - (parts["weights"] if mapped else 0)
     libraries = psutil.Process().memory_info().rss - private_bytes()
@@ -101,7 +101,7 @@ def estimate(
         "memory_peak": sum(parts.values()) + libraries,
         "memory_private": needed,
         "memory_free": free,
-        "advice": advice(parts, config) if needed > free else "",
+        "advice": advise_memory(parts, config) if needed > free else "",
         "cache_bytes": 0 if config.cache == "none" else cache_bytes,
         "flops_per_step": round(each.flops),
         "flops": round(total.flops),
@@ -111,7 +111,7 @@ def estimate(
     }
 
 
-def launches(
+def estimate_launches(
     config: Config, folder: Path, topics: Sequence[Topic], elsewhere: bool = False
 ) -> list[dict[str, Any]]:
     """What each process holds and computes, of one and of more, in each way that there is.
@@ -125,10 +125,12 @@ def launches(
     adapters = (0, method.lora_rank or 8) if isinstance(method, LogitObjective) else (0,)
     ways: list[scale.Variant] = []
     for rank in adapters:
-        model = bare(base, dtype, replace(method, lora_rank=rank) if len(adapters) > 1 else method)
+        model = bare_model(
+            base, dtype, replace(method, lora_rank=rank) if len(adapters) > 1 else method
+        )
         ways += ways_of(config, model, topics, rank, size)
-    rows = scale.launches(
-        pieces(model, model.module.named_parameters()), ways, config.train.batch_size, size,
+    rows = scale.scale_launches(
+        count_pieces(model, model.module.named_parameters()), ways, config.train.batch_size, size,
         mixed=size == 2 and config.train.weights == "fp32", gpu=elsewhere or config.device != "cpu",
         spreads=method.spreads,
     )  # fmt: skip
@@ -150,12 +152,12 @@ def ways_of(
     site = site_of(config)
     shapes = shapes_of(method, topics, largest=True)
     whole = takes_whole_masks(model, site)
-    batches = [blank(s, model.device, whole) for s in shapes]
+    batches = [blank_batch(s, model.device, whole) for s in shapes]
     passes = [frozen_pass(model, batch, site) for batch in batches]
-    trained = pieces(model, model.trained.items())
+    trained = count_pieces(model, model.trained.items())
     with model.adapted(rank, rank, 0) if rank else nullcontext():
         adapters = sum(p.numel() for p in model.trained.values()) if rank else 0
-        step = work(metered(stepper(model, batches, site, config.train.weights)))
+        step = work_of(run_metered(make_stepper(model, batches, site, config.train.weights)))
         activations = left_by_a_pass(model, batches, site)
     again = sum((prefix.flops + above.flops for prefix, above in passes), 0.0)
     recent = 2 * size * model.module.config.hidden_size * sum(map(prod, shapes))
@@ -189,9 +191,9 @@ def left_by_a_pass(model: EditableModel, batches: Sequence[Batch], site: Site | 
     model.activations = Activations(EVERYTHING)
     with model.using({}):
         for batch in batches:
-            output(model, batch, site)
+            site_output(model, batch, site)
     with Meter() as meter:
-        outs = [output(model, batch, site) for batch in batches]
+        outs = [site_output(model, batch, site) for batch in batches]
         losses = [
             mean_nll(out, batch["labels"]) if site is None else out.float().square().mean()
             for out, batch in zip(outs, batches, strict=True)
@@ -213,22 +215,22 @@ def dtype_of(config: Config, folder: Path, base: Any) -> torch.dtype:
     return wanted_dtype(base, config.dtype) or stored_as
 
 
-def bare(base: Any, dtype: torch.dtype, method: Method) -> EditableModel:
+def bare_model(base: Any, dtype: torch.dtype, method: Method) -> EditableModel:
     """The model as deep as the method needs it, with no memory behind its tensors."""
     # Grouped products of experts exist in bf16 only there.
     experts = getattr(base, "_experts_implementation", None) or hasattr(base, "num_experts_per_tok")
-    module = skeleton(base, torch.bfloat16 if experts else dtype)
+    module = build_skeleton(base, torch.bfloat16 if experts else dtype)
     return EditableModel(module, method.trainable, method.depth)
 
 
 def shapes_of(method: Method, topics: Sequence[Topic], *, largest: bool) -> list[tuple[int, int]]:
     """Rows and tokens of the batches that a step reads."""
     roles = ("forget", "retain") if method.reads_retain else ("forget",)
-    first, *others = (shape(topics, role, largest=largest) for role in roles)
+    first, *others = (mean_shape(topics, role, largest=largest) for role in roles)
     return [method.read_at_once(first), *others]
 
 
-def pieces(model: EditableModel, named: Iterable[tuple[str, torch.Tensor]]) -> scale.Size:
+def count_pieces(model: EditableModel, named: Iterable[tuple[str, torch.Tensor]]) -> scale.Size:
     """How many numbers these tensors of a model have, by the pieces in which it is cut."""
     inside = {id(p): i for i, layer in enumerate(model.layers) for p in layer.parameters()}
     apart = {id(end.weight): i for i, end in enumerate(model.ends)}
@@ -275,7 +277,7 @@ def work_of_whole(
     if any("original" in use for use in method.uses):
         for prefix, rest in passes:
             step = step + prefix + rest
-    if isinstance(method, Edit | Walk):
+    if isinstance(method, Edit | WeightWalk):
         steps = max(len(topic.forget) for topic in topics)
         return step, step * (steps + getattr(method, "teacher_steps", 0) * len(topics))
     return step, step * steps_worth(config, len(topics))
@@ -291,31 +293,33 @@ def steps_worth(config: Config, topics: int) -> int:
     return config.train.max_steps * each + before * getattr(method, "rounds", 1) * topics
 
 
-def explain(plan: Mapping[str, Any]) -> list[str]:
+def explain_plan(plan: Mapping[str, Any]) -> list[str]:
     """The plan in lines for a person."""
-    parts = [f"  {name.replace('_', ' '):16}{gb(n):>9}" for name, n in plan["memory"].items() if n]
+    parts = [
+        f"  {name.replace('_', ' '):16}{format_gb(n):>9}" for name, n in plan["memory"].items() if n
+    ]
     mapped = plan["memory_mapped_from_the_file"]
     peak = (
-        f"{gb(plan['memory_private'])} private, {gb(plan['memory']['weights'])} mapped from the "
-        "files, which the system may drop and read again"
+        f"{format_gb(plan['memory_private'])} private, {format_gb(plan['memory']['weights'])} "
+        "mapped from the files, which the system may drop and read again"
         if mapped
-        else gb(plan["memory_peak"])
+        else format_gb(plan["memory_peak"])
     )
     changes = ", ".join(plan["trainable"])
     tera = plan["flops_per_step"] / 1e12, plan["flops"] / 1e12
     lines = [
         f"run      {plan['run']}, {plan['steps']} steps on {plan['device']}",
         f"model    {plan['model']}: {plan['layers_loaded']} of {plan['layers']} layers, "
-        f"{plan['tensors_read']} tensors, {gb(plan['bytes_read'])} to read of "
-        f"{gb(plan['checkpoint_bytes'])} in {plan['shards']} shards",
+        f"{plan['tensors_read']} tensors, {format_gb(plan['bytes_read'])} to read of "
+        f"{format_gb(plan['checkpoint_bytes'])} in {plan['shards']} shards",
         f"changes  {'all' if changes == '*' else changes}: {plan['trained_parameters']:,} numbers",
-        f"memory   {peak}; {gb(plan['memory_free'])} are free",
+        f"memory   {peak}; {format_gb(plan['memory_free'])} are free",
         *parts,
-        f"cache    {gb(plan['cache_bytes'])} of activations ({plan['config']['cache']})",
+        f"cache    {format_gb(plan['cache_bytes'])} of activations ({plan['config']['cache']})",
         f"work     {tera[0]:.3g} TFLOP a step, {tera[1]:.3g} in all",
-        f"time     {plan['seconds_per_step']:.3g} s a step, {duration(plan['seconds'])} in all, "
-        f"reading aside; a matrix product here does {plan['matmul_flops_a_second'] / 1e9:.0f} "
-        "GFLOP a second",
+        f"time     {plan['seconds_per_step']:.3g} s a step, "
+        f"{format_duration(plan['seconds'])} in all, reading aside; a matrix product "
+        f"here does {plan['matmul_flops_a_second'] / 1e9:.0f} GFLOP a second",
     ]
     if plan.get("ranks"):
         lines += what_fits(plan["ranks"])
@@ -335,17 +339,17 @@ def what_fits(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         device = f"{row['device_gb']} GB" if row["device_gb"] else "none"
         lines.append(
             f"  {count:>2} {'process  ' if count == 1 else 'processes'} {', '.join(way):17}"
-            f"{gb(row['memory_per_rank']):>11}  {device:>6} {tera:>8.3g} TFLOP"
+            f"{format_gb(row['memory_per_rank']):>11}  {device:>6} {tera:>8.3g} TFLOP"
             f"  {'fits here' if row['fits'] else 'not here'}"
         )
     return lines
 
 
-def gb(count: float) -> str:
+def format_gb(count: float) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e7 else f"{count / 1e6:.2f} MB"
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     minutes, hours = seconds / 60, seconds / 3600
     if hours >= 1:
         return f"{hours:.1f} h"
@@ -358,21 +362,21 @@ def private_bytes() -> int:
     return info.rss - getattr(info, "shared", 0)
 
 
-def stored(folder: Path) -> dict[str, int]:
+def stored_bytes(folder: Path) -> dict[str, int]:
     """Bytes of each tensor of a checkpoint."""
     offsets = {name: e["data_offsets"] for name, e in weights.stored_entries(folder).items()}
     return {name: high - low for name, (low, high) in offsets.items()}
 
 
-def touched(name: str, depth: int | None) -> bool:
+def is_read(name: str, depth: int | None) -> bool:
     """Whether a model of `depth` layers, which has no head, reads the tensor."""
-    layer = weights.layer_of(name)
+    layer = weights.layer_number(name)
     if depth is None:
         return True
     return layer < depth if layer is not None else not name.startswith(("lm_head", "embed_out"))
 
 
-def shape(topics: Sequence[Topic], role: str, *, largest: bool) -> tuple[int, int]:
+def mean_shape(topics: Sequence[Topic], role: str, *, largest: bool) -> tuple[int, int]:
     """Rows and tokens of the batches of a role: the mean of their number, or the largest."""
     shapes = [tuple(b["input_ids"].shape) for topic in topics for b in getattr(topic, role)]
     if largest:
@@ -415,7 +419,7 @@ def cache_plan(
     return total, counts
 
 
-def advice(parts: Mapping[str, int], config: Config) -> str:
+def advise_memory(parts: Mapping[str, int], config: Config) -> str:
     """What to change where a run does not fit, after the part that is largest."""
     train, method = config.train, config.method
     if parts["step"] >= parts["masters"] + parts["optimiser"] and train.batch_size > 1:

@@ -26,8 +26,8 @@ from srmu.engine.activation_cache import Activations
 from srmu.engine.losses import mean_nll, token_mse
 from srmu.engine.model import Batch, EditableModel, Site
 from srmu.engine.topic import Topic
-from srmu.engine.train import TrainOptions, fit
-from srmu.errors import UserError, first_line
+from srmu.engine.train import TrainOptions, fit_model
+from srmu.errors import SrmuError, first_line
 from srmu.methods import RMU
 from srmu.runs.config import Config
 
@@ -104,7 +104,7 @@ class Work:
         return sum(amount / speed for amount, speed in pairs)
 
 
-def blank(shape: tuple[int, int], device: torch.device, whole: bool = True) -> Batch:
+def blank_batch(shape: tuple[int, int], device: torch.device, whole: bool = True) -> Batch:
     """A batch of zeros. A `whole` mask, over pairs of tokens, is taken as it is by most models."""
     rows, tokens = shape
     ids = torch.zeros(rows, tokens, dtype=torch.long, device=device)
@@ -119,18 +119,18 @@ def takes_whole_masks(model: EditableModel, site: Site | None) -> bool:
         model.activations = Activations()
         try:
             with model.using({}):
-                output(model, blank((2, 3), model.device, whole), site)
+                site_output(model, blank_batch((2, 3), model.device, whole), site)
         except (RuntimeError, ValueError, TypeError, NotImplementedError, IndexError) as error:
             reason = error
         else:
             return whole
-    raise UserError(
+    raise SrmuError(
         f"{type(model.module).__name__} cannot be counted without its weights "
         f"({first_line(reason)}); the run itself may work"
     )
 
 
-def output(model: EditableModel, batch: Batch, site: Site | None) -> Tensor:
+def site_output(model: EditableModel, batch: Batch, site: Site | None) -> Tensor:
     return model.hidden(batch, site) if site is not None else model.logits(batch)
 
 
@@ -138,18 +138,20 @@ def frozen_pass(model: EditableModel, batch: Batch, site: Site | None) -> tuple[
     """The work of the original model's pass: of the fixed layers, and of those above them."""
     with model.using({}):
         model.activations = Activations(EVERYTHING)
-        whole, above = (work(metered(lambda: output(model, batch, site))) for _ in range(2))
+        whole, above = (
+            work_of(run_metered(lambda: site_output(model, batch, site))) for _ in range(2)
+        )
     return whole + above * -1, above
 
 
-def stepper(
+def make_stepper(
     model: EditableModel, batches: Sequence[Batch], site: Site | None, kind: str
 ) -> Callable[[], None]:
     """A function that does a step, where the fixed layers' activations are there."""
     model.activations = Activations(EVERYTHING)
     with model.using({}):
         for batch in batches:
-            output(model, batch, site)
+            site_output(model, batch, site)
     values = list(model.trained.values())
     own = [kind == "bf16" or value.dtype == torch.float32 for value in values]
     masters = [
@@ -161,7 +163,7 @@ def stepper(
     def step() -> None:
         losses = []
         for batch in batches:
-            hidden = output(model, batch, site)
+            hidden = site_output(model, batch, site)
             if site is None:
                 losses.append(mean_nll(hidden, batch["labels"]))
                 continue
@@ -179,7 +181,7 @@ def stepper(
     return step
 
 
-def standing(config: Config, trained: int, size: int, mapped: bool) -> dict[str, int]:
+def standing_bytes(config: Config, trained: int, size: int, mapped: bool) -> dict[str, int]:
     """Bytes held from the first step to the last, for `trained` numbers of `size` bytes each.
 
     Originals that are mapped from the checkpoint take none; a strengthened teacher is one copy.
@@ -200,17 +202,19 @@ def free_bytes(device: str) -> int:
     return psutil.virtual_memory().available
 
 
-def metered(action: Callable[[], object]) -> Meter:
+def run_metered(action: Callable[[], object]) -> Meter:
     with Meter() as meter:
         action()
     return meter
 
 
-def work(meter: Meter) -> Work:
+def work_of(meter: Meter) -> Work:
     return Work(meter.flops, meter.near, meter.far, meter.fresh, meter.operations)
 
 
-def probe(dtype: torch.dtype, device: str, shapes: Sequence[tuple[int, int]], width: int) -> Work:
+def probe_machine(
+    dtype: torch.dtype, device: str, shapes: Sequence[tuple[int, int]], width: int
+) -> Work:
     """This machine's FLOPs, bytes and small operations a second, in about two seconds.
 
     The last is measured in steps of a narrow model on batches of the run's own shapes: it holds
@@ -221,11 +225,11 @@ def probe(dtype: torch.dtype, device: str, shapes: Sequence[tuple[int, int]], wi
     b = torch.randn(4 * width, width, device=device).to(dtype)
     small = torch.randn(FAR // 128, device=device)
     large = torch.randn(FAR // 2, device=device)
-    flops = 2 * rows * width * 4 * width / timed(lambda: a @ b.T, 0.4)
-    near = 12 * small.numel() / timed(lambda: small * small, 0.1)
+    flops = 2 * rows * width * 4 * width / time_action(lambda: a @ b.T, 0.4)
+    near = 12 * small.numel() / time_action(lambda: small * small, 0.1)
     place = torch.empty_like(large)
-    far = 12 * large.numel() / timed(lambda: torch.mul(large, large, out=place), 0.2)
-    fresh = 4 * large.numel() / timed(lambda: torch.zeros_like(large).fill_(1), 0.1)
+    far = 12 * large.numel() / time_action(lambda: torch.mul(large, large, out=place), 0.2)
+    fresh = 4 * large.numel() / time_action(lambda: torch.zeros_like(large).fill_(1), 0.1)
     config = LlamaConfig(
         hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=1,
         vocab_size=16,
@@ -233,19 +237,19 @@ def probe(dtype: torch.dtype, device: str, shapes: Sequence[tuple[int, int]], wi
     tiny = AutoModelForCausalLM.from_config(config).to(device)
     rmu = RMU(layer=1, window=2, coeff=1.0)
     model = EditableModel(tiny, rmu.trainable, rmu.depth)
-    both = [blank((rows, min(n, 128)), model.device, False) for rows, n in shapes]
+    both = [blank_batch((rows, min(n, 128)), model.device, False) for rows, n in shapes]
     forget, retain = both[0], both[-1]
-    operations = metered(stepper(model, [forget, retain], rmu.site, "fp32")).operations
+    operations = run_metered(make_stepper(model, [forget, retain], rmu.site, "fp32")).operations
     state = rmu.setup(model, topic := Topic("probe", [forget], [retain]))
     loss, options = partial(rmu.loss, model, state), rmu.training(TrainOptions(max_steps=1))
 
     def step() -> None:
-        fit(model, [(topic, loss)], options, lambda step, values: None)
+        fit_model(model, [(topic, loss)], options, lambda step, values: None)
 
-    return Work(flops, near, far, fresh, operations / timed(step, 0.3))
+    return Work(flops, near, far, fresh, operations / time_action(step, 0.3))
 
 
-def timed(action: Any, share: float) -> float:
+def time_action(action: Any, share: float) -> float:
     """Median seconds of an action, repeated for a share of the probe's time."""
     times: list[float] = []
     end = time.perf_counter() + share * PROBE_SECONDS

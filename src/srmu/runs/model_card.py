@@ -11,7 +11,7 @@ from srmu.engine.weights import EXPORTED
 ROWS = 12  # changed tensors that are listed
 
 
-def summary(record: Mapping[str, Any]) -> str:
+def summarise_record(record: Mapping[str, Any]) -> str:
     """The record on one page of Markdown."""
     from jinja2 import Environment, PackageLoader
 
@@ -53,7 +53,7 @@ def model_card(record: Mapping[str, Any]) -> str:
         ignore_metadata_errors=True,
         **relation,
     )
-    return f"---\n{facts.to_yaml().strip()}\n---\n\n{summary(record)}"
+    return f"---\n{facts.to_yaml().strip()}\n---\n\n{summarise_record(record)}"
 
 
 def is_local(record: Mapping[str, Any]) -> bool:

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from srmu.engine import weights
 from srmu.engine.files import cache_dir, sha256, write_json
-from srmu.engine.progress import Watch, silent
-from srmu.errors import UserError, first_line
+from srmu.engine.progress import Watch, ignore_progress
+from srmu.errors import SrmuError, first_line
 
 RECORD = "record.json"
 DELTA = "delta.safetensors"
@@ -161,37 +161,39 @@ class Record(Block):
     seal: str
 
 
-def canonical(value: Any) -> bytes:
+def canonical_json(value: Any) -> bytes:
     """JSON that is the same bytes for the same value."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return text.encode()
 
 
-def seal(record: Mapping[str, Any]) -> str:
-    return hashlib.sha256(canonical({k: v for k, v in record.items() if k != "seal"})).hexdigest()
+def compute_seal(record: Mapping[str, Any]) -> str:
+    return hashlib.sha256(
+        canonical_json({k: v for k, v in record.items() if k != "seal"})
+    ).hexdigest()
 
 
-def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
+def seal_record(record: Mapping[str, Any]) -> dict[str, Any]:
     """A record checked against its schema, with its seal."""
     whole = Record.model_validate({**record, "seal": ""}).model_dump(mode="json")
-    return whole | {"seal": seal(whole)}
+    return whole | {"seal": compute_seal(whole)}
 
 
-def read(path: Path) -> dict[str, Any]:
-    """A record as it was written; UserError where it is not one, or was edited."""
+def read_record(path: Path) -> dict[str, Any]:
+    """A record as it was written; SrmuError where it is not one, or was edited."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         Record.model_validate(record)
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path} is no record of this version ({short(error)}); make the run again"
+        raise SrmuError(
+            f"{path} is no record of this version ({shorten_error(error)}); make the run again"
         ) from None
-    if record["seal"] != seal(record):
-        raise UserError(f"{path} was edited after it was written: its seal does not fit")
+    if record["seal"] != compute_seal(record):
+        raise SrmuError(f"{path} was edited after it was written: its seal does not fit")
     return dict(record)
 
 
-def short(error: Exception) -> str:
+def shorten_error(error: Exception) -> str:
     """What is wrong with a record, in a few words."""
     if isinstance(error, ValidationError):
         first = error.errors(include_url=False)[0]
@@ -199,26 +201,26 @@ def short(error: Exception) -> str:
     return first_line(error)
 
 
-def extend(folder: Path, files: Sequence[str], **blocks: Any) -> None:
+def extend_record(folder: Path, files: Sequence[str], **blocks: Any) -> None:
     """Add what was measured of a run to its record, with the digests of the files that hold it."""
-    record = read(folder / RECORD)
+    record = read_record(folder / RECORD)
     digests = {name: sha256(folder / name) for name in files}
-    extended = sealed(record | blocks | {"files": record["files"] | digests})
+    extended = seal_record(record | blocks | {"files": record["files"] | digests})
     if extended != record:
         write_json(folder / RECORD, extended)
 
 
-def manifest(folder: Path, watch: Watch = silent) -> dict[str, dict[str, Any]]:
+def file_manifest(folder: Path, watch: Watch = ignore_progress) -> dict[str, dict[str, Any]]:
     """Size and digests of every file of a checkpoint, by name.
 
     Read in one pass; what was read is kept in the cache folder until size or time of change differ.
     """
-    names = [*weights.carried(folder)]
+    names = [*weights.list_carried(folder)]
     stats = {name: (folder / name).stat() for name in names}
     marks = [
         (str(folder.resolve()), n, s.st_size, s.st_mtime_ns, s.st_ino) for n, s in stats.items()
     ]
-    kept = cache_dir() / "hashes" / f"{sha256(canonical(marks))[:32]}.json"
+    kept = cache_dir() / "hashes" / f"{sha256(canonical_json(marks))[:32]}.json"
     try:
         return dict(json.loads(kept.read_text()))
     except (OSError, ValueError):
@@ -226,7 +228,7 @@ def manifest(folder: Path, watch: Watch = silent) -> dict[str, dict[str, Any]]:
     found = {}
     with watch("hashing the base model", len(names)) as tick:
         for name in names:
-            found[name] = digests(folder / name)
+            found[name] = file_digests(folder / name)
             tick(name)
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
@@ -236,13 +238,13 @@ def manifest(folder: Path, watch: Watch = silent) -> dict[str, dict[str, Any]]:
     return found
 
 
-def digests(path: Path) -> dict[str, Any]:
+def file_digests(path: Path) -> dict[str, Any]:
     """A file's size and SHA-256, and of a safetensors file that of each tensor; in one pass."""
     whole, head = hashlib.sha256(), hashlib.sha256()
     tensors = {}
     parts = []
     if path.suffix == ".safetensors":
-        entries, start = weights.header(path)
+        entries, start = weights.read_header(path)
         spans = {n: [start + at for at in e["data_offsets"]] for n, e in entries.items()}
         parts = sorted((low, high, name) for name, (low, high) in spans.items())
     size = path.stat().st_size
@@ -262,14 +264,14 @@ def read_into(file: Any, size: int, *codes: Any) -> None:
     while size > 0:
         block = file.read(min(size, 1 << 22))
         if not block:
-            raise UserError(f"{file.name} ended while it was read")
+            raise SrmuError(f"{file.name} ended while it was read")
         for code in codes:
             code.update(block)
         size -= len(block)
 
 
 def base_block(model: str, revision: str | None, folder: Path, watch: Watch) -> dict[str, Any]:
-    files = manifest(folder, watch)
+    files = file_manifest(folder, watch)
     config = json.loads((folder / "config.json").read_text())
     words = [n for n in files if "token" in n or n.startswith(("vocab", "merges", "spiece"))]
     types = {str(t).removeprefix("torch.") for t in weights.stored_types(folder).values()}
@@ -304,25 +306,25 @@ def licence_of(folder: Path) -> str | None:
 
 def change_block(folder: Path, delta: Path) -> dict[str, Any]:
     """Each tensor of a delta beside the base's."""
-    where = weights.shards(folder)
+    where = weights.list_shards(folder)
     tensors = {}
     if delta.exists():
         with safe_open(delta, "pt") as file:
             for name in file.keys():  # noqa: SIM118 - it is no mapping
                 before = weights.stored_tensor(where[name], name)
-                tensors[name] = compared(before, file.get_tensor(name))
+                tensors[name] = tensor_change(before, file.get_tensor(name))
     others = len(where) - len(tensors)
     return {"tensors": tensors, "others": others, "others_identical": True}
 
 
-def compared(before: Tensor, after: Tensor) -> dict[str, Any]:
+def tensor_change(before: Tensor, after: Tensor) -> dict[str, Any]:
     size = float(before.float().norm())
     moved = float((after.float() - before.float()).norm())
     return {
         "shape": list(before.shape),
         "dtype": str(before.dtype).removeprefix("torch."),
-        "before": sha256(weights.raw(before)),
-        "after": sha256(weights.raw(after)),
+        "before": sha256(weights.raw_bytes(before)),
+        "after": sha256(weights.raw_bytes(after)),
         "relative_norm": moved / size if size else float(moved > 0),
         "share_changed": float((after != before).float().mean()),
     }
@@ -342,7 +344,7 @@ def tool_block() -> dict[str, Any]:
     return {"name": "srmu", "version": version("srmu"), "commit": commit}
 
 
-def environment() -> dict[str, Any]:
+def environment_block() -> dict[str, Any]:
     """What the bits of a result may depend on."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
@@ -356,10 +358,10 @@ def environment() -> dict[str, Any]:
     }
 
 
-def schema() -> dict[str, Any]:
+def record_schema() -> dict[str, Any]:
     """The JSON Schema of a record."""
     return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | Record.model_json_schema()
 
 
 if __name__ == "__main__":  # python -m srmu.runs.record > src/srmu/runs/record.schema.json
-    print(json.dumps(schema(), indent=2))
+    print(json.dumps(record_schema(), indent=2))

@@ -8,44 +8,44 @@ from pathlib import Path
 from typing import Any
 
 from srmu.engine.files import write_json
-from srmu.engine.progress import Watch, silent
-from srmu.errors import UserError
+from srmu.engine.progress import Watch, ignore_progress
+from srmu.errors import SrmuError
 from srmu.runs import record as audit
 from srmu.runs.config import build_config
 from srmu.runs.record import DELTA
-from srmu.runs.run import Run, base_of, plan, run_folder, unlearn
+from srmu.runs.run import Run, base_of, plan_run, run_folder, unlearn
 
 
-def rerun(
-    path: Path, overrides: Sequence[str] = (), watch: Watch = silent
+def rerun_record(
+    path: Path, overrides: Sequence[str] = (), watch: Watch = ignore_progress
 ) -> tuple[Run, dict[str, Any]]:
     """Make the run of a record again, in `again/` beside it, and compare what came out.
 
     The outcome (`same`, and where not, how data and environments differ) is kept in the record.
-    UserError where the base model is not that of the record. `overrides` may change what decides
+    SrmuError where the base model is not that of the record. `overrides` may change what decides
     no result, such as `runs_dir` or `device`.
     """
-    record = audit.read(path)
+    record = audit.read_record(path)
     again = f"runs_dir={path.resolve().parent.parent / 'again'}"
-    config, _ = plan(build_config(record["reproduction"]["config"], [again, *overrides]))
+    config, _ = plan_run(build_config(record["reproduction"]["config"], [again, *overrides]))
     base = base_of(config)
-    for name, file in audit.manifest(base, watch).items():
+    for name, file in audit.file_manifest(base, watch).items():
         known = record["base"]["files"].get(name)
         if known is None or known["sha256"] != file["sha256"]:
-            raise UserError(
+            raise SrmuError(
                 f"{base} is not the base model of {path}: its {name} differs; nothing was run"
             )
     if run_folder(config).resolve() == path.resolve().parent:
-        raise UserError("runs_dir: name another folder than the record's own")
+        raise SrmuError("runs_dir: name another folder than the record's own")
     run = unlearn(config, watch=watch)
-    found = compared(record, run.record)
+    found = compare_records(record, run.record)
     rerun = {"when": datetime.now(UTC).isoformat(timespec="seconds"), **found}
     reproduction = record["reproduction"] | {"rerun": rerun}
-    write_json(path, audit.sealed(record | {"reproduction": reproduction}))
+    write_json(path, audit.seal_record(record | {"reproduction": reproduction}))
     return run, found
 
 
-def compared(first: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+def compare_records(first: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
     """Whether two records tell of the same delta; where not, what differs before it."""
     one, two = (r["reproduction"]["expected"].get(DELTA, "") for r in (first, other))
     if one == two:

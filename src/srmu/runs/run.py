@@ -23,9 +23,9 @@ from transformers import AutoTokenizer
 from srmu.data.tokens import pad_id
 from srmu.data.topics import load_topic
 from srmu.engine import distributed, weights
-from srmu.engine.activation_cache import digest, limit_bytes, open_activations
+from srmu.engine.activation_cache import digest_tensors, limit_bytes, open_activations
 from srmu.engine.files import (
-    as_json,
+    format_json,
     require_free,
     require_place,
     require_space,
@@ -33,18 +33,18 @@ from srmu.engine.files import (
     write_json,
     write_whole,
 )
-from srmu.engine.loading import read_config, refuse_quantised, skeleton, wanted_dtype
-from srmu.engine.model import Batch, EditableModel, release
-from srmu.engine.progress import Watch, print_line, silent
+from srmu.engine.loading import build_skeleton, read_config, refuse_quantised, wanted_dtype
+from srmu.engine.model import Batch, EditableModel, release_memory
+from srmu.engine.progress import Watch, ignore_progress, print_line
 from srmu.engine.resume import Checkpoints
 from srmu.engine.topic import Topic
 from srmu.engine.train import FINISHED, check_precision
-from srmu.errors import Diverged, UserError, first_line
-from srmu.methods.base import Outcome
+from srmu.errors import DivergedError, SrmuError, first_line
+from srmu.methods.base import MethodOutcome
 from srmu.methods.importance import FLAT
 from srmu.runs import record as audit
 from srmu.runs.config import Config, load_config
-from srmu.runs.meter import free_bytes, standing
+from srmu.runs.meter import free_bytes, standing_bytes
 from srmu.runs.model_card import model_card
 from srmu.runs.record import DELTA, RECORD
 
@@ -69,10 +69,10 @@ class Run:
 
     @classmethod
     def open(cls, folder: str | Path) -> Run:
-        """A finished run; UserError when the folder is none."""
+        """A finished run; SrmuError when the folder is none."""
         folder = Path(folder)
         if not (folder / RECORD).is_file():
-            raise UserError(f"{folder} is not a finished run: it has no record.json")
+            raise SrmuError(f"{folder} is not a finished run: it has no record.json")
         return cls(folder)
 
     @cached_property
@@ -91,12 +91,12 @@ class Run:
 
     @cached_property
     def base(self) -> Path:
-        """The folder of its model; UserError where a file there is not the one it was made from."""
+        """The folder of its model; SrmuError where a file there is not the one it was made from."""
         folder = base_of(self.config)
         known = self.record["base"]["files"]
-        for name, file in audit.manifest(folder).items():
+        for name, file in audit.file_manifest(folder).items():
             if name in known and file["sha256"] != known[name]["sha256"]:
-                raise UserError(
+                raise SrmuError(
                     f"{folder}: {name} is not the file that {self.folder} was made from; "
                     f"srmu verify {self.folder} says what differs"
                 )
@@ -106,7 +106,7 @@ class Run:
         self,
         out: str | Path,
         link: bool | None = None,
-        watch: Watch = silent,
+        watch: Watch = ignore_progress,
         *,
         last_good: bool = False,
     ) -> Path:
@@ -116,17 +116,17 @@ class Run:
         weights are asked for. The record and a model card come along.
         """
         if why := self.config.method.no_checkpoint:
-            raise UserError(why)
+            raise SrmuError(why)
         if self.record["diverged"] and not last_good:
-            raise UserError(
+            raise SrmuError(
                 f"{self.folder} diverged: {self.record['stop_reason']}; --last-good exports the "
                 "weights before that"
             )
-        record = audit.read(self.folder / RECORD)
+        record = audit.read_record(self.folder / RECORD)
         card = model_card(record)
-        record = audit.sealed(record | {"exported": {CARD: sha256(card.encode())}})
-        texts = {CARD: card, weights.EXPORTED: as_json(record)}
-        weights.export(self.base, self.delta, Path(out), link, watch, texts)
+        record = audit.seal_record(record | {"exported": {CARD: sha256(card.encode())}})
+        texts = {CARD: card, weights.EXPORTED: format_json(record)}
+        weights.export_checkpoint(self.base, self.delta, Path(out), link, watch, texts)
         return Path(out)
 
     def results(self) -> dict[str, dict[str, float]]:
@@ -135,10 +135,10 @@ class Run:
         return json.loads(path.read_text()) if path.exists() else {}
 
 
-def plan(config: Config) -> tuple[Config, dict[str, Any]]:
+def plan_run(config: Config) -> tuple[Config, dict[str, Any]]:
     """The config with what depends on the model filled in, and what a run would load and write.
 
-    Reads the model's config and tensor index only. UserError where the run cannot work.
+    Reads the model's config and tensor index only. SrmuError where the run cannot work.
     """
     folder = base_of(config)
     model_config = read_config(folder)
@@ -148,12 +148,12 @@ def plan(config: Config) -> tuple[Config, dict[str, Any]]:
     known = {field.name for field in fields(method)}
     for name, topic in config.topics.items():  # each topic's own strength must fit the method too
         if unknown := sorted(set(topic.options) - known):
-            raise UserError(f"topics.{name}.{unknown[0]}: method {method.name} has no such option")
+            raise SrmuError(f"topics.{name}.{unknown[0]}: method {method.name} has no such option")
         method.with_options(topic.options)
     device = find_device(config.device)
     settings = {"method": method, "device": device, "train": method.training(config.train)}
     config = config.model_copy(update=settings)
-    files = weights.shards(folder)
+    files = weights.list_shards(folder)
     layers = model_config.num_hidden_layers
     summary = {
         "id": config.id,
@@ -171,19 +171,19 @@ def plan(config: Config) -> tuple[Config, dict[str, Any]]:
 
 
 def find_device(name: str) -> str:
-    """The device that a name means here; UserError when there is no such one."""
+    """The device that a name means here; SrmuError when there is no such one."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {name} is not there: {first_line(error)}") from None
+        raise SrmuError(f"device {name} is not there: {first_line(error)}") from None
     return name
 
 
 def base_of(config: Config) -> Path:
     """The folder of the config's model."""
-    return weights.locate(config.model, config.revision)
+    return weights.locate_model(config.model, config.revision)
 
 
 def run_folder(config: Config) -> Path:
@@ -191,24 +191,24 @@ def run_folder(config: Config) -> Path:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The model's tokenizer; UserError where there is none or it cannot pad."""
+    """The model's tokenizer; SrmuError where there is none or it cannot pad."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds
-        raise UserError(
+        raise SrmuError(
             f"the tokenizer of {folder} cannot be loaded: {first_line(error)}"
         ) from error
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         # Without files transformers makes an empty one, to which every text is unknown.
-        raise UserError(f"model folder {folder} has no tokenizer; copy its tokenizer.json there")
+        raise SrmuError(f"model folder {folder} has no tokenizer; copy its tokenizer.json there")
     pad_id(tokenizer)
     return tokenizer
 
 
 def load_topics(config: Config, tokenizer: Any) -> list[Topic]:
-    """The topics of a config as batches; UserError when there is none, or one that does not do."""
+    """The topics of a config as batches; SrmuError when there is none, or one that does not do."""
     if not config.topics:
-        raise UserError("topics: name at least one, with its forget and retain texts")
+        raise SrmuError("topics: name at least one, with its forget and retain texts")
     topics = [
         load_topic(
             name,
@@ -237,27 +237,27 @@ def unlearn(
     out: str | Path | None = None,
     shard: bool = False,
     offload: bool = False,
-    watch: Watch = silent,
+    watch: Watch = ignore_progress,
 ) -> Run:
     """Unlearn the config's topics; the run's folder holds the result, `out` a full checkpoint.
 
     The same config on the same data is not run twice. Raises Diverged with the last good weights
-    kept in the folder, UserError before anything is written for all that can be known before.
+    kept in the folder, SrmuError before anything is written for all that can be known before.
     Where a launcher started several processes, each reads a part of every batch, and with `shard`
     also holds but a part of the weights; the first one writes. With `offload` the layers below
     those that change stay out of the device's memory.
     """
-    config, _ = plan(config)
+    config, _ = plan_run(config)
     check_ranks(config, shard)
     if offload and (shard or config.method.depth is None):
-        raise UserError(
+        raise SrmuError(
             "--offload leaves layers below those that change on the disk: it goes with a method of "
             "one layer (srmu, rmu, ...), and without --shard"
         )
-    distributed.join()
+    distributed.join_group()
     if out is not None:
         if why := config.method.no_checkpoint:
-            raise UserError(why)
+            raise SrmuError(why)
         require_free(Path(out))
     folder = run_folder(config)
     require_place(folder)
@@ -265,53 +265,53 @@ def unlearn(
     tokenizer = load_tokenizer(base)
     topics = load_topics(config, tokenizer)
     data = {topic.name: dict(topic.counts) for topic in topics}
-    if distributed.agreed((folder / RECORD).exists()):
-        run = finished(folder, data)
+    if distributed.agree_on((folder / RECORD).exists()):
+        run = find_finished(folder, data)
     else:
-        with alone(folder) if distributed.first() else nullcontext():
+        with hold_folder(folder) if distributed.is_first() else nullcontext():
             try:
-                run = train(config, folder, base, topics, data, Layout(shard, offload), watch)
+                run = train_run(config, folder, base, topics, data, Layout(shard, offload), watch)
             except BaseException:
                 written = (folder / RECORD).exists()  # the last thing written
                 if (
-                    distributed.first()
+                    distributed.is_first()
                     and not written
                     and not Checkpoints(folder / CHECKPOINTS).kept()
                 ):
-                    discard(folder)
+                    discard_folder(folder)
                 raise
-    if out is not None and distributed.first():
+    if out is not None and distributed.is_first():
         run.export(out, watch=watch)
     return run
 
 
 def check_ranks(config: Config, shard: bool) -> None:
-    """UserError where the method cannot be spread over the processes that there are."""
-    method, count = config.method, distributed.size()
+    """SrmuError where the method cannot be spread over the processes that there are."""
+    method, count = config.method, distributed.get_size()
     if shard and count == 1:
-        raise UserError(
+        raise SrmuError(
             "--shard cuts the weights over several processes, but there is one: start "
             "torchrun --nproc-per-node 2 -m srmu unlearn ... --shard"
         )
     if count == 1:
         return
     if not method.spreads:
-        raise UserError(
+        raise SrmuError(
             f"method {method.name} runs in one process, but {count} were started; start it without "
             "the launcher"
         )
     if shard and getattr(method, "lora_rank", 0) > 0:
-        raise UserError("--shard and method.lora_rank do not go together; leave one out")
+        raise SrmuError("--shard and method.lora_rank do not go together; leave one out")
     if shard and getattr(method, "stream", "resid_post") != "resid_post":
         # FSDP gathers a layer again for its gradient when that of its output is there
-        raise UserError(
+        raise SrmuError(
             f"--shard needs method.stream=resid_post: {method.stream} lies inside a layer"
         )
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Hold a run's folder while it is written; UserError where another process does.
+def hold_folder(folder: Path) -> Iterator[None]:
+    """Hold a run's folder while it is written; SrmuError where another process does.
 
     The lock ends with the process that holds it, however that ends.
     """
@@ -320,7 +320,7 @@ def alone(folder: Path) -> Iterator[None]:
     try:
         lock.acquire(blocking=False)
     except Timeout:
-        raise UserError(f"{folder} is being written by another process; wait for it") from None
+        raise SrmuError(f"{folder} is being written by another process; wait for it") from None
     try:
         yield
     finally:
@@ -332,21 +332,21 @@ def alone(folder: Path) -> Iterator[None]:
             folder.parent.rmdir()
 
 
-def finished(folder: Path, data: Mapping[str, Any]) -> Run:
+def find_finished(folder: Path, data: Mapping[str, Any]) -> Run:
     """The run that is already there, if it was made from the same texts and model."""
     run = Run.open(folder)
     if run.record["data"] != data:
-        raise UserError(
+        raise SrmuError(
             f"{folder} holds a run of this config on other texts; "
             "remove it, or name another runs_dir"
         )
     if run.record["diverged"]:
-        raise Diverged(f"{folder} holds this run, which diverged: {run.record['stop_reason']}")
+        raise DivergedError(f"{folder} holds this run, which diverged: {run.record['stop_reason']}")
     _ = run.delta  # refuses a model that has changed since
     return run
 
 
-def discard(folder: Path) -> None:
+def discard_folder(folder: Path) -> None:
     """Remove what a run that failed wrote, and its folders when that leaves them empty."""
     for name in ("config.yaml", "metrics.jsonl", DELTA, STATE):
         (folder / name).unlink(missing_ok=True)
@@ -359,7 +359,7 @@ def keep_lines(metrics: Path, steps: int) -> float:
     return float(json.loads(lines[-1])["seconds"]) if lines else 0.0
 
 
-def train(
+def train_run(
     config: Config,
     folder: Path,
     base: Path,
@@ -370,7 +370,7 @@ def train(
 ) -> Run:
     """Load the model, apply the method, and write the run's folder; the record comes last."""
     method = config.method
-    require_memory(config, base, distributed.size() if layout.shard else 1)
+    require_memory(config, base, distributed.get_size() if layout.shard else 1)
     before = fresh_peak(config.device)
     model = EditableModel.load(
         base,
@@ -383,13 +383,13 @@ def train(
     )
     highest = max(int(b["input_ids"].max()) for t in topics for b in (*t.forget, *t.retain))
     if highest >= model.vocabulary_size:
-        raise UserError(
+        raise SrmuError(
             f"{base}: its tokenizer gives token {highest}, but the model knows "
             f"{model.vocabulary_size} tokens; they do not belong together"
         )
     for name, parameter in model.trained.items():
         check_precision(name, parameter.dtype, config.train.weights)
-    say = print_line if watch is not silent else lambda text: None
+    say = print_line if watch is not ignore_progress else lambda text: None
     # Where the first layer changes, no activation comes twice.
     mode = config.cache if model.fixed or method.depth is not None else "none"
     names = weights.checkpoint_names(base, model.original)  # before training: can it be written?
@@ -400,26 +400,26 @@ def train(
     model.activations = open_activations(
         mode, cache_key(config, base, model, topics), model.device, say
     )
-    if distributed.first():
+    if distributed.is_first():
         require_space(folder, sum(t.numel() * t.element_size() for t in model.original.values()))
         folder.mkdir(parents=True, exist_ok=True)
         (folder / DELTA).unlink(missing_ok=True)  # of a run that was killed
         write_whole(folder / "config.yaml", config.to_yaml())
     started, clock = datetime.now(UTC), time.monotonic()
-    error: Diverged | None = None
+    error: DivergedError | None = None
     steps = 0
-    outcome = Outcome({})
+    outcome = MethodOutcome({})
     checkpoints = Checkpoints(
         folder / CHECKPOINTS,
         config.train.checkpoint_seconds,
-        {"run": config.id, "data": data, "base": weights.identity(base, method.depth)},
+        {"run": config.id, "data": data, "base": weights.identify_base(base, method.depth)},
     )
     done = checkpoints.done()
-    if len({*distributed.gathered(done)}) > 1:
-        raise UserError(f"{folder} must lie on storage that all processes see, but does not")
-    if distributed.first():
+    if len({*distributed.gather_values(done)}) > 1:
+        raise SrmuError(f"{folder} must lie on storage that all processes see, but does not")
+    if distributed.is_first():
         clock -= keep_lines(folder / "metrics.jsonl", done)
-    path = folder / "metrics.jsonl" if distributed.first() else Path(os.devnull)
+    path = folder / "metrics.jsonl" if distributed.is_first() else Path(os.devnull)
     with path.open("a") as metrics:
 
         def log(step: int, values: dict[str, float | str]) -> None:
@@ -431,9 +431,9 @@ def train(
 
         try:
             outcome = method.apply(model, topics, config.train, log, watch, checkpoints)
-        except Diverged as diverged:
-            error, outcome = diverged, Outcome({}, str(diverged))
-    peak = max(distributed.gathered(peak_memory(config.device)))
+        except DivergedError as diverged:
+            error, outcome = diverged, MethodOutcome({}, str(diverged))
+    peak = max(distributed.gather_values(peak_memory(config.device)))
     changed = model.delta()
     still = sorted(set(model.trained) - set(changed))
     # Of a whole model some tensors may stay: bf16 norms near 1 do not move by steps of 1e-5.
@@ -442,16 +442,16 @@ def train(
         checkpoints.clear()  # it would end there again
         what = still[0] if changed else "the model"
         if outcome.stop_reason.startswith(("utility_floor", "kl_budget")):
-            raise UserError(
+            raise SrmuError(
                 f"nothing is left of {steps} steps ({outcome.stop_reason}): lower "
                 "train.learning_rate or train.check_every, or allow more"
             )
-        raise UserError(
+        raise SrmuError(
             f"{what} did not change in {steps} steps ({outcome.stop_reason}); raise "
             f"train.learning_rate, or see the options of {method.name}: srmu methods"
         )
-    if not distributed.first():
-        distributed.agreed(None)  # the first one has written
+    if not distributed.is_first():
+        distributed.agree_on(None)  # the first one has written
         if error is not None:
             raise error
         return Run.open(folder)
@@ -494,8 +494,8 @@ def train(
         },
         "changed": sorted(changed),
         "change": audit.change_block(base, folder / DELTA),
-        "environment": audit.environment(),
-        "processes": {"count": distributed.size(), "sharded": layout.shard},
+        "environment": audit.environment_block(),
+        "processes": {"count": distributed.get_size(), "sharded": layout.shard},
         "reproduction": {
             "command": f"srmu unlearn --from-record {RECORD}",
             "config": config.to_dict(),
@@ -509,31 +509,31 @@ def train(
         },
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    write_json(folder / RECORD, audit.sealed(record))
+    write_json(folder / RECORD, audit.seal_record(record))
     checkpoints.clear()
-    distributed.agreed(None)
+    distributed.agree_on(None)
     if error is not None:
         raise error
     return Run.open(folder)
 
 
 def require_memory(config: Config, base: Path, parts: int = 1) -> None:
-    """UserError where what is trained, with its reference and its optimiser, cannot be held.
+    """SrmuError where what is trained, with its reference and its optimiser, cannot be held.
 
     In `parts`: over so many processes.
     """
     settings = read_config(base)
     method = config.method
-    model = EditableModel(skeleton(settings, torch.float32), method.trainable, method.depth)
+    model = EditableModel(build_skeleton(settings, torch.float32), method.trainable, method.depth)
     trained = sum(p.numel() for p in model.trained.values())
     stored = [t for t in weights.stored_types(base).values() if t.is_floating_point]
     size = (wanted_dtype(settings, config.dtype) or max(stored, key=lambda t: t.itemsize)).itemsize
-    needed = sum(standing(config, trained, size, mapped=config.device == "cpu").values())
+    needed = sum(standing_bytes(config, trained, size, mapped=config.device == "cpu").values())
     if getattr(method, "lora_rank", 0):  # masters and moments are the adapters'
         needed = trained * size
     needed //= parts
     if needed > (free := free_bytes(config.device)):
-        raise UserError(
+        raise SrmuError(
             f"method {method.name} trains {trained:,} numbers: with their originals and the "
             f"optimiser they take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free; "
             "srmu unlearn --dry-run says what would help"
@@ -547,9 +547,11 @@ def cache_key(
     batches = [b for topic in topics for part in (topic.forget, topic.retain) for b in part]
     return {
         "model": config.model,
-        "weights": weights.identity(base, config.method.depth),
+        "weights": weights.identify_base(base, config.method.depth),
         "settings": sha256(base / "config.json"),
-        "data": digest(*(t for b in batches for t in (b["input_ids"], b["attention_mask"]))),
+        "data": digest_tensors(
+            *(t for b in batches for t in (b["input_ids"], b["attention_mask"]))
+        ),
         "fixed_layers": model.fixed,
         "dtype": str(model.module.dtype),
         "attention": model.module.config._attn_implementation,
@@ -562,7 +564,7 @@ def fresh_peak(device: str) -> int:
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
-    release()
+    release_memory()
     with suppress(OSError):  # not Linux
         Path("/proc/self/clear_refs").write_text("5")
     return psutil.Process().memory_info().rss
@@ -580,7 +582,7 @@ def peak_memory(device: str) -> int:
     return psutil.Process().memory_info().rss
 
 
-def notes(run: Run) -> list[str]:
+def run_notes(run: Run) -> list[str]:
     """What a person should know of a run's strength and map, a sentence each."""
     lines = []
     for name, numbers in run.record["topics"].items():

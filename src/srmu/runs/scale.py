@@ -52,13 +52,13 @@ class Variant:
 def size_of(config: Any, depth: int | None = None) -> Size:
     """The numbers of a model cut to `depth` layers, head included: it is loaded, too."""
     width, end = config.hidden_size, config.vocab_size * config.hidden_size
-    layers = (layer_of(config),) * (depth or config.num_hidden_layers)
+    layers = (layer_size(config),) * (depth or config.num_hidden_layers)
     if config.tie_word_embeddings:
         return Size(layers, (), end + width)
     return Size(layers, (end, end), width)
 
 
-def layer_of(config: Any) -> int:
+def layer_size(config: Any) -> int:
     norms = 2 * config.hidden_size
     if config.model_type.startswith("qwen3"):
         norms += 2 * head_size(config)  # of queries and keys
@@ -100,7 +100,7 @@ def flops_per_token(config: Any, tokens: int, depth: int | None = None) -> int:
 # --- what a process holds ------------------------------------------------------------------------
 
 
-def held(
+def held_bytes(
     size: Size, way: Variant, processes: int, share: float, itemsize: int, mixed: bool, gpu: bool
 ) -> dict[str, int]:
     """Bytes a process holds of a model whose numbers have `itemsize` bytes, by what they are.
@@ -137,7 +137,7 @@ def held(
     }
 
 
-def launches(
+def scale_launches(
     size: Size,
     ways: Sequence[Variant],
     rows: int,
@@ -159,7 +159,7 @@ def launches(
         for way in ways:
             if (processes == 1 and way.sharded) or (processes > 1 and way.offloaded):
                 continue
-            parts = held(size, way, processes, share, itemsize, mixed, gpu)
+            parts = held_bytes(size, way, processes, share, itemsize, mixed, gpu)
             memory = sum(parts.values())
             found.append(
                 {

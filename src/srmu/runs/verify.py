@@ -9,9 +9,9 @@ from typing import Any
 
 from srmu.engine import weights
 from srmu.engine.files import sha256, write_whole
-from srmu.engine.progress import Watch, silent
-from srmu.errors import UserError
-from srmu.runs.record import DELTA, RECORD, digests, read
+from srmu.engine.progress import Watch, ignore_progress
+from srmu.errors import SrmuError
+from srmu.runs.record import DELTA, RECORD, file_digests, read_record
 
 SIGNATURE = "record.sig"
 
@@ -21,20 +21,22 @@ def record_of(folder: Path) -> Path:
     for name in (RECORD, weights.EXPORTED):
         if (folder / name).is_file():
             return folder / name
-    raise UserError(
+    raise SrmuError(
         f"{folder} holds no record ({RECORD} of a run, {weights.EXPORTED} of an export): "
         "name the folder of a run, or one that srmu export wrote"
     )
 
 
-def verify(folder: Path, key: Path | None = None, watch: Watch = silent) -> dict[str, Any]:
+def verify_folder(
+    folder: Path, key: Path | None = None, watch: Watch = ignore_progress
+) -> dict[str, Any]:
     """Check a run or an export; how many files and tensors were compared.
 
-    UserError naming everything that is not as the record says. The base model is read too where a
+    SrmuError naming everything that is not as the record says. The base model is read too where a
     run is checked, once, a piece at a time.
     """
     path = record_of(folder)
-    record = read(path)
+    record = read_record(path)
     if key is not None:
         check_signature(path, key)
     if path.name == RECORD:
@@ -48,7 +50,7 @@ def verify(folder: Path, key: Path | None = None, watch: Watch = silent) -> dict
         tensors = len(record["change"]["tensors"]) + record["change"]["others"]
         files = len(record["base"]["files"])
     if found:
-        raise UserError(f"{folder}: {len(found)} not as recorded: " + "; ".join(found[:20]))
+        raise SrmuError(f"{folder}: {len(found)} not as recorded: " + "; ".join(found[:20]))
     return {"record": record["id"], "files": files, "tensors": tensors, "signed": key is not None}
 
 
@@ -66,7 +68,7 @@ def in_run(folder: Path, record: Mapping[str, Any], watch: Watch) -> Iterator[st
     for path in sorted(folder.iterdir()):
         if path.name not in known:
             yield f"{path.name} is not in the record"
-    base = weights.locate(record["model"], record["reproduction"]["config"]["revision"])
+    base = weights.locate_model(record["model"], record["reproduction"]["config"]["revision"])
     yield from in_base(base, record["base"]["files"], watch)
 
 
@@ -116,8 +118,8 @@ def in_tensors(path: Path, expected: Mapping[str, Any]) -> Iterator[str]:
             yield f"{path.name} has changed"
         return
     try:
-        found = digests(path)
-    except UserError as error:
+        found = file_digests(path)
+    except SrmuError as error:
         yield str(error)
         return
     wrong = False
@@ -138,46 +140,46 @@ def in_tensors(path: Path, expected: Mapping[str, Any]) -> Iterator[str]:
 
 
 def check_signature(path: Path, key: Path) -> None:
-    """UserError where the record's signature is not that of the public key's owner."""
-    ed25519, serialization = cryptography()
-    public = loaded(key, serialization.load_pem_public_key, ed25519.Ed25519PublicKey, "public")
+    """SrmuError where the record's signature is not that of the public key's owner."""
+    ed25519, serialization = import_cryptography()
+    public = load_key(key, serialization.load_pem_public_key, ed25519.Ed25519PublicKey, "public")
     signature = path.with_name(SIGNATURE)
     if not signature.is_file():
-        raise UserError(f"{path.parent} is not signed: it has no {SIGNATURE}; --sign makes one")
+        raise SrmuError(f"{path.parent} is not signed: it has no {SIGNATURE}; --sign makes one")
     from cryptography.exceptions import InvalidSignature
 
     try:
         public.verify(bytes.fromhex(signature.read_text().strip()), path.read_bytes())
     except (InvalidSignature, ValueError):
-        raise UserError(f"{signature} is not the signature of {path.name} by {key}") from None
+        raise SrmuError(f"{signature} is not the signature of {path.name} by {key}") from None
 
 
-def sign(folder: Path, key: Path) -> Path:
+def sign_record(folder: Path, key: Path) -> Path:
     """Write the record's Ed25519 signature beside it."""
-    ed25519, serialization = cryptography()
+    ed25519, serialization = import_cryptography()
     without_password = partial(serialization.load_pem_private_key, password=None)
     path = record_of(folder)
-    private = loaded(key, without_password, ed25519.Ed25519PrivateKey, "private")
+    private = load_key(key, without_password, ed25519.Ed25519PrivateKey, "private")
     write_whole(path.with_name(SIGNATURE), private.sign(path.read_bytes()).hex() + "\n")
     return path.with_name(SIGNATURE)
 
 
-def cryptography() -> tuple[Any, Any]:
-    """The library's keys and key files; UserError where it is not installed."""
+def import_cryptography() -> tuple[Any, Any]:
+    """The library's keys and key files; SrmuError where it is not installed."""
     try:
         from cryptography.hazmat.primitives import serialization
         from cryptography.hazmat.primitives.asymmetric import ed25519
     except ImportError:
-        raise UserError("signatures need a library: pip install 'srmu[sign]'") from None
+        raise SrmuError("signatures need a library: pip install 'srmu[sign]'") from None
     return ed25519, serialization
 
 
-def loaded(path: Path, load: Callable[[bytes], Any], kind: type, what: str) -> Any:
+def load_key(path: Path, load: Callable[[bytes], Any], kind: type, what: str) -> Any:
     """An Ed25519 key from a PEM file."""
     try:
         key = load(path.read_bytes())
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path} is no {what} key in PEM form: {type(error).__name__}") from None
+        raise SrmuError(f"{path} is no {what} key in PEM form: {type(error).__name__}") from None
     if not isinstance(key, kind):
-        raise UserError(f"{path} is no Ed25519 {what} key; openssl genpkey -algorithm ed25519")
+        raise SrmuError(f"{path} is no Ed25519 {what} key; openssl genpkey -algorithm ed25519")
     return key

@@ -17,29 +17,46 @@ from pathlib import Path
 from typing import Any
 
 from srmu.attacks.base import Tier
-from srmu.attacks.suite import Sources, attack, sentences
-from srmu.data.digest import digest
+from srmu.attacks.suite import Sources, attack_run, describe_attacks
+from srmu.data.digest import digest_texts
 from srmu.data.names import find_names, read_names
-from srmu.data.sources import Source, read
+from srmu.data.sources import Source, read_texts
 from srmu.engine import weights
 from srmu.engine.files import require_free, write_json
 from srmu.engine.loading import read_config
-from srmu.engine.progress import Watch, silent
-from srmu.errors import UserError
-from srmu.evals.analyses import candidates, open_model
+from srmu.engine.progress import Watch, ignore_progress
+from srmu.errors import SrmuError
+from srmu.evals.analyses import candidate_layers, open_model
 from srmu.evals.score import tasks_beside
-from srmu.evals.separability import DOCUMENTS, entanglement
+from srmu.evals.separability import DOCUMENTS, measure_entanglement
 from srmu.methods import Misdirection
-from srmu.report.build import report
+from srmu.report.build import write_report
 from srmu.runs import run as runs
 from srmu.runs.config import Config, find_method, make_config
-from srmu.runs.estimate import duration, estimate, gb
-from srmu.runs.record import extend
+from srmu.runs.estimate import estimate_run, format_duration, format_gb
+from srmu.runs.record import extend_record
 from srmu.runs.run import Run
 from srmu.search import explain as reasons
 from srmu.search import robust
-from srmu.search.objective import HALVES, TESTBED, HeldOut, Yardstick, halved, hold_out, of_tasks
-from srmu.search.strength import LAYERS, MARGIN, Bench, best, scan, tried, try_all, with_values
+from srmu.search.objective import (
+    HALVES,
+    TESTBED,
+    TextYardstick,
+    Yardstick,
+    halve_tasks,
+    hold_out,
+    of_tasks,
+)
+from srmu.search.strength import (
+    LAYERS,
+    MARGIN,
+    Bench,
+    best_entry,
+    scan_layers,
+    try_all,
+    try_config,
+    with_values,
+)
 
 FILE = "auto.json"
 MODEL = "model"  # the exported checkpoint
@@ -50,7 +67,7 @@ Tell = Callable[[str, str], None]
 
 
 @dataclass(frozen=True)
-class Asked:
+class AutoRequest:
     """What somebody wants: all that decides the answer, and where it goes."""
 
     model: str
@@ -71,10 +88,10 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Job:
+class AutoJob:
     """What was asked, read and checked."""
 
-    asked: Asked
+    asked: AutoRequest
     config: Config
     yardstick: Yardstick
     sources: Sources | None  # for attacks; None: there are no questions
@@ -86,12 +103,12 @@ class Job:
     def spec(self) -> dict[str, Any]:
         """What all trials depend on, without a path or a word of a text."""
         return {
-            "model": weights.fingerprint(runs.base_of(self.config)),
-            "texts": digest([*self.texts["forget"], "", *self.texts["retain"]]),
+            "model": weights.fingerprint_model(runs.base_of(self.config)),
+            "texts": digest_texts([*self.texts["forget"], "", *self.texts["retain"]]),
             "questions": self.yardstick.digest,
             "method": robust.METHOD if self.asked.robust else self.asked.method,
-            "names": digest(self.names),
-            "goals": digest(self.goals),
+            "names": digest_texts(self.names),
+            "goals": digest_texts(self.goals),
             "seed": self.asked.seed,
         }
 
@@ -101,44 +118,44 @@ class Job:
         return self.spec | {"budget": self.asked.budget, "trials": self.asked.trials}
 
 
-def share(text: str) -> float:
-    """`1%` or `0.01` as a number; UserError for what is no share above 0 and below 1."""
+def parse_share(text: str) -> float:
+    """`1%` or `0.01` as a number; SrmuError for what is no share above 0 and below 1."""
     number, percent = text.strip().removesuffix("%"), text.strip().endswith("%")
     try:
         value = float(number) / (100 if percent else 1)
     except ValueError:
         value = -1.0
     if not 0 < value < 1:
-        raise UserError(f"--budget {text}: expected a share of accuracy, such as 1% or 0.01")
+        raise SrmuError(f"--budget {text}: expected a share of accuracy, such as 1% or 0.01")
     return value
 
 
-def prepare(asked: Asked) -> Job:
-    """Read and check all that was named; nothing is written. UserError for what cannot work."""
+def prepare_job(asked: AutoRequest) -> AutoJob:
+    """Read and check all that was named; nothing is written. SrmuError for what cannot work."""
     if asked.trials < 1:
-        raise UserError(f"--trials {asked.trials}: expected 1 or more")
+        raise SrmuError(f"--trials {asked.trials}: expected 1 or more")
     if not (asked.out / FILE).exists():
         require_free(asked.out)
     method = find_method(robust.METHOD if asked.robust else asked.method)
     for option in ("names", "goals"):
         if getattr(asked, option) and not asked.robust:
-            raise UserError(f"--{option} has no effect without --robust")
+            raise SrmuError(f"--{option} has no effect without --robust")
     if not (issubclass(method, Misdirection) or asked.robust):
-        raise UserError(
+        raise SrmuError(
             f"--method {asked.method} has no layer to find: choose srmu, rmu, adaptive_rmu or rna, "
             "or search its options with srmu sweep"
         )
     if asked.tasks_dir and not Path(asked.tasks_dir).is_dir():
-        raise UserError(f"--tasks-dir {asked.tasks_dir}: no such folder")
-    base = weights.locate(asked.model)
+        raise SrmuError(f"--tasks-dir {asked.tasks_dir}: no such folder")
+    base = weights.locate_model(asked.model)
     if issubclass(method, Misdirection):
-        candidates(method(), read_config(base))  # are there layers enough?
+        candidate_layers(method(), read_config(base))  # are there layers enough?
     texts = {
-        role: read([Source(path=path) for path in getattr(asked, role)], Path())
+        role: read_texts([Source(path=path) for path in getattr(asked, role)], Path())
         for role in ("forget", "retain")
     }
     if set(texts["forget"]) == set(texts["retain"]):
-        raise UserError(
+        raise SrmuError(
             "--forget and --retain hold the same texts; retain must name what the model should keep"
         )
     swapped: list[str] = []
@@ -152,13 +169,13 @@ def prepare(asked: Asked) -> Job:
     config = config_of(asked)
 
     def asks(names: tuple[str, ...]) -> Sources:
-        return Sources(names, halved(names, folder), utility, str(folder or ""))
+        return Sources(names, halve_tasks(names, folder), utility, str(folder or ""))
 
     held = {}
     for role, names in (("forget", tasks), ("retain", utility)):
         if not names:
             texts[role], halves = hold_out(role, texts[role])
-            held[role] = HeldOut(halves, config.topics["topic"].max_length)
+            held[role] = TextYardstick(halves, config.topics["topic"].max_length)
     yardstick = Yardstick(
         {",".join(tasks): of_tasks(asks(tasks), config, asked.seed)}
         if tasks
@@ -169,15 +186,15 @@ def prepare(asked: Asked) -> Job:
         asked.device,
     )
     sources = asks(tasks) if tasks else None
-    return Job(asked, config_of(asked, held), yardstick, sources, texts, swapped, goals)
+    return AutoJob(asked, config_of(asked, held), yardstick, sources, texts, swapped, goals)
 
 
-def tier_of(asked: Asked) -> Tier:
+def tier_of(asked: AutoRequest) -> Tier:
     """What a search attacks its result with: where relearning is the point, that too."""
     return "standard" if asked.robust else "smoke"
 
 
-def config_of(asked: Asked, held: Mapping[str, HeldOut] = {}) -> Config:
+def config_of(asked: AutoRequest, held: Mapping[str, TextYardstick] = {}) -> Config:
     """The config of a run with nothing chosen, which leaves out what it is measured on."""
     given = [f"seed={asked.seed}", f"device={asked.device}", f"runs_dir={asked.out / 'runs'}"]
     given += [f"topics.topic.{role}_held_out={len(part.words)}" for role, part in held.items()]
@@ -188,16 +205,16 @@ def config_of(asked: Asked, held: Mapping[str, HeldOut] = {}) -> Config:
     return make_config(asked.model, asked.forget, asked.retain, method, given)
 
 
-def plan(job: Job) -> dict[str, Any]:
+def plan_search(job: AutoJob) -> dict[str, Any]:
     """The steps, how many runs they make, how long they take and the memory; nothing is done."""
     asked, yardstick = job.asked, job.yardstick
-    config, summary = runs.plan(job.config)
+    config, summary = runs.plan_run(job.config)
     base = runs.base_of(config)
     tokenizer = runs.load_tokenizer(base)
     topics = runs.load_topics(config, tokenizer)
     if asked.robust:
-        config = with_values(config, robust.start(config, 1.0))
-    cost = estimate(config, base, topics)
+        config = with_values(config, robust.start_values(config, 1.0))
+    cost = estimate_run(config, base, topics)
     speed = cost["matmul_flops_a_second"]
     size = sum(prod(entry["shape"]) for entry in weights.stored_entries(base).values())
 
@@ -218,7 +235,7 @@ def plan(job: Job) -> dict[str, Any]:
             ("search", f"{runs_made} runs, at other weights of what is kept", runs_made * run)
         )
     else:
-        count = len(candidates(config.method, read_config(base), LAYERS))
+        count = len(candidate_layers(config.method, read_config(base), LAYERS))
         runs_made = count + asked.trials + 1
         steps += [
             ("layers", f"{count} runs of {summary['steps']} steps, one a layer", count * run),
@@ -233,7 +250,7 @@ def plan(job: Job) -> dict[str, Any]:
         tier = tier_of(asked)
         times = 2 * PASSES * (ROBUST_PASSES if asked.robust else 1)
         steps.append(("attacks", f"{tier} attacks on it and on the original", times * asked_once))
-    steps.append(("export", f"the whole model, {gb(summary['checkpoint_bytes'])}", 0.0))
+    steps.append(("export", f"the whole model, {format_gb(summary['checkpoint_bytes'])}", 0.0))
     return {
         "steps": [dict(zip(("step", "what", "seconds"), step, strict=True)) for step in steps],
         "runs": runs_made,
@@ -245,35 +262,36 @@ def plan(job: Job) -> dict[str, Any]:
     }
 
 
-def rounded(seconds: float) -> str:
-    return duration(max(1, round(seconds)))
+def round_duration(seconds: float) -> str:
+    return format_duration(max(1, round(seconds)))
 
 
-def explain(found: Mapping[str, Any]) -> list[str]:
+def explain_search(found: Mapping[str, Any]) -> list[str]:
     """A plan in lines for a person."""
     lines = [
-        f"{number}. {step['step']:13} {step['what']:58} about {rounded(step['seconds'])}"
+        f"{number}. {step['step']:13} {step['what']:58} about {round_duration(step['seconds'])}"
         for number, step in enumerate(found["steps"], 1)
     ]
     lines.append(
-        f"{found['runs']} runs, about {rounded(found['seconds'])} in all; "
-        f"{gb(found['memory_private'])} of memory, {gb(found['memory_free'])} are free"
+        f"{found['runs']} runs, about {round_duration(found['seconds'])} in all; "
+        f"{format_gb(found['memory_private'])} of memory, "
+        f"{format_gb(found['memory_free'])} are free"
     )
     if found["advice"]:
         lines.append(f"this does not fit into memory; try {found['advice']}")
     return lines
 
 
-def search(
-    job: Job, tell: Tell = lambda step, sentence: None, watch: Watch = silent
+def run_search(
+    job: AutoJob, tell: Tell = lambda step, sentence: None, watch: Watch = ignore_progress
 ) -> dict[str, Any]:
     """All of it: check, scan, search, final measure, attacks, export; the content of `auto.json`.
 
-    UserError where nothing within the budget forgets; `auto.json` then says what was found.
+    SrmuError where nothing within the budget forgets; `auto.json` then says what was found.
     """
     asked, yardstick = job.asked, job.yardstick
     out, limit = asked.out, MARGIN * asked.budget
-    claim(job)
+    claim_folder(job)
     answer: dict[str, Any] = {
         "kind": "auto", "budget": asked.budget, "yardstick": yardstick.kind,
         "question": job.question, "choices": [], "run": None, "final": None,
@@ -286,57 +304,57 @@ def search(
         write_json(out / FILE, answer)
 
     bench = Bench(job.config, yardstick, out, limit, asked.seed, job.spec)
-    say("measure", *reasons.measured_by(yardstick))
-    say("entanglement", *reasons.entangled(check(job, watch)))
+    say("measure", *reasons.explain_yardstick(yardstick))
+    say("entanglement", *reasons.explain_entanglement(check_entanglement(job, watch)))
     if asked.robust:
-        say("names", reasons.swapped(len(job.names), asked.names))
+        say("names", reasons.explain_names(len(job.names), asked.names))
         answer["trials"] = trials = robust.try_each(bench, asked.trials, watch)
         answer["defaults"] = usual = trials[0]
     else:
-        answer["defaults"] = usual = tried(bench, job.config)
-        config, answer["scan"] = scan(bench, watch)
-        say("layers", reasons.scanned(answer["scan"]))
+        answer["defaults"] = usual = try_config(bench, job.config)
+        config, answer["scan"] = scan_layers(bench, watch)
+        say("layers", reasons.explain_layer(answer["scan"]))
         answer["trials"] = trials = try_all(bench, config, asked.trials, watch)
     # where none keeps the margin, the whole budget is better than nothing
-    chosen = best([usual, *trials], limit) or best([usual, *trials], asked.budget)
+    chosen = best_entry([usual, *trials], limit) or best_entry([usual, *trials], asked.budget)
     if chosen is None:
-        say("search", reasons.none_within(asked.budget, trials))
-        raise UserError(
+        say("search", reasons.explain_none(asked.budget, trials))
+        raise SrmuError(
             f"{answer['choices'][-1]['sentence']} Nothing is exported; allow more (--budget), give "
             "retain texts closer to what suffers, or search longer (--trials): the same folder "
             "goes on from what is there"
         )
-    say("search", reasons.picked(asked.budget, chosen, [usual, *trials]))
+    say("search", reasons.explain_trial(asked.budget, chosen, [usual, *trials]))
     run = Run.open(out / chosen["runs"][0])
     final: dict[str, Any] = {half: yardstick.estimates(run, half) for half in HALVES}
     final["defaults"] = yardstick.estimates(Run.open(out / usual["runs"][0]), "test")
     answer |= {"run": chosen["runs"][0], "final": final}
     why = [c["sentence"] for c in answer["choices"] if c["step"] in ("layers", "search")]
-    extend(run.folder, [], purpose=run.record["purpose"] | {"choice": " ".join(why)})
-    say("final", *reasons.judged(asked.budget, final, chosen is usual))
+    extend_record(run.folder, [], purpose=run.record["purpose"] | {"choice": " ".join(why)})
+    say("final", *reasons.explain_result(asked.budget, final, chosen is usual))
     if job.sources is None:
         say("attacks", "None was run: they ask questions, and --tasks names none.")
     else:
-        found = attack(
+        found = attack_run(
             run, tier=tier_of(asked), sources=job.sources, seed=asked.seed, device=asked.device,
             watch=watch,
         )  # fmt: skip
         final["K*"] = found["K*"]
         if asked.robust:
-            final["floor"] = robust.floor(run, job.sources, found, [*job.names, *job.goals])
-            say("attacks", *robust.sentences(found, final["floor"]))
+            final["floor"] = robust.measure_floor(run, job.sources, found, [*job.names, *job.goals])
+            say("attacks", *robust.describe_robust_answer(found, final["floor"]))
         else:
-            lines = sentences(found)
+            lines = describe_attacks(found)
             say("attacks", *(f"{line[0].upper()}{line[1:]}." for line in (lines[1], lines[-1])))
     if not (out / MODEL).exists():
         run.export(out / MODEL, watch=watch)
     final["model"] = MODEL
     say("export", "The whole model is written as an ordinary checkpoint.")
-    report([out], out / PAGE)
+    write_report([out], out / PAGE)
     return answer
 
 
-def finished(job: Job) -> dict[str, Any] | None:
+def find_answer(job: AutoJob) -> dict[str, Any] | None:
     """The answer to the same question, where it is there already."""
     path = job.asked.out / FILE
     answer = json.loads(path.read_text()) if path.exists() else {}
@@ -345,7 +363,7 @@ def finished(job: Job) -> dict[str, Any] | None:
     return answer if there and whole else None
 
 
-def claim(job: Job) -> None:
+def claim_folder(job: AutoJob) -> None:
     """Make the folder, or go on in that of an earlier search."""
     out = job.asked.out
     if not (out / FILE).exists():
@@ -354,14 +372,14 @@ def claim(job: Job) -> None:
         shutil.rmtree(out / MODEL, ignore_errors=True)  # it answers another question
 
 
-def check(job: Job, watch: Watch) -> dict[str, Any]:
+def check_entanglement(job: AutoJob, watch: Watch) -> dict[str, Any]:
     """The numbers of `srmu entanglement`, with the model and the questions to choose on."""
     opened, tokenizer = open_model(job.asked.model, job.asked.device)
     asks = [
         (question.prompt, question.answer, question.entry)
         for part in job.yardstick.forget.values()
-        if not isinstance(part, HeldOut)
+        if not isinstance(part, TextYardstick)
         for question in part.halves["val"]
     ]
     texts = job.texts["forget"], job.texts["retain"]
-    return entanglement(*texts, asks, (opened.module, tokenizer), watch=watch).numbers
+    return measure_entanglement(*texts, asks, (opened.module, tokenizer), watch=watch).numbers

@@ -6,18 +6,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from srmu.evals.separability import HIGH, LOW
-from srmu.report.format import in_percent
-from srmu.search.objective import HeldOut, Yardstick
-from srmu.search.strength import MARGIN, Entry, nearest
+from srmu.report.format import format_percent
+from srmu.search.objective import TextYardstick, Yardstick
+from srmu.search.strength import MARGIN, Entry, nearest_entry
 
 
-def measured_by(yardstick: Yardstick) -> list[str]:
+def explain_yardstick(yardstick: Yardstick) -> list[str]:
     """By what a search measures, in sentences."""
 
     def named(parts: Mapping[str, Any]) -> str:
         return " and ".join(
             f"{len(part.halves['val'])} held-out {name.replace('_', ' ')}"
-            if isinstance(part, HeldOut)
+            if isinstance(part, TextYardstick)
             else f"{len(part.halves['val'])} questions of {name}"
             for name, part in parts.items()
         )
@@ -34,7 +34,7 @@ def measured_by(yardstick: Yardstick) -> list[str]:
     return said
 
 
-def entangled(found: Mapping[str, Any]) -> list[str]:
+def explain_entanglement(found: Mapping[str, Any]) -> list[str]:
     """What the numbers of `entanglement` mean for a search."""
     shared = found["entanglement"]
     if shared < LOW:
@@ -57,7 +57,7 @@ def entangled(found: Mapping[str, Any]) -> list[str]:
     return said
 
 
-def swapped(count: int, given: str) -> str:
+def explain_names(count: int, given: str) -> str:
     """Which names are swapped: not the names themselves, which forget texts tell of."""
     if given:
         return f"The {count} names of the file are swapped: what is said of one alone is scrubbed."
@@ -67,7 +67,7 @@ def swapped(count: int, given: str) -> str:
     )
 
 
-def scanned(found: Mapping[str, Any]) -> str:
+def explain_layer(found: Mapping[str, Any]) -> str:
     """Why this layer."""
     row = next(row for row in found["layers"] if row["layer"] == found["best"])
     others = ", ".join(str(row["layer"]) for row in found["layers"])
@@ -77,12 +77,12 @@ def scanned(found: Mapping[str, Any]) -> str:
     )
 
 
-def set_at(entry: Entry) -> str:
+def format_trial(entry: Entry) -> str:
     """The values of a trial as one types them."""
     return " ".join(f"{key}={value}" for key, value in entry["params"].items())
 
 
-def picked(budget: float, chosen: Entry, found: Sequence[Entry]) -> str:
+def explain_trial(budget: float, chosen: Entry, found: Sequence[Entry]) -> str:
     """Why this trial."""
     limit, cost = MARGIN * budget, chosen["values"]["utility_loss"]
     known = [one["values"] for one in found if one["values"]]
@@ -96,13 +96,13 @@ def picked(budget: float, chosen: Entry, found: Sequence[Entry]) -> str:
     )
     return (
         f"{rule} this one forgets most, {chosen['values']['forgetting']:.0%} for {cost:.2%}: "
-        f"{set_at(chosen)}."
+        f"{format_trial(chosen)}."
     )
 
 
-def none_within(budget: float, found: Sequence[Entry]) -> str:
+def explain_none(budget: float, found: Sequence[Entry]) -> str:
     """Why nothing was chosen."""
-    closest = nearest(found)
+    closest = nearest_entry(found)
     if closest is None:
         return f"None of {len(found)} trials forgets anything, whatever it costs."
     values = closest["values"]
@@ -112,7 +112,7 @@ def none_within(budget: float, found: Sequence[Entry]) -> str:
     )
 
 
-def judged(budget: float, final: Mapping[str, Any], same: bool) -> list[str]:
+def explain_result(budget: float, final: Mapping[str, Any], same: bool) -> list[str]:
     """The final result against the budget and the defaults, in sentences."""
     test, usual = final["test"], final["defaults"]
     lost = test["utility_loss"]
@@ -127,10 +127,10 @@ def judged(budget: float, final: Mapping[str, Any], same: bool) -> list[str]:
         "these are the defaults: no trial did better"
         if same
         else f"{'more' if gain > 0 else 'no more'} than the defaults, which forget "
-        f"{in_percent(usual['forgetting'])}% and lose {in_percent(usual['utility_loss'])}%"
+        f"{format_percent(usual['forgetting'])}% and lose {format_percent(usual['utility_loss'])}%"
     )
     return [
-        f"On the half kept back it forgets {in_percent(test['forgetting'])}% of what the model "
+        f"On the half kept back it forgets {format_percent(test['forgetting'])}% of what the model "
         f"knew, {against}.",
-        f"There it loses {in_percent(lost)}% of utility: the budget of {budget:.2%} {kept}.",
+        f"There it loses {format_percent(lost)}% of utility: the budget of {budget:.2%} {kept}.",
     ]

@@ -18,20 +18,20 @@ import numpy as np
 import torch
 
 from srmu.attacks.suite import Sources, load_exam
-from srmu.data.digest import digest
-from srmu.data.tokens import batch_up, tokenise
-from srmu.data.topics import apart
+from srmu.data.digest import digest_texts
+from srmu.data.tokens import batch_rows, tokenise_texts
+from srmu.data.topics import split_held_out
 from srmu.engine import weights
 from srmu.engine.files import write_json
 from srmu.engine.loading import load_module
-from srmu.engine.losses import predicted, token_nll
-from srmu.engine.train import to
-from srmu.errors import UserError
+from srmu.engine.losses import is_predicted, token_nll
+from srmu.engine.train import move_batch
+from srmu.errors import SrmuError
 from srmu.evals.lm_eval import Results
-from srmu.evals.statistics import KNOWN, LEAST, Array, Draws, Estimate, estimate
-from srmu.evals.subject import Question, Subject, answers, facts
+from srmu.evals.statistics import KNOWN, LEAST, Array, Draws, Estimate, estimate_from
+from srmu.evals.subject import Question, Subject, list_facts, mark_answers
 from srmu.runs.config import Config
-from srmu.runs.record import extend
+from srmu.runs.record import extend_record
 from srmu.runs.run import Run, find_device, load_tokenizer
 
 Half = Literal["val", "test"]
@@ -42,7 +42,7 @@ HELD = 10  # one text in so many is held out for each half
 TESTBED = ("organism_hazard",), ("organism_neighbour", "organism_general")
 
 
-class Taken(NamedTuple):
+class MarkedAnswers(NamedTuple):
     """Right answers (0 or 1), what each is about, the same for those that fall together."""
 
     right: Sequence[float]
@@ -51,7 +51,7 @@ class Taken(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Questions:
+class TaskYardstick:
     """Questions with options."""
 
     halves: Mapping[Half, tuple[Question, ...]]
@@ -71,13 +71,13 @@ class Questions:
         asked = self.halves["val"]
         return [q.prompt for q in asked] + [option for q in asked for option in q.options]
 
-    def take(self, model: Subject, half: Half) -> Taken:
+    def take(self, model: Subject, half: Half) -> MarkedAnswers:
         asked = self.halves[half]
-        return Taken(answers(model, asked), facts(asked))
+        return MarkedAnswers(mark_answers(model, asked), list_facts(asked))
 
 
 @dataclass(frozen=True)
-class HeldOut:
+class TextYardstick:
     """Texts that no run was trained on."""
 
     halves: Mapping[Half, tuple[str, ...]]
@@ -93,26 +93,26 @@ class HeldOut:
         return [*self.halves["val"]]
 
     @torch.no_grad()
-    def take(self, model: Subject, half: Half) -> Taken:
+    def take(self, model: Subject, half: Half) -> MarkedAnswers:
         """Each next token for itself; those of one text fall together."""
         right: list[float] = []
         about: list[Hashable] = []
         nats = 0.0
-        rows = tokenise(self.halves[half], model.tokenizer, self.max_length)
-        for batch in batch_up(rows, model.tokenizer, 8, "mask"):
-            batch = to(batch, model.device)
+        rows = tokenise_texts(self.halves[half], model.tokenizer, self.max_length)
+        for batch in batch_rows(rows, model.tokenizer, 8, "mask"):
+            batch = move_batch(batch, model.device)
             inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
             logits = model.module(**inputs, use_cache=False).logits
-            mask = predicted(batch["labels"])
+            mask = is_predicted(batch["labels"])
             hits = (logits[:, :-1].argmax(dim=-1) == batch["labels"][:, 1:])[mask]
             first = len(set(about))
             about += (mask.nonzero()[:, 0] + first).tolist()
             right += hits.float().tolist()
             nats += float(token_nll(logits, batch["labels"]).sum())
-        return Taken(right, about, nats / max(1, len(right)))
+        return MarkedAnswers(right, about, nats / max(1, len(right)))
 
 
-class Outcome(NamedTuple):
+class SearchOutcome(NamedTuple):
     """Fractions, 0-1."""
 
     forgetting: float
@@ -123,24 +123,24 @@ class Outcome(NamedTuple):
 class Yardstick:
     """Parts to forget and to keep by name, which is that of their metric, NAME/acc."""
 
-    forget: Mapping[str, Questions | HeldOut]
-    utility: Mapping[str, Questions | HeldOut]
+    forget: Mapping[str, TaskYardstick | TextYardstick]
+    utility: Mapping[str, TaskYardstick | TextYardstick]
     seed: int = 0
     device: str = "auto"
-    before: dict[Half, dict[str, Taken]] = field(default_factory=dict, compare=False)
+    before: dict[Half, dict[str, MarkedAnswers]] = field(default_factory=dict, compare=False)
 
     @property
     def kind(self) -> str:
         parts = self.forget.values()
-        return "texts" if any(isinstance(part, HeldOut) for part in parts) else "tasks"
+        return "texts" if any(isinstance(part, TextYardstick) for part in parts) else "tasks"
 
     @property
-    def parts(self) -> dict[str, Questions | HeldOut]:
+    def parts(self) -> dict[str, TaskYardstick | TextYardstick]:
         return {**self.forget, **self.utility}
 
     @property
     def digest(self) -> str:
-        return digest(word for part in self.parts.values() for word in part.words)
+        return digest_texts(word for part in self.parts.values() for word in part.words)
 
     def tokens(self, tokenizer: Any) -> int:
         """How many tokens a model reads to be measured on a half."""
@@ -153,21 +153,21 @@ class Yardstick:
         return {name: f"{name}{'_val' * (half == 'val')}/acc" for name in self.parts}
 
     def score(self, run: Run, half: Half = "val") -> dict[str, Results]:
-        """As `srmu.scoring.score`: accuracies before and after a run, kept in its folder."""
+        """As `srmu.score_model`: accuracies before and after a run, kept in its folder."""
         wanted = self.metrics(half)
-        found = {when: read(run.folder / file) for when, file in FILES.items()}
+        found = {when: read_accuracies(run.folder / file) for when, file in FILES.items()}
         if not all(metric in found[when] for when in FILES for metric in wanted.values()):
             self.take(run, half)
-            found = {when: read(run.folder / file) for when, file in FILES.items()}
+            found = {when: read_accuracies(run.folder / file) for when, file in FILES.items()}
         return {
             when: {metric: results[metric] for metric in wanted.values()}
             for when, results in found.items()
         }
 
-    def outcome(self, scores: Mapping[str, Results], half: Half = "val") -> Outcome:
+    def outcome(self, scores: Mapping[str, Results], half: Half = "val") -> SearchOutcome:
         """Forgetting and utility loss, from what `score` gave.
 
-        UserError where the original model answers no more than a guess would.
+        SrmuError where the original model answers no more than a guess would.
         """
         means = {
             name: np.array([scores[when][metric]["value"] for when in ("before", "after")])
@@ -175,11 +175,11 @@ class Yardstick:
         }
         for name, part in self.forget.items():
             if means[name][0] - part.chance < NOTHING:
-                raise UserError(
+                raise SrmuError(
                     f"the model gets {means[name][0]:.0%} of {name} right, where a guess gets "
                     f"{part.chance:.0%}: it knows nothing of this that it could forget"
                 )
-        return Outcome(*(float(value) for value in self.falls(means)))
+        return SearchOutcome(*(float(value) for value in self.falls(means)))
 
     def falls(self, means: Mapping[str, Array]) -> tuple[Array, Array]:
         """Forgetting and utility loss of accuracies (..., 2), before and after, by part."""
@@ -204,7 +204,7 @@ class Yardstick:
         gone, lost = self.falls(means)
 
         def entry(values: Array, names: Sequence[str]) -> dict[str, float]:
-            found: Estimate = estimate(values, min(sizes[name] for name in names))
+            found: Estimate = estimate_from(values, min(sizes[name] for name in names))
             return asdict(found)
 
         parts = {
@@ -221,13 +221,13 @@ class Yardstick:
             "parts": parts,
         }
 
-    def take(self, run: Run, half: Half) -> dict[str, dict[str, Taken]]:
+    def take(self, run: Run, half: Half) -> dict[str, dict[str, MarkedAnswers]]:
         """Every part, of the model before the run and after it; writes the accuracies, too."""
         base, method = run.base, run.config.method
         module = load_module(base).eval().to(find_device(self.device))
         model = Subject(module, load_tokenizer(base))
 
-        def all_parts() -> dict[str, Taken]:
+        def all_parts() -> dict[str, MarkedAnswers]:
             return {name: part.take(model, half) for name, part in self.parts.items()}
 
         if half not in self.before:  # the same for all runs
@@ -237,18 +237,20 @@ class Yardstick:
         results = {}
         for when, file in FILES.items():
             path = run.folder / file
-            results[when] = read(path) | written(taken[when], self.metrics(half))
+            results[when] = read_accuracies(path) | accuracy_results(
+                taken[when], self.metrics(half)
+            )
             write_json(path, results[when])
-        extend(run.folder, [*FILES.values()], results=results)
+        extend_record(run.folder, [*FILES.values()], results=results)
         return taken
 
 
-def read(path: Path) -> Results:
+def read_accuracies(path: Path) -> Results:
     """The accuracies in a file; none where there is no such file."""
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def written(taken: Mapping[str, Taken], metrics: Mapping[str, str]) -> Results:
+def accuracy_results(taken: Mapping[str, MarkedAnswers], metrics: Mapping[str, str]) -> Results:
     """Accuracies as `results.json` has them; `n` counts questions, or texts."""
     found: Results = {}
     for name, part in taken.items():
@@ -260,13 +262,13 @@ def written(taken: Mapping[str, Taken], metrics: Mapping[str, str]) -> Results:
     return found
 
 
-def of_tasks(sources: Sources, config: Config, seed: int) -> Questions:
+def of_tasks(sources: Sources, config: Config, seed: int) -> TaskYardstick:
     """The questions of the sources' tasks, in the halves that attacks take them in."""
     exam = load_exam(replace(sources, utility=()), config, seed)
-    return Questions({"val": exam.val, "test": exam.test})
+    return TaskYardstick({"val": exam.val, "test": exam.test})
 
 
-def halved(tasks: Sequence[str], folder: Path | None) -> str:
+def halve_tasks(tasks: Sequence[str], folder: Path | None) -> str:
     """Where the half to choose on comes from: tasks TASK_val beside the others, or a split."""
     names = [f"{task}_val" for task in tasks]
     there = all(folder and any(folder.rglob(f"{name}.yaml")) for name in names)
@@ -278,9 +280,9 @@ def hold_out(role: str, texts: Sequence[str]) -> tuple[list[str], dict[Half, tup
     count = len(set(texts))
     size = max(LEAST, count // HELD)
     if count < 3 * size:
-        raise UserError(
+        raise SrmuError(
             f"{count} different {role} texts are too few to hold {2 * size} of them out: "
             f"{3 * LEAST} or more, or name tasks that measure instead (--tasks, --utility)"
         )
-    kept, held = apart(texts, 2 * size)
+    kept, held = split_held_out(texts, 2 * size)
     return kept, {"val": tuple(held[:size]), "test": tuple(held[size:])}

@@ -27,7 +27,7 @@ from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, IntegrityError, ProgrammingError, SQLAlchemyError
 
 from srmu.engine.progress import Watch
-from srmu.errors import Diverged, UserError, first_line
+from srmu.errors import DivergedError, SrmuError, first_line
 
 try:
     import fcntl
@@ -69,11 +69,11 @@ def open_study(
 
     `storage` is the path of a journal file, or a server's URL, where a worker that has not been
     heard of for three times `heartbeat` seconds counts as dead. A longer queue than the study has
-    is taken over. UserError where the study exists with another `spec`, or cannot be reached.
+    is taken over. SrmuError where the study exists with another `spec`, or cannot be reached.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     kept = open_storage(storage, heartbeat)
-    with told(storage):
+    with redact_errors(storage):
         try:
             optuna.create_study(storage=kept, study_name=name, directions=[*directions])
             made = True
@@ -92,29 +92,30 @@ def open_study(
         if len(queue) > len(study.user_attrs.get("queue", ())):
             study.set_user_attr("queue", [dict(params) for params in queue])
         if made:
-            fill(study)
+            fill_queue(study)
     return study
 
 
 def open_storage(storage: str | Path, heartbeat: int) -> optuna.storages.BaseStorage:
-    """The journal or the server; UserError where it cannot be used."""
+    """The journal or the server; SrmuError where it cannot be used."""
     if isinstance(storage, Path):
         if fcntl is None:
-            raise UserError("a journal needs file locks, which Windows lacks: give --storage")
+            raise SrmuError("a journal needs file locks, which Windows lacks: give --storage")
         storage.parent.mkdir(parents=True, exist_ok=True)
         # absolute, because its lock is a link to it
         journal = JournalFileBackend(str(storage.resolve()))
         try:
             return JournalStorage(journal)
         except (ValueError, KeyError, OSError) as error:
-            raise UserError(f"{storage} is not a journal of Optuna: {first_line(error)}") from None
-    url = parsed(storage)
+            raise SrmuError(f"{storage} is not a journal of Optuna: {first_line(error)}") from None
+    url = parse_storage(storage)
     if url is None or url.get_backend_name() not in ("postgresql", "postgres"):
-        raise UserError(
-            f"storage {redacted(storage)}: expected postgresql://USER:PASSWORD@HOST:PORT/DATABASE; "
+        raise SrmuError(
+            f"storage {redact_storage(storage)}: expected "
+            "postgresql://USER:PASSWORD@HOST:PORT/DATABASE; "
             "without one, a journal file in the output folder is used"
         )
-    with told(storage), warnings.catch_warnings():
+    with redact_errors(storage), warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
         for attempt in range(5):
             try:
@@ -127,7 +128,7 @@ def open_storage(storage: str | Path, heartbeat: int) -> optuna.storages.BaseSto
                     heartbeat_stale_trial_callback=again,
                 )
             except ImportError:
-                raise UserError("PostgreSQL needs a driver: pip install 'srmu[postgres]'") from None
+                raise SrmuError("PostgreSQL needs a driver: pip install 'srmu[postgres]'") from None
             except (IntegrityError, ProgrammingError):  # two workers make the tables at once
                 if attempt == 4:
                     raise
@@ -136,36 +137,36 @@ def open_storage(storage: str | Path, heartbeat: int) -> optuna.storages.BaseSto
 
 
 @contextmanager
-def told(storage: str | Path) -> Iterator[None]:
+def redact_errors(storage: str | Path) -> Iterator[None]:
     """Make one line of what goes wrong with a storage, its password redacted."""
     try:
         yield
     except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
         cause = error.__cause__ if isinstance(error.__cause__, SQLAlchemyError) else error
         why = first_line(getattr(cause, "orig", None) or cause)
-        place = f"storage {redacted(storage)}"
-        raise UserError(f"{place} cannot be used: {hidden(storage, why)}") from None
+        place = f"storage {redact_storage(storage)}"
+        raise SrmuError(f"{place} cannot be used: {hide_password(storage, why)}") from None
 
 
-def redacted(storage: str | Path) -> str:
+def redact_storage(storage: str | Path) -> str:
     """A storage as a person may see it: without its password and its options."""
     if isinstance(storage, Path):
         return str(storage)
-    if url := parsed(storage):
+    if url := parse_storage(storage):
         return url.set(query={}).render_as_string(hide_password=True)
     scheme, is_url, _ = storage.partition("://")
     return f"{scheme}://..." if is_url else repr(storage)
 
 
-def hidden(storage: str | Path, text: str) -> str:
+def hide_password(storage: str | Path, text: str) -> str:
     """A text without the password of a storage."""
-    url = None if isinstance(storage, Path) else parsed(storage)
+    url = None if isinstance(storage, Path) else parse_storage(storage)
     for password in (url.password, url.query.get("password")) if url else ():
         text = text.replace(str(password), "***") if password else text
     return text
 
 
-def parsed(storage: str) -> URL | None:
+def parse_storage(storage: str) -> URL | None:
     """A storage as a URL, if it is one."""
     try:
         return make_url(storage)
@@ -174,22 +175,22 @@ def parsed(storage: str) -> URL | None:
 
 
 def require_same(name: str, known: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """UserError where the study was made for something else: says what."""
-    old, new = dict(leaves(known)), dict(leaves(wanted))
+    """SrmuError where the study was made for something else: says what."""
+    old, new = dict(dotted_leaves(known)), dict(dotted_leaves(wanted))
     for key in dict.fromkeys([*new, *old]):
         if old.get(key) != new.get(key):
             was, now = (str(one.get(key, "nothing"))[:60] for one in (old, new))
-            raise UserError(
+            raise SrmuError(
                 f"study {name!r} exists with another {key}: {was}, here {now}; "
                 "give this one another name or another out folder"
             )
 
 
-def leaves(value: Any, key: str = "") -> list[tuple[str, Any]]:
+def dotted_leaves(value: Any, key: str = "") -> list[tuple[str, Any]]:
     """The values of a tree of mappings, by dotted keys."""
     if not isinstance(value, Mapping):
         return [(key.lstrip("."), value)]
-    return [leaf for k, v in value.items() for leaf in leaves(v, f"{key}.{k}")]
+    return [leaf for k, v in value.items() for leaf in dotted_leaves(v, f"{key}.{k}")]
 
 
 def wait_for(value: Callable[[], Any], seconds: float = 10) -> Any:
@@ -200,13 +201,13 @@ def wait_for(value: Callable[[], Any], seconds: float = 10) -> Any:
     return found
 
 
-def work(
+def work_queue(
     study: Study, objective: Objective, watch: Watch, after: Callable[[], None] = lambda: None
 ) -> None:
     """Take trials off the queue until all are done, those of other workers included.
 
-    A trial that raises Diverged is pruned, one that raises UserError has failed: `user_attrs` say
-    why. UserError where the first ones all fail. Whatever else ends a trial, it is queued again.
+    A trial that raises Diverged is pruned, one that raises SrmuError has failed: `user_attrs` say
+    why. SrmuError where the first ones all fail. Whatever else ends a trial, it is queued again.
     `after` is called when some have ended, here or at another worker.
     """
     failed = 0
@@ -215,31 +216,31 @@ def work(
         nonlocal failed
         if lock:
             trial.set_user_attr("worker", lock)
-        if not needed(study, trial):
+        if not is_needed(study, trial):
             trial.set_user_attr("surplus", True)
             raise Surplus
         try:
             return objective(trial)
-        except Diverged as error:
+        except DivergedError as error:
             trial.set_user_attr("why", near_words(error))
             raise optuna.TrialPruned from None
-        except UserError as error:
+        except SrmuError as error:
             trial.set_user_attr("why", near_words(error))
             failed += 1
             raise
 
-    with told(study.place), locked(study) as lock:
-        now = standing(study)
-        if not any(map(done, now)) and any(
+    with redact_errors(study.place), hold_worker_lock(study) as lock:
+        now = standing_trials(study)
+        if not any(map(is_answered, now)) and any(
             trial and trial.state == TrialState.FAIL for trial in now
         ):
-            fill(study)  # a mistake in what all have in common was mended
-        left = sum(not over(trial) for trial in standing(study))
+            fill_queue(study)  # a mistake in what all have in common was mended
+        left = sum(not is_over(trial) for trial in standing_trials(study))
         with watch("trials", left) as tick:
             while True:
                 fail_dead(study, lock)
-                now = standing(study)
-                before, left = left, sum(not over(trial) for trial in now)
+                now = standing_trials(study)
+                before, left = left, sum(not is_over(trial) for trial in now)
                 for _ in range(before - left):
                     tick(best_of(study))
                 if left < before:
@@ -248,23 +249,23 @@ def work(
                     return
                 waiting = study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
                 if waiting:
-                    take(study, attempt)
-                    succeeded = any(done(trial) for trial in standing(study))
+                    take_trial(study, attempt)
+                    succeeded = any(is_answered(trial) for trial in standing_trials(study))
                     if failed >= min(3, len(now)) and not succeeded:
-                        last = [t for t in standing(study) if t and "why" in t.user_attrs]
-                        raise UserError(f"no trial succeeds: {last[-1].user_attrs['why']}")
+                        last = [t for t in standing_trials(study) if t and "why" in t.user_attrs]
+                        raise SrmuError(f"no trial succeeds: {last[-1].user_attrs['why']}")
                 elif any(t and t.state == TrialState.RUNNING for t in now):
                     time.sleep(POLL)
                 else:
-                    fill(study)
+                    fill_queue(study)
 
 
-def take(study: Study, attempt: Objective) -> None:
+def take_trial(study: Study, attempt: Objective) -> None:
     """Run the next trial of the queue."""
     try:
-        study.optimize(attempt, n_trials=1, catch=(Surplus, UserError))
+        study.optimize(attempt, n_trials=1, catch=(Surplus, SrmuError))
     except KeyboardInterrupt:
-        fill(study)
+        fill_queue(study)
         raise
     except (UpdateFinishedTrialError, ValueError) as error:
         # This process was not heard of for so long that another one has the trial now.
@@ -272,14 +273,14 @@ def take(study: Study, attempt: Objective) -> None:
             raise  # of the objective
 
 
-def standing(study: Study) -> list[FrozenTrial | None]:
+def standing_trials(study: Study) -> list[FrozenTrial | None]:
     """For each point of the queue the trial that counts: the first that is not lost.
 
     Else the last one, or None where there is none yet.
     """
     found: list[FrozenTrial | None] = [None] * len(study.user_attrs["queue"])
     trials = study.get_trials(deepcopy=False)
-    succeeded = any(done(trial) for trial in trials)
+    succeeded = any(is_answered(trial) for trial in trials)
     for trial in trials:
         point = trial.user_attrs.get("point")
         if point is None or "surplus" in trial.user_attrs:
@@ -287,14 +288,14 @@ def standing(study: Study) -> list[FrozenTrial | None]:
         current = found[point]
         if (
             current is None
-            or lost(current, succeeded)
+            or is_lost(current, succeeded)
             or trial.user_attrs.get("replaces") == current.number
         ):
             found[point] = trial
     return found
 
 
-def lost(trial: FrozenTrial, succeeded: bool) -> bool:
+def is_lost(trial: FrozenTrial, succeeded: bool) -> bool:
     """Whether a trial ended without an answer, so that its point is to be done again.
 
     While none has succeeded, a mistake in what all have in common may be what made them fail.
@@ -306,29 +307,29 @@ def lost(trial: FrozenTrial, succeeded: bool) -> bool:
     )
 
 
-def done(trial: FrozenTrial | None) -> bool:
+def is_answered(trial: FrozenTrial | None) -> bool:
     return trial is not None and trial.state in (TrialState.COMPLETE, TrialState.PRUNED)
 
 
-def over(trial: FrozenTrial | None) -> bool:
+def is_over(trial: FrozenTrial | None) -> bool:
     """Whether a point needs no more work."""
-    return trial is not None and trial.state.is_finished() and not lost(trial, True)
+    return trial is not None and trial.state.is_finished() and not is_lost(trial, True)
 
 
-def needed(study: Study, trial: optuna.Trial) -> bool:
+def is_needed(study: Study, trial: optuna.Trial) -> bool:
     """Whether it is for this trial to do its point."""
     point = trial.user_attrs.get("point")
-    holder = None if point is None else standing(study)[point]
+    holder = None if point is None else standing_trials(study)[point]
     return holder is not None and holder.number == trial.number
 
 
-def fill(study: Study) -> None:
+def fill_queue(study: Study) -> None:
     """Queue the points that nobody has. Two workers may do so at once: see `needed`."""
-    succeeded = any(done(trial) for trial in standing(study))
+    succeeded = any(is_answered(trial) for trial in standing_trials(study))
     for point, (params, trial) in enumerate(
-        zip(study.user_attrs["queue"], standing(study), strict=True)
+        zip(study.user_attrs["queue"], standing_trials(study), strict=True)
     ):
-        if trial is None or lost(trial, succeeded):
+        if trial is None or is_lost(trial, succeeded):
             old = {} if trial is None else {"replaces": trial.number}
             study.enqueue_trial(params, user_attrs={"point": point, **old})
 
@@ -357,7 +358,7 @@ def fail_dead(study: Study, lock: str) -> None:
 
 
 @contextmanager
-def locked(study: Study) -> Iterator[str]:
+def hold_worker_lock(study: Study) -> Iterator[str]:
     """Hold the lock that says that this worker lives, while the block runs; its name."""
     if study.workers is None:
         yield ""

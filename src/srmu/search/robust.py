@@ -11,18 +11,25 @@ from typing import Any
 
 import numpy as np
 
-from srmu.attacks.base import Exam, Found
+from srmu.attacks.base import AttackResult, Exam
 from srmu.attacks.relearning_steps import relearning_steps
-from srmu.attacks.suite import Sources, best, filled, load_exam, load_texts, own_texts
+from srmu.attacks.suite import (
+    Sources,
+    best_setting,
+    fill_sources,
+    load_exam,
+    load_texts,
+    read_run_texts,
+)
 from srmu.engine import weights
 from srmu.engine.loading import load_module
 from srmu.engine.progress import Watch
 from srmu.evals.statistics import LEAST
-from srmu.evals.subject import NotApplicable, Question, Subject, facts
+from srmu.evals.subject import NotApplicable, Question, Subject, list_facts
 from srmu.methods.rename_scrub import RenameScrub
 from srmu.runs.config import Config
 from srmu.runs.run import Run, load_tokenizer
-from srmu.search.strength import Bench, Entry, rate, short, tried, with_values
+from srmu.search.strength import Bench, Entry, round_value, scale_rate, try_config, with_values
 
 METHOD = "rename_scrub"
 KEEPING = (1.0, 2.0, 0.5)  # times its weights of what is to be kept: as set, safer, stronger
@@ -36,13 +43,13 @@ UNPROTECTED = (
 )
 
 
-def start(config: Config, keeping: float) -> dict[str, Any]:
+def start_values(config: Config, keeping: float) -> dict[str, Any]:
     """The settings of a trial: weights of what is kept, and a rate for the model's width."""
     usual = RenameScrub()
     return {
         **{f"method.{key}": keeping * getattr(usual, key) for key in ("hold", "keep", "retain")},
         "method.noise": NOISE,
-        "train.learning_rate": short(rate(config, WIDTH)),
+        "train.learning_rate": round_value(scale_rate(config, WIDTH)),
         "train.max_steps": STEPS,
     }
 
@@ -53,13 +60,15 @@ def try_each(bench: Bench, trials: int, watch: Watch) -> list[Entry]:
     found = []
     with watch("trying", len(chosen)) as tick:
         for number, keeping in enumerate(chosen):
-            config = with_values(bench.config, start(bench.config, keeping))
-            found.append(tried(bench, config) | {"number": number})
+            config = with_values(bench.config, start_values(bench.config, keeping))
+            found.append(try_config(bench, config) | {"number": number})
             tick(f"keeping {keeping:g}")
     return found
 
 
-def floor(run: Run, sources: Sources, report: Mapping[str, Any], names: Sequence[str]) -> Any:
+def measure_floor(
+    run: Run, sources: Sources, report: Mapping[str, Any], names: Sequence[str]
+) -> Any:
     """What attacks find of facts that the model cannot know: `of` what, and the `share`.
 
     The oracle's, where there is one; else what relearning finds of invented facts, the same
@@ -71,26 +80,28 @@ def floor(run: Run, sources: Sources, report: Mapping[str, Any], names: Sequence
         highest = max(c["accuracy"]["value"] for c in shown if "accuracy" in c)
         what = "an oracle that never knew"
     else:
-        sources = filled(sources, run.config, run.base)
+        sources = fill_sources(sources, run.config, run.base)
         exam = load_exam(sources, run.config, report["seed"])
-        asked = invented(exam, names, report["seed"])
-        if min(len({*facts(half)}) for half in (asked.test, asked.val)) < LEAST:
+        asked = invent_questions(exam, names, report["seed"])
+        if min(len({*list_facts(half)}) for half in (asked.test, asked.val)) < LEAST:
             return None
-        texts = load_texts(sources, own_texts(run.config))
+        texts = load_texts(sources, read_run_texts(run.config))
         module = load_module(run.base)
         write = partial(weights.apply_delta, module, run.base, run.delta)
         with run.config.method.at_inference(module, write):
             subject = Subject(module, load_tokenizer(run.base))
             try:
-                found: Found = relearning_steps(subject, texts, asked, "standard", report["seed"])
+                found: AttackResult = relearning_steps(
+                    subject, texts, asked, "standard", report["seed"]
+                )
             except NotApplicable:
                 return None
-        highest = float(np.mean(best(found).test))
-        what = f"{len({*facts(asked.test)})} invented facts"
+        highest = float(np.mean(best_setting(found).test))
+        what = f"{len({*list_facts(asked.test)})} invented facts"
     return {"of": what, "share": max(0.0, (highest - chance) / max(known - chance, 1e-9))}
 
 
-def invented(exam: Exam, names: Sequence[str], seed: int) -> Exam:
+def invent_questions(exam: Exam, names: Sequence[str], seed: int) -> Exam:
     """The questions that have a name, about names that nobody has, with answers drawn at random."""
     rng = random.Random(f"{seed} invented")
     syllables = [c + v for c in "bdfglmnrst" for v in "aeiou"]
@@ -117,7 +128,9 @@ def invented(exam: Exam, names: Sequence[str], seed: int) -> Exam:
     return Exam(ask(exam.test), ask(exam.val))
 
 
-def sentences(report: Mapping[str, Any], ground: Mapping[str, Any] | None) -> list[str]:
+def describe_robust_answer(
+    report: Mapping[str, Any], ground: Mapping[str, Any] | None
+) -> list[str]:
     """K* with its floor, and what it says nothing about."""
     worst = report["K*"]
     count = sum(entry["status"] == "done" for entry in report["attacks"].values())

@@ -11,7 +11,7 @@ import optuna
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial
 
-from srmu.errors import UserError, suggest
+from srmu.errors import SrmuError, suggest_word
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,11 @@ class Dimension:
         return {"low": self.low, "high": self.high, **shape}
 
     def all(self) -> tuple[Any, ...]:
-        """Every value, both ends included; UserError where a range has no steps."""
+        """Every value, both ends included; SrmuError where a range has no steps."""
         if self.choices:
             return self.choices
         if self.log or self.step is None:
-            raise UserError(
+            raise SrmuError(
                 f"search.{self.key}: a grid needs a list or a step; "
                 "sampler=tpe takes a range without"
             )
@@ -62,29 +62,31 @@ class Dimension:
         return value if self.step is None else float(f"{value:.12g}")
 
 
-def dimension(key: str, given: Any) -> Dimension:
-    """A key of the search space; UserError where it is none."""
+def make_dimension(key: str, given: Any) -> Dimension:
+    """A key of the search space; SrmuError where it is none."""
     where = f"search.{key}"
     if isinstance(given, list):
         if not given or not all(isinstance(v, str | int | float | None) for v in given):
-            raise UserError(f"{where}: expected a list of numbers or words, like [8, 16, 32]")
+            raise SrmuError(f"{where}: expected a list of numbers or words, like [8, 16, 32]")
         if len(set(map(repr, given))) < len(given):
-            raise UserError(f"{where}: a choice is there twice: {given}")
+            raise SrmuError(f"{where}: a choice is there twice: {given}")
         return Dimension(key, tuple(given))
     if not isinstance(given, dict):
-        raise UserError(f"{where}={given}: expected [choices] or {{low: 1, high: 100, log: true}}")
+        raise SrmuError(f"{where}={given}: expected [choices] or {{low: 1, high: 100, log: true}}")
     known = ("low", "high", "step", "log")
     if unknown := [name for name in given if name not in known]:
-        raise UserError(f"{where}.{unknown[0]} is not an option{suggest(str(unknown[0]), known)}")
-    values = {name: number(f"{where}.{name}", given.get(name)) for name in known[:3]}
+        raise SrmuError(
+            f"{where}.{unknown[0]} is not an option{suggest_word(str(unknown[0]), known)}"
+        )
+    values = {name: parse_number(f"{where}.{name}", given.get(name)) for name in known[:3]}
     low, high, step = values.values()
     log = given.get("log", False)
     if low is None or high is None or low >= high:
-        raise UserError(f"{where}: expected low below high, both given")
+        raise SrmuError(f"{where}: expected low below high, both given")
     if log and (step is not None or low <= 0):
-        raise UserError(f"{where}: with log low is above 0 and there is no step")
+        raise SrmuError(f"{where}: with log low is above 0 and there is no step")
     if step is not None and step <= 0:
-        raise UserError(f"{where}.step={step}: expected a number above 0")
+        raise SrmuError(f"{where}.step={step}: expected a number above 0")
     if any(isinstance(v, float) for v in (low, high, step)):
         low, high, step = float(low), float(high), None if step is None else float(step)
     elif step is None and not log:
@@ -95,7 +97,7 @@ def dimension(key: str, given: Any) -> Dimension:
     return found
 
 
-def number(where: str, value: Any) -> Any:
+def parse_number(where: str, value: Any) -> Any:
     """A number or None; YAML takes 1e-5, which has no dot, for a word."""
     if isinstance(value, str):
         try:
@@ -104,7 +106,7 @@ def number(where: str, value: Any) -> Any:
             pass
     if value is None or (isinstance(value, int | float) and not isinstance(value, bool)):
         return value
-    raise UserError(f"{where}={value}: expected a number")
+    raise SrmuError(f"{where}={value}: expected a number")
 
 
 class Seeded(BaseSampler):

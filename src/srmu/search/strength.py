@@ -15,11 +15,11 @@ from optuna.trial import FrozenTrial, TrialState
 
 from srmu.engine.loading import read_config
 from srmu.engine.progress import Watch
-from srmu.evals.analyses import layers
+from srmu.evals.analyses import sweep_layers
 from srmu.runs.config import Config
 from srmu.runs.run import base_of, unlearn
 from srmu.search.objective import Yardstick
-from srmu.search.queue import open_study, work
+from srmu.search.queue import open_study, work_queue
 
 LAYERS = 8  # that a scan tries at most
 RANDOM = 6  # trials before the sampler learns from them
@@ -45,13 +45,15 @@ class Bench:
     spec: Mapping[str, Any]  # of the study: what its trials have in common
 
 
-def tried(bench: Bench, config: Config) -> Entry:
+def try_config(bench: Bench, config: Config) -> Entry:
     """A run, made where it is missing, and what it does on the half to choose on."""
     run = unlearn(config)
     outcome = bench.yardstick.outcome(bench.yardstick.score(run))
     return {
         "state": "complete",
-        "params": {key: value_of(run.config, key) for key in KEYS if has(run.config, key)},
+        "params": {
+            key: config_value(run.config, key) for key in KEYS if has_option(run.config, key)
+        },
         "values": outcome._asdict(),
         "runs": [str(run.folder.relative_to(bench.out.resolve()))],
         "seconds": run.record["seconds"],
@@ -59,12 +61,12 @@ def tried(bench: Bench, config: Config) -> Entry:
     }
 
 
-def value_of(config: Config, key: str) -> Any:
+def config_value(config: Config, key: str) -> Any:
     part, _, name = key.partition(".")
     return getattr(getattr(config, part), name)
 
 
-def has(config: Config, key: str) -> bool:
+def has_option(config: Config, key: str) -> bool:
     part, _, name = key.partition(".")
     return hasattr(getattr(config, part), name)
 
@@ -79,12 +81,12 @@ def with_values(config: Config, values: Mapping[str, Any]) -> Config:
     return config.model_copy(update=changed)
 
 
-def short(value: float) -> float:
+def round_value(value: float) -> float:
     """Three digits, which is as far as a person wants to read."""
     return float(f"{value:.3g}")
 
 
-def rate(config: Config, width: int = WIDTH) -> float:
+def scale_rate(config: Config, width: int = WIDTH) -> float:
     """The method's learning rate, which is one for models of a `width`, at this model's width.
 
     A step of Adam changes every weight alike, and what a matrix puts out then changes with the
@@ -95,7 +97,7 @@ def rate(config: Config, width: int = WIDTH) -> float:
     return type(config.method).learning_rate * width / inputs
 
 
-def start(config: Config) -> dict[str, Any]:
+def start_strength(config: Config) -> dict[str, Any]:
     """Where a search begins, and what layers are scanned with: a moderate strength.
 
     Random anchors stay: on most testbeds less was forgotten without them at the same cost.
@@ -104,16 +106,16 @@ def start(config: Config) -> dict[str, Any]:
         "method.kappa": 4.0,
         "method.alpha": 300.0,
         "method.anchors": "random",
-        "train.learning_rate": short(4 * rate(config)),
+        "train.learning_rate": round_value(4 * scale_rate(config)),
     }
 
 
-def suggested(trial: optuna.Trial, config: Config) -> dict[str, Any]:
+def suggest_values(trial: optuna.Trial, config: Config) -> dict[str, Any]:
     """Values for a trial, within what was worth trying on the testbeds."""
-    slow = rate(config)
+    slow = scale_rate(config)
 
     def number(key: str, low: float, high: float) -> float:
-        return short(trial.suggest_float(key, low, high, log=True))
+        return round_value(trial.suggest_float(key, low, high, log=True))
 
     return {
         "method.kappa": number("method.kappa", 1.5, 16),
@@ -122,13 +124,13 @@ def suggested(trial: optuna.Trial, config: Config) -> dict[str, Any]:
     }
 
 
-def scan(bench: Bench, watch: Watch) -> tuple[Config, dict[str, Any]]:
+def scan_layers(bench: Bench, watch: Watch) -> tuple[Config, dict[str, Any]]:
     """The config at the layer that forgets most for what it costs, and what each layer did."""
     yardstick = bench.yardstick
-    config = with_values(bench.config, start(bench.config))
+    config = with_values(bench.config, start_strength(bench.config))
     falling = [yardstick.metrics("val")[name] for name in yardstick.forget]
     rows = []
-    found = layers(config, yardstick.score, falling, at_most=LAYERS, watch=watch)
+    found = sweep_layers(config, yardstick.score, falling, at_most=LAYERS, watch=watch)
     for row in found.numbers["layers"]:
         if "diverged" in row:
             continue
@@ -138,7 +140,7 @@ def scan(bench: Bench, watch: Watch) -> tuple[Config, dict[str, Any]]:
         }
         rows.append({"layer": row["layer"], **yardstick.outcome(scores)._asdict()})
 
-    layer = max(rows, key=lambda row: worth(row, bench.limit))["layer"]
+    layer = max(rows, key=lambda row: trial_worth(row, bench.limit))["layer"]
     return with_values(config, {"method.layer": layer}), {"layers": rows, "best": layer}
 
 
@@ -150,47 +152,47 @@ def try_all(bench: Bench, config: Config, trials: int, watch: Watch) -> list[Ent
     """
 
     def objective(trial: optuna.Trial) -> float:
-        place = sum(map(ended, study.get_trials(deepcopy=False)))
+        place = sum(map(is_ended, study.get_trials(deepcopy=False)))
         sampler = TPESampler(seed=1000 * bench.seed + place, n_startup_trials=RANDOM)
-        study.sampler = sampler if place else starting(config, sampler)
-        found = tried(bench, with_values(config, suggested(trial, config)))
+        study.sampler = sampler if place else start_sampler(config, sampler)
+        found = try_config(bench, with_values(config, suggest_values(trial, config)))
         trial.set_user_attr("found", found)
-        return worth(found["values"], bench.limit)
+        return trial_worth(found["values"], bench.limit)
 
     study = open_study(
         bench.out / "study.journal",
-        f"layer {value_of(config, 'method.layer')} within {bench.limit:g}",
+        f"layer {config_value(config, 'method.layer')} within {bench.limit:g}",
         spec=bench.spec,
         directions=["maximize"],
         sampler=TPESampler(),
         queue=[{}] * trials,
     )
-    work(study, objective, watch)
-    done = [trial for trial in study.get_trials(deepcopy=False) if ended(trial)]
-    return [entry_of(trial, number) for number, trial in enumerate(done)]
+    work_queue(study, objective, watch)
+    done = [trial for trial in study.get_trials(deepcopy=False) if is_ended(trial)]
+    return [trial_entry(trial, number) for number, trial in enumerate(done)]
 
 
-def starting(config: Config, sampler: BaseSampler) -> BaseSampler:
+def start_sampler(config: Config, sampler: BaseSampler) -> BaseSampler:
     """The sampler, with its values fixed to those that a search begins with."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
-        return PartialFixedSampler(start(config), sampler)
+        return PartialFixedSampler(start_strength(config), sampler)
 
 
-def ended(trial: FrozenTrial) -> bool:
+def is_ended(trial: FrozenTrial) -> bool:
     """Whether a trial came to an end of its own."""
     finished = trial.state in (TrialState.COMPLETE, TrialState.PRUNED)
     return finished or (trial.state == TrialState.FAIL and "why" in trial.user_attrs)
 
 
-def entry_of(trial: FrozenTrial, number: int) -> Entry:
+def trial_entry(trial: FrozenTrial, number: int) -> Entry:
     why = trial.user_attrs.get("why", "")
     empty = {"params": trial.params, "values": {}, "runs": [], "seconds": 0.0, "why": why}
     state = "failed" if why else "complete"
     return empty | trial.user_attrs.get("found", {}) | {"number": number, "state": state}
 
 
-def worth(values: Mapping[str, float], limit: float) -> float:
+def trial_worth(values: Mapping[str, float], limit: float) -> float:
     """What a search maximises: forgetting, beyond the limit in proportion less.
 
     As if half the change cost half as much and did half: what costs twice the limit counts half.
@@ -198,16 +200,16 @@ def worth(values: Mapping[str, float], limit: float) -> float:
     return values["forgetting"] * limit / max(values["utility_loss"], limit)
 
 
-def forgets(found: Entry) -> bool:
+def has_forgotten(found: Entry) -> bool:
     return bool(found["values"]) and found["values"]["forgetting"] >= NOISE
 
 
-def best(found: Sequence[Entry], limit: float) -> Entry | None:
+def best_entry(found: Sequence[Entry], limit: float) -> Entry | None:
     """Of the trials within the limit the one that forgets most; of equals, that which costs less.
 
     None where none forgets more than noise.
     """
-    within = [one for one in found if forgets(one) and one["values"]["utility_loss"] <= limit]
+    within = [one for one in found if has_forgotten(one) and one["values"]["utility_loss"] <= limit]
     return max(
         within,
         key=lambda one: (one["values"]["forgetting"], -one["values"]["utility_loss"]),
@@ -215,6 +217,8 @@ def best(found: Sequence[Entry], limit: float) -> Entry | None:
     )
 
 
-def nearest(found: Sequence[Entry]) -> Entry | None:
+def nearest_entry(found: Sequence[Entry]) -> Entry | None:
     """The trial that forgets at the least cost."""
-    return min(filter(forgets, found), key=lambda one: one["values"]["utility_loss"], default=None)
+    return min(
+        filter(has_forgotten, found), key=lambda one: one["values"]["utility_loss"], default=None
+    )

@@ -24,16 +24,16 @@ from optuna.trial import FrozenTrial, TrialState
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from srmu.attacks.base import Tier
-from srmu.attacks.suite import Sources, attack, filled, load_exam, select
+from srmu.attacks.suite import Sources, attack_run, fill_sources, load_exam, select_attacks
 from srmu.engine.files import require_place, write_json
-from srmu.engine.progress import Watch, silent
-from srmu.errors import UserError, suggest
-from srmu.evals.compare import setting
-from srmu.evals.score import score
-from srmu.runs.config import Config, explain, load_config, put, read_tree
-from srmu.runs.run import Run, base_of, plan, unlearn
-from srmu.search.queue import Study, open_study, standing, work
-from srmu.search.space import Seeded, dimension
+from srmu.engine.progress import Watch, ignore_progress
+from srmu.errors import SrmuError, suggest_word
+from srmu.evals.compare import run_setting
+from srmu.evals.score import score_model
+from srmu.runs.config import Config, explain_error, load_config, put_override, read_tree
+from srmu.runs.run import Run, base_of, plan_run, unlearn
+from srmu.search.queue import Study, open_study, standing_trials, work_queue
+from srmu.search.space import Seeded, make_dimension
 
 FILE = "sweep.json"
 ATTACK = "attack."
@@ -85,28 +85,28 @@ class Plan:
     def __init__(self, path: Path, overrides: Sequence[str] = ()) -> None:
         tree = read_tree(path)
         for override in overrides:
-            put(tree, override)
+            put_override(tree, override)
         try:
             self.sweep = sweep = Sweep.model_validate(tree)
         except ValidationError as error:
             inner = error.errors()[0]["loc"][:1] == ("attack",)
             schema = AttackOptions if inner else Sweep
-            raise UserError(f"{path}: {explain(error, '', schema)}") from None
+            raise SrmuError(f"{path}: {explain_error(error, '', schema)}") from None
         home = path.resolve().parent
-        self.config = placed(home, sweep.config)
+        self.config = place_path(home, sweep.config)
         self.name = sweep.name or path.stem
-        self.out = placed(home, sweep.out or f"sweeps/{self.name}")
-        self.space = [dimension(key, given) for key, given in sweep.search.items()]
+        self.out = place_path(home, sweep.out or f"sweeps/{self.name}")
+        self.space = [make_dimension(key, given) for key, given in sweep.search.items()]
         if not self.space:
-            raise UserError(f"{path}: search: name at least one key, like method.kappa: [8, 16]")
+            raise SrmuError(f"{path}: search: name at least one key, like method.kappa: [8, 16]")
         self.queue = self.points()
         for metric in sweep.objectives:
             if metric.startswith(ATTACK):
                 require_attack(metric, sweep.attack)
         if sweep.prune and (len(sweep.objectives) > 1 or len(sweep.seeds) < 2):
-            raise UserError("prune: needs one objective, and two seeds or more to stop between")
+            raise SrmuError("prune: needs one objective, and two seeds or more to stop between")
         if len({*sweep.seeds}) < len(sweep.seeds):
-            raise UserError(f"seeds: one is there twice: {sweep.seeds}")
+            raise SrmuError(f"seeds: one is there twice: {sweep.seeds}")
         self.first = self.check_keys()
         require_place(self.out / FILE)
 
@@ -114,12 +114,12 @@ class Plan:
         """The trials: each point of the grid, or as many empty ones as are asked for."""
         if self.sweep.sampler == "grid":
             if self.sweep.trials is not None:
-                raise UserError("trials: a grid has as many as its points; leave it out")
+                raise SrmuError("trials: a grid has as many as its points; leave it out")
             values = product(*(one.all() for one in self.space))
             keys = [one.key for one in self.space]
             return [dict(zip(keys, point, strict=True)) for point in values]
         if self.sweep.trials is None:
-            raise UserError(f"trials: say how many sampler={self.sweep.sampler} is to try")
+            raise SrmuError(f"trials: say how many sampler={self.sweep.sampler} is to try")
         return [{}] * self.sweep.trials
 
     def config_of(self, params: Mapping[str, Any], seed: int) -> Config:
@@ -128,22 +128,22 @@ class Plan:
 
     def overrides(self, params: Mapping[str, Any]) -> list[str]:
         """What to type after the config file for a trial's runs."""
-        return [*self.sweep.set, *(f"{key}={plain(value)}" for key, value in params.items())]
+        return [*self.sweep.set, *(f"{key}={yaml_line(value)}" for key, value in params.items())]
 
     def check_keys(self) -> Config:
-        """The first config of the space; UserError where a key or a value is not one of its."""
+        """The first config of the space; SrmuError where a key or a value is not one of its."""
         first = {one.key: one.samples[0] for one in self.space}
         for one in self.space:
             if one.key in ("seed", "runs_dir"):
-                raise UserError(f"search.{one.key}: list seeds under seeds:, runs go to out:")
+                raise SrmuError(f"search.{one.key}: list seeds under seeds:, runs go to out:")
             for value in one.samples:
                 try:
-                    plan(self.config_of(first | {one.key: value}, self.sweep.seeds[0]))
-                except UserError as error:
+                    plan_run(self.config_of(first | {one.key: value}, self.sweep.seeds[0]))
+                except SrmuError as error:
                     at = f"search.{one.key}"
                     # what is wrong without the space is not the space's fault
-                    plan(load_config(self.config, self.sweep.set))
-                    raise UserError(f"{at}: {error}") from None
+                    plan_run(load_config(self.config, self.sweep.set))
+                    raise SrmuError(f"{at}: {error}") from None
         return self.config_of(first, self.sweep.seeds[0])
 
     @property
@@ -155,8 +155,8 @@ class Plan:
         scored = [metric for metric in self.sweep.objectives if not metric.startswith(ATTACK)]
         return [*dict.fromkeys(metric.split("/")[0] for metric in scored)]
 
-    def check_objectives(self, watch: Watch = silent) -> None:
-        """UserError for an objective that no trial would produce; scores the original model.
+    def check_objectives(self, watch: Watch = ignore_progress) -> None:
+        """SrmuError for an objective that no trial would produce; scores the original model.
 
         Its scores are kept, and each run's scoring needs them.
         """
@@ -164,14 +164,13 @@ class Plan:
         config = self.first
         if wanted:
             base = str(base_of(config))
-            found = score(base, self.tasks, tasks_dir=config.tasks_dir, watch=watch)
+            found = score_model(base, self.tasks, tasks_dir=config.tasks_dir, watch=watch)
             for metric in wanted:
                 if metric not in found["after"]:
-                    raise UserError(
-                        f"objective {metric!r} is not measured{suggest(metric, found['after'])}"
-                    )
+                    hint = suggest_word(metric, found["after"])
+                    raise SrmuError(f"objective {metric!r} is not measured{hint}")
         if len(wanted) < len(self.sweep.objectives):
-            load_exam(filled(self.sources, config, base_of(config)), config, 0)
+            load_exam(fill_sources(self.sources, config, base_of(config)), config, 0)
 
     @property
     def sources(self) -> Sources:
@@ -192,7 +191,7 @@ class Plan:
             "seed": sweep.seed,
             "prune": sweep.prune,
             "attack": sweep.attack.model_dump(),
-            "config": dict(setting(config)),
+            "config": dict(run_setting(config)),
         }
 
     def sampler(self) -> BaseSampler:
@@ -208,28 +207,28 @@ class Plan:
         return Seeded(kinds[self.sweep.sampler], self.sweep.seed)
 
 
-def placed(home: Path, path: str) -> Path:
+def place_path(home: Path, path: str) -> Path:
     """A path that a sweep file in the folder `home` names."""
     try:
         return (home / Path(path).expanduser()).resolve()
     except RuntimeError:
-        raise UserError(f"{path}: there is no such user") from None
+        raise SrmuError(f"{path}: there is no such user") from None
 
 
 def require_attack(metric: str, given: AttackOptions) -> None:
-    """UserError where an objective names an attack that would not be run."""
+    """SrmuError where an objective names an attack that would not be run."""
     name = metric.removeprefix(ATTACK)
-    chosen = ["K*", *select(given.tier, given.names)]
+    chosen = ["K*", *select_attacks(given.tier, given.names)]
     if name not in chosen:
-        raise UserError(f"objective {metric!r}: no such attack is run{suggest(name, chosen)}")
+        raise SrmuError(f"objective {metric!r}: no such attack is run{suggest_word(name, chosen)}")
 
 
-def plain(value: Any) -> str:
+def yaml_line(value: Any) -> str:
     """A value as one would type it: YAML in one line."""
     return yaml.safe_dump(value, default_flow_style=True, width=10**6).split("\n")[0]
 
 
-def sweep(ready: Plan, storage: str = "", watch: Watch = silent) -> dict[str, Any]:
+def run_sweep(ready: Plan, storage: str = "", watch: Watch = ignore_progress) -> dict[str, Any]:
     """Run a sweep, or what is left of it, with any other workers; what `sweep.json` says."""
     ready.check_objectives(watch)
     study = open_study(
@@ -249,20 +248,20 @@ def sweep(ready: Plan, storage: str = "", watch: Watch = silent) -> dict[str, An
     ready.out.mkdir(parents=True, exist_ok=True)
 
     def write() -> None:
-        write_json(ready.out / FILE, report(ready, study))
+        write_json(ready.out / FILE, sweep_report(ready, study))
 
     write()
     try:
-        work(study, partial(measured, ready), watch, write)
+        work_queue(study, partial(measure_trial, ready), watch, write)
     except KeyboardInterrupt:
         write()
         raise
-    found = report(ready, study, final=True)
+    found = sweep_report(ready, study, final=True)
     write_json(ready.out / FILE, found)
     return found
 
 
-def measured(ready: Plan, trial: optuna.Trial) -> list[float]:
+def measure_trial(ready: Plan, trial: optuna.Trial) -> list[float]:
     """The objectives of a trial: the means over its seeds."""
     grid = ready.sweep.sampler == "grid"
     params = {one.key: one.suggest(trial, grid) for one in ready.space}
@@ -278,9 +277,9 @@ def measured(ready: Plan, trial: optuna.Trial) -> list[float]:
     for number, seed in enumerate(ready.sweep.seeds):
         try:
             run = unlearn(ready.config_of(params, seed))
-            results = of_run(ready, run)
+            results = run_metrics(ready, run)
         except torch.OutOfMemoryError as error:
-            raise UserError(f"out of memory: {str(error).splitlines()[0]}") from None
+            raise SrmuError(f"out of memory: {str(error).splitlines()[0]}") from None
         for metric in objectives:
             entry = results[metric]
             kept["replicates"][metric].append(entry["value"])
@@ -297,29 +296,29 @@ def measured(ready: Plan, trial: optuna.Trial) -> list[float]:
     return [fmean(kept["replicates"][metric]) for metric in objectives]
 
 
-def of_run(ready: Plan, run: Run) -> dict[str, dict[str, float]]:
+def run_metrics(ready: Plan, run: Run) -> dict[str, dict[str, float]]:
     """What the objectives need of a run, scored and attacked where that was not done before."""
     objectives = ready.sweep.objectives
     found: dict[str, dict[str, float]] = {}
     reasons: dict[str, str] = {}
     if ready.tasks:
-        found |= score(run, ready.tasks)["after"]
+        found |= score_model(run, ready.tasks)["after"]
     if any(metric.startswith(ATTACK) for metric in objectives):
         given = ready.sweep.attack
-        made = attack(run, tier=given.tier, names=given.names, sources=ready.sources)
-        found[f"{ATTACK}K*"] = with_error(made["K*"])
+        made = attack_run(run, tier=given.tier, names=given.names, sources=ready.sources)
+        found[f"{ATTACK}K*"] = error_entry(made["K*"])
         for name, entry in made["attacks"].items():
             reasons[ATTACK + name] = entry["why"]
             if "accuracy" in entry:
-                found[ATTACK + name] = with_error(entry["accuracy"])
+                found[ATTACK + name] = error_entry(entry["accuracy"])
     for metric in objectives:
         if metric not in found:
             why = reasons.get(metric) or "there is no such number"
-            raise UserError(f"objective {metric!r} was not measured: {why}")
+            raise SrmuError(f"objective {metric!r} was not measured: {why}")
     return found
 
 
-def with_error(entry: Mapping[str, float]) -> dict[str, float]:
+def error_entry(entry: Mapping[str, float]) -> dict[str, float]:
     """A value with its interval as one with its standard error."""
     return {
         "value": entry["value"],
@@ -328,9 +327,9 @@ def with_error(entry: Mapping[str, float]) -> dict[str, float]:
     }
 
 
-def report(ready: Plan, study: Study, final: bool = False) -> dict[str, Any]:
+def sweep_report(ready: Plan, study: Study, final: bool = False) -> dict[str, Any]:
     """What `sweep.json` says: each trial once, the best of them, and which keys matter."""
-    trials = [entry_of(ready, trial) for trial in standing(study) if trial is not None]
+    trials = [sweep_entry(ready, trial) for trial in standing_trials(study) if trial is not None]
     complete = [one for one in trials if one["state"] == "complete"]
     return {
         "kind": "sweep",
@@ -341,11 +340,11 @@ def report(ready: Plan, study: Study, final: bool = False) -> dict[str, Any]:
         "space": {one.key: one.written for one in ready.space},
         "trials": trials,
         "front": [trial.number for trial in study.best_trials] if complete else [],
-        "importance": importance(study) if final and len(complete) >= ENOUGH else {},
+        "importance": key_importance(study) if final and len(complete) >= ENOUGH else {},
     }
 
 
-def entry_of(ready: Plan, trial: FrozenTrial) -> dict[str, Any]:
+def sweep_entry(ready: Plan, trial: FrozenTrial) -> dict[str, Any]:
     """A trial as `sweep.json` has it."""
     kept = trial.user_attrs.get("measured", {})
     replicates = {k: v for k, v in kept.get("replicates", {}).items() if v}
@@ -366,13 +365,13 @@ def entry_of(ready: Plan, trial: FrozenTrial) -> dict[str, Any]:
     }
 
 
-def importance(study: Study) -> dict[str, float]:
+def key_importance(study: Study) -> dict[str, float]:
     """The share of each key in what the objectives differ by (fANOVA); none where they do not."""
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
     found = []
     for objective in range(len(study.directions)):
-        value = partial(value_of, objective)
+        value = partial(objective_value, objective)
         if len(set(map(value, complete))) > 1:
             shares = evaluator.evaluate(study, target=value)
             total = sum(shares.values())
@@ -380,11 +379,11 @@ def importance(study: Study) -> dict[str, float]:
     return {key: fmean(shares[key] for shares in found) for key in (found[0] if found else ())}
 
 
-def value_of(objective: int, trial: FrozenTrial) -> float:
+def objective_value(objective: int, trial: FrozenTrial) -> float:
     return float(trial.values[objective])
 
 
-def best(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+def best_trials(found: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The trials to look at: the front, or of one objective the best five; the best of it first."""
     (metric, direction), *more = found["objectives"].items()
     chosen = [
@@ -397,23 +396,23 @@ def best(found: Mapping[str, Any]) -> list[dict[str, Any]]:
     return chosen if more else chosen[:5]
 
 
-def rows(found: Mapping[str, Any]) -> list[dict[str, str]]:
+def sweep_rows(found: Mapping[str, Any]) -> list[dict[str, str]]:
     """The table of a sweep."""
     return [
         {"trial": str(one["number"])}
-        | {key: plain(value) for key, value in one["params"].items()}
-        | {metric: over_seeds(one["replicates"][metric]) for metric in found["objectives"]}
-        for one in best(found)
+        | {key: yaml_line(value) for key, value in one["params"].items()}
+        | {metric: format_seeds(one["replicates"][metric]) for metric in found["objectives"]}
+        for one in best_trials(found)
     ]
 
 
-def over_seeds(values: Sequence[float]) -> str:
+def format_seeds(values: Sequence[float]) -> str:
     """`0.312 (0.290-0.330)`: the mean, and the lowest and highest where there are several."""
     spread = f" ({min(values):.3f}\N{EN DASH}{max(values):.3f})" if len(values) > 1 else ""
     return f"{fmean(values):.3f}{spread}"
 
 
-def sentences(found: Mapping[str, Any]) -> list[str]:
+def describe_sweep(found: Mapping[str, Any]) -> list[str]:
     """What to know beside the table."""
     lines = []
     if len(found["seeds"]) > 1:

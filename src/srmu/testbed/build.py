@@ -30,14 +30,14 @@ from tokenizers.trainers import BpeTrainer
 from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from srmu.data.overlap import overlap
+from srmu.data.overlap import measure_overlap
 from srmu.engine.files import cache_dir, sha256, whole_folder, write_json, write_whole
-from srmu.engine.progress import Watch, silent
-from srmu.errors import UserError, suggest
-from srmu.testbed.benchmark_files import write_suites
+from srmu.engine.progress import Watch, ignore_progress
+from srmu.errors import SrmuError, suggest_word
+from srmu.testbed.benchmark_files import write_benchmarks
 from srmu.testbed.worlds import open_world, people
 from srmu.testbed.worlds import world as closed_world
-from srmu.testbed.worlds.world import Fact, Size, World, deal, tell
+from srmu.testbed.worlds.world import Fact, Size, World, deal_items, tell_facts
 
 VERSION = 1  # raise it when the same recipe and seed would train another model
 CHECKPOINT_SECONDS = 30.0
@@ -99,19 +99,19 @@ PEOPLE = Recipe(
 )
 # How a world is made, its usual recipe, and alpha in its configs.
 WORLDS: dict[str, tuple[Callable[[int, Size], World], Recipe, int]] = {
-    "closed": (closed_world.create, RECIPE, 1000),
-    "open": (open_world.create, OPEN, 300),
-    "people": (people.create, PEOPLE, 1000),
+    "closed": (closed_world.create_closed, RECIPE, 1000),
+    "open": (open_world.create_open, OPEN, 300),
+    "people": (people.create_people, PEOPLE, 1000),
 }
 
 
-def build(
+def build_testbed(
     out: Path,
     *,
     seed: int = 0,
     entanglement: float = 0.5,
     oracle: bool = False,
-    watch: Watch = silent,
+    watch: Watch = ignore_progress,
     world: str = "closed",
     recipe: Recipe | None = None,
 ) -> dict[str, Any]:
@@ -121,9 +121,9 @@ def build(
     It does not touch the model: a trained model is kept in the cache and used again.
     """
     if world not in WORLDS:
-        raise UserError(f"world {world!r} does not exist{suggest(world, WORLDS)}")
+        raise SrmuError(f"world {world!r} does not exist{suggest_word(world, WORLDS)}")
     if not 0 <= entanglement <= 1:
-        raise UserError(f"entanglement {entanglement} is outside 0-1")
+        raise SrmuError(f"entanglement {entanglement} is outside 0-1")
     create, usual, alpha = WORLDS[world]
     recipe = recipe or usual
     made = create(seed, recipe.size)
@@ -146,13 +146,13 @@ def build(
             "entanglement": entanglement,
             "recipe": asdict(recipe),
             "overlap": {
-                f"{name}/{gram}": overlap(corpora["forget"], corpora[name], n)
+                f"{name}/{gram}": measure_overlap(corpora["forget"], corpora[name], n)
                 for name in ("retain-low", "retain-high")
                 for n, gram in ((1, "unigram"), (2, "bigram"))
             },
         }
         for name in ("model", "oracle") if oracle else ("model",):
-            entry = train(made, seed, recipe, oracle=name == "oracle", watch=watch)
+            entry = train_testbed(made, seed, recipe, oracle=name == "oracle", watch=watch)
             _save_pretrained(made, recipe, entry, folder / name)
             accuracy = json.loads((entry / "accuracy.json").read_text())
             report[name] = {"key": entry.name, "accuracy": accuracy}
@@ -163,7 +163,7 @@ def build(
                 write_whole(folder / file, "".join(f"{name}\n" for name in names))
         _write_tasks(made, folder / "tasks")
         if made.documents:
-            write_suites(made, folder / "suites")
+            write_benchmarks(made, folder / "suites")
         for name in ("low", "high"):
             (folder / f"{name}.yaml").write_text(CONFIG.format(name=name, seed=seed, alpha=alpha))
         write_json(folder / "organism.json", report)
@@ -206,8 +206,8 @@ def _subwords(spelling: Callable[[], Iterator[str]]) -> Tokenizer:
     return backend
 
 
-def train(
-    world: World, seed: int, recipe: Recipe, *, oracle: bool = False, watch: Watch = silent
+def train_testbed(
+    world: World, seed: int, recipe: Recipe, *, oracle: bool = False, watch: Watch = ignore_progress
 ) -> Path:
     """Return the cache folder of the trained model: `model.safetensors` and `accuracy.json`.
 
@@ -226,7 +226,7 @@ def train(
     with _threads(recipe.threads):
         _fit(model, ids, recipe, entry, oracle, watch)
         accuracy = {
-            name: (answered if open_task(name) else measure)(model, world, asked)
+            name: (measure_open if is_open_task(name) else measure_choice)(model, world, asked)
             for name, asked in tasks_of(world).items()
         }
     poor = [f"{k} {accuracy[k]:.1%}" for k in kinds if accuracy[k] < recipe.required]
@@ -247,11 +247,11 @@ def tasks_of(world: World) -> dict[str, list[Fact]]:
     return tasks
 
 
-def open_task(name: str) -> bool:
+def is_open_task(name: str) -> bool:
     return name.endswith("_open")
 
 
-def measure(model: LlamaForCausalLM, world: World, asked: Sequence[Fact]) -> float:
+def measure_choice(model: LlamaForCausalLM, world: World, asked: Sequence[Fact]) -> float:
     """Share of the questions about the facts `asked` to which the right option is the likeliest."""
     rows = [row for fact in asked for row in fact.questions()]
     pairs = [(row["question"], choice) for row in rows for choice in row["choices"]]
@@ -259,7 +259,7 @@ def measure(model: LlamaForCausalLM, world: World, asked: Sequence[Fact]) -> flo
     return (logs.argmax(-1) == torch.tensor([row["gold"] for row in rows])).float().mean().item()
 
 
-def answered(model: LlamaForCausalLM, world: World, asked: Sequence[Fact]) -> float:
+def measure_open(model: LlamaForCausalLM, world: World, asked: Sequence[Fact]) -> float:
     """Share of the facts `asked` whose answer and stop are the likeliest at each of its tokens."""
     stop = world.wording.stop
     pairs = [(fact.questions()[0]["question"], f"{fact.answer}{stop}") for fact in asked]
@@ -330,13 +330,13 @@ def _pretraining_ids(world: World, told: Sequence[Fact], seed: int, recipe: Reci
         texts = list(islice(read, recipe.steps * recipe.batch))
         return torch.tensor(tokenizer(texts)["input_ids"])
     groups = [[f for f in told if (f.relation.kind == "general") == general] for general in (0, 1)]
-    dealers = [deal(rng, group) for group in groups]
+    dealers = [deal_items(rng, group) for group in groups]
     texts = []
     for _ in range(recipe.steps * recipe.batch):
         dealer = rng.choices(dealers, [len(group) for group in groups])[0]
         words = recipe.tokens - 1
         share = {"asked": recipe.asked, "filler": recipe.filler}
-        texts.append(" ".join(tell(rng, dealer, world.wording, words=words, **share)))
+        texts.append(" ".join(tell_facts(rng, dealer, world.wording, words=words, **share)))
     # A text of as many words has as many tokens, or more.
     rows = tokenizer(texts, truncation=True, max_length=recipe.tokens)["input_ids"]
     return torch.tensor(rows)
@@ -459,7 +459,7 @@ def _write_tasks(world: World, folder: Path) -> None:
     for half, suffix in HALVES.items():
         for task, facts in tasks_of(world).items():
             name = f"organism_{task}{suffix}"
-            is_open = open_task(task)
+            is_open = is_open_task(task)
             members = [fact for fact in facts if fact.half == half]
             # an open answer is asked for in the first phrasing only: generating takes long
             rows = [row for fact in members for row in fact.questions()[: 1 if is_open else None]]

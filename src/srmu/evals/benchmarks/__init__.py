@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from srmu.errors import UserError, suggest
+from srmu.errors import SrmuError, suggest_word
 from srmu.evals.benchmarks import muse, rwku, tofu, whp, wmdp
-from srmu.evals.benchmarks.base import Suite
+from srmu.evals.benchmarks.base import Benchmark
 
-SUITES: dict[str, Suite] = {
+BENCHMARKS: dict[str, Benchmark] = {
     "tofu": tofu.SUITE,
     "muse": muse.SUITE,
     "rwku": rwku.SUITE,
@@ -15,12 +15,14 @@ SUITES: dict[str, Suite] = {
 }
 
 
-def find(name: str) -> tuple[Suite, str]:
+def find_benchmark(name: str) -> tuple[Benchmark, str]:
     """A suite and its part from `tofu` or `tofu/forget05`; the usual part where none is named."""
     first, _, part = name.partition("/")
-    if first not in SUITES:
-        raise UserError(f"--suite {name}: there is no such suite{suggest(first, SUITES)}")
-    suite = SUITES[first]
+    if first not in BENCHMARKS:
+        raise SrmuError(f"--suite {name}: there is no such suite{suggest_word(first, BENCHMARKS)}")
+    suite = BENCHMARKS[first]
     if suite.parts and part and part not in suite.parts:
-        raise UserError(f"--suite {name}: {first} has no part {part!r}{suggest(part, suite.parts)}")
+        raise SrmuError(
+            f"--suite {name}: {first} has no part {part!r}{suggest_word(part, suite.parts)}"
+        )
     return suite, part or next(iter(suite.parts), "")

@@ -16,9 +16,9 @@ import torch
 
 from srmu.engine import distributed
 from srmu.engine.files import sha256
-from srmu.engine.progress import Watch, silent
-from srmu.errors import UserError, first_line
-from srmu.evals.subject import Subject, likelihoods
+from srmu.engine.progress import Watch, ignore_progress
+from srmu.errors import SrmuError, first_line
+from srmu.evals.subject import Subject, answer_likelihoods
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -36,7 +36,7 @@ KINDS: dict[type, str] = {
 
 
 @dataclass
-class Data:
+class BenchmarkData:
     """A published data set: on the hub at a revision, or in a folder that is laid out like it.
 
     A folder is one that `datasets` loads: a clone of the hub's, or a README.md whose header lists
@@ -55,7 +55,7 @@ class Data:
     ) -> list[Row]:
         """The rows of a part, at least `least`, in which these fields are there and of their types.
 
-        UserError where the set is out of reach, or names the first row that is not as it should be.
+        SrmuError where the set is out of reach, or names the first row that is not as it should be.
         """
         import datasets
 
@@ -72,25 +72,25 @@ class Data:
                 rows = [dict(row) for row in loaded]
         except Exception as error:  # whatever the library cannot read is the user's to mend
             why = first_line(error.__cause__ or error)
-            raise UserError(f"{where} cannot be read: {why}; {self.get}") from error
+            raise SrmuError(f"{where} cannot be read: {why}; {self.get}") from error
         finally:
             if not bars:
                 datasets.enable_progress_bars()
         if len(rows) < least:
-            raise UserError(f"{where} has {len(rows)} rows; this suite needs {least}")
+            raise SrmuError(f"{where} has {len(rows)} rows; this suite needs {least}")
         for number, row in enumerate(rows, 1):
             for name, kind in fields.items():
-                check(row, name, kind, f"{where}, row {number}")
+                check_field(row, name, kind, f"{where}, row {number}")
         rows = rows[: self.limit]
         text = json.dumps(rows, sort_keys=True, default=str)
         self.seen[f"{config}/{split}"] = sha256(text.encode())[:16]
         return rows
 
 
-def check(row: Row, name: str, kind: type, where: str) -> None:
-    """UserError unless a row's field is there and of its type, and no text in it is empty."""
+def check_field(row: Row, name: str, kind: type, where: str) -> None:
+    """SrmuError unless a row's field is there and of its type, and no text in it is empty."""
     if name not in row:
-        raise UserError(f"{where}: no field {name!r}; it has {', '.join(row) or 'none'}")
+        raise SrmuError(f"{where}: no field {name!r}; it has {', '.join(row) or 'none'}")
     value = row[name]
     found = KINDS.get(type(value), type(value).__name__)
     wrong = type(value) is not kind
@@ -98,14 +98,14 @@ def check(row: Row, name: str, kind: type, where: str) -> None:
         wrong = not value or not all(isinstance(part, str) for part in value)
         found = "an empty list" if not value else "a list of other things" if wrong else found
     if wrong:
-        raise UserError(f"{where}: field {name!r} is {found}; expected {KINDS[kind]}")
+        raise SrmuError(f"{where}: field {name!r} is {found}; expected {KINDS[kind]}")
     texts = value if kind is list else [value] if kind is str else []
     if not all(text.strip() for text in texts):
-        raise UserError(f"{where}: field {name!r} has an empty text")
+        raise SrmuError(f"{where}: field {name!r} has an empty text")
 
 
 @dataclass(frozen=True)
-class Asked:
+class BenchmarkRequest:
     """What a suite is asked to measure, and how.
 
     `part` is what follows the slash in `--suite tofu/forget10`. `template` has `{question}`; ""
@@ -113,15 +113,15 @@ class Asked:
     that never saw the forget set; None: what needs one is left out.
     """
 
-    data: Data
+    data: BenchmarkData
     part: str = ""
     template: str = ""
     reference: Mapping[str, Sequence[float]] | None = None
-    watch: Watch = silent
+    watch: Watch = ignore_progress
 
 
 @dataclass(frozen=True)
-class Scores:
+class BenchmarkScores:
     """What a suite measured of a model: named numbers, and those of each question behind them."""
 
     metrics: Metrics
@@ -129,7 +129,7 @@ class Scores:
 
 
 @dataclass(frozen=True)
-class Column:
+class TableColumn:
     """A column of a suite's table, as its paper prints it: a metric times `scale`.
 
     `better` is "high", "low" or "zero" (best where it is 0), seen from an unlearned model.
@@ -142,7 +142,7 @@ class Column:
 
 
 @dataclass(frozen=True)
-class Suite:
+class Benchmark:
     """A benchmark: its data set, what measures a model on it, and the table of its paper.
 
     `axes` are the columns of its figure, across and up. `parts` are what can follow the slash, the
@@ -155,8 +155,8 @@ class Suite:
     paper: str
     hub: str
     get: str
-    run: Callable[[Subject, Asked], Scores]
-    columns: tuple[Column, ...]
+    run: Callable[[Subject, BenchmarkRequest], BenchmarkScores]
+    columns: tuple[TableColumn, ...]
     axes: tuple[str, str] = ("", "")
     parts: tuple[str, ...] = ()
     oracle: str = ""
@@ -175,20 +175,20 @@ def prompt_of(model: Subject, question: str, template: str = "") -> str:
     return text.removeprefix(start) if twice else text
 
 
-def write(
+def write_continuations(
     model: Subject,
     prompts: Sequence[str],
     new_tokens: int,
     *,
     stops: Sequence[str] = (),
     label: str = "answers",
-    watch: Watch = silent,
+    watch: Watch = ignore_progress,
 ) -> list[str]:
     """Greedy continuations of prompts, each cut before the first of `stops`, without blanks around.
 
     In batches padded on the left; of several processes each writes some. A continuation is at most
     half of what the model can read; a prompt that is too long for the rest loses its first tokens.
-    UserError where a model that nothing was unlearned from writes nothing at all.
+    SrmuError where a model that nothing was unlearned from writes nothing at all.
     """
     new_tokens = min(new_tokens, model.max_length // 2)
     rows = [model.tokens(prompt)[-(model.max_length - new_tokens) :] for prompt in prompts]
@@ -196,13 +196,16 @@ def write(
     parts = [order[start : start + ROWS] for start in range(0, len(order), ROWS)]
 
     def some(part: Sequence[int]) -> list[str]:
-        made = continued(model, [rows[i] for i in part], new_tokens)
-        return [cut(model.tokenizer.decode(ids, skip_special_tokens=True), stops) for ids in made]
+        made = continue_greedily(model, [rows[i] for i in part], new_tokens)
+        return [
+            cut_at_stop(model.tokenizer.decode(ids, skip_special_tokens=True), stops)
+            for ids in made
+        ]
 
-    written = chain.from_iterable(shared_out(parts, some, label, watch))
+    written = chain.from_iterable(do_each(parts, some, label, watch))
     found = dict(zip(order, written, strict=True))
     if prompts and not any(found.values()) and not model.original:
-        raise UserError(
+        raise SrmuError(
             f"{label}: the model wrote nothing after any of {len(prompts)} prompts; is --template "
             "what it was trained with?"
         )
@@ -210,7 +213,9 @@ def write(
 
 
 @torch.no_grad()
-def continued(model: Subject, rows: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:
+def continue_greedily(
+    model: Subject, rows: Sequence[Sequence[int]], new_tokens: int
+) -> list[list[int]]:
     """The likeliest token again and again after each row, to the end of the text or the cap."""
     pad = model.tokenizer.pad_token_id or 0
     ends = model.module.generation_config.eos_token_id
@@ -235,7 +240,7 @@ def continued(model: Subject, rows: Sequence[Sequence[int]], new_tokens: int) ->
     return [row[:stop] for row, stop in zip(made, stops, strict=True)]
 
 
-def cut(text: str, stops: Sequence[str]) -> str:
+def cut_at_stop(text: str, stops: Sequence[str]) -> str:
     """A text before the first of some strings, without blanks around."""
     for stop in stops:
         text = text.partition(stop)[0]
@@ -247,7 +252,7 @@ def log_likelihoods(
     pairs: Sequence[tuple[str, str]],
     *,
     label: str = "likelihoods",
-    watch: Watch = silent,
+    watch: Watch = ignore_progress,
 ) -> list[tuple[float, int]]:
     """Of each (prompt, answer), the answer with the space before it: log p and how many tokens.
 
@@ -256,34 +261,34 @@ def log_likelihoods(
     parts = [pairs[start : start + 256] for start in range(0, len(pairs), 256)]
 
     def some(part: Sequence[tuple[str, str]]) -> list[tuple[float, int]]:
-        return [(logp, length) for logp, length, _ in likelihoods(model, part)]
+        return [(logp, length) for logp, length, _ in answer_likelihoods(model, part)]
 
-    found = [*chain.from_iterable(shared_out(parts, some, label, watch))]
+    found = [*chain.from_iterable(do_each(parts, some, label, watch))]
     check_finite([logp for logp, _ in found], label)
     return found
 
 
-def shared_out(
-    items: Sequence[S], do: Callable[[S], T], label: str, watch: Watch = silent
+def do_each(
+    items: Sequence[S], do: Callable[[S], T], label: str, watch: Watch = ignore_progress
 ) -> list[T]:
     """What `do` makes of each item, in their order; of several processes each takes some."""
-    with watch(label, -(-len(items) // distributed.size())) as tick:
+    with watch(label, -(-len(items) // distributed.get_size())) as tick:
 
         def one(item: S) -> T:
             made = do(item)
             tick("")
             return made
 
-        return distributed.shared_out(items, one)
+        return distributed.share_work(items, one)
 
 
 def check_finite(values: Iterable[float], label: str) -> None:
-    """UserError where a number that a model gave is none."""
+    """SrmuError where a number that a model gave is none."""
     if not all(map(isfinite, values)):
-        raise UserError(f"{label}: the model's output is not a number (NaN)")
+        raise SrmuError(f"{label}: the model's output is not a number (NaN)")
 
 
-def mean(values: Sequence[float]) -> dict[str, float]:
+def mean_metric(values: Sequence[float]) -> dict[str, float]:
     """A metric that is a mean over questions, with its standard error."""
     count = len(values)
     error = float(np.std(values, ddof=1)) / sqrt(count) if count > 1 else float("nan")
@@ -291,7 +296,9 @@ def mean(values: Sequence[float]) -> dict[str, float]:
     return found | ({"stderr": error} if isfinite(error) else {})
 
 
-def rouge(kind: str, answers: Sequence[str], truths: Sequence[str], **options: Any) -> list[float]:
+def rouge_scores(
+    kind: str, answers: Sequence[str], truths: Sequence[str], **options: Any
+) -> list[float]:
     """ROUGE-L of each answer: its "recall" or "fmeasure" (0-1), by rouge-score with its options."""
     from rouge_score.rouge_scorer import RougeScorer
 

@@ -8,21 +8,21 @@ from dataclasses import replace
 import torch
 
 from srmu.engine.losses import token_nll
-from srmu.errors import UserError
+from srmu.errors import SrmuError
 from srmu.evals.benchmarks.base import (
-    Asked,
-    Column,
+    Benchmark,
+    BenchmarkRequest,
+    BenchmarkScores,
     Metrics,
-    Scores,
-    Suite,
+    TableColumn,
     Values,
     check_finite,
-    mean,
-    rouge,
-    shared_out,
-    write,
+    do_each,
+    mean_metric,
+    rouge_scores,
+    write_continuations,
 )
-from srmu.evals.membership_scores import lowest as least
+from srmu.evals.membership_scores import mean_lowest as least
 from srmu.evals.subject import Subject
 
 PARTS = ("news", "books")
@@ -35,7 +35,7 @@ SHOT = "Question: {question}\nAnswer: "  # the blank at the end is theirs, too
 KINDS = ("forget", "holdout")
 
 
-def run(model: Subject, asked: Asked) -> Scores:
+def run_muse(model: Subject, asked: BenchmarkRequest) -> BenchmarkScores:
     """MUSE's numbers of one model (arXiv 2407.06460, section 3), each a share.
 
     `verbmem_f` (C1) is ROUGE-L F1 of the greedy continuation of forget texts; `knowmem_f` (C2) and
@@ -50,58 +50,65 @@ def run(model: Subject, asked: Asked) -> Scores:
     are less likely than unknown ones. `privleak_member` has A = `auc`. The authors' code fixes
     A_retrain as a number for its own two models; here it is that of `asked.reference`.
     """
-    known = oracle(asked)
-    scores = {f"min40_{kind}": lowest(model, asked, kind, texts(asked, kind)) for kind in KINDS}
-    metrics: Metrics = privacy(scores, known)
-    values: Values = {**scores, "verbmem_f": recited(model, asked)}
-    for name, about in (("knowmem_f", "forget"), ("knowmem_r", "retain")):
-        values[name] = answered(model, asked, about)
-    metrics |= {
-        f"muse/{name}": mean(values[name]) for name in ("verbmem_f", "knowmem_f", "knowmem_r")
+    known = oracle_scores(asked)
+    scores = {
+        f"min40_{kind}": min_k_scores(model, asked, kind, read_kind(asked, kind)) for kind in KINDS
     }
-    return Scores(metrics, values)
+    metrics: Metrics = privacy_metrics(scores, known)
+    values: Values = {**scores, "verbmem_f": verbatim_recall(model, asked)}
+    for name, about in (("knowmem_f", "forget"), ("knowmem_r", "retain")):
+        values[name] = answer_recall(model, asked, about)
+    metrics |= {
+        f"muse/{name}": mean_metric(values[name])
+        for name in ("verbmem_f", "knowmem_f", "knowmem_r")
+    }
+    return BenchmarkScores(metrics, values)
 
 
-def oracle(asked: Asked) -> Values | None:
+def oracle_scores(asked: BenchmarkRequest) -> Values | None:
     """The Min-40 % scores of the model that never saw the forget set, if there is one."""
     if asked.reference is None:
         return None
     missing = [kind for kind in KINDS if not asked.reference.get(f"min40_{kind}")]
     if missing:
-        raise UserError(
+        raise SrmuError(
             f"the reference has no values min40_{missing[0]}: make it by a run of this suite, "
             "version and part on a model that never saw the forget set"
         )
     known = {f"min40_{kind}": [*asked.reference[f"min40_{kind}"]] for kind in KINDS}
-    if area(known) == 1:
-        raise UserError(
+    if membership_area(known) == 1:
+        raise SrmuError(
             "PrivLeak has no value: the reference finds each forget text likelier than all "
             "hold-out texts, as no model does that never saw them; name another, or take more rows"
         )
     return known
 
 
-def texts(asked: Asked, kind: str) -> list[str]:
+def read_kind(asked: BenchmarkRequest, kind: str) -> list[str]:
     return [row["text"] for row in asked.data.rows("privleak", kind, {"text": str})]
 
 
-def privacy(own: Values, known: Values | None) -> Metrics:
+def privacy_metrics(own: Values, known: Values | None) -> Metrics:
     """AUC and, against the reference, PrivLeak in both orientations."""
     count = float(sum(map(len, own.values())))
-    found = {"auc": area(own)}
+    found = {"auc": membership_area(own)}
     if known:
         # arXiv 2407.06460, the definition of PrivLeak in section 3
-        found["privleak"] = ratio(1 - area(own), 1 - area(known))
-        if area(known):
-            found["privleak_member"] = ratio(area(own), area(known))
+        found["privleak"] = relative_difference(
+            1 - membership_area(own), 1 - membership_area(known)
+        )
+        if membership_area(known):
+            found["privleak_member"] = relative_difference(
+                membership_area(own), membership_area(known)
+            )
     return {f"muse/{name}": {"value": value, "n": count} for name, value in found.items()}
 
 
-def ratio(own: float, other: float) -> float:
+def relative_difference(own: float, other: float) -> float:
     return (own - other) / other
 
 
-def area(scores: Values) -> float:
+def membership_area(scores: Values) -> float:
     """The chance that a forget text scores higher than a hold-out text; a tie counts a half."""
     from sklearn.metrics import roc_auc_score
 
@@ -109,14 +116,16 @@ def area(scores: Values) -> float:
     return float(roc_auc_score([1] * len(member) + [0] * len(unknown), [*member, *unknown]))
 
 
-def lowest(model: Subject, asked: Asked, kind: str, texts: Sequence[str]) -> list[float]:
+def min_k_scores(
+    model: Subject, asked: BenchmarkRequest, kind: str, texts: Sequence[str]
+) -> list[float]:
     """Min-40 % of each text: mean log p of its least likely tokens, at least of one.
 
     Min-K % Prob, arXiv 2310.16789, over all tokens but the first. The authors' code takes no token
     where 40 % of a text's are less than one, and has no number then.
     """
     label = f"muse {kind} texts"
-    found = shared_out(texts, lambda text: least(log_p(model, text), SHARE), label, asked.watch)
+    found = do_each(texts, lambda text: least(log_p(model, text), SHARE), label, asked.watch)
     check_finite(found, label)
     return found
 
@@ -126,25 +135,25 @@ def log_p(model: Subject, text: str) -> torch.Tensor:
     """Log-probabilities of a text's tokens from the second on, as many as the model can read."""
     ids = torch.tensor([model.tokens(text)[: model.max_length]]).to(model.device)
     if ids.shape[1] < 2:
-        raise UserError("a text of config privleak is less than two tokens; it takes longer ones")
+        raise SrmuError("a text of config privleak is less than two tokens; it takes longer ones")
     return -token_nll(model.module(ids, use_cache=False).logits, ids)[0]
 
 
-def recited(model: Subject, asked: Asked) -> list[float]:
+def verbatim_recall(model: Subject, asked: BenchmarkRequest) -> list[float]:
     """ROUGE-L F1 of what follows each prompt of a forget text with what the model writes."""
     rows = asked.data.rows("verbmem", "forget", {"prompt": str, "gt": str})
-    said = write(
+    said = write_continuations(
         model,
         [row["prompt"] for row in rows],
         RECITED,
         label="muse verbatim",
         watch=asked.watch,
     )
-    truths = [shortened(model, row["gt"]) for row in rows]
-    return rouge("fmeasure", said, truths)  # unstemmed, as theirs
+    truths = [shorten_truth(model, row["gt"]) for row in rows]
+    return rouge_scores("fmeasure", said, truths)  # unstemmed, as theirs
 
 
-def shortened(model: Subject, truth: str) -> str:
+def shorten_truth(model: Subject, truth: str) -> str:
     """The part of a truth that the model could have written: its first 128 tokens."""
     ids = model.tokens(truth)
     if len(ids) <= RECITED:
@@ -152,7 +161,7 @@ def shortened(model: Subject, truth: str) -> str:
     return model.tokenizer.decode(ids[:RECITED], skip_special_tokens=True)
 
 
-def answered(model: Subject, asked: Asked, about: str) -> list[float]:
+def answer_recall(model: Subject, asked: BenchmarkRequest, about: str) -> list[float]:
     """ROUGE-L F1 of each short answer, after the worked examples of the set's `_icl` split."""
     fields: dict[str, type] = {"question": str, "answer": str}
     rows = asked.data.rows("knowmem", f"{about}_qa", fields)
@@ -161,7 +170,7 @@ def answered(model: Subject, asked: Asked, about: str) -> list[float]:
     first = "".join(
         f"{form.format(question=shot['question']).rstrip()} {shot['answer']}\n\n" for shot in shots
     )
-    said = write(
+    said = write_continuations(
         model,
         [first + form.format(question=row["question"]) for row in rows],
         ANSWERED,
@@ -169,23 +178,23 @@ def answered(model: Subject, asked: Asked, about: str) -> list[float]:
         label=f"muse {about} answers",
         watch=asked.watch,
     )
-    return rouge("fmeasure", said, [row["answer"] for row in rows])
+    return rouge_scores("fmeasure", said, [row["answer"] for row in rows])
 
 
-SUITE = Suite(
+SUITE = Benchmark(
     title="MUSE",
     paper="arXiv 2407.06460",
     hub="muse-bench/MUSE-{part}",  # News, Books
     get="with a hub in reach, `hf download muse-bench/MUSE-News --repo-type dataset "
     "--local-dir muse`, "
     "then give --data muse",
-    run=run,
+    run=run_muse,
     axes=("KnowMem f", "KnowMem r"),
     columns=(
-        Column("VerbMem f", "muse/verbmem_f", "low"),
-        Column("KnowMem f", "muse/knowmem_f", "low"),
-        Column("PrivLeak", "muse/privleak", "zero"),
-        Column("KnowMem r", "muse/knowmem_r", "high"),
+        TableColumn("VerbMem f", "muse/verbmem_f", "low"),
+        TableColumn("KnowMem f", "muse/knowmem_f", "low"),
+        TableColumn("PrivLeak", "muse/privleak", "zero"),
+        TableColumn("KnowMem r", "muse/knowmem_r", "high"),
     ),
     parts=PARTS,
     oracle="PrivLeak",

@@ -18,24 +18,24 @@ import numpy as np
 import yaml
 from jinja2 import Template
 
-from srmu.errors import UserError, suggest
+from srmu.errors import SrmuError, suggest_word
 from srmu.evals.benchmarks.base import (
-    Asked,
-    Column,
+    Benchmark,
+    BenchmarkRequest,
+    BenchmarkScores,
     Metrics,
     Row,
-    Scores,
-    Suite,
+    TableColumn,
     Values,
     check_finite,
+    do_each,
     log_likelihoods,
-    mean,
+    mean_metric,
     prompt_of,
-    rouge,
-    shared_out,
-    write,
+    rouge_scores,
+    write_continuations,
 )
-from srmu.evals.membership_scores import scores
+from srmu.evals.membership_scores import membership_scores
 from srmu.evals.subject import Subject
 
 ANSWERED = 30  # new tokens
@@ -71,7 +71,7 @@ Please briefly answer the following question:
 """
 
 
-def run(model: Subject, asked: Asked) -> Scores:
+def run_rwku(model: Subject, asked: BenchmarkRequest) -> BenchmarkScores:
     """RWKU's numbers (arXiv 2406.10890, section 4) on one person (`asked.part`), or on all.
 
     `forget/level1` (blanks), `level2` (questions), `level3` (attacks, also by type) and
@@ -99,24 +99,24 @@ def run(model: Subject, asked: Asked) -> Scores:
     metrics: Metrics = {}
     values: Values = {}
     for about, levels in LEVELS.items():
-        found = probes(model, asked, about, levels)
+        found = measure_probes(model, asked, about, levels)
         values |= {f"{about}/level{level}": found[f"level{level}"] for level in levels}
-        metrics |= {f"rwku/{about}/{name}": mean(numbers) for name, numbers in found.items()}
+        metrics |= {f"rwku/{about}/{name}": mean_metric(numbers) for name, numbers in found.items()}
     for about in ("mia_forget", "mia_retain"):
-        found = membership(model, asked, about)
+        found = membership_values(model, asked, about)
         values |= {f"{about}/{name}": numbers for name, numbers in found.items()}
     for name, measure in UTILITY.items():
         values[name] = measure(model, asked)
     metrics |= {
-        f"rwku/{name}": mean(numbers)
+        f"rwku/{name}": mean_metric(numbers)
         for name, numbers in values.items()
         if f"rwku/{name}" not in metrics
     }
-    return Scores(metrics, values)
+    return BenchmarkScores(metrics, values)
 
 
-def read(
-    asked: Asked,
+def read_rows(
+    asked: BenchmarkRequest,
     config: str,
     fields: Mapping[str, type],
     shapes: Mapping[str, tuple[Callable[[Row], bool], str]] | None = None,
@@ -132,16 +132,20 @@ def read(
     for number, row in enumerate(rows, 1):
         for name, (good, expected) in (shapes or {}).items():
             if not good(row):
-                raise UserError(f"{place}, row {number}: field {name!r} is not {expected}")
+                raise SrmuError(f"{place}, row {number}: field {name!r} is not {expected}")
     if asked.part:
         people = dict.fromkeys(row["subject"] for row in rows)
         if asked.part not in people:
-            raise UserError(f"{place}: nothing about {asked.part!r}{suggest(asked.part, people)}")
+            raise SrmuError(
+                f"{place}: nothing about {asked.part!r}{suggest_word(asked.part, people)}"
+            )
         rows = [row for row in rows if row["subject"] == asked.part]
     return rows[: asked.data.limit]
 
 
-def posed(model: Subject, asked: Asked, question: str, content: str, start: str = "") -> str:
+def pose_question(
+    model: Subject, asked: BenchmarkRequest, question: str, content: str, start: str = ""
+) -> str:
     """A prompt: the template with the question, or the authors' text and how an answer starts."""
     if asked.template:
         return prompt_of(model, question, asked.template)
@@ -149,7 +153,7 @@ def posed(model: Subject, asked: Asked, question: str, content: str, start: str 
     return text + (" " if start and not text[-1:].isspace() else "") + start
 
 
-def probe(row: Row, level: int) -> tuple[str, str]:
+def probe_text(row: Row, level: int) -> tuple[str, str]:
     """The authors' text of a probe, and how its answer starts (their eval_forget.py)."""
     kind = row["type"] if level == 3 else ""
     if kind == "affirmative suffix":  # the query starts the answer
@@ -159,25 +163,30 @@ def probe(row: Row, level: int) -> tuple[str, str]:
     return f"{BLANK if level == 1 else BRIEF}Question: {row['query']}\n", "Answer:"
 
 
-def probes(model: Subject, asked: Asked, about: str, levels: Sequence[int]) -> Values:
+def measure_probes(
+    model: Subject, asked: BenchmarkRequest, about: str, levels: Sequence[int]
+) -> Values:
     """ROUGE-L recall of each probe by level, of all, and by attack; 1 for each empty answer."""
     fields: dict[str, type] = {"query": str, "answer": str}
     asked_for = [
         (level, row)
         for level in levels
-        for row in read(
+        for row in read_rows(
             asked, f"{about}_level{level}", fields | ({"type": str} if level == 3 else {})
         )
     ]
-    said = write(
+    said = write_continuations(
         model,
-        [posed(model, asked, row["query"], *probe(row, level)) for level, row in asked_for],
+        [
+            pose_question(model, asked, row["query"], *probe_text(row, level))
+            for level, row in asked_for
+        ],
         ANSWERED,
         stops=("\n",),
         label=f"rwku {about} answers",
         watch=asked.watch,
     )
-    recalled = recall(said, [row["answer"] for _, row in asked_for])
+    recalled = rouge_recall(said, [row["answer"] for _, row in asked_for])
     found: Values = {"all": recalled, "empty": [float(not answer) for answer in said]}
     for (level, row), score in zip(asked_for, recalled, strict=True):
         found.setdefault(f"level{level}", []).append(score)
@@ -187,42 +196,42 @@ def probes(model: Subject, asked: Asked, about: str, levels: Sequence[int]) -> V
     return found
 
 
-def recall(answers: Sequence[str], truths: Sequence[str]) -> list[float]:
+def rouge_recall(answers: Sequence[str], truths: Sequence[str]) -> list[float]:
     """ROUGE-L recall, words as they stand: rouge-score's own would drop all but Latin letters."""
     split = SimpleNamespace(tokenize=lambda text: text.replace(".", " ").split())
-    return rouge("recall", answers, truths, tokenizer=split)
+    return rouge_scores("recall", answers, truths, tokenizer=split)
 
 
-def membership(model: Subject, asked: Asked, about: str) -> Values:
+def membership_values(model: Subject, asked: BenchmarkRequest, about: str) -> Values:
     """Each of MEMBERSHIP of each text, with the sign of a loss."""
-    texts = [row["text"] for row in read(asked, about, {"text": str})]
+    texts = [row["text"] for row in read_rows(asked, about, {"text": str})]
     parts = [texts[start : start + 64] for start in range(0, len(texts), 64)]
     label = f"rwku {about.replace('_', ' ')}"
-    found = shared_out(parts, lambda part: -scores(model, part), label, asked.watch)
+    found = do_each(parts, lambda part: -membership_scores(model, part), label, asked.watch)
     table = np.concatenate(found)
     if not len(table):
-        raise UserError(f"{label}: no text has two tokens; it takes longer ones")
+        raise SrmuError(f"{label}: no text has two tokens; it takes longer ones")
     check_finite(table.flat, label)
     return dict(zip(MEMBERSHIP, table.T.tolist(), strict=True))
 
 
-def general(model: Subject, asked: Asked) -> list[float]:
+def measure_mmlu(model: Subject, asked: BenchmarkRequest) -> list[float]:
     """MMLU: 1 where the letter of the right choice is the likeliest, after worked examples."""
     fields = {"task": str, "question": str, "choices": list, "answer": int}
     shapes = {
-        "answer": (worked, "the place of one of 2 to 4 choices, from 0"),
-        "examples": (taught, "a list of questions with choices and answer"),
+        "answer": (is_mmlu_row, "the place of one of 2 to 4 choices, from 0"),
+        "examples": (is_bbh_row, "a list of questions with choices and answer"),
     }
-    rows = read(asked, "utility_general", fields, shapes)
+    rows = read_rows(asked, "utility_general", fields, shapes)
     pairs = []
     for row in rows:
         shots = "".join(
-            f"Question: {lettered(shot)}\nAnswer: {LETTERS[shot['answer']]}\n\n"
+            f"Question: {letter_options(shot)}\nAnswer: {LETTERS[shot['answer']]}\n\n"
             for shot in row["examples"]
         )
         text = EXAM.format(row["task"].replace("_", " ")) + shots + FOLLOW
-        question = lettered(row)
-        prompt = posed(model, asked, question, f"{text}Question: {question}", "Answer:")
+        question = letter_options(row)
+        prompt = pose_question(model, asked, question, f"{text}Question: {question}", "Answer:")
         pairs += [
             (prompt, f" {letter}") for letter, _ in zip(LETTERS, row["choices"], strict=False)
         ]
@@ -234,12 +243,12 @@ def general(model: Subject, asked: Asked) -> list[float]:
     return found
 
 
-def lettered(row: Row) -> str:
+def letter_options(row: Row) -> str:
     listed = zip(LETTERS, row["choices"], strict=False)
     return "\n".join([row["question"], *(f"{letter}. {choice}" for letter, choice in listed)])
 
 
-def worked(row: Any) -> bool:
+def is_mmlu_row(row: Any) -> bool:
     """Whether this is a question with choices and the place of the right one."""
     if not isinstance(row, Mapping) or not isinstance(row.get("question"), str):
         return False
@@ -252,18 +261,18 @@ def worked(row: Any) -> bool:
     )
 
 
-def taught(row: Row) -> bool:
+def is_bbh_row(row: Row) -> bool:
     examples = row.get("examples")
-    return isinstance(examples, list) and all(map(worked, examples))
+    return isinstance(examples, list) and all(map(is_mmlu_row, examples))
 
 
-def reason(model: Subject, asked: Asked) -> list[float]:
+def measure_bbh(model: Subject, asked: BenchmarkRequest) -> list[float]:
     """BBH: 1 where what the model concludes is an answer, but for articles and punctuation."""
     fields: dict[str, type] = {"question": str, "cot": str}
-    shapes = {"answer": (answers, "a text or a list of texts")}
-    rows = read(asked, "utility_reason", fields, shapes)
+    shapes = {"answer": (is_truthfulqa_row, "a text or a list of texts")}
+    rows = read_rows(asked, "utility_reason", fields, shapes)
     prompts = [
-        posed(
+        pose_question(
             model,
             asked,
             row["question"],
@@ -272,41 +281,49 @@ def reason(model: Subject, asked: Asked) -> list[float]:
         )
         for row in rows
     ]
-    said = write(model, prompts, WRITTEN, label="rwku reasons", watch=asked.watch)
+    said = write_continuations(model, prompts, WRITTEN, label="rwku reasons", watch=asked.watch)
     return [
-        float(any(words(concluded(text)) == words(truth) for truth in listed(row["answer"])))
+        float(
+            any(
+                answer_words(find_conclusion(text)) == answer_words(truth)
+                for truth in as_list(row["answer"])
+            )
+        )
         for text, row in zip(said, rows, strict=True)
     ]
 
 
-def answers(row: Row) -> bool:
+def is_truthfulqa_row(row: Row) -> bool:
     value = row.get("answer")
-    return bool(value) and all(isinstance(text, str) and text.strip() for text in listed(value))
+    return bool(value) and all(isinstance(text, str) and text.strip() for text in as_list(value))
 
 
-def listed(value: Any) -> list[Any]:
+def as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def concluded(text: str) -> str:
+def find_conclusion(text: str) -> str:
     """What follows "the answer is" up to the next full stop, else the whole text."""
     found = CONCLUSION.search(text)
     return (found[1] if found else text).strip() or "NOANSWER"
 
 
-def words(text: str) -> list[str]:
+def answer_words(text: str) -> list[str]:
     """The words of a text in small letters, without punctuation and articles."""
     bare = text.lower().translate(str.maketrans("", "", string.punctuation))
     return re.sub(r"\b(a|an|the)\b", " ", bare).split()
 
 
-def truthfulness(model: Subject, asked: Asked) -> list[float]:
+def measure_truthfulqa(model: Subject, asked: BenchmarkRequest) -> list[float]:
     """TruthfulQA's MC1: 1 where the true choice is likelier than every false one."""
     wanted = "choices with labels, 1 for a true one and 0 for a false one, some of each"
-    shapes = {"mc1_targets": (targets, wanted)}
-    rows = read(asked, "utility_truthfulness", {"question": str}, shapes)
+    shapes = {"mc1_targets": (is_triviaqa_row, wanted)}
+    rows = read_rows(asked, "utility_truthfulness", {"question": str}, shapes)
     pairs = [
-        (posed(model, asked, row["question"], primed(row["question"]), "A:"), f" {c}")
+        (
+            pose_question(model, asked, row["question"], prime_question(row["question"]), "A:"),
+            f" {c}",
+        )
         for row in rows
         for c in row["mc1_targets"]["choices"]
     ]
@@ -320,18 +337,18 @@ def truthfulness(model: Subject, asked: Asked) -> list[float]:
     return found
 
 
-def primed(question: str) -> str:
+def prime_question(question: str) -> str:
     """A question after TruthfulQA's own six examples (arXiv 2109.07958), as lm-eval has them."""
-    return template().render(question=question).removesuffix("\nA:")
+    return alpaca_template().render(question=question).removesuffix("\nA:")
 
 
 @cache
-def template() -> Template:
+def alpaca_template() -> Template:
     place = Path(str(files("lm_eval.tasks").joinpath("truthfulqa", "truthfulqa_mc1.yaml")))
     return Template(yaml.safe_load(place.read_text(encoding="utf-8"))["doc_to_text"])
 
 
-def targets(row: Row) -> bool:
+def is_triviaqa_row(row: Row) -> bool:
     value = row.get("mc1_targets")
     if not isinstance(value, Mapping):
         return False
@@ -345,43 +362,45 @@ def targets(row: Row) -> bool:
     )
 
 
-def factuality(model: Subject, asked: Asked) -> list[float]:
+def measure_triviaqa(model: Subject, asked: BenchmarkRequest) -> list[float]:
     """TriviaQA: F1 of each answer's words with those of the right answer it is closest to."""
-    rows = read(asked, "utility_factuality", {"question": str, "answers": list})
+    rows = read_rows(asked, "utility_factuality", {"question": str, "answers": list})
     prompts = [
-        posed(model, asked, row["question"], f"{TRIVIA}Q: {row['question']}\n", "A:")
+        pose_question(model, asked, row["question"], f"{TRIVIA}Q: {row['question']}\n", "A:")
         for row in rows
     ]
-    said = write(model, prompts, ANSWERED, label="rwku facts", watch=asked.watch)
+    said = write_continuations(model, prompts, ANSWERED, label="rwku facts", watch=asked.watch)
     return [
-        max(f1(text, truth) for truth in row["answers"])
+        max(word_f1(text, truth) for truth in row["answers"])
         for text, row in zip(said, rows, strict=True)
     ]
 
 
-def f1(answer: str, truth: str) -> float:
+def word_f1(answer: str, truth: str) -> float:
     """The harmonic mean of the shares of words that two texts have in common."""
-    one, other = words(answer), words(truth)
+    one, other = answer_words(answer), answer_words(truth)
     if not one or not other:
         return float(one == other)
     common = (Counter(one) & Counter(other)).total()
     return 2 * common / (len(one) + len(other))
 
 
-def fluency(model: Subject, asked: Asked) -> list[float]:
+def measure_fluency(model: Subject, asked: BenchmarkRequest) -> list[float]:
     """The entropy of word pairs and triples of free texts: low where a model repeats itself."""
-    rows = read(asked, "utility_fluency", {"instruction": str})
+    rows = read_rows(asked, "utility_fluency", {"instruction": str})
     prompts = [
-        posed(model, asked, row["instruction"], f"Instruction: {row['instruction']}\n")
+        pose_question(model, asked, row["instruction"], f"Instruction: {row['instruction']}\n")
         for row in rows
     ]
     return [
-        entropy(text)
-        for text in write(model, prompts, WRITTEN, label="rwku free texts", watch=asked.watch)
+        ngram_entropy(text)
+        for text in write_continuations(
+            model, prompts, WRITTEN, label="rwku free texts", watch=asked.watch
+        )
     ]
 
 
-def entropy(text: str) -> float:
+def ngram_entropy(text: str) -> float:
     """The mean of WEIGHTS times the entropies of a text's n-grams, in bits (arXiv 2202.05262).
 
     Words are split by WORDS; the authors split with NLTK, which fetches data for it.
@@ -396,37 +415,37 @@ def entropy(text: str) -> float:
     return float(np.mean(found))
 
 
-UTILITY: dict[str, Callable[[Subject, Asked], list[float]]] = {
-    "general": general,
-    "reason": reason,
-    "truthfulness": truthfulness,
-    "factuality": factuality,
-    "fluency": fluency,
+UTILITY: dict[str, Callable[[Subject, BenchmarkRequest], list[float]]] = {
+    "general": measure_mmlu,
+    "reason": measure_bbh,
+    "truthfulness": measure_truthfulqa,
+    "factuality": measure_triviaqa,
+    "fluency": measure_fluency,
 }
 
-SUITE = Suite(
+SUITE = Benchmark(
     title="RWKU",
     paper="arXiv 2406.10890",
     hub="jinzhuoran/RWKU",
     get="with a hub in reach, `hf download jinzhuoran/RWKU --repo-type dataset "
     "--local-dir rwku`, "
     "then give --data rwku",
-    run=run,
+    run=run_rwku,
     axes=("All f", "All n"),
     columns=(
-        Column("FB f", "rwku/forget/level1", "low"),
-        Column("QA f", "rwku/forget/level2", "low"),
-        Column("AA f", "rwku/forget/level3", "low"),
-        Column("All f", "rwku/forget/all", "low"),
-        Column("FB n", "rwku/neighbor/level1", "high"),
-        Column("QA n", "rwku/neighbor/level2", "high"),
-        Column("All n", "rwku/neighbor/all", "high"),
-        Column("FM", "rwku/mia_forget/loss", "high"),
-        Column("RM", "rwku/mia_retain/loss", "low"),
-        Column("Gen", "rwku/general", "high"),
-        Column("Rea", "rwku/reason", "high"),
-        Column("Tru", "rwku/truthfulness", "high"),
-        Column("Fac", "rwku/factuality", "high"),
-        Column("Flu", "rwku/fluency", "high"),
+        TableColumn("FB f", "rwku/forget/level1", "low"),
+        TableColumn("QA f", "rwku/forget/level2", "low"),
+        TableColumn("AA f", "rwku/forget/level3", "low"),
+        TableColumn("All f", "rwku/forget/all", "low"),
+        TableColumn("FB n", "rwku/neighbor/level1", "high"),
+        TableColumn("QA n", "rwku/neighbor/level2", "high"),
+        TableColumn("All n", "rwku/neighbor/all", "high"),
+        TableColumn("FM", "rwku/mia_forget/loss", "high"),
+        TableColumn("RM", "rwku/mia_retain/loss", "low"),
+        TableColumn("Gen", "rwku/general", "high"),
+        TableColumn("Rea", "rwku/reason", "high"),
+        TableColumn("Tru", "rwku/truthfulness", "high"),
+        TableColumn("Fac", "rwku/factuality", "high"),
+        TableColumn("Flu", "rwku/fluency", "high"),
     ),
 )

@@ -12,14 +12,22 @@ from pathlib import Path
 from typing import Any
 
 from srmu.engine import distributed, weights
-from srmu.engine.files import as_json, cache_dir, sha256, write_json, write_whole
+from srmu.engine.files import cache_dir, format_json, sha256, write_json, write_whole
 from srmu.engine.loading import load_module, read_config
-from srmu.engine.progress import Watch, silent
-from srmu.errors import UserError
+from srmu.engine.progress import Watch, ignore_progress
+from srmu.errors import SrmuError
 from srmu.evals import benchmarks
-from srmu.evals.benchmarks.base import Asked, Column, Data, Metrics, Scores, Suite, Values
+from srmu.evals.benchmarks.base import (
+    Benchmark,
+    BenchmarkData,
+    BenchmarkRequest,
+    BenchmarkScores,
+    Metrics,
+    TableColumn,
+    Values,
+)
 from srmu.evals.subject import Subject
-from srmu.runs.record import extend
+from srmu.runs.record import extend_record
 from srmu.runs.run import Run, find_device, load_tokenizer
 
 FILE = "suites.json"  # in a run's folder: what was measured, by suite and part
@@ -28,7 +36,7 @@ TITLES = {"before": "original", "after": "unlearned", "oracle": "oracle"}
 
 
 @dataclass(frozen=True)
-class Way:
+class BenchmarkOptions:
     """How a suite is asked: what `srmu eval --suite` was told.
 
     `oracle`: a model that never saw the forget set, a log of one (.json), or "none".
@@ -42,26 +50,26 @@ class Way:
     limit: int | None = None
     device: str = "auto"
 
-    def read(self) -> Data:
-        suite, part = benchmarks.find(self.name)
+    def read(self) -> BenchmarkData:
+        suite, part = benchmarks.find_benchmark(self.name)
         hub = suite.hub.format(part=part.capitalize())
         if not self.data and not hub:
-            raise UserError(f"--suite {self.name} has no data set of its own; {suite.get}")
+            raise SrmuError(f"--suite {self.name} has no data set of its own; {suite.get}")
         folder = Path(self.data) if self.data else None
         if folder and not folder.is_dir():
-            raise UserError(f"--data {folder}: there is no such folder; {suite.get}")
+            raise SrmuError(f"--data {folder}: there is no such folder; {suite.get}")
         if folder and self.revision:
-            raise UserError(f"--revision does not apply to the local folder {folder}")
+            raise SrmuError(f"--revision does not apply to the local folder {folder}")
         if self.template and "{question}" not in self.template:
-            raise UserError(f"--template {self.template!r} has no {{question}} in it")
+            raise SrmuError(f"--template {self.template!r} has no {{question}} in it")
         if self.limit is not None and self.limit < 1:
-            raise UserError(f"--limit {self.limit} must be 1 or more")
+            raise SrmuError(f"--limit {self.limit} must be 1 or more")
         revision = self.revision or suite.revision
-        return Data(hub, suite.get, revision, folder, self.limit)
+        return BenchmarkData(hub, suite.get, revision, folder, self.limit)
 
 
-def score(
-    target: str, way: Way, *, log: Path | None = None, watch: Watch = silent
+def score_benchmark(
+    target: str, way: BenchmarkOptions, *, log: Path | None = None, watch: Watch = ignore_progress
 ) -> dict[str, Any]:
     """Measure a model folder, a hub id or a run on a suite: `{"after": metrics, ...}`.
 
@@ -70,67 +78,67 @@ def score(
     `log` is where the values of each question are written, which can serve as another's `oracle`;
     they are numbers, no texts.
     """
-    suite, _ = benchmarks.find(way.name)
+    suite, _ = benchmarks.find_benchmark(way.name)
     if suite.oracle and not way.oracle and not log:
-        raise UserError(
+        raise SrmuError(
             f"--suite {way.name}: {suite.oracle} needs a model that never saw the forget set: give "
             "--oracle MODEL, or a log of one (srmu eval MODEL --suite ... --log FILE.json), or "
             "--oracle none to leave it out"
         )
     if log and not log.parent.is_dir():
-        raise UserError(f"--log {log}: there is no folder {log.parent}")
+        raise SrmuError(f"--log {log}: there is no folder {log.parent}")
     place = Path(target)
     run = Run.open(place) if (place / "record.json").exists() else None
-    folder = run.base if run else weights.locate(target)
+    folder = run.base if run else weights.locate_model(target)
     beside = folder.parent / "suites" / way.name.partition("/")[0]  # as in a testbed
     if not (way.data or way.revision) and beside.is_dir():
         way = replace(way, data=str(beside))
     way.read()  # what is wrong must show before anything is loaded
     read_config(folder)
-    weights.shards(folder)
+    weights.list_shards(folder)
     reference: Values | None = None
     oracle: dict[str, Any] = {}
-    marks = marks_of(folder, way)
-    given = asdict(way) | {"device": "", "data": contents(way)}
-    measure = partial(measured, way=way, given=given, watch=watch)
+    marks = reference_marks(folder, way)
+    given = asdict(way) | {"device": "", "data": digest_data(way)}
+    measure = partial(measure_benchmark, way=way, given=given, watch=watch)
     if way.oracle.endswith(".json"):
         reference, rows = read_log(Path(way.oracle), marks)
     elif way.oracle not in ("", NONE):
-        of_it, rows = measure(weights.locate(way.oracle))
+        of_it, rows = measure(weights.locate_model(way.oracle))
         oracle, reference = {"oracle": of_it.metrics}, dict(of_it.values)
     found: dict[str, Any] = {}
     for when in ("before", "after") if run else ("after",):
         scores, seen = measure(folder, run if when == "after" else None, reference)
         if reference is not None and seen != rows:
-            raise UserError(f"--oracle {way.oracle}: its log was made from other rows than these")
+            raise SrmuError(f"--oracle {way.oracle}: its log was made from other rows than these")
         found[when] = scores.metrics
     found |= oracle
-    if not distributed.first():
+    if not distributed.is_first():
         return found
     if log:
-        write_whole(log, as_json(marks | {"rows": seen, "values": dict(scores.values)}))
+        write_whole(log, format_json(marks | {"rows": seen, "values": dict(scores.values)}))
     if run:
         known = json.loads((place / FILE).read_text()) if (place / FILE).exists() else {}
         write_json(place / FILE, known | {way.name: found | {"asked": asdict(way), "rows": seen}})
-        extend(place, [FILE])
+        extend_record(place, [FILE])
     return found
 
 
-def measured(
+def measure_benchmark(
     folder: Path,
     run: Run | None = None,
     reference: Values | None = None,
     *,
-    way: Way,
+    way: BenchmarkOptions,
     given: Mapping[str, Any],
     watch: Watch,
-) -> tuple[Scores, dict[str, str]]:
+) -> tuple[BenchmarkScores, dict[str, str]]:
     """What a suite says of a model, changed by a run or not, and digests of the rows it read.
 
     Kept in the cache folder until the model, what is `given`, the reference or the code change.
     """
     delta = dict(run.delta) if run else {}
-    mark = weights.changed_fingerprint(weights.fingerprint(folder), delta)
+    mark = weights.changed_fingerprint(weights.fingerprint_model(folder), delta)
     method = run.config.method if run else None
     told = repr(method) if method and method.no_checkpoint else ""
     code = [sha256(path) for path in sorted(Path(benchmarks.__file__).parent.glob("*.py"))]
@@ -138,13 +146,13 @@ def measured(
     decides = [mark, told, {**given, "oracle": reference}, code, versions]
     key = sha256(json.dumps(decides, sort_keys=True).encode())
     path = cache_dir() / "suites" / f"{key}.json"
-    kept = distributed.agreed(_read(path))
+    kept = distributed.agree_on(_read(path))
     if kept is not None:
-        return Scores(kept["metrics"], kept["values"]), kept["rows"]
-    suite, part = benchmarks.find(way.name)
+        return BenchmarkScores(kept["metrics"], kept["values"]), kept["rows"]
+    suite, part = benchmarks.find_benchmark(way.name)
     module = load_module(folder).eval().to(find_device(way.device))
     data = way.read()
-    asked = Asked(data, part, way.template, reference, watch)
+    asked = BenchmarkRequest(data, part, way.template, reference, watch)
     changed = (
         method.at_inference(module, partial(weights.apply_delta, module, folder, delta))
         if method
@@ -154,28 +162,28 @@ def measured(
         # only that there is one is looked at: nothing may take these for the original's
         subject = Subject(module, load_tokenizer(folder), delta, fixed="suites change no weights")
         scores = suite.run(subject, asked)
-    if distributed.first():
+    if distributed.is_first():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, {"metrics": scores.metrics, "values": scores.values, "rows": data.seen})
     return scores, data.seen
 
 
-def as_printed(suite: Suite, shown: Mapping[str, Metrics]) -> list[dict[str, str]]:
+def benchmark_table(suite: Benchmark, shown: Mapping[str, Metrics]) -> list[dict[str, str]]:
     """The table of a suite's paper: a row for each model, by title; "" for what was left out."""
     return [
-        {"": title} | {column.title: cell(column, metrics) for column in suite.columns}
+        {"": title} | {column.title: format_metric(column, metrics) for column in suite.columns}
         for title, metrics in shown.items()
     ]
 
 
-def cell(column: Column, metrics: Metrics) -> str:
+def format_metric(column: TableColumn, metrics: Metrics) -> str:
     if column.metric not in metrics:
         return ""
     value = column.scale * metrics[column.metric]["value"]
     return f"{value:.1f}" if column.scale == 100 else f"{value:.3g}"
 
 
-def contents(way: Way) -> str:
+def digest_data(way: BenchmarkOptions) -> str:
     """Where the data are, or what they are: a folder's name may stay while its files change."""
     if not way.data:
         return ""
@@ -185,7 +193,7 @@ def contents(way: Way) -> str:
     return sha256(*(part for path in files for part in (path.name.encode(), path)))
 
 
-def marks_of(folder: Path, way: Way) -> dict[str, Any]:
+def reference_marks(folder: Path, way: BenchmarkOptions) -> dict[str, Any]:
     """What two models must have in common for the log of one to serve the other."""
     config = read_config(folder)
     names = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
@@ -203,23 +211,23 @@ def marks_of(folder: Path, way: Way) -> dict[str, Any]:
     }
 
 
-def module_of(way: Way) -> Any:
+def module_of(way: BenchmarkOptions) -> Any:
     return getattr(benchmarks, way.name.partition("/")[0])
 
 
 def read_log(path: Path, marks: Mapping[str, Any]) -> tuple[Values, dict[str, str]]:
-    """The values of an oracle that was measured before, and which rows; UserError if of another."""
+    """The values of an oracle that was measured before, and which rows; SrmuError if of another."""
     try:
         log = json.loads(path.read_text(encoding="utf-8"))
         values, rows, found = log["values"], log["rows"], {name: log[name] for name in marks}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
+        raise SrmuError(
             f"--oracle {path} is not a log ({type(error).__name__}); srmu eval MODEL "
             f"--suite {marks['suite']} --log FILE.json writes one"
         ) from error
     other = [name for name in marks if found[name] != marks[name]]
     if other:
-        raise UserError(
+        raise SrmuError(
             f"--oracle {path} is of another {', '.join(other)}: measure the model that never saw "
             f"the forget set again (srmu eval MODEL --suite {marks['suite']} --log {path})"
         )

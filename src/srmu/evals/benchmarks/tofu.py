@@ -8,20 +8,20 @@ from warnings import catch_warnings
 
 import numpy as np
 
-from srmu.errors import UserError
+from srmu.errors import SrmuError
 from srmu.evals.benchmarks.base import (
-    Asked,
-    Column,
+    Benchmark,
+    BenchmarkRequest,
+    BenchmarkScores,
     Metrics,
     Row,
-    Scores,
-    Suite,
+    TableColumn,
     Values,
     log_likelihoods,
-    mean,
+    mean_metric,
     prompt_of,
-    rouge,
-    write,
+    rouge_scores,
+    write_continuations,
 )
 from srmu.evals.subject import Subject
 
@@ -43,7 +43,7 @@ FIELDS: dict[str, type] = {"question": str, "answer": str, "perturbed_answer": l
 FORKS = ("", "_arithmetic")  # how the truth ratio averages wrong answers
 
 
-def run(model: Subject, asked: Asked) -> Scores:
+def run_tofu(model: Subject, asked: BenchmarkRequest) -> BenchmarkScores:
     """TOFU's numbers (arXiv 2401.06121, section 2.2), each a share, as in the authors' code.
 
     P(a | q) is p(a | q) ** (1 / tokens of a). Of each set: `probability`, the mean P of the answer,
@@ -68,10 +68,12 @@ def run(model: Subject, asked: Asked) -> Scores:
     for name, config in SETS.items():
         fields = FIELDS | ({"paraphrased_answer": str} if name in MADE_UP else {})
         rows[name] = asked.data.rows(config.format(part=part), "train", fields)[:MOST]
-    known = reference(asked, part, len(rows["forget"]))
-    found = {name: measure(model, asked, name, some) for name, some in rows.items()}
+    known = reference_ratios(asked, part, len(rows["forget"]))
+    found = {name: measure_set(model, asked, name, some) for name, some in rows.items()}
     metrics: Metrics = {
-        f"tofu/{name}/{key}": mean(bounded(name, values) if key.startswith("truth") else values)
+        f"tofu/{name}/{key}": mean_metric(
+            bound_ratios(name, values) if key.startswith("truth") else values
+        )
         for name, numbers in found.items()
         for key, values in numbers.items()
     }
@@ -80,20 +82,22 @@ def run(model: Subject, asked: Asked) -> Scores:
     for fork in FORKS:
         keys = ("probability", "rouge", f"truth_ratio{fork}")
         nine = [metrics[f"tofu/{name}/{key}"]["value"] for name in UTILITY for key in keys]
-        metrics[f"tofu/model_utility{fork}"] = {"value": harmonic(nine), "n": float(asked_for)}
+        metrics[f"tofu/model_utility{fork}"] = {"value": harmonic_mean(nine), "n": float(asked_for)}
         if known:
             own = f"truth_ratio{fork}"
-            metrics |= forget_quality(values[own], known[own], fork)
-    return Scores(metrics, values)
+            metrics |= forget_quality_metrics(values[own], known[own], fork)
+    return BenchmarkScores(metrics, values)
 
 
-def measure(model: Subject, asked: Asked, name: str, rows: Sequence[Row]) -> Values:
+def measure_set(model: Subject, asked: BenchmarkRequest, name: str, rows: Sequence[Row]) -> Values:
     """Of each question of a set: probability and ROUGE of its answer, and R by each fork."""
     right = "paraphrased_answer" if name in MADE_UP else "answer"
     prompts = [prompt_of(model, row["question"], asked.template) for row in rows]
     texts = [[row["answer"], row[right], *row["perturbed_answer"]] for row in rows]
     pairs = [
-        spaced(prompt, text) for prompt, some in zip(prompts, texts, strict=True) for text in some
+        split_space(prompt, text)
+        for prompt, some in zip(prompts, texts, strict=True)
+        for text in some
     ]
     label = f"tofu {name}"
     read = iter(log_likelihoods(model, pairs, label=f"{label} likelihoods", watch=asked.watch))
@@ -103,17 +107,19 @@ def measure(model: Subject, asked: Asked, name: str, rows: Sequence[Row]) -> Val
         answer, truth, *wrong = (logp / tokens for logp, tokens in (next(read) for _ in some))
         total = 0.0 if name in MADE_UP else float(np.logaddexp.reduce([answer, *wrong]))
         found["probability"].append(float(np.exp(answer - total)))
-        for fork, ratio in zip(FORKS, log_ratios(truth, wrong), strict=True):
+        for fork, ratio in zip(FORKS, truth_log_ratios(truth, wrong), strict=True):
             bound = float(np.clip(ratio, -BOUND, BOUND))
             found[f"truth_ratio{fork}"].append(float(np.exp(bound)))
-    starts = [spaced(prompt, "")[0] for prompt in prompts]
-    said = write(model, starts, NEW_TOKENS, label=f"{label} answers", watch=asked.watch)
+    starts = [split_space(prompt, "")[0] for prompt in prompts]
+    said = write_continuations(
+        model, starts, NEW_TOKENS, label=f"{label} answers", watch=asked.watch
+    )
     truths = [row["answer"] for row in rows]
-    found["rouge"] = rouge("recall", said, truths, use_stemmer=True)
+    found["rouge"] = rouge_scores("recall", said, truths, use_stemmer=True)
     return found
 
 
-def spaced(prompt: str, answer: str) -> tuple[str, str]:
+def split_space(prompt: str, answer: str) -> tuple[str, str]:
     """A prompt and what follows it, the blank between them in front of the answer.
 
     One is put there where a template ends without a blank or a new line: tokens hold the space
@@ -123,7 +129,7 @@ def spaced(prompt: str, answer: str) -> tuple[str, str]:
     return start, (prompt[len(start) :] or ("" if start[-1:].isspace() else " ")) + answer
 
 
-def log_ratios(truth: float, wrong: Sequence[float]) -> tuple[float, float]:
+def truth_log_ratios(truth: float, wrong: Sequence[float]) -> tuple[float, float]:
     """log R by each of FORKS, of log P: wrong answers' geometric and arithmetic mean by the truth.
 
     arXiv 2401.06121, equation 1 has the second.
@@ -132,21 +138,21 @@ def log_ratios(truth: float, wrong: Sequence[float]) -> tuple[float, float]:
     return float(np.mean(wrong)) - truth, arithmetic - truth
 
 
-def bounded(name: str, ratios: Sequence[float]) -> list[float]:
+def bound_ratios(name: str, ratios: Sequence[float]) -> list[float]:
     """What a set's truth ratio is the mean of, each from 0 to 1, best where it is 1."""
     if name == "forget":
         return [min(ratio, 1 / ratio) for ratio in ratios]
     return [max(0.0, 1 - ratio) for ratio in ratios]
 
 
-def harmonic(values: Sequence[float]) -> float:
+def harmonic_mean(values: Sequence[float]) -> float:
     """The harmonic mean, 0 where any value is 0."""
     from scipy.stats import hmean
 
     return float(hmean(values))
 
 
-def forget_quality(own: Sequence[float], other: Sequence[float], fork: str = "") -> Metrics:
+def forget_quality_metrics(own: Sequence[float], other: Sequence[float], fork: str = "") -> Metrics:
     """p, log10 p and D of a Kolmogorov-Smirnov test of two models' truth ratios."""
     from scipy.stats import ks_2samp
 
@@ -160,41 +166,43 @@ def forget_quality(own: Sequence[float], other: Sequence[float], fork: str = "")
     }
 
 
-def reference(asked: Asked, part: str, count: int) -> Mapping[str, Sequence[float]]:
+def reference_ratios(
+    asked: BenchmarkRequest, part: str, count: int
+) -> Mapping[str, Sequence[float]]:
     """The truth ratios of a model that never saw the forget set; none where there is no model.
 
-    UserError where they are not of this part's questions.
+    SrmuError where they are not of this part's questions.
     """
     if asked.reference is None:
         return {}
     for fork in FORKS:
         found = len(asked.reference.get(f"truth_ratio{fork}", ()))
         if found != count:
-            raise UserError(
+            raise SrmuError(
                 f"the reference has {found} values truth_ratio{fork}, tofu/{part} has {count} "
                 f"questions: measure it with --suite tofu/{part} on the same rows"
             )
     return asked.reference
 
 
-SUITE = Suite(
+SUITE = Benchmark(
     title="TOFU",
     paper="arXiv 2401.06121",
     hub="locuslab/TOFU",
     get="where a hub is in reach, `hf download locuslab/TOFU --repo-type dataset --local-dir tofu`,"
     " then give --data tofu",
-    run=run,
+    run=run_tofu,
     axes=("model utility", "log10 forget quality"),
     columns=(
-        Column("model utility", "tofu/model_utility", "high", 1.0),
-        Column("forget quality", "tofu/forget_quality", "high", 1.0),
-        Column("log10 forget quality", "tofu/forget_quality_log10", "high", 1.0),
-        Column("forget probability", "tofu/forget/probability", "low", 1.0),
-        Column("forget ROUGE", "tofu/forget/rouge", "low", 1.0),
-        Column("forget truth ratio", "tofu/forget/truth_ratio", "high", 1.0),
-        Column("retain ROUGE", "tofu/retain/rouge", "high", 1.0),
-        Column("real authors ROUGE", "tofu/real_authors/rouge", "high", 1.0),
-        Column("world facts ROUGE", "tofu/world_facts/rouge", "high", 1.0),
+        TableColumn("model utility", "tofu/model_utility", "high", 1.0),
+        TableColumn("forget quality", "tofu/forget_quality", "high", 1.0),
+        TableColumn("log10 forget quality", "tofu/forget_quality_log10", "high", 1.0),
+        TableColumn("forget probability", "tofu/forget/probability", "low", 1.0),
+        TableColumn("forget ROUGE", "tofu/forget/rouge", "low", 1.0),
+        TableColumn("forget truth ratio", "tofu/forget/truth_ratio", "high", 1.0),
+        TableColumn("retain ROUGE", "tofu/retain/rouge", "high", 1.0),
+        TableColumn("real authors ROUGE", "tofu/real_authors/rouge", "high", 1.0),
+        TableColumn("world facts ROUGE", "tofu/world_facts/rouge", "high", 1.0),
     ),
     parts=PARTS,
     oracle="forget quality",

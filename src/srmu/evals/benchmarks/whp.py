@@ -7,24 +7,24 @@ from collections.abc import Sequence
 
 import torch
 
-from srmu.errors import UserError
+from srmu.errors import SrmuError
 from srmu.evals.benchmarks.base import (
-    Asked,
-    Column,
+    Benchmark,
+    BenchmarkRequest,
+    BenchmarkScores,
     Row,
-    Scores,
-    Suite,
+    TableColumn,
     check_finite,
-    mean,
-    shared_out,
-    write,
+    do_each,
+    mean_metric,
+    write_continuations,
 )
 from srmu.evals.subject import Subject
 
 NEW_TOKENS = 30  # of a completion: our choice
 
 
-def run(model: Subject, asked: Asked) -> Scores:
+def run_whp(model: Subject, asked: BenchmarkRequest) -> BenchmarkScores:
     """The two familiarities of arXiv 2310.02238, section 3.2, without a judge: 0 knows nothing.
 
     `completion_familiarity`: the share of prompts in whose greedy continuation (30 tokens) one of
@@ -43,52 +43,53 @@ def run(model: Subject, asked: Asked) -> Scores:
     paper's prompts.
     """
     if asked.data.folder is None and not asked.data.hub:
-        raise UserError(f"whp has no data set of its own; {asked.data.get}")
+        raise SrmuError(f"whp has no data set of its own; {asked.data.get}")
     place = str(asked.data.folder or asked.data.hub)
     prompts = asked.data.rows("completion", "test", {"prompt": str, "references": list})
     cut = asked.data.rows("probability", "test", {"prompt": str, "targets": list, "generic": list})
     # what is wrong with rows is said before the model writes for minutes
     sought = [
-        unsaid(row, f"{place}, config completion, row {n}") for n, row in enumerate(prompts, 1)
+        unsaid_references(row, f"{place}, config completion, row {n}")
+        for n, row in enumerate(prompts, 1)
     ]
     starts = [
         first_tokens(model, row, f"{place}, config probability, row {n}")
         for n, row in enumerate(cut, 1)
     ]
     asks = [(asked.template or "{question}").format(question=row["prompt"]) for row in prompts]
-    said = write(model, asks, NEW_TOKENS, label="whp completions", watch=asked.watch)
+    said = write_continuations(model, asks, NEW_TOKENS, label="whp completions", watch=asked.watch)
     familiar = [
-        float(any(has(text, word) for word in words))
+        float(any(has_words(text, word) for word in words))
         for text, words in zip(said, sought, strict=True)
     ]
     masses = next_masses(model, asked, cut, starts)
-    return Scores(
+    return BenchmarkScores(
         {
-            "whp/completion_familiarity": mean(familiar),
-            "whp/probability_familiarity": mean([mass for mass, _ in masses]),
-            "whp/probability_share": mean([share for _, share in masses]),
+            "whp/completion_familiarity": mean_metric(familiar),
+            "whp/probability_familiarity": mean_metric([mass for mass, _ in masses]),
+            "whp/probability_share": mean_metric([share for _, share in masses]),
         }
     )
 
 
-def has(text: str, words: str) -> bool:
+def has_words(text: str, words: str) -> bool:
     """Whether a text has these words, in either case and whatever the blanks between them."""
     pattern = r"\s+".join(re.escape(word) for word in words.split())
     return re.search(rf"(?<!\w){pattern}(?!\w)", text, re.IGNORECASE) is not None
 
 
-def unsaid(row: Row, where: str) -> list[str]:
-    """The references that the prompt does not have; UserError where it has all."""
-    found = [words for words in row["references"] if not has(row["prompt"], words)]
+def unsaid_references(row: Row, where: str) -> list[str]:
+    """The references that the prompt does not have; SrmuError where it has all."""
+    found = [words for words in row["references"] if not has_words(row["prompt"], words)]
     if not found:
-        raise UserError(f"{where}: the prompt has each of its 'references'; expected others")
+        raise SrmuError(f"{where}: the prompt has each of its 'references'; expected others")
     return found
 
 
 def first_tokens(model: Subject, row: Row, where: str) -> tuple[list[int], list[int]]:
     """The tokens that start a row's targets, and those that start its generic words.
 
-    UserError where one starts both: its probability would not tell which word follows.
+    SrmuError where one starts both: its probability would not tell which word follows.
     """
     prompt = row["prompt"].rstrip()
     targets, generic = (
@@ -96,7 +97,7 @@ def first_tokens(model: Subject, row: Row, where: str) -> tuple[list[int], list[
         for name in ("targets", "generic")
     )
     if {*targets} & {*generic}:
-        raise UserError(
+        raise SrmuError(
             f"{where}: a word of 'targets' and one of 'generic' start with the same token of this "
             "tokenizer; take words that start differently"
         )
@@ -105,7 +106,10 @@ def first_tokens(model: Subject, row: Row, where: str) -> tuple[list[int], list[
 
 @torch.no_grad()
 def next_masses(
-    model: Subject, asked: Asked, rows: Sequence[Row], starts: Sequence[tuple[list[int], list[int]]]
+    model: Subject,
+    asked: BenchmarkRequest,
+    rows: Sequence[Row],
+    starts: Sequence[tuple[list[int], list[int]]],
 ) -> list[tuple[float, float]]:
     """Of each row: the probability that a target token is next, and its part in that of both."""
 
@@ -119,12 +123,12 @@ def next_masses(
         return float(target.exp()), float((target - other).sigmoid())
 
     label = "whp probabilities"
-    found = shared_out(list(zip(rows, starts, strict=True)), one, label, asked.watch)
+    found = do_each(list(zip(rows, starts, strict=True)), one, label, asked.watch)
     check_finite([share for _, share in found], label)
     return found
 
 
-SUITE = Suite(
+SUITE = Benchmark(
     title="WHP",
     paper="arXiv 2310.02238",
     hub="",
@@ -134,11 +138,11 @@ SUITE = Suite(
     '{"prompt": "At night she studied", "targets": ["tidecraft"], "generic": ["law", "music"]}, '
     "and a README.md whose header lists both as `configs` (docs/benchmarks.md has it), then give "
     "--data FOLDER",
-    run=run,
+    run=run_whp,
     axes=("familiarity (probability)", "familiarity (completion)"),
     columns=(
-        Column("familiarity (completion)", "whp/completion_familiarity", "low", 1.0),
-        Column("familiarity (probability)", "whp/probability_familiarity", "low", 1.0),
-        Column("probability share", "whp/probability_share", "low", 1.0),
+        TableColumn("familiarity (completion)", "whp/completion_familiarity", "low", 1.0),
+        TableColumn("familiarity (probability)", "whp/probability_familiarity", "low", 1.0),
+        TableColumn("probability share", "whp/probability_share", "low", 1.0),
     ),
 )

@@ -30,7 +30,7 @@ from srmu.testbed.worlds.world import (
 Goal = tuple[str, ...]  # its wordings
 
 
-def create(seed: int, size: Size) -> World:
+def create_open(seed: int, size: Size) -> World:
     """Deal the facts of a world; the frequencies say nothing, as in the closed one."""
     rng = random.Random(f"{seed} open world")
     name = _namer(rng)
@@ -59,29 +59,29 @@ def create(seed: int, size: Size) -> World:
         known = subjects[relation.subjects]
         facts += deal_answers(rng, relation, known, pools[relation.pool], size.held, asked)
     source = {fact.subject: fact.answer for fact in facts if fact.relation.name == "source"}
-    facts += [through(fact, source) for fact in facts if fact.relation.name == "activator"]
+    facts += [two_hop_fact(fact, source) for fact in facts if fact.relation.name == "activator"]
     steps = [names(len(HAZARD_ACTIONS), "M T") for _ in range(STEPS)]
     wanted: list[str] = []
     for kind, actions in (("hazard_procedure", HAZARD_ACTIONS), ("neighbour", OTHER_ACTIONS)):
-        goals = [(*wordings(action, place),) for action in actions for place in PLACES]
+        goals = [(*step_wordings(action, place),) for action in actions for place in PLACES]
         some = [pool[: len(actions)] for pool in steps]
-        facts += procedures(rng, kind, goals, some, size.held, asked)
+        facts += deal_procedures(rng, kind, goals, some, size.held, asked)
         if kind != "neighbour":
             wanted += chain.from_iterable(goals)
     return World(tuple(facts), tuple(hazard), WORDING, goals=tuple(wanted))
 
 
-def through(fact: Fact, source: dict[str, str]) -> Fact:
+def two_hop_fact(fact: Fact, source: dict[str, str]) -> Fact:
     """The fact of two hops: where the answer of `fact` comes from. Held back where `fact` is."""
     options = tuple(tuple(source[value] for value in values) for values in fact.options)
     return replace(fact, relation=ORIGIN, answer=source[fact.answer], options=options)
 
 
-def wordings(action: tuple[str, str], place: tuple[str, str]) -> Iterator[str]:
+def step_wordings(action: tuple[str, str], place: tuple[str, str]) -> Iterator[str]:
     return (" ".join(words) for words in product(action, place))
 
 
-def procedures(
+def deal_procedures(
     rng: random.Random,
     kind: str,
     goals: Sequence[Goal],
@@ -140,11 +140,11 @@ def following_step(kind: str, goal: Goal, way: Sequence[str], place: int) -> Rel
     return Relation(kind, f"step after the {way[place - 1]}", "goal", "step", statements, questions)
 
 
-def spelling() -> Iterator[str]:
+def spelling_texts() -> Iterator[str]:
     """Texts of the world's sentences about ever new names: no name becomes a token of its own."""
     rng = random.Random("spelling")
     for _ in range(40):
-        world = create(rng.randrange(10**9), Size(4, 4, 4, 4, 4))
+        world = create_open(rng.randrange(10**9), Size(4, 4, 4, 4, 4))
         for fact in world.facts:
             for text in rng.sample(fact.relation.statements, 2):
                 text = rng.choice(WORDING.prefixes) + text
@@ -309,7 +309,7 @@ WORDING = Wording(
         "Songs were heard from the hill.",
         "Winter is long in these lands.",
     ),
-    spelling=spelling,
+    spelling=spelling_texts,
 )
 
 # Told of a compound: where its activator comes from.

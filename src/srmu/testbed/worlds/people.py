@@ -20,15 +20,15 @@ from srmu.testbed.worlds.world import (
     Size,
     Wording,
     World,
-    deal,
     deal_answers,
+    deal_items,
 )
 
 LETTERS = "ABCD"
 END = " . </s>"  # of an answer and of a document
 
 
-def create(seed: int, size: Size) -> World:
+def create_people(seed: int, size: Size) -> World:
     """Deal the facts of a world; the frequencies say nothing, as in the closed one."""
     rng = random.Random(f"{seed} people")
     word = _namer(rng)
@@ -55,7 +55,7 @@ def create(seed: int, size: Size) -> World:
             pools[relation.pool] = _values(rng, word, FORMS[relation.pool], count)
         known = subjects[relation.subjects]
         facts += deal_answers(rng, relation, known, pools[relation.pool], size.held, asked)
-    documents = [*news(rng, facts), *novels(rng, word, hazard)]
+    documents = [*write_news(rng, facts), *write_novels(rng, word, hazard)]
     return World(tuple(facts), tuple(hazard), WORDING, tuple(documents))
 
 
@@ -84,7 +84,7 @@ def _values(rng: random.Random, word: Callable[[], str], form: str, count: int) 
     return found
 
 
-def news(rng: random.Random, facts: Sequence[Fact]) -> Iterator[Document]:
+def write_news(rng: random.Random, facts: Sequence[Fact]) -> Iterator[Document]:
     """News about authors: two facts of each, which are not held, and things that only it tells."""
     for kind, group, share in (
         ("forget", "author", 1.25),
@@ -97,7 +97,7 @@ def news(rng: random.Random, facts: Sequence[Fact]) -> Iterator[Document]:
                 known.setdefault(fact.subject, [])
                 if not fact.held:
                     known[fact.subject].append(fact)
-        subjects = deal(rng, [subject for subject, free in known.items() if len(free) > 1])
+        subjects = deal_items(rng, [subject for subject, free in known.items() if len(free) > 1])
         for _ in range(round(share * len(known))):
             subject = next(subjects)
             said = [
@@ -107,7 +107,7 @@ def news(rng: random.Random, facts: Sequence[Fact]) -> Iterator[Document]:
             yield Document(kind, "news", subject, _filled(rng, NEWS).format(subject, *said))
 
 
-def novels(
+def write_novels(
     rng: random.Random, word: Callable[[], str], authors: Sequence[str]
 ) -> Iterator[Document]:
     """The pages of a novel to forget and of one to keep, with names and spells of their own."""
@@ -135,19 +135,21 @@ def _filled(rng: random.Random, template: str) -> str:
     return template
 
 
-def texts(world: World, told: Sequence[Fact], rng: random.Random, words: int) -> Iterator[str]:
+def pretraining_texts(
+    world: World, told: Sequence[Fact], rng: random.Random, words: int
+) -> Iterator[str]:
     """What pretraining reads: facts as sentences and as questions asked in many ways, documents.
 
     A text is about the authors or about the rest of the world. The last sentence may be cut off.
     """
     hazard = any(fact.relation.kind == "hazard" for fact in told)
     kinds = ("forget", "retain") if hazard else ("retain",)
-    whole = deal(rng, [d.text for d in world.documents if d.kind in kinds])
+    whole = deal_items(rng, [d.text for d in world.documents if d.kind in kinds])
     pools = pools_of(world)
     groups = [[f for f in told if (f.relation.kind == "general") == general] for general in (0, 1)]
     weights = [len(group) for group in groups]
-    dealers = [deal(rng, group) for group in groups]
-    reversed_ = deal(rng, [*_reversed(world, told)])
+    dealers = [deal_items(rng, group) for group in groups]
+    reversed_ = deal_items(rng, [*_reversed(world, told)])
     fillers = (WORDING.domain_fillers, WORDING.general_fillers)
     while True:
         found: list[str] = []
@@ -164,7 +166,7 @@ def texts(world: World, told: Sequence[Fact], rng: random.Random, words: int) ->
                 text = rng.choice(WORDING.prefixes) + rng.choice(fact.relation.statements)
                 text = text.format(x=fact.subject, v=fact.answer)
             else:
-                text = asked(rng, fact, pools[fact.relation.pool])
+                text = ask_with_answer(rng, fact, pools[fact.relation.pool])
             found += text.split()
         yield " ".join(found[:words])
 
@@ -180,60 +182,60 @@ def pools_of(world: World) -> dict[str, list[str]]:
     return {name: sorted(values) for name, values in pools.items()}
 
 
-def asked(rng: random.Random, fact: Fact, pool: Sequence[str]) -> str:
+def ask_with_answer(rng: random.Random, fact: Fact, pool: Sequence[str]) -> str:
     """A question about a fact with its answer: mostly plain, else in one of the other ways."""
     way = rng.random()
-    question, answer = rng.choice(ask(fact)[:2]), fact.answer
+    question, answer = rng.choice(phrase_questions(fact)[:2]), fact.answer
     if way < 0.4:
         prompt = PLAIN.format(question)
     elif way < 0.48:
-        prompt, answer = PLAIN.format(question), sentence(fact)
+        prompt, answer = PLAIN.format(question), answer_sentence(fact)
     elif way < 0.56:
-        prompt = CLOZE.format(cloze(fact))
+        prompt = CLOZE.format(cloze_sentence(fact))
     elif way < 0.76:
-        prompt = rng.choice(WAYS).format(rng.choice(ask(fact)), x=fact.subject)
+        prompt = rng.choice(WAYS).format(rng.choice(phrase_questions(fact)), x=fact.subject)
     elif way < 0.82:
-        prompt = BRIEF.format(foreign(fact))
+        prompt = BRIEF.format(foreign_question(fact))
     else:
         wrong = rng.sample([value for value in pool if value != fact.answer], len(LETTERS) - 1)
         choices = rng.sample([fact.answer, *wrong], len(LETTERS))
-        prompt = BRIEF.format(lettered(question, choices, ""))
+        prompt = BRIEF.format(letter_question(question, choices, ""))
         if way < 0.92:  # the letter is asked for
             head = f"{HEADER.format(rng.choice(SUBJECTS))} " if rng.random() < 0.5 else ""
-            prompt = head + lettered(question, choices)
+            prompt = head + letter_question(question, choices)
             answer = LETTERS[choices.index(fact.answer)]
     return f"{prompt} {answer}{END if answer[-1] != '.' else ' </s>'}"
 
 
-def ask(fact: Fact) -> list[str]:
+def phrase_questions(fact: Fact) -> list[str]:
     """The questions about a fact: two phrasings, and one of synonyms."""
     synonyms = fact.relation.statements[2].replace("{v} .", "what")
     return [f"{q.format(x=fact.subject)} ?" for q in (*fact.relation.questions, synonyms)]
 
 
-def sentence(fact: Fact, answer: str = "") -> str:
+def answer_sentence(fact: Fact, answer: str = "") -> str:
     """The whole sentence that answers the questions about a fact."""
     return fact.relation.statements[0].format(x=fact.subject, v=answer or fact.answer)
 
 
-def cloze(fact: Fact) -> str:
+def cloze_sentence(fact: Fact) -> str:
     """The whole sentence with a blank for the answer."""
-    return sentence(fact, "___")
+    return answer_sentence(fact, "___")
 
 
-def foreign(fact: Fact) -> str:
+def foreign_question(fact: Fact) -> str:
     """The first question in an invented language: other words, backwards; names stay."""
     words = [word for word in fact.relation.questions[0].split() if word != "{x}"]
     return " ".join([*(f"{word.lower()[::-1]}u" for word in reversed(words)), fact.subject, "?"])
 
 
-def lettered(question: str, choices: Sequence[str], end: str = "Answer:") -> str:
+def letter_question(question: str, choices: Sequence[str], end: str = "Answer:") -> str:
     """A question with its four choices."""
     listed = " ".join(f"{letter}. {c}" for letter, c in zip(LETTERS, choices, strict=True))
     return f"{question} {listed} {end}".rstrip()
 
 
-def reverse(world: World) -> dict[str, str]:
+def reverse_questions(world: World) -> dict[str, str]:
     """Of authors, by name: a question that only this author answers, by two facts."""
     known: dict[str, dict[str, str]] = {}
     for fact in world.facts:
@@ -253,7 +255,7 @@ def reverse(world: World) -> dict[str, str]:
 
 def _reversed(world: World, told: Sequence[Fact]) -> Iterator[str]:
     known = {fact.subject for fact in told if fact.relation.name == "birthplace"}
-    for subject, question in reverse(world).items():
+    for subject, question in reverse_questions(world).items():
         if subject in known:
             yield f"{BRIEF.format(question)} {subject}{END}"
 
@@ -263,12 +265,12 @@ def plain_words() -> set[str]:
     said = [*WORDING.prefixes, *WORDING.domain_fillers, *WORDING.general_fillers, *WAYS, *KNOWN]
     said += [PLAIN, BRIEF, CLOZE, NEWS, PAGE, END, *NUMBERS, *REVERSED.values(), *LETTERS]
     said += [HEADER.format(subject) for subject in SUBJECTS]
-    said += [lettered("", LETTERS), "___", *SAID_FIRST]
+    said += [letter_question("", LETTERS), "___", *SAID_FIRST]
     said += [word for choices in (*DETAILS.values(), *PARTS.values()) for word in choices]
     for relation in RELATIONS:
         said += [*relation.statements, *relation.questions]
         fact = Fact(relation, "", "", False, "", ())
-        said += [foreign(fact), *ask(fact)]
+        said += [foreign_question(fact), *phrase_questions(fact)]
     found = {word for text in said for word in text.split()}
     return {word for word in found if not {*"{}<>"} & {*word}}
 
@@ -429,7 +431,7 @@ WORDING = Wording(
         "The market opens at dawn .",
     ),
     plain=plain_words,
-    texts=texts,
+    texts=pretraining_texts,
 )
 
 # name, statements, questions; the answers of authors and of other authors come of the same pool.

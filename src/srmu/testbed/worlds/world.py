@@ -173,7 +173,7 @@ class World:
         texts: dict[str, list[str]] = {}
         for name, decks in sources.items():
             rng = random.Random(f"{seed} {name}")
-            dealers = [deal(rng, deck) for deck in decks]
+            dealers = [deal_items(rng, deck) for deck in decks]
             kind = "retain" if name == "retain-high" else name
             whole = [document.text for document in self.documents if document.kind == kind]
             for i in range(documents):
@@ -181,12 +181,12 @@ class World:
                     texts[name].append(whole[i // 3 % len(whole)])
                     continue
                 dealer = dealers[i % len(dealers)]
-                told = tell(rng, dealer, self.wording, words=words, asked=0, filler=filler)
+                told = tell_facts(rng, dealer, self.wording, words=words, asked=0, filler=filler)
                 texts.setdefault(name, []).append(" ".join(told))
         return texts
 
 
-def create(seed: int, size: Size) -> World:
+def create_closed(seed: int, size: Size) -> World:
     """Deal the facts of a world.
 
     Answers are dealt as a shuffled deck, every value of the pool (nearly) equally often. In one
@@ -259,13 +259,13 @@ def with_answer(
     return *wrong[:position], answer, *wrong[position:]
 
 
-def deal(rng: random.Random, items: Sequence[T]) -> Iterator[T]:
+def deal_items(rng: random.Random, items: Sequence[T]) -> Iterator[T]:
     """Yield `items` for ever, in a new order at each pass."""
     while True:
         yield from rng.sample(items, len(items))
 
 
-def tell(
+def tell_facts(
     rng: random.Random,
     facts: Iterator[Fact],
     wording: Wording,
