@@ -7,9 +7,9 @@ from helpers.models import pico_module, word_tokenizer
 from srmu.attacks.gcg import (
     SuffixedSubject,
     common_end,
+    cost,
     draw_swaps,
     gcg,
-    cost,
     make_target,
     ordinary_tokens,
     suffix_gradient,

@@ -11,7 +11,7 @@ import torch
 from helpers.attack_world import ANSWERS, SUBJECTS, exam, question, subject, texts
 from srmu.attacks.base import AttackResult, Exam, Setting, Texts
 from srmu.attacks.benign_relearning import benign_relearning
-from srmu.attacks.heavy_tuning import heavy_tuning, cost
+from srmu.attacks.heavy_tuning import cost, heavy_tuning
 from srmu.attacks.part_relearning import part_relearning
 from srmu.attacks.relearning_steps import RelearningKind, relearning_steps
 from srmu.attacks.tuning import split_validation

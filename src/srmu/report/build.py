@@ -21,8 +21,8 @@ from srmu.report.results import (
     RunGroup,
     aggregate_columns,
     has_file,
-    read_run_file,
     read_results,
+    read_run_file,
     strip_paths,
 )
 from srmu.runs.run import Run
