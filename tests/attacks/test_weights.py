@@ -1,9 +1,7 @@
 """What all attacks on the weights have in common; fine-tuning against a loop written out."""
 
 import sys
-from collections.abc import Callable
 from functools import partial
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -11,26 +9,22 @@ import torch
 
 from helpers.attack_world import exam, subject, texts
 from helpers.models import pico_module, word_tokenizer
-from srmu.attacks.base import ask_changed, find_matrices
-from srmu.attacks.benign_relearning import benign_relearning
-from srmu.attacks.heavy_tuning import heavy_tuning
-from srmu.attacks.noise import noise
-from srmu.attacks.part_relearning import part_relearning
-from srmu.attacks.quantisation import quantisation
-from srmu.attacks.relearning_steps import relearning_steps
-from srmu.attacks.tuning import rate_factor, text_rows, tune_model
+from srmu.attacks import ATTACKS
+from srmu.attacks.base import Attack, ask_changed, find_matrices
+from srmu.attacks.heavy_tuning import HeavyTuning
+from srmu.attacks.tuning import text_rows
+from srmu.engine.fine_tune import rate_factor, tune_model
 from srmu.engine.model import EditableModel
 from srmu.evals.subject import NotApplicable, Subject
 
-ATTACKS: tuple[Any, ...] = (
-    benign_relearning, part_relearning, partial(heavy_tuning, steps=(1, 2)), quantisation, noise,
-    relearning_steps,
+BENIGN, QUANTISATION, PART, NOISE, STEPS = (
+    ATTACKS[name].at_tier("smoke")
+    for name in (
+        "benign_relearning", "quantisation", "part_relearning", "noise", "relearning_steps",
+    )
 )  # fmt: skip
-named = partial(pytest.mark.parametrize, ids=lambda a: getattr(a, "func", a).__name__)
-
-
-def module_of(attack: Callable[..., Any]) -> ModuleType:
-    return sys.modules[attack.__module__]
+EACH = (BENIGN, QUANTISATION, PART, NOISE, STEPS, HeavyTuning(steps=(1, 2)))
+named = partial(pytest.mark.parametrize, ids=lambda attack: attack.name)
 
 
 def state(model: Subject) -> dict[str, Any]:
@@ -52,21 +46,21 @@ def weights_of(model: Subject) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in model.module.state_dict().items()}
 
 
-@named("attack", ATTACKS)
-def test_weights_come_back_and_the_seed_decides(attack: Any) -> None:
+@named("attack", EACH)
+def test_weights_come_back_and_the_seed_decides(attack: Attack) -> None:
     model = subject("unlearned")
     before, weights = state(model), weights_of(model)
     random = torch.get_rng_state()
-    first = attack(model, texts(), exam(), "smoke", 3)
+    first = attack.run(model, texts(), exam(), 3)
     assert unchanged(model, before, weights)
     assert torch.equal(random, torch.get_rng_state())
-    assert attack(model, texts(), exam(), "smoke", 3) == first
+    assert attack.run(model, texts(), exam(), 3) == first
     assert first.ways and len({way.setting for way in first.ways}) == len(first.ways)
     assert {len(way.test) for way in first.ways} - {0} == {len(exam().test)}
 
 
-@named("attack", ATTACKS)
-def test_weights_come_back_after_an_error(attack: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@named("attack", EACH)
+def test_weights_come_back_after_an_error(attack: Attack, monkeypatch: pytest.MonkeyPatch) -> None:
     model = subject("unlearned")
     before, weights = state(model), weights_of(model)
 
@@ -75,28 +69,29 @@ def test_weights_come_back_after_an_error(attack: Any, monkeypatch: pytest.Monke
 
     for name in ("ask_exam", "mark_answers"):
         monkeypatch.setattr(f"srmu.attacks.base.{name}", fail)
-        monkeypatch.setattr(module_of(getattr(attack, "func", attack)), name, fail, raising=False)
+        monkeypatch.setattr(sys.modules[type(attack).__module__], name, fail, raising=False)
     with pytest.raises(RuntimeError, match="in the middle"):
-        attack(model, texts(), exam(), "smoke", 0)
+        attack.run(model, texts(), exam(), 0)
     assert unchanged(model, before, weights)
 
 
 @pytest.mark.parametrize(
     ("arch", "attack"),
-    [("mixtral", benign_relearning), ("mixtral", quantisation), *(("gpt2", a) for a in ATTACKS)],
+    [("mixtral", BENIGN), ("mixtral", QUANTISATION), *(("gpt2", attack) for attack in EACH)],
+    ids=lambda value: getattr(value, "name", value),
 )
-def test_other_architectures(arch: str, attack: Any) -> None:
+def test_other_architectures(arch: str, attack: Attack) -> None:
     model = Subject(pico_module(arch, torch.bfloat16), word_tokenizer())
     before, weights = state(model), weights_of(model)
-    found = attack(model, texts(), exam(), "smoke", 0)
+    found = attack.run(model, texts(), exam(), 0)
     assert found.ways
     assert unchanged(model, before, weights)
 
 
-@named("attack", ATTACKS)
-def test_fixed_weights_are_not_attacked(attack: Any) -> None:
+@named("attack", EACH)
+def test_fixed_weights_are_not_attacked(attack: Attack) -> None:
     with pytest.raises(NotApplicable, match="it answers with two models"):
-        attack(subject("oracle", fixed="it answers with two models"), texts(), exam(), "smoke", 0)
+        attack.run(subject("oracle", fixed="it answers with two models"), texts(), exam(), 0)
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,7 @@ def attack_run(
     texts = load_texts(sources, own)
     subjects = Subjects(run, base, sources.oracle, find_device(device))
     for name, one in list(chosen.items()):
-        cost = cost_of(one, subjects)
+        cost = estimate_cost(one, subjects)
         if cost and not distributed.agree_on(distributed.is_first() and confirm(f"{name}: {cost}")):
             del chosen[name]
     given = sha256(repr((exam, texts, seed)).encode())
@@ -98,15 +98,15 @@ def attack_run(
     pairs = [*product(prints, chosen)]
     with watch("attacking", len(pairs) // distributed.get_size()) as tick:
 
-        def made(pair: tuple[str, str]) -> tuple[AttackResult | str, float]:
+        def attack_one(pair: tuple[str, str]) -> tuple[AttackResult | str, float]:
             who, name = pair
             one = chosen[name]
-            key = sha256(json.dumps([prints[who], name, tier, given, code_of(one)]).encode())
+            key = sha256(json.dumps([prints[who], repr(one), given, code_of(one)]).encode())
             kept = cache_dir() / "attacks" / f"{key}.json"
             started = time.monotonic()
             result: AttackResult | str | None = read_result(kept)
             if result is None:
-                result = try_attack(one, subjects.named(who), texts, exam, tier, seed)
+                result = try_attack(one, subjects.named(who), texts, exam, seed)
                 if isinstance(result, AttackResult):
                     kept.parent.mkdir(parents=True, exist_ok=True)
                     write_json(kept, asdict(result))
@@ -114,7 +114,7 @@ def attack_run(
             return result, time.monotonic() - started
 
         for (who, name), (result, took) in zip(
-            pairs, distributed.share_work(pairs, made), strict=True
+            pairs, distributed.share_work(pairs, attack_one), strict=True
         ):
             found[name][who] = result
             seconds[name] += took
@@ -165,7 +165,7 @@ def select_attacks(tier: Tier, names: Sequence[str]) -> dict[str, Attack]:
             raise SrmuError(f"attack {name!r} does not exist{suggest_word(name, ATTACKS)}")
         wanted.append(known.get(name.lower(), name))
     return {
-        name: attack
+        name: attack.at_tier(tier)
         for name, attack in ATTACKS.items()
         if name in ("forced_choice", "utility", *wanted)
         or (not names and TIERS.index(attack.tier) <= TIERS.index(tier))
@@ -336,36 +336,35 @@ class Subjects:
 
 
 def try_attack(
-    one: Attack, model: Subject, texts: Texts, exam: Exam, tier: Tier, seed: int
+    one: Attack, model: Subject, texts: Texts, exam: Exam, seed: int
 ) -> AttackResult | str:
     """What an attack found, or why it did not: that it does not apply, or failed."""
     try:
-        return one.run(model, texts, exam, tier, seed)
+        return one.run(model, texts, exam, seed)
     except NotApplicable as reason:
         return f"does not apply: {reason}"
     except (SrmuError, torch.OutOfMemoryError) as error:
         return f"failed: {first_line(error)}"
 
 
-def cost_of(one: Attack, subjects: Subjects) -> str:
+def estimate_cost(one: Attack, subjects: Subjects) -> str:
     """What an attack that takes long says that it takes; "" of any other."""
-    cost = getattr(sys.modules[one.run.__module__], "cost", None)
-    if cost is None:
+    if type(one).cost is Attack.cost:  # then no model need be loaded
         return ""
     try:
-        return str(cost(subjects.unlearned))
+        return one.cost(subjects.unlearned)
     except (NotApplicable, torch.OutOfMemoryError):  # it will say so when it runs
         return ""
 
 
 def code_of(one: Attack) -> list[str]:
-    """What decides an attack's result besides its inputs: its code, that of its helpers, torch."""
-    module = sys.modules[one.run.__module__]
+    """What decides a result besides an attack's fields: its code, that of its helpers, torch."""
+    module = sys.modules[type(one).__module__]
     homes = {getattr(value, "__module__", "") or "" for value in vars(module).values()}
     names = sorted(
         name
         for name in {*homes, module.__name__}
-        if name.startswith(("srmu.attacks.", "srmu.evals."))
+        if name.startswith(("srmu.attacks.", "srmu.engine.", "srmu.evals."))
     )
     files = [Path(str(sys.modules[name].__file__)) for name in names]
     return [sha256(*files), version("torch"), version("transformers")]

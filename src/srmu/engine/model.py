@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from srmu.engine import distributed
 from srmu.engine.activation_cache import Activations, Output, digest_tensors
+from srmu.engine.hooks import edit_input, edit_outputs, hook_outputs, swap_blocks
 from srmu.engine.loading import find_layers, load_module, read_config
 from srmu.errors import SrmuError
 
@@ -181,29 +182,21 @@ class EditableModel:
             return found
         layer = self.layers[site.layer]
         caught: list[Tensor] = []
-
-        def catch(module: nn.Module, args: Any, output: Any = None) -> None:
-            value = args if output is None else output
-            caught.append(value[0] if isinstance(value, tuple) else value)
-
         if site.stream == "resid_post":
-            handle = layer.register_forward_hook(catch)
+            reading = edit_outputs({layer: caught.append})
         elif site.stream == "mlp_out":
-            handle = find_child(layer, "mlp").register_forward_hook(catch)
+            reading = edit_outputs({find_child(layer, "mlp"): caught.append})
         else:
             down = role_in_layer(layer, "mlp_down").removesuffix(".weight")
             if "experts" in down:
                 raise SrmuError("mlp_post: each expert has its own; read resid_post or mlp_out")
-            handle = find_child(layer, down).register_forward_pre_hook(catch)
-        try:
-            with self._layers_for(batch, site.layer + 1):
-                self.module.base_model(
-                    input_ids=batch["input_ids"],
-                    attention_mask=batch["attention_mask"],
-                    use_cache=False,
-                )
-        finally:
-            handle.remove()
+            reading = edit_input(find_child(layer, down), caught.append)
+        with reading, self._layers_for(batch, site.layer + 1):
+            self.module.base_model(
+                input_ids=batch["input_ids"],
+                attention_mask=batch["attention_mask"],
+                use_cache=False,
+            )
         value = caught[0]
         if value.ndim == 4 and hasattr(self.module.config, "altup_num_inputs"):
             # Gemma 3n: streams before the batch, all of them a token's features
@@ -364,9 +357,8 @@ class EditableModel:
         The module's own code still makes masks and rotary tables: to call layers by ourselves we
         would have to know each architecture. What was not kept yet is kept now.
         """
-        layers = self.layers
-        kept = layers[:depth]
-        handle = None
+        kept = self.layers[:depth]
+        hooks: dict[nn.Module, Any] = {}
         # Gemma 3n and 4: the last layers read keys and values of layers that must then be run.
         sharing = getattr(self.module.config, "num_kv_shared_layers", None) or 0
         reads = sharing and depth > self.module.config.num_hidden_layers - sharing
@@ -376,20 +368,15 @@ class EditableModel:
                 kept = nn.ModuleList([*[KnownOutput(found)] * self.fixed, *kept[self.fixed :]])
             else:
 
-                def record(module: nn.Module, args: Any, output: Any) -> None:
+                def record(args: Any, output: Any) -> None:
                     if isinstance(output, tuple) and any(map(is_index, output[1:])):
                         return  # what the next layer takes besides: nothing can stand in
                     first = (output[0].detach(),) if isinstance(output, tuple) else output.detach()
                     self.activations.keep(name, first)
 
-                handle = layers[self.fixed - 1].register_forward_hook(record)
-        self._set_layers(kept)
-        try:
+                hooks[kept[self.fixed - 1]] = record
+        with hook_outputs(hooks), swap_blocks(self.module, kept):
             yield
-        finally:
-            self._set_layers(layers)
-            if handle is not None:
-                handle.remove()
 
 
 def replace_tensor(parameter: nn.Parameter, tensor: Tensor) -> Tensor:

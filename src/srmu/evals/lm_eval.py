@@ -77,7 +77,8 @@ def evaluate(
 def load_questions(name: str, tasks_dir: Path | None) -> list[tuple[str, list[str], int, Any]]:
     """A multiple-choice task as it asks: prompt, options as they follow it, the right one, the row.
 
-    SrmuError for a task that is unknown or of another kind.
+    Of several right options the first is kept: one is right, among wrong ones. SrmuError for a task
+    that is unknown or of another kind.
     """
     found = []
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # bars
@@ -88,14 +89,18 @@ def load_questions(name: str, tasks_dir: Path | None) -> list[tuple[str, list[st
         task.set_fewshot_seed(SEED)
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
             task.build_all_requests()
-        for _, asked in groupby(task.instances, key=lambda one: one.doc_id):
-            # a metric may add requests without the prompt
-            requests = [one for one in asked if one.args[0]]
-            row = requests[0].doc
-            gold = task.doc_to_target(row)
-            options = task.doc_to_choice(row)
-            number = options.index(gold) if gold in options else int(gold)
-            found.append((requests[0].args[0], [one.args[1] for one in requests], number, row))
+        for _, requests in groupby(task.instances, key=lambda one: one.doc_id):
+            first, *others = requests
+            row, names = first.doc, task.doc_to_choice(first.doc)
+            golds = [
+                names.index(gold) if gold in names else int(gold)
+                for gold in _listed(task.doc_to_target(row))
+            ]
+            # a metric may add requests, without the prompt, after those of the options
+            options = [one.args[1] for one in (first, *others)][: len(names)]
+            kept = [i for i in range(len(names)) if i == golds[0] or i not in golds]
+            asked = [options[i] for i in kept]
+            found.append((first.args[0], asked, kept.index(golds[0]), row))
     return found
 
 

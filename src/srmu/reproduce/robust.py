@@ -17,7 +17,7 @@ import torch
 import yaml
 
 from srmu.attacks.suite import CONTROLS, FILE, TIERS, Sources, attack_run, select_attacks
-from srmu.attacks.utility import COUNT, LENGTH, measure_texts
+from srmu.attacks.utility import Utility, measure_texts
 from srmu.data import sources
 from srmu.engine import weights
 from srmu.engine.files import require_place, write_json
@@ -325,8 +325,8 @@ def examine_subject(subject: Subject, out: Path, case: Case) -> None:
     write_json(out / ANSWERS, {"after": ask_tasks(subject, folder, chosen)})
     nats = {}
     for kind, name in case.texts.items():
-        texts = sources.read_texts([sources.Source(path=name)], Path())[:COUNT]
-        rows = [subject.tokens(text)[:LENGTH] for text in texts]
+        texts = sources.read_texts([sources.Source(path=name)], Path())[: Utility.count]
+        rows = [subject.tokens(text)[: Utility.length] for text in texts]
         nats[kind] = measure_texts(subject, rows, 0)["nats a neutral token"].value
     write_json(out / TEXTS, nats)
 

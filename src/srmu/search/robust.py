@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from srmu.attacks.base import AttackResult, Exam
-from srmu.attacks.relearning_steps import relearning_steps
+from srmu.attacks.base import Exam
+from srmu.attacks.relearning_steps import RelearningSteps
 from srmu.attacks.suite import (
     Sources,
     best_setting,
@@ -91,9 +91,7 @@ def measure_floor(
         with run.config.method.at_inference(module, write):
             subject = Subject(module, load_tokenizer(run.base))
             try:
-                found: AttackResult = relearning_steps(
-                    subject, texts, asked, "standard", report["seed"]
-                )
+                found = RelearningSteps().run(subject, texts, asked, report["seed"])
             except NotApplicable:
                 return None
         highest = float(np.mean(best_setting(found).test))
