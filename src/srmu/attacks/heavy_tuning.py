@@ -6,7 +6,7 @@ from itertools import product
 from typing import Literal
 
 from srmu.attacks.base import Attack, AttackResult, Exam, Setting, Texts, ask_exam
-from srmu.attacks.tuning import text_rows
+from srmu.attacks.tuning import text_rows, tune_and_ask
 from srmu.engine.fine_tune import Row, tune_model
 from srmu.evals.subject import Subject
 
@@ -33,22 +33,21 @@ class HeavyTuning(Attack):
         for rate, optimiser, schedule in product(self.rates, self.optimisers, self.schedules):
             setting = f"{optimiser}, {rate:g}, {schedule}"
 
-            def after(step: int, setting: str = setting) -> None:
-                if step in self.steps:
-                    ways.append(ask_exam(model, exam, f"{setting}, {step} steps"))
+            def ask(step: int, setting: str = setting) -> Setting:
+                return ask_exam(model, exam, f"{setting}, {step} steps")
 
-            with model.editable("*") as edited:
-                taken[setting] = tune_model(
-                    edited,
-                    rows,
-                    steps=max(self.steps),
-                    learning_rate=rate,
-                    batch_size=self.batch,
-                    seed=seed,
-                    optimiser=optimiser,
-                    schedule=schedule,
-                    after=after,
-                )
+            reached, taken[setting] = tune_and_ask(
+                model,
+                rows,
+                ask,
+                self.steps,
+                learning_rate=rate,
+                batch_size=self.batch,
+                seed=seed,
+                optimiser=optimiser,
+                schedule=schedule,
+            )
+            ways += reached.values()
         budget = {"texts": len(rows), "batch": self.batch, "steps": taken}
         return AttackResult(tuple(ways), budget=budget)
 

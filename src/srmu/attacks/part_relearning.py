@@ -5,8 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from srmu.attacks.base import Attack, AttackResult, Exam, Setting, Texts
-from srmu.attacks.tuning import split_validation, text_rows
-from srmu.engine.fine_tune import tune_model
+from srmu.attacks.tuning import split_validation, text_rows, tune_and_ask
 from srmu.evals.subject import NotApplicable, Question, Subject, list_facts, mark_answers
 
 
@@ -33,10 +32,10 @@ class PartRelearning(Attack):
         tried = {
             (rate, n): right
             for rate in self.rates
-            for n, right in self.relearn(model, rest, asked, rate, self.epochs[-1], seed).items()
+            for n, right in self.relearn(model, rest, asked, rate, self.epochs, seed).items()
         }
         rate, n = max(tried, key=lambda setting: sum(tried[setting]), default=(0.0, 0))
-        test = self.relearn(model, exam.val, exam.test, rate, n, seed).get(n) if tried else None
+        test = self.relearn(model, exam.val, exam.test, rate, [n], seed).get(n) if tried else None
         if test is None:
             raise NotApplicable("fine-tuning this model gives losses that are not finite")
         ways = tuple(
@@ -52,27 +51,20 @@ class PartRelearning(Attack):
         learned: Sequence[Question],
         asked: Sequence[Question],
         rate: float,
-        epochs: int,
+        epochs: Sequence[int],
         seed: int,
     ) -> dict[int, tuple[float, ...]]:
-        """Right answers to the questions asked, by the epochs spent on those learned."""
+        """Right answers to the questions asked, by the epochs spent on others."""
         rows = text_rows(model, [q.prompt + q.answer for q in learned])
         epoch = math.ceil(len(rows) / self.batch)
-        right = {}
-
-        def after(step: int) -> None:
-            if step in (epoch * n for n in self.epochs):
-                right[step // epoch] = mark_answers(model, asked)
-
-        with model.editable("*") as edited:
-            tune_model(
-                edited,
-                rows,
-                steps=epoch * epochs,
-                learning_rate=rate,
-                batch_size=self.batch,
-                seed=seed,
-                schedule="constant",
-                after=after,
-            )
-        return right
+        right, _ = tune_and_ask(
+            model,
+            rows,
+            lambda step: mark_answers(model, asked),
+            [epoch * n for n in epochs],
+            learning_rate=rate,
+            batch_size=self.batch,
+            seed=seed,
+            schedule="constant",
+        )
+        return {step // epoch: marks for step, marks in right.items()}

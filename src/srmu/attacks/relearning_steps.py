@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 
 from srmu.attacks.base import Attack, AttackResult, Exam, Setting, Texts, ask_exam
-from srmu.attacks.tuning import SMALL, prepare_learner, split_validation, text_rows
-from srmu.engine.fine_tune import Row, tune_model
+from srmu.attacks.tuning import SMALL, split_validation, text_rows, tune_and_ask
+from srmu.engine.fine_tune import Row
 from srmu.evals.subject import NotApplicable, Subject, list_facts
 
 
@@ -96,21 +96,15 @@ def relearn_by_steps(
     model: Subject, exam: Exam, kind: RelearningKind, seed: int
 ) -> tuple[list[Setting], int]:
     """The exam after each number of steps, and how many were taken."""
-    ways: list[Setting] = []
-
-    def after(step: int) -> None:
-        if step in kind.steps:
-            ways.append(ask_exam(model, exam, f"{kind.name}, {step} steps"))
-
-    with prepare_learner(model, kind.rank, seed) as edited:
-        taken = tune_model(
-            edited,
-            kind.rows,
-            steps=max(kind.steps),
-            learning_rate=kind.rate,
-            batch_size=kind.batch,
-            seed=seed,
-            schedule="constant",
-            after=after,
-        )
-    return ways, taken
+    reached, taken = tune_and_ask(
+        model,
+        kind.rows,
+        lambda step: ask_exam(model, exam, f"{kind.name}, {step} steps"),
+        kind.steps,
+        rank=kind.rank,
+        learning_rate=kind.rate,
+        batch_size=kind.batch,
+        seed=seed,
+        schedule="constant",
+    )
+    return [*reached.values()], taken

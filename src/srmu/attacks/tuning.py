@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from typing import Any, TypeVar
 
 from srmu.attacks.base import Exam
-from srmu.engine.fine_tune import Row
+from srmu.engine.fine_tune import Row, tune_model
 from srmu.engine.model import EditableModel
 from srmu.evals.subject import NotApplicable, Question, Subject, list_facts
+
+T = TypeVar("T")
 
 SMALL = 100_000_000  # parameters; a model with fewer bears higher learning rates
 
@@ -45,3 +48,28 @@ def prepare_learner(
         rank = min(rank, *(side for p in edited.trained.values() for side in p.shape))
         with edited.adapted(rank, alpha, seed) if rank else nullcontext():
             yield edited
+
+
+def tune_and_ask(
+    model: Subject,
+    rows: Sequence[Row],
+    ask: Callable[[int], T],
+    steps: Collection[int],
+    *,
+    rank: int = 0,
+    seed: int,
+    **options: Any,
+) -> tuple[dict[int, T], int]:
+    """What `ask` gives after each number of steps of one fine-tuning, and how many were taken.
+
+    `options` are those of `tune_model`.
+    """
+    answers: dict[int, T] = {}
+
+    def after(step: int) -> None:
+        if step in steps:
+            answers[step] = ask(step)
+
+    with prepare_learner(model, rank, seed) as edited:
+        taken = tune_model(edited, rows, steps=max(steps), seed=seed, after=after, **options)
+    return answers, taken
