@@ -7,13 +7,11 @@ import torch
 
 from helpers.attack_rules import rule_subject
 from helpers.attack_world import exam, subject, texts
-from helpers.models import pico_module, word_tokenizer
 from srmu.attacks.base import Exam, Texts
 from srmu.attacks.format_shift import FormatShift
 from srmu.attacks.generation import count_right_generations
 from srmu.attacks.listing import split_listed, unlist_options
-from srmu.engine.generate import next_logits
-from srmu.evals.subject import Question, Subject, option_scores
+from srmu.evals.subject import Question, option_scores
 
 LETTERS = (" A", " B", " C", " D")
 WMDP = Question(
@@ -172,17 +170,6 @@ def test_a_longer_word_is_another_one() -> None:
     asked = [Question("q", (" can", " q"), 0, "x")]
     assert count_right_generations(model, asked, extra=0) == [1]
     assert count_right_generations(model, asked, extra=2) == [0]
-
-
-@pytest.mark.parametrize("name", ["gpt2", "gemma2"])
-def test_next_logits_are_those_of_each_row_alone(name: str) -> None:
-    model = Subject(pico_module(name), word_tokenizer())
-    rows = [[1, 9, 8, 7, 6], [1, 5], [1, 4, 3]]
-    found = next_logits(model.module, rows, 2)
-    for row, logits in zip(rows, found, strict=True):
-        with torch.no_grad():
-            alone = model.module(torch.tensor([row])).logits[0, -2:]
-        torch.testing.assert_close(logits, alone, rtol=1e-4, atol=1e-4)
 
 
 def test_knowledge_shows_in_all_forms_and_ignorance_in_none() -> None:
