@@ -24,8 +24,9 @@ from srmu.errors import DivergedError, SrmuError
 from srmu.evals.parallel import RunJob, run_all, run_one
 from srmu.reproduce.demo import REGIMES
 from srmu.runs.config import load_config
-from srmu.testbed.build import RECIPE, build_testbed
-from srmu.testbed.worlds.world import create_closed
+from srmu.testbed.build import build_testbed
+from srmu.testbed.train import RECIPE
+from srmu.testbed.world import create_closed
 
 KINDS = ("hazard", "neighbour", "general")
 TASKS = tuple(f"organism_{kind}_val" for kind in KINDS)

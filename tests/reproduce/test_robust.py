@@ -33,7 +33,7 @@ from srmu.reproduce.robust import (
 from srmu.reproduce.runs import preset_file
 from srmu.runs.config import load_config
 from srmu.runs.run import Run
-from srmu.testbed.worlds.world import Size
+from srmu.testbed.world import Size
 
 # enough facts for intervals, and little else
 SMALL = replace(

@@ -26,8 +26,9 @@ from srmu.reproduce.claims import ANSWERS, RESULTS
 from srmu.runs.config import build_config, load_config
 from srmu.runs.record import extend_record
 from srmu.runs.run import Run, load_tokenizer, load_topics, plan_run, run_folder, unlearn
-from srmu.testbed.build import RECIPE, build_testbed
-from srmu.testbed.worlds.world import create_closed
+from srmu.testbed.build import build_testbed
+from srmu.testbed.train import RECIPE
+from srmu.testbed.world import create_closed
 
 
 def preset_file(name: str) -> Path:
