@@ -170,7 +170,7 @@ SPOILT: dict[str, tuple[Callable[[Path], Any], str]] = {
     "run: no record": (lambda f: (f / "run" / "record.json").unlink(), "holds no record"),
     "run: half a record": (
         lambda f: (f / "run" / "record.json").write_text("{"),
-        "is no record of this version",
+        r"record\.json is damaged",
     ),
 }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import sys
 import time
@@ -22,7 +21,8 @@ from srmu.attacks.base import AttackResult, Exam, Setting, Texts, Tier
 from srmu.data.overlap import measure_contamination
 from srmu.data.sources import Source, read_texts
 from srmu.engine import distributed, weights
-from srmu.engine.files import cache_dir, sha256, write_json
+from srmu.engine.cache import find_cached, keep_cached
+from srmu.engine.files import sha256, write_json
 from srmu.engine.loading import load_module, read_config
 from srmu.engine.progress import Watch, ignore_progress
 from srmu.errors import SrmuError, first_line, suggest_word
@@ -101,15 +101,15 @@ def attack_run(
         def made(pair: tuple[str, str]) -> tuple[AttackResult | str, float]:
             who, name = pair
             one = chosen[name]
-            key = sha256(json.dumps([prints[who], name, tier, given, code_of(one)]).encode())
-            kept = cache_dir() / "attacks" / f"{key}.json"
+            key = [prints[who], name, tier, given, code_of(one)]
             started = time.monotonic()
-            result: AttackResult | str | None = read_result(kept)
-            if result is None:
+            result: AttackResult | str
+            if kept := find_cached("attacks", key):
+                result = parse_result(kept)
+            else:
                 result = try_attack(one, subjects.named(who), texts, exam, tier, seed)
                 if isinstance(result, AttackResult):
-                    kept.parent.mkdir(parents=True, exist_ok=True)
-                    write_json(kept, asdict(result))
+                    keep_cached("attacks", key, asdict(result))
             tick(f"{name}, {who}")
             return result, time.monotonic() - started
 
@@ -371,15 +371,11 @@ def code_of(one: Attack) -> list[str]:
     return [sha256(*files), version("torch"), version("transformers")]
 
 
-def read_result(path: Path) -> AttackResult | None:
-    """What was kept; nothing where there is no such file or it is damaged."""
-    try:
-        kept = json.loads(path.read_text())
-        ways = tuple(Setting(w["setting"], tuple(w["val"]), tuple(w["test"])) for w in kept["ways"])
-        metrics = {name: Estimate(**values) for name, values in kept["metrics"].items()}
-        return AttackResult(ways, metrics, kept["budget"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+def parse_result(kept: Mapping[str, Any]) -> AttackResult:
+    """A result from the JSON of its fields."""
+    ways = tuple(Setting(w["setting"], tuple(w["val"]), tuple(w["test"])) for w in kept["ways"])
+    metrics = {name: Estimate(**values) for name, values in kept["metrics"].items()}
+    return AttackResult(ways, metrics, kept["budget"])
 
 
 def summarise_attacks(

@@ -30,7 +30,7 @@ try:
 except ImportError:  # Windows: no lock; an entry that two processes spoil has a wrong checksum
     fcntl = None  # type: ignore[assignment]
 
-from srmu.engine.files import cache_dir, write_json
+from srmu.engine.files import cache_dir, read_json, write_json
 from srmu.errors import SrmuError
 
 Output = Tensor | tuple[Tensor]  # what a decoder layer returns
@@ -296,8 +296,8 @@ def list_activations() -> list[dict[str, Any]]:
             used = (about if about.exists() else folder).stat().st_mtime
             held = sum(file.stat().st_size for file in folder.iterdir())
             text: dict[str, Any] = {}
-            with suppress(ValueError, TypeError, OSError):
-                text = dict(json.loads(about.read_text()))
+            with suppress(SrmuError, TypeError):
+                text = dict(read_json(about))
             found.append({**text, "folder": folder, "bytes": held, "used": used})
     return sorted(found, key=lambda entry: entry["used"])
 

@@ -12,7 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from srmu.errors import SrmuError
+from srmu.errors import SrmuError, first_line
+
+REQUIRED: Any = object()
 
 
 def cache_dir() -> Path:
@@ -95,6 +97,31 @@ def write_whole(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as sorted, indented JSON, whole or not at all."""
     write_whole(path, format_json(value))
+
+
+def read_json(path: Path, default: Any = REQUIRED) -> Any:
+    """The value in a JSON file, or `default` where there is no file.
+
+    SrmuError naming the file if it is damaged, or missing without a default.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        if default is REQUIRED:
+            raise SrmuError(f"{path}: no such file") from None
+        return default
+    except (OSError, ValueError, RecursionError) as error:
+        raise SrmuError(f"{path} is damaged ({first_line(error)}); make it again") from None
+
+
+def read_json_lines(path: Path) -> list[Any]:
+    """The values in a JSON-lines file, one a line; none where there is no file."""
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except (OSError, ValueError, RecursionError) as error:
+        raise SrmuError(f"{path} is damaged ({first_line(error)}); make it again") from None
 
 
 def format_json(value: Any) -> str:

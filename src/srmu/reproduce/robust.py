@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,7 +19,7 @@ from srmu.attacks.suite import CONTROLS, FILE, TIERS, Sources, attack_run, selec
 from srmu.attacks.utility import COUNT, LENGTH, measure_texts
 from srmu.data import sources
 from srmu.engine import weights
-from srmu.engine.files import require_place, write_json
+from srmu.engine.files import read_json, require_place, write_json
 from srmu.engine.loading import load_module
 from srmu.engine.progress import Watch, ignore_progress, silence_libraries
 from srmu.errors import DivergedError, SrmuError, first_line, suggest_word
@@ -265,7 +264,7 @@ def is_done(case: Case) -> bool:
     names = (SHARE, *RESULTS.values(), ANSWERS, TEXTS, FILE)
     if not all((case.out / name).exists() for name in names):
         return False
-    report = json.loads((case.out / FILE).read_text())
+    report = read_json(case.out / FILE)
     controls = [controls_of(case) / who / TEXTS for who in CONTROLS]
     tried = {*report["attacks"]} == {*select_attacks(case.tier, case.attacks)}  # type: ignore[arg-type]
     return tried and all(path.exists() for path in controls)
@@ -318,7 +317,7 @@ def examine_controls(run: Run, case: Case) -> None:
 
 def examine_subject(subject: Subject, out: Path, case: Case) -> None:
     """Write a model's answers question by question, and what texts cost it."""
-    scores = json.loads((out / RESULTS["after"]).read_text())
+    scores = read_json(out / RESULTS["after"])
     # what is answered in the model's own words has a score alone
     chosen = [task for task in case.job.tasks if f"{task}/acc" in scores]
     folder = load_config(case.job.config, case.job.overrides).tasks_dir
@@ -400,7 +399,7 @@ def row_of(
     memory = fmean(r["memory"]["peak"] - r["memory"]["before"] for r in records)
     whole = tuple(run.parents[1] / "runs" / run.name for run in line.runs)
     columns = frontier.columns(world)
-    shares = [json.loads((run / SHARE).read_text())["share"] for run in line.runs]
+    shares = [read_json(run / SHARE)["share"] for run in line.runs]
     tables = [residual_table(report) for report in reports]
     left = estimate_residuals(frontier, world, regime, reports, tables, line.asked)
     return answers_row(frontier, world, line) | {
@@ -417,7 +416,7 @@ def row_of(
 
 
 def reports_of(line: ClaimLine) -> list[dict[str, Any]]:
-    return [json.loads((run / FILE).read_text()) for run in line.runs]
+    return [read_json(run / FILE) for run in line.runs]
 
 
 def control_rows(frontier: Frontier, world: str, regime: str, lines: Any) -> list[dict[str, Any]]:
@@ -446,7 +445,7 @@ def answers_row(frontier: Frontier, world: str, line: ClaimLine) -> dict[str, An
     """What a row's models answer, and what a token of texts costs them."""
     columns = frontier.columns(world)
     kept = [metric for name in frontier.spec["kept"] for metric in columns[name]]
-    nats = [json.loads((run / TEXTS).read_text()) for run in line.runs]
+    nats = [read_json(run / TEXTS) for run in line.runs]
     return {
         "label": line.label,
         "cells": {name: estimate_line(line, metrics) for name, metrics in columns.items()},

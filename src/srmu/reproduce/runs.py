@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -14,7 +13,7 @@ import yaml
 
 from srmu.attacks.suite import number_facts, write_answers
 from srmu.engine import weights
-from srmu.engine.files import write_json
+from srmu.engine.files import read_json, write_json
 from srmu.engine.loading import load_module
 from srmu.engine.progress import Watch, ignore_progress, print_line
 from srmu.errors import DivergedError, SrmuError
@@ -226,12 +225,12 @@ def existing_run(job: RunJob) -> Path | str | None:
     folder = run_folder(config)
     if not (folder / "record.json").exists():
         return None
-    if json.loads((folder / "record.json").read_text())["diverged"]:
+    if read_json(folder / "record.json")["diverged"]:
         return "diverged"
     files = [
         folder / name for name in (*RESULTS.values(), *([ANSWERS] if config.tasks_dir else []))
     ]
     if not all(path.exists() for path in files):
         return None
-    known = json.loads(files[1].read_text())
+    known = read_json(files[1])
     return folder if all(f"{task}/acc" in known for task in job.tasks) else None

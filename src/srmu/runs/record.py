@@ -18,7 +18,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from srmu.engine import weights
-from srmu.engine.files import cache_dir, sha256, write_json
+from srmu.engine.cache import cached
+from srmu.engine.files import read_json, sha256, write_json
 from srmu.engine.progress import Watch, ignore_progress
 from srmu.errors import SrmuError, first_line
 
@@ -182,9 +183,9 @@ def seal_record(record: Mapping[str, Any]) -> dict[str, Any]:
 def read_record(path: Path) -> dict[str, Any]:
     """A record as it was written; SrmuError where it is not one, or was edited."""
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_json(path)
         Record.model_validate(record)
-    except (OSError, ValueError) as error:
+    except ValidationError as error:
         raise SrmuError(
             f"{path} is no record of this version ({shorten_error(error)}); make the run again"
         ) from None
@@ -220,22 +221,16 @@ def file_manifest(folder: Path, watch: Watch = ignore_progress) -> dict[str, dic
     marks = [
         (str(folder.resolve()), n, s.st_size, s.st_mtime_ns, s.st_ino) for n, s in stats.items()
     ]
-    kept = cache_dir() / "hashes" / f"{sha256(canonical_json(marks))[:32]}.json"
-    try:
-        return dict(json.loads(kept.read_text()))
-    except (OSError, ValueError):
-        pass
-    found = {}
-    with watch("hashing the base model", len(names)) as tick:
-        for name in names:
-            found[name] = file_digests(folder / name)
-            tick(name)
-    try:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        write_json(kept, found)
-    except OSError:
-        pass  # without a cache they are read again
-    return found
+
+    def digest_files() -> dict[str, dict[str, Any]]:
+        files = {}
+        with watch("hashing the base model", len(names)) as tick:
+            for name in names:
+                files[name] = file_digests(folder / name)
+                tick(name)
+        return files
+
+    return dict(cached("hashes", marks, digest_files))
 
 
 def file_digests(path: Path) -> dict[str, Any]:
@@ -272,7 +267,7 @@ def read_into(file: Any, size: int, *codes: Any) -> None:
 
 def base_block(model: str, revision: str | None, folder: Path, watch: Watch) -> dict[str, Any]:
     files = file_manifest(folder, watch)
-    config = json.loads((folder / "config.json").read_text())
+    config = read_json(folder / "config.json")
     words = [n for n in files if "token" in n or n.startswith(("vocab", "merges", "spiece"))]
     types = {str(t).removeprefix("torch.") for t in weights.stored_types(folder).values()}
     return {

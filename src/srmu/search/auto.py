@@ -7,7 +7,6 @@ kept in the cache.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from srmu.data.digest import digest_texts
 from srmu.data.names import find_names, read_names
 from srmu.data.sources import Source, read_texts
 from srmu.engine import weights
-from srmu.engine.files import require_free, write_json
+from srmu.engine.files import read_json, require_free, write_json
 from srmu.engine.loading import read_config
 from srmu.engine.progress import Watch, ignore_progress
 from srmu.errors import SrmuError
@@ -357,7 +356,7 @@ def run_search(
 def find_answer(job: AutoJob) -> dict[str, Any] | None:
     """The answer to the same question, where it is there already."""
     path = job.asked.out / FILE
-    answer = json.loads(path.read_text()) if path.exists() else {}
+    answer = read_json(path, {})
     there = answer.get("question") == job.question and (answer["final"] or {}).get("model")
     whole = all((path.parent / name).exists() for name in (MODEL, PAGE))
     return answer if there and whole else None
@@ -368,7 +367,7 @@ def claim_folder(job: AutoJob) -> None:
     out = job.asked.out
     if not (out / FILE).exists():
         out.mkdir(parents=True, exist_ok=True)
-    elif json.loads((out / FILE).read_text())["question"] != job.question:
+    elif read_json(out / FILE)["question"] != job.question:
         shutil.rmtree(out / MODEL, ignore_errors=True)  # it answers another question
 
 

@@ -7,7 +7,6 @@ be kept. Of texts, the accuracy is that of the next token, and chance 0.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -22,7 +21,7 @@ from srmu.data.digest import digest_texts
 from srmu.data.tokens import batch_rows, tokenise_texts
 from srmu.data.topics import split_held_out
 from srmu.engine import weights
-from srmu.engine.files import write_json
+from srmu.engine.files import read_json, write_json
 from srmu.engine.loading import load_module
 from srmu.engine.losses import is_predicted, token_nll
 from srmu.engine.train import move_batch
@@ -155,10 +154,10 @@ class Yardstick:
     def score(self, run: Run, half: Half = "val") -> dict[str, Results]:
         """As `srmu.score_model`: accuracies before and after a run, kept in its folder."""
         wanted = self.metrics(half)
-        found = {when: read_accuracies(run.folder / file) for when, file in FILES.items()}
+        found = {when: read_json(run.folder / file, {}) for when, file in FILES.items()}
         if not all(metric in found[when] for when in FILES for metric in wanted.values()):
             self.take(run, half)
-            found = {when: read_accuracies(run.folder / file) for when, file in FILES.items()}
+            found = {when: read_json(run.folder / file, {}) for when, file in FILES.items()}
         return {
             when: {metric: results[metric] for metric in wanted.values()}
             for when, results in found.items()
@@ -237,17 +236,10 @@ class Yardstick:
         results = {}
         for when, file in FILES.items():
             path = run.folder / file
-            results[when] = read_accuracies(path) | accuracy_results(
-                taken[when], self.metrics(half)
-            )
+            results[when] = read_json(path, {}) | accuracy_results(taken[when], self.metrics(half))
             write_json(path, results[when])
         extend_record(run.folder, [*FILES.values()], results=results)
         return taken
-
-
-def read_accuracies(path: Path) -> Results:
-    """The accuracies in a file; none where there is no such file."""
-    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def accuracy_results(taken: Mapping[str, MarkedAnswers], metrics: Mapping[str, str]) -> Results:

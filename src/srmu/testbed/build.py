@@ -31,7 +31,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from srmu.data.overlap import measure_overlap
-from srmu.engine.files import cache_dir, sha256, whole_folder, write_json, write_whole
+from srmu.engine.files import cache_dir, read_json, sha256, whole_folder, write_json, write_whole
 from srmu.engine.progress import Watch, ignore_progress
 from srmu.errors import SrmuError, suggest_word
 from srmu.testbed.benchmark_files import write_benchmarks
@@ -154,7 +154,7 @@ def build_testbed(
         for name in ("model", "oracle") if oracle else ("model",):
             entry = train_testbed(made, seed, recipe, oracle=name == "oracle", watch=watch)
             _save_pretrained(made, recipe, entry, folder / name)
-            accuracy = json.loads((entry / "accuracy.json").read_text())
+            accuracy = read_json(entry / "accuracy.json")
             report[name] = {"key": entry.name, "accuracy": accuracy}
         for name, texts in corpora.items():
             _write_rows(folder / f"{name}.jsonl", [{"text": text} for text in texts])
@@ -221,7 +221,12 @@ def train_testbed(
     entry = cache_dir() / "organism" / key
     if (entry / "model.safetensors").exists():
         return entry
-    entry.mkdir(parents=True, exist_ok=True)
+    try:
+        entry.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SrmuError(
+            f"{entry} cannot be made ({error.strerror}); set SRMU_CACHE to a folder to write to"
+        ) from None
     model = _fresh_model(world, seed, recipe)
     with _threads(recipe.threads):
         _fit(model, ids, recipe, entry, oracle, watch)

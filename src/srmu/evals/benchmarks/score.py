@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from srmu.engine import distributed, weights
-from srmu.engine.files import cache_dir, format_json, sha256, write_json, write_whole
+from srmu.engine.cache import find_cached, keep_cached
+from srmu.engine.files import format_json, read_json, sha256, write_json, write_whole
 from srmu.engine.loading import load_module, read_config
 from srmu.engine.progress import Watch, ignore_progress
 from srmu.errors import SrmuError
@@ -118,7 +119,7 @@ def score_benchmark(
     if log:
         write_whole(log, format_json(marks | {"rows": seen, "values": dict(scores.values)}))
     if run:
-        known = json.loads((place / FILE).read_text()) if (place / FILE).exists() else {}
+        known = read_json(place / FILE, {})
         write_json(place / FILE, known | {way.name: found | {"asked": asdict(way), "rows": seen}})
         extend_record(place, [FILE])
     return found
@@ -144,9 +145,7 @@ def measure_benchmark(
     code = [sha256(path) for path in sorted(Path(benchmarks.__file__).parent.glob("*.py"))]
     versions = [version(package) for package in ("transformers", "torch", "rouge-score", "lm-eval")]
     decides = [mark, told, {**given, "oracle": reference}, code, versions]
-    key = sha256(json.dumps(decides, sort_keys=True).encode())
-    path = cache_dir() / "suites" / f"{key}.json"
-    kept = distributed.agree_on(_read(path))
+    kept = distributed.agree_on(find_cached("suites", decides))
     if kept is not None:
         return BenchmarkScores(kept["metrics"], kept["values"]), kept["rows"]
     suite, part = benchmarks.find_benchmark(way.name)
@@ -163,8 +162,8 @@ def measure_benchmark(
         subject = Subject(module, load_tokenizer(folder), delta, fixed="suites change no weights")
         scores = suite.run(subject, asked)
     if distributed.is_first():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"metrics": scores.metrics, "values": scores.values, "rows": data.seen})
+        kept = {"metrics": scores.metrics, "values": scores.values, "rows": data.seen}
+        keep_cached("suites", decides, kept)
     return scores, data.seen
 
 
@@ -218,9 +217,9 @@ def module_of(way: BenchmarkOptions) -> Any:
 def read_log(path: Path, marks: Mapping[str, Any]) -> tuple[Values, dict[str, str]]:
     """The values of an oracle that was measured before, and which rows; SrmuError if of another."""
     try:
-        log = json.loads(path.read_text(encoding="utf-8"))
+        log = read_json(path)
         values, rows, found = log["values"], log["rows"], {name: log[name] for name in marks}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (SrmuError, KeyError, TypeError) as error:
         raise SrmuError(
             f"--oracle {path} is not a log ({type(error).__name__}); srmu eval MODEL "
             f"--suite {marks['suite']} --log FILE.json writes one"
@@ -232,11 +231,3 @@ def read_log(path: Path, marks: Mapping[str, Any]) -> tuple[Values, dict[str, st
             f"the forget set again (srmu eval MODEL --suite {marks['suite']} --log {path})"
         )
     return values, rows
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        kept = json.loads(path.read_text())
-        return {name: kept[name] for name in ("metrics", "values", "rows")}
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
