@@ -21,7 +21,9 @@ from srmu.errors import SrmuError
 from srmu.methods import METHODS
 from srmu.runs import run as runs
 from srmu.runs.config import Config, build_config
-from srmu.runs.run import CHECKPOINTS, DELTA, STATE, Run, unlearn
+from srmu.runs.record import DELTA, STATE
+from srmu.runs.run import Run, unlearn
+from srmu.runs.training import CHECKPOINTS
 
 STEPS = 7
 # Each hands something else from step to step.
@@ -135,7 +137,7 @@ def begun(workplace: Path, tmp_path: Path) -> Config:
 
 
 def folder_of(made: Config) -> Path:
-    return runs.run_folder(runs.plan_run(made)[0])
+    return runs.plan_run(made).folder
 
 
 def checkpoint(made: Config) -> Path:

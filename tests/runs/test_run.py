@@ -201,7 +201,7 @@ def test_a_run_that_diverges_keeps_the_last_good_state(workplace: Path) -> None:
     message = "the loss is not finite at step 3, topic topic, batch 3"
     with pytest.raises(DivergedError, match=message):
         unlearn(wrong, out=workplace / "out")
-    run = Run.open(runs.run_folder(runs.plan_run(wrong)[0]))
+    run = Run.open(runs.plan_run(wrong).folder)
     assert run.record["stop_reason"].startswith(message)
     assert run.record["diverged"] is True
     assert run.record["steps"] == len(metrics(run)) == 3
@@ -221,7 +221,7 @@ def test_a_run_that_diverges_at_once_changes_nothing(workplace: Path) -> None:
     wrong = breaks(workplace, 0)
     with pytest.raises(DivergedError, match="step 0, topic topic, batch 0"):
         unlearn(wrong)
-    run = Run.open(runs.run_folder(runs.plan_run(wrong)[0]))
+    run = Run.open(runs.plan_run(wrong).folder)
     assert (run.delta, run.record["changed"], run.record["steps"]) == ({}, [], 0)
 
 
@@ -240,7 +240,7 @@ def test_an_interrupted_run_leaves_nothing_of_its_own(
         raise KeyboardInterrupt
 
     wanted = config(workplace)
-    folder = runs.run_folder(runs.plan_run(wanted)[0])
+    folder = runs.plan_run(wanted).folder
     folder.mkdir(parents=True)
     (folder / "notes.txt").write_text("mine")
     monkeypatch.setattr("srmu.engine.weights.save_delta", interrupt)

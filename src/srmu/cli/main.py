@@ -196,7 +196,7 @@ def unlearn_command(
         config, plan, lines = planned(config)
         print_result(plan, as_json, config.to_yaml(), *lines, "next: the same without --dry-run")
         return
-    known = runs.run_folder(runs.plan_run(config)[0])
+    known = runs.plan_run(config).folder
     again = (known / "record.json").exists()
     sharded = shard or distributed.asked_to_shard()
     run = runs.unlearn(config, out=out, shard=sharded, offload=offload, watch=show_progress)

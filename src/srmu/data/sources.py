@@ -147,15 +147,15 @@ class RowReader:
         return SrmuError(f"{self.source.place}: no row has all of {wanted}; take one of them out")
 
 
-def read_texts(sources: Sequence[Source], base: Path) -> list[str]:
-    """All texts of the sources in order; relative paths start at `base`."""
-    return read_counted(sources, base)[0]
+def read_texts(sources: Sequence[Source]) -> list[str]:
+    """All texts of the sources, in order."""
+    return read_counted(sources)[0]
 
 
-def read_counted(sources: Sequence[Source], base: Path) -> tuple[list[str], int]:
-    """`read`, and how many rows were left out because they are no texts.
+def read_counted(sources: Sequence[Source]) -> tuple[list[str], int]:
+    """All texts of the sources, and the number of rows that were left out as they hold no text.
 
-    SrmuError where these are many: then it is the file or the column that is wrong.
+    SrmuError where these are many: then the file or the column is the wrong one.
     """
     texts: list[str] = []
     bad = 0
@@ -165,7 +165,7 @@ def read_counted(sources: Sequence[Source], base: Path) -> tuple[list[str], int]
         if source.dataset is not None:
             texts += read_hub(source, rows)
         else:
-            pattern = str(base / Path(str(source.path)).expanduser())
+            pattern = str(Path(str(source.path)).expanduser())
             paths = sorted(glob.glob(pattern, recursive=True)) or [pattern]  # noqa: PTH207 - absolute patterns
             for path in map(Path, paths):
                 texts += read_file(path, rows)

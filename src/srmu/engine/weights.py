@@ -32,9 +32,9 @@ EXPORTED = "srmu-record.json"  # the record that an export brings along
 TYPES = {name: dtype for dtype, name in DTYPES.items()}
 
 
-def locate_model(model: str, revision: str | None = None, base: Path = Path()) -> Path:
+def locate_model(model: str, revision: str | None = None) -> Path:
     """The folder of a model: a local one, or the cached snapshot of a hub id."""
-    folder = base / Path(model).expanduser()
+    folder = Path(model).expanduser()
     if folder.is_dir():
         if revision:
             raise SrmuError(f"revision does not apply to the local folder {folder}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import product
 from math import exp
 from pathlib import Path
@@ -18,9 +17,7 @@ import yaml
 from srmu.attacks.suite import CONTROLS, FILE, TIERS, Sources, attack_run, select_attacks
 from srmu.attacks.utility import COUNT, LENGTH, measure_texts
 from srmu.data import sources
-from srmu.engine import weights
 from srmu.engine.files import read_json, require_place, write_json
-from srmu.engine.loading import load_module
 from srmu.engine.progress import Watch, ignore_progress, silence_libraries
 from srmu.errors import DivergedError, SrmuError, first_line, suggest_word
 from srmu.evals.matched import SHARE, load_task, match_utility
@@ -41,7 +38,9 @@ from srmu.report.results import RunGroup
 from srmu.reproduce.claims import ANSWERS, RESULTS, ClaimLine, interval_of, mean_cell, resample_mean
 from srmu.reproduce.runs import ask_tasks, existing_run, preset_file
 from srmu.runs.config import build_config, load_config
-from srmu.runs.run import Run, load_tokenizer, plan_run, run_folder
+from srmu.runs.open import open_target
+from srmu.runs.plan import plan_run
+from srmu.runs.run import Run
 from srmu.testbed.build import build_testbed
 
 TEXTS = "texts.json"  # what a token costs, in nats, by the kind of text
@@ -246,7 +245,7 @@ def case_of(frontier: Frontier, world: str, regime: str, label: str, seed: int) 
     )
     config = folder / spec["regimes"][regime]["config"]
     job = RunJob(config, (*settings, *own, *frontier.overrides), tuple(tasks))
-    run = run_folder(plan_run(load_config(job.config, job.overrides))[0])
+    run = plan_run(load_config(job.config, job.overrides)).folder
     return Case(
         job,
         home / f"matched-{spec['budget']:g}-{frontier.tried}" / run.name,
@@ -298,10 +297,9 @@ def measure_case(case: Case) -> Path | str:
 
 
 def examine_run(run: Run, case: Case) -> None:
-    module = load_module(run.base)
-    method = run.config.method
-    with method.at_inference(module, partial(weights.apply_delta, module, run.base, run.delta)):
-        examine_subject(Subject(module, load_tokenizer(run.base)), run.folder, case)
+    opened = open_target(run, "cpu")
+    with opened.after() as module:
+        examine_subject(Subject(module, opened.tokenizer), run.folder, case)
 
 
 def examine_controls(run: Run, case: Case) -> None:
@@ -312,7 +310,8 @@ def examine_controls(run: Run, case: Case) -> None:
             out.mkdir(parents=True, exist_ok=True)
             scores = score_model(folder, case.job.tasks, tasks_dir=run.config.tasks_dir)
             write_json(out / RESULTS["after"], scores["after"])
-            examine_subject(Subject(load_module(folder), load_tokenizer(folder)), out, case)
+            opened = open_target(folder, "cpu")
+            examine_subject(Subject(opened.module, opened.tokenizer), out, case)
 
 
 def examine_subject(subject: Subject, out: Path, case: Case) -> None:
@@ -324,7 +323,7 @@ def examine_subject(subject: Subject, out: Path, case: Case) -> None:
     write_json(out / ANSWERS, {"after": ask_tasks(subject, folder, chosen)})
     nats = {}
     for kind, name in case.texts.items():
-        texts = sources.read_texts([sources.Source(path=name)], Path())[:COUNT]
+        texts = sources.read_texts([sources.Source(path=name)])[:COUNT]
         rows = [subject.tokens(text)[:LENGTH] for text in texts]
         nats[kind] = measure_texts(subject, rows, 0)["nats a neutral token"].value
     write_json(out / TEXTS, nats)

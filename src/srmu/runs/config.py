@@ -16,36 +16,23 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
-    Field,
     PlainSerializer,
     TypeAdapter,
     ValidationError,
-)  # fmt: skip
+)
 
 from srmu.data.sources import Source
-from srmu.data.tokens import MIN_TOKENS
+from srmu.data.topics import TopicConfig
 from srmu.engine.files import from_file, sha256
 from srmu.engine.train import TrainOptions
 from srmu.errors import SrmuError, suggest_word
 from srmu.methods import METHODS, Method, Misdirection
 from srmu.runs.record import Purpose
 
-UNDECIDING = (
-    "runs_dir",
-    "eval",
-    "tasks_dir",
-    "cache",
-    "purpose",
-)  # keys that the weights do not depend on
-NAMED_FILE = re.compile(
-    r".+\.(py(?=:)|(json|txt)$)"
-)  # code or data that an option of a method names
-
-
-def _sources(value: Any) -> Any:
-    """A path, a mapping, or a list of these, as a list of mappings."""
-    values = value if isinstance(value, list) else [] if value is None else [value]
-    return [{"path": v} if isinstance(v, str | Path) else v for v in values]
+# keys that the weights do not depend on
+UNDECIDING = ("runs_dir", "eval", "tasks_dir", "cache", "purpose")
+# code or data that an option of a method names
+NAMED_FILE = re.compile(r".+\.(py(?=:)|(json|txt)$)")
 
 
 def _method(value: Any) -> Any:
@@ -70,32 +57,10 @@ def _method_dict(method: Method) -> dict[str, Any]:
     return {"name": name} | dataclasses.asdict(method)
 
 
-class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
-
-
-class TopicConfig(Strict):
-    """One topic's texts and lengths, and the strength where it differs between topics."""
-
-    forget: Annotated[list[Source], BeforeValidator(_sources)]
-    retain: Annotated[list[Source], BeforeValidator(_sources)] = []  # some methods need none
-    max_length: int = Field(512, ge=MIN_TOKENS)  # tokens of a forget text
-    retain_max_length: int | None = Field(None, ge=MIN_TOKENS)  # None: as max_length
-    forget_held_out: int = Field(0, ge=0)  # different texts that are not trained on
-    retain_held_out: int = Field(0, ge=0)
-    coeff: float | None = None
-    kappa: float | None = None
-    alpha: float | None = None
-
-    @property
-    def options(self) -> dict[str, float]:
-        """What this topic sets in place of the method's own options."""
-        given = {name: getattr(self, name) for name in ("coeff", "kappa", "alpha")}
-        return {name: value for name, value in given.items() if value is not None}
-
-
-class Config(Strict):
+class Config(BaseModel):
     """Everything that decides a run."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
 
     model: str
     revision: str | None = None

@@ -25,6 +25,9 @@ from srmu.errors import SrmuError, first_line
 
 RECORD = "record.json"
 DELTA = "delta.safetensors"
+STATE = "state.safetensors"
+CONFIG = "config.yaml"
+METRICS = "metrics.jsonl"
 SCHEMA = 1  # raised when a field changes its meaning
 LIMITS = (
     "Suppressed, not shown to be absent: other attacks, or more of the same, may recover more.",
@@ -99,6 +102,7 @@ class TextSet(Block):
     bad_rows: int
     tokens: int
     digest: str
+    key: str = ""  # which key that is
 
 
 class Environment(Block):

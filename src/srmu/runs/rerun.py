@@ -12,8 +12,9 @@ from srmu.engine.progress import Watch, ignore_progress
 from srmu.errors import SrmuError
 from srmu.runs import record as audit
 from srmu.runs.config import build_config
+from srmu.runs.plan import plan_run
 from srmu.runs.record import DELTA
-from srmu.runs.run import Run, base_of, plan_run, run_folder, unlearn
+from srmu.runs.run import Run, unlearn
 
 
 def rerun_record(
@@ -27,17 +28,16 @@ def rerun_record(
     """
     record = audit.read_record(path)
     again = f"runs_dir={path.resolve().parent.parent / 'again'}"
-    config, _ = plan_run(build_config(record["reproduction"]["config"], [again, *overrides]))
-    base = base_of(config)
-    for name, file in audit.file_manifest(base, watch).items():
+    plan = plan_run(build_config(record["reproduction"]["config"], [again, *overrides]))
+    for name, file in audit.file_manifest(plan.base, watch).items():
         known = record["base"]["files"].get(name)
         if known is None or known["sha256"] != file["sha256"]:
             raise SrmuError(
-                f"{base} is not the base model of {path}: its {name} differs; nothing was run"
+                f"{plan.base} is not the base model of {path}: its {name} differs; nothing was run"
             )
-    if run_folder(config).resolve() == path.resolve().parent:
+    if plan.folder.resolve() == path.resolve().parent:
         raise SrmuError("runs_dir: name another folder than the record's own")
-    run = unlearn(config, watch=watch)
+    run = unlearn(plan.config, watch=watch)
     found = compare_records(record, run.record)
     rerun = {"when": datetime.now(UTC).isoformat(timespec="seconds"), **found}
     reproduction = record["reproduction"] | {"rerun": rerun}

@@ -30,7 +30,7 @@ from srmu.evals.score import tasks_beside
 from srmu.evals.separability import DOCUMENTS, measure_entanglement
 from srmu.methods import Misdirection
 from srmu.report.build import write_report
-from srmu.runs import run as runs
+from srmu.runs import plan as runs
 from srmu.runs.config import Config, find_method, make_config
 from srmu.runs.estimate import estimate_run, format_duration, format_gb
 from srmu.runs.record import extend_record
@@ -102,7 +102,7 @@ class AutoJob:
     def spec(self) -> dict[str, Any]:
         """What all trials depend on, without a path or a word of a text."""
         return {
-            "model": weights.fingerprint_model(runs.base_of(self.config)),
+            "model": weights.fingerprint_model(runs.locate_base(self.config)),
             "texts": digest_texts([*self.texts["forget"], "", *self.texts["retain"]]),
             "questions": self.yardstick.digest,
             "method": robust.METHOD if self.asked.robust else self.asked.method,
@@ -150,7 +150,7 @@ def prepare_job(asked: AutoRequest) -> AutoJob:
     if issubclass(method, Misdirection):
         candidate_layers(method(), read_config(base))  # are there layers enough?
     texts = {
-        role: read_texts([Source(path=path) for path in getattr(asked, role)], Path())
+        role: read_texts([Source(path=path) for path in getattr(asked, role)])
         for role in ("forget", "retain")
     }
     if set(texts["forget"]) == set(texts["retain"]):
@@ -207,8 +207,8 @@ def config_of(asked: AutoRequest, held: Mapping[str, TextYardstick] = {}) -> Con
 def plan_search(job: AutoJob) -> dict[str, Any]:
     """The steps, how many runs they make, how long they take and the memory; nothing is done."""
     asked, yardstick = job.asked, job.yardstick
-    config, summary = runs.plan_run(job.config)
-    base = runs.base_of(config)
+    plan = runs.plan_run(job.config)
+    config, base, summary = plan.config, plan.base, plan.summarise()
     tokenizer = runs.load_tokenizer(base)
     topics = runs.load_topics(config, tokenizer)
     if asked.robust:

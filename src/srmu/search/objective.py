@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -20,9 +19,7 @@ from srmu.attacks.suite import Sources, load_exam
 from srmu.data.digest import digest_texts
 from srmu.data.tokens import batch_rows, tokenise_texts
 from srmu.data.topics import split_held_out
-from srmu.engine import weights
 from srmu.engine.files import read_json, write_json
-from srmu.engine.loading import load_module
 from srmu.engine.losses import is_predicted, token_nll
 from srmu.engine.train import move_batch
 from srmu.errors import SrmuError
@@ -30,8 +27,9 @@ from srmu.evals.lm_eval import Results
 from srmu.evals.statistics import KNOWN, LEAST, Array, Draws, Estimate, estimate_from
 from srmu.evals.subject import Question, Subject, list_facts, mark_answers
 from srmu.runs.config import Config
+from srmu.runs.open import open_target
 from srmu.runs.record import extend_record
-from srmu.runs.run import Run, find_device, load_tokenizer
+from srmu.runs.run import Run
 
 Half = Literal["val", "test"]
 HALVES: tuple[Half, Half] = ("val", "test")
@@ -222,16 +220,15 @@ class Yardstick:
 
     def take(self, run: Run, half: Half) -> dict[str, dict[str, MarkedAnswers]]:
         """Every part, of the model before the run and after it; writes the accuracies, too."""
-        base, method = run.base, run.config.method
-        module = load_module(base).eval().to(find_device(self.device))
-        model = Subject(module, load_tokenizer(base))
+        opened = open_target(run, self.device)
+        model = Subject(opened.module, opened.tokenizer)
 
         def all_parts() -> dict[str, MarkedAnswers]:
             return {name: part.take(model, half) for name, part in self.parts.items()}
 
         if half not in self.before:  # the same for all runs
             self.before[half] = all_parts()
-        with method.at_inference(module, partial(weights.apply_delta, module, base, run.delta)):
+        with opened.after():
             taken = {"before": self.before[half], "after": all_parts()}
         results = {}
         for when, file in FILES.items():
