@@ -176,6 +176,15 @@ def test_a_damaged_checkpoint_does_not_count(
     assert losses(again) == losses(whole)
 
 
+def test_a_killed_run_goes_on_with_another_cache_folder(
+    begun: Config, workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SRMU_CACHE", str(tmp_path / "other"))
+    again = unlearn(begun)
+    assert again.record["resumed_at"] == 4
+    assert files(again) == files(unlearn(config(workplace, CASES["srmu"], str(tmp_path / "whole"))))
+
+
 def test_the_newest_whole_checkpoint_counts(tmp_path: Path) -> None:
     kept = Checkpoints(tmp_path / "c")
     kept.save(1, {"x": torch.ones(2)}, {"a": 1})

@@ -165,6 +165,23 @@ def test_other_texts_under_the_same_config_are_refused(workplace: Path) -> None:
         unlearn(config(workplace))
 
 
+def test_texts_that_another_cache_folder_tells_of(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without its key it cannot be told whether they are the same, and is not said to be."""
+    run = unlearn(config(workplace))
+    monkeypatch.setenv("SRMU_CACHE", str(workplace / "other"))
+    says = rf"{run.folder.name} holds a run .* with another cache folder: set SRMU_CACHE to that"
+    with pytest.raises(SrmuError, match=says):
+        unlearn(config(workplace))
+    write_jsonl(workplace / "retain.jsonl", texts(9, 3, range(20, 60)))
+    with pytest.raises(SrmuError, match="on other texts"):
+        unlearn(config(workplace))
+    monkeypatch.setenv("SRMU_CACHE", str(workplace / "cache"))
+    write_jsonl(workplace / "retain.jsonl", texts(7, 2, range(20, 60)))
+    assert unlearn(config(workplace)).folder == run.folder
+
+
 def test_a_killed_run_is_made_again(workplace: Path) -> None:
     run = unlearn(config(workplace))
     delta = run.delta
@@ -319,6 +336,18 @@ def test_scores_of_a_run(workplace: Path, quiz: Path) -> None:
     path.write_text(path.read_text().replace("{{question}}", "{{question}}?"))
     asked = evaluate(module, tokenizer, ["quiz"], tasks_dir=quiz)["quiz/acc"]
     assert asked["prompt"] != prompt
+
+
+def test_scores_need_no_cache_folder(
+    workplace: Path, quiz: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = unlearn(config(workplace, "eval=[quiz]"))
+    scores = score_model(run)
+    (workplace / "file").touch()
+    monkeypatch.setenv("SRMU_CACHE", str(workplace / "file" / "cache"))
+    capsys.readouterr()
+    assert score_model(run.folder) == scores
+    assert capsys.readouterr().err.count("results are not kept in") == 1
 
 
 def test_a_base_that_changed_is_refused(workplace: Path) -> None:

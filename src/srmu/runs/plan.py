@@ -98,11 +98,10 @@ def check_ranks(config: Config, shard: bool) -> None:
         )
     if shard and getattr(method, "lora_rank", 0) > 0:
         raise SrmuError("--shard and method.lora_rank do not go together; leave one out")
-    if shard and getattr(method, "stream", "resid_post") != "resid_post":
+    stream = getattr(method, "stream", "resid_post")
+    if shard and stream != "resid_post":
         # FSDP gathers a layer again for its gradient when that of its output is there
-        raise SrmuError(
-            f"--shard needs method.stream=resid_post: {method.stream} lies inside a layer"
-        )
+        raise SrmuError(f"--shard needs method.stream=resid_post: {stream} lies inside a layer")
 
 
 def find_device(name: str) -> str:

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from srmu.engine import distributed, weights
 from srmu.engine.files import format_json, read_json, require_free, require_place, sha256
-from srmu.engine.progress import Watch, ignore_progress, print_line
+from srmu.engine.progress import Watch, ignore_progress
 from srmu.engine.resume import Checkpoints
 from srmu.engine.topic import Topic
+from srmu.engine.train import Log
 from srmu.errors import DivergedError, SrmuError
 from srmu.methods.importance import FLAT
 from srmu.runs import record as audit
@@ -24,7 +25,7 @@ from srmu.runs.config import Config, load_config
 from srmu.runs.model_card import model_card
 from srmu.runs.plan import load_tokenizer, load_topics, locate_base, plan_run
 from srmu.runs.record import CONFIG, DELTA, METRICS, RECORD, STATE
-from srmu.runs.training import CHECKPOINTS, measure_pair_overlap, train_run
+from srmu.runs.training import CHECKPOINTS, train_run
 
 CARD = "README.md"
 LOCK = ".lock"
@@ -124,6 +125,7 @@ def unlearn(
     out: str | Path | None = None,
     shard: bool = False,
     offload: bool = False,
+    callback: Log | None = None,
     watch: Watch = ignore_progress,
 ) -> Run:
     """Unlearn the config's topics; the run's folder holds the result, `out` a full checkpoint.
@@ -132,7 +134,8 @@ def unlearn(
     weights kept in the folder, SrmuError before anything is written for all that can be known
     before. Where a launcher started several processes, each reads a part of every batch, and with
     `shard` also holds only a part of the weights; the first one writes. With `offload` the layers
-    below those that change stay out of the device's memory.
+    below those that change stay out of the device's memory. `callback(step, values)` is called
+    after every step.
     """
     plan = plan_run(config, shard=shard, offload=offload)
     distributed.join_group()
@@ -143,11 +146,11 @@ def unlearn(
     require_place(plan.folder)
     topics = load_topics(plan.config, load_tokenizer(plan.base))
     if distributed.agree_on((plan.folder / RECORD).exists()):
-        run = find_finished(plan.folder, topics, watch)
+        run = find_finished(plan.folder, topics)
     else:
         with hold_folder(plan.folder) if distributed.is_first() else nullcontext():
             try:
-                train_run(plan, topics, watch)
+                train_run(plan, topics, watch, callback)
             except BaseException:
                 if distributed.is_first():
                     discard_unfinished(plan.folder)
@@ -181,22 +184,19 @@ def hold_folder(folder: Path) -> Iterator[None]:
             folder.parent.rmdir()
 
 
-def find_finished(folder: Path, topics: Sequence[Topic], watch: Watch = ignore_progress) -> Run:
+def find_finished(folder: Path, topics: Sequence[Topic]) -> Run:
     """The run that is already there, if it was made from the same texts and model."""
     run = Run.open(folder)
     data = {topic.name: dict(topic.counts) for topic in topics}
-    if key_differs(run.record["data"], data):
-        overlap = {topic.name: measure_pair_overlap(topic) for topic in topics}
-        same = strip_digests(run.record["data"]) == strip_digests(data)
-        same = same and run.record["overlap"] == overlap
-        if same and watch is not ignore_progress:
-            print_line(
-                f"{folder} was made with another cache folder, whose key its digests need; its "
-                "texts have the same sizes and overlap as these, and are taken to be these"
+    if run.record["data"] != data:
+        other_key = list_values(run.record["data"], "key") != list_values(data, "key")
+        same_size = list_values(run.record["data"], "tokens") == list_values(data, "tokens")
+        if other_key and same_size:
+            raise SrmuError(
+                f"{folder} holds a run of this config, made with another cache folder: set "
+                "SRMU_CACHE to that one, whose key tells whether it read these texts; or remove "
+                "the run, or name another runs_dir"
             )
-    else:
-        same = run.record["data"] == data
-    if not same:
         raise SrmuError(
             f"{folder} holds a run of this config on other texts; "
             "remove it, or name another runs_dir"
@@ -207,24 +207,9 @@ def find_finished(folder: Path, topics: Sequence[Topic], watch: Watch = ignore_p
     return run
 
 
-def key_differs(recorded: Mapping[str, Any], data: Mapping[str, Any]) -> bool:
-    """Whether the digests of two records' texts were made with different keys."""
-    one, two = (
-        {texts.get("key") for topic in blocks.values() for texts in topic.values()}
-        for blocks in (recorded, data)
-    )
-    return bool(one - {"", None}) and one != two  # records had no key at first
-
-
-def strip_digests(data: Mapping[str, Any]) -> dict[str, Any]:
-    """What a record says of texts, without what depends on the key."""
-    return {
-        name: {
-            role: {k: v for k, v in texts.items() if k not in ("digest", "key")}
-            for role, texts in topic.items()
-        }
-        for name, topic in data.items()
-    }
+def list_values(data: Mapping[str, Any], name: str) -> list[Any]:
+    """One entry of what a record says of each set of texts."""
+    return [texts.get(name) for topic in data.values() for texts in topic.values()]
 
 
 def discard_unfinished(folder: Path) -> None:
@@ -256,7 +241,8 @@ def run_notes(run: Run) -> list[str]:
                 f"{name}: importance map mean {map_['mean']:.2f}, sd {map_['sd']:.2f}, "
                 f"Gini {map_['gini']:.2f}, {map_['share_above_half']:.0%} above 0.5"
             )
-            if map_["sd"] < FLAT and run.config.method.importance != "uniform":
+            uniform = getattr(run.config.method, "importance", "") == "uniform"
+            if map_["sd"] < FLAT and not uniform:
                 lines.append(
                     f"{name}: the map is nearly flat (sd under {FLAT}): it selects nothing"
                 )

@@ -25,7 +25,7 @@ from srmu.engine.model import Batch, EditableModel, release_memory
 from srmu.engine.progress import Watch, ignore_progress, print_line
 from srmu.engine.resume import Checkpoints
 from srmu.engine.topic import Topic
-from srmu.engine.train import FINISHED, check_precision
+from srmu.engine.train import FINISHED, Log, check_precision
 from srmu.errors import DivergedError, SrmuError
 from srmu.methods.base import MethodOutcome
 from srmu.runs import record as audit
@@ -53,7 +53,9 @@ class Progress:
         return time.monotonic() - self.clock
 
 
-def train_run(plan: RunPlan, topics: Sequence[Topic], watch: Watch) -> None:
+def train_run(
+    plan: RunPlan, topics: Sequence[Topic], watch: Watch, callback: Log | None = None
+) -> None:
     """Load the model, apply the method, and write the run's folder; the record comes last.
 
     Raises DivergedError when the folder is written, with the last good weights.
@@ -64,7 +66,7 @@ def train_run(plan: RunPlan, topics: Sequence[Topic], watch: Watch) -> None:
     model, names = load_model(plan, topics, data, watch)
     if distributed.is_first():
         open_folder(plan, model)
-    progress = apply_method(plan, model, topics, data, watch)
+    progress = apply_method(plan, model, topics, data, watch, callback)
     memory["peak"] = max(distributed.gather_values(read_peak_memory(plan.config.device)))
     changed = model.delta()
     require_change(plan, model, changed, progress)
@@ -127,7 +129,12 @@ def open_folder(plan: RunPlan, model: EditableModel) -> None:
 
 
 def apply_method(
-    plan: RunPlan, model: EditableModel, topics: Sequence[Topic], data: str, watch: Watch
+    plan: RunPlan,
+    model: EditableModel,
+    topics: Sequence[Topic],
+    data: str,
+    watch: Watch,
+    callback: Log | None,
 ) -> Progress:
     """Run the method, from its last checkpoint where there is one, and log its steps."""
     config, folder = plan.config, plan.folder
@@ -148,6 +155,8 @@ def apply_method(
             line = {"step": step, **values, "seconds": round(progress.seconds, 4)}
             metrics.write(json.dumps(line) + "\n")
             metrics.flush()
+            if callback is not None:
+                callback(step, values)
 
         try:
             progress.outcome = config.method.apply(
