@@ -274,7 +274,7 @@ def verify_command(
         from srmu.runs.model_card import summarise_record as page
         from srmu.runs.record import read_record
 
-        write_whole(summary, page(read_record(verifying.record_of(folder))))
+        write_whole(summary, page(read_record(verifying.find_record(folder))))
         lines.append(f"wrote {summary}")
     lines.append("next: srmu unlearn --from-record RUN/record.json makes the run again")
     print_result(found, as_json, *lines)

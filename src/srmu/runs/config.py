@@ -1,4 +1,4 @@
-"""The one config tree: a YAML file, dotted overrides, and errors that say what to type."""
+"""The config tree: a YAML file, dotted overrides, and errors that say what to type."""
 
 from __future__ import annotations
 
@@ -123,21 +123,21 @@ def build_config(tree: Mapping[str, Any], overrides: Sequence[str] = ()) -> Conf
 
     Relative paths that are left, those of overrides, start at the working folder.
     """
-    values = plain_values({"runs_dir": "runs", **tree})
-    # Another name first: what the file says for its own method is not said for that one.
+    values = convert_values({"runs_dir": "runs", **tree})
+    # Another method first: the file's options are those of its own method.
     named = [o for o in overrides if o.startswith("method.name=")]
     for override in named:
         forget_old_method(values, override.partition("=")[2])
     for override in [*named, *(o for o in overrides if o not in named)]:
         put_override(values, override)
     try:
-        return Config.model_validate(rebase_paths(plain_values(values), Path.cwd()))
+        return Config.model_validate(rebase_paths(convert_values(values), Path.cwd()))
     except ValidationError as error:
         raise SrmuError(explain_error(error, "", Config)) from None
 
 
-def plain_values(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """A tree of JSON values alone; YAML leaves dates, and the two halves of a character apart."""
+def convert_values(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A tree of JSON values only: YAML also reads dates, and halves of characters."""
     try:
         values: dict[str, Any] = json.loads(json.dumps(tree, default=str))
         json.dumps(values, ensure_ascii=False).encode()
@@ -147,10 +147,10 @@ def plain_values(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def forget_old_method(values: dict[str, Any], name: str) -> None:
-    """Drop from a config's tree what is said for its method, where another `name` takes its place.
+    """Drop the options of a config's method if the method `name` replaces it.
 
-    Methods of one family keep its options (kappa and alpha mean the same in SRMU and RMU); another
-    one starts from its own defaults, with its own learning rate.
+    Methods of one family keep them (kappa and alpha mean the same in SRMU and RMU); any other
+    starts from its own defaults, with its own learning rate.
     """
     method = values.get("method")
     if not isinstance(method, dict):
@@ -182,7 +182,7 @@ def make_config(
 
 
 def rebase_paths(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The tree with its relative paths made absolute: they start at `folder`."""
+    """The tree with its relative paths made absolute, starting at `folder`."""
 
     def rebase(value: Any) -> Any:
         if isinstance(value, list):

@@ -22,7 +22,7 @@ from srmu.errors import DivergedError, SrmuError
 from srmu.methods.importance import FLAT
 from srmu.runs import record as audit
 from srmu.runs.config import Config, load_config
-from srmu.runs.model_card import model_card
+from srmu.runs.model_card import write_model_card
 from srmu.runs.plan import load_tokenizer, load_topics, locate_base, plan_run
 from srmu.runs.record import CONFIG, DELTA, METRICS, RECORD, STATE
 from srmu.runs.training import CHECKPOINTS, train_run
@@ -68,7 +68,7 @@ class Run:
         """The folder of its model; SrmuError where a file there is not the one it was made from."""
         folder = locate_base(self.config)
         known = self.record["base"]["files"]
-        for name, file in audit.file_manifest(folder).items():
+        for name, file in audit.digest_folder(folder).items():
             if name in known and file["sha256"] != known[name]["sha256"]:
                 raise SrmuError(
                     f"{folder}: {name} is not the file that {self.folder} was made from; "
@@ -97,7 +97,7 @@ class Run:
                 "weights before that"
             )
         record = audit.read_record(self.folder / RECORD)
-        card = model_card(record)
+        card = write_model_card(record)
         record = audit.seal_record(record | {"exported": {CARD: sha256(card.encode())}})
         texts = {CARD: card, weights.EXPORTED: format_json(record)}
         weights.export_checkpoint(self.base, self.delta, Path(out), link, watch, texts)

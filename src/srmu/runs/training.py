@@ -230,13 +230,13 @@ def build_record(
     return {
         "schema_version": audit.SCHEMA,
         "id": config.id,
-        "tool": audit.tool_block(),
+        "tool": audit.describe_tool(),
         "started": progress.started.isoformat(timespec="seconds"),
         "purpose": config.purpose,
         "method": config.method.name,
         "paper": config.method.paper,
         "model": config.model,
-        "base": audit.base_block(config.model, config.revision, plan.base, watch),
+        "base": audit.describe_base(config.model, config.revision, plan.base, watch),
         "data": {topic.name: dict(topic.counts) for topic in topics},
         "overlap": {topic.name: measure_pair_overlap(topic) for topic in topics},
         "topics": {name: state.numbers for name, state in outcome.states.items()},
@@ -253,8 +253,8 @@ def build_record(
             "found": model.activations.hits,
             "folder": getattr(model.activations, "folder", Path()).name,  # in srmu cache ls
         },
-        "change": audit.change_block(plan.base, folder / DELTA),
-        "environment": audit.environment_block(),
+        "change": audit.describe_change(plan.base, folder / DELTA),
+        "environment": audit.describe_environment(),
         "processes": {"count": distributed.get_size(), "sharded": plan.shard},
         "reproduction": {
             "command": f"srmu unlearn --from-record {RECORD}",
