@@ -193,13 +193,15 @@ def unlearn_command(
     if dry_run:
         from srmu.reproduce.needs import dry_run as planned
 
-        config, plan, lines = planned(config)
-        print_result(plan, as_json, config.to_yaml(), *lines, "next: the same without --dry-run")
+        config, estimate, lines = planned(config)
+        print_result(
+            estimate, as_json, config.to_yaml(), *lines, "next: the same without --dry-run"
+        )
         return
-    known = runs.plan_run(config).folder
-    again = (known / "record.json").exists()
     sharded = shard or distributed.asked_to_shard()
-    run = runs.unlearn(config, out=out, shard=sharded, offload=offload, watch=show_progress)
+    plan = runs.plan_run(config, shard=sharded, offload=offload)
+    again = (plan.folder / "record.json").exists()
+    run = runs.run_plan(plan, out, watch=show_progress)
     record = run.record
     lines = [*runs.run_notes(run)]
     folder = shorten_path(run.folder)

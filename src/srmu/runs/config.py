@@ -23,7 +23,7 @@ from pydantic import (
 
 from srmu.data.sources import Source
 from srmu.data.topics import TopicConfig
-from srmu.engine.files import from_file, sha256
+from srmu.engine.files import import_from_file, sha256
 from srmu.engine.train import TrainOptions
 from srmu.errors import SrmuError, suggest_word
 from srmu.methods import METHODS, Method, Misdirection
@@ -244,7 +244,7 @@ def find_method(name: str) -> type[Method]:
         return METHODS[name]
     path, colon, attribute = name.rpartition(":")
     if colon and path.endswith(".py"):
-        cls = from_file("method", name)
+        cls = import_from_file("method", name)
         if not (isinstance(cls, type) and issubclass(cls, Method)):
             raise SrmuError(f"method {name}: {attribute} is not a Method in that file")
         if inspect.isabstract(cls) or not hasattr(cls, "name") or not hasattr(cls, "paper"):

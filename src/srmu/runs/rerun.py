@@ -14,7 +14,7 @@ from srmu.runs import record as audit
 from srmu.runs.config import build_config
 from srmu.runs.plan import plan_run
 from srmu.runs.record import DELTA
-from srmu.runs.run import Run, unlearn
+from srmu.runs.run import Run, run_plan
 
 
 def rerun_record(
@@ -37,7 +37,7 @@ def rerun_record(
             )
     if plan.folder.resolve() == path.resolve().parent:
         raise SrmuError("runs_dir: name another folder than the record's own")
-    run = unlearn(plan.config, watch=watch)
+    run = run_plan(plan, watch=watch)
     comparison = compare_records(record, run.record)
     rerun = {"when": datetime.now(UTC).isoformat(timespec="seconds"), **comparison}
     reproduction = record["reproduction"] | {"rerun": rerun}

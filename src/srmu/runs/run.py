@@ -23,7 +23,7 @@ from srmu.methods.importance import FLAT
 from srmu.runs import record as audit
 from srmu.runs.config import Config, load_config
 from srmu.runs.model_card import write_model_card
-from srmu.runs.plan import load_tokenizer, load_topics, locate_base, plan_run
+from srmu.runs.plan import RunPlan, load_tokenizer, load_topics, locate_base, plan_run
 from srmu.runs.record import CONFIG, DELTA, METRICS, RECORD, STATE
 from srmu.runs.training import CHECKPOINTS, train_run
 
@@ -137,7 +137,16 @@ def unlearn(
     below those that change stay out of the device's memory. `callback(step, values)` is called
     after every step.
     """
-    plan = plan_run(config, shard=shard, offload=offload)
+    return run_plan(plan_run(config, shard=shard, offload=offload), out, callback, watch)
+
+
+def run_plan(
+    plan: RunPlan,
+    out: str | Path | None = None,
+    callback: Log | None = None,
+    watch: Watch = ignore_progress,
+) -> Run:
+    """`unlearn` for a plan."""
     distributed.join_group()
     if out is not None:
         if reason := plan.config.method.no_checkpoint:
