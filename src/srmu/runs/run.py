@@ -196,11 +196,11 @@ def hold_folder(folder: Path) -> Iterator[None]:
 def find_finished(folder: Path, topics: Sequence[Topic]) -> Run:
     """The run that is already there, if it was made from the same texts and model."""
     run = Run.open(folder)
-    data = {topic.name: dict(topic.counts) for topic in topics}
-    if run.record["data"] != data:
-        other_key = list_values(run.record["data"], "key") != list_values(data, "key")
-        same_size = list_values(run.record["data"], "tokens") == list_values(data, "tokens")
-        if other_key and same_size:
+    known, data = run.record["data"], {topic.name: topic.counts for topic in topics}
+    sizes = ("documents", "too_short", "bad_rows", "tokens")
+    same_sizes = list_values(known, *sizes) == list_values(data, *sizes)
+    if not same_sizes or list_values(known, "digest") != list_values(data, "digest"):
+        if same_sizes and list_values(known, "key") != list_values(data, "key"):
             raise SrmuError(
                 f"{folder} holds a run of this config, made with another cache folder: set "
                 "SRMU_CACHE to that one, whose key tells whether it read these texts; or remove "
@@ -216,9 +216,11 @@ def find_finished(folder: Path, topics: Sequence[Topic]) -> Run:
     return run
 
 
-def list_values(data: Mapping[str, Any], name: str) -> list[Any]:
-    """One entry of what a record says of each set of texts."""
-    return [texts.get(name) for topic in data.values() for texts in topic.values()]
+def list_values(data: Mapping[str, Any], *names: str) -> list[Any]:
+    """Some of what a record says of each set of texts."""
+    return [
+        texts.get(name) for topic in data.values() for texts in topic.values() for name in names
+    ]
 
 
 def discard_unfinished(folder: Path) -> None:
