@@ -22,7 +22,7 @@ from srmu.reproduce.needs import make_hollow, topics_of
 from srmu.reproduce.runs import preset_file, read_spec
 from srmu.runs.config import build_config, load_config
 from srmu.runs.estimate import estimate_run
-from srmu.runs.run import load_tokenizer, load_topics, plan_run
+from srmu.runs.plan import load_tokenizer, load_topics, plan_run
 
 ALONE = "rename-scrub, forget texts alone"
 METHODS = ("SRMU + random anchors", "rename-scrub", ALONE, "rename-scrub (three namings)")
@@ -54,7 +54,7 @@ def at_7b(label: str, testbed: Path, scratch: Path) -> float:
     given = [one for one in settings(label, testbed) if not one.startswith("method.layer")]
     texts = {"forget": "f.jsonl", "retain": "r.jsonl", "max_length": LENGTH}
     tree = {"model": str(scratch), "topics": {"topic": texts}}
-    config, _ = plan_run(build_config(tree, [*given, "device=cpu"]))
+    config = plan_run(build_config(tree, [*given, "device=cpu"])).config
     method = config.method
     if hasattr(method, "own_tokens"):
         config = config.model_copy(update={"method": replace(method, own_tokens=LENGTH)})

@@ -26,8 +26,8 @@ from shapes import SHAPES, watched, write_checkpoint, write_texts
 from srmu.cli import main as cli
 from srmu.engine.progress import silence_libraries
 from srmu.reproduce import needs
-from srmu.runs import estimate, meter
-from srmu.runs import run as runs
+from srmu.runs import estimate, meter, training
+from srmu.runs import plan as plans
 from srmu.runs.config import load_config
 
 ROOT = Path(__file__).parents[1]
@@ -115,10 +115,10 @@ def measured(place: Path, source: Path, method: str, launch: tuple[int, bool, in
     options = [*METHODS[method], f"train.max_steps={STEPS}", "device=cpu", f"runs_dir={out}/runs"]
     options += ["train.checkpoint_seconds=.inf", "train.learning_rate=1e-3"]
     options += [f"method.lora_rank={lora}"] if lora else []
-    config, _ = runs.plan_run(load_config(source, options))
-    base = runs.base_of(config)
+    config = plans.plan_run(load_config(source, options)).config
+    base = plans.locate_base(config)
     rows = estimate.estimate_launches(
-        config, base, runs.load_topics(config, runs.load_tokenizer(base))
+        config, base, plans.load_topics(config, plans.load_tokenizer(base))
     )
     row = next(
         r for r in rows if (r["processes"], r["sharded"], r["lora"]) == (processes, sharded, lora)
@@ -143,7 +143,7 @@ def measured(place: Path, source: Path, method: str, launch: tuple[int, bool, in
 def watch(out: Path, arguments: list[str]) -> None:
     """The command line in this process, whose memory is looked at."""
     sys.argv = ["srmu", *arguments]
-    fresh = runs.fresh_peak
+    fresh = training.reset_peak_memory
     with watched() as memory:
 
         def noted(device: str) -> int:
@@ -153,7 +153,7 @@ def watch(out: Path, arguments: list[str]) -> None:
             memory.before = memory.private  # type: ignore[attr-defined]
             return found
 
-        runs.fresh_peak = noted
+        training.reset_peak_memory = noted
         try:
             cli.main()
         finally:

@@ -575,7 +575,7 @@ def test_exit_codes(
     def fail(*args: Any, **options: Any) -> None:
         raise error
 
-    monkeypatch.setattr("srmu.runs.run.unlearn", fail)
+    monkeypatch.setattr("srmu.runs.run.run_plan", fail)
     answer = call("unlearn", *sources(), *QUICK)
     assert (answer.code, answer.out, answer.err.count("\n")) == (code, "", 1)
     assert says in answer.err

@@ -85,10 +85,10 @@ def main(folder: Path, runs_dir: str, kind: str, *cases: str) -> None:
     if cases[0] == "--fail":
         plan = runs.plan_run
 
-        def fail(config: Config) -> Any:
+        def fail(config: Config, **options: Any) -> Any:
             if distributed.get_rank() == 1:
                 raise SrmuError("its disk is not there")
-            return plan(config)
+            return plan(config, **options)
 
         runs.plan_run = fail
         path = folder / "failing.yaml"

@@ -25,9 +25,10 @@ def planned(folder: Path, *options: str, name: str = "llama", dtype: Any = torch
     write_jsonl(folder / "f.jsonl", texts(8, 1))
     write_jsonl(folder / "r.jsonl", texts(8, 2))
     given = ["method.layer=1", "method.window=1", *options]
-    config, summary = run.plan_run(
+    ready = run.plan_run(
         make_config(str(folder / "model"), folder / "f.jsonl", folder / "r.jsonl", "rmu", given)
     )
+    config, summary = ready.config, ready.summarise()
     topics = run.load_topics(config, word_tokenizer())
     return config, summary | plan.estimate_run(config, folder / "model", topics), topics
 
@@ -238,7 +239,8 @@ def test_what_each_process_holds(name: str, tmp_path: Path, monkeypatch: Any) ->
 def test_adapters_cannot_be_cut(tmp_path: Path) -> None:
     config, _, topics = planned(tmp_path)
     tree = config.to_dict() | {"method": {"name": "npo", "lora_rank": 2}}
-    rows = plan.estimate_launches(run.plan_run(build_config(tree))[0], tmp_path / "model", topics)
+    config = run.plan_run(build_config(tree)).config
+    rows = plan.estimate_launches(config, tmp_path / "model", topics)
     assert {row["lora"] for row in rows} == {0, 2}
     assert not any(row["sharded"] and row["lora"] for row in rows)
     whole, adapted = rows[0]["parts"], rows[1]["parts"]

@@ -18,7 +18,8 @@ from srmu.errors import SrmuError
 from srmu.evals.analyses import candidate_layers
 from srmu.evals.subject import Subject, mark_answers
 from srmu.methods import METHODS
-from srmu.runs.run import Run, load_tokenizer
+from srmu.runs.plan import load_tokenizer
+from srmu.runs.run import Run
 from srmu.search import auto, explain, robust, strength
 from srmu.search.objective import TextYardstick, Yardstick, hold_out
 

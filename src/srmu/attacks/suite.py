@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import sys
 import time
@@ -22,8 +21,9 @@ from srmu.attacks.base import AttackResult, Exam, Setting, Texts, Tier
 from srmu.data.overlap import measure_contamination
 from srmu.data.sources import Source, read_texts
 from srmu.engine import distributed, weights
-from srmu.engine.files import cache_dir, sha256, write_json
-from srmu.engine.loading import load_module, read_config
+from srmu.engine.cache import find_cached, keep_cached
+from srmu.engine.files import sha256, write_json
+from srmu.engine.loading import read_config
 from srmu.engine.progress import Watch, ignore_progress
 from srmu.errors import SrmuError, first_line, suggest_word
 from srmu.evals.lm_eval import load_questions
@@ -41,8 +41,10 @@ from srmu.evals.statistics import (
 )
 from srmu.evals.subject import NotApplicable, Question, Subject, list_facts
 from srmu.runs.config import Config
+from srmu.runs.open import OpenedModel
+from srmu.runs.plan import find_device, load_tokenizer
 from srmu.runs.record import extend_record
-from srmu.runs.run import Run, find_device, load_tokenizer
+from srmu.runs.run import Run
 
 FILE = "attacks.json"
 CONTROLS = ("original", "oracle")
@@ -101,15 +103,15 @@ def attack_run(
         def made(pair: tuple[str, str]) -> tuple[AttackResult | str, float]:
             who, name = pair
             one = chosen[name]
-            key = sha256(json.dumps([prints[who], name, tier, given, code_of(one)]).encode())
-            kept = cache_dir() / "attacks" / f"{key}.json"
+            key = [prints[who], name, tier, given, code_of(one)]
             started = time.monotonic()
-            result: AttackResult | str | None = read_result(kept)
-            if result is None:
+            result: AttackResult | str
+            if kept := find_cached("attacks", key):
+                result = parse_result(kept)
+            else:
                 result = try_attack(one, subjects.named(who), texts, exam, tier, seed)
                 if isinstance(result, AttackResult):
-                    kept.parent.mkdir(parents=True, exist_ok=True)
-                    write_json(kept, asdict(result))
+                    keep_cached("attacks", key, asdict(result))
             tick(f"{name}, {who}")
             return result, time.monotonic() - started
 
@@ -254,9 +256,7 @@ def load_exam(sources: Sources, config: Config, seed: int) -> Exam:
 def read_run_texts(config: Config) -> dict[str, list[str]]:
     """The run's texts of all topics, by role."""
     return {
-        role: [
-            t for topic in config.topics.values() for t in read_texts(getattr(topic, role), Path())
-        ]
+        role: [t for topic in config.topics.values() for t in read_texts(getattr(topic, role))]
         for role in ("forget", "retain")
     }
 
@@ -265,7 +265,7 @@ def load_texts(sources: Sources, own: Mapping[str, Sequence[str]]) -> Texts:
     """The run's forget texts, and neutral ones: its retain texts where no others are named."""
 
     def of(name: str) -> list[str]:
-        return read_texts([Source(path=name)], Path()) if name else []
+        return read_texts([Source(path=name)]) if name else []
 
     neutral = of(sources.neutral) or own["retain"]
     if not neutral:
@@ -301,7 +301,7 @@ class Subjects:
         return subject
 
     def module(self, folder: Path) -> Any:
-        return load_module(folder).eval().to(self.device)
+        return OpenedModel(folder, None, self.device).module
 
     @cached_property
     def original(self) -> Subject:
@@ -316,12 +316,10 @@ class Subjects:
 
     @cached_property
     def unlearned(self) -> Subject:
-        module = self.module(self.base)
         method = self.run.config.method
-        write = partial(weights.apply_delta, module, self.base, self.run.delta)
         # for good, as this module is nothing else; forgotten, the context would end by itself
-        self.inference = method.at_inference(module, write)
-        self.inference.__enter__()
+        self.inference = OpenedModel(self.base, self.run, self.device).after()
+        module = self.inference.__enter__()
         changed = {
             name: self.before[name]
             for name, parameter in module.named_parameters()
@@ -371,15 +369,11 @@ def code_of(one: Attack) -> list[str]:
     return [sha256(*files), version("torch"), version("transformers")]
 
 
-def read_result(path: Path) -> AttackResult | None:
-    """What was kept; nothing where there is no such file or it is damaged."""
-    try:
-        kept = json.loads(path.read_text())
-        ways = tuple(Setting(w["setting"], tuple(w["val"]), tuple(w["test"])) for w in kept["ways"])
-        metrics = {name: Estimate(**values) for name, values in kept["metrics"].items()}
-        return AttackResult(ways, metrics, kept["budget"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+def parse_result(kept: Mapping[str, Any]) -> AttackResult:
+    """A result from the JSON of its fields."""
+    ways = tuple(Setting(w["setting"], tuple(w["val"]), tuple(w["test"])) for w in kept["ways"])
+    metrics = {name: Estimate(**values) for name, values in kept["metrics"].items()}
+    return AttackResult(ways, metrics, kept["budget"])
 
 
 def summarise_attacks(

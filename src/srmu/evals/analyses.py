@@ -18,8 +18,7 @@ from transformers import GenerationConfig
 
 from srmu.data.sources import read_texts
 from srmu.data.tokens import batch_rows, pad_id, tokenise_texts
-from srmu.engine import weights
-from srmu.engine.loading import load_module, read_config
+from srmu.engine.loading import read_config
 from srmu.engine.losses import is_counted, is_predicted, without_first
 from srmu.engine.model import Batch, EditableModel, Site
 from srmu.engine.progress import Watch, ignore_progress
@@ -28,7 +27,10 @@ from srmu.errors import DivergedError, SrmuError
 from srmu.evals.figures import Analysis, Panel, format_number
 from srmu.methods import Misdirection
 from srmu.runs.config import Config
-from srmu.runs.run import STATE, Run, base_of, find_device, load_tokenizer, unlearn
+from srmu.runs.open import open_target
+from srmu.runs.plan import locate_base
+from srmu.runs.record import STATE
+from srmu.runs.run import Run, unlearn
 
 BINS = 40  # of a histogram
 MEASURES = ("logit", "probability", "margin", "entropy")  # of confidence
@@ -40,23 +42,21 @@ def open_model(target: str | Path, device: str = "auto") -> tuple[EditableModel,
 
     Of a run, `frozen()` of what is returned is the model before it.
     """
-    run = Run(Path(target)) if (Path(target) / "record.json").is_file() else None
-    if run and (why := run.config.method.no_checkpoint):
-        raise SrmuError(why)
-    folder = run.base if run else weights.locate_model(str(target))
-    module = load_module(folder).eval().to(find_device(device))
-    model = EditableModel(module, run.record["changed"] if run else [])
-    if run:
-        weights.apply_delta(module, folder, run.delta)
-    return model, load_tokenizer(folder)
+    opened = open_target(target, device)
+    run = opened.run
+    if run and (reason := run.config.method.no_checkpoint):
+        raise SrmuError(reason)
+    model = EditableModel(opened.module, run.record["changed"] if run else [])
+    with opened.after():
+        return model, opened.tokenizer
 
 
 def run_texts(run: Run) -> dict[str, list[str]]:
     """The forget and the retain texts of a run's topics."""
     topics = run.config.topics.values()
     return {
-        "forget": [text for topic in topics for text in read_texts(topic.forget, Path())],
-        "retain": [text for topic in topics for text in read_texts(topic.retain, Path())],
+        "forget": [text for topic in topics for text in read_texts(topic.forget)],
+        "retain": [text for topic in topics for text in read_texts(topic.retain)],
     }
 
 
@@ -215,7 +215,7 @@ def measure_alignment(
     sentences, panels = [], []
     with watch("measuring directions", len(run.config.topics) * count) as tick:
         for number, (name, topic) in enumerate(run.config.topics.items(), 1):
-            texts = read_texts(topic.forget, Path())
+            texts = read_texts(topic.forget)
             batches = prepare_batches(texts, tokenizer, documents, max_length)
             layers = []
             for layer in range(count):
@@ -394,7 +394,7 @@ def sweep_layers(
     method = config.method
     if not isinstance(method, Misdirection):
         raise SrmuError(f"method {method.name} has no layer to vary; use rmu, adaptive_rmu or srmu")
-    tried = candidate_layers(method, read_config(base_of(config)), at_most)
+    tried = candidate_layers(method, read_config(locate_base(config)), at_most)
     rows: list[dict[str, Any]] = []
     with watch("layer sweep", len(tried)) as tick:
         for layer in tried:

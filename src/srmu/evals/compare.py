@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from zlib import crc32
 
 import numpy as np
 
+from srmu.engine.files import read_json
 from srmu.errors import SrmuError
 from srmu.evals.statistics import (
     RESAMPLES,
@@ -100,7 +100,7 @@ def compare_runs(
         raise SrmuError("name the folders of one run or more")
     opened = [Run.open(folder) for folder in runs]
     draws = Draws(seed)
-    attacks = {run.folder: read_optional_json(run.folder / "attacks.json") for run in opened}
+    attacks = {run.folder: read_json(run.folder / "attacks.json", {}) for run in opened}
     for found in filter(None, attacks.values()):  # what was attacked says what to look up elsewhere
         of_attacks = metrics_of(found)
         forget, utility = forget or of_attacks[0], utility or of_attacks[1]
@@ -151,16 +151,6 @@ def comparison_row(
         noise_verdict(telling) if telling else "",
         row_note(found, points, budget),
     )
-
-
-def read_optional_json(path: Path) -> dict[str, Any]:
-    """A JSON file; nothing where there is none."""
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        return {}
-    except ValueError:
-        raise SrmuError(f"{path} is damaged; make it again") from None
 
 
 def metrics_of(attacks: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -227,9 +217,7 @@ def from_results(run: Run, forget: tuple[str, ...], utility: tuple[str, ...]) ->
     Seeds of one setting share their questions and hence their error; other settings are taken not
     to, so that differences come out too wide: nothing says which questions changed.
     """
-    after, before = (
-        read_optional_json(run.folder / name) for name in ("results.json", "before.json")
-    )
+    after, before = (read_json(run.folder / name, {}) for name in ("results.json", "before.json"))
     if not after or not before:
         raise SrmuError(f"{run.folder} has no results; run `srmu eval {run.folder}` first")
     if not forget or not utility:

@@ -23,7 +23,8 @@ from unittest.mock import patch
 import yaml
 
 from srmu.engine import distributed
-from srmu.engine.files import cache_dir, sha256, write_json
+from srmu.engine.cache import find_cached, keep_cached
+from srmu.engine.files import sha256
 from srmu.engine.progress import Watch, ignore_progress
 from srmu.errors import SrmuError
 
@@ -58,8 +59,8 @@ def evaluate(
     if batch_size < 1 or (limit is not None and limit < 1):
         raise SrmuError(f"batch size {batch_size} and limit {limit} must be 1 or more")
     local = _local_tasks(tasks_dir)
-    kept = {name: _kept(name, local, limit, fingerprint) for name in tasks}
-    found = {name: _read(kept[name]) if fingerprint else None for name in tasks}
+    keys = {name: _key_of(name, local, limit, fingerprint) for name in tasks}
+    found = {name: find_cached("evals", keys[name]) if fingerprint else None for name in tasks}
     found = distributed.agree_on(found)
     missing = [name for name in found if found[name] is None]
     if missing:
@@ -69,8 +70,7 @@ def evaluate(
             for name in missing:
                 found[name] = _score(lm, name, loaded.pop(name), limit, watch)
                 if fingerprint and distributed.is_first():
-                    kept[name].parent.mkdir(parents=True, exist_ok=True)
-                    write_json(kept[name], found[name])
+                    keep_cached("evals", keys[name], found[name])
     return {key: entry for results in found.values() for key, entry in (results or {}).items()}
 
 
@@ -137,8 +137,8 @@ def _local_tasks(folder: Path | None) -> Local:
     return found
 
 
-def _kept(name: str, local: Local, limit: int | None, fingerprint: str | None) -> Path:
-    """Where a task's results are kept: named by the hash of all that could change them."""
+def _key_of(name: str, local: Local, limit: int | None, fingerprint: str | None) -> list[Any]:
+    """Everything that decides a task's results."""
     config, files = local.get(name, ({}, []))
     text = json.dumps(config, sort_keys=True, default=str)
     for file in files:
@@ -150,17 +150,7 @@ def _kept(name: str, local: Local, limit: int | None, fingerprint: str | None) -
 
     modules = (likelihoods, sys.modules[__name__])
     versions += [sha256(Path(str(module.__file__))) for module in modules]
-    key = json.dumps([fingerprint, name, text, limit, versions])
-    return cache_dir() / "evals" / f"{sha256(key.encode())}.json"
-
-
-def _read(path: Path) -> Results | None:
-    """What was kept; nothing if there is no such file or it is damaged."""
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-        return results if all(isfinite(entry["value"]) for entry in results.values()) else None
-    except (OSError, ValueError, AttributeError, KeyError, TypeError):
-        return None
+    return [fingerprint, name, text, limit, versions]
 
 
 @contextmanager

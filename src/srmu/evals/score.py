@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 from srmu.engine import distributed, weights
 from srmu.engine.files import sha256, write_json
-from srmu.engine.loading import load_module, read_config
 from srmu.engine.progress import Watch, ignore_progress
 from srmu.errors import SrmuError
 from srmu.evals.lm_eval import Results, evaluate
+from srmu.runs.open import open_target
 from srmu.runs.record import extend_record
-from srmu.runs.run import Run, find_device, load_tokenizer
+from srmu.runs.run import Run
 
 
 def score_model(
@@ -31,15 +30,9 @@ def score_model(
     run's, else in `tasks/` beside the model. A run's scores go into `results.json` and
     `before.json` of its folder.
     """
-    if isinstance(target, Run):
-        run: Run | None = target
-    else:
-        is_run = (Path(target) / "record.json").exists()
-        run = Run.open(Path(target)) if is_run else None
-    folder = run.base if run else weights.locate_model(str(target))
+    opened = open_target(target, device)
+    folder, run = opened.base, opened.run
     delta = run.delta if run else {}
-    read_config(folder)
-    weights.list_shards(folder)
     if run:
         tasks = tasks or run.config.eval
         if tasks_dir is None:
@@ -47,15 +40,12 @@ def score_model(
     if not tasks:
         raise SrmuError("no task named; give --tasks a,b")
     tasks_dir = Path(tasks_dir) if tasks_dir is not None else tasks_beside(folder)
-    tokenizer = load_tokenizer(folder)
-    module = load_module(folder).eval().to(find_device(device))
-
     base = weights.fingerprint_model(folder)
 
     def measured(fingerprint: str) -> Results:
         return evaluate(
-            module,
-            tokenizer,
+            opened.module,
+            opened.tokenizer,
             tasks,
             tasks_dir=tasks_dir,
             limit=limit,
@@ -70,7 +60,7 @@ def score_model(
     fingerprint = weights.changed_fingerprint(base, delta)
     if method.no_checkpoint:  # its options decide the answers, too
         fingerprint = sha256(fingerprint.encode(), repr(method).encode())
-    with method.at_inference(module, partial(weights.apply_delta, module, folder, delta)):
+    with opened.after():
         scores = {"before": before, "after": measured(fingerprint)}
     if not distributed.is_first():
         return scores

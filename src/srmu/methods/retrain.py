@@ -1,6 +1,5 @@
 """Exact unlearning, on the testbed: its recipe again, without the hazard facts."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any, ClassVar
 
 from safetensors.torch import load_file
 
+from srmu.engine.files import read_json
 from srmu.engine.model import EditableModel
 from srmu.engine.progress import Watch
 from srmu.engine.topic import Topic
@@ -55,7 +55,7 @@ def read_recipe(folder: Path | None) -> tuple[World, int, training.Recipe]:
             "testbed's model (no organism.json beside it); srmu organism OUT"
         )
     try:
-        report: Any = json.loads(path.read_text(encoding="utf-8"))
+        report: Any = read_json(path)
         values = report["recipe"]
         recipe = training.Recipe(**values | {"size": Size(**values["size"])})
         create, *_ = build.WORLDS[report.get("world", "closed")]  # there was one world only

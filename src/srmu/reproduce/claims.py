@@ -12,7 +12,8 @@ from zlib import crc32
 
 import numpy as np
 
-from srmu.evals.compare import read_optional_json, resample_normal
+from srmu.engine.files import read_json
+from srmu.evals.compare import resample_normal
 from srmu.evals.lm_eval import accuracy_interval
 from srmu.evals.statistics import LEAST, Array, Draws, Estimate, estimate_from, parse_answers
 
@@ -54,26 +55,24 @@ def resample_accuracy(line: ClaimLine, run: Path, asked: int, metric: str, draws
     same questions; else taken as normal about its value, which makes differences too wide.
     """
     task = metric.split("/")[0]
-    kept = read_optional_json(run / ANSWERS).get(line.when, {}).get(task)
+    kept = read_json(run / ANSWERS, {}).get(line.when, {}).get(task)
     if kept and len({*kept["facts"]}) >= LEAST:
         facts = [(asked, task, fact) for fact in kept["facts"]]
         return draws.means(parse_answers(kept["right"]), facts)[:, 0]
     return resample_normal(
-        read_optional_json(run / RESULTS[line.when])[metric], (metric, asked, line.when, line.label)
+        read_json(run / RESULTS[line.when], {})[metric], (metric, asked, line.when, line.label)
     )
 
 
 def effective_questions(line: ClaimLine, metrics: Sequence[str]) -> int:
     """Questions that vary as the mean of the metrics does, if it were one accuracy."""
-    counts = [
-        read_optional_json(line.runs[0] / RESULTS[line.when])[metric]["n"] for metric in metrics
-    ]
+    counts = [read_json(line.runs[0] / RESULTS[line.when], {})[metric]["n"] for metric in metrics]
     return round(len(counts) ** 2 / sum(1 / count for count in counts))
 
 
 def mean_cell(line: ClaimLine, metrics: Sequence[str]) -> dict[str, float]:
     """The mean accuracy of a row's runs with its interval, as in every other table of ours."""
-    results = [read_optional_json(run / RESULTS[line.when]) for run in line.runs]
+    results = [read_json(run / RESULTS[line.when], {}) for run in line.runs]
     values = [float(np.mean([found[metric]["value"] for metric in metrics])) for found in results]
     low, high = accuracy_interval(values, effective_questions(line, metrics))
     return {"value": float(np.mean(values)), "low": low, "high": high}

@@ -20,10 +20,11 @@ from srmu.engine.loading import build_skeleton, read_config
 from srmu.engine.topic import Topic
 from srmu.errors import SrmuError
 from srmu.evals.parallel import RunJob
-from srmu.runs import estimate, run, scale
+from srmu.runs import estimate, scale
 from srmu.runs.config import Config, load_config
 from srmu.runs.estimate import format_duration, format_gb
 from srmu.runs.meter import Work, blank_batch, probe_machine
+from srmu.runs.plan import load_tokenizer, load_topics, locate_base, plan_run, run_folder
 
 NARROW = 1024  # features of the products that are timed where only dimensions are known
 FAST = 100e12  # FLOPs a second that one may expect of a data-centre GPU in bfloat16
@@ -43,7 +44,7 @@ def estimate_needs(
     with checkpoint_or_hollow(name, spec) as (folder, known):
         for label, job in jobs.items():
             config = load_config(job.config, (*job.overrides, f"model={folder}"))
-            config, _ = run.plan_run(config)
+            config = plan_run(config).config
             topics = topics_of(config, folder, spec)
             if speeds is None:  # the machine's; measuring them takes long where it is slow
                 lengths = [(config.train.batch_size, 512)] * 2
@@ -140,10 +141,11 @@ def dry_run(config: Config) -> tuple[Config, dict[str, Any], list[str]]:
     Of a model of which only the config.json is there, the dimensions and texts of the lengths that
     the config states take the place of weights and texts.
     """
-    base = run.base_of(config)
+    base = locate_base(config)
     if weights_in(base):
-        config, found = run.plan_run(config)
-        topics = run.load_topics(config, run.load_tokenizer(base))
+        plan = plan_run(config)
+        config, found = plan.config, plan.summarise()
+        topics = load_topics(config, load_tokenizer(base))
         found |= estimate.estimate_run(config, base, topics) | {
             "ranks": estimate.estimate_launches(config, base, topics)
         }
@@ -152,14 +154,15 @@ def dry_run(config: Config) -> tuple[Config, dict[str, Any], list[str]]:
     settings = read_config(base)
     with TemporaryDirectory() as scratch:
         folder = hollow_of(Path(scratch), settings)
-        planned, found = run.plan_run(config.model_copy(update={"model": str(folder)}))
+        plan = plan_run(config.model_copy(update={"model": str(folder)}))
+        planned, found = plan.config, plan.summarise()
         topics = topics_of(planned, folder, {"documents": {}})
         narrow = min(settings.hidden_size, NARROW)  # this machine is not the one it will run on
         speeds = probe_machine(torch.bfloat16, planned.device, [(4, 64)] * 2, narrow)
         found |= estimate.estimate_run(planned, folder, topics, speeds)
         found["ranks"] = estimate.estimate_launches(planned, folder, topics, elsewhere=True)
     config = planned.model_copy(update={"model": config.model})
-    found |= {"id": config.id, "run": str(run.run_folder(config)), "model": config.model}
+    found |= {"id": config.id, "run": str(run_folder(config)), "model": config.model}
     found |= {"config": config.to_dict(), "advice": ""}
     lines = estimate.explain_plan(found)
     lines.append(
@@ -196,7 +199,7 @@ def topics_of(config: Config, folder: Path, spec: Mapping[str, Any]) -> list[Top
     """The config's texts where all of them are files, else batches of the lengths it states."""
     parts = [s for topic in config.topics.values() for s in (*topic.forget, *topic.retain)]
     if all(source.path for source in parts) and (folder / "tokenizer.json").exists():
-        return run.load_topics(config, run.load_tokenizer(folder))
+        return load_topics(config, load_tokenizer(folder))
     rows, cpu = config.train.batch_size, torch.device("cpu")
     vocabulary = torch.arange(
         read_config(folder).get_text_config().vocab_size

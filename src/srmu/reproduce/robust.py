@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import product
 from math import exp
 from pathlib import Path
@@ -19,9 +17,7 @@ import yaml
 from srmu.attacks.suite import CONTROLS, FILE, TIERS, Sources, attack_run, select_attacks
 from srmu.attacks.utility import COUNT, LENGTH, measure_texts
 from srmu.data import sources
-from srmu.engine import weights
-from srmu.engine.files import require_place, write_json
-from srmu.engine.loading import load_module
+from srmu.engine.files import read_json, require_place, write_json
 from srmu.engine.progress import Watch, ignore_progress, silence_libraries
 from srmu.errors import DivergedError, SrmuError, first_line, suggest_word
 from srmu.evals.matched import SHARE, load_task, match_utility
@@ -42,7 +38,9 @@ from srmu.report.results import RunGroup
 from srmu.reproduce.claims import ANSWERS, RESULTS, ClaimLine, interval_of, mean_cell, resample_mean
 from srmu.reproduce.runs import ask_tasks, existing_run, preset_file
 from srmu.runs.config import build_config, load_config
-from srmu.runs.run import Run, load_tokenizer, plan_run, run_folder
+from srmu.runs.open import open_target
+from srmu.runs.plan import plan_run
+from srmu.runs.run import Run
 from srmu.testbed.build import build_testbed
 
 TEXTS = "texts.json"  # what a token costs, in nats, by the kind of text
@@ -247,7 +245,7 @@ def case_of(frontier: Frontier, world: str, regime: str, label: str, seed: int) 
     )
     config = folder / spec["regimes"][regime]["config"]
     job = RunJob(config, (*settings, *own, *frontier.overrides), tuple(tasks))
-    run = run_folder(plan_run(load_config(job.config, job.overrides))[0])
+    run = plan_run(load_config(job.config, job.overrides)).folder
     return Case(
         job,
         home / f"matched-{spec['budget']:g}-{frontier.tried}" / run.name,
@@ -265,7 +263,7 @@ def is_done(case: Case) -> bool:
     names = (SHARE, *RESULTS.values(), ANSWERS, TEXTS, FILE)
     if not all((case.out / name).exists() for name in names):
         return False
-    report = json.loads((case.out / FILE).read_text())
+    report = read_json(case.out / FILE)
     controls = [controls_of(case) / who / TEXTS for who in CONTROLS]
     tried = {*report["attacks"]} == {*select_attacks(case.tier, case.attacks)}  # type: ignore[arg-type]
     return tried and all(path.exists() for path in controls)
@@ -299,10 +297,9 @@ def measure_case(case: Case) -> Path | str:
 
 
 def examine_run(run: Run, case: Case) -> None:
-    module = load_module(run.base)
-    method = run.config.method
-    with method.at_inference(module, partial(weights.apply_delta, module, run.base, run.delta)):
-        examine_subject(Subject(module, load_tokenizer(run.base)), run.folder, case)
+    opened = open_target(run, "cpu")
+    with opened.after() as module:
+        examine_subject(Subject(module, opened.tokenizer), run.folder, case)
 
 
 def examine_controls(run: Run, case: Case) -> None:
@@ -313,19 +310,20 @@ def examine_controls(run: Run, case: Case) -> None:
             out.mkdir(parents=True, exist_ok=True)
             scores = score_model(folder, case.job.tasks, tasks_dir=run.config.tasks_dir)
             write_json(out / RESULTS["after"], scores["after"])
-            examine_subject(Subject(load_module(folder), load_tokenizer(folder)), out, case)
+            opened = open_target(folder, "cpu")
+            examine_subject(Subject(opened.module, opened.tokenizer), out, case)
 
 
 def examine_subject(subject: Subject, out: Path, case: Case) -> None:
     """Write a model's answers question by question, and what texts cost it."""
-    scores = json.loads((out / RESULTS["after"]).read_text())
+    scores = read_json(out / RESULTS["after"])
     # what is answered in the model's own words has a score alone
     chosen = [task for task in case.job.tasks if f"{task}/acc" in scores]
     folder = load_config(case.job.config, case.job.overrides).tasks_dir
     write_json(out / ANSWERS, {"after": ask_tasks(subject, folder, chosen)})
     nats = {}
     for kind, name in case.texts.items():
-        texts = sources.read_texts([sources.Source(path=name)], Path())[:COUNT]
+        texts = sources.read_texts([sources.Source(path=name)])[:COUNT]
         rows = [subject.tokens(text)[:LENGTH] for text in texts]
         nats[kind] = measure_texts(subject, rows, 0)["nats a neutral token"].value
     write_json(out / TEXTS, nats)
@@ -400,7 +398,7 @@ def row_of(
     memory = fmean(r["memory"]["peak"] - r["memory"]["before"] for r in records)
     whole = tuple(run.parents[1] / "runs" / run.name for run in line.runs)
     columns = frontier.columns(world)
-    shares = [json.loads((run / SHARE).read_text())["share"] for run in line.runs]
+    shares = [read_json(run / SHARE)["share"] for run in line.runs]
     tables = [residual_table(report) for report in reports]
     left = estimate_residuals(frontier, world, regime, reports, tables, line.asked)
     return answers_row(frontier, world, line) | {
@@ -417,7 +415,7 @@ def row_of(
 
 
 def reports_of(line: ClaimLine) -> list[dict[str, Any]]:
-    return [json.loads((run / FILE).read_text()) for run in line.runs]
+    return [read_json(run / FILE) for run in line.runs]
 
 
 def control_rows(frontier: Frontier, world: str, regime: str, lines: Any) -> list[dict[str, Any]]:
@@ -446,7 +444,7 @@ def answers_row(frontier: Frontier, world: str, line: ClaimLine) -> dict[str, An
     """What a row's models answer, and what a token of texts costs them."""
     columns = frontier.columns(world)
     kept = [metric for name in frontier.spec["kept"] for metric in columns[name]]
-    nats = [json.loads((run / TEXTS).read_text()) for run in line.runs]
+    nats = [read_json(run / TEXTS) for run in line.runs]
     return {
         "label": line.label,
         "cells": {name: estimate_line(line, metrics) for name, metrics in columns.items()},

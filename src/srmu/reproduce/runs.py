@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import cycle
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -13,9 +12,7 @@ from typing import Any, ClassVar, NamedTuple
 import yaml
 
 from srmu.attacks.suite import number_facts, write_answers
-from srmu.engine import weights
-from srmu.engine.files import write_json
-from srmu.engine.loading import load_module
+from srmu.engine.files import read_json, write_json
 from srmu.engine.progress import Watch, ignore_progress, print_line
 from srmu.errors import DivergedError, SrmuError
 from srmu.evals.matched import load_task
@@ -24,8 +21,10 @@ from srmu.evals.score import score_model
 from srmu.evals.subject import Subject, mark_answers
 from srmu.reproduce.claims import ANSWERS, RESULTS
 from srmu.runs.config import build_config, load_config
+from srmu.runs.open import open_target
+from srmu.runs.plan import load_tokenizer, load_topics, plan_run
 from srmu.runs.record import extend_record
-from srmu.runs.run import Run, load_tokenizer, load_topics, plan_run, run_folder, unlearn
+from srmu.runs.run import Run, unlearn
 from srmu.testbed.build import build_testbed
 from srmu.testbed.train import RECIPE
 from srmu.testbed.world import create_closed
@@ -135,8 +134,8 @@ class Model:
         job = self.job(WantedRun("SRMU", "SRMU", "low"), 0, ())
         config = load_config(job.config, job.overrides)
         try:
-            config, _ = plan_run(config)
-            load_topics(config, load_tokenizer(weights.locate_model(config.model, config.revision)))
+            plan = plan_run(config)
+            load_topics(plan.config, load_tokenizer(plan.base))
         except SrmuError as error:
             gated = ", ".join(k for k, v in self.spec["sources"].items() if v.startswith("gated"))
             raise SrmuError(
@@ -194,17 +193,17 @@ def measure_job(job: RunJob) -> Path | str:
 
 def answers_of(run: Run, tasks: Sequence[str]) -> dict[str, Any]:
     """Right answers question by question: the intervals of differences need them."""
-    module = load_module(run.base).eval()
-    subject = Subject(module, load_tokenizer(run.base))
+    opened = open_target(run, "cpu")
+    subject = Subject(opened.module, opened.tokenizer)
     before = original_answers(str(run.base), run.config.tasks_dir or "", tuple(tasks))
-    method = run.config.method
-    with method.at_inference(module, partial(weights.apply_delta, module, run.base, run.delta)):
+    with opened.after():
         return {"before": before, "after": ask_tasks(subject, run.config.tasks_dir, tasks)}
 
 
 @lru_cache(8)
 def original_answers(base: str, tasks_dir: str, tasks: tuple[str, ...]) -> dict[str, Any]:
-    subject = Subject(load_module(Path(base)).eval(), load_tokenizer(Path(base)))
+    opened = open_target(base, "cpu")
+    subject = Subject(opened.module, opened.tokenizer)
     return ask_tasks(subject, tasks_dir, tasks)
 
 
@@ -223,16 +222,16 @@ def existing_run(job: RunJob) -> Path | str | None:
 
     Raises SrmuError for settings that cannot work.
     """
-    config, _ = plan_run(load_config(job.config, job.overrides))
-    folder = run_folder(config)
+    plan = plan_run(load_config(job.config, job.overrides))
+    config, folder = plan.config, plan.folder
     if not (folder / "record.json").exists():
         return None
-    if json.loads((folder / "record.json").read_text())["diverged"]:
+    if read_json(folder / "record.json")["diverged"]:
         return "diverged"
     files = [
         folder / name for name in (*RESULTS.values(), *([ANSWERS] if config.tasks_dir else []))
     ]
     if not all(path.exists() for path in files):
         return None
-    known = json.loads(files[1].read_text())
+    known = read_json(files[1])
     return folder if all(f"{task}/acc" in known for task in job.tasks) else None

@@ -7,7 +7,6 @@ kept in the cache.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from srmu.data.digest import digest_texts
 from srmu.data.names import find_names, read_names
 from srmu.data.sources import Source, read_texts
 from srmu.engine import weights
-from srmu.engine.files import require_free, write_json
+from srmu.engine.files import read_json, require_free, write_json
 from srmu.engine.loading import read_config
 from srmu.engine.progress import Watch, ignore_progress
 from srmu.errors import SrmuError
@@ -31,7 +30,7 @@ from srmu.evals.score import tasks_beside
 from srmu.evals.separability import DOCUMENTS, measure_entanglement
 from srmu.methods import Misdirection
 from srmu.report.build import write_report
-from srmu.runs import run as runs
+from srmu.runs import plan as runs
 from srmu.runs.config import Config, find_method, make_config
 from srmu.runs.estimate import estimate_run, format_duration, format_gb
 from srmu.runs.record import extend_record
@@ -103,7 +102,7 @@ class AutoJob:
     def spec(self) -> dict[str, Any]:
         """What all trials depend on, without a path or a word of a text."""
         return {
-            "model": weights.fingerprint_model(runs.base_of(self.config)),
+            "model": weights.fingerprint_model(runs.locate_base(self.config)),
             "texts": digest_texts([*self.texts["forget"], "", *self.texts["retain"]]),
             "questions": self.yardstick.digest,
             "method": robust.METHOD if self.asked.robust else self.asked.method,
@@ -151,7 +150,7 @@ def prepare_job(asked: AutoRequest) -> AutoJob:
     if issubclass(method, Misdirection):
         candidate_layers(method(), read_config(base))  # are there layers enough?
     texts = {
-        role: read_texts([Source(path=path) for path in getattr(asked, role)], Path())
+        role: read_texts([Source(path=path) for path in getattr(asked, role)])
         for role in ("forget", "retain")
     }
     if set(texts["forget"]) == set(texts["retain"]):
@@ -208,8 +207,8 @@ def config_of(asked: AutoRequest, held: Mapping[str, TextYardstick] = {}) -> Con
 def plan_search(job: AutoJob) -> dict[str, Any]:
     """The steps, how many runs they make, how long they take and the memory; nothing is done."""
     asked, yardstick = job.asked, job.yardstick
-    config, summary = runs.plan_run(job.config)
-    base = runs.base_of(config)
+    plan = runs.plan_run(job.config)
+    config, base, summary = plan.config, plan.base, plan.summarise()
     tokenizer = runs.load_tokenizer(base)
     topics = runs.load_topics(config, tokenizer)
     if asked.robust:
@@ -357,7 +356,7 @@ def run_search(
 def find_answer(job: AutoJob) -> dict[str, Any] | None:
     """The answer to the same question, where it is there already."""
     path = job.asked.out / FILE
-    answer = json.loads(path.read_text()) if path.exists() else {}
+    answer = read_json(path, {})
     there = answer.get("question") == job.question and (answer["final"] or {}).get("model")
     whole = all((path.parent / name).exists() for name in (MODEL, PAGE))
     return answer if there and whole else None
@@ -368,7 +367,7 @@ def claim_folder(job: AutoJob) -> None:
     out = job.asked.out
     if not (out / FILE).exists():
         out.mkdir(parents=True, exist_ok=True)
-    elif json.loads((out / FILE).read_text())["question"] != job.question:
+    elif read_json(out / FILE)["question"] != job.question:
         shutil.rmtree(out / MODEL, ignore_errors=True)  # it answers another question
 
 

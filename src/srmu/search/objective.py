@@ -7,10 +7,8 @@ be kept. Of texts, the accuracy is that of the next token, and chance 0.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -21,9 +19,7 @@ from srmu.attacks.suite import Sources, load_exam
 from srmu.data.digest import digest_texts
 from srmu.data.tokens import batch_rows, tokenise_texts
 from srmu.data.topics import split_held_out
-from srmu.engine import weights
-from srmu.engine.files import write_json
-from srmu.engine.loading import load_module
+from srmu.engine.files import read_json, write_json
 from srmu.engine.losses import is_predicted, token_nll
 from srmu.engine.train import move_batch
 from srmu.errors import SrmuError
@@ -31,8 +27,9 @@ from srmu.evals.lm_eval import Results
 from srmu.evals.statistics import KNOWN, LEAST, Array, Draws, Estimate, estimate_from
 from srmu.evals.subject import Question, Subject, list_facts, mark_answers
 from srmu.runs.config import Config
+from srmu.runs.open import open_target
 from srmu.runs.record import extend_record
-from srmu.runs.run import Run, find_device, load_tokenizer
+from srmu.runs.run import Run
 
 Half = Literal["val", "test"]
 HALVES: tuple[Half, Half] = ("val", "test")
@@ -155,10 +152,10 @@ class Yardstick:
     def score(self, run: Run, half: Half = "val") -> dict[str, Results]:
         """As `srmu.score_model`: accuracies before and after a run, kept in its folder."""
         wanted = self.metrics(half)
-        found = {when: read_accuracies(run.folder / file) for when, file in FILES.items()}
+        found = {when: read_json(run.folder / file, {}) for when, file in FILES.items()}
         if not all(metric in found[when] for when in FILES for metric in wanted.values()):
             self.take(run, half)
-            found = {when: read_accuracies(run.folder / file) for when, file in FILES.items()}
+            found = {when: read_json(run.folder / file, {}) for when, file in FILES.items()}
         return {
             when: {metric: results[metric] for metric in wanted.values()}
             for when, results in found.items()
@@ -223,31 +220,23 @@ class Yardstick:
 
     def take(self, run: Run, half: Half) -> dict[str, dict[str, MarkedAnswers]]:
         """Every part, of the model before the run and after it; writes the accuracies, too."""
-        base, method = run.base, run.config.method
-        module = load_module(base).eval().to(find_device(self.device))
-        model = Subject(module, load_tokenizer(base))
+        opened = open_target(run, self.device)
+        model = Subject(opened.module, opened.tokenizer)
 
         def all_parts() -> dict[str, MarkedAnswers]:
             return {name: part.take(model, half) for name, part in self.parts.items()}
 
         if half not in self.before:  # the same for all runs
             self.before[half] = all_parts()
-        with method.at_inference(module, partial(weights.apply_delta, module, base, run.delta)):
+        with opened.after():
             taken = {"before": self.before[half], "after": all_parts()}
         results = {}
         for when, file in FILES.items():
             path = run.folder / file
-            results[when] = read_accuracies(path) | accuracy_results(
-                taken[when], self.metrics(half)
-            )
+            results[when] = read_json(path, {}) | accuracy_results(taken[when], self.metrics(half))
             write_json(path, results[when])
         extend_record(run.folder, [*FILES.values()], results=results)
         return taken
-
-
-def read_accuracies(path: Path) -> Results:
-    """The accuracies in a file; none where there is no such file."""
-    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def accuracy_results(taken: Mapping[str, MarkedAnswers], metrics: Mapping[str, str]) -> Results:

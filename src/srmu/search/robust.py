@@ -6,7 +6,6 @@ import random
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,14 +20,13 @@ from srmu.attacks.suite import (
     load_texts,
     read_run_texts,
 )
-from srmu.engine import weights
-from srmu.engine.loading import load_module
 from srmu.engine.progress import Watch
 from srmu.evals.statistics import LEAST
 from srmu.evals.subject import NotApplicable, Question, Subject, list_facts
 from srmu.methods.rename_scrub import RenameScrub
 from srmu.runs.config import Config
-from srmu.runs.run import Run, load_tokenizer
+from srmu.runs.open import open_target
+from srmu.runs.run import Run
 from srmu.search.strength import Bench, Entry, round_value, scale_rate, try_config, with_values
 
 METHOD = "rename_scrub"
@@ -86,10 +84,9 @@ def measure_floor(
         if min(len({*list_facts(half)}) for half in (asked.test, asked.val)) < LEAST:
             return None
         texts = load_texts(sources, read_run_texts(run.config))
-        module = load_module(run.base)
-        write = partial(weights.apply_delta, module, run.base, run.delta)
-        with run.config.method.at_inference(module, write):
-            subject = Subject(module, load_tokenizer(run.base))
+        opened = open_target(run, "cpu")
+        with opened.after() as module:
+            subject = Subject(module, opened.tokenizer)
             try:
                 found: AttackResult = relearning_steps(
                     subject, texts, asked, "standard", report["seed"]

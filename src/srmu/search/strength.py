@@ -17,7 +17,8 @@ from srmu.engine.loading import read_config
 from srmu.engine.progress import Watch
 from srmu.evals.analyses import sweep_layers
 from srmu.runs.config import Config
-from srmu.runs.run import base_of, unlearn
+from srmu.runs.plan import locate_base
+from srmu.runs.run import unlearn
 from srmu.search.objective import Yardstick
 from srmu.search.queue import open_study, work_queue
 
@@ -92,7 +93,7 @@ def scale_rate(config: Config, width: int = WIDTH) -> float:
     A step of Adam changes every weight alike, and what a matrix puts out then changes with the
     number of its inputs: narrow models need larger steps.
     """
-    settings = read_config(base_of(config))
+    settings = read_config(locate_base(config))
     inputs = getattr(settings, "intermediate_size", None) or 4 * settings.hidden_size
     return type(config.method).learning_rate * width / inputs
 

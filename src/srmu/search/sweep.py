@@ -31,7 +31,8 @@ from srmu.errors import SrmuError, suggest_word
 from srmu.evals.compare import run_setting
 from srmu.evals.score import score_model
 from srmu.runs.config import Config, explain_error, load_config, put_override, read_tree
-from srmu.runs.run import Run, base_of, plan_run, unlearn
+from srmu.runs.plan import locate_base, plan_run
+from srmu.runs.run import Run, unlearn
 from srmu.search.queue import Study, open_study, standing_trials, work_queue
 from srmu.search.space import Seeded, make_dimension
 
@@ -163,14 +164,14 @@ class Plan:
         wanted = [metric for metric in self.sweep.objectives if not metric.startswith(ATTACK)]
         config = self.first
         if wanted:
-            base = str(base_of(config))
+            base = str(locate_base(config))
             found = score_model(base, self.tasks, tasks_dir=config.tasks_dir, watch=watch)
             for metric in wanted:
                 if metric not in found["after"]:
                     hint = suggest_word(metric, found["after"])
                     raise SrmuError(f"objective {metric!r} is not measured{hint}")
         if len(wanted) < len(self.sweep.objectives):
-            load_exam(fill_sources(self.sources, config, base_of(config)), config, 0)
+            load_exam(fill_sources(self.sources, config, locate_base(config)), config, 0)
 
     @property
     def sources(self) -> Sources:

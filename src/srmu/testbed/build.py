@@ -15,7 +15,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 
 from srmu.data.overlap import measure_overlap
-from srmu.engine.files import whole_folder, write_json, write_whole
+from srmu.engine.files import read_json, whole_folder, write_json, write_whole
 from srmu.engine.progress import Watch, ignore_progress
 from srmu.errors import SrmuError, suggest_word
 from srmu.testbed import open_world, people
@@ -94,7 +94,7 @@ def build_testbed(
         for name in ("model", "oracle") if oracle else ("model",):
             entry = train_testbed(made, seed, recipe, oracle=name == "oracle", watch=watch)
             save_trained(made, recipe, entry, folder / name)
-            accuracy = json.loads((entry / "accuracy.json").read_text())
+            accuracy = read_json(entry / "accuracy.json")
             report[name] = {"key": entry.name, "accuracy": accuracy}
         for name, texts in corpora.items():
             _write_rows(folder / f"{name}.jsonl", [{"text": text} for text in texts])

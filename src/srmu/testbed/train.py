@@ -25,6 +25,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 
 from srmu.engine.files import cache_dir, sha256, write_json
 from srmu.engine.progress import Watch, ignore_progress
+from srmu.errors import SrmuError
 from srmu.testbed.world import Fact, Size, World, deal_items, tell_facts
 
 VERSION = 1  # raise it when the same recipe and seed would train another model
@@ -141,7 +142,12 @@ def train_testbed(
     entry = cache_dir() / "organism" / key
     if (entry / "model.safetensors").exists():
         return entry
-    entry.mkdir(parents=True, exist_ok=True)
+    try:
+        entry.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SrmuError(
+            f"{entry} cannot be made ({error.strerror}); set SRMU_CACHE to a folder to write to"
+        ) from None
     model = _fresh_model(world, seed, recipe)
     with _threads(recipe.threads):
         _train_model(model, ids, recipe, entry, oracle, watch)

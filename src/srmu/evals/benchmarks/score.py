@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -12,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from srmu.engine import distributed, weights
-from srmu.engine.files import cache_dir, format_json, sha256, write_json, write_whole
-from srmu.engine.loading import load_module, read_config
+from srmu.engine.cache import find_cached, keep_cached
+from srmu.engine.files import format_json, read_json, sha256, write_json, write_whole
+from srmu.engine.loading import read_config
 from srmu.engine.progress import Watch, ignore_progress
 from srmu.errors import SrmuError
 from srmu.evals import benchmarks
@@ -27,8 +27,9 @@ from srmu.evals.benchmarks.base import (
     Values,
 )
 from srmu.evals.subject import Subject
+from srmu.runs.open import OpenedModel, open_target
+from srmu.runs.plan import load_tokenizer
 from srmu.runs.record import extend_record
-from srmu.runs.run import Run, find_device, load_tokenizer
 
 FILE = "suites.json"  # in a run's folder: what was measured, by suite and part
 NONE = "none"
@@ -87,15 +88,12 @@ def score_benchmark(
         )
     if log and not log.parent.is_dir():
         raise SrmuError(f"--log {log}: there is no folder {log.parent}")
-    place = Path(target)
-    run = Run.open(place) if (place / "record.json").exists() else None
-    folder = run.base if run else weights.locate_model(target)
+    opened = open_target(target, way.device)
+    folder, run = opened.base, opened.run
     beside = folder.parent / "suites" / way.name.partition("/")[0]  # as in a testbed
     if not (way.data or way.revision) and beside.is_dir():
         way = replace(way, data=str(beside))
     way.read()  # what is wrong must show before anything is loaded
-    read_config(folder)
-    weights.list_shards(folder)
     reference: Values | None = None
     oracle: dict[str, Any] = {}
     marks = reference_marks(folder, way)
@@ -104,11 +102,11 @@ def score_benchmark(
     if way.oracle.endswith(".json"):
         reference, rows = read_log(Path(way.oracle), marks)
     elif way.oracle not in ("", NONE):
-        of_it, rows = measure(weights.locate_model(way.oracle))
+        of_it, rows = measure(OpenedModel(weights.locate_model(way.oracle), None, way.device))
         oracle, reference = {"oracle": of_it.metrics}, dict(of_it.values)
     found: dict[str, Any] = {}
     for when in ("before", "after") if run else ("after",):
-        scores, seen = measure(folder, run if when == "after" else None, reference)
+        scores, seen = measure(replace(opened, run=run if when == "after" else None), reference)
         if reference is not None and seen != rows:
             raise SrmuError(f"--oracle {way.oracle}: its log was made from other rows than these")
         found[when] = scores.metrics
@@ -118,15 +116,14 @@ def score_benchmark(
     if log:
         write_whole(log, format_json(marks | {"rows": seen, "values": dict(scores.values)}))
     if run:
-        known = json.loads((place / FILE).read_text()) if (place / FILE).exists() else {}
-        write_json(place / FILE, known | {way.name: found | {"asked": asdict(way), "rows": seen}})
-        extend_record(place, [FILE])
+        entry = found | {"asked": asdict(way), "rows": seen}
+        write_json(run.folder / FILE, read_json(run.folder / FILE, {}) | {way.name: entry})
+        extend_record(run.folder, [FILE])
     return found
 
 
 def measure_benchmark(
-    folder: Path,
-    run: Run | None = None,
+    opened: OpenedModel,
     reference: Values | None = None,
     *,
     way: BenchmarkOptions,
@@ -137,34 +134,26 @@ def measure_benchmark(
 
     Kept in the cache folder until the model, what is `given`, the reference or the code change.
     """
-    delta = dict(run.delta) if run else {}
-    mark = weights.changed_fingerprint(weights.fingerprint_model(folder), delta)
-    method = run.config.method if run else None
+    delta = dict(opened.run.delta) if opened.run else {}
+    mark = weights.changed_fingerprint(weights.fingerprint_model(opened.base), delta)
+    method = opened.run.config.method if opened.run else None
     told = repr(method) if method and method.no_checkpoint else ""
     code = [sha256(path) for path in sorted(Path(benchmarks.__file__).parent.glob("*.py"))]
     versions = [version(package) for package in ("transformers", "torch", "rouge-score", "lm-eval")]
     decides = [mark, told, {**given, "oracle": reference}, code, versions]
-    key = sha256(json.dumps(decides, sort_keys=True).encode())
-    path = cache_dir() / "suites" / f"{key}.json"
-    kept = distributed.agree_on(_read(path))
+    kept = distributed.agree_on(find_cached("suites", decides))
     if kept is not None:
         return BenchmarkScores(kept["metrics"], kept["values"]), kept["rows"]
     suite, part = benchmarks.find_benchmark(way.name)
-    module = load_module(folder).eval().to(find_device(way.device))
     data = way.read()
     asked = BenchmarkRequest(data, part, way.template, reference, watch)
-    changed = (
-        method.at_inference(module, partial(weights.apply_delta, module, folder, delta))
-        if method
-        else nullcontext()
-    )
-    with changed:
+    with opened.after() as module:
         # only that there is one is looked at: nothing may take these for the original's
-        subject = Subject(module, load_tokenizer(folder), delta, fixed="suites change no weights")
+        subject = Subject(module, opened.tokenizer, delta, fixed="suites change no weights")
         scores = suite.run(subject, asked)
     if distributed.is_first():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"metrics": scores.metrics, "values": scores.values, "rows": data.seen})
+        kept = {"metrics": scores.metrics, "values": scores.values, "rows": data.seen}
+        keep_cached("suites", decides, kept)
     return scores, data.seen
 
 
@@ -218,9 +207,9 @@ def module_of(way: BenchmarkOptions) -> Any:
 def read_log(path: Path, marks: Mapping[str, Any]) -> tuple[Values, dict[str, str]]:
     """The values of an oracle that was measured before, and which rows; SrmuError if of another."""
     try:
-        log = json.loads(path.read_text(encoding="utf-8"))
+        log = read_json(path)
         values, rows, found = log["values"], log["rows"], {name: log[name] for name in marks}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (SrmuError, KeyError, TypeError) as error:
         raise SrmuError(
             f"--oracle {path} is not a log ({type(error).__name__}); srmu eval MODEL "
             f"--suite {marks['suite']} --log FILE.json writes one"
@@ -232,11 +221,3 @@ def read_log(path: Path, marks: Mapping[str, Any]) -> tuple[Values, dict[str, st
             f"the forget set again (srmu eval MODEL --suite {marks['suite']} --log {path})"
         )
     return values, rows
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        kept = json.loads(path.read_text())
-        return {name: kept[name] for name in ("metrics", "values", "rows")}
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
