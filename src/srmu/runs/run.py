@@ -44,7 +44,7 @@ from srmu.methods.base import MethodOutcome
 from srmu.methods.importance import FLAT
 from srmu.runs import record as audit
 from srmu.runs.config import Config, load_config
-from srmu.runs.meter import free_bytes, standing_bytes
+from srmu.runs.memory import free_bytes, standing_bytes
 from srmu.runs.model_card import model_card
 from srmu.runs.record import DELTA, RECORD
 
@@ -153,7 +153,8 @@ def plan_run(config: Config) -> tuple[Config, dict[str, Any]]:
     device = find_device(config.device)
     settings = {"method": method, "device": device, "train": method.training(config.train)}
     config = config.model_copy(update=settings)
-    files = weights.list_shards(folder)
+    # without files the plan is made from config.json; a run stops when it loads the model
+    files = weights.list_shards(folder) if weights.is_there(folder) else {}
     layers = model_config.num_hidden_layers
     summary = {
         "id": config.id,
@@ -528,7 +529,8 @@ def require_memory(config: Config, base: Path, parts: int = 1) -> None:
     trained = sum(p.numel() for p in model.trained.values())
     stored = [t for t in weights.stored_types(base).values() if t.is_floating_point]
     size = (wanted_dtype(settings, config.dtype) or max(stored, key=lambda t: t.itemsize)).itemsize
-    needed = sum(standing_bytes(config, trained, size, mapped=config.device == "cpu").values())
+    mixed = size == 2 and config.train.weights == "fp32"
+    needed = standing_bytes(trained, size, mixed)
     if getattr(method, "lora_rank", 0):  # masters and moments are the adapters'
         needed = trained * size
     needed //= parts
