@@ -25,10 +25,10 @@ from shapes import SHAPES, watched, write_checkpoint, write_texts
 
 from srmu.cli import main as cli
 from srmu.engine.progress import silence_libraries
-from srmu.reproduce import needs
-from srmu.runs import estimate, meter, training
+from srmu.runs import estimate, training
 from srmu.runs import plan as plans
 from srmu.runs.config import load_config
+from srmu.runs.dry_run import plan_dry_run
 
 ROOT = Path(__file__).parents[1]
 MODELS = ("llama-3.2-1b", "llama-3.1-8b", "llama-3.1-70b", "llama-3.1-405b", "qwen3-30b-a3b")
@@ -53,7 +53,7 @@ def table(names: Sequence[str]) -> None:
         for method, options in METHODS.items():
             folder = ROOT / "configs" / "models" / name
             config = load_config(ROOT / "configs" / "scale.yaml", [*options, f"model={folder}"])
-            _, found, _ = needs.dry_run(config)
+            _, found, _ = plan_dry_run(config)
             for lora in sorted({row["lora"] for row in found["ranks"]}):
                 print(line(name, method, lora, found), flush=True)
 
@@ -171,7 +171,6 @@ def main() -> None:
     parser.add_argument("--methods", default=",".join(METHODS), help="which to measure, a,b")
     parser.add_argument("models", nargs="*", default=MODELS)
     given = parser.parse_args()
-    meter.PROBE_SECONDS = 0.01  # seconds are not told
     if given.measure:
         measure(given.measure, given.methods.split(","))
     else:

@@ -454,7 +454,6 @@ def test_unlearn_and_export_as_json(call: Call) -> None:
 
 @pytest.mark.parametrize("as_json", [True, False])
 def test_dry_run_writes_nothing(as_json: bool, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("srmu.runs.meter.PROBE_SECONDS", 0.02)  # seconds to time this machine
     before = listing()
     answer = call("unlearn", *sources(), *QUICK, "--dry-run", *["--json"][:as_json])
     assert (answer.code, answer.err) == (0, "")

@@ -36,8 +36,8 @@ from srmu.engine.losses import mean_nll
 from srmu.engine.topic import Topic
 from srmu.engine.train import TrainOptions
 from srmu.errors import SrmuError
-from srmu.reproduce import needs
 from srmu.runs.config import build_config
+from srmu.runs.dry_run import plan_dry_run
 from srmu.runs.run import Run, unlearn
 
 ROWS = ["one two", "three\nfour, five", 'six "seven"', "  eight\t"]
@@ -965,6 +965,6 @@ def test_a_dry_run_of_such_texts(weights: bool, tmp_path: Path) -> None:
                 path.unlink()
         config = made_of(tmp_path, "topics.bio.forget={dataset: o/s, template: '{q} {a}', where: "
                          "{who: Bob}}", "topics.bio.retain={dataset: o/s, wrap: true}")  # fmt: skip
-    planned, found, _ = needs.dry_run(config)
+    planned, found, _ = plan_dry_run(config)
     assert found["steps"] == 5 and planned.id == found["id"]
     assert not (tmp_path / "runs").exists()

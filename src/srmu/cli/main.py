@@ -191,7 +191,7 @@ def unlearn_command(
     else:
         raise SrmuError("name a config file, or --model M --forget F [--retain R]")
     if dry_run:
-        from srmu.reproduce.needs import dry_run as planned
+        from srmu.runs.dry_run import plan_dry_run as planned
 
         config, estimate, lines = planned(config)
         print_result(

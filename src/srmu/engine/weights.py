@@ -52,6 +52,12 @@ def locate_model(model: str, revision: str | None = None) -> Path:
         ) from error
 
 
+def is_there(folder: Path) -> bool:
+    """Whether a model's folder holds more than its config.json, from which a run can be planned."""
+    kinds = ("*.safetensors", "*.index.json", "*.bin", "*.gguf", "*.pt", "tokenizer*")
+    return not (folder / "config.json").is_file() or any(any(folder.glob(k)) for k in kinds)
+
+
 def list_shards(folder: Path) -> dict[str, Path]:
     """Which file holds which tensor. SrmuError where a file or tensor is missing or elsewhere."""
     single = folder / "model.safetensors"

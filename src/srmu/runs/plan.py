@@ -37,7 +37,9 @@ class RunPlan:
     def summarise(self) -> dict[str, Any]:
         """What the run would load and write."""
         config, method = self.config, self.config.method
-        shards = set(weights.list_shards(self.base).values())
+        # without files a run can be planned, but it stops when it loads the model
+        here = weights.is_there(self.base)
+        shards = set(weights.list_shards(self.base).values()) if here else set()
         layers = self.settings.num_hidden_layers
         return {
             "id": config.id,
@@ -71,7 +73,8 @@ def plan_run(config: Config, *, shard: bool = False, offload: bool = False) -> R
     device = find_device(config.device)
     values = {"method": method, "device": device, "train": method.training(config.train)}
     config = config.model_copy(update=values)
-    weights.list_shards(base)
+    if weights.is_there(base):
+        weights.list_shards(base)
     check_ranks(config, shard)
     if offload and (shard or method.depth is None):
         raise SrmuError(

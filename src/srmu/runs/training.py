@@ -29,7 +29,7 @@ from srmu.engine.train import FINISHED, Log, check_precision
 from srmu.errors import DivergedError, SrmuError
 from srmu.methods.base import MethodOutcome
 from srmu.runs import record as audit
-from srmu.runs.meter import free_bytes, standing_bytes
+from srmu.runs.memory import free_bytes, standing_bytes
 from srmu.runs.plan import RunPlan
 from srmu.runs.record import CONFIG, DELTA, METRICS, RECORD, STATE
 
@@ -274,8 +274,8 @@ def require_memory(plan: RunPlan) -> None:
     trained = sum(p.numel() for p in model.trained.values())
     stored = [t for t in weights.stored_types(plan.base).values() if t.is_floating_point]
     dtype = wanted_dtype(plan.settings, config.dtype) or max(stored, key=lambda t: t.itemsize)
-    parts = standing_bytes(config, trained, dtype.itemsize, mapped=config.device == "cpu")
-    needed = sum(parts.values())
+    mixed = dtype.itemsize == 2 and config.train.weights == "fp32"
+    needed = standing_bytes(trained, dtype.itemsize, mixed)
     if getattr(method, "lora_rank", 0):  # masters and moments are the adapters'
         needed = trained * dtype.itemsize
     if plan.shard:

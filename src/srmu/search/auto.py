@@ -32,7 +32,8 @@ from srmu.methods import Misdirection
 from srmu.report.build import write_report
 from srmu.runs import plan as runs
 from srmu.runs.config import Config, find_method, make_config
-from srmu.runs.estimate import estimate_run, format_duration, format_gb
+from srmu.runs.dry_run import format_duration, format_gb
+from srmu.runs.estimate import estimate_run
 from srmu.runs.record import extend_record
 from srmu.runs.run import Run
 from srmu.search import explain as reasons
