@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -12,7 +12,9 @@ from zlib import crc32
 import numpy as np
 
 from srmu.errors import SrmuError
+from srmu.evals.results import PLAIN, Metrics, Row, read_attacks, read_metrics
 from srmu.evals.statistics import (
+    LEAST,
     RESAMPLES,
     Array,
     Draws,
@@ -90,9 +92,8 @@ def compare_runs(
     starts at the original model: no loss, all knowledge, K* = 1. It is read between its points in
     a straight line, in each resample anew; a curve that ends before `budget` at its last point.
 
-    `forget` and `utility` name metrics of `results.json` (organism_hazard/acc): for runs that have
-    no `attacks.json`, whose answers question by question make narrower intervals. SrmuError for
-    runs that cannot be held against each other.
+    `forget` and `utility` name metrics (organism_hazard/acc) for runs that were not attacked: what
+    an attack asked is known. SrmuError for runs that cannot be held against each other.
     """
     if not 0 <= budget <= 1:
         raise SrmuError(f"utility loss {budget:g}: it is a share, from 0 to 1")
@@ -100,15 +101,17 @@ def compare_runs(
         raise SrmuError("name the folders of one run or more")
     opened = [Run.open(folder) for folder in runs]
     draws = Draws(seed)
-    attacks = {run.folder: read_optional_json(run.folder / "attacks.json") for run in opened}
-    for found in filter(None, attacks.values()):  # what was attacked says what to look up elsewhere
-        of_attacks = metrics_of(found)
+    attacks = {run.folder: read_attacks(run.folder) for run in opened}
+    for report in filter(
+        None, attacks.values()
+    ):  # what was attacked says what to look up elsewhere
+        of_attacks = metrics_of(report)
         forget, utility = forget or of_attacks[0], utility or of_attacks[1]
     check_attacks(opened, attacks)
     measured = [
         from_attacks(run, attacks[run.folder], draws)
         if attacks[run.folder]
-        else from_results(run, tuple(forget), tuple(utility))
+        else from_metrics(run, tuple(forget), tuple(utility), draws)
         for run in opened
     ]
     first = measured[0]
@@ -138,14 +141,14 @@ def comparison_row(
     forget = difference_to(found.forget, base.forget, found, base, draws)
     left = difference_to(found.residual, base.residual, found, base, draws)
     telling = left or forget
-    spread = None if found.residual is None else draws.over_seeds(found.residual)
+    residual = None if found.residual is None else draws.estimate(found.residual, found.n[0])
     return ComparisonRow(
         name,
         len(points),
         len(found.where),
-        estimate_from(draws.over_seeds(found.loss).clip(0), found.n[1]),
-        estimate_from(draws.over_seeds(found.forget).clip(0, 1), found.n[0]),
-        None if spread is None else estimate_from(spread, found.n[0]),
+        draws.estimate(found.loss, found.n[1], clip=(0, inf)),
+        draws.estimate(found.forget, found.n[0], clip=(0, 1)),
+        residual,
         forget,
         left,
         noise_verdict(telling) if telling else "",
@@ -153,18 +156,8 @@ def comparison_row(
     )
 
 
-def read_optional_json(path: Path) -> dict[str, Any]:
-    """A JSON file; nothing where there is none."""
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        return {}
-    except ValueError:
-        raise SrmuError(f"{path} is damaged; make it again") from None
-
-
 def metrics_of(attacks: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The names that the tasks of an `attacks.json` have in `results.json`."""
+    """What attacks asked, as the names of metrics: on what is forgotten, and on utility."""
     return (
         tuple(f"{task}/acc" for task in attacks["tasks"]["test"]),
         tuple(f"{task}/acc" for task in attacks["tasks"]["utility"]),
@@ -194,10 +187,9 @@ def check_attacks(runs: Sequence[Run], attacks: Mapping[Path, dict[str, Any]]) -
 def from_attacks(run: Run, attacks: Mapping[str, Any], draws: Draws) -> RunNumbers:
     """A run's numbers from its answers question by question."""
     model = run.config.model
-    plain = attacks["attacks"].get("forced_choice", {})
-    if not plain.get("right") or not attacks["utility"]:
-        what = "answers to utility tasks" if plain.get("right") else "forced_choice"
-        raise SrmuError(f"{run.folder}/attacks.json has no {what}: attack the run again with them")
+    plain = attacks["attacks"][PLAIN]
+    if not attacks["utility"]:
+        raise SrmuError(f"{run.folder} was attacked without --utility tasks: attack it with them")
 
     def means(table: Array, asked: str, facts: Sequence[Hashable]) -> Array:
         return draws.means(table, [(model, asked, fact) for fact in facts])
@@ -221,15 +213,12 @@ def from_attacks(run: Run, attacks: Mapping[str, Any], draws: Draws) -> RunNumbe
     )
 
 
-def from_results(run: Run, forget: tuple[str, ...], utility: tuple[str, ...]) -> RunNumbers:
-    """A run's numbers from its accuracies alone, taken as normal about their values.
-
-    Seeds of one setting share their questions and hence their error; other settings are taken not
-    to, so that differences come out too wide: nothing says which questions changed.
-    """
-    after, before = (
-        read_optional_json(run.folder / name) for name in ("results.json", "before.json")
-    )
+def from_metrics(
+    run: Run, forget: tuple[str, ...], utility: tuple[str, ...], draws: Draws
+) -> RunNumbers:
+    """A run's numbers from what was evaluated alone."""
+    model, metrics = run.config.model, read_metrics(run.folder)
+    after, before = metrics["after"], metrics["before"]
     if not after or not before:
         raise SrmuError(f"{run.folder} has no results; run `srmu eval {run.folder}` first")
     if not forget or not utility:
@@ -246,14 +235,14 @@ def from_results(run: Run, forget: tuple[str, ...], utility: tuple[str, ...]) ->
         if not after[name].get("n"):
             raise SrmuError(f"{name} is no accuracy over a number of questions; name another")
 
-    def drawn(results: Mapping[str, Any], names: Sequence[str], which: Hashable) -> Array:
-        values = [resample_normal(results[name], (run.config.model, name, which)) for name in names]
+    def drawn(results: Metrics, names: Sequence[str], which: Hashable) -> Array:
+        values = [resample_row(results[n], draws, (model, n), (model, n, which)) for n in names]
         return np.mean(values, axis=0)
 
     this = run_setting(run.config)
     return RunNumbers(
         run,
-        (run.config.model, run.config.seed),
+        (model, run.config.seed),
         (forget, utility),
         drawn(before, forget, "before"),
         drawn(after, forget, this),
@@ -263,13 +252,22 @@ def from_results(run: Run, forget: tuple[str, ...], utility: tuple[str, ...]) ->
     )
 
 
-def count_questions(results: Mapping[str, Any], names: Sequence[str]) -> int:
+def count_questions(results: Metrics, names: Sequence[str]) -> int:
     return sum(int(results[name]["n"]) for name in names)
 
 
-def resample_normal(entry: Mapping[str, float], key: Hashable) -> Array:
-    """An accuracy, then what it might have been: the same for the same key."""
-    value, n = entry["value"], entry["n"]
+def resample_row(row: Row, draws: Draws, exam: Hashable, key: Hashable) -> Array:
+    """An accuracy as it is, and in each resample of its questions: (1 + RESAMPLES,).
+
+    From the answers question by question where they are known: the same `exam` draws the same
+    questions, so that differences are paired. Else it is taken as normal about its value, the same
+    for the same `key`; the rows of a difference then err independently, so that it comes out too
+    wide.
+    """
+    facts = row.get("facts") or range(len(row.get("answers", ())))
+    if len({*facts}) >= LEAST:
+        return draws.means(parse_answers(row["answers"]), [(exam, fact) for fact in facts])[:, 0]
+    value, n = row["value"], row["n"]
     # two more right and two more wrong answers (Agresti and Coull): at 0 and 1 there is doubt too
     p = (value * n + 2) / (n + 4)
     rng = np.random.default_rng(crc32(repr(key).encode()))

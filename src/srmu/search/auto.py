@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from srmu.attacks.base import Tier
-from srmu.attacks.suite import Sources, attack_run, describe_attacks
+from srmu.attacks.suite import Sources, attack_run
+from srmu.attacks.summary import describe_attacks
 from srmu.data.digest import digest_texts
 from srmu.data.names import find_names, read_names
 from srmu.data.sources import Source, read_texts

@@ -26,11 +26,10 @@ from srmu.evals.benchmarks.base import (
     TableColumn,
     Values,
 )
+from srmu.evals.results import Row, merge_results, metric_rows, write_answers
 from srmu.evals.subject import Subject
-from srmu.runs.record import extend_record
 from srmu.runs.run import Run, find_device, load_tokenizer
 
-FILE = "suites.json"  # in a run's folder: what was measured, by suite and part
 NONE = "none"
 TITLES = {"before": "original", "after": "unlearned", "oracle": "oracle"}
 
@@ -74,7 +73,8 @@ def score_benchmark(
     """Measure a model folder, a hub id or a run on a suite: `{"after": metrics, ...}`.
 
     The data set is `way.data`, else `suites/NAME` beside the model, else the hub's. Of a run also
-    `before`; of an oracle that is a model, its own metrics. A run's go into its `suites.json`.
+    `before`; of an oracle that is a model, its own metrics. A run's are merged into its
+    `results.json`.
     `log` is where the values of each question are written, which can serve as another's `oracle`;
     they are numbers, no texts.
     """
@@ -97,7 +97,7 @@ def score_benchmark(
     read_config(folder)
     weights.list_shards(folder)
     reference: Values | None = None
-    oracle: dict[str, Any] = {}
+    oracle: dict[str, BenchmarkScores] = {}
     marks = reference_marks(folder, way)
     given = asdict(way) | {"device": "", "data": digest_data(way)}
     measure = partial(measure_benchmark, way=way, given=given, watch=watch)
@@ -105,23 +105,34 @@ def score_benchmark(
         reference, rows = read_log(Path(way.oracle), marks)
     elif way.oracle not in ("", NONE):
         of_it, rows = measure(weights.locate_model(way.oracle))
-        oracle, reference = {"oracle": of_it.metrics}, dict(of_it.values)
-    found: dict[str, Any] = {}
+        oracle, reference = {"oracle": of_it}, dict(of_it.values)
+    found: dict[str, BenchmarkScores] = {}
     for when in ("before", "after") if run else ("after",):
-        scores, seen = measure(folder, run if when == "after" else None, reference)
+        found[when], seen = measure(folder, run if when == "after" else None, reference)
         if reference is not None and seen != rows:
             raise SrmuError(f"--oracle {way.oracle}: its log was made from other rows than these")
-        found[when] = scores.metrics
+    values = dict(found["after"].values)
     found |= oracle
-    if not distributed.is_first():
-        return found
-    if log:
-        write_whole(log, format_json(marks | {"rows": seen, "values": dict(scores.values)}))
-    if run:
-        known = json.loads((place / FILE).read_text()) if (place / FILE).exists() else {}
-        write_json(place / FILE, known | {way.name: found | {"asked": asdict(way), "rows": seen}})
-        extend_record(place, [FILE])
-    return found
+    if log and distributed.is_first():
+        write_whole(log, format_json(marks | {"rows": seen, "values": values}))
+    if run and distributed.is_first():
+        measured = [
+            row for when, scores in found.items() for row in benchmark_rows(way.name, when, scores)
+        ]
+        asked = {way.name: {"asked": asdict(way), "rows": seen}}
+        merge_results(place, measured, benchmarks=asked)
+    return {when: scores.metrics for when, scores in found.items()}
+
+
+def benchmark_rows(name: str, when: str, scores: BenchmarkScores) -> list[Row]:
+    """A benchmark's metrics as rows, with the number of each question where there is one."""
+    first = name.partition("/")[0]
+    answers = {
+        f"{first}/{key}": {"answers": write_answers(values)}
+        for key, values in scores.values.items()
+    }
+    metrics = {key: entry | answers.get(key, {}) for key, entry in scores.metrics.items()}
+    return metric_rows(metrics, when, benchmark=name)
 
 
 def measure_benchmark(
