@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 
 from helpers import attack_world as world
-from helpers.models import Call, write_jsonlfrom srmu.evals.results import read_attacks
-
-
+from helpers.models import Call, write_jsonl
+from srmu.evals.results import read_attacks
 
 
 @pytest.fixture(autouse=True)
