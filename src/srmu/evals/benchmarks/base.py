@@ -9,7 +9,7 @@ from itertools import chain
 from math import isfinite, sqrt
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ Row = dict[str, Any]
 Metrics = dict[str, dict[str, float]]  # "tofu/model_utility" -> value, n and, if known, stderr
 Values = dict[str, list[float]]  # a number for each question or text, by name
 PLAIN = "Question: {question}\nAnswer:"
+LETTERS = "ABCD"  # of options
 ROWS = 32  # prompts continued at once
 KINDS: dict[type, str] = {
     str: "a text",
@@ -33,6 +34,16 @@ KINDS: dict[type, str] = {
     int: "a whole number",
     dict: "a mapping",
 }
+
+
+class Shape(NamedTuple):
+    """What a field of a row is to be, where its type alone does not say it."""
+
+    is_right: Callable[[Row], bool]
+    expected: str
+
+
+Fields = Mapping[str, type | Shape]
 
 
 @dataclass
@@ -50,10 +61,8 @@ class BenchmarkData:
     limit: int | None = None  # rows of each part
     seen: dict[str, str] = field(default_factory=dict)
 
-    def rows(
-        self, config: str, split: str, fields: Mapping[str, type], *, least: int = 1
-    ) -> list[Row]:
-        """The rows of a part, at least `least`, in which these fields are there and of their types.
+    def rows(self, config: str, split: str, fields: Fields, *, least: int = 1) -> list[Row]:
+        """The rows of a part, at least `least`, in which these fields are there and as they say.
 
         SrmuError where the set is out of reach, or names the first row that is not as it should be.
         """
@@ -87,18 +96,22 @@ class BenchmarkData:
         return rows
 
 
-def check_field(row: Row, name: str, kind: type, where: str) -> None:
-    """SrmuError unless a row's field is there and of its type, and no text in it is empty."""
+def check_field(row: Row, name: str, kind: type | Shape, where: str) -> None:
+    """SrmuError unless a row's field is there and as it should be, and no text in it is empty."""
     if name not in row:
         raise SrmuError(f"{where}: no field {name!r}; it has {', '.join(row) or 'none'}")
     value = row[name]
-    found = KINDS.get(type(value), type(value).__name__)
+    if isinstance(kind, Shape):
+        if not kind.is_right(row):
+            raise SrmuError(f"{where}: field {name!r} is not {kind.expected}")
+        return
+    seen = KINDS.get(type(value), type(value).__name__)
     wrong = type(value) is not kind
     if kind is list and not wrong:
         wrong = not value or not all(isinstance(part, str) for part in value)
-        found = "an empty list" if not value else "a list of other things" if wrong else found
+        seen = "an empty list" if not value else "a list of other things" if wrong else seen
     if wrong:
-        raise SrmuError(f"{where}: field {name!r} is {found}; expected {KINDS[kind]}")
+        raise SrmuError(f"{where}: field {name!r} is {seen}; expected {KINDS[kind]}")
     texts = value if kind is list else [value] if kind is str else []
     if not all(text.strip() for text in texts):
         raise SrmuError(f"{where}: field {name!r} has an empty text")
@@ -266,6 +279,24 @@ def log_likelihoods(
     found = [*chain.from_iterable(do_each(parts, some, label, watch))]
     check_finite([logp for logp, _ in found], label)
     return found
+
+
+def option_likelihoods(
+    model: Subject,
+    asked: Sequence[tuple[str, Sequence[str]]],
+    *,
+    label: str,
+    watch: Watch = ignore_progress,
+) -> list[list[tuple[float, int]]]:
+    """The same of each option of each (prompt, options)."""
+    pairs = [(prompt, option) for prompt, options in asked for option in options]
+    read = iter(log_likelihoods(model, pairs, label=label, watch=watch))
+    return [[next(read) for _ in options] for _, options in asked]
+
+
+def letter_options(choices: Sequence[str]) -> str:
+    """Options as a question lists them: a line `A. text` each."""
+    return "\n".join(f"{a}. {text}" for a, text in zip(LETTERS, choices, strict=False))
 
 
 def do_each(

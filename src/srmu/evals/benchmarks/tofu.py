@@ -17,8 +17,8 @@ from srmu.evals.benchmarks.base import (
     Row,
     TableColumn,
     Values,
-    log_likelihoods,
     mean_metric,
+    option_likelihoods,
     prompt_of,
     rouge_scores,
     write_continuations,
@@ -94,23 +94,22 @@ def measure_set(model: Subject, asked: BenchmarkRequest, name: str, rows: Sequen
     right = "paraphrased_answer" if name in MADE_UP else "answer"
     prompts = [prompt_of(model, row["question"], asked.template) for row in rows]
     texts = [[row["answer"], row[right], *row["perturbed_answer"]] for row in rows]
-    pairs = [
-        split_space(prompt, text)
-        for prompt, some in zip(prompts, texts, strict=True)
-        for text in some
-    ]
     label = f"tofu {name}"
-    read = iter(log_likelihoods(model, pairs, label=f"{label} likelihoods", watch=asked.watch))
+    starts = [split_space(prompt, "")[0] for prompt in prompts]
+    options = [
+        (start, [split_space(prompt, text)[1] for text in some])
+        for start, prompt, some in zip(starts, prompts, texts, strict=True)
+    ]
+    read = option_likelihoods(model, options, label=f"{label} likelihoods", watch=asked.watch)
     found: Values = {key: [] for key in ("probability", *(f"truth_ratio{f}" for f in FORKS))}
-    for some in texts:
+    for some in read:
         # arXiv 2401.06121: P(a | q) = p(a | q) ** (1 / |a|), here its logarithm
-        answer, truth, *wrong = (logp / tokens for logp, tokens in (next(read) for _ in some))
+        answer, truth, *wrong = (logp / tokens for logp, tokens in some)
         total = 0.0 if name in MADE_UP else float(np.logaddexp.reduce([answer, *wrong]))
         found["probability"].append(float(np.exp(answer - total)))
         for fork, ratio in zip(FORKS, truth_log_ratios(truth, wrong), strict=True):
             bound = float(np.clip(ratio, -BOUND, BOUND))
             found[f"truth_ratio{fork}"].append(float(np.exp(bound)))
-    starts = [split_space(prompt, "")[0] for prompt in prompts]
     said = write_continuations(
         model, starts, NEW_TOKENS, label=f"{label} answers", watch=asked.watch
     )
