@@ -337,6 +337,7 @@ def analyse_command(
     silence_libraries()
     from srmu.data.sources import Source, read_texts
     from srmu.evals import analyses
+    from srmu.evals.layer_sweep import sweep_layers
     from srmu.evals.score import score_model
     from srmu.runs.run import Run
 
@@ -350,7 +351,7 @@ def analyse_command(
         metrics = split_names(tasks)
         if not metrics:
             raise SrmuError("--tasks: name the metrics that should fall, such as wmdp_bio/acc")
-        found = analyses.sweep_layers(run.config, score_model, metrics, watch=show_progress)
+        found = sweep_layers(run.config, score_model, metrics, watch=show_progress)
     elif name == "alignment":
         assert run is not None
         found = analyses.measure_alignment(

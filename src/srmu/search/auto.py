@@ -27,7 +27,8 @@ from srmu.engine.files import require_free, write_json
 from srmu.engine.loading import read_config
 from srmu.engine.progress import Watch, ignore_progress
 from srmu.errors import SrmuError
-from srmu.evals.analyses import candidate_layers, open_model
+from srmu.evals.analyses import open_model
+from srmu.evals.layer_sweep import candidate_layers
 from srmu.evals.score import tasks_beside
 from srmu.evals.separability import DOCUMENTS, measure_entanglement
 from srmu.methods import Misdirection
