@@ -53,7 +53,7 @@ def draw_histogram(
     series = {}
     for name, each in values.items():
         if len(each):
-            counts, _ = np.histogram(np.clip(each, low, high), edges)
+            counts, _ = np.histogram(np.clip(np.asarray(each), low, high), edges)
             series[name] = (counts / len(each)).tolist()
     middles = ((edges[:-1] + edges[1:]) / 2).round(4).tolist()
     return Panel(title, x_title, "share of tokens", middles, series, "bars")

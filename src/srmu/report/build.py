@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from srmu.errors import SrmuError
-from srmu.evals.compare import method_label, metrics_of, run_setting, setting_words
+from srmu.evals.compare import metrics_of
 from srmu.evals.results import read_attacks, read_benchmarks
+from srmu.evals.settings import method_label, run_setting, setting_words
 from srmu.report import runs as sections
 from srmu.report import studies
 from srmu.report.attacks import Recovery, attack_section, measure_recovery
