@@ -13,6 +13,7 @@ from srmu.engine.progress import Watch, ignore_progress
 from srmu.errors import SrmuError
 from srmu.evals.lm_eval import evaluate
 from srmu.evals.results import Metrics, merge_results, metric_rows, plain_metrics
+from srmu.runs.record import RECORD
 from srmu.runs.run import Run, find_device, load_tokenizer
 
 
@@ -35,7 +36,7 @@ def score_model(
     if isinstance(target, Run):
         run: Run | None = target
     else:
-        is_run = (Path(target) / "record.json").exists()
+        is_run = (Path(target) / RECORD).exists()
         run = Run.open(Path(target)) if is_run else None
     folder = run.base if run else weights.locate_model(str(target))
     delta = run.delta if run else {}

@@ -176,6 +176,14 @@ class Benchmark:
     revision: str = "main"
 
 
+def hint_download(repo: str, folder: str) -> str:
+    """How to come by a data set of the hub."""
+    return (
+        f"with a hub in reach, `hf download {repo} --repo-type dataset --local-dir {folder}`, then "
+        f"give --data {folder}"
+    )
+
+
 def prompt_of(model: Subject, question: str, template: str = "") -> str:
     """A question as the model is asked it: by a template, its chat template, or PLAIN."""
     if template or not model.tokenizer.chat_template:

@@ -18,6 +18,7 @@ from srmu.evals.benchmarks.base import (
     Values,
     check_finite,
     do_each,
+    hint_download,
     mean_metric,
     rouge_scores,
     write_continuations,
@@ -185,9 +186,7 @@ SUITE = Benchmark(
     title="MUSE",
     paper="arXiv 2407.06460",
     hub="muse-bench/MUSE-{part}",  # News, Books
-    get="with a hub in reach, `hf download muse-bench/MUSE-News --repo-type dataset "
-    "--local-dir muse`, "
-    "then give --data muse",
+    get=hint_download("muse-bench/MUSE-News", "muse"),
     run=run_muse,
     axes=("KnowMem f", "KnowMem r"),
     columns=(

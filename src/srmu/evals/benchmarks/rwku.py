@@ -20,6 +20,7 @@ from srmu.evals.benchmarks.base import (
     Values,
     check_finite,
     do_each,
+    hint_download,
     mean_metric,
     rouge_scores,
     write_continuations,
@@ -142,9 +143,7 @@ SUITE = Benchmark(
     title="RWKU",
     paper="arXiv 2406.10890",
     hub="jinzhuoran/RWKU",
-    get="with a hub in reach, `hf download jinzhuoran/RWKU --repo-type dataset "
-    "--local-dir rwku`, "
-    "then give --data rwku",
+    get=hint_download("jinzhuoran/RWKU", "rwku"),
     run=run_rwku,
     axes=("All f", "All n"),
     columns=(

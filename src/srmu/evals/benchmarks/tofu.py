@@ -17,6 +17,7 @@ from srmu.evals.benchmarks.base import (
     Row,
     TableColumn,
     Values,
+    hint_download,
     mean_metric,
     option_likelihoods,
     prompt_of,
@@ -188,8 +189,7 @@ SUITE = Benchmark(
     title="TOFU",
     paper="arXiv 2401.06121",
     hub="locuslab/TOFU",
-    get="where a hub is in reach, `hf download locuslab/TOFU --repo-type dataset --local-dir tofu`,"
-    " then give --data tofu",
+    get=hint_download("locuslab/TOFU", "tofu"),
     run=run_tofu,
     axes=("model utility", "log10 forget quality"),
     columns=(

@@ -16,6 +16,7 @@ from srmu.evals.benchmarks.base import (
     Shape,
     TableColumn,
     Values,
+    hint_download,
     letter_options,
     mean_metric,
     option_likelihoods,
@@ -211,8 +212,7 @@ SUITE = Benchmark(
     title="WMDP",
     paper="arXiv 2403.03218",
     hub="cais/wmdp",
-    get="with a hub in reach, `hf download cais/wmdp --repo-type dataset --local-dir wmdp`,"
-    " then give --data wmdp",
+    get=hint_download("cais/wmdp", "wmdp"),
     run=run_wmdp,
     axes=("WMDP", "MMLU"),
     columns=(
