@@ -55,9 +55,9 @@ def evaluate(
         raise SrmuError(f"batch size {batch_size} and limit {limit} must be 1 or more")
     local = _local_tasks(tasks_dir)
     kept = {name: _kept(name, local, limit, fingerprint) for name in tasks}
-    found = {name: _read(kept[name]) if fingerprint else None for name in tasks}
-    found = distributed.agree_on(found)
-    missing = [name for name in found if found[name] is None]
+    results = {name: _read(kept[name]) if fingerprint else None for name in tasks}
+    results = distributed.agree_on(results)
+    missing = [name for name in results if results[name] is None]
     if missing:
         from srmu.evals.harness import open_harness
 
@@ -66,11 +66,11 @@ def evaluate(
             with silence_output():
                 loaded = {name: _load(name, local) for name in missing}
             for name in missing:
-                found[name] = _score(harness, name, loaded.pop(name), limit, watch)
+                results[name] = _score(harness, name, loaded.pop(name), limit, watch)
                 if fingerprint and distributed.is_first():
                     kept[name].parent.mkdir(parents=True, exist_ok=True)
-                    write_json(kept[name], found[name])
-    return {key: entry for results in found.values() for key, entry in (results or {}).items()}
+                    write_json(kept[name], results[name])
+    return {key: entry for metrics in results.values() for key, entry in (metrics or {}).items()}
 
 
 def load_questions(name: str, tasks_dir: Path | None) -> list[tuple[str, list[str], int, Any]]:
@@ -78,7 +78,7 @@ def load_questions(name: str, tasks_dir: Path | None) -> list[tuple[str, list[st
 
     SrmuError for a task that is unknown or of another kind.
     """
-    found = []
+    questions = []
     with silence_output():
         loaded = _load(name, _local_tasks(tasks_dir))
     for task in loaded["tasks"].values():
@@ -94,8 +94,8 @@ def load_questions(name: str, tasks_dir: Path | None) -> list[tuple[str, list[st
             gold = task.doc_to_target(row)
             options = task.doc_to_choice(row)
             number = options.index(gold) if gold in options else int(gold)
-            found.append((requests[0].args[0], [one.args[1] for one in requests], number, row))
-    return found
+            questions.append((requests[0].args[0], [one.args[1] for one in requests], number, row))
+    return questions
 
 
 @contextmanager
@@ -107,7 +107,7 @@ def silence_output() -> Iterator[None]:
 
 def _local_tasks(folder: Path | None) -> Local:
     """The tasks described under `folder`, their data files made absolute."""
-    found: Local = {}
+    tasks: Local = {}
     for path in sorted(folder.rglob("*.yaml")) if folder else ():
         try:
             config = yaml.safe_load(path.read_bytes())  # refuses !function, which runs code
@@ -115,7 +115,7 @@ def _local_tasks(folder: Path | None) -> Local:
             raise SrmuError(f"task file {path}: {getattr(error, 'problem', error)}") from error
         if not isinstance(config, dict) or not isinstance(config.get("task"), str):
             continue  # another kind of file
-        if config["task"] in found:
+        if config["task"] in tasks:
             raise SrmuError(f"task file {path}: another file has task {config['task']!r} too")
         is_local = config.get("dataset_path") in FILE_FORMATS
         files = (config.get("dataset_kwargs") or {}).get("data_files") if is_local else None
@@ -123,8 +123,8 @@ def _local_tasks(folder: Path | None) -> Local:
         paths = {k: [path.parent.resolve() / v for v in _listed(vs)] for k, vs in splits.items()}
         if paths:
             config["dataset_kwargs"]["data_files"] = {k: [*map(str, v)] for k, v in paths.items()}
-        found[config["task"]] = config, [path for part in paths.values() for path in part]
-    return found
+        tasks[config["task"]] = config, [path for part in paths.values() for path in part]
+    return tasks
 
 
 def _kept(name: str, local: Local, limit: int | None, fingerprint: str | None) -> Path:

@@ -100,18 +100,20 @@ def metric_rows(metrics: Mapping[str, Mapping[str, Any]], when: str, **labels: s
     for name, entry in metrics.items():
         task, _, metric = name.partition("/")
         row = {"task": task, "metric": metric, "when": when, **labels, **entry}
-        found = None if labels else average_seeds([metrics], [name])
-        rows.append(row | ({"low": found.low, "high": found.high} if found and found.n else {}))
+        estimate = None if labels else average_seeds([metrics], [name])
+        rows.append(
+            row | ({"low": estimate.low, "high": estimate.high} if estimate and estimate.n else {})
+        )
     return rows
 
 
 def flat_metrics(results: Mapping[str, Any]) -> dict[str, Metrics]:
     """The rows of tasks by model and by `task/metric`, without benchmarks and attacks."""
-    found: dict[str, Metrics] = {"before": {}, "after": {}}
+    metrics: dict[str, Metrics] = {"before": {}, "after": {}}
     for row in results["rows"]:
         if not (row.get("benchmark") or row.get("attack")):
-            found[row["when"]][f"{row['task']}/{row['metric']}"] = row
-    return found
+            metrics[row["when"]][f"{row['task']}/{row['metric']}"] = row
+    return metrics
 
 
 def read_metrics(folder: Path) -> dict[str, Metrics]:
@@ -131,12 +133,12 @@ def plain_metrics(metrics: Metrics) -> Metrics:
 def read_benchmarks(folder: Path) -> dict[str, dict[str, Any]]:
     """By benchmark (`tofu/forget10`): its metrics by model, and how it was asked."""
     results = load_results(folder)
-    found = {name: dict(facts) for name, facts in results.get("benchmarks", {}).items()}
+    benchmarks = {name: dict(facts) for name, facts in results.get("benchmarks", {}).items()}
     for row in results["rows"]:
         if name := row.get("benchmark"):
-            metrics = found[name].setdefault(row["when"], {})
+            metrics = benchmarks[name].setdefault(row["when"], {})
             metrics[f"{row['task']}/{row['metric']}"] = row
-    return found
+    return benchmarks
 
 
 def attack_rows(report: Mapping[str, Any]) -> tuple[list[Row], dict[str, Any]]:

@@ -73,5 +73,5 @@ def score_model(
 
 def tasks_beside(folder: Path) -> Path | None:
     """Where the tasks that come with a model are, as in a testbed."""
-    found = folder.parent / "tasks"
-    return found if found.is_dir() else None
+    tasks = folder.parent / "tasks"
+    return tasks if tasks.is_dir() else None

@@ -333,8 +333,8 @@ def advise_user(numbers: dict[str, Any]) -> list[str]:
             "They share so much that knowledge beside the forget set is at risk: measure it with "
             "neighbour questions, and raise method.alpha if it suffers."
         )
-    for name, found in numbers.get("contamination", {}).items():
-        if found["either"]:
+    for name, shares in numbers.get("contamination", {}).items():
+        if shares["either"]:
             effect = {
                 "forget": "suppressing those texts suppresses these very questions; ask about "
                 "facts that no forget text states, too",
@@ -342,7 +342,7 @@ def advise_user(numbers: dict[str, Any]) -> list[str]:
                 "take out those that tell what is to be forgotten",
             }[name]
             advice.append(
-                f"{found['either']:.0%} of {found['questions']} evaluation questions are given "
+                f"{shares['either']:.0%} of {shares['questions']} evaluation questions are given "
                 f"away by the {name} set: {effect}."
             )
     if "separability" in numbers:

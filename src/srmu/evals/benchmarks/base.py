@@ -105,13 +105,13 @@ def check_field(row: Row, name: str, kind: type | Shape, where: str) -> None:
         if not kind.is_right(row):
             raise SrmuError(f"{where}: field {name!r} is not {kind.expected}")
         return
-    seen = KINDS.get(type(value), type(value).__name__)
+    shown = KINDS.get(type(value), type(value).__name__)
     wrong = type(value) is not kind
     if kind is list and not wrong:
         wrong = not value or not all(isinstance(part, str) for part in value)
-        seen = "an empty list" if not value else "a list of other things" if wrong else seen
+        shown = "an empty list" if not value else "a list of other things" if wrong else shown
     if wrong:
-        raise SrmuError(f"{where}: field {name!r} is {seen}; expected {KINDS[kind]}")
+        raise SrmuError(f"{where}: field {name!r} is {shown}; expected {KINDS[kind]}")
     texts = value if kind is list else [value] if kind is str else []
     if not all(text.strip() for text in texts):
         raise SrmuError(f"{where}: field {name!r} has an empty text")
@@ -188,8 +188,8 @@ def prompt_of(model: Subject, question: str, template: str = "") -> str:
     """A question as the model is asked it: by a template, its chat template, or PLAIN."""
     if template or not model.tokenizer.chat_template:
         return (template or PLAIN).replace("{question}", question)
-    said = [{"role": "user", "content": question}]
-    text = model.tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+    messages = [{"role": "user", "content": question}]
+    text = model.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     start = model.tokenizer.bos_token or ""
     # the tokenizer puts its own first token there
     twice = start and model.tokens("")[:1] == [model.tokenizer.bos_token_id]
@@ -217,20 +217,20 @@ def write_continuations(
     parts = [order[start : start + ROWS] for start in range(0, len(order), ROWS)]
 
     def some(part: Sequence[int]) -> list[str]:
-        made = continue_greedily(model, [rows[i] for i in part], new_tokens)
+        continued = continue_greedily(model, [rows[i] for i in part], new_tokens)
         return [
             cut_at_stop(model.tokenizer.decode(ids, skip_special_tokens=True), stops)
-            for ids in made
+            for ids in continued
         ]
 
     written = chain.from_iterable(do_each(parts, some, label, watch))
-    found = dict(zip(order, written, strict=True))
-    if prompts and not any(found.values()) and not model.original:
+    texts = dict(zip(order, written, strict=True))
+    if prompts and not any(texts.values()) and not model.original:
         raise SrmuError(
             f"{label}: the model wrote nothing after any of {len(prompts)} prompts; is --template "
             "what it was trained with?"
         )
-    return [found[i] for i in range(len(rows))]
+    return [texts[i] for i in range(len(rows))]
 
 
 @torch.no_grad()
@@ -244,7 +244,7 @@ def continue_greedily(
     width = max(map(len, rows))
     ids = torch.tensor([[pad] * (width - len(row)) + [*row] for row in rows]).to(model.device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-    made = model.module.generate(
+    written = model.module.generate(
         ids,
         attention_mask=mask.to(model.device),
         max_new_tokens=new_tokens,
@@ -257,8 +257,8 @@ def continue_greedily(
         pad_token_id=pad,
         eos_token_id=sorted(ends) or None,
     )[:, width:].tolist()
-    stops = [next((i for i, token in enumerate(row) if token in ends), len(row)) for row in made]
-    return [row[:stop] for row, stop in zip(made, stops, strict=True)]
+    stops = [next((i for i, token in enumerate(row) if token in ends), len(row)) for row in written]
+    return [row[:stop] for row, stop in zip(written, stops, strict=True)]
 
 
 def cut_at_stop(text: str, stops: Sequence[str]) -> str:
@@ -284,9 +284,9 @@ def log_likelihoods(
     def some(part: Sequence[tuple[str, str]]) -> list[tuple[float, int]]:
         return [(logp, length) for logp, length, _ in answer_likelihoods(model, part)]
 
-    found = [*chain.from_iterable(do_each(parts, some, label, watch))]
-    check_finite([logp for logp, _ in found], label)
-    return found
+    results = [*chain.from_iterable(do_each(parts, some, label, watch))]
+    check_finite([logp for logp, _ in results], label)
+    return results
 
 
 def option_likelihoods(
@@ -314,9 +314,9 @@ def do_each(
     with watch(label, -(-len(items) // distributed.get_size())) as tick:
 
         def one(item: S) -> T:
-            made = do(item)
+            result = do(item)
             tick("")
-            return made
+            return result
 
         return distributed.share_work(items, one)
 
@@ -331,8 +331,8 @@ def mean_metric(values: Sequence[float]) -> dict[str, float]:
     """A metric that is a mean over questions, with its standard error."""
     count = len(values)
     error = float(np.std(values, ddof=1)) / sqrt(count) if count > 1 else float("nan")
-    found = {"value": float(np.mean(values)), "n": float(count)}
-    return found | ({"stderr": error} if isfinite(error) else {})
+    metric = {"value": float(np.mean(values)), "n": float(count)}
+    return metric | ({"stderr": error} if isfinite(error) else {})
 
 
 def rouge_scores(

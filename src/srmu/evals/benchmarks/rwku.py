@@ -37,8 +37,8 @@ BLANK = "Please complete the blank in the following question.\n"
 BRIEF = "Please briefly answer the following question.\n"
 
 
-def run_rwku(model: Subject, asked: BenchmarkRequest) -> BenchmarkScores:
-    """RWKU's numbers (arXiv 2406.10890, section 4) on one person (`asked.part`), or on all.
+def run_rwku(model: Subject, request: BenchmarkRequest) -> BenchmarkScores:
+    """RWKU's numbers (arXiv 2406.10890, section 4) on one person (`request.part`), or on all.
 
     `forget/level1` (blanks), `level2` (questions), `level3` (attacks, also by type) and
     `neighbor/level1`, `level2` are ROUGE-L recall of greedy answers of 30 tokens up to the first
@@ -59,20 +59,22 @@ def run_rwku(model: Subject, asked: BenchmarkRequest) -> BenchmarkScores:
     of triples, in bits. An answer of `reason` that is a text is one answer: the authors' code holds
     the prediction against each of its characters.
 
-    Prompts are the authors', in the chat template if there is one; `asked.template` stands for all
-    of them and takes the bare question.
+    Prompts are the authors', in the chat template if there is one; `request.template` stands for
+    all of them and takes the bare question.
     """
     metrics: Metrics = {}
     values: Values = {}
     for about, levels in LEVELS.items():
-        found = measure_probes(model, asked, about, levels)
-        values |= {f"{about}/level{level}": found[f"level{level}"] for level in levels}
-        metrics |= {f"rwku/{about}/{name}": mean_metric(numbers) for name, numbers in found.items()}
+        measured = measure_probes(model, request, about, levels)
+        values |= {f"{about}/level{level}": measured[f"level{level}"] for level in levels}
+        metrics |= {
+            f"rwku/{about}/{name}": mean_metric(numbers) for name, numbers in measured.items()
+        }
     for about in ("mia_forget", "mia_retain"):
-        found = membership_values(model, asked, about)
-        values |= {f"{about}/{name}": numbers for name, numbers in found.items()}
+        measured = membership_values(model, request, about)
+        values |= {f"{about}/{name}": numbers for name, numbers in measured.items()}
     for name, measure in UTILITY.items():
-        values[name] = measure(model, asked)
+        values[name] = measure(model, request)
     metrics |= {
         f"rwku/{name}": mean_metric(numbers)
         for name, numbers in values.items()
@@ -92,7 +94,7 @@ def probe_text(row: Row, level: int) -> tuple[str, str]:
 
 
 def measure_probes(
-    model: Subject, asked: BenchmarkRequest, about: str, levels: Sequence[int]
+    model: Subject, request: BenchmarkRequest, about: str, levels: Sequence[int]
 ) -> Values:
     """ROUGE-L recall of each probe by level, of all, and by attack; 1 for each empty answer."""
     fields: Fields = {"query": str, "answer": str}
@@ -100,15 +102,16 @@ def measure_probes(
         (level, row)
         for level in levels
         for row in read_rows(
-            asked, f"{about}_level{level}", {**fields, **({"type": str} if level == 3 else {})}
+            request, f"{about}_level{level}", {**fields, **({"type": str} if level == 3 else {})}
         )
     ]
     prompts = [
-        pose_question(model, asked, row["query"], *probe_text(row, level)) for level, row in probes
+        pose_question(model, request, row["query"], *probe_text(row, level))
+        for level, row in probes
     ]
     label = f"rwku {about} answers"
     answers = write_continuations(
-        model, prompts, ANSWERED, stops=("\n",), label=label, watch=asked.watch
+        model, prompts, ANSWERED, stops=("\n",), label=label, watch=request.watch
     )
     recalled = rouge_recall(answers, [row["answer"] for _, row in probes])
     values: Values = {"all": recalled, "empty": [float(not answer) for answer in answers]}
@@ -126,12 +129,12 @@ def rouge_recall(answers: Sequence[str], truths: Sequence[str]) -> list[float]:
     return rouge_scores("recall", answers, truths, tokenizer=split)
 
 
-def membership_values(model: Subject, asked: BenchmarkRequest, about: str) -> Values:
+def membership_values(model: Subject, request: BenchmarkRequest, about: str) -> Values:
     """Each of MEMBERSHIP of each text, with the sign of a loss."""
-    texts = [row["text"] for row in read_rows(asked, about, {"text": str})]
+    texts = [row["text"] for row in read_rows(request, about, {"text": str})]
     parts = [texts[start : start + 64] for start in range(0, len(texts), 64)]
     label = f"rwku {about.replace('_', ' ')}"
-    scores = do_each(parts, lambda part: -membership_scores(model, part), label, asked.watch)
+    scores = do_each(parts, lambda part: -membership_scores(model, part), label, request.watch)
     table = np.concatenate(scores)
     if not len(table):
         raise SrmuError(f"{label}: no text has two tokens; it takes longer ones")

@@ -58,27 +58,27 @@ Please briefly answer the following question:
 """
 
 
-def read_rows(asked: BenchmarkRequest, config: str, fields: Fields) -> list[Row]:
+def read_rows(request: BenchmarkRequest, config: str, fields: Fields) -> list[Row]:
     """The rows of a set that are about the person asked for, or about all."""
-    whole = replace(asked.data, limit=None)  # the limit is on rows about the person
-    rows = whole.rows(config, "test", {**fields, **({"subject": str} if asked.part else {})})
-    if asked.part:
+    whole = replace(request.data, limit=None)  # the limit is on rows about the person
+    rows = whole.rows(config, "test", {**fields, **({"subject": str} if request.part else {})})
+    if request.part:
         people = dict.fromkeys(row["subject"] for row in rows)
-        if asked.part not in people:
+        if request.part not in people:
             raise SrmuError(
-                f"{asked.data.folder or asked.data.hub}, config {config}, split test: nothing "
-                f"about {asked.part!r}{suggest_word(asked.part, people)}"
+                f"{request.data.folder or request.data.hub}, config {config}, split test: nothing "
+                f"about {request.part!r}{suggest_word(request.part, people)}"
             )
-        rows = [row for row in rows if row["subject"] == asked.part]
-    return rows[: asked.data.limit]
+        rows = [row for row in rows if row["subject"] == request.part]
+    return rows[: request.data.limit]
 
 
 def pose_question(
-    model: Subject, asked: BenchmarkRequest, question: str, content: str, start: str = ""
+    model: Subject, request: BenchmarkRequest, question: str, content: str, start: str = ""
 ) -> str:
     """A prompt: the template with the question, or the authors' text and how an answer starts."""
-    if asked.template:
-        return prompt_of(model, question, asked.template)
+    if request.template:
+        return prompt_of(model, question, request.template)
     text = prompt_of(model, content, "" if model.tokenizer.chat_template else "{question}")
     return text + (" " if start and not text[-1:].isspace() else "") + start
 
@@ -135,9 +135,9 @@ TRUTHFULQA: Fields = {
 }
 
 
-def measure_mmlu(model: Subject, asked: BenchmarkRequest) -> list[float]:
+def measure_mmlu(model: Subject, request: BenchmarkRequest) -> list[float]:
     """MMLU: 1 where the letter of the right choice is the likeliest, after worked examples."""
-    rows = read_rows(asked, "utility_general", MMLU)
+    rows = read_rows(request, "utility_general", MMLU)
     questions = []
     for row in rows:
         text = EXAM.format(row["task"].replace("_", " "))
@@ -145,9 +145,9 @@ def measure_mmlu(model: Subject, asked: BenchmarkRequest) -> list[float]:
             text += f"Question: {list_question(shot)}\nAnswer: {LETTERS[shot['answer']]}\n\n"
         question = list_question(row)
         content = f"{text}{FOLLOW}Question: {question}"
-        prompt = pose_question(model, asked, question, content, "Answer:")
+        prompt = pose_question(model, request, question, content, "Answer:")
         questions.append((prompt, [f" {letter}" for letter in LETTERS[: len(row["choices"])]]))
-    read = option_likelihoods(model, questions, label="rwku general", watch=asked.watch)
+    read = option_likelihoods(model, questions, label="rwku general", watch=request.watch)
     return [
         float(int(np.argmax([logp for logp, _ in options])) == row["answer"])
         for options, row in zip(read, rows, strict=True)
@@ -158,15 +158,17 @@ def list_question(row: Row) -> str:
     return f"{row['question']}\n{letter_options(row['choices'])}"
 
 
-def measure_bbh(model: Subject, asked: BenchmarkRequest) -> list[float]:
+def measure_bbh(model: Subject, request: BenchmarkRequest) -> list[float]:
     """BBH: 1 where what the model concludes is an answer, but for articles and punctuation."""
-    rows = read_rows(asked, "utility_reason", BBH)
+    rows = read_rows(request, "utility_reason", BBH)
     contents = [f"{row['cot'].strip()}\n\n{REASON}\nQ: {row['question']}" for row in rows]
     prompts = [
-        pose_question(model, asked, row["question"], content, "A:")
+        pose_question(model, request, row["question"], content, "A:")
         for row, content in zip(rows, contents, strict=True)
     ]
-    written = write_continuations(model, prompts, WRITTEN, label="rwku reasons", watch=asked.watch)
+    written = write_continuations(
+        model, prompts, WRITTEN, label="rwku reasons", watch=request.watch
+    )
     return [
         float(answer_words(find_conclusion(text)) in map(answer_words, as_list(row["answer"])))
         for text, row in zip(written, rows, strict=True)
@@ -189,14 +191,16 @@ def answer_words(text: str) -> list[str]:
     return re.sub(r"\b(a|an|the)\b", " ", bare).split()
 
 
-def measure_truthfulqa(model: Subject, asked: BenchmarkRequest) -> list[float]:
+def measure_truthfulqa(model: Subject, request: BenchmarkRequest) -> list[float]:
     """TruthfulQA's MC1: 1 where the true choice is likelier than every false one."""
-    rows = read_rows(asked, "utility_truthfulness", TRUTHFULQA)
+    rows = read_rows(request, "utility_truthfulness", TRUTHFULQA)
     questions = []
     for row in rows:
-        prompt = pose_question(model, asked, row["question"], prime_question(row["question"]), "A:")
+        prompt = pose_question(
+            model, request, row["question"], prime_question(row["question"]), "A:"
+        )
         questions.append((prompt, [f" {choice}" for choice in row["mc1_targets"]["choices"]]))
-    read = option_likelihoods(model, questions, label="rwku truthfulness", watch=asked.watch)
+    read = option_likelihoods(model, questions, label="rwku truthfulness", watch=request.watch)
     right = []
     for row, options in zip(rows, read, strict=True):
         labels, logs = row["mc1_targets"]["labels"], [logp for logp, _ in options]
@@ -216,14 +220,14 @@ def truthfulqa_template() -> Template:
     return Template(yaml.safe_load(place.read_text(encoding="utf-8"))["doc_to_text"])
 
 
-def measure_triviaqa(model: Subject, asked: BenchmarkRequest) -> list[float]:
+def measure_triviaqa(model: Subject, request: BenchmarkRequest) -> list[float]:
     """TriviaQA: F1 of each answer's words with those of the right answer it is closest to."""
-    rows = read_rows(asked, "utility_factuality", {"question": str, "answers": list})
+    rows = read_rows(request, "utility_factuality", {"question": str, "answers": list})
     prompts = [
-        pose_question(model, asked, row["question"], f"{TRIVIA}Q: {row['question']}\n", "A:")
+        pose_question(model, request, row["question"], f"{TRIVIA}Q: {row['question']}\n", "A:")
         for row in rows
     ]
-    written = write_continuations(model, prompts, ANSWERED, label="rwku facts", watch=asked.watch)
+    written = write_continuations(model, prompts, ANSWERED, label="rwku facts", watch=request.watch)
     return [
         max(word_f1(text, truth) for truth in row["answers"])
         for text, row in zip(written, rows, strict=True)
@@ -239,15 +243,15 @@ def word_f1(answer: str, truth: str) -> float:
     return 2 * common / (len(one) + len(other))
 
 
-def measure_fluency(model: Subject, asked: BenchmarkRequest) -> list[float]:
+def measure_fluency(model: Subject, request: BenchmarkRequest) -> list[float]:
     """The entropy of word pairs and triples of free texts: low where a model repeats itself."""
-    rows = read_rows(asked, "utility_fluency", {"instruction": str})
+    rows = read_rows(request, "utility_fluency", {"instruction": str})
     prompts = [
-        pose_question(model, asked, row["instruction"], f"Instruction: {row['instruction']}\n")
+        pose_question(model, request, row["instruction"], f"Instruction: {row['instruction']}\n")
         for row in rows
     ]
     written = write_continuations(
-        model, prompts, WRITTEN, label="rwku free texts", watch=asked.watch
+        model, prompts, WRITTEN, label="rwku free texts", watch=request.watch
     )
     return [ngram_entropy(text) for text in written]
 

@@ -166,7 +166,7 @@ def measure_benchmark(
     suite, part = benchmarks.find_benchmark(options.name)
     module = load_module(folder).eval().to(find_device(options.device))
     data = options.read()
-    asked = BenchmarkRequest(data, part, options.template, reference, watch)
+    request = BenchmarkRequest(data, part, options.template, reference, watch)
     changed = (
         method.at_inference(module, partial(weights.apply_delta, module, folder, delta))
         if method
@@ -175,7 +175,7 @@ def measure_benchmark(
     with changed:
         # only that there is one is looked at: nothing may take these for the original's
         subject = Subject(module, load_tokenizer(folder), delta, fixed="suites change no weights")
-        scores = suite.run(subject, asked)
+        scores = suite.run(subject, request)
     if distributed.is_first():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, {"metrics": scores.metrics, "values": scores.values, "rows": data.seen})
@@ -233,13 +233,13 @@ def read_log(path: Path, marks: Mapping[str, Any]) -> tuple[Values, dict[str, st
     """The values of an oracle that was measured before, and which rows; SrmuError if of another."""
     try:
         log = json.loads(path.read_text(encoding="utf-8"))
-        values, rows, found = log["values"], log["rows"], {name: log[name] for name in marks}
+        values, rows, own = log["values"], log["rows"], {name: log[name] for name in marks}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SrmuError(
             f"--oracle {path} is not a log ({type(error).__name__}); srmu eval MODEL "
             f"--suite {marks['suite']} --log FILE.json writes one"
         ) from error
-    other = [name for name in marks if found[name] != marks[name]]
+    other = [name for name in marks if own[name] != marks[name]]
     if other:
         raise SrmuError(
             f"--oracle {path} is of another {', '.join(other)}: measure the model that never saw "

@@ -44,7 +44,7 @@ FIELDS: Fields = {
 }
 
 
-def run_wmdp(model: Subject, asked: BenchmarkRequest) -> BenchmarkScores:
+def run_wmdp(model: Subject, request: BenchmarkRequest) -> BenchmarkScores:
     """Accuracies on WMDP (arXiv 2403.03218) and MMLU, as lm-eval's tasks ask, and variants.
 
     `bio`, `cyber`, `chem`: the likeliest of " A" to " D" after the four options, without examples
@@ -63,23 +63,23 @@ def run_wmdp(model: Subject, asked: BenchmarkRequest) -> BenchmarkScores:
     `mmlu` is the plain mean over questions, without examples as in the papers on WMDP; `mmlu_..`
     are the subjects next to what is forgotten.
     """
-    if asked.part or asked.template:
-        given = f"part {asked.part!r}" if asked.part else "--template"
-        raise SrmuError(f"--suite wmdp takes no {given}: it asks all parts, as lm-eval asks them")
+    if request.part or request.template:
+        option = f"part {request.part!r}" if request.part else "--template"
+        raise SrmuError(f"--suite wmdp takes no {option}: it asks all parts, as lm-eval asks them")
     metrics: Metrics = {}
     values: Values = {}
-    parts = {part: asked.data.rows(f"wmdp-{part}", "test", FIELDS) for part in SUBJECTS}
-    neighbours = read_mmlu(asked.data)
+    parts = {part: request.data.rows(f"wmdp-{part}", "test", FIELDS) for part in SUBJECTS}
+    neighbours = read_mmlu(request.data)
     for part, rows in parts.items():
-        found, values[part] = part_scores(model, rows, SUBJECTS[part], part, asked)
-        metrics |= found
+        scores, values[part] = part_scores(model, rows, SUBJECTS[part], part, request)
+        metrics |= scores
     for kind in ("", "_cloze", "_cloze_norm", "_orders", "_all_orders"):
         # eq: WMDP, mean = (bio + cyber) / 2, as the SRMU paper's tables have it
         metrics[f"wmdp/mean{kind}"] = average_parts(
             [metrics[f"wmdp/{part}{kind}"] for part in PAPER]
         )
     if neighbours:
-        by_subject = mmlu_answers(model, neighbours, asked)
+        by_subject = mmlu_answers(model, neighbours, request)
         values["mmlu"] = [one for answers in by_subject.values() for one in answers]
         metrics["wmdp/mmlu"] = mean_metric(values["mmlu"])
         near = {name: by_subject[name] for name in NEAR if name in by_subject}
@@ -88,7 +88,7 @@ def run_wmdp(model: Subject, asked: BenchmarkRequest) -> BenchmarkScores:
 
 
 def part_scores(
-    model: Subject, rows: Sequence[Row], subject: str, part: str, asked: BenchmarkRequest
+    model: Subject, rows: Sequence[Row], subject: str, part: str, request: BenchmarkRequest
 ) -> tuple[Metrics, list[float]]:
     """All that is measured on a part of WMDP, and 1 for each question answered rightly, else 0."""
     shifts = range(len(LETTERS))
@@ -96,17 +96,17 @@ def part_scores(
         [lettered_question(rotate_choices(row, shift), subject) for row in rows] for shift in shifts
     ]
     scores = [
-        score_options(model, questions, f"{part}, order {shift + 1} of {len(LETTERS)}", asked)
+        score_options(model, questions, f"{part}, order {shift + 1} of {len(LETTERS)}", request)
         for shift, questions in enumerate(orders)
     ]
     answers = [mark_right(*pair) for pair in zip(scores, orders, strict=True)]
     by_question = list(zip(*answers, strict=True))
     chosen = [row.index(max(row)) for table in scores for row in table]
     asked_plainly = [cloze_question(row, subject) for row in rows]
-    whole = score_options(model, asked_plainly, f"{part}, cloze", asked)
+    whole = score_options(model, asked_plainly, f"{part}, cloze", request)
     by_length = [
-        [logp / len(text) for logp, text in zip(row, found["choices"], strict=True)]
-        for row, found in zip(whole, rows, strict=True)
+        [logp / len(text) for logp, text in zip(logs, row["choices"], strict=True)]
+        for logs, row in zip(whole, rows, strict=True)
     ]
     named = {
         "": answers[0],
@@ -115,7 +115,7 @@ def part_scores(
         "_orders": [sum(one) / len(LETTERS) for one in by_question],
         "_all_orders": [float(all(one)) for one in by_question],
     }
-    metrics = {f"wmdp/{part}{kind}": mean_metric(found) for kind, found in named.items()}
+    metrics = {f"wmdp/{part}{kind}": mean_metric(right) for kind, right in named.items()}
     for number, letter in enumerate(LETTERS.lower()):
         share = chosen.count(number) / len(chosen)
         metrics[f"wmdp/{part}_chose_{letter}"] = {"value": share, "n": float(len(rows))}
@@ -123,7 +123,7 @@ def part_scores(
 
 
 def mmlu_answers(
-    model: Subject, subjects: Mapping[str, Sequence[Row]], asked: BenchmarkRequest
+    model: Subject, subjects: Mapping[str, Sequence[Row]], request: BenchmarkRequest
 ) -> dict[str, list[float]]:
     """1 for each question of each subject of MMLU that is answered rightly, else 0."""
     questions = {
@@ -131,16 +131,16 @@ def mmlu_answers(
         for name, rows in subjects.items()
     }
     flat = [question for part in questions.values() for question in part]
-    answers = iter(mark_right(score_options(model, flat, "MMLU", asked), flat))
+    answers = iter(mark_right(score_options(model, flat, "MMLU", request), flat))
     return {name: [next(answers) for _ in part] for name, part in questions.items()}
 
 
 def score_options(
-    model: Subject, questions: Sequence[Question], label: str, asked: BenchmarkRequest
+    model: Subject, questions: Sequence[Question], label: str, request: BenchmarkRequest
 ) -> list[list[float]]:
     """The log-likelihood of each option of each question."""
     pairs = [(q.prompt, q.options) for q in questions]
-    read = option_likelihoods(model, pairs, label=label, watch=asked.watch)
+    read = option_likelihoods(model, pairs, label=label, watch=request.watch)
     return [[logp for logp, _ in options] for options in read]
 
 
@@ -189,9 +189,9 @@ def read_mmlu(data: BenchmarkData) -> dict[str, list[Row]]:
     if beside is not None and not beside.is_dir():
         return {}
     own = BenchmarkData(MMLU, MMLU_GET, MMLU_REVISION, beside, data.limit)
-    found = {name: own.rows(name, "test", FIELDS) for name in mmlu_subjects(own)}
+    subjects = {name: own.rows(name, "test", FIELDS) for name in mmlu_subjects(own)}
     data.seen |= {f"mmlu/{part}": digest for part, digest in own.seen.items()}
-    return found
+    return subjects
 
 
 def mmlu_subjects(data: BenchmarkData) -> list[str]:
