@@ -24,6 +24,7 @@ from srmu.evals.benchmarks.base import (
     write_continuations,
 )
 from srmu.evals.membership_scores import mean_lowest as least
+from srmu.evals.statistics import area_under_curve
 from srmu.evals.subject import Subject
 
 PARTS = ("news", "books")
@@ -112,10 +113,7 @@ def relative_difference(own: float, other: float) -> float:
 
 def measure_membership(scores: Values) -> float:
     """The chance that a forget text scores higher than a hold-out text; a tie counts a half."""
-    from sklearn.metrics import roc_auc_score
-
-    member, unknown = (scores[f"min40_{kind}"] for kind in KINDS)
-    return float(roc_auc_score([1] * len(member) + [0] * len(unknown), [*member, *unknown]))
+    return area_under_curve(*(scores[f"min40_{kind}"] for kind in KINDS))
 
 
 def score_min_k(
