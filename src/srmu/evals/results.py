@@ -87,7 +87,7 @@ def merge_results(
         for kind, added in facts.items():
             known = {} if kind == "attacks" else results.get(kind, {})
             results[kind] = known | dict(added)
-        results["rows"] = [*merged.values()]
+        results["rows"] = [merged[key] for key in sorted(merged)]
         write_json(folder / RESULTS, results)
         if (folder / RECORD).exists():
             measured = {when: plain_metrics(of_it) for when, of_it in flat_metrics(results).items()}
