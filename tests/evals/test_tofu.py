@@ -262,7 +262,7 @@ def known_sets() -> dict[str, list[dict[str, Any]]]:
 
 
 @pytest.fixture(scope="module")
-def known(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tofu.Scores]:
+def known(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tofu.BenchmarkScores]:
     """What three models score: all but the oracle against the oracle."""
     folder = write_sets(tmp_path_factory.mktemp("known"), known_sets())
     found = {
@@ -277,7 +277,7 @@ def known(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tofu.Scores]:
     return found
 
 
-def test_what_is_known_shows(known: dict[str, tofu.Scores]) -> None:
+def test_what_is_known_shows(known: dict[str, tofu.BenchmarkScores]) -> None:
     original, oracle, unlearned = (
         {key: metric["value"] for key, metric in known[name].metrics.items()}
         for name in ("original", "oracle", "unlearned")
@@ -294,7 +294,7 @@ def test_what_is_known_shows(known: dict[str, tofu.Scores]) -> None:
         assert original[f"tofu/{name}/rouge"] == 1
 
 
-def test_forget_quality(known: dict[str, tofu.Scores]) -> None:
+def test_forget_quality(known: dict[str, tofu.BenchmarkScores]) -> None:
     assert "tofu/forget_quality" not in known["oracle"].metrics
     for fork in tofu.FORKS:
         quality = {
