@@ -4,27 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from itertools import cycle
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import yaml
 
-from srmu.attacks.suite import number_facts, write_answers
 from srmu.engine.files import read_json, write_json
 from srmu.engine.progress import Watch, ignore_progress, print_line
 from srmu.errors import DivergedError, SrmuError
-from srmu.evals.matched import load_task
 from srmu.evals.parallel import RunJob, run_all, run_one
+from srmu.evals.results import read_metrics
 from srmu.evals.score import score_model
-from srmu.evals.subject import Subject, mark_answers
-from srmu.reproduce.claims import ANSWERS, RESULTS
 from srmu.runs.config import build_config, load_config
-from srmu.runs.open import open_target
 from srmu.runs.plan import load_tokenizer, load_topics, plan_run
-from srmu.runs.record import extend_record
-from srmu.runs.run import Run, unlearn
+from srmu.runs.run import unlearn
 from srmu.testbed.build import build_testbed
 from srmu.testbed.train import RECIPE
 from srmu.testbed.world import create_closed
@@ -179,42 +173,13 @@ def whp_anchors(seed: int) -> dict[str, str]:
 
 
 def measure_job(job: RunJob) -> Path | str:
-    """The folder of a job's run on a testbed, with its answers; or why there is none."""
+    """The folder of a job's run on a testbed, measured; or why there is none."""
     try:
-        folder = run_one(job)
-        write_json(folder / ANSWERS, answers_of(Run.open(folder), job.tasks))
-        extend_record(folder, [ANSWERS])
-        return folder
+        return run_one(job)
     except DivergedError:
         return "diverged"
     except SrmuError as error:
         return f"failed: {error}"
-
-
-def answers_of(run: Run, tasks: Sequence[str]) -> dict[str, Any]:
-    """Right answers question by question: the intervals of differences need them."""
-    opened = open_target(run, "cpu")
-    subject = Subject(opened.module, opened.tokenizer)
-    before = original_answers(str(run.base), run.config.tasks_dir or "", tuple(tasks))
-    with opened.after():
-        return {"before": before, "after": ask_tasks(subject, run.config.tasks_dir, tasks)}
-
-
-@lru_cache(8)
-def original_answers(base: str, tasks_dir: str, tasks: tuple[str, ...]) -> dict[str, Any]:
-    opened = open_target(base, "cpu")
-    subject = Subject(opened.module, opened.tokenizer)
-    return ask_tasks(subject, tasks_dir, tasks)
-
-
-def ask_tasks(subject: Subject, tasks_dir: str | None, tasks: Sequence[str]) -> dict[str, Any]:
-    """A model's right answers to local tasks, and which fact each question is about."""
-    found = {}
-    for task in tasks:
-        asked_for = load_task(task, tasks_dir or "")
-        right = write_answers(mark_answers(subject, asked_for))
-        found[task] = {"right": right, "facts": number_facts([q.fact for q in asked_for])}
-    return found
 
 
 def existing_run(job: RunJob) -> Path | str | None:
@@ -222,16 +187,10 @@ def existing_run(job: RunJob) -> Path | str | None:
 
     Raises SrmuError for settings that cannot work.
     """
-    plan = plan_run(load_config(job.config, job.overrides))
-    config, folder = plan.config, plan.folder
+    folder = plan_run(load_config(job.config, job.overrides)).folder
     if not (folder / "record.json").exists():
         return None
     if read_json(folder / "record.json")["diverged"]:
         return "diverged"
-    files = [
-        folder / name for name in (*RESULTS.values(), *([ANSWERS] if config.tasks_dir else []))
-    ]
-    if not all(path.exists() for path in files):
-        return None
-    known = read_json(files[1])
+    known = read_metrics(folder)["after"]
     return folder if all(f"{task}/acc" in known for task in job.tasks) else None

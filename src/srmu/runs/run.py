@@ -103,10 +103,6 @@ class Run:
         weights.export_checkpoint(self.base, self.delta, Path(out), link, watch, texts)
         return Path(out)
 
-    def results(self) -> dict[str, dict[str, float]]:
-        """What `srmu eval` measured of this run so far."""
-        return dict(read_json(self.folder / "results.json", {}))
-
 
 def find_run(target: str | Path) -> Run | None:
     """The run in a folder; None for what is none: a model's folder, or a hub id.
