@@ -7,8 +7,7 @@ from typing import Any
 
 from srmu.evals.separability import HIGH, LOW
 from srmu.report.format import format_percent
-from srmu.search.objective import TextYardstick, Yardstick
-from srmu.search.strength import MARGIN, Entry, nearest_entry
+from srmu.search.objective import MARGIN, Entry, TextYardstick, Yardstick, cheapest_entry
 
 
 def explain_yardstick(yardstick: Yardstick) -> list[str]:
@@ -102,7 +101,7 @@ def explain_trial(budget: float, chosen: Entry, found: Sequence[Entry]) -> str:
 
 def explain_none(budget: float, found: Sequence[Entry]) -> str:
     """Why nothing was chosen."""
-    closest = nearest_entry(found)
+    closest = cheapest_entry(found)
     if closest is None:
         return f"None of {len(found)} trials forgets anything, whatever it costs."
     values = closest["values"]

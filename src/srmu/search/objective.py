@@ -8,13 +8,14 @@ be kept. Of texts, the accuracy is that of the next token, and chance 0.
 from __future__ import annotations
 
 import json
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import optuna
 import torch
 
 from srmu.attacks.suite import Sources, load_exam
@@ -23,22 +24,39 @@ from srmu.data.tokens import batch_rows, tokenise_texts
 from srmu.data.topics import split_held_out
 from srmu.engine import weights
 from srmu.engine.files import write_json
-from srmu.engine.loading import load_module
+from srmu.engine.loading import load_module, read_config
 from srmu.engine.losses import is_predicted, token_nll
+from srmu.engine.progress import Watch
 from srmu.engine.train import move_batch
 from srmu.errors import SrmuError
+from srmu.evals.analyses import candidate_layers
 from srmu.evals.lm_eval import Results
 from srmu.evals.statistics import KNOWN, LEAST, Array, Draws, Estimate, estimate_from
 from srmu.evals.subject import Question, Subject, list_facts, mark_answers
 from srmu.runs.config import Config
 from srmu.runs.record import extend_record
-from srmu.runs.run import Run, find_device, load_tokenizer
+from srmu.runs.run import Run, base_of, find_device, load_tokenizer, unlearn
+from srmu.search.queue import FILE, is_ended, open_study, trial_entry, work_queue
+from srmu.search.space import (
+    config_value,
+    start_strength,
+    strength_sampler,
+    suggest_strength,
+    with_values,
+)
 
 Half = Literal["val", "test"]
 HALVES: tuple[Half, Half] = ("val", "test")
 FILES = {"before": "before.json", "after": "results.json"}  # in a run's folder
 NOTHING = 0.05  # accuracy above chance below which a model knows nothing
 HELD = 10  # one text in so many is held out for each half
+LAYERS = 8  # that a scan tries at most
+MARGIN = 0.5  # of the budget that trials may lose: the best of many flatters itself
+NOISE = 0.05  # forgetting below it is none
+KEYS = (
+    "method.layer", "method.kappa", "method.alpha", "method.anchors", "method.hold", "method.keep",
+    "method.retain", "method.noise", "train.learning_rate",
+)  # fmt: skip
 TESTBED = ("organism_hazard",), ("organism_neighbour", "organism_general")
 
 
@@ -286,3 +304,135 @@ def hold_out(role: str, texts: Sequence[str]) -> tuple[list[str], dict[Half, tup
         )
     kept, held = split_held_out(texts, 2 * size)
     return kept, {"val": tuple(held[:size]), "test": tuple(held[size:])}
+
+
+Entry = dict[str, Any]  # a trial, as `auto.json` has it
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all trials of an automatic search share."""
+
+    config: Config
+    yardstick: Yardstick
+    out: Path
+    limit: float  # of the utility loss on the half to choose on
+    spec: Mapping[str, Any]  # of the studies: what their trials have in common
+
+
+def try_config(bench: Bench, config: Config) -> Entry:
+    """A run, made where it is missing, and what it does on the half to choose on."""
+    run = unlearn(config)
+    outcome = bench.yardstick.outcome(bench.yardstick.score(run))
+    values = {key: config_value(run.config, key) for key in KEYS}
+    return {
+        "state": "complete",
+        "params": {key: value for key, value in values.items() if value is not None},
+        "values": outcome._asdict(),
+        "runs": [str(run.folder.relative_to(bench.out.resolve()))],
+        "seconds": run.record["seconds"],
+        "why": "",
+    }
+
+
+def search_configs(
+    bench: Bench,
+    name: str,
+    queue: Sequence[Mapping[str, Any]],
+    suggest: Callable[[optuna.Trial], Mapping[str, Any]],
+    watch: Watch,
+    sampler: optuna.samplers.BaseSampler | None = None,
+    label: str = "trials",
+) -> list[Entry]:
+    """A study whose trials change the config by what they suggest; those of an earlier one count.
+
+    Without a sampler the queue has all values, and the trials come in its order.
+    """
+
+    def objective(trial: optuna.Trial) -> float:
+        measured = try_config(bench, with_values(bench.config, suggest(trial)))
+        trial.set_user_attr("measured", measured)
+        return trial_worth(measured["values"], bench.limit)
+
+    study = open_study(
+        bench.out / FILE,
+        name,
+        spec=bench.spec,
+        directions=["maximize"],
+        sampler=sampler or optuna.samplers.RandomSampler(),
+        queue=queue,
+    )
+    work_queue(study, objective, watch, label=label, in_turn=True)
+    ended = [trial for trial in study.get_trials(deepcopy=False) if is_ended(trial)]
+    if sampler is None:
+        ended.sort(key=lambda trial: trial.user_attrs["point"])
+    return [
+        trial_entry(trial)
+        | {"number": i, "state": "failed" if "why" in trial.user_attrs else "complete"}
+        for i, trial in enumerate(ended)
+    ]
+
+
+def scan_layers(bench: Bench, watch: Watch) -> tuple[Config, dict[str, Any]]:
+    """The config at the layer that forgets most for what it costs, and what each layer did."""
+    config = with_values(bench.config, start_strength(bench.config))
+    layers = candidate_layers(config.method, read_config(base_of(config)), LAYERS)
+    trials = search_configs(
+        replace(bench, config=config),
+        "layers",
+        [{"method.layer": layer} for layer in layers],
+        lambda trial: {"method.layer": trial.suggest_int("method.layer", layers[0], layers[-1])},
+        watch,
+        label="layers",
+    )
+    rows = [{"layer": t["params"]["method.layer"], **t["values"]} for t in trials if t["values"]]
+    if not rows:
+        name = config.method.name
+        raise SrmuError(f"every layer of {name} diverged; lower train.learning_rate")
+    best = max(rows, key=lambda row: trial_worth(row, bench.limit))["layer"]
+    return with_values(config, {"method.layer": best}), {"layers": rows, "best": best}
+
+
+def search_strength(
+    bench: Bench, config: Config, trials: int, seed: int, watch: Watch
+) -> list[Entry]:
+    """The trials of a search at the config's layer."""
+    return search_configs(
+        replace(bench, config=config),
+        f"layer {config_value(config, 'method.layer')} within {bench.limit:g}",
+        [{}] * trials,
+        partial(suggest_strength, config),
+        watch,
+        strength_sampler(config, seed),
+    )
+
+
+def trial_worth(values: Mapping[str, float], limit: float) -> float:
+    """What a search maximises: forgetting, beyond the limit in proportion less.
+
+    As if half the change cost half as much and did half: what costs twice the limit counts half.
+    """
+    return values["forgetting"] * limit / max(values["utility_loss"], limit)
+
+
+def has_forgotten(trial: Entry) -> bool:
+    return bool(trial["values"]) and trial["values"]["forgetting"] >= NOISE
+
+
+def best_entry(trials: Sequence[Entry], limit: float) -> Entry | None:
+    """Of the trials within the limit the one that forgets most; of equals, that which costs less.
+
+    None where none forgets more than noise.
+    """
+    within = [t for t in trials if has_forgotten(t) and t["values"]["utility_loss"] <= limit]
+    return max(
+        within,
+        key=lambda trial: (trial["values"]["forgetting"], -trial["values"]["utility_loss"]),
+        default=None,
+    )
+
+
+def cheapest_entry(trials: Sequence[Entry]) -> Entry | None:
+    """The trial that forgets at the least cost."""
+    forgetting = filter(has_forgotten, trials)
+    return min(forgetting, key=lambda trial: trial["values"]["utility_loss"], default=None)

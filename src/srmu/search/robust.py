@@ -24,12 +24,14 @@ from srmu.attacks.suite import (
 from srmu.engine import weights
 from srmu.engine.loading import load_module
 from srmu.engine.progress import Watch
+from srmu.errors import SrmuError
 from srmu.evals.statistics import LEAST
 from srmu.evals.subject import NotApplicable, Question, Subject, list_facts
 from srmu.methods.rename_scrub import RenameScrub
 from srmu.runs.config import Config
 from srmu.runs.run import Run, load_tokenizer
-from srmu.search.strength import Bench, Entry, round_value, scale_rate, try_config, with_values
+from srmu.search.objective import Bench, Entry, search_configs
+from srmu.search.space import round_value, scale_rate
 
 METHOD = "rename_scrub"
 KEEPING = (1.0, 2.0, 0.5)  # times its weights of what is to be kept: as set, safer, stronger
@@ -54,15 +56,20 @@ def start_values(config: Config, keeping: float) -> dict[str, Any]:
     }
 
 
-def try_each(bench: Bench, trials: int, watch: Watch) -> list[Entry]:
-    """A run for each of as many weights of what is kept."""
-    chosen = KEEPING[:trials]
-    found = []
-    with watch("trying", len(chosen)) as tick:
-        for number, keeping in enumerate(chosen):
-            config = with_values(bench.config, start_values(bench.config, keeping))
-            found.append(try_config(bench, config) | {"number": number})
-            tick(f"keeping {keeping:g}")
+def search_weights(bench: Bench, trials: int, watch: Watch) -> list[Entry]:
+    """A run for each of as many weights of what is kept, those of the method first.
+
+    SrmuError where that one fails: it is what the others are held against.
+    """
+    found = search_configs(
+        bench,
+        "weights",
+        [{"keeping": keeping} for keeping in KEEPING[:trials]],
+        lambda trial: start_values(bench.config, trial.suggest_float("keeping", 0.1, 10.0)),
+        watch,
+    )
+    if not found[0]["values"]:
+        raise SrmuError(found[0]["why"])
     return found
 
 

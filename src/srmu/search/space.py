@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import Any
 
 import optuna
-from optuna.samplers import BaseSampler
-from optuna.trial import FrozenTrial
+from optuna.exceptions import ExperimentalWarning
+from optuna.samplers import BaseSampler, PartialFixedSampler, TPESampler
+from optuna.trial import FrozenTrial, TrialState
 
+from srmu.engine.loading import read_config
 from srmu.errors import SrmuError, suggest_word
+from srmu.runs.config import Config
+from srmu.runs.run import base_of
+from srmu.search.queue import is_ended
+
+RANDOM = 6  # trials before the sampler learns from them
+WIDTH = 14336  # inputs of a down-projection of the 7B models that papers give rates for
 
 
 @dataclass(frozen=True)
@@ -109,18 +118,21 @@ def parse_number(where: str, value: Any) -> Any:
     raise SrmuError(f"{where}={value}: expected a number")
 
 
-class Seeded(BaseSampler):
-    """A sampler whose choice depends on the trial's number and on what was found before.
+class PlaceSampler(BaseSampler):
+    """A sampler whose choice depends on the trials before it alone: their number, what they found.
 
-    Of two workers with one seed both would try the same values, and a resumed one those again.
+    `make` makes the sampler of a place, which counts the trials that ended or run. So a stopped
+    search goes on as if it had not been, and two workers do not try the same values.
     """
 
-    def __init__(self, make: Callable[[int], BaseSampler], seed: int) -> None:
-        self.make, self.seed = make, seed
-        self.inner = make(seed)
+    def __init__(self, make: Callable[[int], BaseSampler]) -> None:
+        self.make = make
+        self.inner = make(0)
 
     def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
-        self.inner = self.make(self.seed * 100_003 + trial.number)
+        earlier = [t for t in study.get_trials(deepcopy=False) if t.number < trial.number]
+        place = sum(is_ended(t) or t.state == TrialState.RUNNING for t in earlier)
+        self.inner = self.make(place)
         self.inner.before_trial(study, trial)
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> Any:
@@ -134,3 +146,79 @@ class Seeded(BaseSampler):
 
     def after_trial(self, study: Any, trial: Any, state: Any, values: Any) -> None:
         self.inner.after_trial(study, trial, state, values)
+
+
+# ---- the space of an automatic search
+
+
+def config_value(config: Config, key: str) -> Any:
+    """The value of a dotted key of a config's method or training; None where it has no such key."""
+    part, _, name = key.partition(".")
+    return getattr(getattr(config, part), name, None)
+
+
+def with_values(config: Config, values: Mapping[str, Any]) -> Config:
+    """The config with values of dotted keys of its method and its training."""
+    parts: dict[str, dict[str, Any]] = {"method": {}, "train": {}}
+    for key, value in values.items():
+        part, _, name = key.partition(".")
+        parts[part][name] = value
+    changed = {part: replace(getattr(config, part), **given) for part, given in parts.items()}
+    return config.model_copy(update=changed)
+
+
+def round_value(value: float) -> float:
+    """Three digits, which is as far as a person wants to read."""
+    return float(f"{value:.3g}")
+
+
+def scale_rate(config: Config, width: int = WIDTH) -> float:
+    """The method's learning rate, which is meant for models of a `width`, at this model's width.
+
+    A step of Adam changes every weight alike, and what a matrix puts out then changes with the
+    number of its inputs: narrow models need larger steps.
+    """
+    settings = read_config(base_of(config))
+    inputs = getattr(settings, "intermediate_size", None) or 4 * settings.hidden_size
+    return type(config.method).learning_rate * width / inputs
+
+
+def start_strength(config: Config) -> dict[str, Any]:
+    """Where a search begins, and what layers are scanned with: a moderate strength.
+
+    Random anchors stay: on most testbeds less was forgotten without them at the same cost.
+    """
+    return {
+        "method.kappa": 4.0,
+        "method.alpha": 300.0,
+        "method.anchors": "random",
+        "train.learning_rate": round_value(4 * scale_rate(config)),
+    }
+
+
+def suggest_strength(config: Config, trial: optuna.Trial) -> dict[str, Any]:
+    """Values for a trial, within what was worth trying on the testbeds."""
+    rate = scale_rate(config)
+    ranges = {
+        "method.kappa": (1.5, 16),
+        "method.alpha": (50, 2000),
+        "train.learning_rate": (rate, 8 * rate),
+    }
+    return {
+        key: round_value(trial.suggest_float(key, low, high, log=True))
+        for key, (low, high) in ranges.items()
+    }
+
+
+def strength_sampler(config: Config, seed: int) -> PlaceSampler:
+    """TPE that begins with the moderate strength."""
+
+    def make(place: int) -> BaseSampler:
+        sampler = TPESampler(seed=1000 * seed + place, n_startup_trials=RANDOM)
+        if place:
+            return sampler
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            return PartialFixedSampler(start_strength(config), sampler)
+
+    return PlaceSampler(make)

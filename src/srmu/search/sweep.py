@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -16,7 +16,6 @@ from statistics import fmean
 from typing import Any, Literal
 
 import optuna
-import torch
 import yaml
 from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESampler
@@ -32,19 +31,13 @@ from srmu.evals.compare import run_setting
 from srmu.evals.score import score_model
 from srmu.runs.config import Config, explain_error, load_config, put_override, read_tree
 from srmu.runs.run import Run, base_of, plan_run, unlearn
-from srmu.search.queue import Study, open_study, standing_trials, work_queue
-from srmu.search.space import Seeded, make_dimension
+from srmu.search import queue
+from srmu.search.queue import Study, list_points, open_study, trial_entry, work_queue
+from srmu.search.space import PlaceSampler, make_dimension
 
 FILE = "sweep.json"
 ATTACK = "attack."
 ENOUGH = 8  # complete trials to tell which key matters
-STATES = {
-    TrialState.COMPLETE: "complete",
-    TrialState.PRUNED: "pruned",
-    TrialState.FAIL: "failed",
-    TrialState.RUNNING: "running",
-    TrialState.WAITING: "waiting",
-}
 
 
 class Strict(BaseModel):
@@ -76,7 +69,7 @@ class Sweep(Strict):
     seed: int = 0  # of the sampler
     name: str = ""
     out: str = ""
-    heartbeat: int = Field(default=60, ge=1)  # seconds, where the storage is a server
+    heartbeat: int = Field(default=60, ge=1)  # seconds between a worker's signs of life
 
 
 class Plan:
@@ -197,14 +190,11 @@ class Plan:
     def sampler(self) -> BaseSampler:
         if self.sweep.sampler == "grid":
             return RandomSampler()  # every value is in the queue
-        kinds: dict[str, Callable[[int], BaseSampler]] = {
-            "tpe": lambda seed: TPESampler(seed=seed),
-            # ten generations, whatever the number of trials
-            "nsga2": lambda seed: NSGAIISampler(
-                population_size=max(4, min(50, len(self.queue) // 10)), seed=seed
-            ),
-        }
-        return Seeded(kinds[self.sweep.sampler], self.sweep.seed)
+        seed, trials = 100_003 * self.sweep.seed, len(self.queue)
+        if self.sweep.sampler == "tpe":
+            return PlaceSampler(lambda place: TPESampler(seed=seed + place))
+        size = max(4, min(50, trials // 10))  # ten generations, whatever the number of trials
+        return PlaceSampler(lambda place: NSGAIISampler(population_size=size, seed=seed + place))
 
 
 def place_path(home: Path, path: str) -> Path:
@@ -232,7 +222,7 @@ def run_sweep(ready: Plan, storage: str = "", watch: Watch = ignore_progress) ->
     """Run a sweep, or what is left of it, with any other workers; what `sweep.json` says."""
     ready.check_objectives(watch)
     study = open_study(
-        storage or ready.out / "study.log",
+        storage or ready.out / queue.FILE,
         ready.name,
         spec=ready.spec,
         directions=[*ready.sweep.objectives.values()],
@@ -275,25 +265,23 @@ def measure_trial(ready: Plan, trial: optuna.Trial) -> list[float]:
     }
     started = time.monotonic()
     for number, seed in enumerate(ready.sweep.seeds):
-        try:
-            run = unlearn(ready.config_of(params, seed))
-            results = run_metrics(ready, run)
-        except torch.OutOfMemoryError as error:
-            raise SrmuError(f"out of memory: {str(error).splitlines()[0]}") from None
+        run = unlearn(ready.config_of(params, seed))
+        results = run_metrics(ready, run)
         for metric in objectives:
             entry = results[metric]
             kept["replicates"][metric].append(entry["value"])
             kept["errors"][metric].append(entry.get("stderr"))
             kept["n"][metric] = int(entry["n"])
+        kept["values"] = {metric: fmean(values) for metric, values in kept["replicates"].items()}
         kept["runs"].append(str(run.folder.relative_to(ready.out)))
         kept["seconds"] = round(time.monotonic() - started, 3)
         trial.set_user_attr("measured", kept)
         if ready.sweep.prune and number + 1 < len(ready.sweep.seeds):
-            trial.report(fmean(kept["replicates"][objectives[0]]), number)
+            trial.report(kept["values"][objectives[0]], number)
             if trial.should_prune():
                 trial.set_user_attr("why", f"worse than the median after {number + 1} seeds")
                 raise optuna.TrialPruned
-    return [fmean(kept["replicates"][metric]) for metric in objectives]
+    return [kept["values"][metric] for metric in objectives]
 
 
 def run_metrics(ready: Plan, run: Run) -> dict[str, dict[str, float]]:
@@ -329,7 +317,7 @@ def error_entry(entry: Mapping[str, float]) -> dict[str, float]:
 
 def sweep_report(ready: Plan, study: Study, final: bool = False) -> dict[str, Any]:
     """What `sweep.json` says: each trial once, the best of them, and which keys matter."""
-    trials = [sweep_entry(ready, trial) for trial in standing_trials(study) if trial is not None]
+    trials = [sweep_entry(point.standing) for point in list_points(study) if point.standing]
     complete = [one for one in trials if one["state"] == "complete"]
     return {
         "kind": "sweep",
@@ -344,25 +332,11 @@ def sweep_report(ready: Plan, study: Study, final: bool = False) -> dict[str, An
     }
 
 
-def sweep_entry(ready: Plan, trial: FrozenTrial) -> dict[str, Any]:
+def sweep_entry(trial: FrozenTrial) -> dict[str, Any]:
     """A trial as `sweep.json` has it."""
-    kept = trial.user_attrs.get("measured", {})
-    replicates = {k: v for k, v in kept.get("replicates", {}).items() if v}
-    why = trial.user_attrs.get("why", "")
-    if trial.state == TrialState.FAIL and not why:
-        why = "its worker died"
-    return {
-        "number": trial.number,
-        "state": STATES[trial.state],
-        "params": kept.get("params") or trial.params or trial.system_attrs.get("fixed_params", {}),
-        "values": {metric: fmean(values) for metric, values in replicates.items()},
-        "replicates": replicates,
-        "errors": {metric: kept["errors"][metric] for metric in replicates},
-        "n": kept.get("n", {}),
-        "runs": kept.get("runs", []),
-        "seconds": kept.get("seconds", 0.0),
-        "why": why,
-    }
+    measured = trial.user_attrs.get("measured", {})
+    parts = {part: measured.get(part, {}) for part in ("replicates", "errors", "n")}
+    return trial_entry(trial) | parts
 
 
 def key_importance(study: Study) -> dict[str, float]:
