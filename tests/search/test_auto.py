@@ -335,9 +335,9 @@ def test_outcome_is_what_it_says() -> None:
         when: {f"{name}_val/acc": {"value": pair[i]} for name, pair in values.items()}
         for i, when in enumerate(("before", "after"))
     }
-    forgetting, lost = yardstick.outcome(scores)
-    assert forgetting == pytest.approx(0.45 / 0.60)
-    assert lost == pytest.approx((0.1 - 0.1) / 2)
+    outcome = yardstick.outcome(scores)
+    assert outcome["forgetting"] == pytest.approx(0.45 / 0.60)
+    assert outcome["utility_loss"] == pytest.approx((0.1 - 0.1) / 2)
     scores["before"]["gone_val/acc"]["value"] = 0.27
     with pytest.raises(SrmuError, match="it knows nothing of this"):
         yardstick.outcome(scores)

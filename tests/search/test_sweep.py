@@ -93,9 +93,9 @@ def study_of(
 
 
 def test_a_resumed_sampler_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
-    """After more trials were asked for, and after Ctrl-C in the middle of one."""
+    """After more trials were asked for, after Ctrl-C in the middle of one, after kill -9."""
 
-    def values(folder: Path, *counts: int, stop_at: int = -1) -> list[float]:
+    def values(folder: Path, *counts: int, stop_at: int = -1, killed: bool = False) -> list[float]:
         folder.mkdir()
 
         def square(trial: optuna.Trial) -> float:
@@ -105,14 +105,18 @@ def test_a_resumed_sampler_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> N
 
         for count in counts:
             study = study_of(folder, count, PlaceSampler(lambda place: TPESampler(seed=place)))
+            if killed and study.trials:
+                queue_lost(study)
+                study.ask()  # and is never heard of again
             with suppress(KeyboardInterrupt):
-                work_queue(study, square, ignore_progress)
+                work_queue(study, square, ignore_progress, in_turn=True)
         return [trial.params["x"] for trial in study.get_trials(states=(TrialState.COMPLETE,))]
 
-    whole = values(tmp_path / "whole", 14)
-    assert len(set(whole)) == 14
-    assert values(tmp_path / "parts", 5, 14) == whole
-    assert values(tmp_path / "stopped", 14, 14, stop_at=11) == whole
+    whole = values(tmp_path / "whole", 13)
+    assert len(set(whole)) == 13
+    assert values(tmp_path / "parts", 5, 13) == whole
+    assert values(tmp_path / "stopped", 13, 13, stop_at=11) == whole
+    assert values(tmp_path / "killed", 11, 13, killed=True) == whole
 
 
 def test_the_front_of_nsga2_is_not_dominated(tmp_path: Path) -> None:
@@ -120,11 +124,11 @@ def test_the_front_of_nsga2_is_not_dominated(tmp_path: Path) -> None:
         x, y = (trial.suggest_float(key, 0, 1) for key in "xy")
         return x, (1 - x) ** 2 + y
 
-    sampler = PlaceSampler(lambda place: NSGAIISampler(population_size=6, seed=place))
-    study = study_of(tmp_path, 42, sampler, ("minimize", "maximize"))
+    sampler = PlaceSampler(lambda place: NSGAIISampler(population_size=4, seed=place))
+    study = study_of(tmp_path, 24, sampler, ("minimize", "maximize"))
     work_queue(study, two, ignore_progress)
     points = {trial.number: trial.values for trial in study.trials}
-    assert len(points) == 42
+    assert len(points) == 24
 
     def dominated(a: list[float]) -> bool:
         return any(b[0] <= a[0] and b[1] >= a[1] and b != a for b in points.values())
@@ -339,7 +343,7 @@ def trivial(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, float]]:
         made.append({"kappa": config.method.kappa, "seed": config.seed})
         return SimpleNamespace(folder=Path(config.runs_dir) / str(len(made)), config=config)
 
-    def of_run(ready: Plan, run: Any) -> Any:
+    def of_run(plan: Plan, run: Any) -> Any:
         value = run.config.method.kappa / 100 + run.config.seed / 1000
         return {"task/acc": {"value": value, "stderr": 0.01, "n": 50.0}}
 
@@ -584,10 +588,10 @@ def test_ctrl_c_says_how_to_go_on(
     path = written()
     measure = sweep.run_metrics
 
-    def interrupted(ready: Plan, run: Any) -> Any:
+    def interrupted(plan: Plan, run: Any) -> Any:
         if len(trivial) == 2:
             raise KeyboardInterrupt
-        return measure(ready, run)
+        return measure(plan, run)
 
     monkeypatch.setattr(sweep, "run_metrics", interrupted)
     answer = call("sweep", path)

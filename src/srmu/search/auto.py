@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -50,7 +50,7 @@ from srmu.search.objective import (
     hold_out,
     of_tasks,
     scan_layers,
-    search_strength,
+    search_configs,
     try_config,
 )
 from srmu.search.queue import require_no_journal
@@ -346,7 +346,9 @@ def run_trials(
     answer["defaults"] = try_config(bench, job.config)
     config, answer["scan"] = scan_layers(bench, watch)
     say("layers", explain.explain_layer(answer["scan"]))
-    answer["trials"] = search_strength(bench, config, request.trials, request.seed, watch)
+    name = f"layer {answer['scan']['best']} within {bench.limit:g}"
+    bench = replace(bench, config=config)
+    answer["trials"] = search_configs(bench, name, [{}] * request.trials, watch)
 
 
 def attack_choice(job: AutoJob, run: Run, final: dict[str, Any], watch: Watch) -> list[str]:

@@ -1,14 +1,15 @@
-"""What a search measures runs by: questions or held-out texts, a half to choose on, one to report.
+"""What an automatic search measures runs by, and the studies that it makes of them.
 
-Forgetting is the share of what the model knew above chance that it no longer answers,
-(A0 - Au) / (A0 - chance); the utility loss is the mean fall of accuracy, A0 - Au, over what is to
-be kept. Of texts, the accuracy is that of the next token, and chance 0.
+It asks questions or reads held-out texts: one half to choose on, one half to report. Forgetting is
+the share of what the model knew above chance that it no longer answers, (A0 - Au) / (A0 - chance);
+the utility loss is the mean fall of accuracy, A0 - Au, over what is to be kept. Of texts, the
+accuracy is that of the next token, and chance 0.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -31,19 +32,13 @@ from srmu.engine.train import move_batch
 from srmu.errors import SrmuError
 from srmu.evals.analyses import candidate_layers
 from srmu.evals.lm_eval import Results
-from srmu.evals.statistics import KNOWN, LEAST, Array, Draws, Estimate, estimate_from
+from srmu.evals.statistics import KNOWN, LEAST, Array, Draws, estimate_from
 from srmu.evals.subject import Question, Subject, list_facts, mark_answers
 from srmu.runs.config import Config
 from srmu.runs.record import extend_record
 from srmu.runs.run import Run, base_of, find_device, load_tokenizer, unlearn
+from srmu.search import space
 from srmu.search.queue import FILE, is_ended, open_study, trial_entry, work_queue
-from srmu.search.space import (
-    config_value,
-    start_strength,
-    strength_sampler,
-    suggest_strength,
-    with_values,
-)
 
 Half = Literal["val", "test"]
 HALVES: tuple[Half, Half] = ("val", "test")
@@ -61,7 +56,7 @@ TESTBED = ("organism_hazard",), ("organism_neighbour", "organism_general")
 
 
 class MarkedAnswers(NamedTuple):
-    """Right answers (0 or 1), what each is about, the same for those that fall together."""
+    """Right answers (0 or 1), and what each is about: those of one fact are resampled together."""
 
     right: Sequence[float]
     about: Sequence[Hashable]
@@ -70,7 +65,7 @@ class MarkedAnswers(NamedTuple):
 
 @dataclass(frozen=True)
 class TaskYardstick:
-    """Questions with options."""
+    """Questions with options; a half has those of half of the facts."""
 
     halves: Mapping[Half, tuple[Question, ...]]
 
@@ -86,8 +81,7 @@ class TaskYardstick:
     @property
     def read(self) -> list[str]:
         """What a model reads of a half."""
-        asked = self.halves["val"]
-        return [q.prompt for q in asked] + [option for q in asked for option in q.options]
+        return [text for q in self.halves["val"] for text in (q.prompt, *q.options)]
 
     def take(self, model: Subject, half: Half) -> MarkedAnswers:
         asked = self.halves[half]
@@ -112,7 +106,7 @@ class TextYardstick:
 
     @torch.no_grad()
     def take(self, model: Subject, half: Half) -> MarkedAnswers:
-        """Each next token for itself; those of one text fall together."""
+        """Each next token is an answer about its text."""
         right: list[float] = []
         about: list[Hashable] = []
         nats = 0.0
@@ -130,16 +124,9 @@ class TextYardstick:
         return MarkedAnswers(right, about, nats / max(1, len(right)))
 
 
-class SearchOutcome(NamedTuple):
-    """Fractions, 0-1."""
-
-    forgetting: float
-    utility_loss: float
-
-
 @dataclass(frozen=True)
 class Yardstick:
-    """Parts to forget and to keep by name, which is that of their metric, NAME/acc."""
+    """What is to be forgotten and what is to be kept, by the name of their metric, NAME/acc."""
 
     forget: Mapping[str, TaskYardstick | TextYardstick]
     utility: Mapping[str, TaskYardstick | TextYardstick]
@@ -162,9 +149,8 @@ class Yardstick:
 
     def tokens(self, tokenizer: Any) -> int:
         """How many tokens a model reads to be measured on a half."""
-        return sum(
-            sum(map(len, tokenizer([*part.read])["input_ids"])) for part in self.parts.values()
-        )
+        parts = self.parts.values()
+        return sum(len(ids) for part in parts for ids in tokenizer([*part.read])["input_ids"])
 
     def metrics(self, half: Half) -> dict[str, str]:
         """The metric of each part in a half."""
@@ -182,8 +168,8 @@ class Yardstick:
             for when, results in found.items()
         }
 
-    def outcome(self, scores: Mapping[str, Results], half: Half = "val") -> SearchOutcome:
-        """Forgetting and utility loss, from what `score` gave.
+    def outcome(self, scores: Mapping[str, Results], half: Half = "val") -> dict[str, float]:
+        """Forgetting and utility loss (0-1), from what `score` gave.
 
         SrmuError where the original model answers no more than a guess would.
         """
@@ -197,7 +183,8 @@ class Yardstick:
                     f"the model gets {means[name][0]:.0%} of {name} right, where a guess gets "
                     f"{part.chance:.0%}: it knows nothing of this that it could forget"
                 )
-        return SearchOutcome(*(float(value) for value in self.falls(means)))
+        forgetting, utility_loss = self.falls(means)
+        return {"forgetting": float(forgetting), "utility_loss": float(utility_loss)}
 
     def falls(self, means: Mapping[str, Array]) -> tuple[Array, Array]:
         """Forgetting and utility loss of accuracies (..., 2), before and after, by part."""
@@ -222,8 +209,7 @@ class Yardstick:
         gone, lost = self.falls(means)
 
         def entry(values: Array, names: Sequence[str]) -> dict[str, float]:
-            found: Estimate = estimate_from(values, min(sizes[name] for name in names))
-            return asdict(found)
+            return asdict(estimate_from(values, min(sizes[name] for name in names)))
 
         parts = {
             name: {
@@ -307,6 +293,7 @@ def hold_out(role: str, texts: Sequence[str]) -> tuple[list[str], dict[Half, tup
 
 
 Entry = dict[str, Any]  # a trial, as `auto.json` has it
+Setting = Mapping[str, Any]  # values of dotted keys of a config
 
 
 @dataclass(frozen=True)
@@ -323,12 +310,11 @@ class Bench:
 def try_config(bench: Bench, config: Config) -> Entry:
     """A run, made where it is missing, and what it does on the half to choose on."""
     run = unlearn(config)
-    outcome = bench.yardstick.outcome(bench.yardstick.score(run))
-    values = {key: config_value(run.config, key) for key in KEYS}
+    values = {key: space.config_value(run.config, key) for key in KEYS}
     return {
         "state": "complete",
         "params": {key: value for key, value in values.items() if value is not None},
-        "values": outcome._asdict(),
+        "values": bench.yardstick.outcome(bench.yardstick.score(run)),
         "runs": [str(run.folder.relative_to(bench.out.resolve()))],
         "seconds": run.record["seconds"],
         "why": "",
@@ -336,35 +322,28 @@ def try_config(bench: Bench, config: Config) -> Entry:
 
 
 def search_configs(
-    bench: Bench,
-    name: str,
-    queue: Sequence[Mapping[str, Any]],
-    suggest: Callable[[optuna.Trial], Mapping[str, Any]],
-    watch: Watch,
-    sampler: optuna.samplers.BaseSampler | None = None,
-    label: str = "trials",
+    bench: Bench, name: str, settings: Sequence[Setting], watch: Watch, label: str = "trials"
 ) -> list[Entry]:
-    """A study whose trials change the config by what they suggest; those of an earlier one count.
+    """A study of the config with each of the settings; for `{}` the sampler finds a strength.
 
-    Without a sampler the queue has all values, and the trials come in its order.
+    The trials of an earlier search are among them. Settings that are given keep their order.
     """
 
     def objective(trial: optuna.Trial) -> float:
-        measured = try_config(bench, with_values(bench.config, suggest(trial)))
+        given = study.user_attrs["queue"][trial.user_attrs["point"]]
+        values = given or space.suggest_strength(bench.config, trial)
+        measured = try_config(bench, space.with_values(bench.config, values))
         trial.set_user_attr("measured", measured)
         return trial_worth(measured["values"], bench.limit)
 
+    sampler = space.strength_sampler(bench.config, bench.yardstick.seed)
     study = open_study(
-        bench.out / FILE,
-        name,
-        spec=bench.spec,
-        directions=["maximize"],
-        sampler=sampler or optuna.samplers.RandomSampler(),
-        queue=queue,
-    )
+        bench.out / FILE, name, spec=bench.spec, directions=["maximize"], sampler=sampler,
+        queue=settings,
+    )  # fmt: skip
     work_queue(study, objective, watch, label=label, in_turn=True)
     ended = [trial for trial in study.get_trials(deepcopy=False) if is_ended(trial)]
-    if sampler is None:
+    if any(settings):
         ended.sort(key=lambda trial: trial.user_attrs["point"])
     return [
         trial_entry(trial)
@@ -375,36 +354,16 @@ def search_configs(
 
 def scan_layers(bench: Bench, watch: Watch) -> tuple[Config, dict[str, Any]]:
     """The config at the layer that forgets most for what it costs, and what each layer did."""
-    config = with_values(bench.config, start_strength(bench.config))
+    config = space.with_values(bench.config, space.start_strength(bench.config))
     layers = candidate_layers(config.method, read_config(base_of(config)), LAYERS)
-    trials = search_configs(
-        replace(bench, config=config),
-        "layers",
-        [{"method.layer": layer} for layer in layers],
-        lambda trial: {"method.layer": trial.suggest_int("method.layer", layers[0], layers[-1])},
-        watch,
-        label="layers",
-    )
+    settings = [{"method.layer": layer} for layer in layers]
+    trials = search_configs(replace(bench, config=config), "layers", settings, watch, "layers")
     rows = [{"layer": t["params"]["method.layer"], **t["values"]} for t in trials if t["values"]]
     if not rows:
         name = config.method.name
         raise SrmuError(f"every layer of {name} diverged; lower train.learning_rate")
     best = max(rows, key=lambda row: trial_worth(row, bench.limit))["layer"]
-    return with_values(config, {"method.layer": best}), {"layers": rows, "best": best}
-
-
-def search_strength(
-    bench: Bench, config: Config, trials: int, seed: int, watch: Watch
-) -> list[Entry]:
-    """The trials of a search at the config's layer."""
-    return search_configs(
-        replace(bench, config=config),
-        f"layer {config_value(config, 'method.layer')} within {bench.limit:g}",
-        [{}] * trials,
-        partial(suggest_strength, config),
-        watch,
-        strength_sampler(config, seed),
-    )
+    return space.with_values(config, {"method.layer": best}), {"layers": rows, "best": best}
 
 
 def trial_worth(values: Mapping[str, float], limit: float) -> float:

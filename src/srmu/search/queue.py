@@ -34,13 +34,6 @@ POLL = 0.5  # seconds between looks at what other workers do
 LOCAL_HEARTBEAT = 5  # seconds, at most, on one machine
 ANSWERED = (TrialState.COMPLETE, TrialState.PRUNED)
 PATIENCE = 60  # seconds to wait for another worker's hold on an SQLite file
-STATES = {
-    TrialState.COMPLETE: "complete",
-    TrialState.PRUNED: "pruned",
-    TrialState.FAIL: "failed",
-    TrialState.RUNNING: "running",
-    TrialState.WAITING: "waiting",
-}
 Objective = Callable[[optuna.Trial], float | Sequence[float]]
 
 
@@ -218,7 +211,7 @@ def work_queue(
     study: Study,
     objective: Objective,
     watch: Watch,
-    after: Callable[[], None] = lambda: None,
+    after: Callable[[], object] = lambda: None,
     *,
     label: str = "trials",
     in_turn: bool = False,
@@ -233,14 +226,14 @@ def work_queue(
     failures: list[str] = []
     with redact_errors(study.storage):
         points = list_points(study)
-        if not any(
-            point.state in ANSWERED for point in points
-        ):  # a mistake in all of them was mended
+        if not has_answers(points):  # a mistake in what all have in common was mended
             queue_points(study, [point for point in points if point.has_failed])
         left = sum(not point.is_over for point in list_points(study))
         with watch(label, left) as tick:
             while True:
-                fail_stale(study)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", ExperimentalWarning)
+                    optuna.storages.fail_stale_trials(study)
                 points = list_points(study)
                 before, left = left, sum(not point.is_over for point in points)
                 for _ in range(before - left):
@@ -252,23 +245,19 @@ def work_queue(
                 states = {point.state for point in points}
                 if lost := [point for point in points if point.is_lost]:
                     queue_points(study, lost)
-                elif TrialState.WAITING in states and not (
-                    in_turn and TrialState.RUNNING in states
-                ):
-                    take_trial(study, objective, failures)
-                    if len(failures) >= min(3, len(points)) and not any(
-                        point.state in ANSWERED for point in list_points(study)
-                    ):
-                        raise SrmuError(f"no trial succeeds: {failures[-1]}")
-                else:
+                elif TrialState.WAITING not in states or (in_turn and TrialState.RUNNING in states):
                     time.sleep(POLL)
+                else:
+                    take_trial(study, objective, failures, in_turn)
+                    if len(failures) >= min(3, len(points)) and not has_answers(list_points(study)):
+                        raise SrmuError(f"no trial succeeds: {failures[-1]}")
 
 
-def take_trial(study: Study, objective: Objective, failures: list[str]) -> None:
-    """Run the next trial of the queue; adds to `failures` why it failed."""
+def take_trial(study: Study, objective: Objective, failures: list[str], in_turn: bool) -> None:
+    """Run the next trial of the queue; add to `failures` why it failed."""
 
     def attempt(trial: optuna.Trial) -> float | Sequence[float]:
-        if not is_needed(study, trial):
+        if not is_needed(study, trial, in_turn):
             trial.set_user_attr("surplus", True)
             raise SurplusTrialError
         try:
@@ -349,11 +338,15 @@ def queue_points(study: Study, points: Sequence[Point]) -> None:
         study.enqueue_trial(dict(point.params), user_attrs={"point": point.number})
 
 
-def is_needed(study: Study, trial: optuna.Trial) -> bool:
-    """Whether it is for this trial to do its point."""
-    point = trial.user_attrs.get("point")
-    standing = None if point is None else list_points(study)[point].standing
-    return standing is not None and standing.number == trial.number
+def is_needed(study: Study, trial: optuna.Trial, in_turn: bool) -> bool:
+    """Whether it is for this trial to do its point, and its turn."""
+    points = [point.standing for point in list_points(study) if point.standing]
+    earlier = [t for t in points if t.state == TrialState.RUNNING and t.number < trial.number]
+    return trial.number in {t.number for t in points} and not (in_turn and earlier)
+
+
+def has_answers(points: Sequence[Point]) -> bool:
+    return any(point.state in ANSWERED for point in points)
 
 
 def has_failed(trial: FrozenTrial) -> bool:
@@ -365,13 +358,6 @@ def is_ended(trial: FrozenTrial) -> bool:
     return trial.state in ANSWERED or has_failed(trial)
 
 
-def fail_stale(study: Study) -> None:
-    """Fail the trials whose workers are dead."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ExperimentalWarning)
-        optuna.storages.fail_stale_trials(study)
-
-
 def trial_entry(trial: FrozenTrial) -> dict[str, Any]:
     """A trial as `sweep.json` and `auto.json` have it; its objective leaves `measured` in it."""
     measured = trial.user_attrs.get("measured", {})
@@ -381,7 +367,7 @@ def trial_entry(trial: FrozenTrial) -> dict[str, Any]:
     queued = trial.params or trial.system_attrs.get("fixed_params", {})
     return {
         "number": trial.number,
-        "state": STATES[trial.state],
+        "state": "failed" if trial.state == TrialState.FAIL else trial.state.name.lower(),
         "params": measured.get("params") or queued,
         "values": measured.get("values", {}),
         "runs": measured.get("runs", []),

@@ -61,16 +61,11 @@ def search_weights(bench: Bench, trials: int, watch: Watch) -> list[Entry]:
 
     SrmuError where that one fails: it is what the others are held against.
     """
-    found = search_configs(
-        bench,
-        "weights",
-        [{"keeping": keeping} for keeping in KEEPING[:trials]],
-        lambda trial: start_values(bench.config, trial.suggest_float("keeping", 0.1, 10.0)),
-        watch,
-    )
-    if not found[0]["values"]:
-        raise SrmuError(found[0]["why"])
-    return found
+    settings = [start_values(bench.config, keeping) for keeping in KEEPING[:trials]]
+    tried = search_configs(bench, "weights", settings, watch)
+    if not tried[0]["values"]:
+        raise SrmuError(tried[0]["why"])
+    return tried
 
 
 def measure_floor(
