@@ -54,7 +54,7 @@ from srmu.search.sweep import Plan, sweep_rows
     ],
 )
 def test_values_of_a_dimension(given: Any, values: tuple[Any, ...]) -> None:
-    found = make_dimension("key", given).all()
+    found = make_dimension("key", given).list_values()
     assert found == values
     assert [type(v) for v in found] == [type(v) for v in values]
 
@@ -75,7 +75,7 @@ def test_a_sampler_stays_in_a_range(given: Any, kind: type, low: float, high: fl
     assert {type(v) for v in found} == {kind}
     assert low <= min(found) < max(found) <= high
     if one.step is not None:
-        assert set(found) == {*one.all()}
+        assert set(found) == {*one.list_values()}
 
 
 # --- samplers

@@ -1,4 +1,4 @@
-"""What a search tries: the values of each key, and samplers that many workers can share."""
+"""What a search tries: the values of each key, and who chooses them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ WIDTH = 14336  # inputs of a down-projection of the 7B models that papers give r
 
 @dataclass(frozen=True)
 class Dimension:
-    """What a key of the config is tried with: choices, or the numbers of a range."""
+    """The values of a key of the config: choices, or the numbers of a range."""
 
     key: str
     choices: tuple[Any, ...] = ()
@@ -36,7 +36,7 @@ class Dimension:
 
     @property
     def samples(self) -> tuple[Any, ...]:
-        """Values that show whether the key takes such ones."""
+        """A few values, to check that the key takes them."""
         return self.choices or (self.low, self.high)
 
     @property
@@ -46,7 +46,7 @@ class Dimension:
         shape = {"log": True} if self.log else {} if self.step is None else {"step": self.step}
         return {"low": self.low, "high": self.high, **shape}
 
-    def all(self) -> tuple[Any, ...]:
+    def list_values(self) -> tuple[Any, ...]:
         """Every value, both ends included; SrmuError where a range has no steps."""
         if self.choices:
             return self.choices
@@ -63,7 +63,7 @@ class Dimension:
     def suggest(self, trial: optuna.Trial, grid: bool) -> Any:
         """The trial's value."""
         if grid or self.choices:
-            return trial.suggest_categorical(self.key, self.all())
+            return trial.suggest_categorical(self.key, self.list_values())
         if isinstance(self.low, int):
             step = 1 if self.step is None else int(self.step)
             return trial.suggest_int(self.key, self.low, int(self.high), step=step, log=self.log)
@@ -72,7 +72,7 @@ class Dimension:
 
 
 def make_dimension(key: str, given: Any) -> Dimension:
-    """A key of the search space; SrmuError where it is none."""
+    """A key of the search space; SrmuError for what is neither choices nor a range."""
     where = f"search.{key}"
     if isinstance(given, list):
         if not given or not all(isinstance(v, str | int | float | None) for v in given):
@@ -100,14 +100,14 @@ def make_dimension(key: str, given: Any) -> Dimension:
         low, high, step = float(low), float(high), None if step is None else float(step)
     elif step is None and not log:
         step = 1
-    found = Dimension(key, (), low, high, step, bool(log))
-    if step is not None:  # the last value, so that no sampler has to guess
-        found = Dimension(key, (), low, found.all()[-1], step)
-    return found
+    dimension = Dimension(key, (), low, high, step, bool(log))
+    if step is not None:  # the range ends at its last value, so that no sampler has to guess it
+        return replace(dimension, high=dimension.list_values()[-1])
+    return dimension
 
 
 def parse_number(where: str, value: Any) -> Any:
-    """A number or None; YAML takes 1e-5, which has no dot, for a word."""
+    """A number or None; to YAML 1e-5, which has no dot, is a word."""
     if isinstance(value, str):
         try:
             return float(value)
@@ -119,10 +119,10 @@ def parse_number(where: str, value: Any) -> Any:
 
 
 class PlaceSampler(BaseSampler):
-    """A sampler whose choice depends on the trials before it alone: their number, what they found.
+    """A sampler whose choice depends only on how many trials came before, and what they found.
 
-    `make` makes the sampler of a place, which counts the trials that ended or run. So a stopped
-    search goes on as if it had not been, and two workers do not try the same values.
+    `make` makes the sampler of a place: the number of earlier trials that ended or are running. So
+    a stopped search goes on as if it had not stopped, and two workers try different values.
     """
 
     def __init__(self, make: Callable[[int], BaseSampler]) -> None:

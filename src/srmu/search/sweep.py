@@ -108,7 +108,7 @@ class Plan:
         if self.sweep.sampler == "grid":
             if self.sweep.trials is not None:
                 raise SrmuError("trials: a grid has as many as its points; leave it out")
-            values = product(*(one.all() for one in self.space))
+            values = product(*(one.list_values() for one in self.space))
             keys = [one.key for one in self.space]
             return [dict(zip(keys, point, strict=True)) for point in values]
         if self.sweep.trials is None:
