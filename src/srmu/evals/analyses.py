@@ -379,9 +379,13 @@ def sweep_layers(
     score: Callable[[Run], Mapping[str, Mapping[str, Mapping[str, float]]]],
     forget_metrics: Sequence[str],
     *,
+    at_most: int | None = None,
     watch: Watch = ignore_progress,
 ) -> Analysis:
     """Unlearn at every layer (l-2, l-1, l) with a config and compare forgetting with utility.
+
+    `at_most` so many layers, where there are more: evenly spread from a fifth to three quarters of
+    the depth.
 
     `score` is `srmu.score_model`, with the tasks to measure where the config names none;
     `forget_metrics` (such as `wmdp_bio/acc`) say which of its metrics should fall, all other
@@ -390,7 +394,7 @@ def sweep_layers(
     method = config.method
     if not isinstance(method, Misdirection):
         raise SrmuError(f"method {method.name} has no layer to vary; use rmu, adaptive_rmu or srmu")
-    tried = candidate_layers(method, read_config(base_of(config)))
+    tried = candidate_layers(method, read_config(base_of(config)), at_most)
     rows: list[dict[str, Any]] = []
     with watch("layer sweep", len(tried)) as tick:
         for layer in tried:
@@ -424,10 +428,7 @@ def sweep_layers(
 def candidate_layers(
     method: Misdirection, model_config: Any, at_most: int | None = None
 ) -> list[int]:
-    """The layers that a method can steer in a model.
-
-    `at_most` so many: evenly spread from a fifth to three quarters of the depth.
-    """
+    """The layers that a method can steer in a model; `at_most` so many of them, evenly spread."""
     first = method.window - (method.stream != "mlp_post")
     count = model_config.num_hidden_layers
     last = count - (getattr(model_config, "num_kv_shared_layers", None) or 0)
