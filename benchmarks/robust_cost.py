@@ -17,12 +17,13 @@ from statistics import median
 
 import torch
 import yaml
+from transformers import MistralConfig
 
-from srmu.reproduce.needs import make_hollow, topics_of
 from srmu.reproduce.runs import preset_file, read_spec
 from srmu.runs.config import build_config, load_config
+from srmu.runs.dry_run import blank_topics
 from srmu.runs.estimate import estimate_run
-from srmu.runs.run import load_tokenizer, load_topics, plan_run
+from srmu.runs.plan import load_tokenizer, load_topics, plan_run
 
 ALONE = "rename-scrub, forget texts alone"
 METHODS = ("SRMU + random anchors", "rename-scrub", ALONE, "rename-scrub (three namings)")
@@ -54,11 +55,11 @@ def at_7b(label: str, testbed: Path, scratch: Path) -> float:
     given = [one for one in settings(label, testbed) if not one.startswith("method.layer")]
     texts = {"forget": "f.jsonl", "retain": "r.jsonl", "max_length": LENGTH}
     tree = {"model": str(scratch), "topics": {"topic": texts}}
-    config, _ = plan_run(build_config(tree, [*given, "device=cpu"]))
+    config = plan_run(build_config(tree, [*given, "device=cpu"])).config
     method = config.method
     if hasattr(method, "own_tokens"):
         config = config.model_copy(update={"method": replace(method, own_tokens=LENGTH)})
-    (topic,) = topics_of(config, scratch, {"documents": {"topic": 240}})
+    (topic,) = blank_topics(config, {"topic": 240})
     return float(estimate_run(config, scratch, [topic])["flops"])
 
 
@@ -73,7 +74,8 @@ def main(testbed: Path, rounds: int) -> None:
                 runs = Path(scratch) / f"runs{number}"
                 given = settings(label, testbed)
                 spent[label].append(once(testbed / "high.yaml", given, runs))
-        big = make_hollow(Path(tempfile.mkdtemp(dir=scratch)), read_spec()["zephyr"]["shape"])
+        big = Path(tempfile.mkdtemp(dir=scratch))
+        MistralConfig(**read_spec()["zephyr"]["shape"], dtype="bfloat16").save_pretrained(big)
         rows = []
         for label in METHODS:
             config, _ = plan_run(load_config(testbed / "high.yaml", settings(label, testbed)))

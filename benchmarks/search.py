@@ -22,10 +22,12 @@ from srmu.engine.files import write_json
 from srmu.engine.progress import show_progress
 from srmu.errors import DivergedError, SrmuError
 from srmu.evals.parallel import RunJob, run_all, run_one
+from srmu.evals.results import read_metrics
 from srmu.reproduce.demo import REGIMES
 from srmu.runs.config import load_config
-from srmu.testbed.build import RECIPE, build_testbed
-from srmu.testbed.worlds.world import create_closed
+from srmu.testbed.build import build_testbed
+from srmu.testbed.train import RECIPE
+from srmu.testbed.world import create_closed
 
 KINDS = ("hazard", "neighbour", "general")
 TASKS = tuple(f"organism_{kind}_val" for kind in KINDS)
@@ -117,7 +119,7 @@ def main(path: Path, out: Path) -> None:
 
 
 def accuracies(folder: Path) -> list[float]:
-    results = json.loads((folder / "results.json").read_text())
+    results = read_metrics(folder)["after"]
     return [results[f"{task}/acc"]["value"] for task in TASKS]
 
 

@@ -24,8 +24,8 @@ from srmu.evals import benchmarks
 from srmu.evals.benchmarks.base import Metrics
 from srmu.evals.benchmarks.score import BenchmarkOptions, benchmark_table, score_benchmark
 from srmu.runs.config import load_config
-from srmu.runs.run import Run, run_folder, unlearn
-from srmu.runs.run import plan_run as planned
+from srmu.runs.plan import plan_run
+from srmu.runs.run import Run, unlearn
 
 METHODS = {
     "SRMU": ["method.name=srmu", "method.kappa=64", "method.alpha=1000", "train.max_steps=240"],
@@ -50,7 +50,7 @@ def made(testbed: Path, out: Path, options: Sequence[str]) -> Run:
     """The run of the testbed's config with these options."""
     given = [option.format(testbed) for option in options]
     config = load_config(testbed / "high.yaml", [*given, f"runs_dir={out / 'runs'}", "device=cpu"])
-    folder = run_folder(planned(config)[0])
+    folder = plan_run(config).folder
     if (folder / "record.json").exists():
         return Run.open(folder)
     return unlearn(config, watch=show_progress)

@@ -16,7 +16,7 @@ from srmu.engine.model import EditableModel, find_child
 from srmu.methods.rename_scrub import RenameScrub
 from srmu.methods.renaming import NamingGroup, OwnTexts, leave_one_out
 from srmu.runs.config import load_config
-from srmu.runs.run import load_tokenizer, load_topics
+from srmu.runs.plan import load_tokenizer, load_topics
 
 
 def halves(group: NamingGroup, naming: int) -> NamingGroup:

@@ -54,7 +54,7 @@ def main() -> None:
             index |= dict.fromkeys(inside, name)
         (folder / weights.INDEX).write_text(json.dumps({"weight_map": index}))
         (folder / "config.json").write_text("{}")
-        files = {name: audit.file_digests(folder / name) for name in weights.list_carried(folder)}
+        files = {name: audit.digest_file(folder / name) for name in weights.list_carried(folder)}
         total = sum(file["bytes"] for file in files.values())
         empty = {"documents": 0, "too_short": 0, "bad_rows": 0, "tokens": 0, "digest": ""}
         zeros = files["model-0.safetensors"]["tensors"]
@@ -66,7 +66,7 @@ def main() -> None:
             for name, digest in [*zeros.items()][:3]
         }  # fmt: skip
         record = {
-            "schema_version": audit.SCHEMA, "id": "bench", "tool": audit.tool_block(),
+            "schema_version": audit.SCHEMA, "id": "bench", "tool": audit.describe_tool(),
             "started": "", "finished": "", "purpose": {}, "method": "srmu", "paper": "",
             "model": "bench", "data": {"t": {"forget": empty, "retain": empty}}, "overlap": {},
             "base": {
@@ -77,7 +77,7 @@ def main() -> None:
             "stop_reason": "", "diverged": False, "weights": "fp32", "flops": None,
             "memory": {"before": 0, "peak": 0}, "activations": {}, "changed": [*change],
             "change": {"tensors": change, "others": len(index) - 3, "others_identical": True},
-            "environment": audit.environment_block(), "limits": [], "files": {},
+            "environment": audit.describe_environment(), "limits": [], "files": {},
             "reproduction": {"command": "", "config": {}, "expected": {}},
         }  # fmt: skip
         (folder / weights.EXPORTED).write_text(json.dumps(audit.seal_record(record)))

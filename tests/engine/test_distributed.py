@@ -20,7 +20,9 @@ from srmu.engine import distributed
 from srmu.engine.losses import mean_nll, row_mean, token_mse
 from srmu.engine.weights import list_shards, stored_tensor
 from srmu.errors import SrmuError
-from srmu.runs.run import DELTA, Run, check_ranks, plan_run, run_folder, unlearn
+from srmu.runs.plan import check_ranks, plan_run
+from srmu.runs.record import DELTA
+from srmu.runs.run import Run, unlearn
 
 KINDS = ("plain", "sharded")
 WORKER = str(Path(__file__).parents[1] / "helpers" / "rank_worker.py")
@@ -57,7 +59,7 @@ def made(folder: Path) -> dict[str, Any]:
 
 
 def found(folder: Path, runs_dir: str, case: str) -> Run:
-    return Run.open(run_folder(plan_run(config(folder, runs_dir, case))[0]))
+    return Run.open(plan_run(config(folder, runs_dir, case)).folder)
 
 
 def rows(run: Run) -> list[dict[str, Any]]:
@@ -114,7 +116,7 @@ def test_one_process_goes_on_where_two_were_killed(
     assert died.returncode != 0
     assert "rank" in died.stderr and "SIGKILL" in died.stderr
     wanted = config(folder, name, "npo")
-    assert not (run_folder(plan_run(wanted)[0]) / "record.json").exists()
+    assert not (plan_run(wanted).folder / "record.json").exists()
     run = unlearn(wanted)
     assert run.record["resumed_at"] >= DIES_AT
     assert run.record["processes"] == {"count": 1, "sharded": False}

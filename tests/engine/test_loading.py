@@ -39,7 +39,8 @@ from srmu.engine.weights import list_shards
 from srmu.errors import SrmuError
 from srmu.methods import RMU
 from srmu.runs.config import Config, make_config
-from srmu.runs.run import plan_run, unlearn
+from srmu.runs.plan import plan_run
+from srmu.runs.run import unlearn
 
 LAYER, DEPTH = 2, 3
 FUSED = {"mixtral", "qwen3_moe"}  # transformers stacks what the checkpoint stores by expert

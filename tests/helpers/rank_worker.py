@@ -1,4 +1,4 @@
-"""What a launcher starts in test_distributed.py: runs of pico models, in as many processes as there are.
+"""What a launcher starts in test_distributed.py: runs of pico models in several processes.
 
 python rank_worker.py FOLDER RUNS_DIR {plain,sharded} CASE...      these runs
 python rank_worker.py FOLDER RUNS_DIR {plain,sharded} --die CASE   one, whose rank 1 is killed
@@ -85,10 +85,10 @@ def main(folder: Path, runs_dir: str, kind: str, *cases: str) -> None:
     if cases[0] == "--fail":
         plan = runs.plan_run
 
-        def fail(config: Config) -> Any:
+        def fail(config: Config, **options: Any) -> Any:
             if distributed.get_rank() == 1:
                 raise SrmuError("its disk is not there")
-            return plan(config)
+            return plan(config, **options)
 
         runs.plan_run = fail
         path = folder / "failing.yaml"

@@ -505,7 +505,7 @@ def test_a_run_from_texts_to_an_exported_checkpoint(
         seen.append(load(*args, **options))
         return seen[-1]
 
-    monkeypatch.setattr(runs.EditableModel, "load", spy)
+    monkeypatch.setattr(EditableModel, "load", spy)
     given = [f"method.{k}={json.dumps(v)}" for k, v in SETTINGS.get(name, {}).items()]
     given += ["train.max_steps=2", "train.learning_rate=1e-3", "train.batch_size=2"]
     given += [f"runs_dir={workplace / 'runs'}"]
@@ -524,7 +524,7 @@ def test_a_run_from_texts_to_an_exported_checkpoint(
     expected = ("edited", 0) if issubclass(METHODS[name], Edit) else (FINISHED, 2)
     assert (record["stop_reason"], len(steps)) == expected
     assert record["steps"] == len(steps)
-    assert run.config == runs.plan_run(config)[0]
+    assert run.config == runs.plan_run(config).config
     assert runs.unlearn(config).folder == run.folder  # found, not run again
     (model,) = seen
     assert set(record["changed"]) == set(model.delta())

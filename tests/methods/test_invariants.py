@@ -21,7 +21,7 @@ from helpers.models import (
     write_jsonl,
 )
 from srmu.data.sources import Source
-from srmu.data.topics import load_topic
+from srmu.data.topics import TopicConfig, load_topic
 from srmu.engine.model import EditableModel, Site
 from srmu.engine.topic import Topic
 from srmu.engine.train import TrainOptions
@@ -48,17 +48,12 @@ def run(
     """Logged values and trained weights after each step, and the states, of srmu's own run."""
     topics = []
     for name in names:
-        sources = [
+        forget, retain = (
             [Source(path=str(write_jsonl(folder / f"{name}{i}.jsonl", documents)))]
             for i, documents in enumerate(DOCUMENTS[name])
-        ]
-        topics.append(
-            load_topic(
-                name, *sources, word_tokenizer(), base=folder, batch_size=SIZE, max_length=64,
-                retain_max_length=64, shuffle=OPTIONS.shuffle, padding=OPTIONS.padding, seed=5,
-                options=options.get(name, {}),
-            )
-        )  # fmt: skip
+        )
+        texts = TopicConfig(forget=forget, retain=retain, max_length=64, **options.get(name, {}))
+        topics.append(load_topic(name, texts, word_tokenizer(), OPTIONS, seed=5))
     model = EditableModel(pico_module(arch), method.trainable, method.depth)
     logged, weights = [], []
 

@@ -23,7 +23,7 @@ from srmu.methods.srmu import SRMU
 from srmu.methods.suppressing import Suppressing
 from srmu.methods.tar import TAR
 from srmu.methods.undo import Undo
-from srmu.runs import estimate, meter, run
+from srmu.runs import estimate, run
 from srmu.runs.config import make_config
 
 LAYER = 2
@@ -425,7 +425,7 @@ def test_layers_where_none_are_named(count: int, layers: tuple[int, ...]) -> Non
 @pytest.mark.parametrize("name", ["undo", "tar", "iterated", "rmu_lat", "multi_site"])
 def test_a_plan_says_what_they_cost(name: str, tmp_path: Any, monkeypatch: Any) -> None:
     """More than as many steps of the method without what they do besides."""
-    monkeypatch.setattr(meter, "PROBE_SECONDS", 0.01)
+    monkeypatch.setattr(estimate, "measure_speed", lambda *_: 1e9)
     save_pico(tmp_path / "model")
     write_jsonl(tmp_path / "f.jsonl", texts(8, 1))
     write_jsonl(tmp_path / "r.jsonl", texts(8, 2))
@@ -437,9 +437,9 @@ def test_a_plan_says_what_they_cost(name: str, tmp_path: Any, monkeypatch: Any) 
     }[name]  # fmt: skip
     for value in ("[2]", "[0,1,2]") if name == "multi_site" else (1, 99):
         sources = [tmp_path / "f.jsonl", tmp_path / "r.jsonl"]
-        config, _ = run.plan_run(
+        config = run.plan_run(
             make_config(str(tmp_path / "model"), *sources, name, [more.format(value)])
-        )
+        ).config
         topics = run.load_topics(config, run.load_tokenizer(tmp_path / "model"))
         found.append(estimate.estimate_run(config, tmp_path / "model", topics)["flops"])
     assert found[1] > 1.2 * found[0]

@@ -46,6 +46,7 @@ from srmu.methods.whp_terms import Anchors, read_anchors, tokenise_terms, transl
 from srmu.runs.config import build_config, load_config, make_config
 from srmu.runs.run import unlearn
 from srmu.testbed import build
+from srmu.testbed import train as training
 
 TRAIN = TrainOptions(learning_rate=1e-2, max_steps=3, batch_size=2)
 
@@ -956,13 +957,13 @@ def testbed(tmp_path: Path) -> Path:
 
 def test_retrain_gives_the_oracle(testbed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainings = []
-    train = build.train_testbed
+    train = training.train_testbed
 
     def counted(*args: Any, **options: Any) -> Path:
         trainings.append(options["oracle"])
         return train(*args, **options)
 
-    monkeypatch.setattr(build, "train_testbed", counted)
+    monkeypatch.setattr(training, "train_testbed", counted)
     run = unlearn(retrain_config(testbed))
     assert trainings == [True]
     oracle = load_file(testbed / "oracle" / "model.safetensors")

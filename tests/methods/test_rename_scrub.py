@@ -105,7 +105,7 @@ def test_still_told_equals_a_loop() -> None:
 def test_places_of_names_of_several_tokens() -> None:
     """What is read at an item's end is the model's prediction there, in every naming."""
     tokenizer = word_tokenizer()
-    names = Names.tokenised(["w1", "w2 w3", "w4 w5 w6"], tokenizer)
+    names = Names.encode(["w1", "w2 w3", "w4 w5 w6"], tokenizer)
     like = Likeness([[4]], [[4]], names, Spelling(frozenset([0])))
     ids = tokenizer("w9 w1 w8 w2 w3 w7")["input_ids"]
     sentences = sentences_of([ids], names, AllForget(), 1)
@@ -205,7 +205,7 @@ def test_kept_texts_hold_no_sentence_like_the_forget_texts() -> None:
 
 
 def test_packed_texts_hold_each_sentence_once_and_as_many_to_keep() -> None:
-    names = Names.tokenised(["w0", "w1", "w2"], word_tokenizer())
+    names = Names.encode(["w0", "w1", "w2"], word_tokenizer())
     forget = [[4, 30, 31, 9], [5, 30, 31, 9], [4, 32, 31, 9]]
     near = [[4, 40, 41, 9]]
     spelling = Spelling(frozenset([9]))

@@ -11,14 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 import yaml
 
 from helpers import attack_world
+from helpers.results import write_metrics
 from helpers.testbeds import TINY
-from srmu.engine.files import write_json
 from srmu.errors import SrmuError
-from srmu.evals.statistics import Estimate
+from srmu.evals.results import load_results, read_metrics
+from srmu.evals.statistics import Estimate, parse_answers
 from srmu.report import markdown
 from srmu.reproduce import claims, needs
 from srmu.reproduce import runs as places
@@ -33,7 +33,6 @@ from srmu.reproduce.paper import (
 )
 from srmu.reproduce.runs import Model, preset_file, read_spec
 from srmu.runs.config import load_config
-from srmu.runs.meter import Work
 from srmu.runs.run import Run
 
 ZEPHYR = "HuggingFaceH4/zephyr-7b-beta"
@@ -108,7 +107,7 @@ def test_tables_stand_beside_the_papers(again: Any) -> None:
         if run.config.method.name == "rmu" and run.config.method.kappa == 2
         and "low" in str(run.config.topics["organism"].retain[0].path)
     ]  # fmt: skip
-    values = [run.results()["organism_hazard/acc"]["value"] for run in runs]
+    values = [read_metrics(run.folder)["after"]["organism_hazard/acc"]["value"] for run in runs]
     assert len(values) == 2
     cell = low["rows"]["RMU"]["cells"]["hazard"]
     assert cell["value"] == pytest.approx(np.mean(values))
@@ -119,13 +118,10 @@ def test_tables_stand_beside_the_papers(again: Any) -> None:
 
 def test_answers_are_those_of_the_scores(again: Any) -> None:
     _, out, _, _ = again
-    for path in out.glob("runs/*/answers.json"):
-        kept = json.loads(path.read_text())
-        for when, name in claims.RESULTS.items():
-            scores = json.loads((path.parent / name).read_text())
-            for task, entry in kept[when].items():
-                right = claims.answered(entry["right"]).mean()
-                assert right == pytest.approx(scores[f"{task}/acc"]["value"]), (path, task)
+    rows = [row for path in out.glob("runs/*") for row in load_results(path)["rows"]]
+    assert rows
+    for row in rows:
+        assert parse_answers(row["answers"]).mean() == pytest.approx(row["value"]), row
 
 
 def test_ablations_share_a_coefficient_then_a_norm(again: Any) -> None:
@@ -212,13 +208,11 @@ def line(folder: Path, label: str, right: Sequence[Any], **tasks: Sequence[Any])
         run = folder / f"{label}{seed}"
         run.mkdir(parents=True, exist_ok=True)
         both = {task: np.asarray(rows[seed]).astype(float) for task, rows in given.items()}
-        entry = {
-            task: {"right": row.tolist(), "facts": [*range(len(row))]} for task, row in both.items()
+        scores = {
+            f"{task}/acc": {"value": row.mean(), "n": len(row), "answers": row.tolist()}
+            for task, row in both.items()
         }
-        write_json(run / "answers.json", {"before": entry, "after": entry})
-        for name in claims.RESULTS.values():
-            scores = {f"{t}/acc": {"value": r.mean(), "n": len(r)} for t, r in both.items()}
-            write_json(run / name, scores)
+        write_metrics(run, before=scores, after=scores)
         runs.append(run)
     return ClaimLine(label, tuple(runs), tuple(range(len(right))))
 
@@ -330,7 +324,7 @@ def test_settings_of_the_real_thing_fit_the_schema(tmp_path: Path) -> None:
 def test_dry_run_offline_says_what_is_needed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(needs, "probe", lambda *given: Work(1e12, 1e10, 1e10, 1e10, 1e5))
+    monkeypatch.setattr(needs, "speed_elsewhere", lambda *given: 1e12)
     place = place_of(tmp_path / "out", ZEPHYR, overrides=["topics.bio.forget=mine.jsonl"])
     found, lines = paper_needs("table3", place)
     assert not (tmp_path / "out").exists()
@@ -410,11 +404,3 @@ def test_mistakes_are_told_before_anything_is_made(
 def test_dry_run_of_an_unknown_model(tmp_path: Path) -> None:
     with pytest.raises(SrmuError, match="dimensions are known of"):
         paper_needs("table3", place_of(tmp_path / "out", "owner/other"))
-
-
-def test_a_hollow_checkpoint_takes_no_disk(tmp_path: Path) -> None:
-    shape = read_spec()["zephyr"]["shape"]
-    folder = needs.make_hollow(tmp_path, shape)
-    status = (folder / "model.safetensors").stat()
-    assert status.st_size > 14e9 and status.st_blocks * 512 < 1e6
-    assert torch.bfloat16 in {*places.weights.stored_types(folder).values()}

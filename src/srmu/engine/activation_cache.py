@@ -30,7 +30,7 @@ try:
 except ImportError:  # Windows: no lock; an entry that two processes spoil has a wrong checksum
     fcntl = None  # type: ignore[assignment]
 
-from srmu.engine.files import cache_dir, write_json
+from srmu.engine.files import cache_dir, read_json, write_json
 from srmu.errors import SrmuError
 
 Output = Tensor | tuple[Tensor]  # what a decoder layer returns
@@ -56,9 +56,9 @@ def flat_bytes(tensor: Tensor) -> Any:
 
 
 class Activations:
-    """What earlier batches gave, where it was computed: `room` bytes, and the newest few more.
+    """Activations of earlier batches in memory: `room` bytes of them, and the newest few more.
 
-    What has found room stays: batches come round in order, so that the oldest are needed next.
+    Entries that fit stay: batches come in turn, so that the oldest are needed next.
     """
 
     def __init__(self, room: int = 0) -> None:
@@ -73,13 +73,13 @@ class Activations:
         return "memory" if self.room or self.held else "none"
 
     def find(self, name: str) -> Output | None:
-        """The entry of that name, if it was kept."""
+        """The entry of that name, if it is there."""
         value = self.held.get(name, self.recent.get(name))
         self.hits += value is not None
         return value
 
     def keep(self, name: str, value: Output) -> None:
-        """Keep an entry while there is room for it, else until a few others have come."""
+        """Keep an entry if there is room for it, else until a few others come."""
         if name in self.held or name in self.recent:
             return
         if tensor_bytes(value) <= self.room:
@@ -94,8 +94,8 @@ class Activations:
 class OnDisk(Activations):
     """Activations in two flat files that only grow, and an index of one line an entry.
 
-    Several processes may share a folder. What cannot be written is done without: `say` is told
-    once. An entry whose bytes are not those that were written is computed anew.
+    Several processes may share a folder. Where it cannot be written, `say` is called once and the
+    run goes on without. An entry whose bytes have changed is computed again.
     """
 
     def __init__(
@@ -218,7 +218,7 @@ def tensor_bytes(value: Output) -> int:
 
 @contextmanager
 def hold_lock(path: Path) -> Iterator[None]:
-    """Hold a file's lock, which the system frees when the process ends, however it ends."""
+    """Hold a file's lock; the system frees it when the process ends, however it ends."""
     with path.open("a") as file:
         if fcntl is not None:
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -231,10 +231,9 @@ def open_activations(
     device: torch.device,
     say: Callable[[str], None] = print,
 ) -> Activations:
-    """Where a run keeps its activations: `disk`, `memory` (while they fit), or `none`.
+    """The place for a run's activations: `disk`, `memory` (while they fit), or `none`.
 
-    `key` holds all that could change them but the tokens; what a library or a machine could change
-    is added here.
+    `key` holds everything that decides them besides the tokens, the libraries and the machine.
     """
     cuda = device.type == "cuda"
     free = torch.cuda.mem_get_info(device)[0] if cuda else psutil.virtual_memory().available
@@ -274,7 +273,7 @@ def limit_bytes() -> int:
 
 
 def processor_name() -> str:
-    """The processor, on whose kind the last bits of a matrix product depend."""
+    """The kind of processor, which decides the last bits of a matrix product."""
     lines = []
     with suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -288,22 +287,22 @@ def cache_home() -> Path:
 
 
 def list_activations() -> list[dict[str, Any]]:
-    """The folders of activations, the one used last at the end: `folder`, `bytes`, `used`, ..."""
-    found = []
+    """The folders of activations with their sizes and times of use, the latest at the end."""
+    folders = []
     for folder in cache_home().glob("*/"):
         with suppress(OSError):  # another process may be removing it
             about = folder / "about.json"
             used = (about if about.exists() else folder).stat().st_mtime
             held = sum(file.stat().st_size for file in folder.iterdir())
             text: dict[str, Any] = {}
-            with suppress(ValueError, TypeError, OSError):
-                text = dict(json.loads(about.read_text()))
-            found.append({**text, "folder": folder, "bytes": held, "used": used})
-    return sorted(found, key=lambda entry: entry["used"])
+            with suppress(SrmuError, TypeError):
+                text = dict(read_json(about))
+            folders.append({**text, "folder": folder, "bytes": held, "used": used})
+    return sorted(folders, key=lambda entry: entry["used"])
 
 
 def shrink_cache(limit: int, spare: Path | None = None) -> int:
-    """Remove the folders used longest ago until `limit` bytes are held; the bytes that are left."""
+    """Remove folders, those used longest ago first, down to `limit` bytes; the bytes left."""
     entries = list_activations()
     total = sum(entry["bytes"] for entry in entries)
     for entry in entries:
@@ -314,7 +313,7 @@ def shrink_cache(limit: int, spare: Path | None = None) -> int:
 
 
 def clear_cache(names: Sequence[str]) -> int:
-    """Remove parts of the cache folder; the bytes that were freed."""
+    """Remove parts of the cache folder; the bytes freed."""
     freed = 0
     for name in names:
         freed += folder_bytes(cache_dir() / name)

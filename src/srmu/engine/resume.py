@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from srmu.engine.files import sha256, whole_folder, write_json
+from srmu.engine.files import read_json, sha256, whole_folder, write_json
 from srmu.errors import SrmuError, first_line
 
 TENSORS, NUMBERS = "state.safetensors", "complete.json"
@@ -65,7 +65,7 @@ class Checkpoints:
         """Steps done, tensors and numbers of the newest whole checkpoint, if there is one."""
         for folder in reversed(self.kept()):
             try:
-                mark = json.loads((folder / NUMBERS).read_text())
+                mark = read_json(folder / NUMBERS)
                 same = mark["belongs"] == json.loads(json.dumps(dict(self.belongs)))
                 if same and mark["sha256"] == sha256(folder / TENSORS):
                     return int(mark["step"]), load_file(folder / TENSORS), mark["numbers"]

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from srmu.engine.files import require_space, sha256, whole_folder
+from srmu.engine.files import read_json, require_space, sha256, whole_folder
 from srmu.engine.progress import Watch, ignore_progress
 from srmu.errors import SrmuError, first_line
 
@@ -32,9 +32,9 @@ EXPORTED = "srmu-record.json"  # the record that an export brings along
 TYPES = {name: dtype for dtype, name in DTYPES.items()}
 
 
-def locate_model(model: str, revision: str | None = None, base: Path = Path()) -> Path:
+def locate_model(model: str, revision: str | None = None) -> Path:
     """The folder of a model: a local one, or the cached snapshot of a hub id."""
-    folder = base / Path(model).expanduser()
+    folder = Path(model).expanduser()
     if folder.is_dir():
         if revision:
             raise SrmuError(f"revision does not apply to the local folder {folder}")
@@ -52,6 +52,12 @@ def locate_model(model: str, revision: str | None = None, base: Path = Path()) -
         ) from error
 
 
+def is_there(folder: Path) -> bool:
+    """Whether a model's folder holds more than its config.json, from which a run can be planned."""
+    kinds = ("*.safetensors", "*.index.json", "*.bin", "*.gguf", "*.pt", "tokenizer*")
+    return not (folder / "config.json").is_file() or any(any(folder.glob(k)) for k in kinds)
+
+
 def list_shards(folder: Path) -> dict[str, Path]:
     """Which file holds which tensor. SrmuError where a file or tensor is missing or elsewhere."""
     single = folder / "model.safetensors"
@@ -64,9 +70,9 @@ def list_shards(folder: Path) -> dict[str, Path]:
             + (f", only {pickles[0]}: convert it with save_pretrained" if pickles else "")
         )
     try:
-        listed = json.loads((folder / INDEX).read_text())["weight_map"]
+        listed = read_json(folder / INDEX)["weight_map"]
         found = {str(name): str(file) for name, file in listed.items()}
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except (SrmuError, KeyError, AttributeError, TypeError) as error:
         raise SrmuError(f"{folder / INDEX} is not a safetensors index") from error
     for file in sorted(set(found.values())):
         if Path(file).name != file or not file.endswith(".safetensors"):

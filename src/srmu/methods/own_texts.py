@@ -181,7 +181,7 @@ class Likeness:
     ) -> None:
         self.names, self.spelling = names, spelling
         texts = Counter(word for row in others for word in {*spelling.words(row)})
-        silent = {word for name in names.spelt for word in spelling.words(name)}
+        silent = {word for name in names.spellings for word in spelling.words(name)}
         silent |= {word for word, count in texts.items() if count > COMMON * len(others)}
         ours, theirs = map(self.without_goals, (forget, others))
         self.nats = self.weighed(ours, theirs, silent)
@@ -193,7 +193,7 @@ class Likeness:
     def without_goals(self, rows: Sequence[Ids]) -> list[Ids]:
         """The sentences of texts that tell of no goal."""
         cut = (row[start:end] for row in rows for start, end in self.spelling.sentences(row))
-        return [sentence for sentence in cut if not self.names.tells_of_a_goal(sentence)]
+        return [sentence for sentence in cut if not self.names.mentions_goal(sentence)]
 
     def sentences(self, items: Sequence[Any]) -> Iterator[tuple[int, int, Kind]]:
         """Where each sentence of a text begins and ends, and of which kind it is."""
@@ -203,7 +203,7 @@ class Likeness:
     def kind(self, sentence: Sequence[Any]) -> Kind:
         """One with a word of the forget set's own is never kept: a leak would teach it again."""
         each = [self.nats.get(word, 0.0) for word in self.spelling.words(sentence)]
-        if sum(each) > CUT or self.names.tells_of_a_goal(sentence):
+        if sum(each) > CUT or self.names.mentions_goal(sentence):
             return "forget"
         return "keep" if sum(each) < -CUT and max(each) < log(RATIO) else "neither"
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from srmu.engine.files import from_file
+from srmu.engine.files import import_from_file
 from srmu.engine.generate import Ids, response_likelihoods, sample_continuations
 from srmu.engine.losses import is_counted
 from srmu.engine.model import Batch, EditableModel
@@ -78,7 +78,7 @@ def find_reward(name: str) -> Reward:
             f"unknown method.reward {name!r}{suggest_word(name, REWARDS)}, "
             "or path/to/file.py:function"
         )
-    function: Any = from_file("method.reward", name)
+    function: Any = import_from_file("method.reward", name)
     if not callable(function):
         raise SrmuError(f"method.reward {name}: there is no such function in that file")
     return function

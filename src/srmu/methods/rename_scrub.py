@@ -95,7 +95,7 @@ class RenameScrub(LogitObjective):
     def setup(self, model: EditableModel, topic: Topic) -> State:
         tokenizer = tokenizer_of(model.folder, "rename_scrub")
         goals = read_names(self.goals, "goals") if self.goals else []
-        names = Names.tokenised(self.named(tokenizer, topic), tokenizer, goals)
+        names = Names.encode(self.named(tokenizer, topic), tokenizer, goals)
         own = write_own_texts(
             model, topic, names, tokenizer,
             count=self.own_texts, prompt=self.prompt, length=self.own_tokens,

@@ -109,8 +109,8 @@ class OwnTexts:
         places: list[Tensor] = []
         alike: list[Tensor] = []
         for text in texts:
-            for way in self.names.ways(text.template, namings, generator):
-                ids, last = self.names.written(text.template, way)
+            for way in self.names.draw_namings(text.template, namings, generator):
+                ids, last = self.names.write(text.template, way)
                 rows.append(ids)
                 places.append(torch.tensor(last))
                 alike.append(torch.tensor([*text.alike[1:], False]))
