@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from helpers.models import pico_module
 from srmu.engine.hooks import (
@@ -13,7 +12,6 @@ from srmu.engine.hooks import (
     edit_input,
     edit_outputs,
     hook_outputs,
-    swap_blocks,
 )
 
 IDS = torch.tensor([[1, 9, 8, 7]])
@@ -53,15 +51,16 @@ def test_hooks_see_inputs_beside_outputs() -> None:
     assert output.equal(embedding(IDS))
 
 
-def test_blocks_are_cut_and_swapped() -> None:
+@pytest.mark.parametrize("depth", [1, 3])
+def test_a_cut_model_reads_its_norm_and_head_off_a_block(depth: int) -> None:
     module = pico_module()
-    whole = decoder_blocks(module)
-    with cut_blocks(module, 1):
-        assert len(decoder_blocks(module)) == 1
-        cut = read(module)
-    assert decoder_blocks(module) is whole
-    with swap_blocks(module, nn.ModuleList([whole[0]])):
-        assert read(module).equal(cut)
+    blocks = decoder_blocks(module)
+    with torch.no_grad():
+        states = module(IDS, output_hidden_states=True).hidden_states
+        expected = module.lm_head(module.model.norm(states[depth]))
+    with cut_blocks(module, depth):
+        torch.testing.assert_close(read(module), expected)
+    assert decoder_blocks(module) is blocks
 
 
 def test_an_error_leaves_nothing_behind() -> None:

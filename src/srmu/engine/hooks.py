@@ -21,20 +21,15 @@ def decoder_blocks(module: PreTrainedModel) -> nn.ModuleList:
 
 
 @contextmanager
-def swap_blocks(module: PreTrainedModel, blocks: nn.ModuleList) -> Iterator[None]:
-    """Run the model with other decoder blocks, under its own norm and head."""
+def cut_blocks(module: PreTrainedModel, depth: int) -> Iterator[None]:
+    """Run the model with its first `depth` decoder blocks only, under its own norm and head."""
     owner, attribute = find_layers(module)
     whole = getattr(owner, attribute)
-    setattr(owner, attribute, blocks)
+    setattr(owner, attribute, whole[:depth])
     try:
         yield
     finally:
         setattr(owner, attribute, whole)
-
-
-def cut_blocks(module: PreTrainedModel, depth: int) -> AbstractContextManager[None]:
-    """Run the model with its first `depth` decoder blocks only."""
-    return swap_blocks(module, decoder_blocks(module)[:depth])
 
 
 @contextmanager
