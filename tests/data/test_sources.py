@@ -898,7 +898,7 @@ def test_predictions_of_a_question_have_no_gradient(tmp_path: Path) -> None:
     """Whatever a question's tokens are: the loss does not know them as targets."""
     (batch, *_) = asked(tmp_path, pairs(4, 1), word_tokenizer()).forget
     logits = torch.randn(*batch["input_ids"].shape, VOCABULARY, requires_grad=True)
-    mean_nll(logits, batch["labels"]).backward()
+    mean_nll(logits, batch["labels"]).value.backward()
     assert logits.grad is not None
     moved = logits.grad.abs().sum(dim=-1)
     assert torch.equal(moved[:, :-1] > 0, batch["labels"][:, 1:] != -100)

@@ -22,6 +22,7 @@ from helpers.models import (
     write_jsonl,
 )
 from srmu import make_config, unlearn
+from srmu.engine.batch import Batch
 from srmu.engine.losses import is_counted, mean_nll
 from srmu.engine.model import EditableModel
 from srmu.engine.progress import ignore_progress
@@ -90,7 +91,7 @@ def rows(parts: list[Any]) -> list[list[int]]:
 
 def forget_nll(model: EditableModel) -> float:
     with torch.no_grad():
-        values = [mean_nll(model.logits(b), b["labels"]) for b in topic().forget]
+        values = [mean_nll(model.logits(b), b["labels"]).value for b in topic().forget]
     return float(torch.stack(values).mean())
 
 
@@ -164,7 +165,7 @@ def test_forget_texts_become_less_likely(name: str, learnt: Weights) -> None:
         with torch.no_grad():
             parts = topic().forget, topic().retain
             return [
-                sum(float(mean_nll(model.logits(b), b["labels"])) for b in p) / len(p)
+                sum(float(mean_nll(model.logits(b), b["labels"]).value) for b in p) / len(p)
                 for p in parts
             ]
 
@@ -484,7 +485,7 @@ def naive_attribution(arch: str, ids: list[int], points: int) -> torch.Tensor:
 def measured(module: Any, ids: list[int], points: int) -> torch.Tensor:
     model = EditableModel(module, ["*.mlp_down"])
     row = torch.tensor([ids])
-    batch = {"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row}
+    batch = Batch(input_ids=row, attention_mask=torch.ones_like(row), labels=row)
     from srmu.methods.gradients import down_projection
 
     return attribute_neurons(model, [down_projection(x) for x in model.layers], batch, points)
@@ -520,7 +521,7 @@ def test_attribution_does_not_see_what_is_not_counted() -> None:
     model = EditableModel(pico_module(), ["*.mlp_down"])
     downs = [layer.mlp.down_proj for layer in model.layers]
     row = torch.tensor([IDS])
-    batch = {"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row.clone()}
+    batch = Batch(input_ids=row, attention_mask=torch.ones_like(row), labels=row.clone())
     batch["labels"][:, :-1] = -100
     found = attribute_neurons(model, downs, batch, 64)
     module = pico_module()

@@ -30,6 +30,7 @@ from helpers.models import (
 from helpers.testbeds import TINY
 from srmu.engine import generate
 from srmu.engine.activation_cache import Activations
+from srmu.engine.batch import Batch
 from srmu.engine.losses import generic_logits, token_entropy
 from srmu.engine.model import EditableModel
 from srmu.engine.topic import Topic
@@ -362,7 +363,7 @@ def test_quark_against_a_loop(step: int) -> None:
     shaken(model)
     forget = topic().forget[0]
     with torch.no_grad():
-        got = method.loss(model, state, forget, {}, step).losses
+        got = method.loss(model, state, forget, Batch(), step).loss_values
     expected = naive_quark(method, model, state, step)
     assert {name: float(value) for name, value in got.items()} == pytest.approx(expected, abs=1e-4)
 
@@ -378,7 +379,7 @@ def test_the_kl_is_of_the_model_to_the_original() -> None:
     )
     mask = (batch["labels"] != -100)[:, 1:]
     with torch.no_grad():
-        got = float(method.loss(model, state, topic().forget[0], {}, 0).losses["kl"])
+        got = float(method.loss(model, state, topic().forget[0], Batch(), 0).loss_values["kl"])
         p, q = (
             m(**batch).logits[:, :-1].log_softmax(-1)[mask] for m in (model.module, pico_module())
         )
@@ -391,11 +392,11 @@ def test_without_weights_it_is_fine_tuning() -> None:
     method, model, state = started(kl=0.0, entropy=0.0)
     pool = state.memory["pool"]
     pool.draw = lambda count, parts, step: (pool.entries[:count], [0] * count)
-    got = method.loss(model, state, topic().forget[0], {}, 0)
+    got = method.loss(model, state, topic().forget[0], Batch(), 0)
     entries = pool.entries[:2]
     batch = generate.join_responses([e.prompt for e in entries], [e.response for e in entries])
     expected = pico_module()(**batch).loss  # transformers' own: the mean over labelled tokens
-    total = torch.stack([*got.losses.values()]).sum()
+    total = torch.stack([*got.loss_values.values()]).sum()
     assert float(total.detach()) == pytest.approx(float(expected.detach()), abs=1e-5)
 
 
@@ -407,7 +408,7 @@ def test_before_training_only_control_tokens_move_the_kl() -> None:
     found = []
     for rank in (0, 1, 2):
         pool.draw = lambda count, parts, step, rank=rank: (entries, [rank] * 2)
-        found.append(method.loss(model, state, forget, {}, 0).losses["kl"].item())
+        found.append(method.loss(model, state, forget, Batch(), 0).loss_values["kl"].item())
     assert found[0] == 0.0
     assert found[1] > 1e-3 and found[2] > 1e-3 and found[1] != found[2]
 
@@ -577,7 +578,7 @@ def test_whp_against_a_loop(mode: Any, padding: Any) -> None:
     state = whp_state(model)
     shaken(model)
     batch = topic(padding=padding).forget[1]
-    got = WHP(mode=mode).loss(model, state, batch, {}, 0).losses["forget"]
+    got = WHP(mode=mode).loss(model, state, batch, Batch(), 0).loss_values["forget"]
     models = [pico_module(), with_tensors(state.memory["strengthened"]), model.module]
     with torch.no_grad():
         v0, v1, v = (m(batch["input_ids"], batch["attention_mask"]).logits for m in models)
@@ -606,7 +607,7 @@ def test_the_fixed_point_of_the_distillation() -> None:
         if tuned:
             state.memory["strengthened"] = model.original
         batch = topic().forget[0]
-        loss = WHP(**options).loss(model, state, batch, {}, 0).losses["forget"]
+        loss = WHP(**options).loss(model, state, batch, Batch(), 0).loss_values["forget"]
         loss.backward()
         assert max(float(p.grad.abs().max()) for p in model.trained.values()) < 1e-6
         with torch.no_grad():  # and the cost there is the distribution's own entropy
@@ -615,7 +616,7 @@ def test_the_fixed_point_of_the_distillation() -> None:
         assert float(loss.detach()) == pytest.approx(entropy, rel=1e-5)
     state = whp_state(model)
     model.module.zero_grad()
-    WHP().loss(model, state, batch, {}, 0).losses["forget"].backward()
+    WHP().loss(model, state, batch, Batch(), 0).loss_values["forget"].backward()
     assert max(float(p.grad.abs().max()) for p in model.trained.values()) > 1e-3
 
 
@@ -660,7 +661,7 @@ def test_no_anchors_are_the_identity(padding: Any) -> None:
             assert places[mask[row]].tolist() == list(range(int(mask[row].sum())))
         with torch.no_grad():
             plain, same_texts = (
-                WHP().loss(model, whp_state(model, a), batch, {}, 0).losses["forget"]
+                WHP().loss(model, whp_state(model, a), batch, Batch(), 0).loss_values["forget"]
                 for a in (None, {})
             )
         if padding == "mask":  # else the padding counts, which no translation has
@@ -727,7 +728,7 @@ def test_terms_in_subwords() -> None:
 
     anchors = tokenise_terms({"Harry": "Jon"}, Subwords())
     ids = torch.tensor([[5, 6, 3, 7, 4]])
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    batch = Batch(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids)
     found = translate_batch(batch, anchors)
     assert found.batch["input_ids"].tolist() == [[8, 3, 9, 10, 4]]
     assert found.usable.int().tolist() == [[0, 1, 0, 1, 1]]  # both ways are one term's

@@ -14,7 +14,7 @@ import torch
 from srmu.data.digest import digest_texts
 from srmu.data.sources import Source, read_counted
 from srmu.data.tokens import MIN_TOKENS, batch_rows, encode_texts, wrap_texts
-from srmu.engine.model import Batch
+from srmu.engine.batch import Batch
 from srmu.engine.topic import Padding, Topic
 from srmu.errors import SrmuError
 

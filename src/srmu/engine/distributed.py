@@ -19,6 +19,8 @@ if TYPE_CHECKING:  # the command line asks for its rank before it knows whether 
     from torch import Tensor, nn
     from torch.distributed.tensor import DTensor
 
+    from srmu.engine.batch import Batch
+
 PATIENCE = timedelta(minutes=30)  # that ranks wait for one that loads or writes
 T = TypeVar("T")
 S = TypeVar("S")
@@ -147,27 +149,6 @@ def by_itself() -> Iterator[None]:
 
 # --- what is summed ------------------------------------------------------------------------------
 
-_spread = False
-
-
-@contextmanager
-def spread_rows(over: bool = True) -> Iterator[None]:
-    """Run the block on this process' share of the rows: `total` then sums over all of them."""
-    global _spread
-    before, _spread = _spread, over and get_size() > 1
-    try:
-        yield
-    finally:
-        _spread = before
-
-
-def total_spread(value: Tensor) -> Tensor:
-    """Inside `spread`: the sum of the processes' values, without gradient; else the value.
-
-    A loss divides its own share by it: the shares then add up to the loss of the whole batch.
-    """
-    return sum_values(value) if _spread else value
-
 
 def sum_values(value: Tensor) -> Tensor:
     """The sum of the processes' values, without gradient."""
@@ -180,19 +161,17 @@ def sum_values(value: Tensor) -> Tensor:
     return found
 
 
-def take_rows(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+def take_rows(batch: Batch) -> Batch:
     """This process' rows of a batch: every `size`-th; where none is left, one that counts nothing.
 
     Padding stays as it is, so that each row is computed as in the whole batch.
     """
-    count, mine = len(next(iter(batch.values()), ())), get_rank()
     if get_size() == 1 or not batch:
         return batch
-    if mine < count:
-        return {name: tensor[mine :: get_size()] for name, tensor in batch.items()}
-    found = {name: tensor[:1].clone() for name, tensor in batch.items()}
-    found["labels"].fill_(-100)
-    return found
+    if get_rank() < len(batch["labels"]):
+        return batch.cut(slice(get_rank(), None, get_size()))
+    first = batch.cut(slice(1))
+    return first.replace(labels=first["labels"].new_full(first["labels"].shape, -100))
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:

@@ -19,27 +19,13 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from srmu.engine import distributed
-from srmu.engine.activation_cache import Activations, Output, digest_tensors
+from srmu.engine.activation_cache import Activations, Output
+from srmu.engine.batch import Batch
 from srmu.engine.loading import find_layers, load_module, read_config
+from srmu.engine.roles import down_projection, find_child, in_role
 from srmu.errors import SrmuError
 
-Batch = dict[str, Tensor]  # input_ids, attention_mask, labels (B, T); label -100 = not counted
-
 Stream = Literal["resid_post", "mlp_out", "mlp_post"]
-
-# Role -> where that weight sits inside a decoder layer, by architecture. Never by position: the
-# seventh parameter of a layer is down_proj on Llama, o_proj on Qwen2, gate_proj on Qwen3.
-ROLES: dict[str, tuple[str, ...]] = {
-    "mlp_down": (
-        "mlp.down_proj.weight",  # Llama, Mistral, Qwen, Gemma, Phi-3, OLMo
-        "mlp.experts.down_proj",  # Mixtral, Qwen-MoE: all experts in one tensor
-        "mlp.c_proj.weight",  # GPT-2
-        "mlp.dense_4h_to_h.weight",  # GPT-NeoX, Falcon, BLOOM
-        "mlp.fc2.weight",  # Phi
-        "mlp.fc_out.weight",  # GPT-J
-        "fc2.weight",  # OPT
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -170,40 +156,22 @@ class EditableModel:
     def vocabulary_size(self) -> int:
         return self.module.get_input_embeddings().weight.shape[0]
 
+    def is_transposed(self, name: str) -> bool:
+        """Whether the matrix of that name lies as (in, out): a Conv1D keeps it so."""
+        return isinstance(self.module.get_submodule(name.rpartition(".")[0]), Conv1D)
+
     def hidden(self, batch: Batch, site: Site, keep: bool = True) -> Float[Tensor, "B T D"]:
         """Activations at `site`; layers above it are not run.
 
         Inside `frozen()` they are kept in `activations`, unless `keep` is false, and found there.
         """
-        check_layers_loaded(len(self.layers), site.layer)
-        name = f"{site}/{fingerprint_batch(batch)}"
-        if self._frozen and isinstance(found := self.activations.find(name), Tensor):
-            return found
+        self._check_loaded(site.layer)
+        name = f"{site}/{batch.key}"
+        if self._frozen and isinstance(known := self.activations.find(name), Tensor):
+            return known
         layer = self.layers[site.layer]
-        caught: list[Tensor] = []
-
-        def catch(module: nn.Module, args: Any, output: Any = None) -> None:
-            value = args if output is None else output
-            caught.append(value[0] if isinstance(value, tuple) else value)
-
-        if site.stream == "resid_post":
-            handle = layer.register_forward_hook(catch)
-        elif site.stream == "mlp_out":
-            handle = find_child(layer, "mlp").register_forward_hook(catch)
-        else:
-            down = role_in_layer(layer, "mlp_down").removesuffix(".weight")
-            if "experts" in down:
-                raise SrmuError("mlp_post: each expert has its own; read resid_post or mlp_out")
-            handle = find_child(layer, down).register_forward_pre_hook(catch)
-        try:
-            with self._layers_for(batch, site.layer + 1):
-                self.module.base_model(
-                    input_ids=batch["input_ids"],
-                    attention_mask=batch["attention_mask"],
-                    use_cache=False,
-                )
-        finally:
-            handle.remove()
+        with self._layers_for(batch, site.layer + 1), catch_value(layer, site.stream) as caught:
+            self.module.base_model(**model_inputs(batch), use_cache=False)
         value = caught[0]
         if value.ndim == 4 and hasattr(self.module.config, "altup_num_inputs"):
             # Gemma 3n: streams before the batch, all of them a token's features
@@ -233,11 +201,7 @@ class EditableModel:
             ).logits
             return logits[:, 1:]  # the first token predicts the control, which predicts the second
         with self._layers_for(batch, len(self.layers)):
-            return self.module(
-                input_ids=batch["input_ids"],
-                attention_mask=batch["attention_mask"],
-                use_cache=False,
-            ).logits
+            return self.module(**model_inputs(batch), use_cache=False).logits
 
     @contextmanager
     def adapted(self, rank: int, alpha: int, seed: int) -> Iterator[None]:
@@ -250,7 +214,7 @@ class EditableModel:
 
         dense = self.trained, self.original
         owners = {name.rpartition(".")[0]: name for name in self.trained}
-        turned = any(isinstance(self.module.get_submodule(name), Conv1D) for name in owners)
+        turned = any(map(self.is_transposed, owners.values()))
         settings = LoraConfig(
             r=rank, lora_alpha=alpha, target_modules=[*owners], fan_in_fan_out=turned
         )
@@ -337,7 +301,7 @@ class EditableModel:
                 count = len(self.layers)
                 found = []
                 for layer in range(count) if match[1] == "*" else [int(match[1])]:
-                    check_layers_loaded(count, layer)
+                    self._check_loaded(layer)
                     inside = in_role(self.layers[layer], match[2])
                     found += [f"{prefix}.{layer}.{name}" for name in inside]
             else:
@@ -346,6 +310,12 @@ class EditableModel:
                 raise SrmuError(f"no parameter of this model matches {pattern!r}")
             chosen |= {name: names[name] for name in found}
         return chosen
+
+    def _check_loaded(self, layer: int) -> None:
+        if not 0 <= layer < len(self.layers):
+            raise SrmuError(
+                f"layer {layer} is not loaded: only layers 0-{len(self.layers) - 1} are"
+            )
 
     def _set_layers(self, layers: nn.ModuleList) -> None:
         setattr(self._owner, self._attribute, layers)
@@ -371,7 +341,7 @@ class EditableModel:
         sharing = getattr(self.module.config, "num_kv_shared_layers", None) or 0
         reads = sharing and depth > self.module.config.num_hidden_layers - sharing
         if 0 < self.fixed < depth and not reads:
-            name = f"prefix/{fingerprint_batch(batch)}"
+            name = f"prefix/{batch.key}"
             if (found := self.activations.find(name)) is not None:
                 kept = nn.ModuleList([*[KnownOutput(found)] * self.fixed, *kept[self.fixed :]])
             else:
@@ -390,6 +360,12 @@ class EditableModel:
             self._set_layers(layers)
             if handle is not None:
                 handle.remove()
+
+
+def copy_values(places: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Copy values into tensors that are there."""
+    for place, value in zip(places, values, strict=True):
+        place.data.copy_(value)
 
 
 def replace_tensor(parameter: nn.Parameter, tensor: Tensor) -> Tensor:
@@ -421,9 +397,29 @@ def is_index(value: Any) -> bool:
     return isinstance(value, Tensor) and not value.is_floating_point()
 
 
-def fingerprint_batch(batch: Batch) -> str:
-    """A name for all that activations depend on in a batch."""
-    return digest_tensors(batch["input_ids"], batch["attention_mask"])
+def model_inputs(batch: Batch) -> dict[str, Tensor]:
+    """What a model reads of a batch."""
+    return {name: batch[name] for name in ("input_ids", "attention_mask")}
+
+
+@contextmanager
+def catch_value(layer: nn.Module, stream: Stream) -> Iterator[list[Tensor]]:
+    """Catch what passes at a stream of a layer, in a list."""
+    caught: list[Tensor] = []
+
+    def catch(module: nn.Module, args: Any, output: Any = None) -> None:
+        value = args if output is None else output
+        caught.append(value[0] if isinstance(value, tuple) else value)
+
+    if stream == "mlp_post":
+        handle = down_projection(layer).register_forward_pre_hook(catch)
+    else:
+        place = layer if stream == "resid_post" else find_child(layer, "mlp")
+        handle = place.register_forward_hook(catch)
+    try:
+        yield caught
+    finally:
+        handle.remove()
 
 
 def return_freed_blocks() -> None:
@@ -441,42 +437,3 @@ def release_memory() -> None:
     gc.collect()
     with suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
-
-
-def in_role(layer: nn.Module, role: str) -> list[str]:
-    """The names, inside a decoder layer, of the weights that play a role.
-
-    Besides ROLES: `linear`, the matrices of all its linear maps, and `mlp`, those of its MLP.
-    """
-    if role not in ("linear", "mlp"):
-        return [role_in_layer(layer, role)]
-    names = [f"{n}.weight" for n, m in layer.named_modules() if isinstance(m, nn.Linear | Conv1D)]
-    return [n for n in names if role == "linear" or not re.search("attn|attention", n)]
-
-
-def role_in_layer(layer: nn.Module, role: str) -> str:
-    """The name, inside a decoder layer, of the weight that plays `role`."""
-    if role not in ROLES:
-        known = ", ".join([*ROLES, "linear", "mlp"])
-        raise SrmuError(f"role {role!r} does not exist; choose one of {known}")
-    names = dict(layer.named_parameters())
-    for name in ROLES[role]:
-        if name in names:
-            return name
-    raise SrmuError(
-        f"{type(layer).__name__} has no weight in the role {role!r}; it has {', '.join(names)}"
-    )
-
-
-def find_child(layer: nn.Module, name: str) -> nn.Module:
-    """A submodule of a decoder layer; SrmuError naming what there is when it is missing."""
-    try:
-        return layer.get_submodule(name)
-    except AttributeError:
-        names = ", ".join(n for n, _ in layer.named_children())
-        raise SrmuError(f"{type(layer).__name__} has no {name!r}; it has {names}") from None
-
-
-def check_layers_loaded(loaded: int, layer: int) -> None:
-    if not 0 <= layer < loaded:
-        raise SrmuError(f"layer {layer} is not loaded: only layers 0-{loaded - 1} are")

@@ -11,8 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from srmu.engine.batch import Batch
 from srmu.engine.losses import is_counted
-from srmu.engine.model import Batch
 from srmu.errors import SrmuError
 
 Padding = Literal["mask", "count"]
@@ -44,7 +44,7 @@ class Topic:
 
         def again(batches: Sequence[Batch]) -> Iterator[Batch]:
             while True:
-                yield from batches or [{}]
+                yield from batches or [Batch()]
 
         return zip(again(self.forget), again(self.retain), strict=False)
 
@@ -69,7 +69,7 @@ class Topic:
                     continue
                 first = min(max(1, round(share * len(places))), len(places) - 1)
                 row[: places[first]] = -100
-            return batch | {"labels": labels}
+            return batch.replace(labels=labels)
 
         return replace(self, forget=[cut(batch) for batch in self.forget])
 
@@ -125,14 +125,14 @@ class Topic:
                     row = torch.tensor(next(turn)[: ids.shape[1]])
                     ids[i, : len(row)] = labels[i, : len(row)] = row
                     mask[i, : len(row)] = 1
-                return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+                return Batch(input_ids=ids, attention_mask=mask, labels=labels)
             special = ~torch.isin(ids[-rows:], self.vocabulary)
             draw = torch.randint(len(self.vocabulary), (rows, ids.shape[1]), generator=generator)
             first = ids[-rows:, :1].clone()  # a leading <s> stays
             ids[-rows:] = self.vocabulary[draw]
             ids[-rows:, :1] = torch.where(special[:, :1], first, ids[-rows:, :1])
             mask[-rows:], labels[-rows:] = 1, ids[-rows:]
-            return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+            return Batch(input_ids=ids, attention_mask=mask, labels=labels)
 
         return replace(self, retain=[mix(batch) for batch in self.retain])
 

@@ -6,9 +6,10 @@ from typing import Any, ClassVar, Literal, Self
 
 from torch import Tensor
 
-from srmu.engine.distributed import total_spread
+from srmu.engine.batch import Batch
+from srmu.engine.distributed import sum_values
 from srmu.engine.losses import token_mean
-from srmu.engine.model import Batch, EditableModel
+from srmu.engine.model import EditableModel
 from srmu.errors import SrmuError
 from srmu.methods.base import State
 from srmu.methods.rmu import RMU
@@ -64,7 +65,8 @@ class AdaptiveRMU(RMU):
         if self.norm_when == "per_sample":
             means = (norms * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
             return self.factor * means[:, None, None] * direction
-        mean = float(total_spread(token_mean(norms, mask)))
+        part = token_mean(norms, mask)
+        mean = float(sum_values(part.share(sum_values(part.count))))
         if self.norm_when == "first_batch":  # the public code's form
             state.memory["first_norm"] = mean
         target = self.factor * mean * direction

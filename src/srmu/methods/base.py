@@ -8,12 +8,12 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
-from math import log as log_of
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 from torch import Tensor, nn
 
-from srmu.engine.model import Batch, EditableModel
+from srmu.engine.batch import Batch
+from srmu.engine.model import EditableModel
 from srmu.engine.progress import Watch, ignore_progress
 from srmu.engine.resume import Checkpoints
 from srmu.engine.topic import Topic
@@ -89,13 +89,6 @@ class Method(ABC):
         """The options with what the method itself sets filled in."""
         rate = options.learning_rate or self.learning_rate
         return replace(options, learning_rate=rate, schedule=options.schedule or self.schedule)
-
-    def limited(self, options: TrainOptions, vocabulary_size: int) -> TrainOptions:
-        """`training`, with a stop rule where the loss has no lower bound and none is given."""
-        options = self.training(options)
-        if self.endless and options.forget_ceiling is None:
-            options = replace(options, forget_ceiling=log_of(vocabulary_size))
-        return options
 
     def read_at_once(self, shape: tuple[int, int]) -> tuple[int, int]:
         """Rows and tokens that a step reads where its batch of forget texts has that many."""
@@ -186,7 +179,7 @@ class Edit(Method):
 
     @abstractmethod
     def edit(
-        self, model: EditableModel, topics: Sequence[Topic], train: TrainOptions, watch: Watch
+        self, model: EditableModel, topics: Sequence[Topic], watch: Watch
     ) -> dict[str, State]: ...
 
     def apply(
@@ -198,7 +191,7 @@ class Edit(Method):
         watch: Watch = ignore_progress,
         checkpoints: Checkpoints = NOWHERE,
     ) -> MethodOutcome:
-        return MethodOutcome(self.edit(model, topics, self.training(train), watch), "edited")
+        return MethodOutcome(self.edit(model, topics, watch), "edited")
 
 
 class Objective(Method):
@@ -257,12 +250,12 @@ class Objective(Method):
                     log(step, values)
                     tick(live_numbers(values))
 
-                options = self.limited(train, model.vocabulary_size)
                 extra = [p for state in states.values() for p in state.parameters.values()]
                 memory = {f"{n}.{k}": getattr(s, k) for n, s in states.items() for k in CHANGING}
                 stop_reason = fit_model(
-                    model, parts, options, follow, extra, checkpoints, memory, spread=self.spreads
-                )
+                    model, parts, train, follow, extra, checkpoints, memory,
+                    spread=self.spreads, endless=self.endless,
+                )  # fmt: skip
         self.finish(model, topics, train, watch)
         return MethodOutcome(states, stop_reason)
 

@@ -8,9 +8,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from srmu.engine.model import Batch, EditableModel, Site
+from srmu.engine.batch import Batch, move_batch
+from srmu.engine.model import EditableModel, Site
 from srmu.engine.topic import Topic
-from srmu.engine.train import move_batch
 from srmu.errors import SrmuError
 
 TINY = 1e-30  # a moment by which nothing is divided

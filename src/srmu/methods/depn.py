@@ -2,19 +2,20 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
+from srmu.engine.batch import move_batch
 from srmu.engine.model import EditableModel
 from srmu.engine.progress import Watch
+from srmu.engine.roles import down_projection
 from srmu.engine.topic import Topic
-from srmu.engine.train import TrainOptions, move_batch
 from srmu.errors import SrmuError
 from srmu.methods.base import Edit, Level, State
-from srmu.methods.gradients import attribute_neurons, down_projection, split_batches
+from srmu.methods.gradients import attribute_neurons, split_batches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,10 +39,8 @@ class DEPN(Edit):
         self.within(points=counts, samples=counts, most=(0, 1 << 30))
         self.within(neuron_share=shares, text_share=shares)
 
-    def edit(
-        self, model: EditableModel, topics: Sequence[Topic], train: TrainOptions, watch: Watch
-    ) -> dict[str, State]:
-        downs = [down_projection(layer) for layer in model.layers]
+    def edit(self, model: EditableModel, topics: Sequence[Topic], watch: Watch) -> dict[str, State]:
+        downs: list[Any] = [down_projection(layer) for layer in model.layers]
         states = {}
         for topic in topics:
             method = self.with_options(topic.options)

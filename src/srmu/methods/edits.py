@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,8 +13,9 @@ from torch.nn.utils import get_total_norm
 from srmu.engine.model import EditableModel
 from srmu.engine.progress import Watch, ignore_progress
 from srmu.engine.resume import Checkpoints
+from srmu.engine.stopping import StopRules
 from srmu.engine.topic import Topic, interleave_batches
-from srmu.engine.train import FINISHED, NOWHERE, Limits, Log, TrainOptions
+from srmu.engine.train import FINISHED, NOWHERE, Log, TrainOptions
 from srmu.errors import DivergedError, SrmuError
 from srmu.methods.base import Edit, Level, Method, MethodOutcome, State
 
@@ -75,26 +75,21 @@ class WeightWalk(Pooling):
         checkpoints: Checkpoints = NOWHERE,
     ) -> MethodOutcome:
         method, pool = self.pooled(topics)
-        options = method.limited(train, model.vocabulary_size)
-        assert options.learning_rate is not None
+        assert train.learning_rate is not None, "Method.training fills it in"
         direction = method.direction(model, pool, watch)
         weights, length = (float(get_total_norm(d.values())) for d in (model.original, direction))
         if not 0 < length < float("inf"):
             raise DivergedError(f"the norm of the direction of {self.name} is {length:g}")
-        limits = Limits(model, topics, options)
+        rules = StopRules(model, topics, train, self.endless)
         reason = ""
-        with watch(self.name, options.max_steps) as tick:
-            for step in range(options.max_steps):
-                moved = options.learning_rate * (step + 1)
+        with watch(self.name, train.max_steps) as tick:
+            for step in range(train.max_steps):
+                moved = train.learning_rate * (step + 1)
                 for name, parameter in model.trained.items():
                     # From the original by the sum of all steps: bf16 weights would lose each one.
                     change = moved * weights / length * direction[name]
                     parameter.data.copy_(model.original[name].float() + change)
-                reason, measured = limits.after(step)
-                if any(map(math.isnan, measured.values())):
-                    raise DivergedError(
-                        f"what the stop rules measure is no number after step {step}"
-                    )
+                reason, measured = rules.check_step(step, f"step {step}")
                 log(step, {"topic": pool.name, "moved": moved, **measured})
                 tick("")
                 if reason:

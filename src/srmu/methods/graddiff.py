@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from srmu.engine.batch import Batch
 from srmu.engine.losses import mean_nll
-from srmu.engine.model import Batch, EditableModel
+from srmu.engine.model import EditableModel
 from srmu.engine.train import Terms
 from srmu.methods.base import State
 from srmu.methods.logits import Retaining
@@ -31,4 +32,4 @@ class GradDiff(Retaining):
     ) -> Terms:
         # eq: GradDiff, L = -gamma nll(x_f) + alpha R(x_r), R = nll or KL(p0 || p)
         ascent = -self.gamma * mean_nll(model.logits(forget), forget["labels"])
-        return Terms({"forget": ascent, **self.held(model, retain)}, {})
+        return Terms({"forget": ascent, **self.retain_loss(model, retain)}, {})

@@ -9,16 +9,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from srmu.engine.batch import Batch, move_batch
 from srmu.engine.losses import is_predicted, mean_nll, token_nll
-from srmu.engine.model import Batch, EditableModel, find_child, role_in_layer
-from srmu.engine.train import move_batch
-from srmu.errors import SrmuError
+from srmu.engine.model import EditableModel
 
 
 def split_batches(batches: Sequence[Batch]) -> list[Batch]:
     """Each text as a batch of its own, without padding."""
     return [
-        {name: tensor[row, mask == 1].unsqueeze(0) for name, tensor in batch.items()}
+        batch.map(lambda tensor, row=row, real=mask == 1: tensor[row, real].unsqueeze(0))  # type: ignore[misc]
         for batch in batches
         for row, mask in enumerate(batch["attention_mask"])
     ]
@@ -32,7 +31,7 @@ def group_alike(*parts: list[Batch]) -> list[list[Batch]]:
     parts = tuple(sorted(part, key=lambda text: text["labels"].shape[1]) for part in parts)
     ends = [min(text["labels"].shape[1] for text in texts) for texts in zip(*parts, strict=True)]
     return [
-        [{k: v[:, :end] for k, v in text.items()} for text, end in zip(part, ends, strict=True)]
+        [text.cut(tokens=slice(end)) for text, end in zip(part, ends, strict=True)]
         for part in parts
     ]
 
@@ -43,7 +42,7 @@ def batch_nlls(
     """What a token of each batch costs on average; `tick` is called when a batch has been used."""
     for batch in batches:
         batch = move_batch(batch, model.device)
-        yield mean_nll(model.logits(batch), batch["labels"])
+        yield mean_nll(model.logits(batch), batch["labels"]).value
         tick("")
 
 
@@ -73,17 +72,6 @@ def gradient_sums(
     return sums
 
 
-def down_projection(layer: nn.Module) -> Any:
-    """The linear map that reads the neurons of a layer."""
-    name = role_in_layer(layer, "mlp_down")
-    if layer.get_parameter(name).ndim != 2:
-        raise SrmuError(
-            "neurons are those of one MLP a layer, but this model is a mixture of experts; take "
-            "another method, for example method.name=ssd"
-        )
-    return find_child(layer, name.removesuffix(".weight"))
-
-
 def attribute_neurons(
     model: EditableModel, downs: Sequence[Any], text: Batch, points: int
 ) -> Float[Tensor, "L F"]:
@@ -96,7 +84,7 @@ def attribute_neurons(
     Behind a norm that reads the MLP's output (Gemma 2, OLMo 2) all but the points next to `off`
     look the same: attributions still rank the neurons, but sum up to less than they add.
     """
-    rows = {name: tensor.expand(points, -1) for name, tensor in text.items()}
+    rows = text.map(lambda tensor: tensor.expand(points, -1))
     ahead = nn.functional.pad(is_predicted(rows["labels"]), (0, 1)).unsqueeze(-1)  # (m, T, 1)
     # The middles of equal steps: their error falls with m^2. (Public code takes the left ends,
     # which begin with all neurons off and leave out the end with all on: it falls with m.)

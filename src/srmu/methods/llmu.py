@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
-from srmu.engine.losses import is_counted, mean_nll
-from srmu.engine.model import Batch, EditableModel
+from srmu.engine.batch import Batch
+from srmu.engine.losses import Mean, is_counted, mean_nll
+from srmu.engine.model import EditableModel
 from srmu.engine.topic import Topic
 from srmu.engine.train import Terms
 from srmu.methods.base import State
@@ -53,17 +53,17 @@ class LLMU(LogitObjective):
         """
         tokens, topic = state.memory["tokens"], state.memory["topic"]
         generator = topic.generator(f"random answers {step}")
-        batch = {name: tensor.repeat(self.answers, 1) for name, tensor in forget.items()}
+        batch = forget.map(lambda tensor: tensor.repeat(self.answers, 1))
         places = is_counted(batch["labels"])
         starts = torch.randint(len(tokens), (len(places), 1), generator=generator)
         window = tokens[(starts + torch.arange(places.shape[1])) % len(tokens)].to(places.device)
         ids = torch.where(places, window, batch["input_ids"])
-        return batch | {"input_ids": ids, "labels": torch.where(places, ids, -100)}
+        return batch.replace(input_ids=ids, labels=torch.where(places, ids, -100))
 
     def loss(
         self, model: EditableModel, state: State, forget: Batch, retain: Batch, step: int
     ) -> Terms:
-        def nll(batch: Batch) -> Tensor:
+        def nll(batch: Batch) -> Mean:
             return mean_nll(model.logits(batch), batch["labels"])
 
         # eq: LLMU, L = -e1 nll(answer) + e2 mean_K nll(random answer) + e3 KL(p0 || p)(x_r)

@@ -10,10 +10,11 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from srmu.engine.losses import mean_kl, mean_nll
-from srmu.engine.model import Batch, EditableModel
+from srmu.engine.batch import Batch
+from srmu.engine.losses import Mean, mean_kl, mean_nll
+from srmu.engine.model import EditableModel, copy_values
 from srmu.engine.topic import Topic
-from srmu.engine.train import Terms, TrainOptions, copy_values, fit_model
+from srmu.engine.train import Terms, TrainOptions, fit_model
 from srmu.errors import SrmuError
 from srmu.methods.base import Objective, State
 
@@ -76,7 +77,7 @@ class Retaining(LogitObjective):
     def reads_retain(self) -> bool:
         return self.retain != "none"
 
-    def held(self, model: EditableModel, retain: Batch) -> dict[str, Tensor]:
+    def retain_loss(self, model: EditableModel, retain: Batch) -> dict[str, Mean]:
         """The retain loss, if there is one."""
         if self.retain == "none":
             return {}
@@ -86,9 +87,7 @@ class Retaining(LogitObjective):
         return {"retain": self.alpha * kl_drift(model, retain, logits)}
 
 
-def kl_drift(
-    model: EditableModel, batch: Batch, logits: Tensor, temperature: float = 1.0
-) -> Tensor:
+def kl_drift(model: EditableModel, batch: Batch, logits: Tensor, temperature: float = 1.0) -> Mean:
     """KL(original || model), mean over the tokens that the batch counts; `logits` are the model's.
 
     At a temperature T the logits of both are divided by it; T^2 keeps the gradient's size.
@@ -122,7 +121,7 @@ def fine_tune(
     """
 
     def loss(forget: Batch, retain: Batch, step: int) -> Terms:
-        losses = {"forget": mean_nll(model.logits(forget), forget["labels"])}
+        losses: dict[str, Mean] = {"forget": mean_nll(model.logits(forget), forget["labels"])}
         if keep:
             losses["retain"] = keep * kl_drift(model, retain, model.logits(retain))
         return Terms(losses, {})

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from srmu.engine import distributed
 from srmu.engine.activation_cache import digest_tensors, open_activations
+from srmu.engine.batch import Batch, move_batch
 from srmu.engine.loading import check_layers
 from srmu.engine.losses import is_counted, token_cosine, token_mean, token_mse, without_first
-from srmu.engine.model import Batch, EditableModel, Site, Stream
+from srmu.engine.model import EditableModel, Site, Stream
 from srmu.engine.progress import Watch, ignore_progress
 from srmu.engine.resume import Checkpoints
 from srmu.engine.topic import Topic
-from srmu.engine.train import NOWHERE, Log, Terms, TrainOptions, move_batch
+from srmu.engine.train import NOWHERE, Log, Terms, TrainOptions
 from srmu.errors import SrmuError
 from srmu.methods.base import MethodOutcome, Objective, State
 from srmu.methods.columns import mask_columns
@@ -198,14 +199,13 @@ class Misdirection(Objective):
         for batch in batches[: self.map_batches]:
             batch = move_batch(batch, model.device)
             mask = self.measured(batch)
-            tokens = digest_tensors(batch["input_ids"], batch["attention_mask"], mask)
-            name = f"sums/{self.site}/{tokens}"
-            found = model.activations.find(name)
-            if not isinstance(found, Tensor):
+            name = f"sums/{self.site}/{batch.key}/{digest_tensors(mask)}"
+            sums = model.activations.find(name)
+            if not isinstance(sums, Tensor):
                 with model.frozen():
-                    found = sum_features(model.hidden(batch, self.site, keep), mask)
-                model.activations.keep(name, found)
-            yield found
+                    sums = sum_features(model.hidden(batch, self.site, keep), mask)
+                model.activations.keep(name, sums)
+            yield sums
 
     def state(self, shape: Tensor, norm: float, **tensors: Tensor) -> State:
         """The state of a topic: the target's shape (D,) scaled, beside what made it.
@@ -248,7 +248,7 @@ class Misdirection(Objective):
         hidden = self.steered(model, forget)
         target = self.target(model, state, forget, retain, hidden.detach())
         held = model.hidden(retain, self.site)
-        drift = float(token_mse(held.detach(), anchor, retain_mask)) if step == 0 else 0.0
+        drift = float(token_mse(held.detach(), anchor, retain_mask).value) if step == 0 else 0.0
         if drift > 0 and not model.delta():
             raise SrmuError(
                 f"the first retain loss is {drift:.3g} and not 0: the cached activations do not "
@@ -261,8 +261,9 @@ class Misdirection(Objective):
         }
         with torch.no_grad():
             size = target.float().norm(dim=-1).expand(forget_mask.shape)
+            scale = 1 / state.numbers["activation_norm"]
             logged = {
-                "target_ratio": token_mean(size, forget_mask) / state.numbers["activation_norm"],
+                "target_ratio": token_mean(size, forget_mask) * scale,
                 "forget_cos": token_cosine(hidden, target, forget_mask),
                 "retain_cos": token_cosine(held, anchor, retain_mask),
             }

@@ -7,9 +7,10 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
-from srmu.engine.model import Batch, EditableModel
+from srmu.engine.batch import Batch
+from srmu.engine.model import EditableModel
 from srmu.engine.topic import Topic
-from srmu.engine.train import Terms
+from srmu.engine.train import Terms, divide_means
 from srmu.methods.base import Level, Objective, State
 from srmu.methods.rmu import RMU
 from srmu.methods.srmu import SRMU
@@ -76,7 +77,8 @@ class MultiSite(Objective):
         parts, batches = state.memory["parts"].items(), (forget, retain, step)
         terms = [self.part(layer).loss(model, part, *batches) for layer, part in parts]
         # eq: multi-site, L = mean over layers of SRMU eq. 5
-        return Terms(mean_rows([t.losses for t in terms]), mean_rows([t.logged for t in terms]))
+        logged = [divide_means(each.logged, shared=False) for each in terms]
+        return Terms(mean_rows([each.loss_values for each in terms]), mean_rows(logged))
 
 
 def mean_rows(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from srmu.data.names import Names
+from srmu.engine.batch import Batch
 from srmu.engine.generate import Ids, sample_continuations
-from srmu.engine.model import Batch, EditableModel
+from srmu.engine.model import EditableModel
 from srmu.errors import SrmuError
 
 AT_ONCE = 128  # texts written at once

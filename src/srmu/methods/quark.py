@@ -3,11 +3,12 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+from srmu.engine.batch import Batch, move_batch
 from srmu.engine.generate import join_responses
 from srmu.engine.losses import is_predicted, token_entropy, token_kl, token_nll
-from srmu.engine.model import Batch, EditableModel
+from srmu.engine.model import EditableModel
 from srmu.engine.topic import Topic
-from srmu.engine.train import Terms, move_batch
+from srmu.engine.train import Terms
 from srmu.errors import SrmuError
 from srmu.methods.base import State
 from srmu.methods.logits import LogitObjective

@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from srmu.engine.batch import Batch
 from srmu.engine.files import from_file
 from srmu.engine.generate import Ids, response_likelihoods, sample_continuations
 from srmu.engine.losses import is_counted
-from srmu.engine.model import Batch, EditableModel
+from srmu.engine.model import EditableModel
 from srmu.engine.topic import Topic
 from srmu.errors import SrmuError, suggest_word
 
@@ -185,8 +186,8 @@ def controlled_logits(
     best = list(ranks).count(0)
     logits = []
     if best:
-        logits.append(model.logits({name: rows[:best] for name, rows in batch.items()}))
+        logits.append(model.logits(batch.cut(slice(best))))
     if best < len(ranks):
-        rest = {name: rows[best:] for name, rows in batch.items()}
+        rest = batch.cut(slice(best, None))
         logits.append(model.logits(rest, control[[rank - 1 for rank in ranks[best:]]]))
     return torch.cat(logits)

@@ -11,11 +11,11 @@ from typing import Any, Literal
 from torch import nn
 
 from srmu.engine.losses import generic_logits
-from srmu.engine.model import EditableModel
+from srmu.engine.model import EditableModel, copy_values
 from srmu.engine.progress import Watch, ignore_progress
 from srmu.engine.resume import Checkpoints
 from srmu.engine.topic import Topic, interleave_batches
-from srmu.engine.train import NOWHERE, Log, TrainOptions, copy_values
+from srmu.engine.train import NOWHERE, Log, TrainOptions
 from srmu.methods.base import MethodOutcome
 from srmu.methods.ensemble import combine_logits
 from srmu.methods.logits import LogitObjective, strengthen_weights

@@ -9,11 +9,12 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from srmu.data.names import Names, find_names, read_names
+from srmu.engine.batch import Batch, move_batch
 from srmu.engine.losses import kl_divergence, token_kl
-from srmu.engine.model import Batch, EditableModel
+from srmu.engine.model import EditableModel
 from srmu.engine.progress import Watch
 from srmu.engine.topic import Topic
-from srmu.engine.train import Schedule, Terms, TrainOptions, move_batch
+from srmu.engine.train import Schedule, Terms, TrainOptions
 from srmu.methods.base import State
 from srmu.methods.logits import LogitObjective, ignore_step, kl_drift
 from srmu.methods.own_texts import count_chunks, unpad_texts
@@ -21,7 +22,6 @@ from srmu.methods.renaming import (
     OwnTexts,
     deal_items,
     leave_one_out,
-    mask_values,
     mean_over,
     write_own_texts,
 )
@@ -143,15 +143,14 @@ class RenameScrub(LogitObjective):
         losses["hold"] = self.hold * mean_over(drifted, near)
         # eq: rename_scrub, keep: mean KL(p0 || p) of all else in own texts
         rest = follows & ~scrubbed & ~near
-        costs, count = mask_values(drifted, rest).sum(), rest.sum()
+        kept = mean_over(drifted, rest)
         if self.keep_rows and own.kept:
             batch, mark = own.keeping(self.keep_rows, step)
             batch, mark = move_batch(batch, model.device), mark.to(model.device)
             with model.frozen():
                 wanted = model.logits(batch)
-            costs = costs + mask_values(token_kl(wanted, model.logits(batch)), mark).sum()
-            count = count + mark.sum().cpu()
-        losses["keep"] = self.keep * costs / count.clamp(min=1)
+            kept = kept.pool(mean_over(token_kl(wanted, model.logits(batch)), mark))
+        losses["keep"] = self.keep * kept
         # eq: rename_scrub, retain: mean KL(p0 || p) of the retain texts
         losses["retain"] = self.retain * kl_drift(model, retain, model.logits(retain))
         logged["named"] = scrubbed.sum().float()

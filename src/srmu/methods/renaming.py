@@ -11,11 +11,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from srmu.data.names import Item, Names, Template
+from srmu.engine.batch import Batch, move_batch
 from srmu.engine.generate import Ids, batch_texts
-from srmu.engine.losses import kl_divergence
-from srmu.engine.model import Batch, EditableModel
+from srmu.engine.losses import Mean, kl_divergence, masked_mean
+from srmu.engine.model import EditableModel
 from srmu.engine.topic import Topic
-from srmu.engine.train import move_batch
 from srmu.errors import SrmuError
 from srmu.methods.own_texts import (
     Kind,
@@ -75,9 +75,7 @@ class NamingGroup:
         """Log-probabilities of what follows each item, under the first `namings` only."""
         count, every, length = self.places.shape
         rows = torch.arange(count * every).view(count, every)[:, :namings].flatten()
-        batch = move_batch(
-            {name: tensor[rows] for name, tensor in self.batch.items()}, model.device
-        )
+        batch = move_batch(self.batch.cut(rows), model.device)
         places = self.places.view(-1, length)[rows].to(model.device)
         logits = model.logits(batch)
         found = logits[torch.arange(len(rows), device=model.device)[:, None], places]
@@ -196,14 +194,9 @@ def write_own_texts(
     return OwnTexts(names, texts[len(held) :], held, kept_tokens(free, like), topic)
 
 
-def mask_values(values: Tensor, where: Tensor) -> Tensor:
-    """The values there, and 0 elsewhere."""
-    return values * where.to(values.device)
-
-
-def mean_over(values: Tensor, where: Tensor) -> Tensor:
+def mean_over(values: Tensor, where: Tensor) -> Mean:
     """Mean of the values there; 0 where it is nowhere."""
-    return mask_values(values, where).sum() / where.sum().clamp(min=1).to(values.device)
+    return masked_mean(values, where.to(values.device), least=1)
 
 
 def kept_tokens(texts: Sequence[Ids], like: Likeness) -> list[tuple[Ids, list[bool]]]:

@@ -8,10 +8,9 @@ from typing import Any, ClassVar
 
 from safetensors.torch import load_file
 
-from srmu.engine.model import EditableModel
+from srmu.engine.model import EditableModel, copy_values
 from srmu.engine.progress import Watch
 from srmu.engine.topic import Topic
-from srmu.engine.train import TrainOptions, copy_values
 from srmu.errors import SrmuError
 from srmu.methods.base import Edit, Level, State
 from srmu.testbed import build
@@ -29,9 +28,7 @@ class Retrain(Edit):
     depth: ClassVar[None] = None
     trainable: ClassVar[tuple[str, ...]] = ("*",)
 
-    def edit(
-        self, model: EditableModel, topics: Sequence[Topic], train: TrainOptions, watch: Watch
-    ) -> dict[str, State]:
+    def edit(self, model: EditableModel, topics: Sequence[Topic], watch: Watch) -> dict[str, State]:
         world, seed, recipe = read_recipe(model.folder)
         # The documents are drawn anew, without the hazard facts: as many, for as many steps.
         entry = build.train_testbed(world, seed, recipe, oracle=True, watch=watch)

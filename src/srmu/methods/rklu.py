@@ -5,9 +5,9 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from srmu.engine.distributed import total_spread
-from srmu.engine.losses import generic_logits, is_predicted, token_kl
-from srmu.engine.model import Batch, EditableModel
+from srmu.engine.batch import Batch
+from srmu.engine.losses import generic_logits, is_predicted, masked_mean, token_kl
+from srmu.engine.model import EditableModel
 from srmu.engine.topic import Topic
 from srmu.engine.train import Terms
 from srmu.methods.base import State
@@ -62,7 +62,5 @@ class RKLU(Retaining):
             mask = mask & ((raised - base)[:, :-1].gather(-1, token).squeeze(-1) > 0)
         # eq: RKLU, L = mean KL(p || softmax(z0 - strength relu(z+ - z0)))
         kl = token_kl(model.logits(forget), generic_logits(base, raised, self.strength))
-        loss = (kl * mask).sum() / total_spread(mask.sum()).clamp(
-            min=1
-        )  # a batch may have none that rise
-        return Terms({"forget": loss, **self.held(model, retain)}, {})
+        loss = masked_mean(kl, mask, least=1)  # a batch may have none that rise
+        return Terms({"forget": loss, **self.retain_loss(model, retain)}, {})

@@ -8,8 +8,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from srmu.engine.batch import Batch
 from srmu.engine.losses import is_counted, mean_nll, token_mse
-from srmu.engine.model import Batch, EditableModel
+from srmu.engine.model import EditableModel
 from srmu.methods.rmu import RMU
 
 TINY = 1e-30  # a norm by which nothing is divided
@@ -51,9 +52,9 @@ class RMULAT(RMU):
         for _ in range(self.adversary_steps):
             with shift_inputs(layer, shift.requires_grad_()):
                 if self.adversary == "activations":
-                    cost = token_mse(model.hidden(forget, self.site), before, mask)
+                    cost = token_mse(model.hidden(forget, self.site), before, mask).value
                 else:
-                    cost = mean_nll(model.logits(forget), forget["labels"])
+                    cost = mean_nll(model.logits(forget), forget["labels"]).value
             (slope,) = torch.autograd.grad(cost, shift)
             # eq: LAT, d <- P(d - s g / |g|), P onto |d| <= budget |h|, token by token
             slope = slope / slope.norm(dim=-1, keepdim=True).clamp(min=TINY)

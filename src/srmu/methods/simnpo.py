@@ -5,8 +5,9 @@ from typing import ClassVar
 
 import torch.nn.functional as F  # noqa: N812
 
+from srmu.engine.batch import Batch
 from srmu.engine.losses import is_predicted, row_mean, token_nll
-from srmu.engine.model import Batch, EditableModel
+from srmu.engine.model import EditableModel
 from srmu.engine.train import Terms
 from srmu.methods.base import State
 from srmu.methods.logits import Retaining
@@ -39,4 +40,4 @@ class SimNPO(Retaining):
         # gamma is the code's: the paper's stands outside of beta, gamma_paper = beta gamma
         terms = -2 / self.beta * F.logsigmoid(self.beta * (nll / length - self.gamma))
         loss = row_mean(terms, labels)
-        return Terms({"forget": self.weight * loss, **self.held(model, retain)}, {})
+        return Terms({"forget": self.weight * loss, **self.retain_loss(model, retain)}, {})

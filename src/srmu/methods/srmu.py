@@ -6,8 +6,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from srmu.engine.distributed import total_spread
-from srmu.engine.model import Batch, EditableModel
+from srmu.engine.batch import Batch
+from srmu.engine.distributed import sum_values
+from srmu.engine.model import EditableModel
 from srmu.engine.topic import Topic
 from srmu.errors import SrmuError
 from srmu.methods.base import State
@@ -82,7 +83,7 @@ class SRMU(Misdirection):
             kept["direction"] = fresh.to(model.device)
         if self.map_mode != "static":
             pairs = [
-                map(total_spread, self.frozen_sums(model, [batch])) for batch in (forget, retain)
+                map(sum_values, self.frozen_sums(model, [batch])) for batch in (forget, retain)
             ]
             values = torch.stack(
                 [measure_features(pair, self.statistic)[0] for pair in pairs]

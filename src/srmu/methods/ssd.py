@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from srmu.engine import distributed
-from srmu.engine.model import Batch, EditableModel
+from srmu.engine.batch import Batch
+from srmu.engine.model import EditableModel
 from srmu.engine.progress import Watch
 from srmu.engine.topic import Topic
-from srmu.engine.train import TrainOptions
 from srmu.errors import SrmuError
 from srmu.methods.base import State
 from srmu.methods.edits import WholeEdit
@@ -39,9 +39,7 @@ class SSD(WholeEdit):
     def __post_init__(self) -> None:
         self.within(alpha=(0, 1e30), lam=(0, 1e30), samples=(1, 1 << 30))
 
-    def edit(
-        self, model: EditableModel, topics: Sequence[Topic], train: TrainOptions, watch: Watch
-    ) -> dict[str, State]:
+    def edit(self, model: EditableModel, topics: Sequence[Topic], watch: Watch) -> dict[str, State]:
         method, pool = self.pooled(topics)
         i_f, i_d = method.importances(model, pool, watch)
         selected, left = 0, 0.0

@@ -88,7 +88,7 @@ class Suppressing(Objective):
             learning_rate=self.teacher_learning_rate, max_steps=self.teacher_steps
         )
         with self.scoped(model):
-            fit_model(model, [part], first.limited(options, model.vocabulary_size), ignore_step)
+            fit_model(model, [part], options, ignore_step, endless=first.endless)
         return state
 
 

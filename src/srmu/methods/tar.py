@@ -5,10 +5,11 @@ from typing import ClassVar, Literal
 
 import torch
 
-from srmu.engine.losses import is_predicted, token_entropy
-from srmu.engine.model import Batch, EditableModel
+from srmu.engine.batch import Batch
+from srmu.engine.losses import is_predicted, masked_mean, token_entropy
+from srmu.engine.model import EditableModel, copy_values
 from srmu.engine.topic import Topic
-from srmu.engine.train import Terms, copy_values
+from srmu.engine.train import Terms
 from srmu.methods.base import State
 from srmu.methods.logits import fine_tune, kl_drift
 from srmu.methods.suppressing import Suppressing
@@ -57,10 +58,10 @@ class TAR(Suppressing):
         fine_tune(model, texts, self.adversary_steps, self.adversary_learning_rate)
         if self.tamper == "first":
             there = self.suppression.loss(model, memory["first"], forget, forget, step)
-            cost = there.losses["forget"]
+            cost = there.loss_values["forget"]
         else:
             mask = is_predicted(forget["labels"])
-            cost = -(token_entropy(model.logits(forget)) * mask).sum() / mask.sum()
+            cost = -masked_mean(token_entropy(model.logits(forget)), mask).value
         slopes = torch.autograd.grad(
             self.strength * cost, weights, allow_unused=True, materialize_grads=True
         )

@@ -10,7 +10,6 @@ import torch
 from srmu.engine.model import EditableModel
 from srmu.engine.progress import Watch
 from srmu.engine.topic import Topic
-from srmu.engine.train import TrainOptions
 from srmu.methods.base import State
 from srmu.methods.edits import WholeEdit
 from srmu.methods.logits import strengthen_weights
@@ -31,9 +30,7 @@ class TaskArithmetic(WholeEdit):
     def __post_init__(self) -> None:
         self.within(strength=(-1e6, 1e6), teacher_steps=(1, 1e9), teacher_learning_rate=(1e-12, 1))
 
-    def edit(
-        self, model: EditableModel, topics: Sequence[Topic], train: TrainOptions, watch: Watch
-    ) -> dict[str, State]:
+    def edit(self, model: EditableModel, topics: Sequence[Topic], watch: Watch) -> dict[str, State]:
         method, pool = self.pooled(topics)
         steps = method.teacher_steps
         with watch("fine-tuning on the forget texts", steps) as tick:

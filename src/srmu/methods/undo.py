@@ -3,11 +3,12 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+from srmu.engine.batch import Batch, move_batch
 from srmu.engine.generate import batch_texts
 from srmu.engine.losses import mean_kl
-from srmu.engine.model import Batch, EditableModel
+from srmu.engine.model import EditableModel, copy_values
 from srmu.engine.topic import Topic
-from srmu.engine.train import Schedule, Terms, copy_values, move_batch
+from srmu.engine.train import Schedule, Terms
 from srmu.methods.base import State
 from srmu.methods.own_texts import free_samples
 from srmu.methods.suppressing import Suppressing, perturb_weights

@@ -5,10 +5,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from srmu.engine.losses import generic_logits, is_predicted
-from srmu.engine.model import Batch, EditableModel
+from srmu.engine.batch import Batch, move_batch
+from srmu.engine.losses import generic_logits, is_predicted, masked_mean
+from srmu.engine.model import EditableModel
 from srmu.engine.topic import Topic
-from srmu.engine.train import Terms, move_batch
+from srmu.engine.train import Terms
 from srmu.methods.base import State
 from srmu.methods.logits import strengthen_weights
 from srmu.methods.reinforced import Reinforced
@@ -67,4 +68,4 @@ class WHP(Reinforced):
             costs = -log_p.gather(-1, target.argmax(-1, keepdim=True)).squeeze(-1)
         else:
             costs = -(target.softmax(-1) * log_p).sum(-1)
-        return Terms({"forget": (costs * usable).sum() / usable.sum().clamp(min=1)}, {})
+        return Terms({"forget": masked_mean(costs, usable, least=1)}, {})

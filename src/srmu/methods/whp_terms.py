@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from srmu.engine.model import Batch
+from srmu.engine.batch import Batch
 from srmu.engine.topic import Topic
 from srmu.errors import SrmuError, first_line
 
@@ -139,8 +139,8 @@ def translate_batch(batch: Batch, anchors: Anchors) -> Translation:
             ids, at = ids[size:], last + 1
         rows.append(torch.tensor(written))
     pad = torch.nn.utils.rnn.pad_sequence
-    translated = {
-        "input_ids": pad(rows, batch_first=True),
-        "attention_mask": pad([torch.ones_like(ids) for ids in rows], batch_first=True),
-    }
+    translated = Batch(
+        input_ids=pad(rows, batch_first=True),
+        attention_mask=pad([torch.ones_like(ids) for ids in rows], batch_first=True),
+    )
     return Translation(translated, places, usable, named)

@@ -195,7 +195,7 @@ def left_by_a_pass(model: EditableModel, batches: Sequence[Batch], site: Site | 
     with Meter() as meter:
         outs = [site_output(model, batch, site) for batch in batches]
         losses = [
-            mean_nll(out, batch["labels"]) if site is None else out.float().square().mean()
+            mean_nll(out, batch["labels"]).value if site is None else out.float().square().mean()
             for out, batch in zip(outs, batches, strict=True)
         ]
         torch.autograd.grad(torch.stack(losses).sum(), outs, retain_graph=True)

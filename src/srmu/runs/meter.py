@@ -110,7 +110,7 @@ def blank_batch(shape: tuple[int, int], device: torch.device, whole: bool = True
     ids = torch.zeros(rows, tokens, dtype=torch.long, device=device)
     size = (rows, 1, tokens, tokens) if whole else (rows, tokens)
     mask = torch.ones(size, dtype=torch.bool if whole else torch.long, device=device)
-    return {"input_ids": ids, "attention_mask": mask, "labels": ids}
+    return Batch(input_ids=ids, attention_mask=mask, labels=ids)
 
 
 def takes_whole_masks(model: EditableModel, site: Site | None) -> bool:
@@ -165,10 +165,10 @@ def make_stepper(
         for batch in batches:
             hidden = site_output(model, batch, site)
             if site is None:
-                losses.append(mean_nll(hidden, batch["labels"]))
+                losses.append(mean_nll(hidden, batch["labels"]).value)
                 continue
             mask = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
-            losses.append(token_mse(hidden, hidden.new_zeros(hidden.shape[-1]), mask))
+            losses.append(token_mse(hidden, hidden.new_zeros(hidden.shape[-1]), mask).value)
         torch.stack(losses).sum().backward()
         del losses, hidden
         for master, value in zip(masters, values, strict=True):
