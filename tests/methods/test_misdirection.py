@@ -24,7 +24,7 @@ from srmu.methods import METHODS as ALL_METHODS
 from srmu.methods import RMU, SRMU, AdaptiveRMU, Method, Misdirection
 from srmu.methods.directions import Direction, draw_direction
 from srmu.methods.importance import Fusion, Statistic
-from srmu.methods.replay import own_anchors
+from srmu.methods.own_texts import write_anchors
 
 LAYER = 2
 TRAIN = TrainOptions(learning_rate=1e-3, max_steps=2, batch_size=2)
@@ -527,9 +527,9 @@ def test_own_anchors_hold_no_token_of_the_forget_texts() -> None:
     """The pico model writes all words alike, so that forget words leak without the filter."""
     some, method = topic(), SRMU(layer=LAYER, anchors="self")
     model = EditableModel(pico_module(), method.trainable, method.depth)
-    everything, none = own_anchors(model, some, 200, 1e9)
+    everything, none = write_anchors(model, some, 200, 1e9)
     assert none == 0
-    kept, dropped = own_anchors(model, some, 200, 2.5)
+    kept, dropped = write_anchors(model, some, 200, 2.5)
     bad = leaked(everything, some, everything, 2.5)
     assert 0 < len(kept) < len(everything)
     assert dropped == sum(bad) == len(everything) - len(kept)
@@ -556,7 +556,7 @@ def test_own_anchors_train_and_leave_no_trace(monkeypatch: pytest.MonkeyPatch) -
     assert counts["kept"] > 0 and counts["kept"] + counts["dropped"] == 100
     again, _, _ = run(method, [topic()], train)
     assert equal(model.delta(), again.delta())
-    kept, _ = own_anchors(
+    kept, _ = write_anchors(
         EditableModel(pico_module(), method.trainable), topic(), 100, method.own_ratio
     )
     width = len(seen[0][0])
@@ -576,7 +576,7 @@ def test_activations_of_own_texts_stay_in_memory(tmp_path: Path) -> None:
 
 def test_no_own_text_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "srmu.methods.replay.typical_tokens", lambda *args: torch.arange(VOCABULARY)
+        "srmu.methods.own_texts.typical_tokens", lambda *args: torch.arange(VOCABULARY)
     )
     method = RMU(layer=LAYER, anchors="self", own_texts=8)
     with pytest.raises(SrmuError, match=r"each of 8 texts .* method\.anchors=random") as error:

@@ -116,11 +116,11 @@ class OnDisk(Activations):
         self.writes = True
 
     def find(self, name: str) -> Output | None:
-        found = super().find(name)
-        if found is None and (found := self._load(name)) is not None:
+        value = super().find(name)
+        if value is None and (value := self._load(name)) is not None:
             self.hits += 1
-            super().keep(name, found)
-        return found
+            super().keep(name, value)
+        return value
 
     def keep(self, name: str, value: Output) -> None:
         super().keep(name, value)
@@ -289,17 +289,17 @@ def cache_home() -> Path:
 
 def list_activations() -> list[dict[str, Any]]:
     """The folders of activations, the one used last at the end: `folder`, `bytes`, `used`, ..."""
-    found = []
+    entries = []
     for folder in cache_home().glob("*/"):
         with suppress(OSError):  # another process may be removing it
             about = folder / "about.json"
             used = (about if about.exists() else folder).stat().st_mtime
-            held = sum(file.stat().st_size for file in folder.iterdir())
+            size = sum(file.stat().st_size for file in folder.iterdir())
             text: dict[str, Any] = {}
             with suppress(ValueError, TypeError, OSError):
                 text = dict(json.loads(about.read_text()))
-            found.append({**text, "folder": folder, "bytes": held, "used": used})
-    return sorted(found, key=lambda entry: entry["used"])
+            entries.append({**text, "folder": folder, "bytes": size, "used": used})
+    return sorted(entries, key=lambda entry: entry["used"])
 
 
 def shrink_cache(limit: int, spare: Path | None = None) -> int:

@@ -107,9 +107,9 @@ def gather_values(value: T) -> list[T]:
         return [value]
     import torch.distributed as dist
 
-    found: list[Any] = [None] * get_size()
-    dist.all_gather_object(found, value)
-    return found
+    values: list[Any] = [None] * get_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def share_work(items: Sequence[S], do: Callable[[S], T]) -> list[T]:
@@ -156,9 +156,9 @@ def sum_values(value: Tensor) -> Tensor:
         return value.detach()
     import torch.distributed as dist
 
-    found = value.detach().clone()
-    dist.all_reduce(found)
-    return found
+    total = value.detach().clone()
+    dist.all_reduce(total)
+    return total
 
 
 def take_rows(batch: Batch) -> Batch:
@@ -211,8 +211,8 @@ def gather_to_first(tensor: Tensor) -> Tensor:
     """
     if not is_sharded(tensor):
         return tensor
-    found = gather_tensor(tensor)
-    return found.cpu() if is_first() else found.new_empty(0)
+    whole = gather_tensor(tensor)
+    return whole.cpu() if is_first() else whole.new_empty(0)
 
 
 def shard_like(tensor: Tensor, place: Tensor) -> Tensor:

@@ -23,16 +23,16 @@ def loglikelihoods(lm: Any, requests: Sequence[Any], **_: Any) -> list[tuple[flo
     An input that several answers need (options of one token) is run once, a start that the inputs
     of a batch share too, and only positions that predict an answer meet the vocabulary.
     """
-    asked: dict[Tokens, list[int]] = {}
+    askers: dict[Tokens, list[int]] = {}
     for i, (_, before, answer) in enumerate(requests):
         if not before or not 0 < len(answer) <= lm.max_length:
             size = f"{len(answer)} tokens after {len(before)}; the model takes 1 to {lm.max_length}"
             raise SrmuError(f"an answer cannot be scored: {size}")  # its text may be to forget
-        asked.setdefault(tuple((before + answer)[-lm.max_length - 1 : -1]), []).append(i)
-    tails = {row: max(len(requests[i][2]) for i in ids) for row, ids in asked.items()}
+        askers.setdefault(tuple((before + answer)[-lm.max_length - 1 : -1]), []).append(i)
+    tails = {row: max(len(requests[i][2]) for i in ids) for row, ids in askers.items()}
     setup = 96 if lm.device.type == "cpu" else 2048  # tokens read while a forward gets going
     tensor = partial(torch.tensor, device=lm.device)
-    found: dict[int, tuple[float, bool]] = {}
+    answers: dict[int, tuple[float, bool]] = {}
     past_kept = keeps_past(lm.model)
     for rows, shared in plan_batches(tails, lm.batch_size, setup):
         shared = shared if past_kept else 0
@@ -48,18 +48,18 @@ def loglikelihoods(lm: Any, requests: Sequence[Any], **_: Any) -> list[tuple[flo
             states: Any = {"past_key_values": past, "use_cache": bool(shared)}
             logits = lm.model(ids[:, shared:], **states, logits_to_keep=keep).logits
             logs = logits.log_softmax(-1, dtype=lm.softmax_dtype)
-        which = [i for row in rows for i in asked[row]]
-        at = tensor([[n] for n, row in enumerate(rows) for _ in asked[row]])
+        order = [i for row in rows for i in askers[row]]
+        at = tensor([[n] for n, row in enumerate(rows) for _ in askers[row]])
         # an answer ends at its input's last position; -1 before it, where others are longer
-        words = tensor([[-1] * (width - len(requests[i][2])) + requests[i][2] for i in which])
+        words = tensor([[-1] * (width - len(requests[i][2])) + requests[i][2] for i in order])
         picked = logs[at, tensor(last), words.clamp(min=0)].masked_fill(words < 0, 0)
         likeliest = (logs.argmax(-1)[at[:, 0]] == words) | (words < 0)
         results = zip(picked.sum(-1).tolist(), likeliest.all(-1).tolist(), strict=True)
-        for i, result in zip(which, results, strict=True):
-            found[i] = result
+        for i, result in zip(order, results, strict=True):
+            answers[i] = result
             if requests[i][0] is not None:  # else a part of a rolling request
                 lm.cache_hook.add_partial("loglikelihood", requests[i][0], result)
-    return [found[i] for i in range(len(requests))]
+    return [answers[i] for i in range(len(requests))]
 
 
 def keeps_past(model: Any) -> bool:
@@ -82,14 +82,14 @@ def plan_batches(tails: dict[Tokens, int], most: int, setup: int) -> list[tuple[
     common = [0, *(sum(accumulate(map(eq, *pair), and_)) for pair in pairwise(order))]
     best = [(0, 0, 0)]  # for the first n rows: the cost, the last batch's start and what it shares
     for end in range(1, len(order) + 1):
-        shared, ways = free[end - 1], []
+        shared, plans = free[end - 1], []
         for start in range(end - 1, max(end - most, 0) - 1, -1):
             shared = min(shared, free[start])
             whole = best[start][0] + setup + (end - start) * len(order[end - 1])
             split = whole + setup - (end - start - 1) * shared
-            ways.append((whole, start, 0) if whole <= split else (split, start, shared))
+            plans.append((whole, start, 0) if whole <= split else (split, start, shared))
             shared = min(shared, common[start])
-        best.append(min(ways))
+        best.append(min(plans))
     cut, end = [], len(order)
     while end:
         _, start, shared = best[end]

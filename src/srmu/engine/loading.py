@@ -171,13 +171,13 @@ def cut_config(config: Any, depth: int) -> Any | None:
 
 def describe_module(module: nn.Module) -> dict[str, Any]:
     """Names, kinds and settings of a module's parts, and the shapes of its tensors."""
-    found: dict[str, Any] = {}
+    parts: dict[str, Any] = {}
     for name, part in module.named_modules():
         settings = {k: v for k, v in vars(part).items() if isinstance(v, PLAIN)}
         tensors = [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]
         shapes = {k: (t.shape, t.dtype) for k, t in tensors}
-        found[name] = (type(part).__name__, settings, shapes)
-    return found
+        parts[name] = (type(part).__name__, settings, shapes)
+    return parts
 
 
 def find_layers(module: PreTrainedModel) -> tuple[nn.Module, str]:

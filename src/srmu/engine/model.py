@@ -7,10 +7,9 @@ import gc
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -22,31 +21,9 @@ from srmu.engine import distributed
 from srmu.engine.activation_cache import Activations, Output
 from srmu.engine.batch import Batch
 from srmu.engine.loading import find_layers, load_module, read_config
-from srmu.engine.roles import down_projection, find_child, in_role
+from srmu.engine.roles import in_role
+from srmu.engine.sites import Site, catch_value
 from srmu.errors import SrmuError
-
-Stream = Literal["resid_post", "mlp_out", "mlp_post"]
-
-
-@dataclass(frozen=True)
-class Site:
-    """A place in the network where activations are read; text form `7.resid_post`.
-
-    `resid_post` is the output of the decoder layer (D wide), `mlp_out` that of its MLP (D wide),
-    `mlp_post` the input of the MLP's down-projection (F wide). The input of layer l is
-    `resid_post` of layer l-1.
-    """
-
-    layer: int
-    stream: Stream = "resid_post"
-
-    def __post_init__(self) -> None:
-        if self.stream not in get_args(Stream):
-            known = ", ".join(get_args(Stream))
-            raise SrmuError(f"stream {self.stream!r} does not exist; choose one of {known}")
-
-    def __str__(self) -> str:
-        return f"{self.layer}.{self.stream}"
 
 
 class EditableModel:
@@ -145,8 +122,8 @@ class EditableModel:
     def ends(self) -> list[nn.Module]:
         """Embeddings and head; none where they are tied, and neither can do without the other."""
         both = [self.module.get_input_embeddings(), self.module.get_output_embeddings()]
-        found = [end for end in both if end is not None]
-        return found if len({id(end.weight) for end in found}) == len(found) else []
+        ends = [end for end in both if end is not None]
+        return ends if len({id(end.weight) for end in ends}) == len(ends) else []
 
     @property
     def device(self) -> torch.device:
@@ -281,16 +258,16 @@ class EditableModel:
 
         The first process has them whole; all processes must ask.
         """
-        found = {}
+        changed = {}
         for name, parameter in self.trained.items():
             tensor, original = parameter.detach(), self.original[name]
             same = torch.equal(distributed.local_part(tensor), distributed.local_part(original))
             if not distributed.is_sharded(tensor):
                 if not same:
-                    found[name] = tensor
+                    changed[name] = tensor
             elif not distributed.holds_everywhere(same, self.device):
-                found[name] = distributed.gather_to_first(tensor)
-        return found
+                changed[name] = distributed.gather_to_first(tensor)
+        return changed
 
     def _select(self, trainable: Sequence[str]) -> dict[str, nn.Parameter]:
         names = dict(self.module.named_parameters())
@@ -299,16 +276,16 @@ class EditableModel:
         for pattern in trainable:
             if match := re.fullmatch(r"(\d+|\*)\.(\w+)", pattern):
                 count = len(self.layers)
-                found = []
+                matches = []
                 for layer in range(count) if match[1] == "*" else [int(match[1])]:
                     self._check_loaded(layer)
                     inside = in_role(self.layers[layer], match[2])
-                    found += [f"{prefix}.{layer}.{name}" for name in inside]
+                    matches += [f"{prefix}.{layer}.{name}" for name in inside]
             else:
-                found = [name for name in names if fnmatchcase(name, pattern)]
-            if not found:
+                matches = [name for name in names if fnmatchcase(name, pattern)]
+            if not matches:
                 raise SrmuError(f"no parameter of this model matches {pattern!r}")
-            chosen |= {name: names[name] for name in found}
+            chosen |= {name: names[name] for name in matches}
         return chosen
 
     def _check_loaded(self, layer: int) -> None:
@@ -323,9 +300,9 @@ class EditableModel:
     def _count_fixed(self) -> int:
         """How many layers at the bottom no trained parameter can change."""
         prefix = next(n for n, m in self.module.named_modules() if m is self.layers)
-        found = [re.match(rf"{re.escape(prefix)}\.(\d+)\.", name) for name in self.trained]
+        places = [re.match(rf"{re.escape(prefix)}\.(\d+)\.", name) for name in self.trained]
         # A parameter outside the layers may be the embedding, from which all of them follow.
-        return min((int(m[1]) if m else 0 for m in found), default=0)
+        return min((int(m[1]) if m else 0 for m in places), default=0)
 
     @contextmanager
     def _layers_for(self, batch: Batch, depth: int) -> Iterator[None]:
@@ -335,15 +312,15 @@ class EditableModel:
         would have to know each architecture. What was not kept yet is kept now.
         """
         layers = self.layers
-        kept = layers[:depth]
+        chosen = layers[:depth]
         handle = None
         # Gemma 3n and 4: the last layers read keys and values of layers that must then be run.
         sharing = getattr(self.module.config, "num_kv_shared_layers", None) or 0
         reads = sharing and depth > self.module.config.num_hidden_layers - sharing
         if 0 < self.fixed < depth and not reads:
             name = f"prefix/{batch.key}"
-            if (found := self.activations.find(name)) is not None:
-                kept = nn.ModuleList([*[KnownOutput(found)] * self.fixed, *kept[self.fixed :]])
+            if (output := self.activations.find(name)) is not None:
+                chosen = nn.ModuleList([*[KnownOutput(output)] * self.fixed, *chosen[self.fixed :]])
             else:
 
                 def record(module: nn.Module, args: Any, output: Any) -> None:
@@ -353,7 +330,7 @@ class EditableModel:
                     self.activations.keep(name, first)
 
                 handle = layers[self.fixed - 1].register_forward_hook(record)
-        self._set_layers(kept)
+        self._set_layers(chosen)
         try:
             yield
         finally:
@@ -376,9 +353,9 @@ def replace_tensor(parameter: nn.Parameter, tensor: Tensor) -> Tensor:
     if not distributed.is_sharded(parameter):
         before, parameter.data = parameter.data, tensor
         return before
-    held = distributed.local_part(parameter.detach())
-    before = held.clone()
-    held.copy_(distributed.local_part(tensor))
+    part = distributed.local_part(parameter.detach())
+    before = part.clone()
+    part.copy_(distributed.local_part(tensor))
     return before
 
 
@@ -400,26 +377,6 @@ def is_index(value: Any) -> bool:
 def model_inputs(batch: Batch) -> dict[str, Tensor]:
     """What a model reads of a batch."""
     return {name: batch[name] for name in ("input_ids", "attention_mask")}
-
-
-@contextmanager
-def catch_value(layer: nn.Module, stream: Stream) -> Iterator[list[Tensor]]:
-    """Catch what passes at a stream of a layer, in a list."""
-    caught: list[Tensor] = []
-
-    def catch(module: nn.Module, args: Any, output: Any = None) -> None:
-        value = args if output is None else output
-        caught.append(value[0] if isinstance(value, tuple) else value)
-
-    if stream == "mlp_post":
-        handle = down_projection(layer).register_forward_pre_hook(catch)
-    else:
-        place = layer if stream == "resid_post" else find_child(layer, "mlp")
-        handle = place.register_forward_hook(catch)
-    try:
-        yield caught
-    finally:
-        handle.remove()
 
 
 def return_freed_blocks() -> None:

@@ -75,13 +75,13 @@ class Checkpoints:
 
     def done(self) -> int:
         """How many steps the newest whole checkpoint spares."""
-        found = self.load()
-        return found[0] if found else 0
+        newest = self.load()
+        return newest[0] if newest else 0
 
     def kept(self) -> list[Path]:
         """The folders of checkpoints, the oldest first."""
-        found = self.folder.glob("step-*") if self.folder else ()
-        return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+        folders = self.folder.glob("step-*") if self.folder else ()
+        return sorted(folders, key=lambda path: int(path.name.removeprefix("step-")))
 
     def clear(self) -> None:
         if self.folder:
@@ -113,11 +113,11 @@ def unpack_memory(
 ) -> None:
     """Put what `packed` gave back into a memory that was set up anew."""
     for name, tensor in tensors.items():
-        held = memory.get(name)
-        if isinstance(held, torch.Generator):
-            held.set_state(tensor)
+        current = memory.get(name)
+        if isinstance(current, torch.Generator):
+            current.set_state(tensor)
         else:
-            memory[name] = tensor.to(held.device) if isinstance(held, Tensor) else tensor
+            memory[name] = tensor.to(current.device) if isinstance(current, Tensor) else tensor
     for name, value in numbers.items():
         if hasattr(memory.get(name), "load_state_dict"):
             memory[name].load_state_dict(value)

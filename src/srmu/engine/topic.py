@@ -60,9 +60,9 @@ class Topic:
         def cut(batch: Batch) -> Batch:
             labels = batch["labels"].clone()
             words = torch.isin(batch["input_ids"], self.vocabulary)
-            asked = words & batch["attention_mask"].bool() & ~is_counted(labels)
+            given = words & batch["attention_mask"].bool() & ~is_counted(labels)
             ordinary = is_counted(labels) & words
-            for row, marks, question in zip(labels, ordinary, asked, strict=True):
+            for row, marks, question in zip(labels, ordinary, given, strict=True):
                 places = marks.nonzero()[:, 0]
                 share = 0.25 + 0.5 * float(torch.rand((), generator=generator))
                 if question.any():

@@ -65,18 +65,18 @@ def list_shards(folder: Path) -> dict[str, Path]:
         )
     try:
         listed = json.loads((folder / INDEX).read_text())["weight_map"]
-        found = {str(name): str(file) for name, file in listed.items()}
+        files = {str(name): str(file) for name, file in listed.items()}
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise SrmuError(f"{folder / INDEX} is not a safetensors index") from error
-    for file in sorted(set(found.values())):
+    for file in sorted(set(files.values())):
         if Path(file).name != file or not file.endswith(".safetensors"):
             raise SrmuError(f"{folder / INDEX} points out of the folder: {file!r}")
         if not (folder / file).is_file():
             raise SrmuError(f"model folder {folder} lacks {file}, which its index names")
         inside = read_header(folder / file)[0]
-        if lost := sorted(n for n, f in found.items() if f == file and n not in inside):
+        if lost := sorted(n for n, f in files.items() if f == file and n not in inside):
             raise SrmuError(f"{folder / file} lacks the tensor {lost[0]}, which the index names")
-    return {name: folder / file for name, file in found.items()}
+    return {name: folder / file for name, file in files.items()}
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], int]:
@@ -124,8 +124,8 @@ def stored_types(folder: Path) -> dict[str, torch.dtype]:
 
 def layer_number(name: str) -> int | None:
     """The decoder layer that a tensor belongs to, by the first number in its name."""
-    found = re.search(r"(?:^|\.)(\d+)\.", name)
-    return int(found[1]) if found else None
+    match = re.search(r"(?:^|\.)(\d+)\.", name)
+    return int(match[1]) if match else None
 
 
 def in_layer(name: str) -> str:
@@ -160,25 +160,25 @@ def expert_name(
     folder: Path, where: Mapping[str, Path], name: str, number: int, part: Tensor
 ) -> str:
     """The checkpoint's name for one expert's part of a parameter that stacks all experts."""
-    found = [
+    matches = [
         key
         for key in where
         if layer_number(key) == layer_number(name)
         and expert_of(key) == number
         and stores_values(where[key], key, part)
     ]
-    if len(found) != 1:
+    if len(matches) != 1:
         raise SrmuError(
-            f"{folder} stores expert {number} of {name} as {found or 'nothing'}: "
+            f"{folder} stores expert {number} of {name} as {matches or 'nothing'}: "
             "cannot write it back"
         )
-    return found[0]
+    return matches[0]
 
 
 def expert_of(name: str) -> int | None:
     """The expert that a tensor belongs to, by the second number in its name."""
-    found = re.findall(r"\.(\d+)(?=\.)", name)
-    return int(found[1]) if len(found) == 2 else None
+    numbers = re.findall(r"\.(\d+)(?=\.)", name)
+    return int(numbers[1]) if len(numbers) == 2 else None
 
 
 def stores_values(path: Path, key: str, original: Tensor) -> bool:
@@ -303,10 +303,10 @@ def export_checkpoint(
     if lost := sorted(set(delta) - set(where)):
         raise SrmuError(f"the model {folder} has no tensor {lost[0]}; is it another model?")
     patched = {where[name] for name in delta}
-    wanted = [folder / name for name in list_carried(folder)]
-    require_space(out, sum(file.stat().st_size for file in wanted if not link))
-    with whole_folder(out) as temporary, watch("writing files", len(wanted)) as tick:
-        for file in wanted:
+    files = [folder / name for name in list_carried(folder)]
+    require_space(out, sum(file.stat().st_size for file in files if not link))
+    with whole_folder(out) as temporary, watch("writing files", len(files)) as tick:
+        for file in files:
             copy = temporary / file.relative_to(folder)
             copy.parent.mkdir(exist_ok=True)
             share = file.is_symlink() if link is None else link

@@ -31,6 +31,12 @@ from srmu.errors import SrmuError
 
 CHANGING = ("tensors", "numbers", "memory")  # what a loss may change of its topic's state
 
+# Bounds of options, see `Method.within`.
+COUNT = (1, 1 << 30)
+SHARE = (0, 1)
+PART = RATE = (1e-12, 1)  # above 0
+WEIGHT = (0, 1e30)
+
 Level = Literal["logit", "neuron", "representation", "weights"]
 
 
@@ -113,9 +119,12 @@ class Method(ABC):
         """SrmuError when an option lies outside its bounds, which belong to the range."""
         for name, (low, high) in bounds.items():
             value = getattr(self, name)
-            if not low <= value <= high:
-                room = f"from {low:g} to {high:g}" if high < float("inf") else f"at least {low:g}"
-                raise SrmuError(f"method.{name}={value}: expected a number {room}")
+            if value is None or low <= value <= high:
+                continue
+            room = f"from {low:g} to {high:g}" if high < COUNT[1] else f"at least {low:g}"
+            if 0 < low <= RATE[0]:
+                room = f"above 0 and at most {high:g}"
+            raise SrmuError(f"method.{name}={value}: expected a number {room}")
 
     def check(self, topics: Sequence[Topic], train: TrainOptions) -> None:
         """SrmuError where the texts are not what the method, or a stop rule, needs."""

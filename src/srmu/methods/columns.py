@@ -6,10 +6,10 @@ from contextlib import contextmanager
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from transformers.pytorch_utils import Conv1D
 
 from srmu.engine.batch import Batch, move_batch
-from srmu.engine.model import EditableModel, Site
+from srmu.engine.model import EditableModel
+from srmu.engine.sites import Site
 from srmu.engine.topic import Topic
 from srmu.errors import SrmuError
 
@@ -32,7 +32,6 @@ def mask_columns(
             raise SrmuError(
                 f"{name} holds all experts, each with inputs of its own; set method.columns=1"
             )
-        turned = isinstance(model.module.get_submodule(name.rpartition(".")[0]), Conv1D)
         sums = [
             input_moments(model, layer, [batch for part in parts for batch in role(part)], mask)
             for role in (lambda part: part.forget, lambda part: part.retain)
@@ -42,7 +41,7 @@ def mask_columns(
         chosen = torch.zeros_like(ratio, dtype=torch.bool)
         order = ratio.argsort(descending=True, stable=True)
         chosen[order[: max(1, round(share * len(ratio)))]] = True
-        kept = chosen[:, None] if turned else chosen  # Conv1D keeps its matrix as (in, out)
+        kept = chosen[:, None] if model.is_transposed(name) else chosen
         handles.append(parameter.register_hook(lambda slope, kept=kept: slope * kept))
     try:
         yield

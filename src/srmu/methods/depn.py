@@ -14,7 +14,7 @@ from srmu.engine.progress import Watch
 from srmu.engine.roles import down_projection
 from srmu.engine.topic import Topic
 from srmu.errors import SrmuError
-from srmu.methods.base import Edit, Level, State
+from srmu.methods.base import COUNT, SHARE, Edit, Level, State
 from srmu.methods.gradients import attribute_neurons, split_batches
 
 
@@ -35,25 +35,24 @@ class DEPN(Edit):
     samples: int = 32  # texts of each topic, at most
 
     def __post_init__(self) -> None:
-        counts, shares = (1, 1 << 30), (0, 1)
-        self.within(points=counts, samples=counts, most=(0, 1 << 30))
-        self.within(neuron_share=shares, text_share=shares)
+        self.within(points=COUNT, samples=COUNT, most=(0, 1 << 30))
+        self.within(neuron_share=SHARE, text_share=SHARE)
 
     def edit(self, model: EditableModel, topics: Sequence[Topic], watch: Watch) -> dict[str, State]:
         downs: list[Any] = [down_projection(layer) for layer in model.layers]
         states = {}
         for topic in topics:
             method = self.with_options(topic.options)
-            texts, found = split_batches(topic.forget)[: method.samples], []
+            texts, attributions = split_batches(topic.forget)[: method.samples], []
             with watch(f"attributing {topic.name} to neurons", len(texts)) as tick:
                 for text in texts:
-                    found.append(
+                    attributions.append(
                         attribute_neurons(
                             model, downs, move_batch(text, model.device), method.points
                         )
                     )
                     tick("")
-            states[topic.name] = method.selected(torch.stack(found))
+            states[topic.name] = method.selected(torch.stack(attributions))
         # Only now: all topics are measured on the same model, so that their order does not matter.
         for state in states.values():
             for layer, neuron in state.tensors["neurons"].tolist():

@@ -7,7 +7,7 @@ from srmu.engine.batch import Batch
 from srmu.engine.losses import mean_nll
 from srmu.engine.model import EditableModel
 from srmu.engine.train import Terms
-from srmu.methods.base import State
+from srmu.methods.base import WEIGHT, State
 from srmu.methods.logits import Retaining
 
 
@@ -25,7 +25,7 @@ class GradDiff(Retaining):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.within(gamma=(0, float("inf")))
+        self.within(gamma=WEIGHT)
 
     def loss(
         self, model: EditableModel, state: State, forget: Batch, retain: Batch, step: int

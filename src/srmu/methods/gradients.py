@@ -97,7 +97,7 @@ def attribute_neurons(
         seen[:] = w, scaled
         return scaled.reshape(args[0].shape), *args[1:]
 
-    found = []
+    attributions = []
     for down in downs:
         handle = down.register_forward_pre_hook(scale)
         try:
@@ -106,8 +106,8 @@ def attribute_neurons(
             handle.remove()
         (slope,) = torch.autograd.grad(-cost / is_predicted(text["labels"]).sum(), seen[1])
         # eq: DEPN, Att_k = w_k / m sum_j dP/dw_k at s_j w, summed over the predicted tokens
-        found.append((seen[0].float() * slope.float() * ahead).sum(dim=(0, 1)) / points)
-    return torch.stack(found)
+        attributions.append((seen[0].float() * slope.float() * ahead).sum(dim=(0, 1)) / points)
+    return torch.stack(attributions)
 
 
 def damp_directions(

@@ -9,7 +9,7 @@ from srmu.engine.batch import Batch
 from srmu.engine.model import EditableModel
 from srmu.engine.topic import Topic
 from srmu.engine.train import Terms
-from srmu.methods.base import State
+from srmu.methods.base import COUNT, RATE, WEIGHT, State
 from srmu.methods.logits import fine_tune
 from srmu.methods.suppressing import Suppressing
 
@@ -33,8 +33,8 @@ class Iterated(Suppressing):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.within(rounds=(1, 1e6), relearn_steps=(1, 1e9), relearn_learning_rate=(1e-12, 1))
-        self.within(hold=(0, 1e30))
+        self.within(rounds=COUNT, relearn_steps=COUNT, relearn_learning_rate=RATE)
+        self.within(hold=WEIGHT)
 
     def reads(self, topic: Topic) -> int:
         return self.rounds * super().reads(topic)

@@ -10,7 +10,7 @@ from srmu.engine.losses import Mean, is_counted, mean_nll
 from srmu.engine.model import EditableModel
 from srmu.engine.topic import Topic
 from srmu.engine.train import Terms
-from srmu.methods.base import State
+from srmu.methods.base import COUNT, WEIGHT, State
 from srmu.methods.logits import LogitObjective, kl_drift
 
 
@@ -32,7 +32,7 @@ class LLMU(LogitObjective):
     def __post_init__(self) -> None:
         super().__post_init__()
         weights = ("forget_weight", "random_weight", "retain_weight")
-        self.within(**dict.fromkeys(weights, (0, float("inf"))), answers=(1, 1 << 16))
+        self.within(**dict.fromkeys(weights, WEIGHT), answers=COUNT)
 
     def prepared(self, topic: Topic) -> Topic:
         return topic.split()

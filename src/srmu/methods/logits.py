@@ -16,7 +16,7 @@ from srmu.engine.model import EditableModel, copy_values
 from srmu.engine.topic import Topic
 from srmu.engine.train import Terms, TrainOptions, fit_model
 from srmu.errors import SrmuError
-from srmu.methods.base import Objective, State
+from srmu.methods.base import WEIGHT, Objective, State
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,7 @@ class Retaining(LogitObjective):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.within(alpha=(0, float("inf")))
+        self.within(alpha=WEIGHT)
         self.needs("alpha", self.retain != "none", "method.retain")
 
     @property

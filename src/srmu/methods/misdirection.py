@@ -15,16 +15,17 @@ from srmu.engine.activation_cache import digest_tensors, open_activations
 from srmu.engine.batch import Batch, move_batch
 from srmu.engine.loading import check_layers
 from srmu.engine.losses import is_counted, token_cosine, token_mean, token_mse, without_first
-from srmu.engine.model import EditableModel, Site, Stream
+from srmu.engine.model import EditableModel
 from srmu.engine.progress import Watch, ignore_progress
 from srmu.engine.resume import Checkpoints
+from srmu.engine.sites import Site, Stream
 from srmu.engine.topic import Topic
 from srmu.engine.train import NOWHERE, Log, Terms, TrainOptions
 from srmu.errors import SrmuError
-from srmu.methods.base import MethodOutcome, Objective, State
+from srmu.methods.base import COUNT, PART, WEIGHT, MethodOutcome, Objective, State
 from srmu.methods.columns import mask_columns
 from srmu.methods.importance import sum_features
-from srmu.methods.replay import own_anchors
+from srmu.methods.own_texts import write_anchors
 
 KAPPA = 8.0  # the strength where none is given
 
@@ -62,21 +63,12 @@ class Misdirection(Objective):
                 "method.coeff and method.kappa both set the strength; give one of them, "
                 "for example method.coeff=6.5 method.kappa=null"
             )
-        for name in ("coeff", "kappa", "alpha"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < float("inf"):
-                raise SrmuError(f"method.{name}={value}: expected a finite number, at least 0")
-        if not 0 < self.anchor_share <= 1:
-            raise SrmuError("method.anchor_share must be above 0 and at most 1")
+        self.within(**dict.fromkeys(("coeff", "kappa", "alpha"), WEIGHT))
+        self.within(**dict.fromkeys(("window", "map_batches", "own_texts"), COUNT))
+        self.within(own_ratio=(1, 1e30), anchor_share=PART, columns=PART)
         self.needs("anchor_share", self.anchors != "none", "anchors=random or self")
         for name in ("own_texts", "own_ratio"):
             self.needs(name, self.anchors == "self", "anchors=self")
-        self.within(own_texts=(1, 1 << 30), own_ratio=(1, 1e30))
-        if not 0 < self.columns <= 1:
-            raise SrmuError("method.columns must be above 0 and at most 1")
-        for name in ("window", "map_batches"):
-            if getattr(self, name) < 1:
-                raise SrmuError(f"method.{name} must be at least 1")
 
     @property
     def site(self) -> Site:
@@ -160,7 +152,7 @@ class Misdirection(Objective):
         own, counts = [], {}
         with watch("writing anchors", len(topics)) as tick:
             for topic in topics:
-                rows, dropped = own_anchors(model, topic, self.own_texts, self.own_ratio)
+                rows, dropped = write_anchors(model, topic, self.own_texts, self.own_ratio)
                 counts[topic.name] = {"kept": len(rows), "dropped": dropped}
                 own.append(replace(topic, own=rows))
                 tick(f"{topic.name}: {len(rows)} kept, {dropped} dropped")

@@ -11,7 +11,7 @@ from srmu.engine.batch import Batch
 from srmu.engine.model import EditableModel
 from srmu.engine.topic import Topic
 from srmu.engine.train import Terms, divide_means
-from srmu.methods.base import Level, Objective, State
+from srmu.methods.base import COUNT, SHARE, WEIGHT, Level, Objective, State
 from srmu.methods.rmu import RMU
 from srmu.methods.srmu import SRMU
 
@@ -34,7 +34,7 @@ class MultiSite(Objective):
     anchor_share: float = 0.5  # of each retain batch
 
     def __post_init__(self) -> None:
-        self.within(window=(1, 1 << 16), kappa=(0, 1e30), alpha=(0, 1e30), anchor_share=(0, 1))
+        self.within(window=COUNT, kappa=WEIGHT, alpha=WEIGHT, anchor_share=SHARE)
         self.needs("anchor_share", self.anchors != "none", "anchors=random")
 
     def part(self, layer: int) -> SRMU | RMU:

@@ -18,7 +18,10 @@ from srmu.data.names import Names
 from srmu.engine.batch import Batch
 from srmu.engine.generate import Ids, sample_continuations
 from srmu.engine.model import EditableModel
+from srmu.engine.topic import Topic
 from srmu.errors import SrmuError
+
+Tick = Callable[[], None]
 
 AT_ONCE = 128  # texts written at once
 RATIO = 2.5  # how many times more frequent a token of the forget set's own is there
@@ -34,24 +37,24 @@ def unpad_texts(batches: Sequence[Batch]) -> list[Ids]:
     ]
 
 
-def ignore_tick() -> None:
-    """Nobody follows."""
-
-
 def first_token(model: EditableModel) -> int:
     """What a text of the model begins with: <s>, or what ends the text before it."""
     for name in ("bos_token_id", "eos_token_id"):
         for config in (model.module.config, model.module.generation_config):
-            found = getattr(config, name, None)
-            if found is not None:
-                return found[0] if isinstance(found, list) else int(found)
+            token = getattr(config, name, None)
+            if token is not None:
+                return token[0] if isinstance(token, list) else int(token)
     raise SrmuError(
         "the model's config.json names no bos_token_id or eos_token_id for texts to begin with"
     )
 
 
 def free_samples(
-    model: EditableModel, count: int, length: int, seed: int, tick: Callable[[], None] = ignore_tick
+    model: EditableModel,
+    count: int,
+    length: int,
+    seed: int,
+    tick: Tick = lambda: None,
 ) -> list[Ids]:
     """Texts that the original writes from nothing, of at most `length` tokens with the first."""
     return continue_texts(model, [[first_token(model)]] * count, length, seed, tick)
@@ -62,7 +65,7 @@ def continue_texts(
     starts: Sequence[Ids],
     length: int,
     seed: int,
-    tick: Callable[[], None] = ignore_tick,
+    tick: Tick = lambda: None,
 ) -> list[Ids]:
     """The starts with what the original writes after them, of at most `length` tokens in all.
 
@@ -93,12 +96,35 @@ def typical_tokens(forget: Sequence[Ids], own: Sequence[Ids], ratio: float = RAT
     """The tokens that are more than `ratio` times as frequent in forget texts as in `own` ones."""
     here, there = (Counter(i for row in rows for i in row) for rows in (forget, own))
     size, other = max(1, here.total()), there.total() + 1
-    found = [
+    tokens = [
         token
         for token, count in here.items()
         if count >= LEAST and count / size > ratio * (there[token] + 1) / other
     ]
-    return torch.tensor(sorted(found), dtype=torch.long)
+    return torch.tensor(sorted(tokens), dtype=torch.long)
+
+
+def write_anchors(
+    model: EditableModel, topic: Topic, count: int, ratio: float
+) -> tuple[list[Ids], int]:
+    """Texts that the original writes, and how many more had a token typical of forget texts.
+
+    Those would teach again what is to be forgotten.
+    """
+    length = max(batch["input_ids"].shape[1] for batch in topic.retain)
+    own = free_samples(model, count, length, topic.number("own anchors"))
+    own = [row for row in own if len(row) > 1]
+    forget = unpad_texts(topic.forget)
+    # of short texts, special tokens are typical, too
+    refused = {*typical_tokens(forget, own, ratio).tolist()} & {*topic.vocabulary.tolist()}
+    kept = [row for row in own if not refused & {*row}]
+    if not kept:
+        raise SrmuError(
+            f"anchors=self: each of {len(own)} texts that the model wrote has a token typical of "
+            f"topic {topic.name}'s forget texts; raise method.own_texts, or set "
+            "method.anchors=random"
+        )
+    return kept, len(own) - len(kept)
 
 
 Kind = Literal["forget", "keep", "neither"]
@@ -144,15 +170,15 @@ class Spelling:
 
     def words(self, items: Sequence[Any]) -> list[Word]:
         """Tokens, and slots that stand for some, word by word."""
-        found: list[Word] = []
+        words: list[Word] = []
         before: Any = None
         for item in items:
             if before in self.unfinished and item in self.inner:
-                found[-1] += (item,)
+                words[-1] += (item,)
             else:
-                found.append((item,))
+                words.append((item,))
             before = item
-        return found
+        return words
 
     def sentences(self, items: Sequence[Any]) -> Iterator[tuple[int, int]]:
         """Where each sentence of a text begins and ends."""

@@ -10,7 +10,7 @@ from srmu.engine.model import EditableModel
 from srmu.engine.topic import Topic
 from srmu.engine.train import Terms
 from srmu.errors import SrmuError
-from srmu.methods.base import State
+from srmu.methods.base import COUNT, WEIGHT, State
 from srmu.methods.logits import LogitObjective
 from srmu.methods.quark_pool import Pool, control_tokens, controlled_logits, find_reward
 
@@ -34,8 +34,8 @@ class Quark(LogitObjective):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.within(**dict.fromkeys(("fluency", "kl", "entropy"), (0, float("inf"))))
-        self.within(**dict.fromkeys(("response", "sample_every", "pool"), (1, 1 << 30)))
+        self.within(**dict.fromkeys(("fluency", "kl", "entropy"), WEIGHT))
+        self.within(**dict.fromkeys(("response", "sample_every", "pool"), COUNT))
         self.within(quantiles=(2, 1 << 16))
         find_reward(self.reward)
 

@@ -31,14 +31,14 @@ class PoolEntry(NamedTuple):
 
 def split_continuations(topic: Topic, count: int) -> list[tuple[Ids, Ids]]:
     """The first `count` forget texts, each as a prompt and its true continuation."""
-    found: list[tuple[Ids, Ids]] = []
+    pairs: list[tuple[Ids, Ids]] = []
     for batch in topic.split().forget:
         for ids, mask, labels in zip(
             batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True
         ):
             answer = is_counted(labels) & (mask == 1)
-            found.append((ids[(mask == 1) & ~answer].tolist(), ids[answer].tolist()))
-    return found[:count]
+            pairs.append((ids[(mask == 1) & ~answer].tolist(), ids[answer].tolist()))
+    return pairs[:count]
 
 
 def reward_unlikely(
@@ -144,9 +144,9 @@ class Pool:
         responses = sample_continuations(
             model, contexts, self.length, self.topic.number(f"samples {step}")
         )
-        found = judge_responses(model, self.reward, self.fluency, self.texts, responses)
-        self.entries += found
-        self.explored, self.latest = step, torch.tensor([entry.reward for entry in found]).mean()
+        entries = judge_responses(model, self.reward, self.fluency, self.texts, responses)
+        self.entries += entries
+        self.explored, self.latest = step, torch.tensor([entry.reward for entry in entries]).mean()
 
     def state_dict(self) -> dict[str, Any]:
         """What later samples added: responses and rewards, but no prompt."""

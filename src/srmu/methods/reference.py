@@ -44,18 +44,20 @@ def first_sentence(cls: type[Method]) -> str:
 
 def list_options(cls: type[Method]) -> dict[str, tuple[Any, str]]:
     """The default of each option and the comment behind it in the source."""
-    said: dict[str, str] = {}
+    comments: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         if issubclass(base, Method):
             lines = re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(base), re.MULTILINE)
-            said |= {name: text.replace("type: ignore[assignment]  # ", "") for name, text in lines}
+            comments |= {
+                name: text.replace("type: ignore[assignment]  # ", "") for name, text in lines
+            }
     kinds = get_type_hints(cls)
-    found = {}
+    options = {}
     for f in fields(cls):
         choices = ", ".join(map(str, get_args(kinds[f.name]))) if is_choice(kinds[f.name]) else ""
-        parts = [choices and f"one of {choices}", said.get(f.name, "")]
-        found[f.name] = f.default, "; ".join(filter(None, parts))
-    return found
+        parts = [choices and f"one of {choices}", comments.get(f.name, "")]
+        options[f.name] = f.default, "; ".join(filter(None, parts))
+    return options
 
 
 def is_choice(kind: Any) -> bool:
@@ -111,8 +113,8 @@ def reference_page() -> str:
         ]
         page += [*markdown_table(["option", "default", ""], lines), ""] if lines else []
     page += ["## Where each equation is", ""]
-    found = [[f"`{text}`", f"`{file}`", f"`{name}`"] for text, file, name in find_equations()]
-    page += [*markdown_table(["equation", "file", "place"], found), ""]
+    equations = [[f"`{text}`", f"`{file}`", f"`{name}`"] for text, file, name in find_equations()]
+    page += [*markdown_table(["equation", "file", "place"], equations), ""]
     return "\n".join(page)
 
 

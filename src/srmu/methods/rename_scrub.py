@@ -15,7 +15,7 @@ from srmu.engine.model import EditableModel
 from srmu.engine.progress import Watch
 from srmu.engine.topic import Topic
 from srmu.engine.train import Schedule, Terms, TrainOptions
-from srmu.methods.base import State
+from srmu.methods.base import COUNT, SHARE, WEIGHT, State
 from srmu.methods.logits import LogitObjective, ignore_step, kl_drift
 from srmu.methods.own_texts import count_chunks, unpad_texts
 from srmu.methods.renaming import (
@@ -65,10 +65,10 @@ class RenameScrub(LogitObjective):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.within(own_texts=(1, 1 << 20), prompt=(2, 1 << 20), own_tokens=(4, 1 << 20))
-        self.within(renamings=(2, 1 << 10), threshold=(0, 1e3), noise=(0, 1), held_out=(0, 1 << 20))
-        self.within(hold=(0, 1e6), keep=(0, 1e6), retain=(0, 1e6), keep_rows=(0, 1 << 20))
-        self.within(stop_at=(-1, 1), check_every=(1, 1 << 30), closing_kappa=(0, 1e6))
+        self.within(own_texts=COUNT, prompt=(2, 1 << 20), own_tokens=(4, 1 << 20))
+        self.within(renamings=(2, 1 << 10), threshold=(0, 1e3), noise=SHARE, held_out=(0, 1 << 20))
+        self.within(hold=WEIGHT, keep=WEIGHT, retain=WEIGHT, keep_rows=(0, 1 << 20))
+        self.within(stop_at=(-1, 1), check_every=COUNT, closing_kappa=WEIGHT)
         for option in ("closing_rate", "closing_steps"):
             self.needs(option, self.closing_kappa > 0, "method.closing_kappa")
         if self.names is not None:

@@ -78,8 +78,8 @@ class NamingGroup:
         batch = move_batch(self.batch.cut(rows), model.device)
         places = self.places.view(-1, length)[rows].to(model.device)
         logits = model.logits(batch)
-        found = logits[torch.arange(len(rows), device=model.device)[:, None], places]
-        return found.float().log_softmax(-1).view(count, -1, length, found.shape[-1])
+        logits = logits[torch.arange(len(rows), device=model.device)[:, None], places]
+        return logits.float().log_softmax(-1).view(count, -1, length, logits.shape[-1])
 
 
 @dataclass(frozen=True)
@@ -139,8 +139,8 @@ class OwnTexts:
                 before = group.read(model)
             _, told = leave_one_out(before)
             where = group.follows & group.alike & (told.cpu() > threshold)
-            found = count_still_told(group.read(model), before.argmax(-1), where.to(model.device))
-            wins, pairs = wins + found[0], pairs + found[1]
+            result = count_still_told(group.read(model), before.argmax(-1), where.to(model.device))
+            wins, pairs = wins + result[0], pairs + result[1]
         return 2 * wins / pairs - 1 if pairs else 1.0
 
 
@@ -201,28 +201,28 @@ def mean_over(values: Tensor, where: Tensor) -> Mean:
 
 def kept_tokens(texts: Sequence[Ids], like: Likeness) -> list[tuple[Ids, list[bool]]]:
     """Texts of two tokens and more with the tokens that are to stay as they are."""
-    found = []
+    kept = []
     for ids in texts:
         mark = [
             kind == "keep" for start, end, kind in like.sentences(ids) for _ in range(start, end)
         ]
         if len(ids) > 1 and any(mark[1:]):
-            found.append((ids, mark))
-    return found
+            kept.append((ids, mark))
+    return kept
 
 
 def sentences_of(
     texts: Sequence[Ids], names: Names, like: Likeness, first: int
 ) -> dict[Kind, list[Template]]:
     """The different sentences that tell of names, by their kind; `first` begins texts."""
-    found: dict[Kind, dict[Template, None]] = {"forget": {}, "keep": {}, "neither": {}}
+    kinds: dict[Kind, dict[Template, None]] = {"forget": {}, "keep": {}, "neither": {}}
     for ids in texts:
         whole = names.template(ids).items
         for start, end, kind in like.sentences(whole):
             sentence = Template(tuple(item for item in whole[start:end] if item != first))
             if sentence.names:
-                found[kind][sentence] = None
-    return {kind: [*sentences] for kind, sentences in found.items()}
+                kinds[kind][sentence] = None
+    return {kind: [*sentences] for kind, sentences in kinds.items()}
 
 
 def pack_sentences(
@@ -233,21 +233,21 @@ def pack_sentences(
 ) -> list[SlottedText]:
     """The sentences to forget, each once, and as many to keep, joined to texts of about `length`.
 
-    What is to be told apart stands together.
+    What the model has to tell apart stands together.
     """
     forget, keep = sentences["forget"], sentences["keep"]
-    told = [(sentence, True) for sentence in forget]
-    told += [(keep[i % len(keep)], False) for i in range(len(forget) if keep else 0)]
-    found: list[SlottedText] = []
+    marked = [(sentence, True) for sentence in forget]
+    marked += [(keep[i % len(keep)], False) for i in range(len(forget) if keep else 0)]
+    texts: list[SlottedText] = []
     items: list[Item] = [first]
     alike = [False]
-    for i in torch.randperm(len(told), generator=generator).tolist():
-        sentence, forgets = told[i]
+    for i in torch.randperm(len(marked), generator=generator).tolist():
+        sentence, forgets = marked[i]
         if len(items) > 1 and len(items) + len(sentence.items) > length:
-            found.append(SlottedText(Template(tuple(items)), tuple(alike)))
+            texts.append(SlottedText(Template(tuple(items)), tuple(alike)))
             items, alike = [first], [False]
         items = [*items, *sentence.items]
         alike = [*alike, *[forgets] * len(sentence.items)]
     if len(items) > 1:
-        found.append(SlottedText(Template(tuple(items)), tuple(alike)))
-    return found
+        texts.append(SlottedText(Template(tuple(items)), tuple(alike)))
+    return texts

@@ -10,7 +10,7 @@ from srmu.engine.losses import generic_logits, is_predicted, masked_mean, token_
 from srmu.engine.model import EditableModel
 from srmu.engine.topic import Topic
 from srmu.engine.train import Terms
-from srmu.methods.base import State
+from srmu.methods.base import COUNT, RATE, WEIGHT, State
 from srmu.methods.logits import Retaining, strengthen_weights
 
 
@@ -35,7 +35,7 @@ class RKLU(Retaining):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.within(strength=(0, 1e6), teacher_steps=(1, 1e9), teacher_learning_rate=(1e-12, 1))
+        self.within(strength=WEIGHT, teacher_steps=COUNT, teacher_learning_rate=RATE)
 
     def reads(self, topic: Topic) -> int:
         return self.teacher_steps

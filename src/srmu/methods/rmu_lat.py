@@ -11,6 +11,7 @@ from torch import Tensor
 from srmu.engine.batch import Batch
 from srmu.engine.losses import is_counted, mean_nll, token_mse
 from srmu.engine.model import EditableModel
+from srmu.methods.base import COUNT, WEIGHT
 from srmu.methods.rmu import RMU
 
 TINY = 1e-30  # a norm by which nothing is divided
@@ -34,7 +35,7 @@ class RMULAT(RMU):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.within(budget=(0, 1e6), adversary_steps=(1, 1e6))
+        self.within(budget=WEIGHT, adversary_steps=COUNT)
 
     @property
     def depth(self) -> int | None:

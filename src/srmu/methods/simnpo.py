@@ -9,7 +9,7 @@ from srmu.engine.batch import Batch
 from srmu.engine.losses import is_predicted, row_mean, token_nll
 from srmu.engine.model import EditableModel
 from srmu.engine.train import Terms
-from srmu.methods.base import State
+from srmu.methods.base import WEIGHT, State
 from srmu.methods.logits import Retaining
 
 
@@ -27,7 +27,7 @@ class SimNPO(Retaining):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.within(beta=(1e-6, 1e6), gamma=(-1e6, 1e6), weight=(0, float("inf")))
+        self.within(beta=(1e-6, 1e6), gamma=(-1e6, 1e6), weight=WEIGHT)
 
     def loss(
         self, model: EditableModel, state: State, forget: Batch, retain: Batch, step: int

@@ -14,7 +14,7 @@ from srmu.engine.model import EditableModel
 from srmu.engine.progress import Watch
 from srmu.engine.topic import Topic
 from srmu.errors import SrmuError
-from srmu.methods.base import State
+from srmu.methods.base import COUNT, WEIGHT, State
 from srmu.methods.edits import WholeEdit
 from srmu.methods.gradients import batch_nlls, gradient_sums, group_alike, split_batches
 
@@ -37,7 +37,7 @@ class SSD(WholeEdit):
     samples: int = 64  # texts of each kind, at most
 
     def __post_init__(self) -> None:
-        self.within(alpha=(0, 1e30), lam=(0, 1e30), samples=(1, 1 << 30))
+        self.within(alpha=WEIGHT, lam=WEIGHT, samples=COUNT)
 
     def edit(self, model: EditableModel, topics: Sequence[Topic], watch: Watch) -> dict[str, State]:
         method, pool = self.pooled(topics)

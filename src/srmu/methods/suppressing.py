@@ -13,7 +13,7 @@ import torch
 from srmu.engine.model import EditableModel
 from srmu.engine.topic import Topic
 from srmu.engine.train import TrainOptions, fit_model
-from srmu.methods.base import Objective, State
+from srmu.methods.base import COUNT, RATE, SHARE, WEIGHT, Objective, State
 from srmu.methods.graddiff import GradDiff
 from srmu.methods.logits import ignore_step
 from srmu.methods.rmu import RMU
@@ -42,9 +42,9 @@ class Suppressing(Objective):
     teacher_learning_rate: float = 4e-3  # of the first method
 
     def __post_init__(self) -> None:
-        self.within(teacher_steps=(1, 1e9), teacher_learning_rate=(1e-12, 1))
-        self.within(**dict.fromkeys(("kappa", "alpha", "gamma"), (0, 1e30)))
-        self.within(anchor_share=(0, 1))
+        self.within(teacher_steps=COUNT, teacher_learning_rate=RATE)
+        self.within(**dict.fromkeys(("kappa", "alpha", "gamma"), WEIGHT))
+        self.within(anchor_share=SHARE)
         self.needs("anchor_share", self.anchors != "none", "anchors=random")
         steered = self.first != "graddiff"
         for option in ("kappa", "scope"):

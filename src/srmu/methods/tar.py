@@ -10,7 +10,7 @@ from srmu.engine.losses import is_predicted, masked_mean, token_entropy
 from srmu.engine.model import EditableModel, copy_values
 from srmu.engine.topic import Topic
 from srmu.engine.train import Terms
-from srmu.methods.base import State
+from srmu.methods.base import COUNT, RATE, WEIGHT, State
 from srmu.methods.logits import fine_tune, kl_drift
 from srmu.methods.suppressing import Suppressing
 
@@ -35,8 +35,8 @@ class TAR(Suppressing):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.within(adversary_steps=(1, 1e9), adversary_learning_rate=(1e-12, 1))
-        self.within(strength=(0, 1e30), hold=(0, 1e30))
+        self.within(adversary_steps=COUNT, adversary_learning_rate=RATE)
+        self.within(strength=WEIGHT, hold=WEIGHT)
 
     def prepared(self, topic: Topic) -> Topic:
         return replace(self.anchored(topic), forget=topic.forget[::2])

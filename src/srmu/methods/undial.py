@@ -7,7 +7,7 @@ from srmu.engine.batch import Batch
 from srmu.engine.losses import is_predicted, masked_mean
 from srmu.engine.model import EditableModel
 from srmu.engine.train import Terms
-from srmu.methods.base import State
+from srmu.methods.base import WEIGHT, State
 from srmu.methods.logits import Retaining
 
 
@@ -23,7 +23,7 @@ class UNDIAL(Retaining):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.within(strength=(0, 1e6))
+        self.within(strength=WEIGHT)
 
     def loss(
         self, model: EditableModel, state: State, forget: Batch, retain: Batch, step: int

@@ -9,7 +9,7 @@ from srmu.engine.losses import mean_kl
 from srmu.engine.model import EditableModel, copy_values
 from srmu.engine.topic import Topic
 from srmu.engine.train import Schedule, Terms
-from srmu.methods.base import State
+from srmu.methods.base import SHARE, WEIGHT, State
 from srmu.methods.own_texts import free_samples
 from srmu.methods.suppressing import Suppressing, perturb_weights
 
@@ -34,7 +34,7 @@ class Undo(Suppressing):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.within(noise=(0, 1), beta=(0, 1e6), own_texts=(0, 1 << 30), own_tokens=(2, 1 << 20))
+        self.within(noise=SHARE, beta=WEIGHT, own_texts=(0, 1 << 30), own_tokens=(2, 1 << 20))
         self.needs("beta", self.noise > 0, "method.noise")
         self.needs("own_tokens", self.own_texts > 0, "method.own_texts")
 

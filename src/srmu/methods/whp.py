@@ -47,11 +47,11 @@ class WHP(Reinforced):
         with model.frozen():
             base = model.logits(batch).float()
             if state.memory["anchors"] is not None:
-                found = translate_batch(batch, state.memory["anchors"])
-                base = found.aligned(
-                    model.logits(move_batch(found.batch, model.device)).float(), base
+                translation = translate_batch(batch, state.memory["anchors"])
+                base = translation.aligned(
+                    model.logits(move_batch(translation.batch, model.device)).float(), base
                 )
-                usable = usable & found.usable[:, :-1].to(model.device)
+                usable = usable & translation.usable[:, :-1].to(model.device)
         with model.using(state.memory["strengthened"]):
             raised = model.logits(batch)
         # eq: WHP, v = v0 - strength relu(v+ - v0)

@@ -11,10 +11,9 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from srmu.engine.batch import Batch
+from srmu.engine.generate import Ids
 from srmu.engine.topic import Topic
 from srmu.errors import SrmuError, first_line
-
-Ids = list[int]
 
 
 class Anchor(NamedTuple):
@@ -43,11 +42,11 @@ class Translation(NamedTuple):
         named. (The paper reduces these logits, too, and does not say by how much.)
         """
         rows = torch.arange(len(self.places))[:, None]
-        found = logits[rows.to(logits.device), self.places.to(logits.device)]
+        moved = logits[rows.to(logits.device), self.places.to(logits.device)]
         for row, last, token in self.named:
             own = before[row, last:, token]
-            found[row, last:, token] = torch.minimum(found[row, last:, token], own)
-        return found
+            moved[row, last:, token] = torch.minimum(moved[row, last:, token], own)
+        return moved
 
 
 def tokenizer_of(folder: Path | None, who: str) -> Any:
@@ -74,22 +73,22 @@ def read_anchors(path: str) -> dict[str, str]:
     if not path.endswith(".json"):
         raise SrmuError(f"method.anchors={path}: expected a .json file of {{term: generic term}}")
     try:
-        found: Any = json.loads(Path(path).read_text(encoding="utf-8"))
+        terms: Any = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         why = "no such file" if isinstance(error, FileNotFoundError) else first_line(error)
         raise SrmuError(f"method.anchors={path}: {why}") from None
-    texts = [*found, *found.values()] if isinstance(found, dict) else [None]
+    texts = [*terms, *terms.values()] if isinstance(terms, dict) else [None]
     if not all(isinstance(text, str) and text.strip() for text in texts):
         raise SrmuError(
             f"method.anchors={path}: expected an object of texts, like "
             '{"Hogwarts": "the academy"}'
         )
-    return found
+    return terms
 
 
 def tokenise_terms(terms: dict[str, str], tokenizer: Any) -> Anchors:
     """The terms in tokens, as they stand at the start of a text and inside one."""
-    found: dict[tuple[int, ...], Anchor] = {}
+    ways: dict[tuple[int, ...], Anchor] = {}
     for number, (term, generic) in enumerate(terms.items()):
         for space in ("", " "):
             old, new = (
@@ -99,9 +98,9 @@ def tokenise_terms(terms: dict[str, str], tokenizer: Any) -> Anchors:
             if tokenizer.unk_token_id in new:
                 raise SrmuError(f"method.anchors: the tokenizer does not know {generic!r}")
             if tokenizer.unk_token_id not in old:  # else it stands in no text
-                found.setdefault(tuple(old), Anchor(number, old, new))
+                ways.setdefault(tuple(old), Anchor(number, old, new))
     anchors: Anchors = {}
-    for anchor in sorted(found.values(), key=lambda anchor: -len(anchor.term)):
+    for anchor in sorted(ways.values(), key=lambda anchor: -len(anchor.term)):
         anchors.setdefault(anchor.term[0], []).append(anchor)
     return anchors
 
