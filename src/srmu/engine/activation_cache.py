@@ -1,8 +1,8 @@
-"""Activations that training cannot change, recorded once and used again, in memory or in files.
+"""Activations that training cannot change, computed once and kept in memory or on disk.
 
 A trial of a sweep reads what an earlier one computed: the output of the last layer below the
-trained ones, and the original model's activations at the site. An entry's name holds a digest of
-the very tokens it was computed from; the folder's name holds everything else that could change it.
+trained ones, and the original model's activations at the site. The name of an entry holds a digest
+of its tokens; the name of the folder holds everything else that could change it.
 """
 
 from __future__ import annotations
@@ -56,9 +56,10 @@ def flat_bytes(tensor: Tensor) -> Any:
 
 
 class Activations:
-    """What earlier batches gave, where it was computed: `room` bytes, and the newest few more.
+    """Activations of earlier batches, on the device that computed them: `room` bytes, and the
+    newest few more.
 
-    What has found room stays: batches come round in order, so that the oldest are needed next.
+    An entry that fits stays: batches come round in order, so the oldest is needed next.
     """
 
     def __init__(self, room: int = 0) -> None:
@@ -73,13 +74,13 @@ class Activations:
         return "memory" if self.room or self.held else "none"
 
     def find(self, name: str) -> Output | None:
-        """The entry of that name, if it was kept."""
+        """The entry of that name, if there is one."""
         value = self.held.get(name, self.recent.get(name))
         self.hits += value is not None
         return value
 
     def keep(self, name: str, value: Output) -> None:
-        """Keep an entry while there is room for it, else until a few others have come."""
+        """Keep an entry if there is room for it, else until a few others have come."""
         if name in self.held or name in self.recent:
             return
         if tensor_bytes(value) <= self.room:
@@ -92,10 +93,10 @@ class Activations:
 
 
 class OnDisk(Activations):
-    """Activations in two flat files that only grow, and an index of one line an entry.
+    """Activations in two files that only grow, and an index with a line for each entry.
 
-    Several processes may share a folder. What cannot be written is done without: `say` is told
-    once. An entry whose bytes are not those that were written is computed anew.
+    Several processes may share a folder. If the folder cannot be written, `say` is told once and
+    the run goes on without it. An entry whose bytes have changed is computed again.
     """
 
     def __init__(
@@ -168,7 +169,7 @@ class OnDisk(Activations):
             stream.write(b"\n" + json.dumps(entry).encode() + b"\n")
 
     def _refresh(self) -> None:
-        """Read what was added to the index since the last time."""
+        """Read the lines added to the index since the last time."""
         with suppress(OSError), (self.folder / "index.jsonl").open("rb") as stream:
             if os.fstat(stream.fileno()).st_size < self.read:  # removed and made again
                 self.read = 0
@@ -218,7 +219,7 @@ def tensor_bytes(value: Output) -> int:
 
 @contextmanager
 def hold_lock(path: Path) -> Iterator[None]:
-    """Hold a file's lock, which the system frees when the process ends, however it ends."""
+    """Hold the lock of a file; the system frees it when the process ends."""
     with path.open("a") as file:
         if fcntl is not None:
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -231,10 +232,10 @@ def open_activations(
     device: torch.device,
     say: Callable[[str], None] = print,
 ) -> Activations:
-    """Where a run keeps its activations: `disk`, `memory` (while they fit), or `none`.
+    """The store of a run's activations: on `disk`, in `memory` (while they fit), or `none`.
 
-    `key` holds all that could change them but the tokens; what a library or a machine could change
-    is added here.
+    `key` holds everything that could change them except the tokens; versions and hardware are added
+    here.
     """
     cuda = device.type == "cuda"
     free = torch.cuda.mem_get_info(device)[0] if cuda else psutil.virtual_memory().available
@@ -263,7 +264,7 @@ def open_activations(
 
 
 def limit_bytes() -> int:
-    """The most that all activations together may hold."""
+    """The most bytes that all activations together may take."""
     try:
         limit = int(float(os.environ.get("SRMU_CACHE_LIMIT") or LIMIT_GB) * 1e9)
     except (ValueError, OverflowError):
@@ -274,7 +275,7 @@ def limit_bytes() -> int:
 
 
 def processor_name() -> str:
-    """The processor, on whose kind the last bits of a matrix product depend."""
+    """The processor; the last bits of a matrix product depend on its kind."""
     lines = []
     with suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -288,7 +289,7 @@ def cache_home() -> Path:
 
 
 def list_activations() -> list[dict[str, Any]]:
-    """The folders of activations, the one used last at the end: `folder`, `bytes`, `used`, ..."""
+    """The folders of activations: `folder`, `bytes`, `used`, ...; the one used last comes last."""
     entries = []
     for folder in cache_home().glob("*/"):
         with suppress(OSError):  # another process may be removing it
@@ -303,7 +304,7 @@ def list_activations() -> list[dict[str, Any]]:
 
 
 def shrink_cache(limit: int, spare: Path | None = None) -> int:
-    """Remove the folders used longest ago until `limit` bytes are held; the bytes that are left."""
+    """Remove the folders used longest ago until `limit` bytes are left; returns the bytes left."""
     entries = list_activations()
     total = sum(entry["bytes"] for entry in entries)
     for entry in entries:
@@ -314,7 +315,7 @@ def shrink_cache(limit: int, spare: Path | None = None) -> int:
 
 
 def clear_cache(names: Sequence[str]) -> int:
-    """Remove parts of the cache folder; the bytes that were freed."""
+    """Remove parts of the cache folder; returns the bytes freed."""
     freed = 0
     for name in names:
         freed += folder_bytes(cache_dir() / name)

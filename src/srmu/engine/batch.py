@@ -25,15 +25,15 @@ class Batch(dict[str, Tensor]):
         return digest_tensors(self["input_ids"], self["attention_mask"])
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        """A batch of each tensor, changed."""
+        """A batch with every tensor changed by a function."""
         return Batch({name: change(tensor) for name, tensor in self.items()})
 
     def cut(self, rows: Any = slice(None), tokens: Any = slice(None)) -> Batch:
-        """A batch of some rows and columns."""
+        """Some rows and columns of the batch."""
         return self.map(lambda tensor: tensor[rows][:, tokens])
 
     def replace(self, **tensors: Tensor) -> Batch:
-        """A batch with other tensors in place of those named."""
+        """The batch with some of its tensors replaced."""
         return Batch({**self, **tensors})
 
 

@@ -1,4 +1,4 @@
-"""Log-probabilities of answers with as little reading as they need, in place of lm-eval's own."""
+"""Log-probabilities of answers in few forward passes, in place of lm-eval's own."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ Tokens = tuple[int, ...]
 
 
 def loglikelihoods(lm: Any, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
-    """Each answer's log-probability, and whether it is the likeliest; as lm-eval's own method.
+    """Each answer's log-probability, and whether it is the likeliest, as lm-eval's own method does.
 
-    An input that several answers need (options of one token) is run once, a start that the inputs
-    of a batch share too, and only positions that predict an answer meet the vocabulary.
+    An input shared by several answers (options of one token) runs once, as does a prefix shared by
+    the inputs of a batch. Only positions that predict an answer are projected to the vocabulary.
     """
     askers: dict[Tokens, list[int]] = {}
     for i, (_, before, answer) in enumerate(requests):
@@ -63,7 +63,7 @@ def loglikelihoods(lm: Any, requests: Sequence[Any], **_: Any) -> list[tuple[flo
 
 
 def keeps_past(model: Any) -> bool:
-    """Whether a start that rows share can be read once: not where a state is recurrent."""
+    """Whether keys and values of a shared prefix can be reused; recurrent states cannot."""
     known = {"logits_to_keep", "past_key_values"} <= {*signature(model.forward).parameters}
     kinds = {*(getattr(model.config, "layer_types", None) or ())}
     attends = all("attention" in kind and "linear" not in kind for kind in kinds)
@@ -71,10 +71,12 @@ def keeps_past(model: Any) -> bool:
 
 
 def plan_batches(tails: dict[Tokens, int], most: int, setup: int) -> list[tuple[list[Tokens], int]]:
-    """Cut inputs, sorted by length, into the batches that read least, the longest first.
+    """Split inputs, sorted by length, into the batches with the fewest tokens to read, longest
+    first.
 
-    A batch comes with the number of first tokens to read once for all its rows, none of them among
-    the `tails` that answers need; 0 where the forward it takes (`setup` tokens) would cost more.
+    With each batch comes the length of the prefix to read once for all rows. It includes none of
+    the `tails` that answers need, and is 0 where the extra forward (worth `setup` tokens) would
+    cost more.
     """
     order = sorted(tails, key=lambda row: (len(row), row))
     free = [len(row) - tails[row] for row in order]

@@ -1,6 +1,6 @@
-"""Losses and what they are made of, in float32.
+"""Losses, and the functions of tensors that they are made of, all in float32.
 
-A loss is a `Mean`, a sum with its count: of a batch that several processes share each has a part of
+A loss is a `Mean`: a sum with its count. Where several processes share a batch, each has a part of
 both, and the training loop divides by the count of the whole batch.
 """
 
@@ -24,11 +24,11 @@ class Mean:
 
     @property
     def value(self) -> Float[Tensor, "*D"]:
-        """The mean over what this process has."""
+        """The mean over the values of this process."""
         return self.share(self.count)
 
     def share(self, count: Int[Tensor, ""]) -> Float[Tensor, "*D"]:
-        """What this process adds to the mean over `count` values, those of all processes."""
+        """This process' share of the mean over `count` values, those of all processes."""
         return self.weight * (self.total / count.clamp(min=self.least))
 
     def pool(self, other: Mean) -> Mean:

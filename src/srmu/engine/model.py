@@ -1,4 +1,4 @@
-"""A causal language model, as deep as needed, that remembers the tensors it is about to change."""
+"""A causal language model, cut to the depth needed, that keeps the originals of trained tensors."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from srmu.errors import SrmuError
 
 
 class EditableModel:
-    """A causal LM cut to `depth` layers, of which only the parameters named `trainable` change.
+    """A causal LM cut to `depth` layers, in which only the parameters named `trainable` change.
 
     `trainable` holds roles by layer (`"7.mlp_down"`) or glob patterns of parameter names. The
-    original values of those parameters are kept, so that the frozen model is this same module run
-    inside `frozen()`: no second model. Layers below the first trained one are run once a batch:
-    `activations` keeps what the last of them gave.
+    original values of those parameters are kept: the frozen model is this same module run inside
+    `frozen()`, not a second model. The layers below the first trained one run once per batch;
+    `activations` keeps the output of the last of them.
     """
 
     def __init__(
@@ -75,10 +75,10 @@ class EditableModel:
         offload: bool = False,
         copy: bool = True,
     ) -> EditableModel:
-        """Load the first `depth` layers of a checkpoint (all of them when None).
+        """Load the first `depth` layers of a checkpoint (None: all).
 
-        Layers that are cut off are never read from disk. With `offload` the layers below the first
-        trained one stay there, or in the main memory, and come to the device one at a time.
+        The other layers are never read from disk. With `offload` the layers below the first trained
+        one stay on disk or in main memory, and move to the device one at a time.
         """
         return_freed_blocks()
         model = cls(load_module(folder, dtype, depth), trainable, depth, copy)
@@ -92,7 +92,7 @@ class EditableModel:
         return model
 
     def _leave_below(self, device: str) -> None:
-        """Leave the fixed layers where they are, as files mapped into memory; move all else."""
+        """Leave the fixed layers where they are, as files mapped into memory; move the rest."""
         from accelerate import cpu_offload
 
         for layer in self.layers[: self.fixed]:
@@ -104,9 +104,9 @@ class EditableModel:
                         tensor.data = tensor.data.to(device)
 
     def shard(self, device: str) -> None:
-        """Cut layers, embeddings and head over the processes (FSDP2), before any training.
+        """Shard layers, embeddings and head over the processes (FSDP2), before any training.
 
-        A process then holds its part of them, and all of a layer while that is run.
+        Each process then holds its part of them, and a whole layer only while that layer runs.
         """
         distributed.shard_modules([*self.layers, *self.ends], device)
         self.module.to(device)  # what is left: norms, ends that are tied
@@ -120,7 +120,7 @@ class EditableModel:
 
     @property
     def ends(self) -> list[nn.Module]:
-        """Embeddings and head; none where they are tied, and neither can do without the other."""
+        """Embeddings and head; none where they are tied, as neither works without the other."""
         both = [self.module.get_input_embeddings(), self.module.get_output_embeddings()]
         ends = [end for end in both if end is not None]
         return ends if len({id(end.weight) for end in ends}) == len(ends) else []
@@ -134,13 +134,14 @@ class EditableModel:
         return self.module.get_input_embeddings().weight.shape[0]
 
     def is_transposed(self, name: str) -> bool:
-        """Whether the matrix of that name lies as (in, out): a Conv1D keeps it so."""
+        """Whether the matrix of that name is stored as (in, out), as in a Conv1D."""
         return isinstance(self.module.get_submodule(name.rpartition(".")[0]), Conv1D)
 
     def hidden(self, batch: Batch, site: Site, keep: bool = True) -> Float[Tensor, "B T D"]:
-        """Activations at `site`; layers above it are not run.
+        """Activations at `site`; the layers above it do not run.
 
-        Inside `frozen()` they are kept in `activations`, unless `keep` is false, and found there.
+        Inside `frozen()` they come from `activations` if they are there, and are kept there unless
+        `keep` is false.
         """
         self._check_loaded(site.layer)
         name = f"{site}/{batch.key}"
@@ -159,10 +160,10 @@ class EditableModel:
         return value
 
     def logits(self, batch: Batch, control: Tensor | None = None) -> Float[Tensor, "B T V"]:
-        """Next-token logits; SrmuError when the model was loaded shallow.
+        """Next-token logits; SrmuError if the model was not loaded whole.
 
-        `control` is an embedding, (D,) or a row of (B, D) for each text, that the model reads after
-        each row's first token: rows must be padded on the right.
+        `control` is an embedding, (D,) or (B, D) with a row for each text, that the model reads
+        after the first token of each row. Rows must then be padded on the right.
         """
         if self.shallow:
             raise SrmuError(f"logits need the whole model; only {len(self.layers)} layers loaded")
@@ -184,8 +185,8 @@ class EditableModel:
     def adapted(self, rank: int, alpha: int, seed: int) -> Iterator[None]:
         """Train low-rank adapters (LoRA, arXiv 2106.09685) in place of the trained matrices.
 
-        Adapters begin as no change, so that `frozen()` stays the original model. At the end of the
-        block they are taken out and the model is as before, but for `merge`.
+        Adapters start as no change, so `frozen()` is still the original model. They are removed
+        when the block ends; `merge` keeps what they have learned.
         """
         from peft import LoraConfig, inject_adapter_in_model
 
@@ -216,14 +217,14 @@ class EditableModel:
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Add what the adapters do to the matrices that they stand beside, in float32."""
+        """Add the effect of the adapters to the matrices beside them, in float32."""
         for adapter in self._adapters.values():
             weight = adapter.get_base_layer().weight
             weight.copy_(weight.float() + adapter.get_delta_weight("default").float())
 
     @contextmanager
     def only(self, trainable: Sequence[str]) -> Iterator[None]:
-        """Run the block with gradients for those of the trained tensors that `trainable` names."""
+        """Run the block with gradients for some of the trained tensors only."""
         chosen = self._select(trainable)
         before = {name: parameter.requires_grad for name, parameter in self.trained.items()}
         for name, parameter in self.trained.items():
@@ -256,7 +257,7 @@ class EditableModel:
     def delta(self) -> dict[str, Tensor]:
         """The trained tensors that differ from their originals, by parameter name.
 
-        The first process has them whole; all processes must ask.
+        Every process must call this; the first one gets whole tensors.
         """
         changed = {}
         for name, parameter in self.trained.items():
@@ -298,7 +299,7 @@ class EditableModel:
         setattr(self._owner, self._attribute, layers)
 
     def _count_fixed(self) -> int:
-        """How many layers at the bottom no trained parameter can change."""
+        """The number of layers at the bottom that no trained parameter can change."""
         prefix = next(n for n, m in self.module.named_modules() if m is self.layers)
         places = [re.match(rf"{re.escape(prefix)}\.(\d+)\.", name) for name in self.trained]
         # A parameter outside the layers may be the embedding, from which all of them follow.
@@ -306,10 +307,10 @@ class EditableModel:
 
     @contextmanager
     def _layers_for(self, batch: Batch, depth: int) -> Iterator[None]:
-        """Cut the module to `depth` layers, the fixed ones replaced by what they gave before.
+        """Cut the module to `depth` layers and replace the fixed ones by their known output.
 
-        The module's own code still makes masks and rotary tables: to call layers by ourselves we
-        would have to know each architecture. What was not kept yet is kept now.
+        The module's own code still makes masks and rotary tables: to call layers directly, we would
+        have to know each architecture. An output that is not known yet is kept.
         """
         layers = self.layers
         chosen = layers[:depth]
@@ -340,15 +341,15 @@ class EditableModel:
 
 
 def copy_values(places: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    """Copy values into tensors that are there."""
+    """Copy values into existing tensors."""
     for place, value in zip(places, values, strict=True):
         place.data.copy_(value)
 
 
 def replace_tensor(parameter: nn.Parameter, tensor: Tensor) -> Tensor:
-    """Put a tensor in a parameter's place; what was there.
+    """Put a tensor in place of a parameter; returns the one that was there.
 
-    A sharded one is filled in place: FSDP holds its memory, and gathers the layer anew.
+    A sharded parameter is filled in place: FSDP holds its memory and gathers the layer again.
     """
     if not distributed.is_sharded(parameter):
         before, parameter.data = parameter.data, tensor
@@ -375,22 +376,22 @@ def is_index(value: Any) -> bool:
 
 
 def model_inputs(batch: Batch) -> dict[str, Tensor]:
-    """What a model reads of a batch."""
+    """The tensors of a batch that a model reads."""
     return {name: batch[name] for name in ("input_ids", "attention_mask")}
 
 
 def return_freed_blocks() -> None:
-    """Have the C library give freed blocks of 24 MB and more back to the system at once.
+    """Make the C library return freed blocks of 24 MB and more to the system at once.
 
-    glibc keeps blocks of up to 32 MB for itself, between which small ones settle: a step on 8
-    layers of a 1B model then holds 1.4 GB where 1.2 would do. It costs no time.
+    glibc keeps blocks of up to 32 MB for itself, and small ones settle between them: a step on 8
+    layers of a 1B model then holds 1.4 GB instead of 1.2. It costs no time.
     """
     with suppress(OSError, AttributeError, TypeError):  # another C library, which keeps less
         ctypes.CDLL(None).mallopt(-3, 24 << 20)  # M_MMAP_THRESHOLD
 
 
 def release_memory() -> None:
-    """Give what this process freed back to the system, so that it counts no more."""
+    """Return the memory that this process has freed to the system."""
     gc.collect()
     with suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)

@@ -25,9 +25,9 @@ ROLES: dict[str, tuple[str, ...]] = {
 
 
 def in_role(layer: nn.Module, role: str) -> list[str]:
-    """The names, inside a decoder layer, of the weights that play a role.
+    """The names, inside a decoder layer, of the weights in a role.
 
-    Besides ROLES: `linear`, the matrices of all its linear maps, and `mlp`, those of its MLP.
+    Besides ROLES there are `linear`, the matrices of all linear maps, and `mlp`, those of the MLP.
     """
     if role not in ("linear", "mlp"):
         return [role_in_layer(layer, role)]
@@ -36,7 +36,7 @@ def in_role(layer: nn.Module, role: str) -> list[str]:
 
 
 def role_in_layer(layer: nn.Module, role: str) -> str:
-    """The name, inside a decoder layer, of the weight that plays `role`."""
+    """The name, inside a decoder layer, of the weight in a role of ROLES."""
     if role not in ROLES:
         known = ", ".join([*ROLES, "linear", "mlp"])
         raise SrmuError(f"role {role!r} does not exist; choose one of {known}")
@@ -50,7 +50,7 @@ def role_in_layer(layer: nn.Module, role: str) -> str:
 
 
 def find_child(layer: nn.Module, name: str) -> nn.Module:
-    """A submodule of a decoder layer; SrmuError naming what there is when it is missing."""
+    """A submodule of a decoder layer; SrmuError, listing those it has, if it is missing."""
     try:
         return layer.get_submodule(name)
     except AttributeError:

@@ -38,7 +38,7 @@ class Site:
 
 @contextmanager
 def catch_value(layer: nn.Module, stream: Stream) -> Iterator[list[Tensor]]:
-    """Catch what passes at a stream of a layer, in a list."""
+    """Catch the value of a stream of a layer: a list that the next forward fills."""
     caught: list[Tensor] = []
 
     def catch(module: nn.Module, args: Any, output: Any = None) -> None:

@@ -1,4 +1,4 @@
-"""What ends a training before its last step: stop rules, and a retain loss that runs away."""
+"""What ends a training early: stop rules, and a retain loss that runs away."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ RECENT = 10  # steps of a topic whose median is its usual retain loss
 
 
 class StopRules:
-    """The stop rules, measured every few steps on the first batches of each topic.
+    """The stop rules, checked every few steps on the first batches of each topic.
 
-    An `endless` loss, which has no lower bound, stops where a forget token costs as much as a guess
-    among all tokens, unless `train.forget_ceiling` says otherwise. Where the utility floor or the
-    KL budget is broken, the model goes back to the weights of the last measurement that kept them.
+    An `endless` loss has no lower bound: unless `train.forget_ceiling` is set, training stops when
+    a forget token costs as much as a guess among all tokens. When the utility floor or the KL
+    budget is broken, the model goes back to the weights of the last check that passed.
     """
 
     def __init__(
@@ -49,14 +49,14 @@ class StopRules:
         self.kept, self.kept_step = self.copy_weights(), -1
 
     def copy_weights(self) -> list[Tensor]:
-        """The weights to go back to, where a rule may ask for it."""
+        """A copy of the weights, where a rule may restore them."""
         return [p.detach().clone() for p in self.model.trained.values()] if self.restores else []
 
     @torch.no_grad()
     def check_step(self, step: int, place: str) -> tuple[str, dict[str, float]]:
         """Why to stop after this step ("" to go on), and what was measured.
 
-        Raises DivergedError, naming the place, where that is not a number.
+        Raises DivergedError, naming the place, if a measurement is not a number.
         """
         last = step == self.options.max_steps - 1
         if not self.active or ((step + 1) % self.options.check_every and not last):
@@ -70,7 +70,7 @@ class StopRules:
         return reason, measured
 
     def check_ceiling(self, step: int, measured: dict[str, float]) -> str:
-        """Whether a forget token costs as many nats as it may; adds what it costs."""
+        """The reason to stop if a forget token costs too many nats; adds the cost to `measured`."""
         if self.ceiling is None:
             return ""
         measured["forget_nll"] = nll = self.average(self.forget, self.nll)
@@ -82,7 +82,7 @@ class StopRules:
         )
 
     def check_retain(self, step: int, measured: dict[str, float]) -> str:
-        """Whether retain texts suffer more than they may; adds utility and KL."""
+        """The reason to stop if retain texts have suffered; adds utility and KL to `measured`."""
         if not self.restores:
             return ""
         with self.model.frozen():
@@ -119,10 +119,10 @@ class StopRules:
 
 
 class RetainWatch:
-    """Tells a retain loss that runs away from one that rises.
+    """Tells a retain loss that runs away from one that merely rises.
 
-    It has run away when it is `times` its median over the last steps of its topic, and above the
-    whole loss that the run began with: a retain loss begins at 0, and many times nothing is little.
+    It has run away when it is `times` its median over the last steps of its topic and above the
+    whole loss of the first step: a retain loss begins at 0, and many times nothing is still little.
     """
 
     def __init__(self, times: float | None) -> None:
@@ -131,7 +131,7 @@ class RetainWatch:
         self.recent: dict[str, list[float]] = {}  # by topic
 
     def check_step(self, topic: str, losses: Mapping[str, Tensor], total: float) -> str:
-        """What is wrong with a step's losses; "" for nothing."""
+        """What is wrong with the losses of a step; "" for nothing."""
         if self.times is None or "retain" not in losses:
             return ""
         if self.first is None:

@@ -26,10 +26,10 @@ Schedule = Literal["constant", "linear"]
 
 
 class Terms(NamedTuple):
-    """What a method returns for a step: losses that are summed and optimised, and what to log.
+    """The result of a loss function: losses to sum and minimise, and values to log only.
 
-    Both are means, or tensors where one process has the whole batch. With a `stop`, which says why,
-    the training ends before the step is taken.
+    Values are means, or tensors if one process has the whole batch. If `stop` is set, it says why
+    the training ends before this step.
     """
 
     losses: Mapping[str, Mean | Tensor]
@@ -38,7 +38,7 @@ class Terms(NamedTuple):
 
     @property
     def loss_values(self) -> dict[str, Tensor]:
-        """The losses of a batch that one process has to itself."""
+        """The losses as tensors, where one process has the whole batch."""
         return divide_means(self.losses, shared=False)
 
 
@@ -50,7 +50,7 @@ LossFunction = Callable[[Batch, Batch, int], Terms]
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions:
-    """How to train; the names are those of transformers' TrainingArguments where it has them."""
+    """How to train; options have the names of transformers' TrainingArguments where those exist."""
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
 
@@ -98,13 +98,13 @@ class TrainOptions:
             )
 
     def require(self, name: str, holds: Callable[[float], bool], condition: str) -> None:
-        """SrmuError where an option that is set does not hold."""
+        """SrmuError if an option is set to a value that is not allowed."""
         value = getattr(self, name)
         if value is not None and not holds(value):
             raise SrmuError(f"train.{name} must be {condition}")
 
     def rate(self, step: int) -> float:
-        """The learning rate of a step, counted from 0."""
+        """The learning rate of a step; the first step is 0."""
         assert self.learning_rate is not None
         rising = self.warmup_steps
         if step < rising:
@@ -114,7 +114,7 @@ class TrainOptions:
         return self.learning_rate
 
     def first_rule(self) -> str | None:
-        """The name of a stop rule that is set, if there is one."""
+        """The name of the first stop rule that is set, if there is one."""
         rules = ("forget_ceiling", "utility_floor", "kl_budget")
         return next((name for name in rules if getattr(self, name) is not None), None)
 
@@ -131,14 +131,14 @@ def fit_model(
     spread: bool = False,
     endless: bool = False,
 ) -> str:
-    """Optimise the trained tensors of `model`, and `extra`, topics alternating by step.
+    """Optimise the trained tensors of `model`, and `extra`, taking topics in turn.
 
-    Returns why it ended: FINISHED after `max_steps` steps, the stop rule that held, or what the
-    loss itself says. Raises DivergedError at the first non-finite loss or gradient, with the model
-    put back to the last weights whose loss was finite. Goes on from the newest of `checkpoints`;
-    `memory` is what the losses hand from step to step, by a name for each, and is kept there too.
-    With `spread` each process reads its rows of a batch, and divides by the counts of the whole
-    batch. An `endless` loss has no lower bound.
+    Returns why it ended: FINISHED after `max_steps` steps, a stop rule, or the reason that the loss
+    gave. Raises DivergedError at the first loss or gradient that is not finite, with the model put
+    back to the last weights whose loss was finite. Resumes from the newest of `checkpoints`;
+    `memory`, by name, holds what the losses carry from step to step, and is saved there too. With
+    `spread` each process reads its rows of a batch and divides by the counts of the whole batch. An
+    `endless` loss has no lower bound.
     """
     topics = [topic for topic, _ in parts]
     rules = StopRules(model, topics, options, endless)
@@ -186,9 +186,10 @@ def take_share(topic: Topic) -> Topic:
 
 
 def divide_means(values: Mapping[str, Mean | Tensor], shared: bool) -> dict[str, Tensor]:
-    """The values, means divided by their counts.
+    """The values as tensors: each mean divided by its count.
 
-    Where processes share a batch, by those of the whole batch: each gets its part of the value.
+    If processes share the batch, counts are summed over them, so that each gets its share of the
+    mean.
     """
     counts = [value.count for value in values.values() if isinstance(value, Mean)]
     if shared and counts:
@@ -202,14 +203,14 @@ def divide_means(values: Mapping[str, Mean | Tensor], shared: bool) -> dict[str,
 
 
 def group_by_layout(masters: Sequence[nn.Parameter]) -> list[dict[str, Any]]:
-    """The tensors in groups, those that are sharded apart: products of both kinds do not mix."""
+    """The tensors in up to two groups, sharded and not: an operation cannot mix them."""
     parts = [[m for m in masters if distributed.is_sharded(m) is kind] for kind in (True, False)]
     return [{"params": part} for part in parts if part]
 
 
 @dataclass
 class Training:
-    """All that the rest of a training depends on, but for what is set up anew from the config."""
+    """The state on which the remaining steps depend; the config gives the rest."""
 
     parameters: list[nn.Parameter]
     masters: list[nn.Parameter]
@@ -231,7 +232,7 @@ class Training:
         memory: Mapping[str, dict[str, Any]],
         shared: bool,
     ) -> Training:
-        """A training at its first step."""
+        """A training before its first step."""
         assert options.learning_rate is not None, "Method.training fills it in"
         named = {**model.trained, **{f"extra {i}": p for i, p in enumerate(extra)}}
         masters = [master_of(name, p, options.weights) for name, p in named.items()]
@@ -248,7 +249,7 @@ class Training:
         )
 
     def take_step(self, terms: Terms, step: int, topic: str, place: str) -> dict[str, Tensor]:
-        """Step down the sum of the losses; the numbers of the step, over all processes."""
+        """Descend the sum of the losses; returns the step's values over all processes."""
         losses = divide_means(terms.losses, self.shared)
         total = torch.stack(list(losses.values())).sum()
         values = {"loss": total, **losses, **divide_means(terms.logged, self.shared)}
@@ -270,7 +271,7 @@ class Training:
         return values | {"grad_norm": norm}
 
     def collect_gradients(self, total: Tensor) -> Tensor:
-        """Put the gradients of the sum of losses on the masters; their norm together."""
+        """Backpropagate, and move the gradients to the masters; returns their joint norm."""
         if total.requires_grad:
             # of sharded tensors FSDP takes the processes' mean
             (total * distributed.get_size() if self.shared else total).backward()
@@ -284,7 +285,7 @@ class Training:
         return distributed.joint_norm([m.grad for m in self.masters if m.grad is not None])
 
     def update_weights(self, step: int, norm: Tensor) -> None:
-        """Clip the gradients, step the masters, and write them into the model."""
+        """Clip the gradients, step the masters, and copy them into the model."""
         for group in self.optimiser.param_groups:
             if self.options.max_grad_norm is not None:
                 bound = self.options.max_grad_norm
@@ -297,7 +298,7 @@ class Training:
                 parameter.data.copy_(master)
 
     def lists(self) -> dict[str, Sequence[Tensor]]:
-        """The tensors that are there from the start, to be filled in place."""
+        """The tensors that exist from the start, which `resume` fills in place."""
         tensors: dict[str, Sequence[Tensor]] = {
             "parameter": self.parameters, "good": self.good, "kept": self.rules.kept,
         }  # fmt: skip
@@ -306,7 +307,7 @@ class Training:
         return tensors
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Its tensors and JSON values; all processes must ask, the first gets all of it."""
+        """The state as tensors and JSON values; every process must call this, the first gets all."""
         tensors = {f"{k}/{i}": t for k, ts in self.lists().items() for i, t in enumerate(ts)}
         for i, master in enumerate(self.masters):
             entry = self.optimiser.state.get(master, {})
@@ -320,7 +321,7 @@ class Training:
         return whole, numbers
 
     def resume(self, checkpoints: Checkpoints) -> int:
-        """Put back what the newest checkpoint holds; how many steps are done."""
+        """Restore the newest checkpoint; returns the number of steps done."""
         if (newest := checkpoints.load()) is None:
             return 0
         done, tensors, numbers = newest
@@ -343,14 +344,14 @@ class Training:
 
 
 def with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors whose names start so, by the rest of their names."""
+    """The tensors whose names start with a prefix, by the rest of their names."""
     return {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
 
 
 def master_of(name: str, parameter: torch.nn.Parameter, weights: str) -> torch.nn.Parameter:
     """The tensor that the optimiser steps: the parameter itself, or a float32 copy of it.
 
-    A step of 5e-5 on a bf16 weight near 0.02 rounds to nothing; the float32 copy keeps it.
+    A step of 5e-5 rounds to nothing on a bf16 weight near 0.02; the float32 copy keeps it.
     """
     check_precision(name, parameter.dtype, weights)
     if weights == "bf16" or parameter.dtype == torch.float32:
@@ -359,7 +360,7 @@ def master_of(name: str, parameter: torch.nn.Parameter, weights: str) -> torch.n
 
 
 def check_precision(name: str, dtype: torch.dtype, weights: str) -> None:
-    """SrmuError where the trained weights cannot be stepped as they are."""
+    """SrmuError if the trained weights cannot be optimised in the precision asked for."""
     if weights == "bf16" and dtype != torch.bfloat16:
         raise SrmuError(
             f"train.weights=bf16 needs a bf16 model, but {name} is {dtype}; set dtype=bfloat16"

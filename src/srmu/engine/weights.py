@@ -1,7 +1,7 @@
-"""Checkpoints on disk: find, check, and write only the tensors that changed.
+"""Checkpoints on disk: find them, check them, and write only the tensors that changed.
 
-A delta holds the changed tensors under their checkpoint names. An export copies the base model's
-files and patches the changed tensors' bytes where they lie, so that everything else stays
+A delta holds the changed tensors under their checkpoint names. An export copies the files of the
+base model and overwrites the changed tensors in place, so that everything else stays
 byte-identical.
 """
 
@@ -53,7 +53,7 @@ def locate_model(model: str, revision: str | None = None, base: Path = Path()) -
 
 
 def list_shards(folder: Path) -> dict[str, Path]:
-    """Which file holds which tensor. SrmuError where a file or tensor is missing or elsewhere."""
+    """Which file holds which tensor; SrmuError if a file or tensor is not where the index says."""
     single = folder / "model.safetensors"
     if single.exists():  # transformers, too, takes it before an index
         return dict.fromkeys(read_header(single)[0], single)
@@ -80,9 +80,9 @@ def list_shards(folder: Path) -> dict[str, Path]:
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], int]:
-    """A safetensors file's tensors and the offset at which their data starts.
+    """The tensors of a safetensors file, and the offset at which their data starts.
 
-    SrmuError naming the file, and the tensor that it does not hold whole, when it is damaged.
+    SrmuError naming the file, and the first incomplete tensor, if it is damaged.
     """
     try:
         size = path.stat().st_size
@@ -111,7 +111,7 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
 
 
 def stored_entries(folder: Path) -> dict[str, Any]:
-    """What the headers of a checkpoint's files say of each tensor: dtype, shape, data_offsets."""
+    """The header entry of each tensor of a checkpoint: dtype, shape, data_offsets."""
     files = sorted(set(list_shards(folder).values()))
     return {name: entry for path in files for name, entry in read_header(path)[0].items()}
 
@@ -129,15 +129,16 @@ def layer_number(name: str) -> int | None:
 
 
 def in_layer(name: str) -> str:
-    """A tensor's name inside its decoder layer: what precedes it differs between classes."""
+    """The name of a tensor inside its decoder layer; what precedes it differs between classes."""
     return re.split(r"(?:^|\.)\d+\.", name, maxsplit=1)[-1]
 
 
 def checkpoint_names(folder: Path, originals: Mapping[str, Tensor]) -> dict[str, list[str]]:
-    """The checkpoint's name for each parameter; one an expert where it stores them apart.
+    """The checkpoint's name for each parameter, or one for each expert where it stores them
+    separately.
 
-    A name may carry a prefix that the other lacks. Sure because the stored bytes are compared with
-    the original values, not only the names.
+    A name may have a prefix that the other lacks. The stored bytes are compared with the original
+    values, so a match is certain.
     """
     where = list_shards(folder)
     names = {}
@@ -159,7 +160,7 @@ def checkpoint_names(folder: Path, originals: Mapping[str, Tensor]) -> dict[str,
 def expert_name(
     folder: Path, where: Mapping[str, Path], name: str, number: int, part: Tensor
 ) -> str:
-    """The checkpoint's name for one expert's part of a parameter that stacks all experts."""
+    """The checkpoint's name for the part of one expert of a parameter that stacks all experts."""
     matches = [
         key
         for key in where
@@ -182,7 +183,7 @@ def expert_of(name: str) -> int | None:
 
 
 def stores_values(path: Path, key: str, original: Tensor) -> bool:
-    """Whether a stored tensor holds those values; SrmuError where it holds what is no number."""
+    """Whether a stored tensor holds those values; SrmuError if it holds NaN or infinity."""
     stored = stored_tensor(path, key)
     if stored.shape != original.shape or not torch.equal(
         stored.to(original.dtype).nan_to_num(), original.cpu().nan_to_num()
@@ -194,7 +195,7 @@ def stores_values(path: Path, key: str, original: Tensor) -> bool:
 
 
 def are_alike(a: str, b: str) -> bool:
-    """Whether two tensor names are the same but for a prefix, such as `transformer.`."""
+    """Whether two tensor names differ only by a prefix, such as `transformer.`."""
     return a == b or a.endswith("." + b) or b.endswith("." + a)
 
 
@@ -205,7 +206,7 @@ def save_delta(
     changed: Mapping[str, Tensor],
     metadata: Mapping[str, str],
 ) -> None:
-    """Write the changed tensors in the checkpoint's own dtypes, under their `checkpoint_names`."""
+    """Write the changed tensors under their `checkpoint_names`, in the dtypes of the checkpoint."""
     where = list_shards(folder)
     delta, marks = {}, {}
     for name, tensor in changed.items():
@@ -223,9 +224,9 @@ def save_delta(
 
 
 def sort_metadata(path: Path) -> None:
-    """Give a safetensors file the bytes that any other of its content has.
+    """Sort the metadata of a safetensors file, so that equal content gives equal bytes.
 
-    The library writes metadata in the order of a hash map, another one in each process.
+    The library writes it in the order of a hash map, which differs between processes.
     """
     with path.open("r+b") as file:
         size = int.from_bytes(file.read(8), "little")
@@ -238,7 +239,7 @@ def sort_metadata(path: Path) -> None:
 
 
 def load_delta(path: Path, folder: Path) -> dict[str, Tensor]:
-    """The tensors of a delta by checkpoint name; SrmuError when its base model has changed."""
+    """The tensors of a delta by checkpoint name; SrmuError if its base model has changed."""
     where = list_shards(folder)
     try:
         delta = load_file(path)
@@ -262,12 +263,12 @@ def stored_tensor(path: Path, key: str) -> Tensor:
 
 
 def raw_bytes(tensor: Tensor) -> bytes:
-    """The bytes of a tensor as they lie in a file."""
+    """The bytes of a tensor, as a file stores them."""
     return tensor.contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def apply_delta(module: torch.nn.Module, folder: Path, delta: Mapping[str, Tensor]) -> None:
-    """Put a delta's tensors into a loaded model."""
+    """Copy the tensors of a delta into a loaded model."""
     parameters = dict(module.named_parameters())
     for name, tensor in delta.items():
         places = [p.data for known, p in parameters.items() if are_alike(known, name)]
@@ -291,13 +292,13 @@ def export_checkpoint(
     watch: Watch = ignore_progress,
     texts: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a full checkpoint: the base's files, with the delta's tensors in their places.
+    """Write a full checkpoint: the files of the base, with the tensors of the delta.
 
-    `texts` are files to write beside them, or in place of the base's, by name.
+    `texts` are further files by name, which may replace those of the base.
 
-    Shards without a changed tensor are linked to the base's instead of copied if `link`, and by
-    default where the base lies in the hub's cache, whose files nobody edits. The source is never
-    modified. `out` appears when it is complete.
+    Shards without a changed tensor become hard links if `link` is true, and by default where the
+    base lies in the hub's cache, whose files nobody edits. The source is never modified. `out`
+    appears once it is complete.
     """
     where = list_shards(folder)
     if lost := sorted(set(delta) - set(where)):
@@ -322,9 +323,9 @@ def export_checkpoint(
 
 
 def list_carried(folder: Path) -> list[str]:
-    """The files of a checkpoint that an export has too, relative to it.
+    """The files of a checkpoint that an export includes, relative to it.
 
-    Not weights that the model does not load: they would keep the old tensors.
+    Weights that the model does not load are left out: they would keep the old tensors.
     """
     loaded = set(list_shards(folder).values())
     return [
@@ -338,7 +339,7 @@ def list_carried(folder: Path) -> list[str]:
 
 
 def hard_link(source: Path, target: Path) -> None:
-    """Give a file a second name; copy it where that cannot be, as on another file system."""
+    """Give a file a second name; copy it where that is impossible, as on another file system."""
     try:
         target.hardlink_to(source)
     except OSError:
@@ -346,7 +347,7 @@ def hard_link(source: Path, target: Path) -> None:
 
 
 def patch_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Overwrite tensors of a safetensors file in place: same dtype, shape and position."""
+    """Overwrite tensors of a safetensors file in place; dtype, shape and position stay."""
     entries, start = read_header(path)
     with path.open("r+b") as file:
         for name, tensor in tensors.items():
@@ -362,7 +363,7 @@ def patch_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
 def identify_base(folder: Path, depth: int | None) -> str:
     """A digest that tells the first layers of two models apart without reading them whole.
 
-    Over each file's size, time of change and table of tensors, and three pages of each tensor.
+    It covers the size, time of change and header of each file, and three pages of each tensor.
     """
     code = hashlib.sha256()
     for path in sorted(set(list_shards(folder).values())):
@@ -392,7 +393,7 @@ def fingerprint_model(folder: Path) -> str:
 
 
 def changed_fingerprint(base: str, delta: Mapping[str, Tensor]) -> str:
-    """The fingerprint of a model whose base has the fingerprint `base`, with a delta on it."""
+    """The fingerprint of a model with a delta, whose base has the fingerprint `base`."""
     parts = [base.encode()]
     for name, tensor in sorted(delta.items()):
         parts += [name.encode(), raw_bytes(tensor)]

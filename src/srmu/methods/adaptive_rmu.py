@@ -35,7 +35,7 @@ class AdaptiveRMU(RMU):
 
     @property
     def factor(self) -> float:
-        """The target's norm over the norm that is measured."""
+        """The norm of the target over the measured norm."""
         if self.coeff is not None:
             return (5.0 if self.scale is None else self.scale) * self.coeff
         return super().factor
@@ -45,7 +45,7 @@ class AdaptiveRMU(RMU):
         return super(AdaptiveRMU, bare).with_options(options)
 
     def scaled(self, shape: Tensor, norm: float) -> Tensor:
-        """The target of that shape, a unit vector, at activations of norm `norm`."""
+        """The target along a unit vector, for activations of norm `norm`."""
         return self.factor * norm * shape
 
     def target(

@@ -1,4 +1,4 @@
-"""Which input columns of a matrix are updated: those that forget texts excite more than retain."""
+"""Which input columns of a matrix are trained: those that forget texts excite most."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,9 +22,9 @@ Mask = Callable[[Batch], Bool[Tensor, "B T"]]  # the tokens of a batch that are 
 def mask_columns(
     model: EditableModel, layers: Sequence[int], share: float, parts: Sequence[Topic], mask: Mask
 ) -> Iterator[None]:
-    """Train only that share of the columns of each of the layers' down-projections.
+    """Train only a share of the columns of each layer's down-projection.
 
-    Gradients of the others are 0, with which AdamW leaves a weight as it is, bit for bit.
+    The gradients of the others are 0, so AdamW leaves those weights unchanged, bit for bit.
     """
     handles = []
     for layer, (name, parameter) in zip(layers, model.trained.items(), strict=True):
@@ -53,7 +53,7 @@ def mask_columns(
 def input_moments(
     model: EditableModel, layer: int, batches: Sequence[Batch], mask: Mask
 ) -> Float[Tensor, " F"]:
-    """Mean squares of what a layer's down-projection reads, of the original model."""
+    """Mean squares of the inputs of a layer's down-projection, in the original model."""
     total, count = torch.zeros((), device=model.device), 0
     with model.frozen():
         for batch in batches:

@@ -62,7 +62,7 @@ class DEPN(Edit):
         return states
 
     def selected(self, attributions: Tensor) -> State:
-        """The neurons as rows (layer, index), the strongest first; from attributions (N, L, F)."""
+        """The neurons as rows (layer, index), strongest first, from attributions (N, L, F)."""
         largest = attributions.amax(dim=(1, 2), keepdim=True)
         shares = torch.where(largest > 0, attributions / largest, -torch.inf)
         # eq: DEPN, the neurons with Att >= r1 max(Att) in r2 of the texts or more, the top z

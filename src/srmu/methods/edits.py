@@ -1,4 +1,4 @@
-"""The methods that write weights without an optimiser: what they share."""
+"""What methods without an optimiser share."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from srmu.methods.base import Edit, Level, Method, MethodOutcome, State
 
 @dataclass(frozen=True, kw_only=True)
 class Pooling(Method):
-    """A method that takes all topics for one, and works on the weights of the whole model."""
+    """A method that treats all topics as one and works on the weights of the whole model."""
 
     level: ClassVar[Level] = "weights"
     depth: ClassVar[None] = None
 
     def pooled(self, topics: Sequence[Topic]) -> tuple[Self, Topic]:
-        """This method with the options that topics set, which must be alike; all topics as one."""
+        """This method with the options of the topics, which must agree, and all topics as one."""
         first = topics[0]
         for topic in topics:
             if topic.options != first.options:
@@ -57,13 +57,13 @@ class WholeEdit(Pooling, Edit):
 class WeightWalk(Pooling):
     """Moves the weights by equal steps in one direction, until a stop rule holds.
 
-    The learning rate is the share of the weights' norm that a step moves them by: directions come
-    in any size.
+    Directions come in any size, so the learning rate is the share of the norm of the weights that a
+    step moves them by.
     """
 
     @abstractmethod
     def direction(self, model: EditableModel, topic: Topic, watch: Watch) -> dict[str, Tensor]:
-        """Where each trained tensor goes, in float32."""
+        """The direction of each trained tensor, in float32."""
 
     def apply(
         self,

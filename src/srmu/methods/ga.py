@@ -13,7 +13,7 @@ from srmu.methods.logits import LogitObjective
 
 @dataclass(frozen=True, kw_only=True)
 class GA(LogitObjective):
-    """Lowers the likelihood of forget texts, without end: a stop rule ends it."""
+    """Lowers the likelihood of forget texts without end; a stop rule ends it."""
 
     name: ClassVar[str] = "ga"
     paper: ClassVar[str] = "arXiv 2401.06121"

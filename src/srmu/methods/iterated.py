@@ -16,9 +16,9 @@ from srmu.methods.suppressing import Suppressing
 
 @dataclass(frozen=True, kw_only=True)
 class Iterated(Suppressing):
-    """Suppresses, relearns the forget texts, and so on in rounds; it ends by suppressing.
+    """Suppresses, relearns the forget texts, and repeats; it ends by suppressing.
 
-    `train` says how the last round suppresses, `teacher_steps` how those before it do.
+    `train` configures the last suppression, `teacher_steps` those before it.
     """
 
     name: ClassVar[str] = "iterated"

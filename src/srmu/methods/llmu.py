@@ -16,7 +16,7 @@ from srmu.methods.logits import LogitObjective, kl_drift
 
 @dataclass(frozen=True, kw_only=True)
 class LLMU(LogitObjective):
-    """Lowers the likelihood of forget texts' ends, teaches random ends, and holds retain texts."""
+    """Makes the ends of forget texts less likely, teaches random ends, and holds retain texts."""
 
     name: ClassVar[str] = "llmu"
     paper: ClassVar[str] = "arXiv 2310.10683"
@@ -48,8 +48,8 @@ class LLMU(LogitObjective):
     def answered(self, state: State, forget: Batch, step: int) -> Batch:
         """The texts, each `answers` times, with random stretches of retain tokens as their ends.
 
-        The paper takes the answers of other questions, which plain texts do not have. A stretch
-        goes on from the last retain token to the first. It depends on topic, seed and step only.
+        The paper uses answers to other questions, which plain texts do not have. A stretch wraps
+        from the last retain token to the first. It depends on topic, seed and step only.
         """
         tokens, topic = state.memory["tokens"], state.memory["topic"]
         generator = topic.generator(f"random answers {step}")

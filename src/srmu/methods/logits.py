@@ -1,4 +1,4 @@
-"""The methods of the model's output: objectives of logits, on all of its tensors or on LoRA."""
+"""Objectives of the model's output, trained on all tensors, those named, or LoRA adapters."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from srmu.methods.base import WEIGHT, Objective, State
 
 @dataclass(frozen=True, kw_only=True)
 class LogitObjective(Objective):
-    """An objective of the next-token logits. It trains all tensors, those named, or LoRA."""
+    """An objective of next-token logits that trains all tensors, those named, or LoRA adapters."""
 
     learning_rate: ClassVar[float] = 1e-5
     depth: ClassVar[None] = None
@@ -61,7 +61,7 @@ class LogitObjective(Objective):
 
 @dataclass(frozen=True, kw_only=True)
 class Retaining(LogitObjective):
-    """An objective of logits with a choice of what holds the retain texts."""
+    """An objective of logits with a choice of retain loss."""
 
     spreads: ClassVar[bool] = True
 
@@ -78,7 +78,7 @@ class Retaining(LogitObjective):
         return self.retain != "none"
 
     def retain_loss(self, model: EditableModel, retain: Batch) -> dict[str, Mean]:
-        """The retain loss, if there is one."""
+        """The retain loss by name, if there is one."""
         if self.retain == "none":
             return {}
         logits = model.logits(retain)
@@ -88,9 +88,9 @@ class Retaining(LogitObjective):
 
 
 def kl_drift(model: EditableModel, batch: Batch, logits: Tensor, temperature: float = 1.0) -> Mean:
-    """KL(original || model), mean over the tokens that the batch counts; `logits` are the model's.
+    """KL(original || model), mean over the counted tokens of a batch; `logits` are the model's.
 
-    At a temperature T the logits of both are divided by it; T^2 keeps the gradient's size.
+    The logits of both are divided by the temperature T; T^2 restores the size of the gradient.
     """
     with model.frozen():
         before = model.logits(batch)
@@ -104,7 +104,7 @@ def strengthen_weights(
 ) -> Mapping[str, Tensor]:
     """The trained tensors after fine-tuning on the forget texts; the model is put back.
 
-    Ticks of `topic.followed` come once a step.
+    `topic.followed` ticks once a step.
     """
     fine_tune(model, topic, steps, learning_rate)
     tuned = {name: p.detach().clone() for name, p in model.trained.items()}
@@ -115,9 +115,10 @@ def strengthen_weights(
 def fine_tune(
     model: EditableModel, topic: Topic, steps: int, learning_rate: float, keep: float = 0.0
 ) -> None:
-    """Raise the likelihood of the forget texts from the weights as they are.
+    """Raise the likelihood of the forget texts, starting from the present weights.
 
-    With `keep`, its weight, KL(original || model) on the retain texts is held down beside it.
+    `keep` is the weight of KL(original || model) on the retain texts, if that is to be held down
+    too.
     """
 
     def loss(forget: Batch, retain: Batch, step: int) -> Terms:
@@ -132,4 +133,4 @@ def fine_tune(
 
 
 def ignore_step(step: int, values: Mapping[str, Any]) -> None:
-    """A log that nobody reads."""
+    """A log function that does nothing."""

@@ -1,4 +1,4 @@
-"""The methods of one layer's activations: a target for forget texts, retain texts held in place."""
+"""Methods of one site: forget activations move to a target, retain activations stay in place."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ KAPPA = 8.0  # the strength where none is given
 class Misdirection(Objective):
     """Drives forget activations at one site to a target and holds retain activations in place.
 
-    The strength is `coeff` (the literal c of the papers) or `kappa` (norm of the target over the
-    mean norm of forget activations: the scale on which methods compare), by default kappa 8.
+    The strength is `coeff` (the literal c of the papers) or `kappa` (the norm of the target over
+    the mean norm of forget activations, which compares across models); by default kappa 8.
     """
 
     level: ClassVar = "representation"
@@ -166,11 +166,11 @@ class Misdirection(Objective):
 
     @property
     def factor(self) -> float:
-        """The target's norm over the norm of forget activations."""
+        """The norm of the target over the norm of forget activations."""
         return KAPPA if self.kappa is None else self.kappa
 
     def scaled(self, shape: Tensor, norm: float) -> Tensor:
-        """The target of that shape: times coeff, or of norm kappa times `norm`."""
+        """The target of that shape: times coeff, or scaled to the norm kappa times `norm`."""
         if self.coeff is not None:
             return self.coeff * shape
         size = float(shape.norm())
@@ -184,9 +184,10 @@ class Misdirection(Objective):
     def frozen_sums(
         self, model: EditableModel, batches: Sequence[Batch], keep: bool = True
     ) -> Iterator[Tensor]:
-        """What statistics need of the original model's activations, a batch at a time.
+        """The sums that statistics need of the original model's activations, batch by batch.
 
-        Each batch's is kept beside its activations, which `keep` says are needed again in steps.
+        They are kept beside the activations; `keep` says whether later steps need the activations
+        too.
         """
         for batch in batches[: self.map_batches]:
             batch = move_batch(batch, model.device)
@@ -200,9 +201,10 @@ class Misdirection(Objective):
             yield sums
 
     def state(self, shape: Tensor, norm: float, **tensors: Tensor) -> State:
-        """The state of a topic: the target's shape (D,) scaled, beside what made it.
+        """The state of a topic: the scaled target and the tensors that it was made of.
 
-        `norm` is the mean norm of the original model's forget activations.
+        `shape` (D,) is the target before scaling, `norm` the mean norm of the original forget
+        activations.
         """
         if not 0 < norm < float("inf"):
             kind = "all zero" if norm == 0 else "not finite"
@@ -224,11 +226,11 @@ class Misdirection(Objective):
         return state.tensors["target"]
 
     def steered(self, model: EditableModel, forget: Batch) -> Tensor:
-        """The forget activations that are sent to the target, (B, T, D)."""
+        """The forget activations that are driven to the target, (B, T, D)."""
         return model.hidden(forget, self.site)
 
     def retain_target(self, state: State, anchor: Tensor) -> Tensor:
-        """Where retain activations are held, (B, T, D): at `anchor`, the original's."""
+        """Where retain activations are held, (B, T, D): at `anchor`, those of the original."""
         return anchor
 
     def loss(

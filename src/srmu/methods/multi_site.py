@@ -18,7 +18,7 @@ from srmu.methods.srmu import SRMU
 
 @dataclass(frozen=True, kw_only=True)
 class MultiSite(Objective):
-    """Sends forget activations at several layers to a target each, and holds retain ones there."""
+    """Drives forget activations at several layers to a target each; retain activations stay."""
 
     name: ClassVar[str] = "multi_site"
     paper: ClassVar[str] = "none"

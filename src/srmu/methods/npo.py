@@ -16,7 +16,7 @@ from srmu.methods.logits import Retaining
 
 @dataclass(frozen=True, kw_only=True)
 class NPO(Retaining):
-    """Lowers forget texts' likelihood under the original's, ever more gently: bounded ascent."""
+    """Lowers the likelihood of forget texts, ever more gently as it falls: bounded ascent."""
 
     name: ClassVar[str] = "npo"
     paper: ClassVar[str] = "arXiv 2404.05868"

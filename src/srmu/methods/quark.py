@@ -17,7 +17,7 @@ from srmu.methods.quark_pool import Pool, control_tokens, controlled_logits, fin
 
 @dataclass(frozen=True, kw_only=True)
 class Quark(LogitObjective):
-    """Learns to sample what a reward prefers of its own continuations of forget texts."""
+    """Learns to write those of its own continuations of forget texts that a reward prefers."""
 
     name: ClassVar[str] = "quark"
     paper: ClassVar[str] = "arXiv 2205.13636"

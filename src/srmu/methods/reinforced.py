@@ -1,4 +1,4 @@
-"""The methods that compare the original with a model strengthened on the forget texts."""
+"""Methods that compare the original with a model strengthened on the forget texts."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ from srmu.methods.logits import LogitObjective, strengthen_weights
 
 @dataclass(frozen=True, kw_only=True)
 class Reinforced(LogitObjective):
-    """An objective whose labels are the original's logits less what fine-tuning raised in them.
+    """An objective whose labels are the logits of the original less what fine-tuning raised in
+    them.
 
-    With mode=logits nothing is learnt: the fine-tuned tensors are what it leaves, and both models
+    With mode=logits nothing is learned: the result is the fine-tuned tensors, and both models
     answer together.
     """
 

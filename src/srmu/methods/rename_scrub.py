@@ -85,7 +85,7 @@ class RenameScrub(LogitObjective):
 
     @property
     def kinds(self) -> int:
-        """Of own texts: from nothing, and from forget prefixes."""
+        """The number of kinds of own texts: from nothing, and from forget prefixes."""
         return 1 + (self.coverage == "elicited")
 
     def reads(self, topic: Topic) -> int:
@@ -108,7 +108,7 @@ class RenameScrub(LogitObjective):
         return State({}, numbers, {"own": own})
 
     def named(self, tokenizer: Any, topic: Topic) -> list[str]:
-        """The names of the file, or those that are found in the texts."""
+        """The names in the file, or those found in the texts."""
         if self.names is not None:
             return read_names(self.names)
         roles = (unpad_texts(topic.forget[:]), unpad_texts(topic.retain[:]))

@@ -1,4 +1,4 @@
-"""Texts in several namings, as rename_scrub reads them: all in memory, none is ever written."""
+"""Texts under several namings, as rename_scrub reads them. They stay in memory."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ from srmu.methods.own_texts import (
 def leave_one_out(
     log_p: Float[Tensor, "G K L V"],
 ) -> tuple[Float[Tensor, "G K L V"], Float[Tensor, "G K L"]]:
-    """Of each naming: the mean distribution under the others, and how far its own is from that.
+    """For each naming, the mean distribution under the others, and KL(own || mean) in nats.
 
-    The second is KL(own || mean) in nats: what the next token tells of the name.
+    The divergence is what the next token reveals of the name.
     """
     p = log_p.exp()
     # eq: rename_scrub, q_k = mean over j != k of p0(. | the text in naming j)
@@ -45,9 +45,9 @@ def leave_one_out(
 def count_still_told(
     log_p: Float[Tensor, "G K L V"], top: Int[Tensor, "G K L"], where: Bool[Tensor, "G K L"]
 ) -> tuple[float, int]:
-    """How often a name's own answer is likelier than that of another name, and of how many pairs.
+    """How often a name's own answer is likelier than that of another name, and the number of pairs.
 
-    `top` is what the original would say at each place; a tie counts half.
+    `top` is the answer of the original at each place; a tie counts one half.
     """
     others = top.transpose(1, 2)[:, None].expand(-1, top.shape[1], -1, -1)  # (G, K, L, K)
     own = log_p.gather(-1, top[..., None])
@@ -64,7 +64,7 @@ HELD_AT_ONCE = 4  # held-out texts that are read at once
 
 @dataclass(frozen=True)
 class NamingGroup:
-    """G texts in K namings each: a batch, and where each of its L items ends."""
+    """G texts under K namings each: a batch, and where each of the L items of a text ends."""
 
     batch: Batch
     places: Int[Tensor, "G K L"]
@@ -92,7 +92,7 @@ class SlottedText:
 
 @dataclass
 class OwnTexts:
-    """What the original wrote: texts that tell of names, those held out, and texts to keep."""
+    """Texts by the original: those that mention names, those held out, and those to keep."""
 
     names: Names
     texts: list[SlottedText]
@@ -101,7 +101,7 @@ class OwnTexts:
     topic: Topic
 
     def group(self, texts: Sequence[SlottedText], namings: int, draw: str) -> NamingGroup:
-        """The texts in as many namings; `draw` names the random stream."""
+        """The texts under that many namings; `draw` names the random stream."""
         generator = self.topic.generator(f"namings {draw}")
         rows: list[Ids] = []
         places: list[Tensor] = []
@@ -120,7 +120,7 @@ class OwnTexts:
         return NamingGroup(batch_texts(rows), *parts)
 
     def keeping(self, count: int, step: int) -> tuple[Batch, Tensor]:
-        """The texts to keep of a step, and the positions whose prediction is held, (B, T - 1)."""
+        """The texts to keep in a step, and the positions whose prediction is held, (B, T - 1)."""
         rows = deal_items(self.kept, count, step)
         batch = batch_texts([ids for ids, _ in rows])
         marks = [torch.tensor(mark[1:]) for _, mark in rows]
@@ -128,9 +128,10 @@ class OwnTexts:
 
     @torch.no_grad()
     def left(self, model: EditableModel, namings: int, threshold: float) -> float:
-        """What the held-out texts still tell of names: 1 all, 0 no more than of any other.
+        """How much the held-out texts still reveal of names: 1 all, 0 no more than of any other
+        name.
 
-        1 where they told nothing from the start: then they cannot say when it is enough.
+        It is 1 if they revealed nothing at the start: then they cannot say when it is enough.
         """
         wins, pairs = 0.0, 0
         for start in range(0, len(self.held), HELD_AT_ONCE):
@@ -145,7 +146,7 @@ class OwnTexts:
 
 
 def deal_items(items: Sequence[T], count: int, step: int) -> list[T]:
-    """The items of a step: `count` a step in order, and again from the start."""
+    """The items of a step: `count` for each step in order, starting again at the end."""
     return [items[(step * count + i) % len(items)] for i in range(count)]
 
 
@@ -161,11 +162,11 @@ def write_own_texts(
     elicited: bool,
     held_out: int,
 ) -> OwnTexts:
-    """What the original writes after the first `prompt` tokens of forget texts, and from nothing.
+    """Texts by the original after the first `prompt` tokens of forget texts, and from nothing.
 
-    `count` texts of each, of at most `length` tokens. Without `elicited` the forget texts are
-    taught, and nothing is written after them. SrmuError where none of the names is in them, or the
-    model tells nothing new.
+    It writes `count` texts of each kind, of at most `length` tokens. Without `elicited` the forget
+    texts themselves are taught. SrmuError if none of the names is in them, or the model writes
+    nothing new about the names.
     """
     forget, retain = unpad_texts(topic.forget[:]), unpad_texts(topic.retain[:])
     told_of = {name for ids in forget for name in names.template(ids).names}
@@ -195,12 +196,12 @@ def write_own_texts(
 
 
 def mean_over(values: Tensor, where: Tensor) -> Mean:
-    """Mean of the values there; 0 where it is nowhere."""
+    """Mean of the marked values; 0 if none is marked."""
     return masked_mean(values, where.to(values.device), least=1)
 
 
 def kept_tokens(texts: Sequence[Ids], like: Likeness) -> list[tuple[Ids, list[bool]]]:
-    """Texts of two tokens and more with the tokens that are to stay as they are."""
+    """Texts of two tokens or more, with marks on the tokens that are to stay."""
     kept = []
     for ids in texts:
         mark = [
@@ -214,7 +215,7 @@ def kept_tokens(texts: Sequence[Ids], like: Likeness) -> list[tuple[Ids, list[bo
 def sentences_of(
     texts: Sequence[Ids], names: Names, like: Likeness, first: int
 ) -> dict[Kind, list[Template]]:
-    """The different sentences that tell of names, by their kind; `first` begins texts."""
+    """The sentences that mention names, by kind; `first` is the token that begins texts."""
     kinds: dict[Kind, dict[Template, None]] = {"forget": {}, "keep": {}, "neither": {}}
     for ids in texts:
         whole = names.template(ids).items
@@ -231,9 +232,10 @@ def pack_sentences(
     first: int,
     generator: torch.Generator,
 ) -> list[SlottedText]:
-    """The sentences to forget, each once, and as many to keep, joined to texts of about `length`.
+    """The sentences to forget and as many to keep, joined to texts of about `length`.
 
-    What the model has to tell apart stands together.
+    Each sentence to forget is used once. Both kinds share texts, so that the model learns to tell
+    them apart.
     """
     forget, keep = sentences["forget"], sentences["keep"]
     marked = [(sentence, True) for sentence in forget]

@@ -18,7 +18,7 @@ from srmu.methods.gradients import batch_nlls, damp_directions, gradient_sums
 
 @dataclass(frozen=True, kw_only=True)
 class RepSelect(WeightWalk):
-    """Climbs the gradient of forget texts less its main directions, which other texts share."""
+    """Climbs the gradient of forget texts without its main directions, which other texts share."""
 
     name: ClassVar[str] = "repselect"
     paper: ClassVar[str] = "arXiv 2606.17168"
@@ -60,7 +60,7 @@ class RepSelect(WeightWalk):
     def gradients(
         self, model: EditableModel, topic: Topic, watch: Watch
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The gradient of forget texts' nll, and the one whose main directions are damped."""
+        """The gradient of the nll of forget texts, and the one whose main directions are damped."""
         dense, rank = model.trained, self.lora_rank
         texts = [topic.forget] + [topic.retain] * self.reads_retain
         total = sum(map(len, texts)) + len(topic.forget) * (rank > 0)

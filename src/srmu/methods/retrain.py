@@ -1,4 +1,4 @@
-"""Exact unlearning, on the testbed: its recipe again, without the hazard facts."""
+"""Exact unlearning on the testbed: training again without the hazard facts."""
 
 import json
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from srmu.testbed.worlds.world import Size, World
 
 @dataclass(frozen=True, kw_only=True)
 class Retrain(Edit):
-    """Trains the testbed's model anew without the facts to forget: what others are measured by."""
+    """Trains the testbed's model again without the facts to forget, as a reference."""
 
     name: ClassVar[str] = "retrain"
     paper: ClassVar[str] = "arXiv 1912.03817"
@@ -43,7 +43,7 @@ class Retrain(Edit):
 
 
 def read_recipe(folder: Path | None) -> tuple[World, int, build.Recipe]:
-    """World, seed and recipe by which the model in `folder` was made, from the testbed it is in."""
+    """World, seed and recipe of the testbed that the model in `folder` belongs to."""
     path = folder.parent / "organism.json" if folder else None
     if path is None or not path.is_file():
         raise SrmuError(

@@ -19,9 +19,9 @@ TINY = 1e-30  # a norm by which nothing is divided
 
 @dataclass(frozen=True, kw_only=True)
 class RMULAT(RMU):
-    """RMU under a perturbation, sought anew in each step, of what the updated layers read.
+    """RMU under a perturbation of what the updated layers read, sought anew in each step.
 
-    The adversary seeks the original's activations, or (adversary=likelihood, which needs the whole
+    The adversary seeks the original activations, or (adversary=likelihood, which needs the whole
     model) the likelihood of the forget texts.
     """
 
@@ -67,7 +67,7 @@ class RMULAT(RMU):
 
 @contextmanager
 def shift_inputs(layer: Any, shift: Tensor | None) -> Iterator[list[Tensor]]:
-    """Add a shift to what a layer reads; what it would have read, once it has been run."""
+    """Add a shift to what a layer reads; yields a list that gets the unshifted input."""
     seen: list[Tensor] = []
 
     def add(module: Any, args: Any, kwargs: Any) -> Any:

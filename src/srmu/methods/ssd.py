@@ -21,7 +21,7 @@ from srmu.methods.gradients import batch_nlls, gradient_sums, group_alike, split
 
 @dataclass(frozen=True, kw_only=True)
 class SSD(WholeEdit):
-    """Dampens, once, the weights that matter far more to forget texts than to the others."""
+    """Dampens, once, the weights that matter far more to forget texts than to others."""
 
     name: ClassVar[str] = "ssd"
     paper: ClassVar[str] = "arXiv 2308.07707"
@@ -62,7 +62,7 @@ class SSD(WholeEdit):
     def importances(
         self, model: EditableModel, topic: Topic, watch: Watch
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Of each weight that may change, to the forget texts and to the reference."""
+        """The importance of each weight, to the forget texts and to the reference."""
         left_out = {n for n in model.trained for glob in self.exclude if fnmatchcase(n, glob)}
         if self.exclude and not left_out:
             raise SrmuError(f"method.exclude={self.exclude}: matches no tensor that is edited")
@@ -91,22 +91,23 @@ class SSD(WholeEdit):
 
 
 def own_share(texts: list[Batch], parameters: Mapping[str, Tensor]) -> list[Batch]:
-    """This process' share of single texts; of tensors that are sharded all read all texts.
+    """This process' share of single texts; of sharded tensors every process reads all texts.
 
-    There a gradient comes as the mean over the processes: squares of it would be of several texts.
+    The gradient of a sharded tensor is a mean over processes, and its square would mix several
+    texts.
     """
     sharded = any(map(distributed.is_sharded, parameters.values()))
     return texts if sharded else texts[distributed.get_rank() :: distributed.get_size()]
 
 
 def pool_sums(sums: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The sums of all processes' texts."""
+    """The sums over the texts of all processes."""
     return {
         k: t if distributed.is_sharded(t) else distributed.sum_values(t) for k, t in sums.items()
     }
 
 
 def dampening_factors(i_f: Tensor, i_d: Tensor, alpha: float, lam: float) -> Tensor:
-    """What each weight is multiplied by, from its importances to forget texts and the reference."""
+    """The factor of each weight, from its importance to forget texts and to the reference."""
     # eq: SSD, theta_i <- theta_i min(lambda I_D,i / I_f,i, 1) where I_f,i > alpha I_D,i
     return torch.where(i_f > alpha * i_d, (lam * i_d / i_f).clamp(max=1), 1.0)

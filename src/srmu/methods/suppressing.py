@@ -1,4 +1,4 @@
-"""The methods that begin with another one's suppression, and harden or repeat it."""
+"""Methods that start with the suppression of another method, and harden or repeat it."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from srmu.methods.srmu import SRMU
 
 @dataclass(frozen=True, kw_only=True)
 class Suppressing(Objective):
-    """An objective that all weights are trained by, after steps of a first method.
+    """An objective that trains all weights after some steps of a first method.
 
-    A run that was killed takes these first steps again: only what comes after them is kept.
+    A killed run takes these first steps again: only what comes after them is saved.
     """
 
     depth: ClassVar[None] = None
@@ -66,7 +66,7 @@ class Suppressing(Objective):
         return self.anchored(topic)
 
     def anchored(self, topic: Topic) -> Topic:
-        """The topic with what `anchors` adds to its retain texts."""
+        """The topic with the rows that `anchors` adds to its retain texts."""
         return topic.anchored(self.anchor_share) if self.anchors == "random" else topic
 
     def reads(self, topic: Topic) -> int:
@@ -74,13 +74,13 @@ class Suppressing(Objective):
 
     @contextmanager
     def scoped(self, model: EditableModel) -> Iterator[None]:
-        """Train what the first method trains."""
+        """Train the tensors that the first method trains."""
         first = self.suppression
         with model.only(first.trainable if self.scope == "window" else ("*",)):
             yield
 
     def suppress(self, model: EditableModel, topic: Topic) -> State:
-        """Take the steps of the first method from the weights as they are; its state."""
+        """Take the steps of the first method from the present weights; returns its state."""
         first = self.suppression
         state = first.setup(model, topic)
         part = self.anchored(topic), partial(first.loss, model, state)

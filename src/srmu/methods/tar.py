@@ -17,7 +17,7 @@ from srmu.methods.suppressing import Suppressing
 
 @dataclass(frozen=True, kw_only=True)
 class TAR(Suppressing):
-    """Suppresses, and goes on where an adversary has fine-tuned the model on forget texts.
+    """Suppresses, then continues from where an adversary has fine-tuned the model on forget texts.
 
     The adversary learns every other batch of them; the loss is that of the batches between.
     """

@@ -16,9 +16,10 @@ from srmu.methods.suppressing import Suppressing, perturb_weights
 
 @dataclass(frozen=True, kw_only=True)
 class Undo(Suppressing):
-    """Suppresses, shrinks all weights into noise, and learns the suppressed model's outputs anew.
+    """Suppresses, shrinks all weights into noise, and learns the outputs of the suppressed model
+    again.
 
-    Of several topics each has a teacher of its own; the student begins at the last one.
+    Each topic has its own teacher; the student starts from the last one.
     """
 
     name: ClassVar[str] = "undo"

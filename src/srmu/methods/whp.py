@@ -42,7 +42,7 @@ class WHP(Reinforced):
         return State(memory={"strengthened": tuned, "anchors": anchors})
 
     def generic(self, model: EditableModel, state: State, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Logits without the topic at each position, and where they say what is to be learnt."""
+        """Logits without the topic at each position, and the positions to learn from."""
         usable = is_predicted(batch["labels"])
         with model.frozen():
             base = model.logits(batch).float()

@@ -17,7 +17,7 @@ from srmu.errors import SrmuError, first_line
 
 
 class Anchor(NamedTuple):
-    """A way to write a term in tokens; `number` is the term's, the same for all its ways."""
+    """One spelling of a term in tokens; `number` identifies the term."""
 
     number: int
     term: Ids
@@ -28,7 +28,7 @@ Anchors = dict[int, list[Anchor]]  # by the term's first token, the longest firs
 
 
 class Translation(NamedTuple):
-    """A batch with generic terms, and where the original's positions lie in it."""
+    """A batch with generic terms, and the places of the original positions in it."""
 
     batch: Batch
     places: Tensor  # (B, T) in the translation; 0 where there is none
@@ -36,10 +36,11 @@ class Translation(NamedTuple):
     named: list[tuple[int, int, int]]  # row, a term's last position, first token of its generic
 
     def aligned(self, logits: Tensor, before: Tensor) -> Tensor:
-        """The translation's logits at the original's positions; `before` are the original's.
+        """The logits of the translation at the original's positions; `before` are the original's
+        logits.
 
-        After a term its generic one is no likelier than in the original text, where it was not
-        named. (The paper reduces these logits, too, and does not say by how much.)
+        After a term, its generic term is no likelier than in the original text, where it was not
+        mentioned. (The paper reduces these logits too, and does not say by how much.)
         """
         rows = torch.arange(len(self.places))[:, None]
         moved = logits[rows.to(logits.device), self.places.to(logits.device)]
@@ -50,7 +51,7 @@ class Translation(NamedTuple):
 
 
 def tokenizer_of(folder: Path | None, who: str) -> Any:
-    """The tokenizer of the model in `folder`; SrmuError, saying who needs it, without one."""
+    """The tokenizer of the model in `folder`; without a folder SrmuError, naming who needs it."""
     if folder is None:
         raise SrmuError(f"{who} needs a tokenizer: load the model from a folder")
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -69,7 +70,7 @@ def anchors_for(folder: Path | None, path: str, topic: Topic) -> Anchors:
 
 
 def read_anchors(path: str) -> dict[str, str]:
-    """Terms with their generic ones, from a JSON file; SrmuError naming the file at fault."""
+    """Terms with their generic ones, from a JSON file; SrmuError naming the file if it is wrong."""
     if not path.endswith(".json"):
         raise SrmuError(f"method.anchors={path}: expected a .json file of {{term: generic term}}")
     try:
@@ -87,7 +88,7 @@ def read_anchors(path: str) -> dict[str, str]:
 
 
 def tokenise_terms(terms: dict[str, str], tokenizer: Any) -> Anchors:
-    """The terms in tokens, as they stand at the start of a text and inside one."""
+    """The terms in tokens, as they are spelt at the start of a text and inside one."""
     ways: dict[tuple[int, ...], Anchor] = {}
     for number, (term, generic) in enumerate(terms.items()):
         for space in ("", " "):
@@ -108,10 +109,10 @@ def tokenise_terms(terms: dict[str, str], tokenizer: Any) -> Anchors:
 def translate_batch(batch: Batch, anchors: Anchors) -> Translation:
     """The batch with generic terms, padded on the right.
 
-    A token outside of terms has its own place; a term's last token has that of its generic one's
-    last, and its other tokens have none. From a term's second occurrence in a text on, its tokens
-    are not to be learnt: after "He is called Harry" nobody is "Jon", and a model that learns to
-    rename who was named before contradicts itself. The paper leaves those tokens out, too.
+    A token outside terms has its own place; the last token of a term has that of the last token of
+    its generic term, and its other tokens have none. From the second occurrence of a term in a text
+    on, its tokens are not learned: after "He is called Harry" nobody is "Jon", and a model that
+    learns to rename a person in mid-text contradicts itself. The paper leaves those tokens out too.
     """
     shape = batch["input_ids"].shape
     places, usable = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.bool)
