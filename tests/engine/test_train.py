@@ -555,7 +555,7 @@ def test_a_run_leaves_the_global_random_state_alone() -> None:
     torch.manual_seed(1)
     model = EditableModel(pico_module(), method.trainable, method.depth)
     before = np.random.get_state()[1].tolist(), torch.get_rng_state()
-    method.apply(model, [topic()], TrainOptions(max_steps=3), lambda *_: None)
+    method.apply(model, [topic()], TrainOptions(max_steps=3, learning_rate=1e-5), lambda *_: None)
     after = np.random.get_state()[1].tolist(), torch.get_rng_state()
     assert before[0] == after[0]
     assert torch.equal(before[1], after[1])

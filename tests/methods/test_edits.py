@@ -67,7 +67,7 @@ def edited(
     log: Callable[..., None] = lambda step, values: None,
 ) -> tuple[EditableModel, Any]:
     model = EditableModel(pico_module(arch, dtype), method.trainable, method.depth)
-    return model, method.apply(model, topics or (topic(),), train, log)
+    return model, method.apply(model, topics or (topic(),), method.training(train), log)
 
 
 def weights(model: EditableModel) -> Weights:
@@ -615,16 +615,16 @@ def test_neurons_are_chosen_as_the_card_says() -> None:
     att[:, 1, 2] = torch.tensor([0.5, 1.0, 2.0, 0.0])  # half of it in three of four texts
     att[:, 1, 1] = torch.tensor([0.9, 0.0, 0.0, 0.1])  # much in one text only
     att[:, 0, 1] = -5.0  # lowers the likelihood
-    state = DEPN(neuron_share=0.4, text_share=0.75).selected(att)
+    state = DEPN(neuron_share=0.4, text_share=0.75).select_neurons(att)
     assert state.tensors["neurons"].tolist() == [[0, 0], [1, 2]]
-    assert DEPN(text_share=0.75, most=1).selected(att).tensors["neurons"].tolist() == [[0, 0]]
-    low = DEPN(neuron_share=0.4, text_share=0.25).selected(att)
+    assert DEPN(text_share=0.75, most=1).select_neurons(att).tensors["neurons"].tolist() == [[0, 0]]
+    low = DEPN(neuron_share=0.4, text_share=0.25).select_neurons(att)
     assert low.tensors["neurons"].tolist() == [[0, 0], [1, 2], [1, 1]]
     assert low.numbers == {"neurons": 3, "passed": 3}
     att[3] = -1.0  # no neuron raises this text
     assert DEPN(neuron_share=0.4, text_share=1.0, most=0).text_share == 1.0
     with pytest.raises(SrmuError, match=r"method.neuron_share=0.4.*method.text_share=1"):
-        DEPN(neuron_share=0.4, text_share=1.0).selected(att)
+        DEPN(neuron_share=0.4, text_share=1.0).select_neurons(att)
 
 
 def test_no_neurons_no_change() -> None:
@@ -964,7 +964,7 @@ def test_elicitation_that_diverges_is_said() -> None:
     method = RepSelect(elicit_learning_rate=1e25)
     model = EditableModel(pico_module(), method.trainable)
     with pytest.raises(DivergedError, match=r"lower method\.elicit_learning_rate"):
-        method.apply(model, [topic()], TRAIN, lambda step, values: None)
+        method.apply(model, [topic()], method.training(TRAIN), lambda step, values: None)
     assert not model.delta()
 
 

@@ -323,7 +323,7 @@ def test_the_first_token_of_each_text_is_left_out(skip_first: bool, side: str) -
     rows = [[5, 6, 7], [8, 9]]
     pad = [-100]
     labels = torch.tensor([rows[0], rows[1] + pad if side == "right" else pad + rows[1]])
-    got = RMU(skip_first=skip_first).measured({"labels": labels})
+    got = RMU(skip_first=skip_first).measured_tokens({"labels": labels})
     firsts = torch.tensor([[1, 0, 0], [1, 0, 0] if side == "right" else [0, 1, 0]]).bool()
     expected = (labels != -100) & ~(firsts if skip_first else torch.zeros_like(firsts))
     assert torch.equal(got, expected)

@@ -463,14 +463,14 @@ def test_anchors_without_a_leading_special_token() -> None:
     ids = torch.arange(10, 40).reshape(3, 10)
     batch = Batch(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids)
     some = replace(topic(), retain=[batch], vocabulary=torch.arange(4, VOCABULARY))
-    mixed = some.anchored(1.0).retain[0]["input_ids"]
+    mixed = some.add_anchors(1.0).retain[0]["input_ids"]
     assert (mixed >= 4).all()
     assert not torch.equal(mixed[:, 0], ids[:, 0])
 
 
 def test_anchors_of_a_share_that_is_no_row_are_refused() -> None:
     with pytest.raises(SrmuError, match="anchor_share"):
-        topic().anchored(0.1)
+        topic().add_anchors(0.1)
 
 
 @each_method
@@ -488,7 +488,7 @@ def test_own_texts_take_the_place_of_retain_rows() -> None:
     whole = Batch(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids)
     parts = [whole.cut(slice(i, i + 4)) for i in (0, 4)]
     own = ([1, 5, 6], [1, *range(20, 40)], [1, 7])
-    mixed = replace(topic(), retain=parts, own=own).anchored(0.5).retain
+    mixed = replace(topic(), retain=parts, own=own).add_anchors(0.5).retain
     for before, after in zip(parts, mixed, strict=True):
         assert all(torch.equal(after[k][:2], before[k][:2]) for k in after)
     rows = [row for after in mixed for row in zip(*(v[2:].tolist() for v in after.values()),
@@ -981,5 +981,7 @@ def test_measuring_shows_each_batch(method: Any, batches: int) -> None:
     topic = Topic("t", shifted[:3], shifted[3:])
     made = method(layer=2, window=1, kappa=1.0)
     model = EditableModel(pico_module(), made.trainable, made.depth)
-    made.apply(model, [topic], TrainOptions(max_steps=2), lambda *_: None, watch)
+    made.apply(
+        model, [topic], TrainOptions(max_steps=2, learning_rate=1e-5), lambda *_: None, watch
+    )
     assert shown == [("measuring and preparing", batches, batches), (made.name, 2, 2)]

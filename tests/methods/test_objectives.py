@@ -273,7 +273,7 @@ def test_losses_equal_a_loop_over_tokens(method: Any, arch: str) -> None:
     perturb(model)
     modules = {"now": copy.deepcopy(model.module), "before": pico_module(arch), "raised": raised}
     modules = {name: module.double() for name, module in modules.items()}
-    extra = method.answered(state, part.forget[0], 0) if isinstance(method, LLMU) else None
+    extra = method.answer_randomly(state, part.forget[0], 0) if isinstance(method, LLMU) else None
     expected = LOOPS[type(method)](Reference(modules, part, extra), method)
     found = method.loss(model, state, part.forget[0], part.retain[0], 0).loss_values
     assert {name: float(value.detach()) for name, value in found.items()} == pytest.approx(
@@ -670,7 +670,7 @@ def test_random_answers_are_stretches_of_retain_tokens(padding: str) -> None:
     ]
     seen = set()
     for number, batch in enumerate(part.forget):
-        found = method.answered(state, batch, number)
+        found = method.answer_randomly(state, batch, number)
         assert torch.equal(found["attention_mask"], batch["attention_mask"].repeat(3, 1))
         for k, (ids, labels) in enumerate(zip(found["input_ids"], found["labels"], strict=True)):
             was, answer = (batch[x][k % 2] for x in ("input_ids", "labels"))
@@ -693,7 +693,7 @@ def test_random_answers_depend_on_seed_topic_and_step_only() -> None:
     def draw(step: int, name: str = "bio", seed: int = 0) -> Tensor:
         whole = topic(name, seed)
         state = LLMU().setup(editable(LLMU()), whole)
-        return LLMU().answered(state, bio().forget[0], step)["input_ids"]
+        return LLMU().answer_randomly(state, bio().forget[0], step)["input_ids"]
 
     assert torch.equal(draw(3), draw(3))
     for other in (draw(4), draw(3, name="cyber"), draw(3, seed=1)):
@@ -704,7 +704,7 @@ def test_random_answers_of_few_retain_tokens_begin_again() -> None:
     whole = replace(bio(), retain=batches(["w40 w41"]))
     state = LLMU().setup(editable(LLMU()), whole)
     batch = whole.forget[0]
-    found = LLMU(answers=1).answered(state, batch, 0)
+    found = LLMU(answers=1).answer_randomly(state, batch, 0)
     for ids, labels in zip(found["input_ids"], batch["labels"], strict=True):
         answer = ids[labels != -100]
         assert set(answer.tolist()) <= {44, 45}  # w40 and w41

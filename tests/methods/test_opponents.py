@@ -267,7 +267,7 @@ def test_one_step_of_the_adversary_by_hand(arch: str) -> None:
         step_by_hand[row, token] = -0.3 * h.norm() * g / g.norm()
     with shift_inputs(layer, step_by_hand):
         expected = model.hidden(batch, method.site)
-    got = method.steered(model, batch)
+    got = method.forget_hidden(model, batch)
     torch.testing.assert_close(got[mask], expected[mask], rtol=1e-4, atol=1e-4)
     assert got.requires_grad
     assert layer._forward_pre_hooks == {}
@@ -284,7 +284,7 @@ def test_the_adversary_gets_nearer_to_what_it_seeks(adversary: Any) -> None:
         if adversary == "likelihood":
             taken: list[Tensor] = []
             spy = model.layers[2].register_forward_hook(lambda m, a, out, t=taken: t.append(out))
-            method.steered(model, batch)
+            method.forget_hidden(model, batch)
             spy.remove()
             last = taken[-1][0] if isinstance(taken[-1], tuple) else taken[-1]
 
@@ -297,7 +297,7 @@ def test_the_adversary_gets_nearer_to_what_it_seeks(adversary: Any) -> None:
             continue
         with model.frozen():
             before = model.hidden(batch, method.site, keep=False)
-        hidden = method.steered(model, batch)
+        hidden = method.forget_hidden(model, batch)
         found.append(float(token_mse(hidden, before, is_counted(batch["labels"])).value.detach()))
     assert found[0] > found[1] > found[2]
 

@@ -701,7 +701,7 @@ def test_labels_come_from_the_translation_at_its_own_places() -> None:
     state = whp_state(model, anchors_of({"w1": "w41 w42"}))
     batch = batches(["w0 w1 w3 w1 w4", "w7 w8 w9 w6 w5"])[0]
     with torch.no_grad():
-        target, usable = WHP(strength=0.0).generic(model, state, batch)
+        target, usable = WHP(strength=0.0).generic_target(model, state, batch)
         original = pico_module()(batch["input_ids"]).logits
         translated = pico_module()(torch.tensor([encoded("w0 w41 w42 w3 w41 w42 w4")])).logits[0]
     assert usable[0].tolist() == [True, True, True, False, True]  # not what predicts w1 again

@@ -13,8 +13,8 @@ import os
 import platform
 import shutil
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -23,12 +23,8 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
+from filelock import FileLock
 from torch import Tensor
-
-try:
-    import fcntl
-except ImportError:  # Windows: no lock; an entry that two processes spoil has a wrong checksum
-    fcntl = None  # type: ignore[assignment]
 
 from srmu.engine.files import cache_dir, write_json
 from srmu.errors import SrmuError
@@ -130,7 +126,7 @@ class OnDisk(Activations):
         try:
             # Another process may have cleared it.
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            with hold_lock(self.folder / "lock"):
+            with FileLock(self.folder / "lock"):
                 self._refresh()
                 if name not in self.index:  # another process may have been faster
                     self._append(name, value)
@@ -199,31 +195,14 @@ class OnDisk(Activations):
                 raise ValueError
             tensor = torch.from_numpy(data).view(dtype).view(entry["shape"]).to(self.device)
             return (tensor,) if entry["tuple"] else tensor
-        except (
-            OSError,
-            ValueError,
-            KeyError,
-            TypeError,
-            AttributeError,
-            RuntimeError,
-            OverflowError,
-        ):
-            del self.index[name]  # damaged: it will be computed and added again
+        except Exception:  # damaged, in whatever way: it will be computed and added again
+            del self.index[name]
             return None
 
 
 def tensor_bytes(value: Output) -> int:
     tensor = value[0] if isinstance(value, tuple) else value
     return tensor.numel() * tensor.element_size()
-
-
-@contextmanager
-def hold_lock(path: Path) -> Iterator[None]:
-    """Hold the lock of a file; the system frees it when the process ends."""
-    with path.open("a") as file:
-        if fcntl is not None:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def open_activations(

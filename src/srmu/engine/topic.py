@@ -73,7 +73,7 @@ class Topic:
 
         return replace(self, forget=[cut(batch) for batch in self.forget])
 
-    def followed(self, tick: Callable[[], None]) -> Topic:
+    def with_tick(self, tick: Callable[[], None]) -> Topic:
         """This topic, calling `tick` after each use of one of its batches."""
         return replace(
             self,
@@ -82,7 +82,7 @@ class Topic:
         )
 
     def tick(self) -> None:
-        """Report a unit of progress to the function passed to `followed`."""
+        """Report a unit of progress to the function passed to `with_tick`."""
         if isinstance(self.forget, FollowedBatches):
             self.forget.tick()
 
@@ -98,7 +98,7 @@ class Topic:
         key = f"{self.seed}/{purpose}/{'' if shared else self.name}"
         return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1
 
-    def anchored(self, share: float) -> Topic:
+    def add_anchors(self, share: float) -> Topic:
         """This topic with a share of each retain batch replaced by rows of random tokens.
 
         If the topic has `own` texts, these are used in turn instead, padded on the right. The rows

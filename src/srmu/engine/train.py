@@ -307,7 +307,7 @@ class Training:
         return tensors
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The state as tensors and JSON values; every process must call this, the first gets all."""
+        """The state as tensors and JSON values; every process must call this, the first gets it."""
         tensors = {f"{k}/{i}": t for k, ts in self.lists().items() for i, t in enumerate(ts)}
         for i, master in enumerate(self.masters):
             entry = self.optimiser.state.get(master, {})

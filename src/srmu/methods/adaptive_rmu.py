@@ -61,7 +61,7 @@ class AdaptiveRMU(RMU):
         if self.norm_when == "per_token":
             # eq: Adaptive RMU, T = beta |h(x_f)| u
             return self.factor * norms[..., None] * direction
-        mask = self.measured(forget)
+        mask = self.measured_tokens(forget)
         if self.norm_when == "per_sample":
             means = (norms * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
             return self.factor * means[:, None, None] * direction

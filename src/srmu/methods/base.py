@@ -247,7 +247,7 @@ class Objective(Method):
             with watch("measuring and preparing", sum(map(self.reads, topics))) as tick:
                 for topic in topics:
                     method = self.with_options(topic.options)
-                    state = method.setup(model, topic.followed(partial(tick, topic.name)))
+                    state = method.setup(model, topic.with_tick(partial(tick, topic.name)))
                     states[topic.name] = state
                     parts.append((method.prepared(topic), partial(method.loss, model, state)))
             with watch(self.name, train.max_steps) as tick:

@@ -52,7 +52,7 @@ class DEPN(Edit):
                         )
                     )
                     tick("")
-            states[topic.name] = method.selected(torch.stack(attributions))
+            states[topic.name] = method.select_neurons(torch.stack(attributions))
         # Only now: all topics are measured on the same model, so that their order does not matter.
         for state in states.values():
             for layer, neuron in state.tensors["neurons"].tolist():
@@ -61,7 +61,7 @@ class DEPN(Edit):
                 (weight if isinstance(downs[layer], Conv1D) else weight.T)[neuron] = 0
         return states
 
-    def selected(self, attributions: Tensor) -> State:
+    def select_neurons(self, attributions: Tensor) -> State:
         """The neurons as rows (layer, index), strongest first, from attributions (N, L, F)."""
         largest = attributions.amax(dim=(1, 2), keepdim=True)
         shares = torch.where(largest > 0, attributions / largest, -torch.inf)

@@ -27,7 +27,7 @@ class Pooling(Method):
     level: ClassVar[Level] = "weights"
     depth: ClassVar[None] = None
 
-    def pooled(self, topics: Sequence[Topic]) -> tuple[Self, Topic]:
+    def pool_topics(self, topics: Sequence[Topic]) -> tuple[Self, Topic]:
         """This method with the options of the topics, which must agree, and all topics as one."""
         first = topics[0]
         for topic in topics:
@@ -74,7 +74,7 @@ class WeightWalk(Pooling):
         watch: Watch = ignore_progress,
         checkpoints: Checkpoints = NOWHERE,
     ) -> MethodOutcome:
-        method, pool = self.pooled(topics)
+        method, pool = self.pool_topics(topics)
         assert train.learning_rate is not None, "Method.training fills it in"
         direction = method.direction(model, pool, watch)
         weights, length = (float(get_total_norm(d.values())) for d in (model.original, direction))

@@ -41,7 +41,7 @@ class Iterated(Suppressing):
 
     @contextmanager
     def editing(self, model: EditableModel, topics: Sequence[Topic]) -> Iterator[None]:
-        with self.scoped(model):
+        with self.train_scope(model):
             yield
 
     def setup(self, model: EditableModel, topic: Topic) -> State:

@@ -45,7 +45,7 @@ class LLMU(LogitObjective):
         ordinary = tokens[torch.isin(tokens, topic.vocabulary)]
         return State(memory={"topic": topic, "tokens": ordinary})
 
-    def answered(self, state: State, forget: Batch, step: int) -> Batch:
+    def answer_randomly(self, state: State, forget: Batch, step: int) -> Batch:
         """The texts, each `answers` times, with random stretches of retain tokens as their ends.
 
         The paper uses answers to other questions, which plain texts do not have. A stretch wraps
@@ -70,7 +70,7 @@ class LLMU(LogitObjective):
         # (public code: an ascent on no token, random answers scored with their prompts)
         losses = {
             "forget": -self.forget_weight * nll(forget),
-            "random": self.random_weight * nll(self.answered(state, forget, step)),
+            "random": self.random_weight * nll(self.answer_randomly(state, forget, step)),
             "retain": self.retain_weight * kl_drift(model, retain, model.logits(retain)),
         }
         return Terms(losses, {})

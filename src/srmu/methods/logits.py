@@ -104,7 +104,7 @@ def strengthen_weights(
 ) -> Mapping[str, Tensor]:
     """The trained tensors after fine-tuning on the forget texts; the model is put back.
 
-    `topic.followed` ticks once a step.
+    `topic.with_tick` ticks once a step.
     """
     fine_tune(model, topic, steps, learning_rate)
     tuned = {name: p.detach().clone() for name, p in model.trained.items()}

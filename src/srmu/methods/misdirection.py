@@ -127,14 +127,14 @@ class Misdirection(Objective):
             )
 
     def prepared(self, topic: Topic) -> Topic:
-        return topic if self.anchors == "none" else topic.anchored(self.anchor_share)
+        return topic if self.anchors == "none" else topic.add_anchors(self.anchor_share)
 
     def editing(self, model: EditableModel, topics: Sequence[Topic]) -> AbstractContextManager[Any]:
         if self.columns == 1:
             return super().editing(model, topics)
         most = self.map_batches
         parts = [replace(t, forget=t.forget[:most], retain=t.retain[:most]) for t in topics]
-        return mask_columns(model, self.updated, self.columns, parts, self.measured)
+        return mask_columns(model, self.updated, self.columns, parts, self.measured_tokens)
 
     def apply(
         self,
@@ -176,7 +176,7 @@ class Misdirection(Objective):
         size = float(shape.norm())
         return shape * (self.factor * norm / size if size else 0.0)
 
-    def measured(self, batch: Batch) -> Tensor:
+    def measured_tokens(self, batch: Batch) -> Tensor:
         """The tokens of a batch whose activations enter means and norms, (B, T)."""
         mask = is_counted(batch["labels"])
         return without_first(mask) if self.skip_first else mask
@@ -191,7 +191,7 @@ class Misdirection(Objective):
         """
         for batch in batches[: self.map_batches]:
             batch = move_batch(batch, model.device)
-            mask = self.measured(batch)
+            mask = self.measured_tokens(batch)
             name = f"sums/{self.site}/{batch.key}/{digest_tensors(mask)}"
             sums = model.activations.find(name)
             if not isinstance(sums, Tensor):
@@ -225,7 +225,7 @@ class Misdirection(Objective):
         """Where forget activations are sent, broadcastable to (B, T, D)."""
         return state.tensors["target"]
 
-    def steered(self, model: EditableModel, forget: Batch) -> Tensor:
+    def forget_hidden(self, model: EditableModel, forget: Batch) -> Tensor:
         """The forget activations that are driven to the target, (B, T, D)."""
         return model.hidden(forget, self.site)
 
@@ -239,7 +239,7 @@ class Misdirection(Objective):
         with model.frozen():
             anchor = model.hidden(retain, self.site)
         forget_mask, retain_mask = is_counted(forget["labels"]), is_counted(retain["labels"])
-        hidden = self.steered(model, forget)
+        hidden = self.forget_hidden(model, forget)
         target = self.target(model, state, forget, retain, hidden.detach())
         held = model.hidden(retain, self.site)
         drift = float(token_mse(held.detach(), anchor, retain_mask).value) if step == 0 else 0.0

@@ -61,7 +61,7 @@ class MultiSite(Objective):
         return method
 
     def prepared(self, topic: Topic) -> Topic:
-        return topic.anchored(self.anchor_share) if self.anchors == "random" else topic
+        return topic.add_anchors(self.anchor_share) if self.anchors == "random" else topic
 
     def reads(self, topic: Topic) -> int:
         return sum(self.part(layer).reads(topic) for layer in self.layers)

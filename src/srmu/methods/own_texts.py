@@ -212,11 +212,11 @@ class Likeness:
         silent = {word for name in names.spelt for word in spelling.words(name)}
         silent |= {word for word, count in texts.items() if count > COMMON * len(others)}
         ours, theirs = map(self.without_goals, (forget, others))
-        self.nats = self.weighed(ours, theirs, silent)
+        self.nats = self.weigh_words(ours, theirs, silent)
         parts: dict[bool, list[Ids]] = {True: ours, False: []}
         for sentence in theirs:
             parts[self.kind(sentence) == "forget"].append(sentence)
-        self.nats = self.weighed(parts[True], parts[False], silent)
+        self.nats = self.weigh_words(parts[True], parts[False], silent)
 
     def without_goals(self, rows: Sequence[Ids]) -> list[Ids]:
         """The sentences of texts that mention no goal."""
@@ -235,7 +235,7 @@ class Likeness:
             return "forget"
         return "keep" if sum(each) < -CUT and max(each) < log(RATIO) else "neither"
 
-    def weighed(
+    def weigh_words(
         self, forget: Sequence[Ids], others: Sequence[Ids], silent: Set[Word]
     ) -> dict[Word, float]:
         """Nats by which each word speaks for the forget set, at least AGAINST; `silent` words:

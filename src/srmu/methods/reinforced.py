@@ -65,7 +65,7 @@ class Reinforced(LogitObjective):
             return super().apply(model, topics, train, log, watch, checkpoints)
         texts = replace(topics[0], forget=interleave_batches([topic.forget for topic in topics]))
         with self.editing(model, topics), watch("strengthening", self.teacher_steps) as tick:
-            texts = texts.followed(partial(tick, self.name))
+            texts = texts.with_tick(partial(tick, self.name))
             tuned = strengthen_weights(model, texts, self.teacher_steps, self.teacher_learning_rate)
             copy_values([model.trained[name] for name in tuned], [*tuned.values()])
         return MethodOutcome({}, "strengthened")

@@ -95,7 +95,7 @@ class RenameScrub(LogitObjective):
     def setup(self, model: EditableModel, topic: Topic) -> State:
         tokenizer = tokenizer_of(model.folder, "rename_scrub")
         goals = read_names(self.goals, "goals") if self.goals else []
-        names = Names.tokenised(self.named(tokenizer, topic), tokenizer, goals)
+        names = Names.tokenised(self.list_names(tokenizer, topic), tokenizer, goals)
         own = write_own_texts(
             model, topic, names, tokenizer,
             count=self.own_texts, prompt=self.prompt, length=self.own_tokens,
@@ -107,7 +107,7 @@ class RenameScrub(LogitObjective):
         numbers = {name: len(counted) for name, counted in counts.items()}
         return State({}, numbers, {"own": own})
 
-    def named(self, tokenizer: Any, topic: Topic) -> list[str]:
+    def list_names(self, tokenizer: Any, topic: Topic) -> list[str]:
         """The names in the file, or those found in the texts."""
         if self.names is not None:
             return read_names(self.names)
@@ -120,7 +120,7 @@ class RenameScrub(LogitObjective):
         own: OwnTexts = state.memory["own"]
         logged = {}
         if own.held and step % self.check_every == 0:
-            left = own.left(model, self.renamings, self.threshold)
+            left = own.measure_held_out(model, self.renamings, self.threshold)
             logged["held_out_told"] = torch.tensor(left)
             if left <= self.stop_at:
                 stop = f"what the held-out texts tell of names is {left:.3f} above guessing"
@@ -145,7 +145,7 @@ class RenameScrub(LogitObjective):
         rest = follows & ~scrubbed & ~near
         kept = mean_over(drifted, rest)
         if self.keep_rows and own.kept:
-            batch, mark = own.keeping(self.keep_rows, step)
+            batch, mark = own.draw_kept(self.keep_rows, step)
             batch, mark = move_batch(batch, model.device), mark.to(model.device)
             with model.frozen():
                 wanted = model.logits(batch)

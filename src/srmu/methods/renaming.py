@@ -119,7 +119,7 @@ class OwnTexts:
         )
         return NamingGroup(batch_texts(rows), *parts)
 
-    def keeping(self, count: int, step: int) -> tuple[Batch, Tensor]:
+    def draw_kept(self, count: int, step: int) -> tuple[Batch, Tensor]:
         """The texts to keep in a step, and the positions whose prediction is held, (B, T - 1)."""
         rows = deal_items(self.kept, count, step)
         batch = batch_texts([ids for ids, _ in rows])
@@ -127,7 +127,7 @@ class OwnTexts:
         return batch, torch.nn.utils.rnn.pad_sequence(marks, batch_first=True)
 
     @torch.no_grad()
-    def left(self, model: EditableModel, namings: int, threshold: float) -> float:
+    def measure_held_out(self, model: EditableModel, namings: int, threshold: float) -> float:
         """How much the held-out texts still reveal of names: 1 all, 0 no more than of any other
         name.
 

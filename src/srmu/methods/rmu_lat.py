@@ -41,7 +41,7 @@ class RMULAT(RMU):
     def depth(self) -> int | None:
         return super().depth if self.adversary == "activations" else None
 
-    def steered(self, model: EditableModel, forget: Batch) -> Tensor:
+    def forget_hidden(self, model: EditableModel, forget: Batch) -> Tensor:
         layer = model.layers[self.last_updated - self.window + 1]
         mask = is_counted(forget["labels"])
         with model.frozen():

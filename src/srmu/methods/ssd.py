@@ -40,7 +40,7 @@ class SSD(WholeEdit):
         self.within(alpha=WEIGHT, lam=WEIGHT, samples=COUNT)
 
     def edit(self, model: EditableModel, topics: Sequence[Topic], watch: Watch) -> dict[str, State]:
-        method, pool = self.pooled(topics)
+        method, pool = self.pool_topics(topics)
         i_f, i_d = method.importances(model, pool, watch)
         selected, left = 0, 0.0
         for name in i_f:

@@ -63,17 +63,17 @@ class Suppressing(Objective):
         return replace(self, layer=getattr(self.suppression.resolved(config), "layer", None))
 
     def prepared(self, topic: Topic) -> Topic:
-        return self.anchored(topic)
+        return self.add_anchors(topic)
 
-    def anchored(self, topic: Topic) -> Topic:
+    def add_anchors(self, topic: Topic) -> Topic:
         """The topic with the rows that `anchors` adds to its retain texts."""
-        return topic.anchored(self.anchor_share) if self.anchors == "random" else topic
+        return topic.add_anchors(self.anchor_share) if self.anchors == "random" else topic
 
     def reads(self, topic: Topic) -> int:
         return self.suppression.reads(topic) + 2 * self.teacher_steps
 
     @contextmanager
-    def scoped(self, model: EditableModel) -> Iterator[None]:
+    def train_scope(self, model: EditableModel) -> Iterator[None]:
         """Train the tensors that the first method trains."""
         first = self.suppression
         with model.only(first.trainable if self.scope == "window" else ("*",)):
@@ -83,11 +83,11 @@ class Suppressing(Objective):
         """Take the steps of the first method from the present weights; returns its state."""
         first = self.suppression
         state = first.setup(model, topic)
-        part = self.anchored(topic), partial(first.loss, model, state)
+        part = self.add_anchors(topic), partial(first.loss, model, state)
         options = TrainOptions(
             learning_rate=self.teacher_learning_rate, max_steps=self.teacher_steps
         )
-        with self.scoped(model):
+        with self.train_scope(model):
             fit_model(model, [part], options, ignore_step, endless=first.endless)
         return state
 

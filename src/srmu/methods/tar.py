@@ -39,7 +39,7 @@ class TAR(Suppressing):
         self.within(strength=WEIGHT, hold=WEIGHT)
 
     def prepared(self, topic: Topic) -> Topic:
-        return replace(self.anchored(topic), forget=topic.forget[::2])
+        return replace(self.add_anchors(topic), forget=topic.forget[::2])
 
     def setup(self, model: EditableModel, topic: Topic) -> State:
         state = self.suppress(model, topic)

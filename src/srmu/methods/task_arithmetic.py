@@ -31,10 +31,10 @@ class TaskArithmetic(WholeEdit):
         self.within(strength=(-1e6, 1e6), teacher_steps=COUNT, teacher_learning_rate=RATE)
 
     def edit(self, model: EditableModel, topics: Sequence[Topic], watch: Watch) -> dict[str, State]:
-        method, pool = self.pooled(topics)
+        method, pool = self.pool_topics(topics)
         steps = method.teacher_steps
         with watch("fine-tuning on the forget texts", steps) as tick:
-            followed = pool.followed(partial(tick, ""))
+            followed = pool.with_tick(partial(tick, ""))
             tuned = strengthen_weights(model, followed, steps, method.teacher_learning_rate)
         moved, size = 0.0, 0.0
         for name, parameter in model.trained.items():

@@ -35,7 +35,7 @@ class Translation(NamedTuple):
     usable: Tensor  # (B, T) bool: what follows can be learnt from what follows at its place
     named: list[tuple[int, int, int]]  # row, a term's last position, first token of its generic
 
-    def aligned(self, logits: Tensor, before: Tensor) -> Tensor:
+    def align_logits(self, logits: Tensor, before: Tensor) -> Tensor:
         """The logits of the translation at the original's positions; `before` are the original's
         logits.
 
