@@ -52,8 +52,7 @@ def flat_bytes(tensor: Tensor) -> Any:
 
 
 class Activations:
-    """Activations of earlier batches, on the device that computed them: `room` bytes, and the
-    newest few more.
+    """Activations of earlier batches in memory: `room` bytes, and the newest few more.
 
     An entry that fits stays: batches come round in order, so the oldest is needed next.
     """

@@ -71,8 +71,7 @@ def keeps_past(model: Any) -> bool:
 
 
 def plan_batches(tails: dict[Tokens, int], most: int, setup: int) -> list[tuple[list[Tokens], int]]:
-    """Split inputs, sorted by length, into the batches with the fewest tokens to read, longest
-    first.
+    """Split inputs into the batches with the fewest tokens to read, longest first.
 
     With each batch comes the length of the prefix to read once for all rows. It includes none of
     the `tails` that answers need, and is 0 where the extra forward (worth `setup` tokens) would

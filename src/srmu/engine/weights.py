@@ -126,8 +126,7 @@ def in_layer(name: str) -> str:
 
 
 def checkpoint_names(folder: Path, originals: Mapping[str, Tensor]) -> dict[str, list[str]]:
-    """The checkpoint's name for each parameter, or one for each expert where it stores them
-    separately.
+    """The checkpoint's name for each parameter; one for each expert where they lie apart.
 
     A name may have a prefix that the other lacks. The stored bytes are compared with the original
     values, so a match is certain.

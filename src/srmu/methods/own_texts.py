@@ -238,9 +238,7 @@ class Likeness:
     def weigh_words(
         self, forget: Sequence[Ids], others: Sequence[Ids], silent: Set[Word]
     ) -> dict[Word, float]:
-        """Nats by which each word speaks for the forget set, at least AGAINST; `silent` words:
-        none.
-        """
+        """Nats by which each word but `silent` ones speaks for the forget set, at least AGAINST."""
         here, there = (
             Counter(word for row in rows for word in self.spelling.words(row))
             for rows in (forget, others)

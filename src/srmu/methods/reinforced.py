@@ -24,8 +24,7 @@ from srmu.methods.logits import LogitObjective, strengthen_weights
 
 @dataclass(frozen=True, kw_only=True)
 class Reinforced(LogitObjective):
-    """An objective whose labels are the logits of the original less what fine-tuning raised in
-    them.
+    """An objective whose labels are the original logits less what fine-tuning raised.
 
     With mode=logits nothing is learned: the result is the fine-tuned tensors, and both models
     answer together.

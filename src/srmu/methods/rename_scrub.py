@@ -120,29 +120,29 @@ class RenameScrub(LogitObjective):
         own: OwnTexts = state.memory["own"]
         logged = {}
         if own.held and step % self.check_every == 0:
-            left = own.measure_held_out(model, self.renamings, self.threshold)
-            logged["held_out_told"] = torch.tensor(left)
-            if left <= self.stop_at:
-                stop = f"what the held-out texts tell of names is {left:.3f} above guessing"
+            share = own.measure_held_out(model, self.renamings, self.threshold)
+            logged["held_out_told"] = torch.tensor(share)
+            if share <= self.stop_at:
+                stop = f"what the held-out texts tell of names is {share:.3f} above guessing"
                 return Terms({"forget": torch.zeros(())}, logged, stop)
         texts = deal_items(own.texts, len(forget["input_ids"]), step)
         group = own.group(texts, self.renamings, f"{step}" if self.fresh else "fixed")
         with model.frozen(), torch.no_grad():
             before = group.read(model)
-        target, told = leave_one_out(before)
+        target, revealed = leave_one_out(before)
         log_p = group.read(model, None if self.renamed else 1)
         namings = log_p.shape[1]
-        before, target, told = before[:, :namings], target[:, :namings], told[:, :namings]
+        before, target, revealed = before[:, :namings], target[:, :namings], revealed[:, :namings]
         alike, follows = group.alike[:, :namings], group.follows[:, :namings]
-        depends = follows & (told.cpu() > self.threshold)
+        depends = follows & (revealed.cpu() > self.threshold)
         scrubbed = follows & alike if self.positions == "all" else depends & alike
-        near = depends & ~alike
+        kept_named = depends & ~alike
         changed, drifted = kl_divergence(target, log_p), kl_divergence(before, log_p)
         # eq: rename_scrub, forget: mean KL(q_k || p_k) where what follows tells of the name
         losses = {"forget": mean_over(changed, scrubbed)}
-        losses["hold"] = self.hold * mean_over(drifted, near)
+        losses["hold"] = self.hold * mean_over(drifted, kept_named)
         # eq: rename_scrub, keep: mean KL(p0 || p) of all else in own texts
-        rest = follows & ~scrubbed & ~near
+        rest = follows & ~scrubbed & ~kept_named
         kept = mean_over(drifted, rest)
         if self.keep_rows and own.kept:
             batch, mark = own.draw_kept(self.keep_rows, step)

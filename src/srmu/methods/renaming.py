@@ -128,8 +128,7 @@ class OwnTexts:
 
     @torch.no_grad()
     def measure_held_out(self, model: EditableModel, namings: int, threshold: float) -> float:
-        """How much the held-out texts still reveal of names: 1 all, 0 no more than of any other
-        name.
+        """What the held-out texts still reveal of names: 1 all, 0 no more than of other names.
 
         It is 1 if they revealed nothing at the start: then they cannot say when it is enough.
         """
@@ -138,8 +137,8 @@ class OwnTexts:
             group = self.group(self.held[start : start + HELD_AT_ONCE], namings, "held out")
             with model.frozen():
                 before = group.read(model)
-            _, told = leave_one_out(before)
-            where = group.follows & group.alike & (told.cpu() > threshold)
+            _, revealed = leave_one_out(before)
+            where = group.follows & group.alike & (revealed.cpu() > threshold)
             result = count_still_told(group.read(model), before.argmax(-1), where.to(model.device))
             wins, pairs = wins + result[0], pairs + result[1]
         return 2 * wins / pairs - 1 if pairs else 1.0
@@ -169,30 +168,32 @@ def write_own_texts(
     nothing new about the names.
     """
     forget, retain = unpad_texts(topic.forget[:]), unpad_texts(topic.retain[:])
-    told_of = {name for ids in forget for name in names.template(ids).names}
+    mentioned = {name for ids in forget for name in names.template(ids).names}
     for option, kind in zip(("names", "goals"), names.kinds, strict=False):
-        if told_of.isdisjoint(kind):
+        if mentioned.isdisjoint(kind):
             raise SrmuError(
                 f"method.{option}: none of its {len(kind)} {option} is in topic {topic.name}'s "
                 "forget texts; name what they tell of"
             )
-    free = free_samples(model, count, length, topic.number("own texts"), topic.tick)
+    free_texts = free_samples(model, count, length, topic.number("own texts"), topic.tick)
     starts = [forget[i % len(forget)][:prompt] for i in range(count if elicited else 0)]
-    more = continue_texts(model, starts, length, topic.number("elicited"), topic.tick)
-    like = Likeness(forget, free + retain, names, Spelling.of(tokenizer))
+    elicited_texts = continue_texts(model, starts, length, topic.number("elicited"), topic.tick)
+    likeness = Likeness(forget, free_texts + retain, names, Spelling.of(tokenizer))
     first = first_token(model)
-    told, known = (sentences_of(part, names, like, first) for part in (more + free, forget))
-    if elicited and not {*told["forget"]} - {*known["forget"]}:
+    written, known = (
+        sentences_of(part, names, likeness, first) for part in (elicited_texts + free_texts, forget)
+    )
+    if elicited and not {*written["forget"]} - {*known["forget"]}:
         raise SrmuError(
             f"topic {topic.name}: what the model wrote after the beginnings of forget texts tells "
             "nothing new of the names; raise method.own_texts or method.own_tokens, or set "
             "method.coverage=texts"
         )
     if not elicited:  # all that forget texts say, whatever it is like
-        told["forget"] = [sentence for kind in known.values() for sentence in kind]
-    texts = pack_sentences(told, length, first, topic.generator("packing"))
+        written["forget"] = [sentence for kind in known.values() for sentence in kind]
+    texts = pack_sentences(written, length, first, topic.generator("packing"))
     held = texts[: min(held_out, len(texts) // 4)]
-    return OwnTexts(names, texts[len(held) :], held, kept_tokens(free, like), topic)
+    return OwnTexts(names, texts[len(held) :], held, kept_tokens(free_texts, likeness), topic)
 
 
 def mean_over(values: Tensor, where: Tensor) -> Mean:

@@ -51,9 +51,9 @@ class RepSelect(WeightWalk):
         with watch("damping main directions", len(ascent)) as tick:
             for name in ascent:
                 turned = model.is_transposed(name)
-                g, of = (x.T if turned else x for x in (ascent[name], source[name]))
-                left = damp_directions(g, of, self.components, self.damping, self.side)
-                ascent[name] = left.T if turned else left
+                g, main = (x.T if turned else x for x in (ascent[name], source[name]))
+                damped = damp_directions(g, main, self.components, self.damping, self.side)
+                ascent[name] = damped.T if turned else damped
                 tick("")
         return ascent
 

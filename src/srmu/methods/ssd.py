@@ -42,21 +42,21 @@ class SSD(WholeEdit):
     def edit(self, model: EditableModel, topics: Sequence[Topic], watch: Watch) -> dict[str, State]:
         method, pool = self.pool_topics(topics)
         i_f, i_d = method.importances(model, pool, watch)
-        selected, left = 0, 0.0
+        selected, total = 0, 0.0
         for name in i_f:
             factor = dampening_factors(i_f[name], i_d[name], method.alpha, method.lam)
             with torch.no_grad():
                 model.trained[name].copy_(model.trained[name].float() * factor)
-            lower = distributed.gather_tensor(factor)
-            selected += int((lower < 1).sum())
-            left += float(lower[lower < 1].sum())
+            factors = distributed.gather_tensor(factor)
+            selected += int((factors < 1).sum())
+            total += float(factors[factors < 1].sum())
         if not selected:
             raise SrmuError(
                 f"no weight is over {method.alpha:g} times as important to the forget texts; lower "
                 "method.alpha" + ", or method.reference=retain" * (method.reference == "all")
             )
         count = sum(p.numel() for p in model.trained.values())
-        numbers = {"dampened_share": selected / count, "mean_factor": left / selected}
+        numbers = {"dampened_share": selected / count, "mean_factor": total / selected}
         return {topic.name: State(numbers=numbers) for topic in topics}
 
     def importances(

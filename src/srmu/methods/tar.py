@@ -50,22 +50,22 @@ class TAR(Suppressing):
         self, model: EditableModel, state: State, forget: Batch, retain: Batch, step: int
     ) -> Terms:
         memory, weights = state.memory, [*model.trained.values()]
-        here = [weight.detach().clone() for weight in weights]
+        start = [weight.detach().clone() for weight in weights]
         learned, begin = memory["learned"], memory["turn"] * self.adversary_steps
         memory["turn"] += 1
         batches = [learned[(begin + i) % len(learned)] for i in range(self.adversary_steps)]
         texts = Topic("adversary", batches, [])
         fine_tune(model, texts, self.adversary_steps, self.adversary_learning_rate)
         if self.tamper == "first":
-            there = self.suppression.loss(model, memory["first"], forget, forget, step)
-            cost = there.loss_values["forget"]
+            attacked = self.suppression.loss(model, memory["first"], forget, forget, step)
+            cost = attacked.loss_values["forget"]
         else:
             mask = is_predicted(forget["labels"])
             cost = -masked_mean(token_entropy(model.logits(forget)), mask).value
         slopes = torch.autograd.grad(
             self.strength * cost, weights, allow_unused=True, materialize_grads=True
         )
-        copy_values(weights, here)
+        copy_values(weights, start)
         # eq: TAR, to first order: the gradient of L(adv(theta)) is taken for that at theta
         pairs = zip(weights, slopes, strict=True)
         line = torch.stack(

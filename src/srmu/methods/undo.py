@@ -16,8 +16,7 @@ from srmu.methods.suppressing import Suppressing, perturb_weights
 
 @dataclass(frozen=True, kw_only=True)
 class Undo(Suppressing):
-    """Suppresses, shrinks all weights into noise, and learns the outputs of the suppressed model
-    again.
+    """Suppresses, shrinks all weights into noise, and distils the suppressed model again.
 
     Each topic has its own teacher; the student starts from the last one.
     """
@@ -61,7 +60,7 @@ class Undo(Suppressing):
         losses = {}
         for name, batch in batches.items():
             with model.using(memory["teacher"]):
-                wanted = model.logits(batch)
+                target = model.logits(batch)
             # eq: UNDO, L = mean KL(p_T || p) of retain texts and of texts that the original wrote
-            losses[name] = mean_kl(wanted, model.logits(batch), batch["labels"])
+            losses[name] = mean_kl(target, model.logits(batch), batch["labels"])
         return Terms(losses, {})

@@ -36,8 +36,7 @@ class Translation(NamedTuple):
     named: list[tuple[int, int, int]]  # row, a term's last position, first token of its generic
 
     def align_logits(self, logits: Tensor, before: Tensor) -> Tensor:
-        """The logits of the translation at the original's positions; `before` are the original's
-        logits.
+        """Logits of the translation at the original's positions; `before` are the original's.
 
         After a term, its generic term is no likelier than in the original text, where it was not
         mentioned. (The paper reduces these logits too, and does not say by how much.)
