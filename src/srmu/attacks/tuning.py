@@ -90,7 +90,7 @@ def tune_model(
         batch = move_batch(
             join_responses(*zip(*(rows[i] for i in drawn), strict=True)), model.device
         )
-        loss = mean_nll(model.logits(batch), batch["labels"])
+        loss = mean_nll(model.logits(batch), batch["labels"]).value
         loss.backward()
         for master, parameter in zip(masters, parameters, strict=True):
             if master is not parameter and parameter.grad is not None:

@@ -18,7 +18,7 @@ LOG_SECONDS = 10.0  # between two log lines where there is no terminal
 
 @contextmanager
 def ignore_progress(label: str, total: int) -> Iterator[Tick]:
-    """Show nothing: what library functions do unless told otherwise."""
+    """Show nothing: the default of library functions."""
     yield lambda text: None
 
 
@@ -53,7 +53,7 @@ def show_progress(label: str, total: int) -> Iterator[Tick]:
 
 
 def silence_libraries() -> None:
-    """Keep the libraries' own bars and warnings out of ours."""
+    """Hide other libraries' progress bars and warnings."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import transformers  # here, because the command line must start without it
 

@@ -3,20 +3,21 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+from srmu.engine.batch import Batch, move_batch
 from srmu.engine.generate import join_responses
 from srmu.engine.losses import is_predicted, token_entropy, token_kl, token_nll
-from srmu.engine.model import Batch, EditableModel
+from srmu.engine.model import EditableModel
 from srmu.engine.topic import Topic
-from srmu.engine.train import Terms, move_batch
+from srmu.engine.train import Terms
 from srmu.errors import SrmuError
-from srmu.methods.base import State
+from srmu.methods.base import COUNT, WEIGHT, State
 from srmu.methods.logits import LogitObjective
 from srmu.methods.quark_pool import Pool, control_tokens, controlled_logits, find_reward
 
 
 @dataclass(frozen=True, kw_only=True)
 class Quark(LogitObjective):
-    """Learns to sample what a reward prefers of its own continuations of forget texts."""
+    """Learns to write those of its own continuations of forget texts that a reward prefers."""
 
     name: ClassVar[str] = "quark"
     paper: ClassVar[str] = "arXiv 2205.13636"
@@ -33,8 +34,8 @@ class Quark(LogitObjective):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.within(**dict.fromkeys(("fluency", "kl", "entropy"), (0, float("inf"))))
-        self.within(**dict.fromkeys(("response", "sample_every", "pool"), (1, 1 << 30)))
+        self.within(**dict.fromkeys(("fluency", "kl", "entropy"), WEIGHT))
+        self.within(**dict.fromkeys(("response", "sample_every", "pool"), COUNT))
         self.within(quantiles=(2, 1 << 16))
         find_reward(self.reward)
 

@@ -8,8 +8,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from srmu.engine.batch import Batch
 from srmu.engine.losses import is_counted, mean_nll, token_mse
-from srmu.engine.model import Batch, EditableModel
+from srmu.engine.model import EditableModel
+from srmu.methods.base import COUNT, WEIGHT
 from srmu.methods.rmu import RMU
 
 TINY = 1e-30  # a norm by which nothing is divided
@@ -17,9 +19,9 @@ TINY = 1e-30  # a norm by which nothing is divided
 
 @dataclass(frozen=True, kw_only=True)
 class RMULAT(RMU):
-    """RMU under a perturbation, sought anew in each step, of what the updated layers read.
+    """RMU under a perturbation of what the updated layers read, sought anew in each step.
 
-    The adversary seeks the original's activations, or (adversary=likelihood, which needs the whole
+    The adversary seeks the original activations, or (adversary=likelihood, which needs the whole
     model) the likelihood of the forget texts.
     """
 
@@ -33,13 +35,13 @@ class RMULAT(RMU):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.within(budget=(0, 1e6), adversary_steps=(1, 1e6))
+        self.within(budget=WEIGHT, adversary_steps=COUNT)
 
     @property
     def depth(self) -> int | None:
         return super().depth if self.adversary == "activations" else None
 
-    def steered(self, model: EditableModel, forget: Batch) -> Tensor:
+    def forget_hidden(self, model: EditableModel, forget: Batch) -> Tensor:
         layer = model.layers[self.last_updated - self.window + 1]
         mask = is_counted(forget["labels"])
         with model.frozen():
@@ -51,9 +53,9 @@ class RMULAT(RMU):
         for _ in range(self.adversary_steps):
             with shift_inputs(layer, shift.requires_grad_()):
                 if self.adversary == "activations":
-                    cost = token_mse(model.hidden(forget, self.site), before, mask)
+                    cost = token_mse(model.hidden(forget, self.site), before, mask).value
                 else:
-                    cost = mean_nll(model.logits(forget), forget["labels"])
+                    cost = mean_nll(model.logits(forget), forget["labels"]).value
             (slope,) = torch.autograd.grad(cost, shift)
             # eq: LAT, d <- P(d - s g / |g|), P onto |d| <= budget |h|, token by token
             slope = slope / slope.norm(dim=-1, keepdim=True).clamp(min=TINY)
@@ -65,7 +67,7 @@ class RMULAT(RMU):
 
 @contextmanager
 def shift_inputs(layer: Any, shift: Tensor | None) -> Iterator[list[Tensor]]:
-    """Add a shift to what a layer reads; what it would have read, once it has been run."""
+    """Add a shift to what a layer reads; yields a list that gets the unshifted input."""
     seen: list[Tensor] = []
 
     def add(module: Any, args: Any, kwargs: Any) -> Any:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from srmu.engine.model import EditableModel
 from srmu.engine.topic import Topic
-from srmu.methods.base import State
+from srmu.methods.base import WEIGHT, State
 from srmu.methods.importance import measure_features
 from srmu.methods.rmu import RMU
 
@@ -27,7 +27,7 @@ class RNA(RMU):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.within(noise=(0, 1e6))
+        self.within(noise=WEIGHT)
 
     def setup(self, model: EditableModel, topic: Topic) -> State:
         state = super().setup(model, topic)

@@ -3,12 +3,13 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+from srmu.engine.batch import Batch
 from srmu.engine.losses import mean_nll
-from srmu.engine.model import Batch, EditableModel
+from srmu.engine.model import EditableModel
 from srmu.engine.topic import Topic
 from srmu.engine.train import Terms
 from srmu.errors import SrmuError
-from srmu.methods.base import State
+from srmu.methods.base import COUNT, WEIGHT, State
 from srmu.methods.logits import LogitObjective, kl_drift
 
 
@@ -29,8 +30,8 @@ class SCRUB(LogitObjective):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.within(ascent_steps=(1, 1e9), temperature=(1e-3, 1e3))
-        self.within(alpha=(0, float("inf")), gamma=(0, float("inf")))
+        self.within(ascent_steps=COUNT, temperature=(1e-3, 1e3))
+        self.within(alpha=WEIGHT, gamma=WEIGHT)
 
     def setup(self, model: EditableModel, topic: Topic) -> State:
         if self.gamma == 0 and not model.delta():

@@ -5,10 +5,11 @@ from typing import ClassVar
 
 import torch.nn.functional as F  # noqa: N812
 
+from srmu.engine.batch import Batch
 from srmu.engine.losses import is_predicted, row_mean, token_nll
-from srmu.engine.model import Batch, EditableModel
+from srmu.engine.model import EditableModel
 from srmu.engine.train import Terms
-from srmu.methods.base import State
+from srmu.methods.base import WEIGHT, State
 from srmu.methods.logits import Retaining
 
 
@@ -26,7 +27,7 @@ class SimNPO(Retaining):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.within(beta=(1e-6, 1e6), gamma=(-1e6, 1e6), weight=(0, float("inf")))
+        self.within(beta=(1e-6, 1e6), gamma=(-1e6, 1e6), weight=WEIGHT)
 
     def loss(
         self, model: EditableModel, state: State, forget: Batch, retain: Batch, step: int
@@ -39,4 +40,4 @@ class SimNPO(Retaining):
         # gamma is the code's: the paper's stands outside of beta, gamma_paper = beta gamma
         terms = -2 / self.beta * F.logsigmoid(self.beta * (nll / length - self.gamma))
         loss = row_mean(terms, labels)
-        return Terms({"forget": self.weight * loss, **self.held(model, retain)}, {})
+        return Terms({"forget": self.weight * loss, **self.retain_loss(model, retain)}, {})
