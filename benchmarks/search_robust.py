@@ -26,8 +26,9 @@ import yaml
 from search import attempt
 from srmu.attacks.base import NotApplicable
 from srmu.attacks.suite import Sources, Subjects, load_exam
-from srmu.attacks.tuning import prepare_learner, split_validation, text_rows, tune_model
+from srmu.attacks.tuning import prepare_learner, split_validation, text_rows
 from srmu.engine.files import write_json
+from srmu.engine.fine_tune import tune_model
 from srmu.evals.parallel import RunJob
 from srmu.evals.subject import mark_answers
 from srmu.runs.config import load_config

@@ -76,7 +76,7 @@ def attack_run(
     texts = load_texts(sources, own)
     subjects = Subjects(run, base, sources.oracle, find_device(device))
     for name, one in list(chosen.items()):
-        cost = cost_of(one, subjects)
+        cost = estimate_cost(one, subjects)
         if cost and not distributed.agree_on(distributed.is_first() and confirm(f"{name}: {cost}")):
             del chosen[name]
     given = sha256(repr((exam, texts, seed)).encode())
@@ -86,23 +86,23 @@ def attack_run(
     pairs = [*product(prints, chosen)]
     with watch("attacking", len(pairs) // distributed.get_size()) as tick:
 
-        def made(pair: tuple[str, str]) -> tuple[AttackResult | str, float]:
+        def attack_one(pair: tuple[str, str]) -> tuple[AttackResult | str, float]:
             who, name = pair
             one = chosen[name]
-            key = [prints[who], name, tier, given, code_of(one)]
+            key = [prints[who], repr(one), given, code_of(one)]
             started = time.monotonic()
             result: AttackResult | str
             if kept := find_cached("attacks", key):
                 result = parse_result(kept)
             else:
-                result = try_attack(one, subjects.named(who), texts, exam, tier, seed)
+                result = try_attack(one, subjects.named(who), texts, exam, seed)
                 if isinstance(result, AttackResult):
                     keep_cached("attacks", key, asdict(result))
             tick(f"{name}, {who}")
             return result, time.monotonic() - started
 
         for (who, name), (result, took) in zip(
-            pairs, distributed.share_work(pairs, made), strict=True
+            pairs, distributed.share_work(pairs, attack_one), strict=True
         ):
             found[name][who] = result
             seconds[name] += took
@@ -123,7 +123,7 @@ def select_attacks(tier: Tier, names: Sequence[str]) -> dict[str, Attack]:
             raise SrmuError(f"attack {name!r} does not exist{suggest_word(name, ATTACKS)}")
         wanted.append(known.get(name.lower(), name))
     return {
-        name: attack
+        name: attack.at_tier(tier)
         for name, attack in ATTACKS.items()
         if name in ("forced_choice", "utility", *wanted)
         or (not names and TIERS.index(attack.tier) <= TIERS.index(tier))
@@ -290,36 +290,35 @@ class Subjects:
 
 
 def try_attack(
-    one: Attack, model: Subject, texts: Texts, exam: Exam, tier: Tier, seed: int
+    one: Attack, model: Subject, texts: Texts, exam: Exam, seed: int
 ) -> AttackResult | str:
     """What an attack found, or why it did not: that it does not apply, or failed."""
     try:
-        return one.run(model, texts, exam, tier, seed)
+        return one.run(model, texts, exam, seed)
     except NotApplicable as reason:
         return f"does not apply: {reason}"
     except (SrmuError, torch.OutOfMemoryError) as error:
         return f"failed: {first_line(error)}"
 
 
-def cost_of(one: Attack, subjects: Subjects) -> str:
+def estimate_cost(one: Attack, subjects: Subjects) -> str:
     """What an attack that takes long says that it takes; "" of any other."""
-    cost = getattr(sys.modules[one.run.__module__], "cost", None)
-    if cost is None:
+    if type(one).cost is Attack.cost:  # then no model need be loaded
         return ""
     try:
-        return str(cost(subjects.unlearned))
+        return one.cost(subjects.unlearned)
     except (NotApplicable, torch.OutOfMemoryError):  # it will say so when it runs
         return ""
 
 
 def code_of(one: Attack) -> list[str]:
-    """What decides an attack's result besides its inputs: its code, that of its helpers, torch."""
-    module = sys.modules[one.run.__module__]
+    """What decides a result besides an attack's fields: its code, that of its helpers, torch."""
+    module = sys.modules[type(one).__module__]
     homes = {getattr(value, "__module__", "") or "" for value in vars(module).values()}
     names = sorted(
         name
         for name in {*homes, module.__name__}
-        if name.startswith(("srmu.attacks.", "srmu.evals."))
+        if name.startswith(("srmu.attacks.", "srmu.engine.", "srmu.evals."))
     )
     files = [Path(str(sys.modules[name].__file__)) for name in names]
     return [sha256(*files), version("torch"), version("transformers")]

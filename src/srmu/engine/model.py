@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from srmu.engine import distributed
 from srmu.engine.activation_cache import Activations, Output
 from srmu.engine.batch import Batch
+from srmu.engine.hooks import hook_outputs, swap_blocks
 from srmu.engine.loading import find_layers, load_module, read_config
 from srmu.engine.roles import in_role
 from srmu.engine.sites import Site, catch_value
@@ -312,32 +313,26 @@ class EditableModel:
         The module's own code still makes masks and rotary tables: to call layers directly, we would
         have to know each architecture. An output that is not known yet is kept.
         """
-        layers = self.layers
-        chosen = layers[:depth]
-        handle = None
+        kept = self.layers[:depth]
+        hooks: dict[nn.Module, Any] = {}
         # Gemma 3n and 4: the last layers read keys and values of layers that must then be run.
         sharing = getattr(self.module.config, "num_kv_shared_layers", None) or 0
         reads = sharing and depth > self.module.config.num_hidden_layers - sharing
         if 0 < self.fixed < depth and not reads:
             name = f"prefix/{batch.key}"
             if (output := self.activations.find(name)) is not None:
-                chosen = nn.ModuleList([*[KnownOutput(output)] * self.fixed, *chosen[self.fixed :]])
+                kept = nn.ModuleList([*[KnownOutput(output)] * self.fixed, *kept[self.fixed :]])
             else:
 
-                def record(module: nn.Module, args: Any, output: Any) -> None:
+                def record(args: Any, output: Any) -> None:
                     if isinstance(output, tuple) and any(map(is_index, output[1:])):
                         return  # what the next layer takes besides: nothing can stand in
                     first = (output[0].detach(),) if isinstance(output, tuple) else output.detach()
                     self.activations.keep(name, first)
 
-                handle = layers[self.fixed - 1].register_forward_hook(record)
-        self._set_layers(chosen)
-        try:
+                hooks[kept[self.fixed - 1]] = record
+        with hook_outputs(hooks), swap_blocks(self.module, kept):
             yield
-        finally:
-            self._set_layers(layers)
-            if handle is not None:
-                handle.remove()
 
 
 def copy_values(places: Sequence[Tensor], values: Sequence[Tensor]) -> None:

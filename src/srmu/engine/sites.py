@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from torch import Tensor, nn
 
+from srmu.engine.hooks import edit_input, edit_outputs
 from srmu.engine.roles import down_projection, find_child
 from srmu.errors import SrmuError
 
@@ -40,17 +41,11 @@ class Site:
 def catch_value(layer: nn.Module, stream: Stream) -> Iterator[list[Tensor]]:
     """Catch the value of a stream of a layer: a list that the next forward fills."""
     caught: list[Tensor] = []
-
-    def catch(module: nn.Module, args: Any, output: Any = None) -> None:
-        value = args if output is None else output
-        caught.append(value[0] if isinstance(value, tuple) else value)
-
+    reading: AbstractContextManager[None]
     if stream == "mlp_post":
-        handle = down_projection(layer).register_forward_pre_hook(catch)
+        reading = edit_input(down_projection(layer), caught.append)
     else:
         place = layer if stream == "resid_post" else find_child(layer, "mlp")
-        handle = place.register_forward_hook(catch)
-    try:
+        reading = edit_outputs({place: caught.append})
+    with reading:
         yield caught
-    finally:
-        handle.remove()

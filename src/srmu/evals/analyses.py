@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
@@ -12,10 +12,11 @@ import torch
 from jaxtyping import Float
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import GenerationConfig
 
 from srmu.data.sources import read_texts
-from srmu.data.tokens import batch_rows, pad_id, tokenise_texts
+from srmu.data.tokens import batch_rows, tokenise_texts
+from srmu.engine.generate import list_ends, write_on
+from srmu.engine.hooks import edit_outputs
 from srmu.engine.losses import is_counted, is_predicted, without_first
 from srmu.engine.model import Batch, EditableModel, Site
 from srmu.engine.progress import Watch, ignore_progress
@@ -114,7 +115,7 @@ def measure_confidence(
                     if tokens == "predicted":
                         rows.append(measure_predicted(model, batch))
                     else:
-                        rows.append(measure_generated(model, batch, tokenizer, new_tokens))
+                        rows.append(measure_generated(model, batch, new_tokens))
                 tick("")
             table = torch.cat(rows)  # (N, 4)
             probabilities[f"{name}, {when}"] = table[:, 1]
@@ -165,35 +166,14 @@ def measure_predicted(model: EditableModel, batch: Batch) -> Float[Tensor, "N 4"
     return measure_logits(logits[is_predicted(batch["labels"])]).cpu()
 
 
-def measure_generated(
-    model: EditableModel, batch: Batch, tokenizer: Any, new_tokens: int
-) -> Float[Tensor, "N 4"]:
+def measure_generated(model: EditableModel, batch: Batch, new_tokens: int) -> Float[Tensor, "N 4"]:
     """The same numbers at the tokens that the model generates after the first half of each row."""
     lengths = batch["attention_mask"].sum(dim=1).tolist()
     rows = zip(batch["input_ids"].tolist(), lengths, strict=True)
     halves = [row[: max(1, length // 2)] for row, length in rows]
-    # padded on the left: all rows go on at the same column
-    (prompts,) = batch_rows(halves, tokenizer, len(halves), "count")
-    ids, mask = (prompts[k].to(model.device) for k in ("input_ids", "attention_mask"))
-    ends = model.module.generation_config.eos_token_id
-    out: Any = model.module.generate(
-        input_ids=ids,
-        attention_mask=mask,
-        generation_config=GenerationConfig(
-            do_sample=False,
-            max_new_tokens=new_tokens,
-            output_logits=True,
-            return_dict_in_generate=True,
-            eos_token_id=ends,
-            pad_token_id=pad_id(tokenizer),
-        ),
-    )
-    logits = torch.stack(out.logits, dim=1)  # (B, S, V)
-    known = torch.tensor([] if ends is None else ends, device=ids.device).reshape(-1)
-    ended = torch.isin(out.sequences[:, ids.shape[1] :], known).long()
-    return measure_logits(
-        logits[ended.cumsum(dim=1) == ended]
-    ).cpu()  # up to the first end, with it
+    ends = list_ends(model.module)
+    _, logits = write_on(model.module, halves, new_tokens, ends, keep_logits=True)
+    return measure_logits(torch.cat(logits)).cpu()
 
 
 def measure_alignment(
@@ -362,28 +342,21 @@ def measure_layer(
     return float(torch.cat(ratios).double().mean())
 
 
-@contextmanager
 def add_noise(
     block: nn.Module, mask: Tensor, size: float, generator: torch.Generator
-) -> Iterator[None]:
-    """Add |h| eta to a block's output h at the marked tokens (B, T) while the block runs."""
+) -> AbstractContextManager[None]:
+    """Add |h| eta to a block's output h at the marked tokens (B, T)."""
 
-    def add(module: nn.Module, args: Any, output: Any) -> Any:
-        hidden = output[0] if isinstance(output, tuple) else output
+    def add(hidden: Tensor) -> Tensor:
         if hidden.ndim == 4:  # Gemma 3n
             raise SrmuError("this model keeps several streams: its layers' noise is not measured")
         eta = torch.randn(hidden.shape, generator=generator).to(hidden.device)
         eta = eta * size / hidden.shape[-1] ** 0.5
         marks = mask.reshape(*hidden.shape[:-1], 1)
         length = hidden.float().norm(dim=-1, keepdim=True)
-        new = (hidden + marks * length * eta).to(hidden.dtype)
-        return (new, *output[1:]) if isinstance(output, tuple) else new
+        return hidden + marks * length * eta
 
-    handle = block.register_forward_hook(add)
-    try:
-        yield
-    finally:
-        handle.remove()
+    return edit_outputs({block: add})
 
 
 def average_or_none(values: Tensor) -> float | None:

@@ -76,7 +76,8 @@ def evaluate(
 def load_questions(name: str, tasks_dir: Path | None) -> list[tuple[str, list[str], int, Any]]:
     """The questions of a multiple-choice task: prompt, options with their blank, gold, row.
 
-    SrmuError for a task that is unknown or of another kind.
+    Of several right options the first is kept: one is right, among wrong ones. SrmuError for a task
+    that is unknown or of another kind.
     """
     questions = []
     with silence_output():
@@ -87,14 +88,18 @@ def load_questions(name: str, tasks_dir: Path | None) -> list[tuple[str, list[st
         task.set_fewshot_seed(SEED)
         with silence_output():
             task.build_all_requests()
-        for _, asked in groupby(task.instances, key=lambda one: one.doc_id):
-            # a metric may add requests without the prompt
-            requests = [one for one in asked if one.args[0]]
-            row = requests[0].doc
-            gold = task.doc_to_target(row)
-            options = task.doc_to_choice(row)
-            number = options.index(gold) if gold in options else int(gold)
-            questions.append((requests[0].args[0], [one.args[1] for one in requests], number, row))
+        for _, requests in groupby(task.instances, key=lambda one: one.doc_id):
+            first, *others = requests
+            row, names = first.doc, task.doc_to_choice(first.doc)
+            golds = [
+                names.index(gold) if gold in names else int(gold)
+                for gold in _as_list(task.doc_to_target(row))
+            ]
+            # a metric may add requests, without the prompt, after those of the options
+            options = [one.args[1] for one in (first, *others)][: len(names)]
+            kept = [i for i in range(len(names)) if i == golds[0] or i not in golds]
+            asked = [options[i] for i in kept]
+            questions.append((first.args[0], asked, kept.index(golds[0]), row))
     return questions
 
 

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from srmu.engine.batch import Batch, move_batch
+from srmu.engine.hooks import edit_input
 from srmu.engine.losses import is_predicted, mean_nll, token_nll
 from srmu.engine.model import EditableModel
 
@@ -91,19 +92,16 @@ def attribute_neurons(
     scales = (torch.arange(points, device=model.device) + 0.5) / points
     seen: list[Tensor] = []
 
-    def scale(module: Any, args: Any) -> Any:
-        w = args[0].detach().reshape(*ahead.shape[:2], -1)  # OPT flattens inside its layers
+    def scale(read: Tensor) -> Tensor:
+        w = read.detach().reshape(*ahead.shape[:2], -1)  # OPT flattens inside its layers
         scaled = torch.where(ahead, scales[:, None, None].to(w.dtype) * w, w).requires_grad_()
         seen[:] = w, scaled
-        return scaled.reshape(args[0].shape), *args[1:]
+        return scaled.reshape(read.shape)
 
     attributions = []
     for down in downs:
-        handle = down.register_forward_pre_hook(scale)
-        try:
+        with edit_input(down, scale):
             cost = token_nll(model.logits(rows), rows["labels"]).sum()
-        finally:
-            handle.remove()
         (slope,) = torch.autograd.grad(-cost / is_predicted(text["labels"]).sum(), seen[1])
         # eq: DEPN, Att_k = w_k / m sum_j dP/dw_k at s_j w, summed over the predicted tokens
         attributions.append((seen[0].float() * slope.float() * ahead).sum(dim=(0, 1)) / points)

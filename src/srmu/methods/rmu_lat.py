@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from srmu.engine.batch import Batch
+from srmu.engine.hooks import edit_input
 from srmu.engine.losses import is_counted, mean_nll, token_mse
 from srmu.engine.model import EditableModel
 from srmu.methods.base import COUNT, WEIGHT
@@ -70,16 +71,9 @@ def shift_inputs(layer: Any, shift: Tensor | None) -> Iterator[list[Tensor]]:
     """Add a shift to what a layer reads; yields a list that gets the unshifted input."""
     seen: list[Tensor] = []
 
-    def add(module: Any, args: Any, kwargs: Any) -> Any:
-        hidden = args[0] if args else kwargs["hidden_states"]
+    def add(hidden: Tensor) -> Tensor | None:
         seen[:] = [hidden.detach()]
-        if shift is None:
-            return None
-        hidden = (hidden.float() + shift).to(hidden.dtype)
-        return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
+        return None if shift is None else hidden.float() + shift
 
-    handle = layer.register_forward_pre_hook(add, with_kwargs=True)
-    try:
+    with edit_input(layer, add):
         yield seen
-    finally:
-        handle.remove()

@@ -16,7 +16,7 @@ import yaml
 
 from srmu.attacks.suite import TIERS, Sources, attack_run, select_attacks
 from srmu.attacks.summary import CONTROLS
-from srmu.attacks.utility import COUNT, LENGTH, measure_texts
+from srmu.attacks.utility import Utility, measure_texts
 from srmu.data import sources
 from srmu.engine.files import require_place
 from srmu.engine.progress import Watch, ignore_progress, silence_libraries
@@ -314,8 +314,8 @@ def examine_subject(subject: Subject, out: Path, case: Case) -> None:
     """Keep what a token of each kind of text costs a model, in nats."""
     nats = {}
     for kind, name in case.texts.items():
-        texts = sources.read_texts([sources.Source(path=name)])[:COUNT]
-        rows = [subject.tokens(text)[:LENGTH] for text in texts]
+        texts = sources.read_texts([sources.Source(path=name)])[: Utility.count]
+        rows = [subject.tokens(text)[: Utility.length] for text in texts]
         nats[kind] = measure_texts(subject, rows, 0)["nats a neutral token"].value
     merge_results(out, texts=nats)
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from srmu.attacks.base import AttackResult, Exam
-from srmu.attacks.relearning_steps import relearning_steps
+from srmu.attacks.base import Exam
+from srmu.attacks.relearning_steps import RelearningSteps
 from srmu.attacks.suite import (
     Sources,
     fill_sources,
@@ -90,9 +90,7 @@ def measure_floor(
         with opened.after() as module:
             subject = Subject(module, opened.tokenizer)
             try:
-                result: AttackResult = relearning_steps(
-                    subject, texts, invented, "standard", report["seed"]
-                )
+                result = RelearningSteps().run(subject, texts, invented, report["seed"])
             except NotApplicable:
                 return None
         highest = float(np.mean(best_setting(result).test))
