@@ -27,10 +27,10 @@ def loglikelihoods(lm: Any, requests: Sequence[Any], **_: Any) -> list[tuple[flo
     for i, (_, before, answer) in enumerate(requests):
         if not before or not 0 < len(answer) <= lm.max_length:
             size = f"{len(answer)} tokens after {len(before)}; the model takes 1 to {lm.max_length}"
-            raise SrmuError(f"an answer cannot be scored: {size}")  # its text may be to forget
+            raise SrmuError(f"an answer cannot be scored: {size}")  # its text may be secret
         askers.setdefault(tuple((before + answer)[-lm.max_length - 1 : -1]), []).append(i)
     tails = {row: max(len(requests[i][2]) for i in ids) for row, ids in askers.items()}
-    setup = 96 if lm.device.type == "cpu" else 2048  # tokens read while a forward gets going
+    setup = 96 if lm.device.type == "cpu" else 2048  # tokens read while a forward starts
     tensor = partial(torch.tensor, device=lm.device)
     answers: dict[int, tuple[float, bool]] = {}
     past_kept = keeps_past(lm.model)
@@ -50,14 +50,14 @@ def loglikelihoods(lm: Any, requests: Sequence[Any], **_: Any) -> list[tuple[flo
             logs = logits.log_softmax(-1, dtype=lm.softmax_dtype)
         order = [i for row in rows for i in askers[row]]
         at = tensor([[n] for n, row in enumerate(rows) for _ in askers[row]])
-        # an answer ends at its input's last position; -1 before it, where others are longer
+        # an answer ends at the last position; -1 fills up shorter ones
         words = tensor([[-1] * (width - len(requests[i][2])) + requests[i][2] for i in order])
         picked = logs[at, tensor(last), words.clamp(min=0)].masked_fill(words < 0, 0)
         likeliest = (logs.argmax(-1)[at[:, 0]] == words) | (words < 0)
         results = zip(picked.sum(-1).tolist(), likeliest.all(-1).tolist(), strict=True)
         for i, result in zip(order, results, strict=True):
             answers[i] = result
-            if requests[i][0] is not None:  # else a part of a rolling request
+            if requests[i][0] is not None:  # else it is part of a rolling request
                 lm.cache_hook.add_partial("loglikelihood", requests[i][0], result)
     return [answers[i] for i in range(len(requests))]
 
@@ -79,9 +79,9 @@ def plan_batches(tails: dict[Tokens, int], most: int, setup: int) -> list[tuple[
     """
     order = sorted(tails, key=lambda row: (len(row), row))
     free = [len(row) - tails[row] for row in order]
-    # how many first tokens each row has in common with the one before
+    # the number of first tokens that each row shares with the one before
     common = [0, *(sum(accumulate(map(eq, *pair), and_)) for pair in pairwise(order))]
-    best = [(0, 0, 0)]  # for the first n rows: the cost, the last batch's start and what it shares
+    best = [(0, 0, 0)]  # for the first n rows: cost, start of the last batch, its prefix
     for end in range(1, len(order) + 1):
         shared, plans = free[end - 1], []
         for start in range(end - 1, max(end - most, 0) - 1, -1):
