@@ -48,7 +48,7 @@ FUSED = {"mixtral", "qwen3_moe"}  # transformers stacks what the checkpoint stor
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def batches(padding: Any = "mask") -> list[dict[str, Tensor]]:
+def batches(padding: Any = "mask") -> list[Batch]:
     tokenizer = word_tokenizer()
     return list(batch_rows(tokenise_texts(texts(5, 1), tokenizer, 64), tokenizer, 3, padding))
 

@@ -24,8 +24,10 @@ from helpers.models import (
     word_tokenizer,
 )
 from srmu.data.tokens import batch_rows, tokenise_texts
+from srmu.engine.batch import Batch
 from srmu.engine.loading import check_layers, find_layers, load_module, read_config
-from srmu.engine.model import EditableModel, Site, Stream
+from srmu.engine.model import EditableModel
+from srmu.engine.sites import Site, Stream
 from srmu.errors import SrmuError
 
 ROTARY = [name for name in ARCHITECTURES if name != "gpt2"]
@@ -36,7 +38,7 @@ def streams(arch: str) -> list[Any]:
     return [s for s in get_args(Stream) if s != "mlp_post" or arch not in EXPERTS]
 
 
-def example(padding: Any = "mask") -> dict[str, torch.Tensor]:
+def example(padding: Any = "mask") -> Batch:
     tokenizer = word_tokenizer()
     return next(batch_rows(tokenise_texts(texts(3, 1), tokenizer, 64), tokenizer, 3, padding))
 

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from srmu.engine.batch import Batch
 from srmu.engine.losses import is_counted, token_cosine, token_mean, token_mse, without_first
 from srmu.methods import RMU, SRMU, directions
 from srmu.methods.directions import Direction
@@ -323,7 +324,7 @@ def test_the_first_token_of_each_text_is_left_out(skip_first: bool, side: str) -
     rows = [[5, 6, 7], [8, 9]]
     pad = [-100]
     labels = torch.tensor([rows[0], rows[1] + pad if side == "right" else pad + rows[1]])
-    got = RMU(skip_first=skip_first).measured_tokens({"labels": labels})
+    got = RMU(skip_first=skip_first).measured_tokens(Batch(labels=labels))
     firsts = torch.tensor([[1, 0, 0], [1, 0, 0] if side == "right" else [0, 1, 0]]).bool()
     expected = (labels != -100) & ~(firsts if skip_first else torch.zeros_like(firsts))
     assert torch.equal(got, expected)

@@ -16,7 +16,8 @@ from helpers.models import ARCHITECTURES, VOCABULARY, batches, pico_module, text
 from srmu.engine.activation_cache import OnDisk
 from srmu.engine.batch import Batch
 from srmu.engine.losses import is_counted
-from srmu.engine.model import EditableModel, Site, Stream
+from srmu.engine.model import EditableModel
+from srmu.engine.sites import Site, Stream
 from srmu.engine.topic import Topic
 from srmu.engine.train import Terms, TrainOptions
 from srmu.errors import SrmuError

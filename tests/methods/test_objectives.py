@@ -71,7 +71,7 @@ def gradient(model: EditableModel, loss: Tensor) -> dict[str, Tensor]:
 
 
 def total(method: Objective, model: EditableModel, state: State, part: Topic) -> Tensor:
-    terms = method.loss(model, state, part.forget[0], (part.retain or [{}])[0], 0)
+    terms = method.loss(model, state, part.forget[0], (part.retain or [Batch()])[0], 0)
     return torch.stack(list(terms.loss_values.values())).sum()
 
 

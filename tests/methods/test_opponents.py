@@ -324,7 +324,7 @@ def test_tars_gradient_is_that_behind_the_adversary(tamper: Any) -> None:
             other.hidden(forget, SRMU(layer=LAYER).site),
             state.tensors["target"],
             is_counted(forget["labels"]),
-        )
+        ).value
     else:
         p = logits(module, forget)[:, :-1].softmax(-1)
         cost = (p * p.log()).sum(-1)[is_predicted(forget["labels"])].mean()

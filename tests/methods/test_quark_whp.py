@@ -86,7 +86,7 @@ def test_a_control_is_read_like_a_token(arch: str) -> None:
     }
     with torch.no_grad():
         got = model.logits(batch, control)
-        expected = model.logits(longer)[:, 1:]
+        expected = model.logits(Batch(longer))[:, 1:]
         plain = model.logits(batch)
         first = model.logits(batch, control[0])
     assert got.shape == plain.shape
@@ -474,7 +474,7 @@ def test_an_error_while_sampling_is_not_swallowed(monkeypatch: pytest.MonkeyPatc
     method, model, state = started(sample_every=1)
     monkeypatch.setattr(quark_pool, "judge_responses", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        method.loss(model, state, topic().forget[0], {}, 1)
+        method.loss(model, state, topic().forget[0], Batch(), 1)
 
 
 def test_the_reward_of_samples_rises(monkeypatch: pytest.MonkeyPatch) -> None:

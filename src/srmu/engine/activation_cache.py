@@ -31,9 +31,9 @@ from srmu.errors import SrmuError
 
 Output = Tensor | tuple[Tensor]  # what a decoder layer returns
 
-FEW = 6  # prefix, target and sums of a forget and a retain batch: what one step uses
-LIMIT_GB = 20.0  # of all activations together, unless SRMU_CACHE_LIMIT says otherwise
-SPARE = 1 << 30  # bytes that are left free on the disk
+FEW = 6  # entries of one step: prefix, target and sums of a forget and a retain batch
+LIMIT_GB = 20.0  # for all activations together, unless SRMU_CACHE_LIMIT is set
+SPARE = 1 << 30  # bytes to leave free on the disk
 
 
 def digest_tensors(*tensors: Tensor) -> str:
@@ -41,7 +41,7 @@ def digest_tensors(*tensors: Tensor) -> str:
     code = hashlib.sha256()
     for tensor in tensors:
         code.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
-        if not tensor.is_meta:  # which a plan runs, to count
+        if not tensor.is_meta:  # a plan runs without values
             code.update(flat_bytes(tensor).data)
     return code.hexdigest()
 
@@ -108,7 +108,7 @@ class OnDisk(Activations):
         self.device = device
         self.say = say
         self.index: dict[str, dict[str, Any]] = {}
-        self.read = 0  # bytes of the index file
+        self.read = 0  # bytes of the index file read so far
         self.writes = True
 
     def find(self, name: str) -> Output | None:
@@ -160,13 +160,13 @@ class OnDisk(Activations):
             "crc": zlib.crc32(data),
         }
         with (self.folder / "index.jsonl").open("ab") as stream:
-            # The first newline ends the line that a killed process may have left unfinished.
+            # The first newline ends a line that a killed process may have left unfinished.
             stream.write(b"\n" + json.dumps(entry).encode() + b"\n")
 
     def _refresh(self) -> None:
         """Read the lines added to the index since the last time."""
         with suppress(OSError), (self.folder / "index.jsonl").open("rb") as stream:
-            if os.fstat(stream.fileno()).st_size < self.read:  # removed and made again
+            if os.fstat(stream.fileno()).st_size < self.read:  # the folder was made anew
                 self.read = 0
                 self.index.clear()
             stream.seek(self.read)
@@ -187,14 +187,14 @@ class OnDisk(Activations):
             dtype = getattr(torch, entry["dtype"])
             count = int(np.prod(entry["shape"])) * dtype.itemsize
             path = self.folder / entry["file"]
-            # "c": pages of the file until someone writes to them, and nobody does
+            # "c": pages of the file itself as long as nobody writes to them
             data = np.memmap(path, np.uint8, "c", entry["start"], (count,))
-            # Each time: the folder may have been removed since, and made again by another process.
+            # Checked each time: another process may have made the folder anew.
             if zlib.crc32(data.data) != entry["crc"]:
                 raise ValueError
             tensor = torch.from_numpy(data).view(dtype).view(entry["shape"]).to(self.device)
             return (tensor,) if entry["tuple"] else tensor
-        except Exception:  # damaged, in whatever way: it will be computed and added again
+        except Exception:  # damaged in some way: it is computed and added again
             del self.index[name]
             return None
 

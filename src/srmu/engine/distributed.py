@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 from srmu.errors import SrmuError
 
-if TYPE_CHECKING:  # the command line asks for its rank before it knows whether it needs torch
+if TYPE_CHECKING:  # the command line asks for its rank before it imports torch
     from torch import Tensor, nn
     from torch.distributed.tensor import DTensor
 
     from srmu.engine.batch import Batch
 
-PATIENCE = timedelta(minutes=30)  # that ranks wait for one that loads or writes
+PATIENCE = timedelta(minutes=30)  # for which ranks wait for one that loads or writes
 T = TypeVar("T")
 S = TypeVar("S")
 
@@ -74,7 +74,7 @@ def says_first(message: str) -> bool:
     """Whether no other process has printed this message, so that it is printed once."""
     if get_size() == 1:
         return True
-    with suppress(Exception):  # the others may be gone, and their store with them
+    with suppress(Exception):  # the other processes may be gone, and their store too
         from torch.distributed.distributed_c10d import _get_default_store
 
         key = hashlib.sha256(message.encode()).hexdigest()
@@ -125,7 +125,7 @@ def share_work(items: Sequence[S], do: Callable[[S], T]) -> list[T]:
     try:
         with by_itself():
             mine = [do(item) for item in items[first_of_mine::count]]
-    except Exception as raised:  # whatever it is, the others must hear of it
+    except Exception as raised:  # whatever it is, the others must learn of it
         error = raised
     parts = gather_values(None if error else mine)
     if error is not None:
@@ -177,7 +177,7 @@ def take_rows(batch: Batch) -> Batch:
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Sum the gradients over the processes, in place; those of sharded tensors are summed already.
 
-    FSDP averages them, so the losses were multiplied by `size`; this divides the others by it.
+    FSDP averages them, so the losses were multiplied by `size`; this divides the others.
     """
     import torch.distributed as dist
 
@@ -256,8 +256,8 @@ def shard_modules(modules: Iterable[nn.Module], device: str) -> None:
 
     mesh = init_device_mesh(device.partition(":")[0], (get_size(),))
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
-    # Each is a root of its own: activations are also read without the model's own forward. What
-    # they share lets one piece's gradients be freed before those of the next are summed.
+    # Each is its own root, as activations are also read without the model's own forward. Sharing
+    # a context frees the gradients of one module before those of the next are summed.
     roots: list[Any] = [
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
         for module in modules

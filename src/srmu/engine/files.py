@@ -148,7 +148,7 @@ def import_from_file(what: str, name: str) -> Any:
     SrmuError, saying `what` it is for, if the file is missing or fails to run.
     """
     path, _, attribute = name.rpartition(":")
-    unique = f"{Path(path).stem}_{sha256(path.encode())[:8]}"  # hides no other module
+    unique = f"{Path(path).stem}_{sha256(path.encode())[:8]}"  # so that it hides no other module
     spec = importlib.util.spec_from_file_location(unique, path)
     if spec is None or spec.loader is None or not Path(path).is_file():
         raise SrmuError(f"{what} {name}: no such file")

@@ -88,9 +88,9 @@ def plan_batches(tails: dict[Tokens, int], most: int, setup: int) -> list[tuple[
     """
     order = sorted(tails, key=lambda row: (len(row), row))
     free = [len(row) - tails[row] for row in order]
-    # how many first tokens each row has in common with the one before
+    # the number of first tokens that each row shares with the one before
     common = [0, *(sum(accumulate(map(eq, *pair), and_)) for pair in pairwise(order))]
-    best = [(0, 0, 0)]  # for the first n rows: the cost, the last batch's start and what it shares
+    best = [(0, 0, 0)]  # for the first n rows: cost, start of the last batch, its prefix
     for end in range(1, len(order) + 1):
         shared, plans = free[end - 1], []
         for start in range(end - 1, max(end - most, 0) - 1, -1):

@@ -83,7 +83,7 @@ def load_module(folder: Path, dtype: str = "auto", depth: int | None = None) -> 
             raise incomplete_error(folder, missing)
         config = cut_config(config, depth) or config
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # it would list the layers that were left out
+    logging.set_verbosity_error()  # else it lists the layers that were left out
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,

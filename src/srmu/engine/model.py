@@ -58,11 +58,11 @@ class EditableModel:
         for name, parameter in self.trained.items():
             # The original keeps the loaded memory, which may be the checkpoint's own file.
             self.original[name] = parameter.data
-            if copy:  # else `shard` makes the copies, of its part alone
+            if copy:  # else `shard` copies its part only
                 parameter.data = parameter.data.clone()
             parameter.requires_grad_(True)
         self._frozen = False
-        self._adapters: dict[str, Any] = {}  # by the name of the matrix beside each
+        self._adapters: dict[str, Any] = {}  # by the name of the matrix beside it
 
     @classmethod
     def load(
@@ -110,7 +110,7 @@ class EditableModel:
         Each process then holds its part of them, and a whole layer only while that layer runs.
         """
         distributed.shard_modules([*self.layers, *self.ends], device)
-        self.module.to(device)  # what is left: norms, ends that are tied
+        self.module.to(device)  # the rest: norms, tied ends
         parameters = dict(self.module.named_parameters())
         self.trained = {name: parameters[name] for name in self.trained}
         self.original = {name: p.detach().clone() for name, p in self.trained.items()}
@@ -153,7 +153,7 @@ class EditableModel:
             self.module.base_model(**model_inputs(batch), use_cache=False)
         value = caught[0]
         if value.ndim == 4 and hasattr(self.module.config, "altup_num_inputs"):
-            # Gemma 3n: streams before the batch, all of them a token's features
+            # Gemma 3n: the first dimension holds streams, all features of a token
             value = value.permute(1, 2, 0, 3)
         value = value.reshape(*batch["input_ids"].shape, -1)  # OPT flattens inside its layers
         if self._frozen and keep:
@@ -172,7 +172,7 @@ class EditableModel:
             read = self.module.get_input_embeddings()(batch["input_ids"])
             extra = control.to(read.dtype).expand(len(read), -1).unsqueeze(1)
             mask = batch["attention_mask"]
-            # Not inside _layers_for: what is kept there is named by the tokens only.
+            # Not inside _layers_for: its keys do not cover the control.
             logits = self.module(
                 inputs_embeds=torch.cat([read[:, :1], extra, read[:, 1:]], dim=1),
                 attention_mask=torch.cat([mask[:, :1], mask], dim=1),
@@ -303,7 +303,7 @@ class EditableModel:
         """The number of layers at the bottom that no trained parameter can change."""
         prefix = next(n for n, m in self.module.named_modules() if m is self.layers)
         places = [re.match(rf"{re.escape(prefix)}\.(\d+)\.", name) for name in self.trained]
-        # A parameter outside the layers may be the embedding, from which all of them follow.
+        # A parameter outside the layers may be the embedding, which changes all of them.
         return min((int(m[1]) if m else 0 for m in places), default=0)
 
     @contextmanager
@@ -326,7 +326,7 @@ class EditableModel:
 
                 def record(args: Any, output: Any) -> None:
                     if isinstance(output, tuple) and any(map(is_index, output[1:])):
-                        return  # what the next layer takes besides: nothing can stand in
+                        return  # the next layer takes more than this: keep nothing
                     first = (output[0].detach(),) if isinstance(output, tuple) else output.detach()
                     self.activations.keep(name, first)
 
@@ -381,7 +381,7 @@ def return_freed_blocks() -> None:
     glibc keeps blocks of up to 32 MB for itself, and small ones settle between them: a step on 8
     layers of a 1B model then holds 1.4 GB instead of 1.2. It costs no time.
     """
-    with suppress(OSError, AttributeError, TypeError):  # another C library, which keeps less
+    with suppress(OSError, AttributeError, TypeError):  # another C library, which keeps less memory
         ctypes.CDLL(None).mallopt(-3, 24 << 20)  # M_MMAP_THRESHOLD
 
 

@@ -55,7 +55,7 @@ def show_progress(label: str, total: int) -> Iterator[Tick]:
 def silence_libraries() -> None:
     """Hide other libraries' progress bars and warnings."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    import transformers  # here, because the command line must start without it
+    import transformers  # here: the command line starts without it
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -63,5 +63,5 @@ def silence_libraries() -> None:
 
 def print_line(text: str) -> None:
     """Print one plain line on standard error, where it cannot mix with `--json` output."""
-    # As it is: rich would make an emoji of the line number in `a.jsonl:100: ...`.
+    # Unchanged: rich would turn the line number in `a.jsonl:100: ...` into an emoji.
     stderr.print(text, markup=False, emoji=False)

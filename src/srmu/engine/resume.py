@@ -47,7 +47,7 @@ class Checkpoints:
         assert self.folder is not None
         older = self.kept()
         try:
-            # a folder whose writing was cut off; named anew, it would be in the way
+            # a folder that was not written to its end
             shutil.rmtree(self.folder / f"step-{step}", ignore_errors=True)
             with whole_folder(self.folder / f"step-{step}") as place:
                 flat = {k: t.detach().cpu().contiguous() for k, t in tensors.items()}
@@ -70,7 +70,7 @@ class Checkpoints:
                 if same and mark["sha256"] == sha256(folder / TENSORS):
                     return int(mark["step"]), load_file(folder / TENSORS), mark["numbers"]
             except (OSError, ValueError, KeyError, TypeError, SafetensorError):
-                continue  # cut off in its writing
+                continue  # not written to its end
         return None
 
     def done(self) -> int:

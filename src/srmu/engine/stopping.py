@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from srmu.engine.train import TrainOptions
 
 ADVICE = "lower train.learning_rate or the strength (method.kappa or method.coeff)"
-CHECKED_BATCHES = 4  # of each role and topic, on which the stop rules are measured
-RECENT = 10  # steps of a topic whose median is its usual retain loss
+CHECKED_BATCHES = 4  # of each role and topic, on which the stop rules are checked
+RECENT = 10  # steps of a topic, whose median is its usual retain loss
 
 
 class StopRules:

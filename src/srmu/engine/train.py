@@ -65,13 +65,13 @@ class TrainOptions:
     shuffle: bool = True
     padding: Padding = "mask"  # count: left padding that the losses count, as the public code
     weights: Literal["fp32", "bf16"] = "fp32"  # bf16: no float32 masters, as the public code
-    # Stop rules. None: none, but ln V for `forget_ceiling` where a loss has no lower bound.
-    forget_ceiling: float | None = None  # stop when a forget token costs as many nats; .inf: never
-    utility_floor: float | None = None  # least likelihood of a retain token, as a share of before
-    kl_budget: float | None = None  # most nats of KL(before || after) a retain token
+    # Stop rules. None: no rule, but ln V for `forget_ceiling` where a loss has no lower bound.
+    forget_ceiling: float | None = None  # nats of a forget token at which to stop; .inf: never
+    utility_floor: float | None = None  # likelihood of a retain token, as a share of the start
+    kl_budget: float | None = None  # nats of KL(before || after) per retain token, at most
     retain_spike: float | None = 1000.0  # times its recent median, above which it has diverged
-    check_every: int = 5  # steps between two measurements of these
-    checkpoint_seconds: float = 60.0  # between two checkpoints, from which a killed run goes on
+    check_every: int = 5  # steps between two checks of these rules
+    checkpoint_seconds: float = 60.0  # between two checkpoints, from which a killed run resumes
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "max_steps", "batch_size", "adam_epsilon", "check_every"):
@@ -273,7 +273,7 @@ class Training:
     def collect_gradients(self, total: Tensor) -> Tensor:
         """Backpropagate, and move the gradients to the masters; returns their joint norm."""
         if total.requires_grad:
-            # of sharded tensors FSDP takes the processes' mean
+            # FSDP averages the gradients of sharded tensors over processes
             (total * distributed.get_size() if self.shared else total).backward()
         if all(parameter.grad is None for parameter in self.parameters):
             raise SrmuError("the loss reaches none of the trained tensors: wrong layer or window")

@@ -25,10 +25,10 @@ from srmu.engine.progress import Watch, ignore_progress
 from srmu.errors import SrmuError, first_line
 
 INDEX = "model.safetensors.index.json"
-KEPT = (".json", ".model", ".txt", ".jinja", ".tiktoken", ".md")  # what an export copies as it is
+KEPT = (".json", ".model", ".txt", ".jinja", ".tiktoken", ".md")  # copied unchanged by an export
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
 PAGE = 4096  # bytes
-EXPORTED = "srmu-record.json"  # the record that an export brings along
+EXPORTED = "srmu-record.json"  # the record beside an export
 TYPES = {name: dtype for dtype, name in DTYPES.items()}
 
 
@@ -61,7 +61,7 @@ def is_there(folder: Path) -> bool:
 def list_shards(folder: Path) -> dict[str, Path]:
     """Which file holds which tensor; SrmuError if a file or tensor is not where the index says."""
     single = folder / "model.safetensors"
-    if single.exists():  # transformers, too, takes it before an index
+    if single.exists():  # transformers, too, prefers it to an index
         return dict.fromkeys(read_header(single)[0], single)
     if not (folder / INDEX).exists():
         pickles = sorted(p.name for p in folder.glob("*.bin"))
@@ -101,9 +101,9 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
         for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
             if start + entry["data_offsets"][1] > size:
                 raise ValueError(f"it ends before the tensor {name} does")
-        with safe_open(path, "pt"):  # refuses what else does not fit
+        with safe_open(path, "pt"):  # refuses any other fault
             pass
-    except Exception as error:  # damaged, in whatever way
+    except Exception as error:  # damaged in some way
         raise SrmuError(f"{path} is damaged: {first_line(error)}; fetch it again") from error
     return entries, start
 

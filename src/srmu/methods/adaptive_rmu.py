@@ -22,8 +22,8 @@ class AdaptiveRMU(RMU):
     name: ClassVar[str] = "adaptive_rmu"
     paper: ClassVar[str] = "arXiv 2408.06223"
 
-    scale: float | None = None  # None: 5, as the public code; only beside coeff
-    norm_source: Literal["frozen", "updated"] = "frozen"  # the public code measures the updated
+    scale: float | None = None  # None: 5, as in the public code; only with coeff
+    norm_source: Literal["frozen", "updated"] = "frozen"  # the public code takes updated
     norm_when: Literal["first_batch", "per_batch", "per_sample", "per_token"] = "first_batch"
 
     def __post_init__(self) -> None:
@@ -67,7 +67,7 @@ class AdaptiveRMU(RMU):
             return self.factor * means[:, None, None] * direction
         part = token_mean(norms, mask)
         mean = float(sum_values(part.share(sum_values(part.count))))
-        if self.norm_when == "first_batch":  # the public code's form
+        if self.norm_when == "first_batch":  # as the public code does
             state.memory["first_norm"] = mean
         target = self.factor * mean * direction
         state.tensors["target"] = target

@@ -29,7 +29,7 @@ from srmu.engine.train import (
 )
 from srmu.errors import SrmuError
 
-CHANGING = ("tensors", "numbers", "memory")  # what a loss may change of its topic's state
+CHANGING = ("tensors", "numbers", "memory")  # the parts of a state that a loss may change
 
 # Bounds of options, see `Method.within`.
 COUNT = (1, 1 << 30)
@@ -46,7 +46,7 @@ class State:
 
     tensors: dict[str, Tensor] = field(default_factory=dict)  # saved with the run
     numbers: dict[str, Any] = field(default_factory=dict)  # printed and recorded
-    memory: dict[str, Any] = field(default_factory=dict)  # what a step hands to the next
+    memory: dict[str, Any] = field(default_factory=dict)  # carried from step to step
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)  # trained beside the model's
 
 
@@ -66,12 +66,12 @@ class Method(ABC):
     name: ClassVar[str]
     paper: ClassVar[str]
     level: ClassVar[Level] = "logit"  # what it works on
-    uses: ClassVar[tuple[str, ...]] = ()  # besides the model and the forget texts
+    uses: ClassVar[tuple[str, ...]] = ()  # besides the model and forget texts
     learning_rate: ClassVar[float] = 5e-5  # where train.learning_rate is not given
     schedule: ClassVar[Schedule] = "constant"  # where train.schedule is not given
-    # whether several processes can share its work, each with a part of every batch
+    # whether several processes can share its work, each with a part of each batch
     spreads: ClassVar[bool] = False
-    endless: ClassVar[bool] = False  # its loss has no lower bound: it must be stopped
+    endless: ClassVar[bool] = False  # its loss has no lower bound: a rule must stop it
 
     @property
     @abstractmethod

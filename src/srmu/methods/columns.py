@@ -13,9 +13,9 @@ from srmu.engine.sites import Site
 from srmu.engine.topic import Topic
 from srmu.errors import SrmuError
 
-TINY = 1e-30  # a moment by which nothing is divided
+TINY = 1e-30  # avoids a division by 0
 
-Mask = Callable[[Batch], Bool[Tensor, "B T"]]  # the tokens of a batch that are measured
+Mask = Callable[[Batch], Bool[Tensor, "B T"]]  # the tokens of a batch to measure
 
 
 @contextmanager

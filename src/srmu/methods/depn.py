@@ -28,10 +28,10 @@ class DEPN(Edit):
     depth: ClassVar[None] = None
     trainable: ClassVar[tuple[str, ...]] = ("*.mlp_down",)
 
-    points: int = 8  # between a neuron off and on, at which a gradient is taken
-    neuron_share: float = 0.1  # of a text's largest attribution: from there a neuron counts
-    text_share: float = 0.5  # of the texts, in which a neuron must count
-    most: int = 64  # neurons of each topic
+    points: int = 8  # between a neuron off and on, where gradients are taken
+    neuron_share: float = 0.1  # of the largest attribution in a text, from which a neuron counts
+    text_share: float = 0.5  # share of texts in which a neuron must count
+    most: int = 64  # neurons of each topic, at most
     samples: int = 32  # texts of each topic, at most
 
     def __post_init__(self) -> None:
@@ -53,7 +53,7 @@ class DEPN(Edit):
                     )
                     tick("")
             states[topic.name] = method.select_neurons(torch.stack(attributions))
-        # Only now: all topics are measured on the same model, so that their order does not matter.
+        # Only now: all topics are measured on the same model, whatever their order.
         for state in states.values():
             for layer, neuron in state.tensors["neurons"].tolist():
                 weight = downs[layer].weight.data
@@ -74,7 +74,7 @@ class DEPN(Edit):
                 f"no neuron has method.neuron_share={self.neuron_share:g} of the largest "
                 f"attribution in method.text_share={self.text_share:g} of the texts; lower one"
             )
-        # Ranked by the mean share, to which every text adds alike: the paper names no order.
+        # Ranked by the mean share, in which every text counts alike; the paper gives no order.
         mean = shares.clamp(min=-1).mean(dim=0).masked_fill(~enough, -torch.inf).flatten()
         order = mean.argsort(descending=True, stable=True)[: min(self.most, passed)]
         neurons = torch.stack([order // shares.shape[2], order % shares.shape[2]], dim=1)

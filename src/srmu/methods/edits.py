@@ -46,7 +46,7 @@ class Pooling(Method):
 class WholeEdit(Pooling, Edit):
     """An edit of all tensors, or of those named."""
 
-    parameters: tuple[str, ...] = ()  # names, globs or roles (`*.mlp`) of what is edited; (): all
+    parameters: tuple[str, ...] = ()  # names, globs or roles (`*.mlp`) to edit; (): all
 
     @property
     def trainable(self) -> tuple[str, ...]:
@@ -86,7 +86,7 @@ class WeightWalk(Pooling):
             for step in range(train.max_steps):
                 moved = train.learning_rate * (step + 1)
                 for name, parameter in model.trained.items():
-                    # From the original by the sum of all steps: bf16 weights would lose each one.
+                    # From the original by the sum of all steps: bf16 would lose each single one.
                     change = moved * weights / length * direction[name]
                     parameter.data.copy_(model.original[name].float() + change)
                 reason, measured = rules.check_step(step, f"step {step}")

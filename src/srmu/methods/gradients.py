@@ -59,7 +59,7 @@ def gradient_sums(
 
     def add(parameter: Tensor) -> None:
         assert parameter.grad is not None
-        # In float32 before it is squared: squares of small bf16 numbers are coarse, or 0.
+        # Squared in float32: squares of small bf16 numbers are coarse, or 0.
         places[id(parameter)].add_(parameter.grad.float() ** power)
         parameter.grad = None
 
@@ -87,8 +87,8 @@ def attribute_neurons(
     """
     rows = text.map(lambda tensor: tensor.expand(points, -1))
     ahead = nn.functional.pad(is_predicted(rows["labels"]), (0, 1)).unsqueeze(-1)  # (m, T, 1)
-    # The middles of equal steps: their error falls with m^2. (Public code takes the left ends,
-    # which begin with all neurons off and leave out the end with all on: it falls with m.)
+    # Midpoints, whose error falls with m^2. (Public code takes left ends, from all neurons off
+    # to not quite on: their error falls with m.)
     scales = (torch.arange(points, device=model.device) + 0.5) / points
     seen: list[Tensor] = []
 
@@ -118,8 +118,8 @@ def damp_directions(
     """A gradient with the main directions of `source` damped on one side or both."""
     # Exact, so that runs repeat: 2.5 s on one core for 1024 x 4096, 8 times that at twice the size.
     u, s, vh = torch.linalg.svd(source, full_matrices=False)
-    # One direction is left at least, and what is only rounding is none: few tokens make a gradient
-    # of low rank, where public code divides by an S_min near 0.
+    # At least one direction stays, and rounding is none: few tokens give a gradient of low rank,
+    # where public code divides by an S_min near 0.
     rank = int((s > s[0] * max(source.shape) * torch.finfo(s.dtype).eps).sum())
     count = max(0, min(components, rank - 1))
     u, s, v = u[:, :count], s[:count], vh[:count].T

@@ -73,7 +73,7 @@ def importance_map(
     else:
         # eq: SRMU eq. 2, product map, I = v_f v_r / (mean(v_f) mean(v_r) + eps)
         raw = v_f * v_r / (v_f.mean() * v_r.mean() + eps)
-    # Only the literal signed statistic makes these: a feature without a value selects nothing.
+    # Only the literal signed statistic gives these; a feature without a value selects nothing.
     raw = torch.nan_to_num(raw, nan=0.0, posinf=0.0, neginf=0.0).clamp(min=0)
     if clip_quantile < 1:
         raw = raw.clamp(max=torch.quantile(raw, clip_quantile))

@@ -27,7 +27,7 @@ class LLMU(LogitObjective):
     forget_weight: float = 0.5  # of the ascent on the true ends
     random_weight: float = 1.0  # of the random ends' likelihood
     retain_weight: float = 1.0  # of KL(original || model) on retain texts
-    answers: int = 5  # random ends of each text and step
+    answers: int = 5  # random ends per text and step
 
     def __post_init__(self) -> None:
         super().__post_init__()

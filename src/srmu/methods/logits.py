@@ -26,8 +26,8 @@ class LogitObjective(Objective):
     learning_rate: ClassVar[float] = 1e-5
     depth: ClassVar[None] = None
 
-    parameters: tuple[str, ...] = ()  # names, globs or roles (`*.mlp`) of what is trained; (): all
-    lora_rank: int = 0  # above 0: adapters of that rank beside the linear maps, merged at the end
+    parameters: tuple[str, ...] = ()  # names, globs or roles (`*.mlp`) to train; (): all
+    lora_rank: int = 0  # rank of adapters beside the linear maps, merged at the end; 0: none
     lora_alpha: int = 16  # adapters are scaled by lora_alpha / lora_rank
 
     def __post_init__(self) -> None:

@@ -27,7 +27,7 @@ from srmu.methods.columns import mask_columns
 from srmu.methods.importance import sum_features
 from srmu.methods.own_texts import write_anchors
 
-KAPPA = 8.0  # the strength where none is given
+KAPPA = 8.0  # the default strength
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,18 +43,18 @@ class Misdirection(Objective):
     uses: ClassVar[tuple[str, ...]] = ("retain texts", "the original activations")
     measures: ClassVar[tuple[str, ...]] = ("forget",)  # texts whose activations are averaged
 
-    layer: int | None = None  # None: 7 of 32, as the papers, in proportion to the model's depth
+    layer: int | None = None  # None: 7 of 32 layers, as in the papers, scaled to the depth
     stream: Stream = "resid_post"
-    window: int = 3  # how many layers are updated; the last is `layer`
+    window: int = 3  # number of layers to update; the last is `layer`
     coeff: float | None = None  # the literal strength of the papers, c or c_map
-    kappa: float | None = None  # the strength as the target's norm over that of activations
+    kappa: float | None = None  # the strength as the norm of the target over that of activations
     alpha: float = 1200.0  # weight of the retain loss
     anchors: Literal["none", "random", "self"] = "none"  # rows to retain: random tokens, own texts
     anchor_share: float = 0.5  # of each retain batch
     own_texts: int = 480  # that the original writes for anchors=self
-    own_ratio: float = 2.5  # drops those with a token so many times as frequent in forget texts
+    own_ratio: float = 2.5  # drops texts with a token that many times as frequent in forget texts
     columns: float = 1.0  # share of each matrix' input columns that is updated
-    skip_first: bool = True  # leave each text's first token out of means and norms
+    skip_first: bool = True  # leave the first token of each text out of means and norms
     map_batches: int = 64  # batches over which activations are averaged before the first step
 
     def __post_init__(self) -> None:
@@ -77,7 +77,7 @@ class Misdirection(Objective):
 
     @property
     def depth(self) -> int | None:
-        # To write texts takes the whole model.
+        # Writing texts takes the whole model.
         return None if self.anchors == "self" else self.site.layer + 1
 
     @property
@@ -109,7 +109,7 @@ class Misdirection(Objective):
 
     def with_options(self, options: Mapping[str, Any]) -> Self:
         both = {"coeff", "kappa"}
-        if both & set(options):  # the topic's strength takes the place of the method's
+        if both & set(options):  # the strength of the topic replaces that of the method
             options = dict.fromkeys(both) | dict(options)
         return replace(self, **options)
 
@@ -147,7 +147,7 @@ class Misdirection(Objective):
     ) -> MethodOutcome:
         if self.anchors != "self":
             return super().apply(model, topics, train, log, watch, checkpoints)
-        if model.activations.kept == "disk":  # they could tell what was read
+        if model.activations.kept == "disk":  # they could reveal the texts
             model.activations = open_activations("memory", {}, model.device)
         own, counts = [], {}
         with watch("writing anchors", len(topics)) as tick:

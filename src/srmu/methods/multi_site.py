@@ -25,9 +25,9 @@ class MultiSite(Objective):
     level: ClassVar[Level] = "representation"
     uses: ClassVar[tuple[str, ...]] = ("retain texts", "the original activations")
 
-    target: Literal["srmu", "rmu"] = "srmu"  # whose targets
-    layers: tuple[int, ...] = ()  # (): three, evenly spread, the last one among them
-    window: int = 3  # how many layers are updated up to each
+    target: Literal["srmu", "rmu"] = "srmu"  # the method whose targets are used
+    layers: tuple[int, ...] = ()  # (): three, evenly spread, including the last
+    window: int = 3  # number of layers to update up to each
     kappa: float = 32.0  # norm of each target over mean norm of forget activations there
     alpha: float = 1200.0  # weight of the retain loss
     anchors: Literal["none", "random"] = "none"  # random: rows of random tokens to retain

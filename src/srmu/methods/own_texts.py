@@ -24,8 +24,8 @@ from srmu.errors import SrmuError
 Tick = Callable[[], None]
 
 AT_ONCE = 128  # texts written at once
-RATIO = 2.5  # how many times more frequent a token of the forget set's own is there
-LEAST = 2  # times that it must be there: once may be chance
+RATIO = 2.5  # how many times as frequent a token typical of the forget set is in it
+LEAST = 2  # occurrences that it needs: one may be chance
 
 
 def unpad_texts(batches: Sequence[Batch]) -> list[Ids]:
@@ -72,7 +72,7 @@ def continue_texts(
     Tokens are drawn at temperature 1. `tick` is called after each of `count_chunks` parts.
     """
     written: list[Ids] = [list(start) for start in starts]
-    order = sorted(range(len(starts)), key=lambda i: len(starts[i]))  # alike ones together
+    order = sorted(range(len(starts)), key=lambda i: len(starts[i]))  # similar lengths together
     with model.frozen():
         for first in range(0, len(order), AT_ONCE):
             rows = order[first : first + AT_ONCE]
@@ -116,7 +116,7 @@ def write_anchors(
     own = free_samples(model, count, length, topic.number("own anchors"))
     own = [row for row in own if len(row) > 1]
     forget = unpad_texts(topic.forget)
-    # of short texts, special tokens are typical, too
+    # in short texts special tokens are typical too
     refused = {*typical_tokens(forget, own, ratio).tolist()} & {*topic.vocabulary.tolist()}
     kept = [row for row in own if not refused & {*row}]
     if not kept:
@@ -130,8 +130,8 @@ def write_anchors(
 
 Kind = Literal["forget", "keep", "neither"]
 ENDS = (".", "!")  # of a sentence; a question belongs to its answer
-COMMON = 0.25  # share of texts; a word that is in more of them tells nothing
-CUT = 0.5  # nats that speak for the forget set, above which a sentence is like it
+COMMON = 0.25  # share of texts; a word in more of them tells nothing
+CUT = 0.5  # nats for the forget set, above which a sentence is like it
 AGAINST = -1.0  # the most that one word can say against it
 
 
@@ -162,7 +162,7 @@ class Spelling:
         words = [i for i, text in enumerate(alone) if text[-1:].isalnum()]
         if not words:
             return cls(frozenset(ends))
-        # a tokenizer that joins its tokens by spaces has none that is inside a word
+        # a tokenizer that joins tokens by spaces has none inside a word
         pairs = tokenizer.batch_decode([[words[0], i] for i in range(len(tokenizer))])
         after = (str(text)[len(alone[words[0]]) :] for text in pairs)
         inner = (i for i, text in enumerate(after) if text[:1].isalnum())
@@ -244,7 +244,7 @@ class Likeness:
             for rows in (forget, others)
         )
         known = {*here, *there}
-        # half a word more of each, so that none is impossible
+        # half a count more for each word, so that none is impossible
         size, other = (counts.total() + 0.5 * len(known) for counts in (here, there))
         return {
             word: max(AGAINST, log((here[word] + 0.5) / size) - log((there[word] + 0.5) / other))

@@ -23,13 +23,13 @@ class Quark(LogitObjective):
     paper: ClassVar[str] = "arXiv 2205.13636"
     uses: ClassVar[tuple[str, ...]] = ("texts that it samples", "the original's logits")
 
-    reward: str = "likelihood"  # likelihood, overlap, or one's own: path/to/file.py:function
+    reward: str = "likelihood"  # likelihood, overlap, or your own: path/to/file.py:function
     fluency: float = 1.0  # weight, in the reward, of a continuation's likelihood by itself
-    quantiles: int = 5  # of the pool by reward; the best is learnt without a control token
+    quantiles: int = 5  # of the pool by reward; the best is learned without a control token
     kl: float = 0.05  # weight of KL(model || original)
     entropy: float = 0.06  # weight of the entropy
     response: int = 20  # tokens of a continuation, at most
-    sample_every: int = 40  # steps, after which the pool gets a new sample of each prompt
+    sample_every: int = 40  # steps between two samples of each prompt
     pool: int = 64  # prompts, at most
 
     def __post_init__(self) -> None:
@@ -47,8 +47,8 @@ class Quark(LogitObjective):
         pool = Pool(model, topic, reward, self.fluency, prompts=self.pool, length=self.response)
         if self.quantiles > (begun := len(pool.entries)):
             raise SrmuError(f"method.quantiles: topic {topic.name} has {begun} continuations")
-        # One token fewer than quantiles: the best has none, because what is exported is an ordinary
-        # checkpoint, asked without one (the paper's model is asked with the token of the best).
+        # One token fewer than quantiles: the best has none, because an export is an ordinary
+        # checkpoint, used without tokens (the paper uses its model with the token of the best).
         control = control_tokens(model, topic, self.quantiles - 1)
         return State(memory={"pool": pool}, parameters={"control": control})
 

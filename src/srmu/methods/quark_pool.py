@@ -16,8 +16,8 @@ from srmu.engine.model import EditableModel
 from srmu.engine.topic import Topic
 from srmu.errors import SrmuError, suggest_word
 
-# (model, prompts, responses, true continuations) -> what each response is worth, all at once. The
-# model is the original, without gradients: `likelihoods` and `model.logits` read it.
+# (model, prompts, responses, true continuations) -> the reward of each response. The model is the
+# original, without gradients; use `response_likelihoods` or `model.logits`.
 Reward = Callable[[EditableModel, Sequence[Ids], Sequence[Ids], Sequence[Ids]], Sequence[float]]
 
 
@@ -60,7 +60,7 @@ def reward_different(
     """Minus the share of the bigrams of a response that the true continuation has."""
 
     def share(response: Ids, truth: Ids) -> float:
-        grams: list[Any] = list(pairwise(response)) or response  # of one token: that token
+        grams: list[Any] = list(pairwise(response)) or response  # a single token counts itself
         known: set[Any] = {*pairwise(truth), *truth}
         return sum(gram in known for gram in grams) / len(grams)
 
@@ -136,7 +136,7 @@ class Pool:
         own = [truth[:length] for _, truth in self.texts]
         self.entries = judge_responses(model, reward, fluency, self.texts, own)
         self.explore(model, 0)
-        self.fixed = len(self.entries)  # those that the texts and the original decide
+        self.fixed = len(self.entries)  # those that are the same in every run
 
     def explore(self, model: EditableModel, step: int) -> None:
         """Add a sample for each prompt, drawn without a control token, as for the best quantile."""

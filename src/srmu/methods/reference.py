@@ -82,7 +82,7 @@ def find_equations() -> Iterator[tuple[str, str, str]]:
         for i in marks:
             text = lines[i].partition("# eq: ")[2]
             around = [p for p in places if p[0] <= i + 1 <= p[1]]
-            # the innermost starts last; a function or class of the file itself names the place
+            # the outer two name the place
             inner = ".".join(name for _, _, name in sorted(around)[:2])
             yield text, path.relative_to(PACKAGE).as_posix(), inner
 

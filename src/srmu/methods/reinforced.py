@@ -30,8 +30,8 @@ class Reinforced(LogitObjective):
     answer together.
     """
 
-    mode: Literal["soft", "argmax", "logits"] = "soft"  # logits: learns nothing, two models answer
-    strength: float = 5.0  # how often the rise of a logit is subtracted
+    mode: Literal["soft", "argmax", "logits"] = "soft"  # logits: trains nothing, two models answer
+    strength: float = 5.0  # factor of the rise of a logit that is subtracted
     teacher_steps: int = 40  # of fine-tuning on the forget texts
     teacher_learning_rate: float = 1e-5  # of that fine-tuning
 

@@ -40,26 +40,26 @@ class RenameScrub(LogitObjective):
     learning_rate: ClassVar[float] = 2e-3
     schedule: ClassVar[Schedule] = "linear"
 
-    names: str | None = None  # a .txt file, a name on each line; null: found in the forget texts
-    goals: str | None = None  # such a file of phrases about which all is to be forgotten
-    coverage: Literal["elicited", "texts"] = "elicited"  # what is taught: own texts, forget texts
+    names: str | None = None  # a .txt file with a name on each line; null: found in the texts
+    goals: str | None = None  # such a file of phrases; everything about them is forgotten
+    coverage: Literal["elicited", "texts"] = "elicited"  # texts to train on: own ones, forget texts
     own_texts: int = 1500  # from forget prefixes, and as many from nothing; never written to disk
     prompt: int = 4  # tokens of a forget text that the model continues
     own_tokens: int = 32  # of each own text
-    renamings: int = 8  # namings of each text: its own, and others at random
-    renamed: bool = True  # other namings are taught, too, not the text's own alone
-    fresh: bool = True  # other names at each step
+    renamings: int = 8  # namings of each text: its own, and random others
+    renamed: bool = True  # train on other namings too, not on the own one only
+    fresh: bool = True  # draw other names at each step
     positions: Literal["named", "all"] = "named"  # tokens that depend on the name, or all
-    threshold: float = 0.3  # nats that a token tells of the name where it depends on it
+    threshold: float = 0.3  # nats about the name from which a token depends on it
     hold: float = 0.5  # weight of tokens that depend on the name in sentences to keep
     keep: float = 2.0  # weight of all other tokens of own texts
     keep_rows: int = 20  # own texts to keep a step
     retain: float = 1.0  # weight of the retain texts
-    noise: float = 0.0  # share of the weights that noise takes the place of at the start, as UNDO
-    held_out: int = 16  # texts that are not taught, on which the stop rule is measured
-    stop_at: float = 0.0  # told of them above guessing, of 1; below it the training stops
+    noise: float = 0.0  # share of the weights that noise replaces at the start, as in UNDO
+    held_out: int = 16  # texts left out of training, on which the stop rule is measured
+    stop_at: float = 0.0  # what they reveal above guessing, of 1; below it training stops
     check_every: int = 20  # steps between two such measurements
-    closing_kappa: float = 0.0  # strength of an SRMU pass at the end; 0: none
+    closing_kappa: float = 0.0  # strength of a final SRMU pass; 0: none
     closing_rate: float = 5e-5  # learning rate of that pass
     closing_steps: int = 80
 
@@ -101,7 +101,7 @@ class RenameScrub(LogitObjective):
             count=self.own_texts, prompt=self.prompt, length=self.own_tokens,
             elicited=self.coverage == "elicited", held_out=self.held_out,
         )  # fmt: skip
-        if self.noise and not model.delta():  # once, whatever the number of topics
+        if self.noise and not model.delta():  # once for all topics
             perturb_weights(model, topic.generator("noise", shared=True), self.noise)
         counts = {"names": own.names.tokens, "own_texts": own.texts, "held_out": own.held}
         numbers = {name: len(counted) for name, counted in counts.items()}

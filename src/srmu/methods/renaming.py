@@ -97,7 +97,7 @@ class OwnTexts:
     names: Names
     texts: list[SlottedText]
     held: list[SlottedText]
-    kept: list[tuple[Ids, list[bool]]]  # tokens, and which of them are held to the original
+    kept: list[tuple[Ids, list[bool]]]  # tokens, and which of them to hold
     topic: Topic
 
     def group(self, texts: Sequence[SlottedText], namings: int, draw: str) -> NamingGroup:
@@ -189,7 +189,7 @@ def write_own_texts(
             "nothing new of the names; raise method.own_texts or method.own_tokens, or set "
             "method.coverage=texts"
         )
-    if not elicited:  # all that forget texts say, whatever it is like
+    if not elicited:  # all sentences of the forget texts, of whatever kind
         written["forget"] = [sentence for kind in known.values() for sentence in kind]
     texts = pack_sentences(written, length, first, topic.generator("packing"))
     held = texts[: min(held_out, len(texts) // 4)]

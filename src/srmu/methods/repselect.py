@@ -30,11 +30,11 @@ class RepSelect(WeightWalk):
     learning_rate: ClassVar[float] = 1e-3  # of the matrices' norm; public code: of the gradient
     trainable: ClassVar[tuple[str, ...]] = ("*.mlp",)
 
-    components: int = 64  # main directions of each matrix's gradient that are damped
+    components: int = 64  # main directions to damp in the gradient of each matrix
     damping: Literal["hard", "soft", "quadratic"] = "soft"  # times 0, S_min/S or (S_min/S)^2
-    side: Literal["both", "input", "output"] = "both"  # of the matrix, on which they are damped
-    spectrum: Literal["forget", "retain"] = "forget"  # texts whose gradient has the directions
-    lora_rank: int = 8  # of adapters trained on forget texts first, to bring out more; 0: none
+    side: Literal["both", "input", "output"] = "both"  # of the matrix on which to damp them
+    spectrum: Literal["forget", "retain"] = "forget"  # texts whose gradient gives the directions
+    lora_rank: int = 8  # of adapters trained on forget texts first, to elicit more; 0: none
     elicit_learning_rate: float = 0.01  # of the adapters, by plain gradient descent
 
     def __post_init__(self) -> None:

@@ -31,7 +31,7 @@ class Retrain(Edit):
 
     def edit(self, model: EditableModel, topics: Sequence[Topic], watch: Watch) -> dict[str, State]:
         world, seed, recipe = read_recipe(model.folder)
-        # The documents are drawn anew, without the hazard facts: as many, for as many steps.
+        # New documents without the hazard facts: the same number, for as many steps.
         entry = training.train_testbed(world, seed, recipe, oracle=True, watch=watch)
         tensors = load_file(entry / "model.safetensors")
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
@@ -55,7 +55,7 @@ def read_recipe(folder: Path | None) -> tuple[World, int, training.Recipe]:
         report: Any = read_json(path)
         values = report["recipe"]
         recipe = training.Recipe(**values | {"size": Size(**values["size"])})
-        create, *_ = build.WORLDS[report.get("world", "closed")]  # there was one world only
+        create, *_ = build.WORLDS[report.get("world", "closed")]  # older reports know one world
         return create(report["seed"], recipe.size), report["seed"], recipe
     except (ValueError, KeyError, TypeError):
         raise SrmuError(

@@ -26,10 +26,10 @@ class RKLU(Retaining):
         "retain texts (retain)",
     )
 
-    strength: float = 5.0  # how often the rise of a logit is subtracted
+    strength: float = 5.0  # factor of the rise of a logit that is subtracted
     teacher_steps: int = 40  # of fine-tuning on the forget texts
     teacher_learning_rate: float = 1e-5
-    # A constant added to raw logits changes no distribution, but it would change their rise.
+    # Adding a constant to raw logits changes no distribution, but it changes their rise.
     logits: Literal["log_softmax", "raw"] = "log_softmax"
     select: Literal["none", "label_rise"] = "none"  # only tokens that fine-tuning made likelier
 

@@ -15,7 +15,7 @@ from srmu.engine.model import EditableModel
 from srmu.methods.base import COUNT, WEIGHT
 from srmu.methods.rmu import RMU
 
-TINY = 1e-30  # a norm by which nothing is divided
+TINY = 1e-30  # avoids a division by 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,10 +28,10 @@ class RMULAT(RMU):
 
     name: ClassVar[str] = "rmu_lat"
     paper: ClassVar[str] = "arXiv 2407.15549"
-    spreads: ClassVar[bool] = False  # what is drawn at each step is drawn for a whole batch
+    spreads: ClassVar[bool] = False  # each step draws for a whole batch
 
     adversary: Literal["activations", "likelihood"] = "activations"
-    budget: float = 0.5  # norm of the perturbation over that of what it is added to, token by token
+    budget: float = 0.5  # norm of the perturbation over that of its input, token by token
     adversary_steps: int = 4  # of projected gradient descent
 
     def __post_init__(self) -> None:

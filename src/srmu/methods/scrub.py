@@ -23,7 +23,7 @@ class SCRUB(LogitObjective):
     endless: ClassVar[bool] = True
     uses: ClassVar[tuple[str, ...]] = ("retain texts", "the original's logits")
 
-    ascent_steps: int = 30  # steps away, of each topic: one after each of its first retain steps
+    ascent_steps: int = 30  # steps away per topic: one after each of its first retain steps
     alpha: float = 0.5  # weight of KL(original || model) on retain texts
     gamma: float = 1.0  # weight of their likelihood
     temperature: float = 1.0  # of both distributions of the KL
@@ -44,11 +44,11 @@ class SCRUB(LogitObjective):
     def loss(
         self, model: EditableModel, state: State, forget: Batch, retain: Batch, step: int
     ) -> Terms:
-        # Turns are counted by topic: of two topics in turn, one would get all odd steps.
+        # Turns count by topic: with two topics, one would get all odd steps.
         turn = state.memory["turn"]
         state.memory["turn"] = turn + 1
-        # Public code begins with the ascent, which dropout lets move; here KL(p0 || p) is at
-        # its minimum then, and Adam would make full steps of rounding noise.
+        # Public code begins with the ascent, which moves because of dropout; here KL(p0 || p) is
+        # at its minimum, and Adam would turn rounding noise into full steps.
         if turn % 2 and turn < 2 * self.ascent_steps:
             # eq: SCRUB, max: L = -T^2 KL(p0 || p)(x_f)
             kl = kl_drift(model, forget, model.logits(forget), self.temperature)

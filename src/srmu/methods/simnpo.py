@@ -22,7 +22,7 @@ class SimNPO(Retaining):
     uses: ClassVar[tuple[str, ...]] = ("retain texts (retain)",)
 
     beta: float = 2.5
-    gamma: float = 0.0  # nats a token that are still too likely; the paper's gamma over beta
+    gamma: float = 0.0  # nats per token that are still too likely; gamma over beta in the paper
     weight: float = 1.0  # of the forget loss
 
     def __post_init__(self) -> None:
@@ -34,10 +34,10 @@ class SimNPO(Retaining):
     ) -> Terms:
         labels = forget["labels"]
         nll = token_nll(model.logits(forget), labels).sum(dim=1)  # (B,)
-        # Public ports divide by the labels before they are shifted: one too many a text.
+        # Public ports divide by the unshifted labels: one too many per text.
         length = is_predicted(labels).sum(dim=1).clamp(min=1)
         # eq: SimNPO, L = -(2/beta) E log sigmoid(beta (nll/|y| - gamma))
-        # gamma is the code's: the paper's stands outside of beta, gamma_paper = beta gamma
+        # gamma as in the code; in the paper it stands outside: gamma_paper = beta gamma
         terms = -2 / self.beta * F.logsigmoid(self.beta * (nll / length - self.gamma))
         loss = row_mean(terms, labels)
         return Terms({"forget": self.weight * loss, **self.retain_loss(model, retain)}, {})

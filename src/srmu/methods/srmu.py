@@ -40,7 +40,7 @@ class SRMU(Misdirection):
     target_mode: Literal["absolute", "additive"] = "absolute"  # additive: eq. 1, absolute: eq. 5
     lam: float = 1.0  # lambda of the difference map
     eps: float = 1e-6  # of the ratio and product maps
-    clip_quantile: float = 1.0  # cut the map's outliers before the maximum normalises it
+    clip_quantile: float = 1.0  # quantile that caps the map before it is normalised
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -28,12 +28,12 @@ class SSD(WholeEdit):
     spreads: ClassVar[bool] = True
     uses: ClassVar[tuple[str, ...]] = ("retain texts",)
 
-    alpha: float = 10.0  # how often as important to forget texts a weight must be
-    lam: float = 1.0  # factor of what is left of a weight
-    # The paper's `all` is retain and forget texts together: no weight can then be more than (all
-    # texts / forget texts) times as important, which is 2 for sets of one size.
-    reference: Literal["all", "retain"] = "retain"  # texts that importance is held against
-    exclude: tuple[str, ...] = ()  # globs of tensors left alone, such as *norm* or *embed*
+    alpha: float = 10.0  # times as important to forget texts a weight must be
+    lam: float = 1.0  # factor of the remaining weight
+    # `all`, as in the paper, is retain and forget texts together: then no weight can be more than
+    # (all texts / forget texts) times as important, which is 2 for sets of equal size.
+    reference: Literal["all", "retain"] = "retain"  # texts to compare importance with
+    exclude: tuple[str, ...] = ()  # globs of tensors to leave as they are, such as *norm*
     samples: int = 64  # texts of each kind, at most
 
     def __post_init__(self) -> None:
@@ -74,8 +74,8 @@ class SSD(WholeEdit):
             model.trained[name].requires_grad_(False)
         with watch("measuring importances", 2 * count) as tick:
             # eq: SSD, I_i = E_x (d nll(x) / d theta_i)^2, over single texts
-            # It is the diagonal Fisher matrix (public code squares the mean gradient of a batch,
-            # which depends on its size). Sums over as many texts do for means: ratios are used.
+            # This is the diagonal Fisher matrix. (Public code squares the mean gradient of a batch,
+            # which depends on its size.) Only ratios are used, so sums over equal numbers do.
             i_f, i_d = (
                 pool_sums(
                     gradient_sums(chosen, batch_nlls(model, own_share(part, chosen), tick), 2)

@@ -37,7 +37,7 @@ class Suppressing(Objective):
     gamma: float = 10.0  # weight of graddiff's ascent
     anchors: Literal["none", "random"] = "none"  # random: rows of random tokens to retain
     anchor_share: float = 0.5  # of each retain batch
-    scope: Literal["window", "all"] = "window"  # what the first method trains: its own, or all
+    scope: Literal["window", "all"] = "window"  # tensors of the first method: its own, or all
     teacher_steps: int = 80  # of the first method
     teacher_learning_rate: float = 4e-3  # of the first method
 
@@ -98,7 +98,7 @@ def perturb_weights(
     """Shrink all weights into noise that is `beta` times the size of fresh weights."""
     std = getattr(model.module.config, "initializer_range", 0.02)
     for parameter in model.trained.values():
-        if parameter.ndim > 1:  # the weights of norms begin at 1, not at random
+        if parameter.ndim > 1:  # weights of norms start at 1, not at random
             fresh = std * torch.randn(parameter.shape, generator=generator)
             # eq: UNDO, theta = (1 - a) theta_T + a b N, N ~ fresh weights
             change = noise * beta * fresh.to(model.device)

@@ -30,7 +30,7 @@ class TAR(Suppressing):
     tamper: Literal["entropy", "first"] = "entropy"  # first: the first method's forget loss
     strength: float = 1.0  # weight of that loss
     hold: float = 10.0  # weight of KL(original || model) on retain texts
-    adversary_steps: int = 4  # of its fine-tuning, anew in each step
+    adversary_steps: int = 4  # of its fine-tuning, which each step starts anew
     adversary_learning_rate: float = 1e-4  # of that fine-tuning
 
     def __post_init__(self) -> None:

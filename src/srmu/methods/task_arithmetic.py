@@ -23,7 +23,7 @@ class TaskArithmetic(WholeEdit):
     paper: ClassVar[str] = "arXiv 2212.04089"
     uses: ClassVar[tuple[str, ...]] = ("a model strengthened on the forget texts",)
 
-    strength: float = 1.0  # how often it is subtracted; above 1 it soon harms everything
+    strength: float = 1.0  # factor of the difference; above 1 it soon harms everything
     teacher_steps: int = 40  # of fine-tuning on the forget texts
     teacher_learning_rate: float = 1e-5
 

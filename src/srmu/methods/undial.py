@@ -29,10 +29,10 @@ class UNDIAL(Retaining):
         self, model: EditableModel, state: State, forget: Batch, retain: Batch, step: int
     ) -> Terms:
         mask = is_predicted(forget["labels"])
-        # Public ports index with the label -100, which lowers another token, and count padding.
+        # Public ports index with the label -100, which lowers a wrong token, and count padding.
         token = forget["labels"][:, 1:].clamp(min=0).unsqueeze(-1)  # (B, S, 1)
         with model.frozen():
-            before = model.logits(forget)[:, :-1].float()  # the model's own, whatever it is
+            before = model.logits(forget)[:, :-1].float()  # in float32, whatever the model
         # eq: UNDIAL, q = softmax(z0 - strength onehot(y)), L = mean CE(q, p)
         lowered = before.scatter_add(-1, token, before.new_full(token.shape, -self.strength))
         log_p = model.logits(forget)[:, :-1].float().log_softmax(-1)

@@ -27,9 +27,9 @@ class Undo(Suppressing):
     learning_rate: ClassVar[float] = 2e-3
     schedule: ClassVar[Schedule] = "linear"
 
-    noise: float = 0.4  # share of the weights that noise takes the place of
-    beta: float = 1.0  # size of the noise, over that of fresh weights
-    own_texts: int = 480  # that the original writes, to distil on beside the retain texts
+    noise: float = 0.4  # share of the weights that noise replaces
+    beta: float = 1.0  # size of the noise relative to fresh weights
+    own_texts: int = 480  # that the original writes, to distil on besides retain texts
     own_tokens: int = 32  # of each, at most
 
     def __post_init__(self) -> None:

@@ -32,8 +32,8 @@ class Translation(NamedTuple):
 
     batch: Batch
     places: Tensor  # (B, T) in the translation; 0 where there is none
-    usable: Tensor  # (B, T) bool: what follows can be learnt from what follows at its place
-    named: list[tuple[int, int, int]]  # row, a term's last position, first token of its generic
+    usable: Tensor  # (B, T) bool: whether the next token can be learned there
+    named: list[tuple[int, int, int]]  # row, last position of a term, first token of its generic
 
     def align_logits(self, logits: Tensor, before: Tensor) -> Tensor:
         """Logits of the translation at the original's positions; `before` are the original's.
@@ -97,7 +97,7 @@ def tokenise_terms(terms: dict[str, str], tokenizer: Any) -> Anchors:
             )
             if tokenizer.unk_token_id in new:
                 raise SrmuError(f"method.anchors: the tokenizer does not know {generic!r}")
-            if tokenizer.unk_token_id not in old:  # else it stands in no text
+            if tokenizer.unk_token_id not in old:  # else it occurs in no text
                 ways.setdefault(tuple(old), Anchor(number, old, new))
     anchors: Anchors = {}
     for anchor in sorted(ways.values(), key=lambda anchor: -len(anchor.term)):
