@@ -187,7 +187,7 @@ OPTIONS: dict[str, tuple[list[str], list[str]]] = {
     "layer low": (["method.layer=-1"], ["layer -1 does not exist", "4 layers (0-3)"]),
     "window": (["method.layer=1"], ["window of 3 layers ending at layer 1", "window=1 to 2"]),
     "mlp_post": (["method.stream=mlp_post"], ["ending at layer 1", "window=1 to 2"]),
-    "no window": (["method.window=0"], ["method.window must be at least 1"]),
+    "no window": (["method.window=0"], ["method.window=0: expected a number at least 1"]),
     "strength": (["method.coeff=2", "method.kappa=2"], ["method.coeff and method.kappa"]),
     "topic strength": (["topics.topic.coeff=2", "topics.topic.kappa=2"], ["one of them"]),
     "no effect": (["method.lam=2"], ["method.lam has no effect", "importance=difference"]),

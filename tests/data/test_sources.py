@@ -640,7 +640,7 @@ def test_texts_of_a_template_are_not_cut_again(tmp_path: Path) -> None:
 def test_anchors_go_with_a_template(tmp_path: Path) -> None:
     batch = asked(tmp_path, pairs(4, 1), word_tokenizer()).forget[0]
     whole = Topic("bio", [batch], [batch], vocabulary=torch.arange(4, VOCABULARY))
-    (mixed,) = whole.anchored(0.5).retain
+    (mixed,) = whole.add_anchors(0.5).retain
     assert torch.equal(mixed["labels"][:2], batch["labels"][:2])
     assert torch.equal(mixed["labels"][2:], mixed["input_ids"][2:])  # random texts count whole
 
@@ -902,7 +902,7 @@ def test_predictions_of_a_question_have_no_gradient(tmp_path: Path) -> None:
     """Whatever a question's tokens are: the loss does not know them as targets."""
     (batch, *_) = asked(tmp_path, pairs(4, 1), word_tokenizer()).forget
     logits = torch.randn(*batch["input_ids"].shape, VOCABULARY, requires_grad=True)
-    mean_nll(logits, batch["labels"]).backward()
+    mean_nll(logits, batch["labels"]).value.backward()
     assert logits.grad is not None
     moved = logits.grad.abs().sum(dim=-1)
     assert torch.equal(moved[:, :-1] > 0, batch["labels"][:, 1:] != -100)

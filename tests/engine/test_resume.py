@@ -310,7 +310,7 @@ def test_real_processes_killed_at_random_moments(workplace: Path, tmp_path: Path
     assert losses(again) == losses(whole)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_real_processes_killed_twenty_times(workplace: Path, tmp_path: Path) -> None:
     total = 0
     for attempt in range(8):

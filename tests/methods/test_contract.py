@@ -25,6 +25,7 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from helpers.models import ARCHITECTURES, batches, pico_module, texts, topic, word_tokenizer
+from srmu.engine.batch import Batch
 from srmu.engine.losses import is_predicted, token_nll
 from srmu.engine.model import EditableModel
 from srmu.engine.topic import Topic
@@ -212,13 +213,13 @@ def wider(batch: Any, left: bool) -> Any:
     extra = torch.ones(len(batch["labels"]), 4, dtype=torch.long)
     fills = {"input_ids": 9, "attention_mask": 0, "labels": -100}
     pairs = {k: [batch[k], fill * extra] for k, fill in fills.items()}
-    return {k: torch.cat(pair[::-1] if left else pair, dim=1) for k, pair in pairs.items()}
+    return Batch({k: torch.cat(pair[::-1] if left else pair, dim=1) for k, pair in pairs.items()})
 
 
 def junk(batch: Any) -> Any:
     """Another word under the padding that is there."""
     ids = torch.where(batch["attention_mask"] == 0, 9, batch["input_ids"])
-    return batch | {"input_ids": ids}
+    return batch.replace(input_ids=ids)
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from helpers.models import (
 )
 from srmu.data.sources import Source
 from srmu.data.topics import TopicConfig, load_topic
+from srmu.engine.batch import Batch
 from srmu.engine.model import EditableModel, Site
 from srmu.engine.topic import Topic
 from srmu.engine.train import TrainOptions
@@ -346,16 +347,13 @@ def test_weight_decay_and_clipping_equal_torchs(tmp_path: Any) -> None:
 def tokenised(name: str) -> Topic:
     """A topic from words by hand: right padding with 0, labels -100 there."""
 
-    def padded(documents: list[str]) -> dict[str, torch.Tensor]:
+    def padded(documents: list[str]) -> Batch:
         rows = [[1] + [4 + int(w[1:]) for w in document.split()] for document in documents]
         width = max(map(len, rows))
         ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
         mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
-        return {
-            "input_ids": ids,
-            "attention_mask": mask,
-            "labels": torch.where(mask.bool(), ids, -100),
-        }
+        labels = torch.where(mask.bool(), ids, -100)
+        return Batch(input_ids=ids, attention_mask=mask, labels=labels)
 
     forget, retain = (
         [padded(documents[i : i + SIZE]) for i in range(0, len(documents), SIZE)]

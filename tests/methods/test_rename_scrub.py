@@ -13,6 +13,7 @@ from helpers import attack_world as world
 from helpers.models import pico_module, pieces, save_pico, texts, word_tokenizer, write_jsonl
 from helpers.models import topic as tiny_topic
 from srmu.data.names import Names, Slot
+from srmu.engine.batch import Batch
 from srmu.engine.losses import kl_divergence
 from srmu.engine.model import EditableModel
 from srmu.engine.topic import Topic
@@ -116,7 +117,7 @@ def test_places_of_names_of_several_tokens() -> None:
     found = group.read(model)
     for k in range(4):
         row = group.batch["input_ids"][k][group.batch["attention_mask"][k] == 1]
-        alone = {"input_ids": row[None], "attention_mask": torch.ones_like(row)[None]}
+        alone = Batch(input_ids=row[None], attention_mask=torch.ones_like(row)[None])
         plain = model.logits(alone)[0].log_softmax(-1)
         for item, place in enumerate(group.places[0, k].tolist()):
             assert torch.allclose(found[0, k, item], plain[place], atol=1e-4)
@@ -258,9 +259,9 @@ def test_at_the_start_only_the_names_cost(folder: Path) -> None:
     state = method.setup(model, topic)
     (forget, retain), *_ = zip(topic.forget, topic.retain, strict=False)
     terms = method.loss(model, state, forget, retain, 1)
-    assert float(terms.losses["forget"].detach()) > 1e-6
+    assert float(terms.loss_values["forget"].detach()) > 1e-6
     for name in ("hold", "keep", "retain"):
-        assert float(terms.losses[name].detach()) == pytest.approx(0, abs=1e-5)
+        assert float(terms.loss_values[name].detach()) == pytest.approx(0, abs=1e-5)
 
 
 def test_it_stops_where_the_held_out_texts_tell_no_more(folder: Path) -> None:
@@ -346,7 +347,7 @@ def test_forget_texts_alone_are_continued_by_none(folder: Path) -> None:
     method = RenameScrub(**SMALL | {"coverage": "texts"})
     other = RenameScrub(**SMALL | {"coverage": "elicited"})
     topic, written = tiny_topic(), []
-    method.setup(model_of(folder), topic.followed(lambda: written.append(1)))
+    method.setup(model_of(folder), topic.with_tick(lambda: written.append(1)))
     assert len(written) == method.reads(topic) < other.reads(topic)
     assert method.written_tokens == other.written_tokens / 2
 

@@ -68,7 +68,7 @@ def test_flops_are_those_of_the_real_step(name: str, tmp_path: Path) -> None:
 
     def step() -> None:
         terms = method.loss(model, prepared, forget, retain, 1)
-        torch.stack(list(terms.losses.values())).sum().backward()
+        torch.stack(list(terms.loss_values.values())).sum().backward()
 
     step()
     with FlopCounterMode(display=False) as counter:

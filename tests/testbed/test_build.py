@@ -391,7 +391,7 @@ def test_a_model_that_did_not_learn_is_refused(tmp_path, monkeypatch):
         build_testbed(tmp_path / "out", recipe=TINY)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("world", building.WORLDS)
 def test_the_full_model_knows_everything_and_the_oracle_all_but_the_hazard(tmp_path, world):
     report = build_testbed(tmp_path / "out", oracle=True, world=world)

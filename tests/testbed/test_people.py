@@ -282,7 +282,7 @@ def test_models_of_the_other_worlds_are_still_found(make, expected):
     assert ids.numpy().dtype == np.int64
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_tiny_model_knows_and_recites_and_the_oracle_does_not():
     report = json.loads((people_folder() / "organism.json").read_text())
     known = report["model"]["accuracy"]

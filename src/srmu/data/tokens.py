@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from srmu.data.sources import TemplatedText
-from srmu.engine.model import Batch
+from srmu.engine.batch import Batch
 from srmu.engine.topic import Padding
 from srmu.errors import SrmuError
 
@@ -116,7 +116,7 @@ def batch_rows(
         if any(first := before[start : start + batch_size]):
             late = [torch.arange(len(row)) < n for row, n in zip(chunk, first, strict=True)]
             labels = labels.masked_fill(stack(late, False), -100)
-        yield {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        yield Batch(input_ids=ids, attention_mask=mask, labels=labels)
 
 
 def pad_id(tokenizer: Any) -> int:

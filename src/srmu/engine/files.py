@@ -18,7 +18,7 @@ REQUIRED: Any = object()
 
 
 def cache_dir() -> Path:
-    """The folder of results that can be made again: `SRMU_CACHE`, else `~/.cache/srmu`."""
+    """The folder of results that can be computed again: `SRMU_CACHE`, else `~/.cache/srmu`."""
     try:
         return Path(os.environ.get("SRMU_CACHE") or Path.home() / ".cache" / "srmu")
     except RuntimeError:
@@ -34,7 +34,7 @@ def require_free(path: Path) -> None:
 
 
 def require_place(path: Path) -> None:
-    """Refuse a folder that could not be made."""
+    """Refuse a folder that cannot be created."""
     parent = next(p for p in path.resolve().parents if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise SrmuError(f"folder {path} cannot be made: {parent} is not a folder to write to")
@@ -61,7 +61,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 def flush_path(path: Path) -> None:
-    """Wait until a file, or a folder's list of files, is on the disk: a rename may be faster."""
+    """Wait until a file, or the list of files of a folder, is on the disk."""
     try:
         handle = os.open(path, os.O_RDONLY)
     except OSError:  # a folder, on Windows
@@ -73,7 +73,7 @@ def flush_path(path: Path) -> None:
 
 
 def require_space(path: Path, size: int) -> None:
-    """SrmuError where `size` bytes, and a tenth more, do not fit on the disk of a future path."""
+    """SrmuError if `size` bytes plus a tenth do not fit on the disk of a path."""
     place = next(p for p in [path.resolve(), *path.resolve().parents] if p.exists())
     free = shutil.disk_usage(place).free
     if free < 1.1 * size:
@@ -84,7 +84,7 @@ def require_space(path: Path, size: int) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a text file so that a reader sees the old one or the new one, never a part."""
+    """Write a text file so that a reader sees the old text or the new one, never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         temporary.write_text(text, encoding="utf-8")
@@ -143,12 +143,12 @@ def sha256(*parts: bytes | Path) -> str:
 
 
 def import_from_file(what: str, name: str) -> Any:
-    """The attribute that `path/to/file.py:attribute` names; None if the file does not define it.
+    """The object that `path/to/file.py:attribute` names; None if the file has no such attribute.
 
-    SrmuError, beginning with `what`, if there is no such file or it fails.
+    SrmuError, saying `what` it is for, if the file is missing or fails to run.
     """
     path, _, attribute = name.rpartition(":")
-    unique = f"{Path(path).stem}_{sha256(path.encode())[:8]}"  # hides no other module
+    unique = f"{Path(path).stem}_{sha256(path.encode())[:8]}"  # so that it hides no other module
     spec = importlib.util.spec_from_file_location(unique, path)
     if spec is None or spec.loader is None or not Path(path).is_file():
         raise SrmuError(f"{what} {name}: no such file")

@@ -45,7 +45,7 @@ def tune_model(
 
     def loss() -> Tensor:
         batch = move_batch(join_responses(*zip(*next(dealt), strict=True)), model.device)
-        return mean_nll(model.logits(batch), batch["labels"])
+        return mean_nll(model.logits(batch), batch["labels"]).value
 
     def rate(done: int) -> float:
         return learning_rate * rate_factor(done, steps, schedule)

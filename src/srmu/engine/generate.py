@@ -10,9 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
+from srmu.engine.batch import Batch, move_batch
 from srmu.engine.losses import is_predicted, token_nll
-from srmu.engine.model import Batch, EditableModel
-from srmu.engine.train import move_batch
+from srmu.engine.model import EditableModel
 
 ROWS = 8  # texts scored at once: the logits of all their tokens are the largest tensor there is
 SAMPLED_ROWS = 32  # texts continued at once, which needs the logits of one token each
@@ -27,11 +27,11 @@ def join_responses(contexts: Sequence[Ids], responses: Sequence[Ids]) -> Batch:
         return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=fill)
 
     pairs = list(zip(contexts, responses, strict=True))
-    return {
-        "input_ids": stack((x + y for x, y in pairs), 0),
-        "attention_mask": stack(([1] * len(x + y) for x, y in pairs), 0),
-        "labels": stack(([-100] * len(x) + y for x, y in pairs), -100),
-    }
+    return Batch(
+        input_ids=stack((x + y for x, y in pairs), 0),
+        attention_mask=stack(([1] * len(x + y) for x, y in pairs), 0),
+        labels=stack(([-100] * len(x) + y for x, y in pairs), -100),
+    )
 
 
 def batch_texts(rows: Sequence[Ids]) -> Batch:

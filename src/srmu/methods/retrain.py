@@ -1,4 +1,4 @@
-"""Exact unlearning, on the testbed: its recipe again, without the hazard facts."""
+"""Exact unlearning on the testbed: training again without the hazard facts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,10 +8,9 @@ from typing import Any, ClassVar
 from safetensors.torch import load_file
 
 from srmu.engine.files import read_json
-from srmu.engine.model import EditableModel
+from srmu.engine.model import EditableModel, copy_values
 from srmu.engine.progress import Watch
 from srmu.engine.topic import Topic
-from srmu.engine.train import TrainOptions, copy_values
 from srmu.errors import SrmuError
 from srmu.methods.base import Edit, Level, State
 from srmu.testbed import build
@@ -21,7 +20,7 @@ from srmu.testbed.world import Size, World
 
 @dataclass(frozen=True, kw_only=True)
 class Retrain(Edit):
-    """Trains the testbed's model anew without the facts to forget: what others are measured by."""
+    """Trains the testbed's model again without the facts to forget, as a reference."""
 
     name: ClassVar[str] = "retrain"
     paper: ClassVar[str] = "arXiv 1912.03817"
@@ -30,11 +29,9 @@ class Retrain(Edit):
     depth: ClassVar[None] = None
     trainable: ClassVar[tuple[str, ...]] = ("*",)
 
-    def edit(
-        self, model: EditableModel, topics: Sequence[Topic], train: TrainOptions, watch: Watch
-    ) -> dict[str, State]:
+    def edit(self, model: EditableModel, topics: Sequence[Topic], watch: Watch) -> dict[str, State]:
         world, seed, recipe = read_recipe(model.folder)
-        # The documents are drawn anew, without the hazard facts: as many, for as many steps.
+        # New documents without the hazard facts: the same number, for as many steps.
         entry = training.train_testbed(world, seed, recipe, oracle=True, watch=watch)
         tensors = load_file(entry / "model.safetensors")
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
@@ -47,7 +44,7 @@ class Retrain(Edit):
 
 
 def read_recipe(folder: Path | None) -> tuple[World, int, training.Recipe]:
-    """World, seed and recipe by which the model in `folder` was made, from the testbed it is in."""
+    """World, seed and recipe of the testbed that the model in `folder` belongs to."""
     path = folder.parent / "organism.json" if folder else None
     if path is None or not path.is_file():
         raise SrmuError(
@@ -58,7 +55,7 @@ def read_recipe(folder: Path | None) -> tuple[World, int, training.Recipe]:
         report: Any = read_json(path)
         values = report["recipe"]
         recipe = training.Recipe(**values | {"size": Size(**values["size"])})
-        create, *_ = build.WORLDS[report.get("world", "closed")]  # there was one world only
+        create, *_ = build.WORLDS[report.get("world", "closed")]  # older reports know one world
         return create(report["seed"], recipe.size), report["seed"], recipe
     except (ValueError, KeyError, TypeError):
         raise SrmuError(

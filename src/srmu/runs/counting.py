@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from srmu.engine.activation_cache import Activations
 from srmu.engine.loading import cut_config
-from srmu.engine.losses import mean_nll, token_mse
+from srmu.engine.losses import Mean, mean_nll, token_mse
 from srmu.engine.model import Batch, EditableModel, Site
 from srmu.engine.topic import Topic
 from srmu.engine.train import Terms, TrainOptions, fit_model
@@ -48,7 +48,7 @@ def blank_batch(shape: Shape, device: torch.device, whole: bool = True) -> Batch
     ids = torch.zeros(rows, tokens, dtype=torch.long, device=device)
     size = (rows, 1, tokens, tokens) if whole else (rows, tokens)
     mask = torch.ones(size, dtype=torch.bool if whole else torch.long, device=device)
-    return {"input_ids": ids, "attention_mask": mask, "labels": ids}
+    return Batch(input_ids=ids, attention_mask=mask, labels=ids)
 
 
 def takes_whole_masks(model: EditableModel, site: Site | None) -> bool:
@@ -91,7 +91,7 @@ def step_losses(model: EditableModel, batches: Sequence[Batch], site: Site | Non
             continue
         mask = torch.ones(output.shape[:2], dtype=torch.bool, device=output.device)
         losses.append(token_mse(output, output.new_zeros(output.shape[-1]), mask))
-    return torch.stack(losses).sum()
+    return torch.stack([loss.value for loss in losses]).sum()
 
 
 def count_step(
@@ -153,7 +153,8 @@ def measure_speed(
     times: list[float] = []
 
     def loss(forget: Batch, retain: Batch, step: int) -> Terms:
-        return Terms({"forget": step_losses(model, batches, place)}, {})
+        loss = step_losses(model, batches, place)
+        return Terms({"forget": Mean(loss, torch.ones((), device=loss.device))}, {})
 
     topic = Topic("probe", batches, batches, vocabulary=torch.arange(short.vocab_size))
     options = TrainOptions(learning_rate=1e-6, max_steps=PROBE_STEPS, retain_spike=None)
