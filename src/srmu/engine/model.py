@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from srmu.engine import distributed
 from srmu.engine.activation_cache import Activations, Output
 from srmu.engine.batch import Batch
-from srmu.engine.hooks import hook_outputs, swap_blocks
+from srmu.engine.hooks import hook_outputs
 from srmu.engine.loading import find_layers, load_module, read_config
 from srmu.engine.roles import in_role
 from srmu.engine.sites import Site, catch_value
@@ -313,7 +313,8 @@ class EditableModel:
         The module's own code still makes masks and rotary tables: to call layers directly, we would
         have to know each architecture. An output that is not known yet is kept.
         """
-        kept = self.layers[:depth]
+        layers = self.layers
+        kept = layers[:depth]
         hooks: dict[nn.Module, Any] = {}
         # Gemma 3n and 4: the last layers read keys and values of layers that must then be run.
         sharing = getattr(self.module.config, "num_kv_shared_layers", None) or 0
@@ -330,9 +331,13 @@ class EditableModel:
                     first = (output[0].detach(),) if isinstance(output, tuple) else output.detach()
                     self.activations.keep(name, first)
 
-                hooks[kept[self.fixed - 1]] = record
-        with hook_outputs(hooks), swap_blocks(self.module, kept):
-            yield
+                hooks[layers[self.fixed - 1]] = record
+        self._set_layers(kept)
+        try:
+            with hook_outputs(hooks):
+                yield
+        finally:
+            self._set_layers(layers)
 
 
 def copy_values(places: Sequence[Tensor], values: Sequence[Tensor]) -> None:
