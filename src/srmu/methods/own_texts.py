@@ -21,7 +21,7 @@ from srmu.engine.model import EditableModel
 from srmu.engine.topic import Topic
 from srmu.errors import SrmuError
 
-Tick = Callable[[], None]
+AfterChunk = Callable[[], None]
 
 AT_ONCE = 128  # texts written at once
 RATIO = 2.5  # how many times as frequent a token typical of the forget set is in it
@@ -54,7 +54,7 @@ def free_samples(
     count: int,
     length: int,
     seed: int,
-    tick: Tick = lambda: None,
+    tick: AfterChunk = lambda: None,
 ) -> list[Ids]:
     """Texts that the original writes from nothing, of at most `length` tokens in all."""
     return continue_texts(model, [[first_token(model)]] * count, length, seed, tick)
@@ -65,7 +65,7 @@ def continue_texts(
     starts: Sequence[Ids],
     length: int,
     seed: int,
-    tick: Tick = lambda: None,
+    tick: AfterChunk = lambda: None,
 ) -> list[Ids]:
     """The starts with continuations by the original, of at most `length` tokens in all.
 

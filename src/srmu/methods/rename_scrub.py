@@ -20,7 +20,7 @@ from srmu.methods.logits import LogitObjective, ignore_step, kl_drift
 from srmu.methods.own_texts import count_chunks, unpad_texts
 from srmu.methods.renaming import (
     OwnTexts,
-    deal_items,
+    items_of_step,
     leave_one_out,
     mean_over,
     write_own_texts,
@@ -125,7 +125,7 @@ class RenameScrub(LogitObjective):
             if share <= self.stop_at:
                 stop = f"what the held-out texts tell of names is {share:.3f} above guessing"
                 return Terms({"forget": torch.zeros(())}, logged, stop)
-        texts = deal_items(own.texts, len(forget["input_ids"]), step)
+        texts = items_of_step(own.texts, len(forget["input_ids"]), step)
         group = own.group(texts, self.renamings, f"{step}" if self.fresh else "fixed")
         with model.frozen(), torch.no_grad():
             before = group.read(model)

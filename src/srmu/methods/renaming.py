@@ -121,7 +121,7 @@ class OwnTexts:
 
     def draw_kept(self, count: int, step: int) -> tuple[Batch, Tensor]:
         """The texts to keep in a step, and the positions whose prediction is held, (B, T - 1)."""
-        rows = deal_items(self.kept, count, step)
+        rows = items_of_step(self.kept, count, step)
         batch = batch_texts([ids for ids, _ in rows])
         marks = [torch.tensor(mark[1:]) for _, mark in rows]
         return batch, torch.nn.utils.rnn.pad_sequence(marks, batch_first=True)
@@ -144,7 +144,7 @@ class OwnTexts:
         return 2 * wins / pairs - 1 if pairs else 1.0
 
 
-def deal_items(items: Sequence[T], count: int, step: int) -> list[T]:
+def items_of_step(items: Sequence[T], count: int, step: int) -> list[T]:
     """The items of a step: `count` for each step in order, starting again at the end."""
     return [items[(step * count + i) % len(items)] for i in range(count)]
 
