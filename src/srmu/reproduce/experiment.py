@@ -248,6 +248,11 @@ class Experiment:
     measurement: Scored = Scored()
     overrides: tuple[str, ...] = ()
 
+    @property
+    def testbeds(self) -> Testbeds:
+        assert isinstance(self.place, Testbeds)
+        return self.place
+
     def plan_job(self, row: PlannedRow, seed: int, extra: Sequence[str] = ()) -> RunJob:
         """A run's config with its overrides; later ones win."""
         config, own = self.place.find_config(row, seed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -50,73 +50,23 @@ Rows = dict[tuple[str, str], list[MeasuredRow]]  # by world and regime
 
 @dataclass(frozen=True)
 class Frontier:
-    """What is asked for: `kind` names a table of configs/robust.yaml, whose content is `spec`."""
+    """What is asked for: the table `kind` of configs/robust.yaml, an experiment for each world."""
 
     out: Path
     kind: str
-    worlds: tuple[str, ...]
-    regimes: tuple[str, ...]
-    seeds: tuple[int, ...]
-    methods: tuple[str, ...]
     tier: str
-    overrides: tuple[str, ...] = ()
-    spec: Mapping[str, Any] = field(default_factory=dict)
+    budget: float
+    seeds: tuple[int, ...]
+    regimes: tuple[str, ...]
+    experiments: Mapping[str, Experiment]  # by world
+    spec: Mapping[str, Any]  # the content of configs/robust.yaml
 
-    def settings(self, world: str) -> dict[str, tuple[str, ...]]:
-        """What each label of a world is run with."""
-        own = self.spec["worlds"][world]
-        if self.kind == "methods":
-            return read_settings(own["all_methods"])
-        methods = {label: (*own["common"], *each) for label, each in own["methods"].items()}
-        if self.kind == "robust":
-            return methods
-        ablated = (*methods[self.spec["ablated"]], *own.get("ablated", ()))
-        changed = {label: (*ablated, *change) for label, change in own["ablations"].items()}
-        return {self.spec["ablated"]: ablated} | changed
-
-    def option(self, key: str) -> Any:
-        """What the kind of table says for itself, or else what all share."""
-        return self.spec["tables"][self.kind].get(key, self.spec.get(key, ()))
+    def rows(self, world: str) -> list[PlannedRow]:
+        labels = self.experiments[world].settings
+        return [PlannedRow(k, k, regime) for regime, k in product(self.regimes, labels)]
 
     def columns(self, world: str) -> dict[str, list[str]]:
         return self.spec["worlds"][world]["columns"]
-
-    def rows(self, world: str) -> list[PlannedRow]:
-        labels = [k for k in self.settings(world) if not self.methods or k in self.methods]
-        return [PlannedRow(k, k, regime) for regime, k in product(self.regimes, labels)]
-
-    def testbeds(self, world: str) -> Testbeds:
-        regimes = {
-            name: Regime(one["config"], one["entanglement"], one.get("testbed", ""))
-            for name, one in self.spec["regimes"].items()
-        }
-        return Testbeds(self.out / world, regimes, "testbed{seed}-{regime}", world)
-
-    def measurement(self, world: str) -> Attacked:
-        attacks = tuple(self.option("attacks"))
-        return Attacked(
-            home=(self.out / world).resolve(),
-            budget=self.option("budget"),
-            judged=tuple(self.spec["judged"]),
-            asked=tuple(self.spec["worlds"][world]["attacked"].values()),
-            texts=tuple(self.spec["texts"].items()),
-            tier=self.tier,
-            names=attacks,
-            folder=f"{self.tier}-{self.kind}" if attacks else self.tier,
-        )
-
-    def experiment(self, world: str) -> Experiment:
-        """The runs of a world."""
-        metrics = [metric for each in self.columns(world).values() for metric in each]
-        return Experiment(
-            self.out / world,
-            self.testbeds(world),
-            self.settings(world),
-            self.seeds,
-            tuple(dict.fromkeys(metric.split("/")[0] for metric in metrics)),
-            self.measurement(world),
-            self.overrides,
-        )
 
 
 def plan_frontier(
@@ -133,30 +83,72 @@ def plan_frontier(
 ) -> Frontier:
     """What is asked for, with the defaults of configs/robust.yaml; SrmuError for what is not."""
     spec = spec or read_preset("robust.yaml")
-    own = spec["tables"][kind]
-    known = [name for name, one in spec["worlds"].items() if one.get(own["of"])]
+    table, tier = spec["tables"][kind], tier or spec["tier"]
+    known = [name for name, one in spec["worlds"].items() if one.get(table["of"])]
     worlds = known if world == "both" else [world]
     check_option("--world", worlds, [*spec["worlds"], "both"])
-    regimes = regimes or own["regimes"]
+    regimes = regimes or table["regimes"]
     check_option("--regimes", regimes, spec["regimes"])
-    check_option("--tier", [tier or spec["tier"]], TIERS)
+    check_option("--tier", [tier], TIERS)
     if wrong := [seed for seed in seeds if not seed.isdecimal()]:
         raise SrmuError(f"--seeds {wrong[0]}: name the seeds of the testbeds, 1,2,3")
+    numbers = tuple(dict.fromkeys(map(int, seeds))) or tuple(table.get("seeds", spec["seeds"]))
     topics = {"organism": {"forget": "forget.jsonl"}}
     build_config({"model": "model", "method": "srmu", "topics": topics}, overrides)
     require_place(out)
-    numbers = tuple(dict.fromkeys(map(int, seeds))) or tuple(own.get("seeds", spec["seeds"]))
-    if kind == "ablations":
-        for one in worlds:
-            known = spec["worlds"][one]["methods"]
-            check_option("configs/robust.yaml, ablated:", [spec["ablated"]], known)
-    frontier = Frontier(
-        out, kind, tuple(worlds), tuple(regimes), numbers, tuple(methods), tier or spec["tier"],
-        tuple(overrides), spec,
-    )  # fmt: skip
-    labels = [label for one in worlds for label in frontier.settings(one)]
-    check_option("--methods", methods, labels)
-    return frontier
+    settings = {one: choose_settings(kind, one, spec) for one in worlds}
+    check_option("--methods", methods, [label for each in settings.values() for label in each])
+    budget = table.get("budget", spec["budget"])
+    names = tuple(table.get("attacks", ()))
+    experiments = {}
+    for one, labelled in settings.items():
+        chosen = {k: v for k, v in labelled.items() if not methods or k in methods}
+        attacked = Attacked(
+            home=(out / one).resolve(),
+            budget=budget,
+            judged=tuple(spec["judged"]),
+            asked=tuple(spec["worlds"][one]["attacked"].values()),
+            texts=tuple(spec["texts"].items()),
+            tier=tier,
+            names=names,
+            folder=f"{tier}-{kind}" if names else tier,
+        )
+        experiments[one] = plan_world(out, one, spec, chosen, numbers, attacked, tuple(overrides))
+    return Frontier(out, kind, tier, budget, numbers, tuple(regimes), experiments, spec)
+
+
+def choose_settings(kind: str, world: str, spec: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    """What each label of a world is run with."""
+    own = spec["worlds"][world]
+    if kind == "methods":
+        return read_settings(own["all_methods"])
+    methods = {label: (*own["common"], *each) for label, each in own["methods"].items()}
+    if kind == "robust":
+        return methods
+    base = spec["ablated"]
+    check_option("configs/robust.yaml, ablated:", [base], methods)
+    ablated = (*methods[base], *own.get("ablated", ()))
+    return {base: ablated} | {k: (*ablated, *change) for k, change in own["ablations"].items()}
+
+
+def plan_world(
+    out: Path,
+    world: str,
+    spec: Mapping[str, Any],
+    settings: Mapping[str, Sequence[str]],
+    seeds: tuple[int, ...],
+    attacked: Attacked,
+    overrides: tuple[str, ...],
+) -> Experiment:
+    """The runs of a world, each testbed's in a folder `out`/world."""
+    regimes = {
+        name: Regime(one["config"], one["entanglement"], one.get("testbed", ""))
+        for name, one in spec["regimes"].items()
+    }
+    place = Testbeds(out / world, regimes, "testbed{seed}-{regime}", world)
+    metrics = [metric for each in spec["worlds"][world]["columns"].values() for metric in each]
+    tasks = tuple(dict.fromkeys(metric.split("/")[0] for metric in metrics))
+    return Experiment(out / world, place, settings, seeds, tasks, attacked, overrides)
 
 
 def check_option(
@@ -182,8 +174,8 @@ def read_frontier(frontier: Frontier) -> Rows:
 def split_rows(frontier: Frontier, take: Any) -> Rows:
     """The rows that `take` gives of each world's experiment, by world and regime."""
     rows: Rows = {}
-    for world in frontier.worlds:
-        for planned, row in take(frontier.experiment(world), frontier.rows(world)).items():
+    for world, experiment in frontier.experiments.items():
+        for planned, row in take(experiment, frontier.rows(world)).items():
             rows.setdefault((world, planned.regime), []).append(row)
     return rows
 
@@ -192,25 +184,16 @@ def frontier_needs(frontier: Frontier) -> tuple[dict[str, int], str]:
     """What is to be built and run, in numbers and in a line."""
     states: list[Path | str] = []
     beds: dict[Path, bool] = {}
-    for world in frontier.worlds:
-        states += plan_runs(frontier.experiment(world), frontier.rows(world))[1].values()
-        place = frontier.testbeds(world)
+    for world, experiment in frontier.experiments.items():
+        states += plan_runs(experiment, frontier.rows(world))[1].values()
         for part in product(frontier.regimes, frontier.seeds):
-            beds[place.locate(*part)] = place.is_there(*part)
+            beds[experiment.testbeds.locate(*part)] = experiment.testbeds.is_there(*part)
     counts = {"testbeds": [*beds.values()].count(False), "runs": states.count(NOT_RUN)}
     return counts, (
         f"{counts['testbeds']} testbeds to build, some minutes each where none was built before, "
         f"and {counts['runs']} of {len(states)} runs to make, a minute or more each with attacks "
         f"of tier {frontier.tier}; nothing is fetched"
     )
-
-
-def find_base(frontier: Frontier, world: str, regime: str) -> MeasuredRow:
-    """The runs of the method whose seconds the others' are divided by, as far as they are there."""
-    whose = frontier.spec["cost"]
-    kind = frontier.kind if whose in frontier.settings(world) else "robust"
-    only = replace(frontier, kind=kind, worlds=(world,), regimes=(regime,), methods=(whose,))
-    return read_frontier(only)[world, regime][0]
 
 
 @dataclass(frozen=True)
@@ -233,15 +216,12 @@ class Attacked(Scored):
     def locate_result(self, run: Path) -> Path:
         return self.home / f"matched-{self.budget:g}-{self.folder}" / run.name
 
-    def locate_control(self, testbed: Path, who: str) -> Path:
-        return self.home / "controls" / testbed.name / who
-
     def find_result(self, job: RunJob) -> Path | None:
         """The folder where all is there: every attack of the tier, too."""
         out = self.locate_result(locate_run(job))
         names = (SHARE, *RESULTS.values(), ANSWERS, TEXTS, FILE)
         paths = [out / name for name in names]
-        paths += [self.locate_control(job.config.parent, who) / TEXTS for who in CONTROLS]
+        paths += [locate_control(self.home, job.config.parent, who) / TEXTS for who in CONTROLS]
         if not all(path.exists() for path in paths):
             return None
         attacks = read_optional_json(out / FILE)["attacks"]
@@ -258,7 +238,7 @@ class Attacked(Scored):
         with method.at_inference(module, partial(weights.apply_delta, module, run.base, run.delta)):
             self.examine(Subject(module, load_tokenizer(run.base)), run, out, job)
         for who, folder in (("original", run.base), ("oracle", run.base.parent / "oracle")):
-            control = self.locate_control(job.config.parent, who)
+            control = locate_control(self.home, job.config.parent, who)
             if not (control / TEXTS).exists():
                 control.mkdir(parents=True, exist_ok=True)
                 scores = score_model(folder, job.tasks, tasks_dir=run.config.tasks_dir)
@@ -282,3 +262,8 @@ class Attacked(Scored):
             tokens = [subject.tokens(text)[:LENGTH] for text in texts]
             nats[kind] = measure_texts(subject, tokens, 0)["nats a neutral token"].value
         write_json(out / TEXTS, nats)
+
+
+def locate_control(home: Path, testbed: Path, who: str) -> Path:
+    """Where the numbers of a testbed's original or oracle are."""
+    return home / "controls" / testbed.name / who

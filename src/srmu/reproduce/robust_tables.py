@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from math import exp
 from pathlib import Path
 from statistics import fmean
@@ -17,8 +18,8 @@ from srmu.evals.statistics import LEAST, Array, Draws, estimate_from, residual_t
 from srmu.report.build import write_runs_page
 from srmu.report.results import RunGroup
 from srmu.reproduce.claims import estimate_cells, format_interval, resample_mean
-from srmu.reproduce.experiment import MeasuredRow
-from srmu.reproduce.robust import TEXTS, Frontier, Rows, find_base
+from srmu.reproduce.experiment import MeasuredRow, PlannedRow, Scored, read_experiment
+from srmu.reproduce.robust import TEXTS, Frontier, Rows, choose_settings, locate_control
 from srmu.runs.run import Run
 
 Report = Mapping[str, Any]  # the content of an attacks.json
@@ -28,7 +29,7 @@ def build_frontier_tables(frontier: Frontier, measured: Rows, command: str) -> d
     """All rows in numbers: what `robust.json` holds."""
     spec, parts = frontier.spec, []
     for (world, regime), rows in measured.items():
-        seconds = mean_record(find_base(frontier, world, regime), "seconds")
+        seconds = base_seconds(frontier, world, regime)
         parts.append(
             {
                 "world": world,
@@ -45,7 +46,7 @@ def build_frontier_tables(frontier: Frontier, measured: Rows, command: str) -> d
         "kind": frontier.kind,
         "command": command,
         "tier": frontier.tier,
-        "budget": frontier.option("budget"),
+        "budget": frontier.budget,
         "seeds": list(frontier.seeds),
         "texts": list(spec["texts"]),
         "kept": spec["kept"],
@@ -114,11 +115,11 @@ def build_control_rows(
     for row in rows:
         for seed, run in zip(row.questions, row.runs, strict=True):
             known.setdefault(seed, run)
-    place, measurement = frontier.testbeds(world), frontier.measurement(world)
+    place = frontier.experiments[world].testbeds
     found = []
     for who in CONTROLS if known else ():
         beds = [place.locate(regime, seed) for seed in known]
-        folders = tuple(measurement.locate_control(bed, who) for bed in beds)
+        folders = tuple(locate_control(frontier.out / world, bed, who) for bed in beds)
         reports = [view_control(read_optional_json(run / FILE), who) for run in known.values()]
         control = MeasuredRow(who, folders, tuple(known))
         found.append(build_answers(frontier, world, regime, control, reports))
@@ -163,9 +164,16 @@ def clip_interval(values: Array) -> dict[str, float]:
     return format_interval(estimate_from(values.clip(0, 1), 0))
 
 
-def mean_record(row: MeasuredRow, key: str) -> float | None:
-    """The mean of a number of the runs' records; None where there is no run."""
-    return fmean(Run(run).record[key] for run in row.runs) if row.runs else None
+def base_seconds(frontier: Frontier, world: str, regime: str) -> float | None:
+    """Seconds of the method that the others' are divided by; None where it was not run here."""
+    whose = frontier.spec["cost"]
+    experiment = replace(
+        frontier.experiments[world],
+        settings=choose_settings("robust", world, frontier.spec),
+        measurement=Scored(answers=False),
+    )
+    (row,) = read_experiment(experiment, [PlannedRow(whose, whose, regime)]).values()
+    return fmean(Run(run).record["seconds"] for run in row.runs) if row.runs else None
 
 
 # ---- what attacks find
@@ -177,7 +185,7 @@ def estimate_residuals(
     """K* over facts and testbeds, of the answers under all attacks; of each kind of questions too,
     where several are asked."""
     kinds = frontier.spec["worlds"][world]["attacked"]
-    place = frontier.testbeds(world)
+    place = frontier.experiments[world].testbeds
     parts: dict[str, list[slice]] = {name: [] for name in kinds}
     for seed in row.questions:
         folder = str(place.locate(regime, seed) / "tasks")
