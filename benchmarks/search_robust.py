@@ -14,7 +14,7 @@ another keeps the utility. OUT/search-robust.json holds all that was tried, and 
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -30,12 +30,14 @@ from srmu.evals.parallel import RunJob
 from srmu.evals.subject import mark_answers
 from srmu.report.results import read_results
 from srmu.reproduce.experiment import Experiment, PlannedRow, Scored, Testbeds, run_experiment
+from srmu.runs.record import extend_record
 from srmu.runs.run import Run
 
 STEPS, AFTER = 50, (20, 50)  # of relearning, and when the questions are asked
 RATE, BATCH = 1e-4, 8
 SPLITS = 3  # other fifths of the facts to hold back, over which accuracies are averaged
 
+RELEARNED = "relearned.json"  # in a run's folder
 Row = dict[str, Any]
 
 
@@ -44,27 +46,19 @@ class Relearned(Scored):
     """A run is made and scored, and then learns a part of the facts again."""
 
     answers: bool = False
-    space: str = "{}"
-    out: Path = Path()
+    space: Mapping[str, Any] = field(default_factory=dict)
 
     def find_result(self, job: RunJob) -> Path | None:
         folder = super().find_result(job)
-        return folder if folder and (self.kept(folder).exists() or self.hopeless(folder)) else None
+        row = read_row(folder, self.space) if folder else {}
+        return folder if row.get("relearned") or row.get("hopeless") else None
 
     def measure_run(self, job: RunJob, watch: Watch = ignore_progress) -> Path:
         folder = super().measure_run(job, watch)
-        if not self.hopeless(folder):
-            self.kept(folder).parent.mkdir(parents=True, exist_ok=True)
-            write_json(self.kept(folder), relearn(folder, json.loads(self.space)))
+        if not read_row(folder, self.space)["hopeless"]:
+            write_json(folder / RELEARNED, relearn(folder, self.space))
+            extend_record(folder, [RELEARNED])
         return folder
-
-    def kept(self, folder: Path) -> Path:
-        return self.out / "relearned" / f"{folder.name}.json"
-
-    def hopeless(self, folder: Path) -> bool:
-        space = json.loads(self.space)
-        row = read_row(folder, space)
-        return row["lost"] > space["hopeless"] or row[space["forget"]] > space["unchanged"]
 
 
 def relearn(folder: Path, space: Mapping[str, Any]) -> dict[str, float]:
@@ -90,13 +84,18 @@ def relearn(folder: Path, space: Mapping[str, Any]) -> dict[str, float]:
 
 
 def read_row(folder: Path, space: Mapping[str, Any]) -> Row:
-    """What a setting comes to: accuracies on validation questions, and what it lost."""
+    """What a setting comes to: accuracies on validation questions, what it lost and relearned."""
     before, after = (read_results(folder)[when] for when in ("before", "after"))
     utility = [f"{task}/acc" for task in space["utility"]]
     tasks = (space["forget"], *space["utility"])
     row: Row = {task: round(after[f"{task}/acc"]["value"], 4) for task in tasks}
     lost = mean(before[metric]["value"] - after[metric]["value"] for metric in utility)
-    return row | {"lost": round(lost, 4), "seconds": round(Run(folder).record["seconds"], 1)}
+    row |= {"lost": round(lost, 4), "seconds": round(Run(folder).record["seconds"], 1)}
+    row["hopeless"] = lost > space["hopeless"] or row[space["forget"]] > space["unchanged"]
+    if relearned := read_optional_json(folder / RELEARNED):
+        row["relearned"] = relearned
+        row["residual"] = max(row[space["forget"]], *relearned.values())
+    return row
 
 
 def choose_row(rows: Sequence[Row], space: Mapping[str, Any]) -> Row | None:
@@ -114,28 +113,16 @@ def main(path: Path, testbed: Path, out: Path, labels: Sequence[str]) -> None:
     space = yaml.safe_load(path.read_text())
     table_path = out / "search-robust.json"
     table = read_optional_json(table_path)
-    measurement = Relearned(space=json.dumps(space), out=out)
     tasks = (space["forget"], *space["utility"])
     place = Testbeds(testbed.parent, folder=testbed.name)
     for label in labels or space["methods"]:
         method, rows = space["methods"][label], []
-        settings = {
-            str(i): (*space["common"], *method["set"], *one) for i, one in enumerate(method["try"])
-        }
-        experiment = Experiment(out, place, settings, (0,), tasks, measurement)
-        planned = [PlannedRow(number, number, space["regime"]) for number in settings]
-        for number, measured in enumerate(
-            run_experiment(experiment, planned, show_progress).values()
-        ):
-            row: Row = {"setting": [*settings[str(number)]]}
-            if measured.why:
-                rows.append(row | {"failed": measured.why[:120]})
-                continue
-            row |= read_row(measured.runs[0], space)
-            if relearned := read_optional_json(measurement.kept(measured.runs[0])):
-                row |= {"relearned": relearned}
-                row["residual"] = max(row[space["forget"]], *relearned.values())
-            rows.append(row)
+        settings = {" ".join(s): (*space["common"], *method["set"], *s) for s in method["try"]}
+        experiment = Experiment(out, place, settings, (0,), tasks, Relearned(space=space))
+        planned = [PlannedRow(name, name, space["regime"]) for name in settings]
+        for plan, row in run_experiment(experiment, planned, show_progress).items():
+            found = {"failed": row.why[:120]} if row.why else read_row(row.runs[0], space)
+            rows.append({"setting": [*settings[plan.label]]} | found)
         best = choose_row(rows, space)
         table[label] = {"chosen": best and best["setting"], "tried": rows}
         write_json(table_path, table)
