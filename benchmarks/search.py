@@ -25,7 +25,6 @@ from srmu.reproduce.experiment import (
     Experiment,
     MeasuredRow,
     PlannedRow,
-    Scored,
     Testbeds,
     run_experiment,
 )
@@ -44,7 +43,7 @@ def mean_accuracies(row: MeasuredRow) -> list[float]:
     if row.why:
         return [CHANCE] * len(METRICS)
     (found,) = aggregate_metrics([RunGroup(row.label, "", row.runs)], METRICS)
-    return [found.after[metric].mean for metric in METRICS]
+    return [found.after[metric].value for metric in METRICS]
 
 
 def list_points(grid: Mapping[str, Sequence[Any]]) -> list[list[str]]:
@@ -67,7 +66,7 @@ def main(path: Path, out: Path) -> None:
             names[name] = {"method": label, "setting": " ".join(point)}
     place = Testbeds(out, oracle=False)
     seeds = tuple(space["testbeds"])
-    experiment = Experiment(out, place, settings, seeds, TASKS, Scored(answers=False))
+    experiment = Experiment(out, place, settings, seeds, TASKS)
     planned = [PlannedRow(k, k, regime) for k, regime in product(settings, space["regimes"])]
     rows = run_experiment(experiment, planned, show_progress)
     table = []

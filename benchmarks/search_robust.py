@@ -25,19 +25,16 @@ from srmu.attacks.suite import Sources, Subjects, load_exam
 from srmu.attacks.tuning import prepare_learner, split_validation, text_rows, tune_model
 from srmu.engine.files import write_json
 from srmu.engine.progress import Watch, ignore_progress, show_progress
-from srmu.evals.compare import read_optional_json
 from srmu.evals.parallel import RunJob
+from srmu.evals.results import load_results, merge_results, read_metrics
 from srmu.evals.subject import mark_answers
-from srmu.report.results import read_results
 from srmu.reproduce.experiment import Experiment, PlannedRow, Scored, Testbeds, run_experiment
-from srmu.runs.record import extend_record
 from srmu.runs.run import Run
 
 STEPS, AFTER = 50, (20, 50)  # of relearning, and when the questions are asked
 RATE, BATCH = 1e-4, 8
 SPLITS = 3  # other fifths of the facts to hold back, over which accuracies are averaged
 
-RELEARNED = "relearned.json"  # in a run's folder
 Row = dict[str, Any]
 
 
@@ -45,7 +42,6 @@ Row = dict[str, Any]
 class Relearned(Scored):
     """A run is made and scored, and then learns a part of the facts again."""
 
-    answers: bool = False
     space: Mapping[str, Any] = field(default_factory=dict)
 
     def find_result(self, job: RunJob) -> Path | None:
@@ -56,8 +52,7 @@ class Relearned(Scored):
     def measure_run(self, job: RunJob, watch: Watch = ignore_progress) -> Path:
         folder = super().measure_run(job, watch)
         if not read_row(folder, self.space)["hopeless"]:
-            write_json(folder / RELEARNED, relearn(folder, self.space))
-            extend_record(folder, [RELEARNED])
+            merge_results(folder, relearned=relearn(folder, self.space))
         return folder
 
 
@@ -85,14 +80,14 @@ def relearn(folder: Path, space: Mapping[str, Any]) -> dict[str, float]:
 
 def read_row(folder: Path, space: Mapping[str, Any]) -> Row:
     """What a setting comes to: accuracies on validation questions, what it lost and relearned."""
-    before, after = (read_results(folder)[when] for when in ("before", "after"))
+    before, after = (read_metrics(folder)[when] for when in ("before", "after"))
     utility = [f"{task}/acc" for task in space["utility"]]
     tasks = (space["forget"], *space["utility"])
     row: Row = {task: round(after[f"{task}/acc"]["value"], 4) for task in tasks}
     lost = mean(before[metric]["value"] - after[metric]["value"] for metric in utility)
     row |= {"lost": round(lost, 4), "seconds": round(Run(folder).record["seconds"], 1)}
     row["hopeless"] = lost > space["hopeless"] or row[space["forget"]] > space["unchanged"]
-    if relearned := read_optional_json(folder / RELEARNED):
+    if relearned := load_results(folder).get("relearned"):
         row["relearned"] = relearned
         row["residual"] = max(row[space["forget"]], *relearned.values())
     return row
@@ -112,7 +107,7 @@ def choose_row(rows: Sequence[Row], space: Mapping[str, Any]) -> Row | None:
 def main(path: Path, testbed: Path, out: Path, labels: Sequence[str]) -> None:
     space = yaml.safe_load(path.read_text())
     table_path = out / "search-robust.json"
-    table = read_optional_json(table_path)
+    table = json.loads(table_path.read_text()) if table_path.exists() else {}
     tasks = (space["forget"], *space["utility"])
     place = Testbeds(testbed.parent, folder=testbed.name)
     for label in labels or space["methods"]:

@@ -22,7 +22,7 @@ from srmu.evals import benchmarks
 from srmu.evals.benchmarks.base import Metrics
 from srmu.evals.benchmarks.score import BenchmarkOptions, benchmark_table, score_benchmark
 from srmu.methods.reference import markdown_table
-from srmu.reproduce.experiment import Experiment, PlannedRow, Scored, Testbeds, run_experiment
+from srmu.reproduce.experiment import Experiment, PlannedRow, Testbeds, run_experiment
 from srmu.runs.run import Run
 
 METHODS = {
@@ -51,7 +51,7 @@ FOLDS = (1, 2, 3, 4)
 def make_runs(testbed: Path, out: Path, rows: Sequence[PlannedRow]) -> list[Path]:
     """The folders of the rows' runs, made where they are missing."""
     place = Testbeds(testbed.parent, folder=testbed.name, world="people")
-    experiment = Experiment(out, place, METHODS, (0,), (), Scored(answers=False), ("device=cpu",))
+    experiment = Experiment(out, place, METHODS, (0,), (), overrides=("device=cpu",))
     measured = [*run_experiment(experiment, rows, show_progress).values()]
     if failed := [row for row in measured if row.why]:
         raise SystemExit(f"{failed[0].label} {failed[0].why}")

@@ -16,10 +16,10 @@ from srmu.evals.analyses import (
     next_token_confidence,
     open_model,
     run_texts,
-    sweep_layers,
     token_confidence,
     token_cosines,
 )
+from srmu.evals.layer_sweep import sweep_layers
 from srmu.report.analyses import draw_panel, write_analysis
 from srmu.runs.config import make_config
 from srmu.runs.run import unlearn

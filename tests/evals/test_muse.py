@@ -194,7 +194,7 @@ def test_shots_are_not_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     where = asked(write_sets(tmp_path / "set", sets(knowmem_forget_qa_icl=shots)), limit=1)
     seen: list[str] = []
     monkeypatch.setattr(
-        muse, "write", lambda model, prompts, *_, **__: seen.extend(prompts) or [""]
+        muse, "write_continuations", lambda model, prompts, *_, **__: seen.extend(prompts) or [""]
     )
     muse.answer_recall(pico(), where, "forget")
     (row, *_) = sets()["knowmem", "forget_qa"]

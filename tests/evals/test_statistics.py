@@ -1,6 +1,7 @@
 """Intervals and tests where the truth is known."""
 
 from functools import partial
+from math import sqrt
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from srmu.evals import statistics
 from srmu.evals.statistics import (
     Draws,
     Estimate,
+    accuracy_interval,
     area_under_curve,
     auc_bootstrap,
     bootstrap_estimate,
@@ -210,3 +212,30 @@ def test_residual_leaves_out_what_says_nothing() -> None:
     )
     assert found.value == pytest.approx(0.5) and found.low < 0.5 < found.high
     assert parse_answers("01").tolist() == parse_answers([0, 1]).tolist() == [0, 1]
+
+
+# --- the interval of an accuracy without its answers
+
+
+def wilson(p: float, n: int) -> tuple[float, float]:
+    z = 1.959964
+    centre, half = p + z**2 / (2 * n), z * sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    return (centre - half) / (1 + z**2 / n), (centre + half) / (1 + z**2 / n)
+
+
+def test_interval_of_one_seed_is_wilsons():
+    assert accuracy_interval([0.3], 200) == pytest.approx(wilson(0.3, 200), abs=1e-6)
+    assert accuracy_interval([0.3, 0.3, 0.3], 200) == pytest.approx(wilson(0.3, 200), abs=1e-6)
+
+
+def test_seeds_widen_the_interval():
+    low, high = wilson(0.3, 200)
+    wide = 1.96 * 0.1 / sqrt(3)
+    expected = 0.3 - sqrt((0.3 - low) ** 2 + wide**2), 0.3 + sqrt((high - 0.3) ** 2 + wide**2)
+    assert accuracy_interval([0.2, 0.3, 0.4], 200) == pytest.approx(expected, abs=1e-6)
+
+
+def test_interval_stays_between_nought_and_one():
+    assert accuracy_interval([0.0], 10)[0] == 0.0
+    assert accuracy_interval([1.0], 10)[1] == 1.0
+    assert accuracy_interval([0.0, 1.0], 10) == (0.0, 1.0)

@@ -417,7 +417,7 @@ def test_answers_are_asked_for_under_the_cap(folder: Path, monkeypatch: pytest.M
         asks.append((prompts, count))
         return ["w2 w3 w4"] * len(prompts)
 
-    monkeypatch.setattr(tofu, "write", write)
+    monkeypatch.setattr(tofu, "write_continuations", write)
     monkeypatch.setattr(tofu, "NEW_TOKENS", CAP)
     found = tofu.run_tofu(pico(), asked(folder)).metrics
     assert [count for _, count in asks] == [200] * 4

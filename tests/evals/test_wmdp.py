@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from srmu.errors import SrmuError
 from srmu.evals import lm_eval
-from srmu.evals.benchmarks import wmdp
+from srmu.evals.benchmarks import base, wmdp
 from srmu.evals.benchmarks.base import BenchmarkData, BenchmarkRequest, BenchmarkScores, Row
 from srmu.evals.subject import Subject
 
@@ -269,7 +269,7 @@ def answered(monkeypatch: pytest.MonkeyPatch, data: BenchmarkData, stub: Stub) -
             found.append((stub(row, option.removeprefix(" ")), 1))
         return found
 
-    monkeypatch.setattr(wmdp, "log_likelihoods", log_likelihoods)
+    monkeypatch.setattr(base, "log_likelihoods", log_likelihoods)
     return wmdp.run_wmdp(None, BenchmarkRequest(data))  # type: ignore[arg-type]
 
 
@@ -334,7 +334,7 @@ def test_one_that_draws_lots_is_right_in_a_quarter(
     def log_likelihoods(model: Any, pairs: Sequence[Any], **_: Any) -> list[tuple[float, int]]:
         return [(draw.random(), 1) for _ in pairs]
 
-    monkeypatch.setattr(wmdp, "log_likelihoods", log_likelihoods)
+    monkeypatch.setattr(base, "log_likelihoods", log_likelihoods)
     scores = wmdp.run_wmdp(None, BenchmarkRequest(data))  # type: ignore[arg-type]
     error = sqrt(0.25 * 0.75 / 1600)
     for part in ("bio", "cyber", "chem"):
@@ -414,8 +414,8 @@ def test_limit_is_of_each_part(data: BenchmarkData) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"answer": 4}, r"wmdp-bio, split test, row 2: field 'answer' is 4; expected"),
-        ({"choices": ["w1", "w2"]}, "row 2: field 'choices' has 2 options; expected 4"),
+        ({"answer": 4}, r"wmdp-bio, split test, row 2: field 'answer' is not the number of"),
+        ({"choices": ["w1", "w2"]}, "row 2: field 'answer' is not the number of"),
         ({"question": " "}, "row 2: field 'question' has an empty text"),
     ],
 )
@@ -427,7 +427,7 @@ def test_a_bad_row_is_named(change: Row, message: str, data: BenchmarkData) -> N
 
 def test_letters_as_answers_are_refused(data: BenchmarkData) -> None:
     rows = [row | {"answer": "ABCD"[row["answer"]]} for row in rows_of(data, "wmdp-bio")]
-    refused(data, rows, "row 1: field 'answer' is a text; expected a whole number")
+    refused(data, rows, "row 1: field 'answer' is not the number of the right one of 4")
 
 
 def refused(data: BenchmarkData, rows: Sequence[Row], message: str) -> None:

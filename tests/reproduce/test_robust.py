@@ -19,6 +19,7 @@ from srmu.attacks import ATTACKS, suite
 from srmu.engine.weights import load_delta
 from srmu.errors import SrmuError
 from srmu.evals.matched import match_utility
+from srmu.evals.results import RESULTS, load_results, read_attacks, read_metrics
 from srmu.report import frontier_tables
 from srmu.reproduce import experiment, robust
 from srmu.reproduce.experiment import NOT_RUN, read_preset
@@ -110,15 +111,12 @@ def test_a_row_holds_what_the_files_say(small: Any, found: dict[str, Any]) -> No
         ("hazard", "organism_hazard/acc"),
         ("held out", "organism_hazard_held/acc"),
     ):
-        values = [json.loads((run / "results.json").read_text())[metric]["value"] for run in runs]
+        values = [read_metrics(run)["after"][metric]["value"] for run in runs]
         assert row["cells"][column]["value"] == pytest.approx(np.mean(values))
         whole = small[0] / "closed" / "runs"
-        values = [
-            json.loads((whole / run.name / "results.json").read_text())[metric]["value"]
-            for run in runs
-        ]
+        values = [read_metrics(whole / run.name)["after"][metric]["value"] for run in runs]
         assert row["whole"][column]["value"] == pytest.approx(np.mean(values))
-    shares = [json.loads((run / "share.json").read_text())["share"] for run in runs]
+    shares = [load_results(run)["matched"]["share"] for run in runs]
     assert row["share"] == pytest.approx(np.mean(shares))
     assert row["times"] == pytest.approx(1)
     assert {*row["attacks"]} == {"forced_choice", "quantisation"}
@@ -129,7 +127,7 @@ def test_a_row_holds_what_the_files_say(small: Any, found: dict[str, Any]) -> No
 def test_k_star_is_the_naive_one(small: Any, found: dict[str, Any]) -> None:
     worst = []
     for run in folders(small[0]):
-        report = json.loads((run / "attacks.json").read_text())
+        report = read_attacks(run)
         known = report["original"]["accuracy"]["value"] - report["chance"]
         best = max(
             e["accuracy"]["value"]
@@ -173,10 +171,10 @@ def test_what_is_there_is_not_made_again(small: Any, found: dict[str, Any]) -> N
     out, made = small
     this = asked(out)
     before = len(made)
-    times = {run: (run / "attacks.json").stat().st_mtime_ns for run in folders(out)}
+    times = {run: (run / RESULTS).stat().st_mtime_ns for run in folders(out)}
     again = measure_frontier(this)
     assert made[before:] == []
-    assert {run: (run / "attacks.json").stat().st_mtime_ns for run in folders(out)} == times
+    assert {run: (run / RESULTS).stat().st_mtime_ns for run in folders(out)} == times
     assert build_frontier_tables(this, again, COMMAND) == found
     assert (
         build_frontier_tables(this, read_frontier(this), COMMAND)["parts"][0]["rows"][2]
@@ -251,7 +249,7 @@ def test_the_share_is_the_largest_that_the_budget_allows(tmp_path: Path) -> None
     folder = attack_world.write(tmp_path)
     run = attack_world.unlearned(folder, **{"train.max_steps": 40, "train.learning_rate": 1e-2})
     match_utility(run, tmp_path / "out", 0.1, ["harmless"])
-    share = json.loads((tmp_path / "out" / "share.json").read_text())["share"]
+    share = load_results(tmp_path / "out")["matched"]["share"]
     base = attack_world.subject("original")
     before = {n: p.data.clone() for n, p in base.module.named_parameters()}
     questions = attack_world.exam().utility["harmless"]
@@ -277,7 +275,7 @@ def test_the_share_is_the_largest_that_the_budget_allows(tmp_path: Path) -> None
 def test_a_run_within_the_budget_stays_as_it_is(tmp_path: Path) -> None:
     run = attack_world.unlearned(attack_world.write(tmp_path))
     match_utility(run, tmp_path / "out", 1.0, ["harmless"])
-    assert json.loads((tmp_path / "out" / "share.json").read_text()) == {"share": 1.0}
+    assert load_results(tmp_path / "out")["matched"]["share"] == 1
     same = (tmp_path / "out" / "delta.safetensors").read_bytes()
     assert same == (run.folder / "delta.safetensors").read_bytes()
     assert Run.open(tmp_path / "out").config.id == run.config.id

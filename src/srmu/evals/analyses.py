@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from itertools import product
 from pathlib import Path
-from statistics import fmean
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from safetensors.torch import load_file
@@ -19,18 +17,17 @@ from transformers import GenerationConfig
 from srmu.data.sources import read_texts
 from srmu.data.tokens import batch_rows, pad_id, tokenise_texts
 from srmu.engine import weights
-from srmu.engine.loading import load_module, read_config
+from srmu.engine.loading import load_module
 from srmu.engine.losses import is_counted, is_predicted, without_first
 from srmu.engine.model import Batch, EditableModel, Site
 from srmu.engine.progress import Watch, ignore_progress
 from srmu.engine.train import move_batch
-from srmu.errors import DivergedError, SrmuError
-from srmu.evals.figures import Analysis, Panel, format_number
+from srmu.errors import SrmuError
+from srmu.evals.figures import Analysis, Panel, draw_histogram, format_number
 from srmu.methods import Misdirection
-from srmu.runs.config import Config
-from srmu.runs.run import STATE, Run, base_of, find_device, load_tokenizer, unlearn
+from srmu.runs.record import RECORD
+from srmu.runs.run import STATE, Run, find_device, load_tokenizer
 
-BINS = 40  # of a histogram
 MEASURES = ("logit", "probability", "margin", "entropy")  # of confidence
 Texts = Mapping[str, Sequence[str]]  # "forget" and "retain"
 
@@ -40,7 +37,7 @@ def open_model(target: str | Path, device: str = "auto") -> tuple[EditableModel,
 
     Of a run, `frozen()` of what is returned is the model before it.
     """
-    run = Run(Path(target)) if (Path(target) / "record.json").is_file() else None
+    run = Run(Path(target)) if (Path(target) / RECORD).is_file() else None
     if run and (why := run.config.method.no_checkpoint):
         raise SrmuError(why)
     folder = run.base if run else weights.locate_model(str(target))
@@ -78,6 +75,15 @@ def prepare_batches(
     return list(batch_rows(rows, tokenizer, batch_size, "mask"))
 
 
+def prepare_sets(
+    texts: Texts, tokenizer: Any, documents: int, max_length: int
+) -> dict[str, list[Batch]]:
+    return {
+        name: prepare_batches(rows, tokenizer, documents, max_length)
+        for name, rows in texts.items()
+    }
+
+
 def measure_confidence(
     model: EditableModel,
     tokenizer: Any,
@@ -95,49 +101,52 @@ def measure_confidence(
     `predicted`: at each token of the texts that another comes before. `generated`: at `new_tokens`
     greedily chosen tokens after the first half of each text, up to its end of sequence.
     """
-    found: dict[str, dict[str, dict[str, float]]] = {}
-    values: dict[str, Tensor] = {}
-    parts = {
-        k: prepare_batches(rows, tokenizer, documents, max_length) for k, rows in texts.items()
-    }
-    when = model_states(model)
-    total = sum(map(len, parts.values())) * len(when)
-    with watch("reading the model's confidence", total) as tick:
-        for moment, state in when.items():
-            for name, batches in parts.items():
-                each = []
-                for batch in batches:
-                    with state(), torch.no_grad():
-                        if tokens == "predicted":
-                            each.append(next_token_confidence(model, batch))
-                        else:
-                            each.append(generated_confidence(model, batch, tokenizer, new_tokens))
-                    tick("")
-                four = torch.cat(each)  # (N, 4)
-                values[f"{name}, {moment}"] = four[:, 1]
-                means = zip(MEASURES, four.double().mean(dim=0).tolist(), strict=True)
-                found.setdefault(name, {})[moment] = {**dict(means), "tokens": len(four)}
+    parts = prepare_sets(texts, tokenizer, documents, max_length)
+    states = model_states(model)
+    means: dict[str, dict[str, dict[str, float]]] = {name: {} for name in parts}
+    probabilities: dict[str, Tensor] = {}
+    with watch(
+        "reading the model's confidence", sum(map(len, parts.values())) * len(states)
+    ) as tick:
+        for (when, state), (name, batches) in product(states.items(), parts.items()):
+            rows = []
+            for batch in batches:
+                with state(), torch.no_grad():
+                    if tokens == "predicted":
+                        rows.append(next_token_confidence(model, batch))
+                    else:
+                        rows.append(generated_confidence(model, batch, tokenizer, new_tokens))
+                tick("")
+            table = torch.cat(rows)  # (N, 4)
+            probabilities[f"{name}, {when}"] = table[:, 1]
+            columns = zip(MEASURES, table.double().mean(dim=0).tolist(), strict=True)
+            means[name][when] = {**dict(columns), "tokens": len(table)}
+    panel = draw_histogram(
+        f"Largest probability of {tokens} tokens", "largest probability", probabilities, 0.0, 1.0
+    )
+    numbers = {"tokens": tokens, "confidence": means}
+    return Analysis("Token confidence", numbers, describe_confidence(means, tokens), [panel])
+
+
+def describe_confidence(
+    means: Mapping[str, Mapping[str, Mapping[str, float]]], tokens: str
+) -> list[str]:
+    """The numbers of `measure_confidence`, in sentences."""
     sentences = [
-        f"{name}, {moment}: largest probability {row['probability']:.2f} (margin "
+        f"{name}, {when}: largest probability {row['probability']:.2f} (margin "
         f"{row['margin']:.2f}), largest logit {row['logit']:.1f}, entropy {row['entropy']:.2f} "
         f"nats, over {row['tokens']} {tokens} tokens."
-        for name, each_moment in found.items()
-        for moment, row in each_moment.items()
+        for name, states in means.items()
+        for when, row in states.items()
     ]
-    if "before" in when:
-        gap = {
-            name: row["after"]["probability"] - row["before"]["probability"]
-            for name, row in found.items()
-        }
-        sentences.append(
-            "The run changed the largest probability by "
-            + ", ".join(f"{change:+.2f} on {name} texts" for name, change in gap.items())
-            + "."
-        )
-    panel = draw_histogram(
-        f"Largest probability of {tokens} tokens", "largest probability", values, 0.0, 1.0
-    )
-    return Analysis("Token confidence", {"tokens": tokens, "confidence": found}, sentences, [panel])
+    changes = [
+        f"{states['after']['probability'] - states['before']['probability']:+.2f} on {name} texts"
+        for name, states in means.items()
+        if "before" in states
+    ]
+    if changes:
+        sentences.append(f"The run changed the largest probability by {', '.join(changes)}.")
+    return sentences
 
 
 def token_confidence(logits: Float[Tensor, "N V"]) -> Float[Tensor, "N 4"]:
@@ -211,8 +220,7 @@ def measure_alignment(
             "use one of rmu, adaptive_rmu, srmu"
         )
     site, count = method.site, len(model.layers)
-    numbers: dict[str, Any] = {"layer": site.layer, "stream": site.stream, "topics": {}}
-    sentences, panels = [], []
+    topics, sentences, panels = {}, [], []
     with watch("measuring directions", len(run.config.topics) * count) as tick:
         for number, (name, topic) in enumerate(run.config.topics.items(), 1):
             texts = read_texts(topic.forget, Path())
@@ -227,34 +235,41 @@ def measure_alignment(
                     }
                 )
                 tick("")
-            numbers["topics"][name] = [
+            topics[name] = means = [
                 {kind: {k: mean_or_none(v) for k, v in row[kind].items()} for kind in row}
                 for row in layers
             ]
-            at = numbers["topics"][name][site.layer]
-            sentences.append(
-                f"Topic {number}, layer {site.layer}: cosine of forget activations with the "
-                f"direction {format_number(at['direction']['before'])} before and "
-                f"{format_number(at['direction']['after'])} after, of their displacement "
-                f"{format_number(at['direction']['displacement'])}; with the target "
-                f"{format_number(at['target']['after'])} after, displacement "
-                f"{format_number(at['target']['displacement'])}."
-            )
-            for kind in ("direction", "target"):
-                means = [row[kind] for row in numbers["topics"][name]]
-                series = {key: [row[key] for row in means] for key in means[0]}
-                title = f"Cosine with the {kind}, topic {number}"
-                panels.append(Panel(title, "layer", "mean cosine", [*range(count)], series))
-            panels.append(
-                draw_histogram(
-                    f"Cosines with the target at layer {site.layer}, topic {number}",
-                    "cosine",
-                    layers[site.layer]["target"],
-                    -1.0,
-                    1.0,
-                )
-            )
+            sentences.append(describe_alignment(number, site.layer, means[site.layer]))
+            panels += draw_alignment(number, means, layers[site.layer]["target"], site.layer)
+    numbers = {"layer": site.layer, "stream": site.stream, "topics": topics}
     return Analysis("Alignment with the direction", numbers, sentences, panels)
+
+
+def describe_alignment(number: int, layer: int, means: Mapping[str, Mapping[str, Any]]) -> str:
+    direction, target = (
+        {key: format_number(value) for key, value in means[kind].items()}
+        for kind in ("direction", "target")
+    )
+    return (
+        f"Topic {number}, layer {layer}: cosine of forget activations with the direction "
+        f"{direction['before']} before and {direction['after']} after, of their displacement "
+        f"{direction['displacement']}; with the target {target['after']} after, displacement "
+        f"{target['displacement']}."
+    )
+
+
+def draw_alignment(
+    number: int, layers: Sequence[Mapping[str, Any]], at_own: Mapping[str, Tensor], own: int
+) -> list[Panel]:
+    """Mean cosines by layer, and all of them with the target at the layer `own`."""
+    panels = []
+    for kind in ("direction", "target"):
+        means = [row[kind] for row in layers]
+        series = {key: [row[key] for row in means] for key in means[0]}
+        title = f"Cosine with the {kind}, topic {number}"
+        panels.append(Panel(title, "layer", "mean cosine", [*range(len(layers))], series))
+    title = f"Cosines with the target at layer {own}, topic {number}"
+    return [*panels, draw_histogram(title, "cosine", at_own, -1.0, 1.0)]
 
 
 @torch.no_grad()
@@ -265,7 +280,7 @@ def token_cosines(
 
     Tokens that did not move have none.
     """
-    found: dict[str, list[Tensor]] = {"before": [], "after": [], "displacement": []}
+    cosines: dict[str, list[Tensor]] = {"before": [], "after": [], "displacement": []}
     for batch in batches:
         mask = without_first(is_counted(batch["labels"])).to(model.device)
         batch = move_batch(batch, model.device)
@@ -273,10 +288,10 @@ def token_cosines(
             before = model.hidden(batch, site, keep=False)[mask].float()
         after = model.hidden(batch, site)[mask].float()
         moved = (after - before)[(after != before).any(dim=-1)]
-        for name, values in zip(found, (before, after, moved), strict=True):
+        for name, values in zip(cosines, (before, after, moved), strict=True):
             line = vector.to(values.device, values.dtype)
-            found[name].append(torch.cosine_similarity(values, line, dim=-1).cpu())
-    return {name: torch.cat(parts) for name, parts in found.items()}
+            cosines[name].append(torch.cosine_similarity(values, line, dim=-1).cpu())
+    return {name: torch.cat(parts) for name, parts in cosines.items()}
 
 
 def measure_sensitivity(
@@ -300,29 +315,25 @@ def measure_sensitivity(
     """
     if size <= 0 or draws < 1:
         raise SrmuError(f"size {size} must be above 0, and draws {draws} 1 or more")
-    parts = {
-        k: prepare_batches(rows, tokenizer, documents, max_length) for k, rows in texts.items()
-    }
-    count, when = len(model.layers), model_states(model)
-    found: dict[str, list[float]] = {}
-    with watch("adding noise", count * len(parts) * len(when)) as tick:
-        for name, batches in parts.items():
-            for moment, state in when.items():
-                values = []
-                for layer in range(count):
-                    with state(), torch.no_grad():
-                        values.append(layer_sensitivity(model, batches, layer, size, draws, seed))
-                    tick("")
-                found[f"{name}, {moment}"] = values
+    parts = prepare_sets(texts, tokenizer, documents, max_length)
+    count, states = len(model.layers), model_states(model)
+    psi: dict[str, list[float]] = {}
+    with watch("adding noise", count * len(parts) * len(states)) as tick:
+        for (name, batches), (when, state) in product(parts.items(), states.items()):
+            values = psi[f"{name}, {when}"] = []
+            for layer in range(count):
+                with state(), torch.no_grad():
+                    values.append(layer_sensitivity(model, batches, layer, size, draws, seed))
+                tick("")
     sentences = [
         f"{name}: noise of {size:g} of an activation's norm comes out most amplified from layer "
-        f"{max(range(count), key=values.__getitem__)} (psi {max(values):.3g}) and least from "
-        f"layer {min(range(count), key=values.__getitem__)} (psi {min(values):.3g}); "
-        f"{size**2:.3g} is neither more nor less than went in."
-        for name, values in found.items()
+        f"{values.index(max(values))} (psi {max(values):.3g}) and least from layer "
+        f"{values.index(min(values))} (psi {min(values):.3g}); {size**2:.3g} is neither more nor "
+        "less than went in."
+        for name, values in psi.items()
     ]
-    panel = Panel("Noise sensitivity", "layer", "psi", [*range(count)], found)
-    numbers = {"psi": found, "size": size, "draws": draws, "seed": seed}
+    panel = Panel("Noise sensitivity", "layer", "psi", [*range(count)], psi)
+    numbers = {"psi": psi, "size": size, "draws": draws, "seed": seed}
     return Analysis("Noise sensitivity of layers", numbers, sentences, [panel])
 
 
@@ -337,7 +348,7 @@ def layer_sensitivity(
 ) -> float:
     """Noise sensitivity of one layer in the model's present state."""
     generator = torch.Generator().manual_seed(seed)
-    found = []
+    ratios = []
     for batch in batches:
         mask = without_first(is_counted(batch["labels"])).to(model.device)
         inputs = move_batch({k: batch[k] for k in ("input_ids", "attention_mask")}, model.device)
@@ -346,8 +357,8 @@ def layer_sensitivity(
             with add_noise(model.layers[layer], mask, size, generator):
                 noisy = model.module.base_model(**inputs, use_cache=False)[0][mask].float()
             # Adaptive RMU (arXiv 2408.06223), noise sensitivity of a layer
-            found.append((noisy - clean).square().sum(dim=-1) / clean.square().sum(dim=-1))
-    return float(torch.cat(found).double().mean())
+            ratios.append((noisy - clean).square().sum(dim=-1) / clean.square().sum(dim=-1))
+    return float(torch.cat(ratios).double().mean())
 
 
 @contextmanager
@@ -372,112 +383,6 @@ def add_noise(
         yield
     finally:
         handle.remove()
-
-
-def sweep_layers(
-    config: Config,
-    score: Callable[[Run], Mapping[str, Mapping[str, Mapping[str, float]]]],
-    forget_metrics: Sequence[str],
-    *,
-    at_most: int | None = None,
-    watch: Watch = ignore_progress,
-) -> Analysis:
-    """Unlearn at every layer (l-2, l-1, l) with a config and compare forgetting with utility.
-
-    `at_most` so many layers, where there are more: evenly spread from a fifth to three quarters of
-    the depth.
-
-    `score` is `srmu.score_model`, with the tasks to measure where the config names none;
-    `forget_metrics` (such as `wmdp_bio/acc`) say which of its metrics should fall, all other
-    accuracies are utility. Runs that are there already are used again, so a stopped sweep goes on.
-    """
-    method = config.method
-    if not isinstance(method, Misdirection):
-        raise SrmuError(f"method {method.name} has no layer to vary; use rmu, adaptive_rmu or srmu")
-    tried = candidate_layers(method, read_config(base_of(config)), at_most)
-    rows: list[dict[str, Any]] = []
-    with watch("layer sweep", len(tried)) as tick:
-        for layer in tried:
-            at = config.model_copy(update={"method": replace(method, layer=layer)})
-            try:
-                found = score(unlearn(at))
-                rows.append({"layer": layer, **compare_scores(found, forget_metrics)})
-            except DivergedError as error:
-                rows.append({"layer": layer, "diverged": str(error)})
-            tick(f"layer {layer}")
-    known = [row for row in rows if "diverged" not in row]
-    if not known:
-        raise SrmuError(f"every layer of {method.name} diverged; lower train.learning_rate")
-    best = max(known, key=lambda row: row["forgetting"] - row["utility_loss"])
-    sentences = [
-        f"Layer {best['layer']} gains most: forget accuracy falls by {best['forgetting']:.1%} and "
-        f"utility by {best['utility_loss']:.1%} (points); type method.layer={best['layer']}. The "
-        "sweep chose on these questions: report others."
-    ]
-    if lost := [str(row["layer"]) for row in rows if "diverged" in row]:
-        sentences.append(f"Diverged at layers {', '.join(lost)}.")
-    series = {
-        name: [row.get(name.replace(" ", "_")) for row in rows]
-        for name in ("forgetting", "utility loss")
-    }
-    at_layers = [row["layer"] for row in rows]
-    panel = Panel("Unlearning at each layer", "layer", "fall in accuracy", at_layers, series)
-    return Analysis("Layer sweep", {"layers": rows, "best": best["layer"]}, sentences, [panel])
-
-
-def candidate_layers(
-    method: Misdirection, model_config: Any, at_most: int | None = None
-) -> list[int]:
-    """The layers that a method can steer in a model; `at_most` so many of them, evenly spread."""
-    first = method.window - (method.stream != "mlp_post")
-    count = model_config.num_hidden_layers
-    last = count - (getattr(model_config, "num_kv_shared_layers", None) or 0)
-    if first >= last:
-        raise SrmuError(
-            f"this model has {last} layers to change: too few for method.window={method.window}"
-        )
-    if at_most is None or last - first <= at_most:
-        return [*range(first, last)]
-    low, high = max(first, round(count / 5)), min(last - 1, round(count * 3 / 4))
-    return sorted({round(layer) for layer in np.linspace(low, high, at_most)})
-
-
-def compare_scores(
-    scores: Mapping[str, Mapping[str, Mapping[str, float]]], forget_metrics: Sequence[str]
-) -> dict[str, Any]:
-    """Accuracies before and after a run, and the mean falls of forget and of other metrics."""
-    falls = {
-        metric: scores["before"][metric]["value"] - scores["after"][metric]["value"]
-        for metric in scores["after"]
-        if metric.endswith("/acc")
-    }
-    for metric in forget_metrics:
-        if metric not in falls:
-            known = ", ".join(falls) or "none"
-            raise SrmuError(f"no accuracy {metric} was measured; there are {known}")
-    others = [fall for metric, fall in falls.items() if metric not in forget_metrics]
-    if not forget_metrics or not others:
-        raise SrmuError("a layer sweep needs an accuracy to lower and another one to keep")
-    return {
-        "forgetting": fmean(falls[metric] for metric in forget_metrics),
-        "utility_loss": fmean(others),
-        "before": {metric: scores["before"][metric]["value"] for metric in falls},
-        "after": {metric: scores["after"][metric]["value"] for metric in falls},
-    }
-
-
-def draw_histogram(
-    title: str, x_title: str, values: Mapping[str, Tensor], low: float, high: float
-) -> Panel:
-    """Shares of values in bins between two limits, one series for each name that has values."""
-    edges = np.linspace(low, high, BINS + 1)
-    series = {}
-    for name, each in values.items():
-        if len(each):
-            counts, _ = np.histogram(each.clamp(low, high).numpy(), edges)
-            series[name] = (counts / len(each)).tolist()
-    middles = ((edges[:-1] + edges[1:]) / 2).round(4).tolist()
-    return Panel(title, x_title, "share of tokens", middles, series, "bars")
 
 
 def mean_or_none(values: Tensor) -> float | None:

@@ -11,14 +11,14 @@ import numpy as np
 import torch
 
 from srmu.engine import weights
-from srmu.engine.files import write_json, write_whole
+from srmu.engine.files import write_whole
 from srmu.engine.loading import load_module
 from srmu.evals.lm_eval import load_questions
+from srmu.evals.results import merge_results
 from srmu.evals.subject import Question, Subject, mark_answers
 from srmu.runs.record import DELTA, RECORD
 from srmu.runs.run import Run, load_tokenizer
 
-SHARE = "share.json"
 HALVINGS = 5
 
 
@@ -45,7 +45,7 @@ def match_utility(run: Run, out: Path, budget: float, judged: Sequence[str]) -> 
         weights.save_delta(out / DELTA, run.base, names, changed, meta | {"run": run.config.id})
     elif (run.folder / DELTA).exists():
         copyfile(run.folder / DELTA, out / DELTA)
-    write_json(out / SHARE, {"share": share})
+    merge_results(out, matched={"share": share, "budget": budget, "judged": list(judged)})
     # last, as in a run; the change that it tells of is the whole run's
     write_whole(out / RECORD, (run.folder / RECORD).read_text())
 

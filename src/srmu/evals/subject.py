@@ -6,14 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from srmu.engine.likelihoods import loglikelihoods
+from srmu.engine.likelihoods import score_answers
 from srmu.engine.model import EditableModel
 
 
@@ -128,17 +127,9 @@ def answer_likelihoods(
     model: Subject, pairs: Sequence[tuple[str, str]]
 ) -> list[tuple[float, int, bool]]:
     """Of each (prompt, answer): log-probability of the answer, its tokens, whether it is greedy."""
-    requests = [((prompt, answer), *model.split(prompt, answer)) for prompt, answer in pairs]
-    reader: Any = SimpleNamespace(
-        model=model.module,
-        device=model.device,
-        batch_size=64,
-        max_length=model.max_length,
-        softmax_dtype=torch.float32,
-        cache_hook=SimpleNamespace(add_partial=lambda *args: None),
-    )
-    found = loglikelihoods(reader, requests)
-    return [(logp, len(r[2]), sure) for (logp, sure), r in zip(found, requests, strict=True)]
+    split = [model.split(prompt, answer) for prompt, answer in pairs]
+    results = score_answers(model.module, split, model.max_length, dtype=torch.float32)
+    return [(logp, len(a), sure) for (logp, sure), (_, a) in zip(results, split, strict=True)]
 
 
 def option_scores(

@@ -1,4 +1,4 @@
-"""What attacks brought back: read from `attacks.json`, and the part of a page about it."""
+"""What attacks brought back, and the part of a page about it."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any
 
 import numpy as np
 
+from srmu.evals.results import read_attacks
 from srmu.evals.statistics import (
     Array,
     Draws,
-    estimate_from,
+    Estimate,
     parse_answers,
     residual_table,
     worst_case,
 )
 from srmu.report.format import (
-    Estimate,
     capitalise,
     draw_level,
     draw_mark,
@@ -49,7 +49,7 @@ from srmu.report.relearning import (
     draw_by_steps,
     draw_by_texts,
 )
-from srmu.report.results import RunGroup, read_config_tree, read_run_file, strip_paths
+from srmu.report.results import RunGroup, read_config_tree, strip_paths
 
 KNOWLEDGE = "accuracy on the knowledge to forget"
 
@@ -84,7 +84,7 @@ class Recovery:
 
 def measure_recovery(entry: RunGroup) -> Recovery | None:
     """What the attacks on an entry's runs brought back; None where none was attacked."""
-    found = {run: read_run_file(run / "attacks.json") for run in entry.runs}
+    found = {run: read_attacks(run) for run in entry.runs}
     found = {run: attacks for run, attacks in found.items() if attacks}
     if not found:
         return None
@@ -105,9 +105,10 @@ def measure_recovery(entry: RunGroup) -> Recovery | None:
         for key, column in zip(asked, means.T, strict=True):
             answers.setdefault(key, []).append(column)
 
+    count = min(len({*attacks["facts"]}) for attacks in found.values())
+
     def averaged(values: Sequence[Array]) -> Estimate:
-        one = estimate_from(draws.over_seeds(np.stack(values, axis=1)), 0)
-        return Estimate(one.value, one.low, one.high)
+        return draws.estimate_accuracy(np.stack(values, axis=1), count)
 
     first = {name: one for a in found.values() for name, one in a["attacks"].items()}
     attacked = {
@@ -127,8 +128,8 @@ def measure_recovery(entry: RunGroup) -> Recovery | None:
         len(found),
         known["tier"],
         known["chance"],
-        averaged(worst),
-        max(valid, key=lambda name: attacked[name].accuracy.mean),
+        draws.estimate(np.stack(worst, axis=1)),
+        max(valid, key=lambda name: attacked[name].accuracy.value),
         attacked,
         [m for name, one in first.items() if name not in attacked for m in _measures(name, one)],
         {name: strip_paths(one["why"]) for name, one in first.items() if one["status"] != "done"},
@@ -175,13 +176,13 @@ def attack_section(
 
 
 def _one_attacked(label: str, found: Recovery) -> list[Any]:
-    order = sorted(found.attacks, key=lambda name: -found.attacks[name].accuracy.mean)
+    order = sorted(found.attacks, key=lambda name: -found.attacks[name].accuracy.value)
     ticks = [name_words(name) for name in order]
     values = [found.attacks[name].accuracy for name in order]
     traces: list[dict[str, Any]] = [
         {
             "type": "bar", "orientation": "h", "name": "unlearned model", "y": ticks,
-            "x": [one.mean for one in values],
+            "x": [one.value for one in values],
             "error_x": error_bars(values) | {"color": COLOURS[0]},
             "marker": {
                 "color": COLOURS[0],
@@ -195,7 +196,7 @@ def _one_attacked(label: str, found: Recovery) -> list[Any]:
         ("oracle", "diamond", COLOURS[1]),
     ):
         known = [(t, found.attacks[n].controls.get(who)) for t, n in zip(ticks, order, strict=True)]
-        if points := [(t, one.mean) for t, one in known if one]:
+        if points := [(t, one.value) for t, one in known if one]:
             traces.append(
                 {
                     "mode": "markers", "name": who, "cliponaxis": False,
@@ -256,7 +257,7 @@ def _many_attacked(pairs: Sequence[tuple[str, str, Recovery]], labels: Sequence[
     def named(label: str, group: str) -> str:
         return f"{label} · {group}" if group else label
 
-    order = sorted(pairs, key=lambda pair: pair[2].worst.mean)
+    order = sorted(pairs, key=lambda pair: pair[2].worst.value)
     ticks = [named(label, group) for label, group, _ in order]
     worst = [
         draw_mark(one.worst, Estimate(0), hover_text(tick, f"K* {share_cell(one.worst).text} "
@@ -280,7 +281,7 @@ def _many_attacked(pairs: Sequence[tuple[str, str, Recovery]], labels: Sequence[
     kinds = list(dict.fromkeys(name for *_, one in pairs for name in one.attacks))
 
     def typical(name: str) -> float:
-        known = [one.attacks[name].accuracy.mean for *_, one in pairs if name in one.attacks]
+        known = [one.attacks[name].accuracy.value for *_, one in pairs if name in one.attacks]
         return sum(known) / len(known)
 
     kinds.sort(key=typical, reverse=True)
@@ -291,7 +292,7 @@ def _many_attacked(pairs: Sequence[tuple[str, str, Recovery]], labels: Sequence[
             {
                 "mode": "markers", "meta": label, "cliponaxis": False,
                 "marker": label_marker(labels.index(label), size=9, opacity=0.75),
-                "x": [one.attacks[name].accuracy.mean for name in known],
+                "x": [one.attacks[name].accuracy.value for name in known],
                 "y": [name_words(name) for name in known], "hoverinfo": "text",
                 "text": [hover_text(named(label, group),
                                     f"{name_words(n)} {one.attacks[n].accuracy}")

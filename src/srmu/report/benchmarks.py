@@ -8,8 +8,10 @@ from typing import Any
 
 from srmu.evals import benchmarks as suites
 from srmu.evals.benchmarks.base import Benchmark, Metrics, TableColumn
-from srmu.evals.benchmarks.score import FILE, format_metric
-from srmu.report.format import Estimate, draw_mark, hover_text
+from srmu.evals.benchmarks.score import format_metric
+from srmu.evals.results import read_benchmarks
+from srmu.evals.statistics import Estimate
+from srmu.report.format import draw_mark, hover_text
 from srmu.report.html import (
     GREY,
     Cell,
@@ -22,7 +24,7 @@ from srmu.report.html import (
     make_axis,
 )
 from srmu.report.html import ColumnHead as Head
-from srmu.report.results import RunGroup, read_run_file
+from srmu.report.results import RunGroup
 
 HINTS = {"high": "higher is better", "low": "lower is better", "zero": "0 is best"}
 ARROWS = {"high": "\N{UPWARDS ARROW}", "low": "\N{DOWNWARDS ARROW}", "zero": "0"}
@@ -32,9 +34,7 @@ Shown = tuple[str, str, list[Metrics]]  # what a row is called, whose label it h
 
 def benchmark_sections(entries: Sequence[RunGroup], labels: Sequence[str]) -> list[Section]:
     """A section for each suite that any of the runs was measured on."""
-    measured = [
-        (entry, [read_run_file(folder / FILE) for folder in entry.runs]) for entry in entries
-    ]
+    measured = [(entry, [read_benchmarks(folder) for folder in entry.runs]) for entry in entries]
     names = dict.fromkeys(name for _, seeds in measured for one in seeds for name in one)
     return [benchmark_section(name, measured, labels) for name in names]
 
@@ -79,9 +79,9 @@ def value_cell(column: TableColumn, seeds: Sequence[Metrics]) -> Cell | None:
     if not found:
         return None
     one = estimate_column(column, found)
-    text = format_metric(column, {column.metric: {"value": one.mean / column.scale, "n": 0}})
-    span = "" if one.high is None else f"\N{PLUS-MINUS SIGN}{one.high - one.mean:.2g}"
-    return Cell(text, span, one.mean)
+    text = format_metric(column, {column.metric: {"value": one.value / column.scale, "n": 0}})
+    span = "" if not one.has_interval else f"\N{PLUS-MINUS SIGN}{one.high - one.value:.2g}"
+    return Cell(text, span, one.value)
 
 
 def estimate_column(column: TableColumn, seeds: Sequence[Metrics]) -> Estimate:
@@ -107,13 +107,13 @@ def benchmark_figure(suite: Benchmark, shown: Sequence[Shown], labels: Sequence[
         if not all(c.metric in metrics for c in (across, up) for metrics in seeds):
             continue
         x, y = (estimate_column(column, seeds) for column in (across, up))
-        text = [f"{c.title} {one.mean:.3g}" for c, one in ((across, x), (up, y))]
+        text = [f"{c.title} {one.value:.3g}" for c, one in ((across, x), (up, y))]
         look = (
             label_marker(labels.index(label), size=11) if label else ring | {"symbol": RINGS[title]}
         )
         if not label:
             names.append(
-                {"x": x.mean, "y": y.mean, "text": title, "showarrow": False, "yshift": 15}
+                {"x": x.value, "y": y.value, "text": title, "showarrow": False, "yshift": 15}
             )
         traces.append(draw_mark(x, y, hover_text(title, *text), label, look))
         words.append(f"{title}: {', '.join(text)}")

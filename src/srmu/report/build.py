@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from srmu.errors import SrmuError
-from srmu.evals.benchmarks.score import FILE
-from srmu.evals.compare import method_label, metrics_of, run_setting, setting_words
+from srmu.evals.compare import metrics_of
+from srmu.evals.results import read_attacks, read_benchmarks
+from srmu.evals.settings import method_label, run_setting, setting_words
 from srmu.report import runs as sections
 from srmu.report import studies
 from srmu.report.attacks import Recovery, attack_section, measure_recovery
@@ -20,7 +21,7 @@ from srmu.report.results import (
     GroupRow,
     RunGroup,
     aggregate_columns,
-    has_file,
+    has_results,
     read_results,
     read_run_file,
     strip_paths,
@@ -51,7 +52,7 @@ def write_report(
 ) -> Path:
     """Write the page on the runs in the folders `paths`, or on the one study that they name.
 
-    `forget` and `utility` name metrics of `results.json`; by default those that the attacks asked,
+    `forget` and `utility` name metrics, such as quiz/acc; by default those that the attacks asked,
     else those of the testbed or WMDP, and the other tasks that the runs were to be evaluated on.
     SrmuError where there is nothing to show, which leaves `out` as it was.
     """
@@ -64,7 +65,7 @@ def write_report(
     command = " ".join(["srmu report", *typed, "-o", out.name])
     if not named:
         entries, notes = entries_of(paths)
-        if not any(has_file(run, "results.json") for entry in entries for run in entry.runs):
+        if not any(has_results(run) for entry in entries for run in entry.runs):
             return page_of_suites(entries, command, notes).write(out)
         forget, utility = choose_metrics(entries, forget, utility)
         return page_of_runs(entries, "", forget, utility, command, notes).write(out)
@@ -112,8 +113,8 @@ def entries_of(paths: Sequence[Path]) -> tuple[list[RunGroup], list[str]]:
                 f"{path} holds no run, sweep or reproduction: srmu unlearn, srmu sweep and srmu "
                 "reproduce make them"
             )
-        measured = [run for run in found if has_file(run, "results.json")]
-        measured = measured or [run for run in found if has_file(run, FILE)]
+        measured = [run for run in found if has_results(run)]
+        measured = measured or [run for run in found if read_benchmarks(run)]
         if not measured:
             raise SrmuError(f"{found[0]} has no results; run `srmu eval {found[0]}` first")
         unmeasured += [run for run in found if run not in measured]
@@ -161,9 +162,7 @@ def choose_metrics(
         if name not in known:
             raise SrmuError(f"no run has the result {name}; there are {', '.join(known)}")
     tasks = [task for run in runs for task in Run.open(run).config.eval]
-    asked = [
-        metrics_of(attacks) for run in runs if (attacks := read_run_file(run / "attacks.json"))
-    ]
+    asked = [metrics_of(attacks) for run in runs if (attacks := read_attacks(run))]
     if asked:
         joined = " + ".join(name.removesuffix("/acc") for name in asked[0][0]) + "/acc"
         forget = forget or [name for name in asked[0][0] if name in known] or [joined]
@@ -257,8 +256,8 @@ def describe_method(row: GroupRow, forget: str, kept: str) -> str:
     parts = []
     for name in (forget, kept):
         if name in row.after:
-            before = f"from {row.before[name].mean:.1%} " if name in row.before else ""
-            parts.append(f"{metric_words(name)} went {before}to {row.after[name].mean:.1%}")
+            before = f"from {row.before[name].value:.1%} " if name in row.before else ""
+            parts.append(f"{metric_words(name)} went {before}to {row.after[name].value:.1%}")
     over = f"over {row.seeds} seeds" if row.seeds > 1 else "in one run"
     return (
         f"{row.label}, {over}: {' and '.join(parts)}. A good result brings the first down to "
@@ -296,11 +295,11 @@ def describe_attempts(found: Sequence[Recovery | None], of: str = "methods") -> 
         (one,) = some
         worst = share_cell(one.worst)
         text += (
-            f"The strongest, {name_words(one.strongest)}, found {one.worst.mean:.0%} of the "
+            f"The strongest, {name_words(one.strongest)}, found {one.worst.value:.0%} of the "
             f"original knowledge (K* = {worst.text}, 95 % interval {worst.span})."
         )
     else:
-        least, most = (pick(some, key=lambda one: one.worst.mean).worst for pick in (min, max))
+        least, most = (pick(some, key=lambda one: one.worst.value).worst for pick in (min, max))
         text += (
             "K*, the share of the original knowledge that the best attack found, lies between "
             f"{share_cell(least).text} and {share_cell(most).text}."

@@ -3,25 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from html import escape
 from typing import Any
 
+from srmu.evals.statistics import Estimate
 from srmu.report.html import GREY, Cell
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over seeds; only what is measured on a known number of questions has the interval."""
-
-    mean: float
-    low: float | None = None
-    high: float | None = None
-
-    def __str__(self) -> str:
-        if self.low is None or self.high is None:
-            return f"{self.mean:.4g}"
-        return f"{self.mean:.1%} ({self.low:.1%}\N{EN DASH}{self.high:.1%})".replace("%", "")
 
 
 def name_words(name: str) -> str:
@@ -40,7 +26,7 @@ def number_cell(found: Estimate | None) -> Cell | None:
     if found is None:
         return None
     text, _, span = str(found).partition(" ")
-    return Cell(text, span.strip("()"), found.mean)
+    return Cell(text, span.strip("()"), found.value)
 
 
 def percent_cell(value: float | None) -> Cell | None:
@@ -50,8 +36,7 @@ def percent_cell(value: float | None) -> Cell | None:
 
 def share_cell(found: Estimate) -> Cell:
     """A share such as K*, as a number below 1."""
-    assert found.low is not None and found.high is not None
-    return Cell(f"{found.mean:.2f}", f"{found.low:.2f}\N{EN DASH}{found.high:.2f}", found.mean)
+    return Cell(f"{found.value:.2f}", f"{found.low:.2f}\N{EN DASH}{found.high:.2f}", found.value)
 
 
 def capitalise(text: str) -> str:
@@ -66,10 +51,10 @@ def describe_numbers(name: str, numbers: Mapping[str, Estimate]) -> str:
 
 def error_bars(found: Sequence[Estimate]) -> dict[str, Any]:
     """Plotly's error bars; none where there is no interval."""
-    if any(one.low is None or one.high is None for one in found):
+    if not all(one.has_interval for one in found):
         return {}
-    up = [(one.high or 0) - one.mean for one in found]
-    down = [one.mean - (one.low or 0) for one in found]
+    up = [one.high - one.value for one in found]
+    down = [one.value - one.low for one in found]
     return {"type": "data", "array": up, "arrayminus": down, "thickness": 1.25, "width": 0}
 
 
@@ -78,7 +63,7 @@ def draw_mark(
 ) -> dict[str, Any]:
     """One point with both intervals; hovering shows a name in bold and lines below it."""
     trace = {
-        "x": [x.mean], "y": [y.mean], "mode": "markers", "cliponaxis": False, "marker": look,
+        "x": [x.value], "y": [y.value], "mode": "markers", "cliponaxis": False, "marker": look,
         "text": [hover], "hoverinfo": "text",
         "error_x": error_bars([x]), "error_y": error_bars([y]),
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""What fine-tuning brings back: curves read from `attacks.json`, and drawn."""
+"""What fine-tuning brings back: curves read from reports of attacks, and drawn."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ WHOSE = {"": "unlearned model", "original": "original", "oracle": "oracle"}
 CONTROLS = {"original": ("circle-open", "dot"), "oracle": ("diamond-open", "dash")}
 
 Points = Sequence[tuple[int, float]]  # how much was learned, accuracy after it
-Attacks = Sequence[Mapping[str, Any]]  # what `attacks.json` says, a run each
+Attacks = Sequence[Mapping[str, Any]]  # what `attack_run` gives, a run each
 
 
 class RelearningCurve(NamedTuple):

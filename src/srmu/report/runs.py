@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from srmu.evals.results import Metrics
+from srmu.evals.statistics import Estimate
 from srmu.methods.importance import FLAT
 from srmu.report.attacks import Recovery
 from srmu.report.format import (
-    Estimate,
     capitalise,
     describe_numbers,
     draw_level,
@@ -37,7 +38,6 @@ from srmu.report.html import (
 )
 from srmu.report.results import (
     GroupRow,
-    Results,
     RunGroup,
     estimate_columns,
     importance_maps,
@@ -76,7 +76,7 @@ def tradeoff_section(
     for row in rows:
         groups.setdefault(row.group, []).append(row)
     lowest = [
-        one.mean if one.low is None else one.low
+        one.low if one.has_interval else one.value
         for row in rows
         for numbers in (row.before, row.after)
         if (one := numbers.get(axes[1]))
@@ -358,7 +358,7 @@ def subject_section(entries: Sequence[RunGroup]) -> Section | None:
                     continue
                 change = None
                 if name in before:
-                    difference = after[name].mean - before[name].mean
+                    difference = after[name].value - before[name].value
                     change = Cell(f"{100 * difference:+.1f}", "", difference)
                 shown = metric_words(name.removeprefix(f"{group}_"))
                 cells = [shown, number_cell(before.get(name)), number_cell(after[name]), change]
@@ -386,7 +386,7 @@ def loss_of(line: TableLine) -> float:
 
 
 def _changes(
-    both: Sequence[Mapping[str, Results]], metrics: Sequence[str]
+    both: Sequence[Mapping[str, Metrics]], metrics: Sequence[str]
 ) -> tuple[dict[str, Estimate], dict[str, Estimate]]:
     columns = {name: [name] for name in metrics}
     before, after = (

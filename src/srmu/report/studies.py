@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import nan
 from typing import Any
 
-from srmu.evals.lm_eval import accuracy_interval
+from srmu.evals.statistics import Estimate, accuracy_interval
 from srmu.report.format import (
-    Estimate,
     capitalise,
     draw_mark,
     error_bars,
@@ -42,7 +42,7 @@ Trial = Mapping[str, Any]
 
 def cell_estimate(cell: Mapping[str, Any]) -> Estimate:
     """A number of a reproduction, with its interval where it has one."""
-    return Estimate(cell["value"], cell.get("low"), cell.get("high"))
+    return Estimate(cell["value"], cell.get("low", nan), cell.get("high", nan))
 
 
 def format_setting(value: Any) -> str:
@@ -261,7 +261,7 @@ def trial_section(
         for metric in metrics:
             known = trial["state"] == "complete" and metric in trial["values"]
             found = trial_estimate(trial, metric) if known else None
-            cells.append(percent_cell(found.mean) if found and not front else number_cell(found))
+            cells.append(percent_cell(found.value) if found and not front else number_cell(found))
         lines.append(TableLine([*cells, state], _label({"number": i, **trial}, labels, front)))
     heads = ["Trial", *keys, *(capitalise(metric_words(name)) for name in metrics), "State"]
     count: dict[str, int] = {}
@@ -437,7 +437,7 @@ def _drawn(figure: Mapping[str, Any], labels: Sequence[str]) -> tuple[Panels, Ta
         xs, ys = ([cell_estimate(point[key]) for point in points] for key in ("x", "y"))
         traces.append(
             {
-                "x": [one.mean for one in xs], "y": [one.mean for one in ys], "meta": label,
+                "x": [one.value for one in xs], "y": [one.value for one in ys], "meta": label,
                 "error_x": error_bars(xs), "error_y": error_bars(ys), "mode": "lines+markers",
                 "line": label_stroke(i, width=1.75), "marker": label_marker(i, size=8),
                 "hoverinfo": "text", "text": [
@@ -456,7 +456,7 @@ def _drawn(figure: Mapping[str, Any], labels: Sequence[str]) -> tuple[Panels, Ta
         ]
         ends.append(
             f"{label}: {len(points)} points, {figure['y_title']} "
-            f"{min(one.mean for one in ys):.1%} to {max(one.mean for one in ys):.1%}"
+            f"{min(one.value for one in ys):.1%} to {max(one.value for one in ys):.1%}"
             if points
             else f"{label}: not measured"
         )

@@ -10,10 +10,11 @@ from zlib import crc32
 
 import numpy as np
 
-from srmu.evals.compare import read_optional_json, resample_normal
-from srmu.evals.statistics import LEAST, Array, Draws, Estimate, estimate_from, parse_answers
+from srmu.evals.compare import resample_row
+from srmu.evals.results import read_metrics
+from srmu.evals.statistics import Array, Draws, Estimate
 from srmu.report.results import Columns, RunGroup, aggregate_columns
-from srmu.reproduce.experiment import ANSWERS, RESULTS, MeasuredRow
+from srmu.reproduce.experiment import MeasuredRow
 
 CHANCE = 0.25  # four options
 NOISE = 1.96
@@ -28,25 +29,17 @@ def resample_mean(row: MeasuredRow, metrics: Sequence[str], draws: Draws) -> Arr
 
 
 def resample_accuracy(row: MeasuredRow, number: int, metric: str, draws: Draws) -> Array:
-    """A run's accuracy as it is, and in each resample of the questions.
-
-    From the answers question by question where they are kept, so that two rows are compared on the
-    same questions; else taken as normal about its value, which makes differences too wide.
-    """
-    run, asked, task = row.runs[number], row.questions[number], metric.split("/")[0]
-    answers = read_optional_json(run / ANSWERS).get(row.when, {}).get(task)
-    if answers and len({*answers["facts"]}) >= LEAST:
-        facts = [(asked, task, fact) for fact in answers["facts"]]
-        return draws.means(parse_answers(answers["right"]), facts)[:, 0]
-    scores = read_optional_json(run / RESULTS[row.when])
-    return resample_normal(scores[metric], (metric, asked, row.when, row.label))
+    """A run's accuracy as it is, and in each resample of the questions."""
+    asked = row.questions[number]
+    scores = read_metrics(row.runs[number])[row.when][metric]
+    return resample_row(scores, draws, (asked, metric), (metric, asked, row.when, row.label))
 
 
 def estimate_cells(row: MeasuredRow, columns: Columns) -> dict[str, dict[str, Any]]:
     """A row's accuracies with their intervals, as in every other table of ours."""
     (numbers,) = aggregate_columns([RunGroup(row.label, "", row.runs)], columns)
     cells = numbers.before if row.when == "before" else numbers.after
-    return {name: {"value": e.mean, "low": e.low, "high": e.high} for name, e in cells.items()}
+    return {name: format_interval(e) for name, e in cells.items()}
 
 
 def estimate_drop(
@@ -55,7 +48,7 @@ def estimate_drop(
     """How far an accuracy fell, with its interval."""
     draws = Draws()
     drop = resample_mean(before, metrics, draws) - resample_mean(row, metrics, draws)
-    return format_interval(estimate_from(draws.over_seeds(drop), 0))
+    return format_interval(draws.estimate(drop))
 
 
 def judge_row(
@@ -80,7 +73,7 @@ def judge_row(
     else:
         draws = seed_draws(claim)
         values = [resample_mean(rows[name], metrics, draws) for name in claim["of"]]
-        estimate = estimate_from(draws.over_seeds(values[0] - values[1]), 0)
+        estimate = draws.estimate(values[0] - values[1])
     theirs = "MMLU" if claim["metric"] == "utility" else "WMDP"
     own = paper_gap(paper.get(one, {}), paper.get(other, {}), theirs)
     return judge_difference(claim, column, estimate, note, claim.get("source", source), own)
@@ -106,7 +99,7 @@ def judge_curves(
                 note = f"{name} never forgets {percent} %"
             else:
                 kept.append(best)
-        gap = None if note else estimate_from(draws.over_seeds(kept[0] - kept[1]), 0)
+        gap = None if note else draws.estimate(kept[0] - kept[1])
         here = {**claim, "claim": f"{claim['claim']}, {percent} %", "above": 0}
         verdicts.append(judge_difference(here, column, gap, note, source, None))
     return verdicts

@@ -11,7 +11,7 @@ from srmu.engine.progress import Watch, ignore_progress
 from srmu.errors import SrmuError
 from srmu.report.build import write_runs_page
 from srmu.report.results import RunGroup, aggregate_metrics
-from srmu.reproduce.experiment import Experiment, PlannedRow, Scored, Testbeds, run_experiment
+from srmu.reproduce.experiment import Experiment, PlannedRow, Testbeds, run_experiment
 
 # Each method's best of the same nine settings, by `python benchmarks/search.py
 # configs/search-organism.yaml OUT`: on the validation questions of three testbeds, both regimes.
@@ -48,7 +48,6 @@ def play_demo(
         SETTINGS,
         tuple(range(seeds)),
         TASKS,
-        Scored(answers=False),
     )
     planned = [PlannedRow(label, label, regime) for regime, label in product(REGIMES, SETTINGS)]
     rows = run_experiment(experiment, planned, watch)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import partial
 from itertools import cycle, product
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -17,25 +17,18 @@ from typing import Any, Literal, NamedTuple
 import torch
 import yaml
 
-from srmu.attacks.suite import number_facts, write_answers
-from srmu.engine import weights
 from srmu.engine.files import write_json
-from srmu.engine.loading import load_module
 from srmu.engine.progress import Watch, ignore_progress, print_line, silence_libraries
 from srmu.errors import DivergedError, SrmuError, first_line
-from srmu.evals.compare import read_optional_json
-from srmu.evals.matched import load_task
 from srmu.evals.parallel import RunJob, run_all
+from srmu.evals.results import read_metrics
 from srmu.evals.score import score_model
-from srmu.evals.subject import Subject, mark_answers
 from srmu.runs.config import load_config
-from srmu.runs.record import RECORD, extend_record
-from srmu.runs.run import Run, load_tokenizer, plan_run, run_folder, unlearn
+from srmu.runs.record import RECORD
+from srmu.runs.run import Run, plan_run, run_folder, unlearn
 from srmu.testbed.build import RECIPE, build_testbed
 from srmu.testbed.worlds.world import create_closed
 
-ANSWERS = "answers.json"  # in a run's folder: right answers, question by question
-RESULTS = {"before": "before.json", "after": "results.json"}
 NOT_RUN, DIVERGED = "not run", "diverged"
 
 
@@ -170,11 +163,8 @@ def pair_anchors(seed: int) -> dict[str, str]:
 # ---- what is done to each run
 
 
-@dataclass(frozen=True)
 class Scored:
-    """A run is made and scored; with `answers` its right answers are kept question by question."""
-
-    answers: bool = True
+    """What is done to a run: it is made and scored."""
 
     def find_result(self, job: RunJob) -> Path | None:
         """The folder with all numbers of a job's run; None where some are missing.
@@ -182,55 +172,23 @@ class Scored:
         DivergedError where the run diverged, SrmuError for settings that cannot work.
         """
         folder = locate_run(job)
-        names = (*RESULTS.values(), *([ANSWERS] if self.answers else []))
-        if not all((folder / name).exists() for name in names):
-            return None
-        scores = read_optional_json(folder / RESULTS["after"])
-        return folder if {*job.tasks} <= {metric.split("/")[0] for metric in scores} else None
+        done = {metric.split("/")[0] for metric in read_metrics(folder)["after"]}
+        return folder if (folder / RECORD).exists() and {*job.tasks} <= done else None
 
     def measure_run(self, job: RunJob, watch: Watch = ignore_progress) -> Path:
         """Do what is missing; the folder with all numbers."""
         config = load_config(job.config, job.overrides)
         run = unlearn(config, watch=watch)
         score_model(run, job.tasks, device=config.device, watch=watch)
-        if self.answers:
-            write_json(run.folder / ANSWERS, answer_tasks(run, job.tasks))
-            extend_record(run.folder, [ANSWERS])
         return run.folder
 
 
 def locate_run(job: RunJob) -> Path:
     """The folder of a job's run, there or not; DivergedError where the run diverged."""
     folder = run_folder(plan_run(load_config(job.config, job.overrides))[0])
-    if read_optional_json(folder / RECORD).get("diverged"):
+    if (folder / RECORD).exists() and Run(folder).record["diverged"]:
         raise DivergedError(f"{folder} holds this run, which diverged")
     return folder
-
-
-def answer_tasks(run: Run, tasks: Sequence[str]) -> dict[str, Any]:
-    """Right answers question by question: the intervals of differences need them."""
-    module = load_module(run.base).eval()
-    subject = Subject(module, load_tokenizer(run.base))
-    before = answer_original(str(run.base), run.config.tasks_dir or "", tuple(tasks))
-    method = run.config.method
-    with method.at_inference(module, partial(weights.apply_delta, module, run.base, run.delta)):
-        return {"before": before, "after": ask_tasks(subject, run.config.tasks_dir, tasks)}
-
-
-@lru_cache(8)
-def answer_original(base: str, tasks_dir: str, tasks: tuple[str, ...]) -> dict[str, Any]:
-    subject = Subject(load_module(Path(base)).eval(), load_tokenizer(Path(base)))
-    return ask_tasks(subject, tasks_dir, tasks)
-
-
-def ask_tasks(subject: Subject, tasks_dir: str | None, tasks: Sequence[str]) -> dict[str, Any]:
-    """A model's right answers to local tasks, and which fact each question is about."""
-    answers = {}
-    for task in tasks:
-        questions = load_task(task, tasks_dir or "")
-        right = write_answers(mark_answers(subject, questions))
-        answers[task] = {"right": right, "facts": number_facts([q.fact for q in questions])}
-    return answers
 
 
 # ---- the runs
@@ -245,7 +203,7 @@ class Experiment:
     settings: Mapping[str, Sequence[str]]  # {testbed} stands for the folder of the testbed
     seeds: tuple[int, ...]
     tasks: tuple[str, ...]
-    measurement: Scored = Scored()
+    measurement: Scored = field(default_factory=Scored)
     overrides: tuple[str, ...] = ()
 
     @property

@@ -16,7 +16,6 @@ from srmu.reproduce.experiment import (
     MeasuredRow,
     OneModel,
     PlannedRow,
-    Scored,
     Testbeds,
     read_preset,
     read_settings,
@@ -52,10 +51,8 @@ def plan_paper(
     else:
         own = spec["testbed"]
         settings, place = read_settings(own["methods"]), Testbeds(out)
-    measurement = Scored(answers=not model)
-    return Experiment(
-        out, place, settings, (*count,), tuple(own["tasks"]), measurement, tuple(overrides)
-    )
+    tasks = tuple(own["tasks"])
+    return Experiment(out, place, settings, (*count,), tasks, overrides=tuple(overrides))
 
 
 def reproduce_paper(

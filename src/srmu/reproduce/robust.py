@@ -9,30 +9,28 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from srmu.attacks.suite import CONTROLS, FILE, TIERS, Sources, attack_run, select_attacks
+from srmu.attacks.suite import TIERS, Sources, attack_run, select_attacks
+from srmu.attacks.summary import CONTROLS
 from srmu.attacks.utility import COUNT, LENGTH, measure_texts
 from srmu.data import sources
 from srmu.engine import weights
-from srmu.engine.files import require_place, write_json
+from srmu.engine.files import require_place
 from srmu.engine.loading import load_module
 from srmu.engine.progress import Watch, ignore_progress
 from srmu.errors import SrmuError, suggest_word
-from srmu.evals.compare import read_optional_json
-from srmu.evals.matched import SHARE, match_utility
+from srmu.evals.matched import match_utility
 from srmu.evals.parallel import RunJob
+from srmu.evals.results import load_results, merge_results, read_attacks
 from srmu.evals.score import score_model
 from srmu.evals.subject import Subject
 from srmu.reproduce.experiment import (
-    ANSWERS,
     NOT_RUN,
-    RESULTS,
     Experiment,
     MeasuredRow,
     PlannedRow,
     Regime,
     Scored,
     Testbeds,
-    ask_tasks,
     locate_run,
     plan_runs,
     read_experiment,
@@ -42,8 +40,6 @@ from srmu.reproduce.experiment import (
 )
 from srmu.runs.config import build_config
 from srmu.runs.run import Run, load_tokenizer
-
-TEXTS = "texts.json"  # what a token costs, in nats, by the kind of text
 
 Rows = dict[tuple[str, str], list[MeasuredRow]]  # by world and regime
 
@@ -219,16 +215,13 @@ class Attacked(Scored):
     def find_result(self, job: RunJob) -> Path | None:
         """The folder where all is there: every attack of the tier, too."""
         out = self.locate_result(locate_run(job))
-        names = (SHARE, *RESULTS.values(), ANSWERS, TEXTS, FILE)
-        paths = [out / name for name in names]
-        paths += [locate_control(self.home, job.config.parent, who) / TEXTS for who in CONTROLS]
-        if not all(path.exists() for path in paths):
-            return None
-        attacks = read_optional_json(out / FILE)["attacks"]
-        return out if {*attacks} == {*select_attacks(self.tier, self.names)} else None  # type: ignore[arg-type]
+        folders = (out, *(locate_control(self.home, job.config.parent, who) for who in CONTROLS))
+        wanted = {*select_attacks(self.tier, self.names)}  # type: ignore[arg-type]
+        tried = wanted <= {*read_attacks(out).get("attacks", ())}
+        return out if tried and all("texts" in load_results(each) for each in folders) else None
 
     def measure_run(self, job: RunJob, watch: Watch = ignore_progress) -> Path:
-        whole = Run.open(Scored(answers=False).measure_run(job, watch))
+        whole = Run.open(super().measure_run(job, watch))
         out = self.locate_result(whole.folder)
         match_utility(whole, out, self.budget, self.judged)
         run = Run.open(out)
@@ -236,32 +229,27 @@ class Attacked(Scored):
         module = load_module(run.base)
         method = run.config.method
         with method.at_inference(module, partial(weights.apply_delta, module, run.base, run.delta)):
-            self.examine(Subject(module, load_tokenizer(run.base)), run, out, job)
+            self.read_texts(Subject(module, load_tokenizer(run.base)), out, job)
         for who, folder in (("original", run.base), ("oracle", run.base.parent / "oracle")):
             control = locate_control(self.home, job.config.parent, who)
-            if not (control / TEXTS).exists():
+            if "texts" not in load_results(control):
                 control.mkdir(parents=True, exist_ok=True)
-                scores = score_model(folder, job.tasks, tasks_dir=run.config.tasks_dir)
-                write_json(control / RESULTS["after"], scores["after"])
+                score_model(folder, job.tasks, tasks_dir=run.config.tasks_dir, out=control)
                 subject = Subject(load_module(folder), load_tokenizer(folder))
-                self.examine(subject, run, control, job)
+                self.read_texts(subject, control, job)
         asked = Sources(tasks=self.asked, limit=10_000)
         attack_run(run, tier=self.tier, names=self.names, sources=asked)  # type: ignore[arg-type]
         return out
 
-    def examine(self, subject: Subject, run: Run, out: Path, job: RunJob) -> None:
-        """Write a model's answers question by question, and what texts cost it."""
-        scores = read_optional_json(out / RESULTS["after"])
-        # what is answered in the model's own words has a score alone
-        tasks = [task for task in job.tasks if f"{task}/acc" in scores]
-        write_json(out / ANSWERS, {"after": ask_tasks(subject, run.config.tasks_dir, tasks)})
+    def read_texts(self, subject: Subject, out: Path, job: RunJob) -> None:
+        """Keep what a token of each kind of text costs a model, in nats."""
         nats = {}
         for kind, name in self.texts:
             source = sources.Source(path=str(job.config.parent / name))
             texts = sources.read_texts([source], Path())[:COUNT]
             tokens = [subject.tokens(text)[:LENGTH] for text in texts]
             nats[kind] = measure_texts(subject, tokens, 0)["nats a neutral token"].value
-        write_json(out / TEXTS, nats)
+        merge_results(out, texts=nats)
 
 
 def locate_control(home: Path, testbed: Path, who: str) -> Path:

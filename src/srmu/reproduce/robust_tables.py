@@ -11,18 +11,18 @@ from typing import Any
 
 import numpy as np
 
-from srmu.attacks.suite import CONTROLS, FILE
-from srmu.evals.compare import read_optional_json
-from srmu.evals.matched import SHARE, load_task
-from srmu.evals.statistics import LEAST, Array, Draws, estimate_from, residual_table, worst_case
+from srmu.attacks.summary import CONTROLS
+from srmu.evals.matched import load_task
+from srmu.evals.results import load_results, read_attacks
+from srmu.evals.statistics import LEAST, Draws, residual_table, worst_case
 from srmu.report.build import write_runs_page
 from srmu.report.results import RunGroup
 from srmu.reproduce.claims import estimate_cells, format_interval, resample_mean
 from srmu.reproduce.experiment import MeasuredRow, PlannedRow, Scored, read_experiment
-from srmu.reproduce.robust import TEXTS, Frontier, Rows, choose_settings, locate_control
+from srmu.reproduce.robust import Frontier, Rows, choose_settings, locate_control
 from srmu.runs.run import Run
 
-Report = Mapping[str, Any]  # the content of an attacks.json
+Report = Mapping[str, Any]  # what attack_run gives
 
 
 def build_frontier_tables(frontier: Frontier, measured: Rows, command: str) -> dict[str, Any]:
@@ -96,8 +96,8 @@ def build_row(
     memory = fmean(record["memory"]["peak"] - record["memory"]["before"] for record in records)
     runs = tuple(run.parents[1] / "runs" / run.name for run in row.runs)
     whole = MeasuredRow(row.label, runs, row.questions)
-    shares = [read_optional_json(run / SHARE)["share"] for run in row.runs]
-    reports = [read_optional_json(run / FILE) for run in row.runs]
+    shares = [load_results(run)["matched"]["share"] for run in row.runs]
+    reports = [read_attacks(run) for run in row.runs]
     return build_answers(frontier, world, regime, row, reports) | {
         "share": fmean(shares),
         "seconds": seconds,
@@ -120,7 +120,7 @@ def build_control_rows(
     for who in CONTROLS if known else ():
         beds = [place.locate(regime, seed) for seed in known]
         folders = tuple(locate_control(frontier.out / world, bed, who) for bed in beds)
-        reports = [view_control(read_optional_json(run / FILE), who) for run in known.values()]
+        reports = [view_control(read_attacks(run), who) for run in known.values()]
         control = MeasuredRow(who, folders, tuple(known))
         found.append(build_answers(frontier, world, regime, control, reports))
     return found
@@ -143,7 +143,7 @@ def build_answers(
     """What a row's models answer, plainly and under attack, and what a token of texts costs."""
     columns = frontier.columns(world)
     kept = [metric for name in frontier.spec["kept"] for metric in columns[name]]
-    nats = [read_optional_json(run / TEXTS) for run in row.runs]
+    nats = [load_results(run)["texts"] for run in row.runs]
     return {
         "label": row.label,
         "cells": {name: estimate_mean(row, metrics) for name, metrics in columns.items()},
@@ -156,12 +156,7 @@ def build_answers(
 
 def estimate_mean(row: MeasuredRow, metrics: Sequence[str]) -> dict[str, float]:
     draws = Draws()
-    return clip_interval(draws.over_seeds(resample_mean(row, metrics, draws)))
-
-
-def clip_interval(values: Array) -> dict[str, float]:
-    """A number with its interval; what is added for the draw of testbeds may lead out of 0 to 1."""
-    return format_interval(estimate_from(values.clip(0, 1), 0))
+    return format_interval(draws.estimate(resample_mean(row, metrics, draws), clip=(0, 1)))
 
 
 def base_seconds(frontier: Frontier, world: str, regime: str) -> float | None:
@@ -170,7 +165,7 @@ def base_seconds(frontier: Frontier, world: str, regime: str) -> float | None:
     experiment = replace(
         frontier.experiments[world],
         settings=choose_settings("robust", world, frontier.spec),
-        measurement=Scored(answers=False),
+        measurement=Scored(),
     )
     (row,) = read_experiment(experiment, [PlannedRow(whose, whose, regime)]).values()
     return fmean(Run(run).record["seconds"] for run in row.runs) if row.runs else None
@@ -214,7 +209,7 @@ def estimate_residual(
         facts = [(seed, fact) for fact in report["facts"][part]]
         means = draws.means(residual_table(report)[part], facts)
         values.append(worst_case(means, report["chance"]))
-    return clip_interval(draws.over_seeds(np.stack(values, axis=1)))
+    return format_interval(draws.estimate(np.stack(values, axis=1), clip=(0, 1)))
 
 
 def average_attacks(reports: Sequence[Report]) -> dict[str, dict[str, Any]]:

@@ -24,7 +24,7 @@ from srmu.evals.subject import Subject
 NEW_TOKENS = 30  # of a completion: our choice
 
 
-def run_whp(model: Subject, asked: BenchmarkRequest) -> BenchmarkScores:
+def run_whp(model: Subject, request: BenchmarkRequest) -> BenchmarkScores:
     """The two familiarities of arXiv 2310.02238, section 3.2, without a judge: 0 knows nothing.
 
     `completion_familiarity`: the share of prompts in whose greedy continuation (30 tokens) one of
@@ -42,11 +42,13 @@ def run_whp(model: Subject, asked: BenchmarkRequest) -> BenchmarkScores:
     --template does, to those of completions. No book's text comes with this, and none of the
     paper's prompts.
     """
-    if asked.data.folder is None and not asked.data.hub:
-        raise SrmuError(f"whp has no data set of its own; {asked.data.get}")
-    place = str(asked.data.folder or asked.data.hub)
-    prompts = asked.data.rows("completion", "test", {"prompt": str, "references": list})
-    cut = asked.data.rows("probability", "test", {"prompt": str, "targets": list, "generic": list})
+    if request.data.folder is None and not request.data.hub:
+        raise SrmuError(f"whp has no data set of its own; {request.data.get}")
+    place = str(request.data.folder or request.data.hub)
+    prompts = request.data.rows("completion", "test", {"prompt": str, "references": list})
+    cut = request.data.rows(
+        "probability", "test", {"prompt": str, "targets": list, "generic": list}
+    )
     # what is wrong with rows is said before the model writes for minutes
     sought = [
         unsaid_references(row, f"{place}, config completion, row {n}")
@@ -56,13 +58,15 @@ def run_whp(model: Subject, asked: BenchmarkRequest) -> BenchmarkScores:
         first_tokens(model, row, f"{place}, config probability, row {n}")
         for n, row in enumerate(cut, 1)
     ]
-    asks = [(asked.template or "{question}").format(question=row["prompt"]) for row in prompts]
-    said = write_continuations(model, asks, NEW_TOKENS, label="whp completions", watch=asked.watch)
+    asks = [(request.template or "{question}").format(question=row["prompt"]) for row in prompts]
+    written = write_continuations(
+        model, asks, NEW_TOKENS, label="whp completions", watch=request.watch
+    )
     familiar = [
         float(any(has_words(text, word) for word in words))
-        for text, words in zip(said, sought, strict=True)
+        for text, words in zip(written, sought, strict=True)
     ]
-    masses = next_masses(model, asked, cut, starts)
+    masses = next_masses(model, request, cut, starts)
     return BenchmarkScores(
         {
             "whp/completion_familiarity": mean_metric(familiar),
@@ -80,10 +84,10 @@ def has_words(text: str, words: str) -> bool:
 
 def unsaid_references(row: Row, where: str) -> list[str]:
     """The references that the prompt does not have; SrmuError where it has all."""
-    found = [words for words in row["references"] if not has_words(row["prompt"], words)]
-    if not found:
+    unsaid = [words for words in row["references"] if not has_words(row["prompt"], words)]
+    if not unsaid:
         raise SrmuError(f"{where}: the prompt has each of its 'references'; expected others")
-    return found
+    return unsaid
 
 
 def first_tokens(model: Subject, row: Row, where: str) -> tuple[list[int], list[int]]:
@@ -107,7 +111,7 @@ def first_tokens(model: Subject, row: Row, where: str) -> tuple[list[int], list[
 @torch.no_grad()
 def next_masses(
     model: Subject,
-    asked: BenchmarkRequest,
+    request: BenchmarkRequest,
     rows: Sequence[Row],
     starts: Sequence[tuple[list[int], list[int]]],
 ) -> list[tuple[float, float]]:
@@ -123,9 +127,9 @@ def next_masses(
         return float(target.exp()), float((target - other).sigmoid())
 
     label = "whp probabilities"
-    found = do_each(list(zip(rows, starts, strict=True)), one, label, asked.watch)
-    check_finite([share for _, share in found], label)
-    return found
+    masses = do_each(list(zip(rows, starts, strict=True)), one, label, request.watch)
+    check_finite([share for _, share in masses], label)
+    return masses
 
 
 SUITE = Benchmark(
