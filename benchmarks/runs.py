@@ -157,9 +157,9 @@ def measure(arguments: argparse.Namespace) -> None:
             say(name, f"{a:.3g}", f"{b:.3g}", f"{a / b:.2f}")
         print()
         print(
-            f"{planned['bytes_read'] / 1e9:.2f} GB are to be loaded; read from the disk, with all that "
-            f"the record has digests of: {cold['read'] / 1e9:.2f} GB; run with files on disk only: "
-            f"{cold['wall']:.0f} s"
+            f"{planned['bytes_read'] / 1e9:.2f} GB are to be loaded; read from the disk, with all "
+            f"that the record has digests of: {cold['read'] / 1e9:.2f} GB; run with files on disk "
+            f"only: {cold['wall']:.0f} s"
         )
         print(
             f"delta {delta / 1e9:.3f} GB, {delta / total:.1%} of the checkpoint; export wrote "
