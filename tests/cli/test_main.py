@@ -264,7 +264,7 @@ def builtin(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     (workplace / "builtin").mkdir()
     manager = TaskManager(include_defaults=False, include_path=workplace / "builtin")
-    monkeypatch.setattr(lm_eval, "_builtin", lambda: manager)
+    monkeypatch.setattr(lm_eval, "_builtin_tasks", lambda: manager)
 
 
 def test_an_unknown_task(call: Call, builtin: None) -> None:

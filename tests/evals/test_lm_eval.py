@@ -129,7 +129,7 @@ def use_builtin(monkeypatch, folder: Path) -> None:
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_defaults=False, include_path=folder)
-    monkeypatch.setattr(lm_eval, "_builtin", lambda: manager)
+    monkeypatch.setattr(lm_eval, "_builtin_tasks", lambda: manager)
 
 
 # --- the numbers

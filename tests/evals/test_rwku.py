@@ -180,7 +180,7 @@ def test_zlib_falls_with_what_does_not_compress(tmp_path: Path) -> None:
     model = pico()
     model.module.lm_head.weight.data.zero_()
     rows = [{"text": " ".join(["w1"] * 30)}, {"text": " ".join(f"w{i}" for i in range(30))}]
-    found = rwku.membership_values(model, only(tmp_path, "mia_forget", rows), "mia_forget")
+    found = rwku.score_membership(model, only(tmp_path, "mia_forget", rows), "mia_forget")
     assert found["loss"] == pytest.approx([math.log(64)] * 2)
     assert found["zlib"][0] > found["zlib"][1] > 0
     assert found["mink"] == pytest.approx([math.log(64)] * 2)
@@ -253,8 +253,8 @@ def test_reasons_facts_and_free_texts(folder: Path, monkeypatch: pytest.MonkeyPa
 def test_entropy_of_a_text_without_repeats() -> None:
     """All n-grams differ: log2 of their number."""
     text = " ".join(f"w{i}" for i in range(50))
-    assert utility.ngram_entropy(text) == pytest.approx(math.log2(49) / 3 + 2 * math.log2(48) / 3)
-    assert utility.ngram_entropy("no, no.") == pytest.approx(math.log2(3) / 3 + 2 / 3)
+    assert utility.measure_entropy(text) == pytest.approx(math.log2(49) / 3 + 2 * math.log2(48) / 3)
+    assert utility.measure_entropy("no, no.") == pytest.approx(math.log2(3) / 3 + 2 / 3)
 
 
 def test_an_answer_that_is_a_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -266,20 +266,20 @@ def test_an_answer_that_is_a_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_words_and_conclusions() -> None:
-    assert utility.answer_words("The (big) Apple, an a-b") == ["big", "apple", "ab"]
+    assert utility.normalise_words("The (big) Apple, an a-b") == ["big", "apple", "ab"]
     assert utility.find_conclusion("First. So the answer is 4 x. Then the answer is 5.") == "4 x"
     assert utility.find_conclusion(" all of it ") == "all of it"
     assert utility.find_conclusion("  ") == "NOANSWER"
-    assert utility.word_f1("", "the") == 1  # nothing against nothing
-    assert utility.word_f1("w1 w1", "w1") == pytest.approx(2 / 3)
+    assert utility.score_f1("", "the") == 1  # nothing against nothing
+    assert utility.score_f1("w1 w1", "w1") == pytest.approx(2 / 3)
 
 
 def test_recall_in_any_script() -> None:
     truths = ["Maine", "Portland, Maine", "Лев Толстой", "東京", "U.S.A."]
-    assert rwku.rouge_recall(truths, truths) == [1] * 5
-    assert rwku.rouge_recall(["It is Maine. Yes"], ["Maine"]) == [1]
-    assert rwku.rouge_recall(["maine"], ["Maine"]) == [0]
-    assert rwku.rouge_recall(["Толстой", ""], ["Лев Толстой", "a"]) == [0.5, 0]
+    assert rwku.score_recall(truths, truths) == [1] * 5
+    assert rwku.score_recall(["It is Maine. Yes"], ["Maine"]) == [1]
+    assert rwku.score_recall(["maine"], ["Maine"]) == [0]
+    assert rwku.score_recall(["Толстой", ""], ["Лев Толстой", "a"]) == [0.5, 0]
 
 
 def test_answers_end_with_the_line_and_empty_ones_are_counted(
@@ -310,7 +310,7 @@ def test_a_chat_template_and_a_template(folder: Path) -> None:
         ("incontext learning", 3, f"<user>{rwku.BRIEF}q\n</user><bot>\nAnswer:"),
         ("affirmative suffix", 3, f"<user>{rwku.BRIEF}Question: q</user><bot>\n"),
     ):
-        made = rwku.probe_text({"query": "q", "type": row}, level)
+        made = rwku.pose_probe({"query": "q", "type": row}, level)
         assert rwku.pose_question(model, asked(folder), "q", *made) == expected
         own = asked(folder, template="ask {question} now")
         assert rwku.pose_question(model, own, "q", *made) == "ask q now"
@@ -360,7 +360,7 @@ def test_bad_fields(tmp_path: Path, config: str, changed: dict[str, Any], said: 
     measure = {
         "forget_level2": lambda *given: rwku.measure_probes(*given, "forget", (2,)),
         "forget_level3": lambda *given: rwku.measure_probes(*given, "forget", (3,)),
-        "mia_retain": lambda *given: rwku.membership_values(*given, "mia_retain"),
+        "mia_retain": lambda *given: rwku.score_membership(*given, "mia_retain"),
     }.get(config) or rwku.UTILITY[config.removeprefix("utility_")]
     with pytest.raises(SrmuError) as error:
         measure(pico(), where)
@@ -377,14 +377,14 @@ def test_a_model_that_is_not_a_number(folder: Path) -> None:
     module = pico_module()
     module.lm_head.weight.data.fill_(float("nan"))
     with pytest.raises(SrmuError, match=r"rwku mia forget: .* not a number \(NaN\)"):
-        rwku.membership_values(Subject(module, word_tokenizer()), asked(folder), "mia_forget")
+        rwku.score_membership(Subject(module, word_tokenizer()), asked(folder), "mia_forget")
 
 
 def test_texts_of_no_token(tmp_path: Path) -> None:
     model = pico()
     model._known = lambda text: (1,)
     with pytest.raises(SrmuError, match="no text has two tokens"):
-        rwku.membership_values(model, only(tmp_path, "mia_forget", [{"text": "w1"}]), "mia_forget")
+        rwku.score_membership(model, only(tmp_path, "mia_forget", [{"text": "w1"}]), "mia_forget")
 
 
 def test_an_unlearned_model_may_be_silent(folder: Path) -> None:

@@ -9,7 +9,8 @@ def write_rows(folder, rows, **facts):
     """Add rows and facts to a folder's results."""
     known = load_results(folder)
     merged = {row_key(row): row for row in (*known["rows"], *rows)}
-    (folder / RESULTS).write_text(json.dumps(known | facts | {"rows": [*merged.values()]}))
+    ordered = [merged[key] for key in sorted(merged)]
+    (folder / RESULTS).write_text(json.dumps(known | facts | {"rows": ordered}))
 
 
 def write_metrics(folder, **metrics):

@@ -422,7 +422,7 @@ def test_bad_sweep_files(written: Any, call: Any, monkeypatch: Any, case: str) -
     path = written(**changed)
     monkeypatch.chdir(path.parent)
     lm_eval = SimpleNamespace(task_index={}, all_tasks=[])  # its own takes seconds to read
-    monkeypatch.setattr("srmu.evals.lm_eval._builtin", lambda: lm_eval)
+    monkeypatch.setattr("srmu.evals.lm_eval._builtin_tasks", lambda: lm_eval)
     assert_refused(call("sweep", path.name), *says)
     assert not (path.parent / "sweeps").exists()
 

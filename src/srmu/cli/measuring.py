@@ -360,7 +360,7 @@ def analyse_command(
     else:
         given = {"forget": forget, "retain": retain}
         texts = {k: read_texts([Source(path=p) for p in v], Path()) for k, v in given.items() if v}
-        texts = texts or (analyses.run_texts(run) if run else {})
+        texts = texts or (analyses.read_topic_texts(run) if run else {})
         texts = {key: rows for key, rows in texts.items() if rows}
         if not texts:
             raise SrmuError(f"name texts to read {target} on: --forget F, --retain R, or both")

@@ -33,9 +33,9 @@ Texts = Mapping[str, Sequence[str]]  # "forget" and "retain"
 
 
 def open_model(target: str | Path, device: str = "auto") -> tuple[EditableModel, Any]:
-    """A model folder, a hub id or a run, with its tokenizer.
+    """Open a model folder, a hub id or a run, with its tokenizer.
 
-    Of a run, `frozen()` of what is returned is the model before it.
+    For a run, `frozen()` of the model that is returned is the model before it.
     """
     run = Run(Path(target)) if (Path(target) / RECORD).is_file() else None
     if run and (why := run.config.method.no_checkpoint):
@@ -48,7 +48,7 @@ def open_model(target: str | Path, device: str = "auto") -> tuple[EditableModel,
     return model, load_tokenizer(folder)
 
 
-def run_texts(run: Run) -> dict[str, list[str]]:
+def read_topic_texts(run: Run) -> dict[str, list[str]]:
     """The forget and the retain texts of a run's topics."""
     topics = run.config.topics.values()
     return {
@@ -57,7 +57,7 @@ def run_texts(run: Run) -> dict[str, list[str]]:
     }
 
 
-def model_states(model: EditableModel) -> dict[str, Any]:
+def list_states(model: EditableModel) -> dict[str, Any]:
     """The states of a model to compare: before and after, where a run changed it."""
     both = {"before": model.frozen, "after": nullcontext}
     return both if model.trained else {"model": nullcontext}
@@ -95,14 +95,16 @@ def measure_confidence(
     max_length: int = 128,
     watch: Watch = ignore_progress,
 ) -> Analysis:
-    """How sure a model is of its next token: the largest logit and probability, the margin of the
-    likeliest over the second in probability, the entropy in nats; means over tokens.
+    """Measure how sure a model is of its next token, as means over tokens.
+
+    These are the largest logit, the largest probability, its margin over the second largest, and
+    the entropy in nats.
 
     `predicted`: at each token of the texts that another comes before. `generated`: at `new_tokens`
     greedily chosen tokens after the first half of each text, up to its end of sequence.
     """
     parts = prepare_sets(texts, tokenizer, documents, max_length)
-    states = model_states(model)
+    states = list_states(model)
     means: dict[str, dict[str, dict[str, float]]] = {name: {} for name in parts}
     probabilities: dict[str, Tensor] = {}
     with watch(
@@ -113,9 +115,9 @@ def measure_confidence(
             for batch in batches:
                 with state(), torch.no_grad():
                     if tokens == "predicted":
-                        rows.append(next_token_confidence(model, batch))
+                        rows.append(measure_predicted(model, batch))
                     else:
-                        rows.append(generated_confidence(model, batch, tokenizer, new_tokens))
+                        rows.append(measure_generated(model, batch, tokenizer, new_tokens))
                 tick("")
             table = torch.cat(rows)  # (N, 4)
             probabilities[f"{name}, {when}"] = table[:, 1]
@@ -149,8 +151,8 @@ def describe_confidence(
     return sentences
 
 
-def token_confidence(logits: Float[Tensor, "N V"]) -> Float[Tensor, "N 4"]:
-    """Of each row: largest logit, largest probability, its margin over the next, entropy (nats)."""
+def measure_logits(logits: Float[Tensor, "N V"]) -> Float[Tensor, "N 4"]:
+    """Each row's largest logit, largest probability, its margin over the next, entropy (nats)."""
     logits = logits.float()
     logs = logits.log_softmax(dim=-1)
     two = logs.exp().topk(2, dim=-1).values
@@ -160,16 +162,16 @@ def token_confidence(logits: Float[Tensor, "N V"]) -> Float[Tensor, "N 4"]:
     )
 
 
-def next_token_confidence(model: EditableModel, batch: Batch) -> Float[Tensor, "N 4"]:
+def measure_predicted(model: EditableModel, batch: Batch) -> Float[Tensor, "N 4"]:
     batch = move_batch(batch, model.device)
     logits = model.logits(batch)[:, :-1]
-    return token_confidence(logits[is_predicted(batch["labels"])]).cpu()
+    return measure_logits(logits[is_predicted(batch["labels"])]).cpu()
 
 
-def generated_confidence(
+def measure_generated(
     model: EditableModel, batch: Batch, tokenizer: Any, new_tokens: int
 ) -> Float[Tensor, "N 4"]:
-    """The same at the tokens that the model puts after the first half of each row."""
+    """The same numbers at the tokens that the model generates after the first half of each row."""
     lengths = batch["attention_mask"].sum(dim=1).tolist()
     rows = zip(batch["input_ids"].tolist(), lengths, strict=True)
     halves = [row[: max(1, length // 2)] for row, length in rows]
@@ -192,7 +194,7 @@ def generated_confidence(
     logits = torch.stack(out.logits, dim=1)  # (B, S, V)
     known = torch.tensor([] if ends is None else ends, device=ids.device).reshape(-1)
     ended = torch.isin(out.sequences[:, ids.shape[1] :], known).long()
-    return token_confidence(
+    return measure_logits(
         logits[ended.cumsum(dim=1) == ended]
     ).cpu()  # up to the first end, with it
 
@@ -206,8 +208,10 @@ def measure_alignment(
     max_length: int = 128,
     watch: Watch = ignore_progress,
 ) -> Analysis:
-    """Cosines of forget activations, before and after, and of their displacement h - h0, with the
-    run's direction and with its target; means by layer, and a histogram at the run's own.
+    """Compare forget activations with a run's direction and its target, by their cosine.
+
+    This is done before the run, after it, and for the displacement h - h0: means by layer, and a
+    histogram at the run's own layer.
 
     SRMU's target is its direction times its map; elsewhere the two are parallel. `None` where
     nothing moved. Each text's first token is left out. `model` is `open_model` of the run.
@@ -230,13 +234,13 @@ def measure_alignment(
                 place = Site(layer, site.stream)
                 layers.append(
                     {
-                        kind: token_cosines(model, batches, place, vectors[f"{name}.{kind}"])
+                        kind: measure_cosines(model, batches, place, vectors[f"{name}.{kind}"])
                         for kind in ("direction", "target")
                     }
                 )
                 tick("")
             topics[name] = means = [
-                {kind: {k: mean_or_none(v) for k, v in row[kind].items()} for kind in row}
+                {kind: {k: average_or_none(v) for k, v in row[kind].items()} for kind in row}
                 for row in layers
             ]
             sentences.append(describe_alignment(number, site.layer, means[site.layer]))
@@ -273,7 +277,7 @@ def draw_alignment(
 
 
 @torch.no_grad()
-def token_cosines(
+def measure_cosines(
     model: EditableModel, batches: Sequence[Batch], site: Site, vector: Float[Tensor, " D"]
 ) -> dict[str, Float[Tensor, " N"]]:
     """Each token's cosine with a vector: `before`, `after`, and that of its `displacement`.
@@ -316,14 +320,14 @@ def measure_sensitivity(
     if size <= 0 or draws < 1:
         raise SrmuError(f"size {size} must be above 0, and draws {draws} 1 or more")
     parts = prepare_sets(texts, tokenizer, documents, max_length)
-    count, states = len(model.layers), model_states(model)
+    count, states = len(model.layers), list_states(model)
     psi: dict[str, list[float]] = {}
     with watch("adding noise", count * len(parts) * len(states)) as tick:
         for (name, batches), (when, state) in product(parts.items(), states.items()):
             values = psi[f"{name}, {when}"] = []
             for layer in range(count):
                 with state(), torch.no_grad():
-                    values.append(layer_sensitivity(model, batches, layer, size, draws, seed))
+                    values.append(measure_layer(model, batches, layer, size, draws, seed))
                 tick("")
     sentences = [
         f"{name}: noise of {size:g} of an activation's norm comes out most amplified from layer "
@@ -338,7 +342,7 @@ def measure_sensitivity(
 
 
 @torch.no_grad()
-def layer_sensitivity(
+def measure_layer(
     model: EditableModel,
     batches: Sequence[Batch],
     layer: int,
@@ -385,5 +389,5 @@ def add_noise(
         handle.remove()
 
 
-def mean_or_none(values: Tensor) -> float | None:
+def average_or_none(values: Tensor) -> float | None:
     return float(values.double().mean()) if len(values) else None

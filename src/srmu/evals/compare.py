@@ -1,4 +1,4 @@
-"""Methods side by side at the same loss of utility, each with what is only noise marked as such."""
+"""Compare methods at the same loss of utility, and say which differences are only noise."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an analysis found: numbers, sentences, and a page with pictures that opens anywhere."""
+"""The result of an analysis: numbers, sentences and pictures."""
 
 from __future__ import annotations
 

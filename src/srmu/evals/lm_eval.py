@@ -54,8 +54,8 @@ def evaluate(
     if batch_size < 1 or (limit is not None and limit < 1):
         raise SrmuError(f"batch size {batch_size} and limit {limit} must be 1 or more")
     local = _local_tasks(tasks_dir)
-    kept = {name: _kept(name, local, limit, fingerprint) for name in tasks}
-    results = {name: _read(kept[name]) if fingerprint else None for name in tasks}
+    kept = {name: _cache_path(name, local, limit, fingerprint) for name in tasks}
+    results = {name: _read_cache(kept[name]) if fingerprint else None for name in tasks}
     results = distributed.agree_on(results)
     missing = [name for name in results if results[name] is None]
     if missing:
@@ -64,9 +64,9 @@ def evaluate(
         with open_harness(model, tokenizer, batch_size) as harness:
             # load all before running any: a wrong name shows before hours have passed
             with silence_output():
-                loaded = {name: _load(name, local) for name in missing}
+                loaded = {name: _load_task(name, local) for name in missing}
             for name in missing:
-                results[name] = _score(harness, name, loaded.pop(name), limit, watch)
+                results[name] = _score_task(harness, name, loaded.pop(name), limit, watch)
                 if fingerprint and distributed.is_first():
                     kept[name].parent.mkdir(parents=True, exist_ok=True)
                     write_json(kept[name], results[name])
@@ -74,13 +74,13 @@ def evaluate(
 
 
 def load_questions(name: str, tasks_dir: Path | None) -> list[tuple[str, list[str], int, Any]]:
-    """A multiple-choice task as it asks: prompt, options as they follow it, the right one, the row.
+    """The questions of a multiple-choice task: prompt, options with their blank, gold, row.
 
     SrmuError for a task that is unknown or of another kind.
     """
     questions = []
     with silence_output():
-        loaded = _load(name, _local_tasks(tasks_dir))
+        loaded = _load_task(name, _local_tasks(tasks_dir))
     for task in loaded["tasks"].values():
         if task.OUTPUT_TYPE != "multiple_choice" or task.multiple_input:
             raise SrmuError(f"task {name!r} is not made of questions with options to choose from")
@@ -120,14 +120,14 @@ def _local_tasks(folder: Path | None) -> Local:
         is_local = config.get("dataset_path") in FILE_FORMATS
         files = (config.get("dataset_kwargs") or {}).get("data_files") if is_local else None
         splits = files if isinstance(files, dict) else {"train": files} if files else {}
-        paths = {k: [path.parent.resolve() / v for v in _listed(vs)] for k, vs in splits.items()}
+        paths = {k: [path.parent.resolve() / v for v in _as_list(vs)] for k, vs in splits.items()}
         if paths:
             config["dataset_kwargs"]["data_files"] = {k: [*map(str, v)] for k, v in paths.items()}
         tasks[config["task"]] = config, [path for part in paths.values() for path in part]
     return tasks
 
 
-def _kept(name: str, local: Local, limit: int | None, fingerprint: str | None) -> Path:
+def _cache_path(name: str, local: Local, limit: int | None, fingerprint: str | None) -> Path:
     """Where a task's results are kept: named by the hash of all that could change them."""
     config, files = local.get(name, ({}, []))
     text = json.dumps(config, sort_keys=True, default=str)
@@ -146,8 +146,8 @@ def _kept(name: str, local: Local, limit: int | None, fingerprint: str | None) -
     return cache_dir() / "evals" / f"{sha256(key.encode())}.json"
 
 
-def _read(path: Path) -> Metrics | None:
-    """What was kept; nothing if there is no such file or it is damaged."""
+def _read_cache(path: Path) -> Metrics | None:
+    """Cached metrics; None if there is no such file, or it is damaged."""
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
         return results if all(isfinite(entry["value"]) for entry in results.values()) else None
@@ -156,25 +156,25 @@ def _read(path: Path) -> Metrics | None:
 
 
 @cache
-def _builtin() -> Any:
+def _builtin_tasks() -> Any:
     """lm-eval's own tasks: reading their 14,000 files takes seconds, so once a process."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager()
 
 
-def _load(name: str, local: Local) -> Any:
+def _load_task(name: str, local: Local) -> Any:
     """Build a task or group with its questions."""
     from lm_eval.tasks import TaskManager
 
-    if name not in local and name not in _builtin().task_index:
-        close = get_close_matches(name, {*local, *_builtin().all_tasks})
+    if name not in local and name not in _builtin_tasks().task_index:
+        close = get_close_matches(name, {*local, *_builtin_tasks().all_tasks})
         meant = f", did you mean {' or '.join(close)}?" if close else ";"
         where = f"the tasks folder ({', '.join(local) or 'none there'}) and in lm-eval's own"
         raise SrmuError(f"task {name!r} does not exist{meant} looked in {where} (lm-eval ls tasks)")
     try:
         if name not in local:
-            return _builtin().load([name])
+            return _builtin_tasks().load([name])
         config, files = local[name]
         with TemporaryDirectory() as scratch:  # the user's cache gains and lends nothing
             if files:
@@ -192,16 +192,18 @@ def _check_answers(task: Any) -> None:
     """Refuse an answer that is none of the options: lm-eval would count the question as wrong."""
     for row, doc in enumerate(task.eval_docs if task.OUTPUT_TYPE == "multiple_choice" else (), 1):
         options = task.doc_to_choice(doc)
-        for gold in _listed((task.doc_to_text if task.multiple_input else task.doc_to_target)(doc)):
+        for gold in _as_list(
+            (task.doc_to_text if task.multiple_input else task.doc_to_target)(doc)
+        ):
             if gold not in options and gold not in range(len(options)):
                 raise ValueError(f"question {row}: answer {gold!r} is none of {options}")
 
 
-def _listed(value: Any) -> list[Any]:
+def _as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def asked_how(task: Any) -> dict[str, Any]:
+def describe_task(task: Any) -> dict[str, Any]:
     """A task's version, and a digest of the template of its prompts, for the record."""
     names = ["doc_to_text", "doc_to_choice", "doc_to_target", "description"]
     names += ["target_delimiter", "num_fewshot", "fewshot_delimiter"]
@@ -211,7 +213,7 @@ def asked_how(task: Any) -> dict[str, Any]:
     return {"version": task.VERSION, "prompt": sha256(text.encode())[:16]}
 
 
-def _score(harness: Any, name: str, loaded: Any, limit: int | None, watch: Watch) -> Metrics:
+def _score_task(harness: Any, name: str, loaded: Any, limit: int | None, watch: Watch) -> Metrics:
     """Run a loaded task or group, and flatten what lm-eval reports."""
     from lm_eval.evaluator import evaluate as run
 
@@ -224,7 +226,7 @@ def _score(harness: Any, name: str, loaded: Any, limit: int | None, watch: Watch
             lm=harness, task_dict=loaded, limit=limit, bootstrap_iters=1000, log_samples=True
         )
     flat: Metrics = {}
-    asked = {task.config.task: asked_how(task) for task in loaded["tasks"].values()}
+    asked = {task.config.task: describe_task(task) for task in loaded["tasks"].values()}
     for task, metrics in report["results"].items():
         for key in (key for key in metrics if "," in key and "_stderr," not in key):
             entry = {"value": metrics[key], "stderr": metrics.get(key.replace(",", "_stderr,", 1))}
@@ -239,7 +241,7 @@ def _score(harness: Any, name: str, loaded: Any, limit: int | None, watch: Watch
 
 
 def read_answers(samples: Sequence[Any], metric: str, kind: str) -> dict[str, Any]:
-    """A metric question by question, where it has a number for each, and their facts by number.
+    """A metric question by question, if it has a number for each, and which fact each asks for.
 
     Questions that name no `fact` ask for different ones.
     """

@@ -1,4 +1,4 @@
-"""A run at a stated loss of utility: the largest share of its change that costs no more."""
+"""Bring a run to a stated loss of utility: keep the largest share of its change within it."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def match_utility(run: Run, out: Path, budget: float, judged: Sequence[str]) -> 
 
 
 def largest_share(run: Run, budget: float, judged: Sequence[str]) -> float:
-    """By halving: the mean loss on `judged` rises with the share, or nearly so."""
+    """Search by halving: the mean loss on `judged` rises with the share, or nearly so."""
     asked = [load_task(task, run.config.tasks_dir or "") for task in judged]
     subject = Subject(load_module(run.base).eval(), load_tokenizer(run.base))
     parameters, before, after = (

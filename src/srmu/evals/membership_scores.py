@@ -21,7 +21,7 @@ LOGITS = 2**26  # numbers in a batch's logits: 256 MB in float32
 
 @torch.no_grad()
 def membership_scores(model: Subject, texts: Sequence[str]) -> Array:
-    """SCORES of each text that has two tokens, higher for a member: (texts, 4)."""
+    """The SCORES of each text of two tokens or more, higher for a member: (texts, 4)."""
     rows = [model.tokens(text)[: min(LENGTH, model.max_length)] for text in texts]
     rows = [row for row in rows if len(row) > 1]
     size = model.module.get_input_embeddings().weight.shape[0]

@@ -3,10 +3,10 @@
     {"rows": [{"task": "quiz", "metric": "acc", "when": "after", "value": 0.4, "n": 20, ...}, ...],
      "attacks": {...}, "benchmarks": {...}}
 
-A row is a number of the model `before` or `after` the run, or of the `oracle`; under an attack it
-has its name as `attack`, from a benchmark that as `benchmark`. `answers` are right answers question
-by question, and `facts` number what each question asks for, the same in all its phrasings; a row
-without them asks for another fact each time. The other keys say how it was measured.
+A row is one number of the model `before` the run, `after` it, or of the `oracle`. `attack` or
+`benchmark` names what it was measured under or by. `answers` are right answers question by
+question; `facts` number the fact that each question asks for, the same for all its phrasings
+(without it, each question asks for a different one). Other keys say how it was measured.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ RESULTS = "results.json"
 KEYS = ("task", "metric", "when", "benchmark", "attack")
 WHEN = {"original": "before", "oracle": "oracle"}  # what a control's rows are called
 WHOSE = {when: who for who, when in WHEN.items()}
-UNATTACKED = PLAIN, KEPT = "forced_choice", "utility"  # the questions as they are, by what they ask
+UNATTACKED = PLAIN, KEPT = "forced_choice", "utility"  # attacks that only ask the questions
 Row = dict[str, Any]
 Metrics = dict[str, dict[str, Any]]  # "task/metric": value, n and what else is known
 
@@ -58,7 +58,7 @@ def row_key(row: Row) -> tuple[str, ...]:
 
 @contextmanager
 def lock_results(folder: Path) -> Iterator[None]:
-    """Hold a folder's results, while other processes that merge into them wait."""
+    """Hold a folder's results: other processes that merge into them wait."""
     name = sha256(str(folder.resolve()).encode())[:32]
     lock = cache_dir() / "locks" / f"{name}.lock"  # in the folder it would be a file too many
     lock.parent.mkdir(parents=True, exist_ok=True)
@@ -87,7 +87,7 @@ def merge_results(
         for kind, added in facts.items():
             known = {} if kind == "attacks" else results.get(kind, {})
             results[kind] = known | dict(added)
-        results["rows"] = [*merged.values()]
+        results["rows"] = [merged[key] for key in sorted(merged)]
         write_json(folder / RESULTS, results)
         if (folder / RECORD).exists():
             measured = {when: plain_metrics(of_it) for when, of_it in flat_metrics(results).items()}
@@ -122,7 +122,7 @@ def read_metrics(folder: Path) -> dict[str, Metrics]:
 
 
 def plain_metrics(metrics: Metrics) -> Metrics:
-    """Metrics as numbers and how they were asked: no answers, and no key of a row."""
+    """Metrics without their answers and the keys of a row."""
     left_out = {*KEYS, "answers", "facts", "low", "high"}
     return {
         name: {key: value for key, value in entry.items() if key not in left_out}
@@ -142,7 +142,7 @@ def read_benchmarks(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def attack_rows(report: Mapping[str, Any]) -> tuple[list[Row], dict[str, Any]]:
-    """A report of attacks as rows, and what is left of it: how they were made."""
+    """Split a report of attacks into rows and the rest, which says how the attacks were made."""
     labels = {"task": " + ".join(report["tasks"]["test"]), "metric": "acc"}
     rows: list[Row] = []
     attacks = {}
@@ -196,6 +196,6 @@ def write_answers(right: Sequence[float]) -> str | list[float]:
 
 
 def number_facts(names: Sequence[Hashable]) -> list[int]:
-    """Facts as numbers: what is written holds no text of theirs."""
+    """Facts as numbers, so that what is written holds no text."""
     numbers = {name: i for i, name in enumerate(dict.fromkeys(names))}
     return [numbers[name] for name in names]

@@ -1,4 +1,4 @@
-"""Scores of a model or a run on its tasks, before and after, kept in the run's folder."""
+"""Score a model, or a run before and after, on tasks; results go into the run's folder."""
 
 from __future__ import annotations
 
@@ -72,6 +72,6 @@ def score_model(
 
 
 def tasks_beside(folder: Path) -> Path | None:
-    """Where the tasks that come with a model are, as in a testbed."""
+    """The folder of the tasks that come with a model, as in a testbed."""
     tasks = folder.parent / "tasks"
     return tasks if tasks.is_dir() else None

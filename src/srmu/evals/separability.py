@@ -1,4 +1,4 @@
-"""How far apart a model keeps forget and retain texts, layer by layer, and what to do about it."""
+"""How well each layer of a model tells forget from retain texts, and advice for a run."""
 
 from __future__ import annotations
 
@@ -67,11 +67,11 @@ def measure_entanglement(
     layers: dict[str, Any] | None = None,
     watch: Watch = ignore_progress,
 ) -> Analysis:
-    """All that can be known of a forget and a retain set before training, and advice.
+    """Measure what can be known about a forget and a retain set before training, with advice.
 
     `questions` are (prompt, right answer, subject or ""); `model` a module with its tokenizer.
-    `overlap` and `layers` are options of `ngram_overlap` and `separability`. The headline number
-    `entanglement` is the share of the forget set's word types, stop words left out, that the
+    `overlap` and `layers` are options of `ngram_overlap` and `measure_separability`. The headline
+    number `entanglement` is the share of the forget set's word types, stop words left out, that the
     retain set uses too: more shared words never lower it.
     """
     numbers: dict[str, Any] = {
@@ -150,7 +150,7 @@ def measure_separability(
 
 
 def draw_sample(name: str, batches: list[Batch], tokens: int, generator: torch.Generator) -> Sample:
-    """Choose `tokens` tokens of the batches, all alike likely but the first of each document."""
+    """Choose `tokens` tokens at random, never the first of a document."""
     masks = [without_first(is_counted(batch["labels"])) for batch in batches]
     flat = torch.cat([torch.zeros(0, dtype=torch.bool), *(mask.flatten() for mask in masks)])
     places = flat.nonzero()[:, 0]
@@ -173,10 +173,7 @@ def draw_sample(name: str, batches: list[Batch], tokens: int, generator: torch.G
 def sample_activations(
     module: PreTrainedModel, sample: Sample, tick: Callable[[str], None]
 ) -> list[tuple[Array, Tensor]]:
-    """By layer: the chosen tokens' activations (N, D), and `importance.sums` over all tokens.
-
-    One forward a batch.
-    """
+    """The activations of the chosen tokens (N, D), and `sum_features` of all tokens, by layer."""
     blocks = getattr(*find_layers(module))
     values: list[list[Tensor]] = [[] for _ in blocks]
     totals: list[Tensor | int] = [0 for _ in blocks]
@@ -211,11 +208,11 @@ def compare_sets(
 ) -> dict[str, float]:
     """The numbers of one layer that compare two sets of activations (N, D)."""
     accuracy, error = classify_sets(left, right, left_owners, right_owners, seed)
-    cosines = principal_cosines(left, right, components)
+    cosines = measure_principal_cosines(left, right, components)
     return {
         "accuracy": accuracy,
         "stderr": error,
-        "mean_cosine": cosine_of(left.mean(axis=0), right.mean(axis=0)),
+        "mean_cosine": measure_cosine(left.mean(axis=0), right.mean(axis=0)),
         "subspace_cosine": float(cosines.mean()),
         "smallest_angle": math.degrees(math.acos(cosines.max())),
     }
@@ -252,7 +249,7 @@ def classify_sets(
     return float(np.mean(accuracies)), float(np.std(accuracies, ddof=1) / len(accuracies) ** 0.5)
 
 
-def principal_cosines(left: Array, right: Array, k: int) -> Array:
+def measure_principal_cosines(left: Array, right: Array, k: int) -> Array:
     """Cosines of the principal angles between the first `k` principal directions of two sets."""
     bases = []
     for values in (left, right):
@@ -261,7 +258,7 @@ def principal_cosines(left: Array, right: Array, k: int) -> Array:
     return torch.linalg.svdvals(bases[0] @ bases[1].T).clamp(max=1).numpy()
 
 
-def cosine_of(left: Array, right: Array) -> float:
+def measure_cosine(left: Array, right: Array) -> float:
     return float(left @ right / (np.linalg.norm(left) * np.linalg.norm(right) + 1e-12))
 
 
@@ -300,7 +297,7 @@ def draw_panels(layers: Sequence[dict[str, Any]]) -> list[Panel]:
     ]
 
 
-def best_layer(layers: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def choose_layer(layers: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The lowest layer whose accuracy is within one standard error of the highest."""
     top = max(layers, key=lambda row: row["accuracy"])
     return next(r for r in layers if r["accuracy"] >= top["accuracy"] - top["stderr"])
@@ -351,7 +348,7 @@ def advise_user(numbers: dict[str, Any]) -> list[str]:
 
 
 def advise_layers(layers: Sequence[dict[str, Any]]) -> list[str]:
-    best = best_layer(layers)
+    best = choose_layer(layers)
     layer, accuracy = best["layer"], best["accuracy"]
     window = f" method.window={layer + 1}" if layer < 2 else ""
     advice = [

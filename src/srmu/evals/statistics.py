@@ -1,4 +1,4 @@
-"""What numbers are worth: bootstrap intervals over facts and seeds, McNemar's test, an AUC."""
+"""Estimates with intervals: bootstrap over facts and seeds, Wilson's, McNemar's test, AUC."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Statistic = Callable[[Array], Array]  # of means (..., A), one a column, to numb
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number with its 95 % interval, from `n` questions or texts; `nan` where it has none."""
+    """A number with its 95 % interval, from `n` questions or texts; no interval: `nan`."""
 
     value: float
     low: float = nan
@@ -61,7 +61,7 @@ def worst_case(means: Array, chance: float) -> Array:
 
 
 def residual_table(attacks: Mapping[str, Any]) -> Array:
-    """What `worst_case` is of, from a report of attacks: (questions, 1 + A).
+    """The table that `worst_case` takes, from a report of attacks: (questions, 1 + A).
 
     The original's right answers, then those under each attack that is done and not invalid.
     """
@@ -127,13 +127,13 @@ class Draws:
     def estimate(
         self, values: Array, n: int = 0, clip: tuple[float, float] = (-inf, inf)
     ) -> Estimate:
-        """The mean over seeds of (1 + RESAMPLES, seeds); what seeds add may lead out of `clip`."""
+        """The mean over seeds of (1 + RESAMPLES, seeds), kept within `clip`."""
         return estimate_from(self.over_seeds(values).clip(*clip), n)
 
     def estimate_accuracy(self, values: Array, facts: int, n: int = 0) -> Estimate:
-        """The same of accuracies, with Wilson's interval where resamples do not differ: at 0 and 1.
+        """The same for accuracies; at 0 and 1, where no resample differs, with Wilson's interval.
 
-        Wilson's takes a question a fact.
+        Wilson's counts one question a fact.
         """
         found = self.estimate(values, n)
         if found.low < found.high:
@@ -142,7 +142,7 @@ class Draws:
 
 
 def estimate_from(values: Array, n: int) -> Estimate:
-    """The number that comes first, with the interval that the others, its resamples, span."""
+    """The first number, with the interval that the others, its resamples, span."""
     low, high = np.quantile(values[1:], (0.025, 0.975))
     return Estimate(float(values[0]), float(low), float(high), n)
 
@@ -191,8 +191,8 @@ def average_seeds(
 ) -> Estimate | None:
     """The mean of some metrics, then over the seeds that have them all; None where none has.
 
-    `seeds` are flat results. An interval, `accuracy_interval`, has what is a share of known numbers
-    of questions.
+    `seeds` are metrics by name. The interval is `accuracy_interval`; a number that is no share, or
+    is of an unknown number of questions, has none.
     """
     whole = [[seed[m] for m in metrics] for seed in seeds if all(m in seed for m in metrics)]
     if not whole:
@@ -206,7 +206,7 @@ def average_seeds(
 
 
 def effective_questions(counts: Sequence[float]) -> int:
-    """How many questions one accuracy has that varies as the mean of several accuracies does."""
+    """With how many questions one accuracy varies as much as the mean of several accuracies."""
     return round(len(counts) ** 2 / sum(1 / count for count in counts))
 
 

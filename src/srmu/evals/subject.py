@@ -1,4 +1,4 @@
-"""A model under examination: questions, answers and what it gives them."""
+"""A model that is examined, questions, and how it answers them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from srmu.engine.model import EditableModel
 
 
 class NotApplicable(Exception):  # noqa: N818 (nothing went wrong)
-    """This attack says nothing about this model, these texts or these questions; the reason."""
+    """An attack says nothing about this model, these texts or these questions; says why."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Question:
 
 
 class Subject:
-    """A model under attack. Whatever an attack does to it, it is as before afterwards.
+    """A model under attack. Whatever an attack does to it is undone afterwards.
 
     `original` holds the tensors of the model before unlearning that differ from its own, by
     parameter name; none for the original itself. `fixed` says why its weights cannot be attacked
@@ -94,7 +94,8 @@ class Subject:
         """The model with copies of the parameters that match, to be changed freely.
 
         `trainable` is as for methods: `"*"`, `"*.linear"`, names, globs. `frozen()` of what is
-        yielded is the model under attack. NotApplicable where its weights say not all.
+        yielded is the model under attack. NotApplicable where it answers with more
+        than its weights.
         """
         if self.fixed:
             raise NotApplicable(self.fixed)
@@ -126,7 +127,7 @@ class Subject:
 def answer_likelihoods(
     model: Subject, pairs: Sequence[tuple[str, str]]
 ) -> list[tuple[float, int, bool]]:
-    """Of each (prompt, answer): log-probability of the answer, its tokens, whether it is greedy."""
+    """For each (prompt, answer): the answer's log-probability, its tokens, whether it is greedy."""
     split = [model.split(prompt, answer) for prompt, answer in pairs]
     results = score_answers(model.module, split, model.max_length, dtype=torch.float32)
     return [(logp, len(a), sure) for (logp, sure), (_, a) in zip(results, split, strict=True)]

@@ -1,4 +1,4 @@
-"""What every suite gets and gives: rows of its data set, a model that answers, named numbers."""
+"""What every benchmark uses: rows of a data set, a model that answers, metrics by name."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ KINDS: dict[type, str] = {
 
 
 class Shape(NamedTuple):
-    """What a field of a row is to be, where its type alone does not say it."""
+    """What a field of a row must be, where a type does not say enough."""
 
     is_right: Callable[[Row], bool]
     expected: str
@@ -119,7 +119,7 @@ def check_field(row: Row, name: str, kind: type | Shape, where: str) -> None:
 
 @dataclass(frozen=True)
 class BenchmarkRequest:
-    """What a suite is asked to measure, and how.
+    """What a benchmark is to measure, and how.
 
     `part` is what follows the slash in `--suite tofu/forget10`. `template` has `{question}`; ""
     stands for the tokenizer's chat template, else PLAIN. `reference` holds the values of a model
@@ -135,7 +135,7 @@ class BenchmarkRequest:
 
 @dataclass(frozen=True)
 class BenchmarkScores:
-    """What a suite measured of a model: named numbers, and those of each question behind them."""
+    """A benchmark's metrics of a model, and the values of single questions behind them."""
 
     metrics: Metrics
     values: Values = field(default_factory=dict)
@@ -177,7 +177,7 @@ class Benchmark:
 
 
 def hint_download(repo: str, folder: str) -> str:
-    """How to come by a data set of the hub."""
+    """How a user gets a data set of the hub."""
     return (
         f"with a hub in reach, `hf download {repo} --repo-type dataset --local-dir {folder}`, then "
         f"give --data {folder}"
@@ -185,7 +185,7 @@ def hint_download(repo: str, folder: str) -> str:
 
 
 def prompt_of(model: Subject, question: str, template: str = "") -> str:
-    """A question as the model is asked it: by a template, its chat template, or PLAIN."""
+    """The prompt for a question: by a template, the chat template, or PLAIN."""
     if template or not model.tokenizer.chat_template:
         return (template or PLAIN).replace("{question}", question)
     messages = [{"role": "user", "content": question}]
@@ -237,7 +237,7 @@ def write_continuations(
 def continue_greedily(
     model: Subject, rows: Sequence[Sequence[int]], new_tokens: int
 ) -> list[list[int]]:
-    """The likeliest token again and again after each row, to the end of the text or the cap."""
+    """Greedy continuations of token rows, up to the end of the text or `new_tokens`."""
     pad = model.tokenizer.pad_token_id or 0
     ends = model.module.generation_config.eos_token_id
     ends = {model.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
@@ -275,9 +275,9 @@ def log_likelihoods(
     label: str = "likelihoods",
     watch: Watch = ignore_progress,
 ) -> list[tuple[float, int]]:
-    """Of each (prompt, answer), the answer with the space before it: log p and how many tokens.
+    """The log-probability (nats) and the number of tokens of the answer in each (prompt, answer).
 
-    Nats, summed over the answer's tokens. Of several processes each reads some.
+    Answers come with the space before them. Several processes share the work.
     """
     parts = [pairs[start : start + 256] for start in range(0, len(pairs), 256)]
 
@@ -296,21 +296,21 @@ def option_likelihoods(
     label: str,
     watch: Watch = ignore_progress,
 ) -> list[list[tuple[float, int]]]:
-    """The same of each option of each (prompt, options)."""
+    """The same for each option of each (prompt, options)."""
     pairs = [(prompt, option) for prompt, options in asked for option in options]
     read = iter(log_likelihoods(model, pairs, label=label, watch=watch))
     return [[next(read) for _ in options] for _, options in asked]
 
 
 def letter_options(choices: Sequence[str]) -> str:
-    """Options as a question lists them: a line `A. text` each."""
+    """Options as a question lists them: one line `A. text` each."""
     return "\n".join(f"{a}. {text}" for a, text in zip(LETTERS, choices, strict=False))
 
 
 def do_each(
     items: Sequence[S], do: Callable[[S], T], label: str, watch: Watch = ignore_progress
 ) -> list[T]:
-    """What `do` makes of each item, in their order; of several processes each takes some."""
+    """Call `do` with each item; the results in order. Several processes share the work."""
     with watch(label, -(-len(items) // distributed.get_size())) as tick:
 
         def one(item: S) -> T:
@@ -322,7 +322,7 @@ def do_each(
 
 
 def check_finite(values: Iterable[float], label: str) -> None:
-    """SrmuError where a number that a model gave is none."""
+    """SrmuError where a model gave NaN or infinity."""
     if not all(map(isfinite, values)):
         raise SrmuError(f"{label}: the model's output is not a number (NaN)")
 

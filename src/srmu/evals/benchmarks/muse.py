@@ -1,4 +1,4 @@
-"""MUSE: whether news or novels can still be recited, asked about, or told from unseen ones."""
+"""MUSE: can a model still recite news or novels, answer about them, tell them from unseen ones?"""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from srmu.evals.benchmarks.base import (
     write_continuations,
 )
 from srmu.evals.membership_scores import mean_lowest as least
+from srmu.evals.statistics import area_under_curve
 from srmu.evals.subject import Subject
 
 PARTS = ("news", "books")
@@ -51,15 +52,15 @@ def run_muse(model: Subject, request: BenchmarkRequest) -> BenchmarkScores:
     are less likely than unknown ones. `privleak_member` has A = `auc`. The authors' code fixes
     A_retrain as a number for its own two models; here it is that of `request.reference`.
     """
-    known = oracle_scores(request)
+    known = read_oracle(request)
     scores = {
-        f"min40_{kind}": min_k_scores(model, request, kind, read_kind(request, kind))
+        f"min40_{kind}": score_min_k(model, request, kind, read_kind(request, kind))
         for kind in KINDS
     }
-    metrics: Metrics = privacy_metrics(scores, known)
-    values: Values = {**scores, "verbmem_f": verbatim_recall(model, request)}
+    metrics: Metrics = measure_privacy(scores, known)
+    values: Values = {**scores, "verbmem_f": measure_verbatim(model, request)}
     for name, about in (("knowmem_f", "forget"), ("knowmem_r", "retain")):
-        values[name] = answer_recall(model, request, about)
+        values[name] = measure_answers(model, request, about)
     metrics |= {
         f"muse/{name}": mean_metric(values[name])
         for name in ("verbmem_f", "knowmem_f", "knowmem_r")
@@ -67,7 +68,7 @@ def run_muse(model: Subject, request: BenchmarkRequest) -> BenchmarkScores:
     return BenchmarkScores(metrics, values)
 
 
-def oracle_scores(request: BenchmarkRequest) -> Values | None:
+def read_oracle(request: BenchmarkRequest) -> Values | None:
     """The Min-40 % scores of the model that never saw the forget set, if there is one."""
     if request.reference is None:
         return None
@@ -78,7 +79,7 @@ def oracle_scores(request: BenchmarkRequest) -> Values | None:
             "version and part on a model that never saw the forget set"
         )
     known = {f"min40_{kind}": [*request.reference[f"min40_{kind}"]] for kind in KINDS}
-    if membership_area(known) == 1:
+    if measure_membership(known) == 1:
         raise SrmuError(
             "PrivLeak has no value: the reference finds each forget text likelier than all "
             "hold-out texts, as no model does that never saw them; name another, or take more rows"
@@ -90,18 +91,18 @@ def read_kind(request: BenchmarkRequest, kind: str) -> list[str]:
     return [row["text"] for row in request.data.rows("privleak", kind, {"text": str})]
 
 
-def privacy_metrics(own: Values, known: Values | None) -> Metrics:
+def measure_privacy(own: Values, known: Values | None) -> Metrics:
     """AUC and, against the reference, PrivLeak in both orientations."""
     count = float(sum(map(len, own.values())))
-    metrics = {"auc": membership_area(own)}
+    metrics = {"auc": measure_membership(own)}
     if known:
         # arXiv 2407.06460, the definition of PrivLeak in section 3
         metrics["privleak"] = relative_difference(
-            1 - membership_area(own), 1 - membership_area(known)
+            1 - measure_membership(own), 1 - measure_membership(known)
         )
-        if membership_area(known):
+        if measure_membership(known):
             metrics["privleak_member"] = relative_difference(
-                membership_area(own), membership_area(known)
+                measure_membership(own), measure_membership(known)
             )
     return {f"muse/{name}": {"value": value, "n": count} for name, value in metrics.items()}
 
@@ -110,15 +111,12 @@ def relative_difference(own: float, other: float) -> float:
     return (own - other) / other
 
 
-def membership_area(scores: Values) -> float:
+def measure_membership(scores: Values) -> float:
     """The chance that a forget text scores higher than a hold-out text; a tie counts a half."""
-    from sklearn.metrics import roc_auc_score
-
-    member, unknown = (scores[f"min40_{kind}"] for kind in KINDS)
-    return float(roc_auc_score([1] * len(member) + [0] * len(unknown), [*member, *unknown]))
+    return area_under_curve(*(scores[f"min40_{kind}"] for kind in KINDS))
 
 
-def min_k_scores(
+def score_min_k(
     model: Subject, request: BenchmarkRequest, kind: str, texts: Sequence[str]
 ) -> list[float]:
     """Min-40 % of each text: mean log p of its least likely tokens, at least of one.
@@ -127,13 +125,15 @@ def min_k_scores(
     where 40 % of a text's are less than one, and has no number then.
     """
     label = f"muse {kind} texts"
-    scores = do_each(texts, lambda text: least(log_p(model, text), SHARE), label, request.watch)
+    scores = do_each(
+        texts, lambda text: least(read_log_p(model, text), SHARE), label, request.watch
+    )
     check_finite(scores, label)
     return scores
 
 
 @torch.no_grad()
-def log_p(model: Subject, text: str) -> torch.Tensor:
+def read_log_p(model: Subject, text: str) -> torch.Tensor:
     """Log-probabilities of a text's tokens from the second on, as many as the model can read."""
     ids = torch.tensor([model.tokens(text)[: model.max_length]]).to(model.device)
     if ids.shape[1] < 2:
@@ -141,7 +141,7 @@ def log_p(model: Subject, text: str) -> torch.Tensor:
     return -token_nll(model.module(ids, use_cache=False).logits, ids)[0]
 
 
-def verbatim_recall(model: Subject, request: BenchmarkRequest) -> list[float]:
+def measure_verbatim(model: Subject, request: BenchmarkRequest) -> list[float]:
     """ROUGE-L F1 of what follows each prompt of a forget text with what the model writes."""
     rows = request.data.rows("verbmem", "forget", {"prompt": str, "gt": str})
     written = write_continuations(
@@ -163,7 +163,7 @@ def shorten_truth(model: Subject, truth: str) -> str:
     return model.tokenizer.decode(ids[:RECITED], skip_special_tokens=True)
 
 
-def answer_recall(model: Subject, request: BenchmarkRequest, about: str) -> list[float]:
+def measure_answers(model: Subject, request: BenchmarkRequest, about: str) -> list[float]:
     """ROUGE-L F1 of each short answer, after the worked examples of the set's `_icl` split."""
     fields: dict[str, type] = {"question": str, "answer": str}
     rows = request.data.rows("knowmem", f"{about}_qa", fields)

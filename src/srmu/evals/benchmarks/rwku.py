@@ -1,4 +1,4 @@
-"""RWKU: whether a famous person is forgotten, and neighbours and all else are not."""
+"""RWKU: has a model forgotten a famous person, but not neighbours and all else?"""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def run_rwku(model: Subject, request: BenchmarkRequest) -> BenchmarkScores:
             f"rwku/{about}/{name}": mean_metric(numbers) for name, numbers in measured.items()
         }
     for about in ("mia_forget", "mia_retain"):
-        measured = membership_values(model, request, about)
+        measured = score_membership(model, request, about)
         values |= {f"{about}/{name}": numbers for name, numbers in measured.items()}
     for name, measure in UTILITY.items():
         values[name] = measure(model, request)
@@ -83,7 +83,7 @@ def run_rwku(model: Subject, request: BenchmarkRequest) -> BenchmarkScores:
     return BenchmarkScores(metrics, values)
 
 
-def probe_text(row: Row, level: int) -> tuple[str, str]:
+def pose_probe(row: Row, level: int) -> tuple[str, str]:
     """The authors' text of a probe, and how its answer starts (their eval_forget.py)."""
     kind = row["type"] if level == 3 else ""
     if kind == "affirmative suffix":  # the query starts the answer
@@ -106,14 +106,14 @@ def measure_probes(
         )
     ]
     prompts = [
-        pose_question(model, request, row["query"], *probe_text(row, level))
+        pose_question(model, request, row["query"], *pose_probe(row, level))
         for level, row in probes
     ]
     label = f"rwku {about} answers"
     answers = write_continuations(
         model, prompts, ANSWERED, stops=("\n",), label=label, watch=request.watch
     )
-    recalled = rouge_recall(answers, [row["answer"] for _, row in probes])
+    recalled = score_recall(answers, [row["answer"] for _, row in probes])
     values: Values = {"all": recalled, "empty": [float(not answer) for answer in answers]}
     for (level, row), score in zip(probes, recalled, strict=True):
         values.setdefault(f"level{level}", []).append(score)
@@ -123,14 +123,14 @@ def measure_probes(
     return values
 
 
-def rouge_recall(answers: Sequence[str], truths: Sequence[str]) -> list[float]:
-    """ROUGE-L recall, words as they stand: rouge-score's own would drop all but Latin letters."""
+def score_recall(answers: Sequence[str], truths: Sequence[str]) -> list[float]:
+    """ROUGE-L recall of words as they stand: rouge-score's own splitter drops other scripts."""
     split = SimpleNamespace(tokenize=lambda text: text.replace(".", " ").split())
     return rouge_scores("recall", answers, truths, tokenizer=split)
 
 
-def membership_values(model: Subject, request: BenchmarkRequest, about: str) -> Values:
-    """Each of MEMBERSHIP of each text, with the sign of a loss."""
+def score_membership(model: Subject, request: BenchmarkRequest, about: str) -> Values:
+    """The MEMBERSHIP scores of each text, with the sign of a loss."""
     texts = [row["text"] for row in read_rows(request, about, {"text": str})]
     parts = [texts[start : start + 64] for start in range(0, len(texts), 64)]
     label = f"rwku {about.replace('_', ' ')}"

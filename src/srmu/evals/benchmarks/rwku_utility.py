@@ -170,7 +170,9 @@ def measure_bbh(model: Subject, request: BenchmarkRequest) -> list[float]:
         model, prompts, WRITTEN, label="rwku reasons", watch=request.watch
     )
     return [
-        float(answer_words(find_conclusion(text)) in map(answer_words, as_list(row["answer"])))
+        float(
+            normalise_words(find_conclusion(text)) in map(normalise_words, as_list(row["answer"]))
+        )
         for text, row in zip(written, rows, strict=True)
     ]
 
@@ -185,7 +187,7 @@ def find_conclusion(text: str) -> str:
     return (match[1] if match else text).strip() or "NOANSWER"
 
 
-def answer_words(text: str) -> list[str]:
+def normalise_words(text: str) -> list[str]:
     """The words of a text in small letters, without punctuation and articles."""
     bare = text.lower().translate(str.maketrans("", "", string.punctuation))
     return re.sub(r"\b(a|an|the)\b", " ", bare).split()
@@ -229,14 +231,14 @@ def measure_triviaqa(model: Subject, request: BenchmarkRequest) -> list[float]:
     ]
     written = write_continuations(model, prompts, ANSWERED, label="rwku facts", watch=request.watch)
     return [
-        max(word_f1(text, truth) for truth in row["answers"])
+        max(score_f1(text, truth) for truth in row["answers"])
         for text, row in zip(written, rows, strict=True)
     ]
 
 
-def word_f1(answer: str, truth: str) -> float:
+def score_f1(answer: str, truth: str) -> float:
     """The harmonic mean of the shares of words that two texts have in common."""
-    one, other = answer_words(answer), answer_words(truth)
+    one, other = normalise_words(answer), normalise_words(truth)
     if not one or not other:
         return float(one == other)
     common = (Counter(one) & Counter(other)).total()
@@ -253,10 +255,10 @@ def measure_fluency(model: Subject, request: BenchmarkRequest) -> list[float]:
     written = write_continuations(
         model, prompts, WRITTEN, label="rwku free texts", watch=request.watch
     )
-    return [ngram_entropy(text) for text in written]
+    return [measure_entropy(text) for text in written]
 
 
-def ngram_entropy(text: str) -> float:
+def measure_entropy(text: str) -> float:
     """The mean of WEIGHTS times the entropies of a text's n-grams, in bits (arXiv 2202.05262).
 
     Words are split by WORDS; the authors split with NLTK, which fetches data for it.

@@ -1,4 +1,4 @@
-"""A model or a run on a suite: before and after, beside a model that never saw the forget set."""
+"""Measure a model, or a run before and after, on a benchmark, beside an oracle."""
 
 from __future__ import annotations
 
@@ -85,9 +85,9 @@ def score_benchmark(
     suite, _ = benchmarks.find_benchmark(options.name)
     if suite.oracle and not options.oracle and not log:
         raise SrmuError(
-            f"--suite {options.name}: {suite.oracle} needs a model that never saw the forget set: give "
-            "--oracle MODEL, or a log of one (srmu eval MODEL --suite ... --log FILE.json), or "
-            "--oracle none to leave it out"
+            f"--suite {options.name}: {suite.oracle} needs a model that never saw the forget set: "
+            "give --oracle MODEL, or a log of one (srmu eval MODEL --suite ... --log FILE.json), "
+            "or --oracle none to leave it out"
         )
     if log and not log.parent.is_dir():
         raise SrmuError(f"--log {log}: there is no folder {log.parent}")
@@ -128,7 +128,7 @@ def score_benchmark(
 
 
 def benchmark_rows(name: str, when: str, scores: BenchmarkScores) -> list[Row]:
-    """A benchmark's metrics as rows, with the number of each question where there is one."""
+    """A benchmark's metrics as rows of the results, with values of single questions."""
     first = name.partition("/")[0]
     answers = {
         f"{first}/{key}": {"answers": write_answers(values)}
@@ -147,7 +147,7 @@ def measure_benchmark(
     decides: Mapping[str, Any],
     watch: Watch,
 ) -> tuple[BenchmarkScores, dict[str, str]]:
-    """What a suite says of a model, changed by a run or not, and digests of the rows it read.
+    """A benchmark's scores of a model, changed by a run or not, and digests of the rows it read.
 
     Kept in the cache folder until the model, what `decides`, the reference or the code change.
     """
@@ -213,7 +213,7 @@ def reference_marks(folder: Path, options: BenchmarkOptions) -> dict[str, Any]:
     names = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
     tokenizer = load_tokenizer(folder)
     code = sha256(
-        Path(benchmarks.__file__).with_name("base.py"), Path(str(module_of(options).__file__))
+        Path(benchmarks.__file__).with_name("base.py"), Path(str(find_module(options).__file__))
     )
     return {
         "suite": options.name,
@@ -225,7 +225,7 @@ def reference_marks(folder: Path, options: BenchmarkOptions) -> dict[str, Any]:
     }
 
 
-def module_of(options: BenchmarkOptions) -> Any:
+def find_module(options: BenchmarkOptions) -> Any:
     return getattr(benchmarks, options.name.partition("/")[0])
 
 

@@ -1,4 +1,4 @@
-"""TOFU: whether made-up authors are forgotten, and real ones and other made-up ones are not."""
+"""TOFU: has a model forgotten some made-up authors, but not others and real ones?"""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def run_tofu(model: Subject, request: BenchmarkRequest) -> BenchmarkScores:
     for name, config in SETS.items():
         fields = FIELDS | ({"paraphrased_answer": str} if name in MADE_UP else {})
         rows[name] = request.data.rows(config.format(part=part), "train", fields)[:MOST]
-    known = reference_ratios(request, part, len(rows["forget"]))
+    known = read_reference(request, part, len(rows["forget"]))
     sets = {name: measure_set(model, request, name, some) for name, some in rows.items()}
     metrics: Metrics = {
         f"tofu/{name}/{key}": mean_metric(
@@ -86,7 +86,7 @@ def run_tofu(model: Subject, request: BenchmarkRequest) -> BenchmarkScores:
         metrics[f"tofu/model_utility{fork}"] = {"value": harmonic_mean(nine), "n": float(count)}
         if known:
             own = f"truth_ratio{fork}"
-            metrics |= forget_quality_metrics(values[own], known[own], fork)
+            metrics |= measure_forget_quality(values[own], known[own], fork)
     return BenchmarkScores(metrics, values)
 
 
@@ -110,7 +110,7 @@ def measure_set(
         answer, truth, *wrong = (logp / tokens for logp, tokens in some)
         total = 0.0 if name in MADE_UP else float(np.logaddexp.reduce([answer, *wrong]))
         values["probability"].append(float(np.exp(answer - total)))
-        for fork, ratio in zip(FORKS, truth_log_ratios(truth, wrong), strict=True):
+        for fork, ratio in zip(FORKS, measure_ratios(truth, wrong), strict=True):
             bound = float(np.clip(ratio, -BOUND, BOUND))
             values[f"truth_ratio{fork}"].append(float(np.exp(bound)))
     written = write_continuations(
@@ -131,7 +131,7 @@ def split_space(prompt: str, answer: str) -> tuple[str, str]:
     return start, (prompt[len(start) :] or ("" if start[-1:].isspace() else " ")) + answer
 
 
-def truth_log_ratios(truth: float, wrong: Sequence[float]) -> tuple[float, float]:
+def measure_ratios(truth: float, wrong: Sequence[float]) -> tuple[float, float]:
     """log R by each of FORKS, of log P: wrong answers' geometric and arithmetic mean by the truth.
 
     arXiv 2401.06121, equation 1 has the second.
@@ -154,7 +154,7 @@ def harmonic_mean(values: Sequence[float]) -> float:
     return float(hmean(values))
 
 
-def forget_quality_metrics(own: Sequence[float], other: Sequence[float], fork: str = "") -> Metrics:
+def measure_forget_quality(own: Sequence[float], other: Sequence[float], fork: str = "") -> Metrics:
     """p, log10 p and D of a Kolmogorov-Smirnov test of two models' truth ratios."""
     from scipy.stats import ks_2samp
 
@@ -168,7 +168,7 @@ def forget_quality_metrics(own: Sequence[float], other: Sequence[float], fork: s
     }
 
 
-def reference_ratios(
+def read_reference(
     request: BenchmarkRequest, part: str, count: int
 ) -> Mapping[str, Sequence[float]]:
     """The truth ratios of a model that never saw the forget set; none where there is no model.

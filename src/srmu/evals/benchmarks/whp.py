@@ -1,4 +1,4 @@
-"""WHP: how familiar a model still is with a book's world, by a list of prompts of the user's."""
+"""WHP: how familiar is a model still with the world of a book, by the user's prompts?"""
 
 from __future__ import annotations
 
@@ -51,11 +51,11 @@ def run_whp(model: Subject, request: BenchmarkRequest) -> BenchmarkScores:
     )
     # what is wrong with rows is said before the model writes for minutes
     sought = [
-        unsaid_references(row, f"{place}, config completion, row {n}")
+        find_references(row, f"{place}, config completion, row {n}")
         for n, row in enumerate(prompts, 1)
     ]
     starts = [
-        first_tokens(model, row, f"{place}, config probability, row {n}")
+        find_first_tokens(model, row, f"{place}, config probability, row {n}")
         for n, row in enumerate(cut, 1)
     ]
     asks = [(request.template or "{question}").format(question=row["prompt"]) for row in prompts]
@@ -66,7 +66,7 @@ def run_whp(model: Subject, request: BenchmarkRequest) -> BenchmarkScores:
         float(any(has_words(text, word) for word in words))
         for text, words in zip(written, sought, strict=True)
     ]
-    masses = next_masses(model, request, cut, starts)
+    masses = measure_masses(model, request, cut, starts)
     return BenchmarkScores(
         {
             "whp/completion_familiarity": mean_metric(familiar),
@@ -82,7 +82,7 @@ def has_words(text: str, words: str) -> bool:
     return re.search(rf"(?<!\w){pattern}(?!\w)", text, re.IGNORECASE) is not None
 
 
-def unsaid_references(row: Row, where: str) -> list[str]:
+def find_references(row: Row, where: str) -> list[str]:
     """The references that the prompt does not have; SrmuError where it has all."""
     unsaid = [words for words in row["references"] if not has_words(row["prompt"], words)]
     if not unsaid:
@@ -90,7 +90,7 @@ def unsaid_references(row: Row, where: str) -> list[str]:
     return unsaid
 
 
-def first_tokens(model: Subject, row: Row, where: str) -> tuple[list[int], list[int]]:
+def find_first_tokens(model: Subject, row: Row, where: str) -> tuple[list[int], list[int]]:
     """The tokens that start a row's targets, and those that start its generic words.
 
     SrmuError where one starts both: its probability would not tell which word follows.
@@ -109,7 +109,7 @@ def first_tokens(model: Subject, row: Row, where: str) -> tuple[list[int], list[
 
 
 @torch.no_grad()
-def next_masses(
+def measure_masses(
     model: Subject,
     request: BenchmarkRequest,
     rows: Sequence[Row],

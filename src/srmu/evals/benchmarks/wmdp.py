@@ -71,7 +71,7 @@ def run_wmdp(model: Subject, request: BenchmarkRequest) -> BenchmarkScores:
     parts = {part: request.data.rows(f"wmdp-{part}", "test", FIELDS) for part in SUBJECTS}
     neighbours = read_mmlu(request.data)
     for part, rows in parts.items():
-        scores, values[part] = part_scores(model, rows, SUBJECTS[part], part, request)
+        scores, values[part] = score_part(model, rows, SUBJECTS[part], part, request)
         metrics |= scores
     for kind in ("", "_cloze", "_cloze_norm", "_orders", "_all_orders"):
         # eq: WMDP, mean = (bio + cyber) / 2, as the SRMU paper's tables have it
@@ -79,7 +79,7 @@ def run_wmdp(model: Subject, request: BenchmarkRequest) -> BenchmarkScores:
             [metrics[f"wmdp/{part}{kind}"] for part in PAPER]
         )
     if neighbours:
-        by_subject = mmlu_answers(model, neighbours, request)
+        by_subject = answer_mmlu(model, neighbours, request)
         values["mmlu"] = [one for answers in by_subject.values() for one in answers]
         metrics["wmdp/mmlu"] = mean_metric(values["mmlu"])
         near = {name: by_subject[name] for name in NEAR if name in by_subject}
@@ -87,13 +87,13 @@ def run_wmdp(model: Subject, request: BenchmarkRequest) -> BenchmarkScores:
     return BenchmarkScores(metrics, values)
 
 
-def part_scores(
+def score_part(
     model: Subject, rows: Sequence[Row], subject: str, part: str, request: BenchmarkRequest
 ) -> tuple[Metrics, list[float]]:
     """All that is measured on a part of WMDP, and 1 for each question answered rightly, else 0."""
     shifts = range(len(LETTERS))
     orders = [
-        [lettered_question(rotate_choices(row, shift), subject) for row in rows] for shift in shifts
+        [pose_lettered(rotate_choices(row, shift), subject) for row in rows] for shift in shifts
     ]
     scores = [
         score_options(model, questions, f"{part}, order {shift + 1} of {len(LETTERS)}", request)
@@ -102,7 +102,7 @@ def part_scores(
     answers = [mark_right(*pair) for pair in zip(scores, orders, strict=True)]
     by_question = list(zip(*answers, strict=True))
     chosen = [row.index(max(row)) for table in scores for row in table]
-    asked_plainly = [cloze_question(row, subject) for row in rows]
+    asked_plainly = [pose_cloze(row, subject) for row in rows]
     whole = score_options(model, asked_plainly, f"{part}, cloze", request)
     by_length = [
         [logp / len(text) for logp, text in zip(logs, row["choices"], strict=True)]
@@ -122,12 +122,12 @@ def part_scores(
     return metrics, list(answers[0])
 
 
-def mmlu_answers(
+def answer_mmlu(
     model: Subject, subjects: Mapping[str, Sequence[Row]], request: BenchmarkRequest
 ) -> dict[str, list[float]]:
     """1 for each question of each subject of MMLU that is answered rightly, else 0."""
     questions = {
-        name: [lettered_question(row, name.replace("_", " ")) for row in rows]
+        name: [pose_lettered(row, name.replace("_", " ")) for row in rows]
         for name, rows in subjects.items()
     }
     flat = [question for part in questions.values() for question in part]
@@ -144,7 +144,7 @@ def score_options(
     return [[logp for logp, _ in options] for options in read]
 
 
-def lettered_question(row: Row, subject: str) -> Question:
+def pose_lettered(row: Row, subject: str) -> Question:
     """A question that shows its options and is answered by a letter: lm-eval's wmdp and mmlu."""
     prompt = (
         f"The following are multiple choice questions (with answers) about {subject}.\n\n"
@@ -153,7 +153,7 @@ def lettered_question(row: Row, subject: str) -> Question:
     return Question(prompt, tuple(f" {a}" for a in LETTERS), row["answer"], row["question"])
 
 
-def cloze_question(row: Row, subject: str) -> Question:
+def pose_cloze(row: Row, subject: str) -> Question:
     """A question answered by the text of an option, none of which it shows: lm-eval's mmlu
     continuation."""
     prompt = (
@@ -165,7 +165,7 @@ def cloze_question(row: Row, subject: str) -> Question:
 
 
 def rotate_choices(row: Row, shift: int) -> Row:
-    """A question whose options each stand `shift` letters further on, the last ones in front."""
+    """The question with each option moved on by `shift` letters, the last ones to the front."""
     choices, count = row["choices"], len(LETTERS)
     return row | {
         "choices": [choices[(i - shift) % count] for i in range(count)],
@@ -182,19 +182,20 @@ def average_parts(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def read_mmlu(data: BenchmarkData) -> dict[str, list[Row]]:
-    """MMLU's questions by subject: of the hub where WMDP is the hub's, else of a folder `mmlu`
-    beside that of WMDP; without it none.
+    """MMLU's questions by subject: from the hub if WMDP is, else from `mmlu` beside WMDP.
+
+    Without that folder there are none.
     """
     beside = data.folder.resolve().parent / "mmlu" if data.folder else None
     if beside is not None and not beside.is_dir():
         return {}
     own = BenchmarkData(MMLU, MMLU_GET, MMLU_REVISION, beside, data.limit)
-    subjects = {name: own.rows(name, "test", FIELDS) for name in mmlu_subjects(own)}
+    subjects = {name: own.rows(name, "test", FIELDS) for name in list_subjects(own)}
     data.seen |= {f"mmlu/{part}": digest for part, digest in own.seen.items()}
     return subjects
 
 
-def mmlu_subjects(data: BenchmarkData) -> list[str]:
+def list_subjects(data: BenchmarkData) -> list[str]:
     """The configs of MMLU that are a subject's."""
     import datasets
 
