@@ -127,7 +127,8 @@ class Testbeds:
                     watch=watch,
                 )  # fmt: skip
             if self.world == "closed" and not (folder / "anchors.json").exists():
-                write_json(folder / "anchors.json", pair_anchors(seed))
+                built = read_optional_json(folder / "organism.json")
+                write_json(folder / "anchors.json", pair_anchors(built.get("seed", seed)))
 
     def find_config(self, row: PlannedRow, seed: int) -> tuple[Path, tuple[str, ...]]:
         return self.locate(row.regime, seed) / self.regimes[row.regime].config, ()
