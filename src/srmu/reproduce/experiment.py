@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import partial
 from itertools import cycle, product
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -17,20 +17,16 @@ from typing import Any, Literal, NamedTuple
 import torch
 import yaml
 
-from srmu.attacks.suite import number_facts, write_answers
-from srmu.engine import weights
 from srmu.engine.files import write_json
-from srmu.engine.loading import load_module
 from srmu.engine.progress import Watch, ignore_progress, print_line, silence_libraries
 from srmu.errors import DivergedError, SrmuError, first_line
 from srmu.evals.compare import read_optional_json
-from srmu.evals.matched import load_task
 from srmu.evals.parallel import RunJob, run_all
 from srmu.evals.score import score_model
-from srmu.evals.subject import Subject, mark_answers
+from srmu.reproduce.answers import answer_tasks
 from srmu.runs.config import load_config
 from srmu.runs.record import RECORD, extend_record
-from srmu.runs.run import Run, load_tokenizer, plan_run, run_folder, unlearn
+from srmu.runs.run import Run, plan_run, run_folder, unlearn
 from srmu.testbed.build import RECIPE, build_testbed
 from srmu.testbed.worlds.world import create_closed
 
@@ -206,32 +202,6 @@ def locate_run(job: RunJob) -> Path:
     if read_optional_json(folder / RECORD).get("diverged"):
         raise DivergedError(f"{folder} holds this run, which diverged")
     return folder
-
-
-def answer_tasks(run: Run, tasks: Sequence[str]) -> dict[str, Any]:
-    """Right answers question by question: the intervals of differences need them."""
-    module = load_module(run.base).eval()
-    subject = Subject(module, load_tokenizer(run.base))
-    before = answer_original(str(run.base), run.config.tasks_dir or "", tuple(tasks))
-    method = run.config.method
-    with method.at_inference(module, partial(weights.apply_delta, module, run.base, run.delta)):
-        return {"before": before, "after": ask_tasks(subject, run.config.tasks_dir, tasks)}
-
-
-@lru_cache(8)
-def answer_original(base: str, tasks_dir: str, tasks: tuple[str, ...]) -> dict[str, Any]:
-    subject = Subject(load_module(Path(base)).eval(), load_tokenizer(Path(base)))
-    return ask_tasks(subject, tasks_dir, tasks)
-
-
-def ask_tasks(subject: Subject, tasks_dir: str | None, tasks: Sequence[str]) -> dict[str, Any]:
-    """A model's right answers to local tasks, and which fact each question is about."""
-    answers = {}
-    for task in tasks:
-        questions = load_task(task, tasks_dir or "")
-        right = write_answers(mark_answers(subject, questions))
-        answers[task] = {"right": right, "facts": number_facts([q.fact for q in questions])}
-    return answers
 
 
 # ---- the runs

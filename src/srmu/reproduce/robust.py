@@ -22,6 +22,7 @@ from srmu.evals.matched import SHARE, match_utility
 from srmu.evals.parallel import RunJob
 from srmu.evals.score import score_model
 from srmu.evals.subject import Subject
+from srmu.reproduce.answers import ask_tasks
 from srmu.reproduce.experiment import (
     ANSWERS,
     NOT_RUN,
@@ -32,7 +33,6 @@ from srmu.reproduce.experiment import (
     Regime,
     Scored,
     Testbeds,
-    ask_tasks,
     locate_run,
     plan_runs,
     read_experiment,
