@@ -409,6 +409,10 @@ def test_a_testbed_has_all_that_is_named(tmp_path: Path, world: str) -> None:
         ({"tier": "smok"}, "--tier smok does not exist; did you mean smoke?"),
         ({"seeds": ("one",)}, "--seeds one: name the seeds of the testbeds, 1,2,3"),
         ({"overrides": ("train.stepz=2",)}, "stepz is not an option"),
+        (
+            {"kind": "methods", "world": "open"},
+            "--world open: methods runs on the closed world alone",
+        ),
         ({"out": Path("/dev/null/out")}, "cannot be made"),
     ],
 )

@@ -7,6 +7,7 @@ gives each row with the folders of its runs (`MeasuredRow`). What is there is us
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -120,7 +121,8 @@ class Testbeds:
                     watch=watch,
                 )  # fmt: skip
             if self.world == "closed" and not (folder / "anchors.json").exists():
-                write_json(folder / "anchors.json", pair_anchors(seed))
+                built = json.loads((folder / "organism.json").read_text())
+                write_json(folder / "anchors.json", pair_anchors(built.get("seed", seed)))
 
     def find_config(self, row: PlannedRow, seed: int) -> tuple[Path, tuple[str, ...]]:
         return self.locate(row.regime, seed) / self.regimes[row.regime].config, ()

@@ -117,6 +117,8 @@ def choose_settings(kind: str, world: str, spec: Mapping[str, Any]) -> dict[str,
     """What each label of a world is run with."""
     own = spec["worlds"][world]
     if kind == "methods":
+        if "all_methods" not in own:
+            raise SrmuError(f"--world {world}: methods runs on the closed world alone")
         return read_settings(own["all_methods"])
     methods = {label: (*own["common"], *each) for label, each in own["methods"].items()}
     if kind == "robust":
