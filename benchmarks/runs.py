@@ -47,10 +47,10 @@ def config_for(folder: Path, arguments: argparse.Namespace) -> Config:
 def child(folder: Path, arguments: argparse.Namespace) -> None:
     """The plan, or the run itself with its memory and time, in a process that has done nothing."""
     if arguments.plan:
-        config, summary = runs.plan_run(config_for(folder, arguments))
-        base = runs.base_of(config)
+        plan = runs.plan_run(config_for(folder, arguments))
+        config, base = plan.config, plan.base
         topics = runs.load_topics(config, runs.load_tokenizer(base))
-        print(json.dumps(summary | estimate.estimate_run(config, base, topics)))
+        print(json.dumps(plan.summarise() | estimate.estimate_run(config, base, topics)))
         return
     start = time.perf_counter()
     with watched() as memory:

@@ -22,8 +22,9 @@ from typing import Any
 import yaml
 
 from srmu.attacks.suite import Sources, Subjects, load_exam
-from srmu.attacks.tuning import prepare_learner, split_validation, text_rows, tune_model
-from srmu.engine.files import write_json
+from srmu.attacks.tuning import prepare_learner, split_validation, text_rows
+from srmu.engine.files import read_json, write_json
+from srmu.engine.fine_tune import tune_model
 from srmu.engine.progress import Watch, ignore_progress, show_progress
 from srmu.evals.parallel import RunJob
 from srmu.evals.results import load_results, merge_results, read_metrics
@@ -107,7 +108,7 @@ def choose_row(rows: Sequence[Row], space: Mapping[str, Any]) -> Row | None:
 def main(path: Path, testbed: Path, out: Path, labels: Sequence[str]) -> None:
     space = yaml.safe_load(path.read_text())
     table_path = out / "search-robust.json"
-    table = json.loads(table_path.read_text()) if table_path.exists() else {}
+    table = read_json(table_path, {})
     tasks = (space["forget"], *space["utility"])
     place = Testbeds(testbed.parent, folder=testbed.name)
     for label in labels or space["methods"]:

@@ -34,7 +34,7 @@ from srmu.reproduce.robust_tables import (
 from srmu.runs.config import load_config
 from srmu.runs.run import Run
 from srmu.testbed.build import build_testbed
-from srmu.testbed.worlds.world import Size
+from srmu.testbed.world import Size
 
 # enough facts for intervals, and little else
 SMALL = replace(
@@ -330,10 +330,10 @@ def test_each_kind_of_question_has_its_k_star() -> None:
 
 
 def test_the_page_takes_the_tables(tmp_path: Path) -> None:
-    from srmu.engine.files import from_file
+    from srmu.engine.files import import_from_file
 
     root = Path(__file__).parents[2]
-    filled = from_file("script", f"{root / 'benchmarks' / 'research.py'}:filled")
+    filled = import_from_file("script", f"{root / 'benchmarks' / 'research.py'}:filled")
     page = (root / "docs" / "research.md").read_text()
     for name in ("closed", "open", "ablations"):
         once = filled(page, name, "## Closed world\n\n| a |\n")

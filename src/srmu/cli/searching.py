@@ -16,7 +16,7 @@ from srmu.report.format import print_table
 verbs = typer.Typer()
 
 
-@verbs.command()
+@verbs.command("sweep")
 def sweep_command(
     args: Annotated[
         list[str],
@@ -55,7 +55,7 @@ def sweep_command(
     print_result(found, as_json, *lines)
 
 
-@verbs.command()
+@verbs.command("auto")
 def auto_command(
     model: Annotated[str, typer.Argument(help="Folder or hub id.")],
     forget: Annotated[list[str], typer.Option(help="Texts to forget (file, glob).")],
@@ -133,7 +133,7 @@ def auto_command(
     )
 
 
-@verbs.command()
+@verbs.command("reproduce")
 def reproduce_command(
     what: Annotated[
         Literal["table2", "table3", "table4", "figure2", "all", "robust", "ablations", "methods"],
@@ -240,7 +240,7 @@ def held_up(
     )
 
 
-@verbs.command()
+@verbs.command("report")
 def report_command(
     paths: Annotated[
         list[Path],

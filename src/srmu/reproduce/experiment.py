@@ -7,7 +7,6 @@ gives each row with the folders of its runs (`MeasuredRow`). What is there is us
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,17 +17,19 @@ from typing import Any, Literal, NamedTuple
 import torch
 import yaml
 
-from srmu.engine.files import write_json
+from srmu.engine.files import read_json, write_json
 from srmu.engine.progress import Watch, ignore_progress, print_line, silence_libraries
 from srmu.errors import DivergedError, SrmuError, first_line
 from srmu.evals.parallel import RunJob, run_all
 from srmu.evals.results import read_metrics
 from srmu.evals.score import score_model
 from srmu.runs.config import load_config
+from srmu.runs.plan import plan_run
 from srmu.runs.record import RECORD
-from srmu.runs.run import Run, plan_run, run_folder, unlearn
-from srmu.testbed.build import RECIPE, build_testbed
-from srmu.testbed.worlds.world import create_closed
+from srmu.runs.run import Run, unlearn
+from srmu.testbed.build import build_testbed
+from srmu.testbed.train import RECIPE
+from srmu.testbed.world import create_closed
 
 NOT_RUN, DIVERGED = "not run", "diverged"
 
@@ -121,7 +122,7 @@ class Testbeds:
                     watch=watch,
                 )  # fmt: skip
             if self.world == "closed" and not (folder / "anchors.json").exists():
-                built = json.loads((folder / "organism.json").read_text())
+                built = read_json(folder / "organism.json")
                 write_json(folder / "anchors.json", pair_anchors(built.get("seed", seed)))
 
     def find_config(self, row: PlannedRow, seed: int) -> tuple[Path, tuple[str, ...]]:
@@ -187,7 +188,7 @@ class Scored:
 
 def locate_run(job: RunJob) -> Path:
     """The folder of a job's run, there or not; DivergedError where the run diverged."""
-    folder = run_folder(plan_run(load_config(job.config, job.overrides))[0])
+    folder = plan_run(load_config(job.config, job.overrides)).folder
     if (folder / RECORD).exists() and Run(folder).record["diverged"]:
         raise DivergedError(f"{folder} holds this run, which diverged")
     return folder

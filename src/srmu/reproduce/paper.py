@@ -23,7 +23,8 @@ from srmu.reproduce.experiment import (
 )
 from srmu.reproduce.needs import estimate_needs, explain_needs
 from srmu.runs.config import build_config, load_config
-from srmu.runs.run import Run, base_of, load_tokenizer, load_topics, plan_run
+from srmu.runs.plan import load_tokenizer, load_topics, plan_run
+from srmu.runs.run import Run
 
 BEFORE = "before"
 SEEDS = {"testbeds": 3, "model": 1}  # on a model as in the paper; each run takes long
@@ -92,8 +93,8 @@ def check_settings(experiment: Experiment) -> None:
     job = experiment.plan_job(PlannedRow("SRMU", "SRMU", "low"), 0)
     config = load_config(job.config, job.overrides)
     try:
-        config, _ = plan_run(config)
-        load_topics(config, load_tokenizer(base_of(config)))
+        plan = plan_run(config)
+        load_topics(plan.config, load_tokenizer(plan.base))
     except SrmuError as error:
         gated = ", ".join(k for k, v in place.spec["sources"].items() if v.startswith("gated"))
         raise SrmuError(

@@ -11,11 +11,9 @@ from typing import Any
 
 from srmu.attacks.suite import TIERS, Sources, attack_run, select_attacks
 from srmu.attacks.summary import CONTROLS
-from srmu.attacks.utility import COUNT, LENGTH, measure_texts
+from srmu.attacks.utility import Utility, measure_texts
 from srmu.data import sources
-from srmu.engine import weights
 from srmu.engine.files import require_place
-from srmu.engine.loading import load_module
 from srmu.engine.progress import Watch, ignore_progress
 from srmu.errors import SrmuError, suggest_word
 from srmu.evals.matched import match_utility
@@ -39,7 +37,8 @@ from srmu.reproduce.experiment import (
     run_experiment,
 )
 from srmu.runs.config import build_config
-from srmu.runs.run import Run, load_tokenizer
+from srmu.runs.open import open_target
+from srmu.runs.run import Run
 
 Rows = dict[tuple[str, str], list[MeasuredRow]]  # by world and regime
 
@@ -228,17 +227,16 @@ class Attacked(Scored):
         match_utility(whole, out, self.budget, self.judged)
         run = Run.open(out)
         score_model(run, job.tasks)
-        module = load_module(run.base)
-        method = run.config.method
-        with method.at_inference(module, partial(weights.apply_delta, module, run.base, run.delta)):
-            self.read_texts(Subject(module, load_tokenizer(run.base)), out, job)
+        opened = open_target(run, "cpu")
+        with opened.after() as module:
+            self.read_texts(Subject(module, opened.tokenizer), out, job)
         for who, folder in (("original", run.base), ("oracle", run.base.parent / "oracle")):
             control = locate_control(self.home, job.config.parent, who)
             if "texts" not in load_results(control):
                 control.mkdir(parents=True, exist_ok=True)
                 score_model(folder, job.tasks, tasks_dir=run.config.tasks_dir, out=control)
-                subject = Subject(load_module(folder), load_tokenizer(folder))
-                self.read_texts(subject, control, job)
+                opened = open_target(folder, "cpu")
+                self.read_texts(Subject(opened.module, opened.tokenizer), control, job)
         asked = Sources(tasks=self.asked, limit=10_000)
         attack_run(run, tier=self.tier, names=self.names, sources=asked)  # type: ignore[arg-type]
         return out
@@ -248,8 +246,8 @@ class Attacked(Scored):
         nats = {}
         for kind, name in self.texts:
             source = sources.Source(path=str(job.config.parent / name))
-            texts = sources.read_texts([source], Path())[:COUNT]
-            tokens = [subject.tokens(text)[:LENGTH] for text in texts]
+            texts = sources.read_texts([source])[: Utility.count]
+            tokens = [subject.tokens(text)[: Utility.length] for text in texts]
             nats[kind] = measure_texts(subject, tokens, 0)["nats a neutral token"].value
         merge_results(out, texts=nats)
 
