@@ -39,7 +39,6 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/runs.py --shape pico --steps 60
 	$(BIN)/python benchmarks/runs.py --shape 1b --dtype float32 --tokens 128 --steps 6
 	$(BIN)/python benchmarks/evals.py
-	$(BIN)/python benchmarks/verify.py --gigabytes 2 --scratch .
 
 # 15 GB of disk for a while
 bench-7b: $(STAMP)
