@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -45,14 +45,23 @@ PERCENT = {"range": [0, 1.04], "tickformat": ".0%"}
 TEXTS = re.compile(r"(.*), n=(\d+)")  # settings of E7: a variant and its texts
 STEPS = re.compile(r"(.*), (\d+) steps")  # of E19: a kind and its steps
 WHOSE = {"": "unlearned model", "original": "original", "oracle": "oracle"}
+LINES: Any = {"mode": "lines+markers", "size": 7}
 CONTROLS = {
-    "original": make_look(GREY, "circle-open", "dot", mode="lines+markers", size=7, width=1.5),
-    "oracle": make_look(GREY, "diamond-open", "dash", mode="lines+markers", size=7, width=1.5),
+    "original": make_look(GREY, "circle-open", "dot", **LINES),
+    "oracle": make_look(GREY, "diamond-open", "dash", **LINES),
 }
 
 Points = Sequence[tuple[int, float]]  # how much was learned, accuracy after it
-Curve = tuple[str, Points, Look, str]  # its name, points, look, and the label that hides it
 Attacks = Mapping[str, Any]  # what `attacks.json` says of a run
+
+
+class Curve(NamedTuple):
+    """Accuracy against what was learned; a click on the label, if it has one, hides it."""
+
+    name: str
+    points: Points
+    look: Look
+    label: str = ""
 
 
 @dataclass(frozen=True)
@@ -230,13 +239,12 @@ def show_one(entry: RunGroup, recovery: Recovery) -> list[Block]:
         "original": make_look(GREY, "circle-open", size=9),
         "oracle": make_look(COLOURS[1], "diamond", size=9),
     }
-    accuracies = [{"attack": name_words(name), ACCURACY: row.accuracy} for name, row in rows]
-    series = [Series(WHOSE[""], accuracies, bars)]
+    marks = [{"attack": name_words(name), ACCURACY: row.accuracy} for name, row in rows]
+    series = [Series(WHOSE[""], marks, bars)]
     for who, look in looks.items():
         marks = [{"attack": name_words(name), ACCURACY: row.controls[who].mean}
                  for name, row in rows if who in row.controls]  # fmt: skip
-        if marks:
-            series.append(Series(who, marks, look))
+        series += [Series(who, marks, look)] if marks else []
     # with room for the name of the line below the last bar
     y_axis = {"autorange": False, "range": [len(rows) + 0.1, -0.6]}
     figure = draw_figure(
@@ -244,24 +252,21 @@ def show_one(entry: RunGroup, recovery: Recovery) -> list[Block]:
         subject=entry.label,
     )  # fmt: skip
     mark_value(figure, "chance", x=recovery.chance)
-    controls = "Original\ncontrol", "Oracle\ncontrol"
+    controls = ["Original\ncontrol", "Oracle\ncontrol"]
     heads = ["Attack", "Unlearned\nunder attack", *controls, "Strongest setting"]
-    lines = [
-        TableLine([
-            f"{name_words(name)} ({row.id})", row.accuracy, *map(row.controls.get, looks),
-            row.chosen if row.valid else f"invalid: the oracle recovers, too; {row.chosen}",
-        ])
-        for name, row in rows
-    ]  # fmt: skip
+    lines = []
+    for name, row in rows:
+        chosen = row.chosen if row.valid else f"invalid: the oracle recovers, too; {row.chosen}"
+        numbers = [row.accuracy, *map(row.controls.get, looks)]
+        lines.append(TableLine([f"{name_words(name)} ({row.id})", *numbers, chosen]))
     blocks: list[Block] = [figure, Table("Accuracy under attack, per cent", heads, lines)]
-    curves = [(name, points, label_look(i, mode="lines+markers", size=7), "")
+    curves = [Curve(name, points, label_look(i, **LINES))
               for i, (name, points) in enumerate(recovery.texts.items())]  # fmt: skip
-    if curves:
-        blocks.append(draw_by_texts(curves, recovery.chance, "Variant"))
-    own = {"": label_look(0, mode="lines+markers", size=7), **CONTROLS}
+    blocks += draw_by_texts(curves, recovery.chance)
     for kind, whose in recovery.steps.items():
-        curves = [(WHOSE[who], points, own[who], "") for who, points in whose.items()]
-        blocks.append(draw_by_steps(kind, curves, recovery.chance, "Model"))
+        own = {"": label_look(0, **LINES), **CONTROLS}
+        curves = [Curve(WHOSE[who], points, own[who]) for who, points in whose.items()]
+        blocks.append(draw_by_steps(kind, curves, recovery.chance))
     if recovery.other:
         rest = [TableLine([name_words(name), measure, *map(values.get, WHOSE)])
                 for name, measure, values in recovery.other]  # fmt: skip
@@ -276,91 +281,87 @@ def show_one(entry: RunGroup, recovery: Recovery) -> list[Block]:
 def show_many(pairs: Sequence[tuple[RunGroup, Recovery]], labels: Sequence[str]) -> list[Block]:
     """The attacks on several methods: K*, a mark a method, and curves of relearning."""
     chance = pairs[0][1].chance
-    names = [" · ".join(filter(None, [entry.label, entry.group])) for entry, _ in pairs]
-    whole = [(name, entry.label, labels.index(entry.label), recovery)
-             for name, (entry, recovery) in zip(names, pairs, strict=True)]  # fmt: skip
-    shares = []
-    for name, label, i, one in sorted(whole, key=lambda item: item[3].worst.mean):
-        row = {"K*": one.worst, "method": name, "strongest attack": name_words(one.strongest)}
-        shares.append(Series(name, [row], label_look(i, size=10), label))
+    means: dict[str, list[float]] = {}
+    for _, recovery in pairs:
+        for attack, row in recovery.attacks.items():
+            means.setdefault(attack, []).append(row.accuracy.mean)
+    attacks = sorted(means, key=lambda attack: -fmean(means[attack]))
+    shares, strips, lines, by_texts = [], [], [], []
+    by_steps: dict[str, list[Curve]] = {}
+    for entry, recovery in sorted(pairs, key=lambda pair: pair[1].worst.mean):
+        name, label = " · ".join(filter(None, [entry.label, entry.group])), entry.label
+        i = labels.index(label)
+        share = {"K*": recovery.worst, "method": name}
+        share["strongest attack"] = name_words(recovery.strongest)
+        shares.append(Series(name, [share], label_look(i, size=10), label))
+        numbers = {attack: row.accuracy for attack, row in recovery.attacks.items()}
+        marks = [
+            {ACCURACY: one.mean, "attack": name_words(attack), "per cent": one}
+            for attack, one in numbers.items()
+        ]
+        strips.append(Series(name, marks, label_look(i, size=9), label))
+        lines.append(TableLine([name, *map(numbers.get, attacks)], label))
+        look = label_look(i, **LINES)
+        if recovery.texts:
+            best = max(recovery.texts.values(), key=lambda points: points[-1][1])
+            by_texts.append(Curve(name, best, look, label))
+        for kind, whose in recovery.steps.items():
+            by_steps.setdefault(kind, []).append(Curve(name, whose[""], look, label))
     title = "K*: the share of the knowledge that the best attack found"
     first = draw_figure(title, shares, "K*", "method", x_axis={"range": [-0.02, 1.04]})
-    means: dict[str, list[float]] = {}
-    for _, one in pairs:
-        for attack, row_ in one.attacks.items():
-            means.setdefault(attack, []).append(row_.accuracy.mean)
-    attacks = sorted(means, key=lambda attack: -fmean(means[attack]))
-    strips = [
-        Series(name, [{ACCURACY: one.attacks[attack].accuracy.mean, "attack": name_words(attack),
-                       "per cent": one.attacks[attack].accuracy}
-                      for attack in attacks if attack in one.attacks],
-               label_look(i, size=9), label)
-        for name, label, i, one in whole
-    ]  # fmt: skip
     second = draw_figure(
         "Accuracy under each attack, a mark a method", strips, ACCURACY, "attack",
         x_axis=PERCENT, y_axis={"categoryarray": [*map(name_words, attacks)]},
     )  # fmt: skip
     mark_value(second, "chance", x=chance)
-    lines = [
-        TableLine([name, *(one.attacks[a].accuracy if a in one.attacks else None for a in attacks)],
-                  label)
-        for name, label, _, one in whole
-    ]  # fmt: skip
     heads = ["Method", *(capitalise(name_words(attack)) for attack in attacks)]
     blocks: list[Block] = [first, second, Table("Accuracy under attack, per cent", heads, lines)]
-    looks = [label_look(i, mode="lines+markers", size=7) for _, _, i, _ in whole]
-    curves = [
-        (name, max(one.texts.values(), key=lambda points: points[-1][1]), look, label)
-        for (name, label, _, one), look in zip(whole, looks, strict=True)
-        if one.texts
-    ]
-    if curves:
-        blocks.append(draw_by_texts(curves, chance, "Method"))
-    for kind in dict.fromkeys(kind for _, one in pairs for kind in one.steps):
-        curves = [
-            (name, one.steps[kind][""], look, label)
-            for (name, label, _, one), look in zip(whole, looks, strict=True)
-            if kind in one.steps
-        ]
-        controls = next(one.steps[kind] for _, one in pairs if kind in one.steps)
-        curves += [(WHOSE[who], controls[who], CONTROLS[who], "") for who in controls if who]
-        blocks.append(draw_by_steps(kind, curves, chance, "Method"))
+    blocks += draw_by_texts(by_texts, chance)
+    for kind, curves in by_steps.items():
+        whose = next(one.steps[kind] for _, one in pairs if kind in one.steps)
+        curves += [Curve(WHOSE[who], whose[who], CONTROLS[who]) for who in whose if who]
+        blocks.append(draw_by_steps(kind, curves, chance))
     return blocks
 
 
-def draw_by_texts(curves: Sequence[Curve], chance: float, head: str) -> Beside:
-    """Accuracy by the number of texts learned again (E7)."""
+def draw_by_texts(curves: Sequence[Curve], chance: float) -> list[Beside]:
+    """Accuracy by the number of texts learned again (E7); nothing where there are no curves."""
+    if not curves:
+        return []
     note = "Fine-tuning on a few harmless texts, which say nothing of what is asked for"
-    note += ": of each method the variant that brings back most." if head == "Method" else "."
-    return draw_curves("Relearning by texts", note, "texts", curves, chance, head)
+    note += ": of each method the variant that brings back most." if curves[0].label else "."
+    return [draw_curves("Relearning by texts", note, "texts", curves, chance)]
 
 
-def draw_by_steps(kind: str, curves: Sequence[Curve], chance: float, head: str) -> Beside:
+def draw_by_steps(kind: str, curves: Sequence[Curve], chance: float) -> Beside:
     """Accuracy by the steps of one kind of relearning (E19)."""
     note = "Fine-tuning on other facts of the kind to be forgotten; none of them is asked for."
     if kind.startswith("neutral"):
         note = "Fine-tuning on harmless texts, which say nothing of what is asked for."
-    return draw_curves(f"Relearning by steps: {kind}", note, "steps", curves, chance, head)
+    return draw_curves(f"Relearning by steps: {kind}", note, "steps", curves, chance)
 
 
-def draw_curves(
-    title: str, note: str, unit: str, curves: Sequence[Curve], chance: float, head: str
-) -> Beside:
-    """The curves as a picture beside a table, with a head for its first column."""
-    budgets = sorted({at for _, points, _, _ in curves for at, _ in points})
+def draw_curves(title: str, note: str, unit: str, curves: Sequence[Curve], chance: float) -> Beside:
+    """The curves as a picture beside a table."""
+    budgets = sorted({at for curve in curves for at, _ in curve.points})
     series = [
-        Series(name, [{unit: str(at), "accuracy": value} for at, value in points], look, label)
-        for name, points, look, label in curves
-    ]
+        Series(one.name, [{unit: str(at), "accuracy": value} for at, value in one.points],
+               one.look, one.label)
+        for one in curves
+    ]  # fmt: skip
     figure = draw_figure(
         "", series, unit, "accuracy", y_axis=PERCENT, subject=title,
         x_axis={"title": f"{unit} learned again", "categoryarray": [*map(str, budgets)]},
-        legend=not all(label for *_, label in curves),
+        legend=not all(one.label for one in curves),
     )  # fmt: skip
     mark_value(figure, "chance", y=chance)
-    lines = [TableLine([name, *(percent_cell(dict(points).get(at)) for at in budgets)], label)
-             for name, points, _, label in curves]  # fmt: skip
-    heads = [head, *(f"{at}\n{unit if at else 'before'}" for at in budgets)]
+    lines = [
+        TableLine(
+            [one.name, *(percent_cell(dict(one.points).get(at)) for at in budgets)], one.label
+        )
+        for one in curves
+    ]
+    first = "Method" if curves[0].label else "Variant" if unit == "texts" else "Model"
+    heads = [first, *(f"{at}\n{unit if at else 'before'}" for at in budgets)]
     table = Table("Accuracy after relearning, per cent", heads, lines)
     return Beside(title, figure, table, [note])

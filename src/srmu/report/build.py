@@ -11,7 +11,6 @@ from typing import Any
 from srmu.errors import SrmuError
 from srmu.evals.benchmarks.score import FILE
 from srmu.evals.compare import method_label, metrics_of, run_setting, setting_words
-from srmu.report import runs as sections
 from srmu.report import studies
 from srmu.report.attacks import Recovery, attack_section, measure_recovery
 from srmu.report.benchmarks import benchmark_sections
@@ -26,13 +25,20 @@ from srmu.report.results import (
     read_run_file,
     strip_paths,
 )
+from srmu.report.runs import (
+    importance_section,
+    other_section,
+    record_sections,
+    subject_section,
+    tradeoff_section,
+    training_section,
+)
 from srmu.runs.run import Run
 
 MEAN = "mean utility"  # the column that the vertical axis of the trade-off plot shows
 FORGET = ("organism_hazard", "wmdp", "forget_texts")  # how tasks on what is to go are named
 LISTED = 4  # folders in the command that a page shows
 STUDIES = {"sweep.json": "sweep", "reproduce.json": "reproduction", "auto.json": "auto"}
-SIDE_BY_SIDE = "Ways of unlearning side by side"
 SUPPRESSED = (
     "A low score says that the knowledge is suppressed: the model no longer answers. It does not "
     "say that the knowledge is gone from the weights."
@@ -64,7 +70,9 @@ def write_report(
     command = " ".join(["srmu report", *typed, "-o", out.name])
     named = [(path, name) for path in paths for name in STUDIES if (path / name).is_file()]
     if not named:
-        return make_runs_page(*list_entries(paths), forget, utility, command).write(out)
+        entries, notes = list_entries(paths)
+        forget, utility = choose_metrics(entries, forget, utility)
+        return make_runs_page(entries, "", forget, utility, command, notes).write(out)
     (path, name), *_ = named
     if len(paths) > 1:
         raise SrmuError(
@@ -98,7 +106,7 @@ def write_runs_page(
     these must be accuracies. `title`, `command` and the labels are printed as they are: keep
     paths to private data out of them.
     """
-    return make_page(entries, title, forget_metrics, utility_metrics, command).write(out)
+    return make_runs_page(entries, title, forget_metrics, utility_metrics, command).write(out)
 
 
 # ---- what there is to report
@@ -124,15 +132,11 @@ def list_entries(paths: Sequence[Path]) -> tuple[list[RunGroup], list[str]]:
             raise SrmuError(f"{runs[0]} has no results; run `srmu eval {runs[0]}` first")
         unmeasured += len(runs) - len(measured)
         folders |= {run.resolve(): run for run in measured}
-    notes = []
-    if unmeasured:
-        verb = "has" if unmeasured == 1 else "have"
-        verb2 = "is" if unmeasured == 1 else "are"
-        notes.append(
-            f"{count_words(unmeasured, 'run')} {verb} no results yet and {verb2} not shown: "
-            "srmu eval measures a run."
-        )
-    return group_runs([Run.open(folder) for folder in folders.values()]), notes
+    left_out = (
+        f"{count_words(unmeasured, 'run')} without results left out: srmu eval measures a run."
+    )
+    entries = group_runs([Run.open(folder) for folder in folders.values()])
+    return entries, [left_out] if unmeasured else []
 
 
 def list_runs(folder: Path) -> list[Path]:
@@ -168,8 +172,10 @@ def group_runs(runs: Sequence[Run]) -> list[RunGroup]:
 def choose_metrics(
     entries: Sequence[RunGroup], forget: Sequence[str], utility: Sequence[str]
 ) -> tuple[list[str], list[str]]:
-    """The metrics of what is to be forgotten and of what is to be kept."""
+    """The metrics of what is to be forgotten and kept; none of runs with benchmarks alone."""
     runs = [run for entry in entries for run in entry.runs]
+    if not any(has_file(run, "results.json") for run in runs):
+        return [], []
     known = list(dict.fromkeys(name for run in runs for name in read_results(run)["after"]))
     for name in (*forget, *utility):
         if name not in known:
@@ -198,54 +204,35 @@ def choose_metrics(
 
 def make_runs_page(
     entries: Sequence[RunGroup],
-    notes: Sequence[str],
-    forget: Sequence[str],
-    utility: Sequence[str],
-    command: str,
-) -> Page:
-    """The page on runs that were found; one on benchmarks where they have nothing else."""
-    if any(has_file(run, "results.json") for entry in entries for run in entry.runs):
-        forget, utility = choose_metrics(entries, forget, utility)
-        return make_page(entries, "", forget, utility, command, notes)
-    labels = list(dict.fromkeys(entry.label for entry in entries))
-    recoveries = [measure_recovery(entry) for entry in entries]
-    headline = [
-        "Benchmarks of unlearning, each as its paper prints it, of the original model and of what "
-        "unlearning left of it.",
-        describe_attempts(recoveries),
-        *notes,
-    ]
-    title = entries[0].label if len(entries) == 1 else SIDE_BY_SIDE
-    parts = make_sections(entries, labels, recoveries, [])
-    return Page(f"{title}: benchmarks", headline, parts, command, labels)
-
-
-def make_page(
-    entries: Sequence[RunGroup],
     title: str,
     forget: Sequence[str],
     utility: Sequence[str],
     command: str,
     notes: Sequence[str] = (),
 ) -> Page:
-    """The page on runs: one, or several to compare."""
+    """The page on runs: one, or several to compare; without metrics one on their benchmarks."""
+    labels = list(dict.fromkeys(entry.label for entry in entries))
+    recoveries = [measure_recovery(entry) for entry in entries]
     columns = {metric: [metric] for metric in (*forget, *utility)}
     if len(utility) > 1:
         columns[MEAN] = list(utility)
-    labels = list(dict.fromkeys(entry.label for entry in entries))
-    rows = aggregate_columns(entries, columns)
-    recoveries = [measure_recovery(entry) for entry in entries]
-    if len(entries) > 1:
-        title, first = title or SIDE_BY_SIDE, describe_comparison(rows, forget)
+    parts = make_sections(entries, labels, recoveries, list(columns))
+    several = len(entries) > 1
+    if columns:
+        rows = aggregate_columns(entries, columns)
+        parts.insert(0, tradeoff_section(rows, labels, list(columns), forget, recoveries))
+        first = describe_comparison(rows, forget)
+        own = f"{labels[0]}: what was forgotten, and what came back"
+        if not several:
+            first = describe_method(rows[0], forget[0], list(columns)[-1])
     else:
-        title = title or f"{entries[0].label}: what was forgotten, and what came back"
-        first = describe_method(rows[0], forget[0], list(columns)[-1])
-    parts = [
-        sections.tradeoff_section(rows, labels, list(columns), forget, recoveries),
-        *make_sections(entries, labels, recoveries, list(columns)),
-    ]
-    headline = [first, describe_attempts(recoveries), *notes]
-    return Page(title, headline, parts, command, labels)
+        first = (
+            "Benchmarks of unlearning, each as its paper prints it, of the original model and of "
+            "what unlearning left of it."
+        )
+        own = f"{labels[0]}: benchmarks"
+    title = title or ("Ways of unlearning side by side" if several else own)
+    return Page(title, [first, describe_attempts(recoveries), *notes], parts, command, labels)
 
 
 def make_sections(
@@ -258,11 +245,11 @@ def make_sections(
     parts = [
         *benchmark_sections(entries, labels),
         attack_section(entries, labels, recoveries),
-        sections.training_section(entries, labels),
-        sections.importance_section(entries, labels),
-        sections.subject_section(entries),
-        sections.other_section(entries, known),
-        *sections.record_sections(entries),
+        training_section(entries, labels),
+        importance_section(entries, labels),
+        subject_section(entries),
+        other_section(entries, known),
+        *record_sections(entries),
     ]
     return [part for part in parts if part]
 
@@ -398,6 +385,7 @@ def make_auto_page(
     if not study.get("run"):
         headline.append("Nothing was chosen: the last step below says why, or where it stopped.")
         return Page("Chosen automatically", headline, parts, command)
-    page = make_runs_page(*list_entries([folder / study["run"]]), forget, utility, command)
-    sections_ = [*parts, *page.sections]
-    return Page("Chosen automatically", [*headline, *page.headline], sections_, command)
+    entries, _ = list_entries([folder / study["run"]])
+    page = make_runs_page(entries, "", *choose_metrics(entries, forget, utility), command)
+    parts += page.sections
+    return Page("Chosen automatically", [*headline, *page.headline], parts, command)

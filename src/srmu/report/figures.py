@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from html import escape, unescape
 from math import ceil, floor, log10
 from typing import Any, ClassVar, NamedTuple
@@ -242,69 +242,53 @@ def render_template(name: str, **values: Any) -> str:
 # ---- as an SVG for docs. Plotly's own export starts a Chrome, which not every machine has, writes
 # ---- other bytes each time, and does not follow light and dark.
 
-WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 780, 440, 64, 16, 560, 384
-LINE = 16  # between two names beside the plot
+WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 820, 440, 64, 16, 560, 384
+LINE = 16  # between two names
 MIDDLE = LEFT + 0.6 * (RIGHT - LEFT)  # names of marks to the right of it stand beside the plot
 
 
 class Scale(NamedTuple):
-    """An axis on paper: where a value lies, and its ticks."""
+    """An axis on paper: its title, where a value lies, how it is written, and the ticks."""
 
+    title: str
     place: Callable[[float], float]
-    ticks: Sequence[Mapping[str, Any]]
+    form: str
+    ticks: Sequence[float]
 
 
 @dataclass
-class Name:
-    """The name of a mark: where the mark is, and where its name."""
-
-    text: str
-    x: float
-    y: float
-    label_x: float = 0.0
-    label_y: float = 0.0
-
-
-@dataclass(frozen=True)
 class Drawing:
-    """A trace on paper: its marks, what they tell, and the error bars."""
+    """A trace on paper: its marks with what they tell, the error bars, and where its name is."""
 
     name: str
     trace: Any
     path: str
     dash: str
-    marks: list[tuple[float, float, str]] = field(default_factory=list)
-    bars: list[str] = field(default_factory=list)
+    marks: list[tuple[float, float, str]]
+    bars: list[str]
+    name_x: float = RIGHT + 32.0  # in the legend
+    name_y: float = 0.0
 
 
 def paint_svg(figure: Figure) -> str:
-    """A figure of marks and lines as an SVG that suits light and dark pages.
+    """Paint a figure of marks and lines as an SVG that suits light and dark pages.
 
     The names of traces whose mode has `text` stand beside their marks; others are in a legend.
     """
     plot = figure.plot
     across = scale_axis(plot.layout.xaxis, [t.x for t in plot.data], LEFT, RIGHT)
     down = scale_axis(plot.layout.yaxis, [t.y for t in plot.data], BOTTOM, TOP)
-    drawings = [draw_trace(trace, across, down, plot.layout) for trace in plot.data]
-    names = [
-        Name(one.name, *one.marks[-1][:2])
-        for one in drawings
-        if "text" in one.trace.mode and one.marks
-    ]
-    place_names(names)
-    return render_template(
-        "figure.svg",
-        figure=figure,
-        drawings=drawings,
-        legend=[one for one in drawings if "text" not in one.trace.mode],
-        names=names,
-        x_ticks=across.ticks,
-        y_ticks=down.ticks,
-        x_title=unescape(plot.layout.xaxis.title.text),
-        y_title=unescape(plot.layout.yaxis.title.text),
-        size={"width": WIDTH, "height": HEIGHT, "left": LEFT, "top": TOP, "right": RIGHT,
-              "bottom": BOTTOM, "line": LINE},
-    )  # fmt: skip
+    drawings = [draw_trace(trace, across, down) for trace in plot.data]
+    legend = [one for one in drawings if "text" not in one.trace.mode]
+    for i, one in enumerate(legend):
+        one.name_y = TOP + 6 + 22 * i
+    names = [one for one in drawings if "text" in one.trace.mode]
+    place_names([one for one in names if one.marks[0][0] < MIDDLE])
+    place_names([one for one in names if one.marks[0][0] >= MIDDLE])
+    size = {"width": WIDTH, "height": HEIGHT, "left": LEFT, "top": TOP, "right": RIGHT,
+            "bottom": BOTTOM}  # fmt: skip
+    values = {"figure": figure, "drawings": drawings, "legend": legend, "names": names}
+    return render_template("figure.svg", x=across, y=down, **values, **size)
 
 
 def scale_axis(axis: Any, columns: Sequence[Any], start: float, end: float) -> Scale:
@@ -320,39 +304,34 @@ def scale_axis(axis: Any, columns: Sequence[Any], start: float, end: float) -> S
         return round(start + (value - low) / (high - low) * (end - start), 1)
 
     ticks = [step * i for i in range(ceil(low / step - 1e-9), floor(high / step + 1e-9) + 1)]
-    form = axis.tickformat or ".4g"
-    return Scale(place, [{"at": place(tick), "text": format(tick, form)} for tick in ticks])
+    return Scale(unescape(axis.title.text), place, axis.tickformat or ".4g", ticks)
 
 
-def draw_trace(trace: Any, across: Scale, down: Scale, layout: Any) -> Drawing:
+def draw_trace(trace: Any, across: Scale, down: Scale) -> Drawing:
     """A trace on paper."""
-    symbol = trace.marker.symbol.removesuffix("-open")
-    one = Drawing(unescape(trace.name), trace, SHAPES[symbol], DASHES[trace.line.dash or "solid"])
+    name, marks, bars = unescape(trace.name), [], []
     for i, (x, y) in enumerate(zip(trace.x, trace.y, strict=True)):
-        titles = (
-            f"{unescape(axis.title.text)} {format(value, axis.tickformat or '.4g')}"
-            for axis, value in ((layout.xaxis, x), (layout.yaxis, y))
-        )
-        one.marks.append((across.place(x), down.place(y), f"{one.name}: {', '.join(titles)}"))
-        if trace.error_x.array is not None:
-            low, high = x - trace.error_x.arrayminus[i], x + trace.error_x.array[i]
-            one.bars.append(f"M{across.place(low)} {down.place(y)}H{across.place(high)}")
-        if trace.error_y.array is not None:
-            low, high = y - trace.error_y.arrayminus[i], y + trace.error_y.array[i]
-            one.bars.append(f"M{across.place(x)} {down.place(low)}V{down.place(high)}")
-    return one
+        values = f"{across.title} {x:{across.form}}, {down.title} {y:{down.form}}"
+        marks.append((across.place(x), down.place(y), f"{name}: {values}"))
+        if (bar := trace.error_x).array is not None:
+            ends = across.place(x - bar.arrayminus[i]), across.place(x + bar.array[i])
+            bars.append(f"M{ends[0]} {down.place(y)}H{ends[1]}")
+        if (bar := trace.error_y).array is not None:
+            ends = down.place(y - bar.arrayminus[i]), down.place(y + bar.array[i])
+            bars.append(f"M{across.place(x)} {ends[0]}V{ends[1]}")
+    path = SHAPES[trace.marker.symbol.removesuffix("-open")]
+    return Drawing(name, trace, path, DASHES[trace.line.dash], marks, bars)
 
 
-def place_names(names: Sequence[Name]) -> None:
+def place_names(drawings: Sequence[Drawing]) -> None:
     """Place each name as high as its mark, or as near to that as there is room."""
-    for beside in (True, False):
-        group = [one for one in names if (one.x < MIDDLE) is beside]
-        lowest = TOP + 10.0
-        for one in sorted(group, key=lambda one: (one.y, one.x)):
-            one.label_x = one.x + 10 if beside else RIGHT + 14
-            one.label_y = max(one.y, lowest)
-            lowest = one.label_y + LINE
-        highest = BOTTOM - 4.0
-        for one in sorted(group, key=lambda one: -one.label_y):
-            one.label_y = round(min(one.label_y, highest), 1)
-            highest = one.label_y - LINE
+    lowest = TOP + 10.0
+    for one in sorted(drawings, key=lambda one: (one.marks[0][1], one.marks[0][0])):
+        x, y, _ = one.marks[0]
+        one.name_x = x + 10 if x < MIDDLE else RIGHT + 14
+        one.name_y = max(y, lowest)
+        lowest = one.name_y + LINE
+    highest = BOTTOM - 4.0
+    for one in sorted(drawings, key=lambda one: -one.name_y):
+        one.name_y = round(min(one.name_y, highest), 1)
+        highest = one.name_y - LINE

@@ -26,7 +26,7 @@ class Cell(NamedTuple):
     sort: float | None = None
 
 
-TALL = 16  # lines above which a table of numbers scrolls
+TALL = 20  # lines above which a table of numbers scrolls
 Value = Cell | Estimate | str | float | None  # None: not measured
 
 

@@ -255,7 +255,7 @@ def draw_map(one: Mapping[str, Any], labels: Sequence[str]) -> Beside:
     )  # fmt: skip
     mark_value(figure, "uniform", y=mean)
     lines = [
-        TableLine([Cell(row["dimension"], "", int(row["dimension"])), row["importance"]])
+        TableLine([int(row["dimension"]), Cell(f"{row['importance']:.3f}", "", row["importance"])])
         for row in rows[:LARGEST]
     ]
     caption = "Importance by dimension" if len(sizes) <= LARGEST else f"The largest {LARGEST}"
