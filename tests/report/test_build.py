@@ -261,7 +261,7 @@ def test_topics_that_take_turns_give_one_curve(tmp_path):
     (entry.runs[0] / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
     html = page_text([entry], tmp_path / "r.html")
     assert '"x": [0, 2, 4], "y": [2.0, 2.0, 2.0]' in html
-    assert '"meta": "SRMU"' in html
+    assert '"legendgroup": "SRMU"' in html
     assert "Forget loss" in Page(html).text
 
 
@@ -394,10 +394,10 @@ def test_relearning_by_steps_of_several_methods(tmp_path):
     section = attack_section(entries, ["SRMU", "RMU"], found)
     drawn = {b.title: b for b in section.blocks if isinstance(b, Beside)}
     picture = drawn["Relearning by steps: LoRA"].figure
-    assert [t["name"] for t in picture.traces] == ["SRMU", "RMU", "original", "oracle"]
-    assert [t.get("meta") for t in picture.traces] == ["SRMU", "RMU", None, None]
-    assert picture.traces[1]["x"] == ["0", "20", "100"]
-    assert picture.traces[1]["y"][-1] == pytest.approx(0.9)
+    assert [t.name for t in picture.plot.data] == ["SRMU", "RMU", "original", "oracle"]
+    assert [t.legendgroup for t in picture.plot.data] == ["SRMU", "RMU", None, None]
+    assert picture.plot.data[1].x == ("0", "20", "100")
+    assert picture.plot.data[1].y[-1] == pytest.approx(0.9)
     assert "Relearning by steps: neutral texts, full weights" in drawn
 
 
@@ -428,7 +428,7 @@ def test_a_sweep(tmp_path):
     page = Page(write_report([folder], tmp_path / "r.html").read_text())
     assert "15 of 18 trials, each over 2 seeds" in page.text
     assert "failed: diverged at step 3, see forget.jsonl" in page.text
-    assert "method.kappa 71 %" in page.text
+    assert "method.kappa 71.0" in page.text
     front = json.loads((folder / "sweep.json").read_text())["front"]
     assert page.text.count("on the front") >= len(front)
     assert f"{len(front) - 1} of {len(front)} trials on the front were not attacked" in page.text
@@ -443,7 +443,7 @@ def test_an_automatic_choice(tmp_path):
     folder = write_auto(tmp_path / "auto")
     text = Page(write_report([folder], tmp_path / "r.html").read_text()).text
     assert "at most 1.0% of the utility" in text
-    assert "4, chosen 62.0 0.4" in text
+    assert "4 62 0.4" in text and "Layer 4 was chosen." in text
     assert "The retain texts use 47% of the forget texts' words." in text
     assert "forgetting 66.0" in text
     assert "The strongest, benign relearning" in text

@@ -81,7 +81,7 @@ def again(tmp_path_factory: pytest.TempPathFactory) -> Any:
         found = reproduce_paper("all", plan, command="srmu reproduce all", spec=spec)
         first, made = made, []
         assert reproduce_paper("all", plan, command="srmu reproduce all", spec=spec) == found
-    markdown.write_reproduction(found, out)
+    markdown.write_study(found, out)
     return found, out, first, made
 
 
@@ -166,8 +166,8 @@ def test_diverged_points_are_marked(again: Any) -> None:
             assert large["why"] == "diverged in 2 of 2 runs"
         assert {c["verdict"] for c in figure["claims"]} == {"not tested"}
         drawn = ElementTree.fromstring((out / f"{figure['name']}.svg").read_text())
-        spots = [e for e in drawn.iter() if e.tag.endswith("circle")]
-        assert len(spots) == 2 * 2  # a point and an entry of the legend each
+        spots = [e for e in drawn.iter() if e.get("class") == "mark"]
+        assert len(spots) == 2  # a point of each series
 
 
 def test_a_second_call_makes_no_run(again: Any) -> None:

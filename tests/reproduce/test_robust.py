@@ -20,7 +20,7 @@ from srmu.engine.weights import load_delta
 from srmu.errors import SrmuError
 from srmu.evals.matched import match_utility
 from srmu.evals.results import RESULTS, load_results, read_attacks, read_metrics
-from srmu.report import frontier_tables
+from srmu.report import markdown
 from srmu.reproduce import experiment, robust
 from srmu.reproduce.experiment import NOT_RUN, read_preset
 from srmu.reproduce.robust import measure_frontier, plan_frontier, read_frontier
@@ -216,7 +216,7 @@ def test_interrupted_it_goes_on(small: Any, found: dict[str, Any], monkeypatch: 
 
 def test_pages_have_neither_dates_nor_paths(small: Any, found: dict[str, Any]) -> None:
     out, _ = small
-    paths = frontier_tables.write_robust(found, out)
+    paths = markdown.write_study(found, out)
     assert [path.name for path in paths] == ["robust.json", "robust.md", "robust-closed-high.svg"]
     text = (out / "robust.md").read_text()
     assert text.startswith(f"```bash\n{COMMAND}\n```")
@@ -225,20 +225,12 @@ def test_pages_have_neither_dates_nor_paths(small: Any, found: dict[str, Any]) -
         assert str(out.parent) not in shared
         assert not re.search(r"\b20\d\d-\d\d", shared)
     drawn = ElementTree.fromstring(paths[-1].read_text())
-    spots = [e for e in drawn.iter() if e.tag.endswith("circle")]
+    spots = [e for e in drawn.iter() if e.get("class") == "mark"]
     assert len(spots) == 3  # the original, the oracle, SRMU
     this = asked(out)
     (page,) = write_frontier_reports(this, read_frontier(this), COMMAND)
     assert page.name == "robust-closed-high.html"
     assert "SRMU" in page.read_text()
-
-
-def test_labels_do_not_lie_on_each_other() -> None:
-    points = [{"x": 500.0, "y": 20.0 + i % 3} for i in range(12)]
-    frontier_tables.place_labels(points, lambda p: p["x"])
-    heights = sorted(point["label_y"] for point in points)
-    assert min(np.diff(heights)) >= frontier_tables.LINE
-    assert heights[0] >= frontier_tables.TOP and heights[-1] <= frontier_tables.BOTTOM
 
 
 # ---- the share

@@ -191,9 +191,9 @@ def reproduce_command(
         print_result(found, as_json, *lines, "next: the same without --dry-run")
         return
     found = again.reproduce_paper(what, place, command=command, watch=show_progress)
-    paths = [*markdown.write_reproduction(found, out), drawn([out], out / "report.html")]
+    paths = [*markdown.write_study(found, out), drawn([out], out / "report.html")]
     if not as_json:
-        markdown.print_reproduction(found)
+        markdown.print_study(found)
     wrote = ", ".join(str(shorten_path(path)) for path in paths)
     print_result(
         found, as_json, f"wrote {wrote}", f"next: open {shorten_path(paths[-1])} in a browser"
@@ -204,7 +204,7 @@ def held_up(
     what: str, out: Path, asked: dict[str, Any], dry_run: bool, show: bool, as_json: bool
 ) -> None:
     """What stays gone under attack: `srmu reproduce robust`, `ablations` and `methods`."""
-    from srmu.report import frontier_tables
+    from srmu.report import markdown
     from srmu.reproduce import robust as frontier
     from srmu.reproduce.robust_tables import build_frontier_tables, write_frontier_reports
 
@@ -229,11 +229,11 @@ def held_up(
     command = shlex.join(["srmu", "reproduce", what, *options, *asked["overrides"]])
     found = build_frontier_tables(wanted, made, command)
     paths = [
-        *frontier_tables.write_robust(found, out),
+        *markdown.write_study(found, out),
         *write_frontier_reports(wanted, made, command),
     ]
     if not as_json:
-        frontier_tables.print_robust(found)
+        markdown.print_study(found)
     wrote = ", ".join(str(shorten_path(path)) for path in paths)
     print_result(
         found, as_json, f"wrote {wrote}", f"next: open {shorten_path(paths[-1])} in a browser"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,11 @@ from srmu.errors import SrmuError
 from srmu.evals.compare import metrics_of
 from srmu.evals.results import read_attacks, read_benchmarks
 from srmu.evals.settings import method_label, run_setting, setting_words
-from srmu.report import runs as sections
 from srmu.report import studies
 from srmu.report.attacks import Recovery, attack_section, measure_recovery
 from srmu.report.benchmarks import benchmark_sections
-from srmu.report.format import metric_words, name_words, share_cell
-from srmu.report.html import Page, Section
+from srmu.report.format import count_words, metric_words, name_words
+from srmu.report.html import Page, Section, share_cell
 from srmu.report.results import (
     GroupRow,
     RunGroup,
@@ -26,10 +26,17 @@ from srmu.report.results import (
     read_run_file,
     strip_paths,
 )
+from srmu.report.runs import (
+    importance_section,
+    other_section,
+    record_sections,
+    subject_section,
+    tradeoff_section,
+    training_section,
+)
 from srmu.runs.run import Run
 
 MEAN = "mean utility"  # the column that the vertical axis of the trade-off plot shows
-
 FORGET = ("organism_hazard", "wmdp", "forget_texts")  # how tasks on what is to go are named
 LISTED = 4  # folders in the command that a page shows
 STUDIES = {"sweep.json": "sweep", "reproduce.json": "reproduction", "auto.json": "auto"}
@@ -52,30 +59,37 @@ def write_report(
 ) -> Path:
     """Write the page on the runs in the folders `paths`, or on the one study that they name.
 
-    `forget` and `utility` name metrics, such as quiz/acc; by default those that the attacks asked,
+    `forget` and `utility` name metrics of `results.json`; by default those that the attacks asked,
     else those of the testbed or WMDP, and the other tasks that the runs were to be evaluated on.
     SrmuError where there is nothing to show, which leaves `out` as it was.
     """
     for path in paths:
         if not path.is_dir():
             raise SrmuError(f"{path} is not a folder; name that of a run, or one that holds runs")
-    named = [(path, name) for path in paths for name in STUDIES if (path / name).is_file()]
     folders = [path.resolve().name for path in paths]
     typed = folders if len(folders) <= LISTED else [*folders[:LISTED], "\N{HORIZONTAL ELLIPSIS}"]
     command = " ".join(["srmu report", *typed, "-o", out.name])
+    named = [(path, name) for path in paths for name in STUDIES if (path / name).is_file()]
     if not named:
-        entries, notes = entries_of(paths)
-        if not any(has_results(run) for entry in entries for run in entry.runs):
-            return page_of_suites(entries, command, notes).write(out)
+        entries, notes = list_entries(paths)
         forget, utility = choose_metrics(entries, forget, utility)
-        return page_of_runs(entries, "", forget, utility, command, notes).write(out)
+        return make_runs_page(entries, "", forget, utility, command, notes).write(out)
+    (path, name), *_ = named
     if len(paths) > 1:
         raise SrmuError(
-            f"{named[0][0]} holds a {STUDIES[named[0][1]]}, which has a report of its own: name "
-            "it alone"
+            f"{path} holds a {STUDIES[name]}, which has a report of its own: name it alone"
         )
-    (path, name), *_ = named
-    return page_of_study(path, name, command, forget, utility).write(out)
+    study = read_run_file(path / name)
+    try:
+        if name == "sweep.json":
+            page = make_sweep_page(path, study, command)
+        elif name == "reproduce.json":
+            page = make_reproduction_page(study, command)
+        else:
+            page = make_auto_page(path, study, command, forget, utility)
+    except (KeyError, TypeError) as error:
+        raise SrmuError(f"{path / name} is damaged: no {error}; make it again") from None
+    return page.write(out)
 
 
 def write_runs_page(
@@ -93,33 +107,47 @@ def write_runs_page(
     these must be accuracies. `title`, `command` and the labels are printed as they are: keep
     paths to private data out of them.
     """
-    return page_of_runs(entries, title, forget_metrics, utility_metrics, command).write(out)
+    return make_runs_page(entries, title, forget_metrics, utility_metrics, command).write(out)
 
 
 # ---- what there is to report
 
 
-def entries_of(paths: Sequence[Path]) -> tuple[list[RunGroup], list[str]]:
-    """The runs in these folders, those that differ in their seed or testbed together.
+def list_entries(paths: Sequence[Path]) -> tuple[list[RunGroup], list[str]]:
+    """The runs in these folders, those together that differ in their seed or testbed alone.
 
-    And what to know of those that were left out.
+    And notes on runs that were left out.
     """
     folders: dict[Path, Path] = {}
-    unmeasured = []
+    unmeasured = 0
     for path in paths:
-        found = [path] if (path / "record.json").is_file() else runs_in(path)
-        if not found:
+        runs = [path] if (path / "record.json").is_file() else list_runs(path)
+        if not runs:
             raise SrmuError(
                 f"{path} holds no run, sweep or reproduction: srmu unlearn, srmu sweep and srmu "
                 "reproduce make them"
             )
-        measured = [run for run in found if has_results(run)]
-        measured = measured or [run for run in found if read_benchmarks(run)]
+        measured = [run for run in runs if has_results(run)]
+        measured = measured or [run for run in runs if read_benchmarks(run)]
         if not measured:
-            raise SrmuError(f"{found[0]} has no results; run `srmu eval {found[0]}` first")
-        unmeasured += [run for run in found if run not in measured]
+            raise SrmuError(f"{runs[0]} has no results; run `srmu eval {runs[0]}` first")
+        unmeasured += len(runs) - len(measured)
         folders |= {run.resolve(): run for run in measured}
-    runs = [Run.open(folder) for folder in folders.values()]
+    left_out = (
+        f"{count_words(unmeasured, 'run')} without results left out: srmu eval measures a run."
+    )
+    entries = group_runs([Run.open(folder) for folder in folders.values()])
+    return entries, [left_out] if unmeasured else []
+
+
+def list_runs(folder: Path) -> list[Path]:
+    """The finished runs one or two levels below a folder."""
+    records = [*folder.glob("*/record.json"), *folder.glob("*/*/record.json")]
+    return sorted(path.parent for path in records)
+
+
+def group_runs(runs: Sequence[Run]) -> list[RunGroup]:
+    """An entry for each method and strength; strengths of one method are in its label."""
     kinds = {run.folder: setting_words(run.config) for run in runs}
     points: dict[Hashable, list[Run]] = {}
     for run in runs:
@@ -137,54 +165,45 @@ def entries_of(paths: Sequence[Path]) -> tuple[list[RunGroup], list[str]]:
         ]
         for options, same in sorted(strengths, key=lambda one: [one[0].get(k) or 0 for k in apart]):
             numbers = [f"{key.rpartition('.')[2]}={options.get(key)}" for key in apart]
-            whole = ", ".join([name, *numbers])
-            entries.append(RunGroup(whole, "", tuple(run.folder for run in same)))
-    notes = []
-    if unmeasured:
-        some = "1 run has" if len(unmeasured) == 1 else f"{len(unmeasured)} runs have"
-        notes.append(f"{some} no results yet and is not shown: srmu eval measures a run.")
-    return entries, notes
-
-
-def runs_in(folder: Path) -> list[Path]:
-    """The finished runs one or two levels below a folder."""
-    found = [*folder.glob("*/record.json"), *folder.glob("*/*/record.json")]
-    return sorted(path.parent for path in found)
+            label = ", ".join([name, *numbers])
+            entries.append(RunGroup(label, "", tuple(run.folder for run in same)))
+    return entries
 
 
 def choose_metrics(
     entries: Sequence[RunGroup], forget: Sequence[str], utility: Sequence[str]
 ) -> tuple[list[str], list[str]]:
-    """The metrics of what is to be forgotten and of what is to be kept."""
+    """The metrics of what is to be forgotten and kept; none of runs with benchmarks alone."""
     runs = [run for entry in entries for run in entry.runs]
+    if not any(has_results(run) for run in runs):
+        return [], []
     known = list(dict.fromkeys(name for run in runs for name in read_results(run)["after"]))
     for name in (*forget, *utility):
         if name not in known:
             raise SrmuError(f"no run has the result {name}; there are {', '.join(known)}")
-    tasks = [task for run in runs for task in Run.open(run).config.eval]
-    asked = [metrics_of(attacks) for run in runs if (attacks := read_attacks(run))]
+    asked = [metrics_of(one) for run in runs if (one := read_attacks(run))]
     if asked:
         joined = " + ".join(name.removesuffix("/acc") for name in asked[0][0]) + "/acc"
         forget = forget or [name for name in asked[0][0] if name in known] or [joined]
         utility = utility or [name for name in asked[0][1] if name in known]
-    # of a task's other halves none is in the plot
+    # the other halves of a task are not in the plot
     whole = [name for name in known if re.search(r"(?<!_val)(?<!_held)/acc$", name)]
     forget = forget or [name for name in whole if name.startswith(FORGET)]
-    left = [name for name in whole if name not in forget]
-    utility = utility or [name for name in left if name.removesuffix("/acc") in tasks] or left
-    for which, option in ((forget, "--forget"), (utility, "--utility")):
-        if not which:
-            what = "should fall" if option == "--forget" else "should stay"
+    rest = [name for name in whole if name not in forget]
+    tasks = [task for run in runs for task in Run.open(run).config.eval]
+    utility = utility or [name for name in rest if name.removesuffix("/acc") in tasks] or rest
+    for metrics, option, what in ((forget, "--forget", "fall"), (utility, "--utility", "stay")):
+        if not metrics:
             raise SrmuError(
-                f"{option}: name the metrics that {what}, a,b; there are {', '.join(known)}"
+                f"{option}: name the metrics that should {what}, a,b; there are {', '.join(known)}"
             )
     return list(forget), list(utility)
 
 
-# ---- pages
+# ---- pages on runs
 
 
-def page_of_runs(
+def make_runs_page(
     entries: Sequence[RunGroup],
     title: str,
     forget: Sequence[str],
@@ -192,61 +211,46 @@ def page_of_runs(
     command: str,
     notes: Sequence[str] = (),
 ) -> Page:
-    """The page on runs: one, or several to compare."""
+    """The page on runs: one, or several to compare; without metrics one on their benchmarks."""
+    labels = list(dict.fromkeys(entry.label for entry in entries))
+    recoveries = [measure_recovery(entry) for entry in entries]
     columns = {metric: [metric] for metric in (*forget, *utility)}
     if len(utility) > 1:
         columns[MEAN] = list(utility)
-    labels = list(dict.fromkeys(entry.label for entry in entries))
-    measured = aggregate_columns(entries, columns)
-    found = [measure_recovery(entry) for entry in entries]
-    parts = [
-        sections.tradeoff_section(measured, labels, list(columns), forget, found),
-        *parts_of_runs(entries, labels, found, list(columns)),
-    ]
-    if len(entries) > 1:
-        headline = [describe_comparison(measured, forget)]
+    parts = make_sections(entries, labels, recoveries, list(columns))
+    several = len(entries) > 1
+    if columns:
+        rows = aggregate_columns(entries, columns)
+        parts.insert(0, tradeoff_section(rows, labels, list(columns), forget, recoveries))
+        first = describe_comparison(rows, forget)
+        own = f"{labels[0]}: what was forgotten, and what came back"
+        if not several:
+            first = describe_method(rows[0], forget[0], list(columns)[-1])
     else:
-        title = title or f"{entries[0].label}: what was forgotten, and what came back"
-        headline = [describe_method(measured[0], forget[0], list(columns)[-1])]
-    headline.append(describe_attempts(found))
-    return Page(
-        title or "Ways of unlearning side by side",
-        [*headline, *notes],
-        parts,
-        command,
-        labels,
-    )
+        first = (
+            "Benchmarks of unlearning, each as its paper prints it, of the original model and of "
+            "what unlearning left of it."
+        )
+        own = f"{labels[0]}: benchmarks"
+    title = title or ("Ways of unlearning side by side" if several else own)
+    return Page(title, [first, describe_attempts(recoveries), *notes], parts, command, labels)
 
 
-def page_of_suites(entries: Sequence[RunGroup], command: str, notes: Sequence[str] = ()) -> Page:
-    """The page on runs that were measured on benchmarks only."""
-    labels = list(dict.fromkeys(entry.label for entry in entries))
-    found = [measure_recovery(entry) for entry in entries]
-    headline = [
-        "Benchmarks of unlearning, each as its paper prints it, of the original model and of what "
-        "unlearning left of it.",
-        describe_attempts(found),
-    ]
-    title = entries[0].label if len(entries) == 1 else "Ways of unlearning side by side"
-    parts = parts_of_runs(entries, labels, found, [])
-    return Page(f"{title}: benchmarks", [*headline, *notes], parts, command, labels)
-
-
-def parts_of_runs(
+def make_sections(
     entries: Sequence[RunGroup],
     labels: Sequence[str],
-    found: Sequence[Recovery | None],
+    recoveries: Sequence[Recovery | None],
     known: Sequence[str],
 ) -> list[Section]:
     """What there is to say of runs beyond the trade-off; only what they have data on."""
     parts = [
         *benchmark_sections(entries, labels),
-        attack_section(entries, labels, found),
-        sections.training_section(entries, labels),
-        sections.importance_section(entries, labels),
-        sections.subject_section(entries),
-        sections.other_section(entries, known),
-        *sections.record_sections(entries),
+        attack_section(entries, labels, recoveries),
+        training_section(entries, labels),
+        importance_section(entries, labels),
+        subject_section(entries),
+        other_section(entries, known),
+        *record_sections(entries),
     ]
     return [part for part in parts if part]
 
@@ -265,14 +269,14 @@ def describe_method(row: GroupRow, forget: str, kept: str) -> str:
     )
 
 
-def describe_comparison(found: Sequence[GroupRow], forget: Sequence[str]) -> str:
+def describe_comparison(rows: Sequence[GroupRow], forget: Sequence[str]) -> str:
     """What a comparison shows, in sentences."""
-    groups = list(dict.fromkeys(row.group for row in found))
-    labels = len({row.label for row in found})
-    seeds = " or ".join(map(str, sorted({row.seeds for row in found})))
+    groups = list(dict.fromkeys(row.group for row in rows))
+    ways = count_words(len({row.label for row in rows}), "way")
+    seeds = " or ".join(map(str, sorted({row.seeds for row in rows})))
     inside = f" in {len(groups)} settings ({', '.join(groups)})" if len(groups) > 1 else ""
     return (
-        f"This page compares {labels} way{'s' if labels > 1 else ''} of making a language model "
+        f"This page compares {ways} of making a language model "
         f"unlearn chosen knowledge{inside}. The same questions were asked before and after. A good "
         f"result brings the score on the knowledge to forget "
         f"({', '.join(map(metric_words, forget))}) "
@@ -283,118 +287,106 @@ def describe_comparison(found: Sequence[GroupRow], forget: Sequence[str]) -> str
     )
 
 
-def describe_attempts(found: Sequence[Recovery | None], of: str = "methods") -> str:
+def describe_attempts(recoveries: Sequence[Recovery | None], whose: str = "methods") -> str:
     """What was done to bring the knowledge back, and what that says."""
-    some = [one for one in found if one]
-    if not some:
+    attacked = sorted((one for one in recoveries if one), key=lambda one: one.worst.value)
+    if not attacked:
         return f"{SUPPRESSED} {NO_ATTACK}"
-    tried = len({name for one in some for name in one.attacks} - {"forced_choice"})
-    tiers = ", ".join(dict.fromkeys(one.tier for one in some))
+    tried = len({name for one in attacked for name in one.attacks} - {"forced_choice"})
+    tiers = ", ".join(dict.fromkeys(one.tier for one in recoveries if one))
     text = f"{tried} attacks (tier: {tiers}) tried to bring it back. "
-    if len(some) == 1:
-        (one,) = some
-        worst = share_cell(one.worst)
+    least, most = share_cell(attacked[0].worst), share_cell(attacked[-1].worst)
+    if len(attacked) == 1:
         text += (
-            f"The strongest, {name_words(one.strongest)}, found {one.worst.value:.0%} of the "
-            f"original knowledge (K* = {worst.text}, 95 % interval {worst.span})."
+            f"The strongest, {name_words(attacked[0].strongest)}, found "
+            f"{attacked[0].worst.value:.0%} of the original knowledge (K* = {most.text}, 95 % "
+            f"interval {most.span})."
         )
     else:
-        least, most = (pick(some, key=lambda one: one.worst.value).worst for pick in (min, max))
         text += (
             "K*, the share of the original knowledge that the best attack found, lies between "
-            f"{share_cell(least).text} and {share_cell(most).text}."
+            f"{least.text} and {most.text}."
         )
-    if len(some) < len(found):
-        text += f" {len(found) - len(some)} of {len(found)} {of} were not attacked."
+    if len(attacked) < len(recoveries):
+        missing = len(recoveries) - len(attacked)
+        text += f" {missing} of {len(recoveries)} {whose} were not attacked."
     return f"{text} {SUPPRESSED}"
 
 
-def page_of_study(
-    folder: Path, name: str, command: str, forget: Sequence[str], utility: Sequence[str]
-) -> Page:
-    """The page on a sweep, a reproduction or an automatic choice."""
-    found = read_run_file(folder / name)
-    try:
-        if name == "sweep.json":
-            return sweep_page(folder, found, command)
-        if name == "reproduce.json":
-            return reproduction_page(found, command)
-        return auto_page(folder, found, command, forget, utility)
-    except (KeyError, TypeError) as error:
-        raise SrmuError(f"{folder / name} is damaged: no {error}; make it again") from None
+# ---- pages on studies
 
 
-def sweep_page(folder: Path, found: Mapping[str, Any], command: str) -> Page:
-    done = [trial for trial in found["trials"] if trial["state"] == "complete"]
+def make_sweep_page(folder: Path, study: studies.Study, command: str) -> Page:
+    """The page on a sweep, with the runs on its front that are still there."""
+    done = studies.complete_trials(study)
     if not done:
         raise SrmuError(f"{folder} has no finished trial yet; go on with `srmu sweep`")
     ways = {"minimize": "lowest", "maximize": "highest"}
     wanted = " and the ".join(
-        f"{ways[way]} {metric_words(m)}" for m, way in found["objectives"].items()
+        f"{ways[way]} {metric_words(metric)}" for metric, way in study["objectives"].items()
     )
-    seeds = len(found["seeds"])
-    headline = [
-        f"{len(done)} of {len(found['trials'])} trials, each over "
-        f"{seeds} seed{'s' if seeds > 1 else ''}, in search of the {wanted}; "
-        f"{len(found['front'])} of them no other trial beats.",
-    ]
     entries = [
         RunGroup(f"trial {trial['number']}", "", tuple(folder / run for run in trial["runs"]))
         for trial in done
-        if trial["number"] in found["front"] and trial["runs"]
+        if trial["number"] in study["front"] and trial["runs"]
         if all((folder / run / "config.yaml").is_file() for run in trial["runs"])
     ]
     recoveries = [measure_recovery(entry) for entry in entries]
-    others = [None] * (len(found["front"]) - len(entries))
-    headline.append(describe_attempts([*recoveries, *others], "trials on the front"))
-    labels = [entry.label for entry in entries]
-    parts = studies.sweep_sections(found)
-    if entries:
-        parts += parts_of_runs(entries, labels, recoveries, list(found["objectives"]))
-    shown = [*studies.labels_of(found), *labels]
-    return Page(f"Sweep {found['name']}", headline, parts, command, shown)
-
-
-def reproduction_page(found: Mapping[str, Any], command: str) -> Page:
-    claims = [one for part in (*found["tables"], *found["figures"]) for one in part["claims"]]
-    verdicts = [one["verdict"] for one in claims]
-    count = ", ".join(
-        f"{verdict}: {verdicts.count(verdict)}" for verdict in dict.fromkeys(verdicts)
-    )
-    model = name_words(str(found["model"])).rpartition("/")[2]
-    seeds = len(found["seeds"])
-    first = (
-        f"The paper's experiments repeated on {model} over {seeds} seed{'s' if seeds > 1 else ''}, "
-        "beside the paper's own numbers."
-    )
+    others = [None] * (len(study["front"]) - len(entries))
     headline = [
-        f"{first} Of {len(claims)} claims, {count}." if claims else first,
+        f"{len(done)} of {len(study['trials'])} trials, each over "
+        f"{count_words(len(study['seeds']), 'seed')}, in search of the {wanted}; "
+        f"{len(study['front'])} of them no other trial beats.",
+        describe_attempts([*recoveries, *others], "trials on the front"),
+    ]
+    labels = [entry.label for entry in entries]
+    parts = studies.sweep_sections(study)
+    parts += make_sections(entries, labels, recoveries, list(study["objectives"]))
+    shown = [*studies.sweep_labels(study), *labels]
+    return Page(f"Sweep {study['name']}", headline, parts, command, shown)
+
+
+def make_reproduction_page(study: studies.Study, command: str) -> Page:
+    """The page on a reproduction of the paper."""
+    claims = [one for part in (*study["tables"], *study["figures"]) for one in part["claims"]]
+    verdicts = Counter(one["verdict"] for one in claims)
+    model = name_words(str(study["model"])).rpartition("/")[2]
+    first = (
+        f"The paper's experiments repeated on {model} over "
+        f"{count_words(len(study['seeds']), 'seed')}, beside the paper's own numbers."
+    )
+    if claims:
+        count = ", ".join(f"{verdict}: {many}" for verdict, many in verdicts.items())
+        first += f" Of {len(claims)} claims, {count}."
+    headline = [
+        first,
         "Another model and other knowledge than the paper's give other numbers; what can hold or "
         "not is the order of the methods. A low score says that knowledge is suppressed, not that "
         "it is gone; no attack was run here: suppressed, not attacked.",
     ]
-    parts = studies.reproduction_sections(found)
-    command = strip_paths(found.get("command") or command)
-    return Page("The paper's tables, repeated", headline, parts, command, studies.lines_of(found))
+    parts = studies.reproduction_sections(study)
+    command = strip_paths(study.get("command") or command)
+    labels = studies.reproduction_labels(study)
+    return Page("The paper's tables, repeated", headline, parts, command, labels)
 
 
-def auto_page(
+def make_auto_page(
     folder: Path,
-    found: Mapping[str, Any],
+    study: studies.Study,
     command: str,
     forget: Sequence[str],
     utility: Sequence[str],
 ) -> Page:
-    parts = studies.auto_sections(found)
+    """The page on an automatic choice, and on the run that it came to."""
+    parts = studies.auto_sections(study)
     headline = [
         "Layer and strength were chosen to forget most at a loss of at most "
-        f"{found['budget']:.1%} of the utility."
+        f"{study['budget']:.1%} of the utility."
     ]
-    if not found.get("run"):
+    if not study.get("run"):
         headline.append("Nothing was chosen: the last step below says why, or where it stopped.")
         return Page("Chosen automatically", headline, parts, command)
-    entries, _ = entries_of([folder / found["run"]])
-    forget, utility = choose_metrics(entries, forget, utility)
-    runs = page_of_runs(entries, "", forget, utility, command)
-    headline += runs.headline
-    return Page("Chosen automatically", headline, [*parts, *runs.sections], command)
+    entries, _ = list_entries([folder / study["run"]])
+    page = make_runs_page(entries, "", *choose_metrics(entries, forget, utility), command)
+    parts += page.sections
+    return Page("Chosen automatically", [*headline, *page.headline], parts, command)

@@ -13,10 +13,10 @@ const base = {
   hovermode: "closest", font: {family, size: 12, color: "#808890"},
   hoverlabel: {align: "left", namelength: 0, font: {family, size: 13}}, margin: {l: 8, r: 12, t: 12, b: 8},
 };
-const legend = {orientation: "h", x: 0, y: 1.02, yanchor: "bottom", itemclick: false, itemdoubleclick: false};
-for (const data of all("script.figure")) {
-  const {traces, layout} = JSON.parse(data.textContent);
-  Plotly.newPlot(data.previousElementSibling, traces, {
+const legend = {orientation: "h", traceorder: "normal", x: 0, y: 1.02, yanchor: "bottom", itemclick: false, itemdoubleclick: false};
+for (const script of all("script.figure")) {
+  const {data, layout} = JSON.parse(script.textContent);
+  Plotly.newPlot(script.previousElementSibling, data, {
     ...base, legend, ...layout, xaxis: {...axis, ...layout.xaxis}, yaxis: {...axis, ...layout.yaxis},
   }, {responsive: true, displayModeBar: false});
 }
@@ -35,9 +35,9 @@ function show() {
   for (const element of all("[data-labels]"))
     element.hidden = !JSON.parse(element.dataset.labels).some(label => shown.has(label));
   for (const plot of all(".plot")) {
-    const labelled = plot.data.flatMap((trace, i) => trace.meta ? [i] : []);
+    const labelled = plot.data.flatMap((trace, i) => trace.legendgroup ? [i] : []);
     if (labelled.length)
-      Plotly.restyle(plot, {visible: labelled.map(i => shown.has(plot.data[i].meta))}, labelled);
+      Plotly.restyle(plot, {visible: labelled.map(i => shown.has(plot.data[i].legendgroup))}, labelled);
   }
 }
 if (filter) {

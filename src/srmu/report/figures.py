@@ -1,0 +1,337 @@
+"""Figures of pages and docs: from the rows of a table to a plotly figure, and that as an SVG."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape, unescape
+from math import ceil, floor, log10
+from typing import Any, ClassVar, NamedTuple
+
+import plotly.graph_objects as go
+
+from srmu.evals.figures import format_number
+from srmu.evals.statistics import Estimate
+
+# Read on white and on near-black alike. With five shapes and five dashes: 30 that differ.
+COLOURS = ("#2f7fd0", "#d4611c", "#1f9a6b", "#a45cc8", "#b08400", "#d1497b")
+GREY = "#808890"
+SHAPES = {  # plotly's name of a marker, and the same marker as an SVG path
+    "circle": "M-5,0a5,5 0 1,0 10,0a5,5 0 1,0 -10,0",
+    "square": "M-4.5,-4.5h9v9h-9z",
+    "diamond": "M0,-6L6,0L0,6L-6,0z",
+    "triangle-up": "M0,-5.5L5.5,4.5H-5.5z",
+    "cross": "M-5.5,-2h3.5v-3.5h4v3.5h3.5v4h-3.5v3.5h-4v-3.5h-3.5z",
+}
+DASHES = {"solid": "", "dash": "9 9", "dot": "3 3", "dashdot": "9 3 3 3", "longdash": "15 6"}
+LISTED = 12  # rows of a series that the words of a figure list
+LONGEST = 26  # characters of a name on an axis
+
+Row = Mapping[str, Any]  # by column an Estimate, a number, a name, or None
+Look = Mapping[str, Any]  # what a trace of plotly takes: `mode`, `marker`, `line`; a bar no mode
+
+
+@dataclass(frozen=True)
+class Series:
+    """Rows with one name and one look; a click on their label, if they have one, hides them."""
+
+    name: str
+    rows: Sequence[Row]
+    look: Look
+    label: str = ""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A plotly figure, its title, and what it shows in words; `names`: how many an axis lists."""
+
+    kind: ClassVar[str] = "figure"
+    title: str
+    words: str
+    plot: go.Figure
+    names: int = 0
+
+
+def draw_figure(
+    title: str,
+    series: Sequence[Series],
+    x: str,
+    y: str,
+    *,
+    x_axis: Mapping[str, Any] | None = None,
+    y_axis: Mapping[str, Any] | None = None,
+    legend: bool = False,
+    subject: str = "",
+) -> Figure:
+    """Draw the column `y` of the rows against their column `x`; hovering shows every column.
+
+    A column of strings becomes an axis of names. `x_axis` and `y_axis` are further options of
+    plotly's axes, such as `tickformat`. `subject` starts the words where there is no title.
+    """
+    columns = [[row[name] for one in series for row in one.rows] for name in (x, y)]
+    axes = [make_axis(x, columns[0], x_axis or {}), make_axis(y, columns[1], y_axis or {})]
+    if names := axes[1].get("categoryarray", []):
+        axes[1] |= {"autorange": "reversed", "title": None} | dict(y_axis or {})
+    forms = {name: axis.get("tickformat", "") for name, axis in zip((x, y), axes, strict=True)}
+    plot = go.Figure([draw_series(one, x, y, forms) for one in series])
+    plot.update_layout(template=None, showlegend=legend, xaxis=axes[0], yaxis=axes[1])
+    if any(trace.type == "bar" for trace in plot.data):
+        plot.update_layout(bargap=0.35, barmode="overlay")
+    words = "; ".join(describe_series(one, x, y, forms) for one in series)
+    about = " ".join(filter(None, [subject, title]))
+    return Figure(title, f"{f'{about}: ' if about else ''}{y} by {x}. {words}.", plot, len(names))
+
+
+def draw_series(one: Series, x: str, y: str, forms: Mapping[str, str]) -> Any:
+    """One trace of plotly, with error bars where the values have intervals."""
+    xs, ys = ([row[column] for row in one.rows] for column in (x, y))
+    template, custom = make_hover(one, forms)
+    options: dict[str, Any] = {
+        "name": escape(one.name), "x": [*map(plain_value, xs)], "y": [*map(plain_value, ys)],
+        "error_x": error_bars(xs, one.look), "error_y": error_bars(ys, one.look),
+        "hovertemplate": template, "customdata": custom, **one.look,
+    }  # fmt: skip
+    if one.label:
+        options |= {"legendgroup": one.label, "showlegend": False}
+    if "mode" in one.look:
+        return go.Scatter(cliponaxis=False, **options)
+    return go.Bar(orientation="h" if any(isinstance(v, str) for v in ys) else "v", **options)
+
+
+def plain_value(value: Any) -> Any:
+    return value.value if isinstance(value, Estimate) else value
+
+
+def format_value(value: Any, form: str) -> str:
+    """A value as hovering and words show it, in per cent where its axis is."""
+    if not isinstance(value, Estimate):
+        return value if isinstance(value, str) else format_number(value)
+    if "%" in form or not value.has_interval:
+        return str(value)
+    return f"{value.value:.3g} ({value.low:.3g}\N{EN DASH}{value.high:.3g})"
+
+
+def make_hover(one: Series, forms: Mapping[str, str]) -> tuple[str, list[list[str]] | None]:
+    """The template of what hovering shows, and the texts of the columns that are not drawn."""
+    lines = [f"<b>{escape(one.name)}</b>"]
+    texts: list[str] = []  # columns
+    axes = dict(zip(forms, ("x", "y"), strict=True))
+    for column, value in one.rows[0].items() if one.rows else ():
+        if column in axes and not isinstance(value, Estimate):
+            form = "" if isinstance(value, str) else ":.1%" if "%" in forms[column] else ":.4~g"
+            lines.append(f"{escape(column)} %{{{axes[column]}{form}}}")
+        else:
+            lines.append(f"{escape(column)} %{{customdata[{len(texts)}]}}")
+            texts.append(column)
+    rows = [
+        [escape(format_value(row.get(column), forms.get(column, "%"))) for column in texts]
+        for row in one.rows
+    ]
+    return "<br>".join(lines) + "<extra></extra>", rows if texts else None
+
+
+def error_bars(values: Sequence[Any], look: Look) -> dict[str, Any] | None:
+    """Plotly's error bars; None where no value has an interval."""
+    known = [
+        (one.value, one.low, one.high)
+        if isinstance(one, Estimate) and one.has_interval
+        else (0.0, 0.0, 0.0)
+        for one in values
+    ]
+    if not any(low < high for _, low, high in known):
+        return None
+    return {
+        "array": [high - mean for mean, _, high in known],
+        "arrayminus": [mean - low for mean, low, _ in known],
+        "thickness": 1.25, "width": 0, "color": look["marker"]["color"],
+    }  # fmt: skip
+
+
+def make_axis(title: str, values: Sequence[Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """An axis; of strings an axis of names, which hovering shows whole where they are long."""
+    axis: dict[str, Any] = {"title": {"text": escape(title), "standoff": 8}}
+    if names := list(dict.fromkeys(value for value in values if isinstance(value, str))):
+        short = [n if len(n) <= LONGEST else f"{n[: LONGEST - 1]}\N{HORIZONTAL ELLIPSIS}"
+                 for n in names]  # fmt: skip
+        axis |= {
+            "type": "category", "categoryorder": "array", "categoryarray": names,
+            "tickmode": "array", "tickvals": names, "ticktext": [*map(escape, short)],
+        }  # fmt: skip
+    if isinstance(text := options.get("title"), str):
+        options = {**options, "title": {"text": escape(text), "standoff": 8}}
+    return {**axis, **options}
+
+
+def describe_series(one: Series, x: str, y: str, forms: Mapping[str, str]) -> str:
+    """A series in words: one row whole, some by name and value, of many the lowest and highest."""
+    rows = [row for row in one.rows if row[x] is not None and row[y] is not None]
+    if not rows:
+        return f"{one.name}: not measured"
+    if len(rows) == 1:
+        told = [f"{name} {format_value(v, forms.get(name, '%'))}" for name, v in rows[0].items()]
+        return f"{one.name}: {', '.join(told)}"
+    if isinstance(rows[0][y], str):
+        x, y = y, x
+    pairs = [(format_value(row[x], forms[x]), format_value(row[y], forms[y])) for row in rows]
+    if len(rows) <= LISTED:
+        return f"{one.name}: {', '.join(f'{value} at {at}' for at, value in pairs)}"
+    order = sorted(range(len(rows)), key=lambda i: plain_value(rows[i][y]))
+    (at_low, low), (at_high, high) = pairs[order[0]], pairs[order[-1]]
+    return f"{one.name}: lowest {low} at {at_low}, highest {high} at {at_high}"
+
+
+def mark_value(
+    figure: Figure, name: str, *, x: float | None = None, y: float | None = None
+) -> None:
+    """Add a dotted line at a value of one axis, with its name."""
+    look = {"line": {"dash": "dot", "width": 1.25, "color": GREY}, "layer": "below"}
+    if x is not None:
+        figure.plot.add_vline(
+            x, annotation_text=escape(name), annotation_position="bottom right", **look
+        )
+    if y is not None:
+        figure.plot.add_hline(
+            y, annotation_text=escape(name), annotation_position="top right", **look
+        )
+
+
+def make_look(
+    colour: str,
+    symbol: str = "circle",
+    dash: str = "solid",
+    *,
+    mode: str = "markers",
+    size: float = 8,
+    width: float = 2,
+) -> Look:
+    """What a trace takes for its marks and lines; the marks are hollow where `symbol` is open."""
+    edge = {"line": {"width": 1.5}} if symbol.endswith("-open") else {}
+    marker = {"color": colour, "symbol": symbol, "size": size, **edge}
+    return {"mode": mode, "marker": marker, "line": {"color": colour, "dash": dash, "width": width}}
+
+
+def label_look(i: int, *, hollow: bool = False, **options: Any) -> Look:
+    """The look of the i-th label."""
+    symbol = [*SHAPES][i % len(SHAPES)] + "-open" * hollow
+    return make_look(COLOURS[i % len(COLOURS)], symbol, [*DASHES][i % len(DASHES)], **options)
+
+
+def bar_look(i: int, opacity: float | Sequence[float] = 0.65) -> Look:
+    """The look of the i-th series of bars."""
+    return {"marker": {"color": COLOURS[i % len(COLOURS)], "opacity": opacity}}
+
+
+def label_glyph(i: int) -> tuple[str, str]:
+    """The colour and the SVG path of the i-th label."""
+    return COLOURS[i % len(COLOURS)], [*SHAPES.values()][i % len(SHAPES)]
+
+
+def render_template(name: str, **values: Any) -> str:
+    """Fill in a template of this room; everything is escaped, figures become JSON."""
+    from jinja2 import Environment, PackageLoader
+    from plotly.utils import PlotlyJSONEncoder
+
+    environment = Environment(
+        loader=PackageLoader("srmu.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    # plotly's encoder writes null for what is no number
+    environment.policies["json.dumps_kwargs"] = {"sort_keys": True, "cls": PlotlyJSONEncoder}
+    return environment.get_template(name).render(**values)
+
+
+# ---- as an SVG for docs. Plotly's own export starts a Chrome, which not every machine has, writes
+# ---- other bytes each time, and does not follow light and dark.
+
+WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 820, 440, 64, 16, 560, 384
+LINE = 16  # between two names
+MIDDLE = LEFT + 0.6 * (RIGHT - LEFT)  # names of marks to the right of it stand beside the plot
+
+
+class Scale(NamedTuple):
+    """An axis on paper: its title, where a value lies, how it is written, and the ticks."""
+
+    title: str
+    place: Callable[[float], float]
+    form: str
+    ticks: Sequence[float]
+
+
+@dataclass
+class Drawing:
+    """A trace on paper: its marks with what they tell, the error bars, and where its name is."""
+
+    name: str
+    trace: Any
+    path: str
+    dash: str
+    marks: list[tuple[float, float, str]]
+    bars: list[str]
+    name_x: float = RIGHT + 32.0  # in the legend
+    name_y: float = 0.0
+
+
+def paint_svg(figure: Figure) -> str:
+    """Paint a figure of marks and lines as an SVG that suits light and dark pages.
+
+    The names of traces whose mode has `text` stand beside their marks; others are in a legend.
+    """
+    plot = figure.plot
+    across = scale_axis(plot.layout.xaxis, [t.x for t in plot.data], LEFT, RIGHT)
+    down = scale_axis(plot.layout.yaxis, [t.y for t in plot.data], BOTTOM, TOP)
+    drawings = [draw_trace(trace, across, down) for trace in plot.data]
+    legend = [one for one in drawings if "text" not in one.trace.mode]
+    for i, one in enumerate(legend):
+        one.name_y = TOP + 6 + 22 * i
+    names = [one for one in drawings if "text" in one.trace.mode]
+    place_names([one for one in names if one.marks[0][0] < MIDDLE])
+    place_names([one for one in names if one.marks[0][0] >= MIDDLE])
+    size = {"width": WIDTH, "height": HEIGHT, "left": LEFT, "top": TOP, "right": RIGHT,
+            "bottom": BOTTOM}  # fmt: skip
+    values = {"figure": figure, "drawings": drawings, "legend": legend, "names": names}
+    return render_template("figure.svg", x=across, y=down, **values, **size)
+
+
+def scale_axis(axis: Any, columns: Sequence[Any], start: float, end: float) -> Scale:
+    """The scale of an axis from `start` to `end`, over its range or else over the values."""
+    values = [value for column in columns for value in column]
+    low, high = axis.range or (min(values, default=0.0), max(values, default=1.0))
+    size = 10 ** floor(log10((high - low) / 4 or 0.1))
+    step = axis.dtick or size * next(n for n in (1, 2, 5, 10) if size * n * 8 >= high - low)
+    if not axis.range:
+        low, high = step * floor(low / step), step * max(ceil(high / step), floor(low / step) + 1)
+
+    def place(value: float) -> float:
+        return round(start + (value - low) / (high - low) * (end - start), 1)
+
+    ticks = [step * i for i in range(ceil(low / step - 1e-9), floor(high / step + 1e-9) + 1)]
+    return Scale(unescape(axis.title.text), place, axis.tickformat or ".4g", ticks)
+
+
+def draw_trace(trace: Any, across: Scale, down: Scale) -> Drawing:
+    """A trace on paper."""
+    name, marks, bars = unescape(trace.name), [], []
+    for i, (x, y) in enumerate(zip(trace.x, trace.y, strict=True)):
+        values = f"{across.title} {x:{across.form}}, {down.title} {y:{down.form}}"
+        marks.append((across.place(x), down.place(y), f"{name}: {values}"))
+        if (bar := trace.error_x).array is not None:
+            ends = across.place(x - bar.arrayminus[i]), across.place(x + bar.array[i])
+            bars.append(f"M{ends[0]} {down.place(y)}H{ends[1]}")
+        if (bar := trace.error_y).array is not None:
+            ends = down.place(y - bar.arrayminus[i]), down.place(y + bar.array[i])
+            bars.append(f"M{across.place(x)} {ends[0]}V{ends[1]}")
+    path = SHAPES[trace.marker.symbol.removesuffix("-open")]
+    return Drawing(name, trace, path, DASHES[trace.line.dash], marks, bars)
+
+
+def place_names(drawings: Sequence[Drawing]) -> None:
+    """Place each name as high as its mark, or as near to that as there is room."""
+    lowest = TOP + 10.0
+    for one in sorted(drawings, key=lambda one: (one.marks[0][1], one.marks[0][0])):
+        x, y, _ = one.marks[0]
+        one.name_x = x + 10 if x < MIDDLE else RIGHT + 14
+        one.name_y = max(y, lowest)
+        lowest = one.name_y + LINE
+    highest = BOTTOM - 4.0
+    for one in sorted(drawings, key=lambda one: -one.name_y):
+        one.name_y = round(min(one.name_y, highest), 1)
+        highest = one.name_y - LINE
