@@ -24,7 +24,7 @@ from srmu.data.sources import Source, read_texts
 from srmu.engine import distributed, weights
 from srmu.engine.files import cache_dir, sha256, write_json
 from srmu.engine.loading import load_module, read_config
-from srmu.engine.progress import Watch, ignore_progress
+from srmu.engine.progress import Watch, choose_progress
 from srmu.errors import SrmuError, first_line, suggest_word
 from srmu.evals.lm_eval import load_questions
 from srmu.evals.score import tasks_beside
@@ -72,7 +72,7 @@ def attack_run(
     seed: int = 0,
     device: str = "auto",
     confirm: Confirm = lambda text: True,
-    watch: Watch = ignore_progress,
+    watch: Watch | None = None,
 ) -> dict[str, Any]:
     """Attack a run with those of a tier, or of `names`; write and return its `attacks.json`.
 
@@ -80,6 +80,7 @@ def attack_run(
     cache folder, so that an interrupted suite goes on. `confirm` is asked about each attack that
     takes hours. SrmuError for what cannot be used.
     """
+    watch = watch or choose_progress()
     chosen = select_attacks(tier, names)
     base = run.base
     sources = fill_sources(sources, run.config, base)

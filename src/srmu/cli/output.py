@@ -1,28 +1,70 @@
-"""What verbs have in common: JSON or lines, and names of options."""
+"""What the verbs share: how they print, and the options that mean the same in each of them."""
 
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
+from srmu.errors import SrmuError
+
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, alone, on standard output.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan, do nothing.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1.")]
+Model = Annotated[str, typer.Option(help="Folder or hub id of a model.")]
+Oracle = Annotated[str, typer.Option(help="A model that never saw the forget set, as a control.")]
+FORGET = typer.Option(help="Texts to forget (file, glob).")
+RETAIN = typer.Option(help="Texts to keep (file, glob).")
+Forget = Annotated[list[str] | None, FORGET]
+Retain = Annotated[list[str] | None, RETAIN]
+TasksDir = Annotated[Path | None, typer.Option(help="Folder of local YAML tasks.")]
+Utility = Annotated[str, typer.Option(help="Tasks on what should stay, a,b.")]
+Metrics = Annotated[str, typer.Option(help="Metrics that should fall, a,b; default: all asked.")]
+UtilityMetrics = Annotated[str, typer.Option(help="Metrics that should stay, a,b.")]
+Budget = Annotated[str, typer.Option(help="The most utility to lose: 1% or 0.01.")]
+Seeds = Annotated[str, typer.Option(help="Seeds, a,b,c.")]
+Tier = Annotated[
+    Literal["smoke", "standard", "deep"], typer.Option(help="How much is tried: minutes to hours.")
+]
 
 
 def print_result(value: dict[str, Any], as_json: bool, *lines: str) -> None:
     """End a verb: JSON on standard output, or lines for a person."""
     if as_json:
         typer.echo(json.dumps(value))
-    else:
-        for line in lines:
-            typer.echo(line)
+        return
+    for line in lines:
+        typer.echo(line)
+
+
+def next_command(*words: object) -> str:
+    """The last line of a verb: the command to type next, quoted for a shell."""
+    return f"next: {quote_command(*words)}"
+
+
+def quote_command(*words: object) -> str:
+    """A command of srmu as a shell takes it."""
+    return shlex.join(["srmu", *map(str, words)])
+
+
+def open_in_browser(page: Path) -> str:
+    return f"next: open {shlex.quote(str(shorten_path(page)))} in a browser"
 
 
 def split_names(text: str) -> tuple[str, ...]:
     """The names in `a,b`."""
     return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def split_seeds(text: str) -> tuple[int, ...]:
+    """The seeds in `0,1,2`."""
+    names = split_names(text)
+    if wrong := [name for name in names if not name.isdecimal()]:
+        raise SrmuError(f"--seeds {text}: {wrong[0]!r} is not a seed; expected numbers, 0,1,2")
+    return tuple(dict.fromkeys(map(int, names)))
 
 
 def shorten_path(path: Path) -> Path:

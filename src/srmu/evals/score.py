@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 from srmu.engine import distributed, weights
 from srmu.engine.files import sha256, write_json
 from srmu.engine.loading import load_module, read_config
-from srmu.engine.progress import Watch, ignore_progress
+from srmu.engine.progress import Watch, choose_progress
 from srmu.errors import SrmuError
 from srmu.evals.lm_eval import Results, evaluate
 from srmu.runs.record import extend_record
@@ -17,20 +19,31 @@ from srmu.runs.run import Run, find_device, load_tokenizer
 
 
 def score_model(
-    target: str | Path | Run,
+    target: str | Path | Run | PreTrainedModel,
     tasks: Sequence[str] = (),
     *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     tasks_dir: str | Path | None = None,
     limit: int | None = None,
     device: str = "auto",
-    watch: Watch = ignore_progress,
+    watch: Watch | None = None,
 ) -> dict[str, Results]:
     """Score a model folder, a hub id or a run: `{"after": ...}`, for a run also `"before"`.
+
+    A model that is in memory comes with its `tokenizer`, and is scored where it lies.
 
     A run's own `eval` tasks are the default; local tasks are found in `tasks_dir`, else in the
     run's, else in `tasks/` beside the model. A run's scores go into `results.json` and
     `before.json` of its folder.
     """
+    watch = watch or choose_progress()
+    if isinstance(target, PreTrainedModel):
+        if tokenizer is None:
+            raise SrmuError("a model in memory is scored with its tokenizer: tokenizer=...")
+        place = Path(tasks_dir) if tasks_dir is not None else None
+        return {
+            "after": evaluate(target, tokenizer, tasks, tasks_dir=place, limit=limit, watch=watch)
+        }
     if isinstance(target, Run):
         run: Run | None = target
     else:
@@ -47,7 +60,7 @@ def score_model(
     if not tasks:
         raise SrmuError("no task named; give --tasks a,b")
     tasks_dir = Path(tasks_dir) if tasks_dir is not None else tasks_beside(folder)
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder) if tokenizer is None else tokenizer
     module = load_module(folder).eval().to(find_device(device))
 
     base = weights.fingerprint_model(folder)

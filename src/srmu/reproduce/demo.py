@@ -34,19 +34,19 @@ TASKS = tuple(metric.split("/")[0] for metric in FORGET + UTILITY)
 
 
 def play_demo(
-    out: Path, *, seeds: int = 3, watch: Watch = ignore_progress
+    out: Path, *, seeds: Sequence[int] = (0, 1, 2), watch: Watch = ignore_progress
 ) -> tuple[list[RunGroup], Path]:
     """Build the testbed, run every method in both regimes, and write `report.html` to `out`.
 
     What is there already is used again, so that a stopped demo goes on.
     """
-    if seeds < 1:
-        raise SrmuError("--seeds must be at least 1")
+    if not seeds:
+        raise SrmuError("--seeds: name at least one, 0,1,2")
     testbed = out / "testbed"
     if not (testbed / "organism.json").exists():
         build_testbed(testbed, watch=watch)
     groups = [
-        (label, regime, [[*overrides, f"seed={seed}"] for seed in range(seeds)])
+        (label, regime, [[*overrides, f"seed={seed}"] for seed in seeds])
         for regime in REGIMES
         for label, overrides in SETTINGS.items()
     ]
@@ -68,7 +68,7 @@ def play_demo(
         title="Unlearning on the testbed",
         forget_metrics=FORGET,
         utility_metrics=UTILITY,
-        command=f"srmu demo --seeds {seeds}",
+        command=f"srmu demo --seeds {','.join(map(str, seeds))}",
     )
     return entries, report
 

@@ -272,7 +272,11 @@ def command_of(what: str, place: Place, settings: Sequence[str]) -> str:
     """What to type for this reproduction; of paths only their last part."""
     words = ["srmu reproduce", what]
     words += [f"--model {place.model}"] if isinstance(place, Model) else []
-    words += [f"--seeds {place.seeds}"] if place.seeds != type(place).usual else []
+    words += (
+        [f"--seeds {','.join(map(str, range(place.seeds)))}"]
+        if place.seeds != type(place).usual
+        else []
+    )
     for setting in settings:
         key, _, value = setting.partition("=")
         words.append(f"{key}={Path(value).name if '/' in value else value}")

@@ -126,7 +126,9 @@ def estimate_launches(
     ways: list[scale.Variant] = []
     for rank in adapters:
         model = bare_model(
-            base, dtype, replace(method, lora_rank=rank) if len(adapters) > 1 else method
+            base,
+            dtype,
+            replace(method, lora_rank=rank) if isinstance(method, LogitObjective) else method,
         )
         ways += ways_of(config, model, topics, rank, size)
     rows = scale.scale_launches(
@@ -405,7 +407,11 @@ def cache_plan(
         prepared = method.prepared(topic) if hasattr(method, "prepared") else topic
         for i, role in enumerate(("forget", "retain")):
             raw, batches = getattr(topic, role), getattr(prepared, role)[:steps]
-            measured = raw[: method.map_batches] if role in getattr(method, "measures", ()) else []
+            measured = (
+                raw[: getattr(method, "map_batches", 0)]
+                if role in getattr(method, "measures", ())
+                else []
+            )
             # A batch that is measured as it is, and then used, is recorded once.
             others = [] if raw is getattr(prepared, role) else batches
             used = [*raw[: max(len(measured), 0 if others else len(batches))], *others]
@@ -426,8 +432,8 @@ def advise_memory(parts: Mapping[str, int], config: Config) -> str:
         return f"train.batch_size={train.batch_size // 2}, or a smaller max_length of the topics"
     if getattr(method, "lora_rank", 1) == 0:
         return "method.lora_rank=8: adapters in place of all tensors"
-    if getattr(method, "window", 1) > 1:
-        return f"method.window={method.window - 1}: fewer matrices are trained"
+    if (window := getattr(method, "window", 1)) > 1:
+        return f"method.window={window - 1}: fewer matrices are trained"
     if train.weights == "fp32":
         return "train.weights=bf16: no float32 copies, as the public code (it loses small updates)"
     return "a machine with more memory"

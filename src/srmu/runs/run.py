@@ -38,7 +38,7 @@ from srmu.engine.model import Batch, EditableModel, release_memory
 from srmu.engine.progress import Watch, ignore_progress, print_line
 from srmu.engine.resume import Checkpoints
 from srmu.engine.topic import Topic
-from srmu.engine.train import FINISHED, check_precision
+from srmu.engine.train import FINISHED, Log, check_precision
 from srmu.errors import DivergedError, SrmuError, first_line
 from srmu.methods.base import MethodOutcome
 from srmu.methods.importance import FLAT
@@ -237,6 +237,7 @@ def unlearn(
     out: str | Path | None = None,
     shard: bool = False,
     offload: bool = False,
+    callback: Log | None = None,
     watch: Watch = ignore_progress,
 ) -> Run:
     """Unlearn the config's topics; the run's folder holds the result, `out` a full checkpoint.
@@ -245,7 +246,8 @@ def unlearn(
     kept in the folder, SrmuError before anything is written for all that can be known before.
     Where a launcher started several processes, each reads a part of every batch, and with `shard`
     also holds but a part of the weights; the first one writes. With `offload` the layers below
-    those that change stay out of the device's memory.
+    those that change stay out of the device's memory. `callback(step, values)` is called after
+    every step.
     """
     config, _ = plan_run(config)
     check_ranks(config, shard)
@@ -270,7 +272,8 @@ def unlearn(
     else:
         with hold_folder(folder) if distributed.is_first() else nullcontext():
             try:
-                run = train_run(config, folder, base, topics, data, Layout(shard, offload), watch)
+                layout = Layout(shard, offload)
+                run = train_run(config, folder, base, topics, data, layout, watch, callback)
             except BaseException:
                 written = (folder / RECORD).exists()  # the last thing written
                 if (
@@ -302,11 +305,10 @@ def check_ranks(config: Config, shard: bool) -> None:
         )
     if shard and getattr(method, "lora_rank", 0) > 0:
         raise SrmuError("--shard and method.lora_rank do not go together; leave one out")
-    if shard and getattr(method, "stream", "resid_post") != "resid_post":
+    stream = getattr(method, "stream", "resid_post")
+    if shard and stream != "resid_post":
         # FSDP gathers a layer again for its gradient when that of its output is there
-        raise SrmuError(
-            f"--shard needs method.stream=resid_post: {method.stream} lies inside a layer"
-        )
+        raise SrmuError(f"--shard needs method.stream=resid_post: {stream} lies inside a layer")
 
 
 @contextmanager
@@ -367,6 +369,7 @@ def train_run(
     data: Any,
     layout: Layout,
     watch: Watch,
+    callback: Log | None = None,
 ) -> Run:
     """Load the model, apply the method, and write the run's folder; the record comes last."""
     method = config.method
@@ -428,6 +431,8 @@ def train_run(
             seconds = round(time.monotonic() - clock, 4)
             metrics.write(json.dumps({"step": step, **values, "seconds": seconds}) + "\n")
             metrics.flush()
+            if callback is not None:
+                callback(step, values)
 
         try:
             outcome = method.apply(model, topics, config.train, log, watch, checkpoints)
@@ -448,7 +453,7 @@ def train_run(
             )
         raise SrmuError(
             f"{what} did not change in {steps} steps ({outcome.stop_reason}); raise "
-            f"train.learning_rate, or see the options of {method.name}: srmu methods"
+            f"train.learning_rate, or see the options of {method.name}: srmu info methods"
         )
     if not distributed.is_first():
         distributed.agree_on(None)  # the first one has written
@@ -490,14 +495,14 @@ def train_run(
         "activations": {
             "kept": model.activations.kept,
             "found": model.activations.hits,
-            "folder": getattr(model.activations, "folder", Path()).name,  # in srmu cache ls
+            "folder": getattr(model.activations, "folder", Path()).name,  # in srmu info cache
         },
         "changed": sorted(changed),
         "change": audit.change_block(base, folder / DELTA),
         "environment": audit.environment_block(),
         "processes": {"count": distributed.get_size(), "sharded": layout.shard},
         "reproduction": {
-            "command": f"srmu unlearn --from-record {RECORD}",
+            "command": "srmu verify RUN --rerun",
             "config": config.to_dict(),
             "expected": {n: sha256(folder / n) for n in (DELTA,) if (folder / n).exists()},
         },
@@ -603,7 +608,8 @@ def run_notes(run: Run) -> list[str]:
                 f"{name}: importance map mean {map_['mean']:.2f}, sd {map_['sd']:.2f}, "
                 f"Gini {map_['gini']:.2f}, {map_['share_above_half']:.0%} above 0.5"
             )
-            if map_["sd"] < FLAT and run.config.method.importance != "uniform":
+            uniform = getattr(run.config.method, "importance", "") == "uniform"
+            if map_["sd"] < FLAT and not uniform:
                 lines.append(
                     f"{name}: the map is nearly flat (sd under {FLAT}): it selects nothing"
                 )

@@ -235,6 +235,7 @@ def plan_search(job: AutoJob) -> dict[str, Any]:
             ("search", f"{runs_made} runs, at other weights of what is kept", runs_made * run)
         )
     else:
+        assert isinstance(config.method, Misdirection)
         count = len(candidate_layers(config.method, read_config(base), LAYERS))
         runs_made = count + asked.trials + 1
         steps += [

@@ -1,0 +1,276 @@
+"""The verbs that change a model: one run, the best of many, and its full checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from srmu.cli.output import (
+    FORGET,
+    RETAIN,
+    Budget,
+    Device,
+    DryRun,
+    Forget,
+    Json,
+    Retain,
+    TasksDir,
+    Utility,
+    next_command,
+    open_in_browser,
+    print_result,
+    quote_command,
+    shorten_path,
+    split_names,
+)
+from srmu.engine import distributed
+from srmu.engine.progress import print_line, show_progress, silence_libraries
+from srmu.errors import SrmuError
+from srmu.report.format import print_table
+
+if TYPE_CHECKING:
+    from srmu.runs.config import Config
+    from srmu.runs.run import Run
+    from srmu.search.auto import AutoRequest
+
+verbs = typer.Typer()
+GROUP = "Unlearn"
+KEPT = "what is done is kept: the same command goes on"
+
+
+@verbs.command("unlearn", rich_help_panel=GROUP)
+def unlearn_command(
+    args: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="CONFIG key=value", help="A YAML file, then overrides."),
+    ] = None,
+    model: Annotated[str, typer.Option(help="Folder or hub id; with --forget.")] = "",
+    forget: Forget = None,
+    retain: Retain = None,
+    method: Annotated[str, typer.Option(help="A name that srmu info methods lists.")] = "",
+    out: Annotated[Path | None, typer.Option(help="Also export the full model here.")] = None,
+    dry_run: DryRun = False,
+    shard: Annotated[
+        bool, typer.Option("--shard", help="Cut the weights over the launcher's processes (FSDP2).")
+    ] = False,
+    offload: Annotated[
+        bool, typer.Option("--offload", help="Leave the layers below those that change on disk.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Unlearn: one run, from a config file or from --model, --forget and --retain."""
+    silence_libraries()
+    from srmu.runs import run as runs
+
+    config = choose_config(args or [], model, forget or [], retain or [], method)
+    if dry_run:
+        from srmu.reproduce.needs import dry_run as plan_config
+
+        config, plan, lines = plan_config(config)
+        print_result(plan, as_json, config.to_yaml(), *lines, "next: the same without --dry-run")
+        return
+    known = runs.run_folder(runs.plan_run(config)[0])
+    again = (known / "record.json").exists()
+    sharded = shard or distributed.asked_to_shard()
+    run = runs.unlearn(config, out=out, shard=sharded, offload=offload, watch=show_progress)
+    print_result(
+        {"run": str(run.folder), "out": out and str(out), "record": run.record},
+        as_json,
+        *runs.run_notes(run),
+        *describe_run(run, again, out),
+    )
+
+
+def choose_config(
+    args: list[str], model: str, forget: list[str], retain: list[str], method: str
+) -> Config:
+    """The config that was named as a file, or by options; SrmuError where it is neither or both."""
+    from srmu.runs.config import load_config, make_config
+
+    file = args[0] if args and "=" not in args[0] else ""
+    if file and (forget or retain) and Path(file).suffix not in (".yaml", ".yml"):
+        raise SrmuError(
+            f"{file}: expected key=value; where a shell spread a glob behind --forget or --retain, "
+            "quote it: --forget 'texts/*.jsonl'"
+        )
+    if file and (model or forget or retain or method):
+        raise SrmuError(
+            "a config file names model, texts and method; override them with key=value, "
+            f"for example: {quote_command('unlearn', file, 'method.name=rmu')}"
+        )
+    if file:
+        return load_config(Path(file), args[1:])
+    if model and forget:
+        return make_config(model, forget, retain, method or "srmu", args)
+    raise SrmuError("name a config file, or --model M --forget F [--retain R]")
+
+
+def describe_run(run: Run, again: bool, out: Path | None) -> list[str]:
+    """What a run did, where it wrote, and what to type next."""
+    record, folder = run.record, shorten_path(run.folder)
+    if again:
+        lines = [f"this run was there already: {folder}"]
+    else:
+        lines = [f"{record['steps']} steps in {record['seconds']:.1f} s; wrote {folder}"]
+    if record["stop_reason"] not in ("max_steps", "edited"):
+        lines.append(f"stopped early: {record['stop_reason']}")
+    if out:
+        lines.append(f"wrote {out}")
+    if not again and record["activations"]["kept"] == "disk":
+        lines.append("activations are kept for later runs; see srmu info cache")
+    lines.append(next_command("eval", folder, *([] if run.config.eval else ["--tasks", "TASK"])))
+    if not out:
+        lines.append(f"      {quote_command('export', folder, 'OUT')}")
+    return lines
+
+
+@verbs.command("auto", rich_help_panel=GROUP)
+def auto_command(
+    model: Annotated[str, typer.Argument(help="Folder or hub id.")],
+    forget: Annotated[list[str], FORGET],
+    retain: Annotated[list[str], RETAIN],
+    budget: Budget = "1%",
+    tasks: Annotated[str, typer.Option(help="lm-eval tasks on what is to go, a,b.")] = "",
+    utility: Utility = "",
+    tasks_dir: TasksDir = None,
+    method: Annotated[str, typer.Option(help="srmu, rmu, adaptive_rmu or rna.")] = "srmu",
+    robust: Annotated[
+        bool, typer.Option("--robust", help="rename_scrub: resists relearning, takes longer.")
+    ] = False,
+    names: Annotated[str, typer.Option(help="robust: file of names to swap, one a line.")] = "",
+    goals: Annotated[
+        str, typer.Option(help="robust: file of phrases about which all is to be forgotten.")
+    ] = "",
+    trials: Annotated[
+        int, typer.Option(min=1, help="Strengths to try; with --robust 3 at most.")
+    ] = 24,
+    out: Annotated[Path, typer.Option(help="Folder for all of it.")] = Path("auto"),
+    seed: int = 0,
+    device: Device = "auto",
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """One command: find layer and strength within a budget of utility, unlearn, attack, export."""
+    silence_libraries()
+    from srmu.search import auto as search
+
+    request = search.AutoRequest(
+        model=model,
+        forget=tuple(forget),
+        retain=tuple(retain),
+        budget=search.parse_share(budget),
+        tasks=split_names(tasks),
+        utility=split_names(utility),
+        tasks_dir=str(tasks_dir or ""),
+        method=method,
+        robust=robust,
+        names=names,
+        goals=goals,
+        trials=trials,
+        out=out.resolve(),
+        seed=seed,
+        device=device,
+    )
+    choose_strength(request, dry_run, as_json)
+
+
+def choose_strength(request: AutoRequest, dry_run: bool, as_json: bool) -> None:
+    """Carry out a request of `srmu auto`, or show what it would do."""
+    from srmu.search import auto as search
+
+    def tell(step: str, sentence: str) -> None:
+        say(f"{step}: {sentence}")
+
+    say = print_line if as_json else typer.echo
+    out = shorten_path(request.out)
+    job = search.prepare_job(request)
+    if answer := search.find_answer(job):
+        for choice in answer["choices"]:
+            tell(**choice)
+        done = f"this was there already: {out}"
+    else:
+        plan = search.plan_search(job)
+        lines = search.explain_search(plan)
+        if dry_run:
+            print_result(plan, as_json, *lines, "next: the same without --dry-run")
+            return
+        for line in lines:
+            say(line)
+        try:
+            answer = search.run_search(job, tell, show_progress)
+        except KeyboardInterrupt:
+            print_line(KEPT)
+            raise
+        done = f"wrote {out}"
+    again = quote_command("attack", out / answer["run"], "--tier", "standard")
+    print_result(answer, as_json, done, open_in_browser(out / search.PAGE), f"      {again}")
+
+
+@verbs.command("sweep", rich_help_panel=GROUP)
+def sweep_command(
+    args: Annotated[
+        list[str],
+        typer.Argument(metavar="CONFIG key=value", help="A sweep file, then overrides."),
+    ],
+    trials: Annotated[
+        int | None, typer.Option(min=1, help="How many to try; a grid has all its points.")
+    ] = None,
+    storage: Annotated[
+        str, typer.Option(help="postgresql://USER@HOST/DATABASE, for workers on any machines.")
+    ] = "",
+    as_json: Json = False,
+) -> None:
+    """Try many settings of a config, alone or with other workers; a stopped sweep goes on."""
+    silence_libraries()
+    from srmu.search import sweep as search
+
+    more = [] if trials is None else [f"trials={trials}"]
+    plan = search.Plan(Path(args[0]), [*args[1:], *more])
+    try:
+        report = search.run_sweep(plan, storage, show_progress)
+    except KeyboardInterrupt:
+        print_line(KEPT)
+        raise
+    if (table := search.sweep_rows(report)) and not as_json:
+        print_table(table)
+    out = shorten_path(plan.out)
+    lines = [
+        *search.describe_sweep(report),
+        f"wrote {out / search.FILE}",
+        next_command("report", out),
+    ]
+    if best := next(iter(search.best_trials(report)), None):
+        overrides = plan.overrides(best["params"])
+        lines.append(f"      {quote_command('unlearn', shorten_path(plan.config), *overrides)}")
+    print_result(report, as_json, *lines)
+
+
+@verbs.command("export", rich_help_panel=GROUP)
+def export_command(
+    run: Annotated[Path, typer.Argument(help="A run's folder.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+    link: Annotated[
+        bool | None,
+        typer.Option("--link/--copy", help="Share the files that stay as they were, or copy them."),
+    ] = None,
+    last_good: Annotated[
+        bool, typer.Option("--last-good", help="Of a run that diverged: the weights before that.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a run's full model, which plain transformers loads."""
+    silence_libraries()
+    from srmu.runs.run import Run
+
+    opened = Run.open(run)
+    opened.export(out, link, show_progress, last_good=last_good)
+    changed = list(opened.delta)
+    print_result(
+        {"out": str(out), "changed": changed},
+        as_json,
+        f"{len(changed)} tensors changed: {', '.join(changed)}",
+        f"wrote {out}, with its model card and record",
+        f"{next_command('verify', out)}, then AutoModelForCausalLM.from_pretrained({str(out)!r})",
+    )
