@@ -66,8 +66,8 @@ def test_settings_are_the_searchs_best() -> None:
 
 
 def test_demo_needs_a_seed(tmp_path: Path) -> None:
-    with pytest.raises(SrmuError, match="seeds must be at least 1"):
-        demo.play_demo(tmp_path / "demo", seeds=0)
+    with pytest.raises(SrmuError, match="--seeds: name at least one"):
+        demo.play_demo(tmp_path / "demo", seeds=())
     assert not (tmp_path / "demo").exists()
 
 

@@ -16,7 +16,7 @@ from srmu.cli.output import (
     print_result,
     shorten_path,
     split_names,
-)
+)  # fmt: skip
 from srmu.engine.progress import show_progress, silence_libraries
 from srmu.errors import SrmuError
 

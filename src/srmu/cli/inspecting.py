@@ -18,7 +18,7 @@ from srmu.cli.output import (
     open_in_browser,
     print_result,
     split_names,
-)
+)  # fmt: skip
 from srmu.engine.progress import show_progress, silence_libraries
 from srmu.errors import SrmuError
 from srmu.report.format import print_table
@@ -99,9 +99,7 @@ def print_reach(target: str, method: str, settings: list[str], as_json: bool) ->
 
     if (Path(target) / "record.json").exists():
         if method or settings:
-            raise SrmuError(
-                f"{target} is a run: it has its method; leave out --method and key=value"
-            )
+            raise SrmuError(f"{target} is a run, which has its method: leave out --method")
         answer, rows = run_changes(Run.open(target))
         following = next_command("inspect", target, "--what", "sensitivity")
     elif method or settings:

@@ -16,7 +16,7 @@ from srmu.cli.output import (
     quote_command,
     shorten_path,
     split_seeds,
-)
+)  # fmt: skip
 from srmu.engine.progress import show_progress, silence_libraries
 from srmu.report.format import print_table
 

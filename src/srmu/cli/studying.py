@@ -18,7 +18,7 @@ from srmu.cli.output import (
     shorten_path,
     split_names,
     split_seeds,
-)
+)  # fmt: skip
 from srmu.engine.progress import print_line, show_progress, silence_libraries
 from srmu.errors import SrmuError
 

@@ -24,7 +24,7 @@ from srmu.cli.output import (
     quote_command,
     shorten_path,
     split_names,
-)
+)  # fmt: skip
 from srmu.engine import distributed
 from srmu.engine.progress import print_line, show_progress, silence_libraries
 from srmu.errors import SrmuError

@@ -86,13 +86,15 @@ def unlearn(
 
     `unlearn(config)` gives the Run: its folder holds the changed tensors and the record, `out` a
     full checkpoint. `unlearn(model, tokenizer, forget=..., retain=...)` changes the model in place
-    and gives it with an InMemoryResult; nothing is written.
+    and gives it with an InMemoryResult; nothing is written. Where an error ends it, the model is
+    as before.
 
     Texts are a list of strings, of rows like {"text": "..."}, a `datasets.Dataset` with a column
-    `text`, or files as `pathlib.Path`; a string is never taken for a path. `method` is a Method, its
-    class or its name, `train` what stands under `train:` in a config file. `callback(step, values)`
-    is called after every step. Progress shows in a terminal and in a notebook; `watch=
-    srmu.engine.progress.ignore_progress` shows none. Where an error ends it, the model is as before.
+    `text`, or files as `pathlib.Path`: a string is never taken for a path. `method` is a Method,
+    its class or its name; `train` is what stands under `train:` in a config file.
+
+    `callback(step, values)` is called after every step. Progress shows in a terminal and in a
+    notebook; with `watch=srmu.engine.progress.ignore_progress` nothing does.
     """
     watch = watch or choose_progress()
     if isinstance(model, Config):

@@ -374,7 +374,7 @@ def claim_folder(job: AutoJob) -> None:
 
 
 def check_entanglement(job: AutoJob, watch: Watch) -> dict[str, Any]:
-    """The numbers of `srmu entanglement`, with the model and the questions to choose on."""
+    """The numbers of `srmu inspect texts`, with the model and the questions to choose on."""
     opened, tokenizer = open_model(job.asked.model, job.asked.device)
     asks = [
         (question.prompt, question.answer, question.entry)

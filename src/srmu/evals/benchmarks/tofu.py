@@ -180,7 +180,7 @@ def reference_ratios(
         if found != count:
             raise SrmuError(
                 f"the reference has {found} values truth_ratio{fork}, tofu/{part} has {count} "
-                f"questions: measure it with --suite tofu/{part} on the same rows"
+                f"questions: measure it with --tasks tofu/{part} on the same rows"
             )
     return asked.reference
 

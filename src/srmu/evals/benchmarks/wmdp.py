@@ -54,7 +54,7 @@ def run_wmdp(model: Subject, asked: BenchmarkRequest) -> BenchmarkScores:
     """
     if asked.part or asked.template:
         given = f"part {asked.part!r}" if asked.part else "--template"
-        raise SrmuError(f"--suite wmdp takes no {given}: it asks all parts, as lm-eval asks them")
+        raise SrmuError(f"--tasks wmdp takes no {given}: it asks all parts, as lm-eval asks them")
     metrics: Metrics = {}
     values: Values = {}
     parts = {part: check_rows(asked.data, f"wmdp-{part}") for part in SUBJECTS}
