@@ -12,7 +12,7 @@ export NO_MKDOCS_2_WARNING := 1
 .PHONY: demo test test-slow check bench bench-7b docs clean
 
 demo: $(STAMP)
-	$(BIN)/srmu demo demo
+	$(BIN)/srmu demo
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --jaxtyping-packages=$(SHAPED),beartype.beartype

@@ -7,16 +7,8 @@ from typing import Annotated
 
 import typer
 
-from srmu.cli.output import (
-    Json,
-    Metrics,
-    UtilityMetrics,
-    next_command,
-    open_in_browser,
-    print_result,
-    shorten_path,
-    split_names,
-)  # fmt: skip
+from srmu.cli import options
+from srmu.cli.output import next_command, open_in_browser, print_result, shorten_path, split_names
 from srmu.engine.progress import show_progress, silence_libraries
 from srmu.errors import SrmuError
 
@@ -31,9 +23,9 @@ def report_command(
         typer.Argument(metavar="PATH...", help="Runs, folders of runs, or one study."),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="The page.")] = Path("report.html"),
-    metrics: Metrics = "",
-    utility_metrics: UtilityMetrics = "",
-    as_json: Json = False,
+    metrics: options.Metrics = "",
+    utility_metrics: options.UtilityMetrics = "",
+    as_json: options.Json = False,
 ) -> None:
     """Draw runs, a sweep, a choice or a reproduction as one page that opens anywhere."""
     silence_libraries()
@@ -69,7 +61,7 @@ def verify_command(
     summary: Annotated[
         Path | None, typer.Option(help="Write the record on one page here (Markdown).")
     ] = None,
-    as_json: Json = False,
+    as_json: options.Json = False,
 ) -> None:
     """Recompute every digest of a run or an export, and of its base model, against the record."""
     silence_libraries()

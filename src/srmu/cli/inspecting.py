@@ -7,18 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from srmu.cli.output import (
-    Device,
-    Forget,
-    Json,
-    Metrics,
-    Retain,
-    TasksDir,
-    next_command,
-    open_in_browser,
-    print_result,
-    split_names,
-)  # fmt: skip
+from srmu.cli import options
+from srmu.cli.output import next_command, open_in_browser, print_result, split_names
 from srmu.engine.progress import show_progress, silence_libraries
 from srmu.errors import SrmuError
 from srmu.report.format import print_table
@@ -57,19 +47,19 @@ def inspect_command(
     ] = None,
     what: Subject = None,
     method: Annotated[str, typer.Option(help="reach: one method; default: all.")] = "",
-    forget: Forget = None,
-    retain: Retain = None,
+    forget: options.Forget = None,
+    retain: options.Retain = None,
     model: Annotated[str, typer.Option(help="entanglement: compare its activations, too.")] = "",
     tasks: Annotated[str, typer.Option(help="entanglement: are they in the texts? a,b")] = "",
-    tasks_dir: TasksDir = None,
+    tasks_dir: options.TasksDir = None,
     definition: Definition = "pair_containment",
     tokens: Tokens = "predicted",
-    metrics: Metrics = "",
-    device: Device = "auto",
+    metrics: options.Metrics = "",
+    device: options.Device = "auto",
     out: Annotated[
         Path | None, typer.Option(help="The page, default WHAT.html; of names a .txt file.")
     ] = None,
-    as_json: Json = False,
+    as_json: options.Json = False,
 ) -> None:
     """Look inside a model, a run or texts: what a method reaches, how entangled texts are, ..."""
     silence_libraries()

@@ -8,21 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from srmu.cli.output import (
-    Budget,
-    Device,
-    Json,
-    Metrics,
-    Oracle,
-    TasksDir,
-    Tier,
-    Utility,
-    UtilityMetrics,
-    next_command,
-    print_result,
-    shorten_path,
-    split_names,
-)  # fmt: skip
+from srmu.cli import options
+from srmu.cli.output import next_command, print_result, shorten_path, split_names
 from srmu.engine.progress import show_progress, silence_libraries
 from srmu.errors import SrmuError
 from srmu.report.format import format_percent, format_with_error, print_table
@@ -46,22 +33,22 @@ def eval_command(
             "default: the run's own."
         ),
     ] = "",
-    tasks_dir: TasksDir = None,
+    tasks_dir: options.TasksDir = None,
     limit: Annotated[int | None, typer.Option(help="Only the first N questions.")] = None,
     data: Annotated[
         str,
         typer.Option(help="Folder of a benchmark's data; default: beside the model, or the hub."),
     ] = "",
     revision: Annotated[str, typer.Option(help="Commit of a benchmark's data set.")] = "",
-    oracle: Oracle = "",
+    oracle: options.Oracle = "",
     template: Annotated[
         str, typer.Option(help="How a benchmark asks, with {question}; default: chat template.")
     ] = "",
     log: Annotated[
         Path | None, typer.Option(help="Write a benchmark's numbers here, for a later --oracle.")
     ] = None,
-    device: Device = "auto",
-    as_json: Json = False,
+    device: options.Device = "auto",
+    as_json: options.Json = False,
 ) -> None:
     """Measure a model, or a run before and after, on tasks and benchmarks."""
     silence_libraries()
@@ -85,8 +72,8 @@ def eval_command(
         if not as_json:
             print_scores(scores)
     for name in asked:
-        options = BenchmarkOptions(name, data, revision, template, oracle, limit, device)
-        for when, results in measure_benchmark(target, options, log, as_json).items():
+        request = BenchmarkOptions(name, data, revision, template, oracle, limit, device)
+        for when, results in measure_benchmark(target, request, log, as_json).items():
             scores[when] = scores.get(when, {}) | results
     if as_json:
         print_result(scores if asked or "before" in scores else scores["after"], True)
@@ -106,18 +93,18 @@ def print_scores(scores: Scores) -> None:
 
 
 def measure_benchmark(
-    target: str, options: BenchmarkOptions, log: Path | None, as_json: bool
+    target: str, request: BenchmarkOptions, log: Path | None, as_json: bool
 ) -> Scores:
     """Measure on one benchmark; for a person the table of its paper, then everything else."""
     from srmu.evals.benchmarks import find_benchmark
     from srmu.evals.benchmarks.score import TITLES, benchmark_table, score_benchmark
 
-    scores = score_benchmark(target, options, log=log, watch=show_progress)
+    scores = score_benchmark(target, request, log=log, watch=show_progress)
     if as_json:
         return scores
     titles = TITLES if "before" in scores else TITLES | {"after": "model"}
     shown = {title: scores[when] for when, title in titles.items() if when in scores}
-    print_table(benchmark_table(find_benchmark(options.name)[0], shown))
+    print_table(benchmark_table(find_benchmark(request.name)[0], shown))
     print_table(
         [
             {"metric": metric, "n": f"{entry['n']:.0f}"}
@@ -149,26 +136,26 @@ def describe_scores(
 @verbs.command("attack", rich_help_panel=GROUP)
 def attack_command(
     run: Annotated[Path, typer.Argument(help="A run's folder.")],
-    tier: Tier = "smoke",
+    tier: options.Tier = "smoke",
     attacks: Annotated[str, typer.Option(help="Only these, a,b: names or E4, E7.")] = "",
     tasks: Annotated[str, typer.Option(help="lm-eval tasks on the forget knowledge, a,b.")] = "",
     val: Annotated[
         str, typer.Option(help="Tasks to choose settings on, or split; default: TASK_val.")
     ] = "",
-    utility: Utility = "",
-    tasks_dir: TasksDir = None,
+    utility: options.Utility = "",
+    tasks_dir: options.TasksDir = None,
     neutral: Annotated[
         Path | None, typer.Option(help="File of texts far from the forget knowledge.")
     ] = None,
     holdout: Annotated[
         Path | None, typer.Option(help="File of texts like the forget set, never seen.")
     ] = None,
-    oracle: Oracle = "",
+    oracle: options.Oracle = "",
     limit: Annotated[int, typer.Option(min=1, help="Questions of each task and half.")] = 400,
     seed: int = 0,
-    device: Device = "auto",
+    device: options.Device = "auto",
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask before what takes hours.")] = False,
-    as_json: Json = False,
+    as_json: options.Json = False,
 ) -> None:
     """Attack a run: what brings the knowledge back, beside the original and the oracle."""
     silence_libraries()
@@ -238,10 +225,10 @@ def attack_rows(report: dict[str, Any]) -> list[dict[str, str]]:
 @verbs.command("compare", rich_help_panel=GROUP)
 def compare_command(
     runs: Annotated[list[Path], typer.Argument(help="Folders of runs, the first to compare to.")],
-    budget: Budget = "5%",
-    metrics: Metrics = "",
-    utility_metrics: UtilityMetrics = "",
-    as_json: Json = False,
+    budget: options.Budget = "5%",
+    metrics: options.Metrics = "",
+    utility_metrics: options.UtilityMetrics = "",
+    as_json: options.Json = False,
 ) -> None:
     """Compare methods at the same loss of utility, and say which differences are noise."""
     from dataclasses import asdict

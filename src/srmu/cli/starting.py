@@ -7,16 +7,15 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from srmu.cli import options
 from srmu.cli.output import (
-    Json,
-    Seeds,
     next_command,
     open_in_browser,
     print_result,
     quote_command,
     shorten_path,
     split_seeds,
-)  # fmt: skip
+)
 from srmu.engine.progress import show_progress, silence_libraries
 from srmu.report.format import print_table
 
@@ -35,8 +34,8 @@ def play_demo_command(
     out: Annotated[Path, typer.Option(help="Folder for the testbed, runs and report.")] = Path(
         "demo"
     ),
-    seeds: Seeds = "0,1,2",
-    as_json: Json = False,
+    seeds: options.Seeds = "0,1,2",
+    as_json: options.Json = False,
 ) -> None:
     """The whole story offline: a testbed, four methods, two regimes, a table and a picture."""
     silence_libraries()
@@ -68,7 +67,7 @@ def list_methods_command(
     markdown: Annotated[
         bool, typer.Option("--markdown", help="All of it, as the page of the documentation.")
     ] = False,
-    as_json: Json = False,
+    as_json: options.Json = False,
 ) -> None:
     """The methods: paper, level, what each needs and trains, and its options."""
     from srmu.methods import reference
@@ -111,7 +110,7 @@ def show_cache(
     everything: Annotated[
         bool, typer.Option("--all", help="Clear testbeds and kept evaluations, too.")
     ] = False,
-    as_json: Json = False,
+    as_json: options.Json = False,
 ) -> None:
     """The cache folder: activations that later runs use again, testbeds, evaluations."""
     from datetime import datetime
@@ -151,7 +150,7 @@ def show_cache(
 
 
 @topics.command("environment")
-def show_environment(as_json: Json = False) -> None:
+def show_environment(as_json: options.Json = False) -> None:
     """Versions, processor, GPU and free memory: what the bits of a result may depend on."""
     from srmu.runs.meter import free_bytes
     from srmu.runs.record import environment_block, tool_block

@@ -7,10 +7,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from srmu.cli import options
 from srmu.cli.output import (
-    DryRun,
-    Json,
-    Seeds,
     next_command,
     open_in_browser,
     print_result,
@@ -18,7 +16,7 @@ from srmu.cli.output import (
     shorten_path,
     split_names,
     split_seeds,
-)  # fmt: skip
+)
 from srmu.engine.progress import print_line, show_progress, silence_libraries
 from srmu.errors import SrmuError
 
@@ -40,7 +38,7 @@ def testbed_command(
     with_oracle: Annotated[
         bool, typer.Option("--with-oracle", help="Also a twin that never saw the hazard facts.")
     ] = False,
-    as_json: Json = False,
+    as_json: options.Json = False,
 ) -> None:
     """Train the small model of a fictional world and write its texts and questions."""
     silence_libraries()
@@ -76,7 +74,7 @@ def reproduce_command(
         list[str] | None, typer.Argument(metavar="KEY=VALUE", help="For every run.")
     ] = None,
     model: Annotated[str, typer.Option(help="Folder or hub id; default: testbeds.")] = "",
-    seeds: Seeds = "",
+    seeds: options.Seeds = "",
     world: Annotated[str, typer.Option(help="robust: closed, open or both (both).")] = "",
     regimes: Annotated[str, typer.Option(help="robust: high, rho0, a,b.")] = "",
     methods: Annotated[str, typer.Option(help="robust: these rows only, a,b.")] = "",
@@ -85,8 +83,8 @@ def reproduce_command(
         bool, typer.Option("--show", help="robust: tables of what is there, run nothing.")
     ] = False,
     out: Annotated[Path, typer.Option(help="Folder for all of it.")] = Path("reproduce"),
-    dry_run: DryRun = False,
-    as_json: Json = False,
+    dry_run: options.DryRun = False,
+    as_json: options.Json = False,
 ) -> None:
     """SRMU's tables and figure again, beside the paper's numbers; which of its claims hold here.
 
@@ -101,8 +99,8 @@ def reproduce_command(
         asked = {**{k: v for k, v in own.items() if v}, "seeds": seeds, "overrides": settings or ()}
         reproduce_frontier(what, out, asked, dry_run, show, as_json)
         return
-    if options := [name for name, value in (*own.items(), ("show", show)) if value]:
-        raise SrmuError(f"--{options[0]} belongs to srmu reproduce robust, not to {what}")
+    if wrong := [name for name, value in (*own.items(), ("show", show)) if value]:
+        raise SrmuError(f"--{wrong[0]} belongs to srmu reproduce robust, not to {what}")
     reproduce_tables(what, out, model, split_seeds(seeds), settings or [], dry_run, as_json)
 
 
@@ -143,8 +141,8 @@ def reproduce_frontier(
     from srmu.reproduce import robust
 
     listed = ("seeds", "regimes", "methods")
-    options: dict[str, Any] = {k: split_names(v) if k in listed else v for k, v in asked.items()}
-    frontier = robust.plan_frontier(what, out, **options)
+    wanted: dict[str, Any] = {k: split_names(v) if k in listed else v for k, v in asked.items()}
+    frontier = robust.plan_frontier(what, out, **wanted)
     if dry_run:
         needs, line = robust.frontier_needs(frontier)
         print_result(needs, as_json, line, "next: the same without --dry-run")

@@ -7,24 +7,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from srmu.cli import options
 from srmu.cli.output import (
-    FORGET,
-    RETAIN,
-    Budget,
-    Device,
-    DryRun,
-    Forget,
-    Json,
-    Retain,
-    TasksDir,
-    Utility,
     next_command,
     open_in_browser,
     print_result,
     quote_command,
     shorten_path,
     split_names,
-)  # fmt: skip
+)
 from srmu.engine import distributed
 from srmu.engine.progress import print_line, show_progress, silence_libraries
 from srmu.errors import SrmuError
@@ -47,18 +38,18 @@ def unlearn_command(
         typer.Argument(metavar="CONFIG key=value", help="A YAML file, then overrides."),
     ] = None,
     model: Annotated[str, typer.Option(help="Folder or hub id; with --forget.")] = "",
-    forget: Forget = None,
-    retain: Retain = None,
+    forget: options.Forget = None,
+    retain: options.Retain = None,
     method: Annotated[str, typer.Option(help="A name that srmu info methods lists.")] = "",
     out: Annotated[Path | None, typer.Option(help="Also export the full model here.")] = None,
-    dry_run: DryRun = False,
+    dry_run: options.DryRun = False,
     shard: Annotated[
         bool, typer.Option("--shard", help="Cut the weights over the launcher's processes (FSDP2).")
     ] = False,
     offload: Annotated[
         bool, typer.Option("--offload", help="Leave the layers below those that change on disk.")
     ] = False,
-    as_json: Json = False,
+    as_json: options.Json = False,
 ) -> None:
     """Unlearn: one run, from a config file or from --model, --forget and --retain."""
     silence_libraries()
@@ -129,12 +120,12 @@ def describe_run(run: Run, again: bool, out: Path | None) -> list[str]:
 @verbs.command("auto", rich_help_panel=GROUP)
 def auto_command(
     model: Annotated[str, typer.Argument(help="Folder or hub id.")],
-    forget: Annotated[list[str], FORGET],
-    retain: Annotated[list[str], RETAIN],
-    budget: Budget = "1%",
+    forget: Annotated[list[str], options.FORGET],
+    retain: Annotated[list[str], options.RETAIN],
+    budget: options.Budget = "1%",
     tasks: Annotated[str, typer.Option(help="lm-eval tasks on what is to go, a,b.")] = "",
-    utility: Utility = "",
-    tasks_dir: TasksDir = None,
+    utility: options.Utility = "",
+    tasks_dir: options.TasksDir = None,
     method: Annotated[str, typer.Option(help="srmu, rmu, adaptive_rmu or rna.")] = "srmu",
     robust: Annotated[
         bool, typer.Option("--robust", help="rename_scrub: resists relearning, takes longer.")
@@ -148,9 +139,9 @@ def auto_command(
     ] = 24,
     out: Annotated[Path, typer.Option(help="Folder for all of it.")] = Path("auto"),
     seed: int = 0,
-    device: Device = "auto",
-    dry_run: DryRun = False,
-    as_json: Json = False,
+    device: options.Device = "auto",
+    dry_run: options.DryRun = False,
+    as_json: options.Json = False,
 ) -> None:
     """One command: find layer and strength within a budget of utility, unlearn, attack, export."""
     silence_libraries()
@@ -220,7 +211,7 @@ def sweep_command(
     storage: Annotated[
         str, typer.Option(help="postgresql://USER@HOST/DATABASE, for workers on any machines.")
     ] = "",
-    as_json: Json = False,
+    as_json: options.Json = False,
 ) -> None:
     """Try many settings of a config, alone or with other workers; a stopped sweep goes on."""
     silence_libraries()
@@ -258,7 +249,7 @@ def export_command(
     last_good: Annotated[
         bool, typer.Option("--last-good", help="Of a run that diverged: the weights before that.")
     ] = False,
-    as_json: Json = False,
+    as_json: options.Json = False,
 ) -> None:
     """Write a run's full model, which plain transformers loads."""
     silence_libraries()

@@ -407,9 +407,7 @@ def cache_plan(
         prepared = method.prepared(topic) if hasattr(method, "prepared") else topic
         for i, role in enumerate(("forget", "retain")):
             raw, batches = getattr(topic, role), getattr(prepared, role)[:steps]
-            read = (
-                getattr(method, "map_batches", 0) if role in getattr(method, "measures", ()) else 0
-            )
+            reads = role in getattr(method, "measures", ())
             measured = raw[: getattr(method, "map_batches", 0)] if reads else []
             # A batch that is measured as it is, and then used, is recorded once.
             others = [] if raw is getattr(prepared, role) else batches
