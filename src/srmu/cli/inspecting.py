@@ -73,7 +73,7 @@ def inspect_command(
         list_names(forget or [], retain or [], out, as_json)
     else:
         if what == "entanglement":
-            found = measure_texts(
+            found = inspect_texts(
                 forget or [], retain or [], model, tasks, tasks_dir, definition, device
             )
         else:
@@ -127,7 +127,7 @@ def list_names(forget: list[str], retain: list[str], out: Path | None, as_json: 
     print_result({"names": counts}, as_json, *lines)
 
 
-def measure_texts(
+def inspect_texts(
     forget: list[str],
     retain: list[str],
     model: str,

@@ -63,6 +63,8 @@ def eval_command(
             "--data, --revision, --oracle, --template and --log go with a benchmark: "
             f"--tasks {', '.join(BENCHMARKS)}"
         )
+    if log and len(asked) > 1:
+        raise SrmuError(f"--log {log}: it holds one benchmark's numbers; name one in --tasks")
     scores: Scores = {}
     others = tuple(name for name in names if name not in asked)
     if others or not asked:
@@ -73,7 +75,7 @@ def eval_command(
             print_scores(scores)
     for name in asked:
         request = BenchmarkOptions(name, data, revision, template, oracle, limit, device)
-        for when, results in measure_benchmark(target, request, log, as_json).items():
+        for when, results in show_benchmark(target, request, log, as_json).items():
             scores[when] = scores.get(when, {}) | results
     if as_json:
         print_result(scores if asked or "before" in scores else scores["after"], True)
@@ -92,7 +94,7 @@ def print_scores(scores: Scores) -> None:
     print_table(rows)
 
 
-def measure_benchmark(
+def show_benchmark(
     target: str, request: BenchmarkOptions, log: Path | None, as_json: bool
 ) -> Scores:
     """Measure on one benchmark; for a person the table of its paper, then everything else."""

@@ -38,12 +38,7 @@ def score_model(
     """
     watch = watch or choose_progress()
     if isinstance(target, PreTrainedModel):
-        if tokenizer is None:
-            raise SrmuError("a model in memory is scored with its tokenizer: tokenizer=...")
-        place = Path(tasks_dir) if tasks_dir is not None else None
-        return {
-            "after": evaluate(target, tokenizer, tasks, tasks_dir=place, limit=limit, watch=watch)
-        }
+        return {"after": score_loaded(target, tokenizer, tasks, tasks_dir, limit, watch)}
     if isinstance(target, Run):
         run: Run | None = target
     else:
@@ -91,6 +86,21 @@ def score_model(
     write_json(run.folder / "results.json", scores["after"])
     extend_record(run.folder, ["before.json", "results.json"], results=scores)
     return scores
+
+
+def score_loaded(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    tasks: Sequence[str],
+    tasks_dir: str | Path | None,
+    limit: int | None,
+    watch: Watch,
+) -> Results:
+    """Scores of a model in memory, which are kept nowhere."""
+    if tokenizer is None:
+        raise SrmuError("a model in memory is scored with its tokenizer: tokenizer=...")
+    place = None if tasks_dir is None else Path(tasks_dir)
+    return evaluate(model, tokenizer, tasks, tasks_dir=place, limit=limit, watch=watch)
 
 
 def tasks_beside(folder: Path) -> Path | None:

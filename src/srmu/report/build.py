@@ -173,9 +173,9 @@ def choose_metrics(
     forget = forget or [name for name in whole if name.startswith(FORGET)]
     left = [name for name in whole if name not in forget]
     utility = utility or [name for name in left if name.removesuffix("/acc") in tasks] or left
-    for which, option in ((forget, "--forget"), (utility, "--utility")):
+    for which, option in ((forget, "--metrics"), (utility, "--utility-metrics")):
         if not which:
-            what = "should fall" if option == "--forget" else "should stay"
+            what = "should fall" if option == "--metrics" else "should stay"
             raise SrmuError(
                 f"{option}: name the metrics that {what}, a,b; there are {', '.join(known)}"
             )

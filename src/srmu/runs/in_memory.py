@@ -25,6 +25,7 @@ from srmu.engine.topic import Topic
 from srmu.engine.train import FINISHED, Log, TrainOptions, check_precision
 from srmu.errors import SrmuError
 from srmu.methods import Method
+from srmu.methods.base import MethodOutcome
 from srmu.runs import record as audit
 from srmu.runs import run as runs
 from srmu.runs.config import Config, explain_error, find_method
@@ -153,32 +154,39 @@ def unlearn_in_memory(
             name: audit.tensor_change(edited.original[name].cpu(), tensor.detach().cpu())
             for name, tensor in delta.items()
         }
-        flops = runs.dense_flops(edited, loaded, len(steps))
+        record = {
+            **begin_record(config, loaded, outcome),
+            "seconds": round(time.monotonic() - clock, 3),
+            "steps": len(steps),
+            "flops": runs.dense_flops(edited, loaded, len(steps)),
+            "changed": sorted(delta),
+            "change": {"tensors": changes},
+        }
     state = {
         f"{topic}.{name}": tensor.detach().float().cpu().contiguous()
         for topic, values in outcome.states.items()
         for name, tensor in values.tensors.items()
     }
-    record = {
+    return model, InMemoryResult(record, steps, delta, state)
+
+
+def begin_record(config: Config, topics: Sequence[Topic], outcome: MethodOutcome) -> dict[str, Any]:
+    """What the record says of a run but for its cost and the tensors."""
+    method = config.method
+    return {
         "tool": audit.tool_block(),
-        "method": config.method.name,
-        "paper": config.method.paper,
+        "method": method.name,
+        "paper": method.paper,
         "model": config.model,
-        "options": dataclasses.asdict(config.method),
+        "options": dataclasses.asdict(method),
         "train": dataclasses.asdict(config.train),
-        "seed": seed,
-        "data": {topic.name: dict(topic.counts) for topic in loaded},
-        "overlap": {topic.name: runs.shared_pairs(topic) for topic in loaded},
-        "topics": {name: values.numbers for name, values in outcome.states.items()},
-        "seconds": round(time.monotonic() - clock, 3),
-        "steps": len(steps),
+        "seed": config.seed,
+        "data": {topic.name: dict(topic.counts) for topic in topics},
+        "overlap": {topic.name: runs.shared_pairs(topic) for topic in topics},
+        "topics": {name: state.numbers for name, state in outcome.states.items()},
         "stop_reason": outcome.stop_reason,
-        "flops": flops,
-        "changed": sorted(delta),
-        "change": {"tensors": changes},
         "environment": audit.environment_block(),
     }
-    return model, InMemoryResult(record, steps, delta, state)
 
 
 def check_model(model: Any, tokenizer: Any) -> None:
