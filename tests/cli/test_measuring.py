@@ -115,7 +115,7 @@ def test_reach(call: Call, tmp_path: Path) -> None:
     names = [f"model.layers.{layer}.mlp.down_proj.weight" for layer in (0, 1, 2)]
     assert [*answer["tensors"]] == names
     shown = call("inspect", "model").out
-    assert "of 25 methods work on model" in shown and "rename_scrub" in shown
+    assert "25 of 25 methods fit model" in shown and "rename_scrub" in shown
     run = world.unlearned(tmp_path).folder
     changed = json.loads(call("inspect", run, "--json").out)["tensors"]
     every = json.loads(call("inspect", "model", "--json").out)["methods"]["graddiff"]["tensors"]

@@ -92,7 +92,8 @@ def unlearn(
 
     Texts are a list of strings, of rows like {"text": "..."}, a `datasets.Dataset` with a column
     `text`, or files as `pathlib.Path`: a string is never taken for a path. `method` is a Method,
-    its class or its name; `train` is what stands under `train:` in a config file.
+    its class or its name; `train` is what stands under `train:` in a config file; `max_length`
+    cuts each text at so many tokens; `seed` draws what is random.
 
     `callback(step, values)` is called after every step. Progress shows in a terminal and in a
     notebook; with `watch=srmu.engine.progress.ignore_progress` nothing does.

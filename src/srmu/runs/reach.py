@@ -39,7 +39,7 @@ def list_reach(target: str) -> tuple[dict[str, Any], Rows]:
             }
         )
     works = sum("error" not in answer for answer in answers.values())
-    sentence = f"{works} of {len(METHODS)} methods work on {target} as they are"
+    sentence = f"{works} of {len(METHODS)} methods fit {target} at their defaults"
     return {"model": target, "methods": answers, "sentence": sentence}, rows
 
 
