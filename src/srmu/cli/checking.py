@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Argument, Option
 
 from srmu.cli import options
 from srmu.cli.output import next_command, open_in_browser, print_result, shorten_path, split_names
@@ -18,11 +19,8 @@ GROUP = "Show and check"
 
 @verbs.command("report", rich_help_panel=GROUP)
 def report_command(
-    paths: Annotated[
-        list[Path],
-        typer.Argument(metavar="PATH...", help="Runs, folders of runs, or one study."),
-    ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The page.")] = Path("report.html"),
+    paths: Annotated[list[Path], Argument(metavar="PATH...", help="Runs, or one study.")],
+    out: Annotated[Path, Option("--out", "-o", help="The page.")] = Path("report.html"),
     metrics: options.Metrics = "",
     utility_metrics: options.UtilityMetrics = "",
     as_json: options.Json = False,
@@ -44,23 +42,16 @@ def report_command(
 
 @verbs.command("verify", rich_help_panel=GROUP)
 def verify_command(
-    folder: Annotated[Path, typer.Argument(metavar="RUN_OR_EXPORT", help="What to check.")],
+    folder: Annotated[Path, Argument(metavar="RUN_OR_EXPORT", help="What to check.")],
     settings: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="key=value", help="rerun: other runs_dir or device."),
+        list[str] | None, Argument(metavar="key=value", help="rerun: runs_dir, device.")
     ] = None,
     rerun: Annotated[
-        bool, typer.Option("--rerun", help="Also make the run again: does the same come out?")
+        bool, Option("--rerun", help="Make the run again, too: is it the same?")
     ] = False,
-    key: Annotated[
-        Path | None, typer.Option(help="Public Ed25519 key (PEM): check the signature, too.")
-    ] = None,
-    sign: Annotated[
-        Path | None, typer.Option(help="Private Ed25519 key (PEM): sign what was verified.")
-    ] = None,
-    summary: Annotated[
-        Path | None, typer.Option(help="Write the record on one page here (Markdown).")
-    ] = None,
+    key: Annotated[Path | None, Option(help="Public Ed25519 key (PEM) of a signature.")] = None,
+    sign: Annotated[Path | None, Option(help="Private Ed25519 key (PEM) to sign with.")] = None,
+    summary: Annotated[Path | None, Option(help="Write the record here as a page.")] = None,
     as_json: options.Json = False,
 ) -> None:
     """Recompute every digest of a run or an export, and of its base model, against the record."""

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+from typer import Argument, Option
 
 from srmu.cli import options
 from srmu.cli.output import next_command, open_in_browser, print_result, split_names
@@ -23,42 +24,36 @@ OF_TEXTS = ("entanglement", "names")
 What = Literal["reach", "confidence", "sensitivity", "alignment", "layers", "entanglement", "names"]
 Subject = Annotated[
     What | None,
-    typer.Option(
+    Option(
         help="Of a model or a run: reach (default), confidence, sensitivity; of a run: alignment, "
         "layers; of texts: entanglement (default), names."
     ),
 ]
 Definition = Annotated[
     Literal["pair_containment", "pair_multiset", "corpus_jaccard"],
-    typer.Option(help="entanglement: which overlap of n-grams."),
+    Option(help="entanglement: which overlap of n-grams."),
 ]
-Tokens = Annotated[
-    Literal["predicted", "generated"], typer.Option(help="confidence: of which tokens.")
-]
+Tokens = Annotated[Literal["predicted", "generated"], Option(help="confidence: of which tokens.")]
 
 
 @verbs.command("inspect", rich_help_panel="Measure")
 def inspect_command(
-    target: Annotated[
-        str, typer.Argument(metavar="MODEL|RUN|texts", help="A model, a run, or the word texts.")
-    ],
+    target: Annotated[str, Argument(metavar="MODEL|RUN|texts", help="Or the word texts.")],
     settings: Annotated[
-        list[str] | None, typer.Argument(metavar="key=value", help="reach: method.layer=3.")
+        list[str] | None, Argument(metavar="key=value", help="reach: method.layer=3.")
     ] = None,
     what: Subject = None,
-    method: Annotated[str, typer.Option(help="reach: one method; default: all.")] = "",
+    method: Annotated[str, Option(help="reach: one method; default: all.")] = "",
     forget: options.Forget = None,
     retain: options.Retain = None,
-    model: Annotated[str, typer.Option(help="entanglement: compare its activations, too.")] = "",
-    tasks: Annotated[str, typer.Option(help="entanglement: are they in the texts? a,b")] = "",
+    model: Annotated[str, Option(help="entanglement: compare its activations, too.")] = "",
+    tasks: Annotated[str, Option(help="entanglement: are they in the texts? a,b")] = "",
     tasks_dir: options.TasksDir = None,
     definition: Definition = "pair_containment",
     tokens: Tokens = "predicted",
     metrics: options.Metrics = "",
     device: options.Device = "auto",
-    out: Annotated[
-        Path | None, typer.Option(help="The page, default WHAT.html; of names a .txt file.")
-    ] = None,
+    out: Annotated[Path | None, Option(help="The page, WHAT.html; names: a .txt file.")] = None,
     as_json: options.Json = False,
 ) -> None:
     """Look inside a model, a run or texts: what a method reaches, how entangled texts are, ..."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, TextIO
 
 import typer
+from typer import Option
 
 from srmu.cli import checking, inspecting, measuring, starting, studying, unlearning
 from srmu.engine import distributed
@@ -44,8 +45,7 @@ def print_version(wanted: bool) -> None:
 @app.callback()
 def describe_program(
     version: Annotated[
-        bool,
-        typer.Option("--version", callback=print_version, is_eager=True, help="Show the version."),
+        bool, Option("--version", callback=print_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
     """Make a language model unlearn chosen knowledge, and measure how well it did."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer import Argument, Option
 
 from srmu.cli import options
 from srmu.cli.output import next_command, print_result, shorten_path, split_names
@@ -25,28 +26,21 @@ Scores = dict[str, dict[str, dict[str, float]]]  # before, after, oracle -> metr
 
 @verbs.command("eval", rich_help_panel=GROUP)
 def eval_command(
-    target: Annotated[str, typer.Argument(metavar="MODEL_OR_RUN", help="Folder or hub id.")],
+    target: Annotated[str, Argument(metavar="MODEL_OR_RUN", help="Folder or hub id.")],
     tasks: Annotated[
         str,
-        typer.Option(
+        Option(
             help="lm-eval or local tasks, and tofu, muse, rwku, whp, wmdp (tofu/forget05), a,b; "
             "default: the run's own."
         ),
     ] = "",
     tasks_dir: options.TasksDir = None,
-    limit: Annotated[int | None, typer.Option(help="Only the first N questions.")] = None,
-    data: Annotated[
-        str,
-        typer.Option(help="Folder of a benchmark's data; default: beside the model, or the hub."),
-    ] = "",
-    revision: Annotated[str, typer.Option(help="Commit of a benchmark's data set.")] = "",
+    limit: Annotated[int | None, Option(help="Only the first N questions.")] = None,
+    data: Annotated[str, Option(help="Folder of a benchmark's data; default: hub.")] = "",
+    revision: Annotated[str, Option(help="Commit of a benchmark's data set.")] = "",
     oracle: options.Oracle = "",
-    template: Annotated[
-        str, typer.Option(help="How a benchmark asks, with {question}; default: chat template.")
-    ] = "",
-    log: Annotated[
-        Path | None, typer.Option(help="Write a benchmark's numbers here, for a later --oracle.")
-    ] = None,
+    template: Annotated[str, Option(help="How a benchmark asks, with {question}.")] = "",
+    log: Annotated[Path | None, Option(help="Write its numbers, for a later --oracle.")] = None,
     device: options.Device = "auto",
     as_json: options.Json = False,
 ) -> None:
@@ -137,26 +131,20 @@ def describe_scores(
 
 @verbs.command("attack", rich_help_panel=GROUP)
 def attack_command(
-    run: Annotated[Path, typer.Argument(help="A run's folder.")],
+    run: Annotated[Path, Argument(help="A run's folder.")],
     tier: options.Tier = "smoke",
-    attacks: Annotated[str, typer.Option(help="Only these, a,b: names or E4, E7.")] = "",
-    tasks: Annotated[str, typer.Option(help="lm-eval tasks on the forget knowledge, a,b.")] = "",
-    val: Annotated[
-        str, typer.Option(help="Tasks to choose settings on, or split; default: TASK_val.")
-    ] = "",
+    attacks: Annotated[str, Option(help="Only these, a,b: names or E4, E7.")] = "",
+    tasks: Annotated[str, Option(help="lm-eval tasks on the forget knowledge, a,b.")] = "",
+    val: Annotated[str, Option(help="Tasks to choose settings on, or split.")] = "",
     utility: options.Utility = "",
     tasks_dir: options.TasksDir = None,
-    neutral: Annotated[
-        Path | None, typer.Option(help="File of texts far from the forget knowledge.")
-    ] = None,
-    holdout: Annotated[
-        Path | None, typer.Option(help="File of texts like the forget set, never seen.")
-    ] = None,
+    neutral: Annotated[Path | None, Option(help="File of texts far from what is to go.")] = None,
+    holdout: Annotated[Path | None, Option(help="File of texts like it, never seen.")] = None,
     oracle: options.Oracle = "",
-    limit: Annotated[int, typer.Option(min=1, help="Questions of each task and half.")] = 400,
+    limit: Annotated[int, Option(min=1, help="Questions of each task and half.")] = 400,
     seed: int = 0,
     device: options.Device = "auto",
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask before what takes hours.")] = False,
+    yes: Annotated[bool, Option("--yes", help="Do not ask before what takes hours.")] = False,
     as_json: options.Json = False,
 ) -> None:
     """Attack a run: what brings the knowledge back, beside the original and the oracle."""
@@ -226,7 +214,7 @@ def attack_rows(report: dict[str, Any]) -> list[dict[str, str]]:
 
 @verbs.command("compare", rich_help_panel=GROUP)
 def compare_command(
-    runs: Annotated[list[Path], typer.Argument(help="Folders of runs, the first to compare to.")],
+    runs: Annotated[list[Path], Argument(help="Folders of runs, the first to compare to.")],
     budget: options.Budget = "5%",
     metrics: options.Metrics = "",
     utility_metrics: options.UtilityMetrics = "",

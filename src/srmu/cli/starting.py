@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from typer import Argument, Option
 
 from srmu.cli import options
 from srmu.cli.output import (
@@ -31,9 +32,7 @@ verbs.add_typer(
 
 @verbs.command("demo", rich_help_panel="Start")
 def play_demo_command(
-    out: Annotated[Path, typer.Option(help="Folder for the testbed, runs and report.")] = Path(
-        "demo"
-    ),
+    out: Annotated[Path, Option(help="Folder for the testbed, runs and report.")] = Path("demo"),
     seeds: options.Seeds = "0,1,2",
     as_json: options.Json = False,
 ) -> None:
@@ -63,10 +62,8 @@ def play_demo_command(
 
 @topics.command("methods")
 def list_methods_command(
-    name: Annotated[str, typer.Argument(help="One method: its options.")] = "",
-    markdown: Annotated[
-        bool, typer.Option("--markdown", help="All of it, as the page of the documentation.")
-    ] = False,
+    name: Annotated[str, Argument(help="One method: its options.")] = "",
+    markdown: Annotated[bool, Option("--markdown", help="All, as the page of the docs.")] = False,
     as_json: options.Json = False,
 ) -> None:
     """The methods: paper, level, what each needs and trains, and its options."""
@@ -106,9 +103,9 @@ def list_methods_command(
 
 @topics.command("cache")
 def show_cache(
-    action: Annotated[Literal["ls", "clear"], typer.Argument(help="List it, or empty it.")] = "ls",
+    action: Annotated[Literal["ls", "clear"], Argument(help="List it, or empty it.")] = "ls",
     everything: Annotated[
-        bool, typer.Option("--all", help="Clear testbeds and kept evaluations, too.")
+        bool, Option("--all", help="Clear testbeds and evaluations, too.")
     ] = False,
     as_json: options.Json = False,
 ) -> None:

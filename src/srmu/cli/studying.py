@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from typer import Argument, Option
 
 from srmu.cli import options
 from srmu.cli.output import (
@@ -26,17 +27,12 @@ GROUP = "Study"
 
 @verbs.command("testbed", rich_help_panel=GROUP)
 def testbed_command(
-    out: Annotated[Path, typer.Argument(help="Folder to write.")],
-    world: Annotated[
-        str,
-        typer.Option(help="closed; open: longer names, procedures; people: for the benchmarks."),
-    ] = "closed",
-    seed: Annotated[int, typer.Option(help="Another world and model for each.")] = 0,
-    entanglement: Annotated[
-        float, typer.Option(min=0, max=1, help="How much forget and retain-high share, 0 to 1.")
-    ] = 0.5,
+    out: Annotated[Path, Argument(help="Folder to write.")],
+    world: Annotated[str, Option(help="closed; open: harder; people: benchmarks.")] = "closed",
+    seed: Annotated[int, Option(help="Another world and model for each.")] = 0,
+    entanglement: Annotated[float, Option(min=0, max=1, help="Share of it in retain-high.")] = 0.5,
     with_oracle: Annotated[
-        bool, typer.Option("--with-oracle", help="Also a twin that never saw the hazard facts.")
+        bool, Option("--with-oracle", help="Also a twin without hazards.")
     ] = False,
     as_json: options.Json = False,
 ) -> None:
@@ -68,21 +64,19 @@ def testbed_command(
 def reproduce_command(
     what: Annotated[
         Literal["table2", "table3", "table4", "figure2", "all", "robust", "ablations"],
-        typer.Argument(help="Of the paper; or our own: robust, ablations."),
+        Argument(help="Of the paper; or our own: robust, ablations."),
     ],
     settings: Annotated[
-        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="For every run.")
+        list[str] | None, Argument(metavar="KEY=VALUE", help="For every run.")
     ] = None,
-    model: Annotated[str, typer.Option(help="Folder or hub id; default: testbeds.")] = "",
+    model: Annotated[str, Option(help="Folder or hub id; default: testbeds.")] = "",
     seeds: options.Seeds = "",
-    world: Annotated[str, typer.Option(help="robust: closed, open or both (both).")] = "",
-    regimes: Annotated[str, typer.Option(help="robust: high, rho0, a,b.")] = "",
-    methods: Annotated[str, typer.Option(help="robust: these rows only, a,b.")] = "",
-    tier: Annotated[str, typer.Option(help="robust: smoke, standard or deep attacks.")] = "",
-    show: Annotated[
-        bool, typer.Option("--show", help="robust: tables of what is there, run nothing.")
-    ] = False,
-    out: Annotated[Path, typer.Option(help="Folder for all of it.")] = Path("reproduce"),
+    world: Annotated[str, Option(help="robust: closed, open or both (both).")] = "",
+    regimes: Annotated[str, Option(help="robust: high, rho0, a,b.")] = "",
+    methods: Annotated[str, Option(help="robust: these rows only, a,b.")] = "",
+    tier: Annotated[str, Option(help="robust: smoke, standard or deep attacks.")] = "",
+    show: Annotated[bool, Option("--show", help="robust: print, run nothing.")] = False,
+    out: Annotated[Path, Option(help="Folder for all of it.")] = Path("reproduce"),
     dry_run: options.DryRun = False,
     as_json: options.Json = False,
 ) -> None:

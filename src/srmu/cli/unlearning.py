@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from typer import Argument, Option
 
 from srmu.cli import options
 from srmu.cli.output import (
@@ -34,21 +35,16 @@ KEPT = "what is done is kept: the same command goes on"
 @verbs.command("unlearn", rich_help_panel=GROUP)
 def unlearn_command(
     args: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="CONFIG key=value", help="A YAML file, then overrides."),
+        list[str] | None, Argument(metavar="CONFIG key=value", help="A YAML file, then overrides.")
     ] = None,
-    model: Annotated[str, typer.Option(help="Folder or hub id; with --forget.")] = "",
+    model: Annotated[str, Option(help="Folder or hub id; with --forget.")] = "",
     forget: options.Forget = None,
     retain: options.Retain = None,
-    method: Annotated[str, typer.Option(help="A name that srmu info methods lists.")] = "",
-    out: Annotated[Path | None, typer.Option(help="Also export the full model here.")] = None,
+    method: Annotated[str, Option(help="A name that srmu info methods lists.")] = "",
+    out: Annotated[Path | None, Option(help="Also export the full model here.")] = None,
     dry_run: options.DryRun = False,
-    shard: Annotated[
-        bool, typer.Option("--shard", help="Cut the weights over the launcher's processes (FSDP2).")
-    ] = False,
-    offload: Annotated[
-        bool, typer.Option("--offload", help="Leave the layers below those that change on disk.")
-    ] = False,
+    shard: Annotated[bool, Option("--shard", help="Cut weights over processes (FSDP2).")] = False,
+    offload: Annotated[bool, Option("--offload", help="Leave lower layers on disk.")] = False,
     as_json: options.Json = False,
 ) -> None:
     """Unlearn: one run, from a config file or from --model, --forget and --retain."""
@@ -119,25 +115,19 @@ def describe_run(run: Run, again: bool, out: Path | None) -> list[str]:
 
 @verbs.command("auto", rich_help_panel=GROUP)
 def auto_command(
-    model: Annotated[str, typer.Argument(help="Folder or hub id.")],
+    model: Annotated[str, Argument(help="Folder or hub id.")],
     forget: Annotated[list[str], options.FORGET],
     retain: Annotated[list[str], options.RETAIN],
     budget: options.Budget = "1%",
-    tasks: Annotated[str, typer.Option(help="lm-eval tasks on what is to go, a,b.")] = "",
+    tasks: Annotated[str, Option(help="lm-eval tasks on what is to go, a,b.")] = "",
     utility: options.Utility = "",
     tasks_dir: options.TasksDir = None,
-    method: Annotated[str, typer.Option(help="srmu, rmu, adaptive_rmu or rna.")] = "srmu",
-    robust: Annotated[
-        bool, typer.Option("--robust", help="rename_scrub: resists relearning, takes longer.")
-    ] = False,
-    names: Annotated[str, typer.Option(help="robust: file of names to swap, one a line.")] = "",
-    goals: Annotated[
-        str, typer.Option(help="robust: file of phrases about which all is to be forgotten.")
-    ] = "",
-    trials: Annotated[
-        int, typer.Option(min=1, help="Strengths to try; with --robust 3 at most.")
-    ] = 24,
-    out: Annotated[Path, typer.Option(help="Folder for all of it.")] = Path("auto"),
+    method: Annotated[str, Option(help="srmu, rmu, adaptive_rmu or rna.")] = "srmu",
+    robust: Annotated[bool, Option("--robust", help="rename_scrub: resists relearning.")] = False,
+    names: Annotated[str, Option(help="robust: file of names to swap, one a line.")] = "",
+    goals: Annotated[str, Option(help="robust: file of phrases to forget all of.")] = "",
+    trials: Annotated[int, Option(min=1, help="Strengths to try; robust: up to 3.")] = 24,
+    out: Annotated[Path, Option(help="Folder for all of it.")] = Path("auto"),
     seed: int = 0,
     device: options.Device = "auto",
     dry_run: options.DryRun = False,
@@ -202,15 +192,10 @@ def choose_strength(request: AutoRequest, dry_run: bool, as_json: bool) -> None:
 @verbs.command("sweep", rich_help_panel=GROUP)
 def sweep_command(
     args: Annotated[
-        list[str],
-        typer.Argument(metavar="CONFIG key=value", help="A sweep file, then overrides."),
+        list[str], Argument(metavar="CONFIG key=value", help="A sweep file, then overrides.")
     ],
-    trials: Annotated[
-        int | None, typer.Option(min=1, help="How many to try; a grid has all its points.")
-    ] = None,
-    storage: Annotated[
-        str, typer.Option(help="postgresql://USER@HOST/DATABASE, for workers on any machines.")
-    ] = "",
+    trials: Annotated[int | None, Option(min=1, help="How many to try; of a grid all.")] = None,
+    storage: Annotated[str, Option(help="postgresql://..., for many machines.")] = "",
     as_json: options.Json = False,
 ) -> None:
     """Try many settings of a config, alone or with other workers; a stopped sweep goes on."""
@@ -240,14 +225,13 @@ def sweep_command(
 
 @verbs.command("export", rich_help_panel=GROUP)
 def export_command(
-    run: Annotated[Path, typer.Argument(help="A run's folder.")],
-    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+    run: Annotated[Path, Argument(help="A run's folder.")],
+    out: Annotated[Path, Argument(help="Folder to write.")],
     link: Annotated[
-        bool | None,
-        typer.Option("--link/--copy", help="Share the files that stay as they were, or copy them."),
+        bool | None, Option("--link/--copy", help="Share files that stay, or copy.")
     ] = None,
     last_good: Annotated[
-        bool, typer.Option("--last-good", help="Of a run that diverged: the weights before that.")
+        bool, Option("--last-good", help="If it diverged: the weights before.")
     ] = False,
     as_json: options.Json = False,
 ) -> None:
