@@ -14,6 +14,7 @@ import srmu
 from helpers.models import ARCHITECTURES, pico_module, texts, word_tokenizer, write_jsonl
 from srmu.runs import in_memory
 
+NAMES = Path(__file__).parents[1] / "helpers" / "names.txt"
 FORGET, RETAIN = texts(10, 1, range(30)), texts(7, 2, range(20, 60))
 TRAIN = {"max_steps": 3, "learning_rate": 1e-3}
 # One of each kind: of one layer, of the whole model, with an adapter, and written at once.
@@ -70,6 +71,14 @@ def test_any_architecture(name: str) -> None:
     assert changed == set(result.delta) and len(changed) == 3
     assert len(model.base_model.state_dict()) == layers  # the layers above are there again
     model(torch.tensor([[1, 5, 6]]))
+
+
+def test_a_method_that_reads_the_tokenizer() -> None:
+    """rename_scrub swaps names, whose tokens it must know, on a model that no folder holds."""
+    few = {"own_texts": 12, "own_tokens": 10, "prompt": 2, "renamings": 3, "keep_rows": 2}
+    method = srmu.RenameScrub(names=str(NAMES), held_out=2, **few)
+    _, result = unlearn(pico_module(), method=method)
+    assert result.delta and result.record["topics"]["topic"]["names"] > 0
 
 
 def test_the_model_is_otherwise_as_it_was() -> None:

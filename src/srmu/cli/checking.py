@@ -49,9 +49,11 @@ def verify_command(
     rerun: Annotated[
         bool, Option("--rerun", help="Make the run again, too: is it the same?")
     ] = False,
-    key: Annotated[Path | None, Option(help="Public Ed25519 key (PEM) of a signature.")] = None,
+    key: Annotated[
+        Path | None, Option(help="Public Ed25519 key (PEM): check the signature.")
+    ] = None,
     sign: Annotated[Path | None, Option(help="Private Ed25519 key (PEM) to sign with.")] = None,
-    summary: Annotated[Path | None, Option(help="Write the record here as a page.")] = None,
+    summary: Annotated[Path | None, Option(help="Write the record here, on one page.")] = None,
     as_json: options.Json = False,
 ) -> None:
     """Recompute every digest of a run or an export, and of its base model, against the record."""

@@ -30,9 +30,11 @@ def testbed_command(
     out: Annotated[Path, Argument(help="Folder to write.")],
     world: Annotated[str, Option(help="closed; open: harder; people: benchmarks.")] = "closed",
     seed: Annotated[int, Option(help="Another world and model for each.")] = 0,
-    entanglement: Annotated[float, Option(min=0, max=1, help="Share of it in retain-high.")] = 0.5,
+    entanglement: Annotated[
+        float, Option(min=0, max=1, help="How much forget and retain-high share, 0 to 1.")
+    ] = 0.5,
     with_oracle: Annotated[
-        bool, Option("--with-oracle", help="Also a twin without hazards.")
+        bool, Option("--with-oracle", help="Also a twin that never saw the hazard facts.")
     ] = False,
     as_json: options.Json = False,
 ) -> None:

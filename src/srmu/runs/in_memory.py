@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, overload
 
 from pydantic import ValidationError
@@ -142,7 +143,10 @@ def unlearn_in_memory(
         if callback is not None:
             callback(step, values)
 
-    with edit_in_place(model, config.method) as edited:
+    with TemporaryDirectory() as scratch, edit_in_place(model, config.method) as edited:
+        if edited.folder is None:  # some methods read the tokenizer from there
+            tokenizer.save_pretrained(scratch)
+            edited.folder = Path(scratch)
         for name, parameter in edited.trained.items():
             check_precision(name, parameter.dtype, config.train.weights)
         # Where the first layer changes, no activation comes twice.
