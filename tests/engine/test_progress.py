@@ -1,5 +1,6 @@
 """Progress on standard error: a changing line where a person watches, log lines elsewhere."""
 
+import io
 import sys
 from types import ModuleType
 
@@ -53,8 +54,13 @@ def test_library_functions_show_progress_where_a_person_watches(
     with monkeypatch.context() as patch:
         enter_notebook(patch)
         assert progress.choose_progress() is progress.show_progress
-    monkeypatch.setattr(progress, "stderr", Console(force_terminal=True))
+    monkeypatch.setattr(progress, "stderr", Console(force_terminal=True, file=io.StringIO()))
     assert progress.choose_progress() is progress.show_progress
+    with progress.show_progress("a sweep", 2):  # what is done inside of it shows nothing
+        assert progress.choose_progress() is progress.ignore_progress
+    assert progress.choose_progress() is progress.show_progress
+    monkeypatch.setattr(progress.multiprocessing, "parent_process", lambda: "a parent")
+    assert progress.choose_progress() is progress.ignore_progress
 
 
 def test_silent(capsys: pytest.CaptureFixture[str]) -> None:

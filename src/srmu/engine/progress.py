@@ -1,5 +1,6 @@
 """What a person sees while something runs: a live line in a terminal or a notebook, else a log."""
 
+import multiprocessing
 import os
 import sys
 import time
@@ -18,6 +19,8 @@ stderr = Console(stderr=True, highlight=False, soft_wrap=True, force_jupyter=Fal
 LOG_SECONDS = 10.0  # between two log lines where nobody watches a line change
 LIVE_SECONDS = 0.2  # between two changes of the line in a notebook
 
+_shown: list[str] = []  # the labels of what is shown now
+
 
 @contextmanager
 def ignore_progress(label: str, total: int) -> Iterator[Tick]:
@@ -28,18 +31,32 @@ def ignore_progress(label: str, total: int) -> Iterator[Tick]:
 @contextmanager
 def show_progress(label: str, total: int) -> Iterator[Tick]:
     """Show progress over `total` steps on standard error; call the yielded function once a step."""
-    if stderr.is_terminal:
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[text]}"),
-        )
-        with Progress(*columns, console=stderr, transient=True) as bar:
-            task = bar.add_task(label, total=total, text="")
-            yield lambda text: bar.update(task, advance=1, text=text)
-        return
+    _shown.append(label)
+    try:
+        with (draw_bar if stderr.is_terminal else write_lines)(label, total) as tick:
+            yield tick
+    finally:
+        _shown.pop()
+
+
+@contextmanager
+def draw_bar(label: str, total: int) -> Iterator[Tick]:
+    """A bar in a terminal, which is gone at the end."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[text]}"),
+    )
+    with Progress(*columns, console=stderr, transient=True) as bar:
+        task = bar.add_task(label, total=total, text="")
+        yield lambda text: bar.update(task, advance=1, text=text)
+
+
+@contextmanager
+def write_lines(label: str, total: int) -> Iterator[Tick]:
+    """A line that changes in a notebook, and now and then a new one elsewhere."""
     live = in_notebook()
     start = last = time.monotonic()
     done = width = 0
@@ -63,8 +80,13 @@ def show_progress(label: str, total: int) -> Iterator[Tick]:
 
 
 def choose_progress() -> Watch:
-    """What a library function shows unless told otherwise: something where a person watches."""
-    return show_progress if stderr.is_terminal or in_notebook() else ignore_progress
+    """What a library function shows unless told otherwise: something where a person watches.
+
+    Nothing in the processes that share a work, nor inside of another progress.
+    """
+    watched = stderr.is_terminal or in_notebook()
+    alone = not _shown and multiprocessing.parent_process() is None
+    return show_progress if watched and alone else ignore_progress
 
 
 def in_notebook() -> bool:
