@@ -20,6 +20,8 @@ from srmu.cli.output import (
 from srmu.engine.progress import show_progress, silence_libraries
 from srmu.report.format import print_table
 
+KINDS = ("evals", "attacks", "suites", "hashes")  # folders of the cache beside activations
+
 verbs = typer.Typer()
 topics = typer.Typer(no_args_is_help=True)
 verbs.add_typer(
@@ -116,12 +118,13 @@ def show_cache(
 
     root = caches.cache_dir()
     entries = caches.list_activations()
-    kinds = ("organism", "evals", "attacks", "suites", "hashes")
-    others = {name: caches.folder_bytes(root / name) for name in kinds}
+    folders = {"testbeds": "organism"} | {name: name for name in KINDS}
+    others = {name: caches.folder_bytes(root / folder) for name, folder in folders.items()}
     total = sum(entry["bytes"] for entry in entries)
     answer: dict[str, Any] = {"folder": str(root), "activations_bytes": total, "others": others}
     if action == "clear":
-        freed = caches.clear_cache(("activations", *others) if everything else ("activations",))
+        more = folders.values() if everything else ()
+        freed = caches.clear_cache(("activations", *more))
         lines = [f"freed {freed / 1e9:.3f} GB in {root}", next_command("info", "cache")]
         print_result(answer | {"freed_bytes": freed}, as_json, *lines)
         return
