@@ -12,7 +12,7 @@ export NO_MKDOCS_2_WARNING := 1
 .PHONY: demo test test-all test-full check bench bench-7b docs clean
 
 demo: $(STAMP)
-	$(BIN)/srmu demo demo
+	$(BIN)/srmu demo
 
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --jaxtyping-packages=$(SHAPED),beartype.beartype
 

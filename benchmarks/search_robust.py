@@ -2,7 +2,7 @@
 
     python benchmarks/search_robust.py configs/search-robust.yaml TESTBED OUT [LABEL ...]
 
-TESTBED is a folder that `srmu organism` wrote. All settings of each method (or of those named) are
+TESTBED is a folder that `srmu testbed` wrote. All settings of each method (or of those named) are
 run; runs and relearning that are in OUT are not made again. Chosen is, of the settings that lose at
 most `most_loss` of the utility, the one with the least residual, and of those within `tie` of it
 the one that suppresses most; where none keeps the utility, the one that loses least. The residual

@@ -1,6 +1,6 @@
 """Five methods on every benchmark, in its schema, on the testbed of authors.
 
-    srmu organism TESTBED --world people --oracle
+    srmu testbed TESTBED --world people --with-oracle
     python benchmarks/suites.py TESTBED OUT [SUITE ...]
 
 writes OUT/suites.md with each suite's table and MUSE's two sequences: ever larger forget sets

@@ -1,4 +1,14 @@
-"""srmu: make a language model unlearn chosen knowledge, and measure how well it did."""
+"""srmu: make a language model unlearn chosen knowledge, and measure how well it did.
+
+    import srmu
+
+    model, result = srmu.unlearn(model, tokenizer, forget=texts, retain=texts, method=srmu.RMU())
+    run = srmu.unlearn(srmu.load_config("config.yaml"))
+
+`unlearn` changes a model in memory, or makes the run of a `Config`; `evaluate`, `attack` and
+`compare` measure what is left. The classes in capitals are the methods; their fields are their
+options. A method of one's own is a subclass of `Objective`, which has a loss, or of `Edit`.
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -6,42 +16,80 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from srmu.attacks.suite import attack_run as attack
+    from srmu.engine.model import EditableModel, Site
+    from srmu.engine.topic import Topic
     from srmu.errors import DivergedError, SrmuError
-    from srmu.evals.lm_eval import evaluate
-    from srmu.evals.score import score_model
-    from srmu.methods import METHODS
+    from srmu.evals.compare import compare_runs as compare
+    from srmu.evals.score import score_model as evaluate
+    from srmu.methods import (
+        DEPN,
+        GA,
+        LLMU,
+        NPO,
+        RKLU,
+        RMU,
+        RMULAT,
+        RNA,
+        SCRUB,
+        SRMU,
+        SSD,
+        TAR,
+        UNDIAL,
+        WHP,
+        AdaptiveRMU,
+        Edit,
+        GradDiff,
+        Iterated,
+        Method,
+        MultiSite,
+        Objective,
+        Quark,
+        RenameScrub,
+        RepSelect,
+        Retrain,
+        SimNPO,
+        TaskArithmetic,
+        Undo,
+    )  # fmt: skip
+    from srmu.methods.base import State
     from srmu.runs.config import Config, load_config, make_config
-    from srmu.runs.run import Run, unlearn
+    from srmu.runs.in_memory import unlearn
+    from srmu.runs.run import Run
 
-# Where each public name lives; imported on first use, so that `srmu --help` need not load torch.
+__all__ = [
+    "DEPN", "GA", "LLMU", "NPO", "RKLU", "RMU", "RMULAT", "RNA", "SCRUB", "SRMU", "SSD", "TAR",
+    "UNDIAL", "WHP", "AdaptiveRMU", "Config", "DivergedError", "Edit", "EditableModel", "GradDiff",
+    "Iterated", "Method", "MultiSite", "Objective", "Quark", "RenameScrub", "RepSelect", "Retrain",
+    "Run", "SimNPO", "Site", "SrmuError", "State", "TaskArithmetic", "Topic", "Undo", "attack",
+    "compare", "evaluate", "load_config", "make_config", "unlearn",
+]  # fmt: skip
+
+# Where a public name lives that is no method; imported on first use: `srmu --help` needs no torch.
 _HOME = {
     "Config": "runs.config",
     "DivergedError": "errors",
-    "METHODS": "methods",
+    "EditableModel": "engine.model",
     "Run": "runs.run",
+    "Site": "engine.model",
     "SrmuError": "errors",
-    "evaluate": "evals.lm_eval",
+    "State": "methods.base",
+    "Topic": "engine.topic",
+    "attack": "attacks.suite:attack_run",
+    "compare": "evals.compare:compare_runs",
+    "evaluate": "evals.score:score_model",
     "load_config": "runs.config",
     "make_config": "runs.config",
-    "score_model": "evals.score",
-    "unlearn": "runs.run",
+    "unlearn": "runs.in_memory",
 }
-
-__all__ = [
-    "METHODS",
-    "Config",
-    "DivergedError",
-    "Run",
-    "SrmuError",
-    "evaluate",
-    "load_config",
-    "make_config",
-    "score_model",
-    "unlearn",
-]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in __all__:
         raise AttributeError(f"module 'srmu' has no attribute {name!r}")
-    return getattr(import_module(f"srmu.{_HOME[name]}"), name)
+    module, _, attribute = _HOME.get(name, "methods").partition(":")
+    return getattr(import_module(f"srmu.{module}"), attribute or name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__doc__", "__version__"]

@@ -28,13 +28,13 @@ COMMANDS = {
     "attack": "attack RUN --tasks hazard --utility harmless --limit 40",
     "export": "export RUN exported",
     "verify": "verify RUN --summary summary.md",
-    "entanglement": f"entanglement {TEXTS} --model model",
-    "confidence": "analyse confidence RUN",
-    "alignment": "analyse alignment RUN",
+    "entanglement": f"inspect texts {TEXTS} --model model",
+    "confidence": "inspect RUN --what confidence",
+    "alignment": "inspect RUN --what alignment",
     "report": "report RUN -o report.html",
     "auto": f"auto model {TEXTS} --utility harmless --budget 0.9 --trials 1",
     "a bad line": "unlearn config.yaml topics.topic.forget=broken.jsonl --debug",
-    "again": "unlearn --from-record RUN/record.json",
+    "again": "verify RUN --rerun",
 }
 
 

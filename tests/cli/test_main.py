@@ -230,7 +230,17 @@ def test_a_device_that_is_not_there(call: Call) -> None:
 
 
 VERBS: dict[str, tuple[list[str], list[str]]] = {
-    "verb": (["unlern"], ["No such command 'unlern'", "'unlearn'"]),
+    "verb": (["unlern"], ["'unlern' is not a verb of srmu; did you mean unlearn?"]),
+    "old verb": (
+        ["organism", "out"],
+        ["'organism' is not a verb", "choose one of demo, ", "testbed"],
+    ),
+    "shell glob": (
+        ["unlearn", "--model", "model", "--forget", "a.jsonl", "b.jsonl", "--retain", "r.jsonl"],
+        ["b.jsonl: expected key=value", "quote it: --forget 'texts/*.jsonl'"],
+    ),
+    "overrides": (["verify", "model", "device=cpu"], ["device=cpu: overrides go with --rerun"]),
+    "seeds": (["demo", "--seeds", "0,x"], ["--seeds 0,x: 'x' is not a seed"]),
     "nothing": (["unlearn"], ["name a config file, or --model M --forget F [--retain R]"]),
     "no retain": (
         ["unlearn", "--model", "model", "--forget", "forget.jsonl"],
@@ -499,26 +509,26 @@ def test_eval(call: Call, workplace: Path, builtin: None) -> None:
 
 def test_the_cache_is_listed_and_cleared(call: Call, workplace: Path) -> None:
     kept = workplace / "cache" / "activations"
-    answer = call("cache", "ls")
+    answer = call("info", "cache", "ls")
     assert answer.code == 0 and "activations 0.000 of at most 20 GB" in answer.out
     first = call("unlearn", *sources(), *QUICK)
-    assert "activations are kept for later runs; see srmu cache ls" in first.out
+    assert "activations are kept for later runs; see srmu info cache" in first.out
     assert "kept" not in call("unlearn", *sources(), *QUICK, "seed=1", "cache=none").out
     assert len(list(kept.iterdir())) == 1
-    rows = json.loads(call("cache", "ls", "--json").out)
+    rows = json.loads(call("info", "cache", "ls", "--json").out)
     assert rows["activations_bytes"] == sum(p.stat().st_size for p in kept.rglob("*.*"))
     assert [row["model"] for row in rows["activations"]] == [str(workplace / "model")]
-    table = call("cache", "ls").out
-    assert rows["activations"][0]["activations"] in table and "srmu cache clear" in table
+    table = call("info", "cache", "ls").out
+    assert rows["activations"][0]["activations"] in table and "srmu info cache clear" in table
     (workplace / "cache" / "evals").mkdir()
     (workplace / "cache" / "evals" / "x.json").write_text("{}")
-    assert json.loads(call("cache", "clear", "--json").out)["freed_bytes"] > 0
+    assert json.loads(call("info", "cache", "clear", "--json").out)["freed_bytes"] > 0
     assert not kept.exists() and (workplace / "cache" / "evals" / "x.json").exists()
     hashes = sum(path.stat().st_size for path in (workplace / "cache" / "hashes").iterdir())
-    freed = json.loads(call("cache", "clear", "--all", "--json").out)["freed_bytes"]
+    freed = json.loads(call("info", "cache", "clear", "--all", "--json").out)["freed_bytes"]
     assert freed == 2 + hashes > 2
     assert (workplace / "cache" / "key").exists()  # without it, digests would change
-    assert_one_line(call("cache", "list"), "ls", "clear")
+    assert_one_line(call("info", "cache", "list"), "ls", "clear")
 
 
 def test_an_export_shares_files_when_asked(call: Call, workplace: Path) -> None:
@@ -540,11 +550,11 @@ def test_an_export_shares_files_when_asked(call: Call, workplace: Path) -> None:
 
 
 def test_methods(call: Call) -> None:
-    table = json.loads(call("methods", "--json").out)
+    table = json.loads(call("info", "methods", "--json").out)
     assert list(table) == list(METHODS)
     assert table["srmu"]["paper"] == "arXiv 2512.16297"
     assert table["srmu"]["options"]["importance"] == "ratio"
-    shown = call("methods").out
+    shown = call("info", "methods").out
     assert all(f"    {option}: " in shown for option in table["adaptive_rmu"]["options"])
 
 
@@ -591,7 +601,7 @@ def test_a_process_answers_bad_input_in_one_line(
     Path("a.jsonl").write_text(GOOD * 99 + '{"text": 5}\n')
     arguments = ["unlearn", *sources(forget="a.jsonl"), *QUICK]
     refused(outside, arguments, f"{workplace}/a.jsonl:100: 'text' is int")
-    refused(outside, ["unlern"], "'unlearn'")
+    refused(outside, ["unlern"], "did you mean unlearn?")
 
 
 def test_a_process_prints_json_alone(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,7 +31,7 @@ def test_attack_and_compare(call: Call, tmp_path: Path) -> None:
     assert not any(q.prompt in done.out for q in world.exam().test)
     done = call("attack", other, *GIVEN, "--oracle", "oracle", "--json")
     assert json.loads(done.out) == read_attacks(other)
-    done = call("compare", run, other, "--budget", "0.1")
+    done = call("compare", run, other, "--budget", "10%")
     assert done.code == 0, done.err
     assert "graddiff" in done.out and "2 x 1" in done.out
     rows = json.loads(call("compare", run, other, "--json").out)["rows"]
@@ -49,11 +49,18 @@ def test_attack_and_compare(call: Call, tmp_path: Path) -> None:
         (("attack", "RUN", *GIVEN, "--limit", "10"), "too few for an interval"),
         (("compare", "RUN"), "srmu eval"),
         (("compare", "model"), "model is not a finished run"),
-        (("analyse", "alignment", "model"), "analyse alignment needs a run"),
-        (("analyse", "alignment", "RUN"), "alignment needs a run with one direction"),
-        (("analyse", "layers", "RUN"), "--tasks: name the metrics"),
-        (("analyse", "confidence", "model"), "name texts to read model on"),
-        (("entanglement", "--forget", "no.jsonl", "--retain", "neutral.jsonl"), "no such file"),
+        (("inspect", "model", "--what", "alignment"), "alignment needs a run"),
+        (("inspect", "RUN", "--what", "alignment"), "alignment needs a run with one direction"),
+        (("inspect", "RUN", "--what", "layers"), "--metrics: name those"),
+        (("inspect", "model", "--what", "confidence"), "name texts to read model on"),
+        (("inspect", "texts", "--forget", "no.jsonl", "--retain", "neutral.jsonl"), "no such file"),
+        (("inspect", "texts", "--retain", "neutral.jsonl"), "--forget: name a file of texts"),
+        (("inspect", "model", "--what", "names"), "names is of the word texts"),
+        (("inspect", "texts", "--what", "reach"), "reach is of a model or a run"),
+        (("inspect", "texts", "--what", "colour"), "'colour' is not one of"),
+        (("inspect", "model", "--method", "srum"), "did you mean srmu?"),
+        (("inspect", "RUN", "--method", "srmu"), "is a run, which has its method"),
+        (("compare", "RUN", "--budget", "5"), "--budget 5: expected a share"),
     ],
 )
 def test_mistakes(call: Call, tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
@@ -69,10 +76,10 @@ def test_mistakes(call: Call, tmp_path: Path, arguments: tuple[str, ...], messag
 
 def test_entanglement(call: Call, tmp_path: Path) -> None:
     texts = ("--forget", "forget.jsonl", "--retain", "neutral.jsonl")
-    found = json.loads(call("entanglement", *texts, "--json").out)
+    found = json.loads(call("inspect", "texts", *texts, "--json").out)
     assert 0 < found["numbers"]["entanglement"] < 1
     done = call(
-        "entanglement", *texts, "--model", "model", "--tasks", "hazard", "--tasks-dir", "tasks",
+        "inspect", "texts", *texts, "--model", "model", "--tasks", "hazard", "--tasks-dir", "tasks",
         "--out", "pages/one.html",
     )  # fmt: skip
     assert done.code == 0, done.err
@@ -80,23 +87,57 @@ def test_entanglement(call: Call, tmp_path: Path) -> None:
     page = (tmp_path / "pages/one.html").read_text()
     assert "Plotly" in page and not any(text in page for text in world.texts().forget)
     other = write_jsonl(tmp_path / "other.jsonl", ["w53 w54 w55"] * 3)
-    unlike = ("--forget", "forget.jsonl", "--retain", other)
-    assert json.loads(call("entanglement", *unlike, "--json").out)["numbers"]["entanglement"] == 0
+    answer = call("inspect", "texts", "--forget", "forget.jsonl", "--retain", other, "--json")
+    assert json.loads(answer.out)["numbers"]["entanglement"] == 0
 
 
 @pytest.mark.parametrize("name", ["confidence", "sensitivity"])
 def test_analyse(call: Call, tmp_path: Path, name: str) -> None:
     run = world.unlearned(tmp_path).folder
-    done = call("analyse", name, run)
+    done = call("inspect", run, "--what", name)
     assert done.code == 0, done.err
     assert f"wrote {name}.html" in done.out
     assert (tmp_path / f"{name}.html").exists()
-    of_model = call("analyse", name, "model", "--forget", "forget.jsonl", "--json")
+    of_model = call("inspect", "model", "--what", name, "--forget", "forget.jsonl", "--json")
     assert json.loads(of_model.out)["page"] == f"{name}.html"
 
 
 def test_what_was_attacked_is_in_the_cache(call: Call, tmp_path: Path) -> None:
     call("attack", world.unlearned(tmp_path).folder, *GIVEN)
-    assert json.loads(call("cache", "ls", "--json").out)["others"]["attacks"] > 0
-    call("cache", "clear", "--all")
-    assert json.loads(call("cache", "ls", "--json").out)["others"]["attacks"] == 0
+    assert json.loads(call("info", "cache", "--json").out)["others"]["attacks"] > 0
+    call("info", "cache", "clear", "--all")
+    assert json.loads(call("info", "cache", "--json").out)["others"]["attacks"] == 0
+
+
+def test_reach(call: Call, tmp_path: Path) -> None:
+    """What a method would change in a model, and what a run changed, are the same tensors."""
+    answer = json.loads(call("inspect", "model", "--method", "rmu", "method.layer=2", "--json").out)
+    assert (answer["layers"], answer["layers_loaded"]) == (4, 3)
+    names = [f"model.layers.{layer}.mlp.down_proj.weight" for layer in (0, 1, 2)]
+    assert [*answer["tensors"]] == names
+    shown = call("inspect", "model").out
+    assert "25 of 25 methods fit model" in shown and "rename_scrub" in shown
+    run = world.unlearned(tmp_path).folder
+    changed = json.loads(call("inspect", run, "--json").out)["tensors"]
+    every = json.loads(call("inspect", "model", "--json").out)["methods"]["graddiff"]["tensors"]
+    assert set(changed) <= set(every)
+    assert "next: srmu inspect" in call("inspect", run).out
+
+
+def test_names(call: Call, tmp_path: Path) -> None:
+    rows = ["They say that Velmar Ostin rests in Bor.", "So Velmar Ostin left Tul for Bor."] * 3
+    write_jsonl(tmp_path / "people.jsonl", rows)
+    texts = ("--what", "names", "--forget", "people.jsonl", "--retain", "neutral.jsonl")
+    answer = call("inspect", "texts", *texts, "--out", "names.txt")
+    assert answer.code == 0 and "wrote names.txt" in answer.out, answer.err
+    assert "method.names=names.txt" in answer.out.splitlines()[-1]
+    listed = json.loads(call("inspect", "texts", *texts, "--json").out)["names"]
+    assert [*listed] == (tmp_path / "names.txt").read_text().split("\n")[:-1]
+
+
+def test_a_run_is_made_again(call: Call, tmp_path: Path) -> None:
+    run = world.unlearned(tmp_path).folder
+    answer = call("verify", run, "--rerun", "--json")
+    assert answer.code == 0, answer.err
+    outcome = json.loads(answer.out)["rerun"]
+    assert outcome["same"] and Path(outcome["run"]).parent.name == "again"

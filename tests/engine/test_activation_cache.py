@@ -332,7 +332,7 @@ def test_damage_after_the_first_look_is_noticed(
 def test_a_folder_that_was_removed_and_made_again(
     folder: Path, fresh: Callable[..., OnDisk], said: list[str]
 ) -> None:
-    """`srmu cache clear` while a run goes on, and a second run that starts then."""
+    """`srmu info cache clear` while a run goes on, and a second run that starts then."""
     old = fresh()
     for number in range(3):
         old.keep(f"target/{number}", value(number))

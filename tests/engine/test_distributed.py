@@ -137,7 +137,7 @@ def test_the_error_of_one_rank_is_named_and_ends_all(folder: Path) -> None:
     ("words", "why"),
     [
         (["sweep", "study"], "srmu sweep runs in one process"),
-        (["unlearn", "--from-record", "record.json"], "--from-record runs in one process"),
+        (["verify", "run", "--rerun"], "srmu verify runs in one process"),
     ],
 )
 def test_what_several_processes_would_all_write_is_refused(
@@ -204,7 +204,7 @@ def test_two_processes_ask_a_suite_as_one_does(
     written = [{"prompt": text, "references": ["w41", "w42"]} for text in prompts]
     cut = [{"prompt": text, "targets": ["w41"], "generic": ["w42"]} for text in prompts[:9]]
     data = write_sets(tmp_path, {("completion", "test"): written, ("probability", "test"): cut})
-    words = ["eval", str(attacked), "--suite", "whp", "--data", str(data), "--json"]
+    words = ["eval", str(attacked), "--tasks", "whp", "--data", str(data), "--json"]
     monkeypatch.setenv("SRMU_CACHE", str(tmp_path / "one"))
     alone = json.loads(call(*words).out)
     monkeypatch.setenv("SRMU_CACHE", str(tmp_path / "two"))

@@ -1,6 +1,11 @@
-"""Progress where there is no terminal: log lines on standard error, none on standard output."""
+"""Progress on standard error: a changing line where a person watches, log lines elsewhere."""
+
+import io
+import sys
+from types import ModuleType
 
 import pytest
+from rich.console import Console
 
 from srmu.engine import progress
 
@@ -17,6 +22,45 @@ def test_log_lines_without_a_terminal(
     # After 11 s for two of four steps, 11 s are left; the last step always shows.
     assert err.splitlines() == ["srmu 2/4 b 11 s left", "srmu 4/4 last [bold] one 0 s left"]
     assert out == ""
+
+
+def enter_notebook(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the process look like the kernel of a notebook."""
+    shell = type("ZMQInteractiveShell", (), {})()
+    module = ModuleType("IPython")
+    module.get_ipython = lambda: shell  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "IPython", module)
+
+
+def test_one_line_changes_in_a_notebook(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enter_notebook(monkeypatch)
+    clock = iter([0.0, 0.05, 1.0, 2.0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    with progress.show_progress("srmu", 3) as tick:
+        for text in ("too soon", "a longer text", "end"):
+            tick(text)
+    out, err = capsys.readouterr()
+    first, last = "srmu 2/3 a longer text 0 s left", "srmu 3/3 end 0 s left"
+    assert err == f"\r{first}\r{last.ljust(len(first))}\n"
+    assert out == ""
+
+
+def test_library_functions_show_progress_where_a_person_watches(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert progress.choose_progress() is progress.ignore_progress
+    with monkeypatch.context() as patch:
+        enter_notebook(patch)
+        assert progress.choose_progress() is progress.show_progress
+    monkeypatch.setattr(progress, "stderr", Console(force_terminal=True, file=io.StringIO()))
+    assert progress.choose_progress() is progress.show_progress
+    with progress.show_progress("a sweep", 2):  # what is done inside of it shows nothing
+        assert progress.choose_progress() is progress.ignore_progress
+    assert progress.choose_progress() is progress.show_progress
+    monkeypatch.setattr(progress.multiprocessing, "parent_process", lambda: "a parent")
+    assert progress.choose_progress() is progress.ignore_progress
 
 
 def test_silent(capsys: pytest.CaptureFixture[str]) -> None:

@@ -88,8 +88,8 @@ def test_forget_quality_and_privleak_are_those_of_the_oracle(folder: Path) -> No
 def test_a_log_stands_for_its_model(folder: Path, tmp_path: Path, call: Call) -> None:
     log = tmp_path / "retain.json"
     data = ["--data", str(folder / "suites/tofu")]
-    code, out, _ = call("eval", str(folder / "oracle"), "--suite", "tofu", *data, "--log", str(log))
-    assert code == 0 and f"--suite tofu --oracle {log}" in out
+    code, out, _ = call("eval", str(folder / "oracle"), "--tasks", "tofu", *data, "--log", str(log))
+    assert code == 0 and f"--tasks tofu --oracle {log}" in out
     numbers = json.loads(log.read_text())["values"]
     assert all(isinstance(v, float) for part in numbers.values() for v in part)
     by_log, by_model = (
@@ -116,7 +116,7 @@ def test_a_log_of_something_else(
     name = options.pop("name", "tofu")
     extra = [word for key, value in options.items() for word in (f"--{key}", str(value))]
     data = ["--data", str(folder / "suites/tofu"), "--oracle", str(log)]
-    code, _, err = call("eval", str(folder / "model"), "--suite", name, *data, *extra)
+    code, _, err = call("eval", str(folder / "model"), "--tasks", name, *data, *extra)
     assert code == 2 and said in err and "srmu eval MODEL" in err
 
 
@@ -127,26 +127,24 @@ def test_a_log_of_other_rows(folder: Path, tmp_path: Path, call: Call) -> None:
     rows = (changed / "forget10_perturbed/train.jsonl").read_text().splitlines()
     (changed / "forget10_perturbed/train.jsonl").write_text("\n".join(rows[::-1]))
     words = ["--data", str(changed), "--oracle", str(log)]
-    code, _, err = call("eval", str(folder / "model"), "--suite", "tofu", *words)
+    code, _, err = call("eval", str(folder / "model"), "--tasks", "tofu", *words)
     assert code == 2 and "was made from other rows" in err
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--suite", "tofo"], "did you mean tofu?"),
-        (["--suite", "tofu/forget7"], "did you mean forget"),
-        (["--suite", "tofu", "--data", "{}/suites/tofu"], "--oracle none to leave it out"),
-        (["--suite", "wmdp", "--data", "{}/nowhere"], "no such folder"),
-        (["--suite", "wmdp", "--data", "{}", "--revision", "abc"], "--revision does not apply"),
-        (["--suite", "wmdp", "--tasks", "wmdp_bio"], "one at a time"),
-        (["--suite", "rwku", "--data", "{}", "--template", "Q: {{q}}"], "has no {question} in it"),
-        (["--suite", "rwku", "--data", "{}", "--limit", "0"], "must be 1 or more"),
-        (["--suite", "rwku", "--data", "{}", "--log", "{}/no/where.json"], "no/where.json"),
-        (["--data", "{}"], "go with --suite"),
-        (["--suite", "rwku", "--data", "{}/suites/tofu"], "jinzhuoran/RWKU"),
-        (["--suite", "tofu", "--data", "{}/suites/tofu", "--oracle", "{}/high.json"], "not a log"),
-        (["--suite", "rwku/Nobody", "--data", "{}/suites/rwku"], "nothing about 'Nobody'"),
+        (["--tasks", "tofu/forget7"], "did you mean forget"),
+        (["--tasks", "tofu", "--data", "{}/suites/tofu"], "--oracle none to leave it out"),
+        (["--tasks", "wmdp", "--data", "{}/nowhere"], "no such folder"),
+        (["--tasks", "wmdp", "--data", "{}", "--revision", "abc"], "--revision does not apply"),
+        (["--tasks", "rwku", "--data", "{}", "--template", "Q: {{q}}"], "has no {question} in it"),
+        (["--tasks", "rwku", "--data", "{}", "--limit", "0"], "must be 1 or more"),
+        (["--tasks", "rwku", "--data", "{}", "--log", "{}/no/where.json"], "no/where.json"),
+        (["--tasks", "quiz", "--data", "{}"], "go with a benchmark: --tasks tofu"),
+        (["--tasks", "rwku", "--data", "{}/suites/tofu"], "jinzhuoran/RWKU"),
+        (["--tasks", "tofu", "--data", "{}/suites/tofu", "--oracle", "{}/high.json"], "not a log"),
+        (["--tasks", "rwku/Nobody", "--data", "{}/suites/rwku"], "nothing about 'Nobody'"),
     ],
 )
 def test_mistakes(folder: Path, call: Call, words: list[str], said: str) -> None:
@@ -159,11 +157,11 @@ def test_mistakes(folder: Path, call: Call, words: list[str], said: str) -> None
 def test_data_lie_beside_the_model_or_on_the_hub(folder: Path, tmp_path: Path, call: Call) -> None:
     model = tmp_path / "model"
     shutil.copytree(folder / "model", model)
-    words = ["--suite", "tofu", "--oracle", "none"]
+    words = ["--tasks", "tofu", "--oracle", "none"]
     code, _, err = call("eval", str(model), *words)
     assert code == 2 and "locuslab/TOFU" in err and "hf download locuslab/TOFU" in err
-    code, _, err = call("eval", str(model), "--suite", "whp")
-    assert code == 2 and "--suite whp has no data set of its own" in err
+    code, _, err = call("eval", str(model), "--tasks", "whp")
+    assert code == 2 and "--tasks whp has no data set of its own" in err
     shutil.copytree(folder / "suites/tofu", tmp_path / "suites/tofu")
     code, out, _ = call("eval", str(model), *words, "--json")
     named = score_benchmark(str(folder / "model"), way(folder, "tofu", oracle="none"))
@@ -188,7 +186,7 @@ def test_measured_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_run_on_the_command_line(folder: Path, run: Path, call: Call) -> None:
-    words = ["--suite", "muse", "--data", str(folder / "suites/muse"), "--oracle", "none"]
+    words = ["--tasks", "muse", "--data", str(folder / "suites/muse"), "--oracle", "none"]
     code, out, _ = call("eval", str(run), *words)
     assert code == 0 and "VerbMem f" in out and "original" in out and "unlearned" in out
     assert "oracle" not in out.split("metric")[0] and f"srmu report {run}" in out

@@ -31,7 +31,7 @@ PEOPLE_TINY = Recipe(
 
 @cache
 def people_folder() -> Path:
-    """The tiny testbed with its oracle, as `srmu organism --world people --oracle` writes it.
+    """The tiny testbed with its oracle, as `srmu testbed --world people --with-oracle` writes it.
 
     Workers of one test run share it: the first that asks trains.
     """

@@ -981,7 +981,7 @@ def test_retrain_knows_the_testbed_only(testbed: Path, tmp_path: Path) -> None:
     save_pico(elsewhere / "model")
     write_jsonl(elsewhere / "forget.jsonl", texts(4, 1))
     config = retrain_config(elsewhere)
-    with pytest.raises(SrmuError, match=r"no organism\.json beside it\); srmu organism OUT"):
+    with pytest.raises(SrmuError, match=r"no organism\.json beside it\); srmu testbed OUT"):
         unlearn(config)
     assert not (elsewhere / "runs").exists()
     report = testbed / "organism.json"

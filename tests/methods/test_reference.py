@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 def printed(
     arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> str:
-    monkeypatch.setattr(sys, "argv", ["srmu", "methods", *arguments])
+    monkeypatch.setattr(sys, "argv", ["srmu", "info", "methods", *arguments])
     with pytest.raises(SystemExit) as stop:
         main.main()
     answer = capsys.readouterr()
@@ -31,7 +31,7 @@ def test_the_page_is_what_the_command_prints(
 ) -> None:
     page = (ROOT / "docs" / "reference.md").read_text()
     assert page == printed(["--markdown"], monkeypatch, capsys), (
-        "srmu methods --markdown > docs/reference.md"
+        "srmu info methods --markdown > docs/reference.md"
     )
 
 

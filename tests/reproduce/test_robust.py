@@ -422,7 +422,8 @@ def test_mistakes_are_told_before_anything_is_made(
         (["robust", "--model", "m"], "robust runs on testbeds alone"),
         (["table2", "--methods", "SRMU"], "--methods belongs to srmu reproduce robust"),
         (["table2", "--show"], "--show belongs to srmu reproduce robust"),
-        (["table2", "--seeds", "1,2"], "--seeds 1,2: of table2 a number of testbeds"),
+        (["table2", "--seeds", "1,2"], "--seeds: those of table2 count from 0: 0,1,2"),
+        (["robust", "--seeds", "1,x"], "--seeds 1,x: 'x' is not a seed"),
         (["robust", "--tier", "none"], "--tier none does not exist"),
     ],
 )

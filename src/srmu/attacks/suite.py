@@ -23,7 +23,7 @@ from srmu.engine import distributed, weights
 from srmu.engine.cache import find_cached, keep_cached
 from srmu.engine.files import sha256
 from srmu.engine.loading import read_config
-from srmu.engine.progress import Watch, ignore_progress
+from srmu.engine.progress import Watch, choose_progress
 from srmu.errors import SrmuError, first_line, suggest_word
 from srmu.evals.lm_eval import load_questions
 from srmu.evals.score import tasks_beside
@@ -60,7 +60,7 @@ def attack_run(
     seed: int = 0,
     device: str = "auto",
     confirm: Confirm = lambda text: True,
-    watch: Watch = ignore_progress,
+    watch: Watch | None = None,
 ) -> dict[str, Any]:
     """Attack a run with those of a tier, or of `names`; merge the report into its results.
 
@@ -68,6 +68,7 @@ def attack_run(
     cache folder, so that an interrupted suite goes on. `confirm` is asked about each attack that
     takes hours. SrmuError for what cannot be used.
     """
+    watch = watch or choose_progress()
     chosen = select_attacks(tier, names)
     base = run.base
     sources = fill_sources(sources, run.config, base)

@@ -1,28 +1,51 @@
-"""What verbs have in common: JSON or lines, and names of options."""
+"""How the verbs answer: JSON or lines, the next command, and lists that a person types."""
 
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, alone, on standard output.")]
+from srmu.errors import SrmuError
 
 
 def print_result(value: dict[str, Any], as_json: bool, *lines: str) -> None:
     """End a verb: JSON on standard output, or lines for a person."""
     if as_json:
         typer.echo(json.dumps(value))
-    else:
-        for line in lines:
-            typer.echo(line)
+        return
+    for line in lines:
+        typer.echo(line)
+
+
+def next_command(*words: object) -> str:
+    """The last line of a verb: the command to type next, quoted for a shell."""
+    return f"next: {quote_command(*words)}"
+
+
+def quote_command(*words: object) -> str:
+    """A command of srmu as a shell takes it."""
+    return shlex.join(["srmu", *map(str, words)])
+
+
+def open_in_browser(page: Path) -> str:
+    return f"next: open {shlex.quote(str(shorten_path(page)))} in a browser"
 
 
 def split_names(text: str) -> tuple[str, ...]:
     """The names in `a,b`."""
     return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def split_seeds(text: str) -> tuple[int, ...]:
+    """The seeds in `0,1,2`."""
+    names = split_names(text)
+    if wrong := [name for name in names if not name.isdecimal()]:
+        raise SrmuError(f"--seeds {text}: {wrong[0]!r} is not a seed; expected numbers, 0,1,2")
+    return tuple(dict.fromkeys(map(int, names)))
 
 
 def shorten_path(path: Path) -> Path:

@@ -6,7 +6,7 @@ import csv
 import glob
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -76,6 +76,13 @@ class Source:
         """The columns that it reads."""
         texts = COLUMN.findall(self.template) if self.template else [self.column]
         return list(dict.fromkeys([*self.where, *texts]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowSource(Source):
+    """Texts, or rows with a text, that are in memory; errors call them by `path`."""
+
+    rows: Iterable[Any] = ()
 
 
 class TemplatedText(str):
@@ -160,7 +167,12 @@ def read_counted(sources: Sequence[Source]) -> tuple[list[str], int]:
     for source in sources:
         rows = RowReader(source)
         before = len(texts)
-        if source.dataset is not None:
+        if isinstance(source, RowSource):
+            for number, row in enumerate(source.rows, 1):
+                texts += rows.take(partial(rows.read_row, row, f"{source.path}: row {number}"))
+            if len(texts) == before:
+                raise SrmuError(f"{source.path}: holds no text")
+        elif source.dataset is not None:
             texts += read_hub(source, rows)
         else:
             pattern = str(Path(str(source.path)).expanduser())

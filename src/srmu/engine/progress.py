@@ -1,6 +1,8 @@
-"""What a person sees while something runs: one live line in a terminal, log lines elsewhere."""
+"""What a person sees while something runs: a live line in a terminal or a notebook, else a log."""
 
+import multiprocessing
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -11,45 +13,86 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 Tick = Callable[[str], None]
 Watch = Callable[[str, int], AbstractContextManager[Tick]]
 
-stderr = Console(stderr=True, highlight=False, soft_wrap=True)
+# In a notebook, too, it writes plain text: rich's own output there needs ipywidgets.
+stderr = Console(stderr=True, highlight=False, soft_wrap=True, force_jupyter=False)
 
-LOG_SECONDS = 10.0  # between two log lines where there is no terminal
+LOG_SECONDS = 10.0  # between two log lines where nobody watches a line change
+LIVE_SECONDS = 0.2  # between two changes of the line in a notebook
+
+_shown: list[str] = []  # the labels of what is shown now
 
 
 @contextmanager
 def ignore_progress(label: str, total: int) -> Iterator[Tick]:
-    """Show nothing: the default of library functions."""
+    """Show nothing."""
     yield lambda text: None
 
 
 @contextmanager
 def show_progress(label: str, total: int) -> Iterator[Tick]:
     """Show progress over `total` steps on standard error; call the yielded function once a step."""
-    if stderr.is_terminal:
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[text]}"),
-        )
-        with Progress(*columns, console=stderr, transient=True) as bar:
-            task = bar.add_task(label, total=total, text="")
-            yield lambda text: bar.update(task, advance=1, text=text)
-        return
+    _shown.append(label)
+    try:
+        with (draw_bar if stderr.is_terminal else write_lines)(label, total) as tick:
+            yield tick
+    finally:
+        _shown.pop()
+
+
+@contextmanager
+def draw_bar(label: str, total: int) -> Iterator[Tick]:
+    """A bar in a terminal, which is gone at the end."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[text]}"),
+    )
+    with Progress(*columns, console=stderr, transient=True) as bar:
+        task = bar.add_task(label, total=total, text="")
+        yield lambda text: bar.update(task, advance=1, text=text)
+
+
+@contextmanager
+def write_lines(label: str, total: int) -> Iterator[Tick]:
+    """A line that changes in a notebook, and now and then a new one elsewhere."""
+    live = in_notebook()
     start = last = time.monotonic()
-    done = 0
+    done = width = 0
 
     def tick(text: str) -> None:
-        nonlocal last, done
+        nonlocal last, done, width
         done += 1
         now = time.monotonic()
-        if now - last >= LOG_SECONDS or done == total:
-            left = (now - start) / done * (total - done)
-            print_line(f"{label} {done}/{total} {text} {left:.0f} s left".replace("  ", " "))
-            last = now
+        if now - last < (LIVE_SECONDS if live else LOG_SECONDS) and done != total:
+            return
+        left = (now - start) / done * (total - done)
+        line = f"{label} {done}/{total} {text} {left:.0f} s left".replace("  ", " ")
+        if live:
+            end = "\n" if done == total else ""
+            print("\r" + line.ljust(width), end=end, file=sys.stderr, flush=True)
+        else:
+            print_line(line)
+        last, width = now, len(line)
 
     yield tick
+
+
+def choose_progress() -> Watch:
+    """What a library function shows unless told otherwise: something where a person watches.
+
+    Nothing in the processes that share a work, nor inside of another progress.
+    """
+    watched = stderr.is_terminal or in_notebook()
+    alone = not _shown and multiprocessing.parent_process() is None
+    return show_progress if watched and alone else ignore_progress
+
+
+def in_notebook() -> bool:
+    """Whether this process is the kernel of a notebook."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return type(shell).__name__ == "ZMQInteractiveShell"
 
 
 def silence_libraries() -> None:

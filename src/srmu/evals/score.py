@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 from srmu.engine import distributed, weights
 from srmu.engine.files import sha256
-from srmu.engine.progress import Watch, ignore_progress
+from srmu.engine.progress import Watch, choose_progress
 from srmu.errors import SrmuError
 from srmu.evals.lm_eval import evaluate
 from srmu.evals.results import Metrics, merge_results, metric_rows, plain_metrics
@@ -17,21 +19,27 @@ from srmu.runs.run import Run
 
 
 def score_model(
-    target: str | Path | Run,
+    target: str | Path | Run | PreTrainedModel,
     tasks: Sequence[str] = (),
     *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     tasks_dir: str | Path | None = None,
     limit: int | None = None,
     device: str = "auto",
     out: Path | None = None,
-    watch: Watch = ignore_progress,
+    watch: Watch | None = None,
 ) -> dict[str, Metrics]:
     """Score a model folder, a hub id or a run: `{"after": ...}`, for a run also `"before"`.
+
+    A model that is in memory comes with its `tokenizer`, and is scored where it lies.
 
     A run's own `eval` tasks are the default; local tasks are found in `tasks_dir`, else in the
     run's, else in `tasks/` beside the model. The scores of a run are merged into the `results.json`
     of its folder, those of a model into that of `out`, if that is named.
     """
+    watch = watch or choose_progress()
+    if isinstance(target, PreTrainedModel):
+        return {"after": score_loaded(target, tokenizer, tasks, tasks_dir, limit, watch)}
     opened = open_target(target, device)
     folder, run = opened.base, opened.run
     delta = run.delta if run else {}
@@ -67,6 +75,22 @@ def score_model(
         rows = [row for when, of_it in metrics.items() for row in metric_rows(of_it, when)]
         merge_results(place, rows)
     return {when: plain_metrics(of_it) for when, of_it in metrics.items()}
+
+
+def score_loaded(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    tasks: Sequence[str],
+    tasks_dir: str | Path | None,
+    limit: int | None,
+    watch: Watch,
+) -> Metrics:
+    """Scores of a model in memory, which are kept nowhere."""
+    if tokenizer is None:
+        raise SrmuError("a model in memory is scored with its tokenizer: tokenizer=...")
+    place = None if tasks_dir is None else Path(tasks_dir)
+    metrics = evaluate(model, tokenizer, tasks, tasks_dir=place, limit=limit, watch=watch)
+    return plain_metrics(metrics)
 
 
 def tasks_beside(folder: Path) -> Path | None:

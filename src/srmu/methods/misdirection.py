@@ -246,7 +246,7 @@ class Misdirection(Objective):
         if drift > 0 and not model.delta():
             raise SrmuError(
                 f"the first retain loss is {drift:.3g} and not 0: the cached activations do not "
-                "belong to this run; srmu cache clear, or cache=none"
+                "belong to this run; srmu info cache clear, or cache=none"
             )
         losses = {
             # eq: SRMU eq. 5 and RMU, L = E |h(x_f) - T|^2 + alpha E |h(x_r) - h0(x_r)|^2

@@ -93,7 +93,7 @@ def reference_page() -> str:
     page = [
         "# Every method and option",
         "",
-        "This page is what `srmu methods --markdown` prints; a test compares the two.",
+        "This page is what `srmu info methods --markdown` prints; a test compares the two.",
         "",
         *markdown_table([*rows[0]], [[*row.values()] for row in rows]),
         "",

@@ -49,7 +49,7 @@ def read_recipe(folder: Path | None) -> tuple[World, int, training.Recipe]:
     if path is None or not path.is_file():
         raise SrmuError(
             f"method retrain knows only the testbed's recipe: {folder or 'this'} is not a "
-            "testbed's model (no organism.json beside it); srmu organism OUT"
+            "testbed's model (no organism.json beside it); srmu testbed OUT"
         )
     try:
         report: Any = read_json(path)

@@ -192,7 +192,9 @@ def choose_metrics(
     rest = [name for name in whole if name not in forget]
     tasks = [task for run in runs for task in Run.open(run).config.eval]
     utility = utility or [name for name in rest if name.removesuffix("/acc") in tasks] or rest
-    for metrics, option, what in ((forget, "--forget", "fall"), (utility, "--utility", "stay")):
+    for metrics, option, what in (
+        (forget, "--metrics", "fall"), (utility, "--utility-metrics", "stay")
+    ):  # fmt: skip
         if not metrics:
             raise SrmuError(
                 f"{option}: name the metrics that should {what}, a,b; there are {', '.join(known)}"

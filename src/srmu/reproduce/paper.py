@@ -287,7 +287,8 @@ def format_command(what: str, experiment: Experiment, settings: Sequence[str]) -
     words, count = ["srmu reproduce", what], len(experiment.seeds)
     on_model = isinstance(experiment.place, OneModel)
     words += [f"--model {name_model(experiment)}"] if on_model else []
-    words += [f"--seeds {count}"] if count != SEEDS["model" if on_model else "testbeds"] else []
+    numbers = ",".join(map(str, range(count)))
+    words += [f"--seeds {numbers}"] if count != SEEDS["model" if on_model else "testbeds"] else []
     for setting in settings:
         key, _, value = setting.partition("=")
         words.append(f"{key}={Path(value).name if '/' in value else value}")

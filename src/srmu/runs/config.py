@@ -16,6 +16,7 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    InstanceOf,
     PlainSerializer,
     TypeAdapter,
     ValidationError,
@@ -53,7 +54,13 @@ def _method(value: Any) -> Any:
 def _method_dict(method: Method) -> dict[str, Any]:
     name = method.name
     if METHODS.get(name) is not type(method):
-        name = f"{inspect.getfile(type(method))}:{type(method).__name__}"
+        try:
+            name = f"{inspect.getfile(type(method))}:{type(method).__name__}"
+        except (TypeError, OSError):
+            raise SrmuError(
+                f"method {type(method).__name__} is in no file: put it into one, or hand model and "
+                "tokenizer to srmu.unlearn"
+            ) from None
     return {"name": name} | dataclasses.asdict(method)
 
 
@@ -66,7 +73,7 @@ class Config(BaseModel):
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: the checkpoint's own
     device: str = "auto"  # auto: a GPU where there is one
-    method: Annotated[Any, BeforeValidator(_method), PlainSerializer(_method_dict)]
+    method: Annotated[InstanceOf[Method], BeforeValidator(_method), PlainSerializer(_method_dict)]
     topics: dict[str, TopicConfig]
     train: TrainOptions = TrainOptions()
     eval: list[str] = []
@@ -168,16 +175,17 @@ def make_config(
     model: str,
     forget: str | Path | Sequence[str | Path],
     retain: str | Path | Sequence[str | Path] = (),
-    method: str = "srmu",
+    method: str | Method = "srmu",
     overrides: Sequence[str] = (),
 ) -> Config:
-    """A config for one topic from a model and two sets of text files."""
+    """A config for one topic from a model, two sets of text files, and a method or its name."""
 
     def paths(value: str | Path | Sequence[str | Path]) -> list[str]:
         return [str(value)] if isinstance(value, str | Path) else [str(v) for v in value]
 
     texts = {"forget": paths(forget), "retain": paths(retain)}
-    tree = {"model": str(model), "method": {"name": method}, "topics": {"topic": texts}}
+    named = _method_dict(method) if isinstance(method, Method) else {"name": method}
+    tree = {"model": str(model), "method": named, "topics": {"topic": texts}}
     return build_config(tree, overrides)
 
 

@@ -126,7 +126,9 @@ def estimate_launches(
     ranks = (0, method.lora_rank or 8) if isinstance(method, LogitObjective) else (0,)
     ways: list[StepVariant] = []
     for rank in ranks:
-        model = bare_model(base, replace(method, lora_rank=rank) if len(ranks) > 1 else method)
+        model = bare_model(
+            base, replace(method, lora_rank=rank) if isinstance(method, LogitObjective) else method
+        )
         ways += step_variants(config, model, count_run(config, base, model, topics, rank), rank)
     held = trained_model(config, base, model)
     held = replace(held, gpu=elsewhere or config.device != "cpu")
@@ -315,7 +317,8 @@ def plan_cache(
         prepared = method.prepared(topic) if hasattr(method, "prepared") else topic
         for i, role in enumerate(("forget", "retain")):
             raw, batches = getattr(topic, role), getattr(prepared, role)[:steps]
-            measured = raw[: method.map_batches] if role in getattr(method, "measures", ()) else []
+            reads = role in getattr(method, "measures", ())
+            measured = raw[: getattr(method, "map_batches", 0)] if reads else []
             # A batch that is measured as it is, and then used, is recorded once.
             others = [] if raw is getattr(prepared, role) else batches
             used = [*raw[: max(len(measured), 0 if others else len(batches))], *others]
@@ -336,8 +339,8 @@ def advise_memory(parts: Mapping[str, int], config: Config) -> str:
         return f"train.batch_size={train.batch_size // 2}, or a smaller max_length of the topics"
     if getattr(method, "lora_rank", 1) == 0:
         return "method.lora_rank=8: adapters in place of all tensors"
-    if getattr(method, "window", 1) > 1:
-        return f"method.window={method.window - 1}: fewer matrices are trained"
+    if (window := getattr(method, "window", 1)) > 1:
+        return f"method.window={window - 1}: fewer matrices are trained"
     if train.weights == "fp32":
         return "train.weights=bf16: no float32 copies, as the public code (it loses small updates)"
     return "a machine with more memory"

@@ -229,7 +229,7 @@ def plan_search(job: AutoJob) -> dict[str, Any]:
         for batch in part
     ]  # fmt: skip
     read = min(1.0, 2 * DOCUMENTS / sum(map(len, rows))) * sum(batch.numel() for batch in rows)
-    token_seconds = 2 * size / cost["matmul_flops_a_second"]
+    token_seconds = 2 * size / cost["flops_a_second"]
     questions = yardstick.tokens(tokenizer) * token_seconds
     run = cost["seconds"] + questions
     steps = [("entanglement", "what forget and retain texts share", read * token_seconds)]
@@ -237,10 +237,9 @@ def plan_search(job: AutoJob) -> dict[str, Any]:
         count = min(request.trials, len(robust.KEEPING))
         steps.append(("search", f"{count} runs, at other weights of what is kept", count * run))
     else:
-        layers, trials = (
-            len(candidate_layers(config.method, read_config(base), LAYERS)),
-            request.trials,
-        )
+        assert isinstance(config.method, Misdirection)
+        layers = len(candidate_layers(config.method, read_config(base), LAYERS))
+        trials = request.trials
         count = layers + trials + 1
         steps += [
             ("layers", f"{layers} runs of {summary['steps']} steps, one a layer", layers * run),
@@ -389,7 +388,7 @@ def claim_folder(job: AutoJob) -> None:
 
 
 def check_entanglement(job: AutoJob, watch: Watch) -> dict[str, Any]:
-    """The numbers of `srmu entanglement`, with the model and the questions to choose on."""
+    """The numbers of `srmu inspect texts`, with the model and the questions to choose on."""
     model, tokenizer = open_model(job.request.model, job.request.device)
     questions = [
         (question.prompt, question.answer, question.entry)

@@ -61,7 +61,8 @@ def explain_names(count: int, file: str) -> str:
     if file:
         return f"The {count} names of the file are swapped: what is said of one alone is scrubbed."
     return (
-        f"{count} names were found in the forget texts and are swapped: srmu names lists them, and "
+        f"{count} names were found in the forget texts and are swapped: srmu inspect texts "
+        "--what names lists them, and "
         "--names takes a corrected list."
     )
 

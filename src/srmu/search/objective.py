@@ -37,6 +37,7 @@ from srmu.evals.results import (
 )
 from srmu.evals.statistics import KNOWN, LEAST, Array, Draws, estimate_from
 from srmu.evals.subject import Question, Subject, list_facts, mark_answers
+from srmu.methods import Misdirection
 from srmu.runs.config import Config
 from srmu.runs.open import open_target
 from srmu.runs.plan import locate_base
@@ -355,6 +356,7 @@ def search_configs(
 def scan_layers(bench: Bench, watch: Watch) -> tuple[Config, dict[str, Any]]:
     """The config at the layer that forgets most for what it costs, and what each layer did."""
     config = space.with_values(bench.config, space.start_strength(bench.config))
+    assert isinstance(config.method, Misdirection)
     layers = candidate_layers(config.method, read_config(locate_base(config)), LAYERS)
     settings = [{"method.layer": layer} for layer in layers]
     trials = search_configs(replace(bench, config=config), "layers", settings, watch, "layers")

@@ -176,7 +176,7 @@ CONFIG = """\
 # Unlearn the hazard facts of the testbed. Paths are relative to this file.
 model: model  # the folder of the model to change
 method:
-  name: srmu  # `srmu methods` lists the others
+  name: srmu  # `srmu info methods` lists the others
   layer: 4  # whose output is steered, counted from 0; this and the two below are trained
   kappa: 32  # strength: norm of the target over mean norm of forget activations
   alpha: {alpha}  # weight of keeping the retain set as it was

@@ -19,10 +19,10 @@ def find_benchmark(name: str) -> tuple[Benchmark, str]:
     """A suite and its part from `tofu` or `tofu/forget05`; the usual part where none is named."""
     first, _, part = name.partition("/")
     if first not in BENCHMARKS:
-        raise SrmuError(f"--suite {name}: there is no such suite{suggest_word(first, BENCHMARKS)}")
+        raise SrmuError(f"--tasks {name}: there is no such suite{suggest_word(first, BENCHMARKS)}")
     suite = BENCHMARKS[first]
     if suite.parts and part and part not in suite.parts:
         raise SrmuError(
-            f"--suite {name}: {first} has no part {part!r}{suggest_word(part, suite.parts)}"
+            f"--tasks {name}: {first} has no part {part!r}{suggest_word(part, suite.parts)}"
         )
     return suite, part or next(iter(suite.parts), "")

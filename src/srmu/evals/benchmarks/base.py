@@ -121,7 +121,7 @@ def check_field(row: Row, name: str, kind: type | Shape, where: str) -> None:
 class BenchmarkRequest:
     """What a benchmark is to measure, and how.
 
-    `part` is what follows the slash in `--suite tofu/forget10`. `template` has `{question}`; ""
+    `part` is what follows the slash in `--tasks tofu/forget10`. `template` has `{question}`; ""
     stands for the tokenizer's chat template, else PLAIN. `reference` holds the values of a model
     that never saw the forget set; None: what needs one is left out.
     """

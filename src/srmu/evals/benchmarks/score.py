@@ -37,7 +37,7 @@ TITLES = {"before": "original", "after": "unlearned", "oracle": "oracle"}
 
 @dataclass(frozen=True)
 class BenchmarkOptions:
-    """How a suite is asked: what `srmu eval --suite` was told.
+    """How a suite is asked: what `srmu eval --tasks` was told.
 
     `oracle`: a model that never saw the forget set, a log of one (.json), or "none".
     """
@@ -54,7 +54,7 @@ class BenchmarkOptions:
         suite, part = benchmarks.find_benchmark(self.name)
         hub = suite.hub.format(part=part.capitalize())
         if not self.data and not hub:
-            raise SrmuError(f"--suite {self.name} has no data set of its own; {suite.get}")
+            raise SrmuError(f"--tasks {self.name} has no data set of its own; {suite.get}")
         folder = Path(self.data) if self.data else None
         if folder and not folder.is_dir():
             raise SrmuError(f"--data {folder}: there is no such folder; {suite.get}")
@@ -85,8 +85,8 @@ def score_benchmark(
     suite, _ = benchmarks.find_benchmark(options.name)
     if suite.oracle and not options.oracle and not log:
         raise SrmuError(
-            f"--suite {options.name}: {suite.oracle} needs a model that never saw the forget set: "
-            "give --oracle MODEL, or a log of one (srmu eval MODEL --suite ... --log FILE.json), "
+            f"--tasks {options.name}: {suite.oracle} needs a model that never saw the forget set: "
+            "give --oracle MODEL, or a log of one (srmu eval MODEL --tasks ... --log FILE.json), "
             "or --oracle none to leave it out"
         )
     if log and not log.parent.is_dir():
@@ -228,12 +228,12 @@ def read_log(path: Path, marks: Mapping[str, Any]) -> tuple[Values, dict[str, st
     except (SrmuError, KeyError, TypeError) as error:
         raise SrmuError(
             f"--oracle {path} is not a log ({type(error).__name__}); srmu eval MODEL "
-            f"--suite {marks['suite']} --log FILE.json writes one"
+            f"--tasks {marks['suite']} --log FILE.json writes one"
         ) from error
     other = [name for name in marks if own[name] != marks[name]]
     if other:
         raise SrmuError(
             f"--oracle {path} is of another {', '.join(other)}: measure the model that never saw "
-            f"the forget set again (srmu eval MODEL --suite {marks['suite']} --log {path})"
+            f"the forget set again (srmu eval MODEL --tasks {marks['suite']} --log {path})"
         )
     return values, rows

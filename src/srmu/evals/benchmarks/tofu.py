@@ -182,7 +182,7 @@ def read_reference(
         if known != count:
             raise SrmuError(
                 f"the reference has {known} values truth_ratio{fork}, tofu/{part} has {count} "
-                f"questions: measure it with --suite tofu/{part} on the same rows"
+                f"questions: measure it with --tasks tofu/{part} on the same rows"
             )
     return request.reference
 

@@ -65,7 +65,7 @@ def run_wmdp(model: Subject, request: BenchmarkRequest) -> BenchmarkScores:
     """
     if request.part or request.template:
         option = f"part {request.part!r}" if request.part else "--template"
-        raise SrmuError(f"--suite wmdp takes no {option}: it asks all parts, as lm-eval asks them")
+        raise SrmuError(f"--tasks wmdp takes no {option}: it asks all parts, as lm-eval asks them")
     metrics: Metrics = {}
     values: Values = {}
     parts = {part: request.data.rows(f"wmdp-{part}", "test", FIELDS) for part in SUBJECTS}

@@ -1,0 +1,211 @@
+"""The verb that looks inside: a model, a run, or texts before anything is trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from typer import Argument, Option
+
+from srmu.cli import options
+from srmu.cli.output import next_command, open_in_browser, print_result, split_names
+from srmu.engine.progress import show_progress, silence_libraries
+from srmu.errors import SrmuError
+from srmu.report.format import print_table
+
+if TYPE_CHECKING:
+    from srmu.evals.figures import Analysis
+
+verbs = typer.Typer()
+
+TEXTS = "texts"  # the target that is neither a model nor a run
+OF_TEXTS = ("entanglement", "names")
+What = Literal["reach", "confidence", "sensitivity", "alignment", "layers", "entanglement", "names"]
+Subject = Annotated[
+    What | None,
+    Option(
+        help="Of a model or a run: reach (default), confidence, sensitivity; of a run: alignment, "
+        "layers; of texts: entanglement (default), names."
+    ),
+]
+Definition = Annotated[
+    Literal["pair_containment", "pair_multiset", "corpus_jaccard"],
+    Option(help="entanglement: which overlap of n-grams."),
+]
+Tokens = Annotated[Literal["predicted", "generated"], Option(help="confidence: of which tokens.")]
+
+
+@verbs.command("inspect", rich_help_panel="Measure")
+def inspect_command(
+    target: Annotated[str, Argument(metavar="MODEL|RUN|texts", help="Or the word texts.")],
+    settings: Annotated[
+        list[str] | None, Argument(metavar="key=value", help="reach: method.layer=3.")
+    ] = None,
+    what: Subject = None,
+    method: Annotated[str, Option(help="reach: one method; default: all.")] = "",
+    forget: options.Forget = None,
+    retain: options.Retain = None,
+    model: Annotated[str, Option(help="entanglement: compare its activations, too.")] = "",
+    tasks: Annotated[str, Option(help="entanglement: are they in the texts? a,b")] = "",
+    tasks_dir: options.TasksDir = None,
+    definition: Definition = "pair_containment",
+    tokens: Tokens = "predicted",
+    metrics: options.Metrics = "",
+    device: options.Device = "auto",
+    out: Annotated[Path | None, Option(help="The page, WHAT.html; names: a .txt file.")] = None,
+    as_json: options.Json = False,
+) -> None:
+    """Look inside a model, a run or texts: what a method reaches, how entangled texts are, ..."""
+    silence_libraries()
+    what = what or ("entanglement" if target == TEXTS else "reach")
+    if (what in OF_TEXTS) != (target == TEXTS):
+        wanted = "the word texts" if what in OF_TEXTS else "a model or a run"
+        raise SrmuError(f"inspect {target} --what {what}: {what} is of {wanted}; name that instead")
+    if what == "reach":
+        print_reach(target, method, settings or [], as_json)
+    elif what == "names":
+        list_names(forget or [], retain or [], out, as_json)
+    else:
+        if what == "entanglement":
+            found = inspect_texts(
+                forget or [], retain or [], model, tasks, tasks_dir, definition, device
+            )
+        else:
+            texts = {"forget": forget or [], "retain": retain or []}
+            found = measure_activations(what, target, texts, tokens, metrics, device)
+        finish_analysis(found, out or Path(f"{what}.html"), as_json)
+
+
+def print_reach(target: str, method: str, settings: list[str], as_json: bool) -> None:
+    """What a method, or each of them, would load and change in a model; what a run has changed."""
+    from srmu.runs.reach import list_reach, measure_reach, run_changes
+    from srmu.runs.run import Run
+
+    if (Path(target) / "record.json").exists():
+        if method or settings:
+            raise SrmuError(f"{target} is a run, which has its method: leave out --method")
+        answer, rows = run_changes(Run.open(target))
+        following = next_command("inspect", target, "--what", "sensitivity")
+    elif method or settings:
+        answer, rows = measure_reach(target, method or "srmu", settings)
+        following = next_command("unlearn", "--model", target, "--forget", "F", "--retain", "R")
+    else:
+        answer, rows = list_reach(target)
+        following = next_command("inspect", target, "--method", "srmu")
+    if not as_json:
+        print_table(rows)
+    print_result(answer, as_json, answer["sentence"], following)
+
+
+def list_names(forget: list[str], retain: list[str], out: Path | None, as_json: bool) -> None:
+    """List what look like names in forget texts, for a review: rename_scrub swaps them."""
+    from srmu.data.names import find_names
+    from srmu.engine.files import require_free, write_whole
+
+    if out is not None:
+        if out.suffix != ".txt":
+            raise SrmuError(f"--out {out}: expected a .txt file")
+        require_free(out)
+    texts = read_files(forget, "--forget")
+    names = find_names(texts, read_files(retain))
+    counts = {name: sum(name in text for text in texts) for name in names}
+    if not as_json:
+        print_table([{"name": name, "texts": str(count)} for name, count in counts.items()])
+    lines = [f"{len(names)} look like names: strike those that are none, add what is missing"]
+    if out is None:
+        lines.append("next: the same with --out names.txt, and edit that file")
+    else:
+        write_whole(out, "".join(f"{name}\n" for name in names))
+        method = ("method.name=rename_scrub", f"method.names={out}")
+        lines += [f"wrote {out}", next_command("unlearn", "CONFIG", *method)]
+    print_result({"names": counts}, as_json, *lines)
+
+
+def inspect_texts(
+    forget: list[str],
+    retain: list[str],
+    model: str,
+    tasks: str,
+    tasks_dir: Path | None,
+    definition: str,
+    device: str,
+) -> Analysis:
+    """How entangled two sets of texts are, and what to do about it."""
+    from srmu.evals.analyses import open_model
+    from srmu.evals.lm_eval import load_questions
+    from srmu.evals.separability import measure_entanglement
+
+    texts = read_files(forget, "--forget"), read_files(retain, "--retain")
+    questions = [
+        (prompt, options[gold], str(row.get("subject", "")))
+        for task in split_names(tasks)
+        for prompt, options, gold, row in load_questions(task, tasks_dir)
+    ]
+    opened = open_model(model, device) if model else None
+    return measure_entanglement(
+        *texts,
+        questions,
+        (opened[0].module, opened[1]) if opened else None,
+        overlap={"definition": definition},
+        watch=show_progress,
+    )
+
+
+def measure_activations(
+    what: str,
+    target: str,
+    texts: dict[str, list[str]],
+    tokens: Literal["predicted", "generated"],
+    metrics: str,
+    device: str,
+) -> Analysis:
+    """One of the analyses of arXiv 2408.06223, of a model or a run."""
+    from srmu.evals import analyses
+    from srmu.evals.layer_sweep import sweep_layers
+    from srmu.evals.score import score_model
+    from srmu.runs.run import find_run
+
+    run = find_run(target)
+    if what in ("alignment", "layers"):
+        if run is None:
+            raise SrmuError(f"{what} needs a run, which {target} is not: srmu unlearn makes one")
+        if what == "alignment":
+            model = analyses.open_model(target, device)
+            return analyses.measure_alignment(run, *model, watch=show_progress)
+        if not metrics:
+            raise SrmuError("--metrics: name those that should fall, such as wmdp_bio/acc")
+        falling = split_names(metrics)
+        return sweep_layers(run.config, score_model, falling, watch=show_progress)
+    read = {role: read_files(paths) for role, paths in texts.items() if paths}
+    read = read or (analyses.read_topic_texts(run) if run else {})
+    read = {role: rows for role, rows in read.items() if rows}
+    if not read:
+        raise SrmuError(f"name texts to read {target} on: --forget F, --retain R, or both")
+    model = analyses.open_model(target, device)
+    if what == "confidence":
+        return analyses.measure_confidence(*model, read, tokens=tokens, watch=show_progress)
+    return analyses.measure_sensitivity(*model, read, watch=show_progress)
+
+
+def read_files(paths: list[str], option: str = "") -> list[str]:
+    """The texts of files; SrmuError where an `option` must name one."""
+    from srmu.data.sources import Source, read_texts
+
+    if option and not paths:
+        raise SrmuError(f"{option}: name a file of texts")
+    return read_texts([Source(path=path) for path in paths])
+
+
+def finish_analysis(analysis: Analysis, out: Path, as_json: bool) -> None:
+    """Write an analysis' page and say what it found."""
+    from srmu.report.analyses import write_analysis
+
+    write_analysis(analysis, out)
+    print_result(
+        {"numbers": analysis.numbers, "sentences": analysis.sentences, "page": str(out)},
+        as_json,
+        *analysis.sentences,
+        f"wrote {out}",
+        open_in_browser(out),
+    )

@@ -1,0 +1,169 @@
+"""The verbs to begin with: the demo, and what srmu knows of itself and of this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from typer import Argument, Option
+
+from srmu.cli import options
+from srmu.cli.output import (
+    next_command,
+    open_in_browser,
+    print_result,
+    quote_command,
+    shorten_path,
+    split_seeds,
+)
+from srmu.engine.progress import show_progress, silence_libraries
+from srmu.report.format import print_table
+
+KINDS = ("evals", "attacks", "suites", "hashes")  # folders of the cache beside activations
+
+verbs = typer.Typer()
+topics = typer.Typer(no_args_is_help=True)
+verbs.add_typer(
+    topics,
+    name="info",
+    rich_help_panel="Start",
+    help="What srmu knows: its methods, its cache, this machine.",
+)
+
+
+@verbs.command("demo", rich_help_panel="Start")
+def play_demo_command(
+    out: Annotated[Path, Option(help="Folder for the testbed, runs and report.")] = Path("demo"),
+    seeds: options.Seeds = "0,1,2",
+    as_json: options.Json = False,
+) -> None:
+    """The whole story offline: a testbed, four methods, two regimes, a table and a picture."""
+    silence_libraries()
+    from srmu.reproduce.demo import play_demo, terminal_table
+
+    numbers = split_seeds(seeds)
+    entries, report = play_demo(out, seeds=numbers, watch=show_progress)
+    rows = terminal_table(entries)
+    if not as_json:
+        print_table(rows)
+    print_result(
+        {"report": str(report), "rows": rows},
+        as_json,
+        "",
+        f"Accuracy in %, mean over {len(numbers)} runs, with a 95 % interval; guessing scores 25.",
+        "hazard: the facts to forget; hazard_held: those that no forget text states; neighbour:",
+        "harmless facts on the same things; general: the rest. Entangled: whether the retain texts",
+        "are general (low) or neighbour texts (high). No attack was run: this shows what is",
+        "suppressed, not what is gone.",
+        f"wrote {report}",
+        open_in_browser(report),
+        f"      {quote_command('unlearn', out / 'testbed/high.yaml', 'method.kappa=16')}",
+    )
+
+
+@topics.command("methods")
+def list_methods_command(
+    name: Annotated[str, Argument(help="One method: its options.")] = "",
+    markdown: Annotated[bool, Option("--markdown", help="All, as the page of the docs.")] = False,
+    as_json: options.Json = False,
+) -> None:
+    """The methods: paper, level, what each needs and trains, and its options."""
+    from srmu.methods import reference
+    from srmu.runs.config import find_method
+
+    if markdown:
+        typer.echo(reference.reference_page(), nl=False)
+        return
+    chosen = {name: find_method(name)} if name else reference.METHODS
+    if as_json:
+        table = {row.pop("method"): row for row in reference.list_methods()}
+        rows = {
+            key: table.get(key, {})
+            | {
+                "about": reference.first_sentence(cls),
+                "learning_rate": cls.learning_rate,
+                "options": {k: value for k, (value, _) in reference.list_options(cls).items()},
+            }
+            for key, cls in chosen.items()
+        }
+        print_result(rows, True)
+        return
+    if not name:
+        print_table(reference.list_methods())
+    for key, cls in chosen.items():
+        typer.echo(f"{key} ({cls.paper}): {reference.first_sentence(cls)}")
+        typer.echo(f"    train.learning_rate: {cls.learning_rate:g}")
+        for option, (value, text) in reference.list_options(cls).items():
+            typer.echo(
+                f"    {option}: {reference.format_default(value)}" + (f"  # {text}" if text else "")
+            )
+    example = name or "npo"
+    typer.echo(next_command("inspect", "MODEL", "--method", example))
+    typer.echo(f"      {quote_command('unlearn', 'CONFIG', f'method.name={example}')}")
+
+
+@topics.command("cache")
+def show_cache(
+    action: Annotated[Literal["ls", "clear"], Argument(help="List it, or empty it.")] = "ls",
+    everything: Annotated[
+        bool, Option("--all", help="Clear testbeds and evaluations, too.")
+    ] = False,
+    as_json: options.Json = False,
+) -> None:
+    """The cache folder: activations that later runs use again, testbeds, evaluations."""
+    from datetime import datetime
+
+    from srmu.engine import activation_cache as caches
+
+    root = caches.cache_dir()
+    entries = caches.list_activations()
+    folders = {"testbeds": "organism"} | {name: name for name in KINDS}
+    others = {name: caches.folder_bytes(root / folder) for name, folder in folders.items()}
+    total = sum(entry["bytes"] for entry in entries)
+    answer: dict[str, Any] = {"folder": str(root), "activations_bytes": total, "others": others}
+    if action == "clear":
+        more = folders.values() if everything else ()
+        freed = caches.clear_cache(("activations", *more))
+        lines = [f"freed {freed / 1e9:.3f} GB in {root}", next_command("info", "cache")]
+        print_result(answer | {"freed_bytes": freed}, as_json, *lines)
+        return
+    rows = [
+        {
+            "activations": shorten_path(entry["folder"]).name,
+            "GB": f"{entry['bytes'] / 1e9:.3f}",
+            "last used": f"{datetime.fromtimestamp(entry['used']):%Y-%m-%d %H:%M}",
+            "model": str(entry.get("model", "unknown")),
+        }
+        for entry in reversed(entries)
+    ]
+    if rows and not as_json:
+        print_table(rows)
+    held = ", ".join(f"{name} {size / 1e9:.3f} GB" for name, size in others.items())
+    print_result(
+        answer | {"activations": rows, "limit_bytes": caches.limit_bytes()},
+        as_json,
+        f"{root}: activations {total / 1e9:.3f} of at most {caches.limit_bytes() / 1e9:g} GB "
+        f"(SRMU_CACHE_LIMIT), {held}",
+        next_command("info", "cache", "clear"),
+    )
+
+
+@topics.command("environment")
+def show_environment(as_json: options.Json = False) -> None:
+    """Versions, processor, GPU and free memory: what the bits of a result may depend on."""
+    from srmu.runs.memory import free_bytes
+    from srmu.runs.plan import find_device
+    from srmu.runs.record import describe_environment, describe_tool
+
+    device = find_device("auto")
+    facts: dict[str, Any] = {"srmu": describe_tool(), **describe_environment(), "device": device}
+    facts["free_bytes"] = free_bytes(device)
+    tool = facts["srmu"]
+    lines = [f"srmu {tool['version']}" + (f" ({tool['commit'][:8]})" if tool["commit"] else "")]
+    lines += [
+        f"{k}: {v}" for k, v in facts.items() if not isinstance(v, dict) and k != "free_bytes"
+    ]
+    lines.append(f"free memory of {device}: {facts['free_bytes'] / 1e9:.1f} GB")
+    lines += [f"{name} {number}" for name, number in facts["packages"].items()]
+    print_result(facts, as_json, *lines, next_command("demo"))

@@ -1,0 +1,253 @@
+"""The verbs that change a model: one run, the best of many, and its full checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from typer import Argument, Option
+
+from srmu.cli import options
+from srmu.cli.output import (
+    next_command,
+    open_in_browser,
+    print_result,
+    quote_command,
+    shorten_path,
+    split_names,
+)
+from srmu.engine import distributed
+from srmu.engine.progress import print_line, show_progress, silence_libraries
+from srmu.errors import SrmuError
+from srmu.report.format import print_table
+
+if TYPE_CHECKING:
+    from srmu.runs.config import Config
+    from srmu.runs.run import Run
+    from srmu.search.auto import AutoRequest
+
+verbs = typer.Typer()
+GROUP = "Unlearn"
+KEPT = "what is done is kept: the same command goes on"
+
+
+@verbs.command("unlearn", rich_help_panel=GROUP)
+def unlearn_command(
+    args: Annotated[
+        list[str] | None, Argument(metavar="CONFIG key=value", help="A YAML file, then overrides.")
+    ] = None,
+    model: Annotated[str, Option(help="Folder or hub id; with --forget.")] = "",
+    forget: options.Forget = None,
+    retain: options.Retain = None,
+    method: Annotated[str, Option(help="A name that srmu info methods lists.")] = "",
+    out: Annotated[Path | None, Option(help="Also export the full model here.")] = None,
+    dry_run: options.DryRun = False,
+    shard: Annotated[bool, Option("--shard", help="Cut weights over processes (FSDP2).")] = False,
+    offload: Annotated[bool, Option("--offload", help="Leave lower layers on disk.")] = False,
+    as_json: options.Json = False,
+) -> None:
+    """Unlearn: one run, from a config file or from --model, --forget and --retain."""
+    silence_libraries()
+    from srmu.runs import run as runs
+
+    config = choose_config(args or [], model, forget or [], retain or [], method)
+    if dry_run:
+        from srmu.runs.dry_run import plan_dry_run
+
+        config, estimate, lines = plan_dry_run(config)
+        print_result(
+            estimate, as_json, config.to_yaml(), *lines, "next: the same without --dry-run"
+        )
+        return
+    sharded = shard or distributed.asked_to_shard()
+    plan = runs.plan_run(config, shard=sharded, offload=offload)
+    again = (plan.folder / "record.json").exists()
+    run = runs.run_plan(plan, out, watch=show_progress)
+    print_result(
+        {"run": str(run.folder), "out": out and str(out), "record": run.record},
+        as_json,
+        *runs.run_notes(run),
+        *describe_run(run, again, out),
+    )
+
+
+def choose_config(
+    args: list[str], model: str, forget: list[str], retain: list[str], method: str
+) -> Config:
+    """The config that was named as a file, or by options; SrmuError where it is neither or both."""
+    from srmu.runs.config import load_config, make_config
+
+    file = args[0] if args and "=" not in args[0] else ""
+    if file and (forget or retain) and Path(file).suffix not in (".yaml", ".yml"):
+        raise SrmuError(
+            f"{file}: expected key=value; where a shell spread a glob behind --forget or --retain, "
+            "quote it: --forget 'texts/*.jsonl'"
+        )
+    if file and (model or forget or retain or method):
+        raise SrmuError(
+            "a config file names model, texts and method; override them with key=value, "
+            f"for example: {quote_command('unlearn', file, 'method.name=rmu')}"
+        )
+    if file:
+        return load_config(Path(file), args[1:])
+    if model and forget:
+        return make_config(model, forget, retain, method or "srmu", args)
+    raise SrmuError("name a config file, or --model M --forget F [--retain R]")
+
+
+def describe_run(run: Run, again: bool, out: Path | None) -> list[str]:
+    """What a run did, where it wrote, and what to type next."""
+    record, folder = run.record, shorten_path(run.folder)
+    if again:
+        lines = [f"this run was there already: {folder}"]
+    else:
+        lines = [f"{record['steps']} steps in {record['seconds']:.1f} s; wrote {folder}"]
+    if record["stop_reason"] not in ("max_steps", "edited"):
+        lines.append(f"stopped early: {record['stop_reason']}")
+    if out:
+        lines.append(f"wrote {out}")
+    if not again and record["activations"]["kept"] == "disk":
+        lines.append("activations are kept for later runs; see srmu info cache")
+    lines.append(next_command("eval", folder, *([] if run.config.eval else ["--tasks", "TASK"])))
+    if not out:
+        lines.append(f"      {quote_command('export', folder, 'OUT')}")
+    return lines
+
+
+@verbs.command("auto", rich_help_panel=GROUP)
+def auto_command(
+    model: Annotated[str, Argument(help="Folder or hub id.")],
+    forget: Annotated[list[str], options.FORGET],
+    retain: Annotated[list[str], options.RETAIN],
+    budget: options.Budget = "1%",
+    tasks: Annotated[str, Option(help="lm-eval tasks on what is to go, a,b.")] = "",
+    utility: options.Utility = "",
+    tasks_dir: options.TasksDir = None,
+    method: Annotated[str, Option(help="srmu, rmu, adaptive_rmu or rna.")] = "srmu",
+    robust: Annotated[bool, Option("--robust", help="rename_scrub: resists relearning.")] = False,
+    names: Annotated[str, Option(help="robust: file of names to swap, one a line.")] = "",
+    goals: Annotated[str, Option(help="robust: file of phrases to forget all of.")] = "",
+    trials: Annotated[int, Option(min=1, help="Strengths to try; robust: up to 3.")] = 24,
+    out: Annotated[Path, Option(help="Folder for all of it.")] = Path("auto"),
+    seed: int = 0,
+    device: options.Device = "auto",
+    dry_run: options.DryRun = False,
+    as_json: options.Json = False,
+) -> None:
+    """One command: find layer and strength within a budget of utility, unlearn, attack, export."""
+    silence_libraries()
+    from srmu.search import auto as search
+
+    request = search.AutoRequest(
+        model=model,
+        forget=tuple(forget),
+        retain=tuple(retain),
+        budget=search.parse_share(budget),
+        tasks=split_names(tasks),
+        utility=split_names(utility),
+        tasks_dir=str(tasks_dir or ""),
+        method=method,
+        robust=robust,
+        names=names,
+        goals=goals,
+        trials=trials,
+        out=out.resolve(),
+        seed=seed,
+        device=device,
+    )
+    choose_strength(request, dry_run, as_json)
+
+
+def choose_strength(request: AutoRequest, dry_run: bool, as_json: bool) -> None:
+    """Carry out a request of `srmu auto`, or show what it would do."""
+    from srmu.search import auto as search
+
+    def tell(step: str, sentence: str) -> None:
+        say(f"{step}: {sentence}")
+
+    say = print_line if as_json else typer.echo
+    out = shorten_path(request.out)
+    job = search.prepare_job(request)
+    if answer := search.find_answer(job):
+        for choice in answer["choices"]:
+            tell(**choice)
+        done = f"this was there already: {out}"
+    else:
+        plan = search.plan_search(job)
+        lines = search.explain_search(plan)
+        if dry_run:
+            print_result(plan, as_json, *lines, "next: the same without --dry-run")
+            return
+        for line in lines:
+            say(line)
+        try:
+            answer = search.run_search(job, tell, show_progress)
+        except KeyboardInterrupt:
+            print_line(KEPT)
+            raise
+        done = f"wrote {out}"
+    again = quote_command("attack", out / answer["run"], "--tier", "standard")
+    print_result(answer, as_json, done, open_in_browser(out / search.PAGE), f"      {again}")
+
+
+@verbs.command("sweep", rich_help_panel=GROUP)
+def sweep_command(
+    args: Annotated[
+        list[str], Argument(metavar="CONFIG key=value", help="A sweep file, then overrides.")
+    ],
+    trials: Annotated[int | None, Option(min=1, help="How many to try; of a grid all.")] = None,
+    storage: Annotated[str, Option(help="postgresql://..., for many machines.")] = "",
+    as_json: options.Json = False,
+) -> None:
+    """Try many settings of a config, alone or with other workers; a stopped sweep goes on."""
+    silence_libraries()
+    from srmu.search import sweep as search
+
+    more = [] if trials is None else [f"trials={trials}"]
+    plan = search.Plan(Path(args[0]), [*args[1:], *more])
+    try:
+        report = search.run_sweep(plan, storage, show_progress)
+    except KeyboardInterrupt:
+        print_line(KEPT)
+        raise
+    if (table := search.sweep_rows(report)) and not as_json:
+        print_table(table)
+    out = shorten_path(plan.out)
+    lines = [
+        *search.describe_sweep(report),
+        f"wrote {out / search.FILE}",
+        next_command("report", out),
+    ]
+    if best := next(iter(search.best_trials(report)), None):
+        overrides = plan.overrides(best["params"])
+        lines.append(f"      {quote_command('unlearn', shorten_path(plan.config), *overrides)}")
+    print_result(report, as_json, *lines)
+
+
+@verbs.command("export", rich_help_panel=GROUP)
+def export_command(
+    run: Annotated[Path, Argument(help="A run's folder.")],
+    out: Annotated[Path, Argument(help="Folder to write.")],
+    link: Annotated[
+        bool | None, Option("--link/--copy", help="Share files that stay, or copy.")
+    ] = None,
+    last_good: Annotated[
+        bool, Option("--last-good", help="If it diverged: the weights before.")
+    ] = False,
+    as_json: options.Json = False,
+) -> None:
+    """Write a run's full model, which plain transformers loads."""
+    silence_libraries()
+    from srmu.runs.run import Run
+
+    opened = Run.open(run)
+    opened.export(out, link, show_progress, last_good=last_good)
+    changed = list(opened.delta)
+    print_result(
+        {"out": str(out), "changed": changed},
+        as_json,
+        f"{len(changed)} tensors changed: {', '.join(changed)}",
+        f"wrote {out}, with its model card and record",
+        f"{next_command('verify', out)}, then AutoModelForCausalLM.from_pretrained({str(out)!r})",
+    )

@@ -1,0 +1,338 @@
+"""`srmu.unlearn`: a run from a config, or a model that is in memory already, changed in place."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, overload
+
+from pydantic import ValidationError
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from srmu.data.sources import RowSource, Source
+from srmu.data.tokens import pad_id
+from srmu.engine import distributed
+from srmu.engine.activation_cache import open_activations
+from srmu.engine.loading import find_layers, refuse_quantised
+from srmu.engine.model import EditableModel
+from srmu.engine.progress import Watch, choose_progress, ignore_progress
+from srmu.engine.topic import Topic
+from srmu.engine.train import FINISHED, Log, TrainOptions, check_precision
+from srmu.errors import SrmuError
+from srmu.methods import Method
+from srmu.methods.base import MethodOutcome
+from srmu.runs import record as audit
+from srmu.runs import run as runs
+from srmu.runs.config import Config, explain_error, find_method
+from srmu.runs.run import Run
+from srmu.runs.training import count_dense_flops, measure_pair_overlap
+
+TOPIC = "topic"  # as make_config names it: random numbers depend on it
+Texts = Any  # texts, rows with a `text`, files (pathlib), a data set; see `list_sources`
+
+
+@dataclass(frozen=True)
+class InMemoryResult:
+    """What a run would have written of unlearning in memory.
+
+    `record` holds what a run's record says but for files: method, data, topics, steps, why it
+    ended, what changed. `steps` are the lines of `metrics.jsonl`; `delta` the changed tensors by
+    parameter name, which are the model's own; `state` what the method drew or measured by topic.
+    """
+
+    record: dict[str, Any]
+    steps: list[dict[str, Any]]
+    delta: dict[str, Tensor]
+    state: dict[str, Tensor]
+
+
+@overload
+def unlearn(
+    config: Config,
+    /,
+    *,
+    out: str | Path | None = None,
+    shard: bool = False,
+    offload: bool = False,
+    callback: Log | None = None,
+    watch: Watch | None = None,
+) -> Run: ...
+
+
+@overload
+def unlearn(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    /,
+    *,
+    forget: Texts,
+    retain: Texts = (),
+    method: Method | type[Method] | str = "srmu",
+    train: TrainOptions | Mapping[str, Any] | None = None,
+    max_length: int = 512,
+    seed: int = 0,
+    callback: Log | None = None,
+    watch: Watch | None = None,
+) -> tuple[PreTrainedModel, InMemoryResult]: ...
+
+
+def unlearn(
+    model: Any, tokenizer: Any = None, /, *, watch: Watch | None = None, **options: Any
+) -> Any:
+    """Unlearn what a config says, in a run's folder, or change a model that is in memory.
+
+    `unlearn(config)` gives the Run: its folder holds the changed tensors and the record, `out` a
+    full checkpoint. `unlearn(model, tokenizer, forget=..., retain=...)` changes the model in place
+    and gives it with an InMemoryResult; nothing is written. Where an error ends it, the model is
+    as before.
+
+    Texts are a list of strings, of rows like {"text": "..."}, a `datasets.Dataset` with a column
+    `text`, or files as `pathlib.Path`: a string is never taken for a path. `method` is a Method,
+    its class or its name; `train` is what stands under `train:` in a config file; `max_length`
+    cuts each text at so many tokens; `seed` draws what is random.
+
+    `callback(step, values)` is called after every step. Progress shows in a terminal and in a
+    notebook; with `watch=srmu.engine.progress.ignore_progress` nothing does.
+    """
+    watch = watch or choose_progress()
+    if isinstance(model, Config):
+        return runs.unlearn(model, watch=watch, **options)
+    if tokenizer is None:
+        raise SrmuError(
+            "unlearn takes a config, unlearn(load_config('config.yaml')), or a model with its "
+            "tokenizer, unlearn(model, tokenizer, forget=[...], retain=[...])"
+        )
+    return unlearn_in_memory(model, tokenizer, watch=watch, **options)
+
+
+def unlearn_in_memory(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    forget: Texts,
+    retain: Texts = (),
+    method: Method | type[Method] | str = "srmu",
+    train: TrainOptions | Mapping[str, Any] | None = None,
+    max_length: int = 512,
+    seed: int = 0,
+    callback: Log | None = None,
+    watch: Watch = ignore_progress,
+) -> tuple[PreTrainedModel, InMemoryResult]:
+    """Change a model in place; see `unlearn`. The same tensors as a run's, bit for bit."""
+    check_model(model, tokenizer)
+    topics = {
+        TOPIC: {
+            "forget": list_sources(forget, "forget"),
+            "retain": list_sources(retain, "retain"),
+            "max_length": max_length,
+        }
+    }
+    config = describe_in_memory(model, method, topics, train, seed)
+    loaded = runs.load_topics(config, tokenizer)
+    require_known_tokens(model, loaded)
+    steps: list[dict[str, Any]] = []
+    clock = time.monotonic()
+
+    def log(step: int, values: dict[str, float | str]) -> None:
+        steps.append({"step": step, **values, "seconds": round(time.monotonic() - clock, 4)})
+        if callback is not None:
+            callback(step, values)
+
+    with TemporaryDirectory() as scratch, edit_in_place(model, config.method) as edited:
+        if edited.folder is None:  # some methods read the tokenizer from there
+            tokenizer.save_pretrained(scratch)
+            edited.folder = Path(scratch)
+        for name, parameter in edited.trained.items():
+            check_precision(name, parameter.dtype, config.train.weights)
+        # Where the first layer changes, no activation comes twice.
+        twice = edited.fixed or config.method.depth is not None
+        edited.activations = open_activations("memory" if twice else "none", {}, edited.device)
+        outcome = config.method.apply(edited, loaded, config.train, log, watch)
+        delta = edited.delta()
+        require_change(config, edited, delta, outcome.stop_reason)
+        changes = {
+            name: audit.compare_tensor(edited.original[name].cpu(), tensor.detach().cpu())
+            for name, tensor in delta.items()
+        }
+        record = {
+            **begin_record(config, loaded, outcome),
+            "seconds": round(time.monotonic() - clock, 3),
+            "steps": len(steps),
+            "flops": count_dense_flops(edited, loaded, len(steps)),
+            "changed": sorted(delta),
+            "change": {"tensors": changes},
+        }
+    state = {
+        f"{topic}.{name}": tensor.detach().float().cpu().contiguous()
+        for topic, values in outcome.states.items()
+        for name, tensor in values.tensors.items()
+    }
+    return model, InMemoryResult(record, steps, delta, state)
+
+
+def begin_record(config: Config, topics: Sequence[Topic], outcome: MethodOutcome) -> dict[str, Any]:
+    """What the record says of a run but for its cost and the tensors."""
+    method = config.method
+    return {
+        "tool": audit.describe_tool(),
+        "method": method.name,
+        "paper": method.paper,
+        "model": config.model,
+        "options": dataclasses.asdict(method),
+        "train": dataclasses.asdict(config.train),
+        "seed": config.seed,
+        "data": {topic.name: dict(topic.counts) for topic in topics},
+        "overlap": {topic.name: measure_pair_overlap(topic) for topic in topics},
+        "topics": {name: state.numbers for name, state in outcome.states.items()},
+        "stop_reason": outcome.stop_reason,
+        "environment": audit.describe_environment(),
+    }
+
+
+def check_model(model: Any, tokenizer: Any) -> None:
+    """SrmuError for what is not a causal language model that can be trained where it lies."""
+    if distributed.get_size() > 1:
+        raise SrmuError("a model in memory is unlearned in one process; several take a config")
+    kind = type(model).__name__
+    if not isinstance(model, PreTrainedModel):
+        peft = "; merge its adapters first: model.merge_and_unload()"
+        hint = peft if hasattr(model, "merge_and_unload") else ""
+        raise SrmuError(f"unlearn takes a transformers model or a Config, not {kind}{hint}")
+    if not kind.endswith(("ForCausalLM", "LMHeadModel")):
+        raise SrmuError(f"{kind} is not a causal language model: load AutoModelForCausalLM")
+    refuse_quantised(Path(model.name_or_path or kind), model.config)
+    places = sorted({str(parameter.device) for parameter in model.parameters()})
+    if len(places) > 1 or "meta" in places:
+        raise SrmuError(
+            f"the model lies on {', '.join(places)}: in memory it must be on one device; "
+            "unlearn(config, shard=True) or offload=True is for larger ones"
+        )
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise SrmuError(
+            f"the second argument is the model's tokenizer, not {type(tokenizer).__name__}"
+        )
+    pad_id(tokenizer)
+
+
+def list_sources(texts: Texts, role: str) -> list[Source]:
+    """Where the texts of an argument come from; SrmuError for what could be meant in two ways."""
+    if isinstance(texts, str):
+        raise SrmuError(
+            f"{role} is one string: write [text] for a text, pathlib.Path(name) for a file"
+        )
+    if isinstance(texts, Mapping):
+        keys = ", ".join(map(str, texts))
+        raise SrmuError(
+            f"{role} is a {type(texts).__name__} of {keys}: write [row] for one row; of a "
+            "DatasetDict name one split"
+        )
+    if isinstance(texts, Path | Source):
+        texts = [texts]
+    if not hasattr(texts, "__iter__"):
+        raise SrmuError(
+            f"{role} is {type(texts).__name__}: expected texts, rows with a 'text', a "
+            "datasets.Dataset, or files as pathlib.Path"
+        )
+    if not isinstance(texts, list | tuple):
+        return [RowSource(path=role, rows=texts)]
+    sources: list[Source] = []
+    rows: list[Any] = []
+    for item in texts:
+        if isinstance(item, Path | Source):
+            sources.append(Source(path=str(item)) if isinstance(item, Path) else item)
+        else:
+            rows.append(item)
+    return [*sources, RowSource(path=role, rows=rows)] if rows else sources
+
+
+def describe_in_memory(
+    model: PreTrainedModel,
+    method: Method | type[Method] | str,
+    topics: Mapping[str, Any],
+    train: TrainOptions | Mapping[str, Any] | None,
+    seed: int,
+) -> Config:
+    """The config that says the same, with what depends on the model filled in."""
+    if isinstance(method, str):
+        method = find_method(method)
+    tree = {
+        "model": model.name_or_path or type(model).__name__,
+        "method": method() if isinstance(method, type) else method,
+        "topics": topics,
+        "train": train or {},
+        "seed": seed,
+    }
+    try:
+        config = Config.model_validate(tree)
+    except ValidationError as error:
+        raise SrmuError(explain_error(error, "", Config)) from None
+    resolved = config.method.resolved(model.config)
+    if why := resolved.no_checkpoint:
+        raise SrmuError(f"{why}; unlearn from a config")
+    settings = {"method": resolved, "train": resolved.training(config.train)}
+    return config.model_copy(update=settings)
+
+
+def require_known_tokens(model: PreTrainedModel, topics: Sequence[Topic]) -> None:
+    """SrmuError where a text has a token that the model has no row for."""
+    highest = max(int(b["input_ids"].max()) for t in topics for b in (*t.forget, *t.retain))
+    rows: Any = model.get_input_embeddings().weight
+    size = len(rows)
+    if highest >= size:
+        raise SrmuError(
+            f"the tokenizer gives token {highest}, but the model knows {size} tokens; they do not "
+            "belong together"
+        )
+
+
+def require_change(
+    config: Config, edited: EditableModel, delta: Mapping[str, Tensor], stop_reason: str
+) -> None:
+    """SrmuError where tensors that had to change are as they were."""
+    still = sorted(set(edited.trained) - set(delta))
+    # Of a whole model some tensors may stay: bf16 norms near 1 do not move by steps of 1e-5.
+    whole = config.method.depth is None or stop_reason != FINISHED
+    if still and not (delta and whole):
+        raise SrmuError(
+            f"{still[0] if delta else 'the model'} did not change ({stop_reason}); raise "
+            f"train.learning_rate, or see the options of srmu.{type(config.method).__name__}"
+        )
+
+
+@contextmanager
+def edit_in_place(module: PreTrainedModel, method: Method) -> Iterator[EditableModel]:
+    """A model of the user's as the engine works on it; afterwards only the changed tensors differ.
+
+    Where the block fails, these are put back, too.
+    """
+    owner, attribute = find_layers(module)
+    layers = getattr(owner, attribute)
+    flags = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
+    modes = [(part, part.training) for part in module.modules()]
+    original: dict[str, Tensor] = {}
+    edited = None
+    try:
+        edited = EditableModel(module, method.trainable, method.depth)
+        original = edited.original
+        name = str(module.name_or_path or "")
+        edited.folder = Path(name) if name and Path(name).is_dir() else None
+        yield edited
+    except BaseException:
+        parameters = dict(module.named_parameters())
+        for name, tensor in original.items():
+            parameters[name].data = tensor
+        raise
+    finally:
+        setattr(owner, attribute, layers)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        for name in original:
+            module.get_parameter(name).grad = None
+        for part, mode in modes:
+            part.training = mode
