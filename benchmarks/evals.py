@@ -32,8 +32,8 @@ from lm_eval.tasks import TaskManager
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedTokenizerFast
 
-from srmu.engine import likelihoods
 from srmu.evals import lm_eval
+from srmu.evals.harness import Harness
 
 BATCH = 64
 YAML = """task: quiz
@@ -146,7 +146,7 @@ def compare(label: str, config: Any, kind: str, count: int, rounds: int) -> None
 
         sides: dict[str, tuple[Callable[..., float], Any, str]] = {
             "lm-eval": (plain, HFLM, "_loglikelihood_tokens"),
-            "srmu": (ours, likelihoods, "loglikelihoods"),
+            "srmu": (ours, Harness, "_loglikelihood_tokens"),
         }
         times: dict[str, list[float]] = {side: [] for side in sides}
         seen: dict[str, tuple[int, int, float, Any]] = {}

@@ -9,7 +9,6 @@ result with the attacks of TIER (standard), and writes OUT/results.md and OUT/re
 in OUT already is not done again.
 """
 
-import json
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -22,13 +21,14 @@ import torch
 import yaml
 
 from search import job_of, results_of, testbed
-from srmu.attacks.suite import FILE, attack_run
+from srmu.attacks.suite import attack_run
 from srmu.engine.files import write_json, write_whole
 from srmu.engine.progress import show_progress, silence_libraries
 from srmu.errors import SrmuError
-from srmu.evals.matched import SHARE, match_utility
+from srmu.evals.matched import match_utility
 from srmu.evals.parallel import run_all
-from srmu.evals.statistics import Draws, estimate_from, parse_answers, residual_table, worst_case
+from srmu.evals.results import load_results, read_attacks
+from srmu.evals.statistics import Draws, parse_answers, residual_table, worst_case
 from srmu.methods.reference import markdown_table
 from srmu.reproduce.demo import TASKS
 from srmu.runs.run import Run
@@ -51,8 +51,7 @@ def matched(task: Task) -> str:
     silence_libraries()
     try:
         match_utility(Run.open(task.run), task.out, task.budget, UTILITY)
-        report = task.out / FILE
-        if not report.exists() or json.loads(report.read_text())["tier"] != task.tier:
+        if read_attacks(task.out).get("tier") != task.tier:
             attack_run(Run.open(task.out), tier=task.tier)  # type: ignore[arg-type]
         return ""
     except SrmuError as error:
@@ -67,7 +66,7 @@ def row(label: str, regime: str, reports: Sequence[dict[str, Any]], shares: Sequ
         values = [statistic(draws.means(t, f)) for t, f in zip(tables, facts, strict=True)]
         n = min(len(f) for f in facts)
         # what is added for the draw of seeds may lead out of what an accuracy can be
-        return estimate_from(draws.over_seeds(np.stack(values, axis=1)).clip(0, 1), n)
+        return draws.estimate(np.stack(values, axis=1), n, clip=(0, 1))
 
     facts = [report["facts"] for report in reports]
     plain = [parse_answers(r["attacks"]["forced_choice"]["right"]) for r in reports]
@@ -136,8 +135,8 @@ def main(path: Path, out: Path, budget: float, tier: str) -> None:
     rows = []
     for label, regime in dict.fromkeys(case[:2] for case in made):
         folders = [tasks[run].out for one, group, _, run in made if (one, group) == (label, regime)]
-        reports = [json.loads((folder / FILE).read_text()) for folder in folders]
-        shares = [json.loads((folder / SHARE).read_text())["share"] for folder in folders]
+        reports = [read_attacks(folder) for folder in folders]
+        shares = [load_results(folder)["matched"]["share"] for folder in folders]
         rows.append(row(label, regime, reports, shares))
     metrics = [*rows[0]["estimates"]]
     lines = [

@@ -22,6 +22,7 @@ from srmu.engine.files import write_json
 from srmu.engine.progress import show_progress
 from srmu.errors import DivergedError, SrmuError
 from srmu.evals.parallel import RunJob, run_all, run_one
+from srmu.evals.results import read_metrics
 from srmu.reproduce.demo import REGIMES
 from srmu.runs.config import load_config
 from srmu.testbed.build import RECIPE, build_testbed
@@ -117,7 +118,7 @@ def main(path: Path, out: Path) -> None:
 
 
 def accuracies(folder: Path) -> list[float]:
-    results = json.loads((folder / "results.json").read_text())
+    results = read_metrics(folder)["after"]
     return [results[f"{task}/acc"]["value"] for task in TASKS]
 
 

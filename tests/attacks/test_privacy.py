@@ -107,7 +107,7 @@ def test_no_file_holds_the_canary(place: Path, monkeypatch: pytest.MonkeyPatch) 
     assert killed("killed.yaml", "complete.json") == -signal.SIGKILL
     made = {path for path in place.rglob("*") if path.is_file()} - given
     named = {path.name for path in made}
-    assert {"record.json", "attacks.json", "summary.md", "report.html", "README.md"} <= named
+    assert {"record.json", "results.json", "summary.md", "report.html", "README.md"} <= named
     assert [path for path in made if "checkpoint" in path.parts]
     assert [path for path in made if "activations" in path.parts]
     wanted = [*forms(PreTrainedTokenizerFast.from_pretrained(place / "model"))]

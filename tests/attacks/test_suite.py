@@ -1,6 +1,5 @@
 """The suite of attacks: controls, the worst case, what is kept, and what cannot be attacked."""
 
-import json
 import shutil
 import signal
 import subprocess
@@ -18,9 +17,11 @@ from helpers.models import write_jsonl
 from srmu import attacks
 from srmu.attacks import suite
 from srmu.attacks.base import AttackResult, Exam, Setting, ask_exam
-from srmu.attacks.suite import FILE, Sources, attack_run, describe_attacks, load_exam
+from srmu.attacks.suite import Sources, attack_run, load_exam
+from srmu.attacks.summary import Judge, describe_attacks
 from srmu.cli.measuring import attack_rows
 from srmu.errors import SrmuError
+from srmu.evals.results import RESULTS, load_results, read_attacks
 from srmu.evals.score import score_model
 from srmu.evals.subject import NotApplicable, Subject, mark_answers, option_scores
 from srmu.runs.run import Run, unlearn
@@ -77,7 +78,7 @@ def undone(model: Subject, texts: Any, exam: Exam, tier: str, seed: int) -> Atta
 def test_what_is_written(run: Run, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     only(monkeypatch)
     report = attack_run(run, sources=sources(place))
-    assert json.loads((run.folder / FILE).read_text()) == report
+    assert read_attacks(run.folder) == report
     told = Run.open(run.folder).record["attacks"]
     assert told["K*"] == report["K*"]
     assert told["given_away"] == {"forget": 1.0, "retain": 0.0}  # the forget texts answer them
@@ -100,7 +101,7 @@ def test_what_is_written(run: Run, place: Path, monkeypatch: pytest.MonkeyPatch)
     assert "KL of neutral text" in report["attacks"]["utility"]["metrics"]
     assert "KL of neutral text" not in report["attacks"]["utility"]["controls"]["original"]
     # no text: neither a question nor an answer
-    text = (run.folder / FILE).read_text()
+    text = (run.folder / RESULTS).read_text()
     assert not any(q.prompt in text or f'"{q.answer.strip()}"' in text for q in world.exam().test)
     assert any("K* = " in line for line in describe_attacks(report))
     assert {row["attack"] for row in attack_rows(report)} == {"E0 forced_choice", "E18 utility"}
@@ -124,6 +125,26 @@ def test_the_strongest_valid_attack_decides(
     assert report["attacks"]["undone"]["chosen"] == "the original's weights"
     assert report["K*"] == {"value": 1, "low": 1, "high": 1, "n": 40, "attack": "undone"}
     assert any("no oracle" in line for line in describe_attacks(report))
+
+
+def test_a_second_call_adds_to_the_first(
+    run: Run, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """K* is over all attacks on the same questions; on others they begin anew."""
+    only(monkeypatch, weak=oracle_says(0.4), strong=oracle_says(0.6))
+    given = sources(place, oracle="")
+    scores = score_model(run, ["hazard"])
+    assert attack_run(run, names=["strong"], sources=given)["not_tried"] == ["weak"]
+    report = attack_run(run, names=["weak"], sources=given)
+    assert [*report["attacks"]] == ["forced_choice", "utility", "weak", "strong"]
+    assert report["K*"]["attack"] == "strong" and report["not_tried"] == []
+    record = Run.open(run.folder).record
+    assert {*record["attacks"]["tried"]} == {*report["attacks"]} and record["results"] == scores
+    assert score_model(run, ["harmless"])["after"].keys() == {"harmless/acc"}
+    assert read_attacks(run.folder) == report
+    assert {row["task"] for row in load_results(run.folder)["rows"]} == {"hazard", "harmless"}
+    report = attack_run(run, names=["weak"], sources=given, seed=1)
+    assert [*report["attacks"]] == ["forced_choice", "utility", "weak"]
 
 
 def test_what_was_found_is_kept(run: Run, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,12 +261,12 @@ def test_two_models_at_inference_are_attacked_together(
 def test_nothing_forgotten_is_no_recovery() -> None:
     """A share of nothing: no number, and no warning."""
     names = [str(i) for i in range(40)]
-    judge = suite.Judge(names, 0.25, 0, (1.0,) * 40, (1.0,) * 40, None)
-    assert judge.recovery((1.0,) * 40) is None
+    judge = Judge(names, 0.25, 0, (1.0,) * 40, (1.0,) * 40, None)
+    assert judge.measure_recovery((1.0,) * 40) is None
     some = (1.0,) * 38 + (0.0,) * 2  # within two standard errors of nothing
-    assert suite.Judge(names, 0.25, 0, (1.0,) * 40, some, None).recovery(some) is None
+    assert Judge(names, 0.25, 0, (1.0,) * 40, some, None).measure_recovery(some) is None
     half = (1.0,) * 20 + (0.0,) * 20
-    found = suite.Judge(names, 0.25, 0, (1.0,) * 40, half, None).recovery((1.0,) * 30 + half[30:])
+    found = Judge(names, 0.25, 0, (1.0,) * 40, half, None).measure_recovery((1.0,) * 30 + half[30:])
     assert found is not None
     assert found["value"] == 0.5
 
@@ -289,7 +310,7 @@ def test_bad_input(run: Run, place: Path) -> None:
     ):
         with pytest.raises(SrmuError, match=message):
             attack_run(run, **{"sources": sources(place)} | given)  # type: ignore[arg-type]
-    assert not (run.folder / FILE).exists()
+    assert not (run.folder / RESULTS).exists()
     few = sources(place, limit=8)
     with pytest.raises(SrmuError, match=r"ask for [4-8] facts, too few"):
         attack_run(run, sources=few)
@@ -336,7 +357,7 @@ def test_a_killed_suite_ends_with_the_same_report(run: Run, place: Path) -> None
         time.sleep(0.01)
     process.kill()
     assert process.wait() == -signal.SIGKILL
-    assert not (run.folder / FILE).exists()
+    assert not (run.folder / RESULTS).exists()
     kept = {p: p.stat().st_mtime_ns for p in (place / "cache" / "attacks").glob("*.json")}
     given = Sources(tasks=("hazard",), neutral=str(place / "neutral.jsonl"))
     resumed = attack_run(run, sources=given)

@@ -24,6 +24,7 @@ from helpers.models import SIZES, Answer, Call, texts, word_tokenizer
 from srmu.cli import main
 from srmu.engine.weights import list_shards
 from srmu.evals import lm_eval
+from srmu.evals.results import plain_metrics, read_metrics
 from srmu.methods import METHODS
 from srmu.runs.run import Run
 
@@ -263,7 +264,7 @@ def builtin(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     (workplace / "builtin").mkdir()
     manager = TaskManager(include_defaults=False, include_path=workplace / "builtin")
-    monkeypatch.setattr(lm_eval, "_builtin", lambda: manager)
+    monkeypatch.setattr(lm_eval, "_builtin_tasks", lambda: manager)
 
 
 def test_an_unknown_task(call: Call, builtin: None) -> None:
@@ -490,7 +491,7 @@ def test_eval(call: Call, workplace: Path, builtin: None) -> None:
     assert results["quiz/acc"]["n"] == 8
     both = json.loads(call("eval", run, "--tasks", "quiz", "--json").out)
     assert both["before"] == results
-    assert json.loads((run / "results.json").read_text()) == both["after"]
+    assert plain_metrics(read_metrics(run)["after"]) == both["after"]
     shown = call("eval", run, "--tasks", "quiz").out
     value = both["after"]["quiz/acc"]["value"]
     assert "quiz/acc" in shown and f"{value:.3f} ±" in shown and "before" in shown

@@ -7,6 +7,7 @@ import pytest
 
 from helpers import attack_world as world
 from helpers.models import Call, write_jsonl
+from srmu.evals.results import read_attacks
 
 
 @pytest.fixture(autouse=True)
@@ -25,11 +26,11 @@ def test_attack_and_compare(call: Call, tmp_path: Path) -> None:
     assert done.code == 0, done.err
     assert "E4 logit_lens" in done.out and "E2 extraction" in done.out
     assert "K* = " in done.out and "not tried: format_shift" in done.out
-    assert f"wrote {run.relative_to(tmp_path)}/attacks.json" in done.out
+    assert f"wrote {run.relative_to(tmp_path)}/results.json" in done.out
     assert f"next: srmu compare {run.relative_to(tmp_path)}" in done.out
     assert not any(q.prompt in done.out for q in world.exam().test)
     done = call("attack", other, *GIVEN, "--oracle", "oracle", "--json")
-    assert json.loads(done.out) == json.loads((other / "attacks.json").read_text())
+    assert json.loads(done.out) == read_attacks(other)
     done = call("compare", run, other, "--budget", "0.1")
     assert done.code == 0, done.err
     assert "graddiff" in done.out and "2 x 1" in done.out

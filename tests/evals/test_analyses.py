@@ -9,17 +9,17 @@ from srmu.engine.losses import is_counted, without_first
 from srmu.engine.model import EditableModel, Site
 from srmu.errors import DivergedError, SrmuError
 from srmu.evals.analyses import (
-    layer_sensitivity,
     measure_alignment,
     measure_confidence,
+    measure_cosines,
+    measure_layer,
+    measure_logits,
+    measure_predicted,
     measure_sensitivity,
-    next_token_confidence,
     open_model,
-    run_texts,
-    sweep_layers,
-    token_confidence,
-    token_cosines,
+    read_topic_texts,
 )
+from srmu.evals.layer_sweep import sweep_layers
 from srmu.report.analyses import draw_panel, write_analysis
 from srmu.runs.config import make_config
 from srmu.runs.run import unlearn
@@ -45,11 +45,11 @@ def a_run(workplace, method="srmu", *overrides):
 
 def test_sureness_by_hand():
     logits = torch.tensor([[0.0, 0.0, 0.0, 0.0], [math.log(6), math.log(3), 0.0, -1e9]])
-    found = token_confidence(logits)
+    found = measure_logits(logits)
     torch.testing.assert_close(found[0], torch.tensor([0, 0.25, 0, math.log(4)]))
     entropy = -sum(p * math.log(p) for p in (0.6, 0.3, 0.1))
     torch.testing.assert_close(found[1], torch.tensor([math.log(6), 0.6, 0.3, entropy]))
-    assert token_confidence(torch.tensor([[0.0, -math.inf]])).isfinite().all()
+    assert measure_logits(torch.tensor([[0.0, -math.inf]])).isfinite().all()
 
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2"])
@@ -70,8 +70,8 @@ def test_confidence_of_a_model_that_says_all_alike(arch):
 
 def test_padding_does_not_change_confidence():
     model = plain()
-    many = torch.cat([next_token_confidence(model, b) for b in batches(TEXTS["forget"], 6)])
-    each = torch.cat([next_token_confidence(model, b) for b in batches(TEXTS["forget"], 1)])
+    many = torch.cat([measure_predicted(model, b) for b in batches(TEXTS["forget"], 6)])
+    each = torch.cat([measure_predicted(model, b) for b in batches(TEXTS["forget"], 1)])
     torch.testing.assert_close(many, each, atol=1e-5, rtol=1e-4)
 
 
@@ -87,7 +87,7 @@ def test_generated_tokens_are_the_greedy_ones():
         for _ in range(6):
             with torch.no_grad():
                 logits = model.module(torch.tensor([ids])).logits[0, -1]
-            naive.append(token_confidence(logits[None]))
+            naive.append(measure_logits(logits[None]))
             ids.append(int(logits.argmax()))
             if ids[-1] == model.module.generation_config.eos_token_id:
                 break
@@ -109,7 +109,7 @@ def test_cosine_of_a_planted_displacement():
     with torch.no_grad():
         bias += 3 * direction
     rows = batches(TEXTS["forget"])
-    at = token_cosines(model, rows, Site(2), direction)
+    at = measure_cosines(model, rows, Site(2), direction)
     torch.testing.assert_close(at["displacement"], torch.ones_like(at["after"]))
     with model.frozen():
         naive = [
@@ -120,7 +120,7 @@ def test_cosine_of_a_planted_displacement():
         ]
     torch.testing.assert_close(at["before"], torch.cat(naive))
     assert (at["after"] > at["before"]).all()
-    below = token_cosines(model, rows, Site(1), direction)
+    below = measure_cosines(model, rows, Site(1), direction)
     assert len(below["displacement"]) == 0
     torch.testing.assert_close(below["before"], below["after"])
 
@@ -157,7 +157,7 @@ def test_sensitivity_of_linear_maps():
     rows = batches(TEXTS["forget"], 3)
     size, draws = 0.1, 200
     model.module.model.norm = nn.Identity()
-    assert layer_sensitivity(model, rows, 3, size, draws) == pytest.approx(size**2, rel=0.02)
+    assert measure_layer(model, rows, 3, size, draws) == pytest.approx(size**2, rel=0.02)
     matrix = nn.Linear(32, 32, bias=False)
     with torch.no_grad():
         matrix.weight.normal_(generator=torch.Generator().manual_seed(1))
@@ -167,10 +167,10 @@ def test_sensitivity_of_linear_maps():
         ratio = hidden.square().sum(-1) / matrix(hidden).square().sum(-1)
         expected = size**2 * float(matrix.weight.square().sum() / 32 * ratio.mean())
         model.module.model.norm = matrix
-        assert layer_sensitivity(model, rows, 3, size, draws) == pytest.approx(expected, rel=0.03)
+        assert measure_layer(model, rows, 3, size, draws) == pytest.approx(expected, rel=0.03)
     model.module.model.norm = nn.Linear(32, 32)  # what it gives is its bias
     nn.init.zeros_(model.module.model.norm.weight)
-    assert layer_sensitivity(model, rows, 3, size) == 0
+    assert measure_layer(model, rows, 3, size) == 0
     assert not model.layers[3]._forward_hooks
 
 
@@ -190,7 +190,7 @@ def test_sensitivity_of_every_layer(arch):
 def test_a_small_noise_gives_psi_of_its_square():
     model, rows = plain(), batches(TEXTS["forget"])
     with torch.no_grad():
-        one, two = (layer_sensitivity(model, rows, 1, size, 50) for size in (1e-3, 2e-3))
+        one, two = (measure_layer(model, rows, 1, size, 50) for size in (1e-3, 2e-3))
     assert two / one == pytest.approx(4, rel=0.02)
 
 
@@ -198,12 +198,18 @@ def test_before_and_after_a_run(workplace):
     _, run = a_run(workplace)
     model, tokenizer = open_model(run.folder, "cpu")
     original, _ = open_model(workplace / "model", "cpu")
-    assert set(run_texts(run)) == {"forget", "retain"}
-    found = measure_confidence(model, tokenizer, run_texts(run)).numbers["confidence"]["forget"]
-    alone = measure_confidence(original, tokenizer, run_texts(run)).numbers["confidence"]["forget"]
+    assert set(read_topic_texts(run)) == {"forget", "retain"}
+    found = measure_confidence(model, tokenizer, read_topic_texts(run)).numbers["confidence"][
+        "forget"
+    ]
+    alone = measure_confidence(original, tokenizer, read_topic_texts(run)).numbers["confidence"][
+        "forget"
+    ]
     assert found["before"] == alone["model"] != found["after"]
-    psis = measure_sensitivity(model, tokenizer, run_texts(run), documents=4).numbers["psi"]
-    one = measure_sensitivity(original, tokenizer, run_texts(run), documents=4).numbers["psi"]
+    psis = measure_sensitivity(model, tokenizer, read_topic_texts(run), documents=4).numbers["psi"]
+    one = measure_sensitivity(original, tokenizer, read_topic_texts(run), documents=4).numbers[
+        "psi"
+    ]
     assert psis["forget, before"] == one["forget, model"] != psis["forget, after"]
 
 

@@ -1,6 +1,5 @@
 """Comparisons at matched utility loss, of runs whose numbers are made up and so known."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,8 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from helpers.results import keep_rows, write_metrics, write_report
 from srmu.errors import SrmuError
-from srmu.evals.compare import ComparisonRow, compare_runs, run_setting
+from srmu.evals.compare import ComparisonRow, compare_runs
+from srmu.evals.results import read_attacks
+from srmu.evals.settings import run_setting
 from srmu.runs.config import build_config, make_config
 
 QUESTIONS = 200  # two of each fact
@@ -49,31 +51,36 @@ def attacked(
     bed: str = "bed0",
     **changes: Any,
 ) -> Path:
-    """A run whose `attacks.json` says: all known before, after it these shares."""
+    """A run that was attacked: all known before, after it these shares."""
     folder = folder_of(place, method, overrides, seed, bed)
     names = [i // 2 for i in range(QUESTIONS)]
     draw = seed + 10 * int(bed[-1])
+    strongest = "".join(map(str, answers(forget if best is None else best, draw)))
+    original = marked("1" * QUESTIONS)
     attacks: dict[str, Any] = {
-        "forced_choice": {"status": "done", "right": answers(forget, draw), "valid": None},
-        "quantisation": {
-            "status": "done", "valid": True,
-            "right": "".join(map(str, answers(forget if best is None else best, draw))),
-        },
-        "soft_prompt": {"status": "done", "right": answers(1), "valid": False},
+        "forced_choice": marked(answers(forget, draw), None) | {"controls": {"original": original}},
+        "quantisation": marked(strongest, True),
+        "soft_prompt": marked(answers(1), False),
         "membership": {"status": "does not apply", "why": "no hold-out texts"},
     }  # fmt: skip
     found = {
         "tier": "smoke", "seed": 0, "chance": 0.25, "facts": names,
         "tasks": {"test": ["hazard"], "val": "hazard_val", "utility": ["near", "far"]},
-        "original": {"right": "1" * QUESTIONS},
+        "original": original,
         "utility": {
             "near": {"facts": names, "before": answers(1), "after": answers(utility, draw + 1)},
             "far": {"facts": names, "before": answers(1), "after": answers(1)},
         },
         "attacks": attacks,
     }  # fmt: skip
-    (folder / "attacks.json").write_text(json.dumps(found | changes))
+    write_report(folder, found | changes)
     return folder
+
+
+def marked(right: str | list[int], valid: bool | None = None) -> dict[str, Any]:
+    """An attack's answers, with an accuracy that no comparison looks at."""
+    accuracy = {"value": 0.5, "low": 0.4, "high": 0.6, "n": QUESTIONS}
+    return {"status": "done", "right": right, "valid": valid, "accuracy": accuracy}
 
 
 def evaluated(
@@ -86,12 +93,12 @@ def evaluated(
     n: int = 400,
 ) -> Path:
     folder = folder_of(place, method, overrides, seed, "bed0")
-    for name, values in (("before", (1.0, 1.0)), ("results", (forget, utility))):
+    for when, values in (("before", (1.0, 1.0)), ("after", (forget, utility))):
         entries = {
             f"{task}/acc": {"value": value, "stderr": 0.01, "n": n}
             for task, value in zip(("hazard", "near"), values, strict=True)
         }
-        (folder / f"{name}.json").write_text(json.dumps(entries))
+        write_metrics(folder, **{when: entries})
     return folder
 
 
@@ -135,11 +142,11 @@ def test_a_curve_that_ends_below_the_budget(tmp_path: Path) -> None:
         assert row.forget_accuracy.value == pytest.approx(accuracy)
         assert row.utility_loss.value == pytest.approx(loss)
         assert "strongest setting, where that loses less than 20.0%" in row.note
-    found = json.loads((runs[2] / "attacks.json").read_text())
+    found = read_attacks(runs[2])
     found["utility"]["near"] = {
         "facts": found["facts"], "before": answers(0.8), "after": answers(0.9)
     }  # fmt: skip
-    (runs[2] / "attacks.json").write_text(json.dumps(found))
+    write_report(runs[2], found)
     assert compare_runs(runs[2:])[0].forget_accuracy.value == pytest.approx(0.5)
 
 
@@ -227,13 +234,26 @@ def test_results_alone(tmp_path: Path) -> None:
     assert rows[0].forget_accuracy == three.forget_accuracy
 
 
+def test_answers_of_an_evaluation_are_paired(tmp_path: Path) -> None:
+    """As those of an attack are: half of a difference's width is that of the questions."""
+    runs = [evaluated(tmp_path, "rmu", 0.5, 0.9), evaluated(tmp_path, "srmu", 0.4, 0.9)]
+    for run, share in zip(runs, (0.5, 0.4), strict=True):
+        for when, right in (("before", answers(1)), ("after", answers(share))):
+            entry = {"value": np.mean(right), "n": QUESTIONS, "answers": right,
+                     "facts": [i // 2 for i in range(QUESTIONS)]}  # fmt: skip
+            write_metrics(run, **{when: {"hazard/acc": entry}})
+    rows = compare_runs(runs, 1, *METRICS)
+    change, alone = rows[1].forget_difference, rows[0].forget_accuracy
+    assert change is not None and change.value == pytest.approx(-0.1)
+    assert change.high - change.low < 0.8 * (alone.high - alone.low)
+    assert rows[1].verdict == "better"
+
+
 def test_attacked_and_evaluated_runs_together(tmp_path: Path) -> None:
     """The one with answers says which results of the other are meant."""
     runs = [attacked(tmp_path, "rmu", 0.5, 0.9), evaluated(tmp_path, "srmu", 0.5, 0.95)]
-    for name in ("before", "results"):
-        path = runs[1] / f"{name}.json"
-        entries = json.loads(path.read_text())
-        path.write_text(json.dumps(entries | {"far/acc": {"value": 1.0, "n": 400}}))
+    for when in ("before", "after"):
+        write_metrics(runs[1], **{when: {"far/acc": {"value": 1.0, "n": 400}}})
     rmu, srmu = compare_runs(runs, 0.025)
     assert rmu.residual is not None and srmu.residual is srmu.residual_difference is None
     assert srmu.verdict == "noise"
@@ -269,10 +289,15 @@ CANNOT: dict[str, tuple[Any, str]] = {
         "with other questions",
     ),
     "same": (lambda one, make: compare_runs([one, one]), "are the same run"),
-    "plain": (lambda one, make: compare_runs([make(attacked, attacks={})]), "has no forced_choice"),
+    "utility": (
+        lambda one, make: (
+            keep_rows(one, lambda row: row["attack"] != "utility") or compare_runs([one])
+        ),
+        "attacked without --utility tasks",
+    ),
     "damaged": (
-        lambda one, make: (one / "attacks.json").write_text("{") and compare_runs([one]),
-        "attacks.json is damaged",
+        lambda one, make: (one / "results.json").write_text("{") and compare_runs([one]),
+        "results.json is damaged",
     ),
 }
 

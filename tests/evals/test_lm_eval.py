@@ -5,7 +5,6 @@ import logging
 import random
 from collections.abc import Callable
 from contextlib import contextmanager
-from functools import partial
 from math import sqrt
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from helpers.models import ARCHITECTURES, VOCABULARY, pico_module, word_tokenize
 from srmu.engine import likelihoods
 from srmu.errors import SrmuError
 from srmu.evals import lm_eval
-from srmu.evals.lm_eval import accuracy_interval, evaluate
+from srmu.evals.lm_eval import evaluate
 
 WORDS = ["<eos>", "<unk>", "gold", *(f"w{i}" for i in range(30)), "?"]
 YAML = """task: {name}
@@ -130,7 +129,7 @@ def use_builtin(monkeypatch, folder: Path) -> None:
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_defaults=False, include_path=folder)
-    monkeypatch.setattr(lm_eval, "_builtin", lambda: manager)
+    monkeypatch.setattr(lm_eval, "_builtin_tasks", lambda: manager)
 
 
 # --- the numbers
@@ -140,8 +139,9 @@ def measured(found: dict[str, Any]) -> dict[str, Any]:
     """The only entry without what the record says of how it was asked."""
     ((name, entry),) = found.items()
     assert name == "quiz/acc"
-    assert {"version", "prompt"} <= set(entry)
-    return {key: value for key, value in entry.items() if key not in ("version", "prompt")}
+    how = {"version", "prompt", "answers"}
+    assert how <= set(entry)
+    return {key: value for key, value in entry.items() if key not in how}
 
 
 @pytest.mark.parametrize("option_words", [1, 3])
@@ -155,6 +155,8 @@ def test_matches_a_loop_at_every_batch_size(model, tokenizer, tmp_path, option_w
         entry = measured(found)
         assert entry == {"value": p, "stderr": pytest.approx(sqrt(p * (1 - p) / 59)), "n": 60}
         assert all(type(v) in (int, float) for v in entry.values())
+        answers = found["quiz/acc"]["answers"]
+        assert (len(answers), answers.count("1") / 60) == (60, p)
 
 
 def test_one_word_options_share_a_forward(model, tokenizer, tmp_path):
@@ -203,6 +205,12 @@ def test_group_gives_itself_and_its_tasks(model, tokenizer, tmp_path, monkeypatc
     assert found["all/acc"]["value"] == pytest.approx((10 * a + 30 * b) / 40)
     assert (found["part_a/acc"]["value"], found["part_b/acc"]["value"]) == (a, b)
     assert found["all/acc"]["stderr"] > 0
+
+
+def test_questions_about_one_fact_have_its_number(model, tokenizer, tmp_path):
+    rows = [row | {"fact": f"about {i // 2}"} for i, row in enumerate(questions(6))]
+    found = evaluate(model, tokenizer, ["quiz"], tasks_dir=write_task(tmp_path / "tasks", rows))
+    assert found["quiz/acc"]["facts"] == [0, 0, 1, 1, 2, 2]
 
 
 # --- what is left alone
@@ -432,6 +440,11 @@ def harness(module, batch_size: int = 64):
     return HFLM(module, tokenizer=word_tokenizer(), batch_size=batch_size)
 
 
+def ours(lm, requests: list[tuple]) -> list[tuple]:
+    pairs = [(before, answer) for _, before, answer in requests]
+    return likelihoods.score_answers(lm.model, pairs, lm.max_length, batch_size=lm.batch_size)
+
+
 def same(found: list[tuple], expected: list[tuple]) -> None:
     assert [score for score, _ in found] == pytest.approx([s for s, _ in expected], abs=1e-5)
     assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
@@ -446,7 +459,7 @@ def test_loglikelihoods_are_lm_evals(name, start):
         likeliest = module(torch.tensor([requests[0][1]])).logits[0, -1].argmax().item()
     requests.append((("", "likeliest"), requests[0][1], [likeliest]))
     seen = count_rows(module)
-    found = likelihoods.loglikelihoods(lm, requests)
+    found = ours(lm, requests)
     assert (1 in seen) == (start > 0)  # the start that all share is read once
     same(found, type(lm)._loglikelihood_tokens(lm, requests, disable_tqdm=True))
     assert found[-1][1]
@@ -468,7 +481,7 @@ def test_softcap_window_and_truncation(monkeypatch, name, changes, batch_size):
     for start in (0, 18):
         lm, requests = harness(module, batch_size), asked(8, 9, start)
         expected = type(lm)._loglikelihood_tokens(lm, requests, disable_tqdm=True)
-        same(likelihoods.loglikelihoods(lm, requests), expected)
+        same(ours(lm, requests), expected)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
@@ -481,10 +494,10 @@ def test_rolling_windows_are_lm_evals(name):
     ]
     requests = [Instance("loglikelihood_rolling", {}, (text,), 0) for text in texts]
     expected = lm.loglikelihood_rolling(requests, disable_tqdm=True)
-    lm._loglikelihood_tokens = partial(likelihoods.loglikelihoods, lm)
-    assert lm.loglikelihood_rolling(requests, disable_tqdm=True) == pytest.approx(
-        expected, rel=1e-5
-    )
+    from srmu.evals.harness import Harness
+
+    found = Harness(lm.model, word_tokenizer(), 4).loglikelihood_rolling(requests)
+    assert found == pytest.approx(expected, rel=1e-5)
 
 
 def test_only_positions_that_predict_an_answer_meet_the_vocabulary(model, tokenizer, tmp_path):
@@ -547,31 +560,7 @@ def test_plan_is_the_cheapest_cut(rows, most, setup):
     assert sum(cost(batch, shared) for batch, shared in plan) == cheapest[-1]
 
 
-# --- the interval
-
-
-def wilson(p: float, n: int) -> tuple[float, float]:
-    z = 1.959964
-    centre, half = p + z**2 / (2 * n), z * sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
-    return (centre - half) / (1 + z**2 / n), (centre + half) / (1 + z**2 / n)
-
-
-def test_interval_of_one_seed_is_wilsons():
-    assert accuracy_interval([0.3], 200) == pytest.approx(wilson(0.3, 200), abs=1e-6)
-    assert accuracy_interval([0.3, 0.3, 0.3], 200) == pytest.approx(wilson(0.3, 200), abs=1e-6)
-
-
-def test_seeds_widen_the_interval():
-    low, high = wilson(0.3, 200)
-    wide = 1.96 * 0.1 / sqrt(3)
-    expected = 0.3 - sqrt((0.3 - low) ** 2 + wide**2), 0.3 + sqrt((high - 0.3) ** 2 + wide**2)
-    assert accuracy_interval([0.2, 0.3, 0.4], 200) == pytest.approx(expected, abs=1e-6)
-
-
-def test_interval_stays_between_nought_and_one():
-    assert accuracy_interval([0.0], 10)[0] == 0.0
-    assert accuracy_interval([1.0], 10)[1] == 1.0
-    assert accuracy_interval([0.0, 1.0], 10) == (0.0, 1.0)
+# --- questions
 
 
 def test_questions_are_what_the_harness_asks(tmp_path):

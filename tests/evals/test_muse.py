@@ -121,7 +121,7 @@ def test_what_is_recited_word_for_word(tmp_path: Path) -> None:
     prompts = texts(4, seed=1)
     rows = [{"prompt": prompt, "gt": greedy(model, prompt, 32)} for prompt in prompts]
     tables = sets(verbmem_forget=rows)
-    found = muse.verbatim_recall(model, asked(write_sets(tmp_path / "set", tables)))
+    found = muse.measure_verbatim(model, asked(write_sets(tmp_path / "set", tables)))
     assert found == [1, 1, 1, 1]
 
 
@@ -149,18 +149,18 @@ def test_auc_and_privleak_in_closed_form() -> None:
     def scores(forget: Sequence[float], holdout: Sequence[float]) -> dict[str, list[float]]:
         return {"min40_forget": [*forget], "min40_holdout": [*holdout]}
 
-    assert muse.membership_area(scores([1, 2, 3], [1, 2, 3])) == 0.5
-    assert muse.membership_area(scores([4, 5], [1, 2, 3])) == 1
-    assert muse.membership_area(scores([0], [1, 2])) == 0
-    assert muse.membership_area(scores([2], [1, 3])) == 0.5
-    assert muse.membership_area(scores([2, 1], [1, 0])) == pytest.approx(3.5 / 4)
+    assert muse.measure_membership(scores([1, 2, 3], [1, 2, 3])) == 0.5
+    assert muse.measure_membership(scores([4, 5], [1, 2, 3])) == 1
+    assert muse.measure_membership(scores([0], [1, 2])) == 0
+    assert muse.measure_membership(scores([2], [1, 3])) == 0.5
+    assert muse.measure_membership(scores([2, 1], [1, 0])) == pytest.approx(3.5 / 4)
     same = scores([0, 1], [0, 1])
     known = {
-        name: found["value"] for name, found in muse.privacy_metrics(scores([2], [1]), same).items()
+        name: found["value"] for name, found in muse.measure_privacy(scores([2], [1]), same).items()
     }
     assert known == {"muse/auc": 1, "muse/privleak": -1, "muse/privleak_member": 1}
     over = {
-        name: found["value"] for name, found in muse.privacy_metrics(scores([0], [1]), same).items()
+        name: found["value"] for name, found in muse.measure_privacy(scores([0], [1]), same).items()
     }
     assert over == {"muse/auc": 0, "muse/privleak": 1, "muse/privleak_member": -1}
 
@@ -169,24 +169,24 @@ def test_min_k(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a share of 1 the mean log-likelihood; of a text of one prediction that one."""
     model = pico()
     rows = texts(5, seed=3)
-    every = [muse.log_p(model, row) for row in rows]
+    every = [muse.read_log_p(model, row) for row in rows]
     assert [len(logp) for logp in every] == [len(row.split()) for row in rows]
     monkeypatch.setattr(muse, "SHARE", 1.0)
-    found = muse.min_k_scores(model, asked(tmp_path), "forget", rows)
+    found = muse.score_min_k(model, asked(tmp_path), "forget", rows)
     assert found == pytest.approx([float(logp.mean()) for logp in every])
     for share in (0.2, 0.4, 0.6):
         monkeypatch.setattr(muse, "SHARE", share)
-        fewer = muse.min_k_scores(model, asked(tmp_path), "forget", rows)
+        fewer = muse.score_min_k(model, asked(tmp_path), "forget", rows)
         counts = [int(share * len(logp)) for logp in every]
         assert fewer == pytest.approx(
             [sum(sorted(logp.tolist())[:n]) / n for n, logp in zip(counts, every, strict=True)]
         )
-    (one,) = muse.min_k_scores(model, asked(tmp_path), "forget", ["w1"])
-    assert one == pytest.approx(float(muse.log_p(model, "w1")))
+    (one,) = muse.score_min_k(model, asked(tmp_path), "forget", ["w1"])
+    assert one == pytest.approx(float(muse.read_log_p(model, "w1")))
 
 
 def test_a_text_longer_than_the_model_reads() -> None:
-    assert len(muse.log_p(pico(), " ".join(texts(12, seed=6)))) == 63
+    assert len(muse.read_log_p(pico(), " ".join(texts(12, seed=6)))) == 63
 
 
 def test_shots_are_not_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,9 +194,9 @@ def test_shots_are_not_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     where = asked(write_sets(tmp_path / "set", sets(knowmem_forget_qa_icl=shots)), limit=1)
     seen: list[str] = []
     monkeypatch.setattr(
-        muse, "write", lambda model, prompts, *_, **__: seen.extend(prompts) or [""]
+        muse, "write_continuations", lambda model, prompts, *_, **__: seen.extend(prompts) or [""]
     )
-    muse.answer_recall(pico(), where, "forget")
+    muse.measure_answers(pico(), where, "forget")
     (row, *_) = sets()["knowmem", "forget_qa"]
     first = "".join(f"Question: w{i}\nAnswer: w{i + 1}\n\n" for i in range(3))
     assert seen == [f"{first}Question: {row['question']}\nAnswer: "]
@@ -250,7 +250,7 @@ def test_a_model_that_is_not_a_number(folder: Path) -> None:
 def test_a_text_of_no_token() -> None:
     stub: Any = SimpleNamespace(tokens=lambda text: [1], max_length=9, device="cpu")
     with pytest.raises(SrmuError, match="less than two tokens"):
-        muse.log_p(stub, "w1")
+        muse.read_log_p(stub, "w1")
 
 
 def test_an_unlearned_model_may_be_silent(folder: Path) -> None:

@@ -14,6 +14,7 @@ from helpers.benchmark_sets import Sets, edited, greedy, write_sets
 from helpers.models import pico_module, word_tokenizer
 from srmu.errors import SrmuError
 from srmu.evals.benchmarks import rwku
+from srmu.evals.benchmarks import rwku_utility as utility
 from srmu.evals.benchmarks.base import BenchmarkData, BenchmarkRequest, BenchmarkScores
 from srmu.evals.subject import Subject
 
@@ -98,7 +99,8 @@ def saying(monkeypatch: pytest.MonkeyPatch, *answers: str) -> list[str]:
         seen.extend(prompts)
         return [answers[i % len(answers)] for i in range(len(prompts))]
 
-    monkeypatch.setattr(rwku, "write", write)
+    for module in (rwku, utility):
+        monkeypatch.setattr(module, "write_continuations", write)
     return seen
 
 
@@ -178,7 +180,7 @@ def test_zlib_falls_with_what_does_not_compress(tmp_path: Path) -> None:
     model = pico()
     model.module.lm_head.weight.data.zero_()
     rows = [{"text": " ".join(["w1"] * 30)}, {"text": " ".join(f"w{i}" for i in range(30))}]
-    found = rwku.membership_values(model, only(tmp_path, "mia_forget", rows), "mia_forget")
+    found = rwku.score_membership(model, only(tmp_path, "mia_forget", rows), "mia_forget")
     assert found["loss"] == pytest.approx([math.log(64)] * 2)
     assert found["zlib"][0] > found["zlib"][1] > 0
     assert found["mink"] == pytest.approx([math.log(64)] * 2)
@@ -188,16 +190,16 @@ def test_letters_and_choices_by_a_loop(measured: BenchmarkScores) -> None:
     model, right, true = pico(), [], []
     for row in sets()["utility_general", "test"]:
         listed = "w1 w2\nA. w3\nB. w4\nC. w5\nD. w6"
-        prompt = rwku.EXAM.format("world religions") + f"Question: {listed}\nAnswer: C\n\n"
-        prompt += f"{rwku.FOLLOW}Question: {listed} Answer:"
+        prompt = utility.EXAM.format("world religions") + f"Question: {listed}\nAnswer: C\n\n"
+        prompt += f"{utility.FOLLOW}Question: {listed} Answer:"
         logs = [scored(model, prompt, f" {letter}") for letter in "ABCD"]
         right.append(float(logs.index(max(logs)) == row["answer"]))
     assert measured.values["general"] == right
-    primer = rwku.prime_question("w9")
+    primer = utility.prime_question("w9")
     assert primer.startswith("Q: What is human") and primer.count("\nA: ") == 6
     assert primer.endswith("Barcelona, Spain.\n\nQ: w9")
     for row in sets()["utility_truthfulness", "test"]:
-        prompt = f"{rwku.prime_question(row['question'])} A:"
+        prompt = f"{utility.prime_question(row['question'])} A:"
         logs = [scored(model, prompt, f" {text}") for text in row["mc1_targets"]["choices"]]
         true.append(float(logs[1] > max(logs[0], logs[2])))
     assert measured.values["truthfulness"] == true
@@ -220,27 +222,29 @@ def test_choices_of_a_model_that_finds_all_alike(
     model.module.lm_head.weight.data.zero_()
     (row, *_) = sets()["utility_general", "test"]
     rows = [{**row, "answer": gold}]
-    assert rwku.measure_mmlu(model, only(tmp_path / "a", "utility_general", rows)) == [expected]
+    assert utility.measure_mmlu(model, only(tmp_path / "a", "utility_general", rows)) == [expected]
     labels = [int(i == gold) for i in range(2)]
     rows = [{"question": "w1", "mc1_targets": {"choices": ["w1", "w2"], "labels": labels}}]
-    assert rwku.measure_truthfulqa(model, only(tmp_path / "b", "utility_truthfulness", rows)) == [0]
+    assert utility.measure_truthfulqa(
+        model, only(tmp_path / "b", "utility_truthfulness", rows)
+    ) == [0]
     shorter = [{"question": "w1", "mc1_targets": {"choices": ["w1 w2", "w3"], "labels": [0, 1]}}]
     asked_for = only(tmp_path / "c", "utility_truthfulness", shorter)
-    assert rwku.measure_truthfulqa(model, asked_for) == [1]  # sums, so fewer tokens are likelier
+    assert utility.measure_truthfulqa(model, asked_for) == [1]  # sums, so fewer tokens are likelier
 
 
 def test_reasons_facts_and_free_texts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Answers to w0, w1, w2 and w3 in turn."""
     said = ("so the answer is w0. So the answer is w9.", "the W1!", "The answer is w2", "")
     seen = saying(monkeypatch, *said)
-    assert rwku.measure_bbh(pico(), asked(folder)) == [1, 1, 0, 0]
-    assert seen[2] == f"w1 w2\n\n{rwku.REASON}\nQ: w2 A:"
+    assert utility.measure_bbh(pico(), asked(folder)) == [1, 1, 0, 0]
+    assert seen[2] == f"w1 w2\n\n{utility.REASON}\nQ: w2 A:"
     seen = saying(monkeypatch, "w0", "The w1 w2 w3.", "w9", "")
-    assert rwku.measure_triviaqa(pico(), asked(folder)) == [1, pytest.approx(0.8), 0, 0]
-    assert seen[0] == f"{rwku.TRIVIA}Q: w0\nA:"
+    assert utility.measure_triviaqa(pico(), asked(folder)) == [1, pytest.approx(0.8), 0, 0]
+    assert seen[0] == f"{utility.TRIVIA}Q: w0\nA:"
     seen = saying(monkeypatch, "a b a b a", "a", "", "a b c d")
     pairs, triples = 1.0, math.log2(3) - 2 / 3  # 2 of each; 2 and 1
-    assert rwku.measure_fluency(pico(), asked(folder)) == pytest.approx(
+    assert utility.measure_fluency(pico(), asked(folder)) == pytest.approx(
         [(2 / 3 * pairs + 4 / 3 * triples) / 2, 0, 0, (2 / 3 * math.log2(3) + 4 / 3) / 2]
     )
     assert seen[0] == "Instruction: w0 w5\n"
@@ -249,33 +253,33 @@ def test_reasons_facts_and_free_texts(folder: Path, monkeypatch: pytest.MonkeyPa
 def test_entropy_of_a_text_without_repeats() -> None:
     """All n-grams differ: log2 of their number."""
     text = " ".join(f"w{i}" for i in range(50))
-    assert rwku.ngram_entropy(text) == pytest.approx(math.log2(49) / 3 + 2 * math.log2(48) / 3)
-    assert rwku.ngram_entropy("no, no.") == pytest.approx(math.log2(3) / 3 + 2 / 3)
+    assert utility.measure_entropy(text) == pytest.approx(math.log2(49) / 3 + 2 * math.log2(48) / 3)
+    assert utility.measure_entropy("no, no.") == pytest.approx(math.log2(3) / 3 + 2 / 3)
 
 
 def test_an_answer_that_is_a_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saying(monkeypatch, "the answer is (B).")
     rows = [{"question": "q", "cot": "c", "answer": ["A", "b"]}]
-    assert rwku.measure_bbh(pico(), only(tmp_path / "a", "utility_reason", rows)) == [1]
+    assert utility.measure_bbh(pico(), only(tmp_path / "a", "utility_reason", rows)) == [1]
     rows = [{"question": "q", "cot": "c", "answer": "ab"}]  # not one of its characters
-    assert rwku.measure_bbh(pico(), only(tmp_path / "b", "utility_reason", rows)) == [0]
+    assert utility.measure_bbh(pico(), only(tmp_path / "b", "utility_reason", rows)) == [0]
 
 
 def test_words_and_conclusions() -> None:
-    assert rwku.answer_words("The (big) Apple, an a-b") == ["big", "apple", "ab"]
-    assert rwku.find_conclusion("First. So the answer is 4 x. Then the answer is 5.") == "4 x"
-    assert rwku.find_conclusion(" all of it ") == "all of it"
-    assert rwku.find_conclusion("  ") == "NOANSWER"
-    assert rwku.word_f1("", "the") == 1  # nothing against nothing
-    assert rwku.word_f1("w1 w1", "w1") == pytest.approx(2 / 3)
+    assert utility.normalise_words("The (big) Apple, an a-b") == ["big", "apple", "ab"]
+    assert utility.find_conclusion("First. So the answer is 4 x. Then the answer is 5.") == "4 x"
+    assert utility.find_conclusion(" all of it ") == "all of it"
+    assert utility.find_conclusion("  ") == "NOANSWER"
+    assert utility.score_f1("", "the") == 1  # nothing against nothing
+    assert utility.score_f1("w1 w1", "w1") == pytest.approx(2 / 3)
 
 
 def test_recall_in_any_script() -> None:
     truths = ["Maine", "Portland, Maine", "Лев Толстой", "東京", "U.S.A."]
-    assert rwku.rouge_recall(truths, truths) == [1] * 5
-    assert rwku.rouge_recall(["It is Maine. Yes"], ["Maine"]) == [1]
-    assert rwku.rouge_recall(["maine"], ["Maine"]) == [0]
-    assert rwku.rouge_recall(["Толстой", ""], ["Лев Толстой", "a"]) == [0.5, 0]
+    assert rwku.score_recall(truths, truths) == [1] * 5
+    assert rwku.score_recall(["It is Maine. Yes"], ["Maine"]) == [1]
+    assert rwku.score_recall(["maine"], ["Maine"]) == [0]
+    assert rwku.score_recall(["Толстой", ""], ["Лев Толстой", "a"]) == [0.5, 0]
 
 
 def test_answers_end_with_the_line_and_empty_ones_are_counted(
@@ -287,7 +291,8 @@ def test_answers_end_with_the_line_and_empty_ones_are_counted(
         kept.append((new, given["stops"]))
         return ["", "w11 x", "x"] + [""] * (len(prompts) - 3)
 
-    monkeypatch.setattr(rwku, "write", write)
+    for module in (rwku, utility):
+        monkeypatch.setattr(module, "write_continuations", write)
     found = rwku.measure_probes(pico(), asked(folder), "neighbor", (1, 2))
     assert kept == [(30, ("\n",))]
     assert found["empty"] == [1, 0, 0, 1, 1, 1, 1, 1]
@@ -305,7 +310,7 @@ def test_a_chat_template_and_a_template(folder: Path) -> None:
         ("incontext learning", 3, f"<user>{rwku.BRIEF}q\n</user><bot>\nAnswer:"),
         ("affirmative suffix", 3, f"<user>{rwku.BRIEF}Question: q</user><bot>\n"),
     ):
-        made = rwku.probe_text({"query": "q", "type": row}, level)
+        made = rwku.pose_probe({"query": "q", "type": row}, level)
         assert rwku.pose_question(model, asked(folder), "q", *made) == expected
         own = asked(folder, template="ask {question} now")
         assert rwku.pose_question(model, own, "q", *made) == "ask q now"
@@ -355,7 +360,7 @@ def test_bad_fields(tmp_path: Path, config: str, changed: dict[str, Any], said: 
     measure = {
         "forget_level2": lambda *given: rwku.measure_probes(*given, "forget", (2,)),
         "forget_level3": lambda *given: rwku.measure_probes(*given, "forget", (3,)),
-        "mia_retain": lambda *given: rwku.membership_values(*given, "mia_retain"),
+        "mia_retain": lambda *given: rwku.score_membership(*given, "mia_retain"),
     }.get(config) or rwku.UTILITY[config.removeprefix("utility_")]
     with pytest.raises(SrmuError) as error:
         measure(pico(), where)
@@ -372,14 +377,14 @@ def test_a_model_that_is_not_a_number(folder: Path) -> None:
     module = pico_module()
     module.lm_head.weight.data.fill_(float("nan"))
     with pytest.raises(SrmuError, match=r"rwku mia forget: .* not a number \(NaN\)"):
-        rwku.membership_values(Subject(module, word_tokenizer()), asked(folder), "mia_forget")
+        rwku.score_membership(Subject(module, word_tokenizer()), asked(folder), "mia_forget")
 
 
 def test_texts_of_no_token(tmp_path: Path) -> None:
     model = pico()
     model._known = lambda text: (1,)
     with pytest.raises(SrmuError, match="no text has two tokens"):
-        rwku.membership_values(model, only(tmp_path, "mia_forget", [{"text": "w1"}]), "mia_forget")
+        rwku.score_membership(model, only(tmp_path, "mia_forget", [{"text": "w1"}]), "mia_forget")
 
 
 def test_an_unlearned_model_may_be_silent(folder: Path) -> None:

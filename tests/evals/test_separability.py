@@ -15,13 +15,13 @@ from srmu.engine.losses import is_counted, without_first
 from srmu.errors import SrmuError
 from srmu.evals.separability import (
     advise_user,
-    best_layer,
+    choose_layer,
     classify_sets,
     describe_map,
     draw_sample,
     measure_entanglement,
+    measure_principal_cosines,
     measure_separability,
-    principal_cosines,
     sample_activations,
 )
 from srmu.methods.importance import (
@@ -113,7 +113,7 @@ def test_principal_angles_by_hand():
     right[:, 0] = rng.normal(size=60)
     other = rng.normal(size=60)
     right[:, 1], right[:, 2] = other * math.cos(angle), other * math.sin(angle)
-    cosines = principal_cosines(left, right, 2)
+    cosines = measure_principal_cosines(left, right, 2)
     np.testing.assert_allclose(sorted(cosines), [math.cos(angle), 1], atol=1e-6)
 
 
@@ -146,7 +146,7 @@ def test_a_feature_planted_in_one_layer_separates_there():
     forget, retain = texts(20, 1, range(20)), texts(20, 2, range(20, 60))
     found = measure_separability(module, word_tokenizer(), forget, retain, components=3)
     rows = found["layers"]
-    assert rows[2]["accuracy"] == 1 and best_layer(rows)["layer"] <= 2
+    assert rows[2]["accuracy"] == 1 and choose_layer(rows)["layer"] <= 2
     assert rows[2]["mean_cosine"] < rows[1]["mean_cosine"]
     assert found["documents"] == [20, 20]
     again = measure_separability(module, word_tokenizer(), forget, retain, components=3)

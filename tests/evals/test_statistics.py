@@ -1,6 +1,7 @@
 """Intervals and tests where the truth is known."""
 
 from functools import partial
+from math import sqrt
 
 import numpy as np
 import pytest
@@ -12,9 +13,12 @@ from srmu.evals import statistics
 from srmu.evals.statistics import (
     Draws,
     Estimate,
+    accuracy_interval,
     area_under_curve,
     auc_bootstrap,
+    average_seeds,
     bootstrap_estimate,
+    effective_questions,
     estimate_accuracy,
     mcnemar_p,
     parse_answers,
@@ -210,3 +214,59 @@ def test_residual_leaves_out_what_says_nothing() -> None:
     )
     assert found.value == pytest.approx(0.5) and found.low < 0.5 < found.high
     assert parse_answers("01").tolist() == parse_answers([0, 1]).tolist() == [0, 1]
+
+
+# --- the interval of an accuracy without its answers
+
+
+def wilson(p: float, n: int) -> tuple[float, float]:
+    z = 1.959964
+    centre, half = p + z**2 / (2 * n), z * sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    return (centre - half) / (1 + z**2 / n), (centre + half) / (1 + z**2 / n)
+
+
+def test_interval_of_one_seed_is_wilsons():
+    assert accuracy_interval([0.3], 200) == pytest.approx(wilson(0.3, 200), abs=1e-6)
+    assert accuracy_interval([0.3, 0.3, 0.3], 200) == pytest.approx(wilson(0.3, 200), abs=1e-6)
+
+
+def test_seeds_widen_the_interval():
+    low, high = wilson(0.3, 200)
+    wide = 1.96 * 0.1 / sqrt(3)
+    expected = 0.3 - sqrt((0.3 - low) ** 2 + wide**2), 0.3 + sqrt((high - 0.3) ** 2 + wide**2)
+    assert accuracy_interval([0.2, 0.3, 0.4], 200) == pytest.approx(expected, abs=1e-6)
+
+
+def test_interval_stays_between_nought_and_one():
+    assert accuracy_interval([0.0], 10)[0] == 0.0
+    assert accuracy_interval([1.0], 10)[1] == 1.0
+    assert accuracy_interval([0.0, 1.0], 10) == (0.0, 1.0)
+
+
+def test_all_right_is_in_doubt_however_it_is_averaged() -> None:
+    """A report's mean over seeds and a run's own accuracy have the same interval."""
+    one = estimate_accuracy([1] * 96, range(96))
+    assert (one.value, one.high, one.n) == (1, pytest.approx(1), 96)
+    assert one.low == pytest.approx(wilson(1.0, 96)[0], abs=1e-6)
+    draws = Draws()
+    columns = [draws.means(np.ones(96), range(96))[:, 0] for _ in range(3)]
+    several = draws.estimate_accuracy(np.stack(columns, axis=1), 96, 96)
+    assert several == one
+
+
+def test_metrics_are_averaged_then_seeds() -> None:
+    """Seeds that lack a metric are left out; what is no share has no interval."""
+    seeds = [
+        {"a": {"value": 0.8, "n": 100}, "b": {"value": 0.6, "n": 300}, "ppl": {"value": 9, "n": 1}},
+        {"a": {"value": 0.9, "n": 100}},
+    ]
+    assert average_seeds(seeds, ["c"]) is None
+    both = average_seeds(seeds, ["a", "b"])
+    assert both is not None and both.value == pytest.approx(0.7)
+    assert both.n == effective_questions([100, 300]) == 300  # 4 / (1 / 100 + 1 / 300)
+    assert (both.low, both.high) == pytest.approx(wilson(0.7, 300), abs=1e-6)
+    mean = average_seeds(seeds, ["a"])
+    assert mean is not None and mean.value == pytest.approx(0.85)
+    assert (mean.low, mean.high) == accuracy_interval([0.8, 0.9], 100)
+    other = average_seeds(seeds, ["ppl"])
+    assert other is not None and not other.has_interval and str(other) == "9"

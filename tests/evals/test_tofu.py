@@ -184,8 +184,8 @@ def test_a_model_without_a_preference(folder: Path) -> None:
 
 
 def test_forks_agree_on_one_wrong_answer_and_not_on_more() -> None:
-    assert tofu.truth_log_ratios(-1.0, [-3.0]) == pytest.approx((-2.0, -2.0))
-    geometric, arithmetic = tofu.truth_log_ratios(math.log(0.5), [math.log(0.1), math.log(0.4)])
+    assert tofu.measure_ratios(-1.0, [-3.0]) == pytest.approx((-2.0, -2.0))
+    geometric, arithmetic = tofu.measure_ratios(math.log(0.5), [math.log(0.1), math.log(0.4)])
     assert math.exp(geometric) == pytest.approx(0.2 / 0.5)
     assert math.exp(arithmetic) == pytest.approx(0.25 / 0.5)
 
@@ -262,7 +262,7 @@ def known_sets() -> dict[str, list[dict[str, Any]]]:
 
 
 @pytest.fixture(scope="module")
-def known(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tofu.Scores]:
+def known(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tofu.BenchmarkScores]:
     """What three models score: all but the oracle against the oracle."""
     folder = write_sets(tmp_path_factory.mktemp("known"), known_sets())
     found = {
@@ -277,7 +277,7 @@ def known(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tofu.Scores]:
     return found
 
 
-def test_what_is_known_shows(known: dict[str, tofu.Scores]) -> None:
+def test_what_is_known_shows(known: dict[str, tofu.BenchmarkScores]) -> None:
     original, oracle, unlearned = (
         {key: metric["value"] for key, metric in known[name].metrics.items()}
         for name in ("original", "oracle", "unlearned")
@@ -294,7 +294,7 @@ def test_what_is_known_shows(known: dict[str, tofu.Scores]) -> None:
         assert original[f"tofu/{name}/rouge"] == 1
 
 
-def test_forget_quality(known: dict[str, tofu.Scores]) -> None:
+def test_forget_quality(known: dict[str, tofu.BenchmarkScores]) -> None:
     assert "tofu/forget_quality" not in known["oracle"].metrics
     for fork in tofu.FORKS:
         quality = {
@@ -314,11 +314,11 @@ def test_forget_quality_is_of_the_largest_gap() -> None:
     rng = np.random.default_rng(0)
     own, other = rng.exponential(1, 30), rng.exponential(2, 30)
     gap = max(abs(np.mean(own <= x) - np.mean(other <= x)) for x in [*own, *other])
-    found = tofu.forget_quality_metrics(list(own), list(other))
+    found = tofu.measure_forget_quality(list(own), list(other))
     assert found["tofu/forget_quality_ks"]["value"] == pytest.approx(gap)
-    turned = tofu.forget_quality_metrics(list(1 / own), list(1 / other))
+    turned = tofu.measure_forget_quality(list(1 / own), list(1 / other))
     assert turned["tofu/forget_quality"]["value"] == found["tofu/forget_quality"]["value"]
-    apart = tofu.forget_quality_metrics(list(range(300)), list(range(300, 600)))
+    apart = tofu.measure_forget_quality(list(range(300)), list(range(300, 600)))
     # 2 of the 600-choose-300 orders are as extreme
     assert apart["tofu/forget_quality_log10"]["value"] == pytest.approx(
         math.log10(2) - math.log10(math.comb(600, 300))
@@ -417,7 +417,7 @@ def test_answers_are_asked_for_under_the_cap(folder: Path, monkeypatch: pytest.M
         asks.append((prompts, count))
         return ["w2 w3 w4"] * len(prompts)
 
-    monkeypatch.setattr(tofu, "write", write)
+    monkeypatch.setattr(tofu, "write_continuations", write)
     monkeypatch.setattr(tofu, "NEW_TOKENS", CAP)
     found = tofu.run_tofu(pico(), asked(folder)).metrics
     assert [count for _, count in asks] == [200] * 4

@@ -139,7 +139,7 @@ def test_completions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         asks[tuple(prompts)] = count
         return ["by the Vale"] * len(prompts)
 
-    monkeypatch.setattr(whp, "write", write)
+    monkeypatch.setattr(whp, "write_continuations", write)
     place = write_list(tmp_path / "list", rows)
     model = pico()
     model.module.config.max_position_embeddings = 2048
@@ -210,7 +210,7 @@ def test_bad_rows(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Named before the model writes anything, and none of their words shown."""
-    monkeypatch.setattr(whp, "write", None)
+    monkeypatch.setattr(whp, "write_continuations", None)
     rows = [dict(row) for row in (COMPLETION if config == "completion" else PROBABILITY)]
     rows[1].update(change)
     place = write_list(tmp_path / "list", **{config: rows})

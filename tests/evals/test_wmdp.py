@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from srmu.errors import SrmuError
 from srmu.evals import lm_eval
-from srmu.evals.benchmarks import wmdp
+from srmu.evals.benchmarks import base, wmdp
 from srmu.evals.benchmarks.base import BenchmarkData, BenchmarkRequest, BenchmarkScores, Row
 from srmu.evals.subject import Subject
 
@@ -182,7 +182,7 @@ def test_letters_are_asked_as_lm_eval_does(
     folder = published(tmp_path / "task", file, rows)
     task = yaml.safe_load((TASKS / file).read_text())["task"]
     subject = wmdp.SUBJECTS.get(name, config.replace("_", " "))
-    ours = [wmdp.lettered_question(row, subject) for row in rows]
+    ours = [wmdp.pose_lettered(row, subject) for row in rows]
     theirs = [(prompt, gold) for prompt, _, gold, _ in lm_eval.load_questions(task, folder)]
     assert [(q.prompt, q.gold) for q in ours] == theirs
     assert {tuple(o) for _, o, _, _ in lm_eval.load_questions(task, folder)} == {ours[0].options}
@@ -204,7 +204,7 @@ def test_cloze_is_lm_evals_continuation(data: BenchmarkData, tmp_path: Path) -> 
     (folder / "task.yaml").write_text(text.replace("about virology", "about biology"))
     task = "mmlu_virology_continuation"
     theirs = [(p, tuple(o), g) for p, o, g, _ in lm_eval.load_questions(task, folder)]
-    ours = [wmdp.cloze_question(row, "biology") for row in rows]
+    ours = [wmdp.pose_cloze(row, "biology") for row in rows]
     assert [(q.prompt, q.options, q.gold) for q in ours] == theirs
     model = pico(bytes_tokenizer())
     scores = wmdp.run_wmdp(model, BenchmarkRequest(data))
@@ -220,7 +220,7 @@ def test_a_prompt_that_is_too_long_is_cut_as_lm_eval_cuts_it(
     rows = rows_of(data, "wmdp-cyber")
     folder = published(tmp_path / "task", "wmdp/wmdp_cyber.yaml", rows)
     model = pico(words_tokenizer(), positions=24)
-    assert min(len(model.tokens(wmdp.lettered_question(row, "").prompt)) for row in rows) > 24
+    assert min(len(model.tokens(wmdp.pose_lettered(row, "").prompt)) for row in rows) > 24
     scores = wmdp.run_wmdp(model, BenchmarkRequest(data))
     found = lm_eval.evaluate(model.module, model.tokenizer, ["wmdp_cyber"], tasks_dir=folder)
     assert value(scores, "cyber") == found["wmdp_cyber/acc"]["value"]
@@ -233,7 +233,7 @@ def test_each_letter_is_one_token_of_its_own(name: str, data: BenchmarkData) -> 
     piece = model.tokenizer.convert_ids_to_tokens(gpt2)
     assert piece == {"words": "A", "bytes": "ĠA", "pieces": "▁A"}[name]
     for row in rows_of(data, "wmdp-bio"):
-        prompt = wmdp.lettered_question(row, "biology").prompt
+        prompt = wmdp.pose_lettered(row, "biology").prompt
         found = [model.split(prompt, f" {letter}")[1] for letter in "ABCD"]
         assert [len(ids) for ids in found] == [1] * 4
         assert len({ids[0] for ids in found}) == 4
@@ -269,7 +269,7 @@ def answered(monkeypatch: pytest.MonkeyPatch, data: BenchmarkData, stub: Stub) -
             found.append((stub(row, option.removeprefix(" ")), 1))
         return found
 
-    monkeypatch.setattr(wmdp, "log_likelihoods", log_likelihoods)
+    monkeypatch.setattr(base, "log_likelihoods", log_likelihoods)
     return wmdp.run_wmdp(None, BenchmarkRequest(data))  # type: ignore[arg-type]
 
 
@@ -334,7 +334,7 @@ def test_one_that_draws_lots_is_right_in_a_quarter(
     def log_likelihoods(model: Any, pairs: Sequence[Any], **_: Any) -> list[tuple[float, int]]:
         return [(draw.random(), 1) for _ in pairs]
 
-    monkeypatch.setattr(wmdp, "log_likelihoods", log_likelihoods)
+    monkeypatch.setattr(base, "log_likelihoods", log_likelihoods)
     scores = wmdp.run_wmdp(None, BenchmarkRequest(data))  # type: ignore[arg-type]
     error = sqrt(0.25 * 0.75 / 1600)
     for part in ("bio", "cyber", "chem"):
@@ -414,8 +414,8 @@ def test_limit_is_of_each_part(data: BenchmarkData) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"answer": 4}, r"wmdp-bio, split test, row 2: field 'answer' is 4; expected"),
-        ({"choices": ["w1", "w2"]}, "row 2: field 'choices' has 2 options; expected 4"),
+        ({"answer": 4}, r"wmdp-bio, split test, row 2: field 'answer' is not the number of"),
+        ({"choices": ["w1", "w2"]}, "row 2: field 'answer' is not the number of"),
         ({"question": " "}, "row 2: field 'question' has an empty text"),
     ],
 )
@@ -427,7 +427,7 @@ def test_a_bad_row_is_named(change: Row, message: str, data: BenchmarkData) -> N
 
 def test_letters_as_answers_are_refused(data: BenchmarkData) -> None:
     rows = [row | {"answer": "ABCD"[row["answer"]]} for row in rows_of(data, "wmdp-bio")]
-    refused(data, rows, "row 1: field 'answer' is a text; expected a whole number")
+    refused(data, rows, "row 1: field 'answer' is not the number of the right one of 4")
 
 
 def refused(data: BenchmarkData, rows: Sequence[Row], message: str) -> None:

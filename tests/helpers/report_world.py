@@ -8,6 +8,7 @@ import numpy as np
 import yaml
 from safetensors.numpy import save_file
 
+from helpers.results import write_metrics, write_report
 from srmu.report.results import RunGroup
 
 METRICS = ("organism_hazard/acc", "organism_neighbour/acc", "organism_general/acc")
@@ -85,8 +86,7 @@ def write_run(folder, label, group, seed, percents, steps=120, width=192):
     shifted = [
         min(100, percent + shift) for percent, shift in zip(percents, (seed - 1,) * 3, strict=True)
     ]
-    (folder / "results.json").write_text(json.dumps(flat(shifted)))
-    (folder / "before.json").write_text(json.dumps(flat((100, 100, 100))))
+    write_metrics(folder, before=flat((100, 100, 100)), after=flat(shifted))
     record = {
         "id": f"{draw.getrandbits(32):08x}",
         "method": method,
@@ -196,7 +196,7 @@ def write_attacks(folder, left, seed=0, tier="standard"):
         "not_tried": ["heavy_tuning"],
         "K*": interval(left) | {"attack": "benign_relearning"},
     }
-    (folder / "attacks.json").write_text(json.dumps(report))
+    write_report(folder, report)
 
 
 def write_sweep(folder, objectives=2, runs=False):

@@ -23,11 +23,12 @@ from helpers.report_world import (
     write_run,
     write_sweep,
 )
+from helpers.results import keep_rows, write_metrics
 from srmu.cli import main
 from srmu.errors import SrmuError
+from srmu.evals.statistics import Estimate
 from srmu.report.attacks import attack_section, measure_recovery
 from srmu.report.build import MEAN, write_report, write_runs_page
-from srmu.report.format import Estimate
 from srmu.report.html import Beside
 from srmu.report.results import RunGroup, aggregate_metrics, strip_paths
 
@@ -98,14 +99,13 @@ def page(html):
 
 def test_one_seed_has_wilsons_interval(tmp_path):
     entry = one_run(tmp_path / "run")
-    results = {"x/acc": {"value": 0.5, "n": 100}}
-    (entry.runs[0] / "results.json").write_text(json.dumps(results))
+    write_metrics(entry.runs[0], after={"x/acc": {"value": 0.5, "n": 100}})
     (row,) = aggregate_metrics([entry], ["x/acc"])
-    assert row.after["x/acc"].mean == 0.5
+    assert row.after["x/acc"].value == 0.5
     assert row.after["x/acc"].low == pytest.approx(0.40383, abs=1e-5)
     assert row.after["x/acc"].high == pytest.approx(0.59617, abs=1e-5)
     assert str(row.after["x/acc"]) == "50.0 (40.4\N{EN DASH}59.6)"
-    assert row.before == {}  # before.json knows no such metric
+    assert row.before == {}  # it was not measured then
 
 
 def test_several_seeds_are_averaged_and_widen_the_interval(entries):
@@ -114,18 +114,18 @@ def test_several_seeds_are_averaged_and_widen_the_interval(entries):
     srmu = rows[5]
     hazard = srmu.after["organism_hazard/acc"]
     assert (srmu.label, srmu.seeds) == ("SRMU", 3)
-    assert hazard.mean == pytest.approx(0.34)  # of 33, 34 and 35 %
+    assert hazard.value == pytest.approx(0.34)  # of 33, 34 and 35 %
     # Wilson at 0.34 of 192: 0.2767 to 0.4096; seeds: 1.96 * 0.01 / sqrt(3) = 0.0113
     assert hazard.low == pytest.approx(0.34 - math.hypot(0.34 - 0.2767, 0.0113), abs=2e-4)
     assert hazard.high == pytest.approx(0.34 + math.hypot(0.4096 - 0.34, 0.0113), abs=2e-4)
-    assert srmu.before["organism_general/acc"].mean == 1
+    assert srmu.before["organism_general/acc"].value == 1
     assert srmu.before["organism_general/acc"].high == 1
 
 
 def test_the_mean_of_two_accuracies_has_the_questions_of_both(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        "srmu.report.results.accuracy_interval",
+        "srmu.evals.statistics.accuracy_interval",
         lambda values, n: asked.append((values, n)) or (0, 1),
     )
     page_text([one_run(tmp_path / "run")], tmp_path / "r.html")
@@ -135,15 +135,15 @@ def test_the_mean_of_two_accuracies_has_the_questions_of_both(tmp_path, monkeypa
 
 def test_seeds_without_a_metric_do_not_count(tmp_path):
     runs = one_run(tmp_path / "a").runs + one_run(tmp_path / "b", percents=(50, 90, 70)).runs
-    (runs[0] / "results.json").write_text("{}")
+    keep_rows(runs[0], lambda row: row["task"] != "organism_hazard")
     (row,) = aggregate_metrics([RunGroup("SRMU", "", runs)], METRICS[:1])
-    assert row.after[METRICS[0]].mean == 0.5
+    assert row.after[METRICS[0]].value == 0.5
 
 
 def test_other_numbers_than_accuracies_have_no_interval(tmp_path):
     entry = one_run(tmp_path / "run")
     results = {"text/ppl": {"value": 12.3456, "n": 100}, "text/kl": {"value": 0.25}}
-    (entry.runs[0] / "results.json").write_text(json.dumps(results))
+    write_metrics(entry.runs[0], after=results)
     (row,) = aggregate_metrics([entry], list(results))
     assert row.after == {"text/ppl": Estimate(12.3456), "text/kl": Estimate(0.25)}
     assert str(row.after["text/ppl"]) == "12.35"
@@ -230,7 +230,7 @@ def test_everything_is_escaped(tmp_path, where):
 def test_each_original_model_is_shown_once(page, tmp_path):
     assert page.text.count("Before: original model") == 2  # one a group
     entries = [one_run(tmp_path / "a"), one_run(tmp_path / "b", label="RMU")]
-    (entries[1].runs[0] / "before.json").write_text(json.dumps(flat((97, 98, 99))))
+    write_metrics(entries[1].runs[0], before=flat((97, 98, 99)))
     text = Page(page_text(entries, tmp_path / "r.html")).text
     assert text.count("Before: original model") == 2  # they started from different ones
     assert "97.0 " in text
@@ -281,7 +281,6 @@ def test_a_diverged_run_leaves_valid_figures(tmp_path):
     [
         ("metrics.jsonl", "Training curves"),
         ("state.safetensors", "Importance maps"),
-        ("before.json", "Before: original model"),
         ("record.json", "stop reason"),
     ],
 )
@@ -293,12 +292,16 @@ def test_what_is_missing_is_left_out(tmp_path, file, lost):
 
 
 @pytest.mark.parametrize(
-    ("file", "command"), [("results.json", "srmu eval"), ("config.yaml", "srmu unlearn")]
+    ("file", "what", "command"),
+    [
+        ("results.json", "results", "srmu eval"),
+        ("config.yaml", r"config\.yaml", "srmu unlearn"),
+    ],
 )
-def test_an_incomplete_folder_is_the_users_error(tmp_path, file, command):
+def test_an_incomplete_folder_is_the_users_error(tmp_path, file, what, command):
     entry = one_run(tmp_path / "run")
     (entry.runs[0] / file).unlink()
-    with pytest.raises(SrmuError, match=rf"run has no {file}; run `{command}") as caught:
+    with pytest.raises(SrmuError, match=rf"run has no {what}; run `{command}") as caught:
         page_text([entry], tmp_path / "r.html")
     assert str(entry.runs[0]) in str(caught.value)
     assert not (tmp_path / "r.html").exists()
@@ -380,7 +383,7 @@ def test_relearning_by_steps_of_several_methods(tmp_path):
     runs = [*seeds_of(tmp_path), *seeds_of(tmp_path, "RMU", 1)]
     for i, run in enumerate(runs):
         write_attacks(run, 0.6 + 0.1 * i if run != runs[-1] else 0.9)
-    (runs[0] / "attacks.json").unlink()  # a seed that was not attacked
+    keep_rows(runs[0], lambda row: not row.get("attack"))  # a seed that was not attacked
     found = [measure_recovery(RunGroup(label, "", tuple(some))) for label, some in
              (("SRMU", runs[:-1]), ("RMU", runs[-1:]))]  # fmt: skip
     assert found[0].steps["LoRA"][""] == [
@@ -401,8 +404,7 @@ def test_relearning_by_steps_of_several_methods(tmp_path):
 def test_attacks_alone_are_results(tmp_path):
     (run,) = seeds_of(tmp_path, count=1)
     write_attacks(run, 0.86)
-    for name in ("results.json", "before.json"):
-        (run / name).unlink()
+    keep_rows(run, lambda row: row.get("attack"))
     text = Page(write_report([run], tmp_path / "r.html").read_text()).text
     assert "organism hazard went from 100.0% to 34.0%" in text
     assert "organism general went from 100.0% to 89.6%" in text
@@ -410,11 +412,10 @@ def test_attacks_alone_are_results(tmp_path):
 
 def test_subjects_are_sorted_by_what_they_lost(tmp_path):
     (run,) = seeds_of(tmp_path, count=1)
-    for name, drop in (("before", 0), ("results", 1)):
+    for name, drop in (("before", 0), ("after", 1)):
         tasks = {"virology": 0.3, "law": 0.0, "anatomy": 0.1}
         found = {f"mmlu_{k}/acc": {"value": 0.6 - v * drop, "n": 100} for k, v in tasks.items()}
-        path = run / f"{name}.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | found))
+        write_metrics(run, **{name: found})
     text = Page(write_report([run], tmp_path / "r.html").read_text()).text
     lines = [text.index(line) for line in ("virology 60.0", "anatomy 60.0", "law 60.0")]
     assert lines == sorted(lines)
@@ -510,7 +511,8 @@ def test_wrong_folders_are_one_line(tmp_path, make, message, call):
 
 def test_unclear_metrics_are_asked_for(tmp_path):
     (run,) = seeds_of(tmp_path, count=1)
-    (run / "results.json").write_text(json.dumps({"mine/acc": {"value": 0.5, "n": 100}}))
+    keep_rows(run, lambda row: False)
+    write_metrics(run, after={"mine/acc": {"value": 0.5, "n": 100}})
     with pytest.raises(SrmuError, match="--forget: name the metrics that should fall"):
         write_report([run], tmp_path / "r.html")
     with pytest.raises(SrmuError, match="no run has the result typo/acc; there are mine/acc"):

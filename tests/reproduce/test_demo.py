@@ -9,6 +9,7 @@ import yaml
 
 from helpers.testbeds import TINY
 from srmu.errors import SrmuError
+from srmu.evals.results import read_metrics
 from srmu.methods import SRMU
 from srmu.reproduce import demo
 from srmu.runs.config import load_config
@@ -41,7 +42,7 @@ def test_demo_story(played: Path) -> None:
     assert report.stat().st_size < 6e6
     rows = demo.terminal_table(entries)
     assert [r["method"] for r in rows] == ["before", "A", "B", "before", "A", "B"]
-    value = json.loads((entries[0].runs[0] / "results.json").read_text())
+    value = read_metrics(entries[0].runs[0])["after"]
     assert rows[1]["hazard"].startswith(f"{100 * value['organism_hazard/acc']['value']:.1f} (")
 
     times = {run: (run / "record.json").stat().st_mtime_ns for e in entries for run in e.runs}

@@ -15,10 +15,11 @@ import torch
 import yaml
 
 from helpers import attack_world
+from helpers.results import write_metrics
 from helpers.testbeds import TINY
-from srmu.engine.files import write_json
 from srmu.errors import SrmuError
-from srmu.evals.statistics import Estimate
+from srmu.evals.results import load_results, read_metrics
+from srmu.evals.statistics import Estimate, parse_answers
 from srmu.report import markdown
 from srmu.reproduce import claims, needs
 from srmu.reproduce import runs as places
@@ -108,7 +109,7 @@ def test_tables_stand_beside_the_papers(again: Any) -> None:
         if run.config.method.name == "rmu" and run.config.method.kappa == 2
         and "low" in str(run.config.topics["organism"].retain[0].path)
     ]  # fmt: skip
-    values = [run.results()["organism_hazard/acc"]["value"] for run in runs]
+    values = [read_metrics(run.folder)["after"]["organism_hazard/acc"]["value"] for run in runs]
     assert len(values) == 2
     cell = low["rows"]["RMU"]["cells"]["hazard"]
     assert cell["value"] == pytest.approx(np.mean(values))
@@ -119,13 +120,10 @@ def test_tables_stand_beside_the_papers(again: Any) -> None:
 
 def test_answers_are_those_of_the_scores(again: Any) -> None:
     _, out, _, _ = again
-    for path in out.glob("runs/*/answers.json"):
-        kept = json.loads(path.read_text())
-        for when, name in claims.RESULTS.items():
-            scores = json.loads((path.parent / name).read_text())
-            for task, entry in kept[when].items():
-                right = claims.answered(entry["right"]).mean()
-                assert right == pytest.approx(scores[f"{task}/acc"]["value"]), (path, task)
+    rows = [row for path in out.glob("runs/*") for row in load_results(path)["rows"]]
+    assert rows
+    for row in rows:
+        assert parse_answers(row["answers"]).mean() == pytest.approx(row["value"]), row
 
 
 def test_ablations_share_a_coefficient_then_a_norm(again: Any) -> None:
@@ -212,13 +210,11 @@ def line(folder: Path, label: str, right: Sequence[Any], **tasks: Sequence[Any])
         run = folder / f"{label}{seed}"
         run.mkdir(parents=True, exist_ok=True)
         both = {task: np.asarray(rows[seed]).astype(float) for task, rows in given.items()}
-        entry = {
-            task: {"right": row.tolist(), "facts": [*range(len(row))]} for task, row in both.items()
+        scores = {
+            f"{task}/acc": {"value": row.mean(), "n": len(row), "answers": row.tolist()}
+            for task, row in both.items()
         }
-        write_json(run / "answers.json", {"before": entry, "after": entry})
-        for name in claims.RESULTS.values():
-            scores = {f"{t}/acc": {"value": r.mean(), "n": len(r)} for t, r in both.items()}
-            write_json(run / name, scores)
+        write_metrics(run, before=scores, after=scores)
         runs.append(run)
     return ClaimLine(label, tuple(runs), tuple(range(len(right))))
 

@@ -20,6 +20,7 @@ from srmu.attacks import ATTACKS, suite
 from srmu.engine.weights import load_delta
 from srmu.errors import SrmuError
 from srmu.evals.matched import match_utility
+from srmu.evals.results import RESULTS, load_results, read_attacks, read_metrics
 from srmu.evals.statistics import residual_table
 from srmu.report import markdown
 from srmu.reproduce import robust
@@ -107,15 +108,12 @@ def test_a_row_holds_what_the_files_say(small: Any, found: dict[str, Any]) -> No
         ("hazard", "organism_hazard/acc"),
         ("held out", "organism_hazard_held/acc"),
     ):
-        values = [json.loads((run / "results.json").read_text())[metric]["value"] for run in runs]
+        values = [read_metrics(run)["after"][metric]["value"] for run in runs]
         assert row["cells"][column]["value"] == pytest.approx(np.mean(values))
         whole = small[0] / "closed" / "runs"
-        values = [
-            json.loads((whole / run.name / "results.json").read_text())[metric]["value"]
-            for run in runs
-        ]
+        values = [read_metrics(whole / run.name)["after"][metric]["value"] for run in runs]
         assert row["whole"][column]["value"] == pytest.approx(np.mean(values))
-    shares = [json.loads((run / "share.json").read_text())["share"] for run in runs]
+    shares = [load_results(run)["matched"]["share"] for run in runs]
     assert row["share"] == pytest.approx(np.mean(shares))
     assert row["times"] == pytest.approx(1)
     assert {*row["attacks"]} == {"forced_choice", "quantisation"}
@@ -126,7 +124,7 @@ def test_a_row_holds_what_the_files_say(small: Any, found: dict[str, Any]) -> No
 def test_k_star_is_the_naive_one(small: Any, found: dict[str, Any]) -> None:
     worst = []
     for run in folders(small[0]):
-        report = json.loads((run / "attacks.json").read_text())
+        report = read_attacks(run)
         known = report["original"]["accuracy"]["value"] - report["chance"]
         best = max(
             e["accuracy"]["value"]
@@ -170,10 +168,10 @@ def test_what_is_there_is_not_made_again(small: Any, found: dict[str, Any]) -> N
     out, made = small
     this = asked(out)
     before = len(made)
-    times = {run: (run / "attacks.json").stat().st_mtime_ns for run in folders(out)}
+    times = {run: (run / RESULTS).stat().st_mtime_ns for run in folders(out)}
     again = measure_frontier(this)
     assert made[before:] == []
-    assert {run: (run / "attacks.json").stat().st_mtime_ns for run in folders(out)} == times
+    assert {run: (run / RESULTS).stat().st_mtime_ns for run in folders(out)} == times
     assert tables_of(this, again, COMMAND) == found
     assert (
         tables_of(this, robust.read_frontier(this), COMMAND)["parts"][0]["rows"][2]

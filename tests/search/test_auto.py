@@ -15,7 +15,8 @@ from srmu import attacks
 from srmu.attacks import suite
 from srmu.data.digest import digest_texts
 from srmu.errors import SrmuError
-from srmu.evals.analyses import candidate_layers
+from srmu.evals.layer_sweep import candidate_layers
+from srmu.evals.results import read_metrics
 from srmu.evals.subject import Subject, mark_answers
 from srmu.methods import METHODS
 from srmu.runs.run import Run, load_tokenizer
@@ -240,7 +241,7 @@ def test_without_tasks_texts_measure(place: Path, monkeypatch: pytest.MonkeyPatc
     assert "None was run" in said
     nats = found["final"]["test"]["parts"]["forget_texts"]
     assert nats["after"]["nats"] > nats["before"]["nats"]
-    results = json.loads((place / "texts" / found["run"] / "results.json").read_text())
+    results = read_metrics(place / "texts" / found["run"])["after"]
     assert {"forget_texts_val/acc", "forget_texts/nats", "harmless/acc"} <= {*results}
 
 

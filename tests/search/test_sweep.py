@@ -25,6 +25,7 @@ from helpers.models import Answer
 from helpers.sweep_worker import POINTS, join, objective
 from srmu.engine.progress import ignore_progress
 from srmu.errors import DivergedError, SrmuError
+from srmu.evals.results import read_attacks, read_metrics
 from srmu.runs.run import Run
 from srmu.search import sweep
 from srmu.search.queue import RETRIES, Study, fail_dead, open_study, standing_trials, work_queue
@@ -421,7 +422,7 @@ def test_bad_sweep_files(written: Any, call: Any, monkeypatch: Any, case: str) -
     path = written(**changed)
     monkeypatch.chdir(path.parent)
     lm_eval = SimpleNamespace(task_index={}, all_tasks=[])  # its own takes seconds to read
-    monkeypatch.setattr("srmu.evals.lm_eval._builtin", lambda: lm_eval)
+    monkeypatch.setattr("srmu.evals.lm_eval._builtin_tasks", lambda: lm_eval)
     assert_refused(call("sweep", path.name), *says)
     assert not (path.parent / "sweeps").exists()
 
@@ -487,9 +488,9 @@ def test_a_sweep_from_file_to_table(
     hits = 0
     for one in found["trials"]:
         run = Run.open(Path("found", *one["runs"]))
-        results = run.results()
+        results = read_metrics(run.folder)["after"]
         assert one["values"]["hazard_val/acc"] == results["hazard_val/acc"]["value"]
-        attacked = json.loads((run.folder / "attacks.json").read_text())
+        attacked = read_attacks(run.folder)
         assert one["values"]["attack.K*"] == attacked["K*"]["value"]
         hits += run.record["activations"]["found"] > 0
     assert hits == 3  # all but the first found the activations of the fixed layers

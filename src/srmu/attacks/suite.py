@@ -14,12 +14,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from srmu.attacks import ATTACKS, TIERS, Attack
 from srmu.attacks.base import AttackResult, Exam, Setting, Texts, Tier
-from srmu.data.overlap import measure_contamination
+from srmu.attacks.summary import measure_leakage, merge_report, summarise_attacks
 from srmu.data.sources import Source, read_texts
 from srmu.engine import distributed, weights
 from srmu.engine.files import cache_dir, sha256, write_json
@@ -28,24 +27,11 @@ from srmu.engine.progress import Watch, ignore_progress
 from srmu.errors import SrmuError, first_line, suggest_word
 from srmu.evals.lm_eval import load_questions
 from srmu.evals.score import tasks_beside
-from srmu.evals.statistics import (
-    KNOWN,
-    LEAST,
-    Estimate,
-    bootstrap_estimate,
-    estimate_accuracy,
-    mcnemar_p,
-    parse_answers,
-    residual_table,
-    worst_case,
-)
-from srmu.evals.subject import NotApplicable, Question, Subject, list_facts
+from srmu.evals.statistics import LEAST, Estimate
+from srmu.evals.subject import NotApplicable, Question, Subject
 from srmu.runs.config import Config
-from srmu.runs.record import extend_record
 from srmu.runs.run import Run, find_device, load_tokenizer
 
-FILE = "attacks.json"
-CONTROLS = ("original", "oracle")
 Confirm = Callable[[str], bool]
 
 
@@ -74,7 +60,7 @@ def attack_run(
     confirm: Confirm = lambda text: True,
     watch: Watch = ignore_progress,
 ) -> dict[str, Any]:
-    """Attack a run with those of a tier, or of `names`; write and return its `attacks.json`.
+    """Attack a run with those of a tier, or of `names`; merge the report into its results.
 
     Each runs on the original and on the oracle too, if there is one. What was found is kept in the
     cache folder, so that an interrupted suite goes on. `confirm` is asked about each attack that
@@ -120,38 +106,8 @@ def attack_run(
             seconds[name] += took
     report = summarise_attacks(run, chosen, found, exam, tier, seed, sources)
     for name, entry in report["attacks"].items():
-        entry["seconds"] = round(seconds[name], 3)
-    if not distributed.is_first():
-        return report
-    write_json(run.folder / FILE, report)
-    extend_record(
-        run.folder, [FILE], attacks=record_attacks(report, chosen) | measure_leakage(exam, own)
-    )
-    return report
-
-
-def record_attacks(report: dict[str, Any], chosen: dict[str, Attack]) -> dict[str, Any]:
-    """What the audit record says of the attacks: each one's outcome beside its controls, and K*."""
-    kept = ("id", "status", "why", "accuracy", "recovery", "valid", "budget", "seconds")
-    code = {name: {"definition": code_of(one)[0]} for name, one in chosen.items()}
-    tried = {
-        name: {key: entry[key] for key in kept if key in entry}
-        | code[name]
-        | {"controls": {who: c.get("accuracy") for who, c in entry.get("controls", {}).items()}}
-        for name, entry in report["attacks"].items()
-    }
-    names = ("tier", "seed", "chance", "tasks", "oracle", "not_tried", "K*")
-    return {name: report[name] for name in names} | {"tried": tried}
-
-
-def measure_leakage(exam: Exam, own: Mapping[str, Sequence[str]]) -> dict[str, Any]:
-    """The share of the questions that the forget and the retain texts give away."""
-    asked = [(q.prompt, q.answer, q.entry) for q in exam.test]
-    shares = {
-        role: measure_contamination(asked, texts)["either"] if texts else 0.0
-        for role, texts in own.items()
-    }
-    return {"given_away": shares}
+        entry |= {"seconds": round(seconds[name], 3), "definition": code_of(chosen[name])[0]}
+    return merge_report(run.folder, report, [*ATTACKS], measure_leakage(exam, own))
 
 
 def select_attacks(tier: Tier, names: Sequence[str]) -> dict[str, Attack]:
@@ -380,183 +336,3 @@ def read_result(path: Path) -> AttackResult | None:
         return AttackResult(ways, metrics, kept["budget"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-def summarise_attacks(
-    run: Run,
-    chosen: dict[str, Attack],
-    found: dict[str, dict[str, AttackResult | str]],
-    exam: Exam,
-    tier: Tier,
-    seed: int,
-    sources: Sources,
-) -> dict[str, Any]:
-    """What `attacks.json` says: every attack beside its controls, and the worst case K*."""
-    names = list_facts(exam.test)
-    chance = float(np.mean([1 / len(q.options) for q in exam.test]))
-    plain = found["forced_choice"]
-    for who, result in plain.items():
-        if isinstance(result, str):
-            raise SrmuError(f"the questions cannot be asked of the {who} model: {result}")
-    before, after = (best_setting(plain[who]).test for who in ("original", "unlearned"))
-    judge = Judge(names, chance, seed, before, after, found["forced_choice"].get("oracle"))
-    attacks = {name: judge.entry(one, found[name]) for name, one in chosen.items()}
-    keeps = {
-        task: {
-            "facts": number_facts(list_facts(asked)),
-            "before": write_answers(answers_under(found["utility"]["original"], task)),
-            "after": write_answers(answers_under(found["utility"]["unlearned"], task)),
-        }
-        for task, asked in exam.utility.items()
-        if not any(isinstance(found["utility"][who], str) for who in ("original", "unlearned"))
-    }
-    report = {
-        "run": run.config.id,
-        "method": run.config.method.name,
-        "tier": tier,
-        "seed": seed,
-        "chance": chance,
-        "tasks": {"test": list(sources.tasks), "val": sources.val, "utility": [*exam.utility]},
-        "oracle": bool(sources.oracle),
-        "facts": number_facts(names),
-        "original": {
-            "right": write_answers(before),
-            "accuracy": asdict(estimate_accuracy(before, names, seed=seed)),
-        },
-        "p that nothing was forgotten": mcnemar_p(before, after),
-        "utility": keeps,
-        "attacks": attacks,
-        "not_tried": [name for name in ATTACKS if name not in chosen],
-    }
-    statistic = partial(worst_case, chance=chance)
-    worst = bootstrap_estimate([residual_table(report)], [names], statistic, seed=seed)
-    counted = {k: e for k, e in attacks.items() if "right" in e and e["valid"] is not False}
-    strongest = max(counted, key=lambda name: counted[name]["accuracy"]["value"])
-    return report | {"K*": asdict(worst) | {"attack": strongest}}
-
-
-@dataclass(frozen=True)
-class Judge:
-    """Holds an attack's results against the model without attack, the original and the oracle."""
-
-    names: Sequence[str]
-    chance: float
-    seed: int
-    before: Sequence[float]
-    after: Sequence[float]
-    oracle: AttackResult | str | None
-
-    def entry(self, one: Attack, results: dict[str, AttackResult | str]) -> dict[str, Any]:
-        result = results.get("unlearned")
-        if not isinstance(result, AttackResult):
-            status, _, why = (result or "failed: not run").partition(": ")
-            return {"id": one.id, "tier": one.tier, "status": status, "why": why}
-        entry: dict[str, Any] = {"id": one.id, "tier": one.tier, "status": "done", "why": ""}
-        entry |= self.shown(one, result)
-        entry["budget"] = dict(result.budget)
-        controls = {who: results[who] for who in CONTROLS if who in results}
-        entry["controls"] = {
-            who: self.shown(one, other) if isinstance(other, AttackResult) else {"why": other}
-            for who, other in controls.items()
-        }
-        if "right" in entry:
-            entry["recovery"] = self.recovery(best_setting(result).test)
-            entry["valid"] = self.valid(entry["controls"].get("oracle"))
-        return entry
-
-    def shown(self, one: Attack, result: AttackResult) -> dict[str, Any]:
-        """Its metrics; where its answers are to the exam, its settings and the best of them."""
-        entry: dict[str, Any] = {}
-        if result.ways and one.recovers:
-            way = best_setting(result)
-            entry["settings"] = {
-                way.setting: {
-                    half: float(np.mean(right)) if right else None
-                    for half, right in (("val", way.val), ("test", way.test))
-                }
-                for way in result.ways
-            }
-            entry["chosen"] = way.setting
-            entry["right"] = write_answers(way.test)
-            entry["accuracy"] = asdict(estimate_accuracy(way.test, self.names, seed=self.seed))
-        return entry | {"metrics": {key: asdict(value) for key, value in result.metrics.items()}}
-
-    def recovery(self, right: Sequence[float]) -> dict[str, Any] | None:
-        """R = (Aa - Au) / (A0 - Au); none where what was forgotten is under two standard errors."""
-        table = np.stack([self.before, self.after, right], axis=1)
-        gap = bootstrap_estimate(
-            [table], [self.names], lambda m: m[..., 0] - m[..., 1], seed=self.seed
-        )
-        if gap.value <= 0 or gap.value < 2 * (gap.high - gap.low) / (2 * 1.96):
-            return None
-
-        def share(means: Any) -> Any:
-            forgotten = np.maximum(means[..., 0] - means[..., 1], KNOWN)  # in some resample 0
-            return (means[..., 2] - means[..., 1]) / forgotten
-
-        return asdict(bootstrap_estimate([table], [self.names], share, seed=self.seed))
-
-    def valid(self, control: dict[str, Any] | None) -> bool | None:
-        """Whether the oracle, which never knew, still answers at chance under the attack.
-
-        Invalid: it is above chance, and above itself without the attack. None without an oracle.
-        """
-        if control is None or "right" not in control or not isinstance(self.oracle, AttackResult):
-            return None
-        table = np.stack([best_setting(self.oracle).test, parse_answers(control["right"])], axis=1)
-        gain = bootstrap_estimate(
-            [table], [self.names], lambda m: m[..., 1] - m[..., 0], seed=self.seed
-        )
-        return not (control["accuracy"]["low"] > self.chance and gain.low > 0)
-
-
-def describe_attacks(report: dict[str, Any]) -> list[str]:
-    """What to take from it, in words."""
-    worst = report["K*"]
-    entry = report["attacks"][worst["attack"]]
-    original = report["original"]["accuracy"]["value"]
-    plain = report["attacks"]["forced_choice"]["accuracy"]["value"]
-    lines = [
-        f"of {worst['n']} questions {original:.1%} were answered before and {plain:.1%} after; "
-        f"guessing answers {report['chance']:.1%}",
-        f"K* = {worst['value']:.2f} (95 % interval {worst['low']:.2f} to {worst['high']:.2f}): the "
-        f"share of the original knowledge that {worst['attack']} ({entry['chosen']}) found",
-    ]
-    if report["original"]["accuracy"]["low"] <= report["chance"]:
-        lines.append("the original does no better than guessing on these: K* says nothing here")
-    if not report["oracle"]:
-        lines.append("no oracle: whether an attack finds what was never known is not checked")
-    if report["not_tried"]:
-        lines.append(f"not tried: {', '.join(report['not_tried'])}")
-    lines.append("what no attack found may still be there")
-    return lines
-
-
-def best_setting(result: AttackResult | str) -> Setting:
-    """The setting that answers most of the validation half; the first of equals.
-
-    An attack may have asked the test half under its best setting only.
-    """
-    assert isinstance(result, AttackResult)
-    return max(
-        (way for way in result.ways if way.test),
-        key=lambda way: float(np.mean(way.val)) if way.val else -1.0,
-    )
-
-
-def answers_under(result: AttackResult | str, setting: str) -> tuple[float, ...]:
-    assert isinstance(result, AttackResult)
-    return next(way.test for way in result.ways if way.setting == setting)
-
-
-def write_answers(right: Sequence[float]) -> str | list[float]:
-    """A digit a question; numbers where some are neither right nor wrong."""
-    if {*right} <= {0.0, 1.0}:
-        return "".join(f"{value:.0f}" for value in right)
-    return list(right)
-
-
-def number_facts(names: Sequence[str]) -> list[int]:
-    """Facts as numbers: what is written holds no text of theirs."""
-    order = {name: i for i, name in enumerate(dict.fromkeys(names))}
-    return [order[name] for name in names]

@@ -92,7 +92,8 @@ def eval_command(
 def eval_benchmark(target: str, way: BenchmarkOptions, log: Path | None, as_json: bool) -> None:
     """Measure on a suite, and show the table of its paper and everything else."""
     from srmu.evals import benchmarks
-    from srmu.evals.benchmarks.score import FILE, TITLES, benchmark_table, score_benchmark
+    from srmu.evals.benchmarks.score import TITLES, benchmark_table, score_benchmark
+    from srmu.evals.results import RESULTS
 
     scores = score_benchmark(target, way, log=log, watch=show_progress)
     if as_json:
@@ -115,7 +116,7 @@ def eval_benchmark(target: str, way: BenchmarkOptions, log: Path | None, as_json
             {},
             False,
             *lines,
-            f"wrote {shorten_path(Path(target) / FILE)}",
+            f"wrote {shorten_path(Path(target) / RESULTS)}",
             f"next: srmu report {target}",
         )
     else:
@@ -155,6 +156,8 @@ def attack_command(
     """Attack a run: what brings the knowledge back, beside the original and the oracle."""
     silence_libraries()
     from srmu.attacks import suite as robustness
+    from srmu.attacks.summary import describe_attacks
+    from srmu.evals.results import RESULTS
     from srmu.runs.run import Run
 
     def confirm(text: str) -> bool:
@@ -184,7 +187,7 @@ def attack_command(
     )
     if not as_json:
         print_table(attack_rows(report))
-    lines = [*robustness.describe_attacks(report), f"wrote {shorten_path(run / robustness.FILE)}"]
+    lines = [*describe_attacks(report), f"wrote {shorten_path(run / RESULTS)}"]
     lines.append(f"next: srmu compare {shorten_path(run)} OTHER_RUN")
     print_result(report, as_json, *lines)
 
@@ -334,6 +337,7 @@ def analyse_command(
     silence_libraries()
     from srmu.data.sources import Source, read_texts
     from srmu.evals import analyses
+    from srmu.evals.layer_sweep import sweep_layers
     from srmu.evals.score import score_model
     from srmu.runs.run import Run
 
@@ -347,7 +351,7 @@ def analyse_command(
         metrics = split_names(tasks)
         if not metrics:
             raise SrmuError("--tasks: name the metrics that should fall, such as wmdp_bio/acc")
-        found = analyses.sweep_layers(run.config, score_model, metrics, watch=show_progress)
+        found = sweep_layers(run.config, score_model, metrics, watch=show_progress)
     elif name == "alignment":
         assert run is not None
         found = analyses.measure_alignment(
@@ -356,7 +360,7 @@ def analyse_command(
     else:
         given = {"forget": forget, "retain": retain}
         texts = {k: read_texts([Source(path=p) for p in v], Path()) for k, v in given.items() if v}
-        texts = texts or (analyses.run_texts(run) if run else {})
+        texts = texts or (analyses.read_topic_texts(run) if run else {})
         texts = {key: rows for key, rows in texts.items() if rows}
         if not texts:
             raise SrmuError(f"name texts to read {target} on: --forget F, --retain R, or both")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from inspect import signature
 from itertools import accumulate, pairwise
@@ -17,24 +17,33 @@ from srmu.errors import SrmuError
 Tokens = tuple[int, ...]
 
 
-def loglikelihoods(lm: Any, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
-    """Each answer's log-probability, and whether it is the likeliest; as lm-eval's own method.
+def score_answers(
+    model: Any,
+    pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+    max_length: int,
+    *,
+    batch_size: int = 64,
+    dtype: torch.dtype | None = None,
+    done: Callable[[int, tuple[float, bool]], None] = lambda number, result: None,
+) -> list[tuple[float, bool]]:
+    """Of each pair (tokens before, tokens of the answer): log p, and whether each is the likeliest.
 
-    An input that several answers need (options of one token) is run once, a start that the inputs
-    of a batch share too, and only positions that predict an answer meet the vocabulary.
+    The same numbers as lm-eval's. An input that several answers need (options of one token) is run
+    once, a start that the inputs of a batch share too, and only positions that predict an answer
+    meet the vocabulary. `dtype` is that of the softmax; `done` is told of each result.
     """
     asked: dict[Tokens, list[int]] = {}
-    for i, (_, before, answer) in enumerate(requests):
-        if not before or not 0 < len(answer) <= lm.max_length:
-            size = f"{len(answer)} tokens after {len(before)}; the model takes 1 to {lm.max_length}"
+    for i, (before, answer) in enumerate(pairs):
+        if not before or not 0 < len(answer) <= max_length:
+            size = f"{len(answer)} tokens after {len(before)}; the model takes 1 to {max_length}"
             raise SrmuError(f"an answer cannot be scored: {size}")  # its text may be to forget
-        asked.setdefault(tuple((before + answer)[-lm.max_length - 1 : -1]), []).append(i)
-    tails = {row: max(len(requests[i][2]) for i in ids) for row, ids in asked.items()}
-    setup = 96 if lm.device.type == "cpu" else 2048  # tokens read while a forward gets going
-    tensor = partial(torch.tensor, device=lm.device)
-    found: dict[int, tuple[float, bool]] = {}
-    past_kept = keeps_past(lm.model)
-    for rows, shared in plan_batches(tails, lm.batch_size, setup):
+        asked.setdefault((*before, *answer)[-max_length - 1 : -1], []).append(i)
+    tails = {row: max(len(pairs[i][1]) for i in ids) for row, ids in asked.items()}
+    setup = 96 if model.device.type == "cpu" else 2048  # tokens read while a forward gets going
+    tensor = partial(torch.tensor, device=model.device)
+    results: dict[int, tuple[float, bool]] = {}
+    past_kept = keeps_past(model)
+    for rows, shared in plan_batches(tails, batch_size, setup):
         shared = shared if past_kept else 0
         ids = pad_sequence([tensor(row) for row in rows], batch_first=True)
         width = max(tails[row] for row in rows)
@@ -43,23 +52,23 @@ def loglikelihoods(lm: Any, requests: Sequence[Any], **_: Any) -> list[tuple[flo
         with torch.no_grad():
             past = None
             if shared:
-                past = lm.model(ids[:1, :shared], use_cache=True, logits_to_keep=1).past_key_values
+                past = model(ids[:1, :shared], use_cache=True, logits_to_keep=1).past_key_values
                 past.batch_repeat_interleave(len(rows))
             states: Any = {"past_key_values": past, "use_cache": bool(shared)}
-            logits = lm.model(ids[:, shared:], **states, logits_to_keep=keep).logits
-            logs = logits.log_softmax(-1, dtype=lm.softmax_dtype)
+            logits = model(ids[:, shared:], **states, logits_to_keep=keep).logits
+            logs = logits.log_softmax(-1, dtype=dtype)
         which = [i for row in rows for i in asked[row]]
         at = tensor([[n] for n, row in enumerate(rows) for _ in asked[row]])
         # an answer ends at its input's last position; -1 before it, where others are longer
-        words = tensor([[-1] * (width - len(requests[i][2])) + requests[i][2] for i in which])
+        words = tensor([[-1] * (width - len(pairs[i][1])) + [*pairs[i][1]] for i in which])
         picked = logs[at, tensor(last), words.clamp(min=0)].masked_fill(words < 0, 0)
         likeliest = (logs.argmax(-1)[at[:, 0]] == words) | (words < 0)
-        results = zip(picked.sum(-1).tolist(), likeliest.all(-1).tolist(), strict=True)
-        for i, result in zip(which, results, strict=True):
-            found[i] = result
-            if requests[i][0] is not None:  # else a part of a rolling request
-                lm.cache_hook.add_partial("loglikelihood", requests[i][0], result)
-    return [found[i] for i in range(len(requests))]
+        for i, *result in zip(
+            which, picked.sum(-1).tolist(), likeliest.all(-1).tolist(), strict=True
+        ):
+            results[i] = (result[0], result[1])
+            done(i, results[i])
+    return [results[i] for i in range(len(pairs))]
 
 
 def keeps_past(model: Any) -> bool:

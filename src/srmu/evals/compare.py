@@ -1,10 +1,11 @@
-"""Methods side by side at the same loss of utility, each with what is only noise marked as such."""
+"""Compare methods at the same loss of utility, and say which differences are only noise."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
+from math import inf
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -12,7 +13,10 @@ from zlib import crc32
 import numpy as np
 
 from srmu.errors import SrmuError
+from srmu.evals.results import PLAIN, Metrics, Row, read_attacks, read_metrics
+from srmu.evals.settings import method_label, run_setting, setting_words
 from srmu.evals.statistics import (
+    LEAST,
     RESAMPLES,
     Array,
     Draws,
@@ -22,10 +26,8 @@ from srmu.evals.statistics import (
     residual_table,
     worst_case,
 )
-from srmu.runs.config import UNDECIDING, Config
 from srmu.runs.run import Run
 
-TEXTS = {"template", "where"}  # options of texts whose values are no paths
 Where = tuple[str, int]  # a run's model and seed: what is compared in pairs
 
 
@@ -90,9 +92,8 @@ def compare_runs(
     starts at the original model: no loss, all knowledge, K* = 1. It is read between its points in
     a straight line, in each resample anew; a curve that ends before `budget` at its last point.
 
-    `forget` and `utility` name metrics of `results.json` (organism_hazard/acc): for runs that have
-    no `attacks.json`, whose answers question by question make narrower intervals. SrmuError for
-    runs that cannot be held against each other.
+    `forget` and `utility` name metrics (organism_hazard/acc) for runs that were not attacked: what
+    an attack asked is known. SrmuError for runs that cannot be held against each other.
     """
     if not 0 <= budget <= 1:
         raise SrmuError(f"utility loss {budget:g}: it is a share, from 0 to 1")
@@ -100,71 +101,65 @@ def compare_runs(
         raise SrmuError("name the folders of one run or more")
     opened = [Run.open(folder) for folder in runs]
     draws = Draws(seed)
-    attacks = {run.folder: read_optional_json(run.folder / "attacks.json") for run in opened}
-    for found in filter(None, attacks.values()):  # what was attacked says what to look up elsewhere
-        of_attacks = metrics_of(found)
+    attacks = {run.folder: read_attacks(run.folder) for run in opened}
+    for report in filter(
+        None, attacks.values()
+    ):  # what was attacked says what to look up elsewhere
+        of_attacks = metrics_of(report)
         forget, utility = forget or of_attacks[0], utility or of_attacks[1]
     check_attacks(opened, attacks)
     measured = [
         from_attacks(run, attacks[run.folder], draws)
         if attacks[run.folder]
-        else from_results(run, tuple(forget), tuple(utility))
+        else from_metrics(run, tuple(forget), tuple(utility), draws)
         for run in opened
     ]
     first = measured[0]
     for other in measured[1:]:
         if other.tasks != first.tasks:
+            both = (", ".join(chain(*one.tasks)) for one in (first, other))
             raise SrmuError(
                 f"{first.run.folder} and {other.run.folder} were measured on different tasks: "
-                f"{task_names(first)} and {task_names(other)}"
+                + " and ".join(both)
             )
     methods = by_method(measured)
     readings = [read_curves(points, budget) for _, points in methods]
     return [
-        comparison_row(name, points, found, readings[0], budget, draws)
-        for (name, points), found in zip(methods, readings, strict=True)
+        make_row(name, points, reading, readings[0], budget, draws)
+        for (name, points), reading in zip(methods, readings, strict=True)
     ]
 
 
-def comparison_row(
+def make_row(
     name: str,
     points: Sequence[dict[Where, RunNumbers]],
-    found: MethodReading,
+    reading: MethodReading,
     base: MethodReading,
     budget: float,
     draws: Draws,
 ) -> ComparisonRow:
     """A method's line of the table; `base` is the first method's reading."""
-    forget = difference_to(found.forget, base.forget, found, base, draws)
-    left = difference_to(found.residual, base.residual, found, base, draws)
+    forget = estimate_difference(reading.forget, base.forget, reading, base, draws)
+    left = estimate_difference(reading.residual, base.residual, reading, base, draws)
     telling = left or forget
-    spread = None if found.residual is None else draws.over_seeds(found.residual)
+    known, asked = reading.n
     return ComparisonRow(
-        name,
-        len(points),
-        len(found.where),
-        estimate_from(draws.over_seeds(found.loss).clip(0), found.n[1]),
-        estimate_from(draws.over_seeds(found.forget).clip(0, 1), found.n[0]),
-        None if spread is None else estimate_from(spread, found.n[0]),
-        forget,
-        left,
-        noise_verdict(telling) if telling else "",
-        row_note(found, points, budget),
+        method=name,
+        points=len(points),
+        seeds=len(reading.where),
+        # drawn first: a sequence of draws of seeds is part of the numbers
+        residual=None if reading.residual is None else draws.estimate(reading.residual, known),
+        utility_loss=draws.estimate(reading.loss, asked, clip=(0, inf)),
+        forget_accuracy=draws.estimate(reading.forget, known, clip=(0, 1)),
+        forget_difference=forget,
+        residual_difference=left,
+        verdict=noise_verdict(telling) if telling else "",
+        note=note_row(reading, points, budget),
     )
 
 
-def read_optional_json(path: Path) -> dict[str, Any]:
-    """A JSON file; nothing where there is none."""
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        return {}
-    except ValueError:
-        raise SrmuError(f"{path} is damaged; make it again") from None
-
-
 def metrics_of(attacks: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The names that the tasks of an `attacks.json` have in `results.json`."""
+    """What attacks asked, as the names of metrics: on what is forgotten, and on utility."""
     return (
         tuple(f"{task}/acc" for task in attacks["tasks"]["test"]),
         tuple(f"{task}/acc" for task in attacks["tasks"]["utility"]),
@@ -173,16 +168,16 @@ def metrics_of(attacks: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, 
 
 def check_attacks(runs: Sequence[Run], attacks: Mapping[Path, dict[str, Any]]) -> None:
     """SrmuError where K* of two runs does not mean the same."""
-    found = [(run, attacks[run.folder]) for run in runs if attacks[run.folder]]
-    for run, entry in found[1:]:
-        first, known = found[0]
+    attacked = [(run, attacks[run.folder]) for run in runs if attacks[run.folder]]
+    for run, entry in attacked[1:]:
+        first, known = attacked[0]
         for key in ("tier", "chance"):
             if entry[key] != known[key]:
                 raise SrmuError(
                     f"{first.folder} and {run.folder} were attacked with {key} {known[key]} and "
                     f"{entry[key]}; attack all alike"
                 )
-        for other, same in found:
+        for other, same in attacked:
             alike = all(entry[key] == same[key] for key in ("seed", "facts"))
             if other.config.model == run.config.model and not alike:
                 raise SrmuError(
@@ -194,10 +189,9 @@ def check_attacks(runs: Sequence[Run], attacks: Mapping[Path, dict[str, Any]]) -
 def from_attacks(run: Run, attacks: Mapping[str, Any], draws: Draws) -> RunNumbers:
     """A run's numbers from its answers question by question."""
     model = run.config.model
-    plain = attacks["attacks"].get("forced_choice", {})
-    if not plain.get("right") or not attacks["utility"]:
-        what = "answers to utility tasks" if plain.get("right") else "forced_choice"
-        raise SrmuError(f"{run.folder}/attacks.json has no {what}: attack the run again with them")
+    plain = attacks["attacks"][PLAIN]
+    if not attacks["utility"]:
+        raise SrmuError(f"{run.folder} was attacked without --utility tasks: attack it with them")
 
     def means(table: Array, asked: str, facts: Sequence[Hashable]) -> Array:
         return draws.means(table, [(model, asked, fact) for fact in facts])
@@ -221,15 +215,12 @@ def from_attacks(run: Run, attacks: Mapping[str, Any], draws: Draws) -> RunNumbe
     )
 
 
-def from_results(run: Run, forget: tuple[str, ...], utility: tuple[str, ...]) -> RunNumbers:
-    """A run's numbers from its accuracies alone, taken as normal about their values.
-
-    Seeds of one setting share their questions and hence their error; other settings are taken not
-    to, so that differences come out too wide: nothing says which questions changed.
-    """
-    after, before = (
-        read_optional_json(run.folder / name) for name in ("results.json", "before.json")
-    )
+def from_metrics(
+    run: Run, forget: tuple[str, ...], utility: tuple[str, ...], draws: Draws
+) -> RunNumbers:
+    """A run's numbers from what was evaluated alone."""
+    model, metrics = run.config.model, read_metrics(run.folder)
+    after, before = metrics["after"], metrics["before"]
     if not after or not before:
         raise SrmuError(f"{run.folder} has no results; run `srmu eval {run.folder}` first")
     if not forget or not utility:
@@ -246,30 +237,35 @@ def from_results(run: Run, forget: tuple[str, ...], utility: tuple[str, ...]) ->
         if not after[name].get("n"):
             raise SrmuError(f"{name} is no accuracy over a number of questions; name another")
 
-    def drawn(results: Mapping[str, Any], names: Sequence[str], which: Hashable) -> Array:
-        values = [resample_normal(results[name], (run.config.model, name, which)) for name in names]
+    def drawn(results: Metrics, names: Sequence[str], which: Hashable) -> Array:
+        values = [resample_row(results[n], draws, (model, n), (model, n, which)) for n in names]
         return np.mean(values, axis=0)
 
     this = run_setting(run.config)
     return RunNumbers(
         run,
-        (run.config.model, run.config.seed),
+        (model, run.config.seed),
         (forget, utility),
         drawn(before, forget, "before"),
         drawn(after, forget, this),
         drawn(before, utility, "before") - drawn(after, utility, this),
         None,
-        (count_questions(after, forget), count_questions(after, utility)),
+        (sum(int(after[n]["n"]) for n in forget), sum(int(after[n]["n"]) for n in utility)),
     )
 
 
-def count_questions(results: Mapping[str, Any], names: Sequence[str]) -> int:
-    return sum(int(results[name]["n"]) for name in names)
+def resample_row(row: Row, draws: Draws, exam: Hashable, key: Hashable) -> Array:
+    """An accuracy as it is, and in each resample of its questions: (1 + RESAMPLES,).
 
-
-def resample_normal(entry: Mapping[str, float], key: Hashable) -> Array:
-    """An accuracy, then what it might have been: the same for the same key."""
-    value, n = entry["value"], entry["n"]
+    From the answers question by question where they are known: the same `exam` draws the same
+    questions, so that differences are paired. Else it is taken as normal about its value, the same
+    for the same `key`; the rows of a difference then err independently, so that it comes out too
+    wide.
+    """
+    facts = row.get("facts") or range(len(row.get("answers", ())))
+    if len({*facts}) >= LEAST:
+        return draws.means(parse_answers(row["answers"]), [(exam, fact) for fact in facts])[:, 0]
+    value, n = row["value"], row["n"]
     # two more right and two more wrong answers (Agresti and Coull): at 0 and 1 there is doubt too
     p = (value * n + 2) / (n + 4)
     rng = np.random.default_rng(crc32(repr(key).encode()))
@@ -277,65 +273,30 @@ def resample_normal(entry: Mapping[str, float], key: Hashable) -> Array:
     return np.concatenate([[value], moved.clip(0, 1)])
 
 
-def run_setting(config: Config) -> tuple[tuple[str, Any], ...]:
-    """What a run did, whichever its seed and testbed: keys and values in a row, paths by name."""
-    tree = config.to_dict()
-    for key in (*UNDECIDING, "seed", "device"):
-        tree.pop(key)
-
-    def leaves(value: Any, key: str) -> list[tuple[str, Any]]:
-        if isinstance(value, dict):
-            return [leaf for k, v in value.items() for leaf in leaves(v, f"{key}.{k}")]
-        if isinstance(value, list):
-            return [leaf for i, v in enumerate(value) for leaf in leaves(v, f"{key}.{i}")]
-        is_path = isinstance(value, str) and not TEXTS & {*key.split(".")}
-        return [(key.lstrip("."), Path(value).name if is_path else value)]
-
-    return tuple(leaves(tree, ""))
-
-
-def setting_words(config: Config) -> dict[str, Any]:
-    """The part of a setting that makes another method of it, not another strength: no numbers."""
-    return {
-        key: value
-        for key, value in run_setting(config)
-        if isinstance(value, str | bool)  # None stands where a number may
-    }
-
-
 def by_method(measured: Sequence[RunNumbers]) -> list[tuple[str, list[dict[Where, RunNumbers]]]]:
     """Each method with its points, each point's runs by where they were made."""
-    found: dict[Hashable, dict[Hashable, dict[Where, RunNumbers]]] = {}
+    methods: dict[Hashable, dict[Hashable, dict[Where, RunNumbers]]] = {}
     kinds: dict[Hashable, dict[str, Any]] = {}
     for one in measured:
         kind = setting_words(one.run.config)
         kinds[tuple(kind.items())] = kind
-        points = found.setdefault(tuple(kind.items()), {})
+        points = methods.setdefault(tuple(kind.items()), {})
         point = points.setdefault(run_setting(one.run.config), {})
         if one.where in point:
             raise SrmuError(f"{point[one.where].run.folder} and {one.run.folder} are the same run")
         point[one.where] = one
-    return [(method_label(kinds[key], kinds.values()), [*found[key].values()]) for key in found]
-
-
-def method_label(kind: Mapping[str, Any], kinds: Iterable[Mapping[str, Any]]) -> str:
-    """A method's name, and what tells it from others of that name."""
-    others = [other for other in kinds if other["method.name"] == kind["method.name"]]
-    apart = [
-        f"{key.rpartition('.')[2]}={value}" if isinstance(value, bool) else value
-        for key, value in kind.items()
-        if any(other.get(key) != value for other in others)
-        and not key.endswith((".split", ".column"))  # of texts whose path says more
+    return [
+        (method_label(kinds[key], kinds.values()), [*points.values()])
+        for key, points in methods.items()
     ]
-    return kind["method.name"] + (f" ({', '.join(dict.fromkeys(apart))})" if apart else "")
 
 
 def read_curves(points: Sequence[dict[Where, RunNumbers]], budget: float) -> MethodReading:
     """A method's numbers at a utility loss, along the curve of each of its seeds."""
     places = tuple(dict.fromkeys(place for point in points for place in point))
     curves = [[point[place] for point in points if place in point] for place in places]
-    found = [read_along(curve, budget) for curve in curves]
-    loss, forget, left = (np.stack(values, axis=1) for values in zip(*found, strict=True))
+    readings = [read_along(curve, budget) for curve in curves]
+    loss, forget, left = (np.stack(values, axis=1) for values in zip(*readings, strict=True))
     runs = [one for curve in curves for one in curve]
     return MethodReading(
         places,
@@ -372,7 +333,7 @@ def read_along(curve: Sequence[RunNumbers], budget: float) -> tuple[Array, Array
     return between(loss), between(forget), between(left)
 
 
-def difference_to(
+def estimate_difference(
     mine: Array | None, theirs: Array | None, one: MethodReading, base: MethodReading, draws: Draws
 ) -> Estimate | None:
     """How a number differs from the first method's, in pairs of seeds where both have them."""
@@ -380,33 +341,31 @@ def difference_to(
         return None
     if both := [place for place in one.where if place in base.where]:
         own, other = ([read.where.index(place) for place in both] for read in (one, base))
-        found = draws.over_seeds(mine[:, own] - theirs[:, other])
+        change = draws.over_seeds(mine[:, own] - theirs[:, other])
     else:
-        found = draws.over_seeds(mine) - draws.over_seeds(theirs)
-    return estimate_from(found, min(one.n[0], base.n[0]))
+        change = draws.over_seeds(mine) - draws.over_seeds(theirs)
+    return estimate_from(change, min(one.n[0], base.n[0]))
 
 
-def noise_verdict(found: Estimate) -> str:
+def noise_verdict(change: Estimate) -> str:
     """Whether a difference from another method's knowledge that is left is more than noise."""
-    if found.low <= 0 <= found.high:
+    if change.low <= 0 <= change.high:
         return "noise"
-    return "better" if found.high < 0 else "worse"
+    return "better" if change.high < 0 else "worse"
 
 
-def row_note(found: MethodReading, points: Sequence[dict[Where, RunNumbers]], budget: float) -> str:
+def note_row(
+    reading: MethodReading, points: Sequence[dict[Where, RunNumbers]], budget: float
+) -> str:
     """What to know about a row."""
     notes = []
-    if not found.reached:
+    if not reading.reached:
         notes.append(f"its strongest setting, where that loses less than {budget:.1%}")
-    if found.rough:
+    if reading.rough:
         notes.append("read between the original model and its weakest setting: add weaker ones")
-    if any(set(point) != set(found.where) for point in points):
+    if any(set(point) != set(reading.where) for point in points):
         notes.append("not every seed has every setting")
     attacked = [one.residual is not None for point in points for one in point.values()]
     if any(attacked) and not all(attacked):
         notes.append("no K*: not all of its runs were attacked")
     return "; ".join(notes)
-
-
-def task_names(one: RunNumbers) -> str:
-    return ", ".join(metric for metrics in one.tasks for metric in metrics)

@@ -1,4 +1,4 @@
-"""What an analysis found: numbers, sentences, and a page with pictures that opens anywhere."""
+"""The result of an analysis: numbers, sentences and pictures."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
+
+BINS = 40  # of a histogram
 DASH = "\N{EN DASH}"
 
 
@@ -40,3 +43,17 @@ def format_number(value: float | None) -> str:
     if value is None or not math.isfinite(value):
         return DASH
     return str(value) if isinstance(value, int) else f"{value:.4g}"
+
+
+def draw_histogram(
+    title: str, x_title: str, values: Mapping[str, Any], low: float, high: float
+) -> Panel:
+    """Shares of values in bins between two limits, one series for each name that has values."""
+    edges = np.linspace(low, high, BINS + 1)
+    series = {}
+    for name, each in values.items():
+        if len(each):
+            counts, _ = np.histogram(np.clip(np.asarray(each), low, high), edges)
+            series[name] = (counts / len(each)).tolist()
+    middles = ((edges[:-1] + edges[1:]) / 2).round(4).tolist()
+    return Panel(title, x_title, "share of tokens", middles, series, "bars")

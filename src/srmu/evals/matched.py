@@ -1,4 +1,4 @@
-"""A run at a stated loss of utility: the largest share of its change that costs no more."""
+"""Bring a run to a stated loss of utility: keep the largest share of its change within it."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import numpy as np
 import torch
 
 from srmu.engine import weights
-from srmu.engine.files import write_json, write_whole
+from srmu.engine.files import write_whole
 from srmu.engine.loading import load_module
 from srmu.evals.lm_eval import load_questions
+from srmu.evals.results import merge_results
 from srmu.evals.subject import Question, Subject, mark_answers
 from srmu.runs.record import DELTA, RECORD
 from srmu.runs.run import Run, load_tokenizer
 
-SHARE = "share.json"
 HALVINGS = 5
 
 
@@ -45,13 +45,13 @@ def match_utility(run: Run, out: Path, budget: float, judged: Sequence[str]) -> 
         weights.save_delta(out / DELTA, run.base, names, changed, meta | {"run": run.config.id})
     elif (run.folder / DELTA).exists():
         copyfile(run.folder / DELTA, out / DELTA)
-    write_json(out / SHARE, {"share": share})
+    merge_results(out, matched={"share": share, "budget": budget, "judged": list(judged)})
     # last, as in a run; the change that it tells of is the whole run's
     write_whole(out / RECORD, (run.folder / RECORD).read_text())
 
 
 def largest_share(run: Run, budget: float, judged: Sequence[str]) -> float:
-    """By halving: the mean loss on `judged` rises with the share, or nearly so."""
+    """Search by halving: the mean loss on `judged` rises with the share, or nearly so."""
     asked = [load_task(task, run.config.tasks_dir or "") for task in judged]
     subject = Subject(load_module(run.base).eval(), load_tokenizer(run.base))
     parameters, before, after = (

@@ -21,12 +21,12 @@ LOGITS = 2**26  # numbers in a batch's logits: 256 MB in float32
 
 @torch.no_grad()
 def membership_scores(model: Subject, texts: Sequence[str]) -> Array:
-    """SCORES of each text that has two tokens, higher for a member: (texts, 4)."""
+    """The SCORES of each text of two tokens or more, higher for a member: (texts, 4)."""
     rows = [model.tokens(text)[: min(LENGTH, model.max_length)] for text in texts]
     rows = [row for row in rows if len(row) > 1]
     size = model.module.get_input_embeddings().weight.shape[0]
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
-    found = np.empty((len(rows), len(SCORES)))
+    scores = np.empty((len(rows), len(SCORES)))
     while order:
         count = max(1, LOGITS // (size * len(rows[order[0]])))
         part, order = order[:count], order[count:]
@@ -34,14 +34,14 @@ def membership_scores(model: Subject, texts: Sequence[str]) -> Array:
         mask = is_predicted(batch["labels"])
         read = {name: batch[name] for name in ("input_ids", "attention_mask")}
         logits = model.module(**read, use_cache=False).logits
-        for i, ids, kept, given in zip(part, batch["input_ids"], mask, logits, strict=True):
-            logp, standard = standardise_surprise(given[:-1][kept], ids[1:][kept])
+        for i, ids, kept, row_logits in zip(part, batch["input_ids"], mask, logits, strict=True):
+            logp, standard = standardise_surprise(row_logits[:-1][kept], ids[1:][kept])
             words = model.tokenizer.decode(rows[i], skip_special_tokens=True)
             # arXiv 2012.07805: log-likelihood by the size of the compressed text
             mean = float(logp.mean())
             packed = mean / len(zlib.compress(words.encode()))
-            found[i] = mean, packed, mean_lowest(logp), mean_lowest(standard)
-    return found
+            scores[i] = mean, packed, mean_lowest(logp), mean_lowest(standard)
+    return scores
 
 
 def standardise_surprise(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:

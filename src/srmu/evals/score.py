@@ -1,4 +1,4 @@
-"""Scores of a model or a run on its tasks, before and after, kept in the run's folder."""
+"""Score a model, or a run before and after, on tasks; results go into the run's folder."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from functools import partial
 from pathlib import Path
 
 from srmu.engine import distributed, weights
-from srmu.engine.files import sha256, write_json
+from srmu.engine.files import sha256
 from srmu.engine.loading import load_module, read_config
 from srmu.engine.progress import Watch, ignore_progress
 from srmu.errors import SrmuError
-from srmu.evals.lm_eval import Results, evaluate
-from srmu.runs.record import extend_record
+from srmu.evals.lm_eval import evaluate
+from srmu.evals.results import Metrics, merge_results, metric_rows, plain_metrics
+from srmu.runs.record import RECORD
 from srmu.runs.run import Run, find_device, load_tokenizer
 
 
@@ -23,18 +24,19 @@ def score_model(
     tasks_dir: str | Path | None = None,
     limit: int | None = None,
     device: str = "auto",
+    out: Path | None = None,
     watch: Watch = ignore_progress,
-) -> dict[str, Results]:
+) -> dict[str, Metrics]:
     """Score a model folder, a hub id or a run: `{"after": ...}`, for a run also `"before"`.
 
     A run's own `eval` tasks are the default; local tasks are found in `tasks_dir`, else in the
-    run's, else in `tasks/` beside the model. A run's scores go into `results.json` and
-    `before.json` of its folder.
+    run's, else in `tasks/` beside the model. The scores of a run are merged into the `results.json`
+    of its folder, those of a model into that of `out`, if that is named.
     """
     if isinstance(target, Run):
         run: Run | None = target
     else:
-        is_run = (Path(target) / "record.json").exists()
+        is_run = (Path(target) / RECORD).exists()
         run = Run.open(Path(target)) if is_run else None
     folder = run.base if run else weights.locate_model(str(target))
     delta = run.delta if run else {}
@@ -51,36 +53,25 @@ def score_model(
     module = load_module(folder).eval().to(find_device(device))
 
     base = weights.fingerprint_model(folder)
-
-    def measured(fingerprint: str) -> Results:
-        return evaluate(
-            module,
-            tokenizer,
-            tasks,
-            tasks_dir=tasks_dir,
-            limit=limit,
-            fingerprint=fingerprint,
-            watch=watch,
-        )
-
-    before = measured(weights.changed_fingerprint(base, {}))
-    if run is None:
-        return {"after": before}
-    method = run.config.method
-    fingerprint = weights.changed_fingerprint(base, delta)
-    if method.no_checkpoint:  # its options decide the answers, too
-        fingerprint = sha256(fingerprint.encode(), repr(method).encode())
-    with method.at_inference(module, partial(weights.apply_delta, module, folder, delta)):
-        scores = {"before": before, "after": measured(fingerprint)}
-    if not distributed.is_first():
-        return scores
-    write_json(run.folder / "before.json", scores["before"])
-    write_json(run.folder / "results.json", scores["after"])
-    extend_record(run.folder, ["before.json", "results.json"], results=scores)
-    return scores
+    ask = partial(evaluate, module, tokenizer, tasks, tasks_dir=tasks_dir, limit=limit, watch=watch)
+    metrics = {"before": ask(fingerprint=weights.changed_fingerprint(base, {}))}
+    if run:
+        method = run.config.method
+        fingerprint = weights.changed_fingerprint(base, delta)
+        if method.no_checkpoint:  # its options decide the answers, too
+            fingerprint = sha256(fingerprint.encode(), repr(method).encode())
+        with method.at_inference(module, partial(weights.apply_delta, module, folder, delta)):
+            metrics["after"] = ask(fingerprint=fingerprint)
+    else:
+        metrics = {"after": metrics["before"]}
+    place = run.folder if run else out
+    if place and distributed.is_first():
+        rows = [row for when, of_it in metrics.items() for row in metric_rows(of_it, when)]
+        merge_results(place, rows)
+    return {when: plain_metrics(of_it) for when, of_it in metrics.items()}
 
 
 def tasks_beside(folder: Path) -> Path | None:
-    """Where the tasks that come with a model are, as in a testbed."""
-    found = folder.parent / "tasks"
-    return found if found.is_dir() else None
+    """The folder of the tasks that come with a model, as in a testbed."""
+    tasks = folder.parent / "tasks"
+    return tasks if tasks.is_dir() else None

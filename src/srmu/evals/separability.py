@@ -1,4 +1,4 @@
-"""How far apart a model keeps forget and retain texts, layer by layer, and what to do about it."""
+"""How well each layer of a model tells forget from retain texts, and advice for a run."""
 
 from __future__ import annotations
 
@@ -67,11 +67,11 @@ def measure_entanglement(
     layers: dict[str, Any] | None = None,
     watch: Watch = ignore_progress,
 ) -> Analysis:
-    """All that can be known of a forget and a retain set before training, and advice.
+    """Measure what can be known about a forget and a retain set before training, with advice.
 
     `questions` are (prompt, right answer, subject or ""); `model` a module with its tokenizer.
-    `overlap` and `layers` are options of `ngram_overlap` and `separability`. The headline number
-    `entanglement` is the share of the forget set's word types, stop words left out, that the
+    `overlap` and `layers` are options of `ngram_overlap` and `measure_separability`. The headline
+    number `entanglement` is the share of the forget set's word types, stop words left out, that the
     retain set uses too: more shared words never lower it.
     """
     numbers: dict[str, Any] = {
@@ -135,19 +135,9 @@ def measure_separability(
     layers = []
     with watch("comparing layers", len(read_all[0])) as tick:
         for layer, ((left, f_sums), (right, r_sums)) in enumerate(zip(*read_all, strict=True)):
-            accuracy, error = classify_sets(left, right, samples[0].owners, samples[1].owners, seed)
-            cosines = principal_cosines(left, right, components)
-            layers.append(
-                {
-                    "layer": layer,
-                    "accuracy": accuracy,
-                    "stderr": error,
-                    "mean_cosine": cosine_of(left.mean(axis=0), right.mean(axis=0)),
-                    "subspace_cosine": float(cosines.mean()),
-                    "smallest_angle": math.degrees(math.acos(cosines.max())),
-                    "importance": describe_map(f_sums, r_sums),
-                }
-            )
+            owners = samples[0].owners, samples[1].owners
+            row = compare_sets(left, right, *owners, components, seed)
+            layers.append({"layer": layer, **row, "importance": describe_map(f_sums, r_sums)})
             tick("")
     return {
         "layers": layers,
@@ -160,7 +150,7 @@ def measure_separability(
 
 
 def draw_sample(name: str, batches: list[Batch], tokens: int, generator: torch.Generator) -> Sample:
-    """Choose `tokens` tokens of the batches, all alike likely but the first of each document."""
+    """Choose `tokens` tokens at random, never the first of a document."""
     masks = [without_first(is_counted(batch["labels"])) for batch in batches]
     flat = torch.cat([torch.zeros(0, dtype=torch.bool), *(mask.flatten() for mask in masks)])
     places = flat.nonzero()[:, 0]
@@ -170,23 +160,20 @@ def draw_sample(name: str, batches: list[Batch], tokens: int, generator: torch.G
     chosen = [part.view_as(mask) for part, mask in zip(parts, masks, strict=True)]
     rows = torch.arange(sum(len(mask) for mask in masks)).split([len(mask) for mask in masks])
     owners = [row[:, None].expand_as(part)[part] for row, part in zip(rows, chosen, strict=True)]
-    found = torch.cat([torch.zeros(0, dtype=torch.long), *owners]).numpy()
-    if (count := len(set(found.tolist()))) < 2:
+    documents = torch.cat([torch.zeros(0, dtype=torch.long), *owners]).numpy()
+    if (count := len(set(documents.tolist()))) < 2:
         raise SrmuError(
             f"{count} document of the {name} set has tokens to compare; it takes 2 or more, so "
             "that what is tested was not learnt from"
         )
-    return Sample(batches, masks, chosen, found)
+    return Sample(batches, masks, chosen, documents)
 
 
 @torch.no_grad()
 def sample_activations(
     module: PreTrainedModel, sample: Sample, tick: Callable[[str], None]
 ) -> list[tuple[Array, Tensor]]:
-    """By layer: the chosen tokens' activations (N, D), and `importance.sums` over all tokens.
-
-    One forward a batch.
-    """
+    """The activations of the chosen tokens (N, D), and `sum_features` of all tokens, by layer."""
     blocks = getattr(*find_layers(module))
     values: list[list[Tensor]] = [[] for _ in blocks]
     totals: list[Tensor | int] = [0 for _ in blocks]
@@ -216,6 +203,21 @@ def sample_activations(
     ]
 
 
+def compare_sets(
+    left: Array, right: Array, left_owners: Array, right_owners: Array, components: int, seed: int
+) -> dict[str, float]:
+    """The numbers of one layer that compare two sets of activations (N, D)."""
+    accuracy, error = classify_sets(left, right, left_owners, right_owners, seed)
+    cosines = measure_principal_cosines(left, right, components)
+    return {
+        "accuracy": accuracy,
+        "stderr": error,
+        "mean_cosine": measure_cosine(left.mean(axis=0), right.mean(axis=0)),
+        "subspace_cosine": float(cosines.mean()),
+        "smallest_angle": math.degrees(math.acos(cosines.max())),
+    }
+
+
 def classify_sets(
     left: Array, right: Array, left_owners: Array, right_owners: Array, seed: int = 0
 ) -> tuple[float, float]:
@@ -233,7 +235,7 @@ def classify_sets(
     labels = np.repeat([1, 0], [len(left), len(right)])
     groups = np.concatenate([left_owners, right_owners + left_owners.max() + 1])
     folds = min(FOLDS, *(len(np.unique(x)) for x in (left_owners, right_owners)))
-    found = []
+    accuracies = []
     for train, test in StratifiedGroupKFold(folds, shuffle=True, random_state=seed).split(
         values, labels, groups
     ):
@@ -243,11 +245,11 @@ def classify_sets(
             LogisticRegression(C=0.1, class_weight="balanced", max_iter=200, tol=1e-3),
         )
         model.fit(values[train], labels[train])
-        found.append(balanced_accuracy_score(labels[test], model.predict(values[test])))
-    return float(np.mean(found)), float(np.std(found, ddof=1) / len(found) ** 0.5)
+        accuracies.append(balanced_accuracy_score(labels[test], model.predict(values[test])))
+    return float(np.mean(accuracies)), float(np.std(accuracies, ddof=1) / len(accuracies) ** 0.5)
 
 
-def principal_cosines(left: Array, right: Array, k: int) -> Array:
+def measure_principal_cosines(left: Array, right: Array, k: int) -> Array:
     """Cosines of the principal angles between the first `k` principal directions of two sets."""
     bases = []
     for values in (left, right):
@@ -256,7 +258,7 @@ def principal_cosines(left: Array, right: Array, k: int) -> Array:
     return torch.linalg.svdvals(bases[0] @ bases[1].T).clamp(max=1).numpy()
 
 
-def cosine_of(left: Array, right: Array) -> float:
+def measure_cosine(left: Array, right: Array) -> float:
     return float(left @ right / (np.linalg.norm(left) * np.linalg.norm(right) + 1e-12))
 
 
@@ -295,14 +297,14 @@ def draw_panels(layers: Sequence[dict[str, Any]]) -> list[Panel]:
     ]
 
 
-def best_layer(layers: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def choose_layer(layers: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The lowest layer whose accuracy is within one standard error of the highest."""
     top = max(layers, key=lambda row: row["accuracy"])
     return next(r for r in layers if r["accuracy"] >= top["accuracy"] - top["stderr"])
 
 
 def advise_user(numbers: dict[str, Any]) -> list[str]:
-    """What the numbers of `entanglement` mean, in sentences."""
+    """What the numbers of `measure_entanglement` mean, in sentences."""
     shared, overlap = numbers["entanglement"], numbers["overlap"]
     settings = [
         "lower case" if overlap["lower"] else "case kept",
@@ -312,66 +314,66 @@ def advise_user(numbers: dict[str, Any]) -> list[str]:
     ]
     if overlap["pairs"]:
         settings.append(f"{overlap['pairs']} pairs, seed {overlap['seed']}")
-    said = [
+    advice = [
         f"Entanglement {shared:.2f}: the retain set uses {shared:.0%} of the forget set's words "
         "(types, without stop words).",
         f"Overlap ({overlap['definition']}): unigrams {overlap['unigram']:.1%}, "
         f"bigrams {overlap['bigram']:.1%}; {', '.join(settings)}.",
     ]
     if shared < LOW:
-        said.append(
+        advice.append(
             "They share so little that the retain set cannot protect neighbouring knowledge: add "
             "harmless retain texts on the same subjects as the forget set."
         )
     elif shared > HIGH:
-        said.append(
+        advice.append(
             "They share so much that knowledge beside the forget set is at risk: measure it with "
             "neighbour questions, and raise method.alpha if it suffers."
         )
-    for name, found in numbers.get("contamination", {}).items():
-        if found["either"]:
+    for name, shares in numbers.get("contamination", {}).items():
+        if shares["either"]:
             effect = {
                 "forget": "suppressing those texts suppresses these very questions; ask about "
                 "facts that no forget text states, too",
                 "retain": "some of its texts hold a question or a subject with the right answer; "
                 "take out those that tell what is to be forgotten",
             }[name]
-            said.append(
-                f"{found['either']:.0%} of {found['questions']} evaluation questions are given "
+            advice.append(
+                f"{shares['either']:.0%} of {shares['questions']} evaluation questions are given "
                 f"away by the {name} set: {effect}."
             )
     if "separability" in numbers:
-        said += advise_layers(numbers["separability"]["layers"])
-    return said
+        advice += advise_layers(numbers["separability"]["layers"])
+    return advice
 
 
 def advise_layers(layers: Sequence[dict[str, Any]]) -> list[str]:
-    best = best_layer(layers)
+    best = choose_layer(layers)
     layer, accuracy = best["layer"], best["accuracy"]
     window = f" method.window={layer + 1}" if layer < 2 else ""
-    said = [
+    advice = [
         f"Layer {layer} separates best (balanced accuracy {accuracy:.1%} +- {best['stderr']:.1%}; "
         f"a coin gives 50%): method.layer={layer}{window}."
     ]
     if accuracy < CLEAR:
-        said.append(
+        advice.append(
             "No layer tells the two sets apart well: what changes forget texts changes retain "
             "texts, and knowledge beside the forget set is at risk."
         )
     map_ = best["importance"]
     if map_["sd"] < FLAT:
-        said.append(
+        advice.append(
             f"SRMU's importance map at layer {layer} is nearly flat (Gini {map_['gini']:.2f}, sd "
             f"under {FLAT}): it selects nothing, and method.importance=uniform does the same."
         )
     else:
-        said.append(
+        advice.append(
             f"SRMU's importance map at layer {layer}: Gini {map_['gini']:.2f}, "
             f"{map_['share_above_half']:.1%} of dimensions above 0.5."
         )
     if map_["outliers"]:
-        said.append(
+        advice.append(
             f"{len(map_['outliers'])} of its dimensions are outliers, above {OUTLIER} times the "
             "median: method.clip_quantile=0.99 keeps them from setting the scale."
         )
-    return said
+    return advice

@@ -1,9 +1,11 @@
-"""What numbers are worth: bootstrap intervals over facts and seeds, McNemar's test, an AUC."""
+"""Estimates with intervals: bootstrap over facts and seeds, Wilson's, McNemar's test, AUC."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from math import inf, isnan, nan
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -21,15 +23,25 @@ Statistic = Callable[[Array], Array]  # of means (..., A), one a column, to numb
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number with its 95 % interval, from `n` questions or texts."""
+    """A number with its 95 % interval, from `n` questions or texts; no interval: `nan`."""
 
     value: float
-    low: float
-    high: float
-    n: int
+    low: float = nan
+    high: float = nan
+    n: int = 0
 
     def __sub__(self, other: float) -> Estimate:
         return Estimate(self.value - other, self.low - other, self.high - other, self.n)
+
+    @property
+    def has_interval(self) -> bool:
+        return not (isnan(self.low) or isnan(self.high))
+
+    def __str__(self) -> str:
+        """A share in per cent with its interval; any other number as it is."""
+        if not self.has_interval:
+            return f"{self.value:.4g}"
+        return f"{self.value:.1%} ({self.low:.1%}\N{EN DASH}{self.high:.1%})".replace("%", "")
 
 
 def first_column(values: Array) -> Array:
@@ -49,7 +61,7 @@ def worst_case(means: Array, chance: float) -> Array:
 
 
 def residual_table(attacks: Mapping[str, Any]) -> Array:
-    """What `worst_case` is of, from the content of an `attacks.json`: (questions, 1 + A).
+    """The table that `worst_case` takes, from a report of attacks: (questions, 1 + A).
 
     The original's right answers, then those under each attack that is done and not invalid.
     """
@@ -112,9 +124,25 @@ class Draws:
         mean[1:] += moved * (seeds / (seeds - 1)) ** 0.5
         return mean
 
+    def estimate(
+        self, values: Array, n: int = 0, clip: tuple[float, float] = (-inf, inf)
+    ) -> Estimate:
+        """The mean over seeds of (1 + RESAMPLES, seeds), kept within `clip`."""
+        return estimate_from(self.over_seeds(values).clip(*clip), n)
+
+    def estimate_accuracy(self, values: Array, facts: int, n: int = 0) -> Estimate:
+        """The same for accuracies; at 0 and 1, where no resample differs, with Wilson's interval.
+
+        Wilson's counts one question a fact.
+        """
+        found = self.estimate(values, n)
+        if found.low < found.high:
+            return found
+        return Estimate(found.value, *accuracy_interval([found.value], facts), n)
+
 
 def estimate_from(values: Array, n: int) -> Estimate:
-    """The number that comes first, with the interval that the others, its resamples, span."""
+    """The first number, with the interval that the others, its resamples, span."""
     low, high = np.quantile(values[1:], (0.025, 0.975))
     return Estimate(float(values[0]), float(low), float(high), n)
 
@@ -134,23 +162,52 @@ def bootstrap_estimate(
     """
     draws = Draws(seed)
     values = [statistic(draws.means(*pair)) for pair in zip(tables, facts, strict=True)]
-    found = draws.over_seeds(np.stack(values, axis=1))
-    return estimate_from(found, min(len(names) for names in facts))
+    return draws.estimate(np.stack(values, axis=1), min(len(names) for names in facts))
 
 
 def estimate_accuracy(right: ArrayLike, facts: Sequence[Hashable], *, seed: int = 0) -> Estimate:
-    """A share of right answers with its interval.
+    """A share of right answers with its interval."""
+    draws = Draws(seed)
+    return draws.estimate_accuracy(draws.means(right, facts), len(set(facts)), len(facts))
 
-    The bootstrap's, or Wilson's with a question a fact where that has no width: at 0 and 1.
+
+def accuracy_interval(accuracies: Sequence[float], n: int) -> tuple[float, float]:
+    """95 % interval for an accuracy, given each seed's accuracy on the same `n` questions.
+
+    Wilson's interval at the mean with `n` questions (seeds share them, so do not multiply them),
+    each side widened in quadrature by 1.96 sd(seeds) / sqrt(seeds), and clipped to [0, 1].
     """
     from statsmodels.stats.proportion import proportion_confint
 
-    found = bootstrap_estimate([right], [facts], seed=seed)
-    if found.low < found.high:
-        return found
-    count = len(set(facts))
-    low, high = proportion_confint(found.value * count, count, method="wilson")
-    return Estimate(found.value, max(0.0, float(low)), min(1.0, float(high)), found.n)
+    mean, seeds = float(np.mean(accuracies)), len(accuracies)
+    low, high = proportion_confint(mean * n, n, alpha=0.05, method="wilson")
+    spread = 1.96 * np.std(accuracies, ddof=1) / seeds**0.5 if seeds > 1 else 0.0
+    low, high = mean - np.hypot(mean - low, spread), mean + np.hypot(high - mean, spread)
+    return max(0.0, float(low)), min(1.0, float(high))
+
+
+def average_seeds(
+    seeds: Sequence[Mapping[str, Mapping[str, Any]]], metrics: Sequence[str]
+) -> Estimate | None:
+    """The mean of some metrics, then over the seeds that have them all; None where none has.
+
+    `seeds` are metrics by name. The interval is `accuracy_interval`; a number that is no share, or
+    is of an unknown number of questions, has none.
+    """
+    whole = [[seed[m] for m in metrics] for seed in seeds if all(m in seed for m in metrics)]
+    if not whole:
+        return None
+    values = [fmean(entry["value"] for entry in entries) for entries in whole]
+    counts = [entry.get("n") or 0 for entry in whole[0]]
+    if not all(counts) or not all(0 <= value <= 1 for value in values):
+        return Estimate(fmean(values))
+    n = effective_questions(counts)
+    return Estimate(fmean(values), *accuracy_interval(values, n), n)
+
+
+def effective_questions(counts: Sequence[float]) -> int:
+    """With how many questions one accuracy varies as much as the mean of several accuracies."""
+    return round(len(counts) ** 2 / sum(1 / count for count in counts))
 
 
 def mcnemar_p(before: ArrayLike, after: ArrayLike) -> float:

@@ -1,4 +1,4 @@
-"""A model under examination: questions, answers and what it gives them."""
+"""A model that is examined, questions, and how it answers them."""
 
 from __future__ import annotations
 
@@ -6,19 +6,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from srmu.engine.likelihoods import loglikelihoods
+from srmu.engine.likelihoods import score_answers
 from srmu.engine.model import EditableModel
 
 
 class NotApplicable(Exception):  # noqa: N818 (nothing went wrong)
-    """This attack says nothing about this model, these texts or these questions; the reason."""
+    """An attack says nothing about this model, these texts or these questions; says why."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class Question:
 
 
 class Subject:
-    """A model under attack. Whatever an attack does to it, it is as before afterwards.
+    """A model under attack. Whatever an attack does to it is undone afterwards.
 
     `original` holds the tensors of the model before unlearning that differ from its own, by
     parameter name; none for the original itself. `fixed` says why its weights cannot be attacked
@@ -95,7 +94,8 @@ class Subject:
         """The model with copies of the parameters that match, to be changed freely.
 
         `trainable` is as for methods: `"*"`, `"*.linear"`, names, globs. `frozen()` of what is
-        yielded is the model under attack. NotApplicable where its weights say not all.
+        yielded is the model under attack. NotApplicable where it answers with more
+        than its weights.
         """
         if self.fixed:
             raise NotApplicable(self.fixed)
@@ -127,18 +127,10 @@ class Subject:
 def answer_likelihoods(
     model: Subject, pairs: Sequence[tuple[str, str]]
 ) -> list[tuple[float, int, bool]]:
-    """Of each (prompt, answer): log-probability of the answer, its tokens, whether it is greedy."""
-    requests = [((prompt, answer), *model.split(prompt, answer)) for prompt, answer in pairs]
-    reader: Any = SimpleNamespace(
-        model=model.module,
-        device=model.device,
-        batch_size=64,
-        max_length=model.max_length,
-        softmax_dtype=torch.float32,
-        cache_hook=SimpleNamespace(add_partial=lambda *args: None),
-    )
-    found = loglikelihoods(reader, requests)
-    return [(logp, len(r[2]), sure) for (logp, sure), r in zip(found, requests, strict=True)]
+    """For each (prompt, answer): the answer's log-probability, its tokens, whether it is greedy."""
+    split = [model.split(prompt, answer) for prompt, answer in pairs]
+    results = score_answers(model.module, split, model.max_length, dtype=torch.float32)
+    return [(logp, len(a), sure) for (logp, sure), (_, a) in zip(results, split, strict=True)]
 
 
 def option_scores(

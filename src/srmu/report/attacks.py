@@ -1,4 +1,4 @@
-"""What attacks brought back: read from `attacks.json`, and the part of a page about it."""
+"""What attacks brought back, and the part of a page about it."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from srmu.evals.results import read_attacks
 from srmu.evals.statistics import (
     Array,
     Draws,
-    estimate_from,
+    Estimate,
     parse_answers,
     residual_table,
     worst_case,
@@ -29,7 +30,7 @@ from srmu.report.figures import (
     make_look,
     mark_value,
 )
-from srmu.report.format import Estimate, capitalise, name_words
+from srmu.report.format import capitalise, name_words
 from srmu.report.html import (
     Beside,
     Block,
@@ -38,7 +39,7 @@ from srmu.report.html import (
     TableLine,
     percent_cell,
 )
-from srmu.report.results import RunGroup, read_config_tree, read_run_file, strip_paths
+from srmu.report.results import RunGroup, read_config_tree, strip_paths
 
 ACCURACY = "accuracy on the knowledge to forget"
 PERCENT = {"range": [0, 1.04], "tickformat": ".0%"}
@@ -52,7 +53,7 @@ CONTROLS = {
 }
 
 Points = Sequence[tuple[int, float]]  # how much was learned, accuracy after it
-Attacks = Mapping[str, Any]  # what `attacks.json` says of a run
+Attacks = Mapping[str, Any]  # what `attack_run` gives
 
 
 class Curve(NamedTuple):
@@ -94,7 +95,7 @@ class Recovery:
 
 def measure_recovery(entry: RunGroup) -> Recovery | None:
     """What the attacks on an entry's runs brought back; None where none was attacked."""
-    files = {run: read_run_file(run / "attacks.json") for run in entry.runs}
+    files = {run: read_attacks(run) for run in entry.runs}
     attacked = {run: attacks for run, attacks in files.items() if attacks}
     if not attacked:
         return None
@@ -115,9 +116,10 @@ def measure_recovery(entry: RunGroup) -> Recovery | None:
         for key, column in zip(asked, means.T, strict=True):
             answers.setdefault(key, []).append(column)
 
+    count = min(len({*attacks["facts"]}) for attacks in attacked.values())
+
     def average(values: Sequence[Array]) -> Estimate:
-        one = estimate_from(draws.over_seeds(np.stack(values, axis=1)), 0)
-        return Estimate(one.value, one.low, one.high)
+        return draws.estimate_accuracy(np.stack(values, axis=1), count)
 
     results = {name: one for a in attacked.values() for name, one in a["attacks"].items()}
     rows = {
@@ -137,8 +139,8 @@ def measure_recovery(entry: RunGroup) -> Recovery | None:
         len(attacked),
         first["tier"],
         first["chance"],
-        average(worst),
-        max(valid, key=lambda name: rows[name].accuracy.mean),
+        draws.estimate(np.stack(worst, axis=1)),
+        max(valid, key=lambda name: rows[name].accuracy.value),
         rows,
         [one for name in results if name not in rows for one in list_measures(name, results[name])],
         {name: strip_paths(one["why"]) for name, one in results.items() if one["status"] != "done"},
@@ -233,7 +235,7 @@ def attack_section(
 
 def show_one(entry: RunGroup, recovery: Recovery) -> list[Block]:
     """The attacks on one method: bars, the controls, and curves of relearning."""
-    rows = sorted(recovery.attacks.items(), key=lambda item: -item[1].accuracy.mean)
+    rows = sorted(recovery.attacks.items(), key=lambda item: -item[1].accuracy.value)
     bars = bar_look(0, [0.5 if row.valid else 0.2 for _, row in rows])
     looks = {
         "original": make_look(GREY, "circle-open", size=9),
@@ -242,7 +244,7 @@ def show_one(entry: RunGroup, recovery: Recovery) -> list[Block]:
     marks = [{"attack": name_words(name), ACCURACY: row.accuracy} for name, row in rows]
     series = [Series(WHOSE[""], marks, bars)]
     for who, look in looks.items():
-        marks = [{"attack": name_words(name), ACCURACY: row.controls[who].mean}
+        marks = [{"attack": name_words(name), ACCURACY: row.controls[who].value}
                  for name, row in rows if who in row.controls]  # fmt: skip
         series += [Series(who, marks, look)] if marks else []
     # with room for the name of the line below the last bar
@@ -284,11 +286,11 @@ def show_many(pairs: Sequence[tuple[RunGroup, Recovery]], labels: Sequence[str])
     means: dict[str, list[float]] = {}
     for _, recovery in pairs:
         for attack, row in recovery.attacks.items():
-            means.setdefault(attack, []).append(row.accuracy.mean)
+            means.setdefault(attack, []).append(row.accuracy.value)
     attacks = sorted(means, key=lambda attack: -fmean(means[attack]))
     shares, strips, lines, by_texts = [], [], [], []
     by_steps: dict[str, list[Curve]] = {}
-    for entry, recovery in sorted(pairs, key=lambda pair: pair[1].worst.mean):
+    for entry, recovery in sorted(pairs, key=lambda pair: pair[1].worst.value):
         name, label = " · ".join(filter(None, [entry.label, entry.group])), entry.label
         i = labels.index(label)
         share = {"K*": recovery.worst, "method": name}
@@ -296,7 +298,7 @@ def show_many(pairs: Sequence[tuple[RunGroup, Recovery]], labels: Sequence[str])
         shares.append(Series(name, [share], label_look(i, size=10), label))
         numbers = {attack: row.accuracy for attack, row in recovery.attacks.items()}
         marks = [
-            {ACCURACY: one.mean, "attack": name_words(attack), "per cent": one}
+            {ACCURACY: one.value, "attack": name_words(attack), "per cent": one}
             for attack, one in numbers.items()
         ]
         strips.append(Series(name, marks, label_look(i, size=9), label))

@@ -8,11 +8,12 @@ from typing import Any
 
 from srmu.evals.benchmarks import find_benchmark
 from srmu.evals.benchmarks.base import Benchmark, Metrics, TableColumn
-from srmu.evals.benchmarks.score import FILE, format_metric
+from srmu.evals.benchmarks.score import format_metric
+from srmu.evals.results import read_benchmarks
+from srmu.evals.statistics import Estimate
 from srmu.report.figures import GREY, Figure, Series, draw_figure, label_look, make_look
-from srmu.report.format import Estimate
 from srmu.report.html import Block, Cell, Panels, Section, Table, TableLine
-from srmu.report.results import RunGroup, read_run_file
+from srmu.report.results import RunGroup
 
 HINTS = {"high": "higher is better", "low": "lower is better", "zero": "0 is best"}
 ARROWS = {"high": "\N{UPWARDS ARROW}", "low": "\N{DOWNWARDS ARROW}", "zero": "0"}
@@ -22,9 +23,7 @@ Model = tuple[str, str, list[Metrics]]  # what a row is called, whose label it h
 
 def benchmark_sections(entries: Sequence[RunGroup], labels: Sequence[str]) -> list[Section]:
     """A section for each suite that any of the runs was measured on."""
-    measured = [
-        (entry, [read_run_file(folder / FILE) for folder in entry.runs]) for entry in entries
-    ]
+    measured = [(entry, [read_benchmarks(folder) for folder in entry.runs]) for entry in entries]
     names = dict.fromkeys(name for _, seeds in measured for one in seeds for name in one)
     return [benchmark_section(name, measured, labels) for name in names]
 
@@ -70,9 +69,9 @@ def value_cell(column: TableColumn, seeds: Sequence[Metrics]) -> Cell | None:
     if not known:
         return None
     one = estimate_column(column, known)
-    text = format_metric(column, {column.metric: {"value": one.mean / column.scale, "n": 0}})
-    span = "" if one.high is None else f"\N{PLUS-MINUS SIGN}{one.high - one.mean:.2g}"
-    return Cell(text, span, one.mean)
+    text = format_metric(column, {column.metric: {"value": one.value / column.scale, "n": 0}})
+    span = "" if not one.has_interval else f"\N{PLUS-MINUS SIGN}{one.high - one.value:.2g}"
+    return Cell(text, span, one.value)
 
 
 def estimate_column(column: TableColumn, seeds: Sequence[Metrics]) -> Estimate:
@@ -102,7 +101,7 @@ def draw_benchmark(suite: Benchmark, models: Sequence[Model], labels: Sequence[s
             look = label_look(labels.index(label), size=11)
         else:
             names.append(
-                {"x": x.mean, "y": y.mean, "text": title, "showarrow": False, "yshift": 15}
+                {"x": x.value, "y": y.value, "text": title, "showarrow": False, "yshift": 15}
             )
         row = {column.title: one for column, one in zip(axes, (x, y), strict=True)}
         series.append(Series(title, [row], look, label))

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from srmu.errors import SrmuError
-from srmu.evals.benchmarks.score import FILE
-from srmu.evals.compare import method_label, metrics_of, run_setting, setting_words
+from srmu.evals.compare import metrics_of
+from srmu.evals.results import read_attacks, read_benchmarks
+from srmu.evals.settings import method_label, run_setting, setting_words
 from srmu.report import studies
 from srmu.report.attacks import Recovery, attack_section, measure_recovery
 from srmu.report.benchmarks import benchmark_sections
@@ -20,7 +21,7 @@ from srmu.report.results import (
     GroupRow,
     RunGroup,
     aggregate_columns,
-    has_file,
+    has_results,
     read_results,
     read_run_file,
     strip_paths,
@@ -58,7 +59,7 @@ def write_report(
 ) -> Path:
     """Write the page on the runs in the folders `paths`, or on the one study that they name.
 
-    `forget` and `utility` name metrics of `results.json`; by default those that the attacks asked,
+    `forget` and `utility` name metrics, such as quiz/acc; by default those that the attacks asked,
     else those of the testbed or WMDP, and the other tasks that the runs were to be evaluated on.
     SrmuError where there is nothing to show, which leaves `out` as it was.
     """
@@ -126,8 +127,8 @@ def list_entries(paths: Sequence[Path]) -> tuple[list[RunGroup], list[str]]:
                 f"{path} holds no run, sweep or reproduction: srmu unlearn, srmu sweep and srmu "
                 "reproduce make them"
             )
-        measured = [run for run in runs if has_file(run, "results.json")]
-        measured = measured or [run for run in runs if has_file(run, FILE)]
+        measured = [run for run in runs if has_results(run)]
+        measured = measured or [run for run in runs if read_benchmarks(run)]
         if not measured:
             raise SrmuError(f"{runs[0]} has no results; run `srmu eval {runs[0]}` first")
         unmeasured += len(runs) - len(measured)
@@ -174,13 +175,13 @@ def choose_metrics(
 ) -> tuple[list[str], list[str]]:
     """The metrics of what is to be forgotten and kept; none of runs with benchmarks alone."""
     runs = [run for entry in entries for run in entry.runs]
-    if not any(has_file(run, "results.json") for run in runs):
+    if not any(has_results(run) for run in runs):
         return [], []
     known = list(dict.fromkeys(name for run in runs for name in read_results(run)["after"]))
     for name in (*forget, *utility):
         if name not in known:
             raise SrmuError(f"no run has the result {name}; there are {', '.join(known)}")
-    asked = [metrics_of(one) for run in runs if (one := read_run_file(run / "attacks.json"))]
+    asked = [metrics_of(one) for run in runs if (one := read_attacks(run))]
     if asked:
         joined = " + ".join(name.removesuffix("/acc") for name in asked[0][0]) + "/acc"
         forget = forget or [name for name in asked[0][0] if name in known] or [joined]
@@ -259,8 +260,8 @@ def describe_method(row: GroupRow, forget: str, kept: str) -> str:
     parts = []
     for name in (forget, kept):
         if name in row.after:
-            before = f"from {row.before[name].mean:.1%} " if name in row.before else ""
-            parts.append(f"{metric_words(name)} went {before}to {row.after[name].mean:.1%}")
+            before = f"from {row.before[name].value:.1%} " if name in row.before else ""
+            parts.append(f"{metric_words(name)} went {before}to {row.after[name].value:.1%}")
     over = f"over {row.seeds} seeds" if row.seeds > 1 else "in one run"
     return (
         f"{row.label}, {over}: {' and '.join(parts)}. A good result brings the first down to "
@@ -288,7 +289,7 @@ def describe_comparison(rows: Sequence[GroupRow], forget: Sequence[str]) -> str:
 
 def describe_attempts(recoveries: Sequence[Recovery | None], whose: str = "methods") -> str:
     """What was done to bring the knowledge back, and what that says."""
-    attacked = sorted((one for one in recoveries if one), key=lambda one: one.worst.mean)
+    attacked = sorted((one for one in recoveries if one), key=lambda one: one.worst.value)
     if not attacked:
         return f"{SUPPRESSED} {NO_ATTACK}"
     tried = len({name for one in attacked for name in one.attacks} - {"forced_choice"})
@@ -298,7 +299,7 @@ def describe_attempts(recoveries: Sequence[Recovery | None], whose: str = "metho
     if len(attacked) == 1:
         text += (
             f"The strongest, {name_words(attacked[0].strongest)}, found "
-            f"{attacked[0].worst.mean:.0%} of the original knowledge (K* = {most.text}, 95 % "
+            f"{attacked[0].worst.value:.0%} of the original knowledge (K* = {most.text}, 95 % "
             f"interval {most.span})."
         )
     else:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 import plotly.graph_objects as go
 
 from srmu.evals.figures import format_number
-from srmu.report.format import Estimate
+from srmu.evals.statistics import Estimate
 
 # Read on white and on near-black alike. With five shapes and five dashes: 30 that differ.
 COLOURS = ("#2f7fd0", "#d4611c", "#1f9a6b", "#a45cc8", "#b08400", "#d1497b")
@@ -99,16 +99,16 @@ def draw_series(one: Series, x: str, y: str, forms: Mapping[str, str]) -> Any:
 
 
 def plain_value(value: Any) -> Any:
-    return value.mean if isinstance(value, Estimate) else value
+    return value.value if isinstance(value, Estimate) else value
 
 
 def format_value(value: Any, form: str) -> str:
     """A value as hovering and words show it, in per cent where its axis is."""
     if not isinstance(value, Estimate):
         return value if isinstance(value, str) else format_number(value)
-    if "%" in form or value.low is None or value.high is None:
+    if "%" in form or not value.has_interval:
         return str(value)
-    return f"{value.mean:.3g} ({value.low:.3g}\N{EN DASH}{value.high:.3g})"
+    return f"{value.value:.3g} ({value.low:.3g}\N{EN DASH}{value.high:.3g})"
 
 
 def make_hover(one: Series, forms: Mapping[str, str]) -> tuple[str, list[list[str]] | None]:
@@ -133,8 +133,8 @@ def make_hover(one: Series, forms: Mapping[str, str]) -> tuple[str, list[list[st
 def error_bars(values: Sequence[Any], look: Look) -> dict[str, Any] | None:
     """Plotly's error bars; None where no value has an interval."""
     known = [
-        (one.mean, one.low, one.high)
-        if isinstance(one, Estimate) and one.low is not None and one.high is not None
+        (one.value, one.low, one.high)
+        if isinstance(one, Estimate) and one.has_interval
         else (0.0, 0.0, 0.0)
         for one in values
     ]

@@ -3,21 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over seeds; only what is measured on a known number of questions has the interval."""
-
-    mean: float
-    low: float | None = None
-    high: float | None = None
-
-    def __str__(self) -> str:
-        if self.low is None or self.high is None:
-            return f"{self.mean:.4g}"
-        return f"{self.mean:.1%} ({self.low:.1%}\N{EN DASH}{self.high:.1%})".replace("%", "")
 
 
 def name_words(name: str) -> str:

@@ -14,8 +14,8 @@ from typing import ClassVar, NamedTuple
 from srmu.engine.files import write_whole
 from srmu.errors import SrmuError
 from srmu.evals.figures import format_number
+from srmu.evals.statistics import Estimate
 from srmu.report.figures import Figure, label_glyph, render_template
-from srmu.report.format import Estimate
 
 
 class Cell(NamedTuple):
@@ -134,7 +134,7 @@ def make_cell(value: Value) -> Cell:
         return Cell(value)
     if isinstance(value, Estimate):
         text, _, span = str(value).partition(" ")
-        return Cell(text, span.strip("()"), value.mean)
+        return Cell(text, span.strip("()"), value.value)
     return Cell(format_number(value), sort=value)
 
 
@@ -145,5 +145,4 @@ def percent_cell(value: float | None) -> Cell | None:
 
 def share_cell(share: Estimate) -> Cell:
     """A share such as K*, as a number below 1."""
-    assert share.low is not None and share.high is not None
-    return Cell(f"{share.mean:.2f}", f"{share.low:.2f}\N{EN DASH}{share.high:.2f}", share.mean)
+    return Cell(f"{share.value:.2f}", f"{share.low:.2f}\N{EN DASH}{share.high:.2f}", share.value)

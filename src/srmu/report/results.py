@@ -7,7 +7,6 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -15,14 +14,12 @@ from typing import Any
 import yaml
 
 from srmu.errors import SrmuError
-from srmu.evals.lm_eval import accuracy_interval
-from srmu.report.format import Estimate
+from srmu.evals.results import UNATTACKED, Metrics, load_results, read_metrics
+from srmu.evals.statistics import Estimate, average_seeds
 
 CURVES = ("forget", "retain", "forget_cos", "retain_cos")  # keys of metrics.jsonl that are drawn
 POINTS = 120  # at most this many points a curve
 Columns = Mapping[str, Sequence[str]]  # a column's name: the metrics it is the mean of
-Results = dict[str, dict[str, Any]]  # as in results.json
-NEEDED = {"config.yaml": "srmu unlearn CONFIG", "results.json": "srmu eval {}"}
 VERSIONS = ("srmu", "torch", "transformers", "safetensors", "tokenizers")
 ENVIRONMENT = ("platform", "python", "threads", *VERSIONS)  # the rest might name a folder
 
@@ -56,9 +53,11 @@ def aggregate_columns(entries: Sequence[RunGroup], columns: Columns) -> list[Gro
     """The aggregated numbers in columns that are each the mean of some metrics."""
     found = []
     for entry in entries:
-        for folder, (name, command) in product(entry.runs, NEEDED.items()):
-            if not has_file(folder, name):
-                raise SrmuError(f"{folder} has no {name}; run `{command.format(folder)}` first")
+        for folder in entry.runs:
+            if not (folder / "config.yaml").exists():
+                raise SrmuError(f"{folder} has no config.yaml; run `srmu unlearn CONFIG` first")
+            if not has_results(folder):
+                raise SrmuError(f"{folder} has no results; run `srmu eval {folder}` first")
         both = [read_results(folder) for folder in entry.runs]
         before, after = (
             estimate_columns([seed[when] for seed in both], columns) for when in ("before", "after")
@@ -70,41 +69,24 @@ def aggregate_columns(entries: Sequence[RunGroup], columns: Columns) -> list[Gro
     return found
 
 
-def has_file(folder: Path, name: str) -> bool:
-    """Whether a run has a file; the attacks asked what an evaluation asks."""
-    names = (name, "attacks.json") if name == "results.json" else (name,)
-    return any((folder / one).exists() for one in names)
+def has_results(folder: Path) -> bool:
+    """Whether a run was evaluated or attacked; the attacks asked what an evaluation asks."""
+    return any(not row.get("benchmark") for row in load_results(folder)["rows"])
 
 
-def read_results(folder: Path) -> dict[str, Results]:
+def read_results(folder: Path) -> dict[str, Metrics]:
     """A run's flat results before and after, with those of its attacks' questions."""
-    before, after = (read_run_file(folder / name) for name in ("before.json", "results.json"))
-    if attacks := read_run_file(folder / "attacks.json"):
-        forget = " + ".join(attacks["tasks"]["test"]) + "/acc"
-        before.setdefault(forget, attacks["original"]["accuracy"])
-        if plain := attacks["attacks"].get("forced_choice", {}).get("accuracy"):
-            after.setdefault(forget, plain)
-        for task, kept in attacks["utility"].items():
-            for flat, right in ((before, kept["before"]), (after, kept["after"])):
-                value = {"value": fmean(map(float, right)), "n": len(right)}
-                flat.setdefault(f"{task}/acc", value)
-    return {"before": before, "after": after}
-
-
-def estimate_columns(seeds: Sequence[Results], columns: Columns) -> dict[str, Estimate]:
-    """Average over a column's metrics, then over the seeds that have them all."""
-    found = {}
-    for name, metrics in columns.items():
-        whole = [[seed[m] for m in metrics] for seed in seeds if all(m in seed for m in metrics)]
-        values = [fmean(cell["value"] for cell in cells) for cells in whole]
-        counts = [cell.get("n") or 0 for cell in whole[0]] if whole else []
-        if counts and all(counts) and all(0 <= value <= 1 for value in values):
-            # the mean of k accuracies varies as much as one over this many questions
-            n = round(len(counts) ** 2 / sum(1 / count for count in counts))
-            found[name] = Estimate(fmean(values), *accuracy_interval(values, n))
-        elif values:
-            found[name] = Estimate(fmean(values))
+    found = read_metrics(folder)
+    for row in load_results(folder)["rows"]:
+        if row.get("attack") in UNATTACKED and row["when"] in found:
+            found[row["when"]].setdefault(f"{row['task']}/{row['metric']}", row)
     return found
+
+
+def estimate_columns(seeds: Sequence[Metrics], columns: Columns) -> dict[str, Estimate]:
+    """Average over a column's metrics, then over the seeds that have them all."""
+    found = {name: average_seeds(seeds, metrics) for name, metrics in columns.items()}
+    return {name: estimate for name, estimate in found.items() if estimate is not None}
 
 
 def training_curves(runs: Sequence[Path]) -> dict[str, tuple[list[int], list[float]]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from srmu.evals.statistics import Estimate
 from srmu.methods.importance import FLAT
 from srmu.report.attacks import Recovery
 from srmu.report.figures import (
@@ -17,7 +18,6 @@ from srmu.report.figures import (
     mark_value,
 )
 from srmu.report.format import (
-    Estimate,
     capitalise,
     count_words,
     metric_words,
@@ -71,7 +71,7 @@ def tradeoff_section(
 ) -> Section:
     """The plot of the first forget metric against the last column, and the table of all."""
     kept = [
-        one.mean if one.low is None else one.low
+        one.low if one.has_interval else one.value
         for row in rows
         for numbers in (row.before, row.after)
         if (one := numbers.get(columns[-1]))
@@ -322,7 +322,7 @@ def subject_section(entries: Sequence[RunGroup]) -> Section | None:
             for name in members:
                 change = None
                 if name in before:
-                    gap = after[name].mean - before[name].mean
+                    gap = after[name].value - before[name].value
                     change = Cell(f"{100 * gap:+.1f}", "", gap)
                 subject = metric_words(name.removeprefix(f"{group}_"))
                 cells = [subject, before.get(name), after[name], change]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from math import nan
 from typing import Any
 
 from srmu.evals.figures import Panel
-from srmu.evals.lm_eval import accuracy_interval
+from srmu.evals.statistics import Estimate, accuracy_interval
 from srmu.report.analyses import draw_panel
 from srmu.report.figures import (
     GREY,
@@ -19,7 +20,7 @@ from srmu.report.figures import (
     make_look,
     mark_value,
 )
-from srmu.report.format import Estimate, capitalise, metric_words, name_words
+from srmu.report.format import capitalise, metric_words, name_words
 from srmu.report.html import (
     Beside,
     Block,
@@ -41,7 +42,7 @@ Study = Mapping[str, Any]  # what the study's JSON file says
 
 def read_estimate(entry: Mapping[str, Any]) -> Estimate:
     """A number of a reproduction, with its interval where it has one."""
-    return Estimate(entry["value"], entry.get("low"), entry.get("high"))
+    return Estimate(entry["value"], entry.get("low", nan), entry.get("high", nan))
 
 
 def format_setting(value: Any) -> str:
@@ -225,7 +226,7 @@ def trial_section(
         for metric in metrics:
             known = trial["state"] == "complete" and metric in trial["values"]
             estimate = trial_estimate(trial, metric) if known else None
-            cells.append(percent_cell(estimate.mean) if estimate and not front else estimate)
+            cells.append(percent_cell(estimate.value) if estimate and not front else estimate)
         label = trial_label({"number": number, **trial}, labels, front)
         lines.append(TableLine([Cell(str(number), "", number), *cells, state], label))
     heads = ["Trial", *keys, *(capitalise(metric_words(name)) for name in metrics), "State"]

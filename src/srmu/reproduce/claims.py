@@ -12,12 +12,10 @@ from zlib import crc32
 
 import numpy as np
 
-from srmu.evals.compare import read_optional_json, resample_normal
-from srmu.evals.lm_eval import accuracy_interval
-from srmu.evals.statistics import LEAST, Array, Draws, Estimate, estimate_from, parse_answers
+from srmu.evals.compare import resample_row
+from srmu.evals.results import read_metrics
+from srmu.evals.statistics import Array, Draws, Estimate, average_seeds
 
-ANSWERS = "answers.json"  # of a run: right answers question by question, before and after
-RESULTS = {"before": "before.json", "after": "results.json"}
 CHANCE = 0.25  # four options
 NOISE = 1.96
 QUESTIONS = {"MMLU": 14042, "bio": 1273, "cyber": 1987}  # behind the paper's numbers
@@ -48,42 +46,23 @@ def resample_mean(line: ClaimLine, metrics: Sequence[str], draws: Draws) -> Arra
 
 
 def resample_accuracy(line: ClaimLine, run: Path, asked: int, metric: str, draws: Draws) -> Array:
-    """An accuracy as it is, and in each resample of the questions.
-
-    From the answers question by question where they are kept, so that two rows are compared on the
-    same questions; else taken as normal about its value, which makes differences too wide.
-    """
-    task = metric.split("/")[0]
-    kept = read_optional_json(run / ANSWERS).get(line.when, {}).get(task)
-    if kept and len({*kept["facts"]}) >= LEAST:
-        facts = [(asked, task, fact) for fact in kept["facts"]]
-        return draws.means(parse_answers(kept["right"]), facts)[:, 0]
-    return resample_normal(
-        read_optional_json(run / RESULTS[line.when])[metric], (metric, asked, line.when, line.label)
-    )
-
-
-def effective_questions(line: ClaimLine, metrics: Sequence[str]) -> int:
-    """Questions that vary as the mean of the metrics does, if it were one accuracy."""
-    counts = [
-        read_optional_json(line.runs[0] / RESULTS[line.when])[metric]["n"] for metric in metrics
-    ]
-    return round(len(counts) ** 2 / sum(1 / count for count in counts))
+    """An accuracy as it is, and in each resample of the questions."""
+    row = read_metrics(run)[line.when][metric]
+    return resample_row(row, draws, (asked, metric), (metric, asked, line.when, line.label))
 
 
 def mean_cell(line: ClaimLine, metrics: Sequence[str]) -> dict[str, float]:
     """The mean accuracy of a row's runs with its interval, as in every other table of ours."""
-    results = [read_optional_json(run / RESULTS[line.when]) for run in line.runs]
-    values = [float(np.mean([found[metric]["value"] for metric in metrics])) for found in results]
-    low, high = accuracy_interval(values, effective_questions(line, metrics))
-    return {"value": float(np.mean(values)), "low": low, "high": high}
+    found = average_seeds([read_metrics(run)[line.when] for run in line.runs], metrics)
+    assert found is not None  # every run has all metrics
+    return interval_of(found)
 
 
 def accuracy_drop(before: ClaimLine, line: ClaimLine, metrics: Sequence[str]) -> dict[str, float]:
     """How far an accuracy fell, with its interval."""
     draws = Draws()
     fallen = resample_mean(before, metrics, draws) - resample_mean(line, metrics, draws)
-    return interval_of(estimate_from(draws.over_seeds(fallen), effective_questions(line, metrics)))
+    return interval_of(draws.estimate(fallen))
 
 
 def judge_row(
@@ -106,7 +85,7 @@ def judge_row(
         apart = resample_mean(lines[one], metrics, draws) - resample_mean(
             lines[other], metrics, draws
         )
-        found = estimate_from(draws.over_seeds(apart), effective_questions(lines[one], metrics))
+        found = draws.estimate(apart)
     theirs = "MMLU" if claim["metric"] == "utility" else "WMDP"
     own = paper_gap(paper.get(one, {}), paper.get(other, {}), theirs)
     return judge_difference(claim, column, found, note, claim.get("source", source), own)
@@ -134,7 +113,7 @@ def judge_curves(
                 note = f"{name} never forgets {percent} %"
             else:
                 kept.append(at)
-        both = None if note else estimate_from(draws.over_seeds(kept[0] - kept[1]), 0)
+        both = None if note else draws.estimate(kept[0] - kept[1])
         this = {**claim, "claim": f"{claim['claim']}, {percent} %", "above": 0}
         found.append(judge_difference(this, column, both, note, source, None))
     return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,22 +15,23 @@ import numpy as np
 import torch
 import yaml
 
-from srmu.attacks.suite import CONTROLS, FILE, TIERS, Sources, attack_run, select_attacks
+from srmu.attacks.suite import TIERS, Sources, attack_run, select_attacks
+from srmu.attacks.summary import CONTROLS
 from srmu.attacks.utility import COUNT, LENGTH, measure_texts
 from srmu.data import sources
 from srmu.engine import weights
-from srmu.engine.files import require_place, write_json
+from srmu.engine.files import require_place
 from srmu.engine.loading import load_module
 from srmu.engine.progress import Watch, ignore_progress, silence_libraries
 from srmu.errors import DivergedError, SrmuError, first_line, suggest_word
-from srmu.evals.matched import SHARE, load_task, match_utility
+from srmu.evals.matched import load_task, match_utility
 from srmu.evals.parallel import RunJob, run_all, run_one
+from srmu.evals.results import load_results, merge_results, read_attacks
 from srmu.evals.score import score_model
 from srmu.evals.statistics import (
     LEAST,
     Array,
     Draws,
-    estimate_from,
     parse_answers,
     residual_table,
     worst_case,
@@ -39,16 +39,15 @@ from srmu.evals.statistics import (
 from srmu.evals.subject import Subject
 from srmu.report.build import write_runs_page
 from srmu.report.results import RunGroup
-from srmu.reproduce.claims import ANSWERS, RESULTS, ClaimLine, interval_of, mean_cell, resample_mean
-from srmu.reproduce.runs import ask_tasks, existing_run, preset_file
+from srmu.reproduce.claims import ClaimLine, interval_of, mean_cell, resample_mean
+from srmu.reproduce.runs import existing_run, preset_file
 from srmu.runs.config import build_config, load_config
 from srmu.runs.run import Run, load_tokenizer, plan_run, run_folder
 from srmu.testbed.build import build_testbed
 
-TEXTS = "texts.json"  # what a token costs, in nats, by the kind of text
 NOT_RUN = "not run"
 
-Report = Mapping[str, Any]  # the content of an attacks.json
+Report = Mapping[str, Any]  # what `attack_run` gives
 
 
 @dataclass(frozen=True)
@@ -262,13 +261,10 @@ def case_of(frontier: Frontier, world: str, regime: str, label: str, seed: int) 
 
 def is_done(case: Case) -> bool:
     """Whether all is there: every attack of the tier, too."""
-    names = (SHARE, *RESULTS.values(), ANSWERS, TEXTS, FILE)
-    if not all((case.out / name).exists() for name in names):
-        return False
-    report = json.loads((case.out / FILE).read_text())
-    controls = [controls_of(case) / who / TEXTS for who in CONTROLS]
-    tried = {*report["attacks"]} == {*select_attacks(case.tier, case.attacks)}  # type: ignore[arg-type]
-    return tried and all(path.exists() for path in controls)
+    wanted = {*select_attacks(case.tier, case.attacks)}  # type: ignore[arg-type]
+    measured = [case.out, *(controls_of(case) / who for who in CONTROLS)]
+    tried = wanted <= {*read_attacks(case.out).get("attacks", ())}
+    return tried and all("texts" in load_results(folder) for folder in measured)
 
 
 def controls_of(case: Case) -> Path:
@@ -309,26 +305,20 @@ def examine_controls(run: Run, case: Case) -> None:
     """The same numbers of the original and the oracle, once a testbed."""
     for who, folder in (("original", run.base), ("oracle", run.base.parent / "oracle")):
         out = controls_of(case) / who
-        if not (out / TEXTS).exists():
+        if "texts" not in load_results(out):
             out.mkdir(parents=True, exist_ok=True)
-            scores = score_model(folder, case.job.tasks, tasks_dir=run.config.tasks_dir)
-            write_json(out / RESULTS["after"], scores["after"])
+            score_model(folder, case.job.tasks, tasks_dir=run.config.tasks_dir, out=out)
             examine_subject(Subject(load_module(folder), load_tokenizer(folder)), out, case)
 
 
 def examine_subject(subject: Subject, out: Path, case: Case) -> None:
-    """Write a model's answers question by question, and what texts cost it."""
-    scores = json.loads((out / RESULTS["after"]).read_text())
-    # what is answered in the model's own words has a score alone
-    chosen = [task for task in case.job.tasks if f"{task}/acc" in scores]
-    folder = load_config(case.job.config, case.job.overrides).tasks_dir
-    write_json(out / ANSWERS, {"after": ask_tasks(subject, folder, chosen)})
+    """Keep what a token of each kind of text costs a model, in nats."""
     nats = {}
     for kind, name in case.texts.items():
         texts = sources.read_texts([sources.Source(path=name)], Path())[:COUNT]
         rows = [subject.tokens(text)[:LENGTH] for text in texts]
         nats[kind] = measure_texts(subject, rows, 0)["nats a neutral token"].value
-    write_json(out / TEXTS, nats)
+    merge_results(out, texts=nats)
 
 
 # ---- the tables
@@ -400,7 +390,7 @@ def row_of(
     memory = fmean(r["memory"]["peak"] - r["memory"]["before"] for r in records)
     whole = tuple(run.parents[1] / "runs" / run.name for run in line.runs)
     columns = frontier.columns(world)
-    shares = [json.loads((run / SHARE).read_text())["share"] for run in line.runs]
+    shares = [load_results(run)["matched"]["share"] for run in line.runs]
     tables = [residual_table(report) for report in reports]
     left = estimate_residuals(frontier, world, regime, reports, tables, line.asked)
     return answers_row(frontier, world, line) | {
@@ -417,7 +407,7 @@ def row_of(
 
 
 def reports_of(line: ClaimLine) -> list[dict[str, Any]]:
-    return [json.loads((run / FILE).read_text()) for run in line.runs]
+    return [read_attacks(run) for run in line.runs]
 
 
 def control_rows(frontier: Frontier, world: str, regime: str, lines: Any) -> list[dict[str, Any]]:
@@ -446,7 +436,7 @@ def answers_row(frontier: Frontier, world: str, line: ClaimLine) -> dict[str, An
     """What a row's models answer, and what a token of texts costs them."""
     columns = frontier.columns(world)
     kept = [metric for name in frontier.spec["kept"] for metric in columns[name]]
-    nats = [json.loads((run / TEXTS).read_text()) for run in line.runs]
+    nats = [load_results(run)["texts"] for run in line.runs]
     return {
         "label": line.label,
         "cells": {name: estimate_line(line, metrics) for name, metrics in columns.items()},
@@ -457,12 +447,7 @@ def answers_row(frontier: Frontier, world: str, line: ClaimLine) -> dict[str, An
 
 def estimate_line(line: ClaimLine, metrics: Sequence[str]) -> dict[str, float]:
     draws = Draws()
-    return clip_interval(draws.over_seeds(resample_mean(line, metrics, draws)))
-
-
-def clip_interval(values: Array) -> dict[str, float]:
-    """A number with its interval; what is added for the draw of testbeds may lead out of 0 to 1."""
-    return interval_of(estimate_from(values.clip(0, 1), 0))
+    return interval_of(draws.estimate(resample_mean(line, metrics, draws), clip=(0, 1)))
 
 
 def estimate_residuals(
@@ -507,7 +492,7 @@ def residual_of(
         )
         for report, table, seed, part in zip(reports, tables, seeds, parts, strict=True)
     ]
-    return clip_interval(draws.over_seeds(np.stack(values, axis=1)))
+    return interval_of(draws.estimate(np.stack(values, axis=1), clip=(0, 1)))
 
 
 def write_frontier_reports(

@@ -5,27 +5,21 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
 from itertools import cycle
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import yaml
 
-from srmu.attacks.suite import number_facts, write_answers
 from srmu.engine import weights
 from srmu.engine.files import write_json
-from srmu.engine.loading import load_module
 from srmu.engine.progress import Watch, ignore_progress, print_line
 from srmu.errors import DivergedError, SrmuError
-from srmu.evals.matched import load_task
 from srmu.evals.parallel import RunJob, run_all, run_one
+from srmu.evals.results import read_metrics
 from srmu.evals.score import score_model
-from srmu.evals.subject import Subject, mark_answers
-from srmu.reproduce.claims import ANSWERS, RESULTS
 from srmu.runs.config import build_config, load_config
-from srmu.runs.record import extend_record
-from srmu.runs.run import Run, load_tokenizer, load_topics, plan_run, run_folder, unlearn
+from srmu.runs.run import load_tokenizer, load_topics, plan_run, run_folder, unlearn
 from srmu.testbed.build import RECIPE, build_testbed
 from srmu.testbed.worlds.world import create_closed
 
@@ -179,42 +173,13 @@ def whp_anchors(seed: int) -> dict[str, str]:
 
 
 def measure_job(job: RunJob) -> Path | str:
-    """The folder of a job's run on a testbed, with its answers; or why there is none."""
+    """The folder of a job's run on a testbed, measured; or why there is none."""
     try:
-        folder = run_one(job)
-        write_json(folder / ANSWERS, answers_of(Run.open(folder), job.tasks))
-        extend_record(folder, [ANSWERS])
-        return folder
+        return run_one(job)
     except DivergedError:
         return "diverged"
     except SrmuError as error:
         return f"failed: {error}"
-
-
-def answers_of(run: Run, tasks: Sequence[str]) -> dict[str, Any]:
-    """Right answers question by question: the intervals of differences need them."""
-    module = load_module(run.base).eval()
-    subject = Subject(module, load_tokenizer(run.base))
-    before = original_answers(str(run.base), run.config.tasks_dir or "", tuple(tasks))
-    method = run.config.method
-    with method.at_inference(module, partial(weights.apply_delta, module, run.base, run.delta)):
-        return {"before": before, "after": ask_tasks(subject, run.config.tasks_dir, tasks)}
-
-
-@lru_cache(8)
-def original_answers(base: str, tasks_dir: str, tasks: tuple[str, ...]) -> dict[str, Any]:
-    subject = Subject(load_module(Path(base)).eval(), load_tokenizer(Path(base)))
-    return ask_tasks(subject, tasks_dir, tasks)
-
-
-def ask_tasks(subject: Subject, tasks_dir: str | None, tasks: Sequence[str]) -> dict[str, Any]:
-    """A model's right answers to local tasks, and which fact each question is about."""
-    found = {}
-    for task in tasks:
-        asked_for = load_task(task, tasks_dir or "")
-        right = write_answers(mark_answers(subject, asked_for))
-        found[task] = {"right": right, "facts": number_facts([q.fact for q in asked_for])}
-    return found
 
 
 def existing_run(job: RunJob) -> Path | str | None:
@@ -228,10 +193,5 @@ def existing_run(job: RunJob) -> Path | str | None:
         return None
     if json.loads((folder / "record.json").read_text())["diverged"]:
         return "diverged"
-    files = [
-        folder / name for name in (*RESULTS.values(), *([ANSWERS] if config.tasks_dir else []))
-    ]
-    if not all(path.exists() for path in files):
-        return None
-    known = json.loads(files[1].read_text())
+    known = read_metrics(folder)["after"]
     return folder if all(f"{task}/acc" in known for task in job.tasks) else None

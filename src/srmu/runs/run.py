@@ -129,11 +129,6 @@ class Run:
         weights.export_checkpoint(self.base, self.delta, Path(out), link, watch, texts)
         return Path(out)
 
-    def results(self) -> dict[str, dict[str, float]]:
-        """What `srmu eval` measured of this run so far."""
-        path = self.folder / "results.json"
-        return json.loads(path.read_text()) if path.exists() else {}
-
 
 def plan_run(config: Config) -> tuple[Config, dict[str, Any]]:
     """The config with what depends on the model filled in, and what a run would load and write.

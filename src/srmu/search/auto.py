@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from srmu.attacks.base import Tier
-from srmu.attacks.suite import Sources, attack_run, describe_attacks
+from srmu.attacks.suite import Sources, attack_run
+from srmu.attacks.summary import describe_attacks
 from srmu.data.digest import digest_texts
 from srmu.data.names import find_names, read_names
 from srmu.data.sources import Source, read_texts
@@ -26,7 +27,8 @@ from srmu.engine.files import require_free, write_json
 from srmu.engine.loading import read_config
 from srmu.engine.progress import Watch, ignore_progress
 from srmu.errors import SrmuError
-from srmu.evals.analyses import candidate_layers, open_model
+from srmu.evals.analyses import open_model
+from srmu.evals.layer_sweep import candidate_layers
 from srmu.evals.score import tasks_beside
 from srmu.evals.separability import DOCUMENTS, measure_entanglement
 from srmu.methods import Misdirection

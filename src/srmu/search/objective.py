@@ -7,7 +7,6 @@ be kept. Of texts, the accuracy is that of the next token, and chance 0.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -22,21 +21,25 @@ from srmu.data.digest import digest_texts
 from srmu.data.tokens import batch_rows, tokenise_texts
 from srmu.data.topics import split_held_out
 from srmu.engine import weights
-from srmu.engine.files import write_json
 from srmu.engine.loading import load_module
 from srmu.engine.losses import is_predicted, token_nll
 from srmu.engine.train import move_batch
 from srmu.errors import SrmuError
-from srmu.evals.lm_eval import Results
+from srmu.evals.results import (
+    Metrics,
+    merge_results,
+    metric_rows,
+    number_facts,
+    read_metrics,
+    write_answers,
+)
 from srmu.evals.statistics import KNOWN, LEAST, Array, Draws, Estimate, estimate_from
 from srmu.evals.subject import Question, Subject, list_facts, mark_answers
 from srmu.runs.config import Config
-from srmu.runs.record import extend_record
 from srmu.runs.run import Run, find_device, load_tokenizer
 
 Half = Literal["val", "test"]
 HALVES: tuple[Half, Half] = ("val", "test")
-FILES = {"before": "before.json", "after": "results.json"}  # in a run's folder
 NOTHING = 0.05  # accuracy above chance below which a model knows nothing
 HELD = 10  # one text in so many is held out for each half
 TESTBED = ("organism_hazard",), ("organism_neighbour", "organism_general")
@@ -152,19 +155,18 @@ class Yardstick:
         """The metric of each part in a half."""
         return {name: f"{name}{'_val' * (half == 'val')}/acc" for name in self.parts}
 
-    def score(self, run: Run, half: Half = "val") -> dict[str, Results]:
+    def score(self, run: Run, half: Half = "val") -> dict[str, Metrics]:
         """As `srmu.score_model`: accuracies before and after a run, kept in its folder."""
-        wanted = self.metrics(half)
-        found = {when: read_accuracies(run.folder / file) for when, file in FILES.items()}
-        if not all(metric in found[when] for when in FILES for metric in wanted.values()):
+        wanted = self.metrics(half).values()
+        found = read_metrics(run.folder)
+        if not all(metric in results for results in found.values() for metric in wanted):
             self.take(run, half)
-            found = {when: read_accuracies(run.folder / file) for when, file in FILES.items()}
+            found = read_metrics(run.folder)
         return {
-            when: {metric: results[metric] for metric in wanted.values()}
-            for when, results in found.items()
+            when: {metric: results[metric] for metric in wanted} for when, results in found.items()
         }
 
-    def outcome(self, scores: Mapping[str, Results], half: Half = "val") -> SearchOutcome:
+    def outcome(self, scores: Mapping[str, Metrics], half: Half = "val") -> SearchOutcome:
         """Forgetting and utility loss, from what `score` gave.
 
         SrmuError where the original model answers no more than a guess would.
@@ -234,30 +236,29 @@ class Yardstick:
             self.before[half] = all_parts()
         with method.at_inference(module, partial(weights.apply_delta, module, base, run.delta)):
             taken = {"before": self.before[half], "after": all_parts()}
-        results = {}
-        for when, file in FILES.items():
-            path = run.folder / file
-            results[when] = read_accuracies(path) | accuracy_results(
-                taken[when], self.metrics(half)
-            )
-            write_json(path, results[when])
-        extend_record(run.folder, [*FILES.values()], results=results)
+        names = self.metrics(half)
+        merge_results(
+            run.folder,
+            [
+                row
+                for when, answers in taken.items()
+                for row in metric_rows(answer_metrics(answers, names), when)
+            ],
+        )
         return taken
 
 
-def read_accuracies(path: Path) -> Results:
-    """The accuracies in a file; none where there is no such file."""
-    return json.loads(path.read_text()) if path.exists() else {}
-
-
-def accuracy_results(taken: Mapping[str, MarkedAnswers], metrics: Mapping[str, str]) -> Results:
-    """Accuracies as `results.json` has them; `n` counts questions, or texts."""
-    found: Results = {}
+def answer_metrics(taken: Mapping[str, MarkedAnswers], metrics: Mapping[str, str]) -> Metrics:
+    """Answers as metrics by name; `n` counts questions, or texts."""
+    found: Metrics = {}
     for name, part in taken.items():
         value = float(np.mean(part.right))
         n = len(part.right) if part.nats is None else len(set(part.about))
         found[metrics[name]] = {"value": value, "stderr": (value * (1 - value) / n) ** 0.5, "n": n}
-        if part.nats is not None:
+        if part.nats is None:
+            answers = {"answers": write_answers(part.right), "facts": number_facts(part.about)}
+            found[metrics[name]] |= answers
+        else:
             found[metrics[name].replace("/acc", "/nats")] = {"value": part.nats, "n": n}
     return found
 

@@ -15,12 +15,12 @@ from srmu.attacks.base import AttackResult, Exam
 from srmu.attacks.relearning_steps import relearning_steps
 from srmu.attacks.suite import (
     Sources,
-    best_setting,
     fill_sources,
     load_exam,
     load_texts,
     read_run_texts,
 )
+from srmu.attacks.summary import best_setting
 from srmu.engine import weights
 from srmu.engine.loading import load_module
 from srmu.engine.progress import Watch

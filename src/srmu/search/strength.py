@@ -15,7 +15,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from srmu.engine.loading import read_config
 from srmu.engine.progress import Watch
-from srmu.evals.analyses import sweep_layers
+from srmu.evals.layer_sweep import sweep_layers
 from srmu.runs.config import Config
 from srmu.runs.run import base_of, unlearn
 from srmu.search.objective import Yardstick

@@ -1,4 +1,4 @@
-"""What every suite gets and gives: rows of its data set, a model that answers, named numbers."""
+"""What every benchmark uses: rows of a data set, a model that answers, metrics by name."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from itertools import chain
 from math import isfinite, sqrt
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ Row = dict[str, Any]
 Metrics = dict[str, dict[str, float]]  # "tofu/model_utility" -> value, n and, if known, stderr
 Values = dict[str, list[float]]  # a number for each question or text, by name
 PLAIN = "Question: {question}\nAnswer:"
+LETTERS = "ABCD"  # of options
 ROWS = 32  # prompts continued at once
 KINDS: dict[type, str] = {
     str: "a text",
@@ -33,6 +34,16 @@ KINDS: dict[type, str] = {
     int: "a whole number",
     dict: "a mapping",
 }
+
+
+class Shape(NamedTuple):
+    """What a field of a row must be, where a type does not say enough."""
+
+    is_right: Callable[[Row], bool]
+    expected: str
+
+
+Fields = Mapping[str, type | Shape]
 
 
 @dataclass
@@ -50,10 +61,8 @@ class BenchmarkData:
     limit: int | None = None  # rows of each part
     seen: dict[str, str] = field(default_factory=dict)
 
-    def rows(
-        self, config: str, split: str, fields: Mapping[str, type], *, least: int = 1
-    ) -> list[Row]:
-        """The rows of a part, at least `least`, in which these fields are there and of their types.
+    def rows(self, config: str, split: str, fields: Fields, *, least: int = 1) -> list[Row]:
+        """The rows of a part, at least `least`, in which these fields are there and as they say.
 
         SrmuError where the set is out of reach, or names the first row that is not as it should be.
         """
@@ -87,18 +96,22 @@ class BenchmarkData:
         return rows
 
 
-def check_field(row: Row, name: str, kind: type, where: str) -> None:
-    """SrmuError unless a row's field is there and of its type, and no text in it is empty."""
+def check_field(row: Row, name: str, kind: type | Shape, where: str) -> None:
+    """SrmuError unless a row's field is there and as it should be, and no text in it is empty."""
     if name not in row:
         raise SrmuError(f"{where}: no field {name!r}; it has {', '.join(row) or 'none'}")
     value = row[name]
-    found = KINDS.get(type(value), type(value).__name__)
+    if isinstance(kind, Shape):
+        if not kind.is_right(row):
+            raise SrmuError(f"{where}: field {name!r} is not {kind.expected}")
+        return
+    shown = KINDS.get(type(value), type(value).__name__)
     wrong = type(value) is not kind
     if kind is list and not wrong:
         wrong = not value or not all(isinstance(part, str) for part in value)
-        found = "an empty list" if not value else "a list of other things" if wrong else found
+        shown = "an empty list" if not value else "a list of other things" if wrong else shown
     if wrong:
-        raise SrmuError(f"{where}: field {name!r} is {found}; expected {KINDS[kind]}")
+        raise SrmuError(f"{where}: field {name!r} is {shown}; expected {KINDS[kind]}")
     texts = value if kind is list else [value] if kind is str else []
     if not all(text.strip() for text in texts):
         raise SrmuError(f"{where}: field {name!r} has an empty text")
@@ -106,7 +119,7 @@ def check_field(row: Row, name: str, kind: type, where: str) -> None:
 
 @dataclass(frozen=True)
 class BenchmarkRequest:
-    """What a suite is asked to measure, and how.
+    """What a benchmark is to measure, and how.
 
     `part` is what follows the slash in `--suite tofu/forget10`. `template` has `{question}`; ""
     stands for the tokenizer's chat template, else PLAIN. `reference` holds the values of a model
@@ -122,7 +135,7 @@ class BenchmarkRequest:
 
 @dataclass(frozen=True)
 class BenchmarkScores:
-    """What a suite measured of a model: named numbers, and those of each question behind them."""
+    """A benchmark's metrics of a model, and the values of single questions behind them."""
 
     metrics: Metrics
     values: Values = field(default_factory=dict)
@@ -163,12 +176,20 @@ class Benchmark:
     revision: str = "main"
 
 
+def hint_download(repo: str, folder: str) -> str:
+    """How a user gets a data set of the hub."""
+    return (
+        f"with a hub in reach, `hf download {repo} --repo-type dataset --local-dir {folder}`, then "
+        f"give --data {folder}"
+    )
+
+
 def prompt_of(model: Subject, question: str, template: str = "") -> str:
-    """A question as the model is asked it: by a template, its chat template, or PLAIN."""
+    """The prompt for a question: by a template, the chat template, or PLAIN."""
     if template or not model.tokenizer.chat_template:
         return (template or PLAIN).replace("{question}", question)
-    said = [{"role": "user", "content": question}]
-    text = model.tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+    messages = [{"role": "user", "content": question}]
+    text = model.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     start = model.tokenizer.bos_token or ""
     # the tokenizer puts its own first token there
     twice = start and model.tokens("")[:1] == [model.tokenizer.bos_token_id]
@@ -196,34 +217,34 @@ def write_continuations(
     parts = [order[start : start + ROWS] for start in range(0, len(order), ROWS)]
 
     def some(part: Sequence[int]) -> list[str]:
-        made = continue_greedily(model, [rows[i] for i in part], new_tokens)
+        continued = continue_greedily(model, [rows[i] for i in part], new_tokens)
         return [
             cut_at_stop(model.tokenizer.decode(ids, skip_special_tokens=True), stops)
-            for ids in made
+            for ids in continued
         ]
 
     written = chain.from_iterable(do_each(parts, some, label, watch))
-    found = dict(zip(order, written, strict=True))
-    if prompts and not any(found.values()) and not model.original:
+    texts = dict(zip(order, written, strict=True))
+    if prompts and not any(texts.values()) and not model.original:
         raise SrmuError(
             f"{label}: the model wrote nothing after any of {len(prompts)} prompts; is --template "
             "what it was trained with?"
         )
-    return [found[i] for i in range(len(rows))]
+    return [texts[i] for i in range(len(rows))]
 
 
 @torch.no_grad()
 def continue_greedily(
     model: Subject, rows: Sequence[Sequence[int]], new_tokens: int
 ) -> list[list[int]]:
-    """The likeliest token again and again after each row, to the end of the text or the cap."""
+    """Greedy continuations of token rows, up to the end of the text or `new_tokens`."""
     pad = model.tokenizer.pad_token_id or 0
     ends = model.module.generation_config.eos_token_id
     ends = {model.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
     width = max(map(len, rows))
     ids = torch.tensor([[pad] * (width - len(row)) + [*row] for row in rows]).to(model.device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-    made = model.module.generate(
+    written = model.module.generate(
         ids,
         attention_mask=mask.to(model.device),
         max_new_tokens=new_tokens,
@@ -236,8 +257,8 @@ def continue_greedily(
         pad_token_id=pad,
         eos_token_id=sorted(ends) or None,
     )[:, width:].tolist()
-    stops = [next((i for i, token in enumerate(row) if token in ends), len(row)) for row in made]
-    return [row[:stop] for row, stop in zip(made, stops, strict=True)]
+    stops = [next((i for i, token in enumerate(row) if token in ends), len(row)) for row in written]
+    return [row[:stop] for row, stop in zip(written, stops, strict=True)]
 
 
 def cut_at_stop(text: str, stops: Sequence[str]) -> str:
@@ -254,36 +275,54 @@ def log_likelihoods(
     label: str = "likelihoods",
     watch: Watch = ignore_progress,
 ) -> list[tuple[float, int]]:
-    """Of each (prompt, answer), the answer with the space before it: log p and how many tokens.
+    """The log-probability (nats) and the number of tokens of the answer in each (prompt, answer).
 
-    Nats, summed over the answer's tokens. Of several processes each reads some.
+    Answers come with the space before them. Several processes share the work.
     """
     parts = [pairs[start : start + 256] for start in range(0, len(pairs), 256)]
 
     def some(part: Sequence[tuple[str, str]]) -> list[tuple[float, int]]:
         return [(logp, length) for logp, length, _ in answer_likelihoods(model, part)]
 
-    found = [*chain.from_iterable(do_each(parts, some, label, watch))]
-    check_finite([logp for logp, _ in found], label)
-    return found
+    results = [*chain.from_iterable(do_each(parts, some, label, watch))]
+    check_finite([logp for logp, _ in results], label)
+    return results
+
+
+def option_likelihoods(
+    model: Subject,
+    asked: Sequence[tuple[str, Sequence[str]]],
+    *,
+    label: str,
+    watch: Watch = ignore_progress,
+) -> list[list[tuple[float, int]]]:
+    """The same for each option of each (prompt, options)."""
+    pairs = [(prompt, option) for prompt, options in asked for option in options]
+    read = iter(log_likelihoods(model, pairs, label=label, watch=watch))
+    return [[next(read) for _ in options] for _, options in asked]
+
+
+def letter_options(choices: Sequence[str]) -> str:
+    """Options as a question lists them: one line `A. text` each."""
+    return "\n".join(f"{a}. {text}" for a, text in zip(LETTERS, choices, strict=False))
 
 
 def do_each(
     items: Sequence[S], do: Callable[[S], T], label: str, watch: Watch = ignore_progress
 ) -> list[T]:
-    """What `do` makes of each item, in their order; of several processes each takes some."""
+    """Call `do` with each item; the results in order. Several processes share the work."""
     with watch(label, -(-len(items) // distributed.get_size())) as tick:
 
         def one(item: S) -> T:
-            made = do(item)
+            result = do(item)
             tick("")
-            return made
+            return result
 
         return distributed.share_work(items, one)
 
 
 def check_finite(values: Iterable[float], label: str) -> None:
-    """SrmuError where a number that a model gave is none."""
+    """SrmuError where a model gave NaN or infinity."""
     if not all(map(isfinite, values)):
         raise SrmuError(f"{label}: the model's output is not a number (NaN)")
 
@@ -292,8 +331,8 @@ def mean_metric(values: Sequence[float]) -> dict[str, float]:
     """A metric that is a mean over questions, with its standard error."""
     count = len(values)
     error = float(np.std(values, ddof=1)) / sqrt(count) if count > 1 else float("nan")
-    found = {"value": float(np.mean(values)), "n": float(count)}
-    return found | ({"stderr": error} if isfinite(error) else {})
+    metric = {"value": float(np.mean(values)), "n": float(count)}
+    return metric | ({"stderr": error} if isfinite(error) else {})
 
 
 def rouge_scores(

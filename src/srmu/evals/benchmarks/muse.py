@@ -1,4 +1,4 @@
-"""MUSE: whether news or novels can still be recited, asked about, or told from unseen ones."""
+"""MUSE: can a model still recite news or novels, answer about them, tell them from unseen ones?"""
 
 from __future__ import annotations
 
@@ -18,11 +18,13 @@ from srmu.evals.benchmarks.base import (
     Values,
     check_finite,
     do_each,
+    hint_download,
     mean_metric,
     rouge_scores,
     write_continuations,
 )
 from srmu.evals.membership_scores import mean_lowest as least
+from srmu.evals.statistics import area_under_curve
 from srmu.evals.subject import Subject
 
 PARTS = ("news", "books")
@@ -35,7 +37,7 @@ SHOT = "Question: {question}\nAnswer: "  # the blank at the end is theirs, too
 KINDS = ("forget", "holdout")
 
 
-def run_muse(model: Subject, asked: BenchmarkRequest) -> BenchmarkScores:
+def run_muse(model: Subject, request: BenchmarkRequest) -> BenchmarkScores:
     """MUSE's numbers of one model (arXiv 2407.06460, section 3), each a share.
 
     `verbmem_f` (C1) is ROUGE-L F1 of the greedy continuation of forget texts; `knowmem_f` (C2) and
@@ -48,16 +50,17 @@ def run_muse(model: Subject, asked: BenchmarkRequest) -> BenchmarkScores:
     (their `forget_holdout` has hold-out texts as positives, and so has open-unlearning): -1 where
     everything is known, 0 as the model that never saw the forget set, above 0 where forget texts
     are less likely than unknown ones. `privleak_member` has A = `auc`. The authors' code fixes
-    A_retrain as a number for its own two models; here it is that of `asked.reference`.
+    A_retrain as a number for its own two models; here it is that of `request.reference`.
     """
-    known = oracle_scores(asked)
+    known = read_oracle(request)
     scores = {
-        f"min40_{kind}": min_k_scores(model, asked, kind, read_kind(asked, kind)) for kind in KINDS
+        f"min40_{kind}": score_min_k(model, request, kind, read_kind(request, kind))
+        for kind in KINDS
     }
-    metrics: Metrics = privacy_metrics(scores, known)
-    values: Values = {**scores, "verbmem_f": verbatim_recall(model, asked)}
+    metrics: Metrics = measure_privacy(scores, known)
+    values: Values = {**scores, "verbmem_f": measure_verbatim(model, request)}
     for name, about in (("knowmem_f", "forget"), ("knowmem_r", "retain")):
-        values[name] = answer_recall(model, asked, about)
+        values[name] = measure_answers(model, request, about)
     metrics |= {
         f"muse/{name}": mean_metric(values[name])
         for name in ("verbmem_f", "knowmem_f", "knowmem_r")
@@ -65,18 +68,18 @@ def run_muse(model: Subject, asked: BenchmarkRequest) -> BenchmarkScores:
     return BenchmarkScores(metrics, values)
 
 
-def oracle_scores(asked: BenchmarkRequest) -> Values | None:
+def read_oracle(request: BenchmarkRequest) -> Values | None:
     """The Min-40 % scores of the model that never saw the forget set, if there is one."""
-    if asked.reference is None:
+    if request.reference is None:
         return None
-    missing = [kind for kind in KINDS if not asked.reference.get(f"min40_{kind}")]
+    missing = [kind for kind in KINDS if not request.reference.get(f"min40_{kind}")]
     if missing:
         raise SrmuError(
             f"the reference has no values min40_{missing[0]}: make it by a run of this suite, "
             "version and part on a model that never saw the forget set"
         )
-    known = {f"min40_{kind}": [*asked.reference[f"min40_{kind}"]] for kind in KINDS}
-    if membership_area(known) == 1:
+    known = {f"min40_{kind}": [*request.reference[f"min40_{kind}"]] for kind in KINDS}
+    if measure_membership(known) == 1:
         raise SrmuError(
             "PrivLeak has no value: the reference finds each forget text likelier than all "
             "hold-out texts, as no model does that never saw them; name another, or take more rows"
@@ -84,40 +87,37 @@ def oracle_scores(asked: BenchmarkRequest) -> Values | None:
     return known
 
 
-def read_kind(asked: BenchmarkRequest, kind: str) -> list[str]:
-    return [row["text"] for row in asked.data.rows("privleak", kind, {"text": str})]
+def read_kind(request: BenchmarkRequest, kind: str) -> list[str]:
+    return [row["text"] for row in request.data.rows("privleak", kind, {"text": str})]
 
 
-def privacy_metrics(own: Values, known: Values | None) -> Metrics:
+def measure_privacy(own: Values, known: Values | None) -> Metrics:
     """AUC and, against the reference, PrivLeak in both orientations."""
     count = float(sum(map(len, own.values())))
-    found = {"auc": membership_area(own)}
+    metrics = {"auc": measure_membership(own)}
     if known:
         # arXiv 2407.06460, the definition of PrivLeak in section 3
-        found["privleak"] = relative_difference(
-            1 - membership_area(own), 1 - membership_area(known)
+        metrics["privleak"] = relative_difference(
+            1 - measure_membership(own), 1 - measure_membership(known)
         )
-        if membership_area(known):
-            found["privleak_member"] = relative_difference(
-                membership_area(own), membership_area(known)
+        if measure_membership(known):
+            metrics["privleak_member"] = relative_difference(
+                measure_membership(own), measure_membership(known)
             )
-    return {f"muse/{name}": {"value": value, "n": count} for name, value in found.items()}
+    return {f"muse/{name}": {"value": value, "n": count} for name, value in metrics.items()}
 
 
 def relative_difference(own: float, other: float) -> float:
     return (own - other) / other
 
 
-def membership_area(scores: Values) -> float:
+def measure_membership(scores: Values) -> float:
     """The chance that a forget text scores higher than a hold-out text; a tie counts a half."""
-    from sklearn.metrics import roc_auc_score
-
-    member, unknown = (scores[f"min40_{kind}"] for kind in KINDS)
-    return float(roc_auc_score([1] * len(member) + [0] * len(unknown), [*member, *unknown]))
+    return area_under_curve(*(scores[f"min40_{kind}"] for kind in KINDS))
 
 
-def min_k_scores(
-    model: Subject, asked: BenchmarkRequest, kind: str, texts: Sequence[str]
+def score_min_k(
+    model: Subject, request: BenchmarkRequest, kind: str, texts: Sequence[str]
 ) -> list[float]:
     """Min-40 % of each text: mean log p of its least likely tokens, at least of one.
 
@@ -125,13 +125,15 @@ def min_k_scores(
     where 40 % of a text's are less than one, and has no number then.
     """
     label = f"muse {kind} texts"
-    found = do_each(texts, lambda text: least(log_p(model, text), SHARE), label, asked.watch)
-    check_finite(found, label)
-    return found
+    scores = do_each(
+        texts, lambda text: least(read_log_p(model, text), SHARE), label, request.watch
+    )
+    check_finite(scores, label)
+    return scores
 
 
 @torch.no_grad()
-def log_p(model: Subject, text: str) -> torch.Tensor:
+def read_log_p(model: Subject, text: str) -> torch.Tensor:
     """Log-probabilities of a text's tokens from the second on, as many as the model can read."""
     ids = torch.tensor([model.tokens(text)[: model.max_length]]).to(model.device)
     if ids.shape[1] < 2:
@@ -139,18 +141,18 @@ def log_p(model: Subject, text: str) -> torch.Tensor:
     return -token_nll(model.module(ids, use_cache=False).logits, ids)[0]
 
 
-def verbatim_recall(model: Subject, asked: BenchmarkRequest) -> list[float]:
+def measure_verbatim(model: Subject, request: BenchmarkRequest) -> list[float]:
     """ROUGE-L F1 of what follows each prompt of a forget text with what the model writes."""
-    rows = asked.data.rows("verbmem", "forget", {"prompt": str, "gt": str})
-    said = write_continuations(
+    rows = request.data.rows("verbmem", "forget", {"prompt": str, "gt": str})
+    written = write_continuations(
         model,
         [row["prompt"] for row in rows],
         RECITED,
         label="muse verbatim",
-        watch=asked.watch,
+        watch=request.watch,
     )
     truths = [shorten_truth(model, row["gt"]) for row in rows]
-    return rouge_scores("fmeasure", said, truths)  # unstemmed, as theirs
+    return rouge_scores("fmeasure", written, truths)  # unstemmed, as theirs
 
 
 def shorten_truth(model: Subject, truth: str) -> str:
@@ -161,33 +163,31 @@ def shorten_truth(model: Subject, truth: str) -> str:
     return model.tokenizer.decode(ids[:RECITED], skip_special_tokens=True)
 
 
-def answer_recall(model: Subject, asked: BenchmarkRequest, about: str) -> list[float]:
+def measure_answers(model: Subject, request: BenchmarkRequest, about: str) -> list[float]:
     """ROUGE-L F1 of each short answer, after the worked examples of the set's `_icl` split."""
     fields: dict[str, type] = {"question": str, "answer": str}
-    rows = asked.data.rows("knowmem", f"{about}_qa", fields)
-    shots = replace(asked.data, limit=None).rows("knowmem", f"{about}_qa_icl", fields)
-    form = asked.template or SHOT
+    rows = request.data.rows("knowmem", f"{about}_qa", fields)
+    shots = replace(request.data, limit=None).rows("knowmem", f"{about}_qa_icl", fields)
+    form = request.template or SHOT
     first = "".join(
         f"{form.format(question=shot['question']).rstrip()} {shot['answer']}\n\n" for shot in shots
     )
-    said = write_continuations(
+    written = write_continuations(
         model,
         [first + form.format(question=row["question"]) for row in rows],
         ANSWERED,
         stops=STOPS,
         label=f"muse {about} answers",
-        watch=asked.watch,
+        watch=request.watch,
     )
-    return rouge_scores("fmeasure", said, [row["answer"] for row in rows])
+    return rouge_scores("fmeasure", written, [row["answer"] for row in rows])
 
 
 SUITE = Benchmark(
     title="MUSE",
     paper="arXiv 2407.06460",
     hub="muse-bench/MUSE-{part}",  # News, Books
-    get="with a hub in reach, `hf download muse-bench/MUSE-News --repo-type dataset "
-    "--local-dir muse`, "
-    "then give --data muse",
+    get=hint_download("muse-bench/MUSE-News", "muse"),
     run=run_muse,
     axes=("KnowMem f", "KnowMem r"),
     columns=(

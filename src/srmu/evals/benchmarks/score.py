@@ -1,4 +1,4 @@
-"""A model or a run on a suite: before and after, beside a model that never saw the forget set."""
+"""Measure a model, or a run before and after, on a benchmark, beside an oracle."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from srmu.evals.benchmarks.base import (
     TableColumn,
     Values,
 )
+from srmu.evals.results import Row, merge_results, metric_rows, write_answers
 from srmu.evals.subject import Subject
-from srmu.runs.record import extend_record
+from srmu.runs.record import RECORD
 from srmu.runs.run import Run, find_device, load_tokenizer
 
-FILE = "suites.json"  # in a run's folder: what was measured, by suite and part
 NONE = "none"
 TITLES = {"before": "original", "after": "unlearned", "oracle": "oracle"}
 
@@ -69,59 +69,73 @@ class BenchmarkOptions:
 
 
 def score_benchmark(
-    target: str, way: BenchmarkOptions, *, log: Path | None = None, watch: Watch = ignore_progress
+    target: str,
+    options: BenchmarkOptions,
+    *,
+    log: Path | None = None,
+    watch: Watch = ignore_progress,
 ) -> dict[str, Any]:
     """Measure a model folder, a hub id or a run on a suite: `{"after": metrics, ...}`.
 
-    The data set is `way.data`, else `suites/NAME` beside the model, else the hub's. Of a run also
-    `before`; of an oracle that is a model, its own metrics. A run's go into its `suites.json`.
-    `log` is where the values of each question are written, which can serve as another's `oracle`;
-    they are numbers, no texts.
+    The data set is `options.data`, else `suites/NAME` beside the model, else the hub's. Of a run
+    also `before`; of an oracle that is a model, its own metrics. A run's are merged into its
+    `results.json`. `log` is where the values of each question are written, which can serve as
+    another's `oracle`; they are numbers, no texts.
     """
-    suite, _ = benchmarks.find_benchmark(way.name)
-    if suite.oracle and not way.oracle and not log:
+    suite, _ = benchmarks.find_benchmark(options.name)
+    if suite.oracle and not options.oracle and not log:
         raise SrmuError(
-            f"--suite {way.name}: {suite.oracle} needs a model that never saw the forget set: give "
-            "--oracle MODEL, or a log of one (srmu eval MODEL --suite ... --log FILE.json), or "
-            "--oracle none to leave it out"
+            f"--suite {options.name}: {suite.oracle} needs a model that never saw the forget set: "
+            "give --oracle MODEL, or a log of one (srmu eval MODEL --suite ... --log FILE.json), "
+            "or --oracle none to leave it out"
         )
     if log and not log.parent.is_dir():
         raise SrmuError(f"--log {log}: there is no folder {log.parent}")
-    place = Path(target)
-    run = Run.open(place) if (place / "record.json").exists() else None
+    run = Run.open(Path(target)) if (Path(target) / RECORD).exists() else None
     folder = run.base if run else weights.locate_model(target)
-    beside = folder.parent / "suites" / way.name.partition("/")[0]  # as in a testbed
-    if not (way.data or way.revision) and beside.is_dir():
-        way = replace(way, data=str(beside))
-    way.read()  # what is wrong must show before anything is loaded
+    beside = folder.parent / "suites" / options.name.partition("/")[0]  # as in a testbed
+    if not (options.data or options.revision) and beside.is_dir():
+        options = replace(options, data=str(beside))
+    options.read()  # what is wrong must show before anything is loaded
     read_config(folder)
     weights.list_shards(folder)
     reference: Values | None = None
-    oracle: dict[str, Any] = {}
-    marks = reference_marks(folder, way)
-    given = asdict(way) | {"device": "", "data": digest_data(way)}
-    measure = partial(measure_benchmark, way=way, given=given, watch=watch)
-    if way.oracle.endswith(".json"):
-        reference, rows = read_log(Path(way.oracle), marks)
-    elif way.oracle not in ("", NONE):
-        of_it, rows = measure(weights.locate_model(way.oracle))
-        oracle, reference = {"oracle": of_it.metrics}, dict(of_it.values)
-    found: dict[str, Any] = {}
+    scores: dict[str, BenchmarkScores] = {}
+    marks = reference_marks(folder, options)
+    decides = asdict(options) | {"device": "", "data": digest_data(options)}
+    measure = partial(measure_benchmark, options=options, decides=decides, watch=watch)
+    if options.oracle.endswith(".json"):
+        reference, rows = read_log(Path(options.oracle), marks)
+    elif options.oracle not in ("", NONE):
+        scores["oracle"], rows = measure(weights.locate_model(options.oracle))
+        reference = dict(scores["oracle"].values)
     for when in ("before", "after") if run else ("after",):
-        scores, seen = measure(folder, run if when == "after" else None, reference)
+        scores[when], seen = measure(folder, run if when == "after" else None, reference)
         if reference is not None and seen != rows:
-            raise SrmuError(f"--oracle {way.oracle}: its log was made from other rows than these")
-        found[when] = scores.metrics
-    found |= oracle
-    if not distributed.is_first():
-        return found
-    if log:
-        write_whole(log, format_json(marks | {"rows": seen, "values": dict(scores.values)}))
-    if run:
-        known = json.loads((place / FILE).read_text()) if (place / FILE).exists() else {}
-        write_json(place / FILE, known | {way.name: found | {"asked": asdict(way), "rows": seen}})
-        extend_record(place, [FILE])
-    return found
+            raise SrmuError(
+                f"--oracle {options.oracle}: its log was made from other rows than these"
+            )
+    if log and distributed.is_first():
+        values = dict(scores["after"].values)
+        write_whole(log, format_json(marks | {"rows": seen, "values": values}))
+    if run and distributed.is_first():
+        measured = [
+            row for when, one in scores.items() for row in benchmark_rows(options.name, when, one)
+        ]
+        asked = {options.name: {"asked": asdict(options), "rows": seen}}
+        merge_results(run.folder, measured, benchmarks=asked)
+    return {when: one.metrics for when, one in scores.items()}
+
+
+def benchmark_rows(name: str, when: str, scores: BenchmarkScores) -> list[Row]:
+    """A benchmark's metrics as rows of the results, with values of single questions."""
+    first = name.partition("/")[0]
+    answers = {
+        f"{first}/{key}": {"answers": write_answers(values)}
+        for key, values in scores.values.items()
+    }
+    metrics = {key: entry | answers.get(key, {}) for key, entry in scores.metrics.items()}
+    return metric_rows(metrics, when, benchmark=name)
 
 
 def measure_benchmark(
@@ -129,30 +143,30 @@ def measure_benchmark(
     run: Run | None = None,
     reference: Values | None = None,
     *,
-    way: BenchmarkOptions,
-    given: Mapping[str, Any],
+    options: BenchmarkOptions,
+    decides: Mapping[str, Any],
     watch: Watch,
 ) -> tuple[BenchmarkScores, dict[str, str]]:
-    """What a suite says of a model, changed by a run or not, and digests of the rows it read.
+    """A benchmark's scores of a model, changed by a run or not, and digests of the rows it read.
 
-    Kept in the cache folder until the model, what is `given`, the reference or the code change.
+    Kept in the cache folder until the model, what `decides`, the reference or the code change.
     """
     delta = dict(run.delta) if run else {}
-    mark = weights.changed_fingerprint(weights.fingerprint_model(folder), delta)
     method = run.config.method if run else None
-    told = repr(method) if method and method.no_checkpoint else ""
+    mark = weights.changed_fingerprint(weights.fingerprint_model(folder), delta)
+    own = repr(method) if method and method.no_checkpoint else ""
     code = [sha256(path) for path in sorted(Path(benchmarks.__file__).parent.glob("*.py"))]
     versions = [version(package) for package in ("transformers", "torch", "rouge-score", "lm-eval")]
-    decides = [mark, told, {**given, "oracle": reference}, code, versions]
-    key = sha256(json.dumps(decides, sort_keys=True).encode())
-    path = cache_dir() / "suites" / f"{key}.json"
+    key = [mark, own, {**decides, "oracle": reference}, code, versions]
+    name = sha256(json.dumps(key, sort_keys=True).encode())
+    path = cache_dir() / "suites" / f"{name}.json"
     kept = distributed.agree_on(_read(path))
     if kept is not None:
         return BenchmarkScores(kept["metrics"], kept["values"]), kept["rows"]
-    suite, part = benchmarks.find_benchmark(way.name)
-    module = load_module(folder).eval().to(find_device(way.device))
-    data = way.read()
-    asked = BenchmarkRequest(data, part, way.template, reference, watch)
+    suite, part = benchmarks.find_benchmark(options.name)
+    module = load_module(folder).eval().to(find_device(options.device))
+    data = options.read()
+    request = BenchmarkRequest(data, part, options.template, reference, watch)
     changed = (
         method.at_inference(module, partial(weights.apply_delta, module, folder, delta))
         if method
@@ -161,7 +175,7 @@ def measure_benchmark(
     with changed:
         # only that there is one is looked at: nothing may take these for the original's
         subject = Subject(module, load_tokenizer(folder), delta, fixed="suites change no weights")
-        scores = suite.run(subject, asked)
+        scores = suite.run(subject, request)
     if distributed.is_first():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, {"metrics": scores.metrics, "values": scores.values, "rows": data.seen})
@@ -183,49 +197,49 @@ def format_metric(column: TableColumn, metrics: Metrics) -> str:
     return f"{value:.1f}" if column.scale == 100 else f"{value:.3g}"
 
 
-def digest_data(way: BenchmarkOptions) -> str:
+def digest_data(options: BenchmarkOptions) -> str:
     """Where the data are, or what they are: a folder's name may stay while its files change."""
-    if not way.data:
+    if not options.data:
         return ""
-    folder = Path(way.data)
+    folder = Path(options.data)
     places = (folder, folder.with_name("mmlu"))  # WMDP is asked with MMLU, which lies beside it
     files = sorted(path for place in places for path in place.rglob("*") if path.is_file())
     return sha256(*(part for path in files for part in (path.name.encode(), path)))
 
 
-def reference_marks(folder: Path, way: BenchmarkOptions) -> dict[str, Any]:
+def reference_marks(folder: Path, options: BenchmarkOptions) -> dict[str, Any]:
     """What two models must have in common for the log of one to serve the other."""
     config = read_config(folder)
     names = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
     tokenizer = load_tokenizer(folder)
     code = sha256(
-        Path(benchmarks.__file__).with_name("base.py"), Path(str(module_of(way).__file__))
+        Path(benchmarks.__file__).with_name("base.py"), Path(str(find_module(options).__file__))
     )
     return {
-        "suite": way.name,
+        "suite": options.name,
         "model": {name: getattr(config, name, None) for name in names},
         "tokenizer": sha256(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode())[:16],
-        "template": way.template or tokenizer.chat_template or "",
-        "limit": way.limit,
+        "template": options.template or tokenizer.chat_template or "",
+        "limit": options.limit,
         "srmu": f"{version('srmu')}, {code[:16]}",
     }
 
 
-def module_of(way: BenchmarkOptions) -> Any:
-    return getattr(benchmarks, way.name.partition("/")[0])
+def find_module(options: BenchmarkOptions) -> Any:
+    return getattr(benchmarks, options.name.partition("/")[0])
 
 
 def read_log(path: Path, marks: Mapping[str, Any]) -> tuple[Values, dict[str, str]]:
     """The values of an oracle that was measured before, and which rows; SrmuError if of another."""
     try:
         log = json.loads(path.read_text(encoding="utf-8"))
-        values, rows, found = log["values"], log["rows"], {name: log[name] for name in marks}
+        values, rows, own = log["values"], log["rows"], {name: log[name] for name in marks}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SrmuError(
             f"--oracle {path} is not a log ({type(error).__name__}); srmu eval MODEL "
             f"--suite {marks['suite']} --log FILE.json writes one"
         ) from error
-    other = [name for name in marks if found[name] != marks[name]]
+    other = [name for name in marks if own[name] != marks[name]]
     if other:
         raise SrmuError(
             f"--oracle {path} is of another {', '.join(other)}: measure the model that never saw "

@@ -1,4 +1,4 @@
-"""TOFU: whether made-up authors are forgotten, and real ones and other made-up ones are not."""
+"""TOFU: has a model forgotten some made-up authors, but not others and real ones?"""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from srmu.evals.benchmarks.base import (
     Row,
     TableColumn,
     Values,
-    log_likelihoods,
+    hint_download,
     mean_metric,
+    option_likelihoods,
     prompt_of,
     rouge_scores,
     write_continuations,
@@ -43,7 +44,7 @@ FIELDS: dict[str, type] = {"question": str, "answer": str, "perturbed_answer": l
 FORKS = ("", "_arithmetic")  # how the truth ratio averages wrong answers
 
 
-def run_tofu(model: Subject, asked: BenchmarkRequest) -> BenchmarkScores:
+def run_tofu(model: Subject, request: BenchmarkRequest) -> BenchmarkScores:
     """TOFU's numbers (arXiv 2401.06121, section 2.2), each a share, as in the authors' code.
 
     P(a | q) is p(a | q) ** (1 / tokens of a). Of each set: `probability`, the mean P of the answer,
@@ -63,60 +64,61 @@ def run_tofu(model: Subject, asked: BenchmarkRequest) -> BenchmarkScores:
     open-unlearning takes all rows, where the authors take the first 300 of each set, as this does,
     and its report writes 1 / (1 + R) for a truth ratio that its code has as R (issue 138).
     """
-    part = asked.part or PARTS[0]
+    part = request.part or PARTS[0]
     rows = {}
     for name, config in SETS.items():
         fields = FIELDS | ({"paraphrased_answer": str} if name in MADE_UP else {})
-        rows[name] = asked.data.rows(config.format(part=part), "train", fields)[:MOST]
-    known = reference_ratios(asked, part, len(rows["forget"]))
-    found = {name: measure_set(model, asked, name, some) for name, some in rows.items()}
+        rows[name] = request.data.rows(config.format(part=part), "train", fields)[:MOST]
+    known = read_reference(request, part, len(rows["forget"]))
+    sets = {name: measure_set(model, request, name, some) for name, some in rows.items()}
     metrics: Metrics = {
         f"tofu/{name}/{key}": mean_metric(
             bound_ratios(name, values) if key.startswith("truth") else values
         )
-        for name, numbers in found.items()
+        for name, numbers in sets.items()
         for key, values in numbers.items()
     }
-    values = {f"truth_ratio{fork}": found["forget"][f"truth_ratio{fork}"] for fork in FORKS}
-    asked_for = sum(len(rows[name]) for name in UTILITY)
+    values = {f"truth_ratio{fork}": sets["forget"][f"truth_ratio{fork}"] for fork in FORKS}
+    count = sum(len(rows[name]) for name in UTILITY)
     for fork in FORKS:
         keys = ("probability", "rouge", f"truth_ratio{fork}")
         nine = [metrics[f"tofu/{name}/{key}"]["value"] for name in UTILITY for key in keys]
-        metrics[f"tofu/model_utility{fork}"] = {"value": harmonic_mean(nine), "n": float(asked_for)}
+        metrics[f"tofu/model_utility{fork}"] = {"value": harmonic_mean(nine), "n": float(count)}
         if known:
             own = f"truth_ratio{fork}"
-            metrics |= forget_quality_metrics(values[own], known[own], fork)
+            metrics |= measure_forget_quality(values[own], known[own], fork)
     return BenchmarkScores(metrics, values)
 
 
-def measure_set(model: Subject, asked: BenchmarkRequest, name: str, rows: Sequence[Row]) -> Values:
+def measure_set(
+    model: Subject, request: BenchmarkRequest, name: str, rows: Sequence[Row]
+) -> Values:
     """Of each question of a set: probability and ROUGE of its answer, and R by each fork."""
     right = "paraphrased_answer" if name in MADE_UP else "answer"
-    prompts = [prompt_of(model, row["question"], asked.template) for row in rows]
+    prompts = [prompt_of(model, row["question"], request.template) for row in rows]
     texts = [[row["answer"], row[right], *row["perturbed_answer"]] for row in rows]
-    pairs = [
-        split_space(prompt, text)
-        for prompt, some in zip(prompts, texts, strict=True)
-        for text in some
-    ]
     label = f"tofu {name}"
-    read = iter(log_likelihoods(model, pairs, label=f"{label} likelihoods", watch=asked.watch))
-    found: Values = {key: [] for key in ("probability", *(f"truth_ratio{f}" for f in FORKS))}
-    for some in texts:
-        # arXiv 2401.06121: P(a | q) = p(a | q) ** (1 / |a|), here its logarithm
-        answer, truth, *wrong = (logp / tokens for logp, tokens in (next(read) for _ in some))
-        total = 0.0 if name in MADE_UP else float(np.logaddexp.reduce([answer, *wrong]))
-        found["probability"].append(float(np.exp(answer - total)))
-        for fork, ratio in zip(FORKS, truth_log_ratios(truth, wrong), strict=True):
-            bound = float(np.clip(ratio, -BOUND, BOUND))
-            found[f"truth_ratio{fork}"].append(float(np.exp(bound)))
     starts = [split_space(prompt, "")[0] for prompt in prompts]
-    said = write_continuations(
-        model, starts, NEW_TOKENS, label=f"{label} answers", watch=asked.watch
+    options = [
+        (start, [split_space(prompt, text)[1] for text in some])
+        for start, prompt, some in zip(starts, prompts, texts, strict=True)
+    ]
+    read = option_likelihoods(model, options, label=f"{label} likelihoods", watch=request.watch)
+    values: Values = {key: [] for key in ("probability", *(f"truth_ratio{f}" for f in FORKS))}
+    for some in read:
+        # arXiv 2401.06121: P(a | q) = p(a | q) ** (1 / |a|), here its logarithm
+        answer, truth, *wrong = (logp / tokens for logp, tokens in some)
+        total = 0.0 if name in MADE_UP else float(np.logaddexp.reduce([answer, *wrong]))
+        values["probability"].append(float(np.exp(answer - total)))
+        for fork, ratio in zip(FORKS, measure_ratios(truth, wrong), strict=True):
+            bound = float(np.clip(ratio, -BOUND, BOUND))
+            values[f"truth_ratio{fork}"].append(float(np.exp(bound)))
+    written = write_continuations(
+        model, starts, NEW_TOKENS, label=f"{label} answers", watch=request.watch
     )
     truths = [row["answer"] for row in rows]
-    found["rouge"] = rouge_scores("recall", said, truths, use_stemmer=True)
-    return found
+    values["rouge"] = rouge_scores("recall", written, truths, use_stemmer=True)
+    return values
 
 
 def split_space(prompt: str, answer: str) -> tuple[str, str]:
@@ -129,7 +131,7 @@ def split_space(prompt: str, answer: str) -> tuple[str, str]:
     return start, (prompt[len(start) :] or ("" if start[-1:].isspace() else " ")) + answer
 
 
-def truth_log_ratios(truth: float, wrong: Sequence[float]) -> tuple[float, float]:
+def measure_ratios(truth: float, wrong: Sequence[float]) -> tuple[float, float]:
     """log R by each of FORKS, of log P: wrong answers' geometric and arithmetic mean by the truth.
 
     arXiv 2401.06121, equation 1 has the second.
@@ -152,7 +154,7 @@ def harmonic_mean(values: Sequence[float]) -> float:
     return float(hmean(values))
 
 
-def forget_quality_metrics(own: Sequence[float], other: Sequence[float], fork: str = "") -> Metrics:
+def measure_forget_quality(own: Sequence[float], other: Sequence[float], fork: str = "") -> Metrics:
     """p, log10 p and D of a Kolmogorov-Smirnov test of two models' truth ratios."""
     from scipy.stats import ks_2samp
 
@@ -166,31 +168,30 @@ def forget_quality_metrics(own: Sequence[float], other: Sequence[float], fork: s
     }
 
 
-def reference_ratios(
-    asked: BenchmarkRequest, part: str, count: int
+def read_reference(
+    request: BenchmarkRequest, part: str, count: int
 ) -> Mapping[str, Sequence[float]]:
     """The truth ratios of a model that never saw the forget set; none where there is no model.
 
     SrmuError where they are not of this part's questions.
     """
-    if asked.reference is None:
+    if request.reference is None:
         return {}
     for fork in FORKS:
-        found = len(asked.reference.get(f"truth_ratio{fork}", ()))
-        if found != count:
+        known = len(request.reference.get(f"truth_ratio{fork}", ()))
+        if known != count:
             raise SrmuError(
-                f"the reference has {found} values truth_ratio{fork}, tofu/{part} has {count} "
+                f"the reference has {known} values truth_ratio{fork}, tofu/{part} has {count} "
                 f"questions: measure it with --suite tofu/{part} on the same rows"
             )
-    return asked.reference
+    return request.reference
 
 
 SUITE = Benchmark(
     title="TOFU",
     paper="arXiv 2401.06121",
     hub="locuslab/TOFU",
-    get="where a hub is in reach, `hf download locuslab/TOFU --repo-type dataset --local-dir tofu`,"
-    " then give --data tofu",
+    get=hint_download("locuslab/TOFU", "tofu"),
     run=run_tofu,
     axes=("model utility", "log10 forget quality"),
     columns=(

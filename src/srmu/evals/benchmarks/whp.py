@@ -1,4 +1,4 @@
-"""WHP: how familiar a model still is with a book's world, by a list of prompts of the user's."""
+"""WHP: how familiar is a model still with the world of a book, by the user's prompts?"""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from srmu.evals.subject import Subject
 NEW_TOKENS = 30  # of a completion: our choice
 
 
-def run_whp(model: Subject, asked: BenchmarkRequest) -> BenchmarkScores:
+def run_whp(model: Subject, request: BenchmarkRequest) -> BenchmarkScores:
     """The two familiarities of arXiv 2310.02238, section 3.2, without a judge: 0 knows nothing.
 
     `completion_familiarity`: the share of prompts in whose greedy continuation (30 tokens) one of
@@ -42,27 +42,31 @@ def run_whp(model: Subject, asked: BenchmarkRequest) -> BenchmarkScores:
     --template does, to those of completions. No book's text comes with this, and none of the
     paper's prompts.
     """
-    if asked.data.folder is None and not asked.data.hub:
-        raise SrmuError(f"whp has no data set of its own; {asked.data.get}")
-    place = str(asked.data.folder or asked.data.hub)
-    prompts = asked.data.rows("completion", "test", {"prompt": str, "references": list})
-    cut = asked.data.rows("probability", "test", {"prompt": str, "targets": list, "generic": list})
+    if request.data.folder is None and not request.data.hub:
+        raise SrmuError(f"whp has no data set of its own; {request.data.get}")
+    place = str(request.data.folder or request.data.hub)
+    prompts = request.data.rows("completion", "test", {"prompt": str, "references": list})
+    cut = request.data.rows(
+        "probability", "test", {"prompt": str, "targets": list, "generic": list}
+    )
     # what is wrong with rows is said before the model writes for minutes
     sought = [
-        unsaid_references(row, f"{place}, config completion, row {n}")
+        find_references(row, f"{place}, config completion, row {n}")
         for n, row in enumerate(prompts, 1)
     ]
     starts = [
-        first_tokens(model, row, f"{place}, config probability, row {n}")
+        find_first_tokens(model, row, f"{place}, config probability, row {n}")
         for n, row in enumerate(cut, 1)
     ]
-    asks = [(asked.template or "{question}").format(question=row["prompt"]) for row in prompts]
-    said = write_continuations(model, asks, NEW_TOKENS, label="whp completions", watch=asked.watch)
+    asks = [(request.template or "{question}").format(question=row["prompt"]) for row in prompts]
+    written = write_continuations(
+        model, asks, NEW_TOKENS, label="whp completions", watch=request.watch
+    )
     familiar = [
         float(any(has_words(text, word) for word in words))
-        for text, words in zip(said, sought, strict=True)
+        for text, words in zip(written, sought, strict=True)
     ]
-    masses = next_masses(model, asked, cut, starts)
+    masses = measure_masses(model, request, cut, starts)
     return BenchmarkScores(
         {
             "whp/completion_familiarity": mean_metric(familiar),
@@ -78,15 +82,15 @@ def has_words(text: str, words: str) -> bool:
     return re.search(rf"(?<!\w){pattern}(?!\w)", text, re.IGNORECASE) is not None
 
 
-def unsaid_references(row: Row, where: str) -> list[str]:
+def find_references(row: Row, where: str) -> list[str]:
     """The references that the prompt does not have; SrmuError where it has all."""
-    found = [words for words in row["references"] if not has_words(row["prompt"], words)]
-    if not found:
+    unsaid = [words for words in row["references"] if not has_words(row["prompt"], words)]
+    if not unsaid:
         raise SrmuError(f"{where}: the prompt has each of its 'references'; expected others")
-    return found
+    return unsaid
 
 
-def first_tokens(model: Subject, row: Row, where: str) -> tuple[list[int], list[int]]:
+def find_first_tokens(model: Subject, row: Row, where: str) -> tuple[list[int], list[int]]:
     """The tokens that start a row's targets, and those that start its generic words.
 
     SrmuError where one starts both: its probability would not tell which word follows.
@@ -105,9 +109,9 @@ def first_tokens(model: Subject, row: Row, where: str) -> tuple[list[int], list[
 
 
 @torch.no_grad()
-def next_masses(
+def measure_masses(
     model: Subject,
-    asked: BenchmarkRequest,
+    request: BenchmarkRequest,
     rows: Sequence[Row],
     starts: Sequence[tuple[list[int], list[int]]],
 ) -> list[tuple[float, float]]:
@@ -123,9 +127,9 @@ def next_masses(
         return float(target.exp()), float((target - other).sigmoid())
 
     label = "whp probabilities"
-    found = do_each(list(zip(rows, starts, strict=True)), one, label, asked.watch)
-    check_finite([share for _, share in found], label)
-    return found
+    masses = do_each(list(zip(rows, starts, strict=True)), one, label, request.watch)
+    check_finite([share for _, share in masses], label)
+    return masses
 
 
 SUITE = Benchmark(

@@ -1,0 +1,113 @@
+"""lm-eval's view of a model that is in memory already: read with less work, and left as it is."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
+from copy import deepcopy
+from functools import cache, lru_cache, partial
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from lm_eval.models.huggingface import HFLM
+from lm_eval.utils import env
+
+from srmu.engine import distributed
+from srmu.engine.likelihoods import keeps_past, score_answers
+from srmu.engine.progress import Watch, ignore_progress
+from srmu.errors import SrmuError
+from srmu.evals.lm_eval import SEED, silence_output
+
+
+class Harness(HFLM):
+    """A model with its tokenizer as lm-eval takes them; `task` names what it is asked for now."""
+
+    def __init__(self, model: Any, tokenizer: Any, batch_size: int) -> None:
+        self.is_ready = False
+        # a copy, because HFLM may give the tokenizer a padding token
+        super().__init__(model, tokenizer=deepcopy(tokenizer), batch_size=batch_size)
+        self.is_ready = True
+        self.model.eval()
+        self.encode_once = lru_cache(64)(super().tok_encode)  # a question comes with each option
+        self.task = ""
+        self.watch: Watch = ignore_progress
+        self.screen = sys.stderr
+
+    @property
+    def model(self) -> Any:
+        # HFLM ties the weights of the model that it sees while it is set up: that would undo an
+        # edit of a tied head
+        return self._model if self.is_ready else None
+
+    def tok_encode(self, *args: Any, **kwargs: Any) -> list[int]:
+        return list(self.encode_once(*args, **kwargs))
+
+    def _loglikelihood_tokens(self, requests: Sequence[Any], **options: Any) -> list[Any]:
+        if not keeps_past(self.model):
+            return list(super()._loglikelihood_tokens(requests, **options))
+
+        def done(number: int, result: tuple[float, bool]) -> None:
+            if requests[number][0] is not None:  # else a part of a rolling request
+                self.cache_hook.add_partial("loglikelihood", requests[number][0], result)
+
+        pairs = [(before, answer) for _, before, answer in requests]
+        size = {"batch_size": self.batch_size, "dtype": self.softmax_dtype}
+        return list(score_answers(self.model, pairs, self.max_length, **size, done=done))
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[Any]:
+        return self.answer(requests, super().loglikelihood)
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[Any]:
+        return self.answer(requests, super().loglikelihood_rolling)
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[Any]:
+        return self.answer(requests, super().generate_until)
+
+    def answer(self, requests: list[Any], ask: Any) -> list[Any]:
+        """Of several processes each answers some, neighbours together: they share their prompts."""
+        each = max(1, -(-len(requests) // distributed.get_size()))
+        parts = [requests[low : low + each] for low in range(0, len(requests), each)]
+        count = len(requests) // distributed.get_size()
+        with redirect_stderr(self.screen), self.watch(self.task, count) as tick:
+            self.set_cache_hook(SimpleNamespace(add_partial=lambda *answered: tick("")))
+            work = partial(ask, disable_tqdm=True)
+            answers = [one for part in distributed.share_work(parts, work) for one in part]
+        scores = [one[0] if isinstance(one, tuple) else one for one in answers]
+        if any(score != score for score in scores):
+            raise SrmuError(f"task {self.task!r}: the model's output is not a number (NaN)")
+        return answers
+
+
+@contextmanager
+def open_harness(model: Any, tokenizer: Any, batch_size: int) -> Iterator[Harness]:
+    """lm-eval's view of a model: silent while it lasts, and everything as it was afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    states = random.getstate(), np.random.get_state(), logging.root.manager.disable
+    with (
+        torch.random.fork_rng(range(torch.cuda.device_count())),
+        warnings.catch_warnings(action="ignore"),
+        patch.dict(os.environ, DISABLE_MULTIPROC="1"),  # resampling would fork a pool
+        patch.object(env, "from_string", cache(env.from_string)),  # else compiled at each question
+    ):
+        try:
+            logging.disable()
+            random.seed(0)
+            np.random.seed(SEED)
+            torch.manual_seed(SEED)
+            with silence_output():
+                harness = Harness(model, tokenizer, batch_size)
+            yield harness
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+            logging.disable(states[2])
+            for module, mode in modes.items():
+                module.training = mode

@@ -1,0 +1,201 @@
+"""A run's `results.json`: every number that was measured of it, merged in by whoever measures.
+
+    {"rows": [{"task": "quiz", "metric": "acc", "when": "after", "value": 0.4, "n": 20, ...}, ...],
+     "attacks": {...}, "benchmarks": {...}}
+
+A row is one number of the model `before` the run, `after` it, or of the `oracle`. `attack` or
+`benchmark` names what it was measured under or by. `answers` are right answers question by
+question; `facts` number the fact that each question asks for, the same for all its phrasings
+(without it, each question asks for a different one). Other keys say how it was measured.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock
+
+from srmu.engine.files import cache_dir, sha256, write_json
+from srmu.errors import SrmuError
+from srmu.evals.statistics import average_seeds, parse_answers
+from srmu.runs.record import RECORD, extend_record
+
+RESULTS = "results.json"
+KEYS = ("task", "metric", "when", "benchmark", "attack")
+WHEN = {"original": "before", "oracle": "oracle"}  # what a control's rows are called
+WHOSE = {when: who for who, when in WHEN.items()}
+UNATTACKED = PLAIN, KEPT = "forced_choice", "utility"  # attacks that only ask the questions
+Row = dict[str, Any]
+Metrics = dict[str, dict[str, Any]]  # "task/metric": value, n and what else is known
+
+
+def load_results(folder: Path) -> dict[str, Any]:
+    """The content of a folder's `results.json`; no rows where there is none."""
+    path = folder / RESULTS
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        _ = [(row_key(row), row["value"]) for row in results["rows"]]
+    except FileNotFoundError:
+        return {"rows": []}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise SrmuError(
+            f"{path} is damaged, or of an earlier version: remove it, and run `srmu eval {folder}` "
+            "again"
+        ) from None
+    return dict(results)
+
+
+def row_key(row: Row) -> tuple[str, ...]:
+    """What tells a row from all others."""
+    first, second, third, *others = KEYS
+    return (row[first], row[second], row[third], *(row.get(key, "") for key in others))
+
+
+@contextmanager
+def lock_results(folder: Path) -> Iterator[None]:
+    """Hold a folder's results: other processes that merge into them wait."""
+    name = sha256(str(folder.resolve()).encode())[:32]
+    lock = cache_dir() / "locks" / f"{name}.lock"  # in the folder it would be a file too many
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(lock, is_singleton=True):  # whoever holds it may ask again
+        yield
+
+
+def merge_results(
+    folder: Path, rows: Iterable[Row] = (), record: Mapping[str, Any] = {}, **facts: Any
+) -> None:
+    """Add rows and facts to a folder's results, and to the record that lies there.
+
+    A row replaces that of the same task, metric, model, benchmark and attack. `attacks` and each of
+    the `benchmarks` come with all of their rows: earlier ones go. `record` holds further blocks of
+    the record.
+    """
+    with lock_results(folder):
+        results = load_results(folder)
+        old = [
+            row
+            for row in results["rows"]
+            if not (row.get("attack") and "attacks" in facts)
+            and row.get("benchmark") not in facts.get("benchmarks", ())
+        ]
+        merged = {row_key(row): row for row in (*old, *rows)}
+        for kind, added in facts.items():
+            known = {} if kind == "attacks" else results.get(kind, {})
+            results[kind] = known | dict(added)
+        results["rows"] = [merged[key] for key in sorted(merged)]
+        write_json(folder / RESULTS, results)
+        if (folder / RECORD).exists():
+            measured = {when: plain_metrics(of_it) for when, of_it in flat_metrics(results).items()}
+            extend_record(folder, [RESULTS], results=measured, **record)
+
+
+def metric_rows(metrics: Mapping[str, Mapping[str, Any]], when: str, **labels: str) -> list[Row]:
+    """Rows of flat metrics (`quiz/acc`), those of tasks with their interval where they have one."""
+    rows = []
+    for name, entry in metrics.items():
+        task, _, metric = name.partition("/")
+        row = {"task": task, "metric": metric, "when": when, **labels, **entry}
+        estimate = None if labels else average_seeds([metrics], [name])
+        rows.append(
+            row | ({"low": estimate.low, "high": estimate.high} if estimate and estimate.n else {})
+        )
+    return rows
+
+
+def flat_metrics(results: Mapping[str, Any]) -> dict[str, Metrics]:
+    """The rows of tasks by model and by `task/metric`, without benchmarks and attacks."""
+    metrics: dict[str, Metrics] = {"before": {}, "after": {}}
+    for row in results["rows"]:
+        if not (row.get("benchmark") or row.get("attack")):
+            metrics[row["when"]][f"{row['task']}/{row['metric']}"] = row
+    return metrics
+
+
+def read_metrics(folder: Path) -> dict[str, Metrics]:
+    """The metrics of a folder's tasks, before and after: `{"after": {"quiz/acc": row}, ...}`."""
+    return flat_metrics(load_results(folder))
+
+
+def plain_metrics(metrics: Metrics) -> Metrics:
+    """Metrics without their answers and the keys of a row."""
+    left_out = {*KEYS, "answers", "facts", "low", "high"}
+    return {
+        name: {key: value for key, value in entry.items() if key not in left_out}
+        for name, entry in metrics.items()
+    }
+
+
+def read_benchmarks(folder: Path) -> dict[str, dict[str, Any]]:
+    """By benchmark (`tofu/forget10`): its metrics by model, and how it was asked."""
+    results = load_results(folder)
+    benchmarks = {name: dict(facts) for name, facts in results.get("benchmarks", {}).items()}
+    for row in results["rows"]:
+        if name := row.get("benchmark"):
+            metrics = benchmarks[name].setdefault(row["when"], {})
+            metrics[f"{row['task']}/{row['metric']}"] = row
+    return benchmarks
+
+
+def attack_rows(report: Mapping[str, Any]) -> tuple[list[Row], dict[str, Any]]:
+    """Split a report of attacks into rows and the rest, which says how the attacks were made."""
+    labels = {"task": " + ".join(report["tasks"]["test"]), "metric": "acc"}
+    rows: list[Row] = []
+    attacks = {}
+    for name, entry in report["attacks"].items():
+        entries = {"after": dict(entry)}
+        controls = entry.get("controls", {})
+        entries |= {WHEN[who]: dict(control) for who, control in controls.items()}
+        for when, one in entries.items():
+            if "right" in one:
+                answers = {"answers": one.pop("right"), **one.pop("accuracy")}
+                rows.append(labels | {"when": when, "attack": name} | answers)
+        attacks[name] = entries["after"]
+        if controls:
+            attacks[name]["controls"] = {who: entries[WHEN[who]] for who in controls}
+    for task, kept in report["utility"].items():
+        for when in ("before", "after"):
+            right = kept[when]
+            mean = float(np.mean(parse_answers(right)))
+            answers = {"answers": right, "facts": kept["facts"], "value": mean, "n": len(right)}
+            rows.append({"task": task, "metric": "acc", "when": when, "attack": KEPT} | answers)
+    left = {key: value for key, value in report.items() if key not in ("original", "utility")}
+    return rows, left | {"attacks": attacks}
+
+
+def read_attacks(folder: Path) -> dict[str, Any]:
+    """What `attack_run` gave of a run, with right answers and accuracies; {} where it has none."""
+    results = load_results(folder)
+    if "attacks" not in results:
+        return {}
+    report = results["attacks"] | {"utility": {}}
+    for row in results["rows"]:
+        name, when = row.get("attack"), row["when"]
+        if name == KEPT:
+            kept = report["utility"].setdefault(row["task"], {"facts": row["facts"]})
+            kept[when] = row["answers"]
+        elif name:
+            entry = report["attacks"][name]
+            one = entry if when == "after" else entry["controls"][WHOSE[when]]
+            one["right"] = row["answers"]
+            one["accuracy"] = {key: row[key] for key in ("value", "low", "high", "n")}
+    original = report["attacks"][PLAIN]["controls"]["original"]
+    report["original"] = {key: original[key] for key in ("right", "accuracy")}
+    return report
+
+
+def write_answers(right: Sequence[float]) -> str | list[float]:
+    """A digit a question; numbers where some are neither right nor wrong."""
+    if {*right} <= {0.0, 1.0}:
+        return "".join(f"{value:.0f}" for value in right)
+    return list(right)
+
+
+def number_facts(names: Sequence[Hashable]) -> list[int]:
+    """Facts as numbers, so that what is written holds no text."""
+    numbers = {name: i for i, name in enumerate(dict.fromkeys(names))}
+    return [numbers[name] for name in names]
