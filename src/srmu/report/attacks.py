@@ -290,7 +290,7 @@ def show_many(pairs: Sequence[tuple[RunGroup, Recovery]], labels: Sequence[str])
     attacks = sorted(means, key=lambda attack: -fmean(means[attack]))
     shares, strips, lines, by_texts = [], [], [], []
     by_steps: dict[str, list[Curve]] = {}
-    for entry, recovery in sorted(pairs, key=lambda pair: pair[1].worst.value):
+    for entry, recovery in pairs:
         name, label = " · ".join(filter(None, [entry.label, entry.group])), entry.label
         i = labels.index(label)
         share = {"K*": recovery.worst, "method": name}
@@ -309,6 +309,7 @@ def show_many(pairs: Sequence[tuple[RunGroup, Recovery]], labels: Sequence[str])
             by_texts.append(Curve(name, best, look, label))
         for kind, whose in recovery.steps.items():
             by_steps.setdefault(kind, []).append(Curve(name, whose[""], look, label))
+    shares.sort(key=lambda one: one.rows[0]["K*"].value)
     title = "K*: the share of the knowledge that the best attack found"
     first = draw_figure(title, shares, "K*", "method", x_axis={"range": [-0.02, 1.04]})
     second = draw_figure(
