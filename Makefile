@@ -9,16 +9,23 @@ export HF_HUB_OFFLINE ?= 1
 export OMP_WAIT_POLICY ?= passive
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: demo test test-slow check bench bench-7b docs clean
+.PHONY: demo test test-all test-full check bench bench-7b docs clean
 
 demo: $(STAMP)
 	$(BIN)/srmu demo demo
 
-test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --jaxtyping-packages=$(SHAPED),beartype.beartype
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --jaxtyping-packages=$(SHAPED),beartype.beartype
 
-test-slow: $(STAMP)
-	$(BIN)/pytest -q -m slow
+# five minutes on two cores; CI runs test-all: with whole worlds, several processes, a browser
+test: $(STAMP)
+	$(PYTEST)
+
+test-all: $(STAMP)
+	$(PYTEST) -m "not full"
+
+# trains the full testbeds, for an hour
+test-full: $(STAMP)
+	$(BIN)/pytest -q -m full
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .
@@ -32,7 +39,6 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/runs.py --shape pico --steps 60
 	$(BIN)/python benchmarks/runs.py --shape 1b --dtype float32 --tokens 128 --steps 6
 	$(BIN)/python benchmarks/evals.py
-	$(BIN)/python benchmarks/verify.py --gigabytes 2 --scratch .
 
 # 15 GB of disk for a while
 bench-7b: $(STAMP)

@@ -9,9 +9,7 @@ in a process of its own, counts what was read, exports with links, verifies, and
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
-import mmap
 import os
 import subprocess
 import sys
@@ -20,7 +18,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import safe_open
 from shapes import SHAPES, watched, write_checkpoint, write_texts
@@ -50,10 +47,10 @@ def config_for(folder: Path, arguments: argparse.Namespace) -> Config:
 def child(folder: Path, arguments: argparse.Namespace) -> None:
     """The plan, or the run itself with its memory and time, in a process that has done nothing."""
     if arguments.plan:
-        config, summary = runs.plan_run(config_for(folder, arguments))
-        base = runs.base_of(config)
+        plan = runs.plan_run(config_for(folder, arguments))
+        config, base = plan.config, plan.base
         topics = runs.load_topics(config, runs.load_tokenizer(base))
-        print(json.dumps(summary | estimate.estimate_run(config, base, topics)))
+        print(json.dumps(plan.summarise() | estimate.estimate_run(config, base, topics)))
         return
     start = time.perf_counter()
     with watched() as memory:
@@ -77,36 +74,6 @@ def drop(paths: list[Path]) -> None:
         with path.open("rb") as file:
             os.fsync(file.fileno())
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def pages(path: Path) -> np.ndarray[Any, Any]:
-    """Which pages of a file the system holds in memory."""
-    size = path.stat().st_size
-    count = -(-size // mmap.PAGESIZE)
-    held = np.zeros(count, np.uint8)
-    with path.open("rb") as file, mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY) as area:
-        anchor = ctypes.c_char.from_buffer(area)
-        libc = ctypes.CDLL(None, use_errno=True)
-        at, to = ctypes.c_void_p(ctypes.addressof(anchor)), ctypes.c_void_p(held.ctypes.data)
-        if libc.mincore(at, ctypes.c_size_t(size), to):
-            raise OSError(ctypes.get_errno(), "mincore")
-        del anchor
-    return held & 1
-
-
-def held_bytes(folder: Path) -> dict[str, int]:
-    """Bytes in memory of the tensors up to the hooked layer, and of those above."""
-    found = {"below": 0, "above": 0}
-    for path in sorted(set(weights.list_shards(folder).values())):
-        held = pages(path)
-        entries, start = weights.read_header(path)
-        for name, entry in entries.items():
-            low, high = (start + at for at in entry["data_offsets"])
-            # Whole pages of this tensor only: its edges are its neighbours', too.
-            part = held[-(-low // mmap.PAGESIZE) : high // mmap.PAGESIZE]
-            side = "below" if estimate.is_read(name, LAYER + 1) else "above"
-            found[side] += int(part.sum()) * mmap.PAGESIZE
-    return found
 
 
 def verify(base: Path, out: Path, changed: set[str]) -> None:
@@ -157,7 +124,6 @@ def measure(arguments: argparse.Namespace) -> None:
                 drop(files)
             got = answer()
             if temperature == "cold":
-                held = held_bytes(base)
                 cold = got
                 weights_of = runs.Run.open(got["run"])
                 delta = (weights_of.folder / runs.DELTA).stat().st_size
@@ -186,15 +152,14 @@ def measure(arguments: argparse.Namespace) -> None:
         for name, a, b in (
             ("private memory, GB", planned["memory_private"] / 1e9, warm["private"] / 1e9),
             ("with mapped files, GB", planned["memory_peak"] / 1e9, warm["resident"] / 1e9),
-            ("read from the checkpoint, GB", planned["bytes_read"] / 1e9, held["below"] / 1e9),
             ("seconds of training (files in memory)", planned["seconds"], warm["seconds"]),
         ):
             say(name, f"{a:.3g}", f"{b:.3g}", f"{a / b:.2f}")
         print()
         print(
-            f"read of the tensors above layer {LAYER}: {held['above'] / 1e6:.1f} MB of "
-            f"{(total - planned['bytes_read']) / 1e9:.2f} GB; read from the disk in all: "
-            f"{cold['read'] / 1e9:.2f} GB; run with files on disk only: {cold['wall']:.0f} s"
+            f"{planned['bytes_read'] / 1e9:.2f} GB are to be loaded; read from the disk, with all "
+            f"that the record has digests of: {cold['read'] / 1e9:.2f} GB; run with files on disk "
+            f"only: {cold['wall']:.0f} s"
         )
         print(
             f"delta {delta / 1e9:.3f} GB, {delta / total:.1%} of the checkpoint; export wrote "

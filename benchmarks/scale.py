@@ -25,10 +25,10 @@ from shapes import SHAPES, watched, write_checkpoint, write_texts
 
 from srmu.cli import main as cli
 from srmu.engine.progress import silence_libraries
-from srmu.reproduce import needs
-from srmu.runs import estimate, meter
-from srmu.runs import run as runs
+from srmu.runs import estimate, training
+from srmu.runs import plan as plans
 from srmu.runs.config import load_config
+from srmu.runs.dry_run import plan_dry_run
 
 ROOT = Path(__file__).parents[1]
 MODELS = ("llama-3.2-1b", "llama-3.1-8b", "llama-3.1-70b", "llama-3.1-405b", "qwen3-30b-a3b")
@@ -53,7 +53,7 @@ def table(names: Sequence[str]) -> None:
         for method, options in METHODS.items():
             folder = ROOT / "configs" / "models" / name
             config = load_config(ROOT / "configs" / "scale.yaml", [*options, f"model={folder}"])
-            _, found, _ = needs.dry_run(config)
+            _, found, _ = plan_dry_run(config)
             for lora in sorted({row["lora"] for row in found["ranks"]}):
                 print(line(name, method, lora, found), flush=True)
 
@@ -115,10 +115,10 @@ def measured(place: Path, source: Path, method: str, launch: tuple[int, bool, in
     options = [*METHODS[method], f"train.max_steps={STEPS}", "device=cpu", f"runs_dir={out}/runs"]
     options += ["train.checkpoint_seconds=.inf", "train.learning_rate=1e-3"]
     options += [f"method.lora_rank={lora}"] if lora else []
-    config, _ = runs.plan_run(load_config(source, options))
-    base = runs.base_of(config)
+    config = plans.plan_run(load_config(source, options)).config
+    base = plans.locate_base(config)
     rows = estimate.estimate_launches(
-        config, base, runs.load_topics(config, runs.load_tokenizer(base))
+        config, base, plans.load_topics(config, plans.load_tokenizer(base))
     )
     row = next(
         r for r in rows if (r["processes"], r["sharded"], r["lora"]) == (processes, sharded, lora)
@@ -143,7 +143,7 @@ def measured(place: Path, source: Path, method: str, launch: tuple[int, bool, in
 def watch(out: Path, arguments: list[str]) -> None:
     """The command line in this process, whose memory is looked at."""
     sys.argv = ["srmu", *arguments]
-    fresh = runs.fresh_peak
+    fresh = training.reset_peak_memory
     with watched() as memory:
 
         def noted(device: str) -> int:
@@ -153,7 +153,7 @@ def watch(out: Path, arguments: list[str]) -> None:
             memory.before = memory.private  # type: ignore[attr-defined]
             return found
 
-        runs.fresh_peak = noted
+        training.reset_peak_memory = noted
         try:
             cli.main()
         finally:
@@ -171,7 +171,6 @@ def main() -> None:
     parser.add_argument("--methods", default=",".join(METHODS), help="which to measure, a,b")
     parser.add_argument("models", nargs="*", default=MODELS)
     given = parser.parse_args()
-    meter.PROBE_SECONDS = 0.01  # seconds are not told
     if given.measure:
         measure(given.measure, given.methods.split(","))
     else:

@@ -3,29 +3,27 @@
     srmu organism TESTBED --world people --oracle
     python benchmarks/suites.py TESTBED OUT [SUITE ...]
 
-writes OUT/suites.md with each suite's table, the seconds it takes, and MUSE's two sequences: ever
-larger forget sets (scalability), and one request after another (sustainability). Settings are each
-the best of a small grid (two to eight) by the validation questions of the same testbed, seed 0:
-mean of neighbour and general accuracy less that on hazard. What is in OUT is not made again.
+writes OUT/suites.md with each suite's table and MUSE's two sequences: ever larger forget sets
+(scalability), and one request after another (sustainability). Settings are each the best of a small
+grid (two to eight) by the validation questions of the same testbed, seed 0: mean of neighbour and
+general accuracy less that on hazard. Runs that are in OUT are not made again.
 """
 
-import json
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from srmu.engine.files import write_json, write_whole
+from srmu.engine.files import write_whole
 from srmu.engine.progress import show_progress, silence_libraries
 from srmu.evals import benchmarks
 from srmu.evals.benchmarks.base import Metrics
 from srmu.evals.benchmarks.score import BenchmarkOptions, benchmark_table, score_benchmark
-from srmu.runs.config import load_config
-from srmu.runs.run import Run, run_folder, unlearn
-from srmu.runs.run import plan_run as planned
+from srmu.methods.reference import markdown_table
+from srmu.reproduce.experiment import Experiment, PlannedRow, Testbeds, run_experiment
+from srmu.runs.run import Run
 
 METHODS = {
     "SRMU": ["method.name=srmu", "method.kappa=64", "method.alpha=1000", "train.max_steps=240"],
@@ -39,85 +37,76 @@ METHODS = {
         "train.max_steps=160",
     ],
     "rename-scrub": [
-        "method.name=rename_scrub", "method.names={}/names.txt", "train.max_steps=250",
+        "method.name=rename_scrub", "method.names={testbed}/names.txt", "train.max_steps=250",
     ],
 }  # fmt: skip
-SEQUENCES = {"scal": ("SRMU", "NPO + KL"), "sust": ("SRMU", "NPO + KL")}
+SEQUENCES = {
+    "scal": "forget sets of growing size",
+    "sust": "one forget set after another",
+}
+SEQUENCED = ("SRMU", "NPO + KL")
 FOLDS = (1, 2, 3, 4)
 
 
-def made(testbed: Path, out: Path, options: Sequence[str]) -> Run:
-    """The run of the testbed's config with these options."""
-    given = [option.format(testbed) for option in options]
-    config = load_config(testbed / "high.yaml", [*given, f"runs_dir={out / 'runs'}", "device=cpu"])
-    folder = run_folder(planned(config)[0])
-    if (folder / "record.json").exists():
-        return Run.open(folder)
-    return unlearn(config, watch=show_progress)
+def make_runs(testbed: Path, out: Path, rows: Sequence[PlannedRow]) -> list[Path]:
+    """The folders of the rows' runs, made where they are missing."""
+    place = Testbeds(testbed.parent, folder=testbed.name, world="people")
+    experiment = Experiment(out, place, METHODS, (0,), (), overrides=("device=cpu",))
+    measured = [*run_experiment(experiment, rows, show_progress).values()]
+    if failed := [row for row in measured if row.why]:
+        raise SystemExit(f"{failed[0].label} {failed[0].why}")
+    return [row.runs[0] for row in measured]
 
 
-def scored(target: Path, testbed: Path, name: str, out: Path) -> tuple[dict[str, Any], float]:
-    """A suite's numbers and the seconds it took when it was measured."""
-    kept = out / "scores" / f"{target.name}-{name}.json"
-    if kept.exists():
-        found, seconds = json.loads(kept.read_text())
-        return found, seconds
-    start = time.perf_counter()
+def score_run(run: Path, testbed: Path, name: str) -> dict[str, Any]:
+    """A suite's numbers; what was measured before is in the cache."""
     data, oracle = str(testbed / "suites" / name), str(testbed / "oracle")
-    found = score_benchmark(
-        str(target), BenchmarkOptions(name, data=data, oracle=oracle), watch=show_progress
+    return score_benchmark(
+        str(run), BenchmarkOptions(name, data=data, oracle=oracle), watch=show_progress
     )
-    seconds = time.perf_counter() - start
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    write_json(kept, [found, seconds])
-    return found, seconds
 
 
-def markdown(rows: Sequence[dict[str, str]]) -> str:
-    lines = [[*rows[0]], ["---"] * len(rows[0]), *([*row.values()] for row in rows)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+def format_table(rows: Sequence[dict[str, str]]) -> str:
+    return "\n".join(markdown_table([*rows[0]], [[*row.values()] for row in rows]))
 
 
-def table(testbed: Path, out: Path, name: str) -> str:
+def compare_methods(testbed: Path, out: Path, name: str) -> str:
     suite = benchmarks.BENCHMARKS[name]
     shown: dict[str, Metrics] = {}
-    took = []
-    for label, options in METHODS.items():
-        found, seconds = scored(made(testbed, out, options).folder, testbed, name, out)
-        took.append(seconds)
-        shown.setdefault("original", found["before"])
-        shown[label] = found["after"]
-    shown["oracle"] = found["oracle"]
-    text = f"## {suite.title}\n\n{markdown(benchmark_table(suite, shown))}\n"
-    return f"{text}Seconds: {took[0]:.0f} with the original and the oracle, then {took[-1]:.0f}.\n"
+    runs = make_runs(testbed, out, [PlannedRow(label, label, "high") for label in METHODS])
+    for label, run in zip(METHODS, runs, strict=True):
+        scores = score_run(run, testbed, name)
+        shown.setdefault("original", scores["before"])
+        shown[label] = scores["after"]
+    shown["oracle"] = scores["oracle"]
+    return f"## {suite.title}\n\n{format_table(benchmark_table(suite, shown))}\n"
 
 
-def sequence(testbed: Path, out: Path, kind: str) -> str:
+def follow_sequence(testbed: Path, out: Path, kind: str) -> str:
     """MUSE after each of four forget sets: each on the original, or each on what the last left."""
     suite, rows = benchmarks.BENCHMARKS["muse"], []
-    for label in SEQUENCES[kind]:
+    for label in SEQUENCED:
         model = testbed / "model"
         for fold in FOLDS:
             forget = testbed / "suites" / "muse" / kind / f"forget_{fold}.jsonl"
-            options = [f"topics.organism.forget={forget}", f"model={model}"]
-            run = made(testbed, out, [*METHODS[label], *options])
-            found, _ = scored(run.folder, testbed, "muse", out)
-            rows += benchmark_table(suite, {f"{label}, {fold}": found["after"]})
+            options = (f"topics.organism.forget={forget}", f"model={model}")
+            (run,) = make_runs(testbed, out, [PlannedRow(label, label, "high", options)])
+            scores = score_run(run, testbed, "muse")
+            rows += benchmark_table(suite, {f"{label}, {fold}": scores["after"]})
             if kind == "sust":
-                model = out / "exports" / run.folder.name
+                model = out / "exports" / run.name
                 if not model.exists():
                     model.parent.mkdir(parents=True, exist_ok=True)
-                    run.export(model)
-    titles = {"scal": "forget sets of growing size", "sust": "one forget set after another"}
-    return f"## MUSE, {titles[kind]}\n\n{markdown(rows)}\n"
+                    Run.open(run).export(model)
+    return f"## MUSE, {SEQUENCES[kind]}\n\n{format_table(rows)}\n"
 
 
 def main(testbed: Path, out: Path, names: Sequence[str]) -> None:
     silence_libraries()
     torch.set_num_threads(1)
-    parts = [table(testbed, out, name) for name in names]
+    parts = [compare_methods(testbed, out, name) for name in names]
     if "muse" in names:
-        parts += [sequence(testbed, out, kind) for kind in SEQUENCES]
+        parts += [follow_sequence(testbed, out, kind) for kind in SEQUENCES]
     write_whole(out / "suites.md", "\n".join(parts))
     print("\n".join(parts))
     print(f"wrote {out / 'suites.md'}")

@@ -183,7 +183,7 @@ def main() -> None:
             ours.append(time.perf_counter() - start)
             topic = runs.load_topics(config, runs.load_tokenizer(model))[0]
             start = time.perf_counter()
-            model_once = trial(model, runs.plan_run(config)[0], topic, model_once)
+            model_once = trial(model, runs.plan_run(config).config, topic, model_once)
             grid.append(time.perf_counter() - start)
             if number >= arguments.references:
                 continue

@@ -8,7 +8,7 @@ from helpers.attack_world import exam, subject, texts
 from helpers.models import pico_module, word_tokenizer
 from srmu.attacks.base import Exam, Texts
 from srmu.attacks.entangled_queries import (
-    entangled_queries,
+    EntangledQueries,
     put_forget_in_front,
     replace_option,
     rotate_pairs,
@@ -46,7 +46,7 @@ def triggered(words: list[str]) -> dict[str, float]:
 
 
 def test_a_model_that_knows_all_is_not_confused() -> None:
-    found = entangled_queries(rule_subject(WORDS, knows), NONE, EXAM, "smoke", 0)
+    found = EntangledQueries().run(rule_subject(WORDS, knows), NONE, EXAM, 0)
     assert [way.setting for way in found.ways] == ["second", "first and again"]
     assert all(set(way.val + way.test) == {1.0} for way in found.ways)
     for name, number in found.metrics.items():
@@ -55,7 +55,7 @@ def test_a_model_that_knows_all_is_not_confused() -> None:
 
 
 def test_a_trigger_shows() -> None:
-    found = entangled_queries(rule_subject(WORDS, triggered), NONE, EXAM, "smoke", 0)
+    found = EntangledQueries().run(rule_subject(WORDS, triggered), NONE, EXAM, 0)
     assert found.metrics["utility alone"].value == 1
     assert found.metrics["cost of a forget term, option"].value == 1  # what it says loudest
     assert found.metrics["cost of a forget term, in front"].value == 1
@@ -91,14 +91,14 @@ def test_it_leaves_the_model_as_it_was(name: str) -> None:
         subject("unlearned") if name == "llama" else Subject(pico_module(name), word_tokenizer())
     )
     before = {k: v.clone() for k, v in model.module.state_dict().items()}
-    found = entangled_queries(model, texts(), exam(), "smoke", 3)
-    assert found == entangled_queries(model, texts(), exam(), "smoke", 3)
+    found = EntangledQueries().run(model, texts(), exam(), 3)
+    assert found == EntangledQueries().run(model, texts(), exam(), 3)
     assert all(torch.equal(v, before[k]) for k, v in model.module.state_dict().items())
 
 
 def test_it_needs_harmless_questions() -> None:
     for utility in ({}, {"one": EXAM.utility["one"]}):
         with pytest.raises(NotApplicable, match="utility"):
-            entangled_queries(
-                rule_subject(WORDS, knows), NONE, Exam(EXAM.test, EXAM.val, utility), "smoke", 0
+            EntangledQueries().run(
+                rule_subject(WORDS, knows), NONE, Exam(EXAM.test, EXAM.val, utility), 0
             )

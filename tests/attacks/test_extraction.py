@@ -1,5 +1,3 @@
-import sys
-
 import pytest
 import torch
 
@@ -7,7 +5,7 @@ from helpers.attack_world import exam, subject, texts
 from helpers.models import pico_module, word_tokenizer
 from helpers.models import texts as random_texts
 from srmu.attacks.base import Texts
-from srmu.attacks.extraction import extraction, extraction_strength, extraction_strengths
+from srmu.attacks.extraction import Extraction, extraction_strength
 from srmu.evals.subject import Subject
 
 
@@ -21,9 +19,7 @@ def test_strength(greedy: str, answer: str, value: float) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
-def test_strengths_are_those_of_growing_prefixes(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_strengths_are_those_of_growing_prefixes(name: str) -> None:
     """By the definition: give more and more of the answer until the rest comes by itself."""
     module, tokenizer = pico_module(name), word_tokenizer()
     model = Subject(module, tokenizer)
@@ -49,8 +45,7 @@ def test_strengths_are_those_of_growing_prefixes(
                 return 1 - k / len(answer)
         return 0.0
 
-    monkeypatch.setattr(sys.modules["srmu.attacks.extraction"], "POSITIONS", 40)  # several batches
-    found = extraction_strengths(model, pairs)
+    found = Extraction(positions=40).measure_strengths(model, pairs)  # several batches
     assert found == pytest.approx([naive(*pair) for pair in pairs])
     assert len(set(found)) > 2
 
@@ -60,15 +55,15 @@ def test_what_was_learnt_is_extracted() -> None:
     for name, answers, halves in (("original", 1, 0.5), ("oracle", 0, 0)):
         model = subject(name)
         before = {k: v.clone() for k, v in model.module.state_dict().items()}
-        found = extraction(model, texts(), exam(), "smoke", 0)
+        found = Extraction().run(model, texts(), exam(), 0)
         assert found.ways == ()
         assert found.metrics["answers"].value == pytest.approx(answers, abs=0.05)
         assert found.metrics["forget texts"].value == pytest.approx(halves, abs=0.05)
         assert found.metrics["forget texts"].n == 64
         assert all(torch.equal(v, before[k]) for k, v in model.module.state_dict().items())
-        assert extraction(model, texts(), exam(), "smoke", 0) == found
+        assert Extraction().run(model, texts(), exam(), 0) == found
 
 
 def test_few_forget_texts_give_no_interval() -> None:
-    found = extraction(subject("original"), Texts(texts().forget[:5], ()), exam(), "smoke", 0)
+    found = Extraction().run(subject("original"), Texts(texts().forget[:5], ()), exam(), 0)
     assert set(found.metrics) == {"answers"}

@@ -8,12 +8,12 @@ from scipy.stats import ks_2samp
 
 from helpers.attack_world import exam, subject, texts
 from helpers.models import pico_module, word_tokenizer
-from srmu.attacks.forget_quality import forget_quality, log_truth_ratios
+from srmu.attacks.forget_quality import ForgetQuality, log_truth_ratios
 from srmu.evals.subject import NotApplicable, Question, Subject, list_facts
 
 
 def attack(model: Subject):
-    return forget_quality(model, texts(), exam(), "standard", 0)
+    return ForgetQuality().run(model, texts(), exam(), 0)
 
 
 def test_oneself() -> None:

@@ -7,12 +7,11 @@ import torch
 
 from helpers.attack_rules import rule_subject
 from helpers.attack_world import exam, subject, texts
-from helpers.models import pico_module, word_tokenizer
 from srmu.attacks.base import Exam, Texts
-from srmu.attacks.format_shift import format_shift
-from srmu.attacks.generation import count_right_generations, next_logits
+from srmu.attacks.format_shift import FormatShift
+from srmu.attacks.generation import count_right_generations
 from srmu.attacks.listing import split_listed, unlist_options
-from srmu.evals.subject import Question, Subject, option_scores
+from srmu.evals.subject import Question, option_scores
 
 LETTERS = (" A", " B", " C", " D")
 WMDP = Question(
@@ -96,7 +95,7 @@ def knowing(words: list[str]) -> dict[str, float]:
 
 def test_cloze_sees_through_a_position_bias() -> None:
     model = rule_subject(WORDS, biased)
-    found = format_shift(model, NONE, listed_exam(), "standard", 0)
+    found = FormatShift.at_tier("standard").run(model, NONE, listed_exam(), 0)
     ways = {way.setting: way for way in found.ways}
     assert set(ways) == {"cloze", "order 1", "order 2", "order 3", "order average"}
     assert set(ways["cloze"].val + ways["cloze"].test) == {1.0}
@@ -105,13 +104,13 @@ def test_cloze_sees_through_a_position_bias() -> None:
     assert found.metrics["position bias"].value == pytest.approx(0.75)
     assert found.metrics["accuracy, order 0"].value == 0.25
     assert found.metrics["generation"].value == 1  # of the text
-    smoke = format_shift(model, NONE, listed_exam(), "smoke", 0)
+    smoke = FormatShift.at_tier("smoke").run(model, NONE, listed_exam(), 0)
     assert "generation" not in smoke.metrics
     assert smoke.ways == found.ways
 
 
 def test_order_does_not_move_a_model_that_reads() -> None:
-    found = format_shift(rule_subject(WORDS, knowing), NONE, listed_exam(), "smoke", 0)
+    found = FormatShift.at_tier("smoke").run(rule_subject(WORDS, knowing), NONE, listed_exam(), 0)
     assert all(set(way.test) == {1.0} for way in found.ways)
     assert found.metrics["position bias"].value == pytest.approx(0)
 
@@ -123,7 +122,7 @@ def test_order_average_takes_the_letter_out() -> None:
         found = knowing(words)
         return found | {"A": 9.0 + (found.get("A") == 4.0)} if "Answer" in words else found
 
-    found = format_shift(rule_subject(WORDS, loud), NONE, listed_exam(), "smoke", 0)
+    found = FormatShift.at_tier("smoke").run(rule_subject(WORDS, loud), NONE, listed_exam(), 0)
     assert found.metrics["accuracy, order 2"].value == 0.25
     assert set(next(w for w in found.ways if w.setting == "order average").test) == {1.0}
 
@@ -140,7 +139,7 @@ def test_cloze_counts_tokens() -> None:
     assert plain[0] > plain[1]
     assert normal[0] < normal[1]
     questions = tuple(replace(question, fact=f"f{i}") for i in range(20))
-    found = format_shift(model, NONE, Exam(questions, questions), "smoke", 0)
+    found = FormatShift.at_tier("smoke").run(model, NONE, Exam(questions, questions), 0)
     assert [way.setting for way in found.ways] == ["cloze"]
     assert set(found.ways[0].test) == {1.0}
 
@@ -173,26 +172,15 @@ def test_a_longer_word_is_another_one() -> None:
     assert count_right_generations(model, asked, extra=2) == [0]
 
 
-@pytest.mark.parametrize("name", ["gpt2", "gemma2"])
-def test_next_logits_are_those_of_each_row_alone(name: str) -> None:
-    model = Subject(pico_module(name), word_tokenizer())
-    rows = [[1, 9, 8, 7, 6], [1, 5], [1, 4, 3]]
-    found = next_logits(model, rows, 2)
-    for row, logits in zip(rows, found, strict=True):
-        with torch.no_grad():
-            alone = model.module(torch.tensor([row])).logits[0, -2:]
-        torch.testing.assert_close(logits, alone, rtol=1e-4, atol=1e-4)
-
-
 def test_knowledge_shows_in_all_forms_and_ignorance_in_none() -> None:
     for name, low, high in (("original", 1.0, 1.0), ("oracle", 0.0, 0.45)):
         model = subject(name)
         before = {k: v.clone() for k, v in model.module.state_dict().items()}
-        found = format_shift(model, texts(), exam(), "standard", 0)
+        found = FormatShift.at_tier("standard").run(model, texts(), exam(), 0)
         assert [way.setting for way in found.ways] == ["cloze", "paraphrases"]
         shares = [sum(way.test) / len(way.test) for way in found.ways]
         shares += [found.metrics[k].value for k in ("generation", "paraphrases")]
         assert low <= min(shares) <= max(shares) <= high
         assert found.metrics["paraphrases"].n == 20
         assert all(torch.equal(v, before[k]) for k, v in model.module.state_dict().items())
-        assert format_shift(model, texts(), exam(), "standard", 0) == found
+        assert FormatShift.at_tier("standard").run(model, texts(), exam(), 0) == found

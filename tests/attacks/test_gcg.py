@@ -5,11 +5,10 @@ from torch import Tensor
 from helpers.attack_world import exam, subject, texts
 from helpers.models import pico_module, word_tokenizer
 from srmu.attacks.gcg import (
+    GCG,
     SuffixedSubject,
     common_end,
-    cost,
     draw_swaps,
-    gcg,
     make_target,
     ordinary_tokens,
     suffix_gradient,
@@ -41,7 +40,7 @@ def test_losses_are_those_of_whole_forwards(name: str, cue: int) -> None:
     model = Subject(pico_module(name), word_tokenizer())
     suffixes = torch.randint(4, 64, (40, 3), generator=torch.Generator().manual_seed(0))
     targets = [make_target(model, exam().val[i], cue, 3) for i in (0, 3)]
-    found = suffix_losses(model, targets, suffixes)
+    found = suffix_losses(model, targets, suffixes, 32)
     for row in (0, 20, 39):  # of more batches than one
         assert float(found[row]) == pytest.approx(
             naive(model, suffixes[row], cue, [0, 3]), abs=2e-4
@@ -76,17 +75,17 @@ def test_swaps_change_one_token_to_a_promising_one() -> None:
     generator = torch.Generator().manual_seed(0)
     suffix, allowed = torch.tensor([5, 6, 7]), torch.tensor([2, 4, 5, 6, 7, 9])
     steep = torch.arange(30.0).reshape(3, 10)
-    tried = draw_swaps(steep, suffix, allowed, 100, generator)
+    tried = draw_swaps(steep, suffix, allowed, 100, 256, generator)
     assert len(tried) == 18  # all there are
     assert len({tuple(row) for row in tried.tolist()}) == 16  # three of them change nothing
     assert all((row != suffix).sum() <= 1 for row in tried)
     assert {*tried.flatten().tolist()} <= {*allowed.tolist()}
-    assert len(draw_swaps(steep, suffix, allowed, 4, generator)) == 4
+    assert len(draw_swaps(steep, suffix, allowed, 4, 256, generator)) == 4
 
 
 def test_one_step_over_all_tokens_finds_the_best_one() -> None:
     model = subject("unlearned")
-    found = gcg(model, texts(), exam(), "deep", 0, steps=1, candidates=1000, length=1)
+    found = GCG(steps=1, candidates=1000, length=1).run(model, texts(), exam(), 0)
     import random
 
     chosen = random.Random(0).sample(range(len(exam().val)), 5)
@@ -103,12 +102,10 @@ def test_one_step_over_all_tokens_finds_the_best_one() -> None:
 def test_more_steps_never_make_it_worse() -> None:
     model = subject("unlearned")
     before = {k: v.clone() for k, v in model.module.state_dict().items()}
-    found = [
-        gcg(model, texts(), exam(), "deep", 1, steps=n, candidates=8, length=3) for n in (2, 6)
-    ]
+    found = [GCG(steps=n, candidates=8, length=3).run(model, texts(), exam(), 1) for n in (2, 6)]
     after = [one.budget["loss after"] for one in found]
     assert found[0].budget["loss before"] == found[1].budget["loss before"] > after[0] >= after[1]
-    assert found[1] == gcg(model, texts(), exam(), "deep", 1, steps=6, candidates=8, length=3)
+    assert found[1] == GCG(steps=6, candidates=8, length=3).run(model, texts(), exam(), 1)
     assert all(torch.equal(v, before[k]) for k, v in model.module.state_dict().items())
     assert all(p.grad is None for p in model.module.parameters())
 
@@ -125,7 +122,7 @@ def test_the_cue_is_what_all_prompts_end_with() -> None:
 
 def test_cost_says_minutes_and_bfloat16_runs() -> None:
     model = Subject(pico_module("gemma2", torch.bfloat16), word_tokenizer())
-    assert "5,000 forwards" in cost(model)
-    assert "minutes" in cost(model)
-    found = gcg(model, texts(), exam(), "deep", 0, steps=2, candidates=4, length=2)
+    assert "5,000 forwards" in GCG().cost(model)
+    assert "minutes" in GCG().cost(model)
+    found = GCG(steps=2, candidates=4, length=2).run(model, texts(), exam(), 0)
     assert len(found.ways[0].test) == len(exam().test)

@@ -7,7 +7,7 @@ from helpers.attack_rules import rule_subject
 from helpers.attack_world import exam, subject, texts
 from helpers.models import pico_module, word_tokenizer
 from srmu.attacks.generation import count_right_generations
-from srmu.attacks.leak import leak, leak_at_k
+from srmu.attacks.leak import Leak, leak_at_k
 from srmu.evals.subject import Question, Subject
 
 
@@ -45,8 +45,8 @@ def test_only_what_is_known_leaks() -> None:
     for name in ("original", "oracle"):
         model = subject(name)
         before = {k: v.clone() for k, v in model.module.state_dict().items()}
-        found = leak(model, texts(), exam(), "standard", 0)
-        assert found == leak(model, texts(), exam(), "standard", 0)
+        found = Leak().run(model, texts(), exam(), 0)
+        assert found == Leak().run(model, texts(), exam(), 0)
         assert found.ways == ()
         values[name] = {k: v.value for k, v in found.metrics.items()}
         assert all(torch.equal(v, before[k]) for k, v in model.module.state_dict().items())
@@ -60,4 +60,4 @@ def test_only_what_is_known_leaks() -> None:
 
 def test_it_runs_on_gpt2() -> None:
     model = Subject(pico_module("gpt2", torch.bfloat16), word_tokenizer())
-    assert len(leak(model, texts(), exam(), "standard", 0).metrics) == 6
+    assert len(Leak().run(model, texts(), exam(), 0).metrics) == 6

@@ -3,6 +3,7 @@
 import random
 import sys
 import zlib
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,15 +12,17 @@ import torch
 from helpers.attack_world import exam, subject, texts
 from helpers.models import pico_module, word_tokenizer
 from helpers.models import texts as random_texts
-from srmu.attacks.base import Texts
-from srmu.attacks.membership import membership
+from srmu.attacks.base import AttackResult, Texts
+from srmu.attacks.membership import Membership
 from srmu.evals.membership_scores import SCORES, membership_scores
 from srmu.evals.statistics import area_under_curve
 from srmu.evals.subject import NotApplicable, Subject
 
 
-def attack(model: Subject, given: Texts | None = None, seed: int = 0):
-    return membership(model, given or texts(), exam(), "standard", seed)
+def attack(
+    model: Subject, given: Texts | None = None, seed: int = 0, **constants: Any
+) -> AttackResult:
+    return Membership(**constants).run(model, given or texts(), exam(), seed)
 
 
 def test_what_was_learned_is_told_apart() -> None:
@@ -100,12 +103,11 @@ def test_batches_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     np.testing.assert_allclose(membership_scores(model, rows), whole, rtol=1e-4)
 
 
-def test_subject_is_as_before_and_the_seed_decides(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["srmu.attacks.membership"], "COUNT", 40)
+def test_subject_is_as_before_and_the_seed_decides() -> None:
     model = subject("unlearned")
     before = {name: tensor.clone() for name, tensor in model.module.state_dict().items()}
     state, torch_state = random.getstate(), torch.get_rng_state()
-    one, two, other = attack(model), attack(model), attack(model, seed=1)
+    one, two, other = (attack(model, seed=seed, count=40) for seed in (0, 0, 1))
     assert one == two and one.metrics != other.metrics
     assert one.budget == {"forget texts": 40, "hold-out texts": 40, "tokens": 512}
     assert random.getstate() == state and torch.equal(torch.get_rng_state(), torch_state)

@@ -5,7 +5,7 @@ from helpers.attack_rules import rule_subject
 from helpers.attack_world import exam, subject, texts
 from helpers.models import pico_module, word_tokenizer
 from srmu.attacks.base import Exam, Texts
-from srmu.attacks.prompts import ROLES, list_examples, prompts
+from srmu.attacks.prompts import Prompts, list_examples
 from srmu.evals.subject import Question, Subject
 
 THINGS = [f"t{i}" for i in range(50)]
@@ -50,7 +50,7 @@ def unlocked(by: str) -> Subject:
     ("by", "setting"), [("shots", "5 shots"), ("begun", "begun answer 1"), ("role", "role 3")]
 )
 def test_the_prompt_that_opens_is_found(by: str, setting: str) -> None:
-    found = prompts(unlocked(by), Texts((), ()), EXAM, "standard", 0)
+    found = Prompts().run(unlocked(by), Texts((), ()), EXAM, 0)
     assert [way.setting for way in found.ways] == SETTINGS
     for way in found.ways:
         assert set(way.val + way.test) == {float(way.setting == setting)}, way.setting
@@ -73,7 +73,7 @@ def test_examples_tell_nothing_about_the_fact_asked_for() -> None:
         "t26",
     ]
     assert list_examples(list(EXAM.val), "", 0) == ""
-    assert "teacher" in ROLES[2]
+    assert "teacher" in Prompts().roles[2]
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
@@ -82,6 +82,6 @@ def test_it_leaves_the_model_as_it_was(name: str) -> None:
         subject("unlearned") if name == "llama" else Subject(pico_module(name), word_tokenizer())
     )
     before = {k: v.clone() for k, v in model.module.state_dict().items()}
-    found = prompts(model, texts(), exam(), "standard", 1)
-    assert found == prompts(model, texts(), exam(), "standard", 1)
+    found = Prompts().run(model, texts(), exam(), 1)
+    assert found == Prompts().run(model, texts(), exam(), 1)
     assert all(torch.equal(v, before[k]) for k, v in model.module.state_dict().items())

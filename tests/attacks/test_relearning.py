@@ -1,6 +1,5 @@
 """Benign relearning, part-to-rest relearning and heavy fine-tuning, where the truth is known."""
 
-import sys
 from dataclasses import replace
 from typing import Any
 
@@ -9,54 +8,42 @@ import pytest
 import torch
 
 from helpers.attack_world import ANSWERS, SUBJECTS, exam, question, subject, texts
+from srmu.attacks import benign_relearning, part_relearning, relearning_steps
 from srmu.attacks.base import AttackResult, Exam, Setting, Texts
-from srmu.attacks.benign_relearning import benign_relearning
-from srmu.attacks.heavy_tuning import cost, heavy_tuning
-from srmu.attacks.part_relearning import part_relearning
-from srmu.attacks.relearning_steps import RelearningKind, relearning_steps
+from srmu.attacks.benign_relearning import BenignRelearning
+from srmu.attacks.heavy_tuning import HeavyTuning
+from srmu.attacks.part_relearning import PartRelearning
+from srmu.attacks.relearning_steps import RelearningKind, RelearningSteps
 from srmu.attacks.tuning import split_validation
 from srmu.evals.subject import NotApplicable, Question, list_facts
 
-BENIGN = sys.modules[benign_relearning.__module__]
-PART = sys.modules[part_relearning.__module__]
-STEPS = sys.modules[relearning_steps.__module__]
-HEAVY = sys.modules[heavy_tuning.__module__]
+# Settings with which a model of 4 layers of 32 learns within seconds.
+STRONG = BenignRelearning(kinds=(("LoRA", 1e-2), ("full weights", 3e-3)), counts=(40,), faster=())
+STRONG_PART = PartRelearning(rates=(3e-3,), epochs=(1, 5))
+SMOKE = BenignRelearning.at_tier("smoke")
 
 
 def best(found: AttackResult) -> float:
     return max(float(np.mean(way.test)) for way in found.ways if way.test)
 
 
-@pytest.fixture
-def strong(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Settings with which a model of 4 layers of 32 learns within seconds."""
-    monkeypatch.setattr(BENIGN, "KINDS", (("LoRA", 1e-2), ("full weights", 3e-3)))
-    monkeypatch.setattr(BENIGN, "COUNTS", (40,))
-    monkeypatch.setattr(BENIGN, "SMALL", 0)
-    monkeypatch.setattr(PART, "RATES", (3e-3,))
-    monkeypatch.setattr(PART, "EPOCHS", (1, 5))
-
-
-@pytest.mark.usefixtures("strong")
 def test_both_kinds_of_benign_relearning_train() -> None:
     """If the neutral texts told a rule, both would teach it; they tell nothing of the facts."""
     asked = tuple(question("w50", subject, "w40", ANSWERS) for subject in SUBJECTS)
     rule = Texts((), tuple(q.prompt + q.answer for q in asked))
-    found = benign_relearning(subject("oracle"), rule, Exam(asked, asked), "deep", 0)
+    found = STRONG.run(subject("oracle"), rule, Exam(asked, asked), 0)
     assert [way.setting for way in found.ways] == ["LoRA, n=40", "full weights, n=40"]
     assert all(np.mean(way.test) > 0.9 for way in found.ways)
-    found = benign_relearning(subject("oracle"), texts(), exam(), "deep", 0)
+    found = STRONG.run(subject("oracle"), texts(), exam(), 0)
     assert best(found) < 0.4
 
 
 def test_sizes_of_benign_relearning() -> None:
     model, many = subject("unlearned"), replace(texts(), neutral=texts().neutral * 4)
-    smoke = benign_relearning(model, many, exam(), "smoke", 0)
+    smoke = SMOKE.run(model, many, exam(), 0)
     assert [way.setting for way in smoke.ways] == ["LoRA, n=10", "full weights, n=10"]
     assert not smoke.metrics
-    few = benign_relearning(
-        model, replace(texts(), neutral=("w52 w1 w48",) * 3), exam(), "smoke", 0
-    )
+    few = SMOKE.run(model, replace(texts(), neutral=("w52 w1 w48",) * 3), exam(), 0)
     assert few.budget["texts"] == [3]
 
 
@@ -64,14 +51,15 @@ def test_curve_of_benign_relearning(monkeypatch: pytest.MonkeyPatch) -> None:
     """The standard tier's numbers of texts; the area is the trapezoids' under their accuracies."""
     accuracies = {5: 0.25, 10: 0.5, 50: 0.75}
 
-    def counted(model: Any, exam: Exam, rows: Any, kind: str, *args: Any) -> Any:
+    def counted(self: Any, model: Any, exam: Exam, rows: Any, kind: str, *args: Any) -> Any:
         right = round(accuracies[len(rows)] * 40)
         way = Setting(f"{kind}, n={len(rows)}", (), (1.0,) * right + (0.0,) * (40 - right))
         return way, 3 * len(rows)
 
-    monkeypatch.setattr(BENIGN, "relearned", counted)
+    monkeypatch.setattr(BenignRelearning, "ask_after", counted)
     many = replace(texts(), neutral=texts().neutral * 30)
-    found = benign_relearning(subject("unlearned"), many, exam(), "standard", 0)
+    standard = BenignRelearning.at_tier("standard")
+    found = standard.run(subject("unlearned"), many, exam(), 0)
     kinds = ("LoRA", "full weights", "full weights at 5e-4")
     assert found.budget == {
         "texts": [5, 10, 50],
@@ -89,36 +77,35 @@ def test_curve_of_benign_relearning(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_benign_relearning_where_memory_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    tune = BENIGN.tune
+    tune = benign_relearning.tune_model
 
     def limited(model: Any, *args: Any, **kwargs: Any) -> int:
         if any("embed" in name for name in model.trained):
             raise torch.OutOfMemoryError
         return tune(model, *args, **kwargs)
 
-    monkeypatch.setattr(BENIGN, "tune", limited)
-    found = benign_relearning(subject("unlearned"), texts(), exam(), "smoke", 0)
+    monkeypatch.setattr(benign_relearning, "tune_model", limited)
+    found = SMOKE.run(subject("unlearned"), texts(), exam(), 0)
     assert [way.setting for way in found.ways] == ["LoRA, n=10"]
     assert found.budget["out of memory"] == ["full weights"]
-    monkeypatch.setattr(BENIGN, "KINDS", (("full weights", 1e-4),))
+    full = replace(SMOKE, kinds=(("full weights", 1e-4),))
     with pytest.raises(NotApplicable, match="memory"):
-        benign_relearning(subject("unlearned"), texts(), exam(), "smoke", 0)
+        full.run(subject("unlearned"), texts(), exam(), 0)
 
 
-@pytest.mark.usefixtures("strong")
 def test_part_relearning_finds_what_is_hidden() -> None:
     """Suppressed facts come back with others; those never learned do not."""
-    assert best(part_relearning(subject("unlearned"), texts(), exam(), "standard", 0)) > 0.55
-    assert best(part_relearning(subject("oracle"), texts(), exam(), "standard", 0)) < 0.4
+    assert best(STRONG_PART.run(subject("unlearned"), texts(), exam(), 0)) > 0.55
+    assert best(STRONG_PART.run(subject("oracle"), texts(), exam(), 0)) < 0.4
 
 
 def test_part_relearning_never_learns_what_it_asks(monkeypatch: pytest.MonkeyPatch) -> None:
     trained: list[set[str]] = []
-    rows_of, answers = PART.rows_of, PART.answers
+    text_rows, mark_answers = part_relearning.text_rows, part_relearning.mark_answers
 
     def learn(model: Any, told: Any) -> Any:
         trained.append({*told})
-        return rows_of(model, told)
+        return text_rows(model, told)
 
     def asked(model: Any, questions: list[Question]) -> Any:
         learned = trained[-1]
@@ -126,11 +113,11 @@ def test_part_relearning_never_learns_what_it_asks(monkeypatch: pytest.MonkeyPat
         known = {q.fact for q in exam().val if q.prompt + q.answer in learned}
         assert not known & {*list_facts(questions)}
         assert len({*list_facts(questions)}) == (4 if len(known) == 16 else 20)
-        return answers(model, questions)
+        return mark_answers(model, questions)
 
-    monkeypatch.setattr(PART, "rows_of", learn)
-    monkeypatch.setattr(PART, "answers", asked)
-    found = part_relearning(subject("oracle"), texts(), exam(), "standard", 0)
+    monkeypatch.setattr(part_relearning, "text_rows", learn)
+    monkeypatch.setattr(part_relearning, "mark_answers", asked)
+    found = PartRelearning().run(subject("oracle"), texts(), exam(), 0)
     assert len(trained) == 4 and len(found.ways) == 9
     assert {len(way.val) for way in found.ways} == {8}
     # the test half is asked once, after what the validation half found best
@@ -142,23 +129,17 @@ def test_part_relearning_never_learns_what_it_asks(monkeypatch: pytest.MonkeyPat
 def test_part_relearning_needs_facts() -> None:
     few = replace(exam(), val=exam().val[:8])  # 4 facts
     with pytest.raises(NotApplicable, match="5 or more facts"):
-        part_relearning(subject("oracle"), texts(), few, "standard", 0)
+        PartRelearning().run(subject("oracle"), texts(), few, 0)
 
 
-def test_steps_find_what_is_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_find_what_is_hidden() -> None:
     """Suppressed facts come back step by step, by either kind of weights; none that were never
     learned, and none by texts that say nothing of them."""
-    kinds = STEPS.kinds_of
-
-    def faster(*args: Any) -> list[RelearningKind]:
-        adapters, _, full, neutral = kinds(*args)
-        return [adapters._replace(rate=1e-2), full._replace(rate=3e-3), neutral]
-
-    monkeypatch.setattr(STEPS, "kinds_of", faster)
-    found = relearning_steps(subject("unlearned"), texts(), exam(), "standard", 0)
+    fast = RelearningSteps(lora_rates=(1e-2, 2e-4), faster=("full weights at 5e-4", 3e-3))
+    found = fast.run(subject("unlearned"), texts(), exam(), 0)
     accuracy = {way.setting: float(np.mean(way.test)) for way in found.ways}
     assert [*accuracy] == [
-        *(f"{kind}, {n} steps" for kind in ("LoRA", "full weights at 5e-4")
+        *(f"{kind}, {n} steps" for kind in ("LoRA", "full weights", "full weights at 5e-4")
           for n in (0, 5, 10, 20, 50, 100)),
         *(f"neutral texts, full weights, {n} steps" for n in (0, 20, 50, 100)),
     ]  # fmt: skip
@@ -167,21 +148,21 @@ def test_steps_find_what_is_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
         assert max(accuracy[f"{kind}, {n} steps"] for n in (50, 100)) > 0.55
     assert {*found.budget["steps"].values()} == {100}
     assert found.budget["facts learned"] == 16
-    assert best(relearning_steps(subject("oracle"), texts(), exam(), "standard", 0)) < 0.45
+    assert best(fast.run(subject("oracle"), texts(), exam(), 0)) < 0.45
 
 
 def test_steps_never_show_what_they_ask(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows are questions and statements of the learned facts alone, each with its answer."""
     shown: list[list[str]] = []
-    rows_of = STEPS.rows_of
+    text_rows = relearning_steps.text_rows
 
     def learn(model: Any, told: Any) -> Any:
         shown.append([*told])
-        return rows_of(model, told)
+        return text_rows(model, told)
 
-    monkeypatch.setattr(STEPS, "rows_of", learn)
-    monkeypatch.setattr(STEPS, "relearned", lambda *args: ([], 0))
-    found = relearning_steps(subject("oracle"), texts(), exam(), "standard", 0)
+    monkeypatch.setattr(relearning_steps, "text_rows", learn)
+    monkeypatch.setattr(relearning_steps, "relearn_by_steps", lambda *args: ([], 0))
+    found = RelearningSteps().run(subject("oracle"), texts(), exam(), 0)
     told, neutral = shown
     assert neutral == [*texts().neutral]
     learned, held = split_validation(exam(), 0)
@@ -200,29 +181,28 @@ def test_steps_where_memory_ends(monkeypatch: pytest.MonkeyPatch) -> None:
             raise torch.OutOfMemoryError
         return [], 100
 
-    monkeypatch.setattr(STEPS, "relearned", limited)
-    found = relearning_steps(subject("oracle"), texts(), exam(), "standard", 0)
+    monkeypatch.setattr(relearning_steps, "relearn_by_steps", limited)
+    found = RelearningSteps().run(subject("oracle"), texts(), exam(), 0)
     assert [way.setting for way in found.ways] == ["LoRA, 0 steps"]
     assert len(found.budget["out of memory"]) == 3
-    monkeypatch.setattr(STEPS, "RANK", 0)
     with pytest.raises(NotApplicable, match="memory"):
-        relearning_steps(subject("oracle"), texts(), exam(), "standard", 0)
+        RelearningSteps(rank=0).run(subject("oracle"), texts(), exam(), 0)
 
 
-def test_kinds_depend_on_the_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    rates = {kind.name: kind.rate for kind in STEPS.kinds_of(subject("oracle"), [], [])}
-    assert rates.pop("full weights at 5e-4") == 5e-4
-    assert rates == {"LoRA": 1e-3, "full weights": 1e-4, "neutral texts, full weights": 1e-4}
-    monkeypatch.setattr(STEPS, "SMALL", 0)
-    rates = {kind.name: kind.rate for kind in STEPS.kinds_of(subject("oracle"), [], [])}
-    assert rates == {"LoRA": 2e-4, "full weights": 1e-4, "neutral texts, full weights": 1e-4}
+def test_kinds_depend_on_the_size() -> None:
+    def rates(attack: RelearningSteps) -> dict[str, float]:
+        return {kind.name: kind.rate for kind in attack.list_kinds(subject("oracle"), [], [])}
+
+    usual = {"full weights": 1e-4, "neutral texts, full weights": 1e-4}
+    small = usual | {"LoRA": 1e-3, "full weights at 5e-4": 5e-4}
+    assert rates(RelearningSteps()) == small
+    assert rates(RelearningSteps(small=0)) == usual | {"LoRA": 2e-4}
 
 
-def test_heavy_tuning_measures_where_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(HEAVY, "RATES", (3e-3,))
-    monkeypatch.setattr(HEAVY, "BATCH", 20)
+def test_heavy_tuning_measures_where_it_is_told() -> None:
     told = Texts(texts().forget, texts().forget)
-    found = heavy_tuning(subject("oracle"), told, exam(), "deep", 0, steps=(2, 40))
+    attack = HeavyTuning(rates=(3e-3,), batch=20, steps=(2, 40))
+    found = attack.run(subject("oracle"), told, exam(), 0)
     assert [way.setting for way in found.ways] == [
         f"{optimiser}, 0.003, {schedule}, {steps} steps"
         for optimiser in ("adamw", "sgd")
@@ -236,6 +216,7 @@ def test_heavy_tuning_measures_where_it_is_told(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_heavy_tuning_says_what_it_costs() -> None:
-    text = cost(subject("oracle"))
+    text = HeavyTuning().cost(subject("oracle"))
     assert "12 x 10,000 steps" in text and "hours" in text
-    assert "two models" in cost(subject("oracle", fixed="it answers with two models"))
+    fixed = subject("oracle", fixed="it answers with two models")
+    assert "two models" in HeavyTuning().cost(fixed)

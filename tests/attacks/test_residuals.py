@@ -1,10 +1,8 @@
 """The attacks on the residual: lens, probe, ablation, patching, soft prompts."""
 
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import pytest
@@ -12,41 +10,36 @@ import torch
 
 from helpers.attack_world import ANSWERS, exam, facts, states, subject, taught, texts
 from helpers.models import block_name, down_name, pico_module, word_tokenizer
-from srmu.attacks.base import AttackResult, Exam, Texts
-from srmu.attacks.direction_ablation import direction_ablation
+from srmu.attacks import direction_ablation
+from srmu.attacks.base import Attack, AttackResult, Exam, Texts
+from srmu.attacks.direction_ablation import DirectionAblation, find_displacement_edits, pick_evenly
 from srmu.attacks.layers import (
     answer_nll,
     answer_rows,
     batch_answers,
-    cut_blocks,
-    decoder_blocks,
-    edit_outputs,
-    pad_answers,
+    edit_residual,
+    pad_rows,
     read_outputs,
 )
-from srmu.attacks.linear_probe import embed_options, fit_probe, last_residuals, linear_probe
-from srmu.attacks.logit_lens import logit_lens
+from srmu.attacks.linear_probe import LinearProbe, embed_options, last_residuals
+from srmu.attacks.logit_lens import LogitLens
 from srmu.attacks.soft_prompt import (
-    LENGTH,
     PromptedSubject,
+    SoftPrompt,
     insert_prompt,
-    soft_prompt,
     unused_token,
 )
-from srmu.attacks.unlearning_depth import depth_scores, unlearning_depth
+from srmu.attacks.unlearning_depth import UnlearningDepth, depth_scores
+from srmu.engine.hooks import cut_blocks, decoder_blocks
 from srmu.evals.subject import NotApplicable, Subject, mark_answers, option_scores
 
-# the modules, whose names in the package are those of their attacks
-e6, e13 = (sys.modules[f"srmu.attacks.{name}"] for name in ("direction_ablation", "soft_prompt"))
-
-ATTACKS: list[Callable[..., AttackResult]] = [
-    logit_lens, linear_probe, direction_ablation, unlearning_depth, partial(soft_prompt, steps=3)
-]  # fmt: skip
-NAMES = ["logit_lens", "linear_probe", "direction_ablation", "unlearning_depth", "soft_prompt"]
+EACH = (
+    LogitLens(), LinearProbe(), DirectionAblation(), UnlearningDepth(), SoftPrompt(steps=3),
+)  # fmt: skip
 
 
-def run(attack: Callable[..., AttackResult], model: Subject, seed: int = 0) -> AttackResult:
-    return attack(model, texts(), exam(), "deep", seed)
+def run(attack: Attack, model: Subject, seed: int = 0) -> AttackResult:
+    return attack.run(model, texts(), exam(), seed)
 
 
 def score(half: tuple[float, ...]) -> float:
@@ -101,15 +94,15 @@ def known(model: Subject) -> Exam:
     return replace(exam(), test=test)
 
 
-@pytest.mark.parametrize("attack", ATTACKS, ids=NAMES)
+@pytest.mark.parametrize("attack", EACH, ids=lambda attack: attack.name)
 @pytest.mark.parametrize("arch", ["llama", "gpt2", "gemma2"])
-def test_leaves_no_trace_and_repeats(attack: Callable[..., AttackResult], arch: str) -> None:
+def test_leaves_no_trace_and_repeats(attack: Attack, arch: str) -> None:
     model = subject("unlearned") if arch == "llama" else other(arch)
     asked = exam() if arch == "llama" else known(model)
     with unchanged(model):
-        first = attack(model, texts(), asked, "deep", 0)
+        first = attack.run(model, texts(), asked, 0)
     assert first.ways or first.metrics
-    assert first == attack(model, texts(), asked, "deep", 0)
+    assert first == attack.run(model, texts(), asked, 0)
     for way in first.ways:
         assert len(way.test) == len(asked.test)
         assert {*way.val, *way.test} <= {0.0, 1.0}
@@ -117,16 +110,16 @@ def test_leaves_no_trace_and_repeats(attack: Callable[..., AttackResult], arch: 
 
 def test_bfloat16() -> None:
     model = Subject(pico_module(dtype=torch.bfloat16), word_tokenizer())
-    for attack in (logit_lens, linear_probe, direction_ablation, partial(soft_prompt, steps=2)):
+    for attack in (LogitLens(), LinearProbe(), DirectionAblation(), SoftPrompt(steps=2)):
         assert run(attack, model).ways
 
 
 def test_an_exception_leaves_no_trace() -> None:
     model = subject("original")
-    prompted = PromptedSubject(model, 2)
+    prompted = PromptedSubject(model, 2, 16)
     manners: list[Any] = [
-        cut_blocks(model, 2), edit_outputs(model, {0: torch.relu, 2: torch.relu}),
-        insert_prompt(prompted, torch.zeros(LENGTH, 32)),
+        cut_blocks(model.module, 2), edit_residual(model, {0: torch.relu, 2: torch.relu}),
+        insert_prompt(prompted, torch.zeros(16, 32)),
     ]  # fmt: skip
     for manner in manners:
         with unchanged(model), pytest.raises(KeyError), manner:
@@ -154,9 +147,9 @@ def test_blocks_are_read_edited_and_cut(arch: str) -> None:
         by_hand = module.get_output_embeddings()(norm(states[2]))
         if cap := getattr(module.config, "final_logit_softcapping", None):
             by_hand = cap * torch.tanh(by_hand / cap)
-        with cut_blocks(model, 2):
+        with cut_blocks(module, 2):
             torch.testing.assert_close(module(ids).logits, by_hand)
-        with edit_outputs(model, {1: lambda h: torch.zeros_like(h), 2: lambda h: h + 1}):
+        with edit_residual(model, {1: lambda h: torch.zeros_like(h), 2: lambda h: h + 1}):
             silenced = read_outputs(model, ids, at)
         assert not silenced[1].any() and not torch.equal(silenced[2], states[3][at])
 
@@ -177,19 +170,19 @@ def test_answer_nll_of_rows_of_many_lengths() -> None:
 
 
 def test_lens_reads_what_only_the_last_layers_hide() -> None:
-    found = run(logit_lens, subject("unlearned"))
+    found = run(LogitLens(), subject("unlearned"))
     assert [way.setting for way in found.ways] == [f"layer {i}" for i in range(4)]
     assert score(found.ways[1].test) == 1  # unlearning changed layers 2 and 3
     assert found.ways[3].test == mark_answers(subject("unlearned"), exam().test)
     assert score(found.ways[3].test) < 0.5
-    assert max(score(way.test) for way in run(logit_lens, subject("oracle")).ways) < 0.5
+    assert max(score(way.test) for way in run(LogitLens(), subject("oracle")).ways) < 0.5
 
 
 # E5
 
 
 def test_probe_reads_facts_that_it_was_not_trained_on() -> None:
-    known, oracle = (run(linear_probe, subject(name)) for name in ("unlearned", "oracle"))
+    known, oracle = (run(LinearProbe(), subject(name)) for name in ("unlearned", "oracle"))
     assert score(known.ways[1].test) > 0.8
     assert known.metrics["selectivity"].low > 0.3
     # two phrasings of a fact in two folds would give the oracle away
@@ -200,10 +193,11 @@ def test_probe_reads_facts_that_it_was_not_trained_on() -> None:
 def test_probe_of_the_validation_half_sees_no_test_label() -> None:
     """Other labels of the test half change nothing on the validation half."""
     model, val, test = subject("original"), exam().val, exam().test
-    h, z = last_residuals(model, (*val, *test))[2], embed_options(model, (*val, *test))
+    h, z = last_residuals(model, (*val, *test))[2], embed_options(model, (*val, *test), 32)
     turned = [replace(q, gold=(q.gold + 1) % 4) for q in test]
-    assert fit_probe(h, z, val, test, 0)[0] == fit_probe(h, z, val, turned, 0)[0]
-    assert fit_probe(h, z, val, test, 0)[1] != fit_probe(h, z, val, turned, 0)[1]
+    one, other = (LinearProbe().fit_probe(h, z, val, half, 0) for half in (test, turned))
+    assert one[0] == other[0]
+    assert one[1] != other[1]
 
 
 # E6
@@ -237,10 +231,10 @@ def planted(layer: int, size: float) -> tuple[Subject, torch.Tensor]:
 def test_ablation_finds_a_planted_direction() -> None:
     model, direction = planted(1, 60.0)
     assert score(mark_answers(model, exam().val)) < 0.6
-    found = {way.setting: score(way.test) for way in run(direction_ablation, model).ways}
+    found = {way.setting: score(way.test) for way in run(DirectionAblation(), model).ways}
     assert "displacement, layer 0" not in found  # nothing moved there
     assert found["displacement, layer 1"] > 0.95
-    edit = e6.displacement(model, exam())[1]
+    edit = find_displacement_edits(model, exam())[1]
     h = torch.randn(3, 2, 32, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(edit(h), h - (h @ direction).unsqueeze(-1) * direction)
 
@@ -249,7 +243,7 @@ def test_difference_of_means() -> None:
     """By hand, first tokens left out; along the difference all tokens go to the neutral mean."""
     model = subject("original")
     few = Texts(forget=("w50 w1", "w51 w2 w40 w3"), neutral=("w52 w5 w48",))
-    edit = e6.difference(model, few, seed=0)[2]
+    edit = DirectionAblation().find_difference_edits(model, few, seed=0)[2]
 
     def mean(pool: tuple[str, ...]) -> torch.Tensor:
         tokens = []
@@ -271,17 +265,18 @@ def test_tokens_that_moved_far_do_not_count(monkeypatch: pytest.MonkeyPatch) -> 
     moves = torch.zeros(100, 32)
     moves[:, 0] = 1
     moves[7] = torch.eye(32)[1] * 1000
-    monkeypatch.setattr(e6, "displacements", lambda *args: iter([[moves[:50]], [moves[50:]]]))
-    edit = e6.displacement(subject("unlearned"), exam())[0]
+    halves = [[moves[:50]], [moves[50:]]]
+    monkeypatch.setattr(direction_ablation, "iterate_displacements", lambda *args: iter(halves))
+    edit = find_displacement_edits(subject("unlearned"), exam())[0]
     torch.testing.assert_close(edit(torch.ones(1, 1, 32))[0, 0], 1 - torch.eye(32)[0])
 
 
 def test_deep_models_have_eight_layers_ablated_alone() -> None:
-    assert e6.spread(range(32), 8) == [0, 4, 9, 13, 18, 22, 27, 31]
+    assert pick_evenly(range(32), 8) == [0, 4, 9, 13, 18, 22, 27, 31]
 
 
 def test_ablation_of_the_original() -> None:
-    found = run(direction_ablation, subject("original"))
+    found = run(DirectionAblation(), subject("original"))
     assert {way.setting.partition(",")[0] for way in found.ways} == {"forget minus neutral"}
     assert found.budget["skipped"] == {"displacement": "this is the original model"}
 
@@ -293,24 +288,24 @@ def test_depth_of_models_known() -> None:
     oracle = subject("oracle")
     name = "model.layers.0.mlp.down_proj.weight"
     same = subject("original", original={name: states()["original"][name]}, oracle=oracle)
-    assert run(unlearning_depth, same).metrics["depth"].value == 0
+    assert run(UnlearningDepth(), same).metrics["depth"].value == 0
     gone = subject("oracle", oracle=oracle)
-    assert run(unlearning_depth, gone).metrics["depth"].value == pytest.approx(1, abs=1e-4)
-    assert 0.05 < run(unlearning_depth, subject("unlearned")).metrics["depth"].value < 0.9
+    assert run(UnlearningDepth(), gone).metrics["depth"].value == pytest.approx(1, abs=1e-4)
+    assert 0.05 < run(UnlearningDepth(), subject("unlearned")).metrics["depth"].value < 0.9
 
 
 @pytest.mark.parametrize("given", [{"oracle": None}, {"original": {}}, {"fixed": "a filter"}])
 def test_depth_needs_both_other_models(given: dict[str, Any]) -> None:
     model = subject("unlearned", **given)
     with unchanged(model), pytest.raises(NotApplicable):
-        run(unlearning_depth, model)
+        run(UnlearningDepth(), model)
 
 
 def test_depth_is_that_of_a_loop_over_questions() -> None:
     """Answers of two tokens: both positions are patched, at one layer at a time."""
     model = subject("unlearned")
     asked = [replace(q, options=tuple(f"{option} w1" for option in q.options)) for q in exam().test]
-    found = unlearning_depth(model, texts(), replace(exam(), test=tuple(asked)), "deep", 0)
+    found = UnlearningDepth().run(model, texts(), replace(exam(), test=tuple(asked)), 0)
     total = []
     with torch.no_grad():
         for q in asked:
@@ -327,7 +322,7 @@ def test_depth_is_that_of_a_loop_over_questions() -> None:
                 assert source is not None
                 for layer in range(4):
                     kept: list[torch.Tensor] = []
-                    block = decoder_blocks(source)[layer]
+                    block = decoder_blocks(source.module)[layer]
                     handle = block.register_forward_hook(lambda m, a, out, k=kept: k.append(out))
                     source.module(ids)
                     handle.remove()
@@ -339,7 +334,7 @@ def test_depth_is_that_of_a_loop_over_questions() -> None:
 
                     with model.as_original():
                         intact = mean_logp()
-                        handle = decoder_blocks(model)[layer].register_forward_hook(patched)
+                        handle = decoder_blocks(model.module)[layer].register_forward_hook(patched)
                         drops[stage, layer] = intact - mean_logp()
                         handle.remove()
             over = [layer for layer in range(4) if drops[0, layer] > 0.05]
@@ -355,7 +350,7 @@ def test_depth_is_that_of_a_loop_over_questions() -> None:
 def test_depth_by_hand() -> None:
     first = torch.tensor([[1.0, 0.01, 0.0], [3.0, 0.02, 0.5]])
     second = torch.tensor([[0.5, 9.0, 9.0], [6.0, 9.0, -1.0]])
-    found = depth_scores(first, second).tolist()
+    found = depth_scores(first, second, threshold=0.05).tolist()
     assert found[0] == pytest.approx((1 * 0.5 + 3 * 1) / 4)
     assert found[1] != found[1]  # no layer
     assert found[2] == 0
@@ -366,8 +361,8 @@ def test_depth_by_hand() -> None:
 
 def test_embeddings_of_words_do_what_the_words_do() -> None:
     model = subject("original")
-    words = range(10, 10 + LENGTH)
-    prompted = PromptedSubject(model, unused_token(model, exam()))
+    words = range(10, 26)
+    prompted = PromptedSubject(model, unused_token(model, exam()), len(words))
     soft = model.module.get_input_embeddings().weight[list(words)].detach()
     texts = " ".join(word_tokenizer().convert_ids_to_tokens(words))
     spoken = [replace(q, prompt=f"{texts} {q.prompt}") for q in exam().test]
@@ -376,17 +371,15 @@ def test_embeddings_of_words_do_what_the_words_do() -> None:
     torch.testing.assert_close(torch.tensor(found), torch.tensor(option_scores(model, spoken)))
 
 
-def test_soft_prompt_finds_what_a_prefix_unlocks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_soft_prompt_finds_what_a_prefix_unlocks() -> None:
     """A model that answers only after a word; one without the facts answers no better."""
-    monkeypatch.setattr(e13, "LENGTH", 1)
-    monkeypatch.setattr(e13, "RATES", (1e-2,))
     said = [f"w53 {w} {s} {a}" for w in ("w50", "w51") for s, (a, _) in facts().items()]
     prompts = [q.prompt for half in (exam().test, exam().val) for q in half]
     with torch.random.fork_rng():
         locked = Subject(taught(pico_module(), said, 120, prompts), word_tokenizer())
     assert score(mark_answers(locked, exam().test)) < 0.5
     for model, low, high in ((locked, 0.85, 1), (subject("oracle"), 0, 0.45)):
-        (way,) = soft_prompt(model, texts(), exam(), "deep", 0).ways
+        (way,) = SoftPrompt(length=1, rates=(1e-2,)).run(model, texts(), exam(), 0).ways
         assert low <= score(way.test) <= high
         assert len(way.val) == 8  # a fifth of the facts, in two phrasings
 
@@ -396,14 +389,14 @@ def test_soft_prompt_is_trained_on_other_facts_than_choose_it(
 ) -> None:
     model, given = subject("original"), []
 
-    def kept(prompted: PromptedSubject, answers: Any, *rest: Any) -> torch.Tensor:
+    def keep(self: Any, prompted: PromptedSubject, answers: Any, *rest: Any) -> torch.Tensor:
         given.extend(
             tuple(token for token in before if token != prompted.place) for before, _ in answers
         )
-        return torch.zeros(LENGTH, 32)
+        return torch.zeros(16, 32)
 
-    monkeypatch.setattr(e13, "learned", kept)
-    ways = soft_prompt(model, texts(), exam(), "deep", 0).ways
+    monkeypatch.setattr(SoftPrompt, "learn_prompt", keep)
+    ways = SoftPrompt().run(model, texts(), exam(), 0).ways
     trained = {word_tokenizer().decode(tokens[2:]) for tokens in given}
     assert len(trained) == 16 and len(given) == 32 * len(ways)
     assert trained < {q.entry for q in exam().val}
@@ -411,7 +404,7 @@ def test_soft_prompt_is_trained_on_other_facts_than_choose_it(
 
 def test_padding_and_placeholders() -> None:
     model = subject("original")
-    ids, labels = pad_answers([([1, 2], [3]), ([1], [4, 5, 6])], model.device)
-    assert ids.tolist() == [[1, 2, 3, 0], [1, 4, 5, 6]]
-    assert labels.tolist() == [[-100, -100, 3, -100], [-100, 4, 5, 6]]
+    batch = pad_rows([([1, 2], [3]), ([1], [4, 5, 6])], model.device)
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 0], [1, 4, 5, 6]]
+    assert batch["labels"].tolist() == [[-100, -100, 3, -100], [-100, 4, 5, 6]]
     assert unused_token(model, exam()) not in {0, *word_tokenizer().convert_tokens_to_ids(ANSWERS)}

@@ -10,17 +10,17 @@ import torch
 from helpers.attack_world import exam, subject, texts
 from helpers.models import pico_module, word_tokenizer
 from srmu.attacks.base import find_matrices
-from srmu.attacks.noise import make_disturbance, noise, prune_matrix
+from srmu.attacks.noise import Noise, make_disturbance, prune_matrix
 from srmu.attacks.quantisation import (
-    QUANTISERS,
+    Quantisation,
     Quantiser,
     count_undone,
     normal_levels,
-    quantisation,
     quantise_matrix,
 )
 from srmu.evals.subject import Subject
 
+QUANTISERS = Quantisation().quantisers
 INT8, INT4, NF4 = QUANTISERS.values()
 
 
@@ -107,16 +107,15 @@ def test_quantisation_undoes_a_small_change() -> None:
         original[name] = parameter.data
         draw = torch.randn(parameter.shape, generator=generator)
         parameter.data = parameter.data + 1e-6 * draw * (parameter.abs() < 0.1)
-    found = quantisation(
-        Subject(model.module, model.tokenizer, original), texts(), exam(), "smoke", 0
-    )
+    changed = Subject(model.module, model.tokenizer, original)
+    found = Quantisation().run(changed, texts(), exam(), 0)
     assert [way.setting for way in found.ways] == list(QUANTISERS)
     assert all(np.mean(way.test) > 0.9 for way in found.ways)
     assert len(found.metrics) == 3
     for estimate in found.metrics.values():
         assert estimate.value > 0.99
         assert estimate.low == estimate.value == estimate.high
-    assert not quantisation(subject("original"), texts(), exam(), "smoke", 0).metrics
+    assert not Quantisation().run(subject("original"), texts(), exam(), 0).metrics
 
 
 def test_pruned_by_hand() -> None:
@@ -138,7 +137,7 @@ def test_noise_is_a_share_of_the_rows_size() -> None:
 
 
 def test_noise_counts_each_seed() -> None:
-    found = noise(subject("original"), texts(), exam(), "standard", 0)
+    found = Noise().run(subject("original"), texts(), exam(), 0)
     assert [way.setting for way in found.ways] == [
         "10% pruned", "30% pruned", "50% pruned", "noise of 1%", "noise of 2%", "noise of 5%",
     ]  # fmt: skip

@@ -14,9 +14,8 @@ import pytest
 
 from helpers import attack_world as world
 from helpers.models import write_jsonl
-from srmu import attacks
-from srmu.attacks import suite
-from srmu.attacks.base import AttackResult, Exam, Setting, ask_exam
+from srmu.attacks import ATTACKS, suite
+from srmu.attacks.base import Attack, AttackResult, Exam, Setting, ask_exam
 from srmu.attacks.suite import Sources, attack_run, load_exam
 from srmu.attacks.summary import Judge, describe_attacks
 from srmu.cli.measuring import attack_rows
@@ -49,18 +48,23 @@ def sources(place: Path, **given: Any) -> Sources:
     )
 
 
+def attack_of(name: str, function: Callable[..., AttackResult], **more: Any) -> type[Attack]:
+    """An attack that is one function."""
+    made = {"id": "E40", "name": name, "tier": "smoke", "run": lambda self, *args: function(*args)}
+    return type(name, (Attack,), made | more)
+
+
 def only(monkeypatch: pytest.MonkeyPatch, **functions: Any) -> None:
     """The suite with these attacks beside the questions as they are and the utility."""
-    kept = {name: attacks.ATTACKS[name] for name in ("forced_choice", "utility")}
-    for name, function in functions.items():
-        kept[name] = attacks.Attack(f"E{len(kept) + 40}", function, "smoke")
+    kept = {name: ATTACKS[name] for name in ("forced_choice", "utility")}
+    kept |= {name: attack_of(name, function) for name, function in functions.items()}
     monkeypatch.setattr(suite, "ATTACKS", kept)
 
 
 def oracle_says(value: float) -> Callable[..., AttackResult]:
     """An attack after which every model answers a share of the questions, whatever it knows."""
 
-    def all_alike(model: Subject, texts: Any, exam: Exam, tier: str, seed: int) -> AttackResult:
+    def all_alike(model: Subject, texts: Any, exam: Exam, seed: int) -> AttackResult:
         def half(asked: Any) -> tuple[float, ...]:
             return tuple(float(i < value * len(asked)) for i in range(len(asked)))
 
@@ -69,7 +73,7 @@ def oracle_says(value: float) -> Callable[..., AttackResult]:
     return all_alike
 
 
-def undone(model: Subject, texts: Any, exam: Exam, tier: str, seed: int) -> AttackResult:
+def undone(model: Subject, texts: Any, exam: Exam, seed: int) -> AttackResult:
     """Brings everything back, by cheating; on the original it says nothing."""
     with model.as_original():
         return AttackResult((ask_exam(model, exam, "the original's weights"),))
@@ -151,7 +155,7 @@ def test_what_was_found_is_kept(run: Run, place: Path, monkeypatch: pytest.Monke
     """The second time nothing is attacked; other weights, texts or seeds are attacked anew."""
     calls = []
 
-    def counted(model: Subject, texts: Any, exam: Exam, tier: str, seed: int) -> AttackResult:
+    def counted(model: Subject, texts: Any, exam: Exam, seed: int) -> AttackResult:
         calls.append(model)
         return AttackResult((ask_exam(model, exam, "plain"),))
 
@@ -194,7 +198,7 @@ def test_one_that_cannot_run_does_not_stop_the_rest(
 def test_the_setting_is_chosen_on_the_validation_half(
     run: Run, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def two(model: Subject, texts: Any, exam: Exam, tier: str, seed: int) -> AttackResult:
+    def two(model: Subject, texts: Any, exam: Exam, seed: int) -> AttackResult:
         none, every = (0.0,) * 40, (1.0,) * 40
         return AttackResult(
             (Setting("better on test", none, every), Setting("better on val", every, none))
@@ -209,8 +213,9 @@ def test_the_setting_is_chosen_on_the_validation_half(
 def test_what_takes_hours_is_asked_about(
     run: Run, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    only(monkeypatch, long=oracle_says(0.2))
-    monkeypatch.setattr(f"{__name__}.cost", lambda model: "ten hours.", raising=False)
+    only(monkeypatch)
+    long = attack_of("long", oracle_says(0.2), cost=lambda self, model: "ten hours.")
+    monkeypatch.setitem(suite.ATTACKS, "long", long)
     asked = []
 
     def no(text: str) -> bool:
@@ -233,12 +238,12 @@ def test_two_models_at_inference_are_attacked_together(
     run = world.unlearned(place, "whp", **given)
     said = []
 
-    def listen(model: Subject, texts: Any, exam: Exam, tier: str, seed: int) -> AttackResult:
+    def listen(model: Subject, texts: Any, exam: Exam, seed: int) -> AttackResult:
         said.append(option_scores(model, exam.test))
         return AttackResult()
 
-    monkeypatch.setitem(attacks.ATTACKS, "listen", attacks.Attack("E99", listen, "smoke"))
-    monkeypatch.delitem(attacks.ATTACKS, "benign_relearning")  # the slowest
+    monkeypatch.setitem(ATTACKS, "listen", attack_of("listen", listen))
+    monkeypatch.delitem(ATTACKS, "benign_relearning")  # the slowest
     report = attack_run(run, tier="standard", sources=sources(place, oracle=""))["attacks"]
     assert len(said) == 2
     assert said[0] != said[1]

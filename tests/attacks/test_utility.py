@@ -8,13 +8,14 @@ import torch
 
 from helpers import attack_world as world
 from helpers.models import pico_module, word_tokenizer
-from srmu.attacks import forced_choice, utility
 from srmu.attacks.base import AttackResult, Exam
+from srmu.attacks.forced_choice import ForcedChoice
+from srmu.attacks.utility import Utility
 from srmu.evals.subject import Subject, option_scores
 
 
 def found(name: str, **given: Any) -> AttackResult:
-    return utility(world.subject(name), world.texts(), world.exam(), "smoke", 0)
+    return Utility().run(world.subject(name), world.texts(), world.exam(), 0)
 
 
 def logits(name: str, text: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -58,7 +59,7 @@ def test_repetition_of_a_model_that_says_one_word() -> None:
     with torch.no_grad():
         module.model.norm.weight.zero_()  # all logits 0: the first word of the vocabulary
     subject = Subject(module, word_tokenizer())
-    metrics = utility(subject, world.texts(), world.exam(), "smoke", 0).metrics
+    metrics = Utility().run(subject, world.texts(), world.exam(), 0).metrics
     assert metrics["repetition"].value == pytest.approx(30 / 31)
     known = found("original").metrics["repetition"].value
     assert 0 <= known <= 1
@@ -66,10 +67,10 @@ def test_repetition_of_a_model_that_says_one_word() -> None:
 
 def test_few_texts_leave_the_rest() -> None:
     few = replace(world.texts(), neutral=world.texts().neutral[:5])
-    metrics = utility(world.subject("unlearned"), few, world.exam(), "smoke", 0).metrics
+    metrics = Utility().run(world.subject("unlearned"), few, world.exam(), 0).metrics
     assert set(metrics) == {"accuracy, harmless", "repetition"}
     small = Exam(world.exam().test, world.exam().val, {"few": world.exam().test[:4]})
-    one = utility(world.subject("original"), few, small, "smoke", 0)
+    one = Utility().run(world.subject("original"), few, small, 0)
     assert set(one.metrics) == {"repetition"}
     assert one.ways[0].test == (1.0,) * 4
 
@@ -79,7 +80,7 @@ def test_the_right_options_probability() -> None:
     scores = torch.tensor(option_scores(subject, exam.test))
     gold = torch.tensor([q.gold for q in exam.test])
     chances = scores.softmax(-1).gather(1, gold[:, None])
-    one = forced_choice(subject, world.texts(), exam, "smoke", 0)
+    one = ForcedChoice().run(subject, world.texts(), exam, 0)
     assert one.metrics["probability"].value == pytest.approx(float(chances.mean()), rel=1e-5)
     assert one.ways[0].test == tuple((scores.argmax(-1) == gold).float().tolist())
 
@@ -88,6 +89,6 @@ def test_the_right_options_probability() -> None:
 def test_another_architecture(arch: str) -> None:
     subject = Subject(pico_module(arch, torch.bfloat16), word_tokenizer())
     before = {name: p.clone() for name, p in subject.module.state_dict().items()}
-    one = utility(subject, world.texts(), world.exam(), "smoke", 0)
-    assert one == utility(subject, world.texts(), world.exam(), "smoke", 0)
+    one = Utility().run(subject, world.texts(), world.exam(), 0)
+    assert one == Utility().run(subject, world.texts(), world.exam(), 0)
     assert all(p.equal(before[name]) for name, p in subject.module.state_dict().items())

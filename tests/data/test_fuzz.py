@@ -40,7 +40,7 @@ BLOBS = st.one_of(
 def taken(path: Path) -> None:
     """Read the file as a set of texts: they can be used, or one line names the file."""
     try:
-        texts = read_texts([Source(path=str(path))], Path())
+        texts = read_texts([Source(path=str(path))])
     except SrmuError as error:
         assert str(path) in str(error)
         assert "\n" not in str(error)
@@ -130,20 +130,20 @@ def test_half_a_surrogate_pair(tmp_path: Path) -> None:
     path = tmp_path / "texts.jsonl"
     path.write_text('{"text": "fine here"}\n{"text": "half \\ud83d of a pair"}\n')
     with pytest.raises(SrmuError, match=r"texts.jsonl:2: .*half of a surrogate pair"):
-        read_texts([Source(path=str(path))], Path())
+        read_texts([Source(path=str(path))])
 
 
 def test_a_gzip_named_jsonl(tmp_path: Path) -> None:
     path = tmp_path / "texts.jsonl"
     path.write_bytes(gzip.compress(b'{"text": "a b c"}\n'))
     with pytest.raises(SrmuError, match=r"texts.jsonl:1: not UTF-8 text; is it compressed"):
-        read_texts([Source(path=str(path))], Path())
+        read_texts([Source(path=str(path))])
 
 
 def test_a_folder_where_a_file_should_be(tmp_path: Path) -> None:
     (tmp_path / "texts.jsonl").mkdir()
     with pytest.raises(SrmuError, match="is a folder; name the files in it"):
-        read_texts([Source(path=str(tmp_path / "texts.jsonl"))], Path())
+        read_texts([Source(path=str(tmp_path / "texts.jsonl"))])
 
 
 def test_a_line_of_100_megabytes(tmp_path: Path) -> None:
@@ -151,11 +151,11 @@ def test_a_line_of_100_megabytes(tmp_path: Path) -> None:
     path = tmp_path / "texts.jsonl"
     write_jsonl(path, ["w1 w2 w3 w4 " * 8_500_000])
     assert path.stat().st_size > 100_000_000
-    (text,) = read_texts([Source(path=str(path))], Path())
+    (text,) = read_texts([Source(path=str(path))])
     assert len(text) > 100_000_000
 
 
 def test_a_mark_of_byte_order_and_windows_lines(tmp_path: Path) -> None:
     path = tmp_path / "texts.csv"
     path.write_bytes(b"\xef\xbb\xbftext\r\nw1 w2\r\nw3 w4\r\n")
-    assert read_texts([Source(path=str(path))], Path()) == ["w1 w2", "w3 w4"]
+    assert read_texts([Source(path=str(path))]) == ["w1 w2", "w3 w4"]

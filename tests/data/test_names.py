@@ -17,12 +17,12 @@ NAMES = ["w1", "w2", "w3", "w4"]
 
 def test_names_of_one_token() -> None:
     tokenizer = word_tokenizer()
-    names = Names.tokenised(NAMES, tokenizer)
+    names = Names.encode(NAMES, tokenizer)
     ids = tokenizer("w9 w2 w8 w1 w2")["input_ids"]
     template = names.template(ids)
     assert template.items == (1, ids[1], Slot(1, 0), ids[3], Slot(0, 0), Slot(1, 0))
     assert template.names == [1, 0]
-    written, last = names.written(template, {1: 3, 0: 2})
+    written, last = names.write(template, {1: 3, 0: 2})
     assert tokenizer.decode(written[1:]) == "w9 w4 w8 w3 w4"
     assert last == list(range(6))
 
@@ -30,7 +30,7 @@ def test_names_of_one_token() -> None:
 def test_names_of_several_tokens_keep_their_places() -> None:
     told = ["Velmar Ostin rests in Bor .", "Bor is near Tul Gerat .", "in Tul Gerat rests Bor ."]
     tokenizer = pieces(told)
-    names = Names.tokenised(["Velmar Ostin", "Bor", "Tul Gerat"], tokenizer)
+    names = Names.encode(["Velmar Ostin", "Bor", "Tul Gerat"], tokenizer)
     assert {len(forms[1]) for forms in names.tokens} != {1}
     ids = tokenizer(told[0])["input_ids"]
     template = names.template(ids)
@@ -40,7 +40,7 @@ def test_names_of_several_tokens_keep_their_places() -> None:
         ({0: 1, 1: 2}, "Bor rests in Tul Gerat ."),
         ({0: 2, 1: 0}, "Tul Gerat rests in Velmar Ostin ."),
     ):
-        written, last = names.written(template, way)
+        written, last = names.write(template, way)
         assert tokenizer.decode(written) == text
         for item, end in zip(template.items, last, strict=True):
             if isinstance(item, int):
@@ -52,18 +52,18 @@ def test_names_of_several_tokens_keep_their_places() -> None:
 
 def test_the_longest_name_wins() -> None:
     tokenizer = word_tokenizer()
-    names = Names.tokenised(["w1", "w1 w2", "w3"], tokenizer)
+    names = Names.encode(["w1", "w1 w2", "w3"], tokenizer)
     ids = tokenizer("w1 w2 w1 w3")["input_ids"]
     assert names.template(ids).items[1:] == (Slot(1, 0), Slot(0, 0), Slot(2, 0))
 
 
 @given(st.lists(st.integers(4, 40), min_size=1, max_size=12), st.integers(0, 99))
 def test_the_first_way_is_the_text_itself(ids: list[int], seed: int) -> None:
-    names = Names.tokenised(NAMES, word_tokenizer())
+    names = Names.encode(NAMES, word_tokenizer())
     template = names.template(ids)
-    ways = names.ways(template, 5, torch.Generator().manual_seed(seed))
+    ways = names.draw_namings(template, 5, torch.Generator().manual_seed(seed))
     assert len(ways) == 5
-    assert names.written(template, ways[0])[0] == ids
+    assert names.write(template, ways[0])[0] == ids
     for way in ways:
         assert list(way) == template.names
         assert len({*way.values()}) == len(way)  # two names stay two
@@ -71,7 +71,7 @@ def test_the_first_way_is_the_text_itself(ids: list[int], seed: int) -> None:
 
 def test_an_unknown_name() -> None:
     with pytest.raises(SrmuError, match="does not know 'velmar'"):
-        Names.tokenised(["w1", "velmar"], word_tokenizer())
+        Names.encode(["w1", "velmar"], word_tokenizer())
 
 
 def test_batches_are_padded_on_the_right() -> None:
@@ -90,10 +90,10 @@ def test_read_names(tmp_path: Path) -> None:
 @given(st.lists(st.integers(4, 12), min_size=1, max_size=12), st.integers(0, 99))
 def test_names_take_the_place_of_their_kind_only(ids: list[int], seed: int) -> None:
     goals = ["w4", "w5 w6", "w7", "w8"]
-    names = Names.tokenised(["w1", "w2", "w3"], word_tokenizer(), goals)
+    names = Names.encode(["w1", "w2", "w3"], word_tokenizer(), goals)
     assert names.kinds == (range(3), range(3, 7))
     template = names.template(ids)
-    ways = names.ways(template, 6, torch.Generator().manual_seed(seed))
+    ways = names.draw_namings(template, 6, torch.Generator().manual_seed(seed))
     for way in ways:
         assert list(way) == template.names and len({*way.values()}) == len(way)
         assert all((own < 3) == (other < 3) for own, other in way.items())

@@ -9,7 +9,7 @@ from srmu.data.overlap import (
     ngram_overlap,
 )
 from srmu.errors import SrmuError
-from srmu.testbed.worlds.world import Size, create_closed
+from srmu.testbed.world import Size, create_closed
 
 
 def test_a_hand_example():

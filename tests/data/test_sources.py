@@ -31,12 +31,13 @@ from helpers.models import (
 from srmu.data.digest import digest_texts, own_key
 from srmu.data.sources import Source, TemplatedText, read_counted, read_texts
 from srmu.data.tokens import batch_rows, pad_id, tokenise_texts, wrap_texts
-from srmu.data.topics import load_topic
+from srmu.data.topics import TopicConfig, load_topic
 from srmu.engine.losses import mean_nll
 from srmu.engine.topic import Topic
+from srmu.engine.train import TrainOptions
 from srmu.errors import SrmuError
-from srmu.reproduce import needs
 from srmu.runs.config import build_config
+from srmu.runs.dry_run import plan_dry_run
 from srmu.runs.run import Run, unlearn
 
 ROWS = ["one two", "three\nfour, five", 'six "seven"', "  eight\t"]
@@ -75,7 +76,7 @@ WRITERS: dict[str, Callable[..., None]] = {
 
 
 def load(path: Path | str, **options: Any) -> list[str]:
-    return read_texts([Source(path=str(path), **options)], Path())
+    return read_texts([Source(path=str(path), **options)])
 
 
 # --- files
@@ -141,15 +142,18 @@ def test_a_csv_field_may_be_long(tmp_path: Path) -> None:
     assert load(tmp_path / "a.csv") == [long]
 
 
-def test_globs_are_sorted_and_sources_keep_their_order(tmp_path: Path) -> None:
+def test_globs_are_sorted_and_sources_keep_their_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     for name in ("b", "a", "c[1]"):
         write_jsonl(tmp_path / f"{name}.jsonl", [f"text {name}"])
     (tmp_path / "sub").mkdir()
     write_jsonl(tmp_path / "sub" / "d.jsonl", ["text d"])
     both = [Source(path="b.jsonl"), Source(path="[a-b].jsonl")]
-    assert read_texts(both, tmp_path) == ["text b", "text a", "text b"]
-    assert read_texts([Source(path="c[1].jsonl")], tmp_path) == ["text c[1]"]
-    assert read_texts([Source(path="**/d.jsonl")], tmp_path) == ["text d"]
+    assert read_texts(both) == ["text b", "text a", "text b"]
+    assert read_texts([Source(path="c[1].jsonl")]) == ["text c[1]"]
+    assert read_texts([Source(path="**/d.jsonl")]) == ["text d"]
 
 
 # --- the hub
@@ -172,15 +176,15 @@ def test_hub_ids(hub: list[Any]) -> None:
     source = Source(
         dataset="owner/set", name="part", split="test[:4]", column="body", revision="abc"
     )
-    assert read_texts([source], Path()) == ["one", "two"]  # blank rows are left out
+    assert read_texts([source]) == ["one", "two"]  # blank rows are left out
     assert hub == [(("owner/set", "part"), {"split": "test[:4]", "revision": "abc"})]
 
 
 def test_hub_columns(hub: list[Any]) -> None:
     with pytest.raises(SrmuError, match="no column 'text'; found body, n"):
-        read_texts([Source(dataset="owner/set")], Path())
+        read_texts([Source(dataset="owner/set")])
     with pytest.raises(SrmuError, match="owner/set row 1: 'n' is int"):
-        read_texts([Source(dataset="owner/set", column="n")], Path())
+        read_texts([Source(dataset="owner/set", column="n")])
 
 
 @pytest.mark.parametrize(
@@ -247,15 +251,35 @@ def test_the_digest_is_keyed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
 # --- topics
 
 
+def read_topic(
+    folder: Path,
+    forget: Source | None,
+    retain: Source | None,
+    tokenizer: Any = None,
+    **options: Any,
+) -> Topic:
+    """A topic of sources in `folder`; the options are those of the texts or of the training."""
+    sources = [
+        [] if source is None else [replace(source, path=str(folder / str(source.path)))]
+        for source in (forget, retain)
+    ]
+    train = {"batch_size": 4} | {
+        name: options.pop(name) for name in ("batch_size", "shuffle", "padding") if name in options
+    }
+    seed = options.pop("seed", 0)
+    config = TopicConfig(
+        forget=sources[0],
+        retain=sources[1],
+        **{"max_length": 64, "retain_max_length": 64} | options,
+    )
+    return load_topic("bio", config, tokenizer or word_tokenizer(), TrainOptions(**train), seed)
+
+
 def topic(folder: Path, **options: Any) -> Topic:
     write_jsonl(folder / "f.jsonl", [*texts(9, 1, range(30)), "w1"])
     write_jsonl(folder / "r.jsonl", texts(5, 2, range(20, 60)))
-    given: dict[str, Any] = {
-        "base": folder, "batch_size": 4, "max_length": 64, "retain_max_length": 4,
-        "shuffle": True, "padding": "mask", "seed": 0, "options": {"alpha": 3.0},
-    }  # fmt: skip
-    sources = [Source(path="f.jsonl")], [Source(path="r.jsonl")]
-    return load_topic("bio", *sources, word_tokenizer(), **given | options)
+    sources = Source(path="f.jsonl"), Source(path="r.jsonl")
+    return read_topic(folder, *sources, **{"retain_max_length": 4, "alpha": 3.0} | options)
 
 
 def documents(loaded: Topic) -> list[list[int]]:
@@ -299,12 +323,8 @@ def test_processes_that_race_get_the_same_key(monkeypatch: pytest.MonkeyPatch) -
 def test_retain_texts_may_be_left_out(tmp_path: Path) -> None:
     """A topic without them gives empty batches beside those to forget."""
     write_jsonl(tmp_path / "f.jsonl", texts(3, 1))
-    given: dict[str, Any] = {
-        "base": tmp_path, "batch_size": 2, "max_length": 64, "retain_max_length": 64,
-        "shuffle": True, "padding": "mask", "seed": 0, "options": {},
-    }  # fmt: skip
-    source = [Source(path="f.jsonl")]
-    loaded = load_topic("bio", source, [], word_tokenizer(), **given)
+    source = Source(path="f.jsonl")
+    loaded = read_topic(tmp_path, source, None, batch_size=2)
     assert len(loaded.forget) == 2 and loaded.retain == []
     counts = loaded.counts["retain"]
     assert (counts["documents"], counts["too_short"], counts["tokens"]) == (0, 0, 0)
@@ -313,21 +333,17 @@ def test_retain_texts_may_be_left_out(tmp_path: Path) -> None:
     assert [retain for _, retain in taken] == [{}, {}, {}]
     assert taken[0][0] is taken[2][0]
     write_jsonl(tmp_path / "r.jsonl", texts(3, 2))
-    beside = load_topic("bio", source, [Source(path="r.jsonl")], word_tokenizer(), **given)
+    beside = read_topic(tmp_path, source, Source(path="r.jsonl"), batch_size=2)
     assert documents(beside) == documents(loaded)  # the order to forget in is the same
     with pytest.raises(SrmuError, match=r"topic bio: no forget texts; name topics\.bio\.forget"):
-        load_topic("bio", [], source, word_tokenizer(), **given)
+        read_topic(tmp_path, None, source)
 
 
 def test_retain_texts_that_are_named_must_hold_some(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "f.jsonl", texts(3, 1))
     (tmp_path / "r.jsonl").write_text('"w1"\n')
-    sources = [Source(path="f.jsonl")], [Source(path="r.jsonl")]
     with pytest.raises(SrmuError, match="all 1 retain texts are too short"):
-        load_topic(
-            "bio", *sources, word_tokenizer(), base=tmp_path, batch_size=2, max_length=64,
-            retain_max_length=64, shuffle=True, padding="mask", seed=0, options={},
-        )  # fmt: skip
+        read_topic(tmp_path, Source(path="f.jsonl"), Source(path="r.jsonl"))
 
 
 # --- prompts and answers
@@ -428,8 +444,8 @@ def test_rows_that_are_no_texts_are_left_out_when_asked(tmp_path: Path, row: str
     path = tmp_path / "texts.jsonl"
     path.write_text("\n".join([GOOD] * 30 + [row] + [GOOD] * 9))
     with pytest.raises(SrmuError, match=r"texts\.jsonl:31"):
-        read_texts([Source(path=str(path))], Path())
-    texts, bad = read_counted([Source(path=str(path), on_bad_row="skip")], Path())
+        read_texts([Source(path=str(path))])
+    texts, bad = read_counted([Source(path=str(path), on_bad_row="skip")])
     assert (len(texts), bad) == (39, 1)
 
 
@@ -438,7 +454,7 @@ def test_many_such_rows_are_a_wrong_file(tmp_path: Path) -> None:
     path.write_text("\n".join([GOOD] * 18 + [BAD[0]] * 2))
     says = r"2 of 20 rows are no texts, more than 5%; the first: .*texts\.jsonl:19: 'text' is int"
     with pytest.raises(SrmuError, match=says):
-        read_texts([Source(path=str(path), on_bad_row="skip")], Path())
+        read_texts([Source(path=str(path), on_bad_row="skip")])
 
 
 @pytest.mark.parametrize("suffix", ["json", "csv", "parquet"])
@@ -451,7 +467,7 @@ def test_other_files_leave_rows_out_too(tmp_path: Path, suffix: str) -> None:
         path.write_text("text\n" + "\n".join(f'"{value}"' for value in values))
     else:
         pyarrow.parquet.write_table(pyarrow.table({"text": values}), path)
-    texts, bad = read_counted([Source(path=str(path), on_bad_row="skip")], Path())
+    texts, bad = read_counted([Source(path=str(path), on_bad_row="skip")])
     assert (len(texts), bad) == (40, 1)
 
 
@@ -504,7 +520,7 @@ def test_a_template_joins_columns(
         source = Source(dataset="owner/set", template=TEMPLATE)
     else:
         source = Source(path=str(write_pairs(tmp_path / f"a.{place}", rows)), template=TEMPLATE)
-    found = read_texts([source], Path())
+    found = read_texts([source])
     assert found == joined(rows)
     for text, row in zip(found, rows, strict=True):
         assert isinstance(text, TemplatedText) and text[text.start :] == row["answer"]
@@ -533,12 +549,9 @@ def pieces_of_words(**special: Any) -> PreTrainedTokenizerFast:
 def asked(folder: Path, rows: list[dict[str, str]], tokenizer: Any, **options: Any) -> Topic:
     write_pairs(folder / "f.jsonl", rows)
     write_jsonl(folder / "r.jsonl", texts(5, 2))
-    given: dict[str, Any] = {
-        "base": folder, "batch_size": 4, "max_length": 64, "retain_max_length": 64,
-        "shuffle": False, "padding": "mask", "seed": 0, "options": {}, "template": TEMPLATE,
-    } | options  # fmt: skip
-    source = Source(path="f.jsonl", template=given.pop("template"))
-    return load_topic("bio", [source], [Source(path="r.jsonl")], tokenizer, **given)
+    source = Source(path="f.jsonl", template=options.pop("template", TEMPLATE))
+    options = {"shuffle": False} | options
+    return read_topic(folder, source, Source(path="r.jsonl"), tokenizer, **options)
 
 
 def rows_of(batches: Any) -> list[tuple[list[int], list[int]]]:
@@ -601,12 +614,8 @@ def test_what_a_template_closes_with_counts(tmp_path: Path) -> None:
 def test_a_template_of_one_column_is_that_column(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "f.jsonl", texts(9, 1))
     write_jsonl(tmp_path / "r.jsonl", texts(5, 2))
-    given: dict[str, Any] = {
-        "base": tmp_path, "batch_size": 4, "max_length": 6, "retain_max_length": 64,
-        "shuffle": True, "padding": "mask", "seed": 0, "options": {},
-    }  # fmt: skip
     found = [
-        load_topic("bio", [source], [Source(path="r.jsonl")], word_tokenizer(), **given)
+        read_topic(tmp_path, source, Source(path="r.jsonl"), max_length=6)
         for source in (Source(path="f.jsonl"), Source(path="f.jsonl", template="{text}"))
     ]
     assert found[0].counts == found[1].counts
@@ -631,7 +640,7 @@ def test_texts_of_a_template_are_not_cut_again(tmp_path: Path) -> None:
 def test_anchors_go_with_a_template(tmp_path: Path) -> None:
     batch = asked(tmp_path, pairs(4, 1), word_tokenizer()).forget[0]
     whole = Topic("bio", [batch], [batch], vocabulary=torch.arange(4, VOCABULARY))
-    (mixed,) = whole.anchored(0.5).retain
+    (mixed,) = whole.add_anchors(0.5).retain
     assert torch.equal(mixed["labels"][:2], batch["labels"][:2])
     assert torch.equal(mixed["labels"][2:], mixed["input_ids"][2:])  # random texts count whole
 
@@ -668,10 +677,10 @@ def test_rows_that_a_template_does_not_fit(row: Any, says: str, tmp_path: Path) 
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     source = Source(path=str(path), template="{question} {answer}")
     with pytest.raises(SrmuError) as error:
-        read_texts([source], Path())
+        read_texts([source])
     assert str(error.value) == f"{tmp_path}/{says}"
     path.write_text("".join(json.dumps(line) + "\n" for line in [*[lines[0]] * 40, second]))
-    found, bad = read_counted([replace(source, on_bad_row="skip")], Path())
+    found, bad = read_counted([replace(source, on_bad_row="skip")])
     assert (len(found), bad) == (40, 1)
 
 
@@ -683,9 +692,9 @@ def test_other_places_that_a_template_does_not_fit(
         load(tmp_path / "a.txt", template="{q}")
     on_hub(monkeypatch, [{"q": "w1", "a": "w2"}, {"q": "w1", "a": " "}])
     with pytest.raises(SrmuError, match="data set owner/set has no column 'c'; found q, a"):
-        read_texts([Source(dataset="owner/set", template="{q} {c}")], Path())
+        read_texts([Source(dataset="owner/set", template="{q} {c}")])
     with pytest.raises(SrmuError, match="owner/set row 2: the a is empty"):
-        read_texts([Source(dataset="owner/set", template="{q} {a}")], Path())
+        read_texts([Source(dataset="owner/set", template="{q} {a}")])
     write_pairs(tmp_path / "a.parquet", [{"q": "w1", "a": "w2"}])
     with pytest.raises(SrmuError, match=r"a\.parquet: row 1: no column 'c'; found q, a"):
         load(tmp_path / "a.parquet", template="{q} {c}")
@@ -719,21 +728,21 @@ def test_rows_of_a_value(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
         path = write_pairs(tmp_path / f"a.{place}", rows)
         source = Source(path=str(path), column="answer", where={"who": "Ann Lee"})
     wanted = [row for row in rows if row["who"] == "Ann Lee"]
-    assert read_texts([source], Path()) == [row["answer"] for row in wanted]
-    assert read_texts([replace(source, column="text", template=TEMPLATE)], Path()) == joined(wanted)
+    assert read_texts([source]) == [row["answer"] for row in wanted]
+    assert read_texts([replace(source, column="text", template=TEMPLATE)]) == joined(wanted)
     one = rows[4]
     both = {"who": one["who"], "question": one["question"]}
-    assert read_texts([replace(source, where=both)], Path()) == [one["answer"]]
+    assert read_texts([replace(source, where=both)]) == [one["answer"]]
     with pytest.raises(SrmuError) as error:
-        read_texts([replace(source, where={"who": "An Lee"})], Path())
+        read_texts([replace(source, where={"who": "An Lee"})])
     assert str(error.value).endswith(": no row has who 'An Lee'; did you mean Ann Lee?")
     with pytest.raises(SrmuError, match="no row has who 'x'; choose one of Ann Lee, Bob"):
-        read_texts([replace(source, where={"who": "x"})], Path())
+        read_texts([replace(source, where={"who": "x"})])
     crossed = {"who": "Bob", "question": one["question"]}
     with pytest.raises(SrmuError, match="no row has all of who 'Bob', question"):
-        read_texts([replace(source, where=crossed)], Path())
+        read_texts([replace(source, where=crossed)])
     with pytest.raises(SrmuError, match="no column 'whom'; found who, question, answer"):
-        read_texts([replace(source, where={"whom": "Bob"})], Path())
+        read_texts([replace(source, where={"whom": "Bob"})])
 
 
 @pytest.mark.parametrize(("value", "kept"), [(1, "a"), ("1", "a"), (2.5, "b"), (True, "c")])
@@ -766,8 +775,7 @@ def test_rows_left_out_by_where_are_not_bad(tmp_path: Path) -> None:
     with path.open("a") as file:
         file.write("{\n")
     found, bad = read_counted(
-        [Source(path=str(path), template=TEMPLATE, where={"who": "Bob"}, on_bad_row="skip")],
-        Path(),
+        [Source(path=str(path), template=TEMPLATE, where={"who": "Bob"}, on_bad_row="skip")]
     )
     assert (len(found), bad) == (30, 1)
 
@@ -814,12 +822,8 @@ def test_a_blank_line_stands_between_texts() -> None:
 
 def test_a_topic_of_pieces(tmp_path: Path) -> None:
     plain = topic(tmp_path, max_length=6, retain_max_length=64)
-    sources = [Source(path="f.jsonl", wrap=True)], [Source(path="r.jsonl")]
-    given: dict[str, Any] = {
-        "base": tmp_path, "batch_size": 4, "max_length": 6, "retain_max_length": 64,
-        "shuffle": True, "padding": "mask", "seed": 0, "options": {},
-    }  # fmt: skip
-    loaded = load_topic("bio", *sources, word_tokenizer(), **given)
+    sources = Source(path="f.jsonl", wrap=True), Source(path="r.jsonl")
+    loaded = read_topic(tmp_path, *sources, max_length=6)
     rows = [*texts(9, 1, range(30)), "w1"]
     assert sorted(documents(loaded)) == sorted(wrap_texts(rows, word_tokenizer(), 6))
     assert documents(loaded) != wrap_texts(rows, word_tokenizer(), 6)  # shuffled
@@ -831,10 +835,10 @@ def test_a_topic_of_pieces(tmp_path: Path) -> None:
     assert loaded.counts["retain"] == plain.counts["retain"]
     for one, other in zip(loaded.retain, plain.retain, strict=True):
         assert torch.equal(one["input_ids"], other["input_ids"])
-    fewer = load_topic("bio", *sources, word_tokenizer(), held_out={"forget": 4}, **given)
+    fewer = read_topic(tmp_path, *sources, max_length=6, forget_held_out=4)
     assert fewer.counts["forget"]["documents"] == 6
     with pytest.raises(SrmuError, match=r"f\.jsonl: all texts together are \d+ tokens, too few"):
-        load_topic("bio", *sources, word_tokenizer(), **given | {"max_length": 4096})
+        read_topic(tmp_path, *sources, max_length=4096)
 
 
 # --- whole runs
@@ -898,7 +902,7 @@ def test_predictions_of_a_question_have_no_gradient(tmp_path: Path) -> None:
     """Whatever a question's tokens are: the loss does not know them as targets."""
     (batch, *_) = asked(tmp_path, pairs(4, 1), word_tokenizer()).forget
     logits = torch.randn(*batch["input_ids"].shape, VOCABULARY, requires_grad=True)
-    mean_nll(logits, batch["labels"]).backward()
+    mean_nll(logits, batch["labels"]).value.backward()
     assert logits.grad is not None
     moved = logits.grad.abs().sum(dim=-1)
     assert torch.equal(moved[:, :-1] > 0, batch["labels"][:, 1:] != -100)
@@ -961,6 +965,6 @@ def test_a_dry_run_of_such_texts(weights: bool, tmp_path: Path) -> None:
                 path.unlink()
         config = made_of(tmp_path, "topics.bio.forget={dataset: o/s, template: '{q} {a}', where: "
                          "{who: Bob}}", "topics.bio.retain={dataset: o/s, wrap: true}")  # fmt: skip
-    planned, found, _ = needs.dry_run(config)
+    planned, found, _ = plan_dry_run(config)
     assert found["steps"] == 5 and planned.id == found["id"]
     assert not (tmp_path / "runs").exists()

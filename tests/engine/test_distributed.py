@@ -17,10 +17,14 @@ from helpers.benchmark_sets import write_sets
 from helpers.models import Call, fill, texts
 from helpers.rank_worker import CASES, DIES_AT, STEPS, WHOLE, config
 from srmu.engine import distributed
-from srmu.engine.losses import mean_nll, row_mean, token_mse
+from srmu.engine.batch import Batch
+from srmu.engine.losses import Mean, masked_mean, mean_nll, row_mean, token_mse
+from srmu.engine.train import divide_means
 from srmu.engine.weights import list_shards, stored_tensor
 from srmu.errors import SrmuError
-from srmu.runs.run import DELTA, Run, check_ranks, plan_run, run_folder, unlearn
+from srmu.runs.plan import check_ranks, plan_run
+from srmu.runs.record import DELTA
+from srmu.runs.run import Run, unlearn
 
 KINDS = ("plain", "sharded")
 WORKER = str(Path(__file__).parents[1] / "helpers" / "rank_worker.py")
@@ -57,7 +61,7 @@ def made(folder: Path) -> dict[str, Any]:
 
 
 def found(folder: Path, runs_dir: str, case: str) -> Run:
-    return Run.open(run_folder(plan_run(config(folder, runs_dir, case))[0]))
+    return Run.open(plan_run(config(folder, runs_dir, case)).folder)
 
 
 def rows(run: Run) -> list[dict[str, Any]]:
@@ -114,7 +118,7 @@ def test_one_process_goes_on_where_two_were_killed(
     assert died.returncode != 0
     assert "rank" in died.stderr and "SIGKILL" in died.stderr
     wanted = config(folder, name, "npo")
-    assert not (run_folder(plan_run(wanted)[0]) / "record.json").exists()
+    assert not (plan_run(wanted).folder / "record.json").exists()
     run = unlearn(wanted)
     assert run.record["resumed_at"] >= DIES_AT
     assert run.record["processes"] == {"count": 1, "sharded": False}
@@ -268,26 +272,23 @@ def test_shares_add_up(monkeypatch: pytest.MonkeyPatch, name: str, count: int) -
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(0, 7, (4, 6), generator=generator)
     labels[1, 3:] = labels[2, :2] = -100
-    batch = {"labels": labels, "logits": torch.randn(4, 6, 7, generator=generator)}
-    whole = float(FUNCTIONS[name](batch))
+    batch = Batch(labels=labels, logits=torch.randn(4, 6, 7, generator=generator))
+    whole = float(FUNCTIONS[name](batch).value)
     monkeypatch.setattr(distributed, "get_size", lambda: count)
-    parts = []
+    means: list[Mean] = []
     for rank in range(count):
         monkeypatch.setattr(distributed, "get_rank", lambda rank=rank: rank)
-        parts.append(distributed.take_rows(batch))
-    counts: list[torch.Tensor] = []
+        means.append(FUNCTIONS[name](distributed.take_rows(batch)))
+    every = torch.stack([mean.count for mean in means]).sum()
+    monkeypatch.setattr(distributed, "sum_values", lambda counts: every.expand(len(counts)))
+    parts = [divide_means({"loss": -2.0 * mean}, shared=True)["loss"] for mean in means]
+    assert sum(map(float, parts)) == pytest.approx(-2 * whole, rel=1e-6)
 
-    def noted(value: torch.Tensor) -> torch.Tensor:
-        counts.append(value)
-        return value
 
-    monkeypatch.setattr("srmu.engine.losses.total_spread", noted)
-    for part in parts:
-        FUNCTIONS[name](part)
-    monkeypatch.setattr(
-        "srmu.engine.losses.total_spread", lambda value: torch.stack(counts[:count]).sum()
-    )
-    assert sum(float(FUNCTIONS[name](part)) for part in parts) == pytest.approx(whole, rel=1e-6)
+def test_a_mean_over_nothing() -> None:
+    nothing = torch.zeros(2, 3, dtype=torch.bool)
+    assert masked_mean(torch.ones(2, 3), nothing).value.isnan()
+    assert float(masked_mean(torch.ones(2, 3), nothing, least=1).value) == 0
 
 
 @pytest.mark.parametrize("launched", [False, True])
@@ -298,16 +299,14 @@ def test_alone_it_is_all_of_them(monkeypatch: pytest.MonkeyPatch, launched: bool
         monkeypatch.setenv("WORLD_SIZE", "1")
         monkeypatch.setenv("MASTER_ADDR", "localhost")
     assert (distributed.get_rank(), distributed.get_size(), distributed.is_first()) == (0, 1, True)
-    value = torch.ones(3, requires_grad=True)
-    with distributed.spread_rows():
-        assert distributed.total_spread(value) is value
+    assert torch.equal(distributed.sum_values(torch.ones(3)), torch.ones(3))
     assert (
         distributed.agree_on("a") == "a"
         and distributed.gather_values(2) == [2]
         and distributed.holds_everywhere(True)
     )
     assert distributed.says_first("this") and distributed.says_first("this")
-    assert distributed.take_rows({}) == {}
+    assert distributed.take_rows(Batch()) == {}
     distributed.join_group()
     distributed.leave_group()
 

@@ -24,6 +24,7 @@ from helpers.models import (
 )
 from srmu.data.tokens import batch_rows, tokenise_texts
 from srmu.engine.activation_cache import Activations
+from srmu.engine.batch import Batch
 from srmu.engine.loading import (
     check_layers,
     cut_config,
@@ -39,14 +40,15 @@ from srmu.engine.weights import list_shards
 from srmu.errors import SrmuError
 from srmu.methods import RMU
 from srmu.runs.config import Config, make_config
-from srmu.runs.run import plan_run, unlearn
+from srmu.runs.plan import plan_run
+from srmu.runs.run import unlearn
 
 LAYER, DEPTH = 2, 3
 FUSED = {"mixtral", "qwen3_moe"}  # transformers stacks what the checkpoint stores by expert
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def batches(padding: Any = "mask") -> list[dict[str, Tensor]]:
+def batches(padding: Any = "mask") -> list[Batch]:
     tokenizer = word_tokenizer()
     return list(batch_rows(tokenise_texts(texts(5, 1), tokenizer, 64), tokenizer, 3, padding))
 
@@ -275,7 +277,7 @@ def test_a_token_of_a_sharing_model_is_its_own(name: str, tmp_path: Path) -> Non
     batch = batches()[0]
     together = model.hidden(batch, Site(LAYER))
     for row, length in enumerate(batch["attention_mask"].sum(dim=1).tolist()):
-        one = {key: tensor[row : row + 1, :length] for key, tensor in batch.items()}
+        one = batch.cut(slice(row, row + 1), slice(None, length))
         alone = model.hidden(one, Site(LAYER))
         torch.testing.assert_close(together[row, :length], alone[0], rtol=1e-4, atol=1e-4)
 
@@ -567,5 +569,5 @@ def test_nothing_stands_in_for_a_layer_that_gives_indices() -> None:
     model.layers[1] = Pair(model.layers[1])
     ids = torch.randint(4, 60, (2, 5))
     with pytest.raises(Exception):  # noqa: B017 - Llama does not know what to do with them
-        model.hidden({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, Site(2))
+        model.hidden(Batch(input_ids=ids, attention_mask=torch.ones_like(ids)), Site(2))
     assert not model.activations.recent

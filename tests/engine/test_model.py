@@ -24,8 +24,10 @@ from helpers.models import (
     word_tokenizer,
 )
 from srmu.data.tokens import batch_rows, tokenise_texts
+from srmu.engine.batch import Batch
 from srmu.engine.loading import check_layers, find_layers, load_module, read_config
-from srmu.engine.model import EditableModel, Site, Stream
+from srmu.engine.model import EditableModel
+from srmu.engine.sites import Site, Stream
 from srmu.errors import SrmuError
 
 ROTARY = [name for name in ARCHITECTURES if name != "gpt2"]
@@ -36,7 +38,7 @@ def streams(arch: str) -> list[Any]:
     return [s for s in get_args(Stream) if s != "mlp_post" or arch not in EXPERTS]
 
 
-def example(padding: Any = "mask") -> dict[str, torch.Tensor]:
+def example(padding: Any = "mask") -> Batch:
     tokenizer = word_tokenizer()
     return next(batch_rows(tokenise_texts(texts(3, 1), tokenizer, 64), tokenizer, 3, padding))
 
@@ -95,13 +97,13 @@ def test_layers_above_the_site_are_not_run(arch: str) -> None:
 @pytest.mark.parametrize("arch", EXPERTS)
 def test_experts_have_no_common_down_projection(arch: str) -> None:
     model = EditableModel(pico_module(arch), ["1.mlp_down"])
-    with pytest.raises(SrmuError, match=r"mlp_post: each expert has its own; read resid_post or"):
+    with pytest.raises(SrmuError, match=r"mixture of experts.* read resid_post or mlp_out"):
         model.hidden(example(), Site(1, "mlp_post"))
 
 
 def test_hidden_leaves_no_hook_and_no_cut_behind() -> None:
     model = EditableModel(pico_module(), ["0.mlp_down"])
-    bad = example() | {"input_ids": torch.full((3, 4), VOCABULARY + 5)}
+    bad = example().replace(input_ids=torch.full((3, 4), VOCABULARY + 5))
     for stream in get_args(Stream):
         model.hidden(example(), Site(1, stream))
         with pytest.raises((IndexError, RuntimeError, ValueError)):
@@ -117,7 +119,7 @@ def test_right_padding_changes_no_real_token(arch: str) -> None:
     model, batch = EditableModel(pico_module(arch), ["2.mlp_down"]), example()
     together = model.hidden(batch, Site(2))
     for i, length in enumerate(batch["attention_mask"].sum(dim=1).tolist()):
-        alone = model.hidden({k: v[i : i + 1, :length] for k, v in batch.items()}, Site(2))
+        alone = model.hidden(batch.cut(slice(i, i + 1), slice(None, length)), Site(2))
         torch.testing.assert_close(together[i, :length], alone[0], rtol=1e-5, atol=1e-5)
 
 

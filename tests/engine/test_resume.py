@@ -21,7 +21,9 @@ from srmu.errors import SrmuError
 from srmu.methods import METHODS
 from srmu.runs import run as runs
 from srmu.runs.config import Config, build_config
-from srmu.runs.run import CHECKPOINTS, DELTA, STATE, Run, unlearn
+from srmu.runs.record import DELTA, STATE
+from srmu.runs.run import Run, unlearn
+from srmu.runs.training import CHECKPOINTS
 
 STEPS = 7
 # Each hands something else from step to step.
@@ -135,7 +137,7 @@ def begun(workplace: Path, tmp_path: Path) -> Config:
 
 
 def folder_of(made: Config) -> Path:
-    return runs.run_folder(runs.plan_run(made)[0])
+    return runs.plan_run(made).folder
 
 
 def checkpoint(made: Config) -> Path:
@@ -172,6 +174,15 @@ def test_a_damaged_checkpoint_does_not_count(
     whole = unlearn(config(workplace, CASES["srmu"], str(tmp_path / "whole")))
     assert files(again) == files(whole)
     assert losses(again) == losses(whole)
+
+
+def test_a_killed_run_goes_on_with_another_cache_folder(
+    begun: Config, workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SRMU_CACHE", str(tmp_path / "other"))
+    again = unlearn(begun)
+    assert again.record["resumed_at"] == 4
+    assert files(again) == files(unlearn(config(workplace, CASES["srmu"], str(tmp_path / "whole"))))
 
 
 def test_the_newest_whole_checkpoint_counts(tmp_path: Path) -> None:
@@ -299,7 +310,7 @@ def test_real_processes_killed_at_random_moments(workplace: Path, tmp_path: Path
     assert losses(again) == losses(whole)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_real_processes_killed_twenty_times(workplace: Path, tmp_path: Path) -> None:
     total = 0
     for attempt in range(8):

@@ -10,10 +10,10 @@ import torch
 
 from helpers.benchmark_sets import edited, greedy, write_sets
 from helpers.models import pico_module, texts, word_tokenizer
+from srmu.engine.generate import continue_greedily
 from srmu.errors import SrmuError
 from srmu.evals.benchmarks.base import (
     BenchmarkData,
-    continue_greedily,
     cut_at_stop,
     log_likelihoods,
     mean_metric,
@@ -132,7 +132,7 @@ def test_answers_end_with_the_text_and_with_the_cap() -> None:
     with torch.no_grad():  # the end of the text becomes likely
         model.module.lm_head.weight[2] *= 3
     rows = [model.tokens(prompt) for prompt in prompts]
-    made = continue_greedily(model, rows, 10)
+    made = continue_greedily(model.module, model.tokenizer, rows, 10)
     said = [model.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in made]
     assert said == [greedy(model, prompt, 10) for prompt in prompts]
     lengths = {len(ids) for ids in made}
@@ -141,7 +141,8 @@ def test_answers_end_with_the_text_and_with_the_cap() -> None:
     # what its generation config calls an end is one as well
     often = max({token for ids in made for token in ids})
     model.module.generation_config.eos_token_id = [2, often]
-    assert not any(often in ids for ids in continue_greedily(model, rows, 10))
+    again = continue_greedily(model.module, model.tokenizer, rows, 10)
+    assert not any(often in ids for ids in again)
 
 
 def test_cut() -> None:
@@ -162,7 +163,7 @@ def test_a_prompt_that_is_too_long_loses_its_first_tokens() -> None:
     words = " ".join(texts(12, seed=6)).split()[:80]
     last = [model.tokenizer.convert_tokens_to_ids(word) for word in words[-54:]]
     expected = model.tokenizer.decode(
-        continue_greedily(model, [last], 10)[0], skip_special_tokens=True
+        continue_greedily(model.module, model.tokenizer, [last], 10)[0], skip_special_tokens=True
     )
     assert write_continuations(model, [" ".join(words)], 10) == [expected.strip()]
 

@@ -8,9 +8,9 @@ import pytest
 import yaml
 
 from srmu.evals.benchmarks import BENCHMARKS
-from srmu.reproduce import needs
 from srmu.runs import estimate
 from srmu.runs.config import load_config
+from srmu.runs.dry_run import plan_dry_run
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 NAMES = [
@@ -47,7 +47,7 @@ def test_dry_run_needs_nothing(name: str, tmp_path: Path, monkeypatch: pytest.Mo
     layers = 1 + tree(name)["method"].get("layer", 0)
     (tmp_path / "config.json").write_text(json.dumps(SMALL | {"num_hidden_layers": layers}))
     config = load_config(CONFIGS / name, [f"model={tmp_path}"])
-    planned, found, lines = needs.dry_run(config)
+    planned, found, lines = plan_dry_run(config)
     given = tree(name)
     assert found["steps"] == given["train"]["max_steps"]
     assert planned.train.learning_rate == given["train"]["learning_rate"]

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from srmu.testbed.build import Recipe, build_testbed
-from srmu.testbed.worlds.world import Size
+from srmu.testbed.build import build_testbed
+from srmu.testbed.train import Recipe
+from srmu.testbed.world import Size
 
 PEOPLE_TINY = Recipe(
     size=Size(hazard_compounds=8, other_compounds=8, entities=8, values=8, general_values=8),

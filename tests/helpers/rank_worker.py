@@ -1,4 +1,4 @@
-"""What a launcher starts in test_distributed.py: runs of pico models, in as many processes as there are.
+"""What a launcher starts in test_distributed.py: runs of pico models in several processes.
 
 python rank_worker.py FOLDER RUNS_DIR {plain,sharded} CASE...      these runs
 python rank_worker.py FOLDER RUNS_DIR {plain,sharded} --die CASE   one, whose rank 1 is killed
@@ -15,7 +15,8 @@ import torch
 
 from helpers.models import both_ways
 from srmu.cli import main as cli
-from srmu.engine import distributed, train
+from srmu.engine import distributed
+from srmu.engine.stopping import StopRules
 from srmu.errors import SrmuError
 from srmu.runs import run as runs
 from srmu.runs.config import Config, build_config
@@ -78,17 +79,17 @@ def main(folder: Path, runs_dir: str, kind: str, *cases: str) -> None:
             if step == DIES_AT and distributed.is_first():
                 (folder / "steps").touch()
 
-        after = train.Limits.after
-        train.Limits.after = lambda self, step: (log_step(step), after(self, step))[1]  # type: ignore
+        check = StopRules.check_step
+        StopRules.check_step = lambda *args: (log_step(args[1]), check(*args))[1]  # type: ignore
         distributed.agree_on = agreed
         cases = cases[1:]
     if cases[0] == "--fail":
         plan = runs.plan_run
 
-        def fail(config: Config) -> Any:
+        def fail(config: Config, **options: Any) -> Any:
             if distributed.get_rank() == 1:
                 raise SrmuError("its disk is not there")
-            return plan(config)
+            return plan(config, **options)
 
         runs.plan_run = fail
         path = folder / "failing.yaml"

@@ -2,8 +2,8 @@
 
 import json
 
-from srmu.testbed.build import Recipe
-from srmu.testbed.worlds.world import Size
+from srmu.testbed.train import Recipe
+from srmu.testbed.world import Size
 
 TINY = Recipe(
     size=Size(hazard_compounds=8, other_compounds=8, entities=8, values=8, general_values=8),

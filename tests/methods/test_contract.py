@@ -25,6 +25,7 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from helpers.models import ARCHITECTURES, batches, pico_module, texts, topic, word_tokenizer
+from srmu.engine.batch import Batch
 from srmu.engine.losses import is_predicted, token_nll
 from srmu.engine.model import EditableModel
 from srmu.engine.topic import Topic
@@ -212,13 +213,13 @@ def wider(batch: Any, left: bool) -> Any:
     extra = torch.ones(len(batch["labels"]), 4, dtype=torch.long)
     fills = {"input_ids": 9, "attention_mask": 0, "labels": -100}
     pairs = {k: [batch[k], fill * extra] for k, fill in fills.items()}
-    return {k: torch.cat(pair[::-1] if left else pair, dim=1) for k, pair in pairs.items()}
+    return Batch({k: torch.cat(pair[::-1] if left else pair, dim=1) for k, pair in pairs.items()})
 
 
 def junk(batch: Any) -> Any:
     """Another word under the padding that is there."""
     ids = torch.where(batch["attention_mask"] == 0, 9, batch["input_ids"])
-    return batch | {"input_ids": ids}
+    return batch.replace(input_ids=ids)
 
 
 @pytest.mark.parametrize(
@@ -505,7 +506,7 @@ def test_a_run_from_texts_to_an_exported_checkpoint(
         seen.append(load(*args, **options))
         return seen[-1]
 
-    monkeypatch.setattr(runs.EditableModel, "load", spy)
+    monkeypatch.setattr(EditableModel, "load", spy)
     given = [f"method.{k}={json.dumps(v)}" for k, v in SETTINGS.get(name, {}).items()]
     given += ["train.max_steps=2", "train.learning_rate=1e-3", "train.batch_size=2"]
     given += [f"runs_dir={workplace / 'runs'}"]
@@ -524,7 +525,7 @@ def test_a_run_from_texts_to_an_exported_checkpoint(
     expected = ("edited", 0) if issubclass(METHODS[name], Edit) else (FINISHED, 2)
     assert (record["stop_reason"], len(steps)) == expected
     assert record["steps"] == len(steps)
-    assert run.config == runs.plan_run(config)[0]
+    assert run.config == runs.plan_run(config).config
     assert runs.unlearn(config).folder == run.folder  # found, not run again
     (model,) = seen
     assert set(record["changed"]) == set(model.delta())

@@ -22,6 +22,7 @@ from helpers.models import (
     write_jsonl,
 )
 from srmu import make_config, unlearn
+from srmu.engine.batch import Batch
 from srmu.engine.losses import is_counted, mean_nll
 from srmu.engine.model import EditableModel
 from srmu.engine.progress import ignore_progress
@@ -66,7 +67,7 @@ def edited(
     log: Callable[..., None] = lambda step, values: None,
 ) -> tuple[EditableModel, Any]:
     model = EditableModel(pico_module(arch, dtype), method.trainable, method.depth)
-    return model, method.apply(model, topics or (topic(),), train, log)
+    return model, method.apply(model, topics or (topic(),), method.training(train), log)
 
 
 def weights(model: EditableModel) -> Weights:
@@ -90,7 +91,7 @@ def rows(parts: list[Any]) -> list[list[int]]:
 
 def forget_nll(model: EditableModel) -> float:
     with torch.no_grad():
-        values = [mean_nll(model.logits(b), b["labels"]) for b in topic().forget]
+        values = [mean_nll(model.logits(b), b["labels"]).value for b in topic().forget]
     return float(torch.stack(values).mean())
 
 
@@ -164,7 +165,7 @@ def test_forget_texts_become_less_likely(name: str, learnt: Weights) -> None:
         with torch.no_grad():
             parts = topic().forget, topic().retain
             return [
-                sum(float(mean_nll(model.logits(b), b["labels"])) for b in p) / len(p)
+                sum(float(mean_nll(model.logits(b), b["labels"]).value) for b in p) / len(p)
                 for p in parts
             ]
 
@@ -484,8 +485,8 @@ def naive_attribution(arch: str, ids: list[int], points: int) -> torch.Tensor:
 def measured(module: Any, ids: list[int], points: int) -> torch.Tensor:
     model = EditableModel(module, ["*.mlp_down"])
     row = torch.tensor([ids])
-    batch = {"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row}
-    from srmu.methods.gradients import down_projection
+    batch = Batch(input_ids=row, attention_mask=torch.ones_like(row), labels=row)
+    from srmu.engine.roles import down_projection
 
     return attribute_neurons(model, [down_projection(x) for x in model.layers], batch, points)
 
@@ -520,7 +521,7 @@ def test_attribution_does_not_see_what_is_not_counted() -> None:
     model = EditableModel(pico_module(), ["*.mlp_down"])
     downs = [layer.mlp.down_proj for layer in model.layers]
     row = torch.tensor([IDS])
-    batch = {"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row.clone()}
+    batch = Batch(input_ids=row, attention_mask=torch.ones_like(row), labels=row.clone())
     batch["labels"][:, :-1] = -100
     found = attribute_neurons(model, downs, batch, 64)
     module = pico_module()
@@ -614,16 +615,16 @@ def test_neurons_are_chosen_as_the_card_says() -> None:
     att[:, 1, 2] = torch.tensor([0.5, 1.0, 2.0, 0.0])  # half of it in three of four texts
     att[:, 1, 1] = torch.tensor([0.9, 0.0, 0.0, 0.1])  # much in one text only
     att[:, 0, 1] = -5.0  # lowers the likelihood
-    state = DEPN(neuron_share=0.4, text_share=0.75).selected(att)
+    state = DEPN(neuron_share=0.4, text_share=0.75).select_neurons(att)
     assert state.tensors["neurons"].tolist() == [[0, 0], [1, 2]]
-    assert DEPN(text_share=0.75, most=1).selected(att).tensors["neurons"].tolist() == [[0, 0]]
-    low = DEPN(neuron_share=0.4, text_share=0.25).selected(att)
+    assert DEPN(text_share=0.75, most=1).select_neurons(att).tensors["neurons"].tolist() == [[0, 0]]
+    low = DEPN(neuron_share=0.4, text_share=0.25).select_neurons(att)
     assert low.tensors["neurons"].tolist() == [[0, 0], [1, 2], [1, 1]]
     assert low.numbers == {"neurons": 3, "passed": 3}
     att[3] = -1.0  # no neuron raises this text
     assert DEPN(neuron_share=0.4, text_share=1.0, most=0).text_share == 1.0
     with pytest.raises(SrmuError, match=r"method.neuron_share=0.4.*method.text_share=1"):
-        DEPN(neuron_share=0.4, text_share=1.0).selected(att)
+        DEPN(neuron_share=0.4, text_share=1.0).select_neurons(att)
 
 
 def test_no_neurons_no_change() -> None:
@@ -963,7 +964,7 @@ def test_elicitation_that_diverges_is_said() -> None:
     method = RepSelect(elicit_learning_rate=1e25)
     model = EditableModel(pico_module(), method.trainable)
     with pytest.raises(DivergedError, match=r"lower method\.elicit_learning_rate"):
-        method.apply(model, [topic()], TRAIN, lambda step, values: None)
+        method.apply(model, [topic()], method.training(TRAIN), lambda step, values: None)
     assert not model.delta()
 
 

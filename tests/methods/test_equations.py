@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from srmu.engine.batch import Batch
 from srmu.engine.losses import is_counted, token_cosine, token_mean, token_mse, without_first
 from srmu.methods import RMU, SRMU, directions
 from srmu.methods.directions import Direction
@@ -133,7 +134,7 @@ def test_a_zero_map_is_the_zero_target() -> None:
         target = method.scaled(rand(D).sign() * importance_map(v, v, "difference"), norm=3.0)
         nothing = SRMU(direction="zero", **strength).scaled(draw("zero"), norm=3.0)
         assert torch.equal(target, nothing)
-        assert token_mse(hidden, target, mask) == hidden.square().mean()
+        assert token_mse(hidden, target, mask).value == hidden.square().mean()
 
 
 @pytest.mark.parametrize("k", [0.01, 3.0, 1000.0])
@@ -323,7 +324,7 @@ def test_the_first_token_of_each_text_is_left_out(skip_first: bool, side: str) -
     rows = [[5, 6, 7], [8, 9]]
     pad = [-100]
     labels = torch.tensor([rows[0], rows[1] + pad if side == "right" else pad + rows[1]])
-    got = RMU(skip_first=skip_first).measured({"labels": labels})
+    got = RMU(skip_first=skip_first).measured_tokens(Batch(labels=labels))
     firsts = torch.tensor([[1, 0, 0], [1, 0, 0] if side == "right" else [0, 1, 0]]).bool()
     expected = (labels != -100) & ~(firsts if skip_first else torch.zeros_like(firsts))
     assert torch.equal(got, expected)
@@ -352,13 +353,13 @@ def test_token_mse_equals_a_triple_loop(shape: tuple[int, ...]) -> None:
                 if MASK[b, t]:
                     total += float(hidden[b, t, d] - full[b, t, d]) ** 2
                     count += 1
-    assert token_mse(hidden, target, MASK) == pytest.approx(total / count, rel=1e-6)
+    assert token_mse(hidden, target, MASK).value == pytest.approx(total / count, rel=1e-6)
 
 
 def test_token_mse_has_the_closed_forms_gradient() -> None:
     """2(h - T) / (counted elements); exactly zero where nothing is counted."""
     hidden, target = rand(3, 4, D).requires_grad_(), rand(D, seed=1)
-    token_mse(hidden, target, MASK).backward()
+    token_mse(hidden, target, MASK).value.backward()
     expected = 2 * (hidden - target) / (int(MASK.sum()) * D) * MASK[..., None]
     torch.testing.assert_close(hidden.grad, expected.detach(), rtol=1e-5, atol=1e-9)
     assert hidden.grad[~MASK].eq(0).all()
@@ -368,7 +369,7 @@ def test_token_mse_of_a_fixed_tensor() -> None:
     """h = 0 and T = c * u give c^2 / D, the loss of RMU in closed form."""
     u = torch.rand(D, generator=torch.Generator().manual_seed(0))
     u = u / u.norm()
-    got = token_mse(torch.zeros(3, 4, D), 6.5 * u, MASK)
+    got = token_mse(torch.zeros(3, 4, D), 6.5 * u, MASK).value
     assert got == pytest.approx(6.5**2 / D, rel=1e-6)
 
 
@@ -381,7 +382,7 @@ def test_token_cosine_equals_a_loop(shape: tuple[int, ...]) -> None:
             if MASK[b, t]:
                 h, v = hidden[b, t], full[b, t]
                 cosines.append(float(h @ v) / math.sqrt(float(h @ h) * float(v @ v)))
-    assert token_cosine(hidden, target, MASK) == pytest.approx(
+    assert token_cosine(hidden, target, MASK).value == pytest.approx(
         sum(cosines) / len(cosines), abs=1e-6
     )
 
@@ -389,7 +390,7 @@ def test_token_cosine_equals_a_loop(shape: tuple[int, ...]) -> None:
 def test_token_mean_equals_a_loop() -> None:
     values = rand(3, 4, D)
     rows = [values[b, t] for b in range(3) for t in range(4) if MASK[b, t]]
-    torch.testing.assert_close(token_mean(values, MASK), sum(rows) / len(rows))
+    torch.testing.assert_close(token_mean(values, MASK).value, sum(rows) / len(rows))
 
 
 @pytest.mark.parametrize("loss", [token_mse, token_cosine])
@@ -398,7 +399,7 @@ def test_losses_of_bf16_are_computed_in_float32(loss: Any) -> None:
     got = loss(hidden, target, MASK)
     assert got.dtype == torch.float32
     assert got == loss(hidden.float(), target.float(), MASK)
-    assert token_mean(hidden, MASK).dtype == torch.float32
+    assert token_mean(hidden, MASK).value.dtype == torch.float32
 
 
 # --- describe ------------------------------------------------------------------------------------

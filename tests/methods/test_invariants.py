@@ -21,7 +21,8 @@ from helpers.models import (
     write_jsonl,
 )
 from srmu.data.sources import Source
-from srmu.data.topics import load_topic
+from srmu.data.topics import TopicConfig, load_topic
+from srmu.engine.batch import Batch
 from srmu.engine.model import EditableModel, Site
 from srmu.engine.topic import Topic
 from srmu.engine.train import TrainOptions
@@ -48,17 +49,12 @@ def run(
     """Logged values and trained weights after each step, and the states, of srmu's own run."""
     topics = []
     for name in names:
-        sources = [
+        forget, retain = (
             [Source(path=str(write_jsonl(folder / f"{name}{i}.jsonl", documents)))]
             for i, documents in enumerate(DOCUMENTS[name])
-        ]
-        topics.append(
-            load_topic(
-                name, *sources, word_tokenizer(), base=folder, batch_size=SIZE, max_length=64,
-                retain_max_length=64, shuffle=OPTIONS.shuffle, padding=OPTIONS.padding, seed=5,
-                options=options.get(name, {}),
-            )
-        )  # fmt: skip
+        )
+        texts = TopicConfig(forget=forget, retain=retain, max_length=64, **options.get(name, {}))
+        topics.append(load_topic(name, texts, word_tokenizer(), OPTIONS, seed=5))
     model = EditableModel(pico_module(arch), method.trainable, method.depth)
     logged, weights = [], []
 
@@ -351,16 +347,13 @@ def test_weight_decay_and_clipping_equal_torchs(tmp_path: Any) -> None:
 def tokenised(name: str) -> Topic:
     """A topic from words by hand: right padding with 0, labels -100 there."""
 
-    def padded(documents: list[str]) -> dict[str, torch.Tensor]:
+    def padded(documents: list[str]) -> Batch:
         rows = [[1] + [4 + int(w[1:]) for w in document.split()] for document in documents]
         width = max(map(len, rows))
         ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
         mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
-        return {
-            "input_ids": ids,
-            "attention_mask": mask,
-            "labels": torch.where(mask.bool(), ids, -100),
-        }
+        labels = torch.where(mask.bool(), ids, -100)
+        return Batch(input_ids=ids, attention_mask=mask, labels=labels)
 
     forget, retain = (
         [padded(documents[i : i + SIZE]) for i in range(0, len(documents), SIZE)]

@@ -14,8 +14,10 @@ import torch
 
 from helpers.models import ARCHITECTURES, VOCABULARY, batches, pico_module, texts, topic
 from srmu.engine.activation_cache import OnDisk
+from srmu.engine.batch import Batch
 from srmu.engine.losses import is_counted
-from srmu.engine.model import EditableModel, Site, Stream
+from srmu.engine.model import EditableModel
+from srmu.engine.sites import Site, Stream
 from srmu.engine.topic import Topic
 from srmu.engine.train import Terms, TrainOptions
 from srmu.errors import SrmuError
@@ -23,7 +25,7 @@ from srmu.methods import METHODS as ALL_METHODS
 from srmu.methods import RMU, SRMU, AdaptiveRMU, Method, Misdirection
 from srmu.methods.directions import Direction, draw_direction
 from srmu.methods.importance import Fusion, Statistic
-from srmu.methods.replay import own_anchors
+from srmu.methods.own_texts import write_anchors
 
 LAYER = 2
 TRAIN = TrainOptions(learning_rate=1e-3, max_steps=2, batch_size=2)
@@ -136,8 +138,8 @@ def test_step_0_in_closed_form(method: Any) -> None:
     terms, model, _ = first_terms(method, topic())
     state = method.setup(model, topic())  # anew: a resampled direction draws the same again
     weights = list(model.trained.values())
-    assert terms.losses["retain"] == 0
-    gradients = torch.autograd.grad(terms.losses["retain"], weights, retain_graph=True)
+    assert terms.loss_values["retain"] == 0
+    gradients = torch.autograd.grad(terms.loss_values["retain"], weights, retain_graph=True)
     assert all(g.eq(0).all() for g in gradients)
     forget, retain = topic().forget[0], topic().retain[0]
     hidden = model.hidden(forget, method.site)
@@ -146,9 +148,9 @@ def test_step_0_in_closed_form(method: Any) -> None:
     size = hidden.shape[-1]
     slope = 2 * (hidden - target).detach() / (int(mask.sum()) * size) * mask[..., None]
     loss = ((hidden - target).square().mean(dim=-1))[mask].mean()
-    assert terms.losses["forget"].item() == pytest.approx(loss.item(), rel=1e-6)
+    assert terms.loss_values["forget"].item() == pytest.approx(loss.item(), rel=1e-6)
     expected = torch.autograd.grad(hidden, weights, slope)
-    got = torch.autograd.grad(terms.losses["forget"], weights)
+    got = torch.autograd.grad(terms.loss_values["forget"], weights)
     for one, other in zip(got, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6 * float(other.abs().max()))
 
@@ -160,7 +162,7 @@ def test_padding_changes_nothing(method: Any) -> None:
     def padded(batch: Any) -> Any:
         extra = torch.ones(len(batch["labels"]), 8, dtype=torch.long)
         fills = {"input_ids": 9, "attention_mask": 0, "labels": -100}
-        return {k: torch.cat([batch[k], fill * extra], dim=1) for k, fill in fills.items()}
+        return Batch({k: torch.cat([batch[k], fill * extra], dim=1) for k, fill in fills.items()})
 
     some = topic()
     longer = replace(some, forget=[*map(padded, some.forget)], retain=[*map(padded, some.retain)])
@@ -201,11 +203,13 @@ def test_a_batch_equals_its_rows(cls: Any) -> None:
 
     def row(batch: Any, i: int) -> Any:
         length = int(batch["attention_mask"][i].sum())
-        return {k: v[i : i + 1, :length] for k, v in batch.items()}
+        return batch.cut(slice(i, i + 1), slice(None, length))
 
-    whole = method.loss(model, state, forget, retain, 0).losses
+    whole = method.loss(model, state, forget, retain, 0).loss_values
     assert whole["retain"] > 0.01
-    rows = [method.loss(model, state, row(forget, i), row(retain, i), 0).losses for i in range(2)]
+    rows = [
+        method.loss(model, state, row(forget, i), row(retain, i), 0).loss_values for i in range(2)
+    ]
     for key, batch in (("forget", forget), ("retain", retain)):
         counts = is_counted(batch["labels"]).sum(dim=1)
         expected = sum(r[key].item() * int(n) for r, n in zip(rows, counts, strict=True))
@@ -458,16 +462,16 @@ def test_anchors_replace_their_share_of_retain_rows(share: float, rows: int) -> 
 def test_anchors_without_a_leading_special_token() -> None:
     """The first token of a text without <s> is drawn as the others."""
     ids = torch.arange(10, 40).reshape(3, 10)
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    batch = Batch(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids)
     some = replace(topic(), retain=[batch], vocabulary=torch.arange(4, VOCABULARY))
-    mixed = some.anchored(1.0).retain[0]["input_ids"]
+    mixed = some.add_anchors(1.0).retain[0]["input_ids"]
     assert (mixed >= 4).all()
     assert not torch.equal(mixed[:, 0], ids[:, 0])
 
 
 def test_anchors_of_a_share_that_is_no_row_are_refused() -> None:
     with pytest.raises(SrmuError, match="anchor_share"):
-        topic().anchored(0.1)
+        topic().add_anchors(0.1)
 
 
 @each_method
@@ -482,10 +486,10 @@ def test_own_texts_take_the_place_of_retain_rows() -> None:
     """In turn over the batches, cut to the batch, and what is behind their end counts nowhere."""
     width = 6
     ids = torch.arange(10, 10 + 8 * width).reshape(8, width)
-    whole = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
-    parts = [{k: v[i : i + 4] for k, v in whole.items()} for i in (0, 4)]
+    whole = Batch(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids)
+    parts = [whole.cut(slice(i, i + 4)) for i in (0, 4)]
     own = ([1, 5, 6], [1, *range(20, 40)], [1, 7])
-    mixed = replace(topic(), retain=parts, own=own).anchored(0.5).retain
+    mixed = replace(topic(), retain=parts, own=own).add_anchors(0.5).retain
     for before, after in zip(parts, mixed, strict=True):
         assert all(torch.equal(after[k][:2], before[k][:2]) for k in after)
     rows = [row for after in mixed for row in zip(*(v[2:].tolist() for v in after.values()),
@@ -524,9 +528,9 @@ def test_own_anchors_hold_no_token_of_the_forget_texts() -> None:
     """The pico model writes all words alike, so that forget words leak without the filter."""
     some, method = topic(), SRMU(layer=LAYER, anchors="self")
     model = EditableModel(pico_module(), method.trainable, method.depth)
-    everything, none = own_anchors(model, some, 200, 1e9)
+    everything, none = write_anchors(model, some, 200, 1e9)
     assert none == 0
-    kept, dropped = own_anchors(model, some, 200, 2.5)
+    kept, dropped = write_anchors(model, some, 200, 2.5)
     bad = leaked(everything, some, everything, 2.5)
     assert 0 < len(kept) < len(everything)
     assert dropped == sum(bad) == len(everything) - len(kept)
@@ -553,7 +557,7 @@ def test_own_anchors_train_and_leave_no_trace(monkeypatch: pytest.MonkeyPatch) -
     assert counts["kept"] > 0 and counts["kept"] + counts["dropped"] == 100
     again, _, _ = run(method, [topic()], train)
     assert equal(model.delta(), again.delta())
-    kept, _ = own_anchors(
+    kept, _ = write_anchors(
         EditableModel(pico_module(), method.trainable), topic(), 100, method.own_ratio
     )
     width = len(seen[0][0])
@@ -573,7 +577,7 @@ def test_activations_of_own_texts_stay_in_memory(tmp_path: Path) -> None:
 
 def test_no_own_text_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "srmu.methods.replay.typical_tokens", lambda *args: torch.arange(VOCABULARY)
+        "srmu.methods.own_texts.typical_tokens", lambda *args: torch.arange(VOCABULARY)
     )
     method = RMU(layer=LAYER, anchors="self", own_texts=8)
     with pytest.raises(SrmuError, match=r"each of 8 texts .* method\.anchors=random") as error:
@@ -655,7 +659,7 @@ def test_rmu_draws_a_unit_vector_without_negative_entries(seed: int) -> None:
     expected = model.hidden(topic().forget[0], Site(LAYER)) - 6.5 * u
     mask = topic().forget[0]["attention_mask"].bool()
     loss = expected[mask].square().mean().item()
-    assert terms.losses["forget"].item() == pytest.approx(loss, rel=1e-6)
+    assert terms.loss_values["forget"].item() == pytest.approx(loss, rel=1e-6)
 
 
 def test_rmu_turns_forget_activations_and_holds_retain_activations() -> None:
@@ -677,7 +681,7 @@ def test_counting_padding_differs_only_where_there_is_some(cls: Any) -> None:
         for padding in ("mask", "count"):
             forget, retain = (batches(d, padding=padding) for d in documents)
             some = replace(topic(), forget=forget, retain=retain)
-            values.append(first_terms(method, some)[0].losses["forget"].item())
+            values.append(first_terms(method, some)[0].loss_values["forget"].item())
         return values
 
     mask, count = losses([["w1 w2 w3", "w4 w5 w6"], ["w30 w31", "w32 w33"]])
@@ -770,7 +774,7 @@ def test_adaptive_rmu_reproduces_rmu(seed: int) -> None:
 def test_per_sample_is_per_token_where_there_is_one_token(source: Any) -> None:
     """A batch of one row with one counted token."""
     ids = torch.tensor([[7, 8, 9]])
-    one = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    one = Batch(input_ids=ids, attention_mask=torch.ones_like(ids))
     one["labels"] = torch.tensor([[-100, -100, 9]])
     sample, token, batch = (
         adaptive_target(
@@ -807,7 +811,9 @@ def test_rmu_is_srmu_with_its_direction_as_the_map() -> None:
     injected = method.state(plus * (u / u.max()), 1.0, direction=plus, importance=u / u.max())
     forget, retain = next(topic().pairs())
     got = method.loss(model, injected, forget, retain, 0)
-    torch.testing.assert_close(got.losses["forget"], expected.losses["forget"], rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        got.loss_values["forget"], expected.loss_values["forget"], rtol=1e-6, atol=0
+    )
 
 
 def test_a_uniform_map_is_the_ratio_map_of_equal_sets() -> None:
@@ -820,7 +826,7 @@ def test_a_uniform_map_is_the_ratio_map_of_equal_sets() -> None:
     torch.testing.assert_close(
         ratio[2].tensors["target"], uniform[2].tensors["target"], rtol=1e-2, atol=0
     )
-    assert ratio[0].losses["forget"].isclose(uniform[0].losses["forget"], rtol=1e-2)
+    assert ratio[0].loss_values["forget"].isclose(uniform[0].loss_values["forget"], rtol=1e-2)
 
 
 @pytest.mark.parametrize("strength", [{"coeff": 2.0}, {"kappa": 2.0}])
@@ -886,9 +892,11 @@ def test_the_additive_target_starts_from_the_frozen_activation() -> None:
     """Eq. 1: at step 0 the forget loss is ||c V I_norm||^2 / D whatever the text."""
     terms, _, state = first_terms(SRMU(layer=LAYER, kappa=2.0, target_mode="additive"), topic())
     target = state.tensors["target"]
-    assert terms.losses["forget"].item() == pytest.approx(target.square().mean().item(), rel=1e-5)
+    assert terms.loss_values["forget"].item() == pytest.approx(
+        target.square().mean().item(), rel=1e-5
+    )
     nothing = SRMU(layer=LAYER, direction="zero", target_mode="additive")
-    assert first_terms(nothing, topic())[0].losses["forget"] == 0
+    assert first_terms(nothing, topic())[0].loss_values["forget"] == 0
 
 
 def planted(method: SRMU, steps: int, learning_rate: float) -> dict[str, Any]:
@@ -969,10 +977,12 @@ def test_measuring_shows_each_batch(method: Any, batches: int) -> None:
         shown.append((label, total, len(ticks)))
 
     ids = torch.randint(4, 60, (2, 6), generator=torch.Generator().manual_seed(0))
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
-    shifted = [{k: v.roll(i, 1) for k, v in batch.items()} for i in range(5)]
+    batch = Batch(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids)
+    shifted = [batch.map(lambda v, i=i: v.roll(i, 1)) for i in range(5)]
     topic = Topic("t", shifted[:3], shifted[3:])
     made = method(layer=2, window=1, kappa=1.0)
     model = EditableModel(pico_module(), made.trainable, made.depth)
-    made.apply(model, [topic], TrainOptions(max_steps=2), lambda *_: None, watch)
+    made.apply(
+        model, [topic], TrainOptions(max_steps=2, learning_rate=1e-5), lambda *_: None, watch
+    )
     assert shown == [("measuring and preparing", batches, batches), (made.name, 2, 2)]

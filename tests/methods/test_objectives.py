@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from helpers.models import VOCABULARY, batches, pico_module, texts, topic
+from srmu.engine.batch import Batch
 from srmu.engine.losses import (
     generic_logits,
     is_counted,
@@ -20,7 +21,7 @@ from srmu.engine.losses import (
     mean_nll,
     token_nll,
 )
-from srmu.engine.model import Batch, EditableModel
+from srmu.engine.model import EditableModel
 from srmu.engine.topic import Topic
 from srmu.engine.train import TrainOptions
 from srmu.errors import SrmuError
@@ -70,8 +71,8 @@ def gradient(model: EditableModel, loss: Tensor) -> dict[str, Tensor]:
 
 
 def total(method: Objective, model: EditableModel, state: State, part: Topic) -> Tensor:
-    terms = method.loss(model, state, part.forget[0], (part.retain or [{}])[0], 0)
-    return torch.stack(list(terms.losses.values())).sum()
+    terms = method.loss(model, state, part.forget[0], (part.retain or [Batch()])[0], 0)
+    return torch.stack(list(terms.loss_values.values())).sum()
 
 
 def close(one: dict[str, Tensor], other: dict[str, Tensor], rtol: float = 1e-4) -> None:
@@ -272,9 +273,9 @@ def test_losses_equal_a_loop_over_tokens(method: Any, arch: str) -> None:
     perturb(model)
     modules = {"now": copy.deepcopy(model.module), "before": pico_module(arch), "raised": raised}
     modules = {name: module.double() for name, module in modules.items()}
-    extra = method.answered(state, part.forget[0], 0) if isinstance(method, LLMU) else None
+    extra = method.answer_randomly(state, part.forget[0], 0) if isinstance(method, LLMU) else None
     expected = LOOPS[type(method)](Reference(modules, part, extra), method)
-    found = method.loss(model, state, part.forget[0], part.retain[0], 0).losses
+    found = method.loss(model, state, part.forget[0], part.retain[0], 0).loss_values
     assert {name: float(value.detach()) for name, value in found.items()} == pytest.approx(
         expected, rel=2e-4
     )
@@ -289,8 +290,8 @@ def test_scrubs_ascent_equals_a_loop() -> None:
     r = Reference({k: m.double() for k, m in modules.items()}, part, None)
     method.loss(model, state, part.forget[0], part.retain[0], 0)
     terms = method.loss(model, state, part.forget[0], part.retain[0], 1)
-    assert terms.losses.keys() == {"forget"}
-    assert float(terms.losses["forget"].detach()) == pytest.approx(
+    assert terms.loss_values.keys() == {"forget"}
+    assert float(terms.loss_values["forget"].detach()) == pytest.approx(
         -loop_kl(r.before, r.now, 3.0), rel=2e-4
     )
 
@@ -301,7 +302,7 @@ def test_losses_of_bf16_models_are_float32(cls: Any) -> None:
     model = editable(method, dtype=torch.bfloat16)
     state = method.setup(model, part)
     terms = method.loss(model, state, part.forget[0], part.retain[0], 0)
-    assert {value.dtype for value in terms.losses.values()} == {torch.float32}
+    assert {value.dtype for value in terms.loss_values.values()} == {torch.float32}
 
 
 @each_class
@@ -395,11 +396,13 @@ def test_kl_is_zero_only_between_logits_that_differ_by_a_constant() -> None:
     """(MUSE's retain term feeds raw logits to kl_div: it is below zero, and a constant counts.)"""
     labels = torch.arange(12).reshape(2, 6)
     one, other = rand(2, 6, 15), rand(2, 6, 15, seed=1)
-    assert float(mean_kl(one, one, labels)) == 0
-    assert float(mean_kl(one, one + rand(2, 6, 1, seed=2), labels)) == pytest.approx(0, abs=1e-6)
-    assert float(mean_kl(one, other, labels)) > 0.1
-    shifted = mean_kl(one + rand(2, 6, 1, seed=3), other, labels)
-    torch.testing.assert_close(shifted, mean_kl(one, other, labels))
+    assert float(mean_kl(one, one, labels).value) == 0
+    assert float(mean_kl(one, one + rand(2, 6, 1, seed=2), labels).value) == pytest.approx(
+        0, abs=1e-6
+    )
+    assert float(mean_kl(one, other, labels).value) > 0.1
+    shifted = mean_kl(one + rand(2, 6, 1, seed=3), other, labels).value
+    torch.testing.assert_close(shifted, mean_kl(one, other, labels).value)
 
 
 # --- NPO -----------------------------------------------------------------------------------------
@@ -478,13 +481,13 @@ class Given:
 
 def lines(*rows: list[int]) -> Batch:
     ids = torch.tensor(rows)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+    return Batch(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids.clone())
 
 
 def first_loss(method: Any, model: Any, batch: Batch, **memory: Any) -> Tensor:
     terms = method.loss(model, State(memory=memory), batch, {}, 0)
-    assert terms.losses.keys() == {"forget"}
-    return terms.losses["forget"]
+    assert terms.loss_values.keys() == {"forget"}
+    return terms.loss_values["forget"]
 
 
 def test_simnpo_of_a_text_that_costs_its_margin() -> None:
@@ -492,8 +495,8 @@ def test_simnpo_of_a_text_that_costs_its_margin() -> None:
     part = bio()
     model = editable(SimNPO())
     labels = part.forget[0]["labels"][:1]
-    batch = {name: tensor[:1] for name, tensor in part.forget[0].items()}
-    margin = float(mean_nll(model.logits(batch), labels).detach())
+    batch = part.forget[0].cut(slice(1))
+    margin = float(mean_nll(model.logits(batch), labels).value.detach())
     for beta in (0.5, 4.5):
         loss = first_loss(SimNPO(beta=beta, gamma=margin), model, batch)
         assert float(loss.detach()) == pytest.approx(2 / beta * math.log(2), rel=1e-4)
@@ -631,9 +634,9 @@ def test_llmus_hold_on_retain_texts_begins_without_a_gradient() -> None:
     state = method.setup(model, whole)
     part = method.prepared(whole)
     terms = method.loss(model, state, part.forget[0], part.retain[0], 0)
-    assert float(terms.losses["retain"].detach()) == 0
+    assert float(terms.loss_values["retain"].detach()) == 0
     reference = largest(tuning(model, part.retain[0]))
-    assert largest(gradient(model, terms.losses["retain"])) < 1e-5 * reference
+    assert largest(gradient(model, terms.loss_values["retain"])) < 1e-5 * reference
 
 
 def test_answers_have_the_same_lengths_on_either_side_of_padding() -> None:
@@ -667,7 +670,7 @@ def test_random_answers_are_stretches_of_retain_tokens(padding: str) -> None:
     ]
     seen = set()
     for number, batch in enumerate(part.forget):
-        found = method.answered(state, batch, number)
+        found = method.answer_randomly(state, batch, number)
         assert torch.equal(found["attention_mask"], batch["attention_mask"].repeat(3, 1))
         for k, (ids, labels) in enumerate(zip(found["input_ids"], found["labels"], strict=True)):
             was, answer = (batch[x][k % 2] for x in ("input_ids", "labels"))
@@ -690,7 +693,7 @@ def test_random_answers_depend_on_seed_topic_and_step_only() -> None:
     def draw(step: int, name: str = "bio", seed: int = 0) -> Tensor:
         whole = topic(name, seed)
         state = LLMU().setup(editable(LLMU()), whole)
-        return LLMU().answered(state, bio().forget[0], step)["input_ids"]
+        return LLMU().answer_randomly(state, bio().forget[0], step)["input_ids"]
 
     assert torch.equal(draw(3), draw(3))
     for other in (draw(4), draw(3, name="cyber"), draw(3, seed=1)):
@@ -701,7 +704,7 @@ def test_random_answers_of_few_retain_tokens_begin_again() -> None:
     whole = replace(bio(), retain=batches(["w40 w41"]))
     state = LLMU().setup(editable(LLMU()), whole)
     batch = whole.forget[0]
-    found = LLMU(answers=1).answered(state, batch, 0)
+    found = LLMU(answers=1).answer_randomly(state, batch, 0)
     for ids, labels in zip(found["input_ids"], batch["labels"], strict=True):
         answer = ids[labels != -100]
         assert set(answer.tolist()) <= {44, 45}  # w40 and w41
@@ -718,11 +721,11 @@ def test_scrub_begins_with_a_step_that_has_a_gradient() -> None:
     model = editable(method)
     state = method.setup(model, part)
     terms = method.loss(model, state, part.forget[0], part.retain[0], 0)
-    assert terms.losses.keys() == {"retain", "retain_nll"}
-    assert float(terms.losses["retain"].detach()) == 0
+    assert terms.loss_values.keys() == {"retain", "retain_nll"}
+    assert float(terms.loss_values["retain"].detach()) == 0
     expected = {k: 0.7 * g for k, g in tuning(model, part.retain[0]).items()}
-    close(gradient(model, sum(terms.losses.values(), torch.zeros(()))), expected)
-    ascent = method.loss(model, state, part.forget[0], part.retain[0], 1).losses["forget"]
+    close(gradient(model, sum(terms.loss_values.values(), torch.zeros(()))), expected)
+    ascent = method.loss(model, state, part.forget[0], part.retain[0], 1).loss_values["forget"]
     assert largest(gradient(model, ascent)) < 1e-5 * largest(expected)
 
 
@@ -748,7 +751,7 @@ def test_scrubs_ascent_leaves_the_original_on_forget_texts() -> None:
 
     def ascent() -> Tensor:
         state.memory["turn"] = 1
-        return method.loss(model, state, part.forget[0], part.retain[0], 1).losses["forget"]
+        return method.loss(model, state, part.forget[0], part.retain[0], 1).loss_values["forget"]
 
     start = ascent()
     step = gradient(model, start)
@@ -763,7 +766,8 @@ def test_scrub_of_no_weights_leaves_only_the_ascent() -> None:
     perturb(model)
     state = method.setup(model, part)
     first, second = (
-        method.loss(model, state, part.forget[0], part.retain[0], step).losses for step in (0, 1)
+        method.loss(model, state, part.forget[0], part.retain[0], step).loss_values
+        for step in (0, 1)
     )
     assert {float(value.detach()) for value in first.values()} == {0.0}
     assert largest(gradient(model, sum(first.values(), torch.zeros(())))) == 0
@@ -875,9 +879,9 @@ def test_rklus_strengthened_model_fits_forget_texts_and_leaves_no_trace() -> Non
     tuned = state.memory["strengthened"]
     assert tuned.keys() == model.trained.keys()
     with torch.no_grad():
-        before = float(mean_nll(model.logits(part.forget[0]), part.forget[0]["labels"]))
+        before = float(mean_nll(model.logits(part.forget[0]), part.forget[0]["labels"]).value)
     with model.using(tuned):
-        after = float(mean_nll(model.logits(part.forget[0]), part.forget[0]["labels"]))
+        after = float(mean_nll(model.logits(part.forget[0]), part.forget[0]["labels"]).value)
     assert after < before - 0.1
     assert method.reads(part) == 6
 

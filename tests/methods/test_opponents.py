@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from helpers.models import pico_module, save_pico, texts, topic, write_jsonl
+from srmu.engine.batch import Batch
 from srmu.engine.losses import is_counted, is_predicted, mean_nll, token_mse
-from srmu.engine.model import Batch, EditableModel
+from srmu.engine.model import EditableModel
 from srmu.engine.train import TrainOptions
 from srmu.errors import SrmuError
 from srmu.methods.iterated import Iterated
@@ -23,7 +24,7 @@ from srmu.methods.srmu import SRMU
 from srmu.methods.suppressing import Suppressing
 from srmu.methods.tar import TAR
 from srmu.methods.undo import Undo
-from srmu.runs import estimate, meter, run
+from srmu.runs import estimate, run
 from srmu.runs.config import make_config
 
 LAYER = 2
@@ -123,7 +124,7 @@ def test_fine_tuning_by_hand() -> None:
         optimiser = adamw(module, 1e-3)
         for i in range(3):
             forget, retain = part.forget[i % 2], part.retain[i % 2]
-            loss = mean_nll(logits(module, forget), forget["labels"])
+            loss = mean_nll(logits(module, forget), forget["labels"]).value
             if keep:
                 p, q = (logits(m, retain).log_softmax(-1) for m in (original, module))
                 kl = (p.exp() * (p - q)).sum(-1)[:, :-1][is_predicted(retain["labels"])].mean()
@@ -201,18 +202,18 @@ def test_undo_distils_the_teacher() -> None:
         retain = part.retain[turn]
         terms = method.loss(model, state, part.forget[turn], retain, turn)
         want = slow_kl(teacher, model.module, retain)
-        assert float(terms.losses["retain"].detach()) == pytest.approx(want, rel=1e-4)
+        assert float(terms.loss_values["retain"].detach()) == pytest.approx(want, rel=1e-4)
         rows = [texts_of[(2 * turn + i) % len(texts_of)] for i in range(2)]
         each = [
             (len(r) - 1, slow_kl(teacher, model.module, one_row(r))) for r in rows
         ]  # weighted by tokens
         want = sum(n * k for n, k in each) / sum(n for n, _ in each)
-        assert float(terms.losses["own"].detach()) == pytest.approx(want, rel=1e-4)
+        assert float(terms.loss_values["own"].detach()) == pytest.approx(want, rel=1e-4)
 
 
 def one_row(ids: list[int]) -> Batch:
     row = torch.tensor([ids])
-    return {"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row}
+    return Batch(input_ids=row, attention_mask=torch.ones_like(row), labels=row)
 
 
 def test_undo_without_noise_has_nothing_to_learn() -> None:
@@ -220,8 +221,8 @@ def test_undo_without_noise_has_nothing_to_learn() -> None:
     model, part = editable(method), topic()
     state = method.setup(model, part)
     terms = method.loss(model, state, part.forget[0], part.retain[0], 0)
-    assert list(terms.losses) == ["retain"]
-    assert float(terms.losses["retain"].detach()) == 0
+    assert list(terms.loss_values) == ["retain"]
+    assert float(terms.loss_values["retain"].detach()) == 0
     assert set(model.delta()) == WINDOW
 
 
@@ -240,7 +241,7 @@ def test_without_a_budget_it_is_rmu() -> None:
     for method in (one, other):
         model = moved(editable(method))
         state = method.setup(model, part)
-        losses.append(method.loss(model, state, part.forget[0], part.retain[0], 1).losses)
+        losses.append(method.loss(model, state, part.forget[0], part.retain[0], 1).loss_values)
     assert float(losses[0]["forget"].detach()) == pytest.approx(
         float(losses[1]["forget"].detach()), rel=1e-6
     )
@@ -258,7 +259,7 @@ def test_one_step_of_the_adversary_by_hand(arch: str) -> None:
         before = model.hidden(batch, method.site, keep=False)
     shift = torch.zeros_like(before, requires_grad=True)
     with shift_inputs(layer, shift) as seen:
-        cost = token_mse(model.hidden(batch, method.site), before, mask)
+        cost = token_mse(model.hidden(batch, method.site), before, mask).value
     (slope,) = torch.autograd.grad(cost, shift)
     step_by_hand = torch.zeros_like(before)
     for row, token in mask.nonzero().tolist():
@@ -266,7 +267,7 @@ def test_one_step_of_the_adversary_by_hand(arch: str) -> None:
         step_by_hand[row, token] = -0.3 * h.norm() * g / g.norm()
     with shift_inputs(layer, step_by_hand):
         expected = model.hidden(batch, method.site)
-    got = method.steered(model, batch)
+    got = method.forget_hidden(model, batch)
     torch.testing.assert_close(got[mask], expected[mask], rtol=1e-4, atol=1e-4)
     assert got.requires_grad
     assert layer._forward_pre_hooks == {}
@@ -283,7 +284,7 @@ def test_the_adversary_gets_nearer_to_what_it_seeks(adversary: Any) -> None:
         if adversary == "likelihood":
             taken: list[Tensor] = []
             spy = model.layers[2].register_forward_hook(lambda m, a, out, t=taken: t.append(out))
-            method.steered(model, batch)
+            method.forget_hidden(model, batch)
             spy.remove()
             last = taken[-1][0] if isinstance(taken[-1], tuple) else taken[-1]
 
@@ -291,13 +292,13 @@ def test_the_adversary_gets_nearer_to_what_it_seeks(adversary: Any) -> None:
                 return (last, *out[1:]) if isinstance(out, tuple) else last
 
             handle = model.layers[2].register_forward_hook(swap)
-            found.append(float(mean_nll(model.logits(batch), batch["labels"]).detach()))
+            found.append(float(mean_nll(model.logits(batch), batch["labels"]).value.detach()))
             handle.remove()
             continue
         with model.frozen():
             before = model.hidden(batch, method.site, keep=False)
-        hidden = method.steered(model, batch)
-        found.append(float(token_mse(hidden, before, is_counted(batch["labels"])).detach()))
+        hidden = method.forget_hidden(model, batch)
+        found.append(float(token_mse(hidden, before, is_counted(batch["labels"])).value.detach()))
     assert found[0] > found[1] > found[2]
 
 
@@ -316,22 +317,25 @@ def test_tars_gradient_is_that_behind_the_adversary(tamper: Any) -> None:
     assert same(here, values(model))
     optimiser = adamw(module, method.adversary_learning_rate)
     for _ in range(2):
-        step(optimiser, mean_nll(logits(module, attacked), attacked["labels"]))
+        step(optimiser, mean_nll(logits(module, attacked), attacked["labels"]).value)
     if tamper == "first":
         other = EditableModel(module, ("*",))
         cost = token_mse(
             other.hidden(forget, SRMU(layer=LAYER).site),
             state.tensors["target"],
             is_counted(forget["labels"]),
-        )
+        ).value
     else:
         p = logits(module, forget)[:, :-1].softmax(-1)
         cost = (p * p.log()).sum(-1)[is_predicted(forget["labels"])].mean()
     wanted = pytest.approx(3 * float(cost.detach()), rel=1e-3)
-    assert float(terms.losses["forget"].detach()) == wanted
+    assert float(terms.loss_values["forget"].detach()) == wanted
     (3.0 * cost).backward()
     got = torch.autograd.grad(
-        terms.losses["forget"], [*model.trained.values()], materialize_grads=True, allow_unused=True
+        terms.loss_values["forget"],
+        [*model.trained.values()],
+        materialize_grads=True,
+        allow_unused=True,
     )
     want = [p.grad if p.grad is not None else torch.zeros_like(p) for p in module.parameters()]
     size = max(float(g.abs().max()) for g in want)
@@ -399,11 +403,13 @@ def test_the_loss_is_the_mean_over_layers(target: Any) -> None:
     for layer in (0, 2):
         alone = cls(layer=layer, window=min(2, layer + 1), kappa=4.0, alpha=10.0)
         rows.append(
-            alone.loss(model, alone.setup(model, part), part.forget[0], part.retain[0], 1).losses
+            alone.loss(
+                model, alone.setup(model, part), part.forget[0], part.retain[0], 1
+            ).loss_values
         )
     for key in ("forget", "retain"):
         want = sum(float(row[key].detach()) for row in rows) / 2
-        assert float(terms.losses[key].detach()) == pytest.approx(want, rel=1e-6)
+        assert float(terms.loss_values[key].detach()) == pytest.approx(want, rel=1e-6)
     assert {key.partition("/")[0] for key in state.tensors} == {"0", "2"}
     assert set(method.trainable) == {"0.mlp_down", "1.mlp_down", "2.mlp_down"}
 
@@ -425,7 +431,7 @@ def test_layers_where_none_are_named(count: int, layers: tuple[int, ...]) -> Non
 @pytest.mark.parametrize("name", ["undo", "tar", "iterated", "rmu_lat", "multi_site"])
 def test_a_plan_says_what_they_cost(name: str, tmp_path: Any, monkeypatch: Any) -> None:
     """More than as many steps of the method without what they do besides."""
-    monkeypatch.setattr(meter, "PROBE_SECONDS", 0.01)
+    monkeypatch.setattr(estimate, "measure_speed", lambda *_: 1e9)
     save_pico(tmp_path / "model")
     write_jsonl(tmp_path / "f.jsonl", texts(8, 1))
     write_jsonl(tmp_path / "r.jsonl", texts(8, 2))
@@ -437,9 +443,9 @@ def test_a_plan_says_what_they_cost(name: str, tmp_path: Any, monkeypatch: Any) 
     }[name]  # fmt: skip
     for value in ("[2]", "[0,1,2]") if name == "multi_site" else (1, 99):
         sources = [tmp_path / "f.jsonl", tmp_path / "r.jsonl"]
-        config, _ = run.plan_run(
+        config = run.plan_run(
             make_config(str(tmp_path / "model"), *sources, name, [more.format(value)])
-        )
+        ).config
         topics = run.load_topics(config, run.load_tokenizer(tmp_path / "model"))
         found.append(estimate.estimate_run(config, tmp_path / "model", topics)["flops"])
     assert found[1] > 1.2 * found[0]

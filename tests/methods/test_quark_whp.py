@@ -30,6 +30,7 @@ from helpers.models import (
 from helpers.testbeds import TINY
 from srmu.engine import generate
 from srmu.engine.activation_cache import Activations
+from srmu.engine.batch import Batch
 from srmu.engine.losses import generic_logits, token_entropy
 from srmu.engine.model import EditableModel
 from srmu.engine.topic import Topic
@@ -38,14 +39,15 @@ from srmu.errors import SrmuError
 from srmu.evals.score import score_model
 from srmu.methods import METHODS, quark_pool
 from srmu.methods.base import State
-from srmu.methods.ensemble import combine_logits
 from srmu.methods.quark import Quark
 from srmu.methods.quark_pool import PoolEntry
+from srmu.methods.reinforced import combine_logits
 from srmu.methods.whp import WHP
 from srmu.methods.whp_terms import Anchors, read_anchors, tokenise_terms, translate_batch
 from srmu.runs.config import build_config, load_config, make_config
 from srmu.runs.run import unlearn
 from srmu.testbed import build
+from srmu.testbed import train as training
 
 TRAIN = TrainOptions(learning_rate=1e-2, max_steps=3, batch_size=2)
 
@@ -84,7 +86,7 @@ def test_a_control_is_read_like_a_token(arch: str) -> None:
     }
     with torch.no_grad():
         got = model.logits(batch, control)
-        expected = model.logits(longer)[:, 1:]
+        expected = model.logits(Batch(longer))[:, 1:]
         plain = model.logits(batch)
         first = model.logits(batch, control[0])
     assert got.shape == plain.shape
@@ -362,7 +364,7 @@ def test_quark_against_a_loop(step: int) -> None:
     shaken(model)
     forget = topic().forget[0]
     with torch.no_grad():
-        got = method.loss(model, state, forget, {}, step).losses
+        got = method.loss(model, state, forget, Batch(), step).loss_values
     expected = naive_quark(method, model, state, step)
     assert {name: float(value) for name, value in got.items()} == pytest.approx(expected, abs=1e-4)
 
@@ -378,7 +380,7 @@ def test_the_kl_is_of_the_model_to_the_original() -> None:
     )
     mask = (batch["labels"] != -100)[:, 1:]
     with torch.no_grad():
-        got = float(method.loss(model, state, topic().forget[0], {}, 0).losses["kl"])
+        got = float(method.loss(model, state, topic().forget[0], Batch(), 0).loss_values["kl"])
         p, q = (
             m(**batch).logits[:, :-1].log_softmax(-1)[mask] for m in (model.module, pico_module())
         )
@@ -391,11 +393,11 @@ def test_without_weights_it_is_fine_tuning() -> None:
     method, model, state = started(kl=0.0, entropy=0.0)
     pool = state.memory["pool"]
     pool.draw = lambda count, parts, step: (pool.entries[:count], [0] * count)
-    got = method.loss(model, state, topic().forget[0], {}, 0)
+    got = method.loss(model, state, topic().forget[0], Batch(), 0)
     entries = pool.entries[:2]
     batch = generate.join_responses([e.prompt for e in entries], [e.response for e in entries])
     expected = pico_module()(**batch).loss  # transformers' own: the mean over labelled tokens
-    total = torch.stack([*got.losses.values()]).sum()
+    total = torch.stack([*got.loss_values.values()]).sum()
     assert float(total.detach()) == pytest.approx(float(expected.detach()), abs=1e-5)
 
 
@@ -407,7 +409,7 @@ def test_before_training_only_control_tokens_move_the_kl() -> None:
     found = []
     for rank in (0, 1, 2):
         pool.draw = lambda count, parts, step, rank=rank: (entries, [rank] * 2)
-        found.append(method.loss(model, state, forget, {}, 0).losses["kl"].item())
+        found.append(method.loss(model, state, forget, Batch(), 0).loss_values["kl"].item())
     assert found[0] == 0.0
     assert found[1] > 1e-3 and found[2] > 1e-3 and found[1] != found[2]
 
@@ -472,7 +474,7 @@ def test_an_error_while_sampling_is_not_swallowed(monkeypatch: pytest.MonkeyPatc
     method, model, state = started(sample_every=1)
     monkeypatch.setattr(quark_pool, "judge_responses", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        method.loss(model, state, topic().forget[0], {}, 1)
+        method.loss(model, state, topic().forget[0], Batch(), 1)
 
 
 def test_the_reward_of_samples_rises(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -577,7 +579,7 @@ def test_whp_against_a_loop(mode: Any, padding: Any) -> None:
     state = whp_state(model)
     shaken(model)
     batch = topic(padding=padding).forget[1]
-    got = WHP(mode=mode).loss(model, state, batch, {}, 0).losses["forget"]
+    got = WHP(mode=mode).loss(model, state, batch, Batch(), 0).loss_values["forget"]
     models = [pico_module(), with_tensors(state.memory["strengthened"]), model.module]
     with torch.no_grad():
         v0, v1, v = (m(batch["input_ids"], batch["attention_mask"]).logits for m in models)
@@ -606,7 +608,7 @@ def test_the_fixed_point_of_the_distillation() -> None:
         if tuned:
             state.memory["strengthened"] = model.original
         batch = topic().forget[0]
-        loss = WHP(**options).loss(model, state, batch, {}, 0).losses["forget"]
+        loss = WHP(**options).loss(model, state, batch, Batch(), 0).loss_values["forget"]
         loss.backward()
         assert max(float(p.grad.abs().max()) for p in model.trained.values()) < 1e-6
         with torch.no_grad():  # and the cost there is the distribution's own entropy
@@ -615,7 +617,7 @@ def test_the_fixed_point_of_the_distillation() -> None:
         assert float(loss.detach()) == pytest.approx(entropy, rel=1e-5)
     state = whp_state(model)
     model.module.zero_grad()
-    WHP().loss(model, state, batch, {}, 0).losses["forget"].backward()
+    WHP().loss(model, state, batch, Batch(), 0).loss_values["forget"].backward()
     assert max(float(p.grad.abs().max()) for p in model.trained.values()) > 1e-3
 
 
@@ -660,7 +662,7 @@ def test_no_anchors_are_the_identity(padding: Any) -> None:
             assert places[mask[row]].tolist() == list(range(int(mask[row].sum())))
         with torch.no_grad():
             plain, same_texts = (
-                WHP().loss(model, whp_state(model, a), batch, {}, 0).losses["forget"]
+                WHP().loss(model, whp_state(model, a), batch, Batch(), 0).loss_values["forget"]
                 for a in (None, {})
             )
         if padding == "mask":  # else the padding counts, which no translation has
@@ -700,7 +702,7 @@ def test_labels_come_from_the_translation_at_its_own_places() -> None:
     state = whp_state(model, anchors_of({"w1": "w41 w42"}))
     batch = batches(["w0 w1 w3 w1 w4", "w7 w8 w9 w6 w5"])[0]
     with torch.no_grad():
-        target, usable = WHP(strength=0.0).generic(model, state, batch)
+        target, usable = WHP(strength=0.0).generic_target(model, state, batch)
         original = pico_module()(batch["input_ids"]).logits
         translated = pico_module()(torch.tensor([encoded("w0 w41 w42 w3 w41 w42 w4")])).logits[0]
     assert usable[0].tolist() == [True, True, True, False, True]  # not what predicts w1 again
@@ -727,7 +729,7 @@ def test_terms_in_subwords() -> None:
 
     anchors = tokenise_terms({"Harry": "Jon"}, Subwords())
     ids = torch.tensor([[5, 6, 3, 7, 4]])
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    batch = Batch(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids)
     found = translate_batch(batch, anchors)
     assert found.batch["input_ids"].tolist() == [[8, 3, 9, 10, 4]]
     assert found.usable.int().tolist() == [[0, 1, 0, 1, 1]]  # both ways are one term's
@@ -956,13 +958,13 @@ def testbed(tmp_path: Path) -> Path:
 
 def test_retrain_gives_the_oracle(testbed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainings = []
-    train = build.train_testbed
+    train = training.train_testbed
 
     def counted(*args: Any, **options: Any) -> Path:
         trainings.append(options["oracle"])
         return train(*args, **options)
 
-    monkeypatch.setattr(build, "train_testbed", counted)
+    monkeypatch.setattr(training, "train_testbed", counted)
     run = unlearn(retrain_config(testbed))
     assert trainings == [True]
     oracle = load_file(testbed / "oracle" / "model.safetensors")

@@ -13,6 +13,7 @@ from helpers import attack_world as world
 from helpers.models import pico_module, pieces, save_pico, texts, word_tokenizer, write_jsonl
 from helpers.models import topic as tiny_topic
 from srmu.data.names import Names, Slot
+from srmu.engine.batch import Batch
 from srmu.engine.losses import kl_divergence
 from srmu.engine.model import EditableModel
 from srmu.engine.topic import Topic
@@ -105,7 +106,7 @@ def test_still_told_equals_a_loop() -> None:
 def test_places_of_names_of_several_tokens() -> None:
     """What is read at an item's end is the model's prediction there, in every naming."""
     tokenizer = word_tokenizer()
-    names = Names.tokenised(["w1", "w2 w3", "w4 w5 w6"], tokenizer)
+    names = Names.encode(["w1", "w2 w3", "w4 w5 w6"], tokenizer)
     like = Likeness([[4]], [[4]], names, Spelling(frozenset([0])))
     ids = tokenizer("w9 w1 w8 w2 w3 w7")["input_ids"]
     sentences = sentences_of([ids], names, AllForget(), 1)
@@ -116,7 +117,7 @@ def test_places_of_names_of_several_tokens() -> None:
     found = group.read(model)
     for k in range(4):
         row = group.batch["input_ids"][k][group.batch["attention_mask"][k] == 1]
-        alone = {"input_ids": row[None], "attention_mask": torch.ones_like(row)[None]}
+        alone = Batch(input_ids=row[None], attention_mask=torch.ones_like(row)[None])
         plain = model.logits(alone)[0].log_softmax(-1)
         for item, place in enumerate(group.places[0, k].tolist()):
             assert torch.allclose(found[0, k, item], plain[place], atol=1e-4)
@@ -205,7 +206,7 @@ def test_kept_texts_hold_no_sentence_like_the_forget_texts() -> None:
 
 
 def test_packed_texts_hold_each_sentence_once_and_as_many_to_keep() -> None:
-    names = Names.tokenised(["w0", "w1", "w2"], word_tokenizer())
+    names = Names.encode(["w0", "w1", "w2"], word_tokenizer())
     forget = [[4, 30, 31, 9], [5, 30, 31, 9], [4, 32, 31, 9]]
     near = [[4, 40, 41, 9]]
     spelling = Spelling(frozenset([9]))
@@ -258,9 +259,9 @@ def test_at_the_start_only_the_names_cost(folder: Path) -> None:
     state = method.setup(model, topic)
     (forget, retain), *_ = zip(topic.forget, topic.retain, strict=False)
     terms = method.loss(model, state, forget, retain, 1)
-    assert float(terms.losses["forget"].detach()) > 1e-6
+    assert float(terms.loss_values["forget"].detach()) > 1e-6
     for name in ("hold", "keep", "retain"):
-        assert float(terms.losses[name].detach()) == pytest.approx(0, abs=1e-5)
+        assert float(terms.loss_values[name].detach()) == pytest.approx(0, abs=1e-5)
 
 
 def test_it_stops_where_the_held_out_texts_tell_no_more(folder: Path) -> None:
@@ -346,7 +347,7 @@ def test_forget_texts_alone_are_continued_by_none(folder: Path) -> None:
     method = RenameScrub(**SMALL | {"coverage": "texts"})
     other = RenameScrub(**SMALL | {"coverage": "elicited"})
     topic, written = tiny_topic(), []
-    method.setup(model_of(folder), topic.followed(lambda: written.append(1)))
+    method.setup(model_of(folder), topic.with_tick(lambda: written.append(1)))
     assert len(written) == method.reads(topic) < other.reads(topic)
     assert method.written_tokens == other.written_tokens / 2
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 import yaml
 
 from helpers import attack_world
@@ -21,20 +20,24 @@ from srmu.errors import SrmuError
 from srmu.evals.results import load_results, read_metrics
 from srmu.evals.statistics import Estimate, parse_answers
 from srmu.report import markdown
-from srmu.reproduce import claims, needs
-from srmu.reproduce import runs as places
-from srmu.reproduce.claims import ClaimLine, judge_curves, judge_row
-from srmu.reproduce.paper import (
-    command_of,
-    paper_needs,
-    place_of,
-    reproduce_paper,
-    wanted_of,
-    with_mean,
+from srmu.reproduce import claims, experiment, needs
+from srmu.reproduce.claims import judge_curves, judge_row
+from srmu.reproduce.experiment import (
+    MeasuredRow,
+    OneModel,
+    PlannedRow,
+    find_preset,
+    read_preset,
 )
-from srmu.reproduce.runs import Model, preset_file, read_spec
+from srmu.reproduce.paper import (
+    add_mean,
+    format_command,
+    paper_needs,
+    plan_paper,
+    plan_rows,
+    reproduce_paper,
+)
 from srmu.runs.config import load_config
-from srmu.runs.meter import Work
 from srmu.runs.run import Run
 
 ZEPHYR = "HuggingFaceH4/zephyr-7b-beta"
@@ -52,7 +55,7 @@ def again(tmp_path_factory: pytest.TempPathFactory) -> Any:
         "Another": ["method.name=adaptive_rmu", "method.kappa=1"],
     }
     methods.write_text(yaml.safe_dump({"common": QUICK, "methods": settings}))
-    spec = read_spec()
+    spec = read_preset("reproduce.yaml")
     spec["figure2"]["coeffs"] = [1, 1.0e30]
     for label in ("difference", "product", "Adaptive RMU"):
         del spec["figure2"]["series"][label]
@@ -61,7 +64,8 @@ def again(tmp_path_factory: pytest.TempPathFactory) -> Any:
         changes = spec["tables"][name]["changes"]
         kept = ("zero target", "no I_norm", "RMU", "full SRMU")
         spec["tables"][name]["changes"] = {label: changes[label] for label in kept}
-    place = places.Testbeds(out, 2, (), spec["testbed"] | {"methods": str(methods)})
+    spec["testbed"]["methods"] = str(methods)
+    plan = plan_paper(out, seeds=2, spec=spec)
     made = []
 
     def run_all(jobs: Sequence[Any], watch: Any, function: Callable[[Any], Any]) -> list[Any]:
@@ -70,12 +74,13 @@ def again(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SRMU_CACHE", str(out.with_name("cache")))
-        patch.setattr(places, "build", partial(places.build, recipe=TINY))
-        patch.setattr(places, "RECIPE", TINY)
-        patch.setattr(places, "run_all", run_all)
-        found = reproduce_paper("all", place, command="srmu reproduce all", spec=spec)
+        build = partial(experiment.build_testbed, recipe=TINY)
+        patch.setattr(experiment, "build_testbed", build)
+        patch.setattr(experiment, "RECIPE", TINY)
+        patch.setattr(experiment, "run_all", run_all)
+        found = reproduce_paper("all", plan, command="srmu reproduce all", spec=spec)
         first, made = made, []
-        assert reproduce_paper("all", place, command="srmu reproduce all", spec=spec) == found
+        assert reproduce_paper("all", plan, command="srmu reproduce all", spec=spec) == found
     markdown.write_study(found, out)
     return found, out, first, made
 
@@ -198,11 +203,11 @@ def test_what_is_written_has_neither_dates_nor_paths(again: Any) -> None:
 )
 def test_verdicts(low: float, high: float, above: float, below: float, said: str) -> None:
     found = Estimate((low + high) / 2, low, high, 100)
-    assert claims.interval_verdict(found, above, below) == said
-    assert claims.interval_verdict(None, above, below) == "not tested"
+    assert claims.judge_interval(found, above, below) == said
+    assert claims.judge_interval(None, above, below) == "not tested"
 
 
-def line(folder: Path, label: str, right: Sequence[Any], **tasks: Sequence[Any]) -> ClaimLine:
+def line(folder: Path, label: str, right: Sequence[Any], **tasks: Sequence[Any]) -> MeasuredRow:
     """Runs of which each answered so: arrays (seeds, questions) of the task `t` and of others."""
     runs = []
     given = {"t": right, **tasks}
@@ -216,14 +221,15 @@ def line(folder: Path, label: str, right: Sequence[Any], **tasks: Sequence[Any])
         }
         write_metrics(run, before=scores, after=scores)
         runs.append(run)
-    return ClaimLine(label, tuple(runs), tuple(range(len(right))))
+    return MeasuredRow(label, tuple(runs), tuple(range(len(right))))
 
 
 CLAIM = {"claim": "A is above B", "of": ["A", "B"], "metric": "utility", "above": 0}
+COLUMNS = {"utility": "t", "columns": {"t": ["t/acc"]}}
 
 
-def judged(one: ClaimLine, other: ClaimLine) -> dict[str, Any]:
-    return judge_row(CLAIM, {"A": one, "B": other}, "t", ["t/acc"], {}, "here")
+def judged(one: MeasuredRow, other: MeasuredRow) -> dict[str, Any]:
+    return judge_row(CLAIM, {"A": one, "B": other}, COLUMNS, {}, "here")
 
 
 def test_a_difference_is_covered_and_paired(tmp_path: Path) -> None:
@@ -252,15 +258,15 @@ def test_claims_come_out_either_way_and_as_noise(tmp_path: Path) -> None:
     assert judged(rows["M"], rows["L"])["verdict"] == "holds"
     assert judged(rows["L"], rows["M"])["verdict"] == "does not hold"
     assert judged(rows["L"], rows["O"])["verdict"] == "within noise"
-    failed = judged(replace(rows["L"], runs=(), asked=(), why="diverged"), rows["O"])
+    failed = judged(replace(rows["L"], runs=(), questions=(), why="diverged"), rows["O"])
     assert (failed["verdict"], failed["difference"]) == ("not tested", None)
-    assert judge_row(CLAIM, {}, "t", ["t/acc"], {}, "")["verdict"] == "not tested"
+    assert judge_row(CLAIM, {}, COLUMNS, {}, "")["verdict"] == "not tested"
 
 
 def test_curves_are_read_at_equal_forgetting(tmp_path: Path) -> None:
     """Between a point that forgets 40 and keeps all, and one that forgets 60 and keeps 80."""
 
-    def point(label: str, known: int, kept: int) -> ClaimLine:
+    def point(label: str, known: int, kept: int) -> MeasuredRow:
         rows = [[i < known for i in range(100)]] * 3
         return line(tmp_path, label, rows, u=[[i < kept for i in range(100)]] * 3)
 
@@ -277,9 +283,9 @@ def test_curves_are_read_at_equal_forgetting(tmp_path: Path) -> None:
 
 def test_the_papers_own_noise() -> None:
     """The z values of its gaps, and its averages."""
-    spec = read_spec()["tables"]
+    spec = read_preset("reproduce.yaml")["tables"]
     rows = {
-        name: {label: with_mean(row) for label, row in one["rows"].items()}
+        name: {label: add_mean(row) for label, row in one["rows"].items()}
         for name, one in spec.items()
     }
     high = rows["table3"]
@@ -295,7 +301,7 @@ def test_the_papers_own_noise() -> None:
 
 
 def test_claims_name_rows_that_there_are() -> None:
-    spec = read_spec()
+    spec = read_preset("reproduce.yaml")
     for one in spec["tables"].values():
         for claim in one["claims"]:
             assert {*claim["of"]} <= {*one["rows"]}, claim
@@ -308,27 +314,24 @@ def test_claims_name_rows_that_there_are() -> None:
 
 def test_settings_of_the_real_thing_fit_the_schema(tmp_path: Path) -> None:
     """All that `--model` would run; and the derived high entanglement is the preset's."""
-    spec = read_spec()
-    place = place_of(tmp_path / "out", ZEPHYR)
-    for want in {w._replace(label="") for w in wanted_of("all", spec, place)}:
-        job = place.job(want, 0, ())
+    spec = read_preset("reproduce.yaml")
+    plan = plan_paper(tmp_path / "out", ZEPHYR)
+    for row in {row._replace(label="") for row in plan_rows("all", spec, plan)}:
+        job = plan.plan_job(row, 0)
         config = load_config(job.config, job.overrides)
         assert (config.model, config.seed) == (ZEPHYR, 0)
-    low, high = (
-        place.job(want, 0, ())
-        for want in (places.WantedRun("", "SRMU", regime) for regime in ("low", "high"))
-    )
+    low, high = (plan.plan_job(PlannedRow("", "SRMU", regime), 0) for regime in ("low", "high"))
     made = load_config(high.config, high.overrides)
-    preset = load_config(preset_file("wmdp-zephyr-high.yaml"))
+    preset = load_config(find_preset("wmdp-zephyr-high.yaml"))
     assert made.id == preset.id != load_config(low.config, low.overrides).id
 
 
 def test_dry_run_offline_says_what_is_needed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(needs, "probe", lambda *given: Work(1e12, 1e10, 1e10, 1e10, 1e5))
-    place = place_of(tmp_path / "out", ZEPHYR, overrides=["topics.bio.forget=mine.jsonl"])
-    found, lines = paper_needs("table3", place)
+    monkeypatch.setattr(needs, "speed_elsewhere", lambda *given: 1e12)
+    plan = plan_paper(tmp_path / "out", ZEPHYR, overrides=["topics.bio.forget=mine.jsonl"])
+    found, lines = paper_needs("table3", plan)
     assert not (tmp_path / "out").exists()
     said = "\n".join(lines)
     assert "14.48 GB: hf download HuggingFaceH4/zephyr-7b-beta" in said
@@ -345,7 +348,7 @@ def test_dry_run_offline_says_what_is_needed(
 
 
 def test_dry_run_of_the_testbed(tmp_path: Path) -> None:
-    found, lines = paper_needs("table4", place_of(tmp_path / "out"))
+    found, lines = paper_needs("table4", plan_paper(tmp_path / "out"))
     assert found == {"testbeds": 3, "runs": 3 * 15}
     assert not (tmp_path / "out").exists()
     assert "3 testbeds" in lines[0]
@@ -365,15 +368,15 @@ def test_a_model_of_ones_own(workplace: Path) -> None:
     overrides = [f"topics.{t}.{k}={v}" for t in ("bio", "cyber") for k, v in local.items()]
     overrides += [f"tasks_dir={workplace / 'tasks'}", "method.layer=2", "train.max_steps=4"]
     overrides += ["dtype=float32", "train.weights=fp32", "train.learning_rate=0.01"]
-    spec = read_spec()
+    spec = read_preset("reproduce.yaml")
     del spec["tables"]["table4"]
     kept = spec["tables"]["table4-matched"]["changes"]
     for label in ("fixed +1", "fixed -1", "U[0,1)", "shuffled map (ours)"):
         del kept[label]
-    place = place_of(workplace / "out", str(workplace / "model"), overrides=overrides)
-    assert isinstance(place, Model) and place.seeds == 1
-    command = command_of("table4", place, overrides)
-    one = table(reproduce_paper("table4", place, command=command, spec=spec), "table4-matched")
+    plan = plan_paper(workplace / "out", str(workplace / "model"), overrides=overrides)
+    assert isinstance(plan.place, OneModel) and plan.seeds == (0,)
+    command = format_command("table4", plan, overrides)
+    one = table(reproduce_paper("table4", plan, command=command, spec=spec), "table4-matched")
     assert one["columns"] == ["MMLU", "bio", "cyber", "WMDP"]
     assert {label for label, row in one["rows"].items() if row["cells"]} == {"before", *kept}
     kappas = [one["rows"][label]["kappa"] for label in ("no I_norm", "full SRMU", "RMU")]
@@ -399,18 +402,10 @@ def test_mistakes_are_told_before_anything_is_made(
     tmp_path: Path, given: dict[str, Any], said: str
 ) -> None:
     with pytest.raises(SrmuError, match=said):
-        reproduce_paper("table3", place_of(tmp_path / "out", **given), command="")
+        reproduce_paper("table3", plan_paper(tmp_path / "out", **given), command="")
     assert not (tmp_path / "out").exists()
 
 
 def test_dry_run_of_an_unknown_model(tmp_path: Path) -> None:
     with pytest.raises(SrmuError, match="dimensions are known of"):
-        paper_needs("table3", place_of(tmp_path / "out", "owner/other"))
-
-
-def test_a_hollow_checkpoint_takes_no_disk(tmp_path: Path) -> None:
-    shape = read_spec()["zephyr"]["shape"]
-    folder = needs.make_hollow(tmp_path, shape)
-    status = (folder / "model.safetensors").stat()
-    assert status.st_size > 14e9 and status.st_blocks * 512 < 1e6
-    assert torch.bfloat16 in {*places.weights.stored_types(folder).values()}
+        paper_needs("table3", plan_paper(tmp_path / "out", "owner/other"))

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import yaml
 
 from helpers import attack_world
 from helpers.testbeds import TINY
@@ -21,20 +20,21 @@ from srmu.engine.weights import load_delta
 from srmu.errors import SrmuError
 from srmu.evals.matched import match_utility
 from srmu.evals.results import RESULTS, load_results, read_attacks, read_metrics
-from srmu.evals.statistics import residual_table
 from srmu.report import markdown
-from srmu.reproduce import robust
-from srmu.reproduce.robust import (
-    NOT_RUN,
-    control_residuals,
-    measure_frontier,
-    plan_frontier,
-    tables_of,
+from srmu.reproduce import experiment, robust
+from srmu.reproduce.experiment import NOT_RUN, read_preset
+from srmu.reproduce.robust import measure_frontier, plan_frontier, read_frontier
+from srmu.reproduce.robust_tables import (
+    average_attacks,
+    build_frontier_tables,
+    estimate_residual,
+    view_control,
+    write_frontier_reports,
 )
-from srmu.reproduce.runs import preset_file
 from srmu.runs.config import load_config
 from srmu.runs.run import Run
-from srmu.testbed.worlds.world import Size
+from srmu.testbed.build import build_testbed
+from srmu.testbed.world import Size
 
 # enough facts for intervals, and little else
 SMALL = replace(
@@ -47,10 +47,11 @@ COMMAND = "srmu reproduce robust"
 
 
 def spec_of(methods: dict[str, list[str]]) -> dict[str, Any]:
-    spec = yaml.safe_load(preset_file("robust.yaml").read_text())
+    spec = read_preset("robust.yaml")
     world = spec["worlds"]["closed"] | {"common": QUICK, "methods": methods}
     world |= {"ablations": {"half as strong": ["method.kappa=2"]}, "ablated": []}
-    return spec | {"worlds": {"closed": world}, "ablated": "SRMU", "attacks": {}}
+    spec["tables"]["ablations"].pop("attacks")
+    return spec | {"worlds": {"closed": world}, "ablated": "SRMU"}
 
 
 SPEC = spec_of(
@@ -75,8 +76,10 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SRMU_CACHE", str(out.with_name("cache")))
-        patch.setattr(robust, "build", partial(robust.build, recipe=SMALL))
-        patch.setattr(robust, "run_all", run_all)
+        build = partial(experiment.build_testbed, recipe=SMALL)
+        patch.setattr(experiment, "build_testbed", build)
+        patch.setattr(experiment, "RECIPE", SMALL)
+        patch.setattr(experiment, "run_all", run_all)
         patch.setattr(suite, "ATTACKS", {name: ATTACKS[name] for name in FEW})
         yield out, made
 
@@ -89,7 +92,7 @@ def asked(out: Path, **given: Any) -> robust.Frontier:
 @pytest.fixture(scope="module")
 def found(small: Any) -> dict[str, Any]:
     this = asked(small[0])
-    return tables_of(this, measure_frontier(this), COMMAND)
+    return build_frontier_tables(this, measure_frontier(this), COMMAND)
 
 
 def rows(found: dict[str, Any], part: int = 0) -> dict[str, Any]:
@@ -172,9 +175,9 @@ def test_what_is_there_is_not_made_again(small: Any, found: dict[str, Any]) -> N
     again = measure_frontier(this)
     assert made[before:] == []
     assert {run: (run / RESULTS).stat().st_mtime_ns for run in folders(out)} == times
-    assert tables_of(this, again, COMMAND) == found
+    assert build_frontier_tables(this, again, COMMAND) == found
     assert (
-        tables_of(this, robust.read_frontier(this), COMMAND)["parts"][0]["rows"][2]
+        build_frontier_tables(this, read_frontier(this), COMMAND)["parts"][0]["rows"][2]
         == rows(found)["SRMU"]
     )
 
@@ -198,13 +201,13 @@ def test_interrupted_it_goes_on(small: Any, found: dict[str, Any], monkeypatch: 
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(robust, "run_all", first)
+        patch.setattr(experiment, "run_all", first)
         with pytest.raises(KeyboardInterrupt):
             measure_frontier(this)
-    labels = [*rows(tables_of(this, robust.read_frontier(this), COMMAND))]
+    labels = [*rows(build_frontier_tables(this, read_frontier(this), COMMAND))]
     assert labels == ["original", "oracle", "SRMU", "half as strong (1 of 2)"]
     before = len(made)
-    done = rows(tables_of(this, measure_frontier(this), COMMAND))
+    done = rows(build_frontier_tables(this, measure_frontier(this), COMMAND))
     assert made[before:] == [1]
     assert [*done] == ["original", "oracle", "SRMU", "half as strong"]
     assert done["SRMU"] == rows(found)["SRMU"]
@@ -225,7 +228,7 @@ def test_pages_have_neither_dates_nor_paths(small: Any, found: dict[str, Any]) -
     spots = [e for e in drawn.iter() if e.get("class") == "mark"]
     assert len(spots) == 3  # the original, the oracle, SRMU
     this = asked(out)
-    (page,) = robust.write_frontier_reports(this, robust.read_frontier(this), COMMAND)
+    (page,) = write_frontier_reports(this, read_frontier(this), COMMAND)
     assert page.name == "robust-closed-high.html"
     assert "SRMU" in page.read_text()
 
@@ -238,7 +241,7 @@ def test_the_share_is_the_largest_that_the_budget_allows(tmp_path: Path) -> None
     folder = attack_world.write(tmp_path)
     run = attack_world.unlearned(folder, **{"train.max_steps": 40, "train.learning_rate": 1e-2})
     match_utility(run, tmp_path / "out", 0.1, ["harmless"])
-    share = json.loads((tmp_path / "out" / "share.json").read_text())["share"]
+    share = load_results(tmp_path / "out")["matched"]["share"]
     base = attack_world.subject("original")
     before = {n: p.data.clone() for n, p in base.module.named_parameters()}
     questions = attack_world.exam().utility["harmless"]
@@ -264,7 +267,7 @@ def test_the_share_is_the_largest_that_the_budget_allows(tmp_path: Path) -> None
 def test_a_run_within_the_budget_stays_as_it_is(tmp_path: Path) -> None:
     run = attack_world.unlearned(attack_world.write(tmp_path))
     match_utility(run, tmp_path / "out", 1.0, ["harmless"])
-    assert json.loads((tmp_path / "out" / "share.json").read_text()) == {"share": 1.0}
+    assert load_results(tmp_path / "out")["matched"]["share"] == 1
     same = (tmp_path / "out" / "delta.safetensors").read_bytes()
     assert same == (run.folder / "delta.safetensors").read_bytes()
     assert Run.open(tmp_path / "out").config.id == run.config.id
@@ -296,16 +299,16 @@ def report(**attacks: Any) -> dict[str, Any]:
 def test_invalid_attacks_do_not_count() -> None:
     given = [report(plain=(0.4, 0.25, True), leaky=(0.9, 0.7, False), other=(0.55, 0.3, True))] * 2
     whole = [slice(None)] * 2
-    found = robust.residual_of(given, [residual_table(r) for r in given], (1, 2), whole)
+    found = estimate_residual(given, (1, 2), whole)
     assert found["value"] == pytest.approx((0.55 - 0.25) / 0.75)
     assert found["low"] < found["value"] < found["high"]
-    tables = [control_residuals(r, "oracle") for r in given]
-    found = robust.residual_of(given, tables, (1, 2), whole)
+    controls = [view_control(r, "oracle") for r in given]
+    found = estimate_residual(controls, (1, 2), whole)
     assert found["value"] == pytest.approx((0.3 - 0.25) / 0.75)
-    shown = robust.by_attack(given, "unlearned")
+    shown = average_attacks(given)
     assert shown["leaky"] == pytest.approx({"accuracy": 0.9, "share": 0.65 / 0.75, "valid": False})
     assert "utility" not in shown
-    oracle = robust.by_attack(given, "oracle")
+    oracle = average_attacks(controls)
     assert oracle["plain"] == pytest.approx({"accuracy": 0.25, "share": 0.0, "valid": True})
 
 
@@ -313,17 +316,16 @@ def test_each_kind_of_question_has_its_k_star() -> None:
     """The first half of the questions comes back, the second does not."""
     given = [report(plain=(0.5, 0.25, True))]
     halves = [
-        robust.residual_of(given, [residual_table(given[0])], (1,), [part])["value"]
-        for part in (slice(0, 20), slice(20, 40))
+        estimate_residual(given, (1,), [part])["value"] for part in (slice(0, 20), slice(20, 40))
     ]
     assert halves == [1.0, 0.0]
 
 
 def test_the_page_takes_the_tables(tmp_path: Path) -> None:
-    from srmu.engine.files import from_file
+    from srmu.engine.files import import_from_file
 
     root = Path(__file__).parents[2]
-    filled = from_file("script", f"{root / 'benchmarks' / 'research.py'}:filled")
+    filled = import_from_file("script", f"{root / 'benchmarks' / 'research.py'}:filled")
     page = (root / "docs" / "research.md").read_text()
     for name in ("closed", "open", "ablations"):
         once = filled(page, name, "## Closed world\n\n| a |\n")
@@ -337,17 +339,16 @@ def test_the_page_takes_the_tables(tmp_path: Path) -> None:
 
 
 def test_settings_fit_their_methods(tmp_path: Path) -> None:
-    spec = yaml.safe_load(preset_file("robust.yaml").read_text())
+    spec = read_preset("robust.yaml")
     config = tmp_path / "high.yaml"
     config.write_text("model: model\ntopics: {organism: {forget: f.jsonl, retain: r.jsonl}}\n")
     for name in ("names.txt", "goals.txt"):
         (tmp_path / name).write_text("Velmar\nOstin\nBor\n")
-    for kind in ("robust", "ablations"):
-        for world in spec["worlds"]:
-            if kind == "ablations" and spec["ablated"] not in spec["worlds"][world]["methods"]:
-                continue
-            this = plan_frontier(kind, tmp_path / "out", world=world, spec=spec)
-            for label, settings in this.settings(world).items():
+    (tmp_path / "anchors.json").write_text("{}")
+    for kind in spec["tables"]:
+        plan = plan_frontier(kind, tmp_path / "out", spec=spec)
+        for world in plan.worlds:
+            for label, settings in plan.settings(world).items():
                 given = [s.replace("{testbed}", str(tmp_path)) for s in settings]
                 method = load_config(config, given).method.name
                 assert f"method.name={method}" in settings, label
@@ -357,10 +358,30 @@ def test_settings_fit_their_methods(tmp_path: Path) -> None:
     assert 0 not in spec["seeds"]  # settings were tuned on it
 
 
+def test_without_retain_texts_a_run_serves_each_regime(tmp_path: Path) -> None:
+    """All methods, low and high: both regimes lie in one testbed."""
+    plan = plan_frontier("methods", tmp_path / "out", methods=("SRMU", "GA"), seeds=("1",))
+    bed = tmp_path / "out" / "closed" / "testbed1-high"
+    bed.mkdir(parents=True)
+    for regime in ("low", "high"):
+        topics = f"{{organism: {{forget: f.jsonl, retain: {regime}.jsonl}}}}"
+        (bed / f"{regime}.yaml").write_text(f"model: model\ntopics: {topics}\n")
+    plans = plan.experiment("closed")
+    jobs = {row: plans.plan_job(row, 1) for row in plan.rows("closed")}
+    assert [(row.label, row.regime) for row in jobs] == [
+        ("SRMU", "low"), ("GA", "low"), ("SRMU", "high"), ("GA", "high"),
+    ]  # fmt: skip
+    assert [len({job for row, job in jobs.items() if row.label == k}) for k in ("SRMU", "GA")] == [
+        2, 1,
+    ]  # fmt: skip
+    assert {job.config.parent for job in jobs.values()} == {bed}
+    assert plan.measurement("closed").budget == 0.05
+
+
 @pytest.mark.parametrize("world", ["closed", "open"])
 def test_a_testbed_has_all_that_is_named(tmp_path: Path, world: str) -> None:
-    spec = yaml.safe_load(preset_file("robust.yaml").read_text())
-    robust.build(tmp_path / "out", world=world, recipe=TINY)
+    spec = read_preset("robust.yaml")
+    build_testbed(tmp_path / "out", world=world, recipe=TINY)
     metrics = [m for each in spec["worlds"][world]["columns"].values() for m in each]
     attacked = spec["worlds"][world]["attacked"].values()
     tasks = {m.split("/")[0] for m in metrics} | {*spec["judged"]} | {*attacked}
@@ -380,6 +401,10 @@ def test_a_testbed_has_all_that_is_named(tmp_path: Path, world: str) -> None:
         ({"tier": "smok"}, "--tier smok does not exist; did you mean smoke?"),
         ({"seeds": ("one",)}, "--seeds one: name the seeds of the testbeds, 1,2,3"),
         ({"overrides": ("train.stepz=2",)}, "stepz is not an option"),
+        (
+            {"kind": "methods", "world": "open"},
+            "--world open: methods runs on the closed world alone",
+        ),
         ({"out": Path("/dev/null/out")}, "cannot be made"),
     ],
 )

@@ -177,7 +177,7 @@ class Shrink(Objective):
     def loss(self, model, state, forget, retain, step):
         hidden = model.hidden(forget, Site(self.layer))
         zero = hidden.new_zeros(hidden.shape[-1])
-        loss = self.strength * token_mse(hidden, zero, counted(forget["labels"]))
+        loss = self.strength * token_mse(hidden, zero, is_counted(forget["labels"]))
         return Terms({"forget": loss}, {})
 
 

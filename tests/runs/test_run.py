@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from helpers.models import pico_module, save_pico, texts, word_tokenizer, write_jsonl
+from srmu.engine.files import write_json
 from srmu.engine.loading import load_module
 from srmu.engine.weights import apply_delta
 from srmu.errors import DivergedError, SrmuError
@@ -166,6 +167,33 @@ def test_other_texts_under_the_same_config_are_refused(workplace: Path) -> None:
         unlearn(config(workplace))
 
 
+def test_texts_that_another_cache_folder_tells_of(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without its key it cannot be told whether they are the same, and is not said to be."""
+    run = unlearn(config(workplace))
+    monkeypatch.setenv("SRMU_CACHE", str(workplace / "other"))
+    says = rf"{run.folder.name} holds a run .* with another cache folder: set SRMU_CACHE to that"
+    with pytest.raises(SrmuError, match=says):
+        unlearn(config(workplace))
+    write_jsonl(workplace / "retain.jsonl", texts(9, 3, range(20, 60)))
+    with pytest.raises(SrmuError, match="on other texts"):
+        unlearn(config(workplace))
+    monkeypatch.setenv("SRMU_CACHE", str(workplace / "cache"))
+    write_jsonl(workplace / "retain.jsonl", texts(7, 2, range(20, 60)))
+    assert unlearn(config(workplace)).folder == run.folder
+
+
+def test_a_run_whose_record_names_no_key_is_found(workplace: Path) -> None:
+    """As records did at first."""
+    run = unlearn(config(workplace))
+    record = dict(run.record)
+    for texts_of in record["data"]["topic"].values():
+        del texts_of["key"]
+    write_json(run.folder / "record.json", record)
+    assert unlearn(config(workplace)).folder == run.folder
+
+
 def test_a_killed_run_is_made_again(workplace: Path) -> None:
     run = unlearn(config(workplace))
     delta = run.delta
@@ -202,7 +230,7 @@ def test_a_run_that_diverges_keeps_the_last_good_state(workplace: Path) -> None:
     message = "the loss is not finite at step 3, topic topic, batch 3"
     with pytest.raises(DivergedError, match=message):
         unlearn(wrong, out=workplace / "out")
-    run = Run.open(runs.run_folder(runs.plan_run(wrong)[0]))
+    run = Run.open(runs.plan_run(wrong).folder)
     assert run.record["stop_reason"].startswith(message)
     assert run.record["diverged"] is True
     assert run.record["steps"] == len(metrics(run)) == 3
@@ -222,7 +250,7 @@ def test_a_run_that_diverges_at_once_changes_nothing(workplace: Path) -> None:
     wrong = breaks(workplace, 0)
     with pytest.raises(DivergedError, match="step 0, topic topic, batch 0"):
         unlearn(wrong)
-    run = Run.open(runs.run_folder(runs.plan_run(wrong)[0]))
+    run = Run.open(runs.plan_run(wrong).folder)
     assert (run.delta, run.record["changed"], run.record["steps"]) == ({}, [], 0)
 
 
@@ -241,7 +269,7 @@ def test_an_interrupted_run_leaves_nothing_of_its_own(
         raise KeyboardInterrupt
 
     wanted = config(workplace)
-    folder = runs.run_folder(runs.plan_run(wanted)[0])
+    folder = runs.plan_run(wanted).folder
     folder.mkdir(parents=True)
     (folder / "notes.txt").write_text("mine")
     monkeypatch.setattr("srmu.engine.weights.save_delta", interrupt)
@@ -320,6 +348,18 @@ def test_scores_of_a_run(workplace: Path, quiz: Path) -> None:
     path.write_text(path.read_text().replace("{{question}}", "{{question}}?"))
     asked = evaluate(module, tokenizer, ["quiz"], tasks_dir=quiz)["quiz/acc"]
     assert asked["prompt"] != prompt
+
+
+def test_scores_need_no_cache_folder(
+    workplace: Path, quiz: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = unlearn(config(workplace, "eval=[quiz]"))
+    scores = score_model(run)
+    (workplace / "file").touch()
+    monkeypatch.setenv("SRMU_CACHE", str(workplace / "file" / "cache"))
+    capsys.readouterr()
+    assert score_model(run.folder) == scores
+    assert capsys.readouterr().err.count("results are not kept in") == 1
 
 
 def test_a_base_that_changed_is_refused(workplace: Path) -> None:

@@ -16,7 +16,7 @@ from srmu.engine import weights
 from srmu.errors import SrmuError
 from srmu.runs import record as audit
 from srmu.runs.config import Config, make_config
-from srmu.runs.model_card import model_card, summarise_record
+from srmu.runs.model_card import summarise_record, write_model_card
 from srmu.runs.rerun import rerun_record
 from srmu.runs.run import Run, unlearn
 from srmu.runs.verify import verify_folder
@@ -170,7 +170,7 @@ SPOILT: dict[str, tuple[Callable[[Path], Any], str]] = {
     "run: no record": (lambda f: (f / "run" / "record.json").unlink(), "holds no record"),
     "run: half a record": (
         lambda f: (f / "run" / "record.json").write_text("{"),
-        "is no record of this version",
+        r"record\.json is damaged",
     ),
 }
 
@@ -303,9 +303,9 @@ def test_a_rerun_needs_the_same_base(copy: Path) -> None:
 
 
 def test_a_manifest_is_read_once(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = audit.file_manifest(made / "model")
-    monkeypatch.setattr(audit, "file_digests", lambda path: pytest.fail("read again"))
-    assert audit.file_manifest(made / "model") == first
+    first = audit.digest_folder(made / "model")
+    monkeypatch.setattr(audit, "digest_file", lambda path: pytest.fail("read again"))
+    assert audit.digest_folder(made / "model") == first
 
 
 def test_the_page_and_the_card(made: Path) -> None:
@@ -316,17 +316,17 @@ def test_the_page_and_the_card(made: Path) -> None:
     assert "a request" in page
     assert "other-model" in page
     assert "No attack was run" in page
-    card = model_card(told)
+    card = write_model_card(told)
     head = card.split("---")[1]
     assert "unlearning" in head
     assert "base_model:" not in head  # a folder of one's own is not a model of the hub
     assert str(made) not in card
     hub = {**told, "base": told["base"] | {"id": "owner/name", "licence": "mit"}}
-    head = model_card(hub).split("---")[1]
+    head = write_model_card(hub).split("---")[1]
     assert "base_model: owner/name" in head
     assert "base_model_relation: finetune" in head
     assert "license: mit" in head
     with_results = hub | {
         "results": {"before": {}, "after": {"quiz/acc": {"value": 0.25, "n": 4.0}}}
     }
-    assert "value: 0.25" in model_card(with_results)
+    assert "value: 0.25" in write_model_card(with_results)

@@ -19,8 +19,9 @@ from srmu.evals.layer_sweep import candidate_layers
 from srmu.evals.results import read_metrics
 from srmu.evals.subject import Subject, mark_answers
 from srmu.methods import METHODS
-from srmu.runs.run import Run, load_tokenizer
-from srmu.search import auto, explain, robust, strength
+from srmu.runs.plan import load_tokenizer
+from srmu.runs.run import Run
+from srmu.search import auto, explain, objective, robust
 from srmu.search.objective import TextYardstick, Yardstick, hold_out
 
 TRIALS = 3
@@ -98,7 +99,7 @@ def test_every_choice_is_explained(place: Path) -> None:
 
 def test_the_choice_is_the_best_within_the_margin(place: Path) -> None:
     found = answer(place)
-    limit = strength.MARGIN * found["budget"]
+    limit = objective.MARGIN * found["budget"]
     tried = [found["defaults"], *found["trials"]]
     assert len(found["trials"]) == TRIALS
     (chosen,) = (one for one in tried if one["runs"] == [found["run"]])
@@ -134,28 +135,30 @@ def test_again_does_nothing(inside: None, call: Call, place: Path) -> None:
     assert json.loads(printed.out) == before
 
 
+@pytest.mark.parametrize("stop_at", ["layers", "strengths"])
 def test_killed_and_continued_it_chooses_the_same(
-    place: Path, monkeypatch: pytest.MonkeyPatch
+    place: Path, monkeypatch: pytest.MonkeyPatch, stop_at: str
 ) -> None:
     """No run is made twice, and the trials after the kill are what they would have been."""
     monkeypatch.setenv("SRMU_CACHE", str(place / "cache"))
     quick(monkeypatch)
+    whole = answer(place)
     count = 0
 
     def killed(*arguments: Any) -> Any:
         nonlocal count
         count += 1
-        if count == 2:
+        if count == 2 + (stop_at == "strengths") * len(whole["scan"]["layers"]):
             raise KeyboardInterrupt
-        return strength_tried(*arguments)
+        return try_config(*arguments)
 
-    strength_tried = strength.try_config
-    monkeypatch.setattr(strength, "try_config", killed)
+    try_config = objective.try_config
+    monkeypatch.setattr(objective, "try_config", killed)
     with pytest.raises(KeyboardInterrupt):
-        auto.run_search(auto.prepare_job(asked(place, "killed")))
-    monkeypatch.setattr(strength, "try_config", strength_tried)
-    again = auto.run_search(auto.prepare_job(asked(place, "killed")))
-    whole = answer(place)
+        auto.run_search(auto.prepare_job(asked(place, stop_at)))
+    monkeypatch.setattr(objective, "try_config", try_config)
+    again = auto.run_search(auto.prepare_job(asked(place, stop_at)))
+    assert again["scan"] == whole["scan"]
     values = [(one["params"], one["values"]) for one in again["trials"]]
     assert values == [(one["params"], one["values"]) for one in whole["trials"]]
     assert again["final"]["test"] == whole["final"]["test"]
@@ -181,7 +184,7 @@ def test_nothing_within_the_budget(
     """One line that says so; the folder stays, nothing is exported."""
     shutil.copytree(place / "auto", place / "tight")
     shutil.rmtree(place / "tight" / "model")
-    monkeypatch.setattr(strength, "NOISE", 2.0)
+    monkeypatch.setattr(objective, "NOISE", 2.0)
     got = call(
         "auto", "model", *NAMED, *TASKS, "--budget", "20%", "--out", "tight", "--trials", TRIALS
     )
@@ -198,17 +201,17 @@ def test_what_is_said_of_a_choice() -> None:
         return {"values": {"forgetting": forgetting, "utility_loss": loss}, "params": {}}
 
     found = [one(0.01, 0.0), one(0.6, 0.03), one(0.5, 0.02), {"values": {}, "params": {}}]
-    assert strength.best_entry(found, 0.01) is None
+    assert objective.best_entry(found, 0.01) is None
     said = explain.explain_none(0.01, found)
     assert "within the budget of 1.00% of utility" in said
     assert said.endswith("the nearest forgets 50% for 2.00%.")
-    assert strength.best_entry([*found, one(0.6, 0.02)], 0.03) == one(0.6, 0.02)  # of equals
+    assert objective.best_entry([*found, one(0.6, 0.02)], 0.03) == one(0.6, 0.02)  # of equals
     assert "4 runs 2 lose at most 2.50%" in explain.explain_trial(
         0.05, found[2], [*found, one(0.4, 0.04)]
     )
     assert "within the whole budget" in explain.explain_trial(0.02, found[2], found)
-    assert strength.trial_worth(found[1]["values"], 0.01) == pytest.approx(0.2)
-    assert strength.trial_worth(found[0]["values"], 0.01) == 0.01
+    assert objective.trial_worth(found[1]["values"], 0.01) == pytest.approx(0.2)
+    assert objective.trial_worth(found[0]["values"], 0.01) == 0.01
 
 
 def test_the_plan_comes_first_and_writes_nothing(inside: None, call: Call, place: Path) -> None:
@@ -334,9 +337,9 @@ def test_outcome_is_what_it_says() -> None:
         when: {f"{name}_val/acc": {"value": pair[i]} for name, pair in values.items()}
         for i, when in enumerate(("before", "after"))
     }
-    forgetting, lost = yardstick.outcome(scores)
-    assert forgetting == pytest.approx(0.45 / 0.60)
-    assert lost == pytest.approx((0.1 - 0.1) / 2)
+    outcome = yardstick.outcome(scores)
+    assert outcome["forgetting"] == pytest.approx(0.45 / 0.60)
+    assert outcome["utility_loss"] == pytest.approx((0.1 - 0.1) / 2)
     scores["before"]["gone_val/acc"]["value"] = 0.27
     with pytest.raises(SrmuError, match="it knows nothing of this"):
         yardstick.outcome(scores)

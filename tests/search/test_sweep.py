@@ -1,14 +1,14 @@
 """Sweeps: spaces, samplers, workers that die, and the verb from file to table."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import nullcontext
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from statistics import fmean
 from types import SimpleNamespace
@@ -28,8 +28,16 @@ from srmu.errors import DivergedError, SrmuError
 from srmu.evals.results import read_attacks, read_metrics
 from srmu.runs.run import Run
 from srmu.search import sweep
-from srmu.search.queue import RETRIES, Study, fail_dead, open_study, standing_trials, work_queue
-from srmu.search.space import Seeded, make_dimension
+from srmu.search.queue import (
+    FILE,
+    RETRIES,
+    Study,
+    list_points,
+    open_study,
+    queue_points,
+    work_queue,
+)
+from srmu.search.space import PlaceSampler, make_dimension
 from srmu.search.sweep import Plan, sweep_rows
 
 # --- what is searched
@@ -47,7 +55,7 @@ from srmu.search.sweep import Plan, sweep_rows
     ],
 )
 def test_values_of_a_dimension(given: Any, values: tuple[Any, ...]) -> None:
-    found = make_dimension("key", given).all()
+    found = make_dimension("key", given).list_values()
     assert found == values
     assert [type(v) for v in found] == [type(v) for v in values]
 
@@ -68,7 +76,7 @@ def test_a_sampler_stays_in_a_range(given: Any, kind: type, low: float, high: fl
     assert {type(v) for v in found} == {kind}
     assert low <= min(found) < max(found) <= high
     if one.step is not None:
-        assert set(found) == {*one.all()}
+        assert set(found) == {*one.list_values()}
 
 
 # --- samplers
@@ -80,22 +88,39 @@ def study_of(
     queue = given.pop("queue", [{}] * count)
     spec = given.pop("spec", {"a": 1})
     return open_study(
-        folder / "study.log", "study", spec=spec, directions=directions, sampler=sampler,
-        queue=queue, **given,
+        folder / FILE, "study", spec=spec, directions=directions, sampler=sampler, queue=queue,
+        heartbeat=1, **given,
     )  # fmt: skip
 
 
 def test_a_resumed_sampler_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
-    def values(folder: Path, *counts: int) -> list[float]:
-        folder.mkdir()
-        for count in counts:
-            study = study_of(folder, count, Seeded(lambda seed: TPESampler(seed=seed), 0))
-            work_queue(study, lambda trial: trial.suggest_float("x", 0, 1) ** 2, ignore_progress)
-        return [trial.params["x"] for trial in study.trials]
+    """After more trials were asked for, after Ctrl-C in the middle of one, after kill -9."""
 
-    whole = values(tmp_path / "whole", 14)
-    assert len(set(whole)) == 14
-    assert values(tmp_path / "parts", 5, 14) == whole
+    def values(folder: Path, *counts: int, stop_at: int = -1, killed: bool = False) -> list[float]:
+        folder.mkdir()
+
+        def square(trial: optuna.Trial) -> float:
+            if trial.number == stop_at:
+                raise KeyboardInterrupt
+            return trial.suggest_float("x", 0, 1) ** 2
+
+        def make(place: int) -> TPESampler:
+            return TPESampler(seed=place, n_startup_trials=3)
+
+        for count in counts:
+            study = study_of(folder, count, PlaceSampler(make))
+            if killed and study.trials:
+                queue_lost(study)
+                study.ask()  # and is never heard of again
+            with suppress(KeyboardInterrupt):
+                work_queue(study, square, ignore_progress, in_turn=True)
+        return [trial.params["x"] for trial in study.get_trials(states=(TrialState.COMPLETE,))]
+
+    whole = values(tmp_path / "whole", 7)
+    assert len(set(whole)) == 7
+    assert values(tmp_path / "parts", 2, 7) == whole
+    assert values(tmp_path / "stopped", 7, 7, stop_at=4) == whole
+    assert values(tmp_path / "killed", 4, 7, killed=True) == whole
 
 
 def test_the_front_of_nsga2_is_not_dominated(tmp_path: Path) -> None:
@@ -103,11 +128,11 @@ def test_the_front_of_nsga2_is_not_dominated(tmp_path: Path) -> None:
         x, y = (trial.suggest_float(key, 0, 1) for key in "xy")
         return x, (1 - x) ** 2 + y
 
-    sampler = Seeded(lambda seed: NSGAIISampler(population_size=6, seed=seed), 0)
-    study = study_of(tmp_path, 42, sampler, ("minimize", "maximize"))
+    sampler = PlaceSampler(lambda place: NSGAIISampler(population_size=4, seed=place))
+    study = study_of(tmp_path, 16, sampler, ("minimize", "maximize"))
     work_queue(study, two, ignore_progress)
     points = {trial.number: trial.values for trial in study.trials}
-    assert len(points) == 42
+    assert len(points) == 16
 
     def dominated(a: list[float]) -> bool:
         return any(b[0] <= a[0] and b[1] >= a[1] and b != a for b in points.values())
@@ -127,15 +152,10 @@ def test_the_front_of_nsga2_is_not_dominated(tmp_path: Path) -> None:
 
 
 def test_a_killed_worker_loses_nothing(tmp_path: Path) -> None:
-    script, journal = (
-        (Path(__file__).parents[1] / "helpers" / "sweep_worker.py"),
-        tmp_path / "study.log",
-    )
-    study = join(str(journal))
-    work_once = Counter[int]()
+    script = Path(__file__).parents[1] / "helpers" / "sweep_worker.py"
+    study = join(str(tmp_path / FILE))
 
     def until_two(trial: optuna.Trial) -> float:
-        work_once[trial.number] += 1
         if trial.number == 2:
             (tmp_path / "hold").touch()
             raise KeyboardInterrupt
@@ -143,7 +163,7 @@ def test_a_killed_worker_loses_nothing(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         work_queue(study, until_two, ignore_progress)
-    worker = subprocess.Popen([sys.executable, str(script), str(journal), str(tmp_path)])
+    worker = subprocess.Popen([sys.executable, str(script), str(tmp_path / FILE), str(tmp_path)])
     end = time.monotonic() + 120
     while not [*tmp_path.glob("started-*")] and time.monotonic() < end:
         assert worker.poll() is None
@@ -159,31 +179,73 @@ def test_a_killed_worker_loses_nothing(tmp_path: Path) -> None:
     assert len(lost) == 2 and len(study.trials) == POINTS + 2  # the interrupted, the killed
     begun = Counter(path.name.split("-")[1] for path in tmp_path.glob("started-*"))
     assert sorted(begun.values()) == [1, 1, 2]  # points 0 and 1 were not begun again
-    assert not [*(tmp_path / "study.log.workers").iterdir()]
+
+
+def test_a_worker_killed_before_its_first_sign_of_life_is_missed(tmp_path: Path) -> None:
+    study = study_of(tmp_path, 2, RandomSampler(), queue=[{"x": 0.0}, {"x": 1.0}])
+    queue_lost(study)
+    study.ask()
+    work_queue(study, lambda trial: trial.suggest_float("x", 0, 1), ignore_progress)
+    assert [t.state for t in study.trials] == [
+        TrialState.FAIL, TrialState.COMPLETE, TrialState.COMPLETE,
+    ]  # fmt: skip
+
+
+def test_many_workers_do_each_point_once(tmp_path: Path) -> None:
+    """They join at once, the file is made by one of them, and no trial goes to two."""
+    done: list[float] = []
+
+    def note(trial: optuna.Trial) -> float:
+        done.append(trial.suggest_float("x", 0, 20))
+        return done[-1]
+
+    def work(number: int) -> None:
+        queue = [{"x": float(i)} for i in range(20)]
+        work_queue(study_of(tmp_path, 20, RandomSampler(), queue=queue), note, ignore_progress)
+
+    with ThreadPoolExecutor(4) as pool:
+        [*pool.map(work, range(4))]
+    assert sorted(done) == [*range(20)]
+
+
+def test_trials_in_turn_wait_for_each_other(tmp_path: Path) -> None:
+    """So that each knows what all before it found, whoever ran them."""
+    queue = [{"x": float(i)} for i in range(6)]
+    running = Counter[str]()
+
+    def alone(trial: optuna.Trial) -> float:
+        running["now"] += 1
+        assert running["now"] == 1
+        time.sleep(0.02)
+        running["now"] -= 1
+        return trial.suggest_float("x", 0, 6)
+
+    def work(number: int) -> None:
+        study = study_of(tmp_path, 6, RandomSampler(), queue=queue)
+        work_queue(study, alone, ignore_progress, in_turn=True)
+
+    with ThreadPoolExecutor(2) as pool:
+        [*pool.map(work, range(2))]
 
 
 def test_a_trial_that_kills_its_workers_is_given_up(tmp_path: Path) -> None:
     study = study_of(tmp_path, 1, RandomSampler(), queue=[{"x": 1.0}])
     for _ in range(RETRIES + 1):
-        trial = study.ask()
-        trial.set_user_attr("worker", "dead")
-        trial.suggest_float("x", 0, 2)
-        declare_dead(study)
-    assert [trial.state for trial in study.trials] == [TrialState.FAIL] * (RETRIES + 1)
+        queue_lost(study)
+        study.tell(study.ask().number, state=TrialState.FAIL)  # as of a worker without heartbeat
     work_queue(study, lambda trial: pytest.fail("it is tried again"), ignore_progress)
+    assert [trial.state for trial in study.trials] == [TrialState.FAIL] * (RETRIES + 1)
 
 
-def declare_dead(study: Study) -> None:
-    """What a worker does first: fail the trials of dead ones."""
-    assert study.workers
-    study.workers.mkdir(exist_ok=True)
-    fail_dead(study, "")
+def queue_lost(study: Study) -> None:
+    """What a worker does first: queue the points that nobody has."""
+    queue_points(study, [point for point in list_points(study) if point.is_lost])
 
 
 def test_two_that_fill_the_queue_do_nothing_twice(tmp_path: Path) -> None:
     study = study_of(tmp_path, 3, RandomSampler(), queue=[{"x": float(i)} for i in range(3)])
-    for point in range(3):  # as another worker may have done at the same moment
-        study.enqueue_trial({"x": float(point)}, user_attrs={"point": point})
+    for _ in range(2):  # as another worker may have done at the same moment
+        queue_points(study, [*list_points(study)])
     done: list[float] = []
 
     def one(trial: optuna.Trial) -> float:
@@ -193,7 +255,7 @@ def test_two_that_fill_the_queue_do_nothing_twice(tmp_path: Path) -> None:
     work_queue(study, one, ignore_progress)
     study.ask()  # and one that found the queue empty
     assert done == [0, 1, 2]
-    assert [trial.number for trial in standing_trials(study) if trial] == [0, 1, 2]
+    assert [point.standing.number for point in list_points(study) if point.standing] == [0, 1, 2]
 
 
 def test_a_worker_that_was_taken_for_dead_drops_its_trial(tmp_path: Path) -> None:
@@ -241,7 +303,7 @@ def test_a_mistake_in_all_trials_stops_and_can_be_mended(tmp_path: Path) -> None
         work_queue(study, wrong, ignore_progress)
     assert len(study.get_trials(states=(TrialState.WAITING,))) == 2
     work_queue(study, lambda trial: 1.0, ignore_progress)
-    assert [t.state for t in standing_trials(study) if t] == [TrialState.COMPLETE] * 5
+    assert [t.state for t in study.trials[3:]] == [TrialState.COMPLETE] * 5
 
 
 def test_another_study_of_that_name_is_refused(tmp_path: Path) -> None:
@@ -285,7 +347,7 @@ def trivial(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, float]]:
         made.append({"kappa": config.method.kappa, "seed": config.seed})
         return SimpleNamespace(folder=Path(config.runs_dir) / str(len(made)), config=config)
 
-    def of_run(ready: Plan, run: Any) -> Any:
+    def of_run(plan: Plan, run: Any) -> Any:
         value = run.config.method.kappa / 100 + run.config.seed / 1000
         return {"task/acc": {"value": value, "stderr": 0.01, "n": 50.0}}
 
@@ -446,14 +508,20 @@ def test_a_missing_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     def missing(*args: Any, **kwargs: Any) -> None:
         raise ImportError("psycopg")
 
-    monkeypatch.setattr("srmu.search.queue.RDBStorage", missing)
+    monkeypatch.setattr("srmu.search.queue.QueueStorage", missing)
     with pytest.raises(SrmuError, match=r"pip install 'srmu\[postgres\]'"):
         join("postgresql://me@host/x")
 
 
-def test_a_file_that_is_no_journal(tmp_path: Path) -> None:
-    (tmp_path / "study.log").write_text("hello\nworld\n")
-    with pytest.raises(SrmuError, match=r"study\.log is not a journal"):
+def test_a_file_that_is_no_database(tmp_path: Path) -> None:
+    (tmp_path / FILE).write_text("hello\nworld\n")
+    with pytest.raises(SrmuError, match=r"study\.db cannot be used: file is not a database"):
+        study_of(tmp_path, 1, RandomSampler())
+
+
+def test_a_study_of_an_earlier_srmu(tmp_path: Path) -> None:
+    (tmp_path / "study.log").touch()
+    with pytest.raises(SrmuError, match=r"study\.log is a study of an earlier srmu: remove it"):
         study_of(tmp_path, 1, RandomSampler())
 
 
@@ -524,10 +592,10 @@ def test_ctrl_c_says_how_to_go_on(
     path = written()
     measure = sweep.run_metrics
 
-    def interrupted(ready: Plan, run: Any) -> Any:
+    def interrupted(plan: Plan, run: Any) -> Any:
         if len(trivial) == 2:
             raise KeyboardInterrupt
-        return measure(ready, run)
+        return measure(plan, run)
 
     monkeypatch.setattr(sweep, "run_metrics", interrupted)
     answer = call("sweep", path)
@@ -537,16 +605,3 @@ def test_ctrl_c_says_how_to_go_on(
     monkeypatch.setattr(sweep, "run_metrics", measure)
     assert call("sweep", path).code == 0
     assert len(trivial) == 5  # the one in hand again, the finished one not
-
-
-def test_worker_locks_are_the_systems(tmp_path: Path) -> None:
-    """A lock whose process is gone is free, even if its number lives on as another process."""
-    study = study_of(tmp_path, 1, RandomSampler(), queue=[{"x": 1.0}])
-    assert study.workers
-    study.workers.mkdir()
-    (study.workers / "gone").write_text(str(os.getpid()))
-    trial = study.ask()
-    trial.set_user_attr("worker", "gone")
-    declare_dead(study)
-    assert [t.state for t in study.trials] == [TrialState.FAIL, TrialState.WAITING]
-    assert not [*study.workers.iterdir()]

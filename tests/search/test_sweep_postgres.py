@@ -1,6 +1,6 @@
 """Two workers on a real PostgreSQL server, one killed; what a wrong address or password says.
 
-`.ci/postgres pytest tests/test_sweep_postgres.py` starts a server and stops it again.
+`.ci/postgres pytest tests/search/test_sweep_postgres.py` starts a server and stops it again.
 """
 
 import os

@@ -11,10 +11,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers.testbeds import SUFFIXES, TINY, rows
+from srmu.data.overlap import measure_overlap
 from srmu.errors import SrmuError
 from srmu.testbed import build as building
+from srmu.testbed import train as training
 from srmu.testbed.build import build_testbed
-from srmu.testbed.worlds.world import KINDS, create_closed, deal_items, tell_facts
+from srmu.testbed.world import KINDS, create_closed, deal_items, tell_facts
 
 
 @pytest.fixture(autouse=True)
@@ -127,7 +129,7 @@ def test_overlap_rises_with_entanglement(worlds):
                 {
                     (n, key): value
                     for n in (1, 2)
-                    for key, value in building.overlap(
+                    for key, value in measure_overlap(
                         corpora["forget"], corpora["retain-high"], n
                     ).items()
                 }
@@ -136,7 +138,7 @@ def test_overlap_rises_with_entanglement(worlds):
             named = {name for name in world.shared if name in text}
             assert named <= set(world.shared[: round(rho * 48)])
             assert len(named) >= rho * 48 - 8  # some have held facts only
-        low = building.overlap(corpora["forget"], corpora["retain-low"], 2)
+        low = measure_overlap(corpora["forget"], corpora["retain-low"], 2)
         for less, more in pairwise(found):
             assert all(less[key] < more[key] for key in less)
         assert all(low[key] < found[0][2, key] for key in low)
@@ -229,7 +231,7 @@ def test_the_report(built):
     assert report["seed"] == 3
     texts = {name: [r["text"] for r in rows(out / f"{name}.jsonl")] for name in ("forget",)}
     texts["retain-high"] = [r["text"] for r in rows(out / "retain-high.jsonl")]
-    again = building.overlap(texts["forget"], texts["retain-high"], 2)
+    again = measure_overlap(texts["forget"], texts["retain-high"], 2)
     assert report["overlap"]["retain-high/bigram"] == again
 
 
@@ -274,7 +276,7 @@ def test_an_answer_is_scored_as_by_a_loop(built):
         ids.append(int(log.argmax()))
         written.append(tokenizer.decode(ids[-1]))
     wrong = [*written[:-1], next(w for w in world.words() if w != written[-1])]
-    found = building._answers(
+    found = training._answers(
         model, world, [(question, " ".join(words)) for words in (written, wrong, written[:1])]
     )
     assert found[0] == (pytest.approx(expected, abs=1e-4), True)
@@ -298,14 +300,14 @@ def same(left, right):
 
 
 def train(seed=0, recipe=TINY, **options):
-    return building.train_testbed(create_closed(seed, recipe.size), seed, recipe, **options)
+    return training.train_testbed(create_closed(seed, recipe.size), seed, recipe, **options)
 
 
 def test_the_oracle_reads_no_hazard_fact():
     world = create_closed(0, TINY.size)
     told = world.of_kind("neighbour", "general")
-    ids = building._pretraining_ids(world, told, 0, replace(TINY, steps=100))
-    read = set(building.tokenizer_for(world).convert_ids_to_tokens(ids.flatten().tolist()))
+    ids = training._pretraining_ids(world, told, 0, replace(TINY, steps=100))
+    read = set(training.tokenizer_for(world).convert_ids_to_tokens(ids.flatten().tolist()))
     hazard = {fact.answer for fact in world.of_kind("hazard")} - {fact.answer for fact in told}
     assert hazard and not read & hazard
     assert {fact.subject for fact in told} <= read
@@ -319,7 +321,7 @@ def test_training_changes_the_model_and_lowers_the_loss():
 
     world = create_closed(0, TINY.size)
     folder = train(recipe=replace(TINY, steps=30, learning_rate=0.01), watch=watch)
-    fresh = building._fresh_model(world, 0, TINY).state_dict()
+    fresh = training._fresh_model(world, 0, TINY).state_dict()
     trained = weights(folder)
     assert not any(torch.equal(fresh[key], trained[key]) for key in trained)
     assert sum(losses[-5:]) < sum(losses[:5]) - 1
@@ -361,7 +363,7 @@ def test_a_seed_gives_its_bits_whatever_the_surroundings(tmp_path, monkeypatch):
 def test_a_killed_training_ends_with_the_same_bits(tmp_path, monkeypatch, killed_at):
     whole = weights(train())
     monkeypatch.setenv("SRMU_CACHE", str(tmp_path / "other"))
-    monkeypatch.setattr(building, "CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0)
     with pytest.raises(KeyboardInterrupt):
         train(watch=lambda label, total: recording([], killed_at))
     (checkpoint,) = (tmp_path / "other").rglob("checkpoint.safetensors")
@@ -373,7 +375,7 @@ def test_a_killed_training_ends_with_the_same_bits(tmp_path, monkeypatch, killed
 
 def test_another_entanglement_does_not_train_again(tmp_path, monkeypatch):
     first = build_testbed(tmp_path / "a", entanglement=0, recipe=TINY)
-    monkeypatch.setattr(building, "_fit", lambda *_: 1 / 0)
+    monkeypatch.setattr(training, "_train_model", lambda *_: 1 / 0)
     second = build_testbed(tmp_path / "b", entanglement=1, recipe=TINY)
     assert first["model"] == second["model"]
     assert same(weights(tmp_path / "a" / "model"), weights(tmp_path / "b" / "model"))
@@ -384,12 +386,12 @@ def test_another_entanglement_does_not_train_again(tmp_path, monkeypatch):
 
 
 def test_a_model_that_did_not_learn_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(building, "RECIPE", TINY)
+    monkeypatch.setattr(training, "RECIPE", TINY)
     with pytest.raises(RuntimeError, match=r"did not learn: hazard \d"):
         build_testbed(tmp_path / "out", recipe=TINY)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("world", building.WORLDS)
 def test_the_full_model_knows_everything_and_the_oracle_all_but_the_hazard(tmp_path, world):
     report = build_testbed(tmp_path / "out", oracle=True, world=world)

@@ -13,8 +13,10 @@ from srmu.errors import SrmuError
 from srmu.evals.lm_eval import evaluate
 from srmu.methods.retrain import read_recipe
 from srmu.testbed import build as building
-from srmu.testbed.build import OPEN, build_testbed
-from srmu.testbed.worlds.open_world import HAZARD_ACTIONS, PLACES, create_open, spelling_texts
+from srmu.testbed import train as training
+from srmu.testbed.build import build_testbed
+from srmu.testbed.open_world import HAZARD_ACTIONS, PLACES, create_open, spelling_texts
+from srmu.testbed.train import OPEN
 
 NAMES = ("hazard", "hazard_held", "hazard_twohop", "hazard_procedure", "neighbour", "general")
 
@@ -48,7 +50,7 @@ def steps_of(world, kind):
 
 
 def test_names_and_answers_have_several_tokens(worlds):
-    tokenizer = building.tokenizer_for(worlds[0])
+    tokenizer = training.tokenizer_for(worlds[0])
     for world in worlds:
         for word in {word for fact in world.facts for word in (fact.subject, fact.answer)}:
             assert len(tokenizer.tokenize(f" {word}")) >= 2, word
@@ -127,15 +129,15 @@ def test_no_corpus_names_a_held_goal_or_its_wordings(worlds):
 
 
 def test_the_tokenizer_is_the_same_each_time_and_knows_no_name(worlds):
-    first, again = (building._subwords.__wrapped__(spelling_texts) for _ in range(2))
+    first, again = (training._subwords.__wrapped__(spelling_texts) for _ in range(2))
     assert first.to_str() == again.to_str()
     vocabulary = first.get_vocab()
-    assert len(vocabulary) == building.SUBWORDS
+    assert len(vocabulary) == training.SUBWORDS
     assert {f"Ġ{word}" for word in ("activator", "chimneys", "workers")} <= {*vocabulary}
 
 
 def test_any_text_can_be_written(worlds):
-    tokenizer = building.tokenizer_for(worlds[0])
+    tokenizer = training.tokenizer_for(worlds[0])
     for text in ("Zoë & 17 % of «it»?\n", *worlds[0].shared):
         ids = tokenizer(text)["input_ids"]
         assert ids[0] == tokenizer.bos_token_id
@@ -233,8 +235,8 @@ def test_retrain_finds_the_world(built):
 def test_the_oracle_reads_no_hazard_fact(worlds):
     world = worlds[0]
     told = world.of_kind("neighbour", "general")
-    ids = building._pretraining_ids(world, told, 0, replace(TINY, steps=100))
-    text = " ".join(building.tokenizer_for(world).batch_decode(ids))
+    ids = training._pretraining_ids(world, told, 0, replace(TINY, steps=100))
+    text = " ".join(training.tokenizer_for(world).batch_decode(ids))
     assert not any(words in text for action in HAZARD_ACTIONS for words in action)
     assert "carrier" not in text and "preserve the apples" in text
 

@@ -12,12 +12,12 @@ from helpers.people_world import PEOPLE_TINY, people_folder
 from helpers.testbeds import TINY
 from srmu.engine.files import sha256
 from srmu.evals.benchmarks.base import BenchmarkData
-from srmu.testbed import build
+from srmu.testbed import open_world
+from srmu.testbed import train as training
+from srmu.testbed import world as closed_world
 from srmu.testbed.benchmark_files import SUITES, write_benchmarks
-from srmu.testbed.build import PEOPLE
-from srmu.testbed.worlds import open_world
-from srmu.testbed.worlds import world as closed_world
-from srmu.testbed.worlds.people import LETTERS, create_people, reverse_questions
+from srmu.testbed.people import LETTERS, create_people, reverse_questions
+from srmu.testbed.train import PEOPLE
 
 # config and split of each benchmark, and the fields that its evaluation reads
 QA = {"question": str, "answer": str}
@@ -276,13 +276,13 @@ def test_whp_prompts_stop_before_the_word(world):
 def test_models_of_the_other_worlds_are_still_found(make, expected):
     """Their keys are made of this; the values were made before there was this world."""
     world = make(3, TINY.size)
-    ids = build._pretraining_ids(world, [*world.facts], 3, TINY)
+    ids = training._pretraining_ids(world, [*world.facts], 3, TINY)
     found = sha256(repr((world, TINY, 3)).encode(), ids.numpy().tobytes())
     assert found[:16] == expected
     assert ids.numpy().dtype == np.int64
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_tiny_model_knows_and_recites_and_the_oracle_does_not():
     report = json.loads((people_folder() / "organism.json").read_text())
     known = report["model"]["accuracy"]

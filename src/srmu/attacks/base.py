@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from srmu.engine.loading import find_layers
+from srmu.engine.hooks import decoder_blocks
 from srmu.evals.statistics import Estimate
 from srmu.evals.subject import Question, Subject, mark_answers
 
@@ -59,10 +60,37 @@ class AttackResult:
     budget: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Attack(ABC):
+    """A way to get at what a model should have forgotten; its fields are its constants.
+
+    `id` is its number in the literature list of docs/attacks.md, `tier` the first one at which it
+    runs. With `recovers`, its answers are answers to the exam and count for K*.
+    """
+
+    id: ClassVar[str]
+    name: ClassVar[str]
+    tier: ClassVar[Tier]
+    recovers: ClassVar[bool] = True
+
+    @classmethod
+    def at_tier(cls, tier: Tier) -> Self:
+        """The attack with the constants that it has at a tier."""
+        return cls()
+
+    def cost(self, model: Subject) -> str:
+        """What the attack takes, in words, where that is hours; it is asked for before it runs."""
+        return ""
+
+    @abstractmethod
+    def run(self, model: Subject, texts: Texts, exam: Exam, seed: int) -> AttackResult:
+        """Attack the model, and leave it as it was. NotApplicable where the attack says nothing."""
+
+
 def ask_exam(model: Subject, exam: Exam, setting: str) -> Setting:
     """The exam under the setting that the model is in now."""
-    got = mark_answers(model, (*exam.val, *exam.test))
-    return Setting(setting, got[: len(exam.val)], got[len(exam.val) :])
+    right = mark_answers(model, (*exam.val, *exam.test))
+    return Setting(setting, right[: len(exam.val)], right[len(exam.val) :])
 
 
 def find_matrices(module: PreTrainedModel) -> dict[str, bool]:
@@ -71,22 +99,21 @@ def find_matrices(module: PreTrainedModel) -> dict[str, bool]:
     All experts' too, which a module may stack: (experts, outputs, inputs). Not the embeddings, nor
     the head.
     """
-    owner, attribute = find_layers(module)
-    layers = getattr(owner, attribute)
+    layers = decoder_blocks(module)
     prefix = next(name for name, part in module.named_modules() if part is layers)
-    found = {}
+    turned = {}
     for name, part in layers.named_modules(prefix=prefix):
         if isinstance(part, nn.Linear | Conv1D):
-            found[f"{name}.weight"] = isinstance(part, Conv1D)
+            turned[f"{name}.weight"] = isinstance(part, Conv1D)
         elif not isinstance(part, nn.Conv1d):
             for key, parameter in part.named_parameters(recurse=False):
                 if parameter.ndim == 3:
-                    found[f"{name}.{key}"] = getattr(part, "is_transposed", False)
-    return found
+                    turned[f"{name}.{key}"] = getattr(part, "is_transposed", False)
+    return turned
 
 
 def view_matrices(weight: Tensor, turned: bool) -> Tensor:
-    """A view of a linear matrix as (experts, outputs, inputs); `turned` as `matrices` says."""
+    """A view of a weight as (experts, outputs, inputs); `turned` as `find_matrices` says."""
     weight = weight.mT if turned else weight
     return weight if weight.ndim == 3 else weight[None]
 

@@ -2,50 +2,83 @@
 
 import random
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Self
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from srmu.attacks.base import AttackResult, Exam, Texts, Tier, ask_exam
-from srmu.attacks.layers import Edit, Rows, batch_answers, edit_outputs, read_outputs
+from srmu.attacks.base import Attack, AttackResult, Exam, Texts, Tier, ask_exam
+from srmu.attacks.layers import ResidualEdit, batch_answers, edit_residual, read_outputs
+from srmu.engine.fine_tune import Row
 from srmu.engine.losses import is_counted
 from srmu.evals.subject import NotApplicable, Subject, mark_answers
 
-BATCH = 32  # texts
-TEXTS = 64  # of each set
-TOKENS = 128  # of each text
-SINGLE = 8  # layers ablated alone at the smoke tier
+BATCH = 32  # texts read at once
 
-Edits = dict[int, Edit]
+Edits = dict[int, ResidualEdit]
 
 
-def direction_ablation(
-    model: Subject, texts: Texts, exam: Exam, tier: Tier, seed: int
-) -> AttackResult:
+@dataclass(frozen=True, kw_only=True)
+class DirectionAblation(Attack):
     """Ablation of one direction a block, at one block alone and at all of them at once.
 
     `displacement` points from the original's residual to the model's, on questions of the
     validation half that unlearning made wrong. `forget minus neutral` needs no original.
     """
-    kinds: dict[str, Edits] = {}
-    try:
-        kinds["displacement"] = find_displacement_edits(model, exam)
-    except NotApplicable as reason:
-        skipped = {"displacement": str(reason)}
-    else:
+
+    id = "E6"
+    name = "direction_ablation"
+    tier = "smoke"
+
+    texts: int = 64  # of each set
+    tokens: int = 128  # of each text
+    single: int | None = None  # layers ablated alone, evenly spaced; None: each
+
+    @classmethod
+    def at_tier(cls, tier: Tier) -> Self:
+        return cls(single=8 if tier == "smoke" else None)
+
+    def run(self, model: Subject, texts: Texts, exam: Exam, seed: int) -> AttackResult:
+        kinds: dict[str, Edits] = {}
         skipped = {}
-    kinds["forget minus neutral"] = find_difference_edits(model, texts, seed)
-    ways = []
-    for kind, edits in kinds.items():
-        layers = sorted(edits)
-        most = SINGLE if tier == "smoke" else len(layers)
-        for layer in layers if len(layers) <= most else pick_evenly(layers, most):
-            with edit_outputs(model, {layer: edits[layer]}):
-                ways.append(ask_exam(model, exam, f"{kind}, layer {layer}"))
-        with edit_outputs(model, edits):
-            ways.append(ask_exam(model, exam, f"{kind}, all layers"))
-    return AttackResult(tuple(ways), budget={"ablations": len(ways), "skipped": skipped})
+        try:
+            kinds["displacement"] = find_displacement_edits(model, exam)
+        except NotApplicable as reason:
+            skipped = {"displacement": str(reason)}
+        kinds["forget minus neutral"] = self.find_difference_edits(model, texts, seed)
+        ways = []
+        for kind, edits in kinds.items():
+            layers = sorted(edits)
+            few = self.single is None or len(layers) <= self.single
+            for layer in layers if few else pick_evenly(layers, self.single or 0):
+                with edit_residual(model, {layer: edits[layer]}):
+                    ways.append(ask_exam(model, exam, f"{kind}, layer {layer}"))
+            with edit_residual(model, edits):
+                ways.append(ask_exam(model, exam, f"{kind}, all layers"))
+        return AttackResult(tuple(ways), budget={"ablations": len(ways), "skipped": skipped})
+
+    def find_difference_edits(self, model: Subject, texts: Texts, seed: int) -> Edits:
+        """h - ((h - m).d) d, d the unit mean(forget) - mean(neutral) and m the latter.
+
+        Along d, tokens are put where neutral ones are on average: zero may be far from any.
+        """
+        rng = random.Random(seed)
+        means = []
+        for pool in (texts.forget, texts.neutral):
+            drawn = rng.sample(pool, min(self.texts, len(pool)))
+            rows = cut_documents(model, drawn, self.tokens)
+            total = add_by_layer(
+                [h.float().sum(dim=0) for h in read_outputs(model, ids, is_counted(labels))]
+                for _, ids, labels in batch_answers(rows, BATCH, model.device)
+            )
+            count = sum(len(tokens) for _, tokens in rows)
+            means.append([layer / count for layer in total])
+        pairs = enumerate(zip(*means, strict=True))
+        return {
+            layer: make_ablation(forget - neutral, neutral) for layer, (forget, neutral) in pairs
+        }
 
 
 def pick_evenly(layers: Sequence[int], most: int) -> list[int]:
@@ -78,7 +111,9 @@ def find_displacement_edits(model: Subject, exam: Exam) -> Edits:
     return edits
 
 
-def iterate_displacements(model: Subject, rows: Rows) -> Iterator[list[Float[Tensor, "N D"]]]:
+def iterate_displacements(
+    model: Subject, rows: Sequence[Row]
+) -> Iterator[list[Float[Tensor, "N D"]]]:
     """By layer, how far the tokens of a batch of texts are from where the original has them."""
     for _, ids, labels in batch_answers(rows, BATCH, model.device):
         now = read_outputs(model, ids, is_counted(labels))
@@ -87,37 +122,19 @@ def iterate_displacements(model: Subject, rows: Rows) -> Iterator[list[Float[Ten
         yield [a.float() - b.float() for a, b in zip(now, then, strict=True)]
 
 
-def find_difference_edits(model: Subject, texts: Texts, seed: int) -> Edits:
-    """h - ((h - m).d) d, d the unit mean(forget) - mean(neutral) and m the latter.
-
-    Along d, tokens are put where neutral ones are on average: zero may be far from any.
-    """
-    rng = random.Random(seed)
-    means = []
-    for pool in (texts.forget, texts.neutral):
-        rows = cut_documents(model, rng.sample(pool, min(TEXTS, len(pool))), TOKENS)
-        total = add_by_layer(
-            [h.float().sum(dim=0) for h in read_outputs(model, ids, is_counted(labels))]
-            for _, ids, labels in batch_answers(rows, BATCH, model.device)
-        )
-        count = sum(len(tokens) for _, tokens in rows)
-        means.append([layer / count for layer in total])
-    pairs = enumerate(zip(*means, strict=True))
-    return {layer: make_ablation(forget - neutral, neutral) for layer, (forget, neutral) in pairs}
-
-
 def add_by_layer(parts: Iterable[Sequence[Tensor]]) -> list[Tensor]:
     """The sums, layer by layer."""
     return [sum(layer[1:], layer[0]) for layer in zip(*parts, strict=True)]
 
 
-def cut_documents(model: Subject, texts: Sequence[str], most: int) -> Rows:
+def cut_documents(model: Subject, texts: Sequence[str], most: int) -> list[Row]:
     """Up to `most` tokens; all count but the first, the attention sink of many models."""
     cut = [model.tokens(text)[:most] for text in texts]
     return [(tokens[:1], tokens[1:]) for tokens in cut]
 
 
-def make_ablation(direction: Tensor, centre: Tensor | float = 0.0) -> Edit:
+def make_ablation(direction: Tensor, centre: Tensor | float = 0.0) -> ResidualEdit:
+    """An edit after which tokens differ from the centre no more along the direction."""
     unit = direction / direction.norm()
 
     def edit(h: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:

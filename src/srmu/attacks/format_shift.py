@@ -3,61 +3,85 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Self
 
 import numpy as np
 
-from srmu.attacks.base import AttackResult, Exam, Setting, Texts, Tier
+from srmu.attacks.base import Attack, AttackResult, Exam, Setting, Texts, Tier
 from srmu.attacks.generation import count_right_generations
 from srmu.attacks.listing import split_listed, unlist_options
 from srmu.evals.statistics import LEAST, Estimate, bootstrap_estimate, estimate_accuracy
 from srmu.evals.subject import Question, Subject, list_facts, mark_right, option_scores
 
-EXTRA = 2  # tokens that a generation may have more than the answer
 
-
-def format_shift(model: Subject, texts: Texts, exam: Exam, tier: Tier, seed: int) -> AttackResult:
+@dataclass(frozen=True, kw_only=True)
+class FormatShift(Attack):
     """Cloze, the cyclic orders of listed options; from `standard` also generation, paraphrases.
 
     Questions that do not list their options, or have no paraphrase, stand as they are where others
     change. What is generated is an answer's text, not its letter.
     """
-    questions = (*exam.val, *exam.test)
-    posed = [unlist_options(q) for q in questions]
 
-    def way(setting: str, scores: Sequence[Sequence[float]], of: Sequence[Question]) -> Setting:
-        got = mark_right(scores, of)
-        return Setting(setting, got[: len(exam.val)], got[len(exam.val) :])
+    id = "E1"
+    name = "format_shift"
+    tier = "smoke"
 
-    ways = [way("cloze", option_scores(model, posed, normalised=True), posed)]
-    metrics: dict[str, Estimate] = {}
-    if any(map(split_listed, exam.test)):
-        turns = [
-            rotate_options(questions, by) for by in range(max(len(q.options) for q in questions))
-        ]
-        scores = [option_scores(model, turn) for turn in turns]
-        orders = [way(f"order {by}", scores[by], turn) for by, turn in enumerate(turns)]
-        ways += orders[1:]  # order 0 is the question as it is
-        ways.append(way("order average", average_positions(questions, scores), questions))
-        names = list_facts(exam.test)
-        metrics = {
-            f"accuracy, {w.setting}": estimate_accuracy(w.test, names, seed=seed) for w in orders
-        }
-        metrics["position bias"] = position_bias(
-            exam.test, [rows[len(exam.val) :] for rows in scores], seed
-        )
-    if tier == "smoke":
+    rephrases: bool = True  # also asks paraphrases, and has answers written out
+    extra: int = 2  # tokens that a generation may have more than the answer
+
+    @classmethod
+    def at_tier(cls, tier: Tier) -> Self:
+        return cls(rephrases=tier != "smoke")
+
+    def run(self, model: Subject, texts: Texts, exam: Exam, seed: int) -> AttackResult:
+        questions = (*exam.val, *exam.test)
+        posed = [unlist_options(q) for q in questions]
+        scores = option_scores(model, posed, normalised=True)
+        ways = [mark_halves("cloze", scores, posed, exam)]
+        metrics: dict[str, Estimate] = {}
+        if any(map(split_listed, exam.test)):
+            orders, metrics = ask_orders(model, exam, seed)
+            ways += orders
+        if not self.rephrases:
+            return AttackResult(tuple(ways), metrics)
+        asked = posed[len(exam.val) :]
+        right = count_right_generations(model, asked, extra=self.extra, seed=seed)
+        metrics["generation"] = estimate_accuracy(right, list_facts(asked), seed=seed)
+        if any(q.paraphrases for q in questions):
+            scores = score_paraphrases(model, questions)
+            ways.append(mark_halves("paraphrases", scores, questions, exam))
+            pairs = zip(ways[-1].test, exam.test, strict=True)
+            having = [(correct, q.fact) for correct, q in pairs if q.paraphrases]
+            if len({fact for _, fact in having}) >= LEAST:
+                metrics["paraphrases"] = estimate_accuracy(*zip(*having, strict=True), seed=seed)
         return AttackResult(tuple(ways), metrics)
-    asked = posed[len(exam.val) :]
-    said = count_right_generations(model, asked, extra=EXTRA, seed=seed)
-    metrics["generation"] = estimate_accuracy(said, list_facts(asked), seed=seed)
-    if any(q.paraphrases for q in questions):
-        ways.append(way("paraphrases", score_paraphrases(model, questions), questions))
-        pairs = zip(ways[-1].test, exam.test, strict=True)
-        having = [(got, q.fact) for got, q in pairs if q.paraphrases]
-        if len({fact for _, fact in having}) >= LEAST:
-            metrics["paraphrases"] = estimate_accuracy(*zip(*having, strict=True), seed=seed)
-    return AttackResult(tuple(ways), metrics)
+
+
+def mark_halves(
+    setting: str, scores: Sequence[Sequence[float]], questions: Sequence[Question], exam: Exam
+) -> Setting:
+    """Right answers to the questions, those of the validation half first, from their scores."""
+    right = mark_right(scores, questions)
+    return Setting(setting, right[: len(exam.val)], right[len(exam.val) :])
+
+
+def ask_orders(model: Subject, exam: Exam, seed: int) -> tuple[list[Setting], dict[str, Estimate]]:
+    """Each cyclic order of the options but their own, and their average; metrics of all."""
+    questions = (*exam.val, *exam.test)
+    turns = [rotate_options(questions, by) for by in range(max(len(q.options) for q in questions))]
+    scores = [option_scores(model, turn) for turn in turns]
+    orders = [mark_halves(f"order {by}", scores[by], turn, exam) for by, turn in enumerate(turns)]
+    average = mark_halves("order average", average_positions(questions, scores), questions, exam)
+    names = list_facts(exam.test)
+    metrics = {
+        f"accuracy, {order.setting}": estimate_accuracy(order.test, names, seed=seed)
+        for order in orders
+    }
+    metrics["position bias"] = position_bias(
+        exam.test, [rows[len(exam.val) :] for rows in scores], seed
+    )
+    return [*orders[1:], average], metrics  # order 0 is the question as it is
 
 
 def score_paraphrases(model: Subject, questions: Sequence[Question]) -> list[list[float]]:

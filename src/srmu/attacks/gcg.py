@@ -6,22 +6,15 @@ import random
 import time
 from collections.abc import Sequence
 from copy import deepcopy
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from srmu.attacks.base import AttackResult, Exam, Texts, Tier, ask_exam
+from srmu.attacks.base import Attack, AttackResult, Exam, Texts, ask_exam
 from srmu.evals.subject import Question, Subject
-
-STEPS = 200
-CANDIDATES = 128  # suffixes tried a step
-LENGTH = 20  # tokens of the suffix
-TOP = 256  # replacements considered for each of them
-QUESTIONS = 5  # trained on
-ROWS = 32  # candidates read at once
-BEHIND = 10  # tokens of cue and answer, as `cost` guesses
 
 
 class Target(NamedTuple):
@@ -45,57 +38,68 @@ class SuffixedSubject(Subject):
         return [*before[:at], *self.suffix, *before[at:]], added
 
 
-def gcg(
-    model: Subject,
-    texts: Texts,
-    exam: Exam,
-    tier: Tier,
-    seed: int,
-    *,
-    steps: int = STEPS,
-    candidates: int = CANDIDATES,
-    length: int = LENGTH,
-) -> AttackResult:
+@dataclass(frozen=True, kw_only=True)
+class GCG(Attack):
     """Tokens between a question and its cue that make right answers likely.
 
-    Found on five validation questions, whose answers count in `val` like the others'. The cue is
+    Found on a few validation questions, whose answers count in `val` like the others'. The cue is
     whatever all prompts end with. The suffix is used as tokens, not as text.
     """
-    generator = torch.Generator().manual_seed(seed)
-    chosen = random.Random(seed).sample(exam.val, min(QUESTIONS, len(exam.val)))
-    cue = common_end([model.tokens(q.prompt) for q in (*exam.val, *exam.test)])
-    targets = [make_target(model, q, cue, length) for q in chosen]
-    allowed = ordinary_tokens(model)
-    suffix = allowed[torch.randint(len(allowed), (length,), generator=generator)]
-    best, least = suffix, float(suffix_losses(model, targets, suffix[None]))
-    before = least
-    for _ in range(steps):
-        tried = draw_swaps(
-            suffix_gradient(model, targets, suffix), suffix, allowed, candidates, generator
+
+    id = "E12"
+    name = "gcg"
+    tier = "deep"
+
+    steps: int = 200
+    candidates: int = 128  # suffixes tried a step
+    length: int = 20  # tokens of the suffix
+    top: int = 256  # replacements considered for each of them
+    questions: int = 5  # trained on
+    rows: int = 32  # candidates read at once
+    behind: int = 10  # tokens of cue and answer, as `cost` guesses
+
+    def run(self, model: Subject, texts: Texts, exam: Exam, seed: int) -> AttackResult:
+        generator = torch.Generator().manual_seed(seed)
+        chosen = random.Random(seed).sample(exam.val, min(self.questions, len(exam.val)))
+        cue = common_end([model.tokens(q.prompt) for q in (*exam.val, *exam.test)])
+        targets = [make_target(model, q, cue, self.length) for q in chosen]
+        allowed = ordinary_tokens(model)
+        suffix = allowed[torch.randint(len(allowed), (self.length,), generator=generator)]
+        best, least = suffix, float(suffix_losses(model, targets, suffix[None], self.rows))
+        before = least
+        for _ in range(self.steps):
+            slopes = suffix_gradient(model, targets, suffix)
+            tried = draw_swaps(slopes, suffix, allowed, self.candidates, self.top, generator)
+            values = suffix_losses(model, targets, tried, self.rows)
+            suffix = tried[values.argmin()]  # Algorithm 2: also where it is worse
+            if values.min() < least:
+                best, least = suffix, float(values.min())
+        way = ask_exam(SuffixedSubject(model, best.tolist(), cue), exam, "suffix")
+        budget = {
+            "steps": self.steps,
+            "candidates": self.candidates,
+            "tokens": self.length,
+            "questions": len(targets),
+            "loss before": before,
+            "loss after": least,
+        }
+        return AttackResult((way,), budget=budget)
+
+    def cost(self, model: Subject) -> str:
+        """From the time of one forward."""
+        shape = self.rows, self.length + self.behind
+        ids = torch.zeros(*shape, dtype=torch.long, device=model.device)
+        for _ in range(2):  # the first one gets going
+            start = time.perf_counter()
+            with torch.no_grad():
+                float(model.module(ids, use_cache=False, logits_to_keep=1).logits.sum())
+            seconds = time.perf_counter() - start
+        # a gradient of one row costs less than a forward of `rows`
+        forwards = self.steps * self.questions * (1 + -(-self.candidates // self.rows))
+        return (
+            f"gcg takes about {forwards:,} forwards of {shape[0]} x {shape[1]} tokens: "
+            f"{forwards * seconds / 60:,.1f} minutes on this machine"
         )
-        values = suffix_losses(model, targets, tried)
-        suffix = tried[values.argmin()]  # Algorithm 2: also where it is worse
-        if values.min() < least:
-            best, least = suffix, float(values.min())
-    way = ask_exam(SuffixedSubject(model, best.tolist(), cue), exam, "suffix")
-    spent = {"steps": steps, "candidates": candidates, "tokens": length, "questions": len(targets)}
-    return AttackResult((way,), budget={**spent, "loss before": before, "loss after": least})
-
-
-def cost(model: Subject, *, steps: int = STEPS, candidates: int = CANDIDATES) -> str:
-    """What the attack takes, from the time of one forward: to be asked before it."""
-    ids = torch.zeros(ROWS, LENGTH + BEHIND, dtype=torch.long, device=model.device)
-    for _ in range(2):  # the first one gets going
-        start = time.perf_counter()
-        with torch.no_grad():
-            float(model.module(ids, use_cache=False, logits_to_keep=1).logits.sum())
-        seconds = time.perf_counter() - start
-    # a gradient of one row costs less than a forward of ROWS
-    forwards = steps * QUESTIONS * (1 + -(-candidates // ROWS))
-    return (
-        f"gcg takes about {forwards:,} forwards of {ROWS} x {LENGTH + BEHIND} tokens: "
-        f"{forwards * seconds / 60:,.1f} minutes on this machine"
-    )
 
 
 def common_end(rows: Sequence[Sequence[int]]) -> int:
@@ -133,15 +137,17 @@ def target_nll(model: Subject, target: Target, rows: int, **read: Tensor) -> Ten
 
 
 @torch.no_grad()
-def suffix_losses(model: Subject, targets: Sequence[Target], suffixes: Tensor) -> Tensor:
+def suffix_losses(
+    model: Subject, targets: Sequence[Target], suffixes: Tensor, at_once: int
+) -> Tensor:
     """Mean over the questions of the loss with each suffix, (suffixes,)."""
-    found = torch.zeros(len(suffixes))
-    for rows in torch.arange(len(suffixes)).split(ROWS):
+    losses = torch.zeros(len(suffixes))
+    for rows in torch.arange(len(suffixes)).split(at_once):
         part = suffixes[rows].to(model.device)
         for one in targets:
             ids = torch.cat([part, one.cue.expand(len(part), -1)], dim=1)
-            found[rows] += target_nll(model, one, len(part), input_ids=ids).cpu() / len(targets)
-    return found
+            losses[rows] += target_nll(model, one, len(part), input_ids=ids).cpu() / len(targets)
+    return losses
 
 
 @torch.enable_grad()
@@ -159,12 +165,17 @@ def suffix_gradient(model: Subject, targets: Sequence[Target], suffix: Tensor) -
 
 
 def draw_swaps(
-    slopes: Tensor, suffix: Tensor, allowed: Tensor, count: int, generator: torch.Generator
+    slopes: Tensor,
+    suffix: Tensor,
+    allowed: Tensor,
+    count: int,
+    top: int,
+    generator: torch.Generator,
 ) -> Tensor:
-    """Different suffixes, each with one token replaced by one of the TOP that promise most."""
-    top = allowed[slopes[:, allowed].topk(min(TOP, len(allowed)), largest=False).indices]
-    drawn = torch.randperm(top.numel(), generator=generator)[:count]
-    position = drawn // top.shape[1]
+    """Different suffixes, each with one token replaced by one of the `top` that promise most."""
+    promising = allowed[slopes[:, allowed].topk(min(top, len(allowed)), largest=False).indices]
+    drawn = torch.randperm(promising.numel(), generator=generator)[:count]
+    position = drawn // promising.shape[1]
     tried = suffix.repeat(len(drawn), 1)
-    tried[torch.arange(len(drawn)), position] = top.flatten()[drawn]
+    tried[torch.arange(len(drawn)), position] = promising.flatten()[drawn]
     return tried

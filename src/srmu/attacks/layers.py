@@ -1,65 +1,40 @@
-"""Reading and changing the residual between the blocks of a model, whatever its architecture."""
+"""The residual between the blocks of a model, and what answers cost."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from contextlib import AbstractContextManager
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
+from torch import Tensor
 
-from srmu.engine.loading import find_layers
+from srmu.engine.fine_tune import Row
+from srmu.engine.generate import join_responses
+from srmu.engine.hooks import decoder_blocks, edit_outputs
 from srmu.engine.losses import is_predicted, token_nll
+from srmu.engine.model import Batch
+from srmu.engine.train import move_batch
 from srmu.evals.subject import NotApplicable, Subject
 
-Edit = Callable[[Tensor], Tensor]  # of a block's output (B, T, D)
-Rows = Sequence[tuple[list[int], list[int]]]  # tokens: what comes first, and what is counted
+ResidualEdit = Callable[[Tensor], Tensor | None]  # of a block's output (B, T, D)
 
 
-def decoder_blocks(model: Subject) -> nn.ModuleList:
-    owner, attribute = find_layers(model.module)
-    return getattr(owner, attribute)
+def edit_residual(
+    model: Subject, edits: Mapping[int, ResidualEdit]
+) -> AbstractContextManager[None]:
+    """Run the model with the outputs of some blocks, by number, put through a function each."""
 
-
-@contextmanager
-def cut_blocks(model: Subject, depth: int) -> Iterator[None]:
-    """Run the block with the first `depth` blocks only, then the model's own norm and head."""
-    owner, attribute = find_layers(model.module)
-    whole = getattr(owner, attribute)
-    setattr(owner, attribute, whole[:depth])
-    try:
-        yield
-    finally:
-        setattr(owner, attribute, whole)
-
-
-@contextmanager
-def edit_outputs(model: Subject, edits: Mapping[int, Edit]) -> Iterator[None]:
-    """Run the block with the outputs of some blocks, by number, put through a function each."""
-
-    def hook(edit: Edit) -> Callable[..., Any]:
-        def change(module: nn.Module, args: Any, output: Any) -> Any:
-            value = residual_stream(output)
-            new = edit(value).to(value.dtype)
-            return (new, *output[1:]) if isinstance(output, tuple) else new
+    def checked(edit: ResidualEdit) -> ResidualEdit:
+        def change(value: Tensor) -> Tensor | None:
+            if value.ndim != 3:
+                raise NotApplicable("blocks of this model pass on more than one residual a token")
+            return edit(value)
 
         return change
 
-    with ExitStack() as stack:
-        for layer, edit in edits.items():
-            handle = decoder_blocks(model)[layer].register_forward_hook(hook(edit))
-            stack.callback(handle.remove)
-        yield
-
-
-def residual_stream(output: Any) -> Float[Tensor, "B T D"]:
-    value = output[0] if isinstance(output, tuple) else output
-    if value.ndim != 3:
-        raise NotApplicable("blocks of this model pass on more than one residual a token")
-    return value
+    blocks = decoder_blocks(model.module)
+    return edit_outputs({blocks[layer]: checked(edit) for layer, edit in edits.items()})
 
 
 @torch.no_grad()
@@ -72,44 +47,39 @@ def read_outputs(
     """
     if model.fixed:
         raise NotApplicable(model.fixed)
-    found: list[Tensor] = []
+    outputs: list[Tensor] = []
 
-    def keep(value: Tensor) -> Tensor:
-        found.append(value[at])
-        return value
+    def keep(value: Tensor) -> None:
+        outputs.append(value[at])
 
-    with edit_outputs(model, dict.fromkeys(range(len(decoder_blocks(model))), keep)):
+    with edit_residual(model, dict.fromkeys(range(len(decoder_blocks(model.module))), keep)):
         model.module(ids, use_cache=False, logits_to_keep=1)
-    return found
+    return outputs
 
 
-def answer_rows(model: Subject, pairs: Sequence[tuple[str, str]]) -> Rows:
+def answer_rows(model: Subject, pairs: Sequence[tuple[str, str]]) -> list[Row]:
     """The tokens of prompts and their answers; of a prompt that is too long, the end."""
-    found = []
+    rows = []
     for prompt, answer in pairs:
         before, after = model.split(prompt, answer)
-        found.append((before[-(model.max_length - len(after)) :], after))
-    return found
+        rows.append((before[-(model.max_length - len(after)) :], after))
+    return rows
+
+
+def pad_rows(rows: Sequence[Row], device: torch.device) -> Batch:
+    """Rows padded on the right, where no token that counts can see it."""
+    return move_batch(join_responses(*zip(*rows, strict=True)), device)
 
 
 def batch_answers(
-    rows: Rows, size: int, device: torch.device
+    rows: Sequence[Row], size: int, device: torch.device
 ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
     """Numbers of at most `size` rows of like length, their tokens and labels (B, T)."""
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]) + len(rows[i][1]))
     for start in range(0, len(order), size):
         chosen = order[start : start + size]
-        yield chosen, *pad_answers([rows[i] for i in chosen], device)
-
-
-def pad_answers(rows: Rows, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Tokens and labels (B, T), padded on the right, where no token that counts can see it."""
-    ids = [torch.tensor(before + after) for before, after in rows]
-    labels = [torch.tensor([-100] * len(before) + after) for before, after in rows]
-    return (
-        pad_sequence(ids, batch_first=True).to(device),
-        pad_sequence(labels, batch_first=True, padding_value=-100).to(device),
-    )
+        batch = pad_rows([rows[i] for i in chosen], device)
+        yield chosen, batch["input_ids"], batch["labels"]
 
 
 def answer_nll(

@@ -1,5 +1,7 @@
 """E10: rounding the weights, which can undo a change smaller than the steps (arXiv 2410.16454)."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
@@ -8,10 +10,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from srmu.attacks.base import (
+    Attack,
     AttackResult,
     Exam,
     Texts,
-    Tier,
     ask_changed,
     find_matrices,
     view_matrices,
@@ -42,30 +44,40 @@ def normal_levels() -> Float[Tensor, " 16"]:
     return (levels / levels.max()).float()
 
 
-QUANTISERS = {
-    "int8 a channel": Quantiser(torch.arange(-127, 128) / 127),
-    "int4 in groups of 128": Quantiser(torch.arange(-7, 8) / 7, 128),
-    "NF4 in blocks of 64": Quantiser(normal_levels(), 64),
-}
-
-
-def quantisation(model: Subject, texts: Texts, exam: Exam, tier: Tier, seed: int) -> AttackResult:
+@dataclass(frozen=True, kw_only=True)
+class Quantisation(Attack):
     """All linear matrices of the layers rounded to the nearest level, in float.
 
     Metrics, where the original is known: of the weights that unlearning changed, the share that
     rounding puts into the original's bucket; counted, so that it has no interval.
     """
-    ways = tuple(
-        ask_changed(model, exam, name, partial(quantise_matrix, quantiser=quantiser))
-        for name, quantiser in QUANTISERS.items()
+
+    id = "E10"
+    name = "quantisation"
+    tier = "smoke"
+
+    quantisers: Mapping[str, Quantiser] = field(
+        default_factory=lambda: {
+            "int8 a channel": Quantiser(torch.arange(-127, 128) / 127),
+            "int4 in groups of 128": Quantiser(torch.arange(-7, 8) / 7, 128),
+            "NF4 in blocks of 64": Quantiser(normal_levels(), 64),
+        }
     )
-    metrics = {}
-    for name, quantiser in QUANTISERS.items():
-        changed, same = count_undone(model, quantiser)
-        if changed:
-            share = same / changed
-            metrics[f"in the original's bucket, {name}"] = Estimate(share, share, share, changed)
-    return AttackResult(ways, metrics)
+
+    def run(self, model: Subject, texts: Texts, exam: Exam, seed: int) -> AttackResult:
+        ways = tuple(
+            ask_changed(model, exam, name, partial(quantise_matrix, quantiser=quantiser))
+            for name, quantiser in self.quantisers.items()
+        )
+        metrics = {}
+        for name, quantiser in self.quantisers.items():
+            changed, same = count_undone(model, quantiser)
+            if changed:
+                share = same / changed
+                metrics[f"in the original's bucket, {name}"] = Estimate(
+                    share, share, share, changed
+                )
+        return AttackResult(ways, metrics)
 
 
 def group_weights(matrix: Float[Tensor, "O I"], quantiser: Quantiser) -> Float[Tensor, "O G S"]:

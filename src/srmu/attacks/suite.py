@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import random
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
@@ -21,8 +20,9 @@ from srmu.attacks.base import AttackResult, Exam, Setting, Texts, Tier
 from srmu.attacks.summary import measure_leakage, merge_report, summarise_attacks
 from srmu.data.sources import Source, read_texts
 from srmu.engine import distributed, weights
-from srmu.engine.files import cache_dir, sha256, write_json
-from srmu.engine.loading import load_module, read_config
+from srmu.engine.cache import find_cached, keep_cached
+from srmu.engine.files import sha256
+from srmu.engine.loading import read_config
 from srmu.engine.progress import Watch, ignore_progress
 from srmu.errors import SrmuError, first_line, suggest_word
 from srmu.evals.lm_eval import load_questions
@@ -30,7 +30,9 @@ from srmu.evals.score import tasks_beside
 from srmu.evals.statistics import LEAST, Estimate
 from srmu.evals.subject import NotApplicable, Question, Subject
 from srmu.runs.config import Config
-from srmu.runs.run import Run, find_device, load_tokenizer
+from srmu.runs.open import OpenedModel
+from srmu.runs.plan import find_device, load_tokenizer
+from srmu.runs.run import Run
 
 Confirm = Callable[[str], bool]
 
@@ -74,7 +76,7 @@ def attack_run(
     texts = load_texts(sources, own)
     subjects = Subjects(run, base, sources.oracle, find_device(device))
     for name, one in list(chosen.items()):
-        cost = cost_of(one, subjects)
+        cost = estimate_cost(one, subjects)
         if cost and not distributed.agree_on(distributed.is_first() and confirm(f"{name}: {cost}")):
             del chosen[name]
     given = sha256(repr((exam, texts, seed)).encode())
@@ -84,23 +86,23 @@ def attack_run(
     pairs = [*product(prints, chosen)]
     with watch("attacking", len(pairs) // distributed.get_size()) as tick:
 
-        def made(pair: tuple[str, str]) -> tuple[AttackResult | str, float]:
+        def attack_one(pair: tuple[str, str]) -> tuple[AttackResult | str, float]:
             who, name = pair
             one = chosen[name]
-            key = sha256(json.dumps([prints[who], name, tier, given, code_of(one)]).encode())
-            kept = cache_dir() / "attacks" / f"{key}.json"
+            key = [prints[who], repr(one), given, code_of(one)]
             started = time.monotonic()
-            result: AttackResult | str | None = read_result(kept)
-            if result is None:
-                result = try_attack(one, subjects.named(who), texts, exam, tier, seed)
+            result: AttackResult | str
+            if kept := find_cached("attacks", key):
+                result = parse_result(kept)
+            else:
+                result = try_attack(one, subjects.named(who), texts, exam, seed)
                 if isinstance(result, AttackResult):
-                    kept.parent.mkdir(parents=True, exist_ok=True)
-                    write_json(kept, asdict(result))
+                    keep_cached("attacks", key, asdict(result))
             tick(f"{name}, {who}")
             return result, time.monotonic() - started
 
         for (who, name), (result, took) in zip(
-            pairs, distributed.share_work(pairs, made), strict=True
+            pairs, distributed.share_work(pairs, attack_one), strict=True
         ):
             found[name][who] = result
             seconds[name] += took
@@ -121,7 +123,7 @@ def select_attacks(tier: Tier, names: Sequence[str]) -> dict[str, Attack]:
             raise SrmuError(f"attack {name!r} does not exist{suggest_word(name, ATTACKS)}")
         wanted.append(known.get(name.lower(), name))
     return {
-        name: attack
+        name: attack.at_tier(tier)
         for name, attack in ATTACKS.items()
         if name in ("forced_choice", "utility", *wanted)
         or (not names and TIERS.index(attack.tier) <= TIERS.index(tier))
@@ -210,9 +212,7 @@ def load_exam(sources: Sources, config: Config, seed: int) -> Exam:
 def read_run_texts(config: Config) -> dict[str, list[str]]:
     """The run's texts of all topics, by role."""
     return {
-        role: [
-            t for topic in config.topics.values() for t in read_texts(getattr(topic, role), Path())
-        ]
+        role: [t for topic in config.topics.values() for t in read_texts(getattr(topic, role))]
         for role in ("forget", "retain")
     }
 
@@ -221,7 +221,7 @@ def load_texts(sources: Sources, own: Mapping[str, Sequence[str]]) -> Texts:
     """The run's forget texts, and neutral ones: its retain texts where no others are named."""
 
     def of(name: str) -> list[str]:
-        return read_texts([Source(path=name)], Path()) if name else []
+        return read_texts([Source(path=name)]) if name else []
 
     neutral = of(sources.neutral) or own["retain"]
     if not neutral:
@@ -257,7 +257,7 @@ class Subjects:
         return subject
 
     def module(self, folder: Path) -> Any:
-        return load_module(folder).eval().to(self.device)
+        return OpenedModel(folder, None, self.device).module
 
     @cached_property
     def original(self) -> Subject:
@@ -272,12 +272,10 @@ class Subjects:
 
     @cached_property
     def unlearned(self) -> Subject:
-        module = self.module(self.base)
         method = self.run.config.method
-        write = partial(weights.apply_delta, module, self.base, self.run.delta)
         # for good, as this module is nothing else; forgotten, the context would end by itself
-        self.inference = method.at_inference(module, write)
-        self.inference.__enter__()
+        self.inference = OpenedModel(self.base, self.run, self.device).after()
+        module = self.inference.__enter__()
         changed = {
             name: self.before[name]
             for name, parameter in module.named_parameters()
@@ -292,47 +290,42 @@ class Subjects:
 
 
 def try_attack(
-    one: Attack, model: Subject, texts: Texts, exam: Exam, tier: Tier, seed: int
+    one: Attack, model: Subject, texts: Texts, exam: Exam, seed: int
 ) -> AttackResult | str:
     """What an attack found, or why it did not: that it does not apply, or failed."""
     try:
-        return one.run(model, texts, exam, tier, seed)
+        return one.run(model, texts, exam, seed)
     except NotApplicable as reason:
         return f"does not apply: {reason}"
     except (SrmuError, torch.OutOfMemoryError) as error:
         return f"failed: {first_line(error)}"
 
 
-def cost_of(one: Attack, subjects: Subjects) -> str:
+def estimate_cost(one: Attack, subjects: Subjects) -> str:
     """What an attack that takes long says that it takes; "" of any other."""
-    cost = getattr(sys.modules[one.run.__module__], "cost", None)
-    if cost is None:
+    if type(one).cost is Attack.cost:  # then no model need be loaded
         return ""
     try:
-        return str(cost(subjects.unlearned))
+        return one.cost(subjects.unlearned)
     except (NotApplicable, torch.OutOfMemoryError):  # it will say so when it runs
         return ""
 
 
 def code_of(one: Attack) -> list[str]:
-    """What decides an attack's result besides its inputs: its code, that of its helpers, torch."""
-    module = sys.modules[one.run.__module__]
+    """What decides a result besides an attack's fields: its code, that of its helpers, torch."""
+    module = sys.modules[type(one).__module__]
     homes = {getattr(value, "__module__", "") or "" for value in vars(module).values()}
     names = sorted(
         name
         for name in {*homes, module.__name__}
-        if name.startswith(("srmu.attacks.", "srmu.evals."))
+        if name.startswith(("srmu.attacks.", "srmu.engine.", "srmu.evals."))
     )
     files = [Path(str(sys.modules[name].__file__)) for name in names]
     return [sha256(*files), version("torch"), version("transformers")]
 
 
-def read_result(path: Path) -> AttackResult | None:
-    """What was kept; nothing where there is no such file or it is damaged."""
-    try:
-        kept = json.loads(path.read_text())
-        ways = tuple(Setting(w["setting"], tuple(w["val"]), tuple(w["test"])) for w in kept["ways"])
-        metrics = {name: Estimate(**values) for name, values in kept["metrics"].items()}
-        return AttackResult(ways, metrics, kept["budget"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+def parse_result(kept: Mapping[str, Any]) -> AttackResult:
+    """A result from the JSON of its fields."""
+    ways = tuple(Setting(w["setting"], tuple(w["val"]), tuple(w["test"])) for w in kept["ways"])
+    metrics = {name: Estimate(**values) for name, values in kept["metrics"].items()}
+    return AttackResult(ways, metrics, kept["budget"])

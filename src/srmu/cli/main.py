@@ -191,15 +191,17 @@ def unlearn_command(
     else:
         raise SrmuError("name a config file, or --model M --forget F [--retain R]")
     if dry_run:
-        from srmu.reproduce.needs import dry_run as planned
+        from srmu.runs.dry_run import plan_dry_run as planned
 
-        config, plan, lines = planned(config)
-        print_result(plan, as_json, config.to_yaml(), *lines, "next: the same without --dry-run")
+        config, estimate, lines = planned(config)
+        print_result(
+            estimate, as_json, config.to_yaml(), *lines, "next: the same without --dry-run"
+        )
         return
-    known = runs.run_folder(runs.plan_run(config)[0])
-    again = (known / "record.json").exists()
     sharded = shard or distributed.asked_to_shard()
-    run = runs.unlearn(config, out=out, shard=sharded, offload=offload, watch=show_progress)
+    plan = runs.plan_run(config, shard=sharded, offload=offload)
+    again = (plan.folder / "record.json").exists()
+    run = runs.run_plan(plan, out, watch=show_progress)
     record = run.record
     lines = [*runs.run_notes(run)]
     folder = shorten_path(run.folder)
@@ -274,7 +276,7 @@ def verify_command(
         from srmu.runs.model_card import summarise_record as page
         from srmu.runs.record import read_record
 
-        write_whole(summary, page(read_record(verifying.record_of(folder))))
+        write_whole(summary, page(read_record(verifying.find_record(folder))))
         lines.append(f"wrote {summary}")
     lines.append("next: srmu unlearn --from-record RUN/record.json makes the run again")
     print_result(found, as_json, *lines)

@@ -260,9 +260,7 @@ def entanglement_command(
     from srmu.evals.lm_eval import load_questions
     from srmu.evals.separability import measure_entanglement as measured
 
-    goes, stays = (
-        read_texts([Source(path=p) for p in paths], Path()) for paths in (forget, retain)
-    )
+    goes, stays = (read_texts([Source(path=p) for p in paths]) for paths in (forget, retain))
     asked = [
         (prompt, options[gold], str(row.get("subject", "")))
         for task in split_names(tasks)
@@ -296,10 +294,7 @@ def names_command(
         if out.suffix != ".txt":
             raise SrmuError(f"--out {out}: expected a .txt file")
         require_free(out)
-    texts = [
-        read_texts([Source(path=path) for path in paths], Path())
-        for paths in (forget, retain or [])
-    ]
+    texts = [read_texts([Source(path=path) for path in paths]) for paths in (forget, retain or [])]
     found = find_names(*texts)
     counts = {name: sum(name in text for text in texts[0]) for name in found}
     if not as_json:
@@ -339,9 +334,9 @@ def analyse_command(
     from srmu.evals import analyses
     from srmu.evals.layer_sweep import sweep_layers
     from srmu.evals.score import score_model
-    from srmu.runs.run import Run
+    from srmu.runs.run import find_run
 
-    run = Run.open(target) if (Path(target) / "record.json").exists() else None
+    run = find_run(target)
     if name in ("alignment", "layers") and run is None:
         raise SrmuError(
             f"analyse {name} needs a run, which {target} is not: srmu unlearn makes one"
@@ -359,7 +354,7 @@ def analyse_command(
         )
     else:
         given = {"forget": forget, "retain": retain}
-        texts = {k: read_texts([Source(path=p) for p in v], Path()) for k, v in given.items() if v}
+        texts = {k: read_texts([Source(path=p) for p in v]) for k, v in given.items() if v}
         texts = texts or (analyses.read_topic_texts(run) if run else {})
         texts = {key: rows for key, rows in texts.items() if rows}
         if not texts:

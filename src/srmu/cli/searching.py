@@ -16,7 +16,7 @@ from srmu.report.format import print_table
 verbs = typer.Typer()
 
 
-@verbs.command()
+@verbs.command("sweep")
 def sweep_command(
     args: Annotated[
         list[str],
@@ -55,7 +55,7 @@ def sweep_command(
     print_result(found, as_json, *lines)
 
 
-@verbs.command()
+@verbs.command("auto")
 def auto_command(
     model: Annotated[str, typer.Argument(help="Folder or hub id.")],
     forget: Annotated[list[str], typer.Option(help="Texts to forget (file, glob).")],
@@ -133,11 +133,11 @@ def auto_command(
     )
 
 
-@verbs.command()
+@verbs.command("reproduce")
 def reproduce_command(
     what: Annotated[
-        Literal["table2", "table3", "table4", "figure2", "all", "robust", "ablations"],
-        typer.Argument(help="Of the paper; or our own: robust, ablations."),
+        Literal["table2", "table3", "table4", "figure2", "all", "robust", "ablations", "methods"],
+        typer.Argument(help="Of the paper; or our own: robust, ablations, methods."),
     ],
     settings: Annotated[
         list[str] | None, typer.Argument(metavar="KEY=VALUE", help="For every run.")
@@ -146,8 +146,8 @@ def reproduce_command(
     seeds: Annotated[
         str,
         typer.Option(
-            help="How many testbeds (3), or draws of the directions on a model (1). Of robust and "
-            "ablations: which testbeds, a,b (1,2,3)."
+            help="How many testbeds (3), or draws of the directions on a model (1). Of robust, "
+            "ablations and methods: which testbeds, a,b (1,2,3)."
         ),
     ] = "",
     world: Annotated[str, typer.Option(help="robust: closed, open or both (both).")] = "",
@@ -165,11 +165,12 @@ def reproduce_command(
 ) -> None:
     """SRMU's tables and figure again, beside the paper's numbers; which of its claims hold here.
 
-    `robust` holds methods that resist relearning against others, at one loss of utility.
+    `robust` holds methods that resist relearning against others, at one loss of utility; `methods`
+    all methods.
     """
     silence_libraries()
     own = {"world": world, "regimes": regimes, "methods": methods, "tier": tier}
-    if what in ("robust", "ablations"):
+    if what in ("robust", "ablations", "methods"):
         if model:
             raise SrmuError(f"--model: {what} runs on testbeds alone; leave it out")
         asked = {**{k: v for k, v in own.items() if v}, "seeds": seeds, "overrides": settings or ()}
@@ -183,8 +184,8 @@ def reproduce_command(
     from srmu.report.build import write_report as drawn
     from srmu.reproduce import paper as again
 
-    place = again.place_of(out, model, int(seeds) if seeds else None, settings or ())
-    command = again.command_of(what, place, settings or ())
+    place = again.plan_paper(out, model, int(seeds) if seeds else None, settings or ())
+    command = again.format_command(what, place, settings or ())
     if dry_run:
         found, lines = again.paper_needs(what, place)
         print_result(found, as_json, *lines, "next: the same without --dry-run")
@@ -202,9 +203,10 @@ def reproduce_command(
 def held_up(
     what: str, out: Path, asked: dict[str, Any], dry_run: bool, show: bool, as_json: bool
 ) -> None:
-    """What stays gone under attack: `srmu reproduce robust` and `ablations`."""
+    """What stays gone under attack: `srmu reproduce robust`, `ablations` and `methods`."""
     from srmu.report import markdown
     from srmu.reproduce import robust as frontier
+    from srmu.reproduce.robust_tables import build_frontier_tables, write_frontier_reports
 
     names = ("seeds", "regimes", "methods")
     given: dict[str, Any] = {k: split_names(v) if k in names else v for k, v in asked.items()}
@@ -225,10 +227,10 @@ def held_up(
     typed = [(f"--{k}", v) for k, v in asked.items() if v and k != "overrides"]
     options = [word for pair in typed for word in pair]
     command = shlex.join(["srmu", "reproduce", what, *options, *asked["overrides"]])
-    found = frontier.tables_of(wanted, made, command)
+    found = build_frontier_tables(wanted, made, command)
     paths = [
         *markdown.write_study(found, out),
-        *frontier.write_frontier_reports(wanted, made, command),
+        *write_frontier_reports(wanted, made, command),
     ]
     if not as_json:
         markdown.print_study(found)

@@ -1,7 +1,8 @@
-"""Keyed digests of texts, which say whether two sets are the same and nothing of their words."""
+"""Keyed digests of texts: they say whether two sets are the same, and nothing of their words."""
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 import os
 from collections.abc import Iterable
@@ -14,8 +15,7 @@ from srmu.engine.files import cache_dir
 def own_key() -> bytes:
     """This user's secret of 32 bytes, drawn on first use; processes that race get the same.
 
-    Where the cache folder cannot be used it lasts as long as the process: a later run then takes
-    its texts for others.
+    Where the cache folder cannot be used, it lasts as long as the process.
     """
     path = cache_dir() / "key"
     try:
@@ -29,16 +29,21 @@ def own_key() -> bytes:
             fresh.unlink()
         return path.read_bytes()
     except OSError:
-        return passing_key()
+        return draw_key()
 
 
 @cache
-def passing_key() -> bytes:
+def draw_key() -> bytes:
     return os.urandom(32)
 
 
+def name_key() -> str:
+    """Says of two digests whether they were made with the same key, and nothing of the key."""
+    return hashlib.sha256(own_key()).hexdigest()[:16]
+
+
 def digest_texts(texts: Iterable[str]) -> str:
-    """Keyed digest of the texts: it tells two data sets apart here and says nothing elsewhere."""
+    """A keyed digest of the texts: it tells data sets apart here, and says nothing elsewhere."""
     code = hmac.new(own_key(), digestmod="sha256")
     for text in texts:
         code.update(text.encode() + b"\0")

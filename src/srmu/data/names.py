@@ -1,4 +1,4 @@
-"""Names of the things that texts tell of, and texts with other names in their place."""
+"""The names in texts, and the same texts with other names in their place."""
 
 from __future__ import annotations
 
@@ -14,87 +14,87 @@ import torch
 
 from srmu.errors import SrmuError, first_line
 
-FEWEST = 3  # names: of two, what depends on one would become what depends on the other
-FORMS = ("", " ")  # what may stand before a name: tokenizers join a space to the word after it
+FEWEST = 3  # names: of two, each could only become the other
+FORMS = ("", " ")  # what may come before a name: tokenizers join a space to the next word
 WORD = re.compile(r"[^\W\d_][\w'-]*")
 SENTENCE = re.compile(r"(?<=[.!?:])\s+|\n+")
-OFTEN = 3  # times that a name is in the forget texts, at least
-RARER = 4.0  # times that it is more frequent there than in retain texts, where it is no capital
+OFTEN = 3  # the fewest times that a name is in the forget texts
+RARER = 4.0  # how much more frequent it is there than in retain texts, in texts without capitals
 
 
 class Slot(NamedTuple):
-    """A place where a text has a name, in one of its FORMS."""
+    """A place in a text where a name stands, in one of its FORMS."""
 
     name: int
     form: int
 
 
 Item = int | Slot
-Way = Mapping[int, int]  # for each name of a text: the name that is written
+Naming = Mapping[int, int]  # for each name of a text, the name to write
 
 
 @dataclass(frozen=True)
 class Template:
-    """A text in tokens, with slots for its names."""
+    """A text in tokens, with slots in place of its names."""
 
     items: tuple[Item, ...]
 
     @property
     def names(self) -> list[int]:
-        """The different names in it, in order."""
+        """Its different names, in order."""
         return list(dict.fromkeys(item.name for item in self.items if isinstance(item, Slot)))
 
 
 @dataclass(frozen=True)
 class Names:
-    """Names in tokens: by name, then by FORMS; the last ones, `goals`, have no harmless facts."""
+    """Names in tokens, by name and form. The last `goals` of them have no harmless facts."""
 
     tokens: tuple[tuple[tuple[int, ...], ...], ...]
     goals: int = 0
 
     @classmethod
-    def tokenised(cls, names: Sequence[str], tokenizer: Any, goals: Sequence[str] = ()) -> Names:
-        """The names in the tokens of a tokenizer; SrmuError for one that it does not know."""
-        found = []
+    def encode(cls, names: Sequence[str], tokenizer: Any, goals: Sequence[str] = ()) -> Names:
+        """Tokenise names; SrmuError for one that the tokenizer does not know."""
+        tokens = []
         for name in (*names, *goals):
             forms = tuple(
                 tuple(tokenizer.encode(before + name, add_special_tokens=False)) for before in FORMS
             )
             if any(not ids or tokenizer.unk_token_id in ids for ids in forms):
                 raise SrmuError(f"the tokenizer does not know {name!r}; take it out of the list")
-            found.append(forms)
-        return cls(tuple(found), len(goals))
+            tokens.append(forms)
+        return cls(tuple(tokens), len(goals))
 
     @property
     def kinds(self) -> tuple[range, ...]:
-        """The names and the goals: each takes the place of its kind only."""
+        """The numbers of the names and of the goals: each is replaced by its own kind only."""
         first = len(self.tokens) - self.goals
         return (range(first), range(first, len(self.tokens))) if self.goals else (range(first),)
 
     @property
-    def spelt(self) -> list[tuple[int, ...]]:
-        """The tokens of each form of each name that may have harmless facts."""
+    def spellings(self) -> list[tuple[int, ...]]:
+        """The tokens of each form of each name that is no goal."""
         return [ids for name in self.kinds[0] for ids in self.tokens[name]]
 
-    def tells_of_a_goal(self, items: Sequence[Item]) -> bool:
+    def mentions_goal(self, items: Sequence[Item]) -> bool:
         return self.goals > 0 and any(name in self.kinds[1] for name in self.template(items).names)
 
     @cached_property
-    def by_first(self) -> Mapping[int, list[tuple[Slot, tuple[int, ...]]]]:
+    def slots(self) -> Mapping[int, list[tuple[Slot, tuple[int, ...]]]]:
         """Slots with their tokens by the first of these, the longest first."""
-        found: dict[int, list[tuple[Slot, tuple[int, ...]]]] = {}
+        slots: dict[int, list[tuple[Slot, tuple[int, ...]]]] = {}
         for name, forms in enumerate(self.tokens):
             for form, ids in enumerate(forms):
-                found.setdefault(ids[0], []).append((Slot(name, form), ids))
-        return {k: sorted(v, key=lambda entry: -len(entry[1])) for k, v in found.items()}
+                slots.setdefault(ids[0], []).append((Slot(name, form), ids))
+        return {k: sorted(v, key=lambda entry: -len(entry[1])) for k, v in slots.items()}
 
     def template(self, ids: Sequence[Item]) -> Template:
-        """A text with slots where it has names, the longest name first."""
+        """A text with slots in place of its names; the longest name that fits counts."""
         items: list[Item] = []
         at = 0
         while at < len(ids):
             first = ids[at]
-            for slot, name in self.by_first.get(first, ()) if isinstance(first, int) else ():
+            for slot, name in self.slots.get(first, ()) if isinstance(first, int) else ():
                 if tuple(ids[at : at + len(name)]) == name:
                     items.append(slot)
                     at += len(name)
@@ -104,34 +104,36 @@ class Names:
                 at += 1
         return Template(tuple(items))
 
-    def ways(self, template: Template, count: int, generator: torch.Generator) -> list[Way]:
-        """`count` ways to name what a template tells of: its own way, then others at random.
+    def draw_namings(
+        self, template: Template, count: int, generator: torch.Generator
+    ) -> list[Naming]:
+        """`count` namings of a template: its own, then others at random.
 
-        Two names of a text stay two, and of their kind.
+        Different names stay different, and each stays of its kind.
         """
         own = template.names
-        found: list[Way] = [dict(zip(own, own, strict=True))]
+        namings: list[Naming] = [dict(zip(own, own, strict=True))]
         for _ in range(count - 1):
-            way: dict[int, int] = {}
+            naming: dict[int, int] = {}
             for kind in self.kinds:
                 order = torch.randperm(len(kind), generator=generator).tolist()
                 ours = (name for name in own if name in kind)
-                way |= {name: kind[i] for name, i in zip(ours, order, strict=False)}
-            found.append({name: way[name] for name in own})
-        return found
+                naming |= {name: kind[i] for name, i in zip(ours, order, strict=False)}
+            namings.append({name: naming[name] for name in own})
+        return namings
 
-    def written(self, template: Template, way: Way) -> tuple[list[int], list[int]]:
+    def write(self, template: Template, naming: Naming) -> tuple[list[int], list[int]]:
         """The tokens of a template with these names, and the last position of each item."""
         ids: list[int] = []
         last: list[int] = []
         for item in template.items:
-            ids += self.tokens[way[item.name]][item.form] if isinstance(item, Slot) else (item,)
+            ids += self.tokens[naming[item.name]][item.form] if isinstance(item, Slot) else (item,)
             last.append(len(ids) - 1)
         return ids, last
 
 
 def read_names(path: str, option: str = "names") -> list[str]:
-    """The names of a file, one a line; SrmuError naming what is wrong with it."""
+    """The names in a file, one a line; SrmuError saying what is wrong with it."""
     if not path.endswith(".txt"):
         raise SrmuError(f"method.{option}={path}: expected a .txt file with a name on each line")
     try:
@@ -143,13 +145,13 @@ def read_names(path: str, option: str = "names") -> list[str]:
     if len(names) < FEWEST:
         raise SrmuError(
             f"method.{option}={path}: {len(names)} names; {FEWEST} or more are needed, one on each "
-            "line, because each takes the others' place"
+            "line, because each is replaced by the others"
         )
     return names
 
 
 def find_names(forget: Sequence[str], retain: Sequence[str] = ()) -> list[str]:
-    """What are names in forget texts, most frequent first: a guess, to be reviewed.
+    """Guess the names in forget texts, most frequent first; a person should review them.
 
     Words with a capital inside a sentence, joined where several stand together; in texts without
     capitals, words that are rare in retain texts. SrmuError where there are too few.
@@ -157,23 +159,23 @@ def find_names(forget: Sequence[str], retain: Sequence[str] = ()) -> list[str]:
     here, there = (
         Counter(w for text in texts for w in split_words(text)) for texts in (forget, retain)
     )
-    found = [name for name, count in count_proper_names(forget).most_common() if count >= OFTEN]
-    if len(found) < FEWEST:
+    names = [name for name, count in count_proper_names(forget).most_common() if count >= OFTEN]
+    if len(names) < FEWEST:
         size, other = here.total() + 1, there.total() + 1
         spread = Counter(w for text in forget for w in {*split_words(text)})
-        found = [
+        names = [
             word
             for word, count in here.most_common()
             if count >= OFTEN
             and count / size > RARER * there[word] / other
             and spread[word] <= len(forget) / 5  # what all texts have is the topic's, not a name
         ]
-    if len(found) < FEWEST:
+    if len(names) < FEWEST:
         raise SrmuError(
             "no names were found in the forget texts; write them to a file, one on each line, and "
             "give it as method.names=names.txt"
         )
-    return found
+    return names
 
 
 def split_words(text: str) -> list[str]:
@@ -181,24 +183,24 @@ def split_words(text: str) -> list[str]:
 
 
 def count_proper_names(texts: Sequence[str]) -> Counter[str]:
-    """Runs of words with capitals, and how often each stands there.
+    """How often each run of capitalised words occurs.
 
-    The first word of a sentence counts where it has its capital elsewhere, too.
+    The first word of a sentence counts if it also has a capital inside some sentence.
     """
     sentences = [part for text in texts for part in SENTENCE.split(text) if part.strip()]
     inside = {w[0] for part in sentences for w in [*WORD.finditer(part)][1:] if w[0][0].isupper()}
-    found: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for part in sentences:
         run: list[str] = []
         end = -1
         for number, word in enumerate(WORD.finditer(part)):
             capital = word[0][0].isupper() and (number > 0 or word[0] in inside)
             if run and not (capital and part[end : word.start()] == " "):
-                found[" ".join(run)] += 1
+                counts[" ".join(run)] += 1
                 run = []
             if capital:
                 run.append(word[0])
                 end = word.end()
         if run:
-            found[" ".join(run)] += 1
-    return found
+            counts[" ".join(run)] += 1
+    return counts

@@ -1,4 +1,4 @@
-"""How entangled forget texts are with others: shared n-grams of the two sets, asked contents."""
+"""How much forget texts share with others: n-grams of the two sets, answers to questions."""
 
 import random
 from collections import Counter
@@ -13,8 +13,8 @@ StopWords = Literal["none", "english"]
 Tokens = Callable[[str], Sequence[Hashable]]
 Grams = Counter[tuple[Hashable, ...]]
 
-ASKED = 8  # words of a question in a row that are taken for a copy of it
-LISTED = """
+COPIED = 8  # words of a question in a row that count as a copy of it
+COMMON = """
 a about after all also although an and any are as at be because been before being between both
 but by can could did do does during each either few for from had has have having he her hers him
 his how however i if in into is it its may me might more most must my neither no nor not of on
@@ -23,7 +23,7 @@ then there these they this those through thus to too under until up upon us very
 what when where whether which while who whom whose why will with within without would yet you
 your
 """
-ENGLISH = frozenset(LISTED.split())
+ENGLISH = frozenset(COMMON.split())
 STOP_WORDS: dict[str, frozenset[str]] = {"none": frozenset(), "english": ENGLISH}
 
 
@@ -38,20 +38,21 @@ def measure_overlap(forget: Sequence[str], retain: Sequence[str], n: int) -> dic
 
 
 def measure_coverage(forget: Sequence[str], retain: Sequence[str]) -> float:
-    """The share of the forget set's word types, English stop words left out, in the retain set.
+    """The share of the forget set's different words, without English stop words, in the retain set.
 
-    It never falls when texts are added to the retain set. Lower-case words, as in `overlap`.
+    It never falls when texts are added to the retain set. Words are lower-case.
     """
-    cut = [
-        [[w for w in lower_words(text) if w not in ENGLISH] for text in t] for t in (forget, retain)
-    ]
-    return corpus_overlap(cut[0], cut[1], 1)["forget_types"]
+    left, right = (
+        [[w for w in lower_words(text) if w not in ENGLISH] for text in texts]
+        for texts in (forget, retain)
+    )
+    return corpus_overlap(left, right, 1)["forget_types"]
 
 
 def corpus_overlap(
     forget: Sequence[Sequence[Hashable]], retain: Sequence[Sequence[Hashable]], n: int
 ) -> dict[str, float]:
-    """`overlap` of documents that are cut into tokens already."""
+    """`measure_overlap` of documents in tokens."""
     left, right = count_grams(forget, n), count_grams(retain, n)
     shared = left.keys() & right.keys()
     tokens = sum(left[gram] for gram in shared)
@@ -75,7 +76,7 @@ def ngram_overlap(
     pairs: int = 2000,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """The overlap of two sets of texts by uni- and bigrams, in 0-1, and all that moves it.
+    """The overlap of two sets of texts in uni- and bigrams, in 0-1, with all that decides it.
 
     `pair_containment` is the mean over pairs of a forget and a retain document of |shared types| /
     |forget types|; `pair_multiset` is the same with every occurrence counted; `corpus_jaccard`
@@ -91,9 +92,9 @@ def ngram_overlap(
     cut = tokens or str.split
 
     def read(text: str) -> Sequence[Hashable]:
-        left_out = STOP_WORDS[stop_words]
-        found = cut(text.lower() if lower else text)
-        kept = [t for t in found if not (isinstance(t, str) and t.lower() in left_out)]
+        stopped = STOP_WORDS[stop_words]
+        parts = cut(text.lower() if lower else text)
+        kept = [t for t in parts if not (isinstance(t, str) and t.lower() in stopped)]
         return kept[:truncation]
 
     documents = {"forget": [*map(read, forget)], "retain": [*map(read, retain)]}
@@ -115,15 +116,17 @@ def ngram_overlap(
         if definition == "corpus_jaccard":
             answer[name] = corpus_overlap(*sides, n)["jaccard"]
         else:
-            answer[name], drawn = _pair_mean(*sides, n, definition == "pair_multiset", pairs, seed)
+            answer[name], drawn = average_pairs(
+                *sides, n, definition == "pair_multiset", pairs, seed
+            )
             answer |= {"pairs": drawn, "seed": seed}
     return answer
 
 
 def measure_contamination(
-    questions: Sequence[tuple[str, str, str]], texts: Sequence[str], n: int = ASKED
+    questions: Sequence[tuple[str, str, str]], texts: Sequence[str], n: int = COPIED
 ) -> dict[str, float]:
-    """Which share of evaluation questions a set of texts gives away; (prompt, answer, subject).
+    """The share of questions, (prompt, answer, subject), that a set of texts gives away.
 
     `copied`: `n` words in a row of prompt and right answer (all of them where there are fewer)
     occur in a text; `stated`: the answer and the subject occur in one text, whole words each;
@@ -132,17 +135,19 @@ def measure_contamination(
     """
     if not questions:
         raise SrmuError("no evaluation question to compare with the texts")
-    documents = [_plain(text) for text in texts]
-    lengths = {min(n, len(_plain(f"{prompt} {answer}"))) for prompt, answer, _ in questions}
+    documents = [plain_words(text) for text in texts]
+    lengths = {min(n, len(plain_words(f"{prompt} {answer}"))) for prompt, answer, _ in questions}
     known = {size: {*count_grams(documents, size)} for size in lengths if size}
-    spans = {w for _, *names in questions for w in map(_plain, names) if w}
-    places = _places(documents, spans)
+    spans = {w for _, *names in questions for w in map(plain_words, names) if w}
+    places = find_documents(documents, spans)
     copied, stated = [], []
     for prompt, answer, subject in questions:
-        row = _plain(f"{prompt} {answer}")
+        row = plain_words(f"{prompt} {answer}")
         size = min(n, len(row))
         copied.append(bool(size) and any(gram in known[size] for gram in count_grams([row], size)))
-        stated.append(bool(places.get(_plain(answer), set()) & places.get(_plain(subject), set())))
+        stated.append(
+            bool(places.get(plain_words(answer), set()) & places.get(plain_words(subject), set()))
+        )
     count = len(questions)
     return {
         "copied": sum(copied) / count,
@@ -162,13 +167,13 @@ def count_grams(documents: Sequence[Sequence[Hashable]], n: int) -> Grams:
     """How often each n-gram occurs in the documents."""
     if n < 1:
         raise ValueError(f"n-grams have at least one word, not {n}")
-    found: Grams = Counter()
+    counts: Grams = Counter()
     for row in documents:
-        found.update(zip(*(row[i:] for i in range(n)), strict=False))
-    return found
+        counts.update(zip(*(row[i:] for i in range(n)), strict=False))
+    return counts
 
 
-def _pair_mean(
+def average_pairs(
     forget: Sequence[Sequence[Hashable]],
     retain: Sequence[Sequence[Hashable]],
     n: int,
@@ -199,13 +204,13 @@ def _pair_mean(
     return sum(shares) / max(1, len(shares)), len(shares)
 
 
-def _plain(text: str) -> tuple[str, ...]:
-    """Lower-case words without the punctuation around them."""
+def plain_words(text: str) -> tuple[str, ...]:
+    """The lower-case words of a text, without the punctuation around them."""
     stripped = (word.strip(".,;:!?\"'()[]{}") for word in lower_words(text))
     return tuple(word for word in stripped if word)
 
 
-def _places(
+def find_documents(
     documents: Sequence[Sequence[str]], spans: set[tuple[str, ...]]
 ) -> dict[tuple[str, ...], set[int]]:
     """In which documents each run of words occurs."""

@@ -24,13 +24,13 @@ SHOWN = 80  # characters of a value that an error may print: longer ones are tex
 class Source:
     """Where texts come from: a file or glob (`path`), or a data set of the hub (`dataset`).
 
-    A `template` like "[INST] {question} [/INST]{answer}" makes a text of several columns. Only what
-    stands from its last column on counts in losses, the tokens before have the label -100, as
-    TOFU's code trains on answers after their questions (arXiv 2401.06121, data_module.py); methods
-    of activations steer and hold those tokens alone. `where` takes only the rows that have these
-    values. `wrap` joins all texts, a blank line between them, and cuts them into pieces of exactly
-    max_length tokens, as MUSE's code does (arXiv 2407.06460, baselines/dataset.py), where else each
-    text is cut at max_length and loses its rest.
+    A `template` like "[INST] {question} [/INST]{answer}" makes a text of several columns. Losses
+    count only what follows from its last column on; the tokens before have the label -100, as
+    TOFU's code trains on answers after their questions (arXiv 2401.06121, data_module.py). Methods
+    that work on activations steer and hold those tokens only. `where` takes only the rows that
+    have these values. `wrap` joins all texts, a blank line between them, and cuts them into pieces
+    of exactly max_length tokens, as MUSE's code does (arXiv 2407.06460, baselines/dataset.py);
+    without it, each text is cut at max_length and loses its rest.
     """
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
@@ -68,7 +68,7 @@ class Source:
 
     @property
     def place(self) -> str:
-        """What errors call it."""
+        """How errors name it."""
         return self.path or str(self.dataset)
 
     @property
@@ -79,7 +79,7 @@ class Source:
 
 
 class TemplatedText(str):
-    """A text that a template made: what counts in losses begins at the character `start`."""
+    """A text made by a template; losses count it from the character `start` on."""
 
     __slots__ = ("start",)
     start: int
@@ -87,55 +87,53 @@ class TemplatedText(str):
 
 @dataclass
 class RowReader:
-    """The texts of a source's rows, and what becomes of a row that is none.
-
-    That is an error, or it is left out and counted.
-    """
+    """Reads texts from rows; a row without one is an error, or is left out and counted."""
 
     source: Source
     bad: int = 0
     first: str = ""  # what was wrong with the first of them
     others: int = 0  # rows that `where` leaves out
-    seen: dict[str, set[str]] = field(default_factory=dict)  # the values of its columns
+    seen: dict[str, set[str]] = field(default_factory=dict)  # the values of the columns of `where`
 
-    def take(self, text: Callable[[], str | None]) -> Iterator[str]:
+    def take(self, read: Callable[[], str | None]) -> Iterator[str]:
+        """The text that `read` returns, if the row has one and `where` takes it."""
         try:
-            found = text()
+            text = read()
         except SrmuError as error:
             if self.source.on_bad_row == "error":
                 raise
             self.bad += 1
             self.first = self.first or str(error)
         else:
-            self.others += found is None
-            if found is not None:
-                yield found
+            self.others += text is None
+            if text is not None:
+                yield text
 
-    def text(self, row: Any, place: str) -> str | None:
-        """The text of a row as the source says; None where `where` leaves it out."""
+    def read_row(self, row: Any, place: str) -> str | None:
+        """The text of a row; None if `where` leaves it out."""
         source = self.source
         if (source.where or source.template) and not isinstance(row, dict):
             raise SrmuError(f"{place}: where and template take columns, but the row has none")
-        values = {column: str(cell_of(row, column, place)) for column in source.where}
+        values = {column: str(read_cell(row, column, place)) for column in source.where}
         for column, value in values.items():
             if len(value) <= SHOWN:
                 self.seen.setdefault(column, set()).add(value)
         if any(values[column] != str(value) for column, value in source.where.items()):
             return None
         if source.template is None:
-            return text_of(row, source.column, place)
-        words = COLUMN.split(source.template)  # what stands between columns, and these, in turn
-        words[1::2] = [text_of(row, column, place) for column in words[1::2]]
+            return read_text(row, source.column, place)
+        words = COLUMN.split(source.template)  # text and column names, in turn
+        words[1::2] = [read_text(row, column, place) for column in words[1::2]]
         text = TemplatedText("".join(words))
         text.start = sum(map(len, words[:-2]))
         return text
 
-    def line(self, line: str, place: str) -> str | None:
+    def read_line(self, line: str, place: str) -> str | None:
         """The text of a line of JSON."""
-        return self.text(parse_json(line, place), place)
+        return self.read_row(parse_json(line, place), place)
 
-    def none_left(self) -> SrmuError:
-        """What is wrong where `where` leaves all rows out."""
+    def explain_empty(self) -> SrmuError:
+        """The error for a `where` that leaves out all rows."""
         for column, value in self.source.where.items():
             known = sorted(self.seen.get(column, ()))
             if str(value) not in known:
@@ -147,15 +145,15 @@ class RowReader:
         return SrmuError(f"{self.source.place}: no row has all of {wanted}; take one of them out")
 
 
-def read_texts(sources: Sequence[Source], base: Path) -> list[str]:
-    """All texts of the sources in order; relative paths start at `base`."""
-    return read_counted(sources, base)[0]
+def read_texts(sources: Sequence[Source]) -> list[str]:
+    """All texts of the sources, in order."""
+    return read_counted(sources)[0]
 
 
-def read_counted(sources: Sequence[Source], base: Path) -> tuple[list[str], int]:
-    """`read`, and how many rows were left out because they are no texts.
+def read_counted(sources: Sequence[Source]) -> tuple[list[str], int]:
+    """All texts of the sources, and the number of rows that were left out as they hold no text.
 
-    SrmuError where these are many: then it is the file or the column that is wrong.
+    SrmuError where these are many: then the file or the column is the wrong one.
     """
     texts: list[str] = []
     bad = 0
@@ -165,7 +163,7 @@ def read_counted(sources: Sequence[Source], base: Path) -> tuple[list[str], int]
         if source.dataset is not None:
             texts += read_hub(source, rows)
         else:
-            pattern = str(base / Path(str(source.path)).expanduser())
+            pattern = str(Path(str(source.path)).expanduser())
             paths = sorted(glob.glob(pattern, recursive=True)) or [pattern]  # noqa: PTH207 - absolute patterns
             for path in map(Path, paths):
                 texts += read_file(path, rows)
@@ -176,7 +174,7 @@ def read_counted(sources: Sequence[Source], base: Path) -> tuple[list[str], int]
                 f"{rows.first}"
             )
         if source.where and len(texts) == before:
-            raise rows.none_left()
+            raise rows.explain_empty()
         bad += rows.bad
     return texts, bad
 
@@ -190,7 +188,9 @@ def read_file(path: Path, rows: RowReader) -> list[str]:
     try:
         texts = list(_read_file(path, rows))
     except UnicodeDecodeError:
-        raise SrmuError(f"{path}:{bad_line(path)}: not UTF-8 text; is it compressed?") from None
+        raise SrmuError(
+            f"{path}:{find_bad_line(path)}: not UTF-8 text; is it compressed?"
+        ) from None
     except OSError as error:
         raise SrmuError(f"{path}: cannot be read: {first_line(error)}") from None
     if not texts and not rows.bad and not rows.others:
@@ -198,7 +198,7 @@ def read_file(path: Path, rows: RowReader) -> list[str]:
     return texts
 
 
-def bad_line(path: Path) -> int:
+def find_bad_line(path: Path) -> int:
     """The number of the first line that is not UTF-8."""
     data, start = path.read_bytes(), 0
     try:
@@ -214,14 +214,14 @@ def _read_file(path: Path, rows: RowReader) -> Iterator[str]:
         with path.open(encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    yield from rows.take(partial(rows.line, line, f"{path}:{number}"))
+                    yield from rows.take(partial(rows.read_line, line, f"{path}:{number}"))
     elif suffix == ".json":
         listed = parse_json(path.read_text(encoding="utf-8-sig"), str(path), several_lines=True)
         if not isinstance(listed, list):
             wanted = ", ".join(map(repr, columns))
             raise SrmuError(f"{path}: expected a list of texts or of objects with {wanted}")
         for number, row in enumerate(listed, 1):
-            yield from rows.take(partial(rows.text, row, f"{path}: row {number}"))
+            yield from rows.take(partial(rows.read_row, row, f"{path}: row {number}"))
     elif suffix == ".csv":
         with path.open(encoding="utf-8-sig", newline="") as file:
             csv.field_size_limit(2**31 - 1)  # documents are longer than the 128 KiB of the default
@@ -230,7 +230,7 @@ def _read_file(path: Path, rows: RowReader) -> Iterator[str]:
                 for row in reader:
                     if None in row:  # an unquoted comma would cut the text
                         raise csv.Error("more fields than the first line names")
-                    yield from rows.take(partial(rows.text, row, f"{path}:{reader.line_num}"))
+                    yield from rows.take(partial(rows.read_row, row, f"{path}:{reader.line_num}"))
             except csv.Error as error:
                 end = reader.reader.line_num  # also inside a row that does not end
                 raise SrmuError(f"{path}:{end}: not CSV: {error}") from None
@@ -245,7 +245,7 @@ def _read_file(path: Path, rows: RowReader) -> Iterator[str]:
         except (pyarrow.ArrowException, OSError) as error:
             raise SrmuError(f"{path}: not Parquet: {first_line(error)}") from None
         for number, row in enumerate(table.to_pylist(), 1):
-            yield from rows.take(partial(rows.text, row, f"{path}: row {number}"))
+            yield from rows.take(partial(rows.read_row, row, f"{path}: row {number}"))
     elif suffix == ".txt":
         if rows.source.where or rows.source.template:
             raise SrmuError(f"{path}: where and template take columns; a .txt file has none")
@@ -267,18 +267,18 @@ def parse_json(text: str, place: str, several_lines: bool = False) -> Any:
     raise SrmuError(f'{place}{line}: not JSON ({reason}); expected {{"text": "..."}}')
 
 
-def cell_of(row: Mapping[str, Any], column: str, place: str) -> Any:
+def read_cell(row: Mapping[str, Any], column: str, place: str) -> Any:
     """What a row holds in a column."""
     if column not in row:
-        found = ", ".join(map(str, row)) or "none"
-        raise SrmuError(f"{place}: no column {column!r}; found {found}")
+        names = ", ".join(map(str, row)) or "none"
+        raise SrmuError(f"{place}: no column {column!r}; found {names}")
     return row[column]
 
 
-def text_of(row: Any, column: str, place: str) -> str:
+def read_text(row: Any, column: str, place: str) -> str:
     """The text of a row, which is an object with `column` or a plain string."""
     if isinstance(row, dict):
-        row = cell_of(row, column, place)
+        row = read_cell(row, column, place)
     if not isinstance(row, str):
         raise SrmuError(f"{place}: {column!r} is {type(row).__name__}, expected a string")
     if not row.strip():
@@ -298,7 +298,7 @@ def read_hub(source: Source, rows: RowReader) -> list[str]:
         table = load_dataset(
             source.dataset, source.name, split=source.split, revision=source.revision
         )
-    except Exception as error:  # datasets raises many kinds; each is the user's to mend
+    except Exception as error:  # datasets raises many kinds; the user can mend each
         raise SrmuError(
             f"data set {source.dataset} cannot be loaded: {first_line(error)}; a gated set needs "
             "`hf auth login`, a local copy goes in as path: file.jsonl"
@@ -309,9 +309,9 @@ def read_hub(source: Source, rows: RowReader) -> list[str]:
                 f"data set {source.dataset} has no column {column!r}; "
                 f"found {', '.join(table.column_names)}"
             )
-    found: list[str] = []
+    texts: list[str] = []
     for number, row in enumerate(table.select_columns(source.columns), 1):
         text = "" if source.template else row[source.column]
         if source.template or not isinstance(text, str) or text.strip():
-            found += rows.take(partial(rows.text, row, f"{source.dataset} row {number}"))
-    return found
+            texts += rows.take(partial(rows.read_row, row, f"{source.dataset} row {number}"))
+    return texts

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from srmu.data.sources import TemplatedText
-from srmu.engine.model import Batch
+from srmu.engine.batch import Batch
 from srmu.engine.topic import Padding
 from srmu.errors import SrmuError
 
@@ -24,25 +24,25 @@ def tokenise_texts(texts: Sequence[str], tokenizer: Any, max_length: int) -> lis
 def encode_texts(
     texts: Sequence[str], tokenizer: Any, max_length: int
 ) -> list[tuple[list[int], int]]:
-    """`tokenise`, each row with the number of its first tokens that do not count in losses.
+    """Token ids of each text, with the number of first tokens that losses leave out.
 
-    Of a template's text a token counts from the first on that holds a part of its last column; a
-    text of which none is left at `max_length` is too short.
+    Of a template's text, losses count the tokens from the first one on that holds a part of its
+    last column; a text that is cut before that is too short.
     """
     starts = [text.start if isinstance(text, TemplatedText) else 0 for text in texts]
     if any(starts) and not tokenizer.is_fast:
         raise SrmuError(
-            "a template needs a tokenizer that says where its tokens stand in a text, a fast one: "
-            "one with a tokenizer.json; or leave the template out and name a column"
+            "a template needs a tokenizer that knows where its tokens are in a text: a fast one, "
+            "with a tokenizer.json; or leave the template out and name a column"
         )
-    found = tokenizer(
+    encoded = tokenizer(
         list(texts), truncation=True, max_length=max_length, return_offsets_mapping=any(starts)
     )
-    rows = found["input_ids"]
+    rows = encoded["input_ids"]
     refuse_second_bos(rows, tokenizer)
     before = [0] * len(rows)
     if any(starts):
-        spans = zip(found["offset_mapping"], starts, strict=True)
+        spans = zip(encoded["offset_mapping"], starts, strict=True)
         before = [
             next((i for i, (_, end) in enumerate(span) if end > start), len(span)) if start else 0
             for span, start in spans
@@ -61,8 +61,8 @@ def wrap_texts(
 ) -> list[list[int]]:
     """All texts, a blank line between them, in pieces of exactly `max_length` tokens.
 
-    Each begins with the BOS token where the tokenizer adds one; what the last piece lacks is the
-    first one's start (arXiv 2407.06460, load_data.py and baselines/dataset.py).
+    Each begins with the BOS token if the tokenizer adds one. The last piece is filled up with the
+    start of the first (arXiv 2407.06460, load_data.py and baselines/dataset.py).
     """
     ids = tokenizer("\n\n".join(texts), add_special_tokens=False)["input_ids"]
     bos = [i for i in tokenizer("")["input_ids"] if i == tokenizer.bos_token_id][:1]
@@ -79,7 +79,7 @@ def wrap_texts(
 
 
 def refuse_second_bos(rows: Sequence[Sequence[int]], tokenizer: Any) -> None:
-    """SrmuError where a row begins with two tokens of the kind that begins a text."""
+    """SrmuError where a row begins with two BOS tokens."""
     bos = tokenizer.bos_token_id
     if bos is not None and any([*row[:2]] == [bos, bos] for row in rows):
         raise SrmuError(
@@ -95,9 +95,11 @@ def batch_rows(
     padding: Padding,
     before: Sequence[int] = (),
 ) -> Iterator[Batch]:
-    """Batches in order. `mask` pads right and counts real tokens only; `count` pads left and
-    counts the padding too, as the public RMU code does. `before`: how many of each row's first
-    tokens do not count."""
+    """Batches of rows, in order.
+
+    `mask` pads right and counts real tokens only; `count` pads left and counts the padding too, as
+    the public RMU code does. `before`: how many of each row's first tokens losses leave out.
+    """
     pad = pad_id(tokenizer)
     for start in range(0, len(rows), batch_size):
         chunk = [torch.tensor(row) for row in rows[start : start + batch_size]]
@@ -114,11 +116,11 @@ def batch_rows(
         if any(first := before[start : start + batch_size]):
             late = [torch.arange(len(row)) < n for row, n in zip(chunk, first, strict=True)]
             labels = labels.masked_fill(stack(late, False), -100)
-        yield {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        yield Batch(input_ids=ids, attention_mask=mask, labels=labels)
 
 
 def pad_id(tokenizer: Any) -> int:
-    """The id to pad with; eos where there is no pad token (it is masked)."""
+    """The id to pad with: the pad token's, else the eos token's, as padding is masked."""
     for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if token is not None:
             return token

@@ -1,8 +1,8 @@
-"""Activations that training cannot change, recorded once and used again, in memory or in files.
+"""Activations that training cannot change, computed once and kept in memory or on disk.
 
 A trial of a sweep reads what an earlier one computed: the output of the last layer below the
-trained ones, and the original model's activations at the site. An entry's name holds a digest of
-the very tokens it was computed from; the folder's name holds everything else that could change it.
+trained ones, and the original model's activations at the site. The name of an entry holds a digest
+of its tokens; the name of the folder holds everything else that could change it.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import os
 import platform
 import shutil
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -23,21 +23,17 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
+from filelock import FileLock
 from torch import Tensor
 
-try:
-    import fcntl
-except ImportError:  # Windows: no lock; an entry that two processes spoil has a wrong checksum
-    fcntl = None  # type: ignore[assignment]
-
-from srmu.engine.files import cache_dir, write_json
+from srmu.engine.files import cache_dir, read_json, write_json
 from srmu.errors import SrmuError
 
 Output = Tensor | tuple[Tensor]  # what a decoder layer returns
 
-FEW = 6  # prefix, target and sums of a forget and a retain batch: what one step uses
-LIMIT_GB = 20.0  # of all activations together, unless SRMU_CACHE_LIMIT says otherwise
-SPARE = 1 << 30  # bytes that are left free on the disk
+FEW = 6  # entries of one step: prefix, target and sums of a forget and a retain batch
+LIMIT_GB = 20.0  # for all activations together, unless SRMU_CACHE_LIMIT is set
+SPARE = 1 << 30  # bytes to leave free on the disk
 
 
 def digest_tensors(*tensors: Tensor) -> str:
@@ -45,7 +41,7 @@ def digest_tensors(*tensors: Tensor) -> str:
     code = hashlib.sha256()
     for tensor in tensors:
         code.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
-        if not tensor.is_meta:  # which a plan runs, to count
+        if not tensor.is_meta:  # a plan runs without values
             code.update(flat_bytes(tensor).data)
     return code.hexdigest()
 
@@ -56,9 +52,9 @@ def flat_bytes(tensor: Tensor) -> Any:
 
 
 class Activations:
-    """What earlier batches gave, where it was computed: `room` bytes, and the newest few more.
+    """Activations of earlier batches in memory: `room` bytes, and the newest few more.
 
-    What has found room stays: batches come round in order, so that the oldest are needed next.
+    An entry that fits stays: batches come round in order, so the oldest is needed next.
     """
 
     def __init__(self, room: int = 0) -> None:
@@ -73,13 +69,13 @@ class Activations:
         return "memory" if self.room or self.held else "none"
 
     def find(self, name: str) -> Output | None:
-        """The entry of that name, if it was kept."""
+        """The entry of that name, if there is one."""
         value = self.held.get(name, self.recent.get(name))
         self.hits += value is not None
         return value
 
     def keep(self, name: str, value: Output) -> None:
-        """Keep an entry while there is room for it, else until a few others have come."""
+        """Keep an entry if there is room for it, else until a few others have come."""
         if name in self.held or name in self.recent:
             return
         if tensor_bytes(value) <= self.room:
@@ -92,10 +88,10 @@ class Activations:
 
 
 class OnDisk(Activations):
-    """Activations in two flat files that only grow, and an index of one line an entry.
+    """Activations in two files that only grow, and an index with a line for each entry.
 
-    Several processes may share a folder. What cannot be written is done without: `say` is told
-    once. An entry whose bytes are not those that were written is computed anew.
+    Several processes may share a folder. If the folder cannot be written, `say` is told once and
+    the run goes on without it. An entry whose bytes have changed is computed again.
     """
 
     def __init__(
@@ -112,15 +108,15 @@ class OnDisk(Activations):
         self.device = device
         self.say = say
         self.index: dict[str, dict[str, Any]] = {}
-        self.read = 0  # bytes of the index file
+        self.read = 0  # bytes of the index file read so far
         self.writes = True
 
     def find(self, name: str) -> Output | None:
-        found = super().find(name)
-        if found is None and (found := self._load(name)) is not None:
+        value = super().find(name)
+        if value is None and (value := self._load(name)) is not None:
             self.hits += 1
-            super().keep(name, found)
-        return found
+            super().keep(name, value)
+        return value
 
     def keep(self, name: str, value: Output) -> None:
         super().keep(name, value)
@@ -129,7 +125,7 @@ class OnDisk(Activations):
         try:
             # Another process may have cleared it.
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            with hold_lock(self.folder / "lock"):
+            with FileLock(self.folder / "lock"):
                 self._refresh()
                 if name not in self.index:  # another process may have been faster
                     self._append(name, value)
@@ -164,13 +160,13 @@ class OnDisk(Activations):
             "crc": zlib.crc32(data),
         }
         with (self.folder / "index.jsonl").open("ab") as stream:
-            # The first newline ends the line that a killed process may have left unfinished.
+            # The first newline ends a line that a killed process may have left unfinished.
             stream.write(b"\n" + json.dumps(entry).encode() + b"\n")
 
     def _refresh(self) -> None:
-        """Read what was added to the index since the last time."""
+        """Read the lines added to the index since the last time."""
         with suppress(OSError), (self.folder / "index.jsonl").open("rb") as stream:
-            if os.fstat(stream.fileno()).st_size < self.read:  # removed and made again
+            if os.fstat(stream.fileno()).st_size < self.read:  # the folder was made anew
                 self.read = 0
                 self.index.clear()
             stream.seek(self.read)
@@ -191,23 +187,15 @@ class OnDisk(Activations):
             dtype = getattr(torch, entry["dtype"])
             count = int(np.prod(entry["shape"])) * dtype.itemsize
             path = self.folder / entry["file"]
-            # "c": pages of the file until someone writes to them, and nobody does
+            # "c": pages of the file itself as long as nobody writes to them
             data = np.memmap(path, np.uint8, "c", entry["start"], (count,))
-            # Each time: the folder may have been removed since, and made again by another process.
+            # Checked each time: another process may have made the folder anew.
             if zlib.crc32(data.data) != entry["crc"]:
                 raise ValueError
             tensor = torch.from_numpy(data).view(dtype).view(entry["shape"]).to(self.device)
             return (tensor,) if entry["tuple"] else tensor
-        except (
-            OSError,
-            ValueError,
-            KeyError,
-            TypeError,
-            AttributeError,
-            RuntimeError,
-            OverflowError,
-        ):
-            del self.index[name]  # damaged: it will be computed and added again
+        except Exception:  # damaged in some way: it is computed and added again
+            del self.index[name]
             return None
 
 
@@ -216,25 +204,16 @@ def tensor_bytes(value: Output) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-@contextmanager
-def hold_lock(path: Path) -> Iterator[None]:
-    """Hold a file's lock, which the system frees when the process ends, however it ends."""
-    with path.open("a") as file:
-        if fcntl is not None:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 def open_activations(
     mode: str,
     key: Mapping[str, Any],
     device: torch.device,
     say: Callable[[str], None] = print,
 ) -> Activations:
-    """Where a run keeps its activations: `disk`, `memory` (while they fit), or `none`.
+    """The store of a run's activations: on `disk`, in `memory` (while they fit), or `none`.
 
-    `key` holds all that could change them but the tokens; what a library or a machine could change
-    is added here.
+    `key` holds everything that could change them except the tokens; versions and hardware are added
+    here.
     """
     cuda = device.type == "cuda"
     free = torch.cuda.mem_get_info(device)[0] if cuda else psutil.virtual_memory().available
@@ -263,7 +242,7 @@ def open_activations(
 
 
 def limit_bytes() -> int:
-    """The most that all activations together may hold."""
+    """The most bytes that all activations together may take."""
     try:
         limit = int(float(os.environ.get("SRMU_CACHE_LIMIT") or LIMIT_GB) * 1e9)
     except (ValueError, OverflowError):
@@ -274,7 +253,7 @@ def limit_bytes() -> int:
 
 
 def processor_name() -> str:
-    """The processor, on whose kind the last bits of a matrix product depend."""
+    """The processor; the last bits of a matrix product depend on its kind."""
     lines = []
     with suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -288,22 +267,22 @@ def cache_home() -> Path:
 
 
 def list_activations() -> list[dict[str, Any]]:
-    """The folders of activations, the one used last at the end: `folder`, `bytes`, `used`, ..."""
-    found = []
+    """The folders of activations: `folder`, `bytes`, `used`, ...; the one used last comes last."""
+    entries = []
     for folder in cache_home().glob("*/"):
         with suppress(OSError):  # another process may be removing it
             about = folder / "about.json"
             used = (about if about.exists() else folder).stat().st_mtime
-            held = sum(file.stat().st_size for file in folder.iterdir())
+            size = sum(file.stat().st_size for file in folder.iterdir())
             text: dict[str, Any] = {}
-            with suppress(ValueError, TypeError, OSError):
-                text = dict(json.loads(about.read_text()))
-            found.append({**text, "folder": folder, "bytes": held, "used": used})
-    return sorted(found, key=lambda entry: entry["used"])
+            with suppress(SrmuError, TypeError):
+                text = dict(read_json(about))
+            entries.append({**text, "folder": folder, "bytes": size, "used": used})
+    return sorted(entries, key=lambda entry: entry["used"])
 
 
 def shrink_cache(limit: int, spare: Path | None = None) -> int:
-    """Remove the folders used longest ago until `limit` bytes are held; the bytes that are left."""
+    """Remove the folders used longest ago until `limit` bytes are left; returns the bytes left."""
     entries = list_activations()
     total = sum(entry["bytes"] for entry in entries)
     for entry in entries:
@@ -314,7 +293,7 @@ def shrink_cache(limit: int, spare: Path | None = None) -> int:
 
 
 def clear_cache(names: Sequence[str]) -> int:
-    """Remove parts of the cache folder; the bytes that were freed."""
+    """Remove parts of the cache folder; returns the bytes freed."""
     freed = 0
     for name in names:
         freed += folder_bytes(cache_dir() / name)

@@ -1,7 +1,7 @@
-"""The processes of one run that a launcher started together: which one this is, sums over all.
+"""The processes that a launcher started for one run: their ranks, and sums over all of them.
 
-`torchrun` and `accelerate launch` start them, and say so in the environment. A process alone is all
-of them, and nothing here changes what it does.
+`torchrun` and `accelerate launch` start them and describe them in the environment. In a single
+process every function here is trivial.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 from srmu.errors import SrmuError
 
-if TYPE_CHECKING:  # the command line asks for its rank before it knows whether it needs torch
+if TYPE_CHECKING:  # the command line asks for its rank before it imports torch
     from torch import Tensor, nn
     from torch.distributed.tensor import DTensor
 
-PATIENCE = timedelta(minutes=30)  # that ranks wait for one that loads or writes
+    from srmu.engine.batch import Batch
+
+PATIENCE = timedelta(minutes=30)  # for which ranks wait for one that loads or writes
 T = TypeVar("T")
 S = TypeVar("S")
 
@@ -42,7 +44,7 @@ def is_first() -> bool:
 
 
 def join_group() -> None:
-    """Meet the others, once; SrmuError where they cannot be met."""
+    """Join the other processes, once; SrmuError if they cannot be reached."""
     if get_size() == 1:
         return
     import torch
@@ -59,7 +61,7 @@ def join_group() -> None:
 
 
 def leave_group() -> None:
-    """Say goodbye to the others, after the last sum."""
+    """Leave the other processes, after the last sum."""
     if get_size() > 1:
         import torch.distributed as dist
 
@@ -69,10 +71,10 @@ def leave_group() -> None:
 
 
 def says_first(message: str) -> bool:
-    """Whether no other process has said this: what all of them find wrong is said once."""
+    """Whether no other process has printed this message, so that it is printed once."""
     if get_size() == 1:
         return True
-    with suppress(Exception):  # the others may be gone, and their store with them
+    with suppress(Exception):  # the other processes may be gone, and their store too
         from torch.distributed.distributed_c10d import _get_default_store
 
         key = hashlib.sha256(message.encode()).hexdigest()
@@ -89,7 +91,7 @@ def asked_to_shard() -> bool:
 
 
 def agree_on(value: T) -> T:
-    """The first process' value, on all of them."""
+    """The value of the first process, on all of them."""
     if get_size() == 1:
         return value
     import torch.distributed as dist
@@ -105,15 +107,15 @@ def gather_values(value: T) -> list[T]:
         return [value]
     import torch.distributed as dist
 
-    found: list[Any] = [None] * get_size()
-    dist.all_gather_object(found, value)
-    return found
+    values: list[Any] = [None] * get_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def share_work(items: Sequence[S], do: Callable[[S], T]) -> list[T]:
-    """`do` of each item, in order, on all processes: each does its part of them.
+    """The results of `do` for each item, in order, on all processes; each does a part of the work.
 
-    Where one fails, it raises its error when all are done, and the others exit, too.
+    If one fails, it raises its error once all are done, and the others exit too.
     """
     count, first_of_mine = get_size(), get_rank()
     if count == 1:
@@ -123,7 +125,7 @@ def share_work(items: Sequence[S], do: Callable[[S], T]) -> list[T]:
     try:
         with by_itself():
             mine = [do(item) for item in items[first_of_mine::count]]
-    except Exception as raised:  # whatever it is, the others must hear of it
+    except Exception as raised:  # whatever it is, the others must learn of it
         error = raised
     parts = gather_values(None if error else mine)
     if error is not None:
@@ -136,7 +138,7 @@ def share_work(items: Sequence[S], do: Callable[[S], T]) -> list[T]:
 
 @contextmanager
 def by_itself() -> Iterator[None]:
-    """Run the block as if there were no other process: what is in it waits for none."""
+    """Run the block as if this were the only process; nothing in it waits for another."""
     global _alone
     _alone = True
     try:
@@ -147,27 +149,6 @@ def by_itself() -> Iterator[None]:
 
 # --- what is summed ------------------------------------------------------------------------------
 
-_spread = False
-
-
-@contextmanager
-def spread_rows(over: bool = True) -> Iterator[None]:
-    """Run the block on this process' share of the rows: `total` then sums over all of them."""
-    global _spread
-    before, _spread = _spread, over and get_size() > 1
-    try:
-        yield
-    finally:
-        _spread = before
-
-
-def total_spread(value: Tensor) -> Tensor:
-    """Inside `spread`: the sum of the processes' values, without gradient; else the value.
-
-    A loss divides its own share by it: the shares then add up to the loss of the whole batch.
-    """
-    return sum_values(value) if _spread else value
-
 
 def sum_values(value: Tensor) -> Tensor:
     """The sum of the processes' values, without gradient."""
@@ -175,30 +156,28 @@ def sum_values(value: Tensor) -> Tensor:
         return value.detach()
     import torch.distributed as dist
 
-    found = value.detach().clone()
-    dist.all_reduce(found)
-    return found
+    total = value.detach().clone()
+    dist.all_reduce(total)
+    return total
 
 
-def take_rows(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """This process' rows of a batch: every `size`-th; where none is left, one that counts nothing.
+def take_rows(batch: Batch) -> Batch:
+    """This process' rows of a batch: every `size`-th. If there is none, a row that counts nothing.
 
-    Padding stays as it is, so that each row is computed as in the whole batch.
+    The padding stays, so that each row is computed as in the whole batch.
     """
-    count, mine = len(next(iter(batch.values()), ())), get_rank()
     if get_size() == 1 or not batch:
         return batch
-    if mine < count:
-        return {name: tensor[mine :: get_size()] for name, tensor in batch.items()}
-    found = {name: tensor[:1].clone() for name, tensor in batch.items()}
-    found["labels"].fill_(-100)
-    return found
+    if get_rank() < len(batch["labels"]):
+        return batch.cut(slice(get_rank(), None, get_size()))
+    first = batch.cut(slice(1))
+    return first.replace(labels=first["labels"].new_full(first["labels"].shape, -100))
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Sum the gradients of the processes, in place; those of sharded tensors are summed already.
+    """Sum the gradients over the processes, in place; those of sharded tensors are summed already.
 
-    FSDP takes their mean: the losses were multiplied by `size`.
+    FSDP averages them, so the losses were multiplied by `size`; this divides the others.
     """
     import torch.distributed as dist
 
@@ -216,28 +195,28 @@ def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """This process' part of a sharded tensor, in its own memory; another tensor as it is."""
+    """This process' part of a sharded tensor, in its own memory; any other tensor as it is."""
     return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 def gather_tensor(tensor: Tensor) -> Tensor:
-    """All parts of a sharded tensor together, on each process; another tensor as it is."""
+    """A sharded tensor whole, on every process; any other tensor as it is."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def gather_to_first(tensor: Tensor) -> Tensor:
-    """All parts of a sharded tensor together in the first process' main memory, nothing elsewhere.
+    """A sharded tensor whole, in the main memory of the first process; empty on the others.
 
-    All processes must ask; another tensor stays as it is.
+    Every process must call this. Any other tensor stays as it is.
     """
     if not is_sharded(tensor):
         return tensor
-    found = gather_tensor(tensor)
-    return found.cpu() if is_first() else found.new_empty(0)
+    whole = gather_tensor(tensor)
+    return whole.cpu() if is_first() else whole.new_empty(0)
 
 
 def shard_like(tensor: Tensor, place: Tensor) -> Tensor:
-    """A whole tensor that each process has, cut as `place` is."""
+    """A whole tensor, present in every process, sharded in the same way as `place`."""
     if not is_sharded(place):
         return tensor
     from torch.distributed.tensor import DTensor, Replicate
@@ -248,7 +227,7 @@ def shard_like(tensor: Tensor, place: Tensor) -> Tensor:
 
 
 def joint_norm(tensors: Sequence[Tensor]) -> Tensor:
-    """The norm of tensors together, some of them sharded."""
+    """The norm of several tensors together, some of which may be sharded."""
     import torch
 
     if not any(map(is_sharded, tensors)):
@@ -262,7 +241,7 @@ def joint_norm(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def holds_everywhere(holds: bool, device: Any = "cpu") -> bool:
-    """Whether it holds on all processes."""
+    """Whether a condition holds in all processes."""
     import torch
 
     failed = torch.tensor(float(not holds), device=device)
@@ -270,15 +249,15 @@ def holds_everywhere(holds: bool, device: Any = "cpu") -> bool:
 
 
 def shard_modules(modules: Iterable[nn.Module], device: str) -> None:
-    """Cut each module's tensors over the processes (FSDP2); it is gathered while it runs."""
+    """Shard the tensors of modules over the processes (FSDP2); a module is gathered to run."""
     import torch
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, share_comm_ctx
 
     mesh = init_device_mesh(device.partition(":")[0], (get_size(),))
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
-    # Each is a root of its own: activations are also read without the model's own forward. What
-    # they share lets one piece's gradients be freed before those of the next are summed.
+    # Each is its own root, as activations are also read without the model's own forward. Sharing
+    # a context frees the gradients of one module before those of the next are summed.
     roots: list[Any] = [
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
         for module in modules

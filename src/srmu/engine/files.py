@@ -1,4 +1,4 @@
-"""Folders and files that are either whole or not there."""
+"""Folders and files that are whole or absent, JSON, and the place of the cache."""
 
 import hashlib
 import importlib.util
@@ -12,11 +12,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from srmu.errors import SrmuError
+from srmu.errors import SrmuError, first_line
+
+REQUIRED: Any = object()
 
 
 def cache_dir() -> Path:
-    """Where results that can be made again are kept: `SRMU_CACHE`, else `~/.cache/srmu`."""
+    """The folder of results that can be computed again: `SRMU_CACHE`, else `~/.cache/srmu`."""
     try:
         return Path(os.environ.get("SRMU_CACHE") or Path.home() / ".cache" / "srmu")
     except RuntimeError:
@@ -24,7 +26,7 @@ def cache_dir() -> Path:
 
 
 def require_free(path: Path) -> None:
-    """Refuse an output folder that holds something, so that nothing is overwritten."""
+    """Refuse an output folder that is not empty, so that nothing is overwritten."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         kind = "is not empty" if path.is_dir() else "is a file"
         raise SrmuError(f"output folder {path} {kind}; name a new folder or remove it first")
@@ -32,7 +34,7 @@ def require_free(path: Path) -> None:
 
 
 def require_place(path: Path) -> None:
-    """Refuse a folder that could not be made where it is named."""
+    """Refuse a folder that cannot be created."""
     parent = next(p for p in path.resolve().parents if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise SrmuError(f"folder {path} cannot be made: {parent} is not a folder to write to")
@@ -59,7 +61,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 def flush_path(path: Path) -> None:
-    """Wait until a file, or a folder's list of files, is on the disk: a rename may come first."""
+    """Wait until a file, or the list of files of a folder, is on the disk."""
     try:
         handle = os.open(path, os.O_RDONLY)
     except OSError:  # a folder, on Windows
@@ -71,7 +73,7 @@ def flush_path(path: Path) -> None:
 
 
 def require_space(path: Path, size: int) -> None:
-    """SrmuError where `size` bytes, and a tenth more, do not fit on the disk of a path to be."""
+    """SrmuError if `size` bytes plus a tenth do not fit on the disk of a path."""
     place = next(p for p in [path.resolve(), *path.resolve().parents] if p.exists())
     free = shutil.disk_usage(place).free
     if free < 1.1 * size:
@@ -82,7 +84,7 @@ def require_space(path: Path, size: int) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a text file so that a reader sees the old one or the new one, never a part."""
+    """Write a text file so that a reader sees the old text or the new one, never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         temporary.write_text(text, encoding="utf-8")
@@ -95,6 +97,31 @@ def write_whole(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as sorted, indented JSON, whole or not at all."""
     write_whole(path, format_json(value))
+
+
+def read_json(path: Path, default: Any = REQUIRED) -> Any:
+    """The value in a JSON file, or `default` where there is no file.
+
+    SrmuError naming the file if it is damaged, or missing without a default.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        if default is REQUIRED:
+            raise SrmuError(f"{path}: no such file") from None
+        return default
+    except (OSError, ValueError, RecursionError) as error:
+        raise SrmuError(f"{path} is damaged ({first_line(error)}); make it again") from None
+
+
+def read_json_lines(path: Path) -> list[Any]:
+    """The values in a JSON-lines file, one a line; none where there is no file."""
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except (OSError, ValueError, RecursionError) as error:
+        raise SrmuError(f"{path} is damaged ({first_line(error)}); make it again") from None
 
 
 def format_json(value: Any) -> str:
@@ -115,13 +142,13 @@ def sha256(*parts: bytes | Path) -> str:
     return digest.hexdigest()
 
 
-def from_file(what: str, name: str) -> Any:
-    """What `path/to/file.py:attribute` names, None where the file has no such attribute.
+def import_from_file(what: str, name: str) -> Any:
+    """The object that `path/to/file.py:attribute` names; None if the file has no such attribute.
 
-    SrmuError, with `what` it was to be, where there is no such file or it cannot be run.
+    SrmuError, saying `what` it is for, if the file is missing or fails to run.
     """
     path, _, attribute = name.rpartition(":")
-    unique = f"{Path(path).stem}_{sha256(path.encode())[:8]}"  # hides no other module
+    unique = f"{Path(path).stem}_{sha256(path.encode())[:8]}"  # so that it hides no other module
     spec = importlib.util.spec_from_file_location(unique, path)
     if spec is None or spec.loader is None or not Path(path).is_file():
         raise SrmuError(f"{what} {name}: no such file")

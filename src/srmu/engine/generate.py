@@ -6,11 +6,13 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
+from jaxtyping import Float
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
 
+from srmu.engine.batch import Batch, move_batch
 from srmu.engine.losses import is_predicted, token_nll
-from srmu.engine.model import Batch, EditableModel
-from srmu.engine.train import move_batch
+from srmu.engine.model import EditableModel
 
 ROWS = 8  # texts scored at once: the logits of all their tokens are the largest tensor there is
 SAMPLED_ROWS = 32  # texts continued at once, which needs the logits of one token each
@@ -25,11 +27,11 @@ def join_responses(contexts: Sequence[Ids], responses: Sequence[Ids]) -> Batch:
         return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=fill)
 
     pairs = list(zip(contexts, responses, strict=True))
-    return {
-        "input_ids": stack((x + y for x, y in pairs), 0),
-        "attention_mask": stack(([1] * len(x + y) for x, y in pairs), 0),
-        "labels": stack(([-100] * len(x) + y for x, y in pairs), -100),
-    }
+    return Batch(
+        input_ids=stack((x + y for x, y in pairs), 0),
+        attention_mask=stack(([1] * len(x + y) for x, y in pairs), 0),
+        labels=stack(([-100] * len(x) + y for x, y in pairs), -100),
+    )
 
 
 def batch_texts(rows: Sequence[Ids]) -> Batch:
@@ -60,37 +62,104 @@ def sample_continuations(
 ) -> list[Ids]:
     """A continuation of each context, of `length` tokens at most, drawn from the model as it is.
 
-    It ends with the token that ends texts, if there is one. Drawn at temperature 1 from all tokens,
-    whatever the checkpoint's own settings of generation say.
+    It ends with the token that ends texts, if there is one. Drawn at temperature 1 from all tokens.
     """
-    module: Any = model.module
-    own = module.generation_config
+    ends = list_ends(model.module)
+    rows: list[Ids] = []
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        for start in range(0, len(contexts), at_once):
+            part = contexts[start : start + at_once]
+            rows += write_on(model.module, part, length, ends, do_sample=True)[0]
+    return rows
+
+
+def continue_greedily(
+    module: PreTrainedModel, tokenizer: Any, contexts: Sequence[Ids], length: int
+) -> list[Ids]:
+    """The likeliest token again and again after each context, to `length` or the text's end.
+
+    The token that ends it, the checkpoint's or the tokenizer's, is left out.
+    """
+    ends = list_ends(module, tokenizer)
+    rows, _ = write_on(module, contexts, length, ends)
+    return [row[:-1] if row[-1] in ends else row for row in rows]
+
+
+def list_ends(module: PreTrainedModel, tokenizer: Any = None) -> set[int]:
+    """The tokens that end a text: those of the checkpoint's settings, and the tokenizer's."""
+    own: Any = module.generation_config
     ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
-    plain = GenerationConfig(
-        do_sample=True,
-        temperature=1.0,
-        top_p=1.0,
-        top_k=0,
+    return {*ends, tokenizer and tokenizer.eos_token_id} - {None}
+
+
+@torch.no_grad()
+def write_on(
+    module: PreTrainedModel,
+    contexts: Sequence[Ids],
+    length: int,
+    ends: set[int],
+    *,
+    do_sample: bool = False,
+    keep_logits: bool = False,
+) -> tuple[list[Ids], list[Float[Tensor, "S V"]]]:
+    """Continuations of contexts read at once, each with the token that ends it, and their logits.
+
+    The checkpoint's own settings of generation, such as a penalty on repetition, play no part.
+    """
+    drawn = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0} if do_sample else {}
+    settings = GenerationConfig(
         max_new_tokens=length,
-        eos_token_id=own.eos_token_id,
-        pad_token_id=0,
+        eos_token_id=sorted(ends) or None,
+        pad_token_id=0,  # behind the mask: any token will do, where the tokenizer has none
+        output_logits=keep_logits,
+        return_dict_in_generate=True,
+        **drawn,
     )
-    found: list[Ids] = []
-    module.generation_config = plain  # what is not set there would come from the checkpoint's
+    rows = [torch.tensor(row) for row in contexts]
+    ids, mask = (
+        torch.nn.utils.rnn.pad_sequence(part, batch_first=True, padding_side="left")
+        for part in (rows, [torch.ones_like(row) for row in rows])
+    )
+    read = move_batch({"input_ids": ids, "attention_mask": mask}, module.device)
+    generator: Any = module
+    own = generator.generation_config
+    generator.generation_config = settings  # what is not set there would come from the checkpoint's
     try:
-        with torch.random.fork_rng(range(torch.cuda.device_count())):
-            torch.manual_seed(seed)
-            for start in range(0, len(contexts), at_once):
-                rows = [torch.tensor(row) for row in contexts[start : start + at_once]]
-                ids, mask = (
-                    torch.nn.utils.rnn.pad_sequence(part, batch_first=True, padding_side="left")
-                    for part in (rows, [torch.ones_like(row) for row in rows])
-                )
-                given = {"input_ids": ids, "attention_mask": mask}
-                drawn = module.generate(**move_batch(given, model.device))
-                for row in drawn[:, ids.shape[1] :].tolist():
-                    stop = next((i for i, t in enumerate(row, 1) if t in ends), len(row))
-                    found.append(row[:stop])
+        out = generator.generate(**read)
     finally:
-        module.generation_config = own
-    return found
+        generator.generation_config = own
+    written = []
+    for row in out.sequences[:, ids.shape[1] :].tolist():
+        stop = next((i for i, token in enumerate(row, 1) if token in ends), len(row))
+        written.append(row[:stop])
+    if not keep_logits:
+        return written, []
+    logits = torch.stack(out.logits, dim=1)
+    return written, [part[: len(row)] for part, row in zip(logits, written, strict=True)]
+
+
+@torch.no_grad()
+def next_logits(
+    module: PreTrainedModel, rows: Sequence[Ids], width: int
+) -> Float[Tensor, "B {width} V"]:
+    """Logits after each of the last `width` tokens of each row.
+
+    A row's own come last; where it has fewer tokens, those before are its first token's.
+    """
+    # Padding on the right cannot be seen from the tokens before it.
+    tensors = [torch.tensor(row) for row in rows]
+    ids = torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True)
+    keep = torch.tensor([[max(len(row) + i, 0) for i in range(-width, 0)] for row in rows])
+    read = move_batch({"input_ids": ids, "logits_to_keep": keep}, module.device)
+    return module(**read, use_cache=False).logits
+
+
+def draw_tokens(
+    logits: Float[Tensor, "B V"], samples: int, temperature: float, generator: torch.Generator
+) -> list[Ids]:
+    """`samples` next tokens of each row; temperature 0 is greedy."""
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True).expand(-1, samples).tolist()
+    chances = (logits.float() / temperature).softmax(-1).cpu()
+    return torch.multinomial(chances, samples, replacement=True, generator=generator).tolist()

@@ -1,4 +1,4 @@
-"""Log-probabilities of answers with as little reading as they need, in place of lm-eval's own."""
+"""Log-probabilities of answers in few forward passes, in place of lm-eval's own."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def score_answers(
     once, a start that the inputs of a batch share too, and only positions that predict an answer
     meet the vocabulary. `dtype` is that of the softmax; `done` is told of each result.
     """
-    asked: dict[Tokens, list[int]] = {}
+    askers: dict[Tokens, list[int]] = {}
     for i, (before, answer) in enumerate(pairs):
         if not before or not 0 < len(answer) <= max_length:
             size = f"{len(answer)} tokens after {len(before)}; the model takes 1 to {max_length}"
             raise SrmuError(f"an answer cannot be scored: {size}")  # its text may be to forget
-        asked.setdefault((*before, *answer)[-max_length - 1 : -1], []).append(i)
-    tails = {row: max(len(pairs[i][1]) for i in ids) for row, ids in asked.items()}
+        askers.setdefault((*before, *answer)[-max_length - 1 : -1], []).append(i)
+    tails = {row: max(len(pairs[i][1]) for i in ids) for row, ids in askers.items()}
     setup = 96 if model.device.type == "cpu" else 2048  # tokens read while a forward gets going
     tensor = partial(torch.tensor, device=model.device)
     results: dict[int, tuple[float, bool]] = {}
@@ -57,8 +57,8 @@ def score_answers(
             states: Any = {"past_key_values": past, "use_cache": bool(shared)}
             logits = model(ids[:, shared:], **states, logits_to_keep=keep).logits
             logs = logits.log_softmax(-1, dtype=dtype)
-        which = [i for row in rows for i in asked[row]]
-        at = tensor([[n] for n, row in enumerate(rows) for _ in asked[row]])
+        which = [i for row in rows for i in askers[row]]
+        at = tensor([[n] for n, row in enumerate(rows) for _ in askers[row]])
         # an answer ends at its input's last position; -1 before it, where others are longer
         words = tensor([[-1] * (width - len(pairs[i][1])) + [*pairs[i][1]] for i in which])
         picked = logs[at, tensor(last), words.clamp(min=0)].masked_fill(words < 0, 0)
@@ -72,7 +72,7 @@ def score_answers(
 
 
 def keeps_past(model: Any) -> bool:
-    """Whether a start that rows share can be read once: not where a state is recurrent."""
+    """Whether keys and values of a shared prefix can be reused; recurrent states cannot."""
     known = {"logits_to_keep", "past_key_values"} <= {*signature(model.forward).parameters}
     kinds = {*(getattr(model.config, "layer_types", None) or ())}
     attends = all("attention" in kind and "linear" not in kind for kind in kinds)
@@ -80,25 +80,26 @@ def keeps_past(model: Any) -> bool:
 
 
 def plan_batches(tails: dict[Tokens, int], most: int, setup: int) -> list[tuple[list[Tokens], int]]:
-    """Cut inputs, sorted by length, into the batches that read least, the longest first.
+    """Split inputs into the batches with the fewest tokens to read, longest first.
 
-    A batch comes with the number of first tokens to read once for all its rows, none of them among
-    the `tails` that answers need; 0 where the forward it takes (`setup` tokens) would cost more.
+    With each batch comes the length of the prefix to read once for all rows. It includes none of
+    the `tails` that answers need, and is 0 where the extra forward (worth `setup` tokens) would
+    cost more.
     """
     order = sorted(tails, key=lambda row: (len(row), row))
     free = [len(row) - tails[row] for row in order]
-    # how many first tokens each row has in common with the one before
+    # the number of first tokens that each row shares with the one before
     common = [0, *(sum(accumulate(map(eq, *pair), and_)) for pair in pairwise(order))]
-    best = [(0, 0, 0)]  # for the first n rows: the cost, the last batch's start and what it shares
+    best = [(0, 0, 0)]  # for the first n rows: cost, start of the last batch, its prefix
     for end in range(1, len(order) + 1):
-        shared, ways = free[end - 1], []
+        shared, plans = free[end - 1], []
         for start in range(end - 1, max(end - most, 0) - 1, -1):
             shared = min(shared, free[start])
             whole = best[start][0] + setup + (end - start) * len(order[end - 1])
             split = whole + setup - (end - start - 1) * shared
-            ways.append((whole, start, 0) if whole <= split else (split, start, shared))
+            plans.append((whole, start, 0) if whole <= split else (split, start, shared))
             shared = min(shared, common[start])
-        best.append(min(ways))
+        best.append(min(plans))
     cut, end = [], len(order)
     while end:
         _, start, shared = best[end]

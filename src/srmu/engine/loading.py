@@ -1,9 +1,9 @@
-"""Reading a checkpoint into a module no deeper than is needed, and refusing what cannot be cut.
+"""Load a checkpoint no deeper than needed, and refuse models that cannot be cut.
 
-The module is built shallow, from a config of fewer layers, if that gives the same layers. If not,
-it is built whole and its list of layers is cut: as right, and nearly as cheap where transformers
-maps the stored tensors into memory; but a load that converts (another dtype, stacked experts) then
-makes all of them.
+The module is built from a config with fewer layers if that gives the same layers. If not, it is
+built whole and its list of layers is cut: equally right, and nearly as cheap where transformers
+maps the stored tensors into memory. A load that converts (another dtype, stacked experts) then
+converts all layers.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PLAIN = (bool, int, float, str, type(None))
 
 
 def read_config(folder: Path) -> Any:
-    """The model's configuration; SrmuError when it is not one of a causal language model."""
+    """The configuration of a model; SrmuError if it is not a causal language model."""
     if not (folder / "config.json").is_file():
         raise SrmuError(f"model folder {folder} has no config.json; name a Hugging Face model")
     try:
@@ -42,7 +42,7 @@ def read_config(folder: Path) -> Any:
 
 
 def refuse_quantised(folder: Path, config: Any) -> None:
-    """SrmuError when a checkpoint's weights are quantised: they have no gradients."""
+    """SrmuError if the weights of a checkpoint are quantised: they have no gradients."""
     if how := getattr(config, "quantization_config", None):
         kind = how.get("quant_method") if isinstance(how, dict) else type(how).__name__
         raise SrmuError(
@@ -51,7 +51,7 @@ def refuse_quantised(folder: Path, config: Any) -> None:
 
 
 def check_layers(config: Any, layer: int, window: int = 1) -> None:
-    """SrmuError when the layer, or the window of updated layers that ends there, is not there."""
+    """SrmuError if the layer, or the window of updated layers ending there, does not exist."""
     count = config.num_hidden_layers
     if not 0 <= layer < count:
         raise SrmuError(
@@ -73,9 +73,9 @@ def check_layers(config: Any, layer: int, window: int = 1) -> None:
 
 
 def load_module(folder: Path, dtype: str = "auto", depth: int | None = None) -> PreTrainedModel:
-    """A checkpoint through transformers; SrmuError when a tensor is missing or misfits.
+    """A checkpoint, loaded by transformers; SrmuError if a tensor is missing or does not fit.
 
-    With `depth`, of that many layers, or of all where a shallow module would not be the same.
+    `depth` limits the number of layers, unless a shallower module would differ.
     """
     config = read_config(folder)
     if depth is not None and depth < config.num_hidden_layers:
@@ -83,7 +83,7 @@ def load_module(folder: Path, dtype: str = "auto", depth: int | None = None) -> 
             raise incomplete_error(folder, missing)
         config = cut_config(config, depth) or config
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # it would list the layers that were left out
+    logging.set_verbosity_error()  # else it lists the layers that were left out
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -111,7 +111,7 @@ def incomplete_error(folder: Path, missing: Sequence[str]) -> SrmuError:
 
 
 def lost_tensors(folder: Path, config: Any) -> list[str]:
-    """Tensors of some layer that the checkpoint lacks and has for another layer."""
+    """Tensors of a layer that the checkpoint lacks although it has them for another layer."""
     stored = {(layer_number(name), in_layer(name)) for name in stored_types(folder)}
     known = {name for layer, name in stored if layer is not None}
     names = [name for name, _ in build_skeleton(config).named_parameters()]
@@ -123,14 +123,14 @@ def lost_tensors(folder: Path, config: Any) -> list[str]:
 
 
 def build_skeleton(config: Any, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """The module of a configuration with no memory behind its tensors."""
+    """The module of a configuration, without memory for its tensors."""
     with torch.device("meta"):
         # A copy: from_config writes the dtype into its config.
         return AutoModelForCausalLM.from_config(deepcopy(config), dtype=dtype or config.dtype)
 
 
 def needs_conversion(folder: Path, config: Any, dtype: str) -> bool:
-    """Whether loading makes new tensors: another dtype is asked for, or another layout is used."""
+    """Whether loading makes new tensors, because the dtype or the layout differs."""
     stored = {name: t for name, t in stored_types(folder).items() if t.is_floating_point}
     wanted = wanted_dtype(config, dtype)
     if wanted is not None and set(stored.values()) != {wanted}:
@@ -143,16 +143,16 @@ def needs_conversion(folder: Path, config: Any, dtype: str) -> bool:
 
 
 def wanted_dtype(config: Any, dtype: str) -> torch.dtype | None:
-    """The dtype that loading gives; None where `auto` finds none in the config: as it is stored."""
+    """The dtype after loading; None where `auto` finds none in the config: as stored."""
     value = config.dtype if dtype == "auto" else dtype
     return getattr(torch, value) if isinstance(value, str) else value
 
 
 def cut_config(config: Any, depth: int) -> Any | None:
-    """The configuration of the first `depth` layers; None where those would not be the same.
+    """The configuration of the first `depth` layers; None if those layers would differ.
 
-    A pattern of layers may be counted from the end. So both modules are built without memory, and
-    must agree in each layer's names, shapes, kinds and settings.
+    Some models count a pattern of layers from the end. So both modules are built without memory and
+    compared: names, shapes, kinds and settings of each layer must agree.
     """
     count = config.num_hidden_layers
     short = deepcopy(config)
@@ -170,14 +170,14 @@ def cut_config(config: Any, depth: int) -> Any | None:
 
 
 def describe_module(module: nn.Module) -> dict[str, Any]:
-    """Names, kinds and settings of a module's parts, and the shapes of its tensors."""
-    found: dict[str, Any] = {}
+    """Names, kinds and settings of the parts of a module, and the shapes of their tensors."""
+    parts: dict[str, Any] = {}
     for name, part in module.named_modules():
         settings = {k: v for k, v in vars(part).items() if isinstance(v, PLAIN)}
         tensors = [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]
         shapes = {k: (t.shape, t.dtype) for k, t in tensors}
-        found[name] = (type(part).__name__, settings, shapes)
-    return found
+        parts[name] = (type(part).__name__, settings, shapes)
+    return parts
 
 
 def find_layers(module: PreTrainedModel) -> tuple[nn.Module, str]:

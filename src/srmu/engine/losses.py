@@ -1,14 +1,52 @@
-"""Functions of tensors; every loss is computed in float32.
+"""Losses, and the functions of tensors that they are made of, all in float32.
 
-Means are over the whole batch, of which several processes each have some rows (`ranks.spread`):
-what comes out is then this process' share of the mean.
+A loss is a `Mean`: a sum with its count. Where several processes share a batch, each has a part of
+both, and the training loop divides by the count of the whole batch.
 """
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from srmu.engine.distributed import total_spread
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean before its division: `weight` times `total` over `count`."""
+
+    total: Float[Tensor, "*D"]
+    count: Int[Tensor, ""]
+    weight: float = 1.0
+    least: int = 0  # 1: the mean over nothing is 0, not NaN
+
+    @property
+    def value(self) -> Float[Tensor, "*D"]:
+        """The mean over the values of this process."""
+        return self.share(self.count)
+
+    def share(self, count: Int[Tensor, ""]) -> Float[Tensor, "*D"]:
+        """This process' share of the mean over `count` values, those of all processes."""
+        return self.weight * (self.total / count.clamp(min=self.least))
+
+    def pool(self, other: Mean) -> Mean:
+        """The mean over the values of both."""
+        return replace(self, total=self.total + other.total, count=self.count + other.count)
+
+    def __mul__(self, weight: float) -> Mean:
+        return replace(self, weight=weight * self.weight)
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> Mean:
+        return self * -1.0
+
+
+def masked_mean(values: Float[Tensor, "*B"], mask: Bool[Tensor, "*B"], least: int = 0) -> Mean:
+    """The mean of the values that the mask marks."""
+    return Mean((values * mask).sum(), mask.sum(), least=least)
 
 
 def is_counted(labels: Int[Tensor, "*B T"]) -> Bool[Tensor, "*B T"]:
@@ -16,42 +54,40 @@ def is_counted(labels: Int[Tensor, "*B T"]) -> Bool[Tensor, "*B T"]:
     return labels != -100
 
 
+def is_predicted(labels: Int[Tensor, "B T"]) -> Bool[Tensor, "B S"]:
+    """The counted tokens that follow another one, and so can be predicted: S = T - 1."""
+    return is_counted(labels[:, 1:])
+
+
 def without_first(mask: Bool[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
     """The mask less the first counted token of each row.
 
-    That token is an attention sink in many models: its norm is so large that it rules any mean.
+    That token is an attention sink in many models: its norm would dominate any mean.
     """
     return mask & (mask.cumsum(dim=1) > 1)
 
 
+def token_mean(values: Float[Tensor, "B T *D"], mask: Bool[Tensor, "B T"]) -> Mean:
+    """Mean over the counted tokens."""
+    return Mean(values.float()[mask].sum(dim=0), mask.sum())
+
+
 def token_mse(
     hidden: Float[Tensor, "B T D"], target: Float[Tensor, "*#BTD"], mask: Bool[Tensor, "B T"]
-) -> Float[Tensor, ""]:
+) -> Mean:
     """Mean squared error over the counted tokens and all features.
 
     SRMU eq. 5 prints squared norms; the public RMU code takes the mean over elements. Both terms
     of the loss differ by the same factor D, so alpha means the same.
     """
-    squares = (hidden.float() - target.float()).square().mean(dim=-1)  # (B, T)
-    return (squares * mask).sum() / total_spread(mask.sum())
-
-
-def token_mean(values: Float[Tensor, "B T *D"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "*D"]:
-    """Mean over the counted tokens, in float32."""
-    return values.float()[mask].sum(dim=0) / total_spread(mask.sum())
+    return masked_mean((hidden.float() - target.float()).square().mean(dim=-1), mask)
 
 
 def token_cosine(
     hidden: Float[Tensor, "B T D"], target: Float[Tensor, "*#BTD"], mask: Bool[Tensor, "B T"]
-) -> Float[Tensor, ""]:
+) -> Mean:
     """Mean cosine similarity over the counted tokens."""
-    cosines = torch.cosine_similarity(hidden.float(), target.float(), dim=-1)
-    return (cosines * mask).sum() / total_spread(mask.sum())
-
-
-def is_predicted(labels: Int[Tensor, "B T"]) -> Bool[Tensor, "B S"]:
-    """The counted tokens that another one comes before: S = T - 1, those that can be predicted."""
-    return is_counted(labels[:, 1:])
+    return masked_mean(torch.cosine_similarity(hidden.float(), target.float(), dim=-1), mask)
 
 
 def token_nll(logits: Float[Tensor, "B T V"], labels: Int[Tensor, "B T"]) -> Float[Tensor, "B S"]:
@@ -61,15 +97,15 @@ def token_nll(logits: Float[Tensor, "B T V"], labels: Int[Tensor, "B T"]) -> Flo
     )
 
 
-def mean_nll(logits: Float[Tensor, "B T V"], labels: Int[Tensor, "B T"]) -> Float[Tensor, ""]:
-    """Mean over the counted tokens of what each costs, in nats."""
-    return token_nll(logits, labels).sum() / total_spread(is_predicted(labels).sum())
+def mean_nll(logits: Float[Tensor, "B T V"], labels: Int[Tensor, "B T"]) -> Mean:
+    """Nats that a counted token costs on average."""
+    return Mean(token_nll(logits, labels).sum(), is_predicted(labels).sum())
 
 
-def row_mean(values: Float[Tensor, "B"], labels: Int[Tensor, "B T"]) -> Float[Tensor, ""]:
+def row_mean(values: Float[Tensor, B], labels: Int[Tensor, "B T"]) -> Mean:
     """Mean over the rows that have a counted token to predict."""
     rows = is_predicted(labels).any(dim=1)
-    return values.where(rows, 0).sum() / total_spread(rows.sum())
+    return Mean(values.where(rows, 0).sum(), rows.sum())
 
 
 def kl_divergence(
@@ -86,18 +122,17 @@ def token_kl(
     return kl_divergence(*(x[:, :-1].float().log_softmax(-1) for x in (logits, others)))
 
 
+def mean_kl(
+    logits: Float[Tensor, "B T V"], others: Float[Tensor, "B T V"], labels: Int[Tensor, "B T"]
+) -> Mean:
+    """Mean of KL(p || q) over the positions that predict a counted token."""
+    return masked_mean(token_kl(logits, others), is_predicted(labels))
+
+
 def token_entropy(logits: Float[Tensor, "B T V"]) -> Float[Tensor, "B S"]:
     """Entropy of p in nats at each position that predicts a token."""
     log_p = logits[:, :-1].float().log_softmax(-1)
     return -(log_p.exp() * log_p).sum(-1)
-
-
-def mean_kl(
-    logits: Float[Tensor, "B T V"], others: Float[Tensor, "B T V"], labels: Int[Tensor, "B T"]
-) -> Float[Tensor, ""]:
-    """Mean of KL(p || q) over the positions that predict a counted token."""
-    mask = is_predicted(labels)
-    return (token_kl(logits, others) * mask).sum() / total_spread(mask.sum())
 
 
 def generic_logits(
@@ -105,8 +140,8 @@ def generic_logits(
 ) -> Float[Tensor, "*B V"]:
     """`base` without what training on the forget texts raised: base - strength relu(r - base).
 
-    The target of WHP (arXiv 2310.02238, eq. 1) and the teacher of RKLU (2025.naacl-long.60). It
-    changes when a constant is added to one of the two: take log_softmax first where that matters.
+    The target of WHP (arXiv 2310.02238, eq. 1) and the teacher of RKLU (2025.naacl-long.60). Adding
+    a constant to one of the two changes it: take log_softmax first where that matters.
     """
     base, reinforced = base.float(), reinforced.float()
     return base - strength * (reinforced - base).relu()

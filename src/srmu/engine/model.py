@@ -1,4 +1,4 @@
-"""A causal language model, as deep as needed, that remembers the tensors it is about to change."""
+"""A causal language model, cut to the depth needed, that keeps the originals of trained tensors."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ import gc
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -19,57 +18,22 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from srmu.engine import distributed
-from srmu.engine.activation_cache import Activations, Output, digest_tensors
+from srmu.engine.activation_cache import Activations, Output
+from srmu.engine.batch import Batch
+from srmu.engine.hooks import hook_outputs
 from srmu.engine.loading import find_layers, load_module, read_config
+from srmu.engine.roles import in_role
+from srmu.engine.sites import Site, catch_value
 from srmu.errors import SrmuError
-
-Batch = dict[str, Tensor]  # input_ids, attention_mask, labels (B, T); label -100 = not counted
-
-Stream = Literal["resid_post", "mlp_out", "mlp_post"]
-
-# Role -> where that weight sits inside a decoder layer, by architecture. Never by position: the
-# seventh parameter of a layer is down_proj on Llama, o_proj on Qwen2, gate_proj on Qwen3.
-ROLES: dict[str, tuple[str, ...]] = {
-    "mlp_down": (
-        "mlp.down_proj.weight",  # Llama, Mistral, Qwen, Gemma, Phi-3, OLMo
-        "mlp.experts.down_proj",  # Mixtral, Qwen-MoE: all experts in one tensor
-        "mlp.c_proj.weight",  # GPT-2
-        "mlp.dense_4h_to_h.weight",  # GPT-NeoX, Falcon, BLOOM
-        "mlp.fc2.weight",  # Phi
-        "mlp.fc_out.weight",  # GPT-J
-        "fc2.weight",  # OPT
-    ),
-}
-
-
-@dataclass(frozen=True)
-class Site:
-    """A place in the network where activations are read; text form `7.resid_post`.
-
-    `resid_post` is the output of the decoder layer (D wide), `mlp_out` that of its MLP (D wide),
-    `mlp_post` the input of the MLP's down-projection (F wide). The input of layer l is
-    `resid_post` of layer l-1.
-    """
-
-    layer: int
-    stream: Stream = "resid_post"
-
-    def __post_init__(self) -> None:
-        if self.stream not in get_args(Stream):
-            known = ", ".join(get_args(Stream))
-            raise SrmuError(f"stream {self.stream!r} does not exist; choose one of {known}")
-
-    def __str__(self) -> str:
-        return f"{self.layer}.{self.stream}"
 
 
 class EditableModel:
-    """A causal LM cut to `depth` layers, of which only the parameters named `trainable` change.
+    """A causal LM cut to `depth` layers, in which only the parameters named `trainable` change.
 
     `trainable` holds roles by layer (`"7.mlp_down"`) or glob patterns of parameter names. The
-    original values of those parameters are kept, so that the frozen model is this same module run
-    inside `frozen()`: no second model. Layers below the first trained one are run once a batch:
-    `activations` keeps what the last of them gave.
+    original values of those parameters are kept: the frozen model is this same module run inside
+    `frozen()`, not a second model. The layers below the first trained one run once per batch;
+    `activations` keeps the output of the last of them.
     """
 
     def __init__(
@@ -94,11 +58,11 @@ class EditableModel:
         for name, parameter in self.trained.items():
             # The original keeps the loaded memory, which may be the checkpoint's own file.
             self.original[name] = parameter.data
-            if copy:  # else `shard` makes the copies, of its part alone
+            if copy:  # else `shard` copies its part only
                 parameter.data = parameter.data.clone()
             parameter.requires_grad_(True)
         self._frozen = False
-        self._adapters: dict[str, Any] = {}  # by the name of the matrix beside each
+        self._adapters: dict[str, Any] = {}  # by the name of the matrix beside it
 
     @classmethod
     def load(
@@ -112,10 +76,10 @@ class EditableModel:
         offload: bool = False,
         copy: bool = True,
     ) -> EditableModel:
-        """Load the first `depth` layers of a checkpoint (all of them when None).
+        """Load the first `depth` layers of a checkpoint (None: all).
 
-        Layers that are cut off are never read from disk. With `offload` the layers below the first
-        trained one stay there, or in the main memory, and come to the device one at a time.
+        The other layers are never read from disk. With `offload` the layers below the first trained
+        one stay on disk or in main memory, and move to the device one at a time.
         """
         return_freed_blocks()
         model = cls(load_module(folder, dtype, depth), trainable, depth, copy)
@@ -129,7 +93,7 @@ class EditableModel:
         return model
 
     def _leave_below(self, device: str) -> None:
-        """Leave the fixed layers where they are, as files mapped into memory; move all else."""
+        """Leave the fixed layers where they are, as files mapped into memory; move the rest."""
         from accelerate import cpu_offload
 
         for layer in self.layers[: self.fixed]:
@@ -141,12 +105,12 @@ class EditableModel:
                         tensor.data = tensor.data.to(device)
 
     def shard(self, device: str) -> None:
-        """Cut layers, embeddings and head over the processes (FSDP2), before any training.
+        """Shard layers, embeddings and head over the processes (FSDP2), before any training.
 
-        A process then holds its part of them, and all of a layer while that is run.
+        Each process then holds its part of them, and a whole layer only while that layer runs.
         """
         distributed.shard_modules([*self.layers, *self.ends], device)
-        self.module.to(device)  # what is left: norms, ends that are tied
+        self.module.to(device)  # the rest: norms, tied ends
         parameters = dict(self.module.named_parameters())
         self.trained = {name: parameters[name] for name in self.trained}
         self.original = {name: p.detach().clone() for name, p in self.trained.items()}
@@ -157,10 +121,10 @@ class EditableModel:
 
     @property
     def ends(self) -> list[nn.Module]:
-        """Embeddings and head; none where they are tied, and neither can do without the other."""
+        """Embeddings and head; none where they are tied, as neither works without the other."""
         both = [self.module.get_input_embeddings(), self.module.get_output_embeddings()]
-        found = [end for end in both if end is not None]
-        return found if len({id(end.weight) for end in found}) == len(found) else []
+        ends = [end for end in both if end is not None]
+        return ends if len({id(end.weight) for end in ends}) == len(ends) else []
 
     @property
     def device(self) -> torch.device:
@@ -170,43 +134,26 @@ class EditableModel:
     def vocabulary_size(self) -> int:
         return self.module.get_input_embeddings().weight.shape[0]
 
+    def is_transposed(self, name: str) -> bool:
+        """Whether the matrix of that name is stored as (in, out), as in a Conv1D."""
+        return isinstance(self.module.get_submodule(name.rpartition(".")[0]), Conv1D)
+
     def hidden(self, batch: Batch, site: Site, keep: bool = True) -> Float[Tensor, "B T D"]:
-        """Activations at `site`; layers above it are not run.
+        """Activations at `site`; the layers above it do not run.
 
-        Inside `frozen()` they are kept in `activations`, unless `keep` is false, and found there.
+        Inside `frozen()` they come from `activations` if they are there, and are kept there unless
+        `keep` is false.
         """
-        check_layers_loaded(len(self.layers), site.layer)
-        name = f"{site}/{fingerprint_batch(batch)}"
-        if self._frozen and isinstance(found := self.activations.find(name), Tensor):
-            return found
+        self._check_loaded(site.layer)
+        name = f"{site}/{batch.key}"
+        if self._frozen and isinstance(known := self.activations.find(name), Tensor):
+            return known
         layer = self.layers[site.layer]
-        caught: list[Tensor] = []
-
-        def catch(module: nn.Module, args: Any, output: Any = None) -> None:
-            value = args if output is None else output
-            caught.append(value[0] if isinstance(value, tuple) else value)
-
-        if site.stream == "resid_post":
-            handle = layer.register_forward_hook(catch)
-        elif site.stream == "mlp_out":
-            handle = find_child(layer, "mlp").register_forward_hook(catch)
-        else:
-            down = role_in_layer(layer, "mlp_down").removesuffix(".weight")
-            if "experts" in down:
-                raise SrmuError("mlp_post: each expert has its own; read resid_post or mlp_out")
-            handle = find_child(layer, down).register_forward_pre_hook(catch)
-        try:
-            with self._layers_for(batch, site.layer + 1):
-                self.module.base_model(
-                    input_ids=batch["input_ids"],
-                    attention_mask=batch["attention_mask"],
-                    use_cache=False,
-                )
-        finally:
-            handle.remove()
+        with self._layers_for(batch, site.layer + 1), catch_value(layer, site.stream) as caught:
+            self.module.base_model(**model_inputs(batch), use_cache=False)
         value = caught[0]
         if value.ndim == 4 and hasattr(self.module.config, "altup_num_inputs"):
-            # Gemma 3n: streams before the batch, all of them a token's features
+            # Gemma 3n: the first dimension holds streams, all features of a token
             value = value.permute(1, 2, 0, 3)
         value = value.reshape(*batch["input_ids"].shape, -1)  # OPT flattens inside its layers
         if self._frozen and keep:
@@ -214,10 +161,10 @@ class EditableModel:
         return value
 
     def logits(self, batch: Batch, control: Tensor | None = None) -> Float[Tensor, "B T V"]:
-        """Next-token logits; SrmuError when the model was loaded shallow.
+        """Next-token logits; SrmuError if the model was not loaded whole.
 
-        `control` is an embedding, (D,) or a row of (B, D) for each text, that the model reads after
-        each row's first token: rows must be padded on the right.
+        `control` is an embedding, (D,) or (B, D) with a row for each text, that the model reads
+        after the first token of each row. Rows must then be padded on the right.
         """
         if self.shallow:
             raise SrmuError(f"logits need the whole model; only {len(self.layers)} layers loaded")
@@ -225,7 +172,7 @@ class EditableModel:
             read = self.module.get_input_embeddings()(batch["input_ids"])
             extra = control.to(read.dtype).expand(len(read), -1).unsqueeze(1)
             mask = batch["attention_mask"]
-            # Not inside _layers_for: what is kept there is named by the tokens only.
+            # Not inside _layers_for: its keys do not cover the control.
             logits = self.module(
                 inputs_embeds=torch.cat([read[:, :1], extra, read[:, 1:]], dim=1),
                 attention_mask=torch.cat([mask[:, :1], mask], dim=1),
@@ -233,24 +180,20 @@ class EditableModel:
             ).logits
             return logits[:, 1:]  # the first token predicts the control, which predicts the second
         with self._layers_for(batch, len(self.layers)):
-            return self.module(
-                input_ids=batch["input_ids"],
-                attention_mask=batch["attention_mask"],
-                use_cache=False,
-            ).logits
+            return self.module(**model_inputs(batch), use_cache=False).logits
 
     @contextmanager
     def adapted(self, rank: int, alpha: int, seed: int) -> Iterator[None]:
         """Train low-rank adapters (LoRA, arXiv 2106.09685) in place of the trained matrices.
 
-        Adapters begin as no change, so that `frozen()` stays the original model. At the end of the
-        block they are taken out and the model is as before, but for `merge`.
+        Adapters start as no change, so `frozen()` is still the original model. They are removed
+        when the block ends; `merge` keeps what they have learned.
         """
         from peft import LoraConfig, inject_adapter_in_model
 
         dense = self.trained, self.original
         owners = {name.rpartition(".")[0]: name for name in self.trained}
-        turned = any(isinstance(self.module.get_submodule(name), Conv1D) for name in owners)
+        turned = any(map(self.is_transposed, owners.values()))
         settings = LoraConfig(
             r=rank, lora_alpha=alpha, target_modules=[*owners], fan_in_fan_out=turned
         )
@@ -275,14 +218,14 @@ class EditableModel:
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Add what the adapters do to the matrices that they stand beside, in float32."""
+        """Add the effect of the adapters to the matrices beside them, in float32."""
         for adapter in self._adapters.values():
             weight = adapter.get_base_layer().weight
             weight.copy_(weight.float() + adapter.get_delta_weight("default").float())
 
     @contextmanager
     def only(self, trainable: Sequence[str]) -> Iterator[None]:
-        """Run the block with gradients for those of the trained tensors that `trainable` names."""
+        """Run the block with gradients for some of the trained tensors only."""
         chosen = self._select(trainable)
         before = {name: parameter.requires_grad for name, parameter in self.trained.items()}
         for name, parameter in self.trained.items():
@@ -315,18 +258,18 @@ class EditableModel:
     def delta(self) -> dict[str, Tensor]:
         """The trained tensors that differ from their originals, by parameter name.
 
-        The first process has them whole; all processes must ask.
+        Every process must call this; the first one gets whole tensors.
         """
-        found = {}
+        changed = {}
         for name, parameter in self.trained.items():
             tensor, original = parameter.detach(), self.original[name]
             same = torch.equal(distributed.local_part(tensor), distributed.local_part(original))
             if not distributed.is_sharded(tensor):
                 if not same:
-                    found[name] = tensor
+                    changed[name] = tensor
             elif not distributed.holds_everywhere(same, self.device):
-                found[name] = distributed.gather_to_first(tensor)
-        return found
+                changed[name] = distributed.gather_to_first(tensor)
+        return changed
 
     def _select(self, trainable: Sequence[str]) -> dict[str, nn.Parameter]:
         names = dict(self.module.named_parameters())
@@ -335,74 +278,85 @@ class EditableModel:
         for pattern in trainable:
             if match := re.fullmatch(r"(\d+|\*)\.(\w+)", pattern):
                 count = len(self.layers)
-                found = []
+                matches = []
                 for layer in range(count) if match[1] == "*" else [int(match[1])]:
-                    check_layers_loaded(count, layer)
+                    self._check_loaded(layer)
                     inside = in_role(self.layers[layer], match[2])
-                    found += [f"{prefix}.{layer}.{name}" for name in inside]
+                    matches += [f"{prefix}.{layer}.{name}" for name in inside]
             else:
-                found = [name for name in names if fnmatchcase(name, pattern)]
-            if not found:
+                matches = [name for name in names if fnmatchcase(name, pattern)]
+            if not matches:
                 raise SrmuError(f"no parameter of this model matches {pattern!r}")
-            chosen |= {name: names[name] for name in found}
+            chosen |= {name: names[name] for name in matches}
         return chosen
+
+    def _check_loaded(self, layer: int) -> None:
+        if not 0 <= layer < len(self.layers):
+            raise SrmuError(
+                f"layer {layer} is not loaded: only layers 0-{len(self.layers) - 1} are"
+            )
 
     def _set_layers(self, layers: nn.ModuleList) -> None:
         setattr(self._owner, self._attribute, layers)
 
     def _count_fixed(self) -> int:
-        """How many layers at the bottom no trained parameter can change."""
+        """The number of layers at the bottom that no trained parameter can change."""
         prefix = next(n for n, m in self.module.named_modules() if m is self.layers)
-        found = [re.match(rf"{re.escape(prefix)}\.(\d+)\.", name) for name in self.trained]
-        # A parameter outside the layers may be the embedding, from which all of them follow.
-        return min((int(m[1]) if m else 0 for m in found), default=0)
+        places = [re.match(rf"{re.escape(prefix)}\.(\d+)\.", name) for name in self.trained]
+        # A parameter outside the layers may be the embedding, which changes all of them.
+        return min((int(m[1]) if m else 0 for m in places), default=0)
 
     @contextmanager
     def _layers_for(self, batch: Batch, depth: int) -> Iterator[None]:
-        """Cut the module to `depth` layers, the fixed ones replaced by what they gave before.
+        """Cut the module to `depth` layers and replace the fixed ones by their known output.
 
-        The module's own code still makes masks and rotary tables: to call layers by ourselves we
-        would have to know each architecture. What was not kept yet is kept now.
+        The module's own code still makes masks and rotary tables: to call layers directly, we would
+        have to know each architecture. An output that is not known yet is kept.
         """
         layers = self.layers
         kept = layers[:depth]
-        handle = None
+        hooks: dict[nn.Module, Any] = {}
         # Gemma 3n and 4: the last layers read keys and values of layers that must then be run.
         sharing = getattr(self.module.config, "num_kv_shared_layers", None) or 0
         reads = sharing and depth > self.module.config.num_hidden_layers - sharing
         if 0 < self.fixed < depth and not reads:
-            name = f"prefix/{fingerprint_batch(batch)}"
-            if (found := self.activations.find(name)) is not None:
-                kept = nn.ModuleList([*[KnownOutput(found)] * self.fixed, *kept[self.fixed :]])
+            name = f"prefix/{batch.key}"
+            if (output := self.activations.find(name)) is not None:
+                kept = nn.ModuleList([*[KnownOutput(output)] * self.fixed, *kept[self.fixed :]])
             else:
 
-                def record(module: nn.Module, args: Any, output: Any) -> None:
+                def record(args: Any, output: Any) -> None:
                     if isinstance(output, tuple) and any(map(is_index, output[1:])):
-                        return  # what the next layer takes besides: nothing can stand in
+                        return  # the next layer takes more than this: keep nothing
                     first = (output[0].detach(),) if isinstance(output, tuple) else output.detach()
                     self.activations.keep(name, first)
 
-                handle = layers[self.fixed - 1].register_forward_hook(record)
+                hooks[layers[self.fixed - 1]] = record
         self._set_layers(kept)
         try:
-            yield
+            with hook_outputs(hooks):
+                yield
         finally:
             self._set_layers(layers)
-            if handle is not None:
-                handle.remove()
+
+
+def copy_values(places: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Copy values into existing tensors."""
+    for place, value in zip(places, values, strict=True):
+        place.data.copy_(value)
 
 
 def replace_tensor(parameter: nn.Parameter, tensor: Tensor) -> Tensor:
-    """Put a tensor in a parameter's place; what was there.
+    """Put a tensor in place of a parameter; returns the one that was there.
 
-    A sharded one is filled in place: FSDP holds its memory, and gathers the layer anew.
+    A sharded parameter is filled in place: FSDP holds its memory and gathers the layer again.
     """
     if not distributed.is_sharded(parameter):
         before, parameter.data = parameter.data, tensor
         return before
-    held = distributed.local_part(parameter.detach())
-    before = held.clone()
-    held.copy_(distributed.local_part(tensor))
+    part = distributed.local_part(parameter.detach())
+    before = part.clone()
+    part.copy_(distributed.local_part(tensor))
     return before
 
 
@@ -421,62 +375,23 @@ def is_index(value: Any) -> bool:
     return isinstance(value, Tensor) and not value.is_floating_point()
 
 
-def fingerprint_batch(batch: Batch) -> str:
-    """A name for all that activations depend on in a batch."""
-    return digest_tensors(batch["input_ids"], batch["attention_mask"])
+def model_inputs(batch: Batch) -> dict[str, Tensor]:
+    """The tensors of a batch that a model reads."""
+    return {name: batch[name] for name in ("input_ids", "attention_mask")}
 
 
 def return_freed_blocks() -> None:
-    """Have the C library give freed blocks of 24 MB and more back to the system at once.
+    """Make the C library return freed blocks of 24 MB and more to the system at once.
 
-    glibc keeps blocks of up to 32 MB for itself, between which small ones settle: a step on 8
-    layers of a 1B model then holds 1.4 GB where 1.2 would do. It costs no time.
+    glibc keeps blocks of up to 32 MB for itself, and small ones settle between them: a step on 8
+    layers of a 1B model then holds 1.4 GB instead of 1.2. It costs no time.
     """
-    with suppress(OSError, AttributeError, TypeError):  # another C library, which keeps less
+    with suppress(OSError, AttributeError, TypeError):  # another C library, which keeps less memory
         ctypes.CDLL(None).mallopt(-3, 24 << 20)  # M_MMAP_THRESHOLD
 
 
 def release_memory() -> None:
-    """Give what this process freed back to the system, so that it counts no more."""
+    """Return the memory that this process has freed to the system."""
     gc.collect()
     with suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
-
-
-def in_role(layer: nn.Module, role: str) -> list[str]:
-    """The names, inside a decoder layer, of the weights that play a role.
-
-    Besides ROLES: `linear`, the matrices of all its linear maps, and `mlp`, those of its MLP.
-    """
-    if role not in ("linear", "mlp"):
-        return [role_in_layer(layer, role)]
-    names = [f"{n}.weight" for n, m in layer.named_modules() if isinstance(m, nn.Linear | Conv1D)]
-    return [n for n in names if role == "linear" or not re.search("attn|attention", n)]
-
-
-def role_in_layer(layer: nn.Module, role: str) -> str:
-    """The name, inside a decoder layer, of the weight that plays `role`."""
-    if role not in ROLES:
-        known = ", ".join([*ROLES, "linear", "mlp"])
-        raise SrmuError(f"role {role!r} does not exist; choose one of {known}")
-    names = dict(layer.named_parameters())
-    for name in ROLES[role]:
-        if name in names:
-            return name
-    raise SrmuError(
-        f"{type(layer).__name__} has no weight in the role {role!r}; it has {', '.join(names)}"
-    )
-
-
-def find_child(layer: nn.Module, name: str) -> nn.Module:
-    """A submodule of a decoder layer; SrmuError naming what there is when it is missing."""
-    try:
-        return layer.get_submodule(name)
-    except AttributeError:
-        names = ", ".join(n for n, _ in layer.named_children())
-        raise SrmuError(f"{type(layer).__name__} has no {name!r}; it has {names}") from None
-
-
-def check_layers_loaded(loaded: int, layer: int) -> None:
-    if not 0 <= layer < loaded:
-        raise SrmuError(f"layer {layer} is not loaded: only layers 0-{loaded - 1} are")

@@ -18,7 +18,7 @@ LOG_SECONDS = 10.0  # between two log lines where there is no terminal
 
 @contextmanager
 def ignore_progress(label: str, total: int) -> Iterator[Tick]:
-    """Show nothing: what library functions do unless told otherwise."""
+    """Show nothing: the default of library functions."""
     yield lambda text: None
 
 
@@ -53,9 +53,9 @@ def show_progress(label: str, total: int) -> Iterator[Tick]:
 
 
 def silence_libraries() -> None:
-    """Keep the libraries' own bars and warnings out of ours."""
+    """Hide other libraries' progress bars and warnings."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    import transformers  # here, because the command line must start without it
+    import transformers  # here: the command line starts without it
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -63,5 +63,5 @@ def silence_libraries() -> None:
 
 def print_line(text: str) -> None:
     """Print one plain line on standard error, where it cannot mix with `--json` output."""
-    # As it is: rich would make an emoji of the line number in `a.jsonl:100: ...`.
+    # Unchanged: rich would turn the line number in `a.jsonl:100: ...` into an emoji.
     stderr.print(text, markup=False, emoji=False)

@@ -1,4 +1,4 @@
-"""A training's state on disk, so that a run that was killed goes on with the same bits."""
+"""The state of a training on disk, so that a killed run goes on with the same bits."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from srmu.engine.files import sha256, whole_folder, write_json
+from srmu.engine.files import read_json, sha256, whole_folder, write_json
 from srmu.errors import SrmuError, first_line
 
 TENSORS, NUMBERS = "state.safetensors", "complete.json"
@@ -23,11 +23,11 @@ TENSORS, NUMBERS = "state.safetensors", "complete.json"
 
 @dataclass
 class Checkpoints:
-    """The folder where a training is kept every `seconds` seconds; None: it is not.
+    """The folder where a training is saved every `seconds` seconds; None: it is not saved.
 
-    What is kept is a folder `step-N` with tensors, numbers and the digest of the tensors: without
-    the digest, which is written last, it does not count. `belongs` says what the training is of:
-    a checkpoint of anything else does not count either.
+    A checkpoint is a folder `step-N` with tensors, numbers and, written last, a digest of the
+    tensors; without the digest it does not count. `belongs` identifies the training: checkpoints of
+    any other training do not count either.
     """
 
     folder: Path | None = None
@@ -40,14 +40,14 @@ class Checkpoints:
         return self.folder is not None and time.monotonic() - self.last >= self.seconds
 
     def save(self, step: int, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
-        """Keep the state after `step` steps in place of an earlier one.
+        """Save the state after `step` steps in place of an earlier one.
 
-        A disk that is full costs the checkpoint, never the run.
+        A full disk costs the checkpoint, never the run.
         """
         assert self.folder is not None
         older = self.kept()
         try:
-            # a folder whose writing was cut off; named anew, it would be in the way
+            # a folder that was not written to its end
             shutil.rmtree(self.folder / f"step-{step}", ignore_errors=True)
             with whole_folder(self.folder / f"step-{step}") as place:
                 flat = {k: t.detach().cpu().contiguous() for k, t in tensors.items()}
@@ -65,23 +65,23 @@ class Checkpoints:
         """Steps done, tensors and numbers of the newest whole checkpoint, if there is one."""
         for folder in reversed(self.kept()):
             try:
-                mark = json.loads((folder / NUMBERS).read_text())
+                mark = read_json(folder / NUMBERS)
                 same = mark["belongs"] == json.loads(json.dumps(dict(self.belongs)))
                 if same and mark["sha256"] == sha256(folder / TENSORS):
                     return int(mark["step"]), load_file(folder / TENSORS), mark["numbers"]
             except (OSError, ValueError, KeyError, TypeError, SafetensorError):
-                continue  # cut off in its writing
+                continue  # not written to its end
         return None
 
     def done(self) -> int:
-        """How many steps the newest whole checkpoint spares."""
-        found = self.load()
-        return found[0] if found else 0
+        """The number of steps that the newest whole checkpoint saves."""
+        newest = self.load()
+        return newest[0] if newest else 0
 
     def kept(self) -> list[Path]:
-        """The folders of checkpoints, the oldest first."""
-        found = self.folder.glob("step-*") if self.folder else ()
-        return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+        """The folders of checkpoints, oldest first."""
+        folders = self.folder.glob("step-*") if self.folder else ()
+        return sorted(folders, key=lambda path: int(path.name.removeprefix("step-")))
 
     def clear(self) -> None:
         if self.folder:
@@ -89,10 +89,10 @@ class Checkpoints:
 
 
 def pack_memory(memory: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What changes from step to step, as tensors and JSON values.
+    """The part of a memory that changes from step to step, as tensors and JSON values.
 
-    Tensors, random streams, plain numbers, and what has a `state_dict` of JSON values. All else is
-    fixed for a run: whoever made it makes it again.
+    That is tensors, random generators, plain numbers, and objects with a `state_dict` of JSON
+    values. Everything else is fixed for a run and made again.
     """
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, Any] = {}
@@ -111,13 +111,13 @@ def pack_memory(memory: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str,
 def unpack_memory(
     memory: dict[str, Any], tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]
 ) -> None:
-    """Put what `packed` gave back into a memory that was set up anew."""
+    """Restore what `pack_memory` returned into a memory that was just set up."""
     for name, tensor in tensors.items():
-        held = memory.get(name)
-        if isinstance(held, torch.Generator):
-            held.set_state(tensor)
+        current = memory.get(name)
+        if isinstance(current, torch.Generator):
+            current.set_state(tensor)
         else:
-            memory[name] = tensor.to(held.device) if isinstance(held, Tensor) else tensor
+            memory[name] = tensor.to(current.device) if isinstance(current, Tensor) else tensor
     for name, value in numbers.items():
         if hasattr(memory.get(name), "load_state_dict"):
             memory[name].load_state_dict(value)

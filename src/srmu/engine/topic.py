@@ -1,4 +1,4 @@
-"""A topic: what to forget with what to keep, as batches of tokens, and what walks it."""
+"""A topic: what to forget and what to retain beside it, as batches of tokens."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from srmu.engine.batch import Batch
 from srmu.engine.losses import is_counted
-from srmu.engine.model import Batch
 from srmu.errors import SrmuError
 
 Padding = Literal["mask", "count"]
@@ -20,11 +20,11 @@ Padding = Literal["mask", "count"]
 
 @dataclass(frozen=True)
 class Topic:
-    """One thing to forget, with what to keep beside it, as batches of tokens.
+    """One thing to forget and what to retain beside it, as batches of tokens.
 
     `vocabulary` holds the ids of ordinary tokens (no special ones). `options` replaces options of
-    the method for this topic. `counts` says what was read, without the texts. `own` holds texts
-    that the original model wrote; they are in memory only.
+    the method for this topic. `counts` describes the texts without quoting them. `own` holds texts
+    that the original model wrote; they stay in memory.
     """
 
     name: str
@@ -39,42 +39,42 @@ class Topic:
     def pairs(self) -> Iterator[tuple[Batch, Batch]]:
         """Endless (forget, retain) batches in order; the shorter set starts again.
 
-        Without retain texts, the retain batches are empty.
+        Without retain texts the retain batches are empty.
         """
 
         def again(batches: Sequence[Batch]) -> Iterator[Batch]:
             while True:
-                yield from batches or [{}]
+                yield from batches or [Batch()]
 
         return zip(again(self.forget), again(self.retain), strict=False)
 
     def split(self) -> Topic:
         """This topic's forget texts as prompts with answers: only answers keep their labels.
 
-        Texts of a template stay as they are. Plain texts have no questions: each is cut at a place
-        drawn uniformly between a quarter and three quarters of its ordinary tokens, at least one of
-        which lies on either side. The draw depends on the seed and the topic only.
+        Texts of a chat template stay as they are. Plain texts have no question, so each is cut at a
+        random place between a quarter and three quarters of its ordinary tokens, with at least one
+        token on either side. The draw depends on the seed and the topic only.
         """
         generator = self.generator("split")
 
         def cut(batch: Batch) -> Batch:
             labels = batch["labels"].clone()
             words = torch.isin(batch["input_ids"], self.vocabulary)
-            asked = words & batch["attention_mask"].bool() & ~is_counted(labels)
+            given = words & batch["attention_mask"].bool() & ~is_counted(labels)
             ordinary = is_counted(labels) & words
-            for row, marks, question in zip(labels, ordinary, asked, strict=True):
+            for row, marks, question in zip(labels, ordinary, given, strict=True):
                 places = marks.nonzero()[:, 0]
                 share = 0.25 + 0.5 * float(torch.rand((), generator=generator))
                 if question.any():
                     continue
                 first = min(max(1, round(share * len(places))), len(places) - 1)
                 row[: places[first]] = -100
-            return batch | {"labels": labels}
+            return batch.replace(labels=labels)
 
         return replace(self, forget=[cut(batch) for batch in self.forget])
 
-    def followed(self, tick: Callable[[], None]) -> Topic:
-        """This topic, calling `tick` whenever a batch of it has been used."""
+    def with_tick(self, tick: Callable[[], None]) -> Topic:
+        """This topic, calling `tick` after each use of one of its batches."""
         return replace(
             self,
             forget=FollowedBatches(self.forget, tick),
@@ -82,27 +82,27 @@ class Topic:
         )
 
     def tick(self) -> None:
-        """Say that a part of something is done, to whom `followed` named."""
+        """Report a unit of progress to the function passed to `with_tick`."""
         if isinstance(self.forget, FollowedBatches):
             self.forget.tick()
 
     def generator(self, purpose: str, shared: bool = False) -> torch.Generator:
-        """A random stream of its own for each purpose, the same on every device and run.
+        """A random generator for one purpose, the same on every device and in every run.
 
-        `shared` leaves the topic's name out, so that all topics draw the same.
+        With `shared` the name of the topic is left out: all topics draw the same numbers.
         """
         return torch.Generator().manual_seed(self.number(purpose, shared))
 
     def number(self, purpose: str, shared: bool = False) -> int:
-        """The seed of the random stream for a purpose."""
+        """The seed of the generator for a purpose."""
         key = f"{self.seed}/{purpose}/{'' if shared else self.name}"
         return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1
 
-    def anchored(self, share: float) -> Topic:
-        """This topic with a share of each retain batch replaced by random-token rows.
+    def add_anchors(self, share: float) -> Topic:
+        """This topic with a share of each retain batch replaced by rows of random tokens.
 
-        If there are `own` texts, these take their place in turn, padded on the right. The rows are
-        fixed for a batch, so that what is computed from it can be cached.
+        If the topic has `own` texts, these are used in turn instead, padded on the right. The rows
+        of a batch are fixed, so that activations computed from it can be kept.
         """
         generator = self.generator("anchors")
         turn = cycle(self.own)
@@ -125,21 +125,21 @@ class Topic:
                     row = torch.tensor(next(turn)[: ids.shape[1]])
                     ids[i, : len(row)] = labels[i, : len(row)] = row
                     mask[i, : len(row)] = 1
-                return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+                return Batch(input_ids=ids, attention_mask=mask, labels=labels)
             special = ~torch.isin(ids[-rows:], self.vocabulary)
             draw = torch.randint(len(self.vocabulary), (rows, ids.shape[1]), generator=generator)
             first = ids[-rows:, :1].clone()  # a leading <s> stays
             ids[-rows:] = self.vocabulary[draw]
             ids[-rows:, :1] = torch.where(special[:, :1], first, ids[-rows:, :1])
             mask[-rows:], labels[-rows:] = 1, ids[-rows:]
-            return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+            return Batch(input_ids=ids, attention_mask=mask, labels=labels)
 
         return replace(self, retain=[mix(batch) for batch in self.retain])
 
 
 @dataclass(frozen=True)
 class FollowedBatches(Sequence[Batch]):
-    """Batches that call `tick` after each one that a loop has done with."""
+    """Batches that call `tick` after a loop has used each of them."""
 
     batches: Sequence[Batch]
     tick: Callable[[], None]
@@ -158,6 +158,6 @@ class FollowedBatches(Sequence[Batch]):
 
 
 def interleave_batches(parts: Sequence[Sequence[Batch]]) -> list[Batch]:
-    """A batch of each part, another of each, and so on: the first few are of all parts."""
+    """The first batch of each part, then the second of each, and so on."""
     rows = zip_longest(*parts)
     return [batch for row in rows for batch in row if batch is not None]

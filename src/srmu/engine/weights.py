@@ -1,7 +1,7 @@
-"""Checkpoints on disk: find, check, and write only the tensors that changed.
+"""Checkpoints on disk: find them, check them, and write only the tensors that changed.
 
-A delta holds the changed tensors under their checkpoint names. An export copies the base model's
-files and patches the changed tensors' bytes where they lie, so that everything else stays
+A delta holds the changed tensors under their checkpoint names. An export copies the files of the
+base model and overwrites the changed tensors in place, so that everything else stays
 byte-identical.
 """
 
@@ -20,21 +20,21 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from srmu.engine.files import require_space, sha256, whole_folder
+from srmu.engine.files import read_json, require_space, sha256, whole_folder
 from srmu.engine.progress import Watch, ignore_progress
 from srmu.errors import SrmuError, first_line
 
 INDEX = "model.safetensors.index.json"
-KEPT = (".json", ".model", ".txt", ".jinja", ".tiktoken", ".md")  # what an export copies as it is
+KEPT = (".json", ".model", ".txt", ".jinja", ".tiktoken", ".md")  # copied unchanged by an export
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
 PAGE = 4096  # bytes
-EXPORTED = "srmu-record.json"  # the record that an export brings along
+EXPORTED = "srmu-record.json"  # the record beside an export
 TYPES = {name: dtype for dtype, name in DTYPES.items()}
 
 
-def locate_model(model: str, revision: str | None = None, base: Path = Path()) -> Path:
+def locate_model(model: str, revision: str | None = None) -> Path:
     """The folder of a model: a local one, or the cached snapshot of a hub id."""
-    folder = base / Path(model).expanduser()
+    folder = Path(model).expanduser()
     if folder.is_dir():
         if revision:
             raise SrmuError(f"revision does not apply to the local folder {folder}")
@@ -52,10 +52,16 @@ def locate_model(model: str, revision: str | None = None, base: Path = Path()) -
         ) from error
 
 
+def is_there(folder: Path) -> bool:
+    """Whether a model's folder holds more than its config.json, from which a run can be planned."""
+    kinds = ("*.safetensors", "*.index.json", "*.bin", "*.gguf", "*.pt", "tokenizer*")
+    return not (folder / "config.json").is_file() or any(any(folder.glob(k)) for k in kinds)
+
+
 def list_shards(folder: Path) -> dict[str, Path]:
-    """Which file holds which tensor. SrmuError where a file or tensor is missing or elsewhere."""
+    """Which file holds which tensor; SrmuError if a file or tensor is not where the index says."""
     single = folder / "model.safetensors"
-    if single.exists():  # transformers, too, takes it before an index
+    if single.exists():  # transformers, too, prefers it to an index
         return dict.fromkeys(read_header(single)[0], single)
     if not (folder / INDEX).exists():
         pickles = sorted(p.name for p in folder.glob("*.bin"))
@@ -64,25 +70,25 @@ def list_shards(folder: Path) -> dict[str, Path]:
             + (f", only {pickles[0]}: convert it with save_pretrained" if pickles else "")
         )
     try:
-        listed = json.loads((folder / INDEX).read_text())["weight_map"]
-        found = {str(name): str(file) for name, file in listed.items()}
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        listed = read_json(folder / INDEX)["weight_map"]
+        files = {str(name): str(file) for name, file in listed.items()}
+    except (SrmuError, KeyError, AttributeError, TypeError) as error:
         raise SrmuError(f"{folder / INDEX} is not a safetensors index") from error
-    for file in sorted(set(found.values())):
+    for file in sorted(set(files.values())):
         if Path(file).name != file or not file.endswith(".safetensors"):
             raise SrmuError(f"{folder / INDEX} points out of the folder: {file!r}")
         if not (folder / file).is_file():
             raise SrmuError(f"model folder {folder} lacks {file}, which its index names")
         inside = read_header(folder / file)[0]
-        if lost := sorted(n for n, f in found.items() if f == file and n not in inside):
+        if lost := sorted(n for n, f in files.items() if f == file and n not in inside):
             raise SrmuError(f"{folder / file} lacks the tensor {lost[0]}, which the index names")
-    return {name: folder / file for name, file in found.items()}
+    return {name: folder / file for name, file in files.items()}
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], int]:
-    """A safetensors file's tensors and the offset at which their data starts.
+    """The tensors of a safetensors file, and the offset at which their data starts.
 
-    SrmuError naming the file, and the tensor that it does not hold whole, when it is damaged.
+    SrmuError naming the file, and the first incomplete tensor, if it is damaged.
     """
     try:
         size = path.stat().st_size
@@ -95,23 +101,15 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
         for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
             if start + entry["data_offsets"][1] > size:
                 raise ValueError(f"it ends before the tensor {name} does")
-        with safe_open(path, "pt"):  # refuses what else does not fit
+        with safe_open(path, "pt"):  # refuses any other fault
             pass
-    except (
-        SafetensorError,
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        IndexError,
-    ) as error:
+    except Exception as error:  # damaged in some way
         raise SrmuError(f"{path} is damaged: {first_line(error)}; fetch it again") from error
     return entries, start
 
 
 def stored_entries(folder: Path) -> dict[str, Any]:
-    """What the headers of a checkpoint's files say of each tensor: dtype, shape, data_offsets."""
+    """The header entry of each tensor of a checkpoint: dtype, shape, data_offsets."""
     files = sorted(set(list_shards(folder).values()))
     return {name: entry for path in files for name, entry in read_header(path)[0].items()}
 
@@ -124,20 +122,20 @@ def stored_types(folder: Path) -> dict[str, torch.dtype]:
 
 def layer_number(name: str) -> int | None:
     """The decoder layer that a tensor belongs to, by the first number in its name."""
-    found = re.search(r"(?:^|\.)(\d+)\.", name)
-    return int(found[1]) if found else None
+    match = re.search(r"(?:^|\.)(\d+)\.", name)
+    return int(match[1]) if match else None
 
 
 def in_layer(name: str) -> str:
-    """A tensor's name inside its decoder layer: what precedes it differs between classes."""
+    """The name of a tensor inside its decoder layer; what precedes it differs between classes."""
     return re.split(r"(?:^|\.)\d+\.", name, maxsplit=1)[-1]
 
 
 def checkpoint_names(folder: Path, originals: Mapping[str, Tensor]) -> dict[str, list[str]]:
-    """The checkpoint's name for each parameter; one an expert where it stores them apart.
+    """The checkpoint's name for each parameter; one for each expert where they lie apart.
 
-    A name may carry a prefix that the other lacks. Sure because the stored bytes are compared with
-    the original values, not only the names.
+    A name may have a prefix that the other lacks. The stored bytes are compared with the original
+    values, so a match is certain.
     """
     where = list_shards(folder)
     names = {}
@@ -159,30 +157,30 @@ def checkpoint_names(folder: Path, originals: Mapping[str, Tensor]) -> dict[str,
 def expert_name(
     folder: Path, where: Mapping[str, Path], name: str, number: int, part: Tensor
 ) -> str:
-    """The checkpoint's name for one expert's part of a parameter that stacks all experts."""
-    found = [
+    """The checkpoint's name for the part of one expert of a parameter that stacks all experts."""
+    matches = [
         key
         for key in where
         if layer_number(key) == layer_number(name)
         and expert_of(key) == number
         and stores_values(where[key], key, part)
     ]
-    if len(found) != 1:
+    if len(matches) != 1:
         raise SrmuError(
-            f"{folder} stores expert {number} of {name} as {found or 'nothing'}: "
+            f"{folder} stores expert {number} of {name} as {matches or 'nothing'}: "
             "cannot write it back"
         )
-    return found[0]
+    return matches[0]
 
 
 def expert_of(name: str) -> int | None:
     """The expert that a tensor belongs to, by the second number in its name."""
-    found = re.findall(r"\.(\d+)(?=\.)", name)
-    return int(found[1]) if len(found) == 2 else None
+    numbers = re.findall(r"\.(\d+)(?=\.)", name)
+    return int(numbers[1]) if len(numbers) == 2 else None
 
 
 def stores_values(path: Path, key: str, original: Tensor) -> bool:
-    """Whether a stored tensor holds those values; SrmuError where it holds what is no number."""
+    """Whether a stored tensor holds those values; SrmuError if it holds NaN or infinity."""
     stored = stored_tensor(path, key)
     if stored.shape != original.shape or not torch.equal(
         stored.to(original.dtype).nan_to_num(), original.cpu().nan_to_num()
@@ -194,7 +192,7 @@ def stores_values(path: Path, key: str, original: Tensor) -> bool:
 
 
 def are_alike(a: str, b: str) -> bool:
-    """Whether two tensor names are the same but for a prefix, such as `transformer.`."""
+    """Whether two tensor names differ only by a prefix, such as `transformer.`."""
     return a == b or a.endswith("." + b) or b.endswith("." + a)
 
 
@@ -205,7 +203,7 @@ def save_delta(
     changed: Mapping[str, Tensor],
     metadata: Mapping[str, str],
 ) -> None:
-    """Write the changed tensors in the checkpoint's own dtypes, under their `checkpoint_names`."""
+    """Write the changed tensors under their `checkpoint_names`, in the dtypes of the checkpoint."""
     where = list_shards(folder)
     delta, marks = {}, {}
     for name, tensor in changed.items():
@@ -223,9 +221,9 @@ def save_delta(
 
 
 def sort_metadata(path: Path) -> None:
-    """Give a safetensors file the bytes that any other of its content has.
+    """Sort the metadata of a safetensors file, so that equal content gives equal bytes.
 
-    The library writes metadata in the order of a hash map, another one in each process.
+    The library writes it in the order of a hash map, which differs between processes.
     """
     with path.open("r+b") as file:
         size = int.from_bytes(file.read(8), "little")
@@ -238,7 +236,7 @@ def sort_metadata(path: Path) -> None:
 
 
 def load_delta(path: Path, folder: Path) -> dict[str, Tensor]:
-    """The tensors of a delta by checkpoint name; SrmuError when its base model has changed."""
+    """The tensors of a delta by checkpoint name; SrmuError if its base model has changed."""
     where = list_shards(folder)
     try:
         delta = load_file(path)
@@ -262,12 +260,12 @@ def stored_tensor(path: Path, key: str) -> Tensor:
 
 
 def raw_bytes(tensor: Tensor) -> bytes:
-    """The bytes of a tensor as they lie in a file."""
+    """The bytes of a tensor, as a file stores them."""
     return tensor.contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def apply_delta(module: torch.nn.Module, folder: Path, delta: Mapping[str, Tensor]) -> None:
-    """Put a delta's tensors into a loaded model."""
+    """Copy the tensors of a delta into a loaded model."""
     parameters = dict(module.named_parameters())
     for name, tensor in delta.items():
         places = [p.data for known, p in parameters.items() if are_alike(known, name)]
@@ -291,22 +289,22 @@ def export_checkpoint(
     watch: Watch = ignore_progress,
     texts: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a full checkpoint: the base's files, with the delta's tensors in their places.
+    """Write a full checkpoint: the files of the base, with the tensors of the delta.
 
-    `texts` are files to write beside them, or in place of the base's, by name.
+    `texts` are further files by name, which may replace those of the base.
 
-    Shards without a changed tensor are linked to the base's instead of copied if `link`, and by
-    default where the base lies in the hub's cache, whose files nobody edits. The source is never
-    modified. `out` appears when it is complete.
+    Shards without a changed tensor become hard links if `link` is true, and by default where the
+    base lies in the hub's cache, whose files nobody edits. The source is never modified. `out`
+    appears once it is complete.
     """
     where = list_shards(folder)
     if lost := sorted(set(delta) - set(where)):
         raise SrmuError(f"the model {folder} has no tensor {lost[0]}; is it another model?")
     patched = {where[name] for name in delta}
-    wanted = [folder / name for name in list_carried(folder)]
-    require_space(out, sum(file.stat().st_size for file in wanted if not link))
-    with whole_folder(out) as temporary, watch("writing files", len(wanted)) as tick:
-        for file in wanted:
+    files = [folder / name for name in list_carried(folder)]
+    require_space(out, sum(file.stat().st_size for file in files if not link))
+    with whole_folder(out) as temporary, watch("writing files", len(files)) as tick:
+        for file in files:
             copy = temporary / file.relative_to(folder)
             copy.parent.mkdir(exist_ok=True)
             share = file.is_symlink() if link is None else link
@@ -322,9 +320,9 @@ def export_checkpoint(
 
 
 def list_carried(folder: Path) -> list[str]:
-    """The files of a checkpoint that an export has too, relative to it.
+    """The files of a checkpoint that an export includes, relative to it.
 
-    Not weights that the model does not load: they would keep the old tensors.
+    Weights that the model does not load are left out: they would keep the old tensors.
     """
     loaded = set(list_shards(folder).values())
     return [
@@ -338,7 +336,7 @@ def list_carried(folder: Path) -> list[str]:
 
 
 def hard_link(source: Path, target: Path) -> None:
-    """Give a file a second name; copy it where that cannot be, as on another file system."""
+    """Give a file a second name; copy it where that is impossible, as on another file system."""
     try:
         target.hardlink_to(source)
     except OSError:
@@ -346,7 +344,7 @@ def hard_link(source: Path, target: Path) -> None:
 
 
 def patch_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Overwrite tensors of a safetensors file in place: same dtype, shape and position."""
+    """Overwrite tensors of a safetensors file in place; dtype, shape and position stay."""
     entries, start = read_header(path)
     with path.open("r+b") as file:
         for name, tensor in tensors.items():
@@ -362,7 +360,7 @@ def patch_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
 def identify_base(folder: Path, depth: int | None) -> str:
     """A digest that tells the first layers of two models apart without reading them whole.
 
-    Over each file's size, time of change and table of tensors, and three pages of each tensor.
+    It covers the size, time of change and header of each file, and three pages of each tensor.
     """
     code = hashlib.sha256()
     for path in sorted(set(list_shards(folder).values())):
@@ -392,7 +390,7 @@ def fingerprint_model(folder: Path) -> str:
 
 
 def changed_fingerprint(base: str, delta: Mapping[str, Tensor]) -> str:
-    """The fingerprint of a model whose base has the fingerprint `base`, with a delta on it."""
+    """The fingerprint of a model with a delta, whose base has the fingerprint `base`."""
     parts = [base.encode()]
     for name, tensor in sorted(delta.items()):
         parts += [name.encode(), raw_bytes(tensor)]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
@@ -12,12 +12,11 @@ import torch
 from jaxtyping import Float
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import GenerationConfig
 
 from srmu.data.sources import read_texts
-from srmu.data.tokens import batch_rows, pad_id, tokenise_texts
-from srmu.engine import weights
-from srmu.engine.loading import load_module
+from srmu.data.tokens import batch_rows, tokenise_texts
+from srmu.engine.generate import list_ends, write_on
+from srmu.engine.hooks import edit_outputs
 from srmu.engine.losses import is_counted, is_predicted, without_first
 from srmu.engine.model import Batch, EditableModel, Site
 from srmu.engine.progress import Watch, ignore_progress
@@ -25,8 +24,9 @@ from srmu.engine.train import move_batch
 from srmu.errors import SrmuError
 from srmu.evals.figures import Analysis, Panel, draw_histogram, format_number
 from srmu.methods import Misdirection
-from srmu.runs.record import RECORD
-from srmu.runs.run import STATE, Run, find_device, load_tokenizer
+from srmu.runs.open import open_target
+from srmu.runs.record import STATE
+from srmu.runs.run import Run
 
 MEASURES = ("logit", "probability", "margin", "entropy")  # of confidence
 Texts = Mapping[str, Sequence[str]]  # "forget" and "retain"
@@ -37,23 +37,21 @@ def open_model(target: str | Path, device: str = "auto") -> tuple[EditableModel,
 
     For a run, `frozen()` of the model that is returned is the model before it.
     """
-    run = Run(Path(target)) if (Path(target) / RECORD).is_file() else None
-    if run and (why := run.config.method.no_checkpoint):
-        raise SrmuError(why)
-    folder = run.base if run else weights.locate_model(str(target))
-    module = load_module(folder).eval().to(find_device(device))
-    model = EditableModel(module, run.record["changed"] if run else [])
-    if run:
-        weights.apply_delta(module, folder, run.delta)
-    return model, load_tokenizer(folder)
+    opened = open_target(target, device)
+    run = opened.run
+    if run and (reason := run.config.method.no_checkpoint):
+        raise SrmuError(reason)
+    model = EditableModel(opened.module, run.record["changed"] if run else [])
+    with opened.after():
+        return model, opened.tokenizer
 
 
 def read_topic_texts(run: Run) -> dict[str, list[str]]:
     """The forget and the retain texts of a run's topics."""
     topics = run.config.topics.values()
     return {
-        "forget": [text for topic in topics for text in read_texts(topic.forget, Path())],
-        "retain": [text for topic in topics for text in read_texts(topic.retain, Path())],
+        "forget": [text for topic in topics for text in read_texts(topic.forget)],
+        "retain": [text for topic in topics for text in read_texts(topic.retain)],
     }
 
 
@@ -117,7 +115,7 @@ def measure_confidence(
                     if tokens == "predicted":
                         rows.append(measure_predicted(model, batch))
                     else:
-                        rows.append(measure_generated(model, batch, tokenizer, new_tokens))
+                        rows.append(measure_generated(model, batch, new_tokens))
                 tick("")
             table = torch.cat(rows)  # (N, 4)
             probabilities[f"{name}, {when}"] = table[:, 1]
@@ -168,35 +166,14 @@ def measure_predicted(model: EditableModel, batch: Batch) -> Float[Tensor, "N 4"
     return measure_logits(logits[is_predicted(batch["labels"])]).cpu()
 
 
-def measure_generated(
-    model: EditableModel, batch: Batch, tokenizer: Any, new_tokens: int
-) -> Float[Tensor, "N 4"]:
+def measure_generated(model: EditableModel, batch: Batch, new_tokens: int) -> Float[Tensor, "N 4"]:
     """The same numbers at the tokens that the model generates after the first half of each row."""
     lengths = batch["attention_mask"].sum(dim=1).tolist()
     rows = zip(batch["input_ids"].tolist(), lengths, strict=True)
     halves = [row[: max(1, length // 2)] for row, length in rows]
-    # padded on the left: all rows go on at the same column
-    (prompts,) = batch_rows(halves, tokenizer, len(halves), "count")
-    ids, mask = (prompts[k].to(model.device) for k in ("input_ids", "attention_mask"))
-    ends = model.module.generation_config.eos_token_id
-    out: Any = model.module.generate(
-        input_ids=ids,
-        attention_mask=mask,
-        generation_config=GenerationConfig(
-            do_sample=False,
-            max_new_tokens=new_tokens,
-            output_logits=True,
-            return_dict_in_generate=True,
-            eos_token_id=ends,
-            pad_token_id=pad_id(tokenizer),
-        ),
-    )
-    logits = torch.stack(out.logits, dim=1)  # (B, S, V)
-    known = torch.tensor([] if ends is None else ends, device=ids.device).reshape(-1)
-    ended = torch.isin(out.sequences[:, ids.shape[1] :], known).long()
-    return measure_logits(
-        logits[ended.cumsum(dim=1) == ended]
-    ).cpu()  # up to the first end, with it
+    ends = list_ends(model.module)
+    _, logits = write_on(model.module, halves, new_tokens, ends, keep_logits=True)
+    return measure_logits(torch.cat(logits)).cpu()
 
 
 def measure_alignment(
@@ -227,7 +204,7 @@ def measure_alignment(
     topics, sentences, panels = {}, [], []
     with watch("measuring directions", len(run.config.topics) * count) as tick:
         for number, (name, topic) in enumerate(run.config.topics.items(), 1):
-            texts = read_texts(topic.forget, Path())
+            texts = read_texts(topic.forget)
             batches = prepare_batches(texts, tokenizer, documents, max_length)
             layers = []
             for layer in range(count):
@@ -365,28 +342,21 @@ def measure_layer(
     return float(torch.cat(ratios).double().mean())
 
 
-@contextmanager
 def add_noise(
     block: nn.Module, mask: Tensor, size: float, generator: torch.Generator
-) -> Iterator[None]:
-    """Add |h| eta to a block's output h at the marked tokens (B, T) while the block runs."""
+) -> AbstractContextManager[None]:
+    """Add |h| eta to a block's output h at the marked tokens (B, T)."""
 
-    def add(module: nn.Module, args: Any, output: Any) -> Any:
-        hidden = output[0] if isinstance(output, tuple) else output
+    def add(hidden: Tensor) -> Tensor:
         if hidden.ndim == 4:  # Gemma 3n
             raise SrmuError("this model keeps several streams: its layers' noise is not measured")
         eta = torch.randn(hidden.shape, generator=generator).to(hidden.device)
         eta = eta * size / hidden.shape[-1] ** 0.5
         marks = mask.reshape(*hidden.shape[:-1], 1)
         length = hidden.float().norm(dim=-1, keepdim=True)
-        new = (hidden + marks * length * eta).to(hidden.dtype)
-        return (new, *output[1:]) if isinstance(output, tuple) else new
+        return hidden + marks * length * eta
 
-    handle = block.register_forward_hook(add)
-    try:
-        yield
-    finally:
-        handle.remove()
+    return edit_outputs({block: add})
 
 
 def average_or_none(values: Tensor) -> float | None:

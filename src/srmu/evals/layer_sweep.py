@@ -15,7 +15,8 @@ from srmu.errors import DivergedError, SrmuError
 from srmu.evals.figures import Analysis, Panel
 from srmu.methods import Misdirection
 from srmu.runs.config import Config
-from srmu.runs.run import Run, base_of, unlearn
+from srmu.runs.plan import locate_base
+from srmu.runs.run import Run, unlearn
 
 Scores = Mapping[str, Mapping[str, Mapping[str, float]]]  # before and after, by metric
 
@@ -38,7 +39,7 @@ def sweep_layers(
     method = config.method
     if not isinstance(method, Misdirection):
         raise SrmuError(f"method {method.name} has no layer to vary; use rmu, adaptive_rmu or srmu")
-    tried = candidate_layers(method, read_config(base_of(config)), at_most)
+    tried = candidate_layers(method, read_config(locate_base(config)), at_most)
     rows: list[dict[str, Any]] = []
     with watch("layer sweep", len(tried)) as tick:
         for layer in tried:

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from srmu.engine import distributed, likelihoods
-from srmu.engine.files import cache_dir, sha256, write_json
+from srmu.engine.cache import find_cached, keep_cached
+from srmu.engine.files import sha256
 from srmu.engine.progress import Watch, ignore_progress
 from srmu.errors import SrmuError
 from srmu.evals.results import Metrics, number_facts, write_answers
@@ -54,8 +55,8 @@ def evaluate(
     if batch_size < 1 or (limit is not None and limit < 1):
         raise SrmuError(f"batch size {batch_size} and limit {limit} must be 1 or more")
     local = _local_tasks(tasks_dir)
-    kept = {name: _cache_path(name, local, limit, fingerprint) for name in tasks}
-    results = {name: _read_cache(kept[name]) if fingerprint else None for name in tasks}
+    keys = {name: _cache_key(name, local, limit, fingerprint) for name in tasks}
+    results = {name: find_cached("evals", keys[name]) if fingerprint else None for name in tasks}
     results = distributed.agree_on(results)
     missing = [name for name in results if results[name] is None]
     if missing:
@@ -68,15 +69,15 @@ def evaluate(
             for name in missing:
                 results[name] = _score_task(harness, name, loaded.pop(name), limit, watch)
                 if fingerprint and distributed.is_first():
-                    kept[name].parent.mkdir(parents=True, exist_ok=True)
-                    write_json(kept[name], results[name])
+                    keep_cached("evals", keys[name], results[name])
     return {key: entry for metrics in results.values() for key, entry in (metrics or {}).items()}
 
 
 def load_questions(name: str, tasks_dir: Path | None) -> list[tuple[str, list[str], int, Any]]:
     """The questions of a multiple-choice task: prompt, options with their blank, gold, row.
 
-    SrmuError for a task that is unknown or of another kind.
+    Of several right options the first is kept: one is right, among wrong ones. SrmuError for a task
+    that is unknown or of another kind.
     """
     questions = []
     with silence_output():
@@ -87,14 +88,18 @@ def load_questions(name: str, tasks_dir: Path | None) -> list[tuple[str, list[st
         task.set_fewshot_seed(SEED)
         with silence_output():
             task.build_all_requests()
-        for _, asked in groupby(task.instances, key=lambda one: one.doc_id):
-            # a metric may add requests without the prompt
-            requests = [one for one in asked if one.args[0]]
-            row = requests[0].doc
-            gold = task.doc_to_target(row)
-            options = task.doc_to_choice(row)
-            number = options.index(gold) if gold in options else int(gold)
-            questions.append((requests[0].args[0], [one.args[1] for one in requests], number, row))
+        for _, requests in groupby(task.instances, key=lambda one: one.doc_id):
+            first, *others = requests
+            row, names = first.doc, task.doc_to_choice(first.doc)
+            golds = [
+                names.index(gold) if gold in names else int(gold)
+                for gold in _as_list(task.doc_to_target(row))
+            ]
+            # a metric may add requests, without the prompt, after those of the options
+            options = [one.args[1] for one in (first, *others)][: len(names)]
+            kept = [i for i in range(len(names)) if i == golds[0] or i not in golds]
+            asked = [options[i] for i in kept]
+            questions.append((first.args[0], asked, kept.index(golds[0]), row))
     return questions
 
 
@@ -127,8 +132,8 @@ def _local_tasks(folder: Path | None) -> Local:
     return tasks
 
 
-def _cache_path(name: str, local: Local, limit: int | None, fingerprint: str | None) -> Path:
-    """Where a task's results are kept: named by the hash of all that could change them."""
+def _cache_key(name: str, local: Local, limit: int | None, fingerprint: str | None) -> list[Any]:
+    """Everything that decides a task's results."""
     config, files = local.get(name, ({}, []))
     text = json.dumps(config, sort_keys=True, default=str)
     for file in files:
@@ -142,17 +147,7 @@ def _cache_path(name: str, local: Local, limit: int | None, fingerprint: str | N
         Path(__file__).with_name("harness.py"),
     ]
     versions.append(sha256(*files))
-    key = json.dumps([fingerprint, name, text, limit, versions])
-    return cache_dir() / "evals" / f"{sha256(key.encode())}.json"
-
-
-def _read_cache(path: Path) -> Metrics | None:
-    """Cached metrics; None if there is no such file, or it is damaged."""
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-        return results if all(isfinite(entry["value"]) for entry in results.values()) else None
-    except (OSError, ValueError, AttributeError, KeyError, TypeError):
-        return None
+    return [fingerprint, name, text, limit, versions]
 
 
 @cache

@@ -12,12 +12,12 @@ import torch
 
 from srmu.engine import weights
 from srmu.engine.files import write_whole
-from srmu.engine.loading import load_module
 from srmu.evals.lm_eval import load_questions
 from srmu.evals.results import merge_results
 from srmu.evals.subject import Question, Subject, mark_answers
+from srmu.runs.open import open_target
 from srmu.runs.record import DELTA, RECORD
-from srmu.runs.run import Run, load_tokenizer
+from srmu.runs.run import Run
 
 HALVINGS = 5
 
@@ -53,7 +53,8 @@ def match_utility(run: Run, out: Path, budget: float, judged: Sequence[str]) -> 
 def largest_share(run: Run, budget: float, judged: Sequence[str]) -> float:
     """Search by halving: the mean loss on `judged` rises with the share, or nearly so."""
     asked = [load_task(task, run.config.tasks_dir or "") for task in judged]
-    subject = Subject(load_module(run.base).eval(), load_tokenizer(run.base))
+    opened = open_target(run, "cpu")
+    subject = Subject(opened.module, opened.tokenizer)
     parameters, before, after = (
         dict(subject.module.named_parameters()),
         original_tensors(run),

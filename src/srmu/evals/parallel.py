@@ -7,14 +7,12 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
-import torch
+from srmu.engine.progress import Watch, ignore_progress
 
-from srmu.engine.progress import Watch, ignore_progress, silence_libraries
-from srmu.evals.score import score_model
-from srmu.runs.config import load_config
-from srmu.runs.run import unlearn
+Job = TypeVar("Job")
+Outcome = TypeVar("Outcome")
 
 
 class RunJob(NamedTuple):
@@ -25,16 +23,6 @@ class RunJob(NamedTuple):
     tasks: tuple[str, ...] = ()
 
 
-def run_one(job: RunJob) -> Path:
-    """Unlearn and score one job; the folder of its run."""
-    # Threads that wait for each other spin: one in each of several processes is faster.
-    torch.set_num_threads(1)
-    silence_libraries()
-    run = unlearn(load_config(job.config, job.overrides))
-    score_model(run, job.tasks)
-    return run.folder
-
-
 def count_cpus() -> int:
     """The processors that this process may use."""
     if hasattr(os, "sched_getaffinity"):  # Linux
@@ -43,9 +31,9 @@ def count_cpus() -> int:
 
 
 def run_all(
-    jobs: Sequence[Any], watch: Watch = ignore_progress, function: Callable[[Any], Any] = run_one
-) -> list[Any]:
-    """Run the jobs in as many processes as there are processors; their folders in order."""
+    jobs: Sequence[Job], watch: Watch = ignore_progress, *, function: Callable[[Job], Outcome]
+) -> list[Outcome]:
+    """Do the jobs in as many processes as there are processors; what came of each, in order."""
     workers = min(count_cpus(), len(jobs))
     with (
         ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool,

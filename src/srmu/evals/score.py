@@ -8,13 +8,12 @@ from pathlib import Path
 
 from srmu.engine import distributed, weights
 from srmu.engine.files import sha256
-from srmu.engine.loading import load_module, read_config
 from srmu.engine.progress import Watch, ignore_progress
 from srmu.errors import SrmuError
 from srmu.evals.lm_eval import evaluate
 from srmu.evals.results import Metrics, merge_results, metric_rows, plain_metrics
-from srmu.runs.record import RECORD
-from srmu.runs.run import Run, find_device, load_tokenizer
+from srmu.runs.open import open_target
+from srmu.runs.run import Run
 
 
 def score_model(
@@ -33,15 +32,9 @@ def score_model(
     run's, else in `tasks/` beside the model. The scores of a run are merged into the `results.json`
     of its folder, those of a model into that of `out`, if that is named.
     """
-    if isinstance(target, Run):
-        run: Run | None = target
-    else:
-        is_run = (Path(target) / RECORD).exists()
-        run = Run.open(Path(target)) if is_run else None
-    folder = run.base if run else weights.locate_model(str(target))
+    opened = open_target(target, device)
+    folder, run = opened.base, opened.run
     delta = run.delta if run else {}
-    read_config(folder)
-    weights.list_shards(folder)
     if run:
         tasks = tasks or run.config.eval
         if tasks_dir is None:
@@ -49,18 +42,23 @@ def score_model(
     if not tasks:
         raise SrmuError("no task named; give --tasks a,b")
     tasks_dir = Path(tasks_dir) if tasks_dir is not None else tasks_beside(folder)
-    tokenizer = load_tokenizer(folder)
-    module = load_module(folder).eval().to(find_device(device))
-
     base = weights.fingerprint_model(folder)
-    ask = partial(evaluate, module, tokenizer, tasks, tasks_dir=tasks_dir, limit=limit, watch=watch)
+    ask = partial(
+        evaluate,
+        opened.module,
+        opened.tokenizer,
+        tasks,
+        tasks_dir=tasks_dir,
+        limit=limit,
+        watch=watch,
+    )
     metrics = {"before": ask(fingerprint=weights.changed_fingerprint(base, {}))}
     if run:
         method = run.config.method
         fingerprint = weights.changed_fingerprint(base, delta)
         if method.no_checkpoint:  # its options decide the answers, too
             fingerprint = sha256(fingerprint.encode(), repr(method).encode())
-        with method.at_inference(module, partial(weights.apply_delta, module, folder, delta)):
+        with opened.after():
             metrics["after"] = ask(fingerprint=fingerprint)
     else:
         metrics = {"after": metrics["before"]}

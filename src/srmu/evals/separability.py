@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from srmu.data.overlap import measure_contamination, measure_coverage, ngram_overlap
 from srmu.data.tokens import batch_rows, tokenise_texts
-from srmu.engine.loading import find_layers
+from srmu.engine.hooks import decoder_blocks, edit_outputs
 from srmu.engine.losses import is_counted, without_first
 from srmu.engine.model import Batch
 from srmu.engine.progress import Watch, ignore_progress
@@ -174,29 +174,24 @@ def sample_activations(
     module: PreTrainedModel, sample: Sample, tick: Callable[[str], None]
 ) -> list[tuple[Array, Tensor]]:
     """The activations of the chosen tokens (N, D), and `sum_features` of all tokens, by layer."""
-    blocks = getattr(*find_layers(module))
+    blocks = decoder_blocks(module)
     values: list[list[Tensor]] = [[] for _ in blocks]
     totals: list[Tensor | int] = [0 for _ in blocks]
     masks: list[Tensor] = []  # of the batch that is read: all tokens, the chosen ones
 
-    def see(layer: int, block: nn.Module, args: Any, output: Any) -> None:
-        hidden = output[0] if isinstance(output, tuple) else output
+    def see(layer: int, hidden: Tensor) -> None:
         if hidden.ndim == 4:  # Gemma 3n
             raise SrmuError(f"{type(module).__name__} keeps several streams: it is not compared")
         hidden = hidden.reshape(*masks[0].shape, -1)  # OPT flattens inside its layers
         totals[layer] = totals[layer] + sum_features(hidden, masks[0]).cpu()
         values[layer].append(hidden[masks[1]].float().cpu())
 
-    handles = [block.register_forward_hook(partial(see, i)) for i, block in enumerate(blocks)]
-    try:
+    with edit_outputs({block: partial(see, i) for i, block in enumerate(blocks)}):
         for batch, mask, chosen in zip(sample.batches, sample.masks, sample.chosen, strict=True):
             masks[:] = mask.to(module.device), chosen.to(module.device)
             read = move_batch({k: batch[k] for k in ("input_ids", "attention_mask")}, module.device)
             module.base_model(**read, use_cache=False)
             tick("")
-    finally:
-        for handle in handles:
-            handle.remove()
     return [
         (torch.cat(parts).numpy(), torch.as_tensor(total))
         for parts, total in zip(values, totals, strict=True)

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from srmu.engine.likelihoods import score_answers
 from srmu.engine.model import EditableModel
+from srmu.errors import SrmuError
 
 
 class NotApplicable(Exception):  # noqa: N818 (nothing went wrong)
@@ -115,13 +116,24 @@ class Subject:
         return tuple(self.tokenizer(text)["input_ids"])
 
     def tokens(self, text: str) -> list[int]:
-        """The tokens of a text from its start, with those that the tokenizer puts first."""
-        return list(self._known(text))
+        """The tokens of a text from its start, with those that the tokenizer puts first.
+
+        Where there are none at all, the token that texts begin or end with, as in lm-eval.
+        """
+        return list(self._known(text)) or [self.start]
 
     def split(self, prompt: str, answer: str) -> tuple[list[int], list[int]]:
         """The tokens of a prompt, and those that the answer after it adds."""
-        before, whole = self.tokens(prompt), self.tokens(prompt + answer)
-        return before, whole[len(before) :]
+        before, whole = self._known(prompt), self._known(prompt + answer)
+        return self.tokens(prompt), list(whole[len(before) :])
+
+    @property
+    def start(self) -> int:
+        """What an empty text is read as: BOS, or EOS where there is none."""
+        for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
+            if token is not None:
+                return token
+        raise SrmuError("a question has no prompt, and the tokenizer no token to begin a text with")
 
 
 def answer_likelihoods(

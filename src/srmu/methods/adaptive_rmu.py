@@ -6,9 +6,10 @@ from typing import Any, ClassVar, Literal, Self
 
 from torch import Tensor
 
-from srmu.engine.distributed import total_spread
+from srmu.engine.batch import Batch
+from srmu.engine.distributed import sum_values
 from srmu.engine.losses import token_mean
-from srmu.engine.model import Batch, EditableModel
+from srmu.engine.model import EditableModel
 from srmu.errors import SrmuError
 from srmu.methods.base import State
 from srmu.methods.rmu import RMU
@@ -21,8 +22,8 @@ class AdaptiveRMU(RMU):
     name: ClassVar[str] = "adaptive_rmu"
     paper: ClassVar[str] = "arXiv 2408.06223"
 
-    scale: float | None = None  # None: 5, as the public code; only beside coeff
-    norm_source: Literal["frozen", "updated"] = "frozen"  # the public code measures the updated
+    scale: float | None = None  # None: 5, as in the public code; only with coeff
+    norm_source: Literal["frozen", "updated"] = "frozen"  # the public code takes updated
     norm_when: Literal["first_batch", "per_batch", "per_sample", "per_token"] = "first_batch"
 
     def __post_init__(self) -> None:
@@ -34,7 +35,7 @@ class AdaptiveRMU(RMU):
 
     @property
     def factor(self) -> float:
-        """The target's norm over the norm that is measured."""
+        """The norm of the target over the measured norm."""
         if self.coeff is not None:
             return (5.0 if self.scale is None else self.scale) * self.coeff
         return super().factor
@@ -44,7 +45,7 @@ class AdaptiveRMU(RMU):
         return super(AdaptiveRMU, bare).with_options(options)
 
     def scaled(self, shape: Tensor, norm: float) -> Tensor:
-        """The target of that shape, a unit vector, at activations of norm `norm`."""
+        """The target along a unit vector, for activations of norm `norm`."""
         return self.factor * norm * shape
 
     def target(
@@ -60,12 +61,13 @@ class AdaptiveRMU(RMU):
         if self.norm_when == "per_token":
             # eq: Adaptive RMU, T = beta |h(x_f)| u
             return self.factor * norms[..., None] * direction
-        mask = self.measured(forget)
+        mask = self.measured_tokens(forget)
         if self.norm_when == "per_sample":
             means = (norms * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
             return self.factor * means[:, None, None] * direction
-        mean = float(total_spread(token_mean(norms, mask)))
-        if self.norm_when == "first_batch":  # the public code's form
+        part = token_mean(norms, mask)
+        mean = float(sum_values(part.share(sum_values(part.count))))
+        if self.norm_when == "first_batch":  # as the public code does
             state.memory["first_norm"] = mean
         target = self.factor * mean * direction
         state.tensors["target"] = target

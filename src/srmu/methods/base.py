@@ -1,4 +1,4 @@
-"""What a method is: a frozen dataclass whose fields are its options, with one function."""
+"""What a method is: a frozen dataclass with its options as fields, and one function."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
-from math import log as log_of
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 from torch import Tensor, nn
 
-from srmu.engine.model import Batch, EditableModel
+from srmu.engine.batch import Batch
+from srmu.engine.model import EditableModel
 from srmu.engine.progress import Watch, ignore_progress
 from srmu.engine.resume import Checkpoints
 from srmu.engine.topic import Topic
@@ -29,23 +29,29 @@ from srmu.engine.train import (
 )
 from srmu.errors import SrmuError
 
-CHANGING = ("tensors", "numbers", "memory")  # what a loss may change of its topic's state
+CHANGING = ("tensors", "numbers", "memory")  # the parts of a state that a loss may change
+
+# Bounds of options, see `Method.within`.
+COUNT = (1, 1 << 30)
+SHARE = (0, 1)
+PART = RATE = (1e-12, 1)  # above 0
+WEIGHT = (0, 1e30)
 
 Level = Literal["logit", "neuron", "representation", "weights"]
 
 
 @dataclass
 class State:
-    """The fixed things of one topic: what is drawn or measured once, before the first step."""
+    """What a method draws or measures for one topic before the first step."""
 
     tensors: dict[str, Tensor] = field(default_factory=dict)  # saved with the run
     numbers: dict[str, Any] = field(default_factory=dict)  # printed and recorded
-    memory: dict[str, Any] = field(default_factory=dict)  # what a step hands to the next
+    memory: dict[str, Any] = field(default_factory=dict)  # carried from step to step
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)  # trained beside the model's
 
 
 class MethodOutcome(NamedTuple):
-    """What a method leaves besides the changed model: the state of each topic, why it ended."""
+    """What a method leaves besides the changed model: the state of each topic, and why it ended."""
 
     states: dict[str, State]
     stop_reason: str = FINISHED
@@ -53,19 +59,19 @@ class MethodOutcome(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Method(ABC):
-    """A way to unlearn. `depth` is the number of layers it needs, None for the whole model."""
+    """A way to unlearn. `depth` is the number of layers it needs; None: the whole model."""
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
 
     name: ClassVar[str]
     paper: ClassVar[str]
     level: ClassVar[Level] = "logit"  # what it works on
-    uses: ClassVar[tuple[str, ...]] = ()  # besides the model and the forget texts
+    uses: ClassVar[tuple[str, ...]] = ()  # besides the model and forget texts
     learning_rate: ClassVar[float] = 5e-5  # where train.learning_rate is not given
     schedule: ClassVar[Schedule] = "constant"  # where train.schedule is not given
-    # whether several processes can share its work, each with a part of every batch
+    # whether several processes can share its work, each with a part of each batch
     spreads: ClassVar[bool] = False
-    endless: ClassVar[bool] = False  # its loss has no lower bound: it must be stopped
+    endless: ClassVar[bool] = False  # its loss has no lower bound: a rule must stop it
 
     @property
     @abstractmethod
@@ -74,58 +80,54 @@ class Method(ABC):
     @property
     @abstractmethod
     def trainable(self) -> tuple[str, ...]:
-        """Roles by layer or glob patterns of parameter names."""
+        """Roles by layer, or glob patterns of parameter names."""
 
     @property
     def reads_retain(self) -> bool:
-        """Whether it cannot work without retain texts."""
+        """Whether it needs retain texts."""
         return "retain texts" in self.uses
 
     def resolved(self, config: Any) -> Self:
-        """This method with what depends on the model filled in; SrmuError where it cannot fit."""
+        """This method with what depends on the model filled in; SrmuError if it does not fit."""
         return self
 
     def training(self, options: TrainOptions) -> TrainOptions:
-        """The options with what the method itself sets filled in."""
+        """The options with the learning rate and schedule of the method filled in."""
         rate = options.learning_rate or self.learning_rate
         return replace(options, learning_rate=rate, schedule=options.schedule or self.schedule)
 
-    def limited(self, options: TrainOptions, vocabulary_size: int) -> TrainOptions:
-        """`training`, with a stop rule where the loss has no lower bound and none is given."""
-        options = self.training(options)
-        if self.endless and options.forget_ceiling is None:
-            options = replace(options, forget_ceiling=log_of(vocabulary_size))
-        return options
-
     def read_at_once(self, shape: tuple[int, int]) -> tuple[int, int]:
-        """Rows and tokens that a step reads where its batch of forget texts has that many."""
+        """Rows and tokens that a step reads for a batch of forget texts of that shape."""
         return shape
 
     @property
     def written_tokens(self) -> int:
-        """How many tokens the model writes for a topic before the first step."""
+        """The number of tokens that the model writes for a topic before the first step."""
         return 0
 
     def with_options(self, options: Mapping[str, Any]) -> Self:
-        """This method with the options that a topic sets for itself."""
+        """This method with the options of a topic."""
         return replace(self, **options)
 
     def needs(self, option: str, holds: bool, condition: str) -> None:
-        """SrmuError when an option was changed that cannot take effect."""
+        """SrmuError if an option was changed that has no effect."""
         default = type(self).__dataclass_fields__[option].default
         if not holds and getattr(self, option) != default:
             raise SrmuError(f"method.{option} has no effect without {condition}")
 
     def within(self, **bounds: tuple[float, float]) -> None:
-        """SrmuError when an option lies outside its bounds, which belong to the range."""
+        """SrmuError if an option lies outside its bounds, which are allowed themselves."""
         for name, (low, high) in bounds.items():
             value = getattr(self, name)
-            if not low <= value <= high:
-                room = f"from {low:g} to {high:g}" if high < float("inf") else f"at least {low:g}"
-                raise SrmuError(f"method.{name}={value}: expected a number {room}")
+            if value is None or low <= value <= high:
+                continue
+            room = f"from {low:g} to {high:g}" if high < COUNT[1] else f"at least {low:g}"
+            if 0 < low <= RATE[0]:
+                room = f"above 0 and at most {high:g}"
+            raise SrmuError(f"method.{name}={value}: expected a number {room}")
 
     def check(self, topics: Sequence[Topic], train: TrainOptions) -> None:
-        """SrmuError where the texts are not what the method, or a stop rule, needs."""
+        """SrmuError if the method or a stop rule needs texts, or layers, that are not there."""
         for topic in topics:
             if topic.retain:
                 continue
@@ -153,18 +155,18 @@ class Method(ABC):
 
     @property
     def at_once(self) -> bool:
-        """Whether it writes the weights in one go: there is nothing that a stop rule could stop."""
+        """Whether it writes the weights in one go, so that no stop rule applies."""
         return isinstance(self, Edit)
 
     @property
     def no_checkpoint(self) -> str:
-        """Why what it leaves is not a model by itself; "" where it is one."""
+        """Why the result is not a model by itself; "" if it is one."""
         return ""
 
     def at_inference(
         self, module: nn.Module, write: Callable[[], None]
     ) -> AbstractContextManager[Any]:
-        """The original module as the method's product: `write` puts the changed tensors into it."""
+        """Turn the original module into the result; `write` puts the changed tensors into it."""
         write()
         return nullcontext()
 
@@ -178,7 +180,7 @@ class Method(ABC):
         watch: Watch = ignore_progress,
         checkpoints: Checkpoints = NOWHERE,
     ) -> MethodOutcome:
-        """Change the model; what is optimised goes on from its checkpoint, if there is one."""
+        """Change the model. Optimisation resumes from its checkpoint, if there is one."""
 
 
 class Edit(Method):
@@ -186,7 +188,7 @@ class Edit(Method):
 
     @abstractmethod
     def edit(
-        self, model: EditableModel, topics: Sequence[Topic], train: TrainOptions, watch: Watch
+        self, model: EditableModel, topics: Sequence[Topic], watch: Watch
     ) -> dict[str, State]: ...
 
     def apply(
@@ -198,7 +200,7 @@ class Edit(Method):
         watch: Watch = ignore_progress,
         checkpoints: Checkpoints = NOWHERE,
     ) -> MethodOutcome:
-        return MethodOutcome(self.edit(model, topics, self.training(train), watch), "edited")
+        return MethodOutcome(self.edit(model, topics, watch), "edited")
 
 
 class Objective(Method):
@@ -213,21 +215,21 @@ class Objective(Method):
     ) -> Terms: ...
 
     def prepared(self, topic: Topic) -> Topic:
-        """The topic as the loss sees it."""
+        """The topic as the loss reads it."""
         return topic
 
     def reads(self, topic: Topic) -> int:
-        """How many batches of a topic `setup` reads, for the progress."""
+        """The number of batches of a topic that `setup` reads, for the progress."""
         return 0
 
     def editing(self, model: EditableModel, topics: Sequence[Topic]) -> AbstractContextManager[Any]:
-        """What the model is put into while it is trained."""
+        """A context in which the model is trained."""
         return nullcontext()
 
     def finish(
         self, model: EditableModel, topics: Sequence[Topic], train: TrainOptions, watch: Watch
     ) -> None:
-        """What a method does to the model after its training."""
+        """Change the model once more after its training."""
         return
 
     def apply(
@@ -245,7 +247,7 @@ class Objective(Method):
             with watch("measuring and preparing", sum(map(self.reads, topics))) as tick:
                 for topic in topics:
                     method = self.with_options(topic.options)
-                    state = method.setup(model, topic.followed(partial(tick, topic.name)))
+                    state = method.setup(model, topic.with_tick(partial(tick, topic.name)))
                     states[topic.name] = state
                     parts.append((method.prepared(topic), partial(method.loss, model, state)))
             with watch(self.name, train.max_steps) as tick:
@@ -257,18 +259,18 @@ class Objective(Method):
                     log(step, values)
                     tick(live_numbers(values))
 
-                options = self.limited(train, model.vocabulary_size)
                 extra = [p for state in states.values() for p in state.parameters.values()]
                 memory = {f"{n}.{k}": getattr(s, k) for n, s in states.items() for k in CHANGING}
                 stop_reason = fit_model(
-                    model, parts, options, follow, extra, checkpoints, memory, spread=self.spreads
-                )
+                    model, parts, train, follow, extra, checkpoints, memory,
+                    spread=self.spreads, endless=self.endless,
+                )  # fmt: skip
         self.finish(model, topics, train, watch)
         return MethodOutcome(states, stop_reason)
 
 
 def live_numbers(values: Mapping[str, Any]) -> str:
-    """The numbers of a step that a person follows."""
+    """The values of a step to show as progress."""
     shown = {
         "forget": "forget {:.3g}",
         "retain": "retain {:.3g}",

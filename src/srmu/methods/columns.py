@@ -1,4 +1,4 @@
-"""Which input columns of a matrix are updated: those that forget texts excite more than retain."""
+"""Which input columns of a matrix are trained: those that forget texts excite most."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -6,25 +6,25 @@ from contextlib import contextmanager
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from transformers.pytorch_utils import Conv1D
 
-from srmu.engine.model import Batch, EditableModel, Site
+from srmu.engine.batch import Batch, move_batch
+from srmu.engine.model import EditableModel
+from srmu.engine.sites import Site
 from srmu.engine.topic import Topic
-from srmu.engine.train import move_batch
 from srmu.errors import SrmuError
 
-TINY = 1e-30  # a moment by which nothing is divided
+TINY = 1e-30  # avoids a division by 0
 
-Mask = Callable[[Batch], Bool[Tensor, "B T"]]  # the tokens of a batch that are measured
+Mask = Callable[[Batch], Bool[Tensor, "B T"]]  # the tokens of a batch to measure
 
 
 @contextmanager
 def mask_columns(
     model: EditableModel, layers: Sequence[int], share: float, parts: Sequence[Topic], mask: Mask
 ) -> Iterator[None]:
-    """Train only that share of the columns of each of the layers' down-projections.
+    """Train only a share of the columns of each layer's down-projection.
 
-    Gradients of the others are 0, with which AdamW leaves a weight as it is, bit for bit.
+    The gradients of the others are 0, so AdamW leaves those weights unchanged, bit for bit.
     """
     handles = []
     for layer, (name, parameter) in zip(layers, model.trained.items(), strict=True):
@@ -32,7 +32,6 @@ def mask_columns(
             raise SrmuError(
                 f"{name} holds all experts, each with inputs of its own; set method.columns=1"
             )
-        turned = isinstance(model.module.get_submodule(name.rpartition(".")[0]), Conv1D)
         sums = [
             input_moments(model, layer, [batch for part in parts for batch in role(part)], mask)
             for role in (lambda part: part.forget, lambda part: part.retain)
@@ -42,7 +41,7 @@ def mask_columns(
         chosen = torch.zeros_like(ratio, dtype=torch.bool)
         order = ratio.argsort(descending=True, stable=True)
         chosen[order[: max(1, round(share * len(ratio)))]] = True
-        kept = chosen[:, None] if turned else chosen  # Conv1D keeps its matrix as (in, out)
+        kept = chosen[:, None] if model.is_transposed(name) else chosen
         handles.append(parameter.register_hook(lambda slope, kept=kept: slope * kept))
     try:
         yield
@@ -54,7 +53,7 @@ def mask_columns(
 def input_moments(
     model: EditableModel, layer: int, batches: Sequence[Batch], mask: Mask
 ) -> Float[Tensor, " F"]:
-    """Mean squares of what a layer's down-projection reads, of the original model."""
+    """Mean squares of the inputs of a layer's down-projection, in the original model."""
     total, count = torch.zeros((), device=model.device), 0
     with model.frozen():
         for batch in batches:

@@ -2,19 +2,20 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
+from srmu.engine.batch import move_batch
 from srmu.engine.model import EditableModel
 from srmu.engine.progress import Watch
+from srmu.engine.roles import down_projection
 from srmu.engine.topic import Topic
-from srmu.engine.train import TrainOptions, move_batch
 from srmu.errors import SrmuError
-from srmu.methods.base import Edit, Level, State
-from srmu.methods.gradients import attribute_neurons, down_projection, split_batches
+from srmu.methods.base import COUNT, SHARE, Edit, Level, State
+from srmu.methods.gradients import attribute_neurons, split_batches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,35 +28,32 @@ class DEPN(Edit):
     depth: ClassVar[None] = None
     trainable: ClassVar[tuple[str, ...]] = ("*.mlp_down",)
 
-    points: int = 8  # between a neuron off and on, at which a gradient is taken
-    neuron_share: float = 0.1  # of a text's largest attribution: from there a neuron counts
-    text_share: float = 0.5  # of the texts, in which a neuron must count
-    most: int = 64  # neurons of each topic
+    points: int = 8  # between a neuron off and on, where gradients are taken
+    neuron_share: float = 0.1  # of the largest attribution in a text, from which a neuron counts
+    text_share: float = 0.5  # share of texts in which a neuron must count
+    most: int = 64  # neurons of each topic, at most
     samples: int = 32  # texts of each topic, at most
 
     def __post_init__(self) -> None:
-        counts, shares = (1, 1 << 30), (0, 1)
-        self.within(points=counts, samples=counts, most=(0, 1 << 30))
-        self.within(neuron_share=shares, text_share=shares)
+        self.within(points=COUNT, samples=COUNT, most=(0, 1 << 30))
+        self.within(neuron_share=SHARE, text_share=SHARE)
 
-    def edit(
-        self, model: EditableModel, topics: Sequence[Topic], train: TrainOptions, watch: Watch
-    ) -> dict[str, State]:
-        downs = [down_projection(layer) for layer in model.layers]
+    def edit(self, model: EditableModel, topics: Sequence[Topic], watch: Watch) -> dict[str, State]:
+        downs: list[Any] = [down_projection(layer) for layer in model.layers]
         states = {}
         for topic in topics:
             method = self.with_options(topic.options)
-            texts, found = split_batches(topic.forget)[: method.samples], []
+            texts, attributions = split_batches(topic.forget)[: method.samples], []
             with watch(f"attributing {topic.name} to neurons", len(texts)) as tick:
                 for text in texts:
-                    found.append(
+                    attributions.append(
                         attribute_neurons(
                             model, downs, move_batch(text, model.device), method.points
                         )
                     )
                     tick("")
-            states[topic.name] = method.selected(torch.stack(found))
-        # Only now: all topics are measured on the same model, so that their order does not matter.
+            states[topic.name] = method.select_neurons(torch.stack(attributions))
+        # Only now: all topics are measured on the same model, whatever their order.
         for state in states.values():
             for layer, neuron in state.tensors["neurons"].tolist():
                 weight = downs[layer].weight.data
@@ -63,8 +61,8 @@ class DEPN(Edit):
                 (weight if isinstance(downs[layer], Conv1D) else weight.T)[neuron] = 0
         return states
 
-    def selected(self, attributions: Tensor) -> State:
-        """The neurons as rows (layer, index), the strongest first; from attributions (N, L, F)."""
+    def select_neurons(self, attributions: Tensor) -> State:
+        """The neurons as rows (layer, index), strongest first, from attributions (N, L, F)."""
         largest = attributions.amax(dim=(1, 2), keepdim=True)
         shares = torch.where(largest > 0, attributions / largest, -torch.inf)
         # eq: DEPN, the neurons with Att >= r1 max(Att) in r2 of the texts or more, the top z
@@ -76,7 +74,7 @@ class DEPN(Edit):
                 f"no neuron has method.neuron_share={self.neuron_share:g} of the largest "
                 f"attribution in method.text_share={self.text_share:g} of the texts; lower one"
             )
-        # Ranked by the mean share, to which every text adds alike: the paper names no order.
+        # Ranked by the mean share, in which every text counts alike; the paper gives no order.
         mean = shares.clamp(min=-1).mean(dim=0).masked_fill(~enough, -torch.inf).flatten()
         order = mean.argsort(descending=True, stable=True)[: min(self.most, passed)]
         neurons = torch.stack([order // shares.shape[2], order % shares.shape[2]], dim=1)

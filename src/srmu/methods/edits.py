@@ -1,8 +1,7 @@
-"""The methods that write weights without an optimiser: what they share."""
+"""What methods without an optimiser share."""
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,21 +13,22 @@ from torch.nn.utils import get_total_norm
 from srmu.engine.model import EditableModel
 from srmu.engine.progress import Watch, ignore_progress
 from srmu.engine.resume import Checkpoints
+from srmu.engine.stopping import StopRules
 from srmu.engine.topic import Topic, interleave_batches
-from srmu.engine.train import FINISHED, NOWHERE, Limits, Log, TrainOptions
+from srmu.engine.train import FINISHED, NOWHERE, Log, TrainOptions
 from srmu.errors import DivergedError, SrmuError
 from srmu.methods.base import Edit, Level, Method, MethodOutcome, State
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pooling(Method):
-    """A method that takes all topics for one, and works on the weights of the whole model."""
+    """A method that treats all topics as one and works on the weights of the whole model."""
 
     level: ClassVar[Level] = "weights"
     depth: ClassVar[None] = None
 
-    def pooled(self, topics: Sequence[Topic]) -> tuple[Self, Topic]:
-        """This method with the options that topics set, which must be alike; all topics as one."""
+    def pool_topics(self, topics: Sequence[Topic]) -> tuple[Self, Topic]:
+        """This method with the options of the topics, which must agree, and all topics as one."""
         first = topics[0]
         for topic in topics:
             if topic.options != first.options:
@@ -46,7 +46,7 @@ class Pooling(Method):
 class WholeEdit(Pooling, Edit):
     """An edit of all tensors, or of those named."""
 
-    parameters: tuple[str, ...] = ()  # names, globs or roles (`*.mlp`) of what is edited; (): all
+    parameters: tuple[str, ...] = ()  # names, globs or roles (`*.mlp`) to edit; (): all
 
     @property
     def trainable(self) -> tuple[str, ...]:
@@ -57,13 +57,13 @@ class WholeEdit(Pooling, Edit):
 class WeightWalk(Pooling):
     """Moves the weights by equal steps in one direction, until a stop rule holds.
 
-    The learning rate is the share of the weights' norm that a step moves them by: directions come
-    in any size.
+    Directions come in any size, so the learning rate is the share of the norm of the weights that a
+    step moves them by.
     """
 
     @abstractmethod
     def direction(self, model: EditableModel, topic: Topic, watch: Watch) -> dict[str, Tensor]:
-        """Where each trained tensor goes, in float32."""
+        """The direction of each trained tensor, in float32."""
 
     def apply(
         self,
@@ -74,27 +74,22 @@ class WeightWalk(Pooling):
         watch: Watch = ignore_progress,
         checkpoints: Checkpoints = NOWHERE,
     ) -> MethodOutcome:
-        method, pool = self.pooled(topics)
-        options = method.limited(train, model.vocabulary_size)
-        assert options.learning_rate is not None
+        method, pool = self.pool_topics(topics)
+        assert train.learning_rate is not None, "Method.training fills it in"
         direction = method.direction(model, pool, watch)
         weights, length = (float(get_total_norm(d.values())) for d in (model.original, direction))
         if not 0 < length < float("inf"):
             raise DivergedError(f"the norm of the direction of {self.name} is {length:g}")
-        limits = Limits(model, topics, options)
+        rules = StopRules(model, topics, train, self.endless)
         reason = ""
-        with watch(self.name, options.max_steps) as tick:
-            for step in range(options.max_steps):
-                moved = options.learning_rate * (step + 1)
+        with watch(self.name, train.max_steps) as tick:
+            for step in range(train.max_steps):
+                moved = train.learning_rate * (step + 1)
                 for name, parameter in model.trained.items():
-                    # From the original by the sum of all steps: bf16 weights would lose each one.
+                    # From the original by the sum of all steps: bf16 would lose each single one.
                     change = moved * weights / length * direction[name]
                     parameter.data.copy_(model.original[name].float() + change)
-                reason, measured = limits.after(step)
-                if any(map(math.isnan, measured.values())):
-                    raise DivergedError(
-                        f"what the stop rules measure is no number after step {step}"
-                    )
+                reason, measured = rules.check_step(step, f"step {step}")
                 log(step, {"topic": pool.name, "moved": moved, **measured})
                 tick("")
                 if reason:

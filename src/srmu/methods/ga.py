@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+from srmu.engine.batch import Batch
 from srmu.engine.losses import mean_nll
-from srmu.engine.model import Batch, EditableModel
+from srmu.engine.model import EditableModel
 from srmu.engine.train import Terms
 from srmu.methods.base import State
 from srmu.methods.logits import LogitObjective
@@ -12,7 +13,7 @@ from srmu.methods.logits import LogitObjective
 
 @dataclass(frozen=True, kw_only=True)
 class GA(LogitObjective):
-    """Lowers the likelihood of forget texts, without end: a stop rule ends it."""
+    """Lowers the likelihood of forget texts without end; a stop rule ends it."""
 
     name: ClassVar[str] = "ga"
     paper: ClassVar[str] = "arXiv 2401.06121"

@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from srmu.engine.batch import Batch
 from srmu.engine.losses import mean_nll
-from srmu.engine.model import Batch, EditableModel
+from srmu.engine.model import EditableModel
 from srmu.engine.train import Terms
-from srmu.methods.base import State
+from srmu.methods.base import WEIGHT, State
 from srmu.methods.logits import Retaining
 
 
@@ -24,11 +25,11 @@ class GradDiff(Retaining):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.within(gamma=(0, float("inf")))
+        self.within(gamma=WEIGHT)
 
     def loss(
         self, model: EditableModel, state: State, forget: Batch, retain: Batch, step: int
     ) -> Terms:
         # eq: GradDiff, L = -gamma nll(x_f) + alpha R(x_r), R = nll or KL(p0 || p)
         ascent = -self.gamma * mean_nll(model.logits(forget), forget["labels"])
-        return Terms({"forget": ascent, **self.held(model, retain)}, {})
+        return Terms({"forget": ascent, **self.retain_loss(model, retain)}, {})

@@ -14,8 +14,11 @@ FLAT = 0.1  # below this standard deviation a map selects next to nothing
 
 
 def sum_features(hidden: Float[Tensor, "B T D"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "5 D"]:
-    """All that any statistic needs of a batch, in float64: the sums over its counted tokens of
-    x, |x|, x^2 and relu(x), and a row that starts with the sum of norms and the count."""
+    """The sums of a batch that any statistic needs, in float64.
+
+    Rows are the sums over counted tokens of x, |x|, x^2 and relu(x); a last row starts with the sum
+    of norms and the count.
+    """
     values = hidden.float()[mask]  # (tokens, D)
     each = (values, values.abs(), values.square(), values.relu())
     rows = [x.double().sum(dim=0) for x in each]
@@ -27,11 +30,11 @@ def sum_features(hidden: Float[Tensor, "B T D"], mask: Bool[Tensor, "B T"]) -> F
 def measure_features(
     batches: Iterable[Float[Tensor, "5 D"]], kind: Statistic = "abs_mean"
 ) -> tuple[Float[Tensor, "D"], float]:
-    """v_f or v_r, the typical size of each feature over the counted tokens, and their mean norm.
+    """v_f or v_r: the typical size of each feature over the counted tokens, and their mean norm.
 
-    The paper averages activations; its maps are only defined for values >= 0, but means of
-    zero-centred features are signed. `abs_mean` (the magnitude of the mean) is the smallest
-    change that repairs it; `signed_clamped` is the literal text. Takes each batch's `sums`.
+    Takes `sum_features` of each batch. The paper averages activations, but its maps need values >=
+    0, and means of zero-centred features are signed. `abs_mean` (the magnitude of the mean) is the
+    smallest change that repairs this; `signed_clamped` is the literal text.
     """
     total = torch.stack(list(batches)).sum(dim=0)
     norms, count = total[4, :2].tolist()
@@ -56,8 +59,8 @@ def importance_map(
 ) -> Float[Tensor, "D"]:
     """I_norm in [0, 1], from the statistics of forget and retain activations.
 
-    `order` is the permutation of `shuffled`: the ratio map's values on other features, which is
-    the control for any claim about the map. `uniform` is the paper's ablation without map.
+    `order` is the permutation of `shuffled`: the values of the ratio map on other features, the
+    control for any claim about the map. `uniform` is the paper's ablation without a map.
     """
     if kind == "uniform":
         return torch.ones_like(v_f)
@@ -70,7 +73,7 @@ def importance_map(
     else:
         # eq: SRMU eq. 2, product map, I = v_f v_r / (mean(v_f) mean(v_r) + eps)
         raw = v_f * v_r / (v_f.mean() * v_r.mean() + eps)
-    # Only the literal signed statistic makes these: a feature without a value selects nothing.
+    # Only the literal signed statistic gives these; a feature without a value selects nothing.
     raw = torch.nan_to_num(raw, nan=0.0, posinf=0.0, neginf=0.0).clamp(min=0)
     if clip_quantile < 1:
         raw = raw.clamp(max=torch.quantile(raw, clip_quantile))

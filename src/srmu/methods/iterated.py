@@ -5,19 +5,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar
 
-from srmu.engine.model import Batch, EditableModel
+from srmu.engine.batch import Batch
+from srmu.engine.model import EditableModel
 from srmu.engine.topic import Topic
 from srmu.engine.train import Terms
-from srmu.methods.base import State
+from srmu.methods.base import COUNT, RATE, WEIGHT, State
 from srmu.methods.logits import fine_tune
 from srmu.methods.suppressing import Suppressing
 
 
 @dataclass(frozen=True, kw_only=True)
 class Iterated(Suppressing):
-    """Suppresses, relearns the forget texts, and so on in rounds; it ends by suppressing.
+    """Suppresses, relearns the forget texts, and repeats; it ends by suppressing.
 
-    `train` says how the last round suppresses, `teacher_steps` how those before it do.
+    `train` configures the last suppression, `teacher_steps` those before it.
     """
 
     name: ClassVar[str] = "iterated"
@@ -32,15 +33,15 @@ class Iterated(Suppressing):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.within(rounds=(1, 1e6), relearn_steps=(1, 1e9), relearn_learning_rate=(1e-12, 1))
-        self.within(hold=(0, 1e30))
+        self.within(rounds=COUNT, relearn_steps=COUNT, relearn_learning_rate=RATE)
+        self.within(hold=WEIGHT)
 
     def reads(self, topic: Topic) -> int:
         return self.rounds * super().reads(topic)
 
     @contextmanager
     def editing(self, model: EditableModel, topics: Sequence[Topic]) -> Iterator[None]:
-        with self.scoped(model):
+        with self.train_scope(model):
             yield
 
     def setup(self, model: EditableModel, topic: Topic) -> State:

@@ -1,4 +1,4 @@
-"""The methods of the model's output: objectives of logits, on all of its tensors or on LoRA."""
+"""Objectives of the model's output, trained on all tensors, those named, or LoRA adapters."""
 
 from __future__ import annotations
 
@@ -10,23 +10,24 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from srmu.engine.losses import mean_kl, mean_nll
-from srmu.engine.model import Batch, EditableModel
+from srmu.engine.batch import Batch
+from srmu.engine.losses import Mean, mean_kl, mean_nll
+from srmu.engine.model import EditableModel, copy_values
 from srmu.engine.topic import Topic
-from srmu.engine.train import Terms, TrainOptions, copy_values, fit_model
+from srmu.engine.train import Terms, TrainOptions, fit_model
 from srmu.errors import SrmuError
-from srmu.methods.base import Objective, State
+from srmu.methods.base import WEIGHT, Objective, State
 
 
 @dataclass(frozen=True, kw_only=True)
 class LogitObjective(Objective):
-    """An objective of the next-token logits. It trains all tensors, those named, or LoRA."""
+    """An objective of next-token logits that trains all tensors, those named, or LoRA adapters."""
 
     learning_rate: ClassVar[float] = 1e-5
     depth: ClassVar[None] = None
 
-    parameters: tuple[str, ...] = ()  # names, globs or roles (`*.mlp`) of what is trained; (): all
-    lora_rank: int = 0  # above 0: adapters of that rank beside the linear maps, merged at the end
+    parameters: tuple[str, ...] = ()  # names, globs or roles (`*.mlp`) to train; (): all
+    lora_rank: int = 0  # rank of adapters beside the linear maps, merged at the end; 0: none
     lora_alpha: int = 16  # adapters are scaled by lora_alpha / lora_rank
 
     def __post_init__(self) -> None:
@@ -60,7 +61,7 @@ class LogitObjective(Objective):
 
 @dataclass(frozen=True, kw_only=True)
 class Retaining(LogitObjective):
-    """An objective of logits with a choice of what holds the retain texts."""
+    """An objective of logits with a choice of retain loss."""
 
     spreads: ClassVar[bool] = True
 
@@ -69,15 +70,15 @@ class Retaining(LogitObjective):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.within(alpha=(0, float("inf")))
+        self.within(alpha=WEIGHT)
         self.needs("alpha", self.retain != "none", "method.retain")
 
     @property
     def reads_retain(self) -> bool:
         return self.retain != "none"
 
-    def held(self, model: EditableModel, retain: Batch) -> dict[str, Tensor]:
-        """The retain loss, if there is one."""
+    def retain_loss(self, model: EditableModel, retain: Batch) -> dict[str, Mean]:
+        """The retain loss by name, if there is one."""
         if self.retain == "none":
             return {}
         logits = model.logits(retain)
@@ -86,12 +87,10 @@ class Retaining(LogitObjective):
         return {"retain": self.alpha * kl_drift(model, retain, logits)}
 
 
-def kl_drift(
-    model: EditableModel, batch: Batch, logits: Tensor, temperature: float = 1.0
-) -> Tensor:
-    """KL(original || model), mean over the tokens that the batch counts; `logits` are the model's.
+def kl_drift(model: EditableModel, batch: Batch, logits: Tensor, temperature: float = 1.0) -> Mean:
+    """KL(original || model), mean over the counted tokens of a batch; `logits` are the model's.
 
-    At a temperature T the logits of both are divided by it; T^2 keeps the gradient's size.
+    The logits of both are divided by the temperature T; T^2 restores the size of the gradient.
     """
     with model.frozen():
         before = model.logits(batch)
@@ -105,7 +104,7 @@ def strengthen_weights(
 ) -> Mapping[str, Tensor]:
     """The trained tensors after fine-tuning on the forget texts; the model is put back.
 
-    Ticks of `topic.followed` come once a step.
+    `topic.with_tick` ticks once a step.
     """
     fine_tune(model, topic, steps, learning_rate)
     tuned = {name: p.detach().clone() for name, p in model.trained.items()}
@@ -116,13 +115,14 @@ def strengthen_weights(
 def fine_tune(
     model: EditableModel, topic: Topic, steps: int, learning_rate: float, keep: float = 0.0
 ) -> None:
-    """Raise the likelihood of the forget texts from the weights as they are.
+    """Raise the likelihood of the forget texts, starting from the present weights.
 
-    With `keep`, its weight, KL(original || model) on the retain texts is held down beside it.
+    `keep` is the weight of KL(original || model) on the retain texts, if that is to be held down
+    too.
     """
 
     def loss(forget: Batch, retain: Batch, step: int) -> Terms:
-        losses = {"forget": mean_nll(model.logits(forget), forget["labels"])}
+        losses: dict[str, Mean] = {"forget": mean_nll(model.logits(forget), forget["labels"])}
         if keep:
             losses["retain"] = keep * kl_drift(model, retain, model.logits(retain))
         return Terms(losses, {})
@@ -133,4 +133,4 @@ def fine_tune(
 
 
 def ignore_step(step: int, values: Mapping[str, Any]) -> None:
-    """A log that nobody reads."""
+    """A log function that does nothing."""

@@ -1,4 +1,4 @@
-"""The methods of one layer's activations: a target for forget texts, retain texts held in place."""
+"""Methods of one site: forget activations move to a target, retain activations stay in place."""
 
 from __future__ import annotations
 
@@ -12,28 +12,30 @@ from torch import Tensor
 
 from srmu.engine import distributed
 from srmu.engine.activation_cache import digest_tensors, open_activations
+from srmu.engine.batch import Batch, move_batch
 from srmu.engine.loading import check_layers
 from srmu.engine.losses import is_counted, token_cosine, token_mean, token_mse, without_first
-from srmu.engine.model import Batch, EditableModel, Site, Stream
+from srmu.engine.model import EditableModel
 from srmu.engine.progress import Watch, ignore_progress
 from srmu.engine.resume import Checkpoints
+from srmu.engine.sites import Site, Stream
 from srmu.engine.topic import Topic
-from srmu.engine.train import NOWHERE, Log, Terms, TrainOptions, move_batch
+from srmu.engine.train import NOWHERE, Log, Terms, TrainOptions
 from srmu.errors import SrmuError
-from srmu.methods.base import MethodOutcome, Objective, State
+from srmu.methods.base import COUNT, PART, WEIGHT, MethodOutcome, Objective, State
 from srmu.methods.columns import mask_columns
 from srmu.methods.importance import sum_features
-from srmu.methods.replay import own_anchors
+from srmu.methods.own_texts import write_anchors
 
-KAPPA = 8.0  # the strength where none is given
+KAPPA = 8.0  # the default strength
 
 
 @dataclass(frozen=True, kw_only=True)
 class Misdirection(Objective):
     """Drives forget activations at one site to a target and holds retain activations in place.
 
-    The strength is `coeff` (the literal c of the papers) or `kappa` (norm of the target over the
-    mean norm of forget activations: the scale on which methods compare), by default kappa 8.
+    The strength is `coeff` (the literal c of the papers) or `kappa` (the norm of the target over
+    the mean norm of forget activations, which compares across models); by default kappa 8.
     """
 
     level: ClassVar = "representation"
@@ -41,18 +43,18 @@ class Misdirection(Objective):
     uses: ClassVar[tuple[str, ...]] = ("retain texts", "the original activations")
     measures: ClassVar[tuple[str, ...]] = ("forget",)  # texts whose activations are averaged
 
-    layer: int | None = None  # None: 7 of 32, as the papers, in proportion to the model's depth
+    layer: int | None = None  # None: 7 of 32 layers, as in the papers, scaled to the depth
     stream: Stream = "resid_post"
-    window: int = 3  # how many layers are updated; the last is `layer`
+    window: int = 3  # number of layers to update; the last is `layer`
     coeff: float | None = None  # the literal strength of the papers, c or c_map
-    kappa: float | None = None  # the strength as the target's norm over that of activations
+    kappa: float | None = None  # the strength as the norm of the target over that of activations
     alpha: float = 1200.0  # weight of the retain loss
     anchors: Literal["none", "random", "self"] = "none"  # rows to retain: random tokens, own texts
     anchor_share: float = 0.5  # of each retain batch
     own_texts: int = 480  # that the original writes for anchors=self
-    own_ratio: float = 2.5  # drops those with a token so many times as frequent in forget texts
+    own_ratio: float = 2.5  # drops texts with a token that many times as frequent in forget texts
     columns: float = 1.0  # share of each matrix' input columns that is updated
-    skip_first: bool = True  # leave each text's first token out of means and norms
+    skip_first: bool = True  # leave the first token of each text out of means and norms
     map_batches: int = 64  # batches over which activations are averaged before the first step
 
     def __post_init__(self) -> None:
@@ -61,21 +63,12 @@ class Misdirection(Objective):
                 "method.coeff and method.kappa both set the strength; give one of them, "
                 "for example method.coeff=6.5 method.kappa=null"
             )
-        for name in ("coeff", "kappa", "alpha"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < float("inf"):
-                raise SrmuError(f"method.{name}={value}: expected a finite number, at least 0")
-        if not 0 < self.anchor_share <= 1:
-            raise SrmuError("method.anchor_share must be above 0 and at most 1")
+        self.within(**dict.fromkeys(("coeff", "kappa", "alpha"), WEIGHT))
+        self.within(**dict.fromkeys(("window", "map_batches", "own_texts"), COUNT))
+        self.within(own_ratio=(1, 1e30), anchor_share=PART, columns=PART)
         self.needs("anchor_share", self.anchors != "none", "anchors=random or self")
         for name in ("own_texts", "own_ratio"):
             self.needs(name, self.anchors == "self", "anchors=self")
-        self.within(own_texts=(1, 1 << 30), own_ratio=(1, 1e30))
-        if not 0 < self.columns <= 1:
-            raise SrmuError("method.columns must be above 0 and at most 1")
-        for name in ("window", "map_batches"):
-            if getattr(self, name) < 1:
-                raise SrmuError(f"method.{name} must be at least 1")
 
     @property
     def site(self) -> Site:
@@ -84,7 +77,7 @@ class Misdirection(Objective):
 
     @property
     def depth(self) -> int | None:
-        # To write texts takes the whole model.
+        # Writing texts takes the whole model.
         return None if self.anchors == "self" else self.site.layer + 1
 
     @property
@@ -116,7 +109,7 @@ class Misdirection(Objective):
 
     def with_options(self, options: Mapping[str, Any]) -> Self:
         both = {"coeff", "kappa"}
-        if both & set(options):  # the topic's strength takes the place of the method's
+        if both & set(options):  # the strength of the topic replaces that of the method
             options = dict.fromkeys(both) | dict(options)
         return replace(self, **options)
 
@@ -134,14 +127,14 @@ class Misdirection(Objective):
             )
 
     def prepared(self, topic: Topic) -> Topic:
-        return topic if self.anchors == "none" else topic.anchored(self.anchor_share)
+        return topic if self.anchors == "none" else topic.add_anchors(self.anchor_share)
 
     def editing(self, model: EditableModel, topics: Sequence[Topic]) -> AbstractContextManager[Any]:
         if self.columns == 1:
             return super().editing(model, topics)
         most = self.map_batches
         parts = [replace(t, forget=t.forget[:most], retain=t.retain[:most]) for t in topics]
-        return mask_columns(model, self.updated, self.columns, parts, self.measured)
+        return mask_columns(model, self.updated, self.columns, parts, self.measured_tokens)
 
     def apply(
         self,
@@ -154,12 +147,12 @@ class Misdirection(Objective):
     ) -> MethodOutcome:
         if self.anchors != "self":
             return super().apply(model, topics, train, log, watch, checkpoints)
-        if model.activations.kept == "disk":  # they could tell what was read
+        if model.activations.kept == "disk":  # they could reveal the texts
             model.activations = open_activations("memory", {}, model.device)
         own, counts = [], {}
         with watch("writing anchors", len(topics)) as tick:
             for topic in topics:
-                rows, dropped = own_anchors(model, topic, self.own_texts, self.own_ratio)
+                rows, dropped = write_anchors(model, topic, self.own_texts, self.own_ratio)
                 counts[topic.name] = {"kept": len(rows), "dropped": dropped}
                 own.append(replace(topic, own=rows))
                 tick(f"{topic.name}: {len(rows)} kept, {dropped} dropped")
@@ -173,17 +166,17 @@ class Misdirection(Objective):
 
     @property
     def factor(self) -> float:
-        """The target's norm over the norm of forget activations."""
+        """The norm of the target over the norm of forget activations."""
         return KAPPA if self.kappa is None else self.kappa
 
     def scaled(self, shape: Tensor, norm: float) -> Tensor:
-        """The target of that shape: times coeff, or of norm kappa times `norm`."""
+        """The target of that shape: times coeff, or scaled to the norm kappa times `norm`."""
         if self.coeff is not None:
             return self.coeff * shape
         size = float(shape.norm())
         return shape * (self.factor * norm / size if size else 0.0)
 
-    def measured(self, batch: Batch) -> Tensor:
+    def measured_tokens(self, batch: Batch) -> Tensor:
         """The tokens of a batch whose activations enter means and norms, (B, T)."""
         mask = is_counted(batch["labels"])
         return without_first(mask) if self.skip_first else mask
@@ -191,26 +184,27 @@ class Misdirection(Objective):
     def frozen_sums(
         self, model: EditableModel, batches: Sequence[Batch], keep: bool = True
     ) -> Iterator[Tensor]:
-        """What statistics need of the original model's activations, a batch at a time.
+        """The sums that statistics need of the original model's activations, batch by batch.
 
-        Each batch's is kept beside its activations, which `keep` says are needed again in steps.
+        They are kept beside the activations; `keep` says whether later steps need the activations
+        too.
         """
         for batch in batches[: self.map_batches]:
             batch = move_batch(batch, model.device)
-            mask = self.measured(batch)
-            tokens = digest_tensors(batch["input_ids"], batch["attention_mask"], mask)
-            name = f"sums/{self.site}/{tokens}"
-            found = model.activations.find(name)
-            if not isinstance(found, Tensor):
+            mask = self.measured_tokens(batch)
+            name = f"sums/{self.site}/{batch.key}/{digest_tensors(mask)}"
+            sums = model.activations.find(name)
+            if not isinstance(sums, Tensor):
                 with model.frozen():
-                    found = sum_features(model.hidden(batch, self.site, keep), mask)
-                model.activations.keep(name, found)
-            yield found
+                    sums = sum_features(model.hidden(batch, self.site, keep), mask)
+                model.activations.keep(name, sums)
+            yield sums
 
     def state(self, shape: Tensor, norm: float, **tensors: Tensor) -> State:
-        """The state of a topic: the target's shape (D,) scaled, beside what made it.
+        """The state of a topic: the scaled target and the tensors that it was made of.
 
-        `norm` is the mean norm of the original model's forget activations.
+        `shape` (D,) is the target before scaling, `norm` the mean norm of the original forget
+        activations.
         """
         if not 0 < norm < float("inf"):
             kind = "all zero" if norm == 0 else "not finite"
@@ -231,12 +225,12 @@ class Misdirection(Objective):
         """Where forget activations are sent, broadcastable to (B, T, D)."""
         return state.tensors["target"]
 
-    def steered(self, model: EditableModel, forget: Batch) -> Tensor:
-        """The forget activations that are sent to the target, (B, T, D)."""
+    def forget_hidden(self, model: EditableModel, forget: Batch) -> Tensor:
+        """The forget activations that are driven to the target, (B, T, D)."""
         return model.hidden(forget, self.site)
 
     def retain_target(self, state: State, anchor: Tensor) -> Tensor:
-        """Where retain activations are held, (B, T, D): at `anchor`, the original's."""
+        """Where retain activations are held, (B, T, D): at `anchor`, those of the original."""
         return anchor
 
     def loss(
@@ -245,10 +239,10 @@ class Misdirection(Objective):
         with model.frozen():
             anchor = model.hidden(retain, self.site)
         forget_mask, retain_mask = is_counted(forget["labels"]), is_counted(retain["labels"])
-        hidden = self.steered(model, forget)
+        hidden = self.forget_hidden(model, forget)
         target = self.target(model, state, forget, retain, hidden.detach())
         held = model.hidden(retain, self.site)
-        drift = float(token_mse(held.detach(), anchor, retain_mask)) if step == 0 else 0.0
+        drift = float(token_mse(held.detach(), anchor, retain_mask).value) if step == 0 else 0.0
         if drift > 0 and not model.delta():
             raise SrmuError(
                 f"the first retain loss is {drift:.3g} and not 0: the cached activations do not "
@@ -261,8 +255,9 @@ class Misdirection(Objective):
         }
         with torch.no_grad():
             size = target.float().norm(dim=-1).expand(forget_mask.shape)
+            scale = 1 / state.numbers["activation_norm"]
             logged = {
-                "target_ratio": token_mean(size, forget_mask) / state.numbers["activation_norm"],
+                "target_ratio": token_mean(size, forget_mask) * scale,
                 "forget_cos": token_cosine(hidden, target, forget_mask),
                 "retain_cos": token_cosine(held, anchor, retain_mask),
             }

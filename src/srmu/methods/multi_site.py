@@ -7,33 +7,34 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
-from srmu.engine.model import Batch, EditableModel
+from srmu.engine.batch import Batch
+from srmu.engine.model import EditableModel
 from srmu.engine.topic import Topic
-from srmu.engine.train import Terms
-from srmu.methods.base import Level, Objective, State
+from srmu.engine.train import Terms, divide_means
+from srmu.methods.base import COUNT, SHARE, WEIGHT, Level, Objective, State
 from srmu.methods.rmu import RMU
 from srmu.methods.srmu import SRMU
 
 
 @dataclass(frozen=True, kw_only=True)
 class MultiSite(Objective):
-    """Sends forget activations at several layers to a target each, and holds retain ones there."""
+    """Drives forget activations at several layers to a target each; retain activations stay."""
 
     name: ClassVar[str] = "multi_site"
     paper: ClassVar[str] = "none"
     level: ClassVar[Level] = "representation"
     uses: ClassVar[tuple[str, ...]] = ("retain texts", "the original activations")
 
-    target: Literal["srmu", "rmu"] = "srmu"  # whose targets
-    layers: tuple[int, ...] = ()  # (): three, evenly spread, the last one among them
-    window: int = 3  # how many layers are updated up to each
+    target: Literal["srmu", "rmu"] = "srmu"  # the method whose targets are used
+    layers: tuple[int, ...] = ()  # (): three, evenly spread, including the last
+    window: int = 3  # number of layers to update up to each
     kappa: float = 32.0  # norm of each target over mean norm of forget activations there
     alpha: float = 1200.0  # weight of the retain loss
     anchors: Literal["none", "random"] = "none"  # random: rows of random tokens to retain
     anchor_share: float = 0.5  # of each retain batch
 
     def __post_init__(self) -> None:
-        self.within(window=(1, 1 << 16), kappa=(0, 1e30), alpha=(0, 1e30), anchor_share=(0, 1))
+        self.within(window=COUNT, kappa=WEIGHT, alpha=WEIGHT, anchor_share=SHARE)
         self.needs("anchor_share", self.anchors != "none", "anchors=random")
 
     def part(self, layer: int) -> SRMU | RMU:
@@ -60,7 +61,7 @@ class MultiSite(Objective):
         return method
 
     def prepared(self, topic: Topic) -> Topic:
-        return topic.anchored(self.anchor_share) if self.anchors == "random" else topic
+        return topic.add_anchors(self.anchor_share) if self.anchors == "random" else topic
 
     def reads(self, topic: Topic) -> int:
         return sum(self.part(layer).reads(topic) for layer in self.layers)
@@ -76,7 +77,8 @@ class MultiSite(Objective):
         parts, batches = state.memory["parts"].items(), (forget, retain, step)
         terms = [self.part(layer).loss(model, part, *batches) for layer, part in parts]
         # eq: multi-site, L = mean over layers of SRMU eq. 5
-        return Terms(mean_rows([t.losses for t in terms]), mean_rows([t.logged for t in terms]))
+        logged = [divide_means(each.logged, shared=False) for each in terms]
+        return Terms(mean_rows([each.loss_values for each in terms]), mean_rows(logged))
 
 
 def mean_rows(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

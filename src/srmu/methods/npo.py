@@ -6,8 +6,9 @@ from typing import ClassVar
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from srmu.engine.batch import Batch
 from srmu.engine.losses import row_mean, token_nll
-from srmu.engine.model import Batch, EditableModel
+from srmu.engine.model import EditableModel
 from srmu.engine.train import Terms
 from srmu.methods.base import State
 from srmu.methods.logits import Retaining
@@ -15,7 +16,7 @@ from srmu.methods.logits import Retaining
 
 @dataclass(frozen=True, kw_only=True)
 class NPO(Retaining):
-    """Lowers forget texts' likelihood under the original's, ever more gently: bounded ascent."""
+    """Lowers the likelihood of forget texts, ever more gently as it falls: bounded ascent."""
 
     name: ClassVar[str] = "npo"
     paper: ClassVar[str] = "arXiv 2404.05868"
@@ -39,4 +40,4 @@ class NPO(Retaining):
         # (public ports took raw logits for log-probabilities, or means for the sums)
         terms = -2 / self.beta * F.logsigmoid(self.beta * (nll() - before))
         loss = row_mean(terms, forget["labels"])
-        return Terms({"forget": loss, **self.held(model, retain)}, {})
+        return Terms({"forget": loss, **self.retain_loss(model, retain)}, {})

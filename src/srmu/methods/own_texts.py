@@ -1,6 +1,6 @@
-"""Texts that the original model writes itself, and which tokens are a forget set's own.
+"""Texts that the original model writes, and what tells forget texts from others.
 
-They are kept in memory only: they may say what is to be forgotten.
+They stay in memory: they may state what is to be forgotten.
 """
 
 from __future__ import annotations
@@ -15,13 +15,17 @@ import torch
 from torch import Tensor
 
 from srmu.data.names import Names
+from srmu.engine.batch import Batch
 from srmu.engine.generate import Ids, sample_continuations
-from srmu.engine.model import Batch, EditableModel
+from srmu.engine.model import EditableModel
+from srmu.engine.topic import Topic
 from srmu.errors import SrmuError
 
+AfterChunk = Callable[[], None]
+
 AT_ONCE = 128  # texts written at once
-RATIO = 2.5  # how many times more frequent a token of the forget set's own is there
-LEAST = 2  # times that it must be there: once may be chance
+RATIO = 2.5  # how many times as frequent a token typical of the forget set is in it
+LEAST = 2  # occurrences that it needs: one may be chance
 
 
 def unpad_texts(batches: Sequence[Batch]) -> list[Ids]:
@@ -33,26 +37,26 @@ def unpad_texts(batches: Sequence[Batch]) -> list[Ids]:
     ]
 
 
-def ignore_tick() -> None:
-    """Nobody follows."""
-
-
 def first_token(model: EditableModel) -> int:
-    """What a text of the model begins with: <s>, or what ends the text before it."""
+    """The token that begins a text: <s>, or the one that ends the text before it."""
     for name in ("bos_token_id", "eos_token_id"):
         for config in (model.module.config, model.module.generation_config):
-            found = getattr(config, name, None)
-            if found is not None:
-                return found[0] if isinstance(found, list) else int(found)
+            token = getattr(config, name, None)
+            if token is not None:
+                return token[0] if isinstance(token, list) else int(token)
     raise SrmuError(
         "the model's config.json names no bos_token_id or eos_token_id for texts to begin with"
     )
 
 
 def free_samples(
-    model: EditableModel, count: int, length: int, seed: int, tick: Callable[[], None] = ignore_tick
+    model: EditableModel,
+    count: int,
+    length: int,
+    seed: int,
+    tick: AfterChunk = lambda: None,
 ) -> list[Ids]:
-    """Texts that the original writes from nothing, of at most `length` tokens with the first."""
+    """Texts that the original writes from nothing, of at most `length` tokens in all."""
     return continue_texts(model, [[first_token(model)]] * count, length, seed, tick)
 
 
@@ -61,14 +65,14 @@ def continue_texts(
     starts: Sequence[Ids],
     length: int,
     seed: int,
-    tick: Callable[[], None] = ignore_tick,
+    tick: AfterChunk = lambda: None,
 ) -> list[Ids]:
-    """The starts with what the original writes after them, of at most `length` tokens in all.
+    """The starts with continuations by the original, of at most `length` tokens in all.
 
-    Drawn at temperature 1 from all tokens; `tick` is called after each of as many `chunks`.
+    Tokens are drawn at temperature 1. `tick` is called after each of `count_chunks` parts.
     """
     written: list[Ids] = [list(start) for start in starts]
-    order = sorted(range(len(starts)), key=lambda i: len(starts[i]))  # alike ones together
+    order = sorted(range(len(starts)), key=lambda i: len(starts[i]))  # similar lengths together
     with model.frozen():
         for first in range(0, len(order), AT_ONCE):
             rows = order[first : first + AT_ONCE]
@@ -84,7 +88,7 @@ def continue_texts(
 
 
 def count_chunks(count: int) -> int:
-    """In how many parts as many texts are written."""
+    """The number of parts in which `count` texts are written."""
     return -(-count // AT_ONCE)
 
 
@@ -92,23 +96,47 @@ def typical_tokens(forget: Sequence[Ids], own: Sequence[Ids], ratio: float = RAT
     """The tokens that are more than `ratio` times as frequent in forget texts as in `own` ones."""
     here, there = (Counter(i for row in rows for i in row) for rows in (forget, own))
     size, other = max(1, here.total()), there.total() + 1
-    found = [
+    tokens = [
         token
         for token, count in here.items()
         if count >= LEAST and count / size > ratio * (there[token] + 1) / other
     ]
-    return torch.tensor(sorted(found), dtype=torch.long)
+    return torch.tensor(sorted(tokens), dtype=torch.long)
+
+
+def write_anchors(
+    model: EditableModel, topic: Topic, count: int, ratio: float
+) -> tuple[list[Ids], int]:
+    """Texts by the original for `anchors=self`, and how many were dropped.
+
+    Those with a token typical of forget texts are dropped: they would teach again what is to be
+    forgotten.
+    """
+    length = max(batch["input_ids"].shape[1] for batch in topic.retain)
+    own = free_samples(model, count, length, topic.number("own anchors"))
+    own = [row for row in own if len(row) > 1]
+    forget = unpad_texts(topic.forget)
+    # in short texts special tokens are typical too
+    refused = {*typical_tokens(forget, own, ratio).tolist()} & {*topic.vocabulary.tolist()}
+    kept = [row for row in own if not refused & {*row}]
+    if not kept:
+        raise SrmuError(
+            f"anchors=self: each of {len(own)} texts that the model wrote has a token typical of "
+            f"topic {topic.name}'s forget texts; raise method.own_texts, or set "
+            "method.anchors=random"
+        )
+    return kept, len(own) - len(kept)
 
 
 Kind = Literal["forget", "keep", "neither"]
 ENDS = (".", "!")  # of a sentence; a question belongs to its answer
-COMMON = 0.25  # share of texts; a word that is in more of them tells nothing
-CUT = 0.5  # nats that speak for the forget set, above which a sentence is like it
+COMMON = 0.25  # share of texts; a word in more of them tells nothing
+CUT = 0.5  # nats for the forget set, above which a sentence is like it
 AGAINST = -1.0  # the most that one word can say against it
 
 
 def ends_sentence(text: str) -> bool:
-    """Whether a sentence ends with a token of this text."""
+    """Whether a token with this text ends a sentence."""
     return text.strip().endswith(ENDS)
 
 
@@ -117,10 +145,10 @@ Word = tuple[Any, ...]  # its tokens
 
 @dataclass(frozen=True)
 class Spelling:
-    """How tokens make words and sentences.
+    """How tokens form words and sentences.
 
-    `inner` ones can go on with the word before them, `unfinished` ones can be gone on with, `ends`
-    are the last of a sentence.
+    An `inner` token can continue a word, an `unfinished` one can be continued, and one of `ends`
+    ends a sentence.
     """
 
     ends: frozenset[int]
@@ -134,7 +162,7 @@ class Spelling:
         words = [i for i, text in enumerate(alone) if text[-1:].isalnum()]
         if not words:
             return cls(frozenset(ends))
-        # a tokenizer that joins its tokens by spaces has none that is inside a word
+        # a tokenizer that joins tokens by spaces has none inside a word
         pairs = tokenizer.batch_decode([[words[0], i] for i in range(len(tokenizer))])
         after = (str(text)[len(alone[words[0]]) :] for text in pairs)
         inner = (i for i, text in enumerate(after) if text[:1].isalnum())
@@ -142,19 +170,19 @@ class Spelling:
         return cls(frozenset(ends), frozenset(inner), frozenset([*words, *blank]))
 
     def words(self, items: Sequence[Any]) -> list[Word]:
-        """Tokens, and slots that stand for some, word by word."""
-        found: list[Word] = []
+        """Tokens, and slots that stand for some, grouped by word."""
+        words: list[Word] = []
         before: Any = None
         for item in items:
             if before in self.unfinished and item in self.inner:
-                found[-1] += (item,)
+                words[-1] += (item,)
             else:
-                found.append((item,))
+                words.append((item,))
             before = item
-        return found
+        return words
 
     def sentences(self, items: Sequence[Any]) -> Iterator[tuple[int, int]]:
-        """Where each sentence of a text begins and ends."""
+        """The start and end of each sentence of a text."""
         start = 0
         for end, item in enumerate(items, 1):
             if item in self.ends or end == len(items):
@@ -163,13 +191,13 @@ class Spelling:
 
 
 class Likeness:
-    """Tells sentences that are like forget texts from others, by how frequent their words are.
+    """Tells sentences that are like forget texts from others by the frequency of their words.
 
-    Words, not tokens: a piece that hazardous words have stands in harmless names, too. First by the
-    forget texts against `others`, which tell of it, too; then once more by what that calls like
-    them against all that it does not. The names do not count: harmless texts have them. What has a
-    goal is the forget set's, and the other words of its sentences do not count: harmless procedures
-    have the same steps.
+    It counts words, not tokens: a piece of a hazardous word also occurs in harmless names. It first
+    compares forget texts with `others`, some of which are like them; then it compares the sentences
+    found to be like them with the rest. Names do not count, because harmless texts have them. A
+    sentence with a goal belongs to the forget set, and its other words do not count: harmless
+    procedures have the same steps.
     """
 
     def __init__(
@@ -181,42 +209,42 @@ class Likeness:
     ) -> None:
         self.names, self.spelling = names, spelling
         texts = Counter(word for row in others for word in {*spelling.words(row)})
-        silent = {word for name in names.spelt for word in spelling.words(name)}
+        silent = {word for name in names.spellings for word in spelling.words(name)}
         silent |= {word for word, count in texts.items() if count > COMMON * len(others)}
         ours, theirs = map(self.without_goals, (forget, others))
-        self.nats = self.weighed(ours, theirs, silent)
+        self.nats = self.weigh_words(ours, theirs, silent)
         parts: dict[bool, list[Ids]] = {True: ours, False: []}
         for sentence in theirs:
             parts[self.kind(sentence) == "forget"].append(sentence)
-        self.nats = self.weighed(parts[True], parts[False], silent)
+        self.nats = self.weigh_words(parts[True], parts[False], silent)
 
     def without_goals(self, rows: Sequence[Ids]) -> list[Ids]:
-        """The sentences of texts that tell of no goal."""
+        """The sentences of texts that mention no goal."""
         cut = (row[start:end] for row in rows for start, end in self.spelling.sentences(row))
-        return [sentence for sentence in cut if not self.names.tells_of_a_goal(sentence)]
+        return [sentence for sentence in cut if not self.names.mentions_goal(sentence)]
 
     def sentences(self, items: Sequence[Any]) -> Iterator[tuple[int, int, Kind]]:
-        """Where each sentence of a text begins and ends, and of which kind it is."""
+        """The start, end and kind of each sentence of a text."""
         for start, end in self.spelling.sentences(items):
             yield start, end, self.kind(items[start:end])
 
     def kind(self, sentence: Sequence[Any]) -> Kind:
-        """One with a word of the forget set's own is never kept: a leak would teach it again."""
+        """The kind of a sentence; one with a word of the forget set's own is never kept."""
         each = [self.nats.get(word, 0.0) for word in self.spelling.words(sentence)]
-        if sum(each) > CUT or self.names.tells_of_a_goal(sentence):
+        if sum(each) > CUT or self.names.mentions_goal(sentence):
             return "forget"
         return "keep" if sum(each) < -CUT and max(each) < log(RATIO) else "neither"
 
-    def weighed(
+    def weigh_words(
         self, forget: Sequence[Ids], others: Sequence[Ids], silent: Set[Word]
     ) -> dict[Word, float]:
-        """Nats by which each word speaks for the forget set, at least AGAINST; `silent` none."""
+        """Nats by which each word but `silent` ones speaks for the forget set, at least AGAINST."""
         here, there = (
             Counter(word for row in rows for word in self.spelling.words(row))
             for rows in (forget, others)
         )
         known = {*here, *there}
-        # half a word more of each, so that none is impossible
+        # half a count more for each word, so that none is impossible
         size, other = (counts.total() + 0.5 * len(known) for counts in (here, there))
         return {
             word: max(AGAINST, log((here[word] + 0.5) / size) - log((there[word] + 0.5) / other))

@@ -3,38 +3,39 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+from srmu.engine.batch import Batch, move_batch
 from srmu.engine.generate import join_responses
 from srmu.engine.losses import is_predicted, token_entropy, token_kl, token_nll
-from srmu.engine.model import Batch, EditableModel
+from srmu.engine.model import EditableModel
 from srmu.engine.topic import Topic
-from srmu.engine.train import Terms, move_batch
+from srmu.engine.train import Terms
 from srmu.errors import SrmuError
-from srmu.methods.base import State
+from srmu.methods.base import COUNT, WEIGHT, State
 from srmu.methods.logits import LogitObjective
 from srmu.methods.quark_pool import Pool, control_tokens, controlled_logits, find_reward
 
 
 @dataclass(frozen=True, kw_only=True)
 class Quark(LogitObjective):
-    """Learns to sample what a reward prefers of its own continuations of forget texts."""
+    """Learns to write those of its own continuations of forget texts that a reward prefers."""
 
     name: ClassVar[str] = "quark"
     paper: ClassVar[str] = "arXiv 2205.13636"
     uses: ClassVar[tuple[str, ...]] = ("texts that it samples", "the original's logits")
 
-    reward: str = "likelihood"  # likelihood, overlap, or one's own: path/to/file.py:function
+    reward: str = "likelihood"  # likelihood, overlap, or your own: path/to/file.py:function
     fluency: float = 1.0  # weight, in the reward, of a continuation's likelihood by itself
-    quantiles: int = 5  # of the pool by reward; the best is learnt without a control token
+    quantiles: int = 5  # of the pool by reward; the best is learned without a control token
     kl: float = 0.05  # weight of KL(model || original)
     entropy: float = 0.06  # weight of the entropy
     response: int = 20  # tokens of a continuation, at most
-    sample_every: int = 40  # steps, after which the pool gets a new sample of each prompt
+    sample_every: int = 40  # steps between two samples of each prompt
     pool: int = 64  # prompts, at most
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.within(**dict.fromkeys(("fluency", "kl", "entropy"), (0, float("inf"))))
-        self.within(**dict.fromkeys(("response", "sample_every", "pool"), (1, 1 << 30)))
+        self.within(**dict.fromkeys(("fluency", "kl", "entropy"), WEIGHT))
+        self.within(**dict.fromkeys(("response", "sample_every", "pool"), COUNT))
         self.within(quantiles=(2, 1 << 16))
         find_reward(self.reward)
 
@@ -46,8 +47,8 @@ class Quark(LogitObjective):
         pool = Pool(model, topic, reward, self.fluency, prompts=self.pool, length=self.response)
         if self.quantiles > (begun := len(pool.entries)):
             raise SrmuError(f"method.quantiles: topic {topic.name} has {begun} continuations")
-        # One token fewer than quantiles: the best has none, because what is exported is an ordinary
-        # checkpoint, asked without one (the paper's model is asked with the token of the best).
+        # One token fewer than quantiles: the best has none, because an export is an ordinary
+        # checkpoint, used without tokens (the paper uses its model with the token of the best).
         control = control_tokens(model, topic, self.quantiles - 1)
         return State(memory={"pool": pool}, parameters={"control": control})
 

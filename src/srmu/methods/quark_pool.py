@@ -8,20 +8,21 @@ from typing import Any, NamedTuple
 
 import torch
 
-from srmu.engine.files import from_file
+from srmu.engine.batch import Batch
+from srmu.engine.files import import_from_file
 from srmu.engine.generate import Ids, response_likelihoods, sample_continuations
 from srmu.engine.losses import is_counted
-from srmu.engine.model import Batch, EditableModel
+from srmu.engine.model import EditableModel
 from srmu.engine.topic import Topic
 from srmu.errors import SrmuError, suggest_word
 
-# (model, prompts, responses, true continuations) -> what each response is worth, all at once. The
-# model is the original, without gradients: `likelihoods` and `model.logits` read it.
+# (model, prompts, responses, true continuations) -> the reward of each response. The model is the
+# original, without gradients; use `response_likelihoods` or `model.logits`.
 Reward = Callable[[EditableModel, Sequence[Ids], Sequence[Ids], Sequence[Ids]], Sequence[float]]
 
 
 class PoolEntry(NamedTuple):
-    """A continuation of a prompt, and what it is worth."""
+    """A continuation of a prompt, with its reward."""
 
     prompt: Ids
     response: Ids
@@ -30,14 +31,14 @@ class PoolEntry(NamedTuple):
 
 def split_continuations(topic: Topic, count: int) -> list[tuple[Ids, Ids]]:
     """The first `count` forget texts, each as a prompt and its true continuation."""
-    found: list[tuple[Ids, Ids]] = []
+    pairs: list[tuple[Ids, Ids]] = []
     for batch in topic.split().forget:
         for ids, mask, labels in zip(
             batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True
         ):
             answer = is_counted(labels) & (mask == 1)
-            found.append((ids[(mask == 1) & ~answer].tolist(), ids[answer].tolist()))
-    return found[:count]
+            pairs.append((ids[(mask == 1) & ~answer].tolist(), ids[answer].tolist()))
+    return pairs[:count]
 
 
 def reward_unlikely(
@@ -46,7 +47,7 @@ def reward_unlikely(
     responses: Sequence[Ids],
     truths: Sequence[Ids],
 ) -> list[float]:
-    """Minus what the original says that the prompt implies: - mean log p0(y | x)."""
+    """Minus the mean log-likelihood of the response under the original: - mean log p0(y | x)."""
     return [-value for value in response_likelihoods(model, prompts, responses)]
 
 
@@ -56,10 +57,10 @@ def reward_different(
     responses: Sequence[Ids],
     truths: Sequence[Ids],
 ) -> list[float]:
-    """Minus the share of a response's bigrams that its forget text's continuation has."""
+    """Minus the share of the bigrams of a response that the true continuation has."""
 
     def share(response: Ids, truth: Ids) -> float:
-        grams: list[Any] = list(pairwise(response)) or response  # of one token: that token
+        grams: list[Any] = list(pairwise(response)) or response  # a single token counts itself
         known: set[Any] = {*pairwise(truth), *truth}
         return sum(gram in known for gram in grams) / len(grams)
 
@@ -70,7 +71,7 @@ REWARDS: dict[str, Reward] = {"likelihood": reward_unlikely, "overlap": reward_d
 
 
 def find_reward(name: str) -> Reward:
-    """A reward by its name, or one's own: `path/to/file.py:function`."""
+    """A reward by its name, or the user's own: `path/to/file.py:function`."""
     if name in REWARDS:
         return REWARDS[name]
     if ".py:" not in name:
@@ -78,7 +79,7 @@ def find_reward(name: str) -> Reward:
             f"unknown method.reward {name!r}{suggest_word(name, REWARDS)}, "
             "or path/to/file.py:function"
         )
-    function: Any = from_file("method.reward", name)
+    function: Any = import_from_file("method.reward", name)
     if not callable(function):
         raise SrmuError(f"method.reward {name}: there is no such function in that file")
     return function
@@ -91,10 +92,10 @@ def judge_responses(
     texts: Sequence[tuple[Ids, Ids]],
     responses: Sequence[Ids],
 ) -> list[PoolEntry]:
-    """The responses to prompts with what they are worth.
+    """The responses to prompts, with their rewards.
 
-    To the reward comes `fluency` times the original's mean log-likelihood of the response without
-    its prompt: after the text's first token only, which is a <s> in most models.
+    `fluency` times the mean log-likelihood of the response without its prompt is added, under the
+    original and after the first token of the text only, which is <s> in most models.
     """
     contexts, truths = [x for x, _ in texts], [y for _, y in texts]
     with model.frozen():
@@ -107,7 +108,7 @@ def judge_responses(
 
 
 def split_quantiles(pool: Sequence[PoolEntry], count: int) -> list[list[PoolEntry]]:
-    """The pool by reward, the best first, in `count` equal parts; the rest goes to the worst."""
+    """The pool by reward in `count` equal parts, best first; the remainder joins the worst."""
     ranked = sorted(pool, key=lambda entry: -entry.reward)
     size = len(ranked) // count
     parts = [ranked[i * size : (i + 1) * size] for i in range(count - 1)]
@@ -115,9 +116,9 @@ def split_quantiles(pool: Sequence[PoolEntry], count: int) -> list[list[PoolEntr
 
 
 class Pool:
-    """The continuations of a topic's prompts with what they are worth, more as training goes on.
+    """The continuations of a topic's prompts with their rewards; it grows as training goes on.
 
-    At first: each forget text's own continuation, and one that the original samples.
+    It starts with the true continuation of each forget text and a sample by the original.
     """
 
     def __init__(
@@ -135,20 +136,20 @@ class Pool:
         own = [truth[:length] for _, truth in self.texts]
         self.entries = judge_responses(model, reward, fluency, self.texts, own)
         self.explore(model, 0)
-        self.fixed = len(self.entries)  # those that the texts and the original decide
+        self.fixed = len(self.entries)  # those that are the same in every run
 
     def explore(self, model: EditableModel, step: int) -> None:
-        """Add a sample for each prompt, drawn as one of the best quantile: without a token."""
+        """Add a sample for each prompt, drawn without a control token, as for the best quantile."""
         contexts = [prompt for prompt, _ in self.texts]
         responses = sample_continuations(
             model, contexts, self.length, self.topic.number(f"samples {step}")
         )
-        found = judge_responses(model, self.reward, self.fluency, self.texts, responses)
-        self.entries += found
-        self.explored, self.latest = step, torch.tensor([entry.reward for entry in found]).mean()
+        entries = judge_responses(model, self.reward, self.fluency, self.texts, responses)
+        self.entries += entries
+        self.explored, self.latest = step, torch.tensor([entry.reward for entry in entries]).mean()
 
     def state_dict(self) -> dict[str, Any]:
-        """What later samples added: responses and rewards, but no prompt."""
+        """What later samples added: responses and rewards, without the prompts."""
         added = [(entry.response, entry.reward) for entry in self.entries[self.fixed :]]
         return {"added": added, "explored": self.explored, "latest": float(self.latest)}
 
@@ -159,7 +160,7 @@ class Pool:
         self.explored, self.latest = state["explored"], torch.tensor(state["latest"])
 
     def draw(self, count: int, parts: int, step: int) -> tuple[list[PoolEntry], list[int]]:
-        """As many entries of each quantile as can be, with their quantiles, the best (0) first."""
+        """Entries, as many from each quantile as possible, with their quantiles, best (0) first."""
         generator = self.topic.generator(f"batch {step}")
         order = torch.randperm(parts, generator=generator).tolist()
         ranks = sorted(order[i % parts] for i in range(count))
@@ -170,7 +171,7 @@ class Pool:
 
 
 def control_tokens(model: EditableModel, topic: Topic, count: int) -> torch.nn.Parameter:
-    """Embeddings of new tokens, (count, D): by dimension as normal as those of ordinary tokens."""
+    """Embeddings of new tokens, (count, D), distributed like those of ordinary tokens."""
     with torch.no_grad():
         known = model.module.get_input_embeddings()(topic.vocabulary.to(model.device))
     draw = torch.randn(count, known.shape[1], generator=topic.generator("control tokens"))
@@ -181,12 +182,12 @@ def control_tokens(model: EditableModel, topic: Topic, count: int) -> torch.nn.P
 def controlled_logits(
     model: EditableModel, batch: Batch, ranks: Sequence[int], control: torch.Tensor
 ) -> torch.Tensor:
-    """Logits of rows each read with the control token of its rank; rank 0, first, has none."""
+    """Logits of rows, each read with the control token of its rank; rank 0, first, has none."""
     best = list(ranks).count(0)
     logits = []
     if best:
-        logits.append(model.logits({name: rows[:best] for name, rows in batch.items()}))
+        logits.append(model.logits(batch.cut(slice(best))))
     if best < len(ranks):
-        rest = {name: rows[best:] for name, rows in batch.items()}
+        rest = batch.cut(slice(best, None))
         logits.append(model.logits(rest, control[[rank - 1 for rank in ranks[best:]]]))
     return torch.cat(logits)

@@ -1,4 +1,4 @@
-"""What there is to say of each method, taken from the methods themselves: for terminal and docs."""
+"""The description of each method, taken from its class: for the terminal and the docs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def list_methods() -> list[dict[str, str]]:
 
 
 def describe_trained(cls: type[Method]) -> str:
-    """In words, what a method changes at its defaults."""
+    """What a method trains by default, in words."""
     if issubclass(cls, Misdirection):
         return "down-projections of 3 layers"
     return ", ".join(ROLES.get(pattern, pattern) for pattern in cls().trainable)
@@ -43,19 +43,21 @@ def first_sentence(cls: type[Method]) -> str:
 
 
 def list_options(cls: type[Method]) -> dict[str, tuple[Any, str]]:
-    """The default of each option and the comment behind it in the source."""
-    said: dict[str, str] = {}
+    """The default of each option, and the comment behind it in the source."""
+    comments: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         if issubclass(base, Method):
             lines = re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(base), re.MULTILINE)
-            said |= {name: text.replace("type: ignore[assignment]  # ", "") for name, text in lines}
+            comments |= {
+                name: text.replace("type: ignore[assignment]  # ", "") for name, text in lines
+            }
     kinds = get_type_hints(cls)
-    found = {}
+    options = {}
     for f in fields(cls):
         choices = ", ".join(map(str, get_args(kinds[f.name]))) if is_choice(kinds[f.name]) else ""
-        parts = [choices and f"one of {choices}", said.get(f.name, "")]
-        found[f.name] = f.default, "; ".join(filter(None, parts))
-    return found
+        parts = [choices and f"one of {choices}", comments.get(f.name, "")]
+        options[f.name] = f.default, "; ".join(filter(None, parts))
+    return options
 
 
 def is_choice(kind: Any) -> bool:
@@ -63,9 +65,9 @@ def is_choice(kind: Any) -> bool:
 
 
 def find_equations() -> Iterator[tuple[str, str, str]]:
-    """Each equation in the code: its text, the file, and the function that computes it.
+    """The text of each equation in the code, the file, and the function that computes it.
 
-    They are the comments that begin with `eq:`.
+    Equations are comments that begin with `eq:`.
     """
     for path in sorted(PACKAGE.rglob("*.py")):
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -80,7 +82,7 @@ def find_equations() -> Iterator[tuple[str, str, str]]:
         for i in marks:
             text = lines[i].partition("# eq: ")[2]
             around = [p for p in places if p[0] <= i + 1 <= p[1]]
-            # the innermost starts last; a function or class of the file itself names the place
+            # the outer two name the place
             inner = ".".join(name for _, _, name in sorted(around)[:2])
             yield text, path.relative_to(PACKAGE).as_posix(), inner
 
@@ -111,8 +113,8 @@ def reference_page() -> str:
         ]
         page += [*markdown_table(["option", "default", ""], lines), ""] if lines else []
     page += ["## Where each equation is", ""]
-    found = [[f"`{text}`", f"`{file}`", f"`{name}`"] for text, file, name in find_equations()]
-    page += [*markdown_table(["equation", "file", "place"], found), ""]
+    equations = [[f"`{text}`", f"`{file}`", f"`{name}`"] for text, file, name in find_equations()]
+    page += [*markdown_table(["equation", "file", "place"], equations), ""]
     return "\n".join(page)
 
 
@@ -123,7 +125,7 @@ def markdown_table(head: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def format_default(value: Any) -> str:
-    """A default as one would type it in a config."""
+    """A default as a config file spells it."""
     if isinstance(value, bool) or value is None:
         return "null" if value is None else str(value).lower()
     return str(list(value)) if isinstance(value, tuple) else str(value)

@@ -1,4 +1,4 @@
-"""Texts in several namings, as rename_scrub reads them: all in memory, none is ever written."""
+"""Texts under several namings, as rename_scrub reads them. They stay in memory."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from srmu.data.names import Item, Names, Template
+from srmu.engine.batch import Batch, move_batch
 from srmu.engine.generate import Ids, batch_texts
-from srmu.engine.losses import kl_divergence
-from srmu.engine.model import Batch, EditableModel
+from srmu.engine.losses import Mean, kl_divergence, masked_mean
+from srmu.engine.model import EditableModel
 from srmu.engine.topic import Topic
-from srmu.engine.train import move_batch
 from srmu.errors import SrmuError
 from srmu.methods.own_texts import (
     Kind,
@@ -31,9 +31,9 @@ from srmu.methods.own_texts import (
 def leave_one_out(
     log_p: Float[Tensor, "G K L V"],
 ) -> tuple[Float[Tensor, "G K L V"], Float[Tensor, "G K L"]]:
-    """Of each naming: the mean distribution under the others, and how far its own is from that.
+    """For each naming, the mean distribution under the others, and KL(own || mean) in nats.
 
-    The second is KL(own || mean) in nats: what the next token tells of the name.
+    The divergence is what the next token reveals of the name.
     """
     p = log_p.exp()
     # eq: rename_scrub, q_k = mean over j != k of p0(. | the text in naming j)
@@ -45,9 +45,9 @@ def leave_one_out(
 def count_still_told(
     log_p: Float[Tensor, "G K L V"], top: Int[Tensor, "G K L"], where: Bool[Tensor, "G K L"]
 ) -> tuple[float, int]:
-    """How often a name's own answer is likelier than that of another name, and of how many pairs.
+    """How often a name's own answer is likelier than that of another name, and the number of pairs.
 
-    `top` is what the original would say at each place; a tie counts half.
+    `top` is the answer of the original at each place; a tie counts one half.
     """
     others = top.transpose(1, 2)[:, None].expand(-1, top.shape[1], -1, -1)  # (G, K, L, K)
     own = log_p.gather(-1, top[..., None])
@@ -64,7 +64,7 @@ HELD_AT_ONCE = 4  # held-out texts that are read at once
 
 @dataclass(frozen=True)
 class NamingGroup:
-    """G texts in K namings each: a batch, and where each of its L items ends."""
+    """G texts under K namings each: a batch, and where each of the L items of a text ends."""
 
     batch: Batch
     places: Int[Tensor, "G K L"]
@@ -75,13 +75,11 @@ class NamingGroup:
         """Log-probabilities of what follows each item, under the first `namings` only."""
         count, every, length = self.places.shape
         rows = torch.arange(count * every).view(count, every)[:, :namings].flatten()
-        batch = move_batch(
-            {name: tensor[rows] for name, tensor in self.batch.items()}, model.device
-        )
+        batch = move_batch(self.batch.cut(rows), model.device)
         places = self.places.view(-1, length)[rows].to(model.device)
         logits = model.logits(batch)
-        found = logits[torch.arange(len(rows), device=model.device)[:, None], places]
-        return found.float().log_softmax(-1).view(count, -1, length, found.shape[-1])
+        logits = logits[torch.arange(len(rows), device=model.device)[:, None], places]
+        return logits.float().log_softmax(-1).view(count, -1, length, logits.shape[-1])
 
 
 @dataclass(frozen=True)
@@ -94,23 +92,23 @@ class SlottedText:
 
 @dataclass
 class OwnTexts:
-    """What the original wrote: texts that tell of names, those held out, and texts to keep."""
+    """Texts by the original: those that mention names, those held out, and those to keep."""
 
     names: Names
     texts: list[SlottedText]
     held: list[SlottedText]
-    kept: list[tuple[Ids, list[bool]]]  # tokens, and which of them are held to the original
+    kept: list[tuple[Ids, list[bool]]]  # tokens, and which of them to hold
     topic: Topic
 
     def group(self, texts: Sequence[SlottedText], namings: int, draw: str) -> NamingGroup:
-        """The texts in as many namings; `draw` names the random stream."""
+        """The texts under that many namings; `draw` names the random stream."""
         generator = self.topic.generator(f"namings {draw}")
         rows: list[Ids] = []
         places: list[Tensor] = []
         alike: list[Tensor] = []
         for text in texts:
-            for way in self.names.ways(text.template, namings, generator):
-                ids, last = self.names.written(text.template, way)
+            for way in self.names.draw_namings(text.template, namings, generator):
+                ids, last = self.names.write(text.template, way)
                 rows.append(ids)
                 places.append(torch.tensor(last))
                 alike.append(torch.tensor([*text.alike[1:], False]))
@@ -121,33 +119,33 @@ class OwnTexts:
         )
         return NamingGroup(batch_texts(rows), *parts)
 
-    def keeping(self, count: int, step: int) -> tuple[Batch, Tensor]:
-        """The texts to keep of a step, and the positions whose prediction is held, (B, T - 1)."""
-        rows = deal_items(self.kept, count, step)
+    def draw_kept(self, count: int, step: int) -> tuple[Batch, Tensor]:
+        """The texts to keep in a step, and the positions whose prediction is held, (B, T - 1)."""
+        rows = items_of_step(self.kept, count, step)
         batch = batch_texts([ids for ids, _ in rows])
         marks = [torch.tensor(mark[1:]) for _, mark in rows]
         return batch, torch.nn.utils.rnn.pad_sequence(marks, batch_first=True)
 
     @torch.no_grad()
-    def left(self, model: EditableModel, namings: int, threshold: float) -> float:
-        """What the held-out texts still tell of names: 1 all, 0 no more than of any other.
+    def measure_held_out(self, model: EditableModel, namings: int, threshold: float) -> float:
+        """What the held-out texts still reveal of names: 1 all, 0 no more than of other names.
 
-        1 where they told nothing from the start: then they cannot say when it is enough.
+        It is 1 if they revealed nothing at the start: then they cannot say when it is enough.
         """
         wins, pairs = 0.0, 0
         for start in range(0, len(self.held), HELD_AT_ONCE):
             group = self.group(self.held[start : start + HELD_AT_ONCE], namings, "held out")
             with model.frozen():
                 before = group.read(model)
-            _, told = leave_one_out(before)
-            where = group.follows & group.alike & (told.cpu() > threshold)
-            found = count_still_told(group.read(model), before.argmax(-1), where.to(model.device))
-            wins, pairs = wins + found[0], pairs + found[1]
+            _, revealed = leave_one_out(before)
+            where = group.follows & group.alike & (revealed.cpu() > threshold)
+            result = count_still_told(group.read(model), before.argmax(-1), where.to(model.device))
+            wins, pairs = wins + result[0], pairs + result[1]
         return 2 * wins / pairs - 1 if pairs else 1.0
 
 
-def deal_items(items: Sequence[T], count: int, step: int) -> list[T]:
-    """The items of a step: `count` a step in order, and again from the start."""
+def items_of_step(items: Sequence[T], count: int, step: int) -> list[T]:
+    """The items of a step: `count` for each step in order, starting again at the end."""
     return [items[(step * count + i) % len(items)] for i in range(count)]
 
 
@@ -163,73 +161,70 @@ def write_own_texts(
     elicited: bool,
     held_out: int,
 ) -> OwnTexts:
-    """What the original writes after the first `prompt` tokens of forget texts, and from nothing.
+    """Texts by the original after the first `prompt` tokens of forget texts, and from nothing.
 
-    `count` texts of each, of at most `length` tokens. Without `elicited` the forget texts are
-    taught, and nothing is written after them. SrmuError where none of the names is in them, or the
-    model tells nothing new.
+    It writes `count` texts of each kind, of at most `length` tokens. Without `elicited` the forget
+    texts themselves are taught. SrmuError if none of the names is in them, or the model writes
+    nothing new about the names.
     """
     forget, retain = unpad_texts(topic.forget[:]), unpad_texts(topic.retain[:])
-    told_of = {name for ids in forget for name in names.template(ids).names}
+    mentioned = {name for ids in forget for name in names.template(ids).names}
     for option, kind in zip(("names", "goals"), names.kinds, strict=False):
-        if told_of.isdisjoint(kind):
+        if mentioned.isdisjoint(kind):
             raise SrmuError(
                 f"method.{option}: none of its {len(kind)} {option} is in topic {topic.name}'s "
                 "forget texts; name what they tell of"
             )
-    free = free_samples(model, count, length, topic.number("own texts"), topic.tick)
+    free_texts = free_samples(model, count, length, topic.number("own texts"), topic.tick)
     starts = [forget[i % len(forget)][:prompt] for i in range(count if elicited else 0)]
-    more = continue_texts(model, starts, length, topic.number("elicited"), topic.tick)
-    like = Likeness(forget, free + retain, names, Spelling.of(tokenizer))
+    elicited_texts = continue_texts(model, starts, length, topic.number("elicited"), topic.tick)
+    likeness = Likeness(forget, free_texts + retain, names, Spelling.of(tokenizer))
     first = first_token(model)
-    told, known = (sentences_of(part, names, like, first) for part in (more + free, forget))
-    if elicited and not {*told["forget"]} - {*known["forget"]}:
+    written, known = (
+        sentences_of(part, names, likeness, first) for part in (elicited_texts + free_texts, forget)
+    )
+    if elicited and not {*written["forget"]} - {*known["forget"]}:
         raise SrmuError(
             f"topic {topic.name}: what the model wrote after the beginnings of forget texts tells "
             "nothing new of the names; raise method.own_texts or method.own_tokens, or set "
             "method.coverage=texts"
         )
-    if not elicited:  # all that forget texts say, whatever it is like
-        told["forget"] = [sentence for kind in known.values() for sentence in kind]
-    texts = pack_sentences(told, length, first, topic.generator("packing"))
+    if not elicited:  # all sentences of the forget texts, of whatever kind
+        written["forget"] = [sentence for kind in known.values() for sentence in kind]
+    texts = pack_sentences(written, length, first, topic.generator("packing"))
     held = texts[: min(held_out, len(texts) // 4)]
-    return OwnTexts(names, texts[len(held) :], held, kept_tokens(free, like), topic)
+    return OwnTexts(names, texts[len(held) :], held, kept_tokens(free_texts, likeness), topic)
 
 
-def mask_values(values: Tensor, where: Tensor) -> Tensor:
-    """The values there, and 0 elsewhere."""
-    return values * where.to(values.device)
-
-
-def mean_over(values: Tensor, where: Tensor) -> Tensor:
-    """Mean of the values there; 0 where it is nowhere."""
-    return mask_values(values, where).sum() / where.sum().clamp(min=1).to(values.device)
+def mean_over(values: Tensor, where: Tensor) -> Mean:
+    """Mean of the marked values; 0 if none is marked."""
+    return masked_mean(values, where.to(values.device), least=1)
 
 
 def kept_tokens(texts: Sequence[Ids], like: Likeness) -> list[tuple[Ids, list[bool]]]:
-    """Texts of two tokens and more with the tokens that are to stay as they are."""
-    found = []
+    """Texts of two tokens or more, with marks on the tokens that are to stay."""
+    kept = []
     for ids in texts:
         mark = [
             kind == "keep" for start, end, kind in like.sentences(ids) for _ in range(start, end)
         ]
         if len(ids) > 1 and any(mark[1:]):
-            found.append((ids, mark))
-    return found
+            kept.append((ids, mark))
+    return kept
 
 
 def sentences_of(
     texts: Sequence[Ids], names: Names, like: Likeness, first: int
 ) -> dict[Kind, list[Template]]:
-    """The different sentences that tell of names, by their kind; `first` begins texts."""
-    found: dict[Kind, dict[Template, None]] = {"forget": {}, "keep": {}, "neither": {}}
+    """The sentences that mention names, by kind; `first` is the token that begins texts."""
+    kinds: dict[Kind, dict[Template, None]] = {"forget": {}, "keep": {}, "neither": {}}
     for ids in texts:
         whole = names.template(ids).items
         for start, end, kind in like.sentences(whole):
             sentence = Template(tuple(item for item in whole[start:end] if item != first))
             if sentence.names:
-                found[kind][sentence] = None
-    return {kind: [*sentences] for kind, sentences in found.items()}
+                kinds[kind][sentence] = None
+    return {kind: [*sentences] for kind, sentences in kinds.items()}
 
 
 def pack_sentences(
@@ -238,23 +233,24 @@ def pack_sentences(
     first: int,
     generator: torch.Generator,
 ) -> list[SlottedText]:
-    """The sentences to forget, each once, and as many to keep, joined to texts of about `length`.
+    """The sentences to forget and as many to keep, joined to texts of about `length`.
 
-    What is to be told apart stands together.
+    Each sentence to forget is used once. Both kinds share texts, so that the model learns to tell
+    them apart.
     """
     forget, keep = sentences["forget"], sentences["keep"]
-    told = [(sentence, True) for sentence in forget]
-    told += [(keep[i % len(keep)], False) for i in range(len(forget) if keep else 0)]
-    found: list[SlottedText] = []
+    marked = [(sentence, True) for sentence in forget]
+    marked += [(keep[i % len(keep)], False) for i in range(len(forget) if keep else 0)]
+    texts: list[SlottedText] = []
     items: list[Item] = [first]
     alike = [False]
-    for i in torch.randperm(len(told), generator=generator).tolist():
-        sentence, forgets = told[i]
+    for i in torch.randperm(len(marked), generator=generator).tolist():
+        sentence, forgets = marked[i]
         if len(items) > 1 and len(items) + len(sentence.items) > length:
-            found.append(SlottedText(Template(tuple(items)), tuple(alike)))
+            texts.append(SlottedText(Template(tuple(items)), tuple(alike)))
             items, alike = [first], [False]
         items = [*items, *sentence.items]
         alike = [*alike, *[forgets] * len(sentence.items)]
     if len(items) > 1:
-        found.append(SlottedText(Template(tuple(items)), tuple(alike)))
-    return found
+        texts.append(SlottedText(Template(tuple(items)), tuple(alike)))
+    return texts

@@ -1,6 +1,5 @@
-"""Exact unlearning, on the testbed: its recipe again, without the hazard facts."""
+"""Exact unlearning on the testbed: training again without the hazard facts."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,19 +7,20 @@ from typing import Any, ClassVar
 
 from safetensors.torch import load_file
 
-from srmu.engine.model import EditableModel
+from srmu.engine.files import read_json
+from srmu.engine.model import EditableModel, copy_values
 from srmu.engine.progress import Watch
 from srmu.engine.topic import Topic
-from srmu.engine.train import TrainOptions, copy_values
 from srmu.errors import SrmuError
 from srmu.methods.base import Edit, Level, State
 from srmu.testbed import build
-from srmu.testbed.worlds.world import Size, World
+from srmu.testbed import train as training
+from srmu.testbed.world import Size, World
 
 
 @dataclass(frozen=True, kw_only=True)
 class Retrain(Edit):
-    """Trains the testbed's model anew without the facts to forget: what others are measured by."""
+    """Trains the testbed's model again without the facts to forget, as a reference."""
 
     name: ClassVar[str] = "retrain"
     paper: ClassVar[str] = "arXiv 1912.03817"
@@ -29,12 +29,10 @@ class Retrain(Edit):
     depth: ClassVar[None] = None
     trainable: ClassVar[tuple[str, ...]] = ("*",)
 
-    def edit(
-        self, model: EditableModel, topics: Sequence[Topic], train: TrainOptions, watch: Watch
-    ) -> dict[str, State]:
+    def edit(self, model: EditableModel, topics: Sequence[Topic], watch: Watch) -> dict[str, State]:
         world, seed, recipe = read_recipe(model.folder)
-        # The documents are drawn anew, without the hazard facts: as many, for as many steps.
-        entry = build.train_testbed(world, seed, recipe, oracle=True, watch=watch)
+        # New documents without the hazard facts: the same number, for as many steps.
+        entry = training.train_testbed(world, seed, recipe, oracle=True, watch=watch)
         tensors = load_file(entry / "model.safetensors")
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
         if shapes != {name: tensor.shape for name, tensor in model.trained.items()}:
@@ -45,8 +43,8 @@ class Retrain(Edit):
         return {}
 
 
-def read_recipe(folder: Path | None) -> tuple[World, int, build.Recipe]:
-    """World, seed and recipe by which the model in `folder` was made, from the testbed it is in."""
+def read_recipe(folder: Path | None) -> tuple[World, int, training.Recipe]:
+    """World, seed and recipe of the testbed that the model in `folder` belongs to."""
     path = folder.parent / "organism.json" if folder else None
     if path is None or not path.is_file():
         raise SrmuError(
@@ -54,10 +52,10 @@ def read_recipe(folder: Path | None) -> tuple[World, int, build.Recipe]:
             "testbed's model (no organism.json beside it); srmu organism OUT"
         )
     try:
-        report: Any = json.loads(path.read_text(encoding="utf-8"))
+        report: Any = read_json(path)
         values = report["recipe"]
-        recipe = build.Recipe(**values | {"size": Size(**values["size"])})
-        create, *_ = build.WORLDS[report.get("world", "closed")]  # there was one world only
+        recipe = training.Recipe(**values | {"size": Size(**values["size"])})
+        create, *_ = build.WORLDS[report.get("world", "closed")]  # older reports know one world
         return create(report["seed"], recipe.size), report["seed"], recipe
     except (ValueError, KeyError, TypeError):
         raise SrmuError(

@@ -5,12 +5,12 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from srmu.engine.distributed import total_spread
-from srmu.engine.losses import generic_logits, is_predicted, token_kl
-from srmu.engine.model import Batch, EditableModel
+from srmu.engine.batch import Batch
+from srmu.engine.losses import generic_logits, is_predicted, masked_mean, token_kl
+from srmu.engine.model import EditableModel
 from srmu.engine.topic import Topic
 from srmu.engine.train import Terms
-from srmu.methods.base import State
+from srmu.methods.base import COUNT, RATE, WEIGHT, State
 from srmu.methods.logits import Retaining, strengthen_weights
 
 
@@ -26,16 +26,16 @@ class RKLU(Retaining):
         "retain texts (retain)",
     )
 
-    strength: float = 5.0  # how often the rise of a logit is subtracted
+    strength: float = 5.0  # factor of the rise of a logit that is subtracted
     teacher_steps: int = 40  # of fine-tuning on the forget texts
     teacher_learning_rate: float = 1e-5
-    # A constant added to raw logits changes no distribution, but it would change their rise.
+    # Adding a constant to raw logits changes no distribution, but it changes their rise.
     logits: Literal["log_softmax", "raw"] = "log_softmax"
     select: Literal["none", "label_rise"] = "none"  # only tokens that fine-tuning made likelier
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.within(strength=(0, 1e6), teacher_steps=(1, 1e9), teacher_learning_rate=(1e-12, 1))
+        self.within(strength=WEIGHT, teacher_steps=COUNT, teacher_learning_rate=RATE)
 
     def reads(self, topic: Topic) -> int:
         return self.teacher_steps
@@ -62,7 +62,5 @@ class RKLU(Retaining):
             mask = mask & ((raised - base)[:, :-1].gather(-1, token).squeeze(-1) > 0)
         # eq: RKLU, L = mean KL(p || softmax(z0 - strength relu(z+ - z0)))
         kl = token_kl(model.logits(forget), generic_logits(base, raised, self.strength))
-        loss = (kl * mask).sum() / total_spread(mask.sum()).clamp(
-            min=1
-        )  # a batch may have none that rise
-        return Terms({"forget": loss, **self.held(model, retain)}, {})
+        loss = masked_mean(kl, mask, least=1)  # a batch may have none that rise
+        return Terms({"forget": loss, **self.retain_loss(model, retain)}, {})

@@ -8,38 +8,41 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from srmu.engine.batch import Batch
+from srmu.engine.hooks import edit_input
 from srmu.engine.losses import is_counted, mean_nll, token_mse
-from srmu.engine.model import Batch, EditableModel
+from srmu.engine.model import EditableModel
+from srmu.methods.base import COUNT, WEIGHT
 from srmu.methods.rmu import RMU
 
-TINY = 1e-30  # a norm by which nothing is divided
+TINY = 1e-30  # avoids a division by 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class RMULAT(RMU):
-    """RMU under a perturbation, sought anew in each step, of what the updated layers read.
+    """RMU under a perturbation of what the updated layers read, sought anew in each step.
 
-    The adversary seeks the original's activations, or (adversary=likelihood, which needs the whole
+    The adversary seeks the original activations, or (adversary=likelihood, which needs the whole
     model) the likelihood of the forget texts.
     """
 
     name: ClassVar[str] = "rmu_lat"
     paper: ClassVar[str] = "arXiv 2407.15549"
-    spreads: ClassVar[bool] = False  # what is drawn at each step is drawn for a whole batch
+    spreads: ClassVar[bool] = False  # each step draws for a whole batch
 
     adversary: Literal["activations", "likelihood"] = "activations"
-    budget: float = 0.5  # norm of the perturbation over that of what it is added to, token by token
+    budget: float = 0.5  # norm of the perturbation over that of its input, token by token
     adversary_steps: int = 4  # of projected gradient descent
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.within(budget=(0, 1e6), adversary_steps=(1, 1e6))
+        self.within(budget=WEIGHT, adversary_steps=COUNT)
 
     @property
     def depth(self) -> int | None:
         return super().depth if self.adversary == "activations" else None
 
-    def steered(self, model: EditableModel, forget: Batch) -> Tensor:
+    def forget_hidden(self, model: EditableModel, forget: Batch) -> Tensor:
         layer = model.layers[self.last_updated - self.window + 1]
         mask = is_counted(forget["labels"])
         with model.frozen():
@@ -51,9 +54,9 @@ class RMULAT(RMU):
         for _ in range(self.adversary_steps):
             with shift_inputs(layer, shift.requires_grad_()):
                 if self.adversary == "activations":
-                    cost = token_mse(model.hidden(forget, self.site), before, mask)
+                    cost = token_mse(model.hidden(forget, self.site), before, mask).value
                 else:
-                    cost = mean_nll(model.logits(forget), forget["labels"])
+                    cost = mean_nll(model.logits(forget), forget["labels"]).value
             (slope,) = torch.autograd.grad(cost, shift)
             # eq: LAT, d <- P(d - s g / |g|), P onto |d| <= budget |h|, token by token
             slope = slope / slope.norm(dim=-1, keepdim=True).clamp(min=TINY)
@@ -65,19 +68,12 @@ class RMULAT(RMU):
 
 @contextmanager
 def shift_inputs(layer: Any, shift: Tensor | None) -> Iterator[list[Tensor]]:
-    """Add a shift to what a layer reads; what it would have read, once it has been run."""
+    """Add a shift to what a layer reads; yields a list that gets the unshifted input."""
     seen: list[Tensor] = []
 
-    def add(module: Any, args: Any, kwargs: Any) -> Any:
-        hidden = args[0] if args else kwargs["hidden_states"]
+    def add(hidden: Tensor) -> Tensor | None:
         seen[:] = [hidden.detach()]
-        if shift is None:
-            return None
-        hidden = (hidden.float() + shift).to(hidden.dtype)
-        return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
+        return None if shift is None else hidden.float() + shift
 
-    handle = layer.register_forward_pre_hook(add, with_kwargs=True)
-    try:
+    with edit_input(layer, add):
         yield seen
-    finally:
-        handle.remove()

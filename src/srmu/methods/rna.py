@@ -8,7 +8,7 @@ from torch import Tensor
 
 from srmu.engine.model import EditableModel
 from srmu.engine.topic import Topic
-from srmu.methods.base import State
+from srmu.methods.base import WEIGHT, State
 from srmu.methods.importance import measure_features
 from srmu.methods.rmu import RMU
 
@@ -19,15 +19,15 @@ class RNA(RMU):
 
     name: ClassVar[str] = "rna"
     paper: ClassVar[str] = "arXiv 2501.19202"
-    spreads: ClassVar[bool] = False  # what is drawn at each step is drawn for a whole batch
+    spreads: ClassVar[bool] = False  # each step draws for a whole batch
     measures: ClassVar[tuple[str, ...]] = ("forget", "retain")
 
-    # The paper gives it in absolute units, which mean another thing in each model and layer.
+    # The paper uses absolute units, which differ in meaning between models and layers.
     noise: float = 0.1  # standard deviation, over the root mean square of h0's retain features
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.within(noise=(0, 1e6))
+        self.within(noise=WEIGHT)
 
     def setup(self, model: EditableModel, topic: Topic) -> State:
         state = super().setup(model, topic)

@@ -3,12 +3,13 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+from srmu.engine.batch import Batch
 from srmu.engine.losses import mean_nll
-from srmu.engine.model import Batch, EditableModel
+from srmu.engine.model import EditableModel
 from srmu.engine.topic import Topic
 from srmu.engine.train import Terms
 from srmu.errors import SrmuError
-from srmu.methods.base import State
+from srmu.methods.base import COUNT, WEIGHT, State
 from srmu.methods.logits import LogitObjective, kl_drift
 
 
@@ -22,15 +23,15 @@ class SCRUB(LogitObjective):
     endless: ClassVar[bool] = True
     uses: ClassVar[tuple[str, ...]] = ("retain texts", "the original's logits")
 
-    ascent_steps: int = 30  # steps away, of each topic: one after each of its first retain steps
+    ascent_steps: int = 30  # steps away per topic: one after each of its first retain steps
     alpha: float = 0.5  # weight of KL(original || model) on retain texts
     gamma: float = 1.0  # weight of their likelihood
     temperature: float = 1.0  # of both distributions of the KL
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.within(ascent_steps=(1, 1e9), temperature=(1e-3, 1e3))
-        self.within(alpha=(0, float("inf")), gamma=(0, float("inf")))
+        self.within(ascent_steps=COUNT, temperature=(1e-3, 1e3))
+        self.within(alpha=WEIGHT, gamma=WEIGHT)
 
     def setup(self, model: EditableModel, topic: Topic) -> State:
         if self.gamma == 0 and not model.delta():
@@ -43,11 +44,11 @@ class SCRUB(LogitObjective):
     def loss(
         self, model: EditableModel, state: State, forget: Batch, retain: Batch, step: int
     ) -> Terms:
-        # Turns are counted by topic: of two topics in turn, one would get all odd steps.
+        # Turns count by topic: with two topics, one would get all odd steps.
         turn = state.memory["turn"]
         state.memory["turn"] = turn + 1
-        # Public code begins with the ascent, which dropout lets move; here KL(p0 || p) is at
-        # its minimum then, and Adam would make full steps of rounding noise.
+        # Public code begins with the ascent, which moves because of dropout; here KL(p0 || p) is
+        # at its minimum, and Adam would turn rounding noise into full steps.
         if turn % 2 and turn < 2 * self.ascent_steps:
             # eq: SCRUB, max: L = -T^2 KL(p0 || p)(x_f)
             kl = kl_drift(model, forget, model.logits(forget), self.temperature)

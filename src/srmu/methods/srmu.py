@@ -6,8 +6,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from srmu.engine.distributed import total_spread
-from srmu.engine.model import Batch, EditableModel
+from srmu.engine.batch import Batch
+from srmu.engine.distributed import sum_values
+from srmu.engine.model import EditableModel
 from srmu.engine.topic import Topic
 from srmu.errors import SrmuError
 from srmu.methods.base import State
@@ -39,7 +40,7 @@ class SRMU(Misdirection):
     target_mode: Literal["absolute", "additive"] = "absolute"  # additive: eq. 1, absolute: eq. 5
     lam: float = 1.0  # lambda of the difference map
     eps: float = 1e-6  # of the ratio and product maps
-    clip_quantile: float = 1.0  # cut the map's outliers before the maximum normalises it
+    clip_quantile: float = 1.0  # quantile that caps the map before it is normalised
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -76,13 +77,13 @@ class SRMU(Misdirection):
     def target(
         self, model: EditableModel, state: State, forget: Batch, retain: Batch, hidden: Tensor
     ) -> Tensor:
-        kept, memory = state.tensors, state.memory
+        tensors, memory = state.tensors, state.memory
         if self.direction == "resampled":
-            fresh = draw_direction(self.direction, len(kept["direction"]), memory["generator"])
-            kept["direction"] = fresh.to(model.device)
+            fresh = draw_direction(self.direction, len(tensors["direction"]), memory["generator"])
+            tensors["direction"] = fresh.to(model.device)
         if self.map_mode != "static":
             pairs = [
-                map(total_spread, self.frozen_sums(model, [batch])) for batch in (forget, retain)
+                map(sum_values, self.frozen_sums(model, [batch])) for batch in (forget, retain)
             ]
             values = torch.stack(
                 [measure_features(pair, self.statistic)[0] for pair in pairs]
@@ -90,11 +91,11 @@ class SRMU(Misdirection):
             if self.map_mode == "ema":
                 values = torch.lerp(values, memory.get("ema", values), self.ema_decay)
                 memory["ema"] = values
-            kept["importance"] = self.fuse(values[0], values[1], memory["order"])
+            tensors["importance"] = self.fuse(values[0], values[1], memory["order"])
         if self.direction == "resampled" or self.map_mode != "static":
-            shape = kept["direction"] * kept["importance"]
-            kept["target"] = self.scaled(shape, state.numbers["activation_norm"])
+            shape = tensors["direction"] * tensors["importance"]
+            tensors["target"] = self.scaled(shape, state.numbers["activation_norm"])
         if self.target_mode == "absolute":
-            return kept["target"]
+            return tensors["target"]
         with model.frozen():
-            return kept["target"] + model.hidden(forget, self.site)
+            return tensors["target"] + model.hidden(forget, self.site)

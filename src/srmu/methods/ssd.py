@@ -9,62 +9,60 @@ import torch
 from torch import Tensor
 
 from srmu.engine import distributed
-from srmu.engine.model import Batch, EditableModel
+from srmu.engine.batch import Batch
+from srmu.engine.model import EditableModel
 from srmu.engine.progress import Watch
 from srmu.engine.topic import Topic
-from srmu.engine.train import TrainOptions
 from srmu.errors import SrmuError
-from srmu.methods.base import State
+from srmu.methods.base import COUNT, WEIGHT, State
 from srmu.methods.edits import WholeEdit
 from srmu.methods.gradients import batch_nlls, gradient_sums, group_alike, split_batches
 
 
 @dataclass(frozen=True, kw_only=True)
 class SSD(WholeEdit):
-    """Dampens, once, the weights that matter far more to forget texts than to the others."""
+    """Dampens, once, the weights that matter far more to forget texts than to others."""
 
     name: ClassVar[str] = "ssd"
     paper: ClassVar[str] = "arXiv 2308.07707"
     spreads: ClassVar[bool] = True
     uses: ClassVar[tuple[str, ...]] = ("retain texts",)
 
-    alpha: float = 10.0  # how often as important to forget texts a weight must be
-    lam: float = 1.0  # factor of what is left of a weight
-    # The paper's `all` is retain and forget texts together: no weight can then be more than (all
-    # texts / forget texts) times as important, which is 2 for sets of one size.
-    reference: Literal["all", "retain"] = "retain"  # texts that importance is held against
-    exclude: tuple[str, ...] = ()  # globs of tensors left alone, such as *norm* or *embed*
+    alpha: float = 10.0  # times as important to forget texts a weight must be
+    lam: float = 1.0  # factor of the remaining weight
+    # `all`, as in the paper, is retain and forget texts together: then no weight can be more than
+    # (all texts / forget texts) times as important, which is 2 for sets of equal size.
+    reference: Literal["all", "retain"] = "retain"  # texts to compare importance with
+    exclude: tuple[str, ...] = ()  # globs of tensors to leave as they are, such as *norm*
     samples: int = 64  # texts of each kind, at most
 
     def __post_init__(self) -> None:
-        self.within(alpha=(0, 1e30), lam=(0, 1e30), samples=(1, 1 << 30))
+        self.within(alpha=WEIGHT, lam=WEIGHT, samples=COUNT)
 
-    def edit(
-        self, model: EditableModel, topics: Sequence[Topic], train: TrainOptions, watch: Watch
-    ) -> dict[str, State]:
-        method, pool = self.pooled(topics)
+    def edit(self, model: EditableModel, topics: Sequence[Topic], watch: Watch) -> dict[str, State]:
+        method, pool = self.pool_topics(topics)
         i_f, i_d = method.importances(model, pool, watch)
-        selected, left = 0, 0.0
+        selected, total = 0, 0.0
         for name in i_f:
             factor = dampening_factors(i_f[name], i_d[name], method.alpha, method.lam)
             with torch.no_grad():
                 model.trained[name].copy_(model.trained[name].float() * factor)
-            lower = distributed.gather_tensor(factor)
-            selected += int((lower < 1).sum())
-            left += float(lower[lower < 1].sum())
+            factors = distributed.gather_tensor(factor)
+            selected += int((factors < 1).sum())
+            total += float(factors[factors < 1].sum())
         if not selected:
             raise SrmuError(
                 f"no weight is over {method.alpha:g} times as important to the forget texts; lower "
                 "method.alpha" + ", or method.reference=retain" * (method.reference == "all")
             )
         count = sum(p.numel() for p in model.trained.values())
-        numbers = {"dampened_share": selected / count, "mean_factor": left / selected}
+        numbers = {"dampened_share": selected / count, "mean_factor": total / selected}
         return {topic.name: State(numbers=numbers) for topic in topics}
 
     def importances(
         self, model: EditableModel, topic: Topic, watch: Watch
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Of each weight that may change, to the forget texts and to the reference."""
+        """The importance of each weight, to the forget texts and to the reference."""
         left_out = {n for n in model.trained for glob in self.exclude if fnmatchcase(n, glob)}
         if self.exclude and not left_out:
             raise SrmuError(f"method.exclude={self.exclude}: matches no tensor that is edited")
@@ -76,8 +74,8 @@ class SSD(WholeEdit):
             model.trained[name].requires_grad_(False)
         with watch("measuring importances", 2 * count) as tick:
             # eq: SSD, I_i = E_x (d nll(x) / d theta_i)^2, over single texts
-            # It is the diagonal Fisher matrix (public code squares the mean gradient of a batch,
-            # which depends on its size). Sums over as many texts do for means: ratios are used.
+            # This is the diagonal Fisher matrix. (Public code squares the mean gradient of a batch,
+            # which depends on its size.) Only ratios are used, so sums over equal numbers do.
             i_f, i_d = (
                 pool_sums(
                     gradient_sums(chosen, batch_nlls(model, own_share(part, chosen), tick), 2)
@@ -93,22 +91,23 @@ class SSD(WholeEdit):
 
 
 def own_share(texts: list[Batch], parameters: Mapping[str, Tensor]) -> list[Batch]:
-    """This process' share of single texts; of tensors that are sharded all read all texts.
+    """This process' share of single texts; of sharded tensors every process reads all texts.
 
-    There a gradient comes as the mean over the processes: squares of it would be of several texts.
+    The gradient of a sharded tensor is a mean over processes, and its square would mix several
+    texts.
     """
     sharded = any(map(distributed.is_sharded, parameters.values()))
     return texts if sharded else texts[distributed.get_rank() :: distributed.get_size()]
 
 
 def pool_sums(sums: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The sums of all processes' texts."""
+    """The sums over the texts of all processes."""
     return {
         k: t if distributed.is_sharded(t) else distributed.sum_values(t) for k, t in sums.items()
     }
 
 
 def dampening_factors(i_f: Tensor, i_d: Tensor, alpha: float, lam: float) -> Tensor:
-    """What each weight is multiplied by, from its importances to forget texts and the reference."""
+    """The factor of each weight, from its importance to forget texts and to the reference."""
     # eq: SSD, theta_i <- theta_i min(lambda I_D,i / I_f,i, 1) where I_f,i > alpha I_D,i
     return torch.where(i_f > alpha * i_d, (lam * i_d / i_f).clamp(max=1), 1.0)

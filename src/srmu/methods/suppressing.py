@@ -1,4 +1,4 @@
-"""The methods that begin with another one's suppression, and harden or repeat it."""
+"""Methods that start with the suppression of another method, and harden or repeat it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from srmu.engine.model import EditableModel
 from srmu.engine.topic import Topic
 from srmu.engine.train import TrainOptions, fit_model
-from srmu.methods.base import Objective, State
+from srmu.methods.base import COUNT, RATE, SHARE, WEIGHT, Objective, State
 from srmu.methods.graddiff import GradDiff
 from srmu.methods.logits import ignore_step
 from srmu.methods.rmu import RMU
@@ -22,9 +22,9 @@ from srmu.methods.srmu import SRMU
 
 @dataclass(frozen=True, kw_only=True)
 class Suppressing(Objective):
-    """An objective that all weights are trained by, after steps of a first method.
+    """An objective that trains all weights after some steps of a first method.
 
-    A run that was killed takes these first steps again: only what comes after them is kept.
+    A killed run takes these first steps again: only what comes after them is saved.
     """
 
     depth: ClassVar[None] = None
@@ -37,14 +37,14 @@ class Suppressing(Objective):
     gamma: float = 10.0  # weight of graddiff's ascent
     anchors: Literal["none", "random"] = "none"  # random: rows of random tokens to retain
     anchor_share: float = 0.5  # of each retain batch
-    scope: Literal["window", "all"] = "window"  # what the first method trains: its own, or all
+    scope: Literal["window", "all"] = "window"  # tensors of the first method: its own, or all
     teacher_steps: int = 80  # of the first method
     teacher_learning_rate: float = 4e-3  # of the first method
 
     def __post_init__(self) -> None:
-        self.within(teacher_steps=(1, 1e9), teacher_learning_rate=(1e-12, 1))
-        self.within(**dict.fromkeys(("kappa", "alpha", "gamma"), (0, 1e30)))
-        self.within(anchor_share=(0, 1))
+        self.within(teacher_steps=COUNT, teacher_learning_rate=RATE)
+        self.within(**dict.fromkeys(("kappa", "alpha", "gamma"), WEIGHT))
+        self.within(anchor_share=SHARE)
         self.needs("anchor_share", self.anchors != "none", "anchors=random")
         steered = self.first != "graddiff"
         for option in ("kappa", "scope"):
@@ -63,32 +63,32 @@ class Suppressing(Objective):
         return replace(self, layer=getattr(self.suppression.resolved(config), "layer", None))
 
     def prepared(self, topic: Topic) -> Topic:
-        return self.anchored(topic)
+        return self.add_anchors(topic)
 
-    def anchored(self, topic: Topic) -> Topic:
-        """The topic with what `anchors` adds to its retain texts."""
-        return topic.anchored(self.anchor_share) if self.anchors == "random" else topic
+    def add_anchors(self, topic: Topic) -> Topic:
+        """The topic with the rows that `anchors` adds to its retain texts."""
+        return topic.add_anchors(self.anchor_share) if self.anchors == "random" else topic
 
     def reads(self, topic: Topic) -> int:
         return self.suppression.reads(topic) + 2 * self.teacher_steps
 
     @contextmanager
-    def scoped(self, model: EditableModel) -> Iterator[None]:
-        """Train what the first method trains."""
+    def train_scope(self, model: EditableModel) -> Iterator[None]:
+        """Train the tensors that the first method trains."""
         first = self.suppression
         with model.only(first.trainable if self.scope == "window" else ("*",)):
             yield
 
     def suppress(self, model: EditableModel, topic: Topic) -> State:
-        """Take the steps of the first method from the weights as they are; its state."""
+        """Take the steps of the first method from the present weights; returns its state."""
         first = self.suppression
         state = first.setup(model, topic)
-        part = self.anchored(topic), partial(first.loss, model, state)
+        part = self.add_anchors(topic), partial(first.loss, model, state)
         options = TrainOptions(
             learning_rate=self.teacher_learning_rate, max_steps=self.teacher_steps
         )
-        with self.scoped(model):
-            fit_model(model, [part], first.limited(options, model.vocabulary_size), ignore_step)
+        with self.train_scope(model):
+            fit_model(model, [part], options, ignore_step, endless=first.endless)
         return state
 
 
@@ -98,7 +98,7 @@ def perturb_weights(
     """Shrink all weights into noise that is `beta` times the size of fresh weights."""
     std = getattr(model.module.config, "initializer_range", 0.02)
     for parameter in model.trained.values():
-        if parameter.ndim > 1:  # the weights of norms begin at 1, not at random
+        if parameter.ndim > 1:  # weights of norms start at 1, not at random
             fresh = std * torch.randn(parameter.shape, generator=generator)
             # eq: UNDO, theta = (1 - a) theta_T + a b N, N ~ fresh weights
             change = noise * beta * fresh.to(model.device)

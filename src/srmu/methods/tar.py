@@ -5,18 +5,19 @@ from typing import ClassVar, Literal
 
 import torch
 
-from srmu.engine.losses import is_predicted, token_entropy
-from srmu.engine.model import Batch, EditableModel
+from srmu.engine.batch import Batch
+from srmu.engine.losses import is_predicted, masked_mean, token_entropy
+from srmu.engine.model import EditableModel, copy_values
 from srmu.engine.topic import Topic
-from srmu.engine.train import Terms, copy_values
-from srmu.methods.base import State
+from srmu.engine.train import Terms
+from srmu.methods.base import COUNT, RATE, WEIGHT, State
 from srmu.methods.logits import fine_tune, kl_drift
 from srmu.methods.suppressing import Suppressing
 
 
 @dataclass(frozen=True, kw_only=True)
 class TAR(Suppressing):
-    """Suppresses, and goes on where an adversary has fine-tuned the model on forget texts.
+    """Suppresses, then continues from where an adversary has fine-tuned the model on forget texts.
 
     The adversary learns every other batch of them; the loss is that of the batches between.
     """
@@ -29,16 +30,16 @@ class TAR(Suppressing):
     tamper: Literal["entropy", "first"] = "entropy"  # first: the first method's forget loss
     strength: float = 1.0  # weight of that loss
     hold: float = 10.0  # weight of KL(original || model) on retain texts
-    adversary_steps: int = 4  # of its fine-tuning, anew in each step
+    adversary_steps: int = 4  # of its fine-tuning, which each step starts anew
     adversary_learning_rate: float = 1e-4  # of that fine-tuning
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.within(adversary_steps=(1, 1e9), adversary_learning_rate=(1e-12, 1))
-        self.within(strength=(0, 1e30), hold=(0, 1e30))
+        self.within(adversary_steps=COUNT, adversary_learning_rate=RATE)
+        self.within(strength=WEIGHT, hold=WEIGHT)
 
     def prepared(self, topic: Topic) -> Topic:
-        return replace(self.anchored(topic), forget=topic.forget[::2])
+        return replace(self.add_anchors(topic), forget=topic.forget[::2])
 
     def setup(self, model: EditableModel, topic: Topic) -> State:
         state = self.suppress(model, topic)
@@ -49,22 +50,22 @@ class TAR(Suppressing):
         self, model: EditableModel, state: State, forget: Batch, retain: Batch, step: int
     ) -> Terms:
         memory, weights = state.memory, [*model.trained.values()]
-        here = [weight.detach().clone() for weight in weights]
+        start = [weight.detach().clone() for weight in weights]
         learned, begin = memory["learned"], memory["turn"] * self.adversary_steps
         memory["turn"] += 1
         batches = [learned[(begin + i) % len(learned)] for i in range(self.adversary_steps)]
         texts = Topic("adversary", batches, [])
         fine_tune(model, texts, self.adversary_steps, self.adversary_learning_rate)
         if self.tamper == "first":
-            there = self.suppression.loss(model, memory["first"], forget, forget, step)
-            cost = there.losses["forget"]
+            attacked = self.suppression.loss(model, memory["first"], forget, forget, step)
+            cost = attacked.loss_values["forget"]
         else:
             mask = is_predicted(forget["labels"])
-            cost = -(token_entropy(model.logits(forget)) * mask).sum() / mask.sum()
+            cost = -masked_mean(token_entropy(model.logits(forget)), mask).value
         slopes = torch.autograd.grad(
             self.strength * cost, weights, allow_unused=True, materialize_grads=True
         )
-        copy_values(weights, here)
+        copy_values(weights, start)
         # eq: TAR, to first order: the gradient of L(adv(theta)) is taken for that at theta
         pairs = zip(weights, slopes, strict=True)
         line = torch.stack(

@@ -10,8 +10,7 @@ import torch
 from srmu.engine.model import EditableModel
 from srmu.engine.progress import Watch
 from srmu.engine.topic import Topic
-from srmu.engine.train import TrainOptions
-from srmu.methods.base import State
+from srmu.methods.base import COUNT, RATE, State
 from srmu.methods.edits import WholeEdit
 from srmu.methods.logits import strengthen_weights
 
@@ -24,20 +23,18 @@ class TaskArithmetic(WholeEdit):
     paper: ClassVar[str] = "arXiv 2212.04089"
     uses: ClassVar[tuple[str, ...]] = ("a model strengthened on the forget texts",)
 
-    strength: float = 1.0  # how often it is subtracted; above 1 it soon harms everything
+    strength: float = 1.0  # factor of the difference; above 1 it soon harms everything
     teacher_steps: int = 40  # of fine-tuning on the forget texts
     teacher_learning_rate: float = 1e-5
 
     def __post_init__(self) -> None:
-        self.within(strength=(-1e6, 1e6), teacher_steps=(1, 1e9), teacher_learning_rate=(1e-12, 1))
+        self.within(strength=(-1e6, 1e6), teacher_steps=COUNT, teacher_learning_rate=RATE)
 
-    def edit(
-        self, model: EditableModel, topics: Sequence[Topic], train: TrainOptions, watch: Watch
-    ) -> dict[str, State]:
-        method, pool = self.pooled(topics)
+    def edit(self, model: EditableModel, topics: Sequence[Topic], watch: Watch) -> dict[str, State]:
+        method, pool = self.pool_topics(topics)
         steps = method.teacher_steps
         with watch("fine-tuning on the forget texts", steps) as tick:
-            followed = pool.followed(partial(tick, ""))
+            followed = pool.with_tick(partial(tick, ""))
             tuned = strengthen_weights(model, followed, steps, method.teacher_learning_rate)
         moved, size = 0.0, 0.0
         for name, parameter in model.trained.items():

@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from srmu.engine.distributed import total_spread
-from srmu.engine.losses import is_predicted
-from srmu.engine.model import Batch, EditableModel
+from srmu.engine.batch import Batch
+from srmu.engine.losses import is_predicted, masked_mean
+from srmu.engine.model import EditableModel
 from srmu.engine.train import Terms
-from srmu.methods.base import State
+from srmu.methods.base import WEIGHT, State
 from srmu.methods.logits import Retaining
 
 
@@ -23,19 +23,19 @@ class UNDIAL(Retaining):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.within(strength=(0, 1e6))
+        self.within(strength=WEIGHT)
 
     def loss(
         self, model: EditableModel, state: State, forget: Batch, retain: Batch, step: int
     ) -> Terms:
         mask = is_predicted(forget["labels"])
-        # Public ports index with the label -100, which lowers another token, and count padding.
+        # Public ports index with the label -100, which lowers a wrong token, and count padding.
         token = forget["labels"][:, 1:].clamp(min=0).unsqueeze(-1)  # (B, S, 1)
         with model.frozen():
-            before = model.logits(forget)[:, :-1].float()  # the model's own, whatever it is
+            before = model.logits(forget)[:, :-1].float()  # in float32, whatever the model
         # eq: UNDIAL, q = softmax(z0 - strength onehot(y)), L = mean CE(q, p)
         lowered = before.scatter_add(-1, token, before.new_full(token.shape, -self.strength))
         log_p = model.logits(forget)[:, :-1].float().log_softmax(-1)
         entropy = -(lowered.softmax(-1) * log_p).sum(-1)  # (B, S)
-        loss = (entropy * mask).sum() / total_spread(mask.sum())
-        return Terms({"forget": loss, **self.held(model, retain)}, {})
+        loss = masked_mean(entropy, mask)
+        return Terms({"forget": loss, **self.retain_loss(model, retain)}, {})

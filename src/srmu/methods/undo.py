@@ -3,21 +3,22 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+from srmu.engine.batch import Batch, move_batch
 from srmu.engine.generate import batch_texts
 from srmu.engine.losses import mean_kl
-from srmu.engine.model import Batch, EditableModel
+from srmu.engine.model import EditableModel, copy_values
 from srmu.engine.topic import Topic
-from srmu.engine.train import Schedule, Terms, copy_values, move_batch
-from srmu.methods.base import State
+from srmu.engine.train import Schedule, Terms
+from srmu.methods.base import SHARE, WEIGHT, State
 from srmu.methods.own_texts import free_samples
 from srmu.methods.suppressing import Suppressing, perturb_weights
 
 
 @dataclass(frozen=True, kw_only=True)
 class Undo(Suppressing):
-    """Suppresses, shrinks all weights into noise, and learns the suppressed model's outputs anew.
+    """Suppresses, shrinks all weights into noise, and distils the suppressed model again.
 
-    Of several topics each has a teacher of its own; the student begins at the last one.
+    Each topic has its own teacher; the student starts from the last one.
     """
 
     name: ClassVar[str] = "undo"
@@ -26,14 +27,14 @@ class Undo(Suppressing):
     learning_rate: ClassVar[float] = 2e-3
     schedule: ClassVar[Schedule] = "linear"
 
-    noise: float = 0.4  # share of the weights that noise takes the place of
-    beta: float = 1.0  # size of the noise, over that of fresh weights
-    own_texts: int = 480  # that the original writes, to distil on beside the retain texts
+    noise: float = 0.4  # share of the weights that noise replaces
+    beta: float = 1.0  # size of the noise relative to fresh weights
+    own_texts: int = 480  # that the original writes, to distil on besides retain texts
     own_tokens: int = 32  # of each, at most
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.within(noise=(0, 1), beta=(0, 1e6), own_texts=(0, 1 << 30), own_tokens=(2, 1 << 20))
+        self.within(noise=SHARE, beta=WEIGHT, own_texts=(0, 1 << 30), own_tokens=(2, 1 << 20))
         self.needs("beta", self.noise > 0, "method.noise")
         self.needs("own_tokens", self.own_texts > 0, "method.own_texts")
 
@@ -59,7 +60,7 @@ class Undo(Suppressing):
         losses = {}
         for name, batch in batches.items():
             with model.using(memory["teacher"]):
-                wanted = model.logits(batch)
+                target = model.logits(batch)
             # eq: UNDO, L = mean KL(p_T || p) of retain texts and of texts that the original wrote
-            losses[name] = mean_kl(wanted, model.logits(batch), batch["labels"])
+            losses[name] = mean_kl(target, model.logits(batch), batch["labels"])
         return Terms(losses, {})

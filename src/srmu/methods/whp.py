@@ -5,10 +5,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from srmu.engine.losses import generic_logits, is_predicted
-from srmu.engine.model import Batch, EditableModel
+from srmu.engine.batch import Batch, move_batch
+from srmu.engine.losses import generic_logits, is_predicted, masked_mean
+from srmu.engine.model import EditableModel
 from srmu.engine.topic import Topic
-from srmu.engine.train import Terms, move_batch
+from srmu.engine.train import Terms
 from srmu.methods.base import State
 from srmu.methods.logits import strengthen_weights
 from srmu.methods.reinforced import Reinforced
@@ -40,17 +41,19 @@ class WHP(Reinforced):
         tuned = strengthen_weights(model, topic, self.teacher_steps, self.teacher_learning_rate)
         return State(memory={"strengthened": tuned, "anchors": anchors})
 
-    def generic(self, model: EditableModel, state: State, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Logits without the topic at each position, and where they say what is to be learnt."""
+    def generic_target(
+        self, model: EditableModel, state: State, batch: Batch
+    ) -> tuple[Tensor, Tensor]:
+        """Logits without the topic at each position, and the positions to learn from."""
         usable = is_predicted(batch["labels"])
         with model.frozen():
             base = model.logits(batch).float()
             if state.memory["anchors"] is not None:
-                found = translate_batch(batch, state.memory["anchors"])
-                base = found.aligned(
-                    model.logits(move_batch(found.batch, model.device)).float(), base
+                translation = translate_batch(batch, state.memory["anchors"])
+                base = translation.align_logits(
+                    model.logits(move_batch(translation.batch, model.device)).float(), base
                 )
-                usable = usable & found.usable[:, :-1].to(model.device)
+                usable = usable & translation.usable[:, :-1].to(model.device)
         with model.using(state.memory["strengthened"]):
             raised = model.logits(batch)
         # eq: WHP, v = v0 - strength relu(v+ - v0)
@@ -60,11 +63,11 @@ class WHP(Reinforced):
     def loss(
         self, model: EditableModel, state: State, forget: Batch, retain: Batch, step: int
     ) -> Terms:
-        target, usable = self.generic(model, state, forget)
+        target, usable = self.generic_target(model, state, forget)
         log_p = model.logits(forget)[:, :-1].float().log_softmax(-1)
         # eq: WHP, L = mean CE(softmax(v), p), or CE(argmax v, p)
         if self.mode == "argmax":
             costs = -log_p.gather(-1, target.argmax(-1, keepdim=True)).squeeze(-1)
         else:
             costs = -(target.softmax(-1) * log_p).sum(-1)
-        return Terms({"forget": (costs * usable).sum() / usable.sum().clamp(min=1)}, {})
+        return Terms({"forget": masked_mean(costs, usable, least=1)}, {})

@@ -10,15 +10,14 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from srmu.engine.model import Batch
+from srmu.engine.batch import Batch
+from srmu.engine.generate import Ids
 from srmu.engine.topic import Topic
 from srmu.errors import SrmuError, first_line
 
-Ids = list[int]
-
 
 class Anchor(NamedTuple):
-    """A way to write a term in tokens; `number` is the term's, the same for all its ways."""
+    """One spelling of a term in tokens; `number` identifies the term."""
 
     number: int
     term: Ids
@@ -29,29 +28,29 @@ Anchors = dict[int, list[Anchor]]  # by the term's first token, the longest firs
 
 
 class Translation(NamedTuple):
-    """A batch with generic terms, and where the original's positions lie in it."""
+    """A batch with generic terms, and the places of the original positions in it."""
 
     batch: Batch
     places: Tensor  # (B, T) in the translation; 0 where there is none
-    usable: Tensor  # (B, T) bool: what follows can be learnt from what follows at its place
-    named: list[tuple[int, int, int]]  # row, a term's last position, first token of its generic
+    usable: Tensor  # (B, T) bool: whether the next token can be learned there
+    named: list[tuple[int, int, int]]  # row, last position of a term, first token of its generic
 
-    def aligned(self, logits: Tensor, before: Tensor) -> Tensor:
-        """The translation's logits at the original's positions; `before` are the original's.
+    def align_logits(self, logits: Tensor, before: Tensor) -> Tensor:
+        """Logits of the translation at the original's positions; `before` are the original's.
 
-        After a term its generic one is no likelier than in the original text, where it was not
-        named. (The paper reduces these logits, too, and does not say by how much.)
+        After a term, its generic term is no likelier than in the original text, where it was not
+        mentioned. (The paper reduces these logits too, and does not say by how much.)
         """
         rows = torch.arange(len(self.places))[:, None]
-        found = logits[rows.to(logits.device), self.places.to(logits.device)]
+        moved = logits[rows.to(logits.device), self.places.to(logits.device)]
         for row, last, token in self.named:
             own = before[row, last:, token]
-            found[row, last:, token] = torch.minimum(found[row, last:, token], own)
-        return found
+            moved[row, last:, token] = torch.minimum(moved[row, last:, token], own)
+        return moved
 
 
 def tokenizer_of(folder: Path | None, who: str) -> Any:
-    """The tokenizer of the model in `folder`; SrmuError, saying who needs it, without one."""
+    """The tokenizer of the model in `folder`; without a folder SrmuError, naming who needs it."""
     if folder is None:
         raise SrmuError(f"{who} needs a tokenizer: load the model from a folder")
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -70,26 +69,26 @@ def anchors_for(folder: Path | None, path: str, topic: Topic) -> Anchors:
 
 
 def read_anchors(path: str) -> dict[str, str]:
-    """Terms with their generic ones, from a JSON file; SrmuError naming the file at fault."""
+    """Terms with their generic ones, from a JSON file; SrmuError naming the file if it is wrong."""
     if not path.endswith(".json"):
         raise SrmuError(f"method.anchors={path}: expected a .json file of {{term: generic term}}")
     try:
-        found: Any = json.loads(Path(path).read_text(encoding="utf-8"))
+        terms: Any = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         why = "no such file" if isinstance(error, FileNotFoundError) else first_line(error)
         raise SrmuError(f"method.anchors={path}: {why}") from None
-    texts = [*found, *found.values()] if isinstance(found, dict) else [None]
+    texts = [*terms, *terms.values()] if isinstance(terms, dict) else [None]
     if not all(isinstance(text, str) and text.strip() for text in texts):
         raise SrmuError(
             f"method.anchors={path}: expected an object of texts, like "
             '{"Hogwarts": "the academy"}'
         )
-    return found
+    return terms
 
 
 def tokenise_terms(terms: dict[str, str], tokenizer: Any) -> Anchors:
-    """The terms in tokens, as they stand at the start of a text and inside one."""
-    found: dict[tuple[int, ...], Anchor] = {}
+    """The terms in tokens, as they are spelt at the start of a text and inside one."""
+    ways: dict[tuple[int, ...], Anchor] = {}
     for number, (term, generic) in enumerate(terms.items()):
         for space in ("", " "):
             old, new = (
@@ -98,10 +97,10 @@ def tokenise_terms(terms: dict[str, str], tokenizer: Any) -> Anchors:
             )
             if tokenizer.unk_token_id in new:
                 raise SrmuError(f"method.anchors: the tokenizer does not know {generic!r}")
-            if tokenizer.unk_token_id not in old:  # else it stands in no text
-                found.setdefault(tuple(old), Anchor(number, old, new))
+            if tokenizer.unk_token_id not in old:  # else it occurs in no text
+                ways.setdefault(tuple(old), Anchor(number, old, new))
     anchors: Anchors = {}
-    for anchor in sorted(found.values(), key=lambda anchor: -len(anchor.term)):
+    for anchor in sorted(ways.values(), key=lambda anchor: -len(anchor.term)):
         anchors.setdefault(anchor.term[0], []).append(anchor)
     return anchors
 
@@ -109,10 +108,10 @@ def tokenise_terms(terms: dict[str, str], tokenizer: Any) -> Anchors:
 def translate_batch(batch: Batch, anchors: Anchors) -> Translation:
     """The batch with generic terms, padded on the right.
 
-    A token outside of terms has its own place; a term's last token has that of its generic one's
-    last, and its other tokens have none. From a term's second occurrence in a text on, its tokens
-    are not to be learnt: after "He is called Harry" nobody is "Jon", and a model that learns to
-    rename who was named before contradicts itself. The paper leaves those tokens out, too.
+    A token outside terms has its own place; the last token of a term has that of the last token of
+    its generic term, and its other tokens have none. From the second occurrence of a term in a text
+    on, its tokens are not learned: after "He is called Harry" nobody is "Jon", and a model that
+    learns to rename a person in mid-text contradicts itself. The paper leaves those tokens out too.
     """
     shape = batch["input_ids"].shape
     places, usable = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.bool)
@@ -139,8 +138,8 @@ def translate_batch(batch: Batch, anchors: Anchors) -> Translation:
             ids, at = ids[size:], last + 1
         rows.append(torch.tensor(written))
     pad = torch.nn.utils.rnn.pad_sequence
-    translated = {
-        "input_ids": pad(rows, batch_first=True),
-        "attention_mask": pad([torch.ones_like(ids) for ids in rows], batch_first=True),
-    }
+    translated = Batch(
+        input_ids=pad(rows, batch_first=True),
+        attention_mask=pad([torch.ones_like(ids) for ids in rows], batch_first=True),
+    )
     return Translation(translated, places, usable, named)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from srmu.engine.files import read_json, read_json_lines
 from srmu.errors import SrmuError
 from srmu.evals.results import UNATTACKED, Metrics, load_results, read_metrics
 from srmu.evals.statistics import Estimate, average_seeds
@@ -200,10 +200,5 @@ def read_config_tree(folder: Path) -> dict[str, Any]:
 
 
 def read_run_file(path: Path) -> Any:
-    """The object in a JSON file, all of those in a JSON-lines file, {} where there is no file."""
-    text = path.read_text(encoding="utf-8") if path.exists() else "{}"
-    try:
-        whole = path.suffix == ".json" or not path.exists()
-        return json.loads(text) if whole else [json.loads(line) for line in text.splitlines()]
-    except ValueError:
-        raise SrmuError(f"{path} is damaged; repeat that run") from None
+    """The object in a JSON file, all of those in a JSON-lines file; empty if there is no file."""
+    return read_json_lines(path) if path.suffix == ".jsonl" else read_json(path, {})

@@ -4,124 +4,110 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from math import inf
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 from zlib import crc32
 
 import numpy as np
 
 from srmu.evals.compare import resample_row
 from srmu.evals.results import read_metrics
-from srmu.evals.statistics import Array, Draws, Estimate, average_seeds
+from srmu.evals.statistics import Array, Draws, Estimate
+from srmu.report.results import Columns, RunGroup, aggregate_columns
+from srmu.reproduce.experiment import MeasuredRow
 
 CHANCE = 0.25  # four options
 NOISE = 1.96
 QUESTIONS = {"MMLU": 14042, "bio": 1273, "cyber": 1987}  # behind the paper's numbers
 
-Columns = Mapping[str, Sequence[str]]  # a column's name: the metrics that it is the mean of
 
-
-@dataclass(frozen=True)
-class ClaimLine:
-    """A row of a table or a point of a figure: runs that differ only in their seed.
-
-    `asked` says which questions each run was asked: the same number, the same questions. `why` says
-    why there are no runs.
-    """
-
-    label: str
-    runs: tuple[Path, ...]
-    asked: tuple[int, ...]
-    when: Literal["before", "after"] = "after"
-    why: str = ""
-
-
-def resample_mean(line: ClaimLine, metrics: Sequence[str], draws: Draws) -> Array:
+def resample_mean(row: MeasuredRow, metrics: Sequence[str], draws: Draws) -> Array:
     """The mean of some accuracies as it is, and in each resample: (1 + RESAMPLES, seeds)."""
-    runs = zip(line.runs, line.asked, strict=True)
-    each = [[resample_accuracy(line, run, asked, m, draws) for m in metrics] for run, asked in runs]
-    return np.mean(each, axis=1).T
+    numbers = range(len(row.runs))
+    values = [[resample_accuracy(row, i, metric, draws) for metric in metrics] for i in numbers]
+    return np.mean(values, axis=1).T
 
 
-def resample_accuracy(line: ClaimLine, run: Path, asked: int, metric: str, draws: Draws) -> Array:
-    """An accuracy as it is, and in each resample of the questions."""
-    row = read_metrics(run)[line.when][metric]
-    return resample_row(row, draws, (asked, metric), (metric, asked, line.when, line.label))
+def resample_accuracy(row: MeasuredRow, number: int, metric: str, draws: Draws) -> Array:
+    """A run's accuracy as it is, and in each resample of the questions."""
+    asked = row.questions[number]
+    scores = read_metrics(row.runs[number])[row.when][metric]
+    return resample_row(scores, draws, (asked, metric), (metric, asked, row.when, row.label))
 
 
-def mean_cell(line: ClaimLine, metrics: Sequence[str]) -> dict[str, float]:
-    """The mean accuracy of a row's runs with its interval, as in every other table of ours."""
-    found = average_seeds([read_metrics(run)[line.when] for run in line.runs], metrics)
-    assert found is not None  # every run has all metrics
-    return interval_of(found)
+def estimate_cells(row: MeasuredRow, columns: Columns) -> dict[str, dict[str, Any]]:
+    """A row's accuracies with their intervals, as in every other table of ours."""
+    (numbers,) = aggregate_columns([RunGroup(row.label, "", row.runs)], columns)
+    cells = numbers.before if row.when == "before" else numbers.after
+    return {name: format_interval(e) for name, e in cells.items()}
 
 
-def accuracy_drop(before: ClaimLine, line: ClaimLine, metrics: Sequence[str]) -> dict[str, float]:
+def estimate_drop(
+    before: MeasuredRow, row: MeasuredRow, metrics: Sequence[str]
+) -> dict[str, float]:
     """How far an accuracy fell, with its interval."""
     draws = Draws()
-    fallen = resample_mean(before, metrics, draws) - resample_mean(line, metrics, draws)
-    return interval_of(draws.estimate(fallen))
+    drop = resample_mean(before, metrics, draws) - resample_mean(row, metrics, draws)
+    return format_interval(draws.estimate(drop))
 
 
 def judge_row(
     claim: Mapping[str, Any],
-    lines: Mapping[str, ClaimLine],
-    column: str,
-    metrics: Sequence[str],
+    rows: Mapping[str, MeasuredRow],
+    spec: Mapping[str, Any],
     paper: Mapping[str, Mapping[str, float]],
     source: str,
 ) -> dict[str, Any]:
-    """A claim about how two rows differ in a column, with the paper's own difference beside it."""
+    """A claim about how two rows differ in a column, with the paper's own difference beside it.
+
+    `spec` has the columns, and which of them the claim's metric, forget or utility, is.
+    """
     one, other = claim["of"]
-    found, note = None, ""
-    if missing := [name for name in claim["of"] if name not in lines]:
+    column = spec[claim["metric"]]
+    metrics = spec["columns"][column]
+    estimate, note = None, ""
+    if missing := [name for name in claim["of"] if name not in rows]:
         note = f"{missing[0]} was not run"
-    elif failed := [lines[name] for name in claim["of"] if lines[name].why]:
+    elif failed := [rows[name] for name in claim["of"] if rows[name].why]:
         note = f"{failed[0].label} {failed[0].why}"
     else:
-        draws = draws_of(claim)
-        apart = resample_mean(lines[one], metrics, draws) - resample_mean(
-            lines[other], metrics, draws
-        )
-        found = draws.estimate(apart)
+        draws = seed_draws(claim)
+        values = [resample_mean(rows[name], metrics, draws) for name in claim["of"]]
+        estimate = draws.estimate(values[0] - values[1])
     theirs = "MMLU" if claim["metric"] == "utility" else "WMDP"
     own = paper_gap(paper.get(one, {}), paper.get(other, {}), theirs)
-    return judge_difference(claim, column, found, note, claim.get("source", source), own)
+    return judge_difference(claim, column, estimate, note, claim.get("source", source), own)
 
 
 def judge_curves(
     claim: Mapping[str, Any],
-    curves: Mapping[str, Sequence[ClaimLine]],
-    before: ClaimLine,
+    curves: Mapping[str, Sequence[MeasuredRow]],
+    before: MeasuredRow,
     forget: Sequence[str],
     column: str,
     utility: Sequence[str],
     source: str,
 ) -> list[dict[str, Any]]:
     """A claim about what two curves keep where they have forgotten as much, at each share."""
-    found = []
+    verdicts = []
     for percent in claim["at"]:
-        draws, kept, note = draws_of(claim), [], ""
+        draws, kept, note = seed_draws(claim), [], ""
         for name in claim["of"]:
-            points = [line for line in curves.get(name, ()) if not line.why]
-            at = (
-                best_kept(points, before, forget, utility, percent / 100, draws) if points else None
-            )
-            if at is None:
+            points = [row for row in curves.get(name, ()) if not row.why]
+            best = best_kept(points, before, forget, utility, percent / 100, draws)
+            if best is None:
                 note = f"{name} never forgets {percent} %"
             else:
-                kept.append(at)
-        both = None if note else draws.estimate(kept[0] - kept[1])
-        this = {**claim, "claim": f"{claim['claim']}, {percent} %", "above": 0}
-        found.append(judge_difference(this, column, both, note, source, None))
-    return found
+                kept.append(best)
+        gap = None if note else draws.estimate(kept[0] - kept[1])
+        here = {**claim, "claim": f"{claim['claim']}, {percent} %", "above": 0}
+        verdicts.append(judge_difference(here, column, gap, note, source, None))
+    return verdicts
 
 
 def best_kept(
-    points: Sequence[ClaimLine],
-    before: ClaimLine,
+    points: Sequence[MeasuredRow],
+    before: MeasuredRow,
     forget: Sequence[str],
     utility: Sequence[str],
     share: float,
@@ -132,59 +118,63 @@ def best_kept(
     Read in each resample anew, in a straight line between the best points that forget more and
     less, the original model among them. None where a seed's curve does not go as far.
     """
+    if not points:
+        return None
     known = resample_mean(before, forget, draws)
     lost = np.stack([known - known, *(known - resample_mean(p, forget, draws) for p in points)])
-    kept = np.stack([resample_mean(line, utility, draws) for line in (before, *points)])
+    kept = np.stack([resample_mean(row, utility, draws) for row in (before, *points)])
     level = share * (known - CHANCE)
     if (lost[:, 0].max(axis=0) < level[0] - 1e-9).any():
         return None
-    found = np.empty_like(level)
+    best_at = np.empty_like(level)
     for place in np.ndindex(level.shape):
         x, y = lost[(slice(None), *place)], kept[(slice(None), *place)]
         order = np.argsort(x)
         best = np.maximum.accumulate(y[order][::-1])[::-1]  # of all that forget as much or more
-        found[place] = np.interp(level[place], x[order], best)
-    return found
+        best_at[place] = np.interp(level[place], x[order], best)
+    return best_at
 
 
 def judge_difference(
     claim: Mapping[str, Any],
     column: str,
-    found: Estimate | None,
+    estimate: Estimate | None,
     note: str,
     source: str,
     own: tuple[float, float] | None,
 ) -> dict[str, Any]:
-    """A claim with its verdict, in numbers and in a sentence."""
+    """A claim with its verdict, in numbers and in a sentence; `own` is what `paper_gap` gives."""
     bounds = claim.get("above", -inf) / 100, claim.get("below", inf) / 100
-    result = interval_verdict(found, *bounds)
+    verdict = judge_interval(estimate, *bounds)
     one, other = claim["of"]
-    if found is None:
+    if estimate is None:
         sentence = f"{claim['claim']}: not tested here, {note}."
     else:
-        value, low, high = (f"{100 * x:+.1f}" for x in (found.value, found.low, found.high))
-        apart = f"{one} less {other}, {column}: {value} points ({low} to {high})"
-        sentence = f"{claim['claim']}: {result}. {apart}."
+        value, low, high = (
+            f"{100 * x:+.1f}" for x in (estimate.value, estimate.low, estimate.high)
+        )
+        gap = f"{one} less {other}, {column}: {value} points ({low} to {high})"
+        sentence = f"{claim['claim']}: {verdict}. {gap}."
     if own:
         noise = "within its own sampling noise" if abs(own[1]) < NOISE else "beyond sampling noise"
         sentence += f" In the paper {100 * own[0]:+.1f}, {noise} (z = {own[1]:.1f})."
     return {
         "claim": claim["claim"],
         "source": source,
-        "verdict": result,
-        "difference": interval_of(found) if found else None,
+        "verdict": verdict,
+        "difference": format_interval(estimate) if estimate else None,
         "paper": {"difference": own[0], "z": own[1]} if own else None,
         "sentence": sentence,
     }
 
 
-def interval_verdict(found: Estimate | None, above: float, below: float) -> str:
+def judge_interval(estimate: Estimate | None, above: float, below: float) -> str:
     """Whether an interval lies between two bounds, outside them, or across one of them."""
-    if found is None:
+    if estimate is None:
         return "not tested"
-    if above < found.low and found.high < below:
+    if above < estimate.low and estimate.high < below:
         return "holds"
-    if found.high < above or found.low > below:
+    if estimate.high < above or estimate.low > below:
         return "does not hold"
     return "within noise"
 
@@ -204,14 +194,14 @@ def paper_gap(
         for part in parts:
             p = row.get(part, row[column])  # Table 4 prints their mean alone
             variance += p * (1 - p) / QUESTIONS[part] / len(parts) ** 2
-    apart = one[column] - other[column]
-    return apart, apart / variance**0.5
+    gap = one[column] - other[column]
+    return gap, gap / variance**0.5
 
 
-def draws_of(claim: Mapping[str, Any]) -> Draws:
+def seed_draws(claim: Mapping[str, Any]) -> Draws:
     """Resamples that depend on the claim alone, not on what was judged before."""
     return Draws(crc32(json.dumps(claim, sort_keys=True).encode()))
 
 
-def interval_of(found: Estimate) -> dict[str, float]:
-    return {key: value for key, value in asdict(found).items() if key != "n"}
+def format_interval(estimate: Estimate) -> dict[str, float]:
+    return {"value": estimate.value, "low": estimate.low, "high": estimate.high}

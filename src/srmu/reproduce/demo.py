@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from srmu.engine.progress import Watch, ignore_progress
 from srmu.errors import SrmuError
-from srmu.evals.parallel import RunJob, run_all
 from srmu.report.build import write_runs_page
 from srmu.report.results import RunGroup, aggregate_metrics
-from srmu.testbed.build import build_testbed
+from srmu.reproduce.experiment import Experiment, PlannedRow, Testbeds, run_experiment
 
 # Each method's best of the same nine settings, by `python benchmarks/search.py
 # configs/search-organism.yaml OUT`: on the validation questions of three testbeds, both regimes.
@@ -42,42 +42,34 @@ def play_demo(
     """
     if seeds < 1:
         raise SrmuError("--seeds must be at least 1")
-    testbed = out / "testbed"
-    if not (testbed / "organism.json").exists():
-        build_testbed(testbed, watch=watch)
-    groups = [
-        (label, regime, [[*overrides, f"seed={seed}"] for seed in range(seeds)])
-        for regime in REGIMES
-        for label, overrides in SETTINGS.items()
-    ]
-    jobs = [
-        RunJob(
-            testbed / f"{regime}.yaml", (*overrides, f"runs_dir={(out / 'runs').resolve()}"), TASKS
-        )
-        for _, regime, runs in groups
-        for overrides in runs
-    ]
-    folders = iter(run_all(jobs, watch))
-    entries = [
-        RunGroup(label, REGIMES[regime], tuple(next(folders) for _ in runs))
-        for label, regime, runs in groups
-    ]
+    experiment = Experiment(
+        out,
+        Testbeds(out, folder="testbed", oracle=False),
+        SETTINGS,
+        tuple(range(seeds)),
+        TASKS,
+    )
+    planned = [PlannedRow(label, label, regime) for regime, label in product(REGIMES, SETTINGS)]
+    rows = run_experiment(experiment, planned, watch)
+    if failed := [row for row in rows.values() if row.why]:
+        raise SrmuError(f"{failed[0].label} {failed[0].why}")
+    groups = [RunGroup(row.label, REGIMES[plan.regime], row.runs) for plan, row in rows.items()]
     report = write_runs_page(
-        entries,
+        groups,
         out / "report.html",
         title="Unlearning on the testbed",
         forget_metrics=FORGET,
         utility_metrics=UTILITY,
         command=f"srmu demo --seeds {seeds}",
     )
-    return entries, report
+    return groups, report
 
 
-def terminal_table(entries: Sequence[RunGroup]) -> list[dict[str, Any]]:
+def terminal_table(groups: Sequence[RunGroup]) -> list[dict[str, Any]]:
     """The report's table as rows of strings: the original model first in each regime."""
     metrics = {metric: metric.split("_", 1)[1].split("/")[0] for metric in FORGET + UTILITY}
     rows: list[dict[str, Any]] = []
-    for row in aggregate_metrics(entries, list(metrics)):
+    for row in aggregate_metrics(groups, list(metrics)):
         shared = row.group.removesuffix(" entanglement")
         if not any(r["entangled"] == shared for r in rows):
             before = {name: str(row.before[metric]) for metric, name in metrics.items()}

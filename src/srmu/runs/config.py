@@ -1,4 +1,4 @@
-"""The one config tree: a YAML file, dotted overrides, and errors that say what to type."""
+"""The config tree: a YAML file, dotted overrides, and errors that say what to type."""
 
 from __future__ import annotations
 
@@ -16,36 +16,23 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
-    Field,
     PlainSerializer,
     TypeAdapter,
     ValidationError,
-)  # fmt: skip
+)
 
 from srmu.data.sources import Source
-from srmu.data.tokens import MIN_TOKENS
-from srmu.engine.files import from_file, sha256
+from srmu.data.topics import TopicConfig
+from srmu.engine.files import import_from_file, sha256
 from srmu.engine.train import TrainOptions
 from srmu.errors import SrmuError, suggest_word
 from srmu.methods import METHODS, Method, Misdirection
 from srmu.runs.record import Purpose
 
-UNDECIDING = (
-    "runs_dir",
-    "eval",
-    "tasks_dir",
-    "cache",
-    "purpose",
-)  # keys that the weights do not depend on
-NAMED_FILE = re.compile(
-    r".+\.(py(?=:)|(json|txt)$)"
-)  # code or data that an option of a method names
-
-
-def _sources(value: Any) -> Any:
-    """A path, a mapping, or a list of these, as a list of mappings."""
-    values = value if isinstance(value, list) else [] if value is None else [value]
-    return [{"path": v} if isinstance(v, str | Path) else v for v in values]
+# keys that the weights do not depend on
+UNDECIDING = ("runs_dir", "eval", "tasks_dir", "cache", "purpose")
+# code or data that an option of a method names
+NAMED_FILE = re.compile(r".+\.(py(?=:)|(json|txt)$)")
 
 
 def _method(value: Any) -> Any:
@@ -70,32 +57,10 @@ def _method_dict(method: Method) -> dict[str, Any]:
     return {"name": name} | dataclasses.asdict(method)
 
 
-class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
-
-
-class TopicConfig(Strict):
-    """One topic's texts and lengths, and the strength where it differs between topics."""
-
-    forget: Annotated[list[Source], BeforeValidator(_sources)]
-    retain: Annotated[list[Source], BeforeValidator(_sources)] = []  # some methods need none
-    max_length: int = Field(512, ge=MIN_TOKENS)  # tokens of a forget text
-    retain_max_length: int | None = Field(None, ge=MIN_TOKENS)  # None: as max_length
-    forget_held_out: int = Field(0, ge=0)  # different texts that are not trained on
-    retain_held_out: int = Field(0, ge=0)
-    coeff: float | None = None
-    kappa: float | None = None
-    alpha: float | None = None
-
-    @property
-    def options(self) -> dict[str, float]:
-        """What this topic sets in place of the method's own options."""
-        given = {name: getattr(self, name) for name in ("coeff", "kappa", "alpha")}
-        return {name: value for name, value in given.items() if value is not None}
-
-
-class Config(Strict):
+class Config(BaseModel):
     """Everything that decides a run."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
 
     model: str
     revision: str | None = None
@@ -158,21 +123,21 @@ def build_config(tree: Mapping[str, Any], overrides: Sequence[str] = ()) -> Conf
 
     Relative paths that are left, those of overrides, start at the working folder.
     """
-    values = plain_values({"runs_dir": "runs", **tree})
-    # Another name first: what the file says for its own method is not said for that one.
+    values = convert_values({"runs_dir": "runs", **tree})
+    # Another method first: the file's options are those of its own method.
     named = [o for o in overrides if o.startswith("method.name=")]
     for override in named:
         forget_old_method(values, override.partition("=")[2])
     for override in [*named, *(o for o in overrides if o not in named)]:
         put_override(values, override)
     try:
-        return Config.model_validate(rebase_paths(plain_values(values), Path.cwd()))
+        return Config.model_validate(rebase_paths(convert_values(values), Path.cwd()))
     except ValidationError as error:
         raise SrmuError(explain_error(error, "", Config)) from None
 
 
-def plain_values(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """A tree of JSON values alone; YAML leaves dates, and the two halves of a character apart."""
+def convert_values(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A tree of JSON values only: YAML also reads dates, and halves of characters."""
     try:
         values: dict[str, Any] = json.loads(json.dumps(tree, default=str))
         json.dumps(values, ensure_ascii=False).encode()
@@ -182,10 +147,10 @@ def plain_values(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def forget_old_method(values: dict[str, Any], name: str) -> None:
-    """Drop from a config's tree what is said for its method, where another `name` takes its place.
+    """Drop the options of a config's method if the method `name` replaces it.
 
-    Methods of one family keep its options (kappa and alpha mean the same in SRMU and RMU); another
-    one starts from its own defaults, with its own learning rate.
+    Methods of one family keep them (kappa and alpha mean the same in SRMU and RMU); any other
+    starts from its own defaults, with its own learning rate.
     """
     method = values.get("method")
     if not isinstance(method, dict):
@@ -217,7 +182,7 @@ def make_config(
 
 
 def rebase_paths(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The tree with its relative paths made absolute: they start at `folder`."""
+    """The tree with its relative paths made absolute, starting at `folder`."""
 
     def rebase(value: Any) -> Any:
         if isinstance(value, list):
@@ -279,7 +244,7 @@ def find_method(name: str) -> type[Method]:
         return METHODS[name]
     path, colon, attribute = name.rpartition(":")
     if colon and path.endswith(".py"):
-        cls = from_file("method", name)
+        cls = import_from_file("method", name)
         if not (isinstance(cls, type) and issubclass(cls, Method)):
             raise SrmuError(f"method {name}: {attribute} is not a Method in that file")
         if inspect.isabstract(cls) or not hasattr(cls, "name") or not hasattr(cls, "paper"):

@@ -1,4 +1,4 @@
-"""What a person reads of a record: a page, and the model card of an export."""
+"""A record as a person reads it: a page, and the model card of an export."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def summarise_record(record: Mapping[str, Any]) -> str:
     )
 
 
-def model_card(record: Mapping[str, Any]) -> str:
-    """The `README.md` of an export: the hub's metadata, then the page."""
+def write_model_card(record: Mapping[str, Any]) -> str:
+    """The `README.md` of an export: the hub's metadata, then the record's page."""
     from huggingface_hub import EvalResult, ModelCardData
 
     after = record["results"].get("after", {})
@@ -57,7 +57,7 @@ def model_card(record: Mapping[str, Any]) -> str:
 
 
 def is_local(record: Mapping[str, Any]) -> bool:
-    """Whether the base model was a folder: its path is nobody's business."""
+    """Whether the base model was a folder, whose path stays private."""
     return Path(record["base"]["id"]).is_absolute() or Path(record["base"]["id"]).exists()
 
 

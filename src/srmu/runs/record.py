@@ -1,4 +1,4 @@
-"""The audit record of a run: what was done to which model, with digests of everything it names."""
+"""The record of a run: what was done to which model, with a digest of everything it names."""
 
 from __future__ import annotations
 
@@ -18,12 +18,16 @@ from safetensors import safe_open
 from torch import Tensor
 
 from srmu.engine import weights
-from srmu.engine.files import cache_dir, sha256, write_json
+from srmu.engine.cache import cached
+from srmu.engine.files import read_json, sha256, write_json
 from srmu.engine.progress import Watch, ignore_progress
 from srmu.errors import SrmuError, first_line
 
 RECORD = "record.json"
 DELTA = "delta.safetensors"
+STATE = "state.safetensors"
+CONFIG = "config.yaml"
+METRICS = "metrics.jsonl"
 SCHEMA = 1  # raised when a field changes its meaning
 LIMITS = (
     "Suppressed, not shown to be absent: other attacks, or more of the same, may recover more.",
@@ -38,7 +42,7 @@ class Block(BaseModel):
 
 
 class Purpose(Block):
-    """Why the run was made, in the operator's words; never the data itself."""
+    """Why the run was made, in the operator's words; never the texts."""
 
     reason: str = ""
     target: str = ""  # what is to be forgotten, described
@@ -63,7 +67,7 @@ class File(Block):
 
 
 class Base(Block):
-    """The model before."""
+    """The model before the run."""
 
     id: str
     revision: str | None
@@ -91,13 +95,14 @@ class Change(Block):
 
 
 class TextSet(Block):
-    """A set of texts: how much of it, and a digest that needs the operator's key."""
+    """A set of texts: its size, and a digest that says nothing without the operator's key."""
 
     documents: int
     too_short: int
     bad_rows: int
     tokens: int
     digest: str
+    key: str = ""  # names that key
 
 
 class Environment(Block):
@@ -162,7 +167,7 @@ class Record(Block):
 
 
 def canonical_json(value: Any) -> bytes:
-    """JSON that is the same bytes for the same value."""
+    """The same JSON bytes for the same value."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return text.encode()
 
@@ -174,17 +179,17 @@ def compute_seal(record: Mapping[str, Any]) -> str:
 
 
 def seal_record(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A record checked against its schema, with its seal."""
-    whole = Record.model_validate({**record, "seal": ""}).model_dump(mode="json")
-    return whole | {"seal": compute_seal(whole)}
+    """Check a record against its schema, and add its seal."""
+    checked = Record.model_validate({**record, "seal": ""}).model_dump(mode="json")
+    return checked | {"seal": compute_seal(checked)}
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """A record as it was written; SrmuError where it is not one, or was edited."""
+    """Read a record; SrmuError where it is none, or was edited."""
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_json(path)
         Record.model_validate(record)
-    except (OSError, ValueError) as error:
+    except ValidationError as error:
         raise SrmuError(
             f"{path} is no record of this version ({shorten_error(error)}); make the run again"
         ) from None
@@ -202,7 +207,7 @@ def shorten_error(error: Exception) -> str:
 
 
 def extend_record(folder: Path, files: Sequence[str], **blocks: Any) -> None:
-    """Add what was measured of a run to its record, with the digests of the files that hold it."""
+    """Add measurements to a run's record, with the digests of the files that hold them."""
     record = read_record(folder / RECORD)
     digests = {name: sha256(folder / name) for name in files}
     extended = seal_record(record | blocks | {"files": record["files"] | digests})
@@ -210,36 +215,30 @@ def extend_record(folder: Path, files: Sequence[str], **blocks: Any) -> None:
         write_json(folder / RECORD, extended)
 
 
-def file_manifest(folder: Path, watch: Watch = ignore_progress) -> dict[str, dict[str, Any]]:
+def digest_folder(folder: Path, watch: Watch = ignore_progress) -> dict[str, dict[str, Any]]:
     """Size and digests of every file of a checkpoint, by name.
 
-    Read in one pass; what was read is kept in the cache folder until size or time of change differ.
+    They are kept in the cache folder while size and time of change stay the same.
     """
     names = [*weights.list_carried(folder)]
     stats = {name: (folder / name).stat() for name in names}
     marks = [
         (str(folder.resolve()), n, s.st_size, s.st_mtime_ns, s.st_ino) for n, s in stats.items()
     ]
-    kept = cache_dir() / "hashes" / f"{sha256(canonical_json(marks))[:32]}.json"
-    try:
-        return dict(json.loads(kept.read_text()))
-    except (OSError, ValueError):
-        pass
-    found = {}
-    with watch("hashing the base model", len(names)) as tick:
-        for name in names:
-            found[name] = file_digests(folder / name)
-            tick(name)
-    try:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        write_json(kept, found)
-    except OSError:
-        pass  # without a cache they are read again
-    return found
+
+    def digest_files() -> dict[str, dict[str, Any]]:
+        files = {}
+        with watch("hashing the base model", len(names)) as tick:
+            for name in names:
+                files[name] = digest_file(folder / name)
+                tick(name)
+        return files
+
+    return dict(cached("hashes", marks, digest_files))
 
 
-def file_digests(path: Path) -> dict[str, Any]:
-    """A file's size and SHA-256, and of a safetensors file that of each tensor; in one pass."""
+def digest_file(path: Path) -> dict[str, Any]:
+    """A file's size and SHA-256, and those of each tensor in a safetensors file; in one pass."""
     whole, head = hashlib.sha256(), hashlib.sha256()
     tensors = {}
     parts = []
@@ -250,17 +249,17 @@ def file_digests(path: Path) -> dict[str, Any]:
     size = path.stat().st_size
     with path.open("rb") as file:
         for low, high, name in [*parts, (size, size, "")]:
-            read_into(file, low - file.tell(), whole, head)  # tensors leave no gaps
+            update_codes(file, low - file.tell(), whole, head)  # tensors leave no gaps
             if name:
                 part = hashlib.sha256()
-                read_into(file, high - low, whole, part)
+                update_codes(file, high - low, whole, part)
                 tensors[name] = part.hexdigest()
-    found = {"bytes": size, "sha256": whole.hexdigest(), "tensors": tensors}
-    return found | {"header": head.hexdigest() if parts else ""}
+    header = head.hexdigest() if parts else ""
+    return {"bytes": size, "sha256": whole.hexdigest(), "header": header, "tensors": tensors}
 
 
-def read_into(file: Any, size: int, *codes: Any) -> None:
-    """Feed the next bytes of a file to digests, a piece at a time."""
+def update_codes(file: Any, size: int, *codes: Any) -> None:
+    """Feed the next bytes of a file to hashes, a piece at a time."""
     while size > 0:
         block = file.read(min(size, 1 << 22))
         if not block:
@@ -270,28 +269,28 @@ def read_into(file: Any, size: int, *codes: Any) -> None:
         size -= len(block)
 
 
-def base_block(model: str, revision: str | None, folder: Path, watch: Watch) -> dict[str, Any]:
-    files = file_manifest(folder, watch)
-    config = json.loads((folder / "config.json").read_text())
+def describe_base(model: str, revision: str | None, folder: Path, watch: Watch) -> dict[str, Any]:
+    files = digest_folder(folder, watch)
+    config = read_json(folder / "config.json")
     words = [n for n in files if "token" in n or n.startswith(("vocab", "merges", "spiece"))]
     types = {str(t).removeprefix("torch.") for t in weights.stored_types(folder).values()}
     return {
         "id": model,
-        "revision": revision or revision_of(folder),
-        "licence": licence_of(folder) or config.get("license"),
+        "revision": revision or find_revision(folder),
+        "licence": find_licence(folder) or config.get("license"),
         "dtype": ", ".join(sorted(types)),
         "tokenizer": sha256(*(files[name]["sha256"].encode() for name in sorted(words))),
         "files": files,
     }
 
 
-def revision_of(folder: Path) -> str | None:
+def find_revision(folder: Path) -> str | None:
     """The commit of a hub snapshot, which its folder is named by."""
     return folder.name if folder.parent.name == "snapshots" else None
 
 
-def licence_of(folder: Path) -> str | None:
-    """The licence that the model card names in its head."""
+def find_licence(folder: Path) -> str | None:
+    """The licence that the model card's header names."""
     card = folder / "README.md"
     if not card.is_file():
         return None
@@ -304,20 +303,20 @@ def licence_of(folder: Path) -> str | None:
     return str(licence) if licence else None
 
 
-def change_block(folder: Path, delta: Path) -> dict[str, Any]:
-    """Each tensor of a delta beside the base's."""
+def describe_change(folder: Path, delta: Path) -> dict[str, Any]:
+    """Each tensor of a delta, compared with the base's."""
     where = weights.list_shards(folder)
     tensors = {}
     if delta.exists():
         with safe_open(delta, "pt") as file:
             for name in file.keys():  # noqa: SIM118 - it is no mapping
                 before = weights.stored_tensor(where[name], name)
-                tensors[name] = tensor_change(before, file.get_tensor(name))
+                tensors[name] = compare_tensor(before, file.get_tensor(name))
     others = len(where) - len(tensors)
     return {"tensors": tensors, "others": others, "others_identical": True}
 
 
-def tensor_change(before: Tensor, after: Tensor) -> dict[str, Any]:
+def compare_tensor(before: Tensor, after: Tensor) -> dict[str, Any]:
     size = float(before.float().norm())
     moved = float((after.float() - before.float()).norm())
     return {
@@ -330,21 +329,21 @@ def tensor_change(before: Tensor, after: Tensor) -> dict[str, Any]:
     }
 
 
-def tool_block() -> dict[str, Any]:
-    """This program's version, and its commit where it runs from a checkout."""
+def describe_tool() -> dict[str, Any]:
+    """This program's version, and its commit if it runs from a checkout."""
     home = Path(__file__).parents[3]
     commit = None
     if (home / ".git").exists():
         try:
-            asked = ["git", "-C", str(home), "rev-parse", "HEAD"]
-            answer = subprocess.run(asked, capture_output=True, text=True, timeout=10)
+            command = ["git", "-C", str(home), "rev-parse", "HEAD"]
+            answer = subprocess.run(command, capture_output=True, text=True, timeout=10)
             commit = answer.stdout.strip() or None
         except (OSError, subprocess.SubprocessError):
             pass
     return {"name": "srmu", "version": version("srmu"), "commit": commit}
 
 
-def environment_block() -> dict[str, Any]:
+def describe_environment() -> dict[str, Any]:
     """What the bits of a result may depend on."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {

@@ -1,4 +1,4 @@
-"""A run made again from its record, and what differs."""
+"""Make a run again from its record, and say what differs."""
 
 from __future__ import annotations
 
@@ -12,41 +12,41 @@ from srmu.engine.progress import Watch, ignore_progress
 from srmu.errors import SrmuError
 from srmu.runs import record as audit
 from srmu.runs.config import build_config
+from srmu.runs.plan import plan_run
 from srmu.runs.record import DELTA
-from srmu.runs.run import Run, base_of, plan_run, run_folder, unlearn
+from srmu.runs.run import Run, run_plan
 
 
 def rerun_record(
     path: Path, overrides: Sequence[str] = (), watch: Watch = ignore_progress
 ) -> tuple[Run, dict[str, Any]]:
-    """Make the run of a record again, in `again/` beside it, and compare what came out.
+    """Make the run of a record again, in `again/` beside it, and compare the two.
 
-    The outcome (`same`, and where not, how data and environments differ) is kept in the record.
-    SrmuError where the base model is not that of the record. `overrides` may change what decides
-    no result, such as `runs_dir` or `device`.
+    The comparison (`same`; if not, how data and environments differ) is written into the record.
+    SrmuError where the base model is not that of the record. `overrides` may change what does not
+    decide the result, such as `runs_dir`.
     """
     record = audit.read_record(path)
     again = f"runs_dir={path.resolve().parent.parent / 'again'}"
-    config, _ = plan_run(build_config(record["reproduction"]["config"], [again, *overrides]))
-    base = base_of(config)
-    for name, file in audit.file_manifest(base, watch).items():
+    plan = plan_run(build_config(record["reproduction"]["config"], [again, *overrides]))
+    for name, file in audit.digest_folder(plan.base, watch).items():
         known = record["base"]["files"].get(name)
         if known is None or known["sha256"] != file["sha256"]:
             raise SrmuError(
-                f"{base} is not the base model of {path}: its {name} differs; nothing was run"
+                f"{plan.base} is not the base model of {path}: its {name} differs; nothing was run"
             )
-    if run_folder(config).resolve() == path.resolve().parent:
+    if plan.folder.resolve() == path.resolve().parent:
         raise SrmuError("runs_dir: name another folder than the record's own")
-    run = unlearn(config, watch=watch)
-    found = compare_records(record, run.record)
-    rerun = {"when": datetime.now(UTC).isoformat(timespec="seconds"), **found}
+    run = run_plan(plan, watch=watch)
+    comparison = compare_records(record, run.record)
+    rerun = {"when": datetime.now(UTC).isoformat(timespec="seconds"), **comparison}
     reproduction = record["reproduction"] | {"rerun": rerun}
     write_json(path, audit.seal_record(record | {"reproduction": reproduction}))
-    return run, found
+    return run, comparison
 
 
 def compare_records(first: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-    """Whether two records tell of the same delta; where not, what differs before it."""
+    """Whether two records have the same delta; if not, what else differs."""
     one, two = (r["reproduction"]["expected"].get(DELTA, "") for r in (first, other))
     if one == two:
         return {"same": True, "tensors": [], "differences": []}
@@ -55,18 +55,18 @@ def compare_records(first: Mapping[str, Any], other: Mapping[str, Any]) -> dict[
         for name, entry in first["change"]["tensors"].items()
         if other["change"]["tensors"].get(name, {}).get("after") != entry["after"]
     ]
-    differences = [*differing("", first["environment"], other["environment"])]
-    differences += differing("data.", first["data"], other["data"])
+    differences = [*list_differences("", first["environment"], other["environment"])]
+    differences += list_differences("data.", first["data"], other["data"])
     return {"same": False, "tensors": tensors, "differences": differences}
 
 
-def differing(prefix: str, one: Any, other: Any) -> list[str]:
-    """`torch: 2.13.0 then, 2.14.0 now`, for each leaf of two trees that differs."""
+def list_differences(prefix: str, one: Any, other: Any) -> list[str]:
+    """Each leaf that differs between two trees, like `torch: 2.13.0 then, 2.14.0 now`."""
     if isinstance(one, Mapping) and isinstance(other, Mapping):
         keys = dict.fromkeys([*one, *other])
         return [
             text
             for key in keys
-            for text in differing(f"{prefix}{key}.", one.get(key), other.get(key))
+            for text in list_differences(f"{prefix}{key}.", one.get(key), other.get(key))
         ]
     return [] if one == other else [f"{prefix.rstrip('.')}: {one} then, {other} now"]

@@ -1,4 +1,4 @@
-"""Recompute every digest of a run or an export: what is there, against what its record says."""
+"""Compute every digest of a run or an export again, and compare it with the record."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from srmu.engine import weights
 from srmu.engine.files import sha256, write_whole
 from srmu.engine.progress import Watch, ignore_progress
 from srmu.errors import SrmuError
-from srmu.runs.record import DELTA, RECORD, file_digests, read_record
+from srmu.runs.record import DELTA, RECORD, digest_file, read_record
 
 SIGNATURE = "record.sig"
 
 
-def record_of(folder: Path) -> Path:
+def find_record(folder: Path) -> Path:
     """The record of a run's or an export's folder."""
     for name in (RECORD, weights.EXPORTED):
         if (folder / name).is_file():
@@ -30,32 +30,33 @@ def record_of(folder: Path) -> Path:
 def verify_folder(
     folder: Path, key: Path | None = None, watch: Watch = ignore_progress
 ) -> dict[str, Any]:
-    """Check a run or an export; how many files and tensors were compared.
+    """Check a run or an export, and count the files and tensors that were compared.
 
-    SrmuError naming everything that is not as the record says. The base model is read too where a
-    run is checked, once, a piece at a time.
+    SrmuError naming everything that is not as recorded. For a run, the base model is read as well,
+    once, a piece at a time.
     """
-    path = record_of(folder)
+    path = find_record(folder)
     record = read_record(path)
     if key is not None:
         check_signature(path, key)
     if path.name == RECORD:
-        found = [*in_run(folder, record, watch)]
+        differences = [*compare_run(folder, record, watch)]
         tensors = len(record["change"]["tensors"]) + sum(
             len(file["tensors"]) for file in record["base"]["files"].values()
         )
         files = len(record["files"]) + len(record["base"]["files"])
     else:
-        found = [*in_export(folder, record, watch)]
+        differences = [*compare_export(folder, record, watch)]
         tensors = len(record["change"]["tensors"]) + record["change"]["others"]
         files = len(record["base"]["files"])
-    if found:
-        raise SrmuError(f"{folder}: {len(found)} not as recorded: " + "; ".join(found[:20]))
+    if differences:
+        listed = "; ".join(differences[:20])
+        raise SrmuError(f"{folder}: {len(differences)} not as recorded: {listed}")
     return {"record": record["id"], "files": files, "tensors": tensors, "signed": key is not None}
 
 
-def in_run(folder: Path, record: Mapping[str, Any], watch: Watch) -> Iterator[str]:
-    """What of a run's folder, or of its base model, is not as its record says."""
+def compare_run(folder: Path, record: Mapping[str, Any], watch: Watch) -> Iterator[str]:
+    """What in a run's folder, or in its base model, is not as recorded."""
     for name, expected in record["files"].items():
         if not (folder / name).is_file():
             yield f"{name} is missing"
@@ -63,29 +64,31 @@ def in_run(folder: Path, record: Mapping[str, Any], watch: Watch) -> Iterator[st
             yield f"{name} has changed"
     if DELTA in record["files"] and (folder / DELTA).is_file():
         after = {name: entry["after"] for name, entry in record["change"]["tensors"].items()}
-        yield from in_tensors(folder / DELTA, {"sha256": record["files"][DELTA], "tensors": after})
+        yield from compare_tensors(
+            folder / DELTA, {"sha256": record["files"][DELTA], "tensors": after}
+        )
     known = {*record["files"], RECORD, SIGNATURE}
     for path in sorted(folder.iterdir()):
         if path.name not in known:
             yield f"{path.name} is not in the record"
     base = weights.locate_model(record["model"], record["reproduction"]["config"]["revision"])
-    yield from in_base(base, record["base"]["files"], watch)
+    yield from compare_base(base, record["base"]["files"], watch)
 
 
-def in_base(folder: Path, files: Mapping[str, Any], watch: Watch) -> Iterator[str]:
-    """What of a checkpoint's files is not as recorded."""
+def compare_base(folder: Path, files: Mapping[str, Any], watch: Watch) -> Iterator[str]:
+    """What in a base model is not as recorded."""
     with watch("hashing the base model", len(files)) as tick:
         for name, file in files.items():
             if not (folder / name).is_file():
                 yield f"{name} of the base model is missing"
             else:
-                for what in in_tensors(folder / name, file):
-                    yield f"base model: {what}"
+                for difference in compare_tensors(folder / name, file):
+                    yield f"base model: {difference}"
             tick(name)
 
 
-def in_export(folder: Path, record: Mapping[str, Any], watch: Watch) -> Iterator[str]:
-    """What of an export is neither the base's bytes nor the delta's, where each belongs."""
+def compare_export(folder: Path, record: Mapping[str, Any], watch: Watch) -> Iterator[str]:
+    """What in an export is not the base model with the delta on it."""
     after = {name: entry["after"] for name, entry in record["change"]["tensors"].items()}
     own = record["exported"]
     expected = {name: file for name, file in record["base"]["files"].items() if name not in own}
@@ -97,8 +100,8 @@ def in_export(folder: Path, record: Mapping[str, Any], watch: Watch) -> Iterator
             changed = {k: after[k] for k in file["tensors"] if k in after}
             patched = {**file, "tensors": file["tensors"] | changed}
             if changed:
-                patched["sha256"] = ""  # header and tensors say all
-            yield from in_tensors(folder / name, patched)
+                patched["sha256"] = ""  # header and tensors decide
+            yield from compare_tensors(folder / name, patched)
             tick(name)
     for name, digest in own.items():
         if not (folder / name).is_file():
@@ -111,36 +114,36 @@ def in_export(folder: Path, record: Mapping[str, Any], watch: Watch) -> Iterator
             yield f"{path.relative_to(folder).as_posix()} is not in the record"
 
 
-def in_tensors(path: Path, expected: Mapping[str, Any]) -> Iterator[str]:
-    """What of a file is not as expected; of a safetensors file, which tensors."""
+def compare_tensors(path: Path, expected: Mapping[str, Any]) -> Iterator[str]:
+    """What in a file is not as expected; in a safetensors file, which tensors."""
     if path.suffix != ".safetensors":
         if sha256(path) != expected["sha256"]:
             yield f"{path.name} has changed"
         return
     try:
-        found = file_digests(path)
+        actual = digest_file(path)
     except SrmuError as error:
         yield str(error)
         return
-    wrong = False
+    differs = False
     for name, digest in expected["tensors"].items():
-        if name not in found["tensors"]:
+        if name not in actual["tensors"]:
             yield f"{path.name} lacks the tensor {name}"
-            wrong = True
-        elif found["tensors"][name] != digest:
+            differs = True
+        elif actual["tensors"][name] != digest:
             yield f"{path.name}: the tensor {name} has changed"
-            wrong = True
-    for name in sorted(set(found["tensors"]) - set(expected["tensors"])):
+            differs = True
+    for name in sorted(set(actual["tensors"]) - set(expected["tensors"])):
         yield f"{path.name}: the tensor {name} is not in the record"
-        wrong = True
-    if not wrong and any(
-        expected.get(part) and found[part] != expected[part] for part in ("header", "sha256")
+        differs = True
+    if not differs and any(
+        expected.get(part) and actual[part] != expected[part] for part in ("header", "sha256")
     ):
         yield f"{path.name}: its header has changed"
 
 
 def check_signature(path: Path, key: Path) -> None:
-    """SrmuError where the record's signature is not that of the public key's owner."""
+    """SrmuError where the public key's owner did not sign this record."""
     ed25519, serialization = import_cryptography()
     public = load_key(key, serialization.load_pem_public_key, ed25519.Ed25519PublicKey, "public")
     signature = path.with_name(SIGNATURE)
@@ -158,7 +161,7 @@ def sign_record(folder: Path, key: Path) -> Path:
     """Write the record's Ed25519 signature beside it."""
     ed25519, serialization = import_cryptography()
     without_password = partial(serialization.load_pem_private_key, password=None)
-    path = record_of(folder)
+    path = find_record(folder)
     private = load_key(key, without_password, ed25519.Ed25519PrivateKey, "private")
     write_whole(path.with_name(SIGNATURE), private.sign(path.read_bytes()).hex() + "\n")
     return path.with_name(SIGNATURE)

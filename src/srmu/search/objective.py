@@ -1,30 +1,32 @@
-"""What a search measures runs by: questions or held-out texts, a half to choose on, one to report.
+"""What an automatic search measures runs by, and the studies that it makes of them.
 
-Forgetting is the share of what the model knew above chance that it no longer answers,
-(A0 - Au) / (A0 - chance); the utility loss is the mean fall of accuracy, A0 - Au, over what is to
-be kept. Of texts, the accuracy is that of the next token, and chance 0.
+It asks questions or reads held-out texts: one half to choose on, one half to report. Forgetting is
+the share of what the model knew above chance that it no longer answers, (A0 - Au) / (A0 - chance);
+the utility loss is the mean fall of accuracy, A0 - Au, over what is to be kept. Of texts, the
+accuracy is that of the next token, and chance 0.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import optuna
 import torch
 
 from srmu.attacks.suite import Sources, load_exam
 from srmu.data.digest import digest_texts
 from srmu.data.tokens import batch_rows, tokenise_texts
 from srmu.data.topics import split_held_out
-from srmu.engine import weights
-from srmu.engine.loading import load_module
+from srmu.engine.loading import read_config
 from srmu.engine.losses import is_predicted, token_nll
+from srmu.engine.progress import Watch
 from srmu.engine.train import move_batch
 from srmu.errors import SrmuError
+from srmu.evals.layer_sweep import candidate_layers
 from srmu.evals.results import (
     Metrics,
     merge_results,
@@ -33,20 +35,31 @@ from srmu.evals.results import (
     read_metrics,
     write_answers,
 )
-from srmu.evals.statistics import KNOWN, LEAST, Array, Draws, Estimate, estimate_from
+from srmu.evals.statistics import KNOWN, LEAST, Array, Draws, estimate_from
 from srmu.evals.subject import Question, Subject, list_facts, mark_answers
 from srmu.runs.config import Config
-from srmu.runs.run import Run, find_device, load_tokenizer
+from srmu.runs.open import open_target
+from srmu.runs.plan import locate_base
+from srmu.runs.run import Run, unlearn
+from srmu.search import space
+from srmu.search.queue import FILE, is_ended, open_study, trial_entry, work_queue
 
 Half = Literal["val", "test"]
 HALVES: tuple[Half, Half] = ("val", "test")
 NOTHING = 0.05  # accuracy above chance below which a model knows nothing
 HELD = 10  # one text in so many is held out for each half
+LAYERS = 8  # that a scan tries at most
+MARGIN = 0.5  # of the budget that trials may lose: the best of many flatters itself
+NOISE = 0.05  # forgetting below it is none
+KEYS = (
+    "method.layer", "method.kappa", "method.alpha", "method.anchors", "method.hold", "method.keep",
+    "method.retain", "method.noise", "train.learning_rate",
+)  # fmt: skip
 TESTBED = ("organism_hazard",), ("organism_neighbour", "organism_general")
 
 
 class MarkedAnswers(NamedTuple):
-    """Right answers (0 or 1), what each is about, the same for those that fall together."""
+    """Right answers (0 or 1), and what each is about: those of one fact are resampled together."""
 
     right: Sequence[float]
     about: Sequence[Hashable]
@@ -55,7 +68,7 @@ class MarkedAnswers(NamedTuple):
 
 @dataclass(frozen=True)
 class TaskYardstick:
-    """Questions with options."""
+    """Questions with options; a half has those of half of the facts."""
 
     halves: Mapping[Half, tuple[Question, ...]]
 
@@ -71,8 +84,7 @@ class TaskYardstick:
     @property
     def read(self) -> list[str]:
         """What a model reads of a half."""
-        asked = self.halves["val"]
-        return [q.prompt for q in asked] + [option for q in asked for option in q.options]
+        return [text for q in self.halves["val"] for text in (q.prompt, *q.options)]
 
     def take(self, model: Subject, half: Half) -> MarkedAnswers:
         asked = self.halves[half]
@@ -97,7 +109,7 @@ class TextYardstick:
 
     @torch.no_grad()
     def take(self, model: Subject, half: Half) -> MarkedAnswers:
-        """Each next token for itself; those of one text fall together."""
+        """Each next token is an answer about its text."""
         right: list[float] = []
         about: list[Hashable] = []
         nats = 0.0
@@ -115,16 +127,9 @@ class TextYardstick:
         return MarkedAnswers(right, about, nats / max(1, len(right)))
 
 
-class SearchOutcome(NamedTuple):
-    """Fractions, 0-1."""
-
-    forgetting: float
-    utility_loss: float
-
-
 @dataclass(frozen=True)
 class Yardstick:
-    """Parts to forget and to keep by name, which is that of their metric, NAME/acc."""
+    """What is to be forgotten and what is to be kept, by the name of their metric, NAME/acc."""
 
     forget: Mapping[str, TaskYardstick | TextYardstick]
     utility: Mapping[str, TaskYardstick | TextYardstick]
@@ -147,9 +152,8 @@ class Yardstick:
 
     def tokens(self, tokenizer: Any) -> int:
         """How many tokens a model reads to be measured on a half."""
-        return sum(
-            sum(map(len, tokenizer([*part.read])["input_ids"])) for part in self.parts.values()
-        )
+        parts = self.parts.values()
+        return sum(len(ids) for part in parts for ids in tokenizer([*part.read])["input_ids"])
 
     def metrics(self, half: Half) -> dict[str, str]:
         """The metric of each part in a half."""
@@ -166,8 +170,8 @@ class Yardstick:
             when: {metric: results[metric] for metric in wanted} for when, results in found.items()
         }
 
-    def outcome(self, scores: Mapping[str, Metrics], half: Half = "val") -> SearchOutcome:
-        """Forgetting and utility loss, from what `score` gave.
+    def outcome(self, scores: Mapping[str, Metrics], half: Half = "val") -> dict[str, float]:
+        """Forgetting and utility loss (0-1), from what `score` gave.
 
         SrmuError where the original model answers no more than a guess would.
         """
@@ -181,7 +185,8 @@ class Yardstick:
                     f"the model gets {means[name][0]:.0%} of {name} right, where a guess gets "
                     f"{part.chance:.0%}: it knows nothing of this that it could forget"
                 )
-        return SearchOutcome(*(float(value) for value in self.falls(means)))
+        forgetting, utility_loss = self.falls(means)
+        return {"forgetting": float(forgetting), "utility_loss": float(utility_loss)}
 
     def falls(self, means: Mapping[str, Array]) -> tuple[Array, Array]:
         """Forgetting and utility loss of accuracies (..., 2), before and after, by part."""
@@ -206,8 +211,7 @@ class Yardstick:
         gone, lost = self.falls(means)
 
         def entry(values: Array, names: Sequence[str]) -> dict[str, float]:
-            found: Estimate = estimate_from(values, min(sizes[name] for name in names))
-            return asdict(found)
+            return asdict(estimate_from(values, min(sizes[name] for name in names)))
 
         parts = {
             name: {
@@ -225,16 +229,15 @@ class Yardstick:
 
     def take(self, run: Run, half: Half) -> dict[str, dict[str, MarkedAnswers]]:
         """Every part, of the model before the run and after it; writes the accuracies, too."""
-        base, method = run.base, run.config.method
-        module = load_module(base).eval().to(find_device(self.device))
-        model = Subject(module, load_tokenizer(base))
+        opened = open_target(run, self.device)
+        model = Subject(opened.module, opened.tokenizer)
 
         def all_parts() -> dict[str, MarkedAnswers]:
             return {name: part.take(model, half) for name, part in self.parts.items()}
 
         if half not in self.before:  # the same for all runs
             self.before[half] = all_parts()
-        with method.at_inference(module, partial(weights.apply_delta, module, base, run.delta)):
+        with opened.after():
             taken = {"before": self.before[half], "after": all_parts()}
         names = self.metrics(half)
         merge_results(
@@ -287,3 +290,108 @@ def hold_out(role: str, texts: Sequence[str]) -> tuple[list[str], dict[Half, tup
         )
     kept, held = split_held_out(texts, 2 * size)
     return kept, {"val": tuple(held[:size]), "test": tuple(held[size:])}
+
+
+Entry = dict[str, Any]  # a trial, as `auto.json` has it
+Setting = Mapping[str, Any]  # values of dotted keys of a config
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all trials of an automatic search share."""
+
+    config: Config
+    yardstick: Yardstick
+    out: Path
+    limit: float  # of the utility loss on the half to choose on
+    spec: Mapping[str, Any]  # of the studies: what their trials have in common
+
+
+def try_config(bench: Bench, config: Config) -> Entry:
+    """A run, made where it is missing, and what it does on the half to choose on."""
+    run = unlearn(config)
+    values = {key: space.config_value(run.config, key) for key in KEYS}
+    return {
+        "state": "complete",
+        "params": {key: value for key, value in values.items() if value is not None},
+        "values": bench.yardstick.outcome(bench.yardstick.score(run)),
+        "runs": [str(run.folder.relative_to(bench.out.resolve()))],
+        "seconds": run.record["seconds"],
+        "why": "",
+    }
+
+
+def search_configs(
+    bench: Bench, name: str, settings: Sequence[Setting], watch: Watch, label: str = "trials"
+) -> list[Entry]:
+    """A study of the config with each of the settings; for `{}` the sampler finds a strength.
+
+    The trials of an earlier search are among them. Settings that are given keep their order.
+    """
+
+    def objective(trial: optuna.Trial) -> float:
+        given = study.user_attrs["queue"][trial.user_attrs["point"]]
+        values = given or space.suggest_strength(bench.config, trial)
+        measured = try_config(bench, space.with_values(bench.config, values))
+        trial.set_user_attr("measured", measured)
+        return trial_worth(measured["values"], bench.limit)
+
+    sampler = space.strength_sampler(bench.config, bench.yardstick.seed)
+    study = open_study(
+        bench.out / FILE, name, spec=bench.spec, directions=["maximize"], sampler=sampler,
+        queue=settings,
+    )  # fmt: skip
+    work_queue(study, objective, watch, label=label, in_turn=True)
+    ended = [trial for trial in study.get_trials(deepcopy=False) if is_ended(trial)]
+    if any(settings):
+        ended.sort(key=lambda trial: trial.user_attrs["point"])
+    return [
+        trial_entry(trial)
+        | {"number": i, "state": "failed" if "why" in trial.user_attrs else "complete"}
+        for i, trial in enumerate(ended)
+    ]
+
+
+def scan_layers(bench: Bench, watch: Watch) -> tuple[Config, dict[str, Any]]:
+    """The config at the layer that forgets most for what it costs, and what each layer did."""
+    config = space.with_values(bench.config, space.start_strength(bench.config))
+    layers = candidate_layers(config.method, read_config(locate_base(config)), LAYERS)
+    settings = [{"method.layer": layer} for layer in layers]
+    trials = search_configs(replace(bench, config=config), "layers", settings, watch, "layers")
+    rows = [{"layer": t["params"]["method.layer"], **t["values"]} for t in trials if t["values"]]
+    if not rows:
+        name = config.method.name
+        raise SrmuError(f"every layer of {name} diverged; lower train.learning_rate")
+    best = max(rows, key=lambda row: trial_worth(row, bench.limit))["layer"]
+    return space.with_values(config, {"method.layer": best}), {"layers": rows, "best": best}
+
+
+def trial_worth(values: Mapping[str, float], limit: float) -> float:
+    """What a search maximises: forgetting, beyond the limit in proportion less.
+
+    As if half the change cost half as much and did half: what costs twice the limit counts half.
+    """
+    return values["forgetting"] * limit / max(values["utility_loss"], limit)
+
+
+def has_forgotten(trial: Entry) -> bool:
+    return bool(trial["values"]) and trial["values"]["forgetting"] >= NOISE
+
+
+def best_entry(trials: Sequence[Entry], limit: float) -> Entry | None:
+    """Of the trials within the limit the one that forgets most; of equals, that which costs less.
+
+    None where none forgets more than noise.
+    """
+    within = [t for t in trials if has_forgotten(t) and t["values"]["utility_loss"] <= limit]
+    return max(
+        within,
+        key=lambda trial: (trial["values"]["forgetting"], -trial["values"]["utility_loss"]),
+        default=None,
+    )
+
+
+def cheapest_entry(trials: Sequence[Entry]) -> Entry | None:
+    """The trial that forgets at the least cost."""
+    forgetting = filter(has_forgotten, trials)
+    return min(forgetting, key=lambda trial: trial["values"]["utility_loss"], default=None)

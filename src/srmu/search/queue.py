@@ -1,9 +1,9 @@
 """Many trials shared by any number of workers: nothing is lost, nothing is done twice.
 
-Optuna keeps the study and chooses values. All trials are queued when the study is made, each with
-its number in the queue, the *point*; workers take them off. The storage is a journal file or a
-PostgreSQL server. A worker that dies leaves a trial that is running for ever: the server misses its
-heartbeat; beside a journal each worker holds a lock on a file, which the system gives back.
+Optuna keeps a study in a database: an SQLite file on one machine, a PostgreSQL server for several.
+All trials are queued when the study is made, each with its place in the queue, the *point*; workers
+take them off. A running trial gives a sign of life, its heartbeat. One that is silent for three
+beats has lost its worker, and its point is queued again.
 """
 
 from __future__ import annotations
@@ -13,45 +13,68 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from copy import deepcopy
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
-from uuid import uuid4
 
 import optuna
+import torch
 from optuna.exceptions import DuplicatedStudyError, ExperimentalWarning, UpdateFinishedTrialError
-from optuna.storages import JournalStorage, RDBStorage, RetryHeartbeatStaleTrialCallback
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy import event, exc
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, IntegrityError, ProgrammingError, SQLAlchemyError
 
 from srmu.engine.progress import Watch
 from srmu.errors import DivergedError, SrmuError, first_line
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
-
-RETRIES = 3  # of a trial whose worker died; then it may be the trial that kills them
+FILE = "study.db"  # in the output folder
+RETRIES = 3  # of a point whose worker died; then it may be the point that kills them
 POLL = 0.5  # seconds between looks at what other workers do
+LOCAL_HEARTBEAT = 5  # seconds, at most, on one machine
+ANSWERED = (TrialState.COMPLETE, TrialState.PRUNED)
+PATIENCE = 60  # seconds to wait for another worker's hold on an SQLite file
 Objective = Callable[[optuna.Trial], float | Sequence[float]]
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore", ExperimentalWarning)
-    again = RetryHeartbeatStaleTrialCallback(max_retry=RETRIES)
 
 
 class Study(optuna.Study):
-    """A study that knows its storage, and where its workers' locks are beside a journal."""
+    """A study that knows its storage."""
 
-    place: str | Path = ""
-    workers: Path | None = None
+    storage: str | Path = ""
 
 
-class Surplus(Exception):  # noqa: N818 - nothing went wrong
-    """A trial that nobody needs: the queue just ran empty, or another worker has this point."""
+class SurplusTrialError(Exception):
+    """Nobody needs this trial: the queue just ran empty, or another worker has its point."""
+
+
+class QueueStorage(RDBStorage):
+    """A database that hands a trial to one worker, and hears of the trial before it runs."""
+
+    def __init__(self, url: URL, heartbeat: int, connect_args: Mapping[str, Any]) -> None:
+        super().__init__(
+            url.render_as_string(hide_password=False),
+            {"pool_pre_ping": True, "connect_args": dict(connect_args)},
+            heartbeat_interval=heartbeat,
+            grace_period=3 * heartbeat,
+        )
+        if self.engine.name == "sqlite":
+            event.listen(self.engine, "begin", lock_file)
+
+    def set_trial_state_values(
+        self, trial_id: int, state: TrialState, values: Sequence[float] | None = None
+    ) -> bool:
+        if state == TrialState.RUNNING:
+            self.record_heartbeat(trial_id)  # else a worker killed right now is never missed
+        return super().set_trial_state_values(trial_id, state, values)
+
+
+def lock_file(connection: Any) -> None:
+    """Lock an SQLite file from a transaction's start.
+
+    SQLite has no SELECT FOR UPDATE, and locks when something is written: of two workers both could
+    read that a trial waits, and take it.
+    """
+    connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
 def open_study(
@@ -67,85 +90,84 @@ def open_study(
 ) -> Study:
     """Make a study with its queue of trials, or join it; in `{}` the sampler chooses all values.
 
-    `storage` is the path of a journal file, or a server's URL, where a worker that has not been
-    heard of for three times `heartbeat` seconds counts as dead. A longer queue than the study has
-    is taken over. SrmuError where the study exists with another `spec`, or cannot be reached.
+    `storage` is the path of an SQLite file or a server's URL. A worker that has not been heard of
+    for three times `heartbeat` seconds counts as dead. A longer queue than the study has is taken
+    over. SrmuError where the study exists with another `spec`, or cannot be reached.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    kept = open_storage(storage, heartbeat)
+    database = open_storage(storage, heartbeat)
     with redact_errors(storage):
-        try:
-            optuna.create_study(storage=kept, study_name=name, directions=[*directions])
-            made = True
-        except DuplicatedStudyError:
-            made = False
-        study = Study(name, kept, sampler=sampler, pruner=pruner)
-        study.place = storage
-        if isinstance(storage, Path):
-            study.workers = storage.with_name(f"{storage.name}.workers")
-        known = None if made else wait_for(lambda: study.user_attrs.get("spec"))
+        with suppress(DuplicatedStudyError):
+            optuna.create_study(storage=database, study_name=name, directions=[*directions])
+        study = Study(name, database, sampler=sampler, pruner=pruner)
+        study.storage = storage
         wanted = json.loads(json.dumps(spec))
-        if known is None:  # new; or its maker died at once
+        if "spec" not in study.user_attrs:
             study.set_user_attr("spec", wanted)
-        else:
-            require_same(name, known, wanted)
+        require_same(name, study.user_attrs["spec"], wanted)
         if len(queue) > len(study.user_attrs.get("queue", ())):
             study.set_user_attr("queue", [dict(params) for params in queue])
-        if made:
-            fill_queue(study)
     return study
 
 
-def open_storage(storage: str | Path, heartbeat: int) -> optuna.storages.BaseStorage:
-    """The journal or the server; SrmuError where it cannot be used."""
+def open_storage(storage: str | Path, heartbeat: int) -> QueueStorage:
+    """The database of a study; SrmuError where it cannot be used."""
+    connect_args: dict[str, Any] = {"connect_timeout": 10}
     if isinstance(storage, Path):
-        if fcntl is None:
-            raise SrmuError("a journal needs file locks, which Windows lacks: give --storage")
+        require_no_journal(storage.parent)
         storage.parent.mkdir(parents=True, exist_ok=True)
-        # absolute, because its lock is a link to it
-        journal = JournalFileBackend(str(storage.resolve()))
-        try:
-            return JournalStorage(journal)
-        except (ValueError, KeyError, OSError) as error:
-            raise SrmuError(f"{storage} is not a journal of Optuna: {first_line(error)}") from None
-    url = parse_storage(storage)
-    if url is None or url.get_backend_name() not in ("postgresql", "postgres"):
-        raise SrmuError(
-            f"storage {redact_storage(storage)}: expected "
-            "postgresql://USER:PASSWORD@HOST:PORT/DATABASE; "
-            "without one, a journal file in the output folder is used"
-        )
+        url = URL.create("sqlite", database=str(storage.resolve()))
+        heartbeat = min(heartbeat, LOCAL_HEARTBEAT)
+        connect_args = {"timeout": PATIENCE, "isolation_level": None}  # see `lock_file`
+    else:
+        server = parse_storage(storage)
+        if server is None or server.get_backend_name() not in ("postgresql", "postgres"):
+            raise SrmuError(
+                f"storage {redact_storage(storage)}: expected "
+                "postgresql://USER:PASSWORD@HOST:PORT/DATABASE; "
+                f"without one, {FILE} in the output folder is used"
+            )
+        # plain postgresql:// means another driver to SQLAlchemy
+        url = server.set(drivername="postgresql+psycopg")
     with redact_errors(storage), warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
-        for attempt in range(5):
+        for attempts_left in reversed(range(5)):
             try:
-                return RDBStorage(
-                    # plain postgresql:// means another driver to SQLAlchemy
-                    url.set(drivername="postgresql+psycopg").render_as_string(False),
-                    {"pool_pre_ping": True, "connect_args": {"connect_timeout": 10}},
-                    heartbeat_interval=heartbeat,
-                    grace_period=3 * heartbeat,
-                    heartbeat_stale_trial_callback=again,
-                )
+                return QueueStorage(url, heartbeat, connect_args)
             except ImportError:
                 raise SrmuError("PostgreSQL needs a driver: pip install 'srmu[postgres]'") from None
-            except (IntegrityError, ProgrammingError):  # two workers make the tables at once
-                if attempt == 4:
+            except exc.DatabaseError as error:
+                two_at_once = isinstance(error, exc.IntegrityError) or "already exists" in str(
+                    error
+                )
+                if not (two_at_once and attempts_left):
                     raise
                 time.sleep(POLL)
     raise AssertionError
 
 
+def require_no_journal(folder: Path) -> None:
+    """SrmuError where an earlier version of srmu kept its study in a folder."""
+    for name in ("study.log", "study.journal"):
+        if (folder / name).exists():
+            raise SrmuError(
+                f"{folder / name} is a study of an earlier srmu: remove it and type the same again "
+                "(finished runs beside it are used, not made again), or name another out folder"
+            )
+
+
 @contextmanager
 def redact_errors(storage: str | Path) -> Iterator[None]:
-    """Make one line of what goes wrong with a storage, its password redacted."""
+    """Make one line of what goes wrong with a storage, without its password."""
     try:
         yield
-    except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
-        cause = error.__cause__ if isinstance(error.__cause__, SQLAlchemyError) else error
+    except (exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+        cause = error.__cause__ if isinstance(error.__cause__, exc.SQLAlchemyError) else error
         why = first_line(getattr(cause, "orig", None) or cause)
-        place = f"storage {redact_storage(storage)}"
-        raise SrmuError(f"{place} cannot be used: {hide_password(storage, why)}") from None
+        url = None if isinstance(storage, Path) else parse_storage(storage)
+        for password in (url.password, url.query.get("password")) if url else ():
+            why = why.replace(str(password), "***") if password else why
+        raise SrmuError(f"storage {redact_storage(storage)} cannot be used: {why}") from None
 
 
 def redact_storage(storage: str | Path) -> str:
@@ -158,19 +180,11 @@ def redact_storage(storage: str | Path) -> str:
     return f"{scheme}://..." if is_url else repr(storage)
 
 
-def hide_password(storage: str | Path, text: str) -> str:
-    """A text without the password of a storage."""
-    url = None if isinstance(storage, Path) else parse_storage(storage)
-    for password in (url.password, url.query.get("password")) if url else ():
-        text = text.replace(str(password), "***") if password else text
-    return text
-
-
 def parse_storage(storage: str) -> URL | None:
     """A storage as a URL, if it is one."""
     try:
         return make_url(storage)
-    except (ArgumentError, ValueError):  # ValueError: of its port
+    except (exc.ArgumentError, ValueError):  # ValueError: of its port
         return None
 
 
@@ -193,79 +207,78 @@ def dotted_leaves(value: Any, key: str = "") -> list[tuple[str, Any]]:
     return [leaf for k, v in value.items() for leaf in dotted_leaves(v, f"{key}.{k}")]
 
 
-def wait_for(value: Callable[[], Any], seconds: float = 10) -> Any:
-    """What another worker is about to write; None where it does not come."""
-    end = time.monotonic() + seconds
-    while (found := value()) is None and time.monotonic() < end:
-        time.sleep(POLL / 5)
-    return found
-
-
 def work_queue(
-    study: Study, objective: Objective, watch: Watch, after: Callable[[], None] = lambda: None
+    study: Study,
+    objective: Objective,
+    watch: Watch,
+    after: Callable[[], object] = lambda: None,
+    *,
+    label: str = "trials",
+    in_turn: bool = False,
 ) -> None:
     """Take trials off the queue until all are done, those of other workers included.
 
-    A trial that raises Diverged is pruned, one that raises SrmuError has failed: `user_attrs` say
-    why. SrmuError where the first ones all fail. Whatever else ends a trial, it is queued again.
-    `after` is called when some have ended, here or at another worker.
+    A trial that raises DivergedError is pruned, one that raises SrmuError or runs out of memory
+    has failed: `user_attrs` say why. SrmuError where the first ones all fail. Whatever else ends a
+    trial, its point is queued again. `after` is called when some have ended, here or at another
+    worker. `in_turn`: no trial begins while another one runs, so that each knows all before it.
     """
-    failed = 0
-
-    def attempt(trial: optuna.Trial) -> float | Sequence[float]:
-        nonlocal failed
-        if lock:
-            trial.set_user_attr("worker", lock)
-        if not is_needed(study, trial):
-            trial.set_user_attr("surplus", True)
-            raise Surplus
-        try:
-            return objective(trial)
-        except DivergedError as error:
-            trial.set_user_attr("why", near_words(error))
-            raise optuna.TrialPruned from None
-        except SrmuError as error:
-            trial.set_user_attr("why", near_words(error))
-            failed += 1
-            raise
-
-    with redact_errors(study.place), hold_worker_lock(study) as lock:
-        now = standing_trials(study)
-        if not any(map(is_answered, now)) and any(
-            trial and trial.state == TrialState.FAIL for trial in now
-        ):
-            fill_queue(study)  # a mistake in what all have in common was mended
-        left = sum(not is_over(trial) for trial in standing_trials(study))
-        with watch("trials", left) as tick:
+    failures: list[str] = []
+    with redact_errors(study.storage):
+        points = list_points(study)
+        if not has_answers(points):  # a mistake in what all have in common was mended
+            queue_points(study, [point for point in points if point.has_failed])
+        left = sum(not point.is_over for point in list_points(study))
+        with watch(label, left) as tick:
             while True:
-                fail_dead(study, lock)
-                now = standing_trials(study)
-                before, left = left, sum(not is_over(trial) for trial in now)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", ExperimentalWarning)
+                    optuna.storages.fail_stale_trials(study)
+                points = list_points(study)
+                before, left = left, sum(not point.is_over for point in points)
                 for _ in range(before - left):
-                    tick(best_of(study))
+                    tick(describe_best(study))
                 if left < before:
                     after()
                 if not left:
                     return
-                waiting = study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
-                if waiting:
-                    take_trial(study, attempt)
-                    succeeded = any(is_answered(trial) for trial in standing_trials(study))
-                    if failed >= min(3, len(now)) and not succeeded:
-                        last = [t for t in standing_trials(study) if t and "why" in t.user_attrs]
-                        raise SrmuError(f"no trial succeeds: {last[-1].user_attrs['why']}")
-                elif any(t and t.state == TrialState.RUNNING for t in now):
+                states = {point.state for point in points}
+                if lost := [point for point in points if point.is_lost]:
+                    queue_points(study, lost)
+                elif TrialState.WAITING not in states or (in_turn and TrialState.RUNNING in states):
                     time.sleep(POLL)
                 else:
-                    fill_queue(study)
+                    take_trial(study, objective, failures, in_turn)
+                    if len(failures) >= min(3, len(points)) and not has_answers(list_points(study)):
+                        raise SrmuError(f"no trial succeeds: {failures[-1]}")
 
 
-def take_trial(study: Study, attempt: Objective) -> None:
-    """Run the next trial of the queue."""
+def take_trial(study: Study, objective: Objective, failures: list[str], in_turn: bool) -> None:
+    """Run the next trial of the queue; add to `failures` why it failed."""
+
+    def attempt(trial: optuna.Trial) -> float | Sequence[float]:
+        if not is_needed(study, trial, in_turn):
+            trial.set_user_attr("surplus", True)
+            raise SurplusTrialError
+        try:
+            return objective(trial)
+        except DivergedError as error:
+            trial.set_user_attr("why", shorten_message(error))
+            raise optuna.TrialPruned from None
+        except (SrmuError, torch.OutOfMemoryError) as error:
+            failures.append(shorten_message(error))
+            trial.set_user_attr("why", failures[-1])
+            raise
+        except KeyboardInterrupt:
+            trial.set_user_attr("stopped", True)
+            raise
+
     try:
-        study.optimize(attempt, n_trials=1, catch=(Surplus, SrmuError))
+        study.optimize(
+            attempt, n_trials=1, catch=(SurplusTrialError, SrmuError, torch.OutOfMemoryError)
+        )
     except KeyboardInterrupt:
-        fill_queue(study)
+        queue_points(study, [point for point in list_points(study) if point.is_lost])
         raise
     except (UpdateFinishedTrialError, ValueError) as error:
         # This process was not heard of for so long that another one has the trial now.
@@ -273,122 +286,97 @@ def take_trial(study: Study, attempt: Objective) -> None:
             raise  # of the objective
 
 
-def standing_trials(study: Study) -> list[FrozenTrial | None]:
-    """For each point of the queue the trial that counts: the first that is not lost.
+@dataclass(frozen=True)
+class Point:
+    """A place in the queue and its trials, oldest first, without surplus ones."""
 
-    Else the last one, or None where there is none yet.
-    """
-    found: list[FrozenTrial | None] = [None] * len(study.user_attrs["queue"])
-    trials = study.get_trials(deepcopy=False)
-    succeeded = any(is_answered(trial) for trial in trials)
-    for trial in trials:
-        point = trial.user_attrs.get("point")
-        if point is None or "surplus" in trial.user_attrs:
-            continue
-        current = found[point]
-        if (
-            current is None
-            or is_lost(current, succeeded)
-            or trial.user_attrs.get("replaces") == current.number
-        ):
-            found[point] = trial
-    return found
+    number: int
+    params: Mapping[str, Any]
+    trials: list[FrozenTrial] = field(default_factory=list)
 
+    @property
+    def standing(self) -> FrozenTrial | None:
+        """The trial that counts: the first that has not failed, else the last."""
+        alive = [trial for trial in self.trials if trial.state != TrialState.FAIL]
+        return next(iter([*alive, *reversed(self.trials)]), None)
 
-def is_lost(trial: FrozenTrial, succeeded: bool) -> bool:
-    """Whether a trial ended without an answer, so that its point is to be done again.
+    @property
+    def state(self) -> TrialState | None:
+        return self.standing.state if self.standing else None
 
-    While none has succeeded, a mistake in what all have in common may be what made them fail.
-    """
-    return (
-        trial.state == TrialState.FAIL
-        and ("why" not in trial.user_attrs or not succeeded)
-        and len(trial.system_attrs.get("retry_history", ())) < RETRIES
-    )
+    @property
+    def has_failed(self) -> bool:
+        """Whether it failed by itself, not for want of a worker."""
+        return self.standing is not None and has_failed(self.standing)
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether nobody has it. After `RETRIES` dead workers more it is given up."""
+        if self.state != TrialState.FAIL or self.has_failed:
+            return self.state is None
+        killed = [t for t in self.trials if not {"why", "stopped"} & {*t.user_attrs}]
+        return len(killed) <= RETRIES
 
-def is_answered(trial: FrozenTrial | None) -> bool:
-    return trial is not None and trial.state in (TrialState.COMPLETE, TrialState.PRUNED)
-
-
-def is_over(trial: FrozenTrial | None) -> bool:
-    """Whether a point needs no more work."""
-    return trial is not None and trial.state.is_finished() and not is_lost(trial, True)
+    @property
+    def is_over(self) -> bool:
+        """Whether it needs no more work."""
+        return self.state is not None and self.state.is_finished() and not self.is_lost
 
 
-def is_needed(study: Study, trial: optuna.Trial) -> bool:
-    """Whether it is for this trial to do its point."""
-    point = trial.user_attrs.get("point")
-    holder = None if point is None else standing_trials(study)[point]
-    return holder is not None and holder.number == trial.number
+def list_points(study: Study) -> list[Point]:
+    """The queue as it is now."""
+    points = [Point(i, params) for i, params in enumerate(study.user_attrs["queue"])]
+    for trial in study.get_trials(deepcopy=False):
+        if "point" in trial.user_attrs and "surplus" not in trial.user_attrs:
+            points[trial.user_attrs["point"]].trials.append(trial)
+    return points
 
 
-def fill_queue(study: Study) -> None:
-    """Queue the points that nobody has. Two workers may do so at once: see `needed`."""
-    succeeded = any(is_answered(trial) for trial in standing_trials(study))
-    for point, (params, trial) in enumerate(
-        zip(study.user_attrs["queue"], standing_trials(study), strict=True)
-    ):
-        if trial is None or is_lost(trial, succeeded):
-            old = {} if trial is None else {"replaces": trial.number}
-            study.enqueue_trial(params, user_attrs={"point": point, **old})
+def queue_points(study: Study, points: Sequence[Point]) -> None:
+    """Queue a trial of each point. Two workers may do so at once: see `is_needed`."""
+    for point in points:
+        study.enqueue_trial(dict(point.params), user_attrs={"point": point.number})
 
 
-def fail_dead(study: Study, lock: str) -> None:
-    """Fail the running trials of workers that are dead, and queue them again."""
-    if study.workers is None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ExperimentalWarning)
-            optuna.storages.fail_stale_trials(study)
-        return
-    running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-    if not running:
-        return
-    alive = {path.name for path in study.workers.glob("[!.]*") if is_locked(path)}
-    for trial in running:
-        # one that was killed before it could sign its trial: who lives may be about to sign it
-        worker = trial.user_attrs.get("worker") or next(iter(alive - {lock}), "")
-        if worker in alive:
-            continue
-        dead = deepcopy(trial)
-        dead.user_attrs.pop("worker", None)
-        with suppress(ValueError, UpdateFinishedTrialError):  # another worker was faster
-            study.tell(trial.number, state=TrialState.FAIL)
-            again(study, dead)
+def is_needed(study: Study, trial: optuna.Trial, in_turn: bool) -> bool:
+    """Whether it is for this trial to do its point, and its turn."""
+    points = [point.standing for point in list_points(study) if point.standing]
+    earlier = [t for t in points if t.state == TrialState.RUNNING and t.number < trial.number]
+    return trial.number in {t.number for t in points} and not (in_turn and earlier)
 
 
-@contextmanager
-def hold_worker_lock(study: Study) -> Iterator[str]:
-    """Hold the lock that says that this worker lives, while the block runs; its name."""
-    if study.workers is None:
-        yield ""
-        return
-    study.workers.mkdir(exist_ok=True)
-    name = uuid4().hex
-    unlocked, path = study.workers / f".{name}", study.workers / name
-    with unlocked.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        unlocked.rename(path)
-        try:
-            yield path.name
-        finally:
-            path.unlink(missing_ok=True)
+def has_answers(points: Sequence[Point]) -> bool:
+    return any(point.state in ANSWERED for point in points)
 
 
-def is_locked(path: Path) -> bool:
-    """Whether the process that made a lock lives; the file of a dead one is removed."""
-    try:
-        with path.open() as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink(missing_ok=True)
-            return False
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return True
+def has_failed(trial: FrozenTrial) -> bool:
+    return trial.state == TrialState.FAIL and "why" in trial.user_attrs
 
 
-def best_of(study: Study) -> str:
+def is_ended(trial: FrozenTrial) -> bool:
+    """Whether a trial came to an end of its own."""
+    return trial.state in ANSWERED or has_failed(trial)
+
+
+def trial_entry(trial: FrozenTrial) -> dict[str, Any]:
+    """A trial as `sweep.json` and `auto.json` have it; its objective leaves `measured` in it."""
+    measured = trial.user_attrs.get("measured", {})
+    why = trial.user_attrs.get("why", "")
+    if trial.state == TrialState.FAIL and not why:
+        why = "its worker died"
+    queued = trial.params or trial.system_attrs.get("fixed_params", {})
+    return {
+        "number": trial.number,
+        "state": "failed" if trial.state == TrialState.FAIL else trial.state.name.lower(),
+        "params": measured.get("params") or queued,
+        "values": measured.get("values", {}),
+        "runs": measured.get("runs", []),
+        "seconds": measured.get("seconds", 0.0),
+        "why": why,
+    }
+
+
+def describe_best(study: Study) -> str:
     """The best so far in a few words."""
     complete = [t for t in study.get_trials(deepcopy=False) if t.state == TrialState.COMPLETE]
     if not complete:
@@ -398,6 +386,8 @@ def best_of(study: Study) -> str:
     return f"best {study.best_value:.4g} (trial {study.best_trial.number})"
 
 
-def near_words(error: Exception) -> str:
+def shorten_message(error: Exception) -> str:
     """An error's line, with files as they are named from here."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"out of memory: {first_line(error)}"
     return str(error).replace(f"{Path.cwd()}/", "")

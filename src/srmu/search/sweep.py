@@ -1,14 +1,14 @@
-"""A sweep: one config file run with many settings, and what they are good for.
+"""A sweep: one config file run with many settings, and which of them are best.
 
-A trial is a setting; it is run once with each seed, its objectives are the means. Runs lie in the
-sweep's folder, named by what decides them, and share the activations of their fixed layers.
+A trial is a setting. It is run once with each seed, and its objectives are the means. Runs lie in
+the sweep's folder, named by what decides them, and share the activations of their fixed layers.
 """
 
 from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -16,7 +16,6 @@ from statistics import fmean
 from typing import Any, Literal
 
 import optuna
-import torch
 import yaml
 from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESampler
@@ -31,20 +30,15 @@ from srmu.errors import SrmuError, suggest_word
 from srmu.evals.score import score_model
 from srmu.evals.settings import run_setting
 from srmu.runs.config import Config, explain_error, load_config, put_override, read_tree
-from srmu.runs.run import Run, base_of, plan_run, unlearn
-from srmu.search.queue import Study, open_study, standing_trials, work_queue
-from srmu.search.space import Seeded, make_dimension
+from srmu.runs.plan import locate_base, plan_run
+from srmu.runs.run import Run, unlearn
+from srmu.search import queue
+from srmu.search.queue import Study, list_points, open_study, trial_entry, work_queue
+from srmu.search.space import PlaceSampler, make_dimension
 
 FILE = "sweep.json"
 ATTACK = "attack."
 ENOUGH = 8  # complete trials to tell which key matters
-STATES = {
-    TrialState.COMPLETE: "complete",
-    TrialState.PRUNED: "pruned",
-    TrialState.FAIL: "failed",
-    TrialState.RUNNING: "running",
-    TrialState.WAITING: "waiting",
-}
 
 
 class Strict(BaseModel):
@@ -76,11 +70,11 @@ class Sweep(Strict):
     seed: int = 0  # of the sampler
     name: str = ""
     out: str = ""
-    heartbeat: int = Field(default=60, ge=1)  # seconds, where the storage is a server
+    heartbeat: int = Field(default=60, ge=1)  # seconds between a worker's signs of life
 
 
 class Plan:
-    """A sweep that can work: its files found, its keys and objectives checked."""
+    """A sweep file whose keys, values and objectives have been checked."""
 
     def __init__(self, path: Path, overrides: Sequence[str] = ()) -> None:
         tree = read_tree(path)
@@ -115,7 +109,7 @@ class Plan:
         if self.sweep.sampler == "grid":
             if self.sweep.trials is not None:
                 raise SrmuError("trials: a grid has as many as its points; leave it out")
-            values = product(*(one.all() for one in self.space))
+            values = product(*(one.list_values() for one in self.space))
             keys = [one.key for one in self.space]
             return [dict(zip(keys, point, strict=True)) for point in values]
         if self.sweep.trials is None:
@@ -131,7 +125,7 @@ class Plan:
         return [*self.sweep.set, *(f"{key}={yaml_line(value)}" for key, value in params.items())]
 
     def check_keys(self) -> Config:
-        """The first config of the space; SrmuError where a key or a value is not one of its."""
+        """The first config of the space; SrmuError where it does not take a key or a value."""
         first = {one.key: one.samples[0] for one in self.space}
         for one in self.space:
             if one.key in ("seed", "runs_dir"):
@@ -140,17 +134,16 @@ class Plan:
                 try:
                     plan_run(self.config_of(first | {one.key: value}, self.sweep.seeds[0]))
                 except SrmuError as error:
-                    at = f"search.{one.key}"
                     # what is wrong without the space is not the space's fault
                     plan_run(load_config(self.config, self.sweep.set))
-                    raise SrmuError(f"{at}: {error}") from None
+                    raise SrmuError(f"search.{one.key}: {error}") from None
         return self.config_of(first, self.sweep.seeds[0])
 
     @property
     def tasks(self) -> list[str]:
-        """What runs are scored on: the tasks of the objectives alone.
+        """What runs are scored on: only the tasks of the objectives.
 
-        What a report is to rest on later is not looked at while settings are chosen.
+        Nobody looks at what a report will rest on while settings are chosen.
         """
         scored = [metric for metric in self.sweep.objectives if not metric.startswith(ATTACK)]
         return [*dict.fromkeys(metric.split("/")[0] for metric in scored)]
@@ -160,22 +153,22 @@ class Plan:
 
         Its scores are kept, and each run's scoring needs them.
         """
-        wanted = [metric for metric in self.sweep.objectives if not metric.startswith(ATTACK)]
-        config = self.first
-        if wanted:
-            base = str(base_of(config))
-            found = score_model(base, self.tasks, tasks_dir=config.tasks_dir, watch=watch)
-            for metric in wanted:
-                if metric not in found["after"]:
-                    hint = suggest_word(metric, found["after"])
+        scored = [metric for metric in self.sweep.objectives if not metric.startswith(ATTACK)]
+        config, base = self.first, locate_base(self.first)
+        if scored:
+            folder = config.tasks_dir
+            metrics = score_model(str(base), self.tasks, tasks_dir=folder, watch=watch)["after"]
+            for metric in scored:
+                if metric not in metrics:
+                    hint = suggest_word(metric, metrics)
                     raise SrmuError(f"objective {metric!r} is not measured{hint}")
-        if len(wanted) < len(self.sweep.objectives):
-            load_exam(fill_sources(self.sources, config, base_of(config)), config, 0)
+        if len(scored) < len(self.sweep.objectives):
+            load_exam(fill_sources(self.sources, config, base), config, 0)
 
     @property
     def sources(self) -> Sources:
-        given = self.sweep.attack
-        return Sources(tasks=tuple(given.tasks), val=given.val, limit=given.limit)
+        options = self.sweep.attack
+        return Sources(tasks=tuple(options.tasks), val=options.val, limit=options.limit)
 
     @property
     def spec(self) -> dict[str, Any]:
@@ -195,16 +188,16 @@ class Plan:
         }
 
     def sampler(self) -> BaseSampler:
-        if self.sweep.sampler == "grid":
-            return RandomSampler()  # every value is in the queue
-        kinds: dict[str, Callable[[int], BaseSampler]] = {
-            "tpe": lambda seed: TPESampler(seed=seed),
+        seed = 100_003 * self.sweep.seed
+        if self.sweep.sampler == "tpe":
+            return PlaceSampler(lambda place: TPESampler(seed=seed + place))
+        if self.sweep.sampler == "nsga2":
             # ten generations, whatever the number of trials
-            "nsga2": lambda seed: NSGAIISampler(
-                population_size=max(4, min(50, len(self.queue) // 10)), seed=seed
-            ),
-        }
-        return Seeded(kinds[self.sweep.sampler], self.sweep.seed)
+            size = max(4, min(50, len(self.queue) // 10))
+            return PlaceSampler(
+                lambda place: NSGAIISampler(population_size=size, seed=seed + place)
+            )
+        return RandomSampler()  # every value is in the queue
 
 
 def place_path(home: Path, path: str) -> Path:
@@ -215,10 +208,10 @@ def place_path(home: Path, path: str) -> Path:
         raise SrmuError(f"{path}: there is no such user") from None
 
 
-def require_attack(metric: str, given: AttackOptions) -> None:
+def require_attack(metric: str, options: AttackOptions) -> None:
     """SrmuError where an objective names an attack that would not be run."""
     name = metric.removeprefix(ATTACK)
-    chosen = ["K*", *select_attacks(given.tier, given.names)]
+    chosen = ["K*", *select_attacks(options.tier, options.names)]
     if name not in chosen:
         raise SrmuError(f"objective {metric!r}: no such attack is run{suggest_word(name, chosen)}")
 
@@ -228,181 +221,155 @@ def yaml_line(value: Any) -> str:
     return yaml.safe_dump(value, default_flow_style=True, width=10**6).split("\n")[0]
 
 
-def run_sweep(ready: Plan, storage: str = "", watch: Watch = ignore_progress) -> dict[str, Any]:
+def run_sweep(plan: Plan, storage: str = "", watch: Watch = ignore_progress) -> dict[str, Any]:
     """Run a sweep, or what is left of it, with any other workers; what `sweep.json` says."""
-    ready.check_objectives(watch)
+    plan.check_objectives(watch)
     study = open_study(
-        storage or ready.out / "study.log",
-        ready.name,
-        spec=ready.spec,
-        directions=[*ready.sweep.objectives.values()],
-        sampler=ready.sampler(),
-        pruner=optuna.pruners.MedianPruner() if ready.sweep.prune else None,
-        queue=ready.queue,
-        heartbeat=ready.sweep.heartbeat,
+        storage or plan.out / queue.FILE,
+        plan.name,
+        spec=plan.spec,
+        directions=[*plan.sweep.objectives.values()],
+        sampler=plan.sampler(),
+        pruner=optuna.pruners.MedianPruner() if plan.sweep.prune else None,
+        queue=plan.queue,
+        heartbeat=plan.sweep.heartbeat,
     )
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
-        study.set_metric_names([*ready.sweep.objectives])  # for optuna-dashboard
-    ready.out.mkdir(parents=True, exist_ok=True)
+        study.set_metric_names([*plan.sweep.objectives])  # for optuna-dashboard
+    plan.out.mkdir(parents=True, exist_ok=True)
 
-    def write() -> None:
-        write_json(ready.out / FILE, sweep_report(ready, study))
+    def write(final: bool = False) -> dict[str, Any]:
+        report = sweep_report(plan, study, final)
+        write_json(plan.out / FILE, report)
+        return report
 
-    write()
     try:
-        work_queue(study, partial(measure_trial, ready), watch, write)
+        work_queue(study, partial(measure_trial, plan), watch, write)
     except KeyboardInterrupt:
         write()
         raise
-    found = sweep_report(ready, study, final=True)
-    write_json(ready.out / FILE, found)
-    return found
+    return write(final=True)
 
 
-def measure_trial(ready: Plan, trial: optuna.Trial) -> list[float]:
+def measure_trial(plan: Plan, trial: optuna.Trial) -> list[float]:
     """The objectives of a trial: the means over its seeds."""
-    grid = ready.sweep.sampler == "grid"
-    params = {one.key: one.suggest(trial, grid) for one in ready.space}
-    objectives = [*ready.sweep.objectives]
-    kept: dict[str, Any] = {
-        "params": params,
-        "runs": [],
-        "seconds": 0.0,
-        **{part: {metric: [] for metric in objectives} for part in ("replicates", "errors")},
-        "n": {},
-    }
+    params = {one.key: one.suggest(trial, plan.sweep.sampler == "grid") for one in plan.space}
+    objectives = [*plan.sweep.objectives]
+    replicates: dict[str, list[float]] = {metric: [] for metric in objectives}
+    errors: dict[str, list[float | None]] = {metric: [] for metric in objectives}
+    values, folders = dict.fromkeys(objectives, 0.0), []
     started = time.monotonic()
-    for number, seed in enumerate(ready.sweep.seeds):
-        try:
-            run = unlearn(ready.config_of(params, seed))
-            results = run_metrics(ready, run)
-        except torch.OutOfMemoryError as error:
-            raise SrmuError(f"out of memory: {str(error).splitlines()[0]}") from None
+    for number, seed in enumerate(plan.sweep.seeds, 1):
+        run = unlearn(plan.config_of(params, seed))
+        results = run_metrics(plan, run)
         for metric in objectives:
-            entry = results[metric]
-            kept["replicates"][metric].append(entry["value"])
-            kept["errors"][metric].append(entry.get("stderr"))
-            kept["n"][metric] = int(entry["n"])
-        kept["runs"].append(str(run.folder.relative_to(ready.out)))
-        kept["seconds"] = round(time.monotonic() - started, 3)
-        trial.set_user_attr("measured", kept)
-        if ready.sweep.prune and number + 1 < len(ready.sweep.seeds):
-            trial.report(fmean(kept["replicates"][objectives[0]]), number)
+            replicates[metric].append(results[metric]["value"])
+            errors[metric].append(results[metric].get("stderr"))
+            values[metric] = fmean(replicates[metric])
+        folders.append(str(run.folder.relative_to(plan.out)))
+        measured = {
+            "params": params, "values": values, "replicates": replicates, "errors": errors,
+            "n": {metric: int(results[metric]["n"]) for metric in objectives}, "runs": folders,
+            "seconds": round(time.monotonic() - started, 3),
+        }  # fmt: skip
+        trial.set_user_attr("measured", measured)
+        if plan.sweep.prune and number < len(plan.sweep.seeds):
+            trial.report(values[objectives[0]], number - 1)
             if trial.should_prune():
-                trial.set_user_attr("why", f"worse than the median after {number + 1} seeds")
+                trial.set_user_attr("why", f"worse than the median after {number} seeds")
                 raise optuna.TrialPruned
-    return [fmean(kept["replicates"][metric]) for metric in objectives]
+    return [*values.values()]
 
 
-def run_metrics(ready: Plan, run: Run) -> dict[str, dict[str, float]]:
+def run_metrics(plan: Plan, run: Run) -> dict[str, dict[str, float]]:
     """What the objectives need of a run, scored and attacked where that was not done before."""
-    objectives = ready.sweep.objectives
-    found: dict[str, dict[str, float]] = {}
+    objectives = plan.sweep.objectives
+    metrics: dict[str, dict[str, float]] = {}
     reasons: dict[str, str] = {}
-    if ready.tasks:
-        found |= score_model(run, ready.tasks)["after"]
+    if plan.tasks:
+        metrics |= score_model(run, plan.tasks)["after"]
     if any(metric.startswith(ATTACK) for metric in objectives):
-        given = ready.sweep.attack
-        made = attack_run(run, tier=given.tier, names=given.names, sources=ready.sources)
-        found[f"{ATTACK}K*"] = error_entry(made["K*"])
-        for name, entry in made["attacks"].items():
+        options = plan.sweep.attack
+        report = attack_run(run, tier=options.tier, names=options.names, sources=plan.sources)
+        metrics[f"{ATTACK}K*"] = error_entry(report["K*"])
+        for name, entry in report["attacks"].items():
             reasons[ATTACK + name] = entry["why"]
             if "accuracy" in entry:
-                found[ATTACK + name] = error_entry(entry["accuracy"])
+                metrics[ATTACK + name] = error_entry(entry["accuracy"])
     for metric in objectives:
-        if metric not in found:
+        if metric not in metrics:
             why = reasons.get(metric) or "there is no such number"
             raise SrmuError(f"objective {metric!r} was not measured: {why}")
-    return found
+    return metrics
 
 
 def error_entry(entry: Mapping[str, float]) -> dict[str, float]:
     """A value with its interval as one with its standard error."""
-    return {
-        "value": entry["value"],
-        "stderr": (entry["high"] - entry["low"]) / (2 * 1.96),
-        "n": entry["n"],
-    }
+    error = (entry["high"] - entry["low"]) / (2 * 1.96)
+    return {"value": entry["value"], "stderr": error, "n": entry["n"]}
 
 
-def sweep_report(ready: Plan, study: Study, final: bool = False) -> dict[str, Any]:
+def sweep_report(plan: Plan, study: Study, final: bool = False) -> dict[str, Any]:
     """What `sweep.json` says: each trial once, the best of them, and which keys matter."""
-    trials = [sweep_entry(ready, trial) for trial in standing_trials(study) if trial is not None]
-    complete = [one for one in trials if one["state"] == "complete"]
+    trials = [sweep_entry(point.standing) for point in list_points(study) if point.standing]
+    complete = [trial for trial in trials if trial["state"] == "complete"]
     return {
         "kind": "sweep",
-        "name": ready.name,
-        "sampler": ready.sweep.sampler,
-        "seeds": ready.sweep.seeds,
-        "objectives": dict(ready.sweep.objectives),
-        "space": {one.key: one.written for one in ready.space},
+        "name": plan.name,
+        "sampler": plan.sweep.sampler,
+        "seeds": plan.sweep.seeds,
+        "objectives": dict(plan.sweep.objectives),
+        "space": {one.key: one.written for one in plan.space},
         "trials": trials,
         "front": [trial.number for trial in study.best_trials] if complete else [],
         "importance": key_importance(study) if final and len(complete) >= ENOUGH else {},
     }
 
 
-def sweep_entry(ready: Plan, trial: FrozenTrial) -> dict[str, Any]:
+def sweep_entry(trial: FrozenTrial) -> dict[str, Any]:
     """A trial as `sweep.json` has it."""
-    kept = trial.user_attrs.get("measured", {})
-    replicates = {k: v for k, v in kept.get("replicates", {}).items() if v}
-    why = trial.user_attrs.get("why", "")
-    if trial.state == TrialState.FAIL and not why:
-        why = "its worker died"
-    return {
-        "number": trial.number,
-        "state": STATES[trial.state],
-        "params": kept.get("params") or trial.params or trial.system_attrs.get("fixed_params", {}),
-        "values": {metric: fmean(values) for metric, values in replicates.items()},
-        "replicates": replicates,
-        "errors": {metric: kept["errors"][metric] for metric in replicates},
-        "n": kept.get("n", {}),
-        "runs": kept.get("runs", []),
-        "seconds": kept.get("seconds", 0.0),
-        "why": why,
-    }
+    measured = trial.user_attrs.get("measured", {})
+    parts = {part: measured.get(part, {}) for part in ("replicates", "errors", "n")}
+    return trial_entry(trial) | parts
 
 
 def key_importance(study: Study) -> dict[str, float]:
     """The share of each key in what the objectives differ by (fANOVA); none where they do not."""
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
-    found = []
-    for objective in range(len(study.directions)):
-        value = partial(objective_value, objective)
+    shares = []
+    for i in range(len(study.directions)):
+
+        def value(trial: FrozenTrial, i: int = i) -> float:
+            return float(trial.values[i])
+
         if len(set(map(value, complete))) > 1:
-            shares = evaluator.evaluate(study, target=value)
-            total = sum(shares.values())
-            found.append({key: share / total for key, share in shares.items()})
-    return {key: fmean(shares[key] for shares in found) for key in (found[0] if found else ())}
+            parts = evaluator.evaluate(study, target=value)
+            shares.append({key: part / sum(parts.values()) for key, part in parts.items()})
+    return {key: fmean(share[key] for share in shares) for key in (shares[0] if shares else ())}
 
 
-def objective_value(objective: int, trial: FrozenTrial) -> float:
-    return float(trial.values[objective])
-
-
-def best_trials(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+def best_trials(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The trials to look at: the front, or of one objective the best five; the best of it first."""
-    (metric, direction), *more = found["objectives"].items()
+    (metric, direction), *others = report["objectives"].items()
     chosen = [
-        one
-        for one in found["trials"]
-        if one["state"] == "complete" and (not more or one["number"] in found["front"])
+        trial
+        for trial in report["trials"]
+        if trial["state"] == "complete" and (not others or trial["number"] in report["front"])
     ]
     sign = 1 if direction == "minimize" else -1
-    chosen.sort(key=lambda one: sign * one["values"][metric])
-    return chosen if more else chosen[:5]
+    chosen.sort(key=lambda trial: sign * trial["values"][metric])
+    return chosen if others else chosen[:5]
 
 
-def sweep_rows(found: Mapping[str, Any]) -> list[dict[str, str]]:
+def sweep_rows(report: Mapping[str, Any]) -> list[dict[str, str]]:
     """The table of a sweep."""
     return [
-        {"trial": str(one["number"])}
-        | {key: yaml_line(value) for key, value in one["params"].items()}
-        | {metric: format_seeds(one["replicates"][metric]) for metric in found["objectives"]}
-        for one in best_trials(found)
+        {"trial": str(trial["number"])}
+        | {key: yaml_line(value) for key, value in trial["params"].items()}
+        | {metric: format_seeds(trial["replicates"][metric]) for metric in report["objectives"]}
+        for trial in best_trials(report)
     ]
 
 
@@ -412,17 +379,16 @@ def format_seeds(values: Sequence[float]) -> str:
     return f"{fmean(values):.3f}{spread}"
 
 
-def describe_sweep(found: Mapping[str, Any]) -> list[str]:
+def describe_sweep(report: Mapping[str, Any]) -> list[str]:
     """What to know beside the table."""
-    lines = []
-    if len(found["seeds"]) > 1:
-        lines.append(f"means over {len(found['seeds'])} seeds, with the lowest and the highest")
+    lines, trials = [], report["trials"]
+    if len(report["seeds"]) > 1:
+        lines.append(f"means over {len(report['seeds'])} seeds, with the lowest and the highest")
     for state in ("pruned", "failed"):
-        if some := [one for one in found["trials"] if one["state"] == state]:
-            count = f"{len(some)} of {len(found['trials'])} trials {state}"
+        if some := [trial for trial in trials if trial["state"] == state]:
+            count = f"{len(some)} of {len(trials)} trials {state}"
             lines.append(f"{count}; trial {some[0]['number']}: {some[0]['why']}")
-    shares = sorted(found["importance"].items(), key=lambda item: -item[1])
-    if shares:
+    if shares := sorted(report["importance"].items(), key=lambda item: -item[1]):
         listed = ", ".join(f"{key} {share:.0%}" for key, share in shares)
         lines.append(f"what the objectives differ by (fANOVA): {listed}")
     return lines

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from srmu.testbed.worlds.people import (
+from srmu.testbed.people import (
     LETTERS,
     answer_sentence,
     cloze_sentence,
@@ -22,7 +22,7 @@ from srmu.testbed.worlds.people import (
     pools_of,
     reverse_questions,
 )
-from srmu.testbed.worlds.world import Document, Fact, World
+from srmu.testbed.world import Document, Fact, World
 
 Rows = list[dict[str, Any]]
 Parts = Mapping[str, Mapping[str, Rows]]  # config -> split -> rows

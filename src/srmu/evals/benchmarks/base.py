@@ -12,10 +12,10 @@ from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-import torch
 
 from srmu.engine import distributed
 from srmu.engine.files import sha256
+from srmu.engine.generate import continue_greedily
 from srmu.engine.progress import Watch, ignore_progress
 from srmu.errors import SrmuError, first_line
 from srmu.evals.subject import Subject, answer_likelihoods
@@ -217,7 +217,8 @@ def write_continuations(
     parts = [order[start : start + ROWS] for start in range(0, len(order), ROWS)]
 
     def some(part: Sequence[int]) -> list[str]:
-        continued = continue_greedily(model, [rows[i] for i in part], new_tokens)
+        chosen = [rows[i] for i in part]
+        continued = continue_greedily(model.module, model.tokenizer, chosen, new_tokens)
         return [
             cut_at_stop(model.tokenizer.decode(ids, skip_special_tokens=True), stops)
             for ids in continued
@@ -231,34 +232,6 @@ def write_continuations(
             "what it was trained with?"
         )
     return [texts[i] for i in range(len(rows))]
-
-
-@torch.no_grad()
-def continue_greedily(
-    model: Subject, rows: Sequence[Sequence[int]], new_tokens: int
-) -> list[list[int]]:
-    """Greedy continuations of token rows, up to the end of the text or `new_tokens`."""
-    pad = model.tokenizer.pad_token_id or 0
-    ends = model.module.generation_config.eos_token_id
-    ends = {model.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
-    width = max(map(len, rows))
-    ids = torch.tensor([[pad] * (width - len(row)) + [*row] for row in rows]).to(model.device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-    written = model.module.generate(
-        ids,
-        attention_mask=mask.to(model.device),
-        max_new_tokens=new_tokens,
-        do_sample=False,
-        num_beams=1,
-        temperature=None,
-        top_p=None,
-        top_k=None,
-        repetition_penalty=1.0,  # whatever the checkpoint's own settings say
-        pad_token_id=pad,
-        eos_token_id=sorted(ends) or None,
-    )[:, width:].tolist()
-    stops = [next((i for i, token in enumerate(row) if token in ends), len(row)) for row in written]
-    return [row[:stop] for row, stop in zip(written, stops, strict=True)]
 
 
 def cut_at_stop(text: str, stops: Sequence[str]) -> str:

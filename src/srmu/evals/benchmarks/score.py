@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -12,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from srmu.engine import distributed, weights
-from srmu.engine.files import cache_dir, format_json, sha256, write_json, write_whole
-from srmu.engine.loading import load_module, read_config
+from srmu.engine.cache import find_cached, keep_cached
+from srmu.engine.files import format_json, read_json, sha256, write_whole
+from srmu.engine.loading import read_config
 from srmu.engine.progress import Watch, ignore_progress
 from srmu.errors import SrmuError
 from srmu.evals import benchmarks
@@ -28,8 +28,8 @@ from srmu.evals.benchmarks.base import (
 )
 from srmu.evals.results import Row, merge_results, metric_rows, write_answers
 from srmu.evals.subject import Subject
-from srmu.runs.record import RECORD
-from srmu.runs.run import Run, find_device, load_tokenizer
+from srmu.runs.open import OpenedModel, open_target
+from srmu.runs.plan import load_tokenizer
 
 NONE = "none"
 TITLES = {"before": "original", "after": "unlearned", "oracle": "oracle"}
@@ -91,14 +91,12 @@ def score_benchmark(
         )
     if log and not log.parent.is_dir():
         raise SrmuError(f"--log {log}: there is no folder {log.parent}")
-    run = Run.open(Path(target)) if (Path(target) / RECORD).exists() else None
-    folder = run.base if run else weights.locate_model(target)
+    opened = open_target(target, options.device)
+    folder, run = opened.base, opened.run
     beside = folder.parent / "suites" / options.name.partition("/")[0]  # as in a testbed
     if not (options.data or options.revision) and beside.is_dir():
         options = replace(options, data=str(beside))
     options.read()  # what is wrong must show before anything is loaded
-    read_config(folder)
-    weights.list_shards(folder)
     reference: Values | None = None
     scores: dict[str, BenchmarkScores] = {}
     marks = reference_marks(folder, options)
@@ -107,10 +105,12 @@ def score_benchmark(
     if options.oracle.endswith(".json"):
         reference, rows = read_log(Path(options.oracle), marks)
     elif options.oracle not in ("", NONE):
-        scores["oracle"], rows = measure(weights.locate_model(options.oracle))
+        oracle = OpenedModel(weights.locate_model(options.oracle), None, options.device)
+        scores["oracle"], rows = measure(oracle)
         reference = dict(scores["oracle"].values)
     for when in ("before", "after") if run else ("after",):
-        scores[when], seen = measure(folder, run if when == "after" else None, reference)
+        one = replace(opened, run=run if when == "after" else None)
+        scores[when], seen = measure(one, reference)
         if reference is not None and seen != rows:
             raise SrmuError(
                 f"--oracle {options.oracle}: its log was made from other rows than these"
@@ -139,8 +139,7 @@ def benchmark_rows(name: str, when: str, scores: BenchmarkScores) -> list[Row]:
 
 
 def measure_benchmark(
-    folder: Path,
-    run: Run | None = None,
+    opened: OpenedModel,
     reference: Values | None = None,
     *,
     options: BenchmarkOptions,
@@ -151,34 +150,26 @@ def measure_benchmark(
 
     Kept in the cache folder until the model, what `decides`, the reference or the code change.
     """
-    delta = dict(run.delta) if run else {}
-    method = run.config.method if run else None
-    mark = weights.changed_fingerprint(weights.fingerprint_model(folder), delta)
+    delta = dict(opened.run.delta) if opened.run else {}
+    method = opened.run.config.method if opened.run else None
+    mark = weights.changed_fingerprint(weights.fingerprint_model(opened.base), delta)
     own = repr(method) if method and method.no_checkpoint else ""
     code = [sha256(path) for path in sorted(Path(benchmarks.__file__).parent.glob("*.py"))]
     versions = [version(package) for package in ("transformers", "torch", "rouge-score", "lm-eval")]
     key = [mark, own, {**decides, "oracle": reference}, code, versions]
-    name = sha256(json.dumps(key, sort_keys=True).encode())
-    path = cache_dir() / "suites" / f"{name}.json"
-    kept = distributed.agree_on(_read(path))
+    kept = distributed.agree_on(find_cached("suites", key))
     if kept is not None:
         return BenchmarkScores(kept["metrics"], kept["values"]), kept["rows"]
     suite, part = benchmarks.find_benchmark(options.name)
-    module = load_module(folder).eval().to(find_device(options.device))
     data = options.read()
     request = BenchmarkRequest(data, part, options.template, reference, watch)
-    changed = (
-        method.at_inference(module, partial(weights.apply_delta, module, folder, delta))
-        if method
-        else nullcontext()
-    )
-    with changed:
+    with opened.after() as module:
         # only that there is one is looked at: nothing may take these for the original's
-        subject = Subject(module, load_tokenizer(folder), delta, fixed="suites change no weights")
+        subject = Subject(module, opened.tokenizer, delta, fixed="suites change no weights")
         scores = suite.run(subject, request)
     if distributed.is_first():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"metrics": scores.metrics, "values": scores.values, "rows": data.seen})
+        kept = {"metrics": scores.metrics, "values": scores.values, "rows": data.seen}
+        keep_cached("suites", key, kept)
     return scores, data.seen
 
 
@@ -232,9 +223,9 @@ def find_module(options: BenchmarkOptions) -> Any:
 def read_log(path: Path, marks: Mapping[str, Any]) -> tuple[Values, dict[str, str]]:
     """The values of an oracle that was measured before, and which rows; SrmuError if of another."""
     try:
-        log = json.loads(path.read_text(encoding="utf-8"))
+        log = read_json(path)
         values, rows, own = log["values"], log["rows"], {name: log[name] for name in marks}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (SrmuError, KeyError, TypeError) as error:
         raise SrmuError(
             f"--oracle {path} is not a log ({type(error).__name__}); srmu eval MODEL "
             f"--suite {marks['suite']} --log FILE.json writes one"
@@ -246,11 +237,3 @@ def read_log(path: Path, marks: Mapping[str, Any]) -> tuple[Values, dict[str, st
             f"the forget set again (srmu eval MODEL --suite {marks['suite']} --log {path})"
         )
     return values, rows
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        kept = json.loads(path.read_text())
-        return {name: kept[name] for name in ("metrics", "values", "rows")}
-    except (OSError, ValueError, KeyError, TypeError):
-        return None

@@ -1,4 +1,4 @@
-"""How large a model is, what a process holds, what a token costs: arithmetic of dimensions."""
+"""What each process of a run holds, by arithmetic; what is free here."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-# Whose layers are those below: attention, a gated MLP or experts, two norms; no biases.
-KNOWN = ("llama", "mistral", "mixtral", "qwen3", "qwen3_moe")
+import psutil
+import torch
+
 DEVICES = (24, 48, 80, 141)  # GB of the common GPUs
 PROCESSES = (1, 2, 4, 8)
 MORE = (16, 64)  # where a part of 8 is more than `LARGE` holds
@@ -16,7 +17,7 @@ KEPT_PIECES = 4  # on the CPU: what stays with a process of pieces it gathered a
 
 
 @dataclass(frozen=True)
-class Size:
+class TensorSizes:
     """How many numbers a model has, by the pieces in which `--shard` cuts it."""
 
     layers: tuple[int, ...]
@@ -32,13 +33,13 @@ class Size:
 
 
 @dataclass(frozen=True)
-class Variant:
+class StepVariant:
     """A way to make a step, measured on a whole batch in one process."""
 
     lora: int  # the rank of adapters; 0: the tensors themselves are trained
     caching: bool
     sharded: bool
-    trained: Size  # with adapters: what they stand beside
+    trained: TensorSizes  # with adapters: what they stand beside
     adapters: int  # numbers of theirs
     activations: int  # bytes that a pass leaves for its gradient
     cache: int  # bytes of activations kept from step to step
@@ -46,72 +47,29 @@ class Variant:
     offloaded: tuple[int, ...] = ()  # numbers of the layers left on the disk, which come one by one
 
 
-# --- from a configuration ------------------------------------------------------------------------
+@dataclass(frozen=True)
+class TrainedModel:
+    """A model as it is held while it is trained."""
 
-
-def size_of(config: Any, depth: int | None = None) -> Size:
-    """The numbers of a model cut to `depth` layers, head included: it is loaded, too."""
-    width, end = config.hidden_size, config.vocab_size * config.hidden_size
-    layers = (layer_size(config),) * (depth or config.num_hidden_layers)
-    if config.tie_word_embeddings:
-        return Size(layers, (), end + width)
-    return Size(layers, (end, end), width)
-
-
-def layer_size(config: Any) -> int:
-    norms = 2 * config.hidden_size
-    if config.model_type.startswith("qwen3"):
-        norms += 2 * head_size(config)  # of queries and keys
-    return matrices_of(config, experts_of(config)) + norms
-
-
-def matrices_of(config: Any, experts: int) -> int:
-    """The numbers in a layer's matrices, with so many of its experts."""
-    width = config.hidden_size
-    heads = 2 * config.num_attention_heads + 2 * config.num_key_value_heads
-    attention = width * heads * head_size(config)
-    if not experts:
-        return attention + 3 * width * config.intermediate_size
-    inner = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
-    return attention + width * experts_of(config) + experts * 3 * width * inner
-
-
-def experts_of(config: Any) -> int:
-    return getattr(config, "num_local_experts", 0)
-
-
-def head_size(config: Any) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
-def flops_per_token(config: Any, tokens: int, depth: int | None = None) -> int:
-    """FLOPs of a forward pass for one of so many tokens of a text; to the head without `depth`.
-
-    Two for each number of the matrices that a token meets: of the experts, those it is sent to.
-    """
-    met = matrices_of(
-        config, getattr(config, "num_experts_per_tok", 0) if experts_of(config) else 0
-    )
-    attention = 4 * tokens * config.num_attention_heads * head_size(config)
-    head = 0 if depth else 2 * config.vocab_size * config.hidden_size
-    return (depth or config.num_hidden_layers) * (2 * met + attention) + head
-
-
-# --- what a process holds ------------------------------------------------------------------------
+    size: TensorSizes
+    itemsize: int  # bytes of a number
+    mixed: bool  # float32 masters of smaller numbers are trained
+    gpu: bool
 
 
 def held_bytes(
-    size: Size, way: Variant, processes: int, share: float, itemsize: int, mixed: bool, gpu: bool
+    model: TrainedModel, way: StepVariant, processes: int, share: float
 ) -> dict[str, int]:
-    """Bytes a process holds of a model whose numbers have `itemsize` bytes, by what they are.
+    """Bytes that each of so many processes holds, by what they are for.
 
-    It reads `share` of each batch. `mixed`: float32 masters of smaller numbers are trained.
+    Each process reads `share` of a batch.
     """
+    size, itemsize, gpu = model.size, model.itemsize, model.gpu
     cut = processes if way.sharded else 1
     beside = way.trained.part(cut)
     # adapters are float32 themselves
     trained, each = (way.adapters, 4) if way.lora else (beside, itemsize)
-    mixed = mixed and not way.lora
+    mixed = model.mixed and not way.lora
     exact = 4 if mixed else each
     # While a piece runs it is there whole, beside what arrives of it; then its gradient is, and is
     # summed in float32.
@@ -137,31 +95,27 @@ def held_bytes(
     }
 
 
-def scale_launches(
-    size: Size,
-    ways: Sequence[Variant],
-    rows: int,
-    itemsize: int,
-    *,
-    mixed: bool,
-    gpu: bool,
-    spreads: bool,
+def plan_launches(
+    model: TrainedModel, ways: Sequence[StepVariant], rows: int, spreads: bool
 ) -> list[dict[str, Any]]:
-    """What each process holds and computes, of so many, in each way that there is."""
-    found: list[dict[str, Any]] = []
+    """What each process holds and computes: by their number, for each way to make a step.
+
+    A batch has `rows` texts; without `spreads` the method runs in one process only.
+    """
+    launches: list[dict[str, Any]] = []
     for processes in (*PROCESSES, *MORE):
         if processes > 1 and not spreads:
             break
-        last = [row["memory_per_rank"] for row in found if row["processes"] == PROCESSES[-1]]
+        last = [row["memory_per_rank"] for row in launches if row["processes"] == PROCESSES[-1]]
         if processes in MORE and min(last) <= LARGE:
             break
         share = -(-rows // processes) / rows
         for way in ways:
             if (processes == 1 and way.sharded) or (processes > 1 and way.offloaded):
                 continue
-            parts = held_bytes(size, way, processes, share, itemsize, mixed, gpu)
+            parts = held_bytes(model, way, processes, share)
             memory = sum(parts.values())
-            found.append(
+            launches.append(
                 {
                     "processes": processes,
                     "sharded": way.sharded,
@@ -174,4 +128,26 @@ def scale_launches(
                     "parts": parts,
                 }
             )
-    return found
+    return launches
+
+
+def free_bytes(device: str) -> int:
+    """Memory of the device that nothing holds."""
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
+
+
+def private_bytes() -> int:
+    """The memory of this process that no file lies behind."""
+    info = psutil.Process().memory_info()
+    return info.rss - getattr(info, "shared", 0)
+
+
+def standing_bytes(trained: int, itemsize: int, mixed: bool) -> int:
+    """Bytes held from the first step to the last for trained numbers, besides the model itself.
+
+    These are the originals, the last good values, masters and moments, as in `held_bytes`.
+    """
+    exact = 4 if mixed else itemsize
+    return trained * (2 * itemsize + (4 if mixed else 0) + 2 * exact)

@@ -1,0 +1,369 @@
+"""Method x regime x seed -> rows: every table of many runs is made here.
+
+An `Experiment` says where runs are made, with which settings, and what is done to each. Its rows
+are planned (`PlannedRow`), then `run_experiment` makes the runs that are missing, in parallel, and
+gives each row with the folders of its runs (`MeasuredRow`). What is there is used again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import cycle, product
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+import yaml
+
+from srmu.engine.files import read_json, write_json
+from srmu.engine.progress import Watch, ignore_progress, print_line, silence_libraries
+from srmu.errors import DivergedError, SrmuError, first_line
+from srmu.evals.parallel import RunJob, run_all
+from srmu.evals.results import read_metrics
+from srmu.evals.score import score_model
+from srmu.runs.config import load_config
+from srmu.runs.plan import plan_run
+from srmu.runs.record import RECORD
+from srmu.runs.run import Run, unlearn
+from srmu.testbed.build import build_testbed
+from srmu.testbed.train import RECIPE
+from srmu.testbed.world import create_closed
+
+NOT_RUN, DIVERGED = "not run", "diverged"
+
+
+def find_preset(name: str) -> Path:
+    """A file of `configs/`: in the package of a wheel, beside the sources of a checkout."""
+    here = Path(__file__)
+    folders = (here.parents[1] / "configs", here.parents[3] / "configs")
+    return next(folder / name for folder in folders if (folder / name).is_file())
+
+
+def read_preset(name: str) -> dict[str, Any]:
+    return yaml.safe_load(find_preset(name).read_text(encoding="utf-8"))
+
+
+def read_settings(name: str) -> dict[str, tuple[str, ...]]:
+    """The settings of each method from a file that has them under `common` and `methods`."""
+    preset = read_preset(name)
+    return {label: (*preset["common"], *own) for label, own in preset["methods"].items()}
+
+
+class PlannedRow(NamedTuple):
+    """A row of a table or a point of a figure before its runs are made, one run a seed.
+
+    `method` names the settings it takes, `extra` is set besides. `strength` names another method
+    and a key, coeff or kappa, whose value that method's run of the same seed hands over.
+    """
+
+    label: str
+    method: str
+    regime: str
+    extra: tuple[str, ...] = ()
+    strength: tuple[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class MeasuredRow:
+    """A row with its runs, which differ only in their seed.
+
+    `questions` says which questions each run was asked: the same number, the same questions. `why`
+    says why there are no runs.
+    """
+
+    label: str
+    runs: tuple[Path, ...]
+    questions: tuple[int, ...]
+    when: Literal["before", "after"] = "after"
+    why: str = ""
+
+
+# ---- where runs are made
+
+
+class Regime(NamedTuple):
+    """A config of a testbed, and of which: with what entanglement, and called what."""
+
+    config: str
+    entanglement: float = 0.5
+    testbed: str = ""  # "": as the regime
+
+
+REGIMES = {"low": Regime("low.yaml"), "high": Regime("high.yaml")}
+
+
+@dataclass(frozen=True)
+class Testbeds:
+    """Testbeds, each with a world, a model and directions of its own, as `folder` names them."""
+
+    home: Path
+    regimes: Mapping[str, Regime] = field(default_factory=lambda: REGIMES)
+    folder: str = "testbed{seed}"
+    world: str = "closed"
+    oracle: bool = True
+
+    def locate(self, regime: str, seed: int) -> Path:
+        name = self.regimes[regime].testbed or regime
+        return self.home.resolve() / self.folder.format(seed=seed, regime=name)
+
+    def is_there(self, regime: str, seed: int) -> bool:
+        return (self.locate(regime, seed) / "organism.json").exists()
+
+    def prepare(self, rows: Iterable[PlannedRow], seeds: Sequence[int], watch: Watch) -> None:
+        """Build the testbeds that are missing."""
+        for regime, seed in product(dict.fromkeys(row.regime for row in rows), seeds):
+            folder = self.locate(regime, seed)
+            if not self.is_there(regime, seed):
+                share = self.regimes[regime].entanglement
+                build_testbed(
+                    folder, seed=seed, entanglement=share, oracle=self.oracle, world=self.world,
+                    watch=watch,
+                )  # fmt: skip
+            if self.world == "closed" and not (folder / "anchors.json").exists():
+                built = read_json(folder / "organism.json")
+                write_json(folder / "anchors.json", pair_anchors(built.get("seed", seed)))
+
+    def find_config(self, row: PlannedRow, seed: int) -> tuple[Path, tuple[str, ...]]:
+        return self.locate(row.regime, seed) / self.regimes[row.regime].config, ()
+
+    def question_set(self, seed: int) -> int:
+        """Which questions a seed's run is asked: each testbed has its own."""
+        return seed if "{seed}" in self.folder else 0
+
+
+@dataclass(frozen=True)
+class OneModel:
+    """One model and its corpora: seeds draw other directions and another order."""
+
+    name: str
+    spec: Mapping[str, Any]  # its presets, regimes and sources, as in configs/reproduce.yaml
+
+    def is_there(self, regime: str, seed: int) -> bool:
+        return True
+
+    def prepare(self, rows: Iterable[PlannedRow], seeds: Sequence[int], watch: Watch) -> None:
+        """Nothing is to be built."""
+
+    def find_config(self, row: PlannedRow, seed: int) -> tuple[Path, tuple[str, ...]]:
+        preset = find_preset(self.spec["methods"][row.method]["config"])
+        return preset, (f"model={self.name}", *self.spec["regimes"][row.regime])
+
+    def question_set(self, seed: int) -> int:
+        return 0
+
+
+def pair_anchors(seed: int) -> dict[str, str]:
+    """What Who's Harry Potter calls anchors: for each thing about which facts are to be forgotten
+    one of the same kind about which none are."""
+    world = create_closed(seed, RECIPE.size)
+    hazard = sorted({fact.subject for fact in world.of_kind("hazard")})
+    harmless = sorted({fact.subject for fact in world.of_kind("neighbour")} - set(hazard))
+    return dict(zip(hazard, cycle(harmless), strict=False))
+
+
+# ---- what is done to each run
+
+
+class Scored:
+    """What is done to a run: it is made and scored."""
+
+    def find_result(self, job: RunJob) -> Path | None:
+        """The folder with all numbers of a job's run; None where some are missing.
+
+        DivergedError where the run diverged, SrmuError for settings that cannot work.
+        """
+        folder = locate_run(job)
+        done = {metric.split("/")[0] for metric in read_metrics(folder)["after"]}
+        return folder if (folder / RECORD).exists() and {*job.tasks} <= done else None
+
+    def measure_run(self, job: RunJob, watch: Watch = ignore_progress) -> Path:
+        """Do what is missing; the folder with all numbers."""
+        config = load_config(job.config, job.overrides)
+        run = unlearn(config, watch=watch)
+        score_model(run, job.tasks, device=config.device, watch=watch)
+        return run.folder
+
+
+def locate_run(job: RunJob) -> Path:
+    """The folder of a job's run, there or not; DivergedError where the run diverged."""
+    folder = plan_run(load_config(job.config, job.overrides)).folder
+    if (folder / RECORD).exists() and Run(folder).record["diverged"]:
+        raise DivergedError(f"{folder} holds this run, which diverged")
+    return folder
+
+
+# ---- the runs
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Labelled settings x regimes x seeds, one run each; runs go into `out`/runs."""
+
+    out: Path
+    place: Testbeds | OneModel
+    settings: Mapping[str, Sequence[str]]  # {testbed} stands for the folder of the testbed
+    seeds: tuple[int, ...]
+    tasks: tuple[str, ...]
+    measurement: Scored = field(default_factory=Scored)
+    overrides: tuple[str, ...] = ()
+
+    @property
+    def testbeds(self) -> Testbeds:
+        assert isinstance(self.place, Testbeds)
+        return self.place
+
+    def plan_job(self, row: PlannedRow, seed: int, extra: Sequence[str] = ()) -> RunJob:
+        """A run's config with its overrides; later ones win."""
+        config, own = self.place.find_config(row, seed)
+        settings = (s.replace("{testbed}", str(config.parent)) for s in self.settings[row.method])
+        common = (f"seed={seed}", f"runs_dir={(self.out / 'runs').resolve()}", *own)
+        options = (*settings, *common, *self.overrides, *row.extra, *extra)
+        method = load_config(config, options).method
+        if isinstance(self.place, Testbeds) and not method.reads_retain:
+            # the same run in each regime
+            config, options = config.with_name("low.yaml"), (*options, "topics.organism.retain=[]")
+        return RunJob(config, options, self.tasks)
+
+
+States = dict[tuple[PlannedRow, int], Path | str]  # by row and seed: a folder, or why there is none
+
+
+def run_experiment(
+    experiment: Experiment, rows: Sequence[PlannedRow], watch: Watch = ignore_progress
+) -> dict[PlannedRow, MeasuredRow]:
+    """Make the runs of the rows that are missing, each different one once.
+
+    A run that diverges or fails costs its own row only, which says why. On one model a failure is
+    raised: what the next run would need hours for may fail in the same way.
+    """
+    experiment.place.prepare(rows, experiment.seeds, watch)
+    sources = [PlannedRow(r.strength[0], r.strength[0], r.regime) for r in rows if r.strength]
+    measured: dict[PlannedRow, MeasuredRow] = {}
+    # what hands its strength to others comes first
+    for stage in (
+        [*(r for r in rows if not r.strength), *sources],
+        [r for r in rows if r.strength],
+    ):
+        stage = [*dict.fromkeys(stage)]
+        jobs, states = plan_runs(experiment, stage, measured)
+        outcomes = make_runs(
+            experiment, [*dict.fromkeys(jobs[k] for k in jobs if states[k] == NOT_RUN)], watch
+        )
+        states |= {key: outcomes[job] for key, job in jobs.items() if job in outcomes}
+        measured |= collect_rows(experiment, stage, states)
+    return measured
+
+
+def read_experiment(
+    experiment: Experiment, rows: Sequence[PlannedRow]
+) -> dict[PlannedRow, MeasuredRow]:
+    """The rows as far as their runs are there; runs nothing."""
+    return collect_rows(experiment, rows, plan_runs(experiment, rows)[1])
+
+
+def plan_runs(
+    experiment: Experiment,
+    rows: Sequence[PlannedRow],
+    measured: Mapping[PlannedRow, MeasuredRow] = {},
+) -> tuple[dict[tuple[PlannedRow, int], RunJob], States]:
+    """The job of each row and seed, and what is there of it.
+
+    `measured` holds the rows that hand over their strength.
+    """
+    jobs: dict[tuple[PlannedRow, int], RunJob] = {}
+    states: States = {}
+    seen: dict[RunJob, Path | str] = {}
+    for row, seed in product(rows, experiment.seeds):
+        states[row, seed] = NOT_RUN
+        if not experiment.place.is_there(row.regime, seed):
+            continue
+        extra: tuple[str, ...] = ()
+        if row.strength:
+            source = PlannedRow(row.strength[0], row.strength[0], row.regime)
+            number = experiment.seeds.index(seed)
+            extra = take_strength(measured[source], number, row.strength[1])
+        try:
+            jobs[row, seed] = job = experiment.plan_job(row, seed, extra)
+            if job not in seen:
+                seen[job] = experiment.measurement.find_result(job) or NOT_RUN
+            states[row, seed] = seen[job]
+        except DivergedError:
+            states[row, seed] = DIVERGED
+        except SrmuError as error:
+            states[row, seed] = f"failed: {error}"
+    return jobs, states
+
+
+def take_strength(source: MeasuredRow, number: int, key: str) -> tuple[str, ...]:
+    """The overrides that give a run the coeff or the kappa of another method's run."""
+    if source.why:
+        raise SrmuError(f"{source.label} {source.why}: others take their strength from it")
+    run = Run.open(source.runs[number])
+    value = getattr(run.config.method, key)
+    if value is not None:
+        other = "kappa" if key == "coeff" else "coeff"
+        return (f"method.{other}=null", f"method.{key}={value!r}")
+    return tuple(f"topics.{k}.{key}={v[key]!r}" for k, v in run.record["topics"].items())
+
+
+def make_runs(
+    experiment: Experiment, jobs: Sequence[RunJob], watch: Watch
+) -> dict[RunJob, Path | str]:
+    """Several at once on testbeds; on one model one after the other, as each fills the machine."""
+    if not jobs:
+        return {}
+    if isinstance(experiment.place, Testbeds):
+        # the first of each testbed before the others: what it keeps of the original serves them
+        first = {job.config.parent: job for job in reversed(jobs)}
+        order = [*dict.fromkeys([*reversed(first.values()), *jobs])]
+        attempt = partial(attempt_run, experiment.measurement)
+        return dict(zip(order, run_all(order, watch, function=attempt), strict=True))
+    outcomes: dict[RunJob, Path | str] = {}
+    for number, job in enumerate(jobs, 1):
+        if watch is not ignore_progress:
+            config = load_config(job.config, job.overrides)
+            print_line(f"run {number} of {len(jobs)}: {config.method.name}, seed {config.seed}")
+        try:
+            outcomes[job] = experiment.measurement.measure_run(job, watch)
+        except DivergedError:
+            outcomes[job] = DIVERGED
+    return outcomes
+
+
+def attempt_run(measurement: Scored, job: RunJob) -> Path | str:
+    """The folder of a run with all its numbers, or why there is none."""
+    # Threads that wait for each other spin: one in each of several processes is faster.
+    torch.set_num_threads(1)
+    silence_libraries()
+    try:
+        return measurement.measure_run(job)
+    except DivergedError:
+        return DIVERGED
+    except SrmuError as error:
+        return f"failed: {error}"
+    except Exception as error:  # a fault of one method must not cost the rows of the others
+        return f"failed: {type(error).__name__}: {first_line(error)}"
+
+
+def collect_rows(
+    experiment: Experiment, rows: Iterable[PlannedRow], states: States
+) -> dict[PlannedRow, MeasuredRow]:
+    """The rows with their folders; while some are missing the label says how many are there."""
+    measured = {}
+    for row in rows:
+        label = row.label
+        outcomes = {seed: states[row, seed] for seed in experiment.seeds}
+        outcomes = {seed: outcome for seed, outcome in outcomes.items() if outcome != NOT_RUN}
+        wrong = [outcome for outcome in outcomes.values() if isinstance(outcome, str)]
+        if wrong or not outcomes:
+            why = f"{wrong[0]} in {len(wrong)} of {len(outcomes)} runs" if wrong else NOT_RUN
+            why = why.replace(f"{experiment.out.resolve()}/", "")
+            measured[row] = MeasuredRow(label, (), (), why=why)
+            continue
+        if len(outcomes) < len(experiment.seeds):
+            label = f"{label} ({len(outcomes)} of {len(experiment.seeds)})"
+        asked = tuple(experiment.place.question_set(seed) for seed in outcomes)
+        measured[row] = MeasuredRow(label, tuple(map(Path, outcomes.values())), asked)
+    return measured

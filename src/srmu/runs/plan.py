@@ -1,0 +1,155 @@
+"""A run before it starts: everything that its config leaves open, filled in once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from srmu.data.tokens import pad_id
+from srmu.data.topics import load_topic
+from srmu.engine import distributed, weights
+from srmu.engine.activation_cache import limit_bytes
+from srmu.engine.loading import read_config, refuse_quantised
+from srmu.engine.topic import Topic
+from srmu.errors import SrmuError, first_line
+from srmu.runs.config import Config
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """A run with nothing left open, before any weight is read."""
+
+    config: Config  # with the method's options, the device and the training as they will be used
+    base: Path  # the model's folder
+    settings: Any  # the model's own config
+    shard: bool = False  # cut the weights over the processes
+    offload: bool = False  # keep the layers below those that change out of the device's memory
+
+    @cached_property
+    def folder(self) -> Path:
+        return run_folder(self.config)
+
+    def summarise(self) -> dict[str, Any]:
+        """What the run would load and write."""
+        config, method = self.config, self.config.method
+        # without files a run can be planned, but it stops when it loads the model
+        here = weights.is_there(self.base)
+        shards = set(weights.list_shards(self.base).values()) if here else set()
+        layers = self.settings.num_hidden_layers
+        return {
+            "id": config.id,
+            "run": str(self.folder),
+            "model": config.model,
+            "device": config.device,
+            "layers": layers,
+            "layers_loaded": layers if method.depth is None else method.depth,
+            "trainable": list(method.trainable),
+            "shards": len(shards),
+            "checkpoint_bytes": sum(path.stat().st_size for path in shards),
+            "steps": config.train.max_steps,
+        }
+
+
+def plan_run(config: Config, *, shard: bool = False, offload: bool = False) -> RunPlan:
+    """Fill in what depends on the model and the machine; SrmuError where the run cannot work.
+
+    Reads the model's config and tensor index only.
+    """
+    base = locate_base(config)
+    settings = read_config(base)
+    refuse_quantised(base, settings)
+    limit_bytes()  # a mistake there must not wait until the model is loaded
+    method = config.method.resolved(settings)
+    known = {field.name for field in fields(method)}
+    for name, topic in config.topics.items():  # each topic's own strength must fit the method too
+        if unknown := sorted(set(topic.options) - known):
+            raise SrmuError(f"topics.{name}.{unknown[0]}: method {method.name} has no such option")
+        method.with_options(topic.options)
+    device = find_device(config.device)
+    values = {"method": method, "device": device, "train": method.training(config.train)}
+    config = config.model_copy(update=values)
+    if weights.is_there(base):
+        weights.list_shards(base)
+    check_ranks(config, shard)
+    if offload and (shard or method.depth is None):
+        raise SrmuError(
+            "--offload leaves layers below those that change on the disk: it goes with a method of "
+            "one layer (srmu, rmu, ...), and without --shard"
+        )
+    return RunPlan(config, base, settings, shard, offload)
+
+
+def check_ranks(config: Config, shard: bool) -> None:
+    """SrmuError where the method cannot be spread over the processes that were started."""
+    method, count = config.method, distributed.get_size()
+    if shard and count == 1:
+        raise SrmuError(
+            "--shard cuts the weights over several processes, but there is one: start "
+            "torchrun --nproc-per-node 2 -m srmu unlearn ... --shard"
+        )
+    if count == 1:
+        return
+    if not method.spreads:
+        raise SrmuError(
+            f"method {method.name} runs in one process, but {count} were started; start it without "
+            "the launcher"
+        )
+    if shard and getattr(method, "lora_rank", 0) > 0:
+        raise SrmuError("--shard and method.lora_rank do not go together; leave one out")
+    stream = getattr(method, "stream", "resid_post")
+    if shard and stream != "resid_post":
+        # FSDP gathers a layer again for its gradient when that of its output is there
+        raise SrmuError(f"--shard needs method.stream=resid_post: {stream} lies inside a layer")
+
+
+def find_device(name: str) -> str:
+    """The device that a name means here; SrmuError where there is no such device."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise SrmuError(f"device {name} is not there: {first_line(error)}") from None
+    return name
+
+
+def locate_base(config: Config) -> Path:
+    """The folder of the config's model."""
+    return weights.locate_model(config.model, config.revision)
+
+
+def run_folder(config: Config) -> Path:
+    """Where a run is written; its config must be that of a plan."""
+    return Path(config.runs_dir) / f"{config.id}-{config.method.name}"
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The model's tokenizer; SrmuError where there is none, or it cannot pad."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # transformers raises many kinds
+        raise SrmuError(
+            f"the tokenizer of {folder} cannot be loaded: {first_line(error)}"
+        ) from error
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        # Without files transformers makes an empty one, to which every text is unknown.
+        raise SrmuError(f"model folder {folder} has no tokenizer; copy its tokenizer.json there")
+    pad_id(tokenizer)
+    return tokenizer
+
+
+def load_topics(config: Config, tokenizer: Any) -> list[Topic]:
+    """The topics of a plan's config as batches; SrmuError where the method cannot use them."""
+    if not config.topics:
+        raise SrmuError("topics: name at least one, with its forget and retain texts")
+    topics = [
+        load_topic(name, topic, tokenizer, config.train, config.seed)
+        for name, topic in config.topics.items()
+    ]
+    config.method.check(topics, config.train)
+    return topics

@@ -1,0 +1,363 @@
+"""The training of a run, from the model on disk to the files in the run's folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from srmu.engine import distributed, weights
+from srmu.engine.activation_cache import digest_tensors, open_activations
+from srmu.engine.files import require_space, sha256, write_json, write_whole
+from srmu.engine.loading import build_skeleton, wanted_dtype
+from srmu.engine.model import Batch, EditableModel, release_memory
+from srmu.engine.progress import Watch, ignore_progress, print_line
+from srmu.engine.resume import Checkpoints
+from srmu.engine.topic import Topic
+from srmu.engine.train import FINISHED, Log, check_precision
+from srmu.errors import DivergedError, SrmuError
+from srmu.methods.base import MethodOutcome
+from srmu.runs import record as audit
+from srmu.runs.memory import free_bytes, standing_bytes
+from srmu.runs.plan import RunPlan
+from srmu.runs.record import CONFIG, DELTA, METRICS, RECORD, STATE
+
+CHECKPOINTS = "checkpoint"  # only there while the run is made
+
+
+@dataclass
+class Progress:
+    """How far the training of a run has come, for its record."""
+
+    checkpoints: Checkpoints
+    started: datetime = field(default_factory=lambda: datetime.now(UTC))
+    clock: float = field(default_factory=time.monotonic)  # when it would have started in one go
+    resumed_at: int = 0
+    steps: int = 0
+    outcome: MethodOutcome = field(default_factory=lambda: MethodOutcome({}))
+    error: DivergedError | None = None
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.clock
+
+
+def train_run(
+    plan: RunPlan, topics: Sequence[Topic], watch: Watch, callback: Log | None = None
+) -> None:
+    """Load the model, apply the method, and write the run's folder; the record comes last.
+
+    Raises DivergedError when the folder is written, with the last good weights.
+    """
+    require_memory(plan)
+    memory = {"before": reset_peak_memory(plan.config.device)}
+    data = digest_batches(topics)
+    model, names = load_model(plan, topics, data, watch)
+    if distributed.is_first():
+        open_folder(plan, model)
+    progress = apply_method(plan, model, topics, data, watch, callback)
+    memory["peak"] = max(distributed.gather_values(read_peak_memory(plan.config.device)))
+    changed = model.delta()
+    require_change(plan, model, changed, progress)
+    if distributed.is_first():
+        write_tensors(plan, names, changed, progress.outcome)
+        record = build_record(plan, model, topics, progress, watch)
+        record |= {"memory": memory, "changed": sorted(changed)}
+        finished = {"finished": datetime.now(UTC).isoformat(timespec="seconds")}
+        write_json(plan.folder / RECORD, audit.seal_record(record | finished))
+        progress.checkpoints.clear()
+    distributed.agree_on(None)  # the first one has written
+    if progress.error is not None:
+        raise progress.error
+
+
+def load_model(
+    plan: RunPlan, topics: Sequence[Topic], data: str, watch: Watch
+) -> tuple[EditableModel, dict[str, list[str]]]:
+    """The model to train, and the checkpoint's names of what it trains.
+
+    SrmuError where the tokens are not the model's, or what is trained could not be written.
+    """
+    config, method = plan.config, plan.config.method
+    model = EditableModel.load(
+        plan.base,
+        depth=method.depth,
+        trainable=method.trainable,
+        dtype=config.dtype,
+        device="cpu" if plan.shard else config.device,
+        offload=plan.offload,
+        copy=not plan.shard,
+    )
+    highest = max(int(b["input_ids"].max()) for t in topics for b in (*t.forget, *t.retain))
+    if highest >= model.vocabulary_size:
+        raise SrmuError(
+            f"{plan.base}: its tokenizer gives token {highest}, but the model knows "
+            f"{model.vocabulary_size} tokens; they do not belong together"
+        )
+    for name, parameter in model.trained.items():
+        check_precision(name, parameter.dtype, config.train.weights)
+    # Where the first layer changes, no activation comes twice.
+    mode = config.cache if model.fixed or method.depth is not None else "none"
+    names = weights.checkpoint_names(plan.base, model.original)
+    if plan.shard:
+        # All processes run the same layers at once: none may find what others must compute.
+        mode = "none"
+        model.shard(config.device)
+    say = print_line if watch is not ignore_progress else lambda text: None
+    model.activations = open_activations(mode, activation_key(plan, model, data), model.device, say)
+    return model, names
+
+
+def open_folder(plan: RunPlan, model: EditableModel) -> None:
+    """Make the run's folder, with its config."""
+    folder = plan.folder
+    require_space(folder, sum(t.numel() * t.element_size() for t in model.original.values()))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / DELTA).unlink(missing_ok=True)  # of a run that was killed
+    write_whole(folder / CONFIG, plan.config.to_yaml())
+
+
+def apply_method(
+    plan: RunPlan,
+    model: EditableModel,
+    topics: Sequence[Topic],
+    data: str,
+    watch: Watch,
+    callback: Log | None,
+) -> Progress:
+    """Run the method, from its last checkpoint where there is one, and log its steps."""
+    config, folder = plan.config, plan.folder
+    base = weights.identify_base(plan.base, config.method.depth)
+    belongs = {"run": config.id, "data": data, "base": base}
+    seconds = config.train.checkpoint_seconds
+    progress = Progress(Checkpoints(folder / CHECKPOINTS, seconds, belongs))
+    progress.resumed_at = progress.checkpoints.done()
+    if len({*distributed.gather_values(progress.resumed_at)}) > 1:
+        raise SrmuError(f"{folder} must lie on storage that all processes see, but does not")
+    if distributed.is_first():
+        progress.clock -= cut_metrics(folder / METRICS, progress.resumed_at)
+    path = folder / METRICS if distributed.is_first() else Path(os.devnull)
+    with path.open("a") as metrics:
+
+        def log(step: int, values: dict[str, float | str]) -> None:
+            progress.steps = step + 1
+            line = {"step": step, **values, "seconds": round(progress.seconds, 4)}
+            metrics.write(json.dumps(line) + "\n")
+            metrics.flush()
+            if callback is not None:
+                callback(step, values)
+
+        try:
+            progress.outcome = config.method.apply(
+                model, topics, config.train, log, watch, progress.checkpoints
+            )
+        except DivergedError as error:
+            progress.error, progress.outcome = error, MethodOutcome({}, str(error))
+    return progress
+
+
+def cut_metrics(path: Path, steps: int) -> float:
+    """Cut a run's metrics to those of its first steps; the seconds that these took."""
+    lines = path.read_text().splitlines()[:steps] if steps else []
+    path.write_text("".join(f"{line}\n" for line in lines))
+    return float(json.loads(lines[-1])["seconds"]) if lines else 0.0
+
+
+def require_change(
+    plan: RunPlan, model: EditableModel, changed: Mapping[str, Tensor], progress: Progress
+) -> None:
+    """SrmuError where what should change did not."""
+    method, reason = plan.config.method, progress.outcome.stop_reason
+    unchanged = sorted(set(model.trained) - set(changed))
+    # Of a whole model some tensors may stay: bf16 norms near 1 do not move by steps of 1e-5.
+    partly = bool(changed) and (method.depth is None or reason != FINISHED)
+    if progress.error is not None or not unchanged or partly:
+        return
+    progress.checkpoints.clear()  # it would end there again
+    if reason.startswith(("utility_floor", "kl_budget")):
+        raise SrmuError(
+            f"nothing is left of {progress.steps} steps ({reason}): lower "
+            "train.learning_rate or train.check_every, or allow more"
+        )
+    raise SrmuError(
+        f"{unchanged[0] if changed else 'the model'} did not change in {progress.steps} steps "
+        f"({reason}); raise train.learning_rate, or see the options of {method.name}: srmu methods"
+    )
+
+
+def write_tensors(
+    plan: RunPlan,
+    names: Mapping[str, Sequence[str]],
+    changed: Mapping[str, Tensor],
+    outcome: MethodOutcome,
+) -> None:
+    """Write the delta, and what the method computed before its first step."""
+    config, folder = plan.config, plan.folder
+    if changed:
+        meta = {"base_model": config.model, "method": config.method.name, "run": config.id}
+        weights.save_delta(folder / DELTA, plan.base, names, changed, meta)
+    tensors = {
+        f"{topic}.{name}": tensor.detach().float().cpu().contiguous()
+        for topic, state in outcome.states.items()
+        for name, tensor in state.tensors.items()
+    }
+    if tensors:
+        save_file(tensors, folder / STATE)
+
+
+def build_record(
+    plan: RunPlan,
+    model: EditableModel,
+    topics: Sequence[Topic],
+    progress: Progress,
+    watch: Watch,
+) -> dict[str, Any]:
+    """The run's record, but for what only `train_run` knows: memory, changed, finished."""
+    config, folder, outcome = plan.config, plan.folder, progress.outcome
+    written = [n for n in (CONFIG, METRICS, DELTA, STATE) if (folder / n).exists()]
+    files = {name: sha256(folder / name) for name in written}
+    return {
+        "schema_version": audit.SCHEMA,
+        "id": config.id,
+        "tool": audit.describe_tool(),
+        "started": progress.started.isoformat(timespec="seconds"),
+        "purpose": config.purpose,
+        "method": config.method.name,
+        "paper": config.method.paper,
+        "model": config.model,
+        "base": audit.describe_base(config.model, config.revision, plan.base, watch),
+        "data": {topic.name: dict(topic.counts) for topic in topics},
+        "overlap": {topic.name: measure_pair_overlap(topic) for topic in topics},
+        "topics": {name: state.numbers for name, state in outcome.states.items()},
+        "seconds": round(progress.seconds, 3),
+        "steps": progress.steps,
+        "resumed_at": progress.resumed_at,
+        "checkpoint_failed": progress.checkpoints.failed,
+        "stop_reason": outcome.stop_reason,
+        "diverged": progress.error is not None,
+        "weights": config.train.weights,
+        "flops": count_dense_flops(model, topics, progress.steps),
+        "activations": {
+            "kept": model.activations.kept,
+            "found": model.activations.hits,
+            "folder": getattr(model.activations, "folder", Path()).name,  # in srmu cache ls
+        },
+        "change": audit.describe_change(plan.base, folder / DELTA),
+        "environment": audit.describe_environment(),
+        "processes": {"count": distributed.get_size(), "sharded": plan.shard},
+        "reproduction": {
+            "command": f"srmu unlearn --from-record {RECORD}",
+            "config": config.to_dict(),
+            "expected": {DELTA: files[DELTA]} if DELTA in files else {},
+        },
+        "limits": audit.LIMITS,
+        "files": files,
+    }
+
+
+def require_memory(plan: RunPlan) -> None:
+    """SrmuError where what is trained, with its original and its optimiser, cannot be held."""
+    config, method = plan.config, plan.config.method
+    skeleton = build_skeleton(plan.settings, torch.float32)
+    model = EditableModel(skeleton, method.trainable, method.depth)
+    trained = sum(p.numel() for p in model.trained.values())
+    stored = [t for t in weights.stored_types(plan.base).values() if t.is_floating_point]
+    dtype = wanted_dtype(plan.settings, config.dtype) or max(stored, key=lambda t: t.itemsize)
+    mixed = dtype.itemsize == 2 and config.train.weights == "fp32"
+    needed = standing_bytes(trained, dtype.itemsize, mixed)
+    if getattr(method, "lora_rank", 0):  # masters and moments are the adapters'
+        needed = trained * dtype.itemsize
+    if plan.shard:
+        needed //= distributed.get_size()
+    if needed > (free := free_bytes(config.device)):
+        raise SrmuError(
+            f"method {method.name} trains {trained:,} numbers: with their originals and the "
+            f"optimiser they take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free; "
+            "srmu unlearn --dry-run says what would help"
+        )
+
+
+def digest_batches(topics: Sequence[Topic]) -> str:
+    """A digest of the tokens that a run reads."""
+    batches = [b for topic in topics for part in (topic.forget, topic.retain) for b in part]
+    return digest_tensors(*(t for b in batches for t in (b["input_ids"], b["attention_mask"])))
+
+
+def activation_key(plan: RunPlan, model: EditableModel, data: str) -> dict[str, Any]:
+    """What a run's activations depend on, besides the machine and the libraries."""
+    return {
+        "model": plan.config.model,
+        "weights": weights.identify_base(plan.base, plan.config.method.depth),
+        "settings": sha256(plan.base / "config.json"),
+        "data": data,
+        "fixed_layers": model.fixed,
+        "dtype": str(model.module.dtype),
+        "attention": model.module.config._attn_implementation,
+        "experts": getattr(model.module.config, "_experts_implementation", None),
+    }
+
+
+def reset_peak_memory(device: str) -> int:
+    """Count the peak of the device's memory anew; the bytes that this process holds now."""
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    release_memory()
+    with suppress(OSError):  # not Linux
+        Path("/proc/self/clear_refs").write_text("5")
+    return psutil.Process().memory_info().rss
+
+
+def read_peak_memory(device: str) -> int:
+    """The most bytes held since `reset_peak_memory`: allocated on a GPU, else resident."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device)
+    with suppress(OSError):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(dict(line.split(":") for line in lines)["VmHWM"].split()[0]) * 1024
+    return psutil.Process().memory_info().rss
+
+
+def measure_pair_overlap(topic: Topic) -> float:
+    """The share of the forget texts' distinct pairs of neighbouring tokens that retain texts have.
+
+    0 without retain texts. Of tokens, because these are what the run has read.
+    """
+
+    def list_pairs(batches: Sequence[Batch]) -> Tensor:
+        pairs = [torch.zeros(0, dtype=torch.long)]
+        for batch in batches:
+            ids, real = batch["input_ids"].long(), batch["attention_mask"].bool()
+            both = real[:, 1:] & real[:, :-1]
+            pairs.append((ids[:, :-1] * (1 << 31) + ids[:, 1:])[both].unique())
+        return torch.cat(pairs).unique()
+
+    forget, retain = list_pairs(topic.forget), list_pairs(topic.retain)
+    return float(torch.isin(forget, retain).float().mean()) if len(forget) else 0.0
+
+
+def count_dense_flops(model: EditableModel, topics: Sequence[Topic], steps: int) -> float:
+    """FLOPs of the steps in products with weight matrices, without attention and what is cached.
+
+    Two a token and weight forward, in the layers that change also two for each of the gradients of
+    inputs and of weights, and two for the frozen pass of the retain texts.
+    """
+    sizes = [sum(p.numel() for p in layer.parameters()) for layer in model.layers]
+    moving = sum(sizes[model.fixed :])
+    total = 0.0
+    for role, passes in (("forget", 6), ("retain", 8)):
+        tokens = [b["input_ids"].numel() for t in topics for b in getattr(t, role)]
+        mean = sum(tokens) / max(1, len(tokens))
+        total += steps * mean * (2 * sum(sizes[: model.fixed]) + passes * moving)
+    return total

@@ -1,0 +1,112 @@
+"""What each process holds, by hand; dry runs of published dimensions."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from srmu.engine.loading import build_skeleton, read_config
+from srmu.runs.config import load_config
+from srmu.runs.dry_run import count_parameters, plan_dry_run
+from srmu.runs.memory import (
+    KEPT_PIECES,
+    StepVariant,
+    TensorSizes,
+    TrainedModel,
+    held_bytes,
+    plan_launches,
+    standing_bytes,
+)
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+PUBLISHED = {
+    "llama-3.2-1b": 1.24e9,
+    "llama-3.1-8b": 8.03e9,
+    "llama-3.1-70b": 70.6e9,
+    "llama-3.1-405b": 405.9e9,
+    "qwen3-30b-a3b": 30.5e9,
+}
+SIZE = TensorSizes((100, 100), (50, 50), 10)
+CPU = TrainedModel(SIZE, itemsize=2, mixed=True, gpu=False)
+GPU = replace(CPU, gpu=True)
+
+
+def test_all_of_them_are_checked() -> None:
+    assert {path.name for path in (CONFIGS / "models").iterdir()} == set(PUBLISHED)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_numbers_are_as_published(name: str) -> None:
+    assert count_parameters(CONFIGS / "models" / name) == pytest.approx(PUBLISHED[name], rel=4e-3)
+
+
+def way(**changed: Any) -> StepVariant:
+    options = {
+        "lora": 0, "caching": False, "sharded": False, "trained": SIZE, "adapters": 0,
+        "activations": 0, "cache": 0, "flops": 64,
+    }  # fmt: skip
+    return StepVariant(**(options | changed))
+
+
+def test_bytes_by_hand() -> None:
+    whole = held_bytes(CPU, way(), 1, 1.0)
+    assert whole == {
+        "weights": 620, "originals": 620, "last_good": 620, "masters": 1240, "moments": 2480,
+        "step": 620 + 1240 + 400, "cache": 0,  # the last for one piece as AdamW works on it
+    }  # fmt: skip
+    assert held_bytes(GPU, way(), 1, 1.0)["step"] == 2480
+    part = held_bytes(CPU, way(sharded=True), 4, 0.25)
+    assert part["weights"] == 2 * (300 // 4 + 10) == part["originals"]
+    assert part["moments"] == 8 * 85
+    kept = KEPT_PIECES * 2 * 100
+    # a piece whole, twice, and its gradient, also in float32, twice; the part's gradients
+    assert part["step"] == 2 * 3 * 100 + 2 * 4 * 100 + 2 * 85 + 4 * (85 + 25) + kept
+    adapted = held_bytes(CPU, way(lora=8, adapters=7, activations=9000), 1, 0.5)
+    assert adapted["weights"] == adapted["originals"] == 620
+    assert (adapted["masters"], adapted["moments"], adapted["step"]) == (0, 8 * 7, 4500 + 4 * 7)
+
+
+def test_what_stands_is_what_the_parts_say() -> None:
+    for mixed in (True, False):
+        parts = held_bytes(replace(CPU, mixed=mixed), way(), 1, 1.0)
+        names = ("originals", "last_good", "masters", "moments")
+        assert standing_bytes(310, 2, mixed) == sum(parts[name] for name in names)
+
+
+def test_launches() -> None:
+    ways = [way(), way(sharded=True)]
+    rows = plan_launches(GPU, ways, 4, spreads=True)
+    assert [(r["processes"], r["sharded"]) for r in rows] == [
+        (1, False), (2, False), (2, True), (4, False), (4, True), (8, False), (8, True),
+    ]  # fmt: skip
+    assert [r["flops_per_rank_per_step"] for r in rows] == [64, 32, 32, 16, 16, 16, 16]
+    assert {r["device_gb"] for r in rows} == {24}
+    assert len(plan_launches(GPU, ways, 4, spreads=False)) == 1
+    left = [*ways, replace(way(), offloaded=(100, 100))]
+    offloaded = [r for r in plan_launches(GPU, left, 4, spreads=True) if r["offloaded"]]
+    assert [(r["processes"], r["parts"]["weights"]) for r in offloaded] == [(1, 620 - 2 * 100)]
+    large = replace(GPU, size=TensorSizes((10**12,) * 2, (), 0))
+    rows = plan_launches(large, ways, 4, spreads=True)
+    assert rows[-1]["processes"] == 64 and rows[0]["device_gb"] is None
+
+
+@pytest.mark.parametrize("name", ["llama-3.2-1b", "qwen3-30b-a3b"])
+def test_a_dry_run_of_dimensions_alone(name: str) -> None:
+    folder = CONFIGS / "models" / name
+    config, plan, lines = plan_dry_run(
+        load_config(CONFIGS / "scale.yaml", [f"model={folder}", "train.max_steps=7"])
+    )
+    assert config.model == plan["model"] == str(folder) and plan["steps"] == 7
+    whole = sum(p.numel() for p in build_skeleton(read_config(folder)).parameters())
+    assert plan["dimensions"]["parameters"] == whole
+    assert plan["checkpoint_bytes"] == 2 * whole
+    by = {(r["processes"], r["sharded"], r["caching"]): r for r in plan["ranks"]}
+    assert by[8, True, False]["memory_per_rank"] < by[1, False, False]["memory_per_rank"] / 2
+    flops = [by[1, False, kept]["flops_per_rank_per_step"] for kept in (True, False)]
+    assert flops[0] == pytest.approx(plan["flops_per_step"], rel=1e-6) and flops[0] < flops[1]
+    assert any("no weights are here" in line for line in lines)
+    assert sum(line.endswith(("fits here", "not here")) for line in lines) == len(plan["ranks"])
+    json.dumps(plan)
+    assert {path.name for path in folder.iterdir()} == {"config.json"}
