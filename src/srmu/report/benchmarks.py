@@ -12,7 +12,7 @@ from srmu.evals.benchmarks.score import format_metric
 from srmu.evals.results import read_benchmarks
 from srmu.evals.statistics import Estimate
 from srmu.report.figures import GREY, Figure, Series, draw_figure, label_look, make_look
-from srmu.report.html import Block, Cell, Panels, Section, Table, TableLine
+from srmu.report.html import Block, Cell, Section, Table, TableLine
 from srmu.report.results import RunGroup
 
 HINTS = {"high": "higher is better", "low": "lower is better", "zero": "0 is best"}
@@ -59,7 +59,7 @@ def benchmark_section(
     ]
     blocks: list[Block] = [Table(caption, heads, rest, first)]
     if suite.axes[0]:
-        blocks.insert(0, Panels([draw_benchmark(suite, models, labels)], small=False))
+        blocks.insert(0, draw_benchmark(suite, models, labels))
     return Section(f"Benchmark: {suite.title}", notes, blocks)
 
 
