@@ -39,8 +39,9 @@ def benchmark_section(
     for when, title in zip(("before", "oracle"), RINGS, strict=True):
         distinct: list[Metrics] = []
         for _, seeds in measured:
-            known = [one[name][when] for one in seeds if when in one.get(name, {})]
-            distinct += [metrics for metrics in known if metrics not in distinct]
+            for metrics in (one.get(name, {}).get(when) for one in seeds):
+                if metrics and metrics not in distinct:
+                    distinct.append(metrics)
         models += [(title, "", [metrics]) for metrics in distinct]
     for entry, seeds in measured:
         if after := [one[name]["after"] for one in seeds if name in one]:
