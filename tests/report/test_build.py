@@ -26,8 +26,10 @@ from helpers.report_world import (
 from helpers.results import keep_rows, write_metrics
 from srmu.cli import main
 from srmu.errors import SrmuError
+from srmu.evals.benchmarks import find_benchmark
 from srmu.evals.statistics import Estimate
 from srmu.report.attacks import attack_section, measure_recovery
+from srmu.report.benchmarks import benchmark_section
 from srmu.report.build import MEAN, write_report, write_runs_page
 from srmu.report.html import Beside
 from srmu.report.results import RunGroup, aggregate_metrics, strip_paths
@@ -421,6 +423,23 @@ def test_subjects_are_sorted_by_what_they_lost(tmp_path):
     assert lines == sorted(lines)
     assert "-30.0" in text
     assert "Other measurements" not in text
+
+
+def test_a_benchmark_shows_each_model_once():
+    """Seeds that started from one model share a row; axes of another scale are not in per cent."""
+    suite, _ = find_benchmark("wmdp")
+
+    def measured(value):
+        return {c.metric: {"value": value, "stderr": 0.02, "n": 100} for c in suite.columns}
+
+    seeds = [{"wmdp": {"before": measured(0.6), "after": measured(after)}} for after in (0.3, 0.34)]
+    section = benchmark_section("wmdp", [(RunGroup("RMU", "", ()), seeds)], ["RMU"])
+    figure, table = section.blocks
+    assert [trace.name for trace in figure.plot.data] == ["Original model", "RMU"]
+    assert [trace.x[0] for trace in figure.plot.data] == pytest.approx([60, 32])
+    assert figure.plot.data[1].error_x.array[0] == pytest.approx(2)  # of 30 and 34
+    assert "RMU: WMDP 32 (30\N{EN DASH}34)" in figure.words
+    assert [line.cells[0] for line in (*table.first, *table.lines)] == ["Original model", "RMU"]
 
 
 def test_a_sweep(tmp_path):

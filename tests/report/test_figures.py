@@ -7,6 +7,7 @@ from xml.etree import ElementTree
 import pytest
 
 from srmu.evals.figures import Panel
+from srmu.evals.statistics import Estimate
 from srmu.report.analyses import draw_panel
 from srmu.report.figures import (
     Series,
@@ -18,7 +19,6 @@ from srmu.report.figures import (
     paint_svg,
     render_template,
 )
-from srmu.report.format import Estimate
 
 KEPT, LOST = "accuracy kept", "accuracy lost"
 

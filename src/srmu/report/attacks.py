@@ -53,7 +53,7 @@ CONTROLS = {
 }
 
 Points = Sequence[tuple[int, float]]  # how much was learned, accuracy after it
-Attacks = Mapping[str, Any]  # what `attacks.json` says of a run
+Attacks = Mapping[str, Any]  # what `attack_run` gives
 
 
 class Curve(NamedTuple):
@@ -264,11 +264,12 @@ def show_one(entry: RunGroup, recovery: Recovery) -> list[Block]:
     blocks: list[Block] = [figure, Table("Accuracy under attack, per cent", heads, lines)]
     curves = [Curve(name, points, label_look(i, **LINES))
               for i, (name, points) in enumerate(recovery.texts.items())]  # fmt: skip
-    blocks += draw_by_texts(curves, recovery.chance)
+    if curves:
+        blocks.append(draw_relearning("texts", "", curves, recovery.chance))
     for kind, whose in recovery.steps.items():
         own = {"": label_look(0, **LINES), **CONTROLS}
         curves = [Curve(WHOSE[who], points, own[who]) for who, points in whose.items()]
-        blocks.append(draw_by_steps(kind, curves, recovery.chance))
+        blocks.append(draw_relearning("steps", kind, curves, recovery.chance))
     if recovery.other:
         rest = [TableLine([name_words(name), measure, *map(values.get, WHOSE)])
                 for name, measure, values in recovery.other]  # fmt: skip
@@ -319,33 +320,23 @@ def show_many(pairs: Sequence[tuple[RunGroup, Recovery]], labels: Sequence[str])
     mark_value(second, "chance", x=chance)
     heads = ["Method", *(capitalise(name_words(attack)) for attack in attacks)]
     blocks: list[Block] = [first, second, Table("Accuracy under attack, per cent", heads, lines)]
-    blocks += draw_by_texts(by_texts, chance)
+    if by_texts:
+        blocks.append(draw_relearning("texts", "", by_texts, chance))
     for kind, curves in by_steps.items():
         whose = next(one.steps[kind] for _, one in pairs if kind in one.steps)
         curves += [Curve(WHOSE[who], whose[who], CONTROLS[who]) for who in whose if who]
-        blocks.append(draw_by_steps(kind, curves, chance))
+        blocks.append(draw_relearning("steps", kind, curves, chance))
     return blocks
 
 
-def draw_by_texts(curves: Sequence[Curve], chance: float) -> list[Beside]:
-    """Accuracy by the number of texts learned again (E7); nothing where there are no curves."""
-    if not curves:
-        return []
-    note = "Fine-tuning on a few harmless texts, which say nothing of what is asked for"
-    note += ": of each method the variant that brings back most." if curves[0].label else "."
-    return [draw_curves("Relearning by texts", note, "texts", curves, chance)]
-
-
-def draw_by_steps(kind: str, curves: Sequence[Curve], chance: float) -> Beside:
-    """Accuracy by the steps of one kind of relearning (E19)."""
-    note = "Fine-tuning on other facts of the kind to be forgotten; none of them is asked for."
-    if kind.startswith("neutral"):
-        note = "Fine-tuning on harmless texts, which say nothing of what is asked for."
-    return draw_curves(f"Relearning by steps: {kind}", note, "steps", curves, chance)
-
-
-def draw_curves(title: str, note: str, unit: str, curves: Sequence[Curve], chance: float) -> Beside:
-    """The curves as a picture beside a table."""
+def draw_relearning(unit: str, kind: str, curves: Sequence[Curve], chance: float) -> Beside:
+    """Accuracy by the texts (E7) or by the steps (E19, of one kind) of relearning."""
+    note = "Fine-tuning on harmless texts, which say nothing of what is asked for."
+    if unit == "texts" and curves[0].label:
+        note += " Of each method the variant that brings back most."
+    elif unit == "steps" and not kind.startswith("neutral"):
+        note = "Fine-tuning on other facts of the kind to be forgotten; none of them is asked for."
+    title = f"Relearning by {unit}" + (f": {kind}" if kind else "")
     budgets = sorted({at for curve in curves for at, _ in curve.points})
     series = [
         Series(one.name, [{unit: str(at), "accuracy": value} for at, value in one.points],

@@ -12,7 +12,7 @@ from srmu.evals.benchmarks.score import format_metric
 from srmu.evals.results import read_benchmarks
 from srmu.evals.statistics import Estimate
 from srmu.report.figures import GREY, Figure, Series, draw_figure, label_look, make_look
-from srmu.report.html import Block, Cell, Panels, Section, Table, TableLine
+from srmu.report.html import Block, Cell, Section, Table, TableLine
 from srmu.report.results import RunGroup
 
 HINTS = {"high": "higher is better", "low": "lower is better", "zero": "0 is best"}
@@ -39,8 +39,9 @@ def benchmark_section(
     for when, title in zip(("before", "oracle"), RINGS, strict=True):
         distinct: list[Metrics] = []
         for _, seeds in measured:
-            known = [one[name][when] for one in seeds if when in one.get(name, {})]
-            distinct += [metrics for metrics in known if metrics not in distinct]
+            for metrics in (one.get(name, {}).get(when) for one in seeds):
+                if metrics and metrics not in distinct:
+                    distinct.append(metrics)
         models += [(title, "", [metrics]) for metrics in distinct]
     for entry, seeds in measured:
         if after := [one[name]["after"] for one in seeds if name in one]:
@@ -59,7 +60,7 @@ def benchmark_section(
     ]
     blocks: list[Block] = [Table(caption, heads, rest, first)]
     if suite.axes[0]:
-        blocks.insert(0, Panels([draw_benchmark(suite, models, labels)], small=False))
+        blocks.insert(0, draw_benchmark(suite, models, labels))
     return Section(f"Benchmark: {suite.title}", notes, blocks)
 
 

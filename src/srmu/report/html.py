@@ -145,5 +145,4 @@ def percent_cell(value: float | None) -> Cell | None:
 
 def share_cell(share: Estimate) -> Cell:
     """A share such as K*, as a number below 1."""
-    assert share.low is not None and share.high is not None
     return Cell(f"{share.value:.2f}", f"{share.low:.2f}\N{EN DASH}{share.high:.2f}", share.value)

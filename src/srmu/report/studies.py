@@ -25,7 +25,6 @@ from srmu.report.html import (
     Beside,
     Block,
     Cell,
-    Panels,
     Section,
     Table,
     TableLine,
@@ -316,8 +315,8 @@ def reproduction_sections(study: Study) -> list[Section]:
             Section(one["title"], notes, [paper_table(one), *claim_tables(one["claims"])])
         )
     for one in study["figures"]:
-        figure, table = draw_reproduction(one, labels), point_table(one)
-        blocks: list[Block] = [Panels([figure], small=False), table, *claim_tables(one["claims"])]
+        figure = draw_reproduction(one, labels)
+        blocks: list[Block] = [figure, point_table(one), *claim_tables(one["claims"])]
         sections.append(Section(one["title"], [], blocks))
     return sections
 
