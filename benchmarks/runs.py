@@ -54,7 +54,7 @@ def child(folder: Path, arguments: argparse.Namespace) -> None:
         return
     start = time.perf_counter()
     with watched() as memory:
-        done = runs.unlearn(config_for(folder, arguments))
+        done = runs.unlearn_config(config_for(folder, arguments))
     answer = {
         "private": memory.private,
         "resident": memory.resident,

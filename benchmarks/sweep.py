@@ -179,7 +179,7 @@ def main() -> None:
                 ],
             )
             start = time.perf_counter()
-            runs.unlearn(config)
+            runs.unlearn_config(config)
             ours.append(time.perf_counter() - start)
             topic = runs.load_topics(config, runs.load_tokenizer(model))[0]
             start = time.perf_counter()

@@ -18,12 +18,12 @@ from srmu.attacks import ATTACKS, suite
 from srmu.attacks.base import Attack, AttackResult, Exam, Setting, ask_exam
 from srmu.attacks.suite import Sources, attack_run, load_exam
 from srmu.attacks.summary import Judge, describe_attacks
-from srmu.cli.measuring import attack_rows
+from srmu.cli.measuring import attack_table
 from srmu.errors import SrmuError
 from srmu.evals.results import RESULTS, load_results, read_attacks
 from srmu.evals.score import score_model
 from srmu.evals.subject import NotApplicable, Subject, mark_answers, option_scores
-from srmu.runs.run import Run, unlearn
+from srmu.runs.run import Run, unlearn_config
 
 
 @pytest.fixture
@@ -108,7 +108,7 @@ def test_what_is_written(run: Run, place: Path, monkeypatch: pytest.MonkeyPatch)
     text = (run.folder / RESULTS).read_text()
     assert not any(q.prompt in text or f'"{q.answer.strip()}"' in text for q in world.exam().test)
     assert any("K* = " in line for line in describe_attacks(report))
-    assert {row["attack"] for row in attack_rows(report)} == {"E0 forced_choice", "E18 utility"}
+    assert {row["attack"] for row in attack_table(report)} == {"E0 forced_choice", "E18 utility"}
 
 
 def test_the_strongest_valid_attack_decides(
@@ -168,7 +168,7 @@ def test_what_was_found_is_kept(run: Run, place: Path, monkeypatch: pytest.Monke
         for entry in report["attacks"].values():
             del entry["seconds"]
     assert again == first
-    other = unlearn(run.config.model_copy(update={"seed": 1}))
+    other = unlearn_config(run.config.model_copy(update={"seed": 1}))
     attack_run(other, sources=sources(place))  # the controls are the same
     assert len(calls) == 4
     attack_run(run, sources=sources(place, holdout=""))
@@ -192,7 +192,7 @@ def test_one_that_cannot_run_does_not_stop_the_rest(
     assert states["refuses"] == ("does not apply", "there is nothing to attack")
     assert states["fails"] == ("failed", "too few questions")
     assert states["last"] == ("done", "")
-    assert any("does not apply: there is nothing" in row["setting"] for row in attack_rows(report))
+    assert any("does not apply: there is nothing" in row["setting"] for row in attack_table(report))
 
 
 def test_the_setting_is_chosen_on_the_validation_half(

@@ -38,7 +38,7 @@ from srmu.engine.train import TrainOptions
 from srmu.errors import SrmuError
 from srmu.runs.config import build_config
 from srmu.runs.dry_run import plan_dry_run
-from srmu.runs.run import Run, unlearn
+from srmu.runs.run import Run, unlearn_config
 
 ROWS = ["one two", "three\nfour, five", 'six "seven"', "  eight\t"]
 
@@ -877,7 +877,7 @@ def by_hand(rows: list[dict[str, str]]) -> float:
 
 
 def test_a_run_counts_answers_alone(tmp_path: Path) -> None:
-    run = unlearn(made_of(tmp_path))
+    run = unlearn_config(made_of(tmp_path))
     rows = pairs(12, 1, range(30))[1::2]
     first = json.loads((run.folder / "metrics.jsonl").read_text().splitlines()[0])
     assert first["forget"] == pytest.approx(-by_hand(rows), rel=1e-5)
@@ -890,7 +890,7 @@ def test_a_run_counts_answers_alone(tmp_path: Path) -> None:
     source = run.record["reproduction"]["config"]["topics"]["bio"]["forget"][0]
     assert (source["template"], source["where"]) == (TEMPLATE, {"who": "Bob"})
     assert Run.open(run.folder).config == run.config  # the folder's config.yaml says it all
-    assert unlearn(made_of(tmp_path)).folder == run.folder
+    assert unlearn_config(made_of(tmp_path)).folder == run.folder
     ids = {run.config.id}
     for override in ("forget.template=w3 {question} {answer}", "forget.where.who=Ann Lee",
                      "retain.wrap=false"):  # fmt: skip
@@ -910,7 +910,7 @@ def test_predictions_of_a_question_have_no_gradient(tmp_path: Path) -> None:
 
 
 def test_a_misdirection_measures_and_steers_answers_alone(tmp_path: Path) -> None:
-    run = unlearn(
+    run = unlearn_config(
         made_of(tmp_path, "method={name: srmu, layer: 2, skip_first: false}",
                 "train.forget_ceiling=null", "cache=none")
     )  # fmt: skip
@@ -946,10 +946,10 @@ def test_a_killed_run_of_such_texts_goes_on(tmp_path: Path) -> None:
 
         yield tick
 
-    whole = unlearn(made_of(tmp_path, f"runs_dir={tmp_path / 'whole'}"))
+    whole = unlearn_config(made_of(tmp_path, f"runs_dir={tmp_path / 'whole'}"))
     with pytest.raises(Killed):
-        unlearn(made_of(tmp_path), watch=watch)
-    resumed = unlearn(made_of(tmp_path))
+        unlearn_config(made_of(tmp_path), watch=watch)
+    resumed = unlearn_config(made_of(tmp_path))
     assert resumed.record["resumed_at"] > 0
     for name, tensor in whole.delta.items():
         assert torch.equal(tensor, resumed.delta[name])

@@ -35,7 +35,7 @@ from srmu.engine.activation_cache import (
 )
 from srmu.errors import SrmuError
 from srmu.runs.config import Config, make_config
-from srmu.runs.run import Run, unlearn
+from srmu.runs.run import Run, unlearn_config
 
 CPU = torch.device("cpu")
 QUICK = ["method.layer=2", "method.window=2", "train.max_steps=4", "train.learning_rate=0.01"]
@@ -702,7 +702,7 @@ def test_a_run_is_the_same_with_any_cache(method: str, workplace: Path) -> None:
         for i, mode in enumerate(modes)
     ]
     assert len({each.id for each in configs}) == 1
-    runs = [unlearn(each) for each in configs]
+    runs = [unlearn_config(each) for each in configs]
     assert len({run.folder.name for run in runs}) == 1
     (entry,) = list_activations()
     assert entry["bytes"] > 10_000
@@ -723,7 +723,7 @@ def test_trials_share_a_folder_and_others_do_not(workplace: Path) -> None:
     """Strength, rate and seed of the direction change no activation; layers, data and dtype do."""
 
     def folders(number: int, *overrides: str) -> int:
-        unlearn(config(workplace, f"runs{number}", *overrides))
+        unlearn_config(config(workplace, f"runs{number}", *overrides))
         return len(list_activations())
 
     assert folders(0) == 1
@@ -793,27 +793,27 @@ CHANGES: dict[str, Change] = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_model_changed_in_place_is_another_model(change: str, workplace: Path) -> None:
     """The same config after the change equals a run that kept nothing."""
-    before = unlearn(config(workplace, "runs0"))
+    before = unlearn_config(config(workplace, "runs0"))
     old = tensors(before)
     CHANGES[change](workplace / "model")
-    cached = tensors(unlearn(config(workplace, "runs1")))
-    assert equal(cached, tensors(unlearn(config(workplace, "runs2", "cache=none"))))
+    cached = tensors(unlearn_config(config(workplace, "runs1")))
+    assert equal(cached, tensors(unlearn_config(config(workplace, "runs2", "cache=none"))))
     assert not equal(cached, old)
 
 
 def test_texts_changed_in_place_are_other_texts(workplace: Path) -> None:
-    unlearn(config(workplace, "runs0"))
+    unlearn_config(config(workplace, "runs0"))
     path = workplace / "retain.jsonl"
     path.write_text(path.read_text().replace("w3", "w4"))
-    cached = tensors(unlearn(config(workplace, "runs1")))
-    assert equal(cached, tensors(unlearn(config(workplace, "runs2", "cache=none"))))
+    cached = tensors(unlearn_config(config(workplace, "runs1")))
+    assert equal(cached, tensors(unlearn_config(config(workplace, "runs2", "cache=none"))))
 
 
 def test_another_architecture_in_the_same_place(workplace: Path) -> None:
-    unlearn(config(workplace, "runs0"))
+    unlearn_config(config(workplace, "runs0"))
     shutil.rmtree(workplace / "model")
     save_pico(workplace / "model", "mistral")
-    unlearn(config(workplace, "runs1"))
+    unlearn_config(config(workplace, "runs1"))
     assert len(list_activations()) == 2
 
 
@@ -841,7 +841,7 @@ def test_wrong_activations_are_noticed_at_the_first_step(
     kind: str, workplace: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
     """One line, exit code 2, and nothing left of the run."""
-    unlearn(config(workplace, "runs0"))
+    unlearn_config(config(workplace, "runs0"))
     poison(kind)
     path = workplace / "config.yaml"
     path.write_text(config(workplace, "runs1").to_yaml())
@@ -856,33 +856,35 @@ def test_wrong_activations_are_noticed_at_the_first_step(
     assert line.startswith("srmu: the first retain loss is ")
     assert "not 0: the cached activations do not belong to this run" in line
     assert not (workplace / "runs1").exists()
-    unlearn(config(workplace, "runs1", "cache=none"))
+    unlearn_config(config(workplace, "runs1", "cache=none"))
 
 
 def test_damaged_files_change_no_result(workplace: Path) -> None:
     """A run whose cache was damaged on disk since: what is wrong is computed anew."""
-    expected = tensors(unlearn(config(workplace, "runs0")))
+    expected = tensors(unlearn_config(config(workplace, "runs0")))
     folder = list_activations()[0]["folder"]
     for number, (damage, change) in enumerate(DAMAGE.items(), 1):
         if damage != "files swapped":
             change(folder)
-            assert equal(tensors(unlearn(config(workplace, f"runs{number}"))), expected), damage
+            assert equal(tensors(unlearn_config(config(workplace, f"runs{number}"))), expected), (
+                damage
+            )
 
 
 def test_a_run_without_a_place_for_its_cache(
     workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = tensors(unlearn(config(workplace, "runs0")))
+    expected = tensors(unlearn_config(config(workplace, "runs0")))
     (activation_cache.cache_home().parent / "activations.txt").write_text("")
     monkeypatch.setattr(
         activation_cache, "cache_home", lambda: tmp_path / "cache" / "activations.txt"
     )
-    assert equal(tensors(unlearn(config(workplace, "runs1"))), expected)
+    assert equal(tensors(unlearn_config(config(workplace, "runs1"))), expected)
     monkeypatch.undo()
     monkeypatch.setenv("SRMU_CACHE_LIMIT", "0.00001")
     monkeypatch.setenv("SRMU_CACHE", str(tmp_path / "cache2"))
-    assert equal(tensors(unlearn(config(workplace, "runs2"))), expected)
+    assert equal(tensors(unlearn_config(config(workplace, "runs2"))), expected)
     monkeypatch.setenv("SRMU_CACHE_LIMIT", "lots")
     with pytest.raises(SrmuError, match="SRMU_CACHE_LIMIT is a number of gigabytes"):
-        unlearn(config(workplace, "runs3"))
+        unlearn_config(config(workplace, "runs3"))
     assert not (workplace / "runs3").exists()

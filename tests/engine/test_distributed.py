@@ -24,7 +24,7 @@ from srmu.engine.weights import list_shards, stored_tensor
 from srmu.errors import SrmuError
 from srmu.runs.plan import check_ranks, plan_run
 from srmu.runs.record import DELTA
-from srmu.runs.run import Run, unlearn
+from srmu.runs.run import Run, unlearn_config
 
 KINDS = ("plain", "sharded")
 WORKER = str(Path(__file__).parents[1] / "helpers" / "rank_worker.py")
@@ -57,7 +57,7 @@ def made(folder: Path) -> dict[str, Any]:
         for kind in KINDS:
             done = launch(WORKER, str(folder), kind, kind, *CASES)
             assert done.returncode == 0, done.stderr[-3000:]
-        return {case: unlearn(config(folder, "one", case)) for case in CASES}
+        return {case: unlearn_config(config(folder, "one", case)) for case in CASES}
 
 
 def found(folder: Path, runs_dir: str, case: str) -> Run:
@@ -119,7 +119,7 @@ def test_one_process_goes_on_where_two_were_killed(
     assert "rank" in died.stderr and "SIGKILL" in died.stderr
     wanted = config(folder, name, "npo")
     assert not (plan_run(wanted).folder / "record.json").exists()
-    run = unlearn(wanted)
+    run = unlearn_config(wanted)
     assert run.record["resumed_at"] >= DIES_AT
     assert run.record["processes"] == {"count": 1, "sharded": False}
     assert len(rows(run)) == STEPS
@@ -340,8 +340,8 @@ def test_one_process_cannot_shard(folder: Path, call: Call) -> None:
 def test_layers_left_on_disk_change_nothing(folder: Path, made: dict[str, Any]) -> None:
     for case in ("srmu", "adaptive_rmu"):
         wanted = config(folder, "offloaded", case).model_copy(update={"cache": "none"})
-        run = unlearn(wanted, offload=True)
-        one = unlearn(config(folder, "whole", case).model_copy(update={"cache": "none"}))
+        run = unlearn_config(wanted, offload=True)
+        one = unlearn_config(config(folder, "whole", case).model_copy(update={"cache": "none"}))
         assert (run.folder / DELTA).read_bytes() == (one.folder / DELTA).read_bytes()
     with pytest.raises(SrmuError, match="it goes with a method of one layer"):
-        unlearn(config(folder, "offloaded", "npo"), offload=True)
+        unlearn_config(config(folder, "offloaded", "npo"), offload=True)

@@ -41,7 +41,7 @@ from srmu.errors import SrmuError
 from srmu.methods import RMU
 from srmu.runs.config import Config, make_config
 from srmu.runs.plan import plan_run
-from srmu.runs.run import unlearn
+from srmu.runs.run import unlearn_config
 
 LAYER, DEPTH = 2, 3
 FUSED = {"mixtral", "qwen3_moe"}  # transformers stacks what the checkpoint stores by expert
@@ -475,7 +475,7 @@ def config(folder: Path) -> Config:
 def refused(folder: Path, *says: str) -> None:
     """Unlearning ends with one line that says all this, and leaves nothing."""
     with pytest.raises(SrmuError) as stop:
-        unlearn(config(folder))
+        unlearn_config(config(folder))
     assert "\n" not in str(stop.value)
     for part in says:
         assert part in str(stop.value)

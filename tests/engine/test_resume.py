@@ -22,7 +22,7 @@ from srmu.methods import METHODS
 from srmu.runs import run as runs
 from srmu.runs.config import Config, build_config
 from srmu.runs.record import DELTA, STATE
-from srmu.runs.run import Run, unlearn
+from srmu.runs.run import Run, unlearn_config
 from srmu.runs.training import CHECKPOINTS
 
 STEPS = 7
@@ -115,12 +115,12 @@ def losses(run: Run) -> list[Any]:
 def test_resumed_equals_uninterrupted(workplace: Path, case: str) -> None:
     name = case.replace(" ", "-")
     endless = ["train.forget_ceiling=.inf"] if METHODS[str(CASES[case]["name"])].endless else []
-    whole = unlearn(config(workplace, CASES[case], f"{name}-whole", *endless))
+    whole = unlearn_config(config(workplace, CASES[case], f"{name}-whole", *endless))
     again = config(workplace, CASES[case], f"{name}-again", *endless)
     for step in (3, 6):
         with pytest.raises(Killed):
-            unlearn(again, watch=killed_at(step))
-    resumed = unlearn(again)
+            unlearn_config(again, watch=killed_at(step))
+    resumed = unlearn_config(again)
     assert resumed.record["resumed_at"] == 5
     assert files(resumed) == files(whole)
     assert losses(resumed) == losses(whole)
@@ -132,7 +132,7 @@ def begun(workplace: Path, tmp_path: Path) -> Config:
     """A run that was killed after five steps, with its checkpoint of the fourth."""
     made = config(workplace, CASES["srmu"], str(tmp_path / "runs"))
     with pytest.raises(Killed):
-        unlearn(made, watch=killed_at(5))
+        unlearn_config(made, watch=killed_at(5))
     return made
 
 
@@ -169,9 +169,9 @@ def test_a_damaged_checkpoint_does_not_count(
     begun: Config, workplace: Path, tmp_path: Path, how: str
 ) -> None:
     spoil(checkpoint(begun), how)
-    again = unlearn(begun)
+    again = unlearn_config(begun)
     assert again.record["resumed_at"] == 0
-    whole = unlearn(config(workplace, CASES["srmu"], str(tmp_path / "whole")))
+    whole = unlearn_config(config(workplace, CASES["srmu"], str(tmp_path / "whole")))
     assert files(again) == files(whole)
     assert losses(again) == losses(whole)
 
@@ -180,9 +180,11 @@ def test_a_killed_run_goes_on_with_another_cache_folder(
     begun: Config, workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SRMU_CACHE", str(tmp_path / "other"))
-    again = unlearn(begun)
+    again = unlearn_config(begun)
     assert again.record["resumed_at"] == 4
-    assert files(again) == files(unlearn(config(workplace, CASES["srmu"], str(tmp_path / "whole"))))
+    assert files(again) == files(
+        unlearn_config(config(workplace, CASES["srmu"], str(tmp_path / "whole")))
+    )
 
 
 def test_the_newest_whole_checkpoint_counts(tmp_path: Path) -> None:
@@ -214,9 +216,9 @@ def test_a_full_disk_costs_the_checkpoint_and_not_the_run(
     def full(*args: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    whole = unlearn(config(workplace, CASES["srmu"], str(tmp_path / "whole")))
+    whole = unlearn_config(config(workplace, CASES["srmu"], str(tmp_path / "whole")))
     monkeypatch.setattr("srmu.engine.resume.save_file", full)
-    run = unlearn(config(workplace, CASES["srmu"], str(tmp_path / "runs")))
+    run = unlearn_config(config(workplace, CASES["srmu"], str(tmp_path / "runs")))
     assert files(run) == files(whole)
     assert "No space left" in run.record["checkpoint_failed"]
     assert [p.name for p in tmp_path.rglob(".step*")] == []
@@ -233,10 +235,10 @@ def test_two_runs_do_not_share_a_folder(begun: Config) -> None:
         assert other.stdout is not None
         assert other.stdout.readline() == "held\n"
         with pytest.raises(SrmuError, match="written by another process"):
-            unlearn(begun)
+            unlearn_config(begun)
         other.send_signal(signal.SIGKILL)
         other.wait()
-    assert unlearn(begun).record["resumed_at"] == 4  # a lock does not outlive its process
+    assert unlearn_config(begun).record["resumed_at"] == 4  # a lock does not outlive its process
 
 
 def test_a_checkpoint_does_not_change_the_id(workplace: Path) -> None:
@@ -297,7 +299,7 @@ def kill_until_done(made: Config, rng: random.Random, kills: int) -> tuple[Run, 
 
 def killed_run(workplace: Path, tmp_path: Path, kills: int) -> tuple[Run, Run, int]:
     steps = ["train.max_steps=150", "train.learning_rate=1e-3"]
-    whole = unlearn(config(workplace, CASES["srmu"], str(tmp_path / "whole"), *steps))
+    whole = unlearn_config(config(workplace, CASES["srmu"], str(tmp_path / "whole"), *steps))
     made = config(workplace, CASES["srmu"], str(tmp_path / "killed"), *steps)
     again, survived = kill_until_done(made, random.Random(kills), kills)
     return whole, again, survived

@@ -21,7 +21,7 @@ from srmu.engine.train import FINISHED, Terms, TrainOptions, fit_model
 from srmu.errors import DivergedError, SrmuError
 from srmu.methods import METHODS, RMU, SRMU
 from srmu.runs.config import make_config
-from srmu.runs.run import unlearn
+from srmu.runs.run import unlearn_config
 
 STEPS = 6
 
@@ -523,15 +523,17 @@ def test_a_stopped_run_is_recorded_and_exported(workplace: Path) -> None:
         return make_config(str(workplace / "model"), *sources, "npo", options)
 
     stops = config("train.kl_budget=0.5", "train.check_every=1")
-    run = unlearn(stops, out=workplace / "out")
+    run = unlearn_config(stops, out=workplace / "out")
     reason = run.record["stop_reason"]
     assert reason.startswith("kl_budget: kl ") and "put back to step " in reason
     assert run.record["diverged"] is False
     assert 1 < run.record["steps"] < 150
     assert (workplace / "out" / "config.json").exists()
-    assert unlearn(stops).record == run.record
+    assert unlearn_config(stops).record == run.record
     with pytest.raises(SrmuError, match=r"nothing is left of 1 steps \(utility_floor: "):
-        unlearn(config("train.utility_floor=1", "train.check_every=1", "train.learning_rate=0.1"))
+        unlearn_config(
+            config("train.utility_floor=1", "train.check_every=1", "train.learning_rate=0.1")
+        )
     assert len(list((workplace / "runs").iterdir())) == 1
 
 
@@ -541,7 +543,9 @@ def test_norms_that_are_too_coarse_to_move_are_no_failure(tmp_path: Path) -> Non
     (tmp_path / "forget.txt").write_text("\n".join(texts(4, 1)))
     options = [f"runs_dir={tmp_path / 'runs'}", "train.max_steps=3"]
     model = str(tmp_path / "model")
-    run = unlearn(make_config(model, tmp_path / "forget.txt", method="npo", overrides=options))
+    run = unlearn_config(
+        make_config(model, tmp_path / "forget.txt", method="npo", overrides=options)
+    )
     assert "model.layers.2.mlp.down_proj.weight" in run.delta
     assert "model.norm.weight" not in run.delta
 
@@ -597,7 +601,7 @@ def test_rules_that_nothing_could_obey_are_refused(
         [f"method.{k}={v}" for k, v in options.items()] + ["train.kl_budget=1"],
     )  # fmt: skip
     with pytest.raises(SrmuError, match="kl_budget has no effect"):
-        unlearn(config)
+        unlearn_config(config)
 
 
 def test_a_rule_broken_at_once_says_what_to_do(workplace: Path) -> None:
@@ -607,7 +611,7 @@ def test_a_rule_broken_at_once_says_what_to_do(workplace: Path) -> None:
          "train.forget_ceiling=.inf"],
     )  # fmt: skip
     with pytest.raises(SrmuError, match=r"lower train\.learning_rate or"):
-        unlearn(config)
+        unlearn_config(config)
     assert not (workplace / "runs").exists()
 
 

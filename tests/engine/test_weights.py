@@ -31,7 +31,7 @@ from srmu.engine.model import EditableModel
 from srmu.errors import SrmuError
 from srmu.runs import run as runs
 from srmu.runs.config import make_config
-from srmu.runs.run import Run, unlearn
+from srmu.runs.run import Run, unlearn_config
 
 TEMPLATE = "{{ messages[0]['content'] }}"
 IDS = torch.tensor([[1, 7, 9, 30, 12]])
@@ -57,7 +57,7 @@ def unlearned(folder: Path, *overrides: str, **options: Any) -> Run:
         f"runs_dir={folder.parent / 'runs'}", "method.layer=2", "train.max_steps=2",
         "train.learning_rate=0.01", *overrides,
     ]  # fmt: skip
-    return unlearn(make_config(str(folder), *sources, "srmu", quick), **options)
+    return unlearn_config(make_config(str(folder), *sources, "srmu", quick), **options)
 
 
 def hashes(folder: Path) -> dict[str, str]:

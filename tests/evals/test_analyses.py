@@ -22,7 +22,7 @@ from srmu.evals.analyses import (
 from srmu.evals.layer_sweep import sweep_layers
 from srmu.report.analyses import draw_panel, write_analysis
 from srmu.runs.config import make_config
-from srmu.runs.run import unlearn
+from srmu.runs.run import unlearn_config
 
 TEXTS = {"forget": texts(6, 1, range(30)), "retain": texts(5, 2, range(20, 60))}
 
@@ -40,7 +40,7 @@ def a_run(workplace, method="srmu", *overrides):
         ["train.max_steps=5", f"runs_dir={workplace / 'runs'}", "train.learning_rate=0.01",
          *overrides],
     )  # fmt: skip
-    return config, unlearn(config)
+    return config, unlearn_config(config)
 
 
 def test_sureness_by_hand():

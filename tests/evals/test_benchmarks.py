@@ -15,7 +15,7 @@ from srmu.evals.benchmarks.base import TableColumn
 from srmu.evals.benchmarks.score import BenchmarkOptions, benchmark_table, score_benchmark
 from srmu.evals.results import read_benchmarks
 from srmu.runs.config import load_config
-from srmu.runs.run import unlearn
+from srmu.runs.run import unlearn_config
 from srmu.runs.verify import verify_folder
 
 # What tells each suite that the forget set is known: 1 where it is, little where it is not.
@@ -40,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(people_folder(), place)
     options = ["method.name=npo", "method.retain=kl", "train.learning_rate=1e-3"]
     options += ["train.max_steps=80", f"runs_dir={place / 'runs'}", "device=cpu"]
-    unlearn(load_config(place / "high.yaml", options))
+    unlearn_config(load_config(place / "high.yaml", options))
     return place
 
 

@@ -17,7 +17,7 @@ from srmu.evals.separability import (
     advise_user,
     choose_layer,
     classify_sets,
-    describe_map,
+    describe_selectivity,
     draw_sample,
     measure_entanglement,
     measure_principal_cosines,
@@ -122,7 +122,7 @@ def test_the_map_is_srmus_and_its_outliers_are_found():
     values[..., 7] = 1e6
     mask = torch.ones(1, 3, dtype=torch.bool)
     retain = sum_features(torch.ones(1, 3, 50), mask)
-    found = describe_map(sum_features(values, mask), retain)
+    found = describe_selectivity(sum_features(values, mask), retain)
     map_ = importance_map(
         measure_features([sum_features(values, mask)])[0], torch.ones(50), "ratio"
     )

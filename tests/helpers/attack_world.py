@@ -17,7 +17,7 @@ from helpers.models import pico_module, word_tokenizer, write_jsonl
 from srmu.attacks.base import Exam, Texts
 from srmu.evals.subject import Question, Subject
 from srmu.runs.config import make_config
-from srmu.runs.run import Run, unlearn
+from srmu.runs.run import Run, unlearn_config
 
 ANSWERS = [f"w{i}" for i in range(40, 48)]
 HARMLESS = ["w48", "w49", "w58", "w59"]
@@ -168,4 +168,4 @@ def unlearned(folder: Path, method: str = "graddiff", **given: Any) -> Run:
     options += ["eval=[hazard,harmless]", f"tasks_dir={folder / 'tasks'}"]
     options += [f"{key}={value}" for key, value in given.items()]
     forget, retain = folder / "forget.jsonl", folder / "neutral.jsonl"
-    return unlearn(make_config(str(folder / "model"), forget, retain, method, options))
+    return unlearn_config(make_config(str(folder / "model"), forget, retain, method, options))

@@ -99,7 +99,7 @@ def main(folder: Path, runs_dir: str, kind: str, *cases: str) -> None:
     for case in cases:
         if kind == "sharded" and case in WHOLE:
             continue
-        runs.unlearn(config(folder, runs_dir, case), shard=kind == "sharded")
+        runs.unlearn_config(config(folder, runs_dir, case), shard=kind == "sharded")
     distributed.leave_group()
 
 

@@ -514,7 +514,7 @@ def test_a_run_from_texts_to_an_exported_checkpoint(
         given += ["train.forget_ceiling=.inf"]
     sources = [workplace / "forget.jsonl", workplace / "retain.jsonl"]
     config = make_config(str(workplace / "model"), *sources, name, given)
-    run = runs.unlearn(config, out=workplace / "out")
+    run = runs.unlearn_config(config, out=workplace / "out")
 
     files = {path.name for path in run.folder.iterdir()}
     assert {"config.yaml", "metrics.jsonl", "record.json", "delta.safetensors"} <= files
@@ -526,7 +526,7 @@ def test_a_run_from_texts_to_an_exported_checkpoint(
     assert (record["stop_reason"], len(steps)) == expected
     assert record["steps"] == len(steps)
     assert run.config == runs.plan_run(config).config
-    assert runs.unlearn(config).folder == run.folder  # found, not run again
+    assert runs.unlearn_config(config).folder == run.folder  # found, not run again
     (model,) = seen
     assert set(record["changed"]) == set(model.delta())
 

@@ -45,7 +45,7 @@ from srmu.methods.reinforced import combine_logits
 from srmu.methods.whp import WHP
 from srmu.methods.whp_terms import Anchors, read_anchors, tokenise_terms, translate_batch
 from srmu.runs.config import build_config, load_config, make_config
-from srmu.runs.run import unlearn
+from srmu.runs.run import unlearn_config
 from srmu.testbed import build
 from srmu.testbed import train as training
 
@@ -771,14 +771,14 @@ def test_a_run_with_anchors(workplace: Path) -> None:
             str(workplace / "model"), *sources, "whp", [*options, f"method.anchors={file}"]
         )
 
-    run = unlearn(config(**{term: "w50"}))
+    run = unlearn_config(config(**{term: "w50"}))
     assert run.delta and run.record["stop_reason"] == "max_steps"
     other = config(**{term: "w51"})
     assert other.id != run.record["id"]  # what the file holds decides, too
     with pytest.raises(SrmuError, match="none of its terms is in topic's forget texts"):
-        unlearn(config(Hogwarts="w50"))
+        unlearn_config(config(Hogwarts="w50"))
     with pytest.raises(SrmuError, match="the tokenizer does not know 'Jon'"):
-        unlearn(config(**{term: "Jon"}))
+        unlearn_config(config(**{term: "Jon"}))
 
 
 def open_lines(path: Path) -> list[str]:
@@ -884,8 +884,8 @@ def test_a_run_of_two_models_is_scored_and_not_exported(quizzed: Path) -> None:
         return make_config(str(quizzed / "model"), *sources, "whp", [*options, *quick(quizzed)])
 
     with pytest.raises(SrmuError, match=r"two models at inference; method\.mode=soft distils"):
-        unlearn(config(5), out=quizzed / "out")
-    run = unlearn(config(5))
+        unlearn_config(config(5), out=quizzed / "out")
+    run = unlearn_config(config(5))
     assert run.record["stop_reason"] == "strengthened"
     with pytest.raises(SrmuError, match="whp with mode=logits is two models at inference"):
         run.export(quizzed / "out")
@@ -913,7 +913,7 @@ def test_a_run_of_two_models_is_scored_and_not_exported(quizzed: Path) -> None:
     assert scores["before"]["quiz/acc"]["value"] == right[0.0] / 40
     assert scores["after"]["quiz/acc"]["value"] == right[5.0] / 40
     # the same tensors with another strength are another product: nothing kept is taken for it
-    more, none = unlearn(config(50)), unlearn(config(0))
+    more, none = unlearn_config(config(50)), unlearn_config(config(0))
     assert same(more.delta, run.delta)
     assert score_model(more)["after"]["quiz/acc"]["value"] == right[50.0] / 40
     assert score_model(none)["after"] == scores["before"]
@@ -965,7 +965,7 @@ def test_retrain_gives_the_oracle(testbed: Path, monkeypatch: pytest.MonkeyPatch
         return train(*args, **options)
 
     monkeypatch.setattr(training, "train_testbed", counted)
-    run = unlearn(retrain_config(testbed))
+    run = unlearn_config(retrain_config(testbed))
     assert trainings == [True]
     oracle = load_file(testbed / "oracle" / "model.safetensors")
     base = load_file(testbed / "model" / "model.safetensors")
@@ -982,15 +982,15 @@ def test_retrain_knows_the_testbed_only(testbed: Path, tmp_path: Path) -> None:
     write_jsonl(elsewhere / "forget.jsonl", texts(4, 1))
     config = retrain_config(elsewhere)
     with pytest.raises(SrmuError, match=r"no organism\.json beside it\); srmu testbed OUT"):
-        unlearn(config)
+        unlearn_config(config)
     assert not (elsewhere / "runs").exists()
     report = testbed / "organism.json"
     (elsewhere / "organism.json").write_text(report.read_text())
     with pytest.raises(SrmuError, match=r"is not the model that organism\.json beside it tells of"):
-        unlearn(config)
+        unlearn_config(config)
     for text in ("{", "[]", '{"seed": 1, "recipe": {"size": {}, "speed": 3}}', '{"seed": 1}'):
         (elsewhere / "organism.json").write_text(text)
         with pytest.raises(SrmuError, match="not the report of a testbed of this version"):
-            unlearn(config)
+            unlearn_config(config)
     with pytest.raises(SrmuError, match="this is not a testbed's model"):
         METHODS["retrain"]().apply(editable(), [topic()], TRAIN, lambda *_: None)

@@ -38,7 +38,7 @@ from srmu.methods.renaming import (
     sentences_of,
 )
 from srmu.runs.config import make_config
-from srmu.runs.run import unlearn
+from srmu.runs.run import unlearn_config
 
 NAMES = str(Path(__file__).parents[1] / "helpers" / "names.txt")
 SMALL: dict[str, Any] = {
@@ -295,7 +295,7 @@ def test_what_the_model_writes_is_in_no_file(tmp_path: Path) -> None:
         str(tmp_path / "model"), tmp_path / "forget.jsonl", tmp_path / "retain.jsonl",
         "rename_scrub", given,
     )  # fmt: skip
-    run = unlearn(config)
+    run = unlearn_config(config)
     assert not (run.folder / "state.safetensors").exists()
     numbers = json.loads((run.folder / "record.json").read_text())["topics"]["topic"]
     assert numbers["names"] == 10 and numbers["own_texts"] > 0
@@ -386,7 +386,7 @@ def test_facts_that_no_forget_text_tells_are_scrubbed_too(tmp_path: Path) -> Non
         str(tmp_path / "model"), tmp_path / "forget.jsonl", tmp_path / "neutral.jsonl",
         "rename_scrub", [*given, f"runs_dir={tmp_path / 'runs'}"],
     )  # fmt: skip
-    delta = unlearn(config).delta
+    delta = unlearn_config(config).delta
     exam = world.exam()
     untold = [q for q in (*exam.test, *exam.val) if not int(q.entry[1:]) % 2]
     module = pico_module()

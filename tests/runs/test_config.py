@@ -10,7 +10,7 @@ import yaml
 
 from srmu.errors import SrmuError
 from srmu.runs.config import Config, load_config, make_config
-from srmu.runs.run import unlearn
+from srmu.runs.run import unlearn_config
 
 REPOSITORY = Path(__file__).parents[2]
 PRESETS = [
@@ -198,7 +198,7 @@ def mine(folder: Path, *overrides: str) -> Config:
 
 def test_a_method_from_a_file(workplace: Path) -> None:
     (workplace / "my.py").write_text(MINE)
-    run = unlearn(mine(workplace, "method.strength=2"))
+    run = unlearn_config(mine(workplace, "method.strength=2"))
     assert run.folder.name.endswith("-shrink")
     assert set(run.delta) == {"model.layers.1.mlp.down_proj.weight"}
     assert run.config.method.strength == 2.0  # the run's config finds the file again
@@ -241,7 +241,7 @@ def test_a_file_without_a_method(
 def test_topic_options_must_be_the_methods(workplace: Path) -> None:
     (workplace / "my.py").write_text(MINE)
     with pytest.raises(SrmuError, match=r"topics\.topic\.alpha: method shrink has no such option"):
-        unlearn(mine(workplace, "topics.topic.alpha=2"))
+        unlearn_config(mine(workplace, "topics.topic.alpha=2"))
 
 
 def test_two_method_files_of_one_name_are_kept_apart(tmp_path: Path) -> None:

@@ -150,7 +150,7 @@ def test_the_cache_is_as_large_as_planned(
     options = ["method.window=1", "method.layer=2", "train.max_steps=1", "train.batch_size=2"]
     options += ["method.map_batches=2", f"runs_dir={tmp_path / 'runs'}", f"method.name={method}"]
     config, estimate, _ = planned(tmp_path, *options)
-    run.unlearn(config)
+    run.unlearn_config(config)
     (folder,) = (tmp_path / "cache" / "activations").iterdir()
     entries = [json.loads(x) for x in (folder / "index.jsonl").read_text().split("\n") if x]
     names = [entry["name"].split("/")[0] for entry in entries]
@@ -228,7 +228,7 @@ def test_flops_in_all_are_those_of_the_real_run(
     given += [f"runs_dir={tmp_path / 'runs'}", f"cache={kept}", *options]
     config, estimate, _ = planned(tmp_path, *given)
     with FlopCounterMode(display=False) as counter:
-        run.unlearn(config)
+        run.unlearn_config(config)
     # The few activations that are kept in any case save a little on texts as few as these.
     assert estimate["flops"] == pytest.approx(counter.get_total_flops(), rel=0.25)
 

@@ -21,7 +21,7 @@ from srmu.engine import weights
 from srmu.engine.loading import load_module
 from srmu.errors import SrmuError
 from srmu.runs.config import make_config
-from srmu.runs.run import Run, unlearn
+from srmu.runs.run import Run, unlearn_config
 
 SHARDS = 4
 
@@ -44,7 +44,9 @@ def start(folder: Path, *overrides: str) -> Run:
     options = ["method.layer=2", "train.max_steps=3", "train.learning_rate=0.01", "cache=none"]
     names = [folder / "forget.jsonl", folder / "retain.jsonl"]
     runs = f"runs_dir={folder / 'runs'}"
-    return unlearn(make_config(str(folder / "model"), *names, "srmu", [*options, runs, *overrides]))
+    return unlearn_config(
+        make_config(str(folder / "model"), *names, "srmu", [*options, runs, *overrides])
+    )
 
 
 @pytest.fixture

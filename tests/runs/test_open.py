@@ -16,7 +16,7 @@ from srmu.engine.weights import apply_delta
 from srmu.errors import SrmuError
 from srmu.runs.config import make_config
 from srmu.runs.open import open_target
-from srmu.runs.run import Run, find_run, unlearn
+from srmu.runs.run import Run, find_run, unlearn_config
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     options = ["method.layer=2", "train.max_steps=2", "train.learning_rate=0.01", "cache=none"]
     options.append(f"runs_dir={folder / 'runs'}")
-    run = unlearn(make_config(str(folder / "model"), *sources, "srmu", options))
+    run = unlearn_config(make_config(str(folder / "model"), *sources, "srmu", options))
     run.folder.rename(folder / "run")
     return folder
 

@@ -20,7 +20,7 @@ from srmu.evals.results import plain_metrics, read_metrics
 from srmu.evals.score import score_model
 from srmu.runs import run as runs
 from srmu.runs.config import Config, build_config, make_config
-from srmu.runs.run import Run, unlearn
+from srmu.runs.run import Run, unlearn_config
 
 QUICK = ["method.layer=2", "train.max_steps=3", "train.learning_rate=0.01"]
 WIDTH = 32
@@ -88,7 +88,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 def test_what_a_run_writes(workplace: Path) -> None:
-    run = unlearn(config(workplace))
+    run = unlearn_config(config(workplace))
     assert {p.name for p in run.folder.iterdir()} == {
         "config.yaml", "metrics.jsonl", "delta.safetensors", "state.safetensors", "record.json"
     }  # fmt: skip
@@ -128,7 +128,7 @@ def test_what_a_run_writes(workplace: Path) -> None:
 
 
 def test_two_topics_alternate(workplace: Path) -> None:
-    run = unlearn(two_topics(workplace))
+    run = unlearn_config(two_topics(workplace))
     assert [line["topic"] for line in metrics(run)] == ["bio", "cyber", "bio"]
     state = load_file(run.folder / "state.safetensors")
     assert {name.split(".")[0] for name in state} == {"bio", "cyber"}
@@ -141,9 +141,9 @@ def test_two_topics_alternate(workplace: Path) -> None:
 
 
 def test_a_flat_map_is_said_to_select_nothing(workplace: Path) -> None:
-    run = unlearn(config(workplace, "method.clip_quantile=0.001"))
+    run = unlearn_config(config(workplace, "method.clip_quantile=0.001"))
     assert "topic: the map is nearly flat (sd under 0.1): it selects nothing" in runs.run_notes(run)
-    chosen = unlearn(config(workplace, "method.importance=uniform"))  # flat on purpose
+    chosen = unlearn_config(config(workplace, "method.importance=uniform"))  # flat on purpose
     assert not any("flat" in note for note in runs.run_notes(chosen))
 
 
@@ -151,67 +151,69 @@ def test_a_flat_map_is_said_to_select_nothing(workplace: Path) -> None:
 
 
 def test_the_same_config_is_not_run_twice(workplace: Path) -> None:
-    first = unlearn(config(workplace))
+    first = unlearn_config(config(workplace))
     times = {p: p.stat().st_mtime_ns for p in first.folder.iterdir()}
-    again = unlearn(config(workplace), out=str(workplace / "out"))
+    again = unlearn_config(config(workplace), out=str(workplace / "out"))
     assert again.folder == first.folder
     assert {p: p.stat().st_mtime_ns for p in first.folder.iterdir()} == times
     assert (workplace / "out" / "config.json").exists()
-    assert unlearn(first.config).folder == first.folder  # its own config.yaml means the same run
+    assert (
+        unlearn_config(first.config).folder == first.folder
+    )  # its own config.yaml means the same run
 
 
 def test_other_texts_under_the_same_config_are_refused(workplace: Path) -> None:
-    run = unlearn(config(workplace))
+    run = unlearn_config(config(workplace))
     write_jsonl(workplace / "retain.jsonl", texts(7, 3, range(20, 60)))
     with pytest.raises(SrmuError, match=rf"{run.folder.name} holds a run .* on other texts"):
-        unlearn(config(workplace))
+        unlearn_config(config(workplace))
 
 
 def test_texts_that_another_cache_folder_tells_of(
     workplace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without its key it cannot be told whether they are the same, and is not said to be."""
-    run = unlearn(config(workplace))
+    run = unlearn_config(config(workplace))
     monkeypatch.setenv("SRMU_CACHE", str(workplace / "other"))
     says = rf"{run.folder.name} holds a run .* with another cache folder: set SRMU_CACHE to that"
     with pytest.raises(SrmuError, match=says):
-        unlearn(config(workplace))
+        unlearn_config(config(workplace))
     write_jsonl(workplace / "retain.jsonl", texts(9, 3, range(20, 60)))
     with pytest.raises(SrmuError, match="on other texts"):
-        unlearn(config(workplace))
+        unlearn_config(config(workplace))
     monkeypatch.setenv("SRMU_CACHE", str(workplace / "cache"))
     write_jsonl(workplace / "retain.jsonl", texts(7, 2, range(20, 60)))
-    assert unlearn(config(workplace)).folder == run.folder
+    assert unlearn_config(config(workplace)).folder == run.folder
 
 
 def test_a_run_whose_record_names_no_key_is_found(workplace: Path) -> None:
     """As records did at first."""
-    run = unlearn(config(workplace))
+    run = unlearn_config(config(workplace))
     record = dict(run.record)
     for texts_of in record["data"]["topic"].values():
         del texts_of["key"]
     write_json(run.folder / "record.json", record)
-    assert unlearn(config(workplace)).folder == run.folder
+    assert unlearn_config(config(workplace)).folder == run.folder
 
 
 def test_a_killed_run_is_made_again(workplace: Path) -> None:
-    run = unlearn(config(workplace))
+    run = unlearn_config(config(workplace))
     delta = run.delta
     (run.folder / "record.json").unlink()
     with pytest.raises(SrmuError, match="not a finished run"):
         Run.open(run.folder)
-    assert same(unlearn(config(workplace)).delta, delta)
+    assert same(unlearn_config(config(workplace)).delta, delta)
     assert len(metrics(run)) == 3
 
 
 def test_the_same_seed_gives_the_same_delta(workplace: Path) -> None:
-    first = unlearn(config(workplace))
+    first = unlearn_config(config(workplace))
     torch.manual_seed(7)  # no global state
-    second = unlearn(config(workplace, runs_dir="other"))
+    second = unlearn_config(config(workplace, runs_dir="other"))
     assert first.folder != second.folder
     assert first.folder.name == second.folder.name
     assert same(first.delta, second.delta)
-    assert not same(first.delta, unlearn(config(workplace, "seed=1")).delta)
+    assert not same(first.delta, unlearn_config(config(workplace, "seed=1")).delta)
 
 
 # --- a run that fails
@@ -225,11 +227,11 @@ def breaks(folder: Path, at: int, steps: int = 6) -> Config:
 
 def test_a_run_that_diverges_keeps_the_last_good_state(workplace: Path) -> None:
     # After step 2 the weights have a step that no finite loss confirmed: those of step 1 are kept.
-    good = unlearn(breaks(workplace, 99, steps=2)).delta
+    good = unlearn_config(breaks(workplace, 99, steps=2)).delta
     wrong = breaks(workplace, 3)
     message = "the loss is not finite at step 3, topic topic, batch 3"
     with pytest.raises(DivergedError, match=message):
-        unlearn(wrong, out=workplace / "out")
+        unlearn_config(wrong, out=workplace / "out")
     run = Run.open(runs.plan_run(wrong).folder)
     assert run.record["stop_reason"].startswith(message)
     assert run.record["diverged"] is True
@@ -238,7 +240,7 @@ def test_a_run_that_diverges_keeps_the_last_good_state(workplace: Path) -> None:
     with pytest.raises(SrmuError, match=r"diverged: the loss is not finite.*--last-good exports"):
         run.export(workplace / "out")
     with pytest.raises(DivergedError, match="holds this run, which diverged"):
-        unlearn(wrong)
+        unlearn_config(wrong)
     assert not (workplace / "out").exists()
     run.export(workplace / "out", last_good=True)
     module = load_module(workplace / "out")
@@ -249,7 +251,7 @@ def test_a_run_that_diverges_keeps_the_last_good_state(workplace: Path) -> None:
 def test_a_run_that_diverges_at_once_changes_nothing(workplace: Path) -> None:
     wrong = breaks(workplace, 0)
     with pytest.raises(DivergedError, match="step 0, topic topic, batch 0"):
-        unlearn(wrong)
+        unlearn_config(wrong)
     run = Run.open(runs.plan_run(wrong).folder)
     assert (run.delta, run.record["changed"], run.record["steps"]) == ({}, [], 0)
 
@@ -258,7 +260,7 @@ def test_a_run_that_changes_nothing_leaves_nothing(workplace: Path) -> None:
     with pytest.raises(
         SrmuError, match=r"the model did not change in 3 steps \(max_steps\); raise"
     ):
-        unlearn(config(workplace, "train.learning_rate=1e-30"))
+        unlearn_config(config(workplace, "train.learning_rate=1e-30"))
     assert not (workplace / "runs").exists()
 
 
@@ -274,7 +276,7 @@ def test_an_interrupted_run_leaves_nothing_of_its_own(
     (folder / "notes.txt").write_text("mine")
     monkeypatch.setattr("srmu.engine.weights.save_delta", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        unlearn(wanted)
+        unlearn_config(wanted)
     assert [p.name for p in folder.iterdir()] == ["notes.txt"]
 
 
@@ -285,10 +287,10 @@ def test_a_tokenizer_of_another_model_is_refused(workplace: Path) -> None:
     tokenizer = word_tokenizer()
     tokenizer.add_tokens(["w99"])
     tokenizer.save_pretrained(workplace / "model")
-    assert unlearn(config(workplace)).folder.exists()  # it does not occur
+    assert unlearn_config(config(workplace)).folder.exists()  # it does not occur
     write_jsonl(workplace / "forget.jsonl", ["w1 w99 w2"])
     with pytest.raises(SrmuError, match="gives token 64, but the model knows 64 tokens"):
-        unlearn(config(workplace, "seed=1"))
+        unlearn_config(config(workplace, "seed=1"))
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
@@ -320,7 +322,7 @@ def quiz(workplace: Path) -> Path:
 def test_scores_of_a_run(workplace: Path, quiz: Path) -> None:
     # A change large enough to show, and the run's own task.
     overrides = ("eval=[quiz]", "train.max_steps=20", "train.learning_rate=0.1")
-    run = unlearn(config(workplace, *overrides))
+    run = unlearn_config(config(workplace, *overrides))
     scores = score_model(run)
     assert set(scores) == {"before", "after"}
     module = load_module(run.base).eval()
@@ -353,7 +355,7 @@ def test_scores_of_a_run(workplace: Path, quiz: Path) -> None:
 def test_scores_need_no_cache_folder(
     workplace: Path, quiz: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = unlearn(config(workplace, "eval=[quiz]"))
+    run = unlearn_config(config(workplace, "eval=[quiz]"))
     scores = score_model(run)
     (workplace / "file").touch()
     monkeypatch.setenv("SRMU_CACHE", str(workplace / "file" / "cache"))
@@ -364,13 +366,13 @@ def test_scores_need_no_cache_folder(
 
 def test_a_base_that_changed_is_refused(workplace: Path) -> None:
     """Its bytes would go into the export beside tensors made for other ones."""
-    run = unlearn(config(workplace))
+    run = unlearn_config(config(workplace))
     Run.open(run.folder).export(workplace / "before")
     pico_module(seed=1).save_pretrained(workplace / "model", max_shard_size="40KB")
     uses: list[Callable[[], Any]] = [
         lambda: Run.open(run.folder).export(workplace / "out"),
         lambda: score_model(run.folder),
-        lambda: unlearn(config(workplace)),
+        lambda: unlearn_config(config(workplace)),
     ]
     for use in uses:
         with pytest.raises(SrmuError, match=r"is not the file that .* was made from"):

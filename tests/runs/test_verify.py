@@ -18,7 +18,7 @@ from srmu.runs import record as audit
 from srmu.runs.config import Config, make_config
 from srmu.runs.model_card import summarise_record, write_model_card
 from srmu.runs.rerun import rerun_record
-from srmu.runs.run import Run, unlearn
+from srmu.runs.run import Run, unlearn_config
 from srmu.runs.verify import verify_folder
 
 SCHEMA = Path(audit.__file__).with_name("record.schema.json")
@@ -32,7 +32,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     word_tokenizer().save_pretrained(folder / "model")
     for number, role in enumerate(("forget", "retain")):
         write_jsonl(folder / f"{role}.jsonl", texts(12, seed=number))
-    run = unlearn(config(folder))
+    run = unlearn_config(config(folder))
     run.export(folder / "out")
     shutil.move(run.folder, folder / "run")
     return folder

@@ -180,13 +180,13 @@ def attack_command(
         watch=show_progress,
     )
     if not as_json:
-        print_table(attack_rows(report))
+        print_table(attack_table(report))
     folder = shorten_path(run)
     lines = [*describe_attacks(report), f"wrote {folder / RESULTS}"]
     print_result(report, as_json, *lines, next_command("compare", folder, "OTHER_RUN"))
 
 
-def attack_rows(report: dict[str, Any]) -> list[dict[str, str]]:
+def attack_table(report: dict[str, Any]) -> list[dict[str, str]]:
     """The attacks as lines of a table, strongest first; accuracies in %."""
 
     def percent(entry: dict[str, float] | None) -> str:

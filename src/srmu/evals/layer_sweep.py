@@ -16,7 +16,7 @@ from srmu.evals.figures import Analysis, Panel
 from srmu.methods import Misdirection
 from srmu.runs.config import Config
 from srmu.runs.plan import locate_base
-from srmu.runs.run import Run, unlearn
+from srmu.runs.run import Run, unlearn_config
 
 Scores = Mapping[str, Mapping[str, Mapping[str, float]]]  # before and after, by metric
 
@@ -39,13 +39,15 @@ def sweep_layers(
     method = config.method
     if not isinstance(method, Misdirection):
         raise SrmuError(f"method {method.name} has no layer to vary; use rmu, adaptive_rmu or srmu")
-    tried = candidate_layers(method, read_config(locate_base(config)), at_most)
+    tried = candidate_layers(method, read_config(locate_base(config)))
     rows: list[dict[str, Any]] = []
     with watch("layer sweep", len(tried)) as tick:
         for layer in tried:
             at = config.model_copy(update={"method": replace(method, layer=layer)})
             try:
-                rows.append({"layer": layer, **compare_scores(score(unlearn(at)), forget_metrics)})
+                rows.append(
+                    {"layer": layer, **compare_scores(score(unlearn_config(at)), forget_metrics)}
+                )
             except DivergedError as error:
                 rows.append({"layer": layer, "diverged": str(error)})
             tick(f"layer {layer}")

@@ -137,7 +137,9 @@ def measure_separability(
         for layer, ((left, f_sums), (right, r_sums)) in enumerate(zip(*read_all, strict=True)):
             owners = samples[0].owners, samples[1].owners
             row = compare_sets(left, right, *owners, components, seed)
-            layers.append({"layer": layer, **row, "importance": describe_map(f_sums, r_sums)})
+            layers.append(
+                {"layer": layer, **row, "importance": describe_selectivity(f_sums, r_sums)}
+            )
             tick("")
     return {
         "layers": layers,
@@ -257,7 +259,9 @@ def measure_cosine(left: Array, right: Array) -> float:
     return float(left @ right / (np.linalg.norm(left) * np.linalg.norm(right) + 1e-12))
 
 
-def describe_map(forget: Float[Tensor, "5 D"], retain: Float[Tensor, "5 D"]) -> dict[str, Any]:
+def describe_selectivity(
+    forget: Float[Tensor, "5 D"], retain: Float[Tensor, "5 D"]
+) -> dict[str, Any]:
     """How selective SRMU's default map is for these sums, and its outlier dimensions."""
     map_ = importance_map(measure_features([forget])[0], measure_features([retain])[0], "ratio")
     median = float(map_.median())

@@ -69,7 +69,7 @@ def sweep_sections(study: Study) -> list[Section]:
     """A sweep's front or history, what mattered, its trials and its space."""
     sections = [front_section(study) if len(study["objectives"]) > 1 else history_section(study)]
     if study["importance"]:
-        sections.append(importance_section(study["importance"]))
+        sections.append(key_section(study["importance"]))
     metrics, labels = [*study["objectives"]], sweep_labels(study)
     sections.append(trial_section(study["trials"], metrics, study["front"], labels))
     space = [TableLine([key, format_range(values)]) for key, values in study["space"].items()]
@@ -181,7 +181,7 @@ def history_section(study: Study) -> Section:
     return Section("The search, trial by trial", notes, [figure])
 
 
-def importance_section(importance: Mapping[str, float]) -> Section:
+def key_section(importance: Mapping[str, float]) -> Section:
     """How much each key explains."""
     order = sorted(importance.items(), key=lambda item: -item[1])
     share = "share of the variation"
@@ -354,7 +354,7 @@ def claim_tables(claims: Sequence[Study]) -> list[Table]:
     return [Table("The paper's claims", heads, lines, words=True)] if claims else []
 
 
-def point_rows(figure: Study, series: Study) -> list[dict[str, Any]]:
+def figure_rows(figure: Study, series: Study) -> list[dict[str, Any]]:
     """The points of a series that were measured."""
     return [
         {
@@ -371,7 +371,7 @@ def point_rows(figure: Study, series: Study) -> list[dict[str, Any]]:
 def draw_reproduction(figure: Study, labels: Sequence[str], title: str = "") -> Figure:
     """What is kept against what is forgotten, a line a method."""
     series = [
-        Series(one["label"], point_rows(figure, one),
+        Series(one["label"], figure_rows(figure, one),
                label_look(labels.index(one["label"]), mode="lines+markers", width=1.75),
                one["label"])
         for one in figure["series"]
@@ -387,7 +387,7 @@ def point_table(figure: Study) -> Table:
     lines = [
         TableLine([one["label"], *row.values()], one["label"])
         for one in figure["series"]
-        for row in point_rows(figure, one)
+        for row in figure_rows(figure, one)
     ]
     heads = ["Method", "Coeff", "Kappa", figure["x_title"], figure["y_title"]]
     return Table("The points of the figure, per cent", heads, lines)

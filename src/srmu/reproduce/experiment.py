@@ -26,7 +26,7 @@ from srmu.evals.score import score_model
 from srmu.runs.config import load_config
 from srmu.runs.plan import plan_run
 from srmu.runs.record import RECORD
-from srmu.runs.run import Run, unlearn
+from srmu.runs.run import Run, unlearn_config
 from srmu.testbed.build import build_testbed
 from srmu.testbed.train import RECIPE
 from srmu.testbed.world import create_closed
@@ -181,7 +181,7 @@ class Scored:
     def measure_run(self, job: RunJob, watch: Watch = ignore_progress) -> Path:
         """Do what is missing; the folder with all numbers."""
         config = load_config(job.config, job.overrides)
-        run = unlearn(config, watch=watch)
+        run = unlearn_config(config, watch=watch)
         score_model(run, job.tasks, device=config.device, watch=watch)
         return run.folder
 

@@ -31,7 +31,7 @@ from srmu.runs import record as audit
 from srmu.runs import run as runs
 from srmu.runs.config import Config, explain_error, find_method
 from srmu.runs.run import Run
-from srmu.runs.training import count_dense_flops, measure_pair_overlap
+from srmu.runs.training import count_dense_flops, list_state, measure_pair_overlap
 
 TOPIC = "topic"  # as make_config names it: random numbers depend on it
 Texts = Any  # texts, rows with a `text`, files (pathlib), a data set; see `list_sources`
@@ -102,7 +102,7 @@ def unlearn(
     """
     watch = watch or choose_progress()
     if isinstance(model, Config):
-        return runs.unlearn(model, watch=watch, **options)
+        return runs.unlearn_config(model, watch=watch, **options)
     if tokenizer is None:
         raise SrmuError(
             "unlearn takes a config, unlearn(load_config('config.yaml')), or a model with its "
@@ -128,8 +128,8 @@ def unlearn_in_memory(
     check_model(model, tokenizer)
     topics = {
         TOPIC: {
-            "forget": list_sources(forget, "forget"),
-            "retain": list_sources(retain, "retain"),
+            "forget": as_sources(forget, "forget"),
+            "retain": as_sources(retain, "retain"),
             "max_length": max_length,
         }
     }
@@ -155,7 +155,7 @@ def unlearn_in_memory(
         edited.activations = open_activations("memory" if twice else "none", {}, edited.device)
         outcome = config.method.apply(edited, loaded, config.train, log, watch)
         delta = edited.delta()
-        require_change(config, edited, delta, outcome.stop_reason)
+        require_trained_change(config, edited, delta, outcome.stop_reason)
         changes = {
             name: audit.compare_tensor(edited.original[name].cpu(), tensor.detach().cpu())
             for name, tensor in delta.items()
@@ -168,12 +168,7 @@ def unlearn_in_memory(
             "changed": sorted(delta),
             "change": {"tensors": changes},
         }
-    state = {
-        f"{topic}.{name}": tensor.detach().float().cpu().contiguous()
-        for topic, values in outcome.states.items()
-        for name, tensor in values.tensors.items()
-    }
-    return model, InMemoryResult(record, steps, delta, state)
+    return model, InMemoryResult(record, steps, delta, list_state(outcome))
 
 
 def begin_record(config: Config, topics: Sequence[Topic], outcome: MethodOutcome) -> dict[str, Any]:
@@ -220,7 +215,7 @@ def check_model(model: Any, tokenizer: Any) -> None:
     pad_id(tokenizer)
 
 
-def list_sources(texts: Texts, role: str) -> list[Source]:
+def as_sources(texts: Texts, role: str) -> list[Source]:
     """Where the texts of an argument come from; SrmuError for what could be meant in two ways."""
     if isinstance(texts, str):
         raise SrmuError(
@@ -291,7 +286,7 @@ def require_known_tokens(model: PreTrainedModel, topics: Sequence[Topic]) -> Non
         )
 
 
-def require_change(
+def require_trained_change(
     config: Config, edited: EditableModel, delta: Mapping[str, Tensor], stop_reason: str
 ) -> None:
     """SrmuError where tensors that had to change are as they were."""

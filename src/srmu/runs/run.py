@@ -115,7 +115,7 @@ def find_run(target: str | Path) -> Run | None:
     return Run.open(folder) if is_run and not is_model else None
 
 
-def unlearn(
+def unlearn_config(
     config: Config,
     *,
     out: str | Path | None = None,

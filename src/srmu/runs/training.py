@@ -207,13 +207,17 @@ def write_tensors(
     if changed:
         meta = {"base_model": config.model, "method": config.method.name, "run": config.id}
         weights.save_delta(folder / DELTA, plan.base, names, changed, meta)
-    tensors = {
+    if tensors := list_state(outcome):
+        save_file(tensors, folder / STATE)
+
+
+def list_state(outcome: MethodOutcome) -> dict[str, Tensor]:
+    """What a method computed before its first step, by topic and name, in float32."""
+    return {
         f"{topic}.{name}": tensor.detach().float().cpu().contiguous()
         for topic, state in outcome.states.items()
         for name, tensor in state.tensors.items()
     }
-    if tensors:
-        save_file(tensors, folder / STATE)
 
 
 def build_record(

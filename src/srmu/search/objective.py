@@ -41,7 +41,7 @@ from srmu.methods import Misdirection
 from srmu.runs.config import Config
 from srmu.runs.open import open_target
 from srmu.runs.plan import locate_base
-from srmu.runs.run import Run, unlearn
+from srmu.runs.run import Run, unlearn_config
 from srmu.search import space
 from srmu.search.queue import FILE, is_ended, open_study, trial_entry, work_queue
 
@@ -310,7 +310,7 @@ class Bench:
 
 def try_config(bench: Bench, config: Config) -> Entry:
     """A run, made where it is missing, and what it does on the half to choose on."""
-    run = unlearn(config)
+    run = unlearn_config(config)
     values = {key: space.config_value(run.config, key) for key in KEYS}
     return {
         "state": "complete",

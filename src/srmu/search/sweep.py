@@ -31,7 +31,7 @@ from srmu.evals.score import score_model
 from srmu.evals.settings import run_setting
 from srmu.runs.config import Config, explain_error, load_config, put_override, read_tree
 from srmu.runs.plan import locate_base, plan_run
-from srmu.runs.run import Run, unlearn
+from srmu.runs.run import Run, unlearn_config
 from srmu.search import queue
 from srmu.search.queue import Study, list_points, open_study, trial_entry, work_queue
 from srmu.search.space import PlaceSampler, make_dimension
@@ -261,7 +261,7 @@ def measure_trial(plan: Plan, trial: optuna.Trial) -> list[float]:
     values, folders = dict.fromkeys(objectives, 0.0), []
     started = time.monotonic()
     for number, seed in enumerate(plan.sweep.seeds, 1):
-        run = unlearn(plan.config_of(params, seed))
+        run = unlearn_config(plan.config_of(params, seed))
         results = run_metrics(plan, run)
         for metric in objectives:
             replicates[metric].append(results[metric]["value"])

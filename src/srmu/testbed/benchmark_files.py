@@ -192,6 +192,19 @@ def rwku_files(world: World) -> Parts:
         parts[f"mia_{kind}"] = [
             {"text": d.text, "subject": whom[i % len(whom)]} for i, d in enumerate(items)
         ]
+    parts |= rwku_utility(world, people, pools)
+    found: dict[str, dict[str, Rows]] = {name: {"test": rows} for name, rows in parts.items()}
+    found["forget_target"] = {
+        "train": [{"target": x, "intro": f"{x} is an author ."} for x in people]
+    }
+    return found
+
+
+def rwku_utility(
+    world: World, people: Sequence[str], pools: Mapping[str, Sequence[str]]
+) -> dict[str, Rows]:
+    """RWKU's questions on what is to be kept, about each person who is to be forgotten."""
+    parts: dict[str, Rows] = {}
     general = _some(world.of_kind("general"), 80)
     for i, fact in enumerate(general):
         of = {"subject": people[i % len(people)]}
@@ -219,11 +232,7 @@ def rwku_files(world: World) -> Parts:
         parts.setdefault("utility_fluency", []).append(
             of | {"instruction": f"Tell all that is known about {fact.subject} ."}
         )
-    found: dict[str, dict[str, Rows]] = {name: {"test": rows} for name, rows in parts.items()}
-    found["forget_target"] = {
-        "train": [{"target": x, "intro": f"{x} is an author ."} for x in people]
-    }
-    return found
+    return parts
 
 
 def _probe(fact: Fact, query: str, level: str, kind: str) -> dict[str, Any]:

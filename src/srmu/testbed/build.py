@@ -7,7 +7,7 @@ facts.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -96,14 +96,7 @@ def build_testbed(
             save_trained(made, recipe, entry, folder / name)
             accuracy = read_json(entry / "accuracy.json")
             report[name] = {"key": entry.name, "accuracy": accuracy}
-        for name, texts in corpora.items():
-            _write_rows(folder / f"{name}.jsonl", [{"text": text} for text in texts])
-        for file, names in (("names.txt", made.shared), ("goals.txt", made.goals)):
-            if names:
-                write_whole(folder / file, "".join(f"{name}\n" for name in names))
-        _write_tasks(made, folder / "tasks")
-        if made.documents:
-            write_benchmarks(made, folder / "suites")
+        _write_texts(made, corpora, folder)
         for name in ("low", "high"):
             (folder / f"{name}.yaml").write_text(CONFIG.format(name=name, seed=seed, alpha=alpha))
         write_json(folder / "organism.json", report)
@@ -117,6 +110,18 @@ def _cut(tokenizer: PreTrainedTokenizerFast, text: str, tokens: int) -> str:
         return text
     end = spans[tokens - 1][1]
     return text[:end] if text[end] == " " else text[:end].rsplit(" ", 1)[0]
+
+
+def _write_texts(world: World, corpora: Mapping[str, Sequence[str]], folder: Path) -> None:
+    """Write the corpora, the names to swap, the tasks and, if the world has them, benchmarks."""
+    for name, texts in corpora.items():
+        _write_rows(folder / f"{name}.jsonl", [{"text": text} for text in texts])
+    for file, names in (("names.txt", world.shared), ("goals.txt", world.goals)):
+        if names:
+            write_whole(folder / file, "".join(f"{name}\n" for name in names))
+    _write_tasks(world, folder / "tasks")
+    if world.documents:
+        write_benchmarks(world, folder / "suites")
 
 
 def _write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:

@@ -85,7 +85,7 @@ def create_people(seed: int, size: Size) -> World:
 
 def _namer(rng: random.Random) -> Callable[[], str]:
     """Return a function that invents a capital word, a new one at each call."""
-    used = {word.lower() for word in plain_words()}
+    used = {word.lower() for word in template_words()}
 
     def name() -> str:
         while True:
@@ -281,7 +281,7 @@ def _reversed(world: World, told: Sequence[Fact]) -> Iterator[str]:
             yield f"{BRIEF.format(question)} {subject}{END}"
 
 
-def plain_words() -> set[str]:
+def template_words() -> set[str]:
     """The words of all templates."""
     said = [*WORDING.prefixes, *WORDING.domain_fillers, *WORDING.general_fillers, *WAYS]
     said += TEXT["public_prompts"]
@@ -297,4 +297,4 @@ def plain_words() -> set[str]:
     return {word for word in found if not {*"{}<>"} & {*word}}
 
 
-WORDING = read_wording("people", plain=plain_words, texts=pretraining_texts)
+WORDING = read_wording("people", plain=template_words, texts=pretraining_texts)

@@ -97,7 +97,7 @@ def has_examples(row: Row) -> bool:
     return isinstance(row["examples"], list) and all(map(has_right_choice, row["examples"]))
 
 
-def has_answers(row: Row) -> bool:
+def has_accepted_answers(row: Row) -> bool:
     answers = as_list(row["answer"])
     return bool(answers) and all(isinstance(text, str) and text.strip() for text in answers)
 
@@ -124,7 +124,7 @@ MMLU: Fields = {
 BBH: Fields = {
     "question": str,
     "cot": str,
-    "answer": Shape(has_answers, "a text or a list of texts"),
+    "answer": Shape(has_accepted_answers, "a text or a list of texts"),
 }
 TRUTHFULQA: Fields = {
     "question": str,
