@@ -1,4 +1,4 @@
-"""What a launcher starts in test_distributed.py: runs of pico models, in as many processes as there are.
+"""What a launcher starts in test_distributed.py: runs of pico models, in all of its processes.
 
 python rank_worker.py FOLDER RUNS_DIR {plain,sharded} CASE...      these runs
 python rank_worker.py FOLDER RUNS_DIR {plain,sharded} --die CASE   one, whose rank 1 is killed
