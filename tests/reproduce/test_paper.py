@@ -70,7 +70,7 @@ def again(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SRMU_CACHE", str(out.with_name("cache")))
-        patch.setattr(places, "build", partial(places.build, recipe=TINY))
+        patch.setattr(places, "build_testbed", partial(places.build_testbed, recipe=TINY))
         patch.setattr(places, "RECIPE", TINY)
         patch.setattr(places, "run_all", run_all)
         found = reproduce_paper("all", place, command="srmu reproduce all", spec=spec)
@@ -326,7 +326,7 @@ def test_settings_of_the_real_thing_fit_the_schema(tmp_path: Path) -> None:
 def test_dry_run_offline_says_what_is_needed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(needs, "probe", lambda *given: Work(1e12, 1e10, 1e10, 1e10, 1e5))
+    monkeypatch.setattr(needs, "probe_machine", lambda *given: Work(1e12, 1e10, 1e10, 1e10, 1e5))
     place = place_of(tmp_path / "out", ZEPHYR, overrides=["topics.bio.forget=mine.jsonl"])
     found, lines = paper_needs("table3", place)
     assert not (tmp_path / "out").exists()

@@ -75,7 +75,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SRMU_CACHE", str(out.with_name("cache")))
-        patch.setattr(robust, "build", partial(robust.build, recipe=SMALL))
+        patch.setattr(robust, "build_testbed", partial(robust.build_testbed, recipe=SMALL))
         patch.setattr(robust, "run_all", run_all)
         patch.setattr(suite, "ATTACKS", {name: ATTACKS[name] for name in FEW})
         yield out, made
@@ -246,7 +246,7 @@ def test_the_share_is_the_largest_that_the_budget_allows(tmp_path: Path) -> None
     folder = attack_world.write(tmp_path)
     run = attack_world.unlearned(folder, **{"train.max_steps": 40, "train.learning_rate": 1e-2})
     match_utility(run, tmp_path / "out", 0.1, ["harmless"])
-    share = json.loads((tmp_path / "out" / "share.json").read_text())["share"]
+    share = load_results(tmp_path / "out")["matched"]["share"]
     base = attack_world.subject("original")
     before = {n: p.data.clone() for n, p in base.module.named_parameters()}
     questions = attack_world.exam().utility["harmless"]
@@ -368,7 +368,7 @@ def test_settings_fit_their_methods(tmp_path: Path) -> None:
 @pytest.mark.parametrize("world", ["closed", "open"])
 def test_a_testbed_has_all_that_is_named(tmp_path: Path, world: str) -> None:
     spec = yaml.safe_load(preset_file("robust.yaml").read_text())
-    robust.build(tmp_path / "out", world=world, recipe=TINY)
+    robust.build_testbed(tmp_path / "out", world=world, recipe=TINY)
     metrics = [m for each in spec["worlds"][world]["columns"].values() for m in each]
     attacked = spec["worlds"][world]["attacked"].values()
     tasks = {m.split("/")[0] for m in metrics} | {*spec["judged"]} | {*attacked}
