@@ -272,7 +272,7 @@ def test_the_share_is_the_largest_that_the_budget_allows(tmp_path: Path) -> None
 def test_a_run_within_the_budget_stays_as_it_is(tmp_path: Path) -> None:
     run = attack_world.unlearned(attack_world.write(tmp_path))
     match_utility(run, tmp_path / "out", 1.0, ["harmless"])
-    assert json.loads((tmp_path / "out" / "share.json").read_text()) == {"share": 1.0}
+    assert load_results(tmp_path / "out")["matched"]["share"] == 1.0
     same = (tmp_path / "out" / "delta.safetensors").read_bytes()
     assert same == (run.folder / "delta.safetensors").read_bytes()
     assert Run.open(tmp_path / "out").config.id == run.config.id
