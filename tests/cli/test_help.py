@@ -57,7 +57,7 @@ def test_one_option_means_the_same_in_every_verb() -> None:
         for option in getattr(command, "params", ()):
             for word in option.opts:
                 if word.startswith("--"):
-                    kind = f"{option.type_descriptor.annotation} {option.min} {option.multiple}"
+                    kind = f"{option.type_descriptor.annotation} {option.multiple}"
                     types.setdefault(word, {})[name] = kind
     differ = {word: kinds for word, kinds in types.items() if len({*kinds.values()}) > 1}
     # how much is tried: reproduce takes the tier of its own settings where none is named

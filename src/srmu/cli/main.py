@@ -99,7 +99,7 @@ def explain_failure(error: Exception, streams: tuple[TextIO, TextIO]) -> int:
     message = getattr(error, "format_message", lambda: str(error))()
     if code == 1:
         message = f"internal error: {type(error).__name__}: {message} (--debug shows where)"
-    message = " ".join(message.split())
+    message = " ".join(message.split()).replace(": Value error, ", ": ")
     sys.stdout, sys.stderr = streams
     if distributed.says_first(message):
         rank, size = distributed.get_rank(), distributed.get_size()
