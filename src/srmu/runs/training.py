@@ -192,7 +192,8 @@ def require_change(
         )
     raise SrmuError(
         f"{unchanged[0] if changed else 'the model'} did not change in {progress.steps} steps "
-        f"({reason}); raise train.learning_rate, or see the options of {method.name}: srmu methods"
+        f"({reason}); raise train.learning_rate, or see the options of {method.name}: "
+        "srmu info methods"
     )
 
 
@@ -255,13 +256,13 @@ def build_record(
         "activations": {
             "kept": model.activations.kept,
             "found": model.activations.hits,
-            "folder": getattr(model.activations, "folder", Path()).name,  # in srmu cache ls
+            "folder": getattr(model.activations, "folder", Path()).name,  # in srmu info cache ls
         },
         "change": audit.describe_change(plan.base, folder / DELTA),
         "environment": audit.describe_environment(),
         "processes": {"count": distributed.get_size(), "sharded": plan.shard},
         "reproduction": {
-            "command": f"srmu unlearn --from-record {RECORD}",
+            "command": "srmu verify RUN --rerun",
             "config": config.to_dict(),
             "expected": {DELTA: files[DELTA]} if DELTA in files else {},
         },
