@@ -563,7 +563,7 @@ def test_the_folder_follows_from_the_key_and_the_machine(
     for place, name, other in (
         (torch, "get_num_threads", lambda: 77),
         (torch, "get_float32_matmul_precision", lambda: "high"),
-        (activation_cache, "processor", lambda: "another"),
+        (activation_cache, "processor_name", lambda: "another"),
         (activation_cache, "version", lambda name: "0" if name == "torch" else "1"),
         (activation_cache, "version", lambda name: "0" if name == "transformers" else "1"),
         (activation_cache, "version", lambda name: "0" if name == "srmu" else "1"),

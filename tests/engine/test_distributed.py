@@ -241,13 +241,13 @@ def test_what_fails_on_one_rank_ends_all(attacked: Path, tmp_path: Path) -> None
         "from srmu.cli.main import main\n"
         "from srmu.engine import distributed\n"
         "from srmu.errors import SrmuError\n"
-        "read = suite.read_result\n"
+        "find = suite.find_cached\n"
         "mine = distributed.get_rank()\n"
-        "def fail(path):\n"
+        "def fail(kind, key):\n"
         "    if mine == 1:\n"
         '        raise SrmuError("this rank\'s cache cannot be read")\n'
-        "    return read(path)\n"
-        "suite.read_result = fail\n"
+        "    return find(kind, key)\n"
+        "suite.find_cached = fail\n"
         "main()\n"
     )
     failed = launch(str(script), *asked(attacked, "attack", "--attacks", "format_shift"))

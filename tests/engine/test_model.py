@@ -174,7 +174,7 @@ def test_a_mixture_may_have_layers_without_experts() -> None:
         "model.layers.1.mlp.down_proj.weight", "model.layers.2.mlp.experts.down_proj"
     ]  # fmt: skip
     assert model.hidden(example(), Site(1, "mlp_post")).shape[-1] == 48
-    with pytest.raises(SrmuError, match="each expert has its own"):
+    with pytest.raises(SrmuError, match="mixture of experts, each with neurons of its own"):
         model.hidden(example(), Site(2, "mlp_post"))
 
 

@@ -74,7 +74,7 @@ PADDED: dict[str, dict[str, Any]] = {"rna": {"noise": 0.0}}
 # Methods that do not change a given model.
 EXEMPT = {"retrain": "it trains the small models of the testbed from their first weights on"}
 # The lines of code of a method's file: 60, but for
-LINES = {"srmu": 73, "ssd": 87, "repselect": 67, "depn": 62, "multi_site": 61, "rename_scrub": 150}
+LINES = {"srmu": 63, "ssd": 66, "repselect": 55, "multi_site": 51, "rename_scrub": 120}
 CHEAP = ("llama", "gpt2", "mixtral", "gemma2")  # of the architectures
 
 RAN = [name for name in METHODS if name not in EXEMPT]
@@ -348,20 +348,22 @@ def test_what_a_class_says_of_itself(name: str) -> None:
 
 
 def code_lines(path: Path) -> int:
-    """Lines of a file that hold code: no blank ones, comments or docstrings."""
+    """Lines of a file that hold code: no blank ones, imports, comments or docstrings."""
     text = path.read_text()
     left_out: set[int] = set()
     for node in ast.walk(ast.parse(text)):
         inside = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
         if inside and ast.get_docstring(node) is not None:
             left_out |= set(range(node.body[0].lineno, int(node.body[0].end_lineno or 0) + 1))
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            left_out |= set(range(node.lineno, int(node.end_lineno or 0) + 1))
     lines = enumerate(text.splitlines(), 1)
     return sum(bool(t.strip()) and t.strip()[0] != "#" and i not in left_out for i, t in lines)
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_is_short(name: str) -> None:
-    assert code_lines(Path(inspect.getfile(METHODS[name]))) <= LINES.get(name, 60)
+    assert code_lines(Path(inspect.getfile(METHODS[name]))) <= LINES.get(name, 50)
 
 
 # --- what is refused before anything is done -----------------------------------------------------

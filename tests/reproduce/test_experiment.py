@@ -130,7 +130,7 @@ def test_nothing_there_is_not_run(tmp_path: Path) -> None:
 def test_on_one_model_a_failure_is_raised(tmp_path: Path) -> None:
     """What the next run would need hours for may fail in the same way."""
     spec = {
-        "methods": {k: {"config": "wmdp-zephyr.yaml"} for k in SETTINGS},
+        "methods": {k: {"config": "wmdp-zephyr-rmu.yaml"} for k in SETTINGS},
         "regimes": {"low": []},
     }
     experiment = Experiment(

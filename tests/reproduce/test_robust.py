@@ -347,12 +347,12 @@ def test_settings_fit_their_methods(tmp_path: Path) -> None:
     (tmp_path / "anchors.json").write_text("{}")
     for kind in spec["tables"]:
         plan = plan_frontier(kind, tmp_path / "out", spec=spec)
-        for world in plan.worlds:
-            for label, settings in plan.settings(world).items():
+        for one in plan.experiments.values():
+            for label, settings in one.settings.items():
                 given = [s.replace("{testbed}", str(tmp_path)) for s in settings]
                 method = load_config(config, given).method.name
                 assert f"method.name={method}" in settings, label
-    (only,) = plan_frontier("ablations", tmp_path / "out", spec=spec).worlds
+    (only,) = plan_frontier("ablations", tmp_path / "out", spec=spec).experiments
     assert only == "closed"  # the open world has none
     assert spec["cost"] in spec["worlds"]["closed"]["methods"]
     assert 0 not in spec["seeds"]  # settings were tuned on it
@@ -366,7 +366,7 @@ def test_without_retain_texts_a_run_serves_each_regime(tmp_path: Path) -> None:
     for regime in ("low", "high"):
         topics = f"{{organism: {{forget: f.jsonl, retain: {regime}.jsonl}}}}"
         (bed / f"{regime}.yaml").write_text(f"model: model\ntopics: {topics}\n")
-    plans = plan.experiment("closed")
+    plans = plan.experiments["closed"]
     jobs = {row: plans.plan_job(row, 1) for row in plan.rows("closed")}
     assert [(row.label, row.regime) for row in jobs] == [
         ("SRMU", "low"), ("GA", "low"), ("SRMU", "high"), ("GA", "high"),

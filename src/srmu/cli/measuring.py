@@ -35,7 +35,7 @@ def eval_command(
         ),
     ] = "",
     tasks_dir: options.TasksDir = None,
-    limit: Annotated[int | None, Option(help="Only the first N questions.")] = None,
+    limit: Annotated[int | None, Option(min=1, help="Only the first N questions.")] = None,
     data: Annotated[str, Option(help="Folder of a benchmark's data; default: hub.")] = "",
     revision: Annotated[str, Option(help="Commit of a benchmark's data set.")] = "",
     oracle: options.Oracle = "",

@@ -275,7 +275,7 @@ def list_activations() -> list[dict[str, Any]]:
             used = (about if about.exists() else folder).stat().st_mtime
             size = sum(file.stat().st_size for file in folder.iterdir())
             text: dict[str, Any] = {}
-            with suppress(SrmuError, TypeError):
+            with suppress(ValueError, TypeError):  # of which SrmuError is one
                 text = dict(read_json(about))
             entries.append({**text, "folder": folder, "bytes": size, "used": used})
     return sorted(entries, key=lambda entry: entry["used"])

@@ -15,6 +15,7 @@ import json
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Any
 
 import numpy as np
@@ -61,7 +62,10 @@ def lock_results(folder: Path) -> Iterator[None]:
     """Hold a folder's results: other processes that merge into them wait."""
     name = sha256(str(folder.resolve()).encode())[:32]
     lock = cache_dir() / "locks" / f"{name}.lock"  # in the folder it would be a file too many
-    lock.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+    except OSError:  # a cache folder that cannot be used stops nothing
+        lock = Path(gettempdir()) / f"srmu-{name}.lock"
     with FileLock(lock, is_singleton=True):  # whoever holds it may ask again
         yield
 

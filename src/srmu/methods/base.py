@@ -121,7 +121,7 @@ class Method(ABC):
             value = getattr(self, name)
             if value is None or low <= value <= high:
                 continue
-            room = f"from {low:g} to {high:g}" if high < COUNT[1] else f"at least {low:g}"
+            room = f"at least {low:g}" if high == COUNT[1] else f"from {low:g} to {high:g}"
             if 0 < low <= RATE[0]:
                 room = f"above 0 and at most {high:g}"
             raise SrmuError(f"method.{name}={value}: expected a number {room}")

@@ -60,9 +60,8 @@ class SRMU(Misdirection):
         return importance_map(v_f, v_r, self.importance, order=order, **options)
 
     def setup(self, model: EditableModel, topic: Topic) -> State:
-        v_f, norm = measure_features(
-            self.frozen_sums(model, topic.forget, keep=False), self.statistic
-        )
+        sums = self.frozen_sums(model, topic.forget, keep=False)
+        v_f, norm = measure_features(sums, self.statistic)
         v_r, _ = measure_features(self.frozen_sums(model, topic.retain), self.statistic)
         generator = topic.generator("direction", self.shared_direction)
         direction = draw_direction(self.direction, len(v_f), generator).to(model.device)
@@ -82,12 +81,9 @@ class SRMU(Misdirection):
             fresh = draw_direction(self.direction, len(tensors["direction"]), memory["generator"])
             tensors["direction"] = fresh.to(model.device)
         if self.map_mode != "static":
-            pairs = [
-                map(sum_values, self.frozen_sums(model, [batch])) for batch in (forget, retain)
-            ]
-            values = torch.stack(
-                [measure_features(pair, self.statistic)[0] for pair in pairs]
-            )  # (2, D)
+            sums = [self.frozen_sums(model, [batch]) for batch in (forget, retain)]
+            parts = [measure_features(map(sum_values, one), self.statistic)[0] for one in sums]
+            values = torch.stack(parts)  # (2, D)
             if self.map_mode == "ema":
                 values = torch.lerp(values, memory.get("ema", values), self.ema_decay)
                 memory["ema"] = values

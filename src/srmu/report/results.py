@@ -54,8 +54,7 @@ def aggregate_columns(entries: Sequence[RunGroup], columns: Columns) -> list[Gro
     found = []
     for entry in entries:
         for folder in entry.runs:
-            if not (folder / "config.yaml").exists():
-                raise SrmuError(f"{folder} has no config.yaml; run `srmu unlearn CONFIG` first")
+            read_config_tree(folder)  # a folder without one is no run
             if not has_results(folder):
                 raise SrmuError(f"{folder} has no results; run `srmu eval {folder}` first")
         both = [read_results(folder) for folder in entry.runs]
@@ -196,6 +195,8 @@ def strip_paths(text: str) -> str:
 
 def read_config_tree(folder: Path) -> dict[str, Any]:
     """The tree of a run's config, as it was written."""
+    if not (folder / "config.yaml").exists():
+        raise SrmuError(f"{folder} has no config.yaml; run `srmu unlearn CONFIG` first")
     return yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
 
 

@@ -154,7 +154,9 @@ def measure_speed(
 
     def loss(forget: Batch, retain: Batch, step: int) -> Terms:
         loss = step_losses(model, batches, place)
-        return Terms({"forget": Mean(loss, torch.ones((), device=loss.device))}, {})
+        return Terms(
+            {"forget": Mean(loss, torch.ones((), dtype=torch.long, device=loss.device))}, {}
+        )
 
     topic = Topic("probe", batches, batches, vocabulary=torch.arange(short.vocab_size))
     options = TrainOptions(learning_rate=1e-6, max_steps=PROBE_STEPS, retain_spike=None)
