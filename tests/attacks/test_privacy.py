@@ -96,6 +96,7 @@ def forms(tokenizer: Any) -> Iterator[bytes]:
     yield b"".join(i.to_bytes(4, "little") for i in ids)
 
 
+@pytest.mark.slow
 def test_no_file_holds_the_canary(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
     monkeypatch.setenv("SRMU_CACHE", str(place / "cache"))

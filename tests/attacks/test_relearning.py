@@ -132,6 +132,7 @@ def test_part_relearning_needs_facts() -> None:
         PartRelearning().run(subject("oracle"), texts(), few, 0)
 
 
+@pytest.mark.slow
 def test_steps_find_what_is_hidden() -> None:
     """Suppressed facts come back step by step, by either kind of weights; none that were never
     learned, and none by texts that say nothing of them."""

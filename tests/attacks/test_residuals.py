@@ -94,6 +94,7 @@ def known(model: Subject) -> Exam:
     return replace(exam(), test=test)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attack", EACH, ids=lambda attack: attack.name)
 @pytest.mark.parametrize("arch", ["llama", "gpt2", "gemma2"])
 def test_leaves_no_trace_and_repeats(attack: Attack, arch: str) -> None:

@@ -229,6 +229,7 @@ def test_what_takes_hours_is_asked_about(
     assert "long" in attack_run(run, sources=sources(place))["attacks"]
 
 
+@pytest.mark.slow
 def test_two_models_at_inference_are_attacked_together(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -276,6 +277,7 @@ def test_nothing_forgotten_is_no_recovery() -> None:
     assert found["value"] == 0.5
 
 
+@pytest.mark.slow
 def test_halves(run: Run, place: Path) -> None:
     config = run.config
 
@@ -353,6 +355,7 @@ def test_a_subject_is_as_before() -> None:
             pass
 
 
+@pytest.mark.slow
 def test_a_killed_suite_ends_with_the_same_report(run: Run, place: Path) -> None:
     """What was found before the kill is not looked for again."""
     words = [sys.executable, "-m", "srmu", "attack", str(run.folder), "--tasks", "hazard"]

@@ -594,6 +594,7 @@ def test_exit_codes(
 # --- in a process of its own
 
 
+@pytest.mark.slow
 def test_a_process_answers_bad_input_in_one_line(
     workplace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -604,6 +605,7 @@ def test_a_process_answers_bad_input_in_one_line(
     refused(outside, ["unlern"], "did you mean unlearn?")
 
 
+@pytest.mark.slow
 def test_a_process_prints_json_alone(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(workplace)
     answer = outside("unlearn", *sources(), *QUICK, "--json")

@@ -38,6 +38,7 @@ def test_attack_and_compare(call: Call, tmp_path: Path) -> None:
     assert rows[0]["method"] == "graddiff" and rows[0]["residual"]["n"] == 40
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

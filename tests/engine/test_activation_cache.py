@@ -693,6 +693,7 @@ def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["rmu", "srmu", "adaptive_rmu"])
 def test_a_run_is_the_same_with_any_cache(method: str, workplace: Path) -> None:
     """Nothing, memory, cold files, warm files: one result, under one id."""
@@ -719,6 +720,7 @@ def test_a_run_is_the_same_with_any_cache(method: str, workplace: Path) -> None:
     assert logs[1:] == logs[:1] * 3
 
 
+@pytest.mark.slow
 def test_trials_share_a_folder_and_others_do_not(workplace: Path) -> None:
     """Strength, rate and seed of the direction change no activation; layers, data and dtype do."""
 
@@ -790,6 +792,7 @@ CHANGES: dict[str, Change] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_model_changed_in_place_is_another_model(change: str, workplace: Path) -> None:
     """The same config after the change equals a run that kept nothing."""
@@ -859,6 +862,7 @@ def test_wrong_activations_are_noticed_at_the_first_step(
     unlearn_config(config(workplace, "runs1", "cache=none"))
 
 
+@pytest.mark.slow
 def test_damaged_files_change_no_result(workplace: Path) -> None:
     """A run whose cache was damaged on disk since: what is wrong is computed anew."""
     expected = tensors(unlearn_config(config(workplace, "runs0")))

@@ -191,6 +191,7 @@ def all_ways(
 # --- RMU against the loop ------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_every_way_of_running_equals_two_whole_models(
@@ -212,6 +213,7 @@ def test_every_way_of_running_equals_two_whole_models(
         same(result, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arch", "stored", "asked"),
     [

@@ -79,6 +79,7 @@ def apart(run: Run, other: Run, base: Path) -> float:
     return sum(a**2 for a, _ in pairs) ** 0.5 / sum(b**2 for _, b in pairs) ** 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "kind"), [(c, k) for c in CASES for k in KINDS if k == "plain" or c not in WHOLE]
 )
@@ -98,6 +99,7 @@ def test_two_processes_do_what_one_does(
     assert one.record["topics"].keys() == two.record["topics"].keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["srmu", "undial"])  # without clipping: norms are summed by rank
 def test_sharded_weights_end_with_the_bits_of_whole_ones(
     folder: Path, made: dict[str, Any], case: str
@@ -107,6 +109,7 @@ def test_sharded_weights_end_with_the_bits_of_whole_ones(
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_process_goes_on_where_two_were_killed(
     folder: Path, made: dict[str, Any], kind: str, monkeypatch: pytest.MonkeyPatch
@@ -126,6 +129,7 @@ def test_one_process_goes_on_where_two_were_killed(
     assert apart(made["npo"], run, folder / "model") < DELTA_SHARE
 
 
+@pytest.mark.slow
 def test_the_error_of_one_rank_is_named_and_ends_all(folder: Path) -> None:
     failed = launch(WORKER, str(folder), "failed", "plain", "--fail", "srmu")
     assert failed.returncode != 0
@@ -133,6 +137,7 @@ def test_the_error_of_one_rank_is_named_and_ends_all(folder: Path) -> None:
     assert not (folder / "failed").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "why"),
     [
@@ -150,6 +155,7 @@ def test_what_several_processes_would_all_write_is_refused(
     assert answer.code == 2 and why in answer.err
 
 
+@pytest.mark.slow
 def test_a_mistake_is_said_once(folder: Path) -> None:
     words = ["unlearn", "--model", str(folder / "model"), "--forget", str(folder / "no.jsonl")]
     failed = launch("-m", "srmu", *words, "--retain", str(folder / "retain.jsonl"))
@@ -158,6 +164,7 @@ def test_a_mistake_is_said_once(folder: Path) -> None:
     assert "no.jsonl" in failed.stderr
 
 
+@pytest.mark.slow
 def test_the_command_line_speaks_once(folder: Path, tmp_path: Path) -> None:
     words = ["unlearn", "--model", str(folder / "model"), "--shard", "--json"]
     for role in ("forget", "retain"):
@@ -185,6 +192,7 @@ def asked(run: Path, verb: str, *words: str) -> list[str]:
     return [verb, str(run), *words, "--tasks", "hazard", "--tasks-dir", str(place / "tasks")]
 
 
+@pytest.mark.slow
 def test_two_processes_score_what_one_does(
     attacked: Path, call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -197,6 +205,7 @@ def test_two_processes_score_what_one_does(
     assert alone["before"]["hazard/acc"] != alone["after"]["hazard/acc"]
 
 
+@pytest.mark.slow
 def test_two_processes_ask_a_suite_as_one_does(
     attacked: Path, call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -215,6 +224,7 @@ def test_two_processes_ask_a_suite_as_one_does(
     assert alone["after"]["whp/completion_familiarity"]["n"] == 70
 
 
+@pytest.mark.slow
 def test_two_processes_attack_as_one_does(
     attacked: Path, call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -232,6 +242,7 @@ def test_two_processes_attack_as_one_does(
     assert len([*(tmp_path / "two" / "attacks").iterdir()]) > len(ATTACKS.split(","))
 
 
+@pytest.mark.slow
 def test_what_fails_on_one_rank_ends_all(attacked: Path, tmp_path: Path) -> None:
     """One rank's attacks meet a cache that cannot be read; the others have done theirs."""
     script = tmp_path / "attack.py"
@@ -311,6 +322,7 @@ def test_alone_it_is_all_of_them(monkeypatch: pytest.MonkeyPatch, launched: bool
     distributed.leave_group()
 
 
+@pytest.mark.slow
 def test_what_cannot_be_spread_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SrmuError, match="--shard cuts the weights over several processes"):
         check_ranks(config(folder, "r", "srmu"), shard=True)
@@ -329,6 +341,7 @@ def test_what_cannot_be_spread_is_refused(folder: Path, monkeypatch: pytest.Monk
         check_ranks(config(folder, "r", WHOLE[0]), shard=True)
 
 
+@pytest.mark.slow
 def test_one_process_cannot_shard(folder: Path, call: Call) -> None:
     words = ["unlearn", "--model", str(folder / "model"), "--shard"]
     for role in ("forget", "retain"):
@@ -337,6 +350,7 @@ def test_one_process_cannot_shard(folder: Path, call: Call) -> None:
     assert answer.code == 2 and "torchrun --nproc-per-node 2 -m srmu unlearn" in answer.err
 
 
+@pytest.mark.slow
 def test_layers_left_on_disk_change_nothing(folder: Path, made: dict[str, Any]) -> None:
     for case in ("srmu", "adaptive_rmu"):
         wanted = config(folder, "offloaded", case).model_copy(update={"cache": "none"})

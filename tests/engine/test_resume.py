@@ -111,6 +111,7 @@ def losses(run: Run) -> list[Any]:
     return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_resumed_equals_uninterrupted(workplace: Path, case: str) -> None:
     name = case.replace(" ", "-")
@@ -162,6 +163,7 @@ def spoil(folder: Path, how: str) -> None:
         (folder / NUMBERS).write_text(json.dumps(mark))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "how", ["a byte is another", "cut short", "no marker", "half a marker", "of other texts"]
 )
@@ -305,6 +307,7 @@ def killed_run(workplace: Path, tmp_path: Path, kills: int) -> tuple[Run, Run, i
     return whole, again, survived
 
 
+@pytest.mark.slow
 def test_real_processes_killed_at_random_moments(workplace: Path, tmp_path: Path) -> None:
     whole, again, survived = killed_run(workplace, tmp_path, 3)
     assert survived >= 1

@@ -56,6 +56,7 @@ def way(folder: Path, name: str, **options: Any) -> BenchmarkOptions:
     return BenchmarkOptions(name, **(given | options))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", benchmarks.BENCHMARKS)
 def test_original_unlearned_and_oracle_come_out_in_order(
     folder: Path, run: Path, name: str
@@ -217,6 +218,7 @@ def test_cells() -> None:
     assert scoring.format_metric(column, {"tofu/model_utility": {"value": 0.51234}}) == "51.2"
 
 
+@pytest.mark.slow
 def test_columns_and_axes_are_measured(folder: Path) -> None:
     for name, suite in benchmarks.BENCHMARKS.items():
         found = score_benchmark(str(folder / "model"), way(folder, name))["after"]

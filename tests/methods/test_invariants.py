@@ -181,6 +181,7 @@ def test_rmu_equals_the_naive_loop(arch: str, tmp_path: Any) -> None:
     moved(got, arch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_srmu_equals_the_naive_loop(arch: str, tmp_path: Any) -> None:
     method = SRMU(layer=LAYER, kappa=1.5, alpha=7.0)
@@ -269,6 +270,7 @@ VARIANTS: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arch", "variant"),
     [

@@ -110,6 +110,7 @@ def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 # --- the contract --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @each_variant
 def test_only_the_declared_tensors_change(method: Method) -> None:
     """All others are bitwise what they were. The run repeats itself bit for bit, and the model
@@ -131,6 +132,7 @@ def test_only_the_declared_tensors_change(method: Method) -> None:
     assert again == logged
 
 
+@pytest.mark.slow
 @each_variant
 def test_step_0_in_closed_form(method: Any) -> None:
     """Retain loss 0 with zero gradient; forget gradient 2(h - T) / (counted elements)."""
@@ -155,6 +157,7 @@ def test_step_0_in_closed_form(method: Any) -> None:
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6 * float(other.abs().max()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [m for m in variants() if m.anchors == "none"], ids=label)
 def test_padding_changes_nothing(method: Any) -> None:
     """Eight more columns of padding give the same losses (anchor rows are as long as the batch)."""

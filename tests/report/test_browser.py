@@ -68,6 +68,7 @@ def shown(page: Any, selector: str) -> int:
     return page.locator(f"{selector}:visible").count()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["runs", "sweep", "again"])
 def test_every_figure_draws(visit: Any, pages: dict[str, Path], name: str) -> None:
     assert pages[name].stat().st_size < 6_000_000
@@ -81,6 +82,7 @@ def test_every_figure_draws(visit: Any, pages: dict[str, Path], name: str) -> No
         assert len(figure.get_attribute("aria-label")) > 30
 
 
+@pytest.mark.slow
 def test_a_click_hides_a_method_everywhere_and_another_shows_it(visit: Any) -> None:
     page = visit("runs")
     marks = page.locator(".plot").first.locator(".points path")
@@ -101,6 +103,7 @@ def test_a_click_hides_a_method_everywhere_and_another_shows_it(visit: Any) -> N
     assert (marks.count(), rows.count()) == (3, 3)
 
 
+@pytest.mark.slow
 def test_a_trial_behind_the_front_can_be_hidden(visit: Any) -> None:
     page = visit("sweep")
     marks = page.locator(".plot").first.locator(".points path")
@@ -109,6 +112,7 @@ def test_a_trial_behind_the_front_can_be_hidden(visit: Any) -> None:
     assert 0 < marks.count() < before
 
 
+@pytest.mark.slow
 def test_a_click_on_a_head_sorts(visit: Any) -> None:
     page = visit("runs")
     head = page.locator("main table").first.locator("th", has_text="hazard")
@@ -123,12 +127,14 @@ def test_a_click_on_a_head_sorts(visit: Any) -> None:
     assert importance.locator("tbody th").first.inner_text() == "191"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["runs", "sweep", "again"])
 def test_a_narrow_screen_does_not_overflow(visit: Any, name: str) -> None:
     page = visit(name, viewport={"width": 390, "height": 844})
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
 
 
+@pytest.mark.slow
 def test_without_scripts_every_table_is_there(visit: Any) -> None:
     page = visit("runs", java_script_enabled=False)
     tables = page.locator("main table")
@@ -142,6 +148,7 @@ def test_without_scripts_every_table_is_there(visit: Any) -> None:
     assert page.locator("noscript .note").is_visible()
 
 
+@pytest.mark.slow
 def test_dark_is_dark_and_paper_is_white(visit: Any) -> None:
     def ground(page: Any) -> str:
         return page.evaluate("getComputedStyle(document.body).backgroundColor")
@@ -154,6 +161,7 @@ def test_dark_is_dark_and_paper_is_white(visit: Any) -> None:
     assert shown(dark, "#filter") == 0
 
 
+@pytest.mark.slow
 def test_the_keyboard_reaches_the_content_first(visit: Any) -> None:
     page = visit("runs")
     page.keyboard.press("Tab")

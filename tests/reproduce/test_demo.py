@@ -28,6 +28,7 @@ def played(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "demo"
 
 
+@pytest.mark.slow
 def test_demo_story(played: Path) -> None:
     entries, report = demo.play_demo(played, seeds=(0,))
     assert [(e.label, e.group, len(e.runs)) for e in entries] == [

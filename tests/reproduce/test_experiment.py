@@ -24,8 +24,8 @@ from srmu.reproduce.experiment import (
 SETTINGS = {
     "SRMU": ["method.name=srmu"],
     "GA": ["method.name=ga"],
-    "Far": ["method.name=rmu", "method.kappa=1000"],
-    "Broken": ["method.name=rmu", "method.kappa=1"],
+    "Far": ["method.name=rmu", "method.coeff=null", "method.kappa=1000"],
+    "Broken": ["method.name=rmu", "method.coeff=null", "method.kappa=1"],
     "Misspelt": ["method.name=rmu", "method.kapa=1"],
 }
 

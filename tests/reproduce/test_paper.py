@@ -101,6 +101,7 @@ def records(out: Path, **wanted: Any) -> list[dict[str, Any]]:
     ]
 
 
+@pytest.mark.slow
 def test_tables_stand_beside_the_papers(again: Any) -> None:
     found, out, _, _ = again
     low = table(found, "table2")

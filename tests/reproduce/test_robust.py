@@ -103,6 +103,7 @@ def folders(out: Path) -> list[Path]:
     return sorted(out.glob("closed/matched-0.03-standard/*-srmu"))
 
 
+@pytest.mark.slow
 def test_a_row_holds_what_the_files_say(small: Any, found: dict[str, Any]) -> None:
     runs = folders(small[0])
     assert len(runs) == 2
@@ -192,6 +193,7 @@ def test_another_attack_is_made_up_for(small: Any, found: dict[str, Any], monkey
     assert robust.frontier_needs(this)[0]["runs"] == 2
 
 
+@pytest.mark.slow
 def test_interrupted_it_goes_on(small: Any, found: dict[str, Any], monkeypatch: Any) -> None:
     out, made = small
     this = asked(out, kind="ablations")
@@ -375,7 +377,7 @@ def test_without_retain_texts_a_run_serves_each_regime(tmp_path: Path) -> None:
         2, 1,
     ]  # fmt: skip
     assert {job.config.parent for job in jobs.values()} == {bed}
-    assert plan.measurement("closed").budget == 0.05
+    assert plan.budget == 0.05
 
 
 @pytest.mark.parametrize("world", ["closed", "open"])

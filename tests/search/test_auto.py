@@ -85,6 +85,7 @@ def answer(place: Path, out: str = "auto") -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_every_choice_is_explained(place: Path) -> None:
     found = answer(place)
     steps = [choice["step"] for choice in found["choices"]]
@@ -135,6 +136,7 @@ def test_again_does_nothing(inside: None, call: Call, place: Path) -> None:
     assert json.loads(printed.out) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop_at", ["layers", "strengths"])
 def test_killed_and_continued_it_chooses_the_same(
     place: Path, monkeypatch: pytest.MonkeyPatch, stop_at: str
@@ -272,6 +274,7 @@ def robust_search(place: Path) -> tuple[dict[str, Any], list[str]]:
     return found, said
 
 
+@pytest.mark.slow
 def test_robust_swaps_names(place: Path, robust_search: Any) -> None:
     """Each trial keeps with another weight; the layer has no part in it."""
     found, said = robust_search

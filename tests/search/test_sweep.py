@@ -93,6 +93,7 @@ def study_of(
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_resumed_sampler_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
     """After more trials were asked for, after Ctrl-C in the middle of one, after kill -9."""
 
@@ -151,6 +152,7 @@ def test_the_front_of_nsga2_is_not_dominated(tmp_path: Path) -> None:
 # --- workers
 
 
+@pytest.mark.slow
 def test_a_killed_worker_loses_nothing(tmp_path: Path) -> None:
     script = Path(__file__).parents[1] / "helpers" / "sweep_worker.py"
     study = join(str(tmp_path / FILE))
@@ -525,6 +527,7 @@ def test_a_study_of_an_earlier_srmu(tmp_path: Path) -> None:
         study_of(tmp_path, 1, RandomSampler())
 
 
+@pytest.mark.slow
 def test_a_sweep_from_file_to_table(
     tmp_path: Path, call: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,6 +23,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow
 def test_a_killed_worker_loses_nothing(tmp_path: Path) -> None:
     def started() -> set[str]:
         return {path.name for path in tmp_path.glob("started-*")}
@@ -67,6 +68,7 @@ def test_a_killed_worker_loses_nothing(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["password", "port"])
 def test_a_server_out_of_reach_is_one_line(part: str) -> None:
     changed = {"password": "s3cret"} | ({"port": 1} if part == "port" else {})

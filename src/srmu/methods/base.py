@@ -35,7 +35,7 @@ CHANGING = ("tensors", "numbers", "memory")  # the parts of a state that a loss 
 COUNT = (1, 1 << 30)
 SHARE = (0, 1)
 PART = RATE = (1e-12, 1)  # above 0
-WEIGHT = (0, 1e30)
+WEIGHT = (0, 1e300)
 
 Level = Literal["logit", "neuron", "representation", "weights"]
 
@@ -121,7 +121,7 @@ class Method(ABC):
             value = getattr(self, name)
             if value is None or low <= value <= high:
                 continue
-            room = f"at least {low:g}" if high == COUNT[1] else f"from {low:g} to {high:g}"
+            room = f"from {low:g} to {high:g}" if high < COUNT[1] else f"at least {low:g}"
             if 0 < low <= RATE[0]:
                 room = f"above 0 and at most {high:g}"
             raise SrmuError(f"method.{name}={value}: expected a number {room}")
