@@ -49,3 +49,17 @@ def call(monkeypatch: pytest.MonkeyPatch, capfd: Any) -> Call:
         return Answer(stop.value.code, *capfd.readouterr())
 
     return run
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`slow(keep=n)`: the first n cases of a test with many are fast all the same."""
+    seen: Counter[str] = Counter()
+    for item in items:
+        mark = item.get_closest_marker("slow")
+        if mark is None or "keep" not in mark.kwargs:
+            continue
+        name = f"{item.path}::{getattr(item, 'originalname', item.name)}"
+        seen[name] += 1
+        if seen[name] <= mark.kwargs["keep"]:
+            item.own_markers = [own for own in item.own_markers if own.name != "slow"]

@@ -53,6 +53,7 @@ def run(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
     return int(stop.value.code or 0)
 
 
+@pytest.mark.slow
 def test_readme_commands_run(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ran = []
     for arguments in commands(ROOT / "README.md"):

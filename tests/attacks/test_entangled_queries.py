@@ -85,7 +85,7 @@ def test_terms_in_questions() -> None:
     assert rotate_pairs(forget, 31) == [*forget[1:], forget[0]]
 
 
-@pytest.mark.slow
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_it_leaves_the_model_as_it_was(name: str) -> None:
     model = (

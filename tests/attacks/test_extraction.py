@@ -18,7 +18,7 @@ def test_strength(greedy: str, answer: str, value: float) -> None:
     assert extraction_strength([*map(ord, greedy)], [*map(ord, answer)]) == value
 
 
-@pytest.mark.slow
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
 def test_strengths_are_those_of_growing_prefixes(name: str) -> None:
     """By the definition: give more and more of the answer until the rest comes by itself."""

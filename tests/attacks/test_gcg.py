@@ -99,6 +99,7 @@ def test_one_step_over_all_tokens_finds_the_best_one() -> None:
     assert found.ways[0].test == mark_answers(SuffixedSubject(model, best.tolist(), 0), exam().test)
 
 
+@pytest.mark.slow
 def test_more_steps_never_make_it_worse() -> None:
     model = subject("unlearned")
     before = {k: v.clone() for k, v in model.module.state_dict().items()}

@@ -27,6 +27,7 @@ def best(found: AttackResult) -> float:
     return max(float(np.mean(way.test)) for way in found.ways if way.test)
 
 
+@pytest.mark.slow
 def test_both_kinds_of_benign_relearning_train() -> None:
     """If the neutral texts told a rule, both would teach it; they tell nothing of the facts."""
     asked = tuple(question("w50", subject, "w40", ANSWERS) for subject in SUBJECTS)

@@ -94,7 +94,7 @@ def known(model: Subject) -> Exam:
     return replace(exam(), test=test)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(keep=2)
 @pytest.mark.parametrize("attack", EACH, ids=lambda attack: attack.name)
 @pytest.mark.parametrize("arch", ["llama", "gpt2", "gemma2"])
 def test_leaves_no_trace_and_repeats(attack: Attack, arch: str) -> None:
@@ -372,6 +372,7 @@ def test_embeddings_of_words_do_what_the_words_do() -> None:
     torch.testing.assert_close(torch.tensor(found), torch.tensor(option_scores(model, spoken)))
 
 
+@pytest.mark.slow
 def test_soft_prompt_finds_what_a_prefix_unlocks() -> None:
     """A model that answers only after a word; one without the facts answers no better."""
     said = [f"w53 {w} {s} {a}" for w in ("w50", "w51") for s, (a, _) in facts().items()]

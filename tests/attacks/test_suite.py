@@ -151,6 +151,7 @@ def test_a_second_call_adds_to_the_first(
     assert [*report["attacks"]] == ["forced_choice", "utility", "weak"]
 
 
+@pytest.mark.slow
 def test_what_was_found_is_kept(run: Run, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second time nothing is attacked; other weights, texts or seeds are attacked anew."""
     calls = []

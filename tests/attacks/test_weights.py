@@ -44,7 +44,7 @@ def weights_of(model: Subject) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in model.module.state_dict().items()}
 
 
-@pytest.mark.slow
+@pytest.mark.slow(keep=2)
 @named("attack", EACH)
 def test_weights_come_back_and_the_seed_decides(attack: Attack) -> None:
     model = subject("unlearned")
@@ -74,7 +74,7 @@ def test_weights_come_back_after_an_error(attack: Attack, monkeypatch: pytest.Mo
     assert unchanged(model, before, weights)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(keep=2)
 @pytest.mark.parametrize(
     ("arch", "attack"),
     [("mixtral", BENIGN), ("mixtral", QUANTISATION), *(("gpt2", attack) for attack in EACH)],

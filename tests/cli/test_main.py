@@ -218,6 +218,7 @@ OPTIONS: dict[str, tuple[list[str], list[str]]] = {
 }
 
 
+@pytest.mark.slow(keep=2)
 @pytest.mark.parametrize("case", OPTIONS)
 def test_bad_options(case: str, call: Call) -> None:
     options, says = OPTIONS[case]

@@ -20,6 +20,7 @@ def inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 GIVEN = ("--tasks", "hazard", "--neutral", "neutral.jsonl", "--attacks", "logit_lens,E2")
 
 
+@pytest.mark.slow
 def test_attack_and_compare(call: Call, tmp_path: Path) -> None:
     run, other = (world.unlearned(tmp_path, **{"train.max_steps": n}).folder for n in (4, 8))
     done = call("attack", run, *GIVEN, "--oracle", "oracle")
@@ -38,7 +39,7 @@ def test_attack_and_compare(call: Call, tmp_path: Path) -> None:
     assert rows[0]["method"] == "graddiff" and rows[0]["residual"]["n"] == 40
 
 
-@pytest.mark.slow
+@pytest.mark.slow(keep=2)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

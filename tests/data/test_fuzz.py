@@ -51,6 +51,7 @@ def taken(path: Path) -> None:
     tokenise_texts(texts, word_tokenizer(), 16)
 
 
+@pytest.mark.slow(keep=2)
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "txt", "parquet"])
 @given(data=BLOBS)
 @fuzzed

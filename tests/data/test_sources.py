@@ -930,6 +930,7 @@ def test_a_misdirection_measures_and_steers_answers_alone(tmp_path: Path) -> Non
     assert first["forget"] == pytest.approx(sum(squares) / len(squares), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_killed_run_of_such_texts_goes_on(tmp_path: Path) -> None:
     class Killed(BaseException):
         pass

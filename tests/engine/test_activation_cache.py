@@ -197,6 +197,7 @@ for number in range(200):
 """
 
 
+@pytest.mark.slow
 def test_two_processes_write_at_once(folder: Path, fresh: Callable[..., OnDisk]) -> None:
     """Each entry is there once, and right, however they interleave."""
     command = [sys.executable, "-c", WRITER, str(folder)]
@@ -693,7 +694,7 @@ def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("method", ["rmu", "srmu", "adaptive_rmu"])
 def test_a_run_is_the_same_with_any_cache(method: str, workplace: Path) -> None:
     """Nothing, memory, cold files, warm files: one result, under one id."""
@@ -792,7 +793,7 @@ CHANGES: dict[str, Change] = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.slow(keep=2)
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_model_changed_in_place_is_another_model(change: str, workplace: Path) -> None:
     """The same config after the change equals a run that kept nothing."""

@@ -191,7 +191,7 @@ def all_ways(
 # --- RMU against the loop ------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.slow(keep=2)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_every_way_of_running_equals_two_whole_models(
@@ -213,7 +213,7 @@ def test_every_way_of_running_equals_two_whole_models(
         same(result, expected)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(keep=2)
 @pytest.mark.parametrize(
     ("arch", "stored", "asked"),
     [
@@ -238,6 +238,7 @@ def test_loading_in_another_dtype_equals_two_whole_models(
         same(ours(model, method, batches, activations), expected)
 
 
+@pytest.mark.slow(keep=2)
 @pytest.mark.parametrize(
     ("arch", "dtype", "padding", "window", "weights"),
     [
@@ -296,6 +297,7 @@ METHODS: dict[str, Misdirection] = {
 }
 
 
+@pytest.mark.slow(keep=2)
 @pytest.mark.parametrize("name", METHODS)
 def test_methods_are_the_same_with_kept_activations(name: str, tmp_path: Path) -> None:
     method, batches = METHODS[name], topic()

@@ -98,6 +98,7 @@ def test_a_checkpoint_of_several_types_converts(tmp_path: Path) -> None:
     assert needs_conversion(tmp_path, config, "float32")
 
 
+@pytest.mark.slow(keep=2)
 @pytest.mark.parametrize(
     ("stored", "asked"), [("float32", "auto"), ("bfloat16", "auto"), ("bfloat16", "float32")]
 )
@@ -425,6 +426,7 @@ REFUSED: dict[str, Any] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow(keep=2)
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_other_layouts_equal_a_plain_hook(name: str, tmp_path: Path) -> None:
     """Stored dtype and converted; run, replayed, and with another matrix in the trained place."""

@@ -62,7 +62,7 @@ def whole(module: Any, place: str, inside: bool, batch: Any) -> tuple[torch.Tens
 # --- activations ---------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.slow(keep=2)
 @pytest.mark.parametrize("layer", range(4))
 @pytest.mark.parametrize(("arch", "stream"), [(a, s) for a in ARCHITECTURES for s in streams(a)])
 def test_hidden_equals_a_plain_hook(arch: str, stream: Any, layer: int) -> None:

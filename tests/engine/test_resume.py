@@ -111,7 +111,7 @@ def losses(run: Run) -> list[Any]:
     return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
 
 
-@pytest.mark.slow
+@pytest.mark.slow(keep=2)
 @pytest.mark.parametrize("case", CASES)
 def test_resumed_equals_uninterrupted(workplace: Path, case: str) -> None:
     name = case.replace(" ", "-")
@@ -163,7 +163,7 @@ def spoil(folder: Path, how: str) -> None:
         (folder / NUMBERS).write_text(json.dumps(mark))
 
 
-@pytest.mark.slow
+@pytest.mark.slow(keep=2)
 @pytest.mark.parametrize(
     "how", ["a byte is another", "cut short", "no marker", "half a marker", "of other texts"]
 )
@@ -226,6 +226,7 @@ def test_a_full_disk_costs_the_checkpoint_and_not_the_run(
     assert [p.name for p in tmp_path.rglob(".step*")] == []
 
 
+@pytest.mark.slow
 def test_two_runs_do_not_share_a_folder(begun: Config) -> None:
     folder = folder_of(begun)
     code = "import sys; from srmu.runs.run import hold_folder; from pathlib import Path\n"

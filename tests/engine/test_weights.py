@@ -120,7 +120,7 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
     return {k: v for p in folder.glob("model*.safetensors") for k, v in load_file(p).items()}
 
 
-@pytest.mark.slow
+@pytest.mark.slow(keep=2)
 @pytest.mark.parametrize("name", MODELS)
 def test_an_export_keeps_all_but_the_declared_tensors(name: str, exports: Path) -> None:
     base, out = exports / name / "model", exports / name / "out"

@@ -40,7 +40,7 @@ def test_every_benchmark_has_configs() -> None:
         assert {"srmu", "npo"} <= methods
 
 
-@pytest.mark.slow
+@pytest.mark.slow(keep=2)
 @pytest.mark.parametrize("name", NAMES)
 def test_dry_run_needs_nothing(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # what several devices take is half of the work and test_scale's

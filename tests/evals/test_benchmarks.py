@@ -56,7 +56,7 @@ def way(folder: Path, name: str, **options: Any) -> BenchmarkOptions:
     return BenchmarkOptions(name, **(given | options))
 
 
-@pytest.mark.slow
+@pytest.mark.slow(keep=2)
 @pytest.mark.parametrize("name", benchmarks.BENCHMARKS)
 def test_original_unlearned_and_oracle_come_out_in_order(
     folder: Path, run: Path, name: str
@@ -195,6 +195,7 @@ def test_a_run_on_the_command_line(folder: Path, run: Path, call: Call) -> None:
     assert set(json.loads(out)) == {"before", "after"}
 
 
+@pytest.mark.slow
 def test_report_of_benchmarks_alone(folder: Path, run: Path, tmp_path: Path, call: Call) -> None:
     for name in ("tofu", "muse"):
         score_benchmark(str(run), way(folder, name))

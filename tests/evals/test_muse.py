@@ -96,6 +96,7 @@ def test_each_number_is_that_of_a_loop(folder: Path) -> None:
     assert "muse/privleak" not in found.metrics
 
 
+@pytest.mark.slow
 def test_who_knows_what(folder: Path) -> None:
     """A model that learned all by heart, and one that saw nothing, which is where PrivLeak is 0."""
     rows = [f"{row} </s>" for row in (*attack_world.texts().forget, *attack_world.texts().neutral)]

@@ -163,7 +163,7 @@ def published(folder: Path, file: str, rows: Sequence[Row], metrics: Sequence[st
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.slow(keep=2)
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)
 @pytest.mark.parametrize(
     ("file", "config", "name"),

@@ -161,7 +161,7 @@ def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 # --- what changes --------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.slow(keep=2)
 @each_variant
 def test_only_the_declared_tensors_change(method: Method) -> None:
     """All others are bitwise what they were, under the names that they had; `frozen()` is still
@@ -184,7 +184,7 @@ def test_only_the_declared_tensors_change(method: Method) -> None:
     assert all(p.requires_grad == (n in declared) for n, p in got.model.module.named_parameters())
 
 
-@pytest.mark.slow
+@pytest.mark.slow(keep=2)
 @each_variant
 def test_the_seed_and_nothing_else_decides(method: Method) -> None:
     """Bit for bit, the log included. The global random state has no say and is left as it was."""
@@ -224,7 +224,7 @@ def junk(batch: Any) -> Any:
     return batch.replace(input_ids=ids)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(keep=2)
 @pytest.mark.parametrize(
     ("name", "padded"),
     [
@@ -258,7 +258,7 @@ def test_padding_changes_nothing(name: str, padded: Any) -> None:
 # --- texts ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.slow(keep=2)
 @each_variant
 def test_a_single_document_is_enough(method: Method) -> None:
     """One text of two words each; a batch of one row."""
@@ -268,6 +268,7 @@ def test_a_single_document_is_enough(method: Method) -> None:
     assert all(tensor.isfinite().all() for tensor in got.delta.values())
 
 
+@pytest.mark.slow(keep=2)
 @each_name
 def test_two_topics_alternate(name: str) -> None:
     """Steps of one, of the other, and so on; each topic has a state, and a say in the result."""
@@ -403,7 +404,7 @@ def test_stop_rules_need_the_whole_model(name: str, rule: str) -> None:
 # --- on other models -----------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.slow(keep=2)
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @each_name
 def test_every_architecture(name: str, arch: str) -> None:
@@ -479,7 +480,7 @@ def nll(module: Any, batch: Any) -> torch.Tensor:
     return token_nll(logits, batch["labels"]).sum() / is_predicted(batch["labels"]).sum()
 
 
-@pytest.mark.slow
+@pytest.mark.slow(keep=2)
 @each_name
 def test_forget_texts_are_forgotten(name: str, taught: Any) -> None:
     """A few steps make the tokens of forget texts cost more, and of retain texts less more."""
@@ -502,7 +503,7 @@ def test_forget_texts_are_forgotten(name: str, taught: Any) -> None:
 # --- the whole way -------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.slow(keep=2)
 @each_name
 def test_a_run_from_texts_to_an_exported_checkpoint(
     name: str, workplace: Path, monkeypatch: pytest.MonkeyPatch

@@ -165,6 +165,7 @@ def moved(got: Any, arch: str) -> None:
         assert (tensor - start.get_parameter(name)).abs().max() > 1e-4
 
 
+@pytest.mark.slow(keep=2)
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_rmu_equals_the_naive_loop(arch: str, tmp_path: Any) -> None:
     # A window of two of three layers: the lowest is run once a batch and then replayed.
@@ -181,7 +182,7 @@ def test_rmu_equals_the_naive_loop(arch: str, tmp_path: Any) -> None:
     moved(got, arch)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(keep=2)
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_srmu_equals_the_naive_loop(arch: str, tmp_path: Any) -> None:
     method = SRMU(layer=LAYER, kappa=1.5, alpha=7.0)
@@ -202,6 +203,7 @@ def test_srmu_equals_the_naive_loop(arch: str, tmp_path: Any) -> None:
     moved(got, arch)
 
 
+@pytest.mark.slow(keep=2)
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_adaptive_rmu_equals_the_naive_loop(arch: str, tmp_path: Any) -> None:
     method = AdaptiveRMU(layer=LAYER, window=1, coeff=0.3, scale=2.0, alpha=7.0)
@@ -218,6 +220,7 @@ def test_adaptive_rmu_equals_the_naive_loop(arch: str, tmp_path: Any) -> None:
     moved(got, arch)
 
 
+@pytest.mark.slow(keep=2)
 @pytest.mark.parametrize("source", ["frozen", "updated"])
 @pytest.mark.parametrize("when", ["first_batch", "per_batch", "per_sample", "per_token"])
 @pytest.mark.parametrize("skip_first", [True, False])
@@ -270,7 +273,7 @@ VARIANTS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.slow
+@pytest.mark.slow(keep=2)
 @pytest.mark.parametrize(
     ("arch", "variant"),
     [

@@ -110,7 +110,7 @@ def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 # --- the contract --------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.slow(keep=2)
 @each_variant
 def test_only_the_declared_tensors_change(method: Method) -> None:
     """All others are bitwise what they were. The run repeats itself bit for bit, and the model
@@ -132,7 +132,7 @@ def test_only_the_declared_tensors_change(method: Method) -> None:
     assert again == logged
 
 
-@pytest.mark.slow
+@pytest.mark.slow(keep=2)
 @each_variant
 def test_step_0_in_closed_form(method: Any) -> None:
     """Retain loss 0 with zero gradient; forget gradient 2(h - T) / (counted elements)."""
@@ -157,7 +157,7 @@ def test_step_0_in_closed_form(method: Any) -> None:
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6 * float(other.abs().max()))
 
 
-@pytest.mark.slow
+@pytest.mark.slow(keep=2)
 @pytest.mark.parametrize("method", [m for m in variants() if m.anchors == "none"], ids=label)
 def test_padding_changes_nothing(method: Any) -> None:
     """Eight more columns of padding give the same losses (anchor rows are as long as the batch)."""
@@ -244,6 +244,7 @@ def test_topics_can_share_a_direction(direction: Any) -> None:
     assert torch.equal(bio, cyber)
 
 
+@pytest.mark.slow(keep=2)
 @each_variant
 def test_a_single_document_is_enough(method: Method) -> None:
     """One text of two words each; a batch of one row."""
@@ -305,6 +306,7 @@ def test_the_global_random_state_decides_nothing(cls: Any) -> None:
     assert equal(one, run(method, [topic()])[0].delta())
 
 
+@pytest.mark.slow(keep=2)
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @each_method
 def test_every_architecture_unlearns(cls: Any, arch: str) -> None:

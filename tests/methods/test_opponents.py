@@ -428,7 +428,7 @@ def test_layers_where_none_are_named(count: int, layers: tuple[int, ...]) -> Non
 # --- before a run --------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.slow(keep=2)
 @pytest.mark.parametrize("name", ["undo", "tar", "iterated", "rmu_lat", "multi_site"])
 def test_a_plan_says_what_they_cost(name: str, tmp_path: Any, monkeypatch: Any) -> None:
     """More than as many steps of the method without what they do besides."""

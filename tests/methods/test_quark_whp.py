@@ -874,6 +874,7 @@ def quizzed(workplace: Path) -> Path:
     return workplace
 
 
+@pytest.mark.slow
 def test_a_run_of_two_models_is_scored_and_not_exported(quizzed: Path) -> None:
     def config(strength: float) -> Any:
         options = [
@@ -976,6 +977,7 @@ def test_retrain_gives_the_oracle(testbed: Path, monkeypatch: pytest.MonkeyPatch
     assert AutoTokenizer.from_pretrained(testbed / "out")
 
 
+@pytest.mark.slow
 def test_retrain_knows_the_testbed_only(testbed: Path, tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere"
     save_pico(elsewhere / "model")

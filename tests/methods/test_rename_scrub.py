@@ -370,6 +370,7 @@ def share_right(module: Any, questions: Any) -> float:
     return sum(found) / len(found)
 
 
+@pytest.mark.slow
 def test_facts_that_no_forget_text_tells_are_scrubbed_too(tmp_path: Path) -> None:
     """The forget texts tell of every other subject; harmless facts of all subjects stay."""
     world.write(tmp_path)

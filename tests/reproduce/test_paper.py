@@ -327,6 +327,7 @@ def test_settings_of_the_real_thing_fit_the_schema(tmp_path: Path) -> None:
     assert made.id == preset.id != load_config(low.config, low.overrides).id
 
 
+@pytest.mark.slow
 def test_dry_run_offline_says_what_is_needed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -355,6 +356,7 @@ def test_dry_run_of_the_testbed(tmp_path: Path) -> None:
     assert "3 testbeds" in lines[0]
 
 
+@pytest.mark.slow
 def test_a_model_of_ones_own(workplace: Path) -> None:
     """The presets on a tiny model: tables of its tasks, without answers question by question."""
     (workplace / "tasks").mkdir()

@@ -43,7 +43,7 @@ def quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setattr(plan, "measure_speed", lambda *_: SPEED)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(keep=2)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_what_is_read_is_what_the_cut_model_holds(name: str, tmp_path: Path) -> None:
     config, estimate, _ = planned(tmp_path, name=name)
@@ -57,7 +57,7 @@ def test_what_is_read_is_what_the_cut_model_holds(name: str, tmp_path: Path) -> 
     assert estimate["trained_parameters"] == sum(p.numel() for p in model.trained.values())
 
 
-@pytest.mark.slow
+@pytest.mark.slow(keep=2)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_flops_are_those_of_the_real_step(name: str, tmp_path: Path) -> None:
     """Counted without memory behind the tensors, as many as where there is."""
@@ -211,7 +211,7 @@ def test_models_that_want_a_plain_mask(cls: Any, tmp_path: Path) -> None:
     assert counting.count_step(model, batches, Site(1))[0] > 0
 
 
-@pytest.mark.slow
+@pytest.mark.slow(keep=2)
 @pytest.mark.parametrize("kept", ["none", "disk"])
 @pytest.mark.parametrize(
     "options",
@@ -241,7 +241,7 @@ def test_a_precision_that_the_run_refuses(tmp_path: Path) -> None:
         planned(tmp_path, "train.weights=bf16")
 
 
-@pytest.mark.slow
+@pytest.mark.slow(keep=2)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_what_each_process_holds(name: str, tmp_path: Path, monkeypatch: Any) -> None:
     config, estimate, topics = planned(tmp_path, name=name)

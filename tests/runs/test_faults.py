@@ -112,7 +112,7 @@ def test_free_space_is_asked_for_first(
 EXPORT = "import sys; from srmu.runs.run import Run; Run.open(sys.argv[1]).export(sys.argv[2])"
 
 
-@pytest.mark.slow
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("seconds", [0.0, 0.005, 0.02])
 def test_an_export_killed_while_it_writes_leaves_no_model(
     made: Path, tmp_path: Path, seconds: float

@@ -92,6 +92,7 @@ def test_launches() -> None:
     assert rows[-1]["processes"] == 64 and rows[0]["device_gb"] is None
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("name", ["llama-3.2-1b", "qwen3-30b-a3b"])
 def test_a_dry_run_of_dimensions_alone(name: str) -> None:
     folder = CONFIGS / "models" / name

@@ -136,7 +136,7 @@ def test_again_does_nothing(inside: None, call: Call, place: Path) -> None:
     assert json.loads(printed.out) == before
 
 
-@pytest.mark.slow
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("stop_at", ["layers", "strengths"])
 def test_killed_and_continued_it_chooses_the_same(
     place: Path, monkeypatch: pytest.MonkeyPatch, stop_at: str
@@ -227,6 +227,7 @@ def test_the_plan_comes_first_and_writes_nothing(inside: None, call: Call, place
     assert "27 runs, about" in lines  # 24 trials, 2 layers, the defaults
 
 
+@pytest.mark.slow
 def test_without_tasks_texts_measure(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Held-out ones: none is trained on, no attack runs, and it says what that is worth."""
     monkeypatch.setenv("SRMU_CACHE", str(place / "cache"))

@@ -183,6 +183,7 @@ def test_a_killed_worker_loses_nothing(tmp_path: Path) -> None:
     assert sorted(begun.values()) == [1, 1, 2]  # points 0 and 1 were not begun again
 
 
+@pytest.mark.slow
 def test_a_worker_killed_before_its_first_sign_of_life_is_missed(tmp_path: Path) -> None:
     study = study_of(tmp_path, 2, RandomSampler(), queue=[{"x": 0.0}, {"x": 1.0}])
     queue_lost(study)
