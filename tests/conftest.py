@@ -3,6 +3,7 @@
 import os
 import socket
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
