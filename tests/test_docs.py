@@ -71,6 +71,7 @@ def test_readme_commands_run(place: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
 
 
+@pytest.mark.slow
 def test_readme_python_runs(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (code,) = blocks(ROOT / "README.md", "python")
     exec(compile(code, "README.md", "exec"), {})
@@ -88,6 +89,7 @@ def test_contributing_method_runs(place: Path, monkeypatch: pytest.MonkeyPatch) 
     assert list((place / "runs").glob("*-gaussian_rmu/delta.safetensors"))
 
 
+@pytest.mark.slow(keep=2)
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_commands_exist(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for arguments in commands(page):

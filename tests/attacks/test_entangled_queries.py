@@ -54,6 +54,7 @@ def test_a_model_that_knows_all_is_not_confused() -> None:
         assert number.n == 30
 
 
+@pytest.mark.slow
 def test_a_trigger_shows() -> None:
     found = EntangledQueries().run(rule_subject(WORDS, triggered), NONE, EXAM, 0)
     assert found.metrics["utility alone"].value == 1

@@ -83,6 +83,7 @@ def test_swaps_change_one_token_to_a_promising_one() -> None:
     assert len(draw_swaps(steep, suffix, allowed, 4, 256, generator)) == 4
 
 
+@pytest.mark.slow
 def test_one_step_over_all_tokens_finds_the_best_one() -> None:
     model = subject("unlearned")
     found = GCG(steps=1, candidates=1000, length=1).run(model, texts(), exam(), 0)
@@ -121,6 +122,7 @@ def test_the_cue_is_what_all_prompts_end_with() -> None:
     assert (before, answer) == ([*plain[:-1], 5, 6, plain[-1]], same)
 
 
+@pytest.mark.slow
 def test_cost_says_minutes_and_bfloat16_runs() -> None:
     model = Subject(pico_module("gemma2", torch.bfloat16), word_tokenizer())
     assert "5,000 forwards" in GCG().cost(model)

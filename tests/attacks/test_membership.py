@@ -48,6 +48,7 @@ def test_identical_sets() -> None:
     assert all(estimate.value == 0.5 for estimate in found.values())
 
 
+@pytest.mark.slow
 def test_privleak_is_muses() -> None:
     """Negative for a model that knows its members, 0 for the oracle, positive for one that avoids
     them."""

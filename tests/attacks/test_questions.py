@@ -43,6 +43,7 @@ def attack(run: Run) -> dict[str, Any]:
     return attack_run(run, names=names, sources=sources)["attacks"]
 
 
+@pytest.mark.slow
 def test_a_task_without_prompts(run: Run) -> None:
     """BLiMP's kind: which of two sentences is likelier."""
     folder = run.folder.parents[1] / "tasks"

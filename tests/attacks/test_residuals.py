@@ -302,6 +302,7 @@ def test_depth_needs_both_other_models(given: dict[str, Any]) -> None:
         run(UnlearningDepth(), model)
 
 
+@pytest.mark.slow
 def test_depth_is_that_of_a_loop_over_questions() -> None:
     """Answers of two tokens: both positions are patched, at one layer at a time."""
     model = subject("unlearned")

@@ -79,6 +79,7 @@ def undone(model: Subject, texts: Any, exam: Exam, seed: int) -> AttackResult:
         return AttackResult((ask_exam(model, exam, "the original's weights"),))
 
 
+@pytest.mark.slow
 def test_what_is_written(run: Run, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     only(monkeypatch)
     report = attack_run(run, sources=sources(place))
@@ -111,6 +112,7 @@ def test_what_is_written(run: Run, place: Path, monkeypatch: pytest.MonkeyPatch)
     assert {row["attack"] for row in attack_table(report)} == {"E0 forced_choice", "E18 utility"}
 
 
+@pytest.mark.slow
 def test_the_strongest_valid_attack_decides(
     run: Run, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -131,6 +133,7 @@ def test_the_strongest_valid_attack_decides(
     assert any("no oracle" in line for line in describe_attacks(report))
 
 
+@pytest.mark.slow
 def test_a_second_call_adds_to_the_first(
     run: Run, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -178,6 +181,7 @@ def test_what_was_found_is_kept(run: Run, place: Path, monkeypatch: pytest.Monke
     assert len(calls) == 10
 
 
+@pytest.mark.slow
 def test_one_that_cannot_run_does_not_stop_the_rest(
     run: Run, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -196,6 +200,7 @@ def test_one_that_cannot_run_does_not_stop_the_rest(
     assert any("does not apply: there is nothing" in row["setting"] for row in attack_table(report))
 
 
+@pytest.mark.slow
 def test_the_setting_is_chosen_on_the_validation_half(
     run: Run, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -211,6 +216,7 @@ def test_the_setting_is_chosen_on_the_validation_half(
     assert entry["settings"]["better on test"] == {"val": 0, "test": 1}
 
 
+@pytest.mark.slow
 def test_what_takes_hours_is_asked_about(
     run: Run, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -304,6 +310,7 @@ def test_halves(run: Run, place: Path) -> None:
         exam(val="nothing")
 
 
+@pytest.mark.slow
 def test_bad_input(run: Run, place: Path) -> None:
     for given, message in (
         (

@@ -25,6 +25,7 @@ def logits(name: str, text: str) -> tuple[torch.Tensor, torch.Tensor]:
         return subject.module(ids).logits[0].log_softmax(-1), ids[0]
 
 
+@pytest.mark.slow
 def test_what_neutral_texts_cost() -> None:
     """Tokens of a text weigh alike, then texts: the bootstrap draws texts."""
     costs, drifts = [], []
@@ -47,12 +48,14 @@ def test_what_neutral_texts_cost() -> None:
     assert "KL of neutral text" not in found("original").metrics
 
 
+@pytest.mark.slow
 def test_answers_to_what_is_kept() -> None:
     (way,) = found("original").ways
     assert (way.setting, way.val, sum(way.test)) == ("harmless", (), 40)
     assert found("original").metrics["accuracy, harmless"].value == 1
 
 
+@pytest.mark.slow
 def test_repetition_of_a_model_that_says_one_word() -> None:
     """A constant continuation repeats all its pairs but the first."""
     module = pico_module()
@@ -65,6 +68,7 @@ def test_repetition_of_a_model_that_says_one_word() -> None:
     assert 0 <= known <= 1
 
 
+@pytest.mark.slow
 def test_few_texts_leave_the_rest() -> None:
     few = replace(world.texts(), neutral=world.texts().neutral[:5])
     metrics = Utility().run(world.subject("unlearned"), few, world.exam(), 0).metrics

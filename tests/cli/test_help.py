@@ -66,6 +66,7 @@ def test_one_option_means_the_same_in_every_verb() -> None:
     assert {"--oracle", "--tasks", "--metrics", "--budget", "--seeds", "--out"} <= set(types)
 
 
+@pytest.mark.slow
 def test_paths_with_spaces_are_quoted(
     call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

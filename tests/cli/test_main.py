@@ -138,6 +138,7 @@ TEXTS: dict[str, tuple[str, bytes | None, list[str]]] = {
 }
 
 
+@pytest.mark.slow(keep=2)
 @pytest.mark.parametrize("case", TEXTS)
 def test_bad_texts(case: str, call: Call) -> None:
     name, content, says = TEXTS[case]
@@ -417,6 +418,7 @@ def test_a_model_that_is_not_finite(tensor: str, says: str, call: Call) -> None:
 # --- what works
 
 
+@pytest.mark.slow
 def test_the_forms_mean_the_same(call: Call, workplace: Path) -> None:
     """Options, a config file, and the library: the same run, bit for bit."""
     answer = call("unlearn", *sources(), *QUICK)
@@ -449,6 +451,7 @@ def test_again(call: Call) -> None:
     assert listing() == before
 
 
+@pytest.mark.slow
 def test_unlearn_and_export_as_json(call: Call) -> None:
     answer = call("unlearn", *sources(), *QUICK, "--out", "out", "--json")
     assert answer.code == 0
@@ -464,6 +467,7 @@ def test_unlearn_and_export_as_json(call: Call) -> None:
     refused(call, ["export", written["run"], "out"], "output folder out is not empty")
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("as_json", [True, False])
 def test_dry_run_writes_nothing(as_json: bool, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     before = listing()
@@ -508,6 +512,7 @@ def test_eval(call: Call, workplace: Path, builtin: None) -> None:
     assert f"next: srmu export {run} OUT" in shown
 
 
+@pytest.mark.slow
 def test_the_cache_is_listed_and_cleared(call: Call, workplace: Path) -> None:
     kept = workplace / "cache" / "activations"
     answer = call("info", "cache", "ls")

@@ -93,6 +93,7 @@ def test_entanglement(call: Call, tmp_path: Path) -> None:
     assert json.loads(answer.out)["numbers"]["entanglement"] == 0
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("name", ["confidence", "sensitivity"])
 def test_analyse(call: Call, tmp_path: Path, name: str) -> None:
     run = world.unlearned(tmp_path).folder
@@ -104,6 +105,7 @@ def test_analyse(call: Call, tmp_path: Path, name: str) -> None:
     assert json.loads(of_model.out)["page"] == f"{name}.html"
 
 
+@pytest.mark.slow
 def test_what_was_attacked_is_in_the_cache(call: Call, tmp_path: Path) -> None:
     call("attack", world.unlearned(tmp_path).folder, *GIVEN)
     assert json.loads(call("info", "cache", "--json").out)["others"]["attacks"] > 0
@@ -111,6 +113,7 @@ def test_what_was_attacked_is_in_the_cache(call: Call, tmp_path: Path) -> None:
     assert json.loads(call("info", "cache", "--json").out)["others"]["attacks"] == 0
 
 
+@pytest.mark.slow
 def test_reach(call: Call, tmp_path: Path) -> None:
     """What a method would change in a model, and what a run changed, are the same tensors."""
     answer = json.loads(call("inspect", "model", "--method", "rmu", "method.layer=2", "--json").out)
@@ -137,6 +140,7 @@ def test_names(call: Call, tmp_path: Path) -> None:
     assert [*listed] == (tmp_path / "names.txt").read_text().split("\n")[:-1]
 
 
+@pytest.mark.slow
 def test_a_run_is_made_again(call: Call, tmp_path: Path) -> None:
     run = world.unlearned(tmp_path).folder
     answer = call("verify", run, "--rerun", "--json")

@@ -147,6 +147,7 @@ def test_a_folder_where_a_file_should_be(tmp_path: Path) -> None:
         read_texts([Source(path=str(tmp_path / "texts.jsonl"))])
 
 
+@pytest.mark.slow
 def test_a_line_of_100_megabytes(tmp_path: Path) -> None:
     """It is a text like another: cut at `max_length` tokens."""
     path = tmp_path / "texts.jsonl"

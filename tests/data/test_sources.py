@@ -876,6 +876,7 @@ def by_hand(rows: list[dict[str, str]]) -> float:
     return sum(losses) / len(losses)
 
 
+@pytest.mark.slow
 def test_a_run_counts_answers_alone(tmp_path: Path) -> None:
     run = unlearn_config(made_of(tmp_path))
     rows = pairs(12, 1, range(30))[1::2]
@@ -909,6 +910,7 @@ def test_predictions_of_a_question_have_no_gradient(tmp_path: Path) -> None:
     assert not moved[:, -1].any()
 
 
+@pytest.mark.slow
 def test_a_misdirection_measures_and_steers_answers_alone(tmp_path: Path) -> None:
     run = unlearn_config(
         made_of(tmp_path, "method={name: srmu, layer: 2, skip_first: false}",
@@ -956,6 +958,7 @@ def test_a_killed_run_of_such_texts_goes_on(tmp_path: Path) -> None:
         assert torch.equal(tensor, resumed.delta[name])
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("weights", [True, False])
 def test_a_dry_run_of_such_texts(weights: bool, tmp_path: Path) -> None:
     """Also of a model of which only the config.json is there, and texts of a hub that is not."""

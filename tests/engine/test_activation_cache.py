@@ -805,6 +805,7 @@ def test_a_model_changed_in_place_is_another_model(change: str, workplace: Path)
     assert not equal(cached, old)
 
 
+@pytest.mark.slow
 def test_texts_changed_in_place_are_other_texts(workplace: Path) -> None:
     unlearn_config(config(workplace, "runs0"))
     path = workplace / "retain.jsonl"
@@ -840,6 +841,7 @@ def poison(kind: str) -> None:
     (folder / "index.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in lines))
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("kind", ["2.resid_post/", "prefix/"])
 def test_wrong_activations_are_noticed_at_the_first_step(
     kind: str, workplace: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
@@ -876,6 +878,7 @@ def test_damaged_files_change_no_result(workplace: Path) -> None:
             )
 
 
+@pytest.mark.slow
 def test_a_run_without_a_place_for_its_cache(
     workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -254,6 +254,7 @@ def by_token(value: Tensor) -> Tensor:
     return value
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("name", GEMMA)
 def test_models_that_share_keys_are_not_cut_wrongly(name: str, tmp_path: Path) -> None:
     folder = gemma(name, tmp_path)

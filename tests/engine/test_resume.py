@@ -178,6 +178,7 @@ def test_a_damaged_checkpoint_does_not_count(
     assert losses(again) == losses(whole)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_with_another_cache_folder(
     begun: Config, workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -212,6 +213,7 @@ def test_checkpoints_come_when_they_are_due(tmp_path: Path) -> None:
     assert not Checkpoints(None, 0).due()
 
 
+@pytest.mark.slow
 def test_a_full_disk_costs_the_checkpoint_and_not_the_run(
     workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

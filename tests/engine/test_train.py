@@ -514,6 +514,7 @@ def test_limits_on_retain_texts_need_some(rule: str) -> None:
     GA().check([some], TrainOptions(forget_ceiling=3.0))
 
 
+@pytest.mark.slow
 def test_a_stopped_run_is_recorded_and_exported(workplace: Path) -> None:
     """It is no failure: it may be run again, which finds it, and written as a checkpoint."""
 

@@ -150,6 +150,7 @@ def test_alignment_needs_a_direction(workplace):
         measure_alignment(run, *open_model(run.folder, "cpu"))
 
 
+@pytest.mark.slow
 def test_sensitivity_of_linear_maps():
     """A last layer whose norm is replaced: the identity passes noise on as it is, a matrix W has
     psi = size^2 |W|_F^2 / D * E |h|^2 / |W h|^2, and noise cannot change a constant."""
@@ -213,6 +214,7 @@ def test_before_and_after_a_run(workplace):
     assert psis["forget, before"] == one["forget, model"] != psis["forget, after"]
 
 
+@pytest.mark.slow
 def test_the_layer_sweep_goes_on_where_it_stopped(workplace, tmp_path):
     config, _ = a_run(workplace)
     scored = []

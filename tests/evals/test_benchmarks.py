@@ -78,6 +78,7 @@ def test_original_unlearned_and_oracle_come_out_in_order(
     assert verify_folder(run)["files"]
 
 
+@pytest.mark.slow
 def test_forget_quality_and_privleak_are_those_of_the_oracle(folder: Path) -> None:
     """Held against itself, the oracle's truth ratios are its own, and it leaks nothing more."""
     oracle = str(folder / "oracle")
@@ -169,6 +170,7 @@ def test_data_lie_beside_the_model_or_on_the_hub(folder: Path, tmp_path: Path, c
     assert code == 0 and json.loads(out) == named
 
 
+@pytest.mark.slow
 def test_one_person_of_rwku(folder: Path) -> None:
     rows = (folder / "suites/rwku/forget_level1/test.jsonl").read_text().splitlines()
     person = json.loads(rows[0])["subject"]

@@ -63,6 +63,7 @@ def pico() -> Subject:
     return Subject(pico_module(), word_tokenizer())
 
 
+@pytest.mark.slow
 def test_each_number_is_that_of_a_loop(folder: Path) -> None:
     model = pico()
     found = muse.run_muse(model, asked(folder, limit=6))

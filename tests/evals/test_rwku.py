@@ -120,6 +120,7 @@ def test_every_number_of_the_paper_is_there(measured: BenchmarkScores) -> None:
     assert all(math.isfinite(found["value"]) for found in measured.metrics.values())
 
 
+@pytest.mark.slow
 def test_probes_are_asked_and_scored_one_by_one(measured: BenchmarkScores) -> None:
     """Without a chat template, the authors' words as they are."""
     model, scores = pico(), []

@@ -41,6 +41,7 @@ def covered(tables, facts, truth: float) -> float:
     return hits / len(tables)
 
 
+@pytest.mark.slow
 def test_interval_covers_clustered_facts(fewer: None) -> None:
     """50 facts in four phrasings, right or wrong together; questions alone would claim too much."""
     rng = np.random.default_rng(0)
@@ -52,6 +53,7 @@ def test_interval_covers_clustered_facts(fewer: None) -> None:
     assert by_question < 0.80
 
 
+@pytest.mark.slow(keep=2)
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("spread", [0.0, 0.06])
 def test_interval_covers_seeds(fewer: None, shared: bool, spread: float) -> None:

@@ -277,6 +277,7 @@ def known(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tofu.BenchmarkS
     return found
 
 
+@pytest.mark.slow
 def test_what_is_known_shows(known: dict[str, tofu.BenchmarkScores]) -> None:
     original, oracle, unlearned = (
         {key: metric["value"] for key, metric in known[name].metrics.items()}

@@ -282,6 +282,7 @@ def test_two_topics_alternate(name: str) -> None:
     assert not equal(got.delta, alone.delta)
 
 
+@pytest.mark.slow(keep=2)
 @each_name
 def test_numbers_and_tensors_of_a_state_can_be_written(name: str) -> None:
     got = run(made(name), [topic()])
@@ -374,6 +375,7 @@ def test_a_method_is_short(name: str) -> None:
 # --- what is refused before anything is done -----------------------------------------------------
 
 
+@pytest.mark.slow(keep=2)
 @each_variant
 def test_retain_texts_are_asked_for_where_they_are_read(method: Method) -> None:
     """Whoever says that it reads none runs without; whoever reads some says so in one line."""
@@ -430,6 +432,7 @@ def test_every_architecture(name: str, arch: str) -> None:
     assert changed == got.delta.keys() != set()
 
 
+@pytest.mark.slow(keep=2)
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("name", [n for n in LOGITS if n in ("ga", "npo")])
 def test_adapters_on_every_architecture(name: str, arch: str) -> None:

@@ -98,6 +98,7 @@ def forget_nll(model: EditableModel) -> float:
 # --- all of them ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow(keep=2)
 @each_edit
 @pytest.mark.parametrize("arch", [*ARCHES, "mixtral"])
 def test_only_the_trained_tensors_change(name: str, arch: str) -> None:
@@ -197,6 +198,7 @@ def test_topics_are_one_pool_with_options_alike(name: str) -> None:
     assert all(torch.equal(v, weights(own)[k]) for k, v in weights(same).items())
 
 
+@pytest.mark.slow(keep=2)
 @pytest.mark.parametrize("name", [*EDITS, "rna"])
 def test_a_whole_run(name: str, tmp_path: Any) -> None:
     """From a config to the run's folder, by the names of METHODS."""

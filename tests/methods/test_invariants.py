@@ -418,6 +418,7 @@ def test_bf16_models_equal_a_naive_loop(arch: str, weights: str) -> None:
             torch.testing.assert_close(got, parameter.data, rtol=2**-7, atol=1e-6)
 
 
+@pytest.mark.slow(keep=2)
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_frozen_swap_equals_a_second_model(arch: str, dtype: torch.dtype) -> None:

@@ -361,6 +361,7 @@ def test_options_that_cannot_take_effect_are_errors(cls: Any, options: Any, name
         cls(layer=LAYER, **options)
 
 
+@pytest.mark.slow(keep=2)
 @each_method
 @pytest.mark.parametrize("kappa", [None, 0.0, 0.5, 3.0])
 def test_kappa_sets_the_targets_norm(cls: Any, kappa: float | None) -> None:

@@ -229,6 +229,7 @@ LOOPS: dict[type[LogitObjective], Callable[[Reference, Any], dict[str, float]]] 
 }
 
 
+@pytest.mark.slow(keep=2)
 @pytest.mark.parametrize("arch", ["llama", "gpt2"])
 @pytest.mark.parametrize(
     "method",

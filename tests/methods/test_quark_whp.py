@@ -477,6 +477,7 @@ def test_an_error_while_sampling_is_not_swallowed(monkeypatch: pytest.MonkeyPatc
         method.loss(model, state, topic().forget[0], Batch(), 1)
 
 
+@pytest.mark.slow
 def test_the_reward_of_samples_rises(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a stub reward, the share of words from the first half of the vocabulary."""
 
@@ -758,6 +759,7 @@ def test_files_of_anchors(tmp_path: Path) -> None:
         WHP(anchors=str(good)).setup(editable(), topic())
 
 
+@pytest.mark.slow
 def test_a_run_with_anchors(workplace: Path) -> None:
     words = " ".join(json.loads(line)["text"] for line in open_lines(workplace / "forget.jsonl"))
     term = words.split()[3]
@@ -957,6 +959,7 @@ def testbed(tmp_path: Path) -> Path:
     return tmp_path / "bed"
 
 
+@pytest.mark.slow
 def test_retrain_gives_the_oracle(testbed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainings = []
     train = training.train_testbed

@@ -313,6 +313,7 @@ def test_claims_name_rows_that_there_are() -> None:
     assert {*range(11, 170, 10), 1} <= {*grid}
 
 
+@pytest.mark.slow
 def test_settings_of_the_real_thing_fit_the_schema(tmp_path: Path) -> None:
     """All that `--model` would run; and the derived high entanglement is the preset's."""
     spec = read_preset("reproduce.yaml")

@@ -134,6 +134,7 @@ def test_a_conversion_is_not_mapped(tmp_path: Path) -> None:
     assert estimate["memory"]["masters"] == 0
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize(
     ("method", "expected"),
     [
@@ -257,6 +258,7 @@ def test_what_each_process_holds(name: str, tmp_path: Path, monkeypatch: Any) ->
     )
 
 
+@pytest.mark.slow
 def test_adapters_cannot_be_cut(tmp_path: Path) -> None:
     config, _, topics = planned(tmp_path)
     tree = config.to_dict() | {"method": {"name": "npo", "lora_rank": 2}}

@@ -237,6 +237,7 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
 }
 
 
+@pytest.mark.slow(keep=2)
 @pytest.mark.parametrize("case", FAULTS)
 def test_a_checkpoint_that_is_not_right_is_refused(made: Path, model: Path, case: str) -> None:
     spoil, says = FAULTS[case]

@@ -40,6 +40,7 @@ def unlearn(model: Any, tokenizer: Any = None, **options: Any) -> Any:
     return srmu.unlearn(model, tokenizer or word_tokenizer(), **given)
 
 
+@pytest.mark.slow(keep=2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_tensors_of_a_run(kind: str, workplace: Path) -> None:
     """Same texts, method and seed: the delta of the folder's run, bit for bit."""

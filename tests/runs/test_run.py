@@ -140,6 +140,7 @@ def test_two_topics_alternate(workplace: Path) -> None:
     assert "bio: coeff " in notes and "cyber: importance map mean" in notes
 
 
+@pytest.mark.slow
 def test_a_flat_map_is_said_to_select_nothing(workplace: Path) -> None:
     run = unlearn_config(config(workplace, "method.clip_quantile=0.001"))
     assert "topic: the map is nearly flat (sd under 0.1): it selects nothing" in runs.run_notes(run)
@@ -196,6 +197,7 @@ def test_a_run_whose_record_names_no_key_is_found(workplace: Path) -> None:
     assert unlearn_config(config(workplace)).folder == run.folder
 
 
+@pytest.mark.slow
 def test_a_killed_run_is_made_again(workplace: Path) -> None:
     run = unlearn_config(config(workplace))
     delta = run.delta
@@ -206,6 +208,7 @@ def test_a_killed_run_is_made_again(workplace: Path) -> None:
     assert len(metrics(run)) == 3
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_delta(workplace: Path) -> None:
     first = unlearn_config(config(workplace))
     torch.manual_seed(7)  # no global state
@@ -225,6 +228,7 @@ def breaks(folder: Path, at: int, steps: int = 6) -> Config:
     return config(folder, f"method.at={at}", f"train.max_steps={steps}", method=method)
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_keeps_the_last_good_state(workplace: Path) -> None:
     # After step 2 the weights have a step that no finite loss confirmed: those of step 1 are kept.
     good = unlearn_config(breaks(workplace, 99, steps=2)).delta
@@ -283,6 +287,7 @@ def test_an_interrupted_run_leaves_nothing_of_its_own(
 # --- the tokenizer
 
 
+@pytest.mark.slow
 def test_a_tokenizer_of_another_model_is_refused(workplace: Path) -> None:
     tokenizer = word_tokenizer()
     tokenizer.add_tokens(["w99"])

@@ -166,6 +166,7 @@ def test_killed_and_continued_it_chooses_the_same(
     assert again["final"]["test"] == whole["final"]["test"]
 
 
+@pytest.mark.slow
 def test_a_longer_search_goes_on(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the trials that are there; what was exported before answered another question."""
     monkeypatch.setenv("SRMU_CACHE", str(place / "cache"))

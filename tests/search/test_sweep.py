@@ -194,6 +194,7 @@ def test_a_worker_killed_before_its_first_sign_of_life_is_missed(tmp_path: Path)
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_many_workers_do_each_point_once(tmp_path: Path) -> None:
     """They join at once, the file is made by one of them, and no trial goes to two."""
     done: list[float] = []
@@ -354,7 +355,7 @@ def trivial(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, float]]:
         value = run.config.method.kappa / 100 + run.config.seed / 1000
         return {"task/acc": {"value": value, "stderr": 0.01, "n": 50.0}}
 
-    monkeypatch.setattr(sweep, "unlearn", unlearn)
+    monkeypatch.setattr(sweep, "unlearn_config", unlearn)
     monkeypatch.setattr(sweep, "run_metrics", of_run)
     monkeypatch.setattr(Plan, "check_objectives", lambda *args: None)
     return made
@@ -393,6 +394,7 @@ def test_nothing_matters_where_all_is_equal(
     assert found["importance"] == {}
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("kind", ["tpe", "nsga2"])
 def test_samplers_choose_what_is_left(
     written: Any, trivial: list[dict[str, float]], kind: str

@@ -64,6 +64,7 @@ def test_each_answer_is_equally_frequent_in_its_relation(worlds):
             assert max(counts.values()) == min(counts.values())
 
 
+@pytest.mark.slow(keep=1)
 def test_knowing_frequencies_only_is_chance(worlds):
     for world in worlds[0]:
         for kind in world.kinds:

@@ -128,6 +128,7 @@ def test_no_corpus_names_a_held_goal_or_its_wordings(worlds):
 # The tokenizer
 
 
+@pytest.mark.slow
 def test_the_tokenizer_is_the_same_each_time_and_knows_no_name(worlds):
     first, again = (training._subwords.__wrapped__(spelling_texts) for _ in range(2))
     assert first.to_str() == again.to_str()
