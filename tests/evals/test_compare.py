@@ -259,6 +259,17 @@ def test_attacked_and_evaluated_runs_together(tmp_path: Path) -> None:
     assert srmu.verdict == "noise"
 
 
+def test_named_metrics_are_read_from_attacked_runs_too(tmp_path: Path) -> None:
+    """Those that the attacks asked with K*; others from the evaluation, without."""
+    runs = [attacked(tmp_path, "rmu", 0.5, 0.9), evaluated(tmp_path, "srmu", 0.5, 0.95)]
+    for when in ("before", "after"):
+        values = {"hazard/acc": {"value": 0.5, "n": 400}, "near/acc": {"value": 1.0, "n": 400}}
+        write_metrics(runs[0], **{when: values})
+    assert [row.residual for row in compare_runs(runs, 0.025, *METRICS)] == [None, None]
+    (asked,) = compare_runs(runs[:1], 0.025, ["hazard/acc"], ["near/acc", "far/acc"])
+    assert asked == compare_runs(runs[:1], 0.025)[0] and asked.residual is not None
+
+
 def test_the_same_call_gives_the_same_rows(tmp_path: Path) -> None:
     runs = [attacked(tmp_path, "rmu", 0.5, 0.9, seed=seed) for seed in range(3)]
     assert compare_runs(runs) == compare_runs(runs) != compare_runs(runs, seed=1)

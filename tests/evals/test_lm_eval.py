@@ -408,7 +408,7 @@ def test_nan_is_an_error_and_not_an_accuracy(model, tokenizer, tmp_path):
 
 @pytest.mark.parametrize("options", [{"limit": 0}, {"batch_size": 0}, {"limit": -1}])
 def test_sizes_below_one_are_refused(model, tokenizer, options):
-    with pytest.raises(SrmuError, match="must be 1 or more"):
+    with pytest.raises(SrmuError, match="expected 1 or more"):
         evaluate(model, tokenizer, ["quiz"], **options)
 
 

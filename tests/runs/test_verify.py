@@ -167,7 +167,7 @@ SPOILT: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: edit(f / "run" / "record.json", stop_reason="fine"),
         "was edited after it was written",
     ),
-    "run: no record": (lambda f: (f / "run" / "record.json").unlink(), "holds no record"),
+    "run: no record": (lambda f: (f / "run" / "record.json").unlink(), "not a finished run"),
     "run: half a record": (
         lambda f: (f / "run" / "record.json").write_text("{"),
         r"record\.json is damaged",

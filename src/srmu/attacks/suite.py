@@ -26,6 +26,7 @@ from srmu.engine.loading import read_config
 from srmu.engine.progress import Watch, choose_progress
 from srmu.errors import SrmuError, first_line, suggest_word
 from srmu.evals.lm_eval import load_questions
+from srmu.evals.results import load_results
 from srmu.evals.score import tasks_beside
 from srmu.evals.statistics import LEAST, Estimate
 from srmu.evals.subject import NotApplicable, Question, Subject
@@ -70,6 +71,7 @@ def attack_run(
     """
     watch = watch or choose_progress()
     chosen = select_attacks(tier, names)
+    load_results(run.folder)  # what is wrong with them must show before the work
     base = run.base
     sources = fill_sources(sources, run.config, base)
     exam = load_exam(sources, run.config, seed)
@@ -201,11 +203,12 @@ def load_exam(sources: Sources, config: Config, seed: int) -> Exam:
         raise SrmuError(
             f"{len(both)} facts are asked for in both halves, the tasks and their --val"
         )
+    under = f" under --limit {sources.limit}" if sources.limit else ""
     for part, option in ((some(test), "--tasks"), (some(val), "--val")):
         if (count := len({q.fact for q in part})) < LEAST:
             raise SrmuError(
-                f"{option} ask for {count} facts, too few for an interval: {LEAST} or more in each "
-                "half; name more tasks, or raise --limit"
+                f"{option} ask for {count} facts{under}, too few for an interval: {LEAST} or more "
+                "in each half; name more tasks, or raise --limit"
             )
     return Exam(some(test), some(val), {task: some(asked(task)) for task in sources.utility})
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 verbs = typer.Typer()
 
 TEXTS = "texts"  # the target that is neither a model nor a run
-OF_TEXTS = ("entanglement", "names")
+OF_TEXTS, OF_RUNS = ("entanglement", "names"), ("alignment", "layers")
 What = Literal["reach", "confidence", "sensitivity", "alignment", "layers", "entanglement", "names"]
 Subject = Annotated[
     What | None,
@@ -60,7 +60,8 @@ def inspect_command(
     silence_libraries()
     what = what or ("entanglement" if target == TEXTS else "reach")
     if (what in OF_TEXTS) != (target == TEXTS):
-        wanted = "the word texts" if what in OF_TEXTS else "a model or a run"
+        wanted = "a run" if what in OF_RUNS else "a model or a run"
+        wanted = "the word texts" if what in OF_TEXTS else wanted
         raise SrmuError(f"inspect {target} --what {what}: {what} is of {wanted}; name that instead")
     if what == "reach":
         print_reach(target, method, settings or [], as_json)
@@ -167,7 +168,7 @@ def measure_activations(
     from srmu.runs.run import find_run
 
     run = find_run(target)
-    if what in ("alignment", "layers"):
+    if what in OF_RUNS:
         if run is None:
             raise SrmuError(f"{what} needs a run, which {target} is not: srmu unlearn makes one")
         if what == "alignment":

@@ -101,7 +101,7 @@ def explain_failure(error: Exception, streams: tuple[TextIO, TextIO]) -> int:
         message = f"internal error: {type(error).__name__}: {message} (--debug shows where)"
     message = " ".join(message.split()).replace(": Value error, ", ": ")
     sys.stdout, sys.stderr = streams
-    if distributed.says_first(message):
+    if message and distributed.says_first(message):  # help that was asked for has been printed
         rank, size = distributed.get_rank(), distributed.get_size()
         print_line(f"srmu: {f'rank {rank} of {size}: ' if size > 1 else ''}{message}")
     return code

@@ -12,7 +12,7 @@ from zlib import crc32
 
 import numpy as np
 
-from srmu.errors import SrmuError
+from srmu.errors import SrmuError, suggest_word
 from srmu.evals.results import PLAIN, Metrics, Row, read_attacks, read_metrics
 from srmu.evals.settings import method_label, run_setting, setting_words
 from srmu.evals.statistics import (
@@ -92,8 +92,9 @@ def compare_runs(
     starts at the original model: no loss, all knowledge, K* = 1. It is read between its points in
     a straight line, in each resample anew; a curve that ends before `budget` at its last point.
 
-    `forget` and `utility` name metrics (organism_hazard/acc) for runs that were not attacked: what
-    an attack asked is known. SrmuError for runs that cannot be held against each other.
+    `forget` and `utility` name metrics (organism_hazard/acc); default: those that the attacks
+    asked. A run that was attacked with other questions is read from its evaluation, without K*.
+    SrmuError for runs that cannot be held against each other.
     """
     if not 0 <= budget <= 1:
         raise SrmuError(f"utility loss {budget:g}: it is a share, from 0 to 1")
@@ -102,15 +103,14 @@ def compare_runs(
     opened = [Run.open(folder) for folder in runs]
     draws = Draws(seed)
     attacks = {run.folder: read_attacks(run.folder) for run in opened}
-    for report in filter(
-        None, attacks.values()
-    ):  # what was attacked says what to look up elsewhere
+    attacks = {folder: one for folder, one in attacks.items() if asks_for(one, forget, utility)}
+    for report in attacks.values():  # what was attacked says what to look up elsewhere
         of_attacks = metrics_of(report)
         forget, utility = forget or of_attacks[0], utility or of_attacks[1]
     check_attacks(opened, attacks)
     measured = [
         from_attacks(run, attacks[run.folder], draws)
-        if attacks[run.folder]
+        if run.folder in attacks
         else from_metrics(run, tuple(forget), tuple(utility), draws)
         for run in opened
     ]
@@ -166,9 +166,17 @@ def metrics_of(attacks: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, 
     )
 
 
+def asks_for(report: Mapping[str, Any], forget: Sequence[str], utility: Sequence[str]) -> bool:
+    """Whether a run was attacked, with questions that give the metrics asked for, if any are."""
+    if not report:
+        return False
+    named = zip((tuple(forget), tuple(utility)), metrics_of(report), strict=True)
+    return all(not names or names == asked for names, asked in named)
+
+
 def check_attacks(runs: Sequence[Run], attacks: Mapping[Path, dict[str, Any]]) -> None:
     """SrmuError where K* of two runs does not mean the same."""
-    attacked = [(run, attacks[run.folder]) for run in runs if attacks[run.folder]]
+    attacked = [(run, attacks[run.folder]) for run in runs if run.folder in attacks]
     for run, entry in attacked[1:]:
         first, known = attacked[0]
         for key in ("tier", "chance"):
@@ -225,14 +233,14 @@ def from_metrics(
         raise SrmuError(f"{run.folder} has no results; run `srmu eval {run.folder}` first")
     if not forget or not utility:
         raise SrmuError(
-            "name the metrics of what is forgotten and those of the utility; there are "
-            + ", ".join(after)
+            "name the metrics of what is forgotten with --metrics and those of the utility with "
+            f"--utility-metrics; there are {', '.join(after)}"
         )
     for name in (*forget, *utility):
         if name not in after or name not in before:
             raise SrmuError(
-                f"{run.folder} has no result {name}; run `srmu eval {run.folder} --tasks "
-                f"{name.split('/')[0]}` first"
+                f"{run.folder} has no result {name}{suggest_word(name, after)}; another task is "
+                f"measured by `srmu eval {run.folder} --tasks TASK`"
             )
         if not after[name].get("n"):
             raise SrmuError(f"{name} is no accuracy over a number of questions; name another")

@@ -52,8 +52,9 @@ def evaluate(
     questions or a library change (a hub dataset is taken not to change).
     Raises SrmuError for a task that is unknown, broken or out of reach.
     """
-    if batch_size < 1 or (limit is not None and limit < 1):
-        raise SrmuError(f"batch size {batch_size} and limit {limit} must be 1 or more")
+    for name, value in (("batch_size", batch_size), ("--limit", limit)):
+        if value is not None and value < 1:
+            raise SrmuError(f"{name} {value}: expected 1 or more")
     local = _local_tasks(tasks_dir)
     keys = {name: _cache_key(name, local, limit, fingerprint) for name in tasks}
     results = {name: find_cached("evals", keys[name]) if fingerprint else None for name in tasks}

@@ -45,8 +45,8 @@ def load_results(folder: Path) -> dict[str, Any]:
         return {"rows": []}
     except (OSError, ValueError, KeyError, TypeError):
         raise SrmuError(
-            f"{path} is damaged, or of an earlier version: remove it, and run `srmu eval {folder}` "
-            "again"
+            f"{path} is damaged, or of an earlier version: remove it, and measure {folder} again "
+            "with `srmu eval` and `srmu attack`"
         ) from None
     return dict(results)
 

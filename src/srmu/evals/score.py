@@ -13,7 +13,7 @@ from srmu.engine.files import sha256
 from srmu.engine.progress import Watch, choose_progress
 from srmu.errors import SrmuError
 from srmu.evals.lm_eval import evaluate
-from srmu.evals.results import Metrics, merge_results, metric_rows, plain_metrics
+from srmu.evals.results import Metrics, load_results, merge_results, metric_rows, plain_metrics
 from srmu.runs.open import open_target
 from srmu.runs.run import Run
 
@@ -50,6 +50,9 @@ def score_model(
     if not tasks:
         raise SrmuError("no task named; give --tasks a,b")
     tasks_dir = Path(tasks_dir) if tasks_dir is not None else tasks_beside(folder)
+    place = run.folder if run else out
+    if place:
+        load_results(place)  # what is wrong with them must show before the work
     base = weights.fingerprint_model(folder)
     ask = partial(
         evaluate,
@@ -70,7 +73,6 @@ def score_model(
             metrics["after"] = ask(fingerprint=fingerprint)
     else:
         metrics = {"after": metrics["before"]}
-    place = run.folder if run else out
     if place and distributed.is_first():
         rows = [row for when, of_it in metrics.items() for row in metric_rows(of_it, when)]
         merge_results(place, rows)

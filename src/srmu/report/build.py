@@ -123,6 +123,8 @@ def list_entries(paths: Sequence[Path]) -> tuple[list[RunGroup], list[str]]:
     for path in paths:
         runs = [path] if (path / "record.json").is_file() else list_runs(path)
         if not runs:
+            if (path / "config.yaml").is_file():
+                Run.open(path)  # says how to finish it
             raise SrmuError(
                 f"{path} holds no run, sweep or reproduction: srmu unlearn, srmu sweep and srmu "
                 "reproduce make them"

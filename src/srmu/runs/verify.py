@@ -11,7 +11,8 @@ from srmu.engine import weights
 from srmu.engine.files import sha256, write_whole
 from srmu.engine.progress import Watch, ignore_progress
 from srmu.errors import SrmuError
-from srmu.runs.record import DELTA, RECORD, digest_file, read_record
+from srmu.runs.record import CONFIG, DELTA, RECORD, digest_file, read_record
+from srmu.runs.run import Run
 
 SIGNATURE = "record.sig"
 
@@ -21,6 +22,8 @@ def find_record(folder: Path) -> Path:
     for name in (RECORD, weights.EXPORTED):
         if (folder / name).is_file():
             return folder / name
+    if (folder / CONFIG).is_file():
+        Run.open(folder)  # says how to finish it
     raise SrmuError(
         f"{folder} holds no record ({RECORD} of a run, {weights.EXPORTED} of an export): "
         "name the folder of a run, or one that srmu export wrote"

@@ -26,7 +26,7 @@ from srmu.evals.benchmarks.base import (
     TableColumn,
     Values,
 )
-from srmu.evals.results import Row, merge_results, metric_rows, write_answers
+from srmu.evals.results import Row, load_results, merge_results, metric_rows, write_answers
 from srmu.evals.subject import Subject
 from srmu.runs.open import OpenedModel, open_target
 from srmu.runs.plan import load_tokenizer
@@ -97,6 +97,8 @@ def score_benchmark(
     if not (options.data or options.revision) and beside.is_dir():
         options = replace(options, data=str(beside))
     options.read()  # what is wrong must show before anything is loaded
+    if run:
+        load_results(run.folder)
     reference: Values | None = None
     scores: dict[str, BenchmarkScores] = {}
     marks = reference_marks(folder, options)
