@@ -256,7 +256,7 @@ VERBS: dict[str, tuple[list[str], list[str]]] = {
     "no model": (["eval", "nowhere", "--tasks", "a"], ["nowhere: no such folder"]),
     "no model in it": (["eval", ".", "--tasks", "a"], ["has no config.json"]),
     "limit": (["eval", "model", "--tasks", "a", "--limit", "x"], ["--limit", "integer"]),
-    "no limit": (["eval", "model", "--tasks", "a", "--limit", "0"], ["limit 0 must be 1"]),
+    "no limit": (["eval", "model", "--tasks", "a", "--limit", "0"], ["limit 0: expected 1"]),
     "export model": (["export", "model", "out"], ["model is not a finished run"]),
     "export nothing": (["export", "nowhere", "out"], ["nowhere is not a finished run"]),
     "export to nowhere": (["export", "nowhere"], ["Missing argument"]),
