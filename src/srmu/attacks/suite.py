@@ -203,9 +203,9 @@ def load_exam(sources: Sources, config: Config, seed: int) -> Exam:
         raise SrmuError(
             f"{len(both)} facts are asked for in both halves, the tasks and their --val"
         )
-    under = f" under --limit {sources.limit}" if sources.limit else ""
-    for part, option in ((some(test), "--tasks"), (some(val), "--val")):
-        if (count := len({q.fact for q in part})) < LEAST:
+    for part, option in ((test, "--tasks"), (val, "--val")):
+        if (count := len({q.fact for q in some(part)})) < LEAST:
+            under = f" under --limit {sources.limit}" if sources.limit < len(part) else ""
             raise SrmuError(
                 f"{option} ask for {count} facts{under}, too few for an interval: {LEAST} or more "
                 "in each half; name more tasks, or raise --limit"

@@ -186,8 +186,6 @@ def check_request(request: AutoRequest) -> Path:
             f"--method {request.method} has no layer to find: choose srmu, rmu, adaptive_rmu or "
             "rna, or search its options with srmu sweep"
         )
-    if request.tasks_dir and not Path(request.tasks_dir).is_dir():
-        raise SrmuError(f"--tasks-dir {request.tasks_dir}: no such folder")
     base = weights.locate_model(request.model)
     if issubclass(method, Misdirection):
         candidate_layers(method(), read_config(base))  # are there layers enough?
