@@ -72,12 +72,11 @@ def attack_run(
     watch = watch or choose_progress()
     chosen = select_attacks(tier, names)
     load_results(run.folder)  # what is wrong with them must show before the work
-    base = run.base
-    sources = fill_sources(sources, run.config, base)
+    sources = fill_sources(sources, run.config, run.base)
     exam = load_exam(sources, run.config, seed)
     own = read_run_texts(run.config)
     texts = load_texts(sources, own)
-    subjects = Subjects(run, base, sources.oracle, find_device(device))
+    subjects = Subjects(run, run.base, sources.oracle, find_device(device))
     for name, one in list(chosen.items()):
         cost = estimate_cost(one, subjects)
         if cost and not distributed.agree_on(distributed.is_first() and confirm(f"{name}: {cost}")):
