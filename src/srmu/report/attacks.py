@@ -1,4 +1,4 @@
-"""What attacks brought back: read from `attacks.json`, and the part of a page about it."""
+"""What attacks brought back: read from `results.json`, and the part of a page about it."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,19 +22,23 @@ from srmu.engine.activation_cache import open_activations
 from srmu.engine.loading import find_layers, refuse_quantised
 from srmu.engine.model import EditableModel
 from srmu.engine.progress import Watch, choose_progress, ignore_progress
-from srmu.engine.topic import Topic
-from srmu.engine.train import FINISHED, Log, TrainOptions, check_precision
+from srmu.engine.train import Log, TrainOptions, check_precision
 from srmu.errors import SrmuError
 from srmu.methods import Method
-from srmu.methods.base import MethodOutcome
 from srmu.runs import record as audit
 from srmu.runs import run as runs
 from srmu.runs.config import Config, explain_error, find_method
 from srmu.runs.run import Run
-from srmu.runs.training import count_dense_flops, list_state, measure_pair_overlap
+from srmu.runs.training import (
+    count_dense_flops,
+    describe_training,
+    describe_unmoved,
+    list_state,
+    require_known_tokens,
+)
 
 TOPIC = "topic"  # as make_config names it: random numbers depend on it
-Texts = Any  # texts, rows with a `text`, files (pathlib), a data set; see `list_sources`
+Texts = Any  # texts, rows with a `text`, files (pathlib), a data set; see `as_sources`
 
 
 @dataclass(frozen=True)
@@ -126,16 +130,12 @@ def unlearn_in_memory(
 ) -> tuple[PreTrainedModel, InMemoryResult]:
     """Change a model in place; see `unlearn`. The same tensors as a run's, bit for bit."""
     check_model(model, tokenizer)
-    topics = {
-        TOPIC: {
-            "forget": as_sources(forget, "forget"),
-            "retain": as_sources(retain, "retain"),
-            "max_length": max_length,
-        }
-    }
+    texts = {"forget": as_sources(forget, "forget"), "retain": as_sources(retain, "retain")}
+    topics = {TOPIC: texts | {"max_length": max_length}}
     config = describe_in_memory(model, method, topics, train, seed)
     loaded = runs.load_topics(config, tokenizer)
-    require_known_tokens(model, loaded)
+    rows: Any = model.get_input_embeddings().weight
+    require_known_tokens(loaded, len(rows), "the tokenizer")
     steps: list[dict[str, Any]] = []
     clock = time.monotonic()
 
@@ -148,20 +148,23 @@ def unlearn_in_memory(
         if edited.folder is None:  # some methods read the tokenizer from there
             tokenizer.save_pretrained(scratch)
             edited.folder = Path(scratch)
-        for name, parameter in edited.trained.items():
-            check_precision(name, parameter.dtype, config.train.weights)
-        # Where the first layer changes, no activation comes twice.
-        twice = edited.fixed or config.method.depth is not None
-        edited.activations = open_activations("memory" if twice else "none", {}, edited.device)
+        prepare_training(edited, config)
         outcome = config.method.apply(edited, loaded, config.train, log, watch)
         delta = edited.delta()
-        require_trained_change(config, edited, delta, outcome.stop_reason)
+        if still := describe_unmoved(config.method, edited, delta, outcome.stop_reason):
+            raise SrmuError(
+                f"{still} did not change ({outcome.stop_reason}); raise train.learning_rate, or "
+                f"see the options of srmu.{type(config.method).__name__}"
+            )
         changes = {
             name: audit.compare_tensor(edited.original[name].cpu(), tensor.detach().cpu())
             for name, tensor in delta.items()
         }
         record = {
-            **begin_record(config, loaded, outcome),
+            **describe_training(config, loaded, outcome),
+            "options": dataclasses.asdict(config.method),
+            "train": dataclasses.asdict(config.train),
+            "seed": config.seed,
             "seconds": round(time.monotonic() - clock, 3),
             "steps": len(steps),
             "flops": count_dense_flops(edited, loaded, len(steps)),
@@ -171,23 +174,13 @@ def unlearn_in_memory(
     return model, InMemoryResult(record, steps, delta, list_state(outcome))
 
 
-def begin_record(config: Config, topics: Sequence[Topic], outcome: MethodOutcome) -> dict[str, Any]:
-    """What the record says of a run but for its cost and the tensors."""
-    method = config.method
-    return {
-        "tool": audit.describe_tool(),
-        "method": method.name,
-        "paper": method.paper,
-        "model": config.model,
-        "options": dataclasses.asdict(method),
-        "train": dataclasses.asdict(config.train),
-        "seed": config.seed,
-        "data": {topic.name: dict(topic.counts) for topic in topics},
-        "overlap": {topic.name: measure_pair_overlap(topic) for topic in topics},
-        "topics": {name: state.numbers for name, state in outcome.states.items()},
-        "stop_reason": outcome.stop_reason,
-        "environment": audit.describe_environment(),
-    }
+def prepare_training(edited: EditableModel, config: Config) -> None:
+    """Check the precision of what is trained, and open a cache of activations in memory."""
+    for name, parameter in edited.trained.items():
+        check_precision(name, parameter.dtype, config.train.weights)
+    # Where the first layer changes, no activation comes twice.
+    twice = edited.fixed or config.method.depth is not None
+    edited.activations = open_activations("memory" if twice else "none", {}, edited.device)
 
 
 def check_model(model: Any, tokenizer: Any) -> None:
@@ -272,32 +265,6 @@ def describe_in_memory(
         raise SrmuError(f"{why}; unlearn from a config")
     settings = {"method": resolved, "train": resolved.training(config.train)}
     return config.model_copy(update=settings)
-
-
-def require_known_tokens(model: PreTrainedModel, topics: Sequence[Topic]) -> None:
-    """SrmuError where a text has a token that the model has no row for."""
-    highest = max(int(b["input_ids"].max()) for t in topics for b in (*t.forget, *t.retain))
-    rows: Any = model.get_input_embeddings().weight
-    size = len(rows)
-    if highest >= size:
-        raise SrmuError(
-            f"the tokenizer gives token {highest}, but the model knows {size} tokens; they do not "
-            "belong together"
-        )
-
-
-def require_trained_change(
-    config: Config, edited: EditableModel, delta: Mapping[str, Tensor], stop_reason: str
-) -> None:
-    """SrmuError where tensors that had to change are as they were."""
-    still = sorted(set(edited.trained) - set(delta))
-    # Of a whole model some tensors may stay: bf16 norms near 1 do not move by steps of 1e-5.
-    whole = config.method.depth is None or stop_reason != FINISHED
-    if still and not (delta and whole):
-        raise SrmuError(
-            f"{still[0] if delta else 'the model'} did not change ({stop_reason}); raise "
-            f"train.learning_rate, or see the options of srmu.{type(config.method).__name__}"
-        )
 
 
 @contextmanager

@@ -27,8 +27,9 @@ from srmu.engine.resume import Checkpoints
 from srmu.engine.topic import Topic
 from srmu.engine.train import FINISHED, Log, check_precision
 from srmu.errors import DivergedError, SrmuError
-from srmu.methods.base import MethodOutcome
+from srmu.methods.base import Method, MethodOutcome
 from srmu.runs import record as audit
+from srmu.runs.config import Config
 from srmu.runs.memory import free_bytes, standing_bytes
 from srmu.runs.plan import RunPlan
 from srmu.runs.record import CONFIG, DELTA, METRICS, RECORD, STATE
@@ -99,12 +100,7 @@ def load_model(
         offload=plan.offload,
         copy=not plan.shard,
     )
-    highest = max(int(b["input_ids"].max()) for t in topics for b in (*t.forget, *t.retain))
-    if highest >= model.vocabulary_size:
-        raise SrmuError(
-            f"{plan.base}: its tokenizer gives token {highest}, but the model knows "
-            f"{model.vocabulary_size} tokens; they do not belong together"
-        )
+    require_known_tokens(topics, model.vocabulary_size, f"{plan.base}: its tokenizer")
     for name, parameter in model.trained.items():
         check_precision(name, parameter.dtype, config.train.weights)
     # Where the first layer changes, no activation comes twice.
@@ -117,6 +113,16 @@ def load_model(
     say = print_line if watch is not ignore_progress else lambda text: None
     model.activations = open_activations(mode, activation_key(plan, model, data), model.device, say)
     return model, names
+
+
+def require_known_tokens(topics: Sequence[Topic], known: int, tokenizer: str) -> None:
+    """SrmuError where a text has a token that the model has no row for."""
+    highest = max(int(b["input_ids"].max()) for t in topics for b in (*t.forget, *t.retain))
+    if highest >= known:
+        raise SrmuError(
+            f"{tokenizer} gives token {highest}, but the model knows {known} tokens; they do not "
+            "belong together"
+        )
 
 
 def open_folder(plan: RunPlan, model: EditableModel) -> None:
@@ -179,10 +185,8 @@ def require_change(
 ) -> None:
     """SrmuError where what should change did not."""
     method, reason = plan.config.method, progress.outcome.stop_reason
-    unchanged = sorted(set(model.trained) - set(changed))
-    # Of a whole model some tensors may stay: bf16 norms near 1 do not move by steps of 1e-5.
-    partly = bool(changed) and (method.depth is None or reason != FINISHED)
-    if progress.error is not None or not unchanged or partly:
+    unmoved = describe_unmoved(method, model, changed, reason)
+    if progress.error is not None or not unmoved:
         return
     progress.checkpoints.clear()  # it would end there again
     if reason.startswith(("utility_floor", "kl_budget")):
@@ -191,10 +195,22 @@ def require_change(
             "train.learning_rate or train.check_every, or allow more"
         )
     raise SrmuError(
-        f"{unchanged[0] if changed else 'the model'} did not change in {progress.steps} steps "
+        f"{unmoved} did not change in {progress.steps} steps "
         f"({reason}); raise train.learning_rate, or see the options of {method.name}: "
         "srmu info methods"
     )
+
+
+def describe_unmoved(
+    method: Method, model: EditableModel, changed: Mapping[str, Tensor], stop_reason: str
+) -> str:
+    """What should have changed and did not: a tensor's name or "the model"; "" if all is well."""
+    unchanged = sorted(set(model.trained) - set(changed))
+    # Of a whole model some tensors may stay: bf16 norms near 1 do not move by steps of 1e-5.
+    partly = bool(changed) and (method.depth is None or stop_reason != FINISHED)
+    if not unchanged or partly:
+        return ""
+    return unchanged[0] if changed else "the model"
 
 
 def write_tensors(
@@ -229,27 +245,20 @@ def build_record(
     watch: Watch,
 ) -> dict[str, Any]:
     """The run's record, but for what only `train_run` knows: memory, changed, finished."""
-    config, folder, outcome = plan.config, plan.folder, progress.outcome
+    config, folder = plan.config, plan.folder
     written = [n for n in (CONFIG, METRICS, DELTA, STATE) if (folder / n).exists()]
     files = {name: sha256(folder / name) for name in written}
     return {
+        **describe_training(config, topics, progress.outcome),
         "schema_version": audit.SCHEMA,
         "id": config.id,
-        "tool": audit.describe_tool(),
         "started": progress.started.isoformat(timespec="seconds"),
         "purpose": config.purpose,
-        "method": config.method.name,
-        "paper": config.method.paper,
-        "model": config.model,
         "base": audit.describe_base(config.model, config.revision, plan.base, watch),
-        "data": {topic.name: dict(topic.counts) for topic in topics},
-        "overlap": {topic.name: measure_pair_overlap(topic) for topic in topics},
-        "topics": {name: state.numbers for name, state in outcome.states.items()},
         "seconds": round(progress.seconds, 3),
         "steps": progress.steps,
         "resumed_at": progress.resumed_at,
         "checkpoint_failed": progress.checkpoints.failed,
-        "stop_reason": outcome.stop_reason,
         "diverged": progress.error is not None,
         "weights": config.train.weights,
         "flops": count_dense_flops(model, topics, progress.steps),
@@ -259,7 +268,6 @@ def build_record(
             "folder": getattr(model.activations, "folder", Path()).name,  # in srmu info cache ls
         },
         "change": audit.describe_change(plan.base, folder / DELTA),
-        "environment": audit.describe_environment(),
         "processes": {"count": distributed.get_size(), "sharded": plan.shard},
         "reproduction": {
             "command": "srmu verify RUN --rerun",
@@ -268,6 +276,23 @@ def build_record(
         },
         "limits": audit.LIMITS,
         "files": files,
+    }
+
+
+def describe_training(
+    config: Config, topics: Sequence[Topic], outcome: MethodOutcome
+) -> dict[str, Any]:
+    """What a record says of a training whether or not it has a folder."""
+    return {
+        "tool": audit.describe_tool(),
+        "method": config.method.name,
+        "paper": config.method.paper,
+        "model": config.model,
+        "data": {topic.name: dict(topic.counts) for topic in topics},
+        "overlap": {topic.name: measure_pair_overlap(topic) for topic in topics},
+        "topics": {name: state.numbers for name, state in outcome.states.items()},
+        "stop_reason": outcome.stop_reason,
+        "environment": audit.describe_environment(),
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -111,8 +112,7 @@ def score_benchmark(
         scores["oracle"], rows = measure(oracle)
         reference = dict(scores["oracle"].values)
     for when in ("before", "after") if run else ("after",):
-        one = replace(opened, run=run if when == "after" else None)
-        scores[when], seen = measure(one, reference)
+        scores[when], seen = measure(opened, reference, changed=when == "after")
         if reference is not None and seen != rows:
             raise SrmuError(
                 f"--oracle {options.oracle}: its log was made from other rows than these"
@@ -144,16 +144,18 @@ def measure_benchmark(
     opened: OpenedModel,
     reference: Values | None = None,
     *,
+    changed: bool = True,
     options: BenchmarkOptions,
     decides: Mapping[str, Any],
     watch: Watch,
 ) -> tuple[BenchmarkScores, dict[str, str]]:
-    """A benchmark's scores of a model, changed by a run or not, and digests of the rows it read.
+    """A benchmark's scores of a model, before or after its run, and digests of the rows it read.
 
     Kept in the cache folder until the model, what `decides`, the reference or the code change.
     """
-    delta = dict(opened.run.delta) if opened.run else {}
-    method = opened.run.config.method if opened.run else None
+    run = opened.run if changed else None
+    delta = dict(run.delta) if run else {}
+    method = run.config.method if run else None
     mark = weights.changed_fingerprint(weights.fingerprint_model(opened.base), delta)
     own = repr(method) if method and method.no_checkpoint else ""
     code = [sha256(path) for path in sorted(Path(benchmarks.__file__).parent.glob("*.py"))]
@@ -165,7 +167,7 @@ def measure_benchmark(
     suite, part = benchmarks.find_benchmark(options.name)
     data = options.read()
     request = BenchmarkRequest(data, part, options.template, reference, watch)
-    with opened.after() as module:
+    with opened.after() if run else nullcontext(opened.module) as module:
         # only that there is one is looked at: nothing may take these for the original's
         subject = Subject(module, opened.tokenizer, delta, fixed="suites change no weights")
         scores = suite.run(subject, request)
