@@ -96,7 +96,7 @@ def summarise_attacks(
 def merge_report(
     folder: Path, report: dict[str, Any], known: Sequence[str], leakage: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Put a report into a run's results; attacks that were made alike before stay beside it.
+    """Add a report to a run's results; earlier attacks under the same conditions stay.
 
     `known` are all attacks there are. What is there then is returned, with K*.
     """

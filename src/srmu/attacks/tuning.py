@@ -18,7 +18,7 @@ SMALL = 100_000_000  # parameters; a model with fewer bears higher learning rate
 
 
 def text_rows(model: Subject, texts: Sequence[str], length: int = 512) -> list[Row]:
-    """Texts, of which so many tokens are read, as rows of which all tokens count."""
+    """Texts cut at a number of tokens, as rows whose tokens all count."""
     ids = [model.tokens(text)[: min(length, model.max_length)] for text in texts]
     rows: list[Row] = [([], row) for row in ids if len(row) > 1]
     if not rows:

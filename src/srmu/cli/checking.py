@@ -42,13 +42,11 @@ def report_command(
 
 @verbs.command("verify", rich_help_panel=GROUP)
 def verify_command(
-    folder: Annotated[Path, Argument(metavar="RUN_OR_EXPORT", help="What to check.")],
+    folder: Annotated[Path, Argument(metavar="RUN_OR_EXPORT", help="A run or an export.")],
     settings: Annotated[
         list[str] | None, Argument(metavar="key=value", help="rerun: runs_dir, device.")
     ] = None,
-    rerun: Annotated[
-        bool, Option("--rerun", help="Make the run again, too: is it the same?")
-    ] = False,
+    rerun: Annotated[bool, Option("--rerun", help="Make the run again and compare it.")] = False,
     key: Annotated[
         Path | None, Option(help="Public Ed25519 key (PEM): check the signature.")
     ] = None,
@@ -84,7 +82,7 @@ def verify_command(
 
 
 def repeat_run(record: Path, settings: list[str]) -> tuple[dict[str, object], list[str]]:
-    """Make a record's run again: whether the same came out, and the lines that say so."""
+    """Make a record's run again; whether the result is the same, and the lines that say so."""
     from srmu.runs.rerun import rerun_record
 
     run, outcome = rerun_record(record, settings, show_progress)
@@ -94,7 +92,7 @@ def repeat_run(record: Path, settings: list[str]) -> tuple[dict[str, object], li
         names = ", ".join(outcome["tensors"]) or "no tensor, but the file"
         lines = [f"another delta: {names} differ", *outcome["differences"]]
         if not outcome["differences"]:
-            lines.append("environment and data are alike: the hardware, or its load, differs")
+            lines.append("environment and data are the same: the hardware or its load differs")
     folder = shorten_path(run.folder)
     lines.append(f"wrote {folder}, and the outcome into {shorten_path(record)}")
     return {"run": str(run.folder), **outcome}, [*lines, next_command("verify", folder)]

@@ -38,7 +38,9 @@ Tokens = Annotated[Literal["predicted", "generated"], Option(help="confidence: o
 
 @verbs.command("inspect", rich_help_panel="Measure")
 def inspect_command(
-    target: Annotated[str, Argument(metavar="MODEL|RUN|texts", help="Or the word texts.")],
+    target: Annotated[
+        str, Argument(metavar="MODEL|RUN|texts", help="A model, a run, or the word: texts.")
+    ],
     settings: Annotated[
         list[str] | None, Argument(metavar="key=value", help="reach: method.layer=3.")
     ] = None,
@@ -56,7 +58,7 @@ def inspect_command(
     out: Annotated[Path | None, Option(help="The page, WHAT.html; names: a .txt file.")] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Look inside a model, a run or texts: what a method reaches, how entangled texts are, ..."""
+    """Look inside a model, a run or texts: what a method changes, how entangled texts are."""
     silence_libraries()
     what = what or ("entanglement" if target == TEXTS else "reach")
     if (what in OF_TEXTS) != (target == TEXTS):

@@ -138,13 +138,19 @@ def attack_command(
     val: Annotated[str, Option(help="Tasks to choose settings on, or split.")] = "",
     utility: options.Utility = "",
     tasks_dir: options.TasksDir = None,
-    neutral: Annotated[Path | None, Option(help="File of texts far from what is to go.")] = None,
-    holdout: Annotated[Path | None, Option(help="File of texts like it, never seen.")] = None,
+    neutral: Annotated[
+        Path | None, Option(help="File of texts unrelated to the forget texts.")
+    ] = None,
+    holdout: Annotated[
+        Path | None, Option(help="File of similar texts that the model never saw.")
+    ] = None,
     oracle: options.Oracle = "",
-    limit: Annotated[int, Option(help="Questions of each task and half.")] = 400,
+    limit: Annotated[int, Option(help="Questions per task and half.")] = 400,
     seed: int = 0,
     device: options.Device = "auto",
-    yes: Annotated[bool, Option("--yes", help="Do not ask before what takes hours.")] = False,
+    yes: Annotated[
+        bool, Option("--yes", help="Do not ask before attacks that take hours.")
+    ] = False,
     as_json: options.Json = False,
 ) -> None:
     """Attack a run: what brings the knowledge back, beside the original and the oracle."""

@@ -23,5 +23,5 @@ UtilityMetrics = Annotated[str, Option(help="Metrics that should stay, a,b.")]
 Budget = Annotated[str, Option(help="The most utility to lose: 1% or 0.01.")]
 Seeds = Annotated[str, Option(help="Seeds, a,b,c.")]
 Tier = Annotated[
-    Literal["smoke", "standard", "deep"], Option(help="How much is tried: minutes to hours.")
+    Literal["smoke", "standard", "deep"], Option(help="How much to try: minutes to hours.")
 ]

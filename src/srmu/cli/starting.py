@@ -65,7 +65,9 @@ def play_demo_command(
 @topics.command("methods")
 def list_methods_command(
     name: Annotated[str, Argument(help="One method: its options.")] = "",
-    markdown: Annotated[bool, Option("--markdown", help="All, as the page of the docs.")] = False,
+    markdown: Annotated[
+        bool, Option("--markdown", help="All of them, as the reference page in the docs.")
+    ] = False,
     as_json: options.Json = False,
 ) -> None:
     """The methods: paper, level, what each needs and trains, and its options."""

@@ -29,9 +29,9 @@ GROUP = "Study"
 def testbed_command(
     out: Annotated[Path, Argument(help="Folder to write.")],
     world: Annotated[str, Option(help="closed; open: harder; people: benchmarks.")] = "closed",
-    seed: Annotated[int, Option(help="Another world and model for each.")] = 0,
+    seed: Annotated[int, Option(help="Each seed gives another world and model.")] = 0,
     entanglement: Annotated[
-        float, Option(min=0, max=1, help="How much forget and retain-high share, 0 to 1.")
+        float, Option(min=0, max=1, help="How much the forget and retain-high texts share, 0 to 1.")
     ] = 0.5,
     with_oracle: Annotated[
         bool, Option("--with-oracle", help="Also a twin that never saw the hazard facts.")
@@ -69,7 +69,7 @@ def reproduce_command(
         Argument(help="Of the paper; or our own: robust, ablations, methods."),
     ],
     settings: Annotated[
-        list[str] | None, Argument(metavar="KEY=VALUE", help="For every run.")
+        list[str] | None, Argument(metavar="KEY=VALUE", help="Overrides for every run.")
     ] = None,
     model: Annotated[str, Option(help="Folder or hub id; default: testbeds.")] = "",
     seeds: options.Seeds = "",
@@ -152,7 +152,9 @@ def reproduce_frontier(
             else robust.measure_frontier(frontier, show_progress)
         )
     except KeyboardInterrupt:
-        print_line("what is done is kept: the same command goes on, and --show has its tables")
+        print_line(
+            "finished runs are kept: the same command continues, and --show prints the tables"
+        )
         raise
     pairs = [(f"--{k}", v) for k, v in asked.items() if v and k != "overrides"]
     words = [word for pair in pairs for word in pair]

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 verbs = typer.Typer()
 GROUP = "Unlearn"
-KEPT = "what is done is kept: the same command goes on"
+KEPT = "finished runs are kept: the same command continues"
 
 
 @verbs.command("unlearn", rich_help_panel=GROUP)
@@ -75,7 +75,7 @@ def unlearn_command(
 def choose_config(
     args: list[str], model: str, forget: list[str], retain: list[str], method: str
 ) -> Config:
-    """The config that was named as a file, or by options; SrmuError where it is neither or both."""
+    """The config from a file or from options; SrmuError for neither and for both."""
     from srmu.runs.config import load_config, make_config
 
     file = args[0] if args and "=" not in args[0] else ""
@@ -121,7 +121,7 @@ def auto_command(
     forget: Annotated[list[str], options.FORGET],
     retain: Annotated[list[str], options.RETAIN],
     budget: options.Budget = "1%",
-    tasks: Annotated[str, Option(help="lm-eval tasks on what is to go, a,b.")] = "",
+    tasks: Annotated[str, Option(help="lm-eval tasks on the forget knowledge, a,b.")] = "",
     utility: options.Utility = "",
     tasks_dir: options.TasksDir = None,
     method: Annotated[str, Option(help="srmu, rmu, adaptive_rmu or rna.")] = "srmu",
@@ -196,7 +196,9 @@ def sweep_command(
     args: Annotated[
         list[str], Argument(metavar="CONFIG key=value", help="A sweep file, then overrides.")
     ],
-    trials: Annotated[int | None, Option(min=1, help="How many to try; of a grid all.")] = None,
+    trials: Annotated[
+        int | None, Option(min=1, help="How many trials; default for a grid: all.")
+    ] = None,
     storage: Annotated[str, Option(help="postgresql://..., for many machines.")] = "",
     as_json: options.Json = False,
 ) -> None:
@@ -233,7 +235,7 @@ def export_command(
         bool | None, Option("--link/--copy", help="Share files that stay, or copy.")
     ] = None,
     last_good: Annotated[
-        bool, Option("--last-good", help="If it diverged: the weights before.")
+        bool, Option("--last-good", help="Of a run that diverged: the last good weights.")
     ] = False,
     as_json: options.Json = False,
 ) -> None:

@@ -61,12 +61,12 @@ def row_key(row: Row) -> tuple[str, ...]:
 def lock_results(folder: Path) -> Iterator[None]:
     """Hold a folder's results: other processes that merge into them wait."""
     name = sha256(str(folder.resolve()).encode())[:32]
-    lock = cache_dir() / "locks" / f"{name}.lock"  # in the folder it would be a file too many
+    lock = cache_dir() / "locks" / f"{name}.lock"  # not in the run's folder, where users look
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
-    except OSError:  # a cache folder that cannot be used stops nothing
+    except OSError:  # an unusable cache folder must not stop a run
         lock = Path(gettempdir()) / f"srmu-{name}.lock"
-    with FileLock(lock, is_singleton=True):  # whoever holds it may ask again
+    with FileLock(lock, is_singleton=True):  # the same process may lock it twice
         yield
 
 

@@ -2,7 +2,7 @@
 
 An `Experiment` says where runs are made, with which settings, and what is done to each. Its rows
 are planned (`PlannedRow`), then `run_experiment` makes the runs that are missing, in parallel, and
-gives each row with the folders of its runs (`MeasuredRow`). What is there is used again.
+gives each row with the folders of its runs (`MeasuredRow`). Runs that exist are used again.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class MeasuredRow:
 
 
 class Regime(NamedTuple):
-    """A config of a testbed, and of which: with what entanglement, and called what."""
+    """A config of a testbed, and that testbed's entanglement and name."""
 
     config: str
     entanglement: float = 0.5

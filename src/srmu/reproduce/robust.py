@@ -164,7 +164,7 @@ def measure_frontier(frontier: Frontier, watch: Watch = ignore_progress) -> Rows
 
 
 def read_frontier(frontier: Frontier) -> Rows:
-    """What is there already, as `measure_frontier` gives it; runs nothing."""
+    """The results so far, in the form of `measure_frontier`; runs nothing."""
     return split_rows(frontier, read_experiment)
 
 
@@ -214,7 +214,7 @@ class Attacked(Scored):
         return self.home / f"matched-{self.budget:g}-{self.folder}" / run.name
 
     def find_result(self, job: RunJob) -> Path | None:
-        """The folder where all is there: every attack of the tier, too."""
+        """The folder, if it is complete: every attack of the tier included."""
         out = self.locate_result(locate_run(job))
         folders = (out, *(locate_control(self.home, job.config.parent, who) for who in CONTROLS))
         wanted = {*select_attacks(self.tier, self.names)}  # type: ignore[arg-type]

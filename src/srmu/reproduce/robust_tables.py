@@ -110,7 +110,7 @@ def build_row(
 def build_control_rows(
     frontier: Frontier, world: str, regime: str, rows: Sequence[MeasuredRow]
 ) -> list[dict[str, Any]]:
-    """The rows of the original and the oracle; none where no run is there to tell of them."""
+    """The rows of the original and the oracle; none without a run that has them."""
     known: dict[int, Path] = {}  # by seed, a run that was attacked beside them
     for row in rows:
         for seed, run in zip(row.questions, row.runs, strict=True):

@@ -63,7 +63,7 @@ def plan_run(config: Config, *, shard: bool = False, offload: bool = False) -> R
     base = locate_base(config)
     settings = read_config(base)
     refuse_quantised(base, settings)
-    limit_bytes()  # a mistake there must not wait until the model is loaded
+    limit_bytes()  # report a bad limit before the model is loaded
     method = config.method.resolved(settings)
     known = {field.name for field in fields(method)}
     for name, topic in config.topics.items():  # each topic's own strength must fit the method too

@@ -185,7 +185,7 @@ def seal_record(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """Read a record; SrmuError where it is none, or was edited."""
+    """Read a record; SrmuError if the file is not a record, or was edited."""
     try:
         record = read_json(path)
         Record.model_validate(record)

@@ -1,4 +1,4 @@
-"""A run: its folder, what is in it, and how it comes to be there."""
+"""A run: its folder, what the folder holds, and how it is made."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ class Run:
 
 
 def find_run(target: str | Path) -> Run | None:
-    """The run in a folder; None for what is none: a model's folder, or a hub id.
+    """The run in a folder; None for a model's folder or a hub id.
 
     SrmuError for a run that is unfinished.
     """

@@ -51,7 +51,7 @@ NOTHING = 0.05  # accuracy above chance below which a model knows nothing
 HELD = 10  # one text in so many is held out for each half
 LAYERS = 8  # that a scan tries at most
 MARGIN = 0.5  # of the budget that trials may lose: the best of many flatters itself
-NOISE = 0.05  # forgetting below it is none
+NOISE = 0.05  # less forgetting than this counts as none
 KEYS = (
     "method.layer", "method.kappa", "method.alpha", "method.anchors", "method.hold", "method.keep",
     "method.retain", "method.noise", "train.learning_rate",

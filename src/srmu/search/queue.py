@@ -311,7 +311,7 @@ class Point:
 
     @property
     def is_lost(self) -> bool:
-        """Whether nobody has it. After `RETRIES` dead workers more it is given up."""
+        """Whether no worker has it. After `RETRIES` more dead workers the trial is given up."""
         if self.state != TrialState.FAIL or self.has_failed:
             return self.state is None
         killed = [t for t in self.trials if not {"why", "stopped"} & {*t.user_attrs}]
