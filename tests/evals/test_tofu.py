@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from helpers import attack_world
-from helpers.models import pico_module, word_tokenizer
+from helpers.models import pico_module, scaled, word_tokenizer
 from srmu.errors import SrmuError
 from srmu.evals.benchmarks import tofu
 from srmu.evals.benchmarks.base import BenchmarkData, BenchmarkRequest, prompt_of
@@ -76,15 +76,6 @@ def asked(folder: Path, **given: Any) -> BenchmarkRequest:
 
 def pico(seed: int = 0) -> Subject:
     return Subject(pico_module(seed=seed), word_tokenizer())
-
-
-def scaled(factor: float) -> Subject:
-    """A model edited into one whose logits are as many times as large; it may write nothing."""
-    module = pico_module()
-    head = module.lm_head.weight.detach().clone()
-    with torch.no_grad():
-        module.lm_head.weight.mul_(factor)
-    return Subject(module, word_tokenizer(), {"lm_head.weight": head})
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from srmu.data.tokens import batch_rows, tokenise_texts
 from srmu.engine.topic import Topic
+from srmu.evals.subject import Subject
 
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
@@ -216,3 +217,12 @@ def pieces(texts: list[str], size: int = 90) -> PreTrainedTokenizerFast:
     )
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+
+
+def scaled(factor: float) -> Subject:
+    """A model edited into one whose logits are as many times as large; it may write nothing."""
+    module = pico_module()
+    head = module.lm_head.weight.detach().clone()
+    with torch.no_grad():
+        module.lm_head.weight.mul_(factor)
+    return Subject(module, word_tokenizer(), {"lm_head.weight": head})

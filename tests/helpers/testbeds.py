@@ -25,3 +25,17 @@ SUFFIXES = ("", "_val")
 
 def rows(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# an lm-eval task over `quiz.jsonl`, rows of question, options and answer
+QUIZ = """task: quiz
+dataset_path: json
+dataset_kwargs: {data_files: {test: quiz.jsonl}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: "{{options}}"
+doc_to_target: answer
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+metadata: {version: 1.0}
+"""

@@ -27,7 +27,7 @@ from helpers.models import (
     word_tokenizer,
     write_jsonl,
 )
-from helpers.testbeds import TINY
+from helpers.testbeds import QUIZ, TINY
 from srmu.engine import generate
 from srmu.engine.activation_cache import Activations
 from srmu.engine.batch import Batch
@@ -846,19 +846,6 @@ def test_two_models_answer_together(arch: str) -> None:
     with torch.no_grad():
         plain = module(torch.tensor([prompts[0]])).logits
         assert torch.equal(plain, tuned(torch.tensor([prompts[0]])).logits)
-
-
-QUIZ = """task: quiz
-dataset_path: json
-dataset_kwargs: {data_files: {test: quiz.jsonl}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{question}}"
-doc_to_choice: "{{options}}"
-doc_to_target: answer
-metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
-metadata: {version: 1.0}
-"""
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from helpers.models import pico_module, save_pico, texts, word_tokenizer, write_jsonl
+from helpers.testbeds import QUIZ
 from srmu.engine.files import write_json
 from srmu.engine.loading import load_module
 from srmu.engine.weights import apply_delta
@@ -24,18 +25,6 @@ from srmu.runs.run import Run, unlearn_config
 
 QUICK = ["method.layer=2", "train.max_steps=3", "train.learning_rate=0.01"]
 WIDTH = 32
-
-TASK = """task: quiz
-dataset_path: json
-dataset_kwargs: {data_files: {test: quiz.jsonl}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{question}}"
-doc_to_choice: "{{options}}"
-doc_to_target: answer
-metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
-metadata: {version: 1.0}
-"""
 
 BREAKS = """
 from dataclasses import dataclass
@@ -315,7 +304,7 @@ def quiz(workplace: Path) -> Path:
     """The tasks folder beside the model, with a task of 20 questions."""
     folder = workplace / "tasks"
     folder.mkdir()
-    (folder / "quiz.yaml").write_text(TASK)
+    (folder / "quiz.yaml").write_text(QUIZ)
     rows = [
         {"question": text, "options": ["w1", "w2", "w3", "w4"], "answer": i % 4}
         for i, text in enumerate(texts(20, 5))

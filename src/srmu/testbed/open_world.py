@@ -22,7 +22,7 @@ from srmu.testbed.world import (
     Relation,
     Size,
     World,
-    deal_answers,
+    deal_facts,
     read_relation,
     read_wording,
     read_world,
@@ -59,16 +59,13 @@ def create_open(seed: int, size: Size) -> World:
         "person": names(size.entities, "Nn Nn"),
         "ship": names(size.entities, "Nn Nn"),
     }
-    pools = {"activator": activators}
     asked: Asked = Counter()
-    facts: list[Fact] = []
-    for relation in RELATIONS:
-        if relation.pool not in pools:
-            general = relation.kind == "general"
-            count = size.general_values if general else size.values
-            pools[relation.pool] = names(count, FORMS[relation.pool])
-        known = subjects[relation.subjects]
-        facts += deal_answers(rng, relation, known, pools[relation.pool], size.held, asked)
+
+    def draw(pool: str, count: int) -> list[str]:
+        return names(count, FORMS[pool])
+
+    pools = {"activator": activators}
+    facts = deal_facts(rng, RELATIONS, subjects, pools, draw, size, asked)
     source = {fact.subject: fact.answer for fact in facts if fact.relation.name == "source"}
     facts += [two_hop_fact(fact, source) for fact in facts if fact.relation.name == "activator"]
     steps = [names(len(HAZARD_ACTIONS), "M T") for _ in range(STEPS)]

@@ -13,12 +13,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
 from srmu.testbed.world import (
-    Asked,
     Document,
     Fact,
     Size,
     World,
-    deal_answers,
+    deal_facts,
     deal_items,
     read_relation,
     read_wording,
@@ -69,16 +68,11 @@ def create_people(seed: int, size: Size) -> World:
         "beast": [f"{word().lower()}ox" for _ in range(size.entities)],
         "singer": names(size.entities),
     }
-    pools: dict[str, list[str]] = {}
-    asked: Asked = Counter()
-    facts: list[Fact] = []
-    for relation in RELATIONS:
-        if relation.pool not in pools:
-            general = relation.kind == "general"
-            count = size.general_values if general else size.values
-            pools[relation.pool] = _values(rng, word, FORMS[relation.pool], count)
-        known = subjects[relation.subjects]
-        facts += deal_answers(rng, relation, known, pools[relation.pool], size.held, asked)
+
+    def draw(pool: str, count: int) -> list[str]:
+        return _values(rng, word, FORMS[pool], count)
+
+    facts = deal_facts(rng, RELATIONS, subjects, {}, draw, size, Counter())
     documents = [*write_news(rng, facts), *write_novels(rng, word, hazard)]
     return World(tuple(facts), tuple(hazard), WORDING, tuple(documents))
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -238,16 +238,31 @@ def create_closed(seed: int, size: Size) -> World:
         "person": names(size.entities, "o"),
         "beast": names(size.entities, "ox"),
     }
-    pools: dict[str, list[str]] = {}
-    asked: Asked = Counter()
+    facts = deal_facts(rng, RELATIONS, subjects, {}, lambda _, count: names(count), size, Counter())
+    return World(tuple(facts), tuple(hazard), CLOSED)
+
+
+def deal_facts(
+    rng: random.Random,
+    relations: Sequence[Relation],
+    subjects: Mapping[str, Sequence[str]],
+    pools: dict[str, list[str]],
+    draw: Callable[[str, int], list[str]],
+    size: Size,
+    asked: Asked,
+) -> list[Fact]:
+    """The facts of all relations. A pool of answers that is missing is drawn when first needed.
+
+    `draw` makes so many answers for a pool. `asked` is as in `deal_answers`.
+    """
     facts = []
-    for relation in RELATIONS:
+    for relation in relations:
         if relation.pool not in pools:
-            general = relation.kind == "general"
-            pools[relation.pool] = names(size.general_values if general else size.values)
+            count = size.general_values if relation.kind == "general" else size.values
+            pools[relation.pool] = draw(relation.pool, count)
         known = subjects[relation.subjects]
         facts += deal_answers(rng, relation, known, pools[relation.pool], size.held, asked)
-    return World(tuple(facts), tuple(hazard), CLOSED)
+    return facts
 
 
 def deal_answers(
