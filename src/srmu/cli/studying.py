@@ -153,7 +153,7 @@ def reproduce_frontier(
         )
     except KeyboardInterrupt:
         print_line(
-            "finished runs are kept: the same command continues, and --show prints the tables"
+            "finished runs are kept: the same command goes on, and --show prints the tables"
         )
         raise
     pairs = [(f"--{k}", v) for k, v in asked.items() if v and k != "overrides"]

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 verbs = typer.Typer()
 GROUP = "Unlearn"
-KEPT = "finished runs are kept: the same command continues"
+KEPT = "finished runs are kept: the same command goes on"
 
 
 @verbs.command("unlearn", rich_help_panel=GROUP)
