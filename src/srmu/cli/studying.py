@@ -152,9 +152,7 @@ def reproduce_frontier(
             else robust.measure_frontier(frontier, show_progress)
         )
     except KeyboardInterrupt:
-        print_line(
-            "finished runs are kept: the same command goes on, and --show prints the tables"
-        )
+        print_line("finished runs are kept: the same command goes on, and --show prints the tables")
         raise
     pairs = [(f"--{k}", v) for k, v in asked.items() if v and k != "overrides"]
     words = [word for pair in pairs for word in pair]
