@@ -77,10 +77,7 @@ def reference(
     In bfloat16 it steps float32 masters, as srmu does, which the public code does not have.
     "+ freeze" lets only those have gradients; "+ depth" also leaves out the layers above.
     """
-    models = [
-        AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
-        for _ in range(2)
-    ]
+    models = [AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval() for _ in range(2)]
     if rung == "+ depth":
         for model in models:
             model.model.layers = model.model.layers[: LAYER + 1]
@@ -99,15 +96,9 @@ def reference(
 
     def layer_output(model: Any, inputs: Batch) -> torch.Tensor:
         caught: list[torch.Tensor] = []
-        handle = model.model.layers[LAYER].register_forward_hook(
-            lambda _, args, output: caught.append(output)
-        )
+        handle = model.model.layers[LAYER].register_forward_hook(lambda _, args, output: caught.append(output))
         run = model.model if rung == "+ depth" else model
-        run(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            use_cache=cache,
-        )
+        run(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=cache)
         handle.remove()
         return caught[0]
 
@@ -146,9 +137,7 @@ def ours(
     topic = Topic("benchmark", forgets, retains)
 
     def trial(kept: Activations) -> tuple[list[torch.Tensor], list[float]]:
-        model = EditableModel.load(
-            folder, depth=method.depth, trainable=method.trainable, dtype=name, device=device
-        )
+        model = EditableModel.load(folder, depth=method.depth, trainable=method.trainable, dtype=name, device=device)
         model.activations = kept
         state = method.setup(model, topic)
         state.tensors["target"] = COEFF * direction(model.module.config.hidden_size).to(device)
@@ -157,10 +146,7 @@ def ours(
         options = TrainOptions(learning_rate=RATE, max_steps=len(pairs), batch_size=BATCH)
         clock, times = Clock(device), []
         fit_model(
-            model,
-            [(topic, partial(method.loss, model, state))],
-            options,
-            lambda step, values: times.append(clock()),
+            model, [(topic, partial(method.loss, model, state))], options, lambda step, values: times.append(clock())
         )
         return [p.detach() for p in model.trained.values()], times
 
@@ -298,13 +284,7 @@ def memory_here(arguments: argparse.Namespace) -> dict[str, int]:
     made = batches(arguments.tokens, vocabulary, 4, arguments.device)
     dtype = getattr(torch, arguments.dtype)
     with watched() as memory:
-        one(
-            arguments.rung,
-            arguments.folder,
-            dtype,
-            arguments.device,
-            list(zip(made[::2], made[1::2], strict=True)),
-        )
+        one(arguments.rung, arguments.folder, dtype, arguments.device, list(zip(made[::2], made[1::2], strict=True)))
     if arguments.device == "cuda":
         memory.private = memory.resident = torch.cuda.max_memory_allocated()
     return {"private": memory.private, "resident": memory.resident}

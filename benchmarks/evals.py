@@ -139,9 +139,7 @@ def compare(label: str, config: Any, kind: str, count: int, rounds: int) -> None
             return float(report["results"]["quiz"]["acc,none"])
 
         def ours(limit: int | None = None) -> float:
-            found = lm_eval.evaluate(
-                model, tokenizer, ["quiz"], tasks_dir=tasks, limit=limit, batch_size=BATCH
-            )
+            found = lm_eval.evaluate(model, tokenizer, ["quiz"], tasks_dir=tasks, limit=limit, batch_size=BATCH)
             return found["quiz/acc"]["value"]
 
         sides: dict[str, tuple[Callable[..., float], Any, str]] = {
@@ -175,10 +173,7 @@ def compare(label: str, config: Any, kind: str, count: int, rounds: int) -> None
         )
     ratio = statistics.median(a / b for a, b in zip(times["lm-eval"], times["srmu"], strict=True))
     apart = max(abs(a - b) for (a, _), (b, _) in zip(expected, found, strict=True))
-    chosen = [
-        torch.tensor([score for score, _ in answers]).view(-1, 4).argmax(1)
-        for answers in (expected, found)
-    ]
+    chosen = [torch.tensor([score for score, _ in answers]).view(-1, 4).argmax(1) for answers in (expected, found)]
     agree = int((chosen[0] == chosen[1]).sum())
     print(
         f"  ratio {ratio:.2f}; log-probabilities at most {apart:.1e} apart in "

@@ -90,20 +90,14 @@ def verify(base: Path, out: Path, changed: set[str]) -> None:
 def written(base: Path, out: Path) -> int:
     """Bytes of the export that are its own and not links to the base's."""
     own = (path for path in out.rglob("*") if path.is_file())
-    return sum(
-        p.stat().st_size
-        for p in own
-        if not ((base / p.name).exists() and p.samefile(base / p.name))
-    )
+    return sum(p.stat().st_size for p in own if not ((base / p.name).exists() and p.samefile(base / p.name)))
 
 
 def measure(arguments: argparse.Namespace) -> None:
     with TemporaryDirectory(dir=arguments.scratch) as scratch:
         folder = Path(scratch)
         os.environ["SRMU_CACHE"] = str(folder / "cache")
-        base = write_checkpoint(
-            folder / "model", arguments.shape, getattr(torch, arguments.dtype), arguments.shards
-        )
+        base = write_checkpoint(folder / "model", arguments.shape, getattr(torch, arguments.dtype), arguments.shards)
         for number, role in enumerate(("forget", "retain")):
             documents = 4 * arguments.batches
             write_texts(folder / f"{role}.jsonl", documents, arguments.tokens, number)

@@ -117,12 +117,8 @@ def measured(place: Path, source: Path, method: str, launch: tuple[int, bool, in
     options += [f"method.lora_rank={lora}"] if lora else []
     config = plans.plan_run(load_config(source, options)).config
     base = plans.locate_base(config)
-    rows = estimate.estimate_launches(
-        config, base, plans.load_topics(config, plans.load_tokenizer(base))
-    )
-    row = next(
-        r for r in rows if (r["processes"], r["sharded"], r["lora"]) == (processes, sharded, lora)
-    )
+    rows = estimate.estimate_launches(config, base, plans.load_topics(config, plans.load_tokenizer(base)))
+    row = next(r for r in rows if (r["processes"], r["sharded"], r["lora"]) == (processes, sharded, lora))
     # Weights that are mapped from the file are not private.
     planned = row["memory_per_rank"] - (0 if sharded else row["parts"]["weights"])
     words = ["--watch", str(out), "unlearn", str(source), *options, *["--shard"][:sharded]]

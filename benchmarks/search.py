@@ -21,13 +21,7 @@ import yaml
 
 from srmu.engine.progress import show_progress
 from srmu.report.results import RunGroup, aggregate_metrics
-from srmu.reproduce.experiment import (
-    Experiment,
-    MeasuredRow,
-    PlannedRow,
-    Testbeds,
-    run_experiment,
-)
+from srmu.reproduce.experiment import Experiment, MeasuredRow, PlannedRow, Testbeds, run_experiment
 
 TASKS = tuple(f"organism_{kind}_val" for kind in ("hazard", "neighbour", "general"))
 METRICS = [f"{task}/acc" for task in TASKS]
@@ -48,10 +42,7 @@ def mean_accuracies(row: MeasuredRow) -> list[float]:
 
 def list_points(grid: Mapping[str, Sequence[Any]]) -> list[list[str]]:
     """All settings of a grid, as overrides."""
-    return [
-        [f"{key}={value}" for key, value in zip(grid, values, strict=True)]
-        for values in product(*grid.values())
-    ]
+    return [[f"{key}={value}" for key, value in zip(grid, values, strict=True)] for values in product(*grid.values())]
 
 
 def main(path: Path, out: Path) -> None:
@@ -76,9 +67,7 @@ def main(path: Path, out: Path) -> None:
         line |= {regime: [round(score, 4) for score in each] for regime, each in scores.items()}
         if failed := [row.why for row in mine.values() if row.why]:
             line["failed"] = failed[0][:80]
-        table.append(
-            line | {"score": round(fmean(score_accuracies(*s) for s in scores.values()), 4)}
-        )
+        table.append(line | {"score": round(fmean(score_accuracies(*s) for s in scores.values()), 4)})
     table.sort(key=lambda line: (line["method"], -line["score"]))
     (out / "search.json").write_text(json.dumps(table, indent=1) + "\n")
     for line in table:

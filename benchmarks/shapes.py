@@ -30,9 +30,7 @@ def config_of(shape: str) -> MistralConfig:
     sizes = dict(SHAPES[shape])
     heads, kv = sizes.pop("heads"), sizes.pop("kv")
     given: dict[str, Any] = COMMON | sizes
-    return MistralConfig(
-        num_attention_heads=heads, num_key_value_heads=kv, sliding_window=None, **given
-    )
+    return MistralConfig(num_attention_heads=heads, num_key_value_heads=kv, sliding_window=None, **given)
 
 
 def write_checkpoint(folder: Path, shape: str, dtype: torch.dtype, shards: int = 1) -> Path:
@@ -87,9 +85,7 @@ class Memory:
     resident = 0
 
     def look(self) -> None:
-        found = dict(
-            line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines()
-        )
+        found = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
         kib = {key: int(found[key].split()[0]) * 1024 for key in ("RssAnon", "VmRSS")}
         self.private = max(self.private, kib["RssAnon"])
         self.resident = max(self.resident, kib["VmRSS"])

@@ -40,10 +40,7 @@ METHODS = {
         "method.name=rename_scrub", "method.names={testbed}/names.txt", "train.max_steps=250",
     ],
 }  # fmt: skip
-SEQUENCES = {
-    "scal": "forget sets of growing size",
-    "sust": "one forget set after another",
-}
+SEQUENCES = {"scal": "forget sets of growing size", "sust": "one forget set after another"}
 SEQUENCED = ("SRMU", "NPO + KL")
 FOLDS = (1, 2, 3, 4)
 
@@ -61,9 +58,7 @@ def make_runs(testbed: Path, out: Path, rows: Sequence[PlannedRow]) -> list[Path
 def score_run(run: Path, testbed: Path, name: str) -> dict[str, Any]:
     """A suite's numbers; what was measured before is in the cache."""
     data, oracle = str(testbed / "suites" / name), str(testbed / "oracle")
-    return score_benchmark(
-        str(run), BenchmarkOptions(name, data=data, oracle=oracle), watch=show_progress
-    )
+    return score_benchmark(str(run), BenchmarkOptions(name, data=data, oracle=oracle), watch=show_progress)
 
 
 def format_table(rows: Sequence[dict[str, str]]) -> str:
@@ -113,8 +108,4 @@ def main(testbed: Path, out: Path, names: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(
-        Path(sys.argv[1]).resolve(),
-        Path(sys.argv[2]).resolve(),
-        sys.argv[3:] or [*benchmarks.BENCHMARKS],
-    )
+    main(Path(sys.argv[1]).resolve(), Path(sys.argv[2]).resolve(), sys.argv[3:] or [*benchmarks.BENCHMARKS])

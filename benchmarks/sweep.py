@@ -37,11 +37,7 @@ from srmu.engine.topic import Topic
 from srmu.runs import run as runs
 from srmu.runs.config import Config, make_config
 
-GRID = {
-    "method.coeff": (5, 10, 20),
-    "method.alpha": (300, 600, 1200),
-    "method.importance": ("ratio", "difference"),
-}
+GRID = {"method.coeff": (5, 10, 20), "method.alpha": (300, 600, 1200), "method.importance": ("ratio", "difference")}
 TASK = {
     "task": "quiz",
     "dataset_path": "json",
@@ -60,9 +56,7 @@ def trial(folder: Path, config: Config, topic: Topic, model: EditableModel | Non
     """One trial on a model that earlier trials have used, put back to its original weights."""
     method = config.method
     if model is None:
-        model = EditableModel.load(
-            folder, depth=method.depth, trainable=method.trainable, device=config.device
-        )
+        model = EditableModel.load(folder, depth=method.depth, trainable=method.trainable, device=config.device)
         model.activations = open_activations("memory", {}, model.device)
     for name, tensor in model.original.items():
         model.trained[name].data.copy_(tensor)

@@ -61,9 +61,7 @@ def test_readme_commands_run(place: Path, monkeypatch: pytest.MonkeyPatch) -> No
             continue
         made = (place / "runs").glob("*")
         newest = max(made, key=lambda p: p.stat().st_mtime, default="")
-        arguments = [
-            re.sub("^RUN(?=/|$)", str(newest), word) for word in arguments if word != "OTHER_RUN"
-        ]
+        arguments = [re.sub("^RUN(?=/|$)", str(newest), word) for word in arguments if word != "OTHER_RUN"]
         assert run(arguments, monkeypatch) == 0, arguments
         ran.append(arguments[0])
     expected = {"unlearn", "eval", "export", "attack", "compare", "inspect", "info", "auto"}

@@ -38,9 +38,7 @@ def test_rooms_import_one_way(room: str) -> None:
 
 def test_every_module_has_a_room() -> None:
     assert {path.stem for path in SOURCE.glob("*.py")} == {"__init__", "__main__", "errors"}
-    assert {path.name for path in SOURCE.iterdir() if path.is_dir()} - {"__pycache__"} == {
-        *ROOMS
-    } - {"errors"}
+    assert {path.name for path in SOURCE.iterdir() if path.is_dir()} - {"__pycache__"} == {*ROOMS} - {"errors"}
 
 
 def test_methods_import_base_only() -> None:

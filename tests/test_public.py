@@ -18,9 +18,7 @@ NAMES = {
     "State", "Topic", "Site", "EditableModel", "evaluate", "attack", "compare", "SrmuError",
     "DivergedError",
 }  # fmt: skip
-ROOMS = [
-    path.name for path in Path(srmu.__file__).parent.iterdir() if (path / "__init__.py").exists()
-]
+ROOMS = [path.name for path in Path(srmu.__file__).parent.iterdir() if (path / "__init__.py").exists()]
 
 
 def test_public_names() -> None:

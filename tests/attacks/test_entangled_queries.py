@@ -7,12 +7,7 @@ from helpers.attack_rules import rule_subject
 from helpers.attack_world import exam, subject, texts
 from helpers.models import pico_module, word_tokenizer
 from srmu.attacks.base import Exam, Texts
-from srmu.attacks.entangled_queries import (
-    EntangledQueries,
-    put_forget_in_front,
-    replace_option,
-    rotate_pairs,
-)
+from srmu.attacks.entangled_queries import EntangledQueries, put_forget_in_front, replace_option, rotate_pairs
 from srmu.evals.subject import NotApplicable, Question, Subject
 
 NONE = Texts((), ())
@@ -89,9 +84,7 @@ def test_terms_in_questions() -> None:
 @pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_it_leaves_the_model_as_it_was(name: str) -> None:
-    model = (
-        subject("unlearned") if name == "llama" else Subject(pico_module(name), word_tokenizer())
-    )
+    model = subject("unlearned") if name == "llama" else Subject(pico_module(name), word_tokenizer())
     before = {k: v.clone() for k, v in model.module.state_dict().items()}
     found = EntangledQueries().run(model, texts(), exam(), 3)
     assert found == EntangledQueries().run(model, texts(), exam(), 3)
@@ -101,6 +94,4 @@ def test_it_leaves_the_model_as_it_was(name: str) -> None:
 def test_it_needs_harmless_questions() -> None:
     for utility in ({}, {"one": EXAM.utility["one"]}):
         with pytest.raises(NotApplicable, match="utility"):
-            EntangledQueries().run(
-                rule_subject(WORDS, knows), NONE, Exam(EXAM.test, EXAM.val, utility), 0
-            )
+            EntangledQueries().run(rule_subject(WORDS, knows), NONE, Exam(EXAM.test, EXAM.val, utility), 0)

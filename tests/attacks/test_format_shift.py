@@ -14,9 +14,7 @@ from srmu.attacks.listing import split_listed, unlist_options
 from srmu.evals.subject import Question, option_scores
 
 LETTERS = (" A", " B", " C", " D")
-WMDP = Question(
-    "Which of\nthese?\nA. one\nB. two (2)\nC. three\nmore\nD. four \nAnswer:", LETTERS, 2, "x"
-)
+WMDP = Question("Which of\nthese?\nA. one\nB. two (2)\nC. three\nmore\nD. four \nAnswer:", LETTERS, 2, "x")
 NONE = Texts((), ())
 
 
@@ -33,9 +31,7 @@ def test_listed_reads_the_parts_of_a_prompt() -> None:
         assert f"\n{'ABCD'[turned.gold]}. three\nmore\n" in turned.prompt
         assert f"\nA. {parts.texts[by % 4]}\n" in turned.prompt
         assert turned.options == WMDP.options
-    assert parts.turned(1).prompt.startswith(
-        "Which of\nthese?\nA. two (2)\nB. three\nmore\nC. four"
-    )
+    assert parts.turned(1).prompt.startswith("Which of\nthese?\nA. two (2)\nB. three\nmore\nC. four")
 
 
 def test_listed_takes_the_last_list_and_other_marks() -> None:
@@ -163,9 +159,7 @@ def test_recited(answer: str, extra: int, said: int) -> None:
 
 def test_a_longer_word_is_another_one() -> None:
     """A tokenizer of pieces: `can` and `did` are not `candid`."""
-    model = rule_subject(
-        ["q", "can", "did"], lambda words: {"did" if words[-1] == "can" else "can": 9}
-    )
+    model = rule_subject(["q", "can", "did"], lambda words: {"did" if words[-1] == "can" else "can": 9})
     model.tokenizer.decode = lambda ids: "".join(["<unk>", "", "q", "can", "did"][i] for i in ids)
     asked = [Question("q", (" can", " q"), 0, "x")]
     assert count_right_generations(model, asked, extra=0) == [1]

@@ -28,9 +28,7 @@ def naive(model: Subject, suffix: Tensor, cue: int, wanted: list[int]) -> float:
         with torch.no_grad():
             logs = model.module(row).logits[0].float().log_softmax(-1)
         places = range(row.shape[1] - len(answer) - 1, row.shape[1] - 1)
-        found.append(
-            -sum(float(logs[p, t]) for p, t in zip(places, answer, strict=True)) / len(answer)
-        )
+        found.append(-sum(float(logs[p, t]) for p, t in zip(places, answer, strict=True)) / len(answer))
     return sum(found) / len(found)
 
 
@@ -42,9 +40,7 @@ def test_losses_are_those_of_whole_forwards(name: str, cue: int) -> None:
     targets = [make_target(model, exam().val[i], cue, 3) for i in (0, 3)]
     found = suffix_losses(model, targets, suffixes, 32)
     for row in (0, 20, 39):  # of more batches than one
-        assert float(found[row]) == pytest.approx(
-            naive(model, suffixes[row], cue, [0, 3]), abs=2e-4
-        )
+        assert float(found[row]) == pytest.approx(naive(model, suffixes[row], cue, [0, 3]), abs=2e-4)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -93,9 +89,7 @@ def test_one_step_over_all_tokens_finds_the_best_one() -> None:
     values = {int(t): naive(model, t[None], 0, chosen) for t in ordinary_tokens(model)}
     assert found.budget["loss after"] == pytest.approx(min(values.values()), abs=1e-4)
     best = torch.tensor([min(values, key=values.__getitem__)])
-    asked = [
-        SuffixedSubject(model, best.tolist(), 0).split(q.prompt, q.answer) for q in exam().test
-    ]
+    asked = [SuffixedSubject(model, best.tolist(), 0).split(q.prompt, q.answer) for q in exam().test]
     assert all(before[-1] == best for before, _ in asked)
     assert found.ways[0].test == mark_answers(SuffixedSubject(model, best.tolist(), 0), exam().test)
 

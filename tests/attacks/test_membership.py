@@ -19,9 +19,7 @@ from srmu.evals.statistics import area_under_curve
 from srmu.evals.subject import NotApplicable, Subject
 
 
-def attack(
-    model: Subject, given: Texts | None = None, seed: int = 0, **constants: Any
-) -> AttackResult:
+def attack(model: Subject, given: Texts | None = None, seed: int = 0, **constants: Any) -> AttackResult:
     return Membership(**constants).run(model, given or texts(), exam(), seed)
 
 
@@ -119,9 +117,7 @@ def test_bf16() -> None:
     model = Subject(pico_module(dtype=torch.bfloat16), word_tokenizer())
     exact = Subject(pico_module(), word_tokenizer())
     rows = random_texts(6, 3)
-    np.testing.assert_allclose(
-        membership_scores(model, rows), membership_scores(exact, rows), rtol=0.1
-    )
+    np.testing.assert_allclose(membership_scores(model, rows), membership_scores(exact, rows), rtol=0.1)
 
 
 @pytest.mark.parametrize("holdout", [(), ("w1 w2",) * 19])

@@ -16,12 +16,7 @@ WORDS = ["what", "is", "?", *THINGS, *(f"a{t}" for t in THINGS), "Sure", ",", "t
 def ask(things: list[str]) -> tuple[Question, ...]:
     """Each in two phrasings that share a fact."""
     return tuple(
-        Question(
-            f"{start} {t} ?",
-            (f" a{t}", f" a{THINGS[THINGS.index(t) - 1]}")[::turn],
-            int(turn < 0),
-            t,
-        )
+        Question(f"{start} {t} ?", (f" a{t}", f" a{THINGS[THINGS.index(t) - 1]}")[::turn], int(turn < 0), t)
         for t in things
         for start, turn in (("what is", 1), ("is", -1))
     )
@@ -46,9 +41,7 @@ def unlocked(by: str) -> Subject:
     return rule_subject(WORDS, rule)
 
 
-@pytest.mark.parametrize(
-    ("by", "setting"), [("shots", "5 shots"), ("begun", "begun answer 1"), ("role", "role 3")]
-)
+@pytest.mark.parametrize(("by", "setting"), [("shots", "5 shots"), ("begun", "begun answer 1"), ("role", "role 3")])
 def test_the_prompt_that_opens_is_found(by: str, setting: str) -> None:
     found = Prompts().run(unlocked(by), Texts((), ()), EXAM, 0)
     assert [way.setting for way in found.ways] == SETTINGS
@@ -62,25 +55,14 @@ def test_examples_tell_nothing_about_the_fact_asked_for() -> None:
         assert f"a{question.fact}" not in text.split()
         assert text.count("?") == 5
         assert text.endswith("\n\n")
-    assert list_examples(list(EXAM.val), "", 5).split()[:8] == [
-        "what",
-        "is",
-        "t25",
-        "?",
-        "at25",
-        "what",
-        "is",
-        "t26",
-    ]
+    assert list_examples(list(EXAM.val), "", 5).split()[:8] == ["what", "is", "t25", "?", "at25", "what", "is", "t26"]
     assert list_examples(list(EXAM.val), "", 0) == ""
     assert "teacher" in Prompts().roles[2]
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_it_leaves_the_model_as_it_was(name: str) -> None:
-    model = (
-        subject("unlearned") if name == "llama" else Subject(pico_module(name), word_tokenizer())
-    )
+    model = subject("unlearned") if name == "llama" else Subject(pico_module(name), word_tokenizer())
     before = {k: v.clone() for k, v in model.module.state_dict().items()}
     found = Prompts().run(model, texts(), exam(), 1)
     assert found == Prompts().run(model, texts(), exam(), 1)

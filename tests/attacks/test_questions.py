@@ -101,7 +101,6 @@ def test_a_sentence_is_scored_from_the_token_that_begins_texts() -> None:
     """As with a tokenizer that puts that token first by itself."""
     asked = sentences(range(6))
     plain, usual = (
-        option_scores(Subject(pico_module(), tokenizer), asked)
-        for tokenizer in (plain_tokenizer(), word_tokenizer())
+        option_scores(Subject(pico_module(), tokenizer), asked) for tokenizer in (plain_tokenizer(), word_tokenizer())
     )
     assert plain == usual

@@ -13,22 +13,10 @@ from helpers.models import block_name, down_name, pico_module, word_tokenizer
 from srmu.attacks import direction_ablation
 from srmu.attacks.base import Attack, AttackResult, Exam, Texts
 from srmu.attacks.direction_ablation import DirectionAblation, find_displacement_edits, pick_evenly
-from srmu.attacks.layers import (
-    answer_nll,
-    answer_rows,
-    batch_answers,
-    edit_residual,
-    pad_rows,
-    read_outputs,
-)
+from srmu.attacks.layers import answer_nll, answer_rows, batch_answers, edit_residual, pad_rows, read_outputs
 from srmu.attacks.linear_probe import LinearProbe, embed_options, last_residuals
 from srmu.attacks.logit_lens import LogitLens
-from srmu.attacks.soft_prompt import (
-    PromptedSubject,
-    SoftPrompt,
-    insert_prompt,
-    unused_token,
-)
+from srmu.attacks.soft_prompt import PromptedSubject, SoftPrompt, insert_prompt, unused_token
 from srmu.attacks.unlearning_depth import UnlearningDepth, depth_scores
 from srmu.engine.hooks import cut_blocks, decoder_blocks
 from srmu.evals.subject import NotApplicable, Subject, mark_answers, option_scores
@@ -142,9 +130,7 @@ def test_blocks_are_read_edited_and_cut(arch: str) -> None:
         for layer, values in enumerate(read_outputs(model, ids, at)[:-1]):  # the last one is normed
             torch.testing.assert_close(values, states[layer + 1][at])
         owner = module.get_submodule(block_name(arch, 0).rpartition(".")[0].rpartition(".")[0])
-        norm = next(
-            m for n, m in owner.named_children() if n in ("norm", "ln_f", "final_layer_norm")
-        )
+        norm = next(m for n, m in owner.named_children() if n in ("norm", "ln_f", "final_layer_norm"))
         by_hand = module.get_output_embeddings()(norm(states[2]))
         if cap := getattr(module.config, "final_logit_softcapping", None):
             by_hand = cap * torch.tanh(by_hand / cap)
@@ -387,15 +373,11 @@ def test_soft_prompt_finds_what_a_prefix_unlocks() -> None:
         assert len(way.val) == 8  # a fifth of the facts, in two phrasings
 
 
-def test_soft_prompt_is_trained_on_other_facts_than_choose_it(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_soft_prompt_is_trained_on_other_facts_than_choose_it(monkeypatch: pytest.MonkeyPatch) -> None:
     model, given = subject("original"), []
 
     def keep(self: Any, prompted: PromptedSubject, answers: Any, *rest: Any) -> torch.Tensor:
-        given.extend(
-            tuple(token for token in before if token != prompted.place) for before, _ in answers
-        )
+        given.extend(tuple(token for token in before if token != prompted.place) for before, _ in answers)
         return torch.zeros(16, 32)
 
     monkeypatch.setattr(SoftPrompt, "learn_prompt", keep)

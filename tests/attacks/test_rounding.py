@@ -11,13 +11,7 @@ from helpers.attack_world import exam, subject, texts
 from helpers.models import pico_module, word_tokenizer
 from srmu.attacks.base import find_matrices
 from srmu.attacks.noise import Noise, make_disturbance, prune_matrix
-from srmu.attacks.quantisation import (
-    Quantisation,
-    Quantiser,
-    count_undone,
-    normal_levels,
-    quantise_matrix,
-)
+from srmu.attacks.quantisation import Quantisation, Quantiser, count_undone, normal_levels, quantise_matrix
 from srmu.evals.subject import Subject
 
 QUANTISERS = Quantisation().quantisers

@@ -89,9 +89,7 @@ def test_what_is_written(run: Run, place: Path, monkeypatch: pytest.MonkeyPatch)
     assert told["given_away"] == {"forget": 1.0, "retain": 0.0}  # the forget texts answer them
     assert len(told["tried"]["forced_choice"]["definition"]) == 64
     plain = report["attacks"]["forced_choice"]
-    assert (
-        plain["accuracy"]["value"] == score_model(run, ["hazard"])["after"]["hazard/acc"]["value"]
-    )
+    assert plain["accuracy"]["value"] == score_model(run, ["hazard"])["after"]["hazard/acc"]["value"]
     assert plain["controls"]["original"]["accuracy"]["value"] == 1
     assert plain["valid"] is True
     assert plain["recovery"]["value"] == 0
@@ -113,9 +111,7 @@ def test_what_is_written(run: Run, place: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.slow
-def test_the_strongest_valid_attack_decides(
-    run: Run, place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_strongest_valid_attack_decides(run: Run, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What answers for the oracle, too, does not count; neither does the utility."""
     only(monkeypatch, undone=undone, alike=oracle_says(0.9), harmless=oracle_says(0.2))
     report = attack_run(run, sources=sources(place))
@@ -134,9 +130,7 @@ def test_the_strongest_valid_attack_decides(
 
 
 @pytest.mark.slow
-def test_a_second_call_adds_to_the_first(
-    run: Run, place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_second_call_adds_to_the_first(run: Run, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """K* is over all attacks on the same questions; on others they begin anew."""
     only(monkeypatch, weak=oracle_says(0.4), strong=oracle_says(0.6))
     given = sources(place, oracle="")
@@ -182,9 +176,7 @@ def test_what_was_found_is_kept(run: Run, place: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.slow
-def test_one_that_cannot_run_does_not_stop_the_rest(
-    run: Run, place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_that_cannot_run_does_not_stop_the_rest(run: Run, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuses(*args: Any) -> AttackResult:
         raise NotApplicable("there is nothing to attack")
 
@@ -201,14 +193,10 @@ def test_one_that_cannot_run_does_not_stop_the_rest(
 
 
 @pytest.mark.slow
-def test_the_setting_is_chosen_on_the_validation_half(
-    run: Run, place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_setting_is_chosen_on_the_validation_half(run: Run, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def two(model: Subject, texts: Any, exam: Exam, seed: int) -> AttackResult:
         none, every = (0.0,) * 40, (1.0,) * 40
-        return AttackResult(
-            (Setting("better on test", none, every), Setting("better on val", every, none))
-        )
+        return AttackResult((Setting("better on test", none, every), Setting("better on val", every, none)))
 
     only(monkeypatch, two=two)
     entry = attack_run(run, sources=sources(place))["attacks"]["two"]
@@ -217,9 +205,7 @@ def test_the_setting_is_chosen_on_the_validation_half(
 
 
 @pytest.mark.slow
-def test_what_takes_hours_is_asked_about(
-    run: Run, place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_takes_hours_is_asked_about(run: Run, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     only(monkeypatch)
     long = attack_of("long", oracle_says(0.2), cost=lambda self, model: "ten hours.")
     monkeypatch.setitem(suite.ATTACKS, "long", long)
@@ -237,9 +223,7 @@ def test_what_takes_hours_is_asked_about(
 
 
 @pytest.mark.slow
-def test_two_models_at_inference_are_attacked_together(
-    place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_models_at_inference_are_attacked_together(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Who's Harry Potter's logits: its two models answer, and its weights are not attacked."""
     settings = {"mode": "logits", "strength": 30, "teacher_steps": 6, "teacher_learning_rate": 3e-3}
     given = {f"method.{key}": value for key, value in settings.items()}
@@ -260,14 +244,7 @@ def test_two_models_at_inference_are_attacked_together(
     for name in (*weights, "relearning_steps"):
         assert report[name]["status"] == "does not apply"
         assert "two models" in report[name]["why"]
-    read = (
-        "forced_choice",
-        "format_shift",
-        "extraction",
-        "entangled_queries",
-        "logit_lens",
-        "leak",
-    )
+    read = ("forced_choice", "format_shift", "extraction", "entangled_queries", "logit_lens", "leak")
     for name in (*read, "prompts", "membership", "utility"):
         assert report[name]["status"] == "done", report[name]["why"]
 
@@ -314,10 +291,7 @@ def test_halves(run: Run, place: Path) -> None:
 @pytest.mark.slow
 def test_bad_input(run: Run, place: Path) -> None:
     for given, message in (
-        (
-            {"names": ["logit_lense"]},
-            "attack 'logit_lense' does not exist; did you mean logit_lens",
-        ),
+        ({"names": ["logit_lense"]}, "attack 'logit_lense' does not exist; did you mean logit_lens"),
         ({"tier": "smok"}, "tier 'smok' does not exist; choose one of smoke, standard, deep"),
         ({"sources": sources(place, tasks=())}, "--tasks: name the lm-eval tasks"),
         ({"sources": sources(place, tasks=("harmless",))}, "no validation half"),

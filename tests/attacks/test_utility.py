@@ -39,9 +39,7 @@ def test_what_neutral_texts_cost() -> None:
     metrics = found("unlearned").metrics
     mean = sum(costs) / len(costs)
     assert metrics["nats a neutral token"].value == pytest.approx(mean, rel=1e-5)
-    assert metrics["perplexity of neutral text"].value == pytest.approx(
-        float(torch.tensor(mean).exp()), rel=1e-5
-    )
+    assert metrics["perplexity of neutral text"].value == pytest.approx(float(torch.tensor(mean).exp()), rel=1e-5)
     drift = sum(drifts) / len(drifts)
     assert metrics["KL of neutral text"].value == pytest.approx(drift, rel=1e-4)
     assert drift > 0.001

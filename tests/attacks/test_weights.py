@@ -94,9 +94,7 @@ def test_fixed_weights_are_not_attacked(attack: Attack) -> None:
         attack.run(subject("oracle", fixed="it answers with two models"), texts(), exam(), 0)
 
 
-@pytest.mark.parametrize(
-    ("arch", "turned", "count"), [("llama", False, 7), ("gpt2", True, 4), ("mixtral", False, 6)]
-)
+@pytest.mark.parametrize(("arch", "turned", "count"), [("llama", False, 7), ("gpt2", True, 4), ("mixtral", False, 6)])
 def test_matrices_are_those_of_the_layers(arch: str, turned: bool, count: int) -> None:
     found = find_matrices(pico_module(arch))
     assert len(found) == 4 * count  # mixtral: attention, and two stacks of experts
@@ -119,13 +117,10 @@ def test_change_gets_outputs_by_inputs() -> None:
         with pytest.MonkeyPatch.context() as patch:
             changed = {}
             patch.setattr(
-                "srmu.attacks.base.ask_exam",
-                lambda model, *_, changed=changed: changed.update(weights_of(model)),
+                "srmu.attacks.base.ask_exam", lambda model, *_, changed=changed: changed.update(weights_of(model))
             )
             ask_changed(model, exam(), "double", double)
-        assert {shape: seen.count(shape) for shape in seen} == {
-            k: 4 * v for k, v in expected.items()
-        }
+        assert {shape: seen.count(shape) for shape in seen} == {k: 4 * v for k, v in expected.items()}
         names = find_matrices(model.module)
         for name, weight in weights_of(model).items():
             assert torch.equal(changed[name], weight * (2 if name in names else 1)), name

@@ -22,10 +22,7 @@ PROGRAM: Any = typer.main.get_command(main.app)
 
 def test_the_verbs_stand_in_groups(call: Call) -> None:
     lines = call("--help").out.splitlines()
-    places = {
-        verb: next(i for i, line in enumerate(lines) if line[1:].startswith(f" {verb} "))
-        for verb in VERBS
-    }
+    places = {verb: next(i for i, line in enumerate(lines) if line[1:].startswith(f" {verb} ")) for verb in VERBS}
     assert [*PROGRAM.commands] == VERBS == sorted(VERBS, key=places.__getitem__)
     groups = {
         "Start": "demo", "Unlearn": "unlearn", "Measure": "eval", "Show and check": "report",
@@ -44,9 +41,7 @@ def test_completion() -> None:
     """What a shell asks for when a person types `srmu att<tab>`."""
     words = {"_SRMU_COMPLETE": "complete_bash", "COMP_WORDS": "srmu att", "COMP_CWORD": "1"}
     code = "import sys; sys.argv = ['srmu']; from srmu.cli.main import main; main()"
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | words, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | words, capture_output=True, text=True)
     assert done.stdout.split() == ["attack"], done.stderr
 
 
@@ -67,9 +62,7 @@ def test_one_option_means_the_same_in_every_verb() -> None:
 
 
 @pytest.mark.slow
-def test_paths_with_spaces_are_quoted(
-    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_paths_with_spaces_are_quoted(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place = tmp_path / "my place"
     place.mkdir()
     monkeypatch.chdir(place)
@@ -98,9 +91,6 @@ def test_a_terminal_without_utf8_loses_a_sign_but_not_the_answer(tmp_path: Path)
         "main.run_verb = lambda words: print('1 ± 2') or 0; main.main()"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | {"PYTHONIOENCODING": "ascii"},
-        capture_output=True,
-        text=True,
+        [sys.executable, "-c", code], env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True, text=True
     )
     assert (done.returncode, done.stdout) == (0, "1 ? 2\n"), done.stderr

@@ -40,9 +40,7 @@ def inside(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def outside(*arguments: str) -> Answer:
     """`python -m srmu ...` in a process of its own."""
-    done = subprocess.run(
-        [sys.executable, "-m", "srmu", *arguments], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-m", "srmu", *arguments], capture_output=True, text=True, check=False)
     return Answer(done.returncode, done.stdout, done.stderr)
 
 
@@ -233,10 +231,7 @@ def test_a_device_that_is_not_there(call: Call) -> None:
 
 VERBS: dict[str, tuple[list[str], list[str]]] = {
     "verb": (["unlern"], ["'unlern' is not a verb of srmu; did you mean unlearn?"]),
-    "old verb": (
-        ["organism", "out"],
-        ["'organism' is not a verb", "choose one of demo, ", "testbed"],
-    ),
+    "old verb": (["organism", "out"], ["'organism' is not a verb", "choose one of demo, ", "testbed"]),
     "shell glob": (
         ["unlearn", "--model", "model", "--forget", "a.jsonl", "b.jsonl", "--retain", "r.jsonl"],
         ["b.jsonl: expected key=value", "quote it: --forget 'texts/*.jsonl'"],
@@ -403,8 +398,7 @@ def test_a_loss_that_is_not_finite(options: list[str], place: str, call: Call) -
 
 
 @pytest.mark.parametrize(
-    ("tensor", "says"),
-    [("mlp.down_proj", "stores NaN or infinity"), ("mlp.up_proj", "activations")],
+    ("tensor", "says"), [("mlp.down_proj", "stores NaN or infinity"), ("mlp.up_proj", "activations")]
 )
 def test_a_model_that_is_not_finite(tensor: str, says: str, call: Call) -> None:
     name = f"model.layers.0.{tensor}.weight"
@@ -430,9 +424,7 @@ def test_the_forms_mean_the_same(call: Call, workplace: Path) -> None:
     tree = {"model": "model", "method": "srmu", "topics": topics, "runs_dir": "from-file"}
     Path("c.yaml").write_text(yaml.safe_dump(tree))
     assert call("unlearn", "c.yaml", *QUICK).code == 0
-    library = srmu.make_config(
-        "model", "forget.jsonl", "retain.jsonl", "srmu", [*QUICK, "runs_dir=from-library"]
-    )
+    library = srmu.make_config("model", "forget.jsonl", "retain.jsonl", "srmu", [*QUICK, "runs_dir=from-library"])
     others = [Run.open(next(Path("from-file").iterdir())), srmu.unlearn(library)]
     for other in others:
         assert other.folder.name == first.folder.name
@@ -547,9 +539,7 @@ def test_an_export_shares_files_when_asked(call: Call, workplace: Path) -> None:
         shared = path.name not in changed
         assert (workplace / "linked" / path.name).samefile(path) == shared
         assert not (workplace / "copied" / path.name).samefile(path)
-        same = (Path("linked") / path.name).read_bytes() == (
-            Path("copied") / path.name
-        ).read_bytes()
+        same = (Path("linked") / path.name).read_bytes() == (Path("copied") / path.name).read_bytes()
         assert same
     assert not Path("linked/config.json").samefile("model/config.json")  # people edit it
     assert before == {p: p.read_bytes() for p in Path("model").iterdir()}
@@ -585,9 +575,7 @@ def test_debug_shows_the_traceback(call: Call, monkeypatch: pytest.MonkeyPatch) 
         (PermissionError(13, "Permission denied", "/x"), 2, "Permission denied: '/x'"),
     ],
 )
-def test_exit_codes(
-    error: BaseException, code: int, says: str, call: Call, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_exit_codes(error: BaseException, code: int, says: str, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: Any, **options: Any) -> None:
         raise error
 
@@ -601,9 +589,7 @@ def test_exit_codes(
 
 
 @pytest.mark.slow
-def test_a_process_answers_bad_input_in_one_line(
-    workplace: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_process_answers_bad_input_in_one_line(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(workplace)
     Path("a.jsonl").write_text(GOOD * 99 + '{"text": 5}\n')
     arguments = ["unlearn", *sources(forget="a.jsonl"), *QUICK]

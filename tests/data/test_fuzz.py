@@ -17,11 +17,7 @@ from srmu.errors import SrmuError
 from srmu.runs.config import build_config, load_config
 
 EXAMPLES = 300
-fuzzed = settings(
-    max_examples=EXAMPLES,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+fuzzed = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 # What parsers stumble over, between bytes that are almost right.
 PIECES = st.sampled_from(
@@ -32,9 +28,7 @@ PIECES = st.sampled_from(
         b"\xe2\x80\xa8", b"[[[[[[[[[[", b"-", b": ", b"&a [*a]", b"!!python/object:os.system",
     ]
 )  # fmt: skip
-BLOBS = st.one_of(
-    st.binary(max_size=200), st.lists(st.one_of(PIECES, st.binary(max_size=4))).map(b"".join)
-)
+BLOBS = st.one_of(st.binary(max_size=200), st.lists(st.one_of(PIECES, st.binary(max_size=4))).map(b"".join))
 
 
 def taken(path: Path) -> None:
@@ -63,9 +57,7 @@ def test_any_bytes_in_a_file_of_texts(tmp_path: Path, suffix: str, data: bytes) 
 
 JSON = st.recursive(
     st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8)),
-    lambda inner: st.one_of(
-        st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=6), inner, max_size=3)
-    ),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=6), inner, max_size=3)),
     max_leaves=8,
 )
 

@@ -2,12 +2,7 @@ from itertools import pairwise
 
 import pytest
 
-from srmu.data.overlap import (
-    measure_contamination,
-    measure_coverage,
-    measure_overlap,
-    ngram_overlap,
-)
+from srmu.data.overlap import measure_contamination, measure_coverage, measure_overlap, ngram_overlap
 from srmu.errors import SrmuError
 from srmu.testbed.world import Size, create_closed
 
@@ -15,11 +10,7 @@ from srmu.testbed.world import Size, create_closed
 def test_a_hand_example():
     forget = ["a b a", "c a"]  # a 3, b 1, c 1; ab, ba, ca
     retain = ["A b d", "c"]  # a, b, c, d; ab, bd
-    assert measure_overlap(forget, retain, 1) == {
-        "jaccard": 3 / 4,
-        "forget_types": 1,
-        "forget_tokens": 1,
-    }
+    assert measure_overlap(forget, retain, 1) == {"jaccard": 3 / 4, "forget_types": 1, "forget_tokens": 1}
     assert measure_overlap(forget, retain, 2) == pytest.approx(
         {"jaccard": 1 / 4, "forget_types": 1 / 3, "forget_tokens": 1 / 3}
     )
@@ -84,9 +75,7 @@ def test_what_moves_the_number_is_told_and_moves_it():
 def test_pairs_are_drawn_by_seed():
     forget = [f"w{i} w{i + 1} a" for i in range(40)]
     retain = [f"w{i} w{i + 2} b" for i in range(40)]
-    one, same, other = (
-        ngram_overlap(forget, retain, pairs=50, seed=seed)["unigram"] for seed in (0, 0, 1)
-    )
+    one, same, other = (ngram_overlap(forget, retain, pairs=50, seed=seed)["unigram"] for seed in (0, 0, 1))
     assert one == same != other
     assert ngram_overlap(forget, retain, pairs=10**6)["pairs"] == 1600
 
@@ -133,10 +122,7 @@ def test_coverage_and_jaccard_rank_dialled_entanglements(seed):
 
 
 def test_contamination():
-    texts = [
-        "Note that the carrier of zorine is smoke, as a rule.",
-        "pafine; glows red. Nothing else",
-    ]
+    texts = ["Note that the carrier of zorine is smoke, as a rule.", "pafine; glows red. Nothing else"]
     copy = ("the carrier of zorine is", " smoke", "")  # its 6 words occur
     moved = ("what does zorine travel on", " smoke", "zorine")  # its subject and answer do
     clean = ("what is the colour of zorine", " red", "zorine")  # in two different texts

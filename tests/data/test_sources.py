@@ -20,14 +20,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from helpers.models import (
-    VOCABULARY,
-    pico_module,
-    save_pico,
-    texts,
-    word_tokenizer,
-    write_jsonl,
-)  # fmt: skip
+from helpers.models import VOCABULARY, pico_module, save_pico, texts, word_tokenizer, write_jsonl  # fmt: skip
 from srmu.data.digest import digest_texts, own_key
 from srmu.data.sources import Source, TemplatedText, read_counted, read_texts
 from srmu.data.tokens import batch_rows, pad_id, tokenise_texts, wrap_texts
@@ -60,10 +53,7 @@ def write_json_rows(path: Path, rows: list[str], column: str = "text") -> None:
 
 def write_lines(path: Path, rows: list[str], column: str = "text") -> None:
     """Objects and plain strings in turn, as UTF-8 and escaped in turn."""
-    lines = [
-        json.dumps({column: row} if i % 2 else row, ensure_ascii=i % 3 == 0) + "\n"
-        for i, row in enumerate(rows)
-    ]
+    lines = [json.dumps({column: row} if i % 2 else row, ensure_ascii=i % 3 == 0) + "\n" for i, row in enumerate(rows)]
     path.write_text("".join(lines), encoding="utf-8")
 
 
@@ -91,9 +81,7 @@ def test_formats(suffix: str, column: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", WRITERS)
-def test_any_texts_survive_a_round_trip(
-    suffix: str, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_any_texts_survive_a_round_trip(suffix: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.mktemp("round") / f"rows.{suffix}"
 
     @settings(max_examples=60, deadline=None)
@@ -142,9 +130,7 @@ def test_a_csv_field_may_be_long(tmp_path: Path) -> None:
     assert load(tmp_path / "a.csv") == [long]
 
 
-def test_globs_are_sorted_and_sources_keep_their_order(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_globs_are_sorted_and_sources_keep_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("b", "a", "c[1]"):
         write_jsonl(tmp_path / f"{name}.jsonl", [f"text {name}"])
@@ -173,9 +159,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def test_hub_ids(hub: list[Any]) -> None:
-    source = Source(
-        dataset="owner/set", name="part", split="test[:4]", column="body", revision="abc"
-    )
+    source = Source(dataset="owner/set", name="part", split="test[:4]", column="body", revision="abc")
     assert read_texts([source]) == ["one", "two"]  # blank rows are left out
     assert hub == [(("owner/set", "part"), {"split": "test[:4]", "revision": "abc"})]
 
@@ -252,26 +236,17 @@ def test_the_digest_is_keyed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
 
 
 def read_topic(
-    folder: Path,
-    forget: Source | None,
-    retain: Source | None,
-    tokenizer: Any = None,
-    **options: Any,
+    folder: Path, forget: Source | None, retain: Source | None, tokenizer: Any = None, **options: Any
 ) -> Topic:
     """A topic of sources in `folder`; the options are those of the texts or of the training."""
     sources = [
-        [] if source is None else [replace(source, path=str(folder / str(source.path)))]
-        for source in (forget, retain)
+        [] if source is None else [replace(source, path=str(folder / str(source.path)))] for source in (forget, retain)
     ]
     train = {"batch_size": 4} | {
         name: options.pop(name) for name in ("batch_size", "shuffle", "padding") if name in options
     }
     seed = options.pop("seed", 0)
-    config = TopicConfig(
-        forget=sources[0],
-        retain=sources[1],
-        **{"max_length": 64, "retain_max_length": 64} | options,
-    )
+    config = TopicConfig(forget=sources[0], retain=sources[1], **{"max_length": 64, "retain_max_length": 64} | options)
     return load_topic("bio", config, tokenizer or word_tokenizer(), TrainOptions(**train), seed)
 
 
@@ -384,9 +359,7 @@ def test_texts_are_cut_into_prompts_and_answers(padding: Any) -> None:
     for batch, plain in zip(whole.forget, before, strict=True):
         for key in ("input_ids", "attention_mask"):
             assert torch.equal(batch[key], plain[key])
-        for labels, ids, mask in zip(
-            batch["labels"], batch["input_ids"], batch["attention_mask"], strict=True
-        ):
+        for labels, ids, mask in zip(batch["labels"], batch["input_ids"], batch["attention_mask"], strict=True):
             counted = (labels != -100).nonzero()[:, 0]
             assert counted.diff().eq(1).all()  # one stretch: all padding lies outside
             assert torch.equal(labels[counted], ids[counted])
@@ -479,10 +452,7 @@ TEMPLATE = "w1 {question} w2 {answer}"
 def pairs(count: int, seed: int, words: range = range(60)) -> list[dict[str, str]]:
     """Questions and answers of 5 to 12 words, and who they are about."""
     both = zip(texts(count, seed, words), texts(count, seed + 100, words), strict=True)
-    return [
-        {"who": ("Ann Lee", "Bob")[i % 2], "question": q, "answer": a}
-        for i, (q, a) in enumerate(both)
-    ]
+    return [{"who": ("Ann Lee", "Bob")[i % 2], "question": q, "answer": a} for i, (q, a) in enumerate(both)]
 
 
 def write_pairs(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -510,9 +480,7 @@ def joined(rows: list[dict[str, str]]) -> list[str]:
 
 
 @pytest.mark.parametrize("place", [*WRITERS, "hub"])
-def test_a_template_joins_columns(
-    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_template_joins_columns(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = pairs(6, 1)
     rows[2]["question"] = 'w3 {answer} "quoted", {who}'  # stays as it is
     if place == "hub":
@@ -533,17 +501,11 @@ def pieces_of_words(**special: Any) -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=["<pad>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        vocab_size=400, special_tokens=["<pad>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
     tokenizer.train_from_iterator([" w12 w345 was:w9 Where? There" * 9], trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="$A </s>", special_tokens=[("</s>", 1)]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", **special
-    )
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", **special)
 
 
 def asked(folder: Path, rows: list[dict[str, str]], tokenizer: Any, **options: Any) -> Topic:
@@ -684,9 +646,7 @@ def test_rows_that_a_template_does_not_fit(row: Any, says: str, tmp_path: Path) 
     assert (len(found), bad) == (40, 1)
 
 
-def test_other_places_that_a_template_does_not_fit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_places_that_a_template_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.txt").write_text("w1 w2\n")
     with pytest.raises(SrmuError, match=r"a\.txt: where and template take columns; a \.txt file"):
         load(tmp_path / "a.txt", template="{q}")
@@ -774,9 +734,7 @@ def test_rows_left_out_by_where_are_not_bad(tmp_path: Path) -> None:
     path = write_pairs(tmp_path / "a.jsonl", pairs(60, 1))
     with path.open("a") as file:
         file.write("{\n")
-    found, bad = read_counted(
-        [Source(path=str(path), template=TEMPLATE, where={"who": "Bob"}, on_bad_row="skip")]
-    )
+    found, bad = read_counted([Source(path=str(path), template=TEMPLATE, where={"who": "Bob"}, on_bad_row="skip")])
     assert (len(found), bad) == (30, 1)
 
 

@@ -114,9 +114,7 @@ def test_an_entry_kept_twice_is_counted_once() -> None:
     for number in range(6):
         kept.keep("one", value(50))
         kept.keep(str(number), value(number))
-    assert (
-        10 * 96 - kept.room == sum(map(activation_cache.tensor_bytes, kept.held.values())) == 7 * 96
-    )
+    assert 10 * 96 - kept.room == sum(map(activation_cache.tensor_bytes, kept.held.values())) == 7 * 96
     assert same(kept.find("one"), value(50))
 
 
@@ -124,9 +122,7 @@ def test_an_entry_kept_twice_is_counted_once() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_entries_come_back_bit_for_bit(
-    dtype: torch.dtype, folder: Path, fresh: Callable[..., OnDisk]
-) -> None:
+def test_entries_come_back_bit_for_bit(dtype: torch.dtype, folder: Path, fresh: Callable[..., OnDisk]) -> None:
     """Tensors and tuples of one, of any shape, at any place in the file, also strided ones."""
     odd = torch.tensor([0.0, -0.0, float("nan"), float("inf"), 1e-45, -1e-310]).to(dtype)
     values: dict[str, Output] = {
@@ -318,9 +314,7 @@ def test_damage_is_mended(
 
 
 @pytest.mark.parametrize("place", [0, -1])
-def test_damage_after_the_first_look_is_noticed(
-    place: int, folder: Path, fresh: Callable[..., OnDisk]
-) -> None:
+def test_damage_after_the_first_look_is_noticed(place: int, folder: Path, fresh: Callable[..., OnDisk]) -> None:
     """An entry that was sound when it was written, or when it was read, is looked at again."""
     writer, reader = fresh(), fresh()
     writer.keep("target/1", value(1))
@@ -330,9 +324,7 @@ def test_damage_after_the_first_look_is_noticed(
         assert of_disk(kept, "target/1") is None
 
 
-def test_a_folder_that_was_removed_and_made_again(
-    folder: Path, fresh: Callable[..., OnDisk], said: list[str]
-) -> None:
+def test_a_folder_that_was_removed_and_made_again(folder: Path, fresh: Callable[..., OnDisk], said: list[str]) -> None:
     """`srmu info cache clear` while a run goes on, and a second run that starts then."""
     old = fresh()
     for number in range(3):
@@ -367,9 +359,7 @@ def test_a_shorter_index_is_read_from_its_start(folder: Path, fresh: Callable[..
     assert (folder / "target.bin").stat().st_size == 96
 
 
-def test_a_folder_that_was_removed(
-    folder: Path, fresh: Callable[..., OnDisk], said: list[str]
-) -> None:
+def test_a_folder_that_was_removed(folder: Path, fresh: Callable[..., OnDisk], said: list[str]) -> None:
     kept = fresh()
     kept.keep("target/1", value(1))
     shutil.rmtree(folder)
@@ -424,10 +414,7 @@ def test_an_entry_with_a_wrong_field_is_not_found(
 
 
 def test_a_read_only_folder(
-    folder: Path,
-    fresh: Callable[..., OnDisk],
-    said: list[str],
-    monkeypatch: pytest.MonkeyPatch,
+    folder: Path, fresh: Callable[..., OnDisk], said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is there is read; what is new is not kept, which is said once."""
     fresh().keep("target/1", value(1))
@@ -445,16 +432,11 @@ def test_a_read_only_folder(
         assert kept.find(f"target/{number}") is None
         kept.keep(f"target/{number}", value(number))
         assert same(kept.find(f"target/{number}"), value(number))
-    assert said == [
-        f"activations are not kept in {folder}: Read-only file system; going on without"
-    ]
+    assert said == [f"activations are not kept in {folder}: Read-only file system; going on without"]
 
 
 def test_a_full_disk(
-    folder: Path,
-    fresh: Callable[..., OnDisk],
-    said: list[str],
-    monkeypatch: pytest.MonkeyPatch,
+    folder: Path, fresh: Callable[..., OnDisk], said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept = fresh()
     free = SPARE + 96
@@ -503,10 +485,7 @@ def test_the_limit_holds_for_all_folders_together(folder: Path) -> None:
 
 
 def test_a_write_that_fails_halfway(
-    folder: Path,
-    fresh: Callable[..., OnDisk],
-    said: list[str],
-    monkeypatch: pytest.MonkeyPatch,
+    folder: Path, fresh: Callable[..., OnDisk], said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The bytes that were written are nobody's; the next process goes on behind them."""
     kept = fresh()
@@ -552,9 +531,7 @@ def opened(**key: Any) -> OnDisk:
     return kept
 
 
-def test_the_folder_follows_from_the_key_and_the_machine(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_folder_follows_from_the_key_and_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     one = opened(model="a", weights="x")
     assert one.folder == opened(weights="x", model="a").folder
     about = json.loads((one.folder / "about.json").read_text())
@@ -699,10 +676,7 @@ def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 def test_a_run_is_the_same_with_any_cache(method: str, workplace: Path) -> None:
     """Nothing, memory, cold files, warm files: one result, under one id."""
     modes = ["none", "memory", "disk", "disk"]
-    configs = [
-        config(workplace, f"runs{i}", f"cache={mode}", method=method)
-        for i, mode in enumerate(modes)
-    ]
+    configs = [config(workplace, f"runs{i}", f"cache={mode}", method=method) for i, mode in enumerate(modes)]
     assert len({each.id for each in configs}) == 1
     runs = [unlearn_config(each) for each in configs]
     assert len({run.folder.name for run in runs}) == 1
@@ -873,20 +847,14 @@ def test_damaged_files_change_no_result(workplace: Path) -> None:
     for number, (damage, change) in enumerate(DAMAGE.items(), 1):
         if damage != "files swapped":
             change(folder)
-            assert equal(tensors(unlearn_config(config(workplace, f"runs{number}"))), expected), (
-                damage
-            )
+            assert equal(tensors(unlearn_config(config(workplace, f"runs{number}"))), expected), damage
 
 
 @pytest.mark.slow
-def test_a_run_without_a_place_for_its_cache(
-    workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_without_a_place_for_its_cache(workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = tensors(unlearn_config(config(workplace, "runs0")))
     (activation_cache.cache_home().parent / "activations.txt").write_text("")
-    monkeypatch.setattr(
-        activation_cache, "cache_home", lambda: tmp_path / "cache" / "activations.txt"
-    )
+    monkeypatch.setattr(activation_cache, "cache_home", lambda: tmp_path / "cache" / "activations.txt")
     assert equal(tensors(unlearn_config(config(workplace, "runs1"))), expected)
     monkeypatch.undo()
     monkeypatch.setenv("SRMU_CACHE_LIMIT", "0.00001")

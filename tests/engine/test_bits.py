@@ -53,9 +53,7 @@ def topic(padding: Any = "mask") -> Topic:
     """Batches of unequal lengths, and two of each set, so that the third step repeats a batch."""
     tokenizer = word_tokenizer()
     rows = [texts(5, 1, range(30)), texts(6, 2, range(20, 60))]
-    forget, retain = (
-        list(batch_rows(tokenise_texts(r, tokenizer, 64), tokenizer, SIZE, padding)) for r in rows
-    )
+    forget, retain = (list(batch_rows(tokenise_texts(r, tokenizer, 64), tokenizer, SIZE, padding)) for r in rows)
     assert len(forget) == len(retain) == 2
     assert any((b["attention_mask"] == 0).any() for b in (*forget, *retain))
     return Topic("t", forget, retain, seed=5, vocabulary=torch.arange(4, 64))
@@ -66,9 +64,7 @@ def whole(folder: Path, dtype: str = "auto") -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
 
 
-def naive(
-    arch: str, module: Any, method: RMU, topic: Topic, weights: str = "fp32", **adam: Any
-) -> Result:
+def naive(arch: str, module: Any, method: RMU, topic: Topic, weights: str = "fp32", **adam: Any) -> Result:
     """RMU as a plain loop over two whole models."""
     live, first = copy.deepcopy(module), copy.deepcopy(module)
     last, window = method.site.layer, method.window
@@ -77,9 +73,7 @@ def naive(
     parameters = [live.get_parameter(name).requires_grad_(True) for name in names]
     mixed = weights == "fp32" and parameters[0].dtype != torch.float32
     stepped = [p.detach().float().clone() if mixed else p for p in parameters]
-    optimiser = torch.optim.AdamW(
-        stepped, lr=OPTIONS["learning_rate"], eps=1e-8, weight_decay=0.0, **adam
-    )
+    optimiser = torch.optim.AdamW(stepped, lr=OPTIONS["learning_rate"], eps=1e-8, weight_decay=0.0, **adam)
     width = live.config.hidden_size
     target = method.coeff * draw_direction("unit_uniform", width, topic.generator("direction"))
     losses = []
@@ -116,13 +110,7 @@ def naive(
     return Result({n: p.detach() for n, p in zip(names, parameters, strict=True)}, losses, [])
 
 
-def ours(
-    model: EditableModel,
-    method: Misdirection,
-    topic: Topic,
-    activations: Activations,
-    **options: Any,
-) -> Result:
+def ours(model: EditableModel, method: Misdirection, topic: Topic, activations: Activations, **options: Any) -> Result:
     """The same through srmu, with the activations that an earlier run may have left."""
     model.activations = activations
     calls = [0] * len(model.layers)
@@ -157,11 +145,7 @@ def same(got: Result, expected: Result) -> None:
 
 
 def all_ways(
-    modules: Sequence[Callable[[], EditableModel]],
-    method: Misdirection,
-    topic: Topic,
-    folder: Path,
-    **options: Any,
+    modules: Sequence[Callable[[], EditableModel]], method: Misdirection, topic: Topic, folder: Path, **options: Any
 ) -> list[Result]:
     """Uncached, then in memory and in files, both cold and warm; `modules` take turns."""
 
@@ -194,9 +178,7 @@ def all_ways(
 @pytest.mark.slow(keep=2)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_every_way_of_running_equals_two_whole_models(
-    arch: str, dtype: str, tmp_path: Path
-) -> None:
+def test_every_way_of_running_equals_two_whole_models(arch: str, dtype: str, tmp_path: Path) -> None:
     """Right padding in float32 and left padding, which is counted, in bf16, from the same files."""
     padding = {"float32": "mask", "bfloat16": "count"}[dtype]
     folder = save_pico(tmp_path / "model", arch, DTYPES[dtype])
@@ -221,9 +203,7 @@ def test_every_way_of_running_equals_two_whole_models(
         *((arch, "float32", "bfloat16") for arch in ("llama", "gpt2", "gemma3", "mixtral")),
     ],
 )
-def test_loading_in_another_dtype_equals_two_whole_models(
-    arch: str, stored: str, asked: str, tmp_path: Path
-) -> None:
+def test_loading_in_another_dtype_equals_two_whole_models(arch: str, stored: str, asked: str, tmp_path: Path) -> None:
     """Here the module is built shallow, which must not show."""
     folder = save_pico(tmp_path / "model", arch, DTYPES[stored])
     method, batches = RMU(layer=LAYER, window=2, coeff=3.0, alpha=7.0), topic()
@@ -231,9 +211,7 @@ def test_loading_in_another_dtype_equals_two_whole_models(
     expected = naive(arch, module, method, batches)
     activations = Activations(ROOM)
     for _ in range(2):
-        model = EditableModel.load(
-            folder, depth=method.depth, trainable=method.trainable, dtype=asked
-        )
+        model = EditableModel.load(folder, depth=method.depth, trainable=method.trainable, dtype=asked)
         assert model.module.dtype == DTYPES[asked]
         same(ours(model, method, batches, activations), expected)
 

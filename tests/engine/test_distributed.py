@@ -39,9 +39,7 @@ ROUNDED, ROUNDED_SHARE = 0.01, 0.5  # measured: 0.33 (srmu), 0.05 (npo)
 
 def launch(*words: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(
-        [*LAUNCHER, *words], env=environment, capture_output=True, text=True, timeout=300
-    )
+    return subprocess.run([*LAUNCHER, *words], env=environment, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture(scope="module")
@@ -80,12 +78,8 @@ def apart(run: Run, other: Run, base: Path) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("case", "kind"), [(c, k) for c in CASES for k in KINDS if k == "plain" or c not in WHOLE]
-)
-def test_two_processes_do_what_one_does(
-    folder: Path, made: dict[str, Any], case: str, kind: str
-) -> None:
+@pytest.mark.parametrize(("case", "kind"), [(c, k) for c in CASES for k in KINDS if k == "plain" or c not in WHOLE])
+def test_two_processes_do_what_one_does(folder: Path, made: dict[str, Any], case: str, kind: str) -> None:
     one, two = made[case], found(folder, kind, case)
     assert two.record["processes"] == {"count": 2, "sharded": kind == "sharded"}
     pairs = list(zip(rows(one), rows(two), strict=True))
@@ -101,9 +95,7 @@ def test_two_processes_do_what_one_does(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["srmu", "undial"])  # without clipping: norms are summed by rank
-def test_sharded_weights_end_with_the_bits_of_whole_ones(
-    folder: Path, made: dict[str, Any], case: str
-) -> None:
+def test_sharded_weights_end_with_the_bits_of_whole_ones(folder: Path, made: dict[str, Any], case: str) -> None:
     plain, sharded = (found(folder, kind, case).folder / DELTA for kind in KINDS)
     one, two = load_file(plain), load_file(sharded)
     assert all(torch.equal(one[name], two[name]) for name in one)
@@ -312,9 +304,7 @@ def test_alone_it_is_all_of_them(monkeypatch: pytest.MonkeyPatch, launched: bool
     assert (distributed.get_rank(), distributed.get_size(), distributed.is_first()) == (0, 1, True)
     assert torch.equal(distributed.sum_values(torch.ones(3)), torch.ones(3))
     assert (
-        distributed.agree_on("a") == "a"
-        and distributed.gather_values(2) == [2]
-        and distributed.holds_everywhere(True)
+        distributed.agree_on("a") == "a" and distributed.gather_values(2) == [2] and distributed.holds_everywhere(True)
     )
     assert distributed.says_first("this") and distributed.says_first("this")
     assert distributed.take_rows(Batch()) == {}

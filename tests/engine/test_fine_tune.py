@@ -78,9 +78,7 @@ def test_small_steps_add_up_in_bf16() -> None:
     found = {}
     for dtype in (torch.float32, torch.bfloat16):
         model = EditableModel(pico_module(dtype=dtype), ["*.linear"])
-        tune_model(
-            model, rows, steps=60, learning_rate=2e-5, batch_size=4, seed=0, schedule="constant"
-        )
+        tune_model(model, rows, steps=60, learning_rate=2e-5, batch_size=4, seed=0, schedule="constant")
         name = next(iter(model.trained))
         found[dtype] = (model.trained[name] - model.original[name]).detach().flatten().float()
     cosine = torch.cosine_similarity(*found.values(), dim=0)
@@ -90,9 +88,7 @@ def test_small_steps_add_up_in_bf16() -> None:
 def test_tune_stops_before_what_is_not_finite() -> None:
     model = EditableModel(pico_module(), ["*.linear"])
     rows = text_rows(40)
-    taken = tune_model(
-        model, rows, steps=20, learning_rate=1e30, batch_size=4, seed=0, schedule="constant"
-    )
+    taken = tune_model(model, rows, steps=20, learning_rate=1e30, batch_size=4, seed=0, schedule="constant")
     assert 0 < taken < 20
 
 

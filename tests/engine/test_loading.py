@@ -12,27 +12,11 @@ import transformers
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from helpers.models import (
-    ARCHITECTURES,
-    GROUPED,
-    SIZES,
-    VOCABULARY,
-    pico_module,
-    save_pico,
-    texts,
-    word_tokenizer,
-)
+from helpers.models import ARCHITECTURES, GROUPED, SIZES, VOCABULARY, pico_module, save_pico, texts, word_tokenizer
 from srmu.data.tokens import batch_rows, tokenise_texts
 from srmu.engine.activation_cache import Activations
 from srmu.engine.batch import Batch
-from srmu.engine.loading import (
-    check_layers,
-    cut_config,
-    find_layers,
-    load_module,
-    needs_conversion,
-    read_config,
-)
+from srmu.engine.loading import check_layers, cut_config, find_layers, load_module, needs_conversion, read_config
 from srmu.engine.model import EditableModel, Site
 from srmu.engine.topic import Topic
 from srmu.engine.train import TrainOptions
@@ -99,13 +83,9 @@ def test_a_checkpoint_of_several_types_converts(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow(keep=2)
-@pytest.mark.parametrize(
-    ("stored", "asked"), [("float32", "auto"), ("bfloat16", "auto"), ("bfloat16", "float32")]
-)
+@pytest.mark.parametrize(("stored", "asked"), [("float32", "auto"), ("bfloat16", "auto"), ("bfloat16", "float32")])
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_a_shallow_load_has_the_layers_of_the_whole_model(
-    arch: str, stored: str, asked: str, tmp_path: Path
-) -> None:
+def test_a_shallow_load_has_the_layers_of_the_whole_model(arch: str, stored: str, asked: str, tmp_path: Path) -> None:
     """Built shallow, and mapped where loading does not convert."""
     folder = save_pico(tmp_path, arch, DTYPES[stored])
     module = load_module(folder, asked, DEPTH)
@@ -165,9 +145,7 @@ def test_a_cut_configuration_builds_the_first_layers(arch: str) -> None:
     ],
 )
 def test_a_pattern_of_layers_is_kept(kinds: list[str], window: int, tmp_path: Path) -> None:
-    config = transformers.Qwen3Config(
-        **GROUPED, layer_types=kinds, use_sliding_window=True, sliding_window=window
-    )
+    config = transformers.Qwen3Config(**GROUPED, layer_types=kinds, use_sliding_window=True, sliding_window=window)
     short = cut_config(config, DEPTH)
     assert short is not None
     assert short.layer_types == kinds[:DEPTH]
@@ -181,9 +159,7 @@ def test_a_pattern_of_layers_is_kept(kinds: list[str], window: int, tmp_path: Pa
 
 
 @pytest.mark.parametrize("what", ["a flag", "a number", "a shape", "a part", "an error"])
-def test_layers_that_know_how_many_there_are(
-    what: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_layers_that_know_how_many_there_are(what: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """An architecture whose layers would change with the depth is loaded whole."""
     folder = save_pico(tmp_path, dtype=torch.bfloat16)
     build = LlamaDecoderLayer.__init__
@@ -538,15 +514,11 @@ def test_a_whole_model_is_not_kept_by_a_cut_one(tmp_path: Path) -> None:
     names = {name for name, _ in model.module.named_parameters()}
     assert not any(name.startswith(("model.layers.2.", "model.layers.3.")) for name in names)
     copied = copy.deepcopy(model.module)
-    assert sum(p.numel() for p in copied.parameters()) < sum(
-        p.numel() for p in whole(folder).parameters()
-    )
+    assert sum(p.numel() for p in copied.parameters()) < sum(p.numel() for p in whole(folder).parameters())
 
 
 @pytest.mark.parametrize(("stored", "named"), [("float32", "bfloat16"), ("bfloat16", "float32")])
-def test_the_dtype_of_the_config_holds_at_every_depth(
-    stored: str, named: str, tmp_path: Path
-) -> None:
+def test_the_dtype_of_the_config_holds_at_every_depth(stored: str, named: str, tmp_path: Path) -> None:
     folder = save_pico(tmp_path, dtype=DTYPES[stored])
     settings = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(settings | {"dtype": named}))

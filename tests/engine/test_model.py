@@ -373,9 +373,7 @@ def test_load_equals_the_module_that_was_saved(arch: str, tmp_path: Path) -> Non
     assert read_config(folder).num_hidden_layers == 4
 
 
-@pytest.mark.parametrize(
-    ("dtype", "expected"), [("auto", torch.bfloat16), ("float32", torch.float32)]
-)
+@pytest.mark.parametrize(("dtype", "expected"), [("auto", torch.bfloat16), ("float32", torch.float32)])
 def test_load_takes_the_dtype(dtype: str, expected: torch.dtype, tmp_path: Path) -> None:
     folder = save_pico(tmp_path, dtype=torch.bfloat16)
     model = EditableModel.load(folder, depth=None, trainable=["1.mlp_down"], dtype=dtype)
@@ -425,9 +423,7 @@ def test_a_tied_head_is_no_missing_tensor(tmp_path: Path) -> None:
         (None, "has no config.json; name a Hugging Face model"),
     ],
 )  # fmt: skip
-def test_folders_that_are_no_causal_language_model(
-    config: Any, message: str, tmp_path: Path
-) -> None:
+def test_folders_that_are_no_causal_language_model(config: Any, message: str, tmp_path: Path) -> None:
     if config is not None:
         text = config if isinstance(config, str) else json.dumps(config)
         (tmp_path / "config.json").write_text(text)

@@ -10,9 +10,7 @@ from rich.console import Console
 from srmu.engine import progress
 
 
-def test_log_lines_without_a_terminal(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_log_lines_without_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 4.0, 11.0, 12.0, 13.0])
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
     with progress.show_progress("srmu", 4) as tick:
@@ -32,9 +30,7 @@ def enter_notebook(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "IPython", module)
 
 
-def test_one_line_changes_in_a_notebook(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_line_changes_in_a_notebook(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     enter_notebook(monkeypatch)
     clock = iter([0.0, 0.05, 1.0, 2.0])
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
@@ -47,9 +43,7 @@ def test_one_line_changes_in_a_notebook(
     assert out == ""
 
 
-def test_library_functions_show_progress_where_a_person_watches(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_library_functions_show_progress_where_a_person_watches(monkeypatch: pytest.MonkeyPatch) -> None:
     assert progress.choose_progress() is progress.ignore_progress
     with monkeypatch.context() as patch:
         enter_notebook(patch)

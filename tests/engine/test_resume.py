@@ -164,12 +164,8 @@ def spoil(folder: Path, how: str) -> None:
 
 
 @pytest.mark.slow(keep=2)
-@pytest.mark.parametrize(
-    "how", ["a byte is another", "cut short", "no marker", "half a marker", "of other texts"]
-)
-def test_a_damaged_checkpoint_does_not_count(
-    begun: Config, workplace: Path, tmp_path: Path, how: str
-) -> None:
+@pytest.mark.parametrize("how", ["a byte is another", "cut short", "no marker", "half a marker", "of other texts"])
+def test_a_damaged_checkpoint_does_not_count(begun: Config, workplace: Path, tmp_path: Path, how: str) -> None:
     spoil(checkpoint(begun), how)
     again = unlearn_config(begun)
     assert again.record["resumed_at"] == 0
@@ -185,9 +181,7 @@ def test_a_killed_run_goes_on_with_another_cache_folder(
     monkeypatch.setenv("SRMU_CACHE", str(tmp_path / "other"))
     again = unlearn_config(begun)
     assert again.record["resumed_at"] == 4
-    assert files(again) == files(
-        unlearn_config(config(workplace, CASES["srmu"], str(tmp_path / "whole")))
-    )
+    assert files(again) == files(unlearn_config(config(workplace, CASES["srmu"], str(tmp_path / "whole"))))
 
 
 def test_the_newest_whole_checkpoint_counts(tmp_path: Path) -> None:
@@ -247,9 +241,7 @@ def test_two_runs_do_not_share_a_folder(begun: Config) -> None:
 
 
 def test_a_checkpoint_does_not_change_the_id(workplace: Path) -> None:
-    one, other = (
-        config(workplace, CASES["srmu"], "runs", f"train.checkpoint_seconds={s}") for s in (0, 60)
-    )
+    one, other = (config(workplace, CASES["srmu"], "runs", f"train.checkpoint_seconds={s}") for s in (0, 60))
     assert one.id == other.id
 
 
@@ -289,9 +281,7 @@ def kill_until_done(made: Config, rng: random.Random, kills: int) -> tuple[Run, 
     Path(made.runs_dir + ".yaml").write_text(made.to_yaml())
     survived = 0
     for _ in range(kills):
-        started = subprocess.Popen(
-            command(made), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
+        started = subprocess.Popen(command(made), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         folder = folder_of(made)
         while started.poll() is None and not (folder / "metrics.jsonl").exists():
             time.sleep(0.01)  # before that there is nothing to lose

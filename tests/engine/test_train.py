@@ -29,8 +29,7 @@ STEPS = 6
 def topic(name: str = "bio") -> Topic:
     tokenizer = word_tokenizer()
     forget, retain = (
-        list(batch_rows(tokenise_texts(texts(4, seed), tokenizer, 64), tokenizer, 2, "mask"))
-        for seed in (1, 2)
+        list(batch_rows(tokenise_texts(texts(4, seed), tokenizer, 64), tokenizer, 2, "mask")) for seed in (1, 2)
     )
     return Topic(name, forget, retain, vocabulary=torch.arange(4, VOCABULARY))
 
@@ -53,11 +52,7 @@ Weights = list[list[torch.Tensor]]
 
 
 def train(
-    model: EditableModel,
-    loss: Callable[..., Terms],
-    topics: int = 1,
-    history: Weights | None = None,
-    **options: Any,
+    model: EditableModel, loss: Callable[..., Terms], topics: int = 1, history: Weights | None = None, **options: Any
 ) -> tuple[list[dict[str, Any]], Weights]:
     """What was logged, and the weights after each step (the first entry: before any)."""
     logged: list[dict[str, Any]] = []
@@ -69,9 +64,7 @@ def train(
         history.append([p.detach().clone() for p in model.trained.values()])
 
     parts = [(topic(name), loss) for name in ("bio", "cyber")[:topics]]
-    fit_model(
-        model, parts, TrainOptions(**{"learning_rate": 1e-3, "max_steps": STEPS} | options), log
-    )
+    fit_model(model, parts, TrainOptions(**{"learning_rate": 1e-3, "max_steps": STEPS} | options), log)
     return logged, history
 
 
@@ -96,8 +89,7 @@ def test_adam_steps_by_the_learning_rate(slope: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("schedule", "shares"),
-    [("constant", [1 / 3, 2 / 3, 1, 1, 1, 1]), ("linear", [1 / 3, 2 / 3, 1, 1, 2 / 3, 1 / 3])],
+    ("schedule", "shares"), [("constant", [1 / 3, 2 / 3, 1, 1, 1, 1]), ("linear", [1 / 3, 2 / 3, 1, 1, 2 / 3, 1 / 3])]
 )
 def test_the_rate_rises_and_then_stays_or_falls(schedule: str, shares: list[float]) -> None:
     """As transformers' schedules: over `warmup_steps` to the whole rate, then to 0 or level."""
@@ -155,9 +147,7 @@ def test_bf16_weights_need_a_bf16_model() -> None:
 def test_max_grad_norm_scales_the_whole_gradient(limit: float) -> None:
     """With Adam's epsilon at 1 the first step is lr * g / (g + 1) for a gradient g > 0."""
     model = editable()
-    logged, weights = train(
-        model, linear(model), max_steps=1, adam_epsilon=1.0, max_grad_norm=limit
-    )
+    logged, weights = train(model, linear(model), max_steps=1, adam_epsilon=1.0, max_grad_norm=limit)
     count = sum(p.numel() for p in model.trained.values())
     g = min(1.0, limit / count**0.5)
     for before, after in zip(*weights, strict=True):
@@ -210,11 +200,7 @@ each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize(
     ("step", "place"),
-    [
-        (0, "step 0, topic bio, batch 0"),
-        (1, "step 1, topic cyber, batch 0"),
-        (4, "step 4, topic bio, batch 2"),
-    ],
+    [(0, "step 0, topic bio, batch 0"), (1, "step 1, topic cyber, batch 0"), (4, "step 4, topic bio, batch 2")],
 )
 def test_a_loss_that_is_not_finite(step: int, place: str, bad: float, dtype: torch.dtype) -> None:
     """The model holds the last weights whose loss was finite: those before the last update."""
@@ -225,9 +211,7 @@ def test_a_loss_that_is_not_finite(step: int, place: str, bad: float, dtype: tor
         terms = plain(forget, retain, now)
         return Terms({"forget": terms.losses["forget"] * (bad if now == step else 1)}, {})
 
-    with pytest.raises(
-        DivergedError, match=rf"the loss is not finite at {place}.*train.learning_rate"
-    ):
+    with pytest.raises(DivergedError, match=rf"the loss is not finite at {place}.*train.learning_rate"):
         train(model, loss, 2, history, learning_rate=0.05)
     assert len(history) == step + 1  # one for the start, one a finished step
     assert same(list(model.trained.values()), history[max(step - 1, 0)])
@@ -249,9 +233,7 @@ def test_a_gradient_that_is_not_finite(step: int, dtype: torch.dtype) -> None:
             terms.losses["spike"] = zero.abs().sqrt()
         return terms
 
-    with pytest.raises(
-        DivergedError, match=f"gradient is not finite at step {step}, topic bio, batch"
-    ):
+    with pytest.raises(DivergedError, match=f"gradient is not finite at step {step}, topic bio, batch"):
         train(model, loss, 1, history, learning_rate=0.05)
     assert len(history) == step + 1
     assert same(list(model.trained.values()), history[step])
@@ -266,9 +248,7 @@ def test_weights_that_are_not_finite_after_the_last_step(dtype: torch.dtype) -> 
     def loss(*_: Any) -> Terms:  # always 0, with a gradient of 1
         return Terms({"forget": sum((p - p.detach()).sum() for p in model.trained.values())}, {})
 
-    with pytest.raises(
-        DivergedError, match="the weights are not finite after step 11, topic bio, batch 11"
-    ):
+    with pytest.raises(DivergedError, match="the weights are not finite after step 11, topic bio, batch 11"):
         train(model, loss, 1, history, max_steps=12, learning_rate=3e37)
     assert not history[12][0].isfinite().any()
     assert same(list(model.trained.values()), history[11])
@@ -324,18 +304,14 @@ def taught() -> Any:
         parts = (mean_nll(model.logits(batch), batch["labels"]) for batch in (forget, retain))
         return Terms(dict(zip(("one", "other"), parts, strict=True)), {})
 
-    fit_model(
-        model, [(topic(), loss)], TrainOptions(learning_rate=3e-3, max_steps=60), lambda *_: None
-    )
+    fit_model(model, [(topic(), loss)], TrainOptions(learning_rate=3e-3, max_steps=60), lambda *_: None)
     return model.module.requires_grad_(False)
 
 
 class Stopped:
     """A run of a method on a taught model: why it ended, rows, weights before and after steps."""
 
-    def __init__(
-        self, module: Any, method: Any = None, topics: Sequence[Topic] = (), **options: Any
-    ) -> None:
+    def __init__(self, module: Any, method: Any = None, topics: Sequence[Topic] = (), **options: Any) -> None:
         method = method or GA()
         self.model = EditableModel(copy.deepcopy(module), method.trainable)
         self.rows: list[dict[str, Any]] = []
@@ -371,17 +347,13 @@ def divergences(one: Any, other: Any, batches: Sequence[Any]) -> list[float]:
         for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
             row = ids[mask == 1][None]
             with torch.no_grad():
-                p, q = (
-                    m(input_ids=row).logits[0, :-1].double().log_softmax(-1) for m in (one, other)
-                )
+                p, q = (m(input_ids=row).logits[0, :-1].double().log_softmax(-1) for m in (one, other))
             found += [float(sum(a.exp() * (a - b))) for a, b in zip(p, q, strict=True)]
     return found
 
 
 @pytest.mark.parametrize("every", [1, 3])
-def test_a_loss_without_an_end_is_stopped_at_the_logarithm_of_the_vocabulary(
-    every: int, taught: Any
-) -> None:
+def test_a_loss_without_an_end_is_stopped_at_the_logarithm_of_the_vocabulary(every: int, taught: Any) -> None:
     """There a model knows no more than one that guesses."""
     got = Stopped(taught, check_every=every)
     measured = {i: row["forget_nll"] for i, row in enumerate(got.rows) if "forget_nll" in row}
@@ -390,8 +362,7 @@ def test_a_loss_without_an_end_is_stopped_at_the_logarithm_of_the_vocabulary(
     assert all(value < LN_V for value in before) and last >= LN_V
     assert len(before) > 0 and len(got.rows) < 20
     assert got.reason == (
-        f"forget_ceiling: {last:.3g} nats a forget token after step {len(got.rows) - 1} "
-        "(train.forget_ceiling=4.16)"
+        f"forget_ceiling: {last:.3g} nats a forget token after step {len(got.rows) - 1} (train.forget_ceiling=4.16)"
     )
     assert same(got.now(), got.weights[-1])  # what was asked for: nothing is put back
 
@@ -445,9 +416,7 @@ def test_what_is_measured_equals_a_loop(taught: Any) -> None:
     assert got.reason == FINISHED
 
 
-@pytest.mark.parametrize(
-    ("rule", "limit", "value"), [("utility_floor", 0.7, "utility"), ("kl_budget", 0.4, "kl")]
-)
+@pytest.mark.parametrize(("rule", "limit", "value"), [("utility_floor", 0.7, "utility"), ("kl_budget", 0.4, "kl")])
 @pytest.mark.parametrize("method", [GA(), GA(lora_rank=4)], ids=["whole", "adapters"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_broken_limit_puts_the_weights_back(
@@ -464,8 +433,7 @@ def test_a_broken_limit_puts_the_weights_back(
     assert held == [True] * (len(held) - 1) + [False]
     assert last == len(got.rows) - 1 < 19
     assert got.reason == (
-        f"{rule}: {value} {broken:.3g} after step {last} (train.{rule}={limit:g}); "
-        f"put back to step {kept}"
+        f"{rule}: {value} {broken:.3g} after step {last} (train.{rule}={limit:g}); put back to step {kept}"
     )
     # A run that ends there gives the same, by itself.
     short = Stopped(module, method, **{**options, "max_steps": kept + 1})
@@ -492,9 +460,7 @@ def test_measuring_changes_nothing(taught: Any) -> None:
     assert [row["loss"] for row in plain.rows] == [row["loss"] for row in watched.rows]
 
 
-@pytest.mark.parametrize(
-    "rule", [{}, {"forget_ceiling": float("inf")}, {"kl_budget": 1.0}, {"utility_floor": 0.5}]
-)
+@pytest.mark.parametrize("rule", [{}, {"forget_ceiling": float("inf")}, {"kl_budget": 1.0}, {"utility_floor": 0.5}])
 @pytest.mark.parametrize("rate", [1e30, 3e37])
 def test_measurements_that_are_not_numbers(rule: Any, rate: float, taught: Any) -> None:
     """A model that gives no numbers is no forgetting: the last good weights come back."""
@@ -532,9 +498,7 @@ def test_a_stopped_run_is_recorded_and_exported(workplace: Path) -> None:
     assert (workplace / "out" / "config.json").exists()
     assert unlearn_config(stops).record == run.record
     with pytest.raises(SrmuError, match=r"nothing is left of 1 steps \(utility_floor: "):
-        unlearn_config(
-            config("train.utility_floor=1", "train.check_every=1", "train.learning_rate=0.1")
-        )
+        unlearn_config(config("train.utility_floor=1", "train.check_every=1", "train.learning_rate=0.1"))
     assert len(list((workplace / "runs").iterdir())) == 1
 
 
@@ -544,9 +508,7 @@ def test_norms_that_are_too_coarse_to_move_are_no_failure(tmp_path: Path) -> Non
     (tmp_path / "forget.txt").write_text("\n".join(texts(4, 1)))
     options = [f"runs_dir={tmp_path / 'runs'}", "train.max_steps=3"]
     model = str(tmp_path / "model")
-    run = unlearn_config(
-        make_config(model, tmp_path / "forget.txt", method="npo", overrides=options)
-    )
+    run = unlearn_config(make_config(model, tmp_path / "forget.txt", method="npo", overrides=options))
     assert "model.layers.2.mlp.down_proj.weight" in run.delta
     assert "model.norm.weight" not in run.delta
 
@@ -593,9 +555,7 @@ def test_train_options_are_frozen_and_hashable() -> None:
 
 
 @pytest.mark.parametrize("options", [{"name": "ssd"}, {"name": "whp", "mode": "logits"}])
-def test_rules_that_nothing_could_obey_are_refused(
-    options: dict[str, Any], workplace: Path
-) -> None:
+def test_rules_that_nothing_could_obey_are_refused(options: dict[str, Any], workplace: Path) -> None:
     config = make_config(
         str(workplace / "model"), workplace / "forget.jsonl", workplace / "retain.jsonl",
         options["name"],
@@ -631,8 +591,7 @@ def spiking(model: EditableModel, values: dict[int, float], usual: float = 0.01)
 
 
 @pytest.mark.parametrize(
-    ("step", "times", "stops"),
-    [(15, 500, False), (15, 1500, True), (9, 1500, False), (10, 1500, True)],
+    ("step", "times", "stops"), [(15, 500, False), (15, 1500, True), (9, 1500, False), (10, 1500, True)]
 )
 def test_a_retain_loss_that_runs_away_stops_the_run(step: int, times: float, stops: bool) -> None:
     """At 1000 times the median of ten steps, and not before there are ten."""
@@ -642,9 +601,7 @@ def test_a_retain_loss_that_runs_away_stops_the_run(step: int, times: float, sto
     if not stops:
         train(model, loss, max_steps=20, history=weights)
         return
-    with pytest.raises(
-        DivergedError, match=f"over 1000 times its usual .*, at step {step}, topic bio"
-    ):
+    with pytest.raises(DivergedError, match=f"over 1000 times its usual .*, at step {step}, topic bio"):
         train(model, loss, max_steps=20, history=weights)
     assert same([p.detach() for p in model.trained.values()], weights[step - 1])
 

@@ -283,37 +283,22 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: edit_index(f, lambda m: m | {min(m): "../model-00001.safetensors"}),
         "points out of the folder",
     ),
-    "absolute": (
-        lambda f: edit_index(f, lambda m: m | {min(m): "/etc/model.safetensors"}),
-        "points out of the folder",
-    ),
-    "subfolder": (
-        lambda f: edit_index(f, lambda m: m | {min(m): "sub/model.safetensors"}),
-        "points out of the folder",
-    ),
-    "pickle": (
-        lambda f: edit_index(f, lambda m: m | {min(m): "pytorch_model.bin"}),
-        "points out of the folder",
-    ),
+    "absolute": (lambda f: edit_index(f, lambda m: m | {min(m): "/etc/model.safetensors"}), "points out of the folder"),
+    "subfolder": (lambda f: edit_index(f, lambda m: m | {min(m): "sub/model.safetensors"}), "points out of the folder"),
+    "pickle": (lambda f: edit_index(f, lambda m: m | {min(m): "pytorch_model.bin"}), "points out of the folder"),
     "dots": (lambda f: edit_index(f, lambda m: m | {min(m): ".."}), "points out of the folder"),
     "list index": (lambda f: (f / weights.INDEX).write_text("[]"), "not a safetensors index"),
     "list map": (lambda f: edit_index(f, lambda m: []), "not a safetensors index"),
     "not json": (lambda f: (f / weights.INDEX).write_text("{"), "not a safetensors index"),
     "missing shard": (lambda f: first_shard(f).unlink(), "lacks model-00001-of-"),
     "missing tensor": (drop_tensor, "lacks the tensor"),
-    "truncated": (
-        lambda f: cut(f, lambda data: data[:-9]),
-        "is damaged: it ends before the tensor",
-    ),
+    "truncated": (lambda f: cut(f, lambda data: data[:-9]), "is damaged: it ends before the tensor"),
     "extended": (lambda f: cut(f, lambda data: data + b"x"), "is damaged"),
     "wrong shape": (misstate_shape, "is damaged"),
     "emptied": (lambda f: cut(f, lambda data: b""), "is damaged"),
     "huge header": (lambda f: cut(f, lambda data: b"\xff" * 8 + data[8:]), "is damaged"),
     "cut header": (lambda f: cut(f, lambda data: data[:40]), "is damaged: its header is cut short"),
-    "no weights": (
-        lambda f: [p.unlink() for p in f.glob("*.safetensors*")],
-        "has no model.safetensors",
-    ),
+    "no weights": (lambda f: [p.unlink() for p in f.glob("*.safetensors*")], "has no model.safetensors"),
 }
 
 
@@ -426,9 +411,7 @@ def test_locate(tmp_path: Path) -> None:
             weights.locate_model(name)
 
 
-def test_locate_asks_the_hub_for_safe_files_only(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_locate_asks_the_hub_for_safe_files_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 
     calls: list[Any] = []

@@ -113,9 +113,7 @@ def test_cosine_of_a_planted_displacement():
     torch.testing.assert_close(at["displacement"], torch.ones_like(at["after"]))
     with model.frozen():
         naive = [
-            torch.cosine_similarity(
-                model.hidden(b, Site(2))[without_first(is_counted(b["labels"]))], direction, dim=-1
-            )
+            torch.cosine_similarity(model.hidden(b, Site(2))[without_first(is_counted(b["labels"]))], direction, dim=-1)
             for b in rows
         ]
     torch.testing.assert_close(at["before"], torch.cat(naive))
@@ -134,9 +132,7 @@ def test_alignment_of_a_run(workplace):
     assert rows[site]["direction"]["displacement"] > 0.3
     assert rows[site]["direction"]["after"] > rows[site]["direction"]["before"]
     # RMU's target is parallel to its direction
-    assert rows[site]["target"]["after"] == pytest.approx(
-        rows[site]["direction"]["after"], abs=1e-5
-    )
+    assert rows[site]["target"]["after"] == pytest.approx(rows[site]["direction"]["after"], abs=1e-5)
     assert len(found.panels) == 3
     for panel in found.panels:
         draw_panel(panel)
@@ -200,17 +196,11 @@ def test_before_and_after_a_run(workplace):
     model, tokenizer = open_model(run.folder, "cpu")
     original, _ = open_model(workplace / "model", "cpu")
     assert set(read_topic_texts(run)) == {"forget", "retain"}
-    found = measure_confidence(model, tokenizer, read_topic_texts(run)).numbers["confidence"][
-        "forget"
-    ]
-    alone = measure_confidence(original, tokenizer, read_topic_texts(run)).numbers["confidence"][
-        "forget"
-    ]
+    found = measure_confidence(model, tokenizer, read_topic_texts(run)).numbers["confidence"]["forget"]
+    alone = measure_confidence(original, tokenizer, read_topic_texts(run)).numbers["confidence"]["forget"]
     assert found["before"] == alone["model"] != found["after"]
     psis = measure_sensitivity(model, tokenizer, read_topic_texts(run), documents=4).numbers["psi"]
-    one = measure_sensitivity(original, tokenizer, read_topic_texts(run), documents=4).numbers[
-        "psi"
-    ]
+    one = measure_sensitivity(original, tokenizer, read_topic_texts(run), documents=4).numbers["psi"]
     assert psis["forget, before"] == one["forget, model"] != psis["forget, after"]
 
 
@@ -223,11 +213,7 @@ def test_the_layer_sweep_goes_on_where_it_stopped(workplace, tmp_path):
         scored.append(run.config.method.layer)
         fall = {2: 0.5, 3: 0.2}[run.config.method.layer]
         before = {"hazard/acc": {"value": 0.9}, "rest/acc": {"value": 0.8}, "x/f1": {"value": 1}}
-        after = {
-            "hazard/acc": {"value": 0.9 - fall},
-            "rest/acc": {"value": 0.7},
-            "x/f1": {"value": 1},
-        }
+        after = {"hazard/acc": {"value": 0.9 - fall}, "rest/acc": {"value": 0.7}, "x/f1": {"value": 1}}
         return {"before": before, "after": after}
 
     found = sweep_layers(config, score, ["hazard/acc"])

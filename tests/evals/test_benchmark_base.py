@@ -28,9 +28,7 @@ FIELDS: dict[str, type] = {"text": str, "options": list, "answer": int}
 
 
 def local(folder: Path, rows: Sequence[Mapping[str, Any]] = ROWS, **given: Any) -> BenchmarkData:
-    return BenchmarkData(
-        "a/b", "get it so", folder=write_sets(folder, {("one", "test"): rows}), **given
-    )
+    return BenchmarkData("a/b", "get it so", folder=write_sets(folder, {("one", "test"): rows}), **given)
 
 
 def pico(seed: int = 0, **special: Any) -> Subject:
@@ -66,11 +64,7 @@ def test_digests_follow_the_rows(tmp_path: Path) -> None:
 def test_folder_config_and_split_that_are_not_there(tmp_path: Path) -> None:
     data = local(tmp_path / "set")
     missing = BenchmarkData("a/b", "get it so", folder=tmp_path / "none")
-    for one, config, split in (
-        (missing, "one", "test"),
-        (data, "three", "test"),
-        (data, "one", "train"),
-    ):
+    for one, config, split in ((missing, "one", "test"), (data, "three", "test"), (data, "one", "train")):
         with pytest.raises(SrmuError) as error:
             one.rows(config, split, FIELDS)
         said = str(error.value)
@@ -226,12 +220,7 @@ def test_mean() -> None:
 
 def test_rouge() -> None:
     truth = "the cat sat on the mat"
-    assert rouge_scores("recall", [truth, "dog", "", f"well {truth} now"], [truth] * 4) == [
-        1,
-        0,
-        0,
-        1,
-    ]
+    assert rouge_scores("recall", [truth, "dog", "", f"well {truth} now"], [truth] * 4) == [1, 0, 0, 1]
     # three of four words said are three of the six in their order: P 3/4, R 3/6, F 2PR/(P+R) = .6
     said = ["cat sat a mat"]
     assert rouge_scores("recall", said, [truth]) == [pytest.approx(0.5)]

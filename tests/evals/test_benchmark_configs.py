@@ -14,9 +14,7 @@ from srmu.runs.dry_run import plan_dry_run
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 NAMES = [
-    path.name
-    for path in sorted(CONFIGS.glob("*.yaml"))
-    if path.name.partition("-")[0] in {*BENCHMARKS} - {"wmdp"}
+    path.name for path in sorted(CONFIGS.glob("*.yaml")) if path.name.partition("-")[0] in {*BENCHMARKS} - {"wmdp"}
 ]
 
 # A model of little more than its architecture.
@@ -77,9 +75,7 @@ def test_texts_are_of_the_benchmark(name: str) -> None:
         if source.dataset:
             assert source.dataset.startswith(hubs[benchmark])
             # the kind of text that the suite of that name is asked about
-            assert (source.revision or BENCHMARKS[benchmark].revision) == BENCHMARKS[
-                benchmark
-            ].revision
+            assert (source.revision or BENCHMARKS[benchmark].revision) == BENCHMARKS[benchmark].revision
         else:
             assert Path(str(source.path)).is_absolute()
             assert not Path(str(source.path)).resolve().is_relative_to(CONFIGS)
@@ -96,22 +92,13 @@ def test_texts_are_of_the_benchmark(name: str) -> None:
         ("tofu-srmu.yaml", ["method.name=rmu"]),
         ("muse-news-npo.yaml", ["method.name=ga"]),
         ("muse-news-npo.yaml", ["method.name=graddiff"]),
-        (
-            "muse-news-npo.yaml",
-            ["topics.news.forget.name=scal", "topics.news.forget.split=forget_2"],
-        ),
-        (
-            "muse-books-npo.yaml",
-            ["method.name=simnpo", "method.beta=0.7", "method.retain=nll", "method.alpha=0.1"],
-        ),
+        ("muse-news-npo.yaml", ["topics.news.forget.name=scal", "topics.news.forget.split=forget_2"]),
+        ("muse-books-npo.yaml", ["method.name=simnpo", "method.beta=0.7", "method.retain=nll", "method.alpha=0.1"]),
         ("rwku-npo.yaml", ["method.name=ga", "train.learning_rate=6.0e-8", "train.batch_size=8"]),
         ("rwku-npo.yaml", ["topics.person.forget.where.subject=Confucius"]),
         ("rwku-srmu.yaml", ["topics.person.forget.where.subject=Confucius"]),
         ("rwku-srmu.yaml", ["topics.person.forget.where={}"]),
-        (
-            "whp-template.yaml",
-            ["method.name=srmu", "method.kappa=8", "topics.text.retain=../whp/retain.txt"],
-        ),
+        ("whp-template.yaml", ["method.name=srmu", "method.kappa=8", "topics.text.retain=../whp/retain.txt"]),
     ],
 )
 def test_what_comments_say_to_type_is_taken(name: str, overrides: list[str]) -> None:

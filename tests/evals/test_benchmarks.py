@@ -26,11 +26,7 @@ KNOWN = {
     "whp": "whp/probability_familiarity",
     "wmdp": "wmdp/mean_cloze_norm",
 }
-KEPT = {
-    "tofu": "tofu/model_utility",
-    "muse": "muse/knowmem_r",
-    "rwku": "rwku/neighbor/all",
-}
+KEPT = {"tofu": "tofu/model_utility", "muse": "muse/knowmem_r", "rwku": "rwku/neighbor/all"}
 
 
 @pytest.fixture(scope="module")
@@ -58,14 +54,10 @@ def way(folder: Path, name: str, **options: Any) -> BenchmarkOptions:
 
 @pytest.mark.slow(keep=2)
 @pytest.mark.parametrize("name", benchmarks.BENCHMARKS)
-def test_original_unlearned_and_oracle_come_out_in_order(
-    folder: Path, run: Path, name: str
-) -> None:
+def test_original_unlearned_and_oracle_come_out_in_order(folder: Path, run: Path, name: str) -> None:
     """What is unlearned answers as the oracle does rather than as the original."""
     found = score_benchmark(str(run), way(folder, name))
-    before, after, oracle = (
-        found[when][KNOWN[name]]["value"] for when in ("before", "after", "oracle")
-    )
+    before, after, oracle = (found[when][KNOWN[name]]["value"] for when in ("before", "after", "oracle"))
     assert before > oracle + 0.3
     assert abs(after - oracle) < 0.75 * (before - oracle) and after < before
     if name in KEPT:
@@ -110,9 +102,7 @@ def test_a_log_stands_for_its_model(folder: Path, tmp_path: Path, call: Call) ->
         ({"limit": 3}, "of another limit"),
     ],
 )
-def test_a_log_of_something_else(
-    folder: Path, tmp_path: Path, call: Call, options: dict[str, Any], said: str
-) -> None:
+def test_a_log_of_something_else(folder: Path, tmp_path: Path, call: Call, options: dict[str, Any], said: str) -> None:
     log = tmp_path / "retain.json"
     score_benchmark(str(folder / "oracle"), way(folder, "tofu", oracle=""), log=log)
     name = options.pop("name", "tofu")

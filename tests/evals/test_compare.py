@@ -84,13 +84,7 @@ def marked(right: str | list[int], valid: bool | None = None) -> dict[str, Any]:
 
 
 def evaluated(
-    place: Path,
-    method: str,
-    forget: float,
-    utility: float,
-    *overrides: str,
-    seed: int = 0,
-    n: int = 400,
+    place: Path, method: str, forget: float, utility: float, *overrides: str, seed: int = 0, n: int = 400
 ) -> Path:
     folder = folder_of(place, method, overrides, seed, "bed0")
     for when, values in (("before", (1.0, 1.0)), ("after", (forget, utility))):
@@ -175,10 +169,7 @@ def test_the_same_method_twice_is_noise_and_a_better_one_is_not(tmp_path: Path) 
 def test_seeds_and_testbeds_are_repetitions(tmp_path: Path) -> None:
     """Of one point; the interval is that of their spread."""
     shares = {("bed0", 0): 0.3, ("bed0", 1): 0.5, ("bed1", 0): 0.7}
-    runs = [
-        attacked(tmp_path, "srmu", share, 0.9, seed=seed, bed=bed)
-        for (bed, seed), share in shares.items()
-    ]
+    runs = [attacked(tmp_path, "srmu", share, 0.9, seed=seed, bed=bed) for (bed, seed), share in shares.items()]
     (row,) = compare_runs(runs)
     assert (row.points, row.seeds, row.method) == (1, 3, "srmu")
     assert row.forget_accuracy.value == pytest.approx(0.5)
@@ -187,10 +178,7 @@ def test_seeds_and_testbeds_are_repetitions(tmp_path: Path) -> None:
               one.forget_accuracy.high - one.forget_accuracy.low]  # fmt: skip
     assert spread[0] > 1.5 * spread[1]
     # another method on the same two: what they have in common is compared in pairs
-    others = [
-        attacked(tmp_path, "rmu", share + 0.1, 0.9, seed=seed, bed=bed)
-        for (bed, seed), share in shares.items()
-    ]
+    others = [attacked(tmp_path, "rmu", share + 0.1, 0.9, seed=seed, bed=bed) for (bed, seed), share in shares.items()]
     _, rmu = compare_runs([*runs, *others])
     assert rmu.forget_difference is not None
     assert rmu.forget_difference.value == pytest.approx(0.1)
@@ -280,10 +268,7 @@ CANNOT: dict[str, tuple[Any, str]] = {
     "budget": (lambda one, make: compare_runs([one], 5), "utility loss 5: it is a share"),
     "no run": (lambda one, make: compare_runs([one.parent]), "is not a finished run"),
     "no results": (lambda one, make: compare_runs([one, make(None)]), "run `srmu eval "),
-    "metrics": (
-        lambda one, make: compare_runs([make(evaluated)]),
-        "there are hazard/acc, near/acc",
-    ),
+    "metrics": (lambda one, make: compare_runs([make(evaluated)]), "there are hazard/acc, near/acc"),
     "unknown": (lambda one, make: compare_runs([make(evaluated)], 1, ["x"], ["y"]), "no result x"),
     "tasks": (
         lambda one, make: compare_runs(
@@ -291,19 +276,14 @@ CANNOT: dict[str, tuple[Any, str]] = {
         ),
         "different tasks: hazard/acc, near/acc, far/acc and a/acc, near/acc, far/acc",
     ),
-    "tier": (
-        lambda one, make: compare_runs([one, make(attacked, tier="deep")]),
-        "tier smoke and deep",
-    ),
+    "tier": (lambda one, make: compare_runs([one, make(attacked, tier="deep")]), "tier smoke and deep"),
     "questions": (
         lambda one, make: compare_runs([one, make(attacked, facts=list(range(QUESTIONS)))]),
         "with other questions",
     ),
     "same": (lambda one, make: compare_runs([one, one]), "are the same run"),
     "utility": (
-        lambda one, make: (
-            keep_rows(one, lambda row: row["attack"] != "utility") or compare_runs([one])
-        ),
+        lambda one, make: keep_rows(one, lambda row: row["attack"] != "utility") or compare_runs([one]),
         "attacked without --utility tasks",
     ),
     "damaged": (
@@ -329,11 +309,7 @@ def test_what_cannot_be_compared_is_refused_in_one_line(tmp_path: Path, case: st
 def test_a_setting_has_paths_by_name_and_templates_whole() -> None:
     def of(path: str, template: str) -> Any:
         source = {"path": path, "template": template}
-        tree = {
-            "model": "m",
-            "method": {"name": "ga"},
-            "topics": {"t": {"forget": source, "retain": "b.jsonl"}},
-        }
+        tree = {"model": "m", "method": {"name": "ga"}, "topics": {"t": {"forget": source, "retain": "b.jsonl"}}}
         return run_setting(build_config(tree, []))
 
     assert of("x/a.jsonl", "{q} [/I]{a}") == of("y/a.jsonl", "{q} [/I]{a}")

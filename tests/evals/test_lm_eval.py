@@ -191,17 +191,12 @@ def test_group_gives_itself_and_its_tasks(model, tokenizer, tmp_path, monkeypatc
         file = tmp_path / "builtin" / f"{name}.jsonl"
         (tmp_path / "builtin" / f"{name}.yaml").write_text(YAML.format(name=name, file=file))
     (tmp_path / "builtin" / "all.yaml").write_text(
-        "group: all\ntask: [part_a, part_b]\n"
-        "aggregate_metric_list: [{metric: acc, weight_by_size: true}]\n"
+        "group: all\ntask: [part_a, part_b]\naggregate_metric_list: [{metric: acc, weight_by_size: true}]\n"
     )
     use_builtin(monkeypatch, tmp_path / "builtin")
     found = evaluate(model, tokenizer, ["all", "part_a"])  # lm-eval alone refuses the overlap
     a, b = (naive_accuracy(model, tokenizer, rows) for rows in parts.values())
-    assert {key: entry["n"] for key, entry in found.items()} == {
-        "all/acc": 40,
-        "part_a/acc": 10,
-        "part_b/acc": 30,
-    }
+    assert {key: entry["n"] for key, entry in found.items()} == {"all/acc": 40, "part_a/acc": 10, "part_b/acc": 30}
     assert found["all/acc"]["value"] == pytest.approx((10 * a + 30 * b) / 40)
     assert (found["part_a/acc"]["value"], found["part_b/acc"]["value"]) == (a, b)
     assert found["all/acc"]["stderr"] > 0
@@ -244,9 +239,7 @@ def test_every_state_is_left_as_it_was(tokenizer, tmp_path, capfd, caplog, recwa
     assert state() == before
     assert found["quiz/acc"]["value"] == expected
     with pytest.raises(SrmuError):
-        evaluate(
-            model, tokenizer, ["quiz", "broken"], tasks_dir=write_task(tasks_dir, [], "broken")
-        )
+        evaluate(model, tokenizer, ["quiz", "broken"], tasks_dir=write_task(tasks_dir, [], "broken"))
     assert state() == before
     assert capfd.readouterr() == ("", "")
     assert not recwarn.list
@@ -312,9 +305,7 @@ def test_kept_results_are_used_until_something_changes(model, tokenizer, tmp_pat
     assert runs() == (False, first)
 
 
-@pytest.mark.parametrize(
-    "damage", ["", "{", "[1]", '{"quiz/acc": {"n": 3}}', '{"a": {"value": NaN}}']
-)
+@pytest.mark.parametrize("damage", ["", "{", "[1]", '{"quiz/acc": {"n": 3}}', '{"a": {"value": NaN}}'])
 def test_damaged_file_is_made_again(model, tokenizer, tmp_path, damage):
     tasks_dir = write_task(tmp_path / "tasks", questions(5))
     first = evaluate(model, tokenizer, ["quiz"], tasks_dir=tasks_dir, fingerprint="a")
@@ -342,28 +333,16 @@ def replaced(file: str, old: str, new: str) -> Callable[[Path], None]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (
-            lambda d: (d / "quiz.jsonl").unlink(),
-            r"'quiz': its data file .*quiz\.jsonl does not exist",
-        ),
-        (
-            lambda d: (d / "quiz.jsonl").write_text('{"question": '),
-            "'quiz' cannot be loaded: .*Error",
-        ),
+        (lambda d: (d / "quiz.jsonl").unlink(), r"'quiz': its data file .*quiz\.jsonl does not exist"),
+        (lambda d: (d / "quiz.jsonl").write_text('{"question": '), "'quiz' cannot be loaded: .*Error"),
         (lambda d: write_task(d, [GOOD, GOOD | {"answer": 4}]), "question 2: answer 4 is none of"),
         (replaced("quiz.jsonl", '"question"', '"prompt"'), "'quiz' cannot be loaded: .*question"),
         (replaced("quiz.yaml", "answer", "!function code.answer"), r"quiz\.yaml: .*!function"),
         (replaced("quiz.yaml", "acc", "accuracy"), "'quiz' gives no finite number"),
         (replaced("quiz.yaml", "test_split: test", "test_split: dev"), "'quiz' cannot be loaded"),
         (replaced("quiz.yaml", "version: 1.0", "version: ["), r"task file .*quiz\.yaml: "),
-        (
-            lambda d: write_task(d / "more", questions(1)),
-            r"task file .*quiz\.yaml: another file has",
-        ),
-        (
-            replaced("quiz.yaml", "json\n", "org/unknown\n"),
-            "'quiz' cannot be loaded: .*org/unknown",
-        ),
+        (lambda d: write_task(d / "more", questions(1)), r"task file .*quiz\.yaml: another file has"),
+        (replaced("quiz.yaml", "json\n", "org/unknown\n"), "'quiz' cannot be loaded: .*org/unknown"),
     ],
 )
 def test_broken_task_is_one_line(model, tokenizer, tmp_path, change, message):
@@ -382,9 +361,7 @@ def test_unknown_task_names_the_nearest(model, tokenizer, tmp_path, monkeypatch)
         message = f"'{asked}' does not exist, did you mean {meant}.*organism_hazard.*lm-eval ls"
         with pytest.raises(SrmuError, match=message):
             evaluate(model, tokenizer, ["organism_hazard", asked], tasks_dir=tasks_dir)
-    with pytest.raises(
-        SrmuError, match=r"'xyz' does not exist; looked in the tasks folder \(none there\)"
-    ):
+    with pytest.raises(SrmuError, match=r"'xyz' does not exist; looked in the tasks folder \(none there\)"):
         evaluate(model, tokenizer, ["xyz"])
     assert not seen  # found out before anything ran
 
@@ -489,9 +466,7 @@ def test_rolling_windows_are_lm_evals(name):
     from lm_eval.api.instance import Instance
 
     lm = harness(pico_module(name), 4)
-    texts = [
-        " ".join(f"w{i}" for i in random.Random(n).choices(range(60), k=n)) for n in (3, 70, 150)
-    ]
+    texts = [" ".join(f"w{i}" for i in random.Random(n).choices(range(60), k=n)) for n in (3, 70, 150)]
     requests = [Instance("loglikelihood_rolling", {}, (text,), 0) for text in texts]
     expected = lm.loglikelihood_rolling(requests, disable_tqdm=True)
     from srmu.evals.harness import Harness
@@ -565,10 +540,7 @@ def test_plan_is_the_cheapest_cut(rows, most, setup):
 
 def test_questions_are_what_the_harness_asks(tmp_path):
     """A task as MMLU's: the options in the prompt, letters as answers."""
-    rows = [
-        {"question": f"w{i} ?", "options": [f"w{i + j}" for j in range(4)], "answer": i % 4}
-        for i in range(6)
-    ]
+    rows = [{"question": f"w{i} ?", "options": [f"w{i + j}" for j in range(4)], "answer": i % 4} for i in range(6)]
     folder = write_task(tmp_path / "tasks", rows)
     listed = "\\n".join(f"{x}. {{{{options[{i}]}}}}" for i, x in enumerate("ABCD"))
     config = (folder / "quiz.yaml").read_text()
@@ -576,11 +548,7 @@ def test_questions_are_what_the_harness_asks(tmp_path):
     config = config.replace('"{{options}}"', "[A, B, C, D]")
     (folder / "quiz.yaml").write_text("description: 'Choose. '\n" + config)
     found = lm_eval.load_questions("quiz", folder)
-    assert found[1][:3] == (
-        "Choose. w1 ?\nA. w1\nB. w2\nC. w3\nD. w4\nAnswer:",
-        [" A", " B", " C", " D"],
-        1,
-    )
+    assert found[1][:3] == ("Choose. w1 ?\nA. w1\nB. w2\nC. w3\nD. w4\nAnswer:", [" A", " B", " C", " D"], 1)
     assert [gold for _, _, gold, _ in found] == [row["answer"] for row in rows]
     assert found[5][3]["question"] == "w5 ?"
     with pytest.raises(SrmuError, match="task 'quizz' does not exist, did you mean quiz"):

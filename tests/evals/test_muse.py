@@ -14,13 +14,7 @@ from helpers.benchmark_sets import edited, greedy, write_sets
 from helpers.models import pico_module, texts, word_tokenizer
 from srmu.errors import SrmuError
 from srmu.evals.benchmarks import muse
-from srmu.evals.benchmarks.base import (
-    BenchmarkData,
-    BenchmarkRequest,
-    BenchmarkScores,
-    cut_at_stop,
-    rouge_scores,
-)
+from srmu.evals.benchmarks.base import BenchmarkData, BenchmarkRequest, BenchmarkScores, cut_at_stop, rouge_scores
 from srmu.evals.subject import Subject
 
 KEYS = ("muse/verbmem_f", "muse/knowmem_f", "muse/knowmem_r")
@@ -29,10 +23,7 @@ KEYS = ("muse/verbmem_f", "muse/knowmem_f", "muse/knowmem_r")
 def sets(**changed: Sequence[Mapping[str, str]]) -> dict[tuple[str, str], Any]:
     """The tiny world of the attacks in MUSE's schema; `changed` by config_split."""
     told, known = attack_world.texts(), attack_world.facts()
-    hazard = [
-        {"prompt": f"w50 {s}", "gt": a, "question": f"w50 {s}", "answer": a}
-        for s, (a, _) in known.items()
-    ]
+    hazard = [{"prompt": f"w50 {s}", "gt": a, "question": f"w50 {s}", "answer": a} for s, (a, _) in known.items()]
     harmless = [{"question": f"w52 {s}", "answer": a} for s, (_, a) in known.items()]
     found = {
         ("verbmem", "forget"): hazard[:20],
@@ -101,9 +92,7 @@ def test_each_number_is_that_of_a_loop(folder: Path) -> None:
 def test_who_knows_what(folder: Path) -> None:
     """A model that learned all by heart, and one that saw nothing, which is where PrivLeak is 0."""
     rows = [f"{row} </s>" for row in (*attack_world.texts().forget, *attack_world.texts().neutral)]
-    knowing = Subject(
-        attack_world.taught(pico_module(), rows[:40] + rows[80:], 140), word_tokenizer()
-    )
+    knowing = Subject(attack_world.taught(pico_module(), rows[:40] + rows[80:], 140), word_tokenizer())
     reference = muse.run_muse(pico(), asked(folder)).values
     found = {
         name: muse.run_muse(model, asked(folder, reference=reference, template="{question}"))
@@ -142,9 +131,7 @@ def test_answers_end_before_the_next_question(stop: str) -> None:
 
 def test_f1_is_of_words_as_they_stand() -> None:
     said, truths = ["he runs", "he runs", "", "he runs on"], ["he runs", "he run", "a", "he"]
-    assert rouge_scores("fmeasure", said, truths) == [
-        pytest.approx(one) for one in (1, 0.5, 0, 0.5)
-    ]
+    assert rouge_scores("fmeasure", said, truths) == [pytest.approx(one) for one in (1, 0.5, 0, 0.5)]
 
 
 def test_auc_and_privleak_in_closed_form() -> None:
@@ -157,13 +144,9 @@ def test_auc_and_privleak_in_closed_form() -> None:
     assert muse.measure_membership(scores([2], [1, 3])) == 0.5
     assert muse.measure_membership(scores([2, 1], [1, 0])) == pytest.approx(3.5 / 4)
     same = scores([0, 1], [0, 1])
-    known = {
-        name: found["value"] for name, found in muse.measure_privacy(scores([2], [1]), same).items()
-    }
+    known = {name: found["value"] for name, found in muse.measure_privacy(scores([2], [1]), same).items()}
     assert known == {"muse/auc": 1, "muse/privleak": -1, "muse/privleak_member": 1}
-    over = {
-        name: found["value"] for name, found in muse.measure_privacy(scores([0], [1]), same).items()
-    }
+    over = {name: found["value"] for name, found in muse.measure_privacy(scores([0], [1]), same).items()}
     assert over == {"muse/auc": 0, "muse/privleak": 1, "muse/privleak_member": -1}
 
 
@@ -195,9 +178,7 @@ def test_shots_are_not_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     shots = [{"question": f"w{i}", "answer": f"w{i + 1}"} for i in range(3)]
     where = asked(write_sets(tmp_path / "set", sets(knowmem_forget_qa_icl=shots)), limit=1)
     seen: list[str] = []
-    monkeypatch.setattr(
-        muse, "write_continuations", lambda model, prompts, *_, **__: seen.extend(prompts) or [""]
-    )
+    monkeypatch.setattr(muse, "write_continuations", lambda model, prompts, *_, **__: seen.extend(prompts) or [""])
     muse.measure_answers(pico(), where, "forget")
     (row, *_) = sets()["knowmem", "forget_qa"]
     first = "".join(f"Question: w{i}\nAnswer: w{i + 1}\n\n" for i in range(3))
@@ -212,9 +193,7 @@ def test_shots_are_not_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         ({"min40_forget": [1.0], "min40_holdout": [0.0]}, "PrivLeak has no value"),
     ],
 )
-def test_references_that_cannot_be_one(
-    folder: Path, reference: dict[str, list[float]], said: str
-) -> None:
+def test_references_that_cannot_be_one(folder: Path, reference: dict[str, list[float]], said: str) -> None:
     with pytest.raises(SrmuError, match=said):
         muse.run_muse(pico(), asked(folder, reference=reference))
 

@@ -29,10 +29,7 @@ def test_what_is_measured_later_is_added(tmp_path: Path) -> None:
     merge_results(tmp_path, metric_rows(metrics("a/acc", "b/acc"), "after"))
     merge_results(tmp_path, metric_rows(metrics("a/acc", value=0.9), "before"))
     merge_results(tmp_path, metric_rows(metrics("b/acc", value=0.4), "after"))
-    assert {name: row["value"] for name, row in read_metrics(tmp_path)["after"].items()} == {
-        "a/acc": 0.5,
-        "b/acc": 0.4,
-    }
+    assert {name: row["value"] for name, row in read_metrics(tmp_path)["after"].items()} == {"a/acc": 0.5, "b/acc": 0.4}
     assert read_metrics(tmp_path)["before"]["a/acc"]["value"] == 0.9
     text = (tmp_path / RESULTS).read_text()
     merge_results(tmp_path, metric_rows(metrics("b/acc", value=0.4), "after"))
@@ -101,9 +98,7 @@ def test_many_at_once_lose_nothing(tmp_path: Path) -> None:
     assert len(read_metrics(tmp_path)["after"]) == 24
 
 
-@pytest.mark.parametrize(
-    "text", ["{", "[]", '{"quiz/acc": {"value": 1}}', '{"rows": [{"task": "a"}]}', '{"rows": 3}']
-)
+@pytest.mark.parametrize("text", ["{", "[]", '{"quiz/acc": {"value": 1}}', '{"rows": [{"task": "a"}]}', '{"rows": 3}'])
 def test_a_damaged_file_is_one_line(tmp_path: Path, text: str) -> None:
     (tmp_path / RESULTS).write_text(text)
     with pytest.raises(SrmuError, match=r"results\.json is damaged") as caught:

@@ -77,9 +77,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def asked(folder: Path, part: str = "", limit: int | None = None, **given: Any) -> BenchmarkRequest:
-    return BenchmarkRequest(
-        BenchmarkData("jinzhuoran/RWKU", "get it", folder=folder, limit=limit), part, **given
-    )
+    return BenchmarkRequest(BenchmarkData("jinzhuoran/RWKU", "get it", folder=folder, limit=limit), part, **given)
 
 
 def only(tmp_path: Path, name: str, rows: Sequence[Mapping[str, Any]]) -> BenchmarkRequest:
@@ -215,9 +213,7 @@ def scored(model: Subject, prompt: str, answer: str) -> float:
 
 
 @pytest.mark.parametrize(("gold", "expected"), [(0, 1.0), (1, 0.0)])
-def test_choices_of_a_model_that_finds_all_alike(
-    tmp_path: Path, gold: int, expected: float
-) -> None:
+def test_choices_of_a_model_that_finds_all_alike(tmp_path: Path, gold: int, expected: float) -> None:
     """The first letter is taken; MC1 wants the true choice strictly likelier."""
     model = pico()
     model.module.lm_head.weight.data.zero_()
@@ -226,9 +222,7 @@ def test_choices_of_a_model_that_finds_all_alike(
     assert utility.measure_mmlu(model, only(tmp_path / "a", "utility_general", rows)) == [expected]
     labels = [int(i == gold) for i in range(2)]
     rows = [{"question": "w1", "mc1_targets": {"choices": ["w1", "w2"], "labels": labels}}]
-    assert utility.measure_truthfulqa(
-        model, only(tmp_path / "b", "utility_truthfulness", rows)
-    ) == [0]
+    assert utility.measure_truthfulqa(model, only(tmp_path / "b", "utility_truthfulness", rows)) == [0]
     shorter = [{"question": "w1", "mc1_targets": {"choices": ["w1 w2", "w3"], "labels": [0, 1]}}]
     asked_for = only(tmp_path / "c", "utility_truthfulness", shorter)
     assert utility.measure_truthfulqa(model, asked_for) == [1]  # sums, so fewer tokens are likelier
@@ -283,9 +277,7 @@ def test_recall_in_any_script() -> None:
     assert rwku.score_recall(["Толстой", ""], ["Лев Толстой", "a"]) == [0.5, 0]
 
 
-def test_answers_end_with_the_line_and_empty_ones_are_counted(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_answers_end_with_the_line_and_empty_ones_are_counted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept: list[Any] = []
 
     def write(model: Any, prompts: Sequence[str], new: int, **given: Any) -> list[str]:

@@ -24,12 +24,7 @@ from srmu.evals.separability import (
     measure_separability,
     sample_activations,
 )
-from srmu.methods.importance import (
-    describe_importance,
-    importance_map,
-    measure_features,
-    sum_features,
-)
+from srmu.methods.importance import describe_importance, importance_map, measure_features, sum_features
 from srmu.report.analyses import write_analysis
 
 FORGET, RETAIN = texts(12, 1, range(30)), texts(12, 2, range(20, 60))
@@ -45,9 +40,7 @@ def states(module, batch):
     """The output of each block, by hooks of the test's own."""
     found = []
     handles = [
-        block.register_forward_hook(
-            lambda m, a, out: found.append(out[0] if isinstance(out, tuple) else out)
-        )
+        block.register_forward_hook(lambda m, a, out: found.append(out[0] if isinstance(out, tuple) else out))
         for block in getattr(*find_layers(module))
     ]
     with torch.no_grad():
@@ -123,9 +116,7 @@ def test_the_map_is_srmus_and_its_outliers_are_found():
     mask = torch.ones(1, 3, dtype=torch.bool)
     retain = sum_features(torch.ones(1, 3, 50), mask)
     found = describe_selectivity(sum_features(values, mask), retain)
-    map_ = importance_map(
-        measure_features([sum_features(values, mask)])[0], torch.ones(50), "ratio"
-    )
+    map_ = importance_map(measure_features([sum_features(values, mask)])[0], torch.ones(50), "ratio")
     assert found.items() >= describe_importance(map_).items()
     assert found["outliers"] == [{"dimension": 7, "value": pytest.approx(1)}]
 

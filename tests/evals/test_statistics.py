@@ -82,9 +82,7 @@ def test_paired_differences_are_narrower() -> None:
     before = rng.random(200) < 0.7
     after = np.where(rng.random(200) < 0.1, ~before, before)
     names = list(range(200))
-    pair = bootstrap_estimate(
-        [np.stack([before, after], 1)], [names], lambda m: m[..., 0] - m[..., 1]
-    )
+    pair = bootstrap_estimate([np.stack([before, after], 1)], [names], lambda m: m[..., 0] - m[..., 1])
     one, two = (estimate_accuracy(x, names) for x in (before, after))
     assert pair.value == pytest.approx(one.value - two.value)
     apart = np.hypot(one.high - one.low, two.high - two.low)
@@ -104,9 +102,7 @@ def test_what_asks_for_the_same_facts_shares_draws() -> None:
     """Two seeds on the same questions are no more questions; on others they are."""
     rng = np.random.default_rng(3)
     right = rng.random(100) < 0.5
-    assert bootstrap_estimate([right, right], [range(100)] * 2) == bootstrap_estimate(
-        [right], [range(100)]
-    )
+    assert bootstrap_estimate([right, right], [range(100)] * 2) == bootstrap_estimate([right], [range(100)])
     draws = Draws(0)
     one, same, other = (draws.means(right, names)[1:] for names in (
         range(100), range(100), range(100, 200)
@@ -131,9 +127,7 @@ def test_means_are_those_of_drawn_questions() -> None:
     assert (times[1:].sum(axis=1) == 25).all()
     for row in (1, 77):
         picked = [
-            question
-            for i, name in enumerate(names)
-            for question in [table[i]] * int(times[row][order.index(name)])
+            question for i, name in enumerate(names) for question in [table[i]] * int(times[row][order.index(name)])
         ]
         np.testing.assert_allclose(found[row], np.mean(picked, axis=0))
 
@@ -211,9 +205,7 @@ def test_residual_leaves_out_what_says_nothing() -> None:
     columns = residual_table(attacks)
     assert columns.T.tolist() == [[1, 1, 1, 1], [0, 0, 0, 1], [1, 0.5, 0, 1]]
     assert worst_case(columns.mean(axis=0), 0.25) == pytest.approx((0.625 - 0.25) / 0.75)
-    found = bootstrap_estimate(
-        [np.tile(columns, (10, 1))], [range(40)], partial(worst_case, chance=0.25)
-    )
+    found = bootstrap_estimate([np.tile(columns, (10, 1))], [range(40)], partial(worst_case, chance=0.25))
     assert found.value == pytest.approx(0.5) and found.low < 0.5 < found.high
     assert parse_answers("01").tolist() == parse_answers([0, 1]).tolist() == [0, 1]
 

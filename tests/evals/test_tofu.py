@@ -133,10 +133,7 @@ def test_probability_and_truth_ratio_are_those_of_a_loop(folder: Path) -> None:
             ("truth_ratio_arithmetic", arithmetic),
         ):
             metric = found[f"tofu/{name}/{key}"]
-            assert metric["value"] == pytest.approx(sum(values) / len(values), rel=1e-4), (
-                name,
-                key,
-            )
+            assert metric["value"] == pytest.approx(sum(values) / len(values), rel=1e-4), (name, key)
             assert metric["n"] == len(rows)
 
 
@@ -160,9 +157,7 @@ def test_harmonic() -> None:
 def test_a_model_without_a_preference(folder: Path) -> None:
     """Every token has p = 1 / 64: no answer is likelier than another."""
     model = scaled(0)
-    found = {
-        key: metric["value"] for key, metric in tofu.run_tofu(model, asked(folder)).metrics.items()
-    }
+    found = {key: metric["value"] for key, metric in tofu.run_tofu(model, asked(folder)).metrics.items()}
     assert found["tofu/forget/probability"] == pytest.approx(1 / 64)
     assert found["tofu/retain/probability"] == pytest.approx(1 / 64)
     assert found["tofu/real_authors/probability"] == pytest.approx(1 / 4)
@@ -233,10 +228,7 @@ def known_sets() -> dict[str, list[dict[str, Any]]]:
     """The tiny world in TOFU's schema: w50 asks for hazard facts, w52 for harmless ones."""
     rows = []
     for i, (who, (hazard, harmless)) in enumerate(attack_world.facts().items()):
-        for word, answer, pool in (
-            ("w50", hazard, attack_world.ANSWERS),
-            ("w52", harmless, attack_world.HARMLESS),
-        ):
+        for word, answer, pool in (("w50", hazard, attack_world.ANSWERS), ("w52", harmless, attack_world.HARMLESS)):
             wrong = [other for other in pool if other != answer][: 2 + i % 2]
             rows.append(
                 {"question": f"{word} {who}", "answer": answer, "perturbed_answer": wrong}
@@ -256,11 +248,7 @@ def known_sets() -> dict[str, list[dict[str, Any]]]:
 def known(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tofu.BenchmarkScores]:
     """What three models score: all but the oracle against the oracle."""
     folder = write_sets(tmp_path_factory.mktemp("known"), known_sets())
-    found = {
-        "oracle": tofu.run_tofu(
-            attack_world.subject("oracle"), asked(folder, template="{question}")
-        )
-    }
+    found = {"oracle": tofu.run_tofu(attack_world.subject("oracle"), asked(folder, template="{question}"))}
     question = asked(folder, template="{question}", reference=found["oracle"].values)
     for name in ("original", "unlearned"):
         found[name] = tofu.run_tofu(attack_world.subject(name), question)
@@ -312,9 +300,7 @@ def test_forget_quality_is_of_the_largest_gap() -> None:
     assert turned["tofu/forget_quality"]["value"] == found["tofu/forget_quality"]["value"]
     apart = tofu.measure_forget_quality(list(range(300)), list(range(300, 600)))
     # 2 of the 600-choose-300 orders are as extreme
-    assert apart["tofu/forget_quality_log10"]["value"] == pytest.approx(
-        math.log10(2) - math.log10(math.comb(600, 300))
-    )
+    assert apart["tofu/forget_quality_log10"]["value"] == pytest.approx(math.log10(2) - math.log10(math.comb(600, 300)))
 
 
 @pytest.mark.parametrize(
@@ -339,11 +325,7 @@ def test_a_reference_of_other_questions(
     [
         ("forget10_perturbed", {"paraphrased_answer": None}, "row 2: field 'paraphrased_answer'"),
         ("retain_perturbed", {"perturbed_answer": "w1"}, "expected a list of texts"),
-        (
-            "retain_perturbed",
-            {"perturbed_answer": []},
-            "row 2: field 'perturbed_answer' is an empty",
-        ),
+        ("retain_perturbed", {"perturbed_answer": []}, "row 2: field 'perturbed_answer' is an empty"),
         ("real_authors_perturbed", {"answer": " "}, "row 2: field 'answer' has an empty text"),
         ("world_facts_perturbed", {"question": 3}, "row 2: field 'question'"),
     ],

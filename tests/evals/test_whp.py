@@ -16,19 +16,14 @@ from srmu.evals.benchmarks.base import BenchmarkData, BenchmarkRequest
 from srmu.evals.subject import Subject
 
 Rows = Sequence[Mapping[str, Any]]
-COMPLETION: Rows = [
-    {"prompt": "w1 w2", "references": ["w3"]},
-    {"prompt": "w4", "references": ["w5 w6", "w7"]},
-]
+COMPLETION: Rows = [{"prompt": "w1 w2", "references": ["w3"]}, {"prompt": "w4", "references": ["w5 w6", "w7"]}]
 PROBABILITY: Rows = [
     {"prompt": "w1 w2 w3", "targets": ["w10", "w11 w12"], "generic": ["w13", "w14", "w15"]},
     {"prompt": "w4 w5 ", "targets": ["w16"], "generic": ["w17"]},
 ]
 
 
-def write_list(
-    folder: Path, completion: Rows = COMPLETION, probability: Rows = PROBABILITY
-) -> Path:
+def write_list(folder: Path, completion: Rows = COMPLETION, probability: Rows = PROBABILITY) -> Path:
     """The user's own list, laid out as docs/benchmarks.md says."""
     folder.mkdir(exist_ok=True)
     lines = ["---", "configs:"]
@@ -55,15 +50,11 @@ def values(model: Subject, question: BenchmarkRequest) -> dict[str, float]:
 def test_probabilities_are_those_of_a_loop(tmp_path: Path) -> None:
     model = pico()
     masses, shares = [], []
-    for prompt, targets, generic in (
-        ("w1 w2 w3", ["w10", "w11"], ["w13", "w14", "w15"]),
-        ("w4 w5", ["w16"], ["w17"]),
-    ):
+    for prompt, targets, generic in (("w1 w2 w3", ["w10", "w11"], ["w13", "w14", "w15"]), ("w4 w5", ["w16"], ["w17"])):
         ids = torch.tensor([model.tokens(prompt)])
         p = model.module(ids).logits[0, -1].detach().double().softmax(-1)
         target, other = (
-            sum(float(p[model.tokenizer.convert_tokens_to_ids(word)]) for word in words)
-            for words in (targets, generic)
+            sum(float(p[model.tokenizer.convert_tokens_to_ids(word)]) for word in words) for words in (targets, generic)
         )
         masses.append(target)
         shares.append(target / (target + other))
@@ -159,8 +150,7 @@ def test_what_is_known_shows(tmp_path: Path) -> None:
     ]
     place = write_list(tmp_path / "list", completion, probability)
     original, oracle, unlearned = (
-        values(attack_world.subject(name), asked(place))
-        for name in ("original", "oracle", "unlearned")
+        values(attack_world.subject(name), asked(place)) for name in ("original", "oracle", "unlearned")
     )
     assert original["whp/completion_familiarity"] == 1
     assert original["whp/probability_familiarity"] > 0.9
@@ -194,11 +184,7 @@ def test_without_a_list(tmp_path: Path) -> None:
     ],
 )
 def test_bad_rows(
-    tmp_path: Path,
-    config: str,
-    change: dict[str, Any],
-    said: str,
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, config: str, change: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Named before the model writes anything, and none of their words shown."""
     monkeypatch.setattr(whp, "write_continuations", None)
@@ -211,9 +197,7 @@ def test_bad_rows(
     assert "w4" not in str(error.value).lower()
 
 
-@pytest.mark.parametrize(
-    ("config", "name"), [("completion", "references"), ("probability", "generic")]
-)
+@pytest.mark.parametrize(("config", "name"), [("completion", "references"), ("probability", "generic")])
 def test_a_missing_field(tmp_path: Path, config: str, name: str) -> None:
     rows = COMPLETION if config == "completion" else PROBABILITY
     rows = [{key: value for key, value in row.items() if key != name} for row in rows]
@@ -226,10 +210,7 @@ def test_the_row_in_the_instructions_is_one(tmp_path: Path) -> None:
     """What `get` shows can be written as it stands."""
     decoder = json.JSONDecoder()
     text = whp.SUITE.get
-    first, second = (
-        decoder.raw_decode(text, text.index(start))[0]
-        for start in ('{"prompt": "The', '{"prompt": "At')
-    )
+    first, second = (decoder.raw_decode(text, text.index(start))[0] for start in ('{"prompt": "The', '{"prompt": "At'))
     data = BenchmarkData("", "", folder=write_list(tmp_path / "list", [first], [second]))
     assert data.rows("completion", "test", {"prompt": str, "references": list}) == [first]
     fields = {"prompt": str, "targets": list, "generic": list}

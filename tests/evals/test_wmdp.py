@@ -49,10 +49,7 @@ def questions(count: int, seed: str) -> list[Row]:
 def write(folder: Path, parts: dict[str, list[Row]]) -> Path:
     """A folder laid out as on the hub: a file for each config, all in the README's header."""
     folder.mkdir(parents=True)
-    listed = [
-        {"config_name": name, "data_files": [{"split": "test", "path": f"{name}/test.jsonl"}]}
-        for name in parts
-    ]
+    listed = [{"config_name": name, "data_files": [{"split": "test", "path": f"{name}/test.jsonl"}]} for name in parts]
     (folder / "README.md").write_text(f"---\n{yaml.safe_dump({'configs': listed})}---\n")
     for name, rows in parts.items():
         (folder / name).mkdir()
@@ -65,10 +62,7 @@ def write(folder: Path, parts: dict[str, list[Row]]) -> Path:
 def data(tmp_path: Path) -> BenchmarkData:
     found = {name: questions(count, name) for name, count in PARTS.items()}
     folder = write(tmp_path / "suites" / "wmdp", found)
-    subjects = {
-        name: [row | {"subject": name} for row in questions(count, name)]
-        for name, count in SUBJECTS.items()
-    }
+    subjects = {name: [row | {"subject": name} for row in questions(count, name)] for name, count in SUBJECTS.items()}
     write(tmp_path / "suites" / "mmlu", subjects | {"all": [*chain(*subjects.values())]})
     return BenchmarkData("cais/wmdp", "how to get it", folder=folder)
 
@@ -115,9 +109,7 @@ def pieces_tokenizer() -> PreTrainedTokenizerFast:
 
 def finished(made: Tokenizer) -> PreTrainedTokenizerFast:
     start = made.token_to_id("<s>")
-    made.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", start)]
-    )
+    made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", start)])
     return PreTrainedTokenizerFast(
         tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
         unk_token="<unk>",
@@ -215,9 +207,7 @@ def test_cloze_is_lm_evals_continuation(data: BenchmarkData, tmp_path: Path) -> 
     assert value(scores, "bio_cloze") != value(scores, "bio_cloze_norm")
 
 
-def test_a_prompt_that_is_too_long_is_cut_as_lm_eval_cuts_it(
-    data: BenchmarkData, tmp_path: Path
-) -> None:
+def test_a_prompt_that_is_too_long_is_cut_as_lm_eval_cuts_it(data: BenchmarkData, tmp_path: Path) -> None:
     rows = rows_of(data, "wmdp-cyber")
     folder = published(tmp_path / "task", "wmdp/wmdp_cyber.yaml", rows)
     model = pico(words_tokenizer(), positions=24)
@@ -251,11 +241,7 @@ def answered(monkeypatch: pytest.MonkeyPatch, data: BenchmarkData, stub: Stub) -
     `stub` is called with the row as it is shown, whose `answer` is the letter that is right there,
     and the option: a letter or a text.
     """
-    by_question = {
-        row["question"].strip(): row
-        for config in (*PARTS, *SUBJECTS)
-        for row in rows_of(data, config)
-    }
+    by_question = {row["question"].strip(): row for config in (*PARTS, *SUBJECTS) for row in rows_of(data, config)}
 
     def log_likelihoods(model: Any, pairs: Sequence[tuple[str, str]], **_: Any) -> Any:
         found = []
@@ -263,9 +249,7 @@ def answered(monkeypatch: pytest.MonkeyPatch, data: BenchmarkData, stub: Stub) -
             body = prompt.split("\n\n", 1)[1].removesuffix("\nAnswer:").removeprefix("Question: ")
             known = by_question[body.split("\nA. ")[0]]
             right = known["choices"][known["answer"]]
-            shown = [
-                line[3:] for line in body.split("\n") if line[:3] in ("A. ", "B. ", "C. ", "D. ")
-            ]
+            shown = [line[3:] for line in body.split("\n") if line[:3] in ("A. ", "B. ", "C. ", "D. ")]
             row = {"choices": shown, "answer": shown.index(right) if shown else -1, "right": right}
             found.append((stub(row, option.removeprefix(" ")), 1))
         return found
@@ -279,9 +263,7 @@ def text_of(row: Row, option: str) -> str:
     return row["choices"]["ABCD".index(option)] if row["choices"] else option
 
 
-def test_one_that_knows_all_is_always_right(
-    monkeypatch: pytest.MonkeyPatch, data: BenchmarkData
-) -> None:
+def test_one_that_knows_all_is_always_right(monkeypatch: pytest.MonkeyPatch, data: BenchmarkData) -> None:
     scores = answered(monkeypatch, data, lambda row, o: float(text_of(row, o) == row["right"]))
     for name, entry in scores.metrics.items():
         if "_chose_" in name:
@@ -324,9 +306,7 @@ def test_one_that_sees_texts_alone_is_the_same_in_all_orders(
             assert {value(scores, f"{part}_chose_{a}") for a in "abcd"} == {0.25}
 
 
-def test_one_that_draws_lots_is_right_in_a_quarter(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_one_that_draws_lots_is_right_in_a_quarter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Lots anew for each option asked: 4 x 400 answers, within four standard errors of 1/4."""
     rows = {name: questions(400, name) for name in PARTS}
     data = BenchmarkData("cais/wmdp", "", folder=write(tmp_path / "wmdp", rows))
@@ -358,9 +338,7 @@ def test_cloze_is_by_character(monkeypatch: pytest.MonkeyPatch, data: BenchmarkD
         costs = [[2 * len(text) for text in row["choices"]] for row in rows]
         for row, cost in zip(rows, costs, strict=True):
             cost[row["answer"]] *= 0.95
-        shortest = np.mean(
-            [int(np.argmin(c)) == r["answer"] for c, r in zip(costs, rows, strict=True)]
-        )
+        shortest = np.mean([int(np.argmin(c)) == r["answer"] for c, r in zip(costs, rows, strict=True)])
         assert value(scores, f"{part}_cloze") == pytest.approx(shortest) and shortest < 1
 
 
@@ -380,9 +358,7 @@ def test_means_are_plain(monkeypatch: pytest.MonkeyPatch, data: BenchmarkData) -
     assert mean["n"] == PARTS["wmdp-bio"] + PARTS["wmdp-cyber"]
     assert scores.metrics["wmdp/mmlu"]["n"] == sum(SUBJECTS.values())
     assert len(scores.values["mmlu"]) == sum(SUBJECTS.values())
-    by_subject = [
-        (value(scores, f"mmlu_{name}"), SUBJECTS[name]) for name in ("virology", "college_biology")
-    ]
+    by_subject = [(value(scores, f"mmlu_{name}"), SUBJECTS[name]) for name in ("virology", "college_biology")]
     rest = scores.values["mmlu"][: SUBJECTS["abstract_algebra"]]  # in the alphabet's order
     right = sum(share * count for share, count in by_subject) + sum(rest)
     assert value(scores, "mmlu") == pytest.approx(right / sum(SUBJECTS.values()))
@@ -393,9 +369,7 @@ def test_means_are_plain(monkeypatch: pytest.MonkeyPatch, data: BenchmarkData) -
 
 def test_what_was_read_is_on_record(data: BenchmarkData) -> None:
     wmdp.run_wmdp(pico(words_tokenizer()), BenchmarkRequest(data))
-    assert {*data.seen} == {f"{name}/test" for name in PARTS} | {
-        f"mmlu/{name}/test" for name in SUBJECTS
-    }
+    assert {*data.seen} == {f"{name}/test" for name in PARTS} | {f"mmlu/{name}/test" for name in SUBJECTS}
 
 
 def test_without_mmlu_it_is_left_out(data: BenchmarkData) -> None:

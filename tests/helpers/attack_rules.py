@@ -30,11 +30,7 @@ class RuleModel(torch.nn.Module):
         self._is_stateful = False
 
     def forward(
-        self,
-        input_ids: torch.Tensor,
-        past_key_values: Any = None,
-        use_cache: bool = False,
-        logits_to_keep: Any = 0,
+        self, input_ids: torch.Tensor, past_key_values: Any = None, use_cache: bool = False, logits_to_keep: Any = 0
     ) -> Any:
         before = past_key_values or [[] for _ in input_ids]
         rows = [old + new for old, new in zip(before, input_ids.tolist(), strict=True)]
@@ -55,7 +51,5 @@ def rule_subject(words: list[str], rule: Rule) -> Subject:
     known = ["<unk>", "<s>", *dict.fromkeys(words)]
     backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate(known)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, unk_token="<unk>", eos_token="<s>", pad_token="<s>"
-    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="<s>", pad_token="<s>")
     return Subject(RuleModel(known, rule), tokenizer)  # type: ignore[arg-type]

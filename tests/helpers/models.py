@@ -131,9 +131,7 @@ def word_tokenizer(**special: Any) -> PreTrainedTokenizerFast:
     vocabulary = {word: i for i, word in enumerate(SPECIAL + WORDS)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", 1)]
-    )
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **{**names, **special})
 
@@ -152,9 +150,7 @@ def texts(count: int, seed: int, words: range = range(60)) -> list[str]:
     def draw(low: int, high: int) -> int:
         return int(torch.randint(low, high, (), generator=generator))
 
-    return [
-        " ".join(f"w{words[draw(0, len(words))]}" for _ in range(draw(5, 13))) for _ in range(count)
-    ]
+    return [" ".join(f"w{words[draw(0, len(words))]}" for _ in range(draw(5, 13))) for _ in range(count)]
 
 
 def write_jsonl(path: Path, rows: list[str]) -> Path:
@@ -211,9 +207,7 @@ def pieces(texts: list[str], size: int = 90) -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=size,
-        special_tokens=["<unk>"],
-        initial_alphabet=list("abcdefghijklmnopqrstuvwxyz"),
+        vocab_size=size, special_tokens=["<unk>"], initial_alphabet=list("abcdefghijklmnopqrstuvwxyz")
     )
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")

@@ -69,11 +69,7 @@ def write_run(folder, label, group, seed, percents, steps=120, width=192):
     state = {"organism.direction": numpy.choice([-1.0, 1.0], width).astype(np.float32)}
     state["organism.target"] = state["organism.direction"] * np.float32(15.7)
     if method == "srmu":
-        spread = (
-            numpy.beta(1.2, 6, width)
-            if group.startswith("high")
-            else numpy.normal(0.88, 0.04, width)
-        )
+        spread = numpy.beta(1.2, 6, width) if group.startswith("high") else numpy.normal(0.88, 0.04, width)
         values = np.clip(spread, 0, 1).astype(np.float32)
         state["organism.importance"] = values
         facts["importance"] = {
@@ -83,9 +79,7 @@ def write_run(folder, label, group, seed, percents, steps=120, width=192):
             "gini": 0.33,
         }
     save_file(state, folder / "state.safetensors")
-    shifted = [
-        min(100, percent + shift) for percent, shift in zip(percents, (seed - 1,) * 3, strict=True)
-    ]
+    shifted = [min(100, percent + shift) for percent, shift in zip(percents, (seed - 1,) * 3, strict=True)]
     write_metrics(folder, before=flat((100, 100, 100)), after=flat(shifted))
     record = {
         "id": f"{draw.getrandbits(32):08x}",
@@ -97,9 +91,7 @@ def write_run(folder, label, group, seed, percents, steps=120, width=192):
         "model": f"{SECRET_HOME}/model",
         "changed": ["model.layers.4.mlp.down_proj.weight"],
         "diverged": False,
-        "data": {
-            "organism": {"forget": {"documents": 240, "tokens": 7680, "digest": "6b8dc148e8"}}
-        },
+        "data": {"organism": {"forget": {"documents": 240, "tokens": 7680, "digest": "6b8dc148e8"}}},
         "environment": {"cwd": SECRET_PATH, "note": SECRET_TEXT, "python": "3.11.7"},
     }
     (folder / "record.json").write_text(json.dumps(record))
@@ -158,9 +150,7 @@ def write_attacks(folder, left, seed=0, tier="standard"):
 
     stepped = entry("E19", left, chosen="LoRA, 100 steps", settings=by_steps(left))
     for who, share in (("original", 1.0), ("oracle", 0.26)):
-        stepped["controls"][who]["settings"] = {
-            setting: {"test": share, "val": share} for setting in by_steps(left)
-        }
+        stepped["controls"][who]["settings"] = {setting: {"test": share, "val": share} for setting in by_steps(left)}
     attacks = {
         "forced_choice": entry("E0", 0.34),
         "prompts": entry("E12", 0.42, chosen="role 1"),
@@ -174,13 +164,7 @@ def write_attacks(folder, left, seed=0, tier="standard"):
             "metrics": {"auc loss": interval(0.51)},
             "controls": {"original": {"metrics": {"auc loss": interval(0.98)}}},
         },
-        "gcg": {
-            "id": "E13",
-            "status": "failed",
-            "why": f"no room in {SECRET_PATH}",
-            "metrics": {},
-            "controls": {},
-        },
+        "gcg": {"id": "E13", "status": "failed", "why": f"no room in {SECRET_PATH}", "metrics": {}, "controls": {}},
     }
     kept = {"facts": facts, "before": "1" * count, "after": right(0.9, count, draw)}
     report = {
@@ -205,9 +189,7 @@ def write_sweep(folder, objectives=2, runs=False):
     names = {"organism_hazard/acc": "minimize", "organism_general/acc": "maximize"}
     names = dict([*names.items()][:objectives])
     trials = []
-    for number, (kappa, alpha) in enumerate(
-        (k, a) for k in (2, 4, 8, 16, 32, 64) for a in (10, 100, 1000)
-    ):
+    for number, (kappa, alpha) in enumerate((k, a) for k in (2, 4, 8, 16, 32, 64) for a in (10, 100, 1000)):
         strength = kappa / (kappa + alpha**0.5)
         values = {
             "organism_hazard/acc": max(0.25, 1 - strength) + draw.uniform(0, 0.06),
@@ -237,9 +219,7 @@ def write_sweep(folder, objectives=2, runs=False):
         return any(
             other is not one
             and all(
-                other["values"][k] <= one["values"][k]
-                if way == "minimize"
-                else other["values"][k] >= one["values"][k]
+                other["values"][k] <= one["values"][k] if way == "minimize" else other["values"][k] >= one["values"][k]
                 for k, way in names.items()
             )
             for other in done
@@ -257,10 +237,7 @@ def write_sweep(folder, objectives=2, runs=False):
         "sampler": "grid",
         "seeds": [0, 1],
         "objectives": names,
-        "space": {
-            "method.kappa": [2, 4, 8, 16, 32, 64],
-            "method.alpha": {"low": 10, "high": 1000, "log": True},
-        },
+        "space": {"method.kappa": [2, 4, 8, 16, 32, 64], "method.alpha": {"low": 10, "high": 1000, "log": True}},
         "trials": trials,
         "front": front,
         "importance": {"method.kappa": 0.71, "method.alpha": 0.29},
@@ -296,25 +273,14 @@ def write_auto(folder):
         "yardstick": "tasks",
         "run": "runs/chosen",
         "choices": [
-            {
-                "step": "entanglement",
-                "sentence": "The retain texts use 47% of the forget texts' words.",
-            },
-            {
-                "step": "layers",
-                "sentence": "Layer 4 is steered: it forgets most for what it costs.",
-            },
+            {"step": "entanglement", "sentence": "The retain texts use 47% of the forget texts' words."},
+            {"step": "layers", "sentence": "Layer 4 is steered: it forgets most for what it costs."},
             {"step": "export", "sentence": f"The whole model lies in {SECRET_PATH}."},
         ],
         "scan": {"layers": layers, "best": 4},
         "trials": trials,
         "defaults": {"params": {}, "runs": [], "values": {"forgetting": 0.0, "utility_loss": 0.0}},
-        "final": {
-            "val": both,
-            "test": both,
-            "defaults": {k: interval(0.1) for k in both},
-            "model": "model",
-        },
+        "final": {"val": both, "test": both, "defaults": {k: interval(0.1) for k in both}, "model": "model"},
     }
     (folder / "auto.json").write_text(json.dumps(found))
     return folder
@@ -336,9 +302,7 @@ def write_reproduction(folder):
             ("SRMU (ratio)", 0.34, 0.78, 0.292, 0.575),
         )
     ]
-    rows.append(
-        {"label": "SRMU (difference)", "cells": {}, "paper": {}, "kappa": None, "why": "diverged"}
-    )
+    rows.append({"label": "SRMU (difference)", "cells": {}, "paper": {}, "kappa": None, "why": "diverged"})
     claim = {
         "claim": "SRMU keeps more than RMU",
         "source": "Table 3",
@@ -347,11 +311,7 @@ def write_reproduction(folder):
         "paper": None,
         "sentence": "SRMU less RMU: +10.0 points (-2.0 to +22.0).",
     }
-    untested = claim | {
-        "verdict": "not tested",
-        "difference": None,
-        "claim": "Ablations cost utility",
-    }
+    untested = claim | {"verdict": "not tested", "difference": None, "claim": "Ablations cost utility"}
     series = [
         {
             "label": label,

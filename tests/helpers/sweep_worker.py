@@ -37,6 +37,4 @@ def objective(folder: Path, trial: optuna.Trial) -> float:
 
 
 if __name__ == "__main__":
-    work_queue(
-        join(sys.argv[1]), lambda trial: objective(Path(sys.argv[2]), trial), ignore_progress
-    )
+    work_queue(join(sys.argv[1]), lambda trial: objective(Path(sys.argv[2]), trial), ignore_progress)

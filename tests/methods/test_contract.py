@@ -64,10 +64,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 COMBINED: dict[str, list[dict[str, Any]]] = {
     "quark": [{"reward": "overlap"}],
     "ssd": [{"reference": "all", "alpha": 1.2}],
-    **{
-        name: [{"anchors": "random", "anchor_share": 1.0}]
-        for name in ("multi_site", "undo", "tar", "iterated")
-    },
+    **{name: [{"anchors": "random", "anchor_share": 1.0}] for name in ("multi_site", "undo", "tar", "iterated")},
 }
 # What is drawn for each place of a batch cannot be the same on a wider one.
 PADDED: dict[str, dict[str, Any]] = {"rna": {"noise": 0.0}}
@@ -138,12 +135,7 @@ def tokenizer_folder() -> Path:
     return folder
 
 
-def run(
-    method: Method,
-    topics: Sequence[Topic],
-    train: TrainOptions = TRAIN,
-    module: Any = None,
-) -> SimpleNamespace:
+def run(method: Method, topics: Sequence[Topic], train: TrainOptions = TRAIN, module: Any = None) -> SimpleNamespace:
     """The model after a run, what was logged, the outcome."""
     module = pico_module() if module is None else module
     model = EditableModel(module, method.trainable, method.depth)
@@ -174,9 +166,7 @@ def test_only_the_declared_tensors_change(method: Method) -> None:
     assert got.delta and got.delta.keys() <= declared.keys()
     after = got.model.module.state_dict()
     deepest = method.depth or 4
-    assert after.keys() == {
-        n for n in before if not (m := re.search(r"layers\.(\d+)\.", n)) or int(m[1]) < deepest
-    }
+    assert after.keys() == {n for n in before if not (m := re.search(r"layers\.(\d+)\.", n)) or int(m[1]) < deepest}
     for name, tensor in after.items():
         assert torch.equal(tensor, before[name]) == (name not in got.delta), name
         assert tensor.isfinite().all()
@@ -250,9 +240,7 @@ def test_padding_changes_nothing(name: str, padded: Any) -> None:
     original = one.model.original
     for key, tensor in one.delta.items():
         change, size = tensor - original[key], float((tensor - original[key]).abs().max())
-        torch.testing.assert_close(
-            two.delta[key] - original[key], change, rtol=1e-3, atol=1e-3 * size
-        )
+        torch.testing.assert_close(two.delta[key] - original[key], change, rtol=1e-3, atol=1e-3 * size)
 
 
 # --- texts ---------------------------------------------------------------------------------------
@@ -345,9 +333,7 @@ def test_what_a_class_says_of_itself(name: str) -> None:
     assert isinstance(cls.uses, tuple) and all(isinstance(what, str) for what in cls.uses)
     first = (cls.__doc__ or "").splitlines()[0]
     assert first.endswith(".") and not first.startswith(f"{cls.__name__}("), first
-    assert all(
-        f.default is not MISSING or f.default_factory is not MISSING for f in fields(cls) if f.init
-    )
+    assert all(f.default is not MISSING or f.default_factory is not MISSING for f in fields(cls) if f.init)
     assert cls.learning_rate > 0
     assert cls().training(TrainOptions()).learning_rate == cls.learning_rate
     assert cls().training(TrainOptions(learning_rate=3.0)).learning_rate == 3.0
@@ -424,11 +410,7 @@ def test_every_architecture(name: str, arch: str) -> None:
         assert "\n" not in str(error)
         assert all(torch.equal(t, before[n]) for n, t in module.state_dict().items())
         return
-    changed = {
-        name
-        for name, tensor in got.model.module.named_parameters()
-        if not torch.equal(tensor, before[name])
-    }
+    changed = {name for name, tensor in got.model.module.named_parameters() if not torch.equal(tensor, before[name])}
     assert changed == got.delta.keys() != set()
 
 
@@ -495,9 +477,7 @@ def test_forget_texts_are_forgotten(name: str, taught: Any) -> None:
     for key, tensor in got.delta.items():
         after.get_parameter(key).data.copy_(tensor)
     with torch.no_grad():
-        rise, loss = (
-            float(nll(after, b) - nll(module, b)) for b in (some.forget[0], some.retain[0])
-        )
+        rise, loss = (float(nll(after, b) - nll(module, b)) for b in (some.forget[0], some.retain[0]))
     assert rise > 0.1
     if made(name).reads_retain:
         assert loss < rise

@@ -10,17 +10,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from safetensors.torch import load_file
 
-from helpers.models import (
-    VOCABULARY,
-    batches,
-    block_name,
-    down_name,
-    pico_module,
-    save_pico,
-    texts,
-    topic,
-    write_jsonl,
-)
+from helpers.models import VOCABULARY, batches, block_name, down_name, pico_module, save_pico, texts, topic, write_jsonl
 from srmu import make_config, unlearn
 from srmu.engine.batch import Batch
 from srmu.engine.losses import is_counted, mean_nll
@@ -165,10 +155,7 @@ def test_forget_texts_become_less_likely(name: str, learnt: Weights) -> None:
     def costs() -> list[float]:
         with torch.no_grad():
             parts = topic().forget, topic().retain
-            return [
-                sum(float(mean_nll(model.logits(b), b["labels"]).value) for b in p) / len(p)
-                for p in parts
-            ]
+            return [sum(float(mean_nll(model.logits(b), b["labels"]).value) for b in p) / len(p) for p in parts]
 
     before = costs()
     train = TrainOptions(max_steps=30, learning_rate=0.01)
@@ -276,18 +263,13 @@ def naive_importance(module: Any, documents: list[list[int]]) -> Weights:
     return total
 
 
-def naive_ssd(
-    arch: str, part: Topic, alpha: float, lam: float, all_texts: bool
-) -> tuple[Weights, float]:
+def naive_ssd(arch: str, part: Topic, alpha: float, lam: float, all_texts: bool) -> tuple[Weights, float]:
     """The paper's equation, element by element where it selects; and the share selected."""
     module = pico_module(arch)
     module.requires_grad_(True)
     forget, retain = (sorted(rows(p), key=len) for p in (part.forget, part.retain))
     cut = [min(len(a), len(b)) for a, b in zip(forget, retain, strict=True)]
-    i_f, i_r = (
-        naive_importance(module, [ids[:n] for ids, n in zip(p, cut, strict=True)])
-        for p in (forget, retain)
-    )
+    i_f, i_r = (naive_importance(module, [ids[:n] for ids, n in zip(p, cut, strict=True)]) for p in (forget, retain))
     new, selected = {}, 0
     for name, p in module.named_parameters():
         i_d = (i_f[name] + i_r[name]) / 2 if all_texts else i_r[name]
@@ -317,10 +299,7 @@ def test_ssd_equals_the_naive_loop(arch: str, alpha: float, reference: Any) -> N
     assert numbers["dampened_share"] == pytest.approx(selected, rel=1e-3)
     assert 0 < numbers["mean_factor"] < 1
     if arch in ("gemma2", "gpt2"):
-        head, embedding = (
-            model.module.get_output_embeddings().weight,
-            model.module.get_input_embeddings().weight,
-        )
+        head, embedding = (model.module.get_output_embeddings().weight, model.module.get_input_embeddings().weight)
         assert head is embedding
 
 
@@ -333,9 +312,7 @@ def test_dampening_in_closed_form() -> None:
     assert dampening_factors(i_f, i_d, 10.0, 1.0).tolist() == pytest.approx(expected)
     assert dampening_factors(i_f, i_d, 10.0, 0.0).tolist() == [1.0, 0.0, 0.0, 0.0, 1.0]
     # lam above alpha would raise weights: the clip at 1
-    assert dampening_factors(i_f, i_d, 10.0, 50.0).tolist() == pytest.approx(
-        [1.0, 1.0, 0.5, 0.0, 1.0]
-    )
+    assert dampening_factors(i_f, i_d, 10.0, 50.0).tolist() == pytest.approx([1.0, 1.0, 0.5, 0.0, 1.0])
 
 
 @pytest.mark.parametrize("lam", [0.0, 0.7, 2.0])
@@ -416,9 +393,7 @@ def test_ssd_leaves_excluded_tensors() -> None:
     model, _ = edited(SSD(alpha=2.0, exclude=exclude))
     everything, _ = edited(SSD(alpha=2.0))
     changed = set(model.delta())
-    assert changed == {
-        n for n in everything.delta() if "norm" not in n and "embed" not in n and "lm_head" not in n
-    }
+    assert changed == {n for n in everything.delta() if "norm" not in n and "embed" not in n and "lm_head" not in n}
     assert changed < set(everything.delta())
     assert all(torch.equal(everything.delta()[n], t) for n, t in model.delta().items())
     with pytest.raises(SrmuError, match=r"method.exclude=.*matches no tensor"):
@@ -796,9 +771,7 @@ def test_damping_of_low_rank() -> None:
         assert found.isfinite().all() and found.norm() > 0.01
         torch.testing.assert_close(found, damp_directions(thin, thin, 2, kind, "both"))
     one = torch.outer(matrix(3, 5), matrix(4, 6))
-    torch.testing.assert_close(
-        damp_directions(one, one, 64, "soft", "both"), one
-    )  # nothing to damp
+    torch.testing.assert_close(damp_directions(one, one, 64, "soft", "both"), one)  # nothing to damp
     none = torch.zeros(4, 5)
     assert torch.equal(damp_directions(none, none, 3, "soft", "both"), none)
     torch.testing.assert_close(damp_directions(thin, thin, 0, "hard", "both"), thin)
@@ -909,28 +882,22 @@ def test_repselect_stops_at_the_ceiling_by_default() -> None:
     """It has no lower bound: like GA it ends at ln V; each step is logged."""
     logged: list[dict[str, Any]] = []
     train = TrainOptions(learning_rate=0.05, max_steps=200, check_every=2)
-    model, outcome = edited(
-        EDITS["repselect"], train=train, log=lambda step, values: logged.append(values)
-    )
+    model, outcome = edited(EDITS["repselect"], train=train, log=lambda step, values: logged.append(values))
     assert outcome.stop_reason.startswith("forget_ceiling")
     assert f"{math.log(VOCABULARY):.3g}" in outcome.stop_reason
     assert len(logged) < 200 and logged[-1]["forget_nll"] >= math.log(VOCABULARY)
-    assert [row["moved"] for row in logged] == pytest.approx(
-        [0.05 * (i + 1) for i in range(len(logged))]
-    )
+    assert [row["moved"] for row in logged] == pytest.approx([0.05 * (i + 1) for i in range(len(logged))])
     assert forget_nll(model) >= math.log(VOCABULARY) * 0.99
 
 
 def test_repselect_goes_back_where_a_budget_is_broken() -> None:
-    train = TrainOptions(
-        learning_rate=0.02, max_steps=50, check_every=1, kl_budget=0.05, forget_ceiling=1e9
-    )
+    train = TrainOptions(learning_rate=0.02, max_steps=50, check_every=1, kl_budget=0.05, forget_ceiling=1e9)
     model, outcome = edited(EDITS["repselect"], train=train)
     assert outcome.stop_reason.startswith("kl_budget")
     step = int(outcome.stop_reason.rpartition(" ")[2])
-    moved = sum(
-        float((t - model.original[n]).square().sum()) for n, t in model.delta().items()
-    ) / sum(float(t.square().sum()) for t in model.original.values())
+    moved = sum(float((t - model.original[n]).square().sum()) for n, t in model.delta().items()) / sum(
+        float(t.square().sum()) for t in model.original.values()
+    )
     assert moved**0.5 == pytest.approx(0.02 * (step + 1), rel=1e-4)
 
 
@@ -938,9 +905,7 @@ def test_repselect_keeps_small_steps_of_bf16_weights() -> None:
     """Steps far below the spacing of bf16 numbers add up: 300 of them equal one of 300 times."""
     ends = []
     for steps, rate in ((60, 1e-4), (1, 6e-3)):
-        train = TrainOptions(
-            learning_rate=rate, max_steps=steps, check_every=1000, forget_ceiling=1e9
-        )
+        train = TrainOptions(learning_rate=rate, max_steps=steps, check_every=1000, forget_ceiling=1e9)
         ends.append(weights(edited(EDITS["repselect"], dtype=torch.bfloat16, train=train)[0]))
     assert all(torch.equal(v, ends[1][k]) for k, v in ends[0].items())
 
@@ -978,9 +943,7 @@ STEPS = TrainOptions(learning_rate=1e-3, max_steps=4, batch_size=2)
 
 def run_rna(method: Method, *topics: Topic) -> tuple[EditableModel, Any, list[dict[str, Any]]]:
     logged: list[dict[str, Any]] = []
-    model, outcome = edited(
-        method, *topics, train=STEPS, log=lambda step, values: logged.append(values)
-    )
+    model, outcome = edited(method, *topics, train=STEPS, log=lambda step, values: logged.append(values))
     return model, outcome, logged
 
 

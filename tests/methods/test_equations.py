@@ -73,9 +73,7 @@ def test_signed_values_give_no_nan(kind: Any, v_f: list[float], v_r: list[float]
 def test_every_statistic_gives_every_map(statistic: Any, kind: Any) -> None:
     """Random signed activations, the case in which the printed ratio is undefined."""
     mask = torch.ones(3, 4, dtype=torch.bool)
-    values = [
-        measure_features([sum_features(rand(3, 4, D, seed=s), mask)], statistic)[0] for s in (1, 2)
-    ]
+    values = [measure_features([sum_features(rand(3, 4, D, seed=s), mask)], statistic)[0] for s in (1, 2)]
     map_ = fuse(*values, kind)
     assert ((map_ >= 0) & (map_ <= 1)).all()
     assert (map_.max() > 0.99) if kind != "product_inverse" else (map_.min() < 0.01)
@@ -141,9 +139,7 @@ def test_a_zero_map_is_the_zero_target() -> None:
 def test_scaling_both_statistics_changes_no_map(k: float) -> None:
     v_f, v_r = sizes(1), sizes(2)
     for kind, eps in (("ratio", 1e-12), ("shuffled", 1e-12), ("difference", 1e-6)):
-        torch.testing.assert_close(
-            fuse(k * v_f, k * v_r, kind, eps=eps), fuse(v_f, v_r, kind, eps=eps)
-        )
+        torch.testing.assert_close(fuse(k * v_f, k * v_r, kind, eps=eps), fuse(v_f, v_r, kind, eps=eps))
 
 
 @pytest.mark.parametrize("kind", ["product", "product_inverse"])
@@ -153,9 +149,7 @@ def test_the_product_map_is_symmetric_and_scale_free(kind: Any) -> None:
     assert torch.equal(importance_map(v_r, v_f, kind), map_)
     torch.testing.assert_close(importance_map(7 * v_f, v_r, kind), map_)
     torch.testing.assert_close(importance_map(v_f, v_r / 7, kind), map_)
-    torch.testing.assert_close(
-        importance_map(v_f, v_r, "product_inverse"), 1 - fuse(v_f, v_r, "product")
-    )
+    torch.testing.assert_close(importance_map(v_f, v_r, "product_inverse"), 1 - fuse(v_f, v_r, "product"))
 
 
 @pytest.mark.parametrize("kind", [k for k in FUSIONS if k != "shuffled"])
@@ -200,9 +194,7 @@ def test_the_target_is_c_times_the_map_in_size(kind: Any, c: float) -> None:
     for direction in ("signs", "plus", "minus"):
         target = method.scaled(draw(direction) * map_, norm=3.0)
         assert torch.equal(target.abs(), c * map_)
-    assert torch.equal(
-        method.scaled(draw("plus") * map_, 3.0), -method.scaled(draw("minus") * map_, 3.0)
-    )
+    assert torch.equal(method.scaled(draw("plus") * map_, 3.0), -method.scaled(draw("minus") * map_, 3.0))
 
 
 def test_the_uniform_target_has_norm_c_root_d() -> None:
@@ -214,9 +206,7 @@ def test_the_uniform_target_has_norm_c_root_d() -> None:
 @settings(max_examples=30, deadline=None)
 @given(kappa=st.floats(0.01, 100), norm=st.floats(0.01, 100), seed=st.integers(0, 99))
 @pytest.mark.parametrize("cls", [RMU, SRMU])
-def test_kappa_is_the_targets_norm_over_the_activations(
-    cls: Any, kappa: float, norm: float, seed: int
-) -> None:
+def test_kappa_is_the_targets_norm_over_the_activations(cls: Any, kappa: float, norm: float, seed: int) -> None:
     shape = rand(D, seed=seed)
     target = cls(kappa=kappa).scaled(shape, norm)
     assert target.norm() == pytest.approx(kappa * norm, rel=1e-5)
@@ -250,10 +240,7 @@ def test_directions(direction: Any) -> None:
 
 def test_rmus_directions_are_nearly_alike() -> None:
     """Entries of U[0, 1): cosine 3/4 between two draws, sqrt(3)/2 with the all-ones vector."""
-    one, other = (
-        directions.draw_direction("unit_uniform", 4096, torch.Generator().manual_seed(s))
-        for s in (0, 1)
-    )
+    one, other = (directions.draw_direction("unit_uniform", 4096, torch.Generator().manual_seed(s)) for s in (0, 1))
     assert float(one @ other) == pytest.approx(0.75, abs=0.02)
     assert float(one.sum()) / 64 == pytest.approx(math.sqrt(3) / 2, abs=0.02)
 
@@ -382,9 +369,7 @@ def test_token_cosine_equals_a_loop(shape: tuple[int, ...]) -> None:
             if MASK[b, t]:
                 h, v = hidden[b, t], full[b, t]
                 cosines.append(float(h @ v) / math.sqrt(float(h @ h) * float(v @ v)))
-    assert token_cosine(hidden, target, MASK).value == pytest.approx(
-        sum(cosines) / len(cosines), abs=1e-6
-    )
+    assert token_cosine(hidden, target, MASK).value == pytest.approx(sum(cosines) / len(cosines), abs=1e-6)
 
 
 def test_token_mean_equals_a_loop() -> None:
@@ -432,9 +417,4 @@ def test_describe_by_definition(values: list[float]) -> None:
 
 
 def test_describe_of_a_zero_map() -> None:
-    assert describe_importance(torch.zeros(5)) == {
-        "mean": 0,
-        "sd": 0,
-        "share_above_half": 0,
-        "gini": 0,
-    }
+    assert describe_importance(torch.zeros(5)) == {"mean": 0, "sd": 0, "share_above_half": 0, "gini": 0}

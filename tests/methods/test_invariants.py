@@ -11,15 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from helpers.models import (
-    ARCHITECTURES,
-    block_name,
-    down_name,
-    pico_module,
-    texts,
-    word_tokenizer,
-    write_jsonl,
-)
+from helpers.models import ARCHITECTURES, block_name, down_name, pico_module, texts, word_tokenizer, write_jsonl
 from srmu.data.sources import Source
 from srmu.data.topics import TopicConfig, load_topic
 from srmu.engine.batch import Batch
@@ -30,9 +22,7 @@ from srmu.methods import RMU, SRMU, AdaptiveRMU, Method
 
 SIZE, STEPS, LAYER = 3, 4, 2
 # Adam's epsilon is large so that rounding in a tiny gradient cannot turn into a whole step.
-OPTIONS = TrainOptions(
-    learning_rate=2e-3, max_steps=STEPS, batch_size=SIZE, adam_epsilon=1e-2, shuffle=False
-)
+OPTIONS = TrainOptions(learning_rate=2e-3, max_steps=STEPS, batch_size=SIZE, adam_epsilon=1e-2, shuffle=False)
 DOCUMENTS = {  # forget and retain of each topic; the sets have unequal lengths and so cycle
     "one": (texts(4, 1, range(30)), texts(5, 2, range(20, 60))),
     "two": (texts(7, 3, range(10, 40)), texts(3, 4)),
@@ -131,10 +121,7 @@ class Naive:
     def optimiser(self, names: list[str]) -> Any:
         self.named = {name: self.model.get_parameter(name) for name in names}
         return torch.optim.AdamW(
-            self.named.values(),
-            lr=OPTIONS.learning_rate,
-            eps=OPTIONS.adam_epsilon,
-            weight_decay=0,
+            self.named.values(), lr=OPTIONS.learning_rate, eps=OPTIONS.adam_epsilon, weight_decay=0
         )
 
 
@@ -224,9 +211,7 @@ def test_adaptive_rmu_equals_the_naive_loop(arch: str, tmp_path: Any) -> None:
 @pytest.mark.parametrize("source", ["frozen", "updated"])
 @pytest.mark.parametrize("when", ["first_batch", "per_batch", "per_sample", "per_token"])
 @pytest.mark.parametrize("skip_first", [True, False])
-def test_adaptive_norms_equal_the_naive_loop(
-    source: str, when: str, skip_first: bool, tmp_path: Any
-) -> None:
+def test_adaptive_norms_equal_the_naive_loop(source: str, when: str, skip_first: bool, tmp_path: Any) -> None:
     method = AdaptiveRMU(
         layer=LAYER, kappa=0.6, alpha=7.0, norm_source=source, norm_when=when,
         skip_first=skip_first,
@@ -285,9 +270,7 @@ VARIANTS: list[dict[str, Any]] = [
     ],
     ids=lambda v: v if isinstance(v, str) else "-".join(map(str, v.values())),
 )
-def test_srmu_variants_equal_the_naive_loop(
-    arch: str, variant: dict[str, Any], tmp_path: Any
-) -> None:
+def test_srmu_variants_equal_the_naive_loop(arch: str, variant: dict[str, Any], tmp_path: Any) -> None:
     option = {
         "importance": "ratio", "statistic": "abs_mean", "stream": "resid_post", "window": 2,
         "map_mode": "static", "ema_decay": 0.9, "target_mode": "absolute", "skip_first": True,
@@ -328,9 +311,7 @@ def test_weight_decay_and_clipping_equal_torchs(tmp_path: Any) -> None:
     """The optimiser's own options do what AdamW and clip_grad_norm_ do."""
     method = RMU(layer=LAYER, coeff=3.0, alpha=7.0)
     topic = tokenised("one")
-    options = TrainOptions(
-        learning_rate=2e-3, max_steps=3, adam_epsilon=1e-2, weight_decay=0.1, max_grad_norm=0.05
-    )
+    options = TrainOptions(learning_rate=2e-3, max_steps=3, adam_epsilon=1e-2, weight_decay=0.1, max_grad_norm=0.05)
     model = EditableModel(pico_module(), method.trainable, method.depth)
     states = method.apply(model, [topic], options, lambda *_: None).states
     naive = Naive("llama")
@@ -361,8 +342,7 @@ def tokenised(name: str) -> Topic:
         return Batch(input_ids=ids, attention_mask=mask, labels=labels)
 
     forget, retain = (
-        [padded(documents[i : i + SIZE]) for i in range(0, len(documents), SIZE)]
-        for documents in DOCUMENTS[name]
+        [padded(documents[i : i + SIZE]) for i in range(0, len(documents), SIZE)] for documents in DOCUMENTS[name]
     )
     return Topic(name, forget, retain, seed=5, vocabulary=torch.arange(4, 64))
 
@@ -376,10 +356,7 @@ def test_bf16_models_equal_a_naive_loop(arch: str, weights: str) -> None:
     history: list[dict[str, torch.Tensor]] = []
     options = TrainOptions(learning_rate=2e-3, max_steps=3, adam_epsilon=1e-2, weights=weights)
     states = method.apply(
-        model,
-        [topic],
-        options,
-        lambda *_: history.append({n: p.detach().clone() for n, p in model.trained.items()}),
+        model, [topic], options, lambda *_: history.append({n: p.detach().clone() for n, p in model.trained.items()})
     ).states
     u = states["one"].tensors["direction"]
 

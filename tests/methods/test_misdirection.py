@@ -117,9 +117,7 @@ def test_only_the_declared_tensors_change(method: Method) -> None:
     cut to the declared depth ends with the same weights as the whole one."""
     model, logged, _ = run(method, [topic()])
     last = LAYER - (method.stream == "mlp_post")
-    declared = {
-        f"model.layers.{i}.mlp.down_proj.weight" for i in range(last - method.window + 1, last + 1)
-    }
+    declared = {f"model.layers.{i}.mlp.down_proj.weight" for i in range(last - method.window + 1, last + 1)}
     assert set(model.delta()) == set(model.trained) == declared
     before, after = pico_module().state_dict(), model.module.state_dict()
     for name, tensor in after.items():
@@ -176,9 +174,7 @@ def test_padding_changes_nothing(method: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "method",
-    [AdaptiveRMU(norm_when="per_token"), SRMU(target_mode="additive"), RMU()],
-    ids=lambda m: m.name,
+    "method", [AdaptiveRMU(norm_when="per_token"), SRMU(target_mode="additive"), RMU()], ids=lambda m: m.name
 )
 def test_logged_numbers_ignore_padding(method: Any) -> None:
     """What stands under the padding enters no mean that is logged, the target's norm included."""
@@ -210,9 +206,7 @@ def test_a_batch_equals_its_rows(cls: Any) -> None:
 
     whole = method.loss(model, state, forget, retain, 0).loss_values
     assert whole["retain"] > 0.01
-    rows = [
-        method.loss(model, state, row(forget, i), row(retain, i), 0).loss_values for i in range(2)
-    ]
+    rows = [method.loss(model, state, row(forget, i), row(retain, i), 0).loss_values for i in range(2)]
     for key, batch in (("forget", forget), ("retain", retain)):
         counts = is_counted(batch["labels"]).sum(dim=1)
         expected = sum(r[key].item() * int(n) for r, n in zip(rows, counts, strict=True))
@@ -257,9 +251,7 @@ def test_a_single_document_is_enough(method: Method) -> None:
 
 
 @each_method
-def test_two_topics_alternate_with_options_of_their_own(
-    cls: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_topics_alternate_with_options_of_their_own(cls: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps f0, f1, f0, f1; each topic's batches in order, its own coeff and alpha."""
     seen, plain = [], cls.loss
 
@@ -351,8 +343,7 @@ def test_every_architecture_unlearns(cls: Any, arch: str) -> None:
         (AdaptiveRMU, {"scale": 3.0}, "scale"),
         (AdaptiveRMU, {"scale": 3.0, "kappa": 2.0}, "scale"),
         *(  # V is the same for all topics there anyway
-            (SRMU, {"shared_direction": True, "direction": d}, "shared_direction")
-            for d in ("plus", "minus", "zero")
+            (SRMU, {"shared_direction": True, "direction": d}, "shared_direction") for d in ("plus", "minus", "zero")
         ),
     ],
 )
@@ -413,9 +404,7 @@ def test_adaptive_numbers_tell_its_strength(scale: float | None) -> None:
     ],
 )
 @each_method
-def test_the_layer_in_proportion_to_the_depth(
-    cls: Any, layers: int, options: Any, layer: int
-) -> None:
+def test_the_layer_in_proportion_to_the_depth(cls: Any, layers: int, options: Any, layer: int) -> None:
     config = SimpleNamespace(num_hidden_layers=layers)
     method = cls(**options).resolved(config)
     assert method.layer == layer
@@ -445,9 +434,7 @@ def test_a_layer_or_window_that_does_not_fit(cls: Any, layers: int, options: Any
 
 @pytest.mark.parametrize(("share", "rows"), [(0.25, 1), (0.5, 2), (0.75, 3), (1.0, 4)])
 def test_anchors_replace_their_share_of_retain_rows(share: float, rows: int) -> None:
-    some = replace(
-        topic(), retain=batches(texts(8, 2), size=4), vocabulary=torch.tensor([10, 20, 30])
-    )
+    some = replace(topic(), retain=batches(texts(8, 2), size=4), vocabulary=torch.tensor([10, 20, 30]))
     method = SRMU(layer=LAYER, anchors="random", anchor_share=share)
     mixed, again = method.prepared(some), method.prepared(some)
     for before, after in zip(some.forget, mixed.forget, strict=True):
@@ -519,12 +506,7 @@ def leaked(rows: Any, some: Topic, own: Any, ratio: float) -> list[bool]:
     found = []
     for row in rows:
         shares = [
-            (
-                given.count(i) / len(given),
-                (written.count(i) + 1) / (len(written) + 1),
-                given.count(i),
-            )
-            for i in row
+            (given.count(i) / len(given), (written.count(i) + 1) / (len(written) + 1), given.count(i)) for i in row
         ]
         found.append(any(f > ratio * o and n > 1 for f, o, n in shares))
     return found
@@ -563,9 +545,7 @@ def test_own_anchors_train_and_leave_no_trace(monkeypatch: pytest.MonkeyPatch) -
     assert counts["kept"] > 0 and counts["kept"] + counts["dropped"] == 100
     again, _, _ = run(method, [topic()], train)
     assert equal(model.delta(), again.delta())
-    kept, _ = write_anchors(
-        EditableModel(pico_module(), method.trainable), topic(), 100, method.own_ratio
-    )
+    kept, _ = write_anchors(EditableModel(pico_module(), method.trainable), topic(), 100, method.own_ratio)
     width = len(seen[0][0])
     assert seen[0][1] == (kept[0] + [0] * width)[:width]
     other, _, _ = run(replace(method, anchors="random", own_texts=480), [topic()], train)
@@ -582,9 +562,7 @@ def test_activations_of_own_texts_stay_in_memory(tmp_path: Path) -> None:
 
 
 def test_no_own_text_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "srmu.methods.own_texts.typical_tokens", lambda *args: torch.arange(VOCABULARY)
-    )
+    monkeypatch.setattr("srmu.methods.own_texts.typical_tokens", lambda *args: torch.arange(VOCABULARY))
     method = RMU(layer=LAYER, anchors="self", own_texts=8)
     with pytest.raises(SrmuError, match=r"each of 8 texts .* method\.anchors=random") as error:
         run(method, [topic()])
@@ -623,9 +601,7 @@ def test_columns_of_the_highest_ratio_change(arch: str, share: float) -> None:
     model, logged, _ = run(method, [topic()], replace(TRAIN, max_steps=4), arch)
     assert logged[0]["retain"] == 0
     for layer, (name, parameter) in zip((1, 2), model.trained.items(), strict=True):
-        ratio = read_squares(arch, layer, topic(), "forget") / read_squares(
-            arch, layer, topic(), "retain"
-        )
+        ratio = read_squares(arch, layer, topic(), "forget") / read_squares(arch, layer, topic(), "retain")
         count = max(1, round(share * len(ratio)))
         expected = sorted(range(len(ratio)), key=lambda j: -float(ratio[j]))[:count]
         moved = parameter.ne(model.original[name]).any(1 if arch == "gpt2" else 0)
@@ -783,10 +759,7 @@ def test_per_sample_is_per_token_where_there_is_one_token(source: Any) -> None:
     one = Batch(input_ids=ids, attention_mask=torch.ones_like(ids))
     one["labels"] = torch.tensor([[-100, -100, 9]])
     sample, token, batch = (
-        adaptive_target(
-            AdaptiveRMU(layer=LAYER, norm_when=when, norm_source=source, skip_first=False),
-            batch=one,
-        )
+        adaptive_target(AdaptiveRMU(layer=LAYER, norm_when=when, norm_source=source, skip_first=False), batch=one)
         for when in ("per_sample", "per_token", "per_batch")
     )
     assert torch.equal(sample[0, 0], token[0, -1])
@@ -817,21 +790,14 @@ def test_rmu_is_srmu_with_its_direction_as_the_map() -> None:
     injected = method.state(plus * (u / u.max()), 1.0, direction=plus, importance=u / u.max())
     forget, retain = next(topic().pairs())
     got = method.loss(model, injected, forget, retain, 0)
-    torch.testing.assert_close(
-        got.loss_values["forget"], expected.loss_values["forget"], rtol=1e-6, atol=0
-    )
+    torch.testing.assert_close(got.loss_values["forget"], expected.loss_values["forget"], rtol=1e-6, atol=0)
 
 
 def test_a_uniform_map_is_the_ratio_map_of_equal_sets() -> None:
     """Forget and retain alike: the ratio map selects nothing."""
     some = replace(topic(), retain=topic().forget)
-    ratio, uniform = (
-        first_terms(SRMU(layer=LAYER, coeff=2.0, importance=kind), some)
-        for kind in ("ratio", "uniform")
-    )
-    torch.testing.assert_close(
-        ratio[2].tensors["target"], uniform[2].tensors["target"], rtol=1e-2, atol=0
-    )
+    ratio, uniform = (first_terms(SRMU(layer=LAYER, coeff=2.0, importance=kind), some) for kind in ("ratio", "uniform"))
+    torch.testing.assert_close(ratio[2].tensors["target"], uniform[2].tensors["target"], rtol=1e-2, atol=0)
     assert ratio[0].loss_values["forget"].isclose(uniform[0].loss_values["forget"], rtol=1e-2)
 
 
@@ -853,8 +819,7 @@ def test_a_static_map_of_one_batch_is_the_batchs_own(kind: Any, mode: Any) -> No
     some = topic()
     some = replace(some, forget=some.forget[:1], retain=some.retain[:1])
     one, other = (
-        run(SRMU(layer=LAYER, importance=kind, map_mode=m, kappa=2.0), [some], replace(TRAIN))
-        for m in ("static", mode)
+        run(SRMU(layer=LAYER, importance=kind, map_mode=m, kappa=2.0), [some], replace(TRAIN)) for m in ("static", mode)
     )
     maps = [r[2]["bio"].tensors["importance"] for r in (one, other)]
     torch.testing.assert_close(*maps)
@@ -898,9 +863,7 @@ def test_the_additive_target_starts_from_the_frozen_activation() -> None:
     """Eq. 1: at step 0 the forget loss is ||c V I_norm||^2 / D whatever the text."""
     terms, _, state = first_terms(SRMU(layer=LAYER, kappa=2.0, target_mode="additive"), topic())
     target = state.tensors["target"]
-    assert terms.loss_values["forget"].item() == pytest.approx(
-        target.square().mean().item(), rel=1e-5
-    )
+    assert terms.loss_values["forget"].item() == pytest.approx(target.square().mean().item(), rel=1e-5)
     nothing = SRMU(layer=LAYER, direction="zero", target_mode="additive")
     assert first_terms(nothing, topic())[0].loss_values["forget"] == 0
 
@@ -988,7 +951,5 @@ def test_measuring_shows_each_batch(method: Any, batches: int) -> None:
     topic = Topic("t", shifted[:3], shifted[3:])
     made = method(layer=2, window=1, kappa=1.0)
     model = EditableModel(pico_module(), made.trainable, made.depth)
-    made.apply(
-        model, [topic], TrainOptions(max_steps=2, learning_rate=1e-5), lambda *_: None, watch
-    )
+    made.apply(model, [topic], TrainOptions(max_steps=2, learning_rate=1e-5), lambda *_: None, watch)
     assert shown == [("measuring and preparing", batches, batches), (made.name, 2, 2)]

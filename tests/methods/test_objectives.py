@@ -13,14 +13,7 @@ from torch import Tensor
 
 from helpers.models import VOCABULARY, batches, pico_module, texts, topic
 from srmu.engine.batch import Batch
-from srmu.engine.losses import (
-    generic_logits,
-    is_counted,
-    is_predicted,
-    mean_kl,
-    mean_nll,
-    token_nll,
-)
+from srmu.engine.losses import generic_logits, is_counted, is_predicted, mean_kl, mean_nll, token_nll
 from srmu.engine.model import EditableModel
 from srmu.engine.topic import Topic
 from srmu.engine.train import TrainOptions
@@ -64,9 +57,7 @@ def perturb(model: EditableModel, seed: int = 5, size: float = 0.03) -> None:
 
 
 def gradient(model: EditableModel, loss: Tensor) -> dict[str, Tensor]:
-    values = torch.autograd.grad(
-        loss, [*model.trained.values()], allow_unused=True, materialize_grads=True
-    )
+    values = torch.autograd.grad(loss, [*model.trained.values()], allow_unused=True, materialize_grads=True)
     return dict(zip(model.trained, values, strict=True))
 
 
@@ -91,9 +82,7 @@ def apply(
     method: Objective, model: EditableModel, topics: list[Topic] | None = None, **options: Any
 ) -> tuple[Any, list[dict[str, Any]]]:
     rows: list[dict[str, Any]] = []
-    train = TrainOptions(
-        **{"max_steps": 3, "learning_rate": 1e-3, "forget_ceiling": NEVER} | options
-    )
+    train = TrainOptions(**{"max_steps": 3, "learning_rate": 1e-3, "forget_ceiling": NEVER} | options)
     outcome = method.apply(model, topics or [topic()], train, lambda step, row: rows.append(row))
     return outcome, rows
 
@@ -107,9 +96,7 @@ Guesses = list[list[tuple[Scores, int]]]  # of each text: the scores of a token,
 def guesses(module: Any, batch: Batch) -> Guesses:
     """Each text by itself, without padding, in float64: (logits, label) of each counted token."""
     found: Guesses = []
-    for ids, mask, labels in zip(
-        batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True
-    ):
+    for ids, mask, labels in zip(batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True):
         real = mask.bool()
         with torch.no_grad():
             logits = module(input_ids=ids[real][None]).logits[0].tolist()
@@ -161,9 +148,7 @@ class Reference:
     """What a loop needs: the texts' scores by the model, the original and the strengthened one."""
 
     def __init__(self, modules: dict[str, Any], part: Topic, extra: Batch | None) -> None:
-        self.now, self.before, self.raised = (
-            guesses(modules[k], part.forget[0]) for k in ("now", "before", "raised")
-        )
+        self.now, self.before, self.raised = (guesses(modules[k], part.forget[0]) for k in ("now", "before", "raised"))
         self.retain = guesses(modules["now"], part.retain[0])
         self.kept = guesses(modules["before"], part.retain[0])
         self.random = guesses(modules["now"], extra) if extra else []
@@ -192,9 +177,7 @@ def loop_undial(r: Reference, m: Any) -> float:
 
 def loop_rklu(r: Reference, m: Any) -> float:
     found = []
-    for (now, token), (before, _), (raised, _) in zip(
-        flat(r.now), flat(r.before), flat(r.raised), strict=True
-    ):
+    for (now, token), (before, _), (raised, _) in zip(flat(r.now), flat(r.before), flat(r.raised), strict=True):
         if m.logits == "log_softmax":
             before, raised = ([math.log(p) for p in softmax(s)] for s in (before, raised))
         teacher = [b - m.strength * max(0.0, x - b) for b, x in zip(before, raised, strict=True)]
@@ -248,14 +231,7 @@ LOOPS: dict[type[LogitObjective], Callable[[Reference, Any], dict[str, float]]] 
         SCRUB(),
         SCRUB(alpha=0.2, gamma=0.3, temperature=2.5),
         RKLU(teacher_steps=2, teacher_learning_rate=1e-2),
-        RKLU(
-            teacher_steps=2,
-            teacher_learning_rate=1e-2,
-            strength=2.0,
-            logits="raw",
-            select="label_rise",
-            retain="kl",
-        ),
+        RKLU(teacher_steps=2, teacher_learning_rate=1e-2, strength=2.0, logits="raw", select="label_rise", retain="kl"),
     ],
     ids=lambda m: m.name,
 )
@@ -277,9 +253,7 @@ def test_losses_equal_a_loop_over_tokens(method: Any, arch: str) -> None:
     extra = method.answer_randomly(state, part.forget[0], 0) if isinstance(method, LLMU) else None
     expected = LOOPS[type(method)](Reference(modules, part, extra), method)
     found = method.loss(model, state, part.forget[0], part.retain[0], 0).loss_values
-    assert {name: float(value.detach()) for name, value in found.items()} == pytest.approx(
-        expected, rel=2e-4
-    )
+    assert {name: float(value.detach()) for name, value in found.items()} == pytest.approx(expected, rel=2e-4)
 
 
 def test_scrubs_ascent_equals_a_loop() -> None:
@@ -292,9 +266,7 @@ def test_scrubs_ascent_equals_a_loop() -> None:
     method.loss(model, state, part.forget[0], part.retain[0], 0)
     terms = method.loss(model, state, part.forget[0], part.retain[0], 1)
     assert terms.loss_values.keys() == {"forget"}
-    assert float(terms.loss_values["forget"].detach()) == pytest.approx(
-        -loop_kl(r.before, r.now, 3.0), rel=2e-4
-    )
+    assert float(terms.loss_values["forget"].detach()) == pytest.approx(-loop_kl(r.before, r.now, 3.0), rel=2e-4)
 
 
 @each_class
@@ -398,9 +370,7 @@ def test_kl_is_zero_only_between_logits_that_differ_by_a_constant() -> None:
     labels = torch.arange(12).reshape(2, 6)
     one, other = rand(2, 6, 15), rand(2, 6, 15, seed=1)
     assert float(mean_kl(one, one, labels).value) == 0
-    assert float(mean_kl(one, one + rand(2, 6, 1, seed=2), labels).value) == pytest.approx(
-        0, abs=1e-6
-    )
+    assert float(mean_kl(one, one + rand(2, 6, 1, seed=2), labels).value) == pytest.approx(0, abs=1e-6)
     assert float(mean_kl(one, other, labels).value) > 0.1
     shifted = mean_kl(one + rand(2, 6, 1, seed=3), other, labels).value
     torch.testing.assert_close(shifted, mean_kl(one, other, labels).value)
@@ -560,9 +530,7 @@ def test_undial_lowers_only_the_true_tokens_of_the_teacher() -> None:
     q = p0 - len(p0) * grad[:, :-1][COUNTED]
     true = PROMPTED["labels"][:, 1:][COUNTED][:, None]
     p = p0.gather(1, true)
-    torch.testing.assert_close(
-        q.gather(1, true), p * math.exp(-b) / (1 - p + p * math.exp(-b)), rtol=1e-4, atol=1e-6
-    )
+    torch.testing.assert_close(q.gather(1, true), p * math.exp(-b) / (1 - p + p * math.exp(-b)), rtol=1e-4, atol=1e-6)
     others = torch.ones_like(q).scatter(1, true, 0).bool()
     ratio = (q / p0)[others].reshape(len(q), -1)
     torch.testing.assert_close(ratio, ratio[:, :1].expand_as(ratio), rtol=1e-3, atol=0)
@@ -681,9 +649,7 @@ def test_random_answers_are_stretches_of_retain_tokens(padding: str) -> None:
             window = ids[places].tolist()
             assert labels[places].tolist() == window
             endless = pool + pool
-            assert any(endless[i : i + len(window)] == window for i in range(len(pool))), (
-                "not a stretch"
-            )
+            assert any(endless[i : i + len(window)] == window for i in range(len(pool))), "not a stretch"
             seen.add(tuple(window))
     assert len(seen) > 6  # of 12
 
@@ -766,10 +732,7 @@ def test_scrub_of_no_weights_leaves_only_the_ascent() -> None:
     model = editable(method)
     perturb(model)
     state = method.setup(model, part)
-    first, second = (
-        method.loss(model, state, part.forget[0], part.retain[0], step).loss_values
-        for step in (0, 1)
-    )
+    first, second = (method.loss(model, state, part.forget[0], part.retain[0], step).loss_values for step in (0, 1))
     assert {float(value.detach()) for value in first.values()} == {0.0}
     assert largest(gradient(model, sum(first.values(), torch.zeros(())))) == 0
     assert largest(gradient(model, second["forget"])) > 0

@@ -85,9 +85,7 @@ def slow_kl(wanted: Any, module: Any, batch: Batch) -> float:
 def test_only_some_of_the_trained_tensors_get_gradients() -> None:
     model = EditableModel(pico_module(), ("*",))
     with model.only(("2.mlp_down",)):
-        assert [n for n, p in model.trained.items() if p.requires_grad] == [
-            "model.layers.2.mlp.down_proj.weight"
-        ]
+        assert [n for n, p in model.trained.items() if p.requires_grad] == ["model.layers.2.mlp.down_proj.weight"]
         with model.only(("*",)):
             assert all(p.requires_grad for p in model.trained.values())
         assert sum(p.requires_grad for p in model.trained.values()) == 1
@@ -204,9 +202,7 @@ def test_undo_distils_the_teacher() -> None:
         want = slow_kl(teacher, model.module, retain)
         assert float(terms.loss_values["retain"].detach()) == pytest.approx(want, rel=1e-4)
         rows = [texts_of[(2 * turn + i) % len(texts_of)] for i in range(2)]
-        each = [
-            (len(r) - 1, slow_kl(teacher, model.module, one_row(r))) for r in rows
-        ]  # weighted by tokens
+        each = [(len(r) - 1, slow_kl(teacher, model.module, one_row(r))) for r in rows]  # weighted by tokens
         want = sum(n * k for n, k in each) / sum(n for n, _ in each)
         assert float(terms.loss_values["own"].detach()) == pytest.approx(want, rel=1e-4)
 
@@ -242,9 +238,7 @@ def test_without_a_budget_it_is_rmu() -> None:
         model = moved(editable(method))
         state = method.setup(model, part)
         losses.append(method.loss(model, state, part.forget[0], part.retain[0], 1).loss_values)
-    assert float(losses[0]["forget"].detach()) == pytest.approx(
-        float(losses[1]["forget"].detach()), rel=1e-6
-    )
+    assert float(losses[0]["forget"].detach()) == pytest.approx(float(losses[1]["forget"].detach()), rel=1e-6)
     assert torch.equal(losses[0]["retain"], losses[1]["retain"])
 
 
@@ -321,9 +315,7 @@ def test_tars_gradient_is_that_behind_the_adversary(tamper: Any) -> None:
     if tamper == "first":
         other = EditableModel(module, ("*",))
         cost = token_mse(
-            other.hidden(forget, SRMU(layer=LAYER).site),
-            state.tensors["target"],
-            is_counted(forget["labels"]),
+            other.hidden(forget, SRMU(layer=LAYER).site), state.tensors["target"], is_counted(forget["labels"])
         ).value
     else:
         p = logits(module, forget)[:, :-1].softmax(-1)
@@ -332,10 +324,7 @@ def test_tars_gradient_is_that_behind_the_adversary(tamper: Any) -> None:
     assert float(terms.loss_values["forget"].detach()) == wanted
     (3.0 * cost).backward()
     got = torch.autograd.grad(
-        terms.loss_values["forget"],
-        [*model.trained.values()],
-        materialize_grads=True,
-        allow_unused=True,
+        terms.loss_values["forget"], [*model.trained.values()], materialize_grads=True, allow_unused=True
     )
     want = [p.grad if p.grad is not None else torch.zeros_like(p) for p in module.parameters()]
     size = max(float(g.abs().max()) for g in want)
@@ -351,8 +340,7 @@ def test_tars_adversary_learns_other_batches_in_turn(monkeypatch: pytest.MonkeyP
     state = method.setup(model, part)
     learned: list[list[Any]] = []
     monkeypatch.setattr(
-        "srmu.methods.tar.fine_tune",
-        lambda model, texts, steps, rate: learned.append([id(b) for b in texts.forget]),
+        "srmu.methods.tar.fine_tune", lambda model, texts, steps, rate: learned.append([id(b) for b in texts.forget])
     )
     for turn in range(3):
         method.loss(model, state, part.forget[0], part.retain[0], turn)
@@ -402,11 +390,7 @@ def test_the_loss_is_the_mean_over_layers(target: Any) -> None:
     rows = []
     for layer in (0, 2):
         alone = cls(layer=layer, window=min(2, layer + 1), kappa=4.0, alpha=10.0)
-        rows.append(
-            alone.loss(
-                model, alone.setup(model, part), part.forget[0], part.retain[0], 1
-            ).loss_values
-        )
+        rows.append(alone.loss(model, alone.setup(model, part), part.forget[0], part.retain[0], 1).loss_values)
     for key in ("forget", "retain"):
         want = sum(float(row[key].detach()) for row in rows) / 2
         assert float(terms.loss_values[key].detach()) == pytest.approx(want, rel=1e-6)
@@ -414,9 +398,7 @@ def test_the_loss_is_the_mean_over_layers(target: Any) -> None:
     assert set(method.trainable) == {"0.mlp_down", "1.mlp_down", "2.mlp_down"}
 
 
-@pytest.mark.parametrize(
-    ("count", "layers"), [(32, (10, 20, 31)), (6, (1, 3, 5)), (4, (0, 2, 3)), (1, (0,))]
-)
+@pytest.mark.parametrize(("count", "layers"), [(32, (10, 20, 31)), (6, (1, 3, 5)), (4, (0, 2, 3)), (1, (0,))])
 def test_layers_where_none_are_named(count: int, layers: tuple[int, ...]) -> None:
     method = MultiSite().resolved(SimpleNamespace(num_hidden_layers=count))
     assert method.layers == layers
@@ -444,9 +426,7 @@ def test_a_plan_says_what_they_cost(name: str, tmp_path: Any, monkeypatch: Any) 
     }[name]  # fmt: skip
     for value in ("[2]", "[0,1,2]") if name == "multi_site" else (1, 99):
         sources = [tmp_path / "f.jsonl", tmp_path / "r.jsonl"]
-        config = run.plan_run(
-            make_config(str(tmp_path / "model"), *sources, name, [more.format(value)])
-        ).config
+        config = run.plan_run(make_config(str(tmp_path / "model"), *sources, name, [more.format(value)])).config
         topics = run.load_topics(config, run.load_tokenizer(tmp_path / "model"))
         found.append(estimate.estimate_run(config, tmp_path / "model", topics)["flops"])
     assert found[1] > 1.2 * found[0]

@@ -177,9 +177,7 @@ def test_samples_are_drawn_from_all_tokens_whatever_the_checkpoint_says() -> Non
 def test_a_sample_ends_with_the_end_of_a_text() -> None:
     module = pico_module()
     module.generation_config.eos_token_id = list(range(2, 34))  # some models have several
-    drawn = generate.sample_continuations(
-        EditableModel(module, ("*",)), [[1, 5], [1, 6, 7]] * 10, 8, 0
-    )
+    drawn = generate.sample_continuations(EditableModel(module, ("*",)), [[1, 5], [1, 6, 7]] * 10, 8, 0)
     ends = set(range(2, 34))
     assert all(1 <= len(row) <= 8 and not ends & {*row[:-1]} for row in drawn)
     assert all(len(row) == 8 or row[-1] in ends for row in drawn)
@@ -206,9 +204,7 @@ def test_rewards_follow_the_original() -> None:
     with torch.no_grad():
         for parameter in model.trained.values():
             parameter.mul_(1.5)
-    entries = quark_pool.judge_responses(
-        model, quark_pool.find_reward("likelihood"), 0.7, TEXTS, RESPONSES
-    )
+    entries = quark_pool.judge_responses(model, quark_pool.find_reward("likelihood"), 0.7, TEXTS, RESPONSES)
     for (x, _), y, entry in zip(TEXTS, RESPONSES, entries, strict=True):
         expected = -naive_likelihood(module, x, y) + 0.7 * naive_likelihood(module, [1], y)
         assert entry.reward == pytest.approx(expected, abs=1e-4)
@@ -249,9 +245,7 @@ def test_a_reward_of_ones_own(tmp_path: Path) -> None:
     entries = quark_pool.judge_responses(editable(), reward, 0.0, TEXTS, RESPONSES)
     assert [entry.reward for entry in entries] == [len(y) for y in RESPONSES]
     with pytest.raises(SrmuError, match="gave 1 numbers for 12 responses"):
-        quark_pool.judge_responses(
-            editable(), quark_pool.find_reward(f"{file}:short"), 0.0, TEXTS, RESPONSES
-        )
+        quark_pool.judge_responses(editable(), quark_pool.find_reward(f"{file}:short"), 0.0, TEXTS, RESPONSES)
     for name, says in (
         (f"{file}:what", "no such function"),
         (f"{file}:none", "no such function"),
@@ -311,9 +305,7 @@ def test_a_batch_is_drawn_evenly() -> None:
         assert (entries, ranks) == pool.draw(4, 3, step)
         counts += torch.bincount(torch.tensor(ranks), minlength=3)
     assert float(counts.min()) > 60  # the fourth is of each in turn
-    assert {e.response[0] for s in range(60) for e in pool.draw(4, 3, s)[0]} == {
-        e.response[0] for e in pool.entries
-    }
+    assert {e.response[0] for s in range(60) for e in pool.draw(4, 3, s)[0]} == {e.response[0] for e in pool.entries}
 
 
 # --- Quark's loss --------------------------------------------------------------------------------
@@ -375,15 +367,11 @@ def test_the_kl_is_of_the_model_to_the_original() -> None:
     shaken(model)
     pool = state.memory["pool"]
     pool.draw = lambda count, parts, step: (pool.entries[:count], [0] * count)
-    batch = generate.join_responses(
-        [e.prompt for e in pool.entries[:2]], [e.response for e in pool.entries[:2]]
-    )
+    batch = generate.join_responses([e.prompt for e in pool.entries[:2]], [e.response for e in pool.entries[:2]])
     mask = (batch["labels"] != -100)[:, 1:]
     with torch.no_grad():
         got = float(method.loss(model, state, topic().forget[0], Batch(), 0).loss_values["kl"])
-        p, q = (
-            m(**batch).logits[:, :-1].log_softmax(-1)[mask] for m in (model.module, pico_module())
-        )
+        p, q = (m(**batch).logits[:, :-1].log_softmax(-1)[mask] for m in (model.module, pico_module()))
     assert got == pytest.approx(float(F.kl_div(q, p.exp(), reduction="sum") / mask.sum()), rel=1e-3)
     other = float(F.kl_div(p, q.exp(), reduction="sum") / mask.sum())
     assert got != pytest.approx(other, rel=1e-3)
@@ -560,8 +548,7 @@ def test_a_constant_added_to_raw_logits_changes_them() -> None:
 def whp_state(model: EditableModel, anchors: Anchors | None = None) -> State:
     generator = torch.Generator().manual_seed(7)
     tuned = {
-        name: tensor + 0.03 * torch.randn(tensor.shape, generator=generator)
-        for name, tensor in model.original.items()
+        name: tensor + 0.03 * torch.randn(tensor.shape, generator=generator) for name, tensor in model.original.items()
     }
     return State(memory={"strengthened": tuned, "anchors": anchors})
 
@@ -590,10 +577,7 @@ def test_whp_against_a_loop(mode: Any, padding: Any) -> None:
             if batch["labels"][row, i + 1] == -100:
                 continue
             target = torch.stack(
-                [
-                    b - 5.0 * max(r - b, torch.tensor(0.0))
-                    for b, r in zip(v0[row, i], v1[row, i], strict=True)
-                ]
+                [b - 5.0 * max(r - b, torch.tensor(0.0)) for b, r in zip(v0[row, i], v1[row, i], strict=True)]
             )
             log_p = v[row, i].log_softmax(-1)
             soft = -(target.softmax(-1) * log_p).sum()
@@ -663,8 +647,7 @@ def test_no_anchors_are_the_identity(padding: Any) -> None:
             assert places[mask[row]].tolist() == list(range(int(mask[row].sum())))
         with torch.no_grad():
             plain, same_texts = (
-                WHP().loss(model, whp_state(model, a), batch, Batch(), 0).loss_values["forget"]
-                for a in (None, {})
+                WHP().loss(model, whp_state(model, a), batch, Batch(), 0).loss_values["forget"] for a in (None, {})
             )
         if padding == "mask":  # else the padding counts, which no translation has
             assert torch.equal(plain, same_texts)
@@ -769,9 +752,7 @@ def test_a_run_with_anchors(workplace: Path) -> None:
     def config(**terms: str) -> Any:
         file.write_text(json.dumps(terms))
         sources = (workplace / "forget.jsonl", workplace / "retain.jsonl")
-        return make_config(
-            str(workplace / "model"), *sources, "whp", [*options, f"method.anchors={file}"]
-        )
+        return make_config(str(workplace / "model"), *sources, "whp", [*options, f"method.anchors={file}"])
 
     run = unlearn_config(config(**{term: "w50"}))
     assert run.delta and run.record["stop_reason"] == "max_steps"
@@ -826,15 +807,10 @@ def test_two_models_answer_together(arch: str) -> None:
         v0, v1 = (m(torch.tensor([row])).logits[0] for m in (base, tuned))
         return v0 - 5.0 * (v1 - v0).clamp(min=0)
 
-    with (
-        torch.no_grad(),
-        combine_logits(module, writing(module, tensors), lambda a, b: generic_logits(a, b, 5.0)),
-    ):
+    with torch.no_grad(), combine_logits(module, writing(module, tensors), lambda a, b: generic_logits(a, b, 5.0)):
         got = module(torch.tensor([prompts[0]])).logits[0]
         torch.testing.assert_close(got, combined(prompts[0]), atol=1e-3, rtol=1e-3)
-        whole = module.generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=4, do_sample=False, use_cache=True
-        )
+        whole = module.generate(input_ids=ids, attention_mask=mask, max_new_tokens=4, do_sample=False, use_cache=True)
         for start, answer in zip(prompts, whole[:, 5:].tolist(), strict=True):
             row = list(start)
             for token in answer:
@@ -854,10 +830,7 @@ def quizzed(workplace: Path) -> Path:
     draw = texts(200, 9)
     tasks = workplace / "tasks"
     tasks.mkdir()
-    rows = [
-        {"question": draw[5 * i], "options": draw[5 * i + 1 : 5 * i + 5], "answer": i % 4}
-        for i in range(40)
-    ]
+    rows = [{"question": draw[5 * i], "options": draw[5 * i + 1 : 5 * i + 5], "answer": i % 4} for i in range(40)]
     (tasks / "quiz.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tasks / "quiz.yaml").write_text(QUIZ)
     return workplace

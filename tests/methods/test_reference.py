@@ -15,9 +15,7 @@ from srmu.methods.base import Level
 ROOT = Path(__file__).parents[2]
 
 
-def printed(
-    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> str:
+def printed(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
     monkeypatch.setattr(sys, "argv", ["srmu", "info", "methods", *arguments])
     with pytest.raises(SystemExit) as stop:
         main.main()
@@ -30,14 +28,10 @@ def test_the_page_is_what_the_command_prints(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     page = (ROOT / "docs" / "reference.md").read_text()
-    assert page == printed(["--markdown"], monkeypatch, capsys), (
-        "srmu info methods --markdown > docs/reference.md"
-    )
+    assert page == printed(["--markdown"], monkeypatch, capsys), "srmu info methods --markdown > docs/reference.md"
 
 
-def test_every_method_is_told_of(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_every_method_is_told_of(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     shown = printed([], monkeypatch, capsys)
     told = json.loads(printed(["--json"], monkeypatch, capsys))
     assert list(told) == list(METHODS)
@@ -51,9 +45,7 @@ def test_every_method_is_told_of(
             assert default == (list(value) if isinstance(value, tuple) else value)
 
 
-def test_one_method_by_name(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_one_method_by_name(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     shown = printed(["npo"], monkeypatch, capsys)
     assert "beta: 0.1" in shown
     assert "retain: none  # one of none, nll, kl" in shown

@@ -20,23 +20,9 @@ from srmu.engine.topic import Topic
 from srmu.engine.train import TrainOptions
 from srmu.errors import SrmuError
 from srmu.evals.subject import Subject, mark_answers
-from srmu.methods.own_texts import (
-    Likeness,
-    Spelling,
-    continue_texts,
-    free_samples,
-    typical_tokens,
-    unpad_texts,
-)
+from srmu.methods.own_texts import Likeness, Spelling, continue_texts, free_samples, typical_tokens, unpad_texts
 from srmu.methods.rename_scrub import RenameScrub
-from srmu.methods.renaming import (
-    OwnTexts,
-    count_still_told,
-    kept_tokens,
-    leave_one_out,
-    pack_sentences,
-    sentences_of,
-)
+from srmu.methods.renaming import OwnTexts, count_still_told, kept_tokens, leave_one_out, pack_sentences, sentences_of
 from srmu.runs.config import make_config
 from srmu.runs.run import unlearn_config
 
@@ -63,9 +49,7 @@ def test_the_target_is_the_mean_of_the_other_namings() -> None:
                 mean = sum(others[1:], others[0]) / 3
                 assert torch.allclose(target[g, k, place].exp(), mean, atol=1e-6)
                 p = log_p[g, k, place].exp()
-                nats = sum(
-                    float(a) * math.log(float(a) / float(b)) for a, b in zip(p, mean, strict=True)
-                )
+                nats = sum(float(a) * math.log(float(a) / float(b)) for a, b in zip(p, mean, strict=True))
                 assert float(told[g, k, place]) == pytest.approx(nats, abs=1e-5)
 
 
@@ -137,10 +121,7 @@ def test_likeness_tells_sentences_apart() -> None:
     forget = [[2, 9, 10, 11, 0]] * 20
     near = [[2, 9, 20, 21, 0], [9, 22, 23, 0]] * 10 + [[9, 24, 0], [9, 25, 0]] * 15
     like = Likeness(forget, near + forget[:6], Names((((2,),),)), Spelling(frozenset([0])))
-    assert [*like.sentences([2, 9, 10, 11, 0, 2, 9, 20, 21, 0])] == [
-        (0, 5, "forget"),
-        (5, 10, "keep"),
-    ]
+    assert [*like.sentences([2, 9, 10, 11, 0, 2, 9, 20, 21, 0])] == [(0, 5, "forget"), (5, 10, "keep")]
     assert [kind for *_, kind in like.sentences([2, 9, 0])] == ["neither"]
     # what has a word of the forget set's own is never kept
     assert [kind for *_, kind in like.sentences([2, 20, 21, 22, 23, 11, 0])] == ["neither"]
@@ -337,9 +318,7 @@ def test_own_texts_that_tell_nothing_new(folder: Path, monkeypatch: pytest.Monke
     method = RenameScrub(**SMALL | {"own_tokens": 64, "coverage": "elicited"})
     with pytest.raises(SrmuError, match=r"tells nothing new of the names.*coverage=texts"):
         method.setup(model_of(folder), tiny_topic())
-    RenameScrub(**SMALL | {"own_tokens": 64, "coverage": "texts"}).setup(
-        model_of(folder), tiny_topic()
-    )
+    RenameScrub(**SMALL | {"own_tokens": 64, "coverage": "texts"}).setup(model_of(folder), tiny_topic())
 
 
 def test_forget_texts_alone_are_continued_by_none(folder: Path) -> None:

@@ -127,8 +127,7 @@ def test_several_seeds_are_averaged_and_widen_the_interval(entries):
 def test_the_mean_of_two_accuracies_has_the_questions_of_both(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        "srmu.evals.statistics.accuracy_interval",
-        lambda values, n: asked.append((values, n)) or (0, 1),
+        "srmu.evals.statistics.accuracy_interval", lambda values, n: asked.append((values, n)) or (0, 1)
     )
     page_text([one_run(tmp_path / "run")], tmp_path / "r.html")
     # variance of the mean: (1 / 240 + 1 / 180) / 4 of p (1 - p), so 1 / 411
@@ -256,10 +255,7 @@ def test_settings_show_options_but_no_paths(tmp_path):
 
 def test_topics_that_take_turns_give_one_curve(tmp_path):
     entry = one_run(tmp_path / "run")
-    lines = [
-        {"step": step, "topic": ("bio", "cyber")[step % 2], "forget": (1.0, 3.0)[step % 2]}
-        for step in range(6)
-    ]
+    lines = [{"step": step, "topic": ("bio", "cyber")[step % 2], "forget": (1.0, 3.0)[step % 2]} for step in range(6)]
     (entry.runs[0] / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
     html = page_text([entry], tmp_path / "r.html")
     assert '"x": [0, 2, 4], "y": [2.0, 2.0, 2.0]' in html
@@ -280,11 +276,7 @@ def test_a_diverged_run_leaves_valid_figures(tmp_path):
 
 @pytest.mark.parametrize(
     ("file", "lost"),
-    [
-        ("metrics.jsonl", "Training curves"),
-        ("state.safetensors", "Importance maps"),
-        ("record.json", "stop reason"),
-    ],
+    [("metrics.jsonl", "Training curves"), ("state.safetensors", "Importance maps"), ("record.json", "stop reason")],
 )
 def test_what_is_missing_is_left_out(tmp_path, file, lost):
     entry = one_run(tmp_path / "run")
@@ -295,10 +287,7 @@ def test_what_is_missing_is_left_out(tmp_path, file, lost):
 
 @pytest.mark.parametrize(
     ("file", "what", "command"),
-    [
-        ("results.json", "results", "srmu eval"),
-        ("config.yaml", r"config\.yaml", "srmu unlearn"),
-    ],
+    [("results.json", "results", "srmu eval"), ("config.yaml", r"config\.yaml", "srmu unlearn")],
 )
 def test_an_incomplete_folder_is_the_users_error(tmp_path, file, what, command):
     entry = one_run(tmp_path / "run")

@@ -45,9 +45,7 @@ def test_a_mark_has_its_intervals_and_tells_every_column():
     assert trace.error_y.array is None  # no interval, no bar
     assert trace.customdata == (["50.0 (40.0\N{EN DASH}70.0)", "0.9", "8"],)
     assert "<b>SRMU</b><br>accuracy lost %{customdata[0]}" in trace.hovertemplate
-    assert figure.words.endswith(
-        "SRMU: accuracy lost 50.0 (40.0\N{EN DASH}70.0), accuracy kept 0.9, kappa 8."
-    )
+    assert figure.words.endswith("SRMU: accuracy lost 50.0 (40.0\N{EN DASH}70.0), accuracy kept 0.9, kappa 8.")
 
 
 def test_numbers_that_are_no_accuracies_are_not_in_per_cent():
@@ -84,9 +82,7 @@ def test_what_was_not_measured_is_null_and_said():
     panel = Panel("Layers", "layer", "score", [1, 2], {"a": [None, None], "b": [0.5, float("nan")]})
     beside = draw_panel(panel)
     assert "a: not measured" in beside.figure.words
-    html = render_template(
-        "page.html", page={"title": "", "sections": [{"blocks": [beside.figure], "title": ""}]}
-    )
+    html = render_template("page.html", page={"title": "", "sections": [{"blocks": [beside.figure], "title": ""}]})
     data = json.loads(html.partition('class="figure">')[2].partition("</script>")[0])["data"]
     assert [trace["y"] for trace in data] == [[None, None], [0.5, None]]
 
@@ -105,18 +101,12 @@ def test_a_picture_has_every_mark_interval_and_name():
     marks = [e for e in drawn.iter() if e.get("class") == "mark"]
     assert len(marks) == 6
     assert marks[1][0].text == "<RMU>: accuracy lost 10%, accuracy kept 1"
-    assert [len(e.get("d").split("M")) - 1 for e in drawn.iter() if e.get("class") == "bar"] == [
-        5,
-        1,
-    ]
+    assert [len(e.get("d").split("M")) - 1 for e in drawn.iter() if e.get("class") == "bar"] == [5, 1]
     lines = [e.get("points").split() for e in drawn.iter() if e.tag.endswith("polyline")]
     assert [len(line) for line in lines] == [5]
     texts = [e.text for e in find_texts(drawn)]
     assert {"<RMU>", "original", LOST, KEPT, "0%", "40%"} < {*texts}
-    assert [e.text for e in drawn if e.tag.endswith(("title", "desc"))] == [
-        "Kept & lost",
-        figure.words,
-    ]
+    assert [e.text for e in drawn if e.tag.endswith(("title", "desc"))] == ["Kept & lost", figure.words]
     assert "prefers-color-scheme: dark" in paint_svg(figure)
     assert paint_svg(figure) == paint_svg(figure)
 

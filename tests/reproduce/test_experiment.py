@@ -129,13 +129,8 @@ def test_nothing_there_is_not_run(tmp_path: Path) -> None:
 
 def test_on_one_model_a_failure_is_raised(tmp_path: Path) -> None:
     """What the next run would need hours for may fail in the same way."""
-    spec = {
-        "methods": {k: {"config": "wmdp-zephyr-rmu.yaml"} for k in SETTINGS},
-        "regimes": {"low": []},
-    }
-    experiment = Experiment(
-        tmp_path, OneModel("owner/model", spec), SETTINGS, (0,), (), Written(out=tmp_path / "made")
-    )
+    spec = {"methods": {k: {"config": "wmdp-zephyr-rmu.yaml"} for k in SETTINGS}, "regimes": {"low": []}}
+    experiment = Experiment(tmp_path, OneModel("owner/model", spec), SETTINGS, (0,), (), Written(out=tmp_path / "made"))
     done, far = (PlannedRow(label, label, "low") for label in ("SRMU", "Far"))
     measured = run_experiment(experiment, [done, far])
     assert measured[far].why == f"{DIVERGED} in 1 of 1 runs" and not measured[done].why

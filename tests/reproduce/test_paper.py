@@ -22,21 +22,8 @@ from srmu.evals.statistics import Estimate, parse_answers
 from srmu.report import markdown
 from srmu.reproduce import claims, experiment, needs
 from srmu.reproduce.claims import judge_curves, judge_row
-from srmu.reproduce.experiment import (
-    MeasuredRow,
-    OneModel,
-    PlannedRow,
-    find_preset,
-    read_preset,
-)
-from srmu.reproduce.paper import (
-    add_mean,
-    format_command,
-    paper_needs,
-    plan_paper,
-    plan_rows,
-    reproduce_paper,
-)
+from srmu.reproduce.experiment import MeasuredRow, OneModel, PlannedRow, find_preset, read_preset
+from srmu.reproduce.paper import add_mean, format_command, paper_needs, plan_paper, plan_rows, reproduce_paper
 from srmu.runs.config import load_config
 from srmu.runs.run import Run
 
@@ -142,10 +129,7 @@ def test_ablations_share_a_coefficient_then_a_norm(again: Any) -> None:
     uniform = records(out, name="srmu", importance="uniform")
     for record in uniform:
         numbers = record["topics"]["organism"]
-        same = [
-            numbers[key] == pytest.approx(full[record["seed"]][key], rel=1e-4)
-            for key in ("coeff", "kappa")
-        ]
+        same = [numbers[key] == pytest.approx(full[record["seed"]][key], rel=1e-4) for key in ("coeff", "kappa")]
         assert sum(same) == 1  # the one or the other, as the maps differ in norm
     assert len(uniform) == 4
     assert literal["rows"]["no I_norm"]["kappa"] > matched["rows"]["no I_norm"]["kappa"] + 0.1
@@ -217,8 +201,7 @@ def line(folder: Path, label: str, right: Sequence[Any], **tasks: Sequence[Any])
         run.mkdir(parents=True, exist_ok=True)
         both = {task: np.asarray(rows[seed]).astype(float) for task, rows in given.items()}
         scores = {
-            f"{task}/acc": {"value": row.mean(), "n": len(row), "answers": row.tolist()}
-            for task, row in both.items()
+            f"{task}/acc": {"value": row.mean(), "n": len(row), "answers": row.tolist()} for task, row in both.items()
         }
         write_metrics(run, before=scores, after=scores)
         runs.append(run)
@@ -253,9 +236,7 @@ def test_a_difference_is_covered_and_paired(tmp_path: Path) -> None:
 def test_claims_come_out_either_way_and_as_noise(tmp_path: Path) -> None:
     rng = np.random.default_rng(1)
     much, less, other = (rng.random((3, 200)) < p for p in (0.9, 0.4, 0.4))
-    rows = {
-        name: line(tmp_path, name, r) for name, r in zip("MLO", (much, less, other), strict=True)
-    }
+    rows = {name: line(tmp_path, name, r) for name, r in zip("MLO", (much, less, other), strict=True)}
     assert judged(rows["M"], rows["L"])["verdict"] == "holds"
     assert judged(rows["L"], rows["M"])["verdict"] == "does not hold"
     assert judged(rows["L"], rows["O"])["verdict"] == "within noise"
@@ -285,10 +266,7 @@ def test_curves_are_read_at_equal_forgetting(tmp_path: Path) -> None:
 def test_the_papers_own_noise() -> None:
     """The z values of its gaps, and its averages."""
     spec = read_preset("reproduce.yaml")["tables"]
-    rows = {
-        name: {label: add_mean(row) for label, row in one["rows"].items()}
-        for name, one in spec.items()
-    }
+    rows = {name: {label: add_mean(row) for label, row in one["rows"].items()} for name, one in spec.items()}
     high = rows["table3"]
     assert claims.paper_gap(high["SRMU"], high["RMU"], "WMDP") == (
         pytest.approx(-0.071), pytest.approx(-5.7, abs=0.1),
@@ -329,9 +307,7 @@ def test_settings_of_the_real_thing_fit_the_schema(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_dry_run_offline_says_what_is_needed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_dry_run_offline_says_what_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(needs, "speed_elsewhere", lambda *given: 1e12)
     plan = plan_paper(tmp_path / "out", ZEPHYR, overrides=["topics.bio.forget=mine.jsonl"])
     found, lines = paper_needs("table3", plan)
@@ -402,9 +378,7 @@ def test_a_model_of_ones_own(workplace: Path) -> None:
         ({"overrides": ["train.stepz=2"]}, "stepz is not an option"),
     ],
 )
-def test_mistakes_are_told_before_anything_is_made(
-    tmp_path: Path, given: dict[str, Any], said: str
-) -> None:
+def test_mistakes_are_told_before_anything_is_made(tmp_path: Path, given: dict[str, Any], said: str) -> None:
     with pytest.raises(SrmuError, match=said):
         reproduce_paper("table3", plan_paper(tmp_path / "out", **given), command="")
     assert not (tmp_path / "out").exists()

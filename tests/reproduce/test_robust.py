@@ -37,10 +37,7 @@ from srmu.testbed.build import build_testbed
 from srmu.testbed.world import Size
 
 # enough facts for intervals, and little else
-SMALL = replace(
-    TINY,
-    size=Size(hazard_compounds=12, other_compounds=12, entities=24, values=8, general_values=8),
-)
+SMALL = replace(TINY, size=Size(hazard_compounds=12, other_compounds=12, entities=24, values=8, general_values=8))
 QUICK = ["train.max_steps=2", "method.layer=1", "method.window=1"]
 FEW = ("forced_choice", "quantisation", "utility")
 COMMAND = "srmu reproduce robust"
@@ -108,10 +105,7 @@ def test_a_row_holds_what_the_files_say(small: Any, found: dict[str, Any]) -> No
     runs = folders(small[0])
     assert len(runs) == 2
     row = rows(found)["SRMU"]
-    for column, metric in (
-        ("hazard", "organism_hazard/acc"),
-        ("held out", "organism_hazard_held/acc"),
-    ):
+    for column, metric in (("hazard", "organism_hazard/acc"), ("held out", "organism_hazard_held/acc")):
         values = [read_metrics(run)["after"][metric]["value"] for run in runs]
         assert row["cells"][column]["value"] == pytest.approx(np.mean(values))
         whole = small[0] / "closed" / "runs"
@@ -131,9 +125,7 @@ def test_k_star_is_the_naive_one(small: Any, found: dict[str, Any]) -> None:
         report = read_attacks(run)
         known = report["original"]["accuracy"]["value"] - report["chance"]
         best = max(
-            e["accuracy"]["value"]
-            for e in report["attacks"].values()
-            if "right" in e and e["valid"] is not False
+            e["accuracy"]["value"] for e in report["attacks"].values() if "right" in e and e["valid"] is not False
         )
         worst.append((best - report["chance"]) / max(known, 0.01))
     expected = np.clip(np.mean(worst), 0, 1)
@@ -177,10 +169,7 @@ def test_what_is_there_is_not_made_again(small: Any, found: dict[str, Any]) -> N
     assert made[before:] == []
     assert {run: (run / RESULTS).stat().st_mtime_ns for run in folders(out)} == times
     assert build_frontier_tables(this, again, COMMAND) == found
-    assert (
-        build_frontier_tables(this, read_frontier(this), COMMAND)["parts"][0]["rows"][2]
-        == rows(found)["SRMU"]
-    )
+    assert build_frontier_tables(this, read_frontier(this), COMMAND)["parts"][0]["rows"][2] == rows(found)["SRMU"]
 
 
 def test_another_attack_is_made_up_for(small: Any, found: dict[str, Any], monkeypatch: Any) -> None:
@@ -317,9 +306,7 @@ def test_invalid_attacks_do_not_count() -> None:
 def test_each_kind_of_question_has_its_k_star() -> None:
     """The first half of the questions comes back, the second does not."""
     given = [report(plain=(0.5, 0.25, True))]
-    halves = [
-        estimate_residual(given, (1,), [part])["value"] for part in (slice(0, 20), slice(20, 40))
-    ]
+    halves = [estimate_residual(given, (1,), [part])["value"] for part in (slice(0, 20), slice(20, 40))]
     assert halves == [1.0, 0.0]
 
 
@@ -403,16 +390,11 @@ def test_a_testbed_has_all_that_is_named(tmp_path: Path, world: str) -> None:
         ({"tier": "smok"}, "--tier smok does not exist; did you mean smoke?"),
         ({"seeds": ("one",)}, "--seeds one: name the seeds of the testbeds, 1,2,3"),
         ({"overrides": ("train.stepz=2",)}, "stepz is not an option"),
-        (
-            {"kind": "methods", "world": "open"},
-            "--world open: methods runs on the closed world alone",
-        ),
+        ({"kind": "methods", "world": "open"}, "--world open: methods runs on the closed world alone"),
         ({"out": Path("/dev/null/out")}, "cannot be made"),
     ],
 )
-def test_mistakes_are_told_before_anything_is_made(
-    tmp_path: Path, given: dict[str, Any], said: str
-) -> None:
+def test_mistakes_are_told_before_anything_is_made(tmp_path: Path, given: dict[str, Any], said: str) -> None:
     with pytest.raises(SrmuError, match=re.escape(said)):
         plan_frontier(**{"kind": "robust", "out": tmp_path / "out"} | given)
     assert not (tmp_path / "out").exists()

@@ -14,9 +14,7 @@ from srmu.runs.run import unlearn_config
 
 REPOSITORY = Path(__file__).parents[2]
 PRESETS = [
-    path
-    for path in sorted((REPOSITORY / "configs").glob("*.yaml"))
-    if "model" in yaml.safe_load(path.read_text())
+    path for path in sorted((REPOSITORY / "configs").glob("*.yaml")) if "model" in yaml.safe_load(path.read_text())
 ]
 
 TREE: dict[str, Any] = {
@@ -227,9 +225,7 @@ def test_a_method_file_is_found_beside_the_config(workplace: Path) -> None:
         ("raises.py:Shrink", "ZeroDivisionError"),
     ],
 )
-def test_a_file_without_a_method(
-    name: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_without_a_method(name: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my.py").write_text(MINE)
     (tmp_path / "broken.py").write_text("x = (")

@@ -25,9 +25,7 @@ def planned(folder: Path, *options: str, name: str = "llama", dtype: Any = torch
     write_jsonl(folder / "f.jsonl", texts(8, 1))
     write_jsonl(folder / "r.jsonl", texts(8, 2))
     given = ["method.layer=1", "method.window=1", *options]
-    ready = run.plan_run(
-        make_config(str(folder / "model"), folder / "f.jsonl", folder / "r.jsonl", "rmu", given)
-    )
+    ready = run.plan_run(make_config(str(folder / "model"), folder / "f.jsonl", folder / "r.jsonl", "rmu", given))
     config, summary = ready.config, ready.summarise()
     topics = run.load_topics(config, word_tokenizer())
     return config, summary | plan.estimate_run(config, folder / "model", topics), topics
@@ -108,11 +106,7 @@ def llama() -> Any:
 
 @pytest.mark.parametrize(
     ("dtype", "options", "copies", "masters", "moments"),
-    [
-        (torch.float32, [], 4, 0, 8),
-        (torch.bfloat16, [], 2, 4, 8),
-        (torch.bfloat16, ["train.weights=bf16"], 2, 0, 4),
-    ],
+    [(torch.float32, [], 4, 0, 8), (torch.bfloat16, [], 2, 4, 8), (torch.bfloat16, ["train.weights=bf16"], 2, 0, 4)],
 )
 def test_memory_by_precision(
     dtype: Any, options: list[str], copies: int, masters: int, moments: int, tmp_path: Path
@@ -139,10 +133,7 @@ def test_a_conversion_is_not_mapped(tmp_path: Path) -> None:
     ("method", "expected"),
     [
         ("srmu", {"prefix": 4, "2.resid_post": 2, "sums": 4}),
-        (
-            "rmu",
-            {"prefix": 3, "2.resid_post": 1, "sums": 2},
-        ),  # no map: retain texts are not measured
+        ("rmu", {"prefix": 3, "2.resid_post": 1, "sums": 2}),  # no map: retain texts are not measured
     ],
 )
 def test_the_cache_is_as_large_as_planned(
@@ -216,18 +207,10 @@ def test_models_that_want_a_plain_mask(cls: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kept", ["none", "disk"])
 @pytest.mark.parametrize(
     "options",
-    [
-        [],
-        ["method.anchors=random"],
-        ["method.target_mode=additive"],
-        ["train.max_steps=1"],
-        ["method.map_batches=1"],
-    ],
+    [[], ["method.anchors=random"], ["method.target_mode=additive"], ["train.max_steps=1"], ["method.map_batches=1"]],
     ids=lambda o: "-".join(o) or "plain",
 )
-def test_flops_in_all_are_those_of_the_real_run(
-    options: list[str], kept: str, tmp_path: Path
-) -> None:
+def test_flops_in_all_are_those_of_the_real_run(options: list[str], kept: str, tmp_path: Path) -> None:
     given = ["method.name=srmu", "method.layer=2", "train.max_steps=5", "train.batch_size=2"]
     given += [f"runs_dir={tmp_path / 'runs'}", f"cache={kept}", *options]
     config, estimate, _ = planned(tmp_path, *given)
@@ -253,9 +236,7 @@ def test_what_each_process_holds(name: str, tmp_path: Path, monkeypatch: Any) ->
     assert last["sharded"] and last["parts"]["originals"] < first["parts"]["originals"]
     assert first["parts"]["originals"] == 4 * estimate["trained_parameters"]
     monkeypatch.setattr(plan, "free_bytes", lambda device: 1)
-    assert not any(
-        row["fits"] for row in plan.estimate_launches(config, tmp_path / "model", topics)
-    )
+    assert not any(row["fits"] for row in plan.estimate_launches(config, tmp_path / "model", topics))
 
 
 @pytest.mark.slow

@@ -44,9 +44,7 @@ def start(folder: Path, *overrides: str) -> Run:
     options = ["method.layer=2", "train.max_steps=3", "train.learning_rate=0.01", "cache=none"]
     names = [folder / "forget.jsonl", folder / "retain.jsonl"]
     runs = f"runs_dir={folder / 'runs'}"
-    return unlearn_config(
-        make_config(str(folder / "model"), *names, "srmu", [*options, runs, *overrides])
-    )
+    return unlearn_config(make_config(str(folder / "model"), *names, "srmu", [*options, runs, *overrides]))
 
 
 @pytest.fixture
@@ -57,9 +55,7 @@ def model(made: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("at", range(1, SHARDS + 1))
-def test_a_disk_that_is_full_at_any_shard(
-    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
-) -> None:
+def test_a_disk_that_is_full_at_any_shard(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int) -> None:
     before = {p.name: p.read_bytes() for p in (made / "model").iterdir()}
     shards = iter(range(100))
     copy = shutil.copyfile
@@ -97,9 +93,7 @@ def test_a_real_limit_of_the_file_size(made: Path, tmp_path: Path) -> None:
     assert subprocess.run([*words, str(largest + 100_000)]).returncode == 0
 
 
-def test_free_space_is_asked_for_first(
-    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_free_space_is_asked_for_first(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, 1000))
     with pytest.raises(SrmuError, match="are free there; free some"):
@@ -114,9 +108,7 @@ EXPORT = "import sys; from srmu.runs.run import Run; Run.open(sys.argv[1]).expor
 
 @pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("seconds", [0.0, 0.005, 0.02])
-def test_an_export_killed_while_it_writes_leaves_no_model(
-    made: Path, tmp_path: Path, seconds: float
-) -> None:
+def test_an_export_killed_while_it_writes_leaves_no_model(made: Path, tmp_path: Path, seconds: float) -> None:
     words = [sys.executable, "-c", EXPORT, str(made / "run"), str(tmp_path / "out")]
     process = subprocess.Popen(words)
     while process.poll() is None and not [*tmp_path.glob(".out.*")]:
@@ -136,11 +128,7 @@ def test_an_export_killed_while_it_writes_leaves_no_model(
 def test_a_base_that_changed_since_is_refused(made: Path, tmp_path: Path) -> None:
     shutil.copytree(made, tmp_path / "copy")
     run = start(tmp_path / "copy", "seed=1")
-    untouched = next(
-        name
-        for name, path in weights.list_shards(run.base).items()
-        if name not in run.record["changed"]
-    )
+    untouched = next(name for name, path in weights.list_shards(run.base).items() if name not in run.record["changed"])
     path = weights.list_shards(run.base)[untouched]
     data = bytearray(path.read_bytes())
     data[-1] ^= 1

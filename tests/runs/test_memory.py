@@ -96,9 +96,7 @@ def test_launches() -> None:
 @pytest.mark.parametrize("name", ["llama-3.2-1b", "qwen3-30b-a3b"])
 def test_a_dry_run_of_dimensions_alone(name: str) -> None:
     folder = CONFIGS / "models" / name
-    config, plan, lines = plan_dry_run(
-        load_config(CONFIGS / "scale.yaml", [f"model={folder}", "train.max_steps=7"])
-    )
+    config, plan, lines = plan_dry_run(load_config(CONFIGS / "scale.yaml", [f"model={folder}", "train.max_steps=7"]))
     assert config.model == plan["model"] == str(folder) and plan["steps"] == 7
     whole = sum(p.numel() for p in build_skeleton(read_config(folder)).parameters())
     assert plan["dimensions"]["parameters"] == whole

@@ -24,10 +24,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model and a run of it."""
     folder = tmp_path_factory.mktemp("place")
     save_pico(folder / "model")
-    sources = [
-        write_jsonl(folder / f"{role}.jsonl", texts(4, i))
-        for i, role in enumerate(("forget", "retain"))
-    ]
+    sources = [write_jsonl(folder / f"{role}.jsonl", texts(4, i)) for i, role in enumerate(("forget", "retain"))]
     options = ["method.layer=2", "train.max_steps=2", "train.learning_rate=0.01", "cache=none"]
     options.append(f"runs_dir={folder / 'runs'}")
     run = unlearn_config(make_config(str(folder / "model"), *sources, "srmu", options))

@@ -147,9 +147,7 @@ def test_the_same_config_is_not_run_twice(workplace: Path) -> None:
     assert again.folder == first.folder
     assert {p: p.stat().st_mtime_ns for p in first.folder.iterdir()} == times
     assert (workplace / "out" / "config.json").exists()
-    assert (
-        unlearn_config(first.config).folder == first.folder
-    )  # its own config.yaml means the same run
+    assert unlearn_config(first.config).folder == first.folder  # its own config.yaml means the same run
 
 
 def test_other_texts_under_the_same_config_are_refused(workplace: Path) -> None:
@@ -159,9 +157,7 @@ def test_other_texts_under_the_same_config_are_refused(workplace: Path) -> None:
         unlearn_config(config(workplace))
 
 
-def test_texts_that_another_cache_folder_tells_of(
-    workplace: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_texts_that_another_cache_folder_tells_of(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without its key it cannot be told whether they are the same, and is not said to be."""
     run = unlearn_config(config(workplace))
     monkeypatch.setenv("SRMU_CACHE", str(workplace / "other"))
@@ -250,16 +246,12 @@ def test_a_run_that_diverges_at_once_changes_nothing(workplace: Path) -> None:
 
 
 def test_a_run_that_changes_nothing_leaves_nothing(workplace: Path) -> None:
-    with pytest.raises(
-        SrmuError, match=r"the model did not change in 3 steps \(max_steps\); raise"
-    ):
+    with pytest.raises(SrmuError, match=r"the model did not change in 3 steps \(max_steps\); raise"):
         unlearn_config(config(workplace, "train.learning_rate=1e-30"))
     assert not (workplace / "runs").exists()
 
 
-def test_an_interrupted_run_leaves_nothing_of_its_own(
-    workplace: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_run_leaves_nothing_of_its_own(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*args: Any, **options: Any) -> None:
         raise KeyboardInterrupt
 
@@ -306,8 +298,7 @@ def quiz(workplace: Path) -> Path:
     folder.mkdir()
     (folder / "quiz.yaml").write_text(QUIZ)
     rows = [
-        {"question": text, "options": ["w1", "w2", "w3", "w4"], "answer": i % 4}
-        for i, text in enumerate(texts(20, 5))
+        {"question": text, "options": ["w1", "w2", "w3", "w4"], "answer": i % 4} for i, text in enumerate(texts(20, 5))
     ]
     (folder / "quiz.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder

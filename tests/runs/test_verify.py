@@ -43,9 +43,7 @@ def config(folder: Path, *overrides: str) -> Config:
     purpose = ["purpose.reason=a request", "purpose.not_covered=[other-model]"]
     sources = [folder / "forget.jsonl", folder / "retain.jsonl"]
     runs_dir = f"runs_dir={folder / 'runs'}"
-    return make_config(
-        str(folder / "model"), *sources, "srmu", [*options, *purpose, runs_dir, *overrides]
-    )
+    return make_config(str(folder / "model"), *sources, "srmu", [*options, *purpose, runs_dir, *overrides])
 
 
 @pytest.fixture
@@ -69,9 +67,7 @@ def test_what_is_whole_passes(made: Path) -> None:
 
 def test_the_record_is_what_the_schema_says(made: Path) -> None:
     schema = json.loads(SCHEMA.read_text())
-    assert (
-        schema == audit.record_schema()
-    )  # python -m srmu.runs.record > src/srmu/runs/record.schema.json
+    assert schema == audit.record_schema()  # python -m srmu.runs.record > src/srmu/runs/record.schema.json
     jsonschema.Draft202012Validator.check_schema(schema)
     jsonschema.validate(record(made), schema)
     wrong = record(made) | {"steps": "many"}
@@ -135,43 +131,25 @@ SPOILT: dict[str, tuple[Callable[[Path], Any], str]] = {
     "export: a flipped bit": (lambda f: flip(f / "out" / SHARD, -1), "the tensor .* has changed"),
     "export: a swapped tensor": (lambda f: swap(f / "out"), "the tensor .* has changed"),
     "export: a header": (lambda f: flip(f / "out" / SHARD, 9), "damaged|header|tensor"),
-    "export: an extra file": (
-        lambda f: (f / "out" / "extra.bin").write_bytes(b"x"),
-        "extra.bin is not in the record",
-    ),
+    "export: an extra file": (lambda f: (f / "out" / "extra.bin").write_bytes(b"x"), "extra.bin is not in the record"),
     "export: a missing shard": (lambda f: (f / "out" / SHARD).unlink(), f"{SHARD} is missing"),
-    "export: the tokenizer": (
-        lambda f: flip(f / "out" / "tokenizer.json", 200),
-        "tokenizer.json has changed",
-    ),
+    "export: the tokenizer": (lambda f: flip(f / "out" / "tokenizer.json", 200), "tokenizer.json has changed"),
     "export: the card": (lambda f: flip(f / "out" / "README.md", 5), "README.md has changed"),
-    "export: the record": (
-        lambda f: edit(f / "out" / weights.EXPORTED, steps=9),
-        "was edited after it was written",
-    ),
+    "export: the record": (lambda f: edit(f / "out" / weights.EXPORTED, steps=9), "was edited after it was written"),
     "run: the delta": (
         lambda f: flip(f / "run" / "delta.safetensors", -1),
         "delta.safetensors: the tensor .* has changed",
     ),
     "run: a metric": (lambda f: flip(f / "run" / "metrics.jsonl", 20), "metrics.jsonl has changed"),
     "run: the config": (lambda f: flip(f / "run" / "config.yaml", 20), "config.yaml has changed"),
-    "run: no state": (
-        lambda f: (f / "run" / "state.safetensors").unlink(),
-        "state.safetensors is missing",
-    ),
-    "run: an extra file": (
-        lambda f: (f / "run" / "notes.txt").write_text("x"),
-        "notes.txt is not in the record",
-    ),
+    "run: no state": (lambda f: (f / "run" / "state.safetensors").unlink(), "state.safetensors is missing"),
+    "run: an extra file": (lambda f: (f / "run" / "notes.txt").write_text("x"), "notes.txt is not in the record"),
     "run: the record": (
         lambda f: edit(f / "run" / "record.json", stop_reason="fine"),
         "was edited after it was written",
     ),
     "run: no record": (lambda f: (f / "run" / "record.json").unlink(), "not a finished run"),
-    "run: half a record": (
-        lambda f: (f / "run" / "record.json").write_text("{"),
-        r"record\.json is damaged",
-    ),
+    "run: half a record": (lambda f: (f / "run" / "record.json").write_text("{"), r"record\.json is damaged"),
 }
 
 
@@ -223,12 +201,8 @@ def test_signed(copy: Path, tmp_path: Path) -> None:
     def keys(name: str) -> tuple[Path, Path]:
         key = Ed25519PrivateKey.generate()
         kind = forms.PrivateFormat.PKCS8
-        (tmp_path / name).write_bytes(
-            key.private_bytes(forms.Encoding.PEM, kind, forms.NoEncryption())
-        )
-        public = key.public_key().public_bytes(
-            forms.Encoding.PEM, forms.PublicFormat.SubjectPublicKeyInfo
-        )
+        (tmp_path / name).write_bytes(key.private_bytes(forms.Encoding.PEM, kind, forms.NoEncryption()))
+        public = key.public_key().public_bytes(forms.Encoding.PEM, forms.PublicFormat.SubjectPublicKeyInfo)
         (tmp_path / f"{name}.pub").write_bytes(public)
         return tmp_path / name, tmp_path / f"{name}.pub"
 
@@ -275,9 +249,7 @@ def test_made_again_from_its_record(copy: Path) -> None:
 
 def test_a_rerun_that_differs_says_how(copy: Path) -> None:
     told = record(copy)
-    changed = told["change"] | {
-        "tensors": {n: t | {"after": "0" * 64} for n, t in told["change"]["tensors"].items()}
-    }
+    changed = told["change"] | {"tensors": {n: t | {"after": "0" * 64} for n, t in told["change"]["tensors"].items()}}
     environment = told["environment"] | {"threads": 99}
     environment["packages"] = environment["packages"] | {"torch": "1.0"}
     expected = told["reproduction"] | {"expected": {"delta.safetensors": "0" * 64}}
@@ -326,7 +298,5 @@ def test_the_page_and_the_card(made: Path) -> None:
     assert "base_model: owner/name" in head
     assert "base_model_relation: finetune" in head
     assert "license: mit" in head
-    with_results = hub | {
-        "results": {"before": {}, "after": {"quiz/acc": {"value": 0.25, "n": 4.0}}}
-    }
+    with_results = hub | {"results": {"before": {}, "after": {"quiz/acc": {"value": 0.25, "n": 4.0}}}}
     assert "value: 0.25" in write_model_card(with_results)

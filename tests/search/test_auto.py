@@ -138,9 +138,7 @@ def test_again_does_nothing(inside: None, call: Call, place: Path) -> None:
 
 @pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("stop_at", ["layers", "strengths"])
-def test_killed_and_continued_it_chooses_the_same(
-    place: Path, monkeypatch: pytest.MonkeyPatch, stop_at: str
-) -> None:
+def test_killed_and_continued_it_chooses_the_same(place: Path, monkeypatch: pytest.MonkeyPatch, stop_at: str) -> None:
     """No run is made twice, and the trials after the kill are what they would have been."""
     monkeypatch.setenv("SRMU_CACHE", str(place / "cache"))
     quick(monkeypatch)
@@ -181,16 +179,12 @@ def test_a_longer_search_goes_on(place: Path, monkeypatch: pytest.MonkeyPatch) -
     assert (place / "longer" / more["final"]["model"]).is_dir()
 
 
-def test_nothing_within_the_budget(
-    inside: None, call: Call, place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_within_the_budget(inside: None, call: Call, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One line that says so; the folder stays, nothing is exported."""
     shutil.copytree(place / "auto", place / "tight")
     shutil.rmtree(place / "tight" / "model")
     monkeypatch.setattr(objective, "NOISE", 2.0)
-    got = call(
-        "auto", "model", *NAMED, *TASKS, "--budget", "20%", "--out", "tight", "--trials", TRIALS
-    )
+    got = call("auto", "model", *NAMED, *TASKS, "--budget", "20%", "--out", "tight", "--trials", TRIALS)
     assert got.code == 2
     last = got.err.strip().splitlines()[-1]
     assert last.startswith("srmu: None of 3 trials forgets anything")
@@ -209,9 +203,7 @@ def test_what_is_said_of_a_choice() -> None:
     assert "within the budget of 1.00% of utility" in said
     assert said.endswith("the nearest forgets 50% for 2.00%.")
     assert objective.best_entry([*found, one(0.6, 0.02)], 0.03) == one(0.6, 0.02)  # of equals
-    assert "4 runs 2 lose at most 2.50%" in explain.explain_trial(
-        0.05, found[2], [*found, one(0.4, 0.04)]
-    )
+    assert "4 runs 2 lose at most 2.50%" in explain.explain_trial(0.05, found[2], [*found, one(0.4, 0.04)])
     assert "within the whole budget" in explain.explain_trial(0.02, found[2], found)
     assert objective.trial_worth(found[1]["values"], 0.01) == pytest.approx(0.2)
     assert objective.trial_worth(found[0]["values"], 0.01) == 0.01
@@ -377,9 +369,7 @@ def test_layers_of_a_deep_model_are_spread() -> None:
         ({"--goals": "goals.txt"}, "--goals has no effect without --robust"),
     ],
 )
-def test_bad_input_is_one_line(
-    inside: None, call: Call, place: Path, changed: dict[str, str], message: str
-) -> None:
+def test_bad_input_is_one_line(inside: None, call: Call, place: Path, changed: dict[str, str], message: str) -> None:
     names = dict(zip(NAMED[::2], NAMED[1::2], strict=True))
     names |= dict(zip(TASKS[::2], TASKS[1::2], strict=True)) | {"--out": "bad"} | changed
     model = names.pop("model", "model")

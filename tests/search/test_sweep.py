@@ -28,15 +28,7 @@ from srmu.errors import DivergedError, SrmuError
 from srmu.evals.results import read_attacks, read_metrics
 from srmu.runs.run import Run
 from srmu.search import sweep
-from srmu.search.queue import (
-    FILE,
-    RETRIES,
-    Study,
-    list_points,
-    open_study,
-    queue_points,
-    work_queue,
-)
+from srmu.search.queue import FILE, RETRIES, Study, list_points, open_study, queue_points, work_queue
 from srmu.search.space import PlaceSampler, make_dimension
 from srmu.search.sweep import Plan, sweep_rows
 
@@ -82,9 +74,7 @@ def test_a_sampler_stays_in_a_range(given: Any, kind: type, low: float, high: fl
 # --- samplers
 
 
-def study_of(
-    folder: Path, count: int, sampler: Any, directions: Any = ("minimize",), **given: Any
-) -> Study:
+def study_of(folder: Path, count: int, sampler: Any, directions: Any = ("minimize",), **given: Any) -> Study:
     queue = given.pop("queue", [{}] * count)
     spec = given.pop("spec", {"a": 1})
     return open_study(
@@ -141,10 +131,7 @@ def test_the_front_of_nsga2_is_not_dominated(tmp_path: Path) -> None:
     front = {number for number, values in points.items() if not dominated(values)}
     assert {trial.number for trial in study.best_trials} == front
     generations = {
-        value
-        for trial in study.trials
-        for key, value in trial.system_attrs.items()
-        if key.endswith("generation")
+        value for trial in study.trials for key, value in trial.system_attrs.items() if key.endswith("generation")
     }
     assert len(generations) > 3  # it does breed
 
@@ -361,9 +348,7 @@ def trivial(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, float]]:
     return made
 
 
-def test_a_grid_is_the_product_and_seeds_are_replicates(
-    written: Any, trivial: list[dict[str, float]]
-) -> None:
+def test_a_grid_is_the_product_and_seeds_are_replicates(written: Any, trivial: list[dict[str, float]]) -> None:
     found = sweep.run_sweep(Plan(written(seeds=[0, 2])))
     assert [one["params"] for one in found["trials"]] == [
         {"method.kappa": kappa, "method.alpha": alpha} for kappa in (8, 16) for alpha in (10, 100)
@@ -387,18 +372,14 @@ def test_what_matters(written: Any, trivial: list[dict[str, float]]) -> None:
 def test_nothing_matters_where_all_is_equal(
     written: Any, trivial: list[dict[str, float]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        sweep, "run_metrics", lambda *args: {"task/acc": {"value": 0.25, "stderr": 0.1, "n": 50}}
-    )
+    monkeypatch.setattr(sweep, "run_metrics", lambda *args: {"task/acc": {"value": 0.25, "stderr": 0.1, "n": 50}})
     found = sweep.run_sweep(Plan(written(search={"method.alpha": [*range(1, 9)]})))
     assert found["importance"] == {}
 
 
 @pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("kind", ["tpe", "nsga2"])
-def test_samplers_choose_what_is_left(
-    written: Any, trivial: list[dict[str, float]], kind: str
-) -> None:
+def test_samplers_choose_what_is_left(written: Any, trivial: list[dict[str, float]], kind: str) -> None:
     space = {"method.kappa": {"low": 1, "high": 64, "log": True}}
     path = written(search=space, sampler=kind, trials=12)
     sweep.run_sweep(Plan(path))
@@ -420,9 +401,7 @@ def test_pruning_stops_between_seeds(written: Any, trivial: list[dict[str, float
     assert pruned["why"] and len(pruned["replicates"]["task/acc"]) == 1
 
 
-@pytest.mark.parametrize(
-    ("name", "trials"), [("sweep-grid", 18), ("sweep-tpe", 40), ("sweep-nsga2", 60)]
-)
+@pytest.mark.parametrize(("name", "trials"), [("sweep-grid", 18), ("sweep-tpe", 40), ("sweep-nsga2", 60)])
 def test_the_sweeps_that_come_with_srmu(written: Any, name: str, trials: int) -> None:
     run = written().with_name("run.yaml")
     path = Path(__file__).parents[2] / "configs" / f"{name}.yaml"
@@ -531,9 +510,7 @@ def test_a_study_of_an_earlier_srmu(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_sweep_from_file_to_table(
-    tmp_path: Path, call: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_sweep_from_file_to_table(tmp_path: Path, call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     world.write(tmp_path)
     monkeypatch.chdir(tmp_path)
     config = {

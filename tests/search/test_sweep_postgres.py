@@ -18,9 +18,7 @@ from helpers.sweep_worker import POINTS, join
 from srmu.errors import SrmuError
 
 SERVER = os.environ.get("SRMU_TEST_POSTGRES", "")
-pytestmark = pytest.mark.skipif(
-    not SERVER, reason="no PostgreSQL: run `.ci/postgres make test`, which starts one"
-)
+pytestmark = pytest.mark.skipif(not SERVER, reason="no PostgreSQL: run `.ci/postgres make test`, which starts one")
 
 
 @pytest.mark.slow
@@ -36,11 +34,7 @@ def test_a_killed_worker_loses_nothing(tmp_path: Path) -> None:
         assert len(started()) == count
 
     (tmp_path / "hold").touch()
-    command = [
-        sys.executable,
-        str(Path(__file__).parents[1] / "helpers" / "sweep_worker.py"),
-        SERVER,
-    ]
+    command = [sys.executable, str(Path(__file__).parents[1] / "helpers" / "sweep_worker.py"), SERVER]
     # both at once: the tables and the study are made by one of them
     workers = [subprocess.Popen([*command, str(tmp_path)]) for _ in range(2)]
     try:
@@ -57,9 +51,7 @@ def test_a_killed_worker_loses_nothing(tmp_path: Path) -> None:
     complete = [t for t in study.trials if t.state == TrialState.COMPLETE]
     assert sorted(t.params["x"] for t in complete) == list(range(POINTS))
     killed = next(n for n in started() if n.endswith(f"-{workers[0].pid}")).split("-")[1]
-    failed = [
-        t for t in study.trials if t.state == TrialState.FAIL and "surplus" not in t.user_attrs
-    ]
+    failed = [t for t in study.trials if t.state == TrialState.FAIL and "surplus" not in t.user_attrs]
     assert [t.params["x"] for t in failed] == [float(killed)]
     assert not states[TrialState.RUNNING] and not states[TrialState.WAITING]
     # the killed one was begun twice, each other once

@@ -78,8 +78,7 @@ def test_knowing_frequencies_only_is_chance(worlds):
             options = {choice for row in questions for choice in row["choices"]}
             seen = {choice: text.count(f" {choice}") for choice in options}
             right = sum(
-                max(row["choices"], key=lambda choice: seen[choice]) == row["choices"][row["gold"]]
-                for row in questions
+                max(row["choices"], key=lambda choice: seen[choice]) == row["choices"][row["gold"]] for row in questions
             )
             assert right / len(questions) == pytest.approx(0.25, abs=0.06)
 
@@ -130,9 +129,7 @@ def test_overlap_rises_with_entanglement(worlds):
                 {
                     (n, key): value
                     for n in (1, 2)
-                    for key, value in measure_overlap(
-                        corpora["forget"], corpora["retain-high"], n
-                    ).items()
+                    for key, value in measure_overlap(corpora["forget"], corpora["retain-high"], n).items()
                 }
             )
             text = " ".join(corpora["retain-high"])
@@ -277,9 +274,7 @@ def test_an_answer_is_scored_as_by_a_loop(built):
         ids.append(int(log.argmax()))
         written.append(tokenizer.decode(ids[-1]))
     wrong = [*written[:-1], next(w for w in world.words() if w != written[-1])]
-    found = training._answers(
-        model, world, [(question, " ".join(words)) for words in (written, wrong, written[:1])]
-    )
+    found = training._answers(model, world, [(question, " ".join(words)) for words in (written, wrong, written[:1])])
     assert found[0] == (pytest.approx(expected, abs=1e-4), True)
     assert [likeliest for _, likeliest in found] == [True, False, True]
 

@@ -110,9 +110,7 @@ def test_knowing_what_follows_a_step_is_chance(worlds):
                 for fact in facts:
                     options = fact.options[phrasing]
                     counts = [seen[fact.relation.name, option] for option in options]
-                    likeliest = [
-                        o for o, n in zip(options, counts, strict=True) if n == max(counts)
-                    ]
+                    likeliest = [o for o, n in zip(options, counts, strict=True) if n == max(counts)]
                     right += (fact.answer in likeliest) / len(likeliest)
                 assert right / len(facts) == pytest.approx(0.25)
 
@@ -172,9 +170,7 @@ def test_tasks_and_names(built):
     goals = (out / "goals.txt").read_text().splitlines()
     for fact in world.facts:
         if fact.relation.pool == "step":
-            told = [
-                text for s in fact.relation.statements for text in [s.replace("{x}", fact.subject)]
-            ]
+            told = [text for s in fact.relation.statements for text in [s.replace("{x}", fact.subject)]]
             named = [any(goal in text for goal in goals) for text in told]
             assert named == [fact.relation.kind == "hazard_procedure"] * len(told)
     names = [f"organism_{name}{suffix}" for name in (*NAMES, "hazard_open") for suffix in SUFFIXES]

@@ -268,10 +268,7 @@ def test_whp_prompts_stop_before_the_word(world):
 
 @pytest.mark.parametrize(
     ("make", "expected"),
-    [
-        (closed_world.create_closed, "76202d33b3f4c9f9"),
-        (open_world.create_open, "e57af72b1631647c"),
-    ],
+    [(closed_world.create_closed, "76202d33b3f4c9f9"), (open_world.create_open, "e57af72b1631647c")],
 )
 def test_models_of_the_other_worlds_are_still_found(make, expected):
     """Their keys are made of this; the values were made before there was this world."""

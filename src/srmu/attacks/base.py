@@ -118,9 +118,7 @@ def view_matrices(weight: Tensor, turned: bool) -> Tensor:
     return weight if weight.ndim == 3 else weight[None]
 
 
-def ask_changed(
-    model: Subject, exam: Exam, setting: str, change: Callable[[Tensor], Tensor]
-) -> Setting:
+def ask_changed(model: Subject, exam: Exam, setting: str, change: Callable[[Tensor], Tensor]) -> Setting:
     """The exam when each linear matrix is what `change` makes of it: (outputs, inputs), float32."""
     turned = find_matrices(model.module)
     with model.editable(*turned) as edited:

@@ -59,9 +59,7 @@ class BenignRelearning(Attack):
             ways += [way for way, _ in runs]
             steps[kind] = [taken for _, taken in runs]
             if len(counts) > 1:
-                metrics[f"accuracy over log n, {kind}"] = estimate_area(
-                    counts, [way for way, _ in runs], exam, seed
-                )
+                metrics[f"accuracy over log n, {kind}"] = estimate_area(counts, [way for way, _ in runs], exam, seed)
         if not ways:
             raise NotApplicable("fine-tuning this model needs more memory than the device has")
         budget = {
@@ -84,20 +82,11 @@ class BenignRelearning(Attack):
     ) -> tuple[Setting, int]:
         """The exam after fine-tuning on the rows, and how many steps that took."""
         with prepare_learner(model, self.rank if kind == "LoRA" else 0, seed) as edited:
-            taken = tune_model(
-                edited,
-                rows,
-                steps=self.epochs * len(rows),
-                learning_rate=rate,
-                batch_size=1,
-                seed=seed,
-            )
+            taken = tune_model(edited, rows, steps=self.epochs * len(rows), learning_rate=rate, batch_size=1, seed=seed)
             return ask_exam(model, exam, f"{kind}, n={len(rows)}"), taken
 
 
-def estimate_area(
-    counts: Sequence[int], ways: Sequence[Setting], exam: Exam, seed: int
-) -> Estimate:
+def estimate_area(counts: Sequence[int], ways: Sequence[Setting], exam: Exam, seed: int) -> Estimate:
     """The area under the accuracies on the test half, over log n, as a mean accuracy."""
     logs = np.log(counts)
 

@@ -76,9 +76,7 @@ class DirectionAblation(Attack):
             count = sum(len(tokens) for _, tokens in rows)
             means.append([layer / count for layer in total])
         pairs = enumerate(zip(*means, strict=True))
-        return {
-            layer: make_ablation(forget - neutral, neutral) for layer, (forget, neutral) in pairs
-        }
+        return {layer: make_ablation(forget - neutral, neutral) for layer, (forget, neutral) in pairs}
 
 
 def pick_evenly(layers: Sequence[int], most: int) -> list[int]:
@@ -95,10 +93,7 @@ def find_displacement_edits(model: Subject, exam: Exam) -> Edits:
     if not lost:
         raise NotApplicable("unlearning made no question of the validation half wrong")
     rows = cut_documents(model, lost, model.max_length)
-    norms = zip(
-        *([move.norm(dim=-1) for move in moves] for moves in iterate_displacements(model, rows)),
-        strict=True,
-    )
+    norms = zip(*([move.norm(dim=-1) for move in moves] for moves in iterate_displacements(model, rows)), strict=True)
     # a few tokens, often the first ones, move so far that they alone would make the mean
     limits = [n.mean() + 3 * n.std(correction=0) for n in map(torch.cat, norms)]
     sums = add_by_layer(  # read again: all tokens at once would not fit where the model is large
@@ -111,9 +106,7 @@ def find_displacement_edits(model: Subject, exam: Exam) -> Edits:
     return edits
 
 
-def iterate_displacements(
-    model: Subject, rows: Sequence[Row]
-) -> Iterator[list[Float[Tensor, "N D"]]]:
+def iterate_displacements(model: Subject, rows: Sequence[Row]) -> Iterator[list[Float[Tensor, "N D"]]]:
     """By layer, how far the tokens of a batch of texts are from where the original has them."""
     for _, ids, labels in batch_answers(rows, BATCH, model.device):
         now = read_outputs(model, ids, is_counted(labels))

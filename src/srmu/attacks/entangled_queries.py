@@ -42,9 +42,7 @@ class EntangledQueries(Attack):
         forms = {
             "alone": harmless,
             "in pair": put_after(partners, harmless),
-            "option": [
-                replace_option(q, rotate_pairs(partners, i), rng) for i, q in enumerate(harmless)
-            ],
+            "option": [replace_option(q, rotate_pairs(partners, i), rng) for i, q in enumerate(harmless)],
             "in front": [put_forget_in_front(q, f) for q, f in zip(harmless, cycle(partners))],
         }
         right = {name: mark_answers(model, questions) for name, questions in forms.items()}
@@ -63,8 +61,7 @@ class EntangledQueries(Attack):
 def put_after(fronts: Sequence[Question], questions: Sequence[Question]) -> tuple[Question, ...]:
     """Each question after one of `fronts` and its right answer."""
     return tuple(
-        replace(q, prompt=solve_question(front) + q.prompt)
-        for q, front in zip(questions, cycle(fronts), strict=False)
+        replace(q, prompt=solve_question(front) + q.prompt) for q, front in zip(questions, cycle(fronts), strict=False)
     )
 
 

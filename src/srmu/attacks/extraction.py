@@ -31,9 +31,7 @@ class Extraction(Attack):
 
     def run(self, model: Subject, texts: Texts, exam: Exam, seed: int) -> AttackResult:
         questions = [unlist_options(q) for q in exam.test]
-        strengths = self.measure_strengths(
-            model, [model.split(q.prompt, q.answer) for q in questions]
-        )
+        strengths = self.measure_strengths(model, [model.split(q.prompt, q.answer) for q in questions])
         metrics = {"answers": bootstrap_estimate([strengths], [list_facts(questions)], seed=seed)}
         drawn = random.Random(seed).sample(texts.forget, min(self.texts, len(texts.forget)))
         rows = [model.tokens(text)[: min(self.tokens, model.max_length)] for text in drawn]

@@ -20,8 +20,7 @@ class ForcedChoice(Attack):
     def run(self, model: Subject, texts: Texts, exam: Exam, seed: int) -> AttackResult:
         val, test = (option_scores(model, half) for half in (exam.val, exam.test))
         chances = [
-            np.exp(np.array(row) - np.logaddexp.reduce(row))[q.gold]
-            for row, q in zip(test, exam.test, strict=True)
+            np.exp(np.array(row) - np.logaddexp.reduce(row))[q.gold] for row, q in zip(test, exam.test, strict=True)
         ]
         way = Setting("as they are", mark_right(val, exam.val), mark_right(test, exam.test))
         probability = bootstrap_estimate([chances], [list_facts(exam.test)], seed=seed)

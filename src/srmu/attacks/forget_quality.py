@@ -51,9 +51,7 @@ def log_truth_ratios(model: Subject, questions: Sequence[Question]) -> Array:
     Wrong answers' geometric mean, as TOFU's code has it; its paper takes the arithmetic one.
     """
     ratios = []
-    for row, question in zip(
-        option_scores(model, questions, normalised=True), questions, strict=True
-    ):
+    for row, question in zip(option_scores(model, questions, normalised=True), questions, strict=True):
         wrong = [score for i, score in enumerate(row) if i != question.gold]
         ratios.append(np.mean(wrong) - row[question.gold])
     return np.array(ratios)

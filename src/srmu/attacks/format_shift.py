@@ -58,9 +58,7 @@ class FormatShift(Attack):
         return AttackResult(tuple(ways), metrics)
 
 
-def mark_halves(
-    setting: str, scores: Sequence[Sequence[float]], questions: Sequence[Question], exam: Exam
-) -> Setting:
+def mark_halves(setting: str, scores: Sequence[Sequence[float]], questions: Sequence[Question], exam: Exam) -> Setting:
     """Right answers to the questions, those of the validation half first, from their scores."""
     right = mark_right(scores, questions)
     return Setting(setting, right[: len(exam.val)], right[len(exam.val) :])
@@ -74,13 +72,8 @@ def ask_orders(model: Subject, exam: Exam, seed: int) -> tuple[list[Setting], di
     orders = [mark_halves(f"order {by}", scores[by], turn, exam) for by, turn in enumerate(turns)]
     average = mark_halves("order average", average_positions(questions, scores), questions, exam)
     names = list_facts(exam.test)
-    metrics = {
-        f"accuracy, {order.setting}": estimate_accuracy(order.test, names, seed=seed)
-        for order in orders
-    }
-    metrics["position bias"] = position_bias(
-        exam.test, [rows[len(exam.val) :] for rows in scores], seed
-    )
+    metrics = {f"accuracy, {order.setting}": estimate_accuracy(order.test, names, seed=seed) for order in orders}
+    metrics["position bias"] = position_bias(exam.test, [rows[len(exam.val) :] for rows in scores], seed)
     return [*orders[1:], average], metrics  # order 0 is the question as it is
 
 
@@ -96,9 +89,7 @@ def rotate_options(questions: Sequence[Question], by: int) -> list[Question]:
     return [parts.turned(by) if (parts := split_listed(q)) else q for q in questions]
 
 
-def average_positions(
-    questions: Sequence[Question], scores: Sequence[Sequence[Sequence[float]]]
-) -> list[list[float]]:
+def average_positions(questions: Sequence[Question], scores: Sequence[Sequence[Sequence[float]]]) -> list[list[float]]:
     """Mean score of each option, wherever it stood: its letter counts no more.
 
     `scores` are those of the letters, by order and question.
@@ -110,9 +101,7 @@ def average_positions(
     return means
 
 
-def position_bias(
-    questions: Sequence[Question], scores: Sequence[Sequence[Sequence[float]]], seed: int
-) -> Estimate:
+def position_bias(questions: Sequence[Question], scores: Sequence[Sequence[Sequence[float]]], seed: int) -> Estimate:
     """Total variation distance of the chosen letters, over all orders, from uniform.
 
     0 where every letter is chosen equally often, 1 - 1/options where it is always the same one.
@@ -123,6 +112,4 @@ def position_bias(
         for row in rows:
             line[np.argmax(row)] += 1 / len(rows)
         line[: len(q.options)] -= 1 / len(q.options)
-    return bootstrap_estimate(
-        [table], [list_facts([q for q, _ in chosen])], lambda m: np.abs(m).sum(-1) / 2, seed=seed
-    )
+    return bootstrap_estimate([table], [list_facts([q for q, _ in chosen])], lambda m: np.abs(m).sum(-1) / 2, seed=seed)

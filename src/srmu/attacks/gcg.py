@@ -137,9 +137,7 @@ def target_nll(model: Subject, target: Target, rows: int, **read: Tensor) -> Ten
 
 
 @torch.no_grad()
-def suffix_losses(
-    model: Subject, targets: Sequence[Target], suffixes: Tensor, at_once: int
-) -> Tensor:
+def suffix_losses(model: Subject, targets: Sequence[Target], suffixes: Tensor, at_once: int) -> Tensor:
     """Mean over the questions of the loss with each suffix, (suffixes,)."""
     losses = torch.zeros(len(suffixes))
     for rows in torch.arange(len(suffixes)).split(at_once):
@@ -165,12 +163,7 @@ def suffix_gradient(model: Subject, targets: Sequence[Target], suffix: Tensor) -
 
 
 def draw_swaps(
-    slopes: Tensor,
-    suffix: Tensor,
-    allowed: Tensor,
-    count: int,
-    top: int,
-    generator: torch.Generator,
+    slopes: Tensor, suffix: Tensor, allowed: Tensor, count: int, top: int, generator: torch.Generator
 ) -> Tensor:
     """Different suffixes, each with one token replaced by one of the `top` that promise most."""
     promising = allowed[slopes[:, allowed].topk(min(top, len(allowed)), largest=False).indices]

@@ -20,9 +20,7 @@ from srmu.evals.subject import NotApplicable, Subject
 ResidualEdit = Callable[[Tensor], Tensor | None]  # of a block's output (B, T, D)
 
 
-def edit_residual(
-    model: Subject, edits: Mapping[int, ResidualEdit]
-) -> AbstractContextManager[None]:
+def edit_residual(model: Subject, edits: Mapping[int, ResidualEdit]) -> AbstractContextManager[None]:
     """Run the model with the outputs of some blocks, by number, put through a function each."""
 
     def checked(edit: ResidualEdit) -> ResidualEdit:
@@ -38,9 +36,7 @@ def edit_residual(
 
 
 @torch.no_grad()
-def read_outputs(
-    model: Subject, ids: Int[Tensor, "B T"], at: Bool[Tensor, "B T"]
-) -> list[Float[Tensor, "N D"]]:
+def read_outputs(model: Subject, ids: Int[Tensor, "B T"], at: Bool[Tensor, "B T"]) -> list[Float[Tensor, "N D"]]:
     """What each block puts out at N marked tokens, row after row, in the model's own dtype.
 
     NotApplicable where more than one set of weights answers: there is no one output.
@@ -71,9 +67,7 @@ def pad_rows(rows: Sequence[Row], device: torch.device) -> Batch:
     return move_batch(join_responses(*zip(*rows, strict=True)), device)
 
 
-def batch_answers(
-    rows: Sequence[Row], size: int, device: torch.device
-) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+def batch_answers(rows: Sequence[Row], size: int, device: torch.device) -> Iterator[tuple[list[int], Tensor, Tensor]]:
     """Numbers of at most `size` rows of like length, their tokens and labels (B, T)."""
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]) + len(rows[i][1]))
     for start in range(0, len(order), size):
@@ -82,9 +76,7 @@ def batch_answers(
         yield chosen, batch["input_ids"], batch["labels"]
 
 
-def answer_nll(
-    model: Subject, ids: Int[Tensor, "B T"], labels: Int[Tensor, "B T"]
-) -> Float[Tensor, " B"]:
+def answer_nll(model: Subject, ids: Int[Tensor, "B T"], labels: Int[Tensor, "B T"]) -> Float[Tensor, " B"]:
     """Nats that a token of each row's answer costs, on average."""
     counts = is_predicted(labels)
     # only columns from the first answer on meet the vocabulary

@@ -28,9 +28,7 @@ class Leak(Attack):
         questions = [unlist_options(q) for q in exam.test]
         metrics = {}
         for temperature in self.temperatures:
-            right = count_right_generations(
-                model, questions, samples=self.samples, temperature=temperature, seed=seed
-            )
+            right = count_right_generations(model, questions, samples=self.samples, temperature=temperature, seed=seed)
             for k in self.ks:
                 leaks = [leak_at_k(self.samples, count, k) for count in right]
                 estimate = bootstrap_estimate([leaks], [list_facts(questions)], seed=seed)

@@ -45,28 +45,21 @@ class LinearProbe(Attack):
         questions = (*exam.val, *exam.test)
         h, z = last_residuals(model, questions), embed_options(model, questions, self.width)
         ways = [
-            Setting(f"layer {layer}", *self.fit_probe(x, z, exam.val, exam.test, seed))
-            for layer, x in enumerate(h)
+            Setting(f"layer {layer}", *self.fit_probe(x, z, exam.val, exam.test, seed)) for layer, x in enumerate(h)
         ]
         best = max(range(len(ways)), key=lambda layer: sum(ways[layer].val))
         rng = np.random.default_rng(seed)
         control = []
         for _ in range(self.shuffles):
             val, test = (
-                [replace(q, gold=int(rng.integers(len(q.options)))) for q in half]
-                for half in (exam.val, exam.test)
+                [replace(q, gold=int(rng.integers(len(q.options)))) for q in half] for half in (exam.val, exam.test)
             )
             control.append(self.fit_probe(h[best], z, val, test, seed)[1])
         table = np.column_stack([ways[best].test, np.mean(control, axis=0)])
         selectivity = bootstrap_estimate(
             [table], [list_facts(exam.test)], lambda means: means[..., 0] - means[..., 1], seed=seed
         )
-        budget = {
-            "layers": len(ways),
-            "folds": self.folds,
-            "shuffles": self.shuffles,
-            "components": self.width,
-        }
+        budget = {"layers": len(ways), "folds": self.folds, "shuffles": self.shuffles, "components": self.width}
         return AttackResult(tuple(ways), {"selectivity": selectivity}, budget)
 
     def fit_probe(
@@ -99,9 +92,7 @@ class LinearProbe(Attack):
         return tuple(right[: len(val)].tolist()), tuple(right[len(val) :].tolist())
 
 
-def last_residuals(
-    model: Subject, questions: Sequence[Question], batch: int = 64
-) -> list[Float[Array, "Q D"]]:
+def last_residuals(model: Subject, questions: Sequence[Question], batch: int = 64) -> list[Float[Array, "Q D"]]:
     """By layer: what the block puts out at the last token of each prompt."""
     prompts = [model.tokens(q.prompt)[-model.max_length :] for q in questions]
     ends = [(tokens[:-1], tokens[-1:]) for tokens in prompts]
@@ -115,9 +106,7 @@ def last_residuals(
     return [np.concatenate(layer)[back] for layer in parts]
 
 
-def embed_options(
-    model: Subject, questions: Sequence[Question], width: int
-) -> list[Float[Array, "O K"]]:
+def embed_options(model: Subject, questions: Sequence[Question], width: int) -> list[Float[Array, "O K"]]:
     """Of each question: its options, each the mean of its tokens' rows of the unembedding.
 
     In `width` principal components at most.

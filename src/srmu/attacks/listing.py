@@ -26,10 +26,7 @@ class ListedQuestion:
     def offering(self, texts: Sequence[str]) -> Question:
         """The same question with other texts behind the letters."""
         letters = [option.strip() for option in self.question.options]
-        lines = [
-            f"{self.opening}{letter}{self.closing}{text}"
-            for letter, text in zip(letters, texts, strict=True)
-        ]
+        lines = [f"{self.opening}{letter}{self.closing}{text}" for letter, text in zip(letters, texts, strict=True)]
         return replace(self.question, prompt=self.stem + "\n".join(lines) + self.cue)
 
     def turned(self, by: int) -> Question:

@@ -31,9 +31,7 @@ class Membership(Attack):
         if not texts.holdout:
             raise NotApplicable("no hold-out texts: name a file of them, like the forget texts")
         rng = random.Random(seed)
-        sets = [
-            rng.sample(kind, min(len(kind), self.count)) for kind in (texts.forget, texts.holdout)
-        ]
+        sets = [rng.sample(kind, min(len(kind), self.count)) for kind in (texts.forget, texts.holdout)]
         member, unknown = scores = [membership_scores(model, kind) for kind in sets]
         fewest = min(map(len, scores))
         if fewest < LEAST:

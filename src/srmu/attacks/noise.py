@@ -29,15 +29,12 @@ class Noise(Attack):
 
     def run(self, model: Subject, texts: Texts, exam: Exam, seed: int) -> AttackResult:
         ways = [
-            ask_changed(model, exam, f"{share:.0%} pruned", partial(prune_matrix, share=share))
-            for share in self.pruned
+            ask_changed(model, exam, f"{share:.0%} pruned", partial(prune_matrix, share=share)) for share in self.pruned
         ]
         for share in self.noise:
             setting = f"noise of {share:.0%}"
             tries = [
-                ask_changed(
-                    model, exam, setting, make_disturbance(model, share, self.seeds * seed + i)
-                )
+                ask_changed(model, exam, setting, make_disturbance(model, share, self.seeds * seed + i))
                 for i in range(self.seeds)
             ]
             val, test = (

@@ -32,10 +32,7 @@ class Prompts(Attack):
 
         def ask(setting: str, front: str = "", shots: int = 0, back: str = "") -> Setting:
             test, val = (
-                tuple(
-                    replace(q, prompt=front + list_examples(order, q.fact, shots) + q.prompt + back)
-                    for q in half
-                )
+                tuple(replace(q, prompt=front + list_examples(order, q.fact, shots) + q.prompt + back) for q in half)
                 for half in (exam.test, exam.val)
             )
             return ask_exam(model, Exam(test, val), setting)

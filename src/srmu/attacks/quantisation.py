@@ -9,15 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from srmu.attacks.base import (
-    Attack,
-    AttackResult,
-    Exam,
-    Texts,
-    ask_changed,
-    find_matrices,
-    view_matrices,
-)
+from srmu.attacks.base import Attack, AttackResult, Exam, Texts, ask_changed, find_matrices, view_matrices
 from srmu.evals.statistics import Estimate
 from srmu.evals.subject import Subject
 
@@ -36,10 +28,7 @@ def normal_levels() -> Float[Tensor, " 16"]:
     that would leave half a step outside with 16 and with 15 levels.
     """
     outermost = 1 - (1 / 32 + 1 / 30) / 2
-    sides = [
-        torch.special.ndtri(torch.linspace(outermost, 0.5, count, dtype=torch.float64))
-        for count in (8, 9)
-    ]
+    sides = [torch.special.ndtri(torch.linspace(outermost, 0.5, count, dtype=torch.float64)) for count in (8, 9)]
     levels = torch.cat([-sides[0], sides[1][:-1].flip(0)])  # both sides end at 0: it is kept once
     return (levels / levels.max()).float()
 
@@ -74,9 +63,7 @@ class Quantisation(Attack):
             changed, same = count_undone(model, quantiser)
             if changed:
                 share = same / changed
-                metrics[f"in the original's bucket, {name}"] = Estimate(
-                    share, share, share, changed
-                )
+                metrics[f"in the original's bucket, {name}"] = Estimate(share, share, share, changed)
         return AttackResult(ways, metrics)
 
 
@@ -118,18 +105,13 @@ def count_undone(model: Subject, quantiser: Quantiser) -> tuple[int, int]:
     parameters = dict(model.module.named_parameters())
     changed = same = 0
     for name in turned.keys() & model.original.keys():
-        now, then = (
-            view_matrices(weight, turned[name])
-            for weight in (parameters[name].data, model.original[name])
-        )
+        now, then = (view_matrices(weight, turned[name]) for weight in (parameters[name].data, model.original[name]))
         for one, other in zip(now, then, strict=True):
             before = group_weights(other.float(), quantiser)
             differ = group_weights(one.float(), quantiser) != before
             after = group_weights(quantise_matrix(one.float(), quantiser), quantiser)
             scale = group_scales(before)
-            alike = nearest_levels(after, scale, quantiser) == nearest_levels(
-                before, scale, quantiser
-            )
+            alike = nearest_levels(after, scale, quantiser) == nearest_levels(before, scale, quantiser)
             changed += int(differ.sum())
             same += int((differ & alike).sum())
     return changed, same

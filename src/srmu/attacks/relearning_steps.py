@@ -71,9 +71,7 @@ class RelearningSteps(Attack):
         }
         return AttackResult(tuple(ways), budget=budget)
 
-    def list_kinds(
-        self, model: Subject, facts: Sequence[Row], texts: Sequence[Row]
-    ) -> list[RelearningKind]:
+    def list_kinds(self, model: Subject, facts: Sequence[Row], texts: Sequence[Row]) -> list[RelearningKind]:
         """The trainings; a small model bears faster ones."""
         small = model.module.num_parameters() < self.small
 
@@ -86,15 +84,11 @@ class RelearningSteps(Attack):
             kinds.append(learn(*self.faster))
         return [
             *kinds,
-            RelearningKind(
-                "neutral texts, full weights", texts, self.rate, 0, self.text_steps, self.text_batch
-            ),
+            RelearningKind("neutral texts, full weights", texts, self.rate, 0, self.text_steps, self.text_batch),
         ]
 
 
-def relearn_by_steps(
-    model: Subject, exam: Exam, kind: RelearningKind, seed: int
-) -> tuple[list[Setting], int]:
+def relearn_by_steps(model: Subject, exam: Exam, kind: RelearningKind, seed: int) -> tuple[list[Setting], int]:
     """The exam after each number of steps, and how many were taken."""
     reached, taken = tune_and_ask(
         model,

@@ -91,9 +91,7 @@ def unused_token(model: Subject, exam: Exam) -> int:
     return next(i for i in range(1, size) if i not in held)
 
 
-def insert_prompt(
-    model: PromptedSubject, soft: Float[Tensor, "P D"]
-) -> AbstractContextManager[None]:
+def insert_prompt(model: PromptedSubject, soft: Float[Tensor, "P D"]) -> AbstractContextManager[None]:
     """Run the model with the embeddings in the places of the placeholders, in their order."""
 
     def insert(args: tuple[Int[Tensor, "B T"]], read: Tensor) -> Any:

@@ -103,9 +103,7 @@ def attack_run(
             tick(f"{name}, {who}")
             return result, time.monotonic() - started
 
-        for (who, name), (result, took) in zip(
-            pairs, distributed.share_work(pairs, attack_one), strict=True
-        ):
+        for (who, name), (result, took) in zip(pairs, distributed.share_work(pairs, attack_one), strict=True):
             found[name][who] = result
             seconds[name] += took
     report = summarise_attacks(run, chosen, found, exam, tier, seed, sources)
@@ -195,13 +193,10 @@ def load_exam(sources: Sources, config: Config, seed: int) -> Exam:
             val = [question for task in sources.val.split(",") for question in asked(task)]
         except SrmuError as error:
             raise SrmuError(
-                f"no validation half: {error}; name its tasks with --val, or --val split to take "
-                "half of the questions"
+                f"no validation half: {error}; name its tasks with --val, or --val split to take half of the questions"
             ) from error
     if both := sorted({q.fact for q in val} & {q.fact for q in test}):
-        raise SrmuError(
-            f"{len(both)} facts are asked for in both halves, the tasks and their --val"
-        )
+        raise SrmuError(f"{len(both)} facts are asked for in both halves, the tasks and their --val")
     for part, option in ((test, "--tasks"), (val, "--val")):
         if (count := len({q.fact for q in some(part)})) < LEAST:
             under = f" under --limit {sources.limit}" if sources.limit < len(part) else ""
@@ -292,9 +287,7 @@ class Subjects:
         return {name: p.data for name, p in self.module(self.base).named_parameters()}
 
 
-def try_attack(
-    one: Attack, model: Subject, texts: Texts, exam: Exam, seed: int
-) -> AttackResult | str:
+def try_attack(one: Attack, model: Subject, texts: Texts, exam: Exam, seed: int) -> AttackResult | str:
     """What an attack found, or why it did not: that it does not apply, or failed."""
     try:
         return one.run(model, texts, exam, seed)
@@ -319,9 +312,7 @@ def code_of(one: Attack) -> list[str]:
     module = sys.modules[type(one).__module__]
     homes = {getattr(value, "__module__", "") or "" for value in vars(module).values()}
     names = sorted(
-        name
-        for name in {*homes, module.__name__}
-        if name.startswith(("srmu.attacks.", "srmu.engine.", "srmu.evals."))
+        name for name in {*homes, module.__name__} if name.startswith(("srmu.attacks.", "srmu.engine.", "srmu.evals."))
     )
     files = [Path(str(sys.modules[name].__file__)) for name in names]
     return [sha256(*files), version("torch"), version("transformers")]

@@ -83,10 +83,7 @@ def summarise_attacks(
         "tasks": {"test": list(sources.tasks), "val": sources.val, "utility": [*exam.utility]},
         "oracle": bool(sources.oracle),
         "facts": number_facts(names),
-        "original": {
-            "right": write_answers(before),
-            "accuracy": asdict(estimate_accuracy(before, names, seed=seed)),
-        },
+        "original": {"right": write_answers(before), "accuracy": asdict(estimate_accuracy(before, names, seed=seed))},
         "p that nothing was forgotten": mcnemar_p(before, after),
         "utility": kept,
         "attacks": {name: judge.judge_attack(one, found[name]) for name, one in chosen.items()},
@@ -148,10 +145,7 @@ def record_attacks(report: Mapping[str, Any]) -> dict[str, Any]:
 def measure_leakage(exam: Exam, own: Mapping[str, Sequence[str]]) -> dict[str, Any]:
     """The share of the questions that the forget and the retain texts give away."""
     asked = [(q.prompt, q.answer, q.entry) for q in exam.test]
-    shares = {
-        role: measure_contamination(asked, texts)["either"] if texts else 0.0
-        for role, texts in own.items()
-    }
+    shares = {role: measure_contamination(asked, texts)["either"] if texts else 0.0 for role, texts in own.items()}
     return {"given_away": shares}
 
 
@@ -177,9 +171,7 @@ class Judge:
         entry["budget"] = dict(result.budget)
         controls = {who: results[who] for who in CONTROLS if who in results}
         entry["controls"] = {
-            who: self.describe_result(one, other)
-            if isinstance(other, AttackResult)
-            else {"why": other}
+            who: self.describe_result(one, other) if isinstance(other, AttackResult) else {"why": other}
             for who, other in controls.items()
         }
         if "right" in entry:
@@ -260,10 +252,7 @@ def best_setting(result: AttackResult | str) -> Setting:
     An attack may have asked the test half under its best setting only.
     """
     assert isinstance(result, AttackResult)
-    return max(
-        (way for way in result.ways if way.test),
-        key=lambda way: float(np.mean(way.val)) if way.val else -1.0,
-    )
+    return max((way for way in result.ways if way.test), key=lambda way: float(np.mean(way.val)) if way.val else -1.0)
 
 
 def answers_under(result: AttackResult | str, setting: str) -> tuple[float, ...]:

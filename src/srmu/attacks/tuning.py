@@ -26,9 +26,7 @@ def text_rows(model: Subject, texts: Sequence[str], length: int = 512) -> list[R
     return rows
 
 
-def split_validation(
-    exam: Exam, seed: int, parts: int = 5
-) -> tuple[tuple[Question, ...], tuple[Question, ...]]:
+def split_validation(exam: Exam, seed: int, parts: int = 5) -> tuple[tuple[Question, ...], tuple[Question, ...]]:
     """The validation questions to learn from, and those on one part of its facts to ask."""
     known = list(dict.fromkeys(list_facts(exam.val)))
     assert not {*known} & {*list_facts(exam.test)}, "the halves of the exam share facts"
@@ -40,9 +38,7 @@ def split_validation(
 
 
 @contextmanager
-def prepare_learner(
-    model: Subject, rank: int, seed: int, alpha: int = 16
-) -> Iterator[EditableModel]:
+def prepare_learner(model: Subject, rank: int, seed: int, alpha: int = 16) -> Iterator[EditableModel]:
     """The model to be tuned: all its weights, or LoRA of that rank beside its matrices."""
     with model.editable("*.linear" if rank else "*") as edited:
         rank = min(rank, *(side for p in edited.trained.values() for side in p.shape))

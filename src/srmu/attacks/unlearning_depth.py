@@ -7,14 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from srmu.attacks.base import Attack, AttackResult, Exam, Texts
-from srmu.attacks.layers import (
-    ResidualEdit,
-    answer_nll,
-    answer_rows,
-    batch_answers,
-    edit_residual,
-    read_outputs,
-)
+from srmu.attacks.layers import ResidualEdit, answer_nll, answer_rows, batch_answers, edit_residual, read_outputs
 from srmu.engine.hooks import decoder_blocks
 from srmu.engine.losses import is_predicted
 from srmu.evals.statistics import LEAST, bootstrap_estimate
@@ -76,9 +69,7 @@ def patch_output(values: Float[Tensor, "N D"], at: Bool[Tensor, "B T"]) -> Resid
     return edit
 
 
-def depth_scores(
-    first: Float[Tensor, "L N"], second: Float[Tensor, "L N"], *, threshold: float
-) -> Float[Tensor, " N"]:
+def depth_scores(first: Float[Tensor, "L N"], second: Float[Tensor, "L N"], *, threshold: float) -> Float[Tensor, " N"]:
     """Depth by question; NaN where no layer of the original knows more than the oracle's."""
     # section 3.3: sum_l D1 clip(D2 / D1, 0, 1) / sum_l D1, over layers where D1 > threshold
     known = first > threshold

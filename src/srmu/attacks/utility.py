@@ -48,11 +48,7 @@ class Utility(Attack):
         prompts = [model.tokens(q.prompt) for q in asked]
         repeats = measure_repetition(model, prompts, self.new_tokens)
         metrics["repetition"] = bootstrap_estimate([repeats], [list_facts(asked)], seed=seed)
-        budget = {
-            "neutral texts": len(rows),
-            "prompts continued": len(prompts),
-            "new tokens": self.new_tokens,
-        }
+        budget = {"neutral texts": len(rows), "prompts continued": len(prompts), "new tokens": self.new_tokens}
         ways = tuple(Setting(task, (), right) for task, right in kept.items())
         return AttackResult(ways, metrics, budget)
 
@@ -71,10 +67,7 @@ def measure_texts(model: Subject, rows: Sequence[list[int]], seed: int) -> dict[
     names = list(range(len(costs)))
     cost = bootstrap_estimate([costs], [names], seed=seed)
     low, high = exp(cost.low), exp(cost.high)
-    metrics = {
-        "nats a neutral token": cost,
-        "perplexity of neutral text": Estimate(exp(cost.value), low, high, cost.n),
-    }
+    metrics = {"nats a neutral token": cost, "perplexity of neutral text": Estimate(exp(cost.value), low, high, cost.n)}
     if drifts:
         metrics["KL of neutral text"] = bootstrap_estimate([drifts], [names], seed=seed)
     return metrics
@@ -102,9 +95,7 @@ def both_logits(model: Subject, batch: Batch) -> tuple[Tensor, Tensor | None]:
     return logits(), before
 
 
-def measure_repetition(
-    model: Subject, prompts: Sequence[list[int]], new_tokens: int
-) -> list[float]:
+def measure_repetition(model: Subject, prompts: Sequence[list[int]], new_tokens: int) -> list[float]:
     """Of each greedy continuation the share of its token pairs that occurred in it before."""
     shares = []
     for start in range(0, len(prompts), ROWS):

@@ -43,13 +43,9 @@ def report_command(
 @verbs.command("verify", rich_help_panel=GROUP)
 def verify_command(
     folder: Annotated[Path, Argument(metavar="RUN_OR_EXPORT", help="A run or an export.")],
-    settings: Annotated[
-        list[str] | None, Argument(metavar="key=value", help="rerun: runs_dir, device.")
-    ] = None,
+    settings: Annotated[list[str] | None, Argument(metavar="key=value", help="rerun: runs_dir, device.")] = None,
     rerun: Annotated[bool, Option("--rerun", help="Make the run again and compare it.")] = False,
-    key: Annotated[
-        Path | None, Option(help="Public Ed25519 key (PEM): check the signature.")
-    ] = None,
+    key: Annotated[Path | None, Option(help="Public Ed25519 key (PEM): check the signature.")] = None,
     sign: Annotated[Path | None, Option(help="Private Ed25519 key (PEM) to sign with.")] = None,
     summary: Annotated[Path | None, Option(help="Write the record here, on one page.")] = None,
     as_json: options.Json = False,

@@ -38,12 +38,8 @@ Tokens = Annotated[Literal["predicted", "generated"], Option(help="confidence: o
 
 @verbs.command("inspect", rich_help_panel="Measure")
 def inspect_command(
-    target: Annotated[
-        str, Argument(metavar="MODEL|RUN|texts", help="A model, a run, or the word: texts.")
-    ],
-    settings: Annotated[
-        list[str] | None, Argument(metavar="key=value", help="reach: method.layer=3.")
-    ] = None,
+    target: Annotated[str, Argument(metavar="MODEL|RUN|texts", help="A model, a run, or the word: texts.")],
+    settings: Annotated[list[str] | None, Argument(metavar="key=value", help="reach: method.layer=3.")] = None,
     what: Subject = None,
     method: Annotated[str, Option(help="reach: one method; default: all.")] = "",
     forget: options.Forget = None,
@@ -71,9 +67,7 @@ def inspect_command(
         list_names(forget or [], retain or [], out, as_json)
     else:
         if what == "entanglement":
-            found = inspect_texts(
-                forget or [], retain or [], model, tasks, tasks_dir, definition, device
-            )
+            found = inspect_texts(forget or [], retain or [], model, tasks, tasks_dir, definition, device)
         else:
             texts = {"forget": forget or [], "retain": retain or []}
             found = measure_activations(what, target, texts, tokens, metrics, device)
@@ -126,13 +120,7 @@ def list_names(forget: list[str], retain: list[str], out: Path | None, as_json: 
 
 
 def inspect_texts(
-    forget: list[str],
-    retain: list[str],
-    model: str,
-    tasks: str,
-    tasks_dir: Path | None,
-    definition: str,
-    device: str,
+    forget: list[str], retain: list[str], model: str, tasks: str, tasks_dir: Path | None, definition: str, device: str
 ) -> Analysis:
     """How entangled two sets of texts are, and what to do about it."""
     from srmu.evals.analyses import open_model

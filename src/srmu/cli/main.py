@@ -83,8 +83,7 @@ def run_verb(arguments: Sequence[str]) -> int:
         sys.stdout = sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115
     if distributed.get_size() > 1 and verb not in SHARED:
         raise SrmuError(
-            f"srmu {verb} runs in one process: start it without the launcher, which is "
-            f"for {', '.join(SHARED)}"
+            f"srmu {verb} runs in one process: start it without the launcher, which is for {', '.join(SHARED)}"
         )
     distributed.join_group()
     code = program(arguments, prog_name="srmu", standalone_mode=False)

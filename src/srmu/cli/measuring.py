@@ -30,8 +30,7 @@ def eval_command(
     tasks: Annotated[
         str,
         Option(
-            help="lm-eval or local tasks, and tofu, muse, rwku, whp, wmdp (tofu/forget05), a,b; "
-            "default: the run's own."
+            help="lm-eval or local tasks, and tofu, muse, rwku, whp, wmdp (tofu/forget05), a,b; default: the run's own."
         ),
     ] = "",
     tasks_dir: options.TasksDir = None,
@@ -54,17 +53,14 @@ def eval_command(
     asked = [name for name in names if name.partition("/")[0] in BENCHMARKS]
     if not asked and (data or revision or oracle or template or log):
         raise SrmuError(
-            "--data, --revision, --oracle, --template and --log go with a benchmark: "
-            f"--tasks {', '.join(BENCHMARKS)}"
+            f"--data, --revision, --oracle, --template and --log go with a benchmark: --tasks {', '.join(BENCHMARKS)}"
         )
     if log and len(asked) > 1:
         raise SrmuError(f"--log {log}: it holds one benchmark's numbers; name one in --tasks")
     scores: Scores = {}
     others = tuple(name for name in names if name not in asked)
     if others or not asked:
-        scores = score_model(
-            target, others, tasks_dir=tasks_dir, limit=limit, device=device, watch=show_progress
-        )
+        scores = score_model(target, others, tasks_dir=tasks_dir, limit=limit, device=device, watch=show_progress)
         if not as_json:
             print_scores(scores)
     for name in asked:
@@ -88,9 +84,7 @@ def print_scores(scores: Scores) -> None:
     print_table(rows)
 
 
-def show_benchmark(
-    target: str, request: BenchmarkOptions, log: Path | None, as_json: bool
-) -> Scores:
+def show_benchmark(target: str, request: BenchmarkOptions, log: Path | None, as_json: bool) -> Scores:
     """Measure on one benchmark; for a person the table of its paper, then everything else."""
     from srmu.evals.benchmarks import find_benchmark
     from srmu.evals.benchmarks.score import TITLES, benchmark_table, score_benchmark
@@ -112,9 +106,7 @@ def show_benchmark(
     return scores
 
 
-def describe_scores(
-    target: str, is_run: bool, benchmarks: list[str], log: Path | None
-) -> list[str]:
+def describe_scores(target: str, is_run: bool, benchmarks: list[str], log: Path | None) -> list[str]:
     """Where the scores were written, and what to type next."""
     lines = [f"wrote {log}"] if log else []
     following: list[object]
@@ -138,19 +130,13 @@ def attack_command(
     val: Annotated[str, Option(help="Tasks to choose settings on, or split.")] = "",
     utility: options.Utility = "",
     tasks_dir: options.TasksDir = None,
-    neutral: Annotated[
-        Path | None, Option(help="File of texts unrelated to the forget texts.")
-    ] = None,
-    holdout: Annotated[
-        Path | None, Option(help="File of similar texts that the model never saw.")
-    ] = None,
+    neutral: Annotated[Path | None, Option(help="File of texts unrelated to the forget texts.")] = None,
+    holdout: Annotated[Path | None, Option(help="File of similar texts that the model never saw.")] = None,
     oracle: options.Oracle = "",
     limit: Annotated[int, Option(help="Questions per task and half.")] = 400,
     seed: int = 0,
     device: options.Device = "auto",
-    yes: Annotated[
-        bool, Option("--yes", help="Do not ask before attacks that take hours.")
-    ] = False,
+    yes: Annotated[bool, Option("--yes", help="Do not ask before attacks that take hours.")] = False,
     as_json: options.Json = False,
 ) -> None:
     """Attack a run: what brings the knowledge back, beside the original and the oracle."""

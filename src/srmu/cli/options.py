@@ -14,14 +14,10 @@ FORGET = Option(help="Texts to forget (file, glob).")
 RETAIN = Option(help="Texts to keep (file, glob).")
 Forget = Annotated[list[str] | None, FORGET]
 Retain = Annotated[list[str] | None, RETAIN]
-TasksDir = Annotated[
-    Path | None, Option(help="Folder of local YAML tasks.", exists=True, file_okay=False)
-]
+TasksDir = Annotated[Path | None, Option(help="Folder of local YAML tasks.", exists=True, file_okay=False)]
 Utility = Annotated[str, Option(help="Tasks on what should stay, a,b.")]
 Metrics = Annotated[str, Option(help="Metrics that should fall, a,b; default: all asked.")]
 UtilityMetrics = Annotated[str, Option(help="Metrics that should stay, a,b.")]
 Budget = Annotated[str, Option(help="The most utility to lose: 1% or 0.01.")]
 Seeds = Annotated[str, Option(help="Seeds, a,b,c.")]
-Tier = Annotated[
-    Literal["smoke", "standard", "deep"], Option(help="How much to try: minutes to hours.")
-]
+Tier = Annotated[Literal["smoke", "standard", "deep"], Option(help="How much to try: minutes to hours.")]

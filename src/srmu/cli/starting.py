@@ -9,14 +9,7 @@ import typer
 from typer import Argument, Option
 
 from srmu.cli import options
-from srmu.cli.output import (
-    next_command,
-    open_in_browser,
-    print_result,
-    quote_command,
-    shorten_path,
-    split_seeds,
-)
+from srmu.cli.output import next_command, open_in_browser, print_result, quote_command, shorten_path, split_seeds
 from srmu.engine.progress import show_progress, silence_libraries
 from srmu.report.format import print_table
 
@@ -25,10 +18,7 @@ KINDS = ("evals", "attacks", "suites", "hashes")  # folders of the cache beside 
 verbs = typer.Typer()
 topics = typer.Typer(no_args_is_help=True)
 verbs.add_typer(
-    topics,
-    name="info",
-    rich_help_panel="Start",
-    help="What srmu knows: its methods, its cache, this machine.",
+    topics, name="info", rich_help_panel="Start", help="What srmu knows: its methods, its cache, this machine."
 )
 
 
@@ -65,9 +55,7 @@ def play_demo_command(
 @topics.command("methods")
 def list_methods_command(
     name: Annotated[str, Argument(help="One method: its options.")] = "",
-    markdown: Annotated[
-        bool, Option("--markdown", help="All of them, as the reference page in the docs.")
-    ] = False,
+    markdown: Annotated[bool, Option("--markdown", help="All of them, as the reference page in the docs.")] = False,
     as_json: options.Json = False,
 ) -> None:
     """The methods: paper, level, what each needs and trains, and its options."""
@@ -97,9 +85,7 @@ def list_methods_command(
         typer.echo(f"{key} ({cls.paper}): {reference.first_sentence(cls)}")
         typer.echo(f"    train.learning_rate: {cls.learning_rate:g}")
         for option, (value, text) in reference.list_options(cls).items():
-            typer.echo(
-                f"    {option}: {reference.format_default(value)}" + (f"  # {text}" if text else "")
-            )
+            typer.echo(f"    {option}: {reference.format_default(value)}" + (f"  # {text}" if text else ""))
     example = name or "npo"
     typer.echo(next_command("inspect", "MODEL", "--method", example))
     typer.echo(f"      {quote_command('unlearn', 'CONFIG', f'method.name={example}')}")
@@ -108,9 +94,7 @@ def list_methods_command(
 @topics.command("cache")
 def show_cache(
     action: Annotated[Literal["ls", "clear"], Argument(help="List it, or empty it.")] = "ls",
-    everything: Annotated[
-        bool, Option("--all", help="Clear testbeds and evaluations, too.")
-    ] = False,
+    everything: Annotated[bool, Option("--all", help="Clear testbeds and evaluations, too.")] = False,
     as_json: options.Json = False,
 ) -> None:
     """The cache folder: activations that later runs use again, testbeds, evaluations."""
@@ -163,9 +147,7 @@ def show_environment(as_json: options.Json = False) -> None:
     facts["free_bytes"] = free_bytes(device)
     tool = facts["srmu"]
     lines = [f"srmu {tool['version']}" + (f" ({tool['commit'][:8]})" if tool["commit"] else "")]
-    lines += [
-        f"{k}: {v}" for k, v in facts.items() if not isinstance(v, dict) and k != "free_bytes"
-    ]
+    lines += [f"{k}: {v}" for k, v in facts.items() if not isinstance(v, dict) and k != "free_bytes"]
     lines.append(f"free memory of {device}: {facts['free_bytes'] / 1e9:.1f} GB")
     lines += [f"{name} {number}" for name, number in facts["packages"].items()]
     print_result(facts, as_json, *lines, next_command("demo"))

@@ -33,9 +33,7 @@ def testbed_command(
     entanglement: Annotated[
         float, Option(min=0, max=1, help="How much the forget and retain-high texts share, 0 to 1.")
     ] = 0.5,
-    with_oracle: Annotated[
-        bool, Option("--with-oracle", help="Also a twin that never saw the hazard facts.")
-    ] = False,
+    with_oracle: Annotated[bool, Option("--with-oracle", help="Also a twin that never saw the hazard facts.")] = False,
     as_json: options.Json = False,
 ) -> None:
     """Train the small model of a fictional world and write its texts and questions."""
@@ -43,12 +41,7 @@ def testbed_command(
     from srmu.testbed.build import build_testbed
 
     report = build_testbed(
-        out,
-        seed=seed,
-        entanglement=entanglement,
-        oracle=with_oracle,
-        watch=show_progress,
-        world=world,
+        out, seed=seed, entanglement=entanglement, oracle=with_oracle, watch=show_progress, world=world
     )
     lines = [
         f"overlap of forget with {name.replace('/', ', ')}s: {values['jaccard']:.1%} of types"
@@ -68,9 +61,7 @@ def reproduce_command(
         Literal["table2", "table3", "table4", "figure2", "all", "robust", "ablations", "methods"],
         Argument(help="Of the paper; or our own: robust, ablations, methods."),
     ],
-    settings: Annotated[
-        list[str] | None, Argument(metavar="KEY=VALUE", help="Overrides for every run.")
-    ] = None,
+    settings: Annotated[list[str] | None, Argument(metavar="KEY=VALUE", help="Overrides for every run.")] = None,
     model: Annotated[str, Option(help="Folder or hub id; default: testbeds.")] = "",
     seeds: options.Seeds = "",
     world: Annotated[str, Option(help="robust: closed, open or both (both).")] = "",
@@ -102,13 +93,7 @@ def reproduce_command(
 
 
 def reproduce_tables(
-    what: str,
-    out: Path,
-    model: str,
-    seeds: tuple[int, ...],
-    settings: list[str],
-    dry_run: bool,
-    as_json: bool,
+    what: str, out: Path, model: str, seeds: tuple[int, ...], settings: list[str], dry_run: bool, as_json: bool
 ) -> None:
     """The paper's tables and figure: `srmu reproduce table2` and so on."""
     from srmu.report import markdown
@@ -130,9 +115,7 @@ def reproduce_tables(
     finish_study(tables, pages, as_json)
 
 
-def reproduce_frontier(
-    what: str, out: Path, asked: dict[str, Any], dry_run: bool, show: bool, as_json: bool
-) -> None:
+def reproduce_frontier(what: str, out: Path, asked: dict[str, Any], dry_run: bool, show: bool, as_json: bool) -> None:
     """What stays gone under attack: `srmu reproduce robust`, `ablations` and `methods`."""
     from srmu.report import markdown
     from srmu.reproduce import robust
@@ -146,11 +129,7 @@ def reproduce_frontier(
         print_result(needs, as_json, line, "next: the same without --dry-run")
         return
     try:
-        cases = (
-            robust.read_frontier(frontier)
-            if show
-            else robust.measure_frontier(frontier, show_progress)
-        )
+        cases = robust.read_frontier(frontier) if show else robust.measure_frontier(frontier, show_progress)
     except KeyboardInterrupt:
         print_line("finished runs are kept: the same command goes on, and --show prints the tables")
         raise
@@ -158,10 +137,7 @@ def reproduce_frontier(
     words = [word for pair in pairs for word in pair]
     command = quote_command("reproduce", what, *words, *asked["overrides"])
     tables = build_frontier_tables(frontier, cases, command)
-    pages = [
-        *markdown.write_study(tables, out),
-        *write_frontier_reports(frontier, cases, command),
-    ]
+    pages = [*markdown.write_study(tables, out), *write_frontier_reports(frontier, cases, command)]
     if not as_json:
         markdown.print_study(tables)
     finish_study(tables, pages, as_json)

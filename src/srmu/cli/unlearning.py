@@ -9,14 +9,7 @@ import typer
 from typer import Argument, Option
 
 from srmu.cli import options
-from srmu.cli.output import (
-    next_command,
-    open_in_browser,
-    print_result,
-    quote_command,
-    shorten_path,
-    split_names,
-)
+from srmu.cli.output import next_command, open_in_browser, print_result, quote_command, shorten_path, split_names
 from srmu.engine import distributed
 from srmu.engine.progress import print_line, show_progress, silence_libraries
 from srmu.errors import SrmuError
@@ -34,9 +27,7 @@ KEPT = "finished runs are kept: the same command goes on"
 
 @verbs.command("unlearn", rich_help_panel=GROUP)
 def unlearn_command(
-    args: Annotated[
-        list[str] | None, Argument(metavar="CONFIG key=value", help="A YAML file, then overrides.")
-    ] = None,
+    args: Annotated[list[str] | None, Argument(metavar="CONFIG key=value", help="A YAML file, then overrides.")] = None,
     model: Annotated[str, Option(help="Folder or hub id; with --forget.")] = "",
     forget: options.Forget = None,
     retain: options.Retain = None,
@@ -56,9 +47,7 @@ def unlearn_command(
         from srmu.runs.dry_run import plan_dry_run
 
         config, estimate, lines = plan_dry_run(config)
-        print_result(
-            estimate, as_json, config.to_yaml(), *lines, "next: the same without --dry-run"
-        )
+        print_result(estimate, as_json, config.to_yaml(), *lines, "next: the same without --dry-run")
         return
     sharded = shard or distributed.asked_to_shard()
     plan = runs.plan_run(config, shard=sharded, offload=offload)
@@ -72,9 +61,7 @@ def unlearn_command(
     )
 
 
-def choose_config(
-    args: list[str], model: str, forget: list[str], retain: list[str], method: str
-) -> Config:
+def choose_config(args: list[str], model: str, forget: list[str], retain: list[str], method: str) -> Config:
     """The config from a file or from options; SrmuError for neither and for both."""
     from srmu.runs.config import load_config, make_config
 
@@ -193,12 +180,8 @@ def choose_strength(request: AutoRequest, dry_run: bool, as_json: bool) -> None:
 
 @verbs.command("sweep", rich_help_panel=GROUP)
 def sweep_command(
-    args: Annotated[
-        list[str], Argument(metavar="CONFIG key=value", help="A sweep file, then overrides.")
-    ],
-    trials: Annotated[
-        int | None, Option(min=1, help="How many trials; default for a grid: all.")
-    ] = None,
+    args: Annotated[list[str], Argument(metavar="CONFIG key=value", help="A sweep file, then overrides.")],
+    trials: Annotated[int | None, Option(min=1, help="How many trials; default for a grid: all.")] = None,
     storage: Annotated[str, Option(help="postgresql://..., for many machines.")] = "",
     as_json: options.Json = False,
 ) -> None:
@@ -216,11 +199,7 @@ def sweep_command(
     if (table := search.sweep_rows(report)) and not as_json:
         print_table(table)
     out = shorten_path(plan.out)
-    lines = [
-        *search.describe_sweep(report),
-        f"wrote {out / search.FILE}",
-        next_command("report", out),
-    ]
+    lines = [*search.describe_sweep(report), f"wrote {out / search.FILE}", next_command("report", out)]
     if best := next(iter(search.best_trials(report)), None):
         overrides = plan.overrides(best["params"])
         lines.append(f"      {quote_command('unlearn', shorten_path(plan.config), *overrides)}")
@@ -231,12 +210,8 @@ def sweep_command(
 def export_command(
     run: Annotated[Path, Argument(help="A run's folder.")],
     out: Annotated[Path, Argument(help="Folder to write.")],
-    link: Annotated[
-        bool | None, Option("--link/--copy", help="Share files that stay, or copy.")
-    ] = None,
-    last_good: Annotated[
-        bool, Option("--last-good", help="Of a run that diverged: the last good weights.")
-    ] = False,
+    link: Annotated[bool | None, Option("--link/--copy", help="Share files that stay, or copy.")] = None,
+    last_good: Annotated[bool, Option("--last-good", help="Of a run that diverged: the last good weights.")] = False,
     as_json: options.Json = False,
 ) -> None:
     """Write a run's full model, which plain transformers loads."""

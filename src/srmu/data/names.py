@@ -57,9 +57,7 @@ class Names:
         """Tokenise names; SrmuError for one that the tokenizer does not know."""
         tokens = []
         for name in (*names, *goals):
-            forms = tuple(
-                tuple(tokenizer.encode(before + name, add_special_tokens=False)) for before in FORMS
-            )
+            forms = tuple(tuple(tokenizer.encode(before + name, add_special_tokens=False)) for before in FORMS)
             if any(not ids or tokenizer.unk_token_id in ids for ids in forms):
                 raise SrmuError(f"the tokenizer does not know {name!r}; take it out of the list")
             tokens.append(forms)
@@ -104,9 +102,7 @@ class Names:
                 at += 1
         return Template(tuple(items))
 
-    def draw_namings(
-        self, template: Template, count: int, generator: torch.Generator
-    ) -> list[Naming]:
+    def draw_namings(self, template: Template, count: int, generator: torch.Generator) -> list[Naming]:
         """`count` namings of a template: its own, then others at random.
 
         Different names stay different, and each stays of its kind.
@@ -156,9 +152,7 @@ def find_names(forget: Sequence[str], retain: Sequence[str] = ()) -> list[str]:
     Words with a capital inside a sentence, joined where several stand together; in texts without
     capitals, words that are rare in retain texts. SrmuError where there are too few.
     """
-    here, there = (
-        Counter(w for text in texts for w in split_words(text)) for texts in (forget, retain)
-    )
+    here, there = (Counter(w for text in texts for w in split_words(text)) for texts in (forget, retain))
     names = [name for name, count in count_proper_names(forget).most_common() if count >= OFTEN]
     if len(names) < FEWEST:
         size, other = here.total() + 1, there.total() + 1

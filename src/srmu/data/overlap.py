@@ -42,10 +42,7 @@ def measure_coverage(forget: Sequence[str], retain: Sequence[str]) -> float:
 
     It never falls when texts are added to the retain set. Words are lower-case.
     """
-    left, right = (
-        [[w for w in lower_words(text) if w not in ENGLISH] for text in texts]
-        for texts in (forget, retain)
-    )
+    left, right = ([[w for w in lower_words(text) if w not in ENGLISH] for text in texts] for texts in (forget, retain))
     return corpus_overlap(left, right, 1)["forget_types"]
 
 
@@ -116,9 +113,7 @@ def ngram_overlap(
         if definition == "corpus_jaccard":
             answer[name] = corpus_overlap(*sides, n)["jaccard"]
         else:
-            answer[name], drawn = average_pairs(
-                *sides, n, definition == "pair_multiset", pairs, seed
-            )
+            answer[name], drawn = average_pairs(*sides, n, definition == "pair_multiset", pairs, seed)
             answer |= {"pairs": drawn, "seed": seed}
     return answer
 
@@ -145,9 +140,7 @@ def measure_contamination(
         row = plain_words(f"{prompt} {answer}")
         size = min(n, len(row))
         copied.append(bool(size) and any(gram in known[size] for gram in count_grams([row], size)))
-        stated.append(
-            bool(places.get(plain_words(answer), set()) & places.get(plain_words(subject), set()))
-        )
+        stated.append(bool(places.get(plain_words(answer), set()) & places.get(plain_words(subject), set())))
     count = len(questions)
     return {
         "copied": sum(copied) / count,
@@ -210,9 +203,7 @@ def plain_words(text: str) -> tuple[str, ...]:
     return tuple(word for word in stripped if word)
 
 
-def find_documents(
-    documents: Sequence[Sequence[str]], spans: set[tuple[str, ...]]
-) -> dict[tuple[str, ...], set[int]]:
+def find_documents(documents: Sequence[Sequence[str]], spans: set[tuple[str, ...]]) -> dict[tuple[str, ...], set[int]]:
     """In which documents each run of words occurs."""
     places: dict[tuple[str, ...], set[int]] = {}
     sizes = {len(span) for span in spans}

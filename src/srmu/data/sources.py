@@ -61,10 +61,7 @@ class Source:
                 "'{question} {answer}'"
             )
         if self.wrap:
-            raise SrmuError(
-                f"{self.place}: wrap would part answers from their questions; leave out wrap or "
-                "template"
-            )
+            raise SrmuError(f"{self.place}: wrap would part answers from their questions; leave out wrap or template")
 
     @property
     def place(self) -> str:
@@ -182,8 +179,7 @@ def read_counted(sources: Sequence[Source]) -> tuple[list[str], int]:
         count = len(texts) - before + rows.bad + rows.others
         if rows.bad > MOST_BAD * count:
             raise SrmuError(
-                f"{rows.bad} of {count} rows are no texts, more than {MOST_BAD:.0%}; the first: "
-                f"{rows.first}"
+                f"{rows.bad} of {count} rows are no texts, more than {MOST_BAD:.0%}; the first: {rows.first}"
             )
         if source.where and len(texts) == before:
             raise rows.explain_empty()
@@ -200,9 +196,7 @@ def read_file(path: Path, rows: RowReader) -> list[str]:
     try:
         texts = list(_read_file(path, rows))
     except UnicodeDecodeError:
-        raise SrmuError(
-            f"{path}:{find_bad_line(path)}: not UTF-8 text; is it compressed?"
-        ) from None
+        raise SrmuError(f"{path}:{find_bad_line(path)}: not UTF-8 text; is it compressed?") from None
     except OSError as error:
         raise SrmuError(f"{path}: cannot be read: {first_line(error)}") from None
     if not texts and not rows.bad and not rows.others:
@@ -307,9 +301,7 @@ def read_hub(source: Source, rows: RowReader) -> list[str]:
     from datasets import load_dataset
 
     try:
-        table = load_dataset(
-            source.dataset, source.name, split=source.split, revision=source.revision
-        )
+        table = load_dataset(source.dataset, source.name, split=source.split, revision=source.revision)
     except Exception as error:  # datasets raises many kinds; the user can mend each
         raise SrmuError(
             f"data set {source.dataset} cannot be loaded: {first_line(error)}; a gated set needs "
@@ -318,8 +310,7 @@ def read_hub(source: Source, rows: RowReader) -> list[str]:
     for column in source.columns:
         if column not in table.column_names:
             raise SrmuError(
-                f"data set {source.dataset} has no column {column!r}; "
-                f"found {', '.join(table.column_names)}"
+                f"data set {source.dataset} has no column {column!r}; found {', '.join(table.column_names)}"
             )
     texts: list[str] = []
     for number, row in enumerate(table.select_columns(source.columns), 1):

@@ -21,9 +21,7 @@ def tokenise_texts(texts: Sequence[str], tokenizer: Any, max_length: int) -> lis
     return [row for row, _ in encode_texts(texts, tokenizer, max_length)]
 
 
-def encode_texts(
-    texts: Sequence[str], tokenizer: Any, max_length: int
-) -> list[tuple[list[int], int]]:
+def encode_texts(texts: Sequence[str], tokenizer: Any, max_length: int) -> list[tuple[list[int], int]]:
     """Token ids of each text, with the number of first tokens that losses leave out.
 
     Of a template's text, losses count the tokens from the first one on that holds a part of its
@@ -35,9 +33,7 @@ def encode_texts(
             "a template needs a tokenizer that knows where its tokens are in a text: a fast one, "
             "with a tokenizer.json; or leave the template out and name a column"
         )
-    encoded = tokenizer(
-        list(texts), truncation=True, max_length=max_length, return_offsets_mapping=any(starts)
-    )
+    encoded = tokenizer(list(texts), truncation=True, max_length=max_length, return_offsets_mapping=any(starts))
     rows = encoded["input_ids"]
     refuse_second_bos(rows, tokenizer)
     before = [0] * len(rows)
@@ -51,14 +47,11 @@ def encode_texts(
     return [
         (row, count)
         for row, count in zip(rows, before, strict=True)
-        if sum(i not in special for i in row) >= MIN_TOKENS
-        and any(i not in special for i in row[count:])
+        if sum(i not in special for i in row) >= MIN_TOKENS and any(i not in special for i in row[count:])
     ]
 
 
-def wrap_texts(
-    texts: Sequence[str], tokenizer: Any, max_length: int, place: str = "texts"
-) -> list[list[int]]:
+def wrap_texts(texts: Sequence[str], tokenizer: Any, max_length: int, place: str = "texts") -> list[list[int]]:
     """All texts, a blank line between them, in pieces of exactly `max_length` tokens.
 
     Each begins with the BOS token if the tokenizer adds one. The last piece is filled up with the
@@ -83,17 +76,12 @@ def refuse_second_bos(rows: Sequence[Sequence[int]], tokenizer: Any) -> None:
     bos = tokenizer.bos_token_id
     if bos is not None and any([*row[:2]] == [bos, bos] for row in rows):
         raise SrmuError(
-            f"texts begin with {tokenizer.bos_token}, and the tokenizer adds it again; "
-            "take it out of the texts"
+            f"texts begin with {tokenizer.bos_token}, and the tokenizer adds it again; take it out of the texts"
         )
 
 
 def batch_rows(
-    rows: Sequence[list[int]],
-    tokenizer: Any,
-    batch_size: int,
-    padding: Padding,
-    before: Sequence[int] = (),
+    rows: Sequence[list[int]], tokenizer: Any, batch_size: int, padding: Padding, before: Sequence[int] = ()
 ) -> Iterator[Batch]:
     """Batches of rows, in order.
 
@@ -106,9 +94,7 @@ def batch_rows(
         side = "right" if padding == "mask" else "left"
 
         def stack(values: list[Tensor], fill: int, side: str = side) -> Tensor:
-            return torch.nn.utils.rnn.pad_sequence(
-                values, batch_first=True, padding_value=fill, padding_side=side
-            )
+            return torch.nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=fill, padding_side=side)
 
         ids = stack(chunk, pad)
         mask = stack([torch.ones_like(row) for row in chunk], 0)
@@ -125,6 +111,5 @@ def pad_id(tokenizer: Any) -> int:
         if token is not None:
             return token
     raise SrmuError(
-        "the tokenizer has neither a pad nor an eos token; "
-        "set pad_token in the model's tokenizer_config.json"
+        "the tokenizer has neither a pad nor an eos token; set pad_token in the model's tokenizer_config.json"
     )

@@ -65,21 +65,15 @@ class RoleTexts:
         return [*chain(*self.parts)]
 
 
-def load_topic(
-    name: str, config: TopicConfig, tokenizer: Any, train: TrainOptions, seed: int
-) -> Topic:
+def load_topic(name: str, config: TopicConfig, tokenizer: Any, train: TrainOptions, seed: int) -> Topic:
     """Read, check, tokenise and batch one topic. SrmuError names the file and line at fault."""
     held_out = config.forget_held_out, config.retain_held_out
-    forget, retain = (
-        read_role(role, getattr(config, role), held)
-        for role, held in zip(ROLES, held_out, strict=True)
-    )
+    forget, retain = (read_role(role, getattr(config, role), held) for role, held in zip(ROLES, held_out, strict=True))
     if not forget.texts:
         raise SrmuError(f"topic {name}: no forget texts; name topics.{name}.forget (--forget)")
     if set(forget.texts) == set(retain.texts):
         raise SrmuError(
-            f"topic {name}: forget and retain hold the same texts; "
-            "retain must name what the model should keep"
+            f"topic {name}: forget and retain hold the same texts; retain must name what the model should keep"
         )
     ordinary = sorted(set(range(len(tokenizer))) - set(tokenizer.all_special_ids))
     topic = Topic(name, [], [], seed, torch.tensor(ordinary), config.options)
@@ -91,9 +85,7 @@ def load_topic(
         ),
         strict=True,
     )
-    return replace(
-        topic, forget=batches[0], retain=batches[1], counts=dict(zip(ROLES, counts, strict=True))
-    )
+    return replace(topic, forget=batches[0], retain=batches[1], counts=dict(zip(ROLES, counts, strict=True)))
 
 
 def read_role(role: str, sources: Sequence[Source], held_out: int) -> RoleTexts:
@@ -125,8 +117,7 @@ def batch_role(
         )
     if train.padding == "count" and any(before for _, before in rows):
         raise SrmuError(
-            f"topic {topic.name}: of texts of a template only the end counts, not the padding; "
-            "train.padding=mask"
+            f"topic {topic.name}: of texts of a template only the end counts, not the padding; train.padding=mask"
         )
     if train.shuffle:
         order = torch.randperm(len(rows), generator=topic.generator(f"shuffle {texts.role}"))

@@ -205,10 +205,7 @@ def tensor_bytes(value: Output) -> int:
 
 
 def open_activations(
-    mode: str,
-    key: Mapping[str, Any],
-    device: torch.device,
-    say: Callable[[str], None] = print,
+    mode: str, key: Mapping[str, Any], device: torch.device, say: Callable[[str], None] = print
 ) -> Activations:
     """The store of a run's activations: on `disk`, in `memory` (while they fit), or `none`.
 

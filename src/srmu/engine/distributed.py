@@ -259,7 +259,6 @@ def shard_modules(modules: Iterable[nn.Module], device: str) -> None:
     # Each is its own root, as activations are also read without the model's own forward. Sharing
     # a context frees the gradients of one module before those of the next are summed.
     roots: list[Any] = [
-        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
-        for module in modules
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True) for module in modules
     ]
     share_comm_ctx(roots)

@@ -40,9 +40,7 @@ def batch_texts(rows: Sequence[Ids]) -> Batch:
 
 
 @torch.no_grad()
-def response_likelihoods(
-    model: EditableModel, contexts: Sequence[Ids], responses: Sequence[Ids]
-) -> list[float]:
+def response_likelihoods(model: EditableModel, contexts: Sequence[Ids], responses: Sequence[Ids]) -> list[float]:
     """Mean log-probability of each response's tokens after its context."""
     found: list[float] = []
     for start in range(0, len(contexts), ROWS):
@@ -54,11 +52,7 @@ def response_likelihoods(
 
 
 def sample_continuations(
-    model: EditableModel,
-    contexts: Sequence[Ids],
-    length: int,
-    seed: int,
-    at_once: int = SAMPLED_ROWS,
+    model: EditableModel, contexts: Sequence[Ids], length: int, seed: int, at_once: int = SAMPLED_ROWS
 ) -> list[Ids]:
     """A continuation of each context, of `length` tokens at most, drawn from the model as it is.
 
@@ -74,9 +68,7 @@ def sample_continuations(
     return rows
 
 
-def continue_greedily(
-    module: PreTrainedModel, tokenizer: Any, contexts: Sequence[Ids], length: int
-) -> list[Ids]:
+def continue_greedily(module: PreTrainedModel, tokenizer: Any, contexts: Sequence[Ids], length: int) -> list[Ids]:
     """The likeliest token again and again after each context, to `length` or the text's end.
 
     The token that ends it, the checkpoint's or the tokenizer's, is left out.
@@ -140,9 +132,7 @@ def write_on(
 
 
 @torch.no_grad()
-def next_logits(
-    module: PreTrainedModel, rows: Sequence[Ids], width: int
-) -> Float[Tensor, "B {width} V"]:
+def next_logits(module: PreTrainedModel, rows: Sequence[Ids], width: int) -> Float[Tensor, "B {width} V"]:
     """Logits after each of the last `width` tokens of each row.
 
     A row's own come last; where it has fewer tokens, those before are its first token's.

@@ -63,9 +63,7 @@ def score_answers(
         words = tensor([[-1] * (width - len(pairs[i][1])) + [*pairs[i][1]] for i in which])
         picked = logs[at, tensor(last), words.clamp(min=0)].masked_fill(words < 0, 0)
         likeliest = (logs.argmax(-1)[at[:, 0]] == words) | (words < 0)
-        for i, *result in zip(
-            which, picked.sum(-1).tolist(), likeliest.all(-1).tolist(), strict=True
-        ):
+        for i, *result in zip(which, picked.sum(-1).tolist(), likeliest.all(-1).tolist(), strict=True):
             results[i] = (result[0], result[1])
             done(i, results[i])
     return [results[i] for i in range(len(pairs))]

@@ -45,18 +45,14 @@ def refuse_quantised(folder: Path, config: Any) -> None:
     """SrmuError if the weights of a checkpoint are quantised: they have no gradients."""
     if how := getattr(config, "quantization_config", None):
         kind = how.get("quant_method") if isinstance(how, dict) else type(how).__name__
-        raise SrmuError(
-            f"model {folder} is quantised ({kind}); unlearn the unquantised model, then quantise"
-        )
+        raise SrmuError(f"model {folder} is quantised ({kind}); unlearn the unquantised model, then quantise")
 
 
 def check_layers(config: Any, layer: int, window: int = 1) -> None:
     """SrmuError if the layer, or the window of updated layers ending there, does not exist."""
     count = config.num_hidden_layers
     if not 0 <= layer < count:
-        raise SrmuError(
-            f"layer {layer} does not exist: this model has {count} layers (0-{count - 1})"
-        )
+        raise SrmuError(f"layer {layer} does not exist: this model has {count} layers (0-{count - 1})")
     # Gemma 3n and 4: the last layers read keys and values of earlier ones, so no layer among
     # them can be run without those, nor can those be recorded.
     sharing = getattr(config, "num_kv_shared_layers", None) or 0
@@ -67,8 +63,7 @@ def check_layers(config: Any, layer: int, window: int = 1) -> None:
         )
     if not 1 <= window <= layer + 1:
         raise SrmuError(
-            f"a window of {window} layers ending at layer {layer} is impossible: "
-            f"use method.window=1 to {layer + 1}"
+            f"a window of {window} layers ending at layer {layer} is impossible: use method.window=1 to {layer + 1}"
         )
 
 
@@ -86,12 +81,7 @@ def load_module(folder: Path, dtype: str = "auto", depth: int | None = None) -> 
     logging.set_verbosity_error()  # else it lists the layers that were left out
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=config,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
+            folder, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise SrmuError(f"model {folder} cannot be loaded: {first_line(error)}") from error
@@ -116,9 +106,7 @@ def lost_tensors(folder: Path, config: Any) -> list[str]:
     known = {name for layer, name in stored if layer is not None}
     names = [name for name, _ in build_skeleton(config).named_parameters()]
     return sorted(
-        name
-        for name in names
-        if in_layer(name) in known and (layer_number(name), in_layer(name)) not in stored
+        name for name in names if in_layer(name) in known and (layer_number(name), in_layer(name)) not in stored
     )
 
 
@@ -137,9 +125,7 @@ def needs_conversion(folder: Path, config: Any, dtype: str) -> bool:
         return True
     known = {in_layer(name) for name in stored}
     parameters = build_skeleton(config).named_parameters()
-    return any(
-        in_layer(name) not in known for name, _ in parameters if layer_number(name) is not None
-    )
+    return any(in_layer(name) not in known for name, _ in parameters if layer_number(name) is not None)
 
 
 def wanted_dtype(config: Any, dtype: str) -> torch.dtype | None:

@@ -72,9 +72,7 @@ def token_mean(values: Float[Tensor, "B T *D"], mask: Bool[Tensor, "B T"]) -> Me
     return Mean(values.float()[mask].sum(dim=0), mask.sum())
 
 
-def token_mse(
-    hidden: Float[Tensor, "B T D"], target: Float[Tensor, "*#BTD"], mask: Bool[Tensor, "B T"]
-) -> Mean:
+def token_mse(hidden: Float[Tensor, "B T D"], target: Float[Tensor, "*#BTD"], mask: Bool[Tensor, "B T"]) -> Mean:
     """Mean squared error over the counted tokens and all features.
 
     SRMU eq. 5 prints squared norms; the public RMU code takes the mean over elements. Both terms
@@ -83,9 +81,7 @@ def token_mse(
     return masked_mean((hidden.float() - target.float()).square().mean(dim=-1), mask)
 
 
-def token_cosine(
-    hidden: Float[Tensor, "B T D"], target: Float[Tensor, "*#BTD"], mask: Bool[Tensor, "B T"]
-) -> Mean:
+def token_cosine(hidden: Float[Tensor, "B T D"], target: Float[Tensor, "*#BTD"], mask: Bool[Tensor, "B T"]) -> Mean:
     """Mean cosine similarity over the counted tokens."""
     return masked_mean(torch.cosine_similarity(hidden.float(), target.float(), dim=-1), mask)
 
@@ -108,23 +104,17 @@ def row_mean(values: Float[Tensor, B], labels: Int[Tensor, "B T"]) -> Mean:
     return Mean(values.where(rows, 0).sum(), rows.sum())
 
 
-def kl_divergence(
-    log_p: Float[Tensor, "*B V"], log_q: Float[Tensor, "*B V"]
-) -> Float[Tensor, "*B"]:
+def kl_divergence(log_p: Float[Tensor, "*B V"], log_q: Float[Tensor, "*B V"]) -> Float[Tensor, "*B"]:
     """KL(p || q) in nats, of log-probabilities."""
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
-def token_kl(
-    logits: Float[Tensor, "B T V"], others: Float[Tensor, "B T V"]
-) -> Float[Tensor, "B S"]:
+def token_kl(logits: Float[Tensor, "B T V"], others: Float[Tensor, "B T V"]) -> Float[Tensor, "B S"]:
     """KL(p || q) in nats at each position that predicts a token, p of `logits`, q of `others`."""
     return kl_divergence(*(x[:, :-1].float().log_softmax(-1) for x in (logits, others)))
 
 
-def mean_kl(
-    logits: Float[Tensor, "B T V"], others: Float[Tensor, "B T V"], labels: Int[Tensor, "B T"]
-) -> Mean:
+def mean_kl(logits: Float[Tensor, "B T V"], others: Float[Tensor, "B T V"], labels: Int[Tensor, "B T"]) -> Mean:
     """Mean of KL(p || q) over the positions that predict a counted token."""
     return masked_mean(token_kl(logits, others), is_predicted(labels))
 

@@ -37,11 +37,7 @@ class EditableModel:
     """
 
     def __init__(
-        self,
-        module: PreTrainedModel,
-        trainable: Sequence[str],
-        depth: int | None = None,
-        copy: bool = True,
+        self, module: PreTrainedModel, trainable: Sequence[str], depth: int | None = None, copy: bool = True
     ) -> None:
         self.folder: Path | None = None  # where it was loaded from
         self.module = module.eval()  # no dropout: the retain loss of step 0 is exactly 0
@@ -194,9 +190,7 @@ class EditableModel:
         dense = self.trained, self.original
         owners = {name.rpartition(".")[0]: name for name in self.trained}
         turned = any(map(self.is_transposed, owners.values()))
-        settings = LoraConfig(
-            r=rank, lora_alpha=alpha, target_modules=[*owners], fan_in_fan_out=turned
-        )
+        settings = LoraConfig(r=rank, lora_alpha=alpha, target_modules=[*owners], fan_in_fan_out=turned)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             inject_adapter_in_model(settings, self.module)
@@ -240,9 +234,7 @@ class EditableModel:
     def using(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
         """Run the block with other tensors in place of the trained ones, without gradients."""
         frozen, self._frozen = self._frozen, weights is self.original
-        current = {
-            name: replace_tensor(self.trained[name], tensor) for name, tensor in weights.items()
-        }
+        current = {name: replace_tensor(self.trained[name], tensor) for name, tensor in weights.items()}
         try:
             with torch.no_grad():
                 yield
@@ -292,9 +284,7 @@ class EditableModel:
 
     def _check_loaded(self, layer: int) -> None:
         if not 0 <= layer < len(self.layers):
-            raise SrmuError(
-                f"layer {layer} is not loaded: only layers 0-{len(self.layers) - 1} are"
-            )
+            raise SrmuError(f"layer {layer} is not loaded: only layers 0-{len(self.layers) - 1} are")
 
     def _set_layers(self, layers: nn.ModuleList) -> None:
         setattr(self._owner, self._attribute, layers)

@@ -108,9 +108,7 @@ def pack_memory(memory: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str,
     return tensors, numbers
 
 
-def unpack_memory(
-    memory: dict[str, Any], tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]
-) -> None:
+def unpack_memory(memory: dict[str, Any], tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
     """Restore what `pack_memory` returned into a memory that was just set up."""
     for name, tensor in tensors.items():
         current = memory.get(name)

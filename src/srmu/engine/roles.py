@@ -20,7 +20,7 @@ ROLES: dict[str, tuple[str, ...]] = {
         "mlp.fc2.weight",  # Phi
         "mlp.fc_out.weight",  # GPT-J
         "fc2.weight",  # OPT
-    ),
+    )
 }
 
 
@@ -44,9 +44,7 @@ def role_in_layer(layer: nn.Module, role: str) -> str:
     for name in ROLES[role]:
         if name in names:
             return name
-    raise SrmuError(
-        f"{type(layer).__name__} has no weight in the role {role!r}; it has {', '.join(names)}"
-    )
+    raise SrmuError(f"{type(layer).__name__} has no weight in the role {role!r}; it has {', '.join(names)}")
 
 
 def find_child(layer: nn.Module, name: str) -> nn.Module:

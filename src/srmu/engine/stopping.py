@@ -32,9 +32,7 @@ class StopRules:
     budget is broken, the model goes back to the weights of the last check that passed.
     """
 
-    def __init__(
-        self, model: EditableModel, topics: Sequence[Topic], options: TrainOptions, endless: bool
-    ) -> None:
+    def __init__(self, model: EditableModel, topics: Sequence[Topic], options: TrainOptions, endless: bool) -> None:
         self.model, self.options = model, options
         self.ceiling = options.forget_ceiling
         if endless and self.ceiling is None:
@@ -64,9 +62,7 @@ class StopRules:
         measured: dict[str, float] = {}
         reason = self.check_ceiling(step, measured) or self.check_retain(step, measured)
         if any(map(math.isnan, measured.values())):
-            raise DivergedError(
-                f"what the stop rules measure is not a number after {place}; {ADVICE}"
-            )
+            raise DivergedError(f"what the stop rules measure is not a number after {place}; {ADVICE}")
         return reason, measured
 
     def check_ceiling(self, step: int, measured: dict[str, float]) -> str:
@@ -77,8 +73,7 @@ class StopRules:
         if nll < self.ceiling:
             return ""
         return (
-            f"forget_ceiling: {nll:.3g} nats a forget token after step {step} "
-            f"(train.forget_ceiling={self.ceiling:.3g})"
+            f"forget_ceiling: {nll:.3g} nats a forget token after step {step} (train.forget_ceiling={self.ceiling:.3g})"
         )
 
     def check_retain(self, step: int, measured: dict[str, float]) -> str:

@@ -75,11 +75,7 @@ class Topic:
 
     def with_tick(self, tick: Callable[[], None]) -> Topic:
         """This topic, calling `tick` after each use of one of its batches."""
-        return replace(
-            self,
-            forget=FollowedBatches(self.forget, tick),
-            retain=FollowedBatches(self.retain, tick),
-        )
+        return replace(self, forget=FollowedBatches(self.forget, tick), retain=FollowedBatches(self.retain, tick))
 
     def tick(self) -> None:
         """Report a unit of progress to the function passed to `with_tick`."""
@@ -108,14 +104,10 @@ class Topic:
         turn = cycle(self.own)
         largest = max(len(batch["input_ids"]) for batch in self.retain)
         if round(share * largest) == 0:
-            raise SrmuError(
-                f"anchor_share={share:g} of a retain batch of {largest} is no row; raise it"
-            )
+            raise SrmuError(f"anchor_share={share:g} of a retain batch of {largest} is no row; raise it")
 
         def mix(batch: Batch) -> Batch:
-            ids, mask, labels = (
-                batch[k].clone() for k in ("input_ids", "attention_mask", "labels")
-            )
+            ids, mask, labels = (batch[k].clone() for k in ("input_ids", "attention_mask", "labels"))
             rows = round(share * len(ids))
             if rows == 0:  # a short last batch
                 return batch

@@ -75,26 +75,17 @@ class TrainOptions:
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "max_steps", "batch_size", "adam_epsilon", "check_every"):
-            self.require(
-                name, lambda value: 0 < value <= LARGEST, f"above 0 and at most {LARGEST:g}"
-            )
-        self.require(
-            "weight_decay",
-            lambda value: 0 <= value <= LARGEST,
-            f"at least 0 and at most {LARGEST:g}",
-        )
+            self.require(name, lambda value: 0 < value <= LARGEST, f"above 0 and at most {LARGEST:g}")
+        self.require("weight_decay", lambda value: 0 <= value <= LARGEST, f"at least 0 and at most {LARGEST:g}")
         self.require("max_grad_norm", lambda value: value > 0, "above 0, or null for no clipping")
         for name in ("forget_ceiling", "kl_budget"):
             self.require(name, lambda value: value > 0, "above 0 nats, or null")
-        self.require(
-            "utility_floor", lambda value: 0 < value <= 1, "above 0 and at most 1, or null"
-        )
+        self.require("utility_floor", lambda value: 0 < value <= 1, "above 0 and at most 1, or null")
         self.require("retain_spike", lambda value: value > 1, "above 1, or null for no such stop")
         self.require("checkpoint_seconds", lambda value: value >= 0, "at least 0, or .inf for none")
         if not 0 <= self.warmup_steps < self.max_steps:
             raise SrmuError(
-                f"train.warmup_steps={self.warmup_steps} must be at least 0 and below "
-                f"train.max_steps={self.max_steps}"
+                f"train.warmup_steps={self.warmup_steps} must be at least 0 and below train.max_steps={self.max_steps}"
             )
 
     def require(self, name: str, holds: Callable[[float], bool], condition: str) -> None:
@@ -179,9 +170,7 @@ def fit_model(
 
 def take_share(topic: Topic) -> Topic:
     """The topic with this process' rows of each batch."""
-    forget, retain = (
-        [distributed.take_rows(b) for b in part] for part in (topic.forget, topic.retain)
-    )
+    forget, retain = ([distributed.take_rows(b) for b in part] for part in (topic.forget, topic.retain))
     return replace(topic, forget=forget, retain=retain)
 
 
@@ -196,10 +185,7 @@ def divide_means(values: Mapping[str, Mean | Tensor], shared: bool) -> dict[str,
         assert len(counts) == len(values), "what processes share has a count to divide by"
         counts = [*distributed.sum_values(torch.stack(counts))]
     rest = iter(counts)
-    return {
-        name: value.share(next(rest)) if isinstance(value, Mean) else value
-        for name, value in values.items()
-    }
+    return {name: value.share(next(rest)) if isinstance(value, Mean) else value for name, value in values.items()}
 
 
 def group_by_layout(masters: Sequence[nn.Parameter]) -> list[dict[str, Any]]:
@@ -244,9 +230,7 @@ class Training:
         )
         good = [p.detach().clone() for p in named.values()]
         watch = RetainWatch(options.retain_spike)
-        return cls(
-            [*named.values()], masters, good, optimiser, options, rules, memory, watch, shared
-        )
+        return cls([*named.values()], masters, good, optimiser, options, rules, memory, watch, shared)
 
     def take_step(self, terms: Terms, step: int, topic: str, place: str) -> dict[str, Tensor]:
         """Descend the sum of the losses; returns the step's values over all processes."""
@@ -362,6 +346,4 @@ def master_of(name: str, parameter: torch.nn.Parameter, weights: str) -> torch.n
 def check_precision(name: str, dtype: torch.dtype, weights: str) -> None:
     """SrmuError if the trained weights cannot be optimised in the precision asked for."""
     if weights == "bf16" and dtype != torch.bfloat16:
-        raise SrmuError(
-            f"train.weights=bf16 needs a bf16 model, but {name} is {dtype}; set dtype=bfloat16"
-        )
+        raise SrmuError(f"train.weights=bf16 needs a bf16 model, but {name} is {dtype}; set dtype=bfloat16")

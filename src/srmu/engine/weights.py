@@ -47,9 +47,7 @@ def locate_model(model: str, revision: str | None = None) -> Path:
         patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
         return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
     except Exception as error:  # the hub client raises many kinds
-        raise SrmuError(
-            f"model {model}: no such folder, and the hub says: {first_line(error)}"
-        ) from error
+        raise SrmuError(f"model {model}: no such folder, and the hub says: {first_line(error)}") from error
 
 
 def is_there(folder: Path) -> bool:
@@ -142,9 +140,7 @@ def checkpoint_names(folder: Path, originals: Mapping[str, Tensor]) -> dict[str,
     for name, original in originals.items():
         close = [key for key in where if are_alike(key, name)]
         if not close and original.ndim == 3:
-            names[name] = [
-                expert_name(folder, where, name, i, part) for i, part in enumerate(original)
-            ]
+            names[name] = [expert_name(folder, where, name, i, part) for i, part in enumerate(original)]
             continue
         if len(close) != 1:
             raise SrmuError(f"{folder} stores {name} as {close or 'nothing'}: cannot write it back")
@@ -154,22 +150,15 @@ def checkpoint_names(folder: Path, originals: Mapping[str, Tensor]) -> dict[str,
     return names
 
 
-def expert_name(
-    folder: Path, where: Mapping[str, Path], name: str, number: int, part: Tensor
-) -> str:
+def expert_name(folder: Path, where: Mapping[str, Path], name: str, number: int, part: Tensor) -> str:
     """The checkpoint's name for the part of one expert of a parameter that stacks all experts."""
     matches = [
         key
         for key in where
-        if layer_number(key) == layer_number(name)
-        and expert_of(key) == number
-        and stores_values(where[key], key, part)
+        if layer_number(key) == layer_number(name) and expert_of(key) == number and stores_values(where[key], key, part)
     ]
     if len(matches) != 1:
-        raise SrmuError(
-            f"{folder} stores expert {number} of {name} as {matches or 'nothing'}: "
-            "cannot write it back"
-        )
+        raise SrmuError(f"{folder} stores expert {number} of {name} as {matches or 'nothing'}: cannot write it back")
     return matches[0]
 
 
@@ -245,12 +234,8 @@ def load_delta(path: Path, folder: Path) -> dict[str, Tensor]:
     except (SafetensorError, OSError) as error:
         raise SrmuError(f"{path} is damaged: {first_line(error)}") from error
     for key in delta:
-        if key not in where or marks.get(f"base.{key}") != sha256(
-            raw_bytes(stored_tensor(where[key], key))
-        ):
-            raise SrmuError(
-                f"{path} was made from another model than {folder} now is: {key} differs there"
-            )
+        if key not in where or marks.get(f"base.{key}") != sha256(raw_bytes(stored_tensor(where[key], key))):
+            raise SrmuError(f"{path} was made from another model than {folder} now is: {key} differs there")
     return delta
 
 
@@ -350,9 +335,7 @@ def patch_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
         for name, tensor in tensors.items():
             entry = entries[name]
             if (entry["dtype"], entry["shape"]) != (DTYPES.get(tensor.dtype), list(tensor.shape)):
-                raise SrmuError(
-                    f"{name} has another type or shape in the model; is it another one?"
-                )
+                raise SrmuError(f"{name} has another type or shape in the model; is it another one?")
             file.seek(start + entry["data_offsets"][0])
             file.write(raw_bytes(tensor))
 
@@ -380,9 +363,7 @@ def identify_base(folder: Path, depth: int | None) -> str:
 
 def fingerprint_model(folder: Path) -> str:
     """SHA-256 over a model's weights, config and tokenizer."""
-    names = sorted(
-        p for p in folder.iterdir() if p.suffix in (".safetensors", *KEPT) and p.suffix != ".md"
-    )
+    names = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", *KEPT) and p.suffix != ".md")
     parts: list[bytes | Path] = []
     for path in names:
         parts += [path.name.encode(), path]

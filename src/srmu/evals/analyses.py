@@ -73,13 +73,8 @@ def prepare_batches(
     return list(batch_rows(rows, tokenizer, batch_size, "mask"))
 
 
-def prepare_sets(
-    texts: Texts, tokenizer: Any, documents: int, max_length: int
-) -> dict[str, list[Batch]]:
-    return {
-        name: prepare_batches(rows, tokenizer, documents, max_length)
-        for name, rows in texts.items()
-    }
+def prepare_sets(texts: Texts, tokenizer: Any, documents: int, max_length: int) -> dict[str, list[Batch]]:
+    return {name: prepare_batches(rows, tokenizer, documents, max_length) for name, rows in texts.items()}
 
 
 def measure_confidence(
@@ -105,9 +100,7 @@ def measure_confidence(
     states = list_states(model)
     means: dict[str, dict[str, dict[str, float]]] = {name: {} for name in parts}
     probabilities: dict[str, Tensor] = {}
-    with watch(
-        "reading the model's confidence", sum(map(len, parts.values())) * len(states)
-    ) as tick:
+    with watch("reading the model's confidence", sum(map(len, parts.values())) * len(states)) as tick:
         for (when, state), (name, batches) in product(states.items(), parts.items()):
             rows = []
             for batch in batches:
@@ -121,16 +114,12 @@ def measure_confidence(
             probabilities[f"{name}, {when}"] = table[:, 1]
             columns = zip(MEASURES, table.double().mean(dim=0).tolist(), strict=True)
             means[name][when] = {**dict(columns), "tokens": len(table)}
-    panel = draw_histogram(
-        f"Largest probability of {tokens} tokens", "largest probability", probabilities, 0.0, 1.0
-    )
+    panel = draw_histogram(f"Largest probability of {tokens} tokens", "largest probability", probabilities, 0.0, 1.0)
     numbers = {"tokens": tokens, "confidence": means}
     return Analysis("Token confidence", numbers, describe_confidence(means, tokens), [panel])
 
 
-def describe_confidence(
-    means: Mapping[str, Mapping[str, Mapping[str, float]]], tokens: str
-) -> list[str]:
+def describe_confidence(means: Mapping[str, Mapping[str, Mapping[str, float]]], tokens: str) -> list[str]:
     """The numbers of `measure_confidence`, in sentences."""
     sentences = [
         f"{name}, {when}: largest probability {row['probability']:.2f} (margin "
@@ -155,9 +144,7 @@ def measure_logits(logits: Float[Tensor, "N V"]) -> Float[Tensor, "N 4"]:
     logs = logits.log_softmax(dim=-1)
     two = logs.exp().topk(2, dim=-1).values
     entropy = -(logs.exp() * logs).nansum(dim=-1)
-    return torch.stack(
-        [logits.max(dim=-1).values, two[:, 0], two[:, 0] - two[:, 1], entropy], dim=-1
-    )
+    return torch.stack([logits.max(dim=-1).values, two[:, 0], two[:, 0] - two[:, 1], entropy], dim=-1)
 
 
 def measure_predicted(model: EditableModel, batch: Batch) -> Float[Tensor, "N 4"]:
@@ -217,8 +204,7 @@ def measure_alignment(
                 )
                 tick("")
             topics[name] = means = [
-                {kind: {k: average_or_none(v) for k, v in row[kind].items()} for kind in row}
-                for row in layers
+                {kind: {k: average_or_none(v) for k, v in row[kind].items()} for kind in row} for row in layers
             ]
             sentences.append(describe_alignment(number, site.layer, means[site.layer]))
             panels += draw_alignment(number, means, layers[site.layer]["target"], site.layer)
@@ -228,8 +214,7 @@ def measure_alignment(
 
 def describe_alignment(number: int, layer: int, means: Mapping[str, Mapping[str, Any]]) -> str:
     direction, target = (
-        {key: format_number(value) for key, value in means[kind].items()}
-        for kind in ("direction", "target")
+        {key: format_number(value) for key, value in means[kind].items()} for kind in ("direction", "target")
     )
     return (
         f"Topic {number}, layer {layer}: cosine of forget activations with the direction "
@@ -320,12 +305,7 @@ def measure_sensitivity(
 
 @torch.no_grad()
 def measure_layer(
-    model: EditableModel,
-    batches: Sequence[Batch],
-    layer: int,
-    size: float,
-    draws: int = 1,
-    seed: int = 0,
+    model: EditableModel, batches: Sequence[Batch], layer: int, size: float, draws: int = 1, seed: int = 0
 ) -> float:
     """Noise sensitivity of one layer in the model's present state."""
     generator = torch.Generator().manual_seed(seed)
@@ -342,9 +322,7 @@ def measure_layer(
     return float(torch.cat(ratios).double().mean())
 
 
-def add_noise(
-    block: nn.Module, mask: Tensor, size: float, generator: torch.Generator
-) -> AbstractContextManager[None]:
+def add_noise(block: nn.Module, mask: Tensor, size: float, generator: torch.Generator) -> AbstractContextManager[None]:
     """Add |h| eta to a block's output h at the marked tokens (B, T)."""
 
     def add(hidden: Tensor) -> Tensor:

@@ -79,11 +79,7 @@ class MethodReading:
 
 
 def compare_runs(
-    runs: Sequence[Path],
-    budget: float = 0.05,
-    forget: Sequence[str] = (),
-    utility: Sequence[str] = (),
-    seed: int = 0,
+    runs: Sequence[Path], budget: float = 0.05, forget: Sequence[str] = (), utility: Sequence[str] = (), seed: int = 0
 ) -> list[ComparisonRow]:
     """One row a method, read where its strength curve loses `budget` of the utility accuracy.
 
@@ -119,8 +115,7 @@ def compare_runs(
         if other.tasks != first.tasks:
             both = (", ".join(chain(*one.tasks)) for one in (first, other))
             raise SrmuError(
-                f"{first.run.folder} and {other.run.folder} were measured on different tasks: "
-                + " and ".join(both)
+                f"{first.run.folder} and {other.run.folder} were measured on different tasks: " + " and ".join(both)
             )
     methods = by_method(measured)
     readings = [read_curves(points, budget) for _, points in methods]
@@ -223,9 +218,7 @@ def from_attacks(run: Run, attacks: Mapping[str, Any], draws: Draws) -> RunNumbe
     )
 
 
-def from_metrics(
-    run: Run, forget: tuple[str, ...], utility: tuple[str, ...], draws: Draws
-) -> RunNumbers:
+def from_metrics(run: Run, forget: tuple[str, ...], utility: tuple[str, ...], draws: Draws) -> RunNumbers:
     """A run's numbers from what was evaluated alone."""
     model, metrics = run.config.model, read_metrics(run.folder)
     after, before = metrics["after"], metrics["before"]
@@ -293,10 +286,7 @@ def by_method(measured: Sequence[RunNumbers]) -> list[tuple[str, list[dict[Where
         if one.where in point:
             raise SrmuError(f"{point[one.where].run.folder} and {one.run.folder} are the same run")
         point[one.where] = one
-    return [
-        (method_label(kinds[key], kinds.values()), [*points.values()])
-        for key, points in methods.items()
-    ]
+    return [(method_label(kinds[key], kinds.values()), [*points.values()]) for key, points in methods.items()]
 
 
 def read_curves(points: Sequence[dict[Where, RunNumbers]], budget: float) -> MethodReading:
@@ -328,9 +318,7 @@ def read_along(curve: Sequence[RunNumbers], budget: float) -> tuple[Array, Array
     # by loss; of points that cost the same the one that forgets most comes last
     order = np.lexsort((-forget, loss), axis=-1)
     last = (loss <= budget).sum(axis=1, keepdims=True) - 1
-    low, high = (
-        np.take_along_axis(order, at, axis=1) for at in (last, np.minimum(last + 1, len(curve)))
-    )
+    low, high = (np.take_along_axis(order, at, axis=1) for at in (last, np.minimum(last + 1, len(curve))))
     start, stop = (np.take_along_axis(loss, at, axis=1) for at in (low, high))
     share = (budget - start) / np.where(stop > start, stop - start, np.inf)
 
@@ -362,9 +350,7 @@ def noise_verdict(change: Estimate) -> str:
     return "better" if change.high < 0 else "worse"
 
 
-def note_row(
-    reading: MethodReading, points: Sequence[dict[Where, RunNumbers]], budget: float
-) -> str:
+def note_row(reading: MethodReading, points: Sequence[dict[Where, RunNumbers]], budget: float) -> str:
     """What to know about a row."""
     notes = []
     if not reading.reached:

@@ -45,9 +45,7 @@ def format_number(value: float | None) -> str:
     return str(value) if isinstance(value, int) else f"{value:.4g}"
 
 
-def draw_histogram(
-    title: str, x_title: str, values: Mapping[str, Any], low: float, high: float
-) -> Panel:
+def draw_histogram(title: str, x_title: str, values: Mapping[str, Any], low: float, high: float) -> Panel:
     """Shares of values in bins between two limits, one series for each name that has values."""
     edges = np.linspace(low, high, BINS + 1)
     series = {}

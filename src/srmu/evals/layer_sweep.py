@@ -45,9 +45,7 @@ def sweep_layers(
         for layer in tried:
             at = config.model_copy(update={"method": replace(method, layer=layer)})
             try:
-                rows.append(
-                    {"layer": layer, **compare_scores(score(unlearn_config(at)), forget_metrics)}
-                )
+                rows.append({"layer": layer, **compare_scores(score(unlearn_config(at)), forget_metrics)})
             except DivergedError as error:
                 rows.append({"layer": layer, "diverged": str(error)})
             tick(f"layer {layer}")
@@ -62,26 +60,19 @@ def sweep_layers(
     ]
     if lost := [str(row["layer"]) for row in rows if "diverged" in row]:
         sentences.append(f"Diverged at layers {', '.join(lost)}.")
-    series = {
-        name: [row.get(name.replace(" ", "_")) for row in rows]
-        for name in ("forgetting", "utility loss")
-    }
+    series = {name: [row.get(name.replace(" ", "_")) for row in rows] for name in ("forgetting", "utility loss")}
     at_layers = [row["layer"] for row in rows]
     panel = Panel("Unlearning at each layer", "layer", "fall in accuracy", at_layers, series)
     return Analysis("Layer sweep", {"layers": rows, "best": best["layer"]}, sentences, [panel])
 
 
-def candidate_layers(
-    method: Misdirection, model_config: Any, at_most: int | None = None
-) -> list[int]:
+def candidate_layers(method: Misdirection, model_config: Any, at_most: int | None = None) -> list[int]:
     """The layers that a method can steer in a model; with `at_most` no more than so many."""
     first = method.window - (method.stream != "mlp_post")
     count = model_config.num_hidden_layers
     last = count - (getattr(model_config, "num_kv_shared_layers", None) or 0)
     if first >= last:
-        raise SrmuError(
-            f"this model has {last} layers to change: too few for method.window={method.window}"
-        )
+        raise SrmuError(f"this model has {last} layers to change: too few for method.window={method.window}")
     if at_most is None or last - first <= at_most:
         return [*range(first, last)]
     low, high = max(first, round(count / 5)), min(last - 1, round(count * 3 / 4))

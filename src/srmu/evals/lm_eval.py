@@ -92,10 +92,7 @@ def load_questions(name: str, tasks_dir: Path | None) -> list[tuple[str, list[st
         for _, requests in groupby(task.instances, key=lambda one: one.doc_id):
             first, *others = requests
             row, names = first.doc, task.doc_to_choice(first.doc)
-            golds = [
-                names.index(gold) if gold in names else int(gold)
-                for gold in _as_list(task.doc_to_target(row))
-            ]
+            golds = [names.index(gold) if gold in names else int(gold) for gold in _as_list(task.doc_to_target(row))]
             # a metric may add requests, without the prompt, after those of the options
             options = [one.args[1] for one in (first, *others)][: len(names)]
             kept = [i for i in range(len(names)) if i == golds[0] or i not in golds]
@@ -142,11 +139,7 @@ def _cache_key(name: str, local: Local, limit: int | None, fingerprint: str | No
             raise SrmuError(f"task {name!r}: its data file {file} does not exist")
         text = text.replace(json.dumps(str(file)), sha256(file))  # what it holds, not where it is
     versions = [version(package) for package in ("lm-eval", "transformers", "torch")]
-    files = [
-        Path(str(likelihoods.__file__)),
-        Path(__file__),
-        Path(__file__).with_name("harness.py"),
-    ]
+    files = [Path(str(likelihoods.__file__)), Path(__file__), Path(__file__).with_name("harness.py")]
     versions.append(sha256(*files))
     return [fingerprint, name, text, limit, versions]
 
@@ -188,9 +181,7 @@ def _check_answers(task: Any) -> None:
     """Refuse an answer that is none of the options: lm-eval would count the question as wrong."""
     for row, doc in enumerate(task.eval_docs if task.OUTPUT_TYPE == "multiple_choice" else (), 1):
         options = task.doc_to_choice(doc)
-        for gold in _as_list(
-            (task.doc_to_text if task.multiple_input else task.doc_to_target)(doc)
-        ):
+        for gold in _as_list((task.doc_to_text if task.multiple_input else task.doc_to_target)(doc)):
             if gold not in options and gold not in range(len(options)):
                 raise ValueError(f"question {row}: answer {gold!r} is none of {options}")
 
@@ -218,9 +209,7 @@ def _score_task(harness: Any, name: str, loaded: Any, limit: int | None, watch: 
         task.set_fewshot_seed(SEED)
     with silence_output():
         # 1000 resamples serve only errors without a closed form; an accuracy's has one
-        report = run(
-            lm=harness, task_dict=loaded, limit=limit, bootstrap_iters=1000, log_samples=True
-        )
+        report = run(lm=harness, task_dict=loaded, limit=limit, bootstrap_iters=1000, log_samples=True)
     flat: Metrics = {}
     asked = {task.config.task: describe_task(task) for task in loaded["tasks"].values()}
     for task, metrics in report["results"].items():

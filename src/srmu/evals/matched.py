@@ -37,8 +37,7 @@ def match_utility(run: Run, out: Path, budget: float, judged: Sequence[str]) -> 
     if share < 1:
         before = original_tensors(run)
         changed = {
-            name: interpolate(before[name], tensor, share).to(tensor.dtype)
-            for name, tensor in run.delta.items()
+            name: interpolate(before[name], tensor, share).to(tensor.dtype) for name, tensor in run.delta.items()
         }
         meta = {"base_model": run.config.model, "method": run.config.method.name}
         names = {name: [name] for name in changed}
@@ -55,11 +54,7 @@ def largest_share(run: Run, budget: float, judged: Sequence[str]) -> float:
     asked = [load_task(task, run.config.tasks_dir or "") for task in judged]
     opened = open_target(run, "cpu")
     subject = Subject(opened.module, opened.tokenizer)
-    parameters, before, after = (
-        dict(subject.module.named_parameters()),
-        original_tensors(run),
-        run.delta,
-    )
+    parameters, before, after = (dict(subject.module.named_parameters()), original_tensors(run), run.delta)
 
     def kept(share: float) -> float:
         for name, tensor in after.items():

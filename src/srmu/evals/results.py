@@ -70,9 +70,7 @@ def lock_results(folder: Path) -> Iterator[None]:
         yield
 
 
-def merge_results(
-    folder: Path, rows: Iterable[Row] = (), record: Mapping[str, Any] = {}, **facts: Any
-) -> None:
+def merge_results(folder: Path, rows: Iterable[Row] = (), record: Mapping[str, Any] = {}, **facts: Any) -> None:
     """Add rows and facts to a folder's results, and to the record that lies there.
 
     A row replaces that of the same task, metric, model, benchmark and attack. `attacks` and each of
@@ -105,9 +103,7 @@ def metric_rows(metrics: Mapping[str, Mapping[str, Any]], when: str, **labels: s
         task, _, metric = name.partition("/")
         row = {"task": task, "metric": metric, "when": when, **labels, **entry}
         estimate = None if labels else average_seeds([metrics], [name])
-        rows.append(
-            row | ({"low": estimate.low, "high": estimate.high} if estimate and estimate.n else {})
-        )
+        rows.append(row | ({"low": estimate.low, "high": estimate.high} if estimate and estimate.n else {}))
     return rows
 
 
@@ -129,8 +125,7 @@ def plain_metrics(metrics: Metrics) -> Metrics:
     """Metrics without their answers and the keys of a row."""
     left_out = {*KEYS, "answers", "facts", "low", "high"}
     return {
-        name: {key: value for key, value in entry.items() if key not in left_out}
-        for name, entry in metrics.items()
+        name: {key: value for key, value in entry.items() if key not in left_out} for name, entry in metrics.items()
     }
 
 

@@ -54,15 +54,7 @@ def score_model(
     if place:
         load_results(place)  # what is wrong with them must show before the work
     base = weights.fingerprint_model(folder)
-    ask = partial(
-        evaluate,
-        opened.module,
-        opened.tokenizer,
-        tasks,
-        tasks_dir=tasks_dir,
-        limit=limit,
-        watch=watch,
-    )
+    ask = partial(evaluate, opened.module, opened.tokenizer, tasks, tasks_dir=tasks_dir, limit=limit, watch=watch)
     metrics = {"before": ask(fingerprint=weights.changed_fingerprint(base, {}))}
     if run:
         method = run.config.method

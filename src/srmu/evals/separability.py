@@ -24,13 +24,7 @@ from srmu.engine.progress import Watch, ignore_progress
 from srmu.engine.train import move_batch
 from srmu.errors import SrmuError
 from srmu.evals.figures import Analysis, Panel
-from srmu.methods.importance import (
-    FLAT,
-    describe_importance,
-    importance_map,
-    measure_features,
-    sum_features,
-)
+from srmu.methods.importance import FLAT, describe_importance, importance_map, measure_features, sum_features
 
 Array = NDArray[Any]
 
@@ -80,14 +74,11 @@ def measure_entanglement(
     }
     if questions:
         numbers["contamination"] = {
-            name: measure_contamination(questions, texts)
-            for name, texts in (("forget", forget), ("retain", retain))
+            name: measure_contamination(questions, texts) for name, texts in (("forget", forget), ("retain", retain))
         }
     panels = []
     if model is not None:
-        numbers["separability"] = measure_separability(
-            *model, forget, retain, **(layers or {}), watch=watch
-        )
+        numbers["separability"] = measure_separability(*model, forget, retain, **(layers or {}), watch=watch)
         panels = draw_panels(numbers["separability"]["layers"])
     return Analysis("Entanglement of forget and retain set", numbers, advise_user(numbers), panels)
 
@@ -127,8 +118,7 @@ def measure_separability(
     available = min(least - 1, module.config.hidden_size)
     if components > available:
         raise SrmuError(
-            f"components {components} is more than the {available} that there are: name fewer, "
-            "or give more texts"
+            f"components {components} is more than the {available} that there are: name fewer, or give more texts"
         )
     with watch("reading the texts", sum(len(s.batches) for s in samples)) as tick:
         read_all = [sample_activations(module, sample, tick) for sample in samples]
@@ -137,9 +127,7 @@ def measure_separability(
         for layer, ((left, f_sums), (right, r_sums)) in enumerate(zip(*read_all, strict=True)):
             owners = samples[0].owners, samples[1].owners
             row = compare_sets(left, right, *owners, components, seed)
-            layers.append(
-                {"layer": layer, **row, "importance": describe_selectivity(f_sums, r_sums)}
-            )
+            layers.append({"layer": layer, **row, "importance": describe_selectivity(f_sums, r_sums)})
             tick("")
     return {
         "layers": layers,
@@ -194,10 +182,7 @@ def sample_activations(
             read = move_batch({k: batch[k] for k in ("input_ids", "attention_mask")}, module.device)
             module.base_model(**read, use_cache=False)
             tick("")
-    return [
-        (torch.cat(parts).numpy(), torch.as_tensor(total))
-        for parts, total in zip(values, totals, strict=True)
-    ]
+    return [(torch.cat(parts).numpy(), torch.as_tensor(total)) for parts, total in zip(values, totals, strict=True)]
 
 
 def compare_sets(
@@ -233,13 +218,10 @@ def classify_sets(
     groups = np.concatenate([left_owners, right_owners + left_owners.max() + 1])
     folds = min(FOLDS, *(len(np.unique(x)) for x in (left_owners, right_owners)))
     accuracies = []
-    for train, test in StratifiedGroupKFold(folds, shuffle=True, random_state=seed).split(
-        values, labels, groups
-    ):
+    for train, test in StratifiedGroupKFold(folds, shuffle=True, random_state=seed).split(values, labels, groups):
         # Scaled: a few outlier features would rule the penalty.
         model = make_pipeline(
-            StandardScaler(),
-            LogisticRegression(C=0.1, class_weight="balanced", max_iter=200, tol=1e-3),
+            StandardScaler(), LogisticRegression(C=0.1, class_weight="balanced", max_iter=200, tol=1e-3)
         )
         model.fit(values[train], labels[train])
         accuracies.append(balanced_accuracy_score(labels[test], model.predict(values[test])))
@@ -259,16 +241,12 @@ def measure_cosine(left: Array, right: Array) -> float:
     return float(left @ right / (np.linalg.norm(left) * np.linalg.norm(right) + 1e-12))
 
 
-def describe_selectivity(
-    forget: Float[Tensor, "5 D"], retain: Float[Tensor, "5 D"]
-) -> dict[str, Any]:
+def describe_selectivity(forget: Float[Tensor, "5 D"], retain: Float[Tensor, "5 D"]) -> dict[str, Any]:
     """How selective SRMU's default map is for these sums, and its outlier dimensions."""
     map_ = importance_map(measure_features([forget])[0], measure_features([retain])[0], "ratio")
     median = float(map_.median())
     largest = map_.argsort(descending=True)[:LISTED].tolist()
-    outliers = [
-        {"dimension": i, "value": float(map_[i])} for i in largest if map_[i] > OUTLIER * median
-    ]
+    outliers = [{"dimension": i, "value": float(map_[i])} for i in largest if map_[i] > OUTLIER * median]
     return {**describe_importance(map_), "median": median, "outliers": outliers}
 
 
@@ -285,12 +263,7 @@ def draw_panels(layers: Sequence[dict[str, Any]]) -> list[Panel]:
     }
     return [
         panel("Telling forget from retain tokens", "balanced accuracy", accuracy="accuracy"),
-        panel(
-            "How alike the two sets are",
-            "cosine",
-            of_the_means="mean_cosine",
-            of_the_subspaces="subspace_cosine",
-        ),
+        panel("How alike the two sets are", "cosine", of_the_means="mean_cosine", of_the_subspaces="subspace_cosine"),
         panel("Smallest principal angle", "degrees", angle="smallest_angle"),
         Panel("Importance map", "layer", "in 0-1", at, maps),
     ]

@@ -124,9 +124,7 @@ class Draws:
         mean[1:] += moved * (seeds / (seeds - 1)) ** 0.5
         return mean
 
-    def estimate(
-        self, values: Array, n: int = 0, clip: tuple[float, float] = (-inf, inf)
-    ) -> Estimate:
+    def estimate(self, values: Array, n: int = 0, clip: tuple[float, float] = (-inf, inf)) -> Estimate:
         """The mean over seeds of (1 + RESAMPLES, seeds), kept within `clip`."""
         return estimate_from(self.over_seeds(values).clip(*clip), n)
 
@@ -186,9 +184,7 @@ def accuracy_interval(accuracies: Sequence[float], n: int) -> tuple[float, float
     return max(0.0, float(low)), min(1.0, float(high))
 
 
-def average_seeds(
-    seeds: Sequence[Mapping[str, Mapping[str, Any]]], metrics: Sequence[str]
-) -> Estimate | None:
+def average_seeds(seeds: Sequence[Mapping[str, Mapping[str, Any]]], metrics: Sequence[str]) -> Estimate | None:
     """The mean of some metrics, then over the seeds that have them all; None where none has.
 
     `seeds` are metrics by name. The interval is `accuracy_interval`; a number that is no share, or
@@ -231,11 +227,7 @@ def area_under_curve(positive: ArrayLike, negative: ArrayLike) -> float:
 
 
 def auc_bootstrap(
-    positive: ArrayLike,
-    negative: ArrayLike,
-    statistic: Statistic = first_column,
-    *,
-    seed: int = 0,
+    positive: ArrayLike, negative: ArrayLike, statistic: Statistic = first_column, *, seed: int = 0
 ) -> Estimate:
     """A statistic of AUCs, one a column of scores (texts, columns), with its bootstrap interval.
 
@@ -259,6 +251,4 @@ def auc_bootstrap(
 
 def require_enough(count: int, what: str, needed: str) -> None:
     if count < LEAST:
-        raise SrmuError(
-            f"{count} {what} are too few for an interval: it needs {LEAST} or more {needed}"
-        )
+        raise SrmuError(f"{count} {what} are too few for an interval: it needs {LEAST} or more {needed}")

@@ -136,37 +136,27 @@ class Subject:
         raise SrmuError("a question has no prompt, and the tokenizer no token to begin a text with")
 
 
-def answer_likelihoods(
-    model: Subject, pairs: Sequence[tuple[str, str]]
-) -> list[tuple[float, int, bool]]:
+def answer_likelihoods(model: Subject, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, int, bool]]:
     """For each (prompt, answer): the answer's log-probability, its tokens, whether it is greedy."""
     split = [model.split(prompt, answer) for prompt, answer in pairs]
     results = score_answers(model.module, split, model.max_length, dtype=torch.float32)
     return [(logp, len(a), sure) for (logp, sure), (_, a) in zip(results, split, strict=True)]
 
 
-def option_scores(
-    model: Subject, questions: Sequence[Question], *, normalised: bool = False
-) -> list[list[float]]:
+def option_scores(model: Subject, questions: Sequence[Question], *, normalised: bool = False) -> list[list[float]]:
     """The log-probability of each option of each question; `normalised`: a token's mean."""
     pairs = [(q.prompt, option) for q in questions for option in q.options]
     rows = iter(answer_likelihoods(model, pairs))
     return [
-        [
-            logp / length if normalised else logp
-            for logp, length, _ in (next(rows) for _ in q.options)
-        ]
+        [logp / length if normalised else logp for logp, length, _ in (next(rows) for _ in q.options)]
         for q in questions
     ]
 
 
-def mark_right(
-    scores: Sequence[Sequence[float]], questions: Sequence[Question]
-) -> tuple[float, ...]:
+def mark_right(scores: Sequence[Sequence[float]], questions: Sequence[Question]) -> tuple[float, ...]:
     """1 where the right option has the highest score, else 0; the first of equals is chosen."""
     return tuple(
-        float(max(range(len(row)), key=row.__getitem__) == q.gold)
-        for row, q in zip(scores, questions, strict=True)
+        float(max(range(len(row)), key=row.__getitem__) == q.gold) for row, q in zip(scores, questions, strict=True)
     )
 
 

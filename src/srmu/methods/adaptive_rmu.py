@@ -29,9 +29,7 @@ class AdaptiveRMU(RMU):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.scale is not None and self.coeff is None:
-            raise SrmuError(
-                "method.scale has no effect without method.coeff; kappa takes its place"
-            )
+            raise SrmuError("method.scale has no effect without method.coeff; kappa takes its place")
 
     @property
     def factor(self) -> float:
@@ -48,9 +46,7 @@ class AdaptiveRMU(RMU):
         """The target along a unit vector, for activations of norm `norm`."""
         return self.factor * norm * shape
 
-    def target(
-        self, model: EditableModel, state: State, forget: Batch, retain: Batch, hidden: Tensor
-    ) -> Tensor:
+    def target(self, model: EditableModel, state: State, forget: Batch, retain: Batch, hidden: Tensor) -> Tensor:
         direction = state.tensors["direction"]
         if self.norm_when == "first_batch" and "first_norm" in state.memory:
             return self.factor * state.memory["first_norm"] * direction

@@ -17,16 +17,7 @@ from srmu.engine.model import EditableModel
 from srmu.engine.progress import Watch, ignore_progress
 from srmu.engine.resume import Checkpoints
 from srmu.engine.topic import Topic
-from srmu.engine.train import (
-    FINISHED,
-    NOWHERE,
-    Log,
-    LossFunction,
-    Schedule,
-    Terms,
-    TrainOptions,
-    fit_model,
-)
+from srmu.engine.train import FINISHED, NOWHERE, Log, LossFunction, Schedule, Terms, TrainOptions, fit_model
 from srmu.errors import SrmuError
 
 CHANGING = ("tensors", "numbers", "memory")  # the parts of a state that a loss may change
@@ -132,15 +123,11 @@ class Method(ABC):
             if topic.retain:
                 continue
             if self.reads_retain:
-                raise SrmuError(
-                    f"method {self.name} needs retain texts: name topics.{topic.name}.retain "
-                    "(--retain)"
-                )
+                raise SrmuError(f"method {self.name} needs retain texts: name topics.{topic.name}.retain (--retain)")
             for floor in ("utility_floor", "kl_budget"):
                 if getattr(train, floor) is not None:
                     raise SrmuError(
-                        f"train.{floor} is measured on retain texts: name "
-                        f"topics.{topic.name}.retain (--retain)"
+                        f"train.{floor} is measured on retain texts: name topics.{topic.name}.retain (--retain)"
                     )
         if (rule := train.first_rule()) and self.depth is not None:
             raise SrmuError(
@@ -148,10 +135,7 @@ class Method(ABC):
                 f"{self.depth} layers; remove it"
             )
         if rule and self.at_once:
-            raise SrmuError(
-                f"train.{rule} has no effect: method {self.name} writes the weights at once; "
-                "remove it"
-            )
+            raise SrmuError(f"train.{rule} has no effect: method {self.name} writes the weights at once; remove it")
 
     @property
     def at_once(self) -> bool:
@@ -163,9 +147,7 @@ class Method(ABC):
         """Why the result is not a model by itself; "" if it is one."""
         return ""
 
-    def at_inference(
-        self, module: nn.Module, write: Callable[[], None]
-    ) -> AbstractContextManager[Any]:
+    def at_inference(self, module: nn.Module, write: Callable[[], None]) -> AbstractContextManager[Any]:
         """Turn the original module into the result; `write` puts the changed tensors into it."""
         write()
         return nullcontext()
@@ -187,9 +169,7 @@ class Edit(Method):
     """A method that writes weights once."""
 
     @abstractmethod
-    def edit(
-        self, model: EditableModel, topics: Sequence[Topic], watch: Watch
-    ) -> dict[str, State]: ...
+    def edit(self, model: EditableModel, topics: Sequence[Topic], watch: Watch) -> dict[str, State]: ...
 
     def apply(
         self,
@@ -210,9 +190,7 @@ class Objective(Method):
     def setup(self, model: EditableModel, topic: Topic) -> State: ...
 
     @abstractmethod
-    def loss(
-        self, model: EditableModel, state: State, forget: Batch, retain: Batch, step: int
-    ) -> Terms: ...
+    def loss(self, model: EditableModel, state: State, forget: Batch, retain: Batch, step: int) -> Terms: ...
 
     def prepared(self, topic: Topic) -> Topic:
         """The topic as the loss reads it."""
@@ -226,9 +204,7 @@ class Objective(Method):
         """A context in which the model is trained."""
         return nullcontext()
 
-    def finish(
-        self, model: EditableModel, topics: Sequence[Topic], train: TrainOptions, watch: Watch
-    ) -> None:
+    def finish(self, model: EditableModel, topics: Sequence[Topic], train: TrainOptions, watch: Watch) -> None:
         """Change the model once more after its training."""
         return
 

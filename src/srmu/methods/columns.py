@@ -29,9 +29,7 @@ def mask_columns(
     handles = []
     for layer, (name, parameter) in zip(layers, model.trained.items(), strict=True):
         if parameter.ndim != 2:
-            raise SrmuError(
-                f"{name} holds all experts, each with inputs of its own; set method.columns=1"
-            )
+            raise SrmuError(f"{name} holds all experts, each with inputs of its own; set method.columns=1")
         sums = [
             input_moments(model, layer, [batch for part in parts for batch in role(part)], mask)
             for role in (lambda part: part.forget, lambda part: part.retain)
@@ -50,9 +48,7 @@ def mask_columns(
             handle.remove()
 
 
-def input_moments(
-    model: EditableModel, layer: int, batches: Sequence[Batch], mask: Mask
-) -> Float[Tensor, " F"]:
+def input_moments(model: EditableModel, layer: int, batches: Sequence[Batch], mask: Mask) -> Float[Tensor, " F"]:
     """Mean squares of the inputs of a layer's down-projection, in the original model."""
     total, count = torch.zeros((), device=model.device), 0
     with model.frozen():

@@ -46,11 +46,7 @@ class DEPN(Edit):
             texts, attributions = split_batches(topic.forget)[: method.samples], []
             with watch(f"attributing {topic.name} to neurons", len(texts)) as tick:
                 for text in texts:
-                    attributions.append(
-                        attribute_neurons(
-                            model, downs, move_batch(text, model.device), method.points
-                        )
-                    )
+                    attributions.append(attribute_neurons(model, downs, move_batch(text, model.device), method.points))
                     tick("")
             states[topic.name] = method.select_neurons(torch.stack(attributions))
         # Only now: all topics are measured on the same model, whatever their order.

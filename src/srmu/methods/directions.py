@@ -6,9 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-Direction = Literal[
-    "signs", "plus", "minus", "uniform", "unit_uniform", "gaussian", "resampled", "zero"
-]
+Direction = Literal["signs", "plus", "minus", "uniform", "unit_uniform", "gaussian", "resampled", "zero"]
 
 
 def draw_direction(kind: Direction, width: int, generator: torch.Generator) -> Float[Tensor, " D"]:

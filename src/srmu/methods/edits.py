@@ -36,9 +36,7 @@ class Pooling(Method):
                     f"method {self.name} works on all topics at once, but {first.name} and "
                     f"{topic.name} set its options differently; set them under method"
                 )
-        forget, retain = (
-            interleave_batches([getattr(t, r) for t in topics]) for r in ("forget", "retain")
-        )
+        forget, retain = (interleave_batches([getattr(t, r) for t in topics]) for r in ("forget", "retain"))
         return self.with_options(first.options), replace(first, forget=forget, retain=retain)
 
 

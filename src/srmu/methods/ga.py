@@ -20,8 +20,6 @@ class GA(LogitObjective):
     spreads: ClassVar[bool] = True
     endless: ClassVar[bool] = True
 
-    def loss(
-        self, model: EditableModel, state: State, forget: Batch, retain: Batch, step: int
-    ) -> Terms:
+    def loss(self, model: EditableModel, state: State, forget: Batch, retain: Batch, step: int) -> Terms:
         # eq: GA, L = -mean nll(x_f)
         return Terms({"forget": -mean_nll(model.logits(forget), forget["labels"])}, {})

@@ -27,9 +27,7 @@ class GradDiff(Retaining):
         super().__post_init__()
         self.within(gamma=WEIGHT)
 
-    def loss(
-        self, model: EditableModel, state: State, forget: Batch, retain: Batch, step: int
-    ) -> Terms:
+    def loss(self, model: EditableModel, state: State, forget: Batch, retain: Batch, step: int) -> Terms:
         # eq: GradDiff, L = -gamma nll(x_f) + alpha R(x_r), R = nll or KL(p0 || p)
         ascent = -self.gamma * mean_nll(model.logits(forget), forget["labels"])
         return Terms({"forget": ascent, **self.retain_loss(model, retain)}, {})

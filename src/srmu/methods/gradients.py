@@ -31,15 +31,10 @@ def group_alike(*parts: list[Batch]) -> list[list[Batch]]:
     """
     parts = tuple(sorted(part, key=lambda text: text["labels"].shape[1]) for part in parts)
     ends = [min(text["labels"].shape[1] for text in texts) for texts in zip(*parts, strict=True)]
-    return [
-        [text.cut(tokens=slice(end)) for text, end in zip(part, ends, strict=True)]
-        for part in parts
-    ]
+    return [[text.cut(tokens=slice(end)) for text, end in zip(part, ends, strict=True)] for part in parts]
 
 
-def batch_nlls(
-    model: EditableModel, batches: Iterable[Batch], tick: Callable[[str], None]
-) -> Iterator[Tensor]:
+def batch_nlls(model: EditableModel, batches: Iterable[Batch], tick: Callable[[str], None]) -> Iterator[Tensor]:
     """The mean cost of a token of each batch; `tick` is called once a batch has been used."""
     for batch in batches:
         batch = move_batch(batch, model.device)
@@ -73,9 +68,7 @@ def gradient_sums(
     return sums
 
 
-def attribute_neurons(
-    model: EditableModel, downs: Sequence[Any], text: Batch, points: int
-) -> Float[Tensor, "L F"]:
+def attribute_neurons(model: EditableModel, downs: Sequence[Any], text: Batch, points: int) -> Float[Tensor, "L F"]:
     """What each neuron adds to the mean log-likelihood of the tokens of a single text.
 
     `downs` are the linear maps that read the neurons of each layer. The neurons of a layer are

@@ -51,8 +51,6 @@ class Iterated(Suppressing):
                 fine_tune(model, topic, self.relearn_steps, self.relearn_learning_rate, self.hold)
         return self.suppression.setup(model, topic)
 
-    def loss(
-        self, model: EditableModel, state: State, forget: Batch, retain: Batch, step: int
-    ) -> Terms:
+    def loss(self, model: EditableModel, state: State, forget: Batch, retain: Batch, step: int) -> Terms:
         # eq: unlearn-relearn, (L_first steps, then nll(x_f) + hold KL(p0 || p)(x_r) steps) x rounds
         return self.suppression.loss(model, state, forget, retain, step)

@@ -60,9 +60,7 @@ class LLMU(LogitObjective):
         ids = torch.where(places, window, batch["input_ids"])
         return batch.replace(input_ids=ids, labels=torch.where(places, ids, -100))
 
-    def loss(
-        self, model: EditableModel, state: State, forget: Batch, retain: Batch, step: int
-    ) -> Terms:
+    def loss(self, model: EditableModel, state: State, forget: Batch, retain: Batch, step: int) -> Terms:
         def nll(batch: Batch) -> Mean:
             return mean_nll(model.logits(batch), batch["labels"])
 

@@ -99,9 +99,7 @@ def kl_drift(model: EditableModel, batch: Batch, logits: Tensor, temperature: fl
     return temperature**2 * mean_kl(before, logits, batch["labels"])
 
 
-def strengthen_weights(
-    model: EditableModel, topic: Topic, steps: int, learning_rate: float
-) -> Mapping[str, Tensor]:
+def strengthen_weights(model: EditableModel, topic: Topic, steps: int, learning_rate: float) -> Mapping[str, Tensor]:
     """The trained tensors after fine-tuning on the forget texts; the model is put back.
 
     `topic.with_tick` ticks once a step.
@@ -112,9 +110,7 @@ def strengthen_weights(
     return tuned
 
 
-def fine_tune(
-    model: EditableModel, topic: Topic, steps: int, learning_rate: float, keep: float = 0.0
-) -> None:
+def fine_tune(model: EditableModel, topic: Topic, steps: int, learning_rate: float, keep: float = 0.0) -> None:
     """Raise the likelihood of the forget texts, starting from the present weights.
 
     `keep` is the weight of KL(original || model) on the retain texts, if that is to be held down

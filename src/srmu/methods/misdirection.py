@@ -181,9 +181,7 @@ class Misdirection(Objective):
         mask = is_counted(batch["labels"])
         return without_first(mask) if self.skip_first else mask
 
-    def frozen_sums(
-        self, model: EditableModel, batches: Sequence[Batch], keep: bool = True
-    ) -> Iterator[Tensor]:
+    def frozen_sums(self, model: EditableModel, batches: Sequence[Batch], keep: bool = True) -> Iterator[Tensor]:
         """The sums that statistics need of the original model's activations, batch by batch.
 
         They are kept beside the activations; `keep` says whether later steps need the activations
@@ -219,9 +217,7 @@ class Misdirection(Objective):
         }
         return State({**tensors, "target": target}, numbers)
 
-    def target(
-        self, model: EditableModel, state: State, forget: Batch, retain: Batch, hidden: Tensor
-    ) -> Tensor:
+    def target(self, model: EditableModel, state: State, forget: Batch, retain: Batch, hidden: Tensor) -> Tensor:
         """Where forget activations are sent, broadcastable to (B, T, D)."""
         return state.tensors["target"]
 
@@ -233,9 +229,7 @@ class Misdirection(Objective):
         """Where retain activations are held, (B, T, D): at `anchor`, those of the original."""
         return anchor
 
-    def loss(
-        self, model: EditableModel, state: State, forget: Batch, retain: Batch, step: int
-    ) -> Terms:
+    def loss(self, model: EditableModel, state: State, forget: Batch, retain: Batch, step: int) -> Terms:
         with model.frozen():
             anchor = model.hidden(retain, self.site)
         forget_mask, retain_mask = is_counted(forget["labels"]), is_counted(retain["labels"])

@@ -71,9 +71,7 @@ class MultiSite(Objective):
         tensors = {f"{i}/{key}": t for i, part in parts.items() for key, t in part.tensors.items()}
         return State(tensors, {str(i): p.numbers for i, p in parts.items()}, {"parts": parts})
 
-    def loss(
-        self, model: EditableModel, state: State, forget: Batch, retain: Batch, step: int
-    ) -> Terms:
+    def loss(self, model: EditableModel, state: State, forget: Batch, retain: Batch, step: int) -> Terms:
         parts, batches = state.memory["parts"].items(), (forget, retain, step)
         terms = [self.part(layer).loss(model, part, *batches) for layer, part in parts]
         # eq: multi-site, L = mean over layers of SRMU eq. 5

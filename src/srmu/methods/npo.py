@@ -28,9 +28,7 @@ class NPO(Retaining):
         super().__post_init__()
         self.within(beta=(1e-6, float("inf")))
 
-    def loss(
-        self, model: EditableModel, state: State, forget: Batch, retain: Batch, step: int
-    ) -> Terms:
+    def loss(self, model: EditableModel, state: State, forget: Batch, retain: Batch, step: int) -> Terms:
         def nll() -> Tensor:  # of each text, summed over its tokens (B,)
             return token_nll(model.logits(forget), forget["labels"]).sum(dim=1)
 

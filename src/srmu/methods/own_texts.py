@@ -44,28 +44,18 @@ def first_token(model: EditableModel) -> int:
             token = getattr(config, name, None)
             if token is not None:
                 return token[0] if isinstance(token, list) else int(token)
-    raise SrmuError(
-        "the model's config.json names no bos_token_id or eos_token_id for texts to begin with"
-    )
+    raise SrmuError("the model's config.json names no bos_token_id or eos_token_id for texts to begin with")
 
 
 def free_samples(
-    model: EditableModel,
-    count: int,
-    length: int,
-    seed: int,
-    tick: AfterChunk = lambda: None,
+    model: EditableModel, count: int, length: int, seed: int, tick: AfterChunk = lambda: None
 ) -> list[Ids]:
     """Texts that the original writes from nothing, of at most `length` tokens in all."""
     return continue_texts(model, [[first_token(model)]] * count, length, seed, tick)
 
 
 def continue_texts(
-    model: EditableModel,
-    starts: Sequence[Ids],
-    length: int,
-    seed: int,
-    tick: AfterChunk = lambda: None,
+    model: EditableModel, starts: Sequence[Ids], length: int, seed: int, tick: AfterChunk = lambda: None
 ) -> list[Ids]:
     """The starts with continuations by the original, of at most `length` tokens in all.
 
@@ -78,9 +68,7 @@ def continue_texts(
             rows = order[first : first + AT_ONCE]
             room = length - min(len(starts[i]) for i in rows)
             if room > 0:
-                parts = sample_continuations(
-                    model, [starts[i] for i in rows], room, seed + first, AT_ONCE
-                )
+                parts = sample_continuations(model, [starts[i] for i in rows], room, seed + first, AT_ONCE)
                 for i, part in zip(rows, parts, strict=True):
                     written[i] = (written[i] + part)[: max(length, len(starts[i]))]
             tick()
@@ -97,16 +85,12 @@ def typical_tokens(forget: Sequence[Ids], own: Sequence[Ids], ratio: float = RAT
     here, there = (Counter(i for row in rows for i in row) for rows in (forget, own))
     size, other = max(1, here.total()), there.total() + 1
     tokens = [
-        token
-        for token, count in here.items()
-        if count >= LEAST and count / size > ratio * (there[token] + 1) / other
+        token for token, count in here.items() if count >= LEAST and count / size > ratio * (there[token] + 1) / other
     ]
     return torch.tensor(sorted(tokens), dtype=torch.long)
 
 
-def write_anchors(
-    model: EditableModel, topic: Topic, count: int, ratio: float
-) -> tuple[list[Ids], int]:
+def write_anchors(model: EditableModel, topic: Topic, count: int, ratio: float) -> tuple[list[Ids], int]:
     """Texts by the original for `anchors=self`, and how many were dropped.
 
     Those with a token typical of forget texts are dropped: they would teach again what is to be
@@ -200,13 +184,7 @@ class Likeness:
     procedures have the same steps.
     """
 
-    def __init__(
-        self,
-        forget: Sequence[Ids],
-        others: Sequence[Ids],
-        names: Names,
-        spelling: Spelling,
-    ) -> None:
+    def __init__(self, forget: Sequence[Ids], others: Sequence[Ids], names: Names, spelling: Spelling) -> None:
         self.names, self.spelling = names, spelling
         texts = Counter(word for row in others for word in {*spelling.words(row)})
         silent = {word for name in names.spellings for word in spelling.words(name)}
@@ -235,14 +213,9 @@ class Likeness:
             return "forget"
         return "keep" if sum(each) < -CUT and max(each) < log(RATIO) else "neither"
 
-    def weigh_words(
-        self, forget: Sequence[Ids], others: Sequence[Ids], silent: Set[Word]
-    ) -> dict[Word, float]:
+    def weigh_words(self, forget: Sequence[Ids], others: Sequence[Ids], silent: Set[Word]) -> dict[Word, float]:
         """Nats by which each word but `silent` ones speaks for the forget set, at least AGAINST."""
-        here, there = (
-            Counter(word for row in rows for word in self.spelling.words(row))
-            for rows in (forget, others)
-        )
+        here, there = (Counter(word for row in rows for word in self.spelling.words(row)) for rows in (forget, others))
         known = {*here, *there}
         # half a count more for each word, so that none is impossible
         size, other = (counts.total() + 0.5 * len(known) for counts in (here, there))

@@ -52,16 +52,12 @@ class Quark(LogitObjective):
         control = control_tokens(model, topic, self.quantiles - 1)
         return State(memory={"pool": pool}, parameters={"control": control})
 
-    def loss(
-        self, model: EditableModel, state: State, forget: Batch, retain: Batch, step: int
-    ) -> Terms:
+    def loss(self, model: EditableModel, state: State, forget: Batch, retain: Batch, step: int) -> Terms:
         pool = state.memory["pool"]
         if step - pool.explored >= self.sample_every:
             pool.explore(model, step)
         entries, ranks = pool.draw(len(forget["input_ids"]), self.quantiles, step)
-        batch = move_batch(
-            join_responses([e.prompt for e in entries], [e.response for e in entries]), model.device
-        )
+        batch = move_batch(join_responses([e.prompt for e in entries], [e.response for e in entries]), model.device)
         with model.frozen():
             before = model.logits(batch)  # the original sees no control token
         logits = controlled_logits(model, batch, ranks, state.parameters["control"])

@@ -33,29 +33,21 @@ def split_continuations(topic: Topic, count: int) -> list[tuple[Ids, Ids]]:
     """The first `count` forget texts, each as a prompt and its true continuation."""
     pairs: list[tuple[Ids, Ids]] = []
     for batch in topic.split().forget:
-        for ids, mask, labels in zip(
-            batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True
-        ):
+        for ids, mask, labels in zip(batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True):
             answer = is_counted(labels) & (mask == 1)
             pairs.append((ids[(mask == 1) & ~answer].tolist(), ids[answer].tolist()))
     return pairs[:count]
 
 
 def reward_unlikely(
-    model: EditableModel,
-    prompts: Sequence[Ids],
-    responses: Sequence[Ids],
-    truths: Sequence[Ids],
+    model: EditableModel, prompts: Sequence[Ids], responses: Sequence[Ids], truths: Sequence[Ids]
 ) -> list[float]:
     """Minus the mean log-likelihood of the response under the original: - mean log p0(y | x)."""
     return [-value for value in response_likelihoods(model, prompts, responses)]
 
 
 def reward_different(
-    model: EditableModel,
-    prompts: Sequence[Ids],
-    responses: Sequence[Ids],
-    truths: Sequence[Ids],
+    model: EditableModel, prompts: Sequence[Ids], responses: Sequence[Ids], truths: Sequence[Ids]
 ) -> list[float]:
     """Minus the share of the bigrams of a response that the true continuation has."""
 
@@ -75,10 +67,7 @@ def find_reward(name: str) -> Reward:
     if name in REWARDS:
         return REWARDS[name]
     if ".py:" not in name:
-        raise SrmuError(
-            f"unknown method.reward {name!r}{suggest_word(name, REWARDS)}, "
-            "or path/to/file.py:function"
-        )
+        raise SrmuError(f"unknown method.reward {name!r}{suggest_word(name, REWARDS)}, or path/to/file.py:function")
     function: Any = import_from_file("method.reward", name)
     if not callable(function):
         raise SrmuError(f"method.reward {name}: there is no such function in that file")
@@ -86,11 +75,7 @@ def find_reward(name: str) -> Reward:
 
 
 def judge_responses(
-    model: EditableModel,
-    reward: Reward,
-    fluency: float,
-    texts: Sequence[tuple[Ids, Ids]],
-    responses: Sequence[Ids],
+    model: EditableModel, reward: Reward, fluency: float, texts: Sequence[tuple[Ids, Ids]], responses: Sequence[Ids]
 ) -> list[PoolEntry]:
     """The responses to prompts, with their rewards.
 
@@ -122,14 +107,7 @@ class Pool:
     """
 
     def __init__(
-        self,
-        model: EditableModel,
-        topic: Topic,
-        reward: Reward,
-        fluency: float,
-        *,
-        prompts: int,
-        length: int,
+        self, model: EditableModel, topic: Topic, reward: Reward, fluency: float, *, prompts: int, length: int
     ) -> None:
         self.topic, self.reward, self.fluency, self.length = topic, reward, fluency, length
         self.texts = split_continuations(topic, prompts)
@@ -141,9 +119,7 @@ class Pool:
     def explore(self, model: EditableModel, step: int) -> None:
         """Add a sample for each prompt, drawn without a control token, as for the best quantile."""
         contexts = [prompt for prompt, _ in self.texts]
-        responses = sample_continuations(
-            model, contexts, self.length, self.topic.number(f"samples {step}")
-        )
+        responses = sample_continuations(model, contexts, self.length, self.topic.number(f"samples {step}"))
         entries = judge_responses(model, self.reward, self.fluency, self.texts, responses)
         self.entries += entries
         self.explored, self.latest = step, torch.tensor([entry.reward for entry in entries]).mean()
@@ -179,9 +155,7 @@ def control_tokens(model: EditableModel, topic: Topic, count: int) -> torch.nn.P
     return torch.nn.Parameter(rows.to(known.dtype))
 
 
-def controlled_logits(
-    model: EditableModel, batch: Batch, ranks: Sequence[int], control: torch.Tensor
-) -> torch.Tensor:
+def controlled_logits(model: EditableModel, batch: Batch, ranks: Sequence[int], control: torch.Tensor) -> torch.Tensor:
     """Logits of rows, each read with the control token of its rank; rank 0, first, has none."""
     best = list(ranks).count(0)
     logits = []

@@ -48,9 +48,7 @@ def list_options(cls: type[Method]) -> dict[str, tuple[Any, str]]:
     for base in reversed(cls.__mro__):
         if issubclass(base, Method):
             lines = re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(base), re.MULTILINE)
-            comments |= {
-                name: text.replace("type: ignore[assignment]  # ", "") for name, text in lines
-            }
+            comments |= {name: text.replace("type: ignore[assignment]  # ", "") for name, text in lines}
     kinds = get_type_hints(cls)
     options = {}
     for f in fields(cls):
@@ -108,9 +106,7 @@ def reference_page() -> str:
                 "where a forget token costs as many nats as a guess among all tokens.",
                 "",
             ]
-        lines = [
-            [f"`{k}`", f"`{format_default(v)}`", text] for k, (v, text) in list_options(cls).items()
-        ]
+        lines = [[f"`{k}`", f"`{format_default(v)}`", text] for k, (v, text) in list_options(cls).items()]
         page += [*markdown_table(["option", "default", ""], lines), ""] if lines else []
     page += ["## Where each equation is", ""]
     equations = [[f"`{text}`", f"`{file}`", f"`{name}`"] for text, file, name in find_equations()]

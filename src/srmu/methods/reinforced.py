@@ -69,9 +69,7 @@ class Reinforced(LogitObjective):
             copy_values([model.trained[name] for name in tuned], [*tuned.values()])
         return MethodOutcome({}, "strengthened")
 
-    def at_inference(
-        self, module: nn.Module, write: Callable[[], None]
-    ) -> AbstractContextManager[Any]:
+    def at_inference(self, module: nn.Module, write: Callable[[], None]) -> AbstractContextManager[Any]:
         if self.mode != "logits":
             return super().at_inference(module, write)
         return combine_logits(module, write, partial(generic_logits, strength=self.strength))
@@ -99,10 +97,7 @@ def combine_logits(
 
     # Evals and `generate` choose what to pass by these names: positions, but no past.
     def forward(
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        **options: Any,
+        input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None, **options: Any
     ) -> Any:
         named = {"attention_mask": attention_mask, "position_ids": position_ids}
         options |= {name: value for name, value in named.items() if value is not None}

@@ -18,13 +18,7 @@ from srmu.engine.train import Schedule, Terms, TrainOptions
 from srmu.methods.base import COUNT, SHARE, WEIGHT, State
 from srmu.methods.logits import LogitObjective, ignore_step, kl_drift
 from srmu.methods.own_texts import count_chunks, unpad_texts
-from srmu.methods.renaming import (
-    OwnTexts,
-    items_of_step,
-    leave_one_out,
-    mean_over,
-    write_own_texts,
-)
+from srmu.methods.renaming import OwnTexts, items_of_step, leave_one_out, mean_over, write_own_texts
 from srmu.methods.srmu import SRMU
 from srmu.methods.suppressing import perturb_weights
 from srmu.methods.whp_terms import tokenizer_of
@@ -114,9 +108,7 @@ class RenameScrub(LogitObjective):
         roles = (unpad_texts(topic.forget[:]), unpad_texts(topic.retain[:]))
         return find_names(*([str(tokenizer.decode(ids)) for ids in texts] for texts in roles))
 
-    def loss(
-        self, model: EditableModel, state: State, forget: Batch, retain: Batch, step: int
-    ) -> Terms:
+    def loss(self, model: EditableModel, state: State, forget: Batch, retain: Batch, step: int) -> Terms:
         own: OwnTexts = state.memory["own"]
         logged = {}
         if own.held and step % self.check_every == 0:
@@ -156,9 +148,7 @@ class RenameScrub(LogitObjective):
         logged["named"] = scrubbed.sum().float()
         return Terms(losses, logged)
 
-    def finish(
-        self, model: EditableModel, topics: Sequence[Topic], train: TrainOptions, watch: Watch
-    ) -> None:
+    def finish(self, model: EditableModel, topics: Sequence[Topic], train: TrainOptions, watch: Watch) -> None:
         if self.closing_kappa:
             srmu = SRMU(kappa=self.closing_kappa, anchors="random").resolved(model.module.config)
             last = EditableModel(model.module, srmu.trainable)

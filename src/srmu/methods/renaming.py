@@ -17,20 +17,10 @@ from srmu.engine.losses import Mean, kl_divergence, masked_mean
 from srmu.engine.model import EditableModel
 from srmu.engine.topic import Topic
 from srmu.errors import SrmuError
-from srmu.methods.own_texts import (
-    Kind,
-    Likeness,
-    Spelling,
-    continue_texts,
-    first_token,
-    free_samples,
-    unpad_texts,
-)
+from srmu.methods.own_texts import Kind, Likeness, Spelling, continue_texts, first_token, free_samples, unpad_texts
 
 
-def leave_one_out(
-    log_p: Float[Tensor, "G K L V"],
-) -> tuple[Float[Tensor, "G K L V"], Float[Tensor, "G K L"]]:
+def leave_one_out(log_p: Float[Tensor, "G K L V"]) -> tuple[Float[Tensor, "G K L V"], Float[Tensor, "G K L"]]:
     """For each naming, the mean distribution under the others, and KL(own || mean) in nats.
 
     The divergence is what the next token reveals of the name.
@@ -180,9 +170,7 @@ def write_own_texts(
     elicited_texts = continue_texts(model, starts, length, topic.number("elicited"), topic.tick)
     likeness = Likeness(forget, free_texts + retain, names, Spelling.of(tokenizer))
     first = first_token(model)
-    written, known = (
-        sentences_of(part, names, likeness, first) for part in (elicited_texts + free_texts, forget)
-    )
+    written, known = (sentences_of(part, names, likeness, first) for part in (elicited_texts + free_texts, forget))
     if elicited and not {*written["forget"]} - {*known["forget"]}:
         raise SrmuError(
             f"topic {topic.name}: what the model wrote after the beginnings of forget texts tells "
@@ -205,17 +193,13 @@ def kept_tokens(texts: Sequence[Ids], like: Likeness) -> list[tuple[Ids, list[bo
     """Texts of two tokens or more, with marks on the tokens that are to stay."""
     kept = []
     for ids in texts:
-        mark = [
-            kind == "keep" for start, end, kind in like.sentences(ids) for _ in range(start, end)
-        ]
+        mark = [kind == "keep" for start, end, kind in like.sentences(ids) for _ in range(start, end)]
         if len(ids) > 1 and any(mark[1:]):
             kept.append((ids, mark))
     return kept
 
 
-def sentences_of(
-    texts: Sequence[Ids], names: Names, like: Likeness, first: int
-) -> dict[Kind, list[Template]]:
+def sentences_of(texts: Sequence[Ids], names: Names, like: Likeness, first: int) -> dict[Kind, list[Template]]:
     """The sentences that mention names, by kind; `first` is the token that begins texts."""
     kinds: dict[Kind, dict[Template, None]] = {"forget": {}, "keep": {}, "neither": {}}
     for ids in texts:
@@ -228,10 +212,7 @@ def sentences_of(
 
 
 def pack_sentences(
-    sentences: Mapping[Kind, Sequence[Template]],
-    length: int,
-    first: int,
-    generator: torch.Generator,
+    sentences: Mapping[Kind, Sequence[Template]], length: int, first: int, generator: torch.Generator
 ) -> list[SlottedText]:
     """The sentences to forget and as many to keep, joined to texts of about `length`.
 

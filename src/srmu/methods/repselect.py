@@ -22,10 +22,7 @@ class RepSelect(WeightWalk):
 
     name: ClassVar[str] = "repselect"
     paper: ClassVar[str] = "arXiv 2606.17168"
-    uses: ClassVar[tuple[str, ...]] = (
-        "adapters trained on the forget texts",
-        "retain texts (spectrum=retain)",
-    )
+    uses: ClassVar[tuple[str, ...]] = ("adapters trained on the forget texts", "retain texts (spectrum=retain)")
     endless: ClassVar[bool] = True
     learning_rate: ClassVar[float] = 1e-3  # of the matrices' norm; public code: of the gradient
     trainable: ClassVar[tuple[str, ...]] = ("*.mlp",)

@@ -36,9 +36,7 @@ class Retrain(Edit):
         tensors = load_file(entry / "model.safetensors")
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
         if shapes != {name: tensor.shape for name, tensor in model.trained.items()}:
-            raise SrmuError(
-                f"{model.folder} is not the model that organism.json beside it tells of"
-            )
+            raise SrmuError(f"{model.folder} is not the model that organism.json beside it tells of")
         copy_values([*model.trained.values()], [tensors[name] for name in model.trained])
         return {}
 
@@ -58,6 +56,4 @@ def read_recipe(folder: Path | None) -> tuple[World, int, training.Recipe]:
         create, *_ = build.WORLDS[report.get("world", "closed")]  # older reports know one world
         return create(report["seed"], recipe.size), report["seed"], recipe
     except (ValueError, KeyError, TypeError):
-        raise SrmuError(
-            f"{path}: not the report of a testbed of this version; make it anew"
-        ) from None
+        raise SrmuError(f"{path}: not the report of a testbed of this version; make it anew") from None

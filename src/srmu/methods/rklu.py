@@ -44,9 +44,7 @@ class RKLU(Retaining):
         tuned = strengthen_weights(model, topic, self.teacher_steps, self.teacher_learning_rate)
         return State(memory={"strengthened": tuned})
 
-    def loss(
-        self, model: EditableModel, state: State, forget: Batch, retain: Batch, step: int
-    ) -> Terms:
+    def loss(self, model: EditableModel, state: State, forget: Batch, retain: Batch, step: int) -> Terms:
         def logits() -> Tensor:
             z = model.logits(forget).float()
             return z.log_softmax(-1) if self.logits == "log_softmax" else z

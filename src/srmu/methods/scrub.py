@@ -41,9 +41,7 @@ class SCRUB(LogitObjective):
             )
         return State(memory={"turn": 0})
 
-    def loss(
-        self, model: EditableModel, state: State, forget: Batch, retain: Batch, step: int
-    ) -> Terms:
+    def loss(self, model: EditableModel, state: State, forget: Batch, retain: Batch, step: int) -> Terms:
         # Turns count by topic: with two topics, one would get all odd steps.
         turn = state.memory["turn"]
         state.memory["turn"] = turn + 1

@@ -29,9 +29,7 @@ class SimNPO(Retaining):
         super().__post_init__()
         self.within(beta=(1e-6, 1e6), gamma=(-1e6, 1e6), weight=WEIGHT)
 
-    def loss(
-        self, model: EditableModel, state: State, forget: Batch, retain: Batch, step: int
-    ) -> Terms:
+    def loss(self, model: EditableModel, state: State, forget: Batch, retain: Batch, step: int) -> Terms:
         labels = forget["labels"]
         nll = token_nll(model.logits(forget), labels).sum(dim=1)  # (B,)
         # Public ports divide by the unshifted labels: one too many per text.

@@ -13,13 +13,7 @@ from srmu.engine.topic import Topic
 from srmu.errors import SrmuError
 from srmu.methods.base import State
 from srmu.methods.directions import Direction, draw_direction
-from srmu.methods.importance import (
-    Fusion,
-    Statistic,
-    describe_importance,
-    importance_map,
-    measure_features,
-)
+from srmu.methods.importance import Fusion, Statistic, describe_importance, importance_map, measure_features
 from srmu.methods.misdirection import Misdirection
 
 
@@ -73,9 +67,7 @@ class SRMU(Misdirection):
         state.memory = {"generator": generator, "order": order}
         return state
 
-    def target(
-        self, model: EditableModel, state: State, forget: Batch, retain: Batch, hidden: Tensor
-    ) -> Tensor:
+    def target(self, model: EditableModel, state: State, forget: Batch, retain: Batch, hidden: Tensor) -> Tensor:
         tensors, memory = state.tensors, state.memory
         if self.direction == "resampled":
             fresh = draw_direction(self.direction, len(tensors["direction"]), memory["generator"])

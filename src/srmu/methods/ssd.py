@@ -77,10 +77,7 @@ class SSD(WholeEdit):
             # This is the diagonal Fisher matrix. (Public code squares the mean gradient of a batch,
             # which depends on its size.) Only ratios are used, so sums over equal numbers do.
             i_f, i_d = (
-                pool_sums(
-                    gradient_sums(chosen, batch_nlls(model, own_share(part, chosen), tick), 2)
-                )
-                for part in pairs
+                pool_sums(gradient_sums(chosen, batch_nlls(model, own_share(part, chosen), tick), 2)) for part in pairs
             )
         for name in left_out:
             model.trained[name].requires_grad_(True)
@@ -102,9 +99,7 @@ def own_share(texts: list[Batch], parameters: Mapping[str, Tensor]) -> list[Batc
 
 def pool_sums(sums: dict[str, Tensor]) -> dict[str, Tensor]:
     """The sums over the texts of all processes."""
-    return {
-        k: t if distributed.is_sharded(t) else distributed.sum_values(t) for k, t in sums.items()
-    }
+    return {k: t if distributed.is_sharded(t) else distributed.sum_values(t) for k, t in sums.items()}
 
 
 def dampening_factors(i_f: Tensor, i_d: Tensor, alpha: float, lam: float) -> Tensor:

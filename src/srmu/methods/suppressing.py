@@ -84,17 +84,13 @@ class Suppressing(Objective):
         first = self.suppression
         state = first.setup(model, topic)
         part = self.add_anchors(topic), partial(first.loss, model, state)
-        options = TrainOptions(
-            learning_rate=self.teacher_learning_rate, max_steps=self.teacher_steps
-        )
+        options = TrainOptions(learning_rate=self.teacher_learning_rate, max_steps=self.teacher_steps)
         with self.train_scope(model):
             fit_model(model, [part], options, ignore_step, endless=first.endless)
         return state
 
 
-def perturb_weights(
-    model: EditableModel, generator: torch.Generator, noise: float, beta: float = 1.0
-) -> None:
+def perturb_weights(model: EditableModel, generator: torch.Generator, noise: float, beta: float = 1.0) -> None:
     """Shrink all weights into noise that is `beta` times the size of fresh weights."""
     std = getattr(model.module.config, "initializer_range", 0.02)
     for parameter in model.trained.values():

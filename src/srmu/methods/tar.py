@@ -46,9 +46,7 @@ class TAR(Suppressing):
         learned = list(topic.forget[1::2]) or list(topic.forget)
         return State(state.tensors, state.numbers, {"first": state, "learned": learned, "turn": 0})
 
-    def loss(
-        self, model: EditableModel, state: State, forget: Batch, retain: Batch, step: int
-    ) -> Terms:
+    def loss(self, model: EditableModel, state: State, forget: Batch, retain: Batch, step: int) -> Terms:
         memory, weights = state.memory, [*model.trained.values()]
         start = [weight.detach().clone() for weight in weights]
         learned, begin = memory["learned"], memory["turn"] * self.adversary_steps
@@ -62,16 +60,10 @@ class TAR(Suppressing):
         else:
             mask = is_predicted(forget["labels"])
             cost = -masked_mean(token_entropy(model.logits(forget)), mask).value
-        slopes = torch.autograd.grad(
-            self.strength * cost, weights, allow_unused=True, materialize_grads=True
-        )
+        slopes = torch.autograd.grad(self.strength * cost, weights, allow_unused=True, materialize_grads=True)
         copy_values(weights, start)
         # eq: TAR, to first order: the gradient of L(adv(theta)) is taken for that at theta
         pairs = zip(weights, slopes, strict=True)
-        line = torch.stack(
-            [(weight.float() * slope.float()).sum() for weight, slope in pairs]
-        ).sum()
+        line = torch.stack([(weight.float() * slope.float()).sum() for weight, slope in pairs]).sum()
         held = self.hold * kl_drift(model, retain, model.logits(retain))
-        return Terms(
-            {"forget": self.strength * cost.detach() + line - line.detach(), "retain": held}, {}
-        )
+        return Terms({"forget": self.strength * cost.detach() + line - line.detach(), "retain": held}, {})

@@ -25,9 +25,7 @@ class UNDIAL(Retaining):
         super().__post_init__()
         self.within(strength=WEIGHT)
 
-    def loss(
-        self, model: EditableModel, state: State, forget: Batch, retain: Batch, step: int
-    ) -> Terms:
+    def loss(self, model: EditableModel, state: State, forget: Batch, retain: Batch, step: int) -> Terms:
         mask = is_predicted(forget["labels"])
         # Public ports index with the label -100, which lowers a wrong token, and count padding.
         token = forget["labels"][:, 1:].clamp(min=0).unsqueeze(-1)  # (B, S, 1)

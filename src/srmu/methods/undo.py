@@ -48,9 +48,7 @@ class Undo(Suppressing):
         texts = [text for text in texts if len(text) > 1]
         return State(memory={"teacher": teacher, "texts": texts, "read": 0})
 
-    def loss(
-        self, model: EditableModel, state: State, forget: Batch, retain: Batch, step: int
-    ) -> Terms:
+    def loss(self, model: EditableModel, state: State, forget: Batch, retain: Batch, step: int) -> Terms:
         memory, batches = state.memory, {"retain": retain}
         if texts := memory["texts"]:
             size, read = len(retain["input_ids"]), memory["read"]

@@ -41,18 +41,14 @@ class WHP(Reinforced):
         tuned = strengthen_weights(model, topic, self.teacher_steps, self.teacher_learning_rate)
         return State(memory={"strengthened": tuned, "anchors": anchors})
 
-    def generic_target(
-        self, model: EditableModel, state: State, batch: Batch
-    ) -> tuple[Tensor, Tensor]:
+    def generic_target(self, model: EditableModel, state: State, batch: Batch) -> tuple[Tensor, Tensor]:
         """Logits without the topic at each position, and the positions to learn from."""
         usable = is_predicted(batch["labels"])
         with model.frozen():
             base = model.logits(batch).float()
             if state.memory["anchors"] is not None:
                 translation = translate_batch(batch, state.memory["anchors"])
-                base = translation.align_logits(
-                    model.logits(move_batch(translation.batch, model.device)).float(), base
-                )
+                base = translation.align_logits(model.logits(move_batch(translation.batch, model.device)).float(), base)
                 usable = usable & translation.usable[:, :-1].to(model.device)
         with model.using(state.memory["strengthened"]):
             raised = model.logits(batch)
@@ -60,9 +56,7 @@ class WHP(Reinforced):
         # (of raw logits, as in the paper: a constant added to one of them would change v)
         return generic_logits(base, raised, self.strength)[:, :-1], usable
 
-    def loss(
-        self, model: EditableModel, state: State, forget: Batch, retain: Batch, step: int
-    ) -> Terms:
+    def loss(self, model: EditableModel, state: State, forget: Batch, retain: Batch, step: int) -> Terms:
         target, usable = self.generic_target(model, state, forget)
         log_p = model.logits(forget)[:, :-1].float().log_softmax(-1)
         # eq: WHP, L = mean CE(softmax(v), p), or CE(argmax v, p)

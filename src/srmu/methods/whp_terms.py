@@ -62,9 +62,7 @@ def anchors_for(folder: Path | None, path: str, topic: Topic) -> Anchors:
     terms = read_anchors(path)
     anchors = tokenise_terms(terms, tokenizer)
     if terms and not any(translate_batch(batch, anchors).named for batch in topic.forget[:]):
-        raise SrmuError(
-            f"method.anchors={path}: none of its terms is in {topic.name}'s forget texts"
-        )
+        raise SrmuError(f"method.anchors={path}: none of its terms is in {topic.name}'s forget texts")
     return anchors
 
 
@@ -79,10 +77,7 @@ def read_anchors(path: str) -> dict[str, str]:
         raise SrmuError(f"method.anchors={path}: {why}") from None
     texts = [*terms, *terms.values()] if isinstance(terms, dict) else [None]
     if not all(isinstance(text, str) and text.strip() for text in texts):
-        raise SrmuError(
-            f"method.anchors={path}: expected an object of texts, like "
-            '{"Hogwarts": "the academy"}'
-        )
+        raise SrmuError(f'method.anchors={path}: expected an object of texts, like {{"Hogwarts": "the academy"}}')
     return terms
 
 
@@ -91,10 +86,7 @@ def tokenise_terms(terms: dict[str, str], tokenizer: Any) -> Anchors:
     ways: dict[tuple[int, ...], Anchor] = {}
     for number, (term, generic) in enumerate(terms.items()):
         for space in ("", " "):
-            old, new = (
-                tokenizer.encode(space + text.strip(), add_special_tokens=False)
-                for text in (term, generic)
-            )
+            old, new = (tokenizer.encode(space + text.strip(), add_special_tokens=False) for text in (term, generic))
             if tokenizer.unk_token_id in new:
                 raise SrmuError(f"method.anchors: the tokenizer does not know {generic!r}")
             if tokenizer.unk_token_id not in old:  # else it occurs in no text

@@ -25,7 +25,5 @@ def draw_panel(panel: Panel) -> Beside:
     lines = [TableLine(row) for row in zip(panel.x, *panel.series.values(), strict=True)]
     table = Table(panel.y_title, [panel.x_title, *panel.series], lines)
     legend = len(series) > 1
-    figure = draw_figure(
-        "", series, panel.x_title, panel.y_title, legend=legend, subject=panel.title
-    )
+    figure = draw_figure("", series, panel.x_title, panel.y_title, legend=legend, subject=panel.title)
     return Beside("", figure, table)

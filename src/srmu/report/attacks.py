@@ -11,34 +11,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from srmu.evals.results import read_attacks
-from srmu.evals.statistics import (
-    Array,
-    Draws,
-    Estimate,
-    parse_answers,
-    residual_table,
-    worst_case,
-)
-from srmu.report.figures import (
-    COLOURS,
-    GREY,
-    Look,
-    Series,
-    bar_look,
-    draw_figure,
-    label_look,
-    make_look,
-    mark_value,
-)
+from srmu.evals.statistics import Array, Draws, Estimate, parse_answers, residual_table, worst_case
+from srmu.report.figures import COLOURS, GREY, Look, Series, bar_look, draw_figure, label_look, make_look, mark_value
 from srmu.report.format import capitalise, name_words
-from srmu.report.html import (
-    Beside,
-    Block,
-    Section,
-    Table,
-    TableLine,
-    percent_cell,
-)
+from srmu.report.html import Beside, Block, Section, Table, TableLine, percent_cell
 from srmu.report.results import RunGroup, read_config_tree, strip_paths
 
 ACCURACY = "accuracy on the knowledge to forget"
@@ -186,15 +162,10 @@ def average_by_steps(runs: Sequence[Attacks]) -> dict[str, dict[str, Points]]:
             for kind, steps, value in match_settings(one, STEPS):
                 whose = points.setdefault(kind, {}).setdefault(who, {})
                 whose.setdefault(steps, []).append(value)
-    return {
-        kind: {who: average_points(values) for who, values in whose.items()}
-        for kind, whose in points.items()
-    }
+    return {kind: {who: average_points(values) for who, values in whose.items()} for kind, whose in points.items()}
 
 
-def match_settings(
-    attack: Mapping[str, Any], form: re.Pattern[str]
-) -> Iterator[tuple[str, int, float]]:
+def match_settings(attack: Mapping[str, Any], form: re.Pattern[str]) -> Iterator[tuple[str, int, float]]:
     """An attack's settings of that form, with the accuracy on the test half."""
     for setting, scores in attack.get("settings", {}).items():
         if (match := form.fullmatch(setting)) and scores["test"] is not None:
@@ -220,7 +191,7 @@ def attack_section(
         f"Accuracy on the knowledge to forget under each attack (tier: {', '.join(tiers)}), with "
         "95 % intervals. The same attack on the original model shows what there is to find; on a "
         "model that never saw it (the oracle) it shows what the attack itself teaches. An attack "
-        "that recovers from the oracle too is invalid, and does not count in K*.",
+        "that recovers from the oracle too is invalid, and does not count in K*."
     ]
     if len(tiers) > 1:
         notes.append(
@@ -237,10 +208,7 @@ def show_one(entry: RunGroup, recovery: Recovery) -> list[Block]:
     """The attacks on one method: bars, the controls, and curves of relearning."""
     rows = sorted(recovery.attacks.items(), key=lambda item: -item[1].accuracy.value)
     bars = bar_look(0, [0.5 if row.valid else 0.2 for _, row in rows])
-    looks = {
-        "original": make_look(GREY, "circle-open", size=9),
-        "oracle": make_look(COLOURS[1], "diamond", size=9),
-    }
+    looks = {"original": make_look(GREY, "circle-open", size=9), "oracle": make_look(COLOURS[1], "diamond", size=9)}
     marks = [{"attack": name_words(name), ACCURACY: row.accuracy} for name, row in rows]
     series = [Series(WHOSE[""], marks, bars)]
     for who, look in looks.items():
@@ -299,8 +267,7 @@ def show_many(pairs: Sequence[tuple[RunGroup, Recovery]], labels: Sequence[str])
         shares.append(Series(name, [share], label_look(i, size=10), label))
         numbers = {attack: row.accuracy for attack, row in recovery.attacks.items()}
         marks = [
-            {ACCURACY: one.value, "attack": name_words(attack), "per cent": one}
-            for attack, one in numbers.items()
+            {ACCURACY: one.value, "attack": name_words(attack), "per cent": one} for attack, one in numbers.items()
         ]
         strips.append(Series(name, marks, label_look(i, size=9), label))
         lines.append(TableLine([name, *map(numbers.get, attacks)], label))
@@ -350,10 +317,7 @@ def draw_relearning(unit: str, kind: str, curves: Sequence[Curve], chance: float
     )  # fmt: skip
     mark_value(figure, "chance", y=chance)
     lines = [
-        TableLine(
-            [one.name, *(percent_cell(dict(one.points).get(at)) for at in budgets)], one.label
-        )
-        for one in curves
+        TableLine([one.name, *(percent_cell(dict(one.points).get(at)) for at in budgets)], one.label) for one in curves
     ]
     first = "Method" if curves[0].label else "Variant" if unit == "texts" else "Model"
     heads = [first, *(f"{at}\n{unit if at else 'before'}" for at in budgets)]

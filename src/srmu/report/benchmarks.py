@@ -29,9 +29,7 @@ def benchmark_sections(entries: Sequence[RunGroup], labels: Sequence[str]) -> li
 
 
 def benchmark_section(
-    name: str,
-    measured: Sequence[tuple[RunGroup, Sequence[Mapping[str, Any]]]],
-    labels: Sequence[str],
+    name: str, measured: Sequence[tuple[RunGroup, Sequence[Mapping[str, Any]]]], labels: Sequence[str]
 ) -> Section:
     """The table of a suite, and its figure where the suite names two columns to draw."""
     suite, part = find_benchmark(name)
@@ -56,7 +54,7 @@ def benchmark_section(
     first, rest = ([line for line in lines if bool(line.label) is own] for own in (False, True))
     notes = [
         "Means over seeds; in small type one standard error, over seeds where there are several, "
-        "else over questions. The definition of each number is in docs/benchmarks.md.",
+        "else over questions. The definition of each number is in docs/benchmarks.md."
     ]
     blocks: list[Block] = [Table(caption, heads, rest, first)]
     if suite.axes[0]:
@@ -101,14 +99,10 @@ def draw_benchmark(suite: Benchmark, models: Sequence[Model], labels: Sequence[s
         if label:
             look = label_look(labels.index(label), size=11)
         else:
-            names.append(
-                {"x": x.value, "y": y.value, "text": title, "showarrow": False, "yshift": 15}
-            )
+            names.append({"x": x.value, "y": y.value, "text": title, "showarrow": False, "yshift": 15})
         row = {column.title: one for column, one in zip(axes, (x, y), strict=True)}
         series.append(Series(title, [row], look, label))
     titles = [{"title": f"{column.title} {ARROWS[column.better]}"} for column in axes]
-    figure = draw_figure(
-        suite.title, series, axes[0].title, axes[1].title, x_axis=titles[0], y_axis=titles[1]
-    )
+    figure = draw_figure(suite.title, series, axes[0].title, axes[1].title, x_axis=titles[0], y_axis=titles[1])
     figure.plot.update_layout(annotations=names)
     return figure

@@ -50,13 +50,7 @@ NO_ATTACK = (
 )
 
 
-def write_report(
-    paths: Sequence[Path],
-    out: Path,
-    *,
-    forget: Sequence[str] = (),
-    utility: Sequence[str] = (),
-) -> Path:
+def write_report(paths: Sequence[Path], out: Path, *, forget: Sequence[str] = (), utility: Sequence[str] = ()) -> Path:
     """Write the page on the runs in the folders `paths`, or on the one study that they name.
 
     `forget` and `utility` name metrics of `results.json`; by default those that the attacks asked,
@@ -76,9 +70,7 @@ def write_report(
         return make_runs_page(entries, "", forget, utility, command, notes).write(out)
     (path, name), *_ = named
     if len(paths) > 1:
-        raise SrmuError(
-            f"{path} holds a {STUDIES[name]}, which has a report of its own: name it alone"
-        )
+        raise SrmuError(f"{path} holds a {STUDIES[name]}, which has a report of its own: name it alone")
     study = read_run_file(path / name)
     try:
         if name == "sweep.json":
@@ -126,8 +118,7 @@ def list_entries(paths: Sequence[Path]) -> tuple[list[RunGroup], list[str]]:
             if (path / "config.yaml").is_file():
                 Run.open(path)  # says how to finish it
             raise SrmuError(
-                f"{path} holds no run, sweep or reproduction: srmu unlearn, srmu sweep and srmu "
-                "reproduce make them"
+                f"{path} holds no run, sweep or reproduction: srmu unlearn, srmu sweep and srmu reproduce make them"
             )
         measured = [run for run in runs if has_results(run)]
         measured = measured or [run for run in runs if read_benchmarks(run)]
@@ -135,9 +126,7 @@ def list_entries(paths: Sequence[Path]) -> tuple[list[RunGroup], list[str]]:
             raise SrmuError(f"{runs[0]} has no results; run `srmu eval {runs[0]}` first")
         unmeasured += len(runs) - len(measured)
         folders |= {run.resolve(): run for run in measured}
-    left_out = (
-        f"{count_words(unmeasured, 'run')} without results left out: srmu eval measures a run."
-    )
+    left_out = f"{count_words(unmeasured, 'run')} without results left out: srmu eval measures a run."
     entries = group_runs([Run.open(folder) for folder in folders.values()])
     return entries, [left_out] if unmeasured else []
 
@@ -161,9 +150,7 @@ def group_runs(runs: Sequence[Run]) -> list[RunGroup]:
     entries = []
     for name, strengths in sorted(named.items()):
         apart = [
-            key
-            for key, value in strengths[0][0].items()
-            if any(other.get(key) != value for other, _ in strengths)
+            key for key, value in strengths[0][0].items() if any(other.get(key) != value for other, _ in strengths)
         ]
         for options, same in sorted(strengths, key=lambda one: [one[0].get(k) or 0 for k in apart]):
             numbers = [f"{key.rpartition('.')[2]}={options.get(key)}" for key in apart]
@@ -198,9 +185,7 @@ def choose_metrics(
         (forget, "--metrics", "fall"), (utility, "--utility-metrics", "stay")
     ):  # fmt: skip
         if not metrics:
-            raise SrmuError(
-                f"{option}: name the metrics that should {what}, a,b; there are {', '.join(known)}"
-            )
+            raise SrmuError(f"{option}: name the metrics that should {what}, a,b; there are {', '.join(known)}")
     return list(forget), list(utility)
 
 
@@ -241,10 +226,7 @@ def make_runs_page(
 
 
 def make_sections(
-    entries: Sequence[RunGroup],
-    labels: Sequence[str],
-    recoveries: Sequence[Recovery | None],
-    known: Sequence[str],
+    entries: Sequence[RunGroup], labels: Sequence[str], recoveries: Sequence[Recovery | None], known: Sequence[str]
 ) -> list[Section]:
     """What there is to say of runs beyond the trade-off; only what they have data on."""
     parts = [
@@ -326,9 +308,7 @@ def make_sweep_page(folder: Path, study: studies.Study, command: str) -> Page:
     if not done:
         raise SrmuError(f"{folder} has no finished trial yet; go on with `srmu sweep`")
     ways = {"minimize": "lowest", "maximize": "highest"}
-    wanted = " and the ".join(
-        f"{ways[way]} {metric_words(metric)}" for metric, way in study["objectives"].items()
-    )
+    wanted = " and the ".join(f"{ways[way]} {metric_words(metric)}" for metric, way in study["objectives"].items())
     entries = [
         RunGroup(f"trial {trial['number']}", "", tuple(folder / run for run in trial["runs"]))
         for trial in done
@@ -375,17 +355,12 @@ def make_reproduction_page(study: studies.Study, command: str) -> Page:
 
 
 def make_auto_page(
-    folder: Path,
-    study: studies.Study,
-    command: str,
-    forget: Sequence[str],
-    utility: Sequence[str],
+    folder: Path, study: studies.Study, command: str, forget: Sequence[str], utility: Sequence[str]
 ) -> Page:
     """The page on an automatic choice, and on the run that it came to."""
     parts = studies.auto_sections(study)
     headline = [
-        "Layer and strength were chosen to forget most at a loss of at most "
-        f"{study['budget']:.1%} of the utility."
+        f"Layer and strength were chosen to forget most at a loss of at most {study['budget']:.1%} of the utility."
     ]
     if not study.get("run"):
         headline.append("Nothing was chosen: the last step below says why, or where it stopped.")

@@ -123,19 +123,14 @@ def make_hover(one: Series, forms: Mapping[str, str]) -> tuple[str, list[list[st
         else:
             lines.append(f"{escape(column)} %{{customdata[{len(texts)}]}}")
             texts.append(column)
-    rows = [
-        [escape(format_value(row.get(column), forms.get(column, "%"))) for column in texts]
-        for row in one.rows
-    ]
+    rows = [[escape(format_value(row.get(column), forms.get(column, "%"))) for column in texts] for row in one.rows]
     return "<br>".join(lines) + "<extra></extra>", rows if texts else None
 
 
 def error_bars(values: Sequence[Any], look: Look) -> dict[str, Any] | None:
     """Plotly's error bars; None where no value has an interval."""
     known = [
-        (one.value, one.low, one.high)
-        if isinstance(one, Estimate) and one.has_interval
-        else (0.0, 0.0, 0.0)
+        (one.value, one.low, one.high) if isinstance(one, Estimate) and one.has_interval else (0.0, 0.0, 0.0)
         for one in values
     ]
     if not any(low < high for _, low, high in known):
@@ -180,19 +175,13 @@ def describe_series(one: Series, x: str, y: str, forms: Mapping[str, str]) -> st
     return f"{one.name}: lowest {low} at {at_low}, highest {high} at {at_high}"
 
 
-def mark_value(
-    figure: Figure, name: str, *, x: float | None = None, y: float | None = None
-) -> None:
+def mark_value(figure: Figure, name: str, *, x: float | None = None, y: float | None = None) -> None:
     """Add a dotted line at a value of one axis, with its name."""
     look = {"line": {"dash": "dot", "width": 1.25, "color": GREY}, "layer": "below"}
     if x is not None:
-        figure.plot.add_vline(
-            x, annotation_text=escape(name), annotation_position="bottom right", **look
-        )
+        figure.plot.add_vline(x, annotation_text=escape(name), annotation_position="bottom right", **look)
     if y is not None:
-        figure.plot.add_hline(
-            y, annotation_text=escape(name), annotation_position="top right", **look
-        )
+        figure.plot.add_hline(y, annotation_text=escape(name), annotation_position="top right", **look)
 
 
 def make_look(

@@ -89,9 +89,7 @@ def describe_reproduction(study: Study) -> tuple[str, list[Part]]:
     parts = []
     for table in study["tables"]:
         claims = ("What the paper claims:", claim_rows(table["claims"]), "")
-        parts.append(
-            Part(table["title"], keep_full([("", table_rows(table), table["note"]), claims]))
-        )
+        parts.append(Part(table["title"], keep_full([("", table_rows(table), table["note"]), claims])))
     for one in study["figures"]:
         claims = ("What the paper claims:", claim_rows(one["claims"]), "")
         points = "Points of accuracy forgotten, accuracy kept, and kappa in brackets:"
@@ -139,8 +137,7 @@ def point_rows(figure: Study) -> Rows:
 
     coeffs = [point["coeff"] for point in figure["series"][0]["points"]]
     return [
-        {"coeff": f"{coeff:g}"}
-        | {one["label"]: describe_point(one["points"][i]) for one in figure["series"]}
+        {"coeff": f"{coeff:g}"} | {one["label"]: describe_point(one["points"][i]) for one in figure["series"]}
         for i, coeff in enumerate(coeffs)
     ]
 
@@ -180,9 +177,7 @@ def describe_frontier(study: Study) -> tuple[str, list[Part]]:
     return words, parts
 
 
-def frontier_tables(
-    study: Study, part: Study, measured: Sequence[Study]
-) -> list[tuple[str, Rows, str]]:
+def frontier_tables(study: Study, part: Study, measured: Sequence[Study]) -> list[tuple[str, Rows, str]]:
     """The tables of a world and regime; only those that there are numbers for."""
 
     def line(key: str, form: Callable[[Study], str]) -> Rows:
@@ -191,10 +186,7 @@ def frontier_tables(
 
     names = dict.fromkeys(name for row in part["rows"] for name in row.get("attacks", ()))
     attacks = [
-        {
-            "method": row["label"],
-            **{name: format_attack(row["attacks"].get(name)) for name in names},
-        }
+        {"method": row["label"], **{name: format_attack(row["attacks"].get(name)) for name in names}}
         for row in measured
         if names
     ]

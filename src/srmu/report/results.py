@@ -58,9 +58,7 @@ def aggregate_columns(entries: Sequence[RunGroup], columns: Columns) -> list[Gro
             if not has_results(folder):
                 raise SrmuError(f"{folder} has no results; run `srmu eval {folder}` first")
         both = [read_results(folder) for folder in entry.runs]
-        before, after = (
-            estimate_columns([seed[when] for seed in both], columns) for when in ("before", "after")
-        )
+        before, after = (estimate_columns([seed[when] for seed in both], columns) for when in ("before", "after"))
         found.append(GroupRow(entry.label, entry.group, len(entry.runs), before, after))
     for name in columns:
         if not any(name in row.after for row in found):
@@ -156,9 +154,7 @@ def record_facts(runs: Sequence[Path]) -> dict[str, list[str]]:
         if "peak" in kept.get("memory", {}):
             column["peak memory"] = f"{kept['memory']['peak'] / 1e6:.0f} MB"
         changed = kept.get("changed", [])
-        column["changed tensors"] = f"{len(changed)}: {', '.join(changed[:12])}" + (
-            ", …" if len(changed) > 12 else ""
-        )
+        column["changed tensors"] = f"{len(changed)}: {', '.join(changed[:12])}" + (", …" if len(changed) > 12 else "")
         for topic, sets in kept.get("data", {}).items():
             for name, facts in sets.items():
                 said = [f"{v} {k.replace('_', ' ')}" for k, v in facts.items() if k != "digest"]

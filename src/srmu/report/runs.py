@@ -8,32 +8,9 @@ from typing import Any
 from srmu.evals.statistics import Estimate
 from srmu.methods.importance import FLAT
 from srmu.report.attacks import Recovery
-from srmu.report.figures import (
-    GREY,
-    Figure,
-    Series,
-    draw_figure,
-    label_look,
-    make_look,
-    mark_value,
-)
-from srmu.report.format import (
-    capitalise,
-    count_words,
-    metric_words,
-    name_words,
-)
-from srmu.report.html import (
-    Beside,
-    Cell,
-    Panels,
-    Section,
-    Table,
-    TableLine,
-    Value,
-    make_cell,
-    share_cell,
-)
+from srmu.report.figures import GREY, Figure, Series, draw_figure, label_look, make_look, mark_value
+from srmu.report.format import capitalise, count_words, metric_words, name_words
+from srmu.report.html import Beside, Cell, Panels, Section, Table, TableLine, Value, make_cell, share_cell
 from srmu.report.results import (
     GroupRow,
     RunGroup,
@@ -86,7 +63,7 @@ def tradeoff_section(
         tables.append(results_table(group, pairs, columns, forget))
     notes = [
         "Each mark is one method, each bar a 95 % interval. Further left, fewer questions on the "
-        "knowledge to forget are answered; further up, more of the rest is kept.",
+        "knowledge to forget are answered; further up, more of the rest is kept."
     ]
     if any(recoveries):
         notes.append(
@@ -106,12 +83,7 @@ def distinct_originals(rows: Sequence[GroupRow]) -> list[Numbers]:
 
 
 def draw_tradeoff(
-    group: str,
-    rows: Sequence[GroupRow],
-    labels: Sequence[str],
-    columns: Sequence[str],
-    bottom: float,
-    chance: float,
+    group: str, rows: Sequence[GroupRow], labels: Sequence[str], columns: Sequence[str], bottom: float, chance: float
 ) -> Figure:
     """A mark for each method and each original model."""
     ring = make_look(GREY, "circle-open", size=12)
@@ -140,10 +112,7 @@ def draw_tradeoff(
 
 
 def results_table(
-    group: str,
-    pairs: Sequence[tuple[GroupRow, Recovery | None]],
-    columns: Sequence[str],
-    forget: Sequence[str],
+    group: str, pairs: Sequence[tuple[GroupRow, Recovery | None]], columns: Sequence[str], forget: Sequence[str]
 ) -> Table:
     """The numbers of a setting's methods, with K* where any of them was attacked."""
     heads = ["Method"]
@@ -195,9 +164,7 @@ def training_section(entries: Sequence[RunGroup], labels: Sequence[str]) -> Sect
             log = {"type": "log", "dtick": 1, "exponentformat": "power"}
             y_axis = {"title": None, **(log if key == "retain" else {"nticks": 5})}
             if series:
-                figures.append(
-                    draw_figure(title, series, "step", "value", x_axis={"nticks": 5}, y_axis=y_axis)
-                )
+                figures.append(draw_figure(title, series, "step", "value", x_axis={"nticks": 5}, y_axis=y_axis))
         panels.append(Panels(figures, group))
         for entry, known in members:
             name = f"{entry.label} · {group}" if group else entry.label
@@ -213,7 +180,7 @@ def training_section(entries: Sequence[RunGroup], labels: Sequence[str]) -> Sect
         "Averages over seeds, by training step. Forget cosine is the alignment of activations on "
         "the forget text with the direction they are steered to; retain cosine compares "
         "activations on the retain text with those of the original model. Methods steer to "
-        "different targets, so compare the shapes of their losses rather than the heights.",
+        "different targets, so compare the shapes of their losses rather than the heights."
     ]
     heads = ["Method", *(f"{title}\nfirst to last" for title in CURVE_TITLES.values())]
     table = Table("Where the curves start and end", heads, lines)
@@ -233,7 +200,7 @@ def importance_section(entries: Sequence[RunGroup], labels: Sequence[str]) -> Se
         "knowledge to forget, relative to the text to keep. Shown is the first seed, from the "
         "largest weight to the smallest. The dotted line is a uniform map of the same mean: the "
         "closer the curve is to it, the less the map selects. Shuffling a map changes which "
-        "dimensions it picks, and leaves this curve as it is.",
+        "dimensions it picks, and leaves this curve as it is."
     ]
     return Section("Importance maps", notes, blocks)
 
@@ -265,9 +232,7 @@ def draw_map(one: Mapping[str, Any], labels: Sequence[str]) -> Beside:
     return Beside(" · ".join(filter(None, heading)), figure, table, notes, one["labels"])
 
 
-def describe_map(
-    sizes: Sequence[float], order: Sequence[int], facts: Mapping[str, float] | None
-) -> list[str]:
+def describe_map(sizes: Sequence[float], order: Sequence[int], facts: Mapping[str, float] | None) -> list[str]:
     """Whether a map is flat, and which dimensions stand out."""
     mean = sum(sizes) / len(sizes)
     sd = (sum((size - mean) ** 2 for size in sizes) / len(sizes)) ** 0.5

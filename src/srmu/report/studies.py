@@ -10,26 +10,9 @@ from typing import Any
 from srmu.evals.figures import Panel
 from srmu.evals.statistics import Estimate, accuracy_interval
 from srmu.report.analyses import draw_panel
-from srmu.report.figures import (
-    GREY,
-    Figure,
-    Series,
-    bar_look,
-    draw_figure,
-    label_look,
-    make_look,
-    mark_value,
-)
+from srmu.report.figures import GREY, Figure, Series, bar_look, draw_figure, label_look, make_look, mark_value
 from srmu.report.format import capitalise, metric_words, name_words
-from srmu.report.html import (
-    Beside,
-    Block,
-    Cell,
-    Section,
-    Table,
-    TableLine,
-    percent_cell,
-)
+from srmu.report.html import Beside, Block, Cell, Section, Table, TableLine, percent_cell
 from srmu.report.results import strip_paths
 
 FRONT, BEHIND = "on the front", "behind the front"
@@ -85,9 +68,7 @@ def sweep_sections(study: Study) -> list[Section]:
 def sweep_labels(study: Study) -> list[str]:
     """What a click shows and hides: the methods, where the space has several, else the front."""
     methods = dict.fromkeys(
-        str(trial["params"]["method.name"])
-        for trial in study["trials"]
-        if "method.name" in trial["params"]
+        str(trial["params"]["method.name"]) for trial in study["trials"] if "method.name" in trial["params"]
     )
     if len(methods) > 1:
         return [*methods]
@@ -207,10 +188,7 @@ def format_range(values: Any) -> str:
 
 
 def trial_section(
-    trials: Sequence[Trial],
-    metrics: Sequence[str],
-    front: Sequence[int] = (),
-    labels: Sequence[str] = (),
+    trials: Sequence[Trial], metrics: Sequence[str], front: Sequence[int] = (), labels: Sequence[str] = ()
 ) -> Section:
     """The table of the trials, in every state; without a front, of shares."""
     keys = list(dict.fromkeys(key for trial in trials for key in trial["params"]))
@@ -239,10 +217,7 @@ def trial_section(
 
 def auto_sections(study: Study) -> list[Section]:
     """Every choice in a sentence, the layer scan, the search for the strength, the comparison."""
-    choices = [
-        TableLine([name_words(one["step"]), strip_paths(one["sentence"])])
-        for one in study["choices"]
-    ]
+    choices = [TableLine([name_words(one["step"]), strip_paths(one["sentence"])]) for one in study["choices"]]
     table = Table("Each choice and its reason", ["Step", "Why"], choices, words=True)
     sections = [Section("Choices", [], [table])]
     if study.get("scan"):
@@ -266,10 +241,7 @@ def auto_sections(study: Study) -> list[Section]:
 def scan_section(scan: Mapping[str, Any]) -> Section:
     """What a run at each layer forgets, and what it costs."""
     layers = scan["layers"]
-    series = {
-        name_words(key): [round(100 * one[key], 2) for one in layers]
-        for key in ("forgetting", "utility_loss")
-    }
+    series = {name_words(key): [round(100 * one[key], 2) for one in layers] for key in ("forgetting", "utility_loss")}
     x = [one["layer"] for one in layers]
     beside = draw_panel(Panel("Layer scan", "layer", "change of accuracy, points", x, series))
     mark_value(beside.figure, "chosen", x=scan["best"])
@@ -283,10 +255,7 @@ def scan_section(scan: Mapping[str, Any]) -> Section:
 
 def strength_section(done: Sequence[Trial], budget: float) -> Section:
     """Forgetting against utility loss, a mark a strength."""
-    looks = {
-        "within the budget": label_look(0, size=11),
-        "above the budget": make_look(GREY, "circle-open", size=9),
-    }
+    looks = {"within the budget": label_look(0, size=11), "above the budget": make_look(GREY, "circle-open", size=9)}
     series = [
         Series(name, [trial_row(trial, ["forgetting", "utility_loss"]) for trial in done
                       if (trial["values"]["utility_loss"] <= budget) is inside], look)
@@ -311,9 +280,7 @@ def reproduction_sections(study: Study) -> list[Section]:
     sections = []
     for one in study["tables"]:
         notes = [strip_paths(one["note"])] if one.get("note") else []
-        sections.append(
-            Section(one["title"], notes, [paper_table(one), *claim_tables(one["claims"])])
-        )
+        sections.append(Section(one["title"], notes, [paper_table(one), *claim_tables(one["claims"])]))
     for one in study["figures"]:
         figure = draw_reproduction(one, labels)
         blocks: list[Block] = [figure, point_table(one), *claim_tables(one["claims"])]

@@ -42,9 +42,7 @@ def estimate_cells(row: MeasuredRow, columns: Columns) -> dict[str, dict[str, An
     return {name: format_interval(e) for name, e in cells.items()}
 
 
-def estimate_drop(
-    before: MeasuredRow, row: MeasuredRow, metrics: Sequence[str]
-) -> dict[str, float]:
+def estimate_drop(before: MeasuredRow, row: MeasuredRow, metrics: Sequence[str]) -> dict[str, float]:
     """How far an accuracy fell, with its interval."""
     draws = Draws()
     drop = resample_mean(before, metrics, draws) - resample_mean(row, metrics, draws)
@@ -150,9 +148,7 @@ def judge_difference(
     if estimate is None:
         sentence = f"{claim['claim']}: not tested here, {note}."
     else:
-        value, low, high = (
-            f"{100 * x:+.1f}" for x in (estimate.value, estimate.low, estimate.high)
-        )
+        value, low, high = (f"{100 * x:+.1f}" for x in (estimate.value, estimate.low, estimate.high))
         gap = f"{one} less {other}, {column}: {value} points ({low} to {high})"
         sentence = f"{claim['claim']}: {verdict}. {gap}."
     if own:
@@ -179,9 +175,7 @@ def judge_interval(estimate: Estimate | None, above: float, below: float) -> str
     return "within noise"
 
 
-def paper_gap(
-    one: Mapping[str, float], other: Mapping[str, float], column: str
-) -> tuple[float, float] | None:
+def paper_gap(one: Mapping[str, float], other: Mapping[str, float], column: str) -> tuple[float, float] | None:
     """The paper's difference between two rows, and over its standard error.
 
     With questions drawn anew for each row: how many of the same ones changed is not printed.

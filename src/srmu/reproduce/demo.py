@@ -20,12 +20,7 @@ SETTINGS: dict[str, list[str]] = {
     "SRMU": ["method.name=srmu", "method.kappa=32", "method.alpha=1000"],
     "RMU": ["method.name=rmu", "method.kappa=32", "method.alpha=1000"],
     "Adaptive RMU": ["method.name=adaptive_rmu", "method.kappa=8", "method.alpha=100"],
-    "SRMU + random anchors": [
-        "method.name=srmu",
-        "method.anchors=random",
-        "method.kappa=16",
-        "method.alpha=100",
-    ],
+    "SRMU + random anchors": ["method.name=srmu", "method.anchors=random", "method.kappa=16", "method.alpha=100"],
 }
 REGIMES = {"low": "low entanglement", "high": "high entanglement"}
 FORGET = ["organism_hazard/acc", "organism_hazard_held/acc"]
@@ -42,13 +37,7 @@ def play_demo(
     """
     if not seeds:
         raise SrmuError("--seeds: name at least one, 0,1,2")
-    experiment = Experiment(
-        out,
-        Testbeds(out, folder="testbed", oracle=False),
-        SETTINGS,
-        tuple(seeds),
-        TASKS,
-    )
+    experiment = Experiment(out, Testbeds(out, folder="testbed", oracle=False), SETTINGS, tuple(seeds), TASKS)
     planned = [PlannedRow(label, label, regime) for regime, label in product(REGIMES, SETTINGS)]
     rows = run_experiment(experiment, planned, watch)
     if failed := [row for row in rows.values() if row.why]:

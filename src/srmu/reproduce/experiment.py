@@ -242,31 +242,22 @@ def run_experiment(
     sources = [PlannedRow(r.strength[0], r.strength[0], r.regime) for r in rows if r.strength]
     measured: dict[PlannedRow, MeasuredRow] = {}
     # what hands its strength to others comes first
-    for stage in (
-        [*(r for r in rows if not r.strength), *sources],
-        [r for r in rows if r.strength],
-    ):
+    for stage in ([*(r for r in rows if not r.strength), *sources], [r for r in rows if r.strength]):
         stage = [*dict.fromkeys(stage)]
         jobs, states = plan_runs(experiment, stage, measured)
-        outcomes = make_runs(
-            experiment, [*dict.fromkeys(jobs[k] for k in jobs if states[k] == NOT_RUN)], watch
-        )
+        outcomes = make_runs(experiment, [*dict.fromkeys(jobs[k] for k in jobs if states[k] == NOT_RUN)], watch)
         states |= {key: outcomes[job] for key, job in jobs.items() if job in outcomes}
         measured |= collect_rows(experiment, stage, states)
     return measured
 
 
-def read_experiment(
-    experiment: Experiment, rows: Sequence[PlannedRow]
-) -> dict[PlannedRow, MeasuredRow]:
+def read_experiment(experiment: Experiment, rows: Sequence[PlannedRow]) -> dict[PlannedRow, MeasuredRow]:
     """The rows as far as their runs are there; runs nothing."""
     return collect_rows(experiment, rows, plan_runs(experiment, rows)[1])
 
 
 def plan_runs(
-    experiment: Experiment,
-    rows: Sequence[PlannedRow],
-    measured: Mapping[PlannedRow, MeasuredRow] = {},
+    experiment: Experiment, rows: Sequence[PlannedRow], measured: Mapping[PlannedRow, MeasuredRow] = {}
 ) -> tuple[dict[tuple[PlannedRow, int], RunJob], States]:
     """The job of each row and seed, and what is there of it.
 
@@ -308,9 +299,7 @@ def take_strength(source: MeasuredRow, number: int, key: str) -> tuple[str, ...]
     return tuple(f"topics.{k}.{key}={v[key]!r}" for k, v in run.record["topics"].items())
 
 
-def make_runs(
-    experiment: Experiment, jobs: Sequence[RunJob], watch: Watch
-) -> dict[RunJob, Path | str]:
+def make_runs(experiment: Experiment, jobs: Sequence[RunJob], watch: Watch) -> dict[RunJob, Path | str]:
     """Several at once on testbeds; on one model one after the other, as each fills the machine."""
     if not jobs:
         return {}
@@ -347,9 +336,7 @@ def attempt_run(measurement: Scored, job: RunJob) -> Path | str:
         return f"failed: {type(error).__name__}: {first_line(error)}"
 
 
-def collect_rows(
-    experiment: Experiment, rows: Iterable[PlannedRow], states: States
-) -> dict[PlannedRow, MeasuredRow]:
+def collect_rows(experiment: Experiment, rows: Iterable[PlannedRow], states: States) -> dict[PlannedRow, MeasuredRow]:
     """The rows with their folders; while some are missing the label says how many are there."""
     measured = {}
     for row in rows:

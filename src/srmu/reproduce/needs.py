@@ -14,13 +14,7 @@ from srmu.engine.topic import Topic
 from srmu.errors import SrmuError
 from srmu.evals.parallel import RunJob
 from srmu.runs.config import Config, load_config
-from srmu.runs.dry_run import (
-    blank_topics,
-    count_parameters,
-    format_duration,
-    format_gb,
-    speed_elsewhere,
-)
+from srmu.runs.dry_run import blank_topics, count_parameters, format_duration, format_gb, speed_elsewhere
 from srmu.runs.estimate import estimate_run
 from srmu.runs.plan import load_tokenizer, load_topics, plan_run
 
@@ -128,8 +122,7 @@ def explain_needs(found: Mapping[str, Any]) -> list[str]:
             f"{most}{one['flops'] / 1e15:.3g} PFLOP, here {format_duration(one['seconds'])}"
         )
     lines.append(
-        f"scores  {found['questions']:,} questions a run: {flops / 1e15:.3g} PFLOP, here "
-        f"{format_duration(scoring)}"
+        f"scores  {found['questions']:,} questions a run: {flops / 1e15:.3g} PFLOP, here {format_duration(scoring)}"
     )
     total = sum(one["runs"] * (one["flops"] + flops) for one in methods.values()) + flops
     here = sum(one["runs"] * (one["seconds"] + scoring) for one in methods.values()) + scoring

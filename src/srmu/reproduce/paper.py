@@ -158,9 +158,7 @@ def plan_figure(figure: Mapping[str, Any]) -> dict[str, dict[float, PlannedRow]]
 # ---- tables and figure
 
 
-def build_table(
-    name: str, spec: Mapping[str, Any], experiment: Experiment, measured: Rows
-) -> dict[str, Any]:
+def build_table(name: str, spec: Mapping[str, Any], experiment: Experiment, measured: Rows) -> dict[str, Any]:
     """A table with the paper's numbers beside ours, and its claims."""
     table, own = spec["tables"][name], columns_of(spec, experiment)
     planned = {row.label: measured[row] for row in plan_table(table, experiment)}
@@ -189,14 +187,11 @@ def build_table(
     }
 
 
-def build_figures(
-    spec: Mapping[str, Any], experiment: Experiment, measured: Rows
-) -> list[dict[str, Any]]:
+def build_figures(spec: Mapping[str, Any], experiment: Experiment, measured: Rows) -> list[dict[str, Any]]:
     """Utility against forgetting over the coefficient; on testbeds also with all utility tasks."""
     figure, own = spec["figure2"], columns_of(spec, experiment)
     curves = {
-        label: {coeff: measured[row] for coeff, row in points.items()}
-        for label, points in plan_figure(figure).items()
+        label: {coeff: measured[row] for coeff, row in points.items()} for label, points in plan_figure(figure).items()
     }
     lines = {label: [*points.values()] for label, points in curves.items()}
     before = original_row([row for points in lines.values() for row in points])
@@ -210,8 +205,7 @@ def build_figures(
             {
                 "label": label,
                 "points": [
-                    {"coeff": coeff} | build_point(row, before, forget, utility)
-                    for coeff, row in points.items()
+                    {"coeff": coeff} | build_point(row, before, forget, utility) for coeff, row in points.items()
                 ],
             }
             for label, points in curves.items()
@@ -234,9 +228,7 @@ def build_figures(
     return figures
 
 
-def build_point(
-    row: MeasuredRow, before: MeasuredRow, forget: Sequence[str], utility: Sequence[str]
-) -> dict[str, Any]:
+def build_point(row: MeasuredRow, before: MeasuredRow, forget: Sequence[str], utility: Sequence[str]) -> dict[str, Any]:
     """A point of the figure: what is forgotten, what is kept; or why there is none."""
     if row.why:
         return {"kappa": None, "x": None, "y": None, "why": row.why}

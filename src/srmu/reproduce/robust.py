@@ -148,9 +148,7 @@ def plan_world(
     return Experiment(out / world, place, settings, seeds, tasks, attacked, overrides)
 
 
-def check_option(
-    option: str, names: Sequence[str], known: Sequence[str] | Mapping[str, Any]
-) -> None:
+def check_option(option: str, names: Sequence[str], known: Sequence[str] | Mapping[str, Any]) -> None:
     if wrong := [name for name in names if name not in known]:
         raise SrmuError(f"{option} {wrong[0]} does not exist{suggest_word(wrong[0], list(known))}")
 

@@ -85,9 +85,7 @@ def title_part(frontier: Frontier, world: str, regime: str) -> str:
 # ---- rows
 
 
-def build_row(
-    frontier: Frontier, world: str, regime: str, row: MeasuredRow, base: float | None
-) -> dict[str, Any]:
+def build_row(frontier: Frontier, world: str, regime: str, row: MeasuredRow, base: float | None) -> dict[str, Any]:
     """A method's numbers: estimates over facts and testbeds, and what it cost."""
     if row.why:
         return {"label": row.label, "why": row.why}
@@ -163,9 +161,7 @@ def base_seconds(frontier: Frontier, world: str, regime: str) -> float | None:
     """Seconds of the method that the others' are divided by; None where it was not run here."""
     whose = frontier.spec["cost"]
     experiment = replace(
-        frontier.experiments[world],
-        settings=choose_settings("robust", world, frontier.spec),
-        measurement=Scored(),
+        frontier.experiments[world], settings=choose_settings("robust", world, frontier.spec), measurement=Scored()
     )
     (row,) = read_experiment(experiment, [PlannedRow(whose, whose, regime)]).values()
     return fmean(Run(run).record["seconds"] for run in row.runs) if row.runs else None
@@ -199,9 +195,7 @@ def estimate_residuals(
     return found
 
 
-def estimate_residual(
-    reports: Sequence[Report], seeds: Sequence[int], slices: Sequence[slice]
-) -> dict[str, float]:
+def estimate_residual(reports: Sequence[Report], seeds: Sequence[int], slices: Sequence[slice]) -> dict[str, float]:
     """K* of some of the questions of each report."""
     draws = Draws()
     values = []

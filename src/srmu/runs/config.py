@@ -12,15 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    InstanceOf,
-    PlainSerializer,
-    TypeAdapter,
-    ValidationError,
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, InstanceOf, PlainSerializer, TypeAdapter, ValidationError
 
 from srmu.data.sources import Source
 from srmu.data.topics import TopicConfig
@@ -218,8 +210,7 @@ def rebase_paths(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
             tree[key] = rebase(tree[key])
     if isinstance(tree.get("topics"), dict):
         tree["topics"] = {
-            name: topic
-            | {role: rebase(topic[role]) for role in ("forget", "retain") if role in topic}
+            name: topic | {role: rebase(topic[role]) for role in ("forget", "retain") if role in topic}
             if isinstance(topic, dict)
             else topic
             for name, topic in tree["topics"].items()
@@ -270,9 +261,7 @@ def explain_error(error: ValidationError, where: str, schema: type) -> str:
     if isinstance(cause, SrmuError):
         return str(cause)
     if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        return (
-            f"{key} is not an option{suggest_word(location[-1], known_keys(schema, location[:-1]))}"
-        )
+        return f"{key} is not an option{suggest_word(location[-1], known_keys(schema, location[:-1]))}"
     if first["type"] in ("missing", "missing_argument"):
         return f"{key} is missing from the config"
     shown = first["input"] if isinstance(first["input"], str | int | float) else "that value"

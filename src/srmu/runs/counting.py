@@ -94,9 +94,7 @@ def step_losses(model: EditableModel, batches: Sequence[Batch], site: Site | Non
     return torch.stack([loss.value for loss in losses]).sum()
 
 
-def count_step(
-    model: EditableModel, batches: Sequence[Batch], site: Site | None
-) -> tuple[int, int]:
+def count_step(model: EditableModel, batches: Sequence[Batch], site: Site | None) -> tuple[int, int]:
     """FLOPs of a step whose fixed layers are cached, and the bytes it leaves for its gradient.
 
     The bytes are those that autograd saves, beside the model's own tensors, and two copies of the
@@ -130,9 +128,7 @@ def id_of(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def measure_speed(
-    settings: Any, dtype: torch.dtype, device: str, site: Site | None, shapes: Sequence[Shape]
-) -> float:
+def measure_speed(settings: Any, dtype: torch.dtype, device: str, site: Site | None, shapes: Sequence[Shape]) -> float:
     """FLOPs a second that steps of one real layer reach here, the training loop included.
 
     The layer has the model's own width and kind, and the run's batch size. Where it cannot be built
@@ -147,16 +143,13 @@ def measure_speed(
     model = EditableModel(module, ["0.mlp_down" if site else "*"], 1 if site else None)
     place = Site(0) if site else None
     batches = [
-        blank_batch((rows, max(2, min(tokens, PROBE_TOKENS // rows))), model.device, False)
-        for rows, tokens in shapes
+        blank_batch((rows, max(2, min(tokens, PROBE_TOKENS // rows))), model.device, False) for rows, tokens in shapes
     ]
     times: list[float] = []
 
     def loss(forget: Batch, retain: Batch, step: int) -> Terms:
         loss = step_losses(model, batches, place)
-        return Terms(
-            {"forget": Mean(loss, torch.ones((), dtype=torch.long, device=loss.device))}, {}
-        )
+        return Terms({"forget": Mean(loss, torch.ones((), dtype=torch.long, device=loss.device))}, {})
 
     topic = Topic("probe", batches, batches, vocabulary=torch.arange(short.vocab_size))
     options = TrainOptions(learning_rate=1e-6, max_steps=PROBE_STEPS, retain_spike=None)

@@ -45,9 +45,7 @@ def plan_dry_run(config: Config) -> tuple[Config, dict[str, Any], list[str]]:
         "planned for GPUs, from the dimensions in config.json and from texts of the lengths in the "
         "config: no weights are here"
     )
-    lines.append(
-        "model of {parameters:,} numbers, of which {held:,} are loaded".format(**plan["dimensions"])
-    )
+    lines.append("model of {parameters:,} numbers, of which {held:,} are loaded".format(**plan["dimensions"]))
     return config, plan, lines
 
 
@@ -82,9 +80,7 @@ def blank_topics(config: Config, documents: Mapping[str, int] | None = None) -> 
 
 def explain_plan(plan: Mapping[str, Any]) -> list[str]:
     """The plan in lines for a person."""
-    parts = [
-        f"  {name.replace('_', ' '):16}{format_gb(n):>9}" for name, n in plan["memory"].items() if n
-    ]
+    parts = [f"  {name.replace('_', ' '):16}{format_gb(n):>9}" for name, n in plan["memory"].items() if n]
     peak = format_gb(plan["memory_peak"])
     if plan["memory_mapped_from_the_file"]:
         peak = (

@@ -21,14 +21,7 @@ from srmu.methods import Edit, MultiSite, WeightWalk
 from srmu.methods.base import Method
 from srmu.methods.logits import LogitObjective
 from srmu.runs.config import Config
-from srmu.runs.counting import (
-    Shape,
-    blank_batch,
-    count_frozen_pass,
-    count_step,
-    measure_speed,
-    takes_whole_masks,
-)
+from srmu.runs.counting import Shape, blank_batch, count_frozen_pass, count_step, measure_speed, takes_whole_masks
 from srmu.runs.memory import (
     StepVariant,
     TensorSizes,
@@ -66,9 +59,7 @@ def describe_checkpoint(config: Config, folder: Path) -> Checkpoint:
     return Checkpoint(settings, dtype, stored, mapped)
 
 
-def estimate_run(
-    config: Config, folder: Path, topics: Sequence[Topic], speed: float | None = None
-) -> dict[str, Any]:
+def estimate_run(config: Config, folder: Path, topics: Sequence[Topic], speed: float | None = None) -> dict[str, Any]:
     """Tensors and bytes to read, memory by part, FLOPs, seconds and the size of the cache.
 
     `speed` is the FLOPs a second that steps reach, where it is known; else it is measured.
@@ -87,9 +78,7 @@ def estimate_run(
     if hasattr(method, "teacher_steps"):
         held["teacher"] = trained * base.dtype.itemsize
     parts = {"program": private_bytes() if config.device == "cpu" else 0, **held}
-    speed = speed or measure_speed(
-        base.settings, base.dtype, config.device, site_of(method), counts.shapes
-    )
+    speed = speed or measure_speed(base.settings, base.dtype, config.device, site_of(method), counts.shapes)
     free = free_bytes(config.device)
     private = sum(parts.values()) - (parts["weights"] if base.mapped else 0)
     libraries = psutil.Process().memory_info().rss - private_bytes()
@@ -126,9 +115,7 @@ def estimate_launches(
     ranks = (0, method.lora_rank or 8) if isinstance(method, LogitObjective) else (0,)
     ways: list[StepVariant] = []
     for rank in ranks:
-        model = bare_model(
-            base, replace(method, lora_rank=rank) if isinstance(method, LogitObjective) else method
-        )
+        model = bare_model(base, replace(method, lora_rank=rank) if isinstance(method, LogitObjective) else method)
         ways += step_variants(config, model, count_run(config, base, model, topics, rank), rank)
     held = trained_model(config, base, model)
     held = replace(held, gpu=elsewhere or config.device != "cpu")
@@ -226,18 +213,14 @@ def count_run(
     )
 
 
-def step_variants(
-    config: Config, model: EditableModel, counts: RunCounts, rank: int
-) -> list[StepVariant]:
+def step_variants(config: Config, model: EditableModel, counts: RunCounts, rank: int) -> list[StepVariant]:
     """The ways to make a step: cached, with layers left on the disk, uncached, with `--shard`."""
     trained = count_pieces(model, model.trained.items())
 
     def vary(caching: bool, sharded: bool) -> StepVariant:
         kept = counts.kept_bytes if caching else 0
         flops = counts.step_flops(caching)
-        return StepVariant(
-            rank, caching, sharded, trained, counts.adapters, counts.activations, kept, flops
-        )
+        return StepVariant(rank, caching, sharded, trained, counts.adapters, counts.activations, kept, flops)
 
     variants = []
     if counts.sited and model.fixed:

@@ -29,13 +29,7 @@ from srmu.runs import record as audit
 from srmu.runs import run as runs
 from srmu.runs.config import Config, explain_error, find_method
 from srmu.runs.run import Run
-from srmu.runs.training import (
-    count_dense_flops,
-    describe_training,
-    describe_unmoved,
-    list_state,
-    require_known_tokens,
-)
+from srmu.runs.training import count_dense_flops, describe_training, describe_unmoved, list_state, require_known_tokens
 
 TOPIC = "topic"  # as make_config names it: random numbers depend on it
 Texts = Any  # texts, rows with a `text`, files (pathlib), a data set; see `as_sources`
@@ -86,9 +80,7 @@ def unlearn(
 ) -> tuple[PreTrainedModel, InMemoryResult]: ...
 
 
-def unlearn(
-    model: Any, tokenizer: Any = None, /, *, watch: Watch | None = None, **options: Any
-) -> Any:
+def unlearn(model: Any, tokenizer: Any = None, /, *, watch: Watch | None = None, **options: Any) -> Any:
     """Unlearn what a config says, in a run's folder, or change a model that is in memory.
 
     `unlearn(config)` gives the Run: its folder holds the changed tensors and the record, `out` a
@@ -202,23 +194,18 @@ def check_model(model: Any, tokenizer: Any) -> None:
             "unlearn(config, shard=True) or offload=True is for larger ones"
         )
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        raise SrmuError(
-            f"the second argument is the model's tokenizer, not {type(tokenizer).__name__}"
-        )
+        raise SrmuError(f"the second argument is the model's tokenizer, not {type(tokenizer).__name__}")
     pad_id(tokenizer)
 
 
 def as_sources(texts: Texts, role: str) -> list[Source]:
     """Where the texts of an argument come from; SrmuError for what could be meant in two ways."""
     if isinstance(texts, str):
-        raise SrmuError(
-            f"{role} is one string: write [text] for a text, pathlib.Path(name) for a file"
-        )
+        raise SrmuError(f"{role} is one string: write [text] for a text, pathlib.Path(name) for a file")
     if isinstance(texts, Mapping):
         keys = ", ".join(map(str, texts))
         raise SrmuError(
-            f"{role} is a {type(texts).__name__} of {keys}: write [row] for one row; of a "
-            "DatasetDict name one split"
+            f"{role} is a {type(texts).__name__} of {keys}: write [row] for one row; of a DatasetDict name one split"
         )
     if isinstance(texts, Path | Source):
         texts = [texts]

@@ -57,9 +57,7 @@ class TrainedModel:
     gpu: bool
 
 
-def held_bytes(
-    model: TrainedModel, way: StepVariant, processes: int, share: float
-) -> dict[str, int]:
+def held_bytes(model: TrainedModel, way: StepVariant, processes: int, share: float) -> dict[str, int]:
     """Bytes that each of so many processes holds, by what they are for.
 
     Each process reads `share` of a batch.
@@ -95,9 +93,7 @@ def held_bytes(
     }
 
 
-def plan_launches(
-    model: TrainedModel, ways: Sequence[StepVariant], rows: int, spreads: bool
-) -> list[dict[str, Any]]:
+def plan_launches(model: TrainedModel, ways: Sequence[StepVariant], rows: int, spreads: bool) -> list[dict[str, Any]]:
     """What each process holds and computes: by their number, for each way to make a step.
 
     A batch has `rows` texts; without `spreads` the method runs in one process only.

@@ -96,8 +96,7 @@ def check_ranks(config: Config, shard: bool) -> None:
         return
     if not method.spreads:
         raise SrmuError(
-            f"method {method.name} runs in one process, but {count} were started; start it without "
-            "the launcher"
+            f"method {method.name} runs in one process, but {count} were started; start it without the launcher"
         )
     if shard and getattr(method, "lora_rank", 0) > 0:
         raise SrmuError("--shard and method.lora_rank do not go together; leave one out")
@@ -133,9 +132,7 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds
-        raise SrmuError(
-            f"the tokenizer of {folder} cannot be loaded: {first_line(error)}"
-        ) from error
+        raise SrmuError(f"the tokenizer of {folder} cannot be loaded: {first_line(error)}") from error
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         # Without files transformers makes an empty one, to which every text is unknown.
         raise SrmuError(f"model folder {folder} has no tokenizer; copy its tokenizer.json there")
@@ -147,9 +144,6 @@ def load_topics(config: Config, tokenizer: Any) -> list[Topic]:
     """The topics of a plan's config as batches; SrmuError where the method cannot use them."""
     if not config.topics:
         raise SrmuError("topics: name at least one, with its forget and retain texts")
-    topics = [
-        load_topic(name, topic, tokenizer, config.train, config.seed)
-        for name, topic in config.topics.items()
-    ]
+    topics = [load_topic(name, topic, tokenizer, config.train, config.seed) for name, topic in config.topics.items()]
     config.method.check(topics, config.train)
     return topics

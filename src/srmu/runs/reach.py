@@ -43,9 +43,7 @@ def list_reach(target: str) -> tuple[dict[str, Any], Rows]:
     return {"model": target, "methods": answers, "sentence": sentence}, rows
 
 
-def measure_reach(
-    target: str, name: str, overrides: Sequence[str] = ()
-) -> tuple[dict[str, Any], Rows]:
+def measure_reach(target: str, name: str, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], Rows]:
     """The layers a method would load and the tensors it would change, and a table of these.
 
     No weight is read. SrmuError where the method does not fit the model.

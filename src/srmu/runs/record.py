@@ -173,9 +173,7 @@ def canonical_json(value: Any) -> bytes:
 
 
 def compute_seal(record: Mapping[str, Any]) -> str:
-    return hashlib.sha256(
-        canonical_json({k: v for k, v in record.items() if k != "seal"})
-    ).hexdigest()
+    return hashlib.sha256(canonical_json({k: v for k, v in record.items() if k != "seal"})).hexdigest()
 
 
 def seal_record(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -190,9 +188,7 @@ def read_record(path: Path) -> dict[str, Any]:
         record = read_json(path)
         Record.model_validate(record)
     except ValidationError as error:
-        raise SrmuError(
-            f"{path} is no record of this version ({shorten_error(error)}); make the run again"
-        ) from None
+        raise SrmuError(f"{path} is no record of this version ({shorten_error(error)}); make the run again") from None
     if record["seal"] != compute_seal(record):
         raise SrmuError(f"{path} was edited after it was written: its seal does not fit")
     return dict(record)
@@ -222,9 +218,7 @@ def digest_folder(folder: Path, watch: Watch = ignore_progress) -> dict[str, dic
     """
     names = [*weights.list_carried(folder)]
     stats = {name: (folder / name).stat() for name in names}
-    marks = [
-        (str(folder.resolve()), n, s.st_size, s.st_mtime_ns, s.st_ino) for n, s in stats.items()
-    ]
+    marks = [(str(folder.resolve()), n, s.st_size, s.st_mtime_ns, s.st_ino) for n, s in stats.items()]
 
     def digest_files() -> dict[str, dict[str, Any]]:
         files = {}

@@ -32,9 +32,7 @@ def rerun_record(
     for name, file in audit.digest_folder(plan.base, watch).items():
         known = record["base"]["files"].get(name)
         if known is None or known["sha256"] != file["sha256"]:
-            raise SrmuError(
-                f"{plan.base} is not the base model of {path}: its {name} differs; nothing was run"
-            )
+            raise SrmuError(f"{plan.base} is not the base model of {path}: its {name} differs; nothing was run")
     if plan.folder.resolve() == path.resolve().parent:
         raise SrmuError("runs_dir: name another folder than the record's own")
     run = run_plan(plan, watch=watch)
@@ -64,9 +62,5 @@ def list_differences(prefix: str, one: Any, other: Any) -> list[str]:
     """Each leaf that differs between two trees, like `torch: 2.13.0 then, 2.14.0 now`."""
     if isinstance(one, Mapping) and isinstance(other, Mapping):
         keys = dict.fromkeys([*one, *other])
-        return [
-            text
-            for key in keys
-            for text in list_differences(f"{prefix}{key}.", one.get(key), other.get(key))
-        ]
+        return [text for key in keys for text in list_differences(f"{prefix}{key}.", one.get(key), other.get(key))]
     return [] if one == other else [f"{prefix.rstrip('.')}: {one} then, {other} now"]

@@ -77,12 +77,7 @@ class Run:
         return folder
 
     def export(
-        self,
-        out: str | Path,
-        link: bool | None = None,
-        watch: Watch = ignore_progress,
-        *,
-        last_good: bool = False,
+        self, out: str | Path, link: bool | None = None, watch: Watch = ignore_progress, *, last_good: bool = False
     ) -> Path:
         """Write the full checkpoint; `link`: shards that stay as they are become hard links.
 
@@ -93,8 +88,7 @@ class Run:
             raise SrmuError(reason)
         if self.record["diverged"] and not last_good:
             raise SrmuError(
-                f"{self.folder} diverged: {self.record['stop_reason']}; --last-good exports the "
-                "weights before that"
+                f"{self.folder} diverged: {self.record['stop_reason']}; --last-good exports the weights before that"
             )
         record = audit.read_record(self.folder / RECORD)
         card = write_model_card(record)
@@ -137,10 +131,7 @@ def unlearn_config(
 
 
 def run_plan(
-    plan: RunPlan,
-    out: str | Path | None = None,
-    callback: Log | None = None,
-    watch: Watch = ignore_progress,
+    plan: RunPlan, out: str | Path | None = None, callback: Log | None = None, watch: Watch = ignore_progress
 ) -> Run:
     """`unlearn` for a plan."""
     distributed.join_group()
@@ -202,10 +193,7 @@ def find_finished(folder: Path, topics: Sequence[Topic]) -> Run:
                 "SRMU_CACHE to that one, whose key tells whether it read these texts; or remove "
                 "the run, or name another runs_dir"
             )
-        raise SrmuError(
-            f"{folder} holds a run of this config on other texts; "
-            "remove it, or name another runs_dir"
-        )
+        raise SrmuError(f"{folder} holds a run of this config on other texts; remove it, or name another runs_dir")
     if run.record["diverged"]:
         raise DivergedError(f"{folder} holds this run, which diverged: {run.record['stop_reason']}")
     _ = run.delta  # refuses a model that has changed since
@@ -214,9 +202,7 @@ def find_finished(folder: Path, topics: Sequence[Topic]) -> Run:
 
 def list_values(data: Mapping[str, Any], *names: str) -> list[Any]:
     """Some of what a record says of each set of texts."""
-    return [
-        texts.get(name) for topic in data.values() for texts in topic.values() for name in names
-    ]
+    return [texts.get(name) for topic in data.values() for texts in topic.values() for name in names]
 
 
 def discard_unfinished(folder: Path) -> None:
@@ -250,7 +236,5 @@ def run_notes(run: Run) -> list[str]:
             )
             uniform = getattr(run.config.method, "importance", "") == "uniform"
             if map_["sd"] < FLAT and not uniform:
-                lines.append(
-                    f"{name}: the map is nearly flat (sd under {FLAT}): it selects nothing"
-                )
+                lines.append(f"{name}: the map is nearly flat (sd under {FLAT}): it selects nothing")
     return lines

@@ -54,9 +54,7 @@ class Progress:
         return time.monotonic() - self.clock
 
 
-def train_run(
-    plan: RunPlan, topics: Sequence[Topic], watch: Watch, callback: Log | None = None
-) -> None:
+def train_run(plan: RunPlan, topics: Sequence[Topic], watch: Watch, callback: Log | None = None) -> None:
     """Load the model, apply the method, and write the run's folder; the record comes last.
 
     Raises DivergedError when the folder is written, with the last good weights.
@@ -120,8 +118,7 @@ def require_known_tokens(topics: Sequence[Topic], known: int, tokenizer: str) ->
     highest = max(int(b["input_ids"].max()) for t in topics for b in (*t.forget, *t.retain))
     if highest >= known:
         raise SrmuError(
-            f"{tokenizer} gives token {highest}, but the model knows {known} tokens; they do not "
-            "belong together"
+            f"{tokenizer} gives token {highest}, but the model knows {known} tokens; they do not belong together"
         )
 
 
@@ -135,12 +132,7 @@ def open_folder(plan: RunPlan, model: EditableModel) -> None:
 
 
 def apply_method(
-    plan: RunPlan,
-    model: EditableModel,
-    topics: Sequence[Topic],
-    data: str,
-    watch: Watch,
-    callback: Log | None,
+    plan: RunPlan, model: EditableModel, topics: Sequence[Topic], data: str, watch: Watch, callback: Log | None
 ) -> Progress:
     """Run the method, from its last checkpoint where there is one, and log its steps."""
     config, folder = plan.config, plan.folder
@@ -165,9 +157,7 @@ def apply_method(
                 callback(step, values)
 
         try:
-            progress.outcome = config.method.apply(
-                model, topics, config.train, log, watch, progress.checkpoints
-            )
+            progress.outcome = config.method.apply(model, topics, config.train, log, watch, progress.checkpoints)
         except DivergedError as error:
             progress.error, progress.outcome = error, MethodOutcome({}, str(error))
     return progress
@@ -180,9 +170,7 @@ def cut_metrics(path: Path, steps: int) -> float:
     return float(json.loads(lines[-1])["seconds"]) if lines else 0.0
 
 
-def require_change(
-    plan: RunPlan, model: EditableModel, changed: Mapping[str, Tensor], progress: Progress
-) -> None:
+def require_change(plan: RunPlan, model: EditableModel, changed: Mapping[str, Tensor], progress: Progress) -> None:
     """SrmuError where what should change did not."""
     method, reason = plan.config.method, progress.outcome.stop_reason
     unmoved = describe_unmoved(method, model, changed, reason)
@@ -201,9 +189,7 @@ def require_change(
     )
 
 
-def describe_unmoved(
-    method: Method, model: EditableModel, changed: Mapping[str, Tensor], stop_reason: str
-) -> str:
+def describe_unmoved(method: Method, model: EditableModel, changed: Mapping[str, Tensor], stop_reason: str) -> str:
     """What should have changed and did not: a tensor's name or "the model"; "" if all is well."""
     unchanged = sorted(set(model.trained) - set(changed))
     # Of a whole model some tensors may stay: bf16 norms near 1 do not move by steps of 1e-5.
@@ -214,10 +200,7 @@ def describe_unmoved(
 
 
 def write_tensors(
-    plan: RunPlan,
-    names: Mapping[str, Sequence[str]],
-    changed: Mapping[str, Tensor],
-    outcome: MethodOutcome,
+    plan: RunPlan, names: Mapping[str, Sequence[str]], changed: Mapping[str, Tensor], outcome: MethodOutcome
 ) -> None:
     """Write the delta, and what the method computed before its first step."""
     config, folder = plan.config, plan.folder
@@ -238,11 +221,7 @@ def list_state(outcome: MethodOutcome) -> dict[str, Tensor]:
 
 
 def build_record(
-    plan: RunPlan,
-    model: EditableModel,
-    topics: Sequence[Topic],
-    progress: Progress,
-    watch: Watch,
+    plan: RunPlan, model: EditableModel, topics: Sequence[Topic], progress: Progress, watch: Watch
 ) -> dict[str, Any]:
     """The run's record, but for what only `train_run` knows: memory, changed, finished."""
     config, folder = plan.config, plan.folder
@@ -279,9 +258,7 @@ def build_record(
     }
 
 
-def describe_training(
-    config: Config, topics: Sequence[Topic], outcome: MethodOutcome
-) -> dict[str, Any]:
+def describe_training(config: Config, topics: Sequence[Topic], outcome: MethodOutcome) -> dict[str, Any]:
     """What a record says of a training whether or not it has a folder."""
     return {
         "tool": audit.describe_tool(),

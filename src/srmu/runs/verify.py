@@ -30,9 +30,7 @@ def find_record(folder: Path) -> Path:
     )
 
 
-def verify_folder(
-    folder: Path, key: Path | None = None, watch: Watch = ignore_progress
-) -> dict[str, Any]:
+def verify_folder(folder: Path, key: Path | None = None, watch: Watch = ignore_progress) -> dict[str, Any]:
     """Check a run or an export, and count the files and tensors that were compared.
 
     SrmuError naming everything that is not as recorded. For a run, the base model is read as well,
@@ -67,9 +65,7 @@ def compare_run(folder: Path, record: Mapping[str, Any], watch: Watch) -> Iterat
             yield f"{name} has changed"
     if DELTA in record["files"] and (folder / DELTA).is_file():
         after = {name: entry["after"] for name, entry in record["change"]["tensors"].items()}
-        yield from compare_tensors(
-            folder / DELTA, {"sha256": record["files"][DELTA], "tensors": after}
-        )
+        yield from compare_tensors(folder / DELTA, {"sha256": record["files"][DELTA], "tensors": after})
     known = {*record["files"], RECORD, SIGNATURE}
     for path in sorted(folder.iterdir()):
         if path.name not in known:
@@ -139,9 +135,7 @@ def compare_tensors(path: Path, expected: Mapping[str, Any]) -> Iterator[str]:
     for name in sorted(set(actual["tensors"]) - set(expected["tensors"])):
         yield f"{path.name}: the tensor {name} is not in the record"
         differs = True
-    if not differs and any(
-        expected.get(part) and actual[part] != expected[part] for part in ("header", "sha256")
-    ):
+    if not differs and any(expected.get(part) and actual[part] != expected[part] for part in ("header", "sha256")):
         yield f"{path.name}: its header has changed"
 
 

@@ -132,14 +132,9 @@ def parse_share(text: str) -> float:
 def prepare_job(request: AutoRequest) -> AutoJob:
     """Read and check all that was named; nothing is written. SrmuError for what cannot work."""
     base = check_request(request)
-    texts = {
-        role: read_texts([Source(path=path) for path in getattr(request, role)])
-        for role in ("forget", "retain")
-    }
+    texts = {role: read_texts([Source(path=path) for path in getattr(request, role)]) for role in ("forget", "retain")}
     if set(texts["forget"]) == set(texts["retain"]):
-        raise SrmuError(
-            "--forget and --retain hold the same texts; retain must name what the model should keep"
-        )
+        raise SrmuError("--forget and --retain hold the same texts; retain must name what the model should keep")
     names: list[str] = []
     if request.robust:
         names = read_names(request.names) if request.names else find_names(*texts.values())
@@ -331,9 +326,7 @@ def run_search(
     return answer
 
 
-def run_trials(
-    job: AutoJob, answer: dict[str, Any], say: Callable[..., None], watch: Watch
-) -> None:
+def run_trials(job: AutoJob, answer: dict[str, Any], say: Callable[..., None], watch: Watch) -> None:
     """The runs to choose from: `defaults`, `trials` and, of methods with a layer, `scan`."""
     request = job.request
     bench = Bench(job.config, job.yardstick, request.out, MARGIN * request.budget, job.spec)

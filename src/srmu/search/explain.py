@@ -50,9 +50,7 @@ def explain_entanglement(numbers: Mapping[str, Any]) -> list[str]:
         f"{best['accuracy']:.0%} of tokens where a coin would in 50%.",
     ]
     if share := numbers.get("contamination", {}).get("retain", {}).get("either"):
-        sentences.append(
-            f"{share:.0%} of the questions are given away by retain texts: take those texts out."
-        )
+        sentences.append(f"{share:.0%} of the questions are given away by retain texts: take those texts out.")
     return sentences
 
 
@@ -125,7 +123,6 @@ def explain_result(budget: float, final: Mapping[str, Any], is_default: bool) ->
         f"{format_percent(usual['forgetting'])}% and lose {format_percent(usual['utility_loss'])}%"
     )
     return [
-        f"On the half kept back it forgets {format_percent(test['forgetting'])}% of what the model "
-        f"knew, {against}.",
+        f"On the half kept back it forgets {format_percent(test['forgetting'])}% of what the model knew, {against}.",
         f"There it loses {format_percent(lost)}% of utility: the budget of {budget:.2%} {verdict}.",
     ]

@@ -27,14 +27,7 @@ from srmu.engine.progress import Watch
 from srmu.engine.train import move_batch
 from srmu.errors import SrmuError
 from srmu.evals.layer_sweep import candidate_layers
-from srmu.evals.results import (
-    Metrics,
-    merge_results,
-    metric_rows,
-    number_facts,
-    read_metrics,
-    write_answers,
-)
+from srmu.evals.results import Metrics, merge_results, metric_rows, number_facts, read_metrics, write_answers
 from srmu.evals.statistics import KNOWN, LEAST, Array, Draws, estimate_from
 from srmu.evals.subject import Question, Subject, list_facts, mark_answers
 from srmu.methods import Misdirection
@@ -167,9 +160,7 @@ class Yardstick:
         if not all(metric in results for results in found.values() for metric in wanted):
             self.take(run, half)
             found = read_metrics(run.folder)
-        return {
-            when: {metric: results[metric] for metric in wanted} for when, results in found.items()
-        }
+        return {when: {metric: results[metric] for metric in wanted} for when, results in found.items()}
 
     def outcome(self, scores: Mapping[str, Metrics], half: Half = "val") -> dict[str, float]:
         """Forgetting and utility loss (0-1), from what `score` gave.
@@ -192,8 +183,7 @@ class Yardstick:
     def falls(self, means: Mapping[str, Array]) -> tuple[Array, Array]:
         """Forgetting and utility loss of accuracies (..., 2), before and after, by part."""
         gone = [
-            (means[name][..., 0] - means[name][..., 1])
-            / np.maximum(means[name][..., 0] - part.chance, KNOWN)
+            (means[name][..., 0] - means[name][..., 1]) / np.maximum(means[name][..., 0] - part.chance, KNOWN)
             for name, part in self.forget.items()
         ]
         lost = [means[name][..., 0] - means[name][..., 1] for name in self.utility]
@@ -216,17 +206,12 @@ class Yardstick:
 
         parts = {
             name: {
-                when: entry(values[:, i], [name])
-                | ({} if (nats := taken[when][name].nats) is None else {"nats": nats})
+                when: entry(values[:, i], [name]) | ({} if (nats := taken[when][name].nats) is None else {"nats": nats})
                 for i, when in enumerate(("before", "after"))
             }
             for name, values in means.items()
         }
-        return {
-            "forgetting": entry(gone, [*self.forget]),
-            "utility_loss": entry(lost, [*self.utility]),
-            "parts": parts,
-        }
+        return {"forgetting": entry(gone, [*self.forget]), "utility_loss": entry(lost, [*self.utility]), "parts": parts}
 
     def take(self, run: Run, half: Half) -> dict[str, dict[str, MarkedAnswers]]:
         """Every part, of the model before the run and after it; writes the accuracies, too."""
@@ -243,11 +228,7 @@ class Yardstick:
         names = self.metrics(half)
         merge_results(
             run.folder,
-            [
-                row
-                for when, answers in taken.items()
-                for row in metric_rows(answer_metrics(answers, names), when)
-            ],
+            [row for when, answers in taken.items() for row in metric_rows(answer_metrics(answers, names), when)],
         )
         return taken
 
@@ -347,8 +328,7 @@ def search_configs(
     if any(settings):
         ended.sort(key=lambda trial: trial.user_attrs["point"])
     return [
-        trial_entry(trial)
-        | {"number": i, "state": "failed" if "why" in trial.user_attrs else "complete"}
+        trial_entry(trial) | {"number": i, "state": "failed" if "why" in trial.user_attrs else "complete"}
         for i, trial in enumerate(ended)
     ]
 
@@ -387,9 +367,7 @@ def best_entry(trials: Sequence[Entry], limit: float) -> Entry | None:
     """
     within = [t for t in trials if has_forgotten(t) and t["values"]["utility_loss"] <= limit]
     return max(
-        within,
-        key=lambda trial: (trial["values"]["forgetting"], -trial["values"]["utility_loss"]),
-        default=None,
+        within, key=lambda trial: (trial["values"]["forgetting"], -trial["values"]["utility_loss"]), default=None
     )
 
 

@@ -60,9 +60,7 @@ class QueueStorage(RDBStorage):
         if self.engine.name == "sqlite":
             event.listen(self.engine, "begin", lock_file)
 
-    def set_trial_state_values(
-        self, trial_id: int, state: TrialState, values: Sequence[float] | None = None
-    ) -> bool:
+    def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
         if state == TrialState.RUNNING:
             self.record_heartbeat(trial_id)  # else a worker killed right now is never missed
         return super().set_trial_state_values(trial_id, state, values)
@@ -137,9 +135,7 @@ def open_storage(storage: str | Path, heartbeat: int) -> QueueStorage:
             except ImportError:
                 raise SrmuError("PostgreSQL needs a driver: pip install 'srmu[postgres]'") from None
             except exc.DatabaseError as error:
-                two_at_once = isinstance(error, exc.IntegrityError) or "already exists" in str(
-                    error
-                )
+                two_at_once = isinstance(error, exc.IntegrityError) or "already exists" in str(error)
                 if not (two_at_once and attempts_left):
                     raise
                 time.sleep(POLL)
@@ -274,9 +270,7 @@ def take_trial(study: Study, objective: Objective, failures: list[str], in_turn:
             raise
 
     try:
-        study.optimize(
-            attempt, n_trials=1, catch=(SurplusTrialError, SrmuError, torch.OutOfMemoryError)
-        )
+        study.optimize(attempt, n_trials=1, catch=(SurplusTrialError, SrmuError, torch.OutOfMemoryError))
     except KeyboardInterrupt:
         queue_points(study, [point for point in list_points(study) if point.is_lost])
         raise

@@ -12,13 +12,7 @@ import numpy as np
 
 from srmu.attacks.base import Exam
 from srmu.attacks.relearning_steps import RelearningSteps
-from srmu.attacks.suite import (
-    Sources,
-    fill_sources,
-    load_exam,
-    load_texts,
-    read_run_texts,
-)
+from srmu.attacks.suite import Sources, fill_sources, load_exam, load_texts, read_run_texts
 from srmu.attacks.summary import best_setting
 from srmu.engine.progress import Watch
 from srmu.errors import SrmuError
@@ -66,9 +60,7 @@ def search_weights(bench: Bench, trials: int, watch: Watch) -> list[Entry]:
     return entries
 
 
-def measure_floor(
-    run: Run, sources: Sources, report: Mapping[str, Any], names: Sequence[str]
-) -> Any:
+def measure_floor(run: Run, sources: Sources, report: Mapping[str, Any], names: Sequence[str]) -> Any:
     """What attacks find of facts that the model cannot know: `of` what, and the `share`.
 
     With an oracle it is what they find in the oracle. Without one it is what relearning finds of

@@ -51,10 +51,7 @@ class Dimension:
         if self.choices:
             return self.choices
         if self.log or self.step is None:
-            raise SrmuError(
-                f"search.{self.key}: a grid needs a list or a step; "
-                "sampler=tpe takes a range without"
-            )
+            raise SrmuError(f"search.{self.key}: a grid needs a list or a step; sampler=tpe takes a range without")
         # decimal: 0.1 + 0.2 is 0.3
         low, high, step = (Decimal(str(v)) for v in (self.low, self.high, self.step))
         kind = type(self.low)
@@ -84,9 +81,7 @@ def make_dimension(key: str, given: Any) -> Dimension:
         raise SrmuError(f"{where}={given}: expected [choices] or {{low: 1, high: 100, log: true}}")
     known = ("low", "high", "step", "log")
     if unknown := [name for name in given if name not in known]:
-        raise SrmuError(
-            f"{where}.{unknown[0]} is not an option{suggest_word(str(unknown[0]), known)}"
-        )
+        raise SrmuError(f"{where}.{unknown[0]} is not an option{suggest_word(str(unknown[0]), known)}")
     values = {name: parse_number(f"{where}.{name}", given.get(name)) for name in known[:3]}
     low, high, step = values.values()
     log = given.get("log", False)
@@ -199,15 +194,8 @@ def start_strength(config: Config) -> dict[str, Any]:
 def suggest_strength(config: Config, trial: optuna.Trial) -> dict[str, Any]:
     """Values for a trial, within what was worth trying on the testbeds."""
     rate = scale_rate(config)
-    ranges = {
-        "method.kappa": (1.5, 16),
-        "method.alpha": (50, 2000),
-        "train.learning_rate": (rate, 8 * rate),
-    }
-    return {
-        key: round_value(trial.suggest_float(key, low, high, log=True))
-        for key, (low, high) in ranges.items()
-    }
+    ranges = {"method.kappa": (1.5, 16), "method.alpha": (50, 2000), "train.learning_rate": (rate, 8 * rate)}
+    return {key: round_value(trial.suggest_float(key, low, high, log=True)) for key, (low, high) in ranges.items()}
 
 
 def strength_sampler(config: Config, seed: int) -> PlaceSampler:

@@ -194,9 +194,7 @@ class Plan:
         if self.sweep.sampler == "nsga2":
             # ten generations, whatever the number of trials
             size = max(4, min(50, len(self.queue) // 10))
-            return PlaceSampler(
-                lambda place: NSGAIISampler(population_size=size, seed=seed + place)
-            )
+            return PlaceSampler(lambda place: NSGAIISampler(population_size=size, seed=seed + place))
         return RandomSampler()  # every value is in the queue
 
 

@@ -75,10 +75,7 @@ def build_testbed(
         words=recipe.corpus_tokens - 1,  # <s> is the tokenizer's
         filler=recipe.corpus_filler,
     )
-    corpora = {
-        name: [_cut(tokenizer, text, recipe.corpus_tokens) for text in texts]
-        for name, texts in corpora.items()
-    }
+    corpora = {name: [_cut(tokenizer, text, recipe.corpus_tokens) for text in texts] for name, texts in corpora.items()}
     with whole_folder(out) as folder:
         report: dict[str, Any] = {
             "world": world,

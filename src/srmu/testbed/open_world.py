@@ -90,12 +90,7 @@ def step_wordings(action: Sequence[str], place: Sequence[str]) -> Iterator[str]:
 
 
 def deal_procedures(
-    rng: random.Random,
-    kind: str,
-    goals: Sequence[Goal],
-    steps: Sequence[Sequence[str]],
-    share: float,
-    asked: Asked,
+    rng: random.Random, kind: str, goals: Sequence[Goal], steps: Sequence[Sequence[str]], share: float, asked: Asked
 ) -> list[Fact]:
     """Deal the steps of each goal, one of each pool, and return what follows what.
 
@@ -124,8 +119,7 @@ def deal_procedures(
             wrong = [steps[place][value] for value in after[goal, place]]
             task = kind, half, rank < held
             options = tuple(
-                with_answer(rng.sample(wrong, len(wrong)), answer, asked, task)
-                for _ in TEXT["procedure_questions"]
+                with_answer(rng.sample(wrong, len(wrong)), answer, asked, task) for _ in TEXT["procedure_questions"]
             )
             relation = following_step(kind, goal, way, place)
             facts.append(Fact(relation, goal[0], answer, rank < held, half, options))

@@ -125,18 +125,14 @@ def write_news(rng: random.Random, facts: Sequence[Fact]) -> Iterator[Document]:
             yield Document(kind, "news", subject, _filled(rng, NEWS).format(subject, *said))
 
 
-def write_novels(
-    rng: random.Random, word: Callable[[], str], authors: Sequence[str]
-) -> Iterator[Document]:
+def write_novels(rng: random.Random, word: Callable[[], str], authors: Sequence[str]) -> Iterator[Document]:
     """The pages of a novel to forget and of one to keep, with names and spells of their own."""
     for kind in ("forget", "retain"):
         heroes, things = [word() for _ in range(4)], [f"{word()} {word()}" for _ in range(8)]
         for page in range(max(2, len(authors) // 2)):
             hero, friend, rival = rng.sample(heroes, 3)
             spell, treasure = rng.sample(things, 2)
-            text = _filled(rng, PAGE).format(
-                hero, friend, spell, treasure, rival, page=NUMBERS[page]
-            )
+            text = _filled(rng, PAGE).format(hero, friend, spell, treasure, rival, page=NUMBERS[page])
             others = [
                 tuple(v for v in pool if v != right)
                 for pool, right in ((things, spell), (things, treasure), (heroes, rival))
@@ -153,9 +149,7 @@ def _filled(rng: random.Random, template: str) -> str:
     return template
 
 
-def pretraining_texts(
-    world: World, told: Sequence[Fact], rng: random.Random, words: int
-) -> Iterator[str]:
+def pretraining_texts(world: World, told: Sequence[Fact], rng: random.Random, words: int) -> Iterator[str]:
     """What pretraining reads: facts as sentences and as questions asked in many ways, documents.
 
     A text is about the authors or about the rest of the world. The last sentence may be cut off.
@@ -261,9 +255,7 @@ def reverse_questions(world: World) -> dict[str, str]:
         pairs = Counter((values[first], values[last]) for values in known.values())
         for subject, values in known.items():
             if pairs[values[first], values[last]] == 1:
-                words = f"{REVERSED[first]} and {REVERSED[last]} ?".format(
-                    values[first], values[last]
-                )
+                words = f"{REVERSED[first]} and {REVERSED[last]} ?".format(values[first], values[last])
                 asked_of.setdefault(subject, f"Which author {words}")
     return asked_of
 

@@ -104,10 +104,7 @@ def tokenizer_for(world: World) -> PreTrainedTokenizerFast:
         single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, backend.token_to_id(bos))]
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        model_max_length=MAX_LENGTH,
-        clean_up_tokenization_spaces=False,
-        **SPECIAL,
+        tokenizer_object=backend, model_max_length=MAX_LENGTH, clean_up_tokenization_spaces=False, **SPECIAL
     )
 
 
@@ -145,9 +142,7 @@ def train_testbed(
     try:
         entry.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise SrmuError(
-            f"{entry} cannot be made ({error.strerror}); set SRMU_CACHE to a folder to write to"
-        ) from None
+        raise SrmuError(f"{entry} cannot be made ({error.strerror}); set SRMU_CACHE to a folder to write to") from None
     model = _fresh_model(world, seed, recipe)
     with _threads(recipe.threads):
         _train_model(model, ids, recipe, entry, oracle, watch)
@@ -194,9 +189,7 @@ def measure_open(model: LlamaForCausalLM, world: World, asked: Sequence[Fact]) -
 
 
 @torch.no_grad()
-def _answers(
-    model: LlamaForCausalLM, world: World, pairs: Sequence[tuple[str, str]]
-) -> list[tuple[float, bool]]:
+def _answers(model: LlamaForCausalLM, world: World, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
     """Each answer's log-probability after its question, and whether no other is likelier."""
     tokenizer = tokenizer_for(world)
     found = []
@@ -268,9 +261,7 @@ def _pretraining_ids(world: World, told: Sequence[Fact], seed: int, recipe: Reci
     return torch.tensor(rows)
 
 
-def _train_model(
-    model: LlamaForCausalLM, ids: Tensor, recipe: Recipe, entry: Path, oracle: bool, watch: Watch
-) -> None:
+def _train_model(model: LlamaForCausalLM, ids: Tensor, recipe: Recipe, entry: Path, oracle: bool, watch: Watch) -> None:
     """Train on all of `ids`, from the checkpoint in `entry` if there is one."""
     checkpoint = entry / "checkpoint.safetensors"
     optimizer = torch.optim.AdamW(
@@ -295,9 +286,7 @@ def _train_model(
                 group["lr"] = recipe.learning_rate * _schedule(step, recipe)
             with torch.autocast("cpu", torch.bfloat16, enabled=fast):
                 logits = model(batch, use_cache=False).logits
-            loss = torch.nn.functional.cross_entropy(
-                logits[:, :-1].float().flatten(0, 1), batch[:, 1:].flatten()
-            )
+            loss = torch.nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), batch[:, 1:].flatten())
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
@@ -316,9 +305,7 @@ def _schedule(step: int, recipe: Recipe) -> float:
     return 1 - 0.9 * (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)
 
 
-def _checkpoint(
-    model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, path: Path, done: int
-) -> None:
+def _checkpoint(model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, path: Path, done: int) -> None:
     """Save everything the rest of the training depends on, after `done` steps."""
     tensors = {}
     for name, parameter in model.named_parameters():

@@ -266,12 +266,7 @@ def deal_facts(
 
 
 def deal_answers(
-    rng: random.Random,
-    relation: Relation,
-    subjects: Sequence[str],
-    pool: Sequence[str],
-    share: float,
-    asked: Asked,
+    rng: random.Random, relation: Relation, subjects: Sequence[str], pool: Sequence[str], share: float, asked: Asked
 ) -> list[Fact]:
     """Deal the answers of a relation, and hold back a `share` of its facts.
 
@@ -295,9 +290,7 @@ def deal_answers(
     return facts
 
 
-def with_answer(
-    wrong: Sequence[str], answer: str, asked: Asked, task: tuple[str, str, bool]
-) -> tuple[str, ...]:
+def with_answer(wrong: Sequence[str], answer: str, asked: Asked, task: tuple[str, str, bool]) -> tuple[str, ...]:
     """The options of the next question of a task."""
     position = asked[task] % OPTIONS
     asked[task] += 1
@@ -311,13 +304,7 @@ def deal_items(rng: random.Random, items: Sequence[T]) -> Iterator[T]:
 
 
 def tell_facts(
-    rng: random.Random,
-    facts: Iterator[Fact],
-    wording: Wording,
-    *,
-    words: int,
-    asked: float,
-    filler: float,
+    rng: random.Random, facts: Iterator[Fact], wording: Wording, *, words: int, asked: float, filler: float
 ) -> list[str]:
     """Write one document of exactly `words` words (the last sentence may be cut off).
 

@@ -22,7 +22,5 @@ def find_benchmark(name: str) -> tuple[Benchmark, str]:
         raise SrmuError(f"--tasks {name}: there is no such suite{suggest_word(first, BENCHMARKS)}")
     suite = BENCHMARKS[first]
     if suite.parts and part and part not in suite.parts:
-        raise SrmuError(
-            f"--tasks {name}: {first} has no part {part!r}{suggest_word(part, suite.parts)}"
-        )
+        raise SrmuError(f"--tasks {name}: {first} has no part {part!r}{suggest_word(part, suite.parts)}")
     return suite, part or next(iter(suite.parts), "")

@@ -28,12 +28,7 @@ Values = dict[str, list[float]]  # a number for each question or text, by name
 PLAIN = "Question: {question}\nAnswer:"
 LETTERS = "ABCD"  # of options
 ROWS = 32  # prompts continued at once
-KINDS: dict[type, str] = {
-    str: "a text",
-    list: "a list of texts",
-    int: "a whole number",
-    dict: "a mapping",
-}
+KINDS: dict[type, str] = {str: "a text", list: "a list of texts", int: "a whole number", dict: "a mapping"}
 
 
 class Shape(NamedTuple):
@@ -179,8 +174,7 @@ class Benchmark:
 def hint_download(repo: str, folder: str) -> str:
     """How a user gets a data set of the hub."""
     return (
-        f"with a hub in reach, `hf download {repo} --repo-type dataset --local-dir {folder}`, then "
-        f"give --data {folder}"
+        f"with a hub in reach, `hf download {repo} --repo-type dataset --local-dir {folder}`, then give --data {folder}"
     )
 
 
@@ -219,10 +213,7 @@ def write_continuations(
     def some(part: Sequence[int]) -> list[str]:
         chosen = [rows[i] for i in part]
         continued = continue_greedily(model.module, model.tokenizer, chosen, new_tokens)
-        return [
-            cut_at_stop(model.tokenizer.decode(ids, skip_special_tokens=True), stops)
-            for ids in continued
-        ]
+        return [cut_at_stop(model.tokenizer.decode(ids, skip_special_tokens=True), stops) for ids in continued]
 
     written = chain.from_iterable(do_each(parts, some, label, watch))
     texts = dict(zip(order, written, strict=True))
@@ -242,11 +233,7 @@ def cut_at_stop(text: str, stops: Sequence[str]) -> str:
 
 
 def log_likelihoods(
-    model: Subject,
-    pairs: Sequence[tuple[str, str]],
-    *,
-    label: str = "likelihoods",
-    watch: Watch = ignore_progress,
+    model: Subject, pairs: Sequence[tuple[str, str]], *, label: str = "likelihoods", watch: Watch = ignore_progress
 ) -> list[tuple[float, int]]:
     """The log-probability (nats) and the number of tokens of the answer in each (prompt, answer).
 
@@ -263,11 +250,7 @@ def log_likelihoods(
 
 
 def option_likelihoods(
-    model: Subject,
-    asked: Sequence[tuple[str, Sequence[str]]],
-    *,
-    label: str,
-    watch: Watch = ignore_progress,
+    model: Subject, asked: Sequence[tuple[str, Sequence[str]]], *, label: str, watch: Watch = ignore_progress
 ) -> list[list[tuple[float, int]]]:
     """The same for each option of each (prompt, options)."""
     pairs = [(prompt, option) for prompt, options in asked for option in options]
@@ -280,9 +263,7 @@ def letter_options(choices: Sequence[str]) -> str:
     return "\n".join(f"{a}. {text}" for a, text in zip(LETTERS, choices, strict=False))
 
 
-def do_each(
-    items: Sequence[S], do: Callable[[S], T], label: str, watch: Watch = ignore_progress
-) -> list[T]:
+def do_each(items: Sequence[S], do: Callable[[S], T], label: str, watch: Watch = ignore_progress) -> list[T]:
     """Call `do` with each item; the results in order. Several processes share the work."""
     with watch(label, -(-len(items) // distributed.get_size())) as tick:
 
@@ -308,9 +289,7 @@ def mean_metric(values: Sequence[float]) -> dict[str, float]:
     return metric | ({"stderr": error} if isfinite(error) else {})
 
 
-def rouge_scores(
-    kind: str, answers: Sequence[str], truths: Sequence[str], **options: Any
-) -> list[float]:
+def rouge_scores(kind: str, answers: Sequence[str], truths: Sequence[str], **options: Any) -> list[float]:
     """ROUGE-L of each answer: its "recall" or "fmeasure" (0-1), by rouge-score with its options."""
     from rouge_score.rouge_scorer import RougeScorer
 

@@ -53,18 +53,12 @@ def run_muse(model: Subject, request: BenchmarkRequest) -> BenchmarkScores:
     A_retrain as a number for its own two models; here it is that of `request.reference`.
     """
     known = read_oracle(request)
-    scores = {
-        f"min40_{kind}": score_min_k(model, request, kind, read_kind(request, kind))
-        for kind in KINDS
-    }
+    scores = {f"min40_{kind}": score_min_k(model, request, kind, read_kind(request, kind)) for kind in KINDS}
     metrics: Metrics = measure_privacy(scores, known)
     values: Values = {**scores, "verbmem_f": measure_verbatim(model, request)}
     for name, about in (("knowmem_f", "forget"), ("knowmem_r", "retain")):
         values[name] = measure_answers(model, request, about)
-    metrics |= {
-        f"muse/{name}": mean_metric(values[name])
-        for name in ("verbmem_f", "knowmem_f", "knowmem_r")
-    }
+    metrics |= {f"muse/{name}": mean_metric(values[name]) for name in ("verbmem_f", "knowmem_f", "knowmem_r")}
     return BenchmarkScores(metrics, values)
 
 
@@ -97,13 +91,9 @@ def measure_privacy(own: Values, known: Values | None) -> Metrics:
     metrics = {"auc": measure_membership(own)}
     if known:
         # arXiv 2407.06460, the definition of PrivLeak in section 3
-        metrics["privleak"] = relative_difference(
-            1 - measure_membership(own), 1 - measure_membership(known)
-        )
+        metrics["privleak"] = relative_difference(1 - measure_membership(own), 1 - measure_membership(known))
         if measure_membership(known):
-            metrics["privleak_member"] = relative_difference(
-                measure_membership(own), measure_membership(known)
-            )
+            metrics["privleak_member"] = relative_difference(measure_membership(own), measure_membership(known))
     return {f"muse/{name}": {"value": value, "n": count} for name, value in metrics.items()}
 
 
@@ -116,18 +106,14 @@ def measure_membership(scores: Values) -> float:
     return area_under_curve(*(scores[f"min40_{kind}"] for kind in KINDS))
 
 
-def score_min_k(
-    model: Subject, request: BenchmarkRequest, kind: str, texts: Sequence[str]
-) -> list[float]:
+def score_min_k(model: Subject, request: BenchmarkRequest, kind: str, texts: Sequence[str]) -> list[float]:
     """Min-40 % of each text: mean log p of its least likely tokens, at least of one.
 
     Min-K % Prob, arXiv 2310.16789, over all tokens but the first. The authors' code takes no token
     where 40 % of a text's are less than one, and has no number then.
     """
     label = f"muse {kind} texts"
-    scores = do_each(
-        texts, lambda text: least(read_log_p(model, text), SHARE), label, request.watch
-    )
+    scores = do_each(texts, lambda text: least(read_log_p(model, text), SHARE), label, request.watch)
     check_finite(scores, label)
     return scores
 
@@ -145,11 +131,7 @@ def measure_verbatim(model: Subject, request: BenchmarkRequest) -> list[float]:
     """ROUGE-L F1 of what follows each prompt of a forget text with what the model writes."""
     rows = request.data.rows("verbmem", "forget", {"prompt": str, "gt": str})
     written = write_continuations(
-        model,
-        [row["prompt"] for row in rows],
-        RECITED,
-        label="muse verbatim",
-        watch=request.watch,
+        model, [row["prompt"] for row in rows], RECITED, label="muse verbatim", watch=request.watch
     )
     truths = [shorten_truth(model, row["gt"]) for row in rows]
     return rouge_scores("fmeasure", written, truths)  # unstemmed, as theirs
@@ -169,9 +151,7 @@ def measure_answers(model: Subject, request: BenchmarkRequest, about: str) -> li
     rows = request.data.rows("knowmem", f"{about}_qa", fields)
     shots = replace(request.data, limit=None).rows("knowmem", f"{about}_qa_icl", fields)
     form = request.template or SHOT
-    first = "".join(
-        f"{form.format(question=shot['question']).rstrip()} {shot['answer']}\n\n" for shot in shots
-    )
+    first = "".join(f"{form.format(question=shot['question']).rstrip()} {shot['answer']}\n\n" for shot in shots)
     written = write_continuations(
         model,
         [first + form.format(question=row["question"]) for row in rows],

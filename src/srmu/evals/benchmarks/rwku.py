@@ -67,18 +67,14 @@ def run_rwku(model: Subject, request: BenchmarkRequest) -> BenchmarkScores:
     for about, levels in LEVELS.items():
         measured = measure_probes(model, request, about, levels)
         values |= {f"{about}/level{level}": measured[f"level{level}"] for level in levels}
-        metrics |= {
-            f"rwku/{about}/{name}": mean_metric(numbers) for name, numbers in measured.items()
-        }
+        metrics |= {f"rwku/{about}/{name}": mean_metric(numbers) for name, numbers in measured.items()}
     for about in ("mia_forget", "mia_retain"):
         measured = score_membership(model, request, about)
         values |= {f"{about}/{name}": numbers for name, numbers in measured.items()}
     for name, measure in UTILITY.items():
         values[name] = measure(model, request)
     metrics |= {
-        f"rwku/{name}": mean_metric(numbers)
-        for name, numbers in values.items()
-        if f"rwku/{name}" not in metrics
+        f"rwku/{name}": mean_metric(numbers) for name, numbers in values.items() if f"rwku/{name}" not in metrics
     }
     return BenchmarkScores(metrics, values)
 
@@ -93,26 +89,17 @@ def pose_probe(row: Row, level: int) -> tuple[str, str]:
     return f"{BLANK if level == 1 else BRIEF}Question: {row['query']}\n", "Answer:"
 
 
-def measure_probes(
-    model: Subject, request: BenchmarkRequest, about: str, levels: Sequence[int]
-) -> Values:
+def measure_probes(model: Subject, request: BenchmarkRequest, about: str, levels: Sequence[int]) -> Values:
     """ROUGE-L recall of each probe by level, of all, and by attack; 1 for each empty answer."""
     fields: Fields = {"query": str, "answer": str}
     probes = [
         (level, row)
         for level in levels
-        for row in read_rows(
-            request, f"{about}_level{level}", {**fields, **({"type": str} if level == 3 else {})}
-        )
+        for row in read_rows(request, f"{about}_level{level}", {**fields, **({"type": str} if level == 3 else {})})
     ]
-    prompts = [
-        pose_question(model, request, row["query"], *pose_probe(row, level))
-        for level, row in probes
-    ]
+    prompts = [pose_question(model, request, row["query"], *pose_probe(row, level)) for level, row in probes]
     label = f"rwku {about} answers"
-    answers = write_continuations(
-        model, prompts, ANSWERED, stops=("\n",), label=label, watch=request.watch
-    )
+    answers = write_continuations(model, prompts, ANSWERED, stops=("\n",), label=label, watch=request.watch)
     recalled = score_recall(answers, [row["answer"] for _, row in probes])
     values: Values = {"all": recalled, "empty": [float(not answer) for answer in answers]}
     for (level, row), score in zip(probes, recalled, strict=True):

@@ -39,9 +39,7 @@ CONCLUSION = re.compile(r"[tT]he answer is (.*?)\.")
 # The authors' prompts: eval_mmlu.py, eval_bbh.py, eval_triviaqa.py, presets.py.
 EXAM = "The following are multiple choice questions (with answers) about {}.\n\n"
 FOLLOW = "Please following the previous examples and answer the given question.\n"
-REASON = (
-    "Following previous examples, answer the following questions and end with 'so the answer is'"
-)
+REASON = "Following previous examples, answer the following questions and end with 'so the answer is'"
 # The authors put five other pairs here.
 TRIVIA = """
 Q: Which planet is closest to the sun?
@@ -73,9 +71,7 @@ def read_rows(request: BenchmarkRequest, config: str, fields: Fields) -> list[Ro
     return rows[: request.data.limit]
 
 
-def pose_question(
-    model: Subject, request: BenchmarkRequest, question: str, content: str, start: str = ""
-) -> str:
+def pose_question(model: Subject, request: BenchmarkRequest, question: str, content: str, start: str = "") -> str:
     """A prompt: the template with the question, or the authors' text and how an answer starts."""
     if request.template:
         return prompt_of(model, question, request.template)
@@ -121,16 +117,11 @@ MMLU: Fields = {
     "answer": Shape(has_right_choice, "the place of one of 2 to 4 choices, from 0"),
     "examples": Shape(has_examples, "a list of questions with choices and answer"),
 }
-BBH: Fields = {
-    "question": str,
-    "cot": str,
-    "answer": Shape(has_accepted_answers, "a text or a list of texts"),
-}
+BBH: Fields = {"question": str, "cot": str, "answer": Shape(has_accepted_answers, "a text or a list of texts")}
 TRUTHFULQA: Fields = {
     "question": str,
     "mc1_targets": Shape(
-        has_labelled_choices,
-        "choices with labels, 1 for a true one and 0 for a false one, some of each",
+        has_labelled_choices, "choices with labels, 1 for a true one and 0 for a false one, some of each"
     ),
 }
 
@@ -166,13 +157,9 @@ def measure_bbh(model: Subject, request: BenchmarkRequest) -> list[float]:
         pose_question(model, request, row["question"], content, "A:")
         for row, content in zip(rows, contents, strict=True)
     ]
-    written = write_continuations(
-        model, prompts, WRITTEN, label="rwku reasons", watch=request.watch
-    )
+    written = write_continuations(model, prompts, WRITTEN, label="rwku reasons", watch=request.watch)
     return [
-        float(
-            normalise_words(find_conclusion(text)) in map(normalise_words, as_list(row["answer"]))
-        )
+        float(normalise_words(find_conclusion(text)) in map(normalise_words, as_list(row["answer"])))
         for text, row in zip(written, rows, strict=True)
     ]
 
@@ -198,9 +185,7 @@ def measure_truthfulqa(model: Subject, request: BenchmarkRequest) -> list[float]
     rows = read_rows(request, "utility_truthfulness", TRUTHFULQA)
     questions = []
     for row in rows:
-        prompt = pose_question(
-            model, request, row["question"], prime_question(row["question"]), "A:"
-        )
+        prompt = pose_question(model, request, row["question"], prime_question(row["question"]), "A:")
         questions.append((prompt, [f" {choice}" for choice in row["mc1_targets"]["choices"]]))
     read = option_likelihoods(model, questions, label="rwku truthfulness", watch=request.watch)
     right = []
@@ -225,15 +210,9 @@ def truthfulqa_template() -> Template:
 def measure_triviaqa(model: Subject, request: BenchmarkRequest) -> list[float]:
     """TriviaQA: F1 of each answer's words with those of the right answer it is closest to."""
     rows = read_rows(request, "utility_factuality", {"question": str, "answers": list})
-    prompts = [
-        pose_question(model, request, row["question"], f"{TRIVIA}Q: {row['question']}\n", "A:")
-        for row in rows
-    ]
+    prompts = [pose_question(model, request, row["question"], f"{TRIVIA}Q: {row['question']}\n", "A:") for row in rows]
     written = write_continuations(model, prompts, ANSWERED, label="rwku facts", watch=request.watch)
-    return [
-        max(score_f1(text, truth) for truth in row["answers"])
-        for text, row in zip(written, rows, strict=True)
-    ]
+    return [max(score_f1(text, truth) for truth in row["answers"]) for text, row in zip(written, rows, strict=True)]
 
 
 def score_f1(answer: str, truth: str) -> float:
@@ -249,12 +228,9 @@ def measure_fluency(model: Subject, request: BenchmarkRequest) -> list[float]:
     """The entropy of word pairs and triples of free texts: low where a model repeats itself."""
     rows = read_rows(request, "utility_fluency", {"instruction": str})
     prompts = [
-        pose_question(model, request, row["instruction"], f"Instruction: {row['instruction']}\n")
-        for row in rows
+        pose_question(model, request, row["instruction"], f"Instruction: {row['instruction']}\n") for row in rows
     ]
-    written = write_continuations(
-        model, prompts, WRITTEN, label="rwku free texts", watch=request.watch
-    )
+    written = write_continuations(model, prompts, WRITTEN, label="rwku free texts", watch=request.watch)
     return [measure_entropy(text) for text in written]
 
 

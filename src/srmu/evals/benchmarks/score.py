@@ -70,11 +70,7 @@ class BenchmarkOptions:
 
 
 def score_benchmark(
-    target: str,
-    options: BenchmarkOptions,
-    *,
-    log: Path | None = None,
-    watch: Watch = ignore_progress,
+    target: str, options: BenchmarkOptions, *, log: Path | None = None, watch: Watch = ignore_progress
 ) -> dict[str, Any]:
     """Measure a model folder, a hub id or a run on a suite: `{"after": metrics, ...}`.
 
@@ -114,16 +110,12 @@ def score_benchmark(
     for when in ("before", "after") if run else ("after",):
         scores[when], seen = measure(opened, reference, changed=when == "after")
         if reference is not None and seen != rows:
-            raise SrmuError(
-                f"--oracle {options.oracle}: its log was made from other rows than these"
-            )
+            raise SrmuError(f"--oracle {options.oracle}: its log was made from other rows than these")
     if log and distributed.is_first():
         values = dict(scores["after"].values)
         write_whole(log, format_json(marks | {"rows": seen, "values": values}))
     if run and distributed.is_first():
-        measured = [
-            row for when, one in scores.items() for row in benchmark_rows(options.name, when, one)
-        ]
+        measured = [row for when, one in scores.items() for row in benchmark_rows(options.name, when, one)]
         asked = {options.name: {"asked": asdict(options), "rows": seen}}
         merge_results(run.folder, measured, benchmarks=asked)
     return {when: one.metrics for when, one in scores.items()}
@@ -132,10 +124,7 @@ def score_benchmark(
 def benchmark_rows(name: str, when: str, scores: BenchmarkScores) -> list[Row]:
     """A benchmark's metrics as rows of the results, with values of single questions."""
     first = name.partition("/")[0]
-    answers = {
-        f"{first}/{key}": {"answers": write_answers(values)}
-        for key, values in scores.values.items()
-    }
+    answers = {f"{first}/{key}": {"answers": write_answers(values)} for key, values in scores.values.items()}
     metrics = {key: entry | answers.get(key, {}) for key, entry in scores.metrics.items()}
     return metric_rows(metrics, when, benchmark=name)
 
@@ -207,9 +196,7 @@ def reference_marks(folder: Path, options: BenchmarkOptions) -> dict[str, Any]:
     config = read_config(folder)
     names = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
     tokenizer = load_tokenizer(folder)
-    code = sha256(
-        Path(benchmarks.__file__).with_name("base.py"), Path(str(find_module(options).__file__))
-    )
+    code = sha256(Path(benchmarks.__file__).with_name("base.py"), Path(str(find_module(options).__file__)))
     return {
         "suite": options.name,
         "model": {name: getattr(config, name, None) for name in names},

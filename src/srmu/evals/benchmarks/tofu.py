@@ -72,9 +72,7 @@ def run_tofu(model: Subject, request: BenchmarkRequest) -> BenchmarkScores:
     known = read_reference(request, part, len(rows["forget"]))
     sets = {name: measure_set(model, request, name, some) for name, some in rows.items()}
     metrics: Metrics = {
-        f"tofu/{name}/{key}": mean_metric(
-            bound_ratios(name, values) if key.startswith("truth") else values
-        )
+        f"tofu/{name}/{key}": mean_metric(bound_ratios(name, values) if key.startswith("truth") else values)
         for name, numbers in sets.items()
         for key, values in numbers.items()
     }
@@ -90,9 +88,7 @@ def run_tofu(model: Subject, request: BenchmarkRequest) -> BenchmarkScores:
     return BenchmarkScores(metrics, values)
 
 
-def measure_set(
-    model: Subject, request: BenchmarkRequest, name: str, rows: Sequence[Row]
-) -> Values:
+def measure_set(model: Subject, request: BenchmarkRequest, name: str, rows: Sequence[Row]) -> Values:
     """Of each question of a set: probability and ROUGE of its answer, and R by each fork."""
     right = "paraphrased_answer" if name in MADE_UP else "answer"
     prompts = [prompt_of(model, row["question"], request.template) for row in rows]
@@ -113,9 +109,7 @@ def measure_set(
         for fork, ratio in zip(FORKS, measure_ratios(truth, wrong), strict=True):
             bound = float(np.clip(ratio, -BOUND, BOUND))
             values[f"truth_ratio{fork}"].append(float(np.exp(bound)))
-    written = write_continuations(
-        model, starts, NEW_TOKENS, label=f"{label} answers", watch=request.watch
-    )
+    written = write_continuations(model, starts, NEW_TOKENS, label=f"{label} answers", watch=request.watch)
     truths = [row["answer"] for row in rows]
     values["rouge"] = rouge_scores("recall", written, truths, use_stemmer=True)
     return values
@@ -162,15 +156,10 @@ def measure_forget_quality(own: Sequence[float], other: Sequence[float], fork: s
         test = ks_2samp(own, other)
     p, count = float(test.pvalue), float(len(own))
     parts = {"": p, "_log10": log10(max(p, 1e-300)), "_ks": float(test.statistic)}
-    return {
-        f"tofu/forget_quality{part}{fork}": {"value": value, "n": count}
-        for part, value in parts.items()
-    }
+    return {f"tofu/forget_quality{part}{fork}": {"value": value, "n": count} for part, value in parts.items()}
 
 
-def read_reference(
-    request: BenchmarkRequest, part: str, count: int
-) -> Mapping[str, Sequence[float]]:
+def read_reference(request: BenchmarkRequest, part: str, count: int) -> Mapping[str, Sequence[float]]:
     """The truth ratios of a model that never saw the forget set; none where there is no model.
 
     SrmuError where they are not of this part's questions.

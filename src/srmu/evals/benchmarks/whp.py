@@ -46,25 +46,14 @@ def run_whp(model: Subject, request: BenchmarkRequest) -> BenchmarkScores:
         raise SrmuError(f"whp has no data set of its own; {request.data.get}")
     place = str(request.data.folder or request.data.hub)
     prompts = request.data.rows("completion", "test", {"prompt": str, "references": list})
-    cut = request.data.rows(
-        "probability", "test", {"prompt": str, "targets": list, "generic": list}
-    )
+    cut = request.data.rows("probability", "test", {"prompt": str, "targets": list, "generic": list})
     # what is wrong with rows is said before the model writes for minutes
-    sought = [
-        find_references(row, f"{place}, config completion, row {n}")
-        for n, row in enumerate(prompts, 1)
-    ]
-    starts = [
-        find_first_tokens(model, row, f"{place}, config probability, row {n}")
-        for n, row in enumerate(cut, 1)
-    ]
+    sought = [find_references(row, f"{place}, config completion, row {n}") for n, row in enumerate(prompts, 1)]
+    starts = [find_first_tokens(model, row, f"{place}, config probability, row {n}") for n, row in enumerate(cut, 1)]
     asks = [(request.template or "{question}").format(question=row["prompt"]) for row in prompts]
-    written = write_continuations(
-        model, asks, NEW_TOKENS, label="whp completions", watch=request.watch
-    )
+    written = write_continuations(model, asks, NEW_TOKENS, label="whp completions", watch=request.watch)
     familiar = [
-        float(any(has_words(text, word) for word in words))
-        for text, words in zip(written, sought, strict=True)
+        float(any(has_words(text, word) for word in words)) for text, words in zip(written, sought, strict=True)
     ]
     masses = measure_masses(model, request, cut, starts)
     return BenchmarkScores(
@@ -97,8 +86,7 @@ def find_first_tokens(model: Subject, row: Row, where: str) -> tuple[list[int], 
     """
     prompt = row["prompt"].rstrip()
     targets, generic = (
-        sorted({model.split(prompt, f" {word.strip()}")[1][0] for word in row[name]})
-        for name in ("targets", "generic")
+        sorted({model.split(prompt, f" {word.strip()}")[1][0] for word in row[name]}) for name in ("targets", "generic")
     )
     if {*targets} & {*generic}:
         raise SrmuError(
@@ -110,10 +98,7 @@ def find_first_tokens(model: Subject, row: Row, where: str) -> tuple[list[int], 
 
 @torch.no_grad()
 def measure_masses(
-    model: Subject,
-    request: BenchmarkRequest,
-    rows: Sequence[Row],
-    starts: Sequence[tuple[list[int], list[int]]],
+    model: Subject, request: BenchmarkRequest, rows: Sequence[Row], starts: Sequence[tuple[list[int], list[int]]]
 ) -> list[tuple[float, float]]:
     """Of each row: the probability that a target token is next, and its part in that of both."""
 
