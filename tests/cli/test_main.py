@@ -231,7 +231,9 @@ def test_a_device_that_is_not_there(call: Call) -> None:
 
 VERBS: dict[str, tuple[list[str], list[str]]] = {
     "verb": (["unlern"], ["'unlern' is not a verb of srmu; did you mean unlearn?"]),
-    "old verb": (["organism", "out"], ["'organism' is not a verb", "choose one of demo, ", "testbed"]),
+    "old verb": (["organism", "out"], ["srmu organism is now: srmu testbed"]),
+    "verb that is now an option": (["names", "a.jsonl"], ["srmu names is now: srmu inspect texts --what names"]),
+    "far from any verb": (["qqq"], ["'qqq' is not a verb", "choose one of demo, ", "testbed"]),
     "shell glob": (
         ["unlearn", "--model", "model", "--forget", "a.jsonl", "b.jsonl", "--retain", "r.jsonl"],
         ["b.jsonl: expected key=value", "quote it: --forget 'texts/*.jsonl'"],

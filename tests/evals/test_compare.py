@@ -314,3 +314,19 @@ def test_a_setting_has_paths_by_name_and_templates_whole() -> None:
 
     assert of("x/a.jsonl", "{q} [/I]{a}") == of("y/a.jsonl", "{q} [/I]{a}")
     assert of("x/a.jsonl", "{q} [/I]{a}") != of("x/a.jsonl", "{p} [/I]{a}")
+
+
+def test_evaluated_runs_are_compared_on_what_both_measured(tmp_path: Path) -> None:
+    """The testbed's tasks say which should fall; where names leave it open, one line asks."""
+    tasks = ("organism_hazard", "organism_hazard_held", "organism_neighbour", "organism_general", "quiz")
+    runs = [evaluated(tmp_path, method, 0.4, 0.9) for method in ("srmu", "rmu")]
+    for run, known in zip(runs, (tasks, tasks[:-1]), strict=True):
+        keep_rows(run, lambda row: False)
+        for when, value in (("before", 1.0), ("after", 0.9)):
+            write_metrics(run, **{when: {f"{task}/acc": {"value": value, "n": 400} for task in known}})
+    named = ["organism_hazard/acc"], ["organism_neighbour/acc", "organism_general/acc"]
+    assert compare_runs(runs) == compare_runs(runs, 0.05, *named)
+    for run in runs:
+        keep_rows(run, lambda row: row["task"] == "organism_general")
+    with pytest.raises(SrmuError, match="--metrics, --utility-metrics: .*; there are organism_general/acc$"):
+        compare_runs(runs)

@@ -21,6 +21,14 @@ from srmu.errors import SrmuError, suggest_word
 # be set before torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+MOVED = {  # verbs of earlier versions
+    "organism": "testbed",
+    "methods": "info methods",
+    "cache": "info cache",
+    "analyse": "inspect RUN --what confidence (or sensitivity, alignment, layers)",
+    "entanglement": "inspect texts",
+    "names": "inspect texts --what names",
+}
 SHARED = ("unlearn", "eval", "attack")  # verbs that several processes share
 
 app = typer.Typer(
@@ -78,6 +86,8 @@ def run_verb(arguments: Sequence[str]) -> int:
     assert isinstance(program, typer.core.TyperGroup)
     verb = arguments[0]
     if not verb.startswith("-") and verb not in program.commands:
+        if verb in MOVED:
+            raise SrmuError(f"srmu {verb} is now: srmu {MOVED[verb]}")
         raise SrmuError(f"{verb!r} is not a verb of srmu{suggest_word(verb, program.commands)}")
     if not distributed.is_first():  # the first process speaks for all, but for its errors
         sys.stdout = sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -28,6 +29,7 @@ from srmu.evals.statistics import (
 )
 from srmu.runs.run import Run
 
+HAZARDS = ("organism_hazard", "wmdp", "forget_texts")  # how tasks on what is to go are named
 Where = tuple[str, int]  # a run's model and seed: what is compared in pairs
 
 
@@ -89,7 +91,8 @@ def compare_runs(
     a straight line, in each resample anew; a curve that ends before `budget` at its last point.
 
     `forget` and `utility` name metrics (organism_hazard/acc); default: those that the attacks
-    asked. A run that was attacked with other questions is read from its evaluation, without K*.
+    asked, or without attacks what `choose_metrics` takes of what all runs were evaluated on. A run
+    that was attacked with other questions is read from its evaluation, without K*.
     SrmuError for runs that cannot be held against each other.
     """
     if not 0 <= budget <= 1:
@@ -103,6 +106,10 @@ def compare_runs(
     for report in attacks.values():  # what was attacked says what to look up elsewhere
         of_attacks = metrics_of(report)
         forget, utility = forget or of_attacks[0], utility or of_attacks[1]
+    metrics = [read_metrics(run.folder) for run in opened]
+    if not attacks and all(one["after"] for one in metrics):
+        shared = [name for name in metrics[0]["after"] if all(name in both[w] for both in metrics for w in both)]
+        forget, utility = choose_metrics(shared, forget, utility, opened[0].config.eval)
     check_attacks(opened, attacks)
     measured = [
         from_attacks(run, attacks[run.folder], draws)
@@ -159,6 +166,26 @@ def metrics_of(attacks: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, 
         tuple(f"{task}/acc" for task in attacks["tasks"]["test"]),
         tuple(f"{task}/acc" for task in attacks["tasks"]["utility"]),
     )
+
+
+def choose_metrics(
+    known: Sequence[str], forget: Sequence[str], utility: Sequence[str], tasks: Sequence[str]
+) -> tuple[list[str], list[str]]:
+    """The metrics of what should be forgotten and of what should stay, where names tell them apart.
+
+    The accuracies of tasks on what is to go are forgotten; of the others those on `tasks`, which
+    the runs were to be evaluated on, stay. SrmuError where names leave it open.
+    """
+    whole = [name for name in known if re.search(r"(?<!_val)(?<!_held)/acc$", name)]
+    forget = forget or [name for name in whole if name.startswith(HAZARDS)]
+    rest = [name for name in whole if name not in forget]
+    utility = utility or [name for name in rest if name.removesuffix("/acc") in tasks] or rest
+    if not (forget and utility):
+        raise SrmuError(
+            "--metrics, --utility-metrics: name the metrics that should fall and those that should stay, a,b; "
+            f"there are {', '.join(known) or 'none that all runs have'}"
+        )
+    return list(forget), list(utility)
 
 
 def asks_for(report: Mapping[str, Any], forget: Sequence[str], utility: Sequence[str]) -> bool:
@@ -224,11 +251,6 @@ def from_metrics(run: Run, forget: tuple[str, ...], utility: tuple[str, ...], dr
     after, before = metrics["after"], metrics["before"]
     if not after or not before:
         raise SrmuError(f"{run.folder} has no results; run `srmu eval {run.folder}` first")
-    if not forget or not utility:
-        raise SrmuError(
-            "name the metrics of what is forgotten with --metrics and those of the utility with "
-            f"--utility-metrics; there are {', '.join(after)}"
-        )
     for name in (*forget, *utility):
         if name not in after or name not in before:
             raise SrmuError(

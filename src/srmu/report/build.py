@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from srmu.errors import SrmuError
-from srmu.evals.compare import metrics_of
+from srmu.evals.compare import choose_metrics, metrics_of
 from srmu.evals.results import read_attacks, read_benchmarks
 from srmu.evals.settings import method_label, run_setting, setting_words
 from srmu.report import studies
@@ -37,7 +37,6 @@ from srmu.report.runs import (
 from srmu.runs.run import Run
 
 MEAN = "mean utility"  # the column that the vertical axis of the trade-off plot shows
-FORGET = ("organism_hazard", "wmdp", "forget_texts")  # how tasks on what is to go are named
 LISTED = 4  # folders in the command that a page shows
 STUDIES = {"sweep.json": "sweep", "reproduce.json": "reproduction", "auto.json": "auto"}
 SUPPRESSED = (
@@ -66,7 +65,7 @@ def write_report(paths: Sequence[Path], out: Path, *, forget: Sequence[str] = ()
     named = [(path, name) for path in paths for name in STUDIES if (path / name).is_file()]
     if not named:
         entries, notes = list_entries(paths)
-        forget, utility = choose_metrics(entries, forget, utility)
+        forget, utility = find_metrics(entries, forget, utility)
         return make_runs_page(entries, "", forget, utility, command, notes).write(out)
     (path, name), *_ = named
     if len(paths) > 1:
@@ -159,7 +158,7 @@ def group_runs(runs: Sequence[Run]) -> list[RunGroup]:
     return entries
 
 
-def choose_metrics(
+def find_metrics(
     entries: Sequence[RunGroup], forget: Sequence[str], utility: Sequence[str]
 ) -> tuple[list[str], list[str]]:
     """The metrics of what is to be forgotten and kept; none of runs with benchmarks alone."""
@@ -175,18 +174,8 @@ def choose_metrics(
         joined = " + ".join(name.removesuffix("/acc") for name in asked[0][0]) + "/acc"
         forget = forget or [name for name in asked[0][0] if name in known] or [joined]
         utility = utility or [name for name in asked[0][1] if name in known]
-    # the other halves of a task are not in the plot
-    whole = [name for name in known if re.search(r"(?<!_val)(?<!_held)/acc$", name)]
-    forget = forget or [name for name in whole if name.startswith(FORGET)]
-    rest = [name for name in whole if name not in forget]
     tasks = [task for run in runs for task in Run.open(run).config.eval]
-    utility = utility or [name for name in rest if name.removesuffix("/acc") in tasks] or rest
-    for metrics, option, what in (
-        (forget, "--metrics", "fall"), (utility, "--utility-metrics", "stay")
-    ):  # fmt: skip
-        if not metrics:
-            raise SrmuError(f"{option}: name the metrics that should {what}, a,b; there are {', '.join(known)}")
-    return list(forget), list(utility)
+    return choose_metrics(known, forget, utility, tasks)
 
 
 # ---- pages on runs
@@ -366,6 +355,6 @@ def make_auto_page(
         headline.append("Nothing was chosen: the last step below says why, or where it stopped.")
         return Page("Chosen automatically", headline, parts, command)
     entries, _ = list_entries([folder / study["run"]])
-    page = make_runs_page(entries, "", *choose_metrics(entries, forget, utility), command)
+    page = make_runs_page(entries, "", *find_metrics(entries, forget, utility), command)
     parts += page.sections
     return Page("Chosen automatically", [*headline, *page.headline], parts, command)
