@@ -328,5 +328,5 @@ def test_evaluated_runs_are_compared_on_what_both_measured(tmp_path: Path) -> No
     assert compare_runs(runs) == compare_runs(runs, 0.05, *named)
     for run in runs:
         keep_rows(run, lambda row: row["task"] == "organism_general")
-    with pytest.raises(SrmuError, match="--metrics, --utility-metrics: .*; there are organism_general/acc$"):
+    with pytest.raises(SrmuError, match=r"--metrics, --utility-metrics: .*; there are organism_general/acc$"):
         compare_runs(runs)
