@@ -13,7 +13,7 @@ from helpers import attack_world
 from helpers.benchmark_sets import edited, greedy, write_sets
 from helpers.models import pico_module, texts, word_tokenizer
 from srmu.errors import SrmuError
-from srmu.evals.benchmarks import muse
+from srmu.evals.benchmarks import base, muse
 from srmu.evals.benchmarks.base import BenchmarkData, BenchmarkRequest, BenchmarkScores, cut_at_stop, rouge_scores
 from srmu.evals.subject import Subject
 
@@ -178,7 +178,7 @@ def test_shots_are_not_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     shots = [{"question": f"w{i}", "answer": f"w{i + 1}"} for i in range(3)]
     where = asked(write_sets(tmp_path / "set", sets(knowmem_forget_qa_icl=shots)), limit=1)
     seen: list[str] = []
-    monkeypatch.setattr(muse, "write_continuations", lambda model, prompts, *_, **__: seen.extend(prompts) or [""])
+    monkeypatch.setattr(base, "write_continuations", lambda model, prompts, *_, **__: seen.extend(prompts) or [""])
     muse.measure_answers(pico(), where, "forget")
     (row, *_) = sets()["knowmem", "forget_qa"]
     first = "".join(f"Question: w{i}\nAnswer: w{i + 1}\n\n" for i in range(3))

@@ -13,8 +13,7 @@ import torch
 from helpers.benchmark_sets import Sets, edited, greedy, write_sets
 from helpers.models import pico_module, word_tokenizer
 from srmu.errors import SrmuError
-from srmu.evals.benchmarks import rwku
-from srmu.evals.benchmarks import rwku_utility as utility
+from srmu.evals.benchmarks import base, rwku
 from srmu.evals.benchmarks.base import BenchmarkData, BenchmarkRequest, BenchmarkScores
 from srmu.evals.subject import Subject
 
@@ -97,8 +96,7 @@ def saying(monkeypatch: pytest.MonkeyPatch, *answers: str) -> list[str]:
         seen.extend(prompts)
         return [answers[i % len(answers)] for i in range(len(prompts))]
 
-    for module in (rwku, utility):
-        monkeypatch.setattr(module, "write_continuations", write)
+    monkeypatch.setattr(base, "write_continuations", write)
     return seen
 
 
@@ -189,16 +187,16 @@ def test_letters_and_choices_by_a_loop(measured: BenchmarkScores) -> None:
     model, right, true = pico(), [], []
     for row in sets()["utility_general", "test"]:
         listed = "w1 w2\nA. w3\nB. w4\nC. w5\nD. w6"
-        prompt = utility.EXAM.format("world religions") + f"Question: {listed}\nAnswer: C\n\n"
-        prompt += f"{utility.FOLLOW}Question: {listed} Answer:"
+        prompt = rwku.EXAM.format("world religions") + f"Question: {listed}\nAnswer: C\n\n"
+        prompt += f"{rwku.FOLLOW}Question: {listed} Answer:"
         logs = [scored(model, prompt, f" {letter}") for letter in "ABCD"]
         right.append(float(logs.index(max(logs)) == row["answer"]))
     assert measured.values["general"] == right
-    primer = utility.prime_question("w9")
+    (primer,) = rwku.prime_questions(["w9"])
     assert primer.startswith("Q: What is human") and primer.count("\nA: ") == 6
     assert primer.endswith("Barcelona, Spain.\n\nQ: w9")
     for row in sets()["utility_truthfulness", "test"]:
-        prompt = f"{utility.prime_question(row['question'])} A:"
+        prompt = f"{rwku.prime_questions([row['question']])[0]} A:"
         logs = [scored(model, prompt, f" {text}") for text in row["mc1_targets"]["choices"]]
         true.append(float(logs[1] > max(logs[0], logs[2])))
     assert measured.values["truthfulness"] == true
@@ -219,27 +217,27 @@ def test_choices_of_a_model_that_finds_all_alike(tmp_path: Path, gold: int, expe
     model.module.lm_head.weight.data.zero_()
     (row, *_) = sets()["utility_general", "test"]
     rows = [{**row, "answer": gold}]
-    assert utility.measure_mmlu(model, only(tmp_path / "a", "utility_general", rows)) == [expected]
+    assert rwku.measure_mmlu(model, only(tmp_path / "a", "utility_general", rows)) == [expected]
     labels = [int(i == gold) for i in range(2)]
     rows = [{"question": "w1", "mc1_targets": {"choices": ["w1", "w2"], "labels": labels}}]
-    assert utility.measure_truthfulqa(model, only(tmp_path / "b", "utility_truthfulness", rows)) == [0]
+    assert rwku.measure_truthfulqa(model, only(tmp_path / "b", "utility_truthfulness", rows)) == [0]
     shorter = [{"question": "w1", "mc1_targets": {"choices": ["w1 w2", "w3"], "labels": [0, 1]}}]
     asked_for = only(tmp_path / "c", "utility_truthfulness", shorter)
-    assert utility.measure_truthfulqa(model, asked_for) == [1]  # sums, so fewer tokens are likelier
+    assert rwku.measure_truthfulqa(model, asked_for) == [1]  # sums, so fewer tokens are likelier
 
 
 def test_reasons_facts_and_free_texts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Answers to w0, w1, w2 and w3 in turn."""
     said = ("so the answer is w0. So the answer is w9.", "the W1!", "The answer is w2", "")
     seen = saying(monkeypatch, *said)
-    assert utility.measure_bbh(pico(), asked(folder)) == [1, 1, 0, 0]
-    assert seen[2] == f"w1 w2\n\n{utility.REASON}\nQ: w2 A:"
+    assert rwku.measure_bbh(pico(), asked(folder)) == [1, 1, 0, 0]
+    assert seen[2] == f"w1 w2\n\n{rwku.REASON}\nQ: w2 A:"
     seen = saying(monkeypatch, "w0", "The w1 w2 w3.", "w9", "")
-    assert utility.measure_triviaqa(pico(), asked(folder)) == [1, pytest.approx(0.8), 0, 0]
-    assert seen[0] == f"{utility.TRIVIA}Q: w0\nA:"
+    assert rwku.measure_triviaqa(pico(), asked(folder)) == [1, pytest.approx(0.8), 0, 0]
+    assert seen[0] == f"{rwku.TRIVIA}Q: w0\nA:"
     seen = saying(monkeypatch, "a b a b a", "a", "", "a b c d")
     pairs, triples = 1.0, math.log2(3) - 2 / 3  # 2 of each; 2 and 1
-    assert utility.measure_fluency(pico(), asked(folder)) == pytest.approx(
+    assert rwku.measure_fluency(pico(), asked(folder)) == pytest.approx(
         [(2 / 3 * pairs + 4 / 3 * triples) / 2, 0, 0, (2 / 3 * math.log2(3) + 4 / 3) / 2]
     )
     assert seen[0] == "Instruction: w0 w5\n"
@@ -248,25 +246,25 @@ def test_reasons_facts_and_free_texts(folder: Path, monkeypatch: pytest.MonkeyPa
 def test_entropy_of_a_text_without_repeats() -> None:
     """All n-grams differ: log2 of their number."""
     text = " ".join(f"w{i}" for i in range(50))
-    assert utility.measure_entropy(text) == pytest.approx(math.log2(49) / 3 + 2 * math.log2(48) / 3)
-    assert utility.measure_entropy("no, no.") == pytest.approx(math.log2(3) / 3 + 2 / 3)
+    assert rwku.measure_entropy(text) == pytest.approx(math.log2(49) / 3 + 2 * math.log2(48) / 3)
+    assert rwku.measure_entropy("no, no.") == pytest.approx(math.log2(3) / 3 + 2 / 3)
 
 
 def test_an_answer_that_is_a_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saying(monkeypatch, "the answer is (B).")
     rows = [{"question": "q", "cot": "c", "answer": ["A", "b"]}]
-    assert utility.measure_bbh(pico(), only(tmp_path / "a", "utility_reason", rows)) == [1]
+    assert rwku.measure_bbh(pico(), only(tmp_path / "a", "utility_reason", rows)) == [1]
     rows = [{"question": "q", "cot": "c", "answer": "ab"}]  # not one of its characters
-    assert utility.measure_bbh(pico(), only(tmp_path / "b", "utility_reason", rows)) == [0]
+    assert rwku.measure_bbh(pico(), only(tmp_path / "b", "utility_reason", rows)) == [0]
 
 
 def test_words_and_conclusions() -> None:
-    assert utility.normalise_words("The (big) Apple, an a-b") == ["big", "apple", "ab"]
-    assert utility.find_conclusion("First. So the answer is 4 x. Then the answer is 5.") == "4 x"
-    assert utility.find_conclusion(" all of it ") == "all of it"
-    assert utility.find_conclusion("  ") == "NOANSWER"
-    assert utility.score_f1("", "the") == 1  # nothing against nothing
-    assert utility.score_f1("w1 w1", "w1") == pytest.approx(2 / 3)
+    assert rwku.normalise_words("The (big) Apple, an a-b") == ["big", "apple", "ab"]
+    assert rwku.find_conclusion("First. So the answer is 4 x. Then the answer is 5.") == "4 x"
+    assert rwku.find_conclusion(" all of it ") == "all of it"
+    assert rwku.find_conclusion("  ") == "NOANSWER"
+    assert rwku.score_f1("", "the") == 1  # nothing against nothing
+    assert rwku.score_f1("w1 w1", "w1") == pytest.approx(2 / 3)
 
 
 def test_recall_in_any_script() -> None:
@@ -284,8 +282,7 @@ def test_answers_end_with_the_line_and_empty_ones_are_counted(folder: Path, monk
         kept.append((new, given["stops"]))
         return ["", "w11 x", "x"] + [""] * (len(prompts) - 3)
 
-    for module in (rwku, utility):
-        monkeypatch.setattr(module, "write_continuations", write)
+    monkeypatch.setattr(base, "write_continuations", write)
     found = rwku.measure_probes(pico(), asked(folder), "neighbor", (1, 2))
     assert kept == [(30, ("\n",))]
     assert found["empty"] == [1, 0, 0, 1, 1, 1, 1, 1]
@@ -330,21 +327,21 @@ def test_a_person_that_is_not_there(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "changed", "said"),
     [
-        ("forget_level2", {"query": None}, "field 'query' is NoneType; expected a text"),
-        ("forget_level3", {"type": " "}, "field 'type' has an empty text"),
-        ("mia_retain", {"text": ""}, "field 'text' has an empty text"),
-        ("utility_general", {"answer": 4}, "field 'answer' is not the place of one of 2 to 4"),
-        ("utility_general", {"examples": None}, "field 'examples' is not a list of questions"),
-        ("utility_general", {"task": 5}, "field 'task' is a whole number; expected a text"),
-        ("utility_reason", {"answer": 5}, "field 'answer' is not a text or a list of texts"),
-        ("utility_reason", {"answer": []}, "field 'answer' is not a text or a list of texts"),
-        ("utility_truthfulness", {"mc1_targets": "w1"}, "field 'mc1_targets' is not choices with"),
+        ("forget_level2", {"query": None}, "'query': Input should be a valid string"),
+        ("forget_level3", {"type": " "}, "'type': String should have at least 1 character"),
+        ("mia_retain", {"text": ""}, "'text': String should have at least 1 character"),
+        ("utility_general", {"answer": 4}, "'answer': Value error, expected the place of one of"),
+        ("utility_general", {"examples": None}, "'examples': Input should be a valid list"),
+        ("utility_general", {"task": 5}, "'task': Input should be a valid string"),
+        ("utility_reason", {"answer": 5}, "'answer': Input should be a valid string"),
+        ("utility_reason", {"answer": []}, "'answer': Input should be a valid string"),
+        ("utility_truthfulness", {"mc1_targets": "w1"}, "'mc1_targets': Input should be a valid dict"),
         (
             "utility_truthfulness",
             {"mc1_targets": {"choices": ["w1", "w2"], "labels": [1, 1]}},
-            "field 'mc1_targets' is not choices with",
+            "'mc1_targets': Value error, expected choices with labels",
         ),
-        ("utility_factuality", {"answers": "w1"}, "field 'answers' is a text; expected a list"),
+        ("utility_factuality", {"answers": "w1"}, "'answers': Input should be a valid list"),
     ],
 )
 def test_bad_fields(tmp_path: Path, config: str, changed: dict[str, Any], said: str) -> None:
@@ -357,7 +354,7 @@ def test_bad_fields(tmp_path: Path, config: str, changed: dict[str, Any], said: 
     }.get(config) or rwku.UTILITY[config.removeprefix("utility_")]
     with pytest.raises(SrmuError) as error:
         measure(pico(), where)
-    assert f"config {config}, split test, row 1: {said}" in str(error.value)
+    assert f"config {config}, split test, row 1: field {said}" in str(error.value)
 
 
 def test_a_set_that_is_not_there(tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ import torch
 from helpers import attack_world
 from helpers.models import pico_module, scaled, word_tokenizer
 from srmu.errors import SrmuError
-from srmu.evals.benchmarks import tofu
-from srmu.evals.benchmarks.base import BenchmarkData, BenchmarkRequest, prompt_of
+from srmu.evals.benchmarks import base, tofu
+from srmu.evals.benchmarks.base import BenchmarkData, BenchmarkRequest, BenchmarkScores, prompt_of
 from srmu.evals.subject import Subject
 
 TEMPLATE = "w50 {question}"
@@ -176,11 +176,6 @@ def test_forks_agree_on_one_wrong_answer_and_not_on_more() -> None:
     assert math.exp(arithmetic) == pytest.approx(0.25 / 0.5)
 
 
-def test_a_truth_ratio_counts_both_ways_on_the_forget_set() -> None:
-    assert tofu.bound_ratios("forget", [4.0, 0.25, 1.0]) == [0.25, 0.25, 1.0]
-    assert tofu.bound_ratios("retain", [4.0, 0.25, 1.0]) == [0.0, 0.75, 0.0]
-
-
 def test_a_broken_model_gives_numbers(folder: Path) -> None:
     """Its p of an answer is no float any more; logs of it must still be written and compared."""
     model = scaled(1e4)
@@ -245,7 +240,7 @@ def known_sets() -> dict[str, list[dict[str, Any]]]:
 
 
 @pytest.fixture(scope="module")
-def known(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tofu.BenchmarkScores]:
+def known(tmp_path_factory: pytest.TempPathFactory) -> dict[str, BenchmarkScores]:
     """What three models score: all but the oracle against the oracle."""
     folder = write_sets(tmp_path_factory.mktemp("known"), known_sets())
     found = {"oracle": tofu.run_tofu(attack_world.subject("oracle"), asked(folder, template="{question}"))}
@@ -257,7 +252,7 @@ def known(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tofu.BenchmarkS
 
 
 @pytest.mark.slow
-def test_what_is_known_shows(known: dict[str, tofu.BenchmarkScores]) -> None:
+def test_what_is_known_shows(known: dict[str, BenchmarkScores]) -> None:
     original, oracle, unlearned = (
         {key: metric["value"] for key, metric in known[name].metrics.items()}
         for name in ("original", "oracle", "unlearned")
@@ -274,7 +269,7 @@ def test_what_is_known_shows(known: dict[str, tofu.BenchmarkScores]) -> None:
         assert original[f"tofu/{name}/rouge"] == 1
 
 
-def test_forget_quality(known: dict[str, tofu.BenchmarkScores]) -> None:
+def test_forget_quality(known: dict[str, BenchmarkScores]) -> None:
     assert "tofu/forget_quality" not in known["oracle"].metrics
     for fork in tofu.FORKS:
         quality = {
@@ -324,9 +319,9 @@ def test_a_reference_of_other_questions(
     ("config", "change", "said"),
     [
         ("forget10_perturbed", {"paraphrased_answer": None}, "row 2: field 'paraphrased_answer'"),
-        ("retain_perturbed", {"perturbed_answer": "w1"}, "expected a list of texts"),
-        ("retain_perturbed", {"perturbed_answer": []}, "row 2: field 'perturbed_answer' is an empty"),
-        ("real_authors_perturbed", {"answer": " "}, "row 2: field 'answer' has an empty text"),
+        ("retain_perturbed", {"perturbed_answer": "w1"}, "field 'perturbed_answer': Input should be a valid list"),
+        ("retain_perturbed", {"perturbed_answer": []}, "row 2: field 'perturbed_answer': List should"),
+        ("real_authors_perturbed", {"answer": " "}, "row 2: field 'answer': String should"),
         ("world_facts_perturbed", {"question": 3}, "row 2: field 'question'"),
     ],
 )
@@ -391,7 +386,7 @@ def test_answers_are_asked_for_under_the_cap(folder: Path, monkeypatch: pytest.M
         asks.append((prompts, count))
         return ["w2 w3 w4"] * len(prompts)
 
-    monkeypatch.setattr(tofu, "write_continuations", write)
+    monkeypatch.setattr(base, "write_continuations", write)
     monkeypatch.setattr(tofu, "NEW_TOKENS", CAP)
     found = tofu.run_tofu(pico(), asked(folder)).metrics
     assert [count for _, count in asks] == [200] * 4

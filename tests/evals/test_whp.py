@@ -11,8 +11,8 @@ import torch
 from helpers import attack_world
 from helpers.models import pico_module, scaled, word_tokenizer
 from srmu.errors import SrmuError
-from srmu.evals.benchmarks import whp
-from srmu.evals.benchmarks.base import BenchmarkData, BenchmarkRequest
+from srmu.evals.benchmarks import base, whp
+from srmu.evals.benchmarks.base import BenchmarkData, BenchmarkRequest, Text, Texts
 from srmu.evals.subject import Subject
 
 Rows = Sequence[Mapping[str, Any]]
@@ -121,7 +121,7 @@ def test_completions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         asks[tuple(prompts)] = count
         return ["by the Vale"] * len(prompts)
 
-    monkeypatch.setattr(whp, "write_continuations", write)
+    monkeypatch.setattr(base, "write_continuations", write)
     place = write_list(tmp_path / "list", rows)
     model = pico()
     model.module.config.max_position_embeddings = 2048
@@ -176,10 +176,10 @@ def test_without_a_list(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "change", "said"),
     [
-        ("completion", {"references": []}, "row 2: field 'references' is an empty list"),
-        ("completion", {"prompt": " "}, "row 2: field 'prompt' has an empty text"),
+        ("completion", {"references": []}, "row 2: field 'references': List should"),
+        ("completion", {"prompt": " "}, "row 2: field 'prompt': String should"),
         ("completion", {"references": ["W4"]}, "row 2: the prompt has each of its 'references'"),
-        ("probability", {"targets": ["w1", ""]}, "row 2: field 'targets' has an empty text"),
+        ("probability", {"targets": ["w1", ""]}, "row 2: field 'targets': String should"),
         ("probability", {"generic": ["w16 w3"]}, "row 2: a word of 'targets' and one of 'generic'"),
     ],
 )
@@ -187,7 +187,7 @@ def test_bad_rows(
     tmp_path: Path, config: str, change: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Named before the model writes anything, and none of their words shown."""
-    monkeypatch.setattr(whp, "write_continuations", None)
+    monkeypatch.setattr(base, "write_continuations", None)
     rows = [dict(row) for row in (COMPLETION if config == "completion" else PROBABILITY)]
     rows[1].update(change)
     place = write_list(tmp_path / "list", **{config: rows})
@@ -212,6 +212,6 @@ def test_the_row_in_the_instructions_is_one(tmp_path: Path) -> None:
     text = whp.SUITE.get
     first, second = (decoder.raw_decode(text, text.index(start))[0] for start in ('{"prompt": "The', '{"prompt": "At'))
     data = BenchmarkData("", "", folder=write_list(tmp_path / "list", [first], [second]))
-    assert data.rows("completion", "test", {"prompt": str, "references": list}) == [first]
-    fields = {"prompt": str, "targets": list, "generic": list}
+    assert data.rows("completion", "test", {"prompt": Text, "references": Texts}) == [first]
+    fields = {"prompt": Text, "targets": Texts, "generic": Texts}
     assert data.rows("probability", "test", fields) == [second]

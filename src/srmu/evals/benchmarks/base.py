@@ -9,9 +9,10 @@ from itertools import chain
 from math import isfinite, sqrt
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
+from pydantic import AfterValidator, ConfigDict, Field, StringConstraints, ValidationError, ValidationInfo, create_model
 
 from srmu.engine import distributed
 from srmu.engine.files import sha256
@@ -23,22 +24,26 @@ from srmu.evals.subject import Subject, answer_likelihoods
 S = TypeVar("S")
 T = TypeVar("T")
 Row = dict[str, Any]
+Fields = dict[str, Any]  # of a row: name -> type, as pydantic reads it
 Metrics = dict[str, dict[str, float]]  # "tofu/model_utility" -> value, n and, if known, stderr
 Values = dict[str, list[float]]  # a number for each question or text, by name
 PLAIN = "Question: {question}\nAnswer:"
 LETTERS = "ABCD"  # of options
 ROWS = 32  # prompts continued at once
-KINDS: dict[type, str] = {str: "a text", list: "a list of texts", int: "a whole number", dict: "a mapping"}
+PAIRS = 256  # answers whose likelihoods are read at once
+
+Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
+Texts = Annotated[list[Text], Field(min_length=1)]
 
 
-class Shape(NamedTuple):
-    """What a field of a row must be, where a type does not say enough."""
+def check_place(answer: int, info: ValidationInfo) -> int:
+    """Refuse an answer that is not the place of one of the row's choices."""
+    if answer not in range(len(info.data.get("choices", ()))):
+        raise ValueError("expected the place of one of the choices, from 0")
+    return answer
 
-    is_right: Callable[[Row], bool]
-    expected: str
 
-
-Fields = Mapping[str, type | Shape]
+Place = Annotated[int, AfterValidator(check_place)]  # of the right one of a row's `choices`
 
 
 @dataclass
@@ -56,60 +61,54 @@ class BenchmarkData:
     limit: int | None = None  # rows of each part
     seen: dict[str, str] = field(default_factory=dict)
 
-    def rows(self, config: str, split: str, fields: Fields, *, least: int = 1) -> list[Row]:
-        """The rows of a part, at least `least`, in which these fields are there and as they say.
+    @property
+    def place(self) -> str:
+        return str(self.folder or self.hub)
 
-        SrmuError where the set is out of reach, or names the first row that is not as it should be.
-        """
+    @property
+    def pin(self) -> dict[str, str]:
+        """What tells `datasets` the revision of a set on the hub."""
+        return {} if self.folder else {"revision": self.revision}
+
+    def rows(self, config: str, split: str, fields: Fields) -> list[Row]:
+        """The rows of a part; SrmuError where it is out of reach, or names the first bad row."""
         import datasets
 
-        place = str(self.folder) if self.folder else self.hub
-        where = f"{place}, config {config}, split {split}"
-        revision = {} if self.folder else {"revision": self.revision}
+        where = f"{self.place}, config {config}, split {split}"
         bars = datasets.are_progress_bars_disabled()
         datasets.disable_progress_bars()
         try:
             # the user's cache gains and lends nothing where files are local
             with TemporaryDirectory() as scratch:
                 kept = {"cache_dir": scratch, "keep_in_memory": True} if self.folder else {}
-                loaded = datasets.load_dataset(place, config, split=split, **revision, **kept)
-                rows = [dict(row) for row in loaded]
+                rows = [*map(dict, datasets.load_dataset(self.place, config, split=split, **self.pin, **kept))]
         except Exception as error:  # whatever the library cannot read is the user's to mend
-            why = first_line(error.__cause__ or error)
-            raise SrmuError(f"{where} cannot be read: {why}; {self.get}") from error
+            raise SrmuError(f"{where} cannot be read: {first_line(error.__cause__ or error)}; {self.get}") from error
         finally:
             if not bars:
                 datasets.enable_progress_bars()
-        if len(rows) < least:
-            raise SrmuError(f"{where} has {len(rows)} rows; this suite needs {least}")
-        for number, row in enumerate(rows, 1):
-            for name, kind in fields.items():
-                check_field(row, name, kind, f"{where}, row {number}")
+        if not rows:
+            raise SrmuError(f"{where} has no rows; {self.get}")
+        check_rows(rows, fields, where)
         rows = rows[: self.limit]
         text = json.dumps(rows, sort_keys=True, default=str)
         self.seen[f"{config}/{split}"] = sha256(text.encode())[:16]
         return rows
 
 
-def check_field(row: Row, name: str, kind: type | Shape, where: str) -> None:
-    """SrmuError unless a row's field is there and as it should be, and no text in it is empty."""
-    if name not in row:
-        raise SrmuError(f"{where}: no field {name!r}; it has {', '.join(row) or 'none'}")
-    value = row[name]
-    if isinstance(kind, Shape):
-        if not kind.is_right(row):
-            raise SrmuError(f"{where}: field {name!r} is not {kind.expected}")
-        return
-    shown = KINDS.get(type(value), type(value).__name__)
-    wrong = type(value) is not kind
-    if kind is list and not wrong:
-        wrong = not value or not all(isinstance(part, str) for part in value)
-        shown = "an empty list" if not value else "a list of other things" if wrong else shown
-    if wrong:
-        raise SrmuError(f"{where}: field {name!r} is {shown}; expected {KINDS[kind]}")
-    texts = value if kind is list else [value] if kind is str else []
-    if not all(text.strip() for text in texts):
-        raise SrmuError(f"{where}: field {name!r} has an empty text")
+def check_rows(rows: Sequence[Row], fields: Fields, where: str) -> None:
+    """SrmuError that names the first row and field that is not as `fields` say; it shows no text."""
+    shapes: dict[str, Any] = {name: (kind, ...) for name, kind in fields.items()}
+    model = create_model("Fields", __config__=ConfigDict(strict=True), **shapes)
+    for number, row in enumerate(rows, 1):
+        try:
+            model.model_validate(row)
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = first["loc"][0]
+            if name not in row:
+                raise SrmuError(f"{where}, row {number}: no field {name!r}; it has {', '.join(row)}") from None
+            raise SrmuError(f"{where}, row {number}: field {name!r}: {first['msg']}") from None
 
 
 @dataclass(frozen=True)
@@ -162,20 +161,13 @@ class Benchmark:
     title: str
     paper: str
     hub: str
-    get: str
     run: Callable[[Subject, BenchmarkRequest], BenchmarkScores]
     columns: tuple[TableColumn, ...]
     axes: tuple[str, str] = ("", "")
     parts: tuple[str, ...] = ()
     oracle: str = ""
     revision: str = "main"
-
-
-def hint_download(repo: str, folder: str) -> str:
-    """How a user gets a data set of the hub."""
-    return (
-        f"with a hub in reach, `hf download {repo} --repo-type dataset --local-dir {folder}`, then give --data {folder}"
-    )
+    get: str = ""  # how a user comes by the data set, where no hub has it
 
 
 def prompt_of(model: Subject, question: str, template: str = "") -> str:
@@ -208,15 +200,12 @@ def write_continuations(
     new_tokens = min(new_tokens, model.max_length // 2)
     rows = [model.tokens(prompt)[-(model.max_length - new_tokens) :] for prompt in prompts]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    parts = [order[start : start + ROWS] for start in range(0, len(order), ROWS)]
 
     def some(part: Sequence[int]) -> list[str]:
-        chosen = [rows[i] for i in part]
-        continued = continue_greedily(model.module, model.tokenizer, chosen, new_tokens)
+        continued = continue_greedily(model.module, model.tokenizer, [rows[i] for i in part], new_tokens)
         return [cut_at_stop(model.tokenizer.decode(ids, skip_special_tokens=True), stops) for ids in continued]
 
-    written = chain.from_iterable(do_each(parts, some, label, watch))
-    texts = dict(zip(order, written, strict=True))
+    texts = dict(zip(order, do_parts(order, ROWS, some, label, watch), strict=True))
     if prompts and not any(texts.values()) and not model.original:
         raise SrmuError(
             f"{label}: the model wrote nothing after any of {len(prompts)} prompts; is --template "
@@ -239,14 +228,9 @@ def log_likelihoods(
 
     Answers come with the space before them. Several processes share the work.
     """
-    parts = [pairs[start : start + 256] for start in range(0, len(pairs), 256)]
-
-    def some(part: Sequence[tuple[str, str]]) -> list[tuple[float, int]]:
-        return [(logp, length) for logp, length, _ in answer_likelihoods(model, part)]
-
-    results = [*chain.from_iterable(do_each(parts, some, label, watch))]
-    check_finite([logp for logp, _ in results], label)
-    return results
+    results = do_parts(pairs, PAIRS, lambda part: answer_likelihoods(model, part), label, watch)
+    check_finite([logp for logp, _, _ in results], label)
+    return [(logp, length) for logp, length, _ in results]
 
 
 def option_likelihoods(
@@ -263,16 +247,19 @@ def letter_options(choices: Sequence[str]) -> str:
     return "\n".join(f"{a}. {text}" for a, text in zip(LETTERS, choices, strict=False))
 
 
-def do_each(items: Sequence[S], do: Callable[[S], T], label: str, watch: Watch = ignore_progress) -> list[T]:
-    """Call `do` with each item; the results in order. Several processes share the work."""
-    with watch(label, -(-len(items) // distributed.get_size())) as tick:
+def do_parts(
+    items: Sequence[S], size: int, do: Callable[[Sequence[S]], Iterable[T]], label: str, watch: Watch = ignore_progress
+) -> list[T]:
+    """Call `do` with `size` items at a time; all results in order. Several processes share the work."""
+    parts = [items[start : start + size] for start in range(0, len(items), size)]
+    with watch(label, -(-len(parts) // distributed.get_size())) as tick:
 
-        def one(item: S) -> T:
-            result = do(item)
+        def one(part: Sequence[S]) -> list[T]:
+            results = [*do(part)]
             tick("")
-            return result
+            return results
 
-        return distributed.share_work(items, one)
+        return [*chain.from_iterable(distributed.share_work(parts, one))]
 
 
 def check_finite(values: Iterable[float], label: str) -> None:
@@ -284,8 +271,8 @@ def check_finite(values: Iterable[float], label: str) -> None:
 def mean_metric(values: Sequence[float]) -> dict[str, float]:
     """A metric that is a mean over questions, with its standard error."""
     count = len(values)
-    error = float(np.std(values, ddof=1)) / sqrt(count) if count > 1 else float("nan")
     metric = {"value": float(np.mean(values)), "n": float(count)}
+    error = float(np.std(values, ddof=1)) / sqrt(count) if count > 1 else float("nan")
     return metric | ({"stderr": error} if isfinite(error) else {})
 
 
@@ -294,7 +281,5 @@ def rouge_scores(kind: str, answers: Sequence[str], truths: Sequence[str], **opt
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(["rougeL"], **options)
-    return [
-        float(getattr(scorer.score(truth, answer)["rougeL"], kind))
-        for answer, truth in zip(answers, truths, strict=True)
-    ]
+    pairs = zip(truths, answers, strict=True)
+    return [float(getattr(scorer.score(truth, answer)["rougeL"], kind)) for truth, answer in pairs]

@@ -3,83 +3,124 @@
 from __future__ import annotations
 
 import re
+import string
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
+from importlib.resources import files
 from types import SimpleNamespace
+from typing import Annotated, Literal
 
 import numpy as np
+import yaml
+from jinja2 import Template
+from pydantic import AfterValidator, Field
+from typing_extensions import TypedDict
 
-from srmu.errors import SrmuError
-from srmu.evals.benchmarks.base import (
-    Benchmark,
-    BenchmarkRequest,
-    BenchmarkScores,
-    Fields,
-    Metrics,
-    Row,
-    TableColumn,
-    Values,
-    check_finite,
-    do_each,
-    hint_download,
-    mean_metric,
-    rouge_scores,
-    write_continuations,
-)
-from srmu.evals.benchmarks.rwku_utility import ANSWERED, UTILITY, pose_question, read_rows
+from srmu.errors import SrmuError, suggest_word
+from srmu.evals.benchmarks import base
 from srmu.evals.membership_scores import membership_scores
 from srmu.evals.subject import Subject
 
 LEVELS = {"forget": (1, 2, 3), "neighbor": (1, 2)}
 MEMBERSHIP = ("loss", "zlib", "mink", "minkpp")  # in the order of membership_scores
+ANSWERED = 30  # new tokens
+WRITTEN = 256  # new tokens, of reasons and of free text
+WEIGHTS = {2: 2 / 3, 3: 4 / 3}  # of the entropies of pairs and of triples of words
+WORDS = re.compile(r"\w+|[^\w\s]")
+CONCLUSION = re.compile(r"[tT]he answer is (.*?)\.")
 
-# The authors' prompts: eval_forget.py.
+# The authors' prompts: eval_forget.py, eval_mmlu.py, eval_bbh.py, eval_triviaqa.py, presets.py.
 BLANK = "Please complete the blank in the following question.\n"
 BRIEF = "Please briefly answer the following question.\n"
+EXAM = "The following are multiple choice questions (with answers) about {}.\n\n"
+FOLLOW = "Please following the previous examples and answer the given question.\n"
+REASON = "Following previous examples, answer the following questions and end with 'so the answer is'"
+# The authors put five other pairs here.
+TRIVIA = """
+Q: Which planet is closest to the sun?
+A: Mercury
+Q: In which year did the first person walk on the moon?
+A: 1969
+Q: What is the longest river of Africa?
+A: Nile
+Q: Which instrument has 88 keys?
+A: Piano
+Q: Who painted the ceiling of the Sistine Chapel?
+A: Michelangelo
+Please briefly answer the following question:
+"""
 
 
-def run_rwku(model: Subject, request: BenchmarkRequest) -> BenchmarkScores:
+Choices = Annotated[base.Texts, Field(min_length=2, max_length=len(base.LETTERS))]
+
+
+class Question(TypedDict):
+    """A worked example of MMLU."""
+
+    question: str
+    choices: Choices
+    answer: base.Place
+
+
+class Targets(TypedDict):
+    """TruthfulQA's choices, 1 for a true one and 0 for a false one."""
+
+    choices: base.Texts
+    labels: list[Literal[0, 1]]
+
+
+def check_labels(targets: Targets) -> Targets:
+    if len(targets["choices"]) != len(targets["labels"]) or {*targets["labels"]} != {0, 1}:
+        raise ValueError("expected choices with labels, 1 for a true one and 0 for a false one, some of each")
+    return targets
+
+
+def run_rwku(model: Subject, request: base.BenchmarkRequest) -> base.BenchmarkScores:
     """RWKU's numbers (arXiv 2406.10890, section 4) on one person (`request.part`), or on all.
 
-    `forget/level1` (blanks), `level2` (questions), `level3` (attacks, also by type) and
-    `neighbor/level1`, `level2` are ROUGE-L recall of greedy answers of 30 tokens up to the first
-    new line; `all` is the mean over their probes. Words are as they stand between blanks and full
-    stops, as in the authors' package rouge (which counts a word that repeats once); so an answer in
-    any script counts. They put NOANSWER for an empty answer; here it stays empty. Both score 0;
-    `empty` is the share of such.
-
-    `mia_forget/*` and `mia_retain/*` are means over texts with the sign of a loss: the higher, the
-    less a text looks known. `loss` is nats a token, `zlib` that by the bytes of the compressed
-    text, `mink` and `minkpp` the negatives of Min-K % and Min-K++, 20 % of the tokens. The authors'
-    code gives them with the other sign (its "loss" is a log-likelihood) and calls Min-K++ mink20.
-    Of a text the first 512 tokens count.
-
-    `general` (MMLU) is accuracy of the likeliest letter after worked examples; `reason` (BBH)
-    exact match of what follows "the answer is"; `truthfulness` TruthfulQA's MC1; `factuality`
-    (TriviaQA) F1 of words; `fluency` the mean of 2/3 of the entropy of word pairs and 4/3 of that
-    of triples, in bits. An answer of `reason` that is a text is one answer: the authors' code holds
-    the prediction against each of its characters.
-
-    Prompts are the authors', in the chat template if there is one; `request.template` stands for
-    all of them and takes the bare question.
+    docs/benchmarks.md defines each, and says where the authors' code differs. Prompts are the
+    authors', in the chat template if there is one; `request.template` stands for all of them and
+    takes the bare question.
     """
-    metrics: Metrics = {}
-    values: Values = {}
+    measured: base.Values = {}
     for about, levels in LEVELS.items():
-        measured = measure_probes(model, request, about, levels)
-        values |= {f"{about}/level{level}": measured[f"level{level}"] for level in levels}
-        metrics |= {f"rwku/{about}/{name}": mean_metric(numbers) for name, numbers in measured.items()}
+        probes = measure_probes(model, request, about, levels)
+        measured |= {f"{about}/{name}": numbers for name, numbers in probes.items()}
     for about in ("mia_forget", "mia_retain"):
-        measured = score_membership(model, request, about)
-        values |= {f"{about}/{name}": numbers for name, numbers in measured.items()}
-    for name, measure in UTILITY.items():
-        values[name] = measure(model, request)
-    metrics |= {
-        f"rwku/{name}": mean_metric(numbers) for name, numbers in values.items() if f"rwku/{name}" not in metrics
-    }
-    return BenchmarkScores(metrics, values)
+        scores = score_membership(model, request, about)
+        measured |= {f"{about}/{name}": numbers for name, numbers in scores.items()}
+    measured |= {name: measure(model, request) for name, measure in UTILITY.items()}
+    metrics = {f"rwku/{name}": base.mean_metric(numbers) for name, numbers in measured.items()}
+    # what is left out says the levels' numbers again
+    again = re.compile(r".*/(all|empty|level3/.*)")
+    return base.BenchmarkScores(metrics, {name: each for name, each in measured.items() if not again.match(name)})
 
 
-def pose_probe(row: Row, level: int) -> tuple[str, str]:
+def read_rows(request: base.BenchmarkRequest, config: str, fields: base.Fields) -> list[base.Row]:
+    """The rows of a set that are about the person asked for, or about all."""
+    whole = replace(request.data, limit=None)  # the limit is on rows about the person
+    rows = whole.rows(config, "test", fields | ({"subject": base.Text} if request.part else {}))
+    if request.part:
+        people = dict.fromkeys(row["subject"] for row in rows)
+        if request.part not in people:
+            raise SrmuError(
+                f"{whole.place}, config {config}, split test: nothing about {request.part!r}"
+                f"{suggest_word(request.part, people)}"
+            )
+        rows = [row for row in rows if row["subject"] == request.part]
+    return rows[: request.data.limit]
+
+
+def pose_question(model: Subject, request: base.BenchmarkRequest, question: str, content: str, start: str = "") -> str:
+    """A prompt: the template with the question, or the authors' text and how an answer starts."""
+    if request.template:
+        return base.prompt_of(model, question, request.template)
+    text = base.prompt_of(model, content, "" if model.tokenizer.chat_template else "{question}")
+    return text + (" " if start and not text[-1:].isspace() else "") + start
+
+
+def pose_probe(row: base.Row, level: int) -> tuple[str, str]:
     """The authors' text of a probe, and how its answer starts (their eval_forget.py)."""
     kind = row["type"] if level == 3 else ""
     if kind == "affirmative suffix":  # the query starts the answer
@@ -89,19 +130,17 @@ def pose_probe(row: Row, level: int) -> tuple[str, str]:
     return f"{BLANK if level == 1 else BRIEF}Question: {row['query']}\n", "Answer:"
 
 
-def measure_probes(model: Subject, request: BenchmarkRequest, about: str, levels: Sequence[int]) -> Values:
+def measure_probes(model: Subject, request: base.BenchmarkRequest, about: str, levels: Sequence[int]) -> base.Values:
     """ROUGE-L recall of each probe by level, of all, and by attack; 1 for each empty answer."""
-    fields: Fields = {"query": str, "answer": str}
-    probes = [
-        (level, row)
-        for level in levels
-        for row in read_rows(request, f"{about}_level{level}", {**fields, **({"type": str} if level == 3 else {})})
-    ]
+    probes = []
+    for level in levels:
+        fields = {"query": base.Text, "answer": base.Text} | ({"type": base.Text} if level == 3 else {})
+        probes += [(level, row) for row in read_rows(request, f"{about}_level{level}", fields)]
     prompts = [pose_question(model, request, row["query"], *pose_probe(row, level)) for level, row in probes]
     label = f"rwku {about} answers"
-    answers = write_continuations(model, prompts, ANSWERED, stops=("\n",), label=label, watch=request.watch)
+    answers = base.write_continuations(model, prompts, ANSWERED, stops=("\n",), label=label, watch=request.watch)
     recalled = score_recall(answers, [row["answer"] for _, row in probes])
-    values: Values = {"all": recalled, "empty": [float(not answer) for answer in answers]}
+    values: base.Values = {"all": recalled, "empty": [float(not answer) for answer in answers]}
     for (level, row), score in zip(probes, recalled, strict=True):
         values.setdefault(f"level{level}", []).append(score)
         if level == 3:
@@ -113,43 +152,162 @@ def measure_probes(model: Subject, request: BenchmarkRequest, about: str, levels
 def score_recall(answers: Sequence[str], truths: Sequence[str]) -> list[float]:
     """ROUGE-L recall of words as they stand: rouge-score's own splitter drops other scripts."""
     split = SimpleNamespace(tokenize=lambda text: text.replace(".", " ").split())
-    return rouge_scores("recall", answers, truths, tokenizer=split)
+    return base.rouge_scores("recall", answers, truths, tokenizer=split)
 
 
-def score_membership(model: Subject, request: BenchmarkRequest, about: str) -> Values:
+def score_membership(model: Subject, request: base.BenchmarkRequest, about: str) -> base.Values:
     """The MEMBERSHIP scores of each text, with the sign of a loss."""
-    texts = [row["text"] for row in read_rows(request, about, {"text": str})]
-    parts = [texts[start : start + 64] for start in range(0, len(texts), 64)]
+    texts = [row["text"] for row in read_rows(request, about, {"text": base.Text})]
     label = f"rwku {about.replace('_', ' ')}"
-    scores = do_each(parts, lambda part: -membership_scores(model, part), label, request.watch)
-    table = np.concatenate(scores)
+    table = np.array(base.do_parts(texts, 64, lambda part: -membership_scores(model, part), label, request.watch))
     if not len(table):
         raise SrmuError(f"{label}: no text has two tokens; it takes longer ones")
-    check_finite(table.flat, label)
+    base.check_finite(table.flat, label)
     return dict(zip(MEMBERSHIP, table.T.tolist(), strict=True))
 
 
-SUITE = Benchmark(
+def measure_mmlu(model: Subject, request: base.BenchmarkRequest) -> list[float]:
+    """MMLU: 1 where the letter of the right choice is the likeliest, after worked examples."""
+    fields = {"task": base.Text, "question": base.Text, "choices": Choices, "answer": base.Place}
+    rows = read_rows(request, "utility_general", fields | {"examples": list[Question]})
+    questions = []
+    for row in rows:
+        text = EXAM.format(row["task"].replace("_", " "))
+        for shot in row["examples"]:
+            text += f"Question: {list_question(shot)}\nAnswer: {base.LETTERS[shot['answer']]}\n\n"
+        question = list_question(row)
+        prompt = pose_question(model, request, question, f"{text}{FOLLOW}Question: {question}", "Answer:")
+        questions.append((prompt, [f" {letter}" for letter in base.LETTERS[: len(row["choices"])]]))
+    read = base.option_likelihoods(model, questions, label="rwku general", watch=request.watch)
+    return [
+        float(int(np.argmax([logp for logp, _ in options])) == row["answer"])
+        for options, row in zip(read, rows, strict=True)
+    ]
+
+
+def list_question(row: base.Row) -> str:
+    return f"{row['question']}\n{base.letter_options(row['choices'])}"
+
+
+def measure_bbh(model: Subject, request: base.BenchmarkRequest) -> list[float]:
+    """BBH: 1 where what the model concludes is an answer, but for articles and punctuation."""
+    fields = {"question": base.Text, "cot": base.Text, "answer": base.Text | base.Texts}
+    rows = read_rows(request, "utility_reason", fields)
+    prompts, truths = [], []
+    for row in rows:
+        content = f"{row['cot'].strip()}\n\n{REASON}\nQ: {row['question']}"
+        prompts.append(pose_question(model, request, row["question"], content, "A:"))
+        answers = row["answer"] if isinstance(row["answer"], list) else [row["answer"]]
+        truths.append([normalise_words(answer) for answer in answers])
+    written = base.write_continuations(model, prompts, WRITTEN, label="rwku reasons", watch=request.watch)
+    concluded = [normalise_words(find_conclusion(text)) for text in written]
+    return [float(words in answers) for words, answers in zip(concluded, truths, strict=True)]
+
+
+def find_conclusion(text: str) -> str:
+    """What follows "the answer is" up to the next full stop, else the whole text."""
+    match = CONCLUSION.search(text)
+    return (match[1] if match else text).strip() or "NOANSWER"
+
+
+def normalise_words(text: str) -> list[str]:
+    """The words of a text in small letters, without punctuation and articles."""
+    bare = text.lower().translate(str.maketrans("", "", string.punctuation))
+    return re.sub(r"\b(a|an|the)\b", " ", bare).split()
+
+
+def measure_truthfulqa(model: Subject, request: base.BenchmarkRequest) -> list[float]:
+    """TruthfulQA's MC1: 1 where the true choice is likelier than every false one."""
+    fields = {"question": base.Text, "mc1_targets": Annotated[Targets, AfterValidator(check_labels)]}
+    rows = read_rows(request, "utility_truthfulness", fields)
+    questions = []
+    for row, content in zip(rows, prime_questions([row["question"] for row in rows]), strict=True):
+        prompt = pose_question(model, request, row["question"], content, "A:")
+        questions.append((prompt, [f" {choice}" for choice in row["mc1_targets"]["choices"]]))
+    read = base.option_likelihoods(model, questions, label="rwku truthfulness", watch=request.watch)
+    right = []
+    for row, options in zip(rows, read, strict=True):
+        labels, logs = row["mc1_targets"]["labels"], [logp for logp, _ in options]
+        false = max(log for log, label in zip(logs, labels, strict=True) if not label)
+        right.append(float(logs[labels.index(1)] > false))
+    return right
+
+
+def prime_questions(questions: Sequence[str]) -> list[str]:
+    """Questions after TruthfulQA's own six examples (arXiv 2109.07958), as lm-eval has them."""
+    task = files("lm_eval.tasks").joinpath("truthfulqa", "truthfulqa_mc1.yaml")
+    template = Template(yaml.safe_load(task.read_text(encoding="utf-8"))["doc_to_text"])
+    return [template.render(question=question).removesuffix("\nA:") for question in questions]
+
+
+def measure_triviaqa(model: Subject, request: base.BenchmarkRequest) -> list[float]:
+    """TriviaQA: F1 of each answer's words with those of the right answer it is closest to."""
+    rows = read_rows(request, "utility_factuality", {"question": base.Text, "answers": base.Texts})
+    prompts = [pose_question(model, request, row["question"], f"{TRIVIA}Q: {row['question']}\n", "A:") for row in rows]
+    written = base.write_continuations(model, prompts, ANSWERED, label="rwku facts", watch=request.watch)
+    return [max(score_f1(text, truth) for truth in row["answers"]) for text, row in zip(written, rows, strict=True)]
+
+
+def score_f1(answer: str, truth: str) -> float:
+    """The harmonic mean of the shares of words that two texts have in common."""
+    one, other = normalise_words(answer), normalise_words(truth)
+    if not one or not other:
+        return float(one == other)
+    common = (Counter(one) & Counter(other)).total()
+    return 2 * common / (len(one) + len(other))
+
+
+def measure_fluency(model: Subject, request: base.BenchmarkRequest) -> list[float]:
+    """The entropy of word pairs and triples of free texts: low where a model repeats itself."""
+    asked = [row["instruction"] for row in read_rows(request, "utility_fluency", {"instruction": base.Text})]
+    prompts = [pose_question(model, request, text, f"Instruction: {text}\n") for text in asked]
+    written = base.write_continuations(model, prompts, WRITTEN, label="rwku free texts", watch=request.watch)
+    return [measure_entropy(text) for text in written]
+
+
+def measure_entropy(text: str) -> float:
+    """The mean of WEIGHTS times the entropies of a text's n-grams, in bits (arXiv 2202.05262).
+
+    Words are split by WORDS; the authors split with NLTK, which fetches data for it.
+    """
+    from scipy.stats import entropy
+
+    parts = WORDS.findall(text)
+    entropies = []
+    for size, weight in WEIGHTS.items():
+        counts = Counter(zip(*(parts[start:] for start in range(size)), strict=False))
+        entropies.append(weight * float(entropy([*counts.values()], base=2)) if counts else 0.0)
+    return float(np.mean(entropies))
+
+
+UTILITY = {
+    "general": measure_mmlu,
+    "reason": measure_bbh,
+    "truthfulness": measure_truthfulqa,
+    "factuality": measure_triviaqa,
+    "fluency": measure_fluency,
+}
+
+SUITE = base.Benchmark(
     title="RWKU",
     paper="arXiv 2406.10890",
     hub="jinzhuoran/RWKU",
-    get=hint_download("jinzhuoran/RWKU", "rwku"),
     run=run_rwku,
     axes=("All f", "All n"),
     columns=(
-        TableColumn("FB f", "rwku/forget/level1", "low"),
-        TableColumn("QA f", "rwku/forget/level2", "low"),
-        TableColumn("AA f", "rwku/forget/level3", "low"),
-        TableColumn("All f", "rwku/forget/all", "low"),
-        TableColumn("FB n", "rwku/neighbor/level1", "high"),
-        TableColumn("QA n", "rwku/neighbor/level2", "high"),
-        TableColumn("All n", "rwku/neighbor/all", "high"),
-        TableColumn("FM", "rwku/mia_forget/loss", "high"),
-        TableColumn("RM", "rwku/mia_retain/loss", "low"),
-        TableColumn("Gen", "rwku/general", "high"),
-        TableColumn("Rea", "rwku/reason", "high"),
-        TableColumn("Tru", "rwku/truthfulness", "high"),
-        TableColumn("Fac", "rwku/factuality", "high"),
-        TableColumn("Flu", "rwku/fluency", "high"),
+        base.TableColumn("FB f", "rwku/forget/level1", "low"),
+        base.TableColumn("QA f", "rwku/forget/level2", "low"),
+        base.TableColumn("AA f", "rwku/forget/level3", "low"),
+        base.TableColumn("All f", "rwku/forget/all", "low"),
+        base.TableColumn("FB n", "rwku/neighbor/level1", "high"),
+        base.TableColumn("QA n", "rwku/neighbor/level2", "high"),
+        base.TableColumn("All n", "rwku/neighbor/all", "high"),
+        base.TableColumn("FM", "rwku/mia_forget/loss", "high"),
+        base.TableColumn("RM", "rwku/mia_retain/loss", "low"),
+        base.TableColumn("Gen", "rwku/general", "high"),
+        base.TableColumn("Rea", "rwku/reason", "high"),
+        base.TableColumn("Tru", "rwku/truthfulness", "high"),
+        base.TableColumn("Fac", "rwku/factuality", "high"),
+        base.TableColumn("Flu", "rwku/fluency", "high"),
     ),
 )
