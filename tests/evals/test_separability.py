@@ -135,12 +135,12 @@ def test_a_feature_planted_in_one_layer_separates_there():
 
     block.register_forward_hook(add)
     forget, retain = texts(20, 1, range(20)), texts(20, 2, range(20, 60))
-    found = measure_separability(module, word_tokenizer(), forget, retain, components=3)
+    found = measure_separability(module, word_tokenizer(), forget, retain)
     rows = found["layers"]
     assert rows[2]["accuracy"] == 1 and choose_layer(rows)["layer"] <= 2
     assert rows[2]["mean_cosine"] < rows[1]["mean_cosine"]
     assert found["documents"] == [20, 20]
-    again = measure_separability(module, word_tokenizer(), forget, retain, components=3)
+    again = measure_separability(module, word_tokenizer(), forget, retain)
     assert again == found
 
 
@@ -177,12 +177,7 @@ def test_advice():
 def test_the_whole_and_its_page(tmp_path):
     questions = [("w1 w2 w3", " w4", "w1"), ("zz", " yy", "")]
     found = measure_entanglement(
-        FORGET,
-        RETAIN,
-        questions,
-        (pico_module(), word_tokenizer()),
-        overlap={"definition": "corpus_jaccard"},
-        layers={"components": 4},
+        FORGET, RETAIN, questions, (pico_module(), word_tokenizer()), definition="corpus_jaccard"
     )
     assert 0 < found.numbers["entanglement"] < 1
     assert set(found.numbers["contamination"]) == {"forget", "retain"}
@@ -206,16 +201,14 @@ def test_without_a_model_there_is_no_picture(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("forget", "retain", "options", "message"),
+    ("forget", "retain", "message"),
     [
-        ([], RETAIN, {}, "0 document of the forget set"),
-        (FORGET[:1], RETAIN, {}, "1 document of the forget set"),
-        (FORGET, RETAIN[:1], {}, "1 document of the retain set"),
-        (FORGET, RETAIN, {"components": 33}, "more than the 32"),
-        (FORGET[:2], RETAIN, {"components": 25}, "name fewer, or give more texts"),
-        (FORGET, RETAIN, {"components": 0}, "1 or more"),
+        ([], RETAIN, "0 document of the forget set"),
+        (FORGET[:1], RETAIN, "1 document of the forget set"),
+        (FORGET, RETAIN[:1], "1 document of the retain set"),
+        (["w1 w2", "w3 w4"], RETAIN, "4 tokens of a set are too few"),
     ],
 )
-def test_wrong_input(forget, retain, options, message):
+def test_wrong_input(forget, retain, message):
     with pytest.raises(SrmuError, match=message):
-        measure_separability(pico_module(), word_tokenizer(), forget, retain, **options)
+        measure_separability(pico_module(), word_tokenizer(), forget, retain)

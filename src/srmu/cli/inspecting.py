@@ -120,7 +120,13 @@ def list_names(forget: list[str], retain: list[str], out: Path | None, as_json: 
 
 
 def inspect_texts(
-    forget: list[str], retain: list[str], model: str, tasks: str, tasks_dir: Path | None, definition: str, device: str
+    forget: list[str],
+    retain: list[str],
+    model: str,
+    tasks: str,
+    tasks_dir: Path | None,
+    definition: Definition,
+    device: str,
 ) -> Analysis:
     """How entangled two sets of texts are, and what to do about it."""
     from srmu.evals.analyses import open_model
@@ -135,11 +141,7 @@ def inspect_texts(
     ]
     opened = open_model(model, device) if model else None
     return measure_entanglement(
-        *texts,
-        questions,
-        (opened[0].module, opened[1]) if opened else None,
-        overlap={"definition": definition},
-        watch=show_progress,
+        *texts, questions, (opened[0].module, opened[1]) if opened else None, definition=definition, watch=show_progress
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from srmu.data.sources import read_texts
 from srmu.data.tokens import batch_rows, tokenise_texts
@@ -28,7 +28,14 @@ from srmu.runs.open import open_target
 from srmu.runs.record import STATE
 from srmu.runs.run import Run
 
+BATCH = 8  # texts read at once
+DOCUMENTS = 64  # of each set that are read at most
+LENGTH = 128  # tokens of a text that are read at most
+NEW_TOKENS = 16  # generated after half of a text
+# Of the noise sensitivity: documents, size of the noise, draws, seed.
+NOISY, SIZE, DRAWS, SEED = 16, 0.1, 2, 0
 MEASURES = ("logit", "probability", "margin", "entropy")  # of confidence
+KINDS = ("direction", "target")  # what forget activations are held against
 Texts = Mapping[str, Sequence[str]]  # "forget" and "retain"
 
 
@@ -61,20 +68,15 @@ def list_states(model: EditableModel) -> dict[str, Any]:
     return both if model.trained else {"model": nullcontext}
 
 
-def prepare_batches(
-    texts: Sequence[str], tokenizer: Any, documents: int, max_length: int, batch_size: int = 8
-) -> list[Batch]:
-    """The first `documents` texts as batches; SrmuError where none has two tokens."""
-    if documents < 1 or batch_size < 1:
-        raise SrmuError(f"documents {documents} and batch size {batch_size} must be 1 or more")
-    rows = tokenise_texts(list(texts)[:documents], tokenizer, max_length) if texts else []
-    if not rows:
-        raise SrmuError("no text of two tokens or more to analyse; name forget and retain texts")
-    return list(batch_rows(rows, tokenizer, batch_size, "mask"))
-
-
-def prepare_sets(texts: Texts, tokenizer: Any, documents: int, max_length: int) -> dict[str, list[Batch]]:
-    return {name: prepare_batches(rows, tokenizer, documents, max_length) for name, rows in texts.items()}
+def prepare_sets(texts: Texts, tokenizer: Any, documents: int = DOCUMENTS) -> dict[str, list[Batch]]:
+    """The first `documents` texts of each set as batches; SrmuError where none has two tokens."""
+    sets = {}
+    for name, some in texts.items():
+        rows = tokenise_texts(list(some)[:documents], tokenizer, LENGTH) if some else []
+        if not rows:
+            raise SrmuError("no text of two tokens or more to analyse; name forget and retain texts")
+        sets[name] = list(batch_rows(rows, tokenizer, BATCH, "mask"))
+    return sets
 
 
 def measure_confidence(
@@ -83,9 +85,6 @@ def measure_confidence(
     texts: Texts,
     *,
     tokens: Literal["predicted", "generated"] = "predicted",
-    new_tokens: int = 16,
-    documents: int = 64,
-    max_length: int = 128,
     watch: Watch = ignore_progress,
 ) -> Analysis:
     """Measure how sure a model is of its next token, as means over tokens.
@@ -93,10 +92,10 @@ def measure_confidence(
     These are the largest logit, the largest probability, its margin over the second largest, and
     the entropy in nats.
 
-    `predicted`: at each token of the texts that another comes before. `generated`: at `new_tokens`
+    `predicted`: at each token of the texts that another comes before. `generated`: at 16
     greedily chosen tokens after the first half of each text, up to its end of sequence.
     """
-    parts = prepare_sets(texts, tokenizer, documents, max_length)
+    parts = prepare_sets(texts, tokenizer)
     states = list_states(model)
     means: dict[str, dict[str, dict[str, float]]] = {name: {} for name in parts}
     probabilities: dict[str, Tensor] = {}
@@ -104,11 +103,8 @@ def measure_confidence(
         for (when, state), (name, batches) in product(states.items(), parts.items()):
             rows = []
             for batch in batches:
-                with state(), torch.no_grad():
-                    if tokens == "predicted":
-                        rows.append(measure_predicted(model, batch))
-                    else:
-                        rows.append(measure_generated(model, batch, new_tokens))
+                with state():
+                    rows.append(measure_tokens(model, batch, NEW_TOKENS if tokens == "generated" else 0))
                 tick("")
             table = torch.cat(rows)  # (N, 4)
             probabilities[f"{name}, {when}"] = table[:, 1]
@@ -116,26 +112,20 @@ def measure_confidence(
             means[name][when] = {**dict(columns), "tokens": len(table)}
     panel = draw_histogram(f"Largest probability of {tokens} tokens", "largest probability", probabilities, 0.0, 1.0)
     numbers = {"tokens": tokens, "confidence": means}
-    return Analysis("Token confidence", numbers, describe_confidence(means, tokens), [panel])
-
-
-def describe_confidence(means: Mapping[str, Mapping[str, Mapping[str, float]]], tokens: str) -> list[str]:
-    """The numbers of `measure_confidence`, in sentences."""
     sentences = [
         f"{name}, {when}: largest probability {row['probability']:.2f} (margin "
         f"{row['margin']:.2f}), largest logit {row['logit']:.1f}, entropy {row['entropy']:.2f} "
         f"nats, over {row['tokens']} {tokens} tokens."
-        for name, states in means.items()
-        for when, row in states.items()
+        for name, by_state in means.items()
+        for when, row in by_state.items()
     ]
-    changes = [
-        f"{states['after']['probability'] - states['before']['probability']:+.2f} on {name} texts"
-        for name, states in means.items()
-        if "before" in states
-    ]
-    if changes:
+    if "before" in states:
+        changes = [
+            f"{row['after']['probability'] - row['before']['probability']:+.2f} on {name} texts"
+            for name, row in means.items()
+        ]
         sentences.append(f"The run changed the largest probability by {', '.join(changes)}.")
-    return sentences
+    return Analysis("Token confidence", numbers, sentences, [panel])
 
 
 def measure_logits(logits: Float[Tensor, "N V"]) -> Float[Tensor, "N 4"]:
@@ -147,31 +137,23 @@ def measure_logits(logits: Float[Tensor, "N V"]) -> Float[Tensor, "N 4"]:
     return torch.stack([logits.max(dim=-1).values, two[:, 0], two[:, 0] - two[:, 1], entropy], dim=-1)
 
 
-def measure_predicted(model: EditableModel, batch: Batch) -> Float[Tensor, "N 4"]:
-    batch = move_batch(batch, model.device)
-    logits = model.logits(batch)[:, :-1]
-    return measure_logits(logits[is_predicted(batch["labels"])]).cpu()
+@torch.no_grad()
+def measure_tokens(model: EditableModel, batch: Batch, new_tokens: int = 0) -> Float[Tensor, "N 4"]:
+    """`measure_logits` at each token that another comes before.
 
-
-def measure_generated(model: EditableModel, batch: Batch, new_tokens: int) -> Float[Tensor, "N 4"]:
-    """The same numbers at the tokens that the model generates after the first half of each row."""
+    With `new_tokens`, at the tokens that the model generates after the first half of each row.
+    """
+    if not new_tokens:
+        batch = move_batch(batch, model.device)
+        return measure_logits(model.logits(batch)[:, :-1][is_predicted(batch["labels"])]).cpu()
     lengths = batch["attention_mask"].sum(dim=1).tolist()
     rows = zip(batch["input_ids"].tolist(), lengths, strict=True)
     halves = [row[: max(1, length // 2)] for row, length in rows]
-    ends = list_ends(model.module)
-    _, logits = write_on(model.module, halves, new_tokens, ends, keep_logits=True)
+    _, logits = write_on(model.module, halves, new_tokens, list_ends(model.module), keep_logits=True)
     return measure_logits(torch.cat(logits)).cpu()
 
 
-def measure_alignment(
-    run: Run,
-    model: EditableModel,
-    tokenizer: Any,
-    *,
-    documents: int = 64,
-    max_length: int = 128,
-    watch: Watch = ignore_progress,
-) -> Analysis:
+def measure_alignment(run: Run, model: EditableModel, tokenizer: Any, *, watch: Watch = ignore_progress) -> Analysis:
     """Compare forget activations with a run's direction and its target, by their cosine.
 
     This is done before the run, after it, and for the displacement h - h0: means by layer, and a
@@ -191,51 +173,39 @@ def measure_alignment(
     topics, sentences, panels = {}, [], []
     with watch("measuring directions", len(run.config.topics) * count) as tick:
         for number, (name, topic) in enumerate(run.config.topics.items(), 1):
-            texts = read_texts(topic.forget)
-            batches = prepare_batches(texts, tokenizer, documents, max_length)
+            batches = prepare_sets({name: read_texts(topic.forget)}, tokenizer)[name]
             layers = []
             for layer in range(count):
                 place = Site(layer, site.stream)
                 layers.append(
-                    {
-                        kind: measure_cosines(model, batches, place, vectors[f"{name}.{kind}"])
-                        for kind in ("direction", "target")
-                    }
+                    {kind: measure_cosines(model, batches, place, vectors[f"{name}.{kind}"]) for kind in KINDS}
                 )
                 tick("")
             topics[name] = means = [
-                {kind: {k: average_or_none(v) for k, v in row[kind].items()} for kind in row} for row in layers
+                {kind: {key: average_cosines(values) for key, values in row[kind].items()} for kind in KINDS}
+                for row in layers
             ]
-            sentences.append(describe_alignment(number, site.layer, means[site.layer]))
-            panels += draw_alignment(number, means, layers[site.layer]["target"], site.layer)
+            for kind in KINDS:
+                series = {key: [row[kind][key] for row in means] for key in means[0][kind]}
+                title = f"Cosine with the {kind}, topic {number}"
+                panels.append(Panel(title, "layer", "mean cosine", [*range(count)], series))
+            title = f"Cosines with the target at layer {site.layer}, topic {number}"
+            panels.append(draw_histogram(title, "cosine", layers[site.layer]["target"], -1.0, 1.0))
+            direction, target = (
+                {key: format_number(value) for key, value in means[site.layer][kind].items()} for kind in KINDS
+            )
+            sentences.append(
+                f"Topic {number}, layer {site.layer}: cosine of forget activations with the direction "
+                f"{direction['before']} before and {direction['after']} after, of their displacement "
+                f"{direction['displacement']}; with the target {target['after']} after, displacement "
+                f"{target['displacement']}."
+            )
     numbers = {"layer": site.layer, "stream": site.stream, "topics": topics}
     return Analysis("Alignment with the direction", numbers, sentences, panels)
 
 
-def describe_alignment(number: int, layer: int, means: Mapping[str, Mapping[str, Any]]) -> str:
-    direction, target = (
-        {key: format_number(value) for key, value in means[kind].items()} for kind in ("direction", "target")
-    )
-    return (
-        f"Topic {number}, layer {layer}: cosine of forget activations with the direction "
-        f"{direction['before']} before and {direction['after']} after, of their displacement "
-        f"{direction['displacement']}; with the target {target['after']} after, displacement "
-        f"{target['displacement']}."
-    )
-
-
-def draw_alignment(
-    number: int, layers: Sequence[Mapping[str, Any]], at_own: Mapping[str, Tensor], own: int
-) -> list[Panel]:
-    """Mean cosines by layer, and all of them with the target at the layer `own`."""
-    panels = []
-    for kind in ("direction", "target"):
-        means = [row[kind] for row in layers]
-        series = {key: [row[key] for row in means] for key in means[0]}
-        title = f"Cosine with the {kind}, topic {number}"
-        panels.append(Panel(title, "layer", "mean cosine", [*range(len(layers))], series))
-    title = f"Cosines with the target at layer {own}, topic {number}"
-    return [*panels, draw_histogram(title, "cosine", at_own, -1.0, 1.0)]
+def average_cosines(values: Tensor) -> float | None:
+    return float(values.double().mean()) if len(values) else None
 
 
 @torch.no_grad()
@@ -261,27 +231,16 @@ def measure_cosines(
 
 
 def measure_sensitivity(
-    model: EditableModel,
-    tokenizer: Any,
-    texts: Texts,
-    *,
-    size: float = 0.1,
-    draws: int = 2,
-    documents: int = 16,
-    max_length: int = 128,
-    seed: int = 0,
-    watch: Watch = ignore_progress,
+    model: EditableModel, tokenizer: Any, texts: Texts, *, watch: Watch = ignore_progress
 ) -> Analysis:
     """How much noise in each layer's output changes what the model reads its answer from.
 
-    psi_l = E |g_l(h + |h| eta) - g_l(h)|^2 / |g_l(h)|^2, eta ~ N(0, size^2 I / D) a token, g_l
+    psi_l = E |g_l(h + |h| eta) - g_l(h)|^2 / |g_l(h)|^2, eta ~ N(0, SIZE^2 I / D) a token, g_l
     the layers above l with the final norm: up to what the unembedding reads; the mean over tokens
-    and `draws` draws. Each text's first token, an attention sink, stays as it is and is
-    left out. A network that passes its input on unchanged has psi = size^2.
+    and DRAWS draws. Each text's first token, an attention sink, stays as it is and is
+    left out. A network that passes its input on unchanged has psi = SIZE^2.
     """
-    if size <= 0 or draws < 1:
-        raise SrmuError(f"size {size} must be above 0, and draws {draws} 1 or more")
-    parts = prepare_sets(texts, tokenizer, documents, max_length)
+    parts = prepare_sets(texts, tokenizer, NOISY)
     count, states = len(model.layers), list_states(model)
     psi: dict[str, list[float]] = {}
     with watch("adding noise", count * len(parts) * len(states)) as tick:
@@ -289,53 +248,43 @@ def measure_sensitivity(
             values = psi[f"{name}, {when}"] = []
             for layer in range(count):
                 with state(), torch.no_grad():
-                    values.append(measure_layer(model, batches, layer, size, draws, seed))
+                    values.append(measure_layer(model, batches, layer))
                 tick("")
     sentences = [
-        f"{name}: noise of {size:g} of an activation's norm comes out most amplified from layer "
+        f"{name}: noise of {SIZE:g} of an activation's norm comes out most amplified from layer "
         f"{values.index(max(values))} (psi {max(values):.3g}) and least from layer "
-        f"{values.index(min(values))} (psi {min(values):.3g}); {size**2:.3g} is neither more nor "
+        f"{values.index(min(values))} (psi {min(values):.3g}); {SIZE**2:.3g} is neither more nor "
         "less than went in."
         for name, values in psi.items()
     ]
     panel = Panel("Noise sensitivity", "layer", "psi", [*range(count)], psi)
-    numbers = {"psi": psi, "size": size, "draws": draws, "seed": seed}
+    numbers = {"psi": psi, "size": SIZE, "draws": DRAWS, "seed": SEED}
     return Analysis("Noise sensitivity of layers", numbers, sentences, [panel])
 
 
 @torch.no_grad()
 def measure_layer(
-    model: EditableModel, batches: Sequence[Batch], layer: int, size: float, draws: int = 1, seed: int = 0
+    model: EditableModel, batches: Sequence[Batch], layer: int, size: float = SIZE, draws: int = DRAWS
 ) -> float:
     """Noise sensitivity of one layer in the model's present state."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(SEED)
     ratios = []
     for batch in batches:
         mask = without_first(is_counted(batch["labels"])).to(model.device)
         inputs = move_batch({k: batch[k] for k in ("input_ids", "attention_mask")}, model.device)
+
+        def add_noise(hidden: Tensor, mask: Tensor = mask) -> Tensor:
+            if hidden.ndim == 4:  # Gemma 3n
+                raise SrmuError("this model keeps several streams: its layers' noise is not measured")
+            eta = torch.randn(hidden.shape, generator=generator).to(hidden.device)
+            eta = eta * size / hidden.shape[-1] ** 0.5
+            length = hidden.float().norm(dim=-1, keepdim=True)
+            return hidden + mask.reshape(*hidden.shape[:-1], 1) * length * eta
+
         clean = model.module.base_model(**inputs, use_cache=False)[0][mask].float()
         for _ in range(draws):
-            with add_noise(model.layers[layer], mask, size, generator):
+            with edit_outputs({model.layers[layer]: add_noise}):
                 noisy = model.module.base_model(**inputs, use_cache=False)[0][mask].float()
             # Adaptive RMU (arXiv 2408.06223), noise sensitivity of a layer
             ratios.append((noisy - clean).square().sum(dim=-1) / clean.square().sum(dim=-1))
     return float(torch.cat(ratios).double().mean())
-
-
-def add_noise(block: nn.Module, mask: Tensor, size: float, generator: torch.Generator) -> AbstractContextManager[None]:
-    """Add |h| eta to a block's output h at the marked tokens (B, T)."""
-
-    def add(hidden: Tensor) -> Tensor:
-        if hidden.ndim == 4:  # Gemma 3n
-            raise SrmuError("this model keeps several streams: its layers' noise is not measured")
-        eta = torch.randn(hidden.shape, generator=generator).to(hidden.device)
-        eta = eta * size / hidden.shape[-1] ** 0.5
-        marks = mask.reshape(*hidden.shape[:-1], 1)
-        length = hidden.float().norm(dim=-1, keepdim=True)
-        return hidden + marks * length * eta
-
-    return edit_outputs({block: add})
-
-
-def average_or_none(values: Tensor) -> float | None:
-    return float(values.double().mean()) if len(values) else None

@@ -31,6 +31,7 @@ from srmu.runs.run import Run
 
 HAZARDS = ("organism_hazard", "wmdp", "forget_texts")  # how tasks on what is to go are named
 Where = tuple[str, int]  # a run's model and seed: what is compared in pairs
+LOSS, FORGET, RESIDUAL = range(3)  # columns: drop of utility, accuracy on what is to be forgotten, K*
 
 
 @dataclass(frozen=True)
@@ -55,28 +56,25 @@ class ComparisonRow:
 
 @dataclass(frozen=True)
 class RunNumbers:
-    """A run's numbers as they are and in each resample of the questions: (1 + RESAMPLES,)."""
+    """A run's numbers as they are and in each resample of the questions."""
 
     run: Run
-    where: Where
     tasks: tuple[tuple[str, ...], tuple[str, ...]]  # metrics of what is forgotten and of utility
-    before: Array  # accuracy of the original model on what is to be forgotten
-    forget: Array  # and of the unlearned one
-    loss: Array  # mean drop of accuracy over the utility tasks
-    residual: Array | None  # K*
+    before: Array  # (1 + RESAMPLES,): accuracy of the original model on what is to be forgotten
+    numbers: Array  # (1 + RESAMPLES, 3): LOSS, FORGET and, where the run was attacked, RESIDUAL, else nan
     n: tuple[int, int]  # questions on what is to be forgotten, and on utility
 
 
 @dataclass(frozen=True)
 class MethodReading:
-    """A method's numbers at the common utility loss, a column a seed: (1 + RESAMPLES, seeds)."""
+    """A method's numbers at the common utility loss: (1 + RESAMPLES, seeds, 3)."""
 
-    where: tuple[Where, ...]
-    loss: Array
-    forget: Array
-    residual: Array | None
-    reached: bool  # whether every seed's curve goes as far as the common utility loss
-    rough: bool  # whether one is read between the original model and its first point
+    method: str
+    points: int  # settings of its strength
+    where: list[Where]
+    numbers: Array
+    attacked: bool  # whether all of its runs were
+    note: str
     n: tuple[int, int]
 
 
@@ -102,19 +100,22 @@ def compare_runs(
     opened = [Run.open(folder) for folder in runs]
     draws = Draws(seed)
     attacks = {run.folder: read_attacks(run.folder) for run in opened}
-    attacks = {folder: one for folder, one in attacks.items() if asks_for(one, forget, utility)}
+    named = tuple(forget), tuple(utility)
+    attacks = {
+        folder: report
+        for folder, report in attacks.items()
+        if report and all(not own or own == asked for own, asked in zip(named, metrics_of(report), strict=True))
+    }
     for report in attacks.values():  # what was attacked says what to look up elsewhere
-        of_attacks = metrics_of(report)
-        forget, utility = forget or of_attacks[0], utility or of_attacks[1]
+        named = named[0] or metrics_of(report)[0], named[1] or metrics_of(report)[1]
     metrics = [read_metrics(run.folder) for run in opened]
     if not attacks and all(one["after"] for one in metrics):
         shared = [name for name in metrics[0]["after"] if all(name in both[w] for both in metrics for w in both)]
-        forget, utility = choose_metrics(shared, forget, utility, opened[0].config.eval)
+        forget, utility = choose_metrics(shared, *named, opened[0].config.eval)
+        named = tuple(forget), tuple(utility)
     check_attacks(opened, attacks)
     measured = [
-        from_attacks(run, attacks[run.folder], draws)
-        if run.folder in attacks
-        else from_metrics(run, tuple(forget), tuple(utility), draws)
+        from_attacks(run, attacks[run.folder], draws) if run.folder in attacks else from_metrics(run, *named, draws)
         for run in opened
     ]
     first = measured[0]
@@ -124,39 +125,33 @@ def compare_runs(
             raise SrmuError(
                 f"{first.run.folder} and {other.run.folder} were measured on different tasks: " + " and ".join(both)
             )
-    methods = by_method(measured)
-    readings = [read_curves(points, budget) for _, points in methods]
-    return [
-        make_row(name, points, reading, readings[0], budget, draws)
-        for (name, points), reading in zip(methods, readings, strict=True)
-    ]
+    readings = [read_method(method, points, budget) for method, points in by_method(measured)]
+    return [make_row(reading, readings[0], draws) for reading in readings]
 
 
-def make_row(
-    name: str,
-    points: Sequence[dict[Where, RunNumbers]],
-    reading: MethodReading,
-    base: MethodReading,
-    budget: float,
-    draws: Draws,
-) -> ComparisonRow:
+def make_row(reading: MethodReading, base: MethodReading, draws: Draws) -> ComparisonRow:
     """A method's line of the table; `base` is the first method's reading."""
-    forget = estimate_difference(reading.forget, base.forget, reading, base, draws)
-    left = estimate_difference(reading.residual, base.residual, reading, base, draws)
-    telling = left or forget
     known, asked = reading.n
+    differences = {}
+    for column in (FORGET, RESIDUAL):
+        has_both = column == FORGET or (reading.attacked and base.attacked)
+        if has_both and reading is not base:
+            differences[column] = estimate_difference(column, reading, base, draws)
+    verdict = ""
+    if change := differences.get(RESIDUAL, differences.get(FORGET)):
+        verdict = "noise" if change.low <= 0 <= change.high else "better" if change.high < 0 else "worse"
     return ComparisonRow(
-        method=name,
-        points=len(points),
+        method=reading.method,
+        points=reading.points,
         seeds=len(reading.where),
         # drawn first: a sequence of draws of seeds is part of the numbers
-        residual=None if reading.residual is None else draws.estimate(reading.residual, known),
-        utility_loss=draws.estimate(reading.loss, asked, clip=(0, inf)),
-        forget_accuracy=draws.estimate(reading.forget, known, clip=(0, 1)),
-        forget_difference=forget,
-        residual_difference=left,
-        verdict=noise_verdict(telling) if telling else "",
-        note=note_row(reading, points, budget),
+        residual=draws.estimate(reading.numbers[..., RESIDUAL], known) if reading.attacked else None,
+        utility_loss=draws.estimate(reading.numbers[..., LOSS], asked, clip=(0, inf)),
+        forget_accuracy=draws.estimate(reading.numbers[..., FORGET], known, clip=(0, 1)),
+        forget_difference=differences.get(FORGET),
+        residual_difference=differences.get(RESIDUAL),
+        verdict=verdict,
+        note=reading.note,
     )
 
 
@@ -186,14 +181,6 @@ def choose_metrics(
             f"there are {', '.join(known) or 'none that all runs have'}"
         )
     return list(forget), list(utility)
-
-
-def asks_for(report: Mapping[str, Any], forget: Sequence[str], utility: Sequence[str]) -> bool:
-    """Whether a run was attacked, with questions that give the metrics asked for, if any are."""
-    if not report:
-        return False
-    named = zip((tuple(forget), tuple(utility)), metrics_of(report), strict=True)
-    return all(not names or names == asked for names, asked in named)
 
 
 def check_attacks(runs: Sequence[Run], attacks: Mapping[Path, dict[str, Any]]) -> None:
@@ -233,16 +220,9 @@ def from_attacks(run: Run, attacks: Mapping[str, Any], draws: Draws) -> RunNumbe
         both = np.stack([parse_answers(kept["before"]), parse_answers(kept["after"])], axis=1)
         before, after = means(both, task, kept["facts"]).T
         drops.append(before - after)
-    return RunNumbers(
-        run,
-        (model, run.config.seed),
-        metrics_of(attacks),
-        right[:, 0],
-        right[:, -1],
-        np.mean(drops, axis=0),
-        worst_case(right[:, :-1], attacks["chance"]),
-        (len(table), sum(len(kept["facts"]) for kept in attacks["utility"].values())),
-    )
+    numbers = [np.mean(drops, axis=0), right[:, -1], worst_case(right[:, :-1], attacks["chance"])]
+    asked = len(table), sum(len(kept["facts"]) for kept in attacks["utility"].values())
+    return RunNumbers(run, metrics_of(attacks), right[:, 0], np.stack(numbers, axis=1), asked)
 
 
 def from_metrics(run: Run, forget: tuple[str, ...], utility: tuple[str, ...], draws: Draws) -> RunNumbers:
@@ -264,17 +244,10 @@ def from_metrics(run: Run, forget: tuple[str, ...], utility: tuple[str, ...], dr
         values = [resample_row(results[n], draws, (model, n), (model, n, which)) for n in names]
         return np.mean(values, axis=0)
 
-    this = run_setting(run.config)
-    return RunNumbers(
-        run,
-        (model, run.config.seed),
-        (forget, utility),
-        drawn(before, forget, "before"),
-        drawn(after, forget, this),
-        drawn(before, utility, "before") - drawn(after, utility, this),
-        None,
-        (sum(int(after[n]["n"]) for n in forget), sum(int(after[n]["n"]) for n in utility)),
-    )
+    this, start = run_setting(run.config), drawn(before, forget, "before")
+    end, loss = drawn(after, forget, this), drawn(before, utility, "before") - drawn(after, utility, this)
+    asked = sum(int(after[name]["n"]) for name in forget), sum(int(after[name]["n"]) for name in utility)
+    return RunNumbers(run, (forget, utility), start, np.stack([loss, end, np.full_like(loss, np.nan)], axis=1), asked)
 
 
 def resample_row(row: Row, draws: Draws, exam: Hashable, key: Hashable) -> Array:
@@ -301,87 +274,60 @@ def by_method(measured: Sequence[RunNumbers]) -> list[tuple[str, list[dict[Where
     methods: dict[Hashable, dict[Hashable, dict[Where, RunNumbers]]] = {}
     kinds: dict[Hashable, dict[str, Any]] = {}
     for one in measured:
-        kind = setting_words(one.run.config)
+        config = one.run.config
+        kind = setting_words(config)
         kinds[tuple(kind.items())] = kind
-        points = methods.setdefault(tuple(kind.items()), {})
-        point = points.setdefault(run_setting(one.run.config), {})
-        if one.where in point:
-            raise SrmuError(f"{point[one.where].run.folder} and {one.run.folder} are the same run")
-        point[one.where] = one
+        point = methods.setdefault(tuple(kind.items()), {}).setdefault(run_setting(config), {})
+        where = config.model, config.seed
+        if where in point:
+            raise SrmuError(f"{point[where].run.folder} and {one.run.folder} are the same run")
+        point[where] = one
     return [(method_label(kinds[key], kinds.values()), [*points.values()]) for key, points in methods.items()]
 
 
-def read_curves(points: Sequence[dict[Where, RunNumbers]], budget: float) -> MethodReading:
+def read_method(method: str, points: Sequence[dict[Where, RunNumbers]], budget: float) -> MethodReading:
     """A method's numbers at a utility loss, along the curve of each of its seeds."""
-    places = tuple(dict.fromkeys(place for point in points for place in point))
-    curves = [[point[place] for point in points if place in point] for place in places]
-    readings = [read_along(curve, budget) for curve in curves]
-    loss, forget, left = (np.stack(values, axis=1) for values in zip(*readings, strict=True))
-    runs = [one for curve in curves for one in curve]
-    return MethodReading(
-        places,
-        loss,
-        forget,
-        left if all(one.residual is not None for one in runs) else None,
-        all(max(one.loss[0] for one in curve) >= budget for curve in curves),
-        any(min(one.loss[0] for one in curve) > budget for curve in curves),
-        min(one.n for one in runs),
-    )
+    where = [*dict.fromkeys(place for point in points for place in point)]
+    curves = [[point[place] for point in points if place in point] for place in where]
+    attacked = [not np.isnan(one.numbers[0, RESIDUAL]) for curve in curves for one in curve]
+    notes = []
+    if any(max(one.numbers[0, LOSS] for one in curve) < budget for curve in curves):
+        notes.append(f"its strongest setting, where that loses less than {budget:.1%}")
+    if any(min(one.numbers[0, LOSS] for one in curve) > budget for curve in curves):
+        notes.append("read between the original model and its weakest setting: add weaker ones")
+    if any(set(point) != set(where) for point in points):
+        notes.append("not every seed has every setting")
+    if any(attacked) and not all(attacked):
+        notes.append("no K*: not all of its runs were attacked")
+    numbers = np.stack([read_along(curve, budget) for curve in curves], axis=1)
+    n = min(one.n for curve in curves for one in curve)
+    return MethodReading(method, len(points), where, numbers, all(attacked), "; ".join(notes), n)
 
 
-def read_along(curve: Sequence[RunNumbers], budget: float) -> tuple[Array, Array, Array]:
-    """Utility loss, forget accuracy and K* where a curve loses `budget`, or at its end."""
-    none = np.zeros_like(curve[0].loss)
+def read_along(curve: Sequence[RunNumbers], budget: float) -> Array:
+    """The three numbers where a curve loses `budget`, or at its end: (1 + RESAMPLES, 3)."""
+    first = curve[0].before
+    start = np.stack([np.zeros_like(first), first, np.ones_like(first)], axis=1)
+    points = np.stack([start, *(one.numbers for one in curve)], axis=1)  # (1 + RESAMPLES, points, 3)
     # a gain of utility is no loss: else a method that costs nothing would come before no method
-    losses = [none, *(one.loss.clip(min=0) for one in curve)]
-    forgets = [curve[0].before, *(one.forget for one in curve)]
-    lefts = [none + 1, *(none + np.nan if one.residual is None else one.residual for one in curve)]
-    loss, forget, left = (np.stack(values, axis=1) for values in (losses, forgets, lefts))
+    points[..., LOSS] = points[..., LOSS].clip(min=0)
     # by loss; of points that cost the same the one that forgets most comes last
-    order = np.lexsort((-forget, loss), axis=-1)
-    last = (loss <= budget).sum(axis=1, keepdims=True) - 1
-    low, high = (np.take_along_axis(order, at, axis=1) for at in (last, np.minimum(last + 1, len(curve))))
-    start, stop = (np.take_along_axis(loss, at, axis=1) for at in (low, high))
-    share = (budget - start) / np.where(stop > start, stop - start, np.inf)
-
-    def between(values: Array) -> Array:
-        one, other = (np.take_along_axis(values, at, axis=1) for at in (low, high))
-        return (one + share * (other - one))[:, 0]
-
-    return between(loss), between(forget), between(left)
+    order = np.lexsort((-points[..., FORGET], points[..., LOSS]), axis=-1)
+    points = np.take_along_axis(points, order[..., None], axis=1)
+    last = (points[..., LOSS] <= budget).sum(axis=1) - 1
+    each = np.arange(len(points))
+    low, high = points[each, last], points[each, np.minimum(last + 1, len(curve))]
+    gap = high[:, LOSS] - low[:, LOSS]
+    share = (budget - low[:, LOSS]) / np.where(gap > 0, gap, np.inf)
+    return low + share[:, None] * (high - low)
 
 
-def estimate_difference(
-    mine: Array | None, theirs: Array | None, one: MethodReading, base: MethodReading, draws: Draws
-) -> Estimate | None:
-    """How a number differs from the first method's, in pairs of seeds where both have them."""
-    if mine is None or theirs is None or one is base:
-        return None
+def estimate_difference(column: int, one: MethodReading, base: MethodReading, draws: Draws) -> Estimate:
+    """How a column differs from the first method's, in pairs of seeds where both have them."""
+    mine, theirs = one.numbers[..., column], base.numbers[..., column]
     if both := [place for place in one.where if place in base.where]:
         own, other = ([read.where.index(place) for place in both] for read in (one, base))
         change = draws.over_seeds(mine[:, own] - theirs[:, other])
     else:
         change = draws.over_seeds(mine) - draws.over_seeds(theirs)
     return estimate_from(change, min(one.n[0], base.n[0]))
-
-
-def noise_verdict(change: Estimate) -> str:
-    """Whether a difference from another method's knowledge that is left is more than noise."""
-    if change.low <= 0 <= change.high:
-        return "noise"
-    return "better" if change.high < 0 else "worse"
-
-
-def note_row(reading: MethodReading, points: Sequence[dict[Where, RunNumbers]], budget: float) -> str:
-    """What to know about a row."""
-    notes = []
-    if not reading.reached:
-        notes.append(f"its strongest setting, where that loses less than {budget:.1%}")
-    if reading.rough:
-        notes.append("read between the original model and its weakest setting: add weaker ones")
-    if any(set(point) != set(reading.where) for point in points):
-        notes.append("not every seed has every setting")
-    attacked = [one.residual is not None for point in points for one in point.values()]
-    if any(attacked) and not all(attacked):
-        notes.append("no K*: not all of its runs were attacked")
-    return "; ".join(notes)

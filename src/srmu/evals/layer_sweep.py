@@ -22,24 +22,18 @@ Scores = Mapping[str, Mapping[str, Mapping[str, float]]]  # before and after, by
 
 
 def sweep_layers(
-    config: Config,
-    score: Callable[[Run], Scores],
-    forget_metrics: Sequence[str],
-    *,
-    at_most: int | None = None,
-    watch: Watch = ignore_progress,
+    config: Config, score: Callable[[Run], Scores], forget_metrics: Sequence[str], *, watch: Watch = ignore_progress
 ) -> Analysis:
     """Unlearn at every layer (l-2, l-1, l) with a config and compare forgetting with utility.
 
-    With more layers than `at_most`, so many are tried: evenly spread from a fifth to three quarters
-    of the depth. `score` is `srmu.score_model`, with the tasks to measure where the config names
+    `score` is `srmu.score_model`, with the tasks to measure where the config names
     none; `forget_metrics` (such as `wmdp_bio/acc`) say which of its metrics should fall, all other
     accuracies are utility. Runs that are there already are used again, so a stopped sweep goes on.
     """
     method = config.method
     if not isinstance(method, Misdirection):
         raise SrmuError(f"method {method.name} has no layer to vary; use rmu, adaptive_rmu or srmu")
-    tried = candidate_layers(method, read_config(locate_base(config)), at_most)
+    tried = candidate_layers(method, read_config(locate_base(config)))
     rows: list[dict[str, Any]] = []
     with watch("layer sweep", len(tried)) as tick:
         for layer in tried:
@@ -67,7 +61,10 @@ def sweep_layers(
 
 
 def candidate_layers(method: Misdirection, model_config: Any, at_most: int | None = None) -> list[int]:
-    """The layers that a method can steer in a model; with `at_most` no more than so many."""
+    """The layers that a method can steer in a model.
+
+    With `at_most` no more than so many, spread evenly from a fifth to three quarters of the depth.
+    """
     first = method.window - (method.stream != "mlp_post")
     count = model_config.num_hidden_layers
     last = count - (getattr(model_config, "num_kv_shared_layers", None) or 0)

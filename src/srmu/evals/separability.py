@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from srmu.data.overlap import measure_contamination, measure_coverage, ngram_overlap
+from srmu.data.overlap import Definition, measure_contamination, measure_coverage, ngram_overlap
 from srmu.data.tokens import batch_rows, tokenise_texts
 from srmu.engine.hooks import decoder_blocks, edit_outputs
 from srmu.engine.losses import is_counted, without_first
@@ -29,6 +29,11 @@ from srmu.methods.importance import FLAT, describe_importance, importance_map, m
 Array = NDArray[Any]
 
 DOCUMENTS = 200  # of each set that are read at most
+TOKENS = 1000  # of each set that are compared at most
+LENGTH = 512  # tokens of a text that are read at most
+BATCH = 8  # texts read at once
+COMPONENTS = 10  # principal directions of each set
+SEED = 0
 FOLDS = 5
 OUTLIER = 10  # times the median: what is larger is an outlier of the importance map
 LISTED = 20  # outliers of a layer, the largest first
@@ -36,6 +41,13 @@ CLEAR = 0.75  # balanced accuracy from which a layer tells the sets apart
 # Entanglement: below the one no protection, above the other a risk. On the testbed it is 0.06 for
 # general texts, 0.33 for those on other compounds, 0.6 for those on all compounds to forget.
 LOW, HIGH = 0.2, 0.5
+# Of each picture: its title, that of its axis, and the series with their keys in the numbers of a layer.
+PANELS = (
+    ("Telling forget from retain tokens", "balanced accuracy", {"accuracy": "accuracy"}),
+    ("How alike the two sets are", "cosine", {"of the means": "mean_cosine", "of the subspaces": "subspace_cosine"}),
+    ("Smallest principal angle", "degrees", {"angle": "smallest_angle"}),
+    ("Importance map", "in 0-1", {"Gini coefficient": "gini", "share above 0.5": "share_above_half"}),
+)
 
 
 @dataclass(frozen=True)
@@ -57,20 +69,19 @@ def measure_entanglement(
     questions: Sequence[tuple[str, str, str]] = (),
     model: tuple[PreTrainedModel, Any] | None = None,
     *,
-    overlap: dict[str, Any] | None = None,
-    layers: dict[str, Any] | None = None,
+    definition: Definition = "pair_containment",
     watch: Watch = ignore_progress,
 ) -> Analysis:
     """Measure what can be known about a forget and a retain set before training, with advice.
 
     `questions` are (prompt, right answer, subject or ""); `model` a module with its tokenizer.
-    `overlap` and `layers` are options of `ngram_overlap` and `measure_separability`. The headline
+    `definition` is that of `ngram_overlap`. The headline
     number `entanglement` is the share of the forget set's word types, stop words left out, that the
     retain set uses too: more shared words never lower it.
     """
     numbers: dict[str, Any] = {
         "entanglement": measure_coverage(forget, retain),
-        "overlap": ngram_overlap(forget, retain, **(overlap or {})),
+        "overlap": ngram_overlap(forget, retain, definition=definition),
     }
     if questions:
         numbers["contamination"] = {
@@ -78,8 +89,11 @@ def measure_entanglement(
         }
     panels = []
     if model is not None:
-        numbers["separability"] = measure_separability(*model, forget, retain, **(layers or {}), watch=watch)
-        panels = draw_panels(numbers["separability"]["layers"])
+        numbers["separability"] = measure_separability(*model, forget, retain, watch=watch)
+        rows = [row | row["importance"] for row in numbers["separability"]["layers"]]
+        for title, y_title, keys in PANELS:
+            series = {name: [row[key] for row in rows] for name, key in keys.items()}
+            panels.append(Panel(title, "layer", y_title, [*range(len(rows))], series))
     return Analysis("Entanglement of forget and retain set", numbers, advise_user(numbers), panels)
 
 
@@ -89,11 +103,6 @@ def measure_separability(
     forget: Sequence[str],
     retain: Sequence[str],
     *,
-    tokens: int = 1000,
-    max_length: int = 512,
-    batch_size: int = 8,
-    components: int = 10,
-    seed: int = 0,
     watch: Watch = ignore_progress,
 ) -> dict[str, Any]:
     """Numbers of each layer's output on forget and retain texts; a text's first token is left out.
@@ -101,24 +110,20 @@ def measure_separability(
     By layer: `accuracy`, the balanced one of a logistic regression between the tokens of the two
     sets, cross-validated by document, with its standard error over folds; `mean_cosine` of the two
     means; `subspace_cosine`, the mean over principal angles, and `smallest_angle` (degrees) between
-    the first `components` principal directions of each set; `importance`, SRMU's map there. Up to
-    `tokens` tokens of each set, of up to 200 documents, are held for every layer; the map is made
+    the first ten principal directions of each set; `importance`, SRMU's map there. Up to
+    a thousand tokens of each set, of up to 200 documents, are held for every layer; the map is made
     of all tokens of these documents.
     """
-    if components < 1 or tokens < 2:
-        raise SrmuError(f"components {components} must be 1 or more, tokens {tokens} 2 or more")
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(SEED)
     samples = []
     for name, texts in (("forget", forget), ("retain", retain)):
         few = [texts[i] for i in torch.randperm(len(texts), generator=generator)[:DOCUMENTS]]
-        rows = tokenise_texts(few, tokenizer, max_length) if few else []
-        batches = list(batch_rows(rows, tokenizer, batch_size, "mask"))
-        samples.append(draw_sample(name, batches, tokens, generator))
-    least = min(len(sample.owners) for sample in samples)
-    available = min(least - 1, module.config.hidden_size)
-    if components > available:
+        rows = tokenise_texts(few, tokenizer, LENGTH) if few else []
+        batches = list(batch_rows(rows, tokenizer, BATCH, "mask"))
+        samples.append(draw_sample(name, batches, TOKENS, generator))
+    if (least := min(len(sample.owners) for sample in samples)) <= COMPONENTS:
         raise SrmuError(
-            f"components {components} is more than the {available} that there are: name fewer, or give more texts"
+            f"{least} tokens of a set are too few to compare: it takes more than {COMPONENTS}, so more texts"
         )
     with watch("reading the texts", sum(len(s.batches) for s in samples)) as tick:
         read_all = [sample_activations(module, sample, tick) for sample in samples]
@@ -126,16 +131,16 @@ def measure_separability(
     with watch("comparing layers", len(read_all[0])) as tick:
         for layer, ((left, f_sums), (right, r_sums)) in enumerate(zip(*read_all, strict=True)):
             owners = samples[0].owners, samples[1].owners
-            row = compare_sets(left, right, *owners, components, seed)
+            row = compare_sets(left, right, *owners)
             layers.append({"layer": layer, **row, "importance": describe_selectivity(f_sums, r_sums)})
             tick("")
     return {
         "layers": layers,
         "documents": [len(set(sample.owners.tolist())) for sample in samples],
         "tokens": [len(sample.owners) for sample in samples],
-        "components": components,
-        "max_length": max_length,
-        "seed": seed,
+        "components": COMPONENTS,
+        "max_length": LENGTH,
+        "seed": SEED,
     }
 
 
@@ -148,9 +153,8 @@ def draw_sample(name: str, batches: list[Batch], tokens: int, generator: torch.G
     kept[places[torch.randperm(len(places), generator=generator)[:tokens]]] = True
     parts = kept.split([mask.numel() for mask in masks])
     chosen = [part.view_as(mask) for part, mask in zip(parts, masks, strict=True)]
-    rows = torch.arange(sum(len(mask) for mask in masks)).split([len(mask) for mask in masks])
-    owners = [row[:, None].expand_as(part)[part] for row, part in zip(rows, chosen, strict=True)]
-    documents = torch.cat([torch.zeros(0, dtype=torch.long), *owners]).numpy()
+    widths = torch.tensor([mask.shape[1] for mask in masks for _ in mask], dtype=torch.long)
+    documents = torch.arange(len(widths)).repeat_interleave(widths)[kept].numpy()
     if (count := len(set(documents.tolist()))) < 2:
         raise SrmuError(
             f"{count} document of the {name} set has tokens to compare; it takes 2 or more, so "
@@ -185,24 +189,21 @@ def sample_activations(
     return [(torch.cat(parts).numpy(), torch.as_tensor(total)) for parts, total in zip(values, totals, strict=True)]
 
 
-def compare_sets(
-    left: Array, right: Array, left_owners: Array, right_owners: Array, components: int, seed: int
-) -> dict[str, float]:
+def compare_sets(left: Array, right: Array, left_owners: Array, right_owners: Array) -> dict[str, float]:
     """The numbers of one layer that compare two sets of activations (N, D)."""
-    accuracy, error = classify_sets(left, right, left_owners, right_owners, seed)
-    cosines = measure_principal_cosines(left, right, components)
+    accuracy, error = classify_sets(left, right, left_owners, right_owners)
+    cosines = measure_principal_cosines(left, right, COMPONENTS)
+    one, other = left.mean(axis=0), right.mean(axis=0)
     return {
         "accuracy": accuracy,
         "stderr": error,
-        "mean_cosine": measure_cosine(left.mean(axis=0), right.mean(axis=0)),
+        "mean_cosine": float(one @ other / (np.linalg.norm(one) * np.linalg.norm(other) + 1e-12)),
         "subspace_cosine": float(cosines.mean()),
         "smallest_angle": math.degrees(math.acos(cosines.max())),
     }
 
 
-def classify_sets(
-    left: Array, right: Array, left_owners: Array, right_owners: Array, seed: int = 0
-) -> tuple[float, float]:
+def classify_sets(left: Array, right: Array, left_owners: Array, right_owners: Array) -> tuple[float, float]:
     """Balanced accuracy of a linear classifier on documents it has not seen, and its error.
 
     The error is the standard error over the folds. A document's tokens are all in one fold.
@@ -218,7 +219,7 @@ def classify_sets(
     groups = np.concatenate([left_owners, right_owners + left_owners.max() + 1])
     folds = min(FOLDS, *(len(np.unique(x)) for x in (left_owners, right_owners)))
     accuracies = []
-    for train, test in StratifiedGroupKFold(folds, shuffle=True, random_state=seed).split(values, labels, groups):
+    for train, test in StratifiedGroupKFold(folds, shuffle=True, random_state=SEED).split(values, labels, groups):
         # Scaled: a few outlier features would rule the penalty.
         model = make_pipeline(
             StandardScaler(), LogisticRegression(C=0.1, class_weight="balanced", max_iter=200, tol=1e-3)
@@ -237,10 +238,6 @@ def measure_principal_cosines(left: Array, right: Array, k: int) -> Array:
     return torch.linalg.svdvals(bases[0] @ bases[1].T).clamp(max=1).numpy()
 
 
-def measure_cosine(left: Array, right: Array) -> float:
-    return float(left @ right / (np.linalg.norm(left) * np.linalg.norm(right) + 1e-12))
-
-
 def describe_selectivity(forget: Float[Tensor, "5 D"], retain: Float[Tensor, "5 D"]) -> dict[str, Any]:
     """How selective SRMU's default map is for these sums, and its outlier dimensions."""
     map_ = importance_map(measure_features([forget])[0], measure_features([retain])[0], "ratio")
@@ -248,25 +245,6 @@ def describe_selectivity(forget: Float[Tensor, "5 D"], retain: Float[Tensor, "5 
     largest = map_.argsort(descending=True)[:LISTED].tolist()
     outliers = [{"dimension": i, "value": float(map_[i])} for i in largest if map_[i] > OUTLIER * median]
     return {**describe_importance(map_), "median": median, "outliers": outliers}
-
-
-def draw_panels(layers: Sequence[dict[str, Any]]) -> list[Panel]:
-    at = [row["layer"] for row in layers]
-
-    def panel(title: str, y_title: str, **series: str) -> Panel:
-        values = {name.replace("_", " "): [row[k] for row in layers] for name, k in series.items()}
-        return Panel(title, "layer", y_title, at, values)
-
-    maps = {
-        name: [row["importance"][key] for row in layers]
-        for name, key in (("Gini coefficient", "gini"), ("share above 0.5", "share_above_half"))
-    }
-    return [
-        panel("Telling forget from retain tokens", "balanced accuracy", accuracy="accuracy"),
-        panel("How alike the two sets are", "cosine", of_the_means="mean_cosine", of_the_subspaces="subspace_cosine"),
-        panel("Smallest principal angle", "degrees", angle="smallest_angle"),
-        Panel("Importance map", "layer", "in 0-1", at, maps),
-    ]
 
 
 def choose_layer(layers: Sequence[dict[str, Any]]) -> dict[str, Any]:
