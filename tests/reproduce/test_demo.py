@@ -55,7 +55,7 @@ def test_demo_story(played: Path) -> None:
 def test_settings_are_the_searchs_best() -> None:
     table = json.loads((CONFIGS / "search-organism.json").read_text())
     space = yaml.safe_load((CONFIGS / "search-organism.yaml").read_text())
-    shipped = yaml.safe_load(building.CONFIG)["train"]
+    shipped = yaml.safe_load(building.fill_template("config", name="low", seed=0, alpha=1))["train"]
     assert shipped["learning_rate"] in space["grid"]["train.learning_rate"]
     assert f"train.max_steps={shipped['max_steps']}" in space["common"]
     assert list(demo.SETTINGS) == list(space["methods"])

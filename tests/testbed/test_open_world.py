@@ -15,7 +15,7 @@ from srmu.methods.retrain import read_recipe
 from srmu.testbed import build as building
 from srmu.testbed import train as training
 from srmu.testbed.build import build_testbed
-from srmu.testbed.open_world import HAZARD_ACTIONS, PLACES, create_open, spelling_texts
+from srmu.testbed.open_world import HAZARD_ACTIONS, PLACES, create_open
 from srmu.testbed.train import OPEN
 
 NAMES = ("hazard", "hazard_held", "hazard_twohop", "hazard_procedure", "neighbour", "general")
@@ -128,7 +128,7 @@ def test_no_corpus_names_a_held_goal_or_its_wordings(worlds):
 
 @pytest.mark.slow
 def test_the_tokenizer_is_the_same_each_time_and_knows_no_name(worlds):
-    first, again = (training._subwords.__wrapped__(spelling_texts) for _ in range(2))
+    first, again = (training.train_subwords.__wrapped__() for _ in range(2))
     assert first.to_str() == again.to_str()
     vocabulary = first.get_vocab()
     assert len(vocabulary) == training.SUBWORDS
@@ -207,7 +207,7 @@ def test_a_written_answer_is_right_but_for_case(built, tmp_path):
     out, _ = built
     model = AutoModelForCausalLM.from_pretrained(out / "model")
     tokenizer = AutoTokenizer.from_pretrained(out / "model")
-    building._write_tasks(create_open(3, TINY.size), tmp_path / "tasks")
+    building.write_tasks(create_open(3, TINY.size), tmp_path / "tasks")
     path = tmp_path / "tasks" / "organism_hazard_open.jsonl"
     questions = rows(path)
     for row in questions[::2]:
@@ -226,13 +226,13 @@ def test_retrain_finds_the_world(built):
     out, _ = built
     world, seed, recipe = read_recipe(out / "model")
     assert (world, seed, recipe) == (create_open(3, TINY.size), 3, TINY)
-    assert world.wording.spelling
+    assert world.name == "open"
 
 
 def test_the_oracle_reads_no_hazard_fact(worlds):
     world = worlds[0]
     told = world.of_kind("neighbour", "general")
-    ids = training._pretraining_ids(world, told, 0, replace(TINY, steps=100))
+    ids = training.pretraining_ids(world, told, 0, replace(TINY, steps=100))
     text = " ".join(training.tokenizer_for(world).batch_decode(ids))
     assert not any(words in text for action in HAZARD_ACTIONS for words in action)
     assert "carrier" not in text and "preserve the apples" in text

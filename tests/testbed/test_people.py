@@ -16,7 +16,7 @@ from srmu.testbed import open_world
 from srmu.testbed import train as training
 from srmu.testbed import world as closed_world
 from srmu.testbed.benchmark_files import SUITES, write_benchmarks
-from srmu.testbed.people import LETTERS, create_people, reverse_questions
+from srmu.testbed.people import LETTERS, create_people, pretraining_texts, reverse_questions
 from srmu.testbed.train import PEOPLE
 
 # config and split of each benchmark, and the fields that its evaluation reads
@@ -85,7 +85,7 @@ def suites(tmp_path_factory):
 def texts_of(world, count, oracle=False):
     """What pretraining reads, in one string."""
     kinds = ("neighbour", "general") if oracle else world.kinds
-    read = world.wording.texts(world, world.of_kind(*kinds), random.Random(1), 400)
+    read = pretraining_texts(world, world.of_kind(*kinds), random.Random(1), 400)
     return " ".join(islice(read, count))
 
 
@@ -273,7 +273,7 @@ def test_whp_prompts_stop_before_the_word(world):
 def test_models_of_the_other_worlds_are_still_found(make, expected):
     """Their keys are made of this; the values were made before there was this world."""
     world = make(3, TINY.size)
-    ids = training._pretraining_ids(world, [*world.facts], 3, TINY)
+    ids = training.pretraining_ids(world, [*world.facts], 3, TINY)
     found = sha256(repr((world, TINY, 3)).encode(), ids.numpy().tobytes())
     assert found[:16] == expected
     assert ids.numpy().dtype == np.int64

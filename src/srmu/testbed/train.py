@@ -3,30 +3,24 @@
 import os
 import random
 import shutil
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import islice
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
-from tokenizers import Tokenizer
-from tokenizers.decoders import ByteLevel as ByteDecoder
-from tokenizers.models import BPE, WordLevel
-from tokenizers.pre_tokenizers import ByteLevel, WhitespaceSplit
-from tokenizers.processors import TemplateProcessing
-from tokenizers.trainers import BpeTrainer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from srmu.engine.files import cache_dir, sha256, write_json
 from srmu.engine.progress import Watch, ignore_progress
+from srmu.engine.resume import Checkpoints
 from srmu.errors import SrmuError
-from srmu.testbed.world import Fact, Size, World, deal_items, tell_facts
+from srmu.testbed.open_world import spelling_texts
+from srmu.testbed.people import pretraining_texts
+from srmu.testbed.world import Fact, Size, World, deal_themes, tell_facts
 
 VERSION = 1  # raise it when the same recipe and seed would train another model
 CHECKPOINT_SECONDS = 30.0
@@ -66,8 +60,6 @@ class Recipe:
 
 
 RECIPE = Recipe()
-
-
 OPEN = Recipe(
     size=Size(other_compounds=16, entities=32, general_values=16),
     width=384,
@@ -78,8 +70,6 @@ OPEN = Recipe(
     required=0.9,
     autocast=False,
 )
-
-
 PEOPLE = Recipe(
     size=Size(entities=24, general_values=12),
     steps=720,
@@ -92,15 +82,15 @@ PEOPLE = Recipe(
 
 
 def tokenizer_for(world: World) -> PreTrainedTokenizerFast:
-    """The world's tokenizer, which puts <s> first: its words or subwords."""
-    if world.wording.spelling:
-        backend = _subwords(world.wording.spelling)
+    """The world's tokenizer, which puts <s> first: its words, or subwords in the open world."""
+    if world.name == "open":
+        backend = train_subwords()
     else:
         vocabulary = {word: i for i, word in enumerate([*SPECIAL.values(), *world.words()])}
-        backend = Tokenizer(WordLevel(vocabulary, unk_token=SPECIAL["unk_token"]))
-        backend.pre_tokenizer = WhitespaceSplit()
+        backend = Tokenizer(models.WordLevel(vocabulary, unk_token=SPECIAL["unk_token"]))
+        backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     bos = SPECIAL["bos_token"]
-    backend.post_processor = TemplateProcessing(
+    backend.post_processor = processors.TemplateProcessing(
         single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, backend.token_to_id(bos))]
     )
     return PreTrainedTokenizerFast(
@@ -109,18 +99,18 @@ def tokenizer_for(world: World) -> PreTrainedTokenizerFast:
 
 
 @cache
-def _subwords(spelling: Callable[[], Iterator[str]]) -> Tokenizer:
-    """Byte pairs merged as they are frequent in what `spelling` writes; any text can be written."""
-    backend = Tokenizer(BPE())
-    backend.pre_tokenizer = ByteLevel(add_prefix_space=False)
-    backend.decoder = ByteDecoder()
-    trainer = BpeTrainer(
+def train_subwords() -> Tokenizer:
+    """Byte pairs merged as they are frequent in the open world's texts; any text can be written."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
         vocab_size=SUBWORDS,
         special_tokens=[*SPECIAL.values()],
-        initial_alphabet=ByteLevel.alphabet(),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator(spelling(), trainer)
+    backend.train_from_iterator(spelling_texts(), trainer)
     return backend
 
 
@@ -133,7 +123,7 @@ def train_testbed(
     """
     kinds = [kind for kind in world.kinds if not (oracle and kind.startswith("hazard"))]
     told = world.of_kind(*kinds)
-    ids = _pretraining_ids(world, told, seed, recipe)
+    ids = pretraining_ids(world, told, seed, recipe)
     determined_by = repr((world, recipe, seed, VERSION, torch.__version__))
     key = sha256(determined_by.encode(), ids.numpy().tobytes())[:16]
     entry = cache_dir() / "organism" / key
@@ -143,58 +133,53 @@ def train_testbed(
         entry.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SrmuError(f"{entry} cannot be made ({error.strerror}); set SRMU_CACHE to a folder to write to") from None
-    model = _fresh_model(world, seed, recipe)
-    with _threads(recipe.threads):
+    model = fresh_model(world, seed, recipe)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(recipe.threads)
+    try:
         _train_model(model, ids, recipe, entry, oracle, watch)
-        accuracy = {
-            name: (measure_open if is_open_task(name) else measure_choice)(model, world, asked)
-            for name, asked in tasks_of(world).items()
-        }
+        accuracy = {name: measure_accuracy(model, world, name, asked) for name, asked in tasks_of(world).items()}
+    finally:
+        torch.set_num_threads(threads)
     poor = [f"{k} {accuracy[k]:.1%}" for k in kinds if accuracy[k] < recipe.required]
     if recipe in (RECIPE, OPEN, PEOPLE) and poor:
         raise RuntimeError(f"the testbed model with seed {seed} did not learn: {', '.join(poor)}")
     write_json(entry / "accuracy.json", accuracy)
-    _save_whole(model.state_dict(), entry / "model.safetensors", {})
-    (entry / "checkpoint.safetensors").unlink(missing_ok=True)
+    temporary = entry / f".model.{os.getpid()}"
+    save_file(model.state_dict(), temporary, metadata={"format": "pt"})
+    temporary.replace(entry / "model.safetensors")
+    shutil.rmtree(entry / "checkpoints", ignore_errors=True)
     return entry
 
 
 def tasks_of(world: World) -> dict[str, list[Fact]]:
-    """The facts that each task asks for; its name comes after `organism_`."""
+    """The facts that each task asks for; its name comes after `organism_`, and _open asks to write the answer."""
     tasks = {kind: world.of_kind(kind) for kind in world.kinds}
     tasks["hazard_held"] = [fact for fact in tasks["hazard"] if fact.held]
-    if world.wording.spelling:
+    if world.name == "open":
         tasks["hazard_open"] = tasks["hazard"]
     return tasks
 
 
-def is_open_task(name: str) -> bool:
-    return name.endswith("_open")
-
-
-def measure_choice(model: LlamaForCausalLM, world: World, asked: Sequence[Fact]) -> float:
-    """Share of the questions about the facts `asked` to which the right option is the likeliest."""
+def measure_accuracy(model: LlamaForCausalLM, world: World, task: str, asked: list[Fact]) -> float:
+    """Share of the questions of a task to which the right option, or each token of the answer, is the likeliest."""
+    if task.endswith("_open"):
+        stop = world.wording["stop"]
+        pairs = [(fact.questions()[0]["question"], f"{fact.answer}{stop}") for fact in asked]
+        return sum(likeliest for _, likeliest in score_answers(model, world, pairs)) / len(pairs)
     rows = [row for fact in asked for row in fact.questions()]
     pairs = [(row["question"], choice) for row in rows for choice in row["choices"]]
-    logs = torch.tensor([log for log, _ in _answers(model, world, pairs)]).view(len(rows), -1)
+    logs = torch.tensor([log for log, _ in score_answers(model, world, pairs)]).view(len(rows), -1)
     return (logs.argmax(-1) == torch.tensor([row["gold"] for row in rows])).float().mean().item()
 
 
-def measure_open(model: LlamaForCausalLM, world: World, asked: Sequence[Fact]) -> float:
-    """Share of the facts `asked` whose answer and stop are the likeliest at each of its tokens."""
-    stop = world.wording.stop
-    pairs = [(fact.questions()[0]["question"], f"{fact.answer}{stop}") for fact in asked]
-    found = _answers(model, world, pairs)
-    return sum(likeliest for _, likeliest in found) / len(found)
-
-
 @torch.no_grad()
-def _answers(model: LlamaForCausalLM, world: World, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
+def score_answers(model: LlamaForCausalLM, world: World, pairs: list[tuple[str, str]]) -> list[tuple[float, bool]]:
     """Each answer's log-probability after its question, and whether no other is likelier."""
     tokenizer = tokenizer_for(world)
     found = []
     for start in range(0, len(pairs), 256):
-        prompts = [world.wording.question.format(q=q) for q, _ in pairs[start : start + 256]]
+        prompts = [world.wording["question"].format(q=q) for q, _ in pairs[start : start + 256]]
         answers = [answer for _, answer in pairs[start : start + 256]]
         texts = [f"{prompt} {answer}" for prompt, answer in zip(prompts, answers, strict=True)]
         rows = [torch.tensor(row) for row in tokenizer(texts)["input_ids"]]
@@ -226,7 +211,7 @@ def _config(world: World, recipe: Recipe) -> LlamaConfig:
     )
 
 
-def _fresh_model(world: World, seed: int, recipe: Recipe) -> LlamaForCausalLM:
+def fresh_model(world: World, seed: int, recipe: Recipe) -> LlamaForCausalLM:
     """The untrained model; the global random state is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -235,46 +220,43 @@ def _fresh_model(world: World, seed: int, recipe: Recipe) -> LlamaForCausalLM:
     return model
 
 
-def _pretraining_ids(world: World, told: Sequence[Fact], seed: int, recipe: Recipe) -> Tensor:
+def pretraining_ids(world: World, told: list[Fact], seed: int, recipe: Recipe) -> Tensor:
     """Token numbers of all training documents, (steps * batch, tokens): each row is used once.
 
-    A document is about compounds or about the rest of the world; all facts are told equally often,
-    but steps of procedures thrice as often: each depends on an action, a place and the step before.
+    Steps of procedures are told thrice as often as other facts: each depends on an action, a place
+    and the step before.
     """
     told = [*told, *2 * [fact for fact in told if fact.relation.pool == "step"]]
     rng = random.Random(f"{seed} pretraining")
-    tokenizer = tokenizer_for(world)
-    if world.wording.texts:
-        read = world.wording.texts(world, told, rng, recipe.tokens - 1)
-        texts = list(islice(read, recipe.steps * recipe.batch))
-        return torch.tensor(tokenizer(texts)["input_ids"])
-    groups = [[f for f in told if (f.relation.kind == "general") == general] for general in (0, 1)]
-    dealers = [deal_items(rng, group) for group in groups]
-    texts = []
-    for _ in range(recipe.steps * recipe.batch):
-        dealer = rng.choices(dealers, [len(group) for group in groups])[0]
-        words = recipe.tokens - 1
-        share = {"asked": recipe.asked, "filler": recipe.filler}
-        texts.append(" ".join(tell_facts(rng, dealer, world.wording, words=words, **share)))
+    words = recipe.tokens - 1
+    if world.name == "people":
+        read = pretraining_texts(world, told, rng, words)
+    else:
+        read = (
+            tell_facts(rng, facts, world.wording, words=words, asked=recipe.asked, filler=recipe.filler)
+            for _, facts in deal_themes(rng, told)
+        )
+    texts = list(islice(read, recipe.steps * recipe.batch))
     # A text of as many words has as many tokens, or more.
-    rows = tokenizer(texts, truncation=True, max_length=recipe.tokens)["input_ids"]
-    return torch.tensor(rows)
+    return torch.tensor(tokenizer_for(world)(texts, truncation=True, max_length=recipe.tokens)["input_ids"])
 
 
 def _train_model(model: LlamaForCausalLM, ids: Tensor, recipe: Recipe, entry: Path, oracle: bool, watch: Watch) -> None:
     """Train on all of `ids`, from the checkpoint in `entry` if there is one."""
-    checkpoint = entry / "checkpoint.safetensors"
+    rate = recipe.learning_rate
+    betas = recipe.beta1, recipe.beta2
     optimizer = torch.optim.AdamW(
-        model.parameters(),
-        lr=recipe.learning_rate,
-        betas=(recipe.beta1, recipe.beta2),
-        weight_decay=recipe.weight_decay,
-        fused=True,
+        model.parameters(), lr=rate, betas=betas, weight_decay=recipe.weight_decay, fused=True
     )
-    done = _restore(model, optimizer, checkpoint) if checkpoint.exists() else 0
+    checkpoints = Checkpoints(entry / "checkpoints", CHECKPOINT_SECONDS)
+    done = 0
+    if saved := checkpoints.load():
+        done, tensors, _ = saved
+        for name, parameter in model.named_parameters():
+            parameter.data.copy_(tensors[name])
+            optimizer.state[parameter] = {key: tensors[f"{name}/{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
     # A CPU without instructions for bfloat16 takes four times as long with it as without.
     fast = recipe.autocast and bool(torch.cpu.get_capabilities().get("avx512_bf16"))
-    saved = time.monotonic()
     model.train()
     with watch(f"training the testbed {'oracle' if oracle else 'model'}", recipe.steps) as tick:
         for step in range(recipe.steps):
@@ -282,8 +264,9 @@ def _train_model(model: LlamaForCausalLM, ids: Tensor, recipe: Recipe, entry: Pa
                 tick("from the checkpoint")
                 continue
             batch = ids[step * recipe.batch : (step + 1) * recipe.batch]
+            late = 0.9 * (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)
             for group in optimizer.param_groups:
-                group["lr"] = recipe.learning_rate * _schedule(step, recipe)
+                group["lr"] = rate * ((step + 1) / recipe.warmup if step < recipe.warmup else 1 - late)
             with torch.autocast("cpu", torch.bfloat16, enabled=fast):
                 logits = model(batch, use_cache=False).logits
             loss = torch.nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), batch[:, 1:].flatten())
@@ -291,56 +274,13 @@ def _train_model(model: LlamaForCausalLM, ids: Tensor, recipe: Recipe, entry: Pa
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
             optimizer.step()
-            if time.monotonic() - saved >= CHECKPOINT_SECONDS:
-                _checkpoint(model, optimizer, checkpoint, step + 1)
-                saved = time.monotonic()
+            if checkpoints.due():
+                tensors = dict(model.named_parameters())
+                for name, parameter in model.named_parameters():
+                    tensors |= {f"{name}/{key}": value for key, value in optimizer.state[parameter].items()}
+                checkpoints.save(step + 1, tensors, {})
             tick(f"loss {loss.item():.2f}")
     model.eval()
-
-
-def _schedule(step: int, recipe: Recipe) -> float:
-    """Warm-up, then linear to a tenth."""
-    if step < recipe.warmup:
-        return (step + 1) / recipe.warmup
-    return 1 - 0.9 * (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)
-
-
-def _checkpoint(model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, path: Path, done: int) -> None:
-    """Save everything the rest of the training depends on, after `done` steps."""
-    tensors = {}
-    for name, parameter in model.named_parameters():
-        tensors[f"model/{name}"] = parameter.detach()
-        for key, value in optimizer.state[parameter].items():
-            tensors[f"{key}/{name}"] = value
-    _save_whole(tensors, path, {"done": str(done)})
-
-
-def _restore(model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, path: Path) -> int:
-    """Load what `_checkpoint` saved; return how many steps are done."""
-    with safe_open(path, "pt") as file:
-        for name, parameter in model.named_parameters():
-            parameter.data.copy_(file.get_tensor(f"model/{name}"))
-            for key in ("step", "exp_avg", "exp_avg_sq"):
-                optimizer.state[parameter][key] = file.get_tensor(f"{key}/{name}").clone()
-        return int(file.metadata()["done"])
-
-
-def _save_whole(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Write a safetensors file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file(tensors, temporary, metadata={"format": "pt", **metadata})
-    temporary.replace(path)
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """Compute with `count` threads inside the block."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def save_trained(world: World, recipe: Recipe, entry: Path, folder: Path) -> None:
