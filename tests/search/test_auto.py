@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from helpers import attack_world as world
 from helpers.models import Call, texts
+from helpers.results import write_metrics
 from srmu import attacks
 from srmu.attacks import suite
 from srmu.data.digest import digest_texts
@@ -21,8 +23,8 @@ from srmu.evals.subject import Subject, mark_answers
 from srmu.methods import METHODS
 from srmu.runs.plan import load_tokenizer
 from srmu.runs.run import Run
-from srmu.search import auto, explain, objective, robust
-from srmu.search.objective import TextYardstick, Yardstick, hold_out
+from srmu.search import auto, objective, robust
+from srmu.search.objective import TextYardstick, Yardstick, hold_out, sort_entries
 
 TRIALS = 3
 NAMED = ("--forget", "forget.jsonl", "--retain", "neutral.jsonl")
@@ -195,16 +197,18 @@ def test_nothing_within_the_budget(inside: None, call: Call, place: Path, monkey
 
 def test_what_is_said_of_a_choice() -> None:
     def one(forgetting: float, loss: float) -> dict[str, Any]:
-        return {"values": {"forgetting": forgetting, "utility_loss": loss}, "params": {}}
+        return {"values": {"forgetting": forgetting, "utility_loss": loss}, "params": {"method.kappa": 4.0}}
 
     found = [one(0.01, 0.0), one(0.6, 0.03), one(0.5, 0.02), {"values": {}, "params": {}}]
-    assert objective.best_entry(found, 0.01) is None
-    said = explain.explain_none(0.01, found)
-    assert "within the budget of 1.00% of utility" in said
-    assert said.endswith("the nearest forgets 50% for 2.00%.")
-    assert objective.best_entry([*found, one(0.6, 0.02)], 0.03) == one(0.6, 0.02)  # of equals
-    assert "4 runs 2 lose at most 2.50%" in explain.explain_trial(0.05, found[2], [*found, one(0.4, 0.04)])
-    assert "within the whole budget" in explain.explain_trial(0.02, found[2], found)
+    assert sort_entries(found) == [found[1], found[2]]  # the others forget no more than noise
+    assert sort_entries([*found, one(0.6, 0.02)])[0] == one(0.6, 0.02)  # of equals
+    (said,) = auto.explain_choice("search", budget=0.01, nearest=found[2], count=4)
+    assert said == ("No trial forgets within the budget of 1.00% of utility; the nearest forgets 50% for 2.00%.")
+    (said,) = auto.explain_choice("search", chosen=found[2], losses=[0.0, 0.03, 0.02, 0.04], limit=0.025, margin=0.5)
+    assert "Of 4 runs 2 lose at most 2.50% of utility" in said and "(0.5 of the budget," in said
+    assert said.endswith("; of these this one forgets most, 50% for 2.00%: method.kappa=4.0.")
+    (said,) = auto.explain_choice("search", chosen=found[2], losses=[0.0], limit=0.01, margin=0.5)
+    assert "within the whole budget this one" in said
     assert objective.trial_worth(found[1]["values"], 0.01) == pytest.approx(0.2)
     assert objective.trial_worth(found[0]["values"], 0.01) == 0.01
 
@@ -325,21 +329,22 @@ def test_held_out_by_content() -> None:
         hold_out("forget", texts(30, 3))
 
 
-def test_outcome_is_what_it_says() -> None:
+def test_outcome_is_what_it_says(tmp_path: Path) -> None:
     """(A0 - Au) / (A0 - chance), and the mean fall of what is to be kept."""
     part: Any = type("Part", (), {"chance": 0.25})  # of four options
     yardstick = Yardstick({"gone": part}, {"a": part, "b": part})
-    values = {"gone": (0.85, 0.40), "a": (1.0, 0.9), "b": (0.8, 0.9)}
-    scores = {
-        when: {f"{name}_val/acc": {"value": pair[i]} for name, pair in values.items()}
-        for i, when in enumerate(("before", "after"))
-    }
-    outcome = yardstick.outcome(scores)
-    assert outcome["forgetting"] == pytest.approx(0.45 / 0.60)
-    assert outcome["utility_loss"] == pytest.approx((0.1 - 0.1) / 2)
-    scores["before"]["gone_val/acc"]["value"] = 0.27
+
+    def outcome(gone_before: float) -> dict[str, float]:
+        values = {"gone": (gone_before, 0.40), "a": (1.0, 0.9), "b": (0.8, 0.9)}
+        for i, when in enumerate(("before", "after")):
+            write_metrics(tmp_path, **{when: {f"{k}_val/acc": {"value": v[i], "n": 20} for k, v in values.items()}})
+        run: Any = SimpleNamespace(folder=tmp_path)
+        return yardstick.outcome(run)
+
+    assert outcome(0.85)["forgetting"] == pytest.approx(0.45 / 0.60)
+    assert outcome(0.85)["utility_loss"] == pytest.approx((0.1 - 0.1) / 2)
     with pytest.raises(SrmuError, match="it knows nothing of this"):
-        yardstick.outcome(scores)
+        outcome(0.27)
 
 
 def test_layers_of_a_deep_model_are_spread() -> None:

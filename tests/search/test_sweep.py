@@ -29,8 +29,8 @@ from srmu.evals.results import read_attacks, read_metrics
 from srmu.runs.run import Run
 from srmu.search import sweep
 from srmu.search.queue import FILE, RETRIES, Study, list_points, open_study, queue_points, work_queue
-from srmu.search.space import PlaceSampler, make_dimension
-from srmu.search.sweep import Plan, sweep_rows
+from srmu.search.space import Dimension, PlaceSampler
+from srmu.search.sweep import Sweep, read_sweep, sweep_rows
 
 # --- what is searched
 
@@ -47,7 +47,7 @@ from srmu.search.sweep import Plan, sweep_rows
     ],
 )
 def test_values_of_a_dimension(given: Any, values: tuple[Any, ...]) -> None:
-    found = make_dimension("key", given).list_values()
+    found = Dimension.model_validate(given).list_values()
     assert found == values
     assert [type(v) for v in found] == [type(v) for v in values]
 
@@ -62,9 +62,9 @@ def test_values_of_a_dimension(given: Any, values: tuple[Any, ...]) -> None:
     ],
 )
 def test_a_sampler_stays_in_a_range(given: Any, kind: type, low: float, high: float) -> None:
-    one = make_dimension("key", given)
+    one = Dimension.model_validate(given)
     study = optuna.create_study(sampler=RandomSampler(seed=0))
-    found = [one.suggest(study.ask(), grid=False) for _ in range(100)]
+    found = [one.suggest(study.ask(), "key", grid=False) for _ in range(100)]
     assert {type(v) for v in found} == {kind}
     assert low <= min(found) < max(found) <= high
     if one.step is not None:
@@ -338,18 +338,18 @@ def trivial(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, float]]:
         made.append({"kappa": config.method.kappa, "seed": config.seed})
         return SimpleNamespace(folder=Path(config.runs_dir) / str(len(made)), config=config)
 
-    def of_run(plan: Plan, run: Any) -> Any:
+    def of_run(plan: Sweep, run: Any) -> Any:
         value = run.config.method.kappa / 100 + run.config.seed / 1000
         return {"task/acc": {"value": value, "stderr": 0.01, "n": 50.0}}
 
     monkeypatch.setattr(sweep, "unlearn_config", unlearn)
     monkeypatch.setattr(sweep, "run_metrics", of_run)
-    monkeypatch.setattr(Plan, "check_objectives", lambda *args: None)
+    monkeypatch.setattr(sweep, "check_objectives", lambda *args: None)
     return made
 
 
 def test_a_grid_is_the_product_and_seeds_are_replicates(written: Any, trivial: list[dict[str, float]]) -> None:
-    found = sweep.run_sweep(Plan(written(seeds=[0, 2])))
+    found = sweep.run_sweep(read_sweep(written(seeds=[0, 2])))
     assert [one["params"] for one in found["trials"]] == [
         {"method.kappa": kappa, "method.alpha": alpha} for kappa in (8, 16) for alpha in (10, 100)
     ]
@@ -364,7 +364,7 @@ def test_a_grid_is_the_product_and_seeds_are_replicates(written: Any, trivial: l
 
 def test_what_matters(written: Any, trivial: list[dict[str, float]]) -> None:
     space = {"method.kappa": [1, 2, 3, 4], "method.alpha": [10, 100]}
-    found = sweep.run_sweep(Plan(written(search=space)))
+    found = sweep.run_sweep(read_sweep(written(search=space)))
     assert found["importance"]["method.kappa"] > 0.95
     assert sum(found["importance"].values()) == pytest.approx(1)
 
@@ -373,7 +373,7 @@ def test_nothing_matters_where_all_is_equal(
     written: Any, trivial: list[dict[str, float]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sweep, "run_metrics", lambda *args: {"task/acc": {"value": 0.25, "stderr": 0.1, "n": 50}})
-    found = sweep.run_sweep(Plan(written(search={"method.alpha": [*range(1, 9)]})))
+    found = sweep.run_sweep(read_sweep(written(search={"method.alpha": [*range(1, 9)]})))
     assert found["importance"] == {}
 
 
@@ -382,8 +382,8 @@ def test_nothing_matters_where_all_is_equal(
 def test_samplers_choose_what_is_left(written: Any, trivial: list[dict[str, float]], kind: str) -> None:
     space = {"method.kappa": {"low": 1, "high": 64, "log": True}}
     path = written(search=space, sampler=kind, trials=12)
-    sweep.run_sweep(Plan(path))
-    found = sweep.run_sweep(Plan(path, ["trials=14"]))  # two more of the same study
+    sweep.run_sweep(read_sweep(path))
+    found = sweep.run_sweep(read_sweep(path, ["trials=14"]))  # two more of the same study
     assert [one["state"] for one in found["trials"]] == ["complete"] * 14 and len(trivial) == 14
     best = min(found["trials"], key=lambda one: one["values"]["task/acc"])
     assert found["trials"][found["front"][0]]["values"] == best["values"]
@@ -393,7 +393,7 @@ def test_samplers_choose_what_is_left(written: Any, trivial: list[dict[str, floa
 def test_pruning_stops_between_seeds(written: Any, trivial: list[dict[str, float]]) -> None:
     kappas = [1, 2, 3, 4, 5, 6, 90, 91]  # the pruner watches five trials first
     path = written(search={"method.kappa": kappas}, seeds=[0, 1, 2], prune=True)
-    found = sweep.run_sweep(Plan(path))
+    found = sweep.run_sweep(read_sweep(path))
     states = {one["params"]["method.kappa"]: one["state"] for one in found["trials"]}
     assert states[90] == states[91] == "pruned" and states[1] == "complete"
     assert Counter(run["kappa"] for run in trivial)[90] == 1
@@ -406,8 +406,23 @@ def test_the_sweeps_that_come_with_srmu(written: Any, name: str, trials: int) ->
     run = written().with_name("run.yaml")
     path = Path(__file__).parents[2] / "configs" / f"{name}.yaml"
     given = [f"config={run}", "set=[method.name=srmu]", f"out={run.parent / 'out'}"]
-    ready = Plan(path, given)
-    assert len(ready.queue) == trials and len(ready.sweep.objectives) > 1
+    ready = read_sweep(path, given)
+    assert len(ready.list_points()) == trials and len(ready.objectives) > 1
+
+
+def test_an_override_replaces_a_key_of_the_space(written: Any, trivial: list[dict[str, float]]) -> None:
+    """The keys of a space have dots of their own."""
+    given = ["search.method.kappa=[8]", "search.train.max_steps={low: 1, high: 2}"]
+    found = sweep.run_sweep(read_sweep(written(), given))
+    assert found["space"] == {
+        "method.kappa": [8], "method.alpha": [10, 100], "train.max_steps": {"low": 1, "high": 2, "step": 1},
+    }  # fmt: skip
+    assert {run["kappa"] for run in trivial} == {8} and len(trivial) == 4
+
+
+def test_a_run_config_is_no_sweep_file(written: Any, call: Any) -> None:
+    path = written().with_name("run.yaml")
+    assert_refused(call("sweep", path), "run.yaml is no sweep file", "config: run.yaml", f"srmu unlearn {path}")
 
 
 BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
@@ -503,12 +518,6 @@ def test_a_file_that_is_no_database(tmp_path: Path) -> None:
         study_of(tmp_path, 1, RandomSampler())
 
 
-def test_a_study_of_an_earlier_srmu(tmp_path: Path) -> None:
-    (tmp_path / "study.log").touch()
-    with pytest.raises(SrmuError, match=r"study\.log is a study of an earlier srmu: remove it"):
-        study_of(tmp_path, 1, RandomSampler())
-
-
 @pytest.mark.slow
 def test_a_sweep_from_file_to_table(tmp_path: Path, call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     world.write(tmp_path)
@@ -575,7 +584,7 @@ def test_ctrl_c_says_how_to_go_on(
     path = written()
     measure = sweep.run_metrics
 
-    def interrupted(plan: Plan, run: Any) -> Any:
+    def interrupted(plan: Sweep, run: Any) -> Any:
         if len(trivial) == 2:
             raise KeyboardInterrupt
         return measure(plan, run)

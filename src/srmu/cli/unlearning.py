@@ -190,19 +190,19 @@ def sweep_command(
     from srmu.search import sweep as search
 
     more = [] if trials is None else [f"trials={trials}"]
-    plan = search.Plan(Path(args[0]), [*args[1:], *more])
+    sweep = search.read_sweep(Path(args[0]), [*args[1:], *more])
     try:
-        report = search.run_sweep(plan, storage, show_progress)
+        report = search.run_sweep(sweep, storage, show_progress)
     except KeyboardInterrupt:
         print_line(KEPT)
         raise
     if (table := search.sweep_rows(report)) and not as_json:
         print_table(table)
-    out = shorten_path(plan.out)
+    out = shorten_path(sweep.out)
     lines = [*search.describe_sweep(report), f"wrote {out / search.FILE}", next_command("report", out)]
     if best := next(iter(search.best_trials(report)), None):
-        overrides = plan.overrides(best["params"])
-        lines.append(f"      {quote_command('unlearn', shorten_path(plan.config), *overrides)}")
+        overrides = sweep.list_overrides(best["params"])
+        lines.append(f"      {quote_command('unlearn', shorten_path(sweep.config), *overrides)}")
     print_result(report, as_json, *lines)
 
 

@@ -93,8 +93,9 @@ def open_study(
     over. SrmuError where the study exists with another `spec`, or cannot be reached.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    database = open_storage(storage, heartbeat)
-    with redact_errors(storage):
+    with redact_errors(storage), warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        database = open_storage(storage, heartbeat)
         with suppress(DuplicatedStudyError):
             optuna.create_study(storage=database, study_name=name, directions=[*directions])
         study = Study(name, database, sampler=sampler, pruner=pruner)
@@ -110,46 +111,30 @@ def open_study(
 
 def open_storage(storage: str | Path, heartbeat: int) -> QueueStorage:
     """The database of a study; SrmuError where it cannot be used."""
-    connect_args: dict[str, Any] = {"connect_timeout": 10}
     if isinstance(storage, Path):
-        require_no_journal(storage.parent)
         storage.parent.mkdir(parents=True, exist_ok=True)
         url = URL.create("sqlite", database=str(storage.resolve()))
         heartbeat = min(heartbeat, LOCAL_HEARTBEAT)
-        connect_args = {"timeout": PATIENCE, "isolation_level": None}  # see `lock_file`
+        connect_args: dict[str, Any] = {"timeout": PATIENCE, "isolation_level": None}  # see `lock_file`
     else:
-        server = parse_storage(storage)
+        server, connect_args = parse_storage(storage), {"connect_timeout": 10}
         if server is None or server.get_backend_name() not in ("postgresql", "postgres"):
             raise SrmuError(
-                f"storage {redact_storage(storage)}: expected "
-                "postgresql://USER:PASSWORD@HOST:PORT/DATABASE; "
+                f"storage {redact_storage(storage)}: expected postgresql://USER:PASSWORD@HOST:PORT/DATABASE; "
                 f"without one, {FILE} in the output folder is used"
             )
-        # plain postgresql:// means another driver to SQLAlchemy
-        url = server.set(drivername="postgresql+psycopg")
-    with redact_errors(storage), warnings.catch_warnings():
-        warnings.simplefilter("ignore", ExperimentalWarning)
-        for attempts_left in reversed(range(5)):
-            try:
-                return QueueStorage(url, heartbeat, connect_args)
-            except ImportError:
-                raise SrmuError("PostgreSQL needs a driver: pip install 'srmu[postgres]'") from None
-            except exc.DatabaseError as error:
-                two_at_once = isinstance(error, exc.IntegrityError) or "already exists" in str(error)
-                if not (two_at_once and attempts_left):
-                    raise
-                time.sleep(POLL)
+        url = server.set(drivername="postgresql+psycopg")  # plain postgresql:// means another driver to SQLAlchemy
+    for attempts_left in reversed(range(5)):
+        try:
+            return QueueStorage(url, heartbeat, connect_args)
+        except ImportError:
+            raise SrmuError("PostgreSQL needs a driver: pip install 'srmu[postgres]'") from None
+        except exc.DatabaseError as error:
+            two_at_once = isinstance(error, exc.IntegrityError) or "already exists" in str(error)
+            if not (two_at_once and attempts_left):
+                raise
+            time.sleep(POLL)
     raise AssertionError
-
-
-def require_no_journal(folder: Path) -> None:
-    """SrmuError where an earlier version of srmu kept its study in a folder."""
-    for name in ("study.log", "study.journal"):
-        if (folder / name).exists():
-            raise SrmuError(
-                f"{folder / name} is a study of an earlier srmu: remove it and type the same again "
-                "(finished runs beside it are used, not made again), or name another out folder"
-            )
 
 
 @contextmanager
@@ -186,21 +171,17 @@ def parse_storage(storage: str) -> URL | None:
 
 def require_same(name: str, known: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """SrmuError where the study was made for something else: says what."""
-    old, new = dict(dotted_leaves(known)), dict(dotted_leaves(wanted))
-    for key in dict.fromkeys([*new, *old]):
-        if old.get(key) != new.get(key):
-            was, now = (str(one.get(key, "nothing"))[:60] for one in (old, new))
-            raise SrmuError(
-                f"study {name!r} exists with another {key}: {was}, here {now}; "
-                "give this one another name or another out folder"
-            )
-
-
-def dotted_leaves(value: Any, key: str = "") -> list[tuple[str, Any]]:
-    """The values of a tree of mappings, by dotted keys."""
-    if not isinstance(value, Mapping):
-        return [(key.lstrip("."), value)]
-    return [leaf for k, v in value.items() for leaf in dotted_leaves(v, f"{key}.{k}")]
+    for key in dict.fromkeys([*wanted, *known]):
+        was, now = known.get(key, "nothing"), wanted.get(key, "nothing")
+        if was == now:
+            continue
+        if isinstance(was, dict) and isinstance(now, dict):
+            prefixed = [{f"{key}.{inner}": value for inner, value in tree.items()} for tree in (was, now)]
+            require_same(name, *prefixed)
+        raise SrmuError(
+            f"study {name!r} exists with another {key}: {str(was)[:60]}, here {str(now)[:60]}; "
+            "give this one another name or another out folder"
+        )
 
 
 def work_queue(
@@ -223,7 +204,7 @@ def work_queue(
     with redact_errors(study.storage):
         points = list_points(study)
         if not has_answers(points):  # a mistake in what all have in common was mended
-            queue_points(study, [point for point in points if point.has_failed])
+            queue_points(study, [point for point in points if has_failed(point.standing)])
         left = sum(not point.is_over for point in list_points(study))
         with watch(label, left) as tick:
             while True:
@@ -253,7 +234,9 @@ def take_trial(study: Study, objective: Objective, failures: list[str], in_turn:
     """Run the next trial of the queue; add to `failures` why it failed."""
 
     def attempt(trial: optuna.Trial) -> float | Sequence[float]:
-        if not is_needed(study, trial, in_turn):
+        standing = [point.standing for point in list_points(study) if point.standing]
+        earlier = [t for t in standing if t.state == TrialState.RUNNING and t.number < trial.number]
+        if trial.number not in {t.number for t in standing} or (in_turn and earlier):
             trial.set_user_attr("surplus", True)
             raise SurplusTrialError
         try:
@@ -299,17 +282,11 @@ class Point:
         return self.standing.state if self.standing else None
 
     @property
-    def has_failed(self) -> bool:
-        """Whether it failed by itself, not for want of a worker."""
-        return self.standing is not None and has_failed(self.standing)
-
-    @property
     def is_lost(self) -> bool:
         """Whether no worker has it. After `RETRIES` more dead workers the trial is given up."""
-        if self.state != TrialState.FAIL or self.has_failed:
-            return self.state is None
         killed = [t for t in self.trials if not {"why", "stopped"} & {*t.user_attrs}]
-        return len(killed) <= RETRIES
+        died = self.state == TrialState.FAIL and not has_failed(self.standing)
+        return self.state is None or (died and len(killed) <= RETRIES)
 
     @property
     def is_over(self) -> bool:
@@ -327,24 +304,18 @@ def list_points(study: Study) -> list[Point]:
 
 
 def queue_points(study: Study, points: Sequence[Point]) -> None:
-    """Queue a trial of each point. Two workers may do so at once: see `is_needed`."""
+    """Queue a trial of each point. Two workers may do so at once: see `take_trial`."""
     for point in points:
         study.enqueue_trial(dict(point.params), user_attrs={"point": point.number})
-
-
-def is_needed(study: Study, trial: optuna.Trial, in_turn: bool) -> bool:
-    """Whether it is for this trial to do its point, and its turn."""
-    points = [point.standing for point in list_points(study) if point.standing]
-    earlier = [t for t in points if t.state == TrialState.RUNNING and t.number < trial.number]
-    return trial.number in {t.number for t in points} and not (in_turn and earlier)
 
 
 def has_answers(points: Sequence[Point]) -> bool:
     return any(point.state in ANSWERED for point in points)
 
 
-def has_failed(trial: FrozenTrial) -> bool:
-    return trial.state == TrialState.FAIL and "why" in trial.user_attrs
+def has_failed(trial: FrozenTrial | None) -> bool:
+    """Whether it failed by itself, not for want of a worker."""
+    return trial is not None and trial.state == TrialState.FAIL and "why" in trial.user_attrs
 
 
 def is_ended(trial: FrozenTrial) -> bool:
@@ -354,19 +325,15 @@ def is_ended(trial: FrozenTrial) -> bool:
 
 def trial_entry(trial: FrozenTrial) -> dict[str, Any]:
     """A trial as `sweep.json` and `auto.json` have it; its objective leaves `measured` in it."""
-    measured = trial.user_attrs.get("measured", {})
-    why = trial.user_attrs.get("why", "")
-    if trial.state == TrialState.FAIL and not why:
-        why = "its worker died"
-    queued = trial.params or trial.system_attrs.get("fixed_params", {})
+    failed = trial.state == TrialState.FAIL
+    params = trial.params or trial.system_attrs.get("fixed_params", {})
+    entry: dict[str, Any] = {"params": params, "values": {}, "runs": [], "seconds": 0.0}
     return {
+        **entry,
+        **trial.user_attrs.get("measured", {}),
         "number": trial.number,
-        "state": "failed" if trial.state == TrialState.FAIL else trial.state.name.lower(),
-        "params": measured.get("params") or queued,
-        "values": measured.get("values", {}),
-        "runs": measured.get("runs", []),
-        "seconds": measured.get("seconds", 0.0),
-        "why": why,
+        "state": "failed" if failed else trial.state.name.lower(),
+        "why": trial.user_attrs.get("why", "its worker died" if failed else ""),
     }
 
 

@@ -14,27 +14,19 @@ from srmu.attacks.base import Exam
 from srmu.attacks.relearning_steps import RelearningSteps
 from srmu.attacks.suite import Sources, fill_sources, load_exam, load_texts, read_run_texts
 from srmu.attacks.summary import best_setting
-from srmu.engine.progress import Watch
-from srmu.errors import SrmuError
 from srmu.evals.statistics import LEAST
 from srmu.evals.subject import NotApplicable, Question, Subject, list_facts
 from srmu.methods.rename_scrub import RenameScrub
 from srmu.runs.config import Config
 from srmu.runs.open import open_target
 from srmu.runs.run import Run
-from srmu.search.objective import Bench, Entry, search_configs
 from srmu.search.space import round_value, scale_rate
 
 METHOD = "rename_scrub"
-KEEPING = (1.0, 2.0, 0.5)  # times its weights of what is to be kept: as set, safer, stronger
+KEEPING = (1.0, 2.0, 0.5)  # times its own weights of what is to be kept: as set, safer, stronger
 WIDTH = 640  # inputs of a down-projection of the testbed's model, on which its rate was found
 STEPS = 250
 NOISE = 0.1
-UNPROTECTED = (
-    "It does not protect against texts or questions that tell the facts themselves, against longer "
-    "fine-tuning than was tried, nor does it cover what has no name or goal on the lists: other "
-    "names, or steps of a procedure whose goal was not given (--goals)."
-)
 
 
 def start_values(config: Config, keeping: float) -> dict[str, Any]:
@@ -46,18 +38,6 @@ def start_values(config: Config, keeping: float) -> dict[str, Any]:
         "train.learning_rate": round_value(scale_rate(config, WIDTH)),
         "train.max_steps": STEPS,
     }
-
-
-def search_weights(bench: Bench, trials: int, watch: Watch) -> list[Entry]:
-    """Runs with other weights of what is kept, the method's own first: at most three.
-
-    SrmuError where the first fails: the others are compared with it.
-    """
-    settings = [start_values(bench.config, keeping) for keeping in KEEPING[:trials]]
-    entries = search_configs(bench, "weights", settings, watch)
-    if not entries[0]["values"]:
-        raise SrmuError(entries[0]["why"])
-    return entries
 
 
 def measure_floor(run: Run, sources: Sources, report: Mapping[str, Any], names: Sequence[str]) -> Any:
@@ -115,18 +95,3 @@ def invent_questions(exam: Exam, names: Sequence[str], seed: int) -> Exam:
         )
 
     return Exam(invent(exam.test), invent(exam.val))
-
-
-def describe_robust_answer(report: Mapping[str, Any], floor: Mapping[str, Any] | None) -> list[str]:
-    """K* with its floor, and what it does not cover."""
-    worst = report["K*"]
-    count = sum(entry["status"] == "done" for entry in report["attacks"].values())
-    interval = f"{worst['low']:.2f}-{worst['high']:.2f}"
-    return [
-        f"Suppressed, with K* = {worst['value']:.2f} ({interval}) under {count} attacks: the share "
-        f"of what was known that the strongest, {worst['attack']}, finds.",
-        f"The floor is {floor['share']:.2f}: what they find of {floor['of']}."
-        if floor
-        else "There is no floor to hold it against: name an oracle, or tasks that ask about names.",
-        UNPROTECTED,
-    ]

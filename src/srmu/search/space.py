@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import replace
 from decimal import Decimal
-from typing import Any
+from typing import Annotated, Any, Self
 
 import optuna
 from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler, PartialFixedSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
+from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
 
 from srmu.engine.loading import read_config
-from srmu.errors import SrmuError, suggest_word
 from srmu.runs.config import Config
 from srmu.runs.plan import locate_base
 from srmu.search.queue import is_ended
@@ -23,16 +24,60 @@ RANDOM = 6  # trials before the sampler learns from them
 WIDTH = 14336  # inputs of a down-projection of the 7B models that papers give rates for
 
 
-@dataclass(frozen=True)
-class Dimension:
-    """The values of a key of the config: choices, or the numbers of a range."""
+def parse_number(value: Any) -> Any:
+    """A number or None; to YAML 1e-5, which has no dot, is a word."""
+    if isinstance(value, str):
+        with suppress(ValueError):
+            return float(value)
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+        raise ValueError("a number")
+    return value
 
-    key: str
+
+class Dimension(BaseModel):
+    """The values of a key of the config: choices, or the numbers of a range, both ends included."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
     choices: tuple[Any, ...] = ()
-    low: float = 0
-    high: float = 0
-    step: float | None = None
+    low: Annotated[Any, BeforeValidator(parse_number)] = None
+    high: Annotated[Any, BeforeValidator(parse_number)] = None
+    step: Annotated[Any, BeforeValidator(parse_number)] = None
     log: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def read_choices(cls, given: Any) -> Any:
+        match given:
+            case dict():
+                return given
+            case list():
+                if not given or not all(isinstance(v, str | int | float | None) for v in given):
+                    raise ValueError("a list of numbers or words, like [8, 16, 32]")
+                if len(set(map(repr, given))) < len(given):
+                    raise ValueError(f"no choice twice: {given}")
+                return {"choices": given}
+            case _:
+                raise ValueError("[choices] or {low: 1, high: 100, log: true}")
+
+    @model_validator(mode="after")
+    def settle_range(self) -> Self:
+        """A range of whole numbers has steps of 1; any ends at its last step, so that no sampler has to guess it."""
+        if self.choices:
+            return self
+        low, high, step = self.low, self.high, self.step
+        if low is None or high is None or low >= high:
+            raise ValueError("low below high, both given")
+        if step is not None and step <= 0:
+            raise ValueError("a step above 0")
+        if self.log and (step is not None or low <= 0):
+            raise ValueError("low above 0 and no step, with log")
+        if any(isinstance(v, float) for v in (low, high, step)):
+            low, high, step = (None if v is None else float(v) for v in (low, high, step))
+        elif step is None and not self.log:
+            step = 1
+        settled = self.model_copy(update={"low": low, "high": high, "step": step})
+        return settled if step is None else settled.model_copy(update={"high": settled.list_values()[-1]})
 
     @property
     def samples(self) -> tuple[Any, ...]:
@@ -41,76 +86,24 @@ class Dimension:
 
     @property
     def written(self) -> Any:
-        if self.choices:
-            return list(self.choices)
-        shape = {"log": True} if self.log else {} if self.step is None else {"step": self.step}
-        return {"low": self.low, "high": self.high, **shape}
+        return [*self.choices] or self.model_dump(exclude_defaults=True)
 
     def list_values(self) -> tuple[Any, ...]:
-        """Every value, both ends included; SrmuError where a range has no steps."""
-        if self.choices:
+        """Every value; none of a range without steps."""
+        if self.choices or self.step is None:
             return self.choices
-        if self.log or self.step is None:
-            raise SrmuError(f"search.{self.key}: a grid needs a list or a step; sampler=tpe takes a range without")
         # decimal: 0.1 + 0.2 is 0.3
         low, high, step = (Decimal(str(v)) for v in (self.low, self.high, self.step))
-        kind = type(self.low)
-        return tuple(kind(low + i * step) for i in range(int((high - low) // step) + 1))
+        return tuple(type(self.low)(low + i * step) for i in range(int((high - low) // step) + 1))
 
-    def suggest(self, trial: optuna.Trial, grid: bool) -> Any:
-        """The trial's value."""
+    def suggest(self, trial: optuna.Trial, key: str, grid: bool) -> Any:
+        """The trial's value of the key."""
         if grid or self.choices:
-            return trial.suggest_categorical(self.key, self.list_values())
+            return trial.suggest_categorical(key, self.list_values())
         if isinstance(self.low, int):
-            step = 1 if self.step is None else int(self.step)
-            return trial.suggest_int(self.key, self.low, int(self.high), step=step, log=self.log)
-        value = trial.suggest_float(self.key, self.low, self.high, step=self.step, log=self.log)
+            return trial.suggest_int(key, self.low, self.high, step=self.step or 1, log=self.log)
+        value = trial.suggest_float(key, self.low, self.high, step=self.step, log=self.log)
         return value if self.step is None else float(f"{value:.12g}")
-
-
-def make_dimension(key: str, given: Any) -> Dimension:
-    """A key of the search space; SrmuError for what is neither choices nor a range."""
-    where = f"search.{key}"
-    if isinstance(given, list):
-        if not given or not all(isinstance(v, str | int | float | None) for v in given):
-            raise SrmuError(f"{where}: expected a list of numbers or words, like [8, 16, 32]")
-        if len(set(map(repr, given))) < len(given):
-            raise SrmuError(f"{where}: a choice is there twice: {given}")
-        return Dimension(key, tuple(given))
-    if not isinstance(given, dict):
-        raise SrmuError(f"{where}={given}: expected [choices] or {{low: 1, high: 100, log: true}}")
-    known = ("low", "high", "step", "log")
-    if unknown := [name for name in given if name not in known]:
-        raise SrmuError(f"{where}.{unknown[0]} is not an option{suggest_word(str(unknown[0]), known)}")
-    values = {name: parse_number(f"{where}.{name}", given.get(name)) for name in known[:3]}
-    low, high, step = values.values()
-    log = given.get("log", False)
-    if low is None or high is None or low >= high:
-        raise SrmuError(f"{where}: expected low below high, both given")
-    if log and (step is not None or low <= 0):
-        raise SrmuError(f"{where}: with log low is above 0 and there is no step")
-    if step is not None and step <= 0:
-        raise SrmuError(f"{where}.step={step}: expected a number above 0")
-    if any(isinstance(v, float) for v in (low, high, step)):
-        low, high, step = float(low), float(high), None if step is None else float(step)
-    elif step is None and not log:
-        step = 1
-    dimension = Dimension(key, (), low, high, step, bool(log))
-    if step is not None:  # the range ends at its last value, so that no sampler has to guess it
-        return replace(dimension, high=dimension.list_values()[-1])
-    return dimension
-
-
-def parse_number(where: str, value: Any) -> Any:
-    """A number or None; to YAML 1e-5, which has no dot, is a word."""
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            pass
-    if value is None or (isinstance(value, int | float) and not isinstance(value, bool)):
-        return value
-    raise SrmuError(f"{where}={value}: expected a number")
 
 
 class PlaceSampler(BaseSampler):
@@ -144,12 +137,6 @@ class PlaceSampler(BaseSampler):
 
 
 # ---- the space of an automatic search
-
-
-def config_value(config: Config, key: str) -> Any:
-    """The value of a dotted key of a config's method or training; None where it has no such key."""
-    part, _, name = key.partition(".")
-    return getattr(getattr(config, part), name, None)
 
 
 def with_values(config: Config, values: Mapping[str, Any]) -> Config:
@@ -198,15 +185,11 @@ def suggest_strength(config: Config, trial: optuna.Trial) -> dict[str, Any]:
     return {key: round_value(trial.suggest_float(key, low, high, log=True)) for key, (low, high) in ranges.items()}
 
 
-def strength_sampler(config: Config, seed: int) -> PlaceSampler:
-    """TPE that begins with the moderate strength."""
-
-    def make(place: int) -> BaseSampler:
-        sampler = TPESampler(seed=1000 * seed + place, n_startup_trials=RANDOM)
-        if place:
-            return sampler
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ExperimentalWarning)
-            return PartialFixedSampler(start_strength(config), sampler)
-
-    return PlaceSampler(make)
+def make_sampler(config: Config, seed: int, place: int) -> BaseSampler:
+    """TPE, which begins with the moderate strength."""
+    sampler = TPESampler(seed=1000 * seed + place, n_startup_trials=RANDOM)
+    if place:
+        return sampler
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        return PartialFixedSampler(start_strength(config), sampler)
