@@ -1,6 +1,9 @@
 """One file of results: what is merged, what is replaced, and what cannot be read."""
 
 import json
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -107,3 +110,28 @@ def test_a_damaged_file_is_one_line(tmp_path: Path, text: str) -> None:
     with pytest.raises(SrmuError):
         merge_results(tmp_path, metric_rows(metrics("a/acc"), "after"))
     assert (tmp_path / RESULTS).read_text() == text  # nothing is lost
+
+
+MERGE = """
+import sys
+from pathlib import Path
+from srmu.evals.results import merge_results
+for i in range(20):
+    row = {"task": f"{sys.argv[2]}{i}", "metric": "acc", "when": "after", "value": 0.5, "n": 2}
+    merge_results(Path(sys.argv[1]), [row])
+"""
+
+
+def test_processes_with_caches_of_their_own_lose_no_row(tmp_path: Path) -> None:
+    """The lock lies in the run's folder, and is gone afterwards."""
+    run = tmp_path / "run"
+    run.mkdir()
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", MERGE, str(run), name], env=os.environ | {"SRMU_CACHE": str(tmp_path / name)}
+        )
+        for name in ("a", "b", "c")
+    ]
+    assert [process.wait() for process in processes] == [0, 0, 0]
+    assert len(load_results(run)["rows"]) == 60
+    assert [path.name for path in run.iterdir()] == ["results.json"]

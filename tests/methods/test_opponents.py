@@ -414,7 +414,7 @@ def test_layers_where_none_are_named(count: int, layers: tuple[int, ...]) -> Non
 @pytest.mark.parametrize("name", ["undo", "tar", "iterated", "rmu_lat", "multi_site"])
 def test_a_plan_says_what_they_cost(name: str, tmp_path: Any, monkeypatch: Any) -> None:
     """More than as many steps of the method without what they do besides."""
-    monkeypatch.setattr(estimate, "measure_speed", lambda *_: 1e9)
+    monkeypatch.setattr("srmu.runs.counting.measure_speed", lambda *_: 1e9)
     save_pico(tmp_path / "model")
     write_jsonl(tmp_path / "f.jsonl", texts(8, 1))
     write_jsonl(tmp_path / "r.jsonl", texts(8, 2))

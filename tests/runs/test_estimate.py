@@ -38,7 +38,7 @@ SPEED = 1e9  # FLOPs a second
 def quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """No speed is measured but where a test is about that."""
     if "speed" not in request.node.name:
-        monkeypatch.setattr(plan, "measure_speed", lambda *_: SPEED)
+        monkeypatch.setattr(counting, "measure_speed", lambda *_: SPEED)
 
 
 @pytest.mark.slow(keep=2)
@@ -157,7 +157,7 @@ def test_the_cache_is_as_large_as_planned(
 
 
 def test_time_follows_from_the_speed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "measure_speed", lambda *_: SPEED)
+    monkeypatch.setattr(counting, "measure_speed", lambda *_: SPEED)
     _, few, _ = planned(tmp_path / "a", "train.max_steps=10")
     _, many, _ = planned(tmp_path / "b", "train.max_steps=30")
     assert few["seconds_per_step"] == pytest.approx(few["flops_per_step"] / SPEED, abs=1e-4)
@@ -235,7 +235,7 @@ def test_what_each_process_holds(name: str, tmp_path: Path, monkeypatch: Any) ->
     assert first["flops_per_rank_per_step"] <= last["flops_per_rank_per_step"] * 4
     assert last["sharded"] and last["parts"]["originals"] < first["parts"]["originals"]
     assert first["parts"]["originals"] == 4 * estimate["trained_parameters"]
-    monkeypatch.setattr(plan, "free_bytes", lambda device: 1)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 1)
     assert not any(row["fits"] for row in plan.estimate_launches(config, tmp_path / "model", topics))
 
 

@@ -12,19 +12,19 @@ question; `facts` number the fact that each question asks for, the same for all 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import gettempdir
 from typing import Any
 
 import numpy as np
 from filelock import FileLock
 
-from srmu.engine.files import cache_dir, sha256, write_json
+from srmu.engine.files import write_json
 from srmu.errors import SrmuError
 from srmu.evals.statistics import average_seeds, parse_answers
-from srmu.runs.record import RECORD, extend_record
+from srmu.runs.record import RECORD, RESULTS_LOCK, extend_record
 
 RESULTS = "results.json"
 KEYS = ("task", "metric", "when", "benchmark", "attack")
@@ -60,14 +60,15 @@ def row_key(row: Row) -> tuple[str, ...]:
 @contextmanager
 def lock_results(folder: Path) -> Iterator[None]:
     """Hold a folder's results: other processes that merge into them wait."""
-    name = sha256(str(folder.resolve()).encode())[:32]
-    lock = cache_dir() / "locks" / f"{name}.lock"  # not in the run's folder, where users look
-    try:
-        lock.parent.mkdir(parents=True, exist_ok=True)
-    except OSError:  # an unusable cache folder must not stop a run
-        lock = Path(gettempdir()) / f"srmu-{name}.lock"
-    with FileLock(lock, is_singleton=True):  # the same process may lock it twice
+    if not os.access(folder, os.W_OK):  # nobody can change them
         yield
+        return
+    path = folder / RESULTS_LOCK
+    with FileLock(path, is_singleton=True) as lock:  # the same process may lock it twice
+        yield
+        if lock.lock_counter == 1:
+            # before the release: who waits sees that the file has no name, and makes it anew
+            path.unlink(missing_ok=True)
 
 
 def merge_results(folder: Path, rows: Iterable[Row] = (), record: Mapping[str, Any] = {}, **facts: Any) -> None:

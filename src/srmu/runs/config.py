@@ -15,7 +15,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, InstanceOf, PlainSerializer, TypeAdapter, ValidationError
 
 from srmu.data.sources import Source
-from srmu.data.topics import TopicConfig
+from srmu.data.topics import ROLES, TopicConfig
 from srmu.engine.files import import_from_file, sha256
 from srmu.engine.train import TrainOptions
 from srmu.errors import SrmuError, suggest_word
@@ -40,7 +40,7 @@ def _method(value: Any) -> Any:
     try:
         return TypeAdapter(cls).validate_python(options)
     except ValidationError as error:
-        raise SrmuError(explain_error(error, f"method {cls.name}", cls)) from None
+        raise SrmuError(explain_error(error, "method", cls)) from None
 
 
 def _method_dict(method: Method) -> dict[str, Any]:
@@ -123,14 +123,19 @@ def build_config(tree: Mapping[str, Any], overrides: Sequence[str] = ()) -> Conf
     Relative paths that are left, those of overrides, start at the working folder.
     """
     values = convert_values({"runs_dir": "runs", **tree})
+    names = "method.name="
     # Another method first: the file's options are those of its own method.
-    named = [o for o in overrides if o.startswith("method.name=")]
-    for override in named:
-        forget_old_method(values, override.partition("=")[2])
-    for override in [*named, *(o for o in overrides if o not in named)]:
+    for override in sorted(overrides, key=lambda o: not o.startswith(names)):
+        if override.startswith(names):
+            forget_old_method(values, override.removeprefix(names))
         put_override(values, override)
+    return check_tree(rebase_paths(convert_values(values), Path.cwd()))
+
+
+def check_tree(tree: Mapping[str, Any]) -> Config:
+    """The config of a tree of values; SrmuError when wrong."""
     try:
-        return Config.model_validate(rebase_paths(convert_values(values), Path.cwd()))
+        return Config.model_validate(tree)
     except ValidationError as error:
         raise SrmuError(explain_error(error, "", Config)) from None
 
@@ -171,14 +176,9 @@ def make_config(
     overrides: Sequence[str] = (),
 ) -> Config:
     """A config for one topic from a model, two sets of text files, and a method or its name."""
-
-    def paths(value: str | Path | Sequence[str | Path]) -> list[str]:
-        return [str(value)] if isinstance(value, str | Path) else [str(v) for v in value]
-
-    texts = {"forget": paths(forget), "retain": paths(retain)}
     named = _method_dict(method) if isinstance(method, Method) else {"name": method}
-    tree = {"model": str(model), "method": named, "topics": {"topic": texts}}
-    return build_config(tree, overrides)
+    topics = {"topic": {"forget": forget, "retain": retain}}
+    return build_config({"model": str(model), "method": named, "topics": topics}, overrides)
 
 
 def rebase_paths(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -196,26 +196,22 @@ def rebase_paths(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
         except RuntimeError:
             raise SrmuError(f"{value}: there is no such user") from None
 
-    tree = dict(tree)
-    model, method = tree.get("model"), tree.get("method")
+    moved: dict[str, Any] = {key: rebase(tree[key]) for key in ("tasks_dir", "runs_dir") if key in tree}
+    model, method, topics = (tree.get(key) for key in ("model", "method", "topics"))
     if isinstance(model, str) and Path(rebase(model)).exists():
-        tree["model"] = rebase(model)  # otherwise a hub id
+        moved["model"] = rebase(model)  # otherwise a hub id
     if isinstance(method, str):
-        method = tree["method"] = {"name": method}
+        method = {"name": method}
     if isinstance(method, dict):
-        named = {k: rebase(v) for k, v in method.items() if NAMED_FILE.match(str(v))}
-        tree["method"] = method | named
-    for key in ("tasks_dir", "runs_dir"):
-        if tree.get(key) is not None:
-            tree[key] = rebase(tree[key])
-    if isinstance(tree.get("topics"), dict):
-        tree["topics"] = {
-            name: topic | {role: rebase(topic[role]) for role in ("forget", "retain") if role in topic}
+        moved["method"] = method | {k: rebase(v) for k, v in method.items() if NAMED_FILE.match(str(v))}
+    if isinstance(topics, dict):
+        moved["topics"] = {
+            name: topic | {role: rebase(topic[role]) for role in ROLES if role in topic}
             if isinstance(topic, dict)
             else topic
-            for name, topic in tree["topics"].items()
+            for name, topic in topics.items()
         }
-    return tree
+    return tree | moved
 
 
 def put_override(tree: dict[str, Any], override: str) -> None:
@@ -241,25 +237,24 @@ def find_method(name: str) -> type[Method]:
     """The class of a method: a name in METHODS, or `path/to/file.py:Class`."""
     if name in METHODS:
         return METHODS[name]
-    path, colon, attribute = name.rpartition(":")
-    if colon and path.endswith(".py"):
-        cls = import_from_file("method", name)
-        if not (isinstance(cls, type) and issubclass(cls, Method)):
-            raise SrmuError(f"method {name}: {attribute} is not a Method in that file")
-        if inspect.isabstract(cls) or not hasattr(cls, "name") or not hasattr(cls, "paper"):
-            raise SrmuError(f"method {name}: a method has a name, a paper, a setup and a loss")
-        return cls
-    raise SrmuError(f"unknown method {name!r}{suggest_word(name, METHODS)}")
+    path, _, attribute = name.rpartition(":")
+    if not path.endswith(".py"):
+        raise SrmuError(f"unknown method {name!r}{suggest_word(name, METHODS)}")
+    cls = import_from_file("method", name)
+    if not (isinstance(cls, type) and issubclass(cls, Method)):
+        raise SrmuError(f"method {name}: {attribute} is not a Method in that file")
+    if inspect.isabstract(cls) or not hasattr(cls, "name") or not hasattr(cls, "paper"):
+        raise SrmuError(f"method {name}: a method has a name, a paper, a setup and a loss")
+    return cls
 
 
 def explain_error(error: ValidationError, where: str, schema: type) -> str:
     """The first of pydantic's complaints in one line."""
     first = error.errors(include_url=False)[0]
-    location = [str(part) for part in first["loc"]]
-    key = ".".join(([where.split()[0]] if where else []) + location)
-    cause = first.get("ctx", {}).get("error")
-    if isinstance(cause, SrmuError):
+    if isinstance(cause := first.get("ctx", {}).get("error"), SrmuError):
         return str(cause)
+    location = [str(part) for part in first["loc"]]
+    key = ".".join([where, *location] if where else location)
     if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"{key} is not an option{suggest_word(location[-1], known_keys(schema, location[:-1]))}"
     if first["type"] in ("missing", "missing_argument"):
@@ -269,11 +264,11 @@ def explain_error(error: ValidationError, where: str, schema: type) -> str:
     return f"{key}={shown}: expected {message}"
 
 
-def known_keys(schema: type, path: Sequence[str]) -> list[str]:
+def known_keys(schema: Any, path: Sequence[str]) -> list[str]:
     """The keys that a place in the config tree takes."""
-    places = {"topics": TopicConfig, "train": TrainOptions}
-    if path and path[0] in places:
-        schema = Source if len(path) > 2 else places[path[0]]
-    if dataclasses.is_dataclass(schema):
-        return [f.name for f in dataclasses.fields(schema)]
-    return list(schema.model_fields)  # type: ignore[attr-defined]
+    if path and path[0] == "train":
+        schema = TrainOptions
+    elif path and path[0] == "topics":
+        schema = Source if len(path) > 2 else TopicConfig
+    fields = schema.model_fields if issubclass(schema, BaseModel) else schema.__dataclass_fields__
+    return [*fields]

@@ -9,6 +9,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 
@@ -20,17 +21,11 @@ from srmu.engine.train import check_precision
 from srmu.methods import Edit, MultiSite, WeightWalk
 from srmu.methods.base import Method
 from srmu.methods.logits import LogitObjective
+from srmu.runs import counting, memory
 from srmu.runs.config import Config
-from srmu.runs.counting import Shape, blank_batch, count_frozen_pass, count_step, measure_speed, takes_whole_masks
-from srmu.runs.memory import (
-    StepVariant,
-    TensorSizes,
-    TrainedModel,
-    free_bytes,
-    held_bytes,
-    plan_launches,
-    private_bytes,
-)
+from srmu.runs.memory import StepVariant, TensorSizes, TrainedModel
+
+HEADS = ("lm_head", "embed_out")  # which a model cut to its first layers lacks
 
 
 @dataclass(frozen=True)
@@ -40,23 +35,20 @@ class Checkpoint:
     settings: Any  # its configuration
     dtype: torch.dtype  # that it is loaded in
     stored: Mapping[str, int]  # bytes of each tensor
-    mapped: bool  # the weights can stay in the file, mapped into memory
 
 
 def describe_checkpoint(config: Config, folder: Path) -> Checkpoint:
     """A model's tensors from the headers of its files; without files, from its configuration."""
     settings = read_config(folder)
+    dtype = wanted_dtype(settings, config.dtype)
     if not weights.is_there(folder):
-        dtype = wanted_dtype(settings, config.dtype) or torch.bfloat16
+        dtype = dtype or torch.bfloat16
         skeleton = build_skeleton(settings).named_parameters()
-        stored = {name: dtype.itemsize * tensor.numel() for name, tensor in skeleton}
-        return Checkpoint(settings, dtype, stored, mapped=config.device == "cpu")
-    entries = weights.stored_entries(folder).items()
-    stored = {name: end - start for name, e in entries for start, end in [e["data_offsets"]]}
+        return Checkpoint(settings, dtype, {name: dtype.itemsize * tensor.numel() for name, tensor in skeleton})
+    spans = {name: entry["data_offsets"] for name, entry in weights.stored_entries(folder).items()}
     types = [t for t in weights.stored_types(folder).values() if t.is_floating_point]
-    dtype = wanted_dtype(settings, config.dtype) or max(types, key=lambda t: t.itemsize)
-    mapped = config.device == "cpu" and not needs_conversion(folder, settings, config.dtype)
-    return Checkpoint(settings, dtype, stored, mapped)
+    dtype = dtype or max(types, key=lambda t: t.itemsize)
+    return Checkpoint(settings, dtype, {name: end - start for name, (start, end) in spans.items()})
 
 
 def estimate_run(config: Config, folder: Path, topics: Sequence[Topic], speed: float | None = None) -> dict[str, Any]:
@@ -64,40 +56,45 @@ def estimate_run(config: Config, folder: Path, topics: Sequence[Topic], speed: f
 
     `speed` is the FLOPs a second that steps reach, where it is known; else it is measured.
     """
-    method = config.method
+    method, cpu = config.method, config.device == "cpu"
     base = describe_checkpoint(config, folder)
     check_precision("the model", base.dtype, config.train.weights)
-    read = {name: n for name, n in base.stored.items() if is_read(name, method.depth)}
+    read = [
+        count
+        for name, count in base.stored.items()
+        if method.depth is None or ((weights.layer_number(name) or 0) < method.depth and not name.startswith(HEADS))
+    ]
     model = bare_model(base, method)
     counts = count_run(config, base, model, topics)
     trained = sum(p.numel() for p in model.trained.values())
-    way = step_variants(config, model, counts, 0)[0]
-    held = held_bytes(trained_model(config, base, model), way, 1, 1.0)
-    if base.mapped:
-        held |= {"weights": sum(read.values())}
+    # the weights can stay in the file, mapped into memory
+    mapped = cpu and not (weights.is_there(folder) and needs_conversion(folder, base.settings, config.dtype))
+    parts = {"program": memory.private_bytes() if cpu else 0}
+    parts |= memory.held_bytes(trained_model(config, base, model), counts.ways[0], 1, 1.0)
+    if mapped:
+        parts["weights"] = sum(read)
     if hasattr(method, "teacher_steps"):
-        held["teacher"] = trained * base.dtype.itemsize
-    parts = {"program": private_bytes() if config.device == "cpu" else 0, **held}
-    speed = speed or measure_speed(base.settings, base.dtype, config.device, site_of(method), counts.shapes)
-    free = free_bytes(config.device)
-    private = sum(parts.values()) - (parts["weights"] if base.mapped else 0)
-    libraries = psutil.Process().memory_info().rss - private_bytes()
+        parts["teacher"] = trained * base.dtype.itemsize
+    speed = speed or counting.measure_speed(base.settings, base.dtype, config.device, site_of(method), counts.shapes)
+    free, total = memory.free_bytes(config.device), sum(parts.values())
+    private = total - (parts["weights"] if mapped else 0)
+    libraries = psutil.Process().memory_info().rss - memory.private_bytes()
     return {
         "tensors_read": len(read),
-        "bytes_read": sum(read.values()),
+        "bytes_read": sum(read),
         "trained_parameters": trained,
         "parameters_held": sum(p.numel() for p in model.module.parameters()),
         "memory": parts,
-        "memory_mapped_from_the_file": base.mapped,
-        "memory_peak": sum(parts.values()) + libraries,
+        "memory_mapped_from_the_file": mapped,
+        "memory_peak": total + libraries,
         "memory_private": private,
         "memory_free": free,
         "advice": advise_memory(parts, config) if private > free else "",
         "cache_bytes": 0 if config.cache == "none" else counts.cache_bytes,
-        "flops_per_step": counts.step_flops(config.cache != "none"),
+        "flops_per_step": counts.step,
         "flops": counts.total,
         "flops_a_second": round(speed),
-        "seconds_per_step": round(counts.step_flops(config.cache != "none") / speed, 4),
+        "seconds_per_step": round(counts.step / speed, 4),
         "seconds": round(counts.total / speed, 2),
     }
 
@@ -110,32 +107,28 @@ def estimate_launches(
     `fits` says whether the devices here hold it. `elsewhere`: the plan is for GPUs that are not
     here.
     """
-    method = config.method
+    method, cpu = config.method, config.device == "cpu"
     base = describe_checkpoint(config, folder)
     ranks = (0, method.lora_rank or 8) if isinstance(method, LogitObjective) else (0,)
     ways: list[StepVariant] = []
     for rank in ranks:
         model = bare_model(base, replace(method, lora_rank=rank) if isinstance(method, LogitObjective) else method)
-        ways += step_variants(config, model, count_run(config, base, model, topics, rank), rank)
-    held = trained_model(config, base, model)
-    held = replace(held, gpu=elsewhere or config.device != "cpu")
-    rows = plan_launches(held, ways, config.train.batch_size, method.spreads)
-    free, devices = free_bytes(config.device), torch.cuda.device_count()
+        ways += count_run(config, base, model, topics, rank).ways
+    held = replace(trained_model(config, base, model), gpu=elsewhere or not cpu)
+    rows = memory.plan_launches(held, ways, config.train.batch_size, method.spreads)
+    free, devices = memory.free_bytes(config.device), torch.cuda.device_count()
     for row in rows:
         taken, count = row["memory_per_rank"], row["processes"]
-        if config.device == "cpu":  # all of them share it
-            row["fits"] = taken * count <= free
-        else:
-            row["fits"] = taken <= free and count <= devices
+        # the processes share a CPU's memory
+        row["fits"] = taken * count <= free if cpu else taken <= free and count <= devices
     return rows
 
 
 def trained_model(config: Config, base: Checkpoint, model: EditableModel) -> TrainedModel:
     """How the model is held while it is trained."""
-    size = base.dtype.itemsize
     pieces = count_pieces(model, model.module.named_parameters())
-    mixed = size == 2 and config.train.weights == "fp32"
-    return TrainedModel(pieces, size, mixed, gpu=config.device != "cpu")
+    mixed = base.dtype.itemsize == 2 and config.train.weights == "fp32"
+    return TrainedModel(pieces, base.dtype.itemsize, mixed, gpu=config.device != "cpu")
 
 
 def site_of(method: Method) -> Site | None:
@@ -145,11 +138,9 @@ def site_of(method: Method) -> Site | None:
 
 def bare_model(base: Checkpoint, method: Method) -> EditableModel:
     """The model as deep as the method needs it, with no memory behind its tensors."""
-    settings = base.settings
     # Grouped products of experts exist in bf16 only there.
-    experts = getattr(settings, "_experts_implementation", None)
-    experts = experts or hasattr(settings, "num_experts_per_tok")
-    module = build_skeleton(settings, torch.bfloat16 if experts else base.dtype)
+    experts = getattr(base.settings, "_experts_implementation", None) or hasattr(base.settings, "num_experts_per_tok")
+    module = build_skeleton(base.settings, torch.bfloat16 if experts else base.dtype)
     return EditableModel(module, method.trainable, method.depth)
 
 
@@ -157,18 +148,11 @@ def bare_model(base: Checkpoint, method: Method) -> EditableModel:
 class RunCounts:
     """The work of a run in FLOPs, and the bytes of its activations."""
 
-    shapes: list[Shape]  # of the batches that a step reads
-    step: int  # FLOPs of a step; of fixed layers, where their output is cached
-    again: int  # more of them where nothing is cached, or the original answers at each step
-    total: int  # of the whole run as the config has it
-    activations: int  # bytes that a pass leaves for its gradient
-    adapters: int  # numbers of adapters
+    shapes: list[counting.Shape]  # of the batches that a step reads
+    step: int  # FLOPs of a step as the config has it
+    total: int  # of the whole run
     cache_bytes: int  # of all activations that are kept
-    kept_bytes: int  # of those that are kept in memory
-    sited: bool
-
-    def step_flops(self, caching: bool) -> int:
-        return self.step + (0 if caching and self.sited else self.again)
+    ways: list[StepVariant]  # to make a step: cached, with layers left on the disk, uncached, with `--shard`
 
 
 def count_run(
@@ -176,63 +160,47 @@ def count_run(
 ) -> RunCounts:
     """Count a step on a model without memory, with adapters of a rank or without."""
     method, site = config.method, site_of(config.method)
-    size = base.dtype.itemsize
-    whole = takes_whole_masks(model, site)
+    size, caching = base.dtype.itemsize, site is not None and config.cache != "none"
+    whole = counting.takes_whole_masks(model, site)
     mean, most = (batch_shapes(method, topics, largest=largest) for largest in (False, True))
-    usual, largest = ([blank_batch(s, model.device, whole) for s in x] for x in (mean, most))
-    passes = [count_frozen_pass(model, batch, site) for batch in usual]
+    usual, largest = ([counting.blank_batch(s, model.device, whole) for s in x] for x in (mean, most))
+    passes = [counting.count_frozen_pass(model, batch, site) for batch in usual]
     with model.adapted(rank, rank, 0) if rank else nullcontext():
         adapters = sum(p.numel() for p in model.trained.values()) if rank else 0
-        step, _ = count_step(model, usual, site)
-        _, activations = count_step(model, largest, site)
-    cache_bytes, once = 0, 0
+        step, _ = counting.count_step(model, usual, site)
+        _, activations = counting.count_step(model, largest, site)
+    # `again`: what a step also costs where nothing is cached, or the original answers at each step
     if site is not None:
         again = passes[0][0] + (sum(passes[-1]) if len(passes) > 1 else 0)
         cache_bytes, counts = plan_cache(config, topics, model, size)
-        for (prefix, above), (recorded, frozen, measured) in zip(passes, counts, strict=False):
-            if config.cache == "none":
-                once += (prefix + above) * measured
-            else:
-                once += prefix * recorded + above * frozen
+        once = sum(
+            prefix * recorded + above * frozen if caching else (prefix + above) * measured
+            for (prefix, above), (recorded, frozen, measured) in zip(passes, counts, strict=False)
+        )
     else:
-        original = any("original" in use for use in method.uses)
-        again = sum(map(sum, passes)) if original else 0
+        again = sum(map(sum, passes)) if any("original" in use for use in method.uses) else 0
         once = round(sum(passes[0]) * method.written_tokens * len(topics) / prod(mean[0]))
-    each = step + (0 if site is not None and config.cache != "none" else again)
-    recent = 2 * size * model.module.config.hidden_size * sum(map(prod, most))
-    return RunCounts(
-        shapes=mean,
-        step=step,
-        again=again,
-        total=each * equivalent_steps(config, topics) + once,
-        activations=round(activations * size / model.module.dtype.itemsize),
+        cache_bytes = 0
+    plain = StepVariant(
+        trained=count_pieces(model, model.trained.items()),
+        lora=rank,
         adapters=adapters,
-        cache_bytes=cache_bytes,
-        kept_bytes=cache_bytes if config.cache == "memory" else recent,
-        sited=site is not None,
+        activations=round(activations * size / model.module.dtype.itemsize),
+        flops=step + again,
     )
+    ways = [plain]
+    if site is not None and model.fixed:
+        recent = 2 * size * model.module.config.hidden_size * sum(map(prod, most))
+        kept = replace(plain, caching=True, flops=step, cache=cache_bytes if config.cache == "memory" else recent)
+        below = (sum(p.numel() for p in layer.parameters()) for layer in model.layers[: model.fixed])
+        ways = [kept, replace(kept, offloaded=tuple(below)), plain]
+    if not rank and getattr(method, "stream", "resid_post") == "resid_post":
+        ways.append(replace(plain, sharded=True))
+    each = step if caching else step + again
+    return RunCounts(mean, each, each * equivalent_steps(config, topics) + once, cache_bytes, ways)
 
 
-def step_variants(config: Config, model: EditableModel, counts: RunCounts, rank: int) -> list[StepVariant]:
-    """The ways to make a step: cached, with layers left on the disk, uncached, with `--shard`."""
-    trained = count_pieces(model, model.trained.items())
-
-    def vary(caching: bool, sharded: bool) -> StepVariant:
-        kept = counts.kept_bytes if caching else 0
-        flops = counts.step_flops(caching)
-        return StepVariant(rank, caching, sharded, trained, counts.adapters, counts.activations, kept, flops)
-
-    variants = []
-    if counts.sited and model.fixed:
-        below = (sum(p.numel() for p in x.parameters()) for x in model.layers[: model.fixed])
-        variants = [vary(True, False), replace(vary(True, False), offloaded=tuple(below))]
-    variants.append(vary(False, False))
-    if not rank and getattr(config.method, "stream", "resid_post") == "resid_post":
-        variants.append(vary(False, True))
-    return variants
-
-
-def batch_shapes(method: Method, topics: Sequence[Topic], *, largest: bool) -> list[Shape]:
+def batch_shapes(method: Method, topics: Sequence[Topic], *, largest: bool) -> list[counting.Shape]:
     """Rows and tokens of the batches that a step reads: their mean, or the largest."""
     shapes = []
     for role in ("forget", "retain") if method.reads_retain else ("forget",):
@@ -272,29 +240,18 @@ def equivalent_steps(config: Config, topics: Sequence[Topic]) -> int:
     return config.train.max_steps * each + before * (1 if method.depth else len(topics))
 
 
-def is_read(name: str, depth: int | None) -> bool:
-    """Whether a model of `depth` layers, which has no head, reads the tensor."""
-    layer = weights.layer_number(name)
-    if depth is None:
-        return True
-    return layer < depth if layer is not None else not name.startswith(("lm_head", "embed_out"))
-
-
-def plan_cache(
-    config: Config, topics: Sequence[Topic], model: EditableModel, size: int
-) -> tuple[int, list[tuple[int, int, int]]]:
+def plan_cache(config: Config, topics: Sequence[Topic], model: EditableModel, size: int) -> tuple[int, list[list[int]]]:
     """Bytes of the cache, and batches of each role that are recorded, run frozen, and measured.
 
     Frozen passes over forget texts serve the statistics alone, and are not kept, unless the target
     is made from them.
     """
-    method = config.method
-    settings = model.module.config
-    width = settings.hidden_size
-    inside = getattr(method, "stream", "") == "mlp_post"
-    wide = getattr(settings, "intermediate_size", None) or 4 * width
+    method, settings = config.method, model.module.config
+    width = wide = settings.hidden_size
+    if getattr(method, "stream", "") == "mlp_post":
+        wide = getattr(settings, "intermediate_size", None) or 4 * width
     additive = getattr(method, "target_mode", "") == "additive"
-    total, counts = 0, [(0, 0, 0), (0, 0, 0)]
+    numbers, counts = 0, np.zeros((2, 3), int)
     for number, topic in enumerate(topics):
         steps = len(range(number, config.train.max_steps, len(topics)))
         prepared = method.prepared(topic) if hasattr(method, "prepared") else topic
@@ -305,14 +262,13 @@ def plan_cache(
             # A batch that is measured as it is, and then used, is recorded once.
             others = [] if raw is getattr(prepared, role) else batches
             used = [*raw[: max(len(measured), 0 if others else len(batches))], *others]
-            passes = used if i == 1 or additive else list(measured)
-            old = counts[i]
-            counts[i] = old[0] + len(used), old[1] + len(passes), old[2] + len(measured)
-            prefix = sum(b["input_ids"].numel() for b in used) * width if model.fixed else 0
-            kept = passes if i == 1 else batches if additive else []
-            target = sum(b["input_ids"].numel() for b in kept) * (wide if inside else width)
-            total += (prefix + target) * size
-    return total, counts
+            passes = used if role == "retain" or additive else measured
+            kept = batches if role == "forget" and additive else used if role == "retain" else []
+            counts[i] += len(used), len(passes), len(measured)
+            if model.fixed:
+                numbers += width * sum(b["input_ids"].numel() for b in used)
+            numbers += wide * sum(b["input_ids"].numel() for b in kept)
+    return numbers * size, counts.tolist()
 
 
 def advise_memory(parts: Mapping[str, int], config: Config) -> str:

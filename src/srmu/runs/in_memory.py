@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,7 +10,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, overload
 
-from pydantic import ValidationError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -22,14 +20,14 @@ from srmu.engine.activation_cache import open_activations
 from srmu.engine.loading import find_layers, refuse_quantised
 from srmu.engine.model import EditableModel
 from srmu.engine.progress import Watch, choose_progress, ignore_progress
-from srmu.engine.train import Log, TrainOptions, check_precision
+from srmu.engine.train import Log, TrainOptions
 from srmu.errors import SrmuError
 from srmu.methods import Method
-from srmu.runs import record as audit
-from srmu.runs import run as runs
-from srmu.runs.config import Config, explain_error, find_method
-from srmu.runs.run import Run
-from srmu.runs.training import count_dense_flops, describe_training, describe_unmoved, list_state, require_known_tokens
+from srmu.runs import training
+from srmu.runs.config import Config, check_tree, find_method
+from srmu.runs.plan import load_topics
+from srmu.runs.record import compare_tensor
+from srmu.runs.run import Run, unlearn_config
 
 TOPIC = "topic"  # as make_config names it: random numbers depend on it
 Texts = Any  # texts, rows with a `text`, files (pathlib), a data set; see `as_sources`
@@ -98,7 +96,7 @@ def unlearn(model: Any, tokenizer: Any = None, /, *, watch: Watch | None = None,
     """
     watch = watch or choose_progress()
     if isinstance(model, Config):
-        return runs.unlearn_config(model, watch=watch, **options)
+        return unlearn_config(model, watch=watch, **options)
     if tokenizer is None:
         raise SrmuError(
             "unlearn takes a config, unlearn(load_config('config.yaml')), or a model with its "
@@ -125,54 +123,33 @@ def unlearn_in_memory(
     texts = {"forget": as_sources(forget, "forget"), "retain": as_sources(retain, "retain")}
     topics = {TOPIC: texts | {"max_length": max_length}}
     config = describe_in_memory(model, method, topics, train, seed)
-    loaded = runs.load_topics(config, tokenizer)
+    loaded = load_topics(config, tokenizer)
     rows: Any = model.get_input_embeddings().weight
-    require_known_tokens(loaded, len(rows), "the tokenizer")
+    training.require_known_tokens(loaded, len(rows), "the tokenizer")
     steps: list[dict[str, Any]] = []
-    clock = time.monotonic()
-
-    def log(step: int, values: dict[str, float | str]) -> None:
-        steps.append({"step": step, **values, "seconds": round(time.monotonic() - clock, 4)})
-        if callback is not None:
-            callback(step, values)
-
+    progress = training.Progress()
     with TemporaryDirectory() as scratch, edit_in_place(model, config.method) as edited:
         if edited.folder is None:  # some methods read the tokenizer from there
             tokenizer.save_pretrained(scratch)
             edited.folder = Path(scratch)
-        prepare_training(edited, config)
-        outcome = config.method.apply(edited, loaded, config.train, log, watch)
+        # Where the first layer changes, no activation comes twice.
+        twice = edited.fixed or config.method.depth is not None
+        edited.activations = open_activations("memory" if twice else "none", {}, edited.device)
+        training.apply_method(config, edited, loaded, progress, steps.append, watch, callback)
         delta = edited.delta()
-        if still := describe_unmoved(config.method, edited, delta, outcome.stop_reason):
-            raise SrmuError(
-                f"{still} did not change ({outcome.stop_reason}); raise train.learning_rate, or "
-                f"see the options of srmu.{type(config.method).__name__}"
-            )
+        training.require_change(config, edited, delta, progress)
         changes = {
-            name: audit.compare_tensor(edited.original[name].cpu(), tensor.detach().cpu())
-            for name, tensor in delta.items()
+            name: compare_tensor(edited.original[name].cpu(), tensor.detach().cpu()) for name, tensor in delta.items()
         }
         record = {
-            **describe_training(config, loaded, outcome),
+            **training.describe_training(config, edited, loaded, progress),
             "options": dataclasses.asdict(config.method),
             "train": dataclasses.asdict(config.train),
             "seed": config.seed,
-            "seconds": round(time.monotonic() - clock, 3),
-            "steps": len(steps),
-            "flops": count_dense_flops(edited, loaded, len(steps)),
             "changed": sorted(delta),
             "change": {"tensors": changes},
         }
-    return model, InMemoryResult(record, steps, delta, list_state(outcome))
-
-
-def prepare_training(edited: EditableModel, config: Config) -> None:
-    """Check the precision of what is trained, and open a cache of activations in memory."""
-    for name, parameter in edited.trained.items():
-        check_precision(name, parameter.dtype, config.train.weights)
-    # Where the first layer changes, no activation comes twice.
-    twice = edited.fixed or config.method.depth is not None
-    edited.activations = open_activations("memory" if twice else "none", {}, edited.device)
+    return model, InMemoryResult(record, steps, delta, training.list_state(progress.outcome))
 
 
 def check_model(model: Any, tokenizer: Any) -> None:
@@ -203,9 +180,9 @@ def as_sources(texts: Texts, role: str) -> list[Source]:
     if isinstance(texts, str):
         raise SrmuError(f"{role} is one string: write [text] for a text, pathlib.Path(name) for a file")
     if isinstance(texts, Mapping):
-        keys = ", ".join(map(str, texts))
         raise SrmuError(
-            f"{role} is a {type(texts).__name__} of {keys}: write [row] for one row; of a DatasetDict name one split"
+            f"{role} is a {type(texts).__name__} of {', '.join(map(str, texts))}: write [row] for one row; "
+            "of a DatasetDict name one split"
         )
     if isinstance(texts, Path | Source):
         texts = [texts]
@@ -216,20 +193,15 @@ def as_sources(texts: Texts, role: str) -> list[Source]:
         )
     if not isinstance(texts, list | tuple):
         return [RowSource(path=role, rows=texts)]
-    sources: list[Source] = []
-    rows: list[Any] = []
-    for item in texts:
-        if isinstance(item, Path | Source):
-            sources.append(Source(path=str(item)) if isinstance(item, Path) else item)
-        else:
-            rows.append(item)
-    return [*sources, RowSource(path=role, rows=rows)] if rows else sources
+    files = [Source(path=str(x)) if isinstance(x, Path) else x for x in texts if isinstance(x, Path | Source)]
+    rows = [x for x in texts if not isinstance(x, Path | Source)]
+    return [*files, RowSource(path=role, rows=rows)] if rows else files
 
 
 def describe_in_memory(
     model: PreTrainedModel,
     method: Method | type[Method] | str,
-    topics: Mapping[str, Any],
+    topics: dict[str, Any],
     train: TrainOptions | Mapping[str, Any] | None,
     seed: int,
 ) -> Config:
@@ -243,15 +215,11 @@ def describe_in_memory(
         "train": train or {},
         "seed": seed,
     }
-    try:
-        config = Config.model_validate(tree)
-    except ValidationError as error:
-        raise SrmuError(explain_error(error, "", Config)) from None
+    config = check_tree(tree)
     resolved = config.method.resolved(model.config)
     if why := resolved.no_checkpoint:
         raise SrmuError(f"{why}; unlearn from a config")
-    settings = {"method": resolved, "train": resolved.training(config.train)}
-    return config.model_copy(update=settings)
+    return config.model_copy(update={"method": resolved, "train": resolved.training(config.train)})
 
 
 @contextmanager
@@ -265,12 +233,11 @@ def edit_in_place(module: PreTrainedModel, method: Method) -> Iterator[EditableM
     flags = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
     modes = [(part, part.training) for part in module.modules()]
     original: dict[str, Tensor] = {}
-    edited = None
     try:
         edited = EditableModel(module, method.trainable, method.depth)
         original = edited.original
-        name = str(module.name_or_path or "")
-        edited.folder = Path(name) if name and Path(name).is_dir() else None
+        folder = Path(module.name_or_path or "-")
+        edited.folder = folder if folder.is_dir() else None
         yield edited
     except BaseException:
         parameters = dict(module.named_parameters())

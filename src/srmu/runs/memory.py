@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +12,7 @@ DEVICES = (24, 48, 80, 141)  # GB of the common GPUs
 PROCESSES = (1, 2, 4, 8)
 MORE = (16, 64)  # where a part of 8 is more than `LARGE` holds
 LARGE = 80e9
+STANDING = ("originals", "last_good", "masters", "moments")  # held from the first step to the last
 KEPT_PIECES = 4  # on the CPU: what stays with a process of pieces it gathered and freed, measured
 
 
@@ -36,14 +36,14 @@ class TensorSizes:
 class StepVariant:
     """A way to make a step, measured on a whole batch in one process."""
 
-    lora: int  # the rank of adapters; 0: the tensors themselves are trained
-    caching: bool
-    sharded: bool
     trained: TensorSizes  # with adapters: what they stand beside
-    adapters: int  # numbers of theirs
-    activations: int  # bytes that a pass leaves for its gradient
-    cache: int  # bytes of activations kept from step to step
-    flops: int
+    lora: int = 0  # the rank of adapters; 0: the tensors themselves are trained
+    adapters: int = 0  # numbers of theirs
+    activations: int = 0  # bytes that a pass leaves for its gradient
+    flops: int = 0
+    caching: bool = False
+    cache: int = 0  # bytes of activations kept from step to step
+    sharded: bool = False
     offloaded: tuple[int, ...] = ()  # numbers of the layers left on the disk, which come one by one
 
 
@@ -93,21 +93,19 @@ def held_bytes(model: TrainedModel, way: StepVariant, processes: int, share: flo
     }
 
 
-def plan_launches(model: TrainedModel, ways: Sequence[StepVariant], rows: int, spreads: bool) -> list[dict[str, Any]]:
+def plan_launches(model: TrainedModel, ways: list[StepVariant], rows: int, spreads: bool) -> list[dict[str, Any]]:
     """What each process holds and computes: by their number, for each way to make a step.
 
     A batch has `rows` texts; without `spreads` the method runs in one process only.
     """
     launches: list[dict[str, Any]] = []
-    for processes in (*PROCESSES, *MORE):
-        if processes > 1 and not spreads:
-            break
+    for processes in (*PROCESSES, *MORE) if spreads else (1,):
         last = [row["memory_per_rank"] for row in launches if row["processes"] == PROCESSES[-1]]
         if processes in MORE and min(last) <= LARGE:
             break
         share = -(-rows // processes) / rows
         for way in ways:
-            if (processes == 1 and way.sharded) or (processes > 1 and way.offloaded):
+            if way.sharded if processes == 1 else way.offloaded:
                 continue
             parts = held_bytes(model, way, processes, share)
             memory = sum(parts.values())
@@ -138,12 +136,3 @@ def private_bytes() -> int:
     """The memory of this process that no file lies behind."""
     info = psutil.Process().memory_info()
     return info.rss - getattr(info, "shared", 0)
-
-
-def standing_bytes(trained: int, itemsize: int, mixed: bool) -> int:
-    """Bytes held from the first step to the last for trained numbers, besides the model itself.
-
-    These are the originals, the last good values, masters and moments, as in `held_bytes`.
-    """
-    exact = 4 if mixed else itemsize
-    return trained * (2 * itemsize + (4 if mixed else 0) + 2 * exact)

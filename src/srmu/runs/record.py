@@ -7,27 +7,31 @@ import json
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
-import yaml
+from huggingface_hub import metadata_load
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import safe_open
 from torch import Tensor
+from yaml import YAMLError
 
 from srmu.engine import weights
 from srmu.engine.cache import cached
 from srmu.engine.files import read_json, sha256, write_json
 from srmu.engine.progress import Watch, ignore_progress
-from srmu.errors import SrmuError, first_line
+from srmu.errors import SrmuError
 
 RECORD = "record.json"
 DELTA = "delta.safetensors"
 STATE = "state.safetensors"
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
+RESULTS_LOCK = ".results.lock"  # there while the results are written
 SCHEMA = 1  # raised when a field changes its meaning
 LIMITS = (
     "Suppressed, not shown to be absent: other attacks, or more of the same, may recover more.",
@@ -130,6 +134,8 @@ class Reproduction(Block):
 class Record(Block):
     """A run's `record.json`; `seal` is the SHA-256 of all else as canonical JSON."""
 
+    model_config = ConfigDict(json_schema_extra={"$schema": "https://json-schema.org/draft/2020-12/schema"})
+
     schema_version: Literal[1]
     id: str
     tool: Tool
@@ -166,14 +172,10 @@ class Record(Block):
     seal: str
 
 
-def canonical_json(value: Any) -> bytes:
-    """The same JSON bytes for the same value."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return text.encode()
-
-
 def compute_seal(record: Mapping[str, Any]) -> str:
-    return hashlib.sha256(canonical_json({k: v for k, v in record.items() if k != "seal"})).hexdigest()
+    """The SHA-256 of a record without its seal, as canonical JSON."""
+    rest = {key: value for key, value in record.items() if key != "seal"}
+    return sha256(json.dumps(rest, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode())
 
 
 def seal_record(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -184,22 +186,16 @@ def seal_record(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def read_record(path: Path) -> dict[str, Any]:
     """Read a record; SrmuError if the file is not a record, or was edited."""
+    record: dict[str, Any] = read_json(path)
     try:
-        record = read_json(path)
         Record.model_validate(record)
     except ValidationError as error:
-        raise SrmuError(f"{path} is no record of this version ({shorten_error(error)}); make the run again") from None
+        first = error.errors(include_url=False)[0]
+        fault = ".".join(map(str, first["loc"])) + ": " + first["msg"]
+        raise SrmuError(f"{path} is no record of this version ({fault}); make the run again") from None
     if record["seal"] != compute_seal(record):
         raise SrmuError(f"{path} was edited after it was written: its seal does not fit")
-    return dict(record)
-
-
-def shorten_error(error: Exception) -> str:
-    """What is wrong with a record, in a few words."""
-    if isinstance(error, ValidationError):
-        first = error.errors(include_url=False)[0]
-        return ".".join(map(str, first["loc"])) + ": " + first["msg"]
-    return first_line(error)
+    return record
 
 
 def extend_record(folder: Path, files: Sequence[str], **blocks: Any) -> None:
@@ -216,9 +212,12 @@ def digest_folder(folder: Path, watch: Watch = ignore_progress) -> dict[str, dic
 
     They are kept in the cache folder while size and time of change stay the same.
     """
-    names = [*weights.list_carried(folder)]
-    stats = {name: (folder / name).stat() for name in names}
-    marks = [(str(folder.resolve()), n, s.st_size, s.st_mtime_ns, s.st_ino) for n, s in stats.items()]
+    names = weights.list_carried(folder)
+    stats = [(folder / name).stat() for name in names]
+    marks = [
+        (str(folder.resolve()), name, stat.st_size, stat.st_mtime_ns, stat.st_ino)
+        for name, stat in zip(names, stats, strict=True)
+    ]
 
     def digest_files() -> dict[str, dict[str, Any]]:
         files = {}
@@ -232,69 +231,38 @@ def digest_folder(folder: Path, watch: Watch = ignore_progress) -> dict[str, dic
 
 
 def digest_file(path: Path) -> dict[str, Any]:
-    """A file's size and SHA-256, and those of each tensor in a safetensors file; in one pass."""
-    whole, head = hashlib.sha256(), hashlib.sha256()
-    tensors = {}
-    parts = []
-    if path.suffix == ".safetensors":
-        entries, start = weights.read_header(path)
-        spans = {n: [start + at for at in e["data_offsets"]] for n, e in entries.items()}
-        parts = sorted((low, high, name) for name, (low, high) in spans.items())
+    """A file's size and SHA-256, and those of each tensor in a safetensors file."""
     size = path.stat().st_size
-    with path.open("rb") as file:
-        for low, high, name in [*parts, (size, size, "")]:
-            update_codes(file, low - file.tell(), whole, head)  # tensors leave no gaps
-            if name:
-                part = hashlib.sha256()
-                update_codes(file, high - low, whole, part)
-                tensors[name] = part.hexdigest()
-    header = head.hexdigest() if parts else ""
-    return {"bytes": size, "sha256": whole.hexdigest(), "header": header, "tensors": tensors}
-
-
-def update_codes(file: Any, size: int, *codes: Any) -> None:
-    """Feed the next bytes of a file to hashes, a piece at a time."""
-    while size > 0:
-        block = file.read(min(size, 1 << 22))
-        if not block:
-            raise SrmuError(f"{file.name} ended while it was read")
-        for code in codes:
-            code.update(block)
-        size -= len(block)
+    if path.suffix != ".safetensors":
+        return {"bytes": size, "sha256": sha256(path), "header": "", "tensors": {}}
+    entries, start = weights.read_header(path)
+    data = np.memmap(path, np.uint8, "r").data  # each tensor is read from the disk once
+    whole = hashlib.sha256(data[:start])
+    header, tensors = whole.hexdigest(), {}
+    for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+        low, high = entry["data_offsets"]  # tensors leave no gaps
+        whole.update(data[start + low : start + high])
+        tensors[name] = hashlib.sha256(data[start + low : start + high]).hexdigest()
+    return {"bytes": size, "sha256": whole.hexdigest(), "header": header if tensors else "", "tensors": tensors}
 
 
 def describe_base(model: str, revision: str | None, folder: Path, watch: Watch) -> dict[str, Any]:
     files = digest_folder(folder, watch)
-    config = read_json(folder / "config.json")
     words = [n for n in files if "token" in n or n.startswith(("vocab", "merges", "spiece"))]
     types = {str(t).removeprefix("torch.") for t in weights.stored_types(folder).values()}
+    facts = {}
+    with suppress(OSError, ValueError, YAMLError):  # no model card, or none that can be read
+        facts = metadata_load(folder / "README.md") or {}
+    licence = facts.get("license") or read_json(folder / "config.json").get("license")
     return {
         "id": model,
-        "revision": revision or find_revision(folder),
-        "licence": find_licence(folder) or config.get("license"),
+        # the folder of a hub snapshot is named by its commit
+        "revision": revision or (folder.name if folder.parent.name == "snapshots" else None),
+        "licence": str(licence) if licence else None,
         "dtype": ", ".join(sorted(types)),
         "tokenizer": sha256(*(files[name]["sha256"].encode() for name in sorted(words))),
         "files": files,
     }
-
-
-def find_revision(folder: Path) -> str | None:
-    """The commit of a hub snapshot, which its folder is named by."""
-    return folder.name if folder.parent.name == "snapshots" else None
-
-
-def find_licence(folder: Path) -> str | None:
-    """The licence that the model card's header names."""
-    card = folder / "README.md"
-    if not card.is_file():
-        return None
-    head = card.read_text(encoding="utf-8", errors="replace").split("---")
-    try:
-        facts = yaml.safe_load(head[1]) if len(head) > 2 else {}
-    except yaml.YAMLError:
-        return None
-    licence = facts.get("license") if isinstance(facts, dict) else None
-    return str(licence) if licence else None
 
 
 def describe_change(folder: Path, delta: Path) -> dict[str, Any]:
@@ -325,36 +293,26 @@ def compare_tensor(before: Tensor, after: Tensor) -> dict[str, Any]:
 
 def describe_tool() -> dict[str, Any]:
     """This program's version, and its commit if it runs from a checkout."""
-    home = Path(__file__).parents[3]
-    commit = None
+    home, commit = Path(__file__).parents[3], ""
     if (home / ".git").exists():
-        try:
+        with suppress(OSError, subprocess.SubprocessError):
             command = ["git", "-C", str(home), "rev-parse", "HEAD"]
-            answer = subprocess.run(command, capture_output=True, text=True, timeout=10)
-            commit = answer.stdout.strip() or None
-        except (OSError, subprocess.SubprocessError):
-            pass
-    return {"name": "srmu", "version": version("srmu"), "commit": commit}
+            commit = subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()
+    return {"name": "srmu", "version": version("srmu"), "commit": commit or None}
 
 
 def describe_environment() -> dict[str, Any]:
     """What the bits of a result may depend on."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "processor": torch.backends.cpu.get_cpu_capability(),
-        "gpu": gpu,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "threads": torch.get_num_threads(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "packages": {name: version(name) for name in PACKAGES},
     }
 
 
-def record_schema() -> dict[str, Any]:
-    """The JSON Schema of a record."""
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | Record.model_json_schema()
-
-
 if __name__ == "__main__":  # python -m srmu.runs.record > src/srmu/runs/record.schema.json
-    print(json.dumps(record_schema(), indent=2))
+    print(json.dumps(Record.model_json_schema(), indent=2))

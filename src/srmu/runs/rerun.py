@@ -13,7 +13,6 @@ from srmu.errors import SrmuError
 from srmu.runs import record as audit
 from srmu.runs.config import build_config
 from srmu.runs.plan import plan_run
-from srmu.runs.record import DELTA
 from srmu.runs.run import Run, run_plan
 
 
@@ -30,30 +29,25 @@ def rerun_record(
     again = f"runs_dir={path.resolve().parent.parent / 'again'}"
     plan = plan_run(build_config(record["reproduction"]["config"], [again, *overrides]))
     for name, file in audit.digest_folder(plan.base, watch).items():
-        known = record["base"]["files"].get(name)
-        if known is None or known["sha256"] != file["sha256"]:
+        if file["sha256"] != record["base"]["files"].get(name, {}).get("sha256"):
             raise SrmuError(f"{plan.base} is not the base model of {path}: its {name} differs; nothing was run")
     if plan.folder.resolve() == path.resolve().parent:
         raise SrmuError("runs_dir: name another folder than the record's own")
     run = run_plan(plan, watch=watch)
-    comparison = compare_records(record, run.record)
-    rerun = {"when": datetime.now(UTC).isoformat(timespec="seconds"), **comparison}
+    outcome = compare_records(record, run.record)
+    rerun = {"when": datetime.now(UTC).isoformat(timespec="seconds"), **outcome}
     reproduction = record["reproduction"] | {"rerun": rerun}
     write_json(path, audit.seal_record(record | {"reproduction": reproduction}))
-    return run, comparison
+    return run, outcome
 
 
 def compare_records(first: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
     """Whether two records have the same delta; if not, what else differs."""
-    one, two = (r["reproduction"]["expected"].get(DELTA, "") for r in (first, other))
-    if one == two:
+    if first["reproduction"]["expected"] == other["reproduction"]["expected"]:
         return {"same": True, "tensors": [], "differences": []}
-    tensors = [
-        name
-        for name, entry in first["change"]["tensors"].items()
-        if other["change"]["tensors"].get(name, {}).get("after") != entry["after"]
-    ]
-    differences = [*list_differences("", first["environment"], other["environment"])]
+    now = other["change"]["tensors"]
+    tensors = [n for n, old in first["change"]["tensors"].items() if now.get(n, {}).get("after") != old["after"]]
+    differences = list_differences("", first["environment"], other["environment"])
     differences += list_differences("data.", first["data"], other["data"])
     return {"same": False, "tensors": tensors, "differences": differences}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -183,26 +183,25 @@ def hold_folder(folder: Path) -> Iterator[None]:
 def find_finished(folder: Path, topics: Sequence[Topic]) -> Run:
     """The run that is already there, if it was made from the same texts and model."""
     run = Run.open(folder)
-    known, data = run.record["data"], {topic.name: topic.counts for topic in topics}
-    sizes = ("documents", "too_short", "bad_rows", "tokens")
-    same_sizes = list_values(known, *sizes) == list_values(data, *sizes)
-    if not same_sizes or list_values(known, "digest") != list_values(data, "digest"):
-        if same_sizes and list_values(known, "key") != list_values(data, "key"):
-            raise SrmuError(
-                f"{folder} holds a run of this config, made with another cache folder: set "
-                "SRMU_CACHE to that one, whose key tells whether it read these texts; or remove "
-                "the run, or name another runs_dir"
-            )
+    known = run.record["data"]
+    texts = [(known[topic.name][role], counts) for topic in topics for role, counts in topic.counts.items()]
+
+    def differ(*keys: str) -> bool:
+        return any(then.get(key) != now[key] for then, now in texts for key in keys)
+
+    sizes = differ("documents", "too_short", "bad_rows", "tokens")
+    if not sizes and differ("digest") and differ("key"):
+        raise SrmuError(
+            f"{folder} holds a run of this config, made with another cache folder: set "
+            "SRMU_CACHE to that one, whose key tells whether it read these texts; or remove "
+            "the run, or name another runs_dir"
+        )
+    if sizes or differ("digest"):
         raise SrmuError(f"{folder} holds a run of this config on other texts; remove it, or name another runs_dir")
     if run.record["diverged"]:
         raise DivergedError(f"{folder} holds this run, which diverged: {run.record['stop_reason']}")
     _ = run.delta  # refuses a model that has changed since
     return run
-
-
-def list_values(data: Mapping[str, Any], *names: str) -> list[Any]:
-    """Some of what a record says of each set of texts."""
-    return [texts.get(name) for topic in data.values() for texts in topic.values() for name in names]
 
 
 def discard_unfinished(folder: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -20,28 +20,27 @@ from torch import Tensor
 from srmu.engine import distributed, weights
 from srmu.engine.activation_cache import digest_tensors, open_activations
 from srmu.engine.files import require_space, sha256, write_json, write_whole
-from srmu.engine.loading import build_skeleton, wanted_dtype
 from srmu.engine.model import Batch, EditableModel, release_memory
 from srmu.engine.progress import Watch, ignore_progress, print_line
 from srmu.engine.resume import Checkpoints
 from srmu.engine.topic import Topic
 from srmu.engine.train import FINISHED, Log, check_precision
 from srmu.errors import DivergedError, SrmuError
-from srmu.methods.base import Method, MethodOutcome
+from srmu.methods.base import MethodOutcome
+from srmu.runs import estimate, memory
 from srmu.runs import record as audit
 from srmu.runs.config import Config
-from srmu.runs.memory import free_bytes, standing_bytes
 from srmu.runs.plan import RunPlan
-from srmu.runs.record import CONFIG, DELTA, METRICS, RECORD, STATE
+from srmu.runs.record import CONFIG, DELTA, METRICS, STATE
 
 CHECKPOINTS = "checkpoint"  # only there while the run is made
 
 
 @dataclass
 class Progress:
-    """How far the training of a run has come, for its record."""
+    """How far a training has come, for its record."""
 
-    checkpoints: Checkpoints
+    checkpoints: Checkpoints = field(default_factory=Checkpoints)
     started: datetime = field(default_factory=lambda: datetime.now(UTC))
     clock: float = field(default_factory=time.monotonic)  # when it would have started in one go
     resumed_at: int = 0
@@ -59,22 +58,39 @@ def train_run(plan: RunPlan, topics: Sequence[Topic], watch: Watch, callback: Lo
 
     Raises DivergedError when the folder is written, with the last good weights.
     """
+    config, folder, first = plan.config, plan.folder, distributed.is_first()
     require_memory(plan)
-    memory = {"before": reset_peak_memory(plan.config.device)}
+    held = {"before": reset_peak_memory(config.device)}
     data = digest_batches(topics)
     model, names = load_model(plan, topics, data, watch)
-    if distributed.is_first():
-        open_folder(plan, model)
-    progress = apply_method(plan, model, topics, data, watch, callback)
-    memory["peak"] = max(distributed.gather_values(read_peak_memory(plan.config.device)))
+    if first:
+        require_space(folder, sum(t.numel() * t.element_size() for t in model.original.values()))
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / DELTA).unlink(missing_ok=True)  # of a run that was killed
+        write_whole(folder / CONFIG, config.to_yaml())
+    progress = resume_run(plan, data)
+    with (folder / METRICS if first else Path(os.devnull)).open("a", buffering=1) as metrics:
+
+        def write(line: dict[str, Any]) -> None:
+            metrics.write(json.dumps(line) + "\n")
+
+        try:
+            apply_method(config, model, topics, progress, write, watch, callback)
+        except DivergedError as error:
+            progress.error, progress.outcome = error, MethodOutcome({}, str(error))
+    held["peak"] = max(distributed.gather_values(read_peak_memory(config.device)))
     changed = model.delta()
-    require_change(plan, model, changed, progress)
-    if distributed.is_first():
-        write_tensors(plan, names, changed, progress.outcome)
-        record = build_record(plan, model, topics, progress, watch)
-        record |= {"memory": memory, "changed": sorted(changed)}
-        finished = {"finished": datetime.now(UTC).isoformat(timespec="seconds")}
-        write_json(plan.folder / RECORD, audit.seal_record(record | finished))
+    if progress.error is None:
+        require_change(config, model, changed, progress)
+    if first:
+        if changed:
+            meta = {"base_model": config.model, "method": config.method.name, "run": config.id}
+            weights.save_delta(folder / DELTA, plan.base, names, changed, meta)
+        if tensors := list_state(progress.outcome):
+            save_file(tensors, folder / STATE)
+        record = build_record(plan, model, topics, progress, watch) | {"memory": held, "changed": sorted(changed)}
+        finished = datetime.now(UTC).isoformat(timespec="seconds")
+        write_json(folder / audit.RECORD, audit.seal_record(record | {"finished": finished}))
         progress.checkpoints.clear()
     distributed.agree_on(None)  # the first one has written
     if progress.error is not None:
@@ -99,17 +115,25 @@ def load_model(
         copy=not plan.shard,
     )
     require_known_tokens(topics, model.vocabulary_size, f"{plan.base}: its tokenizer")
-    for name, parameter in model.trained.items():
-        check_precision(name, parameter.dtype, config.train.weights)
-    # Where the first layer changes, no activation comes twice.
-    mode = config.cache if model.fixed or method.depth is not None else "none"
     names = weights.checkpoint_names(plan.base, model.original)
     if plan.shard:
-        # All processes run the same layers at once: none may find what others must compute.
-        mode = "none"
         model.shard(config.device)
+    # What a run's activations depend on, besides the machine and the libraries.
+    key = {
+        "model": config.model,
+        "weights": weights.identify_base(plan.base, method.depth),
+        "settings": sha256(plan.base / "config.json"),
+        "data": data,
+        "fixed_layers": model.fixed,
+        "dtype": str(model.module.dtype),
+        "attention": model.module.config._attn_implementation,
+        "experts": getattr(model.module.config, "_experts_implementation", None),
+    }
     say = print_line if watch is not ignore_progress else lambda text: None
-    model.activations = open_activations(mode, activation_key(plan, model, data), model.device, say)
+    # Where the first layer changes, no activation comes twice. Sharded, all processes run the same
+    # layers at once: none may find what others must compute.
+    twice = (model.fixed or method.depth is not None) and not plan.shard
+    model.activations = open_activations(config.cache if twice else "none", key, model.device, say)
     return model, names
 
 
@@ -122,59 +146,50 @@ def require_known_tokens(topics: Sequence[Topic], known: int, tokenizer: str) ->
         )
 
 
-def open_folder(plan: RunPlan, model: EditableModel) -> None:
-    """Make the run's folder, with its config."""
-    folder = plan.folder
-    require_space(folder, sum(t.numel() * t.element_size() for t in model.original.values()))
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / DELTA).unlink(missing_ok=True)  # of a run that was killed
-    write_whole(folder / CONFIG, plan.config.to_yaml())
-
-
-def apply_method(
-    plan: RunPlan, model: EditableModel, topics: Sequence[Topic], data: str, watch: Watch, callback: Log | None
-) -> Progress:
-    """Run the method, from its last checkpoint where there is one, and log its steps."""
+def resume_run(plan: RunPlan, data: str) -> Progress:
+    """Where a run that was killed goes on; its metrics are cut to the steps that a checkpoint holds."""
     config, folder = plan.config, plan.folder
-    base = weights.identify_base(plan.base, config.method.depth)
-    belongs = {"run": config.id, "data": data, "base": base}
-    seconds = config.train.checkpoint_seconds
-    progress = Progress(Checkpoints(folder / CHECKPOINTS, seconds, belongs))
+    belongs = {"run": config.id, "data": data, "base": weights.identify_base(plan.base, config.method.depth)}
+    progress = Progress(Checkpoints(folder / CHECKPOINTS, config.train.checkpoint_seconds, belongs))
     progress.resumed_at = progress.checkpoints.done()
     if len({*distributed.gather_values(progress.resumed_at)}) > 1:
         raise SrmuError(f"{folder} must lie on storage that all processes see, but does not")
     if distributed.is_first():
-        progress.clock -= cut_metrics(folder / METRICS, progress.resumed_at)
-    path = folder / METRICS if distributed.is_first() else Path(os.devnull)
-    with path.open("a") as metrics:
-
-        def log(step: int, values: dict[str, float | str]) -> None:
-            progress.steps = step + 1
-            line = {"step": step, **values, "seconds": round(progress.seconds, 4)}
-            metrics.write(json.dumps(line) + "\n")
-            metrics.flush()
-            if callback is not None:
-                callback(step, values)
-
-        try:
-            progress.outcome = config.method.apply(model, topics, config.train, log, watch, progress.checkpoints)
-        except DivergedError as error:
-            progress.error, progress.outcome = error, MethodOutcome({}, str(error))
+        path = folder / METRICS
+        lines = path.read_text().splitlines()[: progress.resumed_at] if progress.resumed_at else []
+        path.write_text("".join(f"{line}\n" for line in lines))
+        progress.clock -= float(json.loads(lines[-1])["seconds"]) if lines else 0.0
     return progress
 
 
-def cut_metrics(path: Path, steps: int) -> float:
-    """Cut a run's metrics to those of its first steps; the seconds that these took."""
-    lines = path.read_text().splitlines()[:steps] if steps else []
-    path.write_text("".join(f"{line}\n" for line in lines))
-    return float(json.loads(lines[-1])["seconds"]) if lines else 0.0
+def apply_method(
+    config: Config,
+    model: EditableModel,
+    topics: Sequence[Topic],
+    progress: Progress,
+    write: Callable[[dict[str, Any]], None],
+    watch: Watch,
+    callback: Log | None,
+) -> None:
+    """Run the method, from its last checkpoint where there is one; `write` takes a line for each step."""
+    for name, parameter in model.trained.items():
+        check_precision(name, parameter.dtype, config.train.weights)
+
+    def log(step: int, values: dict[str, float | str]) -> None:
+        progress.steps = step + 1
+        write({"step": step, **values, "seconds": round(progress.seconds, 4)})
+        if callback is not None:
+            callback(step, values)
+
+    progress.outcome = config.method.apply(model, topics, config.train, log, watch, progress.checkpoints)
 
 
-def require_change(plan: RunPlan, model: EditableModel, changed: Mapping[str, Tensor], progress: Progress) -> None:
+def require_change(config: Config, model: EditableModel, changed: Mapping[str, Tensor], progress: Progress) -> None:
     """SrmuError where what should change did not."""
-    method, reason = plan.config.method, progress.outcome.stop_reason
-    unmoved = describe_unmoved(method, model, changed, reason)
-    if progress.error is not None or not unmoved:
+    method, reason = config.method, progress.outcome.stop_reason
+    unmoved = sorted(set(model.trained) - set(changed))
+    # Of a whole model some tensors may stay: bf16 norms near 1 do not move by steps of 1e-5.
+    if not unmoved or (changed and (method.depth is None or reason != FINISHED)):
         return
     progress.checkpoints.clear()  # it would end there again
     if reason.startswith(("utility_floor", "kl_budget")):
@@ -183,32 +198,9 @@ def require_change(plan: RunPlan, model: EditableModel, changed: Mapping[str, Te
             "train.learning_rate or train.check_every, or allow more"
         )
     raise SrmuError(
-        f"{unmoved} did not change in {progress.steps} steps "
-        f"({reason}); raise train.learning_rate, or see the options of {method.name}: "
-        "srmu info methods"
+        f"{unmoved[0] if changed else 'the model'} did not change in {progress.steps} steps ({reason}); "
+        f"raise train.learning_rate, or see the options of {method.name}: srmu info methods"
     )
-
-
-def describe_unmoved(method: Method, model: EditableModel, changed: Mapping[str, Tensor], stop_reason: str) -> str:
-    """What should have changed and did not: a tensor's name or "the model"; "" if all is well."""
-    unchanged = sorted(set(model.trained) - set(changed))
-    # Of a whole model some tensors may stay: bf16 norms near 1 do not move by steps of 1e-5.
-    partly = bool(changed) and (method.depth is None or stop_reason != FINISHED)
-    if not unchanged or partly:
-        return ""
-    return unchanged[0] if changed else "the model"
-
-
-def write_tensors(
-    plan: RunPlan, names: Mapping[str, Sequence[str]], changed: Mapping[str, Tensor], outcome: MethodOutcome
-) -> None:
-    """Write the delta, and what the method computed before its first step."""
-    config, folder = plan.config, plan.folder
-    if changed:
-        meta = {"base_model": config.model, "method": config.method.name, "run": config.id}
-        weights.save_delta(folder / DELTA, plan.base, names, changed, meta)
-    if tensors := list_state(outcome):
-        save_file(tensors, folder / STATE)
 
 
 def list_state(outcome: MethodOutcome) -> dict[str, Tensor]:
@@ -225,22 +217,18 @@ def build_record(
 ) -> dict[str, Any]:
     """The run's record, but for what only `train_run` knows: memory, changed, finished."""
     config, folder = plan.config, plan.folder
-    written = [n for n in (CONFIG, METRICS, DELTA, STATE) if (folder / n).exists()]
-    files = {name: sha256(folder / name) for name in written}
+    files = {name: sha256(folder / name) for name in (CONFIG, METRICS, DELTA, STATE) if (folder / name).exists()}
     return {
-        **describe_training(config, topics, progress.outcome),
+        **describe_training(config, model, topics, progress),
         "schema_version": audit.SCHEMA,
         "id": config.id,
         "started": progress.started.isoformat(timespec="seconds"),
         "purpose": config.purpose,
         "base": audit.describe_base(config.model, config.revision, plan.base, watch),
-        "seconds": round(progress.seconds, 3),
-        "steps": progress.steps,
         "resumed_at": progress.resumed_at,
         "checkpoint_failed": progress.checkpoints.failed,
         "diverged": progress.error is not None,
         "weights": config.train.weights,
-        "flops": count_dense_flops(model, topics, progress.steps),
         "activations": {
             "kept": model.activations.kept,
             "found": model.activations.hits,
@@ -258,7 +246,9 @@ def build_record(
     }
 
 
-def describe_training(config: Config, topics: Sequence[Topic], outcome: MethodOutcome) -> dict[str, Any]:
+def describe_training(
+    config: Config, model: EditableModel, topics: Sequence[Topic], progress: Progress
+) -> dict[str, Any]:
     """What a record says of a training whether or not it has a folder."""
     return {
         "tool": audit.describe_tool(),
@@ -267,8 +257,11 @@ def describe_training(config: Config, topics: Sequence[Topic], outcome: MethodOu
         "model": config.model,
         "data": {topic.name: dict(topic.counts) for topic in topics},
         "overlap": {topic.name: measure_pair_overlap(topic) for topic in topics},
-        "topics": {name: state.numbers for name, state in outcome.states.items()},
-        "stop_reason": outcome.stop_reason,
+        "topics": {name: state.numbers for name, state in progress.outcome.states.items()},
+        "stop_reason": progress.outcome.stop_reason,
+        "seconds": round(progress.seconds, 3),
+        "steps": progress.steps,
+        "flops": count_dense_flops(model, topics, progress.steps),
         "environment": audit.describe_environment(),
     }
 
@@ -276,20 +269,16 @@ def describe_training(config: Config, topics: Sequence[Topic], outcome: MethodOu
 def require_memory(plan: RunPlan) -> None:
     """SrmuError where what is trained, with its original and its optimiser, cannot be held."""
     config, method = plan.config, plan.config.method
-    skeleton = build_skeleton(plan.settings, torch.float32)
-    model = EditableModel(skeleton, method.trainable, method.depth)
-    trained = sum(p.numel() for p in model.trained.values())
-    stored = [t for t in weights.stored_types(plan.base).values() if t.is_floating_point]
-    dtype = wanted_dtype(plan.settings, config.dtype) or max(stored, key=lambda t: t.itemsize)
-    mixed = dtype.itemsize == 2 and config.train.weights == "fp32"
-    needed = standing_bytes(trained, dtype.itemsize, mixed)
-    if getattr(method, "lora_rank", 0):  # masters and moments are the adapters'
-        needed = trained * dtype.itemsize
-    if plan.shard:
-        needed //= distributed.get_size()
-    if needed > (free := free_bytes(config.device)):
+    base = estimate.describe_checkpoint(config, plan.base)
+    model = estimate.bare_model(base, method)
+    held = estimate.trained_model(config, base, model)
+    pieces = estimate.count_pieces(model, model.trained.items())
+    way = memory.StepVariant(pieces, lora=getattr(method, "lora_rank", 0), sharded=plan.shard)
+    parts = memory.held_bytes(held, way, distributed.get_size(), 1.0)
+    needed = sum(parts[name] for name in memory.STANDING)
+    if needed > (free := memory.free_bytes(config.device)):
         raise SrmuError(
-            f"method {method.name} trains {trained:,} numbers: with their originals and the "
+            f"method {method.name} trains {pieces.total:,} numbers: with their originals and the "
             f"optimiser they take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free; "
             "srmu unlearn --dry-run says what would help"
         )
@@ -299,20 +288,6 @@ def digest_batches(topics: Sequence[Topic]) -> str:
     """A digest of the tokens that a run reads."""
     batches = [b for topic in topics for part in (topic.forget, topic.retain) for b in part]
     return digest_tensors(*(t for b in batches for t in (b["input_ids"], b["attention_mask"])))
-
-
-def activation_key(plan: RunPlan, model: EditableModel, data: str) -> dict[str, Any]:
-    """What a run's activations depend on, besides the machine and the libraries."""
-    return {
-        "model": plan.config.model,
-        "weights": weights.identify_base(plan.base, plan.config.method.depth),
-        "settings": sha256(plan.base / "config.json"),
-        "data": data,
-        "fixed_layers": model.fixed,
-        "dtype": str(model.module.dtype),
-        "attention": model.module.config._attn_implementation,
-        "experts": getattr(model.module.config, "_experts_implementation", None),
-    }
 
 
 def reset_peak_memory(device: str) -> int:
@@ -361,10 +336,10 @@ def count_dense_flops(model: EditableModel, topics: Sequence[Topic], steps: int)
     inputs and of weights, and two for the frozen pass of the retain texts.
     """
     sizes = [sum(p.numel() for p in layer.parameters()) for layer in model.layers]
-    moving = sum(sizes[model.fixed :])
+    fixed, moving = sum(sizes[: model.fixed]), sum(sizes[model.fixed :])
     total = 0.0
     for role, passes in (("forget", 6), ("retain", 8)):
         tokens = [b["input_ids"].numel() for t in topics for b in getattr(t, role)]
         mean = sum(tokens) / max(1, len(tokens))
-        total += steps * mean * (2 * sum(sizes[: model.fixed]) + passes * moving)
+        total += steps * mean * (2 * fixed + passes * moving)
     return total

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from srmu.engine import weights
 from srmu.engine.files import sha256, write_whole
 from srmu.engine.progress import Watch, ignore_progress
 from srmu.errors import SrmuError
-from srmu.runs.record import CONFIG, DELTA, RECORD, digest_file, read_record
+from srmu.runs import record as audit
 from srmu.runs.run import Run
 
 SIGNATURE = "record.sig"
@@ -19,13 +18,13 @@ SIGNATURE = "record.sig"
 
 def find_record(folder: Path) -> Path:
     """The record of a run's or an export's folder."""
-    for name in (RECORD, weights.EXPORTED):
+    for name in (audit.RECORD, weights.EXPORTED):
         if (folder / name).is_file():
             return folder / name
-    if (folder / CONFIG).is_file():
+    if (folder / audit.CONFIG).is_file():
         Run.open(folder)  # says how to finish it
     raise SrmuError(
-        f"{folder} holds no record ({RECORD} of a run, {weights.EXPORTED} of an export): "
+        f"{folder} holds no record ({audit.RECORD} of a run, {weights.EXPORTED} of an export): "
         "name the folder of a run, or one that srmu export wrote"
     )
 
@@ -37,112 +36,77 @@ def verify_folder(folder: Path, key: Path | None = None, watch: Watch = ignore_p
     once, a piece at a time.
     """
     path = find_record(folder)
-    record = read_record(path)
+    record = audit.read_record(path)
     if key is not None:
         check_signature(path, key)
-    if path.name == RECORD:
-        differences = [*compare_run(folder, record, watch)]
-        tensors = len(record["change"]["tensors"]) + sum(
-            len(file["tensors"]) for file in record["base"]["files"].values()
-        )
-        files = len(record["files"]) + len(record["base"]["files"])
+    after = {name: entry["after"] for name, entry in record["change"]["tensors"].items()}
+    base = record["base"]["files"]
+    if path.name == audit.RECORD:
+        own = {name: {"sha256": digest} for name, digest in record["files"].items()}
+        if audit.DELTA in own:
+            own[audit.DELTA]["tensors"] = after
+        differences = [*compare_files(folder, own, path.name, watch)]
+        place = weights.locate_model(record["model"], record["reproduction"]["config"]["revision"])
+        differences += [f"base model: {text}" for text in compare_files(place, base, "", watch)]
+        files, tensors = len(own) + len(base), len(after) + sum(len(file["tensors"]) for file in base.values())
     else:
-        differences = [*compare_export(folder, record, watch)]
-        tensors = len(record["change"]["tensors"]) + record["change"]["others"]
-        files = len(record["base"]["files"])
+        own = {name: patch_digests(file, after) for name, file in base.items()}
+        own |= {name: {"sha256": digest} for name, digest in record["exported"].items()}
+        differences = [*compare_files(folder, own, path.name, watch)]
+        files, tensors = len(base), len(after) + record["change"]["others"]
     if differences:
         listed = "; ".join(differences[:20])
         raise SrmuError(f"{folder}: {len(differences)} not as recorded: {listed}")
     return {"record": record["id"], "files": files, "tensors": tensors, "signed": key is not None}
 
 
-def compare_run(folder: Path, record: Mapping[str, Any], watch: Watch) -> Iterator[str]:
-    """What in a run's folder, or in its base model, is not as recorded."""
-    for name, expected in record["files"].items():
-        if not (folder / name).is_file():
-            yield f"{name} is missing"
-        elif name != DELTA and sha256(folder / name) != expected:
-            yield f"{name} has changed"
-    if DELTA in record["files"] and (folder / DELTA).is_file():
-        after = {name: entry["after"] for name, entry in record["change"]["tensors"].items()}
-        yield from compare_tensors(folder / DELTA, {"sha256": record["files"][DELTA], "tensors": after})
-    known = {*record["files"], RECORD, SIGNATURE}
-    for path in sorted(folder.iterdir()):
-        if path.name not in known:
-            yield f"{path.name} is not in the record"
-    base = weights.locate_model(record["model"], record["reproduction"]["config"]["revision"])
-    yield from compare_base(base, record["base"]["files"], watch)
+def patch_digests(file: Mapping[str, Any], after: Mapping[str, str]) -> dict[str, Any]:
+    """The digests of a base model's file with a delta on it, of which header and tensors decide."""
+    changed = {name: after[name] for name in file["tensors"] if name in after}
+    return {**file, "tensors": file["tensors"] | changed} | ({"sha256": ""} if changed else {})
 
 
-def compare_base(folder: Path, files: Mapping[str, Any], watch: Watch) -> Iterator[str]:
-    """What in a base model is not as recorded."""
-    with watch("hashing the base model", len(files)) as tick:
-        for name, file in files.items():
-            if not (folder / name).is_file():
-                yield f"{name} of the base model is missing"
-            else:
-                for difference in compare_tensors(folder / name, file):
-                    yield f"base model: {difference}"
-            tick(name)
-
-
-def compare_export(folder: Path, record: Mapping[str, Any], watch: Watch) -> Iterator[str]:
-    """What in an export is not the base model with the delta on it."""
-    after = {name: entry["after"] for name, entry in record["change"]["tensors"].items()}
-    own = record["exported"]
-    expected = {name: file for name, file in record["base"]["files"].items() if name not in own}
-    with watch("hashing the export", len(expected)) as tick:
+def compare_files(folder: Path, expected: Mapping[str, Any], record: str, watch: Watch) -> Iterator[str]:
+    """What in a folder is not as expected; beside its `record` nothing else may lie there."""
+    with watch(f"hashing {folder.name}", len(expected)) as tick:
         for name, file in expected.items():
-            if not (folder / name).is_file():
+            if (folder / name).is_file():
+                yield from compare_digests(folder / name, file)
+            else:
                 yield f"{name} is missing"
-                continue
-            changed = {k: after[k] for k in file["tensors"] if k in after}
-            patched = {**file, "tensors": file["tensors"] | changed}
-            if changed:
-                patched["sha256"] = ""  # header and tensors decide
-            yield from compare_tensors(folder / name, patched)
             tick(name)
-    for name, digest in own.items():
-        if not (folder / name).is_file():
-            yield f"{name} is missing"
-        elif sha256(folder / name) != digest:
-            yield f"{name} has changed"
-    known = {*expected, *own, weights.EXPORTED, SIGNATURE}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.relative_to(folder).as_posix() not in known:
-            yield f"{path.relative_to(folder).as_posix()} is not in the record"
+    if record:
+        known = {*expected, record, SIGNATURE, audit.RESULTS_LOCK}
+        inside = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
+        yield from (f"{name} is not in the record" for name in inside if name not in known)
 
 
-def compare_tensors(path: Path, expected: Mapping[str, Any]) -> Iterator[str]:
-    """What in a file is not as expected; in a safetensors file, which tensors."""
-    if path.suffix != ".safetensors":
+def compare_digests(path: Path, expected: Mapping[str, Any]) -> Iterator[str]:
+    """What in a file is not as expected; which tensors, where the record has those of the file."""
+    if path.suffix != ".safetensors" or "tensors" not in expected:
         if sha256(path) != expected["sha256"]:
             yield f"{path.name} has changed"
         return
     try:
-        actual = digest_file(path)
+        actual = audit.digest_file(path)
     except SrmuError as error:
         yield str(error)
         return
-    differs = False
-    for name, digest in expected["tensors"].items():
-        if name not in actual["tensors"]:
-            yield f"{path.name} lacks the tensor {name}"
-            differs = True
-        elif actual["tensors"][name] != digest:
-            yield f"{path.name}: the tensor {name} has changed"
-            differs = True
-    for name in sorted(set(actual["tensors"]) - set(expected["tensors"])):
-        yield f"{path.name}: the tensor {name} is not in the record"
-        differs = True
-    if not differs and any(expected.get(part) and actual[part] != expected[part] for part in ("header", "sha256")):
-        yield f"{path.name}: its header has changed"
+    one, other = expected["tensors"], actual["tensors"]
+    differences = [
+        f"{path.name} lacks the tensor {name}" if name not in other else f"{path.name}: the tensor {name} has changed"
+        for name, digest in one.items()
+        if other.get(name) != digest
+    ]
+    differences += [f"{path.name}: the tensor {name} is not in the record" for name in sorted({*other} - {*one})]
+    if not differences and any(expected.get(part) and actual[part] != expected[part] for part in ("header", "sha256")):
+        differences = [f"{path.name}: its header has changed"]
+    yield from differences
 
 
 def check_signature(path: Path, key: Path) -> None:
     """SrmuError where the public key's owner did not sign this record."""
-    ed25519, serialization = import_cryptography()
-    public = load_key(key, serialization.load_pem_public_key, ed25519.Ed25519PublicKey, "public")
+    public = load_key(key, "public")
     signature = path.with_name(SIGNATURE)
     if not signature.is_file():
         raise SrmuError(f"{path.parent} is not signed: it has no {SIGNATURE}; --sign makes one")
@@ -156,30 +120,24 @@ def check_signature(path: Path, key: Path) -> None:
 
 def sign_record(folder: Path, key: Path) -> Path:
     """Write the record's Ed25519 signature beside it."""
-    ed25519, serialization = import_cryptography()
-    without_password = partial(serialization.load_pem_private_key, password=None)
     path = find_record(folder)
-    private = load_key(key, without_password, ed25519.Ed25519PrivateKey, "private")
-    write_whole(path.with_name(SIGNATURE), private.sign(path.read_bytes()).hex() + "\n")
-    return path.with_name(SIGNATURE)
+    signature = path.with_name(SIGNATURE)
+    write_whole(signature, load_key(key, "private").sign(path.read_bytes()).hex() + "\n")
+    return signature
 
 
-def import_cryptography() -> tuple[Any, Any]:
-    """The library's keys and key files; SrmuError where it is not installed."""
+def load_key(path: Path, what: Literal["private", "public"]) -> Any:
+    """An Ed25519 key from a PEM file."""
     try:
         from cryptography.hazmat.primitives import serialization
         from cryptography.hazmat.primitives.asymmetric import ed25519
     except ImportError:
         raise SrmuError("signatures need a library: pip install 'srmu[sign]'") from None
-    return ed25519, serialization
-
-
-def load_key(path: Path, load: Callable[[bytes], Any], kind: type, what: str) -> Any:
-    """An Ed25519 key from a PEM file."""
     try:
-        key = load(path.read_bytes())
+        data, load = path.read_bytes(), serialization.load_pem_public_key
+        key = load(data) if what == "public" else serialization.load_pem_private_key(data, password=None)
     except (OSError, ValueError, TypeError) as error:
         raise SrmuError(f"{path} is no {what} key in PEM form: {type(error).__name__}") from None
-    if not isinstance(key, kind):
+    if not isinstance(key, ed25519.Ed25519PublicKey | ed25519.Ed25519PrivateKey):
         raise SrmuError(f"{path} is no Ed25519 {what} key; openssl genpkey -algorithm ed25519")
     return key
