@@ -31,7 +31,6 @@ from srmu.evals.statistics import Estimate
 from srmu.report.attacks import attack_section, measure_recovery
 from srmu.report.benchmarks import benchmark_section
 from srmu.report.build import MEAN, write_report, write_runs_page
-from srmu.report.html import Beside
 from srmu.report.results import RunGroup, aggregate_metrics, strip_paths
 
 
@@ -164,7 +163,7 @@ def test_every_number_is_in_the_tables(entries, page):
         assert f"{mean} {span.strip('()')}" in page.text
     for label in METHODS:
         assert label in page.text
-    assert MEAN.capitalize() in page.text
+    assert MEAN in page.text
 
 
 def test_structure(page):
@@ -248,7 +247,7 @@ def test_settings_show_options_but_no_paths(tmp_path):
     text = Page(html).text
     assert "method · name my.py:Mine" in text
     assert "a, b: 2" in text
-    assert "train · learning rate 0.006 0.003" in text  # one each, as they differ
+    assert "train · learning rate 0.006; 0.003" in text  # one each, as they differ
     assert "train · batch size 8 train" in text  # once, as they agree
     assert "someone" not in html
 
@@ -360,10 +359,11 @@ def test_one_run_under_attack(tmp_path):
     assert "invalid: the oracle recovers, too" in page.text
     assert "gcg no room in forget.jsonl" in page.text
     assert "membership auc loss 0.51 0.98" in page.text
-    assert "full weights 34.0 39.2 44.4 86.0" in page.text  # after 0, 5, 10 and 50 texts
+    assert "Relearning by texts: full weights" in page.text
+    assert "srmu 34.0 39.2 44.4 86.0" in page.text  # after 0, 5, 10 and 50 texts
     for kind in ("LoRA", "neutral texts, full weights"):
         assert f"Relearning by steps: {kind}" in page.text
-    curves = "unlearned model 34.0 44.4 86.0 original 100.0 100.0 100.0 oracle 26.0 26.0 26.0"
+    curves = "srmu 34.0 44.4 86.0 original 100.0 100.0 100.0 oracle 26.0 26.0 26.0"
     assert page.text.count(curves) == 2  # after 0, 20 and 100 steps
     assert "Not tried: heavy tuning" in page.text
     assert "suppressed, not attacked" not in page.text
@@ -377,14 +377,14 @@ def test_relearning_by_steps_of_several_methods(tmp_path):
     keep_rows(runs[0], lambda row: not row.get("attack"))  # a seed that was not attacked
     found = [measure_recovery(RunGroup(label, "", tuple(some))) for label, some in
              (("SRMU", runs[:-1]), ("RMU", runs[-1:]))]  # fmt: skip
-    assert found[0].steps["LoRA"][""] == [
-        (0, pytest.approx(0.34)), (20, pytest.approx(0.34 + 0.2 * (0.75 - 0.34))),
-        (100, pytest.approx(0.75)),
-    ]  # fmt: skip
+    curves = found[0].curves
+    own = curves[(curves["unit"] == "steps") & (curves["kind"] == "LoRA") & (curves["whose"] == "")]
+    assert own["count"].tolist() == [0, 20, 100]
+    assert own["accuracy"].tolist() == pytest.approx([0.34, 0.34 + 0.2 * (0.75 - 0.34), 0.75])
     entries = [RunGroup("SRMU", "", tuple(runs[:-1])), RunGroup("RMU", "", tuple(runs[-1:]))]
     section = attack_section(entries, ["SRMU", "RMU"], found)
-    drawn = {b.title: b for b in section.blocks if isinstance(b, Beside)}
-    picture = drawn["Relearning by steps: LoRA"].figure
+    drawn = {block.title: block for block in section.blocks}
+    (picture,) = drawn["Relearning by steps: LoRA"].figures
     assert [t.name for t in picture.plot.data] == ["SRMU", "RMU", "original", "oracle"]
     assert [t.legendgroup for t in picture.plot.data] == ["SRMU", "RMU", None, None]
     assert picture.plot.data[1].x == ("0", "20", "100")
@@ -423,12 +423,12 @@ def test_a_benchmark_shows_each_model_once():
 
     seeds = [{"wmdp": {"before": measured(0.6), "after": measured(after)}} for after in (0.3, 0.34)]
     section = benchmark_section("wmdp", [(RunGroup("RMU", "", ()), seeds)], ["RMU"])
-    figure, table = section.blocks
+    (figure,), table = section.blocks[0].figures, section.blocks[1].table
     assert [trace.name for trace in figure.plot.data] == ["Original model", "RMU"]
     assert [trace.x[0] for trace in figure.plot.data] == pytest.approx([60, 32])
     assert figure.plot.data[1].error_x.array[0] == pytest.approx(2)  # of 30 and 34
     assert "RMU: WMDP 32 (30\N{EN DASH}34)" in figure.words
-    assert [line.cells[0] for line in (*table.first, *table.lines)] == ["Original model", "RMU"]
+    assert ([row["Model"] for row in table.rows], table.first) == (["Original model", "RMU"], 1)
 
 
 def test_a_sweep(tmp_path):
@@ -466,9 +466,9 @@ def test_a_reproduction(tmp_path):
     text = Page(write_report([folder], tmp_path / "r.html").read_text()).text
     assert "SRMU (ratio) 34.0" in text
     assert "29.2 57.5" in text  # the paper's
-    assert "SRMU (difference), diverged" in text
+    assert "SRMU (difference) diverged" in text
     assert "Of 3 claims, within noise: 2, not tested: 1" in text
-    assert "within noise +10.0 (-2.0 to +22.0) SRMU less RMU" in text
+    assert "SRMU keeps more than RMU +10.0 -2.0 to +22.0 within noise" in text
     assert "srmu reproduce all" in text
 
 

@@ -9,16 +9,8 @@ import pytest
 from srmu.evals.figures import Panel
 from srmu.evals.statistics import Estimate
 from srmu.report.analyses import draw_panel
-from srmu.report.figures import (
-    Series,
-    bar_look,
-    draw_figure,
-    label_look,
-    make_look,
-    mark_value,
-    paint_svg,
-    render_template,
-)
+from srmu.report.figures import Series, bar_look, draw_figure, label_look, make_look, mark_value, paint_svg
+from srmu.report.html import Page, Section
 
 KEPT, LOST = "accuracy kept", "accuracy lost"
 
@@ -51,7 +43,7 @@ def test_a_mark_has_its_intervals_and_tells_every_column():
 def test_numbers_that_are_no_accuracies_are_not_in_per_cent():
     rows = [{"seconds": Estimate(12.0, 10.0, 14.0), "memory": 3.0}]
     figure = draw_figure("", [Series("RMU", rows, label_look(0))], "seconds", "memory")
-    assert figure.plot.data[0].customdata == (["12 (10\N{EN DASH}14)"],)
+    assert figure.plot.data[0].customdata == (["12 (10\N{EN DASH}14)", "3"],)
 
 
 def test_names_make_an_axis_from_the_top_down():
@@ -66,7 +58,7 @@ def test_names_make_an_axis_from_the_top_down():
 
 def test_a_label_is_a_group_that_a_click_hides():
     series = [one_mark("SRMU", 0.5, 0.9, label="SRMU"), one_mark("original", 0.1, 1.0)]
-    figure = draw_figure("", series, LOST, KEPT, legend=True)
+    figure = draw_figure("", series, LOST, KEPT)
     assert [trace.legendgroup for trace in figure.plot.data] == ["SRMU", None]
     assert [trace.showlegend for trace in figure.plot.data] == [False, None]
 
@@ -78,11 +70,11 @@ def test_a_value_is_marked_with_its_name():
     assert (line.x0, line.x1, name.text) == (0.25, 0.25, "&lt;chance&gt;")
 
 
-def test_what_was_not_measured_is_null_and_said():
+def test_what_was_not_measured_is_null_and_said(tmp_path):
     panel = Panel("Layers", "layer", "score", [1, 2], {"a": [None, None], "b": [0.5, float("nan")]})
-    beside = draw_panel(panel)
-    assert "a: not measured" in beside.figure.words
-    html = render_template("page.html", page={"title": "", "sections": [{"blocks": [beside.figure], "title": ""}]})
+    block = draw_panel(panel)
+    assert "a: not measured" in block.figures[0].words
+    html = Page("", [], [Section("", [], [block])]).write(tmp_path / "page.html").read_text()
     data = json.loads(html.partition('class="figure">')[2].partition("</script>")[0])["data"]
     assert [trace["y"] for trace in data] == [[None, None], [0.5, None]]
 

@@ -3,70 +3,44 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
+import pandas as pd
 
-from srmu.evals.results import read_attacks
+from srmu.evals.results import PLAIN, read_attacks
 from srmu.evals.statistics import Array, Draws, Estimate, parse_answers, residual_table, worst_case
-from srmu.report.figures import COLOURS, GREY, Look, Series, bar_look, draw_figure, label_look, make_look, mark_value
-from srmu.report.format import capitalise, name_words
-from srmu.report.html import Beside, Block, Section, Table, TableLine, percent_cell
+from srmu.report.figures import COLOURS, GREY, Figure, Series, draw_figure, label_look, make_look, mark_value
+from srmu.report.format import format_value, name_words, write_words
+from srmu.report.html import LABEL, Block, Section, Table
 from srmu.report.results import RunGroup, read_config_tree, strip_paths
 
 ACCURACY = "accuracy on the knowledge to forget"
 PERCENT = {"range": [0, 1.04], "tickformat": ".0%"}
-TEXTS = re.compile(r"(.*), n=(\d+)")  # settings of E7: a variant and its texts
-STEPS = re.compile(r"(.*), (\d+) steps")  # of E19: a kind and its steps
-WHOSE = {"": "unlearned model", "original": "original", "oracle": "oracle"}
-LINES: Any = {"mode": "lines+markers", "size": 7}
-CONTROLS = {
-    "original": make_look(GREY, "circle-open", "dot", **LINES),
-    "oracle": make_look(GREY, "diamond-open", "dash", **LINES),
+RELEARNING = {  # attacks that learn again: the unit that they count in, and settings with that count
+    "benign_relearning": ("texts", re.compile(r"(.*), n=(\d+)")),
+    "relearning_steps": ("steps", re.compile(r"(.*), (\d+) steps")),
 }
-
-Points = Sequence[tuple[int, float]]  # how much was learned, accuracy after it
-Attacks = Mapping[str, Any]  # what `attack_run` gives
-
-
-class Curve(NamedTuple):
-    """Accuracy against what was learned; a click on the label, if it has one, hides it."""
-
-    name: str
-    points: Points
-    look: Look
-    label: str = ""
-
-
-@dataclass(frozen=True)
-class AttackedRow:
-    """What an attack brought back: accuracies on the knowledge to forget, averaged over seeds."""
-
-    id: str
-    accuracy: Estimate
-    controls: Mapping[str, Estimate]  # the same attack on the original model and on the oracle
-    valid: bool  # not where the oracle, which never knew, recovers too
-    chosen: str  # its strongest setting; of the last seed, where there are several
+HEADS = {"": "Unlearned\nunder attack", "original": "Original\ncontrol", "oracle": "Oracle\ncontrol"}
+CONTROLS = {"original": ("circle-open", GREY, "dot"), "oracle": ("diamond", COLOURS[1], "dash")}
 
 
 @dataclass(frozen=True)
 class Recovery:
     """The attacks on an entry's runs; K* is the share of the knowledge that the best one finds."""
 
-    seeds: int
     tier: str
     chance: float
-    worst: Estimate
+    worst: Estimate  # K*
     strongest: str
-    attacks: Mapping[str, AttackedRow]
-    other: Sequence[tuple[str, str, Mapping[str, float]]]  # attack, measure, value by whose
+    attacks: Mapping[str, Mapping[str, Any]]  # id, accuracies by whose model, valid, strongest setting
+    other: Sequence[Mapping[str, Any]]  # rows: numbers of attacks that ask no questions
     failed: Mapping[str, str]  # attacks that came to nothing, and why
     not_tried: Sequence[str]
-    texts: Mapping[str, Points]  # relearning by texts, of each variant of E7
-    steps: Mapping[str, Mapping[str, Points]]  # of each kind of E19, by whose model
+    curves: pd.DataFrame  # relearning: unit, kind, whose, count, accuracy
 
 
 def measure_recovery(entry: RunGroup) -> Recovery | None:
@@ -91,38 +65,28 @@ def measure_recovery(entry: RunGroup) -> Recovery | None:
         means = draws.means(np.stack([*asked.values()], axis=1), facts)
         for key, column in zip(asked, means.T, strict=True):
             answers.setdefault(key, []).append(column)
-
     count = min(len({*attacks["facts"]}) for attacks in attacked.values())
-
-    def average(values: Sequence[Array]) -> Estimate:
-        return draws.estimate_accuracy(np.stack(values, axis=1), count)
-
     results = {name: one for a in attacked.values() for name, one in a["attacks"].items()}
-    rows = {
-        name: AttackedRow(
-            one["id"],
-            average(answers[name, ""]),
-            {who: average(v) for (of, who), v in answers.items() if of == name and who},
-            one.get("valid") is not False,
-            one.get("chosen", ""),
-        )
-        for name, one in results.items()
-        if (name, "") in answers
-    }
-    valid = [name for name, row in rows.items() if row.valid]
+    rows: dict[str, dict[str, Any]] = {}
+    for name, one in results.items():
+        if (name, "") in answers:
+            valid = one.get("valid") is not False  # not where the oracle, which never knew, recovers too
+            setting = one.get("chosen", "") if valid else f"invalid: the oracle recovers, too; {one.get('chosen', '')}"
+            rows[name] = {"id": one["id"], "valid": valid, "setting": setting}
+    for (name, who), columns in answers.items():
+        if name in rows:
+            rows[name][who] = draws.estimate_accuracy(np.stack(columns, axis=1), count)
     first = next(iter(attacked.values()))
     return Recovery(
-        len(attacked),
-        first["tier"],
-        first["chance"],
-        draws.estimate(np.stack(worst, axis=1)),
-        max(valid, key=lambda name: rows[name].accuracy.value),
-        rows,
-        [one for name in results if name not in rows for one in list_measures(name, results[name])],
-        {name: strip_paths(one["why"]) for name, one in results.items() if one["status"] != "done"},
-        first["not_tried"],
-        average_by_texts([*attacked.values()]),
-        average_by_steps([*attacked.values()]),
+        tier=first["tier"],
+        chance=first["chance"],
+        worst=draws.estimate(np.stack(worst, axis=1)),
+        strongest=max((n for n, row in rows.items() if row["valid"]), key=lambda name: rows[name][""].value),
+        attacks=rows,
+        other=[line for name, one in results.items() if name not in rows for line in list_measures(name, one)],
+        failed={name: strip_paths(one["why"]) for name, one in results.items() if one["status"] != "done"},
+        not_tried=first["not_tried"],
+        curves=relearning_curves([*attacked.values()]),
     )
 
 
@@ -131,49 +95,30 @@ def by_whose(attack: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     return {"": attack, **attack.get("controls", {})}
 
 
-def list_measures(name: str, attack: Mapping[str, Any]) -> list[tuple[str, str, dict[str, float]]]:
+def list_measures(name: str, attack: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The numbers of an attack that asks no questions, and the controls' beside them."""
+    whose = {who: one.get("metrics", {}) for who, one in by_whose(attack).items()}
     return [
-        (name, measure, {who: one["metrics"][measure]["value"]
-                         for who, one in by_whose(attack).items()
-                         if measure in one.get("metrics", {})})
+        {"Attack": name_words(name), "Measure": measure}
+        | {head.split("\n")[0]: whose.get(who, {}).get(measure, {}).get("value") for who, head in HEADS.items()}
         for measure in attack.get("metrics", {})
-    ]  # fmt: skip
+    ]
 
 
-def average_by_texts(runs: Sequence[Attacks]) -> dict[str, Points]:
-    """For each variant of E7, a mean over runs: accuracy by the number of texts; 0: before."""
-    points: dict[str, dict[int, list[float]]] = {}
+def relearning_curves(runs: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """Accuracy by what was learned again, a mean over runs; no texts: before any attack."""
+    lines = []
     for attacks in runs:
-        plain = attacks["attacks"].get("forced_choice", {}).get("accuracy")
-        attack = attacks["attacks"].get("benign_relearning", {})
-        for variant, texts, value in match_settings(attack, TEXTS):
-            points.setdefault(variant, {}).setdefault(texts, []).append(value)
-            if plain:
-                points[variant].setdefault(0, []).append(plain["value"])
-    return {variant: average_points(values) for variant, values in sorted(points.items())}
-
-
-def average_by_steps(runs: Sequence[Attacks]) -> dict[str, dict[str, Points]]:
-    """For each kind of E19, of the run ("") and its controls: accuracy by the number of steps."""
-    points: dict[str, dict[str, dict[int, list[float]]]] = {}
-    for attacks in runs:
-        for who, one in by_whose(attacks["attacks"].get("relearning_steps", {})).items():
-            for kind, steps, value in match_settings(one, STEPS):
-                whose = points.setdefault(kind, {}).setdefault(who, {})
-                whose.setdefault(steps, []).append(value)
-    return {kind: {who: average_points(values) for who, values in whose.items()} for kind, whose in points.items()}
-
-
-def match_settings(attack: Mapping[str, Any], form: re.Pattern[str]) -> Iterator[tuple[str, int, float]]:
-    """An attack's settings of that form, with the accuracy on the test half."""
-    for setting, scores in attack.get("settings", {}).items():
-        if (match := form.fullmatch(setting)) and scores["test"] is not None:
-            yield match[1], int(match[2]), scores["test"]
-
-
-def average_points(values: Mapping[int, Sequence[float]]) -> Points:
-    return [(at, fmean(values[at])) for at in sorted(values)]
+        plain = attacks["attacks"].get(PLAIN, {}).get("accuracy")
+        for attack, (unit, form) in RELEARNING.items():
+            for who, one in by_whose(attacks["attacks"].get(attack, {})).items():
+                for setting, scores in one.get("settings", {}).items():
+                    if (match := form.fullmatch(setting)) and scores["test"] is not None:
+                        lines.append((unit, match[1], who, int(match[2]), scores["test"]))
+                        if unit == "texts" and plain and not who:
+                            lines.append((unit, match[1], who, 0, plain["value"]))
+    keys = ["unit", "kind", "whose", "count"]
+    return pd.DataFrame(lines, columns=[*keys, "accuracy"]).groupby(keys, sort=False, as_index=False).mean()
 
 
 # ---- the part of the page
@@ -186,140 +131,113 @@ def attack_section(
     pairs = [(entry, one) for entry, one in zip(entries, recoveries, strict=True) if one]
     if not pairs:
         return None
-    tiers = dict.fromkeys(one.tier for _, one in pairs)
-    notes = [
-        f"Accuracy on the knowledge to forget under each attack (tier: {', '.join(tiers)}), with "
-        "95 % intervals. The same attack on the original model shows what there is to find; on a "
-        "model that never saw it (the oracle) it shows what the attack itself teaches. An attack "
-        "that recovers from the oracle too is invalid, and does not count in K*."
-    ]
-    if len(tiers) > 1:
-        notes.append(
-            "Not all were attacked alike: a K* from a lower tier is a floor, and is not to be held "
-            "against one from a higher tier."
-        )
-    if missing := dict.fromkeys(name_words(name) for _, one in pairs for name in one.not_tried):
-        notes.append(f"Not tried: {', '.join(missing)}. What no attack found may still be there.")
-    blocks = show_one(*pairs[0]) if len(pairs) == 1 else show_many(pairs, labels)
-    return Section("Recovery by attack", notes, blocks)
-
-
-def show_one(entry: RunGroup, recovery: Recovery) -> list[Block]:
-    """The attacks on one method: bars, the controls, and curves of relearning."""
-    rows = sorted(recovery.attacks.items(), key=lambda item: -item[1].accuracy.value)
-    bars = bar_look(0, [0.5 if row.valid else 0.2 for _, row in rows])
-    looks = {"original": make_look(GREY, "circle-open", size=9), "oracle": make_look(COLOURS[1], "diamond", size=9)}
-    marks = [{"attack": name_words(name), ACCURACY: row.accuracy} for name, row in rows]
-    series = [Series(WHOSE[""], marks, bars)]
-    for who, look in looks.items():
-        marks = [{"attack": name_words(name), ACCURACY: row.controls[who].value}
-                 for name, row in rows if who in row.controls]  # fmt: skip
-        series += [Series(who, marks, look)] if marks else []
-    # with room for the name of the line below the last bar
-    y_axis = {"autorange": False, "range": [len(rows) + 0.1, -0.6]}
-    figure = draw_figure(
-        "", series, ACCURACY, "attack", x_axis=PERCENT, y_axis=y_axis, legend=True,
-        subject=entry.label,
-    )  # fmt: skip
-    mark_value(figure, "chance", x=recovery.chance)
-    controls = ["Original\ncontrol", "Oracle\ncontrol"]
-    heads = ["Attack", "Unlearned\nunder attack", *controls, "Strongest setting"]
-    lines = []
-    for name, row in rows:
-        chosen = row.chosen if row.valid else f"invalid: the oracle recovers, too; {row.chosen}"
-        numbers = [row.accuracy, *map(row.controls.get, looks)]
-        lines.append(TableLine([f"{name_words(name)} ({row.id})", *numbers, chosen]))
-    blocks: list[Block] = [figure, Table("Accuracy under attack, per cent", heads, lines)]
-    curves = [Curve(name, points, label_look(i, **LINES))
-              for i, (name, points) in enumerate(recovery.texts.items())]  # fmt: skip
-    if curves:
-        blocks.append(draw_relearning("texts", "", curves, recovery.chance))
-    for kind, whose in recovery.steps.items():
-        own = {"": label_look(0, **LINES), **CONTROLS}
-        curves = [Curve(WHOSE[who], points, own[who]) for who, points in whose.items()]
-        blocks.append(draw_relearning("steps", kind, curves, recovery.chance))
-    if recovery.other:
-        rest = [TableLine([name_words(name), measure, *map(values.get, WHOSE)])
-                for name, measure, values in recovery.other]  # fmt: skip
-        heads = ["Attack", "Measure", "Unlearned", *controls]
-        blocks.append(Table("What else was measured", heads, rest))
-    if recovery.failed:
-        why = [TableLine([name_words(name), text]) for name, text in recovery.failed.items()]
-        blocks.append(Table("Attacks without a result", ["Attack", "Why"], why, words=True))
-    return blocks
-
-
-def show_many(pairs: Sequence[tuple[RunGroup, Recovery]], labels: Sequence[str]) -> list[Block]:
-    """The attacks on several methods: K*, a mark a method, and curves of relearning."""
-    chance = pairs[0][1].chance
-    means: dict[str, list[float]] = {}
-    for _, recovery in pairs:
-        for attack, row in recovery.attacks.items():
-            means.setdefault(attack, []).append(row.accuracy.value)
-    attacks = sorted(means, key=lambda attack: -fmean(means[attack]))
-    shares, strips, lines, by_texts = [], [], [], []
-    by_steps: dict[str, list[Curve]] = {}
+    notes = write_words(
+        "attacks",
+        tiers=[*dict.fromkeys(one.tier for _, one in pairs)],
+        not_tried=[*dict.fromkeys(name_words(name) for _, one in pairs for name in one.not_tried)],
+    )
+    blocks = [Block([draw_attacks(pairs, labels)])]
+    if len(pairs) > 1:
+        blocks.insert(0, Block([draw_worst(pairs, labels)]))
     for entry, recovery in pairs:
-        name, label = " · ".join(filter(None, [entry.label, entry.group])), entry.label
-        i = labels.index(label)
-        share = {"K*": recovery.worst, "method": name}
-        share["strongest attack"] = name_words(recovery.strongest)
-        shares.append(Series(name, [share], label_look(i, size=10), label))
-        numbers = {attack: row.accuracy for attack, row in recovery.attacks.items()}
-        marks = [
-            {ACCURACY: one.value, "attack": name_words(attack), "per cent": one} for attack, one in numbers.items()
+        attacks = [
+            {"Attack": f"{name_words(name)} ({row['id']})"}
+            | {head: row.get(who) for who, head in HEADS.items()}
+            | {"Strongest setting": row["setting"]}
+            for name, row in sort_attacks([recovery])
         ]
-        strips.append(Series(name, marks, label_look(i, size=9), label))
-        lines.append(TableLine([name, *map(numbers.get, attacks)], label))
-        look = label_look(i, **LINES)
-        if recovery.texts:
-            best = max(recovery.texts.values(), key=lambda points: points[-1][1])
-            by_texts.append(Curve(name, best, look, label))
-        for kind, whose in recovery.steps.items():
-            by_steps.setdefault(kind, []).append(Curve(name, whose[""], look, label))
-    shares.sort(key=lambda one: one.rows[0]["K*"].value)
-    title = "K*: the share of the knowledge that the best attack found"
-    first = draw_figure(title, shares, "K*", "method", x_axis={"range": [-0.02, 1.04]})
-    second = draw_figure(
-        "Accuracy under each attack, a mark a method", strips, ACCURACY, "attack",
-        x_axis=PERCENT, y_axis={"categoryarray": [*map(name_words, attacks)]},
-    )  # fmt: skip
-    mark_value(second, "chance", x=chance)
-    heads = ["Method", *(capitalise(name_words(attack)) for attack in attacks)]
-    blocks: list[Block] = [first, second, Table("Accuracy under attack, per cent", heads, lines)]
-    if by_texts:
-        blocks.append(draw_relearning("texts", "", by_texts, chance))
-    for kind, curves in by_steps.items():
-        whose = next(one.steps[kind] for _, one in pairs if kind in one.steps)
-        curves += [Curve(WHOSE[who], whose[who], CONTROLS[who]) for who in whose if who]
-        blocks.append(draw_relearning("steps", kind, curves, chance))
-    return blocks
+        failed = [{"Attack": name_words(name), "Why": why} for name, why in recovery.failed.items()]
+        for title, rows in (
+            ("Accuracy under attack, per cent", attacks),
+            ("What else was measured", recovery.other),
+            ("Attacks without a result", failed),
+        ):
+            fold = f"{title}: {entry.name}" if len(pairs) > 1 else ""
+            if rows:
+                table = Table(fold or title, rows, words=rows is failed, fold=fold, label=entry.label)
+                blocks.append(Block(table=table))
+    return Section("Recovery by attack", notes, [*blocks, *draw_relearning(pairs, labels)])
 
 
-def draw_relearning(unit: str, kind: str, curves: Sequence[Curve], chance: float) -> Beside:
-    """Accuracy by the texts (E7) or by the steps (E19, of one kind) of relearning."""
-    note = "Fine-tuning on harmless texts, which say nothing of what is asked for."
-    if unit == "texts" and curves[0].label:
-        note += " Of each method the variant that brings back most."
-    elif unit == "steps" and not kind.startswith("neutral"):
-        note = "Fine-tuning on other facts of the kind to be forgotten; none of them is asked for."
-    title = f"Relearning by {unit}" + (f": {kind}" if kind else "")
-    budgets = sorted({at for curve in curves for at, _ in curve.points})
+def sort_attacks(recoveries: Sequence[Recovery]) -> list[tuple[str, Mapping[str, Any]]]:
+    """The attacks with their row in the first that has it, by mean accuracy, the strongest first."""
+    rows: dict[str, list[Mapping[str, Any]]] = {}
+    for recovery in recoveries:
+        for name, row in recovery.attacks.items():
+            rows.setdefault(name, []).append(row)
+    order = sorted(rows, key=lambda name: -fmean(row[""].value for row in rows[name]))
+    return [(name, rows[name][0]) for name in order]
+
+
+def draw_worst(pairs: Sequence[tuple[RunGroup, Recovery]], labels: Sequence[str]) -> Figure:
+    """K* of each method, the highest first."""
     series = [
-        Series(one.name, [{unit: str(at), "accuracy": value} for at, value in one.points],
-               one.look, one.label)
-        for one in curves
-    ]  # fmt: skip
-    figure = draw_figure(
-        "", series, unit, "accuracy", y_axis=PERCENT, subject=title,
-        x_axis={"title": f"{unit} learned again", "categoryarray": [*map(str, budgets)]},
-        legend=not all(one.label for one in curves),
-    )  # fmt: skip
-    mark_value(figure, "chance", y=chance)
-    lines = [
-        TableLine([one.name, *(percent_cell(dict(one.points).get(at)) for at in budgets)], one.label) for one in curves
+        Series(
+            entry.name,
+            [{"K*": one.worst, "method": entry.name, "strongest attack": name_words(one.strongest)}],
+            label_look(labels.index(entry.label), size=10),
+            entry.label,
+        )
+        for entry, one in sorted(pairs, key=lambda pair: pair[1].worst.value)
     ]
-    first = "Method" if curves[0].label else "Variant" if unit == "texts" else "Model"
-    heads = [first, *(f"{at}\n{unit if at else 'before'}" for at in budgets)]
-    table = Table("Accuracy after relearning, per cent", heads, lines)
-    return Beside(title, figure, table, [note])
+    title = "K*: the share of the knowledge that the best attack found"
+    return draw_figure(title, series, "K*", "method", x_axis={"range": [-0.02, 1.04]})
+
+
+def draw_attacks(pairs: Sequence[tuple[RunGroup, Recovery]], labels: Sequence[str]) -> Figure:
+    """A mark for each method under each attack, pale where it is invalid; of a single one beside its controls."""
+    names = [name for name, _ in sort_attacks([one for _, one in pairs])]
+    series = []
+    for entry, recovery in pairs:
+        known = [(name, recovery.attacks[name]) for name in names if name in recovery.attacks]
+        marks = [{ACCURACY: r[""], "attack": name_words(n), "strongest setting": r["setting"]} for n, r in known]
+        look = label_look(labels.index(entry.label), size=9)
+        opacity = [1 if row["valid"] else 0.35 for _, row in known]
+        look = {**look, "marker": {**look["marker"], "opacity": opacity}}
+        series.append(Series(entry.name, marks, look, entry.label if len(labels) > 1 else ""))
+        for who, (symbol, colour, _) in CONTROLS.items() if len(pairs) == 1 else ():
+            marks = [{ACCURACY: row[who], "attack": name_words(name)} for name, row in known if who in row]
+            series += [Series(who, marks, make_look(colour, symbol, size=9))] if marks else []
+    names = [name_words(name) for name in names]
+    figure = draw_figure(
+        "Accuracy under each attack", series, ACCURACY, "attack", x_axis=PERCENT, y_axis={"categoryarray": names}
+    )
+    mark_value(figure, "chance", x=pairs[0][1].chance)
+    return figure
+
+
+def draw_relearning(pairs: Sequence[tuple[RunGroup, Recovery]], labels: Sequence[str]) -> list[Block]:
+    """Accuracy by the texts (E7) or the steps (E19) of relearning, a figure a kind."""
+    frames = [one.curves.assign(name=entry.name, label=entry.label) for entry, one in pairs]
+    curves = pd.concat(frames, ignore_index=True)
+    is_own = curves["whose"] == ""
+    curves["name"] = curves["name"].where(is_own, curves["whose"])  # the first method's controls stand for all
+    controls = curves[~is_own].drop_duplicates(["unit", "kind", "whose", "count"])
+    blocks = []
+    for (unit, kind), drawn in pd.concat([curves[is_own], controls]).groupby(["unit", "kind"], sort=False):
+        title = f"Relearning by {unit}: {kind}"
+        series, rows = [], []
+        for name, points in drawn.groupby("name", sort=False):
+            points = points.sort_values("count")
+            who, label = points["whose"].iloc[0], points["label"].iloc[0]
+            look = label_look(labels.index(label), mode="lines+markers", size=7)
+            if who:
+                symbol, colour, dash = CONTROLS[who]
+                look, label = make_look(colour, symbol, dash, "lines+markers", 7), ""
+            values = dict(zip(points["count"], points["accuracy"], strict=True))
+            marks = [{unit: str(count), "accuracy": value} for count, value in values.items()]
+            series.append(Series(name, marks, look, label if len(labels) > 1 else ""))
+            cells = {count: format_value(value, "%") for count, value in values.items()}
+            rows.append((label, name, cells))
+        counts = sorted({*drawn["count"]})
+        lines = [
+            {LABEL: label, "Method": name} | {f"{n}\n{unit if n else 'before'}": cells.get(n) for n in counts}
+            for label, name, cells in rows
+        ]
+        x_axis = {"title": f"{unit} learned again", "categoryarray": [*map(str, counts)]}
+        figure = draw_figure("", series, unit, "accuracy", x_axis=x_axis, y_axis=PERCENT, subject=title)
+        mark_value(figure, "chance", y=pairs[0][1].chance)
+        harmless = unit == "texts" or kind.startswith("neutral")
+        table = Table("Accuracy after relearning, per cent", lines)
+        blocks.append(Block([figure], table, title, write_words("relearning", harmless=harmless)))
+    return blocks

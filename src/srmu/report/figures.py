@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape, unescape
 from math import ceil, floor, log10
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import plotly.graph_objects as go
 
-from srmu.evals.figures import format_number
 from srmu.evals.statistics import Estimate
+from srmu.report.format import Value, format_value, render_template
 
 # Read on white and on near-black alike. With five shapes and five dashes: 30 that differ.
 COLOURS = ("#2f7fd0", "#d4611c", "#1f9a6b", "#a45cc8", "#b08400", "#d1497b")
@@ -27,12 +27,11 @@ DASHES = {"solid": "", "dash": "9 9", "dot": "3 3", "dashdot": "9 3 3 3", "longd
 LISTED = 12  # rows of a series that the words of a figure list
 LONGEST = 26  # characters of a name on an axis
 
-Row = Mapping[str, Any]  # by column an Estimate, a number, a name, or None
+Row = Mapping[str, Any]  # a Value by column
 Look = Mapping[str, Any]  # what a trace of plotly takes: `mode`, `marker`, `line`; a bar no mode
 
 
-@dataclass(frozen=True)
-class Series:
+class Series(NamedTuple):
     """Rows with one name and one look; a click on their label, if they have one, hides them."""
 
     name: str
@@ -45,7 +44,6 @@ class Series:
 class Figure:
     """A plotly figure, its title, and what it shows in words; `names`: how many an axis lists."""
 
-    kind: ClassVar[str] = "figure"
     title: str
     words: str
     plot: go.Figure
@@ -58,9 +56,8 @@ def draw_figure(
     x: str,
     y: str,
     *,
-    x_axis: Mapping[str, Any] | None = None,
-    y_axis: Mapping[str, Any] | None = None,
-    legend: bool = False,
+    x_axis: Mapping[str, Any] = {},
+    y_axis: Mapping[str, Any] = {},
     subject: str = "",
 ) -> Figure:
     """Draw the column `y` of the rows against their column `x`; hovering shows every column.
@@ -68,15 +65,16 @@ def draw_figure(
     A column of strings becomes an axis of names. `x_axis` and `y_axis` are further options of
     plotly's axes, such as `tickformat`. `subject` starts the words where there is no title.
     """
-    columns = [[row[name] for one in series for row in one.rows] for name in (x, y)]
-    axes = [make_axis(x, columns[0], x_axis or {}), make_axis(y, columns[1], y_axis or {})]
+    axes = [
+        make_axis(column, [row[column] for one in series for row in one.rows], options)
+        for column, options in ((x, x_axis), (y, y_axis))
+    ]
     if names := axes[1].get("categoryarray", []):
-        axes[1] |= {"autorange": "reversed", "title": None} | dict(y_axis or {})
-    forms = {name: axis.get("tickformat", "") for name, axis in zip((x, y), axes, strict=True)}
+        axes[1] |= {"autorange": "reversed", "title": None}
+    forms = {column: axis.get("tickformat", "") for column, axis in zip((x, y), axes, strict=True)}
     plot = go.Figure([draw_series(one, x, y, forms) for one in series])
-    plot.update_layout(template=None, showlegend=legend, xaxis=axes[0], yaxis=axes[1])
-    if any(trace.type == "bar" for trace in plot.data):
-        plot.update_layout(bargap=0.35, barmode="overlay")
+    legend = len(series) > 1 and not all(one.label for one in series)  # labels have buttons
+    plot.update_layout(template=None, showlegend=legend, xaxis=axes[0], yaxis=axes[1], bargap=0.35, barmode="overlay")
     words = "; ".join(describe_series(one, x, y, forms) for one in series)
     about = " ".join(filter(None, [subject, title]))
     return Figure(title, f"{f'{about}: ' if about else ''}{y} by {x}. {words}.", plot, len(names))
@@ -84,77 +82,48 @@ def draw_figure(
 
 def draw_series(one: Series, x: str, y: str, forms: Mapping[str, str]) -> Any:
     """One trace of plotly, with error bars where the values have intervals."""
-    xs, ys = ([row[column] for row in one.rows] for column in (x, y))
-    template, custom = make_hover(one, forms)
+    columns = [*one.rows[0]] if one.rows else []
+    hover = [f"{escape(column)} %{{customdata[{i}]}}" for i, column in enumerate(columns)]
     options: dict[str, Any] = {
-        "name": escape(one.name), "x": [*map(plain_value, xs)], "y": [*map(plain_value, ys)],
-        "error_x": error_bars(xs, one.look), "error_y": error_bars(ys, one.look),
-        "hovertemplate": template, "customdata": custom, **one.look,
-    }  # fmt: skip
+        "name": escape(one.name),
+        "hovertemplate": "<br>".join([f"<b>{escape(one.name)}</b>", *hover]) + "<extra></extra>",
+        "customdata": [[escape(format_value(row.get(c), forms.get(c))) for c in columns] for row in one.rows],
+        **one.look,
+    }
+    for axis, column in (("x", x), ("y", y)):
+        values = [row[column] for row in one.rows]
+        options[axis] = [*map(plain_value, values)]
+        spans = [v if isinstance(v, Estimate) and v.has_interval else Estimate(0, 0, 0) for v in values]
+        if any(span.low < span.high for span in spans):
+            options[f"error_{axis}"] = {
+                "array": [span.high - span.value for span in spans],
+                "arrayminus": [span.value - span.low for span in spans],
+                "thickness": 1.25, "width": 0, "color": one.look["marker"]["color"],
+            }  # fmt: skip
     if one.label:
         options |= {"legendgroup": one.label, "showlegend": False}
     if "mode" in one.look:
         return go.Scatter(cliponaxis=False, **options)
-    return go.Bar(orientation="h" if any(isinstance(v, str) for v in ys) else "v", **options)
+    return go.Bar(orientation="h" if any(isinstance(v, str) for v in options["y"]) else "v", **options)
 
 
-def plain_value(value: Any) -> Any:
+def plain_value(value: Value) -> str | float | None:
     return value.value if isinstance(value, Estimate) else value
 
 
-def format_value(value: Any, form: str) -> str:
-    """A value as hovering and words show it, in per cent where its axis is."""
-    if not isinstance(value, Estimate):
-        return value if isinstance(value, str) else format_number(value)
-    if "%" in form or not value.has_interval:
-        return str(value)
-    return f"{value.value:.3g} ({value.low:.3g}\N{EN DASH}{value.high:.3g})"
-
-
-def make_hover(one: Series, forms: Mapping[str, str]) -> tuple[str, list[list[str]] | None]:
-    """The template of what hovering shows, and the texts of the columns that are not drawn."""
-    lines = [f"<b>{escape(one.name)}</b>"]
-    texts: list[str] = []  # columns
-    axes = dict(zip(forms, ("x", "y"), strict=True))
-    for column, value in one.rows[0].items() if one.rows else ():
-        if column in axes and not isinstance(value, Estimate):
-            form = "" if isinstance(value, str) else ":.1%" if "%" in forms[column] else ":.4~g"
-            lines.append(f"{escape(column)} %{{{axes[column]}{form}}}")
-        else:
-            lines.append(f"{escape(column)} %{{customdata[{len(texts)}]}}")
-            texts.append(column)
-    rows = [[escape(format_value(row.get(column), forms.get(column, "%"))) for column in texts] for row in one.rows]
-    return "<br>".join(lines) + "<extra></extra>", rows if texts else None
-
-
-def error_bars(values: Sequence[Any], look: Look) -> dict[str, Any] | None:
-    """Plotly's error bars; None where no value has an interval."""
-    known = [
-        (one.value, one.low, one.high) if isinstance(one, Estimate) and one.has_interval else (0.0, 0.0, 0.0)
-        for one in values
-    ]
-    if not any(low < high for _, low, high in known):
-        return None
-    return {
-        "array": [high - mean for mean, _, high in known],
-        "arrayminus": [mean - low for mean, low, _ in known],
-        "thickness": 1.25, "width": 0, "color": look["marker"]["color"],
-    }  # fmt: skip
-
-
-def make_axis(title: str, values: Sequence[Any], options: Mapping[str, Any]) -> dict[str, Any]:
+def make_axis(title: str, values: Sequence[Value], options: Look) -> dict[str, Any]:
     """An axis; of strings an axis of names, which hovering shows whole where they are long."""
-    axis: dict[str, Any] = {"title": {"text": escape(title), "standoff": 8}}
+    axis: dict[str, Any] = {"title": title}
     if names := list(dict.fromkeys(value for value in values if isinstance(value, str))):
-        short = [n if len(n) <= LONGEST else f"{n[: LONGEST - 1]}\N{HORIZONTAL ELLIPSIS}"
-                 for n in names]  # fmt: skip
+        short = [n if len(n) <= LONGEST else f"{n[: LONGEST - 1]}\N{HORIZONTAL ELLIPSIS}" for n in names]
         axis |= {
             "type": "category", "categoryorder": "array", "categoryarray": names,
             "tickmode": "array", "tickvals": names, "ticktext": [*map(escape, short)],
         }  # fmt: skip
-    if isinstance(text := options.get("title"), str):
-        options = {**options, "title": {"text": escape(text), "standoff": 8}}
-    return {**axis, **options}
+    axis |= options
+    if axis["title"] is not None:
+        axis["title"] = {"text": escape(axis["title"]), "standoff": 8}
+    return axis
 
 
 def describe_series(one: Series, x: str, y: str, forms: Mapping[str, str]) -> str:
@@ -163,35 +132,28 @@ def describe_series(one: Series, x: str, y: str, forms: Mapping[str, str]) -> st
     if not rows:
         return f"{one.name}: not measured"
     if len(rows) == 1:
-        told = [f"{name} {format_value(v, forms.get(name, '%'))}" for name, v in rows[0].items()]
-        return f"{one.name}: {', '.join(told)}"
+        return f"{one.name}: " + ", ".join(f"{c} {format_value(v, forms.get(c))}" for c, v in rows[0].items())
     if isinstance(rows[0][y], str):
         x, y = y, x
-    pairs = [(format_value(row[x], forms[x]), format_value(row[y], forms[y])) for row in rows]
-    if len(rows) <= LISTED:
-        return f"{one.name}: {', '.join(f'{value} at {at}' for at, value in pairs)}"
-    order = sorted(range(len(rows)), key=lambda i: plain_value(rows[i][y]))
-    (at_low, low), (at_high, high) = pairs[order[0]], pairs[order[-1]]
-    return f"{one.name}: lowest {low} at {at_low}, highest {high} at {at_high}"
+    if len(rows) > LISTED:
+        rows = sorted(rows, key=lambda row: plain_value(row[y]) or 0.0)
+    pairs = [f"{format_value(row[y], forms[y])} at {format_value(row[x], forms[x])}" for row in rows]
+    if len(rows) > LISTED:
+        return f"{one.name}: lowest {pairs[0]}, highest {pairs[-1]}"
+    return f"{one.name}: {', '.join(pairs)}"
 
 
 def mark_value(figure: Figure, name: str, *, x: float | None = None, y: float | None = None) -> None:
     """Add a dotted line at a value of one axis, with its name."""
-    look = {"line": {"dash": "dot", "width": 1.25, "color": GREY}, "layer": "below"}
+    look = {"line": {"dash": "dot", "width": 1.25, "color": GREY}, "layer": "below", "annotation_text": escape(name)}
     if x is not None:
-        figure.plot.add_vline(x, annotation_text=escape(name), annotation_position="bottom right", **look)
+        figure.plot.add_vline(x, annotation_position="bottom right", **look)
     if y is not None:
-        figure.plot.add_hline(y, annotation_text=escape(name), annotation_position="top right", **look)
+        figure.plot.add_hline(y, annotation_position="top right", **look)
 
 
 def make_look(
-    colour: str,
-    symbol: str = "circle",
-    dash: str = "solid",
-    *,
-    mode: str = "markers",
-    size: float = 8,
-    width: float = 2,
+    colour: str, symbol: str = "circle", dash: str = "solid", mode: str = "markers", size: float = 8, width: float = 2
 ) -> Look:
     """What a trace takes for its marks and lines; the marks are hollow where `symbol` is open."""
     edge = {"line": {"width": 1.5}} if symbol.endswith("-open") else {}
@@ -205,27 +167,9 @@ def label_look(i: int, *, hollow: bool = False, **options: Any) -> Look:
     return make_look(COLOURS[i % len(COLOURS)], symbol, [*DASHES][i % len(DASHES)], **options)
 
 
-def bar_look(i: int, opacity: float | Sequence[float] = 0.65) -> Look:
+def bar_look(i: int) -> Look:
     """The look of the i-th series of bars."""
-    return {"marker": {"color": COLOURS[i % len(COLOURS)], "opacity": opacity}}
-
-
-def label_glyph(i: int) -> tuple[str, str]:
-    """The colour and the SVG path of the i-th label."""
-    return COLOURS[i % len(COLOURS)], [*SHAPES.values()][i % len(SHAPES)]
-
-
-def render_template(name: str, **values: Any) -> str:
-    """Fill in a template of this room; everything is escaped, figures become JSON."""
-    from jinja2 import Environment, PackageLoader
-    from plotly.utils import PlotlyJSONEncoder
-
-    environment = Environment(
-        loader=PackageLoader("srmu.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    # plotly's encoder writes null for what is no number
-    environment.policies["json.dumps_kwargs"] = {"sort_keys": True, "cls": PlotlyJSONEncoder}
-    return environment.get_template(name).render(**values)
+    return {"marker": {"color": COLOURS[i % len(COLOURS)], "opacity": 0.65}}
 
 
 # ---- as an SVG for docs. Plotly's own export starts a Chrome, which not every machine has, writes
@@ -245,44 +189,28 @@ class Scale(NamedTuple):
     ticks: Sequence[float]
 
 
-@dataclass
-class Drawing:
-    """A trace on paper: its marks with what they tell, the error bars, and where its name is."""
-
-    name: str
-    trace: Any
-    path: str
-    dash: str
-    marks: list[tuple[float, float, str]]
-    bars: list[str]
-    name_x: float = RIGHT + 32.0  # in the legend
-    name_y: float = 0.0
-
-
 def paint_svg(figure: Figure) -> str:
     """Paint a figure of marks and lines as an SVG that suits light and dark pages.
 
     The names of traces whose mode has `text` stand beside their marks; others are in a legend.
     """
     plot = figure.plot
-    across = scale_axis(plot.layout.xaxis, [t.x for t in plot.data], LEFT, RIGHT)
-    down = scale_axis(plot.layout.yaxis, [t.y for t in plot.data], BOTTOM, TOP)
+    across = scale_axis(plot.layout.xaxis, [value for trace in plot.data for value in trace.x], LEFT, RIGHT)
+    down = scale_axis(plot.layout.yaxis, [value for trace in plot.data for value in trace.y], BOTTOM, TOP)
     drawings = [draw_trace(trace, across, down) for trace in plot.data]
-    legend = [one for one in drawings if "text" not in one.trace.mode]
+    legend = [one for one in drawings if "text" not in one["trace"].mode]
     for i, one in enumerate(legend):
-        one.name_y = TOP + 6 + 22 * i
-    names = [one for one in drawings if "text" in one.trace.mode]
-    place_names([one for one in names if one.marks[0][0] < MIDDLE])
-    place_names([one for one in names if one.marks[0][0] >= MIDDLE])
-    size = {"width": WIDTH, "height": HEIGHT, "left": LEFT, "top": TOP, "right": RIGHT,
-            "bottom": BOTTOM}  # fmt: skip
-    values = {"figure": figure, "drawings": drawings, "legend": legend, "names": names}
-    return render_template("figure.svg", x=across, y=down, **values, **size)
+        one |= {"name_x": RIGHT + 32.0, "name_y": TOP + 6 + 22 * i}
+    names = [one for one in drawings if "text" in one["trace"].mode]
+    place_names([one for one in names if one["marks"][0][0] < MIDDLE])
+    place_names([one for one in names if one["marks"][0][0] >= MIDDLE])
+    size = {"width": WIDTH, "height": HEIGHT, "left": LEFT, "top": TOP, "right": RIGHT, "bottom": BOTTOM}
+    parts = {"drawings": drawings, "legend": legend, "names": names}
+    return render_template("figure.svg", figure=figure, x=across, y=down, **parts, **size)
 
 
-def scale_axis(axis: Any, columns: Sequence[Any], start: float, end: float) -> Scale:
+def scale_axis(axis: Any, values: Sequence[float], start: float, end: float) -> Scale:
     """The scale of an axis from `start` to `end`, over its range or else over the values."""
-    values = [value for column in columns for value in column]
     low, high = axis.range or (min(values, default=0.0), max(values, default=1.0))
     size = 10 ** floor(log10((high - low) / 4 or 0.1))
     step = axis.dtick or size * next(n for n in (1, 2, 5, 10) if size * n * 8 >= high - low)
@@ -296,8 +224,8 @@ def scale_axis(axis: Any, columns: Sequence[Any], start: float, end: float) -> S
     return Scale(unescape(axis.title.text), place, axis.tickformat or ".4g", ticks)
 
 
-def draw_trace(trace: Any, across: Scale, down: Scale) -> Drawing:
-    """A trace on paper."""
+def draw_trace(trace: Any, across: Scale, down: Scale) -> dict[str, Any]:
+    """A trace on paper: its marks with what they tell, and its error bars."""
     name, marks, bars = unescape(trace.name), [], []
     for i, (x, y) in enumerate(zip(trace.x, trace.y, strict=True)):
         values = f"{across.title} {x:{across.form}}, {down.title} {y:{down.form}}"
@@ -309,18 +237,17 @@ def draw_trace(trace: Any, across: Scale, down: Scale) -> Drawing:
             ends = down.place(y - bar.arrayminus[i]), down.place(y + bar.array[i])
             bars.append(f"M{across.place(x)} {ends[0]}V{ends[1]}")
     path = SHAPES[trace.marker.symbol.removesuffix("-open")]
-    return Drawing(name, trace, path, DASHES[trace.line.dash], marks, bars)
+    return {"name": name, "trace": trace, "path": path, "dash": DASHES[trace.line.dash], "marks": marks, "bars": bars}
 
 
-def place_names(drawings: Sequence[Drawing]) -> None:
+def place_names(drawings: Sequence[dict[str, Any]]) -> None:
     """Place each name as high as its mark, or as near to that as there is room."""
     lowest = TOP + 10.0
-    for one in sorted(drawings, key=lambda one: (one.marks[0][1], one.marks[0][0])):
-        x, y, _ = one.marks[0]
-        one.name_x = x + 10 if x < MIDDLE else RIGHT + 14
-        one.name_y = max(y, lowest)
-        lowest = one.name_y + LINE
+    for one in sorted(drawings, key=lambda one: (one["marks"][0][1], one["marks"][0][0])):
+        x, y, _ = one["marks"][0]
+        one |= {"name_x": x + 10 if x < MIDDLE else RIGHT + 14, "name_y": max(y, lowest)}
+        lowest = one["name_y"] + LINE
     highest = BOTTOM - 4.0
-    for one in sorted(drawings, key=lambda one: -one.name_y):
-        one.name_y = round(min(one.name_y, highest), 1)
-        highest = one.name_y - LINE
+    for one in sorted(drawings, key=lambda one: -one["name_y"]):
+        one["name_y"] = round(min(one["name_y"], highest), 1)
+        highest = one["name_y"] - LINE

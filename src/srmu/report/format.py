@@ -1,24 +1,21 @@
-"""Numbers with intervals as text, names as a person would write them, tables in the terminal."""
+"""Numbers, names and tables as text, and the templates of pages."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
+from math import nan
+from typing import Any
+
+from srmu.evals.figures import format_number
+from srmu.evals.statistics import Estimate
+
+Value = Estimate | str | float | None  # None: not measured
 
 
 def name_words(name: str) -> str:
-    """A name of the code as words."""
-    return name.replace("_", " ")
-
-
-def metric_words(metric: str) -> str:
-    """`organism_hazard/acc` as a person would call it."""
-    task, _, kind = metric.partition("/")
-    return " ".join([task, *([] if kind in ("", "acc") else [kind])]).replace("_", " ")
-
-
-def capitalise(text: str) -> str:
-    """A name at the head of a column."""
-    return text[:1].upper() + text[1:]
+    """A name of the code as words: `organism_hazard/acc` is the organism hazard."""
+    return name.removesuffix("/acc").replace("_", " ").replace("/", " ").strip()
 
 
 def count_words(count: int, noun: str) -> str:
@@ -26,15 +23,41 @@ def count_words(count: int, noun: str) -> str:
     return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
-def format_with_error(entry: Mapping[str, float]) -> str:
-    """`0.312 ± 0.033`: the value and its standard error."""
-    error = f" ± {entry['stderr']:.3f}" if "stderr" in entry else ""
-    return f"{entry['value']:.3f}{error}"
+def read_estimate(entry: Mapping[str, float]) -> Estimate:
+    """A number of a JSON file, with its interval where it has one."""
+    return Estimate(entry["value"], entry.get("low", nan), entry.get("high", nan))
+
+
+def format_value(value: Value, form: str | None = None) -> str:
+    """A value as tables and figures show it; `form`: the tick format of the axis that it is on.
+
+    A number with an interval is a share, in per cent, but on an axis that is not.
+    """
+    if isinstance(value, str):
+        return value
+    if isinstance(value, Estimate):
+        if form is None or "%" in form or not value.has_interval:
+            return str(value)
+        return f"{value.value:.3g} ({value.low:.3g}\N{EN DASH}{value.high:.3g})"
+    if form and "%" in form and value is not None:
+        return f"{100 * value:.1f}"
+    return format_number(value)
+
+
+def format_share(share: Estimate) -> str:
+    """A share such as K*, below 1, with its interval."""
+    return f"{share.value:.2f} ({share.low:.2f}\N{EN DASH}{share.high:.2f})"
 
 
 def format_percent(entry: Mapping[str, float]) -> str:
     """`31.2 (24.0-39.1)`: a number between 0 and 1 with its interval."""
-    return "{value:.1%} ({low:.1%}\N{EN DASH}{high:.1%})".format(**entry).replace("%", "")
+    return str(read_estimate(entry))
+
+
+def format_with_error(entry: Mapping[str, float]) -> str:
+    """`0.312 ± 0.033`: the value and its standard error."""
+    error = f" ± {entry['stderr']:.3f}" if "stderr" in entry else ""
+    return f"{entry['value']:.3f}{error}"
 
 
 def print_table(rows: Sequence[Mapping[str, str]]) -> None:
@@ -51,3 +74,30 @@ def print_table(rows: Sequence[Mapping[str, str]]) -> None:
     if not console.is_terminal:
         console.width = 160  # rich would cut the table at 80 columns
     console.print(table)
+
+
+@cache
+def load_templates() -> Any:
+    """The templates of this room: everything is escaped, figures become JSON."""
+    import jinja2
+    from plotly.utils import PlotlyJSONEncoder
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("srmu.report"),
+        autoescape=jinja2.select_autoescape(["html", "svg"]),
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    # plotly's encoder writes null for what is no number
+    environment.policies["json.dumps_kwargs"] = {"sort_keys": True, "cls": PlotlyJSONEncoder}
+    return environment
+
+
+def render_template(name: str, **values: Any) -> str:
+    return load_templates().get_template(name).render(**values)
+
+
+def write_words(name: str, **facts: Any) -> list[str]:
+    """The paragraphs of a piece of prose in `words.txt`, with these facts filled in."""
+    piece = getattr(load_templates().get_template("words.txt").module, name)
+    return [" ".join(paragraph.split()) for paragraph in piece(**facts).split("\n\n") if paragraph.strip()]

@@ -7,15 +7,17 @@ JavaScript, by a screen reader, and on paper.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 from srmu.engine.files import write_whole
 from srmu.errors import SrmuError
-from srmu.evals.figures import format_number
-from srmu.evals.statistics import Estimate
-from srmu.report.figures import Figure, label_glyph, render_template
+from srmu.report.figures import COLOURS, SHAPES, Figure, Row
+from srmu.report.format import Value, format_value, render_template
+
+LABEL = "label"  # the key of a row that is no column: a click on this label hides the row
+TALL = 20  # rows above which a table of numbers scrolls
 
 
 class Cell(NamedTuple):
@@ -26,67 +28,43 @@ class Cell(NamedTuple):
     sort: float | None = None
 
 
-TALL = 20  # lines above which a table of numbers scrolls
-Value = Cell | Estimate | str | float | None  # None: not measured
-
-
-class TableLine(NamedTuple):
-    """A row of a table; a click on a label hides the rows of that label."""
-
-    cells: Sequence[Value]
-    label: str = ""
-
-
 @dataclass(frozen=True)
 class Table:
-    """Lines below `columns`, the first cell of each naming it; `first` stay on top when sorted."""
+    """Rows, the first column naming each; of a head's lines the second is in small type."""
 
-    kind: ClassVar[str] = "table"
     caption: str
-    columns: Sequence[str]  # heads; a second line is in small type
-    lines: Sequence[TableLine]
-    first: Sequence[TableLine] = ()
+    rows: Sequence[Row]
+    first: int = 0  # so many rows stay on top when the others are sorted
     words: bool = False  # text, which may break, instead of numbers
     fold: str = ""  # the line that unfolds it; "": it is not folded
     label: str = ""  # whose table it is, where it is one label's
-    tall: bool = field(init=False)  # scrolls in a box of its own
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "tall", len(self.lines) > TALL and not self.words)
+    @property
+    def columns(self) -> list[str]:
+        return [column for column in self.rows[0] if column != LABEL]
 
-    def left(self) -> set[int]:
+    @property
+    def text_columns(self) -> list[str]:
         """The columns that hold text, which starts at the left."""
-        columns = enumerate(zip(*(line.cells for line in self.lines), strict=False))
-        return {i for i, cells in columns if any(isinstance(cell, str) and cell for cell in cells)}
+        return [c for c in self.columns if any(row[c] and not is_number(row[c]) for row in self.rows)]
+
+    @property
+    def tall(self) -> bool:
+        return len(self.rows) > TALL and not self.words
 
 
 @dataclass(frozen=True)
-class Beside:
-    """A figure with a table next to it, of the labels that share them."""
+class Block:
+    """Figures in a grid, or one beside the table of its numbers, or a table; `labels` share it."""
 
-    kind: ClassVar[str] = "beside"
-    title: str
-    figure: Figure
-    table: Table
+    figures: Sequence[Figure] = ()
+    table: Table | None = None
+    title: str = ""
     notes: Sequence[str] = ()
     labels: Sequence[str] = ()
 
 
-@dataclass(frozen=True)
-class Panels:
-    """Figures in a grid."""
-
-    kind: ClassVar[str] = "panels"
-    figures: Sequence[Figure]
-    title: str = ""
-    small: bool = True
-
-
-Block = Table | Figure | Beside | Panels
-
-
-@dataclass(frozen=True)
-class Section:
+class Section(NamedTuple):
     """A part of the page with a heading."""
 
     title: str
@@ -110,13 +88,14 @@ class Page:
 
         if out.is_dir():
             raise SrmuError(f"{out} is a folder; name a file in it, such as {out / 'report.html'}")
-        blocks = [block for section in self.sections for block in section.blocks]
+        drawn = any(block.figures for section in self.sections for block in section.blocks)
+        shapes = [*SHAPES.values()]
         text = render_template(
             "page.html",
             page=self,
-            glyphs={label: label_glyph(i) for i, label in enumerate(self.labels)},
+            glyphs={name: (COLOURS[i % len(COLOURS)], shapes[i % len(shapes)]) for i, name in enumerate(self.labels)},
             cell=make_cell,
-            plotly="" if all(isinstance(block, Table) for block in blocks) else get_plotlyjs(),
+            plotly=get_plotlyjs() if drawn else "",
         )
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
@@ -127,22 +106,18 @@ class Page:
 
 
 def make_cell(value: Value) -> Cell:
-    """A value as a table shows it: accuracies in per cent, their interval in small type."""
-    if isinstance(value, Cell):
-        return value
-    if isinstance(value, str):
-        return Cell(value)
-    if isinstance(value, Estimate):
-        text, _, span = str(value).partition(" ")
-        return Cell(text, span.strip("()"), value.value)
-    return Cell(format_number(value), sort=value)
+    """A value as a table shows it: `34.0 (27.1-41.0)` is a number with its interval."""
+    text = format_value(value)
+    number, _, span = text.partition(" (")
+    return Cell(number, span.rstrip(")"), float(number)) if is_number(text) else Cell(text)
 
 
-def percent_cell(value: float | None) -> Cell | None:
-    """A share without an interval, in per cent."""
-    return None if value is None else Cell(f"{100 * value:.1f}", "", value)
-
-
-def share_cell(share: Estimate) -> Cell:
-    """A share such as K*, as a number below 1."""
-    return Cell(f"{share.value:.2f}", f"{share.low:.2f}\N{EN DASH}{share.high:.2f}", share.value)
+def is_number(value: Value) -> bool:
+    """Whether a value is a number as text or not, perhaps with an interval."""
+    if not isinstance(value, str):
+        return value is not None
+    try:
+        float(value.partition(" (")[0])
+    except ValueError:
+        return False
+    return True

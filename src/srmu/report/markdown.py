@@ -9,18 +9,15 @@ from typing import Any, NamedTuple
 
 from srmu.engine.files import write_json, write_whole
 from srmu.methods.reference import markdown_table
-from srmu.report.figures import COLOURS, Figure, Series, draw_figure, make_look, paint_svg
-from srmu.report.format import count_words, format_percent, print_table
-from srmu.report.studies import draw_reproduction, read_estimate
+from srmu.report.figures import COLOURS, Figure, Series, draw_figure, label_look, make_look, paint_svg
+from srmu.report.format import format_percent, format_share, print_table, read_estimate, write_words
 
-Study = Mapping[str, Any]  # what `reproduce_paper` or `tables_of` gives
+Study = Mapping[str, Any]  # what `reproduce_paper` or `build_frontier_tables` gives
 Rows = list[dict[str, str]]
-RESIDUAL = "{value:.2f} ({low:.2f}\N{EN DASH}{high:.2f})"  # a K* with its interval
-GAP = "{value:+.1f} ({low:+.1f} to {high:+.1f})"  # a difference in points
 
 
 class Part(NamedTuple):
-    """A part of a study: a title, a picture and its file's name, and tables with words around."""
+    """A part of a study: a title, tables with what is said before and after, a picture and its name."""
 
     title: str
     tables: Sequence[tuple[str, Rows, str]]
@@ -63,60 +60,53 @@ def print_study(study: Study) -> None:
 
 
 def describe_study(study: Study) -> tuple[str, list[Part]]:
-    """What the numbers of a study are, and its parts."""
+    """What the numbers of a study are, and its parts, with the tables that have rows."""
     if study["kind"] == "reproduction":
-        return describe_reproduction(study)
-    return describe_frontier(study)
-
-
-def keep_full(tables: Sequence[tuple[str, Rows, str]]) -> list[tuple[str, Rows, str]]:
-    """The tables that have rows."""
-    return [table for table in tables if table[1]]
+        (words,) = write_words("reproduction", study=study)
+        parts = reproduction_parts(study)
+    else:
+        (words,) = write_words("frontier", study=study)
+        parts = [frontier_part(study, part) for part in study["parts"]]
+    return words, [part._replace(tables=[table for table in part.tables if table[1]]) for part in parts]
 
 
 # ---- a reproduction of the paper
 
 
-def describe_reproduction(study: Study) -> tuple[str, list[Part]]:
+def study_labels(study: Study) -> list[str]:
+    """The methods of a reproduction: the lines of its figures, then the other rows of its tables."""
+    lines = [series["label"] for figure in study["figures"] for series in figure["series"]]
+    return list(dict.fromkeys([*lines, *(row["label"] for table in study["tables"] for row in table["rows"])]))
+
+
+def reproduction_parts(study: Study) -> list[Part]:
     """The paper's tables and figures repeated, each with the paper's claims."""
-    kind = "testbed" if study["model"] == "testbed" else "run"
-    words = (
-        f"Accuracy in %, mean over {count_words(len(study['seeds']), kind)} with a 95 % interval; "
-        "guessing scores 25. Kappa: norm of the target over mean norm of forget activations. "
-        "Differences are in points, with a paired 95 % interval; z: the paper's own difference "
-        "over its sampling error."
-    )
-    parts = []
-    for table in study["tables"]:
-        claims = ("What the paper claims:", claim_rows(table["claims"]), "")
-        parts.append(Part(table["title"], keep_full([("", table_rows(table), table["note"]), claims])))
+    claims = "What the paper claims:"
+    parts = [
+        Part(table["title"], [("", table_rows(table), table["note"]), (claims, claim_rows(table["claims"]), "")])
+        for table in study["tables"]
+    ]
+    points = "Points of accuracy forgotten, accuracy kept, and kappa in brackets:"
     for one in study["figures"]:
-        claims = ("What the paper claims:", claim_rows(one["claims"]), "")
-        points = "Points of accuracy forgotten, accuracy kept, and kappa in brackets:"
-        labels = [series["label"] for series in one["series"]]
+        tables = [(points, point_rows(one), ""), (claims, claim_rows(one["claims"]), "")]
         parts.append(
-            Part(
-                f"{one['title']} ({one['y_title']})",
-                keep_full([(points, point_rows(one), ""), claims]),
-                draw_reproduction(one, labels, one["title"]),
-                one["name"],
-            )
+            Part(f"{one['title']} ({one['y_title']})", tables, draw_reproduction(one, study_labels(study)), one["name"])
         )
-    return words, parts
+    return parts
 
 
 def table_rows(table: Study) -> Rows:
     """A table's rows as strings: accuracies in % with intervals, and the paper's."""
     rows = []
     for row in table["rows"]:
-        cells = {name: format_percent(row["cells"][name])
-                 for name in table["columns"] if row["cells"]}  # fmt: skip
+        cells = fill_blank(table["columns"], row.get("why", ""))
+        if row["cells"]:
+            cells = {name: format_percent(row["cells"][name]) for name in table["columns"]}
         paper = {
             f"paper {name}": f"{100 * row['paper'][name]:.1f}" if name in row["paper"] else ""
             for name in table["paper_columns"]
         }
         kappa = "" if row["kappa"] is None else f"{row['kappa']:.3g}"
-        cells = cells or fill_blank(table["columns"], row.get("why", ""))
         rows.append({"method": row["label"], **cells, "kappa": kappa, **paper})
     return rows
 
@@ -132,8 +122,7 @@ def point_rows(figure: Study) -> Rows:
     def describe_point(point: Study) -> str:
         if point["x"] is None:
             return str(point["why"])
-        numbers = f"{100 * point['x']['value']:.1f}, {100 * point['y']['value']:.1f}"
-        return f"{numbers} ({point['kappa']:.2g})"
+        return f"{100 * point['x']['value']:.1f}, {100 * point['y']['value']:.1f} ({point['kappa']:.2g})"
 
     coeffs = [point["coeff"] for point in figure["series"][0]["points"]]
     return [
@@ -146,43 +135,48 @@ def claim_rows(claims: Sequence[Study]) -> Rows:
     """Claims as strings: the difference here and in the paper, in points, and the verdict."""
     rows = []
     for claim in claims:
-        gap, paper = claim["difference"], claim["paper"]
-        here = GAP.format(**{key: 100 * value for key, value in gap.items()}) if gap else ""
-        theirs = f"{100 * paper['difference']:+.1f} (z = {paper['z']:.1f})" if paper else ""
-        rows.append({"claim": claim["claim"], "here": here, "in the paper": theirs,
-                     "verdict": claim["verdict"]})  # fmt: skip
+        here = theirs = ""
+        if gap := claim["difference"]:
+            here = "{value:+.1f} ({low:+.1f} to {high:+.1f})".format(**{key: 100 * v for key, v in gap.items()})
+        if paper := claim["paper"]:
+            theirs = f"{100 * paper['difference']:+.1f} (z = {paper['z']:.1f})"
+        rows.append({"claim": claim["claim"], "here": here, "in the paper": theirs, "verdict": claim["verdict"]})
     return rows
+
+
+def draw_reproduction(figure: Study, labels: Sequence[str]) -> Figure:
+    """What is kept against what is forgotten, a line a method; points that were not measured are left out."""
+    series = []
+    for one in figure["series"]:
+        rows = [
+            {
+                "coeff": float(point["coeff"]),
+                "kappa": point["kappa"],
+                figure["x_title"]: read_estimate(point["x"]),
+                figure["y_title"]: read_estimate(point["y"]),
+            }
+            for point in one["points"]
+            if point["x"] and point["y"]
+        ]
+        look = label_look(labels.index(one["label"]), mode="lines+markers", width=1.75)
+        series.append(Series(one["label"], rows, look, one["label"]))
+    axis = {"tickformat": ".0%"}
+    return draw_figure(figure["title"], series, figure["x_title"], figure["y_title"], x_axis=axis, y_axis=axis)
 
 
 # ---- what stays gone under attack
 
 
-def describe_frontier(study: Study) -> tuple[str, list[Part]]:
-    """The methods at the same loss of utility: their accuracies, K*, attacks and costs."""
-    count = len(study["seeds"])
-    seeds = ", ".join(map(str, study["seeds"]))
-    over = f"over {count} testbeds (seeds {seeds})" if count > 1 else f"on testbed {seeds}"
-    words = (
-        f"Accuracy in %, mean {over} with a 95 % interval over facts and testbeds; guessing scores "
-        f"25. Of each run's change the largest share is kept that costs at most "
-        f"{100 * study['budget']:g} points of mean utility on validation questions. K*: share of "
-        f"the original knowledge that the strongest valid attack of tier {study['tier']} found."
-    )
-    parts = []
-    for part in study["parts"]:
-        drawn = [row for row in part["rows"] if not row.get("why")]
-        figure = draw_frontier(study, part, drawn) if drawn else None
-        name = f"{study['kind']}-{part['world']}-{part['regime']}"
-        parts.append(Part(part["title"], frontier_tables(study, part, drawn), figure, name))
-    return words, parts
+def frontier_part(study: Study, part: Study) -> Part:
+    """The tables and the picture of a world and regime: accuracies, K*, attacks and costs."""
+    measured = [row for row in part["rows"] if not row.get("why")]
 
-
-def frontier_tables(study: Study, part: Study, measured: Sequence[Study]) -> list[tuple[str, Rows, str]]:
-    """The tables of a world and regime; only those that there are numbers for."""
-
-    def line(key: str, form: Callable[[Study], str]) -> Rows:
-        return [{"method": row["label"], **{name: form(one) for name, one in row[key].items()}}
-                for row in part["rows"] if row.get(key)]  # fmt: skip
+    def list_cells(key: str, form: Callable[[Any], str]) -> Rows:
+        return [
+            {"method": row["label"], **{name: form(one) for name, one in row[key].items()}}
+            for row in part["rows"]
+            if row.get(key)
+        ]
 
     names = dict.fromkeys(name for row in part["rows"] for name in row.get("attacks", ()))
     attacks = [
@@ -191,30 +185,30 @@ def frontier_tables(study: Study, part: Study, measured: Sequence[Study]) -> lis
         if names
     ]
     priced = any("seconds" in row for row in part["rows"])
-    return keep_full([
+    tables = [
         ("At the same loss of utility:", [accuracy_row(part, row) for row in part["rows"]], ""),
-        ("K* of each kind of question:", line("kinds", lambda one: RESIDUAL.format(**one)), ""),
+        ("K* of each kind of question:", list_cells("kinds", lambda one: format_share(read_estimate(one))), ""),
         ("Accuracy under each attack, and in brackets the share of the original knowledge that "
          "is (x: the oracle recovers, too, and K* does not count it):", attacks, ""),
         (f"Perplexity of texts, and cost; x: as often as {study['cost']}'s seconds:",
          [cost_row(study, row) for row in measured if priced], ""),
-        ("The runs whole, before any share is taken:",
-         line("whole", format_percent) if priced else [], ""),
-    ])  # fmt: skip
+        ("The runs whole, before any share is taken:", list_cells("whole", format_percent) if priced else [], ""),
+    ]  # fmt: skip
+    figure = draw_frontier(study, part, measured) if measured else None
+    return Part(part["title"], tables, figure, f"{study['kind']}-{part['world']}-{part['regime']}")
 
 
 def accuracy_row(part: Study, row: Study) -> dict[str, str]:
     """A method's row; one that was not run or failed says so in the first column."""
     if why := row.get("why"):
-        columns = [*part["columns"], "K*", "strongest attack"]
-        return {"method": row["label"], "share": "", **fill_blank(columns, why)}
+        return {"method": row["label"], "share": "", **fill_blank([*part["columns"], "K*", "strongest attack"], why)}
     valid = {name: one["accuracy"] for name, one in row["attacks"].items() if one["valid"]}
     share = row.get("share")
     return {
         "method": row["label"],
         "share": "" if share is None else f"{share:.2f}",
         **{name: format_percent(row["cells"][name]) for name in part["columns"]},
-        "K*": RESIDUAL.format(**row["K*"]),
+        "K*": format_share(read_estimate(row["K*"])),
         "strongest attack": max(valid, key=valid.__getitem__) if valid else "",
     }
 
@@ -228,13 +222,10 @@ def format_attack(one: Study | None) -> str:
 
 def cost_row(study: Study, row: Study) -> dict[str, str]:
     """What a method cost, and what it made of texts."""
-
-    def number(key: str, form: str) -> str:
-        return "" if row.get(key) is None else format(row[key], form)
-
     texts = {f"{kind} texts": f"{row['perplexity'][kind]:.3g}" for kind in study["texts"]}
-    return {"method": row["label"], **texts, "seconds": number("seconds", ".1f"),
-            "x": number("times", ".1f"), "memory, MB": number("megabytes", ".0f")}  # fmt: skip
+    costs = {"seconds": ("seconds", ".1f"), "x": ("times", ".1f"), "memory, MB": ("megabytes", ".0f")}
+    numbers = {head: "" if row.get(key) is None else format(row[key], form) for head, (key, form) in costs.items()}
+    return {"method": row["label"], **texts, **numbers}
 
 
 def draw_frontier(study: Study, part: Study, rows: Sequence[Study]) -> Figure:

@@ -7,9 +7,9 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
+import pandas as pd
 import yaml
 
 from srmu.engine.files import read_json, read_json_lines
@@ -17,11 +17,11 @@ from srmu.errors import SrmuError
 from srmu.evals.results import UNATTACKED, Metrics, load_results, read_metrics
 from srmu.evals.statistics import Estimate, average_seeds
 
-CURVES = ("forget", "retain", "forget_cos", "retain_cos")  # keys of metrics.jsonl that are drawn
 POINTS = 120  # at most this many points a curve
 Columns = Mapping[str, Sequence[str]]  # a column's name: the metrics it is the mean of
-VERSIONS = ("srmu", "torch", "transformers", "safetensors", "tokenizers")
-ENVIRONMENT = ("platform", "python", "threads", *VERSIONS)  # the rest might name a folder
+FACTS = ("id", "method", "paper", "model", "started", "seconds", "steps", "stop_reason", "diverged", "share", "weights")
+# the rest of the environment might name a folder
+ENVIRONMENT = ("platform", "python", "threads", "srmu", "torch", "transformers", "safetensors", "tokenizers")
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,10 @@ class RunGroup:
     label: str
     group: str  # the setting they ran in; "" where there is only one
     runs: tuple[Path, ...]
+
+    @property
+    def name(self) -> str:
+        return " \N{MIDDLE DOT} ".join(filter(None, [self.label, self.group]))
 
 
 @dataclass(frozen=True)
@@ -57,13 +61,30 @@ def aggregate_columns(entries: Sequence[RunGroup], columns: Columns) -> list[Gro
             read_config_tree(folder)  # a folder without one is no run
             if not has_results(folder):
                 raise SrmuError(f"{folder} has no results; run `srmu eval {folder}` first")
-        both = [read_results(folder) for folder in entry.runs]
-        before, after = (estimate_columns([seed[when] for seed in both], columns) for when in ("before", "after"))
-        found.append(GroupRow(entry.label, entry.group, len(entry.runs), before, after))
+        found.append(aggregate_runs(entry, columns))
     for name in columns:
         if not any(name in row.after for row in found):
             raise SrmuError(f"no run has the result {name}; evaluate it or leave it out")
     return found
+
+
+def aggregate_runs(entry: RunGroup, columns: Columns | None = None) -> GroupRow:
+    """An entry's numbers: averages over a column's metrics, then over the seeds that have them all.
+
+    Without columns, of all that was measured after.
+    """
+    seeds = [read_results(folder) for folder in entry.runs]
+    if columns is None:
+        columns = {name: [name] for seed in seeds for name in seed["after"]}
+    before, after = (
+        {
+            name: estimate
+            for name, metrics in columns.items()
+            if (estimate := average_seeds([seed[when] for seed in seeds], metrics)) is not None
+        }
+        for when in ("before", "after")
+    )
+    return GroupRow(entry.label, entry.group, len(entry.runs), before, after)
 
 
 def has_results(folder: Path) -> bool:
@@ -80,26 +101,15 @@ def read_results(folder: Path) -> dict[str, Metrics]:
     return found
 
 
-def estimate_columns(seeds: Sequence[Metrics], columns: Columns) -> dict[str, Estimate]:
-    """Average over a column's metrics, then over the seeds that have them all."""
-    found = {name: average_seeds(seeds, metrics) for name, metrics in columns.items()}
-    return {name: estimate for name, estimate in found.items() if estimate is not None}
-
-
-def training_curves(runs: Sequence[Path]) -> dict[str, tuple[list[int], list[float]]]:
-    """Steps and values, averaged over seeds; neighbouring steps too where topics take turns."""
-    lines = [line for folder in runs for line in read_run_file(folder / "metrics.jsonl")]
-    length = max((line["step"] for line in lines), default=0) + 1
-    width = max(len({line["topic"] for line in lines}), math.ceil(length / POINTS))
-    found = {}
-    for key in CURVES:
-        bins: dict[int, list[float]] = {}
-        for line in lines:
-            if line.get(key) is not None and math.isfinite(line[key]):  # a run may diverge
-                bins.setdefault(line["step"] // width * width, []).append(line[key])
-        if bins:
-            found[key] = sorted(bins), [float(f"{fmean(bins[x]):.4g}") for x in sorted(bins)]
-    return found
+def training_curves(runs: Sequence[Path], keys: Sequence[str]) -> pd.DataFrame:
+    """By step, a column a key that there is; means over seeds, and over steps where topics take turns."""
+    lines = pd.DataFrame([line for folder in runs for line in read_run_file(folder / "metrics.jsonl")])
+    if lines.empty:
+        return lines
+    width = max(lines["topic"].nunique(), math.ceil((lines["step"].max() + 1) / POINTS))
+    known = lines[[key for key in keys if key in lines]].astype(float)
+    known = known.where(abs(known) < math.inf)  # a run may diverge
+    return known.groupby(lines["step"] // width * width).mean().map(lambda value: float(f"{value:.4g}"))
 
 
 def importance_maps(entries: Sequence[RunGroup]) -> list[dict[str, Any]]:
@@ -113,73 +123,47 @@ def importance_maps(entries: Sequence[RunGroup]) -> list[dict[str, Any]]:
         for name, values in load_file(state).items() if state.exists() else ():
             topic, _, kind = name.rpartition(".")
             if kind == "importance":
-                largest = (-values).argsort(kind="stable")
-                item = {
-                    "labels": [],
-                    "group": entry.group,
-                    "topic": topic,
-                    "order": largest.tolist(),
-                    "sizes": values[largest].astype(float).round(4).tolist(),
-                    "facts": topics.get(topic, {}).get("importance"),
-                }
-                key = entry.group, topic, values.tobytes()
-                found.setdefault(key, item)["labels"].append(entry.label)
+                facts = topics.get(topic, {}).get("importance", {})
+                item = {"labels": [], "group": entry.group, "topic": topic, "values": values.astype(float)}
+                found.setdefault((entry.group, topic, values.tobytes()), item | {"facts": facts})
+                found[entry.group, topic, values.tobytes()]["labels"].append(entry.label)
     return list(found.values())
 
 
-def run_settings(runs: Sequence[Path]) -> dict[str, list[str]]:
-    """How the runs were made; one value where all of them agree, else one each."""
-    columns = []
-    for folder in runs:
-        tree = read_config_tree(folder)
-        column = {"seed": tree.get("seed"), "topics": list(tree.get("topics", ()))}
-        for block in ("method", "train"):  # the others hold paths
-            column |= {f"{block}.{key}": value for key, value in tree.get(block, {}).items()}
-        for topic, facts in read_run_file(folder / "record.json").get("topics", {}).items():
-            column |= {f"{topic}.{k}": v for k, v in facts.items() if isinstance(v, int | float)}
-        columns.append(column)
-    return _side_by_side(columns)
+def run_settings(folder: Path) -> dict[str, Any]:
+    """How a run was made."""
+    tree = read_config_tree(folder)
+    found = {"seed": tree.get("seed"), "topics": list(tree.get("topics", ()))}
+    for block in ("method", "train"):  # the others hold paths
+        found |= {f"{block}.{key}": value for key, value in tree.get(block, {}).items()}
+    for topic, facts in read_run_file(folder / "record.json").get("topics", {}).items():
+        found |= {f"{topic}.{k}": v for k, v in facts.items() if isinstance(v, int | float)}
+    return found
 
 
-def record_facts(runs: Sequence[Path]) -> dict[str, list[str]]:
-    """The facts that the records keep; of paths the last part, of texts only their counts."""
-    columns = []
-    for folder in runs:
-        kept = read_run_file(folder / "record.json")
-        column = {
-            key: kept.get(key)
-            for key in ("id", "method", "paper", "model", "started", "seconds", "steps",
-                        "stop_reason", "diverged", "share", "weights")
-        }  # fmt: skip
-        if "peak" in kept.get("memory", {}):
-            column["peak memory"] = f"{kept['memory']['peak'] / 1e6:.0f} MB"
-        changed = kept.get("changed", [])
-        column["changed tensors"] = f"{len(changed)}: {', '.join(changed[:12])}" + (", …" if len(changed) > 12 else "")
-        for topic, sets in kept.get("data", {}).items():
-            for name, facts in sets.items():
-                said = [f"{v} {k.replace('_', ' ')}" for k, v in facts.items() if k != "digest"]
-                said.append(f"SHA-256 {facts.get('digest', '')[:12]}")
-                column[f"{topic}.{name} texts"] = ", ".join(said)
-        for key in ENVIRONMENT:
-            column[f"environment.{key}"] = kept.get("environment", {}).get(key)
-        columns.append(column if kept else {})
-    return _side_by_side(columns)
+def record_facts(folder: Path) -> dict[str, Any]:
+    """The facts that a record keeps; of paths the last part, of texts only their counts."""
+    if not (kept := read_run_file(folder / "record.json")):
+        return {}
+    found = {key: kept.get(key) for key in FACTS}
+    if "peak" in kept.get("memory", {}):
+        found["peak memory"] = f"{kept['memory']['peak'] / 1e6:.0f} MB"
+    changed = kept.get("changed", [])
+    found["changed tensors"] = f"{len(changed)}: {', '.join(changed[:12])}" + (", …" if len(changed) > 12 else "")
+    for topic, sets in kept.get("data", {}).items():
+        for name, facts in sets.items():
+            said = [f"{v} {k.replace('_', ' ')}" for k, v in facts.items() if k != "digest"]
+            found[f"{topic}.{name} texts"] = ", ".join([*said, f"SHA-256 {facts.get('digest', '')[:12]}"])
+    environment = kept.get("environment", {})
+    return found | {f"environment.{key}": environment.get(key) for key in ENVIRONMENT}
 
 
-def _side_by_side(columns: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
-    """Columns as rows, of text; a row in which all agree has one value."""
-    plain = [{k: _plain(v) for k, v in column.items() if v is not None} for column in columns]
-    names = dict.fromkeys(name for column in plain for name in column)
-    found = {name: [column.get(name, "") for column in plain] for name in names}
-    return {name: row if len(set(row)) > 1 else row[:1] for name, row in found.items()}
-
-
-def _plain(value: Any) -> str:
+def format_fact(value: Any) -> str:
     """A setting as text; of a path only the last part, as folders may tell whose data it is."""
     if isinstance(value, Mapping):
-        return ", ".join(f"{key}: {_plain(item)}" for key, item in value.items())
+        return ", ".join(f"{key}: {format_fact(item)}" for key, item in value.items())
     if isinstance(value, list):
-        return ", ".join(map(_plain, value))
+        return ", ".join(map(format_fact, value))
     text = f"{value:.4g}" if isinstance(value, float) else str(value)
     return text.replace("\\", "/").rpartition("/")[2]
 
