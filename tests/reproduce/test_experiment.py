@@ -17,7 +17,6 @@ from srmu.reproduce.experiment import (
     PlannedRow,
     Scored,
     Testbeds,
-    read_experiment,
     run_experiment,
 )
 
@@ -102,11 +101,11 @@ def test_what_is_there_is_not_made_again(tmp_path: Path, made: list[RunJob]) -> 
     run_experiment(first, plan_rows(first))
     experiment = plan(tmp_path, "SRMU")
     rows = plan_rows(experiment)
-    assert {row.label for row in read_experiment(experiment, rows).values()} == {"SRMU (1 of 2)"}
+    assert {row.label for row in run_experiment(experiment, rows, make=False).values()} == {"SRMU (1 of 2)"}
     before = len(made)
     measured = run_experiment(experiment, rows)
     assert [job.config.parent.name for job in made[before:]] == ["testbed1"] * 2
-    assert run_experiment(experiment, rows) == measured == read_experiment(experiment, rows)
+    assert run_experiment(experiment, rows) == measured == run_experiment(experiment, rows, make=False)
     assert len(made) == before + 2
 
 
@@ -123,7 +122,7 @@ def test_a_failure_costs_its_own_row(tmp_path: Path, made: list[RunJob]) -> None
 
 def test_nothing_there_is_not_run(tmp_path: Path) -> None:
     experiment = Experiment(tmp_path, Testbeds(tmp_path), SETTINGS, (0,), ())
-    (row,) = read_experiment(experiment, [PlannedRow("SRMU", "SRMU", "low")]).values()
+    (row,) = run_experiment(experiment, [PlannedRow("SRMU", "SRMU", "low")], make=False).values()
     assert (row.why, row.runs) == (NOT_RUN, ())
 
 

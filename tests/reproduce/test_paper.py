@@ -23,7 +23,15 @@ from srmu.report import markdown
 from srmu.reproduce import claims, experiment, needs
 from srmu.reproduce.claims import judge_curves, judge_row
 from srmu.reproduce.experiment import MeasuredRow, OneModel, PlannedRow, find_preset, read_preset
-from srmu.reproduce.paper import add_mean, format_command, paper_needs, plan_paper, plan_rows, reproduce_paper
+from srmu.reproduce.paper import (
+    add_mean,
+    format_command,
+    paper_needs,
+    plan_paper,
+    plan_rows,
+    read_paper,
+    reproduce_paper,
+)
 from srmu.runs.config import load_config
 from srmu.runs.run import Run
 
@@ -296,7 +304,7 @@ def test_settings_of_the_real_thing_fit_the_schema(tmp_path: Path) -> None:
     """All that `--model` would run; and the derived high entanglement is the preset's."""
     spec = read_preset("reproduce.yaml")
     plan = plan_paper(tmp_path / "out", ZEPHYR)
-    for row in {row._replace(label="") for row in plan_rows("all", spec, plan)}:
+    for row in {row._replace(label="") for row in plan_rows(read_paper("all", spec), plan)}:
         job = plan.plan_job(row, 0)
         config = load_config(job.config, job.overrides)
         assert (config.model, config.seed) == (ZEPHYR, 0)

@@ -23,7 +23,7 @@ from srmu.evals.results import RESULTS, load_results, read_attacks, read_metrics
 from srmu.report import markdown
 from srmu.reproduce import experiment, robust
 from srmu.reproduce.experiment import NOT_RUN, read_preset
-from srmu.reproduce.robust import measure_frontier, plan_frontier, read_frontier
+from srmu.reproduce.robust import measure_frontier, plan_frontier
 from srmu.reproduce.robust_tables import (
     average_attacks,
     build_frontier_tables,
@@ -169,7 +169,10 @@ def test_what_is_there_is_not_made_again(small: Any, found: dict[str, Any]) -> N
     assert made[before:] == []
     assert {run: (run / RESULTS).stat().st_mtime_ns for run in folders(out)} == times
     assert build_frontier_tables(this, again, COMMAND) == found
-    assert build_frontier_tables(this, read_frontier(this), COMMAND)["parts"][0]["rows"][2] == rows(found)["SRMU"]
+    assert (
+        build_frontier_tables(this, measure_frontier(this, make=False), COMMAND)["parts"][0]["rows"][2]
+        == rows(found)["SRMU"]
+    )
 
 
 def test_another_attack_is_made_up_for(small: Any, found: dict[str, Any], monkeypatch: Any) -> None:
@@ -195,7 +198,7 @@ def test_interrupted_it_goes_on(small: Any, found: dict[str, Any], monkeypatch: 
         patch.setattr(experiment, "run_all", first)
         with pytest.raises(KeyboardInterrupt):
             measure_frontier(this)
-    labels = [*rows(build_frontier_tables(this, read_frontier(this), COMMAND))]
+    labels = [*rows(build_frontier_tables(this, measure_frontier(this, make=False), COMMAND))]
     assert labels == ["original", "oracle", "SRMU", "half as strong (1 of 2)"]
     before = len(made)
     done = rows(build_frontier_tables(this, measure_frontier(this), COMMAND))
@@ -219,7 +222,7 @@ def test_pages_have_neither_dates_nor_paths(small: Any, found: dict[str, Any]) -
     spots = [e for e in drawn.iter() if e.get("class") == "mark"]
     assert len(spots) == 3  # the original, the oracle, SRMU
     this = asked(out)
-    (page,) = write_frontier_reports(this, read_frontier(this), COMMAND)
+    (page,) = write_frontier_reports(this, measure_frontier(this, make=False), COMMAND)
     assert page.name == "robust-closed-high.html"
     assert "SRMU" in page.read_text()
 

@@ -19,6 +19,7 @@ PUBLISHED = {
     "llama-3.1-70b": 70.6e9,
     "llama-3.1-405b": 405.9e9,
     "qwen3-30b-a3b": 30.5e9,
+    "zephyr-7b-beta": 7.24e9,
 }
 SIZE = TensorSizes((100, 100), (50, 50), 10)
 CPU = TrainedModel(SIZE, itemsize=2, mixed=True, gpu=False)

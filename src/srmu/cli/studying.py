@@ -129,7 +129,7 @@ def reproduce_frontier(what: str, out: Path, asked: dict[str, Any], dry_run: boo
         print_result(needs, as_json, line, "next: the same without --dry-run")
         return
     try:
-        cases = robust.read_frontier(frontier) if show else robust.measure_frontier(frontier, show_progress)
+        cases = robust.measure_frontier(frontier, show_progress, make=not show)
     except KeyboardInterrupt:
         print_line("finished runs are kept: the same command goes on, and --show prints the tables")
         raise

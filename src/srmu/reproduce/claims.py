@@ -19,20 +19,16 @@ from srmu.reproduce.experiment import MeasuredRow
 CHANCE = 0.25  # four options
 NOISE = 1.96
 QUESTIONS = {"MMLU": 14042, "bio": 1273, "cyber": 1987}  # behind the paper's numbers
+Claim = Mapping[str, Any]
 
 
 def resample_mean(row: MeasuredRow, metrics: Sequence[str], draws: Draws) -> Array:
-    """The mean of some accuracies as it is, and in each resample: (1 + RESAMPLES, seeds)."""
-    numbers = range(len(row.runs))
-    values = [[resample_accuracy(row, i, metric, draws) for metric in metrics] for i in numbers]
+    """The mean of some accuracies as it is, and in each resample of the questions: (1 + RESAMPLES, seeds)."""
+    values = []
+    for run, asked in zip(row.runs, row.questions, strict=True):
+        scores = read_metrics(run)[row.when]
+        values.append([resample_row(scores[m], draws, (asked, m), (m, asked, row.when, row.label)) for m in metrics])
     return np.mean(values, axis=1).T
-
-
-def resample_accuracy(row: MeasuredRow, number: int, metric: str, draws: Draws) -> Array:
-    """A run's accuracy as it is, and in each resample of the questions."""
-    asked = row.questions[number]
-    scores = read_metrics(row.runs[number])[row.when][metric]
-    return resample_row(scores, draws, (asked, metric), (metric, asked, row.when, row.label))
 
 
 def estimate_cells(row: MeasuredRow, columns: Columns) -> dict[str, dict[str, Any]]:
@@ -42,15 +38,12 @@ def estimate_cells(row: MeasuredRow, columns: Columns) -> dict[str, dict[str, An
     return {name: format_interval(e) for name, e in cells.items()}
 
 
-def estimate_drop(before: MeasuredRow, row: MeasuredRow, metrics: Sequence[str]) -> dict[str, float]:
-    """How far an accuracy fell, with its interval."""
-    draws = Draws()
-    drop = resample_mean(before, metrics, draws) - resample_mean(row, metrics, draws)
-    return format_interval(draws.estimate(drop))
+def format_interval(estimate: Estimate) -> dict[str, float]:
+    return {"value": estimate.value, "low": estimate.low, "high": estimate.high}
 
 
 def judge_row(
-    claim: Mapping[str, Any],
+    claim: Claim,
     rows: Mapping[str, MeasuredRow],
     spec: Mapping[str, Any],
     paper: Mapping[str, Mapping[str, float]],
@@ -60,9 +53,7 @@ def judge_row(
 
     `spec` has the columns, and which of them the claim's metric, forget or utility, is.
     """
-    one, other = claim["of"]
     column = spec[claim["metric"]]
-    metrics = spec["columns"][column]
     estimate, note = None, ""
     if missing := [name for name in claim["of"] if name not in rows]:
         note = f"{missing[0]} was not run"
@@ -70,15 +61,15 @@ def judge_row(
         note = f"{failed[0].label} {failed[0].why}"
     else:
         draws = seed_draws(claim)
-        values = [resample_mean(rows[name], metrics, draws) for name in claim["of"]]
-        estimate = draws.estimate(values[0] - values[1])
-    theirs = "MMLU" if claim["metric"] == "utility" else "WMDP"
-    own = paper_gap(paper.get(one, {}), paper.get(other, {}), theirs)
+        one, other = (resample_mean(rows[name], spec["columns"][column], draws) for name in claim["of"])
+        estimate = draws.estimate(one - other)
+    theirs = [paper.get(name, {}) for name in claim["of"]]
+    own = paper_gap(theirs[0], theirs[1], "MMLU" if claim["metric"] == "utility" else "WMDP")
     return judge_difference(claim, column, estimate, note, claim.get("source", source), own)
 
 
 def judge_curves(
-    claim: Mapping[str, Any],
+    claim: Claim,
     curves: Mapping[str, Sequence[MeasuredRow]],
     before: MeasuredRow,
     forget: Sequence[str],
@@ -133,23 +124,21 @@ def best_kept(
     return best_at
 
 
+def seed_draws(claim: Claim) -> Draws:
+    """Resamples that depend on the claim alone, not on what was judged before."""
+    return Draws(crc32(json.dumps(claim, sort_keys=True).encode()))
+
+
 def judge_difference(
-    claim: Mapping[str, Any],
-    column: str,
-    estimate: Estimate | None,
-    note: str,
-    source: str,
-    own: tuple[float, float] | None,
+    claim: Claim, column: str, estimate: Estimate | None, note: str, source: str, own: tuple[float, float] | None
 ) -> dict[str, Any]:
     """A claim with its verdict, in numbers and in a sentence; `own` is what `paper_gap` gives."""
-    bounds = claim.get("above", -inf) / 100, claim.get("below", inf) / 100
-    verdict = judge_interval(estimate, *bounds)
-    one, other = claim["of"]
+    verdict = judge_interval(estimate, claim.get("above", -inf) / 100, claim.get("below", inf) / 100)
     if estimate is None:
         sentence = f"{claim['claim']}: not tested here, {note}."
     else:
         value, low, high = (f"{100 * x:+.1f}" for x in (estimate.value, estimate.low, estimate.high))
-        gap = f"{one} less {other}, {column}: {value} points ({low} to {high})"
+        gap = f"{' less '.join(claim['of'])}, {column}: {value} points ({low} to {high})"
         sentence = f"{claim['claim']}: {verdict}. {gap}."
     if own:
         noise = "within its own sampling noise" if abs(own[1]) < NOISE else "beyond sampling noise"
@@ -170,9 +159,7 @@ def judge_interval(estimate: Estimate | None, above: float, below: float) -> str
         return "not tested"
     if above < estimate.low and estimate.high < below:
         return "holds"
-    if estimate.high < above or estimate.low > below:
-        return "does not hold"
-    return "within noise"
+    return "does not hold" if estimate.high < above or estimate.low > below else "within noise"
 
 
 def paper_gap(one: Mapping[str, float], other: Mapping[str, float], column: str) -> tuple[float, float] | None:
@@ -180,22 +167,11 @@ def paper_gap(one: Mapping[str, float], other: Mapping[str, float], column: str)
 
     With questions drawn anew for each row: how many of the same ones changed is not printed.
     """
-    parts = ("bio", "cyber") if column == "WMDP" else (column,)
-    if not all(column in row for row in (one, other)):
+    if column not in one or column not in other:
         return None
-    variance = 0.0
-    for row in (one, other):
-        for part in parts:
-            p = row.get(part, row[column])  # Table 4 prints their mean alone
-            variance += p * (1 - p) / QUESTIONS[part] / len(parts) ** 2
+    parts = ("bio", "cyber") if column == "WMDP" else (column,)
+    # Table 4 prints the mean of bio and cyber alone
+    shares = [(row.get(part, row[column]), part) for row in (one, other) for part in parts]
+    variance = sum(p * (1 - p) / QUESTIONS[part] / len(parts) ** 2 for p, part in shares)
     gap = one[column] - other[column]
     return gap, gap / variance**0.5
-
-
-def seed_draws(claim: Mapping[str, Any]) -> Draws:
-    """Resamples that depend on the claim alone, not on what was judged before."""
-    return Draws(crc32(json.dumps(claim, sort_keys=True).encode()))
-
-
-def format_interval(estimate: Estimate) -> dict[str, float]:
-    return {"value": estimate.value, "low": estimate.low, "high": estimate.high}

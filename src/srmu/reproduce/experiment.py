@@ -17,8 +17,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 import yaml
 
+from srmu.engine import progress
 from srmu.engine.files import read_json, write_json
-from srmu.engine.progress import Watch, ignore_progress, print_line, silence_libraries
+from srmu.engine.progress import Watch, ignore_progress
 from srmu.errors import DivergedError, SrmuError, first_line
 from srmu.evals.parallel import RunJob, run_all
 from srmu.evals.results import read_metrics
@@ -32,6 +33,8 @@ from srmu.testbed.train import RECIPE
 from srmu.testbed.world import create_closed
 
 NOT_RUN, DIVERGED = "not run", "diverged"
+# a testbed's config; that testbed's entanglement, and its name where it is not the regime's
+REGIMES: dict[str, dict[str, Any]] = {"low": {"config": "low.yaml"}, "high": {"config": "high.yaml"}}
 
 
 def find_preset(name: str) -> Path:
@@ -67,10 +70,9 @@ class PlannedRow(NamedTuple):
 
 @dataclass(frozen=True)
 class MeasuredRow:
-    """A row with its runs, which differ only in their seed.
+    """A row with its runs, which differ only in their seed; `why` says why there are none.
 
-    `questions` says which questions each run was asked: the same number, the same questions. `why`
-    says why there are no runs.
+    `questions` says which questions each run was asked: the same number, the same questions.
     """
 
     label: str
@@ -83,54 +85,37 @@ class MeasuredRow:
 # ---- where runs are made
 
 
-class Regime(NamedTuple):
-    """A config of a testbed, and that testbed's entanglement and name."""
-
-    config: str
-    entanglement: float = 0.5
-    testbed: str = ""  # "": as the regime
-
-
-REGIMES = {"low": Regime("low.yaml"), "high": Regime("high.yaml")}
-
-
 @dataclass(frozen=True)
 class Testbeds:
     """Testbeds, each with a world, a model and directions of its own, as `folder` names them."""
 
     home: Path
-    regimes: Mapping[str, Regime] = field(default_factory=lambda: REGIMES)
+    regimes: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: REGIMES)
     folder: str = "testbed{seed}"
     world: str = "closed"
     oracle: bool = True
 
     def locate(self, regime: str, seed: int) -> Path:
-        name = self.regimes[regime].testbed or regime
+        name = self.regimes[regime].get("testbed", regime)
         return self.home.resolve() / self.folder.format(seed=seed, regime=name)
 
     def is_there(self, regime: str, seed: int) -> bool:
         return (self.locate(regime, seed) / "organism.json").exists()
 
-    def prepare(self, rows: Iterable[PlannedRow], seeds: Sequence[int], watch: Watch) -> None:
-        """Build the testbeds that are missing."""
-        for regime, seed in product(dict.fromkeys(row.regime for row in rows), seeds):
-            folder = self.locate(regime, seed)
-            if not self.is_there(regime, seed):
-                share = self.regimes[regime].entanglement
-                build_testbed(
-                    folder, seed=seed, entanglement=share, oracle=self.oracle, world=self.world,
-                    watch=watch,
-                )  # fmt: skip
-            if self.world == "closed" and not (folder / "anchors.json").exists():
-                built = read_json(folder / "organism.json")
-                write_json(folder / "anchors.json", pair_anchors(built.get("seed", seed)))
+    def prepare(self, regime: str, seed: int, watch: Watch) -> None:
+        """Build the testbed where it is missing."""
+        folder = self.locate(regime, seed)
+        if not self.is_there(regime, seed):
+            share = self.regimes[regime].get("entanglement", 0.5)
+            build_testbed(
+                folder, seed=seed, entanglement=share, oracle=self.oracle, world=self.world, watch=watch
+            )  # fmt: skip
+        if self.world == "closed" and not (folder / "anchors.json").exists():
+            built = read_json(folder / "organism.json")
+            write_json(folder / "anchors.json", pair_anchors(built.get("seed", seed)))
 
     def find_config(self, row: PlannedRow, seed: int) -> tuple[Path, tuple[str, ...]]:
-        return self.locate(row.regime, seed) / self.regimes[row.regime].config, ()
-
-    def question_set(self, seed: int) -> int:
-        """Which questions a seed's run is asked: each testbed has its own."""
-        return seed if "{seed}" in self.folder else 0
+        return self.locate(row.regime, seed) / self.regimes[row.regime]["config"], ()
 
 
 @dataclass(frozen=True)
@@ -140,18 +125,9 @@ class OneModel:
     name: str
     spec: Mapping[str, Any]  # its presets, regimes and sources, as in configs/reproduce.yaml
 
-    def is_there(self, regime: str, seed: int) -> bool:
-        return True
-
-    def prepare(self, rows: Iterable[PlannedRow], seeds: Sequence[int], watch: Watch) -> None:
-        """Nothing is to be built."""
-
     def find_config(self, row: PlannedRow, seed: int) -> tuple[Path, tuple[str, ...]]:
         preset = find_preset(self.spec["methods"][row.method]["config"])
         return preset, (f"model={self.name}", *self.spec["regimes"][row.regime])
-
-    def question_set(self, seed: int) -> int:
-        return 0
 
 
 def pair_anchors(seed: int) -> dict[str, str]:
@@ -196,6 +172,9 @@ def locate_run(job: RunJob) -> Path:
 
 # ---- the runs
 
+Outcome = Path | str  # the folder of a run, or why there is none
+Jobs = dict[tuple[PlannedRow, int], RunJob | str]  # by row and seed: what to do, or why nothing
+
 
 @dataclass(frozen=True)
 class Experiment:
@@ -209,82 +188,77 @@ class Experiment:
     measurement: Scored = field(default_factory=Scored)
     overrides: tuple[str, ...] = ()
 
-    @property
-    def testbeds(self) -> Testbeds:
-        assert isinstance(self.place, Testbeds)
-        return self.place
-
     def plan_job(self, row: PlannedRow, seed: int, extra: Sequence[str] = ()) -> RunJob:
         """A run's config with its overrides; later ones win."""
         config, own = self.place.find_config(row, seed)
         settings = (s.replace("{testbed}", str(config.parent)) for s in self.settings[row.method])
         common = (f"seed={seed}", f"runs_dir={(self.out / 'runs').resolve()}", *own)
         options = (*settings, *common, *self.overrides, *row.extra, *extra)
-        method = load_config(config, options).method
-        if isinstance(self.place, Testbeds) and not method.reads_retain:
+        if isinstance(self.place, Testbeds) and not load_config(config, options).method.reads_retain:
             # the same run in each regime
             config, options = config.with_name("low.yaml"), (*options, "topics.organism.retain=[]")
         return RunJob(config, options, self.tasks)
 
 
-States = dict[tuple[PlannedRow, int], Path | str]  # by row and seed: a folder, or why there is none
-
-
 def run_experiment(
-    experiment: Experiment, rows: Sequence[PlannedRow], watch: Watch = ignore_progress
+    experiment: Experiment, rows: Iterable[PlannedRow], watch: Watch = ignore_progress, *, make: bool = True
 ) -> dict[PlannedRow, MeasuredRow]:
-    """Make the runs of the rows that are missing, each different one once.
+    """Make the runs of the rows that are missing, each different one once; without `make`, only look for them.
 
     A run that diverges or fails costs its own row only, which says why. On one model a failure is
     raised: what the next run would need hours for may fail in the same way.
     """
-    experiment.place.prepare(rows, experiment.seeds, watch)
-    sources = [PlannedRow(r.strength[0], r.strength[0], r.regime) for r in rows if r.strength]
+    rows = [*rows]
+    if make and isinstance(experiment.place, Testbeds):
+        for regime, seed in product(dict.fromkeys(row.regime for row in rows), experiment.seeds):
+            experiment.place.prepare(regime, seed, watch)
+    sources = [PlannedRow(row.strength[0], row.strength[0], row.regime) for row in rows if row.strength]
     measured: dict[PlannedRow, MeasuredRow] = {}
     # what hands its strength to others comes first
-    for stage in ([*(r for r in rows if not r.strength), *sources], [r for r in rows if r.strength]):
-        stage = [*dict.fromkeys(stage)]
-        jobs, states = plan_runs(experiment, stage, measured)
-        outcomes = make_runs(experiment, [*dict.fromkeys(jobs[k] for k in jobs if states[k] == NOT_RUN)], watch)
-        states |= {key: outcomes[job] for key, job in jobs.items() if job in outcomes}
-        measured |= collect_rows(experiment, stage, states)
+    for stage in ([*(row for row in rows if not row.strength), *sources], [row for row in rows if row.strength]):
+        jobs = plan_jobs(experiment, stage, measured)
+        outcomes = find_outcomes(experiment, jobs)
+        missing = [job for job, outcome in outcomes.items() if outcome == NOT_RUN and isinstance(job, RunJob)]
+        if make and missing:
+            outcomes.update(make_runs(experiment, missing, watch))
+        for row in stage:
+            found = {seed: outcomes[jobs[row, seed]] for seed in experiment.seeds}
+            measured[row] = collect_row(experiment, row, found)
     return measured
 
 
-def read_experiment(experiment: Experiment, rows: Sequence[PlannedRow]) -> dict[PlannedRow, MeasuredRow]:
-    """The rows as far as their runs are there; runs nothing."""
-    return collect_rows(experiment, rows, plan_runs(experiment, rows)[1])
-
-
-def plan_runs(
-    experiment: Experiment, rows: Sequence[PlannedRow], measured: Mapping[PlannedRow, MeasuredRow] = {}
-) -> tuple[dict[tuple[PlannedRow, int], RunJob], States]:
-    """The job of each row and seed, and what is there of it.
-
-    `measured` holds the rows that hand over their strength.
-    """
-    jobs: dict[tuple[PlannedRow, int], RunJob] = {}
-    states: States = {}
-    seen: dict[RunJob, Path | str] = {}
+def plan_jobs(
+    experiment: Experiment, rows: Iterable[PlannedRow], measured: Mapping[PlannedRow, MeasuredRow] = {}
+) -> Jobs:
+    """The job of each row and seed; `measured` holds the rows that hand over their strength."""
+    jobs: Jobs = {}
     for row, seed in product(rows, experiment.seeds):
-        states[row, seed] = NOT_RUN
-        if not experiment.place.is_there(row.regime, seed):
+        if isinstance(experiment.place, Testbeds) and not experiment.place.is_there(row.regime, seed):
+            jobs[row, seed] = NOT_RUN
             continue
         extra: tuple[str, ...] = ()
         if row.strength:
-            source = PlannedRow(row.strength[0], row.strength[0], row.regime)
-            number = experiment.seeds.index(seed)
-            extra = take_strength(measured[source], number, row.strength[1])
+            method, key = row.strength
+            source = measured[PlannedRow(method, method, row.regime)]
+            extra = take_strength(source, experiment.seeds.index(seed), key)
         try:
-            jobs[row, seed] = job = experiment.plan_job(row, seed, extra)
-            if job not in seen:
-                seen[job] = experiment.measurement.find_result(job) or NOT_RUN
-            states[row, seed] = seen[job]
-        except DivergedError:
-            states[row, seed] = DIVERGED
+            jobs[row, seed] = experiment.plan_job(row, seed, extra)
         except SrmuError as error:
-            states[row, seed] = f"failed: {error}"
-    return jobs, states
+            jobs[row, seed] = f"failed: {error}"
+    return jobs
+
+
+def find_outcomes(experiment: Experiment, jobs: Jobs) -> dict[RunJob | str, Outcome]:
+    """What is there of each job."""
+    outcomes: dict[RunJob | str, Outcome] = {}
+    for job in dict.fromkeys(jobs.values()):
+        try:
+            outcomes[job] = job if isinstance(job, str) else experiment.measurement.find_result(job) or NOT_RUN
+        except DivergedError:
+            outcomes[job] = DIVERGED
+        except SrmuError as error:
+            outcomes[job] = f"failed: {error}"
+    return outcomes
 
 
 def take_strength(source: MeasuredRow, number: int, key: str) -> tuple[str, ...]:
@@ -299,21 +273,19 @@ def take_strength(source: MeasuredRow, number: int, key: str) -> tuple[str, ...]
     return tuple(f"topics.{k}.{key}={v[key]!r}" for k, v in run.record["topics"].items())
 
 
-def make_runs(experiment: Experiment, jobs: Sequence[RunJob], watch: Watch) -> dict[RunJob, Path | str]:
+def make_runs(experiment: Experiment, jobs: Sequence[RunJob], watch: Watch) -> dict[RunJob, Outcome]:
     """Several at once on testbeds; on one model one after the other, as each fills the machine."""
-    if not jobs:
-        return {}
     if isinstance(experiment.place, Testbeds):
         # the first of each testbed before the others: what it keeps of the original serves them
         first = {job.config.parent: job for job in reversed(jobs)}
         order = [*dict.fromkeys([*reversed(first.values()), *jobs])]
         attempt = partial(attempt_run, experiment.measurement)
         return dict(zip(order, run_all(order, watch, function=attempt), strict=True))
-    outcomes: dict[RunJob, Path | str] = {}
+    outcomes: dict[RunJob, Outcome] = {}
     for number, job in enumerate(jobs, 1):
         if watch is not ignore_progress:
             config = load_config(job.config, job.overrides)
-            print_line(f"run {number} of {len(jobs)}: {config.method.name}, seed {config.seed}")
+            progress.print_line(f"run {number} of {len(jobs)}: {config.method.name}, seed {config.seed}")
         try:
             outcomes[job] = experiment.measurement.measure_run(job, watch)
         except DivergedError:
@@ -321,11 +293,11 @@ def make_runs(experiment: Experiment, jobs: Sequence[RunJob], watch: Watch) -> d
     return outcomes
 
 
-def attempt_run(measurement: Scored, job: RunJob) -> Path | str:
+def attempt_run(measurement: Scored, job: RunJob) -> Outcome:
     """The folder of a run with all its numbers, or why there is none."""
     # Threads that wait for each other spin: one in each of several processes is faster.
     torch.set_num_threads(1)
-    silence_libraries()
+    progress.silence_libraries()
     try:
         return measurement.measure_run(job)
     except DivergedError:
@@ -336,21 +308,15 @@ def attempt_run(measurement: Scored, job: RunJob) -> Path | str:
         return f"failed: {type(error).__name__}: {first_line(error)}"
 
 
-def collect_rows(experiment: Experiment, rows: Iterable[PlannedRow], states: States) -> dict[PlannedRow, MeasuredRow]:
-    """The rows with their folders; while some are missing the label says how many are there."""
-    measured = {}
-    for row in rows:
-        label = row.label
-        outcomes = {seed: states[row, seed] for seed in experiment.seeds}
-        outcomes = {seed: outcome for seed, outcome in outcomes.items() if outcome != NOT_RUN}
-        wrong = [outcome for outcome in outcomes.values() if isinstance(outcome, str)]
-        if wrong or not outcomes:
-            why = f"{wrong[0]} in {len(wrong)} of {len(outcomes)} runs" if wrong else NOT_RUN
-            why = why.replace(f"{experiment.out.resolve()}/", "")
-            measured[row] = MeasuredRow(label, (), (), why=why)
-            continue
-        if len(outcomes) < len(experiment.seeds):
-            label = f"{label} ({len(outcomes)} of {len(experiment.seeds)})"
-        asked = tuple(experiment.place.question_set(seed) for seed in outcomes)
-        measured[row] = MeasuredRow(label, tuple(map(Path, outcomes.values())), asked)
-    return measured
+def collect_row(experiment: Experiment, row: PlannedRow, outcomes: Mapping[int, Outcome]) -> MeasuredRow:
+    """A row with its folders, by seed; while some are missing the label says how many are there."""
+    done = {seed: outcome for seed, outcome in outcomes.items() if outcome != NOT_RUN}
+    wrong = [outcome for outcome in done.values() if isinstance(outcome, str)]
+    if wrong or not done:
+        why = f"{wrong[0]} in {len(wrong)} of {len(done)} runs" if wrong else NOT_RUN
+        return MeasuredRow(row.label, (), (), why=why.replace(f"{experiment.out.resolve()}/", ""))
+    part = f" ({len(done)} of {len(outcomes)})" if len(done) < len(outcomes) else ""
+    # each testbed has its own questions
+    own = isinstance(experiment.place, Testbeds) and "{seed}" in experiment.place.folder
+    asked = tuple(seed if own else 0 for seed in done)
+    return MeasuredRow(row.label + part, tuple(map(Path, done.values())), asked)

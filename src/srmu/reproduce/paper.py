@@ -10,91 +10,82 @@ from typing import Any
 from srmu.engine.files import require_place
 from srmu.engine.progress import Watch, ignore_progress
 from srmu.errors import SrmuError
-from srmu.reproduce.claims import estimate_cells, estimate_drop, judge_curves, judge_row
-from srmu.reproduce.experiment import (
-    Experiment,
-    MeasuredRow,
-    OneModel,
-    PlannedRow,
-    Testbeds,
-    read_preset,
-    read_settings,
-    run_experiment,
-)
-from srmu.reproduce.needs import estimate_needs, explain_needs
+from srmu.evals.statistics import Draws
+from srmu.reproduce import claims, experiment, needs
+from srmu.reproduce.experiment import Experiment, MeasuredRow, OneModel, PlannedRow, Testbeds
 from srmu.runs.config import build_config, load_config
 from srmu.runs.plan import load_tokenizer, load_topics, plan_run
 from srmu.runs.run import Run
 
 BEFORE = "before"
-SEEDS = {"testbeds": 3, "model": 1}  # on a model as in the paper; each run takes long
-
+SEEDS = {True: 1, False: 3}  # whether on a model: as in the paper, each run takes long
 Rows = Mapping[PlannedRow, MeasuredRow]
+Spec = Mapping[str, Any]  # the content of configs/reproduce.yaml, or a part of it
+
+
+def read_paper(what: str, spec: Spec | None = None) -> Spec:
+    """The tables that a name stands for, and the figure if it stands for that."""
+    spec = spec or experiment.read_preset("reproduce.yaml")
+    tables = {name: table for name, table in spec["tables"].items() if what in ("all", name.split("-")[0])}
+    return {**spec, "tables": tables, "figure2": spec["figure2"] if what in ("all", "figure2") else None}
 
 
 def plan_paper(
-    out: Path,
-    model: str = "",
-    seeds: int | None = None,
-    overrides: Sequence[str] = (),
-    spec: Mapping[str, Any] | None = None,
+    out: Path, model: str = "", seeds: int | None = None, overrides: Sequence[str] = (), spec: Spec | None = None
 ) -> Experiment:
     """The experiment on testbeds, or on the model that is named; SrmuError for what cannot be."""
     if seeds is not None and seeds < 1:
         raise SrmuError("--seeds must be at least 1")
     require_place(out)
-    spec = spec or read_preset("reproduce.yaml")
-    count = range(seeds or SEEDS["model" if model else "testbeds"])
+    own = choose_place(read_paper("all", spec), bool(model))
+    place: Testbeds | OneModel = OneModel(model, own) if model else Testbeds(out)
     if model:
-        own = spec["zephyr"]
         settings = {label: tuple(one.get("set", ())) for label, one in own["methods"].items()}
-        place: Testbeds | OneModel = OneModel(model, own)
     else:
-        own = spec["testbed"]
-        settings, place = read_settings(own["methods"]), Testbeds(out)
-    tasks = tuple(own["tasks"])
-    return Experiment(out, place, settings, (*count,), tasks, overrides=tuple(overrides))
+        settings = experiment.read_settings(own["methods"])
+    count = range(seeds or SEEDS[bool(model)])
+    return Experiment(out, place, settings, (*count,), tuple(own["tasks"]), overrides=tuple(overrides))
+
+
+def choose_place(spec: Spec, on_model: bool) -> Spec:
+    """What is run and asked there: the columns, and which of them claims call forget and utility."""
+    return spec["zephyr" if on_model else "testbed"]
 
 
 def reproduce_paper(
-    what: str,
-    experiment: Experiment,
-    *,
-    command: str,
-    watch: Watch = ignore_progress,
-    spec: Mapping[str, Any] | None = None,
+    what: str, plan: Experiment, *, command: str, watch: Watch = ignore_progress, spec: Spec | None = None
 ) -> dict[str, Any]:
     """Make the runs that are missing, and give the tables and figures: what `reproduce.json` holds.
 
     What is in the experiment's folder already is used again.
     """
-    spec = spec or read_preset("reproduce.yaml")
-    check_settings(experiment)
-    rows = run_experiment(experiment, plan_rows(what, spec, experiment), watch)
-    tables, figure = choose_tables(what, spec)
+    spec = read_paper(what, spec)
+    check_settings(plan)
+    rows = experiment.run_experiment(plan, plan_rows(spec, plan), watch)
+    own = choose_place(spec, isinstance(plan.place, OneModel))
     return {
         "kind": "reproduction",
         "paper": "arXiv 2512.16297",
-        "model": name_model(experiment),
+        "model": name_model(plan),
         "command": command,
-        "seeds": [*experiment.seeds],
-        "tables": [build_table(name, spec, experiment, rows) for name in tables],
-        "figures": build_figures(spec, experiment, rows) if figure else [],
+        "seeds": [*plan.seeds],
+        "tables": [build_table(name, table, own, plan, rows) for name, table in spec["tables"].items()],
+        "figures": build_figures(spec["figure2"], own, rows) if spec["figure2"] else [],
     }
 
 
-def check_settings(experiment: Experiment) -> None:
+def check_settings(plan: Experiment) -> None:
     """SrmuError, before anything is made, for overrides of no method and what is out of reach."""
-    place = experiment.place
+    place = plan.place
     if isinstance(place, Testbeds):
         topics = {"organism": {"forget": "forget.jsonl"}}
-        build_config({"model": "model", "method": "srmu", "topics": topics}, experiment.overrides)
+        build_config({"model": "model", "method": "srmu", "topics": topics}, plan.overrides)
         return
-    job = experiment.plan_job(PlannedRow("SRMU", "SRMU", "low"), 0)
+    job = plan.plan_job(PlannedRow("SRMU", "SRMU", "low"), 0)
     config = load_config(job.config, job.overrides)
     try:
-        plan = plan_run(config)
-        load_topics(plan.config, load_tokenizer(plan.base))
+        found = plan_run(config)
+        load_topics(found.config, load_tokenizer(found.base))
     except SrmuError as error:
         gated = ", ".join(k for k, v in place.spec["sources"].items() if v.startswith("gated"))
         raise SrmuError(
@@ -103,32 +94,22 @@ def check_settings(experiment: Experiment) -> None:
         ) from error
 
 
-# ---- which rows and points
-
-
-def choose_tables(what: str, spec: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
-    """The tables that a name stands for, and whether it stands for the figure."""
-    tables = {k: v for k, v in spec["tables"].items() if what in ("all", k.split("-")[0])}
-    return tables, what in ("all", "figure2")
-
-
-def plan_rows(what: str, spec: Mapping[str, Any], experiment: Experiment) -> list[PlannedRow]:
+def plan_rows(spec: Spec, plan: Experiment) -> list[PlannedRow]:
     """All rows and points of what is asked for."""
-    tables, figure = choose_tables(what, spec)
-    rows = [row for table in tables.values() for row in plan_table(table, experiment)]
-    if figure:
+    rows = [row for table in spec["tables"].values() for row in plan_table(table, plan)]
+    if spec["figure2"]:
         rows += [row for points in plan_figure(spec["figure2"]).values() for row in points.values()]
     return rows
 
 
-def plan_table(table: Mapping[str, Any], experiment: Experiment) -> list[PlannedRow]:
+def plan_table(table: Spec, plan: Experiment) -> list[PlannedRow]:
     """The rows of a table, without the original model's."""
     regime = table["regime"]
     if "changes" not in table:
-        own = [label for label in table["rows"] if label in experiment.settings]
-        others = [label for label in experiment.settings if label not in own]
-        further = table.get("others") and isinstance(experiment.place, Testbeds)
-        return [PlannedRow(label, label, regime) for label in own + (others if further else [])]
+        labels = [label for label in table["rows"] if label in plan.settings]
+        if table.get("others") and isinstance(plan.place, Testbeds):
+            labels += [label for label in plan.settings if label not in labels]
+        return [PlannedRow(label, label, regime) for label in labels]
     source, key = table["strength"]["of"], table["strength"]["key"]
     rows = []
     for label, change in table["changes"].items():
@@ -139,90 +120,74 @@ def plan_table(table: Mapping[str, Any], experiment: Experiment) -> list[Planned
     return rows
 
 
-def plan_figure(figure: Mapping[str, Any]) -> dict[str, dict[float, PlannedRow]]:
+def plan_figure(figure: Spec) -> dict[str, dict[float, PlannedRow]]:
     """The points of each series by their coefficients."""
-    return {
-        label: {
-            float(coeff): PlannedRow(
-                f"{label} at {coeff:g}",
-                series["of"],
-                figure["regime"],
-                (*series.get("set", ()), "method.kappa=null", f"method.coeff={coeff}"),
-            )
-            for coeff in figure["coeffs"]
-        }
-        for label, series in figure["series"].items()
-    }
+    points: dict[str, dict[float, PlannedRow]] = {}
+    for label, series in figure["series"].items():
+        for coeff in map(float, figure["coeffs"]):
+            extra = (*series.get("set", ()), "method.kappa=null", f"method.coeff={coeff}")
+            row = PlannedRow(f"{label} at {coeff:g}", series["of"], figure["regime"], extra)
+            points.setdefault(label, {})[coeff] = row
+    return points
 
 
-# ---- tables and figure
-
-
-def build_table(name: str, spec: Mapping[str, Any], experiment: Experiment, measured: Rows) -> dict[str, Any]:
+def build_table(name: str, table: Spec, own: Spec, plan: Experiment, measured: Rows) -> dict[str, Any]:
     """A table with the paper's numbers beside ours, and its claims."""
-    table, own = spec["tables"][name], columns_of(spec, experiment)
-    planned = {row.label: measured[row] for row in plan_table(table, experiment)}
+    planned = {row.label: measured[row] for row in plan_table(table, plan)}
     lines = {BEFORE: original_row([*planned.values()]), **planned}
     paper = {label: add_mean(values) for label, values in table["rows"].items()}
     rows = []
     for label in dict.fromkeys([*table["rows"], *lines]):
-        row: dict[str, Any] = {"label": label, "cells": {}, "kappa": None}
-        row["paper"] = paper.get(label, {})
+        row: dict[str, Any] = {"label": label, "cells": {}, "kappa": None, "paper": paper.get(label, {})}
         line = lines.get(label)
         if line is None or line.why:
-            row["why"] = line.why if line else "not run"
+            row["why"] = line.why if line else experiment.NOT_RUN
         else:
-            row["cells"] = estimate_cells(line, own["columns"])
+            row["cells"] = claims.estimate_cells(line, own["columns"])
             row["kappa"] = mean_kappa(line) if line.when == "after" else None
         rows.append(row)
     source = table["title"].split(":")[0]
     return {
         "name": name,
-        "title": table["title"],
-        "note": table["note"],
+        **{key: table[key] for key in ("title", "note", "paper_columns")},
         "columns": [*own["columns"]],
         "rows": rows,
-        "paper_columns": table["paper_columns"],
-        "claims": [judge_row(claim, lines, own, paper, source) for claim in table["claims"]],
+        "claims": [claims.judge_row(claim, lines, own, paper, source) for claim in table["claims"]],
     }
 
 
-def build_figures(spec: Mapping[str, Any], experiment: Experiment, measured: Rows) -> list[dict[str, Any]]:
+def build_figures(figure: Spec, own: Spec, measured: Rows) -> list[dict[str, Any]]:
     """Utility against forgetting over the coefficient; on testbeds also with all utility tasks."""
-    figure, own = spec["figure2"], columns_of(spec, experiment)
-    curves = {
-        label: {coeff: measured[row] for coeff, row in points.items()} for label, points in plan_figure(figure).items()
-    }
-    lines = {label: [*points.values()] for label, points in curves.items()}
+    planned = plan_figure(figure)
+    lines = {label: [measured[row] for row in points.values()] for label, points in planned.items()}
     before = original_row([row for points in lines.values() for row in points])
     forget = own["columns"][own["forget"]]
     kinds = {"figure2": (own["utility"], own["columns"][own["utility"]])}
     if more := own.get("all_utility"):
         kinds["figure2-all"] = ("mean of neighbour and general", more)
     figures = []
-    for name, (y_title, utility) in kinds.items():
+    for name, (column, utility) in kinds.items():
         series = [
             {
                 "label": label,
                 "points": [
-                    {"coeff": coeff} | build_point(row, before, forget, utility) for coeff, row in points.items()
+                    {"coeff": coeff, **build_point(row, before, forget, utility)}
+                    for coeff, row in zip(planned[label], points, strict=True)
                 ],
             }
-            for label, points in curves.items()
+            for label, points in lines.items()
         ]
-        claims = [
-            verdict
-            for claim in figure["claims"]
-            for verdict in judge_curves(claim, lines, before, forget, y_title, utility, "Figure 2")
+        verdicts = [
+            claims.judge_curves(c, lines, before, forget, column, utility, "Figure 2") for c in figure["claims"]
         ]
         figures.append(
             {
                 "name": name,
                 "title": figure["title"],
                 "x_title": f"{own['forget']}: points of accuracy forgotten",
-                "y_title": f"accuracy kept, {y_title}",
+                "y_title": f"accuracy kept, {column}",
                 "series": series,
-                "claims": claims,
+                "claims": [verdict for each in verdicts for verdict in each],
             }
         )
     return figures
@@ -232,13 +197,10 @@ def build_point(row: MeasuredRow, before: MeasuredRow, forget: Sequence[str], ut
     """A point of the figure: what is forgotten, what is kept; or why there is none."""
     if row.why:
         return {"kappa": None, "x": None, "y": None, "why": row.why}
-    kept = estimate_cells(row, {"y": utility})["y"]
-    return {"kappa": mean_kappa(row), "x": estimate_drop(before, row, forget), "y": kept}
-
-
-def columns_of(spec: Mapping[str, Any], experiment: Experiment) -> dict[str, Any]:
-    """The columns and which of them claims call forget and utility."""
-    return spec["testbed" if isinstance(experiment.place, Testbeds) else "zephyr"]
+    draws = Draws()
+    drop = claims.resample_mean(before, forget, draws) - claims.resample_mean(row, forget, draws)
+    kept = claims.estimate_cells(row, {"y": utility})["y"]
+    return {"kappa": mean_kappa(row), "x": claims.format_interval(draws.estimate(drop)), "y": kept}
 
 
 def add_mean(row: Mapping[str, float]) -> dict[str, float]:
@@ -264,41 +226,36 @@ def mean_kappa(row: MeasuredRow) -> float | None:
     return fmean(values) if values else None
 
 
-# ---- the command, and what it needs
-
-
-def name_model(experiment: Experiment) -> str:
-    place = experiment.place
-    if isinstance(place, Testbeds):
+def name_model(plan: Experiment) -> str:
+    if isinstance(plan.place, Testbeds):
         return "testbed"
-    return Path(place.name).name if Path(place.name).exists() else place.name
+    path = Path(plan.place.name)
+    return path.name if path.exists() else plan.place.name
 
 
-def format_command(what: str, experiment: Experiment, settings: Sequence[str]) -> str:
+def format_command(what: str, plan: Experiment, settings: Sequence[str]) -> str:
     """What to type for this reproduction; of paths only their last part."""
-    words, count = ["srmu reproduce", what], len(experiment.seeds)
-    on_model = isinstance(experiment.place, OneModel)
-    words += [f"--model {name_model(experiment)}"] if on_model else []
-    numbers = ",".join(map(str, range(count)))
-    words += [f"--seeds {numbers}"] if count != SEEDS["model" if on_model else "testbeds"] else []
+    on_model = isinstance(plan.place, OneModel)
+    words = ["srmu reproduce", what, *([f"--model {name_model(plan)}"] if on_model else [])]
+    if len(plan.seeds) != SEEDS[on_model]:
+        words.append(f"--seeds {','.join(map(str, plan.seeds))}")
     for setting in settings:
         key, _, value = setting.partition("=")
         words.append(f"{key}={Path(value).name if '/' in value else value}")
     return " ".join(words)
 
 
-def paper_needs(what: str, experiment: Experiment) -> tuple[dict[str, Any], list[str]]:
+def paper_needs(what: str, plan: Experiment) -> tuple[dict[str, Any], list[str]]:
     """What the runs need, in numbers and in lines; makes and fetches nothing."""
-    rows = [*dict.fromkeys(plan_rows(what, read_preset("reproduce.yaml"), experiment))]
-    count = len(experiment.seeds)
-    place = experiment.place
+    rows = [*dict.fromkeys(plan_rows(read_paper(what), plan))]
+    count, place = len(plan.seeds), plan.place
     if isinstance(place, Testbeds):
         return {"testbeds": count, "runs": len(rows) * count}, [
             f"{count} testbeds, a minute or two each where none was built before, and at "
             f"most {len(rows) * count} runs of some seconds; nothing is fetched"
         ]
     bases = {row.method: PlannedRow("", row.method, row.regime) for row in rows}
-    jobs = {method: experiment.plan_job(row, 0) for method, row in bases.items()}
+    jobs = {method: plan.plan_job(row, 0) for method, row in bases.items()}
     counts = {method: count * sum(row.method == method for row in rows) for method in bases}
-    needs = estimate_needs(jobs, counts, place.spec, place.name)
-    return needs, explain_needs(needs)
+    found = needs.estimate_needs(jobs, counts, place.spec, place.name)
+    return found, needs.explain_needs(found)

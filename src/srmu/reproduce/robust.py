@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -21,26 +20,11 @@ from srmu.evals.parallel import RunJob
 from srmu.evals.results import load_results, merge_results, read_attacks
 from srmu.evals.score import score_model
 from srmu.evals.subject import Subject
-from srmu.reproduce.experiment import (
-    NOT_RUN,
-    Experiment,
-    MeasuredRow,
-    PlannedRow,
-    Regime,
-    Scored,
-    Testbeds,
-    locate_run,
-    plan_runs,
-    read_experiment,
-    read_preset,
-    read_settings,
-    run_experiment,
-)
+from srmu.reproduce import experiment
+from srmu.reproduce.experiment import Experiment, MeasuredRow, PlannedRow, Testbeds
 from srmu.runs.config import build_config
 from srmu.runs.open import open_target
 from srmu.runs.run import Run
-
-Rows = dict[tuple[str, str], list[MeasuredRow]]  # by world and regime
 
 
 @dataclass(frozen=True)
@@ -54,14 +38,12 @@ class Frontier:
     seeds: tuple[int, ...]
     regimes: tuple[str, ...]
     experiments: Mapping[str, Experiment]  # by world
+    places: Mapping[str, Testbeds]  # of the worlds
     spec: Mapping[str, Any]  # the content of configs/robust.yaml
 
     def rows(self, world: str) -> list[PlannedRow]:
         labels = self.experiments[world].settings
         return [PlannedRow(k, k, regime) for regime, k in product(self.regimes, labels)]
-
-    def columns(self, world: str) -> dict[str, list[str]]:
-        return self.spec["worlds"][world]["columns"]
 
 
 def plan_frontier(
@@ -77,27 +59,26 @@ def plan_frontier(
     spec: Mapping[str, Any] | None = None,
 ) -> Frontier:
     """What is asked for, with the defaults of configs/robust.yaml; SrmuError for what is not."""
-    spec = spec or read_preset("robust.yaml")
+    spec = spec or experiment.read_preset("robust.yaml")
     table, tier = spec["tables"][kind], tier or spec["tier"]
-    known = [name for name, one in spec["worlds"].items() if one.get(table["of"])]
-    worlds = known if world == "both" else [world]
-    check_option("--world", worlds, [*spec["worlds"], "both"])
+    worlds = [name for name, one in spec["worlds"].items() if one.get(table["of"])] if world == "both" else [world]
     regimes = regimes or table["regimes"]
+    check_option("--world", worlds, [*spec["worlds"], "both"])
     check_option("--regimes", regimes, spec["regimes"])
     check_option("--tier", [tier], TIERS)
     if wrong := [seed for seed in seeds if not seed.isdecimal()]:
         raise SrmuError(f"--seeds {wrong[0]}: name the seeds of the testbeds, 1,2,3")
     numbers = tuple(dict.fromkeys(map(int, seeds))) or tuple(table.get("seeds", spec["seeds"]))
-    topics = {"organism": {"forget": "forget.jsonl"}}
-    build_config({"model": "model", "method": "srmu", "topics": topics}, overrides)
+    build_config({"model": "m", "method": "srmu", "topics": {"organism": {"forget": "forget.jsonl"}}}, overrides)
     require_place(out)
     settings = {one: choose_settings(kind, one, spec) for one in worlds}
     check_option("--methods", methods, [label for each in settings.values() for label in each])
     budget = table.get("budget", spec["budget"])
     names = tuple(table.get("attacks", ()))
-    experiments = {}
-    for one, labelled in settings.items():
-        chosen = {k: v for k, v in labelled.items() if not methods or k in methods}
+    experiments, places = {}, {}
+    for one in worlds:
+        chosen = {k: v for k, v in settings[one].items() if not methods or k in methods}
+        tasks = [metric.split("/")[0] for each in spec["worlds"][one]["columns"].values() for metric in each]
         attacked = Attacked(
             home=(out / one).resolve(),
             budget=budget,
@@ -108,8 +89,11 @@ def plan_frontier(
             names=names,
             folder=f"{tier}-{kind}" if names else tier,
         )
-        experiments[one] = plan_world(out, one, spec, chosen, numbers, attacked, tuple(overrides))
-    return Frontier(out, kind, tier, budget, numbers, tuple(regimes), experiments, spec)
+        places[one] = Testbeds(out / one, spec["regimes"], "testbed{seed}-{regime}", one)
+        experiments[one] = Experiment(
+            out / one, places[one], chosen, numbers, tuple(dict.fromkeys(tasks)), attacked, tuple(overrides)
+        )
+    return Frontier(out, kind, tier, budget, numbers, tuple(regimes), experiments, places, spec)
 
 
 def choose_settings(kind: str, world: str, spec: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
@@ -118,34 +102,13 @@ def choose_settings(kind: str, world: str, spec: Mapping[str, Any]) -> dict[str,
     if kind == "methods":
         if "all_methods" not in own:
             raise SrmuError(f"--world {world}: methods runs on the closed world alone")
-        return read_settings(own["all_methods"])
+        return experiment.read_settings(own["all_methods"])
     methods = {label: (*own["common"], *each) for label, each in own["methods"].items()}
     if kind == "robust":
         return methods
     base = spec["ablated"]
-    check_option("configs/robust.yaml, ablated:", [base], methods)
     ablated = (*methods[base], *own.get("ablated", ()))
     return {base: ablated} | {k: (*ablated, *change) for k, change in own["ablations"].items()}
-
-
-def plan_world(
-    out: Path,
-    world: str,
-    spec: Mapping[str, Any],
-    settings: Mapping[str, Sequence[str]],
-    seeds: tuple[int, ...],
-    attacked: Attacked,
-    overrides: tuple[str, ...],
-) -> Experiment:
-    """The runs of a world, each testbed's in a folder `out`/world."""
-    regimes = {
-        name: Regime(one["config"], one["entanglement"], one.get("testbed", ""))
-        for name, one in spec["regimes"].items()
-    }
-    place = Testbeds(out / world, regimes, "testbed{seed}-{regime}", world)
-    metrics = [metric for each in spec["worlds"][world]["columns"].values() for metric in each]
-    tasks = tuple(dict.fromkeys(metric.split("/")[0] for metric in metrics))
-    return Experiment(out / world, place, settings, seeds, tasks, attacked, overrides)
 
 
 def check_option(option: str, names: Sequence[str], known: Sequence[str] | Mapping[str, Any]) -> None:
@@ -155,35 +118,29 @@ def check_option(option: str, names: Sequence[str], known: Sequence[str] | Mappi
 
 # ---- the runs
 
-
-def measure_frontier(frontier: Frontier, watch: Watch = ignore_progress) -> Rows:
-    """The rows of each world and regime; makes what is missing."""
-    return split_rows(frontier, partial(run_experiment, watch=watch))
+Rows = dict[tuple[str, str], list[MeasuredRow]]  # by world and regime
 
 
-def read_frontier(frontier: Frontier) -> Rows:
-    """The results so far, in the form of `measure_frontier`; runs nothing."""
-    return split_rows(frontier, read_experiment)
-
-
-def split_rows(frontier: Frontier, take: Any) -> Rows:
-    """The rows that `take` gives of each world's experiment, by world and regime."""
+def measure_frontier(frontier: Frontier, watch: Watch = ignore_progress, *, make: bool = True) -> Rows:
+    """The rows of each world and regime; makes what is missing, or without `make` runs nothing."""
     rows: Rows = {}
-    for world, experiment in frontier.experiments.items():
-        for planned, row in take(experiment, frontier.rows(world)).items():
+    for world, one in frontier.experiments.items():
+        for planned, row in experiment.run_experiment(one, frontier.rows(world), watch, make=make).items():
             rows.setdefault((world, planned.regime), []).append(row)
     return rows
 
 
 def frontier_needs(frontier: Frontier) -> tuple[dict[str, int], str]:
     """What is to be built and run, in numbers and in a line."""
-    states: list[Path | str] = []
+    states: list[experiment.Outcome] = []
     beds: dict[Path, bool] = {}
-    for world, experiment in frontier.experiments.items():
-        states += plan_runs(experiment, frontier.rows(world))[1].values()
+    for world, one in frontier.experiments.items():
+        jobs = experiment.plan_jobs(one, frontier.rows(world))
+        outcomes = experiment.find_outcomes(one, jobs)
+        states += [outcomes[job] for job in jobs.values()]
         for part in product(frontier.regimes, frontier.seeds):
-            beds[experiment.testbeds.locate(*part)] = experiment.testbeds.is_there(*part)
-    counts = {"testbeds": [*beds.values()].count(False), "runs": states.count(NOT_RUN)}
+            beds[frontier.places[world].locate(*part)] = frontier.places[world].is_there(*part)
+    counts = {"testbeds": [*beds.values()].count(False), "runs": states.count(experiment.NOT_RUN)}
     return counts, (
         f"{counts['testbeds']} testbeds to build, some minutes each where none was built before, "
         f"and {counts['runs']} of {len(states)} runs to make, a minute or more each with attacks "
@@ -192,7 +149,7 @@ def frontier_needs(frontier: Frontier) -> tuple[dict[str, int], str]:
 
 
 @dataclass(frozen=True)
-class Attacked(Scored):
+class Attacked(experiment.Scored):
     """A run is made, brought to one loss of utility, scored and attacked, beside its controls.
 
     Numbers are of the largest share of the run's change that costs at most `budget` of the mean
@@ -213,7 +170,7 @@ class Attacked(Scored):
 
     def find_result(self, job: RunJob) -> Path | None:
         """The folder, if it is complete: every attack of the tier included."""
-        out = self.locate_result(locate_run(job))
+        out = self.locate_result(experiment.locate_run(job))
         folders = (out, *(locate_control(self.home, job.config.parent, who) for who in CONTROLS))
         wanted = {*select_attacks(self.tier, self.names)}  # type: ignore[arg-type]
         tried = wanted <= {*read_attacks(out).get("attacks", ())}
@@ -243,9 +200,8 @@ class Attacked(Scored):
         """Keep what a token of each kind of text costs a model, in nats."""
         nats = {}
         for kind, name in self.texts:
-            source = sources.Source(path=str(job.config.parent / name))
-            texts = sources.read_texts([source])[: Utility.count]
-            tokens = [subject.tokens(text)[: Utility.length] for text in texts]
+            texts = sources.read_texts([sources.Source(path=str(job.config.parent / name))])
+            tokens = [subject.tokens(text)[: Utility.length] for text in texts[: Utility.count]]
             nats[kind] = measure_texts(subject, tokens, 0)["nats a neutral token"].value
         merge_results(out, texts=nats)
 

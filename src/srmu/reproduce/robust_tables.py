@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import exp
 from pathlib import Path
 from statistics import fmean
@@ -18,30 +18,61 @@ from srmu.evals.statistics import LEAST, Draws, residual_table, worst_case
 from srmu.report.build import write_runs_page
 from srmu.report.results import RunGroup
 from srmu.reproduce.claims import estimate_cells, format_interval, resample_mean
-from srmu.reproduce.experiment import MeasuredRow, PlannedRow, Scored, read_experiment
+from srmu.reproduce.experiment import MeasuredRow, PlannedRow, Scored, run_experiment
 from srmu.reproduce.robust import Frontier, Rows, choose_settings, locate_control
 from srmu.runs.run import Run
 
 Report = Mapping[str, Any]  # what attack_run gives
 
 
+@dataclass(frozen=True)
+class Part:
+    """A world in a regime, with its rows."""
+
+    frontier: Frontier
+    world: str
+    regime: str
+    rows: Sequence[MeasuredRow]
+
+    @property
+    def title(self) -> str:
+        spec = self.frontier.spec
+        return f"{spec['worlds'][self.world]['title']}, {spec['regimes'][self.regime]['title']}"
+
+    @property
+    def columns(self) -> dict[str, list[str]]:
+        return self.frontier.spec["worlds"][self.world]["columns"]
+
+    @property
+    def kept(self) -> list[str]:
+        """Metrics of what is to be kept."""
+        return [metric for name in self.frontier.spec["kept"] for metric in self.columns[name]]
+
+    def locate_testbed(self, seed: int) -> Path:
+        return self.frontier.places[self.world].locate(self.regime, seed)
+
+    def base_seconds(self) -> float | None:
+        """Seconds of the method that the others' are divided by; None where it was not run here."""
+        spec = self.frontier.spec
+        base = PlannedRow(spec["cost"], spec["cost"], self.regime)
+        settings = choose_settings("robust", self.world, spec)
+        experiment = replace(self.frontier.experiments[self.world], settings=settings, measurement=Scored())
+        (row,) = run_experiment(experiment, [base], make=False).values()
+        return fmean(Run(run).record["seconds"] for run in row.runs) if row.runs else None
+
+
+def list_parts(frontier: Frontier, measured: Rows) -> Iterator[Part]:
+    return (Part(frontier, *place, rows) for place, rows in measured.items())
+
+
 def build_frontier_tables(frontier: Frontier, measured: Rows, command: str) -> dict[str, Any]:
     """All rows in numbers: what `robust.json` holds."""
     spec, parts = frontier.spec, []
-    for (world, regime), rows in measured.items():
-        seconds = base_seconds(frontier, world, regime)
-        parts.append(
-            {
-                "world": world,
-                "regime": regime,
-                "title": title_part(frontier, world, regime),
-                "columns": [*frontier.columns(world)],
-                "rows": [
-                    *build_control_rows(frontier, world, regime, rows),
-                    *(build_row(frontier, world, regime, row, seconds) for row in rows),
-                ],
-            }
-        )
+    for part in list_parts(frontier, measured):
+        seconds = part.base_seconds()
+        rows = [*build_control_rows(part), *(build_row(part, row, seconds) for row in part.rows)]
+        head = {"world": part.world, "regime": part.regime, "title": part.title, "columns": [*part.columns]}
+        parts.append(head | {"rows": rows})
     return {
         "kind": frontier.kind,
         "command": command,
@@ -58,69 +89,52 @@ def build_frontier_tables(frontier: Frontier, measured: Rows, command: str) -> d
 def write_frontier_reports(frontier: Frontier, measured: Rows, command: str) -> list[Path]:
     """A page a world and regime on its runs as they were attacked, with their recovery."""
     paths = []
-    for (world, regime), rows in measured.items():
-        groups = [RunGroup(row.label, "", row.runs) for row in rows if not row.why]
-        if not groups:
-            continue
-        columns = frontier.columns(world)
-        utility = [metric for name in frontier.spec["kept"] for metric in columns[name]]
-        metrics = [metric for each in columns.values() for metric in each]
-        page = write_runs_page(
-            groups,
-            frontier.out / f"{frontier.kind}-{world}-{regime}.html",
-            title=title_part(frontier, world, regime),
-            forget_metrics=[metric for metric in metrics if metric not in utility],
-            utility_metrics=utility,
-            command=command,
-        )
-        paths.append(page)
+    for part in list_parts(frontier, measured):
+        if groups := [RunGroup(row.label, "", row.runs) for row in part.rows if not row.why]:
+            metrics = [metric for each in part.columns.values() for metric in each]
+            page = write_runs_page(
+                groups,
+                frontier.out / f"{frontier.kind}-{part.world}-{part.regime}.html",
+                title=part.title,
+                forget_metrics=[metric for metric in metrics if metric not in part.kept],
+                utility_metrics=part.kept,
+                command=command,
+            )
+            paths.append(page)
     return paths
-
-
-def title_part(frontier: Frontier, world: str, regime: str) -> str:
-    spec = frontier.spec
-    return f"{spec['worlds'][world]['title']}, {spec['regimes'][regime]['title']}"
 
 
 # ---- rows
 
 
-def build_row(frontier: Frontier, world: str, regime: str, row: MeasuredRow, base: float | None) -> dict[str, Any]:
+def build_row(part: Part, row: MeasuredRow, base: float | None) -> dict[str, Any]:
     """A method's numbers: estimates over facts and testbeds, and what it cost."""
     if row.why:
         return {"label": row.label, "why": row.why}
     records = [Run(run).record for run in row.runs]
     seconds = fmean(record["seconds"] for record in records)
-    memory = fmean(record["memory"]["peak"] - record["memory"]["before"] for record in records)
-    runs = tuple(run.parents[1] / "runs" / run.name for run in row.runs)
-    whole = MeasuredRow(row.label, runs, row.questions)
-    shares = [load_results(run)["matched"]["share"] for run in row.runs]
-    reports = [read_attacks(run) for run in row.runs]
-    return build_answers(frontier, world, regime, row, reports) | {
-        "share": fmean(shares),
+    whole = replace(row, runs=tuple(run.parents[1] / "runs" / run.name for run in row.runs))
+    return build_answers(part, row, [read_attacks(run) for run in row.runs]) | {
+        "share": fmean(load_results(run)["matched"]["share"] for run in row.runs),
         "seconds": seconds,
         "times": seconds / base if base else None,
-        "megabytes": memory / 1e6,
-        "whole": estimate_cells(whole, frontier.columns(world)),
+        "megabytes": fmean(record["memory"]["peak"] - record["memory"]["before"] for record in records) / 1e6,
+        "whole": estimate_cells(whole, part.columns),
     }
 
 
-def build_control_rows(
-    frontier: Frontier, world: str, regime: str, rows: Sequence[MeasuredRow]
-) -> list[dict[str, Any]]:
+def build_control_rows(part: Part) -> list[dict[str, Any]]:
     """The rows of the original and the oracle; none without a run that has them."""
     known: dict[int, Path] = {}  # by seed, a run that was attacked beside them
-    for row in rows:
+    for row in part.rows:
         for seed, run in zip(row.questions, row.runs, strict=True):
             known.setdefault(seed, run)
-    place = frontier.experiments[world].testbeds
     found = []
     for who in CONTROLS if known else ():
-        beds = [place.locate(regime, seed) for seed in known]
-        folders = tuple(locate_control(frontier.out / world, bed, who) for bed in beds)
+        home = part.frontier.out / part.world
+        folders = tuple(locate_control(home, part.locate_testbed(seed), who) for seed in known)
         reports = [view_control(read_attacks(run), who) for run in known.values()]
-        control = MeasuredRow(who, folders, tuple(known))
-        found.append(build_answers(frontier, world, regime, control, reports))
+        found.append(build_answers(part, MeasuredRow(who, folders, tuple(known)), reports))
     return found
 
 
@@ -135,19 +149,15 @@ def view_control(report: Report, who: str) -> dict[str, Any]:
     return {**report, "attacks": attacks}
 
 
-def build_answers(
-    frontier: Frontier, world: str, regime: str, row: MeasuredRow, reports: Sequence[Report]
-) -> dict[str, Any]:
+def build_answers(part: Part, row: MeasuredRow, reports: Sequence[Report]) -> dict[str, Any]:
     """What a row's models answer, plainly and under attack, and what a token of texts costs."""
-    columns = frontier.columns(world)
-    kept = [metric for name in frontier.spec["kept"] for metric in columns[name]]
     nats = [load_results(run)["texts"] for run in row.runs]
     return {
         "label": row.label,
-        "cells": {name: estimate_mean(row, metrics) for name, metrics in columns.items()},
-        "kept": estimate_mean(row, kept),
-        "perplexity": {kind: exp(fmean(n[kind] for n in nats)) for kind in frontier.spec["texts"]},
-        **estimate_residuals(frontier, world, regime, row, reports),
+        "cells": {name: estimate_mean(row, metrics) for name, metrics in part.columns.items()},
+        "kept": estimate_mean(row, part.kept),
+        "perplexity": {kind: exp(fmean(n[kind] for n in nats)) for kind in part.frontier.spec["texts"]},
+        **estimate_residuals(part, row, reports),
         "attacks": average_attacks(reports),
     }
 
@@ -157,40 +167,26 @@ def estimate_mean(row: MeasuredRow, metrics: Sequence[str]) -> dict[str, float]:
     return format_interval(draws.estimate(resample_mean(row, metrics, draws), clip=(0, 1)))
 
 
-def base_seconds(frontier: Frontier, world: str, regime: str) -> float | None:
-    """Seconds of the method that the others' are divided by; None where it was not run here."""
-    whose = frontier.spec["cost"]
-    experiment = replace(
-        frontier.experiments[world], settings=choose_settings("robust", world, frontier.spec), measurement=Scored()
-    )
-    (row,) = read_experiment(experiment, [PlannedRow(whose, whose, regime)]).values()
-    return fmean(Run(run).record["seconds"] for run in row.runs) if row.runs else None
-
-
 # ---- what attacks find
 
 
-def estimate_residuals(
-    frontier: Frontier, world: str, regime: str, row: MeasuredRow, reports: Sequence[Report]
-) -> dict[str, Any]:
+def estimate_residuals(part: Part, row: MeasuredRow, reports: Sequence[Report]) -> dict[str, Any]:
     """K* over facts and testbeds, of the answers under all attacks; of each kind of questions too,
     where several are asked."""
-    kinds = frontier.spec["worlds"][world]["attacked"]
-    place = frontier.experiments[world].testbeds
-    parts: dict[str, list[slice]] = {name: [] for name in kinds}
+    kinds = part.frontier.spec["worlds"][part.world]["attacked"]
+    slices: dict[str, list[slice]] = {name: [] for name in kinds}
     for seed in row.questions:
-        folder = str(place.locate(regime, seed) / "tasks")
-        end = 0
+        folder, end = str(part.locate_testbed(seed) / "tasks"), 0
         for name, task in kinds.items():  # an attack asks one task after the other
             start, end = end, end + len(load_task(task, folder))
-            parts[name].append(slice(start, end))
+            slices[name].append(slice(start, end))
     seeds = row.questions
     found: dict[str, Any] = {"K*": estimate_residual(reports, seeds, [slice(None)] * len(seeds))}
     if len(kinds) > 1:
         found["kinds"] = {
-            name: estimate_residual(reports, seeds, slices)
-            for name, slices in parts.items()
-            if all(len({*r["facts"][s]}) >= LEAST for r, s in zip(reports, slices, strict=True))
+            name: estimate_residual(reports, seeds, own)
+            for name, own in slices.items()
+            if all(len({*report["facts"][some]}) >= LEAST for report, some in zip(reports, own, strict=True))
         }
     return found
 
@@ -199,9 +195,9 @@ def estimate_residual(reports: Sequence[Report], seeds: Sequence[int], slices: S
     """K* of some of the questions of each report."""
     draws = Draws()
     values = []
-    for report, seed, part in zip(reports, seeds, slices, strict=True):
-        facts = [(seed, fact) for fact in report["facts"][part]]
-        means = draws.means(residual_table(report)[part], facts)
+    for report, seed, some in zip(reports, seeds, slices, strict=True):
+        facts = [(seed, fact) for fact in report["facts"][some]]
+        means = draws.means(residual_table(report)[some], facts)
         values.append(worst_case(means, report["chance"]))
     return format_interval(draws.estimate(np.stack(values, axis=1), clip=(0, 1)))
 
@@ -212,13 +208,10 @@ def average_attacks(reports: Sequence[Report]) -> dict[str, dict[str, Any]]:
     found = {}
     for name in dict.fromkeys(name for report in reports for name in report["attacks"]):
         entries = [report["attacks"].get(name, {}) for report in reports]
-        if not all("accuracy" in entry for entry in entries):
-            continue
-        values = [entry["accuracy"]["value"] for entry in entries]
-        shares = [
-            float(worst_case(np.array([r["original"]["accuracy"]["value"], value]), r["chance"]))
-            for value, r in zip(values, reports, strict=True)
-        ]
-        valid = all(entry.get("valid") is not False for entry in entries)
-        found[name] = {"accuracy": fmean(values), "share": fmean(shares), "valid": valid}
+        if all("accuracy" in entry for entry in entries):
+            values = [entry["accuracy"]["value"] for entry in entries]
+            known = [report["original"]["accuracy"]["value"] for report in reports]
+            shares = [worst_case(np.array(pair), r["chance"]) for *pair, r in zip(known, values, reports, strict=True)]
+            valid = all(entry.get("valid") is not False for entry in entries)
+            found[name] = {"accuracy": fmean(values), "share": fmean(map(float, shares)), "valid": valid}
     return found
