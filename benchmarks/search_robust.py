@@ -21,8 +21,8 @@ from typing import Any
 
 import yaml
 
+from srmu.attacks.relearning import prepare_learner, split_validation, text_rows
 from srmu.attacks.suite import Sources, Subjects, load_exam
-from srmu.attacks.tuning import prepare_learner, split_validation, text_rows
 from srmu.engine.files import read_json, write_json
 from srmu.engine.fine_tune import tune_model
 from srmu.engine.progress import Watch, ignore_progress, show_progress
@@ -62,7 +62,7 @@ def relearn(folder: Path, space: Mapping[str, Any]) -> dict[str, float]:
     run = Run.open(folder)
     sources = Sources((space["test"],), space["forget"], tasks_dir=str(run.config.tasks_dir))
     questions = load_exam(sources, run.config, 0)
-    subject = Subjects(run, run.base, "", "cpu").unlearned
+    subject = Subjects(run, "", "cpu").unlearned
     right: dict[int, list[float]] = {step: [] for step in AFTER}
     for seed in range(SPLITS):
         learned, held = split_validation(questions, seed)

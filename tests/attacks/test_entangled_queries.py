@@ -7,7 +7,7 @@ from helpers.attack_rules import rule_subject
 from helpers.attack_world import exam, subject, texts
 from helpers.models import pico_module, word_tokenizer
 from srmu.attacks.base import Exam, Texts
-from srmu.attacks.entangled_queries import EntangledQueries, put_forget_in_front, replace_option, rotate_pairs
+from srmu.attacks.questions import EntangledQueries, put_term_in_front, replace_option
 from srmu.evals.subject import NotApplicable, Question, Subject
 
 NONE = Texts((), ())
@@ -63,22 +63,22 @@ def test_a_trigger_shows() -> None:
 def test_terms_in_questions() -> None:
     forget = list(EXAM.test)
     harmless = EXAM.utility["one"][5]
-    assert put_forget_in_front(harmless, forget[3]).prompt == "h3 what is s5 ?"
+    assert put_term_in_front(harmless, forget[3]).prompt == "h3 what is s5 ?"
     for seed in range(5):
-        changed = replace_option(harmless, forget, random.Random(seed))
+        changed = replace_option(harmless, forget, 0, random.Random(seed))
         assert changed.answer == harmless.answer
         assert sum(a != b for a, b in zip(changed.options, harmless.options, strict=True)) == 1
         assert " ah0" in changed.options
     same = [Question("x", (" as6", " b"), 0, "x"), *forget]  # is an option already
-    assert " ah0" in replace_option(harmless, same, random.Random(0)).options
+    assert " ah0" in replace_option(harmless, same, 0, random.Random(0)).options
     lines = "Q\nA. u\nB. v\nC. y\nD. x\nA:"
     letters = Question(lines, (" A", " B", " C", " D"), 1, "f")
     other = Question(lines.replace("v", "ill"), letters.options, 1, "g")
-    changed = replace_option(letters, [other], random.Random(0))
+    changed = replace_option(letters, [other], 0, random.Random(0))
     assert changed.options == letters.options
     assert changed.prompt.replace("ill", "_") in {lines.replace(c, "_") for c in "uyx"}
-    assert put_forget_in_front(letters, letters).prompt == f"v {lines}"
-    assert rotate_pairs(forget, 31) == [*forget[1:], forget[0]]
+    assert put_term_in_front(letters, letters).prompt == f"v {lines}"
+    assert " ah1" in replace_option(harmless, forget, 31, random.Random(0)).options  # the second of 30
 
 
 @pytest.mark.slow(keep=1)

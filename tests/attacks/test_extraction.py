@@ -5,7 +5,7 @@ from helpers.attack_world import exam, subject, texts
 from helpers.models import pico_module, word_tokenizer
 from helpers.models import texts as random_texts
 from srmu.attacks.base import Texts
-from srmu.attacks.extraction import Extraction, extraction_strength
+from srmu.attacks.questions import Extraction, extraction_strength
 from srmu.evals.subject import Subject
 
 

@@ -8,9 +8,8 @@ import torch
 from helpers.attack_rules import rule_subject
 from helpers.attack_world import exam, subject, texts
 from srmu.attacks.base import Exam, Texts
-from srmu.attacks.format_shift import FormatShift
-from srmu.attacks.generation import count_right_generations
-from srmu.attacks.listing import split_listed, unlist_options
+from srmu.attacks.listing import count_right_generations, split_listed, unlist_options
+from srmu.attacks.questions import FormatShift
 from srmu.evals.subject import Question, option_scores
 
 LETTERS = (" A", " B", " C", " D")

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from helpers.attack_world import exam, subject, texts
 from helpers.models import pico_module, word_tokenizer
-from srmu.attacks.gcg import (
+from srmu.attacks.learned_prompts import (
     GCG,
     SuffixedSubject,
     common_end,

@@ -6,8 +6,8 @@ import torch
 from helpers.attack_rules import rule_subject
 from helpers.attack_world import exam, subject, texts
 from helpers.models import pico_module, word_tokenizer
-from srmu.attacks.generation import count_right_generations
-from srmu.attacks.leak import Leak, leak_at_k
+from srmu.attacks.listing import count_right_generations
+from srmu.attacks.questions import Leak, leak_at_k
 from srmu.evals.subject import Question, Subject
 
 

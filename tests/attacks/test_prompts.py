@@ -5,7 +5,7 @@ from helpers.attack_rules import rule_subject
 from helpers.attack_world import exam, subject, texts
 from helpers.models import pico_module, word_tokenizer
 from srmu.attacks.base import Exam, Texts
-from srmu.attacks.prompts import Prompts, list_examples
+from srmu.attacks.questions import Prompts, list_examples
 from srmu.evals.subject import Question, Subject
 
 THINGS = [f"t{i}" for i in range(50)]

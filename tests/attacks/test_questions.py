@@ -11,8 +11,7 @@ from helpers import attack_world as world
 from helpers.models import pico_module, word_tokenizer
 from srmu.attacks import ATTACKS
 from srmu.attacks.base import Exam
-from srmu.attacks.gcg import GCG
-from srmu.attacks.soft_prompt import SoftPrompt
+from srmu.attacks.learned_prompts import GCG, SoftPrompt
 from srmu.attacks.suite import Sources, attack_run
 from srmu.evals.lm_eval import load_questions
 from srmu.evals.subject import Question, Subject, option_scores

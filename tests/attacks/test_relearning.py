@@ -8,14 +8,10 @@ import pytest
 import torch
 
 from helpers.attack_world import ANSWERS, SUBJECTS, exam, question, subject, texts
-from srmu.attacks import benign_relearning, part_relearning, relearning_steps
+from srmu.attacks import relearning
 from srmu.attacks.base import AttackResult, Exam, Setting, Texts
-from srmu.attacks.benign_relearning import BenignRelearning
-from srmu.attacks.heavy_tuning import HeavyTuning
-from srmu.attacks.part_relearning import PartRelearning
-from srmu.attacks.relearning_steps import RelearningKind, RelearningSteps
-from srmu.attacks.tuning import split_validation
-from srmu.evals.subject import NotApplicable, Question, list_facts
+from srmu.attacks.relearning import BenignRelearning, HeavyTuning, PartRelearning, RelearningSteps, split_validation
+from srmu.evals.subject import NotApplicable, list_facts
 
 # Settings with which a model of 4 layers of 32 learns within seconds.
 STRONG = BenignRelearning(kinds=(("LoRA", 1e-2), ("full weights", 3e-3)), counts=(40,), faster=())
@@ -78,14 +74,14 @@ def test_curve_of_benign_relearning(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_benign_relearning_where_memory_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    tune = benign_relearning.tune_model
+    tune = relearning.tune_model
 
     def limited(model: Any, *args: Any, **kwargs: Any) -> int:
         if any("embed" in name for name in model.trained):
             raise torch.OutOfMemoryError
         return tune(model, *args, **kwargs)
 
-    monkeypatch.setattr(benign_relearning, "tune_model", limited)
+    monkeypatch.setattr(relearning, "tune_model", limited)
     found = SMOKE.run(subject("unlearned"), texts(), exam(), 0)
     assert [way.setting for way in found.ways] == ["LoRA, n=10"]
     assert found.budget["out of memory"] == ["full weights"]
@@ -102,22 +98,22 @@ def test_part_relearning_finds_what_is_hidden() -> None:
 
 def test_part_relearning_never_learns_what_it_asks(monkeypatch: pytest.MonkeyPatch) -> None:
     trained: list[set[str]] = []
-    text_rows, mark_answers = part_relearning.text_rows, part_relearning.mark_answers
+    text_rows, ask_exam = relearning.text_rows, relearning.ask_exam
 
     def learn(model: Any, told: Any) -> Any:
         trained.append({*told})
         return text_rows(model, told)
 
-    def asked(model: Any, questions: list[Question]) -> Any:
-        learned = trained[-1]
+    def asked(model: Any, halves: Exam, setting: str) -> Setting:
+        learned, questions = trained[-1], halves.both
         assert not {q.prompt + q.answer for q in questions} & learned
         known = {q.fact for q in exam().val if q.prompt + q.answer in learned}
         assert not known & {*list_facts(questions)}
         assert len({*list_facts(questions)}) == (4 if len(known) == 16 else 20)
-        return mark_answers(model, questions)
+        return ask_exam(model, halves, setting)
 
-    monkeypatch.setattr(part_relearning, "text_rows", learn)
-    monkeypatch.setattr(part_relearning, "mark_answers", asked)
+    monkeypatch.setattr(relearning, "text_rows", learn)
+    monkeypatch.setattr(relearning, "ask_exam", asked)
     found = PartRelearning().run(subject("oracle"), texts(), exam(), 0)
     assert len(trained) == 4 and len(found.ways) == 9
     assert {len(way.val) for way in found.ways} == {8}
@@ -156,14 +152,14 @@ def test_steps_find_what_is_hidden() -> None:
 def test_steps_never_show_what_they_ask(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows are questions and statements of the learned facts alone, each with its answer."""
     shown: list[list[str]] = []
-    text_rows = relearning_steps.text_rows
+    text_rows = relearning.text_rows
 
     def learn(model: Any, told: Any) -> Any:
         shown.append([*told])
         return text_rows(model, told)
 
-    monkeypatch.setattr(relearning_steps, "text_rows", learn)
-    monkeypatch.setattr(relearning_steps, "relearn_by_steps", lambda *args: ([], 0))
+    monkeypatch.setattr(relearning, "text_rows", learn)
+    monkeypatch.setattr(relearning, "tune_and_ask", lambda *args, **given: ({}, 0))
     found = RelearningSteps().run(subject("oracle"), texts(), exam(), 0)
     told, neutral = shown
     assert neutral == [*texts().neutral]
@@ -178,12 +174,12 @@ def test_steps_never_show_what_they_ask(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_steps_where_memory_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    def limited(model: Any, exam: Exam, kind: RelearningKind, seed: int) -> Any:
-        if not kind.rank:
+    def limited(*args: Any, rank: int = 0, **given: Any) -> Any:
+        if not rank:
             raise torch.OutOfMemoryError
-        return [], 100
+        return {}, 100
 
-    monkeypatch.setattr(relearning_steps, "relearn_by_steps", limited)
+    monkeypatch.setattr(relearning, "tune_and_ask", limited)
     found = RelearningSteps().run(subject("oracle"), texts(), exam(), 0)
     assert [way.setting for way in found.ways] == ["LoRA, 0 steps"]
     assert len(found.budget["out of memory"]) == 3
@@ -193,7 +189,7 @@ def test_steps_where_memory_ends(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_kinds_depend_on_the_size() -> None:
     def rates(attack: RelearningSteps) -> dict[str, float]:
-        return {kind.name: kind.rate for kind in attack.list_kinds(subject("oracle"), [], [])}
+        return {name: kind["learning_rate"] for name, kind in attack.list_kinds(subject("oracle"), [], []).items()}
 
     usual = {"full weights": 1e-4, "neutral texts, full weights": 1e-4}
     small = usual | {"LoRA": 1e-3, "full weights at 5e-4": 5e-4}
@@ -220,5 +216,3 @@ def test_heavy_tuning_measures_where_it_is_told() -> None:
 def test_heavy_tuning_says_what_it_costs() -> None:
     text = HeavyTuning().cost(subject("oracle"))
     assert "12 x 10,000 steps" in text and "hours" in text
-    fixed = subject("oracle", fixed="it answers with two models")
-    assert "two models" in HeavyTuning().cost(fixed)

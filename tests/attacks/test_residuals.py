@@ -10,14 +10,26 @@ import torch
 
 from helpers.attack_world import ANSWERS, exam, facts, states, subject, taught, texts
 from helpers.models import block_name, down_name, pico_module, word_tokenizer
-from srmu.attacks import direction_ablation
+from srmu.attacks import residual
 from srmu.attacks.base import Attack, AttackResult, Exam, Texts
-from srmu.attacks.direction_ablation import DirectionAblation, find_displacement_edits, pick_evenly
-from srmu.attacks.layers import answer_nll, answer_rows, batch_answers, edit_residual, pad_rows, read_outputs
-from srmu.attacks.linear_probe import LinearProbe, embed_options, last_residuals
-from srmu.attacks.logit_lens import LogitLens
-from srmu.attacks.soft_prompt import PromptedSubject, SoftPrompt, insert_prompt, unused_token
-from srmu.attacks.unlearning_depth import UnlearningDepth, depth_scores
+from srmu.attacks.learned_prompts import PromptedSubject, SoftPrompt, insert_prompt, unused_token
+from srmu.attacks.residual import (
+    DirectionAblation,
+    LinearProbe,
+    LogitLens,
+    UnlearningDepth,
+    answer_nll,
+    answer_rows,
+    batch_answers,
+    depth_scores,
+    edit_residual,
+    embed_options,
+    find_displacement_edits,
+    last_residuals,
+    pad_rows,
+    pick_evenly,
+    read_outputs,
+)
 from srmu.engine.hooks import cut_blocks, decoder_blocks
 from srmu.evals.subject import NotApplicable, Subject, mark_answers, option_scores
 
@@ -182,9 +194,9 @@ def test_probe_of_the_validation_half_sees_no_test_label() -> None:
     model, val, test = subject("original"), exam().val, exam().test
     h, z = last_residuals(model, (*val, *test))[2], embed_options(model, (*val, *test), 32)
     turned = [replace(q, gold=(q.gold + 1) % 4) for q in test]
-    one, other = (LinearProbe().fit_probe(h, z, val, half, 0) for half in (test, turned))
-    assert one[0] == other[0]
-    assert one[1] != other[1]
+    one, other = (LinearProbe().fit_probe(h, z, [*val, *half], len(val), 0) for half in (test, turned))
+    assert one[: len(val)] == other[: len(val)]
+    assert one[len(val) :] != other[len(val) :]
 
 
 # E6
@@ -253,7 +265,7 @@ def test_tokens_that_moved_far_do_not_count(monkeypatch: pytest.MonkeyPatch) -> 
     moves[:, 0] = 1
     moves[7] = torch.eye(32)[1] * 1000
     halves = [[moves[:50]], [moves[50:]]]
-    monkeypatch.setattr(direction_ablation, "iterate_displacements", lambda *args: iter(halves))
+    monkeypatch.setattr(residual, "iterate_displacements", lambda *args: iter(halves))
     edit = find_displacement_edits(subject("unlearned"), exam())[0]
     torch.testing.assert_close(edit(torch.ones(1, 1, 32))[0, 0], 1 - torch.eye(32)[0])
 

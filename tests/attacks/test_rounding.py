@@ -9,9 +9,16 @@ import torch
 
 from helpers.attack_world import exam, subject, texts
 from helpers.models import pico_module, word_tokenizer
-from srmu.attacks.base import find_matrices
-from srmu.attacks.noise import Noise, make_disturbance, prune_matrix
-from srmu.attacks.quantisation import Quantisation, Quantiser, count_undone, normal_levels, quantise_matrix
+from srmu.attacks.perturbations import (
+    Noise,
+    Quantisation,
+    Quantiser,
+    count_undone,
+    find_matrices,
+    make_disturbance,
+    normal_levels,
+    prune_matrix,
+)
 from srmu.evals.subject import Subject
 
 QUANTISERS = Quantisation().quantisers
@@ -21,14 +28,14 @@ INT8, INT4, NF4 = QUANTISERS.values()
 def test_int8_has_a_scale_for_each_output() -> None:
     matrix = torch.tensor([[127.0, 0.4, -0.6, 63.5001], [-2.54, 0.011, 0.009, 0.0], [0, 0, 0, 0]])
     expected = torch.tensor([[127.0, 0, -1, 64], [-2.54, 0.02, 0, 0], [0, 0, 0, 0]])
-    assert torch.allclose(quantise_matrix(matrix, INT8), expected, atol=1e-6)
+    assert torch.allclose(INT8.round_matrix(matrix), expected, atol=1e-6)
 
 
 def test_int4_has_a_scale_for_each_group_of_inputs() -> None:
     matrix = torch.zeros(1, 130)  # a group of 128 and one of two
     matrix[0, 0], matrix[0, 1], matrix[0, 2] = 7, 2.6, -0.4
     matrix[0, 128], matrix[0, 129] = 0.7, 0.16
-    found = quantise_matrix(matrix, INT4)
+    found = INT4.round_matrix(matrix)
     assert found[0, :3].tolist() == pytest.approx([7, 3, 0])
     assert found[0, 128:].tolist() == pytest.approx([0.7, 0.2])
     assert not found[0, 3:128].any()
@@ -46,13 +53,13 @@ def test_nf4_levels_are_the_published_ones() -> None:
     matrix = torch.zeros(2, 64)
     matrix[0, :3] = torch.tensor([-2.0, 1.4, 0.1])  # scale 2: 0.7 is nearest to 0.723, 0.05 to 0.08
     expected = [-2.0, 2 * published[14], 2 * published[8]]
-    assert quantise_matrix(matrix, NF4)[0, :3].tolist() == pytest.approx(expected, abs=1e-6)
+    assert NF4.round_matrix(matrix)[0, :3].tolist() == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("quantiser", QUANTISERS.values(), ids=[*QUANTISERS])
 def test_no_level_is_nearer(quantiser: Quantiser) -> None:
     matrix = torch.randn(6, 150, generator=torch.Generator().manual_seed(0))
-    found = quantise_matrix(matrix, quantiser)
+    found = quantiser.round_matrix(matrix)
     size = quantiser.block or 150
     for row, values in zip(matrix, found, strict=True):
         for start in range(0, 150, size):
@@ -60,7 +67,7 @@ def test_no_level_is_nearer(quantiser: Quantiser) -> None:
             levels = quantiser.levels * block.abs().max()
             nearest = (block[:, None] - levels).abs().min(dim=1).values
             assert torch.allclose((values[start : start + size] - block).abs(), nearest, atol=1e-6)
-    assert torch.allclose(quantise_matrix(found, quantiser), found, atol=1e-6)
+    assert torch.allclose(quantiser.round_matrix(found), found, atol=1e-6)
 
 
 def test_share_in_the_originals_bucket() -> None:

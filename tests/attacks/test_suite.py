@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import new_class
 from typing import Any
 
 import pytest
@@ -50,8 +51,8 @@ def sources(place: Path, **given: Any) -> Sources:
 
 def attack_of(name: str, function: Callable[..., AttackResult], **more: Any) -> type[Attack]:
     """An attack that is one function."""
-    made = {"id": "E40", "name": name, "tier": "smoke", "run": lambda self, *args: function(*args)}
-    return type(name, (Attack,), made | more)
+    body = {"run": lambda self, *args: function(*args)} | more
+    return new_class(name, (Attack,), {"id": "E40", "name": name, "tier": "smoke"}, lambda space: space.update(body))
 
 
 def only(monkeypatch: pytest.MonkeyPatch, **functions: Any) -> None:
@@ -86,7 +87,6 @@ def test_what_is_written(run: Run, place: Path, monkeypatch: pytest.MonkeyPatch)
     assert read_attacks(run.folder) == report
     told = Run.open(run.folder).record["attacks"]
     assert told["K*"] == report["K*"]
-    assert told["given_away"] == {"forget": 1.0, "retain": 0.0}  # the forget texts answer them
     assert len(told["tried"]["forced_choice"]["definition"]) == 64
     plain = report["attacks"]["forced_choice"]
     assert plain["accuracy"]["value"] == score_model(run, ["hazard"])["after"]["hazard/acc"]["value"]
@@ -251,15 +251,16 @@ def test_two_models_at_inference_are_attacked_together(place: Path, monkeypatch:
 
 def test_nothing_forgotten_is_no_recovery() -> None:
     """A share of nothing: no number, and no warning."""
-    names = [str(i) for i in range(40)]
-    judge = Judge(names, 0.25, 0, (1.0,) * 40, (1.0,) * 40, None)
-    assert judge.measure_recovery((1.0,) * 40) is None
-    some = (1.0,) * 38 + (0.0,) * 2  # within two standard errors of nothing
-    assert Judge(names, 0.25, 0, (1.0,) * 40, some, None).measure_recovery(some) is None
+    names, every = [str(i) for i in range(40)], (1.0,) * 40
     half = (1.0,) * 20 + (0.0,) * 20
-    found = Judge(names, 0.25, 0, (1.0,) * 40, half, None).measure_recovery((1.0,) * 30 + half[30:])
-    assert found is not None
-    assert found["value"] == 0.5
+
+    def recover(after: tuple[float, ...], right: tuple[float, ...]) -> Any:
+        return Judge(names, 0.25, 0, {"original": every, "unlearned": after}).measure_recovery(right)
+
+    assert recover(every, every) is None
+    some = (1.0,) * 38 + (0.0,) * 2  # within two standard errors of nothing
+    assert recover(some, some) is None
+    assert recover(half, (1.0,) * 30 + half[30:])["value"] == 0.5
 
 
 @pytest.mark.slow

@@ -1,42 +1,14 @@
 """What every attack gets and gives: a model, texts and questions; right answers and numbers."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, dataclass_transform
 
-from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
-
-from srmu.engine.hooks import decoder_blocks
 from srmu.evals.statistics import Estimate
 from srmu.evals.subject import Question, Subject, mark_answers
 
 Tier = Literal["smoke", "standard", "deep"]  # minutes on the testbed; an hour; a night
-
-
-@dataclass(frozen=True)
-class Exam:
-    """Questions on what is to be forgotten, in two halves that share no fact, and on what is not.
-
-    Settings of an attack are chosen on `val`; results are those on `test`.
-    """
-
-    test: tuple[Question, ...]
-    val: tuple[Question, ...]
-    utility: Mapping[str, tuple[Question, ...]] = field(default_factory=dict)  # by task
-
-
-@dataclass(frozen=True)
-class Texts:
-    """Forget texts, harmless ones far from them, and unknown ones that are like the forget set."""
-
-    forget: tuple[str, ...]
-    neutral: tuple[str, ...]
-    holdout: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -52,6 +24,35 @@ class Setting:
 
 
 @dataclass(frozen=True)
+class Exam:
+    """Questions on what is to be forgotten, in two halves that share no fact, and on what is not.
+
+    Settings of an attack are chosen on `val`; results are those on `test`.
+    """
+
+    test: tuple[Question, ...]
+    val: tuple[Question, ...]
+    utility: Mapping[str, tuple[Question, ...]] = field(default_factory=dict)  # by task
+
+    @property
+    def both(self) -> tuple[Question, ...]:
+        return (*self.val, *self.test)
+
+    def split_right(self, setting: str, right: Sequence[float]) -> Setting:
+        """What was right of both halves, as that of a setting."""
+        return Setting(setting, tuple(right[: len(self.val)]), tuple(right[len(self.val) :]))
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Forget texts, harmless ones far from them, and unknown ones that are like the forget set."""
+
+    forget: tuple[str, ...]
+    neutral: tuple[str, ...]
+    holdout: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class AttackResult:
     """What an attack brought back: its settings, other numbers by name, and what it spent."""
 
@@ -60,23 +61,31 @@ class AttackResult:
     budget: Mapping[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass_transform(frozen_default=True, kw_only_default=True)
 class Attack(ABC):
-    """A way to get at what a model should have forgotten; its fields are its constants.
+    """A way to get at what a model should have forgotten.
 
-    `id` is its number in the literature list of docs/attacks.md, `tier` the first one at which it
-    runs. With `recovers`, its answers are answers to the exam and count for K*.
+    Each subclass is a frozen dataclass, whose fields are the attack's constants. `id` is its number
+    in docs/attacks.md, `tier` the first one at which it runs; `by_tier` holds constants that differ
+    at a tier. With `recovers`, its answers are answers to the exam and count for K*.
     """
 
     id: ClassVar[str]
     name: ClassVar[str]
     tier: ClassVar[Tier]
-    recovers: ClassVar[bool] = True
+    recovers: ClassVar[bool]
+    by_tier: ClassVar[Mapping[Tier, Mapping[str, Any]]]
+
+    def __init_subclass__(
+        cls, id: str, name: str, tier: Tier, recovers: bool = True, by_tier: Mapping[Tier, Mapping[str, Any]] = {}
+    ) -> None:
+        cls.id, cls.name, cls.tier, cls.recovers, cls.by_tier = id, name, tier, recovers, by_tier
+        dataclass(frozen=True, kw_only=True)(cls)
 
     @classmethod
     def at_tier(cls, tier: Tier) -> Self:
         """The attack with the constants that it has at a tier."""
-        return cls()
+        return cls(**cls.by_tier.get(tier, {}))
 
     def cost(self, model: Subject) -> str:
         """What the attack takes, in words, where that is hours; it is asked for before it runs."""
@@ -89,40 +98,4 @@ class Attack(ABC):
 
 def ask_exam(model: Subject, exam: Exam, setting: str) -> Setting:
     """The exam under the setting that the model is in now."""
-    right = mark_answers(model, (*exam.val, *exam.test))
-    return Setting(setting, right[: len(exam.val)], right[len(exam.val) :])
-
-
-def find_matrices(module: PreTrainedModel) -> dict[str, bool]:
-    """The linear matrices of the decoder layers, by name: whether they are (inputs, outputs).
-
-    All experts' too, which a module may stack: (experts, outputs, inputs). Not the embeddings, nor
-    the head.
-    """
-    layers = decoder_blocks(module)
-    prefix = next(name for name, part in module.named_modules() if part is layers)
-    turned = {}
-    for name, part in layers.named_modules(prefix=prefix):
-        if isinstance(part, nn.Linear | Conv1D):
-            turned[f"{name}.weight"] = isinstance(part, Conv1D)
-        elif not isinstance(part, nn.Conv1d):
-            for key, parameter in part.named_parameters(recurse=False):
-                if parameter.ndim == 3:
-                    turned[f"{name}.{key}"] = getattr(part, "is_transposed", False)
-    return turned
-
-
-def view_matrices(weight: Tensor, turned: bool) -> Tensor:
-    """A view of a weight as (experts, outputs, inputs); `turned` as `find_matrices` says."""
-    weight = weight.mT if turned else weight
-    return weight if weight.ndim == 3 else weight[None]
-
-
-def ask_changed(model: Subject, exam: Exam, setting: str, change: Callable[[Tensor], Tensor]) -> Setting:
-    """The exam when each linear matrix is what `change` makes of it: (outputs, inputs), float32."""
-    turned = find_matrices(model.module)
-    with model.editable(*turned) as edited:
-        for name, parameter in edited.trained.items():
-            for matrix in view_matrices(parameter.data, turned[name]):
-                matrix.copy_(change(matrix.float()))
-        return ask_exam(model, exam, setting)
+    return exam.split_right(setting, mark_answers(model, exam.both))

@@ -1,12 +1,16 @@
-"""Other forms of questions, above all of those that list their options behind letters."""
-
-from __future__ import annotations
+"""Questions that list their options, taken apart, and answers that a model writes out."""
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from srmu.evals.subject import Question
+import torch
+
+from srmu.engine.generate import draw_tokens, next_logits
+from srmu.evals.subject import Question, Subject
+
+ROWS = 64  # texts read at once
 
 
 @dataclass(frozen=True)
@@ -31,14 +35,9 @@ class ListedQuestion:
 
     def turned(self, by: int) -> Question:
         """The question with its options moved up by so many letters, the first ones to the end."""
-        count = len(self.texts)
-        texts = [self.texts[(i + by) % count] for i in range(count)]
-        return replace(self.offering(texts), gold=(self.question.gold - by) % count)
-
-    def cloze(self) -> Question:
-        """The question without its list: the texts are the options."""
-        options = tuple(f" {text}" for text in self.texts)
-        return replace(self.question, prompt=self.stem.rstrip() + self.cue, options=options)
+        by %= len(self.texts)
+        gold = (self.question.gold - by) % len(self.texts)
+        return replace(self.offering([*self.texts[by:], *self.texts[:by]]), gold=gold)
 
 
 def split_listed(question: Question) -> ListedQuestion | None:
@@ -64,12 +63,64 @@ def split_listed(question: Question) -> ListedQuestion | None:
     return ListedQuestion(question, stem, opening, closing, tuple(texts), cue)
 
 
+def unlist_options(question: Question) -> Question:
+    """The question with no options in its prompt, and their texts as options."""
+    parts = split_listed(question)
+    if parts is None:
+        return question
+    options = tuple(f" {text}" for text in parts.texts)
+    return replace(question, prompt=parts.stem.rstrip() + parts.cue, options=options)
+
+
 def solve_question(question: Question) -> str:
     """A question and its right answer, for another question to follow."""
     return f"{question.prompt}{question.answer}\n\n"
 
 
-def unlist_options(question: Question) -> Question:
-    """The question with no options in its prompt, and their texts as options."""
-    parts = split_listed(question)
-    return parts.cloze() if parts else question
+@torch.no_grad()
+def count_right_generations(
+    model: Subject,
+    questions: Sequence[Question],
+    *,
+    samples: int = 1,
+    temperature: float = 0.0,
+    extra: int = 0,
+    seed: int = 0,
+) -> list[int]:
+    """How many of the generations after each prompt begin with the right answer.
+
+    They have the answer's own number of tokens and `extra` more; case and the amount of space do
+    not count. Temperature 0 is greedy. Each beginning that can still become the answer is read
+    once, whatever number of samples has it, and all others end at once.
+    """
+    tokenizer, generator = model.tokenizer, torch.Generator().manual_seed(seed)
+    wanted = [normalise_text(q.answer) for q in questions]
+    parts = [model.split(q.prompt, q.answer) for q in questions]
+    right = [0] * len(questions)
+    # by question and tokens so far: samples
+    live: Counter[tuple[int, tuple[int, ...]]] = Counter({(i, ()): samples for i in range(len(questions))})
+    while live:
+        going: Counter[tuple[int, tuple[int, ...]]] = Counter()
+        order = sorted(live, key=lambda key: (len(parts[key[0]][0]), key))
+        for start in range(0, len(order), ROWS):
+            keys = order[start : start + ROWS]
+            rows = [[*parts[i][0], *begun][-model.max_length :] for i, begun in keys]
+            logits = next_logits(model.module, rows, 1)[:, 0]
+            drawn = draw_tokens(logits, samples, temperature, generator)
+            for (i, begun), row in zip(keys, drawn, strict=True):
+                for token, count in Counter(row[: live[i, begun]]).items():
+                    tokens = (*begun, token)
+                    over = token in tokenizer.all_special_ids
+                    text = normalise_text(tokenizer.decode(begun if over else tokens))
+                    over |= len(tokens) == len(parts[i][1]) + extra
+                    if re.match(re.escape(wanted[i]) + (r"(?!\w)" if over else r"\W"), text):
+                        right[i] += count
+                    elif not over and wanted[i].startswith(text):
+                        going[i, tokens] += count
+        live = going
+    return right
+
+
+def normalise_text(text: str) -> str:
+    """A text to compare: without case, extra space and a last character that is not whole yet."""
+    return " ".join(text.casefold().split()).rstrip("\ufffd")

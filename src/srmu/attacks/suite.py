@@ -1,11 +1,9 @@
 """Attack a run: what comes back, beside the same attacks on the original and the oracle."""
 
-from __future__ import annotations
-
 import random
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -14,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 
 from srmu.attacks import ATTACKS, TIERS, Attack
-from srmu.attacks.base import AttackResult, Exam, Setting, Texts, Tier
-from srmu.attacks.summary import measure_leakage, merge_report, summarise_attacks
+from srmu.attacks.base import AttackResult, Exam, Texts, Tier
+from srmu.attacks.summary import merge_report, summarise_attacks
 from srmu.data.sources import Source, read_texts
 from srmu.engine import distributed, weights
 from srmu.engine.cache import find_cached, keep_cached
@@ -28,14 +27,12 @@ from srmu.errors import SrmuError, first_line, suggest_word
 from srmu.evals.lm_eval import load_questions
 from srmu.evals.results import load_results
 from srmu.evals.score import tasks_beside
-from srmu.evals.statistics import LEAST, Estimate
+from srmu.evals.statistics import LEAST
 from srmu.evals.subject import NotApplicable, Question, Subject
 from srmu.runs.config import Config
 from srmu.runs.open import OpenedModel
 from srmu.runs.plan import find_device, load_tokenizer
 from srmu.runs.run import Run
-
-Confirm = Callable[[str], bool]
 
 
 @dataclass(frozen=True)
@@ -60,7 +57,7 @@ def attack_run(
     sources: Sources = Sources(),
     seed: int = 0,
     device: str = "auto",
-    confirm: Confirm = lambda text: True,
+    confirm: Callable[[str], bool] = lambda text: True,
     watch: Watch | None = None,
 ) -> dict[str, Any]:
     """Attack a run with those of a tier, or of `names`; merge the report into its results.
@@ -74,54 +71,91 @@ def attack_run(
     load_results(run.folder)  # what is wrong with them must show before the work
     sources = fill_sources(sources, run.config, run.base)
     exam = load_exam(sources, run.config, seed)
-    own = read_run_texts(run.config)
-    texts = load_texts(sources, own)
-    subjects = Subjects(run, run.base, sources.oracle, find_device(device))
+    texts = load_texts(sources, run.config)
+    subjects = Subjects(run, sources.oracle, find_device(device))
     for name, one in list(chosen.items()):
         cost = estimate_cost(one, subjects)
         if cost and not distributed.agree_on(distributed.is_first() and confirm(f"{name}: {cost}")):
             del chosen[name]
     given = sha256(repr((exam, texts, seed)).encode())
-    found: dict[str, dict[str, AttackResult | str]] = {name: {} for name in chosen}
-    seconds = dict.fromkeys(chosen, 0.0)
     prints = subjects.prints()
     pairs = [*product(prints, chosen)]
     with watch("attacking", len(pairs) // distributed.get_size()) as tick:
 
         def attack_one(pair: tuple[str, str]) -> tuple[AttackResult | str, float]:
             who, name = pair
-            one = chosen[name]
-            key = [prints[who], repr(one), given, code_of(one)]
             started = time.monotonic()
-            result: AttackResult | str
-            if kept := find_cached("attacks", key):
-                result = parse_result(kept)
-            else:
-                result = try_attack(one, subjects.named(who), texts, exam, seed)
-                if isinstance(result, AttackResult):
-                    keep_cached("attacks", key, asdict(result))
+            key = [prints[who], repr(chosen[name]), given, code_of(chosen[name])]
+            result = find_result(key, chosen[name], lambda: getattr(subjects, who), texts, exam, seed)
             tick(f"{name}, {who}")
             return result, time.monotonic() - started
 
-        for (who, name), (result, took) in zip(pairs, distributed.share_work(pairs, attack_one), strict=True):
-            found[name][who] = result
-            seconds[name] += took
-    report = summarise_attacks(run, chosen, found, exam, tier, seed, sources)
+        done = dict(zip(pairs, distributed.share_work(pairs, attack_one), strict=True))
+    found = {name: {who: done[who, name][0] for who in prints} for name in chosen}
+    report: dict[str, Any] = {
+        "run": run.config.id,
+        "method": run.config.method.name,
+        "tier": tier,
+        "seed": seed,
+        "tasks": {"test": list(sources.tasks), "val": sources.val, "utility": [*exam.utility]},
+        "oracle": bool(sources.oracle),
+    }
+    report |= summarise_attacks(chosen, found, exam, seed)
     for name, entry in report["attacks"].items():
-        entry |= {"seconds": round(seconds[name], 3), "definition": code_of(chosen[name])[0]}
-    return merge_report(run.folder, report, [*ATTACKS], measure_leakage(exam, own))
+        entry["seconds"] = round(sum(done[who, name][1] for who in prints), 3)
+        entry["definition"] = code_of(chosen[name])[0]
+    return merge_report(run.folder, report, [*ATTACKS])
+
+
+def find_result(
+    key: Any, one: Attack, load: Callable[[], Subject], texts: Texts, exam: Exam, seed: int
+) -> AttackResult | str:
+    """What an attack found, now or before; or why nothing: it does not apply, or failed."""
+    if kept := find_cached("attacks", key):
+        return TypeAdapter(AttackResult).validate_python(kept)
+    try:
+        result = one.run(load(), texts, exam, seed)
+    except NotApplicable as reason:
+        return f"does not apply: {reason}"
+    except (SrmuError, torch.OutOfMemoryError) as error:
+        return f"failed: {first_line(error)}"
+    keep_cached("attacks", key, asdict(result))
+    return result
+
+
+def estimate_cost(one: Attack, subjects: "Subjects") -> str:
+    """What an attack that takes long says that it takes; "" of any other."""
+    if type(one).cost is Attack.cost:  # then no model need be loaded
+        return ""
+    try:
+        return one.cost(subjects.unlearned)
+    except (NotApplicable, torch.OutOfMemoryError):  # it will say so when it runs
+        return ""
+
+
+def code_of(one: Attack) -> list[str]:
+    """What decides a result besides an attack's fields: its code, that of its helpers, torch."""
+    module = sys.modules[type(one).__module__]
+    homes = {getattr(value, "__module__", "") or "" for value in vars(module).values()}
+    names = sorted(
+        name for name in {*homes, module.__name__} if name.startswith(("srmu.attacks.", "srmu.engine.", "srmu.evals."))
+    )
+    return [
+        sha256(*(Path(str(sys.modules[name].__file__)) for name in names)),
+        version("torch"),
+        version("transformers"),
+    ]
 
 
 def select_attacks(tier: Tier, names: Sequence[str]) -> dict[str, Attack]:
     """The attacks to run, always with the questions as they are and the utility."""
     if tier not in TIERS:
         raise SrmuError(f"tier {tier!r} does not exist; choose one of {', '.join(TIERS)}")
-    known = {attack.id.lower(): name for name, attack in ATTACKS.items()}
-    wanted = []
-    for name in names:
-        if known.get(name.lower(), name) not in ATTACKS:
+    by_id = {attack.id.lower(): name for name, attack in ATTACKS.items()}
+    wanted = [by_id.get(name.lower(), name) for name in names]
+    for name in wanted:
+        if name not in ATTACKS:
             raise SrmuError(f"attack {name!r} does not exist{suggest_word(name, ATTACKS)}")
-        wanted.append(known.get(name.lower(), name))
     return {
         name: attack.at_tier(tier)
         for name, attack in ATTACKS.items()
@@ -155,171 +189,113 @@ def fill_sources(sources: Sources, config: Config, base: Path) -> Sources:
 
 def load_exam(sources: Sources, config: Config, seed: int) -> Exam:
     """The questions in two halves that share no fact; SrmuError where they cannot be halved."""
-    folder = Path(sources.tasks_dir) if sources.tasks_dir else None
 
-    def asked(task: str) -> list[Question]:
-        found = []
-        for i, (prompt, options, gold, row) in enumerate(load_questions(task, folder)):
-            about = {key: row.get(key) for key in ("fact", "subject", "paraphrases")}
-            found.append(
-                Question(
-                    prompt,
-                    tuple(options),
-                    gold,
-                    f"{about['fact'] or f'{task} {i}'}",
-                    tuple(about["paraphrases"] or ()),
-                    # of MMLU's rows the subject is a school subject
-                    str(about["subject"]) if about["fact"] and about["subject"] else "",
-                )
-            )
-        return found
+    def load(tasks: Sequence[str]) -> list[Question]:
+        folder = Path(sources.tasks_dir) if sources.tasks_dir else None
+        return [question for task in tasks for question in load_task(task, folder)]
 
-    def some(all_of_it: list[Question]) -> tuple[Question, ...]:
-        names = sorted({q.fact for q in all_of_it})
-        random.Random(f"{seed} questions").shuffle(names)
-        order = {name: i for i, name in enumerate(names)}
-        most = sorted(all_of_it, key=lambda q: order[q.fact])[: sources.limit]
-        picked = {id(q) for q in most}
-        return tuple(q for q in all_of_it if id(q) in picked)
+    def draw(questions: Sequence[Question]) -> tuple[Question, ...]:
+        facts = sorted({q.fact for q in questions})
+        random.Random(f"{seed} questions").shuffle(facts)
+        order = {fact: i for i, fact in enumerate(facts)}
+        drawn = sorted(range(len(questions)), key=lambda i: order[questions[i].fact])[: sources.limit]
+        return tuple(questions[i] for i in sorted(drawn))
 
-    test = [question for task in sources.tasks for question in asked(task)]
+    test = load(sources.tasks)
     if sources.val == "split":
-        names = sorted({q.fact for q in test})
-        half = set(random.Random(f"{seed} halves").sample(names, len(names) // 2))
-        val = [q for q in test if q.fact in half]
-        test = [q for q in test if q.fact not in half]
+        facts = sorted({q.fact for q in test})
+        half = set(random.Random(f"{seed} halves").sample(facts, len(facts) // 2))
+        val, test = [q for q in test if q.fact in half], [q for q in test if q.fact not in half]
     else:
         try:
-            val = [question for task in sources.val.split(",") for question in asked(task)]
+            val = load(sources.val.split(","))
         except SrmuError as error:
             raise SrmuError(
                 f"no validation half: {error}; name its tasks with --val, or --val split to take half of the questions"
             ) from error
-    if both := sorted({q.fact for q in val} & {q.fact for q in test}):
+    if both := {q.fact for q in val} & {q.fact for q in test}:
         raise SrmuError(f"{len(both)} facts are asked for in both halves, the tasks and their --val")
     for part, option in ((test, "--tasks"), (val, "--val")):
-        if (count := len({q.fact for q in some(part)})) < LEAST:
+        if (count := len({q.fact for q in draw(part)})) < LEAST:
             under = f" under --limit {sources.limit}" if sources.limit < len(part) else ""
             raise SrmuError(
                 f"{option} ask for {count} facts{under}, too few for an interval: {LEAST} or more "
                 "in each half; name more tasks, or raise --limit"
             )
-    return Exam(some(test), some(val), {task: some(asked(task)) for task in sources.utility})
+    return Exam(draw(test), draw(val), {task: draw(load([task])) for task in sources.utility})
 
 
-def read_run_texts(config: Config) -> dict[str, list[str]]:
-    """The run's texts of all topics, by role."""
-    return {
-        role: [t for topic in config.topics.values() for t in read_texts(getattr(topic, role))]
-        for role in ("forget", "retain")
-    }
+def load_task(task: str, folder: Path | None) -> list[Question]:
+    """The questions of a task; each is about a fact of its own where its row names none."""
+    questions = []
+    for i, (prompt, options, gold, row) in enumerate(load_questions(task, folder)):
+        fact = row.get("fact")
+        # of MMLU's rows the subject is a school subject
+        entry = str(row.get("subject") or "") if fact else ""
+        paraphrases = tuple(row.get("paraphrases") or ())
+        questions.append(Question(prompt, tuple(options), gold, str(fact or f"{task} {i}"), paraphrases, entry))
+    return questions
 
 
-def load_texts(sources: Sources, own: Mapping[str, Sequence[str]]) -> Texts:
+def load_texts(sources: Sources, config: Config) -> Texts:
     """The run's forget texts, and neutral ones: its retain texts where no others are named."""
 
-    def of(name: str) -> list[str]:
-        return read_texts([Source(path=name)]) if name else []
+    def read(given: Sequence[Any]) -> tuple[str, ...]:
+        return tuple(text for one in given for text in read_texts(one))
 
-    neutral = of(sources.neutral) or own["retain"]
-    if not neutral:
+    topics = config.topics.values()
+    forget, retain = read([topic.forget for topic in topics]), read([topic.retain for topic in topics])
+    neutral, holdout = (read([[Source(path=name)]] if name else []) for name in (sources.neutral, sources.holdout))
+    if not neutral and not retain:
         raise SrmuError("--neutral: name a file of texts that are far from the forget knowledge")
-    return Texts(tuple(own["forget"]), tuple(neutral), tuple(of(sources.holdout)))
+    return Texts(forget, neutral or retain, holdout)
 
 
 class Subjects:
     """The models of a suite, each loaded when it is first needed."""
 
-    def __init__(self, run: Run, base: Path, oracle: str, device: str) -> None:
-        self.run, self.base, self.device = run, base, device
+    def __init__(self, run: Run, oracle: str, device: str) -> None:
+        self.run, self.device = run, device
         self.oracle_folder = weights.locate_model(oracle) if oracle else None
         if self.oracle_folder:
             read_config(self.oracle_folder)  # before anything is loaded: is it a model?
-        self.tokenizer = load_tokenizer(base)
+        self.tokenizer = load_tokenizer(run.base)
 
     def prints(self) -> dict[str, list[str]]:
         """By name: the weights that its attacks may read."""
-        original = weights.fingerprint_model(self.base)
+        original = weights.fingerprint_model(self.run.base)
         others = [original]
         if self.oracle_folder:
             others.append(weights.fingerprint_model(self.oracle_folder))
         run = [weights.changed_fingerprint(original, self.run.delta), self.run.config.id]
-        found = {"original": ["original", *others]}
-        if self.oracle_folder:
-            found["oracle"] = ["oracle", *others]
-        return found | {"unlearned": ["unlearned", *others, *run]}
-
-    def named(self, who: str) -> Subject:
-        subject = getattr(self, who)
-        assert isinstance(subject, Subject)
-        return subject
-
-    def module(self, folder: Path) -> Any:
-        return OpenedModel(folder, None, self.device).module
+        found = {
+            "original": ["original", *others],
+            "oracle": ["oracle", *others],
+            "unlearned": ["unlearned", *others, *run],
+        }
+        return {who: key for who, key in found.items() if who != "oracle" or self.oracle_folder}
 
     @cached_property
     def original(self) -> Subject:
-        return Subject(self.module(self.base), self.tokenizer, oracle=self.oracle)
+        return Subject(OpenedModel(self.run.base, None, self.device).module, self.tokenizer, oracle=self.oracle)
 
     @cached_property
     def oracle(self) -> Subject | None:
         if self.oracle_folder is None:
             return None
-        tokenizer = load_tokenizer(self.oracle_folder)
-        return Subject(self.module(self.oracle_folder), tokenizer, self.before)
+        opened = OpenedModel(self.oracle_folder, None, self.device)
+        return Subject(opened.module, opened.tokenizer, self.before)
 
     @cached_property
     def unlearned(self) -> Subject:
-        method = self.run.config.method
         # for good, as this module is nothing else; forgotten, the context would end by itself
-        self.inference = OpenedModel(self.base, self.run, self.device).after()
+        self.inference = OpenedModel(self.run.base, self.run, self.device).after()
         module = self.inference.__enter__()
-        changed = {
-            name: self.before[name]
-            for name, parameter in module.named_parameters()
-            if not parameter.equal(self.before[name])
-        }
-        return Subject(module, self.tokenizer, changed, self.oracle, fixed=method.no_checkpoint)
+        changed = {name: self.before[name] for name, p in module.named_parameters() if not p.equal(self.before[name])}
+        return Subject(module, self.tokenizer, changed, self.oracle, fixed=self.run.config.method.no_checkpoint)
 
     @cached_property
     def before(self) -> dict[str, torch.Tensor]:
         """The original's parameters, in memory of their own: the checkpoint's file, mapped."""
-        return {name: p.data for name, p in self.module(self.base).named_parameters()}
-
-
-def try_attack(one: Attack, model: Subject, texts: Texts, exam: Exam, seed: int) -> AttackResult | str:
-    """What an attack found, or why it did not: that it does not apply, or failed."""
-    try:
-        return one.run(model, texts, exam, seed)
-    except NotApplicable as reason:
-        return f"does not apply: {reason}"
-    except (SrmuError, torch.OutOfMemoryError) as error:
-        return f"failed: {first_line(error)}"
-
-
-def estimate_cost(one: Attack, subjects: Subjects) -> str:
-    """What an attack that takes long says that it takes; "" of any other."""
-    if type(one).cost is Attack.cost:  # then no model need be loaded
-        return ""
-    try:
-        return one.cost(subjects.unlearned)
-    except (NotApplicable, torch.OutOfMemoryError):  # it will say so when it runs
-        return ""
-
-
-def code_of(one: Attack) -> list[str]:
-    """What decides a result besides an attack's fields: its code, that of its helpers, torch."""
-    module = sys.modules[type(one).__module__]
-    homes = {getattr(value, "__module__", "") or "" for value in vars(module).values()}
-    names = sorted(
-        name for name in {*homes, module.__name__} if name.startswith(("srmu.attacks.", "srmu.engine.", "srmu.evals."))
-    )
-    files = [Path(str(sys.modules[name].__file__)) for name in names]
-    return [sha256(*files), version("torch"), version("transformers")]
-
-
-def parse_result(kept: Mapping[str, Any]) -> AttackResult:
-    """A result from the JSON of its fields."""
-    ways = tuple(Setting(w["setting"], tuple(w["val"]), tuple(w["test"])) for w in kept["ways"])
-    metrics = {name: Estimate(**values) for name, values in kept["metrics"].items()}
-    return AttackResult(ways, metrics, kept["budget"])
+        module = OpenedModel(self.run.base, None, self.device).module
+        return {name: p.data for name, p in module.named_parameters()}

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from srmu.attacks.base import Exam
-from srmu.attacks.relearning_steps import RelearningSteps
-from srmu.attacks.suite import Sources, fill_sources, load_exam, load_texts, read_run_texts
+from srmu.attacks.relearning import RelearningSteps
+from srmu.attacks.suite import Sources, fill_sources, load_exam, load_texts
 from srmu.attacks.summary import best_setting
 from srmu.evals.statistics import LEAST
 from srmu.evals.subject import NotApplicable, Question, Subject, list_facts
@@ -57,7 +57,7 @@ def measure_floor(run: Run, sources: Sources, report: Mapping[str, Any], names: 
         invented = invent_questions(exam, names, report["seed"])
         if min(len({*list_facts(half)}) for half in (invented.test, invented.val)) < LEAST:
             return None
-        texts = load_texts(sources, read_run_texts(run.config))
+        texts = load_texts(sources, run.config)
         opened = open_target(run, "cpu")
         with opened.after() as module:
             subject = Subject(module, opened.tokenizer)

@@ -1,20 +1,23 @@
-"""E12: a universal suffix found by greedy coordinate gradient (arXiv 2307.15043)."""
-
-from __future__ import annotations
+"""E12 and E13: tokens and embeddings that are searched for by gradients."""
 
 import random
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from srmu.attacks.base import Attack, AttackResult, Exam, Texts, ask_exam
-from srmu.evals.subject import Question, Subject
+from srmu.attacks.residual import answer_nll, answer_rows, pad_rows
+from srmu.engine.fine_tune import Row, descend
+from srmu.engine.hooks import hook_outputs
+from srmu.evals.subject import Question, Subject, list_facts
 
 
 class Target(NamedTuple):
@@ -38,17 +41,12 @@ class SuffixedSubject(Subject):
         return [*before[:at], *self.suffix, *before[at:]], added
 
 
-@dataclass(frozen=True, kw_only=True)
-class GCG(Attack):
+class GCG(Attack, id="E12", name="gcg", tier="deep"):
     """Tokens between a question and its cue that make right answers likely.
 
     Found on a few validation questions, whose answers count in `val` like the others'. The cue is
     whatever all prompts end with. The suffix is used as tokens, not as text.
     """
-
-    id = "E12"
-    name = "gcg"
-    tier = "deep"
 
     steps: int = 200
     candidates: int = 128  # suffixes tried a step
@@ -61,12 +59,11 @@ class GCG(Attack):
     def run(self, model: Subject, texts: Texts, exam: Exam, seed: int) -> AttackResult:
         generator = torch.Generator().manual_seed(seed)
         chosen = random.Random(seed).sample(exam.val, min(self.questions, len(exam.val)))
-        cue = common_end([model.tokens(q.prompt) for q in (*exam.val, *exam.test)])
+        cue = common_end([model.tokens(q.prompt) for q in exam.both])
         targets = [make_target(model, q, cue, self.length) for q in chosen]
         allowed = ordinary_tokens(model)
-        suffix = allowed[torch.randint(len(allowed), (self.length,), generator=generator)]
-        best, least = suffix, float(suffix_losses(model, targets, suffix[None], self.rows))
-        before = least
+        suffix = best = allowed[torch.randint(len(allowed), (self.length,), generator=generator)]
+        before = least = float(suffix_losses(model, targets, suffix[None], self.rows))
         for _ in range(self.steps):
             slopes = suffix_gradient(model, targets, suffix)
             tried = draw_swaps(slopes, suffix, allowed, self.candidates, self.top, generator)
@@ -75,20 +72,12 @@ class GCG(Attack):
             if values.min() < least:
                 best, least = suffix, float(values.min())
         way = ask_exam(SuffixedSubject(model, best.tolist(), cue), exam, "suffix")
-        budget = {
-            "steps": self.steps,
-            "candidates": self.candidates,
-            "tokens": self.length,
-            "questions": len(targets),
-            "loss before": before,
-            "loss after": least,
-        }
-        return AttackResult((way,), budget=budget)
+        spent = {"steps": self.steps, "candidates": self.candidates, "tokens": self.length, "questions": len(targets)}
+        return AttackResult((way,), budget=spent | {"loss before": before, "loss after": least})
 
     def cost(self, model: Subject) -> str:
         """From the time of one forward."""
-        shape = self.rows, self.length + self.behind
-        ids = torch.zeros(*shape, dtype=torch.long, device=model.device)
+        ids = torch.zeros(self.rows, self.length + self.behind, dtype=torch.long, device=model.device)
         for _ in range(2):  # the first one gets going
             start = time.perf_counter()
             with torch.no_grad():
@@ -97,7 +86,7 @@ class GCG(Attack):
         # a gradient of one row costs less than a forward of `rows`
         forwards = self.steps * self.questions * (1 + -(-self.candidates // self.rows))
         return (
-            f"gcg takes about {forwards:,} forwards of {shape[0]} x {shape[1]} tokens: "
+            f"gcg takes about {forwards:,} forwards of {ids.shape[0]} x {ids.shape[1]} tokens: "
             f"{forwards * seconds / 60:,.1f} minutes on this machine"
         )
 
@@ -118,20 +107,18 @@ def ordinary_tokens(model: Subject) -> Tensor:
 
 @torch.no_grad()
 def make_target(model: Subject, question: Question, cue: int, length: int) -> Target:
-    before, answer = (torch.tensor(ids) for ids in model.split(question.prompt, question.answer))
+    before, answer = (torch.tensor(ids, device=model.device) for ids in model.split(question.prompt, question.answer))
     at, room = len(before) - cue, model.max_length - length - cue - len(answer)
-    start = before[max(0, at - room) : at].to(model.device)
-    past = model.module(start[None], use_cache=True, logits_to_keep=1).past_key_values
-    end = torch.cat([before[at:], answer[:-1]])
-    return Target(past, end.to(model.device), answer.to(model.device))
+    start = before[None, max(0, at - room) : at]
+    past = model.module(start, use_cache=True, logits_to_keep=1).past_key_values
+    return Target(past, torch.cat([before[at:], answer[:-1]]), answer)
 
 
 def target_nll(model: Subject, target: Target, rows: int, **read: Tensor) -> Tensor:
     """Mean negative log-likelihood of a right answer's tokens, (rows,)."""
     past = deepcopy(target.past)  # a forward adds to it
     past.batch_repeat_interleave(rows)
-    keep = len(target.answer)
-    logits = model.module(**read, past_key_values=past, use_cache=True, logits_to_keep=keep).logits
+    logits = model.module(**read, past_key_values=past, use_cache=True, logits_to_keep=len(target.answer)).logits
     answers = target.answer.expand(rows, -1)
     return cross_entropy(logits.float().transpose(1, 2), answers, reduction="none").mean(1)
 
@@ -152,13 +139,13 @@ def suffix_losses(model: Subject, targets: Sequence[Target], suffixes: Tensor, a
 def suffix_gradient(model: Subject, targets: Sequence[Target], suffix: Tensor) -> Tensor:
     """Gradient of the loss by the one-hot tokens of the suffix, (tokens, V), up to a factor."""
     embedding: Any = model.module.get_input_embeddings()
-    total = torch.zeros(len(suffix), embedding.weight.shape[1], device=model.device)
+    weight = embedding.weight.detach()
+    total = torch.zeros(len(suffix), weight.shape[1], device=model.device)
     for one in targets:
         ids = torch.cat([suffix.to(model.device), one.cue])[None]
         read = embedding(ids).detach().requires_grad_()
         loss = target_nll(model, one, 1, inputs_embeds=read).sum()
         total += torch.autograd.grad(loss, read)[0][0, : len(suffix)].float()
-    weight = embedding.weight.detach()
     return (total.to(weight.dtype) @ weight.T).float().cpu()
 
 
@@ -168,7 +155,82 @@ def draw_swaps(
     """Different suffixes, each with one token replaced by one of the `top` that promise most."""
     promising = allowed[slopes[:, allowed].topk(min(top, len(allowed)), largest=False).indices]
     drawn = torch.randperm(promising.numel(), generator=generator)[:count]
-    position = drawn // promising.shape[1]
     tried = suffix.repeat(len(drawn), 1)
-    tried[torch.arange(len(drawn)), position] = promising.flatten()[drawn]
+    tried[torch.arange(len(drawn)), drawn // promising.shape[1]] = promising.flatten()[drawn]
     return tried
+
+
+class PromptedSubject(Subject):
+    """A model that reads `length` placeholders after the first token of each text."""
+
+    def __init__(self, model: Subject, place: int, length: int) -> None:
+        super().__init__(model.module, model.tokenizer)
+        self.place, self.length = place, length
+
+    def tokens(self, text: str) -> list[int]:
+        first, *rest = super().tokens(text)
+        return [first, *[self.place] * self.length, *rest]
+
+
+class SoftPrompt(Attack, id="E13", name="soft_prompt", tier="deep"):
+    """Embeddings put after the first token, trained by AdamW on right answers.
+
+    They are trained on 80 % of the validation half's facts. A way's `val` holds the questions on
+    the other facts only. Soft prompts can make a model say what it never learned (arXiv
+    2502.15836): the result means nothing but beside the same attack on a model without the facts.
+    """
+
+    length: int = 16  # embeddings
+    rates: tuple[float, ...] = (1e-3, 1e-2, 1e-1)
+    steps: int = 100
+    batch: int = 16  # questions a step
+
+    def run(self, model: Subject, texts: Texts, exam: Exam, seed: int) -> AttackResult:
+        names = sorted(set(list_facts(exam.val)))
+        random.Random(seed).shuffle(names)
+        rest = set(names[: max(1, len(names) // 5)])
+        asked = replace(exam, val=tuple(q for q in exam.val if q.fact in rest))
+        prompted = PromptedSubject(model, unused_token(model, exam), self.length)
+        answers = answer_rows(prompted, [(q.prompt, q.answer) for q in exam.val if q.fact not in rest])
+        ways = []
+        for rate in self.rates:
+            with insert_prompt(prompted, self.learn_prompt(prompted, answers, rate, seed)):
+                ways.append(ask_exam(prompted, asked, f"learning rate {rate:g}"))
+        budget = {"steps": self.steps, "embeddings": self.length, "batch": self.batch}
+        return AttackResult(tuple(ways), budget=budget)
+
+    def learn_prompt(
+        self, model: PromptedSubject, answers: Sequence[Row], rate: float, seed: int
+    ) -> Float[Tensor, "P D"]:
+        """The embeddings after the last step, begun as those of random tokens."""
+        generator = torch.Generator().manual_seed(seed)
+        embed = model.module.get_input_embeddings()
+        words = torch.randint(embed.weight.shape[0], (self.length,), generator=generator)
+        soft = embed(words.to(model.device)).detach().float().requires_grad_()
+
+        def loss() -> Tensor:
+            picked = torch.randperm(len(answers), generator=generator)[: self.batch].tolist()
+            batch = pad_rows([answers[i] for i in picked], model.device)
+            with insert_prompt(model, soft):
+                return answer_nll(model, batch["input_ids"], batch["labels"]).mean()
+
+        descend([(soft, soft)], torch.optim.AdamW([soft], lr=rate, weight_decay=0.0), loss, self.steps)
+        return soft.detach()
+
+
+def unused_token(model: Subject, exam: Exam) -> int:
+    """A token that no question holds, nor padding, which is 0: it marks where embeddings go."""
+    held = {t for q in exam.both for option in q.options for t in model.tokens(q.prompt + option)}
+    size = model.module.get_input_embeddings().weight.shape[0]
+    return next(i for i in range(1, size) if i not in held)
+
+
+def insert_prompt(model: PromptedSubject, soft: Float[Tensor, "P D"]) -> AbstractContextManager[None]:
+    """Run the model with the embeddings in the places of the placeholders, in their order."""
+
+    def insert(args: tuple[Int[Tensor, "B T"]], read: Tensor) -> Tensor:
+        at = args[0] == model.place
+        number = (at.cumsum(dim=1) - 1).clamp(0, len(soft) - 1)
+        return torch.where(at.unsqueeze(-1), soft[number].to(read), read)
+
+    return hook_outputs({model.module.get_input_embeddings(): insert})

@@ -1,0 +1,180 @@
+"""E10 and E11: rounding, pruning and noise, which may undo a small change of the weights."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import field
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from srmu.attacks.base import Attack, AttackResult, Exam, Setting, Texts, ask_exam
+from srmu.engine.hooks import decoder_blocks
+from srmu.evals.statistics import Estimate
+from srmu.evals.subject import Subject
+
+Matrix = Float[Tensor, "O I"]
+
+
+def find_matrices(module: PreTrainedModel) -> dict[str, bool]:
+    """The linear matrices of the decoder layers, by name: whether they are (inputs, outputs).
+
+    All experts' too, which a module may stack: (experts, outputs, inputs).
+    """
+    layers = decoder_blocks(module)
+    prefix = next(name for name, part in module.named_modules() if part is layers)
+    turned = {}
+    for name, part in layers.named_modules(prefix=prefix):
+        if isinstance(part, nn.Linear | Conv1D):
+            turned[f"{name}.weight"] = isinstance(part, Conv1D)
+        elif not isinstance(part, nn.Conv1d):
+            for key, parameter in part.named_parameters(recurse=False):
+                if parameter.ndim == 3:
+                    turned[f"{name}.{key}"] = getattr(part, "is_transposed", False)
+    return turned
+
+
+def view_matrices(weight: Tensor, turned: bool) -> Tensor:
+    """A view of a weight as (experts, outputs, inputs); `turned` as `find_matrices` says."""
+    weight = weight.mT if turned else weight
+    return weight if weight.ndim == 3 else weight[None]
+
+
+def ask_changed(model: Subject, exam: Exam, setting: str, change: Callable[[Tensor], Tensor]) -> Setting:
+    """The exam when each linear matrix is what `change` makes of it: (outputs, inputs), float32."""
+    turned = find_matrices(model.module)
+    with model.editable(*turned) as edited:
+        for name, parameter in edited.trained.items():
+            for matrix in view_matrices(parameter.data, turned[name]):
+                matrix.copy_(change(matrix.float()))
+        return ask_exam(model, exam, setting)
+
+
+class Quantiser(NamedTuple):
+    """Levels between -1 and 1, and how many inputs share a scale: their largest magnitude."""
+
+    levels: Float[Tensor, " L"]
+    block: int | None = None  # None: all inputs of an output
+
+    def group_weights(self, matrix: Matrix) -> Float[Tensor, "O G S"]:
+        """The weights that share a scale side by side; the last block is filled up with zeros."""
+        size = self.block or matrix.shape[1]
+        return torch.nn.functional.pad(matrix, (0, -matrix.shape[1] % size)).reshape(len(matrix), -1, size)
+
+    def nearest_levels(self, weights: Float[Tensor, "O G S"], scale: Float[Tensor, "O G 1"]) -> Int[Tensor, "O G S"]:
+        """The number of the level nearest to each weight."""
+        levels = self.levels.to(weights.device)
+        return torch.bucketize((weights / scale).contiguous(), (levels[1:] + levels[:-1]) / 2)
+
+    def round_weights(self, weights: Float[Tensor, "O G S"]) -> Float[Tensor, "O G S"]:
+        """The weights after quantising and back."""
+        scale = group_scales(weights)
+        return self.levels.to(weights.device)[self.nearest_levels(weights, scale)] * scale
+
+    def round_matrix(self, matrix: Matrix) -> Matrix:
+        return self.round_weights(self.group_weights(matrix)).flatten(1)[:, : matrix.shape[1]]
+
+
+def group_scales(weights: Float[Tensor, "O G S"]) -> Float[Tensor, "O G 1"]:
+    largest = weights.abs().amax(dim=2, keepdim=True)
+    return largest.masked_fill(largest == 0, 1)
+
+
+def normal_levels() -> Float[Tensor, " 16"]:
+    """The 16 levels of NF4: quantiles of the normal distribution, 0 among them.
+
+    QLoRA, arXiv 2305.14314, section 3 and appendix E: the outermost quantile is the mean of those
+    that would leave half a step outside with 16 and with 15 levels.
+    """
+    outermost = 1 - (1 / 32 + 1 / 30) / 2
+    sides = [torch.special.ndtri(torch.linspace(outermost, 0.5, count, dtype=torch.float64)) for count in (8, 9)]
+    levels = torch.cat([-sides[0], sides[1][:-1].flip(0)])  # both sides end at 0: it is kept once
+    return (levels / levels.max()).float()
+
+
+class Quantisation(Attack, id="E10", name="quantisation", tier="smoke"):
+    """All linear matrices of the layers rounded to the nearest level, in float.
+
+    Metrics, where the original is known: of the weights that unlearning changed, the share that
+    rounding puts into the original's bucket; counted, so that it has no interval.
+    """
+
+    quantisers: Mapping[str, Quantiser] = field(
+        default_factory=lambda: {
+            "int8 a channel": Quantiser(torch.arange(-127, 128) / 127),
+            "int4 in groups of 128": Quantiser(torch.arange(-7, 8) / 7, 128),
+            "NF4 in blocks of 64": Quantiser(normal_levels(), 64),
+        }
+    )
+
+    def run(self, model: Subject, texts: Texts, exam: Exam, seed: int) -> AttackResult:
+        ways, metrics = [], {}
+        for name, quantiser in self.quantisers.items():
+            ways.append(ask_changed(model, exam, name, quantiser.round_matrix))
+            changed, same = count_undone(model, quantiser)
+            if changed:
+                share = same / changed
+                metrics[f"in the original's bucket, {name}"] = Estimate(share, share, share, changed)
+        return AttackResult(tuple(ways), metrics)
+
+
+def count_undone(model: Subject, quantiser: Quantiser) -> tuple[int, int]:
+    """How many weights of the linear matrices differ from the original's; how many of them fall,
+    once they are rounded, into the bucket of the original's.
+
+    The rounded values themselves are hardly ever equal: one changed weight moves a block's scale.
+    """
+    turned = find_matrices(model.module)
+    changed = same = 0
+    for name in turned.keys() & model.original.keys():
+        pair = model.module.get_parameter(name).data, model.original[name]
+        for one, other in zip(*(view_matrices(weight, turned[name]) for weight in pair), strict=True):
+            now, before = quantiser.group_weights(one.float()), quantiser.group_weights(other.float())
+            scale = group_scales(before)
+            after = quantiser.nearest_levels(quantiser.round_weights(now), scale)
+            differ = now != before
+            changed += int(differ.sum())
+            same += int((differ & (after == quantiser.nearest_levels(before, scale))).sum())
+    return changed, same
+
+
+class Noise(Attack, id="E11", name="noise", tier="standard"):
+    """All linear matrices of the layers; an answer under noise is right as often as over seeds."""
+
+    pruned: tuple[float, ...] = (0.1, 0.3, 0.5)  # share of a matrix
+    noise: tuple[float, ...] = (0.01, 0.02, 0.05)  # standard deviation over a row's RMS
+    seeds: int = 3
+
+    def run(self, model: Subject, texts: Texts, exam: Exam, seed: int) -> AttackResult:
+        ways = [
+            ask_changed(model, exam, f"{share:.0%} pruned", partial(prune_matrix, share=share)) for share in self.pruned
+        ]
+        for share in self.noise:
+            right = []
+            for i in range(self.seeds):
+                way = ask_changed(model, exam, "", make_disturbance(model, share, self.seeds * seed + i))
+                right.append([*way.val, *way.test])
+            ways.append(exam.split_right(f"noise of {share:.0%}", np.mean(right, axis=0).tolist()))
+        return AttackResult(tuple(ways), budget={"seeds of noise": self.seeds})
+
+
+def prune_matrix(matrix: Matrix, share: float) -> Matrix:
+    """The matrix with a share of its weights, those nearest to 0, set to 0."""
+    flat = matrix.flatten()
+    nearest = flat.abs().argsort(stable=True)[: round(share * flat.numel())]
+    return flat.index_fill(0, nearest, 0).reshape(matrix.shape)
+
+
+def make_disturbance(model: Subject, share: float, seed: int) -> Callable[[Matrix], Matrix]:
+    """A function that adds Gaussian noise to one matrix after the other."""
+    generator = torch.Generator(model.device).manual_seed(seed)
+
+    def disturb(matrix: Matrix) -> Matrix:
+        rms = matrix.square().mean(dim=1, keepdim=True).sqrt()
+        return matrix + share * rms * torch.randn(matrix.shape, generator=generator, device=matrix.device)
+
+    return disturb

@@ -1,0 +1,347 @@
+"""E4, E5, E6 and E17: what the residual between the blocks of a model holds."""
+
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from numpy.typing import NDArray
+from torch import Tensor
+
+from srmu.attacks.base import Attack, AttackResult, Exam, Texts, ask_exam
+from srmu.engine.fine_tune import Row
+from srmu.engine.generate import join_responses
+from srmu.engine.hooks import cut_blocks, decoder_blocks, edit_outputs
+from srmu.engine.losses import is_counted, is_predicted, token_nll
+from srmu.engine.model import Batch
+from srmu.engine.train import move_batch
+from srmu.evals.statistics import LEAST, bootstrap_estimate
+from srmu.evals.subject import NotApplicable, Question, Subject, list_facts, mark_answers, mark_right
+
+BATCH = 32  # texts read at once
+
+Array = NDArray[np.float32]
+ResidualEdit = Callable[[Tensor], Tensor | None]  # of a block's output (B, T, D)
+Edits = dict[int, ResidualEdit]  # by block
+
+
+def edit_residual(model: Subject, edits: Mapping[int, ResidualEdit]) -> AbstractContextManager[None]:
+    """Run the model with the outputs of some blocks, by number, put through a function each."""
+
+    def check_and_edit(edit: ResidualEdit, value: Tensor) -> Tensor | None:
+        if value.ndim != 3:
+            raise NotApplicable("blocks of this model pass on more than one residual a token")
+        return edit(value)
+
+    blocks = decoder_blocks(model.module)
+    return edit_outputs({blocks[layer]: partial(check_and_edit, edit) for layer, edit in edits.items()})
+
+
+@torch.no_grad()
+def read_outputs(model: Subject, ids: Int[Tensor, "B T"], at: Bool[Tensor, "B T"]) -> list[Float[Tensor, "N D"]]:
+    """What each block puts out at N marked tokens, row after row, in the model's own dtype.
+
+    NotApplicable where more than one set of weights answers: there is no one output.
+    """
+    if model.fixed:
+        raise NotApplicable(model.fixed)
+    outputs: list[Tensor] = []
+
+    def keep(value: Tensor) -> None:
+        outputs.append(value[at])
+
+    with edit_residual(model, dict.fromkeys(range(len(decoder_blocks(model.module))), keep)):
+        model.module(ids, use_cache=False, logits_to_keep=1)
+    return outputs
+
+
+def answer_rows(model: Subject, pairs: Sequence[tuple[str, str]]) -> list[Row]:
+    """The tokens of prompts and their answers; of a prompt that is too long, the end."""
+    split = [model.split(*pair) for pair in pairs]
+    return [(before[-(model.max_length - len(after)) :], after) for before, after in split]
+
+
+def pad_rows(rows: Sequence[Row], device: torch.device) -> Batch:
+    """Rows padded on the right, where no token that counts can see it."""
+    return move_batch(join_responses(*zip(*rows, strict=True)), device)
+
+
+def batch_answers(rows: Sequence[Row], size: int, device: torch.device) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    """Numbers of at most `size` rows of like length, their tokens and labels (B, T)."""
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]) + len(rows[i][1]))
+    for start in range(0, len(order), size):
+        chosen = order[start : start + size]
+        batch = pad_rows([rows[i] for i in chosen], device)
+        yield chosen, batch["input_ids"], batch["labels"]
+
+
+def answer_nll(model: Subject, ids: Int[Tensor, "B T"], labels: Int[Tensor, "B T"]) -> Float[Tensor, " B"]:
+    """Nats that a token of each row's answer costs, on average."""
+    counts = is_predicted(labels)
+    # only columns from the first answer on meet the vocabulary
+    width = ids.shape[1] - int(counts.any(dim=0).nonzero()[0])
+    logits = model.module(ids, use_cache=False, logits_to_keep=width).logits
+    return token_nll(logits, labels[:, -width:]).sum(dim=1) / counts.sum(dim=1)
+
+
+class LogitLens(Attack, id="E4", name="logit_lens", tier="smoke"):
+    """Final norm and unembedding on what each block puts out (nostalgebraist, 2020).
+
+    The model is cut above the block, so that norm, head and whatever its architecture does with
+    logits are its own. With L blocks this takes the exam (L + 1) / 2 times.
+    """
+
+    def run(self, model: Subject, texts: Texts, exam: Exam, seed: int) -> AttackResult:
+        ways = []
+        for layer in range(len(decoder_blocks(model.module))):
+            with cut_blocks(model.module, layer + 1):
+                ways.append(ask_exam(model, exam, f"layer {layer}"))
+        return AttackResult(tuple(ways), budget={"layers": len(ways)})
+
+
+class LinearProbe(Attack, id="E5", name="linear_probe", tier="standard"):
+    """Logistic regression, right or wrong option, on the residual of the last prompt token.
+
+    Classes would be answers, and most answers belong to a fact or two; so a class is what the
+    option's tokens are to the unembedding, z, and the probe a bilinear form h W z. Answers of
+    the validation half come from probes trained on its other folds, those of the test half from
+    probes trained on the validation half and the test half's other folds. Folds share no fact,
+    and nothing of the test half chooses the layer.
+
+    Metric: selectivity (arXiv 1909.03368) of the layer that is best on the validation half, its
+    accuracy less that of probes trained on and tested against labels shuffled within questions.
+    """
+
+    folds: int = 5
+    shuffles: int = 5
+    width: int = 32  # principal components of the residual, and of what the options are
+    strength: float = 0.01  # inverse of the penalty on the weights
+
+    def run(self, model: Subject, texts: Texts, exam: Exam, seed: int) -> AttackResult:
+        h, z = last_residuals(model, exam.both), embed_options(model, exam.both, self.width)
+        count = len(exam.val)
+        ways = [
+            exam.split_right(f"layer {layer}", self.fit_probe(x, z, exam.both, count, seed))
+            for layer, x in enumerate(h)
+        ]
+        best = max(range(len(ways)), key=lambda layer: sum(ways[layer].val))
+        rng = np.random.default_rng(seed)
+        control = []
+        for _ in range(self.shuffles):
+            shuffled = [replace(q, gold=int(rng.integers(len(q.options)))) for q in exam.both]
+            control.append(self.fit_probe(h[best], z, shuffled, count, seed)[count:])
+        table = np.column_stack([ways[best].test, np.mean(control, axis=0)])
+        selectivity = bootstrap_estimate(
+            [table], [list_facts(exam.test)], lambda means: means[..., 0] - means[..., 1], seed=seed
+        )
+        budget = {"layers": len(ways), "folds": self.folds, "shuffles": self.shuffles, "components": self.width}
+        return AttackResult(tuple(ways), {"selectivity": selectivity}, budget)
+
+    def fit_probe(
+        self,
+        h: Float[Array, "Q D"],
+        z: Sequence[Float[Array, "O K"]],
+        questions: Sequence[Question],
+        count: int,
+        seed: int,
+    ) -> list[float]:
+        """The right answers (0/1) to all questions, of which the validation half are the first `count`."""
+        from sklearn.decomposition import PCA
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.model_selection import GroupKFold
+
+        right = np.zeros(len(questions))
+        for start, half in ((0, questions[:count]), (count, questions[count:])):
+            folds = GroupKFold(self.folds, shuffle=True, random_state=seed)
+            for others, asked in folds.split(half, groups=list_facts(half)):
+                trained, asked = [*range(start), *(start + others)], start + asked
+                width = min(self.width, len(trained), h.shape[1])
+                pca = PCA(width, whiten=True, random_state=seed).fit(h[trained])
+                x = [option_features(row, z[i]) for i, row in enumerate(pca.transform(h))]
+                labels = [o == questions[i].gold for i in trained for o in range(len(z[i]))]
+                probe = LogisticRegression(C=self.strength, max_iter=200)
+                probe.fit(np.concatenate([x[i] for i in trained]), labels)
+                scores = [probe.decision_function(x[i]).tolist() for i in asked]
+                right[asked] = mark_right(scores, [questions[i] for i in asked])
+        return right.tolist()
+
+
+def last_residuals(model: Subject, questions: Sequence[Question], batch: int = 64) -> list[Float[Array, "Q D"]]:
+    """By layer: what the block puts out at the last token of each prompt."""
+    prompts = [model.tokens(q.prompt)[-model.max_length :] for q in questions]
+    parts: list[list[Array]] = []
+    order: list[int] = []
+    for chosen, ids, labels in batch_answers([(row[:-1], row[-1:]) for row in prompts], batch, model.device):
+        order += chosen
+        parts.append([values.float().cpu().numpy() for values in read_outputs(model, ids, is_counted(labels))])
+    return [np.concatenate(layer)[np.argsort(order)] for layer in zip(*parts, strict=True)]
+
+
+def embed_options(model: Subject, questions: Sequence[Question], width: int) -> list[Float[Array, "O K"]]:
+    """Of each question: its options, each the mean of its tokens' rows of the unembedding.
+
+    In `width` principal components at most.
+    """
+    from sklearn.decomposition import PCA
+
+    head: Tensor = model.module.get_output_embeddings().weight.detach()
+    pairs = [(q.prompt, option) for q in questions for option in q.options]
+    means = [head[model.split(*pair)[1]].float().mean(dim=0).cpu().numpy() for pair in pairs]
+    z = PCA(min(width, *np.shape(means)), random_state=0).fit_transform(np.array(means))
+    return np.split(z / z.std(), np.cumsum([len(q.options) for q in questions])[:-1])
+
+
+def option_features(h: Float[Array, " K"], z: Float[Array, "O K"]) -> Float[Array, "O KK"]:
+    """The features of a question's options, less their mean: only differences can choose one."""
+    x = (h[:, None] * z[:, None, :]).reshape(len(z), -1)
+    return x - x.mean(axis=0)
+
+
+class DirectionAblation(Attack, id="E6", name="direction_ablation", tier="smoke", by_tier={"smoke": {"single": 8}}):
+    """Ablation of one direction a block, at one block alone and at all of them at once.
+
+    `displacement` points from the original's residual to the model's, on questions of the
+    validation half that unlearning made wrong. `forget minus neutral` needs no original.
+    """
+
+    texts: int = 64  # of each set
+    tokens: int = 128  # of each text
+    single: int | None = None  # layers ablated alone, evenly spaced; None: each
+
+    def run(self, model: Subject, texts: Texts, exam: Exam, seed: int) -> AttackResult:
+        kinds: dict[str, Edits] = {}
+        skipped = {}
+        try:
+            kinds["displacement"] = find_displacement_edits(model, exam)
+        except NotApplicable as reason:
+            skipped = {"displacement": str(reason)}
+        kinds["forget minus neutral"] = self.find_difference_edits(model, texts, seed)
+        ways = []
+        for kind, edits in kinds.items():
+            ablated = {f"layer {layer}": {layer: edits[layer]} for layer in pick_evenly([*edits], self.single)}
+            for where, chosen in (ablated | {"all layers": edits}).items():
+                with edit_residual(model, chosen):
+                    ways.append(ask_exam(model, exam, f"{kind}, {where}"))
+        return AttackResult(tuple(ways), budget={"ablations": len(ways), "skipped": skipped})
+
+    def find_difference_edits(self, model: Subject, texts: Texts, seed: int) -> Edits:
+        """h - ((h - m).d) d, d the unit mean(forget) - mean(neutral) and m the latter.
+
+        Along d, tokens are put where neutral ones are on average: zero may be far from any.
+        """
+        rng = random.Random(seed)
+        means = []
+        for pool in (texts.forget, texts.neutral):
+            rows = cut_documents(model, rng.sample(pool, min(self.texts, len(pool))), self.tokens)
+            total: Any = sum(
+                torch.stack([h.float().sum(dim=0) for h in read_outputs(model, ids, is_counted(labels))])
+                for _, ids, labels in batch_answers(rows, BATCH, model.device)
+            )
+            means.append(total / sum(len(tokens) for _, tokens in rows))
+        pairs = enumerate(zip(*means, strict=True))
+        return {layer: make_ablation(forget - neutral, neutral) for layer, (forget, neutral) in pairs}
+
+
+def pick_evenly(layers: Sequence[int], most: int | None) -> Sequence[int]:
+    """At most so many, evenly spaced, the first and the last among them."""
+    if most is None or len(layers) <= most:
+        return layers
+    return [layers[round(i * (len(layers) - 1) / (most - 1))] for i in range(most)]
+
+
+def find_displacement_edits(model: Subject, exam: Exam) -> Edits:
+    """h - (h.d) d, d the unit mean of h_unlearned - h_original over a layer's ordinary tokens."""
+    with model.as_original():
+        before = mark_answers(model, exam.val)
+    after = mark_answers(model, exam.val)
+    lost = [q.prompt for q, b, a in zip(exam.val, before, after, strict=True) if b > a]
+    if not lost:
+        raise NotApplicable("unlearning made no question of the validation half wrong")
+    rows = cut_documents(model, lost, model.max_length)
+    norms = [torch.stack([move.norm(dim=-1) for move in moves]) for moves in iterate_displacements(model, rows)]
+    # a few tokens, often the first ones, move so far that they alone would make the mean
+    limits = [n.mean() + 3 * n.std(correction=0) for n in torch.cat(norms, dim=1)]
+    sums: Any = sum(  # read again: all tokens at once would not fit where the model is large
+        torch.stack([m[m.norm(dim=-1) <= limit].sum(dim=0) for m, limit in zip(moves, limits, strict=True)])
+        for moves in iterate_displacements(model, rows)
+    )
+    edits = {layer: make_ablation(total) for layer, total in enumerate(sums) if total.norm() > 0}
+    if not edits:
+        raise NotApplicable("unlearning left what the blocks put out as it was")
+    return edits
+
+
+def iterate_displacements(model: Subject, rows: Sequence[Row]) -> Iterator[list[Float[Tensor, "N D"]]]:
+    """By layer, how far the tokens of a batch of texts are from where the original has them."""
+    for _, ids, labels in batch_answers(rows, BATCH, model.device):
+        now = read_outputs(model, ids, is_counted(labels))
+        with model.as_original():
+            then = read_outputs(model, ids, is_counted(labels))
+        yield [a.float() - b.float() for a, b in zip(now, then, strict=True)]
+
+
+def cut_documents(model: Subject, texts: Sequence[str], most: int) -> list[Row]:
+    """Up to `most` tokens; all count but the first, the attention sink of many models."""
+    cut = [model.tokens(text)[:most] for text in texts]
+    return [(tokens[:1], tokens[1:]) for tokens in cut]
+
+
+def make_ablation(direction: Tensor, centre: Tensor | float = 0.0) -> ResidualEdit:
+    """An edit after which tokens differ from the centre no more along the direction."""
+    unit = direction / direction.norm()
+    return lambda h: h.float() - ((h.float() - centre) @ unit).unsqueeze(-1) * unit
+
+
+class UnlearningDepth(Attack, id="E17", name="unlearning_depth", tier="standard"):
+    """Unlearning depth score (arXiv 2605.24614): 0 all there, 1 as if it had never been learned.
+
+    The residual after block l, at the positions that predict the right answer, is taken from
+    another model into the original; D_l is what the answer then loses in log-probability, a mean
+    over its tokens. D1 is with the oracle's residual, D2 with the unlearned model's. As the rest
+    of the prompt stays the original's, D is small below the layers that fetch the answer. An
+    oracle trained apart from the original speaks another basis; D1 is then large everywhere.
+    """
+
+    batch: int = 16  # questions read at once
+    threshold: float = 0.05  # nats a token: a layer where the original knows more than the oracle
+
+    def run(self, model: Subject, texts: Texts, exam: Exam, seed: int) -> AttackResult:
+        if model.oracle is None:
+            raise NotApplicable("no oracle: it needs a model that was trained without the facts")
+        layers = len(decoder_blocks(model.module))
+        asked = answer_rows(model, [(q.prompt, q.answer) for q in exam.test])
+        drops = torch.zeros(2, layers, len(asked))
+        for chosen, ids, labels in batch_answers(asked, self.batch, model.device):
+            at = torch.nn.functional.pad(is_predicted(labels), (0, 1))
+            sources = [read_outputs(source, ids, at) for source in (model.oracle, model)]
+            with torch.no_grad(), model.as_original():
+                intact = answer_nll(model, ids, labels)
+                for stage, source in enumerate(sources):
+                    for layer, values in enumerate(source):
+                        with edit_residual(model, {layer: patch_output(values, at)}):
+                            drops[stage, layer, chosen] = (answer_nll(model, ids, labels) - intact).cpu()
+        scores = depth_scores(*drops, threshold=self.threshold)
+        kept = scores.isfinite()
+        names = [q.fact for q, known in zip(exam.test, kept.tolist(), strict=True) if known]
+        if (count := len({*names})) < LEAST:
+            raise NotApplicable(f"the original knows {count} facts better than the oracle; it needs {LEAST}")
+        depth = bootstrap_estimate([scores[kept].numpy()], [names], seed=seed)
+        return AttackResult(metrics={"depth": depth}, budget={"patched": 2 * layers})
+
+
+def patch_output(values: Float[Tensor, "N D"], at: Bool[Tensor, "B T"]) -> ResidualEdit:
+    """An edit that puts these values at the marked tokens."""
+    return lambda h: h.masked_scatter(at.unsqueeze(-1), values.to(h))
+
+
+def depth_scores(first: Float[Tensor, "L N"], second: Float[Tensor, "L N"], *, threshold: float) -> Float[Tensor, " N"]:
+    """Depth by question; NaN where no layer of the original knows more than the oracle's."""
+    # section 3.3: sum_l D1 clip(D2 / D1, 0, 1) / sum_l D1, over layers where D1 > threshold
+    known = first > threshold
+    share = (second / first).clamp(0, 1)
+    return (first * share).where(known, 0).sum(0) / first.where(known, 0).sum(0)
