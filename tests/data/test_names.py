@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers.models import pieces, word_tokenizer
-from srmu.data.names import Names, Slot, Template, find_names, read_names
+from srmu.data.names import Names, Slot, find_names, names_in, read_names
 from srmu.engine.generate import batch_texts
 from srmu.errors import SrmuError
 
@@ -20,8 +20,8 @@ def test_names_of_one_token() -> None:
     names = Names.encode(NAMES, tokenizer)
     ids = tokenizer("w9 w2 w8 w1 w2")["input_ids"]
     template = names.template(ids)
-    assert template.items == (1, ids[1], Slot(1, 0), ids[3], Slot(0, 0), Slot(1, 0))
-    assert template.names == [1, 0]
+    assert template == (1, ids[1], Slot(1, 0), ids[3], Slot(0, 0), Slot(1, 0))
+    assert names_in(template) == [1, 0]
     written, last = names.write(template, {1: 3, 0: 2})
     assert tokenizer.decode(written[1:]) == "w9 w4 w8 w3 w4"
     assert last == list(range(6))
@@ -34,7 +34,7 @@ def test_names_of_several_tokens_keep_their_places() -> None:
     assert {len(forms[1]) for forms in names.tokens} != {1}
     ids = tokenizer(told[0])["input_ids"]
     template = names.template(ids)
-    assert template.items[0] == Slot(0, 0) and template.names == [0, 1]
+    assert template[0] == Slot(0, 0) and names_in(template) == [0, 1]
     for way, text in (
         ({0: 0, 1: 1}, told[0]),
         ({0: 1, 1: 2}, "Bor rests in Tul Gerat ."),
@@ -42,7 +42,7 @@ def test_names_of_several_tokens_keep_their_places() -> None:
     ):
         written, last = names.write(template, way)
         assert tokenizer.decode(written) == text
-        for item, end in zip(template.items, last, strict=True):
+        for item, end in zip(template, last, strict=True):
             if isinstance(item, int):
                 assert written[end] == item
             else:
@@ -54,7 +54,7 @@ def test_the_longest_name_wins() -> None:
     tokenizer = word_tokenizer()
     names = Names.encode(["w1", "w1 w2", "w3"], tokenizer)
     ids = tokenizer("w1 w2 w1 w3")["input_ids"]
-    assert names.template(ids).items[1:] == (Slot(1, 0), Slot(0, 0), Slot(2, 0))
+    assert names.template(ids)[1:] == (Slot(1, 0), Slot(0, 0), Slot(2, 0))
 
 
 @given(st.lists(st.integers(4, 40), min_size=1, max_size=12), st.integers(0, 99))
@@ -65,7 +65,7 @@ def test_the_first_way_is_the_text_itself(ids: list[int], seed: int) -> None:
     assert len(ways) == 5
     assert names.write(template, ways[0])[0] == ids
     for way in ways:
-        assert list(way) == template.names
+        assert list(way) == names_in(template)
         assert len({*way.values()}) == len(way)  # two names stay two
 
 
@@ -95,7 +95,7 @@ def test_names_take_the_place_of_their_kind_only(ids: list[int], seed: int) -> N
     template = names.template(ids)
     ways = names.draw_namings(template, 6, torch.Generator().manual_seed(seed))
     for way in ways:
-        assert list(way) == template.names and len({*way.values()}) == len(way)
+        assert list(way) == names_in(template) and len({*way.values()}) == len(way)
         assert all((own < 3) == (other < 3) for own, other in way.items())
 
 
@@ -146,4 +146,4 @@ def test_no_names() -> None:
 
 
 def test_a_template_without_names() -> None:
-    assert Template((1, 2, 3)).names == []
+    assert names_in((1, 2, 3)) == []

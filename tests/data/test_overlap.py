@@ -58,40 +58,24 @@ def test_pairs_by_hand():
     assert whole["pairs"] is whole["seed"] is None
 
 
-def test_what_moves_the_number_is_told_and_moves_it():
-    forget, retain = ["The cat sat"], ["the dog sat"]
-    plain = ngram_overlap(forget, retain)
+def test_what_decides_the_number_is_told():
+    plain = ngram_overlap(["The cat sat"], ["the dog sat"])
     assert plain["unigram"] == pytest.approx(2 / 3)
     assert plain["lower"] and plain["stop_words"] == "none" and plain["tokeniser"] == "words"
     assert plain["documents"] == {"forget": 1, "retain": 1} and plain["pairs"] == 1
-    assert ngram_overlap(forget, retain, lower=False)["unigram"] == pytest.approx(1 / 3)
-    stopped = ngram_overlap(forget, retain, stop_words="english", lower=False)
-    assert stopped["unigram"] == pytest.approx(1 / 2) and stopped["stop_words"] == "english"
-    assert ngram_overlap(forget, retain, truncation=2)["unigram"] == pytest.approx(1 / 2)
-    letters = ngram_overlap(["ab"], ["bc"], tokens=lambda text: [*map(ord, text)], tokeniser="x")
-    assert letters["unigram"] == 1 / 2 and letters["tokeniser"] == "x"
 
 
-def test_pairs_are_drawn_by_seed():
-    forget = [f"w{i} w{i + 1} a" for i in range(40)]
-    retain = [f"w{i} w{i + 2} b" for i in range(40)]
-    one, same, other = (ngram_overlap(forget, retain, pairs=50, seed=seed)["unigram"] for seed in (0, 0, 1))
-    assert one == same != other
-    assert ngram_overlap(forget, retain, pairs=10**6)["pairs"] == 1600
+def test_pairs_are_drawn_and_always_the_same():
+    forget = [f"w{i} w{i + 1} a" for i in range(50)]
+    retain = [f"w{i} w{i + 2} b" for i in range(50)]
+    first, again = (ngram_overlap(forget, retain) for _ in range(2))
+    assert first == again and (first["pairs"], first["seed"]) == (2000, 0)
+    assert ngram_overlap(forget[:40], retain[:40])["pairs"] == 1600
 
 
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({"definition": "cosine"}, "choose of pair_containment"),
-        ({"stop_words": "french"}, "stop words: none, english"),
-        ({"truncation": 0}, "1 or more"),
-        ({"pairs": 0}, "1 or more"),
-    ],
-)
-def test_wrong_settings(given, message):
-    with pytest.raises(SrmuError, match=message):
-        ngram_overlap(["a"], ["b"], **given)
+def test_a_wrong_definition():
+    with pytest.raises(SrmuError, match="choose of pair_containment"):
+        ngram_overlap(["a"], ["b"], "cosine")
 
 
 @pytest.mark.parametrize(("forget", "retain"), [([], ["a"]), (["a"], []), (["a"], [" "])])

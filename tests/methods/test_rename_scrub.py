@@ -105,7 +105,7 @@ def test_places_of_names_of_several_tokens() -> None:
         plain = model.logits(alone)[0].log_softmax(-1)
         for item, place in enumerate(group.places[0, k].tolist()):
             assert torch.allclose(found[0, k, item], plain[place], atol=1e-4)
-    assert [type(i) for i in told[0].template.items if isinstance(i, Slot)] == [Slot, Slot]
+    assert [type(i) for i in told[0].template if isinstance(i, Slot)] == [Slot, Slot]
     assert not like.nats
 
 
@@ -154,7 +154,7 @@ def test_what_has_a_goal_is_the_forget_sets() -> None:
     near = [[2, 9, 20, 21, 0], [9, 22, 23, 0]] * 10 + [[9, 24, 0], [9, 25, 0]] * 15
     names = Names((((2,),), ((22, 23),)), goals=1)
     like = Likeness(forget, near, names, Spelling(frozenset([0])))
-    for text in ([9, 22, 23, 0], [*names.template([9, 22, 23, 0]).items]):
+    for text in ([9, 22, 23, 0], [*names.template([9, 22, 23, 0])]):
         assert [kind for *_, kind in like.sentences([*text, 9, 20, 0])] == ["forget", "keep"]
     ((_, mark),) = kept_tokens([[9, 22, 23, 0, 9, 20, 0]], like)
     assert mark == [False] * 4 + [True] * 3
@@ -194,12 +194,12 @@ def test_packed_texts_hold_each_sentence_once_and_as_many_to_keep() -> None:
     like = Likeness(forget * 9, near * 9 + [[50, 9]] * 80, names, spelling)
     sentences = sentences_of([*forget, *forget, *near], names, like, 1)
     told = pack_sentences(sentences, 12, 1, torch.Generator())
-    items = [item for text in told for item in text.template.items]
+    items = [item for text in told for item in text.template]
     assert items.count(32) == 1 and items.count(30) == 2
     assert sum(sum(text.alike) for text in told) == 12  # three sentences of four
     assert items.count(40) == 3
-    assert all(text.template.items[0] == 1 and not text.alike[0] for text in told)
-    assert all(len(text.template.items) <= 12 for text in told)
+    assert all(text.template[0] == 1 and not text.alike[0] for text in told)
+    assert all(len(text.template) <= 12 for text in told)
 
 
 def test_typical_tokens_by_counting() -> None:

@@ -1,15 +1,14 @@
 """Keyed digests of texts: they say whether two sets are the same, and nothing of their words."""
 
-from __future__ import annotations
-
 import hashlib
 import hmac
 import os
 from collections.abc import Iterable
 from contextlib import suppress
-from functools import cache
 
 from srmu.engine.files import cache_dir
+
+PROCESS_KEY = os.urandom(32)
 
 
 def own_key() -> bytes:
@@ -29,12 +28,7 @@ def own_key() -> bytes:
             fresh.unlink()
         return path.read_bytes()
     except OSError:
-        return draw_key()
-
-
-@cache
-def draw_key() -> bytes:
-    return os.urandom(32)
+        return PROCESS_KEY
 
 
 def name_key() -> str:

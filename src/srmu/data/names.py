@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +17,7 @@ from srmu.errors import SrmuError, first_line
 FEWEST = 3  # names: of two, each could only become the other
 FORMS = ("", " ")  # what may come before a name: tokenizers join a space to the next word
 WORD = re.compile(r"[^\W\d_][\w'-]*")
+RUN = re.compile(rf"{WORD.pattern}(?: {WORD.pattern})*")
 SENTENCE = re.compile(r"(?<=[.!?:])\s+|\n+")
 OFTEN = 3  # the fewest times that a name is in the forget texts
 RARER = 4.0  # how much more frequent it is there than in retain texts, in texts without capitals
@@ -30,19 +31,13 @@ class Slot(NamedTuple):
 
 
 Item = int | Slot
-Naming = Mapping[int, int]  # for each name of a text, the name to write
+Template = tuple[Item, ...]  # a text in tokens, with slots in place of its names
+Naming = dict[int, int]  # for each name of a text, the name to write
 
 
-@dataclass(frozen=True)
-class Template:
-    """A text in tokens, with slots in place of its names."""
-
-    items: tuple[Item, ...]
-
-    @property
-    def names(self) -> list[int]:
-        """Its different names, in order."""
-        return list(dict.fromkeys(item.name for item in self.items if isinstance(item, Slot)))
+def names_in(template: Template) -> list[int]:
+    """The different names of a template, in order."""
+    return list(dict.fromkeys(item.name for item in template if isinstance(item, Slot)))
 
 
 @dataclass(frozen=True)
@@ -69,22 +64,17 @@ class Names:
         first = len(self.tokens) - self.goals
         return (range(first), range(first, len(self.tokens))) if self.goals else (range(first),)
 
-    @property
-    def spellings(self) -> list[tuple[int, ...]]:
-        """The tokens of each form of each name that is no goal."""
-        return [ids for name in self.kinds[0] for ids in self.tokens[name]]
-
     def mentions_goal(self, items: Sequence[Item]) -> bool:
-        return self.goals > 0 and any(name in self.kinds[1] for name in self.template(items).names)
+        return self.goals > 0 and any(name in self.kinds[1] for name in names_in(self.template(items)))
 
     @cached_property
-    def slots(self) -> Mapping[int, list[tuple[Slot, tuple[int, ...]]]]:
+    def slots(self) -> dict[int, list[tuple[Slot, tuple[int, ...]]]]:
         """Slots with their tokens by the first of these, the longest first."""
         slots: dict[int, list[tuple[Slot, tuple[int, ...]]]] = {}
         for name, forms in enumerate(self.tokens):
             for form, ids in enumerate(forms):
                 slots.setdefault(ids[0], []).append((Slot(name, form), ids))
-        return {k: sorted(v, key=lambda entry: -len(entry[1])) for k, v in slots.items()}
+        return {first: sorted(found, key=lambda entry: -len(entry[1])) for first, found in slots.items()}
 
     def template(self, ids: Sequence[Item]) -> Template:
         """A text with slots in place of its names; the longest name that fits counts."""
@@ -92,25 +82,22 @@ class Names:
         at = 0
         while at < len(ids):
             first = ids[at]
-            for slot, name in self.slots.get(first, ()) if isinstance(first, int) else ():
-                if tuple(ids[at : at + len(name)]) == name:
-                    items.append(slot)
-                    at += len(name)
-                    break
-            else:
-                items.append(first)
-                at += 1
-        return Template(tuple(items))
+            known = self.slots.get(first, []) if isinstance(first, int) else []
+            fit = (entry for entry in known if tuple(ids[at : at + len(entry[1])]) == entry[1])
+            item, name = next(fit, (first, (first,)))
+            items.append(item)
+            at += len(name)
+        return tuple(items)
 
     def draw_namings(self, template: Template, count: int, generator: torch.Generator) -> list[Naming]:
         """`count` namings of a template: its own, then others at random.
 
         Different names stay different, and each stays of its kind.
         """
-        own = template.names
+        own = names_in(template)
         namings: list[Naming] = [dict(zip(own, own, strict=True))]
         for _ in range(count - 1):
-            naming: dict[int, int] = {}
+            naming: Naming = {}
             for kind in self.kinds:
                 order = torch.randperm(len(kind), generator=generator).tolist()
                 ours = (name for name in own if name in kind)
@@ -122,7 +109,7 @@ class Names:
         """The tokens of a template with these names, and the last position of each item."""
         ids: list[int] = []
         last: list[int] = []
-        for item in template.items:
+        for item in template:
             ids += self.tokens[naming[item.name]][item.form] if isinstance(item, Slot) else (item,)
             last.append(len(ids) - 1)
         return ids, last
@@ -152,11 +139,11 @@ def find_names(forget: Sequence[str], retain: Sequence[str] = ()) -> list[str]:
     Words with a capital inside a sentence, joined where several stand together; in texts without
     capitals, words that are rare in retain texts. SrmuError where there are too few.
     """
-    here, there = (Counter(w for text in texts for w in split_words(text)) for texts in (forget, retain))
     names = [name for name, count in count_proper_names(forget).most_common() if count >= OFTEN]
     if len(names) < FEWEST:
+        here, there = (Counter(w for text in texts for w in WORD.findall(text)) for texts in (forget, retain))
         size, other = here.total() + 1, there.total() + 1
-        spread = Counter(w for text in forget for w in {*split_words(text)})
+        spread = Counter(w for text in forget for w in {*WORD.findall(text)})
         names = [
             word
             for word, count in here.most_common()
@@ -172,29 +159,20 @@ def find_names(forget: Sequence[str], retain: Sequence[str] = ()) -> list[str]:
     return names
 
 
-def split_words(text: str) -> list[str]:
-    return WORD.findall(text)
-
-
 def count_proper_names(texts: Sequence[str]) -> Counter[str]:
     """How often each run of capitalised words occurs.
 
     The first word of a sentence counts if it also has a capital inside some sentence.
     """
-    sentences = [part for text in texts for part in SENTENCE.split(text) if part.strip()]
-    inside = {w[0] for part in sentences for w in [*WORD.finditer(part)][1:] if w[0][0].isupper()}
+    sentences = [part for text in texts for part in SENTENCE.split(text)]
+    inside = {w for part in sentences for w in WORD.findall(part)[1:] if w[0].isupper()}
     counts: Counter[str] = Counter()
     for part in sentences:
-        run: list[str] = []
-        end = -1
-        for number, word in enumerate(WORD.finditer(part)):
-            capital = word[0][0].isupper() and (number > 0 or word[0] in inside)
-            if run and not (capital and part[end : word.start()] == " "):
-                counts[" ".join(run)] += 1
-                run = []
-            if capital:
-                run.append(word[0])
-                end = word.end()
-        if run:
-            counts[" ".join(run)] += 1
+        first = WORD.search(part)
+        begins = first.start() if first else 0
+
+        def keep_name(word: re.Match[str], begins: int = begins) -> str:
+            return word[0] if word[0][0].isupper() and (word.start() > begins or word[0] in inside) else "|"
+
+        counts.update(RUN.findall(WORD.sub(keep_name, part)))
     return counts

@@ -2,124 +2,94 @@
 
 import random
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
-from functools import lru_cache
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 from srmu.errors import SrmuError
 
 Definition = Literal["pair_containment", "pair_multiset", "corpus_jaccard"]
-StopWords = Literal["none", "english"]
-Tokens = Callable[[str], Sequence[Hashable]]
-Grams = Counter[tuple[Hashable, ...]]
+Grams = Counter[tuple[str, ...]]
 
 COPIED = 8  # words of a question in a row that count as a copy of it
+PAIRS, SEED = 2000, 0  # pairs of documents that are compared at most, and how they are drawn
+SETTINGS = {"lower": True, "tokeniser": "words", "stop_words": "none", "truncation": None}
 COMMON = """
-a about after all also although an and any are as at be because been before being between both
-but by can could did do does during each either few for from had has have having he her hers him
-his how however i if in into is it its may me might more most must my neither no nor not of on
-once only or other our out over own same shall she should so some such than that the their them
-then there these they this those through thus to too under until up upon us very was we were
-what when where whether which while who whom whose why will with within without would yet you
-your
+a about after all also although an and any are as at be because been before being between both but by can could did
+do does during each either few for from had has have having he her hers him his how however i if in into is it its
+may me might more most must my neither no nor not of on once only or other our out over own same shall she should so
+some such than that the their them then there these they this those through thus to too under until up upon us very
+was we were what when where whether which while who whom whose why will with within without would yet you your
 """
-ENGLISH = frozenset(COMMON.split())
-STOP_WORDS: dict[str, frozenset[str]] = {"none": frozenset(), "english": ENGLISH}
+STOP_WORDS = frozenset(COMMON.split())
 
 
-def measure_overlap(forget: Sequence[str], retain: Sequence[str], n: int) -> dict[str, float]:
+def measure_overlap(forget: list[str], retain: list[str], n: int) -> dict[str, float]:
     """Compare the n-grams of lower-case, whitespace-separated words; none crosses two documents.
 
     Fractions in 0-1: `jaccard`, shared types among all types; `forget_types`, the share of forget
     types that occur in the retain corpus; `forget_tokens`, the same with each occurrence counted.
     An empty denominator gives 0.
     """
-    return corpus_overlap([lower_words(t) for t in forget], [lower_words(t) for t in retain], n)
+    left, right = (count_grams([text.lower().split() for text in texts], n) for texts in (forget, retain))
+    shared = left.keys() & right.keys()
+    return {
+        "jaccard": len(shared) / max(1, len(left.keys() | right.keys())),
+        "forget_types": len(shared) / max(1, len(left)),
+        "forget_tokens": sum(left[gram] for gram in shared) / max(1, left.total()),
+    }
 
 
-def measure_coverage(forget: Sequence[str], retain: Sequence[str]) -> float:
+def measure_coverage(forget: list[str], retain: list[str]) -> float:
     """The share of the forget set's different words, without English stop words, in the retain set.
 
     It never falls when texts are added to the retain set. Words are lower-case.
     """
-    left, right = ([[w for w in lower_words(text) if w not in ENGLISH] for text in texts] for texts in (forget, retain))
-    return corpus_overlap(left, right, 1)["forget_types"]
+    left, right = ({*" ".join(texts).lower().split()} - STOP_WORDS for texts in (forget, retain))
+    return len(left & right) / max(1, len(left))
 
 
-def corpus_overlap(
-    forget: Sequence[Sequence[Hashable]], retain: Sequence[Sequence[Hashable]], n: int
-) -> dict[str, float]:
-    """`measure_overlap` of documents in tokens."""
-    left, right = count_grams(forget, n), count_grams(retain, n)
-    shared = left.keys() & right.keys()
-    tokens = sum(left[gram] for gram in shared)
-    return {
-        "jaccard": len(shared) / max(1, len(left.keys() | right.keys())),
-        "forget_types": len(shared) / max(1, len(left)),
-        "forget_tokens": tokens / max(1, left.total()),
-    }
-
-
-def ngram_overlap(
-    forget: Sequence[str],
-    retain: Sequence[str],
-    definition: Definition = "pair_containment",
-    *,
-    lower: bool = True,
-    tokens: Tokens | None = None,
-    tokeniser: str = "words",
-    stop_words: StopWords = "none",
-    truncation: int | None = None,
-    pairs: int = 2000,
-    seed: int = 0,
-) -> dict[str, Any]:
+def ngram_overlap(forget: list[str], retain: list[str], definition: Definition = "pair_containment") -> dict[str, Any]:
     """The overlap of two sets of texts in uni- and bigrams, in 0-1, with all that decides it.
 
     `pair_containment` is the mean over pairs of a forget and a retain document of |shared types| /
     |forget types|; `pair_multiset` is the same with every occurrence counted; `corpus_jaccard`
-    compares the types of the two whole sets. Up to `pairs` different pairs are drawn, of forget
-    documents that have an n-gram. `tokens` cuts a text, at white space unless given, into what
-    `tokeniser` names; then stop words go, then what is beyond `truncation` tokens.
+    compares the types of the two whole sets. The pairs are different, and their forget documents have
+    an n-gram.
     """
-    if definition not in get_args(Definition) or stop_words not in STOP_WORDS:
-        known = f"{', '.join(get_args(Definition))}; stop words: {', '.join(STOP_WORDS)}"
-        raise SrmuError(f"overlap {definition!r} with stop words {stop_words!r}: choose of {known}")
-    if (truncation is not None and truncation < 1) or pairs < 1:
-        raise SrmuError(f"truncation {truncation} and pairs {pairs} must be 1 or more")
-    cut = tokens or str.split
-
-    def read(text: str) -> Sequence[Hashable]:
-        stopped = STOP_WORDS[stop_words]
-        parts = cut(text.lower() if lower else text)
-        kept = [t for t in parts if not (isinstance(t, str) and t.lower() in stopped)]
-        return kept[:truncation]
-
-    documents = {"forget": [*map(read, forget)], "retain": [*map(read, retain)]}
-    for name, rows in documents.items():
-        if not any(rows):
+    if definition not in get_args(Definition):
+        raise SrmuError(f"overlap {definition!r}: choose of {', '.join(get_args(Definition))}")
+    documents = {"forget": forget, "retain": retain}
+    for name, texts in documents.items():
+        if not any(map(str.strip, texts)):
             raise SrmuError(f"no {name} text has a word to compare")
-    sides = documents["forget"], documents["retain"]
-    answer: dict[str, Any] = {
-        "definition": definition,
-        "lower": lower,
-        "tokeniser": tokeniser,
-        "stop_words": stop_words,
-        "truncation": truncation,
-        "documents": {name: len(rows) for name, rows in documents.items()},
-        "pairs": None,
-        "seed": None,
-    }
+    sizes = {name: len(texts) for name, texts in documents.items()}
+    answer = {"definition": definition, **SETTINGS, "documents": sizes, "pairs": None, "seed": None}
     for n, name in ((1, "unigram"), (2, "bigram")):
         if definition == "corpus_jaccard":
-            answer[name] = corpus_overlap(*sides, n)["jaccard"]
+            answer[name] = measure_overlap(forget, retain, n)["jaccard"]
         else:
-            answer[name], drawn = average_pairs(*sides, n, definition == "pair_multiset", pairs, seed)
-            answer |= {"pairs": drawn, "seed": seed}
+            shares = compare_pairs(forget, retain, n, counted=definition == "pair_multiset")
+            answer |= {name: sum(shares) / max(1, len(shares)), "pairs": len(shares), "seed": SEED}
     return answer
 
 
+def compare_pairs(forget: list[str], retain: list[str], n: int, *, counted: bool) -> list[float]:
+    """How much of each drawn forget document its retain document contains."""
+    rows = [row for text in forget if len(row := text.lower().split()) >= n]
+    total = len(rows) * len(retain)
+    shares = []
+    for pair in sorted(random.Random(SEED).sample(range(total), min(PAIRS, total))):
+        left = count_grams([rows[pair // len(retain)]], n)
+        right = count_grams([retain[pair % len(retain)].lower().split()], n)
+        if counted:
+            shares.append((left & right).total() / left.total())
+        else:
+            shares.append(len(left.keys() & right.keys()) / len(left))
+    return shares
+
+
 def measure_contamination(
-    questions: Sequence[tuple[str, str, str]], texts: Sequence[str], n: int = COPIED
+    questions: list[tuple[str, str, str]], texts: Sequence[str], n: int = COPIED
 ) -> dict[str, float]:
     """The share of questions, (prompt, answer, subject), that a set of texts gives away.
 
@@ -131,33 +101,31 @@ def measure_contamination(
     if not questions:
         raise SrmuError("no evaluation question to compare with the texts")
     documents = [plain_words(text) for text in texts]
-    lengths = {min(n, len(plain_words(f"{prompt} {answer}"))) for prompt, answer, _ in questions}
-    known = {size: {*count_grams(documents, size)} for size in lengths if size}
-    spans = {w for _, *names in questions for w in map(plain_words, names) if w}
-    places = find_documents(documents, spans)
-    copied, stated = [], []
-    for prompt, answer, subject in questions:
-        row = plain_words(f"{prompt} {answer}")
-        size = min(n, len(row))
-        copied.append(bool(size) and any(gram in known[size] for gram in count_grams([row], size)))
-        stated.append(bool(places.get(plain_words(answer), set()) & places.get(plain_words(subject), set())))
-    count = len(questions)
+    rows = [plain_words(f"{prompt} {answer}") for prompt, answer, _ in questions]
+    known = {size: count_grams(documents, size) for size in {min(n, len(row)) for row in rows} if size}
+    spans = [(plain_words(answer), plain_words(subject)) for _, answer, subject in questions]
+    places: dict[tuple[str, ...], set[int]] = {span: set() for pair in spans for span in pair}
+    sizes = {len(span) for span in places if span}
+    for i, document in enumerate(documents):
+        for size in sizes:
+            for gram in count_grams([document], size).keys() & places.keys():
+                places[gram].add(i)
+    copied = [
+        any(gram in known[size] for gram in count_grams([row], size)) if (size := min(n, len(row))) else False
+        for row in rows
+    ]
+    stated = [bool(places[answer] & places[subject]) for answer, subject in spans]
     return {
-        "copied": sum(copied) / count,
-        "stated": sum(stated) / count,
-        "either": sum(map(max, copied, stated)) / count,
-        "questions": count,
+        "copied": sum(copied) / len(rows),
+        "stated": sum(stated) / len(rows),
+        "either": sum(map(max, copied, stated)) / len(rows),
+        "questions": len(rows),
         "n": n,
     }
 
 
-def lower_words(text: str) -> list[str]:
-    """The lower-case, whitespace-separated words of a text."""
-    return text.lower().split()
-
-
-def count_grams(documents: Sequence[Sequence[Hashable]], n: int) -> Grams:
-    """How often each n-gram occurs in the documents."""
+def count_grams(documents: list[Any], n: int) -> Grams:
+    """How often each n-gram occurs in documents of words."""
     if n < 1:
         raise ValueError(f"n-grams have at least one word, not {n}")
     counts: Grams = Counter()
@@ -166,50 +134,7 @@ def count_grams(documents: Sequence[Sequence[Hashable]], n: int) -> Grams:
     return counts
 
 
-def average_pairs(
-    forget: Sequence[Sequence[Hashable]],
-    retain: Sequence[Sequence[Hashable]],
-    n: int,
-    counted: bool,
-    pairs: int,
-    seed: int,
-) -> tuple[float, int]:
-    """Mean containment over pairs drawn without replacement, and how many there were."""
-    forget = [row for row in forget if len(row) >= n]
-    total = len(forget) * len(retain)
-    drawn = random.Random(seed).sample(range(total), min(pairs, total))
-
-    @lru_cache(maxsize=1000)  # documents may be many and long
-    def right_of(j: int) -> Grams:
-        return count_grams([retain[j]], n)
-
-    shares = []
-    last, left = -1, Counter[tuple[Hashable, ...]]()
-    for pair in sorted(drawn):
-        i, j = divmod(pair, len(retain))
-        if i != last:
-            last, left = i, count_grams([forget[i]], n)
-        right = right_of(j)
-        if counted:
-            shares.append((left & right).total() / left.total())
-        else:
-            shares.append(len(left.keys() & right.keys()) / len(left))
-    return sum(shares) / max(1, len(shares)), len(shares)
-
-
 def plain_words(text: str) -> tuple[str, ...]:
     """The lower-case words of a text, without the punctuation around them."""
-    stripped = (word.strip(".,;:!?\"'()[]{}") for word in lower_words(text))
+    stripped = (word.strip(".,;:!?\"'()[]{}") for word in text.lower().split())
     return tuple(word for word in stripped if word)
-
-
-def find_documents(documents: Sequence[Sequence[str]], spans: set[tuple[str, ...]]) -> dict[tuple[str, ...], set[int]]:
-    """In which documents each run of words occurs."""
-    places: dict[tuple[str, ...], set[int]] = {}
-    sizes = {len(span) for span in spans}
-    for i, row in enumerate(documents):
-        for size in sizes:
-            for gram in zip(*(row[k:] for k in range(size)), strict=False):
-                if gram in spans:
-                    places.setdefault(gram, set()).add(i)
-    return places

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from srmu.data.sources import TemplatedText
 from srmu.engine.batch import Batch
 from srmu.engine.topic import Padding
 from srmu.errors import SrmuError
@@ -27,28 +27,23 @@ def encode_texts(texts: Sequence[str], tokenizer: Any, max_length: int) -> list[
     Of a template's text, losses count the tokens from the first one on that holds a part of its
     last column; a text that is cut before that is too short.
     """
-    starts = [text.start if isinstance(text, TemplatedText) else 0 for text in texts]
+    starts: list[int] = [getattr(text, "start", 0) for text in texts]  # of a TemplatedText
     if any(starts) and not tokenizer.is_fast:
         raise SrmuError(
             "a template needs a tokenizer that knows where its tokens are in a text: a fast one, "
             "with a tokenizer.json; or leave the template out and name a column"
         )
     encoded = tokenizer(list(texts), truncation=True, max_length=max_length, return_offsets_mapping=any(starts))
-    rows = encoded["input_ids"]
-    refuse_second_bos(rows, tokenizer)
-    before = [0] * len(rows)
-    if any(starts):
-        spans = zip(encoded["offset_mapping"], starts, strict=True)
-        before = [
-            next((i for i, (_, end) in enumerate(span) if end > start), len(span)) if start else 0
-            for span, start in spans
-        ]
+    refuse_second_bos(encoded["input_ids"], tokenizer)
     special = set(tokenizer.all_special_ids)
-    return [
-        (row, count)
-        for row, count in zip(rows, before, strict=True)
-        if sum(i not in special for i in row) >= MIN_TOKENS and any(i not in special for i in row[count:])
-    ]
+    rows = []
+    for i, (row, start) in enumerate(zip(encoded["input_ids"], starts, strict=True)):
+        spans = encoded["offset_mapping"][i] if start else []
+        before = next((k for k, (_, end) in enumerate(spans) if end > start), len(spans))
+        words = [token not in special for token in row]
+        if sum(words) >= MIN_TOKENS and any(words[before:]):
+            rows.append((row, before))
+    return rows
 
 
 def wrap_texts(texts: Sequence[str], tokenizer: Any, max_length: int, place: str = "texts") -> list[list[int]]:
@@ -88,28 +83,23 @@ def batch_rows(
     `mask` pads right and counts real tokens only; `count` pads left and counts the padding too, as
     the public RMU code does. `before`: how many of each row's first tokens losses leave out.
     """
-    pad = pad_id(tokenizer)
+    stack = partial(pad_sequence, batch_first=True, padding_side="right" if padding == "mask" else "left")
     for start in range(0, len(rows), batch_size):
         chunk = [torch.tensor(row) for row in rows[start : start + batch_size]]
-        side = "right" if padding == "mask" else "left"
-
-        def stack(values: list[Tensor], fill: int, side: str = side) -> Tensor:
-            return torch.nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=fill, padding_side=side)
-
-        ids = stack(chunk, pad)
-        mask = stack([torch.ones_like(row) for row in chunk], 0)
+        ids = stack(chunk, padding_value=pad_id(tokenizer))
+        mask = stack([torch.ones_like(row) for row in chunk])
         labels = ids if padding == "count" else ids.masked_fill(mask == 0, -100)
         if any(first := before[start : start + batch_size]):
-            late = [torch.arange(len(row)) < n for row, n in zip(chunk, first, strict=True)]
-            labels = labels.masked_fill(stack(late, False), -100)
+            late = [torch.arange(len(row)) < count for row, count in zip(chunk, first, strict=True)]
+            labels = labels.masked_fill(stack(late), -100)
         yield Batch(input_ids=ids, attention_mask=mask, labels=labels)
 
 
 def pad_id(tokenizer: Any) -> int:
     """The id to pad with: the pad token's, else the eos token's, as padding is masked."""
-    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if token is not None:
-            return token
-    raise SrmuError(
-        "the tokenizer has neither a pad nor an eos token; set pad_token in the model's tokenizer_config.json"
-    )
+    known = [token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None]
+    if not known:
+        raise SrmuError(
+            "the tokenizer has neither a pad nor an eos token; set pad_token in the model's tokenizer_config.json"
+        )
+    return int(known[0])

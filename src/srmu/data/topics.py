@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from itertools import chain
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,6 +20,7 @@ from srmu.engine.train import TrainOptions
 from srmu.errors import SrmuError
 
 ROLES = ("forget", "retain")
+Parts = list[tuple[Source, list[str]]]  # the texts of each source
 
 
 def list_sources(value: Any) -> Any:
@@ -51,68 +51,56 @@ class TopicConfig(BaseModel):
         return {name: value for name, value in values.items() if value is not None}
 
 
-@dataclass(frozen=True)
-class RoleTexts:
-    """The forget or the retain texts of a topic, without those that are held out."""
-
-    role: str
-    sources: Sequence[Source]
-    parts: Sequence[Sequence[str]]  # of each source
-    bad_rows: int
-
-    @property
-    def texts(self) -> list[str]:
-        return [*chain(*self.parts)]
-
-
 def load_topic(name: str, config: TopicConfig, tokenizer: Any, train: TrainOptions, seed: int) -> Topic:
     """Read, check, tokenise and batch one topic. SrmuError names the file and line at fault."""
-    held_out = config.forget_held_out, config.retain_held_out
-    forget, retain = (read_role(role, getattr(config, role), held) for role, held in zip(ROLES, held_out, strict=True))
-    if not forget.texts:
+    parts, bad_rows = {}, {}
+    for role in ROLES:
+        parts[role], bad_rows[role] = read_role(config, role)
+    forget, retain = ({text for _, texts in parts[role] for text in texts} for role in ROLES)
+    if not forget:
         raise SrmuError(f"topic {name}: no forget texts; name topics.{name}.forget (--forget)")
-    if set(forget.texts) == set(retain.texts):
+    if forget == retain:
         raise SrmuError(
             f"topic {name}: forget and retain hold the same texts; retain must name what the model should keep"
         )
     ordinary = sorted(set(range(len(tokenizer))) - set(tokenizer.all_special_ids))
     topic = Topic(name, [], [], seed, torch.tensor(ordinary), config.options)
-    lengths = config.max_length, config.retain_max_length or config.max_length
-    batches, counts = zip(
-        *(
-            batch_role(topic, texts, length, tokenizer, train)
-            for texts, length in zip((forget, retain), lengths, strict=True)
-        ),
-        strict=True,
-    )
-    return replace(topic, forget=batches[0], retain=batches[1], counts=dict(zip(ROLES, counts, strict=True)))
+    batches, counts = {}, {}
+    for role, length in zip(ROLES, (config.max_length, config.retain_max_length or config.max_length), strict=True):
+        batches[role], counts[role] = batch_role(topic, role, parts[role], length, tokenizer, train)
+        counts[role]["bad_rows"] = bad_rows[role]
+    return replace(topic, forget=batches["forget"], retain=batches["retain"], counts=counts)
 
 
-def read_role(role: str, sources: Sequence[Source], held_out: int) -> RoleTexts:
-    """Read the texts of one role; `held_out` different ones are left out, to be measured on."""
-    results = [read_counted([source]) for source in sources]
-    parts = [texts for texts, _ in results]
-    held = {*split_held_out([*chain(*parts)], held_out)[1]}
-    parts = [[text for text in part if text not in held] for part in parts]
-    return RoleTexts(role, sources, parts, sum(bad for _, bad in results))
+def read_role(config: TopicConfig, role: str) -> tuple[Parts, int]:
+    """The texts of each source, without those that are held out, and the number of rows left out."""
+    parts: Parts = []
+    bad_rows = 0
+    for source in getattr(config, role):
+        texts, bad = read_counted([source])
+        parts.append((source, texts))
+        bad_rows += bad
+    _, held = split_held_out([text for _, texts in parts for text in texts], getattr(config, f"{role}_held_out"))
+    left_out = {*held}
+    return [(source, [text for text in texts if text not in left_out]) for source, texts in parts], bad_rows
 
 
 def batch_role(
-    topic: Topic, texts: RoleTexts, length: int, tokenizer: Any, train: TrainOptions
+    topic: Topic, role: str, parts: Parts, length: int, tokenizer: Any, train: TrainOptions
 ) -> tuple[list[Batch], dict[str, Any]]:
     """The batches of one role, in the order of training, and what the record says of them."""
     rows: list[tuple[list[int], int]] = []
     short = 0
-    for source, part in zip(texts.sources, texts.parts, strict=True):
+    for source, part in parts:
         if source.wrap and part:
             rows += [(piece, 0) for piece in wrap_texts(part, tokenizer, length, source.place)]
         elif part:
             encoded = encode_texts(part, tokenizer, length)
             rows, short = rows + encoded, short + len(part) - len(encoded)
-    count = len(texts.texts)
-    if count and not rows:
+    texts = [text for _, part in parts for text in part]
+    if texts and not rows:
         raise SrmuError(
-            f"topic {topic.name}: all {count} {texts.role} texts are too short "
+            f"topic {topic.name}: all {len(texts)} {role} texts are too short "
             f"(under {MIN_TOKENS} tokens, or none to count in losses)"
         )
     if train.padding == "count" and any(before for _, before in rows):
@@ -120,15 +108,14 @@ def batch_role(
             f"topic {topic.name}: of texts of a template only the end counts, not the padding; train.padding=mask"
         )
     if train.shuffle:
-        order = torch.randperm(len(rows), generator=topic.generator(f"shuffle {texts.role}"))
+        order = torch.randperm(len(rows), generator=topic.generator(f"shuffle {role}"))
         rows = [rows[i] for i in order.tolist()]
     ids, before = [row for row, _ in rows], [count for _, count in rows]
     counts = {
-        "documents": count - short,
+        "documents": len(texts) - short,
         "too_short": short,
-        "bad_rows": texts.bad_rows,
         "tokens": sum(map(len, ids)),
-        "digest": digest_texts(texts.texts),
+        "digest": digest_texts(texts),
         "key": name_key(),
     }
     return list(batch_rows(ids, tokenizer, train.batch_size, train.padding, before)), counts

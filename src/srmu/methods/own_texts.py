@@ -187,7 +187,7 @@ class Likeness:
     def __init__(self, forget: Sequence[Ids], others: Sequence[Ids], names: Names, spelling: Spelling) -> None:
         self.names, self.spelling = names, spelling
         texts = Counter(word for row in others for word in {*spelling.words(row)})
-        silent = {word for name in names.spellings for word in spelling.words(name)}
+        silent = {word for name in names.kinds[0] for ids in names.tokens[name] for word in spelling.words(ids)}
         silent |= {word for word, count in texts.items() if count > COMMON * len(others)}
         ours, theirs = map(self.without_goals, (forget, others))
         self.nats = self.weigh_words(ours, theirs, silent)

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from srmu.data.names import Item, Names, Template
+from srmu.data.names import Item, Names, Template, names_in
 from srmu.engine.batch import Batch, move_batch
 from srmu.engine.generate import Ids, batch_texts
 from srmu.engine.losses import Mean, kl_divergence, masked_mean
@@ -158,7 +158,7 @@ def write_own_texts(
     nothing new about the names.
     """
     forget, retain = unpad_texts(topic.forget[:]), unpad_texts(topic.retain[:])
-    mentioned = {name for ids in forget for name in names.template(ids).names}
+    mentioned = {name for ids in forget for name in names_in(names.template(ids))}
     for option, kind in zip(("names", "goals"), names.kinds, strict=False):
         if mentioned.isdisjoint(kind):
             raise SrmuError(
@@ -203,10 +203,10 @@ def sentences_of(texts: Sequence[Ids], names: Names, like: Likeness, first: int)
     """The sentences that mention names, by kind; `first` is the token that begins texts."""
     kinds: dict[Kind, dict[Template, None]] = {"forget": {}, "keep": {}, "neither": {}}
     for ids in texts:
-        whole = names.template(ids).items
+        whole = names.template(ids)
         for start, end, kind in like.sentences(whole):
-            sentence = Template(tuple(item for item in whole[start:end] if item != first))
-            if sentence.names:
+            sentence = tuple(item for item in whole[start:end] if item != first)
+            if names_in(sentence):
                 kinds[kind][sentence] = None
     return {kind: [*sentences] for kind, sentences in kinds.items()}
 
@@ -227,11 +227,11 @@ def pack_sentences(
     alike = [False]
     for i in torch.randperm(len(marked), generator=generator).tolist():
         sentence, forgets = marked[i]
-        if len(items) > 1 and len(items) + len(sentence.items) > length:
-            texts.append(SlottedText(Template(tuple(items)), tuple(alike)))
+        if len(items) > 1 and len(items) + len(sentence) > length:
+            texts.append(SlottedText(tuple(items), tuple(alike)))
             items, alike = [first], [False]
-        items = [*items, *sentence.items]
-        alike = [*alike, *[forgets] * len(sentence.items)]
+        items = [*items, *sentence]
+        alike = [*alike, *[forgets] * len(sentence)]
     if len(items) > 1:
-        texts.append(SlottedText(Template(tuple(items)), tuple(alike)))
+        texts.append(SlottedText(tuple(items), tuple(alike)))
     return texts
