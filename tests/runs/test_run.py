@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 
 from helpers.models import pico_module, save_pico, texts, word_tokenizer, write_jsonl
 from helpers.testbeds import QUIZ
-from srmu.engine.files import write_json
 from srmu.engine.loading import load_module
 from srmu.engine.weights import apply_delta
 from srmu.errors import DivergedError, SrmuError
@@ -169,16 +168,6 @@ def test_texts_that_another_cache_folder_tells_of(workplace: Path, monkeypatch: 
         unlearn_config(config(workplace))
     monkeypatch.setenv("SRMU_CACHE", str(workplace / "cache"))
     write_jsonl(workplace / "retain.jsonl", texts(7, 2, range(20, 60)))
-    assert unlearn_config(config(workplace)).folder == run.folder
-
-
-def test_a_run_whose_record_names_no_key_is_found(workplace: Path) -> None:
-    """As records did at first."""
-    run = unlearn_config(config(workplace))
-    record = dict(run.record)
-    for texts_of in record["data"]["topic"].values():
-        del texts_of["key"]
-    write_json(run.folder / "record.json", record)
     assert unlearn_config(config(workplace)).folder == run.folder
 
 

@@ -79,7 +79,7 @@ def verify_command(
 
 def repeat_run(record: Path, settings: list[str]) -> tuple[dict[str, object], list[str]]:
     """Make a record's run again; whether the result is the same, and the lines that say so."""
-    from srmu.runs.rerun import rerun_record
+    from srmu.runs.verify import rerun_record
 
     run, outcome = rerun_record(record, settings, show_progress)
     if outcome["same"]:

@@ -15,15 +15,15 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, InstanceOf, PlainSerializer, TypeAdapter, ValidationError
 
 from srmu.data.sources import Source
-from srmu.data.topics import ROLES, TopicConfig
+from srmu.data.topics import TopicConfig
 from srmu.engine.files import import_from_file, sha256
 from srmu.engine.train import TrainOptions
 from srmu.errors import SrmuError, suggest_word
 from srmu.methods import METHODS, Method, Misdirection
-from srmu.runs.record import Purpose
 
 # keys that the weights do not depend on
 UNDECIDING = ("runs_dir", "eval", "tasks_dir", "cache", "purpose")
+PATHS = ("forget", "retain", "path", "tasks_dir", "runs_dir")
 # code or data that an option of a method names
 NAMED_FILE = re.compile(r".+\.(py(?=:)|(json|txt)$)")
 
@@ -56,6 +56,20 @@ def _method_dict(method: Method) -> dict[str, Any]:
     return {"name": name} | dataclasses.asdict(method)
 
 
+class Purpose(BaseModel):
+    """Why the run was made, in the operator's words, for its record; never the texts."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    reason: str = ""
+    target: str = ""  # what is to be forgotten, described
+    operator: str = ""
+    ticket: str = ""
+    reviewer: str = ""
+    choice: str = ""  # why this layer and this strength
+    not_covered: list[str] = []  # models that this run does not change
+
+
 class Config(BaseModel):
     """Everything that decides a run."""
 
@@ -73,7 +87,7 @@ class Config(BaseModel):
     seed: int = 0
     runs_dir: str = "runs"
     cache: Literal["disk", "memory", "none"] = "disk"  # where activations are kept for later steps
-    purpose: Purpose = Purpose()  # for the record: why, in the operator's words
+    purpose: Purpose = Purpose()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values with every default written out."""
@@ -123,6 +137,8 @@ def build_config(tree: Mapping[str, Any], overrides: Sequence[str] = ()) -> Conf
     Relative paths that are left, those of overrides, start at the working folder.
     """
     values = convert_values({"runs_dir": "runs", **tree})
+    if isinstance(values.get("method"), str):
+        values["method"] = {"name": values["method"]}
     names = "method.name="
     # Another method first: the file's options are those of its own method.
     for override in sorted(overrides, key=lambda o: not o.startswith(names)):
@@ -157,11 +173,9 @@ def forget_old_method(values: dict[str, Any], name: str) -> None:
     starts from its own defaults, with its own learning rate.
     """
     method = values.get("method")
-    if not isinstance(method, dict):
-        values["method"] = method = {"name": method or "srmu"}
-    old, new = METHODS.get(str(method.get("name", "srmu"))), METHODS.get(name)
-    kin = old and new and issubclass(old, Misdirection) and issubclass(new, Misdirection)
-    if old is None or new is None or old is new or kin:
+    old = METHODS.get(str(method.get("name", "srmu"))) if isinstance(method, dict) else None
+    new = METHODS.get(name)
+    if old is None or new is None or old is new or (issubclass(old, Misdirection) and issubclass(new, Misdirection)):
         return
     values["method"] = {"name": name}
     if isinstance(values.get("train"), dict):
@@ -181,37 +195,20 @@ def make_config(
     return build_config({"model": str(model), "method": named, "topics": topics}, overrides)
 
 
-def rebase_paths(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The tree with its relative paths made absolute, starting at `folder`."""
-
-    def rebase(value: Any) -> Any:
-        if isinstance(value, list):
-            return [rebase(v) for v in value]
-        if isinstance(value, dict):
-            return value | {"path": rebase(value["path"])} if "path" in value else value
-        if not isinstance(value, str):
-            return value
-        try:
-            return str(folder / Path(value).expanduser())
-        except RuntimeError:
-            raise SrmuError(f"{value}: there is no such user") from None
-
-    moved: dict[str, Any] = {key: rebase(tree[key]) for key in ("tasks_dir", "runs_dir") if key in tree}
-    model, method, topics = (tree.get(key) for key in ("model", "method", "topics"))
-    if isinstance(model, str) and Path(rebase(model)).exists():
-        moved["model"] = rebase(model)  # otherwise a hub id
-    if isinstance(method, str):
-        method = {"name": method}
-    if isinstance(method, dict):
-        moved["method"] = method | {k: rebase(v) for k, v in method.items() if NAMED_FILE.match(str(v))}
-    if isinstance(topics, dict):
-        moved["topics"] = {
-            name: topic | {role: rebase(topic[role]) for role in ROLES if role in topic}
-            if isinstance(topic, dict)
-            else topic
-            for name, topic in topics.items()
-        }
-    return tree | moved
+def rebase_paths(value: Any, folder: Path, key: str = "") -> Any:
+    """The values of a tree with its relative paths made absolute, starting at `folder`."""
+    if isinstance(value, list):
+        return [rebase_paths(item, folder, key) for item in value]
+    if isinstance(value, dict) and key != "where":  # which holds the values of a column
+        return {name: rebase_paths(item, folder, key if key == "method" else name) for name, item in value.items()}
+    named = key == "method" and NAMED_FILE.match(str(value))
+    if not isinstance(value, str) or not (named or key in ("model", *PATHS)):
+        return value
+    try:
+        path = folder / Path(value).expanduser()
+    except RuntimeError:
+        raise SrmuError(f"{value}: there is no such user") from None
+    return value if key == "model" and not path.exists() else str(path)  # a hub id stays
 
 
 def put_override(tree: dict[str, Any], override: str) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
@@ -163,9 +164,6 @@ def measure_product(width: int, dtype: torch.dtype, device: str) -> float:
     """FLOPs a second of a product of matrices of this width."""
     first = torch.randn(PROBE_TOKENS, width, device=device).to(dtype)
     other = torch.randn(4 * width, width, device=device).to(dtype)
-    times = []
-    for _ in range(PROBE_STEPS):
-        start = time.perf_counter()
-        (first @ other.T)[0, 0].item()  # waits for the device
-        times.append(time.perf_counter() - start)
-    return 2 * PROBE_TOKENS * 4 * width * width / sorted(times)[len(times) // 2]
+    waits = "(first @ other.T)[0, 0].item()"  # for the device
+    timer = Timer(waits, globals={"first": first, "other": other}, num_threads=torch.get_num_threads())
+    return 2 * PROBE_TOKENS * 4 * width * width / timer.timeit(PROBE_STEPS).mean

@@ -11,13 +11,19 @@ from srmu.engine.weights import EXPORTED
 ROWS = 12  # changed tensors that are listed
 
 
-def summarise_record(record: Mapping[str, Any]) -> str:
-    """The record on one page of Markdown."""
+def render_template(name: str, filters: Mapping[str, Any] | None = None, **values: Any) -> str:
+    """A template of this room, filled in."""
     from jinja2 import Environment, PackageLoader
 
-    loader = PackageLoader("srmu.runs")
-    environment = Environment(loader=loader, trim_blocks=True, lstrip_blocks=True)
-    return environment.get_template("card.md").render(
+    environment = Environment(loader=PackageLoader("srmu.runs"), trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= filters or {}
+    return environment.get_template(name).render(values)
+
+
+def summarise_record(record: Mapping[str, Any]) -> str:
+    """The record on one page of Markdown."""
+    return render_template(
+        "card.md",
         record=record,
         title=f"{base_name(record)}, unlearned with {record['method']}",
         local=is_local(record),

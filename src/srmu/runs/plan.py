@@ -32,7 +32,7 @@ class RunPlan:
 
     @cached_property
     def folder(self) -> Path:
-        return run_folder(self.config)
+        return Path(self.config.runs_dir) / f"{self.config.id}-{self.config.method.name}"
 
     def summarise(self) -> dict[str, Any]:
         """What the run would load and write."""
@@ -120,11 +120,6 @@ def find_device(name: str) -> str:
 def locate_base(config: Config) -> Path:
     """The folder of the config's model."""
     return weights.locate_model(config.model, config.revision)
-
-
-def run_folder(config: Config) -> Path:
-    """Where a run is written; its config must be that of a plan."""
-    return Path(config.runs_dir) / f"{config.id}-{config.method.name}"
 
 
 def load_tokenizer(folder: Path) -> Any:

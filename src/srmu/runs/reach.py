@@ -10,7 +10,6 @@ from srmu.engine.loading import build_skeleton, read_config, refuse_quantised
 from srmu.engine.model import EditableModel
 from srmu.errors import SrmuError
 from srmu.methods import METHODS
-from srmu.methods.base import Method
 from srmu.runs.config import make_config
 from srmu.runs.run import Run
 
@@ -20,7 +19,6 @@ Rows = list[dict[str, str]]
 def list_reach(target: str) -> tuple[dict[str, Any], Rows]:
     """Each method's reach in a model, and a table of them; where one cannot work, why."""
     answers: dict[str, Any] = {}
-    rows = []
     for name in METHODS:
         try:
             answers[name], _ = measure_reach(target, name)
@@ -28,16 +26,16 @@ def list_reach(target: str) -> tuple[dict[str, Any], Rows]:
             if "such folder" in str(error) or "config.json" in str(error):
                 raise  # the model's fault
             answers[name] = {"error": str(error)}
-        answer = answers[name]
-        rows.append(
-            {
-                "method": name,
-                "layers loaded": str(answer.get("layers_loaded", "")),
-                "tensors": str(len(answer.get("tensors", ""))),
-                "numbers changed": f"{answer.get('share', 0):.2%}",
-                "note": answer.get("error", ""),
-            }
-        )
+    rows = [
+        {
+            "method": name,
+            "layers loaded": str(answer.get("layers_loaded", "")),
+            "tensors": str(len(answer.get("tensors", ""))),
+            "numbers changed": f"{answer.get('share', 0):.2%}",
+            "note": answer.get("error", ""),
+        }
+        for name, answer in answers.items()
+    ]
     works = sum("error" not in answer for answer in answers.values())
     sentence = f"{works} of {len(METHODS)} methods fit {target} at their defaults"
     return {"model": target, "methods": answers, "sentence": sentence}, rows
@@ -48,12 +46,10 @@ def measure_reach(target: str, name: str, overrides: Sequence[str] = ()) -> tupl
 
     No weight is read. SrmuError where the method does not fit the model.
     """
-    # a config without texts: none is read
-    method: Method = make_config(target, "none", "none", name, overrides).method
     folder = weights.locate_model(target)
     settings = read_config(folder)
     refuse_quantised(folder, settings)
-    method = method.resolved(settings)
+    method = make_config(target, "none", "none", name, overrides).method.resolved(settings)  # no text is read
     skeleton = build_skeleton(settings)
     total = sum(parameter.numel() for parameter in skeleton.parameters())
     model = EditableModel(skeleton, method.trainable, method.depth, copy=False)
@@ -61,10 +57,6 @@ def measure_reach(target: str, name: str, overrides: Sequence[str] = ()) -> tupl
     numbers = sum(parameter.numel() for parameter in model.trained.values())
     layers = settings.num_hidden_layers
     loaded = min(layers, layers if method.depth is None else method.depth)
-    sentence = (
-        f"{method.name} loads {loaded} of {layers} layers of {type(skeleton).__name__} and trains "
-        f"{len(shapes)} tensors, {numbers / total:.2%} of {total:,} numbers"
-    )
     answer = {
         "model": target,
         "method": method.name,
@@ -74,19 +66,15 @@ def measure_reach(target: str, name: str, overrides: Sequence[str] = ()) -> tupl
         "tensors": shapes,
         "numbers": numbers,
         "share": numbers / total,
-        "sentence": sentence,
+        "sentence": f"{method.name} loads {loaded} of {layers} layers of {type(skeleton).__name__} and trains "
+        f"{len(shapes)} tensors, {numbers / total:.2%} of {total:,} numbers",
     }
-    rows = [{"tensor": key, "shape": " x ".join(map(str, size))} for key, size in shapes.items()]
-    return answer, rows
+    return answer, [{"tensor": key, "shape": " x ".join(map(str, size))} for key, size in shapes.items()]
 
 
 def run_changes(run: Run) -> tuple[dict[str, Any], Rows]:
     """The tensors that a run changed and by how much, and a table of them."""
     change = run.record["change"]
-    sentence = (
-        f"{run.config.method.name} changed {len(change['tensors'])} tensors; the other "
-        f"{change['others']} are as in {run.record['model']}"
-    )
     rows = [
         {
             "tensor": name,
@@ -96,4 +84,8 @@ def run_changes(run: Run) -> tuple[dict[str, Any], Rows]:
         }
         for name, entry in change["tensors"].items()
     ]
+    sentence = (
+        f"{run.config.method.name} changed {len(rows)} tensors; the other {change['others']} are as in "
+        f"{run.record['model']}"
+    )
     return {"run": str(run.folder), "tensors": change["tensors"], "sentence": sentence}, rows

@@ -8,14 +8,15 @@ import platform
 import subprocess
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+import jsonschema
 import numpy as np
 import torch
 from huggingface_hub import metadata_load
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import safe_open
 from torch import Tensor
 from yaml import YAMLError
@@ -24,7 +25,7 @@ from srmu.engine import weights
 from srmu.engine.cache import cached
 from srmu.engine.files import read_json, sha256, write_json
 from srmu.engine.progress import Watch, ignore_progress
-from srmu.errors import SrmuError
+from srmu.errors import SrmuError, first_line
 
 RECORD = "record.json"
 DELTA = "delta.safetensors"
@@ -41,137 +42,6 @@ LIMITS = (
 PACKAGES = ("srmu", "torch", "transformers", "safetensors", "tokenizers", "numpy", "lm-eval")
 
 
-class Block(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class Purpose(Block):
-    """Why the run was made, in the operator's words; never the texts."""
-
-    reason: str = ""
-    target: str = ""  # what is to be forgotten, described
-    operator: str = ""
-    ticket: str = ""
-    reviewer: str = ""
-    choice: str = ""  # why this layer and this strength
-    not_covered: list[str] = []  # models that this run does not change
-
-
-class Tool(Block):
-    name: str
-    version: str
-    commit: str | None  # of a checkout; a release has none
-
-
-class File(Block):
-    bytes: int
-    sha256: str
-    header: str = ""  # of a safetensors file: SHA-256 of what precedes the tensors
-    tensors: dict[str, str] = {}  # and of each tensor's bytes
-
-
-class Base(Block):
-    """The model before the run."""
-
-    id: str
-    revision: str | None
-    licence: str | None
-    dtype: str
-    tokenizer: str  # SHA-256 over the tokenizer's files
-    files: dict[str, File]
-
-
-class Changed(Block):
-    """One tensor that the run changed."""
-
-    shape: list[int]
-    dtype: str
-    before: str  # SHA-256 of its bytes
-    after: str
-    relative_norm: float = Field(ge=0)  # |after - before| / |before|, Frobenius
-    share_changed: float = Field(ge=0, le=1)  # of its elements
-
-
-class Change(Block):
-    tensors: dict[str, Changed]
-    others: int  # tensors of the base that are not in the delta
-    others_identical: bool  # an export takes their bytes from the base; `srmu verify` compares them
-
-
-class TextSet(Block):
-    """A set of texts: its size, and a digest that says nothing without the operator's key."""
-
-    documents: int
-    too_short: int
-    bad_rows: int
-    tokens: int
-    digest: str
-    key: str = ""  # names that key
-
-
-class Environment(Block):
-    python: str
-    platform: str
-    processor: str
-    gpu: str | None
-    threads: int
-    deterministic: bool  # torch.use_deterministic_algorithms
-    packages: dict[str, str]
-
-
-class Processes(Block):
-    count: int = 1
-    sharded: bool = False  # over which the weights were cut
-
-
-class Reproduction(Block):
-    command: str
-    config: dict[str, Any]
-    expected: dict[str, str]  # SHA-256 of the delta
-    rerun: dict[str, Any] | None = None  # what the last re-run found
-
-
-class Record(Block):
-    """A run's `record.json`; `seal` is the SHA-256 of all else as canonical JSON."""
-
-    model_config = ConfigDict(json_schema_extra={"$schema": "https://json-schema.org/draft/2020-12/schema"})
-
-    schema_version: Literal[1]
-    id: str
-    tool: Tool
-    started: str
-    finished: str
-    purpose: Purpose
-    method: str
-    paper: str
-    model: str
-    base: Base
-    data: dict[str, dict[Literal["forget", "retain"], TextSet]]
-    overlap: dict[str, float]  # of forget with retain, by topic: share of the forget set's words
-    topics: dict[str, dict[str, Any]]  # what each topic's direction and map are like
-    seconds: float
-    steps: int
-    resumed_at: int
-    checkpoint_failed: str
-    stop_reason: str
-    diverged: bool
-    weights: str
-    flops: float | None  # of the training steps; None where they were not counted
-    memory: dict[Literal["before", "peak"], int]
-    activations: dict[str, Any]
-    changed: list[str]
-    change: Change
-    results: dict[Literal["before", "after"], dict[str, dict[str, Any]]] = {}
-    attacks: dict[str, Any] = {}
-    environment: Environment
-    processes: Processes = Processes()
-    reproduction: Reproduction
-    limits: list[str]
-    files: dict[str, str]  # SHA-256 of what lies beside the record
-    exported: dict[str, str] = {}  # in an export: of what is neither the base's nor the delta's
-    seal: str
-
-
 def compute_seal(record: Mapping[str, Any]) -> str:
     """The SHA-256 of a record without its seal, as canonical JSON."""
     rest = {key: value for key, value in record.items() if key != "seal"}
@@ -180,22 +50,29 @@ def compute_seal(record: Mapping[str, Any]) -> str:
 
 def seal_record(record: Mapping[str, Any]) -> dict[str, Any]:
     """Check a record against its schema, and add its seal."""
-    checked = Record.model_validate({**record, "seal": ""}).model_dump(mode="json")
-    return checked | {"seal": compute_seal(checked)}
+    plain: dict[str, Any] = json.loads(json.dumps({**record, "seal": ""}))
+    jsonschema.validate(plain, load_schema())
+    return plain | {"seal": compute_seal(plain)}
 
 
 def read_record(path: Path) -> dict[str, Any]:
     """Read a record; SrmuError if the file is not a record, or was edited."""
     record: dict[str, Any] = read_json(path)
     try:
-        Record.model_validate(record)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        fault = ".".join(map(str, first["loc"])) + ": " + first["msg"]
+        jsonschema.validate(record, load_schema())
+    except jsonschema.ValidationError as error:
+        fault = f"{error.json_path.removeprefix('$.')}: {first_line(error)}"
         raise SrmuError(f"{path} is no record of this version ({fault}); make the run again") from None
     if record["seal"] != compute_seal(record):
         raise SrmuError(f"{path} was edited after it was written: its seal does not fit")
     return record
+
+
+@cache
+def load_schema() -> dict[str, Any]:
+    """The JSON Schema of a record."""
+    schema: dict[str, Any] = read_json(Path(__file__).with_name("record.schema.json"))
+    return schema
 
 
 def extend_record(folder: Path, files: Sequence[str], **blocks: Any) -> None:
@@ -312,7 +189,3 @@ def describe_environment() -> dict[str, Any]:
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "packages": {name: version(name) for name in PACKAGES},
     }
-
-
-if __name__ == "__main__":  # python -m srmu.runs.record > src/srmu/runs/record.schema.json
-    print(json.dumps(Record.model_json_schema(), indent=2))

@@ -22,7 +22,7 @@ from srmu.errors import DivergedError, SrmuError
 from srmu.methods.importance import FLAT
 from srmu.runs import record as audit
 from srmu.runs.config import Config, load_config
-from srmu.runs.model_card import write_model_card
+from srmu.runs.model_card import render_template, write_model_card
 from srmu.runs.plan import RunPlan, load_tokenizer, load_topics, locate_base, plan_run
 from srmu.runs.record import CONFIG, DELTA, METRICS, RECORD, STATE
 from srmu.runs.training import CHECKPOINTS, train_run
@@ -187,7 +187,7 @@ def find_finished(folder: Path, topics: Sequence[Topic]) -> Run:
     texts = [(known[topic.name][role], counts) for topic in topics for role, counts in topic.counts.items()]
 
     def differ(*keys: str) -> bool:
-        return any(then.get(key) != now[key] for then, now in texts for key in keys)
+        return any(then[key] != now[key] for then, now in texts for key in keys)
 
     sizes = differ("documents", "too_short", "bad_rows", "tokens")
     if not sizes and differ("digest") and differ("key"):
@@ -214,26 +214,5 @@ def discard_unfinished(folder: Path) -> None:
 
 def run_notes(run: Run) -> list[str]:
     """What a person should know of a run's strength and map, a sentence each."""
-    lines = []
-    for name, numbers in run.record["topics"].items():
-        if "kappa" not in numbers:
-            continue
-        lines.append(
-            f"{name}: coeff {numbers['coeff']:.4g}, kappa {numbers['kappa']:.3g} "
-            f"(target norm {numbers['target_norm']:.4g}, "
-            f"forget activation norm {numbers['activation_norm']:.4g})"
-        )
-        if own := numbers.get("anchors"):
-            lines.append(
-                f"{name}: {own['kept']} texts that the model wrote are anchors; {own['dropped']} "
-                "with a token typical of the forget texts were dropped"
-            )
-        if map_ := numbers.get("importance"):
-            lines.append(
-                f"{name}: importance map mean {map_['mean']:.2f}, sd {map_['sd']:.2f}, "
-                f"Gini {map_['gini']:.2f}, {map_['share_above_half']:.0%} above 0.5"
-            )
-            uniform = getattr(run.config.method, "importance", "") == "uniform"
-            if map_["sd"] < FLAT and not uniform:
-                lines.append(f"{name}: the map is nearly flat (sd under {FLAT}): it selects nothing")
-    return lines
+    uniform = getattr(run.config.method, "importance", "") == "uniform"
+    return render_template("notes.txt", topics=run.record["topics"], flat=FLAT, uniform=uniform).splitlines()

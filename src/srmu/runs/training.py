@@ -61,7 +61,8 @@ def train_run(plan: RunPlan, topics: Sequence[Topic], watch: Watch, callback: Lo
     config, folder, first = plan.config, plan.folder, distributed.is_first()
     require_memory(plan)
     held = {"before": reset_peak_memory(config.device)}
-    data = digest_batches(topics)
+    batches = [batch for topic in topics for batch in (*topic.forget, *topic.retain)]
+    data = digest_tensors(*(batch[part] for batch in batches for part in ("input_ids", "attention_mask")))
     model, names = load_model(plan, topics, data, watch)
     if first:
         require_space(folder, sum(t.numel() * t.element_size() for t in model.original.values()))
@@ -223,7 +224,7 @@ def build_record(
         "schema_version": audit.SCHEMA,
         "id": config.id,
         "started": progress.started.isoformat(timespec="seconds"),
-        "purpose": config.purpose,
+        "purpose": config.purpose.model_dump(),
         "base": audit.describe_base(config.model, config.revision, plan.base, watch),
         "resumed_at": progress.resumed_at,
         "checkpoint_failed": progress.checkpoints.failed,
@@ -240,7 +241,11 @@ def build_record(
             "command": "srmu verify RUN --rerun",
             "config": config.to_dict(),
             "expected": {DELTA: files[DELTA]} if DELTA in files else {},
+            "rerun": None,
         },
+        "results": {},
+        "attacks": {},
+        "exported": {},
         "limits": audit.LIMITS,
         "files": files,
     }
@@ -282,12 +287,6 @@ def require_memory(plan: RunPlan) -> None:
             f"optimiser they take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free; "
             "srmu unlearn --dry-run says what would help"
         )
-
-
-def digest_batches(topics: Sequence[Topic]) -> str:
-    """A digest of the tokens that a run reads."""
-    batches = [b for topic in topics for part in (topic.forget, topic.retain) for b in part]
-    return digest_tensors(*(t for b in batches for t in (b["input_ids"], b["attention_mask"])))
 
 
 def reset_peak_memory(device: str) -> int:
