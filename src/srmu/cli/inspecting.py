@@ -8,11 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from typer import Argument, Option
 
-from srmu.cli import options
-from srmu.cli.output import next_command, open_in_browser, print_result, split_names
+from srmu.cli import options, output
 from srmu.engine.progress import show_progress, silence_libraries
 from srmu.errors import SrmuError
-from srmu.report.format import print_table
 
 if TYPE_CHECKING:
     from srmu.evals.figures import Analysis
@@ -71,7 +69,11 @@ def inspect_command(
         else:
             texts = {"forget": forget or [], "retain": retain or []}
             found = measure_activations(what, target, texts, tokens, metrics, device)
-        finish_analysis(found, out or Path(f"{what}.html"), as_json)
+        from srmu.report.analyses import write_analysis
+
+        page = write_analysis(found, out or Path(f"{what}.html"))
+        answer = {"numbers": found.numbers, "sentences": found.sentences, "page": str(page)}
+        output.print_result(answer, as_json, *found.sentences, f"wrote {page}", output.open_in_browser(page))
 
 
 def print_reach(target: str, method: str, settings: list[str], as_json: bool) -> None:
@@ -83,16 +85,14 @@ def print_reach(target: str, method: str, settings: list[str], as_json: bool) ->
         if method or settings:
             raise SrmuError(f"{target} is a run, which has its method: leave out --method")
         answer, rows = run_changes(Run.open(target))
-        following = next_command("inspect", target, "--what", "sensitivity")
+        following = output.next_command("inspect", target, "--what", "sensitivity")
     elif method or settings:
         answer, rows = measure_reach(target, method or "srmu", settings)
-        following = next_command("unlearn", "--model", target, "--forget", "F", "--retain", "R")
+        following = output.next_command("unlearn", "--model", target, "--forget", "F", "--retain", "R")
     else:
         answer, rows = list_reach(target)
-        following = next_command("inspect", target, "--method", "srmu")
-    if not as_json:
-        print_table(rows)
-    print_result(answer, as_json, answer["sentence"], following)
+        following = output.next_command("inspect", target, "--method", "srmu")
+    output.print_result(answer, as_json, answer["sentence"], following, table=rows)
 
 
 def list_names(forget: list[str], retain: list[str], out: Path | None, as_json: bool) -> None:
@@ -107,16 +107,15 @@ def list_names(forget: list[str], retain: list[str], out: Path | None, as_json: 
     texts = read_files(forget, "--forget")
     names = find_names(texts, read_files(retain))
     counts = {name: sum(name in text for text in texts) for name in names}
-    if not as_json:
-        print_table([{"name": name, "texts": str(count)} for name, count in counts.items()])
     lines = [f"{len(names)} look like names: strike those that are none, add what is missing"]
     if out is None:
         lines.append("next: the same with --out names.txt, and edit that file")
     else:
         write_whole(out, "".join(f"{name}\n" for name in names))
         method = ("method.name=rename_scrub", f"method.names={out}")
-        lines += [f"wrote {out}", next_command("unlearn", "CONFIG", *method)]
-    print_result({"names": counts}, as_json, *lines)
+        lines += [f"wrote {out}", output.next_command("unlearn", "CONFIG", *method)]
+    table = [{"name": name, "texts": str(count)} for name, count in counts.items()]
+    output.print_result({"names": counts}, as_json, *lines, table=table)
 
 
 def inspect_texts(
@@ -136,7 +135,7 @@ def inspect_texts(
     texts = read_files(forget, "--forget"), read_files(retain, "--retain")
     questions = [
         (prompt, options[gold], str(row.get("subject", "")))
-        for task in split_names(tasks)
+        for task in output.split_names(tasks)
         for prompt, options, gold, row in load_questions(task, tasks_dir)
     ]
     opened = open_model(model, device) if model else None
@@ -168,7 +167,7 @@ def measure_activations(
             return analyses.measure_alignment(run, *model, watch=show_progress)
         if not metrics:
             raise SrmuError("--metrics: name those that should fall, such as wmdp_bio/acc")
-        falling = split_names(metrics)
+        falling = output.split_names(metrics)
         return sweep_layers(run.config, score_model, falling, watch=show_progress)
     read = {role: read_files(paths) for role, paths in texts.items() if paths}
     read = read or (analyses.read_topic_texts(run) if run else {})
@@ -188,17 +187,3 @@ def read_files(paths: list[str], option: str = "") -> list[str]:
     if option and not paths:
         raise SrmuError(f"{option}: name a file of texts")
     return read_texts([Source(path=path) for path in paths])
-
-
-def finish_analysis(analysis: Analysis, out: Path, as_json: bool) -> None:
-    """Write an analysis' page and say what it found."""
-    from srmu.report.analyses import write_analysis
-
-    write_analysis(analysis, out)
-    print_result(
-        {"numbers": analysis.numbers, "sentences": analysis.sentences, "page": str(out)},
-        as_json,
-        *analysis.sentences,
-        f"wrote {out}",
-        open_in_browser(out),
-    )

@@ -12,7 +12,7 @@ from typing import Annotated, TextIO
 import typer
 from typer import Option
 
-from srmu.cli import checking, inspecting, measuring, starting, studying, unlearning
+from srmu.cli import inspecting, measuring, starting, studying, unlearning
 from srmu.engine import distributed
 from srmu.engine.progress import print_line
 from srmu.errors import SrmuError, suggest_word
@@ -38,7 +38,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Every verb takes --debug: show the traceback of an error.",
 )
-for group in (starting, unlearning, measuring, inspecting, checking, studying):
+for group in (starting, unlearning, measuring, inspecting, studying):
     app.add_typer(group.verbs)
 
 

@@ -4,24 +4,18 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from typer import Argument, Option
 
-from srmu.cli import options
-from srmu.cli.output import next_command, print_result, shorten_path, split_names
+from srmu.cli import options, output
 from srmu.engine.progress import show_progress, silence_libraries
 from srmu.errors import SrmuError
 from srmu.report.format import format_percent, format_with_error, print_table
 
-if TYPE_CHECKING:
-    from srmu.evals.benchmarks.score import BenchmarkOptions
-
 verbs = typer.Typer()
 GROUP = "Measure"
-
-Scores = dict[str, dict[str, dict[str, float]]]  # before, after, oracle -> metric -> value, n, ...
 
 
 @verbs.command("eval", rich_help_panel=GROUP)
@@ -45,11 +39,11 @@ def eval_command(
 ) -> None:
     """Measure a model, or a run before and after, on tasks and benchmarks."""
     silence_libraries()
-    from srmu.evals.benchmarks import BENCHMARKS
-    from srmu.evals.benchmarks.score import BenchmarkOptions
+    from srmu.evals.benchmarks import BENCHMARKS, find_benchmark
+    from srmu.evals.benchmarks.score import TITLES, BenchmarkOptions, benchmark_table, score_benchmark
     from srmu.evals.score import score_model
 
-    names = split_names(tasks)
+    names = output.split_names(tasks)
     asked = [name for name in names if name.partition("/")[0] in BENCHMARKS]
     if not asked and (data or revision or oracle or template or log):
         raise SrmuError(
@@ -57,68 +51,45 @@ def eval_command(
         )
     if log and len(asked) > 1:
         raise SrmuError(f"--log {log}: it holds one benchmark's numbers; name one in --tasks")
-    scores: Scores = {}
+    scores: dict[str, dict[str, Any]] = {}  # before, after, oracle -> metric -> value, n, ...
     others = tuple(name for name in names if name not in asked)
     if others or not asked:
         scores = score_model(target, others, tasks_dir=tasks_dir, limit=limit, device=device, watch=show_progress)
         if not as_json:
-            print_scores(scores)
+            print_scores(scores, {"before": "before", "after": "after" if "before" in scores else "value"})
     for name in asked:
         request = BenchmarkOptions(name, data, revision, template, oracle, limit, device)
-        for when, results in show_benchmark(target, request, log, as_json).items():
-            scores[when] = scores.get(when, {}) | results
-    if as_json:
-        print_result(scores if asked or "before" in scores else scores["after"], True)
-    else:
-        print_result({}, False, *describe_scores(target, "before" in scores, asked, log))
+        measured = score_benchmark(target, request, log=log, watch=show_progress)
+        if not as_json:
+            titles = TITLES if "before" in measured else TITLES | {"after": "model"}
+            shown = {titles[when]: measured[when] for when in titles if when in measured}
+            print_table(benchmark_table(find_benchmark(name)[0], shown))
+            print_scores(measured, titles)
+        scores = {when: scores.get(when, {}) | one for when, one in (scores | measured).items()}
+    is_run = "before" in scores
+    lines = [f"wrote {log}"] if log else []
+    following: list[object] = ["unlearn", "--model", target, "--forget", "F", "--retain", "R"]
+    if is_run:
+        run = output.shorten_path(Path(target))
+        lines.append(f"wrote the scores into {run}")
+        following = ["report", run] if asked else ["export", run, "OUT"]
+    elif log:
+        following = ["eval", "RUN", "--tasks", asked[0], "--oracle", log]
+    answer = scores if asked or is_run else scores["after"]
+    output.print_result(answer, as_json, *lines, output.next_command(*following))
 
 
-def print_scores(scores: Scores) -> None:
-    """The table of scores on tasks; of a run before and after."""
-    rows = []
-    for metric, after in scores["after"].items():
-        row = {"metric": metric}
-        for when, results in scores.items():
-            row[when if "before" in scores else "value"] = format_with_error(results[metric])
-        rows.append(row | {"n": f"{after['n']:.0f}"})
-    print_table(rows)
-
-
-def show_benchmark(target: str, request: BenchmarkOptions, log: Path | None, as_json: bool) -> Scores:
-    """Measure on one benchmark; for a person the table of its paper, then everything else."""
-    from srmu.evals.benchmarks import find_benchmark
-    from srmu.evals.benchmarks.score import TITLES, benchmark_table, score_benchmark
-
-    scores = score_benchmark(target, request, log=log, watch=show_progress)
-    if as_json:
-        return scores
-    titles = TITLES if "before" in scores else TITLES | {"after": "model"}
-    shown = {title: scores[when] for when, title in titles.items() if when in scores}
-    print_table(benchmark_table(find_benchmark(request.name)[0], shown))
+def print_scores(scores: dict[str, Any], titles: dict[str, str]) -> None:
+    """Every metric with its standard error, a column a model."""
     print_table(
         [
-            {"metric": metric, "n": f"{entry['n']:.0f}"}
-            | {title: format_with_error(results[metric]) for title, results in shown.items()}
-            for metric, entry in scores["after"].items()
-            if all(metric in results for results in shown.values())
+            {"metric": metric}
+            | {title: format_with_error(scores[when][metric]) for when, title in titles.items() if when in scores}
+            | {"n": f"{after['n']:.0f}"}
+            for metric, after in scores["after"].items()
+            if all(metric in results for results in scores.values())
         ]
     )
-    return scores
-
-
-def describe_scores(target: str, is_run: bool, benchmarks: list[str], log: Path | None) -> list[str]:
-    """Where the scores were written, and what to type next."""
-    lines = [f"wrote {log}"] if log else []
-    following: list[object]
-    if is_run:
-        run = shorten_path(Path(target))
-        lines.append(f"wrote the scores into {run}")
-        following = ["report", run] if benchmarks else ["export", run, "OUT"]
-    elif log:
-        following = ["eval", "RUN", "--tasks", benchmarks[0], "--oracle", log]
-    else:
-        following = ["unlearn", "--model", target, "--forget", "F", "--retain", "R"]
-    return [*lines, next_command(*following)]
 
 
 @verbs.command("attack", rich_help_panel=GROUP)
@@ -152,9 +123,9 @@ def attack_command(
         return typer.confirm(f"{text} Run it?", err=True)
 
     sources = suite.Sources(
-        tasks=split_names(tasks),
+        tasks=output.split_names(tasks),
         val=val,
-        utility=split_names(utility),
+        utility=output.split_names(utility),
         tasks_dir=str(tasks_dir or ""),
         neutral=str(neutral or ""),
         holdout=str(holdout or ""),
@@ -164,45 +135,39 @@ def attack_command(
     report = suite.attack_run(
         Run.open(run),
         tier=tier,
-        names=split_names(attacks),
+        names=output.split_names(attacks),
         sources=sources,
         seed=seed,
         device=device,
         confirm=confirm,
         watch=show_progress,
     )
-    if not as_json:
-        print_table(attack_table(report))
-    folder = shorten_path(run)
-    lines = [*describe_attacks(report), f"wrote {folder / RESULTS}"]
-    print_result(report, as_json, *lines, next_command("compare", folder, "OTHER_RUN"))
+    folder = output.shorten_path(run)
+    lines = [
+        *describe_attacks(report),
+        f"wrote {folder / RESULTS}",
+        output.next_command("compare", folder, "OTHER_RUN"),
+    ]
+    output.print_result(report, as_json, *lines, table=attack_table(report))
 
 
 def attack_table(report: dict[str, Any]) -> list[dict[str, str]]:
     """The attacks as lines of a table, strongest first; accuracies in %."""
 
-    def percent(entry: dict[str, float] | None) -> str:
-        return format_percent(entry) if entry else ""
-
     def accuracy_of(entry: dict[str, Any]) -> float:
         return entry["accuracy"]["value"] if "accuracy" in entry else -1.0
 
     table = []
-    attacks = report["attacks"].items()
-    for name, entry in sorted(attacks, key=lambda item: accuracy_of(item[1]), reverse=True):
-        controls = entry.get("controls", {})
-        chosen = entry.get("chosen", "")
-        note = f"{entry['status']}: {entry['why']}" if entry["why"] else chosen
-        if entry.get("valid") is False:
-            note = f"invalid: the oracle recovers, too; {chosen}"
-        row = {
-            "attack": f"{entry['id']} {name}",
-            "accuracy": percent(entry.get("accuracy")),
-            "recovered": percent(entry.get("recovery")),
-        }
-        for who in ("original", "oracle"):
-            row[who] = percent(controls.get(who, {}).get("accuracy"))
-        table.append(row | {"setting": note})
+    for name, entry in sorted(report["attacks"].items(), key=lambda item: accuracy_of(item[1]), reverse=True):
+        whose = {who: entry.get("controls", {}).get(who, {}).get("accuracy") for who in ("original", "oracle")}
+        numbers = {"accuracy": entry.get("accuracy"), "recovered": entry.get("recovery"), **whose}
+        setting = entry.get("chosen", "")
+        if entry["why"]:
+            setting = f"{entry['status']}: {entry['why']}"
+        elif entry.get("valid") is False:
+            setting = f"invalid: the oracle recovers, too; {setting}"
+        cells = {head: format_percent(one) if one else "" for head, one in numbers.items()}
+        table.append({"attack": f"{entry['id']} {name}", **cells, "setting": setting})
     return table
 
 
@@ -221,24 +186,23 @@ def compare_command(
     from srmu.search.auto import parse_share
 
     share = parse_share(budget)
-    rows = compare_runs(runs, share, split_names(metrics), split_names(utility_metrics))
-    if as_json:
-        print_result({"budget": share, "rows": [asdict(row) for row in rows]}, True)
-        return
+    rows = compare_runs(runs, share, output.split_names(metrics), output.split_names(utility_metrics))
     table = []
     for row in rows:
-        measured = [row.utility_loss, row.forget_accuracy, row.residual, row.residual_difference]
-        texts = ["" if one is None else format_percent(asdict(one)) for one in measured]
-        names = ("utility lost", "forget accuracy", "K*", "K* less the first's")
-        table.append(
-            {"method": row.method, "runs": f"{row.points} x {row.seeds}"}
-            | dict(zip(names, texts, strict=True))
-            | {"verdict": ", ".join(filter(None, [row.verdict, row.note]))}
-        )
-    print_table(table)
+        measured = {
+            "utility lost": row.utility_loss,
+            "forget accuracy": row.forget_accuracy,
+            "K*": row.residual,
+            "K* less the first's": row.residual_difference,
+        }
+        cells = {head: "" if one is None else str(one) for head, one in measured.items()}
+        verdict = ", ".join(filter(None, [row.verdict, row.note]))
+        table.append({"method": row.method, "runs": f"{row.points} x {row.seeds}", **cells, "verdict": verdict})
     lines = [f"In %, with 95 % intervals, at {share:.1%} of utility lost; runs: strengths x seeds."]
     more = ["--tier", "standard"]
     if all(row.residual is None for row in rows):
         lines.append("no attack was run on all of these: accuracy alone says little")
         more = []
-    print_result({}, False, *lines, next_command("attack", shorten_path(runs[0]), *more))
+    lines.append(output.next_command("attack", output.shorten_path(runs[0]), *more))
+    answer = {"budget": share, "rows": [asdict(row) for row in rows]}
+    output.print_result(answer, as_json, *lines, table=table)

@@ -4,21 +4,41 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import typer
 
+from srmu.engine.progress import print_line
 from srmu.errors import SrmuError
+from srmu.report.format import print_table
+
+PLANNED = "next: the same without --dry-run"
 
 
-def print_result(value: dict[str, Any], as_json: bool, *lines: str) -> None:
-    """End a verb: JSON on standard output, or lines for a person."""
+def print_result(
+    value: Mapping[str, Any], as_json: bool, *lines: str, table: Sequence[Mapping[str, str]] | None = None
+) -> None:
+    """End a verb: JSON alone on standard output, or a table and lines for a person."""
     if as_json:
         typer.echo(json.dumps(value))
         return
+    if table:
+        print_table(table)
     for line in lines:
         typer.echo(line)
+
+
+@contextmanager
+def explain_interrupt(text: str) -> Iterator[None]:
+    """Say what is kept where a person interrupts."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print_line(text)
+        raise
 
 
 def next_command(*words: object) -> str:

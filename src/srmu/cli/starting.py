@@ -8,8 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 from typer import Argument, Option
 
-from srmu.cli import options
-from srmu.cli.output import next_command, open_in_browser, print_result, quote_command, shorten_path, split_seeds
+from srmu.cli import options, output
 from srmu.engine.progress import show_progress, silence_libraries
 from srmu.report.format import print_table
 
@@ -32,23 +31,21 @@ def play_demo_command(
     silence_libraries()
     from srmu.reproduce.demo import play_demo, terminal_table
 
-    numbers = split_seeds(seeds)
+    numbers = output.split_seeds(seeds)
     entries, report = play_demo(out, seeds=numbers, watch=show_progress)
     rows = terminal_table(entries)
-    if not as_json:
-        print_table(rows)
-    print_result(
+    output.print_result(
         {"report": str(report), "rows": rows},
         as_json,
-        "",
         f"Accuracy in %, mean over {len(numbers)} runs, with a 95 % interval; guessing scores 25.",
         "hazard: the facts to forget; hazard_held: those that no forget text states; neighbour:",
         "harmless facts on the same things; general: the rest. Entangled: whether the retain texts",
         "are general (low) or neighbour texts (high). No attack was run: this shows what is",
         "suppressed, not what is gone.",
         f"wrote {report}",
-        open_in_browser(report),
-        f"      {quote_command('unlearn', out / 'testbed/high.yaml', 'method.kappa=16')}",
+        output.open_in_browser(report),
+        f"      {output.quote_command('unlearn', out / 'testbed/high.yaml', 'method.kappa=16')}",
+        table=rows,
     )
 
 
@@ -77,7 +74,7 @@ def list_methods_command(
             }
             for key, cls in chosen.items()
         }
-        print_result(rows, True)
+        output.print_result(rows, True)
         return
     if not name:
         print_table(reference.list_methods())
@@ -87,8 +84,8 @@ def list_methods_command(
         for option, (value, text) in reference.list_options(cls).items():
             typer.echo(f"    {option}: {reference.format_default(value)}" + (f"  # {text}" if text else ""))
     example = name or "npo"
-    typer.echo(next_command("inspect", "MODEL", "--method", example))
-    typer.echo(f"      {quote_command('unlearn', 'CONFIG', f'method.name={example}')}")
+    typer.echo(output.next_command("inspect", "MODEL", "--method", example))
+    typer.echo(f"      {output.quote_command('unlearn', 'CONFIG', f'method.name={example}')}")
 
 
 @topics.command("cache")
@@ -111,27 +108,26 @@ def show_cache(
     if action == "clear":
         more = folders.values() if everything else ()
         freed = caches.clear_cache(("activations", *more))
-        lines = [f"freed {freed / 1e9:.3f} GB in {root}", next_command("info", "cache")]
-        print_result(answer | {"freed_bytes": freed}, as_json, *lines)
+        lines = [f"freed {freed / 1e9:.3f} GB in {root}", output.next_command("info", "cache")]
+        output.print_result(answer | {"freed_bytes": freed}, as_json, *lines)
         return
     rows = [
         {
-            "activations": shorten_path(entry["folder"]).name,
+            "activations": output.shorten_path(entry["folder"]).name,
             "GB": f"{entry['bytes'] / 1e9:.3f}",
             "last used": f"{datetime.fromtimestamp(entry['used']):%Y-%m-%d %H:%M}",
             "model": str(entry.get("model", "unknown")),
         }
         for entry in reversed(entries)
     ]
-    if rows and not as_json:
-        print_table(rows)
     held = ", ".join(f"{name} {size / 1e9:.3f} GB" for name, size in others.items())
-    print_result(
+    output.print_result(
         answer | {"activations": rows, "limit_bytes": caches.limit_bytes()},
         as_json,
         f"{root}: activations {total / 1e9:.3f} of at most {caches.limit_bytes() / 1e9:g} GB "
         f"(SRMU_CACHE_LIMIT), {held}",
-        next_command("info", "cache", "clear"),
+        output.next_command("info", "cache", "clear"),
+        table=rows,
     )
 
 
@@ -150,4 +146,4 @@ def show_environment(as_json: options.Json = False) -> None:
     lines += [f"{k}: {v}" for k, v in facts.items() if not isinstance(v, dict) and k != "free_bytes"]
     lines.append(f"free memory of {device}: {facts['free_bytes'] / 1e9:.1f} GB")
     lines += [f"{name} {number}" for name, number in facts["packages"].items()]
-    print_result(facts, as_json, *lines, next_command("demo"))
+    output.print_result(facts, as_json, *lines, output.next_command("demo"))

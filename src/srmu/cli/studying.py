@@ -1,31 +1,93 @@
-"""The verbs that make many runs of ours: the testbeds, and tables over them."""
+"""The verbs that look at results and check them, and those that make many runs: pages, digests, testbeds, tables."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 from typer import Argument, Option
 
-from srmu.cli import options
-from srmu.cli.output import (
-    next_command,
-    open_in_browser,
-    print_result,
-    quote_command,
-    shorten_path,
-    split_names,
-    split_seeds,
-)
-from srmu.engine.progress import print_line, show_progress, silence_libraries
+from srmu.cli import options, output
+from srmu.engine.progress import show_progress, silence_libraries
 from srmu.errors import SrmuError
 
 verbs = typer.Typer()
-GROUP = "Study"
+SHOW, STUDY = "Show and check", "Study"  # groups of verbs
 
 
-@verbs.command("testbed", rich_help_panel=GROUP)
+@verbs.command("report", rich_help_panel=SHOW)
+def report_command(
+    paths: Annotated[list[Path], Argument(metavar="PATH...", help="Runs, or one study.")],
+    out: Annotated[Path, Option("--out", "-o", help="The page.")] = Path("report.html"),
+    metrics: options.Metrics = "",
+    utility_metrics: options.UtilityMetrics = "",
+    as_json: options.Json = False,
+) -> None:
+    """Draw runs, a sweep, a choice or a reproduction as one page that opens anywhere."""
+    silence_libraries()
+    from srmu.report.build import write_report
+
+    forget, utility = output.split_names(metrics), output.split_names(utility_metrics)
+    page = write_report(paths, out, forget=forget, utility=utility)
+    size = page.stat().st_size
+    wrote = f"wrote {output.shorten_path(page)} ({size / 1e6:.1f} MB)"
+    output.print_result({"page": str(page), "bytes": size}, as_json, wrote, output.open_in_browser(page))
+
+
+@verbs.command("verify", rich_help_panel=SHOW)
+def verify_command(
+    folder: Annotated[Path, Argument(metavar="RUN_OR_EXPORT", help="A run or an export.")],
+    settings: Annotated[list[str] | None, Argument(metavar="key=value", help="rerun: runs_dir, device.")] = None,
+    rerun: Annotated[bool, Option("--rerun", help="Make the run again and compare it.")] = False,
+    key: Annotated[Path | None, Option(help="Public Ed25519 key (PEM): check the signature.")] = None,
+    sign: Annotated[Path | None, Option(help="Private Ed25519 key (PEM) to sign with.")] = None,
+    summary: Annotated[Path | None, Option(help="Write the record here, on one page.")] = None,
+    as_json: options.Json = False,
+) -> None:
+    """Recompute every digest of a run or an export, and of its base model, against the record."""
+    silence_libraries()
+    from srmu.engine.files import write_whole
+    from srmu.runs import verify as checks
+
+    if settings and not rerun:
+        raise SrmuError(f"{settings[0]}: overrides go with --rerun, which makes the run again")
+    answer = checks.verify_folder(folder, key, show_progress)
+    signed = ", signed" if key else ""
+    lines = [f"as recorded: {answer['files']} files, {answer['tensors']} tensors of record {answer['record']}{signed}"]
+    if sign:
+        lines.append(f"wrote {checks.sign_record(folder, sign)}")
+    if summary:
+        from srmu.runs.model_card import summarise_record
+        from srmu.runs.record import read_record
+
+        write_whole(summary, summarise_record(read_record(checks.find_record(folder))))
+        lines.append(f"wrote {summary}")
+    if rerun:
+        again, more = repeat_run(checks.find_record(folder), settings or [])
+        output.print_result(answer | {"rerun": again}, as_json, *lines, *more)
+        raise typer.Exit(0 if again["same"] else 2)
+    following = output.next_command("verify", output.shorten_path(folder), "--rerun")
+    output.print_result(answer, as_json, *lines, following)
+
+
+def repeat_run(record: Path, settings: list[str]) -> tuple[dict[str, object], list[str]]:
+    """Make a record's run again; whether the result is the same, and the lines that say so."""
+    from srmu.runs import verify as checks
+
+    run, outcome = checks.rerun_record(record, settings, show_progress)
+    lines = ["the same delta, byte for byte"]
+    if not outcome["same"]:
+        names = ", ".join(outcome["tensors"]) or "no tensor, but the file"
+        reasons = outcome["differences"] or ["environment and data are the same: the hardware or its load differs"]
+        lines = [f"another delta: {names} differ", *reasons]
+    folder = output.shorten_path(run.folder)
+    lines.append(f"wrote {folder}, and the outcome into {output.shorten_path(record)}")
+    return {"run": str(run.folder), **outcome}, [*lines, output.next_command("verify", folder)]
+
+
+@verbs.command("testbed", rich_help_panel=STUDY)
 def testbed_command(
     out: Annotated[Path, Argument(help="Folder to write.")],
     world: Annotated[str, Option(help="closed; open: harder; people: benchmarks.")] = "closed",
@@ -52,10 +114,10 @@ def testbed_command(
             scores = ", ".join(f"{k} {v:.1%}" for k, v in report[name]["accuracy"].items())
             lines.append(f"{name}: {scores}")
     lines.append(f"wrote {out}")
-    print_result(report, as_json, *lines, next_command("unlearn", out / "high.yaml"))
+    output.print_result(report, as_json, *lines, output.next_command("unlearn", out / "high.yaml"))
 
 
-@verbs.command("reproduce", rich_help_panel=GROUP)
+@verbs.command("reproduce", rich_help_panel=STUDY)
 def reproduce_command(
     what: Annotated[
         Literal["table2", "table3", "table4", "figure2", "all", "robust", "ablations", "methods"],
@@ -79,7 +141,7 @@ def reproduce_command(
     `methods` holds all methods.
     """
     silence_libraries()
-    split_seeds(seeds)
+    output.split_seeds(seeds)
     own = {"world": world, "regimes": regimes, "methods": methods, "tier": tier}
     if what in ("robust", "ablations", "methods"):
         if model:
@@ -89,14 +151,13 @@ def reproduce_command(
         return
     if wrong := [name for name, value in (*own.items(), ("show", show)) if value]:
         raise SrmuError(f"--{wrong[0]} belongs to srmu reproduce robust, not to {what}")
-    reproduce_tables(what, out, model, split_seeds(seeds), settings or [], dry_run, as_json)
+    reproduce_tables(what, out, model, output.split_seeds(seeds), settings or [], dry_run, as_json)
 
 
 def reproduce_tables(
     what: str, out: Path, model: str, seeds: tuple[int, ...], settings: list[str], dry_run: bool, as_json: bool
 ) -> None:
     """The paper's tables and figure: `srmu reproduce table2` and so on."""
-    from srmu.report import markdown
     from srmu.report.build import write_report
     from srmu.reproduce import paper
 
@@ -106,43 +167,38 @@ def reproduce_tables(
     command = paper.format_command(what, place, settings)
     if dry_run:
         needs, lines = paper.paper_needs(what, place)
-        print_result(needs, as_json, *lines, "next: the same without --dry-run")
+        output.print_result(needs, as_json, *lines, output.PLANNED)
         return
     tables = paper.reproduce_paper(what, place, command=command, watch=show_progress)
-    pages = [*markdown.write_study(tables, out), write_report([out], out / "report.html")]
-    if not as_json:
-        markdown.print_study(tables)
-    finish_study(tables, pages, as_json)
+    finish_study(tables, out, as_json, lambda: [write_report([out], out / "report.html")])
 
 
 def reproduce_frontier(what: str, out: Path, asked: dict[str, Any], dry_run: bool, show: bool, as_json: bool) -> None:
     """What stays gone under attack: `srmu reproduce robust`, `ablations` and `methods`."""
-    from srmu.report import markdown
     from srmu.reproduce import robust
     from srmu.reproduce.robust_tables import build_frontier_tables, write_frontier_reports
 
     listed = ("seeds", "regimes", "methods")
-    wanted: dict[str, Any] = {k: split_names(v) if k in listed else v for k, v in asked.items()}
+    wanted: dict[str, Any] = {k: output.split_names(v) if k in listed else v for k, v in asked.items()}
     frontier = robust.plan_frontier(what, out, **wanted)
     if dry_run:
         needs, line = robust.frontier_needs(frontier)
-        print_result(needs, as_json, line, "next: the same without --dry-run")
+        output.print_result(needs, as_json, line, output.PLANNED)
         return
-    try:
+    with output.explain_interrupt("finished runs are kept: the same command goes on, and --show prints the tables"):
         cases = robust.measure_frontier(frontier, show_progress, make=not show)
-    except KeyboardInterrupt:
-        print_line("finished runs are kept: the same command goes on, and --show prints the tables")
-        raise
-    pairs = [(f"--{k}", v) for k, v in asked.items() if v and k != "overrides"]
-    words = [word for pair in pairs for word in pair]
-    command = quote_command("reproduce", what, *words, *asked["overrides"])
+    words = [word for k, v in asked.items() if v and k != "overrides" for word in (f"--{k}", v)]
+    command = output.quote_command("reproduce", what, *words, *asked["overrides"])
     tables = build_frontier_tables(frontier, cases, command)
-    pages = [*markdown.write_study(tables, out), *write_frontier_reports(frontier, cases, command)]
+    finish_study(tables, out, as_json, lambda: write_frontier_reports(frontier, cases, command))
+
+
+def finish_study(tables: dict[str, Any], out: Path, as_json: bool, write_pages: Callable[[], list[Path]]) -> None:
+    """Write a study's tables, then its pages, which read them; print the tables for a person."""
+    from srmu.report import markdown
+
+    pages = [*markdown.write_study(tables, out), *write_pages()]
     if not as_json:
         markdown.print_study(tables)
-    finish_study(tables, pages, as_json)
-
-
-def finish_study(tables: dict[str, Any], pages: list[Path], as_json: bool) -> None:
-    wrote = ", ".join(str(shorten_path(path)) for path in pages)
-    print_result(tables, as_json, f"wrote {wrote}", open_in_browser(pages[-1]))
+    wrote = ", ".join(str(output.shorten_path(path)) for path in pages)
+    output.print_result(tables, as_json, f"wrote {wrote}", output.open_in_browser(pages[-1]))

@@ -8,16 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer import Argument, Option
 
-from srmu.cli import options
-from srmu.cli.output import next_command, open_in_browser, print_result, quote_command, shorten_path, split_names
+from srmu.cli import options, output
 from srmu.engine import distributed
 from srmu.engine.progress import print_line, show_progress, silence_libraries
 from srmu.errors import SrmuError
-from srmu.report.format import print_table
 
 if TYPE_CHECKING:
     from srmu.runs.config import Config
-    from srmu.runs.run import Run
     from srmu.search.auto import AutoRequest
 
 verbs = typer.Typer()
@@ -47,18 +44,25 @@ def unlearn_command(
         from srmu.runs.dry_run import plan_dry_run
 
         config, estimate, lines = plan_dry_run(config)
-        print_result(estimate, as_json, config.to_yaml(), *lines, "next: the same without --dry-run")
+        output.print_result(estimate, as_json, config.to_yaml(), *lines, output.PLANNED)
         return
     sharded = shard or distributed.asked_to_shard()
     plan = runs.plan_run(config, shard=sharded, offload=offload)
     again = (plan.folder / "record.json").exists()
     run = runs.run_plan(plan, out, watch=show_progress)
-    print_result(
-        {"run": str(run.folder), "out": out and str(out), "record": run.record},
-        as_json,
-        *runs.run_notes(run),
-        *describe_run(run, again, out),
-    )
+    record, folder = run.record, output.shorten_path(run.folder)
+    done = f"{record['steps']} steps in {record['seconds']:.1f} s; wrote {folder}"
+    lines = [*runs.run_notes(run), f"this run was there already: {folder}" if again else done]
+    if record["stop_reason"] not in ("max_steps", "edited"):
+        lines.append(f"stopped early: {record['stop_reason']}")
+    if out:
+        lines.append(f"wrote {out}")
+    if not again and record["activations"]["kept"] == "disk":
+        lines.append("activations are kept for later runs; see srmu info cache")
+    lines.append(output.next_command("eval", folder, *([] if run.config.eval else ["--tasks", "TASK"])))
+    if not out:
+        lines.append(f"      {output.quote_command('export', folder, 'OUT')}")
+    output.print_result({"run": str(run.folder), "out": out and str(out), "record": record}, as_json, *lines)
 
 
 def choose_config(args: list[str], model: str, forget: list[str], retain: list[str], method: str) -> Config:
@@ -74,32 +78,13 @@ def choose_config(args: list[str], model: str, forget: list[str], retain: list[s
     if file and (model or forget or retain or method):
         raise SrmuError(
             "a config file names model, texts and method; override them with key=value, "
-            f"for example: {quote_command('unlearn', file, 'method.name=rmu')}"
+            f"for example: {output.quote_command('unlearn', file, 'method.name=rmu')}"
         )
     if file:
         return load_config(Path(file), args[1:])
     if model and forget:
         return make_config(model, forget, retain, method or "srmu", args)
     raise SrmuError("name a config file, or --model M --forget F [--retain R]")
-
-
-def describe_run(run: Run, again: bool, out: Path | None) -> list[str]:
-    """What a run did, where it wrote, and what to type next."""
-    record, folder = run.record, shorten_path(run.folder)
-    if again:
-        lines = [f"this run was there already: {folder}"]
-    else:
-        lines = [f"{record['steps']} steps in {record['seconds']:.1f} s; wrote {folder}"]
-    if record["stop_reason"] not in ("max_steps", "edited"):
-        lines.append(f"stopped early: {record['stop_reason']}")
-    if out:
-        lines.append(f"wrote {out}")
-    if not again and record["activations"]["kept"] == "disk":
-        lines.append("activations are kept for later runs; see srmu info cache")
-    lines.append(next_command("eval", folder, *([] if run.config.eval else ["--tasks", "TASK"])))
-    if not out:
-        lines.append(f"      {quote_command('export', folder, 'OUT')}")
-    return lines
 
 
 @verbs.command("auto", rich_help_panel=GROUP)
@@ -131,8 +116,8 @@ def auto_command(
         forget=tuple(forget),
         retain=tuple(retain),
         budget=search.parse_share(budget),
-        tasks=split_names(tasks),
-        utility=split_names(utility),
+        tasks=output.split_names(tasks),
+        utility=output.split_names(utility),
         tasks_dir=str(tasks_dir or ""),
         method=method,
         robust=robust,
@@ -154,7 +139,7 @@ def choose_strength(request: AutoRequest, dry_run: bool, as_json: bool) -> None:
         say(f"{step}: {sentence}")
 
     say = print_line if as_json else typer.echo
-    out = shorten_path(request.out)
+    out = output.shorten_path(request.out)
     job = search.prepare_job(request)
     if answer := search.find_answer(job):
         for choice in answer["choices"]:
@@ -164,18 +149,14 @@ def choose_strength(request: AutoRequest, dry_run: bool, as_json: bool) -> None:
         plan = search.plan_search(job)
         lines = search.explain_search(plan)
         if dry_run:
-            print_result(plan, as_json, *lines, "next: the same without --dry-run")
+            output.print_result(plan, as_json, *lines, output.PLANNED)
             return
-        for line in lines:
-            say(line)
-        try:
+        say("\n".join(lines))
+        with output.explain_interrupt(KEPT):
             answer = search.run_search(job, tell, show_progress)
-        except KeyboardInterrupt:
-            print_line(KEPT)
-            raise
         done = f"wrote {out}"
-    again = quote_command("attack", out / answer["run"], "--tier", "standard")
-    print_result(answer, as_json, done, open_in_browser(out / search.PAGE), f"      {again}")
+    again = output.quote_command("attack", out / answer["run"], "--tier", "standard")
+    output.print_result(answer, as_json, done, output.open_in_browser(out / search.PAGE), f"      {again}")
 
 
 @verbs.command("sweep", rich_help_panel=GROUP)
@@ -191,19 +172,14 @@ def sweep_command(
 
     more = [] if trials is None else [f"trials={trials}"]
     sweep = search.read_sweep(Path(args[0]), [*args[1:], *more])
-    try:
+    with output.explain_interrupt(KEPT):
         report = search.run_sweep(sweep, storage, show_progress)
-    except KeyboardInterrupt:
-        print_line(KEPT)
-        raise
-    if (table := search.sweep_rows(report)) and not as_json:
-        print_table(table)
-    out = shorten_path(sweep.out)
-    lines = [*search.describe_sweep(report), f"wrote {out / search.FILE}", next_command("report", out)]
+    out = output.shorten_path(sweep.out)
+    lines = [*search.describe_sweep(report), f"wrote {out / search.FILE}", output.next_command("report", out)]
     if best := next(iter(search.best_trials(report)), None):
         overrides = sweep.list_overrides(best["params"])
-        lines.append(f"      {quote_command('unlearn', shorten_path(sweep.config), *overrides)}")
-    print_result(report, as_json, *lines)
+        lines.append(f"      {output.quote_command('unlearn', output.shorten_path(sweep.config), *overrides)}")
+    output.print_result(report, as_json, *lines, table=search.sweep_rows(report))
 
 
 @verbs.command("export", rich_help_panel=GROUP)
@@ -221,10 +197,10 @@ def export_command(
     opened = Run.open(run)
     opened.export(out, link, show_progress, last_good=last_good)
     changed = list(opened.delta)
-    print_result(
+    output.print_result(
         {"out": str(out), "changed": changed},
         as_json,
         f"{len(changed)} tensors changed: {', '.join(changed)}",
         f"wrote {out}, with its model card and record",
-        f"{next_command('verify', out)}, then AutoModelForCausalLM.from_pretrained({str(out)!r})",
+        f"{output.next_command('verify', out)}, then AutoModelForCausalLM.from_pretrained({str(out)!r})",
     )
