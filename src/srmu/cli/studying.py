@@ -159,12 +159,14 @@ def reproduce_tables(
 ) -> None:
     """The paper's tables and figure: `srmu reproduce table2` and so on."""
     from srmu.report.build import write_report
+    from srmu.report.results import strip_paths
     from srmu.reproduce import paper
 
     if seeds != tuple(range(len(seeds))):
         raise SrmuError(f"--seeds: those of {what} count from 0: 0,1,2")
     place = paper.plan_paper(out, model, len(seeds) or None, settings)
-    command = paper.format_command(what, place, settings)
+    given = [*(["--model", model] if model else []), *(["--seeds", ",".join(map(str, seeds))] if seeds else [])]
+    command = strip_paths(quote_command("reproduce", what, *given, *settings))
     if dry_run:
         needs, lines = paper.paper_needs(what, place)
         output.print_result(needs, as_json, *lines, output.PLANNED)

@@ -103,16 +103,20 @@ class Testbeds:
         return (self.locate(regime, seed) / "organism.json").exists()
 
     def prepare(self, regime: str, seed: int, watch: Watch) -> None:
-        """Build the testbed where it is missing."""
+        """Build the testbed where it is missing, with what Who's Harry Potter calls anchors."""
         folder = self.locate(regime, seed)
         if not self.is_there(regime, seed):
             share = self.regimes[regime].get("entanglement", 0.5)
             build_testbed(
                 folder, seed=seed, entanglement=share, oracle=self.oracle, world=self.world, watch=watch
             )  # fmt: skip
-        if self.world == "closed" and not (folder / "anchors.json").exists():
-            built = read_json(folder / "organism.json")
-            write_json(folder / "anchors.json", pair_anchors(built.get("seed", seed)))
+        anchors = folder / "anchors.json"
+        if self.world == "closed" and not anchors.exists():
+            # for each thing about which facts are to be forgotten one of the same kind about which none are
+            world = create_closed(read_json(folder / "organism.json").get("seed", seed), RECIPE.size)
+            hazard = sorted({fact.subject for fact in world.of_kind("hazard")})
+            harmless = sorted({fact.subject for fact in world.of_kind("neighbour")} - {*hazard})
+            write_json(anchors, dict(zip(hazard, cycle(harmless), strict=False)))
 
     def find_config(self, row: PlannedRow, seed: int) -> tuple[Path, tuple[str, ...]]:
         return self.locate(row.regime, seed) / self.regimes[row.regime]["config"], ()
@@ -128,15 +132,6 @@ class OneModel:
     def find_config(self, row: PlannedRow, seed: int) -> tuple[Path, tuple[str, ...]]:
         preset = find_preset(self.spec["methods"][row.method]["config"])
         return preset, (f"model={self.name}", *self.spec["regimes"][row.regime])
-
-
-def pair_anchors(seed: int) -> dict[str, str]:
-    """What Who's Harry Potter calls anchors: for each thing about which facts are to be forgotten
-    one of the same kind about which none are."""
-    world = create_closed(seed, RECIPE.size)
-    hazard = sorted({fact.subject for fact in world.of_kind("hazard")})
-    harmless = sorted({fact.subject for fact in world.of_kind("neighbour")} - set(hazard))
-    return dict(zip(hazard, cycle(harmless), strict=False))
 
 
 # ---- what is done to each run
@@ -220,7 +215,7 @@ def run_experiment(
         outcomes = find_outcomes(experiment, jobs)
         missing = [job for job, outcome in outcomes.items() if outcome == NOT_RUN and isinstance(job, RunJob)]
         if make and missing:
-            outcomes.update(make_runs(experiment, missing, watch))
+            outcomes |= make_runs(experiment, missing, watch)
         for row in stage:
             found = {seed: outcomes[jobs[row, seed]] for seed in experiment.seeds}
             measured[row] = collect_row(experiment, row, found)
@@ -273,7 +268,7 @@ def take_strength(source: MeasuredRow, number: int, key: str) -> tuple[str, ...]
     return tuple(f"topics.{k}.{key}={v[key]!r}" for k, v in run.record["topics"].items())
 
 
-def make_runs(experiment: Experiment, jobs: Sequence[RunJob], watch: Watch) -> dict[RunJob, Outcome]:
+def make_runs(experiment: Experiment, jobs: Sequence[RunJob], watch: Watch) -> dict[RunJob | str, Outcome]:
     """Several at once on testbeds; on one model one after the other, as each fills the machine."""
     if isinstance(experiment.place, Testbeds):
         # the first of each testbed before the others: what it keeps of the original serves them
@@ -281,7 +276,7 @@ def make_runs(experiment: Experiment, jobs: Sequence[RunJob], watch: Watch) -> d
         order = [*dict.fromkeys([*reversed(first.values()), *jobs])]
         attempt = partial(attempt_run, experiment.measurement)
         return dict(zip(order, run_all(order, watch, function=attempt), strict=True))
-    outcomes: dict[RunJob, Outcome] = {}
+    outcomes: dict[RunJob | str, Outcome] = {}
     for number, job in enumerate(jobs, 1):
         if watch is not ignore_progress:
             config = load_config(job.config, job.overrides)

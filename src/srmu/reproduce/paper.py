@@ -11,6 +11,7 @@ from srmu.engine.files import require_place
 from srmu.engine.progress import Watch, ignore_progress
 from srmu.errors import SrmuError
 from srmu.evals.statistics import Draws
+from srmu.report.results import strip_paths
 from srmu.reproduce import claims, experiment, needs
 from srmu.reproduce.experiment import Experiment, MeasuredRow, OneModel, PlannedRow, Testbeds
 from srmu.runs.config import build_config, load_config
@@ -18,7 +19,6 @@ from srmu.runs.plan import load_tokenizer, load_topics, plan_run
 from srmu.runs.run import Run
 
 BEFORE = "before"
-SEEDS = {True: 1, False: 3}  # whether on a model: as in the paper, each run takes long
 Rows = Mapping[PlannedRow, MeasuredRow]
 Spec = Mapping[str, Any]  # the content of configs/reproduce.yaml, or a part of it
 
@@ -43,7 +43,7 @@ def plan_paper(
         settings = {label: tuple(one.get("set", ())) for label, one in own["methods"].items()}
     else:
         settings = experiment.read_settings(own["methods"])
-    count = range(seeds or SEEDS[bool(model)])
+    count = range(seeds or (1 if model else 3))  # on a model as in the paper: each run takes long
     return Experiment(out, place, settings, (*count,), tuple(own["tasks"]), overrides=tuple(overrides))
 
 
@@ -66,7 +66,7 @@ def reproduce_paper(
     return {
         "kind": "reproduction",
         "paper": "arXiv 2512.16297",
-        "model": name_model(plan),
+        "model": strip_paths(plan.place.name) if isinstance(plan.place, OneModel) else "testbed",
         "command": command,
         "seeds": [*plan.seeds],
         "tables": [build_table(name, table, own, plan, rows) for name, table in spec["tables"].items()],
@@ -224,25 +224,6 @@ def mean_kappa(row: MeasuredRow) -> float | None:
     topics = [topic for run in row.runs for topic in Run.open(run).record["topics"].values()]
     values = [topic["kappa"] for topic in topics if "kappa" in topic]
     return fmean(values) if values else None
-
-
-def name_model(plan: Experiment) -> str:
-    if isinstance(plan.place, Testbeds):
-        return "testbed"
-    path = Path(plan.place.name)
-    return path.name if path.exists() else plan.place.name
-
-
-def format_command(what: str, plan: Experiment, settings: Sequence[str]) -> str:
-    """What to type for this reproduction; of paths only their last part."""
-    on_model = isinstance(plan.place, OneModel)
-    words = ["srmu reproduce", what, *([f"--model {name_model(plan)}"] if on_model else [])]
-    if len(plan.seeds) != SEEDS[on_model]:
-        words.append(f"--seeds {','.join(map(str, plan.seeds))}")
-    for setting in settings:
-        key, _, value = setting.partition("=")
-        words.append(f"{key}={Path(value).name if '/' in value else value}")
-    return " ".join(words)
 
 
 def paper_needs(what: str, plan: Experiment) -> tuple[dict[str, Any], list[str]]:

@@ -202,9 +202,8 @@ def work_queue(
     """
     failures: list[str] = []
     with redact_errors(study.storage):
-        points = list_points(study)
-        if not has_answers(points):  # a mistake in what all have in common was mended
-            queue_points(study, [point for point in points if has_failed(point.standing)])
+        if not study.get_trials(deepcopy=False, states=ANSWERED):  # a mistake in what all have in common was mended
+            queue_points(study, [point for point in list_points(study) if has_failed(point.standing)])
         left = sum(not point.is_over for point in list_points(study))
         with watch(label, left) as tick:
             while True:
@@ -226,7 +225,7 @@ def work_queue(
                     time.sleep(POLL)
                 else:
                     take_trial(study, objective, failures, in_turn)
-                    if len(failures) >= min(3, len(points)) and not has_answers(list_points(study)):
+                    if len(failures) >= min(3, len(points)) and not study.get_trials(deepcopy=False, states=ANSWERED):
                         raise SrmuError(f"no trial succeeds: {failures[-1]}")
 
 
@@ -307,10 +306,6 @@ def queue_points(study: Study, points: Sequence[Point]) -> None:
     """Queue a trial of each point. Two workers may do so at once: see `take_trial`."""
     for point in points:
         study.enqueue_trial(dict(point.params), user_attrs={"point": point.number})
-
-
-def has_answers(points: Sequence[Point]) -> bool:
-    return any(point.state in ANSWERED for point in points)
 
 
 def has_failed(trial: FrozenTrial | None) -> bool:

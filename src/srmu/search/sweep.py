@@ -48,7 +48,6 @@ class AttackOptions(BaseModel):
     tier: Tier = "smoke"
     names: list[str] = []  # only these
     tasks: list[str] = []  # as `srmu attack --tasks`: the testbed has its own
-    val: str = ""
     limit: int = Field(default=400, ge=1)
 
 
@@ -117,7 +116,7 @@ class Sweep(BaseModel):
 
     @property
     def sources(self) -> Sources:
-        return Sources(tasks=tuple(self.attack.tasks), val=self.attack.val, limit=self.attack.limit)
+        return Sources(tasks=tuple(self.attack.tasks), limit=self.attack.limit)
 
     @property
     def spec(self) -> dict[str, Any]:
