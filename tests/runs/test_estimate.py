@@ -1,6 +1,5 @@
 """The plan of a run against what the run then loads and computes."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -146,11 +145,11 @@ def test_the_cache_is_as_large_as_planned(
     config, estimate, _ = planned(tmp_path, *options)
     run.unlearn_config(config)
     (folder,) = (tmp_path / "cache" / "activations").iterdir()
-    entries = [json.loads(x) for x in (folder / "index.jsonl").read_text().split("\n") if x]
-    names = [entry["name"].split("/")[0] for entry in entries]
+    entries = {path.name: load_file(path) for path in folder.glob("*.safetensors")}
+    names = [name.split("-")[0] for name in entries]
     assert {n: names.count(n) for n in names} == expected
     sums = expected["sums"] * 5 * 32 * 8
-    held = sum((folder / file).stat().st_size for file in ("prefix.bin", "target.bin"))
+    held = sum(tensor.nbytes for entry in entries.values() for tensor in entry.values())
     assert held - sums == estimate["cache_bytes"]
     _, none, _ = planned(tmp_path / "b", *options, "cache=none")
     assert none["cache_bytes"] == 0 and none["flops"] > 0

@@ -1,29 +1,26 @@
 """Activations that training cannot change, computed once and kept in memory or on disk.
 
-A trial of a sweep reads what an earlier one computed: the output of the last layer below the
-trained ones, and the original model's activations at the site. The name of an entry holds a digest
-of its tokens; the name of the folder holds everything else that could change it.
+A trial of a sweep reads what an earlier one computed: the output of the last layer below the trained ones, and the
+original model's activations at the site. The name of an entry holds a digest of its tokens; the name of the folder
+holds everything else that could change it.
 """
-
-from __future__ import annotations
 
 import hashlib
 import json
 import os
 import platform
 import shutil
-import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 import torch
-from filelock import FileLock
+from safetensors import safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from srmu.engine.files import cache_dir, read_json, write_json
@@ -42,13 +39,8 @@ def digest_tensors(*tensors: Tensor) -> str:
     for tensor in tensors:
         code.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
         if not tensor.is_meta:  # a plan runs without values
-            code.update(flat_bytes(tensor).data)
+            code.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return code.hexdigest()
-
-
-def flat_bytes(tensor: Tensor) -> Any:
-    """The bytes of a tensor as a flat numpy array, without a copy where it lies in memory."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 class Activations:
@@ -62,11 +54,7 @@ class Activations:
         self.held: dict[str, Output] = {}
         self.recent: dict[str, Output] = {}
         self.hits = 0
-
-    @property
-    def kept(self) -> str:
-        """Where entries go, for the record."""
-        return "memory" if self.room or self.held else "none"
+        self.kept = "memory" if room else "none"  # where entries go, for the record
 
     def find(self, name: str) -> Output | None:
         """The entry of that name, if there is one."""
@@ -78,8 +66,9 @@ class Activations:
         """Keep an entry if there is room for it, else until a few others have come."""
         if name in self.held or name in self.recent:
             return
-        if tensor_bytes(value) <= self.room:
-            self.room -= tensor_bytes(value)
+        size = (value[0] if isinstance(value, tuple) else value).nbytes
+        if size <= self.room:
+            self.room -= size
             self.held[name] = value
             return
         self.recent[name] = value
@@ -88,10 +77,10 @@ class Activations:
 
 
 class OnDisk(Activations):
-    """Activations in two files that only grow, and an index with a line for each entry.
+    """Activations in a folder, each in a file of its own; several processes may share it.
 
-    Several processes may share a folder. If the folder cannot be written, `say` is told once and
-    the run goes on without it. An entry whose bytes have changed is computed again.
+    If the folder cannot be written, `say` is told once and the run goes on without it. An entry whose bytes have
+    changed is removed, and computed again.
     """
 
     def __init__(
@@ -103,13 +92,8 @@ class OnDisk(Activations):
         say: Callable[[str], None] = print,
     ) -> None:
         super().__init__(room)
-        self.folder = folder
-        self.limit = limit
-        self.device = device
-        self.say = say
-        self.index: dict[str, dict[str, Any]] = {}
-        self.read = 0  # bytes of the index file read so far
-        self.writes = True
+        self.folder, self.limit, self.device, self.say = folder, limit, device, say
+        self.kept = "disk"
 
     def find(self, name: str) -> Output | None:
         value = super().find(name)
@@ -120,97 +104,52 @@ class OnDisk(Activations):
 
     def keep(self, name: str, value: Output) -> None:
         super().keep(name, value)
-        if not self.writes:
+        if self.kept == "none" or self.path(name).exists():
             return
         try:
-            # Another process may have cleared it.
-            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            with FileLock(self.folder / "lock"):
-                self._refresh()
-                if name not in self.index:  # another process may have been faster
-                    self._append(name, value)
+            self._save(name, value)
         except OSError as error:
-            self.writes = False
-            why = error.strerror or str(error)
-            self.say(f"activations are not kept in {self.folder}: {why}; going on without")
+            self.kept = "none"
+            self.say(f"activations are not kept in {self.folder}: {error.strerror or error}; going on without")
 
-    @property
-    def kept(self) -> str:
-        return "disk" if self.writes else "none"
+    def path(self, name: str) -> Path:
+        """The file of an entry."""
+        return self.folder / f"{name.replace('/', '-')}.safetensors"
 
-    def _append(self, name: str, value: Output) -> None:
-        tensor = value[0] if isinstance(value, tuple) else value
-        data = flat_bytes(tensor)
+    def _save(self, name: str, value: Output) -> None:
+        kind, tensor = ("tuple", value[0]) if isinstance(value, tuple) else ("tensor", value)
+        data = save({kind: tensor.detach().cpu().contiguous()}, {"sha256": digest_tensors(tensor)})
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # another process may have cleared it
         room = self.limit - len(data)
         if room < 0 or shrink_cache(room, self.folder) > room:
             raise OSError(f"SRMU_CACHE_LIMIT of {self.limit / 1e9:g} GB is reached")
         if shutil.disk_usage(self.folder).free < len(data) + SPARE:
             raise OSError("the disk is full")
-        file = "prefix.bin" if name.startswith("prefix") else "target.bin"
-        with (self.folder / file).open("ab") as stream:
-            start = stream.tell()
-            stream.write(data.data)
-        entry = {
-            "name": name,
-            "file": file,
-            "start": start,
-            "shape": list(tensor.shape),
-            "dtype": str(tensor.dtype).removeprefix("torch."),
-            "tuple": isinstance(value, tuple),
-            "crc": zlib.crc32(data),
-        }
-        with (self.folder / "index.jsonl").open("ab") as stream:
-            # The first newline ends a line that a killed process may have left unfinished.
-            stream.write(b"\n" + json.dumps(entry).encode() + b"\n")
-
-    def _refresh(self) -> None:
-        """Read the lines added to the index since the last time."""
-        with suppress(OSError), (self.folder / "index.jsonl").open("rb") as stream:
-            if os.fstat(stream.fileno()).st_size < self.read:  # the folder was made anew
-                self.read = 0
-                self.index.clear()
-            stream.seek(self.read)
-            whole, _, _ = stream.read().rpartition(b"\n")
-            self.read += len(whole)
-            for line in whole.splitlines():
-                with suppress(ValueError, KeyError, TypeError):
-                    entry = json.loads(line)
-                    self.index[entry["name"]] = entry
+        temporary = self.folder.with_suffix(f".{os.getpid()}")
+        temporary.write_bytes(data)
+        temporary.replace(self.path(name))
 
     def _load(self, name: str) -> Output | None:
-        if name not in self.index:
-            self._refresh()
-        if name not in self.index:
-            return None
-        entry = self.index[name]
         try:
-            dtype = getattr(torch, entry["dtype"])
-            count = int(np.prod(entry["shape"])) * dtype.itemsize
-            path = self.folder / entry["file"]
-            # "c": pages of the file itself as long as nobody writes to them
-            data = np.memmap(path, np.uint8, "c", entry["start"], (count,))
-            # Checked each time: another process may have made the folder anew.
-            if zlib.crc32(data.data) != entry["crc"]:
-                raise ValueError
-            tensor = torch.from_numpy(data).view(dtype).view(entry["shape"]).to(self.device)
-            return (tensor,) if entry["tuple"] else tensor
-        except Exception:  # damaged in some way: it is computed and added again
-            del self.index[name]
+            with safe_open(self.path(name), "pt") as file:
+                (kind,) = file.keys()
+                tensor = file.get_tensor(kind)  # mapped: pages of the file itself until somebody writes to them
+                if file.metadata()["sha256"] != digest_tensors(tensor):
+                    raise ValueError
+            tensor = tensor.to(self.device)
+            return {"tensor": tensor, "tuple": (tensor,)}[kind]
+        except Exception:  # missing, or damaged in some way
+            with suppress(OSError):
+                self.path(name).unlink()
             return None
-
-
-def tensor_bytes(value: Output) -> int:
-    tensor = value[0] if isinstance(value, tuple) else value
-    return tensor.numel() * tensor.element_size()
 
 
 def open_activations(
-    mode: str, key: Mapping[str, Any], device: torch.device, say: Callable[[str], None] = print
+    mode: str, key: dict[str, Any], device: torch.device, say: Callable[[str], None] = print
 ) -> Activations:
     """The store of a run's activations: on `disk`, in `memory` (while they fit), or `none`.
 
-    `key` holds everything that could change them except the tokens; versions and hardware are added
-    here.
+    `key` holds everything that could change them except the tokens; versions and hardware are added here.
     """
     cuda = device.type == "cuda"
     free = torch.cuda.mem_get_info(device)[0] if cuda else psutil.virtual_memory().available
@@ -223,14 +162,12 @@ def open_activations(
         "matmul": torch.get_float32_matmul_precision(),
         "versions": [version(name) for name in ("srmu", "torch", "transformers")],
     }
-    name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
-    folder = cache_home() / name
+    folder = cache_home() / hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
     limit = limit_bytes()
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         if not (folder / "about.json").exists():
-            made = datetime.now(UTC).isoformat(timespec="seconds")
-            write_json(folder / "about.json", about | {"made": made})
+            write_json(folder / "about.json", about | {"made": datetime.now(UTC).isoformat(timespec="seconds")})
         os.utime(folder / "about.json")  # the time of the last use
     except OSError as error:
         say(f"activations are not kept in {folder}: {error.strerror}; going on without")
@@ -270,11 +207,10 @@ def list_activations() -> list[dict[str, Any]]:
         with suppress(OSError):  # another process may be removing it
             about = folder / "about.json"
             used = (about if about.exists() else folder).stat().st_mtime
-            size = sum(file.stat().st_size for file in folder.iterdir())
             text: dict[str, Any] = {}
             with suppress(ValueError, TypeError):  # of which SrmuError is one
                 text = dict(read_json(about))
-            entries.append({**text, "folder": folder, "bytes": size, "used": used})
+            entries.append({**text, "folder": folder, "bytes": folder_bytes(folder), "used": used})
     return sorted(entries, key=lambda entry: entry["used"])
 
 
@@ -289,12 +225,12 @@ def shrink_cache(limit: int, spare: Path | None = None) -> int:
     return total
 
 
-def clear_cache(names: Sequence[str]) -> int:
+def clear_cache(names: Iterable[str]) -> int:
     """Remove parts of the cache folder; returns the bytes freed."""
-    freed = 0
-    for name in names:
-        freed += folder_bytes(cache_dir() / name)
-        shutil.rmtree(cache_dir() / name, ignore_errors=True)
+    folders = [cache_dir() / name for name in names]
+    freed = sum(map(folder_bytes, folders))
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
     return freed
 
 
