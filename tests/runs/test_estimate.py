@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from helpers.models import ARCHITECTURES, save_pico, texts, word_tokenizer, write_jsonl
