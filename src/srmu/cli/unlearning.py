@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,7 +10,6 @@ import typer
 from typer import Argument, Option
 
 from srmu.cli import options, output
-from srmu.engine import distributed
 from srmu.engine.progress import print_line, show_progress, silence_libraries
 from srmu.errors import SrmuError
 
@@ -46,7 +46,7 @@ def unlearn_command(
         config, estimate, lines = plan_dry_run(config)
         output.print_result(estimate, as_json, config.to_yaml(), *lines, output.PLANNED)
         return
-    sharded = shard or distributed.asked_to_shard()
+    sharded = shard or os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1")
     plan = runs.plan_run(config, shard=sharded, offload=offload)
     again = (plan.folder / "record.json").exists()
     run = runs.run_plan(plan, out, watch=show_progress)

@@ -17,8 +17,8 @@ from srmu.errors import SrmuError
 def cached(kind: str, key: Any, make: Callable[[], Any], *, together: bool = False) -> Any:
     """The JSON value that `make` returns, or that it returned before for the same `key`.
 
-    `key` holds everything that decides the value. With `together` all processes make it, and the
-    first one reads and writes; without, each process is on its own.
+    `key` holds everything that decides the value. With `together` all processes make it, and the first one reads and
+    writes; without, each process is on its own.
     """
     value = find_cached(kind, key)
     if together:

@@ -1,15 +1,15 @@
 """The processes that a launcher started for one run: their ranks, and sums over all of them.
 
-`torchrun` and `accelerate launch` start them and describe them in the environment. In a single
-process every function here is trivial.
+`torchrun` and `accelerate launch` start them and describe them in the environment. In a single process every function
+here is trivial.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
@@ -25,7 +25,7 @@ PATIENCE = timedelta(minutes=30)  # for which ranks wait for one that loads or w
 T = TypeVar("T")
 S = TypeVar("S")
 
-_alone = False  # inside `by_itself`
+_alone = False  # while `share_work` does a part of the work
 
 
 def get_rank() -> int:
@@ -82,23 +82,7 @@ def says_first(message: str) -> bool:
     return True
 
 
-def asked_to_shard() -> bool:
-    """Whether `accelerate launch --use_fsdp` started this."""
-    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1")
-
-
 # --- what is agreed ------------------------------------------------------------------------------
-
-
-def agree_on(value: T) -> T:
-    """The value of the first process, on all of them."""
-    if get_size() == 1:
-        return value
-    import torch.distributed as dist
-
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
 
 
 def gather_values(value: T) -> list[T]:
@@ -112,39 +96,35 @@ def gather_values(value: T) -> list[T]:
     return values
 
 
+def agree_on(value: T) -> T:
+    """The value of the first process, on all of them."""
+    return gather_values(value)[0]
+
+
 def share_work(items: Sequence[S], do: Callable[[S], T]) -> list[T]:
-    """The results of `do` for each item, in order, on all processes; each does a part of the work.
+    """The results of `do` for each item, in order, on all processes; each does a part of the work as if it were alone.
 
     If one fails, it raises its error once all are done, and the others exit too.
     """
-    count, first_of_mine = get_size(), get_rank()
+    global _alone
+    rank, count = get_rank(), get_size()
     if count == 1:
         return [do(item) for item in items]
-    error: Exception | None = None
-    mine: list[T] = []
+    mine: list[T] | Exception
+    _alone = True
     try:
-        with by_itself():
-            mine = [do(item) for item in items[first_of_mine::count]]
+        mine = [do(item) for item in items[rank::count]]
     except Exception as raised:  # whatever it is, the others must learn of it
-        error = raised
-    parts = gather_values(None if error else mine)
-    if error is not None:
-        raise error
+        mine = raised
+    finally:
+        _alone = False
+    parts = gather_values(mine if isinstance(mine, list) else None)
+    if isinstance(mine, Exception):
+        raise mine
     whole = [part for part in parts if part is not None]
     if len(whole) < count:
         raise SystemExit(1)  # the one that failed says why
     return [whole[i % count][i // count] for i in range(len(items))]
-
-
-@contextmanager
-def by_itself() -> Iterator[None]:
-    """Run the block as if this were the only process; nothing in it waits for another."""
-    global _alone
-    _alone = True
-    try:
-        yield
-    finally:
-        _alone = False
 
 
 # --- what is summed ------------------------------------------------------------------------------
@@ -179,12 +159,9 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
     FSDP averages them, so the losses were multiplied by `size`; this divides the others.
     """
-    import torch.distributed as dist
-
     for parameter in parameters:
         if parameter.grad is not None and not is_sharded(parameter):
-            dist.all_reduce(parameter.grad)
-            parameter.grad /= get_size()
+            parameter.grad.copy_(sum_values(parameter.grad) / get_size())
 
 
 # --- tensors that are sharded --------------------------------------------------------------------
@@ -226,26 +203,12 @@ def shard_like(tensor: Tensor, place: Tensor) -> Tensor:
     return everything.redistribute(mesh, place.placements)
 
 
-def joint_norm(tensors: Sequence[Tensor]) -> Tensor:
-    """The norm of several tensors together, some of which may be sharded."""
+def joint_norm(groups: Iterable[Sequence[Tensor]]) -> Tensor:
+    """The norm of all tensors together; those of a group are all sharded, or none is."""
     import torch
 
-    if not any(map(is_sharded, tensors)):
-        return torch.nn.utils.get_total_norm(tensors)
-    squares = [local_part(t).double().square().sum() for t in tensors if is_sharded(t)]
-    square = sum_values(torch.stack(squares).sum())
-    for tensor in tensors:
-        if not is_sharded(tensor):
-            square = square + tensor.double().square().sum()
-    return square.sqrt().float()
-
-
-def holds_everywhere(holds: bool, device: Any = "cpu") -> bool:
-    """Whether a condition holds in all processes."""
-    import torch
-
-    failed = torch.tensor(float(not holds), device=device)
-    return float(sum_values(failed)) == 0
+    norms = [gather_tensor(torch.nn.utils.get_total_norm(group)) for group in groups if group]
+    return norms[0] if len(norms) == 1 else torch.stack(norms).norm()
 
 
 def shard_modules(modules: Iterable[nn.Module], device: str) -> None:
@@ -256,9 +219,7 @@ def shard_modules(modules: Iterable[nn.Module], device: str) -> None:
 
     mesh = init_device_mesh(device.partition(":")[0], (get_size(),))
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
-    # Each is its own root, as activations are also read without the model's own forward. Sharing
-    # a context frees the gradients of one module before those of the next are summed.
-    roots: list[Any] = [
-        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True) for module in modules
-    ]
+    # Each is its own root, as activations are also read without the model's own forward. Sharing a context frees the
+    # gradients of one module before those of the next are summed.
+    roots: list[Any] = [fully_shard(m, mesh=mesh, mp_policy=policy, reshard_after_forward=True) for m in modules]
     share_comm_ctx(roots)

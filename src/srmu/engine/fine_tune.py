@@ -64,10 +64,9 @@ def descend(
 ) -> int:
     """Step tensors down a loss that is made anew for each step; how many steps were taken.
 
-    `pairs` are tensors and what the optimiser steps: the tensor itself, or a float32 copy of it.
-    Nothing else gets a gradient. `rate` gives the learning rate from the steps done, `after` is
-    called with them after each. Ends early, with the tensors of the last step, where the loss or
-    its gradient is not finite.
+    `pairs` are tensors and what the optimiser steps: the tensor itself, or a float32 copy of it. Nothing else gets a
+    gradient. `rate` gives the learning rate from the steps done, `after` is called with them after each. Ends early,
+    with the tensors of the last step, where the loss or its gradient is not finite.
     """
     tensors, masters = [tensor for tensor, _ in pairs], [master for _, master in pairs]
     for step in range(steps):

@@ -1,9 +1,8 @@
 """Load a checkpoint no deeper than needed, and refuse models that cannot be cut.
 
-The module is built from a config with fewer layers if that gives the same layers. If not, it is
-built whole and its list of layers is cut: equally right, and nearly as cheap where transformers
-maps the stored tensors into memory. A load that converts (another dtype, stacked experts) then
-converts all layers.
+The module is built from a config with fewer layers if that gives the same layers. If not, it is built whole and its
+list of layers is cut: equally right, and nearly as cheap where transformers maps the stored tensors into memory. A load
+that converts (another dtype, stacked experts) then converts all layers.
 """
 
 from __future__ import annotations
@@ -53,8 +52,8 @@ def check_layers(config: Any, layer: int, window: int = 1) -> None:
     count = config.num_hidden_layers
     if not 0 <= layer < count:
         raise SrmuError(f"layer {layer} does not exist: this model has {count} layers (0-{count - 1})")
-    # Gemma 3n and 4: the last layers read keys and values of earlier ones, so no layer among
-    # them can be run without those, nor can those be recorded.
+    # Gemma 3n and 4: the last layers read keys and values of earlier ones, so no layer among them can be run without
+    # those, nor can those be recorded.
     sharing = getattr(config, "num_kv_shared_layers", None) or 0
     if layer >= count - sharing:
         raise SrmuError(
@@ -137,8 +136,8 @@ def wanted_dtype(config: Any, dtype: str) -> torch.dtype | None:
 def cut_config(config: Any, depth: int) -> Any | None:
     """The configuration of the first `depth` layers; None if those layers would differ.
 
-    Some models count a pattern of layers from the end. So both modules are built without memory and
-    compared: names, shapes, kinds and settings of each layer must agree.
+    Some models count a pattern of layers from the end. So both modules are built without memory and compared: names,
+    shapes, kinds and settings of each layer must agree.
     """
     count = config.num_hidden_layers
     short = deepcopy(config)

@@ -1,7 +1,7 @@
 """Losses, and the functions of tensors that they are made of, all in float32.
 
-A loss is a `Mean`: a sum with its count. Where several processes share a batch, each has a part of
-both, and the training loop divides by the count of the whole batch.
+A loss is a `Mean`: a sum with its count. Where several processes share a batch, each has a part of both, and the
+training loop divides by the count of the whole batch.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ def token_mean(values: Float[Tensor, "B T *D"], mask: Bool[Tensor, "B T"]) -> Me
 def token_mse(hidden: Float[Tensor, "B T D"], target: Float[Tensor, "*#BTD"], mask: Bool[Tensor, "B T"]) -> Mean:
     """Mean squared error over the counted tokens and all features.
 
-    SRMU eq. 5 prints squared norms; the public RMU code takes the mean over elements. Both terms
-    of the loss differ by the same factor D, so alpha means the same.
+    SRMU eq. 5 prints squared norms; the public RMU code takes the mean over elements. Both terms of the loss differ by
+    the same factor D, so alpha means the same.
     """
     return masked_mean((hidden.float() - target.float()).square().mean(dim=-1), mask)
 
@@ -130,8 +130,8 @@ def generic_logits(
 ) -> Float[Tensor, "*B V"]:
     """`base` without what training on the forget texts raised: base - strength relu(r - base).
 
-    The target of WHP (arXiv 2310.02238, eq. 1) and the teacher of RKLU (2025.naacl-long.60). Adding
-    a constant to one of the two changes it: take log_softmax first where that matters.
+    The target of WHP (arXiv 2310.02238, eq. 1) and the teacher of RKLU (2025.naacl-long.60). Adding a constant to one
+    of the two changes it: take log_softmax first where that matters.
     """
     base, reinforced = base.float(), reinforced.float()
     return base - strength * (reinforced - base).relu()

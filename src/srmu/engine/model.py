@@ -30,10 +30,9 @@ from srmu.errors import SrmuError
 class EditableModel:
     """A causal LM cut to `depth` layers, in which only the parameters named `trainable` change.
 
-    `trainable` holds roles by layer (`"7.mlp_down"`) or glob patterns of parameter names. The
-    original values of those parameters are kept: the frozen model is this same module run inside
-    `frozen()`, not a second model. The layers below the first trained one run once per batch;
-    `activations` keeps the output of the last of them.
+    `trainable` holds roles by layer (`"7.mlp_down"`) or glob patterns of parameter names. The original values of those
+    parameters are kept: the frozen model is this same module run inside `frozen()`, not a second model. The layers
+    below the first trained one run once per batch; `activations` keeps the output of the last of them.
     """
 
     def __init__(
@@ -74,8 +73,8 @@ class EditableModel:
     ) -> EditableModel:
         """Load the first `depth` layers of a checkpoint (None: all).
 
-        The other layers are never read from disk. With `offload` the layers below the first trained
-        one stay on disk or in main memory, and move to the device one at a time.
+        The other layers are never read from disk. With `offload` the layers below the first trained one stay on disk or
+        in main memory, and move to the device one at a time.
         """
         return_freed_blocks()
         model = cls(load_module(folder, dtype, depth), trainable, depth, copy)
@@ -137,8 +136,7 @@ class EditableModel:
     def hidden(self, batch: Batch, site: Site, keep: bool = True) -> Float[Tensor, "B T D"]:
         """Activations at `site`; the layers above it do not run.
 
-        Inside `frozen()` they come from `activations` if they are there, and are kept there unless
-        `keep` is false.
+        Inside `frozen()` they come from `activations` if they are there, and are kept there unless `keep` is false.
         """
         self._check_loaded(site.layer)
         name = f"{site}/{batch.key}"
@@ -159,8 +157,8 @@ class EditableModel:
     def logits(self, batch: Batch, control: Tensor | None = None) -> Float[Tensor, "B T V"]:
         """Next-token logits; SrmuError if the model was not loaded whole.
 
-        `control` is an embedding, (D,) or (B, D) with a row for each text, that the model reads
-        after the first token of each row. Rows must then be padded on the right.
+        `control` is an embedding, (D,) or (B, D) with a row for each text, that the model reads after the first token
+        of each row. Rows must then be padded on the right.
         """
         if self.shallow:
             raise SrmuError(f"logits need the whole model; only {len(self.layers)} layers loaded")
@@ -182,8 +180,8 @@ class EditableModel:
     def adapted(self, rank: int, alpha: int, seed: int) -> Iterator[None]:
         """Train low-rank adapters (LoRA, arXiv 2106.09685) in place of the trained matrices.
 
-        Adapters start as no change, so `frozen()` is still the original model. They are removed
-        when the block ends; `merge` keeps what they have learned.
+        Adapters start as no change, so `frozen()` is still the original model. They are removed when the block ends;
+        `merge` keeps what they have learned.
         """
         from peft import LoraConfig, inject_adapter_in_model
 
@@ -259,7 +257,7 @@ class EditableModel:
             if not distributed.is_sharded(tensor):
                 if not same:
                     changed[name] = tensor
-            elif not distributed.holds_everywhere(same, self.device):
+            elif not all(distributed.gather_values(same)):
                 changed[name] = distributed.gather_to_first(tensor)
         return changed
 
@@ -300,8 +298,8 @@ class EditableModel:
     def _layers_for(self, batch: Batch, depth: int) -> Iterator[None]:
         """Cut the module to `depth` layers and replace the fixed ones by their known output.
 
-        The module's own code still makes masks and rotary tables: to call layers directly, we would
-        have to know each architecture. An output that is not known yet is kept.
+        The module's own code still makes masks and rotary tables: to call layers directly, we would have to know each
+        architecture. An output that is not known yet is kept.
         """
         layers = self.layers
         kept = layers[:depth]
@@ -373,8 +371,8 @@ def model_inputs(batch: Batch) -> dict[str, Tensor]:
 def return_freed_blocks() -> None:
     """Make the C library return freed blocks of 24 MB and more to the system at once.
 
-    glibc keeps blocks of up to 32 MB for itself, and small ones settle between them: a step on 8
-    layers of a 1B model then holds 1.4 GB instead of 1.2. It costs no time.
+    glibc keeps blocks of up to 32 MB for itself, and small ones settle between them: a step on 8 layers of a 1B model
+    then holds 1.4 GB instead of 1.2. It costs no time.
     """
     with suppress(OSError, AttributeError, TypeError):  # another C library, which keeps less memory
         ctypes.CDLL(None).mallopt(-3, 24 << 20)  # M_MMAP_THRESHOLD

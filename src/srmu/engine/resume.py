@@ -25,9 +25,8 @@ TENSORS, NUMBERS = "state.safetensors", "complete.json"
 class Checkpoints:
     """The folder where a training is saved every `seconds` seconds; None: it is not saved.
 
-    A checkpoint is a folder `step-N` with tensors, numbers and, written last, a digest of the
-    tensors; without the digest it does not count. `belongs` identifies the training: checkpoints of
-    any other training do not count either.
+    A checkpoint is a folder `step-N` with tensors, numbers and, written last, a digest of the tensors; without the
+    digest it does not count. `belongs` identifies the training: checkpoints of any other training do not count either.
     """
 
     folder: Path | None = None
@@ -91,8 +90,8 @@ class Checkpoints:
 def pack_memory(memory: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The part of a memory that changes from step to step, as tensors and JSON values.
 
-    That is tensors, random generators, plain numbers, and objects with a `state_dict` of JSON
-    values. Everything else is fixed for a run and made again.
+    That is tensors, random generators, plain numbers, and objects with a `state_dict` of JSON values. Everything else
+    is fixed for a run and made again.
     """
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, Any] = {}

@@ -9,8 +9,8 @@ from transformers.pytorch_utils import Conv1D
 
 from srmu.errors import SrmuError
 
-# Role -> where that weight sits inside a decoder layer, by architecture. Never by position: the
-# seventh parameter of a layer is down_proj on Llama, o_proj on Qwen2, gate_proj on Qwen3.
+# Role -> where that weight sits inside a decoder layer, by architecture. Never by position: the seventh parameter of a
+# layer is down_proj on Llama, o_proj on Qwen2, gate_proj on Qwen3.
 ROLES: dict[str, tuple[str, ...]] = {
     "mlp_down": (
         "mlp.down_proj.weight",  # Llama, Mistral, Qwen, Gemma, Phi-3, OLMo

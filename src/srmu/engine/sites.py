@@ -20,9 +20,8 @@ Stream = Literal["resid_post", "mlp_out", "mlp_post"]
 class Site:
     """A place in the network where activations are read; text form `7.resid_post`.
 
-    `resid_post` is the output of the decoder layer (D wide), `mlp_out` that of its MLP (D wide),
-    `mlp_post` the input of the MLP's down-projection (F wide). The input of layer l is
-    `resid_post` of layer l-1.
+    `resid_post` is the output of the decoder layer (D wide), `mlp_out` that of its MLP (D wide), `mlp_post` the input
+    of the MLP's down-projection (F wide). The input of layer l is `resid_post` of layer l-1.
     """
 
     layer: int

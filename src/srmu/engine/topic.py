@@ -22,9 +22,9 @@ Padding = Literal["mask", "count"]
 class Topic:
     """One thing to forget and what to retain beside it, as batches of tokens.
 
-    `vocabulary` holds the ids of ordinary tokens (no special ones). `options` replaces options of
-    the method for this topic. `counts` describes the texts without quoting them. `own` holds texts
-    that the original model wrote; they stay in memory.
+    `vocabulary` holds the ids of ordinary tokens (no special ones). `options` replaces options of the method for this
+    topic. `counts` describes the texts without quoting them. `own` holds texts that the original model wrote; they stay
+    in memory.
     """
 
     name: str
@@ -51,9 +51,9 @@ class Topic:
     def split(self) -> Topic:
         """This topic's forget texts as prompts with answers: only answers keep their labels.
 
-        Texts of a chat template stay as they are. Plain texts have no question, so each is cut at a
-        random place between a quarter and three quarters of its ordinary tokens, with at least one
-        token on either side. The draw depends on the seed and the topic only.
+        Texts of a chat template stay as they are. Plain texts have no question, so each is cut at a random place
+        between a quarter and three quarters of its ordinary tokens, with at least one token on either side. The draw
+        depends on the seed and the topic only.
         """
         generator = self.generator("split")
 
@@ -97,8 +97,8 @@ class Topic:
     def add_anchors(self, share: float) -> Topic:
         """This topic with a share of each retain batch replaced by rows of random tokens.
 
-        If the topic has `own` texts, these are used in turn instead, padded on the right. The rows
-        of a batch are fixed, so that activations computed from it can be kept.
+        If the topic has `own` texts, these are used in turn instead, padded on the right. The rows of a batch are
+        fixed, so that activations computed from it can be kept.
         """
         generator = self.generator("anchors")
         turn = cycle(self.own)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from srmu.engine.batch import Batch, move_batch
 from srmu.engine.losses import Mean
 from srmu.engine.model import EditableModel, copy_values
 from srmu.engine.resume import Checkpoints, pack_memory, unpack_memory
-from srmu.engine.stopping import ADVICE, RetainWatch, StopRules
+from srmu.engine.stopping import ADVICE, StopRules
 from srmu.engine.topic import Padding, Topic
 from srmu.errors import DivergedError, SrmuError
 
@@ -23,13 +24,15 @@ FINISHED = "max_steps"  # the stop reason of a run that nothing stopped
 
 Log = Callable[[int, dict[str, float | str]], None]
 Schedule = Literal["constant", "linear"]
+Memory = Mapping[str, dict[str, Any]]  # what the losses carry from step to step, by name
+
+KEPT_NUMBERS = ("kept_step", "first_loss", "recent")  # of the stop rules, in a checkpoint
 
 
 class Terms(NamedTuple):
     """The result of a loss function: losses to sum and minimise, and values to log only.
 
-    Values are means, or tensors if one process has the whole batch. If `stop` is set, it says why
-    the training ends before this step.
+    Values are means, or tensors if one process has the whole batch. `stop` says why the training ends before this step.
     """
 
     losses: Mapping[str, Mean | Tensor]
@@ -43,7 +46,7 @@ class Terms(NamedTuple):
 
 
 NOWHERE = Checkpoints()
-NOTHING: Mapping[str, dict[str, Any]] = {}
+NOTHING: Memory = {}
 
 LossFunction = Callable[[Batch, Batch, int], Terms]
 
@@ -74,25 +77,24 @@ class TrainOptions:
     checkpoint_seconds: float = 60.0  # between two checkpoints, from which a killed run resumes
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "max_steps", "batch_size", "adam_epsilon", "check_every"):
-            self.require(name, lambda value: 0 < value <= LARGEST, f"above 0 and at most {LARGEST:g}")
-        self.require("weight_decay", lambda value: 0 <= value <= LARGEST, f"at least 0 and at most {LARGEST:g}")
-        self.require("max_grad_norm", lambda value: value > 0, "above 0, or null for no clipping")
-        for name in ("forget_ceiling", "kl_budget"):
-            self.require(name, lambda value: value > 0, "above 0 nats, or null")
-        self.require("utility_floor", lambda value: 0 < value <= 1, "above 0 and at most 1, or null")
-        self.require("retain_spike", lambda value: value > 1, "above 1, or null for no such stop")
-        self.require("checkpoint_seconds", lambda value: value >= 0, "at least 0, or .inf for none")
-        if not 0 <= self.warmup_steps < self.max_steps:
-            raise SrmuError(
-                f"train.warmup_steps={self.warmup_steps} must be at least 0 and below train.max_steps={self.max_steps}"
-            )
-
-    def require(self, name: str, holds: Callable[[float], bool], condition: str) -> None:
-        """SrmuError if an option is set to a value that is not allowed."""
-        value = getattr(self, name)
-        if value is not None and not holds(value):
-            raise SrmuError(f"train.{name} must be {condition}")
+        for names, holds, condition in (
+            (
+                ("learning_rate", "max_steps", "batch_size", "adam_epsilon", "check_every"),
+                lambda value: 0 < value <= LARGEST,
+                f"above 0 and at most {LARGEST:g}",
+            ),
+            (("weight_decay",), lambda value: 0 <= value <= LARGEST, f"at least 0 and at most {LARGEST:g}"),
+            (("max_grad_norm",), lambda value: value > 0, "above 0, or null for no clipping"),
+            (("forget_ceiling", "kl_budget"), lambda value: value > 0, "above 0 nats, or null"),
+            (("utility_floor",), lambda value: 0 < value <= 1, "above 0 and at most 1, or null"),
+            (("retain_spike",), lambda value: value > 1, "above 1, or null for no such stop"),
+            (("checkpoint_seconds",), lambda value: value >= 0, "at least 0, or .inf for none"),
+            (("warmup_steps",), lambda value: 0 <= value < self.max_steps, "at least 0 and below train.max_steps"),
+        ):
+            for name in names:
+                value = getattr(self, name)
+                if value is not None and not holds(value):
+                    raise SrmuError(f"train.{name} must be {condition}, not {value:g}")
 
     def rate(self, step: int) -> float:
         """The learning rate of a step; the first step is 0."""
@@ -117,26 +119,27 @@ def fit_model(
     log: Log,
     extra: Sequence[nn.Parameter] = (),
     checkpoints: Checkpoints = NOWHERE,
-    memory: Mapping[str, dict[str, Any]] = NOTHING,
+    memory: Memory = NOTHING,
     *,
     spread: bool = False,
     endless: bool = False,
 ) -> str:
     """Optimise the trained tensors of `model`, and `extra`, taking topics in turn.
 
-    Returns why it ended: FINISHED after `max_steps` steps, a stop rule, or the reason that the loss
-    gave. Raises DivergedError at the first loss or gradient that is not finite, with the model put
-    back to the last weights whose loss was finite. Resumes from the newest of `checkpoints`;
-    `memory`, by name, holds what the losses carry from step to step, and is saved there too. With
-    `spread` each process reads its rows of a batch and divides by the counts of the whole batch. An
-    `endless` loss has no lower bound.
+    Returns why it ended: FINISHED after `max_steps` steps, a stop rule, or the reason that the loss gave. Raises
+    DivergedError at the first loss or gradient that is not finite, with the model put back to the last weights whose
+    loss was finite. Resumes from the newest of `checkpoints`; `memory` is saved there too. With `spread` each process
+    reads its rows of a batch and divides by the counts of the whole batch. An `endless` loss has no lower bound.
     """
     topics = [topic for topic, _ in parts]
     rules = StopRules(model, topics, options, endless)
     spread = spread and distributed.get_size() > 1
-    training = Training.begin(model, options, rules, extra, memory, spread)
+    training = Training(model, options, rules, extra, memory, spread)
     done = training.resume(checkpoints)
-    streams = [(take_share(topic) if spread else topic).pairs() for topic in topics]
+    take = distributed.take_rows
+    if spread:
+        topics = [replace(t, forget=[*map(take, t.forget)], retain=[*map(take, t.retain)]) for t in topics]
+    streams = [topic.pairs() for topic in topics]
     place = "the start"
     try:
         for step in range(options.max_steps):
@@ -160,7 +163,7 @@ def fit_model(
                 if distributed.is_first():
                     checkpoints.save(step + 1, *state)
         whole = all(distributed.local_part(p).isfinite().all() for p in training.parameters)
-        if not distributed.holds_everywhere(whole):
+        if not all(distributed.gather_values(whole)):
             raise DivergedError(f"the weights are not finite after {place}; {ADVICE}")
     except DivergedError:
         copy_values(training.parameters, training.good)
@@ -168,17 +171,10 @@ def fit_model(
     return FINISHED
 
 
-def take_share(topic: Topic) -> Topic:
-    """The topic with this process' rows of each batch."""
-    forget, retain = ([distributed.take_rows(b) for b in part] for part in (topic.forget, topic.retain))
-    return replace(topic, forget=forget, retain=retain)
-
-
 def divide_means(values: Mapping[str, Mean | Tensor], shared: bool) -> dict[str, Tensor]:
     """The values as tensors: each mean divided by its count.
 
-    If processes share the batch, counts are summed over them, so that each gets its share of the
-    mean.
+    If processes share the batch, counts are summed over them, so that each gets its share of the mean.
     """
     counts = [value.count for value in values.values() if isinstance(value, Mean)]
     if shared and counts:
@@ -188,49 +184,32 @@ def divide_means(values: Mapping[str, Mean | Tensor], shared: bool) -> dict[str,
     return {name: value.share(next(rest)) if isinstance(value, Mean) else value for name, value in values.items()}
 
 
-def group_by_layout(masters: Sequence[nn.Parameter]) -> list[dict[str, Any]]:
-    """The tensors in up to two groups, sharded and not: an operation cannot mix them."""
-    parts = [[m for m in masters if distributed.is_sharded(m) is kind] for kind in (True, False)]
-    return [{"params": part} for part in parts if part]
-
-
-@dataclass
 class Training:
     """The state on which the remaining steps depend; the config gives the rest."""
 
-    parameters: list[nn.Parameter]
-    masters: list[nn.Parameter]
-    good: list[Tensor]  # the newest weights whose loss was finite
-    optimiser: torch.optim.Optimizer
-    options: TrainOptions
-    rules: StopRules
-    memory: Mapping[str, dict[str, Any]]
-    watch: RetainWatch
-    shared: bool  # whether processes share each batch
-
-    @classmethod
-    def begin(
-        cls,
+    def __init__(
+        self,
         model: EditableModel,
         options: TrainOptions,
         rules: StopRules,
         extra: Sequence[nn.Parameter],
-        memory: Mapping[str, dict[str, Any]],
+        memory: Memory,
         shared: bool,
-    ) -> Training:
-        """A training before its first step."""
-        assert options.learning_rate is not None, "Method.training fills it in"
+    ) -> None:
         named = {**model.trained, **{f"extra {i}": p for i, p in enumerate(extra)}}
-        masters = [master_of(name, p, options.weights) for name, p in named.items()]
-        optimiser = torch.optim.AdamW(
-            group_by_layout(masters),
-            lr=options.learning_rate,
+        self.options, self.rules, self.memory = options, rules, memory
+        self.shared = shared  # whether processes share each batch
+        self.parameters = [*named.values()]
+        self.masters = [master_of(name, p, options.weights) for name, p in named.items()]
+        self.good = [p.detach().clone() for p in self.parameters]  # the newest weights whose loss was finite
+        # Sharded tensors and others lie in groups of their own: no operation may mix them.
+        self.groups = [[m for m in self.masters if distributed.is_sharded(m) is kind] for kind in (True, False)]
+        self.optimiser = torch.optim.AdamW(
+            [{"params": group} for group in self.groups if group],
+            lr=options.rate(0),
             weight_decay=options.weight_decay,
             eps=options.adam_epsilon,
         )
-        good = [p.detach().clone() for p in named.values()]
-        watch = RetainWatch(options.retain_spike)
-        return cls([*named.values()], masters, good, optimiser, options, rules, memory, watch, shared)
 
     def take_step(self, terms: Terms, step: int, topic: str, place: str) -> dict[str, Tensor]:
         """Descend the sum of the losses; returns the step's values over all processes."""
@@ -245,7 +224,7 @@ class Training:
         if not values["loss"].isfinite():
             numbers = ", ".join(f"{name} {float(v):.3g}" for name, v in losses.items())
             raise DivergedError(f"the loss is not finite at {place} ({numbers}); {ADVICE}")
-        if fault := self.watch.check_step(topic, losses, float(values["loss"])):
+        if fault := self.rules.check_spike(topic, losses, float(values["loss"])):
             raise DivergedError(f"{fault} at {place}; {ADVICE}")
         copy_values(self.good, self.parameters)
         norm = self.collect_gradients(total)
@@ -266,7 +245,7 @@ class Training:
                 master.grad, parameter.grad = parameter.grad.to(master.dtype), None
         if self.shared:
             distributed.sum_gradients(self.masters)
-        return distributed.joint_norm([m.grad for m in self.masters if m.grad is not None])
+        return distributed.joint_norm([m.grad for m in group if m.grad is not None] for group in self.groups)
 
     def update_weights(self, step: int, norm: Tensor) -> None:
         """Clip the gradients, step the masters, and copy them into the model."""
@@ -283,21 +262,18 @@ class Training:
 
     def lists(self) -> dict[str, Sequence[Tensor]]:
         """The tensors that exist from the start, which `resume` fills in place."""
-        tensors: dict[str, Sequence[Tensor]] = {
-            "parameter": self.parameters, "good": self.good, "kept": self.rules.kept,
-        }  # fmt: skip
+        tensors: dict[str, Sequence[Tensor]] = {"parameter": self.parameters, "good": self.good}
         if any(m is not p for m, p in zip(self.masters, self.parameters, strict=True)):
             tensors["master"] = self.masters
-        return tensors
+        return tensors | {"kept": self.rules.kept}
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The state as tensors and JSON values; every process must call this, the first gets it."""
         tensors = {f"{k}/{i}": t for k, ts in self.lists().items() for i, t in enumerate(ts)}
-        for i, master in enumerate(self.masters):
+        for i, master in enumerate(chain(*self.groups)):
             entry = self.optimiser.state.get(master, {})
             tensors |= {f"optimiser/{i}/{key}": value for key, value in entry.items()}
-        numbers: dict[str, Any] = {"kept_step": self.rules.kept_step, "memory": {}}
-        numbers["spikes"] = {"first": self.watch.first, "recent": self.watch.recent}
+        numbers = {key: getattr(self.rules, key) for key in KEPT_NUMBERS} | {"memory": {}}
         for name, memory in self.memory.items():
             changing, numbers["memory"][name] = pack_memory(memory)
             tensors |= {f"memory/{name}/{key}": value for key, value in changing.items()}
@@ -309,30 +285,27 @@ class Training:
         if (newest := checkpoints.load()) is None:
             return 0
         done, tensors, numbers = newest
+
+        def find(prefix: str) -> dict[str, Tensor]:
+            return {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+
         for key, places in self.lists().items():
             kept = [tensors[f"{key}/{i}"] for i in range(len(places))]
             copy_values(places, [*map(distributed.shard_like, kept, places)])
-        state = {}
-        for i, master in enumerate(m for g in self.optimiser.param_groups for m in g["params"]):
-            number = next(j for j, m in enumerate(self.masters) if m is master)
-            if entry := with_prefix(tensors, f"optimiser/{number}/"):
-                like = {k: distributed.shard_like(v, master) for k, v in entry.items() if v.ndim}
-                state[i] = entry | like
-        self.optimiser.load_state_dict(self.optimiser.state_dict() | {"state": state})
-        self.rules.kept_step = numbers["kept_step"]
-        self.watch.first, self.watch.recent = (numbers["spikes"][k] for k in ("first", "recent"))
+        state = {
+            i: {k: distributed.shard_like(v, master) if v.ndim else v for k, v in find(f"optimiser/{i}/").items()}
+            for i, master in enumerate(chain(*self.groups))
+        }
+        taken = {i: entry for i, entry in state.items() if entry}
+        self.optimiser.load_state_dict(self.optimiser.state_dict() | {"state": taken})
+        for key in KEPT_NUMBERS:
+            setattr(self.rules, key, numbers[key])
         for name, memory in self.memory.items():
-            changed = with_prefix(tensors, f"memory/{name}/")
-            unpack_memory(memory, changed, numbers["memory"][name])
+            unpack_memory(memory, find(f"memory/{name}/"), numbers["memory"][name])
         return done
 
 
-def with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors whose names start with a prefix, by the rest of their names."""
-    return {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
-
-
-def master_of(name: str, parameter: torch.nn.Parameter, weights: str) -> torch.nn.Parameter:
+def master_of(name: str, parameter: nn.Parameter, weights: str) -> nn.Parameter:
     """The tensor that the optimiser steps: the parameter itself, or a float32 copy of it.
 
     A step of 5e-5 rounds to nothing on a bf16 weight near 0.02; the float32 copy keeps it.
@@ -340,7 +313,7 @@ def master_of(name: str, parameter: torch.nn.Parameter, weights: str) -> torch.n
     check_precision(name, parameter.dtype, weights)
     if weights == "bf16" or parameter.dtype == torch.float32:
         return parameter
-    return torch.nn.Parameter(parameter.detach().float().clone())
+    return nn.Parameter(parameter.detach().float().clone())
 
 
 def check_precision(name: str, dtype: torch.dtype, weights: str) -> None:

@@ -1,8 +1,7 @@
 """Checkpoints on disk: find them, check them, and write only the tensors that changed.
 
-A delta holds the changed tensors under their checkpoint names. An export copies the files of the
-base model and overwrites the changed tensors in place, so that everything else stays
-byte-identical.
+A delta holds the changed tensors under their checkpoint names. An export copies the files of the base model and
+overwrites the changed tensors in place, so that everything else stays byte-identical.
 """
 
 from __future__ import annotations
@@ -132,8 +131,8 @@ def in_layer(name: str) -> str:
 def checkpoint_names(folder: Path, originals: Mapping[str, Tensor]) -> dict[str, list[str]]:
     """The checkpoint's name for each parameter; one for each expert where they lie apart.
 
-    A name may have a prefix that the other lacks. The stored bytes are compared with the original
-    values, so a match is certain.
+    A name may have a prefix that the other lacks. The stored bytes are compared with the original values, so a match is
+    certain.
     """
     where = list_shards(folder)
     names = {}
@@ -278,9 +277,8 @@ def export_checkpoint(
 
     `texts` are further files by name, which may replace those of the base.
 
-    Shards without a changed tensor become hard links if `link` is true, and by default where the
-    base lies in the hub's cache, whose files nobody edits. The source is never modified. `out`
-    appears once it is complete.
+    Shards without a changed tensor become hard links if `link` is true, and by default where the base lies in the hub's
+    cache, whose files nobody edits. The source is never modified. `out` appears once it is complete.
     """
     where = list_shards(folder)
     if lost := sorted(set(delta) - set(where)):
