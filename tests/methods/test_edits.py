@@ -463,7 +463,7 @@ def measured(module: Any, ids: list[int], points: int) -> torch.Tensor:
     model = EditableModel(module, ["*.mlp_down"])
     row = torch.tensor([ids])
     batch = Batch(input_ids=row, attention_mask=torch.ones_like(row), labels=row)
-    from srmu.engine.roles import down_projection
+    from srmu.engine.sites import down_projection
 
     return attribute_neurons(model, [down_projection(x) for x in model.layers], batch, points)
 

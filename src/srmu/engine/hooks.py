@@ -1,7 +1,5 @@
 """Reading and changing what the parts of a model read and put out, while a block of code runs."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
@@ -16,20 +14,23 @@ Edit = Callable[[Tensor], Tensor | None]  # of one tensor; None leaves it as it 
 
 
 def decoder_blocks(module: PreTrainedModel) -> nn.ModuleList:
-    owner, attribute = find_layers(module)
-    return getattr(owner, attribute)
+    return getattr(*find_layers(module))
 
 
 @contextmanager
-def cut_blocks(module: PreTrainedModel, depth: int) -> Iterator[None]:
-    """Run the model with its first `depth` decoder blocks only, under its own norm and head."""
-    owner, attribute = find_layers(module)
-    whole = getattr(owner, attribute)
-    setattr(owner, attribute, whole[:depth])
+def swap_blocks(place: tuple[nn.Module, str], blocks: nn.ModuleList) -> Iterator[None]:
+    """Run a model with other decoder blocks in the place that `find_layers` names."""
+    whole = getattr(*place)
+    setattr(*place, blocks)
     try:
         yield
     finally:
-        setattr(owner, attribute, whole)
+        setattr(*place, whole)
+
+
+def cut_blocks(module: PreTrainedModel, depth: int) -> AbstractContextManager[None]:
+    """Run the model with its first `depth` decoder blocks only, under its own norm and head."""
+    return swap_blocks(find_layers(module), decoder_blocks(module)[:depth])
 
 
 @contextmanager
@@ -40,23 +41,21 @@ def hook_outputs(hooks: Mapping[nn.Module, Callable[[Any, Any], Any]]) -> Iterat
     """
     with ExitStack() as stack:
         for module, hook in hooks.items():
-            handle = module.register_forward_hook(lambda _, *read, hook=hook: hook(*read))
-            stack.callback(handle.remove)
+            stack.enter_context(module.register_forward_hook(lambda _, *read, hook=hook: hook(*read)))
         yield
 
 
 def edit_outputs(edits: Mapping[nn.Module, Edit]) -> AbstractContextManager[None]:
     """Put each module's output, the first of them where it is a tuple, through a function."""
-    return hook_outputs({module: partial(_edit_output, edit) for module, edit in edits.items()})
 
+    def hook(edit: Edit, args: Any, output: Any) -> Any:
+        value, *others = output if isinstance(output, tuple) else (output,)
+        new = edit(value)
+        if new is None:
+            return None
+        return (new.to(value.dtype), *others) if isinstance(output, tuple) else new.to(value.dtype)
 
-def _edit_output(edit: Edit, args: Any, output: Any) -> Any:
-    value = output[0] if isinstance(output, tuple) else output
-    new = edit(value)
-    if new is None:
-        return None
-    new = new.to(value.dtype)
-    return (new, *output[1:]) if isinstance(output, tuple) else new
+    return hook_outputs({module: partial(hook, edit) for module, edit in edits.items()})
 
 
 @contextmanager
@@ -71,8 +70,5 @@ def edit_input(module: nn.Module, edit: Edit) -> Iterator[None]:
         new = new.to(value.dtype)
         return ((new, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": new})
 
-    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
+    with module.register_forward_pre_hook(hook, with_kwargs=True):
         yield
-    finally:
-        handle.remove()

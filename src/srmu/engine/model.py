@@ -20,10 +20,9 @@ from transformers.pytorch_utils import Conv1D
 from srmu.engine import distributed
 from srmu.engine.activation_cache import Activations, Output
 from srmu.engine.batch import Batch
-from srmu.engine.hooks import hook_outputs
+from srmu.engine.hooks import hook_outputs, swap_blocks
 from srmu.engine.loading import find_layers, load_module, read_config
-from srmu.engine.roles import in_role
-from srmu.engine.sites import Site, catch_value
+from srmu.engine.sites import Site, catch_value, in_role
 from srmu.errors import SrmuError
 
 
@@ -42,13 +41,16 @@ class EditableModel:
         self.module = module.eval()  # no dropout: the retain loss of step 0 is exactly 0
         self.shallow = False
         self.activations = Activations()
-        self._owner, self._attribute = find_layers(module)
+        self._place = find_layers(module)
         if depth is not None and depth < len(self.layers):
-            self._set_layers(self.layers[:depth])
+            setattr(*self._place, self.layers[:depth])
             self.shallow = True
+        self._prefix = next(n for n, m in module.named_modules() if m is self.layers)
         module.requires_grad_(False)
         self.trained: dict[str, nn.Parameter] = self._select(trainable)
-        self.fixed = self._count_fixed()
+        # Layers at the bottom that cannot change. A parameter outside the layers may be the embedding, below them all.
+        places = [re.match(rf"{re.escape(self._prefix)}\.(\d+)\.", name) for name in self.trained]
+        self.fixed = min((int(m[1]) if m else 0 for m in places), default=0)
         self.original: dict[str, Tensor] = {}
         for name, parameter in self.trained.items():
             # The original keeps the loaded memory, which may be the checkpoint's own file.
@@ -81,23 +83,17 @@ class EditableModel:
         model.folder = folder
         model.shallow = len(model.layers) < read_config(folder).num_hidden_layers
         if offload:
-            model._leave_below(device)
+            from accelerate import cpu_offload
+
+            for layer in model.layers[: model.fixed]:
+                cpu_offload(layer, execution_device=torch.device(device))
+            for tensor in (*model.module.parameters(), *model.module.buffers()):
+                if not tensor.is_meta:
+                    tensor.data = tensor.data.to(device)
         else:
             model.module.to(device)
         model.original = {name: tensor.to(device) for name, tensor in model.original.items()}
         return model
-
-    def _leave_below(self, device: str) -> None:
-        """Leave the fixed layers where they are, as files mapped into memory; move the rest."""
-        from accelerate import cpu_offload
-
-        for layer in self.layers[: self.fixed]:
-            cpu_offload(layer, execution_device=torch.device(device))
-        for part in self.module.modules():
-            for kind in (part._parameters, part._buffers):
-                for tensor in kind.values():
-                    if tensor is not None and tensor.device.type != "meta":
-                        tensor.data = tensor.data.to(device)
 
     def shard(self, device: str) -> None:
         """Shard layers, embeddings and head over the processes (FSDP2), before any training.
@@ -112,7 +108,7 @@ class EditableModel:
 
     @property
     def layers(self) -> nn.ModuleList:
-        return getattr(self._owner, self._attribute)
+        return getattr(*self._place)
 
     @property
     def ends(self) -> list[nn.Module]:
@@ -144,7 +140,7 @@ class EditableModel:
             return known
         layer = self.layers[site.layer]
         with self._layers_for(batch, site.layer + 1), catch_value(layer, site.stream) as caught:
-            self.module.base_model(**model_inputs(batch), use_cache=False)
+            self.module.base_model(**pick_inputs(batch), use_cache=False)
         value = caught[0]
         if value.ndim == 4 and hasattr(self.module.config, "altup_num_inputs"):
             # Gemma 3n: the first dimension holds streams, all features of a token
@@ -174,7 +170,7 @@ class EditableModel:
             ).logits
             return logits[:, 1:]  # the first token predicts the control, which predicts the second
         with self._layers_for(batch, len(self.layers)):
-            return self.module(**model_inputs(batch), use_cache=False).logits
+            return self.module(**pick_inputs(batch), use_cache=False).logits
 
     @contextmanager
     def adapted(self, rank: int, alpha: int, seed: int) -> Iterator[None]:
@@ -252,27 +248,21 @@ class EditableModel:
         """
         changed = {}
         for name, parameter in self.trained.items():
-            tensor, original = parameter.detach(), self.original[name]
-            same = torch.equal(distributed.local_part(tensor), distributed.local_part(original))
-            if not distributed.is_sharded(tensor):
-                if not same:
-                    changed[name] = tensor
-            elif not all(distributed.gather_values(same)):
-                changed[name] = distributed.gather_to_first(tensor)
+            parts = (distributed.local_part(t.detach()) for t in (parameter, self.original[name]))
+            if not all(distributed.gather_values(torch.equal(*parts))):
+                changed[name] = distributed.gather_to_first(parameter.detach())
         return changed
 
     def _select(self, trainable: Sequence[str]) -> dict[str, nn.Parameter]:
         names = dict(self.module.named_parameters())
         chosen: dict[str, nn.Parameter] = {}
-        prefix = next(n for n, m in self.module.named_modules() if m is self.layers)
         for pattern in trainable:
             if match := re.fullmatch(r"(\d+|\*)\.(\w+)", pattern):
-                count = len(self.layers)
                 matches = []
-                for layer in range(count) if match[1] == "*" else [int(match[1])]:
+                for layer in range(len(self.layers)) if match[1] == "*" else [int(match[1])]:
                     self._check_loaded(layer)
                     inside = in_role(self.layers[layer], match[2])
-                    matches += [f"{prefix}.{layer}.{name}" for name in inside]
+                    matches += [f"{self._prefix}.{layer}.{name}" for name in inside]
             else:
                 matches = [name for name in names if fnmatchcase(name, pattern)]
             if not matches:
@@ -284,16 +274,6 @@ class EditableModel:
         if not 0 <= layer < len(self.layers):
             raise SrmuError(f"layer {layer} is not loaded: only layers 0-{len(self.layers) - 1} are")
 
-    def _set_layers(self, layers: nn.ModuleList) -> None:
-        setattr(self._owner, self._attribute, layers)
-
-    def _count_fixed(self) -> int:
-        """The number of layers at the bottom that no trained parameter can change."""
-        prefix = next(n for n, m in self.module.named_modules() if m is self.layers)
-        places = [re.match(rf"{re.escape(prefix)}\.(\d+)\.", name) for name in self.trained]
-        # A parameter outside the layers may be the embedding, which changes all of them.
-        return min((int(m[1]) if m else 0 for m in places), default=0)
-
     @contextmanager
     def _layers_for(self, batch: Batch, depth: int) -> Iterator[None]:
         """Cut the module to `depth` layers and replace the fixed ones by their known output.
@@ -301,8 +281,7 @@ class EditableModel:
         The module's own code still makes masks and rotary tables: to call layers directly, we would have to know each
         architecture. An output that is not known yet is kept.
         """
-        layers = self.layers
-        kept = layers[:depth]
+        kept = self.layers[:depth]
         hooks: dict[nn.Module, Any] = {}
         # Gemma 3n and 4: the last layers read keys and values of layers that must then be run.
         sharing = getattr(self.module.config, "num_kv_shared_layers", None) or 0
@@ -314,18 +293,15 @@ class EditableModel:
             else:
 
                 def record(args: Any, output: Any) -> None:
-                    if isinstance(output, tuple) and any(map(is_index, output[1:])):
-                        return  # the next layer takes more than this: keep nothing
-                    first = (output[0].detach(),) if isinstance(output, tuple) else output.detach()
-                    self.activations.keep(name, first)
+                    if not isinstance(output, tuple):
+                        self.activations.keep(name, output.detach())
+                    elif not any(isinstance(t, Tensor) and not t.is_floating_point() for t in output[1:]):
+                        # else the next layer takes more than the first of them, such as indices: keep nothing
+                        self.activations.keep(name, (output[0].detach(),))
 
-                hooks[layers[self.fixed - 1]] = record
-        self._set_layers(kept)
-        try:
-            with hook_outputs(hooks):
-                yield
-        finally:
-            self._set_layers(layers)
+                hooks[kept[self.fixed - 1]] = record
+        with swap_blocks(self._place, kept), hook_outputs(hooks):
+            yield
 
 
 def copy_values(places: Sequence[Tensor], values: Sequence[Tensor]) -> None:
@@ -359,11 +335,7 @@ class KnownOutput(nn.Module):
         return self.output
 
 
-def is_index(value: Any) -> bool:
-    return isinstance(value, Tensor) and not value.is_floating_point()
-
-
-def model_inputs(batch: Batch) -> dict[str, Tensor]:
+def pick_inputs(batch: Batch) -> dict[str, Tensor]:
     """The tensors of a batch that a model reads."""
     return {name: batch[name] for name in ("input_ids", "attention_mask")}
 

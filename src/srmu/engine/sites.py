@@ -1,19 +1,32 @@
-"""Places in a model where activations are read."""
+"""Places in a model: where activations are read, and where the weights of a role lie in a decoder layer."""
 
-from __future__ import annotations
-
+import re
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from srmu.engine.hooks import edit_input, edit_outputs
-from srmu.engine.roles import down_projection, find_child
 from srmu.errors import SrmuError
 
 Stream = Literal["resid_post", "mlp_out", "mlp_post"]
+
+# Role -> where that weight sits inside a decoder layer, by architecture. Never by position: the seventh parameter of a
+# layer is down_proj on Llama, o_proj on Qwen2, gate_proj on Qwen3.
+ROLES: dict[str, tuple[str, ...]] = {
+    "mlp_down": (
+        "mlp.down_proj.weight",  # Llama, Mistral, Qwen, Gemma, Phi-3, OLMo
+        "mlp.experts.down_proj",  # Mixtral, Qwen-MoE: all experts in one tensor
+        "mlp.c_proj.weight",  # GPT-2
+        "mlp.dense_4h_to_h.weight",  # GPT-NeoX, Falcon, BLOOM
+        "mlp.fc2.weight",  # Phi
+        "mlp.fc_out.weight",  # GPT-J
+        "fc2.weight",  # OPT
+    )
+}
 
 
 @dataclass(frozen=True)
@@ -40,11 +53,46 @@ class Site:
 def catch_value(layer: nn.Module, stream: Stream) -> Iterator[list[Tensor]]:
     """Catch the value of a stream of a layer: a list that the next forward fills."""
     caught: list[Tensor] = []
-    reading: AbstractContextManager[None]
     if stream == "mlp_post":
         reading = edit_input(down_projection(layer), caught.append)
     else:
-        place = layer if stream == "resid_post" else find_child(layer, "mlp")
-        reading = edit_outputs({place: caught.append})
+        reading = edit_outputs({layer if stream == "resid_post" else find_child(layer, "mlp"): caught.append})
     with reading:
         yield caught
+
+
+def in_role(layer: nn.Module, role: str) -> list[str]:
+    """The names, inside a decoder layer, of the weights in a role.
+
+    Besides ROLES there are `linear`, the matrices of all linear maps, and `mlp`, those of the MLP.
+    """
+    if role in ("linear", "mlp"):
+        names = [f"{n}.weight" for n, m in layer.named_modules() if isinstance(m, nn.Linear | Conv1D)]
+        return [n for n in names if role == "linear" or not re.search("attn|attention", n)]
+    if role not in ROLES:
+        raise SrmuError(f"role {role!r} does not exist; choose one of {', '.join([*ROLES, 'linear', 'mlp'])}")
+    names = [name for name, _ in layer.named_parameters()]
+    for name in ROLES[role]:
+        if name in names:
+            return [name]
+    raise SrmuError(f"{type(layer).__name__} has no weight in the role {role!r}; it has {', '.join(names)}")
+
+
+def find_child(layer: nn.Module, name: str) -> nn.Module:
+    """A submodule of a decoder layer; SrmuError, listing those it has, if it is missing."""
+    try:
+        return layer.get_submodule(name)
+    except AttributeError:
+        names = ", ".join(n for n, _ in layer.named_children())
+        raise SrmuError(f"{type(layer).__name__} has no {name!r}; it has {names}") from None
+
+
+def down_projection(layer: nn.Module) -> nn.Module:
+    """The linear map that reads a layer's neurons; SrmuError in a mixture of experts."""
+    (name,) = in_role(layer, "mlp_down")
+    if layer.get_parameter(name).ndim != 2:
+        raise SrmuError(
+            "this model is a mixture of experts, each with neurons of its own: read resid_post or "
+            "mlp_out, or take a method that needs no neurons, for example method.name=ssd"
+        )
+    return find_child(layer, name.removesuffix(".weight"))

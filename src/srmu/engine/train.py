@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -270,7 +269,7 @@ class Training:
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The state as tensors and JSON values; every process must call this, the first gets it."""
         tensors = {f"{k}/{i}": t for k, ts in self.lists().items() for i, t in enumerate(ts)}
-        for i, master in enumerate(chain(*self.groups)):
+        for i, master in enumerate(self.masters):
             entry = self.optimiser.state.get(master, {})
             tensors |= {f"optimiser/{i}/{key}": value for key, value in entry.items()}
         numbers = {key: getattr(self.rules, key) for key in KEPT_NUMBERS} | {"memory": {}}
@@ -292,12 +291,10 @@ class Training:
         for key, places in self.lists().items():
             kept = [tensors[f"{key}/{i}"] for i in range(len(places))]
             copy_values(places, [*map(distributed.shard_like, kept, places)])
-        state = {
-            i: {k: distributed.shard_like(v, master) if v.ndim else v for k, v in find(f"optimiser/{i}/").items()}
-            for i, master in enumerate(chain(*self.groups))
-        }
-        taken = {i: entry for i, entry in state.items() if entry}
-        self.optimiser.load_state_dict(self.optimiser.state_dict() | {"state": taken})
+        for i, master in enumerate(self.masters):
+            if entry := find(f"optimiser/{i}/"):
+                like = {k: distributed.shard_like(v.to(master.device), master) for k, v in entry.items() if v.ndim}
+                self.optimiser.state[master] = entry | like
         for key in KEPT_NUMBERS:
             setattr(self.rules, key, numbers[key])
         for name, memory in self.memory.items():

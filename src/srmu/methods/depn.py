@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from srmu.engine.batch import move_batch
 from srmu.engine.model import EditableModel
 from srmu.engine.progress import Watch
-from srmu.engine.roles import down_projection
+from srmu.engine.sites import down_projection
 from srmu.engine.topic import Topic
 from srmu.errors import SrmuError
 from srmu.methods.base import COUNT, SHARE, Edit, Level, State
