@@ -681,25 +681,11 @@ def other_weights(model: Path) -> None:
         save_file({k: t.flip(0) * 1.1 for k, t in load_file(path).items()}, path, {"format": "pt"})
 
 
-def same_time(change: Change) -> Change:
-    """The change with the times of change put back, as `cp -p` and `rsync -t` do."""
-
-    def do(model: Path) -> None:
-        times = {path: path.stat().st_mtime_ns for path in model.iterdir()}
-        change(model)
-        for path, time in times.items():
-            os.utime(path, ns=(time, time))
-
-    return do
-
-
 def last_values(model: Path) -> None:
-    """The last row of one matrix below the trained layers, beyond the first page of its bytes."""
+    """The last row of one matrix below the trained layers."""
     name = "model.layers.0.mlp.down_proj.weight"
     path = weights.list_shards(model)[name]
-    tensor = load_file(path)[name]
-    assert tensor.nbytes > weights.PAGE
-    tensor = tensor.clone()
+    tensor = load_file(path)[name].clone()
     tensor[-1] += 0.5
     weights.patch_file(path, {name: tensor})
 
@@ -714,9 +700,7 @@ def settings(**changed: Any) -> Change:
 
 CHANGES: dict[str, Change] = {
     "weights": other_weights,
-    "weights at the same time": same_time(other_weights),
     "last values": last_values,
-    "last values at the same time": same_time(last_values),
     "epsilon": settings(rms_norm_eps=0.1),
     "rope": settings(rope_parameters={"rope_theta": 20.0, "rope_type": "default"}),
     "activation": settings(hidden_act="gelu"),

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from srmu.engine.cache import cached, find_cached, keep_cached
-from srmu.engine.files import cache_dir, read_json, read_json_lines
+from srmu.engine.files import cache_dir, read_json
 from srmu.errors import SrmuError
 
 
@@ -81,9 +81,9 @@ def test_read_json(tmp_path: Path) -> None:
 
 def test_read_json_lines(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
-    assert read_json_lines(path) == []
+    assert read_json(path, []) == []
     path.write_text('{"a": 1}\n2\n')
-    assert read_json_lines(path) == [{"a": 1}, 2]
+    assert read_json(path) == [{"a": 1}, 2]
     path.write_text('{"a": 1}\n{"a"')
     with pytest.raises(SrmuError, match=r"a\.jsonl is damaged"):
-        read_json_lines(path)
+        read_json(path)

@@ -497,7 +497,7 @@ def test_a_truncated_shard(size: int, workplace: Path) -> None:
     path = list_shards(workplace / "model")["model.layers.1.mlp.down_proj.weight"]
     data = path.read_bytes()
     path.write_bytes(data[:size])
-    refused(workplace, str(path), "is damaged", *(["it ends before the tensor"] * (size == -1)))
+    refused(workplace, str(path), "is damaged")
 
 
 def test_a_shard_without_a_tensor_that_the_index_names(workplace: Path) -> None:

@@ -1,7 +1,5 @@
 """Results that can be made again, kept in the cache folder by what decides them."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from functools import cache
@@ -12,6 +10,8 @@ from srmu.engine import distributed
 from srmu.engine.files import cache_dir, format_json, read_json, sha256, write_json
 from srmu.engine.progress import print_line
 from srmu.errors import SrmuError
+
+warn_once = cache(print_line)
 
 
 def cached(kind: str, key: Any, make: Callable[[], Any], *, together: bool = False) -> Any:
@@ -34,8 +34,7 @@ def find_cached(kind: str, key: Any) -> Any:
     """A value that was kept; None if there is none, or its file is damaged."""
     try:
         entry = read_json(cache_file(kind, key))
-        value = entry["value"]
-        return value if entry["sha256"] == sha256(format_json(value).encode()) else None
+        return entry["value"] if entry["sha256"] == sha256(format_json(entry["value"]).encode()) else None
     except (SrmuError, KeyError, TypeError):
         return None
 
@@ -52,8 +51,3 @@ def keep_cached(kind: str, key: Any, value: Any) -> None:
 
 def cache_file(kind: str, key: Any) -> Path:
     return cache_dir() / kind / f"{sha256(json.dumps(key, sort_keys=True).encode())}.json"
-
-
-@cache
-def warn_once(text: str) -> None:
-    print_line(text)

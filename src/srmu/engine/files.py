@@ -100,26 +100,17 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path, default: Any = REQUIRED) -> Any:
-    """The value in a JSON file, or `default` where there is no file.
+    """The value in a JSON file, or the list of those in a JSON-lines file; `default` where there is no file.
 
     SrmuError naming the file if it is damaged, or missing without a default.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        return [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)
     except (FileNotFoundError, NotADirectoryError):
         if default is REQUIRED:
             raise SrmuError(f"{path}: no such file") from None
         return default
-    except (OSError, ValueError, RecursionError) as error:
-        raise SrmuError(f"{path} is damaged ({first_line(error)}); make it again") from None
-
-
-def read_json_lines(path: Path) -> list[Any]:
-    """The values in a JSON-lines file, one a line; none where there is no file."""
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except (FileNotFoundError, NotADirectoryError):
-        return []
     except (OSError, ValueError, RecursionError) as error:
         raise SrmuError(f"{path} is damaged ({first_line(error)}); make it again") from None
 
@@ -135,10 +126,9 @@ def sha256(*parts: bytes | Path) -> str:
     for part in parts:
         if isinstance(part, bytes):
             digest.update(part)
-            continue
-        with part.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
+        else:
+            with part.open("rb") as file:
+                hashlib.file_digest(file, lambda: digest)
     return digest.hexdigest()
 
 

@@ -1,17 +1,16 @@
 """Plain fine-tuning, as an attacker would do it: until the last step, or until it breaks."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from srmu.engine.batch import move_batch
 from srmu.engine.generate import Ids, join_responses
 from srmu.engine.losses import mean_nll
 from srmu.engine.model import EditableModel
-from srmu.engine.train import master_of, move_batch
+from srmu.engine.train import master_of
 
 WARMUP = 0.05  # share of the steps in which the learning rate rises
 
@@ -68,24 +67,24 @@ def descend(
     gradient. `rate` gives the learning rate from the steps done, `after` is called with them after each. Ends early,
     with the tensors of the last step, where the loss or its gradient is not finite.
     """
-    tensors, masters = [tensor for tensor, _ in pairs], [master for _, master in pairs]
+    tensors = [tensor for tensor, _ in pairs]
+    copies = [(tensor, master) for tensor, master in pairs if master is not tensor]
     for step in range(steps):
         if rate is not None:
             for group in optimiser.param_groups:
                 group["lr"] = rate(step)
         value = loss()
         value.backward(inputs=tensors)
-        for tensor, master in pairs:
-            if master is not tensor and tensor.grad is not None:
+        for tensor, master in copies:
+            if tensor.grad is not None:
                 master.grad, tensor.grad = tensor.grad.float(), None
-        norm = torch.nn.utils.get_total_norm([m.grad for m in masters if m.grad is not None])
+        norm = torch.nn.utils.get_total_norm([m.grad for _, m in pairs if m.grad is not None])
         if not (value + norm).isfinite():
             return step
         optimiser.step()
         optimiser.zero_grad()
-        for tensor, master in pairs:
-            if master is not tensor:
-                tensor.data.copy_(master)
+        for tensor, master in copies:
+            tensor.data.copy_(master)
         if after is not None:
             after(step + 1)
     return steps
@@ -103,6 +102,5 @@ def deal_rows(rows: Sequence[Row], batch_size: int, seed: int) -> Iterator[list[
 def rate_factor(done: int, steps: int, schedule: str) -> float:
     """The share of the learning rate for the step after `done` ones: up, then level or down."""
     warm = WARMUP * steps
-    rising = (done + 1) / max(1.0, warm)
     falling = (steps - done) / (steps - warm) if schedule == "linear" else 1.0
-    return min(1.0, rising, falling)
+    return min(1.0, (done + 1) / max(1.0, warm), falling)

@@ -1,7 +1,5 @@
 """Continuations that a model writes, and how likely it finds texts."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -22,16 +20,16 @@ Ids = list[int]
 def join_responses(contexts: Sequence[Ids], responses: Sequence[Ids]) -> Batch:
     """A batch, padded on the right, that counts the responses."""
 
-    def stack(rows: Iterable[Ids], fill: int) -> torch.Tensor:
-        tensors = [torch.tensor(row) for row in rows]
-        return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=fill)
-
     pairs = list(zip(contexts, responses, strict=True))
     return Batch(
-        input_ids=stack((x + y for x, y in pairs), 0),
-        attention_mask=stack(([1] * len(x + y) for x, y in pairs), 0),
-        labels=stack(([-100] * len(x) + y for x, y in pairs), -100),
+        input_ids=pad_rows((x + y for x, y in pairs)),
+        attention_mask=pad_rows([1] * len(x + y) for x, y in pairs),
+        labels=pad_rows(([-100] * len(x) + y for x, y in pairs), padding_value=-100),
     )
+
+
+def pad_rows(rows: Iterable[Ids], **options: Any) -> Tensor:
+    return torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, **options)
 
 
 def batch_texts(rows: Sequence[Ids]) -> Batch:
@@ -58,13 +56,12 @@ def sample_continuations(
 
     It ends with the token that ends texts, if there is one. Drawn at temperature 1 from all tokens.
     """
-    ends = list_ends(model.module)
     rows: list[Ids] = []
     with torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         for start in range(0, len(contexts), at_once):
             part = contexts[start : start + at_once]
-            rows += write_on(model.module, part, length, ends, do_sample=True)[0]
+            rows += write_on(model.module, part, length, list_ends(model.module), do_sample=True)[0]
     return rows
 
 
@@ -108,11 +105,7 @@ def write_on(
         return_dict_in_generate=True,
         **drawn,
     )
-    rows = [torch.tensor(row) for row in contexts]
-    ids, mask = (
-        torch.nn.utils.rnn.pad_sequence(part, batch_first=True, padding_side="left")
-        for part in (rows, [torch.ones_like(row) for row in rows])
-    )
+    ids, mask = (pad_rows(rows, padding_side="left") for rows in (contexts, [[1] * len(row) for row in contexts]))
     read = move_batch({"input_ids": ids, "attention_mask": mask}, module.device)
     generator: Any = module
     own = generator.generation_config
@@ -137,9 +130,7 @@ def next_logits(module: PreTrainedModel, rows: Sequence[Ids], width: int) -> Flo
 
     A row's own come last; where it has fewer tokens, those before are its first token's.
     """
-    # Padding on the right cannot be seen from the tokens before it.
-    tensors = [torch.tensor(row) for row in rows]
-    ids = torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True)
+    ids = pad_rows(rows)  # padding on the right cannot be seen from the tokens before it
     keep = torch.tensor([[max(len(row) + i, 0) for i in range(-width, 0)] for row in rows])
     read = move_batch({"input_ids": ids, "logits_to_keep": keep}, module.device)
     return module(**read, use_cache=False).logits

@@ -5,9 +5,6 @@ list of layers is cut: equally right, and nearly as cheap where transformers map
 that converts (another dtype, stacked experts) then converts all layers.
 """
 
-from __future__ import annotations
-
-from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -19,8 +16,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, logg
 
 from srmu.engine.weights import in_layer, layer_number, stored_types
 from srmu.errors import SrmuError, first_line
-
-PLAIN = (bool, int, float, str, type(None))
 
 
 def read_config(folder: Path) -> Any:
@@ -72,9 +67,9 @@ def load_module(folder: Path, dtype: str = "auto", depth: int | None = None) -> 
     `depth` limits the number of layers, unless a shallower module would differ.
     """
     config = read_config(folder)
+    missing = []
     if depth is not None and depth < config.num_hidden_layers:
-        if missing := lost_tensors(folder, config):
-            raise incomplete_error(folder, missing)
+        missing = lost_tensors(folder, config)
         config = cut_config(config, depth) or config
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # else it lists the layers that were left out
@@ -87,26 +82,20 @@ def load_module(folder: Path, dtype: str = "auto", depth: int | None = None) -> 
     finally:
         logging.set_verbosity(verbosity)
     module, info = loaded
-    if missing := sorted(info["missing_keys"]):
-        raise incomplete_error(folder, missing)
+    if missing := missing or sorted(info["missing_keys"]):
+        raise SrmuError(
+            f"model {folder} lacks {len(missing)} tensors, the first is {missing[0]}; "
+            "transformers would fill them with random numbers"
+        )
     return module
-
-
-def incomplete_error(folder: Path, missing: Sequence[str]) -> SrmuError:
-    return SrmuError(
-        f"model {folder} lacks {len(missing)} tensors, the first is {missing[0]}; "
-        "transformers would fill them with random numbers"
-    )
 
 
 def lost_tensors(folder: Path, config: Any) -> list[str]:
     """Tensors of a layer that the checkpoint lacks although it has them for another layer."""
     stored = {(layer_number(name), in_layer(name)) for name in stored_types(folder)}
     known = {name for layer, name in stored if layer is not None}
-    names = [name for name, _ in build_skeleton(config).named_parameters()]
-    return sorted(
-        name for name in names if in_layer(name) in known and (layer_number(name), in_layer(name)) not in stored
-    )
+    wanted = {name: in_layer(name) for name, _ in build_skeleton(config).named_parameters()}
+    return sorted(n for n, inside in wanted.items() if inside in known and (layer_number(n), inside) not in stored)
 
 
 def build_skeleton(config: Any, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -120,7 +109,7 @@ def needs_conversion(folder: Path, config: Any, dtype: str) -> bool:
     """Whether loading makes new tensors, because the dtype or the layout differs."""
     stored = {name: t for name, t in stored_types(folder).items() if t.is_floating_point}
     wanted = wanted_dtype(config, dtype)
-    if wanted is not None and set(stored.values()) != {wanted}:
+    if wanted is not None and {*stored.values()} != {wanted}:
         return True
     known = {in_layer(name) for name in stored}
     parameters = build_skeleton(config).named_parameters()
@@ -149,8 +138,7 @@ def cut_config(config: Any, depth: int) -> Any | None:
         whole, cut = (describe_module(build_skeleton(c)) for c in (config, short))
     except Exception:  # architectures refuse a depth in many ways
         return None
-    deeper = tuple(f".{i}." for i in range(depth, count))
-    kept = {k: v for k, v in whole.items() if not any(part in f".{k}." for part in deeper)}
+    kept = {k: v for k, v in whole.items() if not any(f".{i}." in f".{k}." for i in range(depth, count))}
     return short if kept == cut else None
 
 
@@ -158,10 +146,9 @@ def describe_module(module: nn.Module) -> dict[str, Any]:
     """Names, kinds and settings of the parts of a module, and the shapes of their tensors."""
     parts: dict[str, Any] = {}
     for name, part in module.named_modules():
-        settings = {k: v for k, v in vars(part).items() if isinstance(v, PLAIN)}
+        settings = {k: v for k, v in vars(part).items() if isinstance(v, bool | int | float | str | None)}
         tensors = [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]
-        shapes = {k: (t.shape, t.dtype) for k, t in tensors}
-        parts[name] = (type(part).__name__, settings, shapes)
+        parts[name] = (type(part).__name__, settings, {k: (t.shape, t.dtype) for k, t in tensors})
     return parts
 
 

@@ -1,11 +1,8 @@
 """The state of a training on disk, so that a killed run goes on with the same bits."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,14 +28,14 @@ class Checkpoints:
 
     folder: Path | None = None
     seconds: float = 60.0
-    belongs: Mapping[str, Any] = field(default_factory=dict)
+    belongs: dict[str, Any] = field(default_factory=dict)
     failed: str = ""  # why the last one could not be written
     last: float = field(default_factory=time.monotonic)
 
     def due(self) -> bool:
         return self.folder is not None and time.monotonic() - self.last >= self.seconds
 
-    def save(self, step: int, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+    def save(self, step: int, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
         """Save the state after `step` steps in place of an earlier one.
 
         A full disk costs the checkpoint, never the run.
@@ -46,13 +43,11 @@ class Checkpoints:
         assert self.folder is not None
         older = self.kept()
         try:
-            # a folder that was not written to its end
-            shutil.rmtree(self.folder / f"step-{step}", ignore_errors=True)
+            shutil.rmtree(self.folder / f"step-{step}", ignore_errors=True)  # which was not written to its end
             with whole_folder(self.folder / f"step-{step}") as place:
-                flat = {k: t.detach().cpu().contiguous() for k, t in tensors.items()}
-                save_file(flat, place / TENSORS)
-                mark = {"belongs": dict(self.belongs), "sha256": sha256(place / TENSORS)}
-                write_json(place / NUMBERS, mark | {"step": step, "numbers": dict(numbers)})
+                save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, place / TENSORS)
+                mark = {"belongs": self.belongs, "sha256": sha256(place / TENSORS)}
+                write_json(place / NUMBERS, mark | {"step": step, "numbers": numbers})
             for folder in older:
                 shutil.rmtree(folder, ignore_errors=True)
             self.failed = ""
@@ -65,7 +60,7 @@ class Checkpoints:
         for folder in reversed(self.kept()):
             try:
                 mark = read_json(folder / NUMBERS)
-                same = mark["belongs"] == json.loads(json.dumps(dict(self.belongs)))
+                same = mark["belongs"] == json.loads(json.dumps(self.belongs))
                 if same and mark["sha256"] == sha256(folder / TENSORS):
                     return int(mark["step"]), load_file(folder / TENSORS), mark["numbers"]
             except (OSError, ValueError, KeyError, TypeError, SafetensorError):
@@ -87,7 +82,7 @@ class Checkpoints:
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def pack_memory(memory: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def pack_memory(memory: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The part of a memory that changes from step to step, as tensors and JSON values.
 
     That is tensors, random generators, plain numbers, and objects with a `state_dict` of JSON values. Everything else
@@ -96,10 +91,8 @@ def pack_memory(memory: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str,
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, Any] = {}
     for name, value in memory.items():
-        if isinstance(value, Tensor):
-            tensors[name] = value
-        elif isinstance(value, torch.Generator):
-            tensors[name] = value.get_state()
+        if isinstance(value, Tensor | torch.Generator):
+            tensors[name] = value if isinstance(value, Tensor) else value.get_state()
         elif isinstance(value, bool | int | float | str):
             numbers[name] = value
         elif hasattr(value, "state_dict"):
@@ -107,7 +100,7 @@ def pack_memory(memory: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str,
     return tensors, numbers
 
 
-def unpack_memory(memory: dict[str, Any], tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+def unpack_memory(memory: dict[str, Any], tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
     """Restore what `pack_memory` returned into a memory that was just set up."""
     for name, tensor in tensors.items():
         current = memory.get(name)

@@ -35,18 +35,16 @@ class Topic:
     options: Mapping[str, float] = field(default_factory=dict)
     counts: Mapping[str, Any] = field(default_factory=dict)
     own: Sequence[Sequence[int]] = ()
+    tick: Callable[[], None] = lambda: None  # reports a unit of progress; see `with_tick`
 
     def pairs(self) -> Iterator[tuple[Batch, Batch]]:
-        """Endless (forget, retain) batches in order; the shorter set starts again.
+        """Endless (forget, retain) batches in order; the shorter set starts again, an empty one gives empty batches."""
 
-        Without retain texts the retain batches are empty.
-        """
-
-        def again(batches: Sequence[Batch]) -> Iterator[Batch]:
+        def repeat(batches: Sequence[Batch]) -> Iterator[Batch]:
             while True:
                 yield from batches or [Batch()]
 
-        return zip(again(self.forget), again(self.retain), strict=False)
+        return zip(repeat(self.forget), repeat(self.retain), strict=False)
 
     def split(self) -> Topic:
         """This topic's forget texts as prompts with answers: only answers keep their labels.
@@ -61,26 +59,20 @@ class Topic:
             labels = batch["labels"].clone()
             words = torch.isin(batch["input_ids"], self.vocabulary)
             given = words & batch["attention_mask"].bool() & ~is_counted(labels)
-            ordinary = is_counted(labels) & words
-            for row, marks, question in zip(labels, ordinary, given, strict=True):
+            for row, marks, question in zip(labels, is_counted(labels) & words, given, strict=True):
                 places = marks.nonzero()[:, 0]
                 share = 0.25 + 0.5 * float(torch.rand((), generator=generator))
-                if question.any():
-                    continue
-                first = min(max(1, round(share * len(places))), len(places) - 1)
-                row[: places[first]] = -100
+                if not question.any():
+                    first = min(max(1, round(share * len(places))), len(places) - 1)
+                    row[: places[first]] = -100
             return batch.replace(labels=labels)
 
         return replace(self, forget=[cut(batch) for batch in self.forget])
 
     def with_tick(self, tick: Callable[[], None]) -> Topic:
         """This topic, calling `tick` after each use of one of its batches."""
-        return replace(self, forget=FollowedBatches(self.forget, tick), retain=FollowedBatches(self.retain, tick))
-
-    def tick(self) -> None:
-        """Report a unit of progress to the function passed to `with_tick`."""
-        if isinstance(self.forget, FollowedBatches):
-            self.forget.tick()
+        forget, retain = FollowedBatches(self.forget, tick), FollowedBatches(self.retain, tick)
+        return replace(self, forget=forget, retain=retain, tick=tick)
 
     def generator(self, purpose: str, shared: bool = False) -> torch.Generator:
         """A random generator for one purpose, the same on every device and in every run.
@@ -101,29 +93,26 @@ class Topic:
         fixed, so that activations computed from it can be kept.
         """
         generator = self.generator("anchors")
-        turn = cycle(self.own)
+        texts = cycle(self.own)
         largest = max(len(batch["input_ids"]) for batch in self.retain)
         if round(share * largest) == 0:
             raise SrmuError(f"anchor_share={share:g} of a retain batch of {largest} is no row; raise it")
 
         def mix(batch: Batch) -> Batch:
             ids, mask, labels = (batch[k].clone() for k in ("input_ids", "attention_mask", "labels"))
-            rows = round(share * len(ids))
-            if rows == 0:  # a short last batch
-                return batch
+            start = len(ids) - round(share * len(ids))
             if self.own:
-                ids[-rows:], mask[-rows:], labels[-rows:] = 0, 0, -100
-                for i in range(len(ids) - rows, len(ids)):
-                    row = torch.tensor(next(turn)[: ids.shape[1]])
-                    ids[i, : len(row)] = labels[i, : len(row)] = row
-                    mask[i, : len(row)] = 1
-                return Batch(input_ids=ids, attention_mask=mask, labels=labels)
-            special = ~torch.isin(ids[-rows:], self.vocabulary)
-            draw = torch.randint(len(self.vocabulary), (rows, ids.shape[1]), generator=generator)
-            first = ids[-rows:, :1].clone()  # a leading <s> stays
-            ids[-rows:] = self.vocabulary[draw]
-            ids[-rows:, :1] = torch.where(special[:, :1], first, ids[-rows:, :1])
-            mask[-rows:], labels[-rows:] = 1, ids[-rows:]
+                for row in range(start, len(ids)):
+                    text = torch.tensor(next(texts)[: ids.shape[1]])
+                    for tensor, value, padding in ((ids, text, 0), (mask, 1, 0), (labels, text, -100)):
+                        tensor[row] = padding
+                        tensor[row, : len(text)] = value
+            elif start < len(ids):
+                draw = torch.randint(len(self.vocabulary), ids[start:].shape, generator=generator)
+                drawn = self.vocabulary[draw]
+                first = ids[start:, 0]  # a leading <s> stays
+                drawn[:, 0] = torch.where(torch.isin(first, self.vocabulary), drawn[:, 0], first)
+                ids[start:], mask[start:], labels[start:] = drawn, 1, drawn
             return Batch(input_ids=ids, attention_mask=mask, labels=labels)
 
         return replace(self, retain=[mix(batch) for batch in self.retain])
@@ -151,5 +140,4 @@ class FollowedBatches(Sequence[Batch]):
 
 def interleave_batches(parts: Sequence[Sequence[Batch]]) -> list[Batch]:
     """The first batch of each part, then the second of each, and so on."""
-    rows = zip_longest(*parts)
-    return [batch for row in rows for batch in row if batch is not None]
+    return [batch for row in zip_longest(*parts) for batch in row if batch is not None]

@@ -4,13 +4,10 @@ A delta holds the changed tensors under their checkpoint names. An export copies
 overwrites the changed tensors in place, so that everything else stays byte-identical.
 """
 
-from __future__ import annotations
-
-import hashlib
 import json
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +23,10 @@ from srmu.errors import SrmuError, first_line
 INDEX = "model.safetensors.index.json"
 KEPT = (".json", ".model", ".txt", ".jinja", ".tiktoken", ".md")  # copied unchanged by an export
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
-PAGE = 4096  # bytes
 EXPORTED = "srmu-record.json"  # the record beside an export
 TYPES = {name: dtype for dtype, name in DTYPES.items()}
+
+Tensors = dict[str, Tensor]
 
 
 def locate_model(model: str, revision: str | None = None) -> Path:
@@ -83,26 +81,17 @@ def list_shards(folder: Path) -> dict[str, Path]:
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], int]:
-    """The tensors of a safetensors file, and the offset at which their data starts.
-
-    SrmuError naming the file, and the first incomplete tensor, if it is damaged.
-    """
+    """The tensors of a safetensors file, and the offset at which their data starts; SrmuError if it is damaged."""
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            start = 8 + int.from_bytes(file.read(8), "little")
-            if start > size:
-                raise ValueError("its header is cut short")
-            entries = json.loads(file.read(start - 8))
-        entries.pop("__metadata__", None)
-        for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
-            if start + entry["data_offsets"][1] > size:
-                raise ValueError(f"it ends before the tensor {name} does")
-        with safe_open(path, "pt"):  # refuses any other fault
+        with safe_open(path, "pt"):  # refuses what is damaged
             pass
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            entries = json.loads(file.read(size))
     except Exception as error:  # damaged in some way
         raise SrmuError(f"{path} is damaged: {first_line(error)}; fetch it again") from error
-    return entries, start
+    entries.pop("__metadata__", None)
+    return entries, 8 + size
 
 
 def stored_entries(folder: Path) -> dict[str, Any]:
@@ -128,37 +117,26 @@ def in_layer(name: str) -> str:
     return re.split(r"(?:^|\.)\d+\.", name, maxsplit=1)[-1]
 
 
-def checkpoint_names(folder: Path, originals: Mapping[str, Tensor]) -> dict[str, list[str]]:
+def checkpoint_names(folder: Path, originals: Tensors) -> dict[str, list[str]]:
     """The checkpoint's name for each parameter; one for each expert where they lie apart.
 
     A name may have a prefix that the other lacks. The stored bytes are compared with the original values, so a match is
     certain.
     """
     where = list_shards(folder)
-    names = {}
+    names: dict[str, list[str]] = {}
     for name, original in originals.items():
-        close = [key for key in where if are_alike(key, name)]
-        if not close and original.ndim == 3:
-            names[name] = [expert_name(folder, where, name, i, part) for i, part in enumerate(original)]
-            continue
-        if len(close) != 1:
-            raise SrmuError(f"{folder} stores {name} as {close or 'nothing'}: cannot write it back")
-        if not stores_values(where[close[0]], close[0], original):
-            raise SrmuError(f"{folder} stores {name} in another form; cannot write it back")
-        names[name] = close
+        parts = [([key for key in where if are_alike(key, name)], original)]
+        if not parts[0][0] and original.ndim == 3:
+            layer = [key for key in where if layer_number(key) == layer_number(name)]
+            parts = [([key for key in layer if expert_of(key) == i], part) for i, part in enumerate(original)]
+        names[name] = []
+        for close, part in parts:
+            matches = [key for key in close if stores_values(where[key], key, part)]
+            if len(matches) != 1:
+                raise SrmuError(f"{folder} does not store {name} in this form, once: cannot write it back")
+            names[name] += matches
     return names
-
-
-def expert_name(folder: Path, where: Mapping[str, Path], name: str, number: int, part: Tensor) -> str:
-    """The checkpoint's name for the part of one expert of a parameter that stacks all experts."""
-    matches = [
-        key
-        for key in where
-        if layer_number(key) == layer_number(name) and expert_of(key) == number and stores_values(where[key], key, part)
-    ]
-    if len(matches) != 1:
-        raise SrmuError(f"{folder} stores expert {number} of {name} as {matches or 'nothing'}: cannot write it back")
-    return matches[0]
 
 
 def expert_of(name: str) -> int | None:
@@ -169,10 +147,8 @@ def expert_of(name: str) -> int | None:
 
 def stores_values(path: Path, key: str, original: Tensor) -> bool:
     """Whether a stored tensor holds those values; SrmuError if it holds NaN or infinity."""
-    stored = stored_tensor(path, key)
-    if stored.shape != original.shape or not torch.equal(
-        stored.to(original.dtype).nan_to_num(), original.cpu().nan_to_num()
-    ):
+    stored, values = stored_tensor(path, key), original.cpu().nan_to_num()
+    if stored.shape != values.shape or not torch.equal(stored.to(values.dtype).nan_to_num(), values):
         return False
     if not stored.isfinite().all():
         raise SrmuError(f"{path} stores NaN or infinity in {key}; fetch it again")
@@ -185,11 +161,7 @@ def are_alike(a: str, b: str) -> bool:
 
 
 def save_delta(
-    path: Path,
-    folder: Path,
-    names: Mapping[str, Sequence[str]],
-    changed: Mapping[str, Tensor],
-    metadata: Mapping[str, str],
+    path: Path, folder: Path, names: dict[str, list[str]], changed: Tensors, metadata: dict[str, str]
 ) -> None:
     """Write the changed tensors under their `checkpoint_names`, in the dtypes of the checkpoint."""
     where = list_shards(folder)
@@ -223,7 +195,7 @@ def sort_metadata(path: Path) -> None:
         file.write(text.ljust(size))
 
 
-def load_delta(path: Path, folder: Path) -> dict[str, Tensor]:
+def load_delta(path: Path, folder: Path) -> Tensors:
     """The tensors of a delta by checkpoint name; SrmuError if its base model has changed."""
     where = list_shards(folder)
     try:
@@ -248,18 +220,15 @@ def raw_bytes(tensor: Tensor) -> bytes:
     return tensor.contiguous().view(torch.uint8).numpy().tobytes()
 
 
-def apply_delta(module: torch.nn.Module, folder: Path, delta: Mapping[str, Tensor]) -> None:
+def apply_delta(module: torch.nn.Module, folder: Path, delta: Tensors) -> None:
     """Copy the tensors of a delta into a loaded model."""
     parameters = dict(module.named_parameters())
     for name, tensor in delta.items():
         places = [p.data for known, p in parameters.items() if are_alike(known, name)]
         if not places and (number := expert_of(name)) is not None:
-            places = [
-                p.data[number]
-                for known, p in parameters.items()
-                if layer_number(known) == layer_number(name) and p.ndim == 3 and number < len(p)
-            ]
-            places = [place for place in places if place.shape == tensor.shape]
+            layer = [p for known, p in parameters.items() if layer_number(known) == layer_number(name)]
+            stacks = [p for p in layer if p.shape[1:] == tensor.shape and number < len(p)]
+            places = [p.data[number] for p in stacks if p.ndim == 3]
         if len(places) != 1 or places[0].shape != tensor.shape:
             raise SrmuError(f"the delta's tensor {name} does not fit the model {folder}")
         places[0].copy_(tensor)
@@ -267,18 +236,17 @@ def apply_delta(module: torch.nn.Module, folder: Path, delta: Mapping[str, Tenso
 
 def export_checkpoint(
     folder: Path,
-    delta: Mapping[str, Tensor],
+    delta: Tensors,
     out: Path,
     link: bool | None = None,
     watch: Watch = ignore_progress,
-    texts: Mapping[str, str] | None = None,
+    texts: dict[str, str] | None = None,
 ) -> None:
     """Write a full checkpoint: the files of the base, with the tensors of the delta.
 
-    `texts` are further files by name, which may replace those of the base.
-
-    Shards without a changed tensor become hard links if `link` is true, and by default where the base lies in the hub's
-    cache, whose files nobody edits. The source is never modified. `out` appears once it is complete.
+    `texts` are further files by name, which may replace those of the base. Shards without a changed tensor become hard
+    links if `link` is true, and by default where the base lies in the hub's cache, whose files nobody edits. The source
+    is never modified. `out` appears once it is complete.
     """
     where = list_shards(folder)
     if lost := sorted(set(delta) - set(where)):
@@ -292,8 +260,9 @@ def export_checkpoint(
             copy.parent.mkdir(exist_ok=True)
             share = file.is_symlink() if link is None else link
             if share and file in where.values() and file not in patched:
-                hard_link(file.resolve(), copy)
-            else:
+                with suppress(OSError):  # it lies on another file system, say, and is copied
+                    copy.hardlink_to(file.resolve())
+            if not copy.exists():
                 shutil.copyfile(file.resolve(), copy)
             tick(file.name)
         for path in sorted(patched):
@@ -318,15 +287,7 @@ def list_carried(folder: Path) -> list[str]:
     ]
 
 
-def hard_link(source: Path, target: Path) -> None:
-    """Give a file a second name; copy it where that is impossible, as on another file system."""
-    try:
-        target.hardlink_to(source)
-    except OSError:
-        shutil.copyfile(source, target)
-
-
-def patch_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def patch_file(path: Path, tensors: Tensors) -> None:
     """Overwrite tensors of a safetensors file in place; dtype, shape and position stay."""
     entries, start = read_header(path)
     with path.open("r+b") as file:
@@ -338,25 +299,13 @@ def patch_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
             file.write(raw_bytes(tensor))
 
 
-def identify_base(folder: Path, depth: int | None) -> str:
-    """A digest that tells the first layers of two models apart without reading them whole.
-
-    It covers the size, time of change and header of each file, and three pages of each tensor.
-    """
-    code = hashlib.sha256()
+def identify_base(folder: Path) -> str:
+    """A digest that tells models apart without reading them whole: by size, time of change and header of each file."""
+    marks = []
     for path in sorted(set(list_shards(folder).values())):
-        entries, start = read_header(path)
         stat = path.stat()
-        marks = [path.name, stat.st_size, stat.st_mtime_ns, stat.st_ino, entries]
-        code.update(json.dumps(marks).encode())
-        with path.open("rb") as file:
-            for name, entry in sorted(entries.items()):
-                if depth is None or (layer_number(name) or 0) < depth:
-                    low, high = entry["data_offsets"]
-                    for place in (low, (low + high) // 2, max(low, high - PAGE)):
-                        file.seek(start + place)
-                        code.update(file.read(min(PAGE, high - place)))
-    return code.hexdigest()
+        marks.append([path.name, stat.st_size, stat.st_mtime_ns, stat.st_ino, read_header(path)])
+    return sha256(json.dumps(marks).encode())
 
 
 def fingerprint_model(folder: Path) -> str:
@@ -368,7 +317,7 @@ def fingerprint_model(folder: Path) -> str:
     return sha256(*parts)
 
 
-def changed_fingerprint(base: str, delta: Mapping[str, Tensor]) -> str:
+def changed_fingerprint(base: str, delta: Tensors) -> str:
     """The fingerprint of a model with a delta, whose base has the fingerprint `base`."""
     parts = [base.encode()]
     for name, tensor in sorted(delta.items()):

@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from srmu.engine.files import read_json, read_json_lines
+from srmu.engine.files import read_json
 from srmu.errors import SrmuError
 from srmu.evals.results import UNATTACKED, Metrics, load_results, read_metrics
 from srmu.evals.statistics import Estimate, average_seeds
@@ -182,4 +182,4 @@ def read_config_tree(folder: Path) -> dict[str, Any]:
 
 def read_run_file(path: Path) -> Any:
     """The object in a JSON file, all of those in a JSON-lines file; empty if there is no file."""
-    return read_json_lines(path) if path.suffix == ".jsonl" else read_json(path, {})
+    return read_json(path, [] if path.suffix == ".jsonl" else {})

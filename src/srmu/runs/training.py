@@ -122,7 +122,7 @@ def load_model(
     # What a run's activations depend on, besides the machine and the libraries.
     key = {
         "model": config.model,
-        "weights": weights.identify_base(plan.base, method.depth),
+        "weights": weights.identify_base(plan.base),
         "settings": sha256(plan.base / "config.json"),
         "data": data,
         "fixed_layers": model.fixed,
@@ -150,7 +150,7 @@ def require_known_tokens(topics: Sequence[Topic], known: int, tokenizer: str) ->
 def resume_run(plan: RunPlan, data: str) -> Progress:
     """Where a run that was killed goes on; its metrics are cut to the steps that a checkpoint holds."""
     config, folder = plan.config, plan.folder
-    belongs = {"run": config.id, "data": data, "base": weights.identify_base(plan.base, config.method.depth)}
+    belongs = {"run": config.id, "data": data, "base": weights.identify_base(plan.base)}
     progress = Progress(Checkpoints(folder / CHECKPOINTS, config.train.checkpoint_seconds, belongs))
     progress.resumed_at = progress.checkpoints.done()
     if len({*distributed.gather_values(progress.resumed_at)}) > 1:
