@@ -105,7 +105,7 @@ def test_no_file_holds_the_canary(place: Path, monkeypatch: pytest.MonkeyPatch) 
         code = run(command)
         failed = name in ("a run that diverges", "a bad line")
         assert code == failed, (name, Path("output.txt").read_text()[-2000:])
-    assert killed("killed.yaml", "complete.json") == -signal.SIGKILL
+    assert killed("killed.yaml", "checkpoint/state.safetensors") == -signal.SIGKILL
     made = {path for path in place.rglob("*") if path.is_file()} - given
     named = {path.name for path in made}
     assert {"record.json", "results.json", "summary.md", "report.html", "README.md"} <= named

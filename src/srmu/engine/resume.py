@@ -8,22 +8,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from srmu.engine.files import read_json, sha256, whole_folder, write_json
-from srmu.errors import SrmuError, first_line
+from srmu.engine.activation_cache import digest_tensors
+from srmu.engine.files import flush_path
+from srmu.errors import first_line
 
-TENSORS, NUMBERS = "state.safetensors", "complete.json"
+STATE = "state.safetensors"
 
 
 @dataclass
 class Checkpoints:
     """The folder where a training is saved every `seconds` seconds; None: it is not saved.
 
-    A checkpoint is a folder `step-N` with tensors, numbers and, written last, a digest of the tensors; without the
-    digest it does not count. `belongs` identifies the training: checkpoints of any other training do not count either.
+    Its one file appears whole, in place of the one before: tensors, and in the metadata numbers, a digest of the
+    tensors and `belongs`, which identifies the training. That of another training does not count, nor does a damaged
+    one.
     """
 
     folder: Path | None = None
@@ -36,46 +38,35 @@ class Checkpoints:
         return self.folder is not None and time.monotonic() - self.last >= self.seconds
 
     def save(self, step: int, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
-        """Save the state after `step` steps in place of an earlier one.
-
-        A full disk costs the checkpoint, never the run.
-        """
+        """Save the state after `step` steps. A full disk costs the checkpoint, never the run."""
         assert self.folder is not None
-        older = self.kept()
+        flat = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
+        mark = {"belongs": self.belongs, "sha256": digest_tensors(*flat.values()), "step": step, "numbers": numbers}
+        temporary = self.folder / f".{STATE}"
         try:
-            shutil.rmtree(self.folder / f"step-{step}", ignore_errors=True)  # which was not written to its end
-            with whole_folder(self.folder / f"step-{step}") as place:
-                save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, place / TENSORS)
-                mark = {"belongs": self.belongs, "sha256": sha256(place / TENSORS)}
-                write_json(place / NUMBERS, mark | {"step": step, "numbers": numbers})
-            for folder in older:
-                shutil.rmtree(folder, ignore_errors=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_file(flat, temporary, {"mark": json.dumps(mark)})
+            flush_path(temporary)
+            temporary.replace(self.folder / STATE)
             self.failed = ""
-        except (OSError, SafetensorError, SrmuError) as error:
+        except (OSError, SafetensorError) as error:
             self.failed = first_line(error)
         self.last = time.monotonic()
 
     def load(self) -> tuple[int, dict[str, Tensor], dict[str, Any]] | None:
-        """Steps done, tensors and numbers of the newest whole checkpoint, if there is one."""
-        for folder in reversed(self.kept()):
-            try:
-                mark = read_json(folder / NUMBERS)
-                same = mark["belongs"] == json.loads(json.dumps(self.belongs))
-                if same and mark["sha256"] == sha256(folder / TENSORS):
-                    return int(mark["step"]), load_file(folder / TENSORS), mark["numbers"]
-            except (OSError, ValueError, KeyError, TypeError, SafetensorError):
-                continue  # not written to its end
+        """Steps done, tensors and numbers of the checkpoint, if there is one."""
+        if self.folder is None:
+            return None
+        try:
+            with safe_open(self.folder / STATE, "pt") as file:
+                mark = json.loads(file.metadata()["mark"])
+                tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
+            same = mark["belongs"] == json.loads(json.dumps(self.belongs))
+            if same and mark["sha256"] == digest_tensors(*tensors.values()):
+                return mark["step"], tensors, mark["numbers"]
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+            pass  # none, or a damaged one
         return None
-
-    def done(self) -> int:
-        """The number of steps that the newest whole checkpoint saves."""
-        newest = self.load()
-        return newest[0] if newest else 0
-
-    def kept(self) -> list[Path]:
-        """The folders of checkpoints, oldest first."""
-        folders = self.folder.glob("step-*") if self.folder else ()
-        return sorted(folders, key=lambda path: int(path.name.removeprefix("step-")))
 
     def clear(self) -> None:
         if self.folder:

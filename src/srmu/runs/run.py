@@ -206,7 +206,7 @@ def find_finished(folder: Path, topics: Sequence[Topic]) -> Run:
 
 def discard_unfinished(folder: Path) -> None:
     """Remove what a failed run wrote, unless it can go on from there."""
-    if (folder / RECORD).exists() or Checkpoints(folder / CHECKPOINTS).kept():
+    if (folder / RECORD).exists() or (folder / CHECKPOINTS).exists():
         return
     for name in (CONFIG, METRICS, DELTA, STATE):
         (folder / name).unlink(missing_ok=True)

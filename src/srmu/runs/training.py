@@ -152,7 +152,7 @@ def resume_run(plan: RunPlan, data: str) -> Progress:
     config, folder = plan.config, plan.folder
     belongs = {"run": config.id, "data": data, "base": weights.identify_base(plan.base)}
     progress = Progress(Checkpoints(folder / CHECKPOINTS, config.train.checkpoint_seconds, belongs))
-    progress.resumed_at = progress.checkpoints.done()
+    progress.resumed_at = (progress.checkpoints.load() or (0,))[0]
     if len({*distributed.gather_values(progress.resumed_at)}) > 1:
         raise SrmuError(f"{folder} must lie on storage that all processes see, but does not")
     if distributed.is_first():
