@@ -15,7 +15,6 @@ from torch import Tensor
 from srmu.engine import distributed, weights
 from srmu.engine.files import format_json, read_json, require_free, require_place, sha256
 from srmu.engine.progress import Watch, ignore_progress
-from srmu.engine.resume import Checkpoints
 from srmu.engine.topic import Topic
 from srmu.engine.train import Log
 from srmu.errors import DivergedError, SrmuError
