@@ -54,11 +54,12 @@ def catch_value(layer: nn.Module, stream: Stream) -> Iterator[list[Tensor]]:
     """Catch the value of a stream of a layer: a list that the next forward fills."""
     caught: list[Tensor] = []
     if stream == "mlp_post":
-        reading = edit_input(down_projection(layer), caught.append)
+        with edit_input(down_projection(layer), caught.append):
+            yield caught
     else:
-        reading = edit_outputs({layer if stream == "resid_post" else find_child(layer, "mlp"): caught.append})
-    with reading:
-        yield caught
+        place = layer if stream == "resid_post" else find_child(layer, "mlp")
+        with edit_outputs({place: caught.append}):
+            yield caught
 
 
 def in_role(layer: nn.Module, role: str) -> list[str]:
