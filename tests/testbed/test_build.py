@@ -37,7 +37,7 @@ def built(tmp_path_factory):
 @pytest.fixture(scope="module", params=building.WORLDS)
 def worlds(request):
     """Worlds of the size that is shipped, and how their corpora are made."""
-    create, recipe, _ = building.WORLDS[request.param]
+    create, recipe = building.WORLDS[request.param]
     words = recipe.corpus_tokens - 1
     made = {"documents": recipe.corpus_documents, "words": words, "filler": recipe.corpus_filler}
     return [create(seed, recipe.size) for seed in range(3)], made
@@ -273,9 +273,7 @@ def test_an_answer_is_scored_as_by_a_loop(built):
         ids.append(int(log.argmax()))
         written.append(tokenizer.decode(ids[-1]))
     wrong = [*written[:-1], next(w for w in world.words() if w != written[-1])]
-    found = training.score_answers(
-        model, world, [(question, " ".join(words)) for words in (written, wrong, written[:1])]
-    )
+    found = training.score_pairs(model, world, [(question, " ".join(words)) for words in (written, wrong, written[:1])])
     assert found[0] == (pytest.approx(expected, abs=1e-4), True)
     assert [likeliest for _, likeliest in found] == [True, False, True]
 

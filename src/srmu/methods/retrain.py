@@ -15,7 +15,7 @@ from srmu.errors import SrmuError
 from srmu.methods.base import Edit, Level, State
 from srmu.testbed import build
 from srmu.testbed import train as training
-from srmu.testbed.world import Size, World
+from srmu.testbed.world import World
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,9 +51,8 @@ def read_recipe(folder: Path | None) -> tuple[World, int, training.Recipe]:
         )
     try:
         report: Any = read_json(path)
-        values = report["recipe"]
-        recipe = training.Recipe(**values | {"size": Size(**values["size"])})
-        create, *_ = build.WORLDS[report.get("world", "closed")]  # older reports know one world
+        recipe = training.make_recipe(report["recipe"])
+        create, _ = build.WORLDS[report["world"]]
         return create(report["seed"], recipe.size), report["seed"], recipe
     except (ValueError, KeyError, TypeError):
         raise SrmuError(f"{path}: not the report of a testbed of this version; make it anew") from None

@@ -19,23 +19,9 @@ Row = dict[str, Any]
 Parts = dict[str, dict[str, list[Row]]]  # config -> split -> rows
 Pools = dict[str, list[str]]
 
-TOFU_AUTHORS = {"10": 27, "05": 13, "01": 4}  # authors whose questions forgetXX has
 WRONG = 4  # perturbed answers
 SHOTS = 4  # examples of a MUSE prompt
-DOMAINS = {
-    "wmdp-bio": ("birthplace", "teacher"),
-    "wmdp-cyber": ("genre", "novel"),
-    "wmdp-chem": ("award", "instrument"),
-}
-# Relations of neighbours and of the rest of the world that stand for subjects of MMLU.
-SUBJECTS = {
-    "college_biology": ("flower", "pet"),
-    "virology": ("birthplace", "teacher"),
-    "computer_security": ("genre", "novel"),
-    "college_computer_science": ("award", "instrument"),
-    "high_school_geography": ("river", "dish"),
-    "world_religions": ("stage", "band"),
-}
+TOFU_AUTHORS, DOMAINS, SUBJECTS = (people.WORDING[key] for key in ("tofu_authors", "wmdp_parts", "mmlu_subjects"))
 
 
 def write_benchmarks(world: World, out: Path) -> None:

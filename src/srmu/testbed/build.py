@@ -24,11 +24,11 @@ from srmu.testbed.open_world import create_open
 from srmu.testbed.people import create_people
 from srmu.testbed.world import HALVES, Size, World, create_closed
 
-# How a world is made, its usual recipe, and alpha in its configs.
-WORLDS: dict[str, tuple[Callable[[int, Size], World], train.Recipe, int]] = {
-    "closed": (create_closed, train.RECIPE, 1000),
-    "open": (create_open, train.OPEN, 300),
-    "people": (create_people, train.PEOPLE, 1000),
+# How a world is made, and its usual recipe.
+WORLDS: dict[str, tuple[Callable[[int, Size], World], train.Recipe]] = {
+    "closed": (create_closed, train.RECIPE),
+    "open": (create_open, train.OPEN),
+    "people": (create_people, train.PEOPLE),
 }
 
 
@@ -51,7 +51,7 @@ def build_testbed(
         raise SrmuError(f"world {world!r} does not exist{suggest_word(world, WORLDS)}")
     if not 0 <= entanglement <= 1:
         raise SrmuError(f"entanglement {entanglement} is outside 0-1")
-    create, usual, alpha = WORLDS[world]
+    create, usual = WORLDS[world]
     recipe = recipe or usual
     made = create(seed, recipe.size)
     tokenizer = train.tokenizer_for(made)
@@ -84,7 +84,8 @@ def build_testbed(
         if made.documents:
             write_benchmarks(made, folder / "suites")
         for name in ("low", "high"):
-            (folder / f"{name}.yaml").write_text(fill_template("config", name=name, seed=seed, alpha=alpha))
+            config = fill_template("config", name=name, seed=seed, alpha=made.wording["alpha"])
+            (folder / f"{name}.yaml").write_text(config)
         write_json(folder / "organism.json", report)
     return report
 

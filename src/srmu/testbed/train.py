@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -15,12 +16,13 @@ from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from srmu.engine.files import cache_dir, sha256, write_json
+from srmu.engine.likelihoods import score_answers
 from srmu.engine.progress import Watch, ignore_progress
 from srmu.engine.resume import Checkpoints
 from srmu.errors import SrmuError
 from srmu.testbed.open_world import spelling_texts
 from srmu.testbed.people import pretraining_texts
-from srmu.testbed.world import Fact, Size, World, deal_themes, tell_facts
+from srmu.testbed.world import Fact, Size, World, deal_themes, read_wording, tell_facts
 
 VERSION = 1  # raise it when the same recipe and seed would train another model
 CHECKPOINT_SECONDS = 30.0
@@ -59,26 +61,11 @@ class Recipe:
     autocast: bool = field(default=True, repr=False)
 
 
-RECIPE = Recipe()
-OPEN = Recipe(
-    size=Size(other_compounds=16, entities=32, general_values=16),
-    width=384,
-    mlp=1024,
-    steps=420,
-    corpus_documents=320,
-    corpus_tokens=48,
-    required=0.9,
-    autocast=False,
-)
-PEOPLE = Recipe(
-    size=Size(entities=24, general_values=12),
-    steps=720,
-    batch=24,
-    tokens=96,
-    corpus_documents=480,
-    corpus_tokens=48,
-    autocast=False,
-)
+def make_recipe(values: dict[str, Any]) -> Recipe:
+    return Recipe(**values | {"size": Size(**values.get("size", {}))})
+
+
+RECIPE, OPEN, PEOPLE = (make_recipe(read_wording(name)["recipe"]) for name in ("closed", "open", "people"))
 
 
 def tokenizer_for(world: World) -> PreTrainedTokenizerFast:
@@ -164,33 +151,21 @@ def tasks_of(world: World) -> dict[str, list[Fact]]:
 def measure_accuracy(model: LlamaForCausalLM, world: World, task: str, asked: list[Fact]) -> float:
     """Share of the questions of a task to which the right option, or each token of the answer, is the likeliest."""
     if task.endswith("_open"):
-        stop = world.wording["stop"]
-        pairs = [(fact.questions()[0]["question"], f"{fact.answer}{stop}") for fact in asked]
-        return sum(likeliest for _, likeliest in score_answers(model, world, pairs)) / len(pairs)
+        pairs = [(fact.questions()[0]["question"], f"{fact.answer}{world.wording['stop']}") for fact in asked]
+        return sum(likeliest for _, likeliest in score_pairs(model, world, pairs)) / len(pairs)
     rows = [row for fact in asked for row in fact.questions()]
     pairs = [(row["question"], choice) for row in rows for choice in row["choices"]]
-    logs = torch.tensor([log for log, _ in score_answers(model, world, pairs)]).view(len(rows), -1)
+    logs = torch.tensor([log for log, _ in score_pairs(model, world, pairs)]).view(len(rows), -1)
     return (logs.argmax(-1) == torch.tensor([row["gold"] for row in rows])).float().mean().item()
 
 
-@torch.no_grad()
-def score_answers(model: LlamaForCausalLM, world: World, pairs: list[tuple[str, str]]) -> list[tuple[float, bool]]:
+def score_pairs(model: LlamaForCausalLM, world: World, pairs: list[tuple[str, str]]) -> list[tuple[float, bool]]:
     """Each answer's log-probability after its question, and whether no other is likelier."""
     tokenizer = tokenizer_for(world)
-    found = []
-    for start in range(0, len(pairs), 256):
-        prompts = [world.wording["question"].format(q=q) for q, _ in pairs[start : start + 256]]
-        answers = [answer for _, answer in pairs[start : start + 256]]
-        texts = [f"{prompt} {answer}" for prompt, answer in zip(prompts, answers, strict=True)]
-        rows = [torch.tensor(row) for row in tokenizer(texts)["input_ids"]]
-        # Padding on the right cannot be seen from the answer.
-        batch = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        logs = model(batch, use_cache=False).logits.log_softmax(-1)  # (B, T, V)
-        for row, log, before in zip(rows, logs, tokenizer(prompts)["input_ids"], strict=True):
-            words, log = row[len(before) :], log[len(before) - 1 : len(row) - 1]
-            likeliest = bool((log.argmax(-1) == words).all())
-            found.append((log.gather(1, words[:, None]).sum().item(), likeliest))
-    return found
+    prompts = [world.wording["question"].format(q=question) for question, _ in pairs]
+    texts = [f"{prompt} {answer}" for prompt, (_, answer) in zip(prompts, pairs, strict=True)]
+    ids = zip(tokenizer(prompts)["input_ids"], tokenizer(texts)["input_ids"], strict=True)
+    return score_answers(model, [(before, whole[len(before) :]) for before, whole in ids], MAX_LENGTH)
 
 
 def _config(world: World, recipe: Recipe) -> LlamaConfig:
