@@ -637,7 +637,7 @@ def anchors_of(terms: dict[str, str]) -> Anchors:
 def test_no_anchors_are_the_identity(padding: Any) -> None:
     model = editable()
     for batch in topic(padding=padding).forget:
-        found = translate_batch(batch, {})
+        found = translate_batch(batch, anchors_of({}))
         mask = batch["attention_mask"] == 1
         assert torch.equal(found.usable, mask)
         assert found.batch["input_ids"][found.batch["attention_mask"] == 1].tolist() == (
@@ -647,7 +647,8 @@ def test_no_anchors_are_the_identity(padding: Any) -> None:
             assert places[mask[row]].tolist() == list(range(int(mask[row].sum())))
         with torch.no_grad():
             plain, same_texts = (
-                WHP().loss(model, whp_state(model, a), batch, Batch(), 0).loss_values["forget"] for a in (None, {})
+                WHP().loss(model, whp_state(model, a), batch, Batch(), 0).loss_values["forget"]
+                for a in (None, anchors_of({}))
             )
         if padding == "mask":  # else the padding counts, which no translation has
             assert torch.equal(plain, same_texts)
@@ -725,7 +726,7 @@ def test_files_of_anchors(tmp_path: Path) -> None:
     assert read_anchors(str(good)) == {"w1 w2": "w40"}
     for name, content, says in (
         ("a.json", None, "a.json: no such file"),
-        ("b.json", "{", "b.json: .*column"),
+        ("b.json", "{", "b.json is damaged .*column"),
         ("c.json", "[1]", "c.json: expected an object of texts"),
         ("d.json", '{"w1": 3}', "d.json: expected an object of texts"),
         ("e.json", '{"": "w1"}', "e.json: expected an object of texts"),

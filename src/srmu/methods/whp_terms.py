@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer
 
+from srmu.data.names import Names, Slot
 from srmu.engine.batch import Batch
-from srmu.engine.generate import Ids
+from srmu.engine.files import read_json
 from srmu.engine.topic import Topic
-from srmu.errors import SrmuError, first_line
+from srmu.errors import SrmuError
 
 
-class Anchor(NamedTuple):
-    """One spelling of a term in tokens; `number` identifies the term."""
+class Anchors(NamedTuple):
+    """Terms and their generic ones, in the same order."""
 
-    number: int
-    term: Ids
-    generic: Ids
-
-
-Anchors = dict[int, list[Anchor]]  # by the term's first token, the longest first
+    terms: Names
+    generics: Names
 
 
 class Translation(NamedTuple):
@@ -70,31 +67,18 @@ def read_anchors(path: str) -> dict[str, str]:
     """Terms with their generic ones, from a JSON file; SrmuError naming the file if it is wrong."""
     if not path.endswith(".json"):
         raise SrmuError(f"method.anchors={path}: expected a .json file of {{term: generic term}}")
-    try:
-        terms: Any = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        why = "no such file" if isinstance(error, FileNotFoundError) else first_line(error)
-        raise SrmuError(f"method.anchors={path}: {why}") from None
+    terms: Any = read_json(Path(path))
     texts = [*terms, *terms.values()] if isinstance(terms, dict) else [None]
     if not all(isinstance(text, str) and text.strip() for text in texts):
         raise SrmuError(f'method.anchors={path}: expected an object of texts, like {{"Hogwarts": "the academy"}}')
-    return terms
+    return {term.strip(): generic.strip() for term, generic in terms.items()}
 
 
 def tokenise_terms(terms: dict[str, str], tokenizer: Any) -> Anchors:
-    """The terms in tokens, as they are spelt at the start of a text and inside one."""
-    ways: dict[tuple[int, ...], Anchor] = {}
-    for number, (term, generic) in enumerate(terms.items()):
-        for space in ("", " "):
-            old, new = (tokenizer.encode(space + text.strip(), add_special_tokens=False) for text in (term, generic))
-            if tokenizer.unk_token_id in new:
-                raise SrmuError(f"method.anchors: the tokenizer does not know {generic!r}")
-            if tokenizer.unk_token_id not in old:  # else it occurs in no text
-                ways.setdefault(tuple(old), Anchor(number, old, new))
-    anchors: Anchors = {}
-    for anchor in sorted(ways.values(), key=lambda anchor: -len(anchor.term)):
-        anchors.setdefault(anchor.term[0], []).append(anchor)
-    return anchors
+    """The terms in tokens; one that the tokenizer does not know occurs in no text."""
+    unknown = tokenizer.unk_token_id
+    known = [term for term in terms if unknown not in tokenizer.encode(f" {term}", add_special_tokens=False)]
+    return Anchors(Names.encode(known, tokenizer), Names.encode([terms[term] for term in known], tokenizer))
 
 
 def translate_batch(batch: Batch, anchors: Anchors) -> Translation:
@@ -107,31 +91,28 @@ def translate_batch(batch: Batch, anchors: Anchors) -> Translation:
     """
     shape = batch["input_ids"].shape
     places, usable = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.bool)
+    same = {number: number for number in range(len(anchors.terms.tokens))}
     rows: list[Tensor] = []
     named: list[tuple[int, int, int]] = []
     every = zip(batch["input_ids"].cpu(), batch["attention_mask"].cpu(), strict=True)
     for row, (padded, mask) in enumerate(every):
-        ids: Ids = padded[mask == 1].tolist()
-        at = int(mask.argmax())  # position of ids[0]: padding may come first
-        written: Ids = []
-        seen: set[int] = set()
-        while ids:
-            known = anchors.get(ids[0], ())
-            anchor = next((a for a in known if ids[: len(a.term)] == a.term), None)
-            size = len(anchor.term) if anchor else 1
-            last = at + size - 1
-            if anchor:
-                if anchor.number in seen and written:
-                    usable[row, at - 1] = False  # it predicts the term
-                seen.add(anchor.number)
-                named.append((row, last, anchor.generic[0]))
-            written += anchor.generic if anchor else ids[:1]
-            places[row, last], usable[row, last] = len(written) - 1, True
-            ids, at = ids[size:], last + 1
+        template = anchors.terms.template(padded[mask == 1].tolist())
+        written, ends = anchors.generics.write(template, same)
         rows.append(torch.tensor(written))
-    pad = torch.nn.utils.rnn.pad_sequence
+        at = int(mask.argmax())  # position of an item's first token: padding may come first
+        seen: set[int] = set()
+        for item, end in zip(template, ends, strict=True):
+            last = at
+            if isinstance(item, Slot):
+                last += len(anchors.terms.tokens[item.name][item.form]) - 1
+                if item.name in seen:
+                    usable[row, at - 1] = False  # it predicts the term
+                seen.add(item.name)
+                named.append((row, last, anchors.generics.tokens[item.name][item.form][0]))
+            places[row, last], usable[row, last] = end, True
+            at = last + 1
     translated = Batch(
-        input_ids=pad(rows, batch_first=True),
-        attention_mask=pad([torch.ones_like(ids) for ids in rows], batch_first=True),
+        input_ids=pad_sequence(rows, batch_first=True),
+        attention_mask=pad_sequence([torch.ones_like(ids) for ids in rows], batch_first=True),
     )
     return Translation(translated, places, usable, named)
