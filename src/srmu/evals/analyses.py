@@ -1,7 +1,5 @@
 """The analyses of Adaptive RMU (arXiv 2408.06223) on a model, or on a run before and after."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from itertools import product
@@ -22,7 +20,7 @@ from srmu.engine.model import Batch, EditableModel, Site
 from srmu.engine.progress import Watch, ignore_progress
 from srmu.engine.train import move_batch
 from srmu.errors import SrmuError
-from srmu.evals.figures import Analysis, Panel, draw_histogram, format_number
+from srmu.evals.figures import Analysis, Panel, draw_histogram, write_sentences
 from srmu.methods import Misdirection
 from srmu.runs.open import open_target
 from srmu.runs.record import STATE
@@ -112,19 +110,7 @@ def measure_confidence(
             means[name][when] = {**dict(columns), "tokens": len(table)}
     panel = draw_histogram(f"Largest probability of {tokens} tokens", "largest probability", probabilities, 0.0, 1.0)
     numbers = {"tokens": tokens, "confidence": means}
-    sentences = [
-        f"{name}, {when}: largest probability {row['probability']:.2f} (margin "
-        f"{row['margin']:.2f}), largest logit {row['logit']:.1f}, entropy {row['entropy']:.2f} "
-        f"nats, over {row['tokens']} {tokens} tokens."
-        for name, by_state in means.items()
-        for when, row in by_state.items()
-    ]
-    if "before" in states:
-        changes = [
-            f"{row['after']['probability'] - row['before']['probability']:+.2f} on {name} texts"
-            for name, row in means.items()
-        ]
-        sentences.append(f"The run changed the largest probability by {', '.join(changes)}.")
+    sentences = write_sentences("confidence.txt", means=means, tokens=tokens, is_run="before" in states)
     return Analysis("Token confidence", numbers, sentences, [panel])
 
 
@@ -170,7 +156,7 @@ def measure_alignment(run: Run, model: EditableModel, tokenizer: Any, *, watch: 
             "use one of rmu, adaptive_rmu, srmu"
         )
     site, count = method.site, len(model.layers)
-    topics, sentences, panels = {}, [], []
+    topics, panels = {}, []
     with watch("measuring directions", len(run.config.topics) * count) as tick:
         for number, (name, topic) in enumerate(run.config.topics.items(), 1):
             batches = prepare_sets({name: read_texts(topic.forget)}, tokenizer)[name]
@@ -191,16 +177,8 @@ def measure_alignment(run: Run, model: EditableModel, tokenizer: Any, *, watch: 
                 panels.append(Panel(title, "layer", "mean cosine", [*range(count)], series))
             title = f"Cosines with the target at layer {site.layer}, topic {number}"
             panels.append(draw_histogram(title, "cosine", layers[site.layer]["target"], -1.0, 1.0))
-            direction, target = (
-                {key: format_number(value) for key, value in means[site.layer][kind].items()} for kind in KINDS
-            )
-            sentences.append(
-                f"Topic {number}, layer {site.layer}: cosine of forget activations with the direction "
-                f"{direction['before']} before and {direction['after']} after, of their displacement "
-                f"{direction['displacement']}; with the target {target['after']} after, displacement "
-                f"{target['displacement']}."
-            )
     numbers = {"layer": site.layer, "stream": site.stream, "topics": topics}
+    sentences = write_sentences("alignment.txt", topics=topics.values(), layer=site.layer)
     return Analysis("Alignment with the direction", numbers, sentences, panels)
 
 
@@ -250,13 +228,7 @@ def measure_sensitivity(
                 with state(), torch.no_grad():
                     values.append(measure_layer(model, batches, layer))
                 tick("")
-    sentences = [
-        f"{name}: noise of {SIZE:g} of an activation's norm comes out most amplified from layer "
-        f"{values.index(max(values))} (psi {max(values):.3g}) and least from layer "
-        f"{values.index(min(values))} (psi {min(values):.3g}); {SIZE**2:.3g} is neither more nor "
-        "less than went in."
-        for name, values in psi.items()
-    ]
+    sentences = write_sentences("sensitivity.txt", psi=psi, size=SIZE)
     panel = Panel("Noise sensitivity", "layer", "psi", [*range(count)], psi)
     numbers = {"psi": psi, "size": SIZE, "draws": DRAWS, "seed": SEED}
     return Analysis("Noise sensitivity of layers", numbers, sentences, [panel])

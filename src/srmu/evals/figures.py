@@ -1,13 +1,12 @@
 """The result of an analysis: numbers, sentences and pictures."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
+from jinja2 import Environment, PackageLoader
 
 BINS = 40  # of a histogram
 DASH = "\N{EN DASH}"
@@ -43,6 +42,13 @@ def format_number(value: float | None) -> str:
     if value is None or not math.isfinite(value):
         return DASH
     return str(value) if isinstance(value, int) else f"{value:.4g}"
+
+
+def write_sentences(template: str, **values: Any) -> list[str]:
+    """The lines of a template, each a sentence on what was measured."""
+    environment = Environment(loader=PackageLoader("srmu.evals"), trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"share": "{:.1%}".format, "percent": "{:.0%}".format, "number": format_number}
+    return environment.get_template(template).render(**values).splitlines()
 
 
 def draw_histogram(title: str, x_title: str, values: Mapping[str, Any], low: float, high: float) -> Panel:

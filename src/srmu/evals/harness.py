@@ -1,7 +1,5 @@
 """lm-eval's view of a model that is in memory already: read with less work, and left as it is."""
 
-from __future__ import annotations
-
 import logging
 import os
 import random
@@ -62,13 +60,13 @@ class Harness(HFLM):
         size = {"batch_size": self.batch_size, "dtype": self.softmax_dtype}
         return list(score_answers(self.model, pairs, self.max_length, **size, done=done))
 
-    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[Any]:
+    def loglikelihood(self, requests: list[Any], **options: Any) -> list[Any]:
         return self.answer(requests, super().loglikelihood)
 
-    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[Any]:
+    def loglikelihood_rolling(self, requests: list[Any], **options: Any) -> list[Any]:
         return self.answer(requests, super().loglikelihood_rolling)
 
-    def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[Any]:
+    def generate_until(self, requests: list[Any], **options: Any) -> list[Any]:
         return self.answer(requests, super().generate_until)
 
     def answer(self, requests: list[Any], ask: Any) -> list[Any]:

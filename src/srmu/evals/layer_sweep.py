@@ -1,7 +1,5 @@
 """A run at every layer: where forgetting costs least."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from statistics import fmean
@@ -12,7 +10,7 @@ import numpy as np
 from srmu.engine.loading import read_config
 from srmu.engine.progress import Watch, ignore_progress
 from srmu.errors import DivergedError, SrmuError
-from srmu.evals.figures import Analysis, Panel
+from srmu.evals.figures import Analysis, Panel, write_sentences
 from srmu.methods import Misdirection
 from srmu.runs.config import Config
 from srmu.runs.plan import locate_base
@@ -47,16 +45,11 @@ def sweep_layers(
     if not known:
         raise SrmuError(f"every layer of {method.name} diverged; lower train.learning_rate")
     best = max(known, key=lambda row: row["forgetting"] - row["utility_loss"])
-    sentences = [
-        f"Layer {best['layer']} gains most: forget accuracy falls by {best['forgetting']:.1%} and "
-        f"utility by {best['utility_loss']:.1%} (points); type method.layer={best['layer']}. The "
-        "sweep chose on these questions: report others."
-    ]
-    if lost := [str(row["layer"]) for row in rows if "diverged" in row]:
-        sentences.append(f"Diverged at layers {', '.join(lost)}.")
-    series = {name: [row.get(name.replace(" ", "_")) for row in rows] for name in ("forgetting", "utility loss")}
-    at_layers = [row["layer"] for row in rows]
-    panel = Panel("Unlearning at each layer", "layer", "fall in accuracy", at_layers, series)
+    lost = [row["layer"] for row in rows if "diverged" in row]
+    sentences = write_sentences("layer_sweep.txt", best=best, lost=lost)
+    falls = {"forgetting": "forgetting", "utility loss": "utility_loss"}
+    series = {name: [row.get(key) for row in rows] for name, key in falls.items()}
+    panel = Panel("Unlearning at each layer", "layer", "fall in accuracy", [row["layer"] for row in rows], series)
     return Analysis("Layer sweep", {"layers": rows, "best": best["layer"]}, sentences, [panel])
 
 
@@ -78,21 +71,16 @@ def candidate_layers(method: Misdirection, model_config: Any, at_most: int | Non
 
 def compare_scores(scores: Scores, forget_metrics: Sequence[str]) -> dict[str, Any]:
     """Accuracies before and after a run, and the mean falls of forget and of other metrics."""
-    falls = {
-        metric: scores["before"][metric]["value"] - scores["after"][metric]["value"]
-        for metric in scores["after"]
-        if metric.endswith("/acc")
-    }
+    before, after = (
+        {metric: scores[when][metric]["value"] for metric in scores["after"] if metric.endswith("/acc")}
+        for when in ("before", "after")
+    )
+    falls = {metric: before[metric] - after[metric] for metric in after}
     for metric in forget_metrics:
         if metric not in falls:
-            known = ", ".join(falls) or "none"
-            raise SrmuError(f"no accuracy {metric} was measured; there are {known}")
+            raise SrmuError(f"no accuracy {metric} was measured; there are {', '.join(falls) or 'none'}")
     others = [fall for metric, fall in falls.items() if metric not in forget_metrics]
     if not forget_metrics or not others:
         raise SrmuError("a layer sweep needs an accuracy to lower and another one to keep")
-    return {
-        "forgetting": fmean(falls[metric] for metric in forget_metrics),
-        "utility_loss": fmean(others),
-        "before": {metric: scores["before"][metric]["value"] for metric in falls},
-        "after": {metric: scores["after"][metric]["value"] for metric in falls},
-    }
+    forgetting = fmean(falls[metric] for metric in forget_metrics)
+    return {"forgetting": forgetting, "utility_loss": fmean(others), "before": before, "after": after}

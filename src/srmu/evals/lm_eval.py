@@ -46,11 +46,10 @@ def evaluate(
     """Score a model on lm-eval tasks, built in or described by YAML files under `tasks_dir`.
 
     Gives `{"wmdp_bio/acc": {"value", "stderr", "n", ...}}`, for a group also each of its tasks,
-    with the `answers` question by question where a metric has them; what is not a finite number is
-    left out. `limit` takes the first questions of each task. `fingerprint` stands for weights,
-    config and tokenizer: with it results are kept in the cache folder until the task, its local
-    questions or a library change (a hub dataset is taken not to change).
-    Raises SrmuError for a task that is unknown, broken or out of reach.
+    with the `answers` question by question where a metric has them. `limit` takes the first
+    questions of each task. `fingerprint` stands for weights, config and tokenizer: with it results
+    are kept in the cache folder until the task, its local questions or a library change.
+    SrmuError for a task that is unknown, broken or out of reach.
     """
     for name, value in (("batch_size", batch_size), ("--limit", limit)):
         if value is not None and value < 1:
@@ -120,11 +119,11 @@ def _local_tasks(folder: Path | None) -> Local:
             continue  # another kind of file
         if config["task"] in tasks:
             raise SrmuError(f"task file {path}: another file has task {config['task']!r} too")
-        is_local = config.get("dataset_path") in FILE_FORMATS
-        files = (config.get("dataset_kwargs") or {}).get("data_files") if is_local else None
-        splits = files if isinstance(files, dict) else {"train": files} if files else {}
-        paths = {k: [path.parent.resolve() / v for v in _as_list(vs)] for k, vs in splits.items()}
-        if paths:
+        files = (config.get("dataset_kwargs") or {}).get("data_files")
+        paths = {}
+        if files and config.get("dataset_path") in FILE_FORMATS:
+            splits = files if isinstance(files, dict) else {"train": files}
+            paths = {k: [path.parent.resolve() / v for v in _as_list(vs)] for k, vs in splits.items()}
             config["dataset_kwargs"]["data_files"] = {k: [*map(str, v)] for k, v in paths.items()}
         tasks[config["task"]] = config, [path for part in paths.values() for path in part]
     return tasks
@@ -138,10 +137,9 @@ def _cache_key(name: str, local: Local, limit: int | None, fingerprint: str | No
         if not file.is_file():
             raise SrmuError(f"task {name!r}: its data file {file} does not exist")
         text = text.replace(json.dumps(str(file)), sha256(file))  # what it holds, not where it is
+    code = sha256(Path(likelihoods.__file__), Path(__file__), Path(__file__).with_name("harness.py"))
     versions = [version(package) for package in ("lm-eval", "transformers", "torch")]
-    files = [Path(str(likelihoods.__file__)), Path(__file__), Path(__file__).with_name("harness.py")]
-    versions.append(sha256(*files))
-    return [fingerprint, name, text, limit, versions]
+    return [fingerprint, name, text, limit, [*versions, code]]
 
 
 @cache
@@ -170,20 +168,16 @@ def _load_task(name: str, local: Local) -> Any:
                 config["dataset_kwargs"] |= {"cache_dir": scratch, "keep_in_memory": True}
             loaded = TaskManager(include_defaults=False).load([config])
         for task in loaded["tasks"].values():
-            _check_answers(task)
+            for row, doc in enumerate(task.eval_docs if task.OUTPUT_TYPE == "multiple_choice" else (), 1):
+                # lm-eval would count such a question as wrong
+                options = task.doc_to_choice(doc)
+                for gold in _as_list((task.doc_to_text if task.multiple_input else task.doc_to_target)(doc)):
+                    if gold not in options and gold not in range(len(options)):
+                        raise ValueError(f"question {row}: answer {gold!r} is none of {options}")
     except Exception as error:  # whatever lm-eval or datasets cannot use is the user's to mend
         why = f"{type(error).__name__}: {error}".splitlines()[0]
         raise SrmuError(f"task {name!r} cannot be loaded: {why}") from error
     return loaded
-
-
-def _check_answers(task: Any) -> None:
-    """Refuse an answer that is none of the options: lm-eval would count the question as wrong."""
-    for row, doc in enumerate(task.eval_docs if task.OUTPUT_TYPE == "multiple_choice" else (), 1):
-        options = task.doc_to_choice(doc)
-        for gold in _as_list((task.doc_to_text if task.multiple_input else task.doc_to_target)(doc)):
-            if gold not in options and gold not in range(len(options)):
-                raise ValueError(f"question {row}: answer {gold!r} is none of {options}")
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -1,7 +1,5 @@
 """Bring a run to a stated loss of utility: keep the largest share of its change within it."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Many runs at once, in as many processes as there are processors."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 from collections.abc import Callable, Sequence
@@ -23,20 +21,14 @@ class RunJob(NamedTuple):
     tasks: tuple[str, ...] = ()
 
 
-def count_cpus() -> int:
-    """The processors that this process may use."""
-    if hasattr(os, "sched_getaffinity"):  # Linux
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def run_all(
     jobs: Sequence[Job], watch: Watch = ignore_progress, *, function: Callable[[Job], Outcome]
 ) -> list[Outcome]:
     """Do the jobs in as many processes as there are processors; what came of each, in order."""
-    workers = min(count_cpus(), len(jobs))
+    # on Linux, those that this process may use
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with (
-        ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool,
+        ProcessPoolExecutor(min(cpus, len(jobs)), multiprocessing.get_context("spawn")) as pool,
         watch("unlearning and measuring", len(jobs)) as tick,
     ):
         futures = [pool.submit(function, job) for job in jobs]
@@ -44,7 +36,6 @@ def run_all(
             for future in as_completed(futures):
                 future.result()
                 tick("")
-        except BaseException:
+        finally:
             pool.shutdown(cancel_futures=True)
-            raise
         return [future.result() for future in futures]

@@ -9,12 +9,11 @@ question; `facts` number the fact that each question asks for, the same for all 
 (without it, each question asks for a different one). Other keys say how it was measured.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +39,7 @@ def load_results(folder: Path) -> dict[str, Any]:
     path = folder / RESULTS
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
-        _ = [(row_key(row), row["value"]) for row in results["rows"]]
+        _ = [(row["task"], row["metric"], row["when"], row["value"]) for row in results["rows"]]
     except FileNotFoundError:
         return {"rows": []}
     except (OSError, ValueError, KeyError, TypeError):
@@ -53,8 +52,7 @@ def load_results(folder: Path) -> dict[str, Any]:
 
 def row_key(row: Row) -> tuple[str, ...]:
     """What tells a row from all others."""
-    first, second, third, *others = KEYS
-    return (row[first], row[second], row[third], *(row.get(key, "") for key in others))
+    return tuple(row.get(key, "") for key in KEYS)
 
 
 @contextmanager
@@ -125,9 +123,7 @@ def read_metrics(folder: Path) -> dict[str, Metrics]:
 def plain_metrics(metrics: Metrics) -> Metrics:
     """Metrics without their answers and the keys of a row."""
     left_out = {*KEYS, "answers", "facts", "low", "high"}
-    return {
-        name: {key: value for key, value in entry.items() if key not in left_out} for name, entry in metrics.items()
-    }
+    return {name: {key: entry[key] for key in entry if key not in left_out} for name, entry in metrics.items()}
 
 
 def read_benchmarks(folder: Path) -> dict[str, dict[str, Any]]:
@@ -136,35 +132,27 @@ def read_benchmarks(folder: Path) -> dict[str, dict[str, Any]]:
     benchmarks = {name: dict(facts) for name, facts in results.get("benchmarks", {}).items()}
     for row in results["rows"]:
         if name := row.get("benchmark"):
-            metrics = benchmarks[name].setdefault(row["when"], {})
-            metrics[f"{row['task']}/{row['metric']}"] = row
+            benchmarks[name].setdefault(row["when"], {})[f"{row['task']}/{row['metric']}"] = row
     return benchmarks
 
 
 def attack_rows(report: Mapping[str, Any]) -> tuple[list[Row], dict[str, Any]]:
     """Split a report of attacks into rows and the rest, which says how the attacks were made."""
+    rest = deepcopy({key: value for key, value in report.items() if key not in ("original", "utility")})
     labels = {"task": " + ".join(report["tasks"]["test"]), "metric": "acc"}
     rows: list[Row] = []
-    attacks = {}
-    for name, entry in report["attacks"].items():
-        entries = {"after": dict(entry)}
-        controls = entry.get("controls", {})
-        entries |= {WHEN[who]: dict(control) for who, control in controls.items()}
+    for name, entry in rest["attacks"].items():
+        entries = {"after": entry} | {WHEN[who]: control for who, control in entry.get("controls", {}).items()}
         for when, one in entries.items():
             if "right" in one:
                 answers = {"answers": one.pop("right"), **one.pop("accuracy")}
                 rows.append(labels | {"when": when, "attack": name} | answers)
-        attacks[name] = entries["after"]
-        if controls:
-            attacks[name]["controls"] = {who: entries[WHEN[who]] for who in controls}
     for task, kept in report["utility"].items():
         for when in ("before", "after"):
             right = kept[when]
-            mean = float(np.mean(parse_answers(right)))
-            answers = {"answers": right, "facts": kept["facts"], "value": mean, "n": len(right)}
-            rows.append({"task": task, "metric": "acc", "when": when, "attack": KEPT} | answers)
-    left = {key: value for key, value in report.items() if key not in ("original", "utility")}
-    return rows, left | {"attacks": attacks}
+            answers = {"answers": right, "facts": kept["facts"], "value": float(np.mean(parse_answers(right)))}
+            rows.append({"task": task, "metric": "acc", "when": when, "attack": KEPT, **answers, "n": len(right)})
+    return rows, rest
 
 
 def read_attacks(folder: Path) -> dict[str, Any]:

@@ -1,7 +1,5 @@
 """Score a model, or a run before and after, on tasks; results go into the run's folder."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -39,52 +37,34 @@ def score_model(
     """
     watch = watch or choose_progress()
     if isinstance(target, PreTrainedModel):
-        return {"after": score_loaded(target, tokenizer, tasks, tasks_dir, limit, watch)}
+        if tokenizer is None:
+            raise SrmuError("a model in memory is scored with its tokenizer: tokenizer=...")
+        place = None if tasks_dir is None else Path(tasks_dir)
+        scores = evaluate(target, tokenizer, tasks, tasks_dir=place, limit=limit, watch=watch)
+        return {"after": plain_metrics(scores)}
     opened = open_target(target, device)
     folder, run = opened.base, opened.run
-    delta = run.delta if run else {}
     if run:
-        tasks = tasks or run.config.eval
-        if tasks_dir is None:
-            tasks_dir = run.config.tasks_dir
+        tasks, out = tasks or run.config.eval, run.folder
+        tasks_dir = run.config.tasks_dir if tasks_dir is None else tasks_dir
     if not tasks:
         raise SrmuError("no task named; give --tasks a,b")
+    if out:
+        load_results(out)  # what is wrong with them must show before the work
     tasks_dir = Path(tasks_dir) if tasks_dir is not None else tasks_beside(folder)
-    place = run.folder if run else out
-    if place:
-        load_results(place)  # what is wrong with them must show before the work
     base = weights.fingerprint_model(folder)
     ask = partial(evaluate, opened.module, opened.tokenizer, tasks, tasks_dir=tasks_dir, limit=limit, watch=watch)
-    metrics = {"before": ask(fingerprint=weights.changed_fingerprint(base, {}))}
+    metrics = {"before" if run else "after": ask(fingerprint=weights.changed_fingerprint(base, {}))}
     if run:
         method = run.config.method
-        fingerprint = weights.changed_fingerprint(base, delta)
+        fingerprint = weights.changed_fingerprint(base, run.delta)
         if method.no_checkpoint:  # its options decide the answers, too
             fingerprint = sha256(fingerprint.encode(), repr(method).encode())
         with opened.after():
             metrics["after"] = ask(fingerprint=fingerprint)
-    else:
-        metrics = {"after": metrics["before"]}
-    if place and distributed.is_first():
-        rows = [row for when, of_it in metrics.items() for row in metric_rows(of_it, when)]
-        merge_results(place, rows)
+    if out and distributed.is_first():
+        merge_results(out, [row for when, of_it in metrics.items() for row in metric_rows(of_it, when)])
     return {when: plain_metrics(of_it) for when, of_it in metrics.items()}
-
-
-def score_loaded(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    tasks: Sequence[str],
-    tasks_dir: str | Path | None,
-    limit: int | None,
-    watch: Watch,
-) -> Metrics:
-    """Scores of a model in memory, which are kept nowhere."""
-    if tokenizer is None:
-        raise SrmuError("a model in memory is scored with its tokenizer: tokenizer=...")
-    place = None if tasks_dir is None else Path(tasks_dir)
-    metrics = evaluate(model, tokenizer, tasks, tasks_dir=place, limit=limit, watch=watch)
-    return plain_metrics(metrics)
 
 
 def tasks_beside(folder: Path) -> Path | None:

@@ -1,7 +1,5 @@
 """How well each layer of a model tells forget from retain texts, and advice for a run."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,7 +21,7 @@ from srmu.engine.model import Batch
 from srmu.engine.progress import Watch, ignore_progress
 from srmu.engine.train import move_batch
 from srmu.errors import SrmuError
-from srmu.evals.figures import Analysis, Panel
+from srmu.evals.figures import Analysis, Panel, write_sentences
 from srmu.methods.importance import FLAT, describe_importance, importance_map, measure_features, sum_features
 
 Array = NDArray[Any]
@@ -255,75 +253,7 @@ def choose_layer(layers: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def advise_user(numbers: dict[str, Any]) -> list[str]:
     """What the numbers of `measure_entanglement` mean, in sentences."""
-    shared, overlap = numbers["entanglement"], numbers["overlap"]
-    settings = [
-        "lower case" if overlap["lower"] else "case kept",
-        f"tokens by {overlap['tokeniser']}",
-        f"stop words {overlap['stop_words']}",
-        f"truncation {overlap['truncation'] or 'none'}",
-    ]
-    if overlap["pairs"]:
-        settings.append(f"{overlap['pairs']} pairs, seed {overlap['seed']}")
-    advice = [
-        f"Entanglement {shared:.2f}: the retain set uses {shared:.0%} of the forget set's words "
-        "(types, without stop words).",
-        f"Overlap ({overlap['definition']}): unigrams {overlap['unigram']:.1%}, "
-        f"bigrams {overlap['bigram']:.1%}; {', '.join(settings)}.",
-    ]
-    if shared < LOW:
-        advice.append(
-            "They share so little that the retain set cannot protect neighbouring knowledge: add "
-            "harmless retain texts on the same subjects as the forget set."
-        )
-    elif shared > HIGH:
-        advice.append(
-            "They share so much that knowledge beside the forget set is at risk: measure it with "
-            "neighbour questions, and raise method.alpha if it suffers."
-        )
-    for name, shares in numbers.get("contamination", {}).items():
-        if shares["either"]:
-            effect = {
-                "forget": "suppressing those texts suppresses these very questions; ask about "
-                "facts that no forget text states, too",
-                "retain": "some of its texts hold a question or a subject with the right answer; "
-                "take out those that tell what is to be forgotten",
-            }[name]
-            advice.append(
-                f"{shares['either']:.0%} of {shares['questions']} evaluation questions are given "
-                f"away by the {name} set: {effect}."
-            )
-    if "separability" in numbers:
-        advice += advise_layers(numbers["separability"]["layers"])
-    return advice
-
-
-def advise_layers(layers: Sequence[dict[str, Any]]) -> list[str]:
-    best = choose_layer(layers)
-    layer, accuracy = best["layer"], best["accuracy"]
-    window = f" method.window={layer + 1}" if layer < 2 else ""
-    advice = [
-        f"Layer {layer} separates best (balanced accuracy {accuracy:.1%} +- {best['stderr']:.1%}; "
-        f"a coin gives 50%): method.layer={layer}{window}."
-    ]
-    if accuracy < CLEAR:
-        advice.append(
-            "No layer tells the two sets apart well: what changes forget texts changes retain "
-            "texts, and knowledge beside the forget set is at risk."
-        )
-    map_ = best["importance"]
-    if map_["sd"] < FLAT:
-        advice.append(
-            f"SRMU's importance map at layer {layer} is nearly flat (Gini {map_['gini']:.2f}, sd "
-            f"under {FLAT}): it selects nothing, and method.importance=uniform does the same."
-        )
-    else:
-        advice.append(
-            f"SRMU's importance map at layer {layer}: Gini {map_['gini']:.2f}, "
-            f"{map_['share_above_half']:.1%} of dimensions above 0.5."
-        )
-    if map_["outliers"]:
-        advice.append(
-            f"{len(map_['outliers'])} of its dimensions are outliers, above {OUTLIER} times the "
-            "median: method.clip_quantile=0.99 keeps them from setting the scale."
-        )
-    return advice
+    best = choose_layer(numbers["separability"]["layers"]) if "separability" in numbers else None
+    limits = {"low": LOW, "high": HIGH, "clear": CLEAR, "flat": FLAT, "outlier": OUTLIER}
+    numbers = {"contamination": {"forget": {}, "retain": {}}} | numbers
+    return write_sentences("entanglement.txt", **numbers, **limits, best=best)

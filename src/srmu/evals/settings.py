@@ -1,7 +1,5 @@
 """What a run did, to tell methods, strengths of one method and repetitions apart."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,11 +28,8 @@ def run_setting(config: Config) -> tuple[tuple[str, Any], ...]:
 
 def setting_words(config: Config) -> dict[str, Any]:
     """The part of a setting that makes another method of it, not another strength: no numbers."""
-    return {
-        key: value
-        for key, value in run_setting(config)
-        if isinstance(value, str | bool)  # None stands where a number may
-    }
+    # None stands where a number may
+    return {key: value for key, value in run_setting(config) if isinstance(value, str | bool)}
 
 
 def method_label(kind: Mapping[str, Any], kinds: Iterable[Mapping[str, Any]]) -> str:

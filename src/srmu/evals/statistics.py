@@ -61,10 +61,7 @@ def worst_case(means: Array, chance: float) -> Array:
 
 
 def residual_table(attacks: Mapping[str, Any]) -> Array:
-    """The table that `worst_case` takes, from a report of attacks: (questions, 1 + A).
-
-    The original's right answers, then those under each attack that is done and not invalid.
-    """
+    """The right answers that `worst_case` takes the means of, from a report of attacks: (questions, 1 + A)."""
     valid = [
         parse_answers(entry["right"])
         for entry in attacks["attacks"].values()
@@ -87,7 +84,17 @@ class Draws:
 
     def __init__(self, seed: int = 0) -> None:
         self.rng = np.random.default_rng(seed)
-        self.drawn: dict[tuple[Hashable, ...], Array] = {}  # (1 + RESAMPLES, facts)
+        self.drawn: dict[tuple[Hashable, ...], Array] = {}
+
+    def weights(self, facts: Sequence[Hashable], what: str = "facts") -> Array:
+        """How often each fact counts, as they are and in each resample: (1 + RESAMPLES, facts)."""
+        key, count = tuple(facts), len(facts)
+        if key not in self.drawn:
+            if count < LEAST:
+                raise SrmuError(f"{count} {what} are too few for an interval: it needs {LEAST} or more")
+            times = self.rng.multinomial(count, [1 / count] * count, size=RESAMPLES)
+            self.drawn[key] = np.vstack([np.ones(count), times])
+        return self.drawn[key]
 
     def means(self, table: ArrayLike, facts: Sequence[Hashable]) -> Array:
         """Column means of (questions, columns) as they are, then of each resample of the questions.
@@ -95,16 +102,11 @@ class Draws:
         (1 + RESAMPLES, columns). SrmuError where there are fewer than 20 facts.
         """
         numbers = {fact: i for i, fact in enumerate(dict.fromkeys(facts))}
-        key, count = tuple(numbers), len(numbers)
-        if key not in self.drawn:
-            require_enough(count, "facts", "questions about different facts")
-            times = self.rng.multinomial(count, [1 / count] * count, size=RESAMPLES)
-            self.drawn[key] = np.vstack([np.ones(count), times])
+        weights = self.weights([*numbers])
         fact = [numbers[name] for name in facts]
-        sums = np.zeros((count, np.size(table) // len(facts)))
+        sums = np.zeros((len(numbers), np.size(table) // len(facts)))
         np.add.at(sums, fact, np.asarray(table, dtype=float).reshape(len(facts), -1))
-        asked = self.drawn[key] @ np.bincount(fact)
-        return self.drawn[key] @ sums / asked[:, None]
+        return weights @ sums / (weights @ np.bincount(fact))[:, None]
 
     def over_seeds(self, values: Array) -> Array:
         """The mean over seeds in each row, (1 + RESAMPLES, seeds) to (1 + RESAMPLES,).
@@ -112,16 +114,14 @@ class Draws:
         Seeds are drawn too. Drawn from S values, a mean of S varies by sqrt((S - 1) / S) too little
         (18 % for three seeds), so what the draw of seeds adds is widened by the inverse. Coverage
         of three seeds in simulation: 0.97-1.00 where seeds differ little, 0.88-0.92 where they
-        differ by 0.15 in accuracy. A t-quantile would do better there, and be far too wide
-        elsewhere.
+        differ by 0.15 in accuracy.
         """
         seeds = values.shape[1]
         mean = values.mean(axis=1)
-        if seeds == 1:
-            return mean
-        picked = self.rng.integers(seeds, size=(RESAMPLES, seeds))
-        moved = np.take_along_axis(values[1:], picked, axis=1).mean(axis=1) - mean[1:]
-        mean[1:] += moved * (seeds / (seeds - 1)) ** 0.5
+        if seeds > 1:
+            picked = self.rng.integers(seeds, size=(RESAMPLES, seeds))
+            moved = np.take_along_axis(values[1:], picked, axis=1).mean(axis=1) - mean[1:]
+            mean[1:] += moved * (seeds / (seeds - 1)) ** 0.5
         return mean
 
     def estimate(self, values: Array, n: int = 0, clip: tuple[float, float] = (-inf, inf)) -> Estimate:
@@ -129,10 +129,7 @@ class Draws:
         return estimate_from(self.over_seeds(values).clip(*clip), n)
 
     def estimate_accuracy(self, values: Array, facts: int, n: int = 0) -> Estimate:
-        """The same for accuracies; at 0 and 1, where no resample differs, with Wilson's interval.
-
-        Wilson's counts one question a fact.
-        """
+        """The same for accuracies; at 0 and 1, where no resample differs, with Wilson's interval."""
         found = self.estimate(values, n)
         if found.low < found.high:
             return found
@@ -155,8 +152,7 @@ def bootstrap_estimate(
     """A statistic of column means, averaged over seeds, with its paired bootstrap interval.
 
     `tables` holds an array (questions, columns) for each seed, what is compared side by side in its
-    columns; `facts` names what each question asks for. Facts and seeds are drawn (see Draws), and
-    seeds that ask for the same facts get the same draw. SrmuError where there are fewer than 20.
+    columns; `facts` names what each question asks for. SrmuError where there are fewer than 20.
     """
     draws = Draws(seed)
     values = [statistic(draws.means(*pair)) for pair in zip(tables, facts, strict=True)]
@@ -197,13 +193,9 @@ def average_seeds(seeds: Sequence[Mapping[str, Mapping[str, Any]]], metrics: Seq
     counts = [entry.get("n") or 0 for entry in whole[0]]
     if not all(counts) or not all(0 <= value <= 1 for value in values):
         return Estimate(fmean(values))
-    n = effective_questions(counts)
+    # with so many questions one accuracy varies as much as the mean of several
+    n = round(len(counts) ** 2 / sum(1 / count for count in counts))
     return Estimate(fmean(values), *accuracy_interval(values, n), n)
-
-
-def effective_questions(counts: Sequence[float]) -> int:
-    """With how many questions one accuracy varies as much as the mean of several accuracies."""
-    return round(len(counts) ** 2 / sum(1 / count for count in counts))
 
 
 def mcnemar_p(before: ArrayLike, after: ArrayLike) -> float:
@@ -222,8 +214,7 @@ def area_under_curve(positive: ArrayLike, negative: ArrayLike) -> float:
     """Chance that a positive scores higher than a negative; a tie counts a half."""
     from scipy.stats import mannwhitneyu
 
-    ones, others = np.asarray(positive, dtype=float), np.asarray(negative, dtype=float)
-    return float(mannwhitneyu(ones, others).statistic / (ones.size * others.size))
+    return float(mannwhitneyu(positive, negative).statistic / (np.size(positive) * np.size(negative)))
 
 
 def auc_bootstrap(
@@ -234,21 +225,12 @@ def auc_bootstrap(
     Texts are drawn within each of the two sets, the same for all columns. SrmuError where there are
     fewer than 20 texts in a set.
     """
-    ones, others = (np.asarray(x, dtype=float) for x in (positive, negative))
-    ones, others = ones.reshape(len(ones), -1), others.reshape(len(others), -1)
-    rng = np.random.default_rng(seed)
-    drawn = []
-    for count in (len(ones), len(others)):
-        require_enough(count, "texts", "texts in each set")
-        times = rng.multinomial(count, [1 / count] * count, size=RESAMPLES)
-        drawn.append(np.vstack([np.ones(count), times]))
+    ones, others = (np.atleast_2d(np.asarray(x, dtype=float).T) for x in (positive, negative))  # (columns, texts)
+    draws = Draws(seed)
+    first = draws.weights([("positive", i) for i in range(ones.shape[1])], "texts")
+    second = draws.weights([("negative", i) for i in range(others.shape[1])], "texts")
     columns = []
-    for one, other in zip(ones.T, others.T, strict=True):
+    for one, other in zip(ones, others, strict=True):
         wins = (one[:, None] > other) + 0.5 * (one[:, None] == other)
-        columns.append(((drawn[0] @ wins) * drawn[1]).sum(axis=1) / wins.size)
-    return estimate_from(statistic(np.stack(columns, axis=-1)), len(ones) + len(others))
-
-
-def require_enough(count: int, what: str, needed: str) -> None:
-    if count < LEAST:
-        raise SrmuError(f"{count} {what} are too few for an interval: it needs {LEAST} or more {needed}")
+        columns.append(((first @ wins) * second).sum(axis=1) / wins.size)
+    return estimate_from(statistic(np.stack(columns, axis=-1)), ones.shape[1] + others.shape[1])

@@ -62,7 +62,8 @@ class Subject:
         self.original = dict(original or {})
         self.oracle = oracle
         self.fixed = fixed
-        self._known = lru_cache(1 << 16)(self._tokens)  # an exam is taken many times
+        # an exam is taken many times
+        self._known = lru_cache(1 << 16)(lambda text: tuple(tokenizer(text)["input_ids"]))
 
     @property
     def device(self) -> torch.device:
@@ -80,15 +81,15 @@ class Subject:
             raise NotApplicable("this is the original model")
         if self.fixed:
             raise NotApplicable(self.fixed)
-        parameters = dict(self.module.named_parameters())
-        current = {name: parameters[name].data for name in self.original}
-        for name, tensor in self.original.items():
-            parameters[name].data = tensor
+        parameters = {name: self.module.get_parameter(name) for name in self.original}
+        current = {name: parameter.data for name, parameter in parameters.items()}
         try:
+            for name, parameter in parameters.items():
+                parameter.data = self.original[name]
             yield
         finally:
-            for name, tensor in current.items():
-                parameters[name].data = tensor
+            for name, parameter in parameters.items():
+                parameter.data = current[name]
 
     @contextmanager
     def editable(self, *trainable: str) -> Iterator[EditableModel]:
@@ -112,28 +113,23 @@ class Subject:
                 parameter.grad = None
                 parameter.requires_grad_(flags[name])
 
-    def _tokens(self, text: str) -> tuple[int, ...]:
-        return tuple(self.tokenizer(text)["input_ids"])
-
     def tokens(self, text: str) -> list[int]:
         """The tokens of a text from its start, with those that the tokenizer puts first.
 
         Where there are none at all, the token that texts begin or end with, as in lm-eval.
         """
-        return list(self._known(text)) or [self.start]
+        ids = list(self._known(text))
+        for start in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
+            if not ids and start is not None:
+                ids = [start]
+        if not ids:
+            raise SrmuError("a question has no prompt, and the tokenizer no token to begin a text with")
+        return ids
 
     def split(self, prompt: str, answer: str) -> tuple[list[int], list[int]]:
         """The tokens of a prompt, and those that the answer after it adds."""
         before, whole = self._known(prompt), self._known(prompt + answer)
         return self.tokens(prompt), list(whole[len(before) :])
-
-    @property
-    def start(self) -> int:
-        """What an empty text is read as: BOS, or EOS where there is none."""
-        for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
-            if token is not None:
-                return token
-        raise SrmuError("a question has no prompt, and the tokenizer no token to begin a text with")
 
 
 def answer_likelihoods(model: Subject, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, int, bool]]:
@@ -146,18 +142,13 @@ def answer_likelihoods(model: Subject, pairs: Sequence[tuple[str, str]]) -> list
 def option_scores(model: Subject, questions: Sequence[Question], *, normalised: bool = False) -> list[list[float]]:
     """The log-probability of each option of each question; `normalised`: a token's mean."""
     pairs = [(q.prompt, option) for q in questions for option in q.options]
-    rows = iter(answer_likelihoods(model, pairs))
-    return [
-        [logp / length if normalised else logp for logp, length, _ in (next(rows) for _ in q.options)]
-        for q in questions
-    ]
+    scores = iter(logp / length if normalised else logp for logp, length, _ in answer_likelihoods(model, pairs))
+    return [[next(scores) for _ in q.options] for q in questions]
 
 
 def mark_right(scores: Sequence[Sequence[float]], questions: Sequence[Question]) -> tuple[float, ...]:
     """1 where the right option has the highest score, else 0; the first of equals is chosen."""
-    return tuple(
-        float(max(range(len(row)), key=row.__getitem__) == q.gold) for row, q in zip(scores, questions, strict=True)
-    )
+    return tuple(float(row.index(max(row)) == q.gold) for row, q in zip(scores, questions, strict=True))
 
 
 def mark_answers(model: Subject, questions: Sequence[Question]) -> tuple[float, ...]:

@@ -1,7 +1,5 @@
 """The benchmarks of the paper, each with its authors' metrics, on any model."""
 
-from __future__ import annotations
-
 from srmu.errors import SrmuError, suggest_word
 from srmu.evals.benchmarks import muse, rwku, tofu, whp, wmdp
 from srmu.evals.benchmarks.base import Benchmark

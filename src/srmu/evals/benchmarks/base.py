@@ -1,7 +1,5 @@
 """What every benchmark uses: rows of a data set, a model that answers, metrics by name."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field

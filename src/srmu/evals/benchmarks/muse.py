@@ -1,7 +1,5 @@
 """MUSE: can a model still recite news or novels, answer about them, tell them from unseen ones?"""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """RWKU: has a model forgotten a famous person, but not neighbours and all else?"""
 
-from __future__ import annotations
-
 import re
 import string
 from collections import Counter

@@ -1,7 +1,5 @@
 """Measure a model, or a run before and after, on a benchmark, beside an oracle."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from contextlib import nullcontext

@@ -1,7 +1,5 @@
 """TOFU: has a model forgotten some made-up authors, but not others and real ones?"""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from math import log, log10
 from warnings import catch_warnings

@@ -1,7 +1,5 @@
 """WHP: how familiar is a model still with the world of a book, by the user's prompts?"""
 
-from __future__ import annotations
-
 import re
 
 import torch
