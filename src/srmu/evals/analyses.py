@@ -87,11 +87,10 @@ def measure_confidence(
 ) -> Analysis:
     """Measure how sure a model is of its next token, as means over tokens.
 
-    These are the largest logit, the largest probability, its margin over the second largest, and
-    the entropy in nats.
+    These are the largest logit, the largest probability, its margin over the second largest, and the entropy in nats.
 
-    `predicted`: at each token of the texts that another comes before. `generated`: at 16
-    greedily chosen tokens after the first half of each text, up to its end of sequence.
+    `predicted`: at each token of the texts that another comes before. `generated`: at 16 greedily chosen tokens after
+    the first half of each text, up to its end of sequence.
     """
     parts = prepare_sets(texts, tokenizer)
     states = list_states(model)
@@ -142,11 +141,11 @@ def measure_tokens(model: EditableModel, batch: Batch, new_tokens: int = 0) -> F
 def measure_alignment(run: Run, model: EditableModel, tokenizer: Any, *, watch: Watch = ignore_progress) -> Analysis:
     """Compare forget activations with a run's direction and its target, by their cosine.
 
-    This is done before the run, after it, and for the displacement h - h0: means by layer, and a
-    histogram at the run's own layer.
+    This is done before the run, after it, and for the displacement h - h0: means by layer, and a histogram at the run's
+    own layer.
 
-    SRMU's target is its direction times its map; elsewhere the two are parallel. `None` where
-    nothing moved. Each text's first token is left out. `model` is `open_model` of the run.
+    SRMU's target is its direction times its map; elsewhere the two are parallel. `None` where nothing moved. Each
+    text's first token is left out. `model` is `open_model` of the run.
     """
     method = run.config.method
     vectors = load_file(run.folder / STATE) if (run.folder / STATE).exists() else {}
@@ -213,10 +212,9 @@ def measure_sensitivity(
 ) -> Analysis:
     """How much noise in each layer's output changes what the model reads its answer from.
 
-    psi_l = E |g_l(h + |h| eta) - g_l(h)|^2 / |g_l(h)|^2, eta ~ N(0, SIZE^2 I / D) a token, g_l
-    the layers above l with the final norm: up to what the unembedding reads; the mean over tokens
-    and DRAWS draws. Each text's first token, an attention sink, stays as it is and is
-    left out. A network that passes its input on unchanged has psi = SIZE^2.
+    psi_l = E |g_l(h + |h| eta) - g_l(h)|^2 / |g_l(h)|^2, eta ~ N(0, SIZE^2 I / D) a token, g_l the layers above l with
+    the final norm: up to what the unembedding reads; the mean over tokens and DRAWS draws. Each text's first token, an
+    attention sink, stays as it is and is left out. A network that passes its input on unchanged has psi = SIZE^2.
     """
     parts = prepare_sets(texts, tokenizer, NOISY)
     count, states = len(model.layers), list_states(model)

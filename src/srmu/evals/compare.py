@@ -38,8 +38,8 @@ LOSS, FORGET, RESIDUAL = range(3)  # columns: drop of utility, accuracy on what 
 class ComparisonRow:
     """A method at the utility loss that all are compared at.
 
-    Differences are to the first method's, below 0 where less knowledge is left; `verdict` is that
-    of K* where both have it, else of the forget accuracy; "" for the first method itself.
+    Differences are to the first method's, below 0 where less knowledge is left; `verdict` is that of K* where both have
+    it, else of the forget accuracy; "" for the first method itself.
     """
 
     method: str
@@ -83,15 +83,14 @@ def compare_runs(
 ) -> list[ComparisonRow]:
     """One row a method, read where its strength curve loses `budget` of the utility accuracy.
 
-    Runs that differ in `seed`, or in the testbed of one recipe, are repetitions of one point; runs
-    that differ in numbers only (kappa, learning_rate, max_steps) are points of one curve, which
-    starts at the original model: no loss, all knowledge, K* = 1. It is read between its points in
-    a straight line, in each resample anew; a curve that ends before `budget` at its last point.
+    Runs that differ in `seed`, or in the testbed of one recipe, are repetitions of one point; runs that differ in
+    numbers only (kappa, learning_rate, max_steps) are points of one curve, which starts at the original model: no loss,
+    all knowledge, K* = 1. It is read between its points in a straight line, in each resample anew; a curve that ends
+    before `budget` at its last point.
 
-    `forget` and `utility` name metrics (organism_hazard/acc); default: those that the attacks
-    asked, or without attacks what `choose_metrics` takes of what all runs were evaluated on. A run
-    that was attacked with other questions is read from its evaluation, without K*.
-    SrmuError for runs that cannot be held against each other.
+    `forget` and `utility` name metrics (organism_hazard/acc); default: those that the attacks asked, or without attacks
+    what `choose_metrics` takes of what all runs were evaluated on. A run that was attacked with other questions is read
+    from its evaluation, without K*. SrmuError for runs that cannot be held against each other.
     """
     if not 0 <= budget <= 1:
         raise SrmuError(f"utility loss {budget:g}: it is a share, from 0 to 1")
@@ -168,8 +167,8 @@ def choose_metrics(
 ) -> tuple[list[str], list[str]]:
     """The metrics of what should be forgotten and of what should stay, where names tell them apart.
 
-    The accuracies of tasks on what is to go are forgotten; of the others those on `tasks`, which
-    the runs were to be evaluated on, stay. SrmuError where names leave it open.
+    The accuracies of tasks on what is to go are forgotten; of the others those on `tasks`, which the runs were to be
+    evaluated on, stay. SrmuError where names leave it open.
     """
     whole = [name for name in known if re.search(r"(?<!_val)(?<!_held)/acc$", name)]
     forget = forget or [name for name in whole if name.startswith(HAZARDS)]
@@ -253,10 +252,9 @@ def from_metrics(run: Run, forget: tuple[str, ...], utility: tuple[str, ...], dr
 def resample_row(row: Row, draws: Draws, exam: Hashable, key: Hashable) -> Array:
     """An accuracy as it is, and in each resample of its questions: (1 + RESAMPLES,).
 
-    From the answers question by question where they are known: the same `exam` draws the same
-    questions, so that differences are paired. Else it is taken as normal about its value, the same
-    for the same `key`; the rows of a difference then err independently, so that it comes out too
-    wide.
+    From the answers question by question where they are known: the same `exam` draws the same questions, so that
+    differences are paired. Else it is taken as normal about its value, the same for the same `key`; the rows of a
+    difference then err independently, so that it comes out too wide.
     """
     facts = row.get("facts") or range(len(row.get("answers", ())))
     if len({*facts}) >= LEAST:

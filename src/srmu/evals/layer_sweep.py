@@ -24,9 +24,9 @@ def sweep_layers(
 ) -> Analysis:
     """Unlearn at every layer (l-2, l-1, l) with a config and compare forgetting with utility.
 
-    `score` is `srmu.score_model`, with the tasks to measure where the config names
-    none; `forget_metrics` (such as `wmdp_bio/acc`) say which of its metrics should fall, all other
-    accuracies are utility. Runs that are there already are used again, so a stopped sweep goes on.
+    `score` is `srmu.score_model`, with the tasks to measure where the config names none; `forget_metrics` (such as
+    `wmdp_bio/acc`) say which of its metrics should fall, all other accuracies are utility. Runs that are there already
+    are used again, so a stopped sweep goes on.
     """
     method = config.method
     if not isinstance(method, Misdirection):

@@ -45,11 +45,10 @@ def evaluate(
 ) -> Metrics:
     """Score a model on lm-eval tasks, built in or described by YAML files under `tasks_dir`.
 
-    Gives `{"wmdp_bio/acc": {"value", "stderr", "n", ...}}`, for a group also each of its tasks,
-    with the `answers` question by question where a metric has them. `limit` takes the first
-    questions of each task. `fingerprint` stands for weights, config and tokenizer: with it results
-    are kept in the cache folder until the task, its local questions or a library change.
-    SrmuError for a task that is unknown, broken or out of reach.
+    Gives `{"wmdp_bio/acc": {"value", "stderr", "n", ...}}`, for a group also each of its tasks, with the `answers`
+    question by question where a metric has them. `limit` takes the first questions of each task. `fingerprint` stands
+    for weights, config and tokenizer: with it results are kept in the cache folder until the task, its local questions
+    or a library change. SrmuError for a task that is unknown, broken or out of reach.
     """
     for name, value in (("batch_size", batch_size), ("--limit", limit)):
         if value is not None and value < 1:
@@ -76,8 +75,8 @@ def evaluate(
 def load_questions(name: str, tasks_dir: Path | None) -> list[tuple[str, list[str], int, Any]]:
     """The questions of a multiple-choice task: prompt, options with their blank, gold, row.
 
-    Of several right options the first is kept: one is right, among wrong ones. SrmuError for a task
-    that is unknown or of another kind.
+    Of several right options the first is kept: one is right, among wrong ones. SrmuError for a task that is unknown or
+    of another kind.
     """
     questions = []
     with silence_output():

@@ -23,8 +23,8 @@ HALVINGS = 5
 def match_utility(run: Run, out: Path, budget: float, judged: Sequence[str]) -> None:
     """Write to `out` the run with the share of its change that the budget allows.
 
-    `budget` is the most that the mean accuracy on the tasks `judged` may fall. What is there is
-    kept. Where a method needs more than its weights to answer, the run is taken whole.
+    `budget` is the most that the mean accuracy on the tasks `judged` may fall. What is there is kept. Where a method
+    needs more than its weights to answer, the run is taken whole.
     """
     if (out / RECORD).exists():
         return

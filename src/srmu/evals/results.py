@@ -3,10 +3,10 @@
     {"rows": [{"task": "quiz", "metric": "acc", "when": "after", "value": 0.4, "n": 20, ...}, ...],
      "attacks": {...}, "benchmarks": {...}}
 
-A row is one number of the model `before` the run, `after` it, or of the `oracle`. `attack` or
-`benchmark` names what it was measured under or by. `answers` are right answers question by
-question; `facts` number the fact that each question asks for, the same for all its phrasings
-(without it, each question asks for a different one). Other keys say how it was measured.
+A row is one number of the model `before` the run, `after` it, or of the `oracle`. `attack` or `benchmark` names what it
+was measured under or by. `answers` are right answers question by question; `facts` number the fact that each question
+asks for, the same for all its phrasings (without it, each question asks for a different one). Other keys say how it was
+measured.
 """
 
 import json
@@ -72,9 +72,8 @@ def lock_results(folder: Path) -> Iterator[None]:
 def merge_results(folder: Path, rows: Iterable[Row] = (), record: Mapping[str, Any] = {}, **facts: Any) -> None:
     """Add rows and facts to a folder's results, and to the record that lies there.
 
-    A row replaces that of the same task, metric, model, benchmark and attack. `attacks` and each of
-    the `benchmarks` come with all of their rows: earlier ones go. `record` holds further blocks of
-    the record.
+    A row replaces that of the same task, metric, model, benchmark and attack. `attacks` and each of the `benchmarks`
+    come with all of their rows: earlier ones go. `record` holds further blocks of the record.
     """
     with lock_results(folder):
         results = load_results(folder)

@@ -31,9 +31,9 @@ def score_model(
 
     A model that is in memory comes with its `tokenizer`, and is scored where it lies.
 
-    A run's own `eval` tasks are the default; local tasks are found in `tasks_dir`, else in the
-    run's, else in `tasks/` beside the model. The scores of a run are merged into the `results.json`
-    of its folder, those of a model into that of `out`, if that is named.
+    A run's own `eval` tasks are the default; local tasks are found in `tasks_dir`, else in the run's, else in `tasks/`
+    beside the model. The scores of a run are merged into the `results.json` of its folder, those of a model into that
+    of `out`, if that is named.
     """
     watch = watch or choose_progress()
     if isinstance(target, PreTrainedModel):

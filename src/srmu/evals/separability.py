@@ -72,10 +72,9 @@ def measure_entanglement(
 ) -> Analysis:
     """Measure what can be known about a forget and a retain set before training, with advice.
 
-    `questions` are (prompt, right answer, subject or ""); `model` a module with its tokenizer.
-    `definition` is that of `ngram_overlap`. The headline
-    number `entanglement` is the share of the forget set's word types, stop words left out, that the
-    retain set uses too: more shared words never lower it.
+    `questions` are (prompt, right answer, subject or ""); `model` a module with its tokenizer. `definition` is that of
+    `ngram_overlap`. The headline number `entanglement` is the share of the forget set's word types, stop words left
+    out, that the retain set uses too: more shared words never lower it.
     """
     numbers: dict[str, Any] = {
         "entanglement": measure_coverage(forget, retain),
@@ -105,12 +104,11 @@ def measure_separability(
 ) -> dict[str, Any]:
     """Numbers of each layer's output on forget and retain texts; a text's first token is left out.
 
-    By layer: `accuracy`, the balanced one of a logistic regression between the tokens of the two
-    sets, cross-validated by document, with its standard error over folds; `mean_cosine` of the two
-    means; `subspace_cosine`, the mean over principal angles, and `smallest_angle` (degrees) between
-    the first ten principal directions of each set; `importance`, SRMU's map there. Up to
-    a thousand tokens of each set, of up to 200 documents, are held for every layer; the map is made
-    of all tokens of these documents.
+    By layer: `accuracy`, the balanced one of a logistic regression between the tokens of the two sets, cross-validated
+    by document, with its standard error over folds; `mean_cosine` of the two means; `subspace_cosine`, the mean over
+    principal angles, and `smallest_angle` (degrees) between the first ten principal directions of each set;
+    `importance`, SRMU's map there. Up to a thousand tokens of each set, of up to 200 documents, are held for every
+    layer; the map is made of all tokens of these documents.
     """
     generator = torch.Generator().manual_seed(SEED)
     samples = []

@@ -25,8 +25,8 @@ class NotApplicable(Exception):  # noqa: N818 (nothing went wrong)
 class Question:
     """A prompt and the options that can follow it, each with the space before it.
 
-    `fact` is what it asks for, the same in all its phrasings; `paraphrases` are other prompts that
-    the options can follow; `entry` is the thing that the question is about, if it is known.
+    `fact` is what it asks for, the same in all its phrasings; `paraphrases` are other prompts that the options can
+    follow; `entry` is the thing that the question is about, if it is known.
     """
 
     prompt: str
@@ -44,9 +44,9 @@ class Question:
 class Subject:
     """A model under attack. Whatever an attack does to it is undone afterwards.
 
-    `original` holds the tensors of the model before unlearning that differ from its own, by
-    parameter name; none for the original itself. `fixed` says why its weights cannot be attacked
-    (it answers with more than them), "" where they can.
+    `original` holds the tensors of the model before unlearning that differ from its own, by parameter name; none for
+    the original itself. `fixed` says why its weights cannot be attacked (it answers with more than them), "" where they
+    can.
     """
 
     def __init__(
@@ -95,9 +95,8 @@ class Subject:
     def editable(self, *trainable: str) -> Iterator[EditableModel]:
         """The model with copies of the parameters that match, to be changed freely.
 
-        `trainable` is as for methods: `"*"`, `"*.linear"`, names, globs. `frozen()` of what is
-        yielded is the model under attack. NotApplicable where it answers with more
-        than its weights.
+        `trainable` is as for methods: `"*"`, `"*.linear"`, names, globs. `frozen()` of what is yielded is the model
+        under attack. NotApplicable where it answers with more than its weights.
         """
         if self.fixed:
             raise NotApplicable(self.fixed)

@@ -48,8 +48,8 @@ Place = Annotated[int, AfterValidator(check_place)]  # of the right one of a row
 class BenchmarkData:
     """A published data set: on the hub at a revision, or in a folder that is laid out like it.
 
-    A folder is one that `datasets` loads: a clone of the hub's, or a README.md whose header lists
-    `configs`. `get` says how to come by it. `seen` gathers digests of the rows that were read.
+    A folder is one that `datasets` loads: a clone of the hub's, or a README.md whose header lists `configs`. `get` says
+    how to come by it. `seen` gathers digests of the rows that were read.
     """
 
     hub: str
@@ -113,9 +113,9 @@ def check_rows(rows: Sequence[Row], fields: Fields, where: str) -> None:
 class BenchmarkRequest:
     """What a benchmark is to measure, and how.
 
-    `part` is what follows the slash in `--tasks tofu/forget10`. `template` has `{question}`; ""
-    stands for the tokenizer's chat template, else PLAIN. `reference` holds the values of a model
-    that never saw the forget set; None: what needs one is left out.
+    `part` is what follows the slash in `--tasks tofu/forget10`. `template` has `{question}`; "" stands for the
+    tokenizer's chat template, else PLAIN. `reference` holds the values of a model that never saw the forget set; None:
+    what needs one is left out.
     """
 
     data: BenchmarkData
@@ -150,10 +150,9 @@ class TableColumn:
 class Benchmark:
     """A benchmark: its data set, what measures a model on it, and the table of its paper.
 
-    `axes` are the columns of its figure, across and up. `parts` are what can follow the slash, the
-    usual one first; () where there are none, or where they are in the data; `hub` may have
-    `{part}`. `oracle` says what is left out without a model that never saw the forget set, ""
-    where none is needed.
+    `axes` are the columns of its figure, across and up. `parts` are what can follow the slash, the usual one first; ()
+    where there are none, or where they are in the data; `hub` may have `{part}`. `oracle` says what is left out without
+    a model that never saw the forget set, "" where none is needed.
     """
 
     title: str
@@ -191,9 +190,9 @@ def write_continuations(
 ) -> list[str]:
     """Greedy continuations of prompts, each cut before the first of `stops`, without blanks around.
 
-    In batches padded on the left; of several processes each writes some. A continuation is at most
-    half of what the model can read; a prompt that is too long for the rest loses its first tokens.
-    SrmuError where a model that nothing was unlearned from writes nothing at all.
+    In batches padded on the left; of several processes each writes some. A continuation is at most half of what the
+    model can read; a prompt that is too long for the rest loses its first tokens. SrmuError where a model that nothing
+    was unlearned from writes nothing at all.
     """
     new_tokens = min(new_tokens, model.max_length // 2)
     rows = [model.tokens(prompt)[-(model.max_length - new_tokens) :] for prompt in prompts]

@@ -24,8 +24,8 @@ KINDS = ("min40_forget", "min40_holdout")
 def run_muse(model: Subject, request: base.BenchmarkRequest) -> base.BenchmarkScores:
     """MUSE's numbers of one model (arXiv 2407.06460, section 3), each a share.
 
-    docs/benchmarks.md defines each, and says which way round the authors' code and open-unlearning
-    have PrivLeak. Words are not stemmed, as in the authors' code.
+    docs/benchmarks.md defines each, and says which way round the authors' code and open-unlearning have PrivLeak. Words
+    are not stemmed, as in the authors' code.
     """
     known = read_oracle(request)
     values: base.Values = {}

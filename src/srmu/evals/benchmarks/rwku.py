@@ -77,9 +77,8 @@ def check_labels(targets: Targets) -> Targets:
 def run_rwku(model: Subject, request: base.BenchmarkRequest) -> base.BenchmarkScores:
     """RWKU's numbers (arXiv 2406.10890, section 4) on one person (`request.part`), or on all.
 
-    docs/benchmarks.md defines each, and says where the authors' code differs. Prompts are the
-    authors', in the chat template if there is one; `request.template` stands for all of them and
-    takes the bare question.
+    docs/benchmarks.md defines each, and says where the authors' code differs. Prompts are the authors', in the chat
+    template if there is one; `request.template` stands for all of them and takes the bare question.
     """
     measured: base.Values = {}
     for about, levels in LEVELS.items():

@@ -63,18 +63,16 @@ def score_benchmark(
 ) -> dict[str, Any]:
     """Measure a model folder, a hub id or a run on a suite: `{"after": metrics, ...}`.
 
-    The data set is `options.data`, else `suites/NAME` beside the model, else the hub's. Of a run
-    also `before`; of an oracle that is a model, its own metrics. A run's are merged into its
-    `results.json`. `log` is where the values of each question are written, which can serve as
-    another's `oracle`; they are numbers, no texts.
+    The data set is `options.data`, else `suites/NAME` beside the model, else the hub's. Of a run also `before`; of an
+    oracle that is a model, its own metrics. A run's are merged into its `results.json`. `log` is where the values of
+    each question are written, which can serve as another's `oracle`; they are numbers, no texts.
     """
     first, oracle = options.name.partition("/")[0], options.oracle
     suite, _ = benchmarks.find_benchmark(options.name)
     if suite.oracle and not oracle and not log:
         raise SrmuError(
-            f"--tasks {options.name}: {suite.oracle} needs a model that never saw the forget set: "
-            "give --oracle MODEL, or a log of one (srmu eval MODEL --tasks ... --log FILE.json), "
-            "or --oracle none to leave it out"
+            f"--tasks {options.name}: {suite.oracle} needs a model that never saw the forget set: give --oracle MODEL, "
+            "or a log of one (srmu eval MODEL --tasks ... --log FILE.json), or --oracle none to leave it out"
         )
     if log and not log.parent.is_dir():
         raise SrmuError(f"--log {log}: there is no folder {log.parent}")

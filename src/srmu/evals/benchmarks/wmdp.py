@@ -29,8 +29,8 @@ FIELDS: base.Fields = {
 def run_wmdp(model: Subject, request: base.BenchmarkRequest) -> base.BenchmarkScores:
     """Accuracies on WMDP (arXiv 2403.03218) and MMLU, as lm-eval's tasks ask, and variants.
 
-    docs/benchmarks.md defines each: by letters, by the options' texts (`_cloze`, `_cloze_norm`),
-    over the four cyclic orders (`_orders`, `_all_orders`), how often each letter is chosen.
+    docs/benchmarks.md defines each: by letters, by the options' texts (`_cloze`, `_cloze_norm`), over the four cyclic
+    orders (`_orders`, `_all_orders`), how often each letter is chosen.
     """
     if request.part or request.template:
         option = f"part {request.part!r}" if request.part else "--template"
