@@ -55,8 +55,7 @@ def read_topic_texts(run: Run) -> dict[str, list[str]]:
     """The forget and the retain texts of a run's topics."""
     topics = run.config.topics.values()
     return {
-        "forget": [text for topic in topics for text in read_texts(topic.forget)],
-        "retain": [text for topic in topics for text in read_texts(topic.retain)],
+        role: [text for topic in topics for text in read_texts(getattr(topic, role))] for role in ("forget", "retain")
     }
 
 
@@ -85,12 +84,10 @@ def measure_confidence(
     tokens: Literal["predicted", "generated"] = "predicted",
     watch: Watch = ignore_progress,
 ) -> Analysis:
-    """Measure how sure a model is of its next token, as means over tokens.
+    """How sure a model is of its next token: means over tokens of MEASURES, the entropy in nats.
 
-    These are the largest logit, the largest probability, its margin over the second largest, and the entropy in nats.
-
-    `predicted`: at each token of the texts that another comes before. `generated`: at 16 greedily chosen tokens after
-    the first half of each text, up to its end of sequence.
+    `predicted`: at each token of the texts that another comes before. `generated`: at NEW_TOKENS greedily chosen tokens
+    after the first half of each text, up to its end of sequence.
     """
     parts = prepare_sets(texts, tokenizer)
     states = list_states(model)
@@ -141,11 +138,9 @@ def measure_tokens(model: EditableModel, batch: Batch, new_tokens: int = 0) -> F
 def measure_alignment(run: Run, model: EditableModel, tokenizer: Any, *, watch: Watch = ignore_progress) -> Analysis:
     """Compare forget activations with a run's direction and its target, by their cosine.
 
-    This is done before the run, after it, and for the displacement h - h0: means by layer, and a histogram at the run's
-    own layer.
-
-    SRMU's target is its direction times its map; elsewhere the two are parallel. `None` where nothing moved. Each
-    text's first token is left out. `model` is `open_model` of the run.
+    This is done before the run, after it, and for the displacement h - h0 (`None` where nothing moved): means by layer,
+    and a histogram at the run's own layer. SRMU's target is its direction times its map; elsewhere the two are
+    parallel. Each text's first token is left out. `model` is `open_model` of the run.
     """
     method = run.config.method
     vectors = load_file(run.folder / STATE) if (run.folder / STATE).exists() else {}
@@ -161,15 +156,10 @@ def measure_alignment(run: Run, model: EditableModel, tokenizer: Any, *, watch: 
             batches = prepare_sets({name: read_texts(topic.forget)}, tokenizer)[name]
             layers = []
             for layer in range(count):
-                place = Site(layer, site.stream)
-                layers.append(
-                    {kind: measure_cosines(model, batches, place, vectors[f"{name}.{kind}"]) for kind in KINDS}
-                )
+                at = Site(layer, site.stream)
+                layers.append({kind: measure_cosines(model, batches, at, vectors[f"{name}.{kind}"]) for kind in KINDS})
                 tick("")
-            topics[name] = means = [
-                {kind: {key: average_cosines(values) for key, values in row[kind].items()} for kind in KINDS}
-                for row in layers
-            ]
+            topics[name] = means = [{kind: average_cosines(row[kind]) for kind in KINDS} for row in layers]
             for kind in KINDS:
                 series = {key: [row[kind][key] for row in means] for key in means[0][kind]}
                 title = f"Cosine with the {kind}, topic {number}"
@@ -181,8 +171,8 @@ def measure_alignment(run: Run, model: EditableModel, tokenizer: Any, *, watch: 
     return Analysis("Alignment with the direction", numbers, sentences, panels)
 
 
-def average_cosines(values: Tensor) -> float | None:
-    return float(values.double().mean()) if len(values) else None
+def average_cosines(cosines: dict[str, Tensor]) -> dict[str, float | None]:
+    return {name: float(each.double().mean()) if len(each) else None for name, each in cosines.items()}
 
 
 @torch.no_grad()
@@ -201,8 +191,8 @@ def measure_cosines(
             before = model.hidden(batch, site, keep=False)[mask].float()
         after = model.hidden(batch, site)[mask].float()
         moved = (after - before)[(after != before).any(dim=-1)]
+        line = vector.to(after)
         for name, values in zip(cosines, (before, after, moved), strict=True):
-            line = vector.to(values.device, values.dtype)
             cosines[name].append(torch.cosine_similarity(values, line, dim=-1).cpu())
     return {name: torch.cat(parts) for name, parts in cosines.items()}
 

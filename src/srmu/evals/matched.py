@@ -34,12 +34,9 @@ def match_utility(run: Run, out: Path, budget: float, judged: Sequence[str]) -> 
     share = 1.0 if fixed else largest_share(run, budget, judged)
     if share < 1:
         before = original_tensors(run)
-        changed = {
-            name: interpolate(before[name], tensor, share).to(tensor.dtype) for name, tensor in run.delta.items()
-        }
-        meta = {"base_model": run.config.model, "method": run.config.method.name}
-        names = {name: [name] for name in changed}
-        weights.save_delta(out / DELTA, run.base, names, changed, meta | {"run": run.config.id})
+        changed = {name: mix_tensors(before[name], after, share).to(after.dtype) for name, after in run.delta.items()}
+        meta = {"base_model": run.config.model, "method": run.config.method.name, "run": run.config.id}
+        weights.save_delta(out / DELTA, run.base, {name: [name] for name in changed}, changed, meta)
     elif (run.folder / DELTA).exists():
         copyfile(run.folder / DELTA, out / DELTA)
     merge_results(out, matched={"share": share, "budget": budget, "judged": list(judged)})
@@ -56,7 +53,7 @@ def largest_share(run: Run, budget: float, judged: Sequence[str]) -> float:
 
     def kept(share: float) -> float:
         for name, tensor in after.items():
-            parameters[name].data = interpolate(before[name], tensor, share)
+            parameters[name].data = mix_tensors(before[name], tensor, share)
         return float(np.mean([np.mean(mark_answers(subject, task)) for task in asked]))
 
     floor = kept(0.0) - budget
@@ -84,5 +81,5 @@ def original_tensors(run: Run) -> dict[str, torch.Tensor]:
     return {name: weights.stored_tensor(where[name], name).float() for name in run.delta}
 
 
-def interpolate(before: torch.Tensor, after: torch.Tensor, share: float) -> torch.Tensor:
+def mix_tensors(before: torch.Tensor, after: torch.Tensor, share: float) -> torch.Tensor:
     return before + share * (after.float() - before)

@@ -126,9 +126,20 @@ def measure_separability(
     layers = []
     with watch("comparing layers", len(read_all[0])) as tick:
         for layer, ((left, f_sums), (right, r_sums)) in enumerate(zip(*read_all, strict=True)):
-            owners = samples[0].owners, samples[1].owners
-            row = compare_sets(left, right, *owners)
-            layers.append({"layer": layer, **row, "importance": describe_selectivity(f_sums, r_sums)})
+            accuracy, error = classify_sets(left, right, *(sample.owners for sample in samples))
+            one, other = left.mean(axis=0), right.mean(axis=0)
+            cosines = measure_principal_cosines(left, right, COMPONENTS)
+            layers.append(
+                {
+                    "layer": layer,
+                    "accuracy": accuracy,
+                    "stderr": error,
+                    "mean_cosine": float(one @ other / (np.linalg.norm(one) * np.linalg.norm(other) + 1e-12)),
+                    "subspace_cosine": float(cosines.mean()),
+                    "smallest_angle": math.degrees(math.acos(cosines.max())),
+                    "importance": describe_selectivity(f_sums, r_sums),
+                }
+            )
             tick("")
     return {
         "layers": layers,
@@ -183,20 +194,6 @@ def sample_activations(
             module.base_model(**read, use_cache=False)
             tick("")
     return [(torch.cat(parts).numpy(), torch.as_tensor(total)) for parts, total in zip(values, totals, strict=True)]
-
-
-def compare_sets(left: Array, right: Array, left_owners: Array, right_owners: Array) -> dict[str, float]:
-    """The numbers of one layer that compare two sets of activations (N, D)."""
-    accuracy, error = classify_sets(left, right, left_owners, right_owners)
-    cosines = measure_principal_cosines(left, right, COMPONENTS)
-    one, other = left.mean(axis=0), right.mean(axis=0)
-    return {
-        "accuracy": accuracy,
-        "stderr": error,
-        "mean_cosine": float(one @ other / (np.linalg.norm(one) * np.linalg.norm(other) + 1e-12)),
-        "subspace_cosine": float(cosines.mean()),
-        "smallest_angle": math.degrees(math.acos(cosines.max())),
-    }
 
 
 def classify_sets(left: Array, right: Array, left_owners: Array, right_owners: Array) -> tuple[float, float]:
