@@ -13,7 +13,7 @@ from helpers.models import pico_module, texts, word_tokenizer
 from srmu.engine.generate import continue_greedily
 from srmu.errors import SrmuError
 from srmu.evals.benchmarks.base import (
-    BenchmarkData,
+    BenchmarkRequest,
     Text,
     Texts,
     cut_at_stop,
@@ -29,8 +29,8 @@ ROWS = [{"text": f"w{i} w{i + 1}", "options": [f"w{i}", "w9"], "answer": i} for 
 FIELDS = {"text": Text, "options": Texts, "answer": int}
 
 
-def local(folder: Path, rows: Sequence[Mapping[str, Any]] = ROWS, **given: Any) -> BenchmarkData:
-    return BenchmarkData("a/b", "get it so", folder=write_sets(folder, {("one", "test"): rows}), **given)
+def local(folder: Path, rows: Sequence[Mapping[str, Any]] = ROWS, **given: Any) -> BenchmarkRequest:
+    return BenchmarkRequest("a/b", "get it so", folder=write_sets(folder, {("one", "test"): rows}), **given)
 
 
 def pico(seed: int = 0, **special: Any) -> Subject:
@@ -40,7 +40,7 @@ def pico(seed: int = 0, **special: Any) -> Subject:
 @pytest.mark.parametrize("ending", ["jsonl", "parquet"])
 def test_rows_of_a_local_folder(tmp_path: Path, ending: str) -> None:
     sets = {("one", "test"): ROWS, ("one", "dev"): ROWS[:1], ("two", "test"): ROWS[2:]}
-    data = BenchmarkData("a/b", "", folder=write_sets(tmp_path / "set", sets, ending))
+    data = BenchmarkRequest("a/b", "", folder=write_sets(tmp_path / "set", sets, ending))
     for (config, split), rows in sets.items():
         assert data.rows(config, split, FIELDS) == rows
     assert [*data.seen] == ["one/test", "one/dev", "two/test"]
@@ -65,7 +65,7 @@ def test_digests_follow_the_rows(tmp_path: Path) -> None:
 
 def test_folder_config_and_split_that_are_not_there(tmp_path: Path) -> None:
     data = local(tmp_path / "set")
-    missing = BenchmarkData("a/b", "get it so", folder=tmp_path / "none")
+    missing = BenchmarkRequest("a/b", "get it so", folder=tmp_path / "none")
     for one, config, split in ((missing, "one", "test"), (data, "three", "test"), (data, "one", "train")):
         with pytest.raises(SrmuError) as error:
             one.rows(config, split, FIELDS)

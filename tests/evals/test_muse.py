@@ -14,7 +14,7 @@ from helpers.benchmark_sets import edited, greedy, write_sets
 from helpers.models import pico_module, texts, word_tokenizer
 from srmu.errors import SrmuError
 from srmu.evals.benchmarks import base, muse
-from srmu.evals.benchmarks.base import BenchmarkData, BenchmarkRequest, BenchmarkScores, cut_at_stop, rouge_scores
+from srmu.evals.benchmarks.base import BenchmarkRequest, BenchmarkScores, cut_at_stop, rouge_scores
 from srmu.evals.subject import Subject
 
 KEYS = ("muse/verbmem_f", "muse/knowmem_f", "muse/knowmem_r")
@@ -38,7 +38,7 @@ def sets(**changed: Sequence[Mapping[str, str]]) -> dict[tuple[str, str], Any]:
 
 
 def asked(folder: Path, limit: int | None = None, **given: Any) -> BenchmarkRequest:
-    return BenchmarkRequest(BenchmarkData("a/b", "get it", folder=folder, limit=limit), **given)
+    return BenchmarkRequest("a/b", "get it", folder=folder, limit=limit, **given)
 
 
 @pytest.fixture(scope="module")

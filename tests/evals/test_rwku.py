@@ -14,7 +14,7 @@ from helpers.benchmark_sets import Sets, edited, greedy, write_sets
 from helpers.models import pico_module, word_tokenizer
 from srmu.errors import SrmuError
 from srmu.evals.benchmarks import base, rwku
-from srmu.evals.benchmarks.base import BenchmarkData, BenchmarkRequest, BenchmarkScores
+from srmu.evals.benchmarks.base import BenchmarkRequest, BenchmarkScores
 from srmu.evals.subject import Subject
 
 PEOPLE = ("Ada Bly", "Cy Dole")
@@ -76,7 +76,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def asked(folder: Path, part: str = "", limit: int | None = None, **given: Any) -> BenchmarkRequest:
-    return BenchmarkRequest(BenchmarkData("jinzhuoran/RWKU", "get it", folder=folder, limit=limit), part, **given)
+    return BenchmarkRequest("jinzhuoran/RWKU", "get it", folder=folder, limit=limit, part=part, **given)
 
 
 def only(tmp_path: Path, name: str, rows: Sequence[Mapping[str, Any]]) -> BenchmarkRequest:
@@ -390,4 +390,4 @@ def test_an_unlearned_model_may_be_silent(folder: Path) -> None:
 def test_the_same_again(folder: Path) -> None:
     given = asked(folder, limit=1)
     assert rwku.run_rwku(pico(), given) == rwku.run_rwku(pico(), given)
-    assert len(given.data.seen) == 12
+    assert len(given.seen) == 12

@@ -14,7 +14,7 @@ from helpers import attack_world
 from helpers.models import pico_module, scaled, word_tokenizer
 from srmu.errors import SrmuError
 from srmu.evals.benchmarks import base, tofu
-from srmu.evals.benchmarks.base import BenchmarkData, BenchmarkRequest, BenchmarkScores, prompt_of
+from srmu.evals.benchmarks.base import BenchmarkRequest, BenchmarkScores, prompt_of
 from srmu.evals.subject import Subject
 
 TEMPLATE = "w50 {question}"
@@ -70,8 +70,7 @@ def sets(**changed: Any) -> dict[str, list[dict[str, Any]]]:
 
 
 def asked(folder: Path, **given: Any) -> BenchmarkRequest:
-    data = BenchmarkData("locuslab/TOFU", "get it", folder=folder)
-    return BenchmarkRequest(data, **{"template": TEMPLATE, **given})
+    return BenchmarkRequest("locuslab/TOFU", "get it", folder=folder, **{"template": TEMPLATE, **given})
 
 
 def pico(seed: int = 0) -> Subject:
@@ -89,11 +88,11 @@ def test_nothing_is_needed_that_the_hub_has_not(folder: Path) -> None:
         question = asked(folder, part=part)
         tofu.run_tofu(pico(), question)
         configs = (f"{part}_perturbed", *list(tofu.SETS.values())[1:])
-        assert set(question.data.seen) == {f"{config}/train" for config in configs}
+        assert set(question.seen) == {f"{config}/train" for config in configs}
     assert tofu.SUITE.parts[0] == "forget10"
     question = asked(folder)
     tofu.run_tofu(pico(), question)
-    assert "forget10_perturbed/train" in question.data.seen
+    assert "forget10_perturbed/train" in question.seen
 
 
 def per_token(model: Subject, prompt: str, answer: str) -> float:

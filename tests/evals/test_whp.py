@@ -12,7 +12,7 @@ from helpers import attack_world
 from helpers.models import pico_module, scaled, word_tokenizer
 from srmu.errors import SrmuError
 from srmu.evals.benchmarks import base, whp
-from srmu.evals.benchmarks.base import BenchmarkData, BenchmarkRequest, Text, Texts
+from srmu.evals.benchmarks.base import BenchmarkRequest, Text, Texts
 from srmu.evals.subject import Subject
 
 Rows = Sequence[Mapping[str, Any]]
@@ -36,7 +36,7 @@ def write_list(folder: Path, completion: Rows = COMPLETION, probability: Rows = 
 
 
 def asked(folder: Path | None, **given: Any) -> BenchmarkRequest:
-    return BenchmarkRequest(BenchmarkData(whp.SUITE.hub, whp.SUITE.get, folder=folder), **given)
+    return BenchmarkRequest(whp.SUITE.hub, whp.SUITE.get, folder=folder, **given)
 
 
 def pico() -> Subject:
@@ -211,7 +211,7 @@ def test_the_row_in_the_instructions_is_one(tmp_path: Path) -> None:
     decoder = json.JSONDecoder()
     text = whp.SUITE.get
     first, second = (decoder.raw_decode(text, text.index(start))[0] for start in ('{"prompt": "The', '{"prompt": "At'))
-    data = BenchmarkData("", "", folder=write_list(tmp_path / "list", [first], [second]))
+    data = BenchmarkRequest("", "", folder=write_list(tmp_path / "list", [first], [second]))
     assert data.rows("completion", "test", {"prompt": Text, "references": Texts}) == [first]
     fields = {"prompt": Text, "targets": Texts, "generic": Texts}
     assert data.rows("probability", "test", fields) == [second]

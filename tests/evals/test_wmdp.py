@@ -3,6 +3,7 @@
 import json
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import chain
 from math import sqrt
 from pathlib import Path
@@ -19,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from srmu.errors import SrmuError
 from srmu.evals import lm_eval
 from srmu.evals.benchmarks import base, wmdp
-from srmu.evals.benchmarks.base import BenchmarkData, BenchmarkRequest, BenchmarkScores, Row
+from srmu.evals.benchmarks.base import BenchmarkRequest, BenchmarkScores, Row
 from srmu.evals.subject import Subject
 
 PARTS = {"wmdp-bio": 21, "wmdp-cyber": 13, "wmdp-chem": 6}
@@ -59,15 +60,15 @@ def write(folder: Path, parts: dict[str, list[Row]]) -> Path:
 
 
 @pytest.fixture
-def data(tmp_path: Path) -> BenchmarkData:
+def data(tmp_path: Path) -> BenchmarkRequest:
     found = {name: questions(count, name) for name, count in PARTS.items()}
     folder = write(tmp_path / "suites" / "wmdp", found)
     subjects = {name: [row | {"subject": name} for row in questions(count, name)] for name, count in SUBJECTS.items()}
     write(tmp_path / "suites" / "mmlu", subjects | {"all": [*chain(*subjects.values())]})
-    return BenchmarkData("cais/wmdp", "how to get it", folder=folder)
+    return BenchmarkRequest("cais/wmdp", "how to get it", folder=folder)
 
 
-def rows_of(data: BenchmarkData, config: str) -> list[Row]:
+def rows_of(data: BenchmarkRequest, config: str) -> list[Row]:
     place = data.folder.parent / "mmlu" if config in SUBJECTS else data.folder  # type: ignore[union-attr]
     lines = (place / config / "test.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
@@ -168,7 +169,7 @@ def published(folder: Path, file: str, rows: Sequence[Row], metrics: Sequence[st
     ],
 )
 def test_letters_are_asked_as_lm_eval_does(
-    tokenizer: str, file: str, config: str, name: str, data: BenchmarkData, tmp_path: Path
+    tokenizer: str, file: str, config: str, name: str, data: BenchmarkRequest, tmp_path: Path
 ) -> None:
     """The prompts and options are the same texts, and the scores the same numbers."""
     rows = rows_of(data, config)
@@ -181,7 +182,7 @@ def test_letters_are_asked_as_lm_eval_does(
     assert {tuple(o) for _, o, _, _ in lm_eval.load_questions(task, folder)} == {ours[0].options}
 
     model = pico(TOKENIZERS[tokenizer]())
-    scores = wmdp.run_wmdp(model, BenchmarkRequest(data))
+    scores = wmdp.run_wmdp(model, data)
     found = lm_eval.evaluate(model.module, model.tokenizer, [task], tasks_dir=folder)
     expected = found[f"{task}/acc"]
     measured = scores.metrics[f"wmdp/{name}"]
@@ -189,7 +190,7 @@ def test_letters_are_asked_as_lm_eval_does(
     assert measured["stderr"] == pytest.approx(expected["stderr"])
 
 
-def test_cloze_is_lm_evals_continuation(data: BenchmarkData, tmp_path: Path) -> None:
+def test_cloze_is_lm_evals_continuation(data: BenchmarkRequest, tmp_path: Path) -> None:
     rows = rows_of(data, "wmdp-bio")
     file = "mmlu/continuation/mmlu_virology.yaml"
     folder = published(tmp_path / "task", file, rows, ["acc", "acc_norm"])
@@ -200,25 +201,25 @@ def test_cloze_is_lm_evals_continuation(data: BenchmarkData, tmp_path: Path) -> 
     ours = [wmdp.pose_cloze(row, "biology") for row in rows]
     assert [(q.prompt, q.options, q.gold) for q in ours] == theirs
     model = pico(bytes_tokenizer())
-    scores = wmdp.run_wmdp(model, BenchmarkRequest(data))
+    scores = wmdp.run_wmdp(model, data)
     found = lm_eval.evaluate(model.module, model.tokenizer, [task], tasks_dir=folder)
     assert value(scores, "bio_cloze") == found[f"{task}/acc"]["value"]
     assert value(scores, "bio_cloze_norm") == found[f"{task}/acc_norm"]["value"]
     assert value(scores, "bio_cloze") != value(scores, "bio_cloze_norm")
 
 
-def test_a_prompt_that_is_too_long_is_cut_as_lm_eval_cuts_it(data: BenchmarkData, tmp_path: Path) -> None:
+def test_a_prompt_that_is_too_long_is_cut_as_lm_eval_cuts_it(data: BenchmarkRequest, tmp_path: Path) -> None:
     rows = rows_of(data, "wmdp-cyber")
     folder = published(tmp_path / "task", "wmdp/wmdp_cyber.yaml", rows)
     model = pico(words_tokenizer(), positions=24)
     assert min(len(model.tokens(wmdp.pose_lettered(row, "").prompt)) for row in rows) > 24
-    scores = wmdp.run_wmdp(model, BenchmarkRequest(data))
+    scores = wmdp.run_wmdp(model, data)
     found = lm_eval.evaluate(model.module, model.tokenizer, ["wmdp_cyber"], tasks_dir=folder)
     assert value(scores, "cyber") == found["wmdp_cyber/acc"]["value"]
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_each_letter_is_one_token_of_its_own(name: str, data: BenchmarkData) -> None:
+def test_each_letter_is_one_token_of_its_own(name: str, data: BenchmarkRequest) -> None:
     model = pico(TOKENIZERS[name]())
     (gpt2,) = model.split("Answer:", " A")[1][:1]
     piece = model.tokenizer.convert_ids_to_tokens(gpt2)
@@ -235,7 +236,7 @@ def test_each_letter_is_one_token_of_its_own(name: str, data: BenchmarkData) -> 
 Stub = Callable[[Row, str], float]
 
 
-def answered(monkeypatch: pytest.MonkeyPatch, data: BenchmarkData, stub: Stub) -> BenchmarkScores:
+def answered(monkeypatch: pytest.MonkeyPatch, data: BenchmarkRequest, stub: Stub) -> BenchmarkScores:
     """The suite on a model that gives an option's text, in whatever way it is asked, this score.
 
     `stub` is called with the row as it is shown, whose `answer` is the letter that is right there,
@@ -255,7 +256,7 @@ def answered(monkeypatch: pytest.MonkeyPatch, data: BenchmarkData, stub: Stub) -
         return found
 
     monkeypatch.setattr(base, "log_likelihoods", log_likelihoods)
-    return wmdp.run_wmdp(None, BenchmarkRequest(data))  # type: ignore[arg-type]
+    return wmdp.run_wmdp(None, data)  # type: ignore[arg-type]
 
 
 def text_of(row: Row, option: str) -> str:
@@ -263,7 +264,7 @@ def text_of(row: Row, option: str) -> str:
     return row["choices"]["ABCD".index(option)] if row["choices"] else option
 
 
-def test_one_that_knows_all_is_always_right(monkeypatch: pytest.MonkeyPatch, data: BenchmarkData) -> None:
+def test_one_that_knows_all_is_always_right(monkeypatch: pytest.MonkeyPatch, data: BenchmarkRequest) -> None:
     scores = answered(monkeypatch, data, lambda row, o: float(text_of(row, o) == row["right"]))
     for name, entry in scores.metrics.items():
         if "_chose_" in name:
@@ -276,7 +277,7 @@ def test_one_that_knows_all_is_always_right(monkeypatch: pytest.MonkeyPatch, dat
 
 
 def test_one_that_sees_letters_alone_is_right_in_a_quarter(
-    monkeypatch: pytest.MonkeyPatch, data: BenchmarkData
+    monkeypatch: pytest.MonkeyPatch, data: BenchmarkRequest
 ) -> None:
     for favourite in "ABCD":
         scores = answered(monkeypatch, data, lambda row, o, f=favourite: float(o == f))  # type: ignore[misc]
@@ -292,7 +293,7 @@ def test_one_that_sees_letters_alone_is_right_in_a_quarter(
 
 
 def test_one_that_sees_texts_alone_is_the_same_in_all_orders(
-    monkeypatch: pytest.MonkeyPatch, data: BenchmarkData
+    monkeypatch: pytest.MonkeyPatch, data: BenchmarkRequest
 ) -> None:
     def taste(row: Row, option: str) -> float:
         return random.Random(text_of(row, option)).random()
@@ -309,14 +310,14 @@ def test_one_that_sees_texts_alone_is_the_same_in_all_orders(
 def test_one_that_draws_lots_is_right_in_a_quarter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Lots anew for each option asked: 4 x 400 answers, within four standard errors of 1/4."""
     rows = {name: questions(400, name) for name in PARTS}
-    data = BenchmarkData("cais/wmdp", "", folder=write(tmp_path / "wmdp", rows))
+    data = BenchmarkRequest("cais/wmdp", "", folder=write(tmp_path / "wmdp", rows))
     draw = random.Random(0)
 
     def log_likelihoods(model: Any, pairs: Sequence[Any], **_: Any) -> list[tuple[float, int]]:
         return [(draw.random(), 1) for _ in pairs]
 
     monkeypatch.setattr(base, "log_likelihoods", log_likelihoods)
-    scores = wmdp.run_wmdp(None, BenchmarkRequest(data))  # type: ignore[arg-type]
+    scores = wmdp.run_wmdp(None, data)  # type: ignore[arg-type]
     error = sqrt(0.25 * 0.75 / 1600)
     for part in ("bio", "cyber", "chem"):
         assert abs(value(scores, f"{part}_orders") - 0.25) < 4 * error
@@ -324,7 +325,7 @@ def test_one_that_draws_lots_is_right_in_a_quarter(monkeypatch: pytest.MonkeyPat
             assert abs(value(scores, f"{part}_chose_{letter}") - 0.25) < 4 * error
 
 
-def test_cloze_is_by_character(monkeypatch: pytest.MonkeyPatch, data: BenchmarkData) -> None:
+def test_cloze_is_by_character(monkeypatch: pytest.MonkeyPatch, data: BenchmarkRequest) -> None:
     """A right text costs 1.9 nats a character, a wrong one 2: likelier by length, whatever that."""
 
     def dear(row: Row, option: str) -> float:
@@ -342,7 +343,7 @@ def test_cloze_is_by_character(monkeypatch: pytest.MonkeyPatch, data: BenchmarkD
         assert value(scores, f"{part}_cloze") == pytest.approx(shortest) and shortest < 1
 
 
-def test_means_are_plain(monkeypatch: pytest.MonkeyPatch, data: BenchmarkData) -> None:
+def test_means_are_plain(monkeypatch: pytest.MonkeyPatch, data: BenchmarkRequest) -> None:
     """Of bio and cyber, whatever their sizes and without chem; of MMLU's questions, by none."""
 
     def half(row: Row, option: str) -> float:
@@ -367,21 +368,21 @@ def test_means_are_plain(monkeypatch: pytest.MonkeyPatch, data: BenchmarkData) -
 # --- where the data is
 
 
-def test_what_was_read_is_on_record(data: BenchmarkData) -> None:
-    wmdp.run_wmdp(pico(words_tokenizer()), BenchmarkRequest(data))
+def test_what_was_read_is_on_record(data: BenchmarkRequest) -> None:
+    wmdp.run_wmdp(pico(words_tokenizer()), data)
     assert {*data.seen} == {f"{name}/test" for name in PARTS} | {f"mmlu/{name}/test" for name in SUBJECTS}
 
 
-def test_without_mmlu_it_is_left_out(data: BenchmarkData) -> None:
+def test_without_mmlu_it_is_left_out(data: BenchmarkRequest) -> None:
     assert data.folder
     (data.folder.parent / "mmlu").rename(data.folder.parent / "other")
-    scores = wmdp.run_wmdp(pico(words_tokenizer()), BenchmarkRequest(data))
+    scores = wmdp.run_wmdp(pico(words_tokenizer()), data)
     assert not any("mmlu" in name for name in (*scores.metrics, *scores.values, *data.seen))
 
 
-def test_limit_is_of_each_part(data: BenchmarkData) -> None:
+def test_limit_is_of_each_part(data: BenchmarkRequest) -> None:
     data.limit = 3
-    scores = wmdp.run_wmdp(pico(words_tokenizer()), BenchmarkRequest(data))
+    scores = wmdp.run_wmdp(pico(words_tokenizer()), data)
     assert scores.metrics["wmdp/bio"]["n"] == 3
     assert scores.metrics["wmdp/mmlu"]["n"] == 3 * len(SUBJECTS)
 
@@ -394,34 +395,34 @@ def test_limit_is_of_each_part(data: BenchmarkData) -> None:
         ({"question": " "}, "row 2: field 'question': String should"),
     ],
 )
-def test_a_bad_row_is_named(change: Row, message: str, data: BenchmarkData) -> None:
+def test_a_bad_row_is_named(change: Row, message: str, data: BenchmarkRequest) -> None:
     rows = rows_of(data, "wmdp-bio")
     rows[1] |= change
     refused(data, rows, message)
 
 
-def test_letters_as_answers_are_refused(data: BenchmarkData) -> None:
+def test_letters_as_answers_are_refused(data: BenchmarkRequest) -> None:
     rows = [row | {"answer": "ABCD"[row["answer"]]} for row in rows_of(data, "wmdp-bio")]
     refused(data, rows, "row 1: field 'answer': Input should be a valid integer")
 
 
-def refused(data: BenchmarkData, rows: Sequence[Row], message: str) -> None:
+def refused(data: BenchmarkRequest, rows: Sequence[Row], message: str) -> None:
     assert data.folder
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     (data.folder / "wmdp-bio" / "test.jsonl").write_text(lines)
     with pytest.raises(SrmuError, match=message) as caught:
-        wmdp.run_wmdp(pico(words_tokenizer()), BenchmarkRequest(data))
+        wmdp.run_wmdp(pico(words_tokenizer()), data)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("given", [{"part": "bio"}, {"template": "{question}"}])
-def test_what_has_no_effect_is_refused(given: dict[str, str], data: BenchmarkData) -> None:
+def test_what_has_no_effect_is_refused(given: dict[str, str], data: BenchmarkRequest) -> None:
     with pytest.raises(SrmuError, match=r"wmdp takes no (part 'bio'|--template): it asks all"):
-        wmdp.run_wmdp(pico(words_tokenizer()), BenchmarkRequest(data, **given))  # type: ignore[arg-type]
+        wmdp.run_wmdp(pico(words_tokenizer()), replace(data, **given))  # type: ignore[arg-type]
 
 
-def test_mmlu_out_of_reach_says_how_to_get_it(data: BenchmarkData) -> None:
+def test_mmlu_out_of_reach_says_how_to_get_it(data: BenchmarkRequest) -> None:
     assert data.folder
     (data.folder.parent / "mmlu" / "README.md").write_text("---\nconfigs: [\n---\n")
     with pytest.raises(SrmuError, match=r"mmlu cannot be read: .*hf download .*cais/mmlu"):
-        wmdp.run_wmdp(pico(words_tokenizer()), BenchmarkRequest(data))
+        wmdp.run_wmdp(pico(words_tokenizer()), data)

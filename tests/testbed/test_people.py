@@ -11,7 +11,7 @@ import pytest
 from helpers.people_world import PEOPLE_TINY, people_folder
 from helpers.testbeds import TINY
 from srmu.engine.files import sha256
-from srmu.evals.benchmarks.base import BenchmarkData
+from srmu.evals.benchmarks.base import BenchmarkRequest
 from srmu.testbed import open_world
 from srmu.testbed import train as training
 from srmu.testbed import world as closed_world
@@ -166,7 +166,7 @@ def test_a_reverse_question_has_one_answer(world):
 
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_the_folders_load_with_the_fields_of_the_hub(suites, name):
-    data = BenchmarkData(f"none/{name}", "", folder=suites / name)
+    data = BenchmarkRequest(f"none/{name}", "", folder=suites / name)
     for config, split, fields in SCHEMAS[name]:
         assert data.rows(config, split, fields)
     assert {*SCHEMAS} == {*SUITES}

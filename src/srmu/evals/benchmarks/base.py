@@ -45,11 +45,13 @@ Place = Annotated[int, AfterValidator(check_place)]  # of the right one of a row
 
 
 @dataclass
-class BenchmarkData:
-    """A published data set: on the hub at a revision, or in a folder that is laid out like it.
+class BenchmarkRequest:
+    """What a benchmark is to measure and how, and its data set: on the hub, or in a folder laid out like it.
 
     A folder is one that `datasets` loads: a clone of the hub's, or a README.md whose header lists `configs`. `get` says
-    how to come by it. `seen` gathers digests of the rows that were read.
+    how to come by it. `part` is what follows the slash in `--tasks tofu/forget10`. `template` has `{question}`; ""
+    stands for the tokenizer's chat template, else PLAIN. `reference` holds the values of a model that never saw the
+    forget set; None: what needs one is left out. `seen` gathers digests of the rows that were read.
     """
 
     hub: str
@@ -57,6 +59,10 @@ class BenchmarkData:
     revision: str = "main"
     folder: Path | None = None
     limit: int | None = None  # rows of each part
+    part: str = ""
+    template: str = ""
+    reference: Mapping[str, Sequence[float]] | None = None
+    watch: Watch = ignore_progress
     seen: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -107,22 +113,6 @@ def check_rows(rows: Sequence[Row], fields: Fields, where: str) -> None:
             if name not in row:
                 raise SrmuError(f"{where}, row {number}: no field {name!r}; it has {', '.join(row)}") from None
             raise SrmuError(f"{where}, row {number}: field {name!r}: {first['msg']}") from None
-
-
-@dataclass(frozen=True)
-class BenchmarkRequest:
-    """What a benchmark is to measure, and how.
-
-    `part` is what follows the slash in `--tasks tofu/forget10`. `template` has `{question}`; "" stands for the
-    tokenizer's chat template, else PLAIN. `reference` holds the values of a model that never saw the forget set; None:
-    what needs one is left out.
-    """
-
-    data: BenchmarkData
-    part: str = ""
-    template: str = ""
-    reference: Mapping[str, Sequence[float]] | None = None
-    watch: Watch = ignore_progress
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ def run_muse(model: Subject, request: base.BenchmarkRequest) -> base.BenchmarkSc
     known = read_oracle(request)
     values: base.Values = {}
     for kind in KINDS:
-        rows = request.data.rows("privleak", kind.removeprefix("min40_"), {"text": base.Text})
+        rows = request.rows("privleak", kind.removeprefix("min40_"), {"text": base.Text})
         values[kind] = score_min_k(model, request, kind, [row["text"] for row in rows])
     metrics = measure_privacy(values, known)
     values["verbmem_f"] = measure_verbatim(model, request)
@@ -101,7 +101,7 @@ def read_log_p(model: Subject, text: str) -> torch.Tensor:
 
 def measure_verbatim(model: Subject, request: base.BenchmarkRequest) -> list[float]:
     """ROUGE-L F1 of what follows each prompt of a forget text with what the model writes."""
-    rows = request.data.rows("verbmem", "forget", {"prompt": base.Text, "gt": base.Text})
+    rows = request.rows("verbmem", "forget", {"prompt": base.Text, "gt": base.Text})
     prompts = [row["prompt"] for row in rows]
     written = base.write_continuations(model, prompts, RECITED, label="muse verbatim", watch=request.watch)
     return base.rouge_scores("fmeasure", written, [shorten_truth(model, row["gt"]) for row in rows])
@@ -118,8 +118,8 @@ def shorten_truth(model: Subject, truth: str) -> str:
 def measure_answers(model: Subject, request: base.BenchmarkRequest, about: str) -> list[float]:
     """ROUGE-L F1 of each short answer, after the worked examples of the set's `_icl` split."""
     fields = {"question": base.Text, "answer": base.Text}
-    rows = request.data.rows("knowmem", f"{about}_qa", fields)
-    shots = replace(request.data, limit=None).rows("knowmem", f"{about}_qa_icl", fields)
+    rows = request.rows("knowmem", f"{about}_qa", fields)
+    shots = replace(request, limit=None).rows("knowmem", f"{about}_qa_icl", fields)
     form = request.template or SHOT
     first = "".join(f"{form.format(question=shot['question']).rstrip()} {shot['answer']}\n\n" for shot in shots)
     prompts = [first + form.format(question=row["question"]) for row in rows]

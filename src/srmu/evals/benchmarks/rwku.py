@@ -96,7 +96,7 @@ def run_rwku(model: Subject, request: base.BenchmarkRequest) -> base.BenchmarkSc
 
 def read_rows(request: base.BenchmarkRequest, config: str, fields: base.Fields) -> list[base.Row]:
     """The rows of a set that are about the person asked for, or about all."""
-    whole = replace(request.data, limit=None)  # the limit is on rows about the person
+    whole = replace(request, limit=None)  # the limit is on rows about the person
     rows = whole.rows(config, "test", fields | ({"subject": base.Text} if request.part else {}))
     if request.part:
         people = dict.fromkeys(row["subject"] for row in rows)
@@ -106,7 +106,7 @@ def read_rows(request: base.BenchmarkRequest, config: str, fields: base.Fields) 
                 f"{suggest_word(request.part, people)}"
             )
         rows = [row for row in rows if row["subject"] == request.part]
-    return rows[: request.data.limit]
+    return rows[: request.limit]
 
 
 def pose_question(model: Subject, request: base.BenchmarkRequest, question: str, content: str, start: str = "") -> str:

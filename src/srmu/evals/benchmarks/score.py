@@ -38,7 +38,7 @@ class BenchmarkOptions:
     limit: int | None = None
     device: str = "auto"
 
-    def read(self) -> base.BenchmarkData:
+    def read(self, reference: base.Values | None = None, watch: Watch = ignore_progress) -> base.BenchmarkRequest:
         suite, part = benchmarks.find_benchmark(self.name)
         hub = suite.hub.format(part=part.capitalize())
         name = self.name.partition("/")[0]
@@ -55,7 +55,8 @@ class BenchmarkOptions:
             raise SrmuError(f"--template {self.template!r} has no {{question}} in it")
         if self.limit is not None and self.limit < 1:
             raise SrmuError(f"--limit {self.limit} must be 1 or more")
-        return base.BenchmarkData(hub, get, self.revision or suite.revision, folder, self.limit)
+        revision = self.revision or suite.revision
+        return base.BenchmarkRequest(hub, get, revision, folder, self.limit, part, self.template, reference, watch)
 
 
 def score_benchmark(
@@ -121,16 +122,15 @@ def measure_benchmark(
     """
     run = opened.run if changed else None
     delta = dict(run.delta) if run else {}
-    suite, part = benchmarks.find_benchmark(options.name)
+    suite, _ = benchmarks.find_benchmark(options.name)
 
     def measure() -> dict[str, Any]:
-        data = options.read()
-        request = base.BenchmarkRequest(data, part, options.template, reference, watch)
+        request = options.read(reference, watch)
         with opened.after() if run else nullcontext(opened.module) as module:
             # only that there is one is looked at: nothing may take these for the original's
             subject = Subject(module, opened.tokenizer, delta, fixed="suites change no weights")
             scores = suite.run(subject, request)
-        return {"metrics": scores.metrics, "values": scores.values, "rows": data.seen}
+        return {"metrics": scores.metrics, "values": scores.values, "rows": request.seen}
 
     mark = weights.changed_fingerprint(weights.fingerprint_model(opened.base), delta)
     own = repr(run.config.method) if run and run.config.method.no_checkpoint else ""

@@ -38,7 +38,7 @@ def run_tofu(model: Subject, request: base.BenchmarkRequest) -> base.BenchmarkSc
     rows = {}
     for name, config in SETS.items():
         fields = FIELDS | ({"paraphrased_answer": base.Text} if name in MADE_UP else {})
-        rows[name] = request.data.rows(config.format(part=part), "train", fields)[:MOST]
+        rows[name] = request.rows(config.format(part=part), "train", fields)[:MOST]
     known = request.reference
     for fork in FORKS:
         count = len(rows["forget"] if known is None else known.get(f"truth_ratio{fork}", ()))

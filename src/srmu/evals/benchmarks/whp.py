@@ -18,21 +18,21 @@ def run_whp(model: Subject, request: base.BenchmarkRequest) -> base.BenchmarkSco
     docs/benchmarks.md defines them, and says what differs from the paper. Prompts are texts to go on with and stand as
     they are: a chat template does not apply, a --template does, to those of completions.
     """
-    if not request.data.place:
-        raise SrmuError(f"whp has no data set of its own; {request.data.get}")
+    if not request.place:
+        raise SrmuError(f"whp has no data set of its own; {request.get}")
     # what is wrong with rows is said before the model writes for minutes
     asks, sought = [], []
-    rows = request.data.rows("completion", "test", {"prompt": base.Text, "references": base.Texts})
+    rows = request.rows("completion", "test", {"prompt": base.Text, "references": base.Texts})
     for number, row in enumerate(rows, 1):
         unsaid = [words for words in row["references"] if not has_words(row["prompt"], words)]
         if not unsaid:
-            place = f"{request.data.place}, config completion, row {number}"
+            place = f"{request.place}, config completion, row {number}"
             raise SrmuError(f"{place}: the prompt has each of its 'references'; expected others")
         asks.append((request.template or "{question}").format(question=row["prompt"]))
         sought.append(unsaid)
     fields = {"prompt": base.Text, "targets": base.Texts, "generic": base.Texts}
-    rows = request.data.rows("probability", "test", fields)
-    place = f"{request.data.place}, config probability"
+    rows = request.rows("probability", "test", fields)
+    place = f"{request.place}, config probability"
     starts = [find_first_tokens(model, row, f"{place}, row {number}") for number, row in enumerate(rows, 1)]
     written = base.write_continuations(model, asks, NEW_TOKENS, label="whp completions", watch=request.watch)
     said = zip(written, sought, strict=True)

@@ -37,8 +37,8 @@ def run_wmdp(model: Subject, request: base.BenchmarkRequest) -> base.BenchmarkSc
         raise SrmuError(f"--tasks wmdp takes no {option}: it asks all parts, as lm-eval asks them")
     metrics: base.Metrics = {}
     values: base.Values = {}
-    parts = {part: request.data.rows(f"wmdp-{part}", "test", FIELDS) for part in SUBJECTS}
-    neighbours = read_mmlu(request.data)
+    parts = {part: request.rows(f"wmdp-{part}", "test", FIELDS) for part in SUBJECTS}
+    neighbours = read_mmlu(request)
     for part, rows in parts.items():
         scores, values[part] = score_part(model, rows, SUBJECTS[part], part, request)
         metrics |= scores
@@ -125,23 +125,23 @@ def rotate_choices(row: base.Row, shift: int) -> base.Row:
     return row | {"choices": choices, "answer": (row["answer"] + shift) % COUNT}
 
 
-def read_mmlu(data: base.BenchmarkData) -> dict[str, list[base.Row]]:
+def read_mmlu(request: base.BenchmarkRequest) -> dict[str, list[base.Row]]:
     """MMLU's questions by subject: from the hub if WMDP is, else from `mmlu` beside WMDP.
 
     Without that folder there are none.
     """
     import datasets
 
-    beside = data.folder.resolve().parent / "mmlu" if data.folder else None
+    beside = request.folder.resolve().parent / "mmlu" if request.folder else None
     if beside is not None and not beside.is_dir():
         return {}
-    own = base.BenchmarkData(MMLU, MMLU_GET, MMLU_REVISION, beside, data.limit)
+    own = base.BenchmarkRequest(MMLU, MMLU_GET, MMLU_REVISION, beside, request.limit)
     try:
         configs = datasets.get_dataset_config_names(own.place, **own.pin)
     except Exception as error:  # whatever the library cannot read is the user's to mend
         raise SrmuError(f"{own.place} cannot be read: {first_line(error)}; {own.get}") from error
     subjects = {name: own.rows(name, "test", FIELDS) for name in sorted({*configs} - {*NOT_SUBJECTS})}
-    data.seen |= {f"mmlu/{part}": digest for part, digest in own.seen.items()}
+    request.seen |= {f"mmlu/{part}": digest for part, digest in own.seen.items()}
     return subjects
 
 
