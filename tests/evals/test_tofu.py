@@ -148,11 +148,6 @@ def test_model_utility_is_the_harmonic_mean_of_nine(folder: Path, fork: str) -> 
     assert found[f"tofu/model_utility{fork}"] == {"value": pytest.approx(expected), "n": 12.0}
 
 
-def test_harmonic() -> None:
-    assert tofu.harmonic_mean([1, 1, 0.25]) == pytest.approx(0.5)
-    assert tofu.harmonic_mean([0.9] * 8 + [0.0]) == 0
-
-
 def test_a_model_without_a_preference(folder: Path) -> None:
     """Every token has p = 1 / 64: no answer is likelier than another."""
     model = scaled(0)

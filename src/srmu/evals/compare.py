@@ -14,19 +14,9 @@ from zlib import crc32
 import numpy as np
 
 from srmu.errors import SrmuError, suggest_word
+from srmu.evals import statistics
 from srmu.evals.results import PLAIN, Metrics, Row, read_attacks, read_metrics
 from srmu.evals.settings import method_label, run_setting, setting_words
-from srmu.evals.statistics import (
-    LEAST,
-    RESAMPLES,
-    Array,
-    Draws,
-    Estimate,
-    estimate_from,
-    parse_answers,
-    residual_table,
-    worst_case,
-)
 from srmu.runs.run import Run
 
 HAZARDS = ("organism_hazard", "wmdp", "forget_texts")  # how tasks on what is to go are named
@@ -45,11 +35,11 @@ class ComparisonRow:
     method: str
     points: int  # settings of its strength
     seeds: int
-    utility_loss: Estimate
-    forget_accuracy: Estimate
-    residual: Estimate | None  # K*, where all runs were attacked
-    forget_difference: Estimate | None
-    residual_difference: Estimate | None
+    utility_loss: statistics.Estimate
+    forget_accuracy: statistics.Estimate
+    residual: statistics.Estimate | None  # K*, where all runs were attacked
+    forget_difference: statistics.Estimate | None
+    residual_difference: statistics.Estimate | None
     verdict: str
     note: str
 
@@ -60,8 +50,8 @@ class RunNumbers:
 
     run: Run
     tasks: tuple[tuple[str, ...], tuple[str, ...]]  # metrics of what is forgotten and of utility
-    before: Array  # (1 + RESAMPLES,): accuracy of the original model on what is to be forgotten
-    numbers: Array  # (1 + RESAMPLES, 3): LOSS, FORGET and, where the run was attacked, RESIDUAL, else nan
+    before: statistics.Array  # (1 + RESAMPLES,): accuracy of the original model on what is to be forgotten
+    numbers: statistics.Array  # (1 + RESAMPLES, 3): LOSS, FORGET and, where the run was attacked, RESIDUAL, else nan
     n: tuple[int, int]  # questions on what is to be forgotten, and on utility
 
 
@@ -72,7 +62,7 @@ class MethodReading:
     method: str
     points: int  # settings of its strength
     where: list[Where]
-    numbers: Array
+    numbers: statistics.Array
     attacked: bool  # whether all of its runs were
     note: str
     n: tuple[int, int]
@@ -97,7 +87,7 @@ def compare_runs(
     if not runs:
         raise SrmuError("name the folders of one run or more")
     opened = [Run.open(folder) for folder in runs]
-    draws = Draws(seed)
+    draws = statistics.Draws(seed)
     attacks = {run.folder: read_attacks(run.folder) for run in opened}
     named = tuple(forget), tuple(utility)
     attacks = {
@@ -128,7 +118,7 @@ def compare_runs(
     return [make_row(reading, readings[0], draws) for reading in readings]
 
 
-def make_row(reading: MethodReading, base: MethodReading, draws: Draws) -> ComparisonRow:
+def make_row(reading: MethodReading, base: MethodReading, draws: statistics.Draws) -> ComparisonRow:
     """A method's line of the table; `base` is the first method's reading."""
     known, asked = reading.n
     differences = {}
@@ -202,29 +192,29 @@ def check_attacks(runs: Sequence[Run], attacks: Mapping[Path, dict[str, Any]]) -
                 )
 
 
-def from_attacks(run: Run, attacks: Mapping[str, Any], draws: Draws) -> RunNumbers:
+def from_attacks(run: Run, attacks: Mapping[str, Any], draws: statistics.Draws) -> RunNumbers:
     """A run's numbers from its answers question by question."""
     model = run.config.model
     plain = attacks["attacks"][PLAIN]
     if not attacks["utility"]:
         raise SrmuError(f"{run.folder} was attacked without --utility tasks: attack it with them")
 
-    def means(table: Array, asked: str, facts: Sequence[Hashable]) -> Array:
+    def means(table: statistics.Array, asked: str, facts: Sequence[Hashable]) -> statistics.Array:
         return draws.means(table, [(model, asked, fact) for fact in facts])
 
-    table = np.column_stack([residual_table(attacks), parse_answers(plain["right"])])
+    table = np.column_stack([statistics.residual_table(attacks), statistics.parse_answers(plain["right"])])
     right = means(table, "forget", attacks["facts"])
     drops = []
     for task, kept in attacks["utility"].items():
-        both = np.stack([parse_answers(kept["before"]), parse_answers(kept["after"])], axis=1)
+        both = np.stack([statistics.parse_answers(kept["before"]), statistics.parse_answers(kept["after"])], axis=1)
         before, after = means(both, task, kept["facts"]).T
         drops.append(before - after)
-    numbers = [np.mean(drops, axis=0), right[:, -1], worst_case(right[:, :-1], attacks["chance"])]
+    numbers = [np.mean(drops, axis=0), right[:, -1], statistics.worst_case(right[:, :-1], attacks["chance"])]
     asked = len(table), sum(len(kept["facts"]) for kept in attacks["utility"].values())
     return RunNumbers(run, metrics_of(attacks), right[:, 0], np.stack(numbers, axis=1), asked)
 
 
-def from_metrics(run: Run, forget: tuple[str, ...], utility: tuple[str, ...], draws: Draws) -> RunNumbers:
+def from_metrics(run: Run, forget: tuple[str, ...], utility: tuple[str, ...], draws: statistics.Draws) -> RunNumbers:
     """A run's numbers from what was evaluated alone."""
     model, metrics = run.config.model, read_metrics(run.folder)
     after, before = metrics["after"], metrics["before"]
@@ -239,7 +229,7 @@ def from_metrics(run: Run, forget: tuple[str, ...], utility: tuple[str, ...], dr
         if not after[name].get("n"):
             raise SrmuError(f"{name} is no accuracy over a number of questions; name another")
 
-    def drawn(results: Metrics, names: Sequence[str], which: Hashable) -> Array:
+    def drawn(results: Metrics, names: Sequence[str], which: Hashable) -> statistics.Array:
         values = [resample_row(results[n], draws, (model, n), (model, n, which)) for n in names]
         return np.mean(values, axis=0)
 
@@ -249,7 +239,7 @@ def from_metrics(run: Run, forget: tuple[str, ...], utility: tuple[str, ...], dr
     return RunNumbers(run, (forget, utility), start, np.stack([loss, end, np.full_like(loss, np.nan)], axis=1), asked)
 
 
-def resample_row(row: Row, draws: Draws, exam: Hashable, key: Hashable) -> Array:
+def resample_row(row: Row, draws: statistics.Draws, exam: Hashable, key: Hashable) -> statistics.Array:
     """An accuracy as it is, and in each resample of its questions: (1 + RESAMPLES,).
 
     From the answers question by question where they are known: the same `exam` draws the same questions, so that
@@ -257,13 +247,13 @@ def resample_row(row: Row, draws: Draws, exam: Hashable, key: Hashable) -> Array
     difference then err independently, so that it comes out too wide.
     """
     facts = row.get("facts") or range(len(row.get("answers", ())))
-    if len({*facts}) >= LEAST:
-        return draws.means(parse_answers(row["answers"]), [(exam, fact) for fact in facts])[:, 0]
+    if len({*facts}) >= statistics.LEAST:
+        return draws.means(statistics.parse_answers(row["answers"]), [(exam, fact) for fact in facts])[:, 0]
     value, n = row["value"], row["n"]
     # two more right and two more wrong answers (Agresti and Coull): at 0 and 1 there is doubt too
     p = (value * n + 2) / (n + 4)
     rng = np.random.default_rng(crc32(repr(key).encode()))
-    moved = value + rng.standard_normal(RESAMPLES) * (p * (1 - p) / (n + 4)) ** 0.5
+    moved = value + rng.standard_normal(statistics.RESAMPLES) * (p * (1 - p) / (n + 4)) ** 0.5
     return np.concatenate([[value], moved.clip(0, 1)])
 
 
@@ -302,7 +292,7 @@ def read_method(method: str, points: Sequence[dict[Where, RunNumbers]], budget: 
     return MethodReading(method, len(points), where, numbers, all(attacked), "; ".join(notes), n)
 
 
-def read_along(curve: Sequence[RunNumbers], budget: float) -> Array:
+def read_along(curve: Sequence[RunNumbers], budget: float) -> statistics.Array:
     """The three numbers where a curve loses `budget`, or at its end: (1 + RESAMPLES, 3)."""
     first = curve[0].before
     start = np.stack([np.zeros_like(first), first, np.ones_like(first)], axis=1)
@@ -320,7 +310,9 @@ def read_along(curve: Sequence[RunNumbers], budget: float) -> Array:
     return low + share[:, None] * (high - low)
 
 
-def estimate_difference(column: int, one: MethodReading, base: MethodReading, draws: Draws) -> Estimate:
+def estimate_difference(
+    column: int, one: MethodReading, base: MethodReading, draws: statistics.Draws
+) -> statistics.Estimate:
     """How a column differs from the first method's, in pairs of seeds where both have them."""
     mine, theirs = one.numbers[..., column], base.numbers[..., column]
     if both := [place for place in one.where if place in base.where]:
@@ -328,4 +320,4 @@ def estimate_difference(column: int, one: MethodReading, base: MethodReading, dr
         change = draws.over_seeds(mine[:, own] - theirs[:, other])
     else:
         change = draws.over_seeds(mine) - draws.over_seeds(theirs)
-    return estimate_from(change, min(one.n[0], base.n[0]))
+    return statistics.estimate_from(change, min(one.n[0], base.n[0]))

@@ -55,8 +55,7 @@ def evaluate(
             raise SrmuError(f"{name} {value}: expected 1 or more")
     local = _local_tasks(tasks_dir)
     keys = {name: _cache_key(name, local, limit, fingerprint) for name in tasks}
-    results = {name: find_cached("evals", keys[name]) if fingerprint else None for name in tasks}
-    results = distributed.agree_on(results)
+    results = distributed.agree_on({name: find_cached("evals", keys[name]) if fingerprint else None for name in tasks})
     missing = [name for name in results if results[name] is None]
     if missing:
         from srmu.evals.harness import open_harness

@@ -35,25 +35,18 @@ def membership_scores(model: Subject, texts: Sequence[str]) -> Array:
         read = {name: batch[name] for name in ("input_ids", "attention_mask")}
         logits = model.module(**read, use_cache=False).logits
         for i, ids, kept, row_logits in zip(part, batch["input_ids"], mask, logits, strict=True):
-            logp, standard = standardise_surprise(row_logits[:-1][kept], ids[1:][kept])
+            logs = row_logits[:-1][kept].float().log_softmax(-1)  # (T, V)
+            logp, p = logs.gather(-1, ids[1:][kept][:, None])[:, 0], logs.exp()
+            # arXiv 2404.02936, Min-K++: (log p - mu) / sigma, of log p under p itself
+            mu = (p * logs).sum(-1)
+            sigma = (p * (logs - mu[:, None]) ** 2).sum(-1).sqrt()
+            standard = (logp - mu) / sigma.clamp(min=1e-6)
             words = model.tokenizer.decode(rows[i], skip_special_tokens=True)
             # arXiv 2012.07805: log-likelihood by the size of the compressed text
             mean = float(logp.mean())
             packed = mean / len(zlib.compress(words.encode()))
             scores[i] = mean, packed, mean_lowest(logp), mean_lowest(standard)
     return scores
-
-
-def standardise_surprise(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of tokens, (T, V) and (T,) to (T,), and the same in standard units.
-
-    Those are (log p - mu) / sigma, of log p under p itself (Min-K++, arXiv 2404.02936).
-    """
-    logs = logits.float().log_softmax(-1)
-    logp, p = logs.gather(-1, ids[:, None])[:, 0], logs.exp()
-    mean = (p * logs).sum(-1)
-    spread = (p * (logs - mean[:, None]) ** 2).sum(-1).sqrt()
-    return logp, (logp - mean) / spread.clamp(min=1e-6)
 
 
 def mean_lowest(values: Tensor, share: float = SHARE) -> float:

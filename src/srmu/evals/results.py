@@ -77,13 +77,12 @@ def merge_results(folder: Path, rows: Iterable[Row] = (), record: Mapping[str, A
     """
     with lock_results(folder):
         results = load_results(folder)
-        old = [
-            row
+        merged = {
+            row_key(row): row
             for row in results["rows"]
             if not (row.get("attack") and "attacks" in facts)
             and row.get("benchmark") not in facts.get("benchmarks", ())
-        ]
-        merged = {row_key(row): row for row in (*old, *rows)}
+        } | {row_key(row): row for row in rows}
         for kind, added in facts.items():
             known = {} if kind == "attacks" else results.get(kind, {})
             results[kind] = known | dict(added)

@@ -102,11 +102,8 @@ def score_benchmark(
     if run and distributed.is_first():
         rows = []
         for when, one in scores.items():
-            answers = {f"{first}/{name}": results.write_answers(values) for name, values in one["values"].items()}
-            metrics = {
-                name: entry | ({"answers": answers[name]} if name in answers else {})
-                for name, entry in one["metrics"].items()
-            }
+            answers = {f"{first}/{name}": {"answers": results.write_answers(v)} for name, v in one["values"].items()}
+            metrics = {name: entry | answers.get(name, {}) for name, entry in one["metrics"].items()}
             rows += results.metric_rows(metrics, when, benchmark=options.name)
         asked = {options.name: {"asked": asdict(options), "rows": after["rows"]}}
         results.merge_results(run.folder, rows, benchmarks=asked)

@@ -34,6 +34,8 @@ def run_tofu(model: Subject, request: base.BenchmarkRequest) -> base.BenchmarkSc
     docs/benchmarks.md defines each, and says where published code differs. With the suffix `_arithmetic`, wrong answers
     are averaged as in the paper's equation, else geometrically.
     """
+    from scipy.stats import hmean
+
     part = request.part or PARTS[0]
     rows = {}
     for name, config in SETS.items():
@@ -59,7 +61,7 @@ def run_tofu(model: Subject, request: base.BenchmarkRequest) -> base.BenchmarkSc
         keys = ("probability", "rouge", f"truth_ratio{fork}")
         nine = [metrics[f"tofu/{name}/{key}"]["value"] for name in UTILITY for key in keys]
         count = sum(len(rows[name]) for name in UTILITY)
-        metrics[f"tofu/model_utility{fork}"] = {"value": harmonic_mean(nine), "n": float(count)}
+        metrics[f"tofu/model_utility{fork}"] = {"value": float(hmean(nine)), "n": float(count)}
         if known:
             metrics |= measure_forget_quality(values[f"truth_ratio{fork}"], known[f"truth_ratio{fork}"], fork)
     return base.BenchmarkScores(metrics, values)
@@ -103,13 +105,6 @@ def measure_ratios(truth: float, wrong: Sequence[float]) -> tuple[float, float]:
     # arXiv 2401.06121, equation 1 has the arithmetic one
     arithmetic = float(np.logaddexp.reduce(wrong)) - log(len(wrong))
     return float(np.mean(wrong)) - truth, arithmetic - truth
-
-
-def harmonic_mean(values: Sequence[float]) -> float:
-    """The harmonic mean, 0 where any value is 0."""
-    from scipy.stats import hmean
-
-    return float(hmean(values))
 
 
 def measure_forget_quality(own: Sequence[float], other: Sequence[float], fork: str = "") -> base.Metrics:
