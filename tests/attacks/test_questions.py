@@ -51,8 +51,8 @@ def test_a_task_without_prompts(run: Run) -> None:
         folder, rows, doc_to_text="", doc_to_choice="{{[good, bad]}}", doc_to_target="0",
         target_delimiter="",
     )  # fmt: skip
-    (prompt, options, gold, _), *_ = load_questions("other", folder)
-    assert (prompt, options, gold) == ("", [rows[0]["good"], rows[0]["bad"]], 0)
+    (question, *_) = load_questions("other", folder)
+    assert (question.prompt, question.options, question.gold) == ("", (rows[0]["good"], rows[0]["bad"]), 0)
     entries = attack(run)
     assert {entry["status"] for entry in entries.values()} == {"done"}
     assert entries["forced_choice"]["controls"]["original"]["accuracy"]["value"] > 0.9
@@ -65,9 +65,9 @@ def test_the_first_of_several_right_options_is_asked_for(run: Run) -> None:
         for s, (a, _) in world.facts().items()
     ]
     write_task(folder, rows, doc_to_target="golds")
-    for _, options, gold, row in load_questions("other", folder):
-        assert options == [" w9", f" {row['choices'][1]}", " w10"]
-        assert gold == 1
+    for question, row in zip(load_questions("other", folder), rows, strict=True):
+        assert question.options == (" w9", f" {row['choices'][1]}", " w10")
+        assert question.gold == 1
     entries = attack(run)
     assert {entry["status"] for entry in entries.values()} == {"done"}
     assert entries["forced_choice"]["controls"]["original"]["accuracy"]["value"] > 0.9

@@ -193,12 +193,12 @@ def test_before_and_after_a_run(workplace):
     _, run = a_run(workplace)
     model, tokenizer = open_model(run.folder, "cpu")
     original, _ = open_model(workplace / "model", "cpu")
-    assert set(read_topic_texts(run)) == {"forget", "retain"}
-    found = measure_confidence(model, tokenizer, read_topic_texts(run)).numbers["confidence"]["forget"]
-    alone = measure_confidence(original, tokenizer, read_topic_texts(run)).numbers["confidence"]["forget"]
+    assert set(read_topic_texts(run.config)) == {"forget", "retain"}
+    found = measure_confidence(model, tokenizer, read_topic_texts(run.config)).numbers["confidence"]["forget"]
+    alone = measure_confidence(original, tokenizer, read_topic_texts(run.config)).numbers["confidence"]["forget"]
     assert found["before"] == alone["model"] != found["after"]
-    psis = measure_sensitivity(model, tokenizer, read_topic_texts(run)).numbers["psi"]
-    one = measure_sensitivity(original, tokenizer, read_topic_texts(run)).numbers["psi"]
+    psis = measure_sensitivity(model, tokenizer, read_topic_texts(run.config)).numbers["psi"]
+    one = measure_sensitivity(original, tokenizer, read_topic_texts(run.config)).numbers["psi"]
     assert psis["forget, before"] == one["forget, model"] != psis["forget, after"]
 
 

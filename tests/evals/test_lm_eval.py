@@ -22,6 +22,7 @@ from srmu.engine import likelihoods
 from srmu.errors import SrmuError
 from srmu.evals import lm_eval
 from srmu.evals.lm_eval import evaluate
+from srmu.evals.subject import Question
 
 WORDS = ["<eos>", "<unk>", "gold", *(f"w{i}" for i in range(30)), "?"]
 YAML = """task: {name}
@@ -548,9 +549,9 @@ def test_questions_are_what_the_harness_asks(tmp_path):
     config = config.replace('"{{options}}"', "[A, B, C, D]")
     (folder / "quiz.yaml").write_text("description: 'Choose. '\n" + config)
     found = lm_eval.load_questions("quiz", folder)
-    assert found[1][:3] == ("Choose. w1 ?\nA. w1\nB. w2\nC. w3\nD. w4\nAnswer:", [" A", " B", " C", " D"], 1)
-    assert [gold for _, _, gold, _ in found] == [row["answer"] for row in rows]
-    assert found[5][3]["question"] == "w5 ?"
+    prompt = "Choose. w1 ?\nA. w1\nB. w2\nC. w3\nD. w4\nAnswer:"
+    assert found[1] == Question(prompt, (" A", " B", " C", " D"), 1, "quiz 1")
+    assert [question.gold for question in found] == [row["answer"] for row in rows]
     with pytest.raises(SrmuError, match="task 'quizz' does not exist, did you mean quiz"):
         lm_eval.load_questions("quizz", folder)
     text = (folder / "quiz.yaml").read_text().replace("multiple_choice", "generate_until")

@@ -177,9 +177,9 @@ def test_letters_are_asked_as_lm_eval_does(
     task = yaml.safe_load((TASKS / file).read_text())["task"]
     subject = wmdp.SUBJECTS.get(name, config.replace("_", " "))
     ours = [wmdp.pose_lettered(row, subject) for row in rows]
-    theirs = [(prompt, gold) for prompt, _, gold, _ in lm_eval.load_questions(task, folder)]
+    theirs = [(q.prompt, q.gold) for q in lm_eval.load_questions(task, folder)]
     assert [(q.prompt, q.gold) for q in ours] == theirs
-    assert {tuple(o) for _, o, _, _ in lm_eval.load_questions(task, folder)} == {ours[0].options}
+    assert {q.options for q in lm_eval.load_questions(task, folder)} == {ours[0].options}
 
     model = pico(TOKENIZERS[tokenizer]())
     scores = wmdp.run_wmdp(model, data)
@@ -197,7 +197,7 @@ def test_cloze_is_lm_evals_continuation(data: BenchmarkRequest, tmp_path: Path) 
     text = (folder / "task.yaml").read_text()
     (folder / "task.yaml").write_text(text.replace("about virology", "about biology"))
     task = "mmlu_virology_continuation"
-    theirs = [(p, tuple(o), g) for p, o, g, _ in lm_eval.load_questions(task, folder)]
+    theirs = [(q.prompt, q.options, q.gold) for q in lm_eval.load_questions(task, folder)]
     ours = [wmdp.pose_cloze(row, "biology") for row in rows]
     assert [(q.prompt, q.options, q.gold) for q in ours] == theirs
     model = pico(bytes_tokenizer())

@@ -192,7 +192,7 @@ def load_exam(sources: Sources, config: Config, seed: int) -> Exam:
 
     def load(tasks: Sequence[str]) -> list[Question]:
         folder = Path(sources.tasks_dir) if sources.tasks_dir else None
-        return [question for task in tasks for question in load_task(task, folder)]
+        return [question for task in tasks for question in load_questions(task, folder)]
 
     def draw(questions: Sequence[Question]) -> tuple[Question, ...]:
         facts = sorted({q.fact for q in questions})
@@ -223,18 +223,6 @@ def load_exam(sources: Sources, config: Config, seed: int) -> Exam:
                 "in each half; name more tasks, or raise --limit"
             )
     return Exam(draw(test), draw(val), {task: draw(load([task])) for task in sources.utility})
-
-
-def load_task(task: str, folder: Path | None) -> list[Question]:
-    """The questions of a task; each is about a fact of its own where its row names none."""
-    questions = []
-    for i, (prompt, options, gold, row) in enumerate(load_questions(task, folder)):
-        fact = row.get("fact")
-        # of MMLU's rows the subject is a school subject
-        entry = str(row.get("subject") or "") if fact else ""
-        paraphrases = tuple(row.get("paraphrases") or ())
-        questions.append(Question(prompt, tuple(options), gold, str(fact or f"{task} {i}"), paraphrases, entry))
-    return questions
 
 
 def load_texts(sources: Sources, config: Config) -> Texts:

@@ -134,9 +134,9 @@ def inspect_texts(
 
     texts = read_files(forget, "--forget"), read_files(retain, "--retain")
     questions = [
-        (prompt, options[gold], str(row.get("subject", "")))
+        (question.prompt, question.answer, question.entry)
         for task in output.split_names(tasks)
-        for prompt, options, gold, row in load_questions(task, tasks_dir)
+        for question in load_questions(task, tasks_dir)
     ]
     opened = open_model(model, device) if model else None
     return measure_entanglement(
@@ -170,7 +170,7 @@ def measure_activations(
         falling = output.split_names(metrics)
         return sweep_layers(run.config, score_model, falling, watch=show_progress)
     read = {role: read_files(paths) for role, paths in texts.items() if paths}
-    read = read or (analyses.read_topic_texts(run) if run else {})
+    read = read or (analyses.read_topic_texts(run.config) if run else {})
     read = {role: rows for role, rows in read.items() if rows}
     if not read:
         raise SrmuError(f"name texts to read {target} on: --forget F, --retain R, or both")

@@ -22,6 +22,7 @@ from srmu.engine.train import move_batch
 from srmu.errors import SrmuError
 from srmu.evals.figures import Analysis, Panel, draw_histogram, write_sentences
 from srmu.methods import Misdirection
+from srmu.runs.config import Config
 from srmu.runs.open import open_target
 from srmu.runs.record import STATE
 from srmu.runs.run import Run
@@ -51,9 +52,9 @@ def open_model(target: str | Path, device: str = "auto") -> tuple[EditableModel,
         return model, opened.tokenizer
 
 
-def read_topic_texts(run: Run) -> dict[str, list[str]]:
-    """The forget and the retain texts of a run's topics."""
-    topics = run.config.topics.values()
+def read_topic_texts(config: Config) -> dict[str, list[str]]:
+    """The texts of all topics of a run, by role."""
+    topics = config.topics.values()
     return {
         role: [text for topic in topics for text in read_texts(getattr(topic, role))] for role in ("forget", "retain")
     }

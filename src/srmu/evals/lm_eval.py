@@ -23,6 +23,7 @@ from srmu.engine.files import sha256
 from srmu.engine.progress import Watch, ignore_progress
 from srmu.errors import SrmuError
 from srmu.evals.results import Metrics, number_facts, write_answers
+from srmu.evals.subject import Question
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -71,13 +72,13 @@ def evaluate(
     return {key: entry for metrics in results.values() for key, entry in (metrics or {}).items()}
 
 
-def load_questions(name: str, tasks_dir: Path | None) -> list[tuple[str, list[str], int, Any]]:
-    """The questions of a multiple-choice task: prompt, options with their blank, gold, row.
+def load_questions(name: str, tasks_dir: Path | None) -> tuple[Question, ...]:
+    """The questions of a multiple-choice task.
 
     Of several right options the first is kept: one is right, among wrong ones. SrmuError for a task that is unknown or
     of another kind.
     """
-    questions = []
+    questions: list[Question] = []
     with silence_output():
         loaded = _load_task(name, _local_tasks(tasks_dir))
     for task in loaded["tasks"].values():
@@ -90,12 +91,21 @@ def load_questions(name: str, tasks_dir: Path | None) -> list[tuple[str, list[st
             first, *others = requests
             row, names = first.doc, task.doc_to_choice(first.doc)
             golds = [names.index(gold) if gold in names else int(gold) for gold in _as_list(task.doc_to_target(row))]
-            # a metric may add requests, without the prompt, after those of the options
-            options = [one.args[1] for one in (first, *others)][: len(names)]
             kept = [i for i in range(len(names)) if i == golds[0] or i not in golds]
-            asked = [options[i] for i in kept]
-            questions.append((first.args[0], asked, kept.index(golds[0]), row))
-    return questions
+            # a metric may add requests, without the prompt, after those of the options
+            options = tuple(one.args[1] for i, one in enumerate((first, *others)) if i in kept)
+            fact, about = row.get("fact"), row.get("subject")  # of MMLU's rows the subject is a school subject
+            questions.append(
+                Question(
+                    first.args[0],
+                    options,
+                    kept.index(golds[0]),
+                    str(fact or f"{name} {len(questions)}"),
+                    tuple(row.get("paraphrases") or ()),
+                    str(about) if fact and about else "",
+                )
+            )
+    return tuple(questions)
 
 
 @contextmanager

@@ -12,12 +12,13 @@ from srmu.engine import weights
 from srmu.engine.files import write_whole
 from srmu.evals.lm_eval import load_questions
 from srmu.evals.results import merge_results
-from srmu.evals.subject import Question, Subject, mark_answers
+from srmu.evals.subject import Subject, mark_answers
 from srmu.runs.open import open_target
 from srmu.runs.record import DELTA, RECORD
 from srmu.runs.run import Run
 
 HALVINGS = 5
+load_task = lru_cache(32)(load_questions)  # many runs are asked the same
 
 
 def match_utility(run: Run, out: Path, budget: float, judged: Sequence[str]) -> None:
@@ -46,7 +47,7 @@ def match_utility(run: Run, out: Path, budget: float, judged: Sequence[str]) -> 
 
 def largest_share(run: Run, budget: float, judged: Sequence[str]) -> float:
     """Search by halving: the mean loss on `judged` rises with the share, or nearly so."""
-    asked = [load_task(task, run.config.tasks_dir or "") for task in judged]
+    asked = [load_task(task, Path(run.config.tasks_dir) if run.config.tasks_dir else None) for task in judged]
     opened = open_target(run, "cpu")
     subject = Subject(opened.module, opened.tokenizer)
     parameters, before, after = (dict(subject.module.named_parameters()), original_tensors(run), run.delta)
@@ -64,16 +65,6 @@ def largest_share(run: Run, budget: float, judged: Sequence[str]) -> float:
         middle = (low + high) / 2
         low, high = (middle, high) if kept(middle) >= floor else (low, middle)
     return low
-
-
-@lru_cache(32)
-def load_task(task: str, tasks_dir: str) -> list[Question]:
-    """The questions of a task; `tasks_dir` is "" for one of lm-eval's own."""
-    rows = load_questions(task, Path(tasks_dir) if tasks_dir else None)
-    return [
-        Question(prompt, tuple(options), gold, str(row.get("fact") or f"{task} {i}"))
-        for i, (prompt, options, gold, row) in enumerate(rows)
-    ]
 
 
 def original_tensors(run: Run) -> dict[str, torch.Tensor]:

@@ -176,7 +176,7 @@ def estimate_residuals(part: Part, row: MeasuredRow, reports: Sequence[Report]) 
     kinds = part.frontier.spec["worlds"][part.world]["attacked"]
     slices: dict[str, list[slice]] = {name: [] for name in kinds}
     for seed in row.questions:
-        folder, end = str(part.locate_testbed(seed) / "tasks"), 0
+        folder, end = part.locate_testbed(seed) / "tasks", 0
         for name, task in kinds.items():  # an attack asks one task after the other
             start, end = end, end + len(load_task(task, folder))
             slices[name].append(slice(start, end))
