@@ -18,8 +18,8 @@ from srmu.evals.analyses import (
     measure_tokens,
     open_model,
     read_topic_texts,
+    sweep_layers,
 )
-from srmu.evals.layer_sweep import sweep_layers
 from srmu.report.analyses import draw_panel, write_analysis
 from srmu.runs.config import make_config
 from srmu.runs.run import unlearn_config

@@ -17,7 +17,7 @@ from srmu import attacks
 from srmu.attacks import suite
 from srmu.data.digest import digest_texts
 from srmu.errors import SrmuError
-from srmu.evals.layer_sweep import candidate_layers
+from srmu.evals.analyses import candidate_layers
 from srmu.evals.results import read_metrics
 from srmu.evals.subject import Subject, mark_answers
 from srmu.methods import METHODS

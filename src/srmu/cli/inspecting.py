@@ -154,7 +154,6 @@ def measure_activations(
 ) -> Analysis:
     """One of the analyses of arXiv 2408.06223, of a model or a run."""
     from srmu.evals import analyses
-    from srmu.evals.layer_sweep import sweep_layers
     from srmu.evals.score import score_model
     from srmu.runs.run import find_run
 
@@ -168,7 +167,7 @@ def measure_activations(
         if not metrics:
             raise SrmuError("--metrics: name those that should fall, such as wmdp_bio/acc")
         falling = output.split_names(metrics)
-        return sweep_layers(run.config, score_model, falling, watch=show_progress)
+        return analyses.sweep_layers(run.config, score_model, falling, watch=show_progress)
     read = {role: read_files(paths) for role, paths in texts.items() if paths}
     read = read or (analyses.read_topic_texts(run.config) if run else {})
     read = {role: rows for role, rows in read.items() if rows}

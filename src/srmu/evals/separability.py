@@ -202,8 +202,7 @@ def classify_sets(left: Array, right: Array, left_owners: Array, right_owners: A
     The error is the standard error over the folds. A document's tokens are all in one fold.
     """
     from sklearn.linear_model import LogisticRegression
-    from sklearn.metrics import balanced_accuracy_score
-    from sklearn.model_selection import StratifiedGroupKFold
+    from sklearn.model_selection import StratifiedGroupKFold, cross_val_score
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
@@ -211,14 +210,10 @@ def classify_sets(left: Array, right: Array, left_owners: Array, right_owners: A
     labels = np.repeat([1, 0], [len(left), len(right)])
     groups = np.concatenate([left_owners, right_owners + left_owners.max() + 1])
     folds = min(FOLDS, *(len(np.unique(x)) for x in (left_owners, right_owners)))
-    accuracies = []
-    for train, test in StratifiedGroupKFold(folds, shuffle=True, random_state=SEED).split(values, labels, groups):
-        # Scaled: a few outlier features would rule the penalty.
-        model = make_pipeline(
-            StandardScaler(), LogisticRegression(C=0.1, class_weight="balanced", max_iter=200, tol=1e-3)
-        )
-        model.fit(values[train], labels[train])
-        accuracies.append(balanced_accuracy_score(labels[test], model.predict(values[test])))
+    # Scaled: a few outlier features would rule the penalty.
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, class_weight="balanced", max_iter=200, tol=1e-3))
+    parts = StratifiedGroupKFold(folds, shuffle=True, random_state=SEED)
+    accuracies = cross_val_score(model, values, labels, groups=groups, cv=parts, scoring="balanced_accuracy")
     return float(np.mean(accuracies)), float(np.std(accuracies, ddof=1) / len(accuracies) ** 0.5)
 
 

@@ -27,8 +27,7 @@ from srmu.engine.loading import read_config
 from srmu.engine.progress import Watch, ignore_progress
 from srmu.errors import SrmuError
 from srmu.evals import separability
-from srmu.evals.analyses import open_model
-from srmu.evals.layer_sweep import candidate_layers
+from srmu.evals.analyses import candidate_layers, open_model
 from srmu.evals.score import tasks_beside
 from srmu.methods import Misdirection
 from srmu.report.build import write_report

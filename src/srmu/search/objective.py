@@ -27,7 +27,7 @@ from srmu.engine.loading import read_config
 from srmu.engine.progress import Watch
 from srmu.engine.train import move_batch
 from srmu.errors import SrmuError
-from srmu.evals.layer_sweep import candidate_layers
+from srmu.evals.analyses import candidate_layers
 from srmu.evals.results import Metrics, merge_results, metric_rows, number_facts, read_metrics, write_answers
 from srmu.evals.statistics import KNOWN, LEAST, Array, Draws, estimate_from
 from srmu.evals.subject import Question, Subject, list_facts, mark_answers
