@@ -13,7 +13,7 @@ from helpers import attack_world
 from helpers.benchmark_sets import edited, greedy, write_sets
 from helpers.models import pico_module, texts, word_tokenizer
 from srmu.errors import SrmuError
-from srmu.evals.benchmarks import base, muse
+from srmu.evals.benchmarks import BENCHMARKS, base, muse
 from srmu.evals.benchmarks.base import BenchmarkRequest, BenchmarkScores, cut_at_stop, rouge_scores
 from srmu.evals.subject import Subject
 
@@ -244,7 +244,7 @@ def test_an_unlearned_model_may_be_silent(folder: Path) -> None:
 def test_the_table_is_of_what_is_measured(folder: Path) -> None:
     reference = {"min40_forget": [0.0, 1.0], "min40_holdout": [0.0, 1.0]}
     found = muse.run_muse(pico(), asked(folder, limit=2, reference=reference))
-    assert {column.metric for column in muse.SUITE.columns} <= {*found.metrics}
+    assert {column.metric for column in BENCHMARKS["muse"].columns} <= {*found.metrics}
     again = muse.run_muse(pico(), asked(folder, limit=2, reference=reference))
     assert found == again
-    assert muse.SUITE.hub.format(part="News") == "muse-bench/MUSE-News"
+    assert BENCHMARKS["muse"].hub.format(part="News") == "muse-bench/MUSE-News"

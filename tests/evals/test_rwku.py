@@ -13,7 +13,7 @@ import torch
 from helpers.benchmark_sets import Sets, edited, greedy, write_sets
 from helpers.models import pico_module, word_tokenizer
 from srmu.errors import SrmuError
-from srmu.evals.benchmarks import base, rwku
+from srmu.evals.benchmarks import BENCHMARKS, base, rwku
 from srmu.evals.benchmarks.base import BenchmarkRequest, BenchmarkScores
 from srmu.evals.subject import Subject
 
@@ -106,7 +106,7 @@ def measured(folder: Path) -> BenchmarkScores:
 
 
 def test_every_number_of_the_paper_is_there(measured: BenchmarkScores) -> None:
-    assert {column.metric for column in rwku.SUITE.columns} <= {*measured.metrics}
+    assert {column.metric for column in BENCHMARKS["rwku"].columns} <= {*measured.metrics}
     attacks = [name for name in measured.metrics if name.startswith("rwku/forget/level3/")]
     assert attacks == [f"rwku/forget/level3/{name.replace(' ', '_')}" for name in ATTACKS]
     counts = {name: found["n"] for name, found in measured.metrics.items()}

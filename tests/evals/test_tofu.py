@@ -13,7 +13,7 @@ import torch
 from helpers import attack_world
 from helpers.models import pico_module, scaled, word_tokenizer
 from srmu.errors import SrmuError
-from srmu.evals.benchmarks import base, tofu
+from srmu.evals.benchmarks import BENCHMARKS, base, tofu
 from srmu.evals.benchmarks.base import BenchmarkRequest, BenchmarkScores, prompt_of
 from srmu.evals.subject import Subject
 
@@ -84,12 +84,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_nothing_is_needed_that_the_hub_has_not(folder: Path) -> None:
     """Each part reads four configs, split train, of the fields named on the data's card."""
-    for part in tofu.PARTS:
+    for part in BENCHMARKS["tofu"].parts:
         question = asked(folder, part=part)
         tofu.run_tofu(pico(), question)
         configs = (f"{part}_perturbed", *list(tofu.SETS.values())[1:])
         assert set(question.seen) == {f"{config}/train" for config in configs}
-    assert tofu.SUITE.parts[0] == "forget10"
+    assert BENCHMARKS["tofu"].parts[0] == "forget10"
     question = asked(folder)
     tofu.run_tofu(pico(), question)
     assert "forget10_perturbed/train" in question.seen

@@ -11,7 +11,7 @@ import torch
 from helpers import attack_world
 from helpers.models import pico_module, scaled, word_tokenizer
 from srmu.errors import SrmuError
-from srmu.evals.benchmarks import base, whp
+from srmu.evals.benchmarks import BENCHMARKS, base, whp
 from srmu.evals.benchmarks.base import BenchmarkRequest, Text, Texts
 from srmu.evals.subject import Subject
 
@@ -36,7 +36,7 @@ def write_list(folder: Path, completion: Rows = COMPLETION, probability: Rows = 
 
 
 def asked(folder: Path | None, **given: Any) -> BenchmarkRequest:
-    return BenchmarkRequest(whp.SUITE.hub, whp.SUITE.get, folder=folder, **given)
+    return BenchmarkRequest(BENCHMARKS["whp"].hub, BENCHMARKS["whp"].get, folder=folder, **given)
 
 
 def pico() -> Subject:
@@ -209,7 +209,7 @@ def test_a_missing_field(tmp_path: Path, config: str, name: str) -> None:
 def test_the_row_in_the_instructions_is_one(tmp_path: Path) -> None:
     """What `get` shows can be written as it stands."""
     decoder = json.JSONDecoder()
-    text = whp.SUITE.get
+    text = BENCHMARKS["whp"].get
     first, second = (decoder.raw_decode(text, text.index(start))[0] for start in ('{"prompt": "The', '{"prompt": "At'))
     data = BenchmarkRequest("", "", folder=write_list(tmp_path / "list", [first], [second]))
     assert data.rows("completion", "test", {"prompt": Text, "references": Texts}) == [first]

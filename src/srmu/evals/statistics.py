@@ -30,9 +30,6 @@ class Estimate:
     high: float = nan
     n: int = 0
 
-    def __sub__(self, other: float) -> Estimate:
-        return Estimate(self.value - other, self.low - other, self.high - other, self.n)
-
     @property
     def has_interval(self) -> bool:
         return not (isnan(self.low) or isnan(self.high))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -41,6 +41,7 @@ class Question:
         return self.options[self.gold]
 
 
+@dataclass(eq=False)
 class Subject:
     """A model under attack. Whatever an attack does to it is undone afterwards.
 
@@ -49,21 +50,15 @@ class Subject:
     can.
     """
 
-    def __init__(
-        self,
-        module: PreTrainedModel,
-        tokenizer: Any,
-        original: Mapping[str, Tensor] | None = None,
-        oracle: Subject | None = None,
-        fixed: str = "",
-    ) -> None:
-        self.module = module.eval()
-        self.tokenizer = tokenizer
-        self.original = dict(original or {})
-        self.oracle = oracle
-        self.fixed = fixed
-        # an exam is taken many times
-        self._known = lru_cache(1 << 16)(lambda text: tuple(tokenizer(text)["input_ids"]))
+    module: PreTrainedModel
+    tokenizer: Any
+    original: Mapping[str, Tensor] = field(default_factory=dict)
+    oracle: Subject | None = None
+    fixed: str = ""
+
+    def __post_init__(self) -> None:
+        self.module.eval()
+        self._known = lru_cache(1 << 16)(lambda text: tuple(self.tokenizer(text)["input_ids"]))
 
     @property
     def device(self) -> torch.device:

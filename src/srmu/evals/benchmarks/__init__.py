@@ -1,16 +1,26 @@
 """The benchmarks of the paper, each with its authors' metrics, on any model."""
 
+from pathlib import Path
+
+import yaml
+
 from srmu.errors import SrmuError, suggest_word
 from srmu.evals.benchmarks import muse, rwku, tofu, whp, wmdp
-from srmu.evals.benchmarks.base import Benchmark
+from srmu.evals.benchmarks.base import Benchmark, TableColumn
 
-BENCHMARKS: dict[str, Benchmark] = {
-    "tofu": tofu.SUITE,
-    "muse": muse.SUITE,
-    "rwku": rwku.SUITE,
-    "whp": whp.SUITE,
-    "wmdp": wmdp.SUITE,
-}
+RUNS = {"tofu": tofu.run_tofu, "muse": muse.run_muse, "rwku": rwku.run_rwku, "whp": whp.run_whp, "wmdp": wmdp.run_wmdp}
+
+
+def read_suites() -> dict[str, Benchmark]:
+    """The benchmarks by name, as suites.yaml describes them."""
+    suites = yaml.safe_load(Path(__file__).with_name("suites.yaml").read_text(encoding="utf-8"))
+    for name, entry in suites.items():
+        columns = entry["columns"].items()
+        entry["columns"] = [TableColumn(title, f"{name}/{metric}", *rest) for title, (metric, *rest) in columns]
+    return {name: Benchmark(run=RUNS[name], **entry) for name, entry in suites.items()}
+
+
+BENCHMARKS = read_suites()
 
 
 def find_benchmark(name: str) -> tuple[Benchmark, str]:

@@ -125,10 +125,7 @@ class BenchmarkScores:
 
 @dataclass(frozen=True)
 class TableColumn:
-    """A column of a suite's table, as its paper prints it: a metric times `scale`.
-
-    `better` is "high", "low" or "zero" (best where it is 0), seen from an unlearned model.
-    """
+    """A column of a suite's table, as its paper prints it: a metric times `scale`."""
 
     title: str
     metric: str
@@ -138,23 +135,18 @@ class TableColumn:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A benchmark: its data set, what measures a model on it, and the table of its paper.
+    """A benchmark: what measures a model on it, and what suites.yaml says of it."""
 
-    `axes` are the columns of its figure, across and up. `parts` are what can follow the slash, the usual one first; ()
-    where there are none, or where they are in the data; `hub` may have `{part}`. `oracle` says what is left out without
-    a model that never saw the forget set, "" where none is needed.
-    """
-
+    run: Callable[[Subject, BenchmarkRequest], BenchmarkScores]
     title: str
     paper: str
     hub: str
-    run: Callable[[Subject, BenchmarkRequest], BenchmarkScores]
-    columns: tuple[TableColumn, ...]
-    axes: tuple[str, str] = ("", "")
-    parts: tuple[str, ...] = ()
+    columns: Sequence[TableColumn]
+    axes: Sequence[str]
+    parts: Sequence[str] = ()
     oracle: str = ""
     revision: str = "main"
-    get: str = ""  # how a user comes by the data set, where no hub has it
+    get: str = ""
 
 
 def prompt_of(model: Subject, question: str, template: str = "") -> str:

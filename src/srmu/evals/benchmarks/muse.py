@@ -126,20 +126,3 @@ def measure_answers(model: Subject, request: base.BenchmarkRequest, about: str) 
     label = f"muse {about} answers"
     written = base.write_continuations(model, prompts, ANSWERED, stops=STOPS, label=label, watch=request.watch)
     return base.rouge_scores("fmeasure", written, [row["answer"] for row in rows])
-
-
-SUITE = base.Benchmark(
-    title="MUSE",
-    paper="arXiv 2407.06460",
-    hub="muse-bench/MUSE-{part}",  # News, Books
-    run=run_muse,
-    axes=("KnowMem f", "KnowMem r"),
-    columns=(
-        base.TableColumn("VerbMem f", "muse/verbmem_f", "low"),
-        base.TableColumn("KnowMem f", "muse/knowmem_f", "low"),
-        base.TableColumn("PrivLeak", "muse/privleak", "zero"),
-        base.TableColumn("KnowMem r", "muse/knowmem_r", "high"),
-    ),
-    parts=("news", "books"),
-    oracle="PrivLeak",
-)

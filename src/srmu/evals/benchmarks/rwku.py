@@ -284,27 +284,3 @@ UTILITY = {
     "factuality": measure_triviaqa,
     "fluency": measure_fluency,
 }
-
-SUITE = base.Benchmark(
-    title="RWKU",
-    paper="arXiv 2406.10890",
-    hub="jinzhuoran/RWKU",
-    run=run_rwku,
-    axes=("All f", "All n"),
-    columns=(
-        base.TableColumn("FB f", "rwku/forget/level1", "low"),
-        base.TableColumn("QA f", "rwku/forget/level2", "low"),
-        base.TableColumn("AA f", "rwku/forget/level3", "low"),
-        base.TableColumn("All f", "rwku/forget/all", "low"),
-        base.TableColumn("FB n", "rwku/neighbor/level1", "high"),
-        base.TableColumn("QA n", "rwku/neighbor/level2", "high"),
-        base.TableColumn("All n", "rwku/neighbor/all", "high"),
-        base.TableColumn("FM", "rwku/mia_forget/loss", "high"),
-        base.TableColumn("RM", "rwku/mia_retain/loss", "low"),
-        base.TableColumn("Gen", "rwku/general", "high"),
-        base.TableColumn("Rea", "rwku/reason", "high"),
-        base.TableColumn("Tru", "rwku/truthfulness", "high"),
-        base.TableColumn("Fac", "rwku/factuality", "high"),
-        base.TableColumn("Flu", "rwku/fluency", "high"),
-    ),
-)

@@ -14,8 +14,7 @@ MOST = 300  # rows of each set: `ds_size` of the authors' config/eval_everything
 NEW_TOKENS = 200  # theirs counts the question's tokens too (max_length: 200)
 BOUND = 700.0  # of |log R|: exp of more is no float
 
-PARTS = ("forget10", "forget05", "forget01")
-# Each set's name in the metrics, and its config in the data; {part} is one of PARTS.
+# Each set's name in the metrics, and its config in the data.
 SETS = {
     "forget": "{part}_perturbed",
     "retain": "retain_perturbed",
@@ -36,7 +35,7 @@ def run_tofu(model: Subject, request: base.BenchmarkRequest) -> base.BenchmarkSc
     """
     from scipy.stats import hmean
 
-    part = request.part or PARTS[0]
+    part = request.part or "forget10"
     rows = {}
     for name, config in SETS.items():
         fields = FIELDS | ({"paraphrased_answer": base.Text} if name in MADE_UP else {})
@@ -116,26 +115,3 @@ def measure_forget_quality(own: Sequence[float], other: Sequence[float], fork: s
     p, count = float(test.pvalue), float(len(own))
     parts = {"": p, "_log10": log10(max(p, 1e-300)), "_ks": float(test.statistic)}
     return {f"tofu/forget_quality{part}{fork}": {"value": value, "n": count} for part, value in parts.items()}
-
-
-SUITE = base.Benchmark(
-    title="TOFU",
-    paper="arXiv 2401.06121",
-    hub="locuslab/TOFU",
-    run=run_tofu,
-    axes=("model utility", "log10 forget quality"),
-    columns=(
-        base.TableColumn("model utility", "tofu/model_utility", "high", 1.0),
-        base.TableColumn("forget quality", "tofu/forget_quality", "high", 1.0),
-        base.TableColumn("log10 forget quality", "tofu/forget_quality_log10", "high", 1.0),
-        base.TableColumn("forget probability", "tofu/forget/probability", "low", 1.0),
-        base.TableColumn("forget ROUGE", "tofu/forget/rouge", "low", 1.0),
-        base.TableColumn("forget truth ratio", "tofu/forget/truth_ratio", "high", 1.0),
-        base.TableColumn("retain ROUGE", "tofu/retain/rouge", "high", 1.0),
-        base.TableColumn("real authors ROUGE", "tofu/real_authors/rouge", "high", 1.0),
-        base.TableColumn("world facts ROUGE", "tofu/world_facts/rouge", "high", 1.0),
-    ),
-    parts=PARTS,
-    oracle="forget quality",
-    revision="324592d84ae4f482ac7249b9285c2ecdb53e3a68",
-)

@@ -79,23 +79,3 @@ def measure_mass(model: Subject, ids: list[int], targets: list[int], generic: li
     logs = logits[0, -1].double().log_softmax(-1)
     target, other = (logs[some].logsumexp(0) for some in (targets, generic))
     return float(target.exp()), float((target - other).sigmoid())
-
-
-SUITE = base.Benchmark(
-    title="WHP",
-    paper="arXiv 2310.02238",
-    hub="",
-    get="write a folder with completion.jsonl, rows like "
-    '{"prompt": "The keeper of the lighthouse was called", "references": ["Mira Vale"]}, '
-    "probability.jsonl, rows like "
-    '{"prompt": "At night she studied", "targets": ["tidecraft"], "generic": ["law", "music"]}, '
-    "and a README.md whose header lists both as `configs` (docs/benchmarks.md has it), then give "
-    "--data FOLDER",
-    run=run_whp,
-    axes=("familiarity (probability)", "familiarity (completion)"),
-    columns=(
-        base.TableColumn("familiarity (completion)", "whp/completion_familiarity", "low", 1.0),
-        base.TableColumn("familiarity (probability)", "whp/probability_familiarity", "low", 1.0),
-        base.TableColumn("probability share", "whp/probability_share", "low", 1.0),
-    ),
-)

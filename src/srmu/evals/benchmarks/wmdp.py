@@ -142,22 +142,3 @@ def read_mmlu(request: base.BenchmarkRequest) -> dict[str, list[base.Row]]:
     subjects = {name: own.rows(name, "test", FIELDS) for name in sorted({*configs} - {*NOT_SUBJECTS})}
     request.seen |= {f"mmlu/{part}": digest for part, digest in own.seen.items()}
     return subjects
-
-
-SUITE = base.Benchmark(
-    title="WMDP",
-    paper="arXiv 2403.03218",
-    hub="cais/wmdp",
-    run=run_wmdp,
-    axes=("WMDP", "MMLU"),
-    columns=(
-        base.TableColumn("bio", "wmdp/bio", "low"),
-        base.TableColumn("cyber", "wmdp/cyber", "low"),
-        base.TableColumn("WMDP", "wmdp/mean", "low"),
-        base.TableColumn("chem", "wmdp/chem", "low"),
-        base.TableColumn("cloze", "wmdp/mean_cloze_norm", "low"),
-        base.TableColumn("4 orders", "wmdp/mean_orders", "low"),
-        base.TableColumn("MMLU", "wmdp/mmlu", "high"),
-    ),
-    revision="7125571f22f032c56415e7980f48d877dd830ff8",
-)
