@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from srmu.engine.likelihoods import score_answers
 from srmu.engine.model import EditableModel
@@ -50,7 +49,7 @@ class Subject:
     can.
     """
 
-    module: PreTrainedModel
+    module: Any  # a PreTrainedModel
     tokenizer: Any
     original: Mapping[str, Tensor] = field(default_factory=dict)
     oracle: Subject | None = None
