@@ -62,9 +62,9 @@ class Sample:
 
 
 def measure_entanglement(
-    forget: Sequence[str],
-    retain: Sequence[str],
-    questions: Sequence[tuple[str, str, str]] = (),
+    forget: list[str],
+    retain: list[str],
+    questions: list[tuple[str, str, str]] | None = None,
     model: tuple[PreTrainedModel, Any] | None = None,
     *,
     definition: Definition = "pair_containment",
