@@ -289,7 +289,7 @@ def measure_texts(job: AutoJob, watch: Watch) -> dict[str, Any]:
     model, tokenizer = open_model(job.config.model, job.config.device)
     asked = [part for part in job.yardstick.forget.values() if isinstance(part, TaskYardstick)]
     questions = [(one.prompt, one.answer, one.entry) for part in asked for one in part.halves["val"]]
-    texts = job.texts["forget"], job.texts["retain"]
+    texts = [*job.texts["forget"]], [*job.texts["retain"]]
     found = separability.measure_entanglement(*texts, questions, (model.module, tokenizer), watch=watch)
     return dict(found.numbers)
 
