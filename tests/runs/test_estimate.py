@@ -165,17 +165,6 @@ def test_time_follows_from_the_speed(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert many["seconds"] - few["seconds"] == pytest.approx(extra, abs=0.02)
 
 
-def test_advice_where_it_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Full:
-        available = 1000
-
-    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: Full)
-    _, estimate, _ = planned(tmp_path)
-    assert estimate["advice"].startswith("train.batch_size=2")
-    _, one, _ = planned(tmp_path / "b", "train.batch_size=1", "method.layer=2", "method.window=2")
-    assert one["advice"].startswith("method.window=1")
-
-
 @pytest.mark.parametrize("site", [Site(1), None])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
 def test_the_speed_is_that_of_a_real_layer(name: str, site: Site | None) -> None:

@@ -38,7 +38,6 @@ def plan_dry_run(config: Config) -> tuple[Config, dict[str, Any], list[str]]:
     plan["config"] = config.to_dict()
     if not here:
         parameters = count_parameters(base)
-        plan["advice"] = ""
         plan["checkpoint_bytes"] = plan["checkpoint_bytes"] or 2 * parameters
         plan["dimensions"] = {"parameters": parameters, "held": plan["parameters_held"]}
     return config, plan, render_template("plan.txt", FILTERS, **plan).splitlines()

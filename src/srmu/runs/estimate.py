@@ -89,7 +89,6 @@ def estimate_run(config: Config, folder: Path, topics: Sequence[Topic], speed: f
         "memory_peak": total + libraries,
         "memory_private": private,
         "memory_free": free,
-        "advice": advise_memory(parts, config) if private > free else "",
         "cache_bytes": 0 if config.cache == "none" else counts.cache_bytes,
         "flops_per_step": counts.step,
         "flops": counts.total,
@@ -269,17 +268,3 @@ def plan_cache(config: Config, topics: Sequence[Topic], model: EditableModel, si
                 numbers += width * sum(b["input_ids"].numel() for b in used)
             numbers += wide * sum(b["input_ids"].numel() for b in kept)
     return numbers * size, counts.tolist()
-
-
-def advise_memory(parts: Mapping[str, int], config: Config) -> str:
-    """What to change where a run does not fit, after the part that is largest."""
-    train, method = config.train, config.method
-    if parts["step"] >= parts["masters"] + parts["moments"] and train.batch_size > 1:
-        return f"train.batch_size={train.batch_size // 2}, or a smaller max_length of the topics"
-    if getattr(method, "lora_rank", 1) == 0:
-        return "method.lora_rank=8: adapters in place of all tensors"
-    if (window := getattr(method, "window", 1)) > 1:
-        return f"method.window={window - 1}: fewer matrices are trained"
-    if train.weights == "fp32":
-        return "train.weights=bf16: no float32 copies, as the public code (it loses small updates)"
-    return "a machine with more memory"

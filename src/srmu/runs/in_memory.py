@@ -24,7 +24,7 @@ from srmu.engine.train import Log, TrainOptions
 from srmu.errors import SrmuError
 from srmu.methods import Method
 from srmu.runs import training
-from srmu.runs.config import Config, check_tree, find_method
+from srmu.runs.config import Config, check_tree
 from srmu.runs.plan import load_topics
 from srmu.runs.record import compare_tensor
 from srmu.runs.run import Run, unlearn_config
@@ -121,11 +121,28 @@ def unlearn_in_memory(
     """Change a model in place; see `unlearn`. The same tensors as a run's, bit for bit."""
     check_model(model, tokenizer)
     texts = {"forget": as_sources(forget, "forget"), "retain": as_sources(retain, "retain")}
-    topics = {TOPIC: texts | {"max_length": max_length}}
-    config = describe_in_memory(model, method, topics, train, seed)
-    loaded = load_topics(config, tokenizer)
+    tree = {
+        "model": model.name_or_path or type(model).__name__,
+        "method": method() if isinstance(method, type) else method,
+        "topics": {TOPIC: texts | {"max_length": max_length}},
+        "train": train or {},
+        "seed": seed,
+    }
+    config = check_tree(tree)
+    resolved = config.method.resolved(model.config)
+    if why := resolved.no_checkpoint:
+        raise SrmuError(f"{why}; unlearn from a config")
+    config = config.model_copy(update={"method": resolved, "train": resolved.training(config.train)})
+    return model, train_in_place(model, tokenizer, config, callback, watch)
+
+
+def train_in_place(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: Config, callback: Log | None, watch: Watch
+) -> InMemoryResult:
+    """Apply the method of a config with nothing left open; where an error ends it, the model is as before."""
+    topics = load_topics(config, tokenizer)
     rows: Any = model.get_input_embeddings().weight
-    training.require_known_tokens(loaded, len(rows), "the tokenizer")
+    training.require_known_tokens(topics, len(rows), "the tokenizer")
     steps: list[dict[str, Any]] = []
     progress = training.Progress()
     with TemporaryDirectory() as scratch, edit_in_place(model, config.method) as edited:
@@ -135,21 +152,21 @@ def unlearn_in_memory(
         # Where the first layer changes, no activation comes twice.
         twice = edited.fixed or config.method.depth is not None
         edited.activations = open_activations("memory" if twice else "none", {}, edited.device)
-        training.apply_method(config, edited, loaded, progress, steps.append, watch, callback)
+        training.apply_method(config, edited, topics, progress, steps.append, watch, callback)
         delta = edited.delta()
         training.require_change(config, edited, delta, progress)
         changes = {
             name: compare_tensor(edited.original[name].cpu(), tensor.detach().cpu()) for name, tensor in delta.items()
         }
         record = {
-            **training.describe_training(config, edited, loaded, progress),
+            **training.describe_training(config, edited, topics, progress),
             "options": dataclasses.asdict(config.method),
             "train": dataclasses.asdict(config.train),
             "seed": config.seed,
             "changed": sorted(delta),
             "change": {"tensors": changes},
         }
-    return model, InMemoryResult(record, steps, delta, training.list_state(progress.outcome))
+    return InMemoryResult(record, steps, delta, training.list_state(progress.outcome))
 
 
 def check_model(model: Any, tokenizer: Any) -> None:
@@ -196,30 +213,6 @@ def as_sources(texts: Texts, role: str) -> list[Source]:
     files = [Source(path=str(x)) if isinstance(x, Path) else x for x in texts if isinstance(x, Path | Source)]
     rows = [x for x in texts if not isinstance(x, Path | Source)]
     return [*files, RowSource(path=role, rows=rows)] if rows else files
-
-
-def describe_in_memory(
-    model: PreTrainedModel,
-    method: Method | type[Method] | str,
-    topics: dict[str, Any],
-    train: TrainOptions | Mapping[str, Any] | None,
-    seed: int,
-) -> Config:
-    """The config that says the same, with what depends on the model filled in."""
-    if isinstance(method, str):
-        method = find_method(method)
-    tree = {
-        "model": model.name_or_path or type(model).__name__,
-        "method": method() if isinstance(method, type) else method,
-        "topics": topics,
-        "train": train or {},
-        "seed": seed,
-    }
-    config = check_tree(tree)
-    resolved = config.method.resolved(model.config)
-    if why := resolved.no_checkpoint:
-        raise SrmuError(f"{why}; unlearn from a config")
-    return config.model_copy(update={"method": resolved, "train": resolved.training(config.train)})
 
 
 @contextmanager

@@ -194,7 +194,7 @@ def plan_search(job: AutoJob) -> dict[str, Any]:
         "steps": [dict(zip(("step", "what", "seconds"), step, strict=True)) for step in steps],
         "runs": count,
         "seconds": sum(step[2] for step in steps),
-        **{key: cost[key] for key in ("memory_private", "memory_free", "advice")},
+        **{key: cost[key] for key in ("memory_private", "memory_free")},
         "out": str(job.out),
     }
 
@@ -207,8 +207,8 @@ def explain_search(plan: Mapping[str, Any]) -> list[str]:
         f"{plan['runs']} runs, about {format_duration(max(1, round(plan['seconds'])))} in all; "
         f"{format_gb(plan['memory_private'])} of memory, {format_gb(plan['memory_free'])} are free"
     )
-    if plan["advice"]:
-        lines.append(f"this does not fit into memory; try {plan['advice']}")
+    if plan["memory_private"] > plan["memory_free"]:
+        lines.append("this does not fit into memory")
     return lines
 
 
