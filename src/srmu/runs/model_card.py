@@ -13,7 +13,7 @@ from srmu.engine.weights import EXPORTED
 ROWS = 12  # changed tensors that are listed
 
 
-def render_template(name: str, filters: Mapping[str, Any] | None = None, **values: Any) -> str:
+def render_template(name: str, filters: Mapping[str, Any] | None = None, /, **values: Any) -> str:
     """A template of this room, filled in."""
     from jinja2 import Environment, PackageLoader
 
@@ -33,7 +33,7 @@ def summarise_record(record: Mapping[str, Any]) -> str:
 
 def write_model_card(record: Mapping[str, Any]) -> str:
     """The `README.md` of an export: the hub's metadata, then the record's page."""
-    facts = {"tags": ["unlearning", record["method"]]}
+    facts: dict[str, Any] = {"tags": ["unlearning", record["method"]]}
     if licence := record["base"]["licence"]:
         facts["license"] = licence
     if not is_local(record):
