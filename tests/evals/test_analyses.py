@@ -20,7 +20,7 @@ from srmu.evals.analyses import (
     read_topic_texts,
     sweep_layers,
 )
-from srmu.report.analyses import draw_panel, write_analysis
+from srmu.report.studies import draw_panel, write_analysis
 from srmu.runs.config import make_config
 from srmu.runs.run import unlearn_config
 

@@ -25,7 +25,7 @@ from srmu.evals.separability import (
     sample_activations,
 )
 from srmu.methods.importance import describe_importance, importance_map, measure_features, sum_features
-from srmu.report.analyses import write_analysis
+from srmu.report.studies import write_analysis
 
 FORGET, RETAIN = texts(12, 1, range(30)), texts(12, 2, range(20, 60))
 

@@ -30,7 +30,7 @@ from srmu.evals.benchmarks import find_benchmark
 from srmu.evals.statistics import Estimate
 from srmu.report.attacks import attack_section, measure_recovery
 from srmu.report.benchmarks import benchmark_section
-from srmu.report.build import MEAN, write_report, write_runs_page
+from srmu.report.build import MEAN, make_runs_page, write_report
 from srmu.report.results import RunGroup, aggregate_metrics, strip_paths
 
 
@@ -69,11 +69,11 @@ class Page(HTMLParser):
 def page_text(entries, out, **changes):
     options = {
         "title": "Unlearning on the testbed",
-        "forget_metrics": METRICS[:1],
-        "utility_metrics": METRICS[1:],
+        "forget": METRICS[:1],
+        "utility": METRICS[1:],
         "command": "srmu demo --seeds 3",
     }
-    return write_runs_page(entries, out, **(options | changes)).read_text(encoding="utf-8")
+    return make_runs_page(entries, **(options | changes)).write(out).read_text(encoding="utf-8")
 
 
 def one_run(folder, label="SRMU", group="high entanglement", percents=(34, 100, 78)):
@@ -163,7 +163,7 @@ def test_every_number_is_in_the_tables(entries, page):
         assert f"{mean} {span.strip('()')}" in page.text
     for label in METHODS:
         assert label in page.text
-    assert MEAN in page.text
+    assert MEAN.capitalize() in page.text
 
 
 def test_structure(page):
@@ -440,7 +440,6 @@ def test_a_sweep(tmp_path):
     front = json.loads((folder / "sweep.json").read_text())["front"]
     assert page.text.count("on the front") >= len(front)
     assert f"{len(front) - 1} of {len(front)} trials on the front were not attacked" in page.text
-    assert "10 to 1000, log scale" in page.text
     single = write_sweep(tmp_path / "single", objectives=1)
     text = Page(write_report([single], tmp_path / "r.html").read_text()).text
     assert "best so far" in text

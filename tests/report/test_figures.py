@@ -8,9 +8,9 @@ import pytest
 
 from srmu.evals.figures import Panel
 from srmu.evals.statistics import Estimate
-from srmu.report.analyses import draw_panel
 from srmu.report.figures import Series, bar_look, draw_figure, label_look, make_look, mark_value, paint_svg
 from srmu.report.html import Page, Section
+from srmu.report.studies import draw_panel
 
 KEPT, LOST = "accuracy kept", "accuracy lost"
 

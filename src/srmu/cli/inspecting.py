@@ -61,19 +61,29 @@ def inspect_command(
         raise SrmuError(f"inspect {target} --what {what}: {what} is of {wanted}; name that instead")
     if what == "reach":
         print_reach(target, method, settings or [], as_json)
-    elif what == "names":
-        list_names(forget or [], retain or [], out, as_json)
-    else:
-        if what == "entanglement":
-            found = inspect_texts(forget or [], retain or [], model, tasks, tasks_dir, definition, device)
-        else:
-            texts = {"forget": forget or [], "retain": retain or []}
-            found = measure_activations(what, target, texts, tokens, metrics, device)
-        from srmu.report.analyses import write_analysis
+        return
+    texts = {"forget": read_files(forget), "retain": read_files(retain)}
+    required = {"entanglement": ["forget", "retain"], "names": ["forget"]}.get(what, [])
+    if missing := [role for role in required if not texts[role]]:
+        raise SrmuError(f"--{missing[0]}: name a file of texts")
+    if what == "names":
+        list_names(texts, out, as_json)
+        return
+    from srmu.report.studies import write_analysis
 
-        page = write_analysis(found, out or Path(f"{what}.html"))
-        answer = {"numbers": found.numbers, "sentences": found.sentences, "page": str(page)}
-        output.print_result(answer, as_json, *found.sentences, f"wrote {page}", output.open_in_browser(page))
+    if what == "entanglement":
+        found = compare_texts(texts, tasks, tasks_dir, model, definition, device)
+    else:
+        found = measure_activations(what, target, texts, tokens, metrics, device)
+    page = write_analysis(found, out or Path(f"{what}.html"))
+    answer = {"numbers": found.numbers, "sentences": found.sentences, "page": str(page)}
+    output.print_result(answer, as_json, *found.sentences, f"wrote {page}", output.open_in_browser(page))
+
+
+def read_files(paths: list[str] | None) -> list[str]:
+    from srmu.data.sources import Source, read_texts
+
+    return read_texts([Source(path=path) for path in paths or []])
 
 
 def print_reach(target: str, method: str, settings: list[str], as_json: bool) -> None:
@@ -95,7 +105,7 @@ def print_reach(target: str, method: str, settings: list[str], as_json: bool) ->
     output.print_result(answer, as_json, answer["sentence"], following, table=rows)
 
 
-def list_names(forget: list[str], retain: list[str], out: Path | None, as_json: bool) -> None:
+def list_names(texts: dict[str, list[str]], out: Path | None, as_json: bool) -> None:
     """List what look like names in forget texts, for a review: rename_scrub swaps them."""
     from srmu.data.names import find_names
     from srmu.engine.files import require_free, write_whole
@@ -104,9 +114,8 @@ def list_names(forget: list[str], retain: list[str], out: Path | None, as_json: 
         if out.suffix != ".txt":
             raise SrmuError(f"--out {out}: expected a .txt file")
         require_free(out)
-    texts = read_files(forget, "--forget")
-    names = find_names(texts, read_files(retain))
-    counts = {name: sum(name in text for text in texts) for name in names}
+    names = find_names(texts["forget"], texts["retain"])
+    counts = {name: sum(name in text for text in texts["forget"]) for name in names}
     lines = [f"{len(names)} look like names: strike those that are none, add what is missing"]
     if out is None:
         lines.append("next: the same with --out names.txt, and edit that file")
@@ -118,39 +127,28 @@ def list_names(forget: list[str], retain: list[str], out: Path | None, as_json: 
     output.print_result({"names": counts}, as_json, *lines, table=table)
 
 
-def inspect_texts(
-    forget: list[str],
-    retain: list[str],
-    model: str,
-    tasks: str,
-    tasks_dir: Path | None,
-    definition: Definition,
-    device: str,
+def compare_texts(
+    texts: dict[str, list[str]], tasks: str, tasks_dir: Path | None, model: str, definition: Definition, device: str
 ) -> Analysis:
     """How entangled two sets of texts are, and what to do about it."""
     from srmu.evals.analyses import open_model
     from srmu.evals.lm_eval import load_questions
     from srmu.evals.separability import measure_entanglement
 
-    texts = read_files(forget, "--forget"), read_files(retain, "--retain")
     questions = [
         (question.prompt, question.answer, question.entry)
         for task in output.split_names(tasks)
         for question in load_questions(task, tasks_dir)
     ]
     opened = open_model(model, device) if model else None
+    inside = (opened[0].module, opened[1]) if opened else None
     return measure_entanglement(
-        *texts, questions, (opened[0].module, opened[1]) if opened else None, definition=definition, watch=show_progress
+        texts["forget"], texts["retain"], questions, inside, definition=definition, watch=show_progress
     )
 
 
 def measure_activations(
-    what: str,
-    target: str,
-    texts: dict[str, list[str]],
-    tokens: Literal["predicted", "generated"],
-    metrics: str,
-    device: str,
+    what: str, target: str, texts: dict[str, list[str]], tokens: Tokens, metrics: str, device: str
 ) -> Analysis:
     """One of the analyses of arXiv 2408.06223, of a model or a run."""
     from srmu.evals import analyses
@@ -162,27 +160,16 @@ def measure_activations(
         if run is None:
             raise SrmuError(f"{what} needs a run, which {target} is not: srmu unlearn makes one")
         if what == "alignment":
-            model = analyses.open_model(target, device)
-            return analyses.measure_alignment(run, *model, watch=show_progress)
+            return analyses.measure_alignment(run, *analyses.open_model(target, device), watch=show_progress)
         if not metrics:
             raise SrmuError("--metrics: name those that should fall, such as wmdp_bio/acc")
-        falling = output.split_names(metrics)
-        return analyses.sweep_layers(run.config, score_model, falling, watch=show_progress)
-    read = {role: read_files(paths) for role, paths in texts.items() if paths}
-    read = read or (analyses.read_topic_texts(run.config) if run else {})
-    read = {role: rows for role, rows in read.items() if rows}
+        return analyses.sweep_layers(run.config, score_model, output.split_names(metrics), watch=show_progress)
+    if run and not any(texts.values()):
+        texts = analyses.read_topic_texts(run.config)
+    read = {role: rows for role, rows in texts.items() if rows}
     if not read:
         raise SrmuError(f"name texts to read {target} on: --forget F, --retain R, or both")
     model = analyses.open_model(target, device)
     if what == "confidence":
         return analyses.measure_confidence(*model, read, tokens=tokens, watch=show_progress)
     return analyses.measure_sensitivity(*model, read, watch=show_progress)
-
-
-def read_files(paths: list[str], option: str = "") -> list[str]:
-    """The texts of files; SrmuError where an `option` must name one."""
-    from srmu.data.sources import Source, read_texts
-
-    if option and not paths:
-        raise SrmuError(f"{option}: name a file of texts")
-    return read_texts([Source(path=path) for path in paths])

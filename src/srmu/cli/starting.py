@@ -10,9 +10,8 @@ from typer import Argument, Option
 
 from srmu.cli import options, output
 from srmu.engine.progress import show_progress, silence_libraries
-from srmu.report.format import print_table
 
-KINDS = ("evals", "attacks", "suites", "hashes")  # folders of the cache beside activations
+KINDS = {"testbeds": "organism", "evals": "evals", "attacks": "attacks", "suites": "suites", "hashes": "hashes"}
 
 verbs = typer.Typer()
 topics = typer.Typer(no_args_is_help=True)
@@ -63,29 +62,20 @@ def list_methods_command(
         typer.echo(reference.reference_page(), nl=False)
         return
     chosen = {name: find_method(name)} if name else reference.METHODS
-    if as_json:
-        table = {row.pop("method"): row for row in reference.list_methods()}
-        rows = {
-            key: table.get(key, {})
-            | {
-                "about": reference.first_sentence(cls),
-                "learning_rate": cls.learning_rate,
-                "options": {k: value for k, (value, _) in reference.list_options(cls).items()},
-            }
-            for key, cls in chosen.items()
-        }
-        output.print_result(rows, True)
-        return
-    if not name:
-        print_table(reference.list_methods())
+    table = reference.list_methods()
+    facts = {row["method"]: {key: text for key, text in row.items() if key != "method"} for row in table}
+    answer, lines = {}, []
     for key, cls in chosen.items():
-        typer.echo(f"{key} ({cls.paper}): {reference.first_sentence(cls)}")
-        typer.echo(f"    train.learning_rate: {cls.learning_rate:g}")
-        for option, (value, text) in reference.list_options(cls).items():
-            typer.echo(f"    {option}: {reference.format_default(value)}" + (f"  # {text}" if text else ""))
+        known = reference.list_options(cls)
+        about = {"about": reference.first_sentence(cls), "learning_rate": cls.learning_rate}
+        answer[key] = facts.get(key, {}) | about | {"options": {k: value for k, (value, _) in known.items()}}
+        lines += [f"{key} ({cls.paper}): {about['about']}", f"    train.learning_rate: {cls.learning_rate:g}"]
+        for option, (value, text) in known.items():
+            lines.append(f"    {option}: {reference.format_default(value)}" + (f"  # {text}" if text else ""))
     example = name or "npo"
-    typer.echo(output.next_command("inspect", "MODEL", "--method", example))
-    typer.echo(f"      {output.quote_command('unlearn', 'CONFIG', f'method.name={example}')}")
+    lines.append(output.next_command("inspect", "MODEL", "--method", example))
+    lines.append(f"      {output.quote_command('unlearn', 'CONFIG', f'method.name={example}')}")
+    output.print_result(answer, as_json, *lines, table=None if name else table)
 
 
 @topics.command("cache")
@@ -101,13 +91,11 @@ def show_cache(
 
     root = caches.cache_dir()
     entries = caches.list_activations()
-    folders = {"testbeds": "organism"} | {name: name for name in KINDS}
-    others = {name: caches.folder_bytes(root / folder) for name, folder in folders.items()}
+    others = {name: caches.folder_bytes(root / folder) for name, folder in KINDS.items()}
     total = sum(entry["bytes"] for entry in entries)
     answer: dict[str, Any] = {"folder": str(root), "activations_bytes": total, "others": others}
     if action == "clear":
-        more = folders.values() if everything else ()
-        freed = caches.clear_cache(("activations", *more))
+        freed = caches.clear_cache(("activations", *(KINDS.values() if everything else ())))
         lines = [f"freed {freed / 1e9:.3f} GB in {root}", output.next_command("info", "cache")]
         output.print_result(answer | {"freed_bytes": freed}, as_json, *lines)
         return

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -38,7 +37,7 @@ class Recovery:
     strongest: str
     attacks: Mapping[str, Mapping[str, Any]]  # id, accuracies by whose model, valid, strongest setting
     other: Sequence[Mapping[str, Any]]  # rows: numbers of attacks that ask no questions
-    failed: Mapping[str, str]  # attacks that came to nothing, and why
+    failed: Sequence[Mapping[str, str]]  # rows: attacks that came to nothing, and why
     not_tried: Sequence[str]
     curves: pd.DataFrame  # relearning: unit, kind, whose, count, accuracy
 
@@ -84,7 +83,11 @@ def measure_recovery(entry: RunGroup) -> Recovery | None:
         strongest=max((n for n, row in rows.items() if row["valid"]), key=lambda name: rows[name][""].value),
         attacks=rows,
         other=[line for name, one in results.items() if name not in rows for line in list_measures(name, one)],
-        failed={name: strip_paths(one["why"]) for name, one in results.items() if one["status"] != "done"},
+        failed=[
+            {"Attack": name_words(name), "Why": strip_paths(one["why"])}
+            for name, one in results.items()
+            if one["status"] != "done"
+        ],
         not_tried=first["not_tried"],
         curves=relearning_curves([*attacked.values()]),
     )
@@ -137,71 +140,40 @@ def attack_section(
         not_tried=[*dict.fromkeys(name_words(name) for _, one in pairs for name in one.not_tried)],
     )
     blocks = [Block([draw_attacks(pairs, labels)])]
-    if len(pairs) > 1:
-        blocks.insert(0, Block([draw_worst(pairs, labels)]))
     for entry, recovery in pairs:
         attacks = [
             {"Attack": f"{name_words(name)} ({row['id']})"}
             | {head: row.get(who) for who, head in HEADS.items()}
             | {"Strongest setting": row["setting"]}
-            for name, row in sort_attacks([recovery])
+            for name, row in sorted(recovery.attacks.items(), key=lambda item: -item[1][""].value)
         ]
-        failed = [{"Attack": name_words(name), "Why": why} for name, why in recovery.failed.items()]
         for title, rows in (
             ("Accuracy under attack, per cent", attacks),
             ("What else was measured", recovery.other),
-            ("Attacks without a result", failed),
+            ("Attacks without a result", recovery.failed),
         ):
             fold = f"{title}: {entry.name}" if len(pairs) > 1 else ""
             if rows:
-                table = Table(fold or title, rows, words=rows is failed, fold=fold, label=entry.label)
+                table = Table(fold or title, rows, words=rows is recovery.failed, fold=fold, label=entry.label)
                 blocks.append(Block(table=table))
     return Section("Recovery by attack", notes, [*blocks, *draw_relearning(pairs, labels)])
 
 
-def sort_attacks(recoveries: Sequence[Recovery]) -> list[tuple[str, Mapping[str, Any]]]:
-    """The attacks with their row in the first that has it, by mean accuracy, the strongest first."""
-    rows: dict[str, list[Mapping[str, Any]]] = {}
-    for recovery in recoveries:
-        for name, row in recovery.attacks.items():
-            rows.setdefault(name, []).append(row)
-    order = sorted(rows, key=lambda name: -fmean(row[""].value for row in rows[name]))
-    return [(name, rows[name][0]) for name in order]
-
-
-def draw_worst(pairs: Sequence[tuple[RunGroup, Recovery]], labels: Sequence[str]) -> Figure:
-    """K* of each method, the highest first."""
-    series = [
-        Series(
-            entry.name,
-            [{"K*": one.worst, "method": entry.name, "strongest attack": name_words(one.strongest)}],
-            label_look(labels.index(entry.label), size=10),
-            entry.label,
-        )
-        for entry, one in sorted(pairs, key=lambda pair: pair[1].worst.value)
-    ]
-    title = "K*: the share of the knowledge that the best attack found"
-    return draw_figure(title, series, "K*", "method", x_axis={"range": [-0.02, 1.04]})
-
-
 def draw_attacks(pairs: Sequence[tuple[RunGroup, Recovery]], labels: Sequence[str]) -> Figure:
     """A mark for each method under each attack, pale where it is invalid; of a single one beside its controls."""
-    names = [name for name, _ in sort_attacks([one for _, one in pairs])]
     series = []
     for entry, recovery in pairs:
-        known = [(name, recovery.attacks[name]) for name in names if name in recovery.attacks]
-        marks = [{ACCURACY: r[""], "attack": name_words(n), "strongest setting": r["setting"]} for n, r in known]
+        rows = {name_words(name): row for name, row in recovery.attacks.items()}
+        marks = [{ACCURACY: row[""], "attack": name, "strongest setting": row["setting"]} for name, row in rows.items()]
         look = label_look(labels.index(entry.label), size=9)
-        opacity = [1 if row["valid"] else 0.35 for _, row in known]
+        opacity = [1 if row["valid"] else 0.35 for row in rows.values()]
         look = {**look, "marker": {**look["marker"], "opacity": opacity}}
         series.append(Series(entry.name, marks, look, entry.label if len(labels) > 1 else ""))
         for who, (symbol, colour, _) in CONTROLS.items() if len(pairs) == 1 else ():
-            marks = [{ACCURACY: row[who], "attack": name_words(name)} for name, row in known if who in row]
+            marks = [{ACCURACY: row[who], "attack": name} for name, row in rows.items() if who in row]
             series += [Series(who, marks, make_look(colour, symbol, size=9))] if marks else []
-    names = [name_words(name) for name in names]
-    figure = draw_figure(
-        "Accuracy under each attack", series, ACCURACY, "attack", x_axis=PERCENT, y_axis={"categoryarray": names}
-    )
+    order = {"categoryorder": "mean descending"}
+    figure = draw_figure("Accuracy under each attack", series, ACCURACY, "attack", x_axis=PERCENT, y_axis=order)
     mark_value(figure, "chance", x=pairs[0][1].chance)
     return figure
 

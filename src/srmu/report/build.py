@@ -43,7 +43,7 @@ def write_report(paths: Sequence[Path], out: Path, *, forget: Sequence[str] = ()
     if not named:
         entries, notes = list_entries(paths)
         forget, utility = find_metrics(entries, forget, utility)
-        return make_runs_page(entries, "", forget, utility, command, notes).write(out)
+        return make_runs_page(entries, forget, utility, command, notes=notes).write(out)
     (path, name), *_ = named
     if len(paths) > 1:
         raise SrmuError(f"{path} holds a {kinds[name]}, which has a report of its own: name it alone")
@@ -58,24 +58,6 @@ def write_report(paths: Sequence[Path], out: Path, *, forget: Sequence[str] = ()
     except (KeyError, TypeError) as error:
         raise SrmuError(f"{path / name} is damaged: no {error}; make it again") from None
     return page.write(out)
-
-
-def write_runs_page(
-    entries: Sequence[RunGroup],
-    out: Path,
-    *,
-    title: str,
-    forget_metrics: Sequence[str],
-    utility_metrics: Sequence[str],
-    command: str,
-) -> Path:
-    """Write the report on `entries` to the file `out`.
-
-    The trade-off plot shows the first forget metric against the mean of the utility metrics, so
-    these must be accuracies. `title`, `command` and the labels are printed as they are: keep
-    paths to private data out of them.
-    """
-    return make_runs_page(entries, title, forget_metrics, utility_metrics, command).write(out)
 
 
 # ---- what there is to report
@@ -151,13 +133,18 @@ def find_metrics(
 
 def make_runs_page(
     entries: Sequence[RunGroup],
-    title: str,
     forget: Sequence[str],
     utility: Sequence[str],
     command: str,
+    title: str = "",
     notes: Sequence[str] = (),
 ) -> Page:
-    """The page on runs: one, or several to compare; without metrics one on their benchmarks."""
+    """The page on runs: one, or several to compare; without metrics one on their benchmarks.
+
+    The trade-off plot shows the first forget metric against the mean of the utility metrics, so
+    these must be accuracies. `title`, `command` and the labels are printed as they are: keep
+    paths to private data out of them.
+    """
     labels = list(dict.fromkeys(entry.label for entry in entries))
     recoveries = [measure_recovery(entry) for entry in entries]
     columns = {metric: [metric] for metric in (*forget, *utility)}
@@ -272,5 +259,5 @@ def make_auto_page(
     if not study.get("run"):
         return Page("Chosen automatically", headline, parts, command)
     entries, _ = list_entries([folder / study["run"]])
-    page = make_runs_page(entries, "", *find_metrics(entries, forget, utility), command)
+    page = make_runs_page(entries, *find_metrics(entries, forget, utility), command)
     return Page("Chosen automatically", [*headline, *page.headline], [*parts, *page.sections], command)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from html import escape, unescape
+from html import escape
 from math import ceil, floor, log10
 from typing import Any, NamedTuple
 
 import plotly.graph_objects as go
 
 from srmu.evals.statistics import Estimate
-from srmu.report.format import Value, format_value, render_template
+from srmu.report.format import Value, fill_template, format_value
 
 # Read on white and on near-black alike. With five shapes and five dashes: 30 that differ.
 COLOURS = ("#2f7fd0", "#d4611c", "#1f9a6b", "#a45cc8", "#b08400", "#d1497b")
@@ -194,19 +194,19 @@ def paint_svg(figure: Figure) -> str:
 
     The names of traces whose mode has `text` stand beside their marks; others are in a legend.
     """
-    plot = figure.plot
-    across = scale_axis(plot.layout.xaxis, [value for trace in plot.data for value in trace.x], LEFT, RIGHT)
-    down = scale_axis(plot.layout.yaxis, [value for trace in plot.data for value in trace.y], BOTTOM, TOP)
-    drawings = [draw_trace(trace, across, down) for trace in plot.data]
-    legend = [one for one in drawings if "text" not in one["trace"].mode]
-    for i, one in enumerate(legend):
-        one |= {"name_x": RIGHT + 32.0, "name_y": TOP + 6 + 22 * i}
-    names = [one for one in drawings if "text" in one["trace"].mode]
-    place_names([one for one in names if one["marks"][0][0] < MIDDLE])
-    place_names([one for one in names if one["marks"][0][0] >= MIDDLE])
+    traces = figure.plot.data
+    across = scale_axis(figure.plot.layout.xaxis, [value for trace in traces for value in trace.x], LEFT, RIGHT)
+    down = scale_axis(figure.plot.layout.yaxis, [value for trace in traces for value in trace.y], BOTTOM, TOP)
+    legend = [i for i, trace in enumerate(traces) if "text" not in trace.mode]
+    places: dict[int, tuple[float, float]] = {
+        i: (RIGHT + 32.0, TOP + 6 + 22 * number) for number, i in enumerate(legend)
+    }
+    firsts = {i: (across.place(t.x[0]), down.place(t.y[0])) for i, t in enumerate(traces) if i not in legend}
+    for is_right in (False, True):
+        places |= place_names({i: mark for i, mark in firsts.items() if (mark[0] >= MIDDLE) is is_right})
     size = {"width": WIDTH, "height": HEIGHT, "left": LEFT, "top": TOP, "right": RIGHT, "bottom": BOTTOM}
-    parts = {"drawings": drawings, "legend": legend, "names": names}
-    return render_template("figure.svg", figure=figure, x=across, y=down, **parts, **size)
+    looks = {"shapes": SHAPES, "dashes": DASHES}
+    return fill_template("figure.svg", figure=figure, x=across, y=down, places=places, legend=legend, **looks, **size)
 
 
 def scale_axis(axis: Any, values: Sequence[float], start: float, end: float) -> Scale:
@@ -221,33 +221,17 @@ def scale_axis(axis: Any, values: Sequence[float], start: float, end: float) -> 
         return round(start + (value - low) / (high - low) * (end - start), 1)
 
     ticks = [step * i for i in range(ceil(low / step - 1e-9), floor(high / step + 1e-9) + 1)]
-    return Scale(unescape(axis.title.text), place, axis.tickformat or ".4g", ticks)
+    return Scale(axis.title.text, place, axis.tickformat or ".4g", ticks)
 
 
-def draw_trace(trace: Any, across: Scale, down: Scale) -> dict[str, Any]:
-    """A trace on paper: its marks with what they tell, and its error bars."""
-    name, marks, bars = unescape(trace.name), [], []
-    for i, (x, y) in enumerate(zip(trace.x, trace.y, strict=True)):
-        values = f"{across.title} {x:{across.form}}, {down.title} {y:{down.form}}"
-        marks.append((across.place(x), down.place(y), f"{name}: {values}"))
-        if (bar := trace.error_x).array is not None:
-            ends = across.place(x - bar.arrayminus[i]), across.place(x + bar.array[i])
-            bars.append(f"M{ends[0]} {down.place(y)}H{ends[1]}")
-        if (bar := trace.error_y).array is not None:
-            ends = down.place(y - bar.arrayminus[i]), down.place(y + bar.array[i])
-            bars.append(f"M{across.place(x)} {ends[0]}V{ends[1]}")
-    path = SHAPES[trace.marker.symbol.removesuffix("-open")]
-    return {"name": name, "trace": trace, "path": path, "dash": DASHES[trace.line.dash], "marks": marks, "bars": bars}
-
-
-def place_names(drawings: Sequence[dict[str, Any]]) -> None:
+def place_names(marks: Mapping[int, tuple[float, float]]) -> dict[int, tuple[float, float]]:
     """Place each name as high as its mark, or as near to that as there is room."""
-    lowest = TOP + 10.0
-    for one in sorted(drawings, key=lambda one: (one["marks"][0][1], one["marks"][0][0])):
-        x, y, _ = one["marks"][0]
-        one |= {"name_x": x + 10 if x < MIDDLE else RIGHT + 14, "name_y": max(y, lowest)}
-        lowest = one["name_y"] + LINE
+    places, lowest = {}, TOP + 10.0
+    for i, (x, y) in sorted(marks.items(), key=lambda item: (item[1][1], item[1][0])):
+        places[i] = (x + 10 if x < MIDDLE else RIGHT + 14, max(y, lowest))
+        lowest = places[i][1] + LINE
     highest = BOTTOM - 4.0
-    for one in sorted(drawings, key=lambda one: -one["name_y"]):
-        one["name_y"] = round(min(one["name_y"], highest), 1)
-        highest = one["name_y"] - LINE
+    for i, (x, y) in sorted(places.items(), key=lambda item: -item[1][1]):
+        places[i] = (x, round(min(y, highest), 1))
+        highest = places[i][1] - LINE
+    return places

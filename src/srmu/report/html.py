@@ -6,6 +6,7 @@ JavaScript, by a screen reader, and on paper.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import NamedTuple
 from srmu.engine.files import write_whole
 from srmu.errors import SrmuError
 from srmu.report.figures import COLOURS, SHAPES, Figure, Row
-from srmu.report.format import Value, format_value, render_template
+from srmu.report.format import Value, fill_template, format_value
 
 LABEL = "label"  # the key of a row that is no column: a click on this label hides the row
 TALL = 20  # rows above which a table of numbers scrolls
@@ -46,7 +47,7 @@ class Table:
     @property
     def text_columns(self) -> list[str]:
         """The columns that hold text, which starts at the left."""
-        return [c for c in self.columns if any(row[c] and not is_number(row[c]) for row in self.rows)]
+        return [c for c in self.columns if any(row[c] and make_cell(row[c]).sort is None for row in self.rows)]
 
     @property
     def tall(self) -> bool:
@@ -90,7 +91,7 @@ class Page:
             raise SrmuError(f"{out} is a folder; name a file in it, such as {out / 'report.html'}")
         drawn = any(block.figures for section in self.sections for block in section.blocks)
         shapes = [*SHAPES.values()]
-        text = render_template(
+        text = fill_template(
             "page.html",
             page=self,
             glyphs={name: (COLOURS[i % len(COLOURS)], shapes[i % len(shapes)]) for i, name in enumerate(self.labels)},
@@ -108,16 +109,6 @@ class Page:
 def make_cell(value: Value) -> Cell:
     """A value as a table shows it: `34.0 (27.1-41.0)` is a number with its interval."""
     text = format_value(value)
-    number, _, span = text.partition(" (")
-    return Cell(number, span.rstrip(")"), float(number)) if is_number(text) else Cell(text)
-
-
-def is_number(value: Value) -> bool:
-    """Whether a value is a number as text or not, perhaps with an interval."""
-    if not isinstance(value, str):
-        return value is not None
-    try:
-        float(value.partition(" (")[0])
-    except ValueError:
-        return False
-    return True
+    if match := re.fullmatch(r"([+-]?\d+(?:\.\d+)?(?:e[+-]?\d+)?)(?: \((.*)\))?", text):
+        return Cell(match[1], match[2] or "", float(match[1]))
+    return Cell(text)

@@ -101,15 +101,19 @@ def read_results(folder: Path) -> dict[str, Metrics]:
     return found
 
 
-def training_curves(runs: Sequence[Path], keys: Sequence[str]) -> pd.DataFrame:
-    """By step, a column a key that there is; means over seeds, and over steps where topics take turns."""
+def training_curves(runs: Sequence[Path], keys: Sequence[str]) -> dict[str, pd.Series]:
+    """By step, of each key that there is: means over seeds, and over steps where topics take turns."""
     lines = pd.DataFrame([line for folder in runs for line in read_run_file(folder / "metrics.jsonl")])
     if lines.empty:
-        return lines
+        return {}
     width = max(lines["topic"].nunique(), math.ceil((lines["step"].max() + 1) / POINTS))
-    known = lines[[key for key in keys if key in lines]].astype(float)
-    known = known.where(abs(known) < math.inf)  # a run may diverge
-    return known.groupby(lines["step"] // width * width).mean().map(lambda value: float(f"{value:.4g}"))
+    means = {}
+    for key in keys:
+        if key in lines:
+            values = lines[key].astype(float)
+            values = values[abs(values) < math.inf]  # a run may diverge
+            means[key] = values.groupby(lines["step"] // width * width).mean().map(lambda value: float(f"{value:.4g}"))
+    return {key: curve for key, curve in means.items() if len(curve)}
 
 
 def importance_maps(entries: Sequence[RunGroup]) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from srmu.evals.statistics import Estimate
 from srmu.methods.importance import FLAT
 from srmu.report import results
 from srmu.report.attacks import Recovery
-from srmu.report.figures import GREY, Figure, Row, Series, draw_figure, label_look, make_look, mark_value
+from srmu.report.figures import GREY, Row, Series, draw_figure, label_look, make_look, mark_value
 from srmu.report.format import count_words, format_share, name_words, write_words
 from srmu.report.html import LABEL, Block, Section, Table
 from srmu.report.results import GroupRow, RunGroup
@@ -37,66 +37,61 @@ def tradeoff_section(
     forget: Sequence[str],
     recoveries: Sequence[Recovery | None],
 ) -> Section:
-    """The plot of the first forget metric against the last column, and the table of all."""
-    kept = [one for row in rows for numbers in (row.before, row.after) if (one := numbers.get(columns[-1]))]
-    lowest = min(1.0, *(one.low if one.has_interval else one.value for one in kept))
-    chance = next((one.chance for one in recoveries if one), CHANCE)
+    """The plot of the first forget metric against the last column, and the table of all, for each group."""
+    x, y = name_words(columns[0]), name_words(columns[-1])
+    known = [numbers[columns[-1]] for row in rows for numbers in (row.before, row.after) if columns[-1] in numbers]
+    lowest = min(1.0, *(one.low if one.has_interval else one.value for one in known))
+    bottom = int(lowest * 10) / 10 - 0.04
+    x_axis = {"title": f"{x}, accuracy", "range": [0, 1.04], "tickformat": ".0%", "dtick": 0.25}
+    y_axis = {"title": f"{y}, accuracy", "range": [bottom, 1 + (1 - bottom) * 0.06], "tickformat": ".0%"}
     pictures, tables = [], []
     for group in dict.fromkeys(row.group for row in rows):
         pairs = [pair for pair in zip(rows, recoveries, strict=True) if pair[0].group == group]
-        originals: list[Mapping[str, Estimate]] = []  # the distinct models that the rows started from
-        for row, _ in pairs:
-            if row.before and row.before not in originals:
-                originals.append(row.before)
+        lines = results_rows(pairs, columns, forget)
+        first = sum(not line[LABEL] for line in lines)
+        title = "Mean over seeds with 95 % interval; accuracies in per cent"
+        tables.append(Block(table=Table(f"{group}. {title}" if group else title, lines, first)))
         ring = make_look(GREY, "circle-open", size=12)
-        models = [("Original model", numbers, ring, "") for numbers in originals]
-        models += [(r.label, r.after, label_look(labels.index(r.label), size=11), r.label) for r, _ in pairs]
-        series = [
-            Series(name, [{name_words(c): numbers.get(c) for c in columns}], look, label)
-            for name, numbers, look, label in models
-            if columns[0] in numbers and columns[-1] in numbers
-        ]
-        pictures.append(draw_tradeoff(group, series, columns, int(lowest * 10) / 10 - 0.04, chance))
-        tables.append(Block(table=results_table(group, pairs, originals, columns, forget)))
+        series = []
+        for line in lines:
+            label = line[LABEL]
+            look = label_look(labels.index(label), size=11) if label else ring
+            marks = {name_words(column): line[head_column(column, forget)] for column in columns}
+            if marks[x] is not None and marks[y] is not None:
+                series.append(Series(line["Method"], [marks], look, label))
+        figure = draw_figure(group, series, x, y, x_axis=x_axis, y_axis=y_axis)
+        mark_value(figure, "chance", x=next((one.chance for one in recoveries if one), CHANCE))
+        figure.plot.add_annotation(
+            x=0, y=1, xref="paper", yref="paper", xanchor="left", yanchor="top", xshift=3,
+            showarrow=False, text="\N{NORTH WEST ARROW} better",
+        )  # fmt: skip
+        pictures.append(figure)
     notes = write_words("tradeoff", attacked=any(recoveries))
     return Section("Forgetting against utility", notes, [Block(pictures), *tables])
 
 
-def draw_tradeoff(group: str, series: Sequence[Series], columns: Sequence[str], bottom: float, chance: float) -> Figure:
-    """A mark for each method and each original model."""
-    x, y = name_words(columns[0]), name_words(columns[-1])
-    x_axis = {"title": f"{x}, accuracy", "range": [0, 1.04], "tickformat": ".0%", "dtick": 0.25}
-    y_axis = {"title": f"{y}, accuracy", "range": [bottom, 1 + (1 - bottom) * 0.06], "tickformat": ".0%"}
-    figure = draw_figure(group, series, x, y, x_axis=x_axis, y_axis=y_axis)
-    mark_value(figure, "chance", x=chance)
-    figure.plot.add_annotation(
-        x=0, y=1, xref="paper", yref="paper", xanchor="left", yanchor="top", xshift=3,
-        showarrow=False, text="\N{NORTH WEST ARROW} better",
-    )  # fmt: skip
-    return figure
+def head_column(metric: str, forget: Sequence[str]) -> str:
+    return f"{name_words(metric)}\n{'lower' if metric in forget else 'higher'} is better"
 
 
-def results_table(
-    group: str,
-    pairs: Sequence[tuple[GroupRow, Recovery | None]],
-    originals: Sequence[Mapping[str, Estimate]],
-    columns: Sequence[str],
-    forget: Sequence[str],
-) -> Table:
-    """The numbers of a setting's methods, with K* where any of them was attacked."""
-    heads = {name: f"{name_words(name)}\n{'lower' if name in forget else 'higher'} is better" for name in columns}
-    attacked = any(recovery for _, recovery in pairs)
-
-    def make_row(name: str, numbers: Mapping[str, Estimate], found: Sequence[str], seeds: int | str) -> Row:
-        recovered = dict(zip(("K*\nlower is better", "Strongest attack"), found, strict=True)) if attacked else {}
-        return {"Method": name} | {heads[c]: numbers.get(c) for c in columns} | recovered | {"Seeds": seeds}
-
-    rows = [make_row("Before: original model", numbers, ("", ""), "") for numbers in originals]
-    for row, one in pairs:
-        found = (format_share(one.worst), name_words(one.strongest)) if one else ("", "not attacked")
-        rows.append({LABEL: row.label, **make_row(row.label, row.after, found, row.seeds)})
-    title = "Mean over seeds with 95 % interval; accuracies in per cent"
-    return Table(f"{group}. {title}" if group else title, rows, first=len(originals))
+def results_rows(
+    pairs: Sequence[tuple[GroupRow, Recovery | None]], columns: Sequence[str], forget: Sequence[str]
+) -> list[Row]:
+    """The models that a setting's methods started from, then the methods; K* where any was attacked."""
+    models: list[tuple[str, Mapping[str, Estimate], Recovery | None, int | str]] = []
+    for row, _ in pairs:
+        if row.before and row.before not in [numbers for _, numbers, _, _ in models]:
+            models.append(("", row.before, None, ""))
+    models += [(row.label, row.after, one, row.seeds) for row, one in pairs]
+    lines: list[Row] = []
+    for label, numbers, one, seeds in models:
+        line: dict[str, Any] = {LABEL: label, "Method": label or "Before: original model"}
+        line |= {head_column(column, forget): numbers.get(column) for column in columns}
+        if any(recovery for _, recovery in pairs):
+            line["K*\nlower is better"] = format_share(one.worst) if one else ""
+            line["Strongest attack"] = name_words(one.strongest) if one else "not attacked" if label else ""
+        lines.append(line | {"Seeds": seeds})
+    return lines
 
 
 # ---- training curves
@@ -104,8 +99,7 @@ def results_table(
 
 def training_section(entries: Sequence[RunGroup], labels: Sequence[str]) -> Section | None:
     """The curves of metrics.jsonl; None where no run has one."""
-    curves = [(entry, results.training_curves(entry.runs, [*CURVES])) for entry in entries]
-    curves = [(entry, known) for entry, known in curves if not known.empty]
+    curves = [(entry, known) for entry in entries if (known := results.training_curves(entry.runs, [*CURVES]))]
     if not curves:
         return None
     blocks = []
@@ -115,27 +109,24 @@ def training_section(entries: Sequence[RunGroup], labels: Sequence[str]) -> Sect
             series = [
                 Series(
                     entry.label,
-                    [{"step": step, "value": value} for step, value in known[key].dropna().items()],
+                    [{"step": step, "value": value} for step, value in known[key].items()],
                     label_look(labels.index(entry.label), mode="lines", width=1.75),
                     entry.label,
                 )
                 for entry, known in curves
                 if entry.group == group and key in known
             ]
-            log = {"type": "log", "dtick": 1, "exponentformat": "power"}
-            y_axis = {"title": None, **(log if key == "retain" else {"nticks": 5})}
+            scale = {"type": "log", "dtick": 1, "exponentformat": "power"} if key == "retain" else {"nticks": 5}
+            y_axis = {"title": None, **scale}
             if series:
                 figures.append(draw_figure(title, series, "step", "value", x_axis={"nticks": 5}, y_axis=y_axis))
         blocks.append(Block(figures, title=group))
     rows: list[Row] = []
     for entry, known in curves:
-        ends = {title: known[key].dropna() if key in known else [] for key, title in CURVES.items()}
-        texts = {
-            f"{title}\nfirst to last": f"{curve.iloc[0]:.4g} \N{RIGHTWARDS ARROW} {curve.iloc[-1]:.4g}"
-            if len(curve) else None
-            for title, curve in ends.items()
-        }  # fmt: skip
-        rows.append({LABEL: entry.label, "Method": entry.name, **texts})
+        ends = {key: [f"{value:.4g}" for value in curve.iloc[[0, -1]]] for key, curve in known.items()}
+        texts = {key: " \N{RIGHTWARDS ARROW} ".join(values) for key, values in ends.items()}
+        cells = {f"{title}\nfirst to last": texts.get(key) for key, title in CURVES.items()}
+        rows.append({LABEL: entry.label, "Method": entry.name, **cells})
     blocks.append(Block(table=Table("Where the curves start and end", rows)))
     return Section("Training curves", write_words("training"), blocks)
 

@@ -1,18 +1,18 @@
-"""The parts of pages about many runs: a sweep, and an automatic choice."""
+"""Pages of analyses, and the parts of pages about many runs: a sweep, and an automatic choice."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
-from srmu.evals.figures import Panel
+from srmu.evals.figures import Analysis, Panel
 from srmu.evals.statistics import Estimate, accuracy_interval
-from srmu.report.analyses import draw_panel
 from srmu.report.figures import GREY, Row, Series, bar_look, draw_figure, label_look, make_look, mark_value
 from srmu.report.format import format_value, name_words, read_estimate, write_words
-from srmu.report.html import LABEL, Block, Section, Table
+from srmu.report.html import LABEL, Block, Page, Section, Table
 from srmu.report.results import strip_paths
 
 FRONT, BEHIND = "on the front", "behind the front"
@@ -32,11 +32,35 @@ def format_setting(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else strip_paths(str(value))
 
 
+# ---- analyses
+
+
+def write_analysis(analysis: Analysis, out: Path) -> Path:
+    """Write an analysis as one HTML file that needs nothing from elsewhere."""
+    parts = [Section(panel.title, [], [draw_panel(panel)]) for panel in analysis.panels]
+    return Page(analysis.title, analysis.sentences, parts).write(out)
+
+
+def draw_panel(panel: Panel) -> Block:
+    """A panel's picture beside its table."""
+    series = []
+    for i, (name, values) in enumerate(panel.series.items()):
+        look = bar_look(i) if panel.kind == "bars" else label_look(i, mode="lines+markers")
+        rows = [{panel.x_title: x, panel.y_title: y} for x, y in zip(panel.x, values, strict=True)]
+        series.append(Series(name, rows, look))
+    lines = [
+        {panel.x_title: x} | dict(zip(panel.series, values, strict=True))
+        for x, *values in zip(panel.x, *panel.series.values(), strict=True)
+    ]
+    figure = draw_figure("", series, panel.x_title, panel.y_title, subject=panel.title)
+    return Block([figure], Table(panel.y_title, lines))
+
+
 # ---- sweeps
 
 
 def sweep_sections(study: Study) -> list[Section]:
-    """A sweep's front or history, what mattered, its trials and its space."""
+    """A sweep's front or history, what mattered, and its trials."""
     labels = sweep_labels(study)
     sections = [front_section(study, labels) if len(study["objectives"]) > 1 else history_section(study, labels)]
     if study["importance"]:
@@ -48,12 +72,7 @@ def sweep_sections(study: Study) -> list[Section]:
         block = Block([figure], Table("Share of the variation, per cent", shares))
         sections.append(Section("What mattered", write_words("keys"), [block]))
     sections.append(trial_section(study["trials"], [*study["objectives"]], study["front"], labels))
-    space = [{"Key": key, "Values": format_range(values)} for key, values in study["space"].items()]
-    facts = {"sampler": study["sampler"], "seeds": ", ".join(map(str, study["seeds"]))}
-    facts |= {name_words(metric): way for metric, way in study["objectives"].items()}
-    how = [{"How it was searched": name, "Value": value} for name, value in facts.items()]
-    tables = [Table("Space", space, words=True), Table("How it was searched", how, words=True)]
-    return [*sections, Section("The search", [], [Block(table=table) for table in tables])]
+    return sections
 
 
 def sweep_labels(study: Study) -> list[str]:
@@ -123,9 +142,15 @@ def front_section(study: Study, labels: Sequence[str]) -> Section:
     best = [trial["values"] for trial in done if trial["number"] in study["front"]]
     line = [{name_words(name): values[name] for name in (x, y)} for values in sorted(best, key=lambda v: v[x])]
     front = Series("Pareto front", line, make_look(GREY, dash="dot", mode="lines", width=1.25))
-    axes = {"x_axis": objective_axis(study, x), "y_axis": objective_axis(study, y)}
-    series = [front, *trial_series(study, labels, True)]
-    figure = draw_figure("", series, name_words(x), name_words(y), **axes, subject="The trials")
+    figure = draw_figure(
+        "",
+        [front, *trial_series(study, labels, True)],
+        name_words(x),
+        name_words(y),
+        x_axis=objective_axis(study, x),
+        y_axis=objective_axis(study, y),
+        subject="The trials",
+    )
     return Section("The front", write_words("front", best=len(best), done=len(done)), [Block([figure])])
 
 
@@ -140,16 +165,6 @@ def history_section(study: Study, labels: Sequence[str]) -> Section:
     series = [Series("best so far", line, look), *trial_series(study, labels, False)]
     figure = draw_figure("", series, "trial", name_words(metric), y_axis=objective_axis(study, metric))
     return Section("The search, trial by trial", write_words("history"), [Block([figure])])
-
-
-def format_range(values: Any) -> str:
-    """The values of a key of the space."""
-    if not isinstance(values, Mapping):
-        return ", ".join(map(format_setting, values))
-    tail = ", log scale" if values.get("log") else ""
-    if step := values.get("step"):
-        tail = f", in steps of {format_setting(step)}"
-    return f"{format_setting(values['low'])} to {format_setting(values['high'])}{tail}"
 
 
 def trial_section(

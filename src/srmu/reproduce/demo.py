@@ -9,7 +9,7 @@ from typing import Any
 
 from srmu.engine.progress import Watch, ignore_progress
 from srmu.errors import SrmuError
-from srmu.report.build import write_runs_page
+from srmu.report.build import make_runs_page
 from srmu.report.results import RunGroup, aggregate_metrics
 from srmu.reproduce.experiment import Experiment, PlannedRow, Testbeds, run_experiment
 
@@ -43,14 +43,13 @@ def play_demo(
     if failed := [row for row in rows.values() if row.why]:
         raise SrmuError(f"{failed[0].label} {failed[0].why}")
     groups = [RunGroup(row.label, REGIMES[plan.regime], row.runs) for plan, row in rows.items()]
-    report = write_runs_page(
+    report = make_runs_page(
         groups,
-        out / "report.html",
-        title="Unlearning on the testbed",
-        forget_metrics=FORGET,
-        utility_metrics=UTILITY,
+        forget=FORGET,
+        utility=UTILITY,
         command=f"srmu demo --seeds {','.join(map(str, seeds))}",
-    )
+        title="Unlearning on the testbed",
+    ).write(out / "report.html")
     return groups, report
 
 

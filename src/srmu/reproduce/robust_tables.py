@@ -15,7 +15,7 @@ from srmu.attacks.summary import CONTROLS
 from srmu.evals.matched import load_task
 from srmu.evals.results import load_results, read_attacks
 from srmu.evals.statistics import LEAST, Draws, residual_table, worst_case
-from srmu.report.build import write_runs_page
+from srmu.report.build import make_runs_page
 from srmu.report.results import RunGroup
 from srmu.reproduce.claims import estimate_cells, format_interval, resample_mean
 from srmu.reproduce.experiment import MeasuredRow, PlannedRow, Scored, run_experiment
@@ -92,15 +92,14 @@ def write_frontier_reports(frontier: Frontier, measured: Rows, command: str) -> 
     for part in list_parts(frontier, measured):
         if groups := [RunGroup(row.label, "", row.runs) for row in part.rows if not row.why]:
             metrics = [metric for each in part.columns.values() for metric in each]
-            page = write_runs_page(
+            page = make_runs_page(
                 groups,
-                frontier.out / f"{frontier.kind}-{part.world}-{part.regime}.html",
-                title=part.title,
-                forget_metrics=[metric for metric in metrics if metric not in part.kept],
-                utility_metrics=part.kept,
+                forget=[metric for metric in metrics if metric not in part.kept],
+                utility=part.kept,
                 command=command,
+                title=part.title,
             )
-            paths.append(page)
+            paths.append(page.write(frontier.out / f"{frontier.kind}-{part.world}-{part.regime}.html"))
     return paths
 
 
