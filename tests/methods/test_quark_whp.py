@@ -41,7 +41,7 @@ from srmu.methods import METHODS, quark_pool
 from srmu.methods.base import State
 from srmu.methods.quark import Quark
 from srmu.methods.quark_pool import PoolEntry
-from srmu.methods.reinforced import combine_logits
+from srmu.methods.two_models import combine_logits
 from srmu.methods.whp import WHP
 from srmu.methods.whp_terms import Anchors, read_anchors, tokenise_terms, translate_batch
 from srmu.runs.config import build_config, load_config, make_config

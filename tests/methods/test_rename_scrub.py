@@ -17,7 +17,6 @@ from srmu.engine.batch import Batch
 from srmu.engine.losses import kl_divergence
 from srmu.engine.model import EditableModel
 from srmu.engine.topic import Topic
-from srmu.engine.train import TrainOptions
 from srmu.errors import SrmuError
 from srmu.evals.subject import Subject, mark_answers
 from srmu.methods.own_texts import Likeness, Spelling, continue_texts, free_samples, typical_tokens, unpad_texts
@@ -293,7 +292,6 @@ def test_what_the_model_writes_is_in_no_file(tmp_path: Path) -> None:
         ({"goals": "absent.txt"}, "method.goals=absent.txt: no such file"),
         ({"renamings": 1}, "renamings=1: expected"),
         ({"threshold": -1.0}, "threshold=-1.0: expected"),
-        ({"closing_steps": 9}, "no effect without method.closing_kappa"),
     ],
 )
 def test_options_that_cannot_work(options: dict[str, Any], said: str) -> None:
@@ -314,7 +312,7 @@ def test_own_texts_that_tell_nothing_new(folder: Path, monkeypatch: pytest.Monke
     """A model that writes nothing but the forget texts again."""
     known = unpad_texts(tiny_topic().forget)
     for name in ("continue_texts", "free_samples"):
-        monkeypatch.setattr(f"srmu.methods.renaming.{name}", lambda *args: known)
+        monkeypatch.setattr(f"srmu.methods.rename_scrub.{name}", lambda *args: known)
     method = RenameScrub(**SMALL | {"own_tokens": 64, "coverage": "elicited"})
     with pytest.raises(SrmuError, match=r"tells nothing new of the names.*coverage=texts"):
         method.setup(model_of(folder), tiny_topic())
@@ -329,16 +327,6 @@ def test_forget_texts_alone_are_continued_by_none(folder: Path) -> None:
     method.setup(model_of(folder), topic.with_tick(lambda: written.append(1)))
     assert len(written) == method.reads(topic) < other.reads(topic)
     assert method.written_tokens == other.written_tokens / 2
-
-
-def test_a_closing_pass_changes_down_projections_further(folder: Path) -> None:
-    plain, closed = model_of(folder), model_of(folder)
-    train = TrainOptions(learning_rate=1e-3, max_steps=2, batch_size=2)
-    RenameScrub(**SMALL).apply(plain, [tiny_topic()], train, lambda step, values: None)
-    options = {"closing_kappa": 2.0, "closing_rate": 1e-2, "closing_steps": 2}
-    RenameScrub(**SMALL | options).apply(closed, [tiny_topic()], train, lambda step, values: None)
-    differ = {name for name, p in plain.trained.items() if not torch.equal(p, closed.trained[name])}
-    assert differ and all("mlp.down_proj" in name for name in differ)
 
 
 # ---- what it does, on a world that a model learns in seconds

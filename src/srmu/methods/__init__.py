@@ -29,36 +29,11 @@ from srmu.methods.undial import UNDIAL
 from srmu.methods.undo import Undo
 from srmu.methods.whp import WHP
 
-METHODS: dict[str, type[Method]] = {
-    cls.name: cls
-    for cls in (
-        SRMU,
-        RMU,
-        AdaptiveRMU,
-        RNA,
-        RMULAT,
-        MultiSite,
-        GA,
-        GradDiff,
-        NPO,
-        SimNPO,
-        UNDIAL,
-        LLMU,
-        SCRUB,
-        RKLU,
-        Quark,
-        WHP,
-        SSD,
-        DEPN,
-        TaskArithmetic,
-        RepSelect,
-        Undo,
-        TAR,
-        Iterated,
-        RenameScrub,
-        Retrain,
-    )
-}
+OF_ACTIVATIONS = (SRMU, RMU, AdaptiveRMU, RNA, RMULAT, MultiSite)
+OF_LOGITS = (GA, GradDiff, NPO, SimNPO, UNDIAL, LLMU, SCRUB, RKLU, Quark, WHP)
+OF_WEIGHTS = (SSD, DEPN, TaskArithmetic, RepSelect)
+LASTING = (Undo, TAR, Iterated, RenameScrub, Retrain)
+METHODS: dict[str, type[Method]] = {cls.name: cls for cls in (*OF_ACTIVATIONS, *OF_LOGITS, *OF_WEIGHTS, *LASTING)}
 
 __all__ = [
     "METHODS", "RMU", "SRMU", "AdaptiveRMU", "Edit", "Method", "Misdirection", "MultiSite",

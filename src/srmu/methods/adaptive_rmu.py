@@ -2,16 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, Literal, Self
 
 from torch import Tensor
 
-from srmu.engine.batch import Batch
 from srmu.engine.distributed import sum_values
 from srmu.engine.losses import token_mean
-from srmu.engine.model import EditableModel
-from srmu.errors import SrmuError
-from srmu.methods.base import State
+from srmu.methods.base import Batch, EditableModel, State
 from srmu.methods.rmu import RMU
 
 
@@ -19,8 +16,8 @@ from srmu.methods.rmu import RMU
 class AdaptiveRMU(RMU):
     """Sends forget activations to scale * ||h(x_f)|| * coeff * u, or kappa * ||h(x_f)|| * u."""
 
-    name: ClassVar[str] = "adaptive_rmu"
-    paper: ClassVar[str] = "arXiv 2408.06223"
+    name = "adaptive_rmu"
+    paper = "arXiv 2408.06223"
 
     scale: float | None = None  # None: 5, as in the public code; only with coeff
     norm_source: Literal["frozen", "updated"] = "frozen"  # the public code takes updated
@@ -28,8 +25,7 @@ class AdaptiveRMU(RMU):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.scale is not None and self.coeff is None:
-            raise SrmuError("method.scale has no effect without method.coeff; kappa takes its place")
+        self.needs("scale", self.coeff is not None, "method.coeff; kappa takes its place")
 
     @property
     def factor(self) -> float:
@@ -65,6 +61,5 @@ class AdaptiveRMU(RMU):
         mean = float(sum_values(part.share(sum_values(part.count))))
         if self.norm_when == "first_batch":  # as the public code does
             state.memory["first_norm"] = mean
-        target = self.factor * mean * direction
-        state.tensors["target"] = target
-        return target
+        state.tensors["target"] = self.factor * mean * direction
+        return state.tensors["target"]

@@ -1,4 +1,8 @@
-"""What a method is: a frozen dataclass with its options as fields, and one function."""
+"""What a method is: a frozen dataclass with its options as fields, and one function.
+
+The file of a method takes from here what nearly all of them name: the model, topics and batches, the
+result of a loss, and numbers with bounds.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
-from typing import Any, ClassVar, Literal, NamedTuple, Self
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, get_args, get_type_hints
 
 from torch import Tensor, nn
 
@@ -21,12 +25,29 @@ from srmu.engine.train import FINISHED, NOWHERE, Log, LossFunction, Schedule, Te
 from srmu.errors import SrmuError
 
 CHANGING = ("tensors", "numbers", "memory")  # the parts of a state that a loss may change
+SHOWN = {  # of a step's values, as progress
+    "forget": "forget {:.3g}",
+    "retain": "retain {:.3g}",
+    "target_ratio": "target/norm {:.2f}",
+    "forget_cos": "cos(forget, target) {:.3f}",
+    "retain_cos": "cos(retain) {:.4f}",
+}
 
-# Bounds of options, see `Method.within`.
-COUNT = (1, 1 << 30)
-SHARE = (0, 1)
-PART = RATE = (1e-12, 1)  # above 0
-WEIGHT = (0, 1e300)
+
+class Bounds(NamedTuple):
+    """The lowest and highest value of an option, both allowed."""
+
+    low: float
+    high: float
+
+
+LARGE, TINY = 1 << 30, 1e-12
+Count = Annotated[int, Bounds(1, LARGE)]
+Amount = Annotated[int, Bounds(0, LARGE)]
+Share = Annotated[float, Bounds(0, 1)]
+Part = Annotated[float, Bounds(TINY, 1)]  # above 0
+Rate = Part
+Weight = Annotated[float, Bounds(0, 1e300)]
 
 Level = Literal["logit", "neuron", "representation", "weights"]
 
@@ -63,6 +84,18 @@ class Method(ABC):
     # whether several processes can share its work, each with a part of each batch
     spreads: ClassVar[bool] = False
     endless: ClassVar[bool] = False  # its loss has no lower bound: a rule must stop it
+
+    def __post_init__(self) -> None:
+        """SrmuError if an option lies outside the bounds of its type."""
+        for name, hint in get_type_hints(type(self), include_extras=True).items():
+            marks = [mark for kind in (hint, *get_args(hint)) for mark in getattr(kind, "__metadata__", ())]
+            for low, high in (mark for mark in marks if isinstance(mark, Bounds)):
+                value = getattr(self, name)
+                if value is None or low <= value <= high:
+                    continue
+                room = f"from {low:g} to {high:g}" if high < LARGE else f"at least {low:g}"
+                room = f"above 0 and at most {high:g}" if low == TINY else room
+                raise SrmuError(f"method.{name}={value}: expected a number {room}")
 
     @property
     @abstractmethod
@@ -106,29 +139,14 @@ class Method(ABC):
         if not holds and getattr(self, option) != default:
             raise SrmuError(f"method.{option} has no effect without {condition}")
 
-    def within(self, **bounds: tuple[float, float]) -> None:
-        """SrmuError if an option lies outside its bounds, which are allowed themselves."""
-        for name, (low, high) in bounds.items():
-            value = getattr(self, name)
-            if value is None or low <= value <= high:
-                continue
-            room = f"from {low:g} to {high:g}" if high < COUNT[1] else f"at least {low:g}"
-            if 0 < low <= RATE[0]:
-                room = f"above 0 and at most {high:g}"
-            raise SrmuError(f"method.{name}={value}: expected a number {room}")
-
     def check(self, topics: Sequence[Topic], train: TrainOptions) -> None:
         """SrmuError if the method or a stop rule needs texts, or layers, that are not there."""
-        for topic in topics:
-            if topic.retain:
-                continue
-            if self.reads_retain:
-                raise SrmuError(f"method {self.name} needs retain texts: name topics.{topic.name}.retain (--retain)")
-            for floor in ("utility_floor", "kl_budget"):
-                if getattr(train, floor) is not None:
-                    raise SrmuError(
-                        f"train.{floor} is measured on retain texts: name topics.{topic.name}.retain (--retain)"
-                    )
+        readers = [f"method {self.name} needs"] if self.reads_retain else []
+        rules = [rule for rule in ("utility_floor", "kl_budget") if getattr(train, rule) is not None]
+        for reader in (*readers, *(f"train.{rule} is measured on" for rule in rules)):
+            for topic in topics:
+                if not topic.retain:
+                    raise SrmuError(f"{reader} retain texts: name topics.{topic.name}.retain (--retain)")
         if (rule := train.first_rule()) and self.depth is not None:
             raise SrmuError(
                 f"train.{rule} needs the whole model's output, but method {self.name} loads "
@@ -192,6 +210,10 @@ class Objective(Method):
     @abstractmethod
     def loss(self, model: EditableModel, state: State, forget: Batch, retain: Batch, step: int) -> Terms: ...
 
+    def write_texts(self, model: EditableModel, topic: Topic, state: State) -> Sequence[Sequence[int]]:
+        """The model's own texts that `prepared` is to find in the topic."""
+        return topic.own
+
     def prepared(self, topic: Topic) -> Topic:
         """The topic as the loss reads it."""
         return topic
@@ -203,10 +225,6 @@ class Objective(Method):
     def editing(self, model: EditableModel, topics: Sequence[Topic]) -> AbstractContextManager[Any]:
         """A context in which the model is trained."""
         return nullcontext()
-
-    def finish(self, model: EditableModel, topics: Sequence[Topic], train: TrainOptions, watch: Watch) -> None:
-        """Change the model once more after its training."""
-        return
 
     def apply(
         self,
@@ -223,8 +241,9 @@ class Objective(Method):
             with watch("measuring and preparing", sum(map(self.reads, topics))) as tick:
                 for topic in topics:
                     method = self.with_options(topic.options)
-                    state = method.setup(model, topic.with_tick(partial(tick, topic.name)))
-                    states[topic.name] = state
+                    followed = topic.with_tick(partial(tick, topic.name))
+                    state = states[topic.name] = method.setup(model, followed)
+                    topic = replace(topic, own=method.write_texts(model, followed, state))
                     parts.append((method.prepared(topic), partial(method.loss, model, state)))
             with watch(self.name, train.max_steps) as tick:
                 steps = count()
@@ -233,25 +252,11 @@ class Objective(Method):
                     while next(steps) < step:
                         tick("from the checkpoint")
                     log(step, values)
-                    tick(live_numbers(values))
+                    tick(" ".join(text.format(values[k]) for k, text in SHOWN.items() if k in values))
 
                 extra = [p for state in states.values() for p in state.parameters.values()]
                 memory = {f"{n}.{k}": getattr(s, k) for n, s in states.items() for k in CHANGING}
                 stop_reason = fit_model(
-                    model, parts, train, follow, extra, checkpoints, memory,
-                    spread=self.spreads, endless=self.endless,
-                )  # fmt: skip
-        self.finish(model, topics, train, watch)
+                    model, parts, train, follow, extra, checkpoints, memory, spread=self.spreads, endless=self.endless
+                )
         return MethodOutcome(states, stop_reason)
-
-
-def live_numbers(values: Mapping[str, Any]) -> str:
-    """The values of a step to show as progress."""
-    shown = {
-        "forget": "forget {:.3g}",
-        "retain": "retain {:.3g}",
-        "target_ratio": "target/norm {:.2f}",
-        "forget_cos": "cos(forget, target) {:.3f}",
-        "retain_cos": "cos(retain) {:.4f}",
-    }
-    return " ".join(text.format(values[k]) for k, text in shown.items() if k in values)

@@ -2,19 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from srmu.engine.batch import move_batch
-from srmu.engine.model import EditableModel
-from srmu.engine.progress import Watch
 from srmu.engine.sites import down_projection
-from srmu.engine.topic import Topic
 from srmu.errors import SrmuError
-from srmu.methods.base import COUNT, SHARE, Edit, Level, State
+from srmu.methods.base import Amount, Count, Edit, EditableModel, Share, State, Topic, Watch
 from srmu.methods.gradients import attribute_neurons, split_batches
 
 
@@ -22,21 +19,17 @@ from srmu.methods.gradients import attribute_neurons, split_batches
 class DEPN(Edit):
     """Switches off the MLP neurons that most raise the likelihood of forget texts."""
 
-    name: ClassVar[str] = "depn"
-    paper: ClassVar[str] = "arXiv 2310.20138"
-    level: ClassVar[Level] = "neuron"
-    depth: ClassVar[None] = None
-    trainable: ClassVar[tuple[str, ...]] = ("*.mlp_down",)
+    name = "depn"
+    paper = "arXiv 2310.20138"
+    level = "neuron"
+    depth = None
+    trainable = ("*.mlp_down",)
 
-    points: int = 8  # between a neuron off and on, where gradients are taken
-    neuron_share: float = 0.1  # of the largest attribution in a text, from which a neuron counts
-    text_share: float = 0.5  # share of texts in which a neuron must count
-    most: int = 64  # neurons of each topic, at most
-    samples: int = 32  # texts of each topic, at most
-
-    def __post_init__(self) -> None:
-        self.within(points=COUNT, samples=COUNT, most=(0, 1 << 30))
-        self.within(neuron_share=SHARE, text_share=SHARE)
+    points: Count = 8  # between a neuron off and on, where gradients are taken
+    neuron_share: Share = 0.1  # of the largest attribution in a text, from which a neuron counts
+    text_share: Share = 0.5  # share of texts in which a neuron must count
+    most: Amount = 64  # neurons of each topic, at most
+    samples: Count = 32  # texts of each topic, at most
 
     def edit(self, model: EditableModel, topics: Sequence[Topic], watch: Watch) -> dict[str, State]:
         downs: list[Any] = [down_projection(layer) for layer in model.layers]

@@ -1,31 +1,28 @@
-"""What methods without an optimiser share."""
-
-from __future__ import annotations
+"""What methods share that work on the weights of the whole model."""
 
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from typing import Self
 
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
-from srmu.engine.model import EditableModel
-from srmu.engine.progress import Watch, ignore_progress
+from srmu.engine.progress import ignore_progress
 from srmu.engine.resume import Checkpoints
 from srmu.engine.stopping import StopRules
-from srmu.engine.topic import Topic, interleave_batches
-from srmu.engine.train import FINISHED, NOWHERE, Log, TrainOptions
+from srmu.engine.topic import interleave_batches
+from srmu.engine.train import FINISHED, NOWHERE, Log
 from srmu.errors import DivergedError, SrmuError
-from srmu.methods.base import Edit, Level, Method, MethodOutcome, State
+from srmu.methods.base import Edit, EditableModel, Method, MethodOutcome, State, Topic, TrainOptions, Watch
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pooling(Method):
     """A method that treats all topics as one and works on the weights of the whole model."""
 
-    level: ClassVar[Level] = "weights"
-    depth: ClassVar[None] = None
+    level = "weights"
+    depth = None
 
     def pool_topics(self, topics: Sequence[Topic]) -> tuple[Self, Topic]:
         """This method with the options of the topics, which must agree, and all topics as one."""
@@ -78,8 +75,8 @@ class WeightWalk(Pooling):
         weights, length = (float(get_total_norm(d.values())) for d in (model.original, direction))
         if not 0 < length < float("inf"):
             raise DivergedError(f"the norm of the direction of {self.name} is {length:g}")
+        states = {topic.name: State(numbers={"direction_norm": length}) for topic in topics}
         rules = StopRules(model, topics, train, self.endless)
-        reason = ""
         with watch(self.name, train.max_steps) as tick:
             for step in range(train.max_steps):
                 moved = train.learning_rate * (step + 1)
@@ -91,6 +88,5 @@ class WeightWalk(Pooling):
                 log(step, {"topic": pool.name, "moved": moved, **measured})
                 tick("")
                 if reason:
-                    break
-        states = {topic.name: State(numbers={"direction_norm": length}) for topic in topics}
-        return MethodOutcome(states, reason or FINISHED)
+                    return MethodOutcome(states, reason)
+        return MethodOutcome(states, FINISHED)

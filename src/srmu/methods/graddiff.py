@@ -1,13 +1,10 @@
 """GradDiff: gradient ascent on forget texts beside descent on retain texts (arXiv 2203.12817)."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
-from srmu.engine.batch import Batch
 from srmu.engine.losses import mean_nll
-from srmu.engine.model import EditableModel
-from srmu.engine.train import Terms
-from srmu.methods.base import WEIGHT, State
+from srmu.methods.base import Batch, EditableModel, State, Terms, Weight
 from srmu.methods.logits import Retaining
 
 
@@ -15,17 +12,13 @@ from srmu.methods.logits import Retaining
 class GradDiff(Retaining):
     """Lowers the likelihood of forget texts and holds retain texts by likelihood or KL."""
 
-    name: ClassVar[str] = "graddiff"
-    paper: ClassVar[str] = "arXiv 2203.12817"
-    endless: ClassVar[bool] = True
-    uses: ClassVar[tuple[str, ...]] = ("retain texts", "the original's logits (retain=kl)")
+    name = "graddiff"
+    paper = "arXiv 2203.12817"
+    endless = True
+    uses = ("retain texts", "the original's logits (retain=kl)")
 
     retain: Literal["nll", "kl"] = "nll"
-    gamma: float = 1.0  # weight of the ascent
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.within(gamma=WEIGHT)
+    gamma: Weight = 1.0  # weight of the ascent
 
     def loss(self, model: EditableModel, state: State, forget: Batch, retain: Batch, step: int) -> Terms:
         # eq: GradDiff, L = -gamma nll(x_f) + alpha R(x_r), R = nll or KL(p0 || p)

@@ -51,7 +51,6 @@ def importance_map(
     v_f: Float[Tensor, "D"],
     v_r: Float[Tensor, "D"],
     kind: Fusion,
-    *,
     lam: float = 1.0,
     eps: float = 1e-6,
     clip_quantile: float = 1.0,

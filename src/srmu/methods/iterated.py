@@ -1,15 +1,10 @@
 """Rounds of unlearning and relearning: what comes back is suppressed again."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import ClassVar
 
-from srmu.engine.batch import Batch
-from srmu.engine.model import EditableModel
-from srmu.engine.topic import Topic
-from srmu.engine.train import Terms
-from srmu.methods.base import COUNT, RATE, WEIGHT, State
+from srmu.methods.base import Batch, Count, EditableModel, Rate, State, Terms, Topic, Weight
 from srmu.methods.logits import fine_tune
 from srmu.methods.suppressing import Suppressing
 
@@ -21,28 +16,21 @@ class Iterated(Suppressing):
     `train` configures the last suppression, `teacher_steps` those before it.
     """
 
-    name: ClassVar[str] = "iterated"
-    paper: ClassVar[str] = "none"
-    uses: ClassVar[tuple[str, ...]] = ("retain texts", "the original activations")
-    learning_rate: ClassVar[float] = 4e-3
+    name = "iterated"
+    paper = "none"
+    uses = ("retain texts", "the original activations")
+    learning_rate = 4e-3
 
-    rounds: int = 2  # of suppressing and relearning, before the last suppressing
-    relearn_steps: int = 20  # of each round
-    relearn_learning_rate: float = 1e-4
-    hold: float = 1.0  # weight of KL(original || model) on retain texts while it relearns
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.within(rounds=COUNT, relearn_steps=COUNT, relearn_learning_rate=RATE)
-        self.within(hold=WEIGHT)
+    rounds: Count = 2  # of suppressing and relearning, before the last suppressing
+    relearn_steps: Count = 20  # of each round
+    relearn_learning_rate: Rate = 1e-4
+    hold: Weight = 1.0  # weight of KL(original || model) on retain texts while it relearns
 
     def reads(self, topic: Topic) -> int:
         return self.rounds * super().reads(topic)
 
-    @contextmanager
-    def editing(self, model: EditableModel, topics: Sequence[Topic]) -> Iterator[None]:
-        with self.train_scope(model):
-            yield
+    def editing(self, model: EditableModel, topics: Sequence[Topic]) -> AbstractContextManager[None]:
+        return self.train_scope(model)
 
     def setup(self, model: EditableModel, topic: Topic) -> State:
         for _ in range(self.rounds):

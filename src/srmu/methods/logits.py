@@ -1,37 +1,33 @@
 """Objectives of the model's output, trained on all tensors, those named, or LoRA adapters."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Literal
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from srmu.engine.batch import Batch
 from srmu.engine.losses import Mean, mean_kl, mean_nll
-from srmu.engine.model import EditableModel, copy_values
-from srmu.engine.topic import Topic
-from srmu.engine.train import Terms, TrainOptions, fit_model
+from srmu.engine.model import copy_values
+from srmu.engine.train import fit_model
 from srmu.errors import SrmuError
-from srmu.methods.base import WEIGHT, Objective, State
+from srmu.methods.base import Amount, Batch, EditableModel, Objective, State, Terms, Topic, TrainOptions, Weight
 
 
 @dataclass(frozen=True, kw_only=True)
 class LogitObjective(Objective):
     """An objective of next-token logits that trains all tensors, those named, or LoRA adapters."""
 
-    learning_rate: ClassVar[float] = 1e-5
-    depth: ClassVar[None] = None
+    learning_rate = 1e-5
+    depth = None
 
     parameters: tuple[str, ...] = ()  # names, globs or roles (`*.mlp`) to train; (): all
-    lora_rank: int = 0  # rank of adapters beside the linear maps, merged at the end; 0: none
+    lora_rank: Amount = 0  # rank of adapters beside the linear maps, merged at the end; 0: none
     lora_alpha: int = 16  # adapters are scaled by lora_alpha / lora_rank
 
     def __post_init__(self) -> None:
-        self.within(lora_rank=(0, 1 << 16))
+        super().__post_init__()
         self.needs("lora_alpha", self.lora_rank > 0, "method.lora_rank")
 
     @property
@@ -45,8 +41,7 @@ class LogitObjective(Objective):
             return
         for name in model.trained:
             owner, _, kind = name.rpartition(".")
-            linear = isinstance(model.module.get_submodule(owner), nn.Linear | Conv1D)
-            if kind != "weight" or not linear:
+            if kind != "weight" or not isinstance(model.module.get_submodule(owner), nn.Linear | Conv1D):
                 raise SrmuError(
                     f"method.lora_rank adapts the matrices of linear maps, which {name} is not; "
                     "name others, for example method.parameters=['*.linear']"
@@ -63,14 +58,13 @@ class LogitObjective(Objective):
 class Retaining(LogitObjective):
     """An objective of logits with a choice of retain loss."""
 
-    spreads: ClassVar[bool] = True
+    spreads = True
 
     retain: Literal["none", "nll", "kl"] = "none"  # their likelihood, or KL(original || model)
-    alpha: float = 1.0  # weight of the retain loss
+    alpha: Weight = 1.0  # weight of the retain loss
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.within(alpha=WEIGHT)
         self.needs("alpha", self.retain != "none", "method.retain")
 
     @property
@@ -81,17 +75,17 @@ class Retaining(LogitObjective):
         """The retain loss by name, if there is one."""
         if self.retain == "none":
             return {}
-        logits = model.logits(retain)
-        if self.retain == "nll":
-            return {"retain": self.alpha * mean_nll(logits, retain["labels"])}
-        return {"retain": self.alpha * kl_drift(model, retain, logits)}
+        nll = self.retain == "nll"
+        loss = mean_nll(model.logits(retain), retain["labels"]) if nll else kl_drift(model, retain)
+        return {"retain": self.alpha * loss}
 
 
-def kl_drift(model: EditableModel, batch: Batch, logits: Tensor, temperature: float = 1.0) -> Mean:
+def kl_drift(model: EditableModel, batch: Batch, logits: Tensor | None = None, temperature: float = 1.0) -> Mean:
     """KL(original || model), mean over the counted tokens of a batch; `logits` are the model's.
 
     The logits of both are divided by the temperature T; T^2 restores the size of the gradient.
     """
+    logits = model.logits(batch) if logits is None else logits
     with model.frozen():
         before = model.logits(batch)
     if temperature != 1:
@@ -99,7 +93,7 @@ def kl_drift(model: EditableModel, batch: Batch, logits: Tensor, temperature: fl
     return temperature**2 * mean_kl(before, logits, batch["labels"])
 
 
-def strengthen_weights(model: EditableModel, topic: Topic, steps: int, learning_rate: float) -> Mapping[str, Tensor]:
+def strengthen_weights(model: EditableModel, topic: Topic, steps: int, learning_rate: float) -> dict[str, Tensor]:
     """The trained tensors after fine-tuning on the forget texts; the model is put back.
 
     `topic.with_tick` ticks once a step.
@@ -118,15 +112,11 @@ def fine_tune(model: EditableModel, topic: Topic, steps: int, learning_rate: flo
     """
 
     def loss(forget: Batch, retain: Batch, step: int) -> Terms:
-        losses: dict[str, Mean] = {"forget": mean_nll(model.logits(forget), forget["labels"])}
+        losses = {"forget": mean_nll(model.logits(forget), forget["labels"])}
         if keep:
-            losses["retain"] = keep * kl_drift(model, retain, model.logits(retain))
+            losses["retain"] = keep * kl_drift(model, retain)
         return Terms(losses, {})
 
     options = TrainOptions(learning_rate=learning_rate, max_steps=steps)
     topic = topic if keep else replace(topic, retain=[])
-    fit_model(model, [(topic, loss)], options, ignore_step)
-
-
-def ignore_step(step: int, values: Mapping[str, Any]) -> None:
-    """A log function that does nothing."""
+    fit_model(model, [(topic, loss)], options, lambda *step: None)

@@ -1,31 +1,25 @@
 """Methods of one site: forget activations move to a target, retain activations stay in place."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, Self
+from functools import partial
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
 
 from srmu.engine import distributed
 from srmu.engine.activation_cache import digest_tensors, open_activations
-from srmu.engine.batch import Batch, move_batch
+from srmu.engine.batch import move_batch
 from srmu.engine.loading import check_layers
 from srmu.engine.losses import is_counted, token_cosine, token_mean, token_mse, without_first
-from srmu.engine.model import EditableModel
-from srmu.engine.progress import Watch, ignore_progress
-from srmu.engine.resume import Checkpoints
 from srmu.engine.sites import Site, Stream
-from srmu.engine.topic import Topic
-from srmu.engine.train import NOWHERE, Log, Terms, TrainOptions
+from srmu.engine.train import TrainOptions
 from srmu.errors import SrmuError
-from srmu.methods.base import COUNT, PART, WEIGHT, MethodOutcome, Objective, State
-from srmu.methods.columns import mask_columns
+from srmu.methods.base import Batch, Bounds, Count, EditableModel, Objective, Part, State, Terms, Topic, Weight
 from srmu.methods.importance import sum_features
-from srmu.methods.own_texts import write_anchors
+from srmu.methods.own_texts import count_chunks, write_anchors
 
 KAPPA = 8.0  # the default strength
 
@@ -38,34 +32,32 @@ class Misdirection(Objective):
     the mean norm of forget activations, which compares across models); by default kappa 8.
     """
 
-    level: ClassVar = "representation"
-    spreads: ClassVar[bool] = True
-    uses: ClassVar[tuple[str, ...]] = ("retain texts", "the original activations")
+    level = "representation"
+    spreads = True
+    uses = ("retain texts", "the original activations")
     measures: ClassVar[tuple[str, ...]] = ("forget",)  # texts whose activations are averaged
 
     layer: int | None = None  # None: 7 of 32 layers, as in the papers, scaled to the depth
     stream: Stream = "resid_post"
-    window: int = 3  # number of layers to update; the last is `layer`
-    coeff: float | None = None  # the literal strength of the papers, c or c_map
-    kappa: float | None = None  # the strength as the norm of the target over that of activations
-    alpha: float = 1200.0  # weight of the retain loss
+    window: Count = 3  # number of layers to update; the last is `layer`
+    coeff: Weight | None = None  # the literal strength of the papers, c or c_map
+    kappa: Weight | None = None  # the strength as the norm of the target over that of activations
+    alpha: Weight = 1200.0  # weight of the retain loss
     anchors: Literal["none", "random", "self"] = "none"  # rows to retain: random tokens, own texts
-    anchor_share: float = 0.5  # of each retain batch
-    own_texts: int = 480  # that the original writes for anchors=self
-    own_ratio: float = 2.5  # drops texts with a token that many times as frequent in forget texts
-    columns: float = 1.0  # share of each matrix' input columns that is updated
+    anchor_share: Part = 0.5  # of each retain batch
+    own_texts: Count = 480  # that the original writes for anchors=self
+    own_ratio: Annotated[float, Bounds(1, 1e30)] = 2.5  # drops texts with a token so much more frequent in forget texts
+    columns: Part = 1.0  # share of each matrix' input columns that is updated
     skip_first: bool = True  # leave the first token of each text out of means and norms
-    map_batches: int = 64  # batches over which activations are averaged before the first step
+    map_batches: Count = 64  # batches over which activations are averaged before the first step
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.coeff is not None and self.kappa is not None:
             raise SrmuError(
                 "method.coeff and method.kappa both set the strength; give one of them, "
                 "for example method.coeff=6.5 method.kappa=null"
             )
-        self.within(**dict.fromkeys(("coeff", "kappa", "alpha"), WEIGHT))
-        self.within(**dict.fromkeys(("window", "map_batches", "own_texts"), COUNT))
-        self.within(own_ratio=(1, 1e30), anchor_share=PART, columns=PART)
         self.needs("anchor_share", self.anchors != "none", "anchors=random or self")
         for name in ("own_texts", "own_ratio"):
             self.needs(name, self.anchors == "self", "anchors=self")
@@ -81,14 +73,11 @@ class Misdirection(Objective):
         return None if self.anchors == "self" else self.site.layer + 1
 
     @property
-    def last_updated(self) -> int:
-        # The input of a down-projection does not depend on that down-projection.
-        return self.site.layer - (self.stream == "mlp_post")
-
-    @property
     def updated(self) -> range:
         """The layers whose down-projections are trained."""
-        return range(self.last_updated - self.window + 1, self.last_updated + 1)
+        # The input of a down-projection does not depend on that down-projection.
+        end = self.site.layer + (self.stream != "mlp_post")
+        return range(end - self.window, end)
 
     @property
     def trainable(self) -> tuple[str, ...]:
@@ -101,10 +90,9 @@ class Misdirection(Objective):
         if self.layer is None:
             lowest = self.window - (self.stream != "mlp_post")
             count = config.num_hidden_layers
-            layer = min(max(lowest, round(count * 7 / 32)), count - 1)
-            method = replace(method, layer=layer)
+            method = replace(method, layer=min(max(lowest, round(count * 7 / 32)), count - 1))
         check_layers(config, method.site.layer)
-        check_layers(config, method.last_updated, self.window)
+        check_layers(config, method.updated.stop - 1, self.window)
         return method
 
     def with_options(self, options: Mapping[str, Any]) -> Self:
@@ -126,43 +114,52 @@ class Misdirection(Objective):
                 "method.columns holds; set it to 0"
             )
 
+    def write_texts(self, model: EditableModel, topic: Topic, state: State) -> Sequence[Sequence[int]]:
+        if self.anchors != "self":
+            return topic.own
+        rows, dropped = write_anchors(model, topic, self.own_texts, self.own_ratio)
+        state.numbers["anchors"] = {"kept": len(rows), "dropped": dropped}
+        return rows
+
     def prepared(self, topic: Topic) -> Topic:
         return topic if self.anchors == "none" else topic.add_anchors(self.anchor_share)
 
-    def editing(self, model: EditableModel, topics: Sequence[Topic]) -> AbstractContextManager[Any]:
-        if self.columns == 1:
-            return super().editing(model, topics)
-        most = self.map_batches
-        parts = [replace(t, forget=t.forget[:most], retain=t.retain[:most]) for t in topics]
-        return mask_columns(model, self.updated, self.columns, parts, self.measured_tokens)
-
-    def apply(
-        self,
-        model: EditableModel,
-        topics: Sequence[Topic],
-        train: TrainOptions,
-        log: Log,
-        watch: Watch = ignore_progress,
-        checkpoints: Checkpoints = NOWHERE,
-    ) -> MethodOutcome:
-        if self.anchors != "self":
-            return super().apply(model, topics, train, log, watch, checkpoints)
-        if model.activations.kept == "disk":  # they could reveal the texts
+    @contextmanager
+    def editing(self, model: EditableModel, topics: Sequence[Topic]) -> Iterator[None]:
+        if self.anchors == "self" and model.activations.kept == "disk":  # they could reveal the texts
             model.activations = open_activations("memory", {}, model.device)
-        own, counts = [], {}
-        with watch("writing anchors", len(topics)) as tick:
-            for topic in topics:
-                rows, dropped = write_anchors(model, topic, self.own_texts, self.own_ratio)
-                counts[topic.name] = {"kept": len(rows), "dropped": dropped}
-                own.append(replace(topic, own=rows))
-                tick(f"{topic.name}: {len(rows)} kept, {dropped} dropped")
-        outcome = super().apply(model, own, train, log, watch, checkpoints)
-        for name, state in outcome.states.items():
-            state.numbers["anchors"] = counts[name]
-        return outcome
+        with ExitStack() as stack:
+            if self.columns < 1:
+                for layer, (name, parameter) in zip(self.updated, model.trained.items(), strict=True):
+                    chosen = self.choose_columns(model, layer, name, topics)
+                    # AdamW leaves weights without a gradient unchanged, bit for bit
+                    stack.callback(parameter.register_hook(partial(torch.mul, chosen)).remove)
+            yield
+
+    def choose_columns(self, model: EditableModel, layer: int, name: str, topics: Sequence[Topic]) -> Tensor:
+        """Marks the columns of a down-projection whose inputs forget texts excite most."""
+        if model.trained[name].ndim != 2:
+            raise SrmuError(f"{name} holds all experts, each with inputs of its own; set method.columns=1")
+        moments = []  # mean squares of the inputs, in the original model
+        for role in ("forget", "retain"):
+            total, count = torch.zeros((), device=model.device), 0
+            for batch in (b for topic in topics for b in getattr(topic, role)[: self.map_batches]):
+                batch = move_batch(batch, model.device)
+                with model.frozen():
+                    read = model.hidden(batch, Site(layer, "mlp_post"), keep=False)[self.measured_tokens(batch)]
+                total, count = total + read.float().square().sum(0), count + len(read)
+            moments.append(total / count)
+        # eq: input columns, r_j = E_f[x_j^2] / E_r[x_j^2], the largest are updated
+        ratio = moments[0] / moments[1].clamp(min=1e-30)
+        chosen = torch.zeros_like(ratio, dtype=torch.bool)
+        chosen[ratio.argsort(descending=True, stable=True)[: max(1, round(self.columns * len(ratio)))]] = True
+        return chosen[:, None] if model.is_transposed(name) else chosen
 
     def reads(self, topic: Topic) -> int:
-        return sum(min(self.map_batches, len(getattr(topic, role))) for role in self.measures)
+        looked_at = len(topic.forget) + len(topic.retain) + count_chunks(self.own_texts)
+        return looked_at * (self.anchors == "self") + sum(
+            min(self.map_batches, len(getattr(topic, role))) for role in self.measures
+        )
 
     @property
     def factor(self) -> float:
@@ -182,11 +179,7 @@ class Misdirection(Objective):
         return without_first(mask) if self.skip_first else mask
 
     def frozen_sums(self, model: EditableModel, batches: Sequence[Batch], keep: bool = True) -> Iterator[Tensor]:
-        """The sums that statistics need of the original model's activations, batch by batch.
-
-        They are kept beside the activations; `keep` says whether later steps need the activations
-        too.
-        """
+        """The sums that statistics need of the original's activations; `keep`: whether later steps need these too."""
         for batch in batches[: self.map_batches]:
             batch = move_batch(batch, model.device)
             mask = self.measured_tokens(batch)
@@ -199,23 +192,17 @@ class Misdirection(Objective):
             yield sums
 
     def state(self, shape: Tensor, norm: float, **tensors: Tensor) -> State:
-        """The state of a topic: the scaled target and the tensors that it was made of.
+        """The state of a topic: the target and the tensors that it was made of.
 
         `shape` (D,) is the target before scaling, `norm` the mean norm of the original forget
         activations.
         """
         if not 0 < norm < float("inf"):
-            kind = "all zero" if norm == 0 else "not finite"
-            raise SrmuError(f"the forget activations at {self.site} are {kind}")
+            raise SrmuError(f"the forget activations at {self.site} are {'not finite' if norm else 'all zero'}")
         target = self.scaled(shape, norm)
-        size = float(shape.norm())
-        numbers = {
-            "coeff": float(target.norm()) / size if size else 0.0,
-            "kappa": float(target.norm()) / norm,
-            "target_norm": float(target.norm()),
-            "activation_norm": norm,
-        }
-        return State({**tensors, "target": target}, numbers)
+        size, length = float(shape.norm()), float(target.norm())
+        numbers = {"coeff": length / size if size else 0.0, "kappa": length / norm}
+        return State({**tensors, "target": target}, numbers | {"target_norm": length, "activation_norm": norm})
 
     def target(self, model: EditableModel, state: State, forget: Batch, retain: Batch, hidden: Tensor) -> Tensor:
         """Where forget activations are sent, broadcastable to (B, T, D)."""
@@ -249,9 +236,8 @@ class Misdirection(Objective):
         }
         with torch.no_grad():
             size = target.float().norm(dim=-1).expand(forget_mask.shape)
-            scale = 1 / state.numbers["activation_norm"]
             logged = {
-                "target_ratio": token_mean(size, forget_mask) * scale,
+                "target_ratio": token_mean(size, forget_mask) * (1 / state.numbers["activation_norm"]),
                 "forget_cos": token_cosine(hidden, target, forget_mask),
                 "retain_cos": token_cosine(held, anchor, retain_mask),
             }

@@ -1,17 +1,13 @@
 """Misdirection at several layers at once."""
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
 
-from srmu.engine.batch import Batch
-from srmu.engine.model import EditableModel
-from srmu.engine.topic import Topic
-from srmu.engine.train import Terms, divide_means
-from srmu.methods.base import COUNT, SHARE, WEIGHT, Level, Objective, State
+from srmu.engine.train import divide_means
+from srmu.methods.base import Batch, Count, EditableModel, Objective, Share, State, Terms, Topic, Weight
 from srmu.methods.rmu import RMU
 from srmu.methods.srmu import SRMU
 
@@ -20,21 +16,21 @@ from srmu.methods.srmu import SRMU
 class MultiSite(Objective):
     """Drives forget activations at several layers to a target each; retain activations stay."""
 
-    name: ClassVar[str] = "multi_site"
-    paper: ClassVar[str] = "none"
-    level: ClassVar[Level] = "representation"
-    uses: ClassVar[tuple[str, ...]] = ("retain texts", "the original activations")
+    name = "multi_site"
+    paper = "none"
+    level = "representation"
+    uses = ("retain texts", "the original activations")
 
     target: Literal["srmu", "rmu"] = "srmu"  # the method whose targets are used
     layers: tuple[int, ...] = ()  # (): three, evenly spread, including the last
-    window: int = 3  # number of layers to update up to each
-    kappa: float = 32.0  # norm of each target over mean norm of forget activations there
-    alpha: float = 1200.0  # weight of the retain loss
+    window: Count = 3  # number of layers to update up to each
+    kappa: Weight = 32.0  # norm of each target over mean norm of forget activations there
+    alpha: Weight = 1200.0  # weight of the retain loss
     anchors: Literal["none", "random"] = "none"  # random: rows of random tokens to retain
-    anchor_share: float = 0.5  # of each retain batch
+    anchor_share: Share = 0.5  # of each retain batch
 
     def __post_init__(self) -> None:
-        self.within(window=COUNT, kappa=WEIGHT, alpha=WEIGHT, anchor_share=SHARE)
+        super().__post_init__()
         self.needs("anchor_share", self.anchors != "none", "anchors=random")
 
     def part(self, layer: int) -> SRMU | RMU:
@@ -72,13 +68,11 @@ class MultiSite(Objective):
         return State(tensors, {str(i): p.numbers for i, p in parts.items()}, {"parts": parts})
 
     def loss(self, model: EditableModel, state: State, forget: Batch, retain: Batch, step: int) -> Terms:
-        parts, batches = state.memory["parts"].items(), (forget, retain, step)
-        terms = [self.part(layer).loss(model, part, *batches) for layer, part in parts]
+        def average(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+            return {key: torch.stack([row[key] for row in rows]).mean() for key in rows[0]}
+
+        parts = state.memory["parts"].items()
+        terms = [self.part(layer).loss(model, part, forget, retain, step) for layer, part in parts]
         # eq: multi-site, L = mean over layers of SRMU eq. 5
-        logged = [divide_means(each.logged, shared=False) for each in terms]
-        return Terms(mean_rows([each.loss_values for each in terms]), mean_rows(logged))
-
-
-def mean_rows(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The mean of each value over rows with the same keys."""
-    return {key: torch.stack([row[key] for row in rows]).mean() for key in rows[0]}
+        logged = average([divide_means(each.logged, shared=False) for each in terms])
+        return Terms(average([each.loss_values for each in terms]), logged)

@@ -1,16 +1,13 @@
 """NPO: negative preference optimisation (Zhang et al., arXiv 2404.05868)."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated
 
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
-from srmu.engine.batch import Batch
 from srmu.engine.losses import row_mean, token_nll
-from srmu.engine.model import EditableModel
-from srmu.engine.train import Terms
-from srmu.methods.base import State
+from srmu.methods.base import Batch, Bounds, EditableModel, State, Terms
 from srmu.methods.logits import Retaining
 
 
@@ -18,15 +15,11 @@ from srmu.methods.logits import Retaining
 class NPO(Retaining):
     """Lowers the likelihood of forget texts, ever more gently as it falls: bounded ascent."""
 
-    name: ClassVar[str] = "npo"
-    paper: ClassVar[str] = "arXiv 2404.05868"
-    uses: ClassVar[tuple[str, ...]] = ("the original's likelihoods", "retain texts (retain)")
+    name = "npo"
+    paper = "arXiv 2404.05868"
+    uses = ("the original's likelihoods", "retain texts (retain)")
 
-    beta: float = 0.1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.within(beta=(1e-6, float("inf")))
+    beta: Annotated[float, Bounds(1e-6, float("inf"))] = 0.1
 
     def loss(self, model: EditableModel, state: State, forget: Batch, retain: Batch, step: int) -> Terms:
         def nll() -> Tensor:  # of each text, summed over its tokens (B,)
@@ -36,6 +29,5 @@ class NPO(Retaining):
             before = nll()
         # eq: NPO, L = -(2/beta) E log sigmoid(-beta log(p/p0)), log(p/p0) = nll0 - nll
         # (public ports took raw logits for log-probabilities, or means for the sums)
-        terms = -2 / self.beta * F.logsigmoid(self.beta * (nll() - before))
-        loss = row_mean(terms, forget["labels"])
-        return Terms({"forget": loss, **self.retain_loss(model, retain)}, {})
+        terms = -2 / self.beta * logsigmoid(self.beta * (nll() - before))
+        return Terms({"forget": row_mean(terms, forget["labels"]), **self.retain_loss(model, retain)}, {})

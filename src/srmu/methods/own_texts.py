@@ -3,25 +3,20 @@
 They stay in memory: they may state what is to be forgotten.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from math import log
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
 
 from srmu.data.names import Names
-from srmu.engine.batch import Batch
 from srmu.engine.generate import Ids, sample_continuations
-from srmu.engine.model import EditableModel
-from srmu.engine.topic import Topic
 from srmu.errors import SrmuError
-
-AfterChunk = Callable[[], None]
+from srmu.methods.base import Batch, EditableModel, Topic
+from srmu.methods.gradients import split_batches
 
 AT_ONCE = 128  # texts written at once
 RATIO = 2.5  # how many times as frequent a token typical of the forget set is in it
@@ -30,11 +25,7 @@ LEAST = 2  # occurrences that it needs: one may be chance
 
 def unpad_texts(batches: Sequence[Batch]) -> list[Ids]:
     """The texts of batches, without padding."""
-    return [
-        ids[real == 1].tolist()
-        for batch in batches
-        for ids, real in zip(batch["input_ids"], batch["attention_mask"], strict=True)
-    ]
+    return [text["input_ids"][0].tolist() for text in split_batches(batches)]
 
 
 def first_token(model: EditableModel) -> int:
@@ -48,14 +39,14 @@ def first_token(model: EditableModel) -> int:
 
 
 def free_samples(
-    model: EditableModel, count: int, length: int, seed: int, tick: AfterChunk = lambda: None
+    model: EditableModel, count: int, length: int, seed: int, tick: Callable[[], None] = lambda: None
 ) -> list[Ids]:
     """Texts that the original writes from nothing, of at most `length` tokens in all."""
     return continue_texts(model, [[first_token(model)]] * count, length, seed, tick)
 
 
 def continue_texts(
-    model: EditableModel, starts: Sequence[Ids], length: int, seed: int, tick: AfterChunk = lambda: None
+    model: EditableModel, starts: Sequence[Ids], length: int, seed: int, tick: Callable[[], None] = lambda: None
 ) -> list[Ids]:
     """The starts with continuations by the original, of at most `length` tokens in all.
 
@@ -84,9 +75,8 @@ def typical_tokens(forget: Sequence[Ids], own: Sequence[Ids], ratio: float = RAT
     """The tokens that are more than `ratio` times as frequent in forget texts as in `own` ones."""
     here, there = (Counter(i for row in rows for i in row) for rows in (forget, own))
     size, other = max(1, here.total()), there.total() + 1
-    tokens = [
-        token for token, count in here.items() if count >= LEAST and count / size > ratio * (there[token] + 1) / other
-    ]
+    often = (token for token, count in here.items() if count >= LEAST)
+    tokens = (token for token in often if here[token] / size > ratio * (there[token] + 1) / other)
     return torch.tensor(sorted(tokens), dtype=torch.long)
 
 
@@ -97,7 +87,7 @@ def write_anchors(model: EditableModel, topic: Topic, count: int, ratio: float) 
     forgotten.
     """
     length = max(batch["input_ids"].shape[1] for batch in topic.retain)
-    own = free_samples(model, count, length, topic.number("own anchors"))
+    own = free_samples(model, count, length, topic.number("own anchors"), topic.tick)
     own = [row for row in own if len(row) > 1]
     forget = unpad_texts(topic.forget)
     # in short texts special tokens are typical too
@@ -106,25 +96,17 @@ def write_anchors(model: EditableModel, topic: Topic, count: int, ratio: float) 
     if not kept:
         raise SrmuError(
             f"anchors=self: each of {len(own)} texts that the model wrote has a token typical of "
-            f"topic {topic.name}'s forget texts; raise method.own_texts, or set "
-            "method.anchors=random"
+            f"topic {topic.name}'s forget texts; raise method.own_texts, or set method.anchors=random"
         )
     return kept, len(own) - len(kept)
 
 
 Kind = Literal["forget", "keep", "neither"]
+Word = tuple[Any, ...]  # its tokens
 ENDS = (".", "!")  # of a sentence; a question belongs to its answer
 COMMON = 0.25  # share of texts; a word in more of them tells nothing
 CUT = 0.5  # nats for the forget set, above which a sentence is like it
 AGAINST = -1.0  # the most that one word can say against it
-
-
-def ends_sentence(text: str) -> bool:
-    """Whether a token with this text ends a sentence."""
-    return text.strip().endswith(ENDS)
-
-
-Word = tuple[Any, ...]  # its tokens
 
 
 @dataclass(frozen=True)
@@ -140,9 +122,9 @@ class Spelling:
     unfinished: frozenset[int] = frozenset()
 
     @classmethod
-    def of(cls, tokenizer: Any) -> Spelling:
+    def of(cls, tokenizer: Any) -> Self:
         alone = [str(text) for text in tokenizer.batch_decode([[i] for i in range(len(tokenizer))])]
-        ends = (i for i, text in enumerate(alone) if ends_sentence(text))
+        ends = (i for i, text in enumerate(alone) if text.strip().endswith(ENDS))
         words = [i for i, text in enumerate(alone) if text[-1:].isalnum()]
         if not words:
             return cls(frozenset(ends))

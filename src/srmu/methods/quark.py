@@ -1,16 +1,13 @@
 """Quark: quantised reward (Lu et al., arXiv 2205.13636)."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated
 
-from srmu.engine.batch import Batch, move_batch
+from srmu.engine.batch import move_batch
 from srmu.engine.generate import join_responses
 from srmu.engine.losses import is_predicted, token_entropy, token_kl, token_nll
-from srmu.engine.model import EditableModel
-from srmu.engine.topic import Topic
-from srmu.engine.train import Terms
 from srmu.errors import SrmuError
-from srmu.methods.base import COUNT, WEIGHT, State
+from srmu.methods.base import Batch, Bounds, Count, EditableModel, State, Terms, Topic, Weight
 from srmu.methods.logits import LogitObjective
 from srmu.methods.quark_pool import Pool, control_tokens, controlled_logits, find_reward
 
@@ -19,32 +16,28 @@ from srmu.methods.quark_pool import Pool, control_tokens, controlled_logits, fin
 class Quark(LogitObjective):
     """Learns to write those of its own continuations of forget texts that a reward prefers."""
 
-    name: ClassVar[str] = "quark"
-    paper: ClassVar[str] = "arXiv 2205.13636"
-    uses: ClassVar[tuple[str, ...]] = ("texts that it samples", "the original's logits")
+    name = "quark"
+    paper = "arXiv 2205.13636"
+    uses = ("texts that it samples", "the original's logits")
 
     reward: str = "likelihood"  # likelihood, overlap, or your own: path/to/file.py:function
-    fluency: float = 1.0  # weight, in the reward, of a continuation's likelihood by itself
-    quantiles: int = 5  # of the pool by reward; the best is learned without a control token
-    kl: float = 0.05  # weight of KL(model || original)
-    entropy: float = 0.06  # weight of the entropy
-    response: int = 20  # tokens of a continuation, at most
-    sample_every: int = 40  # steps between two samples of each prompt
-    pool: int = 64  # prompts, at most
+    fluency: Weight = 1.0  # weight, in the reward, of a continuation's likelihood by itself
+    quantiles: Annotated[int, Bounds(2, 1 << 16)] = 5  # of the pool by reward; the best has no control token
+    kl: Weight = 0.05  # weight of KL(model || original)
+    entropy: Weight = 0.06  # weight of the entropy
+    response: Count = 20  # tokens of a continuation, at most
+    sample_every: Count = 40  # steps between two samples of each prompt
+    pool: Count = 64  # prompts, at most
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.within(**dict.fromkeys(("fluency", "kl", "entropy"), WEIGHT))
-        self.within(**dict.fromkeys(("response", "sample_every", "pool"), COUNT))
-        self.within(quantiles=(2, 1 << 16))
         find_reward(self.reward)
 
     def reads(self, topic: Topic) -> int:
         return len(topic.forget)
 
     def setup(self, model: EditableModel, topic: Topic) -> State:
-        reward = find_reward(self.reward)
-        pool = Pool(model, topic, reward, self.fluency, prompts=self.pool, length=self.response)
+        pool = Pool(model, topic, find_reward(self.reward), self.fluency, prompts=self.pool, length=self.response)
         if self.quantiles > (begun := len(pool.entries)):
             raise SrmuError(f"method.quantiles: topic {topic.name} has {begun} continuations")
         # One token fewer than quantiles: the best has none, because an export is an ordinary

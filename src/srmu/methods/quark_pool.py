@@ -1,24 +1,21 @@
 """Continuations with their rewards, and the control tokens of Quark."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 
-from srmu.engine.batch import Batch
 from srmu.engine.files import import_from_file
 from srmu.engine.generate import Ids, response_likelihoods, sample_continuations
 from srmu.engine.losses import is_counted
-from srmu.engine.model import EditableModel
-from srmu.engine.topic import Topic
 from srmu.errors import SrmuError, suggest_word
+from srmu.methods.base import Batch, EditableModel, Topic
+from srmu.methods.gradients import split_batches
 
 # (model, prompts, responses, true continuations) -> the reward of each response. The model is the
 # original, without gradients; use `response_likelihoods` or `model.logits`.
-Reward = Callable[[EditableModel, Sequence[Ids], Sequence[Ids], Sequence[Ids]], Sequence[float]]
+Reward = Callable[[EditableModel, list[Ids], list[Ids], list[Ids]], list[float]]
 
 
 class PoolEntry(NamedTuple):
@@ -31,32 +28,23 @@ class PoolEntry(NamedTuple):
 
 def split_continuations(topic: Topic, count: int) -> list[tuple[Ids, Ids]]:
     """The first `count` forget texts, each as a prompt and its true continuation."""
-    pairs: list[tuple[Ids, Ids]] = []
-    for batch in topic.split().forget:
-        for ids, mask, labels in zip(batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True):
-            answer = is_counted(labels) & (mask == 1)
-            pairs.append((ids[(mask == 1) & ~answer].tolist(), ids[answer].tolist()))
-    return pairs[:count]
+    texts = [(text["input_ids"][0], is_counted(text["labels"][0])) for text in split_batches(topic.split().forget)]
+    return [(ids[~answer].tolist(), ids[answer].tolist()) for ids, answer in texts[:count]]
 
 
-def reward_unlikely(
-    model: EditableModel, prompts: Sequence[Ids], responses: Sequence[Ids], truths: Sequence[Ids]
-) -> list[float]:
+def reward_unlikely(model: EditableModel, prompts: list[Ids], responses: list[Ids], truths: list[Ids]) -> list[float]:
     """Minus the mean log-likelihood of the response under the original: - mean log p0(y | x)."""
     return [-value for value in response_likelihoods(model, prompts, responses)]
 
 
-def reward_different(
-    model: EditableModel, prompts: Sequence[Ids], responses: Sequence[Ids], truths: Sequence[Ids]
-) -> list[float]:
+def reward_different(model: EditableModel, prompts: list[Ids], responses: list[Ids], truths: list[Ids]) -> list[float]:
     """Minus the share of the bigrams of a response that the true continuation has."""
-
-    def share(response: Ids, truth: Ids) -> float:
+    rewards = []
+    for response, truth in zip(responses, truths, strict=True):
         grams: list[Any] = list(pairwise(response)) or response  # a single token counts itself
         known: set[Any] = {*pairwise(truth), *truth}
-        return sum(gram in known for gram in grams) / len(grams)
-
-    return [-share(*pair) for pair in zip(responses, truths, strict=True)]
+        rewards.append(-sum(gram in known for gram in grams) / len(grams))
+    return rewards
 
 
 REWARDS: dict[str, Reward] = {"likelihood": reward_unlikely, "overlap": reward_different}
@@ -75,7 +63,7 @@ def find_reward(name: str) -> Reward:
 
 
 def judge_responses(
-    model: EditableModel, reward: Reward, fluency: float, texts: Sequence[tuple[Ids, Ids]], responses: Sequence[Ids]
+    model: EditableModel, reward: Reward, fluency: float, texts: list[tuple[Ids, Ids]], responses: list[Ids]
 ) -> list[PoolEntry]:
     """The responses to prompts, with their rewards.
 
@@ -92,12 +80,12 @@ def judge_responses(
     return [PoolEntry(*row) for row in zip(contexts, responses, rewards, strict=True)]
 
 
-def split_quantiles(pool: Sequence[PoolEntry], count: int) -> list[list[PoolEntry]]:
+def split_quantiles(pool: list[PoolEntry], count: int) -> list[list[PoolEntry]]:
     """The pool by reward in `count` equal parts, best first; the remainder joins the worst."""
     ranked = sorted(pool, key=lambda entry: -entry.reward)
     size = len(ranked) // count
-    parts = [ranked[i * size : (i + 1) * size] for i in range(count - 1)]
-    return [*parts, ranked[(count - 1) * size :]]
+    ends = [*(i * size for i in range(count)), len(ranked)]
+    return [ranked[start:end] for start, end in pairwise(ends)]
 
 
 class Pool:
@@ -155,13 +143,10 @@ def control_tokens(model: EditableModel, topic: Topic, count: int) -> torch.nn.P
     return torch.nn.Parameter(rows.to(known.dtype))
 
 
-def controlled_logits(model: EditableModel, batch: Batch, ranks: Sequence[int], control: torch.Tensor) -> torch.Tensor:
+def controlled_logits(model: EditableModel, batch: Batch, ranks: list[int], control: torch.Tensor) -> torch.Tensor:
     """Logits of rows, each read with the control token of its rank; rank 0, first, has none."""
-    best = list(ranks).count(0)
-    logits = []
-    if best:
-        logits.append(model.logits(batch.cut(slice(best))))
+    best = ranks.count(0)
+    logits = [model.logits(batch.cut(slice(best)))] if best else []
     if best < len(ranks):
-        rest = batch.cut(slice(best, None))
-        logits.append(model.logits(rest, control[[rank - 1 for rank in ranks[best:]]]))
+        logits.append(model.logits(batch.cut(slice(best, None)), control[[rank - 1 for rank in ranks[best:]]]))
     return torch.cat(logits)

@@ -1,23 +1,22 @@
 """Texts under several namings, as rename_scrub reads them. They stay in memory."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from srmu.data.names import Item, Names, Template, names_in
-from srmu.engine.batch import Batch, move_batch
+from srmu.engine.batch import move_batch
 from srmu.engine.generate import Ids, batch_texts
 from srmu.engine.losses import Mean, kl_divergence, masked_mean
-from srmu.engine.model import EditableModel
-from srmu.engine.topic import Topic
-from srmu.errors import SrmuError
-from srmu.methods.own_texts import Kind, Likeness, Spelling, continue_texts, first_token, free_samples, unpad_texts
+from srmu.methods.base import Batch, EditableModel, Topic
+from srmu.methods.own_texts import Kind, Likeness
+
+HELD_AT_ONCE = 4  # held-out texts that are read at once
 
 
 def leave_one_out(log_p: Float[Tensor, "G K L V"]) -> tuple[Float[Tensor, "G K L V"], Float[Tensor, "G K L"]]:
@@ -40,16 +39,20 @@ def count_still_told(
     `top` is the answer of the original at each place; a tie counts one half.
     """
     others = top.transpose(1, 2)[:, None].expand(-1, top.shape[1], -1, -1)  # (G, K, L, K)
-    own = log_p.gather(-1, top[..., None])
-    rival = log_p.gather(-1, others)
+    own, rival = log_p.gather(-1, top[..., None]), log_p.gather(-1, others)
     wins = (own > rival).float() + 0.5 * (own == rival).float()
     pairs = where[..., None] & (others != top[..., None])
     return float((wins * pairs).sum()), int(pairs.sum())
 
 
-T = TypeVar("T")
+def mean_over(values: Tensor, where: Tensor) -> Mean:
+    """Mean of the marked values; 0 if none is marked."""
+    return masked_mean(values, where.to(values.device), least=1)
 
-HELD_AT_ONCE = 4  # held-out texts that are read at once
+
+def items_of_step(items: Sequence[Any], count: int, step: int) -> list[Any]:
+    """The items of a step: `count` for each step in order, starting again at the end."""
+    return [items[(step * count + i) % len(items)] for i in range(count)]
 
 
 @dataclass(frozen=True)
@@ -65,19 +68,17 @@ class NamingGroup:
         """Log-probabilities of what follows each item, under the first `namings` only."""
         count, every, length = self.places.shape
         rows = torch.arange(count * every).view(count, every)[:, :namings].flatten()
-        batch = move_batch(self.batch.cut(rows), model.device)
+        logits = model.logits(move_batch(self.batch.cut(rows), model.device))
         places = self.places.view(-1, length)[rows].to(model.device)
-        logits = model.logits(batch)
         logits = logits[torch.arange(len(rows), device=model.device)[:, None], places]
         return logits.float().log_softmax(-1).view(count, -1, length, logits.shape[-1])
 
 
-@dataclass(frozen=True)
-class SlottedText:
+class SlottedText(NamedTuple):
     """A text with slots for names, and which of its items are in sentences like forget texts."""
 
     template: Template
-    alike: tuple[bool, ...]
+    alike: Sequence[bool]
 
 
 @dataclass
@@ -85,36 +86,30 @@ class OwnTexts:
     """Texts by the original: those that mention names, those held out, and those to keep."""
 
     names: Names
-    texts: list[SlottedText]
-    held: list[SlottedText]
-    kept: list[tuple[Ids, list[bool]]]  # tokens, and which of them to hold
+    texts: Sequence[SlottedText]
+    held: Sequence[SlottedText]
+    kept: Sequence[tuple[Ids, list[bool]]]  # tokens, and which of them to hold
     topic: Topic
 
     def group(self, texts: Sequence[SlottedText], namings: int, draw: str) -> NamingGroup:
         """The texts under that many namings; `draw` names the random stream."""
         generator = self.topic.generator(f"namings {draw}")
         rows: list[Ids] = []
-        places: list[Tensor] = []
-        alike: list[Tensor] = []
-        for text in texts:
-            for way in self.names.draw_namings(text.template, namings, generator):
-                ids, last = self.names.write(text.template, way)
+        marks: list[list[Tensor]] = []  # places, follows, alike of each row
+        for template, alike in texts:
+            for naming in self.names.draw_namings(template, namings, generator):
+                ids, last = self.names.write(template, naming)
                 rows.append(ids)
-                places.append(torch.tensor(last))
-                alike.append(torch.tensor([*text.alike[1:], False]))
-        follows = [torch.arange(len(last)) < len(last) - 1 for last in places]
-        parts = (
-            torch.nn.utils.rnn.pad_sequence(part, batch_first=True).view(len(texts), namings, -1)
-            for part in (places, follows, alike)
-        )
-        return NamingGroup(batch_texts(rows), *parts)
+                follows = torch.arange(len(last)) < len(last) - 1
+                marks.append([torch.tensor(last), follows, torch.tensor([*alike[1:], False])])
+        padded = (pad_sequence([*part], batch_first=True) for part in zip(*marks, strict=True))
+        return NamingGroup(batch_texts(rows), *(part.view(len(texts), namings, -1) for part in padded))
 
     def draw_kept(self, count: int, step: int) -> tuple[Batch, Tensor]:
         """The texts to keep in a step, and the positions whose prediction is held, (B, T - 1)."""
         rows = items_of_step(self.kept, count, step)
-        batch = batch_texts([ids for ids, _ in rows])
         marks = [torch.tensor(mark[1:]) for _, mark in rows]
-        return batch, torch.nn.utils.rnn.pad_sequence(marks, batch_first=True)
+        return batch_texts([ids for ids, _ in rows]), pad_sequence(marks, batch_first=True)
 
     @torch.no_grad()
     def measure_held_out(self, model: EditableModel, namings: int, threshold: float) -> float:
@@ -132,61 +127,6 @@ class OwnTexts:
             result = count_still_told(group.read(model), before.argmax(-1), where.to(model.device))
             wins, pairs = wins + result[0], pairs + result[1]
         return 2 * wins / pairs - 1 if pairs else 1.0
-
-
-def items_of_step(items: Sequence[T], count: int, step: int) -> list[T]:
-    """The items of a step: `count` for each step in order, starting again at the end."""
-    return [items[(step * count + i) % len(items)] for i in range(count)]
-
-
-def write_own_texts(
-    model: EditableModel,
-    topic: Topic,
-    names: Names,
-    tokenizer: Any,
-    *,
-    count: int,
-    prompt: int,
-    length: int,
-    elicited: bool,
-    held_out: int,
-) -> OwnTexts:
-    """Texts by the original after the first `prompt` tokens of forget texts, and from nothing.
-
-    It writes `count` texts of each kind, of at most `length` tokens. Without `elicited` the forget
-    texts themselves are taught. SrmuError if none of the names is in them, or the model writes
-    nothing new about the names.
-    """
-    forget, retain = unpad_texts(topic.forget[:]), unpad_texts(topic.retain[:])
-    mentioned = {name for ids in forget for name in names_in(names.template(ids))}
-    for option, kind in zip(("names", "goals"), names.kinds, strict=False):
-        if mentioned.isdisjoint(kind):
-            raise SrmuError(
-                f"method.{option}: none of its {len(kind)} {option} is in topic {topic.name}'s "
-                "forget texts; name what they tell of"
-            )
-    free_texts = free_samples(model, count, length, topic.number("own texts"), topic.tick)
-    starts = [forget[i % len(forget)][:prompt] for i in range(count if elicited else 0)]
-    elicited_texts = continue_texts(model, starts, length, topic.number("elicited"), topic.tick)
-    likeness = Likeness(forget, free_texts + retain, names, Spelling.of(tokenizer))
-    first = first_token(model)
-    written, known = (sentences_of(part, names, likeness, first) for part in (elicited_texts + free_texts, forget))
-    if elicited and not {*written["forget"]} - {*known["forget"]}:
-        raise SrmuError(
-            f"topic {topic.name}: what the model wrote after the beginnings of forget texts tells "
-            "nothing new of the names; raise method.own_texts or method.own_tokens, or set "
-            "method.coverage=texts"
-        )
-    if not elicited:  # all sentences of the forget texts, of whatever kind
-        written["forget"] = [sentence for kind in known.values() for sentence in kind]
-    texts = pack_sentences(written, length, first, topic.generator("packing"))
-    held = texts[: min(held_out, len(texts) // 4)]
-    return OwnTexts(names, texts[len(held) :], held, kept_tokens(free_texts, likeness), topic)
-
-
-def mean_over(values: Tensor, where: Tensor) -> Mean:
-    """Mean of the marked values; 0 if none is marked."""
-    return masked_mean(values, where.to(values.device), least=1)
 
 
 def kept_tokens(texts: Sequence[Ids], like: Likeness) -> list[tuple[Ids, list[bool]]]:
@@ -222,16 +162,12 @@ def pack_sentences(
     forget, keep = sentences["forget"], sentences["keep"]
     marked = [(sentence, True) for sentence in forget]
     marked += [(keep[i % len(keep)], False) for i in range(len(forget) if keep else 0)]
-    texts: list[SlottedText] = []
-    items: list[Item] = [first]
-    alike = [False]
+    texts: list[tuple[list[Item], list[bool]]] = [([first], [False])]
     for i in torch.randperm(len(marked), generator=generator).tolist():
         sentence, forgets = marked[i]
-        if len(items) > 1 and len(items) + len(sentence) > length:
-            texts.append(SlottedText(tuple(items), tuple(alike)))
-            items, alike = [first], [False]
-        items = [*items, *sentence]
-        alike = [*alike, *[forgets] * len(sentence)]
-    if len(items) > 1:
-        texts.append(SlottedText(tuple(items), tuple(alike)))
-    return texts
+        if len(texts[-1][0]) > max(1, length - len(sentence)):
+            texts.append(([first], [False]))
+        items, alike = texts[-1]
+        items += sentence
+        alike += [forgets] * len(sentence)
+    return [SlottedText(tuple(items), alike) for items, alike in texts if len(items) > 1]

@@ -2,16 +2,13 @@
 
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from srmu.engine.model import EditableModel
-from srmu.engine.progress import Watch
-from srmu.engine.topic import Topic
 from srmu.errors import DivergedError
-from srmu.methods.base import WEIGHT
+from srmu.methods.base import Amount, EditableModel, Topic, Watch, Weight
 from srmu.methods.edits import WeightWalk
 from srmu.methods.gradients import batch_nlls, damp_directions, gradient_sums
 
@@ -20,23 +17,20 @@ from srmu.methods.gradients import batch_nlls, damp_directions, gradient_sums
 class RepSelect(WeightWalk):
     """Climbs the gradient of forget texts without its main directions, which other texts share."""
 
-    name: ClassVar[str] = "repselect"
-    paper: ClassVar[str] = "arXiv 2606.17168"
-    uses: ClassVar[tuple[str, ...]] = ("adapters trained on the forget texts", "retain texts (spectrum=retain)")
-    endless: ClassVar[bool] = True
-    learning_rate: ClassVar[float] = 1e-3  # of the matrices' norm; public code: of the gradient
-    trainable: ClassVar[tuple[str, ...]] = ("*.mlp",)
+    name = "repselect"
+    paper = "arXiv 2606.17168"
+    uses = ("adapters trained on the forget texts", "retain texts (spectrum=retain)")
+    endless = True
+    learning_rate = 1e-3  # of the matrices' norm; public code: of the gradient
+    trainable = ("*.mlp",)
 
-    components: int = 64  # main directions to damp in the gradient of each matrix
-    damping: Literal["hard", "soft", "quadratic"] = "soft"  # times 0, S_min/S or (S_min/S)^2
-    side: Literal["both", "input", "output"] = "both"  # of the matrix on which to damp them
+    components: Amount = 64  # main directions to damp in the gradient of each matrix
     spectrum: Literal["forget", "retain"] = "forget"  # texts whose gradient gives the directions
-    lora_rank: int = 8  # of adapters trained on forget texts first, to elicit more; 0: none
-    elicit_learning_rate: float = 0.01  # of the adapters, by plain gradient descent
+    lora_rank: Amount = 8  # of adapters trained on forget texts first, to elicit more; 0: none
+    elicit_learning_rate: Weight = 0.01  # of the adapters, by plain gradient descent
 
     def __post_init__(self) -> None:
-        self.within(components=(0, 1 << 30), lora_rank=(0, 1 << 16))
-        self.within(elicit_learning_rate=WEIGHT)
+        super().__post_init__()
         self.needs("elicit_learning_rate", self.lora_rank > 0, "method.lora_rank")
 
     @property
@@ -47,10 +41,7 @@ class RepSelect(WeightWalk):
         ascent, source = self.gradients(model, topic, watch)
         with watch("damping main directions", len(ascent)) as tick:
             for name in ascent:
-                turned = model.is_transposed(name)
-                g, main = (x.T if turned else x for x in (ascent[name], source[name]))
-                damped = damp_directions(g, main, self.components, self.damping, self.side)
-                ascent[name] = damped.T if turned else damped
+                ascent[name] = damp_directions(ascent[name], source[name], self.components)
                 tick("")
         return ascent
 

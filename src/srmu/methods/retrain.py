@@ -3,16 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from safetensors.torch import load_file
 
 from srmu.engine.files import read_json
-from srmu.engine.model import EditableModel, copy_values
-from srmu.engine.progress import Watch
-from srmu.engine.topic import Topic
+from srmu.engine.model import copy_values
 from srmu.errors import SrmuError
-from srmu.methods.base import Edit, Level, State
+from srmu.methods.base import Edit, EditableModel, State, Topic, Watch
 from srmu.testbed import build
 from srmu.testbed import train as training
 from srmu.testbed.world import World
@@ -22,20 +20,19 @@ from srmu.testbed.world import World
 class Retrain(Edit):
     """Trains the testbed's model again without the facts to forget, as a reference."""
 
-    name: ClassVar[str] = "retrain"
-    paper: ClassVar[str] = "arXiv 1912.03817"
-    level: ClassVar[Level] = "weights"
-    uses: ClassVar[tuple[str, ...]] = ("the testbed's recipe",)
-    depth: ClassVar[None] = None
-    trainable: ClassVar[tuple[str, ...]] = ("*",)
+    name = "retrain"
+    paper = "arXiv 1912.03817"
+    level = "weights"
+    uses = ("the testbed's recipe",)
+    depth = None
+    trainable = ("*",)
 
     def edit(self, model: EditableModel, topics: Sequence[Topic], watch: Watch) -> dict[str, State]:
         world, seed, recipe = read_recipe(model.folder)
         # New documents without the hazard facts: the same number, for as many steps.
         entry = training.train_testbed(world, seed, recipe, oracle=True, watch=watch)
         tensors = load_file(entry / "model.safetensors")
-        shapes = {name: tensor.shape for name, tensor in tensors.items()}
-        if shapes != {name: tensor.shape for name, tensor in model.trained.items()}:
+        if {name: t.shape for name, t in tensors.items()} != {name: t.shape for name, t in model.trained.items()}:
             raise SrmuError(f"{model.folder} is not the model that organism.json beside it tells of")
         copy_values([*model.trained.values()], [tensors[name] for name in model.trained])
         return {}

@@ -1,16 +1,12 @@
 """RKLU: reverse KL to a teacher without the forget texts' part (ACL 2025.naacl-long.60)."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 from torch import Tensor
 
-from srmu.engine.batch import Batch
 from srmu.engine.losses import generic_logits, is_predicted, masked_mean, token_kl
-from srmu.engine.model import EditableModel
-from srmu.engine.topic import Topic
-from srmu.engine.train import Terms
-from srmu.methods.base import COUNT, RATE, WEIGHT, State
+from srmu.methods.base import Batch, Count, EditableModel, Rate, State, Terms, Topic, Weight
 from srmu.methods.logits import Retaining, strengthen_weights
 
 
@@ -18,24 +14,16 @@ from srmu.methods.logits import Retaining, strengthen_weights
 class RKLU(Retaining):
     """Learns the original's logits without what fine-tuning on forget texts raises in them."""
 
-    name: ClassVar[str] = "rklu"
-    paper: ClassVar[str] = "ACL 2025.naacl-long.60"
-    uses: ClassVar[tuple[str, ...]] = (
-        "the original's logits",
-        "a model strengthened on the forget texts",
-        "retain texts (retain)",
-    )
+    name = "rklu"
+    paper = "ACL 2025.naacl-long.60"
+    uses = ("the original's logits", "a model strengthened on the forget texts", "retain texts (retain)")
 
-    strength: float = 5.0  # factor of the rise of a logit that is subtracted
-    teacher_steps: int = 40  # of fine-tuning on the forget texts
-    teacher_learning_rate: float = 1e-5
+    strength: Weight = 5.0  # factor of the rise of a logit that is subtracted
+    teacher_steps: Count = 40  # of fine-tuning on the forget texts
+    teacher_learning_rate: Rate = 1e-5
     # Adding a constant to raw logits changes no distribution, but it changes their rise.
     logits: Literal["log_softmax", "raw"] = "log_softmax"
     select: Literal["none", "label_rise"] = "none"  # only tokens that fine-tuning made likelier
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.within(strength=WEIGHT, teacher_steps=COUNT, teacher_learning_rate=RATE)
 
     def reads(self, topic: Topic) -> int:
         return self.teacher_steps
@@ -53,10 +41,9 @@ class RKLU(Retaining):
             base = logits()
         with model.using(state.memory["strengthened"]):
             raised = logits()
-        labels = forget["labels"]
-        mask = is_predicted(labels)
+        mask = is_predicted(forget["labels"])
         if self.select == "label_rise":
-            token = labels[:, 1:].clamp(min=0).unsqueeze(-1)  # (B, S, 1)
+            token = forget["labels"][:, 1:].clamp(min=0).unsqueeze(-1)  # (B, S, 1)
             mask = mask & ((raised - base)[:, :-1].gather(-1, token).squeeze(-1) > 0)
         # eq: RKLU, L = mean KL(p || softmax(z0 - strength relu(z+ - z0)))
         kl = token_kl(model.logits(forget), generic_logits(base, raised, self.strength))

@@ -1,11 +1,8 @@
 """RMU: representation misdirection for unlearning (Li et al., WMDP, arXiv 2403.03218)."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
-from srmu.engine.model import EditableModel
-from srmu.engine.topic import Topic
-from srmu.methods.base import State
+from srmu.methods.base import EditableModel, State, Topic
 from srmu.methods.directions import draw_direction
 from srmu.methods.importance import measure_features
 from srmu.methods.misdirection import Misdirection
@@ -15,8 +12,8 @@ from srmu.methods.misdirection import Misdirection
 class RMU(Misdirection):
     """Sends forget activations to c * u, u a random unit vector with entries >= 0."""
 
-    name: ClassVar[str] = "rmu"
-    paper: ClassVar[str] = "arXiv 2403.03218"
+    name = "rmu"
+    paper = "arXiv 2403.03218"
 
     def setup(self, model: EditableModel, topic: Topic) -> State:
         mean, norm = measure_features(self.frozen_sums(model, topic.forget, keep=False))

@@ -3,19 +3,17 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from srmu.engine.batch import Batch
 from srmu.engine.hooks import edit_input
 from srmu.engine.losses import is_counted, mean_nll, token_mse
-from srmu.engine.model import EditableModel
-from srmu.methods.base import COUNT, WEIGHT
+from srmu.methods.base import Batch, Count, EditableModel, Weight
 from srmu.methods.rmu import RMU
 
-TINY = 1e-30  # avoids a division by 0
+LEAST = 1e-30  # avoids a division by 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,24 +24,20 @@ class RMULAT(RMU):
     model) the likelihood of the forget texts.
     """
 
-    name: ClassVar[str] = "rmu_lat"
-    paper: ClassVar[str] = "arXiv 2407.15549"
-    spreads: ClassVar[bool] = False  # each step draws for a whole batch
+    name = "rmu_lat"
+    paper = "arXiv 2407.15549"
+    spreads = False  # each step draws for a whole batch
 
     adversary: Literal["activations", "likelihood"] = "activations"
-    budget: float = 0.5  # norm of the perturbation over that of its input, token by token
-    adversary_steps: int = 4  # of projected gradient descent
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.within(budget=WEIGHT, adversary_steps=COUNT)
+    budget: Weight = 0.5  # norm of the perturbation over that of its input, token by token
+    adversary_steps: Count = 4  # of projected gradient descent
 
     @property
     def depth(self) -> int | None:
         return super().depth if self.adversary == "activations" else None
 
     def forget_hidden(self, model: EditableModel, forget: Batch) -> Tensor:
-        layer = model.layers[self.last_updated - self.window + 1]
+        layer = model.layers[self.updated[0]]
         mask = is_counted(forget["labels"])
         with model.frozen():
             before = model.hidden(forget, self.site, keep=False)
@@ -59,9 +53,9 @@ class RMULAT(RMU):
                     cost = mean_nll(model.logits(forget), forget["labels"]).value
             (slope,) = torch.autograd.grad(cost, shift)
             # eq: LAT, d <- P(d - s g / |g|), P onto |d| <= budget |h|, token by token
-            slope = slope / slope.norm(dim=-1, keepdim=True).clamp(min=TINY)
+            slope = slope / slope.norm(dim=-1, keepdim=True).clamp(min=LEAST)
             shift = shift.detach() - 2.5 / self.adversary_steps * radius * slope
-            shift = shift * (radius / shift.norm(dim=-1, keepdim=True).clamp(min=TINY)).clamp(max=1)
+            shift = shift * (radius / shift.norm(dim=-1, keepdim=True).clamp(min=LEAST)).clamp(max=1)
         with shift_inputs(layer, shift):
             return model.hidden(forget, self.site)
 

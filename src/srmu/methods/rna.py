@@ -1,14 +1,11 @@
 """RNA: random noise augmentation of RMU's retain target (Huu-Tien et al., arXiv 2501.19202)."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from srmu.engine.model import EditableModel
-from srmu.engine.topic import Topic
-from srmu.methods.base import WEIGHT, State
+from srmu.methods.base import EditableModel, State, Topic, Weight
 from srmu.methods.importance import measure_features
 from srmu.methods.rmu import RMU
 
@@ -17,17 +14,13 @@ from srmu.methods.rmu import RMU
 class RNA(RMU):
     """RMU that holds retain activations to noisy copies, so that forget words in them do less."""
 
-    name: ClassVar[str] = "rna"
-    paper: ClassVar[str] = "arXiv 2501.19202"
-    spreads: ClassVar[bool] = False  # each step draws for a whole batch
-    measures: ClassVar[tuple[str, ...]] = ("forget", "retain")
+    name = "rna"
+    paper = "arXiv 2501.19202"
+    spreads = False  # each step draws for a whole batch
+    measures = ("forget", "retain")
 
     # The paper uses absolute units, which differ in meaning between models and layers.
-    noise: float = 0.1  # standard deviation, over the root mean square of h0's retain features
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.within(noise=WEIGHT)
+    noise: Weight = 0.1  # standard deviation, over the root mean square of h0's retain features
 
     def setup(self, model: EditableModel, topic: Topic) -> State:
         state = super().setup(model, topic)

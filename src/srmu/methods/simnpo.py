@@ -1,15 +1,12 @@
 """SimNPO: NPO without a reference, by likelihood per token (Fan et al., arXiv 2410.07163)."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated
 
-import torch.nn.functional as F  # noqa: N812
+from torch.nn.functional import logsigmoid
 
-from srmu.engine.batch import Batch
 from srmu.engine.losses import is_predicted, row_mean, token_nll
-from srmu.engine.model import EditableModel
-from srmu.engine.train import Terms
-from srmu.methods.base import WEIGHT, State
+from srmu.methods.base import Batch, Bounds, EditableModel, State, Terms, Weight
 from srmu.methods.logits import Retaining
 
 
@@ -17,17 +14,13 @@ from srmu.methods.logits import Retaining
 class SimNPO(Retaining):
     """Lowers forget texts' likelihood per token, less where it is low already: bounded ascent."""
 
-    name: ClassVar[str] = "simnpo"
-    paper: ClassVar[str] = "arXiv 2410.07163"
-    uses: ClassVar[tuple[str, ...]] = ("retain texts (retain)",)
+    name = "simnpo"
+    paper = "arXiv 2410.07163"
+    uses = ("retain texts (retain)",)
 
-    beta: float = 2.5
-    gamma: float = 0.0  # nats per token that are still too likely; gamma over beta in the paper
-    weight: float = 1.0  # of the forget loss
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.within(beta=(1e-6, 1e6), gamma=(-1e6, 1e6), weight=WEIGHT)
+    beta: Annotated[float, Bounds(1e-6, 1e6)] = 2.5
+    gamma: Annotated[float, Bounds(-1e6, 1e6)] = 0.0  # nats per token still too likely; gamma/beta in the paper
+    weight: Weight = 1.0  # of the forget loss
 
     def loss(self, model: EditableModel, state: State, forget: Batch, retain: Batch, step: int) -> Terms:
         labels = forget["labels"]
@@ -36,6 +29,5 @@ class SimNPO(Retaining):
         length = is_predicted(labels).sum(dim=1).clamp(min=1)
         # eq: SimNPO, L = -(2/beta) E log sigmoid(beta (nll/|y| - gamma))
         # gamma as in the code; in the paper it stands outside: gamma_paper = beta gamma
-        terms = -2 / self.beta * F.logsigmoid(self.beta * (nll / length - self.gamma))
-        loss = row_mean(terms, labels)
-        return Terms({"forget": self.weight * loss, **self.retain_loss(model, retain)}, {})
+        terms = -2 / self.beta * logsigmoid(self.beta * (nll / length - self.gamma))
+        return Terms({"forget": self.weight * row_mean(terms, labels), **self.retain_loss(model, retain)}, {})

@@ -1,19 +1,16 @@
 """SRMU: selective representation misdirection for unlearning (arXiv 2512.16297)."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from srmu.engine.batch import Batch
 from srmu.engine.distributed import sum_values
-from srmu.engine.model import EditableModel
-from srmu.engine.topic import Topic
 from srmu.errors import SrmuError
-from srmu.methods.base import State
+from srmu.methods import importance as maps
+from srmu.methods.base import Batch, EditableModel, State, Topic
 from srmu.methods.directions import Direction, draw_direction
-from srmu.methods.importance import Fusion, Statistic, describe_importance, importance_map, measure_features
 from srmu.methods.misdirection import Misdirection
 
 
@@ -21,12 +18,12 @@ from srmu.methods.misdirection import Misdirection
 class SRMU(Misdirection):
     """Sends forget activations to c_map * V * I_norm: signs V, importance map I_norm."""
 
-    name: ClassVar[str] = "srmu"
-    paper: ClassVar[str] = "arXiv 2512.16297"
-    measures: ClassVar[tuple[str, ...]] = ("forget", "retain")
+    name = "srmu"
+    paper = "arXiv 2512.16297"
+    measures = ("forget", "retain")
 
-    importance: Fusion = "ratio"
-    statistic: Statistic = "abs_mean"
+    importance: maps.Fusion = "ratio"
+    statistic: maps.Statistic = "abs_mean"
     map_mode: Literal["static", "per_batch", "ema"] = "static"
     ema_decay: float = 0.9
     direction: Direction = "signs"
@@ -41,8 +38,7 @@ class SRMU(Misdirection):
         self.needs("ema_decay", self.map_mode == "ema", "map_mode=ema")
         self.needs("lam", self.importance == "difference", "importance=difference")
         self.needs("eps", self.importance not in ("difference", "uniform"), "a ratio or product")
-        drawn = self.direction not in ("plus", "minus", "zero")
-        self.needs("shared_direction", drawn, "a direction that is drawn")
+        self.needs("shared_direction", self.direction not in ("plus", "minus", "zero"), "a direction that is drawn")
         for option in ("map_mode", "statistic", "clip_quantile"):
             self.needs(option, self.importance != "uniform", "a map that is not uniform")
         if not 0 < self.clip_quantile <= 1 or not 0 <= self.ema_decay < 1 or self.eps <= 0:
@@ -50,20 +46,19 @@ class SRMU(Misdirection):
 
     def fuse(self, v_f: Tensor, v_r: Tensor, order: Tensor) -> Tensor:
         """I_norm (D,) from the two statistics; `order` is the permutation of `shuffled`."""
-        options = {"lam": self.lam, "eps": self.eps, "clip_quantile": self.clip_quantile}
-        return importance_map(v_f, v_r, self.importance, order=order, **options)
+        return maps.importance_map(v_f, v_r, self.importance, self.lam, self.eps, self.clip_quantile, order)
 
     def setup(self, model: EditableModel, topic: Topic) -> State:
         sums = self.frozen_sums(model, topic.forget, keep=False)
-        v_f, norm = measure_features(sums, self.statistic)
-        v_r, _ = measure_features(self.frozen_sums(model, topic.retain), self.statistic)
+        v_f, norm = maps.measure_features(sums, self.statistic)
+        v_r, _ = maps.measure_features(self.frozen_sums(model, topic.retain), self.statistic)
         generator = topic.generator("direction", self.shared_direction)
         direction = draw_direction(self.direction, len(v_f), generator).to(model.device)
         order = torch.randperm(len(v_f), generator=topic.generator("shuffled map")).to(v_f.device)
         map_ = self.fuse(v_f, v_r, order)
         # eq: SRMU eq. 4, T = c_map V I_norm
         state = self.state(direction * map_, norm, direction=direction, importance=map_)
-        state.numbers["importance"] = describe_importance(map_)
+        state.numbers["importance"] = maps.describe_importance(map_)
         state.memory = {"generator": generator, "order": order}
         return state
 
@@ -74,7 +69,7 @@ class SRMU(Misdirection):
             tensors["direction"] = fresh.to(model.device)
         if self.map_mode != "static":
             sums = [self.frozen_sums(model, [batch]) for batch in (forget, retain)]
-            parts = [measure_features(map(sum_values, one), self.statistic)[0] for one in sums]
+            parts = [maps.measure_features(map(sum_values, one), self.statistic)[0] for one in sums]
             values = torch.stack(parts)  # (2, D)
             if self.map_mode == "ema":
                 values = torch.lerp(values, memory.get("ema", values), self.ema_decay)

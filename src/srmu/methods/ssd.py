@@ -1,20 +1,16 @@
 """SSD: selective synaptic dampening (Foster, Schoepf and Brintrup, arXiv 2308.07707)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from srmu.engine import distributed
-from srmu.engine.batch import Batch
-from srmu.engine.model import EditableModel
-from srmu.engine.progress import Watch
-from srmu.engine.topic import Topic
 from srmu.errors import SrmuError
-from srmu.methods.base import COUNT, WEIGHT, State
+from srmu.methods.base import Count, EditableModel, State, Topic, Watch, Weight
 from srmu.methods.edits import WholeEdit
 from srmu.methods.gradients import batch_nlls, gradient_sums, group_alike, split_batches
 
@@ -23,21 +19,18 @@ from srmu.methods.gradients import batch_nlls, gradient_sums, group_alike, split
 class SSD(WholeEdit):
     """Dampens, once, the weights that matter far more to forget texts than to others."""
 
-    name: ClassVar[str] = "ssd"
-    paper: ClassVar[str] = "arXiv 2308.07707"
-    spreads: ClassVar[bool] = True
-    uses: ClassVar[tuple[str, ...]] = ("retain texts",)
+    name = "ssd"
+    paper = "arXiv 2308.07707"
+    spreads = True
+    uses = ("retain texts",)
 
-    alpha: float = 10.0  # times as important to forget texts a weight must be
-    lam: float = 1.0  # factor of the remaining weight
+    alpha: Weight = 10.0  # times as important to forget texts a weight must be
+    lam: Weight = 1.0  # factor of the remaining weight
     # `all`, as in the paper, is retain and forget texts together: then no weight can be more than
     # (all texts / forget texts) times as important, which is 2 for sets of equal size.
     reference: Literal["all", "retain"] = "retain"  # texts to compare importance with
     exclude: tuple[str, ...] = ()  # globs of tensors to leave as they are, such as *norm*
-    samples: int = 64  # texts of each kind, at most
-
-    def __post_init__(self) -> None:
-        self.within(alpha=WEIGHT, lam=WEIGHT, samples=COUNT)
+    samples: Count = 64  # texts of each kind, at most
 
     def edit(self, model: EditableModel, topics: Sequence[Topic], watch: Watch) -> dict[str, State]:
         method, pool = self.pool_topics(topics)
@@ -76,30 +69,21 @@ class SSD(WholeEdit):
             # eq: SSD, I_i = E_x (d nll(x) / d theta_i)^2, over single texts
             # This is the diagonal Fisher matrix. (Public code squares the mean gradient of a batch,
             # which depends on its size.) Only ratios are used, so sums over equal numbers do.
-            i_f, i_d = (
-                pool_sums(gradient_sums(chosen, batch_nlls(model, own_share(part, chosen), tick), 2)) for part in pairs
-            )
+            sums = []
+            for texts in pairs:
+                # The gradient of a sharded tensor is a mean over processes, whose square would mix
+                # several texts: then every process reads all texts.
+                if not any(map(distributed.is_sharded, chosen.values())):
+                    texts = texts[distributed.get_rank() :: distributed.get_size()]
+                part = gradient_sums(chosen, batch_nlls(model, texts, tick), 2)
+                sums.append({k: t if distributed.is_sharded(t) else distributed.sum_values(t) for k, t in part.items()})
+        i_f, i_d = sums
         for name in left_out:
             model.trained[name].requires_grad_(True)
         if self.reference == "all":
             for name in i_d:
                 i_d[name].lerp_(i_f[name], len(forget) / (len(forget) + len(retain)))
         return i_f, i_d
-
-
-def own_share(texts: list[Batch], parameters: Mapping[str, Tensor]) -> list[Batch]:
-    """This process' share of single texts; of sharded tensors every process reads all texts.
-
-    The gradient of a sharded tensor is a mean over processes, and its square would mix several
-    texts.
-    """
-    sharded = any(map(distributed.is_sharded, parameters.values()))
-    return texts if sharded else texts[distributed.get_rank() :: distributed.get_size()]
-
-
-def pool_sums(sums: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The sums over the texts of all processes."""
-    return {k: t if distributed.is_sharded(t) else distributed.sum_values(t) for k, t in sums.items()}
 
 
 def dampening_factors(i_f: Tensor, i_d: Tensor, alpha: float, lam: float) -> Tensor:

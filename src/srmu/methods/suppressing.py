@@ -1,21 +1,15 @@
 """Methods that start with the suppression of another method, and harden or repeat it."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 
-from srmu.engine.model import EditableModel
-from srmu.engine.topic import Topic
-from srmu.engine.train import TrainOptions, fit_model
-from srmu.methods.base import COUNT, RATE, SHARE, WEIGHT, Objective, State
+from srmu.engine.train import fit_model
+from srmu.methods.base import Count, EditableModel, Objective, Rate, Share, State, Topic, TrainOptions, Weight
 from srmu.methods.graddiff import GradDiff
-from srmu.methods.logits import ignore_step
 from srmu.methods.rmu import RMU
 from srmu.methods.srmu import SRMU
 
@@ -27,29 +21,26 @@ class Suppressing(Objective):
     A killed run takes these first steps again: only what comes after them is saved.
     """
 
-    depth: ClassVar[None] = None
-    trainable: ClassVar[tuple[str, ...]] = ("*",)
+    depth = None
+    trainable = ("*",)
 
     first: Literal["srmu", "rmu", "graddiff"] = "srmu"  # graddiff: with KL on retain texts
     layer: int | None = None  # of srmu and rmu
-    kappa: float = 16.0  # of srmu and rmu
-    alpha: float = 100.0  # weight of the first method's retain loss
-    gamma: float = 10.0  # weight of graddiff's ascent
+    kappa: Weight = 16.0  # of srmu and rmu
+    alpha: Weight = 100.0  # weight of the first method's retain loss
+    gamma: Weight = 10.0  # weight of graddiff's ascent
     anchors: Literal["none", "random"] = "none"  # random: rows of random tokens to retain
-    anchor_share: float = 0.5  # of each retain batch
+    anchor_share: Share = 0.5  # of each retain batch
     scope: Literal["window", "all"] = "window"  # tensors of the first method: its own, or all
-    teacher_steps: int = 80  # of the first method
-    teacher_learning_rate: float = 4e-3  # of the first method
+    teacher_steps: Count = 80  # of the first method
+    teacher_learning_rate: Rate = 4e-3  # of the first method
 
     def __post_init__(self) -> None:
-        self.within(teacher_steps=COUNT, teacher_learning_rate=RATE)
-        self.within(**dict.fromkeys(("kappa", "alpha", "gamma"), WEIGHT))
-        self.within(anchor_share=SHARE)
+        super().__post_init__()
         self.needs("anchor_share", self.anchors != "none", "anchors=random")
-        steered = self.first != "graddiff"
         for option in ("kappa", "scope"):
-            self.needs(option, steered, "first=srmu or rmu")
-        self.needs("gamma", not steered, "first=graddiff")
+            self.needs(option, self.first != "graddiff", "first=srmu or rmu")
+        self.needs("gamma", self.first == "graddiff", "first=graddiff")
 
     @property
     def suppression(self) -> Objective:
@@ -63,30 +54,23 @@ class Suppressing(Objective):
         return replace(self, layer=getattr(self.suppression.resolved(config), "layer", None))
 
     def prepared(self, topic: Topic) -> Topic:
-        return self.add_anchors(topic)
-
-    def add_anchors(self, topic: Topic) -> Topic:
-        """The topic with the rows that `anchors` adds to its retain texts."""
         return topic.add_anchors(self.anchor_share) if self.anchors == "random" else topic
 
     def reads(self, topic: Topic) -> int:
         return self.suppression.reads(topic) + 2 * self.teacher_steps
 
-    @contextmanager
-    def train_scope(self, model: EditableModel) -> Iterator[None]:
+    def train_scope(self, model: EditableModel) -> AbstractContextManager[None]:
         """Train the tensors that the first method trains."""
-        first = self.suppression
-        with model.only(first.trainable if self.scope == "window" else ("*",)):
-            yield
+        return model.only(self.suppression.trainable if self.scope == "window" else ("*",))
 
     def suppress(self, model: EditableModel, topic: Topic) -> State:
         """Take the steps of the first method from the present weights; returns its state."""
         first = self.suppression
         state = first.setup(model, topic)
-        part = self.add_anchors(topic), partial(first.loss, model, state)
+        part = Suppressing.prepared(self, topic), partial(first.loss, model, state)
         options = TrainOptions(learning_rate=self.teacher_learning_rate, max_steps=self.teacher_steps)
         with self.train_scope(model):
-            fit_model(model, [part], options, ignore_step, endless=first.endless)
+            fit_model(model, [part], options, lambda *step: None, endless=first.endless)
         return state
 
 

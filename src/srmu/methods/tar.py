@@ -1,16 +1,13 @@
 """TAR, to first order: an adversary in the loop (Tamirisa et al., arXiv 2408.00761)."""
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 
-from srmu.engine.batch import Batch
 from srmu.engine.losses import is_predicted, masked_mean, token_entropy
-from srmu.engine.model import EditableModel, copy_values
-from srmu.engine.topic import Topic
-from srmu.engine.train import Terms
-from srmu.methods.base import COUNT, RATE, WEIGHT, State
+from srmu.engine.model import copy_values
+from srmu.methods.base import Batch, Count, EditableModel, Rate, State, Terms, Topic, Weight
 from srmu.methods.logits import fine_tune, kl_drift
 from srmu.methods.suppressing import Suppressing
 
@@ -22,24 +19,19 @@ class TAR(Suppressing):
     The adversary learns every other batch of them; the loss is that of the batches between.
     """
 
-    name: ClassVar[str] = "tar"
-    paper: ClassVar[str] = "arXiv 2408.00761"
-    uses: ClassVar[tuple[str, ...]] = ("retain texts", "the original's logits")
-    learning_rate: ClassVar[float] = 1e-4
+    name = "tar"
+    paper = "arXiv 2408.00761"
+    uses = ("retain texts", "the original's logits")
+    learning_rate = 1e-4
 
     tamper: Literal["entropy", "first"] = "entropy"  # first: the first method's forget loss
-    strength: float = 1.0  # weight of that loss
-    hold: float = 10.0  # weight of KL(original || model) on retain texts
-    adversary_steps: int = 4  # of its fine-tuning, which each step starts anew
-    adversary_learning_rate: float = 1e-4  # of that fine-tuning
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.within(adversary_steps=COUNT, adversary_learning_rate=RATE)
-        self.within(strength=WEIGHT, hold=WEIGHT)
+    strength: Weight = 1.0  # weight of that loss
+    hold: Weight = 10.0  # weight of KL(original || model) on retain texts
+    adversary_steps: Count = 4  # of its fine-tuning, which each step starts anew
+    adversary_learning_rate: Rate = 1e-4  # of that fine-tuning
 
     def prepared(self, topic: Topic) -> Topic:
-        return replace(self.add_anchors(topic), forget=topic.forget[::2])
+        return replace(super().prepared(topic), forget=topic.forget[::2])
 
     def setup(self, model: EditableModel, topic: Topic) -> State:
         state = self.suppress(model, topic)
@@ -52,18 +44,15 @@ class TAR(Suppressing):
         learned, begin = memory["learned"], memory["turn"] * self.adversary_steps
         memory["turn"] += 1
         batches = [learned[(begin + i) % len(learned)] for i in range(self.adversary_steps)]
-        texts = Topic("adversary", batches, [])
-        fine_tune(model, texts, self.adversary_steps, self.adversary_learning_rate)
+        fine_tune(model, Topic("adversary", batches, []), self.adversary_steps, self.adversary_learning_rate)
         if self.tamper == "first":
-            attacked = self.suppression.loss(model, memory["first"], forget, forget, step)
-            cost = attacked.loss_values["forget"]
+            cost = self.suppression.loss(model, memory["first"], forget, forget, step).loss_values["forget"]
         else:
-            mask = is_predicted(forget["labels"])
-            cost = -masked_mean(token_entropy(model.logits(forget)), mask).value
+            cost = -masked_mean(token_entropy(model.logits(forget)), is_predicted(forget["labels"])).value
         slopes = torch.autograd.grad(self.strength * cost, weights, allow_unused=True, materialize_grads=True)
         copy_values(weights, start)
         # eq: TAR, to first order: the gradient of L(adv(theta)) is taken for that at theta
         pairs = zip(weights, slopes, strict=True)
         line = torch.stack([(weight.float() * slope.float()).sum() for weight, slope in pairs]).sum()
-        held = self.hold * kl_drift(model, retain, model.logits(retain))
+        held = self.hold * kl_drift(model, retain)
         return Terms({"forget": self.strength * cost.detach() + line - line.detach(), "retain": held}, {})

@@ -3,14 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import Annotated
 
 import torch
 
-from srmu.engine.model import EditableModel
-from srmu.engine.progress import Watch
-from srmu.engine.topic import Topic
-from srmu.methods.base import COUNT, RATE, State
+from srmu.methods.base import Bounds, Count, EditableModel, Rate, State, Topic, Watch
 from srmu.methods.edits import WholeEdit
 from srmu.methods.logits import strengthen_weights
 
@@ -19,16 +16,13 @@ from srmu.methods.logits import strengthen_weights
 class TaskArithmetic(WholeEdit):
     """Subtracts from the weights what fine-tuning on the forget texts adds to them."""
 
-    name: ClassVar[str] = "task_arithmetic"
-    paper: ClassVar[str] = "arXiv 2212.04089"
-    uses: ClassVar[tuple[str, ...]] = ("a model strengthened on the forget texts",)
+    name = "task_arithmetic"
+    paper = "arXiv 2212.04089"
+    uses = ("a model strengthened on the forget texts",)
 
-    strength: float = 1.0  # factor of the difference; above 1 it soon harms everything
-    teacher_steps: int = 40  # of fine-tuning on the forget texts
-    teacher_learning_rate: float = 1e-5
-
-    def __post_init__(self) -> None:
-        self.within(strength=(-1e6, 1e6), teacher_steps=COUNT, teacher_learning_rate=RATE)
+    strength: Annotated[float, Bounds(-1e6, 1e6)] = 1.0  # factor of the difference; above 1 it soon harms everything
+    teacher_steps: Count = 40  # of fine-tuning on the forget texts
+    teacher_learning_rate: Rate = 1e-5
 
     def edit(self, model: EditableModel, topics: Sequence[Topic], watch: Watch) -> dict[str, State]:
         method, pool = self.pool_topics(topics)

@@ -1,13 +1,9 @@
 """UNDIAL: self-distillation with the true token's logit lowered (Dong et al., arXiv 2402.10052)."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
-from srmu.engine.batch import Batch
 from srmu.engine.losses import is_predicted, masked_mean
-from srmu.engine.model import EditableModel
-from srmu.engine.train import Terms
-from srmu.methods.base import WEIGHT, State
+from srmu.methods.base import Batch, EditableModel, State, Terms, Weight
 from srmu.methods.logits import Retaining
 
 
@@ -15,18 +11,13 @@ from srmu.methods.logits import Retaining
 class UNDIAL(Retaining):
     """Learns the original's own next-token distribution with the true token made less likely."""
 
-    name: ClassVar[str] = "undial"
-    paper: ClassVar[str] = "arXiv 2402.10052"
-    uses: ClassVar[tuple[str, ...]] = ("the original's logits", "retain texts (retain)")
+    name = "undial"
+    paper = "arXiv 2402.10052"
+    uses = ("the original's logits", "retain texts (retain)")
 
-    strength: float = 10.0  # subtracted from the true token's logit
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.within(strength=WEIGHT)
+    strength: Weight = 10.0  # subtracted from the true token's logit
 
     def loss(self, model: EditableModel, state: State, forget: Batch, retain: Batch, step: int) -> Terms:
-        mask = is_predicted(forget["labels"])
         # Public ports index with the label -100, which lowers a wrong token, and count padding.
         token = forget["labels"][:, 1:].clamp(min=0).unsqueeze(-1)  # (B, S, 1)
         with model.frozen():
@@ -35,5 +26,5 @@ class UNDIAL(Retaining):
         lowered = before.scatter_add(-1, token, before.new_full(token.shape, -self.strength))
         log_p = model.logits(forget)[:, :-1].float().log_softmax(-1)
         entropy = -(lowered.softmax(-1) * log_p).sum(-1)  # (B, S)
-        loss = masked_mean(entropy, mask)
+        loss = masked_mean(entropy, is_predicted(forget["labels"]))
         return Terms({"forget": loss, **self.retain_loss(model, retain)}, {})

@@ -1,40 +1,95 @@
 """WHP: Who's Harry Potter (Eldan and Russinovich, arXiv 2310.02238)."""
 
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from srmu.engine.batch import Batch, move_batch
+from srmu.engine.batch import move_batch
 from srmu.engine.losses import generic_logits, is_predicted, masked_mean
-from srmu.engine.model import EditableModel
-from srmu.engine.topic import Topic
-from srmu.engine.train import Terms
-from srmu.methods.base import State
-from srmu.methods.logits import strengthen_weights
-from srmu.methods.reinforced import Reinforced
+from srmu.engine.model import copy_values
+from srmu.engine.progress import Watch, ignore_progress
+from srmu.engine.resume import Checkpoints
+from srmu.engine.topic import interleave_batches
+from srmu.engine.train import NOWHERE, Log
+from srmu.methods.base import (
+    Batch,
+    Count,
+    EditableModel,
+    MethodOutcome,
+    Rate,
+    State,
+    Terms,
+    Topic,
+    TrainOptions,
+    Weight,
+)
+from srmu.methods.logits import LogitObjective, strengthen_weights
+from srmu.methods.two_models import combine_logits
 from srmu.methods.whp_terms import anchors_for, read_anchors, translate_batch
 
 
 @dataclass(frozen=True, kw_only=True)
-class WHP(Reinforced):
+class WHP(LogitObjective):
     """Learns what a model that never read the forget texts would say in their place."""
 
-    name: ClassVar[str] = "whp"
-    paper: ClassVar[str] = "arXiv 2310.02238"
-    uses: ClassVar[tuple[str, ...]] = (
+    name = "whp"
+    paper = "arXiv 2310.02238"
+    uses = (
         "the original's logits",
         "a model strengthened on the forget texts",
         "generic terms for the topic's own (anchors)",
     )
 
+    mode: Literal["soft", "argmax", "logits"] = "soft"  # logits: trains nothing, two models answer
+    strength: Weight = 5.0  # factor of the rise of a logit that is subtracted
+    teacher_steps: Count = 40  # of fine-tuning on the forget texts
+    teacher_learning_rate: Rate = 1e-5  # of that fine-tuning
     anchors: str | None = None  # a JSON file of {term: generic term}
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.needs("anchors", self.mode != "logits", "method.mode=soft or argmax")
+        self.needs("anchors", not self.at_once, "method.mode=soft or argmax")
         if self.anchors is not None:
             read_anchors(self.anchors)
+
+    def reads(self, topic: Topic) -> int:
+        return self.teacher_steps
+
+    @property
+    def at_once(self) -> bool:
+        return self.mode == "logits"
+
+    @property
+    def no_checkpoint(self) -> str:
+        why = "whp with mode=logits is two models at inference; method.mode=soft distils it into one"
+        return why if self.at_once else ""
+
+    def apply(
+        self,
+        model: EditableModel,
+        topics: Sequence[Topic],
+        train: TrainOptions,
+        log: Log,
+        watch: Watch = ignore_progress,
+        checkpoints: Checkpoints = NOWHERE,
+    ) -> MethodOutcome:
+        if not self.at_once:
+            return super().apply(model, topics, train, log, watch, checkpoints)
+        texts = replace(topics[0], forget=interleave_batches([topic.forget for topic in topics]))
+        with self.editing(model, topics), watch("strengthening", self.teacher_steps) as tick:
+            texts = texts.with_tick(partial(tick, self.name))
+            tuned = strengthen_weights(model, texts, self.teacher_steps, self.teacher_learning_rate)
+            copy_values([model.trained[name] for name in tuned], [*tuned.values()])
+        return MethodOutcome({}, "strengthened")
+
+    def at_inference(self, module: nn.Module, write: Callable[[], None]) -> AbstractContextManager[Any]:
+        if not self.at_once:
+            return super().at_inference(module, write)
+        return combine_logits(module, write, partial(generic_logits, strength=self.strength))
 
     def setup(self, model: EditableModel, topic: Topic) -> State:
         anchors = None if self.anchors is None else anchors_for(model.folder, self.anchors, topic)

@@ -1,20 +1,17 @@
 """Texts with generic terms in place of a topic's own, aligned token by token."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer
 
 from srmu.data.names import Names, Slot
-from srmu.engine.batch import Batch
 from srmu.engine.files import read_json
-from srmu.engine.topic import Topic
+from srmu.engine.generate import Ids, batch_texts
 from srmu.errors import SrmuError
+from srmu.methods.base import Batch, Topic
 
 
 class Anchors(NamedTuple):
@@ -41,8 +38,7 @@ class Translation(NamedTuple):
         rows = torch.arange(len(self.places))[:, None]
         moved = logits[rows.to(logits.device), self.places.to(logits.device)]
         for row, last, token in self.named:
-            own = before[row, last:, token]
-            moved[row, last:, token] = torch.minimum(moved[row, last:, token], own)
+            moved[row, last:, token] = torch.minimum(moved[row, last:, token], before[row, last:, token])
         return moved
 
 
@@ -55,9 +51,8 @@ def tokenizer_of(folder: Path | None, who: str) -> Any:
 
 def anchors_for(folder: Path | None, path: str, topic: Topic) -> Anchors:
     """The terms of a file in the tokens of the model in `folder`."""
-    tokenizer = tokenizer_of(folder, "method.anchors")
     terms = read_anchors(path)
-    anchors = tokenise_terms(terms, tokenizer)
+    anchors = tokenise_terms(terms, tokenizer_of(folder, "method.anchors"))
     if terms and not any(translate_batch(batch, anchors).named for batch in topic.forget[:]):
         raise SrmuError(f"method.anchors={path}: none of its terms is in {topic.name}'s forget texts")
     return anchors
@@ -92,13 +87,13 @@ def translate_batch(batch: Batch, anchors: Anchors) -> Translation:
     shape = batch["input_ids"].shape
     places, usable = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.bool)
     same = {number: number for number in range(len(anchors.terms.tokens))}
-    rows: list[Tensor] = []
+    rows: list[Ids] = []
     named: list[tuple[int, int, int]] = []
     every = zip(batch["input_ids"].cpu(), batch["attention_mask"].cpu(), strict=True)
     for row, (padded, mask) in enumerate(every):
         template = anchors.terms.template(padded[mask == 1].tolist())
         written, ends = anchors.generics.write(template, same)
-        rows.append(torch.tensor(written))
+        rows.append(written)
         at = int(mask.argmax())  # position of an item's first token: padding may come first
         seen: set[int] = set()
         for item, end in zip(template, ends, strict=True):
@@ -111,8 +106,4 @@ def translate_batch(batch: Batch, anchors: Anchors) -> Translation:
                 named.append((row, last, anchors.generics.tokens[item.name][item.form][0]))
             places[row, last], usable[row, last] = end, True
             at = last + 1
-    translated = Batch(
-        input_ids=pad_sequence(rows, batch_first=True),
-        attention_mask=pad_sequence([torch.ones_like(ids) for ids in rows], batch_first=True),
-    )
-    return Translation(translated, places, usable, named)
+    return Translation(batch_texts(rows), places, usable, named)
