@@ -15,20 +15,18 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from shapes import SHAPES, config_of, watched, write_checkpoint
+from shapes import config_of, parse_arguments, watched, write_checkpoint
 from transformers import AutoModelForCausalLM
 
 from srmu.engine.activation_cache import Activations, open_activations
 from srmu.engine.losses import is_counted, token_mse
 from srmu.engine.model import Batch, EditableModel, return_freed_blocks
-from srmu.engine.progress import silence_libraries
 from srmu.engine.topic import Topic
 from srmu.engine.train import TrainOptions, fit_model
 from srmu.methods import RMU
@@ -107,8 +105,8 @@ def reference(
         with torch.no_grad():
             anchor = layer_output(frozen, retain)
         masks = [is_counted(batch["labels"]) for batch in (forget, retain)]
-        loss = token_mse(layer_output(updated, forget), target, masks[0])
-        loss = loss + ALPHA * token_mse(layer_output(updated, retain), anchor, masks[1])
+        loss = token_mse(layer_output(updated, forget), target, masks[0]).value
+        loss = loss + (ALPHA * token_mse(layer_output(updated, retain), anchor, masks[1])).value
         loss.backward()
         if bf16:
             for master, matrix in zip(masters, matrices, strict=True):
@@ -206,18 +204,8 @@ def memory_of(rung: str, arguments: argparse.Namespace, folder: Path) -> dict[st
     return json.loads(answer.splitlines()[-1])
 
 
-def rounds(
-    arguments: argparse.Namespace, folder: Path, pairs: list[tuple[Batch, Batch]]
-) -> Iterator[tuple[str, list[torch.Tensor], float]]:
-    """Weights after the steps and seconds of the last step, for each rung in turn."""
-    dtype = getattr(torch, arguments.dtype)
-    for rung in RUNGS:
-        weights, times = one(rung, folder, dtype, arguments.device, pairs)
-        yield rung, weights, times[-1]
-
-
-def ladder(arguments: argparse.Namespace, say: Callable[[str], None]) -> None:
-    """Print the table."""
+def ladder(arguments: argparse.Namespace) -> None:
+    """Print the table: weights after the steps and seconds of the last step, for each rung in turn."""
     dtype = getattr(torch, arguments.dtype)
     return_freed_blocks()  # for all rungs alike
     with TemporaryDirectory(dir=arguments.scratch) as scratch:
@@ -229,51 +217,42 @@ def ladder(arguments: argparse.Namespace, say: Callable[[str], None]) -> None:
         speeds = [matmul_speed(arguments.shape, arguments.tokens, dtype, arguments.device)]
         seconds, same = {}, {}
         first: list[torch.Tensor] = []
-        for rung, weights, took in rounds(arguments, folder, pairs):
+        for rung in RUNGS:
+            weights, times = one(rung, folder, dtype, arguments.device, pairs)
             first = first or weights
-            seconds[rung] = took
+            seconds[rung] = times[-1]
             same[rung] = all(torch.equal(a, b) for a, b in zip(first, weights, strict=True))
             speeds.append(matmul_speed(arguments.shape, arguments.tokens, dtype, arguments.device))
         speed = sorted(speeds)[len(speeds) // 2]
         floor = work["floor"] / speed
-        say(
+        print(
             f"{arguments.shape}, {arguments.dtype}, {arguments.device}, layer {LAYER} of 32, "
             f"{BATCH} x {arguments.tokens} + {BATCH} x {arguments.tokens} tokens, "
             f"{torch.get_num_threads()} thread; "
             f"matmul {speed / 1e9:.0f} GFLOP/s ({min(speeds) / 1e9:.0f}-{max(speeds) / 1e9:.0f}); "
             f"floor {work['floor'] / 1e12:.3f} TFLOP, {floor:.3g} s"
         )
-        say("")
-        say("| | TFLOP | s/step | times faster | / floor | private GB | resident GB | same bits |")
-        say("|---|---|---|---|---|---|---|---|")
+        print("")
+        print("| | TFLOP | s/step | times faster | / floor | private GB | resident GB | same bits |")
+        print("|---|---|---|---|---|---|---|---|")
         for rung in RUNGS:
             held = memory_of(rung, arguments, folder)
-            say(
+            print(
                 f"| {rung} | {work[rung] / 1e12:.3f} | {seconds[rung]:.3g} "
                 f"| {seconds['reference'] / seconds[rung]:.1f} | {seconds[rung] / floor:.2f} "
                 f"| {held['private'] / 1e9:.2f} | {held['resident'] / 1e9:.2f} "
                 f"| {'yes' if same[rung] else 'NO'} |"
             )
-        say("")
+        print("")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--shape", choices=SHAPES, default="1b")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--tokens", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=2)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--scratch", default=None, help="folder for the checkpoint")
     parser.add_argument("--rung", choices=RUNGS, help="one step of it, for its memory")
     parser.add_argument("--folder", type=Path)
-    arguments = parser.parse_args()
-    silence_libraries()
-    torch.set_num_threads(1)
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        print("no CUDA device here: nothing was measured")
-    elif arguments.rung is None:
-        ladder(arguments, lambda line: print(line, flush=True))
+    arguments = parse_arguments(parser, "1b", 128, 2)
+    if arguments.rung is None:
+        ladder(arguments)
     else:
         print(json.dumps(memory_here(arguments)))
 

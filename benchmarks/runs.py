@@ -20,10 +20,9 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from shapes import SHAPES, watched, write_checkpoint, write_texts
+from shapes import parse_arguments, watched, write_checkpoint, write_texts
 
 from srmu.engine import weights
-from srmu.engine.progress import silence_libraries
 from srmu.runs import estimate
 from srmu.runs import run as runs
 from srmu.runs.config import Config, make_config
@@ -68,14 +67,6 @@ def child(folder: Path, arguments: argparse.Namespace) -> None:
     print(json.dumps(answer))
 
 
-def drop(paths: list[Path]) -> None:
-    """Make the system forget what it holds of the files."""
-    for path in paths:
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
 def verify(base: Path, out: Path, changed: set[str]) -> None:
     """Only the changed tensors differ between the two checkpoints."""
     for path in sorted(set(weights.list_shards(base).values())):
@@ -85,12 +76,6 @@ def verify(base: Path, out: Path, changed: set[str]) -> None:
             names = list(old.keys())
             differ = {n for n in names if not torch.equal(old.get_tensor(n), new.get_tensor(n))}
         assert differ == changed & set(names), differ ^ (changed & set(names))
-
-
-def written(base: Path, out: Path) -> int:
-    """Bytes of the export that are its own and not links to the base's."""
-    own = (path for path in out.rglob("*") if path.is_file())
-    return sum(p.stat().st_size for p in own if not ((base / p.name).exists() and p.samefile(base / p.name)))
 
 
 def measure(arguments: argparse.Namespace) -> None:
@@ -114,8 +99,10 @@ def measure(arguments: argparse.Namespace) -> None:
         before = {path: path.stat().st_mtime_ns for path in files}
         rows = []
         for temperature in ("cold", "warm"):  # the files on disk only, then in the system's cache
-            if temperature == "cold":
-                drop(files)
+            for path in files if temperature == "cold" else ():  # make the system forget what it holds of them
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             got = answer()
             if temperature == "cold":
                 cold = got
@@ -125,7 +112,9 @@ def measure(arguments: argparse.Namespace) -> None:
                 out = weights_of.export(folder / "out", link=True)
                 exported = time.perf_counter() - start
                 verify(base, out, set(weights_of.delta))
-                own = written(base, out)
+                exported_files = {path: base / path.name for path in out.rglob("*") if path.is_file()}
+                shared = [new for new, old in exported_files.items() if old.exists() and new.samefile(old)]
+                own = sum(path.stat().st_size for path in exported_files if path not in shared)
                 for path in weights_of.folder.iterdir():
                     path.unlink()
                 subprocess.run(["rm", "-rf", str(folder / "cache")], check=True)
@@ -166,18 +155,11 @@ def measure(arguments: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--shape", choices=SHAPES, default="pico")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--batches", type=int, default=3)
     parser.add_argument("--shards", type=int, default=1)
-    parser.add_argument("--scratch", default=None, help="folder for the checkpoint")
     parser.add_argument("--child", type=Path)
     parser.add_argument("--plan", action="store_true")
-    arguments = parser.parse_args()
-    silence_libraries()
-    torch.set_num_threads(1)
+    arguments = parse_arguments(parser, "pico", 64, 6)
     child(arguments.child, arguments) if arguments.child else measure(arguments)
 
 

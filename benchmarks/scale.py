@@ -59,17 +59,11 @@ def table(names: Sequence[str]) -> None:
 
 
 def line(name: str, method: str, lora: int, found: Mapping[str, Any]) -> str:
-    def row(processes: int, sharded: bool) -> Mapping[str, Any]:
-        return next(
-            (
-                row
-                for row in found["ranks"]  # the first of them is the one that keeps activations
-                if (row["processes"], row["sharded"], row["lora"]) == (processes, sharded, lora)
-            ),
-            {},
-        )
-
-    one, parts = row(1, False), [row(count, True) for count in (8, 64)]
+    rows: dict[tuple[int, bool], Mapping[str, Any]] = {}
+    for row in found["ranks"]:  # the first of several is the one that keeps activations
+        if row["lora"] == lora:
+            rows.setdefault((row["processes"], row["sharded"]), row)
+    one, parts = rows[1, False], [rows.get((count, True)) for count in (8, 64)]
     cells = [
         name,
         method + (f", LoRA {lora}" if lora else ""),

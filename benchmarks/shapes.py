@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -16,6 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import MistralConfig, PreTrainedTokenizerFast
 
 from srmu.engine.loading import build_skeleton
+from srmu.engine.progress import silence_libraries
 
 COMMON = {"num_hidden_layers": 32, "vocab_size": 32000, "architectures": ["MistralForCausalLM"]}
 SHAPES: dict[str, dict[str, int]] = {
@@ -76,6 +79,23 @@ def write_texts(path: Path, documents: int, words: int, seed: int) -> Path:
     lines = (json.dumps({"text": " ".join(f"w{i}" for i in row)}) for row in rows)
     path.write_text("\n".join(lines) + "\n")
     return path
+
+
+def parse_arguments(parser: argparse.ArgumentParser, shape: str, tokens: int, steps: int) -> argparse.Namespace:
+    """What the benchmarks of shapes are asked for, with these defaults; one thread measures."""
+    parser.add_argument("--shape", choices=SHAPES, default=shape)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--tokens", type=int, default=tokens)
+    parser.add_argument("--steps", type=int, default=steps)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--scratch", default=None, help="folder for the checkpoint")
+    arguments = parser.parse_args()
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        print("no CUDA device here: nothing was measured")
+        sys.exit()
+    silence_libraries()
+    torch.set_num_threads(1)
+    return arguments
 
 
 class Memory:

@@ -61,8 +61,9 @@ def score_run(run: Path, testbed: Path, name: str) -> dict[str, Any]:
     return score_benchmark(str(run), BenchmarkOptions(name, data=data, oracle=oracle), watch=show_progress)
 
 
-def format_table(rows: Sequence[dict[str, str]]) -> str:
-    return "\n".join(markdown_table([*rows[0]], [[*row.values()] for row in rows]))
+def format_section(title: str, rows: Sequence[dict[str, str]]) -> str:
+    table = markdown_table([*rows[0]], [[*row.values()] for row in rows])
+    return "\n".join([f"## {title}", "", *table, ""])
 
 
 def compare_methods(testbed: Path, out: Path, name: str) -> str:
@@ -74,7 +75,7 @@ def compare_methods(testbed: Path, out: Path, name: str) -> str:
         shown.setdefault("original", scores["before"])
         shown[label] = scores["after"]
     shown["oracle"] = scores["oracle"]
-    return f"## {suite.title}\n\n{format_table(benchmark_table(suite, shown))}\n"
+    return format_section(suite.title, benchmark_table(suite, shown))
 
 
 def follow_sequence(testbed: Path, out: Path, kind: str) -> str:
@@ -93,7 +94,7 @@ def follow_sequence(testbed: Path, out: Path, kind: str) -> str:
                 if not model.exists():
                     model.parent.mkdir(parents=True, exist_ok=True)
                     Run.open(run).export(model)
-    return f"## MUSE, {SEQUENCES[kind]}\n\n{format_table(rows)}\n"
+    return format_section(f"MUSE, {SEQUENCES[kind]}", rows)
 
 
 def main(testbed: Path, out: Path, names: Sequence[str]) -> None:

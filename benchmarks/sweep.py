@@ -27,12 +27,11 @@ from typing import Any
 
 import torch
 import yaml
-from shapes import SHAPES, write_checkpoint, write_texts
+from shapes import parse_arguments, write_checkpoint, write_texts
 
 from engine import BATCH, LAYER, reference
 from srmu.engine.activation_cache import open_activations
 from srmu.engine.model import EditableModel
-from srmu.engine.progress import silence_libraries
 from srmu.engine.topic import Topic
 from srmu.runs import run as runs
 from srmu.runs.config import Config, make_config
@@ -134,20 +133,9 @@ def commands(folder: Path, steps: int, device: str, count: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--shape", choices=SHAPES, default="small")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--scratch", default=None, help="folder for the checkpoint")
     parser.add_argument("--references", type=int, default=18)
     parser.add_argument("--commands", type=int, default=18, choices=range(19), metavar="N")
-    arguments = parser.parse_args()
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        print("no CUDA device here: nothing was measured")
-        return
-    silence_libraries()
-    torch.set_num_threads(1)
+    arguments = parse_arguments(parser, "small", 64, 10)
     with TemporaryDirectory(dir=arguments.scratch) as scratch:
         folder = Path(scratch)
         os.environ["SRMU_CACHE"] = str(folder / "cache")
@@ -160,18 +148,10 @@ def main() -> None:
         model_once: EditableModel | None = None
         for number, values in enumerate(product(*GRID.values())):
             overrides = [f"{key}={value}" for key, value in zip(GRID, values, strict=True)]
-            config = make_config(
-                str(model),
-                folder / "forget.jsonl",
-                folder / "retain.jsonl",
-                overrides=[
-                    *overrides,
-                    f"method.layer={LAYER}",
-                    f"train.max_steps={arguments.steps}",
-                    f"runs_dir={folder / 'runs'}",
-                    f"device={arguments.device}",
-                ],
-            )
+            overrides += [f"method.layer={LAYER}", f"train.max_steps={arguments.steps}"]
+            overrides += [f"runs_dir={folder / 'runs'}", f"device={arguments.device}"]
+            texts = folder / "forget.jsonl", folder / "retain.jsonl"
+            config = make_config(str(model), *texts, overrides=overrides)
             start = time.perf_counter()
             runs.unlearn_config(config)
             ours.append(time.perf_counter() - start)

@@ -313,20 +313,6 @@ def test_each_kind_of_question_has_its_k_star() -> None:
     assert halves == [1.0, 0.0]
 
 
-def test_the_page_takes_the_tables(tmp_path: Path) -> None:
-    from srmu.engine.files import import_from_file
-
-    root = Path(__file__).parents[2]
-    filled = import_from_file("script", f"{root / 'benchmarks' / 'research.py'}:filled")
-    page = (root / "docs" / "research.md").read_text()
-    for name in ("closed", "open", "ablations"):
-        once = filled(page, name, "## Closed world\n\n| a |\n")
-        assert f"<!-- {name} -->\n\n### Closed world\n\n| a |\n\n<!-- /{name} -->" in once
-        assert filled(once, name, "## Closed world\n\n| a |\n") == once
-    with pytest.raises(SystemExit, match="no <!-- other -->"):
-        filled(page, "other", "")
-
-
 # ---- settings and mistakes
 
 
