@@ -25,7 +25,7 @@ from typing import Any
 
 import yaml
 
-from srmu.attacks import tuning
+from srmu.attacks import relearning
 from srmu.attacks.suite import Sources, Subjects, load_exam
 from srmu.engine.files import write_json
 from srmu.engine.fine_tune import tune_model
@@ -101,14 +101,14 @@ def relearn(folder: Path, space: Space) -> dict[str, float]:
     subject = Subjects(run, run.base, "", "cpu").unlearned
     right: dict[int, list[float]] = {step: [] for step in AFTER}
     for seed in range(SPLITS):
-        learned, held = tuning.split_validation(questions, seed)
-        rows = tuning.text_rows(subject, [q.prompt + q.answer for q in learned])
+        learned, held = relearning.split_validation(questions, seed)
+        rows = relearning.text_rows(subject, [q.prompt + q.answer for q in learned])
 
         def ask(step: int, held: Sequence[Any] = held) -> None:
             if step in right:
                 right[step].append(fmean(mark_answers(subject, held)))
 
-        with tuning.prepare_learner(subject, 0, seed) as model:
+        with relearning.prepare_learner(subject, 0, seed) as model:
             tune_model(
                 model, rows, steps=STEPS, learning_rate=1e-4, batch_size=8, seed=seed, schedule="constant", after=ask
             )
