@@ -166,7 +166,7 @@ def reproduce_tables(
         raise SrmuError(f"--seeds: those of {what} count from 0: 0,1,2")
     place = paper.plan_paper(out, model, len(seeds) or None, settings)
     given = [*(["--model", model] if model else []), *(["--seeds", ",".join(map(str, seeds))] if seeds else [])]
-    command = strip_paths(quote_command("reproduce", what, *given, *settings))
+    command = strip_paths(output.quote_command("reproduce", what, *given, *settings))
     if dry_run:
         needs, lines = paper.paper_needs(what, place)
         output.print_result(needs, as_json, *lines, output.PLANNED)

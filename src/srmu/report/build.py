@@ -22,7 +22,6 @@ from srmu.report.results import RunGroup
 from srmu.runs.run import Run
 
 MEAN = "mean utility"  # the column that the vertical axis of the trade-off plot shows
-LISTED = 4  # folders in the command that a page shows
 
 
 def write_report(paths: Sequence[Path], out: Path, *, forget: Sequence[str] = (), utility: Sequence[str] = ()) -> Path:
@@ -35,9 +34,7 @@ def write_report(paths: Sequence[Path], out: Path, *, forget: Sequence[str] = ()
     for path in paths:
         if not path.is_dir():
             raise SrmuError(f"{path} is not a folder; name that of a run, or one that holds runs")
-    folders = [path.resolve().name for path in paths]
-    typed = folders if len(folders) <= LISTED else [*folders[:LISTED], "\N{HORIZONTAL ELLIPSIS}"]
-    command = " ".join(["srmu report", *typed, "-o", out.name])
+    command = " ".join(["srmu report", *(path.resolve().name for path in paths), "-o", out.name])
     kinds = {"sweep.json": "sweep", "reproduce.json": "reproduction", "auto.json": "choice"}
     named = [(path, name) for path in paths for name in kinds if (path / name).is_file()]
     if not named:

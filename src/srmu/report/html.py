@@ -18,7 +18,6 @@ from srmu.report.figures import COLOURS, SHAPES, Figure, Row
 from srmu.report.format import Value, fill_template, format_value
 
 LABEL = "label"  # the key of a row that is no column: a click on this label hides the row
-TALL = 20  # rows above which a table of numbers scrolls
 
 
 class Cell(NamedTuple):
@@ -48,10 +47,6 @@ class Table:
     def text_columns(self) -> list[str]:
         """The columns that hold text, which starts at the left."""
         return [c for c in self.columns if any(row[c] and make_cell(row[c]).sort is None for row in self.rows)]
-
-    @property
-    def tall(self) -> bool:
-        return len(self.rows) > TALL and not self.words
 
 
 @dataclass(frozen=True)
