@@ -172,7 +172,7 @@ def test_one_person_of_rwku(folder: Path) -> None:
 
 def test_measured_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = score_benchmark(str(folder / "model"), way(folder, "whp", oracle="none"))
-    monkeypatch.setattr("srmu.runs.open.load_module", lambda *_: 1 / 0)
+    monkeypatch.setattr("srmu.runs.run.load_module", lambda *_: 1 / 0)
     assert score_benchmark(str(folder / "model"), way(folder, "whp", oracle="none")) == first
     with pytest.raises(ZeroDivisionError):
         score_benchmark(str(folder / "model"), way(folder, "whp", oracle="none", limit=2))

@@ -15,8 +15,7 @@ from srmu.engine.loading import load_module
 from srmu.engine.weights import apply_delta
 from srmu.errors import SrmuError
 from srmu.runs.config import make_config
-from srmu.runs.open import open_target
-from srmu.runs.run import Run, find_run, unlearn_config
+from srmu.runs.run import Run, find_run, open_target, unlearn_config
 
 
 @pytest.fixture(scope="module")

@@ -30,9 +30,8 @@ from srmu.evals.score import tasks_beside
 from srmu.evals.statistics import LEAST
 from srmu.evals.subject import NotApplicable, Question, Subject
 from srmu.runs.config import Config
-from srmu.runs.open import OpenedModel
 from srmu.runs.plan import find_device, load_tokenizer
-from srmu.runs.run import Run
+from srmu.runs.run import OpenedModel, Run
 
 
 @dataclass(frozen=True)

@@ -27,10 +27,9 @@ from srmu.errors import DivergedError, SrmuError
 from srmu.evals.figures import Analysis, Panel, draw_histogram, write_sentences
 from srmu.methods import Misdirection
 from srmu.runs.config import Config
-from srmu.runs.open import open_target
 from srmu.runs.plan import locate_base
 from srmu.runs.record import STATE
-from srmu.runs.run import Run, unlearn_config
+from srmu.runs.run import Run, open_target, unlearn_config
 
 BATCH = 8  # texts read at once
 DOCUMENTS = 64  # of each set that are read at most

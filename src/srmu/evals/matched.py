@@ -13,9 +13,8 @@ from srmu.engine.files import write_whole
 from srmu.evals.lm_eval import load_questions
 from srmu.evals.results import merge_results
 from srmu.evals.subject import Subject, mark_answers
-from srmu.runs.open import open_target
 from srmu.runs.record import DELTA, RECORD
-from srmu.runs.run import Run
+from srmu.runs.run import Run, open_target
 
 HALVINGS = 5
 load_task = lru_cache(32)(load_questions)  # many runs are asked the same

@@ -12,8 +12,7 @@ from srmu.engine.progress import Watch, choose_progress
 from srmu.errors import SrmuError
 from srmu.evals.lm_eval import evaluate
 from srmu.evals.results import Metrics, load_results, merge_results, metric_rows, plain_metrics
-from srmu.runs.open import open_target
-from srmu.runs.run import Run
+from srmu.runs.run import Run, open_target
 
 
 def score_model(

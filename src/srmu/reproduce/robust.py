@@ -23,8 +23,7 @@ from srmu.evals.subject import Subject
 from srmu.reproduce import experiment
 from srmu.reproduce.experiment import Experiment, MeasuredRow, PlannedRow, Testbeds
 from srmu.runs.config import build_config
-from srmu.runs.open import open_target
-from srmu.runs.run import Run
+from srmu.runs.run import Run, open_target
 
 
 @dataclass(frozen=True)

@@ -1,19 +1,21 @@
-"""A run: its folder, what the folder holds, and how it is made."""
+"""A run: its folder, what the folder holds, how it is opened, and how it is made."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from srmu.engine import distributed, weights
 from srmu.engine.files import format_json, read_json, require_free, require_place, sha256
+from srmu.engine.loading import load_module, read_config
 from srmu.engine.progress import Watch, ignore_progress
 from srmu.engine.topic import Topic
 from srmu.engine.train import Log
@@ -22,7 +24,7 @@ from srmu.methods.importance import FLAT
 from srmu.runs import record as audit
 from srmu.runs.config import Config, load_config
 from srmu.runs.model_card import render_template, write_model_card
-from srmu.runs.plan import RunPlan, load_tokenizer, load_topics, locate_base, plan_run
+from srmu.runs.plan import RunPlan, find_device, load_tokenizer, load_topics, locate_base, plan_run
 from srmu.runs.record import CONFIG, DELTA, METRICS, RECORD, STATE
 from srmu.runs.training import CHECKPOINTS, train_run
 
@@ -106,6 +108,49 @@ def find_run(target: str | Path) -> Run | None:
     is_model = (folder / "config.json").exists()
     is_run = any((folder / name).exists() for name in (RECORD, CONFIG))
     return Run.open(folder) if is_run and not is_model else None
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """A model, or a run with its model; weights are read when they are first asked for."""
+
+    base: Path  # the model's folder
+    run: Run | None = None
+    device: str = "auto"
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return load_tokenizer(self.base)
+
+    @cached_property
+    def module(self) -> PreTrainedModel:
+        """The model as it was before the run, ready to answer."""
+        return load_module(self.base).eval().to(find_device(self.device))
+
+    @contextmanager
+    def after(self) -> Iterator[PreTrainedModel]:
+        """The model as the run leaves it; unchanged where there is no run.
+
+        The changed tensors stay in the module: ask the original first.
+        """
+        if self.run is None:
+            yield self.module
+            return
+        write = partial(weights.apply_delta, self.module, self.base, self.run.delta)
+        with self.run.config.method.at_inference(self.module, write):
+            yield self.module
+
+
+def open_target(target: str | Path | Run, device: str = "auto") -> OpenedModel:
+    """A model folder, a hub id, a run or a run's folder.
+
+    SrmuError for a folder that is neither, and for a run that is unfinished or damaged.
+    """
+    run = target if isinstance(target, Run) else find_run(target)
+    base = run.base if run else weights.locate_model(str(target))
+    read_config(base)
+    weights.list_shards(base)
+    return OpenedModel(base, run, device)
 
 
 def unlearn_config(

@@ -33,9 +33,8 @@ from srmu.evals.statistics import KNOWN, LEAST, Array, Draws, estimate_from
 from srmu.evals.subject import Question, Subject, list_facts, mark_answers
 from srmu.methods import Misdirection
 from srmu.runs.config import Config
-from srmu.runs.open import open_target
 from srmu.runs.plan import locate_base
-from srmu.runs.run import Run, unlearn_config
+from srmu.runs.run import Run, open_target, unlearn_config
 from srmu.search import queue, space
 
 Half = Literal["val", "test"]

@@ -18,8 +18,7 @@ from srmu.evals.statistics import LEAST
 from srmu.evals.subject import NotApplicable, Question, Subject, list_facts
 from srmu.methods.rename_scrub import RenameScrub
 from srmu.runs.config import Config
-from srmu.runs.open import open_target
-from srmu.runs.run import Run
+from srmu.runs.run import Run, open_target
 from srmu.search.space import round_value, scale_rate
 
 METHOD = "rename_scrub"

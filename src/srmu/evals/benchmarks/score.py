@@ -17,8 +17,8 @@ from srmu.errors import SrmuError
 from srmu.evals import benchmarks, results
 from srmu.evals.benchmarks import base
 from srmu.evals.subject import Subject
-from srmu.runs.open import OpenedModel, open_target
 from srmu.runs.plan import load_tokenizer
+from srmu.runs.run import OpenedModel, open_target
 
 TITLES = {"before": "original", "after": "unlearned", "oracle": "oracle"}
 
