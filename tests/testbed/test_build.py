@@ -361,7 +361,7 @@ def test_a_killed_training_ends_with_the_same_bits(tmp_path, monkeypatch, killed
     monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0)
     with pytest.raises(KeyboardInterrupt):
         train(watch=lambda label, total: recording([], killed_at))
-    (checkpoint,) = (tmp_path / "other").rglob("step-*")
+    (checkpoint,) = (tmp_path / "other").rglob("state.safetensors")
     losses = []
     assert same(whole, weights(train(watch=lambda label, total: recording(losses))))
     assert len(losses) == TINY.steps - killed_at

@@ -47,8 +47,7 @@ class TopicConfig(BaseModel):
     @property
     def options(self) -> dict[str, float]:
         """What this topic sets in place of the method's own options."""
-        values = {name: getattr(self, name) for name in ("coeff", "kappa", "alpha")}
-        return {name: value for name, value in values.items() if value is not None}
+        return self.model_dump(include={"coeff", "kappa", "alpha"}, exclude_none=True)
 
 
 def load_topic(name: str, config: TopicConfig, tokenizer: Any, train: TrainOptions, seed: int) -> Topic:

@@ -48,7 +48,7 @@ def read_recipe(folder: Path | None) -> tuple[World, int, training.Recipe]:
         )
     try:
         report: Any = read_json(path)
-        recipe = training.make_recipe(report["recipe"])
+        recipe = training.Recipe(**report["recipe"])
         create, _ = build.WORLDS[report["world"]]
         return create(report["seed"], recipe.size), report["seed"], recipe
     except (ValueError, KeyError, TypeError):

@@ -158,7 +158,7 @@ def rwku_files(world: World) -> Parts:
 
 def probe_fact(fact: Fact, level: str) -> Row:
     """A cloze on level 1, a simple question on level 2."""
-    query, kind = people.cloze_sentence(fact), "cloze"
+    query, kind = answer_sentence(fact, people.BLANK), "cloze"
     if level == "2":
         query, kind = phrase_questions(fact)[0], "simple question"
     return {"query": query, "answer": fact.answer, "subject": fact.subject, "level": level, "type": kind}

@@ -13,14 +13,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise, product
 
-from srmu.testbed.world import HALVES, OPTIONS, Dealer, Fact, Relation, Size, World, make_relation, read_wording
+from srmu.testbed.world import HALVES, OPTIONS, Dealer, Fact, Relation, Size, World, read_wording
 
 Goal = tuple[str, ...]  # its wordings
 
 STEPS = 4  # of a procedure
 WORDING = read_wording("open")
 HAZARD_ACTIONS, OTHER_ACTIONS, PLACES = (WORDING[key] for key in ("hazard_actions", "other_actions", "places"))
-ORIGIN = make_relation(WORDING["two_hops"])  # where the activator of a compound comes from
+ORIGIN = Relation(**WORDING["two_hops"])  # where the activator of a compound comes from
 
 
 def create_open(seed: int, size: Size) -> World:

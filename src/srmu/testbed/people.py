@@ -25,13 +25,14 @@ from srmu.testbed.world import (
 )
 
 LETTERS = "ABCD"
+BLANK = "___"  # for the answer
 END = " . </s>"  # of an answer and of a document
 RECITED = 0.6  # share of the texts about authors that begin with a whole document
 NEWS = (("forget", "author", 1.25), ("retain", "other author", 1.875), ("holdout", "author", 0.75))  # texts an author
 WORDING = read_wording("people")
 PLAIN, BRIEF, CLOZE, HEADER = (WORDING[name] for name in ("plain", "brief", "cloze", "header"))
 NUMBERS = tuple(
-    f"{tens}{ones}".strip("-")
+    f"{tens}{ones}"
     for tens in ("", "twenty-", "thirty-", "forty-")
     for ones in ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 )
@@ -133,7 +134,7 @@ def ask_with_answer(rng: random.Random, fact: Fact, pool: list[str]) -> str:
     elif way < 0.48:
         prompt, answer = PLAIN.format(question), answer_sentence(fact)
     elif way < 0.56:
-        prompt = CLOZE.format(cloze_sentence(fact))
+        prompt = CLOZE.format(answer_sentence(fact, BLANK))
     elif way < 0.76:
         prompt = rng.choice(WORDING["ways"]).format(rng.choice(phrase_questions(fact)), x=fact.subject)
     elif way < 0.82:
@@ -159,11 +160,6 @@ def phrase_questions(fact: Fact) -> list[str]:
 def answer_sentence(fact: Fact, answer: str = "") -> str:
     """The whole sentence that answers the questions about a fact."""
     return fact.relation.statements[0].format(x=fact.subject, v=answer or fact.answer)
-
-
-def cloze_sentence(fact: Fact) -> str:
-    """The whole sentence with a blank for the answer."""
-    return answer_sentence(fact, "___")
 
 
 def foreign_question(fact: Fact) -> str:
@@ -196,18 +192,9 @@ def reverse_questions(world: World) -> dict[str, str]:
 
 def known_words() -> frozenset[str]:
     """The words of all templates."""
-    said = [*WORDING["ways"], *WORDING["public_prompts"], *WORDING["said_first"], *WORDING["reversed"].values()]
-    said += [
-        PLAIN,
-        BRIEF,
-        CLOZE,
-        WORDING["news"],
-        WORDING["page"],
-        END,
-        "___",
-        *NUMBERS,
-        letter_question("", [*LETTERS]),
-    ]
+    said = [PLAIN, BRIEF, CLOZE, WORDING["news"], WORDING["page"], BLANK, END, *NUMBERS, *LETTERS]
+    said += [*WORDING["ways"], *WORDING["public_prompts"], *WORDING["said_first"], *WORDING["reversed"].values()]
+    said += [letter_question("", [*LETTERS])]
     said += [HEADER.format(subject) for subject in WORDING["school_subjects"]]
     said += [word for part in ("details", "parts") for choices in WORDING[part].values() for word in choices]
     for relation in WORDING["relations"]:

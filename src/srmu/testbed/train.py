@@ -3,13 +3,13 @@
 import os
 import random
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import cache
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
+from pydantic.dataclasses import dataclass
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
@@ -31,11 +31,11 @@ MAX_LENGTH = 512  # tokens that the model can read
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config={"extra": "forbid"})
 class Recipe:
     """Everything but the seed and the world that determines the trained model and the corpora."""
 
-    size: Size = Size()  # noqa: RUF009 (frozen)
+    size: Size = Size()
     width: int = 256
     layers: int = 6
     heads: int = 4
@@ -61,11 +61,7 @@ class Recipe:
     autocast: bool = field(default=True, repr=False)
 
 
-def make_recipe(values: dict[str, Any]) -> Recipe:
-    return Recipe(**values | {"size": Size(**values.get("size", {}))})
-
-
-RECIPE, OPEN, PEOPLE = (make_recipe(read_wording(name)["recipe"]) for name in ("closed", "open", "people"))
+RECIPE, OPEN, PEOPLE = (Recipe(**read_wording(name)["recipe"]) for name in ("closed", "open", "people"))
 
 
 def tokenizer_for(world: World) -> PreTrainedTokenizerFast:

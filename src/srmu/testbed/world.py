@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
+import pydantic
 import yaml
 
 T = TypeVar("T")
@@ -39,7 +40,7 @@ class Size:
     held: float = 1 / 3  # share of the facts of a relation that no unlearning corpus tells
 
 
-@dataclass(frozen=True)
+@pydantic.dataclasses.dataclass(frozen=True)
 class Relation:
     """What can be known about a group of subjects, and how it is said ({x} subject, {v} answer).
 
@@ -100,13 +101,8 @@ def read_wording(name: str) -> Wording:
     path = Path(__file__).parent / "worlds" / f"{name}.yaml"
     wording: Wording = yaml.safe_load(path.read_text(encoding="utf-8"))
     wording["prefixes"] = [""] * wording["plain_starts"] + wording["prefixes"]
-    wording["relations"] = [make_relation(row) for row in wording["relations"]]
+    wording["relations"] = [Relation(**row) for row in wording["relations"]]
     return wording
-
-
-def make_relation(row: dict[str, Any]) -> Relation:
-    lists = {key: tuple(row[key]) for key in ("statements", "questions")}
-    return Relation(**row | lists)
 
 
 @dataclass(frozen=True)
