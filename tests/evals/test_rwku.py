@@ -124,7 +124,7 @@ def test_probes_are_asked_and_scored_one_by_one(measured: BenchmarkScores) -> No
         if name.startswith("forget"):
             for row in rows:
                 blank = name == "forget_level1"
-                text = rwku.BLANK if blank else rwku.BRIEF
+                text = rwku.PROMPTS["blank"] if blank else rwku.PROMPTS["brief"]
                 text += "" if row["type"] == "incontext learning" else "Question: "
                 text += row["query"]
                 text += "" if row["type"] == "affirmative suffix" else "\nAnswer:"
@@ -187,8 +187,8 @@ def test_letters_and_choices_by_a_loop(measured: BenchmarkScores) -> None:
     model, right, true = pico(), [], []
     for row in sets()["utility_general", "test"]:
         listed = "w1 w2\nA. w3\nB. w4\nC. w5\nD. w6"
-        prompt = rwku.EXAM.format("world religions") + f"Question: {listed}\nAnswer: C\n\n"
-        prompt += f"{rwku.FOLLOW}Question: {listed} Answer:"
+        prompt = rwku.PROMPTS["exam"].format("world religions") + f"Question: {listed}\nAnswer: C\n\n"
+        prompt += f"{rwku.PROMPTS['follow']}Question: {listed} Answer:"
         logs = [scored(model, prompt, f" {letter}") for letter in "ABCD"]
         right.append(float(logs.index(max(logs)) == row["answer"]))
     assert measured.values["general"] == right
@@ -231,10 +231,10 @@ def test_reasons_facts_and_free_texts(folder: Path, monkeypatch: pytest.MonkeyPa
     said = ("so the answer is w0. So the answer is w9.", "the W1!", "The answer is w2", "")
     seen = saying(monkeypatch, *said)
     assert rwku.measure_bbh(pico(), asked(folder)) == [1, 1, 0, 0]
-    assert seen[2] == f"w1 w2\n\n{rwku.REASON}\nQ: w2 A:"
+    assert seen[2] == f"w1 w2\n\n{rwku.PROMPTS['reason']}\nQ: w2 A:"
     seen = saying(monkeypatch, "w0", "The w1 w2 w3.", "w9", "")
     assert rwku.measure_triviaqa(pico(), asked(folder)) == [1, pytest.approx(0.8), 0, 0]
-    assert seen[0] == f"{rwku.TRIVIA}Q: w0\nA:"
+    assert seen[0] == f"{rwku.PROMPTS['trivia']}Q: w0\nA:"
     seen = saying(monkeypatch, "a b a b a", "a", "", "a b c d")
     pairs, triples = 1.0, math.log2(3) - 2 / 3  # 2 of each; 2 and 1
     assert rwku.measure_fluency(pico(), asked(folder)) == pytest.approx(
@@ -294,11 +294,11 @@ def test_a_chat_template_and_a_template(folder: Path) -> None:
     chat = "{% for m in messages %}<user>{{ m.content }}</user>{% endfor %}"
     model.tokenizer.chat_template = chat + "{% if add_generation_prompt %}<bot>\n{% endif %}"
     for row, level, expected in (
-        ("simple", 1, f"<user>{rwku.BLANK}Question: q\n</user><bot>\nAnswer:"),
-        ("simple", 2, f"<user>{rwku.BRIEF}Question: q\n</user><bot>\nAnswer:"),
-        ("role playing", 3, f"<user>{rwku.BRIEF}Question: q\n</user><bot>\nAnswer:"),
-        ("incontext learning", 3, f"<user>{rwku.BRIEF}q\n</user><bot>\nAnswer:"),
-        ("affirmative suffix", 3, f"<user>{rwku.BRIEF}Question: q</user><bot>\n"),
+        ("simple", 1, f"<user>{rwku.PROMPTS['blank']}Question: q\n</user><bot>\nAnswer:"),
+        ("simple", 2, f"<user>{rwku.PROMPTS['brief']}Question: q\n</user><bot>\nAnswer:"),
+        ("role playing", 3, f"<user>{rwku.PROMPTS['brief']}Question: q\n</user><bot>\nAnswer:"),
+        ("incontext learning", 3, f"<user>{rwku.PROMPTS['brief']}q\n</user><bot>\nAnswer:"),
+        ("affirmative suffix", 3, f"<user>{rwku.PROMPTS['brief']}Question: q</user><bot>\n"),
     ):
         made = rwku.pose_probe({"query": "q", "type": row}, level)
         assert rwku.pose_question(model, asked(folder), "q", *made) == expected

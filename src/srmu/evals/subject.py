@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from srmu.engine.likelihoods import score_answers
-from srmu.engine.model import EditableModel
+from srmu.engine.model import EditableModel, replace_tensor
 from srmu.errors import SrmuError
 
 
@@ -75,15 +75,13 @@ class Subject:
             raise NotApplicable("this is the original model")
         if self.fixed:
             raise NotApplicable(self.fixed)
-        parameters = {name: self.module.get_parameter(name) for name in self.original}
-        current = {name: parameter.data for name, parameter in parameters.items()}
+        parameters = dict(self.module.named_parameters())
+        current = {name: replace_tensor(parameters[name], tensor) for name, tensor in self.original.items()}
         try:
-            for name, parameter in parameters.items():
-                parameter.data = self.original[name]
             yield
         finally:
-            for name, parameter in parameters.items():
-                parameter.data = current[name]
+            for name, tensor in current.items():
+                replace_tensor(parameters[name], tensor)
 
     @contextmanager
     def editable(self, *trainable: str) -> Iterator[EditableModel]:
@@ -101,8 +99,7 @@ class Subject:
             yield model
         finally:
             for name, parameter in self.module.named_parameters():
-                if name in original:
-                    parameter.data = original[name]
+                parameter.data = original.get(name, parameter.data)
                 parameter.grad = None
                 parameter.requires_grad_(flags[name])
 

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib.resources import files
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Literal
 
@@ -28,27 +29,7 @@ WEIGHTS = {2: 2 / 3, 3: 4 / 3}  # of the entropies of pairs and of triples of wo
 WORDS = re.compile(r"\w+|[^\w\s]")
 CONCLUSION = re.compile(r"[tT]he answer is (.*?)\.")
 
-# The authors' prompts: eval_forget.py, eval_mmlu.py, eval_bbh.py, eval_triviaqa.py, presets.py.
-BLANK = "Please complete the blank in the following question.\n"
-BRIEF = "Please briefly answer the following question.\n"
-EXAM = "The following are multiple choice questions (with answers) about {}.\n\n"
-FOLLOW = "Please following the previous examples and answer the given question.\n"
-REASON = "Following previous examples, answer the following questions and end with 'so the answer is'"
-# The authors put five other pairs here.
-TRIVIA = """
-Q: Which planet is closest to the sun?
-A: Mercury
-Q: In which year did the first person walk on the moon?
-A: 1969
-Q: What is the longest river of Africa?
-A: Nile
-Q: Which instrument has 88 keys?
-A: Piano
-Q: Who painted the ceiling of the Sistine Chapel?
-A: Michelangelo
-Please briefly answer the following question:
-"""
-
+PROMPTS = yaml.safe_load(Path(__file__).with_name("rwku.yaml").read_text(encoding="utf-8"))
 
 Choices = Annotated[base.Texts, Field(min_length=2, max_length=len(base.LETTERS))]
 
@@ -121,10 +102,10 @@ def pose_probe(row: base.Row, level: int) -> tuple[str, str]:
     """The authors' text of a probe, and how its answer starts (their eval_forget.py)."""
     kind = row["type"] if level == 3 else ""
     if kind == "affirmative suffix":  # the query starts the answer
-        return f"{BRIEF}Question: {row['query']}", ""
+        return f"{PROMPTS['brief']}Question: {row['query']}", ""
     if kind == "incontext learning":  # the query has worked examples, and says Question itself
-        return f"{BRIEF}{row['query']}\n", "Answer:"
-    return f"{BLANK if level == 1 else BRIEF}Question: {row['query']}\n", "Answer:"
+        return f"{PROMPTS['brief']}{row['query']}\n", "Answer:"
+    return f"{PROMPTS['blank' if level == 1 else 'brief']}Question: {row['query']}\n", "Answer:"
 
 
 def measure_probes(model: Subject, request: base.BenchmarkRequest, about: str, levels: Sequence[int]) -> base.Values:
@@ -169,11 +150,11 @@ def measure_mmlu(model: Subject, request: base.BenchmarkRequest) -> list[float]:
     rows = read_rows(request, "utility_general", fields | {"examples": list[Question]})
     questions = []
     for row in rows:
-        text = EXAM.format(row["task"].replace("_", " "))
+        text = PROMPTS["exam"].format(row["task"].replace("_", " "))
         for shot in row["examples"]:
             text += f"Question: {list_question(shot)}\nAnswer: {base.LETTERS[shot['answer']]}\n\n"
         question = list_question(row)
-        prompt = pose_question(model, request, question, f"{text}{FOLLOW}Question: {question}", "Answer:")
+        prompt = pose_question(model, request, question, f"{text}{PROMPTS['follow']}Question: {question}", "Answer:")
         questions.append((prompt, [f" {letter}" for letter in base.LETTERS[: len(row["choices"])]]))
     read = base.option_likelihoods(model, questions, label="rwku general", watch=request.watch)
     return [
@@ -192,7 +173,7 @@ def measure_bbh(model: Subject, request: base.BenchmarkRequest) -> list[float]:
     rows = read_rows(request, "utility_reason", fields)
     prompts, truths = [], []
     for row in rows:
-        content = f"{row['cot'].strip()}\n\n{REASON}\nQ: {row['question']}"
+        content = f"{row['cot'].strip()}\n\n{PROMPTS['reason']}\nQ: {row['question']}"
         prompts.append(pose_question(model, request, row["question"], content, "A:"))
         answers = row["answer"] if isinstance(row["answer"], list) else [row["answer"]]
         truths.append([normalise_words(answer) for answer in answers])
@@ -240,7 +221,10 @@ def prime_questions(questions: Sequence[str]) -> list[str]:
 def measure_triviaqa(model: Subject, request: base.BenchmarkRequest) -> list[float]:
     """TriviaQA: F1 of each answer's words with those of the right answer it is closest to."""
     rows = read_rows(request, "utility_factuality", {"question": base.Text, "answers": base.Texts})
-    prompts = [pose_question(model, request, row["question"], f"{TRIVIA}Q: {row['question']}\n", "A:") for row in rows]
+    prompts = [
+        pose_question(model, request, row["question"], f"{PROMPTS['trivia']}Q: {row['question']}\n", "A:")
+        for row in rows
+    ]
     written = base.write_continuations(model, prompts, ANSWERED, label="rwku facts", watch=request.watch)
     return [max(score_f1(text, truth) for truth in row["answers"]) for text, row in zip(written, rows, strict=True)]
 

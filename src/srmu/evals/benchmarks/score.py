@@ -132,7 +132,7 @@ def measure_benchmark(
     mark = weights.changed_fingerprint(weights.fingerprint_model(opened.base), delta)
     own = repr(run.config.method) if run and run.config.method.no_checkpoint else ""
     decides = asdict(options) | {"device": "", "data": digest_data(options), "oracle": reference}
-    code = [sha256(path) for path in sorted(Path(benchmarks.__file__).parent.glob("*.py"))]
+    code = [sha256(path) for path in sorted(Path(benchmarks.__file__).parent.glob("*.*"))]
     versions = [version(package) for package in ("transformers", "torch", "rouge-score", "lm-eval")]
     return dict(cached("suites", [mark, own, decides, code, versions], measure, together=True))
 
