@@ -16,13 +16,9 @@ from torch import Tensor
 
 from srmu.data.sources import read_texts
 from srmu.data.tokens import batch_rows, tokenise_texts
-from srmu.engine.generate import list_ends, write_on
-from srmu.engine.hooks import edit_outputs
-from srmu.engine.loading import read_config
-from srmu.engine.losses import is_counted, is_predicted, without_first
+from srmu.engine import generate, hooks, loading, losses, train
 from srmu.engine.model import Batch, EditableModel, Site
 from srmu.engine.progress import Watch, ignore_progress
-from srmu.engine.train import move_batch
 from srmu.errors import DivergedError, SrmuError
 from srmu.evals.figures import Analysis, Panel, draw_histogram, write_sentences
 from srmu.methods import Misdirection
@@ -132,12 +128,12 @@ def measure_tokens(model: EditableModel, batch: Batch, new_tokens: int = 0) -> F
     With `new_tokens`, at the tokens that the model generates after the first half of each row.
     """
     if not new_tokens:
-        batch = move_batch(batch, model.device)
-        return measure_logits(model.logits(batch)[:, :-1][is_predicted(batch["labels"])]).cpu()
+        batch = train.move_batch(batch, model.device)
+        return measure_logits(model.logits(batch)[:, :-1][losses.is_predicted(batch["labels"])]).cpu()
     lengths = batch["attention_mask"].sum(dim=1).tolist()
     rows = zip(batch["input_ids"].tolist(), lengths, strict=True)
     halves = [row[: max(1, length // 2)] for row, length in rows]
-    _, logits = write_on(model.module, halves, new_tokens, list_ends(model.module), keep_logits=True)
+    _, logits = generate.write_on(model.module, halves, new_tokens, generate.list_ends(model.module), keep_logits=True)
     return measure_logits(torch.cat(logits)).cpu()
 
 
@@ -191,8 +187,8 @@ def measure_cosines(
     """
     cosines: dict[str, list[Tensor]] = {"before": [], "after": [], "displacement": []}
     for batch in batches:
-        mask = without_first(is_counted(batch["labels"])).to(model.device)
-        batch = move_batch(batch, model.device)
+        mask = losses.without_first(losses.is_counted(batch["labels"])).to(model.device)
+        batch = train.move_batch(batch, model.device)
         with model.frozen():
             before = model.hidden(batch, site, keep=False)[mask].float()
         after = model.hidden(batch, site)[mask].float()
@@ -236,8 +232,8 @@ def measure_layer(
     generator = torch.Generator().manual_seed(SEED)
     ratios = []
     for batch in batches:
-        mask = without_first(is_counted(batch["labels"])).to(model.device)
-        inputs = move_batch({k: batch[k] for k in ("input_ids", "attention_mask")}, model.device)
+        mask = losses.without_first(losses.is_counted(batch["labels"])).to(model.device)
+        inputs = train.move_batch({k: batch[k] for k in ("input_ids", "attention_mask")}, model.device)
 
         def add_noise(hidden: Tensor, mask: Tensor = mask) -> Tensor:
             if hidden.ndim == 4:  # Gemma 3n
@@ -249,7 +245,7 @@ def measure_layer(
 
         clean = model.module.base_model(**inputs, use_cache=False)[0][mask].float()
         for _ in range(draws):
-            with edit_outputs({model.layers[layer]: add_noise}):
+            with hooks.edit_outputs({model.layers[layer]: add_noise}):
                 noisy = model.module.base_model(**inputs, use_cache=False)[0][mask].float()
             # Adaptive RMU (arXiv 2408.06223), noise sensitivity of a layer
             ratios.append((noisy - clean).square().sum(dim=-1) / clean.square().sum(dim=-1))
@@ -268,7 +264,7 @@ def sweep_layers(
     method = config.method
     if not isinstance(method, Misdirection):
         raise SrmuError(f"method {method.name} has no layer to vary; use rmu, adaptive_rmu or srmu")
-    tried = candidate_layers(method, read_config(locate_base(config)))
+    tried = candidate_layers(method, loading.read_config(locate_base(config)))
     rows: list[dict[str, Any]] = []
     with watch("layer sweep", len(tried)) as tick:
         for layer in tried:

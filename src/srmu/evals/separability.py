@@ -15,11 +15,9 @@ from transformers import PreTrainedModel
 
 from srmu.data.overlap import Definition, measure_contamination, measure_coverage, ngram_overlap
 from srmu.data.tokens import batch_rows, tokenise_texts
-from srmu.engine.hooks import decoder_blocks, edit_outputs
-from srmu.engine.losses import is_counted, without_first
+from srmu.engine import hooks, losses, train
 from srmu.engine.model import Batch
 from srmu.engine.progress import Watch, ignore_progress
-from srmu.engine.train import move_batch
 from srmu.errors import SrmuError
 from srmu.evals.figures import Analysis, Panel, write_sentences
 from srmu.methods.importance import FLAT, describe_importance, importance_map, measure_features, sum_features
@@ -153,7 +151,7 @@ def measure_separability(
 
 def draw_sample(name: str, batches: list[Batch], tokens: int, generator: torch.Generator) -> Sample:
     """Choose `tokens` tokens at random, never the first of a document."""
-    masks = [without_first(is_counted(batch["labels"])) for batch in batches]
+    masks = [losses.without_first(losses.is_counted(batch["labels"])) for batch in batches]
     flat = torch.cat([torch.zeros(0, dtype=torch.bool), *(mask.flatten() for mask in masks)])
     places = flat.nonzero()[:, 0]
     kept = torch.zeros_like(flat)
@@ -175,7 +173,7 @@ def sample_activations(
     module: PreTrainedModel, sample: Sample, tick: Callable[[str], None]
 ) -> list[tuple[Array, Tensor]]:
     """The activations of the chosen tokens (N, D), and `sum_features` of all tokens, by layer."""
-    blocks = decoder_blocks(module)
+    blocks = hooks.decoder_blocks(module)
     values: list[list[Tensor]] = [[] for _ in blocks]
     totals: list[Tensor | int] = [0 for _ in blocks]
     masks: list[Tensor] = []  # of the batch that is read: all tokens, the chosen ones
@@ -187,10 +185,10 @@ def sample_activations(
         totals[layer] = totals[layer] + sum_features(hidden, masks[0]).cpu()
         values[layer].append(hidden[masks[1]].float().cpu())
 
-    with edit_outputs({block: partial(see, i) for i, block in enumerate(blocks)}):
+    with hooks.edit_outputs({block: partial(see, i) for i, block in enumerate(blocks)}):
         for batch, mask, chosen in zip(sample.batches, sample.masks, sample.chosen, strict=True):
             masks[:] = mask.to(module.device), chosen.to(module.device)
-            read = move_batch({k: batch[k] for k in ("input_ids", "attention_mask")}, module.device)
+            read = train.move_batch({k: batch[k] for k in ("input_ids", "attention_mask")}, module.device)
             module.base_model(**read, use_cache=False)
             tick("")
     return [(torch.cat(parts).numpy(), torch.as_tensor(total)) for parts, total in zip(values, totals, strict=True)]

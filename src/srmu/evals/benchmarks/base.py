@@ -12,9 +12,7 @@ from typing import Annotated, Any, TypeVar
 import numpy as np
 from pydantic import AfterValidator, ConfigDict, Field, StringConstraints, ValidationError, ValidationInfo, create_model
 
-from srmu.engine import distributed
-from srmu.engine.files import sha256
-from srmu.engine.generate import continue_greedily
+from srmu.engine import distributed, files, generate
 from srmu.engine.progress import Watch, ignore_progress
 from srmu.errors import SrmuError, first_line
 from srmu.evals.subject import Subject, answer_likelihoods
@@ -96,7 +94,7 @@ class BenchmarkRequest:
         check_rows(rows, fields, where)
         rows = rows[: self.limit]
         text = json.dumps(rows, sort_keys=True, default=str)
-        self.seen[f"{config}/{split}"] = sha256(text.encode())[:16]
+        self.seen[f"{config}/{split}"] = files.sha256(text.encode())[:16]
         return rows
 
 
@@ -181,7 +179,7 @@ def write_continuations(
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
 
     def some(part: Sequence[int]) -> list[str]:
-        continued = continue_greedily(model.module, model.tokenizer, [rows[i] for i in part], new_tokens)
+        continued = generate.continue_greedily(model.module, model.tokenizer, [rows[i] for i in part], new_tokens)
         return [cut_at_stop(model.tokenizer.decode(ids, skip_special_tokens=True), stops) for ids in continued]
 
     texts = dict(zip(order, do_parts(order, ROWS, some, label, watch), strict=True))
