@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 
 from srmu.errors import DivergedError, SrmuError
-from srmu.evals.parallel import RunJob
 from srmu.reproduce import experiment as experiments
 from srmu.reproduce.experiment import (
     DIVERGED,
@@ -15,6 +14,7 @@ from srmu.reproduce.experiment import (
     Experiment,
     OneModel,
     PlannedRow,
+    RunJob,
     Scored,
     Testbeds,
     run_experiment,

@@ -7,7 +7,10 @@ gives each row with the folders of its runs (`MeasuredRow`). Runs that exist are
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import multiprocessing
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import cycle, product
@@ -21,7 +24,6 @@ from srmu.engine import progress
 from srmu.engine.files import read_json, write_json
 from srmu.engine.progress import Watch, ignore_progress
 from srmu.errors import DivergedError, SrmuError, first_line
-from srmu.evals.parallel import RunJob, run_all
 from srmu.evals.results import read_metrics
 from srmu.evals.score import score_model
 from srmu.runs.config import load_config
@@ -66,6 +68,14 @@ class PlannedRow(NamedTuple):
     regime: str
     extra: tuple[str, ...] = ()
     strength: tuple[str, str] | None = None
+
+
+class RunJob(NamedTuple):
+    """A config file with overrides, and the tasks to score instead of the config's own."""
+
+    config: Path
+    overrides: tuple[str, ...]
+    tasks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -266,6 +276,24 @@ def take_strength(source: MeasuredRow, number: int, key: str) -> tuple[str, ...]
         other = "kappa" if key == "coeff" else "coeff"
         return (f"method.{other}=null", f"method.{key}={value!r}")
     return tuple(f"topics.{k}.{key}={v[key]!r}" for k, v in run.record["topics"].items())
+
+
+def run_all(jobs: Sequence[RunJob], watch: Watch, *, function: Callable[[RunJob], Outcome]) -> list[Outcome]:
+    """Do the jobs in as many processes as there are processors; what came of each, in order."""
+    # on Linux, those that this process may use
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with (
+        ProcessPoolExecutor(min(cpus, len(jobs)), multiprocessing.get_context("spawn")) as pool,
+        watch("unlearning and measuring", len(jobs)) as tick,
+    ):
+        futures = [pool.submit(function, job) for job in jobs]
+        try:
+            for future in as_completed(futures):
+                future.result()
+                tick("")
+        finally:
+            pool.shutdown(cancel_futures=True)
+        return [future.result() for future in futures]
 
 
 def make_runs(experiment: Experiment, jobs: Sequence[RunJob], watch: Watch) -> dict[RunJob | str, Outcome]:

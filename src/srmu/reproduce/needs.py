@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from srmu.errors import SrmuError
-from srmu.evals.parallel import RunJob
-from srmu.reproduce.experiment import find_preset
+from srmu.reproduce.experiment import RunJob, find_preset
 from srmu.runs.config import load_config
 from srmu.runs.dry_run import blank_topics, count_parameters, format_duration, format_gb, speed_elsewhere
 from srmu.runs.estimate import estimate_run

@@ -16,12 +16,11 @@ from srmu.engine.files import require_place
 from srmu.engine.progress import Watch, ignore_progress
 from srmu.errors import SrmuError, suggest_word
 from srmu.evals.matched import match_utility
-from srmu.evals.parallel import RunJob
 from srmu.evals.results import load_results, merge_results, read_attacks
 from srmu.evals.score import score_model
 from srmu.evals.subject import Subject
 from srmu.reproduce import experiment
-from srmu.reproduce.experiment import Experiment, MeasuredRow, PlannedRow, Testbeds
+from srmu.reproduce.experiment import Experiment, MeasuredRow, PlannedRow, RunJob, Testbeds
 from srmu.runs.config import build_config
 from srmu.runs.run import Run, open_target
 
