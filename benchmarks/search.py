@@ -30,11 +30,10 @@ from srmu.attacks.suite import Sources, Subjects, load_exam
 from srmu.engine.files import write_json
 from srmu.engine.fine_tune import tune_model
 from srmu.engine.progress import Watch, ignore_progress, show_progress
-from srmu.evals.parallel import RunJob
 from srmu.evals.results import load_results, merge_results, read_metrics
 from srmu.evals.subject import mark_answers
 from srmu.report.results import RunGroup, aggregate_metrics
-from srmu.reproduce.experiment import Experiment, PlannedRow, Scored, Testbeds, run_experiment
+from srmu.reproduce.experiment import Experiment, PlannedRow, RunJob, Scored, Testbeds, run_experiment
 from srmu.runs.run import Run
 
 TASKS = tuple(f"organism_{kind}_val" for kind in ("hazard", "neighbour", "general"))
