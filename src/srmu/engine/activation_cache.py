@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -188,12 +189,9 @@ def limit_bytes() -> int:
 
 def processor_name() -> str:
     """The processor; the last bits of a matrix product depend on its kind."""
-    lines = []
-    with suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    kind = torch.backends.cpu.get_cpu_capability()
-    return f"{names[0] if names else platform.processor() or platform.machine()} {kind}"
+    about = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*: (.*)", about.read_text(), re.MULTILINE) if about.exists() else None
+    return f"{found[1] if found else platform.processor()} {torch.backends.cpu.get_cpu_capability()}"
 
 
 def cache_home() -> Path:

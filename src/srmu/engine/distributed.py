@@ -82,9 +82,6 @@ def says_first(message: str) -> bool:
     return True
 
 
-# --- what is agreed ------------------------------------------------------------------------------
-
-
 def gather_values(value: T) -> list[T]:
     """The values of all processes, on each."""
     if get_size() == 1:
@@ -127,9 +124,6 @@ def share_work(items: Sequence[S], do: Callable[[S], T]) -> list[T]:
     return [whole[i % count][i // count] for i in range(len(items))]
 
 
-# --- what is summed ------------------------------------------------------------------------------
-
-
 def sum_values(value: Tensor) -> Tensor:
     """The sum of the processes' values, without gradient."""
     if get_size() == 1:
@@ -162,9 +156,6 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
     for parameter in parameters:
         if parameter.grad is not None and not is_sharded(parameter):
             parameter.grad.copy_(sum_values(parameter.grad) / get_size())
-
-
-# --- tensors that are sharded --------------------------------------------------------------------
 
 
 def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:

@@ -95,7 +95,6 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as sorted, indented JSON, whole or not at all."""
     write_whole(path, format_json(value))
 
 

@@ -40,7 +40,15 @@ def tune_model(
         if optimiser == "adamw"
         else torch.optim.SGD(masters, lr=learning_rate, momentum=0.9)
     )
-    dealt = deal_rows(rows, batch_size, seed)
+    generator = torch.Generator().manual_seed(seed)
+
+    def deal_batches() -> Iterator[list[Row]]:
+        while True:
+            order = torch.randperm(len(rows), generator=generator).tolist()
+            for start in range(0, len(rows), batch_size):
+                yield [rows[i] for i in order[start : start + batch_size]]
+
+    dealt = deal_batches()
 
     def loss() -> Tensor:
         batch = move_batch(join_responses(*zip(*next(dealt), strict=True)), model.device)
@@ -88,15 +96,6 @@ def descend(
         if after is not None:
             after(step + 1)
     return steps
-
-
-def deal_rows(rows: Sequence[Row], batch_size: int, seed: int) -> Iterator[list[Row]]:
-    """Batches without end; each epoch deals every row once, its last batch may be smaller."""
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        order = torch.randperm(len(rows), generator=generator).tolist()
-        for start in range(0, len(rows), batch_size):
-            yield [rows[i] for i in order[start : start + batch_size]]
 
 
 def rate_factor(done: int, steps: int, schedule: str) -> float:

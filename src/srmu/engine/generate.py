@@ -19,7 +19,6 @@ Ids = list[int]
 
 def join_responses(contexts: Sequence[Ids], responses: Sequence[Ids]) -> Batch:
     """A batch, padded on the right, that counts the responses."""
-
     pairs = list(zip(contexts, responses, strict=True))
     return Batch(
         input_ids=pad_rows((x + y for x, y in pairs)),

@@ -1,7 +1,5 @@
 """Log-probabilities of answers in few forward passes, in place of lm-eval's own."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import partial
 from inspect import signature

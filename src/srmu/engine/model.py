@@ -1,7 +1,5 @@
 """A causal language model, cut to the depth needed, that keeps the originals of trained tensors."""
 
-from __future__ import annotations
-
 import ctypes
 import gc
 import re
@@ -9,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from jaxtyping import Float
@@ -72,7 +70,7 @@ class EditableModel:
         device: str = "cpu",
         offload: bool = False,
         copy: bool = True,
-    ) -> EditableModel:
+    ) -> Self:
         """Load the first `depth` layers of a checkpoint (None: all).
 
         The other layers are never read from disk. With `offload` the layers below the first trained one stay on disk or

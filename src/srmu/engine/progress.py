@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 Tick = Callable[[str], None]
 Watch = Callable[[str, int], AbstractContextManager[Tick]]
@@ -42,14 +42,8 @@ def show_progress(label: str, total: int) -> Iterator[Tick]:
 @contextmanager
 def draw_bar(label: str, total: int) -> Iterator[Tick]:
     """A bar in a terminal, which is gone at the end."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=20),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[text]}"),
-    )
-    with Progress(*columns, console=stderr, transient=True) as bar:
+    numbers = BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress("{task.description}", *numbers, "{task.fields[text]}", console=stderr, transient=True) as bar:
         task = bar.add_task(label, total=total, text="")
         yield lambda text: bar.update(task, advance=1, text=text)
 

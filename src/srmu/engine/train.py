@@ -1,9 +1,7 @@
 """The training loop: topics in turn, float32 master weights, a stop before anything is spoilt."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -133,11 +131,8 @@ def fit_model(
     topics = [topic for topic, _ in parts]
     rules = StopRules(model, topics, options, endless)
     spread = spread and distributed.get_size() > 1
-    training = Training(model, options, rules, extra, memory, spread)
+    training = Training(rules, extra, memory, spread)
     done = training.resume(checkpoints)
-    take = distributed.take_rows
-    if spread:
-        topics = [replace(t, forget=[*map(take, t.forget)], retain=[*map(take, t.retain)]) for t in topics]
     streams = [topic.pairs() for topic in topics]
     place = "the start"
     try:
@@ -147,7 +142,8 @@ def fit_model(
                 continue
             topic, loss = parts[step % len(parts)]
             place = f"step {step}, topic {topic.name}, batch {step // len(parts)}"
-            forget, retain = (move_batch(batch, model.device) for batch in pair)
+            own = map(distributed.take_rows, pair) if spread else pair
+            forget, retain = (move_batch(batch, model.device) for batch in own)
             terms = loss(forget, retain, step)
             if terms.stop:
                 return f"{terms.stop} (before step {step})"
@@ -186,18 +182,11 @@ def divide_means(values: Mapping[str, Mean | Tensor], shared: bool) -> dict[str,
 class Training:
     """The state on which the remaining steps depend; the config gives the rest."""
 
-    def __init__(
-        self,
-        model: EditableModel,
-        options: TrainOptions,
-        rules: StopRules,
-        extra: Sequence[nn.Parameter],
-        memory: Memory,
-        shared: bool,
-    ) -> None:
-        named = {**model.trained, **{f"extra {i}": p for i, p in enumerate(extra)}}
-        self.options, self.rules, self.memory = options, rules, memory
+    def __init__(self, rules: StopRules, extra: Sequence[nn.Parameter], memory: Memory, shared: bool) -> None:
+        self.rules, self.memory = rules, memory
         self.shared = shared  # whether processes share each batch
+        self.options = options = rules.options
+        named = {**rules.model.trained, **{f"extra {i}": p for i, p in enumerate(extra)}}
         self.parameters = [*named.values()]
         self.masters = [master_of(name, p, options.weights) for name, p in named.items()]
         self.good = [p.detach().clone() for p in self.parameters]  # the newest weights whose loss was finite
