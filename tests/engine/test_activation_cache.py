@@ -25,7 +25,6 @@ from srmu.engine.activation_cache import (
     FEW,
     SPARE,
     Activations,
-    OnDisk,
     Output,
     cache_home,
     digest_tensors,
@@ -56,9 +55,9 @@ def folder() -> Path:
 
 
 @pytest.fixture
-def fresh(folder: Path, said: list[str]) -> Callable[..., OnDisk]:
+def fresh(folder: Path, said: list[str]) -> Callable[..., Activations]:
     """The folder opened as another process would."""
-    return lambda limit=10**9: OnDisk(folder, limit, say=said.append)
+    return lambda limit=10**9: Activations(0, folder, limit, say=said.append)
 
 
 def value(number: int, shape: tuple[int, ...] = (2, 3, 4)) -> Tensor:
@@ -76,7 +75,7 @@ def same(got: Output | None, expected: Output) -> bool:
     return got is not None and digest_tensors(got) == digest_tensors(expected)
 
 
-def of_disk(kept: OnDisk, name: str) -> Output | None:
+def of_disk(kept: Activations, name: str) -> Output | None:
     """What the files give, and not what lies in memory."""
     kept.recent.clear()
     return kept.find(name)
@@ -122,7 +121,7 @@ def test_an_entry_kept_twice_is_counted_once() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_entries_come_back_bit_for_bit(dtype: torch.dtype, folder: Path, fresh: Callable[..., OnDisk]) -> None:
+def test_entries_come_back_bit_for_bit(dtype: torch.dtype, folder: Path, fresh: Callable[..., Activations]) -> None:
     """Tensors and tuples of one, of any shape, at any place in the file, also strided ones."""
     odd = torch.tensor([0.0, -0.0, float("nan"), float("inf"), 1e-45, -1e-310]).to(dtype)
     values: dict[str, Output] = {
@@ -146,7 +145,7 @@ def test_entries_come_back_bit_for_bit(dtype: torch.dtype, folder: Path, fresh: 
     assert len([*folder.iterdir()]) == len(values)
 
 
-def test_what_is_found_belongs_to_the_finder(fresh: Callable[..., OnDisk]) -> None:
+def test_what_is_found_belongs_to_the_finder(fresh: Callable[..., Activations]) -> None:
     """Writing to a tensor that came from a file does not reach the file."""
     fresh().keep("target/a", value(1))
     found = fresh().find("target/a")
@@ -155,7 +154,7 @@ def test_what_is_found_belongs_to_the_finder(fresh: Callable[..., OnDisk]) -> No
     assert same(fresh().find("target/a"), value(1))
 
 
-def test_an_instance_sees_what_others_add(fresh: Callable[..., OnDisk]) -> None:
+def test_an_instance_sees_what_others_add(fresh: Callable[..., Activations]) -> None:
     one, two = fresh(), fresh()
     for number in range(6):
         writer, reader = (one, two) if number % 2 else (two, one)
@@ -164,7 +163,7 @@ def test_an_instance_sees_what_others_add(fresh: Callable[..., OnDisk]) -> None:
         assert same(reader.find(f"target/{number}"), value(number))
 
 
-def test_an_entry_is_written_once(folder: Path, fresh: Callable[..., OnDisk]) -> None:
+def test_an_entry_is_written_once(folder: Path, fresh: Callable[..., Activations]) -> None:
     one, two = fresh(), fresh()
     for kept in (one, two, one, fresh()):
         kept.keep("prefix/a", (value(1),))
@@ -178,8 +177,8 @@ WRITER = """
 import sys
 from pathlib import Path
 import torch
-from srmu.engine.activation_cache import OnDisk
-kept = OnDisk(Path(sys.argv[1]), 10**9, say=sys.exit)
+from srmu.engine.activation_cache import Activations
+kept = Activations(0, Path(sys.argv[1]), 10**9, say=sys.exit)
 print("ready", flush=True)
 sys.stdin.readline()
 for number in range(200):
@@ -195,7 +194,7 @@ for number in range(200):
 
 
 @pytest.mark.slow
-def test_two_processes_write_at_once(folder: Path, fresh: Callable[..., OnDisk]) -> None:
+def test_two_processes_write_at_once(folder: Path, fresh: Callable[..., Activations]) -> None:
     """Each entry is there once, and right, however they interleave."""
     command = [sys.executable, "-c", WRITER, str(folder)]
     pipe = subprocess.PIPE
@@ -217,7 +216,7 @@ def test_two_processes_write_at_once(folder: Path, fresh: Callable[..., OnDisk])
     assert len([*folder.iterdir()]) == 200
 
 
-def test_random_use_agrees_with_a_dictionary(fresh: Callable[..., OnDisk]) -> None:
+def test_random_use_agrees_with_a_dictionary(fresh: Callable[..., Activations]) -> None:
     """Several instances keep and find at random; some are thrown away and opened again."""
     choose = random.Random(0)
     known: dict[str, Tensor] = {}
@@ -276,7 +275,7 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {
 @pytest.mark.parametrize("opened_before", [True, False], ids=["open", "fresh"])
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damage_is_mended(
-    damage: str, opened_before: bool, folder: Path, fresh: Callable[..., OnDisk], said: list[str]
+    damage: str, opened_before: bool, folder: Path, fresh: Callable[..., Activations], said: list[str]
 ) -> None:
     """What is found is right; what is not found can be kept again, and all can read it then."""
     names = [f"{kind}/{number}" for kind in ("prefix", "target") for number in range(3)]
@@ -306,7 +305,7 @@ def test_damage_is_mended(
 
 
 @pytest.mark.parametrize("place", [-20, -1])
-def test_damage_after_the_first_look_is_noticed(place: int, folder: Path, fresh: Callable[..., OnDisk]) -> None:
+def test_damage_after_the_first_look_is_noticed(place: int, folder: Path, fresh: Callable[..., Activations]) -> None:
     """An entry that was sound when it was written, or when it was read, is looked at again."""
     writer, reader = fresh(), fresh()
     writer.keep("target/1", value(1))
@@ -316,7 +315,9 @@ def test_damage_after_the_first_look_is_noticed(place: int, folder: Path, fresh:
         assert of_disk(kept, "target/1") is None
 
 
-def test_a_folder_that_was_removed_and_made_again(folder: Path, fresh: Callable[..., OnDisk], said: list[str]) -> None:
+def test_a_folder_that_was_removed_and_made_again(
+    folder: Path, fresh: Callable[..., Activations], said: list[str]
+) -> None:
     """`srmu info cache clear` while a run goes on, and a second run that starts then."""
     old = fresh()
     for number in range(3):
@@ -336,7 +337,7 @@ def test_a_folder_that_was_removed_and_made_again(folder: Path, fresh: Callable[
     assert not said
 
 
-def test_a_folder_that_was_removed(folder: Path, fresh: Callable[..., OnDisk], said: list[str]) -> None:
+def test_a_folder_that_was_removed(folder: Path, fresh: Callable[..., Activations], said: list[str]) -> None:
     kept = fresh()
     kept.keep("target/1", value(1))
     shutil.rmtree(folder)
@@ -348,7 +349,7 @@ def test_a_folder_that_was_removed(folder: Path, fresh: Callable[..., OnDisk], s
     assert said == []
 
 
-def test_any_byte_of_a_file_may_change(folder: Path, fresh: Callable[..., OnDisk]) -> None:
+def test_any_byte_of_a_file_may_change(folder: Path, fresh: Callable[..., Activations]) -> None:
     """No byte makes the cache give wrong values, or fail."""
     choose = random.Random(0)
     values: dict[str, Output] = {"prefix/a": (value(1),), "target/b": value(2).bfloat16()}
@@ -367,7 +368,7 @@ def test_any_byte_of_a_file_may_change(folder: Path, fresh: Callable[..., OnDisk
 
 
 def test_a_read_only_folder(
-    folder: Path, fresh: Callable[..., OnDisk], said: list[str], monkeypatch: pytest.MonkeyPatch
+    folder: Path, fresh: Callable[..., Activations], said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is there is read; what is new is not kept, which is said once."""
     fresh().keep("target/1", value(1))
@@ -386,7 +387,7 @@ def test_a_read_only_folder(
 
 
 def test_a_full_disk(
-    folder: Path, fresh: Callable[..., OnDisk], said: list[str], monkeypatch: pytest.MonkeyPatch
+    folder: Path, fresh: Callable[..., Activations], said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept = fresh()
     kept.keep("target/0", value(0))
@@ -402,7 +403,7 @@ def test_a_full_disk(
     assert of_disk(kept, "target/2") is None
 
 
-def test_the_limit(folder: Path, fresh: Callable[..., OnDisk], said: list[str]) -> None:
+def test_the_limit(folder: Path, fresh: Callable[..., Activations], said: list[str]) -> None:
     size = 128 * 128 * 4  # what comes before the values in each file counts, too
     kept = fresh(4 * size - 1)
     for number in range(9):
@@ -415,7 +416,7 @@ def test_the_limit(folder: Path, fresh: Callable[..., OnDisk], said: list[str]) 
 
 
 def test_an_entry_above_the_limit_costs_no_other_folder(
-    folder: Path, fresh: Callable[..., OnDisk], said: list[str]
+    folder: Path, fresh: Callable[..., Activations], said: list[str]
 ) -> None:
     other = folder.with_name("other")
     other.mkdir(parents=True)
@@ -428,7 +429,7 @@ def test_the_limit_holds_for_all_folders_together(folder: Path) -> None:
     """Each run opened its folder while the others were empty."""
     said: list[str] = []
     size = 128 * 128 * 4 + 1000
-    runs = [OnDisk(folder.with_name(name), 2 * size, say=said.append) for name in "abc"]
+    runs = [Activations(0, folder.with_name(name), 2 * size, say=said.append) for name in "abc"]
     for number, run in enumerate(runs):
         run.keep("target/1", value(number, (128, 128)))
         assert sum(entry["bytes"] for entry in activation_cache.list_activations()) <= 2 * size
@@ -436,7 +437,7 @@ def test_the_limit_holds_for_all_folders_together(folder: Path) -> None:
 
 
 def test_a_write_that_fails_halfway(
-    folder: Path, fresh: Callable[..., OnDisk], said: list[str], monkeypatch: pytest.MonkeyPatch
+    folder: Path, fresh: Callable[..., Activations], said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The bytes that were written are nobody's."""
     kept = fresh()
@@ -469,7 +470,7 @@ def test_a_file_where_a_folder_should_be(depth: int, tmp_path: Path, said: list[
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("I was here first")
     kept = open_activations("disk", {}, CPU, said.append)
-    assert type(kept) is Activations
+    assert kept.kept == "none"
     for number in range(9):
         kept.keep(str(number), value(number))
     assert len(kept.recent) == FEW
@@ -481,9 +482,9 @@ def test_a_file_where_a_folder_should_be(depth: int, tmp_path: Path, said: list[
 # --- which folder
 
 
-def opened(**key: Any) -> OnDisk:
+def opened(**key: Any) -> Activations:
     kept = open_activations("disk", key, CPU, pytest.fail)
-    assert isinstance(kept, OnDisk)
+    assert kept.kept == "disk"
     return kept
 
 
@@ -512,7 +513,7 @@ def test_the_folder_follows_from_the_key_and_the_machine(monkeypatch: pytest.Mon
 @pytest.mark.parametrize("mode", ["none", "memory"])
 def test_other_modes_write_nothing(mode: str) -> None:
     kept = open_activations(mode, {"model": "a"}, CPU)
-    assert type(kept) is Activations
+    assert kept.kept == mode
     assert (kept.room > 0) == (mode == "memory")
     assert not cache_home().exists()
 
@@ -605,9 +606,8 @@ def test_the_limit_removes_others_before_it_stops(
     assert same(fresh_again(kept).find("target/1"), value(1, (150,)))
 
 
-def fresh_again(kept: Activations) -> OnDisk:
-    assert isinstance(kept, OnDisk)
-    return OnDisk(kept.folder, kept.limit, say=pytest.fail)
+def fresh_again(kept: Activations) -> Activations:
+    return Activations(0, kept.folder, kept.limit, say=pytest.fail)
 
 
 # --- whole runs

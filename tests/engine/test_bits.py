@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from helpers.models import ARCHITECTURES, save_pico, texts, word_tokenizer
 from srmu.data.tokens import batch_rows, tokenise_texts
-from srmu.engine.activation_cache import Activations, OnDisk
+from srmu.engine.activation_cache import Activations
 from srmu.engine.model import EditableModel
 from srmu.engine.topic import Topic
 from srmu.engine.train import TrainOptions
@@ -152,8 +152,8 @@ def all_ways(
     def complain(text: str) -> None:
         raise AssertionError(text)
 
-    def on_disk() -> OnDisk:
-        return OnDisk(folder, 10**9, say=complain)
+    def on_disk() -> Activations:
+        return Activations(0, folder, 10**9, say=complain)
 
     folder.mkdir()
     memory = Activations(ROOM)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from helpers.models import ARCHITECTURES, VOCABULARY, batches, pico_module, texts, topic
-from srmu.engine.activation_cache import OnDisk
+from srmu.engine.activation_cache import Activations
 from srmu.engine.batch import Batch
 from srmu.engine.losses import is_counted
 from srmu.engine.model import EditableModel
@@ -555,7 +555,7 @@ def test_own_anchors_train_and_leave_no_trace(monkeypatch: pytest.MonkeyPatch) -
 def test_activations_of_own_texts_stay_in_memory(tmp_path: Path) -> None:
     method = SRMU(layer=LAYER, anchors="self", own_texts=100)
     model = EditableModel(pico_module(), method.trainable, method.depth)
-    model.activations = OnDisk(tmp_path / "kept", 1 << 30)
+    model.activations = Activations(0, tmp_path / "kept", 1 << 30)
     method.apply(model, [topic()], TRAIN, lambda *args: None)
     assert model.activations.kept == "memory"
     assert not [*tmp_path.iterdir()]

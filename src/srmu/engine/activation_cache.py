@@ -45,26 +45,47 @@ def digest_tensors(*tensors: Tensor) -> str:
 
 
 class Activations:
-    """Activations of earlier batches in memory: `room` bytes, and the newest few more.
+    """Activations of earlier batches in memory: `room` bytes, and the newest few more; with a folder, on disk too.
 
-    An entry that fits stays: batches come round in order, so the oldest is needed next.
+    An entry that fits into memory stays there: batches come round in order, so the oldest is needed next. In the
+    folder, which several processes may share, each entry is a file. If it cannot be written, `say` is told once and the
+    run goes on without it. A file whose bytes have changed is removed, and its entry computed again.
     """
 
-    def __init__(self, room: int = 0) -> None:
+    def __init__(
+        self,
+        room: int = 0,
+        folder: Path | None = None,
+        limit: int = 0,
+        device: torch.device | str = "cpu",
+        say: Callable[[str], None] = print,
+    ) -> None:
         self.room = room
+        self.folder, self.limit, self.device, self.say = folder or Path(), limit, device, say
         self.held: dict[str, Output] = {}
         self.recent: dict[str, Output] = {}
         self.hits = 0
-        self.kept = "memory" if room else "none"  # where entries go, for the record
+        self.kept = "disk" if folder else "memory" if room else "none"  # where entries go, for the record
 
     def find(self, name: str) -> Output | None:
         """The entry of that name, if there is one."""
         value = self.held.get(name, self.recent.get(name))
+        if value is None and self.folder.name and (value := self._load(name)) is not None:
+            self._remember(name, value)
         self.hits += value is not None
         return value
 
     def keep(self, name: str, value: Output) -> None:
-        """Keep an entry if there is room for it, else until a few others have come."""
+        """Keep an entry: in memory if there is room for it, else until a few others have come; and on disk."""
+        self._remember(name, value)
+        if self.kept == "disk" and not self.path(name).exists():
+            try:
+                self._save(name, value)
+            except OSError as error:
+                self.kept = "none"
+                self.say(f"activations are not kept in {self.folder}: {error.strerror or error}; going on without")
+
+    def _remember(self, name: str, value: Output) -> None:
         if name in self.held or name in self.recent:
             return
         size = (value[0] if isinstance(value, tuple) else value).nbytes
@@ -76,45 +97,7 @@ class Activations:
         while len(self.recent) > FEW:
             del self.recent[next(iter(self.recent))]
 
-
-class OnDisk(Activations):
-    """Activations in a folder, each in a file of its own; several processes may share it.
-
-    If the folder cannot be written, `say` is told once and the run goes on without it. An entry whose bytes have
-    changed is removed, and computed again.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        limit: int,
-        device: torch.device = torch.device("cpu"),  # noqa: B008 - it is a constant
-        room: int = 0,
-        say: Callable[[str], None] = print,
-    ) -> None:
-        super().__init__(room)
-        self.folder, self.limit, self.device, self.say = folder, limit, device, say
-        self.kept = "disk"
-
-    def find(self, name: str) -> Output | None:
-        value = super().find(name)
-        if value is None and (value := self._load(name)) is not None:
-            self.hits += 1
-            super().keep(name, value)
-        return value
-
-    def keep(self, name: str, value: Output) -> None:
-        super().keep(name, value)
-        if self.kept == "none" or self.path(name).exists():
-            return
-        try:
-            self._save(name, value)
-        except OSError as error:
-            self.kept = "none"
-            self.say(f"activations are not kept in {self.folder}: {error.strerror or error}; going on without")
-
     def path(self, name: str) -> Path:
-        """The file of an entry."""
         return self.folder / f"{name.replace('/', '-')}.safetensors"
 
     def _save(self, name: str, value: Output) -> None:
@@ -173,7 +156,7 @@ def open_activations(
     except OSError as error:
         say(f"activations are not kept in {folder}: {error.strerror}; going on without")
         return Activations()
-    return OnDisk(folder, limit, device, free // 4 if cuda else 0, say)
+    return Activations(free // 4 if cuda else 0, folder, limit, device, say)
 
 
 def limit_bytes() -> int:

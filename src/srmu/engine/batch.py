@@ -25,7 +25,6 @@ class Batch(dict[str, Tensor]):
         return digest_tensors(self["input_ids"], self["attention_mask"])
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        """A batch with every tensor changed by a function."""
         return Batch({name: change(tensor) for name, tensor in self.items()})
 
     def cut(self, rows: Any = slice(None), tokens: Any = slice(None)) -> Batch:
@@ -33,7 +32,6 @@ class Batch(dict[str, Tensor]):
         return self.map(lambda tensor: tensor[rows][:, tokens])
 
     def replace(self, **tensors: Tensor) -> Batch:
-        """The batch with some of its tensors replaced."""
         return Batch({**self, **tensors})
 
 

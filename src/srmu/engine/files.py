@@ -62,10 +62,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 def flush_path(path: Path) -> None:
     """Wait until a file, or the list of files of a folder, is on the disk."""
-    try:
-        handle = os.open(path, os.O_RDONLY)
-    except OSError:  # a folder, on Windows
-        return
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

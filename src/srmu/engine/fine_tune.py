@@ -35,11 +35,9 @@ def tune_model(
     """
     pairs = [(p, master_of(name, p, "fp32")) for name, p in model.trained.items()]
     masters = [master for _, master in pairs]
-    stepper: torch.optim.Optimizer = (
-        torch.optim.AdamW(masters, lr=learning_rate, weight_decay=0.0, fused=True)
-        if optimiser == "adamw"
-        else torch.optim.SGD(masters, lr=learning_rate, momentum=0.9)
-    )
+    stepper: torch.optim.Optimizer = torch.optim.SGD(masters, lr=learning_rate, momentum=0.9)
+    if optimiser == "adamw":
+        stepper = torch.optim.AdamW(masters, lr=learning_rate, weight_decay=0.0, fused=True)
     generator = torch.Generator().manual_seed(seed)
 
     def deal_batches() -> Iterator[list[Row]]:

@@ -303,7 +303,6 @@ class EditableModel:
 
 
 def copy_values(places: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    """Copy values into existing tensors."""
     for place, value in zip(places, values, strict=True):
         place.data.copy_(value)
 

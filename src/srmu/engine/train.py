@@ -189,6 +189,7 @@ class Training:
         named = {**rules.model.trained, **{f"extra {i}": p for i, p in enumerate(extra)}}
         self.parameters = [*named.values()]
         self.masters = [master_of(name, p, options.weights) for name, p in named.items()]
+        self.copies = [(p, m) for p, m in zip(self.parameters, self.masters, strict=True) if m is not p]
         self.good = [p.detach().clone() for p in self.parameters]  # the newest weights whose loss was finite
         # Sharded tensors and others lie in groups of their own: no operation may mix them.
         self.groups = [[m for m in self.masters if distributed.is_sharded(m) is kind] for kind in (True, False)]
@@ -228,8 +229,8 @@ class Training:
             (total * distributed.get_size() if self.shared else total).backward()
         if all(parameter.grad is None for parameter in self.parameters):
             raise SrmuError("the loss reaches none of the trained tensors: wrong layer or window")
-        for master, parameter in zip(self.masters, self.parameters, strict=True):
-            if master is not parameter and parameter.grad is not None:
+        for parameter, master in self.copies:
+            if parameter.grad is not None:
                 master.grad, parameter.grad = parameter.grad.to(master.dtype), None
         if self.shared:
             distributed.sum_gradients(self.masters)
@@ -239,21 +240,17 @@ class Training:
         """Clip the gradients, step the masters, and copy them into the model."""
         for group in self.optimiser.param_groups:
             if self.options.max_grad_norm is not None:
-                bound = self.options.max_grad_norm
-                torch.nn.utils.clip_grads_with_norm_(group["params"], bound, norm)
+                torch.nn.utils.clip_grads_with_norm_(group["params"], self.options.max_grad_norm, norm)
             group["lr"] = self.options.rate(step)
         self.optimiser.step()
         self.optimiser.zero_grad()
-        for master, parameter in zip(self.masters, self.parameters, strict=True):
-            if master is not parameter:
-                parameter.data.copy_(master)
+        for parameter, master in self.copies:
+            parameter.data.copy_(master)
 
     def lists(self) -> dict[str, Sequence[Tensor]]:
         """The tensors that exist from the start, which `resume` fills in place."""
-        tensors: dict[str, Sequence[Tensor]] = {"parameter": self.parameters, "good": self.good}
-        if any(m is not p for m, p in zip(self.masters, self.parameters, strict=True)):
-            tensors["master"] = self.masters
-        return tensors | {"kept": self.rules.kept}
+        masters = [master for _, master in self.copies]
+        return {"parameter": self.parameters, "master": masters, "good": self.good, "kept": self.rules.kept}
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The state as tensors and JSON values; every process must call this, the first gets it."""
@@ -265,8 +262,7 @@ class Training:
         for name, memory in self.memory.items():
             changing, numbers["memory"][name] = pack_memory(memory)
             tensors |= {f"memory/{name}/{key}": value for key, value in changing.items()}
-        whole = {name: distributed.gather_to_first(tensor) for name, tensor in tensors.items()}
-        return whole, numbers
+        return {name: distributed.gather_to_first(tensor) for name, tensor in tensors.items()}, numbers
 
     def resume(self, checkpoints: Checkpoints) -> int:
         """Restore the newest checkpoint; returns the number of steps done."""

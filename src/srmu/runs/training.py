@@ -233,7 +233,7 @@ def build_record(
         "activations": {
             "kept": model.activations.kept,
             "found": model.activations.hits,
-            "folder": getattr(model.activations, "folder", Path()).name,  # in srmu info cache ls
+            "folder": model.activations.folder.name,  # in srmu info cache ls
         },
         "change": audit.describe_change(plan.base, folder / DELTA),
         "processes": {"count": distributed.get_size(), "sharded": plan.shard},
