@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -70,7 +70,7 @@ class EditableModel:
         device: str = "cpu",
         offload: bool = False,
         copy: bool = True,
-    ) -> Self:
+    ) -> "EditableModel":
         """Load the first `depth` layers of a checkpoint (None: all).
 
         The other layers are never read from disk. With `offload` the layers below the first trained one stay on disk or
