@@ -242,10 +242,10 @@ def test_without_tasks_texts_measure(place: Path, monkeypatch: pytest.MonkeyPatc
     said = " ".join(choice["sentence"] for choice in found["choices"])
     assert "Texts alone say little" in said
     assert "None was run" in said
-    nats = found["final"]["test"]["parts"]["forget_texts"]
-    assert nats["after"]["nats"] > nats["before"]["nats"]
+    read = found["final"]["test"]["parts"]["forget_texts"]
+    assert read["after"]["value"] < read["before"]["value"]
     results = read_metrics(place / "texts" / found["run"])["after"]
-    assert {"forget_texts_val/acc", "forget_texts/nats", "harmless/acc"} <= {*results}
+    assert {"forget_texts_val/acc", "forget_texts/acc", "harmless/acc"} <= {*results}
 
 
 @pytest.fixture(scope="module")

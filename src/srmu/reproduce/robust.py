@@ -116,16 +116,43 @@ def check_option(option: str, names: Sequence[str], known: Sequence[str] | Mappi
 
 # ---- the runs
 
-Rows = dict[tuple[str, str], list[MeasuredRow]]  # by world and regime
+
+@dataclass(frozen=True)
+class Part:
+    """A world in a regime, with its rows."""
+
+    frontier: Frontier
+    world: str
+    regime: str
+    rows: Sequence[MeasuredRow]
+
+    @property
+    def title(self) -> str:
+        spec = self.frontier.spec
+        return f"{spec['worlds'][self.world]['title']}, {spec['regimes'][self.regime]['title']}"
+
+    @property
+    def columns(self) -> dict[str, list[str]]:
+        return self.frontier.spec["worlds"][self.world]["columns"]
+
+    @property
+    def kept(self) -> list[str]:
+        """Metrics of what is to be kept."""
+        return [metric for name in self.frontier.spec["kept"] for metric in self.columns[name]]
+
+    def locate_testbed(self, seed: int) -> Path:
+        return self.frontier.places[self.world].locate(self.regime, seed)
 
 
-def measure_frontier(frontier: Frontier, watch: Watch = ignore_progress, *, make: bool = True) -> Rows:
+def measure_frontier(frontier: Frontier, watch: Watch = ignore_progress, *, make: bool = True) -> list[Part]:
     """The rows of each world and regime; makes what is missing, or without `make` runs nothing."""
-    rows: Rows = {}
+    parts = []
     for world, one in frontier.experiments.items():
-        for planned, row in experiment.run_experiment(one, frontier.rows(world), watch, make=make).items():
-            rows.setdefault((world, planned.regime), []).append(row)
-    return rows
+        measured = experiment.run_experiment(one, frontier.rows(world), watch, make=make)
+        for regime in frontier.regimes:
+            rows = [row for planned, row in measured.items() if planned.regime == regime]
+            parts.append(Part(frontier, world, regime, rows))
+    return parts
 
 
 def frontier_needs(frontier: Frontier) -> tuple[dict[str, int], str]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from math import exp
 from pathlib import Path
 from statistics import fmean
@@ -19,57 +19,17 @@ from srmu.report.build import make_runs_page
 from srmu.report.results import RunGroup
 from srmu.reproduce.claims import estimate_cells, format_interval, resample_mean
 from srmu.reproduce.experiment import MeasuredRow, PlannedRow, Scored, run_experiment
-from srmu.reproduce.robust import Frontier, Rows, choose_settings, locate_control
+from srmu.reproduce.robust import Frontier, Part, choose_settings, locate_control
 from srmu.runs.run import Run
 
 Report = Mapping[str, Any]  # what attack_run gives
 
 
-@dataclass(frozen=True)
-class Part:
-    """A world in a regime, with its rows."""
-
-    frontier: Frontier
-    world: str
-    regime: str
-    rows: Sequence[MeasuredRow]
-
-    @property
-    def title(self) -> str:
-        spec = self.frontier.spec
-        return f"{spec['worlds'][self.world]['title']}, {spec['regimes'][self.regime]['title']}"
-
-    @property
-    def columns(self) -> dict[str, list[str]]:
-        return self.frontier.spec["worlds"][self.world]["columns"]
-
-    @property
-    def kept(self) -> list[str]:
-        """Metrics of what is to be kept."""
-        return [metric for name in self.frontier.spec["kept"] for metric in self.columns[name]]
-
-    def locate_testbed(self, seed: int) -> Path:
-        return self.frontier.places[self.world].locate(self.regime, seed)
-
-    def base_seconds(self) -> float | None:
-        """Seconds of the method that the others' are divided by; None where it was not run here."""
-        spec = self.frontier.spec
-        base = PlannedRow(spec["cost"], spec["cost"], self.regime)
-        settings = choose_settings("robust", self.world, spec)
-        experiment = replace(self.frontier.experiments[self.world], settings=settings, measurement=Scored())
-        (row,) = run_experiment(experiment, [base], make=False).values()
-        return fmean(Run(run).record["seconds"] for run in row.runs) if row.runs else None
-
-
-def list_parts(frontier: Frontier, measured: Rows) -> Iterator[Part]:
-    return (Part(frontier, *place, rows) for place, rows in measured.items())
-
-
-def build_frontier_tables(frontier: Frontier, measured: Rows, command: str) -> dict[str, Any]:
+def build_frontier_tables(frontier: Frontier, measured: Sequence[Part], command: str) -> dict[str, Any]:
     """All rows in numbers: what `robust.json` holds."""
     spec, parts = frontier.spec, []
-    for part in list_parts(frontier, measured):
-        seconds = part.base_seconds()
+    for part in measured:
+        seconds = base_seconds(part)
         rows = [*build_control_rows(part), *(build_row(part, row, seconds) for row in part.rows)]
         head = {"world": part.world, "regime": part.regime, "title": part.title, "columns": [*part.columns]}
         parts.append(head | {"rows": rows})
@@ -86,10 +46,10 @@ def build_frontier_tables(frontier: Frontier, measured: Rows, command: str) -> d
     }
 
 
-def write_frontier_reports(frontier: Frontier, measured: Rows, command: str) -> list[Path]:
+def write_frontier_reports(frontier: Frontier, measured: Sequence[Part], command: str) -> list[Path]:
     """A page a world and regime on its runs as they were attacked, with their recovery."""
     paths = []
-    for part in list_parts(frontier, measured):
+    for part in measured:
         if groups := [RunGroup(row.label, "", row.runs) for row in part.rows if not row.why]:
             metrics = [metric for each in part.columns.values() for metric in each]
             page = make_runs_page(
@@ -159,6 +119,16 @@ def build_answers(part: Part, row: MeasuredRow, reports: Sequence[Report]) -> di
         **estimate_residuals(part, row, reports),
         "attacks": average_attacks(reports),
     }
+
+
+def base_seconds(part: Part) -> float | None:
+    """Seconds of the method that the others' are divided by; None where it was not run here."""
+    spec = part.frontier.spec
+    base = PlannedRow(spec["cost"], spec["cost"], part.regime)
+    settings = choose_settings("robust", part.world, spec)
+    experiment = replace(part.frontier.experiments[part.world], settings=settings, measurement=Scored())
+    (row,) = run_experiment(experiment, [base], make=False).values()
+    return fmean(Run(run).record["seconds"] for run in row.runs) if row.runs else None
 
 
 def estimate_mean(row: MeasuredRow, metrics: Sequence[str]) -> dict[str, float]:

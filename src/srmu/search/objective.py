@@ -22,13 +22,14 @@ from srmu.attacks.suite import Sources
 from srmu.data.digest import digest_texts
 from srmu.data.tokens import batch_rows, tokenise_texts
 from srmu.data.topics import split_held_out
-from srmu.engine import losses, weights
+from srmu.engine import weights
 from srmu.engine.loading import read_config
+from srmu.engine.losses import is_predicted
 from srmu.engine.progress import Watch
 from srmu.engine.train import move_batch
 from srmu.errors import SrmuError
 from srmu.evals.analyses import candidate_layers
-from srmu.evals.results import Metrics, merge_results, metric_rows, number_facts, read_metrics, write_answers
+from srmu.evals.results import merge_results, metric_rows, number_facts, read_metrics, write_answers
 from srmu.evals.statistics import KNOWN, LEAST, Array, Draws, estimate_from
 from srmu.evals.subject import Question, Subject, list_facts, mark_answers
 from srmu.methods import Misdirection
@@ -56,18 +57,6 @@ class MarkedAnswers(NamedTuple):
 
     right: Sequence[float]
     about: Sequence[Hashable]
-    nats: float | None = None  # of texts: the mean cost of a token
-
-    def summarise(self, metric: str) -> Metrics:
-        """As metrics by name; `n` counts questions, or texts."""
-        value = float(np.mean(self.right))
-        n = len(self.right) if self.nats is None else len(set(self.about))
-        found: Metrics = {metric: {"value": value, "stderr": (value * (1 - value) / n) ** 0.5, "n": n}}
-        if self.nats is None:
-            found[metric] |= {"answers": write_answers(self.right), "facts": number_facts(self.about)}
-        else:
-            found[metric.replace("/acc", "/nats")] = {"value": self.nats, "n": n}
-        return found
 
 
 @dataclass(frozen=True)
@@ -98,19 +87,17 @@ class TextYardstick:
         """Each next token is an answer about its text."""
         right: list[float] = []
         about: list[Hashable] = []
-        nats = 0.0
         rows = tokenise_texts(self.halves[half], model.tokenizer, self.max_length)
         for batch in batch_rows(rows, model.tokenizer, 8, "mask"):
             batch = move_batch(batch, model.device)
             inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
             logits = model.module(**inputs, use_cache=False).logits
-            mask = losses.is_predicted(batch["labels"])
+            mask = is_predicted(batch["labels"])
             hits = (logits[:, :-1].argmax(dim=-1) == batch["labels"][:, 1:])[mask]
             first = len(set(about))
             about += (mask.nonzero()[:, 0] + first).tolist()
             right += hits.float().tolist()
-            nats += float(losses.token_nll(logits, batch["labels"]).sum())
-        return MarkedAnswers(right, about, nats / max(1, len(right)))
+        return MarkedAnswers(right, about)
 
 
 Part = TaskYardstick | TextYardstick
@@ -184,12 +171,10 @@ class Yardstick:
             means[name] = draws.means(table, [(name, about) for about in before.about])
             sizes[name] = len(set(before.about))
         gone, lost = self.measure_falls(means)
-        parts: dict[str, dict[str, Any]] = {name: {} for name in means}
-        for name, values in means.items():
-            for i, when in enumerate(WHEN):
-                parts[name][when] = asdict(estimate_from(values[:, i], sizes[name]))
-                if (nats := taken[when][name].nats) is not None:
-                    parts[name][when]["nats"] = nats
+        parts = {
+            name: {when: asdict(estimate_from(values[:, i], sizes[name])) for i, when in enumerate(WHEN)}
+            for name, values in means.items()
+        }
         return {
             "forgetting": asdict(estimate_from(gone, min(sizes[name] for name in self.forget))),
             "utility_loss": asdict(estimate_from(lost, min(sizes[name] for name in self.utility))),
@@ -209,8 +194,13 @@ class Yardstick:
             }
         rows = []
         for when, answers in taken.items():
-            for name, part in answers.items():
-                rows += metric_rows(part.summarise(self.metric(name, half)), when)
+            for name, marked in answers.items():
+                value, asked = float(np.mean(marked.right)), isinstance(self.parts[name], TaskYardstick)
+                n = len(marked.right) if asked else len(set(marked.about))  # questions, or texts
+                entry = {"value": value, "stderr": (value * (1 - value) / n) ** 0.5, "n": n}
+                if asked:
+                    entry |= {"answers": write_answers(marked.right), "facts": number_facts(marked.about)}
+                rows += metric_rows({self.metric(name, half): entry}, when)
         merge_results(run.folder, rows)
         return taken
 
