@@ -69,6 +69,15 @@ class MethodOutcome(NamedTuple):
     stop_reason: str = FINISHED
 
 
+class Session(NamedTuple):
+    """How a method is to train, and where it logs, shows and saves its steps."""
+
+    train: TrainOptions
+    log: Log
+    watch: Watch = ignore_progress
+    checkpoints: Checkpoints = NOWHERE
+
+
 @dataclass(frozen=True, kw_only=True)
 class Method(ABC):
     """A way to unlearn. `depth` is the number of layers it needs; None: the whole model."""
@@ -170,7 +179,6 @@ class Method(ABC):
         write()
         return nullcontext()
 
-    @abstractmethod
     def apply(
         self,
         model: EditableModel,
@@ -181,6 +189,10 @@ class Method(ABC):
         checkpoints: Checkpoints = NOWHERE,
     ) -> MethodOutcome:
         """Change the model. Optimisation resumes from its checkpoint, if there is one."""
+        return self.change(model, topics, Session(train, log, watch, checkpoints))
+
+    @abstractmethod
+    def change(self, model: EditableModel, topics: Sequence[Topic], session: Session) -> MethodOutcome: ...
 
 
 class Edit(Method):
@@ -189,16 +201,8 @@ class Edit(Method):
     @abstractmethod
     def edit(self, model: EditableModel, topics: Sequence[Topic], watch: Watch) -> dict[str, State]: ...
 
-    def apply(
-        self,
-        model: EditableModel,
-        topics: Sequence[Topic],
-        train: TrainOptions,
-        log: Log,
-        watch: Watch = ignore_progress,
-        checkpoints: Checkpoints = NOWHERE,
-    ) -> MethodOutcome:
-        return MethodOutcome(self.edit(model, topics, watch), "edited")
+    def change(self, model: EditableModel, topics: Sequence[Topic], session: Session) -> MethodOutcome:
+        return MethodOutcome(self.edit(model, topics, session.watch), "edited")
 
 
 class Objective(Method):
@@ -226,15 +230,8 @@ class Objective(Method):
         """A context in which the model is trained."""
         return nullcontext()
 
-    def apply(
-        self,
-        model: EditableModel,
-        topics: Sequence[Topic],
-        train: TrainOptions,
-        log: Log,
-        watch: Watch = ignore_progress,
-        checkpoints: Checkpoints = NOWHERE,
-    ) -> MethodOutcome:
+    def change(self, model: EditableModel, topics: Sequence[Topic], session: Session) -> MethodOutcome:
+        train, log, watch, checkpoints = session
         parts: list[tuple[Topic, LossFunction]] = []
         states = {}
         with self.editing(model, topics):

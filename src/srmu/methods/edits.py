@@ -8,13 +8,10 @@ from typing import Self
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
-from srmu.engine.progress import ignore_progress
-from srmu.engine.resume import Checkpoints
 from srmu.engine.stopping import StopRules
 from srmu.engine.topic import interleave_batches
-from srmu.engine.train import FINISHED, NOWHERE, Log
 from srmu.errors import DivergedError, SrmuError
-from srmu.methods.base import Edit, EditableModel, Method, MethodOutcome, State, Topic, TrainOptions, Watch
+from srmu.methods.base import Edit, EditableModel, Method, MethodOutcome, Session, State, Topic, Watch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,15 +57,8 @@ class WeightWalk(Pooling):
     def direction(self, model: EditableModel, topic: Topic, watch: Watch) -> dict[str, Tensor]:
         """The direction of each trained tensor, in float32."""
 
-    def apply(
-        self,
-        model: EditableModel,
-        topics: Sequence[Topic],
-        train: TrainOptions,
-        log: Log,
-        watch: Watch = ignore_progress,
-        checkpoints: Checkpoints = NOWHERE,
-    ) -> MethodOutcome:
+    def change(self, model: EditableModel, topics: Sequence[Topic], session: Session) -> MethodOutcome:
+        train, log, watch, _ = session
         method, pool = self.pool_topics(topics)
         assert train.learning_rate is not None, "Method.training fills it in"
         direction = method.direction(model, pool, watch)
@@ -89,4 +79,4 @@ class WeightWalk(Pooling):
                 tick("")
                 if reason:
                     return MethodOutcome(states, reason)
-        return MethodOutcome(states, FINISHED)
+        return MethodOutcome(states)

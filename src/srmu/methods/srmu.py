@@ -8,9 +8,9 @@ from torch import Tensor
 
 from srmu.engine.distributed import sum_values
 from srmu.errors import SrmuError
-from srmu.methods import importance as maps
 from srmu.methods.base import Batch, EditableModel, State, Topic
 from srmu.methods.directions import Direction, draw_direction
+from srmu.methods.importance import Fusion, Statistic, describe_importance, importance_map, measure_features
 from srmu.methods.misdirection import Misdirection
 
 
@@ -22,8 +22,8 @@ class SRMU(Misdirection):
     paper = "arXiv 2512.16297"
     measures = ("forget", "retain")
 
-    importance: maps.Fusion = "ratio"
-    statistic: maps.Statistic = "abs_mean"
+    importance: Fusion = "ratio"
+    statistic: Statistic = "abs_mean"
     map_mode: Literal["static", "per_batch", "ema"] = "static"
     ema_decay: float = 0.9
     direction: Direction = "signs"
@@ -46,19 +46,19 @@ class SRMU(Misdirection):
 
     def fuse(self, v_f: Tensor, v_r: Tensor, order: Tensor) -> Tensor:
         """I_norm (D,) from the two statistics; `order` is the permutation of `shuffled`."""
-        return maps.importance_map(v_f, v_r, self.importance, self.lam, self.eps, self.clip_quantile, order)
+        return importance_map(v_f, v_r, self.importance, self.lam, self.eps, self.clip_quantile, order)
 
     def setup(self, model: EditableModel, topic: Topic) -> State:
         sums = self.frozen_sums(model, topic.forget, keep=False)
-        v_f, norm = maps.measure_features(sums, self.statistic)
-        v_r, _ = maps.measure_features(self.frozen_sums(model, topic.retain), self.statistic)
+        v_f, norm = measure_features(sums, self.statistic)
+        v_r, _ = measure_features(self.frozen_sums(model, topic.retain), self.statistic)
         generator = topic.generator("direction", self.shared_direction)
         direction = draw_direction(self.direction, len(v_f), generator).to(model.device)
         order = torch.randperm(len(v_f), generator=topic.generator("shuffled map")).to(v_f.device)
         map_ = self.fuse(v_f, v_r, order)
         # eq: SRMU eq. 4, T = c_map V I_norm
         state = self.state(direction * map_, norm, direction=direction, importance=map_)
-        state.numbers["importance"] = maps.describe_importance(map_)
+        state.numbers["importance"] = describe_importance(map_)
         state.memory = {"generator": generator, "order": order}
         return state
 
@@ -69,7 +69,7 @@ class SRMU(Misdirection):
             tensors["direction"] = fresh.to(model.device)
         if self.map_mode != "static":
             sums = [self.frozen_sums(model, [batch]) for batch in (forget, retain)]
-            parts = [maps.measure_features(map(sum_values, one), self.statistic)[0] for one in sums]
+            parts = [measure_features(map(sum_values, one), self.statistic)[0] for one in sums]
             values = torch.stack(parts)  # (2, D)
             if self.map_mode == "ema":
                 values = torch.lerp(values, memory.get("ema", values), self.ema_decay)

@@ -11,22 +11,8 @@ from torch import Tensor, nn
 from srmu.engine.batch import move_batch
 from srmu.engine.losses import generic_logits, is_predicted, masked_mean
 from srmu.engine.model import copy_values
-from srmu.engine.progress import Watch, ignore_progress
-from srmu.engine.resume import Checkpoints
 from srmu.engine.topic import interleave_batches
-from srmu.engine.train import NOWHERE, Log
-from srmu.methods.base import (
-    Batch,
-    Count,
-    EditableModel,
-    MethodOutcome,
-    Rate,
-    State,
-    Terms,
-    Topic,
-    TrainOptions,
-    Weight,
-)
+from srmu.methods.base import Batch, Count, EditableModel, MethodOutcome, Rate, Session, State, Terms, Topic, Weight
 from srmu.methods.logits import LogitObjective, strengthen_weights
 from srmu.methods.two_models import combine_logits
 from srmu.methods.whp_terms import anchors_for, read_anchors, translate_batch
@@ -68,19 +54,11 @@ class WHP(LogitObjective):
         why = "whp with mode=logits is two models at inference; method.mode=soft distils it into one"
         return why if self.at_once else ""
 
-    def apply(
-        self,
-        model: EditableModel,
-        topics: Sequence[Topic],
-        train: TrainOptions,
-        log: Log,
-        watch: Watch = ignore_progress,
-        checkpoints: Checkpoints = NOWHERE,
-    ) -> MethodOutcome:
+    def change(self, model: EditableModel, topics: Sequence[Topic], session: Session) -> MethodOutcome:
         if not self.at_once:
-            return super().apply(model, topics, train, log, watch, checkpoints)
+            return super().change(model, topics, session)
         texts = replace(topics[0], forget=interleave_batches([topic.forget for topic in topics]))
-        with self.editing(model, topics), watch("strengthening", self.teacher_steps) as tick:
+        with self.editing(model, topics), session.watch("strengthening", self.teacher_steps) as tick:
             texts = texts.with_tick(partial(tick, self.name))
             tuned = strengthen_weights(model, texts, self.teacher_steps, self.teacher_learning_rate)
             copy_values([model.trained[name] for name in tuned], [*tuned.values()])
