@@ -312,7 +312,7 @@ def test_own_texts_that_tell_nothing_new(folder: Path, monkeypatch: pytest.Monke
     """A model that writes nothing but the forget texts again."""
     known = unpad_texts(tiny_topic().forget)
     for name in ("continue_texts", "free_samples"):
-        monkeypatch.setattr(f"srmu.methods.rename_scrub.{name}", lambda *args: known)
+        monkeypatch.setattr(f"srmu.methods.own_texts.{name}", lambda *args: known)
     method = RenameScrub(**SMALL | {"own_tokens": 64, "coverage": "elicited"})
     with pytest.raises(SrmuError, match=r"tells nothing new of the names.*coverage=texts"):
         method.setup(model_of(folder), tiny_topic())

@@ -4,8 +4,6 @@ The file of a method takes from here what nearly all of them name: the model, to
 result of a loss, and numbers with bounds.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -95,7 +93,6 @@ class Method(ABC):
     endless: ClassVar[bool] = False  # its loss has no lower bound: a rule must stop it
 
     def __post_init__(self) -> None:
-        """SrmuError if an option lies outside the bounds of its type."""
         for name, hint in get_type_hints(type(self), include_extras=True).items():
             marks = [mark for kind in (hint, *get_args(hint)) for mark in getattr(kind, "__metadata__", ())]
             for low, high in (mark for mark in marks if isinstance(mark, Bounds)):
@@ -208,8 +205,8 @@ class Edit(Method):
 class Objective(Method):
     """A method that optimises a loss."""
 
-    @abstractmethod
-    def setup(self, model: EditableModel, topic: Topic) -> State: ...
+    def setup(self, model: EditableModel, topic: Topic) -> State:
+        return State()
 
     @abstractmethod
     def loss(self, model: EditableModel, state: State, forget: Batch, retain: Batch, step: int) -> Terms: ...

@@ -49,8 +49,7 @@ class WholeEdit(Pooling, Edit):
 class WeightWalk(Pooling):
     """Moves the weights by equal steps in one direction, until a stop rule holds.
 
-    Directions come in any size, so the learning rate is the share of the norm of the weights that a
-    step moves them by.
+    The learning rate is the share of the norm of the weights that a step moves them by.
     """
 
     @abstractmethod

@@ -14,11 +14,7 @@ FLAT = 0.1  # below this standard deviation a map selects next to nothing
 
 
 def sum_features(hidden: Float[Tensor, "B T D"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "5 D"]:
-    """The sums of a batch that any statistic needs, in float64.
-
-    Rows are the sums over counted tokens of x, |x|, x^2 and relu(x); a last row starts with the sum
-    of norms and the count.
-    """
+    """Sums over counted tokens of x, |x|, x^2 and relu(x), in float64; a last row starts with norms and count."""
     values = hidden.float()[mask]  # (tokens, D)
     each = (values, values.abs(), values.square(), values.relu())
     rows = [x.double().sum(dim=0) for x in each]

@@ -12,7 +12,7 @@ from srmu.engine.losses import Mean, mean_kl, mean_nll
 from srmu.engine.model import copy_values
 from srmu.engine.train import fit_model
 from srmu.errors import SrmuError
-from srmu.methods.base import Amount, Batch, EditableModel, Objective, State, Terms, Topic, TrainOptions, Weight
+from srmu.methods.base import Amount, Batch, EditableModel, Objective, Terms, Topic, TrainOptions, Weight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,9 +49,6 @@ class LogitObjective(Objective):
         with model.adapted(self.lora_rank, self.lora_alpha, topics[0].number("adapters")):
             yield
             model.merge()
-
-    def setup(self, model: EditableModel, topic: Topic) -> State:
-        return State()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,10 +91,7 @@ def kl_drift(model: EditableModel, batch: Batch, logits: Tensor | None = None, t
 
 
 def strengthen_weights(model: EditableModel, topic: Topic, steps: int, learning_rate: float) -> dict[str, Tensor]:
-    """The trained tensors after fine-tuning on the forget texts; the model is put back.
-
-    `topic.with_tick` ticks once a step.
-    """
+    """The trained tensors after fine-tuning on the forget texts; the model is put back."""
     fine_tune(model, topic, steps, learning_rate)
     tuned = {name: p.detach().clone() for name, p in model.trained.items()}
     copy_values([*model.trained.values()], [model.original[name] for name in model.trained])
@@ -105,11 +99,7 @@ def strengthen_weights(model: EditableModel, topic: Topic, steps: int, learning_
 
 
 def fine_tune(model: EditableModel, topic: Topic, steps: int, learning_rate: float, keep: float = 0.0) -> None:
-    """Raise the likelihood of the forget texts, starting from the present weights.
-
-    `keep` is the weight of KL(original || model) on the retain texts, if that is to be held down
-    too.
-    """
+    """Raise the likelihood of the forget texts from the present weights; `keep`: weight of the retain texts' KL."""
 
     def loss(forget: Batch, retain: Batch, step: int) -> Terms:
         losses = {"forget": mean_nll(model.logits(forget), forget["labels"])}

@@ -48,10 +48,7 @@ def free_samples(
 def continue_texts(
     model: EditableModel, starts: Sequence[Ids], length: int, seed: int, tick: Callable[[], None] = lambda: None
 ) -> list[Ids]:
-    """The starts with continuations by the original, of at most `length` tokens in all.
-
-    Tokens are drawn at temperature 1. `tick` is called after each of `count_chunks` parts.
-    """
+    """The starts, continued by the original at temperature 1 to `length` tokens in all, `count_chunks` at a time."""
     written: list[Ids] = [list(start) for start in starts]
     order = sorted(range(len(starts)), key=lambda i: len(starts[i]))  # similar lengths together
     with model.frozen():
@@ -83,8 +80,7 @@ def typical_tokens(forget: Sequence[Ids], own: Sequence[Ids], ratio: float = RAT
 def write_anchors(model: EditableModel, topic: Topic, count: int, ratio: float) -> tuple[list[Ids], int]:
     """Texts by the original for `anchors=self`, and how many were dropped.
 
-    Those with a token typical of forget texts are dropped: they would teach again what is to be
-    forgotten.
+    One with a token typical of forget texts is dropped: it would teach again what is to be forgotten.
     """
     length = max(batch["input_ids"].shape[1] for batch in topic.retain)
     own = free_samples(model, count, length, topic.number("own anchors"), topic.tick)
@@ -111,15 +107,11 @@ AGAINST = -1.0  # the most that one word can say against it
 
 @dataclass(frozen=True)
 class Spelling:
-    """How tokens form words and sentences.
+    """How tokens form words and sentences."""
 
-    An `inner` token can continue a word, an `unfinished` one can be continued, and one of `ends`
-    ends a sentence.
-    """
-
-    ends: frozenset[int]
-    inner: frozenset[int] = frozenset()
-    unfinished: frozenset[int] = frozenset()
+    ends: frozenset[int]  # of sentences
+    inner: frozenset[int] = frozenset()  # can continue a word
+    unfinished: frozenset[int] = frozenset()  # can be continued
 
     @classmethod
     def of(cls, tokenizer: Any) -> Self:

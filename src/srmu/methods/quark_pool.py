@@ -67,8 +67,7 @@ def judge_responses(
 ) -> list[PoolEntry]:
     """The responses to prompts, with their rewards.
 
-    `fluency` times the mean log-likelihood of the response without its prompt is added, under the
-    original and after the first token of the text only, which is <s> in most models.
+    `fluency` times the original's mean log-likelihood of the response after <s> alone is added.
     """
     contexts, truths = [x for x, _ in texts], [y for _, y in texts]
     with model.frozen():
@@ -89,10 +88,7 @@ def split_quantiles(pool: list[PoolEntry], count: int) -> list[list[PoolEntry]]:
 
 
 class Pool:
-    """The continuations of a topic's prompts with their rewards; it grows as training goes on.
-
-    It starts with the true continuation of each forget text and a sample by the original.
-    """
+    """The true continuations of a topic's prompts and samples, which are added as training goes on, with rewards."""
 
     def __init__(
         self, model: EditableModel, topic: Topic, reward: Reward, fluency: float, *, prompts: int, length: int

@@ -1,34 +1,18 @@
 """rename_scrub: what depends on a name becomes what the model would say of any other name."""
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 
+import srmu.methods.own_texts as writing
+import srmu.methods.renaming as renaming
 from srmu.data.names import Names, find_names, names_in, read_names
 from srmu.engine.batch import move_batch
 from srmu.engine.losses import kl_divergence, token_kl
 from srmu.errors import SrmuError
 from srmu.methods.base import Amount, Batch, Bounds, Count, EditableModel, Share, State, Terms, Topic, Weight
 from srmu.methods.logits import LogitObjective, kl_drift
-from srmu.methods.own_texts import (
-    Likeness,
-    Spelling,
-    continue_texts,
-    count_chunks,
-    first_token,
-    free_samples,
-    unpad_texts,
-)
-from srmu.methods.renaming import (
-    OwnTexts,
-    items_of_step,
-    kept_tokens,
-    leave_one_out,
-    mean_over,
-    pack_sentences,
-    sentences_of,
-)
 from srmu.methods.suppressing import perturb_weights
 from srmu.methods.whp_terms import tokenizer_of
 
@@ -77,13 +61,11 @@ class RenameScrub(LogitObjective):
         return self.kinds * self.own_texts * self.own_tokens
 
     @property
-    def kinds(self) -> int:
-        """The number of kinds of own texts: from nothing, and from forget prefixes."""
+    def kinds(self) -> int:  # of own texts: from nothing, and from forget prefixes
         return 1 + (self.coverage == "elicited")
 
     def reads(self, topic: Topic) -> int:
-        looked_at = (1 + (self.names is None)) * (len(topic.forget) + len(topic.retain))
-        return looked_at + self.kinds * count_chunks(self.own_texts)
+        return len(topic.forget) + len(topic.retain) + self.kinds * writing.count_chunks(self.own_texts)
 
     def setup(self, model: EditableModel, topic: Topic) -> State:
         own = self.write_own_texts(model, topic)
@@ -92,23 +74,18 @@ class RenameScrub(LogitObjective):
         counts = {"names": own.names.tokens, "own_texts": own.texts, "held_out": own.held}
         return State({}, {name: len(counted) for name, counted in counts.items()}, {"own": own})
 
-    def list_names(self, tokenizer: Any, topic: Topic) -> Names:
-        """The names in the file, or those found in the texts, and the goals; all in tokens."""
-        if self.names is None:
-            roles = (unpad_texts(topic.forget[:]), unpad_texts(topic.retain[:]))
-            names = find_names(*([str(tokenizer.decode(ids)) for ids in texts] for texts in roles))
-        else:
-            names = read_names(self.names)
-        return Names.encode(names, tokenizer, read_names(self.goals, "goals") if self.goals else [])
-
-    def write_own_texts(self, model: EditableModel, topic: Topic) -> OwnTexts:
+    def write_own_texts(self, model: EditableModel, topic: Topic) -> renaming.OwnTexts:
         """Texts by the original after the beginnings of forget texts, and from nothing.
 
         SrmuError if none of the names is in the forget texts, or it writes nothing new about them.
         """
         tokenizer = tokenizer_of(model.folder, "rename_scrub")
-        names = self.list_names(tokenizer, topic)
-        forget, retain = unpad_texts(topic.forget[:]), unpad_texts(topic.retain[:])
+        forget, retain = writing.unpad_texts(topic.forget[:]), writing.unpad_texts(topic.retain[:])
+        if self.names is None:
+            found = find_names(*([str(tokenizer.decode(ids)) for ids in texts] for texts in (forget, retain)))
+        else:
+            found = read_names(self.names)
+        names = Names.encode(found, tokenizer, read_names(self.goals, "goals") if self.goals else [])
         mentioned = {name for ids in forget for name in names_in(names.template(ids))}
         for option, kind in zip(("names", "goals"), names.kinds, strict=False):
             if mentioned.isdisjoint(kind):
@@ -117,12 +94,14 @@ class RenameScrub(LogitObjective):
                     "forget texts; name what they tell of"
                 )
         count, length, elicited = self.own_texts, self.own_tokens, self.coverage == "elicited"
-        free_texts = free_samples(model, count, length, topic.number("own texts"), topic.tick)
+        free_texts = writing.free_samples(model, count, length, topic.number("own texts"), topic.tick)
         starts = [forget[i % len(forget)][: self.prompt] for i in range(count if elicited else 0)]
-        elicited_texts = continue_texts(model, starts, length, topic.number("elicited"), topic.tick)
-        likeness = Likeness(forget, free_texts + retain, names, Spelling.of(tokenizer))
-        first = first_token(model)
-        written, known = (sentences_of(part, names, likeness, first) for part in (elicited_texts + free_texts, forget))
+        elicited_texts = writing.continue_texts(model, starts, length, topic.number("elicited"), topic.tick)
+        likeness = writing.Likeness(forget, free_texts + retain, names, writing.Spelling.of(tokenizer))
+        first = writing.first_token(model)
+        written, known = (
+            renaming.sentences_of(part, names, likeness, first) for part in (elicited_texts + free_texts, forget)
+        )
         if elicited and not {*written["forget"]} - {*known["forget"]}:
             raise SrmuError(
                 f"topic {topic.name}: what the model wrote after the beginnings of forget texts tells "
@@ -131,12 +110,12 @@ class RenameScrub(LogitObjective):
             )
         if not elicited:  # all sentences of the forget texts, of whatever kind
             written["forget"] = [sentence for kind in known.values() for sentence in kind]
-        texts = pack_sentences(written, length, first, topic.generator("packing"))
+        texts = renaming.pack_sentences(written, length, first, topic.generator("packing"))
         held = min(self.held_out, len(texts) // 4)
-        return OwnTexts(names, texts[held:], texts[:held], kept_tokens(free_texts, likeness), topic)
+        return renaming.OwnTexts(names, texts[held:], texts[:held], renaming.kept_tokens(free_texts, likeness), topic)
 
     def loss(self, model: EditableModel, state: State, forget: Batch, retain: Batch, step: int) -> Terms:
-        own: OwnTexts = state.memory["own"]
+        own: renaming.OwnTexts = state.memory["own"]
         logged = {}
         if own.held and step % self.check_every == 0:
             share = own.measure_held_out(model, self.renamings, self.threshold)
@@ -144,28 +123,28 @@ class RenameScrub(LogitObjective):
             if share <= self.stop_at:
                 stop = f"what the held-out texts tell of names is {share:.3f} above guessing"
                 return Terms({"forget": torch.zeros(())}, logged, stop)
-        texts = items_of_step(own.texts, len(forget["input_ids"]), step)
+        texts = renaming.items_of_step(own.texts, len(forget["input_ids"]), step)
         group = own.group(texts, self.renamings, f"{step}" if self.fresh else "fixed")
         with model.frozen(), torch.no_grad():
             before = group.read(model)
         log_p = group.read(model, None if self.renamed else 1)
-        several = (*leave_one_out(before), before, group.alike, group.follows)
+        several = (*renaming.leave_one_out(before), before, group.alike, group.follows)
         target, revealed, before, alike, follows = (each[:, : log_p.shape[1]] for each in several)
         depends = follows & (revealed.cpu() > self.threshold)
         scrubbed = follows & alike if self.positions == "all" else depends & alike
         kept_named = depends & ~alike
         changed, drifted = kl_divergence(target, log_p), kl_divergence(before, log_p)
         # eq: rename_scrub, forget: mean KL(q_k || p_k) where what follows tells of the name
-        losses = {"forget": mean_over(changed, scrubbed)}
-        losses["hold"] = self.hold * mean_over(drifted, kept_named)
+        losses = {"forget": renaming.mean_over(changed, scrubbed)}
+        losses["hold"] = self.hold * renaming.mean_over(drifted, kept_named)
         # eq: rename_scrub, keep: mean KL(p0 || p) of all else in own texts
-        kept = mean_over(drifted, follows & ~scrubbed & ~kept_named)
+        kept = renaming.mean_over(drifted, follows & ~scrubbed & ~kept_named)
         if self.keep_rows and own.kept:
             batch, mark = own.draw_kept(self.keep_rows, step)
             batch = move_batch(batch, model.device)
             with model.frozen():
                 wanted = model.logits(batch)
-            kept = kept.pool(mean_over(token_kl(wanted, model.logits(batch)), mark))
+            kept = kept.pool(renaming.mean_over(token_kl(wanted, model.logits(batch)), mark))
         losses["keep"] = self.keep * kept
         # eq: rename_scrub, retain: mean KL(p0 || p) of the retain texts
         losses["retain"] = self.retain * kl_drift(model, retain)

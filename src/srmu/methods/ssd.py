@@ -63,9 +63,7 @@ class SSD(WholeEdit):
         count = min(self.samples, len(forget), len(retain))
         pairs = group_alike(forget[:count], retain[:count])
         chosen = {name: p for name, p in model.trained.items() if name not in left_out}
-        for name in left_out:
-            model.trained[name].requires_grad_(False)
-        with watch("measuring importances", 2 * count) as tick:
+        with watch("measuring importances", 2 * count) as tick, model.only([*chosen]):
             # eq: SSD, I_i = E_x (d nll(x) / d theta_i)^2, over single texts
             # This is the diagonal Fisher matrix. (Public code squares the mean gradient of a batch,
             # which depends on its size.) Only ratios are used, so sums over equal numbers do.
@@ -78,8 +76,6 @@ class SSD(WholeEdit):
                 part = gradient_sums(chosen, batch_nlls(model, texts, tick), 2)
                 sums.append({k: t if distributed.is_sharded(t) else distributed.sum_values(t) for k, t in part.items()})
         i_f, i_d = sums
-        for name in left_out:
-            model.trained[name].requires_grad_(True)
         if self.reference == "all":
             for name in i_d:
                 i_d[name].lerp_(i_f[name], len(forget) / (len(forget) + len(retain)))

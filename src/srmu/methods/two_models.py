@@ -1,7 +1,5 @@
 """Two sets of weights that answer as one model."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any

@@ -24,11 +24,7 @@ class WHP(LogitObjective):
 
     name = "whp"
     paper = "arXiv 2310.02238"
-    uses = (
-        "the original's logits",
-        "a model strengthened on the forget texts",
-        "generic terms for the topic's own (anchors)",
-    )
+    uses = ("the original's logits", "a model strengthened on the forget texts", "generic terms for its own (anchors)")
 
     mode: Literal["soft", "argmax", "logits"] = "soft"  # logits: trains nothing, two models answer
     strength: Weight = 5.0  # factor of the rise of a logit that is subtracted
