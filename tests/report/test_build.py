@@ -401,17 +401,16 @@ def test_attacks_alone_are_results(tmp_path):
     assert "organism general went from 100.0% to 89.6%" in text
 
 
-def test_subjects_are_sorted_by_what_they_lost(tmp_path):
+def test_what_else_was_measured_is_in_a_table(tmp_path):
     (run,) = seeds_of(tmp_path, count=1)
     for name, drop in (("before", 0), ("after", 1)):
-        tasks = {"virology": 0.3, "law": 0.0, "anatomy": 0.1}
+        tasks = {"virology": 0.3, "law": 0.0}
         found = {f"mmlu_{k}/acc": {"value": 0.6 - v * drop, "n": 100} for k, v in tasks.items()}
         write_metrics(run, **{name: found})
-    text = Page(write_report([run], tmp_path / "r.html").read_text()).text
-    lines = [text.index(line) for line in ("virology 60.0", "anatomy 60.0", "law 60.0")]
-    assert lines == sorted(lines)
-    assert "-30.0" in text
-    assert "Other measurements" not in text
+    text = Page(write_report([run], tmp_path / "r.html", forget=METRICS[:1], utility=METRICS[1:]).read_text()).text
+    others = text[text.index("Metric Before After") :]
+    assert others.index("mmlu virology 60.0") > 0 and "30.0" in others
+    assert others.index("mmlu law 60.0") > 0
 
 
 def test_a_benchmark_shows_each_model_once():

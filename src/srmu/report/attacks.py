@@ -183,33 +183,27 @@ def draw_relearning(pairs: Sequence[tuple[RunGroup, Recovery]], labels: Sequence
     frames = [one.curves.assign(name=entry.name, label=entry.label) for entry, one in pairs]
     curves = pd.concat(frames, ignore_index=True)
     is_own = curves["whose"] == ""
-    curves["name"] = curves["name"].where(is_own, curves["whose"])  # the first method's controls stand for all
+    curves["name"] = curves["name"].where(is_own, curves["whose"])
+    # the controls of the first method that has them stand for all
     controls = curves[~is_own].drop_duplicates(["unit", "kind", "whose", "count"])
+    keys = ["name", "label", "whose"]
     blocks = []
     for (unit, kind), drawn in pd.concat([curves[is_own], controls]).groupby(["unit", "kind"], sort=False):
         title = f"Relearning by {unit}: {kind}"
+        values = drawn.pivot_table("accuracy", keys, "count", sort=False).sort_index(axis=1)
         series, rows = [], []
-        for name, points in drawn.groupby("name", sort=False):
-            points = points.sort_values("count")
-            who, label = points["whose"].iloc[0], points["label"].iloc[0]
+        for (name, label, who), curve in values.iterrows():
             look = label_look(labels.index(label), mode="lines+markers", size=7)
             if who:
                 symbol, colour, dash = CONTROLS[who]
                 look, label = make_look(colour, symbol, dash, "lines+markers", 7), ""
-            values = dict(zip(points["count"], points["accuracy"], strict=True))
-            marks = [{unit: str(count), "accuracy": value} for count, value in values.items()]
+            marks = [{unit: str(count), "accuracy": value} for count, value in curve.dropna().items()]
             series.append(Series(name, marks, look, label if len(labels) > 1 else ""))
-            cells = {count: format_value(value, "%") for count, value in values.items()}
-            rows.append((label, name, cells))
-        counts = sorted({*drawn["count"]})
-        lines = [
-            {LABEL: label, "Method": name} | {f"{n}\n{unit if n else 'before'}": cells.get(n) for n in counts}
-            for label, name, cells in rows
-        ]
-        x_axis = {"title": f"{unit} learned again", "categoryarray": [*map(str, counts)]}
+            cells = {f"{n}\n{unit if n else 'before'}": format_value(value, "%") for n, value in curve.items()}
+            rows.append({LABEL: label, "Method": name, **cells})
+        x_axis = {"title": f"{unit} learned again", "categoryarray": [*map(str, values)]}
         figure = draw_figure("", series, unit, "accuracy", x_axis=x_axis, y_axis=PERCENT, subject=title)
         mark_value(figure, "chance", y=pairs[0][1].chance)
-        harmless = unit == "texts" or kind.startswith("neutral")
-        table = Table("Accuracy after relearning, per cent", lines)
-        blocks.append(Block([figure], table, title, write_words("relearning", harmless=harmless)))
+        words = write_words("relearning", harmless=unit == "texts" or kind.startswith("neutral"))
+        blocks.append(Block([figure], Table("Accuracy after relearning, per cent", rows), title, words))
     return blocks

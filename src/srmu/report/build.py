@@ -177,7 +177,7 @@ def make_sections(
         attack_section(entries, labels, recoveries),
         runs.training_section(entries, labels),
         runs.importance_section(entries, labels),
-        *runs.measurement_sections(entries, known),
+        runs.other_section(entries, known),
         *runs.record_sections(entries),
     ]
     return [part for part in parts if part]

@@ -46,7 +46,7 @@ class Table:
     @property
     def text_columns(self) -> list[str]:
         """The columns that hold text, which starts at the left."""
-        return [c for c in self.columns if any(row[c] and make_cell(row[c]).sort is None for row in self.rows)]
+        return [c for c in self.columns if all(make_cell(row[c]).sort is None for row in self.rows)]
 
 
 @dataclass(frozen=True)

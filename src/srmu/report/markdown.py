@@ -118,17 +118,15 @@ def fill_blank(columns: Sequence[str], why: str) -> dict[str, str]:
 
 def point_rows(figure: Study) -> Rows:
     """A figure's points as strings, a row for each coefficient: forgotten, kept, and kappa."""
-
-    def describe_point(point: Study) -> str:
-        if point["x"] is None:
-            return str(point["why"])
-        return f"{100 * point['x']['value']:.1f}, {100 * point['y']['value']:.1f} ({point['kappa']:.2g})"
-
-    coeffs = [point["coeff"] for point in figure["series"][0]["points"]]
-    return [
-        {"coeff": f"{coeff:g}"} | {one["label"]: describe_point(one["points"][i]) for one in figure["series"]}
-        for i, coeff in enumerate(coeffs)
-    ]
+    rows: dict[str, dict[str, str]] = {}
+    for one in figure["series"]:
+        for point in one["points"]:
+            text = point.get("why", "")
+            if point["x"]:
+                text = f"{100 * point['x']['value']:.1f}, {100 * point['y']['value']:.1f} ({point['kappa']:.2g})"
+            coeff = f"{point['coeff']:g}"
+            rows.setdefault(coeff, {"coeff": coeff})[one["label"]] = text
+    return [*rows.values()]
 
 
 def claim_rows(claims: Sequence[Study]) -> Rows:

@@ -15,8 +15,6 @@ from srmu.report.html import LABEL, Block, Section, Table
 from srmu.report.results import GroupRow, RunGroup
 
 CHANCE = 0.25  # of four options
-GROUPS = ("mmlu", "wmdp")  # tasks with subjects; others are found by their names
-BRANCHES = 3  # a task with so many others that continue its name is a group too
 LARGEST = 256  # dimensions of an importance map that its table lists
 STANDS_OUT = 3.0  # standard deviations above the mean
 CURVES = {  # keys of metrics.jsonl
@@ -149,15 +147,10 @@ def draw_map(one: Mapping[str, Any], labels: Sequence[str]) -> Block:
         {"rank": rank, "importance": float(size), "dimension": str(dimension)}
         for rank, (dimension, size) in enumerate(zip(order, sizes, strict=True), 1)
     ]
-    figure = draw_figure(
-        "",
-        [Series("importance", rows, label_look(labels.index(one["labels"][0]), mode="lines"))],
-        "rank",
-        "importance",
-        x_axis={"title": "dimensions, from most to least important"},
-        y_axis={"range": [0, 1.02]},
-        subject=f"{len(sizes)} dimensions; a uniform map of the same mean is at {mean:.3f}",
-    )
+    series = [Series("importance", rows, label_look(labels.index(one["labels"][0]), mode="lines"))]
+    x_axis, y_axis = {"title": "dimensions, from most to least important"}, {"range": [0, 1.02]}
+    subject = f"{len(sizes)} dimensions; a uniform map of the same mean is at {mean:.3f}"
+    figure = draw_figure("", series, "rank", "importance", x_axis=x_axis, y_axis=y_axis, subject=subject)
     mark_value(figure, "uniform", y=mean)
     lines = [{"Dimension": row["dimension"], "Importance": f"{row['importance']:.3f}"} for row in rows[:LARGEST]]
     caption = "Importance by dimension" if len(sizes) <= LARGEST else f"The largest {LARGEST}"
@@ -168,46 +161,22 @@ def draw_map(one: Mapping[str, Any], labels: Sequence[str]) -> Block:
     return Block([figure], Table(caption, lines), title, words, one["labels"])
 
 
-# ---- subjects, and what else was measured
+# ---- what else was measured
 
 
-def measurement_sections(entries: Sequence[RunGroup], known: Sequence[str]) -> list[Section]:
-    """Each group's subjects, the largest loss first; then what is neither there nor `known`."""
-    several = len(entries) > 1
-    blocks, others = [], []
+def other_section(entries: Sequence[RunGroup], known: Sequence[str]) -> Section | None:
+    """What was measured beyond the columns that the first table has, such as each subject of MMLU."""
+    lines: list[Row] = []
     for entry in entries:
         row = results.aggregate_runs(entry)
-        tasks = [name for name in row.after if name.endswith("/acc")]
-        stems = dict.fromkeys([*GROUPS, *(task.removesuffix("/acc") for task in tasks)])
-        groups = {stem: [task for task in tasks if task.startswith(f"{stem}_")] for stem in stems}
-        groups = {stem: members for stem, members in groups.items() if len(members) >= BRANCHES}
-        for stem, members in groups.items():
-            changes = {m: row.after[m].value - row.before[m].value for m in members if m in row.before}
-            lines: list[Row] = [
-                {
-                    LABEL: entry.label,
-                    "Subject": name_words(name.removeprefix(f"{stem}_")),
-                    "Before": row.before.get(name),
-                    "After": row.after[name],
-                    "Change\npoints": f"{100 * changes[name]:+.1f}" if name in changes else None,
-                }
-                for name in sorted(members, key=lambda name: changes.get(name, 0.0))
-            ]
-            title = ", ".join(filter(None, [name_words(stem), entry.label if several else "", entry.group]))
-            blocks.append(Block(table=Table(title, lines)))
-        grouped = [name for members in groups.values() for name in members]
-        for name in row.after:
-            if name not in known and name not in grouped:
-                metric = name_words(name) + (f", {entry.label}" if several else "")
-                others.append(
-                    {LABEL: entry.label, "Metric": metric, "Before": row.before.get(name), "After": row.after[name]}
-                )
-    notes = ["Accuracies in per cent with 95 % intervals, the largest loss first."]
-    sections = [Section("Accuracy by subject", notes, blocks)] if blocks else []
-    if others:
-        table = Table("Means over seeds; accuracies in per cent", others)
-        sections.append(Section("Other measurements", [], [Block(table=table)]))
-    return sections
+        own = f", {entry.label}" if len(entries) > 1 else ""
+        lines += [
+            {LABEL: entry.label, "Metric": name_words(name) + own, "Before": row.before.get(name), "After": after}
+            for name, after in row.after.items()
+            if name not in known
+        ]
+    table = Block(table=Table("Means over seeds; accuracies in per cent", lines)) if lines else None
+    return Section("Other measurements", [], [table]) if table else None
 
 
 # ---- how it was made
@@ -220,12 +189,11 @@ def record_sections(entries: Sequence[RunGroup]) -> list[Section]:
         blocks = []
         for entry in entries:
             facts: dict[str, list[str]] = {}
-            for folder in entry.runs:
-                for name, value in read_facts(folder).items():
-                    if value is not None:
-                        facts.setdefault(name, []).append(results.format_fact(value))
+            for name, value in (pair for folder in entry.runs for pair in read_facts(folder).items()):
+                if value is not None:
+                    facts.setdefault(name_words(name), []).append(results.format_fact(value))
             rows = [
-                {title: name_words(name).replace(".", " \N{MIDDLE DOT} "), "Value": "; ".join(dict.fromkeys(values))}
+                {title: name.replace(".", " \N{MIDDLE DOT} "), "Value": "; ".join(dict.fromkeys(values))}
                 for name, values in facts.items()
             ]
             name = f"{entry.name} \N{MIDDLE DOT} {count_words(len(entry.runs), 'run')}"

@@ -142,15 +142,9 @@ def front_section(study: Study, labels: Sequence[str]) -> Section:
     best = [trial["values"] for trial in done if trial["number"] in study["front"]]
     line = [{name_words(name): values[name] for name in (x, y)} for values in sorted(best, key=lambda v: v[x])]
     front = Series("Pareto front", line, make_look(GREY, dash="dot", mode="lines", width=1.25))
-    figure = draw_figure(
-        "",
-        [front, *trial_series(study, labels, True)],
-        name_words(x),
-        name_words(y),
-        x_axis=objective_axis(study, x),
-        y_axis=objective_axis(study, y),
-        subject="The trials",
-    )
+    series = [front, *trial_series(study, labels, True)]
+    x_axis, y_axis = objective_axis(study, x), objective_axis(study, y)
+    figure = draw_figure("", series, name_words(x), name_words(y), x_axis=x_axis, y_axis=y_axis, subject="The trials")
     return Section("The front", write_words("front", best=len(best), done=len(done)), [Block([figure])])
 
 
@@ -220,18 +214,13 @@ def auto_sections(study: Study) -> list[Section]:
 
 def strength_section(done: Sequence[Trial], budget: float) -> Section:
     """Forgetting against utility loss, a mark a strength."""
-    looks = {"within the budget": label_look(0, size=11), "above the budget": make_look(GREY, "circle-open", size=9)}
-    marks: dict[str, list[Row]] = {name: [] for name in looks}
-    for trial in done:
-        name = "within the budget" if trial["values"]["utility_loss"] <= budget else "above the budget"
-        marks[name].append(trial_row(trial, ["forgetting", "utility_loss"]))
-    figure = draw_figure(
-        "",
-        [Series(name, marks[name], look) for name, look in looks.items()],
-        "utility loss",
-        "forgetting",
-        x_axis={"title": "utility loss (lower is better)", "tickformat": ".1%"},
-        y_axis={"title": "forgetting (higher is better)", **PERCENT},
-    )
+    series = []
+    for name, look in {"within": label_look(0, size=11), "above": make_look(GREY, "circle-open", size=9)}.items():
+        chosen = [trial for trial in done if (trial["values"]["utility_loss"] <= budget) is (name == "within")]
+        rows = [trial_row(trial, ["forgetting", "utility_loss"]) for trial in chosen]
+        series.append(Series(f"{name} the budget", rows, look))
+    x_axis = {"title": "utility loss (lower is better)", "tickformat": ".1%"}
+    y_axis = {"title": "forgetting (higher is better)", **PERCENT}
+    figure = draw_figure("", series, "utility loss", "forgetting", x_axis=x_axis, y_axis=y_axis)
     mark_value(figure, f"budget {budget:.1%}", x=budget)
     return Section("Search for the strength", write_words("strength"), [Block([figure])])
