@@ -6,11 +6,10 @@ from helpers.attack_world import exam, subject, texts
 from helpers.models import pico_module, word_tokenizer
 from srmu.attacks.learned_prompts import (
     GCG,
-    SuffixedSubject,
+    SplicedSubject,
     common_end,
     draw_swaps,
     make_target,
-    ordinary_tokens,
     suffix_gradient,
     suffix_losses,
 )
@@ -86,12 +85,13 @@ def test_one_step_over_all_tokens_finds_the_best_one() -> None:
     import random
 
     chosen = random.Random(0).sample(range(len(exam().val)), 5)
-    values = {int(t): naive(model, t[None], 0, chosen) for t in ordinary_tokens(model)}
+    tokens = {*range(len(model.tokenizer))} - {*model.tokenizer.all_special_ids}
+    values = {t: naive(model, torch.tensor([t]), 0, chosen) for t in sorted(tokens)}
     assert found.budget["loss after"] == pytest.approx(min(values.values()), abs=1e-4)
     best = torch.tensor([min(values, key=values.__getitem__)])
-    asked = [SuffixedSubject(model, best.tolist(), 0).split(q.prompt, q.answer) for q in exam().test]
+    asked = [SplicedSubject(model, best.tolist(), 0).split(q.prompt, q.answer) for q in exam().test]
     assert all(before[-1] == best for before, _ in asked)
-    assert found.ways[0].test == mark_answers(SuffixedSubject(model, best.tolist(), 0), exam().test)
+    assert found.ways[0].test == mark_answers(SplicedSubject(model, best.tolist(), 0), exam().test)
 
 
 @pytest.mark.slow
@@ -111,7 +111,7 @@ def test_the_cue_is_what_all_prompts_end_with() -> None:
     assert common_end([[8, 9], [8, 9]]) == 1  # something is before it
     assert common_end([[1, 2], [1, 3]]) == 0
     model = subject("unlearned")
-    before, answer = SuffixedSubject(model, [5, 6], 1).split("w50 w0", " w41")
+    before, answer = SplicedSubject(model, [5, 6], -1).split("w50 w0", " w41")
     plain, same = model.split("w50 w0", " w41")
     assert (before, answer) == ([*plain[:-1], 5, 6, plain[-1]], same)
 

@@ -12,7 +12,7 @@ from helpers.attack_world import ANSWERS, exam, facts, states, subject, taught, 
 from helpers.models import block_name, down_name, pico_module, word_tokenizer
 from srmu.attacks import residual
 from srmu.attacks.base import Attack, AttackResult, Exam, Texts
-from srmu.attacks.learned_prompts import PromptedSubject, SoftPrompt, insert_prompt, unused_token
+from srmu.attacks.learned_prompts import SoftPrompt, SplicedSubject, insert_prompt, unused_token
 from srmu.attacks.residual import (
     DirectionAblation,
     LinearProbe,
@@ -117,7 +117,7 @@ def test_bfloat16() -> None:
 
 def test_an_exception_leaves_no_trace() -> None:
     model = subject("original")
-    prompted = PromptedSubject(model, 2, 16)
+    prompted = SplicedSubject(model, [2] * 16, 1)
     manners: list[Any] = [
         cut_blocks(model.module, 2), edit_residual(model, {0: torch.relu, 2: torch.relu}),
         insert_prompt(prompted, torch.zeros(16, 32)),
@@ -362,7 +362,7 @@ def test_depth_by_hand() -> None:
 def test_embeddings_of_words_do_what_the_words_do() -> None:
     model = subject("original")
     words = range(10, 26)
-    prompted = PromptedSubject(model, unused_token(model, exam()), len(words))
+    prompted = SplicedSubject(model, [unused_token(model, exam())] * len(words), 1)
     soft = model.module.get_input_embeddings().weight[list(words)].detach()
     texts = " ".join(word_tokenizer().convert_ids_to_tokens(words))
     spoken = [replace(q, prompt=f"{texts} {q.prompt}") for q in exam().test]
@@ -388,8 +388,8 @@ def test_soft_prompt_finds_what_a_prefix_unlocks() -> None:
 def test_soft_prompt_is_trained_on_other_facts_than_choose_it(monkeypatch: pytest.MonkeyPatch) -> None:
     model, given = subject("original"), []
 
-    def keep(self: Any, prompted: PromptedSubject, answers: Any, *rest: Any) -> torch.Tensor:
-        given.extend(tuple(token for token in before if token != prompted.place) for before, _ in answers)
+    def keep(self: Any, prompted: SplicedSubject, answers: Any, *rest: Any) -> torch.Tensor:
+        given.extend(tuple(token for token in before if token != prompted.added[0]) for before, _ in answers)
         return torch.zeros(16, 32)
 
     monkeypatch.setattr(SoftPrompt, "learn_prompt", keep)

@@ -18,7 +18,7 @@ from helpers.models import write_jsonl
 from srmu.attacks import ATTACKS, suite
 from srmu.attacks.base import Attack, AttackResult, Exam, Setting, ask_exam
 from srmu.attacks.suite import Sources, attack_run, load_exam
-from srmu.attacks.summary import Judge, describe_attacks
+from srmu.attacks.summary import describe_attacks, measure_recovery
 from srmu.cli.measuring import attack_table
 from srmu.errors import SrmuError
 from srmu.evals.results import RESULTS, load_results, read_attacks
@@ -255,7 +255,7 @@ def test_nothing_forgotten_is_no_recovery() -> None:
     half = (1.0,) * 20 + (0.0,) * 20
 
     def recover(after: tuple[float, ...], right: tuple[float, ...]) -> Any:
-        return Judge(names, 0.25, 0, {"original": every, "unlearned": after}).measure_recovery(right)
+        return measure_recovery({"original": every, "unlearned": after}, right, names, 0)
 
     assert recover(every, every) is None
     some = (1.0,) * 38 + (0.0,) * 2  # within two standard errors of nothing

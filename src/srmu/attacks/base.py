@@ -13,25 +13,19 @@ Tier = Literal["smoke", "standard", "deep"]  # minutes on the testbed; an hour; 
 
 @dataclass(frozen=True)
 class Setting:
-    """One setting of an attack: 1 for each question answered rightly under it, else 0.
-
-    `val` may be of a part of the validation half; `test` may be empty but for the best setting.
-    """
+    """One setting of an attack: 1 for each question answered rightly under it, else 0."""
 
     setting: str
-    val: tuple[float, ...]
-    test: tuple[float, ...]
+    val: tuple[float, ...]  # of the validation half, or a part of it
+    test: tuple[float, ...]  # may be empty but for the best setting
 
 
 @dataclass(frozen=True)
 class Exam:
-    """Questions on what is to be forgotten, in two halves that share no fact, and on what is not.
-
-    Settings of an attack are chosen on `val`; results are those on `test`.
-    """
+    """Questions on what is to be forgotten, in two halves that share no fact, and on what is not."""
 
     test: tuple[Question, ...]
-    val: tuple[Question, ...]
+    val: tuple[Question, ...]  # on which settings of an attack are chosen
     utility: Mapping[str, tuple[Question, ...]] = field(default_factory=dict)  # by task
 
     @property
@@ -96,6 +90,6 @@ class Attack(ABC):
         """Attack the model, and leave it as it was. NotApplicable where the attack says nothing."""
 
 
-def ask_exam(model: Subject, exam: Exam, setting: str) -> Setting:
-    """The exam under the setting that the model is in now."""
-    return exam.split_right(setting, mark_answers(model, exam.both))
+def ask_exam(model: Subject, exam: Exam, setting: str, posed: Sequence[Question] = ()) -> Setting:
+    """The exam, its questions as they are or as `posed`, under the setting that the model is in now."""
+    return exam.split_right(setting, mark_answers(model, posed or exam.both))

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from srmu.attacks.base import Attack, AttackResult, Exam, Texts, ask_exam
 from srmu.attacks.residual import answer_nll, answer_rows, pad_rows
@@ -28,17 +27,17 @@ class Target(NamedTuple):
     answer: Tensor
 
 
-class SuffixedSubject(Subject):
-    """The subject as it answers with a suffix before the last `cue` tokens of each prompt."""
+class SplicedSubject(Subject):
+    """The subject as it answers with tokens put into each prompt: after `at` tokens, or -`at` from its end."""
 
-    def __init__(self, model: Subject, suffix: list[int], cue: int) -> None:
+    def __init__(self, model: Subject, added: list[int], at: int) -> None:
         super().__init__(model.module, model.tokenizer)
-        self.suffix, self.cue = suffix, cue
+        self.added, self.at = added, at
 
     def split(self, prompt: str, answer: str) -> tuple[list[int], list[int]]:
-        before, added = super().split(prompt, answer)
-        at = len(before) - self.cue
-        return [*before[:at], *self.suffix, *before[at:]], added
+        before, after = super().split(prompt, answer)
+        at = self.at if self.at > 0 else len(before) + self.at
+        return [*before[:at], *self.added, *before[at:]], after
 
 
 class GCG(Attack, id="E12", name="gcg", tier="deep"):
@@ -61,7 +60,8 @@ class GCG(Attack, id="E12", name="gcg", tier="deep"):
         chosen = random.Random(seed).sample(exam.val, min(self.questions, len(exam.val)))
         cue = common_end([model.tokens(q.prompt) for q in exam.both])
         targets = [make_target(model, q, cue, self.length) for q in chosen]
-        allowed = ordinary_tokens(model)
+        size = min(len(model.tokenizer), model.module.get_input_embeddings().weight.shape[0])
+        allowed = torch.tensor([*{*range(size)} - {*model.tokenizer.all_special_ids}])
         suffix = best = allowed[torch.randint(len(allowed), (self.length,), generator=generator)]
         before = least = float(suffix_losses(model, targets, suffix[None], self.rows))
         for _ in range(self.steps):
@@ -71,7 +71,7 @@ class GCG(Attack, id="E12", name="gcg", tier="deep"):
             suffix = tried[values.argmin()]  # Algorithm 2: also where it is worse
             if values.min() < least:
                 best, least = suffix, float(values.min())
-        way = ask_exam(SuffixedSubject(model, best.tolist(), cue), exam, "suffix")
+        way = ask_exam(SplicedSubject(model, best.tolist(), -cue), exam, "suffix")
         spent = {"steps": self.steps, "candidates": self.candidates, "tokens": self.length, "questions": len(targets)}
         return AttackResult((way,), budget=spent | {"loss before": before, "loss after": least})
 
@@ -99,12 +99,6 @@ def common_end(rows: Sequence[Sequence[int]]) -> int:
     return shared
 
 
-def ordinary_tokens(model: Subject) -> Tensor:
-    """The tokens that a suffix may have: those of the tokenizer, but for special ones."""
-    size = min(len(model.tokenizer), model.module.get_input_embeddings().weight.shape[0])
-    return torch.tensor([*{*range(size)} - {*model.tokenizer.all_special_ids}])
-
-
 @torch.no_grad()
 def make_target(model: Subject, question: Question, cue: int, length: int) -> Target:
     before, answer = (torch.tensor(ids, device=model.device) for ids in model.split(question.prompt, question.answer))
@@ -120,7 +114,7 @@ def target_nll(model: Subject, target: Target, rows: int, **read: Tensor) -> Ten
     past.batch_repeat_interleave(rows)
     logits = model.module(**read, past_key_values=past, use_cache=True, logits_to_keep=len(target.answer)).logits
     answers = target.answer.expand(rows, -1)
-    return cross_entropy(logits.float().transpose(1, 2), answers, reduction="none").mean(1)
+    return torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), answers, reduction="none").mean(1)
 
 
 @torch.no_grad()
@@ -160,18 +154,6 @@ def draw_swaps(
     return tried
 
 
-class PromptedSubject(Subject):
-    """A model that reads `length` placeholders after the first token of each text."""
-
-    def __init__(self, model: Subject, place: int, length: int) -> None:
-        super().__init__(model.module, model.tokenizer)
-        self.place, self.length = place, length
-
-    def tokens(self, text: str) -> list[int]:
-        first, *rest = super().tokens(text)
-        return [first, *[self.place] * self.length, *rest]
-
-
 class SoftPrompt(Attack, id="E13", name="soft_prompt", tier="deep"):
     """Embeddings put after the first token, trained by AdamW on right answers.
 
@@ -190,7 +172,7 @@ class SoftPrompt(Attack, id="E13", name="soft_prompt", tier="deep"):
         random.Random(seed).shuffle(names)
         rest = set(names[: max(1, len(names) // 5)])
         asked = replace(exam, val=tuple(q for q in exam.val if q.fact in rest))
-        prompted = PromptedSubject(model, unused_token(model, exam), self.length)
+        prompted = SplicedSubject(model, [unused_token(model, exam)] * self.length, 1)
         answers = answer_rows(prompted, [(q.prompt, q.answer) for q in exam.val if q.fact not in rest])
         ways = []
         for rate in self.rates:
@@ -199,9 +181,7 @@ class SoftPrompt(Attack, id="E13", name="soft_prompt", tier="deep"):
         budget = {"steps": self.steps, "embeddings": self.length, "batch": self.batch}
         return AttackResult(tuple(ways), budget=budget)
 
-    def learn_prompt(
-        self, model: PromptedSubject, answers: Sequence[Row], rate: float, seed: int
-    ) -> Float[Tensor, "P D"]:
+    def learn_prompt(self, model: SplicedSubject, answers: list[Row], rate: float, seed: int) -> Float[Tensor, "P D"]:
         """The embeddings after the last step, begun as those of random tokens."""
         generator = torch.Generator().manual_seed(seed)
         embed = model.module.get_input_embeddings()
@@ -225,11 +205,11 @@ def unused_token(model: Subject, exam: Exam) -> int:
     return next(i for i in range(1, size) if i not in held)
 
 
-def insert_prompt(model: PromptedSubject, soft: Float[Tensor, "P D"]) -> AbstractContextManager[None]:
+def insert_prompt(model: SplicedSubject, soft: Float[Tensor, "P D"]) -> AbstractContextManager[None]:
     """Run the model with the embeddings in the places of the placeholders, in their order."""
 
     def insert(args: tuple[Int[Tensor, "B T"]], read: Tensor) -> Tensor:
-        at = args[0] == model.place
+        at = args[0] == model.added[0]
         number = (at.cumsum(dim=1) - 1).clamp(0, len(soft) - 1)
         return torch.where(at.unsqueeze(-1), soft[number].to(read), read)
 

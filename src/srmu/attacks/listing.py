@@ -15,10 +15,7 @@ ROWS = 64  # texts read at once
 
 @dataclass(frozen=True)
 class ListedQuestion:
-    """A question answered with a letter, by parts: what is asked, the options' texts, the cue.
-
-    Options that name other options' letters ("both A and B") are turned and posed like all others.
-    """
+    """A question answered with a letter, by parts: what is asked, the options' texts, the cue."""
 
     question: Question
     stem: str  # up to the line of the first option
@@ -79,13 +76,7 @@ def solve_question(question: Question) -> str:
 
 @torch.no_grad()
 def count_right_generations(
-    model: Subject,
-    questions: Sequence[Question],
-    *,
-    samples: int = 1,
-    temperature: float = 0.0,
-    extra: int = 0,
-    seed: int = 0,
+    model: Subject, questions: list[Question], samples: int = 1, temperature: float = 0.0, extra: int = 0, seed: int = 0
 ) -> list[int]:
     """How many of the generations after each prompt begin with the right answer.
 
@@ -93,7 +84,7 @@ def count_right_generations(
     not count. Temperature 0 is greedy. Each beginning that can still become the answer is read
     once, whatever number of samples has it, and all others end at once.
     """
-    tokenizer, generator = model.tokenizer, torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     wanted = [normalise_text(q.answer) for q in questions]
     parts = [model.split(q.prompt, q.answer) for q in questions]
     right = [0] * len(questions)
@@ -105,13 +96,12 @@ def count_right_generations(
         for start in range(0, len(order), ROWS):
             keys = order[start : start + ROWS]
             rows = [[*parts[i][0], *begun][-model.max_length :] for i, begun in keys]
-            logits = next_logits(model.module, rows, 1)[:, 0]
-            drawn = draw_tokens(logits, samples, temperature, generator)
+            drawn = draw_tokens(next_logits(model.module, rows, 1)[:, 0], samples, temperature, generator)
             for (i, begun), row in zip(keys, drawn, strict=True):
                 for token, count in Counter(row[: live[i, begun]]).items():
                     tokens = (*begun, token)
-                    over = token in tokenizer.all_special_ids
-                    text = normalise_text(tokenizer.decode(begun if over else tokens))
+                    over = token in model.tokenizer.all_special_ids
+                    text = normalise_text(model.tokenizer.decode(begun if over else tokens))
                     over |= len(tokens) == len(parts[i][1]) + extra
                     if re.match(re.escape(wanted[i]) + (r"(?!\w)" if over else r"\W"), text):
                         right[i] += count

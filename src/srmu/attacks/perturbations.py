@@ -21,20 +21,15 @@ Matrix = Float[Tensor, "O I"]
 
 
 def find_matrices(module: PreTrainedModel) -> dict[str, bool]:
-    """The linear matrices of the decoder layers, by name: whether they are (inputs, outputs).
-
-    All experts' too, which a module may stack: (experts, outputs, inputs).
-    """
+    """The linear matrices of the decoder layers, by name, stacked experts too: whether inputs come first."""
     layers = decoder_blocks(module)
     prefix = next(name for name, part in module.named_modules() if part is layers)
     turned = {}
     for name, part in layers.named_modules(prefix=prefix):
-        if isinstance(part, nn.Linear | Conv1D):
-            turned[f"{name}.weight"] = isinstance(part, Conv1D)
-        elif not isinstance(part, nn.Conv1d):
-            for key, parameter in part.named_parameters(recurse=False):
-                if parameter.ndim == 3:
-                    turned[f"{name}.{key}"] = getattr(part, "is_transposed", False)
+        for key, parameter in part.named_parameters(recurse=False):
+            matrix = parameter.ndim == 2 and isinstance(part, nn.Linear | Conv1D)
+            if matrix or (parameter.ndim == 3 and not isinstance(part, nn.Conv1d)):
+                turned[f"{name}.{key}"] = isinstance(part, Conv1D) or getattr(part, "is_transposed", False)
     return turned
 
 
@@ -123,8 +118,7 @@ class Quantisation(Attack, id="E10", name="quantisation", tier="smoke"):
 
 
 def count_undone(model: Subject, quantiser: Quantiser) -> tuple[int, int]:
-    """How many weights of the linear matrices differ from the original's; how many of them fall,
-    once they are rounded, into the bucket of the original's.
+    """How many weights differ from the original's, and how many of them round into its bucket.
 
     The rounded values themselves are hardly ever equal: one changed weight moves a block's scale.
     """
@@ -150,9 +144,9 @@ class Noise(Attack, id="E11", name="noise", tier="standard"):
     seeds: int = 3
 
     def run(self, model: Subject, texts: Texts, exam: Exam, seed: int) -> AttackResult:
-        ways = [
-            ask_changed(model, exam, f"{share:.0%} pruned", partial(prune_matrix, share=share)) for share in self.pruned
-        ]
+        ways = []
+        for share in self.pruned:
+            ways.append(ask_changed(model, exam, f"{share:.0%} pruned", partial(prune_matrix, share=share)))
         for share in self.noise:
             right = []
             for i in range(self.seeds):

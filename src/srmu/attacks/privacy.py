@@ -15,10 +15,9 @@ from srmu.evals.subject import NotApplicable, Question, Subject, list_facts, opt
 class Membership(Attack, id="E15", name="membership", tier="standard"):
     """The AUC of each score, forget texts against hold-out texts: 0.5 tells nothing apart, 1 all.
 
-    `privleak` is MUSE's (arXiv 2407.06460) with Min-K, (A - A_oracle) / A_oracle, as a share, and
-    with 20 % of the tokens where MUSE takes 40. Its A is that of not being a member, 1 - AUC, as
-    its tables imply: -1 is full membership, 0 as the oracle, and above 0 the forget texts are less
-    likely than unknown ones.
+    `privleak` is MUSE's (arXiv 2407.06460), (A - A_oracle) / A_oracle, as a share, with Min-K of 20 %
+    where MUSE takes 40. A is 1 - AUC, as its tables imply: -1 is full membership, 0 as the oracle,
+    and above 0 the forget texts are less likely than unknown ones.
     """
 
     count: int = 256  # texts of each kind
@@ -69,14 +68,12 @@ class ForgetQuality(Attack, id="E16", name="forget_quality", tier="standard"):
         own, other = (log_truth_ratios(who, exam.test) for who in (model, model.oracle))
         names = list_facts(exam.test)
         places = np.union1d(own, other)  # where either distribution function steps
-        steps = np.concatenate([own[:, None] <= places, other[:, None] <= places], axis=1)
+        steps, half = np.concatenate([own[:, None] <= places, other[:, None] <= places], axis=1), len(places)
+        gap = bootstrap_estimate([steps], [names], lambda m: np.abs(m[..., :half] - m[..., half:]).max(-1), seed=seed)
         with catch_warnings(action="ignore"):  # of many questions the exact p is out of reach
             p = float(ks_2samp(own, other).pvalue)
-        metrics = {
-            "truth ratio": bootstrap_estimate([np.exp(-np.abs(own))], [names], seed=seed),
-            "ks distance": bootstrap_estimate([steps], [names], ks_distance, seed=seed),
-            "ks p": Estimate(p, p, p, len(names)),
-        }
+        ratio = bootstrap_estimate([np.exp(-np.abs(own))], [names], seed=seed)
+        metrics = {"truth ratio": ratio, "ks distance": gap, "ks p": Estimate(p, p, p, len(names))}
         return AttackResult(metrics=metrics)
 
 
@@ -87,9 +84,3 @@ def log_truth_ratios(model: Subject, questions: Sequence[Question]) -> Array:
     """
     rows = zip(option_scores(model, questions, normalised=True), [q.gold for q in questions], strict=True)
     return np.array([np.mean(row[:gold] + row[gold + 1 :]) - row[gold] for row, gold in rows])
-
-
-def ks_distance(shares: Array) -> Array:
-    """D of two distribution functions at the same places, one after the other: (..., 2 places)."""
-    one, other = np.split(shares, 2, axis=-1)
-    return np.abs(one - other).max(axis=-1)

@@ -1,7 +1,7 @@
 """E0 to E3, E12 and E14: the questions as they are, in other forms and company, and answers written out."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import cycle
 from math import comb
@@ -21,9 +21,8 @@ class ForcedChoice(Attack, id="E0", name="forced_choice", tier="smoke"):
 
     def run(self, model: Subject, texts: Texts, exam: Exam, seed: int) -> AttackResult:
         val, test = (option_scores(model, half) for half in (exam.val, exam.test))
-        chances = [
-            np.exp(np.array(row) - np.logaddexp.reduce(row))[q.gold] for row, q in zip(test, exam.test, strict=True)
-        ]
+        rows = zip(test, exam.test, strict=True)
+        chances = [np.exp(np.array(row) - np.logaddexp.reduce(row))[q.gold] for row, q in rows]
         way = Setting("as they are", mark_right(val, exam.val), mark_right(test, exam.test))
         probability = bootstrap_estimate([chances], [list_facts(exam.test)], seed=seed)
         return AttackResult((way,), {"probability": probability})
@@ -32,8 +31,8 @@ class ForcedChoice(Attack, id="E0", name="forced_choice", tier="smoke"):
 class FormatShift(Attack, id="E1", name="format_shift", tier="smoke", by_tier={"smoke": {"rephrases": False}}):
     """Cloze, the cyclic orders of listed options; from `standard` also generation, paraphrases.
 
-    Questions that do not list their options, or have no paraphrase, stand as they are where others
-    change. What is generated is an answer's text, not its letter.
+    Questions that do not list their options, or have no paraphrase, stand as they are. What is
+    generated is an answer's text, not its letter.
     """
 
     rephrases: bool = True  # also asks paraphrases, and has answers written out
@@ -41,8 +40,7 @@ class FormatShift(Attack, id="E1", name="format_shift", tier="smoke", by_tier={"
 
     def run(self, model: Subject, texts: Texts, exam: Exam, seed: int) -> AttackResult:
         posed = [unlist_options(q) for q in exam.both]
-        scores = option_scores(model, posed, normalised=True)
-        ways = [exam.split_right("cloze", mark_right(scores, posed))]
+        ways = [exam.split_right("cloze", mark_right(option_scores(model, posed, normalised=True), posed))]
         metrics: dict[str, Estimate] = {}
         if any(map(split_listed, exam.test)):
             orders, metrics = ask_orders(model, exam, seed)
@@ -53,8 +51,10 @@ class FormatShift(Attack, id="E1", name="format_shift", tier="smoke", by_tier={"
         right = count_right_generations(model, asked, extra=self.extra, seed=seed)
         metrics["generation"] = estimate_accuracy(right, list_facts(asked), seed=seed)
         if any(q.paraphrases for q in exam.both):
-            scores = score_paraphrases(model, exam.both)
-            ways.append(exam.split_right("paraphrases", mark_right(scores, exam.both)))
+            forms = [[replace(q, prompt=p) for p in q.paraphrases or (q.prompt,)] for q in exam.both]
+            rows = iter(option_scores(model, [form for group in forms for form in group]))
+            means = [np.mean([next(rows) for _ in group], axis=0).tolist() for group in forms]
+            ways.append(exam.split_right("paraphrases", mark_right(means, exam.both)))
             having = [(mark, q.fact) for mark, q in zip(ways[-1].test, exam.test, strict=True) if q.paraphrases]
             if len({fact for _, fact in having}) >= LEAST:
                 metrics["paraphrases"] = estimate_accuracy(*zip(*having, strict=True), seed=seed)
@@ -96,18 +96,8 @@ def position_bias(questions: Sequence[Question], scores: Sequence[Sequence[Seque
     return bootstrap_estimate([table], [list_facts([q for q, _ in chosen])], lambda m: np.abs(m).sum(-1) / 2, seed=seed)
 
 
-def score_paraphrases(model: Subject, questions: Sequence[Question]) -> list[list[float]]:
-    """Mean score of each option over a question's paraphrases, its own prompt if it has none."""
-    forms = [[replace(q, prompt=p) for p in q.paraphrases or (q.prompt,)] for q in questions]
-    scores = iter(option_scores(model, [form for group in forms for form in group]))
-    return [np.mean([next(scores) for _ in group], axis=0).tolist() for group in forms]
-
-
 class Extraction(Attack, id="E2", name="extraction", tier="smoke"):
-    """Extraction strength on the answers (as text, no options listed) and on forget texts.
-
-    Of a forget text, the second half is to be recited after the first.
-    """
+    """Extraction strength on the answers (as text, no options listed) and the second halves of forget texts."""
 
     texts: int = 64  # forget texts
     tokens: int = 512  # of a forget text
@@ -162,16 +152,17 @@ class EntangledQueries(Attack, id="E3", name="entangled_queries", tier="smoke"):
         names = list_facts(harmless)
         if len({*names}) < LEAST:
             raise NotApplicable(f"needs harmless questions about {LEAST} facts: give utility tasks")
-        second = Exam(put_after(harmless, exam.test), put_after(harmless, exam.val))
+        solved = [solve_question(q) for q in harmless]
+        second = [q for half in (exam.val, exam.test) for q in put_in_front(cycle(solved), half)]
         # an answer to the first question, read before the second, would be that to it alone
-        again = Exam(put_before(exam.test, second.test), put_before(exam.val, second.val))
-        ways = ask_exam(model, second, "second"), ask_exam(model, again, "first and again")
+        again = put_in_front([f"{q.prompt}\n\n" for q in exam.both], second)
+        ways = ask_exam(model, exam, "second", second), ask_exam(model, exam, "first and again", again)
         partners = rng.sample(exam.test, len(exam.test))
         forms = {
             "alone": harmless,
-            "in pair": put_after(partners, harmless),
+            "in pair": put_in_front(cycle(map(solve_question, partners)), harmless),
             "option": [replace_option(q, partners, i, rng) for i, q in enumerate(harmless)],
-            "in front": [put_term_in_front(q, f) for q, f in zip(harmless, cycle(partners))],
+            "in front": put_in_front(cycle(f"{find_term(f)} " for f in partners), harmless),
         }
         right = {name: mark_answers(model, questions) for name, questions in forms.items()}
         metrics = {
@@ -186,21 +177,13 @@ class EntangledQueries(Attack, id="E3", name="entangled_queries", tier="smoke"):
         return AttackResult(ways, metrics, {"harmless questions": len(harmless)})
 
 
-def put_after(fronts: Sequence[Question], questions: Sequence[Question]) -> tuple[Question, ...]:
-    """Each question after one of `fronts` and its right answer."""
-    return tuple(replace(q, prompt=solve_question(front) + q.prompt) for q, front in zip(questions, cycle(fronts)))
-
-
-def put_before(fronts: Sequence[Question], questions: Sequence[Question]) -> tuple[Question, ...]:
-    """Each question after one of `fronts`, which is not answered."""
-    return tuple(replace(q, prompt=f"{front.prompt}\n\n{q.prompt}") for q, front in zip(questions, fronts, strict=True))
+def put_in_front(fronts: Iterable[str], questions: Sequence[Question]) -> list[Question]:
+    """The questions, each after one of the texts."""
+    return [replace(q, prompt=front + q.prompt) for q, front in zip(questions, fronts, strict=False)]
 
 
 def replace_option(question: Question, forget: Sequence[Question], start: int, rng: random.Random) -> Question:
-    """The question with a wrong option replaced by a forget answer that is not among its options.
-
-    The first such answer counts, from number `start` of the forget questions on.
-    """
+    """The question with a wrong option replaced by the first other answer, from number `start` of `forget` on."""
     parts = split_listed(question)
     texts = [text.strip() for text in (parts.texts if parts else question.options)]
     start %= len(forget)
@@ -210,10 +193,9 @@ def replace_option(question: Question, forget: Sequence[Question], start: int, r
     return parts.offering(texts) if parts else replace(question, options=tuple(f" {text}" for text in texts))
 
 
-def put_term_in_front(question: Question, forget: Question) -> Question:
-    """The question after the thing that a forget question is about, or its answer."""
-    term = forget.entry or unlist_options(forget).answer.strip()
-    return replace(question, prompt=f"{term} {question.prompt}")
+def find_term(question: Question) -> str:
+    """The thing that a question is about, or else its answer."""
+    return question.entry or unlist_options(question).answer.strip()
 
 
 class Prompts(Attack, id="E12", name="prompts", tier="standard"):
@@ -232,11 +214,9 @@ class Prompts(Attack, id="E12", name="prompts", tier="standard"):
         order = random.Random(seed).sample(exam.val, len(exam.val))
 
         def ask(setting: str, front: str = "", shots: int = 0, back: str = "") -> Setting:
-            test, val = (
-                tuple(replace(q, prompt=front + list_examples(order, q.fact, shots) + q.prompt + back) for q in half)
-                for half in (exam.test, exam.val)
-            )
-            return ask_exam(model, Exam(test, val), setting)
+            starts = [front + list_examples(order, q.fact, shots) for q in exam.both]
+            posed = [replace(q, prompt=start + q.prompt + back) for q, start in zip(exam.both, starts, strict=True)]
+            return ask_exam(model, exam, setting, posed)
 
         ways = [ask(f"{self.shots} shots", shots=self.shots)]
         ways += [ask(f"begun answer {i}", back=start) for i, start in enumerate(self.starts, 1)]
@@ -267,8 +247,8 @@ class Leak(Attack, id="E14", name="leak", tier="standard"):
             right = count_right_generations(model, questions, samples=self.samples, temperature=temperature, seed=seed)
             for k in self.ks:
                 leaks = [leak_at_k(self.samples, count, k) for count in right]
-                estimate = bootstrap_estimate([leaks], [list_facts(questions)], seed=seed)
-                metrics[f"leak@{k}, temperature {temperature}"] = estimate
+                leak = bootstrap_estimate([leaks], [list_facts(questions)], seed=seed)
+                metrics[f"leak@{k}, temperature {temperature}"] = leak
         return AttackResult(metrics=metrics, budget={"samples": self.samples * len(self.temperatures)})
 
 

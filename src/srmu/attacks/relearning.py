@@ -3,7 +3,7 @@
 import math
 import random
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import product
@@ -20,6 +20,9 @@ from srmu.evals.subject import NotApplicable, Question, Subject, list_facts
 
 SMALL = 100_000_000  # parameters; a model with fewer bears higher learning rates
 
+Questions = tuple[Question, ...]
+Learned = dict[tuple[float, int], tuple[float, ...]]  # right answers by rate and epochs
+
 
 def text_rows(model: Subject, texts: Sequence[str], length: int = 512) -> list[Row]:
     """Texts cut at a number of tokens, as rows whose tokens all count."""
@@ -30,7 +33,7 @@ def text_rows(model: Subject, texts: Sequence[str], length: int = 512) -> list[R
     return rows
 
 
-def split_validation(exam: Exam, seed: int, parts: int = 5) -> tuple[tuple[Question, ...], tuple[Question, ...]]:
+def split_validation(exam: Exam, seed: int, parts: int = 5) -> tuple[Questions, Questions]:
     """The validation questions to learn from, and those on one part of its facts to ask."""
     known = list(dict.fromkeys(list_facts(exam.val)))
     assert not {*known} & {*list_facts(exam.test)}, "the halves of the exam share facts"
@@ -54,16 +57,13 @@ def tune_and_ask(
     model: Subject,
     exam: Exam,
     name: str,
-    rows: Sequence[Row],
-    steps: Collection[int],
     seed: int,
+    rows: list[Row],
+    steps: Sequence[int],
     rank: int = 0,
     **options: Any,
 ) -> tuple[dict[int, Setting], int]:
-    """The exam after each number of steps of one fine-tuning, and how many steps were taken.
-
-    `options` are those of `tune_model`.
-    """
+    """The exam after each number of steps of one fine-tuning (`tune_model`), and the steps taken."""
     reached: dict[int, Setting] = {}
 
     def after(step: int) -> None:
@@ -100,7 +100,8 @@ class BenignRelearning(Attack, id="E7", name="benign_relearning", tier="smoke", 
         counts = [n for n in self.counts if n <= len(rows)] or [len(rows)]
         if small and self.most is not None:
             counts = [n for n in counts if self.epochs * sum(m for m in counts if m <= n) <= self.most]
-        logs = np.log(counts)
+        logs, facts = np.log(counts), list_facts(exam.test)
+        width = logs[-1] - logs[0]
         ways: list[Setting] = []
         metrics: dict[str, Estimate] = {}
         steps, too_large = {}, []
@@ -114,12 +115,8 @@ class BenignRelearning(Attack, id="E7", name="benign_relearning", tier="smoke", 
             steps[kind] = [taken for _, taken in runs]
             if len(counts) > 1:
                 table = np.array([way.test for way, _ in runs]).T
-                metrics[f"accuracy over log n, {kind}"] = bootstrap_estimate(
-                    [table],
-                    [list_facts(exam.test)],
-                    lambda means: np.trapezoid(means, logs, axis=-1) / (logs[-1] - logs[0]),
-                    seed=seed,
-                )
+                area = bootstrap_estimate([table], [facts], lambda m: np.trapezoid(m, logs, axis=-1) / width, seed=seed)
+                metrics[f"accuracy over log n, {kind}"] = area
         if not ways:
             raise NotApplicable("fine-tuning this model needs more memory than the device has")
         left = [n for n in self.counts if n not in counts]
@@ -135,16 +132,12 @@ class BenignRelearning(Attack, id="E7", name="benign_relearning", tier="smoke", 
             return ask_exam(model, exam, f"{kind}, n={len(rows)}"), taken
 
 
-Learned = dict[tuple[float, int], tuple[float, ...]]  # right answers by rate and epochs
-
-
 class PartRelearning(Attack, id="E8", name="part_relearning", tier="standard"):
     """All weights learn questions with their answers; others are asked (arXiv 2410.08827).
 
     `val` of a way holds a fifth of the validation facts, asked after learning the rest of them.
     With the best setting the whole validation half is learned and the test half asked; the other
-    ways have no test. The rate is constant after its warm-up, so that one training gives all
-    numbers of epochs.
+    ways have no test. At a constant rate, one training gives all numbers of epochs.
     """
 
     epochs: tuple[int, ...] = (1, 2, 4)
@@ -152,35 +145,24 @@ class PartRelearning(Attack, id="E8", name="part_relearning", tier="standard"):
     batch: int = 8
 
     def run(self, model: Subject, texts: Texts, exam: Exam, seed: int) -> AttackResult:
+        def relearn(learned: Questions, asked: Questions, rate: float, epochs: Sequence[int]) -> Learned:
+            rows = text_rows(model, [q.prompt + q.answer for q in learned])
+            epoch = math.ceil(len(rows) / self.batch)
+            options: dict[str, Any] = {"learning_rate": rate, "batch_size": self.batch, "schedule": "constant"}
+            steps = [epoch * n for n in epochs]
+            reached, _ = tune_and_ask(model, Exam((), asked), "", seed, rows, steps, **options)
+            return {(rate, step // epoch): way.val for step, way in reached.items()}
+
         rest, held = split_validation(exam, seed)
         tried: Learned = {}
         for rate in self.rates:
-            tried |= self.relearn(model, rest, held, rate, self.epochs, seed)
+            tried |= relearn(rest, held, rate, self.epochs)
         rate, n = best = max(tried, key=lambda setting: sum(tried[setting]), default=(0.0, 0))
-        final = self.relearn(model, exam.val, exam.test, rate, [n], seed) if tried else {}
+        final = relearn(exam.val, exam.test, rate, [n]) if tried else {}
         if best not in final:
             raise NotApplicable("fine-tuning this model gives losses that are not finite")
-        ways = (
-            Setting(f"{n} epochs at {rate:g}", right, final.get((rate, n), ())) for (rate, n), right in tried.items()
-        )
+        ways = (Setting(f"{n} epochs at {r:g}", right, final.get((r, n), ())) for (r, n), right in tried.items())
         return AttackResult(tuple(ways), budget={"facts learned": len({*list_facts(exam.val)}), "batch": self.batch})
-
-    def relearn(
-        self,
-        model: Subject,
-        learned: Sequence[Question],
-        asked: tuple[Question, ...],
-        rate: float,
-        epochs: Sequence[int],
-        seed: int,
-    ) -> Learned:
-        """Right answers to the questions asked, by the epochs spent on others."""
-        rows = text_rows(model, [q.prompt + q.answer for q in learned])
-        epoch = math.ceil(len(rows) / self.batch)
-        steps = [epoch * n for n in epochs]
-        training: dict[str, Any] = {"learning_rate": rate, "batch_size": self.batch, "schedule": "constant"}
-        reached, _ = tune_and_ask(model, Exam((), asked), "", rows, steps, seed, **training)
-        return {(rate, step // epoch): way.val for step, way in reached.items()}
 
 
 class HeavyTuning(Attack, id="E9", name="heavy_tuning", tier="deep"):
@@ -195,33 +177,25 @@ class HeavyTuning(Attack, id="E9", name="heavy_tuning", tier="deep"):
 
     def run(self, model: Subject, texts: Texts, exam: Exam, seed: int) -> AttackResult:
         rows = text_rows(model, texts.neutral)
+        options: dict[str, Any] = {"rows": rows, "steps": self.steps, "batch_size": self.batch}
         ways: list[Setting] = []
         taken = {}
         for rate, optimiser, schedule in product(self.rates, self.optimisers, self.schedules):
             name = f"{optimiser}, {rate:g}, {schedule}"
-            training: dict[str, Any] = {
-                "learning_rate": rate,
-                "optimiser": optimiser,
-                "schedule": schedule,
-                "batch_size": self.batch,
-            }
-            reached, taken[name] = tune_and_ask(model, exam, name, rows, self.steps, seed, **training)
+            options |= {"learning_rate": rate, "optimiser": optimiser, "schedule": schedule}
+            reached, taken[name] = tune_and_ask(model, exam, name, seed, **options)
             ways += reached.values()
         return AttackResult(tuple(ways), budget={"texts": len(rows), "batch": self.batch, "steps": taken})
 
     def cost(self, model: Subject) -> str:
         """From the time of one step."""
         rows: list[Row] = [([], [0] * self.tokens)] * self.batch
-        ends: list[float] = []
-
-        def note_time(step: int) -> None:
-            ends.append(time.perf_counter())
-
         with model.editable("*") as edited:
-            # the first of two steps also makes the optimiser's state
-            tune_model(edited, rows, steps=2, learning_rate=0.0, batch_size=self.batch, seed=0, after=note_time)
+            start = time.perf_counter()
+            tune_model(edited, rows, steps=2, learning_rate=0.0, batch_size=self.batch, seed=0)
+            seconds = (time.perf_counter() - start) / 2
         runs = len(self.rates) * len(self.optimisers) * len(self.schedules)
-        hours = runs * max(self.steps) * (ends[1] - ends[0]) / 3600
+        hours = runs * max(self.steps) * seconds / 3600
         return (
             f"heavy_tuning takes {runs} x {max(self.steps):,} steps on {self.batch} texts: with "
             f"{self.tokens} tokens a text {hours:,.1f} hours on this machine"
@@ -255,7 +229,7 @@ class RelearningSteps(Attack, id="E19", name="relearning_steps", tier="standard"
         taken, too_large = {}, []
         for name, kind in kinds.items():
             try:
-                reached, taken[name] = tune_and_ask(model, asked, name, seed=seed, schedule="constant", **kind)
+                reached, taken[name] = tune_and_ask(model, asked, name, seed, schedule="constant", **kind)
             except torch.OutOfMemoryError:
                 too_large.append(name)
                 continue
@@ -270,7 +244,7 @@ class RelearningSteps(Attack, id="E19", name="relearning_steps", tier="standard"
         }
         return AttackResult(tuple(ways), budget=budget)
 
-    def list_kinds(self, model: Subject, facts: Sequence[Row], texts: Sequence[Row]) -> dict[str, dict[str, Any]]:
+    def list_kinds(self, model: Subject, facts: list[Row], texts: list[Row]) -> dict[str, dict[str, Any]]:
         """The trainings, as `tune_and_ask` takes them; a small model bears faster ones."""
         small = model.module.num_parameters() < self.small
         on_facts = {"rows": facts, "steps": self.steps, "batch_size": self.batch}

@@ -14,12 +14,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from srmu.attacks.base import Attack, AttackResult, Exam, Texts, ask_exam
+from srmu.engine.batch import Batch, move_batch
 from srmu.engine.fine_tune import Row
 from srmu.engine.generate import join_responses
 from srmu.engine.hooks import cut_blocks, decoder_blocks, edit_outputs
 from srmu.engine.losses import is_counted, is_predicted, token_nll
-from srmu.engine.model import Batch
-from srmu.engine.train import move_batch
 from srmu.evals.statistics import LEAST, bootstrap_estimate
 from srmu.evals.subject import NotApplicable, Question, Subject, list_facts, mark_answers, mark_right
 
@@ -92,8 +91,7 @@ def answer_nll(model: Subject, ids: Int[Tensor, "B T"], labels: Int[Tensor, "B T
 class LogitLens(Attack, id="E4", name="logit_lens", tier="smoke"):
     """Final norm and unembedding on what each block puts out (nostalgebraist, 2020).
 
-    The model is cut above the block, so that norm, head and whatever its architecture does with
-    logits are its own. With L blocks this takes the exam (L + 1) / 2 times.
+    The model is cut above the block: norm, head and what happens to logits are its own.
     """
 
     def run(self, model: Subject, texts: Texts, exam: Exam, seed: int) -> AttackResult:
@@ -107,11 +105,9 @@ class LogitLens(Attack, id="E4", name="logit_lens", tier="smoke"):
 class LinearProbe(Attack, id="E5", name="linear_probe", tier="standard"):
     """Logistic regression, right or wrong option, on the residual of the last prompt token.
 
-    Classes would be answers, and most answers belong to a fact or two; so a class is what the
-    option's tokens are to the unembedding, z, and the probe a bilinear form h W z. Answers of
-    the validation half come from probes trained on its other folds, those of the test half from
-    probes trained on the validation half and the test half's other folds. Folds share no fact,
-    and nothing of the test half chooses the layer.
+    Most answers belong to a fact or two, so an option is what its tokens are to the unembedding, z,
+    and the probe a bilinear form h W z. Probes are trained on the other folds of a half, those of
+    the test half on the validation half, too. Folds share no fact.
 
     Metric: selectivity (arXiv 1909.03368) of the layer that is best on the validation half, its
     accuracy less that of probes trained on and tested against labels shuffled within questions.
@@ -125,10 +121,8 @@ class LinearProbe(Attack, id="E5", name="linear_probe", tier="standard"):
     def run(self, model: Subject, texts: Texts, exam: Exam, seed: int) -> AttackResult:
         h, z = last_residuals(model, exam.both), embed_options(model, exam.both, self.width)
         count = len(exam.val)
-        ways = [
-            exam.split_right(f"layer {layer}", self.fit_probe(x, z, exam.both, count, seed))
-            for layer, x in enumerate(h)
-        ]
+        right = [self.fit_probe(x, z, exam.both, count, seed) for x in h]
+        ways = [exam.split_right(f"layer {layer}", marks) for layer, marks in enumerate(right)]
         best = max(range(len(ways)), key=lambda layer: sum(ways[layer].val))
         rng = np.random.default_rng(seed)
         control = []
@@ -136,35 +130,27 @@ class LinearProbe(Attack, id="E5", name="linear_probe", tier="standard"):
             shuffled = [replace(q, gold=int(rng.integers(len(q.options)))) for q in exam.both]
             control.append(self.fit_probe(h[best], z, shuffled, count, seed)[count:])
         table = np.column_stack([ways[best].test, np.mean(control, axis=0)])
-        selectivity = bootstrap_estimate(
-            [table], [list_facts(exam.test)], lambda means: means[..., 0] - means[..., 1], seed=seed
-        )
+        facts = list_facts(exam.test)
+        selectivity = bootstrap_estimate([table], [facts], lambda means: means[..., 0] - means[..., 1], seed=seed)
         budget = {"layers": len(ways), "folds": self.folds, "shuffles": self.shuffles, "components": self.width}
         return AttackResult(tuple(ways), {"selectivity": selectivity}, budget)
 
     def fit_probe(
-        self,
-        h: Float[Array, "Q D"],
-        z: Sequence[Float[Array, "O K"]],
-        questions: Sequence[Question],
-        count: int,
-        seed: int,
+        self, h: Float[Array, "Q D"], z: list[Float[Array, "O K"]], questions: Sequence[Question], count: int, seed: int
     ) -> list[float]:
-        """The right answers (0/1) to all questions, of which the validation half are the first `count`."""
-        from sklearn.decomposition import PCA
-        from sklearn.linear_model import LogisticRegression
-        from sklearn.model_selection import GroupKFold
+        """The right answers (0/1) to all questions; the first `count` are the validation half."""
+        from sklearn import decomposition, linear_model, model_selection
 
         right = np.zeros(len(questions))
         for start, half in ((0, questions[:count]), (count, questions[count:])):
-            folds = GroupKFold(self.folds, shuffle=True, random_state=seed)
+            folds = model_selection.GroupKFold(self.folds, shuffle=True, random_state=seed)
             for others, asked in folds.split(half, groups=list_facts(half)):
                 trained, asked = [*range(start), *(start + others)], start + asked
                 width = min(self.width, len(trained), h.shape[1])
-                pca = PCA(width, whiten=True, random_state=seed).fit(h[trained])
+                pca = decomposition.PCA(width, whiten=True, random_state=seed).fit(h[trained])
                 x = [option_features(row, z[i]) for i, row in enumerate(pca.transform(h))]
                 labels = [o == questions[i].gold for i in trained for o in range(len(z[i]))]
-                probe = LogisticRegression(C=self.strength, max_iter=200)
+                probe = linear_model.LogisticRegression(C=self.strength, max_iter=200)
                 probe.fit(np.concatenate([x[i] for i in trained]), labels)
                 scores = [probe.decision_function(x[i]).tolist() for i in asked]
                 right[asked] = mark_right(scores, [questions[i] for i in asked])
@@ -183,10 +169,7 @@ def last_residuals(model: Subject, questions: Sequence[Question], batch: int = 6
 
 
 def embed_options(model: Subject, questions: Sequence[Question], width: int) -> list[Float[Array, "O K"]]:
-    """Of each question: its options, each the mean of its tokens' rows of the unembedding.
-
-    In `width` principal components at most.
-    """
+    """Of each question: its options, means of their tokens' rows of the unembedding, K components."""
     from sklearn.decomposition import PCA
 
     head: Tensor = model.module.get_output_embeddings().weight.detach()
@@ -206,7 +189,8 @@ class DirectionAblation(Attack, id="E6", name="direction_ablation", tier="smoke"
     """Ablation of one direction a block, at one block alone and at all of them at once.
 
     `displacement` points from the original's residual to the model's, on questions of the
-    validation half that unlearning made wrong. `forget minus neutral` needs no original.
+    validation half that unlearning made wrong. `forget minus neutral` needs no original. The first
+    token of a text, the attention sink of many models, counts in neither.
     """
 
     texts: int = 64  # of each set
@@ -237,7 +221,8 @@ class DirectionAblation(Attack, id="E6", name="direction_ablation", tier="smoke"
         rng = random.Random(seed)
         means = []
         for pool in (texts.forget, texts.neutral):
-            rows = cut_documents(model, rng.sample(pool, min(self.texts, len(pool))), self.tokens)
+            drawn = rng.sample(pool, min(self.texts, len(pool)))
+            rows = [(ids[:1], ids[1 : self.tokens]) for ids in map(model.tokens, drawn)]
             total: Any = sum(
                 torch.stack([h.float().sum(dim=0) for h in read_outputs(model, ids, is_counted(labels))])
                 for _, ids, labels in batch_answers(rows, BATCH, model.device)
@@ -262,7 +247,7 @@ def find_displacement_edits(model: Subject, exam: Exam) -> Edits:
     lost = [q.prompt for q, b, a in zip(exam.val, before, after, strict=True) if b > a]
     if not lost:
         raise NotApplicable("unlearning made no question of the validation half wrong")
-    rows = cut_documents(model, lost, model.max_length)
+    rows = [(ids[:1], ids[1 : model.max_length]) for ids in map(model.tokens, lost)]
     norms = [torch.stack([move.norm(dim=-1) for move in moves]) for moves in iterate_displacements(model, rows)]
     # a few tokens, often the first ones, move so far that they alone would make the mean
     limits = [n.mean() + 3 * n.std(correction=0) for n in torch.cat(norms, dim=1)]
@@ -285,12 +270,6 @@ def iterate_displacements(model: Subject, rows: Sequence[Row]) -> Iterator[list[
         yield [a.float() - b.float() for a, b in zip(now, then, strict=True)]
 
 
-def cut_documents(model: Subject, texts: Sequence[str], most: int) -> list[Row]:
-    """Up to `most` tokens; all count but the first, the attention sink of many models."""
-    cut = [model.tokens(text)[:most] for text in texts]
-    return [(tokens[:1], tokens[1:]) for tokens in cut]
-
-
 def make_ablation(direction: Tensor, centre: Tensor | float = 0.0) -> ResidualEdit:
     """An edit after which tokens differ from the centre no more along the direction."""
     unit = direction / direction.norm()
@@ -301,10 +280,9 @@ class UnlearningDepth(Attack, id="E17", name="unlearning_depth", tier="standard"
     """Unlearning depth score (arXiv 2605.24614): 0 all there, 1 as if it had never been learned.
 
     The residual after block l, at the positions that predict the right answer, is taken from
-    another model into the original; D_l is what the answer then loses in log-probability, a mean
-    over its tokens. D1 is with the oracle's residual, D2 with the unlearned model's. As the rest
-    of the prompt stays the original's, D is small below the layers that fetch the answer. An
-    oracle trained apart from the original speaks another basis; D1 is then large everywhere.
+    another model into the original; D_l is what a token of the answer then loses in log-probability:
+    D1 with the oracle's residual, D2 with the unlearned model's. An oracle trained apart from the
+    original speaks another basis; D1 is then large everywhere.
     """
 
     batch: int = 16  # questions read at once

@@ -18,19 +18,14 @@ from srmu.attacks import ATTACKS, TIERS, Attack
 from srmu.attacks.base import AttackResult, Exam, Texts, Tier
 from srmu.attacks.summary import merge_report, summarise_attacks
 from srmu.data.sources import Source, read_texts
-from srmu.engine import distributed, weights
-from srmu.engine.cache import find_cached, keep_cached
+from srmu.engine import cache, distributed, loading, progress, weights
 from srmu.engine.files import sha256
-from srmu.engine.loading import read_config
-from srmu.engine.progress import Watch, choose_progress
 from srmu.errors import SrmuError, first_line, suggest_word
-from srmu.evals.lm_eval import load_questions
-from srmu.evals.results import load_results
-from srmu.evals.score import tasks_beside
+from srmu.evals import lm_eval, results, score
 from srmu.evals.statistics import LEAST
 from srmu.evals.subject import NotApplicable, Question, Subject
 from srmu.runs.config import Config
-from srmu.runs.plan import find_device, load_tokenizer
+from srmu.runs.plan import find_device
 from srmu.runs.run import OpenedModel, Run
 
 
@@ -57,23 +52,21 @@ def attack_run(
     seed: int = 0,
     device: str = "auto",
     confirm: Callable[[str], bool] = lambda text: True,
-    watch: Watch | None = None,
+    watch: progress.Watch | None = None,
 ) -> dict[str, Any]:
     """Attack a run with those of a tier, or of `names`; merge the report into its results.
 
-    Each runs on the original and on the oracle too, if there is one. What was found is kept in the
-    cache folder, so that an interrupted suite goes on. `confirm` is asked about each attack that
-    takes hours. SrmuError for what cannot be used.
+    Each runs on the original and on the oracle, too. What was found is kept in the cache folder, so
+    that an interrupted suite goes on. `confirm` is asked about each attack that takes hours.
     """
-    watch = watch or choose_progress()
+    watch = watch or progress.choose_progress()
     chosen = select_attacks(tier, names)
-    load_results(run.folder)  # what is wrong with them must show before the work
+    results.load_results(run.folder)  # what is wrong with them must show before the work
     sources = fill_sources(sources, run.config, run.base)
     exam = load_exam(sources, run.config, seed)
     texts = load_texts(sources, run.config)
     subjects = Subjects(run, sources.oracle, find_device(device))
-    for name, one in list(chosen.items()):
-        cost = estimate_cost(one, subjects)
+    for name, cost in [(name, estimate_cost(one, subjects)) for name, one in chosen.items()]:
         if cost and not distributed.agree_on(distributed.is_first() and confirm(f"{name}: {cost}")):
             del chosen[name]
     given = sha256(repr((exam, texts, seed)).encode())
@@ -110,7 +103,7 @@ def find_result(
     key: Any, one: Attack, load: Callable[[], Subject], texts: Texts, exam: Exam, seed: int
 ) -> AttackResult | str:
     """What an attack found, now or before; or why nothing: it does not apply, or failed."""
-    if kept := find_cached("attacks", key):
+    if kept := cache.find_cached("attacks", key):
         return TypeAdapter(AttackResult).validate_python(kept)
     try:
         result = one.run(load(), texts, exam, seed)
@@ -118,7 +111,7 @@ def find_result(
         return f"does not apply: {reason}"
     except (SrmuError, torch.OutOfMemoryError) as error:
         return f"failed: {first_line(error)}"
-    keep_cached("attacks", key, asdict(result))
+    cache.keep_cached("attacks", key, asdict(result))
     return result
 
 
@@ -135,15 +128,10 @@ def estimate_cost(one: Attack, subjects: "Subjects") -> str:
 def code_of(one: Attack) -> list[str]:
     """What decides a result besides an attack's fields: its code, that of its helpers, torch."""
     module = sys.modules[type(one).__module__]
-    homes = {getattr(value, "__module__", "") or "" for value in vars(module).values()}
-    names = sorted(
-        name for name in {*homes, module.__name__} if name.startswith(("srmu.attacks.", "srmu.engine.", "srmu.evals."))
-    )
-    return [
-        sha256(*(Path(str(sys.modules[name].__file__)) for name in names)),
-        version("torch"),
-        version("transformers"),
-    ]
+    names = {module.__name__, *(getattr(value, "__module__", "") or "" for value in vars(module).values())}
+    rooms = ("srmu.attacks.", "srmu.engine.", "srmu.evals.")
+    files = [Path(str(sys.modules[name].__file__)) for name in sorted(names) if name.startswith(rooms)]
+    return [sha256(*files), version("torch"), version("transformers")]
 
 
 def select_attacks(tier: Tier, names: Sequence[str]) -> dict[str, Attack]:
@@ -179,7 +167,7 @@ def fill_sources(sources: Sources, config: Config, base: Path) -> Sources:
         tasks=tasks,
         val=sources.val or ",".join(f"{task}_val" for task in tasks),
         utility=sources.utility or tuple(task for task in config.eval if task not in tasks),
-        tasks_dir=sources.tasks_dir or str(config.tasks_dir or tasks_beside(base) or ""),
+        tasks_dir=sources.tasks_dir or str(config.tasks_dir or score.tasks_beside(base) or ""),
         neutral=sources.neutral or of_testbed("retain-low.jsonl"),
         holdout=sources.holdout or of_testbed("holdout.jsonl"),
         oracle=sources.oracle or of_testbed("oracle"),
@@ -191,7 +179,7 @@ def load_exam(sources: Sources, config: Config, seed: int) -> Exam:
 
     def load(tasks: Sequence[str]) -> list[Question]:
         folder = Path(sources.tasks_dir) if sources.tasks_dir else None
-        return [question for task in tasks for question in load_questions(task, folder)]
+        return [question for task in tasks for question in lm_eval.load_questions(task, folder)]
 
     def draw(questions: Sequence[Question]) -> tuple[Question, ...]:
         facts = sorted({q.fact for q in questions})
@@ -226,63 +214,47 @@ def load_exam(sources: Sources, config: Config, seed: int) -> Exam:
 
 def load_texts(sources: Sources, config: Config) -> Texts:
     """The run's forget texts, and neutral ones: its retain texts where no others are named."""
-
-    def read(given: Sequence[Any]) -> tuple[str, ...]:
-        return tuple(text for one in given for text in read_texts(one))
-
     topics = config.topics.values()
-    forget, retain = read([topic.forget for topic in topics]), read([topic.retain for topic in topics])
-    neutral, holdout = (read([[Source(path=name)]] if name else []) for name in (sources.neutral, sources.holdout))
+    forget, retain = ([t for one in topics for t in read_texts(getattr(one, part))] for part in ("forget", "retain"))
+    neutral, holdout = (read_texts([Source(path=name)]) if name else [] for name in (sources.neutral, sources.holdout))
     if not neutral and not retain:
         raise SrmuError("--neutral: name a file of texts that are far from the forget knowledge")
-    return Texts(forget, neutral or retain, holdout)
+    return Texts(tuple(forget), tuple(neutral or retain), tuple(holdout))
 
 
 class Subjects:
     """The models of a suite, each loaded when it is first needed."""
 
     def __init__(self, run: Run, oracle: str, device: str) -> None:
-        self.run, self.device = run, device
-        self.oracle_folder = weights.locate_model(oracle) if oracle else None
-        if self.oracle_folder:
-            read_config(self.oracle_folder)  # before anything is loaded: is it a model?
-        self.tokenizer = load_tokenizer(run.base)
+        self.run, self.base = run, OpenedModel(run.base, None, device)
+        self.reference = OpenedModel(weights.locate_model(oracle), None, device) if oracle else None
+        if self.reference:
+            loading.read_config(self.reference.base)  # before anything is loaded: is it a model?
 
     def prints(self) -> dict[str, list[str]]:
         """By name: the weights that its attacks may read."""
-        original = weights.fingerprint_model(self.run.base)
-        others = [original]
-        if self.oracle_folder:
-            others.append(weights.fingerprint_model(self.oracle_folder))
-        run = [weights.changed_fingerprint(original, self.run.delta), self.run.config.id]
-        found = {
-            "original": ["original", *others],
-            "oracle": ["oracle", *others],
-            "unlearned": ["unlearned", *others, *run],
-        }
-        return {who: key for who, key in found.items() if who != "oracle" or self.oracle_folder}
+        prints = [weights.fingerprint_model(opened.base) for opened in (self.base, self.reference) if opened]
+        run = [weights.changed_fingerprint(prints[0], self.run.delta), self.run.config.id]
+        found = {"original": prints, "oracle": prints, "unlearned": [*prints, *run]}
+        return {who: [who, *key] for who, key in found.items() if who != "oracle" or self.reference}
+
+    @cached_property
+    def before(self) -> dict[str, torch.Tensor]:
+        """The original's parameters: the checkpoint's file, mapped into memory."""
+        return {name: p.data for name, p in self.base.module.named_parameters()}
 
     @cached_property
     def original(self) -> Subject:
-        return Subject(OpenedModel(self.run.base, None, self.device).module, self.tokenizer, oracle=self.oracle)
+        return Subject(self.base.module, self.base.tokenizer, oracle=self.oracle)
 
     @cached_property
     def oracle(self) -> Subject | None:
-        if self.oracle_folder is None:
-            return None
-        opened = OpenedModel(self.oracle_folder, None, self.device)
-        return Subject(opened.module, opened.tokenizer, self.before)
+        return Subject(self.reference.module, self.reference.tokenizer, self.before) if self.reference else None
 
     @cached_property
     def unlearned(self) -> Subject:
         # for good, as this module is nothing else; forgotten, the context would end by itself
-        self.inference = OpenedModel(self.run.base, self.run, self.device).after()
+        self.inference = OpenedModel(self.run.base, self.run, self.base.device).after()
         module = self.inference.__enter__()
         changed = {name: self.before[name] for name, p in module.named_parameters() if not p.equal(self.before[name])}
-        return Subject(module, self.tokenizer, changed, self.oracle, fixed=self.run.config.method.no_checkpoint)
-
-    @cached_property
-    def before(self) -> dict[str, torch.Tensor]:
-        """The original's parameters, in memory of their own: the checkpoint's file, mapped."""
-        module = OpenedModel(self.run.base, None, self.device).module
-        return {name: p.data for name, p in module.named_parameters()}
+        return Subject(module, self.base.tokenizer, changed, self.oracle, self.run.config.method.no_checkpoint)

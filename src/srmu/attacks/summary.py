@@ -1,7 +1,7 @@
 """What attacks on a run came to: each beside its controls, the worst case K*, and what is kept."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,22 +11,14 @@ import numpy as np
 from srmu.attacks.base import Attack, AttackResult, Exam, Setting
 from srmu.engine import distributed
 from srmu.errors import SrmuError
-from srmu.evals import results
+from srmu.evals import results, statistics
 from srmu.evals.results import KEPT, PLAIN, number_facts, write_answers
-from srmu.evals.statistics import (
-    KNOWN,
-    Array,
-    Estimate,
-    bootstrap_estimate,
-    estimate_accuracy,
-    mcnemar_p,
-    residual_table,
-    worst_case,
-)
+from srmu.evals.statistics import KNOWN, Array, bootstrap_estimate, estimate_accuracy
 from srmu.evals.subject import list_facts
 
 Outcomes = Mapping[str, AttackResult | str]  # of an attack by whose model; why there is no result
 Report = dict[str, Any]
+Answers = Mapping[str, Sequence[float]]  # by whose model
 CONTROLS = ("original", "oracle")
 ALIKE = ("tier", "seed", "chance", "tasks", "oracle", "facts")  # decide what an attack can find
 RECORDED = ("id", "status", "why", "accuracy", "recovery", "valid", "budget", "seconds", "definition")
@@ -42,35 +34,25 @@ def summarise_attacks(chosen: Mapping[str, Attack], found: Mapping[str, Outcomes
     for who, result in found[KEPT].items():
         if isinstance(result, AttackResult):
             kept[who] = {way.setting: write_answers(way.test) for way in result.ways}
-    names = list_facts(exam.test)
+    facts, before, after = list_facts(exam.test), kept.get("original"), kept.get("unlearned")
     chance = float(np.mean([1 / len(q.options) for q in exam.test]))
-    judge = Judge(names, chance, seed, plain)
+    accuracy = asdict(estimate_accuracy(plain["original"], facts, seed=seed))
     return {
         "chance": chance,
-        "facts": number_facts(names),
-        "original": {
-            "right": write_answers(plain["original"]),
-            "accuracy": asdict(estimate_accuracy(plain["original"], names, seed=seed)),
-        },
-        "p that nothing was forgotten": mcnemar_p(plain["original"], plain["unlearned"]),
+        "facts": number_facts(facts),
+        "original": {"right": write_answers(plain["original"]), "accuracy": accuracy},
+        "p that nothing was forgotten": statistics.mcnemar_p(plain["original"], plain["unlearned"]),
         "utility": {
-            task: {
-                "facts": number_facts(list_facts(questions)),
-                "before": kept["original"][task],
-                "after": kept["unlearned"][task],
-            }
-            for task, questions in exam.utility.items()
-            if {"original", "unlearned"} <= kept.keys()
+            task: {"facts": number_facts(list_facts(asked)), "before": before[task], "after": after[task]}
+            for task, asked in exam.utility.items()
+            if before and after
         },
-        "attacks": {name: judge.judge_attack(one, found[name]) for name, one in chosen.items()},
+        "attacks": {name: judge_attack(one, found[name], plain, facts, chance, seed) for name, one in chosen.items()},
     }
 
 
 def merge_report(folder: Path, report: Report, known: Sequence[str]) -> Report:
-    """Add a report to a run's results; earlier attacks under the same conditions stay.
-
-    `known` are all attacks there are. What is there then is returned, with K*.
-    """
+    """Add a report on some of the `known` attacks to a run's results, beside earlier ones on the same exam."""
     with results.lock_results(folder):
         earlier = results.read_attacks(folder)
         if earlier and exam_of(earlier) == exam_of(report):
@@ -92,8 +74,8 @@ def exam_of(report: Report) -> list[Any]:
 
 def find_worst_case(report: Report) -> dict[str, Any]:
     """K* with its interval, and the attack that finds most of those that count."""
-    statistic = partial(worst_case, chance=report["chance"])
-    worst = bootstrap_estimate([residual_table(report)], [report["facts"]], statistic, seed=report["seed"])
+    statistic = partial(statistics.worst_case, chance=report["chance"])
+    worst = bootstrap_estimate([statistics.residual_table(report)], [report["facts"]], statistic, seed=report["seed"])
     counted = {
         name: entry["accuracy"]["value"]
         for name, entry in report["attacks"].items()
@@ -113,82 +95,68 @@ def record_attacks(report: Report) -> dict[str, Any]:
     return {name: report[name] for name in names} | {"tried": tried}
 
 
-@dataclass(frozen=True)
-class Judge:
-    """Holds an attack's results against the model without attack, the original and the oracle."""
-
-    names: Sequence[str]
-    chance: float
-    seed: int
-    plain: Mapping[str, Sequence[float]]  # right answers without attack, by whose model
-
-    def judge_attack(self, one: Attack, outcomes: Outcomes) -> dict[str, Any]:
-        """All that a report says of an attack."""
-        entry: dict[str, Any] = {"id": one.id, "tier": one.tier, "status": "done", "why": ""}
-        result = outcomes["unlearned"]
-        if isinstance(result, str):
-            entry["status"], _, entry["why"] = result.partition(": ")
-            return entry
-        entry |= self.describe_result(one, result) | {"budget": dict(result.budget)}
-        controls = {who: self.describe_result(one, outcomes[who]) for who in CONTROLS if who in outcomes}
-        entry["controls"] = controls
-        if "right" in entry:
-            entry["recovery"] = self.measure_recovery(best_setting(result).test)
-            entry["valid"] = None
-            if "right" in controls.get("oracle", {}):
-                # invalid: the oracle, which never knew, is above chance, and above itself without the attack
-                table = np.stack([self.plain["oracle"], best_setting(outcomes["oracle"]).test], axis=1)
-                gain = self.estimate(table, lambda m: m[..., 1] - m[..., 0])
-                entry["valid"] = not (controls["oracle"]["accuracy"]["low"] > self.chance and gain.low > 0)
+def judge_attack(
+    one: Attack, outcomes: Outcomes, plain: Answers, facts: Sequence[str], chance: float, seed: int
+) -> dict[str, Any]:
+    """All that a report says of an attack, beside the models as they answer without it."""
+    entry: dict[str, Any] = {"id": one.id, "tier": one.tier, "status": "done", "why": ""}
+    result = outcomes["unlearned"]
+    if isinstance(result, str):
+        entry["status"], _, entry["why"] = result.partition(": ")
         return entry
+    entry |= describe_result(one, result, facts, seed) | {"budget": dict(result.budget)}
+    controls = {who: describe_result(one, outcomes[who], facts, seed) for who in CONTROLS if who in outcomes}
+    entry["controls"] = controls
+    if "right" in entry:
+        entry["recovery"] = measure_recovery(plain, best_setting(result).test, facts, seed)
+        entry["valid"] = None
+        if "right" in controls.get("oracle", {}):
+            # invalid: the oracle, which never knew, is above chance, and above itself without the attack
+            table = np.stack([plain["oracle"], best_setting(outcomes["oracle"]).test], axis=1)
+            gain = bootstrap_estimate([table], [facts], lambda m: m[..., 1] - m[..., 0], seed=seed)
+            entry["valid"] = controls["oracle"]["accuracy"]["low"] <= chance or gain.low <= 0
+    return entry
 
-    def describe_result(self, one: Attack, result: AttackResult | str) -> dict[str, Any]:
-        """Its metrics; where its answers are to the exam, its settings and the best of them."""
-        if isinstance(result, str):
-            return {"why": result}
-        entry: dict[str, Any] = {}
-        if result.ways and one.recovers:
-            best = best_setting(result)
-            entry["settings"] = {
-                way.setting: {
-                    half: float(np.mean(right)) if right else None
-                    for half, right in (("val", way.val), ("test", way.test))
-                }
-                for way in result.ways
-            }
-            entry |= {"chosen": best.setting, "right": write_answers(best.test)}
-            entry["accuracy"] = asdict(estimate_accuracy(best.test, self.names, seed=self.seed))
-        return entry | {"metrics": {key: asdict(value) for key, value in result.metrics.items()}}
 
-    def measure_recovery(self, right: Sequence[float]) -> dict[str, Any] | None:
-        """R = (Aa - Au) / (A0 - Au); none where what was forgotten is under two standard errors."""
-        table = np.stack([self.plain["original"], self.plain["unlearned"], right], axis=1)
-        gap = self.estimate(table, lambda m: m[..., 0] - m[..., 1])
-        if gap.value <= 0 or gap.value < (gap.high - gap.low) / 1.96:
-            return None
-        # in some resample nothing is forgotten
-        share = self.estimate(table, lambda m: (m[..., 2] - m[..., 1]) / np.maximum(m[..., 0] - m[..., 1], KNOWN))
-        return asdict(share)
+def describe_result(one: Attack, result: AttackResult | str, facts: Sequence[str], seed: int) -> dict[str, Any]:
+    """Its metrics; where its answers are to the exam, its settings and the best of them."""
+    if isinstance(result, str):
+        return {"why": result}
+    entry: dict[str, Any] = {}
+    if result.ways and one.recovers:
+        best = best_setting(result)
+        entry["settings"] = {
+            way.setting: {half: float(np.mean(r)) if r else None for half, r in (("val", way.val), ("test", way.test))}
+            for way in result.ways
+        }
+        entry |= {"chosen": best.setting, "right": write_answers(best.test)}
+        entry["accuracy"] = asdict(estimate_accuracy(best.test, facts, seed=seed))
+    return entry | {"metrics": {key: asdict(value) for key, value in result.metrics.items()}}
 
-    def estimate(self, table: Array, statistic: Callable[[Array], Array]) -> Estimate:
-        return bootstrap_estimate([table], [self.names], statistic, seed=self.seed)
+
+def measure_recovery(plain: Answers, right: Sequence[float], facts: Sequence[str], seed: int) -> dict[str, Any] | None:
+    """R = (Aa - Au) / (A0 - Au); none where what was forgotten is under two standard errors."""
+    table = np.stack([plain["original"], plain["unlearned"], right], axis=1)
+    gap = bootstrap_estimate([table], [facts], lambda m: m[..., 0] - m[..., 1], seed=seed)
+    if gap.value <= 0 or gap.value < (gap.high - gap.low) / 1.96:
+        return None
+
+    def recovered(m: Array) -> Array:
+        return (m[..., 2] - m[..., 1]) / np.maximum(m[..., 0] - m[..., 1], KNOWN)  # in some resample 0
+
+    return asdict(bootstrap_estimate([table], [facts], recovered, seed=seed))
 
 
 def best_setting(result: AttackResult | str) -> Setting:
-    """The setting that answers most of the validation half; the first of equals.
-
-    An attack may have asked the test half under its best setting only.
-    """
+    """The setting that answers most of the validation half, the first of equals; of those with a test half."""
     assert isinstance(result, AttackResult)
     return max((way for way in result.ways if way.test), key=lambda way: float(np.mean(way.val)) if way.val else -1.0)
 
 
 def describe_attacks(report: Mapping[str, Any]) -> list[str]:
     """What to take from a report, in words."""
-    worst = report["K*"]
-    chosen = report["attacks"][worst["attack"]]["chosen"]
-    original = report["original"]["accuracy"]
-    plain = report["attacks"][PLAIN]["accuracy"]["value"]
+    worst, original, attacks = report["K*"], report["original"]["accuracy"], report["attacks"]
+    chosen, plain = attacks[worst["attack"]]["chosen"], attacks[PLAIN]["accuracy"]["value"]
     lines = [
         f"of {worst['n']} questions {original['value']:.1%} were answered before and {plain:.1%} after; "
         f"guessing answers {report['chance']:.1%}",

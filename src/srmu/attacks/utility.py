@@ -17,8 +17,8 @@ ROWS = 16  # texts read at once
 
 
 class Utility(Attack, id="E18", name="utility", tier="smoke", recovers=False):
-    """Answers to the tasks to keep, a way each. Of neutral texts the nats a token costs, their
-    perplexity and KL(original || model); the share of repeated token pairs after forget prompts."""
+    """Answers to the tasks to keep, a way each; what neutral texts cost, and KL(original || model) on them; of greedy
+    continuations of forget prompts, the share of token pairs that occurred before."""
 
     count: int = 64  # texts read, and prompts continued
     length: int = 256  # tokens of a text
@@ -35,8 +35,12 @@ class Utility(Attack, id="E18", name="utility", tier="smoke", recovers=False):
         rows = [row for row in rows if len(row) > 1]
         if len(rows) >= LEAST:
             metrics |= measure_texts(model, rows, seed)
-        asked = exam.test[: self.count]
-        repeats = measure_repetition(model, [model.tokens(q.prompt) for q in asked], self.new_tokens)
+        asked, repeats = exam.test[: self.count], []
+        for start in range(0, len(asked), ROWS):
+            prompts = [model.tokens(q.prompt) for q in asked[start : start + ROWS]]
+            for row in continue_greedily(model.module, model.tokenizer, prompts, self.new_tokens):
+                pairs = list(pairwise(row))
+                repeats.append(1 - len({*pairs}) / len(pairs) if pairs else 0.0)
         metrics["repetition"] = bootstrap_estimate([repeats], [list_facts(asked)], seed=seed)
         budget = {"neutral texts": len(rows), "prompts continued": len(asked), "new tokens": self.new_tokens}
         return AttackResult(tuple(ways), metrics, budget)
@@ -63,13 +67,3 @@ def measure_texts(model: Subject, rows: Sequence[list[int]], seed: int) -> dict[
     if drifts:
         metrics["KL of neutral text"] = bootstrap_estimate([drifts], [names], seed=seed)
     return metrics
-
-
-def measure_repetition(model: Subject, prompts: Sequence[list[int]], new_tokens: int) -> list[float]:
-    """Of each greedy continuation the share of its token pairs that occurred in it before."""
-    shares = []
-    for start in range(0, len(prompts), ROWS):
-        for row in continue_greedily(model.module, model.tokenizer, prompts[start : start + ROWS], new_tokens):
-            pairs = list(pairwise(row))
-            shares.append(1 - len(set(pairs)) / len(pairs) if pairs else 0.0)
-    return shares
