@@ -418,7 +418,7 @@ def test_rows_that_are_no_texts_are_left_out_when_asked(tmp_path: Path, row: str
     path.write_text("\n".join([GOOD] * 30 + [row] + [GOOD] * 9))
     with pytest.raises(SrmuError, match=r"texts\.jsonl:31"):
         read_texts([Source(path=str(path))])
-    texts, bad = read_counted([Source(path=str(path), on_bad_row="skip")])
+    texts, bad = read_counted(Source(path=str(path), on_bad_row="skip"))
     assert (len(texts), bad) == (39, 1)
 
 
@@ -440,7 +440,7 @@ def test_other_files_leave_rows_out_too(tmp_path: Path, suffix: str) -> None:
         path.write_text("text\n" + "\n".join(f'"{value}"' for value in values))
     else:
         pyarrow.parquet.write_table(pyarrow.table({"text": values}), path)
-    texts, bad = read_counted([Source(path=str(path), on_bad_row="skip")])
+    texts, bad = read_counted(Source(path=str(path), on_bad_row="skip"))
     assert (len(texts), bad) == (40, 1)
 
 
@@ -642,7 +642,7 @@ def test_rows_that_a_template_does_not_fit(row: Any, says: str, tmp_path: Path) 
         read_texts([source])
     assert str(error.value) == f"{tmp_path}/{says}"
     path.write_text("".join(json.dumps(line) + "\n" for line in [*[lines[0]] * 40, second]))
-    found, bad = read_counted([replace(source, on_bad_row="skip")])
+    found, bad = read_counted(replace(source, on_bad_row="skip"))
     assert (len(found), bad) == (40, 1)
 
 
@@ -734,7 +734,7 @@ def test_rows_left_out_by_where_are_not_bad(tmp_path: Path) -> None:
     path = write_pairs(tmp_path / "a.jsonl", pairs(60, 1))
     with path.open("a") as file:
         file.write("{\n")
-    found, bad = read_counted([Source(path=str(path), template=TEMPLATE, where={"who": "Bob"}, on_bad_row="skip")])
+    found, bad = read_counted(Source(path=str(path), template=TEMPLATE, where={"who": "Bob"}, on_bad_row="skip"))
     assert (len(found), bad) == (30, 1)
 
 

@@ -90,66 +90,58 @@ class TemplatedText(str):
 
 def read_texts(sources: Sequence[Source]) -> list[str]:
     """All texts of the sources, in order."""
-    return read_counted(sources)[0]
+    return [text for source in sources for text in read_counted(source)[0]]
 
 
-def read_counted(sources: Sequence[Source]) -> tuple[list[str], int]:
-    """All texts of the sources, and the number of rows that were left out as they hold no text.
+def read_counted(source: Source) -> tuple[list[str], int]:
+    """All texts of a source, and the number of rows that were left out as they hold no text.
 
     SrmuError where these are many: then the file or the column is the wrong one.
     """
     texts: list[str] = []
-    bad = 0
-    for source in sources:
-        found: list[str | None] = []
-        wrong: list[str] = []  # what is wrong with each row that is left out
-        seen: dict[str, set[str]] = {column: set() for column in source.where}
-        for place, row in read_rows(source):
-            try:
-                found.append(read_row(source, row, place, seen))
-            except SrmuError as error:
-                if source.on_bad_row == "error":
-                    raise
-                wrong.append(str(error))
-        count, kept = len(found) + len(wrong), [text for text in found if text is not None]
-        if isinstance(source, RowSource) and not count:
-            raise SrmuError(f"{source.place}: holds no text")
-        if len(wrong) > MOST_BAD * count:
-            raise SrmuError(
-                f"{len(wrong)} of {count} rows are no texts, more than {MOST_BAD:.0%}; the first: {wrong[0]}"
-            )
-        if source.where and not kept:
-            raise SrmuError(f"{source.place}: {explain_empty(source, seen)}")
-        texts, bad = texts + kept, bad + len(wrong)
-    return texts, bad
+    bad: list[SrmuError] = []  # what is wrong with the rows that are left out
+    count = 0
+    for place, row in read_rows(source):
+        count += 1
+        try:
+            texts += read_row(source, row, place)
+        except SrmuError as error:
+            if source.on_bad_row == "error":
+                raise
+            bad.append(error)
+    if isinstance(source, RowSource) and not count:
+        raise SrmuError(f"{source.place}: holds no text")
+    if len(bad) > MOST_BAD * count:
+        raise SrmuError(f"{len(bad)} of {count} rows are no texts, more than {MOST_BAD:.0%}; the first: {bad[0]}")
+    if source.where and not texts:
+        raise SrmuError(f"{source.place}: {explain_empty(source)}")
+    return texts, len(bad)
 
 
-def read_row(source: Source, row: Any, place: str, seen: dict[str, set[str]]) -> str | None:
-    """The text of a row, None if `where` leaves it out; `seen` collects the values of its columns."""
+def read_row(source: Source, row: Any, place: str) -> list[str]:
+    """The text of a row; none if `where` leaves the row out."""
     if isinstance(row, SrmuError):  # a line that is not JSON
         raise row
     if (source.where or source.template) and not isinstance(row, dict):
         raise SrmuError(f"{place}: where and template take columns, but the row has none")
     values = {column: str(read_cell(row, column, place)) for column in source.where}
-    for column, value in values.items():
-        if len(value) <= SHOWN:
-            seen[column].add(value)
-    if any(values[column] != str(value) for column, value in source.where.items()):
-        return None
+    if values != {column: str(value) for column, value in source.where.items()}:
+        return []
     if source.template is None:
-        return read_text(row, source.column, place)
+        return [read_text(row, source.column, place)]
     words = COLUMN.split(source.template)  # text and column names, in turn
     words[1::2] = [read_text(row, column, place) for column in words[1::2]]
     text = TemplatedText("".join(words))
     text.start = sum(map(len, words[:-2]))
-    return text
+    return [text]
 
 
-def explain_empty(source: Source, seen: dict[str, set[str]]) -> str:
+def explain_empty(source: Source) -> str:
     """Why `where` leaves out all rows."""
     for column, value in source.where.items():
-        if str(value) not in seen[column]:
-            known = sorted(seen[column])
+        values = {str(row[column]) for _, row in read_rows(source) if isinstance(row, dict) and column in row}
+        if str(value) not in values:
+            known = sorted(value for value in values if len(value) <= SHOWN)
             hint = suggest_word(str(value), known) if known else ""
             if len(hint) > 4 * SHOWN:
                 hint = f"; the first of its {len(known)} values is {known[0]}"

@@ -76,7 +76,7 @@ def read_role(config: TopicConfig, role: str) -> tuple[Parts, int]:
     parts: Parts = []
     bad_rows = 0
     for source in getattr(config, role):
-        texts, bad = read_counted([source])
+        texts, bad = read_counted(source)
         parts.append((source, texts))
         bad_rows += bad
     _, held = split_held_out([text for _, texts in parts for text in texts], getattr(config, f"{role}_held_out"))
