@@ -66,8 +66,8 @@ class Sweep(BaseModel):
     attack: AttackOptions = AttackOptions()
     prune: bool = False
     seed: int = 0  # of the sampler
-    name: str = ""  # of the study; "": the file's name
-    out: Path = Path()  # .: sweeps/NAME
+    name: str  # of the study
+    out: Path
     heartbeat: int = Field(default=60, ge=1)  # seconds between a worker's signs of life
 
     @model_validator(mode="after")
@@ -150,20 +150,20 @@ def read_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
         )
     for override in overrides:
         override_sweep(tree, override)
+    tree["name"] = tree.get("name") or path.stem
+    tree["out"] = tree.get("out") or f"sweeps/{tree['name']}"
     try:
         sweep = Sweep.model_validate(tree)
     except ValidationError as error:
         part = [*error.errors()[0]["loc"], ""][0]
         schema = AttackOptions if part == "attack" else Dimension if part == "search" else Sweep
         raise SrmuError(f"{path}: {explain_error(error, '', schema)}") from None
-    name = sweep.name or path.stem
-    out = sweep.out if sweep.out.name else Path("sweeps", name)
-    home = path.resolve().parent
     try:
-        places = {key: (home / place.expanduser()).resolve() for key, place in (("config", sweep.config), ("out", out))}
+        named = {"config": sweep.config.expanduser(), "out": sweep.out.expanduser()}
     except RuntimeError:
         raise SrmuError(f"{path}: config or out: there is no such user") from None
-    sweep = sweep.model_copy(update={"name": name, **places})
+    home = path.resolve().parent
+    sweep = sweep.model_copy(update={key: (home / place).resolve() for key, place in named.items()})
     check_keys(sweep)
     require_place(sweep.out / FILE)
     return sweep
@@ -206,9 +206,9 @@ def check_objectives(sweep: Sweep, watch: Watch = ignore_progress) -> None:
     """
     config = load_config(sweep.config, sweep.set)
     base = locate_base(config)
-    metrics = (
-        score_model(str(base), sweep.tasks, tasks_dir=config.tasks_dir, watch=watch)["after"] if sweep.tasks else {}
-    )
+    metrics: Mapping[str, Any] = {}
+    if sweep.tasks:
+        metrics = score_model(str(base), sweep.tasks, tasks_dir=config.tasks_dir, watch=watch)["after"]
     attacked = [metric for metric in sweep.objectives if metric.startswith(ATTACK)]
     for metric in sweep.objectives:
         if metric not in (*metrics, *attacked):
