@@ -65,6 +65,7 @@ class Activations:
         self.held: dict[str, Output] = {}
         self.recent: dict[str, Output] = {}
         self.hits = 0
+        self.unmeasured = 0  # bytes to write until the files are counted again: there may be many
         self.kept = "disk" if folder else "memory" if room else "none"  # where entries go, for the record
 
     def find(self, name: str) -> Output | None:
@@ -104,9 +105,12 @@ class Activations:
         kind, tensor = ("tuple", value[0]) if isinstance(value, tuple) else ("tensor", value)
         data = save({kind: tensor.detach().cpu().contiguous()}, {"sha256": digest_tensors(tensor)})
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # another process may have cleared it
-        room = self.limit - len(data)
-        if room < 0 or shrink_cache(room, self.folder) > room:
-            raise OSError(f"SRMU_CACHE_LIMIT of {self.limit / 1e9:g} GB is reached")
+        if len(data) > self.unmeasured:
+            room = self.limit - len(data)
+            if room < 0 or (left := shrink_cache(room, self.folder)) > room:
+                raise OSError(f"SRMU_CACHE_LIMIT of {self.limit / 1e9:g} GB is reached")
+            self.unmeasured = min(self.limit - left, self.limit // 100)
+        self.unmeasured -= len(data)
         if shutil.disk_usage(self.folder).free < len(data) + SPARE:
             raise OSError("the disk is full")
         temporary = self.folder.with_suffix(f".{os.getpid()}")
