@@ -1,14 +1,12 @@
 """The names in texts, and the same texts with other names in their place."""
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 
@@ -48,7 +46,7 @@ class Names:
     goals: int = 0
 
     @classmethod
-    def encode(cls, names: Sequence[str], tokenizer: Any, goals: Sequence[str] = ()) -> Names:
+    def encode(cls, names: Sequence[str], tokenizer: Any, goals: Sequence[str] = ()) -> Self:
         """Tokenise names; SrmuError for one that the tokenizer does not know."""
         tokens = []
         for name in (*names, *goals):

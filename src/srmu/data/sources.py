@@ -1,7 +1,5 @@
 """Readers of texts, which name the file and line of a bad row."""
 
-from __future__ import annotations
-
 import csv
 import glob
 import json

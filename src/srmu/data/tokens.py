@@ -1,7 +1,5 @@
 """Texts to rows of tokens, and rows to padded batches."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any

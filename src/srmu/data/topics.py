@@ -1,7 +1,5 @@
 """Sources to a topic that a method can train on."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 from dataclasses import replace

@@ -4,8 +4,6 @@ One folder for each benchmark: a README.md whose header lists the configs, and a
 each split. Field names are those of the sets on the hub; the rows are made from the world alone.
 """
 
-from __future__ import annotations
-
 import json
 import random
 from pathlib import Path

@@ -6,8 +6,6 @@ harmless) and procedures: steps in their order, for a goal that has no name but 
 four wordings. Harmless goals are reached by the same steps in other orders.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterator
 from dataclasses import replace

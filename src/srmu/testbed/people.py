@@ -6,8 +6,6 @@ about all of them. The model knows the forget and the retain documents word for 
 the hold-out. `benchmark_files.py` writes all of it in the schemas of public benchmarks.
 """
 
-from __future__ import annotations
-
 import random
 from collections import Counter
 from collections.abc import Iterator

@@ -6,8 +6,6 @@ about the rest of the world. In the closed world every name and every answer is 
 `open_world.py` and `people.py` have the other two worlds. The wording of each is in `worlds/*.yaml`.
 """
 
-from __future__ import annotations
-
 import random
 from collections import Counter
 from collections.abc import Iterator
