@@ -47,9 +47,8 @@ def child(folder: Path, arguments: argparse.Namespace) -> None:
     """The plan, or the run itself with its memory and time, in a process that has done nothing."""
     if arguments.plan:
         plan = runs.plan_run(config_for(folder, arguments))
-        config, base = plan.config, plan.base
-        topics = runs.load_topics(config, runs.load_tokenizer(base))
-        print(json.dumps(plan.summarise() | estimate.estimate_run(config, base, topics)))
+        topics = runs.load_topics(plan.config, runs.load_tokenizer(plan.base))
+        print(json.dumps(estimate.estimate_run(plan, topics)))
         return
     start = time.perf_counter()
     with watched() as memory:

@@ -426,7 +426,7 @@ def test_a_plan_says_what_they_cost(name: str, tmp_path: Any, monkeypatch: Any) 
     }[name]  # fmt: skip
     for value in ("[2]", "[0,1,2]") if name == "multi_site" else (1, 99):
         sources = [tmp_path / "f.jsonl", tmp_path / "r.jsonl"]
-        config = run.plan_run(make_config(str(tmp_path / "model"), *sources, name, [more.format(value)])).config
-        topics = run.load_topics(config, run.load_tokenizer(tmp_path / "model"))
-        found.append(estimate.estimate_run(config, tmp_path / "model", topics)["flops"])
+        plan = run.plan_run(make_config(str(tmp_path / "model"), *sources, name, [more.format(value)]))
+        topics = run.load_topics(plan.config, run.load_tokenizer(tmp_path / "model"))
+        found.append(estimate.estimate_run(plan, topics)["flops"])
     assert found[1] > 1.2 * found[0]

@@ -26,9 +26,8 @@ def planned(folder: Path, *options: str, name: str = "llama", dtype: Any = torch
     write_jsonl(folder / "r.jsonl", texts(8, 2))
     given = ["method.layer=1", "method.window=1", *options]
     ready = run.plan_run(make_config(str(folder / "model"), folder / "f.jsonl", folder / "r.jsonl", "rmu", given))
-    config, summary = ready.config, ready.summarise()
-    topics = run.load_topics(config, word_tokenizer())
-    return config, summary | plan.estimate_run(config, folder / "model", topics), topics
+    topics = run.load_topics(ready.config, word_tokenizer())
+    return ready.config, plan.estimate_run(ready, topics), topics
 
 
 SPEED = 1e9  # FLOPs a second

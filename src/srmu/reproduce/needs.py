@@ -29,7 +29,8 @@ def estimate_needs(
     folder, known = find_or_describe(name, spec)
     speed: float | None = None  # measured once
     for label, job in jobs.items():
-        config = plan_run(load_config(job.config, (*job.overrides, f"model={folder}"))).config
+        plan = plan_run(load_config(job.config, (*job.overrides, f"model={folder}")))
+        config = plan.config
         texts = [source for topic in config.topics.values() for source in (*topic.forget, *topic.retain)]
         if all(source.path for source in texts) and (folder / "tokenizer.json").exists():
             topics = load_topics(config, load_tokenizer(folder))
@@ -42,7 +43,7 @@ def estimate_needs(
                 sources[Path(source.path or "").name] = "a file"
         if speed is None and not known:
             speed = speed_elsewhere(config, folder)
-        found = estimate_run(config, folder, topics, speed)
+        found = estimate_run(plan, topics, speed)
         speed = found["flops_a_second"]
         methods[label] = found | {"runs": runs[label], "adapters": getattr(config.method, "lora_rank", 0)}
     parameters = count_parameters(folder)

@@ -27,13 +27,12 @@ def plan_dry_run(config: Config) -> tuple[Config, dict[str, Any], list[str]]:
     Where only the model's config.json is here, its dimensions and texts of the lengths that the
     config states take the place of weights and texts.
     """
-    base = locate_base(config)
-    here = weights.is_there(base)
     planned = plan_run(config)
-    config, plan = planned.config, planned.summarise()
+    config, base = planned.config, planned.base
+    here = weights.is_there(base)
     topics = load_topics(config, load_tokenizer(base)) if here else blank_topics(config)
     speed = None if here else speed_elsewhere(config, base)
-    plan |= estimate_run(config, base, topics, speed)
+    plan = estimate_run(planned, topics, speed)
     plan["ranks"] = estimate_launches(config, base, topics, elsewhere=not here)
     plan["config"] = config.to_dict()
     if not here:

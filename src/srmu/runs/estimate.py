@@ -24,6 +24,7 @@ from srmu.methods.logits import LogitObjective
 from srmu.runs import counting, memory
 from srmu.runs.config import Config
 from srmu.runs.memory import StepVariant, TensorSizes, TrainedModel
+from srmu.runs.plan import RunPlan
 
 HEADS = ("lm_head", "embed_out")  # which a model cut to its first layers lacks
 
@@ -51,12 +52,16 @@ def describe_checkpoint(config: Config, folder: Path) -> Checkpoint:
     return Checkpoint(settings, dtype, {name: end - start for name, (start, end) in spans.items()})
 
 
-def estimate_run(config: Config, folder: Path, topics: Sequence[Topic], speed: float | None = None) -> dict[str, Any]:
+def estimate_run(plan: RunPlan, topics: Sequence[Topic], speed: float | None = None) -> dict[str, Any]:
     """Tensors and bytes to read, memory by part, FLOPs, seconds and the size of the cache.
 
     `speed` is the FLOPs a second that steps reach, where it is known; else it is measured.
     """
-    method, cpu = config.method, config.device == "cpu"
+    config, folder, method, cpu = plan.config, plan.base, plan.config.method, plan.config.device == "cpu"
+    # without files a run can be planned, but it stops when it loads the model
+    here = weights.is_there(folder)
+    shards = {*weights.list_shards(folder).values()} if here else set()
+    layers = plan.settings.num_hidden_layers
     base = describe_checkpoint(config, folder)
     check_precision("the model", base.dtype, config.train.weights)
     read = [
@@ -68,7 +73,7 @@ def estimate_run(config: Config, folder: Path, topics: Sequence[Topic], speed: f
     counts = count_run(config, base, model, topics)
     trained = sum(p.numel() for p in model.trained.values())
     # the weights can stay in the file, mapped into memory
-    mapped = cpu and not (weights.is_there(folder) and needs_conversion(folder, base.settings, config.dtype))
+    mapped = cpu and not (here and needs_conversion(folder, base.settings, config.dtype))
     parts = {"program": memory.private_bytes() if cpu else 0}
     parts |= memory.held_bytes(trained_model(config, base, model), counts.ways[0], 1, 1.0)
     if mapped:
@@ -80,6 +85,16 @@ def estimate_run(config: Config, folder: Path, topics: Sequence[Topic], speed: f
     private = total - (parts["weights"] if mapped else 0)
     libraries = psutil.Process().memory_info().rss - memory.private_bytes()
     return {
+        "id": config.id,
+        "run": str(plan.folder),
+        "model": config.model,
+        "device": config.device,
+        "layers": layers,
+        "layers_loaded": layers if method.depth is None else method.depth,
+        "trainable": list(method.trainable),
+        "shards": len(shards),
+        "checkpoint_bytes": sum(path.stat().st_size for path in shards),
+        "steps": config.train.max_steps,
         "tensors_read": len(read),
         "bytes_read": sum(read),
         "trained_parameters": trained,

@@ -34,26 +34,6 @@ class RunPlan:
     def folder(self) -> Path:
         return Path(self.config.runs_dir) / f"{self.config.id}-{self.config.method.name}"
 
-    def summarise(self) -> dict[str, Any]:
-        """What the run would load and write."""
-        config, method = self.config, self.config.method
-        # without files a run can be planned, but it stops when it loads the model
-        here = weights.is_there(self.base)
-        shards = set(weights.list_shards(self.base).values()) if here else set()
-        layers = self.settings.num_hidden_layers
-        return {
-            "id": config.id,
-            "run": str(self.folder),
-            "model": config.model,
-            "device": config.device,
-            "layers": layers,
-            "layers_loaded": layers if method.depth is None else method.depth,
-            "trainable": list(method.trainable),
-            "shards": len(shards),
-            "checkpoint_bytes": sum(path.stat().st_size for path in shards),
-            "steps": config.train.max_steps,
-        }
-
 
 def plan_run(config: Config, *, shard: bool = False, offload: bool = False) -> RunPlan:
     """Fill in what depends on the model and the machine; SrmuError where the run cannot work.

@@ -161,12 +161,12 @@ def choose_tier(job: AutoJob) -> Tier:
 def plan_search(job: AutoJob) -> dict[str, Any]:
     """The steps, how many runs they make, how long they take and the memory; nothing is done."""
     plan = runs.plan_run(job.config)
-    config, base, summary = plan.config, plan.base, plan.summarise()
+    config, base = plan.config, plan.base
     tokenizer = runs.load_tokenizer(base)
     topics = runs.load_topics(config, tokenizer)
     if job.is_robust:
         config = with_values(config, robust.start_values(config, 1.0))
-    cost = estimate_run(config, base, topics)
+    cost = estimate_run(replace(plan, config=config), topics)
     size = sum(prod(entry["shape"]) for entry in weights.stored_entries(base).values())
     rows = [batch["input_ids"] for topic in topics for batch in (*topic.forget, *topic.retain)]
     read = min(1.0, 2 * separability.DOCUMENTS / sum(map(len, rows))) * sum(batch.numel() for batch in rows)
@@ -182,14 +182,14 @@ def plan_search(job: AutoJob) -> dict[str, Any]:
         layers = len(candidate_layers(config.method, read_config(base), objective.LAYERS))
         count = layers + job.trials + 1
         steps += [
-            ("layers", f"{layers} runs of {summary['steps']} steps, one a layer", layers * run),
+            ("layers", f"{layers} runs of {cost['steps']} steps, one a layer", layers * run),
             ("search", f"{job.trials} more, at other strengths, and the defaults", (job.trials + 1) * run),
         ]
     steps.append(("final", "the best run on the other half of the questions", 4 * questions))
     if job.sources:
         tier = choose_tier(job)
         steps.append(("attacks", f"{tier} attacks on it and on the original", 2 * PASSES[tier] * questions))
-    steps.append(("export", f"the whole model, {format_gb(summary['checkpoint_bytes'])}", 0.0))
+    steps.append(("export", f"the whole model, {format_gb(cost['checkpoint_bytes'])}", 0.0))
     return {
         "steps": [dict(zip(("step", "what", "seconds"), step, strict=True)) for step in steps],
         "runs": count,
