@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -172,7 +173,10 @@ def draw_attacks(pairs: Sequence[tuple[RunGroup, Recovery]], labels: Sequence[st
         for who, (symbol, colour, _) in CONTROLS.items() if len(pairs) == 1 else ():
             marks = [{ACCURACY: row[who], "attack": name} for name, row in rows.items() if who in row]
             series += [Series(who, marks, make_look(colour, symbol, size=9))] if marks else []
-    order = {"categoryorder": "mean descending"}
+    means: dict[str, list[float]] = {}
+    for name, row in (item for _, recovery in pairs for item in recovery.attacks.items()):
+        means.setdefault(name_words(name), []).append(row[""].value)
+    order = {"categoryarray": sorted(means, key=lambda name: -fmean(means[name]))}
     figure = draw_figure("Accuracy under each attack", series, ACCURACY, "attack", x_axis=PERCENT, y_axis=order)
     mark_value(figure, "chance", x=pairs[0][1].chance)
     return figure
