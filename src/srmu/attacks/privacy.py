@@ -69,10 +69,10 @@ class ForgetQuality(Attack, id="E16", name="forget_quality", tier="standard"):
         names = list_facts(exam.test)
         places = np.union1d(own, other)  # where either distribution function steps
         steps, half = np.concatenate([own[:, None] <= places, other[:, None] <= places], axis=1), len(places)
-        gap = bootstrap_estimate([steps], [names], lambda m: np.abs(m[..., :half] - m[..., half:]).max(-1), seed=seed)
+        gap = bootstrap_estimate(steps, names, lambda m: np.abs(m[..., :half] - m[..., half:]).max(-1), seed=seed)
         with catch_warnings(action="ignore"):  # of many questions the exact p is out of reach
             p = float(ks_2samp(own, other).pvalue)
-        ratio = bootstrap_estimate([np.exp(-np.abs(own))], [names], seed=seed)
+        ratio = bootstrap_estimate(np.exp(-np.abs(own)), names, seed=seed)
         metrics = {"truth ratio": ratio, "ks distance": gap, "ks p": Estimate(p, p, p, len(names))}
         return AttackResult(metrics=metrics)
 

@@ -24,7 +24,7 @@ class ForcedChoice(Attack, id="E0", name="forced_choice", tier="smoke"):
         rows = zip(test, exam.test, strict=True)
         chances = [np.exp(np.array(row) - np.logaddexp.reduce(row))[q.gold] for row, q in rows]
         way = Setting("as they are", mark_right(val, exam.val), mark_right(test, exam.test))
-        probability = bootstrap_estimate([chances], [list_facts(exam.test)], seed=seed)
+        probability = bootstrap_estimate(chances, list_facts(exam.test), seed=seed)
         return AttackResult((way,), {"probability": probability})
 
 
@@ -93,7 +93,7 @@ def position_bias(questions: Sequence[Question], scores: Sequence[Sequence[Seque
         for row in rows:
             line[np.argmax(row)] += 1 / len(rows)
         line[: len(q.options)] -= 1 / len(q.options)
-    return bootstrap_estimate([table], [list_facts([q for q, _ in chosen])], lambda m: np.abs(m).sum(-1) / 2, seed=seed)
+    return bootstrap_estimate(table, list_facts([q for q, _ in chosen]), lambda m: np.abs(m).sum(-1) / 2, seed=seed)
 
 
 class Extraction(Attack, id="E2", name="extraction", tier="smoke"):
@@ -106,13 +106,13 @@ class Extraction(Attack, id="E2", name="extraction", tier="smoke"):
     def run(self, model: Subject, texts: Texts, exam: Exam, seed: int) -> AttackResult:
         questions = [unlist_options(q) for q in exam.test]
         strengths = self.measure_strengths(model, [model.split(q.prompt, q.answer) for q in questions])
-        metrics = {"answers": bootstrap_estimate([strengths], [list_facts(questions)], seed=seed)}
+        metrics = {"answers": bootstrap_estimate(strengths, list_facts(questions), seed=seed)}
         drawn = random.Random(seed).sample(texts.forget, min(self.texts, len(texts.forget)))
         rows = [model.tokens(text)[: min(self.tokens, model.max_length)] for text in drawn]
         halves = [(row[: len(row) // 2], row[len(row) // 2 :]) for row in rows if len(row) > 1]
         if len(halves) >= LEAST:
             strengths = self.measure_strengths(model, halves)
-            metrics["forget texts"] = bootstrap_estimate([strengths], [range(len(halves))], seed=seed)
+            metrics["forget texts"] = bootstrap_estimate(strengths, range(len(halves)), seed=seed)
         return AttackResult(metrics=metrics, budget={"forget texts": len(halves), "tokens": self.tokens})
 
     def measure_strengths(self, model: Subject, rows: Sequence[Row]) -> list[float]:
@@ -172,7 +172,7 @@ class EntangledQueries(Attack, id="E3", name="entangled_queries", tier="smoke"):
         }
         for name in ("option", "in front"):
             table = list(zip(right["alone"], right[name], strict=True))
-            cost = bootstrap_estimate([table], [names], lambda m: m[..., 0] - m[..., 1], seed=seed)
+            cost = bootstrap_estimate(table, names, lambda m: m[..., 0] - m[..., 1], seed=seed)
             metrics[f"cost of a forget term, {name}"] = cost
         return AttackResult(ways, metrics, {"harmless questions": len(harmless)})
 
@@ -247,7 +247,7 @@ class Leak(Attack, id="E14", name="leak", tier="standard"):
             right = count_right_generations(model, questions, samples=self.samples, temperature=temperature, seed=seed)
             for k in self.ks:
                 leaks = [leak_at_k(self.samples, count, k) for count in right]
-                leak = bootstrap_estimate([leaks], [list_facts(questions)], seed=seed)
+                leak = bootstrap_estimate(leaks, list_facts(questions), seed=seed)
                 metrics[f"leak@{k}, temperature {temperature}"] = leak
         return AttackResult(metrics=metrics, budget={"samples": self.samples * len(self.temperatures)})
 

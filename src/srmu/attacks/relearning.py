@@ -115,7 +115,7 @@ class BenignRelearning(Attack, id="E7", name="benign_relearning", tier="smoke", 
             steps[kind] = [taken for _, taken in runs]
             if len(counts) > 1:
                 table = np.array([way.test for way, _ in runs]).T
-                area = bootstrap_estimate([table], [facts], lambda m: np.trapezoid(m, logs, axis=-1) / width, seed=seed)
+                area = bootstrap_estimate(table, facts, lambda m: np.trapezoid(m, logs, axis=-1) / width, seed=seed)
                 metrics[f"accuracy over log n, {kind}"] = area
         if not ways:
             raise NotApplicable("fine-tuning this model needs more memory than the device has")

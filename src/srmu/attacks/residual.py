@@ -131,7 +131,7 @@ class LinearProbe(Attack, id="E5", name="linear_probe", tier="standard"):
             control.append(self.fit_probe(h[best], z, shuffled, count, seed)[count:])
         table = np.column_stack([ways[best].test, np.mean(control, axis=0)])
         facts = list_facts(exam.test)
-        selectivity = bootstrap_estimate([table], [facts], lambda means: means[..., 0] - means[..., 1], seed=seed)
+        selectivity = bootstrap_estimate(table, facts, lambda means: means[..., 0] - means[..., 1], seed=seed)
         budget = {"layers": len(ways), "folds": self.folds, "shuffles": self.shuffles, "components": self.width}
         return AttackResult(tuple(ways), {"selectivity": selectivity}, budget)
 
@@ -308,7 +308,7 @@ class UnlearningDepth(Attack, id="E17", name="unlearning_depth", tier="standard"
         names = [q.fact for q, known in zip(exam.test, kept.tolist(), strict=True) if known]
         if (count := len({*names})) < LEAST:
             raise NotApplicable(f"the original knows {count} facts better than the oracle; it needs {LEAST}")
-        depth = bootstrap_estimate([scores[kept].numpy()], [names], seed=seed)
+        depth = bootstrap_estimate(scores[kept].numpy(), names, seed=seed)
         return AttackResult(metrics={"depth": depth}, budget={"patched": 2 * layers})
 
 

@@ -75,7 +75,7 @@ def exam_of(report: Report) -> list[Any]:
 def find_worst_case(report: Report) -> dict[str, Any]:
     """K* with its interval, and the attack that finds most of those that count."""
     statistic = partial(statistics.worst_case, chance=report["chance"])
-    worst = bootstrap_estimate([statistics.residual_table(report)], [report["facts"]], statistic, seed=report["seed"])
+    worst = bootstrap_estimate(statistics.residual_table(report), report["facts"], statistic, seed=report["seed"])
     counted = {
         name: entry["accuracy"]["value"]
         for name, entry in report["attacks"].items()
@@ -113,7 +113,7 @@ def judge_attack(
         if "right" in controls.get("oracle", {}):
             # invalid: the oracle, which never knew, is above chance, and above itself without the attack
             table = np.stack([plain["oracle"], best_setting(outcomes["oracle"]).test], axis=1)
-            gain = bootstrap_estimate([table], [facts], lambda m: m[..., 1] - m[..., 0], seed=seed)
+            gain = bootstrap_estimate(table, facts, lambda m: m[..., 1] - m[..., 0], seed=seed)
             entry["valid"] = controls["oracle"]["accuracy"]["low"] <= chance or gain.low <= 0
     return entry
 
@@ -137,14 +137,14 @@ def describe_result(one: Attack, result: AttackResult | str, facts: Sequence[str
 def measure_recovery(plain: Answers, right: Sequence[float], facts: Sequence[str], seed: int) -> dict[str, Any] | None:
     """R = (Aa - Au) / (A0 - Au); none where what was forgotten is under two standard errors."""
     table = np.stack([plain["original"], plain["unlearned"], right], axis=1)
-    gap = bootstrap_estimate([table], [facts], lambda m: m[..., 0] - m[..., 1], seed=seed)
+    gap = bootstrap_estimate(table, facts, lambda m: m[..., 0] - m[..., 1], seed=seed)
     if gap.value <= 0 or gap.value < (gap.high - gap.low) / 1.96:
         return None
 
     def recovered(m: Array) -> Array:
         return (m[..., 2] - m[..., 1]) / np.maximum(m[..., 0] - m[..., 1], KNOWN)  # in some resample 0
 
-    return asdict(bootstrap_estimate([table], [facts], recovered, seed=seed))
+    return asdict(bootstrap_estimate(table, facts, recovered, seed=seed))
 
 
 def best_setting(result: AttackResult | str) -> Setting:

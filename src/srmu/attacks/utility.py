@@ -41,7 +41,7 @@ class Utility(Attack, id="E18", name="utility", tier="smoke", recovers=False):
             for row in continue_greedily(model.module, model.tokenizer, prompts, self.new_tokens):
                 pairs = list(pairwise(row))
                 repeats.append(1 - len({*pairs}) / len(pairs) if pairs else 0.0)
-        metrics["repetition"] = bootstrap_estimate([repeats], [list_facts(asked)], seed=seed)
+        metrics["repetition"] = bootstrap_estimate(repeats, list_facts(asked), seed=seed)
         budget = {"neutral texts": len(rows), "prompts continued": len(asked), "new tokens": self.new_tokens}
         return AttackResult(tuple(ways), metrics, budget)
 
@@ -61,9 +61,9 @@ def measure_texts(model: Subject, rows: Sequence[list[int]], seed: int) -> dict[
                 before = model.module(**read).logits
             drifts += ((token_kl(before, logits) * mask).sum(dim=1) / mask.sum(dim=1)).tolist()
     names = range(len(costs))
-    cost = bootstrap_estimate([costs], [names], seed=seed)
+    cost = bootstrap_estimate(costs, names, seed=seed)
     perplexity = Estimate(exp(cost.value), exp(cost.low), exp(cost.high), cost.n)
     metrics = {"nats a neutral token": cost, "perplexity of neutral text": perplexity}
     if drifts:
-        metrics["KL of neutral text"] = bootstrap_estimate([drifts], [names], seed=seed)
+        metrics["KL of neutral text"] = bootstrap_estimate(drifts, names, seed=seed)
     return metrics

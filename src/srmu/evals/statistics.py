@@ -139,20 +139,13 @@ def estimate_from(values: Array, n: int) -> Estimate:
 
 
 def bootstrap_estimate(
-    tables: Sequence[ArrayLike],
-    facts: Sequence[Sequence[Hashable]],
-    statistic: Statistic = first_column,
-    *,
-    seed: int = 0,
+    table: ArrayLike, facts: Sequence[Hashable], statistic: Statistic = first_column, *, seed: int = 0
 ) -> Estimate:
-    """A statistic of column means, averaged over seeds, with its paired bootstrap interval.
+    """A statistic of column means of (questions, columns), with its paired bootstrap interval.
 
-    `tables` holds an array (questions, columns) for each seed, what is compared side by side in its columns; `facts`
-    names what each question asks for. SrmuError where there are fewer than 20.
+    `facts` names what each question asks for. SrmuError where there are fewer than 20.
     """
-    draws = Draws(seed)
-    values = [statistic(draws.means(*pair)) for pair in zip(tables, facts, strict=True)]
-    return draws.estimate(np.stack(values, axis=1), min(len(names) for names in facts))
+    return estimate_from(statistic(Draws(seed).means(table, facts)), len(facts))
 
 
 def estimate_accuracy(right: ArrayLike, facts: Sequence[Hashable], *, seed: int = 0) -> Estimate:
