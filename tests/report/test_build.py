@@ -28,7 +28,7 @@ from srmu.cli import main
 from srmu.errors import SrmuError
 from srmu.evals.benchmarks import find_benchmark
 from srmu.evals.statistics import Estimate
-from srmu.report.attacks import attack_section, measure_recovery
+from srmu.report.attacks import attack_section, estimate_recovery
 from srmu.report.benchmarks import benchmark_section
 from srmu.report.build import MEAN, make_runs_page, write_report
 from srmu.report.results import RunGroup, aggregate_metrics, strip_paths
@@ -375,7 +375,7 @@ def test_relearning_by_steps_of_several_methods(tmp_path):
     for i, run in enumerate(runs):
         write_attacks(run, 0.6 + 0.1 * i if run != runs[-1] else 0.9)
     keep_rows(runs[0], lambda row: not row.get("attack"))  # a seed that was not attacked
-    found = [measure_recovery(RunGroup(label, "", tuple(some))) for label, some in
+    found = [estimate_recovery(RunGroup(label, "", tuple(some))) for label, some in
              (("SRMU", runs[:-1]), ("RMU", runs[-1:]))]  # fmt: skip
     curves = found[0].curves
     own = curves[(curves["unit"] == "steps") & (curves["kind"] == "LoRA") & (curves["whose"] == "")]

@@ -43,7 +43,7 @@ class Recovery:
     curves: pd.DataFrame  # relearning: unit, kind, whose, count, accuracy
 
 
-def measure_recovery(entry: RunGroup) -> Recovery | None:
+def estimate_recovery(entry: RunGroup) -> Recovery | None:
     """What the attacks on an entry's runs brought back; None where none was attacked."""
     files = {run: read_attacks(run) for run in entry.runs}
     attacked = {run: attacks for run, attacks in files.items() if attacks}

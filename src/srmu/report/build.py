@@ -14,7 +14,7 @@ from srmu.evals.compare import choose_metrics, metrics_of
 from srmu.evals.results import read_attacks, read_benchmarks
 from srmu.evals.settings import method_label, run_setting, setting_words
 from srmu.report import markdown, results, runs, studies
-from srmu.report.attacks import Recovery, attack_section, measure_recovery
+from srmu.report.attacks import Recovery, attack_section, estimate_recovery
 from srmu.report.benchmarks import benchmark_sections
 from srmu.report.format import count_words, format_share, name_words, write_words
 from srmu.report.html import LABEL, Block, Page, Section, Table
@@ -143,7 +143,7 @@ def make_runs_page(
     paths to private data out of them.
     """
     labels = list(dict.fromkeys(entry.label for entry in entries))
-    recoveries = [measure_recovery(entry) for entry in entries]
+    recoveries = [estimate_recovery(entry) for entry in entries]
     columns = {metric: [metric] for metric in (*forget, *utility)}
     if len(utility) > 1:
         columns[MEAN] = list(utility)
@@ -210,7 +210,7 @@ def make_sweep_page(folder: Path, study: studies.Study, command: str) -> Page:
         if trial["number"] in study["front"] and trial["runs"]
         if all((folder / run / "config.yaml").is_file() for run in trial["runs"])
     ]
-    recoveries = [measure_recovery(entry) for entry in entries]
+    recoveries = [estimate_recovery(entry) for entry in entries]
     others = [None] * (len(study["front"]) - len(entries))
     wanted = {name_words(metric): way for metric, way in study["objectives"].items()}
     seeds = count_words(len(study["seeds"]), "seed")

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import plotly.graph_objects as go
 
 from srmu.evals.statistics import Estimate
-from srmu.report.format import Value, fill_template, format_value
+from srmu.report.format import Value, fill_page_template, format_value
 
 # Read on white and on near-black alike. With five shapes and five dashes: 30 that differ.
 COLOURS = ("#2f7fd0", "#d4611c", "#1f9a6b", "#a45cc8", "#b08400", "#d1497b")
@@ -206,7 +206,9 @@ def paint_svg(figure: Figure) -> str:
         places |= place_names({i: mark for i, mark in firsts.items() if (mark[0] >= MIDDLE) is is_right})
     size = {"width": WIDTH, "height": HEIGHT, "left": LEFT, "top": TOP, "right": RIGHT, "bottom": BOTTOM}
     looks = {"shapes": SHAPES, "dashes": DASHES}
-    return fill_template("figure.svg", figure=figure, x=across, y=down, places=places, legend=legend, **looks, **size)
+    return fill_page_template(
+        "figure.svg", figure=figure, x=across, y=down, places=places, legend=legend, **looks, **size
+    )
 
 
 def scale_axis(axis: Any, values: Sequence[float], start: float, end: float) -> Scale:

@@ -93,7 +93,7 @@ def load_templates() -> Any:
     return environment
 
 
-def fill_template(name: str, **values: Any) -> str:
+def fill_page_template(name: str, **values: Any) -> str:
     return load_templates().get_template(name).render(**values)
 
 

@@ -16,7 +16,7 @@ Study = Mapping[str, Any]  # what `reproduce_paper` or `build_frontier_tables` g
 Rows = list[dict[str, str]]
 
 
-class Part(NamedTuple):
+class StudyPart(NamedTuple):
     """A part of a study: a title, tables with what is said before and after, a picture and its name."""
 
     title: str
@@ -59,7 +59,7 @@ def print_study(study: Study) -> None:
             print(after, end="\n" * bool(after))
 
 
-def describe_study(study: Study) -> tuple[str, list[Part]]:
+def describe_study(study: Study) -> tuple[str, list[StudyPart]]:
     """What the numbers of a study are, and its parts, with the tables that have rows."""
     if study["kind"] == "reproduction":
         (words,) = write_words("reproduction", study=study)
@@ -79,18 +79,20 @@ def study_labels(study: Study) -> list[str]:
     return list(dict.fromkeys([*lines, *(row["label"] for table in study["tables"] for row in table["rows"])]))
 
 
-def reproduction_parts(study: Study) -> list[Part]:
+def reproduction_parts(study: Study) -> list[StudyPart]:
     """The paper's tables and figures repeated, each with the paper's claims."""
     claims = "What the paper claims:"
     parts = [
-        Part(table["title"], [("", table_rows(table), table["note"]), (claims, claim_rows(table["claims"]), "")])
+        StudyPart(table["title"], [("", table_rows(table), table["note"]), (claims, claim_rows(table["claims"]), "")])
         for table in study["tables"]
     ]
     points = "Points of accuracy forgotten, accuracy kept, and kappa in brackets:"
     for one in study["figures"]:
         tables = [(points, point_rows(one), ""), (claims, claim_rows(one["claims"]), "")]
         parts.append(
-            Part(f"{one['title']} ({one['y_title']})", tables, draw_reproduction(one, study_labels(study)), one["name"])
+            StudyPart(
+                f"{one['title']} ({one['y_title']})", tables, draw_reproduction(one, study_labels(study)), one["name"]
+            )
         )
     return parts
 
@@ -165,7 +167,7 @@ def draw_reproduction(figure: Study, labels: Sequence[str]) -> Figure:
 # ---- what stays gone under attack
 
 
-def frontier_part(study: Study, part: Study) -> Part:
+def frontier_part(study: Study, part: Study) -> StudyPart:
     """The tables and the picture of a world and regime: accuracies, K*, attacks and costs."""
     measured = [row for row in part["rows"] if not row.get("why")]
 
@@ -193,7 +195,7 @@ def frontier_part(study: Study, part: Study) -> Part:
         ("The runs whole, before any share is taken:", list_cells("whole", format_percent) if priced else [], ""),
     ]  # fmt: skip
     figure = draw_frontier(study, part, measured) if measured else None
-    return Part(part["title"], tables, figure, f"{study['kind']}-{part['world']}-{part['regime']}")
+    return StudyPart(part["title"], tables, figure, f"{study['kind']}-{part['world']}-{part['regime']}")
 
 
 def accuracy_row(part: Study, row: Study) -> dict[str, str]:
