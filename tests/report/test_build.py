@@ -357,6 +357,7 @@ def test_one_run_under_attack(tmp_path):
     assert "The strongest, benign relearning, found 82%" in page.text  # 0.86 of 96: 0.8646
     assert "prompts (E12) 41.7" in page.text
     assert "invalid: the oracle recovers, too" in page.text
+    assert "K*: the share of the knowledge" in page.text
     assert "gcg no room in forget.jsonl" in page.text
     assert "membership auc loss 0.51 0.98" in page.text
     assert "Relearning by texts: full weights" in page.text
@@ -390,6 +391,10 @@ def test_relearning_by_steps_of_several_methods(tmp_path):
     assert picture.plot.data[1].x == ("0", "20", "100")
     assert picture.plot.data[1].y[-1] == pytest.approx(0.9)
     assert "Relearning by steps: neutral texts, full weights" in drawn
+    (shares, _), table = section.blocks[0].figures, section.blocks[1].table
+    assert [trace.y for trace in shares.plot.data] == [("SRMU",), ("RMU",)]  # the lowest K* first
+    assert [row["Method"] for row in table.rows] == ["SRMU", "RMU"]
+    assert "benign relearning" in table.columns
 
 
 def test_attacks_alone_are_results(tmp_path):

@@ -140,7 +140,15 @@ def attack_section(
         tiers=[*dict.fromkeys(one.tier for _, one in pairs)],
         not_tried=[*dict.fromkeys(name_words(name) for _, one in pairs for name in one.not_tried)],
     )
-    blocks = [Block([draw_attacks(pairs, labels)])]
+    blocks = [Block([draw_shares(pairs, labels), draw_attacks(pairs, labels)])]
+    if len(pairs) > 1:
+        rows = [
+            {LABEL: entry.label, "Method": entry.name} | {name_words(k): row[""] for k, row in recovery.attacks.items()}
+            for entry, recovery in pairs
+        ]
+        heads = dict.fromkeys(head for row in rows for head in row)
+        table = Table("Accuracy under attack, per cent", [dict.fromkeys(heads) | row for row in rows])
+        blocks.append(Block(table=table))
     for entry, recovery in pairs:
         attacks = [
             {"Attack": f"{name_words(name)} ({row['id']})"}
@@ -158,6 +166,17 @@ def attack_section(
                 table = Table(fold or title, rows, words=rows is recovery.failed, fold=fold, label=entry.label)
                 blocks.append(Block(table=table))
     return Section("Recovery by attack", notes, [*blocks, *draw_relearning(pairs, labels)])
+
+
+def draw_shares(pairs: Sequence[tuple[RunGroup, Recovery]], labels: Sequence[str]) -> Figure:
+    """K* of each method, lowest first."""
+    series = []
+    for entry, one in sorted(pairs, key=lambda pair: pair[1].worst.value):
+        row = {"K*": one.worst, "method": entry.name, "strongest attack": name_words(one.strongest)}
+        look = label_look(labels.index(entry.label), size=10)
+        series.append(Series(entry.name, [row], look, entry.label))
+    title = "K*: the share of the knowledge that the best attack found"
+    return draw_figure(title, series, "K*", "method", x_axis={"range": [-0.02, 1.04]})
 
 
 def draw_attacks(pairs: Sequence[tuple[RunGroup, Recovery]], labels: Sequence[str]) -> Figure:
