@@ -16,7 +16,7 @@ from srmu.errors import SrmuError
 from srmu.testbed import build as building
 from srmu.testbed import train as training
 from srmu.testbed.build import build_testbed
-from srmu.testbed.world import KINDS, create_closed, deal_items, tell_facts
+from srmu.testbed.world import create_closed, deal_items, tell_facts
 
 
 @pytest.fixture(autouse=True)
@@ -182,7 +182,7 @@ def test_texts_are_known_and_begin_once(built):
 def test_tasks_ask_in_one_token(built):
     out, _ = built
     tokenizer = AutoTokenizer.from_pretrained(out / "model")
-    names = [f"organism_{kind}{s}" for kind in (*KINDS, "hazard_held") for s in SUFFIXES]
+    names = [f"organism_{kind}{s}" for kind in ("hazard", "neighbour", "general", "hazard_held") for s in SUFFIXES]
     assert {path.name for path in (out / "tasks").iterdir()} == {
         name + ending for name in names for ending in (".yaml", ".jsonl")
     }

@@ -13,13 +13,12 @@ from pydantic.dataclasses import dataclass
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from srmu.engine.files import cache_dir, sha256, write_json
+from srmu.engine.files import cache_dir, require_place, sha256, write_json
 from srmu.engine.likelihoods import score_answers
-from srmu.engine.progress import Watch, ignore_progress
+from srmu.engine.progress import Tick, Watch, ignore_progress
 from srmu.engine.resume import Checkpoints
-from srmu.errors import SrmuError
 from srmu.testbed.open_world import spelling_texts
 from srmu.testbed.people import pretraining_texts
 from srmu.testbed.world import Fact, Size, World, deal_themes, read_wording, tell_facts
@@ -112,15 +111,15 @@ def train_testbed(
     entry = cache_dir() / "organism" / key
     if (entry / "model.safetensors").exists():
         return entry
-    try:
-        entry.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SrmuError(f"{entry} cannot be made ({error.strerror}); set SRMU_CACHE to a folder to write to") from None
+    require_place(entry)
+    entry.mkdir(parents=True, exist_ok=True)
     model = fresh_model(world, seed, recipe)
+    checkpoints = Checkpoints(entry / "checkpoints", CHECKPOINT_SECONDS)
     threads = torch.get_num_threads()
     torch.set_num_threads(recipe.threads)
     try:
-        _train_model(model, ids, recipe, entry, oracle, watch)
+        with watch(f"training the testbed {'oracle' if oracle else 'model'}", recipe.steps) as tick:
+            _train_model(model, ids, recipe, checkpoints, tick)
         accuracy = {name: measure_accuracy(model, world, name, asked) for name, asked in tasks_of(world).items()}
     finally:
         torch.set_num_threads(threads)
@@ -131,7 +130,7 @@ def train_testbed(
     temporary = entry / f".model.{os.getpid()}"
     save_file(model.state_dict(), temporary, metadata={"format": "pt"})
     temporary.replace(entry / "model.safetensors")
-    shutil.rmtree(entry / "checkpoints", ignore_errors=True)
+    checkpoints.clear()
     return entry
 
 
@@ -164,9 +163,10 @@ def score_pairs(model: LlamaForCausalLM, world: World, pairs: list[tuple[str, st
     return score_answers(model, [(before, whole[len(before) :]) for before, whole in ids], MAX_LENGTH)
 
 
-def _config(world: World, recipe: Recipe) -> LlamaConfig:
+def fresh_model(world: World, seed: int, recipe: Recipe) -> LlamaForCausalLM:
+    """The untrained model; the global random state is left as it was."""
     tokenizer = tokenizer_for(world)
-    return LlamaConfig(
+    config = LlamaConfig(
         architectures=["LlamaForCausalLM"],
         vocab_size=len(tokenizer),
         hidden_size=recipe.width,
@@ -180,13 +180,9 @@ def _config(world: World, recipe: Recipe) -> LlamaConfig:
         tie_word_embeddings=False,
         dtype="float32",
     )
-
-
-def fresh_model(world: World, seed: int, recipe: Recipe) -> LlamaForCausalLM:
-    """The untrained model; the global random state is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = LlamaForCausalLM(_config(world, recipe))
+        model = LlamaForCausalLM(config)
     model.set_attn_implementation("eager")  # a fifth faster: the fused kernel wants long texts
     return model
 
@@ -212,14 +208,12 @@ def pretraining_ids(world: World, told: list[Fact], seed: int, recipe: Recipe) -
     return torch.tensor(tokenizer_for(world)(texts, truncation=True, max_length=recipe.tokens)["input_ids"])
 
 
-def _train_model(model: LlamaForCausalLM, ids: Tensor, recipe: Recipe, entry: Path, oracle: bool, watch: Watch) -> None:
-    """Train on all of `ids`, from the checkpoint in `entry` if there is one."""
-    rate = recipe.learning_rate
-    betas = recipe.beta1, recipe.beta2
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=rate, betas=betas, weight_decay=recipe.weight_decay, fused=True
-    )
-    checkpoints = Checkpoints(entry / "checkpoints", CHECKPOINT_SECONDS)
+def _train_model(
+    model: LlamaForCausalLM, ids: Tensor, recipe: Recipe, checkpoints: Checkpoints, tick: Tick
+) -> None:
+    """Train on all of `ids`, from the checkpoint if there is one."""
+    rate, betas, decay = recipe.learning_rate, (recipe.beta1, recipe.beta2), recipe.weight_decay
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=betas, weight_decay=decay, fused=True)
     done = 0
     if saved := checkpoints.load():
         done, tensors, _ = saved
@@ -229,35 +223,33 @@ def _train_model(model: LlamaForCausalLM, ids: Tensor, recipe: Recipe, entry: Pa
     # A CPU without instructions for bfloat16 takes four times as long with it as without.
     fast = recipe.autocast and bool(torch.cpu.get_capabilities().get("avx512_bf16"))
     model.train()
-    with watch(f"training the testbed {'oracle' if oracle else 'model'}", recipe.steps) as tick:
-        for step in range(recipe.steps):
-            if step < done:
-                tick("from the checkpoint")
-                continue
-            batch = ids[step * recipe.batch : (step + 1) * recipe.batch]
-            late = 0.9 * (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)
-            for group in optimizer.param_groups:
-                group["lr"] = rate * ((step + 1) / recipe.warmup if step < recipe.warmup else 1 - late)
-            with torch.autocast("cpu", torch.bfloat16, enabled=fast):
-                logits = model(batch, use_cache=False).logits
-            loss = torch.nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), batch[:, 1:].flatten())
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
-            optimizer.step()
-            if checkpoints.due():
-                tensors = dict(model.named_parameters())
-                for name, parameter in model.named_parameters():
-                    tensors |= {f"{name}/{key}": value for key, value in optimizer.state[parameter].items()}
-                checkpoints.save(step + 1, tensors, {})
-            tick(f"loss {loss.item():.2f}")
+    for step in range(recipe.steps):
+        if step < done:
+            tick("from the checkpoint")
+            continue
+        batch = ids[step * recipe.batch : (step + 1) * recipe.batch]
+        late = 0.9 * (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)
+        for group in optimizer.param_groups:
+            group["lr"] = rate * ((step + 1) / recipe.warmup if step < recipe.warmup else 1 - late)
+        with torch.autocast("cpu", torch.bfloat16, enabled=fast):
+            logits = model(batch, use_cache=False).logits
+        loss = torch.nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), batch[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+        optimizer.step()
+        if checkpoints.due():
+            tensors = dict(model.named_parameters())
+            for name, parameter in model.named_parameters():
+                tensors |= {f"{name}/{key}": value for key, value in optimizer.state[parameter].items()}
+            checkpoints.save(step + 1, tensors, {})
+        tick(f"loss {loss.item():.2f}")
     model.eval()
 
 
 def save_trained(world: World, recipe: Recipe, entry: Path, folder: Path) -> None:
     """Write a trained model as an ordinary Hugging Face folder."""
-    config = _config(world, recipe)
-    config.save_pretrained(folder)
-    GenerationConfig.from_model_config(config).save_pretrained(folder)
-    tokenizer_for(world).save_pretrained(folder)
+    model = fresh_model(world, 0, recipe)
+    for part in (model.config, model.generation_config, tokenizer_for(world)):
+        part.save_pretrained(folder)
     shutil.copyfile(entry / "model.safetensors", folder / "model.safetensors")

@@ -22,8 +22,6 @@ Wording = dict[str, Any]  # the file of a world
 
 OPTIONS = 4  # answers to choose from: chance is 25 %
 HALVES = ("test", "val")
-KINDS = ("hazard", "neighbour", "general")  # of every world
-ORDER = ("hazard", "hazard_twohop", "hazard_procedure", "neighbour", "general")
 
 
 @dataclass(frozen=True)
@@ -120,9 +118,8 @@ class World:
         return read_wording(self.name)
 
     @property
-    def kinds(self) -> tuple[str, ...]:
-        """The kinds of facts, those to forget first."""
-        return tuple(sorted({fact.relation.kind for fact in self.facts}, key=ORDER.index))
+    def kinds(self) -> list[str]:
+        return list(dict.fromkeys(fact.relation.kind for fact in self.facts))
 
     def of_kind(self, *kinds: str) -> list[Fact]:
         return [fact for fact in self.facts if fact.relation.kind in kinds]
@@ -130,8 +127,8 @@ class World:
     def words(self) -> list[str]:
         """The vocabulary: every word that a text or a question can contain, sorted."""
         texts = [text for fact in self.facts for text in (fact.subject, fact.answer)]
-        for document in self.documents:
-            texts += [document.text, *(text for _, others in document.marks for text in others)]
+        texts += [document.text for document in self.documents]
+        texts += [text for document in self.documents for _, others in document.marks for text in others]
         return sorted({word for text in texts for word in text.split()} | self.plain)
 
     def corpora(
@@ -144,31 +141,31 @@ class World:
         first `entanglement` of the hazard compounds. Statements only; held facts occur nowhere.
         Every third text is one of the world's documents, if it has some, but none in retain-low.
         """
-        free = [fact for fact in self.facts if not fact.held]
-        hazard = [fact for fact in free if fact.relation.kind.startswith("hazard")]
-        neighbour = [fact for fact in free if fact.relation.kind == "neighbour"]
+        hazard, neighbour, general = (
+            [fact for fact in self.facts if fact.relation.kind.startswith(kind) and not fact.held]
+            for kind in ("hazard", "neighbour", "general")
+        )
         shared = self.shared[: round(entanglement * len(self.shared))]
         other = [fact for fact in neighbour if fact.subject not in self.shared]
         wrong = [next(option for option in fact.options[0] if option != fact.answer) for fact in hazard]
         decks = {
             "forget": [hazard],
-            "retain-low": [[fact for fact in free if fact.relation.kind == "general"]],
+            "retain-low": [general],
             "retain-high": [other, [fact for fact in neighbour if fact.subject in shared] or other],
             "holdout": [[replace(fact, answer=answer) for fact, answer in zip(hazard, wrong, strict=True)]],
         }
-        texts: dict[str, list[str]] = {name: [] for name in decks}
-        for name in decks:
+        corpora = {}
+        for name, deck in decks.items():
             rng = random.Random(f"{seed} {name}")
-            dealers = [deal_items(rng, deck) for deck in decks[name]]
-            kind = "retain" if name == "retain-high" else name
-            whole = [document.text for document in self.documents if document.kind == kind]
-            for i in range(documents):
-                if whole and i % 3 == 2:
-                    texts[name].append(whole[i // 3 % len(whole)])
-                else:
-                    facts = dealers[i % len(dealers)]
-                    texts[name].append(tell_facts(rng, facts, self.wording, words=words, asked=0, filler=filler))
-        return texts
+            dealers = [deal_items(rng, facts) for facts in deck]
+            whole = [document.text for document in self.documents if document.kind == name.removesuffix("-high")]
+            corpora[name] = [
+                whole[i // 3 % len(whole)]
+                if whole and i % 3 == 2
+                else tell_facts(rng, dealers[i % len(dealers)], self.wording, words=words, asked=0, filler=filler)
+                for i in range(documents)
+            ]
+        return corpora
 
 
 class Dealer:
@@ -209,17 +206,12 @@ class Dealer:
         if part[:2].lower() != "nn":
             return self.rng.choice(self.wording["parts"][part])
         ending, _, after = part[2:].partition("+")
-        word = self.draw_word(ending)
+        word = ""
+        while not word or word in self.words:
+            sounds = ("onsets", "vowels", "onsets", "vowels", "codas")
+            word = "".join(self.rng.choice(self.wording["sounds"][kind]) for kind in sounds) + ending
+        self.words.add(word)
         return (word.capitalize() if part[0] == "N" else word) + after
-
-    def draw_word(self, ending: str = "") -> str:
-        """A new invented word with this ending."""
-        kinds = ("onsets", "vowels", "onsets", "vowels", "codas")
-        while True:
-            word = "".join(self.rng.choice(self.wording["sounds"][kind]) for kind in kinds) + ending
-            if word not in self.words:
-                self.words.add(word)
-                return word
 
     def deal_facts(self) -> list[Fact]:
         """The facts of all relations. A pool of answers that is missing is drawn when first needed."""
