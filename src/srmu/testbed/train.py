@@ -208,9 +208,7 @@ def pretraining_ids(world: World, told: list[Fact], seed: int, recipe: Recipe) -
     return torch.tensor(tokenizer_for(world)(texts, truncation=True, max_length=recipe.tokens)["input_ids"])
 
 
-def _train_model(
-    model: LlamaForCausalLM, ids: Tensor, recipe: Recipe, checkpoints: Checkpoints, tick: Tick
-) -> None:
+def _train_model(model: LlamaForCausalLM, ids: Tensor, recipe: Recipe, checkpoints: Checkpoints, tick: Tick) -> None:
     """Train on all of `ids`, from the checkpoint if there is one."""
     rate, betas, decay = recipe.learning_rate, (recipe.beta1, recipe.beta2), recipe.weight_decay
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=betas, weight_decay=decay, fused=True)
