@@ -28,7 +28,7 @@ from srmu.engine.progress import silence_libraries
 from srmu.runs import estimate, training
 from srmu.runs import plan as plans
 from srmu.runs.config import load_config
-from srmu.runs.dry_run import plan_dry_run
+from srmu.runs.estimate import plan_dry_run
 
 ROOT = Path(__file__).parents[1]
 MODELS = ("llama-3.2-1b", "llama-3.1-8b", "llama-3.1-70b", "llama-3.1-405b", "qwen3-30b-a3b")
@@ -109,9 +109,8 @@ def measured(place: Path, source: Path, method: str, launch: tuple[int, bool, in
     options = [*METHODS[method], f"train.max_steps={STEPS}", "device=cpu", f"runs_dir={out}/runs"]
     options += ["train.checkpoint_seconds=.inf", "train.learning_rate=1e-3"]
     options += [f"method.lora_rank={lora}"] if lora else []
-    config = plans.plan_run(load_config(source, options)).config
-    base = plans.locate_base(config)
-    rows = estimate.estimate_launches(config, base, plans.load_topics(config, plans.load_tokenizer(base)))
+    plan = plans.plan_run(load_config(source, options))
+    rows = estimate.estimate_launches(plan, plans.load_topics(plan.config, plans.load_tokenizer(plan.base)))
     row = next(r for r in rows if (r["processes"], r["sharded"], r["lora"]) == (processes, sharded, lora))
     # Weights that are mapped from the file are not private.
     planned = row["memory_per_rank"] - (0 if sharded else row["parts"]["weights"])

@@ -30,7 +30,7 @@ from srmu.engine.topic import Topic
 from srmu.engine.train import TrainOptions
 from srmu.errors import SrmuError
 from srmu.runs.config import build_config
-from srmu.runs.dry_run import plan_dry_run
+from srmu.runs.estimate import plan_dry_run
 from srmu.runs.run import Run, unlearn_config
 
 ROWS = ["one two", "three\nfour, five", 'six "seven"', "  eight\t"]

@@ -10,7 +10,7 @@ import yaml
 from srmu.evals.benchmarks import BENCHMARKS
 from srmu.runs import estimate
 from srmu.runs.config import load_config
-from srmu.runs.dry_run import plan_dry_run
+from srmu.runs.estimate import plan_dry_run
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 NAMES = [

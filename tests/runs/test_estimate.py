@@ -14,7 +14,7 @@ from srmu.engine.activation_cache import Activations
 from srmu.engine.loading import build_skeleton
 from srmu.engine.model import EditableModel, Site
 from srmu.errors import SrmuError
-from srmu.runs import counting, memory, run
+from srmu.runs import counting, run
 from srmu.runs import estimate as plan
 from srmu.runs.config import build_config, make_config
 
@@ -27,7 +27,7 @@ def planned(folder: Path, *options: str, name: str = "llama", dtype: Any = torch
     given = ["method.layer=1", "method.window=1", *options]
     ready = run.plan_run(make_config(str(folder / "model"), folder / "f.jsonl", folder / "r.jsonl", "rmu", given))
     topics = run.load_topics(ready.config, word_tokenizer())
-    return ready.config, plan.estimate_run(ready, topics), topics
+    return ready, plan.estimate_run(ready, topics), topics
 
 
 SPEED = 1e9  # FLOPs a second
@@ -43,8 +43,8 @@ def quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.slow(keep=2)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_what_is_read_is_what_the_cut_model_holds(name: str, tmp_path: Path) -> None:
-    config, estimate, _ = planned(tmp_path, name=name)
-    method = config.method
+    ready, estimate, _ = planned(tmp_path, name=name)
+    method = ready.config.method
     model = EditableModel.load(tmp_path / "model", depth=method.depth, trainable=method.trainable)
     held = {n: p for n, p in model.module.named_parameters() if "lm_head" not in n}
     held = {n: p for n, p in held.items() if "embed_out" not in n}
@@ -58,8 +58,8 @@ def test_what_is_read_is_what_the_cut_model_holds(name: str, tmp_path: Path) -> 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_flops_are_those_of_the_real_step(name: str, tmp_path: Path) -> None:
     """Counted without memory behind the tensors, as many as where there is."""
-    config, estimate, topics = planned(tmp_path, "method.window=1", "method.layer=2", name=name)
-    method = config.method
+    ready, estimate, topics = planned(tmp_path, "method.window=1", "method.layer=2", name=name)
+    method = ready.config.method
     model = EditableModel.load(tmp_path / "model", depth=method.depth, trainable=method.trainable)
     model.activations = Activations(counting.EVERYTHING)
     (forget, *_), (retain, *_) = topics[0].forget, topics[0].retain
@@ -142,8 +142,8 @@ def test_the_cache_is_as_large_as_planned(
     monkeypatch.setenv("SRMU_CACHE", str(tmp_path / "cache"))
     options = ["method.window=1", "method.layer=2", "train.max_steps=1", "train.batch_size=2"]
     options += ["method.map_batches=2", f"runs_dir={tmp_path / 'runs'}", f"method.name={method}"]
-    config, estimate, _ = planned(tmp_path, *options)
-    run.unlearn_config(config)
+    ready, estimate, _ = planned(tmp_path, *options)
+    run.unlearn_config(ready.config)
     (folder,) = (tmp_path / "cache" / "activations").iterdir()
     entries = {path.name: load_file(path) for path in folder.glob("*.safetensors")}
     names = [name.split("-")[0] for name in entries]
@@ -162,6 +162,16 @@ def test_time_follows_from_the_speed(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert few["seconds_per_step"] == pytest.approx(few["flops_per_step"] / SPEED, abs=1e-4)
     extra = 20 * few["flops_per_step"] / SPEED
     assert many["seconds"] - few["seconds"] == pytest.approx(extra, abs=0.02)
+
+
+def test_advice_where_it_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(counting, "free_bytes", lambda device: 1000)
+    ready, estimate, _ = planned(tmp_path)
+    assert estimate["advice"].startswith("train.batch_size=2")
+    _, one, _ = planned(tmp_path / "b", "train.batch_size=1", "method.layer=2", "method.window=2")
+    assert one["advice"].startswith("method.window=1")
+    *_, lines = plan.plan_dry_run(ready.config)
+    assert lines[-1].startswith("this does not fit into memory; try train.batch_size=2")
 
 
 @pytest.mark.parametrize("site", [Site(1), None])
@@ -201,9 +211,9 @@ def test_models_that_want_a_plain_mask(cls: Any, tmp_path: Path) -> None:
 def test_flops_in_all_are_those_of_the_real_run(options: list[str], kept: str, tmp_path: Path) -> None:
     given = ["method.name=srmu", "method.layer=2", "train.max_steps=5", "train.batch_size=2"]
     given += [f"runs_dir={tmp_path / 'runs'}", f"cache={kept}", *options]
-    config, estimate, _ = planned(tmp_path, *given)
+    ready, estimate, _ = planned(tmp_path, *given)
     with FlopCounterMode(display=False) as counter:
-        run.unlearn_config(config)
+        run.unlearn_config(ready.config)
     # The few activations that are kept in any case save a little on texts as few as these.
     assert estimate["flops"] == pytest.approx(counter.get_total_flops(), rel=0.25)
 
@@ -216,23 +226,22 @@ def test_a_precision_that_the_run_refuses(tmp_path: Path) -> None:
 @pytest.mark.slow(keep=2)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_what_each_process_holds(name: str, tmp_path: Path, monkeypatch: Any) -> None:
-    config, estimate, topics = planned(tmp_path, name=name)
-    rows = plan.estimate_launches(config, tmp_path / "model", topics)
+    ready, estimate, topics = planned(tmp_path, name=name)
+    rows = plan.estimate_launches(ready, topics)
     assert all(row["fits"] for row in rows)
     first, *_, last = rows
     assert first["flops_per_rank_per_step"] <= last["flops_per_rank_per_step"] * 4
     assert last["sharded"] and last["parts"]["originals"] < first["parts"]["originals"]
     assert first["parts"]["originals"] == 4 * estimate["trained_parameters"]
-    monkeypatch.setattr(memory, "free_bytes", lambda device: 1)
-    assert not any(row["fits"] for row in plan.estimate_launches(config, tmp_path / "model", topics))
+    monkeypatch.setattr(counting, "free_bytes", lambda device: 1)
+    assert not any(row["fits"] for row in plan.estimate_launches(ready, topics))
 
 
 @pytest.mark.slow
 def test_adapters_cannot_be_cut(tmp_path: Path) -> None:
-    config, _, topics = planned(tmp_path)
-    tree = config.to_dict() | {"method": {"name": "npo", "lora_rank": 2}}
-    config = run.plan_run(build_config(tree)).config
-    rows = plan.estimate_launches(config, tmp_path / "model", topics)
+    ready, _, topics = planned(tmp_path)
+    tree = ready.config.to_dict() | {"method": {"name": "npo", "lora_rank": 2}}
+    rows = plan.estimate_launches(run.plan_run(build_config(tree)), topics)
     assert {row["lora"] for row in rows} == {0, 2}
     assert not any(row["sharded"] and row["lora"] for row in rows)
     whole, adapted = rows[0]["parts"], rows[1]["parts"]

@@ -9,8 +9,8 @@ import pytest
 
 from srmu.engine.loading import build_skeleton, read_config
 from srmu.runs.config import load_config
-from srmu.runs.dry_run import count_parameters, plan_dry_run
-from srmu.runs.memory import KEPT_PIECES, StepVariant, TensorSizes, TrainedModel, held_bytes, plan_launches
+from srmu.runs.counting import KEPT_PIECES, StepVariant, TensorSizes, held_bytes, plan_launches
+from srmu.runs.estimate import count_parameters, plan_dry_run
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 PUBLISHED = {
@@ -22,8 +22,6 @@ PUBLISHED = {
     "zephyr-7b-beta": 7.24e9,
 }
 SIZE = TensorSizes((100, 100), (50, 50), 10)
-CPU = TrainedModel(SIZE, itemsize=2, mixed=True, gpu=False)
-GPU = replace(CPU, gpu=True)
 
 
 def test_all_of_them_are_checked() -> None:
@@ -36,41 +34,43 @@ def test_numbers_are_as_published(name: str) -> None:
 
 
 def way(**changed: Any) -> StepVariant:
-    return StepVariant(**({"trained": SIZE, "flops": 64} | changed))
+    return StepVariant(
+        **({"size": SIZE, "trained": SIZE, "itemsize": 2, "mixed": True, "gpu": False, "flops": 64} | changed)
+    )
 
 
 def test_bytes_by_hand() -> None:
-    whole = held_bytes(CPU, way(), 1, 1.0)
+    whole = held_bytes(way(), 1, 1.0)
     assert whole == {
         "weights": 620, "originals": 620, "last_good": 620, "masters": 1240, "moments": 2480,
         "step": 620 + 1240 + 400, "cache": 0,  # the last for one piece as AdamW works on it
     }  # fmt: skip
-    assert held_bytes(GPU, way(), 1, 1.0)["step"] == 2480
-    part = held_bytes(CPU, way(sharded=True), 4, 0.25)
+    assert held_bytes(way(gpu=True), 1, 1.0)["step"] == 2480
+    part = held_bytes(way(sharded=True), 4, 0.25)
     assert part["weights"] == 2 * (300 // 4 + 10) == part["originals"]
     assert part["moments"] == 8 * 85
     kept = KEPT_PIECES * 2 * 100
     # a piece whole, twice, and its gradient, also in float32, twice; the part's gradients
     assert part["step"] == 2 * 3 * 100 + 2 * 4 * 100 + 2 * 85 + 4 * (85 + 25) + kept
-    adapted = held_bytes(CPU, way(lora=8, adapters=7, activations=9000), 1, 0.5)
+    adapted = held_bytes(way(lora=8, adapters=7, activations=9000), 1, 0.5)
     assert adapted["weights"] == adapted["originals"] == 620
     assert (adapted["masters"], adapted["moments"], adapted["step"]) == (0, 8 * 7, 4500 + 4 * 7)
 
 
 def test_launches() -> None:
-    ways = [way(), way(sharded=True)]
-    rows = plan_launches(GPU, ways, 4, spreads=True)
+    ways = [way(gpu=True), way(gpu=True, sharded=True)]
+    rows = plan_launches(ways, 4, spreads=True)
     assert [(r["processes"], r["sharded"]) for r in rows] == [
         (1, False), (2, False), (2, True), (4, False), (4, True), (8, False), (8, True),
     ]  # fmt: skip
     assert [r["flops_per_rank_per_step"] for r in rows] == [64, 32, 32, 16, 16, 16, 16]
     assert {r["device_gb"] for r in rows} == {24}
-    assert len(plan_launches(GPU, ways, 4, spreads=False)) == 1
-    left = [*ways, replace(way(), offloaded=(100, 100))]
-    offloaded = [r for r in plan_launches(GPU, left, 4, spreads=True) if r["offloaded"]]
+    assert len(plan_launches(ways, 4, spreads=False)) == 1
+    left = [*ways, replace(ways[0], offloaded=(100, 100))]
+    offloaded = [r for r in plan_launches(left, 4, spreads=True) if r["offloaded"]]
     assert [(r["processes"], r["parts"]["weights"]) for r in offloaded] == [(1, 620 - 2 * 100)]
-    large = replace(GPU, size=TensorSizes((10**12,) * 2, (), 0))
-    rows = plan_launches(large, ways, 4, spreads=True)
+    large = [replace(each, size=TensorSizes((10**12,) * 2, (), 0)) for each in ways]
+    rows = plan_launches(large, 4, spreads=True)
     assert rows[-1]["processes"] == 64 and rows[0]["device_gb"] is None
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import jsonschema
 import pytest
+import yaml
 from safetensors.torch import load_file, save_file
 
 from helpers.models import pico_module, texts, word_tokenizer, write_jsonl
@@ -295,3 +296,7 @@ def test_the_page_and_the_card(made: Path) -> None:
     assert "base_model: owner/name" in head
     assert "base_model_relation: finetune" in head
     assert "license: mit" in head
+    scored = hub | {"results": {"before": {}, "after": {"quiz/acc": {"value": 0.25, "n": 4.0}}}}
+    (entry,) = yaml.safe_load(write_model_card(scored).split("---")[1])["model-index"]
+    assert entry["name"] == "name-srmu"
+    assert entry["results"][0]["metrics"] == [{"type": "acc", "value": 0.25}]

@@ -122,7 +122,7 @@ def show_cache(
 @topics.command("environment")
 def show_environment(as_json: options.Json = False) -> None:
     """Versions, processor, GPU and free memory: what the bits of a result may depend on."""
-    from srmu.runs.memory import free_bytes
+    from srmu.runs.counting import free_bytes
     from srmu.runs.plan import find_device
     from srmu.runs.record import describe_environment, describe_tool
 

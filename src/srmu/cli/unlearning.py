@@ -41,7 +41,7 @@ def unlearn_command(
 
     config = choose_config(args or [], model, forget or [], retain or [], method)
     if dry_run:
-        from srmu.runs.dry_run import plan_dry_run
+        from srmu.runs.estimate import plan_dry_run
 
         config, estimate, lines = plan_dry_run(config)
         output.print_result(estimate, as_json, config.to_yaml(), *lines, output.PLANNED)

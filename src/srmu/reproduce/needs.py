@@ -9,8 +9,7 @@ from typing import Any
 from srmu.errors import SrmuError
 from srmu.reproduce.experiment import RunJob, find_preset
 from srmu.runs.config import load_config
-from srmu.runs.dry_run import blank_topics, count_parameters, format_duration, format_gb, speed_elsewhere
-from srmu.runs.estimate import estimate_run
+from srmu.runs.estimate import blank_topics, count_parameters, estimate_run, format_duration, format_gb, speed_elsewhere
 from srmu.runs.plan import load_tokenizer, load_topics, plan_run
 
 FAST = 100e12  # FLOPs a second that one may expect of a data-centre GPU in bfloat16
@@ -35,14 +34,14 @@ def estimate_needs(
         if all(source.path for source in texts) and (folder / "tokenizer.json").exists():
             topics = load_topics(config, load_tokenizer(folder))
         else:
-            topics = blank_topics(config, spec["documents"])
+            topics = blank_topics(plan, spec["documents"])
         for source in texts:
             if source.dataset:
                 sources[source.dataset] = spec["sources"].get(source.dataset, "a data set of the hub")
             else:
                 sources[Path(source.path or "").name] = "a file"
         if speed is None and not known:
-            speed = speed_elsewhere(config, folder)
+            speed = speed_elsewhere(plan)
         found = estimate_run(plan, topics, speed)
         speed = found["flops_a_second"]
         methods[label] = found | {"runs": runs[label], "adapters": getattr(config.method, "lora_rank", 0)}

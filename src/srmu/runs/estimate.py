@@ -1,10 +1,8 @@
 """What a run will read, hold, compute and take, before any weight is read."""
 
-from __future__ import annotations
-
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -14,76 +12,73 @@ import psutil
 import torch
 
 from srmu.engine import weights
-from srmu.engine.loading import build_skeleton, needs_conversion, read_config, wanted_dtype
+from srmu.engine.loading import build_skeleton, needs_conversion, read_config
 from srmu.engine.model import EditableModel, Site
 from srmu.engine.topic import Topic
 from srmu.engine.train import check_precision
 from srmu.methods import Edit, MultiSite, WeightWalk
 from srmu.methods.base import Method
 from srmu.methods.logits import LogitObjective
-from srmu.runs import counting, memory
+from srmu.runs import counting
 from srmu.runs.config import Config
-from srmu.runs.memory import StepVariant, TensorSizes, TrainedModel
-from srmu.runs.plan import RunPlan
+from srmu.runs.counting import StepVariant, TensorSizes
+from srmu.runs.model_card import render_template
+from srmu.runs.plan import RunPlan, load_tokenizer, load_topics, plan_run
 
 HEADS = ("lm_head", "embed_out")  # which a model cut to its first layers lacks
+NARROW = 1024  # features of the product that is timed where the model is not here
+DOCUMENTS = 1000  # of each topic, where the texts are not here
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """What is known of a model before its weights are read."""
+def plan_dry_run(config: Config) -> tuple[Config, dict[str, Any], list[str]]:
+    """The resolved config, the plan, and the lines that tell it.
 
-    settings: Any  # its configuration
-    dtype: torch.dtype  # that it is loaded in
-    stored: Mapping[str, int]  # bytes of each tensor
-
-
-def describe_checkpoint(config: Config, folder: Path) -> Checkpoint:
-    """A model's tensors from the headers of its files; without files, from its configuration."""
-    settings = read_config(folder)
-    dtype = wanted_dtype(settings, config.dtype)
-    if not weights.is_there(folder):
-        dtype = dtype or torch.bfloat16
-        skeleton = build_skeleton(settings).named_parameters()
-        return Checkpoint(settings, dtype, {name: dtype.itemsize * tensor.numel() for name, tensor in skeleton})
-    spans = {name: entry["data_offsets"] for name, entry in weights.stored_entries(folder).items()}
-    types = [t for t in weights.stored_types(folder).values() if t.is_floating_point]
-    dtype = dtype or max(types, key=lambda t: t.itemsize)
-    return Checkpoint(settings, dtype, {name: end - start for name, (start, end) in spans.items()})
+    Where only the model's config.json is here, its dimensions and texts of the lengths that the
+    config states take the place of weights and texts.
+    """
+    plan = plan_run(config)
+    topics = load_topics(plan.config, load_tokenizer(plan.base)) if plan.here else blank_topics(plan)
+    found = estimate_run(plan, topics, None if plan.here else speed_elsewhere(plan))
+    found |= {"ranks": estimate_launches(plan, topics), "config": plan.config.to_dict()}
+    if not plan.here:
+        parameters = count_parameters(plan.base)
+        held = found["parameters_held"]
+        found |= {"advice": "", "checkpoint_bytes": 2 * parameters}
+        found["dimensions"] = {"parameters": parameters, "held": held}
+    filters = {"gb": format_gb, "duration": format_duration}
+    return plan.config, found, render_template("plan.txt", filters, **found).splitlines()
 
 
-def estimate_run(plan: RunPlan, topics: Sequence[Topic], speed: float | None = None) -> dict[str, Any]:
+def estimate_run(plan: RunPlan, topics: list[Topic], speed: float | None = None) -> dict[str, Any]:
     """Tensors and bytes to read, memory by part, FLOPs, seconds and the size of the cache.
 
     `speed` is the FLOPs a second that steps reach, where it is known; else it is measured.
     """
-    config, folder, method, cpu = plan.config, plan.base, plan.config.method, plan.config.device == "cpu"
+    config, method, cpu = plan.config, plan.config.method, plan.config.device == "cpu"
     # without files a run can be planned, but it stops when it loads the model
-    here = weights.is_there(folder)
-    shards = {*weights.list_shards(folder).values()} if here else set()
+    shards = {*weights.list_shards(plan.base).values()} if plan.here else set()
     layers = plan.settings.num_hidden_layers
-    base = describe_checkpoint(config, folder)
-    check_precision("the model", base.dtype, config.train.weights)
+    check_precision("the model", plan.dtype, config.train.weights)
     read = [
         count
-        for name, count in base.stored.items()
+        for name, count in plan.stored.items()
         if method.depth is None or ((weights.layer_number(name) or 0) < method.depth and not name.startswith(HEADS))
     ]
-    model = bare_model(base, method)
-    counts = count_run(config, base, model, topics)
+    model = bare_model(plan)
+    ways, counted = count_run(plan, model, topics)
     trained = sum(p.numel() for p in model.trained.values())
     # the weights can stay in the file, mapped into memory
-    mapped = cpu and not (here and needs_conversion(folder, base.settings, config.dtype))
-    parts = {"program": memory.private_bytes() if cpu else 0}
-    parts |= memory.held_bytes(trained_model(config, base, model), counts.ways[0], 1, 1.0)
+    mapped = cpu and not (plan.here and needs_conversion(plan.base, plan.settings, config.dtype))
+    parts = {"program": counting.private_bytes() if cpu else 0} | counting.held_bytes(ways[0], 1, 1.0)
     if mapped:
         parts["weights"] = sum(read)
     if hasattr(method, "teacher_steps"):
-        parts["teacher"] = trained * base.dtype.itemsize
-    speed = speed or counting.measure_speed(base.settings, base.dtype, config.device, site_of(method), counts.shapes)
-    free, total = memory.free_bytes(config.device), sum(parts.values())
+        parts["teacher"] = trained * plan.dtype.itemsize
+    shapes = batch_shapes(method, topics, largest=False)
+    speed = speed or counting.measure_speed(plan.settings, plan.dtype, config.device, site_of(method), shapes)
+    free, total = counting.free_bytes(config.device), sum(parts.values())
     private = total - (parts["weights"] if mapped else 0)
-    libraries = psutil.Process().memory_info().rss - memory.private_bytes()
+    libraries = psutil.Process().memory_info().rss - counting.private_bytes()
     return {
         "id": config.id,
         "run": str(plan.folder),
@@ -104,33 +99,45 @@ def estimate_run(plan: RunPlan, topics: Sequence[Topic], speed: float | None = N
         "memory_peak": total + libraries,
         "memory_private": private,
         "memory_free": free,
-        "cache_bytes": 0 if config.cache == "none" else counts.cache_bytes,
-        "flops_per_step": counts.step,
-        "flops": counts.total,
+        "advice": advise_memory(config, parts) if private > free else "",
+        **counted,
         "flops_a_second": round(speed),
-        "seconds_per_step": round(counts.step / speed, 4),
-        "seconds": round(counts.total / speed, 2),
+        "seconds_per_step": round(counted["flops_per_step"] / speed, 4),
+        "seconds": round(counted["flops"] / speed, 2),
     }
 
 
-def estimate_launches(
-    config: Config, folder: Path, topics: Sequence[Topic], elsewhere: bool = False
-) -> list[dict[str, Any]]:
+def advise_memory(config: Config, parts: dict[str, int]) -> str:
+    """What to change where a run does not fit, after the part that is largest."""
+    train, method = config.train, config.method
+    if parts["step"] >= parts["masters"] + parts["moments"] and train.batch_size > 1:
+        return f"train.batch_size={train.batch_size // 2}, or a smaller max_length of the topics"
+    if getattr(method, "lora_rank", 1) == 0:
+        return "method.lora_rank=8: adapters in place of all tensors"
+    if (window := getattr(method, "window", 1)) > 1:
+        return f"method.window={window - 1}: fewer matrices are trained"
+    if method.depth is not None and config.device != "cpu" and parts["weights"] >= parts["moments"]:
+        return "--offload: the layers below those that change stay on the disk"
+    if parts["masters"]:
+        return "train.weights=bf16: no float32 copies, as the public code (it loses small updates)"
+    return "a shorter max_length of the topics, or a machine with more memory"
+
+
+def estimate_launches(plan: RunPlan, topics: list[Topic]) -> list[dict[str, Any]]:
     """What each process holds and computes, by their number and for each way to make a step.
 
-    `fits` says whether the devices here hold it. `elsewhere`: the plan is for GPUs that are not
-    here.
+    `fits` says whether the devices here hold it. Without weights the plan is for GPUs that are not here.
     """
-    method, cpu = config.method, config.device == "cpu"
-    base = describe_checkpoint(config, folder)
-    ranks = (0, method.lora_rank or 8) if isinstance(method, LogitObjective) else (0,)
+    config, method, cpu = plan.config, plan.config.method, plan.config.device == "cpu"
     ways: list[StepVariant] = []
-    for rank in ranks:
-        model = bare_model(base, replace(method, lora_rank=rank) if isinstance(method, LogitObjective) else method)
-        ways += count_run(config, base, model, topics, rank).ways
-    held = replace(trained_model(config, base, model), gpu=elsewhere or not cpu)
-    rows = memory.plan_launches(held, ways, config.train.batch_size, method.spreads)
-    free, devices = memory.free_bytes(config.device), torch.cuda.device_count()
+    for rank in (0, method.lora_rank or 8) if isinstance(method, LogitObjective) else (0,):
+        if isinstance(method, LogitObjective):
+            adapted = {"method": replace(method, lora_rank=rank)}
+            plan = replace(plan, config=config.model_copy(update=adapted))
+        ways += count_run(plan, bare_model(plan), topics, rank)[0]
+    ways = [replace(way, gpu=not (plan.here and cpu)) for way in ways]
+    rows = counting.plan_launches(ways, config.train.batch_size, method.spreads)
+    free, devices = counting.free_bytes(config.device), torch.cuda.device_count()
     for row in rows:
         taken, count = row["memory_per_rank"], row["processes"]
         # the processes share a CPU's memory
@@ -138,43 +145,43 @@ def estimate_launches(
     return rows
 
 
-def trained_model(config: Config, base: Checkpoint, model: EditableModel) -> TrainedModel:
-    """How the model is held while it is trained."""
-    pieces = count_pieces(model, model.module.named_parameters())
-    mixed = base.dtype.itemsize == 2 and config.train.weights == "fp32"
-    return TrainedModel(pieces, base.dtype.itemsize, mixed, gpu=config.device != "cpu")
-
-
 def site_of(method: Method) -> Site | None:
     """Where a step reads activations; None where it reads logits."""
     return getattr(method, "site", None) or (Site(method.depth - 1) if method.depth else None)
 
 
-def bare_model(base: Checkpoint, method: Method) -> EditableModel:
+def bare_model(plan: RunPlan) -> EditableModel:
     """The model as deep as the method needs it, with no memory behind its tensors."""
     # Grouped products of experts exist in bf16 only there.
-    experts = getattr(base.settings, "_experts_implementation", None) or hasattr(base.settings, "num_experts_per_tok")
-    module = build_skeleton(base.settings, torch.bfloat16 if experts else base.dtype)
+    settings, method = plan.settings, plan.config.method
+    experts = getattr(settings, "_experts_implementation", None) or hasattr(settings, "num_experts_per_tok")
+    module = build_skeleton(settings, torch.bfloat16 if experts else plan.dtype)
     return EditableModel(module, method.trainable, method.depth)
 
 
-@dataclass(frozen=True)
-class RunCounts:
-    """The work of a run in FLOPs, and the bytes of its activations."""
-
-    shapes: list[counting.Shape]  # of the batches that a step reads
-    step: int  # FLOPs of a step as the config has it
-    total: int  # of the whole run
-    cache_bytes: int  # of all activations that are kept
-    ways: list[StepVariant]  # to make a step: cached, with layers left on the disk, uncached, with `--shard`
+def describe_step(plan: RunPlan, model: EditableModel, **measured: Any) -> StepVariant:
+    """How a model is held while it is trained, and what was measured of a step."""
+    return StepVariant(
+        size=count_pieces(model, model.module.parameters()),
+        trained=count_pieces(model, model.trained.values()),
+        itemsize=plan.dtype.itemsize,
+        mixed=plan.dtype.itemsize == 2 and plan.config.train.weights == "fp32",
+        gpu=plan.config.device != "cpu",
+        **measured,
+    )
 
 
 def count_run(
-    config: Config, base: Checkpoint, model: EditableModel, topics: Sequence[Topic], rank: int = 0
-) -> RunCounts:
-    """Count a step on a model without memory, with adapters of a rank or without."""
-    method, site = config.method, site_of(config.method)
-    size, caching = base.dtype.itemsize, site is not None and config.cache != "none"
+    plan: RunPlan, model: EditableModel, topics: list[Topic], rank: int = 0
+) -> tuple[list[StepVariant], dict[str, int]]:
+    """Count a step on a model without memory, with adapters of a rank or without.
+
+    The ways to make a step: cached, with layers left on the disk, uncached, with `--shard`; and the
+    FLOPs of a step as the config has it and of the whole run, with the bytes of all activations
+    that are kept.
+    """
+    config, method, site = plan.config, plan.config.method, site_of(plan.config.method)
+    size, caching = plan.dtype.itemsize, site is not None and config.cache != "none"
     whole = counting.takes_whole_masks(model, site)
     mean, most = (batch_shapes(method, topics, largest=largest) for largest in (False, True))
     usual, largest = ([counting.blank_batch(s, model.device, whole) for s in x] for x in (mean, most))
@@ -195,13 +202,8 @@ def count_run(
         again = sum(map(sum, passes)) if any("original" in use for use in method.uses) else 0
         once = round(sum(passes[0]) * method.written_tokens * len(topics) / prod(mean[0]))
         cache_bytes = 0
-    plain = StepVariant(
-        trained=count_pieces(model, model.trained.items()),
-        lora=rank,
-        adapters=adapters,
-        activations=round(activations * size / model.module.dtype.itemsize),
-        flops=step + again,
-    )
+    held = round(activations * size / model.module.dtype.itemsize)
+    plain = describe_step(plan, model, lora=rank, adapters=adapters, activations=held, flops=step + again)
     ways = [plain]
     if site is not None and model.fixed:
         recent = 2 * size * model.module.config.hidden_size * sum(map(prod, most))
@@ -211,10 +213,12 @@ def count_run(
     if not rank and getattr(method, "stream", "resid_post") == "resid_post":
         ways.append(replace(plain, sharded=True))
     each = step if caching else step + again
-    return RunCounts(mean, each, each * equivalent_steps(config, topics) + once, cache_bytes, ways)
+    total = each * equivalent_steps(config, topics) + once
+    cached = 0 if config.cache == "none" else cache_bytes
+    return ways, {"cache_bytes": cached, "flops_per_step": each, "flops": total}
 
 
-def batch_shapes(method: Method, topics: Sequence[Topic], *, largest: bool) -> list[counting.Shape]:
+def batch_shapes(method: Method, topics: list[Topic], *, largest: bool) -> list[counting.Shape]:
     """Rows and tokens of the batches that a step reads: their mean, or the largest."""
     shapes = []
     for role in ("forget", "retain") if method.reads_retain else ("forget",):
@@ -225,12 +229,12 @@ def batch_shapes(method: Method, topics: Sequence[Topic], *, largest: bool) -> l
     return [method.read_at_once(shapes[0]), *shapes[1:]]
 
 
-def count_pieces(model: EditableModel, named: Iterable[tuple[str, torch.Tensor]]) -> TensorSizes:
+def count_pieces(model: EditableModel, tensors: Iterable[torch.Tensor]) -> TensorSizes:
     """How many numbers these tensors of a model have, by the pieces in which it is cut."""
     inside = {id(p): i for i, layer in enumerate(model.layers) for p in layer.parameters()}
     ends = {id(end.weight): i for i, end in enumerate(model.ends)}
     layers, cut, rest = [0] * len(model.layers), [0] * len(ends), 0
-    for _, tensor in named:
+    for tensor in tensors:
         if id(tensor) in inside:
             layers[inside[id(tensor)]] += tensor.numel()
         elif id(tensor) in ends:
@@ -240,7 +244,7 @@ def count_pieces(model: EditableModel, named: Iterable[tuple[str, torch.Tensor]]
     return TensorSizes(tuple(layers), tuple(cut), rest)
 
 
-def equivalent_steps(config: Config, topics: Sequence[Topic]) -> int:
+def equivalent_steps(config: Config, topics: list[Topic]) -> int:
     """How many plain steps cost as much as the run: adversaries and teachers take steps, too."""
     method = config.method
     teachers = getattr(method, "teacher_steps", 0)
@@ -254,7 +258,7 @@ def equivalent_steps(config: Config, topics: Sequence[Topic]) -> int:
     return config.train.max_steps * each + before * (1 if method.depth else len(topics))
 
 
-def plan_cache(config: Config, topics: Sequence[Topic], model: EditableModel, size: int) -> tuple[int, list[list[int]]]:
+def plan_cache(config: Config, topics: list[Topic], model: EditableModel, size: int) -> tuple[int, list[list[int]]]:
     """Bytes of the cache, and batches of each role that are recorded, run frozen, and measured.
 
     Frozen passes over forget texts serve the statistics alone, and are not kept, unless the target
@@ -283,3 +287,41 @@ def plan_cache(config: Config, topics: Sequence[Topic], model: EditableModel, si
                 numbers += width * sum(b["input_ids"].numel() for b in used)
             numbers += wide * sum(b["input_ids"].numel() for b in kept)
     return numbers * size, counts.tolist()
+
+
+def speed_elsewhere(plan: RunPlan) -> float:
+    """FLOPs a second of this machine, which is not the one that the run is planned for."""
+    width = min(plan.settings.get_text_config().hidden_size, NARROW)
+    return counting.measure_product(width, torch.bfloat16, plan.config.device)
+
+
+def count_parameters(base: Path) -> int:
+    """The numbers in a model, from its config.json."""
+    return sum(p.numel() for p in build_skeleton(read_config(base)).parameters())
+
+
+def blank_topics(plan: RunPlan, documents: dict[str, int] | None = None) -> list[Topic]:
+    """Topics of the lengths that the config states, for texts that are not here.
+
+    `documents` says how many texts a topic has. One batch stands for all: only its shape counts.
+    """
+    rows, cpu = plan.config.train.batch_size, torch.device("cpu")
+    vocabulary = torch.arange(plan.settings.get_text_config().vocab_size)  # random anchors draw from it
+    topics = []
+    for name, topic in plan.config.topics.items():
+        lengths = (topic.max_length, topic.retain_max_length or topic.max_length)
+        count = -(-(documents or {}).get(name, DOCUMENTS) // rows)
+        forget, retain = ([counting.blank_batch((rows, length), cpu, False)] * count for length in lengths)
+        topics.append(Topic(name, forget, retain, vocabulary=vocabulary, options=topic.options))
+    return topics
+
+
+def format_gb(count: float) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e7 else f"{count / 1e6:.2f} MB"
+
+
+def format_duration(seconds: float) -> str:
+    minutes, hours = seconds / 60, seconds / 3600
+    if hours >= 1:
+        return f"{hours:.1f} h"
+    return f"{minutes:.0f} min" if minutes >= 2 else f"{seconds:.3g} s"

@@ -1,19 +1,16 @@
 """A record as a person reads it: a page, and the model card of an export."""
 
-from __future__ import annotations
-
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
+from huggingface_hub import EvalResult, ModelCardData
 
 from srmu.engine.weights import EXPORTED
 
 ROWS = 12  # changed tensors that are listed
 
 
-def render_template(name: str, filters: Mapping[str, Any] | None = None, /, **values: Any) -> str:
+def render_template(name: str, /, filters: dict[str, Any] | None = None, **values: Any) -> str:
     """A template of this room, filled in."""
     from jinja2 import Environment, PackageLoader
 
@@ -22,25 +19,39 @@ def render_template(name: str, filters: Mapping[str, Any] | None = None, /, **va
     return environment.get_template(name).render(values)
 
 
-def summarise_record(record: Mapping[str, Any]) -> str:
+def summarise_record(record: dict[str, Any]) -> str:
     """The record on one page of Markdown."""
-    name = record["base"]["id"].replace("\\", "/").rstrip("/").rpartition("/")[2]
     changed = [*record["change"]["tensors"].items()][:ROWS]
-    return render_template(
-        "card.md", record=record, name=name, local=is_local(record), changed=changed, exported=EXPORTED
-    )
+    facts: dict[str, Any] = {
+        "name": name_base(record),
+        "local": is_local(record),
+        "changed": changed,
+        "exported": EXPORTED,
+    }
+    return render_template("card.md", record=record, **facts)
 
 
-def write_model_card(record: Mapping[str, Any]) -> str:
+def write_model_card(record: dict[str, Any]) -> str:
     """The `README.md` of an export: the hub's metadata, then the record's page."""
-    facts: dict[str, Any] = {"tags": ["unlearning", record["method"]]}
-    if licence := record["base"]["licence"]:
-        facts["license"] = licence
-    if not is_local(record):
-        facts |= {"base_model": record["base"]["id"], "base_model_relation": "finetune"}
-    return f"---\n{yaml.safe_dump(facts)}---\n\n{summarise_record(record)}"
+    results = []
+    for name, entry in record["results"].get("after", {}).items():
+        task, _, metric = name.partition("/")
+        results.append(EvalResult("multiple-choice", task, task, metric, entry["value"]))
+    base = {} if is_local(record) else {"base_model": record["base"]["id"], "base_model_relation": "finetune"}
+    facts = ModelCardData(
+        model_name=f"{name_base(record)}-{record['method']}",
+        license=record["base"]["licence"],
+        tags=["unlearning", record["method"]],
+        eval_results=results or None,
+        **base,
+    )
+    return f"---\n{facts.to_yaml().strip()}\n---\n\n{summarise_record(record)}"
 
 
-def is_local(record: Mapping[str, Any]) -> bool:
+def is_local(record: dict[str, Any]) -> bool:
     """Whether the base model was a folder, whose path stays private."""
     return Path(record["base"]["id"]).is_absolute() or Path(record["base"]["id"]).exists()
+
+
+def name_base(record: dict[str, Any]) -> str:
+    return str(record["base"]["id"]).replace("\\", "/").rstrip("/").rpartition("/")[2]

@@ -1,7 +1,5 @@
 """A run before it starts: everything that its config leaves open, filled in once."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +12,7 @@ from srmu.data.tokens import pad_id
 from srmu.data.topics import load_topic
 from srmu.engine import distributed, weights
 from srmu.engine.activation_cache import limit_bytes
-from srmu.engine.loading import read_config, refuse_quantised
+from srmu.engine.loading import build_skeleton, read_config, refuse_quantised, wanted_dtype
 from srmu.engine.topic import Topic
 from srmu.errors import SrmuError, first_line
 from srmu.runs.config import Config
@@ -33,6 +31,28 @@ class RunPlan:
     @cached_property
     def folder(self) -> Path:
         return Path(self.config.runs_dir) / f"{self.config.id}-{self.config.method.name}"
+
+    @cached_property
+    def here(self) -> bool:
+        """Whether the weights are here, not only the model's config.json."""
+        return weights.is_there(self.base)
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """The type in which the model is loaded: that of the config, or the widest that is stored."""
+        if dtype := wanted_dtype(self.settings, self.config.dtype):
+            return dtype
+        stored = weights.stored_types(self.base).values() if self.here else [torch.bfloat16]
+        return max((t for t in stored if t.is_floating_point), key=lambda t: t.itemsize)
+
+    @cached_property
+    def stored(self) -> dict[str, int]:
+        """Bytes of each tensor from the headers of the model's files; without files, from its config."""
+        if not self.here:
+            skeleton = build_skeleton(self.settings).named_parameters()
+            return {name: self.dtype.itemsize * tensor.numel() for name, tensor in skeleton}
+        entries = weights.stored_entries(self.base).items()
+        return {name: entry["data_offsets"][1] - entry["data_offsets"][0] for name, entry in entries}
 
 
 def plan_run(config: Config, *, shard: bool = False, offload: bool = False) -> RunPlan:

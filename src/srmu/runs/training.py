@@ -27,7 +27,7 @@ from srmu.engine.topic import Topic
 from srmu.engine.train import FINISHED, Log, check_precision
 from srmu.errors import DivergedError, SrmuError
 from srmu.methods.base import MethodOutcome
-from srmu.runs import estimate, memory
+from srmu.runs import counting, estimate
 from srmu.runs import record as audit
 from srmu.runs.config import Config
 from srmu.runs.plan import RunPlan
@@ -273,17 +273,13 @@ def describe_training(
 
 def require_memory(plan: RunPlan) -> None:
     """SrmuError where what is trained, with its original and its optimiser, cannot be held."""
-    config, method = plan.config, plan.config.method
-    base = estimate.describe_checkpoint(config, plan.base)
-    model = estimate.bare_model(base, method)
-    held = estimate.trained_model(config, base, model)
-    pieces = estimate.count_pieces(model, model.trained.items())
-    way = memory.StepVariant(pieces, lora=getattr(method, "lora_rank", 0), sharded=plan.shard)
-    parts = memory.held_bytes(held, way, distributed.get_size(), 1.0)
-    needed = sum(parts[name] for name in memory.STANDING)
-    if needed > (free := memory.free_bytes(config.device)):
+    method, model = plan.config.method, estimate.bare_model(plan)
+    step = estimate.describe_step(plan, model, lora=getattr(method, "lora_rank", 0), sharded=plan.shard)
+    parts = counting.held_bytes(step, distributed.get_size(), 1.0)
+    needed = sum(parts[name] for name in counting.STANDING)
+    if needed > (free := counting.free_bytes(plan.config.device)):
         raise SrmuError(
-            f"method {method.name} trains {pieces.total:,} numbers: with their originals and the "
+            f"method {method.name} trains {step.trained.part(1):,} numbers: with their originals and the "
             f"optimiser they take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free; "
             "srmu unlearn --dry-run says what would help"
         )

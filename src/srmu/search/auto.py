@@ -34,8 +34,7 @@ from srmu.report.build import write_report
 from srmu.report.format import format_percent
 from srmu.runs import plan as runs
 from srmu.runs.config import find_method, make_config
-from srmu.runs.dry_run import format_duration, format_gb
-from srmu.runs.estimate import estimate_run
+from srmu.runs.estimate import estimate_run, format_duration, format_gb
 from srmu.runs.record import extend_record
 from srmu.runs.run import Run
 from srmu.search import objective, robust
@@ -194,7 +193,7 @@ def plan_search(job: AutoJob) -> dict[str, Any]:
         "steps": [dict(zip(("step", "what", "seconds"), step, strict=True)) for step in steps],
         "runs": count,
         "seconds": sum(step[2] for step in steps),
-        **{key: cost[key] for key in ("memory_private", "memory_free")},
+        **{key: cost[key] for key in ("memory_private", "memory_free", "advice")},
         "out": str(job.out),
     }
 
@@ -207,8 +206,8 @@ def explain_search(plan: Mapping[str, Any]) -> list[str]:
         f"{plan['runs']} runs, about {format_duration(max(1, round(plan['seconds'])))} in all; "
         f"{format_gb(plan['memory_private'])} of memory, {format_gb(plan['memory_free'])} are free"
     )
-    if plan["memory_private"] > plan["memory_free"]:
-        lines.append("this does not fit into memory")
+    if plan["advice"]:
+        lines.append(f"this does not fit into memory; try {plan['advice']}")
     return lines
 
 
