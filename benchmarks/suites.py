@@ -20,7 +20,7 @@ from srmu.engine.files import write_whole
 from srmu.engine.progress import show_progress, silence_libraries
 from srmu.evals import benchmarks
 from srmu.evals.benchmarks.base import Metrics
-from srmu.evals.benchmarks.score import BenchmarkOptions, benchmark_table, score_benchmark
+from srmu.evals.score import benchmark_table, score_benchmark
 from srmu.methods.reference import markdown_table
 from srmu.reproduce.experiment import Experiment, PlannedRow, Testbeds, run_experiment
 from srmu.runs.run import Run
@@ -58,7 +58,7 @@ def make_runs(testbed: Path, out: Path, rows: Sequence[PlannedRow]) -> list[Path
 def score_run(run: Path, testbed: Path, name: str) -> dict[str, Any]:
     """A suite's numbers; what was measured before is in the cache."""
     data, oracle = str(testbed / "suites" / name), str(testbed / "oracle")
-    return score_benchmark(str(run), BenchmarkOptions(name, data=data, oracle=oracle), watch=show_progress)
+    return score_benchmark(str(run), name, data=data, oracle=oracle, watch=show_progress)
 
 
 def format_section(title: str, rows: Sequence[dict[str, str]]) -> str:

@@ -8,7 +8,7 @@ from scipy.stats import ks_2samp
 
 from helpers.attack_world import exam, subject, texts
 from helpers.models import pico_module, word_tokenizer
-from srmu.attacks.privacy import ForgetQuality, log_truth_ratios
+from srmu.attacks.measures import ForgetQuality, log_truth_ratios
 from srmu.evals.subject import NotApplicable, Question, Subject, list_facts
 
 

@@ -8,8 +8,7 @@ import torch
 from helpers.attack_rules import rule_subject
 from helpers.attack_world import exam, subject, texts
 from srmu.attacks.base import Exam, Texts
-from srmu.attacks.listing import count_right_generations, split_listed, unlist_options
-from srmu.attacks.questions import FormatShift
+from srmu.attacks.questions import FormatShift, count_right_generations, split_listed, unlist_options
 from srmu.evals.subject import Question, option_scores
 
 LETTERS = (" A", " B", " C", " D")

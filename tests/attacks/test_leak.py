@@ -6,8 +6,7 @@ import torch
 from helpers.attack_rules import rule_subject
 from helpers.attack_world import exam, subject, texts
 from helpers.models import pico_module, word_tokenizer
-from srmu.attacks.listing import count_right_generations
-from srmu.attacks.questions import Leak, leak_at_k
+from srmu.attacks.questions import Leak, count_right_generations, leak_at_k
 from srmu.evals.subject import Question, Subject
 
 

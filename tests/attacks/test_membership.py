@@ -13,7 +13,7 @@ from helpers.attack_world import exam, subject, texts
 from helpers.models import pico_module, word_tokenizer
 from helpers.models import texts as random_texts
 from srmu.attacks.base import AttackResult, Texts
-from srmu.attacks.privacy import Membership
+from srmu.attacks.measures import Membership
 from srmu.evals.membership_scores import SCORES, membership_scores
 from srmu.evals.statistics import area_under_curve
 from srmu.evals.subject import NotApplicable, Subject

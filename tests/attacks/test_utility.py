@@ -9,8 +9,8 @@ import torch
 from helpers import attack_world as world
 from helpers.models import pico_module, word_tokenizer
 from srmu.attacks.base import AttackResult, Exam
+from srmu.attacks.measures import Utility
 from srmu.attacks.questions import ForcedChoice
-from srmu.attacks.utility import Utility
 from srmu.evals.subject import Subject, option_scores
 
 

@@ -10,10 +10,9 @@ import pytest
 from helpers.models import Call
 from helpers.people_world import people_folder
 from srmu.evals import benchmarks
-from srmu.evals.benchmarks import score as scoring
 from srmu.evals.benchmarks.base import TableColumn
-from srmu.evals.benchmarks.score import BenchmarkOptions, benchmark_table, score_benchmark
 from srmu.evals.results import read_benchmarks
+from srmu.evals.score import benchmark_table, format_metric, score_benchmark
 from srmu.runs.config import load_config
 from srmu.runs.run import unlearn_config
 from srmu.runs.verify import verify_folder
@@ -46,17 +45,17 @@ def run(folder: Path) -> Path:
     return found
 
 
-def way(folder: Path, name: str, **options: Any) -> BenchmarkOptions:
+def way(folder: Path, name: str, **options: Any) -> dict[str, Any]:
     first = name.partition("/")[0]
     given = {"data": str(folder / "suites" / first), "oracle": str(folder / "oracle")}
-    return BenchmarkOptions(name, **(given | options))
+    return {"name": name, **given, **options}
 
 
 @pytest.mark.slow(keep=2)
 @pytest.mark.parametrize("name", benchmarks.BENCHMARKS)
 def test_original_unlearned_and_oracle_come_out_in_order(folder: Path, run: Path, name: str) -> None:
     """What is unlearned answers as the oracle does rather than as the original."""
-    found = score_benchmark(str(run), way(folder, name))
+    found = score_benchmark(str(run), **way(folder, name))
     before, after, oracle = (found[when][KNOWN[name]]["value"] for when in ("before", "after", "oracle"))
     assert before > oracle + 0.3
     assert abs(after - oracle) < 0.75 * (before - oracle) and after < before
@@ -74,9 +73,9 @@ def test_original_unlearned_and_oracle_come_out_in_order(folder: Path, run: Path
 def test_forget_quality_and_privleak_are_those_of_the_oracle(folder: Path) -> None:
     """Held against itself, the oracle's truth ratios are its own, and it leaks nothing more."""
     oracle = str(folder / "oracle")
-    found = score_benchmark(oracle, way(folder, "tofu"))["after"]
+    found = score_benchmark(oracle, **way(folder, "tofu"))["after"]
     assert found["tofu/forget_quality"]["value"] == 1
-    assert score_benchmark(oracle, way(folder, "muse"))["after"]["muse/privleak"]["value"] == 0
+    assert score_benchmark(oracle, **way(folder, "muse"))["after"]["muse/privleak"]["value"] == 0
 
 
 def test_a_log_stands_for_its_model(folder: Path, tmp_path: Path, call: Call) -> None:
@@ -87,7 +86,7 @@ def test_a_log_stands_for_its_model(folder: Path, tmp_path: Path, call: Call) ->
     numbers = json.loads(log.read_text())["values"]
     assert all(isinstance(v, float) for part in numbers.values() for v in part)
     by_log, by_model = (
-        score_benchmark(str(folder / "model"), way(folder, "tofu", oracle=str(oracle)))["after"]
+        score_benchmark(str(folder / "model"), **way(folder, "tofu", oracle=str(oracle)))["after"]
         for oracle in (log, folder / "oracle")
     )
     assert by_log == by_model
@@ -104,7 +103,7 @@ def test_a_log_stands_for_its_model(folder: Path, tmp_path: Path, call: Call) ->
 )
 def test_a_log_of_something_else(folder: Path, tmp_path: Path, call: Call, options: dict[str, Any], said: str) -> None:
     log = tmp_path / "retain.json"
-    score_benchmark(str(folder / "oracle"), way(folder, "tofu", oracle=""), log=log)
+    score_benchmark(str(folder / "oracle"), **way(folder, "tofu", oracle=""), log=log)
     name = options.pop("name", "tofu")
     extra = [word for key, value in options.items() for word in (f"--{key}", str(value))]
     data = ["--data", str(folder / "suites/tofu"), "--oracle", str(log)]
@@ -114,7 +113,7 @@ def test_a_log_of_something_else(folder: Path, tmp_path: Path, call: Call, optio
 
 def test_a_log_of_other_rows(folder: Path, tmp_path: Path, call: Call) -> None:
     log, changed = tmp_path / "retain.json", tmp_path / "tofu"
-    score_benchmark(str(folder / "oracle"), way(folder, "tofu", oracle=""), log=log)
+    score_benchmark(str(folder / "oracle"), **way(folder, "tofu", oracle=""), log=log)
     shutil.copytree(folder / "suites/tofu", changed)
     rows = (changed / "forget10_perturbed/train.jsonl").read_text().splitlines()
     (changed / "forget10_perturbed/train.jsonl").write_text("\n".join(rows[::-1]))
@@ -156,7 +155,7 @@ def test_data_lie_beside_the_model_or_on_the_hub(folder: Path, tmp_path: Path, c
     assert code == 2 and "--tasks whp has no data set of its own" in err
     shutil.copytree(folder / "suites/tofu", tmp_path / "suites/tofu")
     code, out, _ = call("eval", str(model), *words, "--json")
-    named = score_benchmark(str(folder / "model"), way(folder, "tofu", oracle="none"))
+    named = score_benchmark(str(folder / "model"), **way(folder, "tofu", oracle="none"))
     assert code == 0 and json.loads(out) == named
 
 
@@ -164,18 +163,18 @@ def test_data_lie_beside_the_model_or_on_the_hub(folder: Path, tmp_path: Path, c
 def test_one_person_of_rwku(folder: Path) -> None:
     rows = (folder / "suites/rwku/forget_level1/test.jsonl").read_text().splitlines()
     person = json.loads(rows[0])["subject"]
-    found = score_benchmark(str(folder / "model"), way(folder, f"rwku/{person}"))["after"]
+    found = score_benchmark(str(folder / "model"), **way(folder, f"rwku/{person}"))["after"]
     named = [row for row in rows if json.loads(row)["subject"] == person]
     assert found["rwku/forget/level1"]["n"] == len(named) < len(rows)
     assert found["rwku/mia_retain/loss"]["n"] >= 1
 
 
 def test_measured_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = score_benchmark(str(folder / "model"), way(folder, "whp", oracle="none"))
+    first = score_benchmark(str(folder / "model"), **way(folder, "whp", oracle="none"))
     monkeypatch.setattr("srmu.runs.run.load_module", lambda *_: 1 / 0)
-    assert score_benchmark(str(folder / "model"), way(folder, "whp", oracle="none")) == first
+    assert score_benchmark(str(folder / "model"), **way(folder, "whp", oracle="none")) == first
     with pytest.raises(ZeroDivisionError):
-        score_benchmark(str(folder / "model"), way(folder, "whp", oracle="none", limit=2))
+        score_benchmark(str(folder / "model"), **way(folder, "whp", oracle="none", limit=2))
 
 
 def test_a_run_on_the_command_line(folder: Path, run: Path, call: Call) -> None:
@@ -190,7 +189,7 @@ def test_a_run_on_the_command_line(folder: Path, run: Path, call: Call) -> None:
 @pytest.mark.slow
 def test_report_of_benchmarks_alone(folder: Path, run: Path, tmp_path: Path, call: Call) -> None:
     for name in ("tofu", "muse"):
-        score_benchmark(str(run), way(folder, name))
+        score_benchmark(str(run), **way(folder, name))
     page = tmp_path / "report.html"
     code, _, err = call("report", str(run), "-o", str(page))
     assert code == 0, err
@@ -208,13 +207,13 @@ def test_cells() -> None:
     (row,) = benchmark_table(suite, {"model": metrics})
     assert row[suite.columns[0].title] == "0.512" and row[suite.columns[1].title] == ""
     column = TableColumn("a", "tofu/model_utility", "high")
-    assert scoring.format_metric(column, {"tofu/model_utility": {"value": 0.51234}}) == "51.2"
+    assert format_metric(column, {"tofu/model_utility": {"value": 0.51234}}) == "51.2"
 
 
 @pytest.mark.slow
 def test_columns_and_axes_are_measured(folder: Path) -> None:
     for name, suite in benchmarks.BENCHMARKS.items():
-        found = score_benchmark(str(folder / "model"), way(folder, name))["after"]
+        found = score_benchmark(str(folder / "model"), **way(folder, name))["after"]
         titles = [column.title for column in suite.columns]
         assert set(suite.axes) <= set(titles) and suite.axes[0] != suite.axes[1]
         assert [c.metric for c in suite.columns if c.metric not in found] == []

@@ -9,9 +9,8 @@ import pytest
 
 from helpers.results import keep_rows, write_metrics, write_report
 from srmu.errors import SrmuError
-from srmu.evals.compare import ComparisonRow, compare_runs
+from srmu.evals.compare import ComparisonRow, compare_runs, run_setting
 from srmu.evals.results import read_attacks
-from srmu.evals.settings import run_setting
 from srmu.runs.config import build_config, make_config
 
 QUESTIONS = 200  # two of each fact

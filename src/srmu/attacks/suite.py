@@ -4,6 +4,7 @@ import random
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -66,7 +67,11 @@ def attack_run(
     exam = load_exam(sources, run.config, seed)
     texts = load_texts(sources, run.config)
     subjects = Subjects(run, sources.oracle, find_device(device))
-    for name, cost in [(name, estimate_cost(one, subjects)) for name, one in chosen.items()]:
+    for name, one in [*chosen.items()]:
+        cost = ""
+        if type(one).cost is not Attack.cost:  # else no model need be loaded
+            with suppress(NotApplicable, torch.OutOfMemoryError):  # it will say so when it runs
+                cost = one.cost(subjects.unlearned)
         if cost and not distributed.agree_on(distributed.is_first() and confirm(f"{name}: {cost}")):
             del chosen[name]
     given = sha256(repr((exam, texts, seed)).encode())
@@ -113,16 +118,6 @@ def find_result(
         return f"failed: {first_line(error)}"
     cache.keep_cached("attacks", key, asdict(result))
     return result
-
-
-def estimate_cost(one: Attack, subjects: "Subjects") -> str:
-    """What an attack that takes long says that it takes; "" of any other."""
-    if type(one).cost is Attack.cost:  # then no model need be loaded
-        return ""
-    try:
-        return one.cost(subjects.unlearned)
-    except (NotApplicable, torch.OutOfMemoryError):  # it will say so when it runs
-        return ""
 
 
 def code_of(one: Attack) -> list[str]:

@@ -13,7 +13,7 @@ from srmu.engine import distributed
 from srmu.errors import SrmuError
 from srmu.evals import results, statistics
 from srmu.evals.results import KEPT, PLAIN, number_facts, write_answers
-from srmu.evals.statistics import KNOWN, Array, bootstrap_estimate, estimate_accuracy
+from srmu.evals.statistics import bootstrap_estimate, estimate_accuracy
 from srmu.evals.subject import list_facts
 
 Outcomes = Mapping[str, AttackResult | str]  # of an attack by whose model; why there is no result
@@ -53,46 +53,36 @@ def summarise_attacks(chosen: Mapping[str, Attack], found: Mapping[str, Outcomes
 
 def merge_report(folder: Path, report: Report, known: Sequence[str]) -> Report:
     """Add a report on some of the `known` attacks to a run's results, beside earlier ones on the same exam."""
+
+    def exam_of(report: Report) -> list[Any]:  # alike where attacks can stand side by side
+        answers = [control["right"] for control in report["attacks"][PLAIN]["controls"].values()]
+        return [*(report[key] for key in ALIKE), report["original"], answers]
+
     with results.lock_results(folder):
         earlier = results.read_attacks(folder)
+        both = report["attacks"]
         if earlier and exam_of(earlier) == exam_of(report):
-            both = earlier["attacks"] | report["attacks"]
-            report["attacks"] = {name: both[name] for name in known if name in both}
-        report["not_tried"] = [name for name in known if name not in report["attacks"]]
-        report["K*"] = find_worst_case(report)
+            both = earlier["attacks"] | both
+        report["attacks"] = attacks = {name: both[name] for name in known if name in both}
+        report["not_tried"] = [name for name in known if name not in attacks]
+        statistic = partial(statistics.worst_case, chance=report["chance"])
+        worst = bootstrap_estimate(statistics.residual_table(report), report["facts"], statistic, seed=report["seed"])
+        counted = {
+            name: entry["accuracy"]["value"]
+            for name, entry in attacks.items()
+            if "right" in entry and entry["valid"] is not False
+        }
+        report["K*"] = asdict(worst) | {"attack": max(counted, key=counted.__getitem__)}
         if distributed.is_first():
+            tried = {
+                name: {key: entry[key] for key in RECORDED if key in entry}
+                | {"controls": {who: c.get("accuracy") for who, c in entry.get("controls", {}).items()}}
+                for name, entry in attacks.items()
+            }
+            record = {name: report[name] for name in ("tier", "seed", "chance", "tasks", "oracle", "not_tried", "K*")}
             rows, left = results.attack_rows(report)
-            results.merge_results(folder, rows, {"attacks": record_attacks(report)}, attacks=left)
+            results.merge_results(folder, rows, {"attacks": record | {"tried": tried}}, attacks=left)
     return report
-
-
-def exam_of(report: Report) -> list[Any]:
-    """What two reports have in common whose attacks can stand side by side."""
-    answers = [control["right"] for control in report["attacks"][PLAIN]["controls"].values()]
-    return [*(report[key] for key in ALIKE), report["original"], answers]
-
-
-def find_worst_case(report: Report) -> dict[str, Any]:
-    """K* with its interval, and the attack that finds most of those that count."""
-    statistic = partial(statistics.worst_case, chance=report["chance"])
-    worst = bootstrap_estimate(statistics.residual_table(report), report["facts"], statistic, seed=report["seed"])
-    counted = {
-        name: entry["accuracy"]["value"]
-        for name, entry in report["attacks"].items()
-        if "right" in entry and entry["valid"] is not False
-    }
-    return asdict(worst) | {"attack": max(counted, key=counted.__getitem__)}
-
-
-def record_attacks(report: Report) -> dict[str, Any]:
-    """What the audit record says of the attacks: each one's outcome beside its controls, and K*."""
-    tried = {
-        name: {key: entry[key] for key in RECORDED if key in entry}
-        | {"controls": {who: c.get("accuracy") for who, c in entry.get("controls", {}).items()}}
-        for name, entry in report["attacks"].items()
-    }
-    names = ("tier", "seed", "chance", "tasks", "oracle", "not_tried", "K*")
-    return {name: report[name] for name in names} | {"tried": tried}
 
 
 def judge_attack(
@@ -140,11 +130,11 @@ def measure_recovery(plain: Answers, right: Sequence[float], facts: Sequence[str
     gap = bootstrap_estimate(table, facts, lambda m: m[..., 0] - m[..., 1], seed=seed)
     if gap.value <= 0 or gap.value < (gap.high - gap.low) / 1.96:
         return None
-
-    def recovered(m: Array) -> Array:
-        return (m[..., 2] - m[..., 1]) / np.maximum(m[..., 0] - m[..., 1], KNOWN)  # in some resample 0
-
-    return asdict(bootstrap_estimate(table, facts, recovered, seed=seed))
+    least = statistics.KNOWN  # in some resample nothing was forgotten
+    recovered = bootstrap_estimate(
+        table, facts, lambda m: (m[..., 2] - m[..., 1]) / np.maximum(m[..., 0] - m[..., 1], least), seed=seed
+    )
+    return asdict(recovered)
 
 
 def best_setting(result: AttackResult | str) -> Setting:

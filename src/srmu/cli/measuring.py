@@ -40,8 +40,7 @@ def eval_command(
     """Measure a model, or a run before and after, on tasks and benchmarks."""
     silence_libraries()
     from srmu.evals.benchmarks import BENCHMARKS, find_benchmark
-    from srmu.evals.benchmarks.score import TITLES, BenchmarkOptions, benchmark_table, score_benchmark
-    from srmu.evals.score import score_model
+    from srmu.evals.score import TITLES, benchmark_table, score_benchmark, score_model
 
     names = output.split_names(tasks)
     asked = [name for name in names if name.partition("/")[0] in BENCHMARKS]
@@ -58,8 +57,8 @@ def eval_command(
         if not as_json:
             print_scores(scores, {"before": "before", "after": "after" if "before" in scores else "value"})
     for name in asked:
-        request = BenchmarkOptions(name, data, revision, template, oracle, limit, device)
-        measured = score_benchmark(target, request, log=log, watch=show_progress)
+        told: dict[str, Any] = {"data": data, "revision": revision, "oracle": oracle, "template": template}
+        measured = score_benchmark(target, name, **told, limit=limit, device=device, log=log, watch=show_progress)
         if not as_json:
             titles = TITLES if "before" in measured else TITLES | {"after": "model"}
             shown = {titles[when]: measured[when] for when in titles if when in measured}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from math import inf
@@ -16,10 +16,11 @@ import numpy as np
 from srmu.errors import SrmuError, suggest_word
 from srmu.evals import statistics
 from srmu.evals.results import PLAIN, Metrics, Row, read_attacks, read_metrics
-from srmu.evals.settings import method_label, run_setting, setting_words
+from srmu.runs.config import UNDECIDING, Config
 from srmu.runs.run import Run
 
 HAZARDS = ("organism_hazard", "wmdp", "forget_texts")  # how tasks on what is to go are named
+TEXTS = {"template", "where"}  # options of texts whose values are no paths
 Where = tuple[str, int]  # a run's model and seed: what is compared in pairs
 LOSS, FORGET, RESIDUAL = range(3)  # columns: drop of utility, accuracy on what is to be forgotten, K*
 
@@ -62,8 +63,7 @@ class MethodReading:
     method: str
     points: int  # settings of its strength
     where: list[Where]
-    numbers: statistics.Array
-    attacked: bool  # whether all of its runs were
+    numbers: statistics.Array  # K* is nan where not all runs were attacked
     note: str
     n: tuple[int, int]
 
@@ -88,13 +88,12 @@ def compare_runs(
         raise SrmuError("name the folders of one run or more")
     opened = [Run.open(folder) for folder in runs]
     draws = statistics.Draws(seed)
-    attacks = {run.folder: read_attacks(run.folder) for run in opened}
+    attacks = {}
     named = tuple(forget), tuple(utility)
-    attacks = {
-        folder: report
-        for folder, report in attacks.items()
-        if report and all(not own or own == asked for own, asked in zip(named, metrics_of(report), strict=True))
-    }
+    for run in opened:
+        report = read_attacks(run.folder)
+        if report and all(not own or own == asked for own, asked in zip(named, metrics_of(report), strict=True)):
+            attacks[run.folder] = report
     for report in attacks.values():  # what was attacked says what to look up elsewhere
         named = named[0] or metrics_of(report)[0], named[1] or metrics_of(report)[1]
     metrics = [read_metrics(run.folder) for run in opened]
@@ -123,9 +122,16 @@ def make_row(reading: MethodReading, base: MethodReading, draws: statistics.Draw
     known, asked = reading.n
     differences = {}
     for column in (FORGET, RESIDUAL):
-        has_both = column == FORGET or (reading.attacked and base.attacked)
-        if has_both and reading is not base:
-            differences[column] = estimate_difference(column, reading, base, draws)
+        mine, theirs = reading.numbers[..., column], base.numbers[..., column]
+        if reading is base or np.isnan([mine[0, 0], theirs[0, 0]]).any():
+            continue
+        if both := [place for place in reading.where if place in base.where]:  # then in pairs
+            own, other = ([one.where.index(place) for place in both] for one in (reading, base))
+            gaps = draws.over_seeds(mine[:, own] - theirs[:, other])
+        else:
+            gaps = draws.over_seeds(mine) - draws.over_seeds(theirs)
+        differences[column] = statistics.estimate_from(gaps, min(known, base.n[0]))
+    residual = reading.numbers[..., RESIDUAL]
     verdict = ""
     if change := differences.get(RESIDUAL, differences.get(FORGET)):
         verdict = "noise" if change.low <= 0 <= change.high else "better" if change.high < 0 else "worse"
@@ -134,7 +140,7 @@ def make_row(reading: MethodReading, base: MethodReading, draws: statistics.Draw
         points=reading.points,
         seeds=len(reading.where),
         # drawn first: a sequence of draws of seeds is part of the numbers
-        residual=draws.estimate(reading.numbers[..., RESIDUAL], known) if reading.attacked else None,
+        residual=None if np.isnan(residual[0, 0]) else draws.estimate(residual, known),
         utility_loss=draws.estimate(reading.numbers[..., LOSS], asked, clip=(0, inf)),
         forget_accuracy=draws.estimate(reading.numbers[..., FORGET], known, clip=(0, 1)),
         forget_difference=differences.get(FORGET),
@@ -146,10 +152,8 @@ def make_row(reading: MethodReading, base: MethodReading, draws: statistics.Draw
 
 def metrics_of(attacks: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """What attacks asked, as the names of metrics: on what is forgotten, and on utility."""
-    return (
-        tuple(f"{task}/acc" for task in attacks["tasks"]["test"]),
-        tuple(f"{task}/acc" for task in attacks["tasks"]["utility"]),
-    )
+    test, utility = (tuple(f"{task}/acc" for task in attacks["tasks"][kind]) for kind in ("test", "utility"))
+    return test, utility
 
 
 def choose_metrics(
@@ -194,20 +198,15 @@ def check_attacks(runs: Sequence[Run], attacks: Mapping[Path, dict[str, Any]]) -
 
 def from_attacks(run: Run, attacks: Mapping[str, Any], draws: statistics.Draws) -> RunNumbers:
     """A run's numbers from its answers question by question."""
-    model = run.config.model
-    plain = attacks["attacks"][PLAIN]
     if not attacks["utility"]:
         raise SrmuError(f"{run.folder} was attacked without --utility tasks: attack it with them")
-
-    def means(table: statistics.Array, asked: str, facts: Sequence[Hashable]) -> statistics.Array:
-        return draws.means(table, [(model, asked, fact) for fact in facts])
-
-    table = np.column_stack([statistics.residual_table(attacks), statistics.parse_answers(plain["right"])])
-    right = means(table, "forget", attacks["facts"])
+    model, parse = run.config.model, statistics.parse_answers
+    table = np.column_stack([statistics.residual_table(attacks), parse(attacks["attacks"][PLAIN]["right"])])
+    right = draws.means(table, [(model, "forget", fact) for fact in attacks["facts"]])
     drops = []
     for task, kept in attacks["utility"].items():
-        both = np.stack([statistics.parse_answers(kept["before"]), statistics.parse_answers(kept["after"])], axis=1)
-        before, after = means(both, task, kept["facts"]).T
+        both = np.stack([parse(kept["before"]), parse(kept["after"])], axis=1)
+        before, after = draws.means(both, [(model, task, fact) for fact in kept["facts"]]).T
         drops.append(before - after)
     numbers = [np.mean(drops, axis=0), right[:, -1], statistics.worst_case(right[:, :-1], attacks["chance"])]
     asked = len(table), sum(len(kept["facts"]) for kept in attacks["utility"].values())
@@ -288,8 +287,10 @@ def read_method(method: str, points: Sequence[dict[Where, RunNumbers]], budget: 
     if any(attacked) and not all(attacked):
         notes.append("no K*: not all of its runs were attacked")
     numbers = np.stack([read_along(curve, budget) for curve in curves], axis=1)
+    if not all(attacked):
+        numbers[..., RESIDUAL] = np.nan
     n = min(one.n for curve in curves for one in curve)
-    return MethodReading(method, len(points), where, numbers, all(attacked), "; ".join(notes), n)
+    return MethodReading(method, len(points), where, numbers, "; ".join(notes), n)
 
 
 def read_along(curve: Sequence[RunNumbers], budget: float) -> statistics.Array:
@@ -310,14 +311,39 @@ def read_along(curve: Sequence[RunNumbers], budget: float) -> statistics.Array:
     return low + share[:, None] * (high - low)
 
 
-def estimate_difference(
-    column: int, one: MethodReading, base: MethodReading, draws: statistics.Draws
-) -> statistics.Estimate:
-    """How a column differs from the first method's, in pairs of seeds where both have them."""
-    mine, theirs = one.numbers[..., column], base.numbers[..., column]
-    if both := [place for place in one.where if place in base.where]:
-        own, other = ([read.where.index(place) for place in both] for read in (one, base))
-        change = draws.over_seeds(mine[:, own] - theirs[:, other])
-    else:
-        change = draws.over_seeds(mine) - draws.over_seeds(theirs)
-    return statistics.estimate_from(change, min(one.n[0], base.n[0]))
+# ---- what a run did, to tell methods, strengths of one method and repetitions apart
+
+
+def run_setting(config: Config) -> tuple[tuple[str, Any], ...]:
+    """What a run did, whichever its seed and testbed: keys and values in a row, paths by name."""
+    tree = config.to_dict()
+    for key in (*UNDECIDING, "seed", "device"):
+        tree.pop(key)
+
+    def leaves(value: Any, key: str) -> list[tuple[str, Any]]:
+        if isinstance(value, dict):
+            return [leaf for k, v in value.items() for leaf in leaves(v, f"{key}.{k}")]
+        if isinstance(value, list):
+            return [leaf for i, v in enumerate(value) for leaf in leaves(v, f"{key}.{i}")]
+        is_path = isinstance(value, str) and not TEXTS & {*key.split(".")}
+        return [(key.lstrip("."), Path(value).name if is_path else value)]
+
+    return tuple(leaves(tree, ""))
+
+
+def setting_words(config: Config) -> dict[str, Any]:
+    """The part of a setting that makes another method of it, not another strength: no numbers."""
+    # None stands where a number may
+    return {key: value for key, value in run_setting(config) if isinstance(value, str | bool)}
+
+
+def method_label(kind: Mapping[str, Any], kinds: Iterable[Mapping[str, Any]]) -> str:
+    """A method's name, and what tells it from others of that name."""
+    others = [other for other in kinds if other["method.name"] == kind["method.name"]]
+    apart = [
+        f"{key.rpartition('.')[2]}={value}" if isinstance(value, bool) else value
+        for key, value in kind.items()
+        if any(other.get(key) != value for other in others)
+        and not key.endswith((".split", ".column"))  # of texts whose path says more
+    ]
+    return kind["method.name"] + (f" ({', '.join(dict.fromkeys(apart))})" if apart else "")

@@ -1,18 +1,29 @@
-"""Score a model, or a run before and after, on tasks; results go into the run's folder."""
+"""Score a model, or a run before and after, on tasks and benchmarks; results go into the run's folder."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from srmu.engine import distributed, weights
-from srmu.engine.files import sha256
-from srmu.engine.progress import Watch, choose_progress
+from srmu.engine import cache, distributed, files, weights
+from srmu.engine.loading import read_config
+from srmu.engine.progress import Watch, choose_progress, ignore_progress
 from srmu.errors import SrmuError
+from srmu.evals import benchmarks, results
+from srmu.evals.benchmarks import base
 from srmu.evals.lm_eval import evaluate
-from srmu.evals.results import Metrics, load_results, merge_results, metric_rows, plain_metrics
-from srmu.runs.run import Run, open_target
+from srmu.evals.results import Metrics, merge_results, metric_rows, plain_metrics
+from srmu.evals.subject import Subject
+from srmu.runs.plan import load_tokenizer
+from srmu.runs.run import OpenedModel, Run, open_target
+
+TITLES = {"before": "original", "after": "unlearned", "oracle": "oracle"}
 
 
 def score_model(
@@ -49,7 +60,7 @@ def score_model(
     if not tasks:
         raise SrmuError("no task named; give --tasks a,b")
     if out:
-        load_results(out)  # what is wrong with them must show before the work
+        results.load_results(out)  # what is wrong with them must show before the work
     tasks_dir = Path(tasks_dir) if tasks_dir is not None else tasks_beside(folder)
     base = weights.fingerprint_model(folder)
     ask = partial(evaluate, opened.module, opened.tokenizer, tasks, tasks_dir=tasks_dir, limit=limit, watch=watch)
@@ -58,7 +69,7 @@ def score_model(
         method = run.config.method
         fingerprint = weights.changed_fingerprint(base, run.delta)
         if method.no_checkpoint:  # its options decide the answers, too
-            fingerprint = sha256(fingerprint.encode(), repr(method).encode())
+            fingerprint = files.sha256(fingerprint.encode(), repr(method).encode())
         with opened.after():
             metrics["after"] = ask(fingerprint=fingerprint)
     if out and distributed.is_first():
@@ -70,3 +81,169 @@ def tasks_beside(folder: Path) -> Path | None:
     """The folder of the tasks that come with a model, as in a testbed."""
     tasks = folder.parent / "tasks"
     return tasks if tasks.is_dir() else None
+
+
+def score_benchmark(
+    target: str,
+    name: str,
+    *,
+    data: str = "",
+    revision: str = "",
+    template: str = "",
+    oracle: str = "",
+    limit: int | None = None,
+    device: str = "auto",
+    log: Path | None = None,
+    watch: Watch = ignore_progress,
+) -> dict[str, Metrics]:
+    """Measure a model folder, a hub id or a run on a suite (`tofu/forget05`): `{"after": metrics, ...}`.
+
+    The data set is in the folder `data`, else in `suites/NAME` beside the model, else on the hub. Of a run also
+    `before`. `oracle` is a model that never saw the forget set, which then has metrics too, a log of one (.json), or
+    "none". A run's metrics are merged into its `results.json`. `log` is where the values of each question are written,
+    which can serve as another's `oracle`; they are numbers, no texts.
+    """
+    asked = {"data": data, "revision": revision, "template": template, "oracle": oracle, "limit": limit}
+    suite, _ = benchmarks.find_benchmark(name)
+    if suite.oracle and not oracle and not log:
+        raise SrmuError(
+            f"--tasks {name}: {suite.oracle} needs a model that never saw the forget set: give --oracle MODEL, "
+            "or a log of one (srmu eval MODEL --tasks ... --log FILE.json), or --oracle none to leave it out"
+        )
+    if log and not log.parent.is_dir():
+        raise SrmuError(f"--log {log}: there is no folder {log.parent}")
+    opened = open_target(target, device)
+    run, first = opened.run, name.partition("/")[0]
+    beside = opened.base.parent / "suites" / first  # as in a testbed
+    if not (data or revision) and beside.is_dir():
+        asked["data"] = data = str(beside)
+    request = pose_request(name, data, revision, template, limit, watch)  # what is wrong shows before the work
+    if run:
+        results.load_results(run.folder)
+    marks = reference_marks(opened.base, name, request)
+    known: dict[str, Any] = {"values": None}
+    scores: dict[str, dict[str, Any]] = {}
+    if oracle.endswith(".json"):
+        known = read_log(Path(oracle), marks)
+    elif oracle not in ("", "none"):
+        model = OpenedModel(weights.locate_model(oracle), None, device)
+        known = scores["oracle"] = measure_benchmark(model, None, name, request)
+    request = replace(request, reference=known["values"])
+    for when, state in {"before": None, "after": run}.items() if run else {"after": None}.items():
+        scores[when] = measure_benchmark(opened, state, name, request)
+        if "rows" in known and scores[when]["rows"] != known["rows"]:
+            raise SrmuError(f"--oracle {oracle}: its log was made from other rows than these")
+    after = scores["after"]
+    if log and distributed.is_first():
+        files.write_whole(log, files.format_json(marks | {"rows": after["rows"], "values": after["values"]}))
+    if run and distributed.is_first():
+        rows = []
+        for when, one in scores.items():
+            answers = {f"{first}/{key}": {"answers": results.write_answers(v)} for key, v in one["values"].items()}
+            metrics = {key: entry | answers.get(key, {}) for key, entry in one["metrics"].items()}
+            rows += metric_rows(metrics, when, benchmark=name)
+        merge_results(run.folder, rows, benchmarks={name: {"asked": asked, "rows": after["rows"]}})
+    return {when: one["metrics"] for when, one in scores.items()}
+
+
+def pose_request(
+    name: str, data: str, revision: str, template: str, limit: int | None, watch: Watch
+) -> base.BenchmarkRequest:
+    """What a suite is asked, from what `srmu eval` was told."""
+    suite, part = benchmarks.find_benchmark(name)
+    hub, first = suite.hub.format(part=part.capitalize()), name.partition("/")[0]
+    fetch = f"hf download {hub} --repo-type dataset --local-dir {first}"
+    get = suite.get or f"with a hub in reach, `{fetch}`, then give --data {first}"
+    folder = Path(data) if data else None
+    if not folder and not hub:
+        raise SrmuError(f"--tasks {name} has no data set of its own; {get}")
+    if folder and not folder.is_dir():
+        raise SrmuError(f"--data {folder}: there is no such folder; {get}")
+    if folder and revision:
+        raise SrmuError(f"--revision does not apply to the local folder {folder}")
+    if template and "{question}" not in template:
+        raise SrmuError(f"--template {template!r} has no {{question}} in it")
+    if limit is not None and limit < 1:
+        raise SrmuError(f"--limit {limit} must be 1 or more")
+    return base.BenchmarkRequest(hub, get, revision or suite.revision, folder, limit, part, template, watch=watch)
+
+
+def measure_benchmark(
+    opened: OpenedModel, run: Run | None, name: str, request: base.BenchmarkRequest
+) -> dict[str, Any]:
+    """Metrics and values of a model as `run` leaves it, and `rows`, digests of those it read.
+
+    Kept in the cache folder until the model, how it is asked, the reference or the code change.
+    """
+    delta = dict(run.delta) if run else {}
+    suite, _ = benchmarks.find_benchmark(name)
+    request = replace(request, seen={})
+
+    def measure() -> dict[str, Any]:
+        with opened.after() if run else nullcontext(opened.module) as module:
+            # only that there is one is looked at: nothing may take these for the original's
+            subject = Subject(module, opened.tokenizer, delta, fixed="suites change no weights")
+            scores = suite.run(subject, request)
+        return {"metrics": scores.metrics, "values": scores.values, "rows": request.seen}
+
+    data: Any = ""
+    if folder := request.folder:  # its name may stay while its files change
+        places = (folder, folder.with_name("mmlu"))  # WMDP is asked with MMLU, which lies beside it
+        held = sorted(path for place in places for path in place.rglob("*") if path.is_file())
+        data = files.sha256(*(part for path in held for part in (path.name.encode(), path)))
+    mark = weights.changed_fingerprint(weights.fingerprint_model(opened.base), delta)
+    own = repr(run.config.method) if run and run.config.method.no_checkpoint else ""
+    asked = [name, data, request.revision, request.template, request.limit, request.reference]
+    code = [files.sha256(path) for path in sorted(Path(benchmarks.__file__).parent.glob("*.*"))]
+    versions = [version(package) for package in ("transformers", "torch", "rouge-score", "lm-eval")]
+    return dict(cache.cached("suites", [mark, own, asked, code, versions], measure, together=True))
+
+
+def reference_marks(folder: Path, name: str, request: base.BenchmarkRequest) -> dict[str, Any]:
+    """What two models must have in common for the log of one to serve the other."""
+    config, tokenizer = read_config(folder), load_tokenizer(folder)
+    shape = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
+    modules = ("base", name.partition("/")[0])
+    code = files.sha256(*(Path(benchmarks.__file__).with_name(f"{module}.py") for module in modules))
+    return {
+        "suite": name,
+        "model": {key: getattr(config, key, None) for key in shape},
+        "tokenizer": files.sha256(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode())[:16],
+        "template": request.template or tokenizer.chat_template or "",
+        "limit": request.limit,
+        "srmu": f"{version('srmu')}, {code[:16]}",
+    }
+
+
+def read_log(path: Path, marks: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of an oracle that was measured before, and which rows; SrmuError if of another."""
+    try:
+        log = files.read_json(path)
+        known = {"values": log["values"], "rows": log["rows"]}
+        other = [name for name in marks if log[name] != marks[name]]
+    except (SrmuError, KeyError, TypeError) as error:
+        raise SrmuError(
+            f"--oracle {path} is not a log ({type(error).__name__}); srmu eval MODEL "
+            f"--tasks {marks['suite']} --log FILE.json writes one"
+        ) from error
+    if other:
+        raise SrmuError(
+            f"--oracle {path} is of another {', '.join(other)}: measure the model that never saw "
+            f"the forget set again (srmu eval MODEL --tasks {marks['suite']} --log {path})"
+        )
+    return known
+
+
+def benchmark_table(suite: base.Benchmark, shown: Mapping[str, base.Metrics]) -> list[dict[str, str]]:
+    """The table of a suite's paper: a row for each model, by title; "" for what was left out."""
+    return [
+        {"": title} | {column.title: format_metric(column, metrics) for column in suite.columns}
+        for title, metrics in shown.items()
+    ]
+
+
+def format_metric(column: base.TableColumn, metrics: base.Metrics) -> str:
+    if column.metric not in metrics:
+        return ""
+    value = column.scale * metrics[column.metric]["value"]
+    return f"{value:.1f}" if column.scale == 100 else f"{value:.3g}"

@@ -8,8 +8,8 @@ from typing import Any
 
 from srmu.evals.benchmarks import find_benchmark
 from srmu.evals.benchmarks.base import Metrics, TableColumn
-from srmu.evals.benchmarks.score import format_metric
 from srmu.evals.results import read_benchmarks
+from srmu.evals.score import format_metric
 from srmu.evals.statistics import Estimate
 from srmu.report.figures import GREY, Row, Series, draw_figure, label_look, make_look
 from srmu.report.format import write_words

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from srmu.errors import SrmuError
-from srmu.evals.compare import choose_metrics, metrics_of
+from srmu.evals.compare import choose_metrics, method_label, metrics_of, run_setting, setting_words
 from srmu.evals.results import read_attacks, read_benchmarks
-from srmu.evals.settings import method_label, run_setting, setting_words
 from srmu.report import markdown, results, runs, studies
 from srmu.report.attacks import Recovery, attack_section, estimate_recovery
 from srmu.report.benchmarks import benchmark_sections

@@ -8,9 +8,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from srmu.attacks.measures import Utility, measure_texts
 from srmu.attacks.suite import TIERS, Sources, attack_run, select_attacks
 from srmu.attacks.summary import CONTROLS
-from srmu.attacks.utility import Utility, measure_texts
 from srmu.data import sources
 from srmu.engine.files import require_place
 from srmu.engine.progress import Watch, ignore_progress

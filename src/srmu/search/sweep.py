@@ -27,8 +27,8 @@ from srmu.attacks.suite import Sources, attack_run, fill_sources, load_exam, sel
 from srmu.engine.files import require_place, write_json
 from srmu.engine.progress import Watch, ignore_progress
 from srmu.errors import SrmuError, suggest_word
+from srmu.evals.compare import run_setting
 from srmu.evals.score import score_model
-from srmu.evals.settings import run_setting
 from srmu.runs.config import Config, explain_error, load_config, put_override, read_tree
 from srmu.runs.plan import locate_base, plan_run
 from srmu.runs.run import Run, unlearn_config
