@@ -157,16 +157,16 @@ def test_min_k(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     every = [muse.read_log_p(model, row) for row in rows]
     assert [len(logp) for logp in every] == [len(row.split()) for row in rows]
     monkeypatch.setattr(muse, "SHARE", 1.0)
-    found = muse.score_min_k(model, asked(tmp_path), "forget", rows)
+    found = muse.score_min_k(model, "forget", rows)
     assert found == pytest.approx([float(logp.mean()) for logp in every])
     for share in (0.2, 0.4, 0.6):
         monkeypatch.setattr(muse, "SHARE", share)
-        fewer = muse.score_min_k(model, asked(tmp_path), "forget", rows)
+        fewer = muse.score_min_k(model, "forget", rows)
         counts = [int(share * len(logp)) for logp in every]
         assert fewer == pytest.approx(
             [sum(sorted(logp.tolist())[:n]) / n for n, logp in zip(counts, every, strict=True)]
         )
-    (one,) = muse.score_min_k(model, asked(tmp_path), "forget", ["w1"])
+    (one,) = muse.score_min_k(model, "forget", ["w1"])
     assert one == pytest.approx(float(muse.read_log_p(model, "w1")))
 
 

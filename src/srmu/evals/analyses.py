@@ -108,7 +108,9 @@ def measure_confidence(
             means[name][when] = {**dict(columns), "tokens": len(table)}
     panel = draw_histogram(f"Largest probability of {tokens} tokens", "largest probability", probabilities, 0.0, 1.0)
     numbers = {"tokens": tokens, "confidence": means}
-    sentences = write_sentences("confidence.txt", means=means, tokens=tokens, is_run="before" in states)
+    pairs = {name: (row["before"], row["after"]) for name, row in means.items() if "after" in row}
+    changes = {name: after["probability"] - before["probability"] for name, (before, after) in pairs.items()}
+    sentences = write_sentences("confidence.txt", means=means, tokens=tokens, changes=changes)
     return Analysis("Token confidence", numbers, sentences, [panel])
 
 
@@ -169,7 +171,7 @@ def measure_alignment(run: Run, model: EditableModel, tokenizer: Any, *, watch: 
             title = f"Cosines with the target at layer {site.layer}, topic {number}"
             panels.append(draw_histogram(title, "cosine", layers[site.layer]["target"], -1.0, 1.0))
     numbers = {"layer": site.layer, "stream": site.stream, "topics": topics}
-    sentences = write_sentences("alignment.txt", topics=topics.values(), layer=site.layer)
+    sentences = write_sentences("alignment.txt", rows=[rows[site.layer] for rows in topics.values()], layer=site.layer)
     return Analysis("Alignment with the direction", numbers, sentences, panels)
 
 
@@ -218,7 +220,8 @@ def measure_sensitivity(
                 with state(), torch.no_grad():
                     values.append(measure_layer(model, batches, layer))
                 tick("")
-    sentences = write_sentences("sensitivity.txt", psi=psi, size=SIZE)
+    ends = {name: [(values.index(one), one) for one in (max(values), min(values))] for name, values in psi.items()}
+    sentences = write_sentences("sensitivity.txt", ends=ends, size=SIZE, neutral=SIZE**2)
     panel = Panel("Noise sensitivity", "layer", "psi", [*range(count)], psi)
     numbers = {"psi": psi, "size": SIZE, "draws": DRAWS, "seed": SEED}
     return Analysis("Noise sensitivity of layers", numbers, sentences, [panel])

@@ -117,7 +117,7 @@ def score_benchmark(
     beside = opened.base.parent / "suites" / first  # as in a testbed
     if not (data or revision) and beside.is_dir():
         asked["data"] = data = str(beside)
-    request = pose_request(name, data, revision, template, limit, watch)  # what is wrong shows before the work
+    request = pose_request(name, data, revision, template, limit)  # what is wrong shows before the work
     if run:
         results.load_results(run.folder)
     marks = reference_marks(opened.base, name, request)
@@ -127,10 +127,10 @@ def score_benchmark(
         known = read_log(Path(oracle), marks)
     elif oracle not in ("", "none"):
         model = OpenedModel(weights.locate_model(oracle), None, device)
-        known = scores["oracle"] = measure_benchmark(model, None, name, request)
+        known = scores["oracle"] = measure_benchmark(model, None, name, request, watch)
     request = replace(request, reference=known["values"])
     for when, state in {"before": None, "after": run}.items() if run else {"after": None}.items():
-        scores[when] = measure_benchmark(opened, state, name, request)
+        scores[when] = measure_benchmark(opened, state, name, request, watch)
         if "rows" in known and scores[when]["rows"] != known["rows"]:
             raise SrmuError(f"--oracle {oracle}: its log was made from other rows than these")
     after = scores["after"]
@@ -146,9 +146,7 @@ def score_benchmark(
     return {when: one["metrics"] for when, one in scores.items()}
 
 
-def pose_request(
-    name: str, data: str, revision: str, template: str, limit: int | None, watch: Watch
-) -> base.BenchmarkRequest:
+def pose_request(name: str, data: str, revision: str, template: str, limit: int | None) -> base.BenchmarkRequest:
     """What a suite is asked, from what `srmu eval` was told."""
     suite, part = benchmarks.find_benchmark(name)
     hub, first = suite.hub.format(part=part.capitalize()), name.partition("/")[0]
@@ -165,11 +163,11 @@ def pose_request(
         raise SrmuError(f"--template {template!r} has no {{question}} in it")
     if limit is not None and limit < 1:
         raise SrmuError(f"--limit {limit} must be 1 or more")
-    return base.BenchmarkRequest(hub, get, revision or suite.revision, folder, limit, part, template, watch=watch)
+    return base.BenchmarkRequest(hub, get, revision or suite.revision, folder, limit, part, template)
 
 
 def measure_benchmark(
-    opened: OpenedModel, run: Run | None, name: str, request: base.BenchmarkRequest
+    opened: OpenedModel, run: Run | None, name: str, request: base.BenchmarkRequest, watch: Watch
 ) -> dict[str, Any]:
     """Metrics and values of a model as `run` leaves it, and `rows`, digests of those it read.
 
@@ -182,7 +180,7 @@ def measure_benchmark(
     def measure() -> dict[str, Any]:
         with opened.after() if run else nullcontext(opened.module) as module:
             # only that there is one is looked at: nothing may take these for the original's
-            subject = Subject(module, opened.tokenizer, delta, fixed="suites change no weights")
+            subject = Subject(module, opened.tokenizer, delta, fixed="suites change no weights", watch=watch)
             scores = suite.run(subject, request)
         return {"metrics": scores.metrics, "values": scores.values, "rows": request.seen}
 

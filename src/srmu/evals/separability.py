@@ -242,6 +242,9 @@ def choose_layer(layers: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def advise_user(numbers: dict[str, Any]) -> list[str]:
     """What the numbers of `measure_entanglement` mean, in sentences."""
     best = choose_layer(numbers["separability"]["layers"]) if "separability" in numbers else None
-    limits = {"low": LOW, "high": HIGH, "clear": CLEAR, "flat": FLAT, "outlier": OUTLIER}
-    numbers = {"contamination": {"forget": {}, "retain": {}}} | numbers
-    return write_sentences("entanglement.txt", **numbers, **limits, best=best)
+    told: dict[str, Any] = {"contamination": {"forget": {}, "retain": {}}} | numbers
+    told |= {"is_low": numbers["entanglement"] < LOW, "is_high": numbers["entanglement"] > HIGH, "best": best}
+    if best:
+        told |= {"is_clear": best["accuracy"] >= CLEAR, "is_flat": best["importance"]["sd"] < FLAT}
+        told["window"] = best["layer"] + 1 if best["layer"] < 2 else None  # no more than there are layers
+    return write_sentences("entanglement.txt", **told, flat=FLAT, outlier=OUTLIER)

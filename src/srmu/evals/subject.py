@@ -13,6 +13,7 @@ from torch import Tensor
 
 from srmu.engine.likelihoods import score_answers
 from srmu.engine.model import EditableModel, replace_tensor
+from srmu.engine.progress import Watch, ignore_progress
 from srmu.errors import SrmuError
 
 
@@ -54,6 +55,7 @@ class Subject:
     original: Mapping[str, Tensor] = field(default_factory=dict)
     oracle: Subject | None = None
     fixed: str = ""
+    watch: Watch = ignore_progress  # of benchmarks
 
     def __post_init__(self) -> None:
         self.module.eval()

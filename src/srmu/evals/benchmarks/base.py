@@ -13,7 +13,6 @@ import numpy as np
 from pydantic import AfterValidator, ConfigDict, Field, StringConstraints, ValidationError, ValidationInfo, create_model
 
 from srmu.engine import distributed, files, generate
-from srmu.engine.progress import Watch, ignore_progress
 from srmu.errors import SrmuError, first_line
 from srmu.evals.subject import Subject, answer_likelihoods
 
@@ -60,7 +59,6 @@ class BenchmarkRequest:
     part: str = ""
     template: str = ""
     reference: Mapping[str, Sequence[float]] | None = None
-    watch: Watch = ignore_progress
     seen: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -91,26 +89,22 @@ class BenchmarkRequest:
                 datasets.enable_progress_bars()
         if not rows:
             raise SrmuError(f"{where} has no rows; {self.get}")
-        check_rows(rows, fields, where)
+        shapes: dict[str, Any] = {name: (kind, ...) for name, kind in fields.items()}
+        model = create_model("Fields", __config__=ConfigDict(strict=True), **shapes)
+        for number, row in enumerate(rows, 1):
+            try:
+                model.model_validate(row)
+            except ValidationError as error:  # its message would show texts
+                first = error.errors()[0]
+                name = first["loc"][0]
+                why = f"field {name!r}: {first['msg']}"
+                if name not in row:
+                    why = f"no field {name!r}; it has {', '.join(row)}"
+                raise SrmuError(f"{where}, row {number}: {why}") from None
         rows = rows[: self.limit]
         text = json.dumps(rows, sort_keys=True, default=str)
         self.seen[f"{config}/{split}"] = files.sha256(text.encode())[:16]
         return rows
-
-
-def check_rows(rows: Sequence[Row], fields: Fields, where: str) -> None:
-    """SrmuError that names the first row and field that is not as `fields` say; it shows no text."""
-    shapes: dict[str, Any] = {name: (kind, ...) for name, kind in fields.items()}
-    model = create_model("Fields", __config__=ConfigDict(strict=True), **shapes)
-    for number, row in enumerate(rows, 1):
-        try:
-            model.model_validate(row)
-        except ValidationError as error:
-            first = error.errors()[0]
-            name = first["loc"][0]
-            if name not in row:
-                raise SrmuError(f"{where}, row {number}: no field {name!r}; it has {', '.join(row)}") from None
-            raise SrmuError(f"{where}, row {number}: field {name!r}: {first['msg']}") from None
 
 
 @dataclass(frozen=True)
@@ -160,19 +154,12 @@ def prompt_of(model: Subject, question: str, template: str = "") -> str:
 
 
 def write_continuations(
-    model: Subject,
-    prompts: Sequence[str],
-    new_tokens: int,
-    *,
-    stops: Sequence[str] = (),
-    label: str = "answers",
-    watch: Watch = ignore_progress,
+    model: Subject, prompts: Sequence[str], new_tokens: int, *, stops: Sequence[str] = (), label: str = "answers"
 ) -> list[str]:
     """Greedy continuations of prompts, each cut before the first of `stops`, without blanks around.
 
-    In batches padded on the left; of several processes each writes some. A continuation is at most half of what the
-    model can read; a prompt that is too long for the rest loses its first tokens. SrmuError where a model that nothing
-    was unlearned from writes nothing at all.
+    A continuation is at most half of what the model can read; a prompt that is too long for the rest loses its first
+    tokens. SrmuError where a model that nothing was unlearned from writes nothing at all.
     """
     new_tokens = min(new_tokens, model.max_length // 2)
     rows = [model.tokens(prompt)[-(model.max_length - new_tokens) :] for prompt in prompts]
@@ -182,7 +169,7 @@ def write_continuations(
         continued = generate.continue_greedily(model.module, model.tokenizer, [rows[i] for i in part], new_tokens)
         return [cut_at_stop(model.tokenizer.decode(ids, skip_special_tokens=True), stops) for ids in continued]
 
-    texts = dict(zip(order, do_parts(order, ROWS, some, label, watch), strict=True))
+    texts = dict(zip(order, do_parts(model, order, ROWS, some, label), strict=True))
     if prompts and not any(texts.values()) and not model.original:
         raise SrmuError(
             f"{label}: the model wrote nothing after any of {len(prompts)} prompts; is --template "
@@ -199,23 +186,19 @@ def cut_at_stop(text: str, stops: Sequence[str]) -> str:
 
 
 def log_likelihoods(
-    model: Subject, pairs: Sequence[tuple[str, str]], *, label: str = "likelihoods", watch: Watch = ignore_progress
+    model: Subject, pairs: Sequence[tuple[str, str]], *, label: str = "likelihoods"
 ) -> list[tuple[float, int]]:
-    """The log-probability (nats) and the number of tokens of the answer in each (prompt, answer).
-
-    Answers come with the space before them. Several processes share the work.
-    """
-    results = do_parts(pairs, PAIRS, lambda part: answer_likelihoods(model, part), label, watch)
+    """The log-probability (nats) and the tokens of the answer, with the space before it, in each (prompt, answer)."""
+    results = do_parts(model, pairs, PAIRS, lambda part: answer_likelihoods(model, part), label)
     check_finite([logp for logp, _, _ in results], label)
     return [(logp, length) for logp, length, _ in results]
 
 
 def option_likelihoods(
-    model: Subject, asked: Sequence[tuple[str, Sequence[str]]], *, label: str, watch: Watch = ignore_progress
+    model: Subject, asked: Sequence[tuple[str, Sequence[str]]], *, label: str
 ) -> list[list[tuple[float, int]]]:
     """The same for each option of each (prompt, options)."""
-    pairs = [(prompt, option) for prompt, options in asked for option in options]
-    read = iter(log_likelihoods(model, pairs, label=label, watch=watch))
+    read = iter(log_likelihoods(model, [(prompt, one) for prompt, options in asked for one in options], label=label))
     return [[next(read) for _ in options] for _, options in asked]
 
 
@@ -225,11 +208,11 @@ def letter_options(choices: Sequence[str]) -> str:
 
 
 def do_parts(
-    items: Sequence[S], size: int, do: Callable[[Sequence[S]], Iterable[T]], label: str, watch: Watch = ignore_progress
+    model: Subject, items: Sequence[S], size: int, do: Callable[[Sequence[S]], Iterable[T]], label: str
 ) -> list[T]:
     """Call `do` with `size` items at a time; all results in order. Several processes share the work."""
     parts = [items[start : start + size] for start in range(0, len(items), size)]
-    with watch(label, -(-len(parts) // distributed.get_size())) as tick:
+    with model.watch(label, -(-len(parts) // distributed.get_size())) as tick:
 
         def one(part: Sequence[S]) -> list[T]:
             results = [*do(part)]

@@ -31,7 +31,7 @@ def run_muse(model: Subject, request: base.BenchmarkRequest) -> base.BenchmarkSc
     values: base.Values = {}
     for kind in KINDS:
         rows = request.rows("privleak", kind.removeprefix("min40_"), {"text": base.Text})
-        values[kind] = score_min_k(model, request, kind, [row["text"] for row in rows])
+        values[kind] = score_min_k(model, kind, [row["text"] for row in rows])
     metrics = measure_privacy(values, known)
     values["verbmem_f"] = measure_verbatim(model, request)
     values["knowmem_f"] = measure_answers(model, request, "forget")
@@ -77,15 +77,13 @@ def measure_membership(scores: base.Values) -> float:
     return area_under_curve(*(scores[kind] for kind in KINDS))
 
 
-def score_min_k(model: Subject, request: base.BenchmarkRequest, kind: str, texts: Sequence[str]) -> list[float]:
+def score_min_k(model: Subject, kind: str, texts: Sequence[str]) -> list[float]:
     """Min-40 % of each text: mean log p of its least likely tokens, at least of one.
 
     Min-K % Prob, arXiv 2310.16789, over all tokens but the first.
     """
     label = f"muse {kind.removeprefix('min40_')} texts"
-    scores = base.do_parts(
-        texts, 1, lambda part: [mean_lowest(read_log_p(model, part[0]), SHARE)], label, request.watch
-    )
+    scores = base.do_parts(model, texts, 1, lambda part: [mean_lowest(read_log_p(model, part[0]), SHARE)], label)
     base.check_finite(scores, label)
     return scores
 
@@ -103,7 +101,7 @@ def measure_verbatim(model: Subject, request: base.BenchmarkRequest) -> list[flo
     """ROUGE-L F1 of what follows each prompt of a forget text with what the model writes."""
     rows = request.rows("verbmem", "forget", {"prompt": base.Text, "gt": base.Text})
     prompts = [row["prompt"] for row in rows]
-    written = base.write_continuations(model, prompts, RECITED, label="muse verbatim", watch=request.watch)
+    written = base.write_continuations(model, prompts, RECITED, label="muse verbatim")
     return base.rouge_scores("fmeasure", written, [shorten_truth(model, row["gt"]) for row in rows])
 
 
@@ -124,5 +122,5 @@ def measure_answers(model: Subject, request: base.BenchmarkRequest, about: str) 
     first = "".join(f"{form.format(question=shot['question']).rstrip()} {shot['answer']}\n\n" for shot in shots)
     prompts = [first + form.format(question=row["question"]) for row in rows]
     label = f"muse {about} answers"
-    written = base.write_continuations(model, prompts, ANSWERED, stops=STOPS, label=label, watch=request.watch)
+    written = base.write_continuations(model, prompts, ANSWERED, stops=STOPS, label=label)
     return base.rouge_scores("fmeasure", written, [row["answer"] for row in rows])

@@ -115,8 +115,7 @@ def measure_probes(model: Subject, request: base.BenchmarkRequest, about: str, l
         fields = {"query": base.Text, "answer": base.Text} | ({"type": base.Text} if level == 3 else {})
         probes += [(level, row) for row in read_rows(request, f"{about}_level{level}", fields)]
     prompts = [pose_question(model, request, row["query"], *pose_probe(row, level)) for level, row in probes]
-    label = f"rwku {about} answers"
-    answers = base.write_continuations(model, prompts, ANSWERED, stops=("\n",), label=label, watch=request.watch)
+    answers = base.write_continuations(model, prompts, ANSWERED, stops=("\n",), label=f"rwku {about} answers")
     recalled = score_recall(answers, [row["answer"] for _, row in probes])
     values: base.Values = {"all": recalled, "empty": [float(not answer) for answer in answers]}
     for (level, row), score in zip(probes, recalled, strict=True):
@@ -137,7 +136,7 @@ def score_membership(model: Subject, request: base.BenchmarkRequest, about: str)
     """The MEMBERSHIP scores of each text, with the sign of a loss."""
     texts = [row["text"] for row in read_rows(request, about, {"text": base.Text})]
     label = f"rwku {about.replace('_', ' ')}"
-    table = np.array(base.do_parts(texts, 64, lambda part: -membership_scores(model, part), label, request.watch))
+    table = np.array(base.do_parts(model, texts, 64, lambda part: -membership_scores(model, part), label))
     if not len(table):
         raise SrmuError(f"{label}: no text has two tokens; it takes longer ones")
     base.check_finite(table.flat, label)
@@ -156,11 +155,9 @@ def measure_mmlu(model: Subject, request: base.BenchmarkRequest) -> list[float]:
         question = list_question(row)
         prompt = pose_question(model, request, question, f"{text}{PROMPTS['follow']}Question: {question}", "Answer:")
         questions.append((prompt, [f" {letter}" for letter in base.LETTERS[: len(row["choices"])]]))
-    read = base.option_likelihoods(model, questions, label="rwku general", watch=request.watch)
-    return [
-        float(int(np.argmax([logp for logp, _ in options])) == row["answer"])
-        for options, row in zip(read, rows, strict=True)
-    ]
+    read = base.option_likelihoods(model, questions, label="rwku general")
+    chosen = [int(np.argmax([logp for logp, _ in options])) for options in read]
+    return [float(one == row["answer"]) for one, row in zip(chosen, rows, strict=True)]
 
 
 def list_question(row: base.Row) -> str:
@@ -177,7 +174,7 @@ def measure_bbh(model: Subject, request: base.BenchmarkRequest) -> list[float]:
         prompts.append(pose_question(model, request, row["question"], content, "A:"))
         answers = row["answer"] if isinstance(row["answer"], list) else [row["answer"]]
         truths.append([normalise_words(answer) for answer in answers])
-    written = base.write_continuations(model, prompts, WRITTEN, label="rwku reasons", watch=request.watch)
+    written = base.write_continuations(model, prompts, WRITTEN, label="rwku reasons")
     concluded = [normalise_words(find_conclusion(text)) for text in written]
     return [float(words in answers) for words, answers in zip(concluded, truths, strict=True)]
 
@@ -202,7 +199,7 @@ def measure_truthfulqa(model: Subject, request: base.BenchmarkRequest) -> list[f
     for row, content in zip(rows, prime_questions([row["question"] for row in rows]), strict=True):
         prompt = pose_question(model, request, row["question"], content, "A:")
         questions.append((prompt, [f" {choice}" for choice in row["mc1_targets"]["choices"]]))
-    read = base.option_likelihoods(model, questions, label="rwku truthfulness", watch=request.watch)
+    read = base.option_likelihoods(model, questions, label="rwku truthfulness")
     right = []
     for row, options in zip(rows, read, strict=True):
         labels, logs = row["mc1_targets"]["labels"], [logp for logp, _ in options]
@@ -221,11 +218,9 @@ def prime_questions(questions: Sequence[str]) -> list[str]:
 def measure_triviaqa(model: Subject, request: base.BenchmarkRequest) -> list[float]:
     """TriviaQA: F1 of each answer's words with those of the right answer it is closest to."""
     rows = read_rows(request, "utility_factuality", {"question": base.Text, "answers": base.Texts})
-    prompts = [
-        pose_question(model, request, row["question"], f"{PROMPTS['trivia']}Q: {row['question']}\n", "A:")
-        for row in rows
-    ]
-    written = base.write_continuations(model, prompts, ANSWERED, label="rwku facts", watch=request.watch)
+    posed = [(row["question"], f"{PROMPTS['trivia']}Q: {row['question']}\n") for row in rows]
+    prompts = [pose_question(model, request, *pair, "A:") for pair in posed]
+    written = base.write_continuations(model, prompts, ANSWERED, label="rwku facts")
     return [max(score_f1(text, truth) for truth in row["answers"]) for text, row in zip(written, rows, strict=True)]
 
 
@@ -242,7 +237,7 @@ def measure_fluency(model: Subject, request: base.BenchmarkRequest) -> list[floa
     """The entropy of word pairs and triples of free texts: low where a model repeats itself."""
     asked = [row["instruction"] for row in read_rows(request, "utility_fluency", {"instruction": base.Text})]
     prompts = [pose_question(model, request, text, f"Instruction: {text}\n") for text in asked]
-    written = base.write_continuations(model, prompts, WRITTEN, label="rwku free texts", watch=request.watch)
+    written = base.write_continuations(model, prompts, WRITTEN, label="rwku free texts")
     return [measure_entropy(text) for text in written]
 
 

@@ -74,7 +74,7 @@ def measure_set(model: Subject, request: base.BenchmarkRequest, name: str, rows:
     for prompt, row in zip(prompts, rows, strict=True):
         texts = [row["answer"], row[right], *row["perturbed_answer"]]
         options.append((split_space(prompt, "")[0], [split_space(prompt, text)[1] for text in texts]))
-    read = base.option_likelihoods(model, options, label=f"tofu {name} likelihoods", watch=request.watch)
+    read = base.option_likelihoods(model, options, label=f"tofu {name} likelihoods")
     values: base.Values = {key: [] for key in ("probability", *(f"truth_ratio{fork}" for fork in FORKS))}
     for each in read:
         # arXiv 2401.06121, P(a | q) = p(a | q) ** (1 / |a|), here its logarithm
@@ -84,7 +84,7 @@ def measure_set(model: Subject, request: base.BenchmarkRequest, name: str, rows:
         for fork, ratio in zip(FORKS, measure_ratios(truth, wrong), strict=True):
             values[f"truth_ratio{fork}"].append(float(np.exp(np.clip(ratio, -BOUND, BOUND))))
     starts = [start for start, _ in options]
-    written = base.write_continuations(model, starts, NEW_TOKENS, label=f"tofu {name} answers", watch=request.watch)
+    written = base.write_continuations(model, starts, NEW_TOKENS, label=f"tofu {name} answers")
     values["rouge"] = base.rouge_scores("recall", written, [row["answer"] for row in rows], use_stemmer=True)
     return values
 

@@ -34,11 +34,11 @@ def run_whp(model: Subject, request: base.BenchmarkRequest) -> base.BenchmarkSco
     rows = request.rows("probability", "test", fields)
     place = f"{request.place}, config probability"
     starts = [find_first_tokens(model, row, f"{place}, row {number}") for number, row in enumerate(rows, 1)]
-    written = base.write_continuations(model, asks, NEW_TOKENS, label="whp completions", watch=request.watch)
+    written = base.write_continuations(model, asks, NEW_TOKENS, label="whp completions")
     said = zip(written, sought, strict=True)
     familiar = [float(any(has_words(text, word) for word in words)) for text, words in said]
     label = "whp probabilities"
-    masses = base.do_parts(starts, 1, lambda part: [measure_mass(model, *part[0])], label, request.watch)
+    masses = base.do_parts(model, starts, 1, lambda part: [measure_mass(model, *part[0])], label)
     base.check_finite([share for _, share in masses], label)
     values = {
         "completion_familiarity": familiar,

@@ -40,7 +40,7 @@ def run_wmdp(model: Subject, request: base.BenchmarkRequest) -> base.BenchmarkSc
     parts = {part: request.rows(f"wmdp-{part}", "test", FIELDS) for part in SUBJECTS}
     neighbours = read_mmlu(request)
     for part, rows in parts.items():
-        scores, values[part] = score_part(model, rows, SUBJECTS[part], part, request)
+        scores, values[part] = score_part(model, rows, part)
         metrics |= scores
     for kind in ("", "_cloze", "_cloze_norm", "_orders", "_all_orders"):
         both = [metrics[f"wmdp/{part}{kind}"] for part in PAPER]
@@ -54,7 +54,7 @@ def run_wmdp(model: Subject, request: base.BenchmarkRequest) -> base.BenchmarkSc
             (name, pose_lettered(row, name.replace("_", " "))) for name, rows in neighbours.items() for row in rows
         ]
         questions = [question for _, question in asked]
-        right = mark_right(score_options(model, questions, "MMLU", request), questions)
+        right = mark_right(score_options(model, questions, "MMLU"), questions)
         values["mmlu"] = [*right]
         metrics["wmdp/mmlu"] = base.mean_metric(right)
         for near in (name for name in NEAR if name in neighbours):
@@ -63,19 +63,17 @@ def run_wmdp(model: Subject, request: base.BenchmarkRequest) -> base.BenchmarkSc
     return base.BenchmarkScores(metrics, values)
 
 
-def score_part(
-    model: Subject, rows: Sequence[base.Row], subject: str, part: str, request: base.BenchmarkRequest
-) -> tuple[base.Metrics, list[float]]:
+def score_part(model: Subject, rows: Sequence[base.Row], part: str) -> tuple[base.Metrics, list[float]]:
     """All that is measured on a part of WMDP, and 1 for each question answered rightly, else 0."""
-    answers, chosen = [], []
+    subject, answers, chosen = SUBJECTS[part], [], []
     for shift in range(COUNT):
         questions = [pose_lettered(row, subject, shift) for row in rows]
-        scores = score_options(model, questions, f"{part}, order {shift + 1} of {COUNT}", request)
+        scores = score_options(model, questions, f"{part}, order {shift + 1} of {COUNT}")
         answers.append(mark_right(scores, questions))
         chosen += [row.index(max(row)) for row in scores]
     by_question = list(zip(*answers, strict=True))
     asked_plainly = [pose_cloze(row, subject) for row in rows]
-    whole = score_options(model, asked_plainly, f"{part}, cloze", request)
+    whole = score_options(model, asked_plainly, f"{part}, cloze")
     by_length = [
         [logp / len(text) for logp, text in zip(logs, row["choices"], strict=True)]
         for logs, row in zip(whole, rows, strict=True)
@@ -94,12 +92,10 @@ def score_part(
     return metrics, list(answers[0])
 
 
-def score_options(
-    model: Subject, questions: Sequence[Question], label: str, request: base.BenchmarkRequest
-) -> list[list[float]]:
+def score_options(model: Subject, questions: Sequence[Question], label: str) -> list[list[float]]:
     """The log-likelihood of each option of each question."""
     pairs = [(q.prompt, q.options) for q in questions]
-    read = base.option_likelihoods(model, pairs, label=label, watch=request.watch)
+    read = base.option_likelihoods(model, pairs, label=label)
     return [[logp for logp, _ in options] for options in read]
 
 
