@@ -33,7 +33,6 @@ class Exam:
         return (*self.val, *self.test)
 
     def split_right(self, setting: str, right: Sequence[float]) -> Setting:
-        """What was right of both halves, as that of a setting."""
         return Setting(setting, tuple(right[: len(self.val)]), tuple(right[len(self.val) :]))
 
 
@@ -59,9 +58,8 @@ class AttackResult:
 class Attack(ABC):
     """A way to get at what a model should have forgotten.
 
-    Each subclass is a frozen dataclass, whose fields are the attack's constants. `id` is its number
-    in docs/attacks.md, `tier` the first one at which it runs; `by_tier` holds constants that differ
-    at a tier. With `recovers`, its answers are answers to the exam and count for K*.
+    Each subclass is a frozen dataclass of the attack's constants. `id` is its number in docs/attacks.md, `tier` the
+    first one at which it runs, `by_tier` has constants that differ at a tier; with `recovers` it counts for K*.
     """
 
     id: ClassVar[str]
@@ -78,7 +76,6 @@ class Attack(ABC):
 
     @classmethod
     def at_tier(cls, tier: Tier) -> Self:
-        """The attack with the constants that it has at a tier."""
         return cls(**cls.by_tier.get(tier, {}))
 
     def cost(self, model: Subject) -> str:

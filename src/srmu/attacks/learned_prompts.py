@@ -41,10 +41,9 @@ class SplicedSubject(Subject):
 
 
 class GCG(Attack, id="E12", name="gcg", tier="deep"):
-    """Tokens between a question and its cue that make right answers likely.
+    """Tokens between a question and its cue (what all prompts end with) that make right answers likely.
 
-    Found on a few validation questions, whose answers count in `val` like the others'. The cue is
-    whatever all prompts end with. The suffix is used as tokens, not as text.
+    Found on a few validation questions, whose answers count in `val` like the others'.
     """
 
     steps: int = 200
@@ -157,9 +156,8 @@ def draw_swaps(
 class SoftPrompt(Attack, id="E13", name="soft_prompt", tier="deep"):
     """Embeddings put after the first token, trained by AdamW on right answers.
 
-    They are trained on 80 % of the validation half's facts. A way's `val` holds the questions on
-    the other facts only. Soft prompts can make a model say what it never learned (arXiv
-    2502.15836): the result means nothing but beside the same attack on a model without the facts.
+    They learn 80 % of the validation half's facts; a way's `val` holds the others only. Soft prompts can make a model
+    say what it never learned (arXiv 2502.15836): the result means nothing but beside its controls.
     """
 
     length: int = 16  # embeddings
@@ -182,7 +180,6 @@ class SoftPrompt(Attack, id="E13", name="soft_prompt", tier="deep"):
         return AttackResult(tuple(ways), budget=budget)
 
     def learn_prompt(self, model: SplicedSubject, answers: list[Row], rate: float, seed: int) -> Float[Tensor, "P D"]:
-        """The embeddings after the last step, begun as those of random tokens."""
         generator = torch.Generator().manual_seed(seed)
         embed = model.module.get_input_embeddings()
         words = torch.randint(embed.weight.shape[0], (self.length,), generator=generator)

@@ -23,9 +23,8 @@ ROWS = 16  # texts read at once
 class Membership(Attack, id="E15", name="membership", tier="standard"):
     """The AUC of each score, forget texts against hold-out texts: 0.5 tells nothing apart, 1 all.
 
-    `privleak` is MUSE's (arXiv 2407.06460), (A - A_oracle) / A_oracle, as a share, with Min-K of 20 %
-    where MUSE takes 40. A is 1 - AUC, as its tables imply: -1 is full membership, 0 as the oracle,
-    and above 0 the forget texts are less likely than unknown ones.
+    `privleak` is MUSE's (arXiv 2407.06460), (A - A_oracle) / A_oracle, as a share, with Min-K of 20 % where MUSE takes
+    40. A is 1 - AUC, as its tables imply: -1 is full membership, 0 as the oracle.
     """
 
     count: int = 256  # texts of each kind
@@ -62,9 +61,8 @@ def priv_leak(areas: Array) -> Array:
 class ForgetQuality(Attack, id="E16", name="forget_quality", tier="standard"):
     """TOFU's forget quality (arXiv 2401.06121): two-sample Kolmogorov-Smirnov against the oracle.
 
-    `truth ratio` is the mean of min(R, 1 / R), as TOFU's code takes it on the forget set; R alone
-    has no bound. `ks distance` D is that of the values of R. `ks p` takes each question for itself
-    and grows smaller with their number: it has no interval.
+    `truth ratio` is the mean of min(R, 1 / R), as TOFU's code takes it; `ks distance` D is that of the values of R.
+    `ks p` takes each question for itself and has no interval.
     """
 
     def run(self, model: Subject, texts: Texts, exam: Exam, seed: int) -> AttackResult:

@@ -61,12 +61,10 @@ class Quantiser(NamedTuple):
         return torch.nn.functional.pad(matrix, (0, -matrix.shape[1] % size)).reshape(len(matrix), -1, size)
 
     def nearest_levels(self, weights: Float[Tensor, "O G S"], scale: Float[Tensor, "O G 1"]) -> Int[Tensor, "O G S"]:
-        """The number of the level nearest to each weight."""
         levels = self.levels.to(weights.device)
         return torch.bucketize((weights / scale).contiguous(), (levels[1:] + levels[:-1]) / 2)
 
     def round_weights(self, weights: Float[Tensor, "O G S"]) -> Float[Tensor, "O G S"]:
-        """The weights after quantising and back."""
         scale = group_scales(weights)
         return self.levels.to(weights.device)[self.nearest_levels(weights, scale)] * scale
 
@@ -80,10 +78,9 @@ def group_scales(weights: Float[Tensor, "O G S"]) -> Float[Tensor, "O G 1"]:
 
 
 def normal_levels() -> Float[Tensor, " 16"]:
-    """The 16 levels of NF4: quantiles of the normal distribution, 0 among them.
+    """The 16 levels of NF4: quantiles of the normal distribution, 0 among them (QLoRA, arXiv 2305.14314, appendix E).
 
-    QLoRA, arXiv 2305.14314, section 3 and appendix E: the outermost quantile is the mean of those
-    that would leave half a step outside with 16 and with 15 levels.
+    The outermost is the mean of those that would leave half a step outside with 16 and with 15 levels.
     """
     outermost = 1 - (1 / 32 + 1 / 30) / 2
     sides = [torch.special.ndtri(torch.linspace(outermost, 0.5, count, dtype=torch.float64)) for count in (8, 9)]
@@ -94,8 +91,7 @@ def normal_levels() -> Float[Tensor, " 16"]:
 class Quantisation(Attack, id="E10", name="quantisation", tier="smoke"):
     """All linear matrices of the layers rounded to the nearest level, in float.
 
-    Metrics, where the original is known: of the weights that unlearning changed, the share that
-    rounding puts into the original's bucket; counted, so that it has no interval.
+    Metrics: of the weights that unlearning changed, the share that rounding puts into the original's bucket.
     """
 
     quantisers: Mapping[str, Quantiser] = field(
@@ -164,7 +160,6 @@ def prune_matrix(matrix: Matrix, share: float) -> Matrix:
 
 
 def make_disturbance(model: Subject, share: float, seed: int) -> Callable[[Matrix], Matrix]:
-    """A function that adds Gaussian noise to one matrix after the other."""
     generator = torch.Generator(model.device).manual_seed(seed)
 
     def disturb(matrix: Matrix) -> Matrix:

@@ -33,10 +33,9 @@ class ForcedChoice(Attack, id="E0", name="forced_choice", tier="smoke"):
 
 
 class FormatShift(Attack, id="E1", name="format_shift", tier="smoke", by_tier={"smoke": {"rephrases": False}}):
-    """Cloze, the cyclic orders of listed options; from `standard` also generation, paraphrases.
+    """Cloze, the cyclic orders of listed options; from `standard` also generation of the answer's text, paraphrases.
 
-    Questions that do not list their options, or have no paraphrase, stand as they are. What is
-    generated is an answer's text, not its letter.
+    Questions that do not list their options, or have no paraphrase, stand as they are.
     """
 
     rephrases: bool = True  # also asks paraphrases, and has answers written out
@@ -86,9 +85,8 @@ def ask_orders(model: Subject, exam: Exam, seed: int) -> tuple[list[Setting], di
 
 
 def position_bias(questions: Sequence[Question], scores: Sequence[Sequence[Sequence[float]]], seed: int) -> Estimate:
-    """Total variation distance of the chosen letters, over all orders, from uniform.
+    """Total variation distance of the chosen letters, over all orders, from uniform: 0 where all are chosen as often.
 
-    0 where every letter is chosen equally often, 1 - 1/options where it is always the same one.
     `scores` are those of the letters, by order and question.
     """
     chosen = [(q, rows) for q, *rows in zip(questions, *scores, strict=True) if split_listed(q)]
@@ -141,10 +139,9 @@ def extraction_strength(greedy: Sequence[int], answer: Sequence[int]) -> float:
 
 
 class EntangledQueries(Attack, id="E3", name="entangled_queries", tier="smoke"):
-    """Forget and harmless questions in pairs; forget terms in harmless questions.
+    """Forget and harmless questions in pairs, the first with its answer; forget terms in harmless questions.
 
-    In a pair, the question in front comes with its right answer. The costs are the accuracy on
-    harmless questions less that with a forget term in them.
+    The costs are the accuracy on harmless questions less that with a forget term in them.
     """
 
     harmless: int = 200  # harmless questions asked, at most
@@ -182,7 +179,6 @@ class EntangledQueries(Attack, id="E3", name="entangled_queries", tier="smoke"):
 
 
 def put_in_front(fronts: Iterable[str], questions: Sequence[Question]) -> list[Question]:
-    """The questions, each after one of the texts."""
     return [replace(q, prompt=front + q.prompt) for q, front in zip(questions, fronts, strict=False)]
 
 
@@ -321,7 +317,6 @@ def unlist_options(question: Question) -> Question:
 
 
 def solve_question(question: Question) -> str:
-    """A question and its right answer, for another question to follow."""
     return f"{question.prompt}{question.answer}\n\n"
 
 
@@ -329,11 +324,10 @@ def solve_question(question: Question) -> str:
 def count_right_generations(
     model: Subject, questions: list[Question], samples: int = 1, temperature: float = 0.0, extra: int = 0, seed: int = 0
 ) -> list[int]:
-    """How many of the generations after each prompt begin with the right answer.
+    """How many of the generations after each prompt begin with the right answer, whatever its case and space.
 
-    They have the answer's own number of tokens and `extra` more; case and the amount of space do
-    not count. Temperature 0 is greedy. Each beginning that can still become the answer is read
-    once, whatever number of samples has it, and all others end at once.
+    They have the answer's own number of tokens and `extra` more. Temperature 0 is greedy. Each beginning that can still
+    become the answer is read once, whatever number of samples has it, and all others end at once.
     """
     generator = torch.Generator().manual_seed(seed)
     wanted = [normalise_text(q.answer) for q in questions]

@@ -81,8 +81,7 @@ BY_TIER: dict[Tier, dict[str, Any]] = {"smoke": {"counts": (10,), "faster": ()},
 class BenignRelearning(Attack, id="E7", name="benign_relearning", tier="smoke", by_tier=BY_TIER):
     """A run of its own for each number of texts: batch 1, 3 epochs, the rate falling to 0.
 
-    Metrics: the area under the curve of accuracy against the logarithm of that number, as a mean
-    accuracy; its recovery is that of the area, recovery being linear in accuracy.
+    Metrics: the area under the curve of accuracy against the logarithm of that number, as a mean accuracy.
     """
 
     counts: tuple[int, ...] = (5, 10, 50, 100, 500, 1000)  # texts
@@ -126,7 +125,6 @@ class BenignRelearning(Attack, id="E7", name="benign_relearning", tier="smoke", 
     def ask_after(
         self, model: Subject, exam: Exam, rows: Sequence[Row], kind: str, rate: float, seed: int
     ) -> tuple[Setting, int]:
-        """The exam after fine-tuning on the rows, and how many steps that took."""
         with prepare_learner(model, self.rank if kind == "LoRA" else 0, seed) as edited:
             taken = tune_model(edited, rows, steps=self.epochs * len(rows), learning_rate=rate, batch_size=1, seed=seed)
             return ask_exam(model, exam, f"{kind}, n={len(rows)}"), taken
@@ -135,9 +133,8 @@ class BenignRelearning(Attack, id="E7", name="benign_relearning", tier="smoke", 
 class PartRelearning(Attack, id="E8", name="part_relearning", tier="standard"):
     """All weights learn questions with their answers; others are asked (arXiv 2410.08827).
 
-    `val` of a way holds a fifth of the validation facts, asked after learning the rest of them.
-    With the best setting the whole validation half is learned and the test half asked; the other
-    ways have no test. At a constant rate, one training gives all numbers of epochs.
+    `val` of a way holds a fifth of the validation facts, asked after learning the rest. Only the best setting has a
+    `test`: it learns the whole validation half. At a constant rate, one training gives all numbers of epochs.
     """
 
     epochs: tuple[int, ...] = (1, 2, 4)
@@ -188,7 +185,6 @@ class HeavyTuning(Attack, id="E9", name="heavy_tuning", tier="deep"):
         return AttackResult(tuple(ways), budget={"texts": len(rows), "batch": self.batch, "steps": taken})
 
     def cost(self, model: Subject) -> str:
-        """From the time of one step."""
         rows: list[Row] = [([], [0] * self.tokens)] * self.batch
         with model.editable("*") as edited:
             start = time.perf_counter()

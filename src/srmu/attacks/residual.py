@@ -43,10 +43,7 @@ def edit_residual(model: Subject, edits: Mapping[int, ResidualEdit]) -> Abstract
 
 @torch.no_grad()
 def read_outputs(model: Subject, ids: Int[Tensor, "B T"], at: Bool[Tensor, "B T"]) -> list[Float[Tensor, "N D"]]:
-    """What each block puts out at N marked tokens, row after row, in the model's own dtype.
-
-    NotApplicable where more than one set of weights answers: there is no one output.
-    """
+    """What each block puts out at N marked tokens, row after row, in the model's own dtype."""
     if model.fixed:
         raise NotApplicable(model.fixed)
     outputs: list[Tensor] = []
@@ -66,7 +63,6 @@ def answer_rows(model: Subject, pairs: Sequence[tuple[str, str]]) -> list[Row]:
 
 
 def pad_rows(rows: Sequence[Row], device: torch.device) -> Batch:
-    """Rows padded on the right, where no token that counts can see it."""
     return move_batch(join_responses(*zip(*rows, strict=True)), device)
 
 
@@ -89,10 +85,7 @@ def answer_nll(model: Subject, ids: Int[Tensor, "B T"], labels: Int[Tensor, "B T
 
 
 class LogitLens(Attack, id="E4", name="logit_lens", tier="smoke"):
-    """Final norm and unembedding on what each block puts out (nostalgebraist, 2020).
-
-    The model is cut above the block: norm, head and what happens to logits are its own.
-    """
+    """Final norm and unembedding on what each block puts out (nostalgebraist, 2020): the model cut above the block."""
 
     def run(self, model: Subject, texts: Texts, exam: Exam, seed: int) -> AttackResult:
         ways = []
@@ -105,12 +98,10 @@ class LogitLens(Attack, id="E4", name="logit_lens", tier="smoke"):
 class LinearProbe(Attack, id="E5", name="linear_probe", tier="standard"):
     """Logistic regression, right or wrong option, on the residual of the last prompt token.
 
-    Most answers belong to a fact or two, so an option is what its tokens are to the unembedding, z,
-    and the probe a bilinear form h W z. Probes are trained on the other folds of a half, those of
-    the test half on the validation half, too. Folds share no fact.
-
-    Metric: selectivity (arXiv 1909.03368) of the layer that is best on the validation half, its
-    accuracy less that of probes trained on and tested against labels shuffled within questions.
+    An option is what its tokens are to the unembedding, z, and the probe a bilinear form h W z. Probes are trained on
+    the other folds of a half, those of the test half on the validation half, too. Folds share no fact. Metric:
+    selectivity (arXiv 1909.03368) of the layer that is best on the validation half, its accuracy less that of probes
+    trained on and tested against labels shuffled within questions.
     """
 
     folds: int = 5
@@ -180,7 +171,6 @@ def embed_options(model: Subject, questions: Sequence[Question], width: int) -> 
 
 
 def option_features(h: Float[Array, " K"], z: Float[Array, "O K"]) -> Float[Array, "O KK"]:
-    """The features of a question's options, less their mean: only differences can choose one."""
     x = (h[:, None] * z[:, None, :]).reshape(len(z), -1)
     return x - x.mean(axis=0)
 
@@ -188,9 +178,8 @@ def option_features(h: Float[Array, " K"], z: Float[Array, "O K"]) -> Float[Arra
 class DirectionAblation(Attack, id="E6", name="direction_ablation", tier="smoke", by_tier={"smoke": {"single": 8}}):
     """Ablation of one direction a block, at one block alone and at all of them at once.
 
-    `displacement` points from the original's residual to the model's, on questions of the
-    validation half that unlearning made wrong. `forget minus neutral` needs no original. The first
-    token of a text, the attention sink of many models, counts in neither.
+    `displacement` points from the original's residual to the model's, on questions of the validation half that
+    unlearning made wrong. `forget minus neutral` needs no original. A text's first token (a sink) is left out.
     """
 
     texts: int = 64  # of each set
@@ -214,10 +203,7 @@ class DirectionAblation(Attack, id="E6", name="direction_ablation", tier="smoke"
         return AttackResult(tuple(ways), budget={"ablations": len(ways), "skipped": skipped})
 
     def find_difference_edits(self, model: Subject, texts: Texts, seed: int) -> Edits:
-        """h - ((h - m).d) d, d the unit mean(forget) - mean(neutral) and m the latter.
-
-        Along d, tokens are put where neutral ones are on average: zero may be far from any.
-        """
+        """h - ((h - m).d) d, d the unit mean(forget) - mean(neutral) and m the latter: 0 may be far from any token."""
         rng = random.Random(seed)
         means = []
         for pool in (texts.forget, texts.neutral):
@@ -271,7 +257,6 @@ def iterate_displacements(model: Subject, rows: Sequence[Row]) -> Iterator[list[
 
 
 def make_ablation(direction: Tensor, centre: Tensor | float = 0.0) -> ResidualEdit:
-    """An edit after which tokens differ from the centre no more along the direction."""
     unit = direction / direction.norm()
     return lambda h: h.float() - ((h.float() - centre) @ unit).unsqueeze(-1) * unit
 
@@ -279,10 +264,9 @@ def make_ablation(direction: Tensor, centre: Tensor | float = 0.0) -> ResidualEd
 class UnlearningDepth(Attack, id="E17", name="unlearning_depth", tier="standard"):
     """Unlearning depth score (arXiv 2605.24614): 0 all there, 1 as if it had never been learned.
 
-    The residual after block l, at the positions that predict the right answer, is taken from
-    another model into the original; D_l is what a token of the answer then loses in log-probability:
-    D1 with the oracle's residual, D2 with the unlearned model's. An oracle trained apart from the
-    original speaks another basis; D1 is then large everywhere.
+    The residual after block l, at the positions that predict the right answer, is taken from another model into the
+    original; D_l is what a token of the answer then loses in log-probability: D1 with the oracle's, D2 with the
+    unlearned model's. An oracle trained apart from the original speaks another basis; D1 is then large everywhere.
     """
 
     batch: int = 16  # questions read at once

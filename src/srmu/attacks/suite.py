@@ -57,8 +57,8 @@ def attack_run(
 ) -> dict[str, Any]:
     """Attack a run with those of a tier, or of `names`; merge the report into its results.
 
-    Each runs on the original and on the oracle, too. What was found is kept in the cache folder, so
-    that an interrupted suite goes on. `confirm` is asked about each attack that takes hours.
+    Each runs on the original and on the oracle, too, and is kept in the cache folder, so that an interrupted suite goes
+    on. `confirm` is asked about each attack that takes hours.
     """
     watch = watch or progress.choose_progress()
     chosen = select_attacks(tier, names)

@@ -40,10 +40,7 @@ Scores = Mapping[str, Mapping[str, Mapping[str, float]]]  # before and after, by
 
 
 def open_model(target: str | Path, device: str = "auto") -> tuple[EditableModel, Any]:
-    """Open a model folder, a hub id or a run, with its tokenizer.
-
-    For a run, `frozen()` of the model that is returned is the model before it.
-    """
+    """A model folder, a hub id or a run, with its tokenizer; `frozen()` of a run's model is the model before it."""
     opened = open_target(target, device)
     run = opened.run
     if run and (reason := run.config.method.no_checkpoint):
@@ -54,7 +51,6 @@ def open_model(target: str | Path, device: str = "auto") -> tuple[EditableModel,
 
 
 def read_topic_texts(config: Config) -> dict[str, list[str]]:
-    """The texts of all topics of a run, by role."""
     topics = config.topics.values()
     return {
         role: [text for topic in topics for text in read_texts(getattr(topic, role))] for role in ("forget", "retain")
@@ -62,7 +58,6 @@ def read_topic_texts(config: Config) -> dict[str, list[str]]:
 
 
 def list_states(model: EditableModel) -> dict[str, Any]:
-    """The states of a model to compare: before and after, where a run changed it."""
     both = {"before": model.frozen, "after": nullcontext}
     return both if model.trained else {"model": nullcontext}
 
@@ -88,7 +83,7 @@ def measure_confidence(
 ) -> Analysis:
     """How sure a model is of its next token: means over tokens of MEASURES, the entropy in nats.
 
-    `predicted`: at each token of the texts that another comes before. `generated`: at NEW_TOKENS greedily chosen tokens
+    `predicted`: at each token of the texts that another comes before. `generated`: at NEW_TOKENS greedily chosen ones
     after the first half of each text, up to its end of sequence.
     """
     parts = prepare_sets(texts, tokenizer)
@@ -125,10 +120,7 @@ def measure_logits(logits: Float[Tensor, "N V"]) -> Float[Tensor, "N 4"]:
 
 @torch.no_grad()
 def measure_tokens(model: EditableModel, batch: Batch, new_tokens: int = 0) -> Float[Tensor, "N 4"]:
-    """`measure_logits` at each token that another comes before.
-
-    With `new_tokens`, at the tokens that the model generates after the first half of each row.
-    """
+    """`measure_logits` at each token that another comes before, or at `new_tokens` generated after half of each row."""
     if not new_tokens:
         batch = train.move_batch(batch, model.device)
         return measure_logits(model.logits(batch)[:, :-1][losses.is_predicted(batch["labels"])]).cpu()
@@ -142,9 +134,8 @@ def measure_tokens(model: EditableModel, batch: Batch, new_tokens: int = 0) -> F
 def measure_alignment(run: Run, model: EditableModel, tokenizer: Any, *, watch: Watch = ignore_progress) -> Analysis:
     """Compare forget activations with a run's direction and its target, by their cosine.
 
-    This is done before the run, after it, and for the displacement h - h0 (`None` where nothing moved): means by layer,
-    and a histogram at the run's own layer. SRMU's target is its direction times its map; elsewhere the two are
-    parallel. Each text's first token is left out. `model` is `open_model` of the run.
+    Before the run, after it, and for the displacement h - h0 (`None` where nothing moved): means by layer, and a
+    histogram at the run's own layer. Each text's first token is left out. `model` is `open_model` of the run.
     """
     method = run.config.method
     vectors = load_file(run.folder / STATE) if (run.folder / STATE).exists() else {}
@@ -183,10 +174,7 @@ def average_cosines(cosines: dict[str, Tensor]) -> dict[str, float | None]:
 def measure_cosines(
     model: EditableModel, batches: Sequence[Batch], site: Site, vector: Float[Tensor, " D"]
 ) -> dict[str, Float[Tensor, " N"]]:
-    """Each token's cosine with a vector: `before`, `after`, and that of its `displacement`.
-
-    Tokens that did not move have none.
-    """
+    """Each token's cosine with a vector: `before`, `after`, and that of its `displacement` where it moved."""
     cosines: dict[str, list[Tensor]] = {"before": [], "after": [], "displacement": []}
     for batch in batches:
         mask = losses.without_first(losses.is_counted(batch["labels"])).to(model.device)
@@ -260,9 +248,8 @@ def sweep_layers(
 ) -> Analysis:
     """Unlearn at every layer (l-2, l-1, l) with a config and compare forgetting with utility.
 
-    `score` is `srmu.score_model`, with the tasks to measure where the config names none; `forget_metrics` (such as
-    `wmdp_bio/acc`) say which of its metrics should fall, all other accuracies are utility. Runs that are there already
-    are used again, so a stopped sweep goes on.
+    `score` gives a run's metrics; `forget_metrics` (such as `wmdp_bio/acc`) say which should fall, all other accuracies
+    are utility. Runs that are there already are used again, so a stopped sweep goes on.
     """
     method = config.method
     if not isinstance(method, Misdirection):
@@ -290,10 +277,7 @@ def sweep_layers(
 
 
 def candidate_layers(method: Misdirection, model_config: Any, at_most: int | None = None) -> list[int]:
-    """The layers that a method can steer in a model.
-
-    With `at_most` no more than so many, spread evenly from a fifth to three quarters of the depth.
-    """
+    """The layers that a method can steer; at most `at_most`, spread from a fifth to three quarters of the depth."""
     first = method.window - (method.stream != "mlp_post")
     count = model_config.num_hidden_layers
     last = count - (getattr(model_config, "num_kv_shared_layers", None) or 0)

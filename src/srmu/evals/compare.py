@@ -27,10 +27,9 @@ LOSS, FORGET, RESIDUAL = range(3)  # columns: drop of utility, accuracy on what 
 
 @dataclass(frozen=True)
 class ComparisonRow:
-    """A method at the utility loss that all are compared at.
+    """A method at the utility loss that all are compared at; differences are to the first method's.
 
-    Differences are to the first method's, below 0 where less knowledge is left; `verdict` is that of K* where both have
-    it, else of the forget accuracy; "" for the first method itself.
+    `verdict` is that of K* where both have it, else of the forget accuracy; "" for the first method itself.
     """
 
     method: str
@@ -161,8 +160,7 @@ def choose_metrics(
 ) -> tuple[list[str], list[str]]:
     """The metrics of what should be forgotten and of what should stay, where names tell them apart.
 
-    The accuracies of tasks on what is to go are forgotten; of the others those on `tasks`, which the runs were to be
-    evaluated on, stay. SrmuError where names leave it open.
+    Accuracies on HAZARDS are forgotten; of the others those on `tasks`, which the runs were to be evaluated on, stay.
     """
     whole = [name for name in known if re.search(r"(?<!_val)(?<!_held)/acc$", name)]
     forget = forget or [name for name in whole if name.startswith(HAZARDS)]
@@ -241,9 +239,8 @@ def from_metrics(run: Run, forget: tuple[str, ...], utility: tuple[str, ...], dr
 def resample_row(row: Row, draws: statistics.Draws, exam: Hashable, key: Hashable) -> statistics.Array:
     """An accuracy as it is, and in each resample of its questions: (1 + RESAMPLES,).
 
-    From the answers question by question where they are known: the same `exam` draws the same questions, so that
-    differences are paired. Else it is taken as normal about its value, the same for the same `key`; the rows of a
-    difference then err independently, so that it comes out too wide.
+    From the answers where they are known: the same `exam` draws the same questions, so that differences are paired.
+    Else it is taken as normal, the same for the same `key`; differences then come out with too wide intervals.
     """
     facts = row.get("facts") or range(len(row.get("answers", ())))
     if len({*facts}) >= statistics.LEAST:

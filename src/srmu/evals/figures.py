@@ -26,10 +26,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Analysis:
-    """Plain numbers (JSON values), what they say in sentences, and pictures of them.
-
-    None of the three holds a word of a text.
-    """
+    """Plain numbers (JSON values), what they say in sentences, and pictures of them: no word of a text."""
 
     title: str
     numbers: dict[str, Any]

@@ -47,9 +47,9 @@ def evaluate(
     """Score a model on lm-eval tasks, built in or described by YAML files under `tasks_dir`.
 
     Gives `{"wmdp_bio/acc": {"value", "stderr", "n", ...}}`, for a group also each of its tasks, with the `answers`
-    question by question where a metric has them. `limit` takes the first questions of each task. `fingerprint` stands
-    for weights, config and tokenizer: with it results are kept in the cache folder until the task, its local questions
-    or a library change. SrmuError for a task that is unknown, broken or out of reach.
+    question by question where a metric has them. `limit` takes the first questions of each task. With `fingerprint`,
+    that of weights, config and tokenizer, results are kept in the cache folder until the task, its local questions or a
+    library change. SrmuError for a task that is unknown, broken or out of reach.
     """
     for name, value in (("batch_size", batch_size), ("--limit", limit)):
         if value is not None and value < 1:
@@ -73,11 +73,7 @@ def evaluate(
 
 
 def load_questions(name: str, tasks_dir: Path | None) -> tuple[Question, ...]:
-    """The questions of a multiple-choice task.
-
-    Of several right options the first is kept: one is right, among wrong ones. SrmuError for a task that is unknown or
-    of another kind.
-    """
+    """The questions of a multiple-choice task; of several right options the first stays, among wrong ones."""
     questions: list[Question] = []
     with silence_output():
         loaded = _load_task(name, _local_tasks(tasks_dir))
@@ -152,14 +148,13 @@ def _cache_key(name: str, local: Local, limit: int | None, fingerprint: str | No
 
 @cache
 def _builtin_tasks() -> Any:
-    """lm-eval's own tasks: reading their 14,000 files takes seconds, so once a process."""
+    """lm-eval's own tasks, once a process: reading their 14,000 files takes seconds."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager()
 
 
 def _load_task(name: str, local: Local) -> Any:
-    """Build a task or group with its questions."""
     from lm_eval.tasks import TaskManager
 
     if name not in local and name not in _builtin_tasks().task_index:
@@ -228,10 +223,7 @@ def _score_task(harness: Any, name: str, loaded: Any, limit: int | None, watch: 
 
 
 def read_answers(samples: Sequence[Any], metric: str, kind: str) -> dict[str, Any]:
-    """A metric question by question, if it has a number for each, and which fact each asks for.
-
-    Questions that name no `fact` ask for different ones.
-    """
+    """A metric question by question, if it has numbers, and the facts asked for, where several share one."""
     asked = [one for one in samples if one["filter"] == kind and metric in one]
     right = [one[metric] for one in asked]
     if not right or not all(isinstance(value, Real) for value in right):

@@ -21,10 +21,9 @@ load_task = lru_cache(32)(load_questions)  # many runs are asked the same
 
 
 def match_utility(run: Run, out: Path, budget: float, judged: Sequence[str]) -> None:
-    """Write to `out` the run with the share of its change that the budget allows.
+    """Write to `out` the run with the share of its change by which the mean accuracy on `judged` falls by `budget`.
 
-    `budget` is the most that the mean accuracy on the tasks `judged` may fall. What is there is kept. Where a method
-    needs more than its weights to answer, the run is taken whole.
+    What is there is kept. Where a method needs more than its weights to answer, the run is taken whole.
     """
     if (out / RECORD).exists():
         return

@@ -51,13 +51,11 @@ def load_results(folder: Path) -> dict[str, Any]:
 
 
 def row_key(row: Row) -> tuple[str, ...]:
-    """What tells a row from all others."""
     return tuple(row.get(key, "") for key in KEYS)
 
 
 @contextmanager
 def lock_results(folder: Path) -> Iterator[None]:
-    """Hold a folder's results: other processes that merge into them wait."""
     if not os.access(folder, os.W_OK):  # nobody can change them
         yield
         return
@@ -72,8 +70,8 @@ def lock_results(folder: Path) -> Iterator[None]:
 def merge_results(folder: Path, rows: Iterable[Row] = (), record: Mapping[str, Any] = {}, **facts: Any) -> None:
     """Add rows and facts to a folder's results, and to the record that lies there.
 
-    A row replaces that of the same task, metric, model, benchmark and attack. `attacks` and each of the `benchmarks`
-    come with all of their rows: earlier ones go. `record` holds further blocks of the record.
+    A row replaces that of the same KEYS. `attacks` and each of the `benchmarks` come with all of their rows: earlier
+    ones go. `record` holds further blocks of the record.
     """
     with lock_results(folder):
         results = load_results(folder)

@@ -39,11 +39,9 @@ def score_model(
 ) -> dict[str, Metrics]:
     """Score a model folder, a hub id or a run: `{"after": ...}`, for a run also `"before"`.
 
-    A model that is in memory comes with its `tokenizer`, and is scored where it lies.
-
-    A run's own `eval` tasks are the default; local tasks are found in `tasks_dir`, else in the run's, else in `tasks/`
-    beside the model. The scores of a run are merged into the `results.json` of its folder, those of a model into that
-    of `out`, if that is named.
+    A model that is in memory comes with its `tokenizer`, and is scored where it lies. A run's own `eval` tasks are the
+    default; local tasks are in `tasks_dir`, else in the run's, else in `tasks/` beside the model. Scores are merged
+    into the `results.json` of the run, or of the folder `out`.
     """
     watch = watch or choose_progress()
     if isinstance(target, PreTrainedModel):
@@ -169,10 +167,7 @@ def pose_request(name: str, data: str, revision: str, template: str, limit: int 
 def measure_benchmark(
     opened: OpenedModel, run: Run | None, name: str, request: base.BenchmarkRequest, watch: Watch
 ) -> dict[str, Any]:
-    """Metrics and values of a model as `run` leaves it, and `rows`, digests of those it read.
-
-    Kept in the cache folder until the model, how it is asked, the reference or the code change.
-    """
+    """Metrics and values of a model as `run` leaves it, and `rows`, digests of those it read; kept in the cache."""
     delta = dict(run.delta) if run else {}
     suite, _ = benchmarks.find_benchmark(name)
     request = replace(request, seen={})

@@ -48,10 +48,7 @@ PANELS = (
 
 @dataclass(frozen=True)
 class Sample:
-    """Documents of one set as batches, and which of their tokens are kept (B, T, in `chosen`).
-
-    `owners` says of each kept token, in order, in which document it stands.
-    """
+    """Documents of a set as batches, which tokens are kept (`chosen`), and the document of each (`owners`)."""
 
     batches: list[Batch]
     masks: list[Tensor]
@@ -70,9 +67,9 @@ def measure_entanglement(
 ) -> Analysis:
     """Measure what can be known about a forget and a retain set before training, with advice.
 
-    `questions` are (prompt, right answer, subject or ""); `model` a module with its tokenizer. `definition` is that of
-    `ngram_overlap`. The headline number `entanglement` is the share of the forget set's word types, stop words left
-    out, that the retain set uses too: more shared words never lower it.
+    `questions` are (prompt, right answer, subject or ""); `model` a module with its tokenizer; `definition` that of
+    `ngram_overlap`. `entanglement` is the share of the forget set's word types, stop words left out, that the retain
+    set uses too: more shared words never lower it.
     """
     numbers: dict[str, Any] = {
         "entanglement": measure_coverage(forget, retain),
@@ -104,9 +101,8 @@ def measure_separability(
 
     By layer: `accuracy`, the balanced one of a logistic regression between the tokens of the two sets, cross-validated
     by document, with its standard error over folds; `mean_cosine` of the two means; `subspace_cosine`, the mean over
-    principal angles, and `smallest_angle` (degrees) between the first ten principal directions of each set;
-    `importance`, SRMU's map there. Up to a thousand tokens of each set, of up to 200 documents, are held for every
-    layer; the map is made of all tokens of these documents.
+    principal angles, and `smallest_angle` (degrees) between the first COMPONENTS principal directions of each set;
+    `importance`, SRMU's map there, of all tokens that are read.
     """
     generator = torch.Generator().manual_seed(SEED)
     samples = []
@@ -195,10 +191,7 @@ def sample_activations(
 
 
 def classify_sets(left: Array, right: Array, left_owners: Array, right_owners: Array) -> tuple[float, float]:
-    """Balanced accuracy of a linear classifier on documents it has not seen, and its error.
-
-    The error is the standard error over the folds. A document's tokens are all in one fold.
-    """
+    """Balanced accuracy of a linear classifier on documents it has not seen, and its standard error over folds."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import StratifiedGroupKFold, cross_val_score
     from sklearn.pipeline import make_pipeline

@@ -47,10 +47,9 @@ def first_column(values: Array) -> Array:
 
 
 def worst_case(means: Array, chance: float) -> Array:
-    """K*, the share of knowledge that the best attack finds, of accuracies (..., 1 + A).
+    """K*, the share of knowledge that the best attack finds, of accuracies (..., 1 + A), the original's first.
 
-    The original's first, then those of the attacks, the un-attacked model among them. The best is taken in each
-    resample anew, on the questions it is measured on: if anything, K* is too high.
+    The best is taken in each resample anew, on the questions it is measured on: if anything, K* is too high.
     """
     # a resample in which the original knows next to nothing must not divide by zero
     known = np.maximum(means[..., 0] - chance, KNOWN)
@@ -73,10 +72,9 @@ def parse_answers(right: str | Sequence[float]) -> Array:
 
 
 class Draws:
-    """Questions drawn again and again, as a bootstrap does.
+    """Questions drawn again and again, as a bootstrap does: whole facts, whose phrasings are right or wrong together.
 
-    Whole facts are drawn, because phrasings of one fact are right or wrong together. What asks for the same facts gets
-    the same draw, so that differences are paired.
+    What asks for the same facts gets the same draw, so that differences are paired.
     """
 
     def __init__(self, seed: int = 0) -> None:
@@ -94,10 +92,7 @@ class Draws:
         return self.drawn[key]
 
     def means(self, table: ArrayLike, facts: Sequence[Hashable]) -> Array:
-        """Column means of (questions, columns) as they are, then of each resample of the questions.
-
-        (1 + RESAMPLES, columns). SrmuError where there are fewer than 20 facts.
-        """
+        """Column means of (questions, columns) as they are, then of each resample: (1 + RESAMPLES, columns)."""
         numbers = {fact: i for i, fact in enumerate(dict.fromkeys(facts))}
         weights = self.weights([*numbers])
         fact = [numbers[name] for name in facts]
@@ -106,11 +101,11 @@ class Draws:
         return weights @ sums / (weights @ np.bincount(fact))[:, None]
 
     def over_seeds(self, values: Array) -> Array:
-        """The mean over seeds in each row, (1 + RESAMPLES, seeds) to (1 + RESAMPLES,).
+        """The mean over seeds in each row, (1 + RESAMPLES, seeds) to (1 + RESAMPLES,); seeds are drawn too.
 
-        Seeds are drawn too. Drawn from S values, a mean of S varies by sqrt((S - 1) / S) too little (18 % for three
-        seeds), so what the draw of seeds adds is widened by the inverse. Coverage of three seeds in simulation:
-        0.97-1.00 where seeds differ little, 0.88-0.92 where they differ by 0.15 in accuracy.
+        Drawn from S values, a mean of S varies by sqrt((S - 1) / S) too little (18 % for three seeds), so what the draw
+        adds is widened by the inverse. Coverage of three seeds in simulation: 0.97-1.00 where seeds differ little,
+        0.88-0.92 where they differ by 0.15 in accuracy.
         """
         seeds = values.shape[1]
         mean = values.mean(axis=1)
@@ -141,10 +136,7 @@ def estimate_from(values: Array, n: int) -> Estimate:
 def bootstrap_estimate(
     table: ArrayLike, facts: Sequence[Hashable], statistic: Statistic = first_column, *, seed: int = 0
 ) -> Estimate:
-    """A statistic of column means of (questions, columns), with its paired bootstrap interval.
-
-    `facts` names what each question asks for. SrmuError where there are fewer than 20.
-    """
+    """A statistic of column means of (questions, columns), with its paired bootstrap interval over `facts`."""
     return estimate_from(statistic(Draws(seed).means(table, facts)), len(facts))
 
 
@@ -155,10 +147,10 @@ def estimate_accuracy(right: ArrayLike, facts: Sequence[Hashable], *, seed: int 
 
 
 def accuracy_interval(accuracies: Sequence[float], n: int) -> tuple[float, float]:
-    """95 % interval for an accuracy, given each seed's accuracy on the same `n` questions.
+    """95 % interval for an accuracy, given each seed's accuracy on the same `n` questions, within [0, 1].
 
-    Wilson's interval at the mean with `n` questions (seeds share them, so do not multiply them), each side widened in
-    quadrature by 1.96 sd(seeds) / sqrt(seeds), and clipped to [0, 1].
+    Wilson's at the mean with `n` questions (seeds share them, so do not multiply them), each side widened in quadrature
+    by 1.96 sd(seeds) / sqrt(seeds).
     """
     from statsmodels.stats.proportion import proportion_confint
 
@@ -172,8 +164,7 @@ def accuracy_interval(accuracies: Sequence[float], n: int) -> tuple[float, float
 def average_seeds(seeds: Sequence[Mapping[str, Mapping[str, Any]]], metrics: Sequence[str]) -> Estimate | None:
     """The mean of some metrics, then over the seeds that have them all; None where none has.
 
-    `seeds` are metrics by name. The interval is `accuracy_interval`; a number that is no share, or is of an unknown
-    number of questions, has none.
+    `seeds` are metrics by name. A number that is no share, or of an unknown number of questions, has no interval.
     """
     whole = [[seed[m] for m in metrics] for seed in seeds if all(m in seed for m in metrics)]
     if not whole:
@@ -211,8 +202,7 @@ def auc_bootstrap(
 ) -> Estimate:
     """A statistic of AUCs, one a column of scores (texts, columns), with its bootstrap interval.
 
-    Texts are drawn within each of the two sets, the same for all columns. SrmuError where there are fewer than 20 texts
-    in a set.
+    Texts are drawn within each of the two sets, the same for all columns.
     """
     ones, others = (np.atleast_2d(np.asarray(x, dtype=float).T) for x in (positive, negative))  # (columns, texts)
     draws = Draws(seed)

@@ -25,8 +25,7 @@ class NotApplicable(Exception):  # noqa: N818 (nothing went wrong)
 class Question:
     """A prompt and the options that can follow it, each with the space before it.
 
-    `fact` is what it asks for, the same in all its phrasings; `paraphrases` are other prompts that the options can
-    follow; `entry` is the thing that the question is about, if it is known.
+    `fact` is the same in all phrasings of what is asked; `entry` the thing that it is about, if that is known.
     """
 
     prompt: str
@@ -45,9 +44,8 @@ class Question:
 class Subject:
     """A model under attack. Whatever an attack does to it is undone afterwards.
 
-    `original` holds the tensors of the model before unlearning that differ from its own, by parameter name; none for
-    the original itself. `fixed` says why its weights cannot be attacked (it answers with more than them), "" where they
-    can.
+    `original` holds the tensors before unlearning that differ from its own, by parameter name. `fixed` says why its
+    weights cannot be attacked (it answers with more than them).
     """
 
     module: Any  # a PreTrainedModel
@@ -89,8 +87,7 @@ class Subject:
     def editable(self, *trainable: str) -> Iterator[EditableModel]:
         """The model with copies of the parameters that match, to be changed freely.
 
-        `trainable` is as for methods: `"*"`, `"*.linear"`, names, globs. `frozen()` of what is yielded is the model
-        under attack. NotApplicable where it answers with more than its weights.
+        `trainable` is as for methods: `"*"`, `"*.linear"`, names, globs. `frozen()` of it is the model under attack.
         """
         if self.fixed:
             raise NotApplicable(self.fixed)
@@ -106,10 +103,7 @@ class Subject:
                 parameter.requires_grad_(flags[name])
 
     def tokens(self, text: str) -> list[int]:
-        """The tokens of a text from its start, with those that the tokenizer puts first.
-
-        Where there are none at all, the token that texts begin or end with, as in lm-eval.
-        """
+        """The tokens of a text with those that the tokenizer puts first; none at all: the one that texts begin with."""
         ids = list(self._known(text))
         for start in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
             if not ids and start is not None:

@@ -43,12 +43,11 @@ Place = Annotated[int, AfterValidator(check_place)]  # of the right one of a row
 
 @dataclass
 class BenchmarkRequest:
-    """What a benchmark is to measure and how, and its data set: on the hub, or in a folder laid out like it.
+    """What a benchmark is to measure and how, and its data set: on the hub, or in a folder that `datasets` loads.
 
-    A folder is one that `datasets` loads: a clone of the hub's, or a README.md whose header lists `configs`. `get` says
-    how to come by it. `part` is what follows the slash in `--tasks tofu/forget10`. `template` has `{question}`; ""
-    stands for the tokenizer's chat template, else PLAIN. `reference` holds the values of a model that never saw the
-    forget set; None: what needs one is left out. `seen` gathers digests of the rows that were read.
+    `get` says how to come by it. `part` is what follows the slash in `--tasks tofu/forget10`. `template` has
+    `{question}`; "" stands for the chat template, else PLAIN. `reference` holds the values of a model that never saw
+    the forget set, if there is one. `seen` gathers digests of the rows that were read.
     """
 
     hub: str

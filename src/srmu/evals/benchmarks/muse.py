@@ -22,11 +22,7 @@ KINDS = ("min40_forget", "min40_holdout")
 
 
 def run_muse(model: Subject, request: base.BenchmarkRequest) -> base.BenchmarkScores:
-    """MUSE's numbers of one model (arXiv 2407.06460, section 3), each a share.
-
-    docs/benchmarks.md defines each, and says which way round the authors' code and open-unlearning have PrivLeak. Words
-    are not stemmed, as in the authors' code.
-    """
+    """MUSE's numbers of one model (arXiv 2407.06460, section 3), each a share; docs/benchmarks.md defines them."""
     known = read_oracle(request)
     values: base.Values = {}
     for kind in KINDS:
@@ -78,10 +74,7 @@ def measure_membership(scores: base.Values) -> float:
 
 
 def score_min_k(model: Subject, kind: str, texts: Sequence[str]) -> list[float]:
-    """Min-40 % of each text: mean log p of its least likely tokens, at least of one.
-
-    Min-K % Prob, arXiv 2310.16789, over all tokens but the first.
-    """
+    """Min-K % Prob (arXiv 2310.16789) of each text: mean log p of its 40 % least likely tokens, at least of one."""
     label = f"muse {kind.removeprefix('min40_')} texts"
     scores = base.do_parts(model, texts, 1, lambda part: [mean_lowest(read_log_p(model, part[0]), SHARE)], label)
     base.check_finite(scores, label)
@@ -106,7 +99,7 @@ def measure_verbatim(model: Subject, request: base.BenchmarkRequest) -> list[flo
 
 
 def shorten_truth(model: Subject, truth: str) -> str:
-    """The part of a truth that the model could have written: its first 128 tokens."""
+    """The part of a truth that the model could have written."""
     ids = model.tokens(truth)
     if len(ids) <= RECITED:
         return truth  # decoded, it would lose words that the tokenizer does not know

@@ -56,10 +56,9 @@ def check_labels(targets: Targets) -> Targets:
 
 
 def run_rwku(model: Subject, request: base.BenchmarkRequest) -> base.BenchmarkScores:
-    """RWKU's numbers (arXiv 2406.10890, section 4) on one person (`request.part`), or on all.
+    """RWKU's numbers (arXiv 2406.10890, section 4) on one person (`request.part`), or on all; see docs/benchmarks.md.
 
-    docs/benchmarks.md defines each, and says where the authors' code differs. Prompts are the authors', in the chat
-    template if there is one; `request.template` stands for all of them and takes the bare question.
+    Prompts are the authors', in the chat template if there is one; `request.template` takes the bare question instead.
     """
     measured: base.Values = {}
     for about, levels in LEVELS.items():
@@ -242,10 +241,7 @@ def measure_fluency(model: Subject, request: base.BenchmarkRequest) -> list[floa
 
 
 def measure_entropy(text: str) -> float:
-    """The mean of WEIGHTS times the entropies of a text's n-grams, in bits (arXiv 2202.05262).
-
-    Words are split by WORDS; the authors split with NLTK, which fetches data for it.
-    """
+    """The mean of WEIGHTS times the entropies of a text's n-grams, in bits (arXiv 2202.05262), words split by WORDS."""
     from scipy.stats import entropy
 
     parts = WORDS.findall(text)

@@ -28,10 +28,9 @@ FORKS = ("", "_arithmetic")  # how the truth ratio averages wrong answers
 
 
 def run_tofu(model: Subject, request: base.BenchmarkRequest) -> base.BenchmarkScores:
-    """TOFU's numbers (arXiv 2401.06121, section 2.2), each a share, as in the authors' code.
+    """TOFU's numbers (arXiv 2401.06121, section 2.2), each a share, as in the authors' code; see docs/benchmarks.md.
 
-    docs/benchmarks.md defines each, and says where published code differs. With the suffix `_arithmetic`, wrong answers
-    are averaged as in the paper's equation, else geometrically.
+    With the suffix `_arithmetic`, wrong answers are averaged as in the paper's equation, else geometrically.
     """
     from scipy.stats import hmean
 
@@ -90,11 +89,7 @@ def measure_set(model: Subject, request: base.BenchmarkRequest, name: str, rows:
 
 
 def split_space(prompt: str, answer: str) -> tuple[str, str]:
-    """A prompt and what follows it, the blank between them in front of the answer.
-
-    One is put there where a template ends without a blank or a new line: tokens hold the space before them, not the one
-    after.
-    """
+    """A prompt and what follows it, the blank between them, added where there is none, in front of the answer."""
     start = prompt.rstrip(" ")
     return start, (prompt[len(start) :] or ("" if start[-1:].isspace() else " ")) + answer
 

@@ -13,10 +13,9 @@ Starts = tuple[list[int], list[int], list[int]]  # a prompt, tokens that start t
 
 
 def run_whp(model: Subject, request: base.BenchmarkRequest) -> base.BenchmarkScores:
-    """The two familiarities of arXiv 2310.02238, section 3.2, without a judge: 0 knows nothing.
+    """The two familiarities of arXiv 2310.02238, section 3.2, without a judge: 0 knows nothing; see docs/benchmarks.md.
 
-    docs/benchmarks.md defines them, and says what differs from the paper. Prompts are texts to go on with and stand as
-    they are: a chat template does not apply, a --template does, to those of completions.
+    Prompts are texts to go on with: no chat template applies, a --template does, to those of completions.
     """
     if not request.place:
         raise SrmuError(f"whp has no data set of its own; {request.get}")

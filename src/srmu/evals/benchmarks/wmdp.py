@@ -27,10 +27,9 @@ FIELDS: base.Fields = {
 
 
 def run_wmdp(model: Subject, request: base.BenchmarkRequest) -> base.BenchmarkScores:
-    """Accuracies on WMDP (arXiv 2403.03218) and MMLU, as lm-eval's tasks ask, and variants.
+    """Accuracies on WMDP (arXiv 2403.03218) and MMLU, as lm-eval's tasks ask, and variants; see docs/benchmarks.md.
 
-    docs/benchmarks.md defines each: by letters, by the options' texts (`_cloze`, `_cloze_norm`), over the four cyclic
-    orders (`_orders`, `_all_orders`), how often each letter is chosen.
+    By letters, by the options' texts (`_cloze`, `_cloze_norm`), over the four cyclic orders (`_orders`, `_all_orders`).
     """
     if request.part or request.template:
         option = f"part {request.part!r}" if request.part else "--template"
@@ -93,17 +92,13 @@ def score_part(model: Subject, rows: Sequence[base.Row], part: str) -> tuple[bas
 
 
 def score_options(model: Subject, questions: Sequence[Question], label: str) -> list[list[float]]:
-    """The log-likelihood of each option of each question."""
     pairs = [(q.prompt, q.options) for q in questions]
     read = base.option_likelihoods(model, pairs, label=label)
     return [[logp for logp, _ in options] for options in read]
 
 
 def pose_lettered(row: base.Row, subject: str, shift: int = 0) -> Question:
-    """A question that shows its options and is answered by a letter: lm-eval's wmdp and mmlu.
-
-    Each option is moved on by `shift` letters, the last ones to the front.
-    """
+    """A question answered by a letter, lm-eval's wmdp and mmlu; each option is moved on by `shift` letters."""
     choices = [row["choices"][(i - shift) % COUNT] for i in range(COUNT)]
     prompt = (
         f"The following are multiple choice questions (with answers) about {subject}.\n\n"
@@ -121,10 +116,7 @@ def pose_cloze(row: base.Row, subject: str) -> Question:
 
 
 def read_mmlu(request: base.BenchmarkRequest) -> dict[str, list[base.Row]]:
-    """MMLU's questions by subject: from the hub if WMDP is, else from `mmlu` beside WMDP.
-
-    Without that folder there are none.
-    """
+    """MMLU's questions by subject: from the hub if WMDP is, else from `mmlu` beside it, if that is there."""
     import datasets
 
     beside = request.folder.resolve().parent / "mmlu" if request.folder else None
