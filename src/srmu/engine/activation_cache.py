@@ -1,8 +1,7 @@
 """Activations that training cannot change, computed once and kept in memory or on disk.
 
-A trial of a sweep reads what an earlier one computed: the output of the last layer below the trained ones, and the
-original model's activations at the site. The name of an entry holds a digest of its tokens; the name of the folder
-holds everything else that could change it.
+They are the output of the last layer below the trained ones, and the original model's activations at the site. The
+name of an entry holds a digest of its tokens, the name of its folder all else that could change it.
 """
 
 import hashlib
@@ -47,9 +46,8 @@ def digest_tensors(*tensors: Tensor) -> str:
 class Activations:
     """Activations of earlier batches in memory: `room` bytes, and the newest few more; with a folder, on disk too.
 
-    An entry that fits into memory stays there: batches come round in order, so the oldest is needed next. In the
-    folder, which several processes may share, each entry is a file. If it cannot be written, `say` is told once and the
-    run goes on without it. A file whose bytes have changed is removed, and its entry computed again.
+    What fits into memory stays there: batches come round in order, so the oldest is needed next. In the folder, which
+    processes may share, each entry is a file. If it cannot be written, `say` is told once. A damaged file is removed.
     """
 
     def __init__(
@@ -69,7 +67,6 @@ class Activations:
         self.kept = "disk" if folder else "memory" if room else "none"  # where entries go, for the record
 
     def find(self, name: str) -> Output | None:
-        """The entry of that name, if there is one."""
         value = self.held.get(name, self.recent.get(name))
         if value is None and self.folder.name and (value := self._load(name)) is not None:
             self._remember(name, value)
@@ -77,14 +74,17 @@ class Activations:
         return value
 
     def keep(self, name: str, value: Output) -> None:
-        """Keep an entry: in memory if there is room for it, else until a few others have come; and on disk."""
         self._remember(name, value)
         if self.kept == "disk" and not self.path(name).exists():
             try:
                 self._save(name, value)
             except OSError as error:
-                self.kept = "none"
-                self.say(f"activations are not kept in {self.folder}: {error.strerror or error}; going on without")
+                self.give_up(error)
+
+    def give_up(self, error: OSError) -> None:
+        """Write no more files."""
+        self.kept = "none"
+        self.say(f"activations are not kept in {self.folder}: {error.strerror or error}; going on without")
 
     def _remember(self, name: str, value: Output) -> None:
         if name in self.held or name in self.recent:
@@ -93,10 +93,10 @@ class Activations:
         if size <= self.room:
             self.room -= size
             self.held[name] = value
-            return
-        self.recent[name] = value
-        while len(self.recent) > FEW:
-            del self.recent[next(iter(self.recent))]
+        else:
+            self.recent[name] = value
+            if len(self.recent) > FEW:
+                del self.recent[next(iter(self.recent))]
 
     def path(self, name: str) -> Path:
         return self.folder / f"{name.replace('/', '-')}.safetensors"
@@ -151,27 +151,23 @@ def open_activations(
         "versions": [version(name) for name in ("srmu", "torch", "transformers")],
     }
     folder = cache_home() / hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
-    limit = limit_bytes()
+    store = Activations(free // 4 if cuda else 0, folder, limit_bytes(), device, say)
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         if not (folder / "about.json").exists():
             write_json(folder / "about.json", about | {"made": datetime.now(UTC).isoformat(timespec="seconds")})
         os.utime(folder / "about.json")  # the time of the last use
     except OSError as error:
-        say(f"activations are not kept in {folder}: {error.strerror}; going on without")
-        return Activations()
-    return Activations(free // 4 if cuda else 0, folder, limit, device, say)
+        store.give_up(error)
+    return store
 
 
 def limit_bytes() -> int:
     """The most bytes that all activations together may take."""
-    try:
-        limit = int(float(os.environ.get("SRMU_CACHE_LIMIT") or LIMIT_GB) * 1e9)
-    except (ValueError, OverflowError):
-        limit = -1
-    if limit < 0:
-        raise SrmuError("SRMU_CACHE_LIMIT is a number of gigabytes, for example 50")
-    return limit
+    with suppress(ValueError, OverflowError):
+        if (limit := int(float(os.environ.get("SRMU_CACHE_LIMIT") or LIMIT_GB) * 1e9)) >= 0:
+            return limit
+    raise SrmuError("SRMU_CACHE_LIMIT is a number of gigabytes, for example 50")
 
 
 def processor_name() -> str:
@@ -192,10 +188,10 @@ def list_activations() -> list[dict[str, Any]]:
         with suppress(OSError):  # another process may be removing it
             about = folder / "about.json"
             used = (about if about.exists() else folder).stat().st_mtime
-            text: dict[str, Any] = {}
-            with suppress(ValueError, TypeError):  # of which SrmuError is one
-                text = dict(read_json(about))
-            entries.append({**text, "folder": folder, "bytes": folder_bytes(folder), "used": used})
+            entry = {"folder": folder, "bytes": folder_bytes(folder), "used": used}
+            with suppress(ValueError, TypeError):  # SrmuError is a ValueError
+                entry = {**read_json(about), **entry}
+            entries.append(entry)
     return sorted(entries, key=lambda entry: entry["used"])
 
 
@@ -212,9 +208,9 @@ def shrink_cache(limit: int, spare: Path | None = None) -> int:
 
 def clear_cache(names: Iterable[str]) -> int:
     """Remove parts of the cache folder; returns the bytes freed."""
-    folders = [cache_dir() / name for name in names]
-    freed = sum(map(folder_bytes, folders))
-    for folder in folders:
+    freed = 0
+    for folder in (cache_dir() / name for name in names):
+        freed += folder_bytes(folder)
         shutil.rmtree(folder, ignore_errors=True)
     return freed
 

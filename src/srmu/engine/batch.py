@@ -15,8 +15,7 @@ from srmu.engine.activation_cache import digest_tensors
 class Batch(dict[str, Tensor]):
     """Texts as tokens: `input_ids`, `attention_mask` and `labels`, (B, T) each.
 
-    Losses do not count a token whose label is -100. A batch is never changed in place: what the model computes from it
-    is kept under its `key`.
+    Losses skip labels of -100. A batch is never changed in place: what a model computes from it is kept under its key.
     """
 
     @cached_property

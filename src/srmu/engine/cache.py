@@ -15,10 +15,9 @@ warn_once = cache(print_line)
 
 
 def cached(kind: str, key: Any, make: Callable[[], Any], *, together: bool = False) -> Any:
-    """The JSON value that `make` returns, or that it returned before for the same `key`.
+    """The JSON value that `make` returns, or that it returned before for the same `key`, which decides it.
 
-    `key` holds everything that decides the value. With `together` all processes make it, and the first one reads and
-    writes; without, each process is on its own.
+    With `together` all processes make it, and the first one reads and writes; without, each is on its own.
     """
     value = find_cached(kind, key)
     if together:

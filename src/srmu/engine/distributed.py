@@ -1,7 +1,6 @@
 """The processes that a launcher started for one run: their ranks, and sums over all of them.
 
-`torchrun` and `accelerate launch` start them and describe them in the environment. In a single process every function
-here is trivial.
+`torchrun` or `accelerate launch` describe them in the environment. In a single process all of this is trivial.
 """
 
 from __future__ import annotations
@@ -33,7 +32,6 @@ def get_rank() -> int:
 
 
 def get_size() -> int:
-    """How many processes work together."""
     launched = "MASTER_ADDR" in os.environ and not _alone
     return int(os.environ.get("WORLD_SIZE", "1")) if launched else 1
 
@@ -61,7 +59,6 @@ def join_group() -> None:
 
 
 def leave_group() -> None:
-    """Leave the other processes, after the last sum."""
     if get_size() > 1:
         import torch.distributed as dist
 
@@ -99,7 +96,7 @@ def agree_on(value: T) -> T:
 
 
 def share_work(items: Sequence[S], do: Callable[[S], T]) -> list[T]:
-    """The results of `do` for each item, in order, on all processes; each does a part of the work as if it were alone.
+    """The results of `do` for each item, on all processes; each does a part of the work as if it were alone.
 
     If one fails, it raises its error once all are done, and the others exit too.
     """
@@ -136,26 +133,13 @@ def sum_values(value: Tensor) -> Tensor:
 
 
 def take_rows(batch: Batch) -> Batch:
-    """This process' rows of a batch: every `size`-th. If there is none, a row that counts nothing.
-
-    The padding stays, so that each row is computed as in the whole batch.
-    """
+    """Every `size`-th row of a batch, with its padding; if this process has none, a row that counts nothing."""
     if get_size() == 1 or not batch:
         return batch
     if get_rank() < len(batch["labels"]):
         return batch.cut(slice(get_rank(), None, get_size()))
     first = batch.cut(slice(1))
     return first.replace(labels=first["labels"].new_full(first["labels"].shape, -100))
-
-
-def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Sum the gradients over the processes, in place; those of sharded tensors are summed already.
-
-    FSDP averages them, so the losses were multiplied by `size`; this divides the others.
-    """
-    for parameter in parameters:
-        if parameter.grad is not None and not is_sharded(parameter):
-            parameter.grad.copy_(sum_values(parameter.grad) / get_size())
 
 
 def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
@@ -173,10 +157,7 @@ def gather_tensor(tensor: Tensor) -> Tensor:
 
 
 def gather_to_first(tensor: Tensor) -> Tensor:
-    """A sharded tensor whole, in the main memory of the first process; empty on the others.
-
-    Every process must call this. Any other tensor stays as it is.
-    """
+    """A sharded tensor whole in the first process's main memory, empty on the others; every process must call this."""
     if not is_sharded(tensor):
         return tensor
     whole = gather_tensor(tensor)
@@ -194,16 +175,8 @@ def shard_like(tensor: Tensor, place: Tensor) -> Tensor:
     return everything.redistribute(mesh, place.placements)
 
 
-def joint_norm(groups: Iterable[Sequence[Tensor]]) -> Tensor:
-    """The norm of all tensors together; those of a group are all sharded, or none is."""
-    import torch
-
-    norms = [gather_tensor(torch.nn.utils.get_total_norm(group)) for group in groups if group]
-    return norms[0] if len(norms) == 1 else torch.stack(norms).norm()
-
-
 def shard_modules(modules: Iterable[nn.Module], device: str) -> None:
-    """Shard the tensors of modules over the processes (FSDP2); a module is gathered to run."""
+    """Shard the tensors of modules over the processes (FSDP2)."""
     import torch
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, share_comm_ctx

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import io
 import json
 import os
 import shutil
@@ -62,6 +63,8 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 def flush_path(path: Path) -> None:
     """Wait until a file, or the list of files of a folder, is on the disk."""
+    if os.name == "nt":  # Windows opens no folder, and flushes no file that is open for reading
+        return
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -74,10 +77,8 @@ def require_space(path: Path, size: int) -> None:
     place = next(p for p in [path.resolve(), *path.resolve().parents] if p.exists())
     free = shutil.disk_usage(place).free
     if free < 1.1 * size:
-        raise SrmuError(
-            f"{path} needs {1.1 * size / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free there; "
-            "free some, or name another disk"
-        )
+        needs = f"{path} needs {1.1 * size / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free there"
+        raise SrmuError(f"{needs}; free some, or name another disk")
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -96,10 +97,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path, default: Any = REQUIRED) -> Any:
-    """The value in a JSON file, or the list of those in a JSON-lines file; `default` where there is no file.
-
-    SrmuError naming the file if it is damaged, or missing without a default.
-    """
+    """The value of a JSON file, or the list of those in JSON lines; `default`, or SrmuError, if there is no file."""
     try:
         text = path.read_text(encoding="utf-8")
         return [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)
@@ -120,19 +118,13 @@ def sha256(*parts: bytes | Path) -> str:
     """Hex digest of the concatenation of byte strings and file contents."""
     digest = hashlib.sha256()
     for part in parts:
-        if isinstance(part, bytes):
-            digest.update(part)
-        else:
-            with part.open("rb") as file:
-                hashlib.file_digest(file, lambda: digest)
+        with io.BytesIO(part) if isinstance(part, bytes) else part.open("rb") as file:
+            hashlib.file_digest(file, lambda: digest)
     return digest.hexdigest()
 
 
 def import_from_file(what: str, name: str) -> Any:
-    """The object that `path/to/file.py:attribute` names; None if the file has no such attribute.
-
-    SrmuError, saying `what` it is for, if the file is missing or fails to run.
-    """
+    """The object that `path/to/file.py:attribute` names, to be `what`; None if the file has no such attribute."""
     path, _, attribute = name.rpartition(":")
     unique = f"{Path(path).stem}_{sha256(path.encode())[:8]}"  # so that it hides no other module
     spec = importlib.util.spec_from_file_location(unique, path)

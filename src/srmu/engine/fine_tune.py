@@ -1,6 +1,6 @@
 """Plain fine-tuning, as an attacker would do it: until the last step, or until it breaks."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -38,18 +38,14 @@ def tune_model(
     stepper: torch.optim.Optimizer = torch.optim.SGD(masters, lr=learning_rate, momentum=0.9)
     if optimiser == "adamw":
         stepper = torch.optim.AdamW(masters, lr=learning_rate, weight_decay=0.0, fused=True)
-    generator = torch.Generator().manual_seed(seed)
-
-    def deal_batches() -> Iterator[list[Row]]:
-        while True:
-            order = torch.randperm(len(rows), generator=generator).tolist()
-            for start in range(0, len(rows), batch_size):
-                yield [rows[i] for i in order[start : start + batch_size]]
-
-    dealt = deal_batches()
+    dealer = torch.Generator().manual_seed(seed)
+    order: list[int] = []
 
     def loss() -> Tensor:
-        batch = move_batch(join_responses(*zip(*next(dealt), strict=True)), model.device)
+        nonlocal order
+        order = order or torch.randperm(len(rows), generator=dealer).tolist()
+        dealt, order = order[:batch_size], order[batch_size:]
+        batch = move_batch(join_responses(*zip(*(rows[i] for i in dealt), strict=True)), model.device)
         return mean_nll(model.logits(batch), batch["labels"]).value
 
     def rate(done: int) -> float:
@@ -67,11 +63,10 @@ def descend(
     rate: Callable[[int], float] | None = None,
     after: Callable[[int], None] | None = None,
 ) -> int:
-    """Step tensors down a loss that is made anew for each step; how many steps were taken.
+    """Step tensors down a loss that is made anew for each step; the number of steps taken.
 
     `pairs` are tensors and what the optimiser steps: the tensor itself, or a float32 copy of it. Nothing else gets a
-    gradient. `rate` gives the learning rate from the steps done, `after` is called with them after each. Ends early,
-    with the tensors of the last step, where the loss or its gradient is not finite.
+    gradient. `rate` and `after` take the number of steps done. Ends early where the loss or its gradient is not finite.
     """
     tensors = [tensor for tensor, _ in pairs]
     copies = [(tensor, master) for tensor, master in pairs if master is not tensor]

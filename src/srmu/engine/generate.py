@@ -51,10 +51,7 @@ def response_likelihoods(model: EditableModel, contexts: Sequence[Ids], response
 def sample_continuations(
     model: EditableModel, contexts: Sequence[Ids], length: int, seed: int, at_once: int = SAMPLED_ROWS
 ) -> list[Ids]:
-    """A continuation of each context, of `length` tokens at most, drawn from the model as it is.
-
-    It ends with the token that ends texts, if there is one. Drawn at temperature 1 from all tokens.
-    """
+    """A continuation of each context, of `length` tokens at most, drawn at temperature 1 from all tokens."""
     rows: list[Ids] = []
     with torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(seed)
@@ -65,10 +62,7 @@ def sample_continuations(
 
 
 def continue_greedily(module: PreTrainedModel, tokenizer: Any, contexts: Sequence[Ids], length: int) -> list[Ids]:
-    """The likeliest token again and again after each context, to `length` or the text's end.
-
-    The token that ends it, the checkpoint's or the tokenizer's, is left out.
-    """
+    """The likeliest token again and again after each context, to `length` or before the token that ends a text."""
     ends = list_ends(module, tokenizer)
     rows, _ = write_on(module, contexts, length, ends)
     return [row[:-1] if row[-1] in ends else row for row in rows]
@@ -91,10 +85,7 @@ def write_on(
     do_sample: bool = False,
     keep_logits: bool = False,
 ) -> tuple[list[Ids], list[Float[Tensor, "S V"]]]:
-    """Continuations of contexts read at once, each with the token that ends it, and their logits.
-
-    The checkpoint's own settings of generation, such as a penalty on repetition, play no part.
-    """
+    """Continuations of contexts read at once, each with the token that ends it, and their logits."""
     drawn = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0} if do_sample else {}
     settings = GenerationConfig(
         max_new_tokens=length,
@@ -108,7 +99,7 @@ def write_on(
     read = move_batch({"input_ids": ids, "attention_mask": mask}, module.device)
     generator: Any = module
     own = generator.generation_config
-    generator.generation_config = settings  # what is not set there would come from the checkpoint's
+    generator.generation_config = settings  # else the checkpoint's own would fill in, say, a penalty on repetition
     try:
         out = generator.generate(**read)
     finally:

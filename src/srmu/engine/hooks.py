@@ -35,10 +35,7 @@ def cut_blocks(module: PreTrainedModel, depth: int) -> AbstractContextManager[No
 
 @contextmanager
 def hook_outputs(hooks: Mapping[nn.Module, Callable[[Any, Any], Any]]) -> Iterator[None]:
-    """Call a function with what each module read (a tuple) and what it put out.
-
-    What the function returns takes the output's place, unless it is None.
-    """
+    """Call a function with what each module read and what it put out, which its result replaces unless it is None."""
     with ExitStack() as stack:
         for module, hook in hooks.items():
             stack.enter_context(module.register_forward_hook(lambda _, *read, hook=hook: hook(*read)))

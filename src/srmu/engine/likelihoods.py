@@ -24,11 +24,10 @@ def score_answers(
     dtype: torch.dtype | None = None,
     done: Callable[[int, tuple[float, bool]], None] = lambda number, result: None,
 ) -> list[tuple[float, bool]]:
-    """Of each pair (tokens before, tokens of the answer): log p, and whether each is the likeliest.
+    """Of each pair (tokens before, tokens of the answer): log p, and whether each is the likeliest; as lm-eval's.
 
-    The same numbers as lm-eval's. An input that several answers need (options of one token) is run once, a start that
-    the inputs of a batch share too, and only positions that predict an answer meet the vocabulary. `dtype` is that of
-    the softmax; `done` is told of each result.
+    An input that several answers need is run once, a start that the inputs of a batch share too, and only positions
+    that predict an answer meet the vocabulary. `dtype` is that of the softmax; `done` is told of each result.
     """
     askers: dict[Tokens, list[int]] = {}
     for i, (before, answer) in enumerate(pairs):
@@ -78,8 +77,8 @@ def keeps_past(model: Any) -> bool:
 def plan_batches(tails: dict[Tokens, int], most: int, setup: int) -> list[tuple[list[Tokens], int]]:
     """Split inputs into the batches with the fewest tokens to read, longest first.
 
-    With each batch comes the length of the prefix to read once for all rows. It includes none of the `tails` that
-    answers need, and is 0 where the extra forward (worth `setup` tokens) would cost more.
+    With each batch comes the length of the prefix to read once for all rows, without the `tails` that answers need; 0
+    where the extra forward (worth `setup` tokens) would cost more.
     """
     order = sorted(tails, key=lambda row: (len(row), row))
     free = [len(row) - tails[row] for row in order]

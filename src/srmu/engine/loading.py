@@ -1,8 +1,7 @@
 """Load a checkpoint no deeper than needed, and refuse models that cannot be cut.
 
-The module is built from a config with fewer layers if that gives the same layers. If not, it is built whole and its
-list of layers is cut: equally right, and nearly as cheap where transformers maps the stored tensors into memory. A load
-that converts (another dtype, stacked experts) then converts all layers.
+The module is built from a config with fewer layers if that gives the same layers. If not, it is built whole and cut,
+which is nearly as cheap unless loading converts tensors (another dtype, stacked experts).
 """
 
 from copy import deepcopy
@@ -28,10 +27,8 @@ def read_config(folder: Path) -> Any:
         raise SrmuError(f"{folder}/config.json cannot be read: {first_line(error)}") from error
     names = config.architectures or ["none named"]
     if not names[0].endswith(("ForCausalLM", "LMHeadModel")):
-        raise SrmuError(
-            f"{folder} is not a causal language model: its architecture is {names[0]}; "
-            "srmu needs one that transformers loads with AutoModelForCausalLM"
-        )
+        what = f"{folder} is not a causal language model: its architecture is {names[0]}"
+        raise SrmuError(f"{what}; srmu needs one that transformers loads with AutoModelForCausalLM")
     return config
 
 
@@ -47,25 +44,18 @@ def check_layers(config: Any, layer: int, window: int = 1) -> None:
     count = config.num_hidden_layers
     if not 0 <= layer < count:
         raise SrmuError(f"layer {layer} does not exist: this model has {count} layers (0-{count - 1})")
-    # Gemma 3n and 4: the last layers read keys and values of earlier ones, so no layer among them can be run without
-    # those, nor can those be recorded.
+    # Gemma 3n and 4: the last layers read keys and values of earlier ones, which cannot be recorded.
     sharing = getattr(config, "num_kv_shared_layers", None) or 0
     if layer >= count - sharing:
-        raise SrmuError(
-            f"layer {layer} takes its keys and values from an earlier layer, as the last {sharing} "
-            f"of this model do; choose method.layer below {count - sharing}"
-        )
+        what = f"layer {layer} takes its keys and values from an earlier layer, as the last {sharing} of this model do"
+        raise SrmuError(f"{what}; choose method.layer below {count - sharing}")
     if not 1 <= window <= layer + 1:
-        raise SrmuError(
-            f"a window of {window} layers ending at layer {layer} is impossible: use method.window=1 to {layer + 1}"
-        )
+        what = f"a window of {window} layers ending at layer {layer} is impossible"
+        raise SrmuError(f"{what}: use method.window=1 to {layer + 1}")
 
 
 def load_module(folder: Path, dtype: str = "auto", depth: int | None = None) -> PreTrainedModel:
-    """A checkpoint, loaded by transformers; SrmuError if a tensor is missing or does not fit.
-
-    `depth` limits the number of layers, unless a shallower module would differ.
-    """
+    """A checkpoint, whole if a module of `depth` layers would differ; SrmuError if a tensor is missing."""
     config = read_config(folder)
     missing = []
     if depth is not None and depth < config.num_hidden_layers:
@@ -83,10 +73,8 @@ def load_module(folder: Path, dtype: str = "auto", depth: int | None = None) -> 
         logging.set_verbosity(verbosity)
     module, info = loaded
     if missing := missing or sorted(info["missing_keys"]):
-        raise SrmuError(
-            f"model {folder} lacks {len(missing)} tensors, the first is {missing[0]}; "
-            "transformers would fill them with random numbers"
-        )
+        what = f"model {folder} lacks {len(missing)} tensors, the first is {missing[0]}"
+        raise SrmuError(f"{what}; transformers would fill them with random numbers")
     return module
 
 
@@ -123,10 +111,9 @@ def wanted_dtype(config: Any, dtype: str) -> torch.dtype | None:
 
 
 def cut_config(config: Any, depth: int) -> Any | None:
-    """The configuration of the first `depth` layers; None if those layers would differ.
+    """The configuration of the first `depth` layers; None if these would differ from those of the whole model.
 
-    Some models count a pattern of layers from the end. So both modules are built without memory and compared: names,
-    shapes, kinds and settings of each layer must agree.
+    Some models count a pattern of layers from the end, so both modules are built without memory and compared.
     """
     count = config.num_hidden_layers
     short = deepcopy(config)

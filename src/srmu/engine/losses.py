@@ -1,7 +1,6 @@
 """Losses, and the functions of tensors that they are made of, all in float32.
 
-A loss is a `Mean`: a sum with its count. Where several processes share a batch, each has a part of both, and the
-training loop divides by the count of the whole batch.
+A loss is a `Mean`: processes that share a batch each have a part of its sum and count, and the loop divides.
 """
 
 from __future__ import annotations
@@ -60,10 +59,7 @@ def is_predicted(labels: Int[Tensor, "B T"]) -> Bool[Tensor, "B S"]:
 
 
 def without_first(mask: Bool[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
-    """The mask less the first counted token of each row.
-
-    That token is an attention sink in many models: its norm would dominate any mean.
-    """
+    """The mask less the first counted token of each row, an attention sink whose norm would dominate any mean."""
     return mask & (mask.cumsum(dim=1) > 1)
 
 
@@ -73,10 +69,9 @@ def token_mean(values: Float[Tensor, "B T *D"], mask: Bool[Tensor, "B T"]) -> Me
 
 
 def token_mse(hidden: Float[Tensor, "B T D"], target: Float[Tensor, "*#BTD"], mask: Bool[Tensor, "B T"]) -> Mean:
-    """Mean squared error over the counted tokens and all features.
+    """Mean squared error over the counted tokens and all features, as in the public RMU code.
 
-    SRMU eq. 5 prints squared norms; the public RMU code takes the mean over elements. Both terms of the loss differ by
-    the same factor D, so alpha means the same.
+    SRMU eq. 5 prints squared norms: both terms of its loss are D times these, so alpha means the same.
     """
     return masked_mean((hidden.float() - target.float()).square().mean(dim=-1), mask)
 
@@ -130,8 +125,7 @@ def generic_logits(
 ) -> Float[Tensor, "*B V"]:
     """`base` without what training on the forget texts raised: base - strength relu(r - base).
 
-    The target of WHP (arXiv 2310.02238, eq. 1) and the teacher of RKLU (2025.naacl-long.60). Adding a constant to one
-    of the two changes it: take log_softmax first where that matters.
+    The target of WHP (arXiv 2310.02238, eq. 1) and the teacher of RKLU (2025.naacl-long.60), which normalises first.
     """
     base, reinforced = base.float(), reinforced.float()
     return base - strength * (reinforced - base).relu()

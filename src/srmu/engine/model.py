@@ -27,9 +27,9 @@ from srmu.errors import SrmuError
 class EditableModel:
     """A causal LM cut to `depth` layers, in which only the parameters named `trainable` change.
 
-    `trainable` holds roles by layer (`"7.mlp_down"`) or glob patterns of parameter names. The original values of those
-    parameters are kept: the frozen model is this same module run inside `frozen()`, not a second model. The layers
-    below the first trained one run once per batch; `activations` keeps the output of the last of them.
+    `trainable` holds roles by layer (`"7.mlp_down"`) or glob patterns of parameter names, whose originals are kept: the
+    frozen model is this same module inside `frozen()`. The layers below the first trained one run once per batch;
+    `activations` keeps the output of the last of them.
     """
 
     def __init__(
@@ -71,10 +71,9 @@ class EditableModel:
         offload: bool = False,
         copy: bool = True,
     ) -> "EditableModel":
-        """Load the first `depth` layers of a checkpoint (None: all).
+        """Load the first `depth` layers of a checkpoint (None: all); the others are never read from disk.
 
-        The other layers are never read from disk. With `offload` the layers below the first trained one stay on disk or
-        in main memory, and move to the device one at a time.
+        With `offload` those below the first trained one stay in main memory, and move to the device one at a time.
         """
         return_freed_blocks()
         model = cls(load_module(folder, dtype, depth), trainable, depth, copy)
@@ -94,10 +93,7 @@ class EditableModel:
         return model
 
     def shard(self, device: str) -> None:
-        """Shard layers, embeddings and head over the processes (FSDP2), before any training.
-
-        Each process then holds its part of them, and a whole layer only while that layer runs.
-        """
+        """Shard layers, embeddings and head over the processes (FSDP2), before any training."""
         distributed.shard_modules([*self.layers, *self.ends], device)
         self.module.to(device)  # the rest: norms, tied ends
         parameters = dict(self.module.named_parameters())
@@ -130,7 +126,7 @@ class EditableModel:
     def hidden(self, batch: Batch, site: Site, keep: bool = True) -> Float[Tensor, "B T D"]:
         """Activations at `site`; the layers above it do not run.
 
-        Inside `frozen()` they come from `activations` if they are there, and are kept there unless `keep` is false.
+        Inside `frozen()` they come from `activations`, and are kept there unless `keep` is false.
         """
         self._check_loaded(site.layer)
         name = f"{site}/{batch.key}"
@@ -151,8 +147,8 @@ class EditableModel:
     def logits(self, batch: Batch, control: Tensor | None = None) -> Float[Tensor, "B T V"]:
         """Next-token logits; SrmuError if the model was not loaded whole.
 
-        `control` is an embedding, (D,) or (B, D) with a row for each text, that the model reads after the first token
-        of each row. Rows must then be padded on the right.
+        `control` is an embedding, (D,) or (B, D), that the model reads after the first token of each text; texts are
+        then padded on the right.
         """
         if self.shallow:
             raise SrmuError(f"logits need the whole model; only {len(self.layers)} layers loaded")
@@ -174,8 +170,7 @@ class EditableModel:
     def adapted(self, rank: int, alpha: int, seed: int) -> Iterator[None]:
         """Train low-rank adapters (LoRA, arXiv 2106.09685) in place of the trained matrices.
 
-        Adapters start as no change, so `frozen()` is still the original model. They are removed when the block ends;
-        `merge` keeps what they have learned.
+        They start as no change and are removed when the block ends; `merge` keeps what they have learned.
         """
         from peft import LoraConfig, inject_adapter_in_model
 
@@ -213,14 +208,14 @@ class EditableModel:
     def only(self, trainable: Sequence[str]) -> Iterator[None]:
         """Run the block with gradients for some of the trained tensors only."""
         chosen = self._select(trainable)
-        before = {name: parameter.requires_grad for name, parameter in self.trained.items()}
-        for name, parameter in self.trained.items():
-            parameter.requires_grad_(name in chosen)
+        others = [p for name, p in self.trained.items() if name not in chosen and p.requires_grad]
+        for parameter in others:
+            parameter.requires_grad_(False)
         try:
             yield
         finally:
-            for name, parameter in self.trained.items():
-                parameter.requires_grad_(before[name])
+            for parameter in others:
+                parameter.requires_grad_(True)
 
     @contextmanager
     def using(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
@@ -240,10 +235,7 @@ class EditableModel:
         return self.using(self.original)
 
     def delta(self) -> dict[str, Tensor]:
-        """The trained tensors that differ from their originals, by parameter name.
-
-        Every process must call this; the first one gets whole tensors.
-        """
+        """The trained tensors that differ from their originals; every process calls this, the first gets them whole."""
         changed = {}
         for name, parameter in self.trained.items():
             parts = (distributed.local_part(t.detach()) for t in (parameter, self.original[name]))
@@ -274,10 +266,9 @@ class EditableModel:
 
     @contextmanager
     def _layers_for(self, batch: Batch, depth: int) -> Iterator[None]:
-        """Cut the module to `depth` layers and replace the fixed ones by their known output.
+        """Cut the module to `depth` layers and replace the fixed ones by their known output, or keep that output.
 
-        The module's own code still makes masks and rotary tables: to call layers directly, we would have to know each
-        architecture. An output that is not known yet is kept.
+        The module's own code still makes masks and rotary tables, which differ between architectures.
         """
         kept = self.layers[:depth]
         hooks: dict[nn.Module, Any] = {}
@@ -308,21 +299,18 @@ def copy_values(places: Sequence[Tensor], values: Sequence[Tensor]) -> None:
 
 
 def replace_tensor(parameter: nn.Parameter, tensor: Tensor) -> Tensor:
-    """Put a tensor in place of a parameter; returns the one that was there.
-
-    A sharded parameter is filled in place: FSDP holds its memory and gathers the layer again.
-    """
+    """Put a tensor in place of a parameter; returns the one that was there."""
     if not distributed.is_sharded(parameter):
         before, parameter.data = parameter.data, tensor
         return before
-    part = distributed.local_part(parameter.detach())
+    part = distributed.local_part(parameter.detach())  # filled in place: FSDP holds its memory
     before = part.clone()
     part.copy_(distributed.local_part(tensor))
     return before
 
 
 class KnownOutput(nn.Module):
-    """Stands in for layers whose output is known: a tensor, or a tuple of one."""
+    """Stands in for a layer whose output is known."""
 
     def __init__(self, output: Output) -> None:
         super().__init__()
@@ -338,11 +326,7 @@ def pick_inputs(batch: Batch) -> dict[str, Tensor]:
 
 
 def return_freed_blocks() -> None:
-    """Make the C library return freed blocks of 24 MB and more to the system at once.
-
-    glibc keeps blocks of up to 32 MB for itself, and small ones settle between them: a step on 8 layers of a 1B model
-    then holds 1.4 GB instead of 1.2. It costs no time.
-    """
+    """Make glibc return freed blocks of 24 MB and more at once: a step on 8 layers of a 1B model takes 0.2 GB less."""
     with suppress(OSError, AttributeError, TypeError):  # another C library, which keeps less memory
         ctypes.CDLL(None).mallopt(-3, 24 << 20)  # M_MMAP_THRESHOLD
 

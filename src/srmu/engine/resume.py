@@ -3,6 +3,7 @@
 import json
 import shutil
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,8 @@ STATE = "state.safetensors"
 class Checkpoints:
     """The folder where a training is saved every `seconds` seconds; None: it is not saved.
 
-    Its one file appears whole, in place of the one before: tensors, and in the metadata numbers, a digest of the
-    tensors and `belongs`, which identifies the training. That of another training does not count, nor does a damaged
-    one.
+    Its one file holds tensors, and in the metadata numbers, a digest of the tensors and `belongs`, which identifies the
+    training: that of another does not count, nor does a damaged file.
     """
 
     folder: Path | None = None
@@ -57,15 +57,13 @@ class Checkpoints:
         """Steps done, tensors and numbers of the checkpoint, if there is one."""
         if self.folder is None:
             return None
-        try:
-            with safe_open(self.folder / STATE, "pt") as file:
-                mark = json.loads(file.metadata()["mark"])
-                tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
+        damage = OSError, ValueError, KeyError, TypeError, SafetensorError
+        with suppress(*damage), safe_open(self.folder / STATE, "pt") as file:
+            mark = json.loads(file.metadata()["mark"])
+            tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
             same = mark["belongs"] == json.loads(json.dumps(self.belongs))
             if same and mark["sha256"] == digest_tensors(*tensors.values()):
                 return mark["step"], tensors, mark["numbers"]
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError):
-            pass  # none, or a damaged one
         return None
 
     def clear(self) -> None:
@@ -74,11 +72,7 @@ class Checkpoints:
 
 
 def pack_memory(memory: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The part of a memory that changes from step to step, as tensors and JSON values.
-
-    That is tensors, random generators, plain numbers, and objects with a `state_dict` of JSON values. Everything else
-    is fixed for a run and made again.
-    """
+    """The tensors, generators, numbers and `state_dict`s of JSON values in a memory; all else is made again."""
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, Any] = {}
     for name, value in memory.items():

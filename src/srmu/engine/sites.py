@@ -34,7 +34,7 @@ class Site:
     """A place in the network where activations are read; text form `7.resid_post`.
 
     `resid_post` is the output of the decoder layer (D wide), `mlp_out` that of its MLP (D wide), `mlp_post` the input
-    of the MLP's down-projection (F wide). The input of layer l is `resid_post` of layer l-1.
+    of the MLP's down-projection (F wide).
     """
 
     layer: int
@@ -57,16 +57,16 @@ def catch_value(layer: nn.Module, stream: Stream) -> Iterator[list[Tensor]]:
         with edit_input(down_projection(layer), caught.append):
             yield caught
     else:
-        place = layer if stream == "resid_post" else find_child(layer, "mlp")
+        place = layer if stream == "resid_post" else getattr(layer, "mlp", None)
+        if place is None:
+            names = ", ".join(n for n, _ in layer.named_children())
+            raise SrmuError(f"{type(layer).__name__} has no 'mlp'; it has {names}")
         with edit_outputs({place: caught.append}):
             yield caught
 
 
 def in_role(layer: nn.Module, role: str) -> list[str]:
-    """The names, inside a decoder layer, of the weights in a role.
-
-    Besides ROLES there are `linear`, the matrices of all linear maps, and `mlp`, those of the MLP.
-    """
+    """The names, in a decoder layer, of the weights in a role: of ROLES, all `linear` maps, or those of the `mlp`."""
     if role in ("linear", "mlp"):
         names = [f"{n}.weight" for n, m in layer.named_modules() if isinstance(m, nn.Linear | Conv1D)]
         return [n for n in names if role == "linear" or not re.search("attn|attention", n)]
@@ -79,15 +79,6 @@ def in_role(layer: nn.Module, role: str) -> list[str]:
     raise SrmuError(f"{type(layer).__name__} has no weight in the role {role!r}; it has {', '.join(names)}")
 
 
-def find_child(layer: nn.Module, name: str) -> nn.Module:
-    """A submodule of a decoder layer; SrmuError, listing those it has, if it is missing."""
-    try:
-        return layer.get_submodule(name)
-    except AttributeError:
-        names = ", ".join(n for n, _ in layer.named_children())
-        raise SrmuError(f"{type(layer).__name__} has no {name!r}; it has {names}") from None
-
-
 def down_projection(layer: nn.Module) -> nn.Module:
     """The linear map that reads a layer's neurons; SrmuError in a mixture of experts."""
     (name,) = in_role(layer, "mlp_down")
@@ -96,4 +87,4 @@ def down_projection(layer: nn.Module) -> nn.Module:
             "this model is a mixture of experts, each with neurons of its own: read resid_post or "
             "mlp_out, or take a method that needs no neurons, for example method.name=ssd"
         )
-    return find_child(layer, name.removesuffix(".weight"))
+    return layer.get_submodule(name.removesuffix(".weight"))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from srmu.engine.batch import Batch, move_batch
-from srmu.engine.losses import is_predicted, token_kl, token_nll
+from srmu.engine.losses import Mean, mean_kl, mean_nll
 from srmu.engine.model import EditableModel, copy_values
 from srmu.engine.topic import Topic
 from srmu.errors import DivergedError
@@ -27,9 +27,8 @@ RECENT = 10  # steps of a topic, whose median is its usual retain loss
 class StopRules:
     """The stop rules, checked every few steps on the first batches of each topic.
 
-    An `endless` loss has no lower bound: unless `train.forget_ceiling` is set, training stops when a forget token costs
-    as much as a guess among all tokens. When the utility floor or the KL budget is broken, the model goes back to the
-    weights of the last check that passed.
+    An `endless` loss stops, unless `train.forget_ceiling` is set, when a forget token costs as much as a guess among
+    all tokens. A broken utility floor or KL budget puts the model back to the weights of the last check that passed.
     """
 
     def __init__(self, model: EditableModel, topics: Sequence[Topic], options: TrainOptions, endless: bool) -> None:
@@ -48,15 +47,11 @@ class StopRules:
         self.recent: dict[str, list[float]] = {}  # retain losses, by topic
 
     def copy_weights(self) -> list[Tensor]:
-        """A copy of the weights, where a rule may restore them."""
         return [p.detach().clone() for p in self.model.trained.values()] if self.restores else []
 
     @torch.no_grad()
     def check_step(self, step: int, place: str) -> tuple[str, dict[str, float]]:
-        """Why to stop after this step ("" to go on), and what was measured.
-
-        Raises DivergedError, naming the place, if a measurement is not a number.
-        """
+        """Why to stop after this step ("" to go on), and what was measured; DivergedError if that is not a number."""
         options = self.options
         if (step + 1) % options.check_every and step != options.max_steps - 1:
             return "", {}
@@ -86,27 +81,27 @@ class StopRules:
             with self.model.frozen():
                 before = self.average(self.retain, self.nll)
             measured["utility"] = math.exp(before - self.average(self.retain, self.nll))
-            measured["kl"] = self.average(self.retain, self.divergence)
+            measured["kl"] = self.average(self.retain, self.kl)
         return measured
 
-    def nll(self, batch: Batch) -> Tensor:
-        return token_nll(self.model.logits(batch), batch["labels"])
+    def nll(self, batch: Batch) -> Mean:
+        return mean_nll(self.model.logits(batch), batch["labels"])
 
-    def divergence(self, batch: Batch) -> Tensor:
+    def kl(self, batch: Batch) -> Mean:
         with self.model.frozen():
             before = self.model.logits(batch)
-        return token_kl(before, self.model.logits(batch)) * is_predicted(batch["labels"])
+        return mean_kl(before, self.model.logits(batch), batch["labels"])
 
-    def average(self, batches: Sequence[Batch], function: Callable[[Batch], Tensor]) -> float:
-        """Mean over the counted tokens of all the batches."""
-        total = sum(float(function(batch).sum()) for batch in batches)
-        return total / sum(int(is_predicted(batch["labels"]).sum()) for batch in batches)
+    def average(self, batches: Sequence[Batch], loss: Callable[[Batch], Mean]) -> float:
+        """The mean over the counted tokens of all batches."""
+        means = [loss(batch) for batch in batches]
+        return sum(float(mean.total) for mean in means) / sum(int(mean.count) for mean in means)
 
     def check_spike(self, topic: str, losses: Mapping[str, Tensor], total: float) -> str:
         """What is wrong with the retain loss of a step; "" for nothing.
 
-        It has run away when it is `train.retain_spike` times its median over the last steps of its topic and above the
-        whole loss of the first step: a retain loss begins at 0, and many times nothing is still little.
+        It must be `train.retain_spike` times its median over the last steps of its topic, and above the whole loss of
+        the first step, as a retain loss begins at 0.
         """
         times = self.options.retain_spike
         if times is None or "retain" not in losses:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import cycle, zip_longest
+from itertools import chain, cycle, repeat, zip_longest
 from typing import Any, Literal
 
 import torch
@@ -22,9 +22,8 @@ Padding = Literal["mask", "count"]
 class Topic:
     """One thing to forget and what to retain beside it, as batches of tokens.
 
-    `vocabulary` holds the ids of ordinary tokens (no special ones). `options` replaces options of the method for this
-    topic. `counts` describes the texts without quoting them. `own` holds texts that the original model wrote; they stay
-    in memory.
+    `vocabulary` holds the ids of ordinary tokens. `options` replaces options of the method. `counts` describes texts
+    without quoting them. `own` holds texts that the original model wrote, which are never saved.
     """
 
     name: str
@@ -39,19 +38,14 @@ class Topic:
 
     def pairs(self) -> Iterator[tuple[Batch, Batch]]:
         """Endless (forget, retain) batches in order; the shorter set starts again, an empty one gives empty batches."""
-
-        def repeat(batches: Sequence[Batch]) -> Iterator[Batch]:
-            while True:
-                yield from batches or [Batch()]
-
-        return zip(repeat(self.forget), repeat(self.retain), strict=False)
+        forget, retain = (repeat(batches or [Batch()]) for batches in (self.forget, self.retain))
+        return zip(chain.from_iterable(forget), chain.from_iterable(retain), strict=False)
 
     def split(self) -> Topic:
         """This topic's forget texts as prompts with answers: only answers keep their labels.
 
-        Texts of a chat template stay as they are. Plain texts have no question, so each is cut at a random place
-        between a quarter and three quarters of its ordinary tokens, with at least one token on either side. The draw
-        depends on the seed and the topic only.
+        Texts of a chat template stay as they are. A plain text is cut at a random place between a quarter and three
+        quarters of its ordinary tokens, with at least one token on either side.
         """
         generator = self.generator("split")
 
@@ -71,26 +65,22 @@ class Topic:
 
     def with_tick(self, tick: Callable[[], None]) -> Topic:
         """This topic, calling `tick` after each use of one of its batches."""
-        forget, retain = FollowedBatches(self.forget, tick), FollowedBatches(self.retain, tick)
+        forget, retain = FollowedBatches(self.forget), FollowedBatches(self.retain)
+        forget.tick = retain.tick = tick
         return replace(self, forget=forget, retain=retain, tick=tick)
 
     def generator(self, purpose: str, shared: bool = False) -> torch.Generator:
-        """A random generator for one purpose, the same on every device and in every run.
-
-        With `shared` the name of the topic is left out: all topics draw the same numbers.
-        """
+        """A random generator for one purpose, the same in every run; if `shared`, also for all topics."""
         return torch.Generator().manual_seed(self.number(purpose, shared))
 
     def number(self, purpose: str, shared: bool = False) -> int:
-        """The seed of the generator for a purpose."""
         key = f"{self.seed}/{purpose}/{'' if shared else self.name}"
         return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1
 
     def add_anchors(self, share: float) -> Topic:
-        """This topic with a share of each retain batch replaced by rows of random tokens.
+        """This topic with a share of each retain batch replaced by rows of random tokens, or by its `own` texts.
 
-        If the topic has `own` texts, these are used in turn instead, padded on the right. The rows of a batch are
-        fixed, so that activations computed from it can be kept.
+        The rows of a batch are fixed, so that activations computed from it can be kept.
         """
         generator = self.generator("anchors")
         texts = cycle(self.own)
@@ -102,11 +92,10 @@ class Topic:
             ids, mask, labels = (batch[k].clone() for k in ("input_ids", "attention_mask", "labels"))
             start = len(ids) - round(share * len(ids))
             if self.own:
+                ids[start:], mask[start:], labels[start:] = 0, 0, -100
                 for row in range(start, len(ids)):
                     text = torch.tensor(next(texts)[: ids.shape[1]])
-                    for tensor, value, padding in ((ids, text, 0), (mask, 1, 0), (labels, text, -100)):
-                        tensor[row] = padding
-                        tensor[row, : len(text)] = value
+                    ids[row, : len(text)], mask[row, : len(text)], labels[row, : len(text)] = text, 1, text
             elif start < len(ids):
                 draw = torch.randint(len(self.vocabulary), ids[start:].shape, generator=generator)
                 drawn = self.vocabulary[draw]
@@ -118,22 +107,13 @@ class Topic:
         return replace(self, retain=[mix(batch) for batch in self.retain])
 
 
-@dataclass(frozen=True)
-class FollowedBatches(Sequence[Batch]):
-    """Batches that call `tick` after a loop has used each of them."""
+class FollowedBatches(list[Batch]):
+    """Batches that call `tick` after a loop has used each of them; a slice of them does not."""
 
-    batches: Sequence[Batch]
     tick: Callable[[], None]
 
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __getitem__(self, key: Any) -> Any:
-        part = self.batches[key]
-        return FollowedBatches(part, self.tick) if isinstance(key, slice) else part
-
     def __iter__(self) -> Iterator[Batch]:
-        for batch in self.batches:
+        for batch in super().__iter__():
             yield batch
             self.tick()
 

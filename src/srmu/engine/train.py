@@ -27,9 +27,9 @@ KEPT_NUMBERS = ("kept_step", "first_loss", "recent")  # of the stop rules, in a 
 
 
 class Terms(NamedTuple):
-    """The result of a loss function: losses to sum and minimise, and values to log only.
+    """Losses to sum and minimise, and values to log: means, or tensors if one process has the whole batch.
 
-    Values are means, or tensors if one process has the whole batch. `stop` says why the training ends before this step.
+    `stop` says why the training ends before this step.
     """
 
     losses: Mapping[str, Mean | Tensor]
@@ -81,8 +81,7 @@ class TrainOptions:
                 f"above 0 and at most {LARGEST:g}",
             ),
             (("weight_decay",), lambda value: 0 <= value <= LARGEST, f"at least 0 and at most {LARGEST:g}"),
-            (("max_grad_norm",), lambda value: value > 0, "above 0, or null for no clipping"),
-            (("forget_ceiling", "kl_budget"), lambda value: value > 0, "above 0 nats, or null"),
+            (("max_grad_norm", "forget_ceiling", "kl_budget"), lambda value: value > 0, "above 0, or null"),
             (("utility_floor",), lambda value: 0 < value <= 1, "above 0 and at most 1, or null"),
             (("retain_spike",), lambda value: value > 1, "above 1, or null for no such stop"),
             (("checkpoint_seconds",), lambda value: value >= 0, "at least 0, or .inf for none"),
@@ -121,12 +120,11 @@ def fit_model(
     spread: bool = False,
     endless: bool = False,
 ) -> str:
-    """Optimise the trained tensors of `model`, and `extra`, taking topics in turn.
+    """Optimise the trained tensors of `model`, and `extra`, taking topics in turn; returns why it ended.
 
-    Returns why it ended: FINISHED after `max_steps` steps, a stop rule, or the reason that the loss gave. Raises
-    DivergedError at the first loss or gradient that is not finite, with the model put back to the last weights whose
-    loss was finite. Resumes from the newest of `checkpoints`; `memory` is saved there too. With `spread` each process
-    reads its rows of a batch and divides by the counts of the whole batch. An `endless` loss has no lower bound.
+    Raises DivergedError at the first loss or gradient that is not finite, with the model put back to the last weights
+    whose loss was finite. Resumes from `checkpoints`, where `memory` is saved too. With `spread` each process reads its
+    rows of a batch and divides by the counts of the whole. An `endless` loss has no lower bound.
     """
     topics = [topic for topic, _ in parts]
     rules = StopRules(model, topics, options, endless)
@@ -167,10 +165,7 @@ def fit_model(
 
 
 def divide_means(values: Mapping[str, Mean | Tensor], shared: bool) -> dict[str, Tensor]:
-    """The values as tensors: each mean divided by its count.
-
-    If processes share the batch, counts are summed over them, so that each gets its share of the mean.
-    """
+    """The values as tensors: each mean divided by its count, summed over the processes if they share the batch."""
     counts = [value.count for value in values.values() if isinstance(value, Mean)]
     if shared and counts:
         assert len(counts) == len(values), "what processes share has a count to divide by"
@@ -219,25 +214,6 @@ class Training:
         norm = self.collect_gradients(total)
         if not norm.isfinite():
             raise DivergedError(f"the gradient is not finite at {place}; {ADVICE}")
-        self.update_weights(step, norm)
-        return values | {"grad_norm": norm}
-
-    def collect_gradients(self, total: Tensor) -> Tensor:
-        """Backpropagate, and move the gradients to the masters; returns their joint norm."""
-        if total.requires_grad:
-            # FSDP averages the gradients of sharded tensors over processes
-            (total * distributed.get_size() if self.shared else total).backward()
-        if all(parameter.grad is None for parameter in self.parameters):
-            raise SrmuError("the loss reaches none of the trained tensors: wrong layer or window")
-        for parameter, master in self.copies:
-            if parameter.grad is not None:
-                master.grad, parameter.grad = parameter.grad.to(master.dtype), None
-        if self.shared:
-            distributed.sum_gradients(self.masters)
-        return distributed.joint_norm([m.grad for m in group if m.grad is not None] for group in self.groups)
-
-    def update_weights(self, step: int, norm: Tensor) -> None:
-        """Clip the gradients, step the masters, and copy them into the model."""
         for group in self.optimiser.param_groups:
             if self.options.max_grad_norm is not None:
                 torch.nn.utils.clip_grads_with_norm_(group["params"], self.options.max_grad_norm, norm)
@@ -246,6 +222,23 @@ class Training:
         self.optimiser.zero_grad()
         for parameter, master in self.copies:
             parameter.data.copy_(master)
+        return values | {"grad_norm": norm}
+
+    def collect_gradients(self, total: Tensor) -> Tensor:
+        """Backpropagate, and move the gradients to the masters; returns their joint norm."""
+        if total.requires_grad:
+            # FSDP averages the gradients of sharded tensors over processes, so the others are divided below.
+            (total * distributed.get_size() if self.shared else total).backward()
+        if all(parameter.grad is None for parameter in self.parameters):
+            raise SrmuError("the loss reaches none of the trained tensors: wrong layer or window")
+        for parameter, master in self.copies:
+            if parameter.grad is not None:
+                master.grad, parameter.grad = parameter.grad.to(master.dtype), None
+        groups = [[m.grad for m in group if m.grad is not None] for group in self.groups]
+        for gradient in groups[1] if self.shared else ():
+            gradient.copy_(distributed.sum_values(gradient) / distributed.get_size())
+        norms = [distributed.gather_tensor(torch.nn.utils.get_total_norm(group)) for group in groups if group]
+        return norms[0] if len(norms) == 1 else torch.stack(norms).norm()
 
     def lists(self) -> dict[str, Sequence[Tensor]]:
         """The tensors that exist from the start, which `resume` fills in place."""
@@ -288,10 +281,7 @@ class Training:
 
 
 def master_of(name: str, parameter: nn.Parameter, weights: str) -> nn.Parameter:
-    """The tensor that the optimiser steps: the parameter itself, or a float32 copy of it.
-
-    A step of 5e-5 rounds to nothing on a bf16 weight near 0.02; the float32 copy keeps it.
-    """
+    """The tensor that the optimiser steps: the parameter, or a float32 copy, as bf16 loses small steps."""
     check_precision(name, parameter.dtype, weights)
     if weights == "bf16" or parameter.dtype == torch.float32:
         return parameter
@@ -299,6 +289,5 @@ def master_of(name: str, parameter: nn.Parameter, weights: str) -> nn.Parameter:
 
 
 def check_precision(name: str, dtype: torch.dtype, weights: str) -> None:
-    """SrmuError if the trained weights cannot be optimised in the precision asked for."""
     if weights == "bf16" and dtype != torch.bfloat16:
         raise SrmuError(f"train.weights=bf16 needs a bf16 model, but {name} is {dtype}; set dtype=bfloat16")

@@ -22,9 +22,8 @@ from srmu.errors import SrmuError, first_line
 
 INDEX = "model.safetensors.index.json"
 KEPT = (".json", ".model", ".txt", ".jinja", ".tiktoken", ".md")  # copied unchanged by an export
-DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
 EXPORTED = "srmu-record.json"  # the record beside an export
-TYPES = {name: dtype for dtype, name in DTYPES.items()}
+TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 
 Tensors = dict[str, Tensor]
 
@@ -60,10 +59,8 @@ def list_shards(folder: Path) -> dict[str, Path]:
         return dict.fromkeys(read_header(single)[0], single)
     if not (folder / INDEX).exists():
         pickles = sorted(p.name for p in folder.glob("*.bin"))
-        raise SrmuError(
-            f"model folder {folder} has no model.safetensors"
-            + (f", only {pickles[0]}: convert it with save_pretrained" if pickles else "")
-        )
+        found = f", only {pickles[0]}: convert it with save_pretrained" if pickles else ""
+        raise SrmuError(f"model folder {folder} has no model.safetensors{found}")
     try:
         listed = read_json(folder / INDEX)["weight_map"]
         files = {str(name): str(file) for name, file in listed.items()}
@@ -102,8 +99,7 @@ def stored_entries(folder: Path) -> dict[str, Any]:
 
 def stored_types(folder: Path) -> dict[str, torch.dtype]:
     """The dtype of each tensor as it is stored."""
-    entries = stored_entries(folder)
-    return {name: TYPES.get(entry["dtype"], torch.uint8) for name, entry in entries.items()}
+    return {name: TYPES.get(entry["dtype"], torch.uint8) for name, entry in stored_entries(folder).items()}
 
 
 def layer_number(name: str) -> int | None:
@@ -118,11 +114,7 @@ def in_layer(name: str) -> str:
 
 
 def checkpoint_names(folder: Path, originals: Tensors) -> dict[str, list[str]]:
-    """The checkpoint's name for each parameter; one for each expert where they lie apart.
-
-    A name may have a prefix that the other lacks. The stored bytes are compared with the original values, so a match is
-    certain.
-    """
+    """The checkpoint's name for each parameter, where the same values lie; one for each expert that lies apart."""
     where = list_shards(folder)
     names: dict[str, list[str]] = {}
     for name, original in originals.items():
@@ -181,10 +173,7 @@ def save_delta(
 
 
 def sort_metadata(path: Path) -> None:
-    """Sort the metadata of a safetensors file, so that equal content gives equal bytes.
-
-    The library writes it in the order of a hash map, which differs between processes.
-    """
+    """Sort the metadata of a safetensors file, which the library writes in an order that differs between processes."""
     with path.open("r+b") as file:
         size = int.from_bytes(file.read(8), "little")
         entries = json.loads(file.read(size))
@@ -242,11 +231,10 @@ def export_checkpoint(
     watch: Watch = ignore_progress,
     texts: dict[str, str] | None = None,
 ) -> None:
-    """Write a full checkpoint: the files of the base, with the tensors of the delta.
+    """Write a full checkpoint: the files of the base, with the tensors of the delta, and `texts` by file name.
 
-    `texts` are further files by name, which may replace those of the base. Shards without a changed tensor become hard
-    links if `link` is true, and by default where the base lies in the hub's cache, whose files nobody edits. The source
-    is never modified. `out` appears once it is complete.
+    Shards without a changed tensor become hard links if `link` is true, and by default where the base lies in the hub's
+    cache, whose files nobody edits.
     """
     where = list_shards(folder)
     if lost := sorted(set(delta) - set(where)):
@@ -272,10 +260,7 @@ def export_checkpoint(
 
 
 def list_carried(folder: Path) -> list[str]:
-    """The files of a checkpoint that an export includes, relative to it.
-
-    Weights that the model does not load are left out: they would keep the old tensors.
-    """
+    """The files of a checkpoint that an export includes; weights not loaded are not, as they would keep old tensors."""
     loaded = set(list_shards(folder).values())
     return [
         file.relative_to(folder).as_posix()
@@ -293,7 +278,7 @@ def patch_file(path: Path, tensors: Tensors) -> None:
     with path.open("r+b") as file:
         for name, tensor in tensors.items():
             entry = entries[name]
-            if (entry["dtype"], entry["shape"]) != (DTYPES.get(tensor.dtype), list(tensor.shape)):
+            if (TYPES.get(entry["dtype"]), entry["shape"]) != (tensor.dtype, list(tensor.shape)):
                 raise SrmuError(f"{name} has another type or shape in the model; is it another one?")
             file.seek(start + entry["data_offsets"][0])
             file.write(raw_bytes(tensor))
@@ -311,15 +296,10 @@ def identify_base(folder: Path) -> str:
 def fingerprint_model(folder: Path) -> str:
     """SHA-256 over a model's weights, config and tokenizer."""
     names = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", *KEPT) and p.suffix != ".md")
-    parts: list[bytes | Path] = []
-    for path in names:
-        parts += [path.name.encode(), path]
-    return sha256(*parts)
+    return sha256(*(part for path in names for part in (path.name.encode(), path)))
 
 
 def changed_fingerprint(base: str, delta: Tensors) -> str:
     """The fingerprint of a model with a delta, whose base has the fingerprint `base`."""
-    parts = [base.encode()]
-    for name, tensor in sorted(delta.items()):
-        parts += [name.encode(), raw_bytes(tensor)]
-    return sha256(*parts)
+    changes = (part for name, tensor in sorted(delta.items()) for part in (name.encode(), raw_bytes(tensor)))
+    return sha256(base.encode(), *changes)
