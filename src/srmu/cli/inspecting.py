@@ -87,21 +87,18 @@ def read_files(paths: list[str] | None) -> list[str]:
 
 
 def print_reach(target: str, method: str, settings: list[str], as_json: bool) -> None:
-    """What a method, or each of them, would load and change in a model; what a run has changed."""
-    from srmu.runs.reach import list_reach, measure_reach, run_changes
-    from srmu.runs.run import Run
+    """What a method would load and change in a model; what a run has changed."""
+    from srmu.runs.plan import measure_reach
+    from srmu.runs.run import Run, list_changes
 
     if (Path(target) / "record.json").exists():
         if method or settings:
             raise SrmuError(f"{target} is a run, which has its method: leave out --method")
-        answer, rows = run_changes(Run.open(target))
+        answer, rows = list_changes(Run.open(target))
         following = output.next_command("inspect", target, "--what", "sensitivity")
-    elif method or settings:
+    else:
         answer, rows = measure_reach(target, method or "srmu", settings)
         following = output.next_command("unlearn", "--model", target, "--forget", "F", "--retain", "R")
-    else:
-        answer, rows = list_reach(target)
-        following = output.next_command("inspect", target, "--method", "srmu")
     output.print_result(answer, as_json, answer["sentence"], following, table=rows)
 
 

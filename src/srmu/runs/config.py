@@ -1,13 +1,12 @@
 """The config tree: a YAML file, dotted overrides, and errors that say what to type."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import inspect
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -131,12 +130,12 @@ def read_tree(path: Path) -> dict[str, Any]:
     return tree
 
 
-def build_config(tree: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
+def build_config(tree: dict[str, Any], overrides: Sequence[str] = ()) -> Config:
     """Check a tree of plain values with `key=value` overrides applied; SrmuError when wrong.
 
     Relative paths that are left, those of overrides, start at the working folder.
     """
-    values = convert_values({"runs_dir": "runs", **tree})
+    values: dict[str, Any] = deepcopy({"runs_dir": "runs", **tree})
     if isinstance(values.get("method"), str):
         values["method"] = {"name": values["method"]}
     names = "method.name="
@@ -145,25 +144,20 @@ def build_config(tree: Mapping[str, Any], overrides: Sequence[str] = ()) -> Conf
         if override.startswith(names):
             forget_old_method(values, override.removeprefix(names))
         put_override(values, override)
-    return check_tree(rebase_paths(convert_values(values), Path.cwd()))
+    try:  # JSON values only: YAML also reads dates, and halves of characters
+        values = json.loads(json.dumps(values, default=str))
+        json.dumps(values, ensure_ascii=False).encode()
+    except (TypeError, ValueError):
+        raise SrmuError("config: the keys must be text, of whole characters") from None
+    return check_tree(rebase_paths(values, Path.cwd()))
 
 
-def check_tree(tree: Mapping[str, Any]) -> Config:
+def check_tree(tree: dict[str, Any]) -> Config:
     """The config of a tree of values; SrmuError when wrong."""
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
         raise SrmuError(explain_error(error, "", Config)) from None
-
-
-def convert_values(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """A tree of JSON values only: YAML also reads dates, and halves of characters."""
-    try:
-        values: dict[str, Any] = json.loads(json.dumps(tree, default=str))
-        json.dumps(values, ensure_ascii=False).encode()
-    except (TypeError, ValueError):
-        raise SrmuError("config: the keys must be text, of whole characters") from None
-    return values
 
 
 def forget_old_method(values: dict[str, Any], name: str) -> None:
@@ -245,7 +239,7 @@ def find_method(name: str) -> type[Method]:
     return cls
 
 
-def explain_error(error: ValidationError, where: str, schema: type) -> str:
+def explain_error(error: ValidationError, where: str, schema: Any) -> str:
     """The first of pydantic's complaints in one line."""
     first = error.errors(include_url=False)[0]
     if isinstance(cause := first.get("ctx", {}).get("error"), SrmuError):
@@ -253,19 +247,14 @@ def explain_error(error: ValidationError, where: str, schema: type) -> str:
     location = [str(part) for part in first["loc"]]
     key = ".".join([where, *location] if where else location)
     if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        return f"{key} is not an option{suggest_word(location[-1], known_keys(schema, location[:-1]))}"
+        if location[0] == "train":
+            schema = TrainOptions
+        elif location[0] == "topics":
+            schema = Source if len(location) > 3 else TopicConfig
+        fields = schema.model_fields if issubclass(schema, BaseModel) else schema.__dataclass_fields__
+        return f"{key} is not an option{suggest_word(location[-1], fields)}"
     if first["type"] in ("missing", "missing_argument"):
         return f"{key} is missing from the config"
     shown = first["input"] if isinstance(first["input"], str | int | float) else "that value"
     message = first["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
     return f"{key}={shown}: expected {message}"
-
-
-def known_keys(schema: Any, path: Sequence[str]) -> list[str]:
-    """The keys that a place in the config tree takes."""
-    if path and path[0] == "train":
-        schema = TrainOptions
-    elif path and path[0] == "topics":
-        schema = Source if len(path) > 2 else TopicConfig
-    fields = schema.model_fields if issubclass(schema, BaseModel) else schema.__dataclass_fields__
-    return [*fields]

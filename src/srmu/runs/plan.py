@@ -13,9 +13,10 @@ from srmu.data.topics import load_topic
 from srmu.engine import distributed, weights
 from srmu.engine.activation_cache import limit_bytes
 from srmu.engine.loading import build_skeleton, read_config, refuse_quantised, wanted_dtype
+from srmu.engine.model import EditableModel
 from srmu.engine.topic import Topic
 from srmu.errors import SrmuError, first_line
-from srmu.runs.config import Config
+from srmu.runs.config import Config, make_config
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,31 @@ def find_device(name: str) -> str:
 def locate_base(config: Config) -> Path:
     """The folder of the config's model."""
     return weights.locate_model(config.model, config.revision)
+
+
+def measure_reach(model: str, method: str, overrides: list[str]) -> tuple[dict[str, Any], list[dict[str, str]]]:
+    """The layers a method would load and the tensors it would change, and a table of these; no weight is read."""
+    plan = plan_run(make_config(model, "none", "none", method, overrides))  # no text is read
+    skeleton, depth = build_skeleton(plan.settings), plan.config.method.depth
+    total = sum(parameter.numel() for parameter in skeleton.parameters())
+    edited = EditableModel(skeleton, plan.config.method.trainable, depth, copy=False)
+    shapes = {name: list(parameter.shape) for name, parameter in edited.trained.items()}
+    numbers = sum(parameter.numel() for parameter in edited.trained.values())
+    layers = plan.settings.num_hidden_layers
+    loaded = layers if depth is None else depth
+    answer = {
+        "model": model,
+        "method": plan.config.method.name,
+        "layers": layers,
+        "layers_loaded": loaded,
+        "fixed_layers": edited.fixed,
+        "tensors": shapes,
+        "numbers": numbers,
+        "share": numbers / total,
+        "sentence": f"{plan.config.method.name} loads {loaded} of {layers} layers of {type(skeleton).__name__} and "
+        f"trains {len(shapes)} tensors, {numbers / total:.2%} of {total:,} numbers",
+    }
+    return answer, [{"tensor": name, "shape": " x ".join(map(str, shape))} for name, shape in shapes.items()]
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -1,14 +1,10 @@
 """The record of a run: what was done to which model, with a digest of everything it names."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import platform
 import subprocess
-from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -34,6 +30,7 @@ CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
 RESULTS_LOCK = ".results.lock"  # there while the results are written
 SCHEMA = 1  # raised when a field changes its meaning
+RECORD_SCHEMA: dict[str, Any] = read_json(Path(__file__).with_name("record.schema.json"))
 LIMITS = (
     "Suppressed, not shown to be absent: other attacks, or more of the same, may recover more.",
     "Nothing is said of copies, quantised or earlier versions, or models trained from this one.",
@@ -42,16 +39,16 @@ LIMITS = (
 PACKAGES = ("srmu", "torch", "transformers", "safetensors", "tokenizers", "numpy", "lm-eval")
 
 
-def compute_seal(record: Mapping[str, Any]) -> str:
+def compute_seal(record: dict[str, Any]) -> str:
     """The SHA-256 of a record without its seal, as canonical JSON."""
     rest = {key: value for key, value in record.items() if key != "seal"}
     return sha256(json.dumps(rest, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode())
 
 
-def seal_record(record: Mapping[str, Any]) -> dict[str, Any]:
+def seal_record(record: dict[str, Any]) -> dict[str, Any]:
     """Check a record against its schema, and add its seal."""
     plain: dict[str, Any] = json.loads(json.dumps({**record, "seal": ""}))
-    jsonschema.validate(plain, load_schema())
+    jsonschema.validate(plain, RECORD_SCHEMA)
     return plain | {"seal": compute_seal(plain)}
 
 
@@ -59,7 +56,7 @@ def read_record(path: Path) -> dict[str, Any]:
     """Read a record; SrmuError if the file is not a record, or was edited."""
     record: dict[str, Any] = read_json(path)
     try:
-        jsonschema.validate(record, load_schema())
+        jsonschema.validate(record, RECORD_SCHEMA)
     except jsonschema.ValidationError as error:
         fault = f"{error.json_path.removeprefix('$.')}: {first_line(error)}"
         raise SrmuError(f"{path} is no record of this version ({fault}); make the run again") from None
@@ -68,14 +65,7 @@ def read_record(path: Path) -> dict[str, Any]:
     return record
 
 
-@cache
-def load_schema() -> dict[str, Any]:
-    """The JSON Schema of a record."""
-    schema: dict[str, Any] = read_json(Path(__file__).with_name("record.schema.json"))
-    return schema
-
-
-def extend_record(folder: Path, files: Sequence[str], **blocks: Any) -> None:
+def extend_record(folder: Path, files: list[str], **blocks: Any) -> None:
     """Add measurements to a run's record, with the digests of the files that hold them."""
     record = read_record(folder / RECORD)
     digests = {name: sha256(folder / name) for name in files}

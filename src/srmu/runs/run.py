@@ -1,13 +1,11 @@
 """A run: its folder, what the folder holds, how it is opened, and how it is made."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from filelock import FileLock, Timeout
 from torch import Tensor
@@ -39,7 +37,7 @@ class Run:
     folder: Path
 
     @classmethod
-    def open(cls, folder: str | Path) -> Run:
+    def open(cls, folder: str | Path) -> Self:
         """A finished run; SrmuError where the folder holds none."""
         folder = Path(folder)
         if not (folder / RECORD).is_file():
@@ -153,31 +151,25 @@ def open_target(target: str | Path | Run, device: str = "auto") -> OpenedModel:
     return OpenedModel(base, run, device)
 
 
-def unlearn_config(
-    config: Config,
-    *,
-    out: str | Path | None = None,
-    shard: bool = False,
-    offload: bool = False,
-    callback: Log | None = None,
-    watch: Watch = ignore_progress,
-) -> Run:
-    """Unlearn the config's topics; the run's folder holds the result, `out` a full checkpoint.
+def unlearn_config(config: Config, *, shard: bool = False, offload: bool = False, **options: Any) -> Run:
+    """Plan the run of a config and make it; `options` are those of `run_plan`.
 
-    The same config on the same data is not run twice. Raises DivergedError with the last good
-    weights kept in the folder, SrmuError before anything is written for all that can be known
-    before. Where a launcher started several processes, each reads a part of every batch, and with
-    `shard` also holds only a part of the weights; the first one writes. With `offload` the layers
-    below those that change stay out of the device's memory. `callback(step, values)` is called
-    after every step.
+    Where a launcher started several processes, each reads a part of every batch, and with `shard`
+    also holds only a part of the weights; the first one writes. With `offload` the layers below
+    those that change stay out of the device's memory.
     """
-    return run_plan(plan_run(config, shard=shard, offload=offload), out, callback, watch)
+    return run_plan(plan_run(config, shard=shard, offload=offload), **options)
 
 
 def run_plan(
     plan: RunPlan, out: str | Path | None = None, callback: Log | None = None, watch: Watch = ignore_progress
 ) -> Run:
-    """`unlearn` for a plan."""
+    """Unlearn a plan's topics; the run's folder holds the result, `out` a full checkpoint.
+
+    The same config on the same data is not run twice. Raises DivergedError with the last good
+    weights kept in the folder, SrmuError before anything is written for all that can be known
+    before. `callback(step, values)` is called after every step.
+    """
     distributed.join_group()
     if out is not None:
         if reason := plan.config.method.no_checkpoint:
@@ -192,8 +184,10 @@ def run_plan(
             try:
                 train_run(plan, topics, watch, callback)
             except BaseException:
-                if distributed.is_first():
-                    discard_unfinished(plan.folder)
+                resumable = any((plan.folder / name).exists() for name in (RECORD, CHECKPOINTS))
+                if distributed.is_first() and not resumable:
+                    for name in (CONFIG, METRICS, DELTA, STATE):
+                        (plan.folder / name).unlink(missing_ok=True)
                 raise
         run = Run.open(plan.folder)
     if out is not None and distributed.is_first():
@@ -224,7 +218,7 @@ def hold_folder(folder: Path) -> Iterator[None]:
             folder.parent.rmdir()
 
 
-def find_finished(folder: Path, topics: Sequence[Topic]) -> Run:
+def find_finished(folder: Path, topics: list[Topic]) -> Run:
     """The run that is already there, if it was made from the same texts and model."""
     run = Run.open(folder)
     known = run.record["data"]
@@ -248,12 +242,21 @@ def find_finished(folder: Path, topics: Sequence[Topic]) -> Run:
     return run
 
 
-def discard_unfinished(folder: Path) -> None:
-    """Remove what a failed run wrote, unless it can go on from there."""
-    if (folder / RECORD).exists() or (folder / CHECKPOINTS).exists():
-        return
-    for name in (CONFIG, METRICS, DELTA, STATE):
-        (folder / name).unlink(missing_ok=True)
+def list_changes(run: Run) -> tuple[dict[str, Any], list[dict[str, str]]]:
+    """The tensors that a run changed and by how much, and a table of them."""
+    change = run.record["change"]
+    rows = [
+        {
+            "tensor": name,
+            "shape": " x ".join(map(str, entry["shape"])),
+            "moved by": f"{entry['relative_norm']:.3%} of its norm",
+            "numbers changed": f"{entry['share_changed']:.1%}",
+        }
+        for name, entry in change["tensors"].items()
+    ]
+    others = f"the other {change['others']} are as in {run.record['model']}"
+    sentence = f"{run.config.method.name} changed {len(rows)} tensors; {others}"
+    return {"run": str(run.folder), "tensors": change["tensors"], "sentence": sentence}, rows
 
 
 def run_notes(run: Run) -> list[str]:

@@ -1,8 +1,6 @@
 """Compute every digest of a run or an export again, or make the run again, and compare with the record."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -53,7 +51,11 @@ def verify_folder(folder: Path, key: Path | None = None, watch: Watch = ignore_p
         differences += [f"base model: {text}" for text in compare_files(place, base, "", watch)]
         files, tensors = len(own) + len(base), len(after) + sum(len(file["tensors"]) for file in base.values())
     else:
-        own = {name: patch_digests(file, after) for name, file in base.items()}
+        own = {}
+        for name, file in base.items():
+            changed = {tensor: after[tensor] for tensor in file["tensors"] if tensor in after}
+            # of a file with changed tensors, header and tensors decide
+            own[name] = file | {"tensors": file["tensors"] | changed} | ({"sha256": ""} if changed else {})
         own |= {name: {"sha256": digest} for name, digest in record["exported"].items()}
         differences = [*compare_files(folder, own, path.name, watch)]
         files, tensors = len(base), len(after) + record["change"]["others"]
@@ -63,13 +65,7 @@ def verify_folder(folder: Path, key: Path | None = None, watch: Watch = ignore_p
     return {"record": record["id"], "files": files, "tensors": tensors, "signed": key is not None}
 
 
-def patch_digests(file: Mapping[str, Any], after: Mapping[str, str]) -> dict[str, Any]:
-    """The digests of a base model's file with a delta on it, of which header and tensors decide."""
-    changed = {name: after[name] for name in file["tensors"] if name in after}
-    return {**file, "tensors": file["tensors"] | changed} | ({"sha256": ""} if changed else {})
-
-
-def compare_files(folder: Path, expected: Mapping[str, Any], record: str, watch: Watch) -> Iterator[str]:
+def compare_files(folder: Path, expected: dict[str, Any], record: str, watch: Watch) -> Iterator[str]:
     """What in a folder is not as expected; beside its `record` nothing else may lie there."""
     with watch(f"hashing {folder.name}", len(expected)) as tick:
         for name, file in expected.items():
@@ -84,7 +80,7 @@ def compare_files(folder: Path, expected: Mapping[str, Any], record: str, watch:
         yield from (f"{name} is not in the record" for name in inside if name not in known)
 
 
-def compare_digests(path: Path, expected: Mapping[str, Any]) -> Iterator[str]:
+def compare_digests(path: Path, expected: dict[str, Any]) -> Iterator[str]:
     """What in a file is not as expected; which tensors, where the record has those of the file."""
     if path.suffix != ".safetensors" or "tensors" not in expected:
         if sha256(path) != expected["sha256"]:
@@ -108,7 +104,7 @@ def compare_digests(path: Path, expected: Mapping[str, Any]) -> Iterator[str]:
 
 
 def rerun_record(
-    path: Path, overrides: Sequence[str] = (), watch: Watch = ignore_progress
+    path: Path, overrides: list[str] | None = None, watch: Watch = ignore_progress
 ) -> tuple[Run, dict[str, Any]]:
     """Make the run of a record again, in `again/` beside it, and compare the two.
 
@@ -118,34 +114,30 @@ def rerun_record(
     """
     record = audit.read_record(path)
     again = f"runs_dir={path.resolve().parent.parent / 'again'}"
-    plan = plan_run(build_config(record["reproduction"]["config"], [again, *overrides]))
+    plan = plan_run(build_config(record["reproduction"]["config"], [again, *(overrides or [])]))
     for name, file in audit.digest_folder(plan.base, watch).items():
         if file["sha256"] != record["base"]["files"].get(name, {}).get("sha256"):
             raise SrmuError(f"{plan.base} is not the base model of {path}: its {name} differs; nothing was run")
     if plan.folder.resolve() == path.resolve().parent:
         raise SrmuError("runs_dir: name another folder than the record's own")
     run = run_plan(plan, watch=watch)
-    outcome = compare_records(record, run.record)
+    now, outcome = run.record, {"same": True, "tensors": [], "differences": []}
+    if record["reproduction"]["expected"] != now["reproduction"]["expected"]:
+        new = now["change"]["tensors"]
+        old = record["change"]["tensors"].items()
+        tensors = [name for name, then in old if new.get(name, {}).get("after") != then["after"]]
+        differences = list_differences("", record["environment"], now["environment"])
+        differences += list_differences("data.", record["data"], now["data"])
+        outcome = {"same": False, "tensors": tensors, "differences": differences}
     rerun = {"when": datetime.now(UTC).isoformat(timespec="seconds"), **outcome}
     reproduction = record["reproduction"] | {"rerun": rerun}
     write_json(path, audit.seal_record(record | {"reproduction": reproduction}))
     return run, outcome
 
 
-def compare_records(first: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-    """Whether two records have the same delta; if not, what else differs."""
-    if first["reproduction"]["expected"] == other["reproduction"]["expected"]:
-        return {"same": True, "tensors": [], "differences": []}
-    now = other["change"]["tensors"]
-    tensors = [n for n, old in first["change"]["tensors"].items() if now.get(n, {}).get("after") != old["after"]]
-    differences = list_differences("", first["environment"], other["environment"])
-    differences += list_differences("data.", first["data"], other["data"])
-    return {"same": False, "tensors": tensors, "differences": differences}
-
-
 def list_differences(prefix: str, one: Any, other: Any) -> list[str]:
     """Each leaf that differs between two trees, like `torch: 2.13.0 then, 2.14.0 now`."""
-    if isinstance(one, Mapping) and isinstance(other, Mapping):
+    if isinstance(one, dict) and isinstance(other, dict):
         keys = dict.fromkeys([*one, *other])
         return [text for key in keys for text in list_differences(f"{prefix}{key}.", one.get(key), other.get(key))]
     return [] if one == other else [f"{prefix.rstrip('.')}: {one} then, {other} now"]
