@@ -1,7 +1,5 @@
 """The command line: it starts before torch is loaded, and says in one line what went wrong."""
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Sequence
@@ -12,7 +10,7 @@ from typing import Annotated, TextIO
 import typer
 from typer import Option
 
-from srmu.cli import inspecting, measuring, starting, studying, unlearning
+from srmu.cli import measuring, starting, studying, unlearning
 from srmu.engine import distributed
 from srmu.engine.progress import print_line
 from srmu.errors import SrmuError, suggest_word
@@ -21,14 +19,6 @@ from srmu.errors import SrmuError, suggest_word
 # be set before torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-MOVED = {  # verbs of earlier versions
-    "organism": "testbed",
-    "methods": "info methods",
-    "cache": "info cache",
-    "analyse": "inspect RUN --what confidence (or sensitivity, alignment, layers)",
-    "entanglement": "inspect texts",
-    "names": "inspect texts --what names",
-}
 SHARED = ("unlearn", "eval", "attack")  # verbs that several processes share
 
 app = typer.Typer(
@@ -38,7 +28,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Every verb takes --debug: show the traceback of an error.",
 )
-for group in (starting, unlearning, measuring, inspecting, studying):
+for group in (starting, unlearning, measuring, studying):
     app.add_typer(group.verbs)
 
 
@@ -86,8 +76,6 @@ def run_verb(arguments: Sequence[str]) -> int:
     assert isinstance(program, typer.core.TyperGroup)
     verb = arguments[0]
     if not verb.startswith("-") and verb not in program.commands:
-        if verb in MOVED:
-            raise SrmuError(f"srmu {verb} is now: srmu {MOVED[verb]}")
         raise SrmuError(f"{verb!r} is not a verb of srmu{suggest_word(verb, program.commands)}")
     if not distributed.is_first():  # the first process speaks for all, but for its errors
         sys.stdout = sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115

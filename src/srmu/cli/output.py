@@ -1,7 +1,5 @@
 """How the verbs answer: JSON or lines, the next command, and lists that a person types."""
 
-from __future__ import annotations
-
 import json
 import shlex
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """The verbs to begin with: the demo, and what srmu knows of itself and of this machine."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -63,13 +61,14 @@ def list_methods_command(
         return
     chosen = {name: find_method(name)} if name else reference.METHODS
     table = reference.list_methods()
-    facts = {row["method"]: {key: text for key, text in row.items() if key != "method"} for row in table}
+    facts = {row["method"]: {head: text for head, text in row.items() if head != "method"} for row in table}
     answer, lines = {}, []
     for key, cls in chosen.items():
-        known = reference.list_options(cls)
-        about = {"about": reference.first_sentence(cls), "learning_rate": cls.learning_rate}
-        answer[key] = facts.get(key, {}) | about | {"options": {k: value for k, (value, _) in known.items()}}
-        lines += [f"{key} ({cls.paper}): {about['about']}", f"    train.learning_rate: {cls.learning_rate:g}"]
+        known, about = reference.list_options(cls), reference.first_sentence(cls)
+        options_known = {option: value for option, (value, _) in known.items()}
+        more = {"about": about, "learning_rate": cls.learning_rate, "options": options_known}
+        answer[key] = facts.get(key, {}) | more
+        lines += [f"{key} ({cls.paper}): {about}", f"    train.learning_rate: {cls.learning_rate:g}"]
         for option, (value, text) in known.items():
             lines.append(f"    {option}: {reference.format_default(value)}" + (f"  # {text}" if text else ""))
     example = name or "npo"
@@ -127,11 +126,10 @@ def show_environment(as_json: options.Json = False) -> None:
     from srmu.runs.record import describe_environment, describe_tool
 
     device = find_device("auto")
-    facts: dict[str, Any] = {"srmu": describe_tool(), **describe_environment(), "device": device}
-    facts["free_bytes"] = free_bytes(device)
-    tool = facts["srmu"]
+    tool = describe_tool()
+    facts = {"srmu": tool, **describe_environment(), "device": device, "free_bytes": free_bytes(device)}
     lines = [f"srmu {tool['version']}" + (f" ({tool['commit'][:8]})" if tool["commit"] else "")]
-    lines += [f"{k}: {v}" for k, v in facts.items() if not isinstance(v, dict) and k != "free_bytes"]
+    lines += [f"{name}: {value}" for name, value in facts.items() if name not in ("srmu", "packages", "free_bytes")]
     lines.append(f"free memory of {device}: {facts['free_bytes'] / 1e9:.1f} GB")
     lines += [f"{name} {number}" for name, number in facts["packages"].items()]
     output.print_result(facts, as_json, *lines, output.next_command("demo"))

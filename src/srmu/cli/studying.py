@@ -1,7 +1,5 @@
 """The verbs that look at results and check them, and those that make many runs: pages, digests, testbeds, tables."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -29,8 +27,8 @@ def report_command(
     silence_libraries()
     from srmu.report.build import write_report
 
-    forget, utility = output.split_names(metrics), output.split_names(utility_metrics)
-    page = write_report(paths, out, forget=forget, utility=utility)
+    kept = output.split_names(utility_metrics)
+    page = write_report(paths, out, forget=output.split_names(metrics), utility=kept)
     size = page.stat().st_size
     wrote = f"wrote {output.shorten_path(page)} ({size / 1e6:.1f} MB)"
     output.print_result({"page": str(page), "bytes": size}, as_json, wrote, output.open_in_browser(page))
@@ -50,6 +48,8 @@ def verify_command(
     silence_libraries()
     from srmu.engine.files import write_whole
     from srmu.runs import verify as checks
+    from srmu.runs.model_card import summarise_record
+    from srmu.runs.record import read_record
 
     if settings and not rerun:
         raise SrmuError(f"{settings[0]}: overrides go with --rerun, which makes the run again")
@@ -58,33 +58,26 @@ def verify_command(
     lines = [f"as recorded: {answer['files']} files, {answer['tensors']} tensors of record {answer['record']}{signed}"]
     if sign:
         lines.append(f"wrote {checks.sign_record(folder, sign)}")
+    record = checks.find_record(folder)
     if summary:
-        from srmu.runs.model_card import summarise_record
-        from srmu.runs.record import read_record
-
-        write_whole(summary, summarise_record(read_record(checks.find_record(folder))))
+        write_whole(summary, summarise_record(read_record(record)))
         lines.append(f"wrote {summary}")
-    if rerun:
-        again, more = repeat_run(checks.find_record(folder), settings or [])
-        output.print_result(answer | {"rerun": again}, as_json, *lines, *more)
-        raise typer.Exit(0 if again["same"] else 2)
-    following = output.next_command("verify", output.shorten_path(folder), "--rerun")
-    output.print_result(answer, as_json, *lines, following)
-
-
-def repeat_run(record: Path, settings: list[str]) -> tuple[dict[str, object], list[str]]:
-    """Make a record's run again; whether the result is the same, and the lines that say so."""
-    from srmu.runs import verify as checks
-
-    run, outcome = checks.rerun_record(record, settings, show_progress)
-    lines = ["the same delta, byte for byte"]
-    if not outcome["same"]:
-        names = ", ".join(outcome["tensors"]) or "no tensor, but the file"
-        reasons = outcome["differences"] or ["environment and data are the same: the hardware or its load differs"]
-        lines = [f"another delta: {names} differ", *reasons]
-    folder = output.shorten_path(run.folder)
-    lines.append(f"wrote {folder}, and the outcome into {output.shorten_path(record)}")
-    return {"run": str(run.folder), **outcome}, [*lines, output.next_command("verify", folder)]
+    if not rerun:
+        lines.append(output.next_command("verify", output.shorten_path(folder), "--rerun"))
+        output.print_result(answer, as_json, *lines)
+        return
+    run, outcome = checks.rerun_record(record, settings or [], show_progress)
+    again = output.shorten_path(run.folder)
+    if outcome["same"]:
+        lines.append("the same delta, byte for byte")
+    else:
+        lines.append(f"another delta: {', '.join(outcome['tensors']) or 'no tensor, but the file'} differ")
+        same = "environment and data are the same: the hardware or its load differs"
+        lines += outcome["differences"] or [same]
+    lines.append(f"wrote {again}, and the outcome into {output.shorten_path(record)}")
+    answer["rerun"] = {"run": str(run.folder), **outcome}
+    output.print_result(answer, as_json, *lines, output.next_command("verify", again))
+    raise typer.Exit(0 if outcome["same"] else 2)
 
 
 @verbs.command("testbed", rich_help_panel=STUDY)
@@ -109,12 +102,10 @@ def testbed_command(
         f"overlap of forget with {name.replace('/', ', ')}s: {values['jaccard']:.1%} of types"
         for name, values in report["overlap"].items()
     ]
-    for name in ("model", "oracle"):
-        if name in report:
-            scores = ", ".join(f"{k} {v:.1%}" for k, v in report[name]["accuracy"].items())
-            lines.append(f"{name}: {scores}")
-    lines.append(f"wrote {out}")
-    output.print_result(report, as_json, *lines, output.next_command("unlearn", out / "high.yaml"))
+    for name in [name for name in ("model", "oracle") if name in report]:
+        scores = ", ".join(f"{k} {v:.1%}" for k, v in report[name]["accuracy"].items())
+        lines.append(f"{name}: {scores}")
+    output.print_result(report, as_json, *lines, f"wrote {out}", output.next_command("unlearn", out / "high.yaml"))
 
 
 @verbs.command("reproduce", rich_help_panel=STUDY)
@@ -141,17 +132,17 @@ def reproduce_command(
     `methods` holds all methods.
     """
     silence_libraries()
-    output.split_seeds(seeds)
+    numbers = output.split_seeds(seeds)
     own = {"world": world, "regimes": regimes, "methods": methods, "tier": tier}
     if what in ("robust", "ablations", "methods"):
         if model:
             raise SrmuError(f"--model: {what} runs on testbeds alone; leave it out")
-        asked = {**{k: v for k, v in own.items() if v}, "seeds": seeds, "overrides": settings or ()}
-        reproduce_frontier(what, out, asked, dry_run, show, as_json)
+        asked = {name: value for name, value in {**own, "seeds": seeds}.items() if value}
+        reproduce_frontier(what, out, asked, settings or [], dry_run, show, as_json)
         return
     if wrong := [name for name, value in (*own.items(), ("show", show)) if value]:
         raise SrmuError(f"--{wrong[0]} belongs to srmu reproduce robust, not to {what}")
-    reproduce_tables(what, out, model, output.split_seeds(seeds), settings or [], dry_run, as_json)
+    reproduce_tables(what, out, model, numbers, settings or [], dry_run, as_json)
 
 
 def reproduce_tables(
@@ -165,32 +156,35 @@ def reproduce_tables(
     if seeds != tuple(range(len(seeds))):
         raise SrmuError(f"--seeds: those of {what} count from 0: 0,1,2")
     place = paper.plan_paper(out, model, len(seeds) or None, settings)
-    given = [*(["--model", model] if model else []), *(["--seeds", ",".join(map(str, seeds))] if seeds else [])]
-    command = strip_paths(output.quote_command("reproduce", what, *given, *settings))
     if dry_run:
         needs, lines = paper.paper_needs(what, place)
         output.print_result(needs, as_json, *lines, output.PLANNED)
         return
+    given = {"--model": model, "--seeds": ",".join(map(str, seeds))}
+    words = [word for option, value in given.items() if value for word in (option, value)]
+    command = strip_paths(output.quote_command("reproduce", what, *words, *settings))
     tables = paper.reproduce_paper(what, place, command=command, watch=show_progress)
     finish_study(tables, out, as_json, lambda: [write_report([out], out / "report.html")])
 
 
-def reproduce_frontier(what: str, out: Path, asked: dict[str, Any], dry_run: bool, show: bool, as_json: bool) -> None:
+def reproduce_frontier(
+    what: str, out: Path, asked: dict[str, str], settings: list[str], dry_run: bool, show: bool, as_json: bool
+) -> None:
     """What stays gone under attack: `srmu reproduce robust`, `ablations` and `methods`."""
     from srmu.reproduce import robust
     from srmu.reproduce.robust_tables import build_frontier_tables, write_frontier_reports
 
     listed = ("seeds", "regimes", "methods")
     wanted: dict[str, Any] = {k: output.split_names(v) if k in listed else v for k, v in asked.items()}
-    frontier = robust.plan_frontier(what, out, **wanted)
+    frontier = robust.plan_frontier(what, out, overrides=settings, **wanted)
     if dry_run:
         needs, line = robust.frontier_needs(frontier)
         output.print_result(needs, as_json, line, output.PLANNED)
         return
     with output.explain_interrupt("finished runs are kept: the same command goes on, and --show prints the tables"):
         cases = robust.measure_frontier(frontier, show_progress, make=not show)
-    words = [word for k, v in asked.items() if v and k != "overrides" for word in (f"--{k}", v)]
-    command = output.quote_command("reproduce", what, *words, *asked["overrides"])
+    words = [word for name, value in asked.items() for word in (f"--{name}", value)]
+    command = output.quote_command("reproduce", what, *words, *settings)
     tables = build_frontier_tables(frontier, cases, command)
     finish_study(tables, out, as_json, lambda: write_frontier_reports(frontier, cases, command))
 

@@ -1,7 +1,5 @@
 """The verbs that change a model: one run, the best of many, and its full checkpoint."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -57,15 +55,13 @@ def unlearn_command(
         lines.append(f"stopped early: {record['stop_reason']}")
     if out:
         lines.append(f"wrote {out}")
-    if not again and record["activations"]["kept"] == "disk":
-        lines.append("activations are kept for later runs; see srmu info cache")
     lines.append(output.next_command("eval", folder, *([] if run.config.eval else ["--tasks", "TASK"])))
     if not out:
         lines.append(f"      {output.quote_command('export', folder, 'OUT')}")
     output.print_result({"run": str(run.folder), "out": out and str(out), "record": record}, as_json, *lines)
 
 
-def choose_config(args: list[str], model: str, forget: list[str], retain: list[str], method: str) -> Config:
+def choose_config(args: list[str], model: str, forget: list[str], retain: list[str], method: str) -> "Config":
     """The config from a file or from options; SrmuError for neither and for both."""
     from srmu.runs.config import load_config, make_config
 
@@ -131,7 +127,7 @@ def auto_command(
     choose_strength(request, dry_run, as_json)
 
 
-def choose_strength(request: AutoRequest, dry_run: bool, as_json: bool) -> None:
+def choose_strength(request: "AutoRequest", dry_run: bool, as_json: bool) -> None:
     """Carry out a request of `srmu auto`, or show what it would do."""
     from srmu.search import auto as search
 

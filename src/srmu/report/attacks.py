@@ -1,11 +1,8 @@
 """What attacks brought back: read from `results.json`, and the part of a page about it."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -13,7 +10,7 @@ import pandas as pd
 
 from srmu.evals.results import PLAIN, read_attacks
 from srmu.evals.statistics import Array, Draws, Estimate, parse_answers, residual_table, worst_case
-from srmu.report.figures import COLOURS, GREY, Figure, Series, draw_figure, label_look, make_look, mark_value
+from srmu.report.figures import COLOURS, GREY, Figure, Row, Series, draw_figure, label_look, make_look, mark_value
 from srmu.report.format import format_value, name_words, write_words
 from srmu.report.html import LABEL, Block, Section, Table
 from srmu.report.results import RunGroup, read_config_tree, strip_paths
@@ -24,7 +21,8 @@ RELEARNING = {  # attacks that learn again: the unit that they count in, and set
     "benign_relearning": ("texts", re.compile(r"(.*), n=(\d+)")),
     "relearning_steps": ("steps", re.compile(r"(.*), (\d+) steps")),
 }
-HEADS = {"": "Unlearned\nunder attack", "original": "Original\ncontrol", "oracle": "Oracle\ncontrol"}
+OWN = "Unlearned\nunder attack"
+HEADS = {"": OWN, "original": "Original\ncontrol", "oracle": "Oracle\ncontrol"}
 CONTROLS = {"original": ("circle-open", GREY, "dot"), "oracle": ("diamond", COLOURS[1], "dash")}
 
 
@@ -36,9 +34,10 @@ class Recovery:
     chance: float
     worst: Estimate  # K*
     strongest: str
-    attacks: Mapping[str, Mapping[str, Any]]  # id, accuracies by whose model, valid, strongest setting
-    other: Sequence[Mapping[str, Any]]  # rows: numbers of attacks that ask no questions
-    failed: Sequence[Mapping[str, str]]  # rows: attacks that came to nothing, and why
+    attacks: Mapping[str, Row]  # rows of a table by the attack's name: accuracies, strongest setting
+    invalid: Sequence[str]  # attacks by which the oracle, which never knew, recovers too
+    other: Sequence[Row]  # numbers of attacks that ask no questions
+    failed: Sequence[Row]  # attacks that came to nothing, and why
     not_tried: Sequence[str]
     curves: pd.DataFrame  # relearning: unit, kind, whose, count, accuracy
 
@@ -66,30 +65,34 @@ def estimate_recovery(entry: RunGroup) -> Recovery | None:
         for key, column in zip(asked, means.T, strict=True):
             answers.setdefault(key, []).append(column)
     count = min(len({*attacks["facts"]}) for attacks in attacked.values())
-    results = {name: one for a in attacked.values() for name, one in a["attacks"].items()}
-    rows: dict[str, dict[str, Any]] = {}
-    for name, one in results.items():
-        if (name, "") in answers:
-            valid = one.get("valid") is not False  # not where the oracle, which never knew, recovers too
-            setting = one.get("chosen", "") if valid else f"invalid: the oracle recovers, too; {one.get('chosen', '')}"
-            rows[name] = {"id": one["id"], "valid": valid, "setting": setting}
-    for (name, who), columns in answers.items():
-        if name in rows:
-            rows[name][who] = draws.estimate_accuracy(np.stack(columns, axis=1), count)
+    accuracies = {key: draws.estimate_accuracy(np.stack(each, axis=1), count) for key, each in answers.items()}
+    rows, invalid, other, failed = {}, [], [], []
+    for name, one in {name: one for a in attacked.values() for name, one in a["attacks"].items()}.items():
+        words, setting = name_words(name), one.get("chosen", "")
+        if one["status"] != "done":
+            failed.append({"Attack": words, "Why": strip_paths(one["why"])})
+        if (name, "") not in accuracies:
+            for measure in one.get("metrics", {}):
+                whose = {who: it.get("metrics", {}).get(measure, {}).get("value") for who, it in by_whose(one).items()}
+                numbers = {head.split("\n")[0]: whose.get(who) for who, head in HEADS.items()}
+                other.append({"Attack": words, "Measure": measure, **numbers})
+            continue
+        if one.get("valid") is False:
+            invalid.append(words)
+            setting = f"invalid: the oracle recovers, too; {setting}"
+        numbers = {head: accuracies.get((name, who)) for who, head in HEADS.items()}
+        rows[words] = {"Attack": f"{words} ({one['id']})", **numbers, "Strongest setting": setting}
     first = next(iter(attacked.values()))
     return Recovery(
         tier=first["tier"],
         chance=first["chance"],
         worst=draws.estimate(np.stack(worst, axis=1)),
-        strongest=max((n for n, row in rows.items() if row["valid"]), key=lambda name: rows[name][""].value),
+        strongest=max((name for name in rows if name not in invalid), key=lambda name: rows[name][OWN].value),
         attacks=rows,
-        other=[line for name, one in results.items() if name not in rows for line in list_measures(name, one)],
-        failed=[
-            {"Attack": name_words(name), "Why": strip_paths(one["why"])}
-            for name, one in results.items()
-            if one["status"] != "done"
-        ],
-        not_tried=first["not_tried"],
+        invalid=invalid,
+        other=other,
+        failed=failed,
+        not_tried=[*map(name_words, first["not_tried"])],
         curves=relearning_curves([*attacked.values()]),
     )
 
@@ -97,16 +100,6 @@ def estimate_recovery(entry: RunGroup) -> Recovery | None:
 def by_whose(attack: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     """An attack on the run (""), and the same on each control."""
     return {"": attack, **attack.get("controls", {})}
-
-
-def list_measures(name: str, attack: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The numbers of an attack that asks no questions, and the controls' beside them."""
-    whose = {who: one.get("metrics", {}) for who, one in by_whose(attack).items()}
-    return [
-        {"Attack": name_words(name), "Measure": measure}
-        | {head.split("\n")[0]: whose.get(who, {}).get(measure, {}).get("value") for who, head in HEADS.items()}
-        for measure in attack.get("metrics", {})
-    ]
 
 
 def relearning_curves(runs: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
@@ -138,32 +131,26 @@ def attack_section(
     notes = write_words(
         "attacks",
         tiers=[*dict.fromkeys(one.tier for _, one in pairs)],
-        not_tried=[*dict.fromkeys(name_words(name) for _, one in pairs for name in one.not_tried)],
+        not_tried=[*dict.fromkeys(name for _, one in pairs for name in one.not_tried)],
     )
-    blocks = [Block([draw_shares(pairs, labels), draw_attacks(pairs, labels)])]
+    means = pd.Series({(e.name, k): row[OWN].value for e, one in pairs for k, row in one.attacks.items()})
+    names = [*means.groupby(level=1).mean().sort_values(ascending=False, kind="stable").index]
+    blocks = [Block([draw_shares(pairs, labels), draw_attacks(pairs, labels, names)])]
     if len(pairs) > 1:
-        rows = [
-            {LABEL: entry.label, "Method": entry.name} | {name_words(k): row[""] for k, row in recovery.attacks.items()}
-            for entry, recovery in pairs
+        found = [
+            {LABEL: entry.label, "Method": entry.name} | {name: one.attacks.get(name, {}).get(OWN) for name in names}
+            for entry, one in pairs
         ]
-        heads = dict.fromkeys(head for row in rows for head in row)
-        table = Table("Accuracy under attack, per cent", [dict.fromkeys(heads) | row for row in rows])
-        blocks.append(Block(table=table))
-    for entry, recovery in pairs:
-        attacks = [
-            {"Attack": f"{name_words(name)} ({row['id']})"}
-            | {head: row.get(who) for who, head in HEADS.items()}
-            | {"Strongest setting": row["setting"]}
-            for name, row in sorted(recovery.attacks.items(), key=lambda item: -item[1][""].value)
-        ]
+        blocks.append(Block(table=Table("Accuracy under attack, per cent", found)))
+    for entry, one in pairs:
         for title, rows in (
-            ("Accuracy under attack, per cent", attacks),
-            ("What else was measured", recovery.other),
-            ("Attacks without a result", recovery.failed),
+            ("Accuracy under attack, per cent", [one.attacks[name] for name in names if name in one.attacks]),
+            ("What else was measured", one.other),
+            ("Attacks without a result", one.failed),
         ):
             fold = f"{title}: {entry.name}" if len(pairs) > 1 else ""
             if rows:
-                table = Table(fold or title, rows, words=rows is recovery.failed, fold=fold, label=entry.label)
+                table = Table(fold or title, rows, words=rows is one.failed, fold=fold, label=entry.label)
                 blocks.append(Block(table=table))
     return Section("Recovery by attack", notes, [*blocks, *draw_relearning(pairs, labels)])
 
@@ -172,31 +159,31 @@ def draw_shares(pairs: Sequence[tuple[RunGroup, Recovery]], labels: Sequence[str
     """K* of each method, lowest first."""
     series = []
     for entry, one in sorted(pairs, key=lambda pair: pair[1].worst.value):
-        row = {"K*": one.worst, "method": entry.name, "strongest attack": name_words(one.strongest)}
+        row = {"K*": one.worst, "method": entry.name, "strongest attack": one.strongest}
         look = label_look(labels.index(entry.label), size=10)
         series.append(Series(entry.name, [row], look, entry.label))
     title = "K*: the share of the knowledge that the best attack found"
     return draw_figure(title, series, "K*", "method", x_axis={"range": [-0.02, 1.04]})
 
 
-def draw_attacks(pairs: Sequence[tuple[RunGroup, Recovery]], labels: Sequence[str]) -> Figure:
+def draw_attacks(pairs: Sequence[tuple[RunGroup, Recovery]], labels: Sequence[str], names: Sequence[str]) -> Figure:
     """A mark for each method under each attack, pale where it is invalid; of a single one beside its controls."""
     series = []
-    for entry, recovery in pairs:
-        rows = {name_words(name): row for name, row in recovery.attacks.items()}
-        marks = [{ACCURACY: row[""], "attack": name, "strongest setting": row["setting"]} for name, row in rows.items()]
+    for entry, one in pairs:
+        marks = [
+            {ACCURACY: row[OWN], "attack": name, "strongest setting": row["Strongest setting"]}
+            for name, row in one.attacks.items()
+        ]
         look = label_look(labels.index(entry.label), size=9)
-        opacity = [1 if row["valid"] else 0.35 for row in rows.values()]
+        opacity = [0.35 if name in one.invalid else 1 for name in one.attacks]
         look = {**look, "marker": {**look["marker"], "opacity": opacity}}
         series.append(Series(entry.name, marks, look, entry.label if len(labels) > 1 else ""))
         for who, (symbol, colour, _) in CONTROLS.items() if len(pairs) == 1 else ():
-            marks = [{ACCURACY: row[who], "attack": name} for name, row in rows.items() if who in row]
+            known = {name: row[HEADS[who]] for name, row in one.attacks.items() if row[HEADS[who]]}
+            marks = [{ACCURACY: value, "attack": name} for name, value in known.items()]
             series += [Series(who, marks, make_look(colour, symbol, size=9))] if marks else []
-    means: dict[str, list[float]] = {}
-    for name, row in (item for _, recovery in pairs for item in recovery.attacks.items()):
-        means.setdefault(name_words(name), []).append(row[""].value)
-    order = {"categoryarray": sorted(means, key=lambda name: -fmean(means[name]))}
-    figure = draw_figure("Accuracy under each attack", series, ACCURACY, "attack", x_axis=PERCENT, y_axis=order)
+    title, order = "Accuracy under each attack", {"categoryarray": names}
+    figure = draw_figure(title, series, ACCURACY, "attack", x_axis=PERCENT, y_axis=order)
     mark_value(figure, "chance", x=pairs[0][1].chance)
     return figure
 

@@ -1,7 +1,5 @@
 """The benchmarks in a report: for each suite its paper's table, and a figure of two columns."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Any

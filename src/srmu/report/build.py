@@ -1,7 +1,5 @@
 """Runs, a sweep, an automatic choice or a reproduction as one page that opens anywhere."""
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Hashable, Sequence
@@ -9,14 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from srmu.engine.files import read_json
 from srmu.errors import SrmuError
 from srmu.evals.compare import choose_metrics, method_label, metrics_of, run_setting, setting_words
-from srmu.evals.results import read_attacks, read_benchmarks
+from srmu.evals.results import PLAIN, read_attacks, read_benchmarks
 from srmu.report import markdown, results, runs, studies
 from srmu.report.attacks import Recovery, attack_section, estimate_recovery
 from srmu.report.benchmarks import benchmark_sections
 from srmu.report.format import count_words, format_share, name_words, write_words
-from srmu.report.html import LABEL, Block, Page, Section, Table
+from srmu.report.html import Page, Section
 from srmu.report.results import RunGroup
 from srmu.runs.run import Run
 
@@ -43,7 +42,7 @@ def write_report(paths: Sequence[Path], out: Path, *, forget: Sequence[str] = ()
     (path, name), *_ = named
     if len(paths) > 1:
         raise SrmuError(f"{path} holds a {kinds[name]}, which has a report of its own: name it alone")
-    study = results.read_run_file(path / name)
+    study = read_json(path / name)
     try:
         if name == "sweep.json":
             page = make_sweep_page(path, study, command)
@@ -187,9 +186,9 @@ def describe_attempts(recoveries: Sequence[Recovery | None], whose: str = "metho
     attacked = sorted((one for one in recoveries if one), key=lambda one: one.worst.value)
     return write_words(
         "attempts",
-        tried=len({name for one in attacked for name in one.attacks} - {"forced_choice"}),
+        tried=len({name for one in attacked for name in one.attacks} - {name_words(PLAIN)}),
         tiers=[*dict.fromkeys(one.tier for one in recoveries if one)],
-        found=[(name_words(one.strongest), one.worst.value, format_share(one.worst)) for one in attacked],
+        found=[(one.strongest, one.worst.value, format_share(one.worst)) for one in attacked],
         all=len(recoveries),
         whose=whose,
     )
@@ -223,17 +222,10 @@ def make_sweep_page(folder: Path, study: studies.Study, command: str) -> Page:
 
 def make_reproduction_page(study: studies.Study, command: str) -> Page:
     """The page on a reproduction of the paper: the tables and figures that the docs have, too."""
-    labels = markdown.study_labels(study)
-    parts = []
-    for part in markdown.reproduction_parts(study):
-        blocks = [Block([replace(part.figure, title="")])] if part.figure else []
-        for before, rows, _ in part.tables:
-            lines = [{LABEL: name if (name := row.get("method")) in labels else "", **row} for row in rows]
-            caption = before.rstrip(":") or "Per cent, with 95 % intervals; beside the paper's numbers"
-            if rows:
-                blocks.append(Block(table=Table(caption, lines, words="claim" in rows[0])))
-        notes = [results.strip_paths(note) for _, _, note in part.tables if note]
-        parts.append(Section(part.title, notes, blocks))
+    parts = [
+        section._replace(blocks=[replace(b, figures=[replace(f, title="") for f in b.figures]) for b in section.blocks])
+        for section in markdown.reproduction_sections(study).values()
+    ]
     claims = [one for part in (*study["tables"], *study["figures"]) for one in part["claims"]]
     headline = write_words(
         "repeated",
@@ -243,7 +235,7 @@ def make_reproduction_page(study: studies.Study, command: str) -> Page:
         verdicts=Counter(one["verdict"] for one in claims),
     )
     command = results.strip_paths(study.get("command") or command)
-    return Page("The paper's tables, repeated", headline, parts, command, labels)
+    return Page("The paper's tables, repeated", headline, parts, command, markdown.study_labels(study))
 
 
 def make_auto_page(

@@ -1,7 +1,5 @@
 """Figures of pages and docs: from the rows of a table to a plotly figure, and that as an SVG."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape

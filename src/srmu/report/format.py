@@ -1,7 +1,5 @@
 """Numbers, names and tables as text, and the templates of pages."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from functools import cache
 from math import nan
@@ -47,11 +45,6 @@ def format_value(value: Value, form: str | None = None) -> str:
 def format_share(share: Estimate) -> str:
     """A share such as K*, below 1, with its interval."""
     return f"{share.value:.2f} ({share.low:.2f}\N{EN DASH}{share.high:.2f})"
-
-
-def format_percent(entry: Mapping[str, float]) -> str:
-    """`31.2 (24.0-39.1)`: a number between 0 and 1 with its interval."""
-    return str(read_estimate(entry))
 
 
 def format_with_error(entry: Mapping[str, float]) -> str:

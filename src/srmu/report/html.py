@@ -4,8 +4,6 @@ Every figure stands beside a table of the same numbers: the tables are what is r
 JavaScript, by a screen reader, and on paper.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,28 +1,18 @@
 """Studies as people read them: Markdown with pictures for the docs, and tables in the terminal."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from math import floor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from srmu.engine.files import write_json, write_whole
 from srmu.methods.reference import markdown_table
 from srmu.report.figures import COLOURS, Figure, Series, draw_figure, label_look, make_look, paint_svg
-from srmu.report.format import format_percent, format_share, print_table, read_estimate, write_words
+from srmu.report.format import format_share, print_table, read_estimate, write_words
+from srmu.report.html import LABEL, Block, Section, Table
 
 Study = Mapping[str, Any]  # what `reproduce_paper` or `build_frontier_tables` gives
 Rows = list[dict[str, str]]
-
-
-class StudyPart(NamedTuple):
-    """A part of a study: a title, tables with what is said before and after, a picture and its name."""
-
-    title: str
-    tables: Sequence[tuple[str, Rows, str]]
-    figure: Figure | None = None
-    name: str = ""
 
 
 def write_study(study: Study, out: Path) -> list[Path]:
@@ -31,43 +21,50 @@ def write_study(study: Study, out: Path) -> list[Path]:
     name = "reproduce" if study["kind"] == "reproduction" else study["kind"]
     paths = [out / f"{name}.json", out / f"{name}.md"]
     write_json(paths[0], study)
-    words, parts = describe_study(study)
+    words, sections = describe_study(study)
     # neither a date nor a path: what is written twice is the same
     lines = ["```bash", study["command"], "```", "", words, ""]
-    for part in parts:
-        lines += [f"## {part.title}", ""]
-        if part.figure:
-            paths.append(out / f"{part.name}.svg")
-            write_whole(paths[-1], paint_svg(part.figure))
-            lines += [f"![{part.figure.words}]({part.name}.svg)", ""]
-        for before, rows, after in part.tables:
-            table = markdown_table([*rows[0]], [[*row.values()] for row in rows])
-            lines += [f"{before}\n"] if before else []
-            lines += [*table, "", *([f"{after}\n"] if after else [])]
+    for name, section in sections.items():
+        lines += [f"## {section.title}", ""]
+        lines += [line for note in section.notes for line in (note, "")]
+        for block in section.blocks:
+            for figure in block.figures:
+                paths.append(out / f"{name}.svg")
+                write_whole(paths[-1], paint_svg(figure))
+                lines += [f"![{figure.words}]({name}.svg)", ""]
+            if table := block.table:
+                rows = [[row[column] for column in table.columns] for row in table.rows]
+                lines += [f"{table.caption}:", "", *markdown_table(table.columns, rows), ""]
     write_whole(paths[1], "\n".join(lines))
     return paths
 
 
 def print_study(study: Study) -> None:
     """Print the tables."""
-    words, parts = describe_study(study)
+    words, sections = describe_study(study)
     print(words)
-    for part in parts:
-        for before, rows, after in part.tables:
-            print("\n" + ". ".join(filter(None, [part.title, before])))
-            print_table(rows)
-            print(after, end="\n" * bool(after))
+    for section in sections.values():
+        print(f"\n{section.title}", *section.notes, sep="\n")
+        for table in (block.table for block in section.blocks if block.table):
+            print(f"\n{table.caption}:")
+            print_table([{column: row[column] for column in table.columns} for row in table.rows])
 
 
-def describe_study(study: Study) -> tuple[str, list[StudyPart]]:
-    """What the numbers of a study are, and its parts, with the tables that have rows."""
+def describe_study(study: Study) -> tuple[str, dict[str, Section]]:
+    """What the numbers of a study are, and its sections by their names."""
     if study["kind"] == "reproduction":
         (words,) = write_words("reproduction", study=study)
-        parts = reproduction_parts(study)
-    else:
-        (words,) = write_words("frontier", study=study)
-        parts = [frontier_part(study, part) for part in study["parts"]]
-    return words, [part._replace(tables=[table for table in part.tables if table[1]]) for part in parts]
+        return words, reproduction_sections(study)
+    (words,) = write_words("frontier", study=study)
+    names = [f"{study['kind']}-{part['world']}-{part['regime']}" for part in study["parts"]]
+    return words, {name: frontier_section(study, part) for name, part in zip(names, study["parts"], strict=True)}
+
+
+def list_blocks(tables: Mapping[str, Rows], *figures: Figure) -> list[Block]:
+    """The figures, and by their captions the tables that have rows."""
+    blocks = [Block([figure]) for figure in figures]
+    shown = [Table(caption, rows, words="claim" in rows[0]) for caption, rows in tables.items() if rows]
+    return blocks + [Block(table=table) for table in shown]
 
 
 # ---- a reproduction of the paper
@@ -79,43 +76,33 @@ def study_labels(study: Study) -> list[str]:
     return list(dict.fromkeys([*lines, *(row["label"] for table in study["tables"] for row in table["rows"])]))
 
 
-def reproduction_parts(study: Study) -> list[StudyPart]:
+def reproduction_sections(study: Study) -> dict[str, Section]:
     """The paper's tables and figures repeated, each with the paper's claims."""
-    claims = "What the paper claims:"
-    parts = [
-        StudyPart(table["title"], [("", table_rows(table), table["note"]), (claims, claim_rows(table["claims"]), "")])
-        for table in study["tables"]
-    ]
-    points = "Points of accuracy forgotten, accuracy kept, and kappa in brackets:"
+    claims = "What the paper claims"
+    numbers = "Per cent, with 95 % intervals; beside the paper's numbers"
+    points = "Points of accuracy forgotten, accuracy kept, and kappa in brackets"
+    sections = {}
+    for one in study["tables"]:
+        blocks = list_blocks({numbers: table_rows(one), claims: claim_rows(one["claims"])})
+        sections[one["name"]] = Section(one["title"], [one["note"]] if one["note"] else [], blocks)
     for one in study["figures"]:
-        tables = [(points, point_rows(one), ""), (claims, claim_rows(one["claims"]), "")]
-        parts.append(
-            StudyPart(
-                f"{one['title']} ({one['y_title']})", tables, draw_reproduction(one, study_labels(study)), one["name"]
-            )
-        )
-    return parts
+        figure = draw_reproduction(one, study_labels(study))
+        blocks = list_blocks({points: point_rows(one), claims: claim_rows(one["claims"])}, figure)
+        sections[one["name"]] = Section(f"{one['title']} ({one['y_title']})", [], blocks)
+    return sections
 
 
 def table_rows(table: Study) -> Rows:
     """A table's rows as strings: accuracies in % with intervals, and the paper's."""
     rows = []
     for row in table["rows"]:
-        cells = fill_blank(table["columns"], row.get("why", ""))
-        if row["cells"]:
-            cells = {name: format_percent(row["cells"][name]) for name in table["columns"]}
-        paper = {
-            f"paper {name}": f"{100 * row['paper'][name]:.1f}" if name in row["paper"] else ""
-            for name in table["paper_columns"]
-        }
+        cells = dict.fromkeys(table["columns"], "") | {table["columns"][0]: row.get("why", "")}
+        cells |= {name: str(read_estimate(cell)) for name, cell in row["cells"].items()}
         kappa = "" if row["kappa"] is None else f"{row['kappa']:.3g}"
-        rows.append({"method": row["label"], **cells, "kappa": kappa, **paper})
+        paper = {f"paper {name}": "" for name in table["paper_columns"]}
+        paper |= {f"paper {k}": f"{100 * v:.1f}" for k, v in row["paper"].items() if f"paper {k}" in paper}
+        rows.append({LABEL: row["label"], "method": row["label"], **cells, "kappa": kappa, **paper})
     return rows
-
-
-def fill_blank(columns: Sequence[str], why: str) -> dict[str, str]:
-    """The cells of a row without numbers: the first says why."""
-    return dict.fromkeys(columns, "") | {columns[0]: why}
 
 
 def point_rows(figure: Study) -> Rows:
@@ -131,7 +118,7 @@ def point_rows(figure: Study) -> Rows:
     return [*rows.values()]
 
 
-def claim_rows(claims: Sequence[Study]) -> Rows:
+def claim_rows(claims: list[Study]) -> Rows:
     """Claims as strings: the difference here and in the paper, in points, and the verdict."""
     rows = []
     for claim in claims:
@@ -144,70 +131,69 @@ def claim_rows(claims: Sequence[Study]) -> Rows:
     return rows
 
 
-def draw_reproduction(figure: Study, labels: Sequence[str]) -> Figure:
+def draw_reproduction(figure: Study, labels: list[str]) -> Figure:
     """What is kept against what is forgotten, a line a method; points that were not measured are left out."""
+    titles = {"x": figure["x_title"], "y": figure["y_title"]}
     series = []
     for one in figure["series"]:
         rows = [
-            {
-                "coeff": float(point["coeff"]),
-                "kappa": point["kappa"],
-                figure["x_title"]: read_estimate(point["x"]),
-                figure["y_title"]: read_estimate(point["y"]),
-            }
+            {"coeff": float(point["coeff"]), "kappa": point["kappa"]}
+            | {title: read_estimate(point[axis]) for axis, title in titles.items()}
             for point in one["points"]
             if point["x"] and point["y"]
         ]
         look = label_look(labels.index(one["label"]), mode="lines+markers", width=1.75)
         series.append(Series(one["label"], rows, look, one["label"]))
     axis = {"tickformat": ".0%"}
-    return draw_figure(figure["title"], series, figure["x_title"], figure["y_title"], x_axis=axis, y_axis=axis)
+    return draw_figure(figure["title"], series, *titles.values(), x_axis=axis, y_axis=axis)
 
 
 # ---- what stays gone under attack
 
 
-def frontier_part(study: Study, part: Study) -> StudyPart:
+def frontier_section(study: Study, part: Study) -> Section:
     """The tables and the picture of a world and regime: accuracies, K*, attacks and costs."""
     measured = [row for row in part["rows"] if not row.get("why")]
-
-    def list_cells(key: str, form: Callable[[Any], str]) -> Rows:
-        return [
-            {"method": row["label"], **{name: form(one) for name, one in row[key].items()}}
-            for row in part["rows"]
-            if row.get(key)
-        ]
-
-    names = dict.fromkeys(name for row in part["rows"] for name in row.get("attacks", ()))
-    attacks = [
-        {"method": row["label"], **{name: format_attack(row["attacks"].get(name)) for name in names}}
-        for row in measured
-        if names
-    ]
-    priced = any("seconds" in row for row in part["rows"])
-    tables = [
-        ("At the same loss of utility:", [accuracy_row(part, row) for row in part["rows"]], ""),
-        ("K* of each kind of question:", list_cells("kinds", lambda one: format_share(read_estimate(one))), ""),
-        ("Accuracy under each attack, and in brackets the share of the original knowledge that "
-         "is (x: the oracle recovers, too, and K* does not count it):", attacks, ""),
-        (f"Perplexity of texts, and cost; x: as often as {study['cost']}'s seconds:",
-         [cost_row(study, row) for row in measured if priced], ""),
-        ("The runs whole, before any share is taken:", list_cells("whole", format_percent) if priced else [], ""),
-    ]  # fmt: skip
-    figure = draw_frontier(study, part, measured) if measured else None
-    return StudyPart(part["title"], tables, figure, f"{study['kind']}-{part['world']}-{part['regime']}")
+    attacks = dict.fromkeys(name for row in measured for name in row["attacks"])
+    under_attack = (
+        "Accuracy under each attack, and in brackets the share of the original knowledge that is "
+        "(x: the oracle recovers, too, and K* does not count it)"
+    )
+    cost = f"Perplexity of texts, and cost; x: as often as {study['cost']}'s seconds"
+    tables = {
+        "At the same loss of utility": [accuracy_row(part, row) for row in part["rows"]],
+        "K* of each kind of question": [
+            {"method": row["label"]} | {name: format_share(read_estimate(one)) for name, one in row["kinds"].items()}
+            for row in measured
+            if row.get("kinds")
+        ],
+        under_attack: [
+            {"method": row["label"]} | {name: format_attack(row["attacks"].get(name)) for name in attacks}
+            for row in measured
+            if attacks
+        ],
+        cost: [cost_row(study, row) for row in measured],
+        "The runs whole, before any share is taken": [
+            {"method": row["label"]} | {name: str(read_estimate(one)) for name, one in row["whole"].items()}
+            for row in measured
+            if "whole" in row
+        ],
+    }
+    return Section(
+        part["title"], [], list_blocks(tables, *([draw_frontier(study, part, measured)] if measured else []))
+    )
 
 
 def accuracy_row(part: Study, row: Study) -> dict[str, str]:
     """A method's row; one that was not run or failed says so in the first column."""
+    names = [*part["columns"], "K*", "strongest attack"]
     if why := row.get("why"):
-        return {"method": row["label"], "share": "", **fill_blank([*part["columns"], "K*", "strongest attack"], why)}
+        return {"method": row["label"], "share": "", **dict.fromkeys(names, ""), names[0]: why}
     valid = {name: one["accuracy"] for name, one in row["attacks"].items() if one["valid"]}
-    share = row.get("share")
     return {
         "method": row["label"],
-        "share": "" if share is None else f"{share:.2f}",
-        **{name: format_percent(row["cells"][name]) for name in part["columns"]},
+        "share": f"{row['share']:.2f}" if "share" in row else "",
+        **{name: str(read_estimate(row["cells"][name])) for name in part["columns"]},
         "K*": format_share(read_estimate(row["K*"])),
         "strongest attack": max(valid, key=valid.__getitem__) if valid else "",
     }
@@ -228,20 +214,14 @@ def cost_row(study: Study, row: Study) -> dict[str, str]:
     return {"method": row["label"], **texts, **numbers}
 
 
-def draw_frontier(study: Study, part: Study, rows: Sequence[Study]) -> Figure:
+def draw_frontier(study: Study, part: Study, rows: list[Study]) -> Figure:
     """What is kept against K*, a mark a method; the controls are rings."""
-    looks = {
-        True: make_look(COLOURS[0], mode="markers+text"),
-        False: make_look(COLOURS[1], "circle-open", mode="markers+text"),
-    }
-    series = [
-        Series(
-            row["label"],
-            [{"K*": read_estimate(row["K*"]), "accuracy kept": read_estimate(row["kept"])}],
-            looks["share" in row],
-        )
-        for row in rows
-    ]
+    method = make_look(COLOURS[0], mode="markers+text")
+    control = make_look(COLOURS[1], "circle-open", mode="markers+text")
+    series = []
+    for row in rows:
+        mark = {"K*": read_estimate(row["K*"]), "accuracy kept": read_estimate(row["kept"])}
+        series.append(Series(row["label"], [mark], method if "share" in row else control))
     lowest = min(90, 10 * floor(10 * min(row["kept"]["low"] for row in rows))) / 100
     found = "K*: share of the knowledge that the strongest attack found"
     kept = f"accuracy kept, mean of {' and '.join(study['kept'])}"

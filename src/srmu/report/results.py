@@ -1,7 +1,5 @@
 """What runs came to: their numbers, aggregated over the seeds of one method, and their facts."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -20,8 +18,7 @@ from srmu.evals.statistics import Estimate, average_seeds
 POINTS = 120  # at most this many points a curve
 Columns = Mapping[str, Sequence[str]]  # a column's name: the metrics it is the mean of
 FACTS = ("id", "method", "paper", "model", "started", "seconds", "steps", "stop_reason", "diverged", "share", "weights")
-# the rest of the environment might name a folder
-ENVIRONMENT = ("platform", "python", "threads", "srmu", "torch", "transformers", "safetensors", "tokenizers")
+ENVIRONMENT = ("platform", "python", "threads", "packages")
 
 
 @dataclass(frozen=True)
@@ -103,7 +100,7 @@ def read_results(folder: Path) -> dict[str, Metrics]:
 
 def training_curves(runs: Sequence[Path], keys: Sequence[str]) -> dict[str, pd.Series]:
     """By step, of each key that there is: means over seeds, and over steps where topics take turns."""
-    lines = pd.DataFrame([line for folder in runs for line in read_run_file(folder / "metrics.jsonl")])
+    lines = pd.DataFrame([line for folder in runs for line in read_json(folder / "metrics.jsonl", [])])
     if lines.empty:
         return {}
     width = max(lines["topic"].nunique(), math.ceil((lines["step"].max() + 1) / POINTS))
@@ -123,7 +120,7 @@ def importance_maps(entries: Sequence[RunGroup]) -> list[dict[str, Any]]:
     found: dict[Any, dict[str, Any]] = {}
     for entry in entries:
         state = entry.runs[0] / "state.safetensors"
-        topics = read_run_file(entry.runs[0] / "record.json").get("topics", {})
+        topics = read_json(entry.runs[0] / "record.json", {}).get("topics", {})
         for name, values in load_file(state).items() if state.exists() else ():
             topic, _, kind = name.rpartition(".")
             if kind == "importance":
@@ -134,31 +131,27 @@ def importance_maps(entries: Sequence[RunGroup]) -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def run_settings(folder: Path) -> dict[str, Any]:
+def list_settings(folder: Path) -> dict[str, Any]:
     """How a run was made."""
     tree = read_config_tree(folder)
     found = {"seed": tree.get("seed"), "topics": list(tree.get("topics", ()))}
-    for block in ("method", "train"):  # the others hold paths
-        found |= {f"{block}.{key}": value for key, value in tree.get(block, {}).items()}
-    for topic, facts in read_run_file(folder / "record.json").get("topics", {}).items():
-        found |= {f"{topic}.{k}": v for k, v in facts.items() if isinstance(v, int | float)}
-    return found
+    blocks = {"method": tree.get("method", {}), "train": tree.get("train", {})}  # the others hold paths
+    for topic, facts in read_json(folder / "record.json", {}).get("topics", {}).items():
+        blocks[topic] = {key: value for key, value in facts.items() if isinstance(value, int | float)}
+    return found | {f"{name}.{key}": value for name, block in blocks.items() for key, value in block.items()}
 
 
-def record_facts(folder: Path) -> dict[str, Any]:
+def list_facts(folder: Path) -> dict[str, Any]:
     """The facts that a record keeps; of paths the last part, of texts only their counts."""
-    if not (kept := read_run_file(folder / "record.json")):
-        return {}
-    found = {key: kept.get(key) for key in FACTS}
-    if "peak" in kept.get("memory", {}):
-        found["peak memory"] = f"{kept['memory']['peak'] / 1e6:.0f} MB"
-    changed = kept.get("changed", [])
-    found["changed tensors"] = f"{len(changed)}: {', '.join(changed[:12])}" + (", …" if len(changed) > 12 else "")
-    for topic, sets in kept.get("data", {}).items():
-        for name, facts in sets.items():
-            said = [f"{v} {k.replace('_', ' ')}" for k, v in facts.items() if k != "digest"]
-            found[f"{topic}.{name} texts"] = ", ".join([*said, f"SHA-256 {facts.get('digest', '')[:12]}"])
-    environment = kept.get("environment", {})
+    record = read_json(folder / "record.json", {})
+    found = {key: record.get(key) for key in FACTS}
+    if "peak" in record.get("memory", {}):
+        found["peak memory"] = f"{record['memory']['peak'] / 1e6:.0f} MB"
+    if changed := record.get("changed"):
+        found["changed tensors"] = f"{len(changed)}: {', '.join(changed[:12])}" + (", …" if len(changed) > 12 else "")
+    data = record.get("data", {})
+    found |= {f"{topic}.{name} texts": facts for topic, sets in data.items() for name, facts in sets.items()}
+    environment = record.get("environment", {})
     return found | {f"environment.{key}": environment.get(key) for key in ENVIRONMENT}
 
 
@@ -182,8 +175,3 @@ def read_config_tree(folder: Path) -> dict[str, Any]:
     if not (folder / "config.yaml").exists():
         raise SrmuError(f"{folder} has no config.yaml; run `srmu unlearn CONFIG` first")
     return yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-
-
-def read_run_file(path: Path) -> Any:
-    """The object in a JSON file, all of those in a JSON-lines file; empty if there is no file."""
-    return read_json(path, [] if path.suffix == ".jsonl" else {})

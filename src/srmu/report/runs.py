@@ -1,7 +1,5 @@
 """The parts of a page about runs: what was forgotten and kept, and how it was made."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -87,7 +85,7 @@ def results_rows(
         line |= {head_column(column, forget): numbers.get(column) for column in columns}
         if any(recovery for _, recovery in pairs):
             line["K*\nlower is better"] = format_share(one.worst) if one else ""
-            line["Strongest attack"] = name_words(one.strongest) if one else "not attacked" if label else ""
+            line["Strongest attack"] = one.strongest if one else "not attacked" if label else ""
         lines.append(line | {"Seeds": seeds})
     return lines
 
@@ -185,7 +183,7 @@ def other_section(entries: Sequence[RunGroup], known: Sequence[str]) -> Section 
 def record_sections(entries: Sequence[RunGroup]) -> list[Section]:
     """The settings and the record of each entry's runs; where runs differ, the value of each."""
     sections = []
-    for title, read_facts in {"Settings": results.run_settings, "The record": results.record_facts}.items():
+    for title, read_facts in {"Settings": results.list_settings, "The record": results.list_facts}.items():
         blocks = []
         for entry in entries:
             facts: dict[str, list[str]] = {}

@@ -1,7 +1,5 @@
 """Pages of analyses, and the parts of pages about many runs: a sweep, and an automatic choice."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
@@ -25,11 +23,6 @@ HALVES = {
 }
 Trial = Mapping[str, Any]
 Study = Mapping[str, Any]  # what the study's JSON file says
-
-
-def format_setting(value: Any) -> str:
-    """A value of a search space as a person would write it."""
-    return f"{value:.4g}" if isinstance(value, float) else strip_paths(str(value))
 
 
 # ---- analyses
@@ -62,15 +55,14 @@ def draw_panel(panel: Panel) -> Block:
 def sweep_sections(study: Study) -> list[Section]:
     """A sweep's front or history, what mattered, and its trials."""
     labels = sweep_labels(study)
-    sections = [front_section(study, labels) if len(study["objectives"]) > 1 else history_section(study, labels)]
+    sections = [search_section(study, labels)]
     if study["importance"]:
         order = sorted(study["importance"].items(), key=lambda item: -item[1])
         share = "share of the variation"
         series = [Series("importance", [{"key": key, share: value} for key, value in order], bar_look(0))]
         figure = draw_figure("", series, share, "key", x_axis={"range": [0, 1.02], **PERCENT})
-        shares = [{"Key": key, "Share": format_value(value, "%")} for key, value in order]
-        block = Block([figure], Table("Share of the variation, per cent", shares))
-        sections.append(Section("What mattered", write_words("keys"), [block]))
+        table = Table("Share of the variation, per cent", [{"Key": k, "Share": format_value(v, "%")} for k, v in order])
+        sections.append(Section("What mattered", write_words("keys"), [Block([figure], table)]))
     sections.append(trial_section(study["trials"], [*study["objectives"]], study["front"], labels))
     return sections
 
@@ -106,11 +98,10 @@ def trial_estimate(trial: Trial, metric: str) -> Estimate:
     return Estimate(value)
 
 
-def trial_row(trial: Trial, metrics: Sequence[str]) -> Row:
-    """A trial as a row of a figure's table."""
-    numbers = {name_words(metric): trial_estimate(trial, metric) for metric in metrics}
-    settings = {key: format_setting(value) for key, value in trial["params"].items()}
-    return {"trial": trial.get("number"), **numbers, **settings}
+def trial_row(trial: Trial, metrics: Sequence[str]) -> dict[str, Any]:
+    """A trial's settings and numbers, as figures and tables show them."""
+    settings = {k: strip_paths(v) if isinstance(v, str) else v for k, v in trial["params"].items()}
+    return settings | {name_words(metric): trial_estimate(trial, metric) for metric in metrics}
 
 
 def trial_series(study: Study, labels: Sequence[str], hollow: bool) -> list[Series]:
@@ -119,7 +110,8 @@ def trial_series(study: Study, labels: Sequence[str], hollow: bool) -> list[Seri
     for trial in complete_trials(study):
         inside = trial["number"] in study["front"] or not hollow
         group = inside, trial_label(trial, labels, study["front"])
-        groups.setdefault(group, []).append(trial_row(trial, [*study["objectives"]]))
+        row = {"trial": trial["number"], **trial_row(trial, [*study["objectives"]])}
+        groups.setdefault(group, []).append(row)
     series = []
     for (inside, label), rows in sorted(groups.items()):
         look = label_look(labels.index(label) if label else 0, size=11 if inside else 8, hollow=not inside)
@@ -134,52 +126,47 @@ def objective_axis(study: Study, metric: str) -> dict[str, Any]:
     return {"title": title} | (PERCENT if all(0 <= value <= 1 for value in values) else {})
 
 
-def front_section(study: Study, labels: Sequence[str]) -> Section:
-    """The trials at the first two objectives, with the Pareto front joined."""
-    # what should be low goes along, what should be high goes up
-    x, y = sorted(study["objectives"], key=lambda name: study["objectives"][name] != "minimize")[:2]
-    done = complete_trials(study)
-    best = [trial["values"] for trial in done if trial["number"] in study["front"]]
-    line = [{name_words(name): values[name] for name in (x, y)} for values in sorted(best, key=lambda v: v[x])]
-    front = Series("Pareto front", line, make_look(GREY, dash="dot", mode="lines", width=1.25))
-    series = [front, *trial_series(study, labels, True)]
-    x_axis, y_axis = objective_axis(study, x), objective_axis(study, y)
-    figure = draw_figure("", series, name_words(x), name_words(y), x_axis=x_axis, y_axis=y_axis, subject="The trials")
-    return Section("The front", write_words("front", best=len(best), done=len(done)), [Block([figure])])
-
-
-def history_section(study: Study, labels: Sequence[str]) -> Section:
-    """The trials of a sweep with one objective, in their order."""
-    ((metric, way),) = study["objectives"].items()
-    done = complete_trials(study)
-    best = accumulate((trial["values"][metric] for trial in done), min if way == "minimize" else max)
-    line = [{"trial": t["number"], name_words(metric): value} for t, value in zip(done, best, strict=True)]
-    look = make_look(GREY, mode="lines", width=1.25)
-    look = {**look, "line": {**look["line"], "shape": "hv"}}
-    series = [Series("best so far", line, look), *trial_series(study, labels, False)]
-    figure = draw_figure("", series, "trial", name_words(metric), y_axis=objective_axis(study, metric))
-    return Section("The search, trial by trial", write_words("history"), [Block([figure])])
+def search_section(study: Study, labels: Sequence[str]) -> Section:
+    """The trials at the first two objectives with the front joined; of one objective in their order."""
+    objectives, done = study["objectives"], complete_trials(study)
+    look = make_look(GREY, dash="dot", mode="lines", width=1.25)
+    if len(objectives) > 1:
+        # what should be low goes along, what should be high goes up
+        x, y = sorted(objectives, key=lambda name: objectives[name] != "minimize")[:2]
+        best = sorted((t["values"][x], t["values"][y]) for t in done if t["number"] in study["front"])
+        title, name, axes = "The front", "Pareto front", {"x_axis": objective_axis(study, x)}
+        notes = write_words("front", best=len(best), done=len(done))
+    else:
+        x, (y,) = "trial", objectives
+        values = accumulate((t["values"][y] for t in done), min if objectives[y] == "minimize" else max)
+        best = [*zip((t["number"] for t in done), values, strict=True)]
+        title, name, axes = "The search, trial by trial", "best so far", {}
+        notes = write_words("history")
+        look = {**look, "line": {**look["line"], "shape": "hv"}}
+    line = Series(name, [{name_words(x): across, name_words(y): up} for across, up in best], look)
+    series = [line, *trial_series(study, labels, len(objectives) > 1)]
+    axes["y_axis"] = objective_axis(study, y)
+    figure = draw_figure("", series, name_words(x), name_words(y), subject="The trials", **axes)
+    return Section(title, notes, [Block([figure])])
 
 
 def trial_section(
     trials: Sequence[Trial], metrics: Sequence[str], front: Sequence[int] = (), labels: Sequence[str] = ()
 ) -> Section:
     """The table of the trials, in every state; without a front, of shares."""
-    keys = list(dict.fromkeys(key for trial in trials for key in trial["params"]))
+    keys = [*dict.fromkeys(key for trial in trials for key in trial["params"]), *map(name_words, metrics)]
     rows: list[Row] = []
-    for i, trial in enumerate(trials):
-        number = trial.get("number", i)
+    for number, trial in enumerate(trials):
+        trial = {"number": number, **trial}
         state = trial["state"] + (f": {strip_paths(trial['why'])}" if trial.get("why") else "")
-        if number in front:
+        if trial["number"] in front:
             state = FRONT if len(metrics) > 1 else "the best"
-        values = {key: trial["params"].get(key) for key in keys}
-        values = {key: strip_paths(value) if isinstance(value, str) else value for key, value in values.items()}
-        for metric in metrics:
-            known = trial["state"] == "complete" and metric in trial["values"]
-            estimate = trial_estimate(trial, metric) if known else None
-            values[name_words(metric)] = format_value(estimate.value, "%") if estimate and not front else estimate
-        label = trial_label({"number": number, **trial}, labels, front)
-        rows.append({LABEL: label, "Trial": str(number), **values, "State": state})
+        known = [m for m in metrics if m in trial["values"]] if trial["state"] == "complete" else []
+        cells = dict.fromkeys(keys) | trial_row(trial, known)
+        if not front:
+            cells |= {name_words(metric): format_value(trial["values"][metric], "%") for metric in known}
+        label = trial_label(trial, labels, front)
+        rows.append({LABEL: label, "Trial": str(trial["number"]), **cells, "State": state})
     count = ", ".join(f"{many} {state}" for state, many in Counter(trial["state"] for trial in trials).items())
     return Section("Trials", [], [Block(table=Table(f"{len(trials)} trials: {count}", rows))])
 

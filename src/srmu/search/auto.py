@@ -31,7 +31,7 @@ from srmu.evals.analyses import candidate_layers, open_model
 from srmu.evals.score import tasks_beside
 from srmu.methods import Misdirection
 from srmu.report.build import write_report
-from srmu.report.format import format_percent
+from srmu.report.format import read_estimate
 from srmu.runs import plan as runs
 from srmu.runs.config import find_method, make_config
 from srmu.runs.estimate import estimate_run, format_duration, format_gb
@@ -218,7 +218,7 @@ def explain_choice(step: str, **facts: Any) -> list[str]:
     def percent(share: float, digits: int = 0) -> str:
         return f"{share:.{digits}%}"
 
-    environment.filters |= {"percent": percent, "interval": format_percent}
+    environment.filters |= {"percent": percent, "interval": read_estimate}
     text = environment.get_template("choices.txt").render(
         facts, step=step, LOW=separability.LOW, HIGH=separability.HIGH
     )
