@@ -224,7 +224,7 @@ def inspect_command(
     target: Annotated[str, Argument(metavar="MODEL|RUN|texts", help="A model, a run, or the word: texts.")],
     settings: Annotated[list[str] | None, Argument(metavar="key=value", help="reach: method.layer=3.")] = None,
     what: Subject = None,
-    method: Annotated[str, Option(help="reach: one method; default: all.")] = "",
+    method: Annotated[str, Option(help="reach: which method; default: srmu.")] = "",
     forget: options.Forget = None,
     retain: options.Retain = None,
     model: Annotated[str, Option(help="entanglement: compare its activations, too.")] = "",
