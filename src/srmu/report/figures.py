@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import plotly.graph_objects as go
 
 from srmu.evals.statistics import Estimate
-from srmu.report.format import Value, fill_page_template, format_value
+from srmu.report.format import Value, format_value, load_templates
 
 # Read on white and on near-black alike. With five shapes and five dashes: 30 that differ.
 COLOURS = ("#2f7fd0", "#d4611c", "#1f9a6b", "#a45cc8", "#b08400", "#d1497b")
@@ -90,7 +90,7 @@ def draw_series(one: Series, x: str, y: str, forms: Mapping[str, str]) -> Any:
     }
     for axis, column in (("x", x), ("y", y)):
         values = [row[column] for row in one.rows]
-        options[axis] = [*map(plain_value, values)]
+        options[axis] = [v.value if isinstance(v, Estimate) else v for v in values]
         spans = [v if isinstance(v, Estimate) and v.has_interval else Estimate(0, 0, 0) for v in values]
         if any(span.low < span.high for span in spans):
             options[f"error_{axis}"] = {
@@ -103,10 +103,6 @@ def draw_series(one: Series, x: str, y: str, forms: Mapping[str, str]) -> Any:
     if "mode" in one.look:
         return go.Scatter(cliponaxis=False, **options)
     return go.Bar(orientation="h" if any(isinstance(v, str) for v in options["y"]) else "v", **options)
-
-
-def plain_value(value: Value) -> str | float | None:
-    return value.value if isinstance(value, Estimate) else value
 
 
 def make_axis(title: str, values: Sequence[Value], options: Look) -> dict[str, Any]:
@@ -134,7 +130,7 @@ def describe_series(one: Series, x: str, y: str, forms: Mapping[str, str]) -> st
     if isinstance(rows[0][y], str):
         x, y = y, x
     if len(rows) > LISTED:
-        rows = sorted(rows, key=lambda row: plain_value(row[y]) or 0.0)
+        rows = sorted(rows, key=lambda row: getattr(row[y], "value", row[y]) or 0.0)
     pairs = [f"{format_value(row[y], forms[y])} at {format_value(row[x], forms[x])}" for row in rows]
     if len(rows) > LISTED:
         return f"{one.name}: lowest {pairs[0]}, highest {pairs[-1]}"
@@ -204,9 +200,8 @@ def paint_svg(figure: Figure) -> str:
         places |= place_names({i: mark for i, mark in firsts.items() if (mark[0] >= MIDDLE) is is_right})
     size = {"width": WIDTH, "height": HEIGHT, "left": LEFT, "top": TOP, "right": RIGHT, "bottom": BOTTOM}
     looks = {"shapes": SHAPES, "dashes": DASHES}
-    return fill_page_template(
-        "figure.svg", figure=figure, x=across, y=down, places=places, legend=legend, **looks, **size
-    )
+    template = load_templates().get_template("figure.svg")
+    return template.render(figure=figure, x=across, y=down, places=places, legend=legend, **looks, **size)
 
 
 def scale_axis(axis: Any, values: Sequence[float], start: float, end: float) -> Scale:

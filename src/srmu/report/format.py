@@ -86,10 +86,6 @@ def load_templates() -> Any:
     return environment
 
 
-def fill_page_template(name: str, **values: Any) -> str:
-    return load_templates().get_template(name).render(**values)
-
-
 def write_words(name: str, **facts: Any) -> list[str]:
     """The paragraphs of a piece of prose in `words.txt`, with these facts filled in."""
     piece = getattr(load_templates().get_template("words.txt").module, name)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from srmu.engine.files import write_whole
 from srmu.errors import SrmuError
 from srmu.report.figures import COLOURS, SHAPES, Figure, Row
-from srmu.report.format import Value, fill_page_template, format_value
+from srmu.report.format import Value, format_value, load_templates
 
 LABEL = "label"  # the key of a row that is no column: a click on this label hides the row
 
@@ -84,12 +84,17 @@ class Page:
             raise SrmuError(f"{out} is a folder; name a file in it, such as {out / 'report.html'}")
         drawn = any(block.figures for section in self.sections for block in section.blocks)
         shapes = [*SHAPES.values()]
-        text = fill_page_template(
-            "page.html",
-            page=self,
-            glyphs={name: (COLOURS[i % len(COLOURS)], shapes[i % len(shapes)]) for i, name in enumerate(self.labels)},
-            cell=make_cell,
-            plotly=get_plotlyjs() if drawn else "",
+        text = (
+            load_templates()
+            .get_template("page.html")
+            .render(
+                page=self,
+                glyphs={
+                    name: (COLOURS[i % len(COLOURS)], shapes[i % len(shapes)]) for i, name in enumerate(self.labels)
+                },
+                cell=make_cell,
+                plotly=get_plotlyjs() if drawn else "",
+            )
         )
         try:
             out.parent.mkdir(parents=True, exist_ok=True)

@@ -40,10 +40,11 @@ def tradeoff_section(
     bottom = int(lowest * 10) / 10 - 0.04
     x_axis = {"title": f"{x}, accuracy", "range": [0, 1.04], "tickformat": ".0%", "dtick": 0.25}
     y_axis = {"title": f"{y}, accuracy", "range": [bottom, 1 + (1 - bottom) * 0.06], "tickformat": ".0%"}
+    heads = {c: f"{name_words(c)}\n{'lower' if c in forget else 'higher'} is better" for c in columns}
     pictures, tables = [], []
     for group in dict.fromkeys(row.group for row in rows):
         pairs = [pair for pair in zip(rows, recoveries, strict=True) if pair[0].group == group]
-        lines = results_rows(pairs, columns, forget)
+        lines = results_rows(pairs, heads)
         first = sum(not line[LABEL] for line in lines)
         title = "Mean over seeds with 95 % interval; accuracies in per cent"
         tables.append(Block(table=Table(f"{group}. {title}" if group else title, lines, first)))
@@ -52,7 +53,7 @@ def tradeoff_section(
         for line in lines:
             label = line[LABEL]
             look = label_look(labels.index(label), size=11) if label else ring
-            marks = {name_words(column): line[head_column(column, forget)] for column in columns}
+            marks = {name_words(column): line[head] for column, head in heads.items()}
             if marks[x] is not None and marks[y] is not None:
                 series.append(Series(line["Method"], [marks], look, label))
         figure = draw_figure(group, series, x, y, x_axis=x_axis, y_axis=y_axis)
@@ -66,13 +67,7 @@ def tradeoff_section(
     return Section("Forgetting against utility", notes, [Block(pictures), *tables])
 
 
-def head_column(metric: str, forget: Sequence[str]) -> str:
-    return f"{name_words(metric)}\n{'lower' if metric in forget else 'higher'} is better"
-
-
-def results_rows(
-    pairs: Sequence[tuple[GroupRow, Recovery | None]], columns: Sequence[str], forget: Sequence[str]
-) -> list[Row]:
+def results_rows(pairs: Sequence[tuple[GroupRow, Recovery | None]], heads: Mapping[str, str]) -> list[Row]:
     """The models that a setting's methods started from, then the methods; K* where any was attacked."""
     models: list[tuple[str, Mapping[str, Estimate], Recovery | None, int | str]] = []
     for row, _ in pairs:
@@ -82,7 +77,7 @@ def results_rows(
     lines: list[Row] = []
     for label, numbers, one, seeds in models:
         line: dict[str, Any] = {LABEL: label, "Method": label or "Before: original model"}
-        line |= {head_column(column, forget): numbers.get(column) for column in columns}
+        line |= {head: numbers.get(column) for column, head in heads.items()}
         if any(recovery for _, recovery in pairs):
             line["K*\nlower is better"] = format_share(one.worst) if one else ""
             line["Strongest attack"] = one.strongest if one else "not attacked" if label else ""
@@ -164,17 +159,16 @@ def draw_map(one: Mapping[str, Any], labels: Sequence[str]) -> Block:
 
 def other_section(entries: Sequence[RunGroup], known: Sequence[str]) -> Section | None:
     """What was measured beyond the columns that the first table has, such as each subject of MMLU."""
-    lines: list[Row] = []
+    lines = []
     for entry in entries:
         row = results.aggregate_runs(entry)
         own = f", {entry.label}" if len(entries) > 1 else ""
-        lines += [
-            {LABEL: entry.label, "Metric": name_words(name) + own, "Before": row.before.get(name), "After": after}
-            for name, after in row.after.items()
-            if name not in known
-        ]
-    table = Block(table=Table("Means over seeds; accuracies in per cent", lines)) if lines else None
-    return Section("Other measurements", [], [table]) if table else None
+        for name in [name for name in row.after if name not in known]:
+            numbers = {"Before": row.before.get(name), "After": row.after[name]}
+            lines.append({LABEL: entry.label, "Metric": name_words(name) + own, **numbers})
+    if not lines:
+        return None
+    return Section("Other measurements", [], [Block(table=Table("Means over seeds; accuracies in per cent", lines))])
 
 
 # ---- how it was made
