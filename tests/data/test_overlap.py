@@ -38,11 +38,6 @@ def test_texts_too_short_share_nothing():
     assert set(measure_overlap([], [], 1).values()) == {0}
 
 
-def test_an_ngram_has_a_word():
-    with pytest.raises(ValueError, match="at least one word"):
-        measure_overlap(["a"], ["a"], 0)
-
-
 def test_pairs_by_hand():
     forget, retain = ["a a b", "c"], ["a b b", "A d"]
     # types: {a, b} of {a, b}: 1, of {a}: 1/2; {c}: 0 and 0. Bigrams: aa, ab with ab, bb: 1/2, 0
@@ -71,11 +66,6 @@ def test_pairs_are_drawn_and_always_the_same():
     first, again = (ngram_overlap(forget, retain) for _ in range(2))
     assert first == again and (first["pairs"], first["seed"]) == (2000, 0)
     assert ngram_overlap(forget[:40], retain[:40])["pairs"] == 1600
-
-
-def test_a_wrong_definition():
-    with pytest.raises(SrmuError, match="choose of pair_containment"):
-        ngram_overlap(["a"], ["b"], "cosine")
 
 
 @pytest.mark.parametrize(("forget", "retain"), [([], ["a"]), (["a"], []), (["a"], [" "])])
@@ -114,11 +104,5 @@ def test_contamination():
     assert found == {"copied": 1 / 3, "stated": 1 / 3, "either": 2 / 3, "questions": 3, "n": 8}
     longer = ("note that the carrier of zorine is smoke as a law", "x", "")
     assert measure_contamination([longer], texts)["copied"] == 1  # eight words in a row of eleven
-    assert measure_contamination([longer], texts, n=11)["copied"] == 0
     assert measure_contamination([("glow", "s", "x")], texts)["either"] == 0  # no part of a word
     assert measure_contamination([copy], [])["either"] == 0
-
-
-def test_contamination_needs_questions():
-    with pytest.raises(SrmuError, match="no evaluation question"):
-        measure_contamination([], ["a"])

@@ -1,6 +1,5 @@
 """Keyed digests of texts: they say whether two sets are the same, and nothing of their words."""
 
-import hashlib
 import hmac
 import os
 from collections.abc import Iterable
@@ -29,11 +28,6 @@ def own_key() -> bytes:
         return path.read_bytes()
     except OSError:
         return PROCESS_KEY
-
-
-def name_key() -> str:
-    """Says of two digests whether they were made with the same key, and nothing of the key."""
-    return hashlib.sha256(own_key()).hexdigest()[:16]
 
 
 def digest_texts(texts: Iterable[str]) -> str:

@@ -167,10 +167,6 @@ def count_proper_names(texts: Sequence[str]) -> Counter[str]:
     counts: Counter[str] = Counter()
     for part in sentences:
         first = WORD.search(part)
-        begins = first.start() if first else 0
-
-        def keep_name(word: re.Match[str], begins: int = begins) -> str:
-            return word[0] if word[0][0].isupper() and (word.start() > begins or word[0] in inside) else "|"
-
-        counts.update(RUN.findall(WORD.sub(keep_name, part)))
+        named = part if first and first[0] in inside else WORD.sub("|", part, count=1)
+        counts.update(RUN.findall(WORD.sub(lambda word: word[0] if word[0][0].isupper() else "|", named)))
     return counts

@@ -2,17 +2,14 @@
 
 import random
 from collections import Counter
-from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from srmu.errors import SrmuError
 
 Definition = Literal["pair_containment", "pair_multiset", "corpus_jaccard"]
-Grams = Counter[tuple[str, ...]]
 
 COPIED = 8  # words of a question in a row that count as a copy of it
 PAIRS, SEED = 2000, 0  # pairs of documents that are compared at most, and how they are drawn
-SETTINGS = {"lower": True, "tokeniser": "words", "stop_words": "none", "truncation": None}
 COMMON = """
 a about after all also although an and any are as at be because been before being between both but by can could did
 do does during each either few for from had has have having he her hers him his how however i if in into is it its
@@ -56,14 +53,12 @@ def ngram_overlap(forget: list[str], retain: list[str], definition: Definition =
     compares the types of the two whole sets. The pairs are different, and their forget documents have
     an n-gram.
     """
-    if definition not in get_args(Definition):
-        raise SrmuError(f"overlap {definition!r}: choose of {', '.join(get_args(Definition))}")
-    documents = {"forget": forget, "retain": retain}
-    for name, texts in documents.items():
+    for name, texts in (("forget", forget), ("retain", retain)):
         if not any(map(str.strip, texts)):
             raise SrmuError(f"no {name} text has a word to compare")
-    sizes = {name: len(texts) for name, texts in documents.items()}
-    answer = {"definition": definition, **SETTINGS, "documents": sizes, "pairs": None, "seed": None}
+    sizes = {"forget": len(forget), "retain": len(retain)}
+    answer: dict[str, Any] = {"definition": definition, "documents": sizes, "pairs": None, "seed": None}
+    answer |= {"lower": True, "tokeniser": "words", "stop_words": "none", "truncation": None}
     for n, name in ((1, "unigram"), (2, "bigram")):
         if definition == "corpus_jaccard":
             answer[name] = measure_overlap(forget, retain, n)["jaccard"]
@@ -81,54 +76,46 @@ def compare_pairs(forget: list[str], retain: list[str], n: int, *, counted: bool
     for pair in sorted(random.Random(SEED).sample(range(total), min(PAIRS, total))):
         left = count_grams([rows[pair // len(retain)]], n)
         right = count_grams([retain[pair % len(retain)].lower().split()], n)
-        if counted:
-            shares.append((left & right).total() / left.total())
-        else:
-            shares.append(len(left.keys() & right.keys()) / len(left))
+        types = len(left.keys() & right.keys()) / len(left)
+        shares.append((left & right).total() / left.total() if counted else types)
     return shares
 
 
-def measure_contamination(
-    questions: list[tuple[str, str, str]], texts: Sequence[str], n: int = COPIED
-) -> dict[str, float]:
+def measure_contamination(questions: list[tuple[str, str, str]], texts: list[str]) -> dict[str, float]:
     """The share of questions, (prompt, answer, subject), that a set of texts gives away.
 
-    `copied`: `n` words in a row of prompt and right answer (all of them where there are fewer)
+    `copied`: `n` (8) words in a row of prompt and right answer (all of them where there are fewer)
     occur in a text; `stated`: the answer and the subject occur in one text, whole words each;
     `either`. An unknown subject is "": then nothing is stated. Case and the marks around a word
     do not count.
     """
-    if not questions:
-        raise SrmuError("no evaluation question to compare with the texts")
     documents = [plain_words(text) for text in texts]
     rows = [plain_words(f"{prompt} {answer}") for prompt, answer, _ in questions]
-    known = {size: count_grams(documents, size) for size in {min(n, len(row)) for row in rows} if size}
+    sizes = [min(COPIED, len(row)) for row in rows]
+    known = {size: count_grams(documents, size) for size in {*sizes}}
+    copied = [
+        not known[size].keys().isdisjoint(count_grams([row], size)) for row, size in zip(rows, sizes, strict=True)
+    ]
     spans = [(plain_words(answer), plain_words(subject)) for _, answer, subject in questions]
     places: dict[tuple[str, ...], set[int]] = {span: set() for pair in spans for span in pair}
-    sizes = {len(span) for span in places if span}
+    lengths = {len(span) for span in places}
     for i, document in enumerate(documents):
-        for size in sizes:
+        for size in lengths:
             for gram in count_grams([document], size).keys() & places.keys():
                 places[gram].add(i)
-    copied = [
-        any(gram in known[size] for gram in count_grams([row], size)) if (size := min(n, len(row))) else False
-        for row in rows
-    ]
     stated = [bool(places[answer] & places[subject]) for answer, subject in spans]
     return {
         "copied": sum(copied) / len(rows),
         "stated": sum(stated) / len(rows),
         "either": sum(map(max, copied, stated)) / len(rows),
         "questions": len(rows),
-        "n": n,
+        "n": COPIED,
     }
 
 
-def count_grams(documents: list[Any], n: int) -> Grams:
-    """How often each n-gram occurs in documents of words."""
-    if n < 1:
-        raise ValueError(f"n-grams have at least one word, not {n}")
-    counts: Grams = Counter()
+def count_grams(documents: list[Any], n: int) -> Counter[tuple[str, ...]]:
+    """How often each n-gram occurs in documents of words; there are none of 0 words."""
+    counts: Counter[tuple[str, ...]] = Counter()
     for row in documents:
         counts.update(zip(*(row[i:] for i in range(n)), strict=False))
     return counts

@@ -4,7 +4,7 @@ import csv
 import glob
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -48,16 +48,13 @@ class Source:
             raise SrmuError("a text source takes one of path (files) or dataset (a hub id)")
         if self.path and (self.name or self.revision or self.split != "train"):
             raise SrmuError(f"name, split and revision do not apply to the file {self.path}")
-        if self.template is None:
-            return
-        if self.column != "text":
+        if self.template is not None and self.column != "text":
             raise SrmuError(f"{self.place}: a text source takes one of column and template")
-        if not COLUMN.search(self.template):
+        if self.template is not None and not COLUMN.search(self.template):
             raise SrmuError(
-                f"{self.place}: template {self.template!r} has no column; name one in braces, like "
-                "'{question} {answer}'"
+                f"{self.place}: template {self.template!r} has no column; name one in braces: '{{question}} {{answer}}'"
             )
-        if self.wrap:
+        if self.template and self.wrap:
             raise SrmuError(f"{self.place}: wrap would part answers from their questions; leave out wrap or template")
 
     @property
@@ -86,7 +83,7 @@ class TemplatedText(str):
     start: int
 
 
-def read_texts(sources: Sequence[Source]) -> list[str]:
+def read_texts(sources: list[Source]) -> list[str]:
     """All texts of the sources, in order."""
     return [text for source in sources for text in read_counted(source)[0]]
 
@@ -197,8 +194,7 @@ def parse_file(path: Path, source: Source) -> Iterator[tuple[str, Any]]:
         if isinstance(listed, SrmuError):
             raise listed
         if not isinstance(listed, list):
-            wanted = ", ".join(map(repr, source.columns))
-            raise SrmuError(f"{path}: expected a list of texts or of objects with {wanted}")
+            raise SrmuError(f"{path}: expected a list of texts or of objects with {', '.join(source.columns)}")
         yield from number_rows(path, listed)
     elif suffix == ".csv":
         with path.open(encoding="utf-8-sig", newline="") as file:
@@ -210,8 +206,7 @@ def parse_file(path: Path, source: Source) -> Iterator[tuple[str, Any]]:
                         raise csv.Error("more fields than the first line names")
                     yield f"{path}:{reader.line_num}", row
             except csv.Error as error:
-                end = reader.reader.line_num  # also inside a row that does not end
-                raise SrmuError(f"{path}:{end}: not CSV: {error}") from None
+                raise SrmuError(f"{path}:{reader.reader.line_num}: not CSV: {error}") from None
     elif suffix == ".parquet":
         import pyarrow
         import pyarrow.parquet

@@ -95,9 +95,9 @@ def batch_rows(
 
 def pad_id(tokenizer: Any) -> int:
     """The id to pad with: the pad token's, else the eos token's, as padding is masked."""
-    known = [token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None]
-    if not known:
-        raise SrmuError(
-            "the tokenizer has neither a pad nor an eos token; set pad_token in the model's tokenizer_config.json"
-        )
-    return int(known[0])
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    raise SrmuError(
+        "the tokenizer has neither a pad nor an eos token; set pad_token in the model's tokenizer_config.json"
+    )

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from srmu.data.digest import digest_texts, name_key
+from srmu.data.digest import digest_texts, own_key
 from srmu.data.sources import Source, read_counted
 from srmu.data.tokens import MIN_TOKENS, batch_rows, encode_texts, wrap_texts
 from srmu.engine.batch import Batch
@@ -50,9 +50,14 @@ class TopicConfig(BaseModel):
 
 def load_topic(name: str, config: TopicConfig, tokenizer: Any, train: TrainOptions, seed: int) -> Topic:
     """Read, check, tokenise and batch one topic. SrmuError names the file and line at fault."""
-    parts, bad_rows = {}, {}
+    parts: dict[str, Parts] = {}
+    bad_rows: dict[str, int] = {}
     for role in ROLES:
-        parts[role], bad_rows[role] = read_role(config, role)
+        read = [(source, *read_counted(source)) for source in getattr(config, role)]
+        bad_rows[role] = sum(bad for _, _, bad in read)
+        texts = [text for _, part, _ in read for text in part]
+        held = {*split_held_out(texts, getattr(config, f"{role}_held_out"))[1]}
+        parts[role] = [(source, [text for text in part if text not in held]) for source, part, _ in read]
     forget, retain = ({text for _, texts in parts[role] for text in texts} for role in ROLES)
     if not forget:
         raise SrmuError(f"topic {name}: no forget texts; name topics.{name}.forget (--forget)")
@@ -67,19 +72,6 @@ def load_topic(name: str, config: TopicConfig, tokenizer: Any, train: TrainOptio
         batches[role], counts[role] = batch_role(topic, role, parts[role], length, tokenizer, train)
         counts[role]["bad_rows"] = bad_rows[role]
     return replace(topic, forget=batches["forget"], retain=batches["retain"], counts=counts)
-
-
-def read_role(config: TopicConfig, role: str) -> tuple[Parts, int]:
-    """The texts of each source, without those that are held out, and the number of rows left out."""
-    parts: Parts = []
-    bad_rows = 0
-    for source in getattr(config, role):
-        texts, bad = read_counted(source)
-        parts.append((source, texts))
-        bad_rows += bad
-    _, held = split_held_out([text for _, texts in parts for text in texts], getattr(config, f"{role}_held_out"))
-    left_out = {*held}
-    return [(source, [text for text in texts if text not in left_out]) for source, texts in parts], bad_rows
 
 
 def batch_role(
@@ -113,7 +105,7 @@ def batch_role(
         "too_short": short,
         "tokens": sum(map(len, ids)),
         "digest": digest_texts(texts),
-        "key": name_key(),
+        "key": hashlib.sha256(own_key()).hexdigest()[:16],  # tells whether two digests can be compared
     }
     return list(batch_rows(ids, tokenizer, train.batch_size, train.padding, before)), counts
 
