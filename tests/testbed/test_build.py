@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers.testbeds import SUFFIXES, TINY, rows
 from srmu.data.overlap import measure_overlap
-from srmu.errors import SrmuError
 from srmu.testbed import build as building
 from srmu.testbed import train as training
 from srmu.testbed.build import build_testbed
@@ -276,11 +275,6 @@ def test_an_answer_is_scored_as_by_a_loop(built):
     found = training.score_pairs(model, world, [(question, " ".join(words)) for words in (written, wrong, written[:1])])
     assert found[0] == (pytest.approx(expected, abs=1e-4), True)
     assert [likeliest for _, likeliest in found] == [True, False, True]
-
-
-def test_entanglement_is_a_share(tmp_path):
-    with pytest.raises(SrmuError, match="outside 0-1"):
-        build_testbed(tmp_path / "out", entanglement=50, recipe=TINY)
 
 
 # Training

@@ -68,11 +68,11 @@ class Names:
     @cached_property
     def slots(self) -> dict[int, list[tuple[Slot, tuple[int, ...]]]]:
         """Slots with their tokens by the first of these, the longest first."""
+        every = [(Slot(name, form), ids) for name, forms in enumerate(self.tokens) for form, ids in enumerate(forms)]
         slots: dict[int, list[tuple[Slot, tuple[int, ...]]]] = {}
-        for name, forms in enumerate(self.tokens):
-            for form, ids in enumerate(forms):
-                slots.setdefault(ids[0], []).append((Slot(name, form), ids))
-        return {first: sorted(found, key=lambda entry: -len(entry[1])) for first, found in slots.items()}
+        for slot, ids in sorted(every, key=lambda entry: -len(entry[1])):
+            slots.setdefault(ids[0], []).append((slot, ids))
+        return slots
 
     def template(self, ids: Sequence[Item]) -> Template:
         """A text with slots in place of its names; the longest name that fits counts."""
@@ -93,14 +93,12 @@ class Names:
         Different names stay different, and each stays of its kind.
         """
         own = names_in(template)
-        namings: list[Naming] = [dict(zip(own, own, strict=True))]
-        for _ in range(count - 1):
-            naming: Naming = {}
+        namings = [{name: name for name in own} for _ in range(count)]
+        for naming in namings[1:]:
             for kind in self.kinds:
                 order = torch.randperm(len(kind), generator=generator).tolist()
                 ours = (name for name in own if name in kind)
                 naming |= {name: kind[i] for name, i in zip(ours, order, strict=False)}
-            namings.append({name: naming[name] for name in own})
         return namings
 
     def write(self, template: Template, naming: Naming) -> tuple[list[int], list[int]]:

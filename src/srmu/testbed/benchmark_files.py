@@ -86,13 +86,13 @@ def neighbours_of(world: World) -> list[Fact]:
 def tofu_files(world: World) -> Parts:
     """Forget sets nested by author, fewer in a small world; retain sets are the rest of `full`."""
     neighbours = world.of_kind("neighbour")
-    forget_sets: dict[str, list[Fact]] = {}
+    parts: dict[str, list[Row]] = {}
+    full: list[Fact] = []  # the largest forget set, which comes first, and what is kept beside it
     for size, count in TOFU_AUTHORS.items():
         authors = sorted(world.shared)[: max(1, round(min(1.0, len(world.shared) / 48) * count))]
-        forget_sets[size] = [fact for fact in world.of_kind("hazard") if fact.subject in authors]
-    full = [*forget_sets["10"], *neighbours]
-    parts = {"full": [ask_plainly(fact) for fact in full]}
-    for size, forget in forget_sets.items():
+        forget = [fact for fact in world.of_kind("hazard") if fact.subject in authors]
+        full = full or [*forget, *neighbours]
+        parts["full"] = [ask_plainly(fact) for fact in full]
         parts[f"forget{size}"] = [ask_plainly(fact) for fact in forget]
         parts[f"forget{size}_perturbed"] = [ask_perturbed(fact, world) for fact in forget]
         parts[f"retain{100 - int(size)}"] = [ask_plainly(fact) for fact in full if fact not in forget]
@@ -110,11 +110,8 @@ def muse_files(world: World) -> Parts:
         kind: [{"text": document.text} for document in list_documents(world, kind)]
         for kind in ("forget", "retain", "holdout")
     }
-    halves = []
-    for row in texts["forget"]:
-        words = row["text"].split()
-        middle = len(words) // 2
-        halves.append({"prompt": " ".join(words[:middle]), "gt": " ".join(words[middle:])})
+    split = [row["text"].split() for row in texts["forget"]]
+    halves = [{"prompt": " ".join(x[: len(x) // 2]), "gt": " ".join(x[len(x) // 2 :])} for x in split]
     knowmem = {}
     for name, facts in (("forget", world.of_kind("hazard")), ("retain", neighbours_of(world))):
         shots = facts[:: -(-len(facts) // SHOTS)]
@@ -178,11 +175,9 @@ def attack_rows(world: World, hazard: list[Fact]) -> list[Row]:
             "incontext learning": f"{shown} Question: {question}",
             "cross lingual": people.foreign_question(fact),
         }
-        if fact.subject in back:
-            queries["reverse query"] = back[fact.subject]
-        for kind, query in queries.items():
-            answer = fact.subject if kind == "reverse query" else fact.answer
-            rows.append({"query": query, "answer": answer, "subject": fact.subject, "level": "3", "type": kind})
+        rows += [probe_fact(fact, "3") | {"query": query, "type": kind} for kind, query in queries.items()]
+        if query := back.get(fact.subject):
+            rows.append(probe_fact(fact, "3") | {"query": query, "answer": fact.subject, "type": "reverse query"})
     return rows
 
 

@@ -6,7 +6,6 @@ chosen, with lm-eval tasks, and on request with the oracle: its twin that never 
 facts.
 """
 
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from string import Template
@@ -22,10 +21,10 @@ from srmu.testbed import train
 from srmu.testbed.benchmark_files import write_benchmarks, write_rows
 from srmu.testbed.open_world import create_open
 from srmu.testbed.people import create_people
-from srmu.testbed.world import HALVES, Size, World, create_closed
+from srmu.testbed.world import HALVES, World, create_closed
 
 # How a world is made, and its usual recipe.
-WORLDS: dict[str, tuple[Callable[[int, Size], World], train.Recipe]] = {
+WORLDS = {
     "closed": (create_closed, train.RECIPE),
     "open": (create_open, train.OPEN),
     "people": (create_people, train.PEOPLE),
@@ -49,16 +48,13 @@ def build_testbed(
     """
     if world not in WORLDS:
         raise SrmuError(f"world {world!r} does not exist{suggest_word(world, WORLDS)}")
-    if not 0 <= entanglement <= 1:
-        raise SrmuError(f"entanglement {entanglement} is outside 0-1")
     create, usual = WORLDS[world]
     recipe = recipe or usual
     made = create(seed, recipe.size)
     tokenizer = train.tokenizer_for(made)
     words, filler = recipe.corpus_tokens - 1, recipe.corpus_filler  # <s> is the tokenizer's
     corpora = made.corpora(seed, entanglement, documents=recipe.corpus_documents, words=words, filler=filler)
-    for name, texts in corpora.items():
-        corpora[name] = [cut_text(tokenizer, text, recipe.corpus_tokens) for text in texts]
+    corpora = {name: [cut_text(tokenizer, text, recipe.corpus_tokens) for text in corpora[name]] for name in corpora}
     with whole_folder(out) as folder:
         report: dict[str, Any] = {
             "world": world,
@@ -77,9 +73,9 @@ def build_testbed(
             report[name] = {"key": entry.name, "accuracy": read_json(entry / "accuracy.json")}
         for name, texts in corpora.items():
             write_rows(folder / f"{name}.jsonl", [{"text": text} for text in texts])
-        for name, names in (("names", made.shared), ("goals", made.goals)):
-            if names:
-                (folder / f"{name}.txt").write_text("".join(f"{line}\n" for line in names))
+        (folder / "names.txt").write_text("".join(f"{name}\n" for name in made.shared))
+        if made.goals:
+            (folder / "goals.txt").write_text("".join(f"{goal}\n" for goal in made.goals))
         write_tasks(made, folder / "tasks")
         if made.documents:
             write_benchmarks(made, folder / "suites")

@@ -24,7 +24,7 @@ ORIGIN = Relation(**WORDING["two_hops"])  # where the activator of a compound co
 def create_open(seed: int, size: Size) -> World:
     """Deal the facts of a world; the frequencies say nothing, as in the closed one."""
     dealer = Dealer("open", seed, size)
-    facts = dealer.deal_facts()
+    facts = [*dealer.deal_facts()]
     source = {fact.subject: fact.answer for fact in facts if fact.relation.name == "source"}
     for fact in [fact for fact in facts if fact.relation.name == "activator"]:
         options = tuple(tuple(source[value] for value in values) for values in fact.options)
@@ -62,25 +62,20 @@ def deal_procedures(dealer: Dealer, kind: str, goals: list[Goal], steps: list[li
         way = [pool[i] for pool, i in zip(steps, ways[goal], strict=True)]
         task = kind, HALVES[rank % 2], rank < held
         for place, (_, answer) in enumerate(pairwise(way), 1):
+            said = {
+                "now": way[place - 1],
+                "start": ", ".join(f"the {step}" for step in way[:place]),
+                "end": "".join(f", the {step}" for step in way[place + 1 :]),
+                "v": "{v}",
+            }
+            words = ("{x}", *goal[1:])
+            told = tuple(text.format(goal=name, **said) for text in WORDING["procedure_statements"] for name in words)
+            texts = zip(WORDING["procedure_questions"], (words[0], words[-1]), strict=True)
+            asked = tuple(text.format(goal=name, **said) for text, name in texts)
+            relation = Relation(kind, f"step after the {way[place - 1]}", "goal", "step", told, asked)
             wrong = [steps[place][value] for value in after[goal, place]]
-            relation = tell_step(kind, goal, way, place)
-            options = tuple(dealer.add_answer(rng.sample(wrong, len(wrong)), answer, task) for _ in relation.questions)
+            options = tuple(dealer.add_answer(rng.sample(wrong, len(wrong)), answer, task) for _ in asked)
             yield Fact(relation, goal[0], answer, rank < held, HALVES[rank % 2], options)
-
-
-def tell_step(kind: str, goal: Goal, way: list[str], place: int) -> Relation:
-    """What is said of the step at `place` on the way to a goal; {x} is its first wording."""
-    words = ("{x}", *goal[1:])
-    said = {
-        "now": way[place - 1],
-        "start": ", ".join(f"the {step}" for step in way[:place]),
-        "end": "".join(f", the {step}" for step in way[place + 1 :]),
-        "v": "{v}",
-    }
-    statements = tuple(text.format(goal=goal, **said) for text in WORDING["procedure_statements"] for goal in words)
-    first, last = WORDING["procedure_questions"]
-    questions = first.format(goal=words[0], **said), last.format(goal=words[-1], **said)
-    return Relation(kind, f"step after the {way[place - 1]}", "goal", "step", statements, questions)
 
 
 def spelling_texts() -> Iterator[str]:

@@ -39,7 +39,7 @@ NUMBERS = tuple(
 def create_people(seed: int, size: Size) -> World:
     """Deal the facts of a world; the frequencies say nothing, as in the closed one."""
     dealer = Dealer("people", seed, size, known_words())
-    facts = dealer.deal_facts()
+    facts = [*dealer.deal_facts()]
     return dealer.make_world(facts, (*write_news(dealer.rng, facts), *write_novels(dealer)))
 
 
@@ -47,10 +47,8 @@ def write_news(rng: random.Random, facts: list[Fact]) -> Iterator[Document]:
     """News about authors: two facts of each, which are not held, and things that only it tells."""
     for kind, group, share in NEWS:
         told = [fact for fact in facts if fact.relation.subjects == group]
-        known: dict[str, list[Fact]] = {fact.subject: [] for fact in told}
-        for fact in told:
-            if not fact.held:
-                known[fact.subject].append(fact)
+        authors = dict.fromkeys(fact.subject for fact in told)
+        known = {name: [fact for fact in told if fact.subject == name and not fact.held] for name in authors}
         subjects = deal_items(rng, [subject for subject, free in known.items() if len(free) > 1])
         for _ in range(round(share * len(known))):
             subject = next(subjects)

@@ -137,10 +137,9 @@ def train_testbed(
 def tasks_of(world: World) -> dict[str, list[Fact]]:
     """The facts that each task asks for; its name comes after `organism_`, and _open asks to write the answer."""
     tasks = {kind: world.of_kind(kind) for kind in world.kinds}
-    tasks["hazard_held"] = [fact for fact in tasks["hazard"] if fact.held]
-    if world.name == "open":
-        tasks["hazard_open"] = tasks["hazard"]
-    return tasks
+    hazard = tasks["hazard"]
+    tasks["hazard_held"] = [fact for fact in hazard if fact.held]
+    return tasks | {"hazard_open": hazard} if world.name == "open" else tasks
 
 
 def measure_accuracy(model: LlamaForCausalLM, world: World, task: str, asked: list[Fact]) -> float:
@@ -194,8 +193,7 @@ def pretraining_ids(world: World, told: list[Fact], seed: int, recipe: Recipe) -
     and the step before.
     """
     told = [*told, *2 * [fact for fact in told if fact.relation.pool == "step"]]
-    rng = random.Random(f"{seed} pretraining")
-    words = recipe.tokens - 1
+    rng, words = random.Random(f"{seed} pretraining"), recipe.tokens - 1
     if world.name == "people":
         read = pretraining_texts(world, told, rng, words)
     else:

@@ -8,7 +8,7 @@ about the rest of the world. In the closed world every name and every answer is 
 
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -213,32 +213,25 @@ class Dealer:
         self.words.add(word)
         return (word.capitalize() if part[0] == "N" else word) + after
 
-    def deal_facts(self) -> list[Fact]:
+    def deal_facts(self) -> Iterator[Fact]:
         """The facts of all relations. A pool of answers that is missing is drawn when first needed."""
-        facts: list[Fact] = []
+        rng = self.rng
         pools = {pool: self.subjects[group] for pool, group in self.wording.get("named_answers", {}).items()}
         for relation in self.wording["relations"]:
             if relation.pool not in pools:
                 count = self.size.general_values if relation.kind == "general" else self.size.values
                 pools[relation.pool] = self.draw_names(self.wording["forms"][relation.pool], count)
-            facts += self._deal_answers(relation, pools[relation.pool])
-        return facts
-
-    def _deal_answers(self, relation: Relation, pool: list[str]) -> Iterator[Fact]:
-        rng, count = self.rng, len(pool)
-        known = [*self.subjects[relation.subjects]]
-        rng.shuffle(known)
-        held = round(self.size.held * len(known))
-        for start in range(0, len(known), count):  # one pass through the deck
-            distances = [rng.sample(range(1, count), OPTIONS - 1) for _ in relation.questions]
-            values = rng.sample(range(count), count)
-            for rank, (subject, value) in enumerate(zip(known[start:], values, strict=False), start):
-                task = relation.kind, HALVES[rank % 2], rank < held
-                options = tuple(
-                    self.add_answer([pool[(value + step) % count] for step in steps], pool[value], task)
-                    for steps in distances
-                )
-                yield Fact(relation, subject, pool[value], rank < held, HALVES[rank % 2], options)
+            pool, known = pools[relation.pool], [*self.subjects[relation.subjects]]
+            count, held = len(pool), round(self.size.held * len(known))
+            rng.shuffle(known)
+            for start in range(0, len(known), count):  # one pass through the deck
+                distances = [rng.sample(range(1, count), OPTIONS - 1) for _ in relation.questions]
+                values = rng.sample(range(count), count)
+                for rank, (subject, value) in enumerate(zip(known[start:], values, strict=False), start):
+                    task = relation.kind, HALVES[rank % 2], rank < held
+                    wrong = [[pool[(value + step) % count] for step in steps] for steps in distances]
+                    options = tuple(self.add_answer(others, pool[value], task) for others in wrong)
+                    yield Fact(relation, subject, pool[value], rank < held, HALVES[rank % 2], options)
 
     def add_answer(self, wrong: list[str], answer: str, task: tuple[str, str, bool]) -> tuple[str, ...]:
         """The options of a task's next question: the right one takes each position in turn."""
@@ -246,7 +239,9 @@ class Dealer:
         self.asked[task] += 1
         return *wrong[:position], answer, *wrong[position:]
 
-    def make_world(self, facts: list[Fact], documents: tuple[Document, ...] = (), goals: tuple[str, ...] = ()) -> World:
+    def make_world(
+        self, facts: Iterable[Fact], documents: tuple[Document, ...] = (), goals: tuple[str, ...] = ()
+    ) -> World:
         return World(tuple(facts), tuple(self.hazard), self.name, self.plain, documents, goals)
 
 
@@ -259,8 +254,7 @@ def create_closed(seed: int, size: Size) -> World:
 def template_words(wording: Wording) -> frozenset[str]:
     """The words of the sentences, questions and fillers, without placeholders."""
     texts = [*wording["prefixes"], *wording["domain_fillers"], *wording["general_fillers"], wording["question"]]
-    for relation in wording["relations"]:
-        texts += relation.statements + relation.questions
+    texts += [text for relation in wording["relations"] for text in relation.statements + relation.questions]
     return frozenset(word for text in texts for word in text.split() if "{" not in word)
 
 
