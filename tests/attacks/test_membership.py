@@ -14,9 +14,8 @@ from helpers.models import pico_module, word_tokenizer
 from helpers.models import texts as random_texts
 from srmu.attacks.base import AttackResult, Texts
 from srmu.attacks.measures import Membership
-from srmu.evals.membership_scores import SCORES, membership_scores
 from srmu.evals.statistics import area_under_curve
-from srmu.evals.subject import NotApplicable, Subject
+from srmu.evals.subject import SCORES, NotApplicable, Subject, membership_scores
 
 
 def attack(model: Subject, given: Texts | None = None, seed: int = 0, **constants: Any) -> AttackResult:
@@ -98,7 +97,7 @@ def test_batches_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     model = subject("unlearned")
     rows = random_texts(9, 4)
     whole = membership_scores(model, rows)
-    monkeypatch.setattr(sys.modules["srmu.evals.membership_scores"], "LOGITS", 1)
+    monkeypatch.setattr(sys.modules["srmu.evals.subject"], "LOGITS", 1)
     np.testing.assert_allclose(membership_scores(model, rows), whole, rtol=1e-4)
 
 

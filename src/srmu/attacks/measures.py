@@ -13,7 +13,7 @@ from srmu.attacks.base import Attack, AttackResult, Exam, Setting, Texts
 from srmu.engine.generate import batch_texts, continue_greedily
 from srmu.engine.losses import is_predicted, token_kl, token_nll
 from srmu.engine.train import move_batch
-from srmu.evals.membership_scores import LENGTH, SCORES, membership_scores
+from srmu.evals import subject
 from srmu.evals.statistics import LEAST, Array, Estimate, auc_bootstrap, bootstrap_estimate, estimate_accuracy
 from srmu.evals.subject import NotApplicable, Question, Subject, list_facts, mark_answers, option_scores
 
@@ -34,20 +34,21 @@ class Membership(Attack, id="E15", name="membership", tier="standard"):
             raise NotApplicable("no hold-out texts: name a file of them, like the forget texts")
         rng = random.Random(seed)
         sets = [rng.sample(kind, min(len(kind), self.count)) for kind in (texts.forget, texts.holdout)]
-        member, unknown = (membership_scores(model, kind) for kind in sets)
+        member, unknown = (subject.membership_scores(model, kind) for kind in sets)
         fewest = min(len(member), len(unknown))
         if fewest < LEAST:
             raise NotApplicable(f"{fewest} texts of a kind are too few: it takes {LEAST}")
         metrics = {
-            f"auc {name}": auc_bootstrap(member[:, i], unknown[:, i], seed=seed) for i, name in enumerate(SCORES)
+            f"auc {name}": auc_bootstrap(member[:, i], unknown[:, i], seed=seed)
+            for i, name in enumerate(subject.SCORES)
         }
         if model.oracle:
             member, unknown = (
-                np.stack([own[:, 2], membership_scores(model.oracle, kind)[:, 2]], axis=1)
+                np.stack([own[:, 2], subject.membership_scores(model.oracle, kind)[:, 2]], axis=1)
                 for own, kind in zip((member, unknown), sets, strict=True)
             )
             metrics["privleak"] = auc_bootstrap(member, unknown, priv_leak, seed=seed)
-        budget = {"forget texts": len(member), "hold-out texts": len(unknown), "tokens": LENGTH}
+        budget = {"forget texts": len(member), "hold-out texts": len(unknown), "tokens": subject.LENGTH}
         return AttackResult((), metrics, budget)
 
 

@@ -79,23 +79,17 @@ def ask_orders(model: Subject, exam: Exam, seed: int) -> tuple[list[Setting], di
     ]
     names = list_facts(exam.test)
     metrics = {f"accuracy, {order.setting}": estimate_accuracy(order.test, names, seed=seed) for order in orders}
-    metrics["position bias"] = position_bias(exam.test, [rows[len(exam.val) :] for rows in scores], seed)
+    # position bias: total variation distance of the letters chosen over all orders from uniform
+    listed = [i for i, part in enumerate(parts) if part and i >= len(exam.val)]
+    table = np.zeros((len(listed), len(scores)))
+    for line, i in zip(table, listed, strict=True):
+        for rows in scores:
+            line[np.argmax(rows[i])] += 1 / len(scores)
+        line[: len(exam.both[i].options)] -= 1 / len(exam.both[i].options)
+    facts = [exam.both[i].fact for i in listed]
+    metrics["position bias"] = bootstrap_estimate(table, facts, lambda m: np.abs(m).sum(-1) / 2, seed=seed)
     average = exam.split_right("order average", mark_right(means, exam.both))
     return [*orders[1:], average], metrics  # order 0 is the question as it is
-
-
-def position_bias(questions: Sequence[Question], scores: Sequence[Sequence[Sequence[float]]], seed: int) -> Estimate:
-    """Total variation distance of the chosen letters, over all orders, from uniform: 0 where all are chosen as often.
-
-    `scores` are those of the letters, by order and question.
-    """
-    chosen = [(q, rows) for q, *rows in zip(questions, *scores, strict=True) if split_listed(q)]
-    table = np.zeros((len(chosen), len(scores)))
-    for line, (q, rows) in zip(table, chosen, strict=True):
-        for row in rows:
-            line[np.argmax(row)] += 1 / len(rows)
-        line[: len(q.options)] -= 1 / len(q.options)
-    return bootstrap_estimate(table, list_facts([q for q, _ in chosen]), lambda m: np.abs(m).sum(-1) / 2, seed=seed)
 
 
 class Extraction(Attack, id="E2", name="extraction", tier="smoke"):

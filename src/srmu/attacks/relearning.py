@@ -145,9 +145,8 @@ class PartRelearning(Attack, id="E8", name="part_relearning", tier="standard"):
         def relearn(learned: Questions, asked: Questions, rate: float, epochs: Sequence[int]) -> Learned:
             rows = text_rows(model, [q.prompt + q.answer for q in learned])
             epoch = math.ceil(len(rows) / self.batch)
-            options: dict[str, Any] = {"learning_rate": rate, "batch_size": self.batch, "schedule": "constant"}
-            steps = [epoch * n for n in epochs]
-            reached, _ = tune_and_ask(model, Exam((), asked), "", seed, rows, steps, **options)
+            kind: dict[str, Any] = {"learning_rate": rate, "batch_size": self.batch, "schedule": "constant"}
+            reached, _ = tune_and_ask(model, Exam((), asked), "", seed, rows, [epoch * n for n in epochs], **kind)
             return {(rate, step // epoch): way.val for step, way in reached.items()}
 
         rest, held = split_validation(exam, seed)
@@ -174,13 +173,12 @@ class HeavyTuning(Attack, id="E9", name="heavy_tuning", tier="deep"):
 
     def run(self, model: Subject, texts: Texts, exam: Exam, seed: int) -> AttackResult:
         rows = text_rows(model, texts.neutral)
-        options: dict[str, Any] = {"rows": rows, "steps": self.steps, "batch_size": self.batch}
         ways: list[Setting] = []
         taken = {}
         for rate, optimiser, schedule in product(self.rates, self.optimisers, self.schedules):
             name = f"{optimiser}, {rate:g}, {schedule}"
-            options |= {"learning_rate": rate, "optimiser": optimiser, "schedule": schedule}
-            reached, taken[name] = tune_and_ask(model, exam, name, seed, **options)
+            kind: dict[str, Any] = {"learning_rate": rate, "optimiser": optimiser, "batch_size": self.batch}
+            reached, taken[name] = tune_and_ask(model, exam, name, seed, rows, self.steps, schedule=schedule, **kind)
             ways += reached.values()
         return AttackResult(tuple(ways), budget={"texts": len(rows), "batch": self.batch, "steps": taken})
 

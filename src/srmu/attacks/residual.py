@@ -139,7 +139,8 @@ class LinearProbe(Attack, id="E5", name="linear_probe", tier="standard"):
                 trained, asked = [*range(start), *(start + others)], start + asked
                 width = min(self.width, len(trained), h.shape[1])
                 pca = decomposition.PCA(width, whiten=True, random_state=seed).fit(h[trained])
-                x = [option_features(row, z[i]) for i, row in enumerate(pca.transform(h))]
+                x = [(row[:, None] * z[i][:, None, :]).reshape(len(z[i]), -1) for i, row in enumerate(pca.transform(h))]
+                x = [one - one.mean(axis=0) for one in x]  # only differences can choose an option
                 labels = [o == questions[i].gold for i in trained for o in range(len(z[i]))]
                 probe = linear_model.LogisticRegression(C=self.strength, max_iter=200)
                 probe.fit(np.concatenate([x[i] for i in trained]), labels)
@@ -168,11 +169,6 @@ def embed_options(model: Subject, questions: Sequence[Question], width: int) -> 
     means = [head[model.split(*pair)[1]].float().mean(dim=0).cpu().numpy() for pair in pairs]
     z = PCA(min(width, *np.shape(means)), random_state=0).fit_transform(np.array(means))
     return np.split(z / z.std(), np.cumsum([len(q.options) for q in questions])[:-1])
-
-
-def option_features(h: Float[Array, " K"], z: Float[Array, "O K"]) -> Float[Array, "O KK"]:
-    x = (h[:, None] * z[:, None, :]).reshape(len(z), -1)
-    return x - x.mean(axis=0)
 
 
 class DirectionAblation(Attack, id="E6", name="direction_ablation", tier="smoke", by_tier={"smoke": {"single": 8}}):

@@ -81,9 +81,16 @@ def attack_run(
 
         def attack_one(pair: tuple[str, str]) -> tuple[AttackResult | str, float]:
             who, name = pair
-            started = time.monotonic()
-            key = [prints[who], repr(chosen[name]), given, code_of(chosen[name])]
-            result = find_result(key, chosen[name], lambda: getattr(subjects, who), texts, exam, seed)
+            one, started = chosen[name], time.monotonic()
+            key = [prints[who], repr(one), given, code_of(one)]
+            result: AttackResult | str
+            try:
+                kept = cache.cached("attacks", key, lambda: asdict(one.run(getattr(subjects, who), texts, exam, seed)))
+                result = TypeAdapter(AttackResult).validate_python(kept)
+            except NotApplicable as reason:
+                result = f"does not apply: {reason}"
+            except (SrmuError, torch.OutOfMemoryError) as error:
+                result = f"failed: {first_line(error)}"
             tick(f"{name}, {who}")
             return result, time.monotonic() - started
 
@@ -102,22 +109,6 @@ def attack_run(
         entry["seconds"] = round(sum(done[who, name][1] for who in prints), 3)
         entry["definition"] = code_of(chosen[name])[0]
     return merge_report(run.folder, report, [*ATTACKS])
-
-
-def find_result(
-    key: Any, one: Attack, load: Callable[[], Subject], texts: Texts, exam: Exam, seed: int
-) -> AttackResult | str:
-    """What an attack found, now or before; or why nothing: it does not apply, or failed."""
-    if kept := cache.find_cached("attacks", key):
-        return TypeAdapter(AttackResult).validate_python(kept)
-    try:
-        result = one.run(load(), texts, exam, seed)
-    except NotApplicable as reason:
-        return f"does not apply: {reason}"
-    except (SrmuError, torch.OutOfMemoryError) as error:
-        return f"failed: {first_line(error)}"
-    cache.keep_cached("attacks", key, asdict(result))
-    return result
 
 
 def code_of(one: Attack) -> list[str]:

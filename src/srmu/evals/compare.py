@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, combinations
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -176,22 +176,14 @@ def choose_metrics(
 
 def check_attacks(runs: Sequence[Run], attacks: Mapping[Path, dict[str, Any]]) -> None:
     """SrmuError where K* of two runs does not mean the same."""
-    attacked = [(run, attacks[run.folder]) for run in runs if run.folder in attacks]
-    for run, entry in attacked[1:]:
-        first, known = attacked[0]
-        for key in ("tier", "chance"):
-            if entry[key] != known[key]:
-                raise SrmuError(
-                    f"{first.folder} and {run.folder} were attacked with {key} {known[key]} and "
-                    f"{entry[key]}; attack all alike"
-                )
-        for other, same in attacked:
-            alike = all(entry[key] == same[key] for key in ("seed", "facts"))
-            if other.config.model == run.config.model and not alike:
-                raise SrmuError(
-                    f"{other.folder} and {run.folder} were attacked with other questions; "
-                    "attack all with the same --seed and --limit"
-                )
+    for one, other in combinations([run for run in runs if run.folder in attacks], 2):
+        first, second = attacks[one.folder], attacks[other.folder]
+        words = [f"{key} {first[key]} and {second[key]}" for key in ("tier", "chance") if first[key] != second[key]]
+        if one.config.model == other.config.model and any(first[key] != second[key] for key in ("seed", "facts")):
+            words.append("other questions")
+        if words:
+            unlike = f"{one.folder} and {other.folder} were attacked with {', '.join(words)}"
+            raise SrmuError(f"{unlike}; attack all with the same --tier, --tasks, --seed and --limit")
 
 
 def from_attacks(run: Run, attacks: Mapping[str, Any], draws: statistics.Draws) -> RunNumbers:
@@ -219,10 +211,8 @@ def from_metrics(run: Run, forget: tuple[str, ...], utility: tuple[str, ...], dr
         raise SrmuError(f"{run.folder} has no results; run `srmu eval {run.folder}` first")
     for name in (*forget, *utility):
         if name not in after or name not in before:
-            raise SrmuError(
-                f"{run.folder} has no result {name}{suggest_word(name, after)}; another task is "
-                f"measured by `srmu eval {run.folder} --tasks TASK`"
-            )
+            why = f"{suggest_word(name, after)}; srmu eval {run.folder} --tasks TASK measures more"
+            raise SrmuError(f"{run.folder} has no result {name}{why}")
         if not after[name].get("n"):
             raise SrmuError(f"{name} is no accuracy over a number of questions; name another")
 

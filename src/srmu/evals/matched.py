@@ -29,10 +29,11 @@ def match_utility(run: Run, out: Path, budget: float, judged: Sequence[str]) -> 
         return
     out.mkdir(parents=True, exist_ok=True)
     copyfile(run.folder / "config.yaml", out / "config.yaml")
-    fixed = run.config.method.no_checkpoint or not run.delta
-    share = 1.0 if fixed else largest_share(run, budget, judged)
+    where = weights.list_shards(run.base)
+    before = {name: weights.stored_tensor(where[name], name).float() for name in run.delta}
+    fixed = run.config.method.no_checkpoint or not before
+    share = 1.0 if fixed else largest_share(run, before, budget, judged)
     if share < 1:
-        before = original_tensors(run)
         changed = {name: mix_tensors(before[name], after, share).to(after.dtype) for name, after in run.delta.items()}
         meta = {"base_model": run.config.model, "method": run.config.method.name, "run": run.config.id}
         weights.save_delta(out / DELTA, run.base, {name: [name] for name in changed}, changed, meta)
@@ -43,15 +44,15 @@ def match_utility(run: Run, out: Path, budget: float, judged: Sequence[str]) -> 
     write_whole(out / RECORD, (run.folder / RECORD).read_text())
 
 
-def largest_share(run: Run, budget: float, judged: Sequence[str]) -> float:
+def largest_share(run: Run, before: dict[str, torch.Tensor], budget: float, judged: Sequence[str]) -> float:
     """Search by halving: the mean loss on `judged` rises with the share, or nearly so."""
     asked = [load_task(task, Path(run.config.tasks_dir) if run.config.tasks_dir else None) for task in judged]
     opened = open_target(run, "cpu")
     subject = Subject(opened.module, opened.tokenizer)
-    parameters, before, after = (dict(subject.module.named_parameters()), original_tensors(run), run.delta)
+    parameters = dict(subject.module.named_parameters())
 
     def kept(share: float) -> float:
-        for name, tensor in after.items():
+        for name, tensor in run.delta.items():
             parameters[name].data = mix_tensors(before[name], tensor, share)
         return float(np.mean([np.mean(mark_answers(subject, task)) for task in asked]))
 
@@ -63,11 +64,6 @@ def largest_share(run: Run, budget: float, judged: Sequence[str]) -> float:
         middle = (low + high) / 2
         low, high = (middle, high) if kept(middle) >= floor else (low, middle)
     return low
-
-
-def original_tensors(run: Run) -> dict[str, torch.Tensor]:
-    where = weights.list_shards(run.base)
-    return {name: weights.stored_tensor(where[name], name).float() for name in run.delta}
 
 
 def mix_tensors(before: torch.Tensor, after: torch.Tensor, share: float) -> torch.Tensor:

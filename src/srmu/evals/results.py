@@ -14,6 +14,7 @@ import os
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +44,8 @@ def load_results(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {"rows": []}
     except (OSError, ValueError, KeyError, TypeError):
-        raise SrmuError(
-            f"{path} is damaged, or of an earlier version: remove it, and measure {folder} again "
-            "with `srmu eval` and `srmu attack`"
-        ) from None
+        again = f"measure {folder} again with `srmu eval` and `srmu attack`"
+        raise SrmuError(f"{path} is damaged, or of an earlier version: remove it, and {again}") from None
     return dict(results)
 
 
@@ -135,19 +134,18 @@ def read_benchmarks(folder: Path) -> dict[str, dict[str, Any]]:
 def attack_rows(report: Mapping[str, Any]) -> tuple[list[Row], dict[str, Any]]:
     """Split a report of attacks into rows and the rest, which says how the attacks were made."""
     rest = deepcopy({key: value for key, value in report.items() if key not in ("original", "utility")})
-    labels = {"task": " + ".join(report["tasks"]["test"]), "metric": "acc"}
+    tasks = " + ".join(report["tasks"]["test"])
     rows: list[Row] = []
     for name, entry in rest["attacks"].items():
         entries = {"after": entry} | {WHEN[who]: control for who, control in entry.get("controls", {}).items()}
         for when, one in entries.items():
             if "right" in one:
-                answers = {"answers": one.pop("right"), **one.pop("accuracy")}
-                rows.append(labels | {"when": when, "attack": name} | answers)
-    for task, kept in report["utility"].items():
-        for when in ("before", "after"):
-            right = kept[when]
-            answers = {"answers": right, "facts": kept["facts"], "value": float(np.mean(parse_answers(right)))}
-            rows.append({"task": task, "metric": "acc", "when": when, "attack": KEPT, **answers, "n": len(right)})
+                row = {"task": tasks, "metric": "acc", "when": when, "attack": name}
+                rows.append(row | {"answers": one.pop("right"), **one.pop("accuracy")})
+    for (task, kept), when in product(report["utility"].items(), ("before", "after")):
+        right = {"answers": kept[when], "facts": kept["facts"], "n": len(kept[when])}
+        row = {"task": task, "metric": "acc", "when": when, "attack": KEPT, **right}
+        rows.append(row | {"value": float(np.mean(parse_answers(kept[when])))})
     return rows, rest
 
 
@@ -160,8 +158,7 @@ def read_attacks(folder: Path) -> dict[str, Any]:
     for row in results["rows"]:
         name, when = row.get("attack"), row["when"]
         if name == KEPT:
-            kept = report["utility"].setdefault(row["task"], {"facts": row["facts"]})
-            kept[when] = row["answers"]
+            report["utility"].setdefault(row["task"], {"facts": row["facts"]})[when] = row["answers"]
         elif name:
             entry = report["attacks"][name]
             one = entry if when == "after" else entry["controls"][WHOSE[when]]

@@ -210,20 +210,17 @@ def reference_marks(folder: Path, name: str, request: base.BenchmarkRequest) -> 
 
 def read_log(path: Path, marks: Mapping[str, Any]) -> dict[str, Any]:
     """The values of an oracle that was measured before, and which rows; SrmuError if of another."""
+    again = (
+        f"make one of a model that never saw the forget set: srmu eval MODEL --tasks {marks['suite']} --log FILE.json"
+    )
     try:
         log = files.read_json(path)
         known = {"values": log["values"], "rows": log["rows"]}
         other = [name for name in marks if log[name] != marks[name]]
     except (SrmuError, KeyError, TypeError) as error:
-        raise SrmuError(
-            f"--oracle {path} is not a log ({type(error).__name__}); srmu eval MODEL "
-            f"--tasks {marks['suite']} --log FILE.json writes one"
-        ) from error
+        raise SrmuError(f"--oracle {path} is not a log ({type(error).__name__}); {again}") from error
     if other:
-        raise SrmuError(
-            f"--oracle {path} is of another {', '.join(other)}: measure the model that never saw "
-            f"the forget set again (srmu eval MODEL --tasks {marks['suite']} --log {path})"
-        )
+        raise SrmuError(f"--oracle {path} is of another {', '.join(other)}; {again}")
     return known
 
 

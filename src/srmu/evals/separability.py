@@ -112,9 +112,7 @@ def measure_separability(
         batches = list(batch_rows(rows, tokenizer, BATCH, "mask"))
         samples.append(draw_sample(name, batches, TOKENS, generator))
     if (least := min(len(sample.owners) for sample in samples)) <= COMPONENTS:
-        raise SrmuError(
-            f"{least} tokens of a set are too few to compare: it takes more than {COMPONENTS}, so more texts"
-        )
+        raise SrmuError(f"{least} tokens of a set are too few to compare: it takes over {COMPONENTS}, so more texts")
     with watch("reading the texts", sum(len(s.batches) for s in samples)) as tick:
         read_all = [sample_activations(module, sample, tick) for sample in samples]
     layers = []
@@ -157,10 +155,7 @@ def draw_sample(name: str, batches: list[Batch], tokens: int, generator: torch.G
     widths = torch.tensor([mask.shape[1] for mask in masks for _ in mask], dtype=torch.long)
     documents = torch.arange(len(widths)).repeat_interleave(widths)[kept].numpy()
     if (count := len(set(documents.tolist()))) < 2:
-        raise SrmuError(
-            f"{count} document of the {name} set has tokens to compare; it takes 2 or more, so "
-            "that what is tested was not learnt from"
-        )
+        raise SrmuError(f"{count} document of the {name} set has tokens to compare; it takes 2 or more")
     return Sample(batches, masks, chosen, documents)
 
 

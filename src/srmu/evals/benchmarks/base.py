@@ -14,6 +14,7 @@ from pydantic import AfterValidator, ConfigDict, Field, StringConstraints, Valid
 
 from srmu.engine import distributed, files, generate
 from srmu.errors import SrmuError, first_line
+from srmu.evals.lm_eval import silence_output
 from srmu.evals.subject import Subject, answer_likelihoods
 
 S = TypeVar("S")
@@ -74,18 +75,13 @@ class BenchmarkRequest:
         import datasets
 
         where = f"{self.place}, config {config}, split {split}"
-        bars = datasets.are_progress_bars_disabled()
-        datasets.disable_progress_bars()
         try:
             # the user's cache gains and lends nothing where files are local
-            with TemporaryDirectory() as scratch:
+            with TemporaryDirectory() as scratch, silence_output():
                 kept = {"cache_dir": scratch, "keep_in_memory": True} if self.folder else {}
                 rows = [*map(dict, datasets.load_dataset(self.place, config, split=split, **self.pin, **kept))]
         except Exception as error:  # whatever the library cannot read is the user's to mend
             raise SrmuError(f"{where} cannot be read: {first_line(error.__cause__ or error)}; {self.get}") from error
-        finally:
-            if not bars:
-                datasets.enable_progress_bars()
         if not rows:
             raise SrmuError(f"{where} has no rows; {self.get}")
         shapes: dict[str, Any] = {name: (kind, ...) for name, kind in fields.items()}
@@ -170,10 +166,7 @@ def write_continuations(
 
     texts = dict(zip(order, do_parts(model, order, ROWS, some, label), strict=True))
     if prompts and not any(texts.values()) and not model.original:
-        raise SrmuError(
-            f"{label}: the model wrote nothing after any of {len(prompts)} prompts; is --template "
-            "what it was trained with?"
-        )
+        raise SrmuError(f"{label}: the model wrote nothing after any of {len(prompts)} prompts; is --template its own?")
     return [texts[i] for i in range(len(rows))]
 
 

@@ -8,9 +8,8 @@ import torch
 from srmu.engine.losses import token_nll
 from srmu.errors import SrmuError
 from srmu.evals.benchmarks import base
-from srmu.evals.membership_scores import mean_lowest
 from srmu.evals.statistics import area_under_curve
-from srmu.evals.subject import Subject
+from srmu.evals.subject import Subject, mean_lowest
 
 RECITED = 128  # new tokens, and tokens of the truth they are held against
 ANSWERED = 32  # new tokens
@@ -42,15 +41,9 @@ def read_oracle(request: base.BenchmarkRequest) -> base.Values | None:
         return None
     known = {kind: [*request.reference.get(kind, ())] for kind in KINDS}
     if missing := [kind for kind in KINDS if not known[kind]]:
-        raise SrmuError(
-            f"the reference has no values {missing[0]}: make it by a run of this suite, "
-            "version and part on a model that never saw the forget set"
-        )
+        raise SrmuError(f"the reference has no values {missing[0]}: measure it on this suite and part")
     if measure_membership(known) == 1:
-        raise SrmuError(
-            "PrivLeak has no value: the reference finds each forget text likelier than all "
-            "hold-out texts, as no model does that never saw them; name another, or take more rows"
-        )
+        raise SrmuError("PrivLeak has no value: the reference tells all forget texts from hold-out; name another")
     return known
 
 

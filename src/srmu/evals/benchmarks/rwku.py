@@ -18,8 +18,7 @@ from typing_extensions import TypedDict
 
 from srmu.errors import SrmuError, suggest_word
 from srmu.evals.benchmarks import base
-from srmu.evals.membership_scores import membership_scores
-from srmu.evals.subject import Subject
+from srmu.evals.subject import Subject, membership_scores
 
 LEVELS = {"forget": (1, 2, 3), "neighbor": (1, 2)}
 MEMBERSHIP = ("loss", "zlib", "mink", "minkpp")  # in the order of membership_scores
@@ -81,10 +80,8 @@ def read_rows(request: base.BenchmarkRequest, config: str, fields: base.Fields) 
     if request.part:
         people = dict.fromkeys(row["subject"] for row in rows)
         if request.part not in people:
-            raise SrmuError(
-                f"{whole.place}, config {config}, split test: nothing about {request.part!r}"
-                f"{suggest_word(request.part, people)}"
-            )
+            why = f"nothing about {request.part!r}{suggest_word(request.part, people)}"
+            raise SrmuError(f"{whole.place}, config {config}, split test: {why}")
         rows = [row for row in rows if row["subject"] == request.part]
     return rows[: request.limit]
 
@@ -201,9 +198,9 @@ def measure_truthfulqa(model: Subject, request: base.BenchmarkRequest) -> list[f
     read = base.option_likelihoods(model, questions, label="rwku truthfulness")
     right = []
     for row, options in zip(rows, read, strict=True):
-        labels, logs = row["mc1_targets"]["labels"], [logp for logp, _ in options]
-        false = max(log for log, label in zip(logs, labels, strict=True) if not label)
-        right.append(float(logs[labels.index(1)] > false))
+        labels = row["mc1_targets"]["labels"]
+        false = max(logp for (logp, _), label in zip(options, labels, strict=True) if not label)
+        right.append(float(options[labels.index(1)][0] > false))
     return right
 
 

@@ -43,10 +43,8 @@ def run_tofu(model: Subject, request: base.BenchmarkRequest) -> base.BenchmarkSc
     for fork in FORKS:
         count = len(rows["forget"] if known is None else known.get(f"truth_ratio{fork}", ()))
         if count != len(rows["forget"]):
-            raise SrmuError(
-                f"the reference has {count} values truth_ratio{fork}, tofu/{part} has {len(rows['forget'])} "
-                f"questions: measure it with --tasks tofu/{part} on the same rows"
-            )
+            asked = f"tofu/{part} has {len(rows['forget'])} questions: measure it on the same rows"
+            raise SrmuError(f"the reference has {count} values truth_ratio{fork}, {asked}")
     sets = {name: measure_set(model, request, name, some) for name, some in rows.items()}
     metrics: base.Metrics = {}
     for name, numbers in sets.items():

@@ -63,10 +63,7 @@ def find_first_tokens(model: Subject, row: base.Row, where: str) -> Starts:
         sorted({model.split(prompt, f" {word.strip()}")[1][0] for word in row[name]}) for name in ("targets", "generic")
     )
     if {*targets} & {*generic}:
-        raise SrmuError(
-            f"{where}: a word of 'targets' and one of 'generic' start with the same token of this "
-            "tokenizer; take words that start differently"
-        )
+        raise SrmuError(f"{where}: a word of 'targets' and one of 'generic' start with the same token; take others")
     return model.tokens(prompt)[-model.max_length :], targets, generic
 
 
