@@ -183,8 +183,9 @@ def draw_attacks(pairs: Sequence[tuple[RunGroup, Recovery]], labels: Sequence[st
             marks = [{ACCURACY: value, "attack": name} for name, value in known.items()]
             series += [Series(who, marks, make_look(colour, symbol, size=9))] if marks else []
     title, order = "Accuracy under each attack", {"categoryarray": names}
-    figure = draw_figure(title, series, ACCURACY, "attack", x_axis=PERCENT, y_axis=order)
+    figure = draw_figure(title, series, ACCURACY, "attack", x_axis={**PERCENT, "title": "accuracy"}, y_axis=order)
     mark_value(figure, "chance", x=pairs[0][1].chance)
+    figure.plot.update_annotations(y=1, yanchor="top")  # the lowest rows lie near chance
     return figure
 
 
