@@ -62,9 +62,7 @@ class Clock:
 
     def __call__(self) -> float:
         before, self.last = self.last, self._now()
-        if self.device != "cuda":
-            return self.last - before
-        return before.elapsed_time(self.last) / 1000
+        return before.elapsed_time(self.last) / 1000 if self.device == "cuda" else self.last - before
 
 
 def reference(
@@ -165,20 +163,19 @@ def flops(shape: str, tokens: int) -> dict[str, float]:
     c = config_of(shape)
     d, f, layers = c.hidden_size, c.intermediate_size, c.num_hidden_layers
     k = c.num_key_value_heads * d // c.num_attention_heads
-    a, g, down, head, s = 4 * d * d + 4 * d * k, 4 * d * f, 2 * d * f, 2 * d * c.vocab_size, 0
+    a, g, down, head = 4 * d * d + 4 * d * k, 4 * d * f, 2 * d * f, 2 * d * c.vocab_size
     s = 4 * tokens * d  # scores and values of attention, dense
     p = a + s + g + down
     forget = retain = BATCH * tokens
     both = forget + retain
     back = both * (WINDOW * down + (LAYER - FIRST) * (a + g + down + 2 * s))
-    trial = both * (LAYER - FIRST + 1) * p + back
     return {
         "reference": (forget + 2 * retain) * (layers * p + head)
         + both * (LAYER + 1) * (2 * a + 2 * g + 2 * down + 2 * s),
         "+ freeze": (forget + 2 * retain) * (layers * p + head) + back,
         "+ depth": (forget + 2 * retain) * (LAYER + 1) * p + back,
         "+ share": both * (LAYER + 1) * p + retain * (LAYER - FIRST + 1) * p + back,
-        "cached trial": trial,
+        "cached trial": both * (LAYER - FIRST + 1) * p + back,
         "floor": both * (down + (LAYER - FIRST) * p) + back,
     }
 
@@ -225,14 +222,11 @@ def ladder(arguments: argparse.Namespace) -> None:
             speeds.append(matmul_speed(arguments.shape, arguments.tokens, dtype, arguments.device))
         speed = sorted(speeds)[len(speeds) // 2]
         floor = work["floor"] / speed
-        print(
-            f"{arguments.shape}, {arguments.dtype}, {arguments.device}, layer {LAYER} of 32, "
-            f"{BATCH} x {arguments.tokens} + {BATCH} x {arguments.tokens} tokens, "
-            f"{torch.get_num_threads()} thread; "
-            f"matmul {speed / 1e9:.0f} GFLOP/s ({min(speeds) / 1e9:.0f}-{max(speeds) / 1e9:.0f}); "
-            f"floor {work['floor'] / 1e12:.3f} TFLOP, {floor:.3g} s"
-        )
-        print("")
+        size = f"{BATCH} x {arguments.tokens} + {BATCH} x {arguments.tokens} tokens"
+        print(f"{arguments.shape}, {arguments.dtype}, {arguments.device}, layer {LAYER} of 32, {size},", end=" ")
+        print(f"{torch.get_num_threads()} thread; matmul {speed / 1e9:.0f} GFLOP/s", end=" ")
+        print(f"({min(speeds) / 1e9:.0f}-{max(speeds) / 1e9:.0f});", end=" ")
+        print(f"floor {work['floor'] / 1e12:.3f} TFLOP, {floor:.3g} s\n")
         print("| | TFLOP | s/step | times faster | / floor | private GB | resident GB | same bits |")
         print("|---|---|---|---|---|---|---|---|")
         for rung in RUNGS:
@@ -243,7 +237,7 @@ def ladder(arguments: argparse.Namespace) -> None:
                 f"| {held['private'] / 1e9:.2f} | {held['resident'] / 1e9:.2f} "
                 f"| {'yes' if same[rung] else 'NO'} |"
             )
-        print("")
+        print()
 
 
 def main() -> None:

@@ -1,16 +1,14 @@
 """Time of an evaluation: srmu against plain lm-eval, in turn, on the same questions.
 
-    python benchmarks/evals.py [--small]
+    python benchmarks/evals.py
 
 Three cases: questions like the testbed's on a model of its shape; options of several words after a
 paragraph, on the same model; and questions of 60 to 200 tokens with options A to D on a model of
-1.08 billion parameters (with --small, a fiftieth). Weights are random. Tokens read are set against
-those of the distinct inputs without padding: under 1 where a shared start is read once.
+1.08 billion parameters. Weights are random. Tokens read are set against those of the distinct inputs
+without padding: under 1 where a shared start is read once.
 """
 
-import argparse
 import io
-import json
 import logging
 import os
 import random
@@ -29,24 +27,13 @@ import torch
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedTokenizerFast
+from shapes import config_of, word_tokenizer, write_task
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from srmu.evals import lm_eval
 from srmu.evals.harness import Harness
 
 BATCH = 64
-YAML = """task: quiz
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {file}}}}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{question}}}}"
-doc_to_choice: "{{{{options}}}}"
-doc_to_target: answer
-metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
-metadata: {{version: 1.0}}
-"""
 TEMPLATES = (
     "which river runs through {}",
     "what do the bridges in {} cross",
@@ -58,14 +45,6 @@ TEMPLATES = (
 TESTBED = LlamaConfig(
     vocab_size=715, hidden_size=256, intermediate_size=640, num_hidden_layers=6,
     num_attention_heads=4,
-)  # fmt: skip
-BILLION = MistralConfig(
-    vocab_size=32000, hidden_size=1536, intermediate_size=5376, num_hidden_layers=32,
-    num_attention_heads=12, num_key_value_heads=3, max_position_embeddings=2048,
-)  # fmt: skip
-FIFTIETH = MistralConfig(
-    vocab_size=32000, hidden_size=192, intermediate_size=672, num_hidden_layers=16,
-    num_attention_heads=6, num_key_value_heads=3, max_position_embeddings=2048,
 )  # fmt: skip
 
 
@@ -82,9 +61,7 @@ def build(config: Any, dtype: torch.dtype) -> tuple[Any, Any]:
     known = ["<eos>", "<unk>", *"ABCD?:", "question", "answer"]
     known += sorted({word for text in TEMPLATES for word in text.split()})
     known += [f"w{i}" for i in range(config.vocab_size - len(known))]
-    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(known)}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return model, PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>")
+    return model, word_tokenizer(known, eos_token="<eos>")
 
 
 def questions(kind: str, count: int, words: int) -> list[dict[str, Any]]:
@@ -127,9 +104,7 @@ def compare(label: str, config: Any, kind: str, count: int, rounds: int) -> None
 
     with TemporaryDirectory() as folder:
         tasks = Path(folder)
-        rows = questions(kind, count, config.vocab_size - 50)
-        (tasks / "quiz.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        (tasks / "quiz.yaml").write_text(YAML.format(file=tasks / "quiz.jsonl"))
+        write_task(tasks, questions(kind, count, config.vocab_size - 50))
 
         def plain(limit: int | None = None) -> float:
             manager = TaskManager(include_defaults=False, include_path=folder)
@@ -164,10 +139,8 @@ def compare(label: str, config: Any, kind: str, count: int, rounds: int) -> None
     print(f"{label}: {count} questions, {len(inputs)} distinct inputs, {real} tokens")
     for side, (forwards, tokens, accuracy, _) in seen.items():
         seconds = statistics.median(times[side])
-        print(
-            f"  {side:8} {seconds:7.2f} s  {forwards:3} forwards  {tokens / real:5.2f} tokens read"
-            f" / real  accuracy {accuracy:.3f}"
-        )
+        cost = f"{seconds:7.2f} s  {forwards:3} forwards  {tokens / real:5.2f} tokens read / real"
+        print(f"  {side:8} {cost}  accuracy {accuracy:.3f}")
     ratio = statistics.median(a / b for a, b in zip(times["lm-eval"], times["srmu"], strict=True))
     apart = max(abs(a - b) for (a, _), (b, _) in zip(expected, found, strict=True))
     chosen = [torch.tensor([score for score, _ in answers]).view(-1, 4).argmax(1) for answers in (expected, found)]
@@ -180,16 +153,12 @@ def compare(label: str, config: Any, kind: str, count: int, rounds: int) -> None
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--small", action="store_true", help="no model of a billion parameters")
-    small = parser.parse_args().small
     torch.set_num_threads(1)
     logging.disable()
     with TemporaryDirectory() as folder, patch("datasets.config.HF_DATASETS_CACHE", Path(folder)):
         compare("testbed shape, options of one word", TESTBED, "testbed", 1000, 3)
         compare("testbed shape, options of several words", TESTBED, "sentences", 60, 3)
-        config = FIFTIETH if small else BILLION
-        compare("small Mistral" if small else "1B shape", config, "letters", 12, 2)
+        compare("1B shape", config_of("1b"), "letters", 12, 2)
 
 
 if __name__ == "__main__":

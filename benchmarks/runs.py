@@ -53,17 +53,10 @@ def child(folder: Path, arguments: argparse.Namespace) -> None:
     start = time.perf_counter()
     with watched() as memory:
         done = runs.unlearn_config(config_for(folder, arguments))
-    answer = {
-        "private": memory.private,
-        "resident": memory.resident,
-        "seconds": done.record["seconds"],
-        "wall": time.perf_counter() - start,
-        "read": int(
-            Path("/proc/self/io").read_text().split("read_bytes: ")[1].split()[0]
-        ),  # from the disk, by this process
-        "run": str(done.folder),
-    }
-    print(json.dumps(answer))
+    wall = time.perf_counter() - start
+    from_disk = int(Path("/proc/self/io").read_text().split("read_bytes: ")[1].split()[0])
+    answer = {"private": memory.private, "resident": memory.resident, "read": from_disk, "wall": wall}
+    print(json.dumps(answer | {"seconds": done.record["seconds"], "run": str(done.folder)}))
 
 
 def verify(base: Path, out: Path, changed: set[str]) -> None:
@@ -83,8 +76,7 @@ def measure(arguments: argparse.Namespace) -> None:
         os.environ["SRMU_CACHE"] = str(folder / "cache")
         base = write_checkpoint(folder / "model", arguments.shape, getattr(torch, arguments.dtype), arguments.shards)
         for number, role in enumerate(("forget", "retain")):
-            documents = 4 * arguments.batches
-            write_texts(folder / f"{role}.jsonl", documents, arguments.tokens, number)
+            write_texts(folder / f"{role}.jsonl", 4 * arguments.batches, arguments.tokens, number)
         command = [sys.executable, __file__, "--child", str(folder)]
         for name in ("shape", "dtype", "tokens", "steps", "batches"):
             command += [f"--{name}", str(getattr(arguments, name))]
@@ -121,35 +113,25 @@ def measure(arguments: argparse.Namespace) -> None:
         total = sum(path.stat().st_size for path in files)
         assert before == {path: path.stat().st_mtime_ns for path in files}
         warm = rows[-1]
-        say = lambda *cells: print("| " + " | ".join(map(str, cells)) + " |")  # noqa: E731
-        print(
-            f"{arguments.shape}, {arguments.dtype}, {4} x {arguments.tokens} + "
-            f"{4} x {arguments.tokens} tokens, {arguments.steps} steps on "
-            f"{arguments.batches} + {arguments.batches} batches, {arguments.shards} shards, "
-            f"{total / 1e9:.2f} GB"
-        )
-        print()
-        say("", "planned", "measured", "planned / measured")
-        say("---", "---", "---", "---")
+        size = f"4 x {arguments.tokens} + 4 x {arguments.tokens} tokens, {arguments.steps} steps"
+        size += f" on {arguments.batches} + {arguments.batches} batches, {arguments.shards} shards"
+        print(f"{arguments.shape}, {arguments.dtype}, {size}, {total / 1e9:.2f} GB\n")
+        print("| | planned | measured | planned / measured |")
+        print("|---|---|---|---|")
         for name, a, b in (
             ("private memory, GB", planned["memory_private"] / 1e9, warm["private"] / 1e9),
             ("with mapped files, GB", planned["memory_peak"] / 1e9, warm["resident"] / 1e9),
             ("seconds of training (files in memory)", planned["seconds"], warm["seconds"]),
         ):
-            say(name, f"{a:.3g}", f"{b:.3g}", f"{a / b:.2f}")
+            print(f"| {name} | {a:.3g} | {b:.3g} | {a / b:.2f} |")
         print()
+        print(f"{planned['bytes_read'] / 1e9:.2f} GB are to be loaded; read from the disk, with all", end=" ")
+        print(f"that the record has digests of: {cold['read'] / 1e9:.2f} GB; run with files on disk", end=" ")
         print(
-            f"{planned['bytes_read'] / 1e9:.2f} GB are to be loaded; read from the disk, with all "
-            f"that the record has digests of: {cold['read'] / 1e9:.2f} GB; run with files on disk "
-            f"only: {cold['wall']:.0f} s"
+            f"only: {cold['wall']:.0f} s\ndelta {delta / 1e9:.3f} GB, {delta / total:.1%} of the checkpoint;", end=" "
         )
-        print(
-            f"delta {delta / 1e9:.3f} GB, {delta / total:.1%} of the checkpoint; export wrote "
-            f"{own / 1e9:.2f} GB, {own / total:.1%}, in {exported:.0f} s; verified: "
-            f"{len(weights_of.record['changed'])} tensors differ and no other, the source is "
-            "as it was"
-        )
-        print()
+        print(f"export wrote {own / 1e9:.2f} GB, {own / total:.1%}, in {exported:.0f} s; verified:", end=" ")
+        print(f"{len(weights_of.record['changed'])} tensors differ and no other, the source is as it was\n")
 
 
 def main() -> None:

@@ -147,8 +147,7 @@ def watch(out: Path, arguments: list[str]) -> None:
             cli.main()
         finally:
             found = {"before": memory.before, "private": memory.private}  # type: ignore[attr-defined]
-            name = f"rank{os.environ.get('RANK', '0')}.json"
-            (out / name).write_text(json.dumps(found))
+            (out / f"rank{os.environ.get('RANK', '0')}.json").write_text(json.dumps(found))
 
 
 def main() -> None:

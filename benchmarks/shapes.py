@@ -7,12 +7,13 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import MistralConfig, PreTrainedTokenizerFast
@@ -62,14 +63,34 @@ def write_checkpoint(folder: Path, shape: str, dtype: torch.dtype, shards: int =
         save_file(tensors, folder / file, metadata={"format": "pt"})
     table = {"metadata": {"total_size": total}, "weight_map": index}
     (folder / "model.safetensors.index.json").write_text(json.dumps(table, indent=2))
-    words = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3}
-    words |= {f"w{i}": 4 + i for i in range(config.vocab_size - 4)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
-    ).save_pretrained(folder)
+    words = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(config.vocab_size - 4))]
+    word_tokenizer(words, pad_token="<pad>", bos_token="<s>", eos_token="</s>").save_pretrained(folder)
     return folder
+
+
+def word_tokenizer(words: Sequence[str], **special: str) -> PreTrainedTokenizerFast:
+    """A tokenizer with a word for each id."""
+    ids = {word: i for i, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
+def write_task(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """The task `quiz` of rows with a question, options and the answer's place."""
+    (folder / "quiz.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {
+        "task": "quiz",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(folder / "quiz.jsonl")}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": "{{options}}",
+        "doc_to_target": "answer",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }
+    (folder / "quiz.yaml").write_text(yaml.safe_dump(task))
 
 
 def write_texts(path: Path, documents: int, words: int, seed: int) -> Path:

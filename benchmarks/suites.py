@@ -36,9 +36,7 @@ METHODS = {
         "method.name=graddiff", "method.retain=kl", "train.learning_rate=1e-4", "method.gamma=0.3",
         "train.max_steps=160",
     ],
-    "rename-scrub": [
-        "method.name=rename_scrub", "method.names={testbed}/names.txt", "train.max_steps=250",
-    ],
+    "rename-scrub": ["method.name=rename_scrub", "method.names={testbed}/names.txt", "train.max_steps=250"],
 }  # fmt: skip
 SEQUENCES = {"scal": "forget sets of growing size", "sust": "one forget set after another"}
 SEQUENCED = ("SRMU", "NPO + KL")

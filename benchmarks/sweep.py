@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 import yaml
-from shapes import parse_arguments, write_checkpoint, write_texts
+from shapes import parse_arguments, write_checkpoint, write_task, write_texts
 
 from engine import BATCH, LAYER, reference
 from srmu.engine.activation_cache import open_activations
@@ -37,17 +37,6 @@ from srmu.runs import run as runs
 from srmu.runs.config import Config, make_config
 
 GRID = {"method.coeff": (5, 10, 20), "method.alpha": (300, 600, 1200), "method.importance": ("ratio", "difference")}
-TASK = {
-    "task": "quiz",
-    "dataset_path": "json",
-    "dataset_kwargs": {"data_files": {"test": "quiz.jsonl"}},
-    "test_split": "test",
-    "output_type": "multiple_choice",
-    "doc_to_text": "{{question}}",
-    "doc_to_choice": "{{options}}",
-    "doc_to_target": "answer",
-    "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-}
 QUESTIONS = 40
 
 
@@ -67,12 +56,11 @@ def write_sweep(folder: Path, steps: int, device: str) -> Path:
     """A task, a run config and a sweep file, beside the model and the texts in `folder`."""
     tasks = folder / "tasks"
     tasks.mkdir()
-    (tasks / "quiz.yaml").write_text(yaml.safe_dump(TASK))
     rows = [
         {"question": f"w{i} w{i + 1}", "options": [f"w{i + j}" for j in range(4)], "answer": i % 4}
         for i in range(QUESTIONS)
     ]
-    (tasks / "quiz.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    write_task(tasks, rows)
     config = {
         "model": "model",
         "device": device,
@@ -122,13 +110,11 @@ def commands(folder: Path, steps: int, device: str, count: int) -> None:
             sys.exit(f"trial {one['number']} and its run score differently")
         single.append(seconds + more)
     total = 18 * sum(single) / count
-    print(f"commands, with {QUESTIONS} questions; {count} of 18 pairs were run")
-    print()
+    print(f"commands, with {QUESTIONS} questions; {count} of 18 pairs were run\n")
     print("| | s, 18 trials | times faster |")
     print("|---|---|---|")
     print(f"| srmu unlearn + srmu eval, 18 times | {total:.1f} | 1.0 |")
-    print(f"| srmu sweep | {whole:.1f} | {total / whole:.1f} |")
-    print()
+    print(f"| srmu sweep | {whole:.1f} | {total / whole:.1f} |\n")
 
 
 def main() -> None:
@@ -141,8 +127,8 @@ def main() -> None:
         os.environ["SRMU_CACHE"] = str(folder / "cache")
         dtype = getattr(torch, arguments.dtype)
         model = write_checkpoint(folder / "model", arguments.shape, dtype)
-        for number, role in enumerate(("forget", "retain")):
-            path = folder / f"{role}.jsonl"
+        texts = [folder / "forget.jsonl", folder / "retain.jsonl"]
+        for number, path in enumerate(texts):
             write_texts(path, BATCH * arguments.steps, arguments.tokens, number)
         ours, theirs, grid = [], [], []
         model_once: EditableModel | None = None
@@ -150,7 +136,6 @@ def main() -> None:
             overrides = [f"{key}={value}" for key, value in zip(GRID, values, strict=True)]
             overrides += [f"method.layer={LAYER}", f"train.max_steps={arguments.steps}"]
             overrides += [f"runs_dir={folder / 'runs'}", f"device={arguments.device}"]
-            texts = folder / "forget.jsonl", folder / "retain.jsonl"
             config = make_config(str(model), *texts, overrides=overrides)
             start = time.perf_counter()
             runs.unlearn_config(config)
@@ -169,12 +154,9 @@ def main() -> None:
             reference(model, dtype, arguments.device, pairs, "reference")
             theirs.append(time.perf_counter() - start)
         reference_seconds = 18 * sum(theirs) / len(theirs)
-        print(
-            f"{arguments.shape}, {arguments.dtype}, {arguments.device}: {len(ours)} trials of "
-            f"{arguments.steps} steps of {BATCH} x {arguments.tokens} + "
-            f"{BATCH} x {arguments.tokens} tokens; {len(theirs)} of 18 reference runs were run"
-        )
-        print()
+        size = f"{arguments.steps} steps of {BATCH} x {arguments.tokens} + {BATCH} x {arguments.tokens} tokens"
+        print(f"{arguments.shape}, {arguments.dtype}, {arguments.device}: {len(ours)} trials of {size};", end=" ")
+        print(f"{len(theirs)} of 18 reference runs were run\n")
         print("| | s, 18 trials | times faster | s, first trial | s, a later one |")
         print("|---|---|---|---|---|")
         for name, times in (("reference", theirs), ("srmu, runs", ours), ("srmu, grid", grid)):

@@ -202,13 +202,20 @@ def test_what_is_said_of_a_choice() -> None:
     found = [one(0.01, 0.0), one(0.6, 0.03), one(0.5, 0.02), {"values": {}, "params": {}}]
     assert sort_entries(found) == [found[1], found[2]]  # the others forget no more than noise
     assert sort_entries([*found, one(0.6, 0.02)])[0] == one(0.6, 0.02)  # of equals
-    (said,) = auto.explain_choice("search", budget=0.01, nearest=found[2], count=4)
-    assert said == ("No trial forgets within the budget of 1.00% of utility; the nearest forgets 50% for 2.00%.")
-    (said,) = auto.explain_choice("search", chosen=found[2], losses=[0.0, 0.03, 0.02, 0.04], limit=0.025, margin=0.5)
-    assert "Of 4 runs 2 lose at most 2.50% of utility" in said and "(0.5 of the budget," in said
+    job: Any = SimpleNamespace(limit=0.005, request=SimpleNamespace(budget=0.01))
+    costly = [one(0.0, 0.0), one(0.6, 0.03), one(0.5, 0.02)]
+    assert auto.choose_trial(job, costly) == (
+        None, "No trial forgets within the budget of 1.00% of utility; the nearest forgets 50% for 2.00%.",
+    )  # fmt: skip
+    none = "None of 1 trials forgets anything, whatever it costs."
+    assert auto.choose_trial(job, [found[0], found[3]]) == (None, none)
+    job.limit, job.request.budget = 0.025, 0.05
+    chosen, said = auto.choose_trial(job, found)
+    assert chosen == found[2]
+    assert "Of 3 runs 2 lose at most 2.50% of utility" in said and "(0.5 of the budget," in said
     assert said.endswith("; of these this one forgets most, 50% for 2.00%: method.kappa=4.0.")
-    (said,) = auto.explain_choice("search", chosen=found[2], losses=[0.0], limit=0.01, margin=0.5)
-    assert "within the whole budget this one" in said
+    job.limit = 0.01
+    assert "within the whole budget this one" in auto.choose_trial(job, found)[1]
     assert objective.trial_worth(found[1]["values"], 0.01) == pytest.approx(0.2)
     assert objective.trial_worth(found[0]["values"], 0.01) == 0.01
 

@@ -53,14 +53,12 @@ def judge_row(
 
     `spec` has the columns, and which of them the claim's metric, forget or utility, is.
     """
-    column = spec[claim["metric"]]
-    estimate, note = None, ""
+    column, draws, estimate, note = spec[claim["metric"]], seed_draws(claim), None, ""
     if missing := [name for name in claim["of"] if name not in rows]:
         note = f"{missing[0]} was not run"
     elif failed := [rows[name] for name in claim["of"] if rows[name].why]:
         note = f"{failed[0].label} {failed[0].why}"
     else:
-        draws = seed_draws(claim)
         one, other = (resample_mean(rows[name], spec["columns"][column], draws) for name in claim["of"])
         estimate = draws.estimate(one - other)
     theirs = [paper.get(name, {}) for name in claim["of"]]

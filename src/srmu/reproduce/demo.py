@@ -58,10 +58,9 @@ def terminal_table(groups: Sequence[RunGroup]) -> list[dict[str, Any]]:
     metrics = {metric: metric.split("_", 1)[1].split("/")[0] for metric in FORGET + UTILITY}
     rows: list[dict[str, Any]] = []
     for row in aggregate_metrics(groups, list(metrics)):
-        shared = row.group.removesuffix(" entanglement")
-        if not any(r["entangled"] == shared for r in rows):
-            before = {name: str(row.before[metric]) for metric, name in metrics.items()}
-            rows.append({"entangled": shared, "method": "before"} | before)
-        after = {name: str(row.after[metric]) for metric, name in metrics.items()}
-        rows.append({"entangled": shared, "method": row.label} | after)
+        for method, cells in (("before", row.before), (row.label, row.after)):
+            line = {"entangled": row.group.removesuffix(" entanglement"), "method": method}
+            line |= {name: str(cells[metric]) for metric, name in metrics.items()}
+            if line not in rows:  # the original model is the same for all methods
+                rows.append(line)
     return rows

@@ -10,7 +10,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import cycle, product
@@ -83,6 +83,7 @@ class MeasuredRow:
     """A row with its runs, which differ only in their seed; `why` says why there are none.
 
     `questions` says which questions each run was asked: the same number, the same questions.
+    `missing` counts the runs that are still to be made.
     """
 
     label: str
@@ -90,6 +91,7 @@ class MeasuredRow:
     questions: tuple[int, ...]
     when: Literal["before", "after"] = "after"
     why: str = ""
+    missing: int = 0
 
 
 # ---- where runs are made
@@ -117,9 +119,7 @@ class Testbeds:
         folder = self.locate(regime, seed)
         if not self.is_there(regime, seed):
             share = self.regimes[regime].get("entanglement", 0.5)
-            build_testbed(
-                folder, seed=seed, entanglement=share, oracle=self.oracle, world=self.world, watch=watch
-            )  # fmt: skip
+            build_testbed(folder, seed=seed, entanglement=share, oracle=self.oracle, world=self.world, watch=watch)
         anchors = folder / "anchors.json"
         if self.world == "closed" and not anchors.exists():
             # for each thing about which facts are to be forgotten one of the same kind about which none are
@@ -178,7 +178,6 @@ def locate_run(job: RunJob) -> Path:
 # ---- the runs
 
 Outcome = Path | str  # the folder of a run, or why there is none
-Jobs = dict[tuple[PlannedRow, int], RunJob | str]  # by row and seed: what to do, or why nothing
 
 
 @dataclass(frozen=True)
@@ -221,49 +220,35 @@ def run_experiment(
     measured: dict[PlannedRow, MeasuredRow] = {}
     # what hands its strength to others comes first
     for stage in ([*(row for row in rows if not row.strength), *sources], [row for row in rows if row.strength]):
-        jobs = plan_jobs(experiment, stage, measured)
-        outcomes = find_outcomes(experiment, jobs)
-        missing = [job for job, outcome in outcomes.items() if outcome == NOT_RUN and isinstance(job, RunJob)]
-        if make and missing:
-            outcomes |= make_runs(experiment, missing, watch)
+        found = {
+            (row, seed): find_run(experiment, row, seed, measured) for row, seed in product(stage, experiment.seeds)
+        }
+        missing = [*dict.fromkeys(run for run in found.values() if isinstance(run, RunJob))]
+        made = make_runs(experiment, missing, watch) if make and missing else {}
         for row in stage:
-            found = {seed: outcomes[jobs[row, seed]] for seed in experiment.seeds}
-            measured[row] = collect_row(experiment, row, found)
+            runs = {seed: found[row, seed] for seed in experiment.seeds}
+            outcomes = {k: made.get(run, NOT_RUN) if isinstance(run, RunJob) else run for k, run in runs.items()}
+            measured[row] = collect_row(experiment, row, outcomes)
     return measured
 
 
-def plan_jobs(
-    experiment: Experiment, rows: Iterable[PlannedRow], measured: Mapping[PlannedRow, MeasuredRow] = {}
-) -> Jobs:
-    """The job of each row and seed; `measured` holds the rows that hand over their strength."""
-    jobs: Jobs = {}
-    for row, seed in product(rows, experiment.seeds):
-        if isinstance(experiment.place, Testbeds) and not experiment.place.is_there(row.regime, seed):
-            jobs[row, seed] = NOT_RUN
-            continue
-        extra: tuple[str, ...] = ()
-        if row.strength:
-            method, key = row.strength
-            source = measured[PlannedRow(method, method, row.regime)]
-            extra = take_strength(source, experiment.seeds.index(seed), key)
-        try:
-            jobs[row, seed] = experiment.plan_job(row, seed, extra)
-        except SrmuError as error:
-            jobs[row, seed] = f"failed: {error}"
-    return jobs
-
-
-def find_outcomes(experiment: Experiment, jobs: Jobs) -> dict[RunJob | str, Outcome]:
-    """What is there of each job."""
-    outcomes: dict[RunJob | str, Outcome] = {}
-    for job in dict.fromkeys(jobs.values()):
-        try:
-            outcomes[job] = job if isinstance(job, str) else experiment.measurement.find_result(job) or NOT_RUN
-        except DivergedError:
-            outcomes[job] = DIVERGED
-        except SrmuError as error:
-            outcomes[job] = f"failed: {error}"
-    return outcomes
+def find_run(
+    experiment: Experiment, row: PlannedRow, seed: int, measured: Mapping[PlannedRow, MeasuredRow]
+) -> Outcome | RunJob:
+    """What is there of a run, or the job that makes it; `measured` has the rows that hand over their strength."""
+    if isinstance(experiment.place, Testbeds) and not experiment.place.is_there(row.regime, seed):
+        return NOT_RUN
+    extra: tuple[str, ...] = ()
+    if row.strength:
+        method, key = row.strength
+        extra = take_strength(measured[PlannedRow(method, method, row.regime)], experiment.seeds.index(seed), key)
+    try:
+        job = experiment.plan_job(row, seed, extra)
+        return experiment.measurement.find_result(job) or job
+    except DivergedError:
+        return DIVERGED
+    except SrmuError as error:
+        return f"failed: {error}"
 
 
 def take_strength(source: MeasuredRow, number: int, key: str) -> tuple[str, ...]:
@@ -282,21 +267,18 @@ def run_all(jobs: Sequence[RunJob], watch: Watch, *, function: Callable[[RunJob]
     """Do the jobs in as many processes as there are processors; what came of each, in order."""
     # on Linux, those that this process may use
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    outcomes = []
     with (
         ProcessPoolExecutor(min(cpus, len(jobs)), multiprocessing.get_context("spawn")) as pool,
         watch("unlearning and measuring", len(jobs)) as tick,
     ):
-        futures = [pool.submit(function, job) for job in jobs]
-        try:
-            for future in as_completed(futures):
-                future.result()
-                tick("")
-        finally:
-            pool.shutdown(cancel_futures=True)
-        return [future.result() for future in futures]
+        for outcome in pool.map(function, jobs):  # Ctrl-C drops those that have not begun
+            outcomes.append(outcome)
+            tick("")
+    return outcomes
 
 
-def make_runs(experiment: Experiment, jobs: Sequence[RunJob], watch: Watch) -> dict[RunJob | str, Outcome]:
+def make_runs(experiment: Experiment, jobs: Sequence[RunJob], watch: Watch) -> dict[RunJob, Outcome]:
     """Several at once on testbeds; on one model one after the other, as each fills the machine."""
     if isinstance(experiment.place, Testbeds):
         # the first of each testbed before the others: what it keeps of the original serves them
@@ -304,11 +286,8 @@ def make_runs(experiment: Experiment, jobs: Sequence[RunJob], watch: Watch) -> d
         order = [*dict.fromkeys([*reversed(first.values()), *jobs])]
         attempt = partial(attempt_run, experiment.measurement)
         return dict(zip(order, run_all(order, watch, function=attempt), strict=True))
-    outcomes: dict[RunJob | str, Outcome] = {}
-    for number, job in enumerate(jobs, 1):
-        if watch is not ignore_progress:
-            config = load_config(job.config, job.overrides)
-            progress.print_line(f"run {number} of {len(jobs)}: {config.method.name}, seed {config.seed}")
+    outcomes: dict[RunJob, Outcome] = {}
+    for job in jobs:
         try:
             outcomes[job] = experiment.measurement.measure_run(job, watch)
         except DivergedError:
@@ -335,11 +314,12 @@ def collect_row(experiment: Experiment, row: PlannedRow, outcomes: Mapping[int, 
     """A row with its folders, by seed; while some are missing the label says how many are there."""
     done = {seed: outcome for seed, outcome in outcomes.items() if outcome != NOT_RUN}
     wrong = [outcome for outcome in done.values() if isinstance(outcome, str)]
+    missing = len(outcomes) - len(done)
     if wrong or not done:
         why = f"{wrong[0]} in {len(wrong)} of {len(done)} runs" if wrong else NOT_RUN
-        return MeasuredRow(row.label, (), (), why=why.replace(f"{experiment.out.resolve()}/", ""))
-    part = f" ({len(done)} of {len(outcomes)})" if len(done) < len(outcomes) else ""
+        return MeasuredRow(row.label, (), (), why=why.replace(f"{experiment.out.resolve()}/", ""), missing=missing)
+    label = f"{row.label} ({len(done)} of {len(outcomes)})" if missing else row.label
     # each testbed has its own questions
     own = isinstance(experiment.place, Testbeds) and "{seed}" in experiment.place.folder
     asked = tuple(seed if own else 0 for seed in done)
-    return MeasuredRow(row.label + part, tuple(map(Path, done.values())), asked)
+    return MeasuredRow(label, tuple(map(Path, done.values())), asked, missing=missing)

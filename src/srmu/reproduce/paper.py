@@ -34,10 +34,8 @@ def plan_paper(
     out: Path, model: str = "", seeds: int | None = None, overrides: Sequence[str] = (), spec: Spec | None = None
 ) -> Experiment:
     """The experiment on testbeds, or on the model that is named; SrmuError for what cannot be."""
-    if seeds is not None and seeds < 1:
-        raise SrmuError("--seeds must be at least 1")
     require_place(out)
-    own = choose_place(read_paper("all", spec), bool(model))
+    own = read_paper("all", spec)["zephyr" if model else "testbed"]
     place: Testbeds | OneModel = OneModel(model, own) if model else Testbeds(out)
     if model:
         settings = {label: tuple(one.get("set", ())) for label, one in own["methods"].items()}
@@ -45,11 +43,6 @@ def plan_paper(
         settings = experiment.read_settings(own["methods"])
     count = range(seeds or (1 if model else 3))  # on a model as in the paper: each run takes long
     return Experiment(out, place, settings, (*count,), tuple(own["tasks"]), overrides=tuple(overrides))
-
-
-def choose_place(spec: Spec, on_model: bool) -> Spec:
-    """What is run and asked there: the columns, and which of them claims call forget and utility."""
-    return spec["zephyr" if on_model else "testbed"]
 
 
 def reproduce_paper(
@@ -62,7 +55,8 @@ def reproduce_paper(
     spec = read_paper(what, spec)
     check_settings(plan)
     rows = experiment.run_experiment(plan, plan_rows(spec, plan), watch)
-    own = choose_place(spec, isinstance(plan.place, OneModel))
+    # what is run and asked there: the columns, and which of them claims call forget and utility
+    own = spec["zephyr" if isinstance(plan.place, OneModel) else "testbed"]
     return {
         "kind": "reproduction",
         "paper": "arXiv 2512.16297",
@@ -167,29 +161,19 @@ def build_figures(figure: Spec, own: Spec, measured: Rows) -> list[dict[str, Any
         kinds["figure2-all"] = ("mean of neighbour and general", more)
     figures = []
     for name, (column, utility) in kinds.items():
-        series = [
-            {
-                "label": label,
-                "points": [
-                    {"coeff": coeff, **build_point(row, before, forget, utility)}
-                    for coeff, row in zip(planned[label], points, strict=True)
-                ],
-            }
-            for label, points in lines.items()
-        ]
-        verdicts = [
-            claims.judge_curves(c, lines, before, forget, column, utility, "Figure 2") for c in figure["claims"]
-        ]
-        figures.append(
-            {
-                "name": name,
-                "title": figure["title"],
-                "x_title": f"{own['forget']}: points of accuracy forgotten",
-                "y_title": f"accuracy kept, {column}",
-                "series": series,
-                "claims": [verdict for each in verdicts for verdict in each],
-            }
-        )
+        series = []
+        for label, rows in lines.items():
+            points = [
+                {"coeff": coeff, **build_point(row, before, forget, utility)}
+                for coeff, row in zip(planned[label], rows, strict=True)
+            ]
+            series.append({"label": label, "points": points})
+        verdicts: list[dict[str, Any]] = []
+        for claim in figure["claims"]:
+            verdicts += claims.judge_curves(claim, lines, before, forget, column, utility, "Figure 2")
+        x_title, y_title = f"{own['forget']}: points of accuracy forgotten", f"accuracy kept, {column}"
+        head = {"name": name, "title": figure["title"], "x_title": x_title, "y_title": y_title}
+        figures.append(head | {"series": series, "claims": verdicts})
     return figures
 
 
@@ -235,8 +219,4 @@ def paper_needs(what: str, plan: Experiment) -> tuple[dict[str, Any], list[str]]
             f"{count} testbeds, a minute or two each where none was built before, and at "
             f"most {len(rows) * count} runs of some seconds; nothing is fetched"
         ]
-    bases = {row.method: PlannedRow("", row.method, row.regime) for row in rows}
-    jobs = {method: plan.plan_job(row, 0) for method, row in bases.items()}
-    counts = {method: count * sum(row.method == method for row in rows) for method in bases}
-    found = needs.estimate_needs(jobs, counts, place.spec, place.name)
-    return found, needs.explain_needs(found)
+    return needs.estimate_needs(plan, place, rows)

@@ -36,12 +36,21 @@ class Frontier:
     seeds: tuple[int, ...]
     regimes: tuple[str, ...]
     experiments: Mapping[str, Experiment]  # by world
-    places: Mapping[str, Testbeds]  # of the worlds
     spec: Mapping[str, Any]  # the content of configs/robust.yaml
 
-    def rows(self, world: str) -> list[PlannedRow]:
-        labels = self.experiments[world].settings
-        return [PlannedRow(k, k, regime) for regime, k in product(self.regimes, labels)]
+
+@dataclass(frozen=True)
+class Part:
+    """A world in a regime, with its rows."""
+
+    frontier: Frontier
+    world: str
+    regime: str
+    rows: Sequence[MeasuredRow]
+    columns: Mapping[str, Sequence[str]]  # metrics
+    kept: Sequence[str]  # metrics of what is to be kept
+    testbeds: Mapping[int, Path]  # by seed
+    title: str
 
 
 def plan_frontier(
@@ -64,8 +73,6 @@ def plan_frontier(
     check_option("--world", worlds, [*spec["worlds"], "both"])
     check_option("--regimes", regimes, spec["regimes"])
     check_option("--tier", [tier], TIERS)
-    if wrong := [seed for seed in seeds if not seed.isdecimal()]:
-        raise SrmuError(f"--seeds {wrong[0]}: name the seeds of the testbeds, 1,2,3")
     numbers = tuple(dict.fromkeys(map(int, seeds))) or tuple(table.get("seeds", spec["seeds"]))
     build_config({"model": "m", "method": "srmu", "topics": {"organism": {"forget": "forget.jsonl"}}}, overrides)
     require_place(out)
@@ -73,7 +80,7 @@ def plan_frontier(
     check_option("--methods", methods, [label for each in settings.values() for label in each])
     budget = table.get("budget", spec["budget"])
     names = tuple(table.get("attacks", ()))
-    experiments, places = {}, {}
+    experiments = {}
     for one in worlds:
         chosen = {k: v for k, v in settings[one].items() if not methods or k in methods}
         tasks = [metric.split("/")[0] for each in spec["worlds"][one]["columns"].values() for metric in each]
@@ -87,11 +94,11 @@ def plan_frontier(
             names=names,
             folder=f"{tier}-{kind}" if names else tier,
         )
-        places[one] = Testbeds(out / one, spec["regimes"], "testbed{seed}-{regime}", one)
+        place = Testbeds(out / one, spec["regimes"], "testbed{seed}-{regime}", one)
         experiments[one] = Experiment(
-            out / one, places[one], chosen, numbers, tuple(dict.fromkeys(tasks)), attacked, tuple(overrides)
+            out / one, place, chosen, numbers, tuple(dict.fromkeys(tasks)), attacked, tuple(overrides)
         )
-    return Frontier(out, kind, tier, budget, numbers, tuple(regimes), experiments, places, spec)
+    return Frontier(out, kind, tier, budget, numbers, tuple(regimes), experiments, spec)
 
 
 def choose_settings(kind: str, world: str, spec: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
@@ -117,58 +124,32 @@ def check_option(option: str, names: Sequence[str], known: Sequence[str] | Mappi
 # ---- the runs
 
 
-@dataclass(frozen=True)
-class Part:
-    """A world in a regime, with its rows."""
-
-    frontier: Frontier
-    world: str
-    regime: str
-    rows: Sequence[MeasuredRow]
-
-    @property
-    def title(self) -> str:
-        spec = self.frontier.spec
-        return f"{spec['worlds'][self.world]['title']}, {spec['regimes'][self.regime]['title']}"
-
-    @property
-    def columns(self) -> dict[str, list[str]]:
-        return self.frontier.spec["worlds"][self.world]["columns"]
-
-    @property
-    def kept(self) -> list[str]:
-        """Metrics of what is to be kept."""
-        return [metric for name in self.frontier.spec["kept"] for metric in self.columns[name]]
-
-    def locate_testbed(self, seed: int) -> Path:
-        return self.frontier.places[self.world].locate(self.regime, seed)
-
-
 def measure_frontier(frontier: Frontier, watch: Watch = ignore_progress, *, make: bool = True) -> list[Part]:
     """The rows of each world and regime; makes what is missing, or without `make` runs nothing."""
-    parts = []
+    spec, parts = frontier.spec, []
     for world, one in frontier.experiments.items():
-        measured = experiment.run_experiment(one, frontier.rows(world), watch, make=make)
+        assert isinstance(one.place, Testbeds)
+        planned = [PlannedRow(label, label, regime) for regime, label in product(frontier.regimes, one.settings)]
+        measured = experiment.run_experiment(one, planned, watch, make=make)
+        own = spec["worlds"][world]
+        kept = [metric for name in spec["kept"] for metric in own["columns"][name]]
         for regime in frontier.regimes:
-            rows = [row for planned, row in measured.items() if planned.regime == regime]
-            parts.append(Part(frontier, world, regime, rows))
+            rows = [measured[plan] for plan in planned if plan.regime == regime]
+            beds = {seed: one.place.locate(regime, seed) for seed in frontier.seeds}
+            title = f"{own['title']}, {spec['regimes'][regime]['title']}"
+            parts.append(Part(frontier, world, regime, rows, own["columns"], kept, beds, title))
     return parts
 
 
 def frontier_needs(frontier: Frontier) -> tuple[dict[str, int], str]:
     """What is to be built and run, in numbers and in a line."""
-    states: list[experiment.Outcome] = []
-    beds: dict[Path, bool] = {}
-    for world, one in frontier.experiments.items():
-        jobs = experiment.plan_jobs(one, frontier.rows(world))
-        outcomes = experiment.find_outcomes(one, jobs)
-        states += [outcomes[job] for job in jobs.values()]
-        for part in product(frontier.regimes, frontier.seeds):
-            beds[frontier.places[world].locate(*part)] = frontier.places[world].is_there(*part)
-    counts = {"testbeds": [*beds.values()].count(False), "runs": states.count(experiment.NOT_RUN)}
-    return counts, (
-        f"{counts['testbeds']} testbeds to build, some minutes each where none was built before, "
-        f"and {counts['runs']} of {len(states)} runs to make, a minute or more each with attacks "
+    parts = measure_frontier(frontier, make=False)
+    rows = [row for part in parts for row in part.rows]
+    beds = {folder for part in parts for folder in part.testbeds.values()}
+    built, missing = sum((folder / "organism.json").exists() for folder in beds), sum(row.missing for row in rows)
+    return {"testbeds": len(beds) - built, "runs": missing}, (
+        f"{len(beds) - built} testbeds to build, some minutes each where none was built before, "
+        f"and {missing} of {len(rows) * len(frontier.seeds)} runs to make, a minute or more each with attacks "
         f"of tier {frontier.tier}; nothing is fetched"
     )
 

@@ -91,7 +91,7 @@ def build_control_rows(part: Part) -> list[dict[str, Any]]:
     found = []
     for who in CONTROLS if known else ():
         home = part.frontier.out / part.world
-        folders = tuple(locate_control(home, part.locate_testbed(seed), who) for seed in known)
+        folders = tuple(locate_control(home, part.testbeds[seed], who) for seed in known)
         reports = [view_control(read_attacks(run), who) for run in known.values()]
         found.append(build_answers(part, MeasuredRow(who, folders, tuple(known)), reports))
     return found
@@ -145,7 +145,7 @@ def estimate_residuals(part: Part, row: MeasuredRow, reports: Sequence[Report]) 
     kinds = part.frontier.spec["worlds"][part.world]["attacked"]
     slices: dict[str, list[slice]] = {name: [] for name in kinds}
     for seed in row.questions:
-        folder, end = part.locate_testbed(seed) / "tasks", 0
+        folder, end = part.testbeds[seed] / "tasks", 0
         for name, task in kinds.items():  # an attack asks one task after the other
             start, end = end, end + len(load_task(task, folder))
             slices[name].append(slice(start, end))

@@ -8,13 +8,13 @@ trials, the cache keeps the attacks.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader
+import yaml
 
 from srmu.attacks.base import Tier
 from srmu.attacks.suite import Sources, attack_run, load_exam
@@ -38,7 +38,7 @@ from srmu.runs.estimate import estimate_run, format_duration, format_gb
 from srmu.runs.record import extend_record
 from srmu.runs.run import Run
 from srmu.search import objective, robust
-from srmu.search.objective import AutoJob, TaskYardstick, TextYardstick, Yardstick
+from srmu.search.objective import AutoJob, AutoRequest, Entry, TaskYardstick, TextYardstick, Yardstick
 from srmu.search.space import with_values
 
 FILE = "auto.json"
@@ -47,27 +47,6 @@ PAGE = "report.html"
 TESTBED = ("organism_hazard",), ("organism_neighbour", "organism_general")
 PASSES: dict[Tier, int] = {"smoke": 40, "standard": 320}  # of a model over the questions, attacked
 Tell = Callable[[str, str], None]
-
-
-@dataclass(frozen=True)
-class AutoRequest:
-    """What somebody wants: all that decides the answer, and where it goes."""
-
-    model: str
-    forget: tuple[str, ...]
-    retain: tuple[str, ...]
-    budget: float = 0.01  # the most utility to lose
-    tasks: tuple[str, ...] = ()  # ask for what is to be forgotten
-    utility: tuple[str, ...] = ()  # ask for what is to be kept
-    tasks_dir: str = ""
-    method: str = "srmu"
-    robust: bool = False  # rename_scrub in place of a method with a layer
-    names: str = ""  # a file of the names to swap; "": those found
-    goals: str = ""  # a file of phrases about which all is to be forgotten
-    trials: int = 24
-    out: Path = Path("auto")
-    seed: int = 0
-    device: str = "auto"
 
 
 def parse_share(text: str) -> float:
@@ -88,7 +67,7 @@ def prepare_job(request: AutoRequest) -> AutoJob:
     texts = {role: read_texts([Source(path=path) for path in getattr(request, role)]) for role in ("forget", "retain")}
     if set(texts["forget"]) == set(texts["retain"]):
         raise SrmuError("--forget and --retain hold the same texts; retain must name what the model should keep")
-    names = None
+    names = []
     if request.robust:
         names = read_names(request.names) if request.names else find_names(*texts.values())
     goals = read_names(request.goals, "goals") if request.goals else []
@@ -126,15 +105,11 @@ def prepare_job(request: AutoRequest) -> AutoJob:
         request.device,
     )
     sources = sources_of(tasks, utility) if tasks else None
-    return AutoJob(
-        config, yardstick, sources, texts, request.out, request.budget, request.trials, names, goals, request.names
-    )
+    return AutoJob(request, config, yardstick, sources, texts, names, goals)
 
 
 def check_request(request: AutoRequest) -> Path:
     """The model's folder; SrmuError for options that do not go together or name nothing."""
-    if request.trials < 1:
-        raise SrmuError(f"--trials {request.trials}: expected 1 or more")
     if not (request.out / FILE).exists():
         require_free(request.out)
     for option in ("names", "goals"):
@@ -152,18 +127,13 @@ def check_request(request: AutoRequest) -> Path:
     return base
 
 
-def choose_tier(job: AutoJob) -> Tier:
-    """What a search attacks its result with: relearning, too, where that is the point."""
-    return "standard" if job.is_robust else "smoke"
-
-
 def plan_search(job: AutoJob) -> dict[str, Any]:
     """The steps, how many runs they make, how long they take and the memory; nothing is done."""
-    plan = runs.plan_run(job.config)
+    request, plan = job.request, runs.plan_run(job.config)
     config, base = plan.config, plan.base
     tokenizer = runs.load_tokenizer(base)
     topics = runs.load_topics(config, tokenizer)
-    if job.is_robust:
+    if request.robust:
         config = with_values(config, robust.start_values(config, 1.0))
     cost = estimate_run(replace(plan, config=config), topics)
     size = sum(prod(entry["shape"]) for entry in weights.stored_entries(base).values())
@@ -173,35 +143,37 @@ def plan_search(job: AutoJob) -> dict[str, Any]:
     questions = job.yardstick.count_tokens(tokenizer) * token_seconds
     run = cost["seconds"] + questions
     steps = [("entanglement", "what forget and retain texts share", read * token_seconds)]
-    if job.is_robust:
-        count = min(job.trials, len(robust.KEEPING))
+    if request.robust:
+        count = min(request.trials, len(robust.KEEPING))
         steps.append(("search", f"{count} runs, at other weights of what is kept", count * run))
     else:
         assert isinstance(config.method, Misdirection)
         layers = len(candidate_layers(config.method, read_config(base), objective.LAYERS))
-        count = layers + job.trials + 1
+        count = layers + request.trials + 1
         steps += [
             ("layers", f"{layers} runs of {cost['steps']} steps, one a layer", layers * run),
-            ("search", f"{job.trials} more, at other strengths, and the defaults", (job.trials + 1) * run),
+            ("search", f"{request.trials} more, at other strengths, and the defaults", (request.trials + 1) * run),
         ]
     steps.append(("final", "the best run on the other half of the questions", 4 * questions))
     if job.sources:
-        tier = choose_tier(job)
-        steps.append(("attacks", f"{tier} attacks on it and on the original", 2 * PASSES[tier] * questions))
+        what = f"{job.tier} attacks on it and on the original"
+        steps.append(("attacks", what, 2 * PASSES[job.tier] * questions))
     steps.append(("export", f"the whole model, {format_gb(cost['checkpoint_bytes'])}", 0.0))
     return {
         "steps": [dict(zip(("step", "what", "seconds"), step, strict=True)) for step in steps],
         "runs": count,
         "seconds": sum(step[2] for step in steps),
         **{key: cost[key] for key in ("memory_private", "memory_free", "advice")},
-        "out": str(job.out),
+        "out": str(request.out),
     }
 
 
 def explain_search(plan: Mapping[str, Any]) -> list[str]:
     """A plan in lines for a person."""
-    steps = [(step["step"], step["what"], format_duration(max(1, round(step["seconds"])))) for step in plan["steps"]]
-    lines = [f"{number}. {step:13} {what:58} about {took}" for number, (step, what, took) in enumerate(steps, 1)]
+    lines = [
+        f"{number}. {step['step']:13} {step['what']:58} about {format_duration(max(1, round(step['seconds'])))}"
+        for number, step in enumerate(plan["steps"], 1)
+    ]
     lines.append(
         f"{plan['runs']} runs, about {format_duration(max(1, round(plan['seconds'])))} in all; "
         f"{format_gb(plan['memory_private'])} of memory, {format_gb(plan['memory_free'])} are free"
@@ -211,18 +183,40 @@ def explain_search(plan: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def explain_choice(step: str, **facts: Any) -> list[str]:
-    """Sentences about a choice, one for each paragraph of the template."""
-    environment = Environment(loader=PackageLoader("srmu.search"), trim_blocks=True, lstrip_blocks=True)
+def explain(name: str, /, **facts: Any) -> str:
+    """A sentence of `templates/choices.yaml`, filled in."""
+    path = Path(__file__).with_name("templates") / "choices.yaml"
+    sentence: str = yaml.safe_load(path.read_text(encoding="utf-8"))[name]
+    return sentence.format(**facts)
 
-    def percent(share: float, digits: int = 0) -> str:
-        return f"{share:.{digits}%}"
 
-    environment.filters |= {"percent": percent, "interval": read_estimate}
-    text = environment.get_template("choices.txt").render(
-        facts, step=step, LOW=separability.LOW, HIGH=separability.HIGH
-    )
-    return [" ".join(paragraph.split()) for paragraph in text.split("\n\n") if paragraph.strip()]
+def choose_trial(job: AutoJob, tried: Sequence[Entry]) -> tuple[Entry | None, str]:
+    """The trial that forgets most within the budget, if any, and why; the defaults are the first of those tried."""
+    limit, budget, ranked = job.limit, job.request.budget, objective.sort_entries(tried)
+    # where none keeps the margin, the whole budget is better than nothing
+    fitting = [e for most in (limit, budget) for e in ranked if e["values"]["utility_loss"] <= most]
+    if fitting:
+        params, values = fitting[0]["params"], fitting[0]["values"]
+        losses = [entry["values"]["utility_loss"] for entry in tried if entry["values"]]
+        within = sum(loss <= limit for loss in losses)
+        name = "chosen" if values["utility_loss"] <= limit else "chosen beyond the margin"
+        settings = " ".join(f"{key}={value}" for key, value in params.items())
+        facts = {"count": len(losses), "within": within, "limit": limit, "margin": objective.MARGIN}
+        return fitting[0], explain(name, **facts, **values, settings=settings)
+    if forgetting := objective.sort_entries(tried[1:]):
+        nearest = min(forgetting, key=lambda entry: entry["values"]["utility_loss"])
+        return None, explain("none within the budget", budget=budget, **nearest["values"])
+    return None, explain("none", count=len(tried) - 1)
+
+
+def explain_final(final: Mapping[str, Any], budget: float) -> list[str]:
+    """What the chosen run does on the half kept back."""
+    keys = ("forgetting", "utility_loss")
+    test, usual = ({key: str(read_estimate(final[name][key])) for key in keys} for name in ("test", "defaults"))
+    loss = final["test"]["utility_loss"]
+    missed = "is missed, by no more than noise" if loss["low"] <= budget else "is missed"
+    verdict = "is kept" if loss["value"] <= budget else missed
+    return [explain("final", test=test, usual=usual), explain("budget", test=test, budget=budget, verdict=verdict)]
 
 
 def run_search(
@@ -232,72 +226,68 @@ def run_search(
 
     SrmuError where nothing within the budget forgets; `auto.json` then says what was found.
     """
-    out, budget, yardstick = job.out, job.budget, job.yardstick
+    out, yardstick = job.request.out, job.yardstick
     if not (out / FILE).exists():
         out.mkdir(parents=True, exist_ok=True)
     elif read_json(out / FILE)["question"] != job.question:
         shutil.rmtree(out / MODEL, ignore_errors=True)  # it answers another question
     answer: dict[str, Any] = {
-        "kind": "auto", "budget": budget, "yardstick": yardstick.kind,
+        "kind": "auto", "budget": job.request.budget, "yardstick": yardstick.kind,
         "question": job.question, "choices": [], "run": None, "final": None,
     }  # fmt: skip
 
-    def say(step: str, *sentences: str, **facts: Any) -> None:
-        for sentence in sentences or explain_choice(step, **facts):
+    def say(step: str, *sentences: str) -> None:
+        for sentence in sentences:
             answer["choices"].append({"step": step, "sentence": sentence})
             tell(step, sentence)
         write_json(out / FILE, answer)
 
-    say("measure", yardstick=yardstick)
-    say("entanglement", **measure_texts(job, watch))
+    say("measure", explain("measure", forget=", ".join(yardstick.forget), utility=", ".join(yardstick.utility)))
+    if yardstick.kind == "texts":
+        say("measure", explain("texts alone"))
+    say("entanglement", *advise_user(job, watch))
     run_trials(job, answer, say, watch)
-    usual, tried = answer["defaults"], [answer["defaults"], *answer["trials"]]
-    ranked = objective.sort_entries(tried)
-    # where none keeps the margin, the whole budget is better than nothing
-    fitting = [e for limit in (job.limit, budget) for e in ranked if e["values"]["utility_loss"] <= limit]
-    if not fitting:
-        ranked = objective.sort_entries(answer["trials"])
-        nearest = min(ranked, key=lambda entry: entry["values"]["utility_loss"], default=None)
-        say("search", budget=budget, nearest=nearest, count=len(answer["trials"]))
+    tried = [answer["defaults"], *answer["trials"]]
+    chosen, sentence = choose_trial(job, tried)
+    say("search", sentence)
+    if chosen is None:
         raise SrmuError(
-            f"{answer['choices'][-1]['sentence']} Nothing is exported; allow more (--budget), give "
+            f"{sentence} Nothing is exported; allow more (--budget), give "
             "retain texts closer to what suffers, or search longer (--trials): the same folder "
             "goes on from what is there"
         )
-    chosen = fitting[0]
-    losses = [entry["values"]["utility_loss"] for entry in tried if entry["values"]]
-    say("search", chosen=chosen, losses=losses, limit=job.limit, margin=objective.MARGIN)
     run = Run.open(out / chosen["runs"][0])
     final: dict[str, Any] = {half: yardstick.estimate(run, half) for half in objective.HALVES}
-    final["defaults"] = yardstick.estimate(Run.open(out / usual["runs"][0]), "test")
+    final["defaults"] = yardstick.estimate(Run.open(out / tried[0]["runs"][0]), "test")
     answer |= {"run": chosen["runs"][0], "final": final}
     why = [c["sentence"] for c in answer["choices"] if c["step"] in ("layers", "search")]
     extend_record(run.folder, [], purpose=run.record["purpose"] | {"choice": " ".join(why)})
-    say("final", budget=budget, is_default=chosen is usual, **final)
-    attack_choice(job, run, final, say, watch)
+    say("final", *explain_final(final, job.request.budget))
+    say("attacks", *attack_choice(job, run, final, watch))
     if not (out / MODEL).exists():
         run.export(out / MODEL, watch=watch)
     final["model"] = MODEL
-    say("export")
+    say("export", explain("export"))
     write_report([out], out / PAGE)
     return answer
 
 
-def measure_texts(job: AutoJob, watch: Watch) -> dict[str, Any]:
-    """The numbers of `srmu inspect texts`, with the model and the questions to choose on."""
+def advise_user(job: AutoJob, watch: Watch) -> list[str]:
+    """What `srmu inspect texts` says, with the model and the questions to choose on."""
     model, tokenizer = open_model(job.config.model, job.config.device)
     asked = [part for part in job.yardstick.forget.values() if isinstance(part, TaskYardstick)]
     questions = [(one.prompt, one.answer, one.entry) for part in asked for one in part.halves["val"]]
     texts = [*job.texts["forget"]], [*job.texts["retain"]]
-    found = separability.measure_entanglement(*texts, questions, (model.module, tokenizer), watch=watch)
-    return dict(found.numbers)
+    return separability.measure_entanglement(*texts, questions, (model.module, tokenizer), watch=watch).sentences
 
 
 def run_trials(job: AutoJob, answer: dict[str, Any], say: Callable[..., None], watch: Watch) -> None:
     """The runs to choose from: `defaults`, `trials` and, of methods with a layer, `scan`."""
-    if job.names is not None:
-        say("names", count=len(job.names), file=job.names_file)
-        settings = [robust.start_values(job.config, keeping) for keeping in robust.KEEPING[: job.trials]]
+    request = job.request
+    if request.robust:
+        found = "names of a file" if request.names else "names found"
+        say("names", explain(found, count=len(job.names)))
+        settings = [robust.start_values(job.config, keeping) for keeping in robust.KEEPING[: request.trials]]
         answer["trials"] = objective.search_configs(job, "weights", settings, watch)
         answer["defaults"] = answer["trials"][0]  # the method's own: the others are compared with it
         if not answer["defaults"]["values"]:
@@ -305,29 +295,36 @@ def run_trials(job: AutoJob, answer: dict[str, Any], say: Callable[..., None], w
         return
     answer["defaults"] = objective.try_config(job, job.config)
     config, answer["scan"] = objective.scan_layers(job, watch)
-    say("layers", **answer["scan"])
-    name = f"layer {answer['scan']['best']} within {job.limit:g}"
-    answer["trials"] = objective.search_configs(replace(job, config=config), name, [{}] * job.trials, watch)
+    rows, best = answer["scan"]["layers"], answer["scan"]["best"]
+    (row,) = (row for row in rows if row["layer"] == best)
+    tried = ", ".join(str(row["layer"]) for row in rows)
+    say("layers", explain("layers", best=best, tried=tried, **row))
+    trials: list[dict[str, Any]] = [{}] * request.trials
+    name = f"layer {best} within {job.limit:g}"
+    answer["trials"] = objective.search_configs(replace(job, config=config), name, trials, watch)
 
 
-def attack_choice(job: AutoJob, run: Run, final: dict[str, Any], say: Callable[..., None], watch: Watch) -> None:
-    """Attack the chosen run, add what was found to `final` and tell it."""
+def attack_choice(job: AutoJob, run: Run, final: dict[str, Any], watch: Watch) -> list[str]:
+    """Attack the chosen run, and add what was found to `final`; what is to be said of it."""
     if job.sources is None:
-        say("attacks")
-        return
+        return [explain("no attack")]
     seed, device = job.config.seed, job.config.device
-    report = attack_run(run, tier=choose_tier(job), sources=job.sources, seed=seed, device=device, watch=watch)
+    report = attack_run(run, tier=job.tier, sources=job.sources, seed=seed, device=device, watch=watch)
     final["K*"] = report["K*"]
-    if job.names is not None:
-        final["floor"] = robust.measure_floor(run, job.sources, report, [*job.names, *job.goals])
-        say("attacks", report=report, floor=final["floor"])
-    else:
+    if not job.request.robust:
         lines = describe_attacks(report)
-        say("attacks", *(f"{line[0].upper()}{line[1:]}." for line in (lines[1], lines[-1])))
+        return [f"{line[0].upper()}{line[1:]}." for line in (lines[1], lines[-1])]
+    floor = final["floor"] = robust.measure_floor(run, job.sources, report, [*job.names, *job.goals])
+    done = sum(entry["status"] == "done" for entry in report["attacks"].values())
+    return [
+        explain("attacks", count=done, **report["K*"]),
+        explain("floor", **floor) if floor else explain("no floor"),
+        explain("beyond"),
+    ]
 
 
 def find_answer(job: AutoJob) -> dict[str, Any] | None:
     """The answer to the same question, where it is there already."""
-    answer = read_json(job.out / FILE, {})
+    answer = read_json(job.request.out / FILE, {})
     done = answer.get("question") == job.question and (answer["final"] or {}).get("model")
-    return answer if done and all((job.out / name).exists() for name in (MODEL, PAGE)) else None
+    return answer if done and all((job.request.out / name).exists() for name in (MODEL, PAGE)) else None

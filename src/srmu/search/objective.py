@@ -18,6 +18,7 @@ import numpy as np
 import optuna
 import torch
 
+from srmu.attacks.base import Tier
 from srmu.attacks.suite import Sources
 from srmu.data.digest import digest_texts
 from srmu.data.tokens import batch_rows, tokenise_texts
@@ -121,10 +122,6 @@ class Yardstick:
     def parts(self) -> dict[str, Part]:
         return {**self.forget, **self.utility}
 
-    @property
-    def digest(self) -> str:
-        return digest_texts(str(one) for part in self.parts.values() for half in part.halves.values() for one in half)
-
     def count_tokens(self, tokenizer: Any) -> int:
         """How many tokens a model reads to be measured on a half."""
         asked = [one for part in self.parts.values() for one in part.halves["val"]]
@@ -219,38 +216,58 @@ def hold_out(role: str, texts: Sequence[str]) -> tuple[list[str], dict[Half, tup
 
 
 @dataclass(frozen=True)
-class AutoJob:
-    """A search whose files are read and whose options are checked."""
+class AutoRequest:
+    """What somebody wants: all that decides the answer, and where it goes."""
 
+    model: str
+    forget: tuple[str, ...]
+    retain: tuple[str, ...]
+    budget: float = 0.01  # the most utility to lose
+    tasks: tuple[str, ...] = ()  # ask for what is to be forgotten
+    utility: tuple[str, ...] = ()  # ask for what is to be kept
+    tasks_dir: str = ""
+    method: str = "srmu"
+    robust: bool = False  # rename_scrub in place of a method with a layer
+    names: str = ""  # a file of the names to swap; "": those found
+    goals: str = ""  # a file of phrases about which all is to be forgotten
+    trials: int = 24
+    out: Path = Path("auto")
+    seed: int = 0
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class AutoJob:
+    """A request whose files are read and whose options are checked."""
+
+    request: AutoRequest
     config: Config
     yardstick: Yardstick
     sources: Sources | None  # for attacks; None: there are no questions
     texts: Mapping[str, Sequence[str]]  # to train on: "forget" and "retain"
-    out: Path
-    budget: float  # the most utility to lose
-    trials: int
-    names: Sequence[str] | None = None  # that a robust search swaps
-    goals: Sequence[str] = ()
-    names_file: str = ""
-
-    @property
-    def is_robust(self) -> bool:
-        return self.names is not None
+    names: Sequence[str]  # that a robust search swaps
+    goals: Sequence[str]
 
     @property
     def limit(self) -> float:
         """What trials may lose of the utility, on the half to choose on."""
-        return MARGIN * self.budget
+        return MARGIN * self.request.budget
+
+    @property
+    def tier(self) -> Tier:
+        """What the result is attacked with: relearning, too, where that is the point."""
+        return "standard" if self.request.robust else "smoke"
 
     @cached_property
     def spec(self) -> dict[str, Any]:
         """What all trials depend on, without a path or a word of a text."""
+        halves = [half for part in self.yardstick.parts.values() for half in part.halves.values()]
         return {
             "model": weights.fingerprint_model(locate_base(self.config)),
             "texts": digest_texts([*self.texts["forget"], "", *self.texts["retain"]]),
-            "questions": self.yardstick.digest,
+            "questions": digest_texts(str(one) for half in halves for one in half),
             "method": self.config.method.name,
-            "names": digest_texts(self.names or ()),
+            "names": digest_texts(self.names),
             "goals": digest_texts(self.goals),
             "seed": self.config.seed,
         }
@@ -258,7 +275,7 @@ class AutoJob:
     @property
     def question(self) -> dict[str, Any]:
         """All that the answer depends on."""
-        return self.spec | {"budget": self.budget, "trials": self.trials}
+        return self.spec | {"budget": self.request.budget, "trials": self.request.trials}
 
 
 Entry = dict[str, Any]  # a trial, as `auto.json` has it
@@ -272,15 +289,13 @@ def try_config(job: AutoJob, config: Config) -> Entry:
         "state": "complete",
         "params": {key: value for key, value in values.items() if value is not None},
         "values": job.yardstick.outcome(run),
-        "runs": [str(run.folder.relative_to(job.out.resolve()))],
+        "runs": [str(run.folder.relative_to(job.request.out.resolve()))],
         "seconds": run.record["seconds"],
         "why": "",
     }
 
 
-def search_configs(
-    job: AutoJob, name: str, settings: Sequence[Mapping[str, Any]], watch: Watch, label: str = "trials"
-) -> list[Entry]:
+def search_configs(job: AutoJob, name: str, settings: Sequence[Mapping[str, Any]], watch: Watch) -> list[Entry]:
     """A study of the config with each of the settings, values of dotted keys; for `{}` the sampler finds a strength.
 
     The trials of an earlier search are among them. Settings that are given keep their order.
@@ -295,9 +310,9 @@ def search_configs(
 
     sampler = space.PlaceSampler(lambda place: space.make_sampler(job.config, job.yardstick.seed, place))
     study = queue.open_study(
-        job.out / queue.FILE, name, spec=job.spec, directions=["maximize"], sampler=sampler, queue=settings
+        job.request.out / queue.FILE, name, spec=job.spec, directions=["maximize"], sampler=sampler, queue=settings
     )
-    queue.work_queue(study, objective, watch, label=label, in_turn=True)
+    queue.work_queue(study, objective, watch, in_turn=True)
     ended = [trial for trial in study.get_trials(deepcopy=False) if queue.is_ended(trial)]
     if any(settings):
         ended.sort(key=lambda trial: trial.user_attrs["point"])
@@ -313,7 +328,7 @@ def scan_layers(job: AutoJob, watch: Watch) -> tuple[Config, dict[str, Any]]:
     assert isinstance(config.method, Misdirection)
     layers = candidate_layers(config.method, read_config(locate_base(config)), LAYERS)
     settings = [{"method.layer": layer} for layer in layers]
-    trials = search_configs(replace(job, config=config), "layers", settings, watch, "layers")
+    trials = search_configs(replace(job, config=config), "layers", settings, watch)
     rows = [{"layer": t["params"]["method.layer"], **t["values"]} for t in trials if t["values"]]
     if not rows:
         raise SrmuError(f"every layer of {config.method.name} diverged; lower train.learning_rate")

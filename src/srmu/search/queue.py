@@ -11,9 +11,10 @@ from __future__ import annotations
 import json
 import time
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,9 +39,9 @@ Objective = Callable[[optuna.Trial], float | Sequence[float]]
 
 
 class Study(optuna.Study):
-    """A study that knows its storage."""
+    """A study that knows its database."""
 
-    storage: str | Path = ""
+    url: URL
 
 
 class SurplusTrialError(Exception):
@@ -93,13 +94,14 @@ def open_study(
     over. SrmuError where the study exists with another `spec`, or cannot be reached.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    with redact_errors(storage), warnings.catch_warnings():
+    url = locate_database(storage)
+    with redact_errors(url), warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
-        database = open_storage(storage, heartbeat)
+        database = connect_storage(url, heartbeat)
         with suppress(DuplicatedStudyError):
             optuna.create_study(storage=database, study_name=name, directions=[*directions])
         study = Study(name, database, sampler=sampler, pruner=pruner)
-        study.storage = storage
+        study.url = url
         wanted = json.loads(json.dumps(spec))
         if "spec" not in study.user_attrs:
             study.set_user_attr("spec", wanted)
@@ -109,21 +111,27 @@ def open_study(
     return study
 
 
-def open_storage(storage: str | Path, heartbeat: int) -> QueueStorage:
-    """The database of a study; SrmuError where it cannot be used."""
+def locate_database(storage: str | Path) -> URL:
+    """The database that a storage names; SrmuError where it names none."""
     if isinstance(storage, Path):
         storage.parent.mkdir(parents=True, exist_ok=True)
-        url = URL.create("sqlite", database=str(storage.resolve()))
+        return URL.create("sqlite", database=str(storage.resolve()))
+    with suppress(exc.ArgumentError, ValueError):  # ValueError: of its port
+        url = make_url(storage)
+        if url.get_backend_name() in ("postgresql", "postgres"):
+            return url.set(drivername="postgresql+psycopg")  # plain postgresql:// means another driver to SQLAlchemy
+    raise SrmuError(
+        "--storage: expected postgresql://USER:PASSWORD@HOST:PORT/DATABASE; "
+        f"without one, {FILE} in the output folder is used"
+    )
+
+
+def connect_storage(url: URL, heartbeat: int) -> QueueStorage:
+    """The database of a study, which two workers may make at the same moment."""
+    connect_args: dict[str, Any] = {"connect_timeout": 10}
+    if url.drivername == "sqlite":
         heartbeat = min(heartbeat, LOCAL_HEARTBEAT)
-        connect_args: dict[str, Any] = {"timeout": PATIENCE, "isolation_level": None}  # see `lock_file`
-    else:
-        server, connect_args = parse_storage(storage), {"connect_timeout": 10}
-        if server is None or server.get_backend_name() not in ("postgresql", "postgres"):
-            raise SrmuError(
-                f"storage {redact_storage(storage)}: expected postgresql://USER:PASSWORD@HOST:PORT/DATABASE; "
-                f"without one, {FILE} in the output folder is used"
-            )
-        url = server.set(drivername="postgresql+psycopg")  # plain postgresql:// means another driver to SQLAlchemy
+        connect_args = {"timeout": PATIENCE, "isolation_level": None}  # see `lock_file`
     for attempts_left in reversed(range(5)):
         try:
             return QueueStorage(url, heartbeat, connect_args)
@@ -138,35 +146,16 @@ def open_storage(storage: str | Path, heartbeat: int) -> QueueStorage:
 
 
 @contextmanager
-def redact_errors(storage: str | Path) -> Iterator[None]:
-    """Make one line of what goes wrong with a storage, without its password."""
+def redact_errors(url: URL) -> Iterator[None]:
+    """Make one line of what goes wrong with a storage, without its password and its options."""
     try:
         yield
     except (exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
         cause = error.__cause__ if isinstance(error.__cause__, exc.SQLAlchemyError) else error
         why = first_line(getattr(cause, "orig", None) or cause)
-        url = None if isinstance(storage, Path) else parse_storage(storage)
-        for password in (url.password, url.query.get("password")) if url else ():
-            why = why.replace(str(password), "***") if password else why
-        raise SrmuError(f"storage {redact_storage(storage)} cannot be used: {why}") from None
-
-
-def redact_storage(storage: str | Path) -> str:
-    """A storage as a person may see it: without its password and its options."""
-    if isinstance(storage, Path):
-        return str(storage)
-    if url := parse_storage(storage):
-        return url.set(query={}).render_as_string(hide_password=True)
-    scheme, is_url, _ = storage.partition("://")
-    return f"{scheme}://..." if is_url else repr(storage)
-
-
-def parse_storage(storage: str) -> URL | None:
-    """A storage as a URL, if it is one."""
-    try:
-        return make_url(storage)
-    except (exc.ArgumentError, ValueError):  # ValueError: of its port
-        return None
+        for password in filter(None, (url.password, url.query.get("password"))):
+            why = why.replace(str(password), "***")
+        raise SrmuError(f"storage {url.set(query={}).render_as_string()} cannot be used: {why}") from None
 
 
 def require_same(name: str, known: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
@@ -190,7 +179,6 @@ def work_queue(
     watch: Watch,
     after: Callable[[], object] = lambda: None,
     *,
-    label: str = "trials",
     in_turn: bool = False,
 ) -> None:
     """Take trials off the queue until all are done, those of other workers included.
@@ -201,11 +189,11 @@ def work_queue(
     worker. `in_turn`: no trial begins while another one runs, so that each knows all before it.
     """
     failures: list[str] = []
-    with redact_errors(study.storage):
+    with redact_errors(study.url):
         if not study.get_trials(deepcopy=False, states=ANSWERED):  # a mistake in what all have in common was mended
             queue_points(study, [point for point in list_points(study) if has_failed(point.standing)])
         left = sum(not point.is_over for point in list_points(study))
-        with watch(label, left) as tick:
+        with watch("trials", left) as tick:
             while True:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore", ExperimentalWarning)
@@ -264,28 +252,16 @@ def take_trial(study: Study, objective: Objective, failures: list[str], in_turn:
 
 @dataclass(frozen=True)
 class Point:
-    """A place in the queue and its trials, oldest first, without surplus ones."""
+    """A place in the queue, with the trial that counts: the first that has not failed, else the last."""
 
     number: int
     params: Mapping[str, Any]
-    trials: list[FrozenTrial] = field(default_factory=list)
-
-    @property
-    def standing(self) -> FrozenTrial | None:
-        """The trial that counts: the first that has not failed, else the last."""
-        alive = [trial for trial in self.trials if trial.state != TrialState.FAIL]
-        return next(iter([*alive, *reversed(self.trials)]), None)
+    standing: FrozenTrial | None
+    is_lost: bool  # no worker has it; after `RETRIES` more dead workers it is given up
 
     @property
     def state(self) -> TrialState | None:
         return self.standing.state if self.standing else None
-
-    @property
-    def is_lost(self) -> bool:
-        """Whether no worker has it. After `RETRIES` more dead workers the trial is given up."""
-        killed = [t for t in self.trials if not {"why", "stopped"} & {*t.user_attrs}]
-        died = self.state == TrialState.FAIL and not has_failed(self.standing)
-        return self.state is None or (died and len(killed) <= RETRIES)
 
     @property
     def is_over(self) -> bool:
@@ -294,11 +270,19 @@ class Point:
 
 
 def list_points(study: Study) -> list[Point]:
-    """The queue as it is now."""
-    points = [Point(i, params) for i, params in enumerate(study.user_attrs["queue"])]
+    """The queue as it is now; surplus trials are not in it."""
+    trials: dict[int, list[FrozenTrial]] = defaultdict(list)
     for trial in study.get_trials(deepcopy=False):
-        if "point" in trial.user_attrs and "surplus" not in trial.user_attrs:
-            points[trial.user_attrs["point"]].trials.append(trial)
+        if "surplus" not in trial.user_attrs:
+            trials[trial.user_attrs.get("point", -1)].append(trial)
+    points = []
+    for number, params in enumerate(study.user_attrs["queue"]):
+        own = trials[number]
+        alive = [trial for trial in own if trial.state != TrialState.FAIL]
+        standing = next(iter([*alive, *reversed(own)]), None)
+        killed = [trial for trial in own if not {"why", "stopped"} & {*trial.user_attrs}]
+        died = standing is not None and standing.state == TrialState.FAIL and not has_failed(standing)
+        points.append(Point(number, params, standing, standing is None or (died and len(killed) <= RETRIES)))
     return points
 
 
@@ -322,14 +306,16 @@ def trial_entry(trial: FrozenTrial) -> dict[str, Any]:
     """A trial as `sweep.json` and `auto.json` have it; its objective leaves `measured` in it."""
     failed = trial.state == TrialState.FAIL
     params = trial.params or trial.system_attrs.get("fixed_params", {})
-    entry: dict[str, Any] = {"params": params, "values": {}, "runs": [], "seconds": 0.0}
-    return {
-        **entry,
-        **trial.user_attrs.get("measured", {}),
-        "number": trial.number,
-        "state": "failed" if failed else trial.state.name.lower(),
-        "why": trial.user_attrs.get("why", "its worker died" if failed else ""),
-    }
+    usual: dict[str, Any] = {"params": params, "values": {}, "runs": [], "seconds": 0.0}
+    return (
+        usual
+        | trial.user_attrs.get("measured", {})
+        | {
+            "number": trial.number,
+            "state": "failed" if failed else trial.state.name.lower(),
+            "why": trial.user_attrs.get("why", "its worker died" if failed else ""),
+        }
+    )
 
 
 def describe_best(study: Study) -> str:

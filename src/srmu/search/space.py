@@ -48,17 +48,15 @@ class Dimension(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def read_choices(cls, given: Any) -> Any:
-        match given:
-            case dict():
-                return given
-            case list():
-                if not given or not all(isinstance(v, str | int | float | None) for v in given):
-                    raise ValueError("a list of numbers or words, like [8, 16, 32]")
-                if len(set(map(repr, given))) < len(given):
-                    raise ValueError(f"no choice twice: {given}")
+        if isinstance(given, dict):
+            return given
+        if isinstance(given, list):
+            if not given or not all(isinstance(v, str | int | float | None) for v in given):
+                raise ValueError("a list of numbers or words, like [8, 16, 32]")
+            if len(set(map(repr, given))) == len(given):
                 return {"choices": given}
-            case _:
-                raise ValueError("[choices] or {low: 1, high: 100, log: true}")
+            raise ValueError(f"no choice twice: {given}")
+        raise ValueError("[choices] or {low: 1, high: 100, log: true}")
 
     @model_validator(mode="after")
     def settle_range(self) -> Self:
@@ -131,9 +129,6 @@ class PlaceSampler(BaseSampler):
 
     def sample_independent(self, study: Any, trial: Any, name: str, distribution: Any) -> Any:
         return self.inner.sample_independent(study, trial, name, distribution)
-
-    def after_trial(self, study: Any, trial: Any, state: Any, values: Any) -> None:
-        self.inner.after_trial(study, trial, state, values)
 
 
 # ---- the space of an automatic search

@@ -9,8 +9,9 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from functools import partial
+from functools import partial, reduce
 from itertools import product
+from operator import getitem
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal, Self
@@ -19,7 +20,7 @@ import optuna
 import yaml
 from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESampler
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, TrialState
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from srmu.attacks.base import Tier
@@ -149,39 +150,30 @@ def read_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
             f"(search: {{method.kappa: [8, 16]}}) and objectives; to run this one, type: srmu unlearn {path}"
         )
     for override in overrides:
-        override_sweep(tree, override)
+        name = override.partition("=")[0]
+        if name.startswith("search.") and isinstance(tree.setdefault("search", {}), dict):
+            # keys of the space have dots of their own
+            given: dict[str, Any] = {}
+            put_override(given, override)
+            tree["search"][name.removeprefix("search.")] = reduce(getitem, name.split("."), given)
+        else:
+            put_override(tree, override)
     tree["name"] = tree.get("name") or path.stem
     tree["out"] = tree.get("out") or f"sweeps/{tree['name']}"
     try:
         sweep = Sweep.model_validate(tree)
+        home = path.resolve().parent
+        named = {key: (home / getattr(sweep, key).expanduser()).resolve() for key in ("config", "out")}
     except ValidationError as error:
         part = [*error.errors()[0]["loc"], ""][0]
         schema = AttackOptions if part == "attack" else Dimension if part == "search" else Sweep
         raise SrmuError(f"{path}: {explain_error(error, '', schema)}") from None
-    try:
-        named = {"config": sweep.config.expanduser(), "out": sweep.out.expanduser()}
     except RuntimeError:
         raise SrmuError(f"{path}: config or out: there is no such user") from None
-    home = path.resolve().parent
-    sweep = sweep.model_copy(update={key: (home / place).resolve() for key, place in named.items()})
+    sweep = sweep.model_copy(update=named)
     check_keys(sweep)
     require_place(sweep.out / FILE)
     return sweep
-
-
-def override_sweep(tree: dict[str, Any], override: str) -> None:
-    """Set a key of a sweep file; a key of the space, `search.method.kappa`, has dots of its own."""
-    key = override.partition("=")[0]
-    if not key.startswith("search."):
-        put_override(tree, override)
-        return
-    value: dict[str, Any] = {}
-    put_override(value, override)
-    for part in key.split("."):
-        value = value[part]
-    space = tree.setdefault("search", {})
-    if isinstance(space, dict):
-        space[key.removeprefix("search.")] = value
 
 
 def check_keys(sweep: Sweep) -> None:
@@ -256,28 +248,26 @@ def run_sweep(sweep: Sweep, storage: str = "", watch: Watch = ignore_progress) -
 def measure_trial(sweep: Sweep, trial: optuna.Trial) -> list[float]:
     """The objectives of a trial: the means over its seeds."""
     params = {key: one.suggest(trial, key, sweep.sampler == "grid") for key, one in sweep.search.items()}
-    results: list[dict[str, dict[str, float]]] = []
-    folders, values = [], {}
-    started = time.monotonic()
+    started, folders, results = time.monotonic(), [], list[dict[str, dict[str, float]]]()
     for number, seed in enumerate(sweep.seeds, 1):
         run = unlearn_config(sweep.config_of(params, seed))
         results.append(run_metrics(sweep, run))
         folders.append(str(run.folder.relative_to(sweep.out)))
         replicates = {metric: [result[metric]["value"] for result in results] for metric in sweep.objectives}
-        values = {metric: fmean(seeds) for metric, seeds in replicates.items()}
+        means = {metric: fmean(values) for metric, values in replicates.items()}
         measured = {
-            "params": params, "values": values, "replicates": replicates,
+            "params": params, "values": means, "replicates": replicates,
             "errors": {metric: [result[metric].get("stderr") for result in results] for metric in sweep.objectives},
             "n": {metric: int(results[-1][metric]["n"]) for metric in sweep.objectives}, "runs": folders,
             "seconds": round(time.monotonic() - started, 3),
         }  # fmt: skip
         trial.set_user_attr("measured", measured)
         if sweep.prune and number < len(sweep.seeds):
-            trial.report(next(iter(values.values())), number - 1)
+            trial.report(next(iter(means.values())), number - 1)
             if trial.should_prune():
                 trial.set_user_attr("why", f"worse than the median after {number} seeds")
                 raise optuna.TrialPruned
-    return [*values.values()]
+    return [*means.values()]
 
 
 def run_metrics(sweep: Sweep, run: Run) -> dict[str, dict[str, float]]:
@@ -305,10 +295,7 @@ def report_sweep(sweep: Sweep, study: queue.Study, final: bool = False) -> dict[
     complete = [trial for trial in trials if trial["state"] == "complete"]
     return {
         "kind": "sweep",
-        "name": sweep.name,
-        "sampler": sweep.sampler,
-        "seeds": sweep.seeds,
-        "objectives": sweep.objectives,
+        **sweep.model_dump(include={"name", "sampler", "seeds", "objectives"}),
         "space": {key: one.written for key, one in sweep.search.items()},
         "trials": trials,
         "front": [trial.number for trial in study.best_trials] if complete else [],
@@ -318,16 +305,17 @@ def report_sweep(sweep: Sweep, study: queue.Study, final: bool = False) -> dict[
 
 def key_importance(study: queue.Study) -> dict[str, float]:
     """The share of each key in what the objectives differ by (fANOVA); none where they do not."""
-    complete = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
+    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
-    shares = []
-    for i in range(len(study.directions)):
 
-        def value(trial: FrozenTrial, i: int = i) -> float:
-            return float(trial.values[i])
+    def value(number: int, trial: FrozenTrial) -> float:
+        return float(trial.values[number])
 
-        if len(set(map(value, complete))) > 1:
-            shares.append(optuna.importance.get_param_importances(study, evaluator=evaluator, target=value))
+    shares = [
+        optuna.importance.get_param_importances(study, evaluator=evaluator, target=partial(value, i))
+        for i in range(len(study.directions))
+        if len({trial.values[i] for trial in complete}) > 1
+    ]
     return {key: fmean(share[key] for share in shares) for key in (shares[0] if shares else ())}
 
 
