@@ -157,13 +157,13 @@ class Wrapped(torch.nn.Module):
 
 
 MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
-    "one string": ({"forget": "w1 w2 w3"}, "forget is one string: write [text]"),
-    "a row": ({"retain": {"text": "w1 w2"}}, "retain is a dict of text: write [row]"),
+    "one string": ({"forget": "w1 w2 w3"}, "forget is one str: expected [text, ...]"),
+    "a row": ({"retain": {"text": "w1 w2"}}, "retain is one dict: expected [text, ...], [row, ...]"),
     "splits": (
         {"forget": datasets.DatasetDict(train=datasets.Dataset.from_list([{"text": "w1"}]))},
-        "forget is a DatasetDict of train",
+        "forget is one DatasetDict: expected",
     ),
-    "a number": ({"forget": 5}, "forget is int: expected texts"),
+    "a number": ({"forget": 5}, "forget is one int: expected [text, ...]"),
     "a number in it": ({"forget": ["w1 w2", 5]}, "forget: row 2: "),
     "no column": ({"forget": [{"body": "w1"}]}, "forget: row 1: no column 'text'; found body"),
     "empty": ({"forget": []}, "no forget texts"),

@@ -1,9 +1,7 @@
 """`srmu.unlearn`: a run from a config, or a model that is in memory already, changed in place."""
 
-from __future__ import annotations
-
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,7 +68,7 @@ def unlearn(
     forget: Texts,
     retain: Texts = (),
     method: Method | type[Method] | str = "srmu",
-    train: TrainOptions | Mapping[str, Any] | None = None,
+    train: TrainOptions | dict[str, Any] | None = None,
     max_length: int = 512,
     seed: int = 0,
     callback: Log | None = None,
@@ -112,7 +110,7 @@ def unlearn_in_memory(
     forget: Texts,
     retain: Texts = (),
     method: Method | type[Method] | str = "srmu",
-    train: TrainOptions | Mapping[str, Any] | None = None,
+    train: TrainOptions | dict[str, Any] | None = None,
     max_length: int = 512,
     seed: int = 0,
     callback: Log | None = None,
@@ -121,14 +119,15 @@ def unlearn_in_memory(
     """Change a model in place; see `unlearn`. The same tensors as a run's, bit for bit."""
     check_model(model, tokenizer)
     texts = {"forget": as_sources(forget, "forget"), "retain": as_sources(retain, "retain")}
-    tree = {
-        "model": model.name_or_path or type(model).__name__,
-        "method": method() if isinstance(method, type) else method,
-        "topics": {TOPIC: texts | {"max_length": max_length}},
-        "train": train or {},
-        "seed": seed,
-    }
-    config = check_tree(tree)
+    config = check_tree(
+        {
+            "model": model.name_or_path or type(model).__name__,
+            "method": method() if isinstance(method, type) else method,
+            "topics": {TOPIC: texts | {"max_length": max_length}},
+            "train": train or {},
+            "seed": seed,
+        }
+    )
     resolved = config.method.resolved(model.config)
     if why := resolved.no_checkpoint:
         raise SrmuError(f"{why}; unlearn from a config")
@@ -141,11 +140,10 @@ def train_in_place(
 ) -> InMemoryResult:
     """Apply the method of a config with nothing left open; where an error ends it, the model is as before."""
     topics = load_topics(config, tokenizer)
-    rows: Any = model.get_input_embeddings().weight
-    training.require_known_tokens(topics, len(rows), "the tokenizer")
     steps: list[dict[str, Any]] = []
     progress = training.Progress()
     with TemporaryDirectory() as scratch, edit_in_place(model, config.method) as edited:
+        training.require_known_tokens(topics, edited.vocabulary_size, "the tokenizer")
         if edited.folder is None:  # some methods read the tokenizer from there
             tokenizer.save_pretrained(scratch)
             edited.folder = Path(scratch)
@@ -175,13 +173,12 @@ def check_model(model: Any, tokenizer: Any) -> None:
         raise SrmuError("a model in memory is unlearned in one process; several take a config")
     kind = type(model).__name__
     if not isinstance(model, PreTrainedModel):
-        peft = "; merge its adapters first: model.merge_and_unload()"
-        hint = peft if hasattr(model, "merge_and_unload") else ""
+        hint = "; merge its adapters first: model.merge_and_unload()" if hasattr(model, "merge_and_unload") else ""
         raise SrmuError(f"unlearn takes a transformers model or a Config, not {kind}{hint}")
     if not kind.endswith(("ForCausalLM", "LMHeadModel")):
         raise SrmuError(f"{kind} is not a causal language model: load AutoModelForCausalLM")
     refuse_quantised(Path(model.name_or_path or kind), model.config)
-    places = sorted({str(parameter.device) for parameter in model.parameters()})
+    places = {str(parameter.device) for parameter in model.parameters()}
     if len(places) > 1 or "meta" in places:
         raise SrmuError(
             f"the model lies on {', '.join(places)}: in memory it must be on one device; "
@@ -194,19 +191,12 @@ def check_model(model: Any, tokenizer: Any) -> None:
 
 def as_sources(texts: Texts, role: str) -> list[Source]:
     """Where the texts of an argument come from; SrmuError for what could be meant in two ways."""
-    if isinstance(texts, str):
-        raise SrmuError(f"{role} is one string: write [text] for a text, pathlib.Path(name) for a file")
-    if isinstance(texts, Mapping):
-        raise SrmuError(
-            f"{role} is a {type(texts).__name__} of {', '.join(map(str, texts))}: write [row] for one row; "
-            "of a DatasetDict name one split"
-        )
     if isinstance(texts, Path | Source):
         texts = [texts]
-    if not hasattr(texts, "__iter__"):
+    if isinstance(texts, str | dict) or not hasattr(texts, "__iter__"):
         raise SrmuError(
-            f"{role} is {type(texts).__name__}: expected texts, rows with a 'text', a "
-            "datasets.Dataset, or files as pathlib.Path"
+            f"{role} is one {type(texts).__name__}: expected [text, ...], [row, ...] with a 'text', a "
+            "datasets.Dataset (one split of a DatasetDict), or files as pathlib.Path"
         )
     if not isinstance(texts, list | tuple):
         return [RowSource(path=role, rows=texts)]

@@ -222,19 +222,16 @@ def find_finished(folder: Path, topics: list[Topic]) -> Run:
     """The run that is already there, if it was made from the same texts and model."""
     run = Run.open(folder)
     known = run.record["data"]
-    texts = [(known[topic.name][role], counts) for topic in topics for role, counts in topic.counts.items()]
-
-    def differ(*keys: str) -> bool:
-        return any(then[key] != now[key] for then, now in texts for key in keys)
-
-    sizes = differ("documents", "too_short", "bad_rows", "tokens")
-    if not sizes and differ("digest") and differ("key"):
+    texts = [(known[topic.name][role], now) for topic in topics for role, now in topic.counts.items()]
+    sizes = ("documents", "too_short", "bad_rows", "tokens")
+    like = all(then[key] == now[key] for then, now in texts for key in sizes)
+    same = like and all(then["digest"] == now["digest"] for then, now in texts)
+    if like and not same and any(then["key"] != now["key"] for then, now in texts):
         raise SrmuError(
-            f"{folder} holds a run of this config, made with another cache folder: set "
-            "SRMU_CACHE to that one, whose key tells whether it read these texts; or remove "
-            "the run, or name another runs_dir"
+            f"{folder} holds a run of this config, made with another cache folder: set SRMU_CACHE to that one, "
+            "whose key tells whether it read these texts; or remove the run, or name another runs_dir"
         )
-    if sizes or differ("digest"):
+    if not same:
         raise SrmuError(f"{folder} holds a run of this config on other texts; remove it, or name another runs_dir")
     if run.record["diverged"]:
         raise DivergedError(f"{folder} holds this run, which diverged: {run.record['stop_reason']}")

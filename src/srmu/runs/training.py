@@ -1,11 +1,9 @@
 """The training of a run, from the model on disk to the files in the run's folder."""
 
-from __future__ import annotations
-
 import json
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -20,7 +18,7 @@ from torch import Tensor
 from srmu.engine import distributed, weights
 from srmu.engine.activation_cache import digest_tensors, open_activations
 from srmu.engine.files import require_space, sha256, write_json, write_whole
-from srmu.engine.model import Batch, EditableModel, release_memory
+from srmu.engine.model import EditableModel, release_memory
 from srmu.engine.progress import Watch, ignore_progress, print_line
 from srmu.engine.resume import Checkpoints
 from srmu.engine.topic import Topic
@@ -53,7 +51,7 @@ class Progress:
         return time.monotonic() - self.clock
 
 
-def train_run(plan: RunPlan, topics: Sequence[Topic], watch: Watch, callback: Log | None = None) -> None:
+def train_run(plan: RunPlan, topics: list[Topic], watch: Watch, callback: Log | None = None) -> None:
     """Load the model, apply the method, and write the run's folder; the record comes last.
 
     Raises DivergedError when the folder is written, with the last good weights.
@@ -99,7 +97,7 @@ def train_run(plan: RunPlan, topics: Sequence[Topic], watch: Watch, callback: Lo
 
 
 def load_model(
-    plan: RunPlan, topics: Sequence[Topic], data: str, watch: Watch
+    plan: RunPlan, topics: list[Topic], data: str, watch: Watch
 ) -> tuple[EditableModel, dict[str, list[str]]]:
     """The model to train, and the checkpoint's names of what it trains.
 
@@ -138,7 +136,7 @@ def load_model(
     return model, names
 
 
-def require_known_tokens(topics: Sequence[Topic], known: int, tokenizer: str) -> None:
+def require_known_tokens(topics: list[Topic], known: int, tokenizer: str) -> None:
     """SrmuError where a text has a token that the model has no row for."""
     highest = max(int(b["input_ids"].max()) for t in topics for b in (*t.forget, *t.retain))
     if highest >= known:
@@ -166,7 +164,7 @@ def resume_run(plan: RunPlan, data: str) -> Progress:
 def apply_method(
     config: Config,
     model: EditableModel,
-    topics: Sequence[Topic],
+    topics: list[Topic],
     progress: Progress,
     write: Callable[[dict[str, Any]], None],
     watch: Watch,
@@ -185,7 +183,7 @@ def apply_method(
     progress.outcome = config.method.apply(model, topics, config.train, log, watch, progress.checkpoints)
 
 
-def require_change(config: Config, model: EditableModel, changed: Mapping[str, Tensor], progress: Progress) -> None:
+def require_change(config: Config, model: EditableModel, changed: dict[str, Tensor], progress: Progress) -> None:
     """SrmuError where what should change did not."""
     method, reason = config.method, progress.outcome.stop_reason
     unmoved = sorted(set(model.trained) - set(changed))
@@ -214,7 +212,7 @@ def list_state(outcome: MethodOutcome) -> dict[str, Tensor]:
 
 
 def build_record(
-    plan: RunPlan, model: EditableModel, topics: Sequence[Topic], progress: Progress, watch: Watch
+    plan: RunPlan, model: EditableModel, topics: list[Topic], progress: Progress, watch: Watch
 ) -> dict[str, Any]:
     """The run's record, but for what only `train_run` knows: memory, changed, finished."""
     config, folder = plan.config, plan.folder
@@ -251,9 +249,7 @@ def build_record(
     }
 
 
-def describe_training(
-    config: Config, model: EditableModel, topics: Sequence[Topic], progress: Progress
-) -> dict[str, Any]:
+def describe_training(config: Config, model: EditableModel, topics: list[Topic], progress: Progress) -> dict[str, Any]:
     """What a record says of a training whether or not it has a folder."""
     return {
         "tool": audit.describe_tool(),
@@ -311,20 +307,18 @@ def measure_pair_overlap(topic: Topic) -> float:
 
     0 without retain texts. Of tokens, because these are what the run has read.
     """
-
-    def list_pairs(batches: Sequence[Batch]) -> Tensor:
-        pairs = [torch.zeros(0, dtype=torch.long)]
-        for batch in batches:
+    pairs = {}
+    for role in ("forget", "retain"):
+        found = [torch.zeros(0, dtype=torch.long)]
+        for batch in getattr(topic, role):
             ids, real = batch["input_ids"].long(), batch["attention_mask"].bool()
             both = real[:, 1:] & real[:, :-1]
-            pairs.append((ids[:, :-1] * (1 << 31) + ids[:, 1:])[both].unique())
-        return torch.cat(pairs).unique()
-
-    forget, retain = list_pairs(topic.forget), list_pairs(topic.retain)
-    return float(torch.isin(forget, retain).float().mean()) if len(forget) else 0.0
+            found.append((ids[:, :-1] * (1 << 31) + ids[:, 1:])[both].unique())
+        pairs[role] = torch.cat(found).unique()
+    return float(torch.isin(pairs["forget"], pairs["retain"]).float().mean()) if len(pairs["forget"]) else 0.0
 
 
-def count_dense_flops(model: EditableModel, topics: Sequence[Topic], steps: int) -> float:
+def count_dense_flops(model: EditableModel, topics: list[Topic], steps: int) -> float:
     """FLOPs of the steps in products with weight matrices, without attention and what is cached.
 
     Two a token and weight forward, in the layers that change also two for each of the gradients of

@@ -91,16 +91,15 @@ def compare_digests(path: Path, expected: dict[str, Any]) -> Iterator[str]:
     except SrmuError as error:
         yield str(error)
         return
-    one, other = expected["tensors"], actual["tensors"]
-    differences = [
-        f"{path.name} lacks the tensor {name}" if name not in other else f"{path.name}: the tensor {name} has changed"
-        for name, digest in one.items()
-        if other.get(name) != digest
-    ]
-    differences += [f"{path.name}: the tensor {name} is not in the record" for name in sorted({*other} - {*one})]
-    if not differences and any(expected.get(part) and actual[part] != expected[part] for part in ("header", "sha256")):
-        differences = [f"{path.name}: its header has changed"]
-    yield from differences
+    same = True
+    for name in {**expected["tensors"], **actual["tensors"]}:
+        then, now = expected["tensors"].get(name), actual["tensors"].get(name)
+        if then != now:
+            same = False
+            what = "is missing" if now is None else "has changed" if then else "is not in the record"
+            yield f"{path.name}: the tensor {name} {what}"
+    if same and any(expected.get(part) and actual[part] != expected[part] for part in ("header", "sha256")):
+        yield f"{path.name}: its header has changed"
 
 
 def rerun_record(
