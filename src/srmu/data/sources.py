@@ -9,12 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from srmu.errors import SrmuError, first_line, suggest_word
+from srmu.errors import SrmuError, first_line
 
 MOST_BAD = 0.05  # share of rows that may be left out
 COLUMN = re.compile(r"\{([^{}]+)\}")  # where a template has a column's text
 BAD_BYTE = re.compile("[\udc80-\udcff]")  # as Python escapes what is no UTF-8
-SHOWN = 80  # characters of a value that an error may print: longer ones are texts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +108,8 @@ def read_counted(source: Source) -> tuple[list[str], int]:
     if len(bad) > MOST_BAD * count:
         raise SrmuError(f"{len(bad)} of {count} rows are no texts, more than {MOST_BAD:.0%}; the first: {bad[0]}")
     if source.where and not texts:
-        raise SrmuError(f"{source.place}: {explain_empty(source)}")
+        wanted = ", ".join(f"{column} {str(value)!r}" for column, value in source.where.items())
+        raise SrmuError(f"{source.place}: no row has {wanted}; change where, or leave it out")
     return texts, len(bad)
 
 
@@ -129,20 +129,6 @@ def read_row(source: Source, row: Any, place: str) -> list[str]:
     text = TemplatedText("".join(words))
     text.start = sum(map(len, words[:-2]))
     return [text]
-
-
-def explain_empty(source: Source) -> str:
-    """Why `where` leaves out all rows."""
-    for column, value in source.where.items():
-        values = {str(row[column]) for _, row in read_rows(source) if isinstance(row, dict) and column in row}
-        if str(value) not in values:
-            known = sorted(value for value in values if len(value) <= SHOWN)
-            hint = suggest_word(str(value), known) if known else ""
-            if len(hint) > 4 * SHOWN:
-                hint = f"; the first of its {len(known)} values is {known[0]}"
-            return f"no row has {column} {str(value)!r}{hint}"
-    wanted = ", ".join(f"{column} {value!r}" for column, value in source.where.items())
-    return f"no row has all of {wanted}; take one of them out"
 
 
 def read_rows(source: Source) -> Iterator[tuple[str, Any]]:
