@@ -26,14 +26,16 @@ RECORDED = ("id", "status", "why", "accuracy", "recovery", "valid", "budget", "s
 
 def summarise_attacks(chosen: Mapping[str, Attack], found: Mapping[str, Outcomes], exam: Exam, seed: int) -> Report:
     """Every attack beside its controls, with right answers question by question."""
-    plain, kept = {}, {}
+    plain = {}
     for who, result in found[PLAIN].items():
         if isinstance(result, str):
             raise SrmuError(f"the questions cannot be asked of the {who} model: {result}")
         plain[who] = best_setting(result).test
-    for who, result in found[KEPT].items():
-        if isinstance(result, AttackResult):
-            kept[who] = {way.setting: write_answers(way.test) for way in result.ways}
+    kept = {
+        who: {way.setting: write_answers(way.test) for way in result.ways}
+        for who, result in found[KEPT].items()
+        if isinstance(result, AttackResult)
+    }
     facts, before, after = list_facts(exam.test), kept.get("original"), kept.get("unlearned")
     chance = float(np.mean([1 / len(q.options) for q in exam.test]))
     accuracy = asdict(estimate_accuracy(plain["original"], facts, seed=seed))

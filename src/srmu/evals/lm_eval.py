@@ -13,7 +13,7 @@ from math import isfinite
 from numbers import Real
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
@@ -25,17 +25,14 @@ from srmu.errors import SrmuError
 from srmu.evals.results import Metrics, number_facts, write_answers
 from srmu.evals.subject import Question
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 Local = dict[str, tuple[dict[str, Any], list[Path]]]  # task -> its YAML, the files it asks from
 FILE_FORMATS = ("json", "csv", "parquet", "text")  # dataset_path of a task kept in local files
 SEED = 1234  # lm-eval's own, for few-shot examples and sampled answers
 
 
 def evaluate(
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
+    model: Any,  # a PreTrainedModel, and its tokenizer
+    tokenizer: Any,
     tasks: Sequence[str],
     *,
     tasks_dir: Path | None = None,

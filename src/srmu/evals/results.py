@@ -165,8 +165,7 @@ def read_attacks(folder: Path) -> dict[str, Any]:
             one["right"] = row["answers"]
             one["accuracy"] = {key: row[key] for key in ("value", "low", "high", "n")}
     original = report["attacks"][PLAIN]["controls"]["original"]
-    report["original"] = {key: original[key] for key in ("right", "accuracy")}
-    return report
+    return report | {"original": {key: original[key] for key in ("right", "accuracy")}}
 
 
 def write_answers(right: Sequence[float]) -> str | list[float]:

@@ -58,12 +58,9 @@ def worst_case(means: Array, chance: float) -> Array:
 
 def residual_table(attacks: Mapping[str, Any]) -> Array:
     """The right answers that `worst_case` takes the means of, from a report of attacks: (questions, 1 + A)."""
-    valid = [
-        parse_answers(entry["right"])
-        for entry in attacks["attacks"].values()
-        if entry["status"] == "done" and entry.get("right") and entry.get("valid") is not False
-    ]
-    return np.stack([parse_answers(attacks["original"]["right"]), *valid], axis=1)
+    tried = [one for one in attacks["attacks"].values() if one["status"] == "done" and one.get("right")]
+    counted = [attacks["original"], *(one for one in tried if one.get("valid") is not False)]
+    return np.stack([parse_answers(one["right"]) for one in counted], axis=1)
 
 
 def parse_answers(right: str | Sequence[float]) -> Array:

@@ -129,17 +129,17 @@ class Subject:
         return self.tokens(prompt), list(whole[len(before) :])
 
 
-def answer_likelihoods(model: Subject, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, int, bool]]:
-    """For each (prompt, answer): the answer's log-probability, its tokens, whether it is greedy."""
+def answer_likelihoods(model: Subject, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, int]]:
+    """For each (prompt, answer): the answer's log-probability and its tokens."""
     split = [model.split(prompt, answer) for prompt, answer in pairs]
     results = score_answers(model.module, split, model.max_length, dtype=torch.float32)
-    return [(logp, len(a), sure) for (logp, sure), (_, a) in zip(results, split, strict=True)]
+    return [(logp, len(answer)) for (logp, _), (_, answer) in zip(results, split, strict=True)]
 
 
 def option_scores(model: Subject, questions: Sequence[Question], *, normalised: bool = False) -> list[list[float]]:
     """The log-probability of each option of each question; `normalised`: a token's mean."""
     pairs = [(q.prompt, option) for q in questions for option in q.options]
-    scores = iter(logp / length if normalised else logp for logp, length, _ in answer_likelihoods(model, pairs))
+    scores = iter(logp / length if normalised else logp for logp, length in answer_likelihoods(model, pairs))
     return [[next(scores) for _ in q.options] for q in questions]
 
 

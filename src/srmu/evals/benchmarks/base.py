@@ -182,8 +182,8 @@ def log_likelihoods(
 ) -> list[tuple[float, int]]:
     """The log-probability (nats) and the tokens of the answer, with the space before it, in each (prompt, answer)."""
     results = do_parts(model, pairs, PAIRS, lambda part: answer_likelihoods(model, part), label)
-    check_finite([logp for logp, _, _ in results], label)
-    return [(logp, length) for logp, length, _ in results]
+    check_finite([logp for logp, _ in results], label)
+    return results
 
 
 def option_likelihoods(

@@ -32,7 +32,17 @@ def run_whp(model: Subject, request: base.BenchmarkRequest) -> base.BenchmarkSco
     fields = {"prompt": base.Text, "targets": base.Texts, "generic": base.Texts}
     rows = request.rows("probability", "test", fields)
     place = f"{request.place}, config probability"
-    starts = [find_first_tokens(model, row, f"{place}, row {number}") for number, row in enumerate(rows, 1)]
+    starts: list[Starts] = []
+    for number, row in enumerate(rows, 1):
+        prompt = row["prompt"].rstrip()
+        targets, generic = (
+            sorted({model.split(prompt, f" {word.strip()}")[1][0] for word in row[name]})
+            for name in ("targets", "generic")
+        )
+        if {*targets} & {*generic}:  # its probability would not tell which word follows
+            why = "a word of 'targets' and one of 'generic' start with the same token; take others"
+            raise SrmuError(f"{place}, row {number}: {why}")
+        starts.append((model.tokens(prompt)[-model.max_length :], targets, generic))
     written = base.write_continuations(model, asks, NEW_TOKENS, label="whp completions")
     said = zip(written, sought, strict=True)
     familiar = [float(any(has_words(text, word) for word in words)) for text, words in said]
@@ -51,20 +61,6 @@ def has_words(text: str, words: str) -> bool:
     """Whether a text has these words, in either case and whatever the blanks between them."""
     pattern = r"\s+".join(re.escape(word) for word in words.split())
     return re.search(rf"(?<!\w){pattern}(?!\w)", text, re.IGNORECASE) is not None
-
-
-def find_first_tokens(model: Subject, row: base.Row, where: str) -> Starts:
-    """A row's prompt, the tokens that start its targets, and those that start its generic words.
-
-    SrmuError where one starts both: its probability would not tell which word follows.
-    """
-    prompt = row["prompt"].rstrip()
-    targets, generic = (
-        sorted({model.split(prompt, f" {word.strip()}")[1][0] for word in row[name]}) for name in ("targets", "generic")
-    )
-    if {*targets} & {*generic}:
-        raise SrmuError(f"{where}: a word of 'targets' and one of 'generic' start with the same token; take others")
-    return model.tokens(prompt)[-model.max_length :], targets, generic
 
 
 @torch.no_grad()
