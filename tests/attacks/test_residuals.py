@@ -30,7 +30,7 @@ from srmu.attacks.residual import (
     pick_evenly,
     read_outputs,
 )
-from srmu.engine.hooks import cut_blocks, decoder_blocks
+from srmu.engine.sites import cut_blocks, decoder_blocks
 from srmu.evals.subject import NotApplicable, Subject, mark_answers, option_scores
 
 EACH = (

@@ -3,8 +3,8 @@
 import torch
 
 from helpers.models import topic
-from srmu.engine import batch as module
-from srmu.engine.batch import Batch, move_batch
+from srmu.engine import topic as module
+from srmu.engine.topic import Batch, move_batch
 
 
 def test_a_key_names_tokens_and_mask_but_not_labels() -> None:

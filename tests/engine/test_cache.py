@@ -5,8 +5,7 @@ from typing import Any
 
 import pytest
 
-from srmu.engine.cache import cached, find_cached, keep_cached
-from srmu.engine.files import cache_dir, read_json
+from srmu.engine.files import cache_dir, cached, find_cached, keep_cached, read_json
 from srmu.errors import SrmuError
 
 

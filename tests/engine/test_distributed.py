@@ -17,8 +17,8 @@ from helpers.benchmark_sets import write_sets
 from helpers.models import Call, fill, texts
 from helpers.rank_worker import CASES, DIES_AT, STEPS, WHOLE, config
 from srmu.engine import distributed
-from srmu.engine.batch import Batch
 from srmu.engine.losses import Mean, masked_mean, mean_nll, row_mean, token_mse
+from srmu.engine.topic import Batch
 from srmu.engine.train import divide_means
 from srmu.engine.weights import list_shards, stored_tensor
 from srmu.errors import SrmuError
@@ -241,15 +241,15 @@ def test_what_fails_on_one_rank_ends_all(attacked: Path, tmp_path: Path) -> None
     script.write_text(
         "import sys\n"
         "from srmu.cli.main import main\n"
-        "from srmu.engine import cache, distributed\n"
+        "from srmu.engine import distributed, files\n"
         "from srmu.errors import SrmuError\n"
-        "find = cache.find_cached\n"
+        "find = files.find_cached\n"
         "mine = distributed.get_rank()\n"
         "def fail(kind, key):\n"
         "    if mine == 1 and kind == 'attacks':\n"
         '        raise SrmuError("this rank\'s cache cannot be read")\n'
         "    return find(kind, key)\n"
-        "cache.find_cached = fail\n"
+        "files.find_cached = fail\n"
         "main()\n"
     )
     failed = launch(str(script), *asked(attacked, "attack", "--attacks", "format_shift"))

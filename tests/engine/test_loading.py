@@ -15,10 +15,9 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from helpers.models import ARCHITECTURES, GROUPED, SIZES, VOCABULARY, pico_module, save_pico, texts, word_tokenizer
 from srmu.data.tokens import batch_rows, tokenise_texts
 from srmu.engine.activation_cache import Activations
-from srmu.engine.batch import Batch
 from srmu.engine.loading import check_layers, cut_config, find_layers, load_module, needs_conversion, read_config
 from srmu.engine.model import EditableModel, Site
-from srmu.engine.topic import Topic
+from srmu.engine.topic import Batch, Topic
 from srmu.engine.train import TrainOptions
 from srmu.engine.weights import list_shards
 from srmu.errors import SrmuError

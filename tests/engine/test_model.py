@@ -24,10 +24,10 @@ from helpers.models import (
     word_tokenizer,
 )
 from srmu.data.tokens import batch_rows, tokenise_texts
-from srmu.engine.batch import Batch
 from srmu.engine.loading import check_layers, find_layers, load_module, read_config
 from srmu.engine.model import EditableModel
 from srmu.engine.sites import Site, Stream
+from srmu.engine.topic import Batch
 from srmu.errors import SrmuError
 
 ROTARY = [name for name in ARCHITECTURES if name != "gpt2"]

@@ -25,10 +25,9 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from helpers.models import ARCHITECTURES, batches, pico_module, texts, topic, word_tokenizer
-from srmu.engine.batch import Batch
 from srmu.engine.losses import is_predicted, token_nll
 from srmu.engine.model import EditableModel
-from srmu.engine.topic import Topic
+from srmu.engine.topic import Batch, Topic
 from srmu.engine.train import FINISHED, TrainOptions
 from srmu.errors import SrmuError
 from srmu.methods import METHODS, Edit, Method, Misdirection, Objective

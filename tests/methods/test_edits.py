@@ -12,11 +12,10 @@ from safetensors.torch import load_file
 
 from helpers.models import VOCABULARY, batches, block_name, down_name, pico_module, save_pico, texts, topic, write_jsonl
 from srmu import make_config, unlearn
-from srmu.engine.batch import Batch
 from srmu.engine.losses import is_counted, mean_nll
 from srmu.engine.model import EditableModel
 from srmu.engine.progress import ignore_progress
-from srmu.engine.topic import Topic
+from srmu.engine.topic import Batch, Topic
 from srmu.engine.train import TrainOptions
 from srmu.errors import DivergedError, SrmuError
 from srmu.methods import METHODS, RMU, Method

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from srmu.engine.batch import Batch
 from srmu.engine.losses import is_counted, token_cosine, token_mean, token_mse, without_first
+from srmu.engine.topic import Batch
 from srmu.methods import RMU, SRMU, directions
 from srmu.methods.directions import Direction
 from srmu.methods.importance import (

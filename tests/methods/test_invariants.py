@@ -14,9 +14,8 @@ import torch
 from helpers.models import ARCHITECTURES, block_name, down_name, pico_module, texts, word_tokenizer, write_jsonl
 from srmu.data.sources import Source
 from srmu.data.topics import TopicConfig, load_topic
-from srmu.engine.batch import Batch
 from srmu.engine.model import EditableModel, Site
-from srmu.engine.topic import Topic
+from srmu.engine.topic import Batch, Topic
 from srmu.engine.train import TrainOptions
 from srmu.methods import RMU, SRMU, AdaptiveRMU, Method
 

@@ -14,11 +14,10 @@ import torch
 
 from helpers.models import ARCHITECTURES, VOCABULARY, batches, pico_module, texts, topic
 from srmu.engine.activation_cache import Activations
-from srmu.engine.batch import Batch
 from srmu.engine.losses import is_counted
 from srmu.engine.model import EditableModel
 from srmu.engine.sites import Site, Stream
-from srmu.engine.topic import Topic
+from srmu.engine.topic import Batch, Topic
 from srmu.engine.train import Terms, TrainOptions
 from srmu.errors import SrmuError
 from srmu.methods import METHODS as ALL_METHODS

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from helpers.models import VOCABULARY, batches, pico_module, texts, topic
-from srmu.engine.batch import Batch
 from srmu.engine.losses import generic_logits, is_counted, is_predicted, mean_kl, mean_nll, token_nll
 from srmu.engine.model import EditableModel
-from srmu.engine.topic import Topic
+from srmu.engine.topic import Batch, Topic
 from srmu.engine.train import TrainOptions
 from srmu.errors import SrmuError
 from srmu.methods.base import Objective, State

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from helpers.models import pico_module, save_pico, texts, topic, write_jsonl
-from srmu.engine.batch import Batch
 from srmu.engine.losses import is_counted, is_predicted, mean_nll, token_mse
 from srmu.engine.model import EditableModel
+from srmu.engine.topic import Batch
 from srmu.engine.train import TrainOptions
 from srmu.errors import SrmuError
 from srmu.methods.iterated import Iterated

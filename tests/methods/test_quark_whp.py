@@ -30,10 +30,9 @@ from helpers.models import (
 from helpers.testbeds import QUIZ, TINY
 from srmu.engine import generate
 from srmu.engine.activation_cache import Activations
-from srmu.engine.batch import Batch
 from srmu.engine.losses import generic_logits, token_entropy
 from srmu.engine.model import EditableModel
-from srmu.engine.topic import Topic
+from srmu.engine.topic import Batch, Topic
 from srmu.engine.train import TrainOptions
 from srmu.errors import SrmuError
 from srmu.evals.score import score_model

@@ -13,10 +13,9 @@ from helpers import attack_world as world
 from helpers.models import pico_module, pieces, save_pico, texts, word_tokenizer, write_jsonl
 from helpers.models import topic as tiny_topic
 from srmu.data.names import Names, Slot
-from srmu.engine.batch import Batch
 from srmu.engine.losses import kl_divergence
 from srmu.engine.model import EditableModel
-from srmu.engine.topic import Topic
+from srmu.engine.topic import Batch, Topic
 from srmu.errors import SrmuError
 from srmu.evals.subject import Subject, mark_answers
 from srmu.methods.own_texts import Likeness, Spelling, continue_texts, free_samples, typical_tokens, unpad_texts

@@ -15,7 +15,7 @@ from torch import Tensor
 from srmu.attacks.base import Attack, AttackResult, Exam, Texts, ask_exam
 from srmu.attacks.residual import answer_nll, answer_rows, pad_rows
 from srmu.engine.fine_tune import Row, descend
-from srmu.engine.hooks import hook_outputs
+from srmu.engine.sites import hook_outputs
 from srmu.evals.subject import Question, Subject, list_facts
 
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from srmu.attacks.base import Attack, AttackResult, Exam, Setting, Texts, ask_exam
-from srmu.engine.hooks import decoder_blocks
+from srmu.engine.sites import decoder_blocks
 from srmu.evals.statistics import Estimate
 from srmu.evals.subject import Subject
 

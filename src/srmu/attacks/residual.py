@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from srmu.attacks.base import Attack, AttackResult, Exam, Texts, ask_exam
-from srmu.engine.batch import Batch, move_batch
 from srmu.engine.fine_tune import Row
 from srmu.engine.generate import join_responses
-from srmu.engine.hooks import cut_blocks, decoder_blocks, edit_outputs
 from srmu.engine.losses import is_counted, is_predicted, token_nll
+from srmu.engine.sites import cut_blocks, decoder_blocks, edit_outputs
+from srmu.engine.topic import Batch, move_batch
 from srmu.evals.statistics import LEAST, bootstrap_estimate
 from srmu.evals.subject import NotApplicable, Question, Subject, list_facts, mark_answers, mark_right
 

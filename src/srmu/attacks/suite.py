@@ -19,8 +19,7 @@ from srmu.attacks import ATTACKS, TIERS, Attack
 from srmu.attacks.base import AttackResult, Exam, Texts, Tier
 from srmu.attacks.summary import merge_report, summarise_attacks
 from srmu.data.sources import Source, read_texts
-from srmu.engine import cache, distributed, loading, progress, weights
-from srmu.engine.files import sha256
+from srmu.engine import distributed, files, loading, progress, weights
 from srmu.errors import SrmuError, first_line, suggest_word
 from srmu.evals import lm_eval, results, score
 from srmu.evals.statistics import LEAST
@@ -74,7 +73,7 @@ def attack_run(
                 cost = one.cost(subjects.unlearned)
         if cost and not distributed.agree_on(distributed.is_first() and confirm(f"{name}: {cost}")):
             del chosen[name]
-    given = sha256(repr((exam, texts, seed)).encode())
+    given = files.sha256(repr((exam, texts, seed)).encode())
     prints = subjects.prints()
     pairs = [*product(prints, chosen)]
     with watch("attacking", len(pairs) // distributed.get_size()) as tick:
@@ -85,7 +84,7 @@ def attack_run(
             key = [prints[who], repr(one), given, code_of(one)]
             result: AttackResult | str
             try:
-                kept = cache.cached("attacks", key, lambda: asdict(one.run(getattr(subjects, who), texts, exam, seed)))
+                kept = files.cached("attacks", key, lambda: asdict(one.run(getattr(subjects, who), texts, exam, seed)))
                 result = TypeAdapter(AttackResult).validate_python(kept)
             except NotApplicable as reason:
                 result = f"does not apply: {reason}"
@@ -116,8 +115,8 @@ def code_of(one: Attack) -> list[str]:
     module = sys.modules[type(one).__module__]
     names = {module.__name__, *(getattr(value, "__module__", "") or "" for value in vars(module).values())}
     rooms = ("srmu.attacks.", "srmu.engine.", "srmu.evals.")
-    files = [Path(str(sys.modules[name].__file__)) for name in sorted(names) if name.startswith(rooms)]
-    return [sha256(*files), version("torch"), version("transformers")]
+    sources = [Path(str(sys.modules[name].__file__)) for name in sorted(names) if name.startswith(rooms)]
+    return [files.sha256(*sources), version("torch"), version("transformers")]
 
 
 def select_attacks(tier: Tier, names: Sequence[str]) -> dict[str, Attack]:

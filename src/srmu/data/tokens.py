@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from srmu.engine.batch import Batch
-from srmu.engine.topic import Padding
+from srmu.engine.topic import Batch, Padding
 from srmu.errors import SrmuError
 
 MIN_TOKENS = 2  # a text with fewer carries no context

@@ -12,8 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from srmu.data.digest import digest_texts, own_key
 from srmu.data.sources import Source, read_counted
 from srmu.data.tokens import MIN_TOKENS, batch_rows, encode_texts, wrap_texts
-from srmu.engine.batch import Batch
-from srmu.engine.topic import Topic
+from srmu.engine.topic import Batch, Topic
 from srmu.engine.train import TrainOptions
 from srmu.errors import SrmuError
 

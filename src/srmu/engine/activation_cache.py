@@ -12,6 +12,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -43,6 +44,7 @@ def digest_tensors(*tensors: Tensor) -> str:
     return code.hexdigest()
 
 
+@dataclass(eq=False)
 class Activations:
     """Activations of earlier batches in memory: `room` bytes, and the newest few more; with a folder, on disk too.
 
@@ -50,21 +52,17 @@ class Activations:
     processes may share, each entry is a file. If it cannot be written, `say` is told once. A damaged file is removed.
     """
 
-    def __init__(
-        self,
-        room: int = 0,
-        folder: Path | None = None,
-        limit: int = 0,
-        device: torch.device | str = "cpu",
-        say: Callable[[str], None] = print,
-    ) -> None:
-        self.room = room
-        self.folder, self.limit, self.device, self.say = folder or Path(), limit, device, say
-        self.held: dict[str, Output] = {}
-        self.recent: dict[str, Output] = {}
-        self.hits = 0
-        self.unmeasured = 0  # bytes to write until the files are counted again: there may be many
-        self.kept = "disk" if folder else "memory" if room else "none"  # where entries go, for the record
+    room: int = 0
+    folder: Path = Path()  # the default: none
+    limit: int = 0  # bytes on disk, of all folders together
+    device: torch.device | str = "cpu"
+    say: Callable[[str], None] = print
+    held: dict[str, Output] = field(default_factory=dict)
+    recent: dict[str, Output] = field(default_factory=dict)
+    hits: int = 0
+
+    def __post_init__(self) -> None:
+        self.kept = "disk" if self.folder.name else "memory" if self.room else "none"  # where entries go
 
     def find(self, name: str) -> Output | None:
         value = self.held.get(name, self.recent.get(name))
@@ -105,12 +103,9 @@ class Activations:
         kind, tensor = ("tuple", value[0]) if isinstance(value, tuple) else ("tensor", value)
         data = save({kind: tensor.detach().cpu().contiguous()}, {"sha256": digest_tensors(tensor)})
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # another process may have cleared it
-        if len(data) > self.unmeasured:
-            room = self.limit - len(data)
-            if room < 0 or (left := shrink_cache(room, self.folder)) > room:
-                raise OSError(f"SRMU_CACHE_LIMIT of {self.limit / 1e9:g} GB is reached")
-            self.unmeasured = min(self.limit - left, self.limit // 100)
-        self.unmeasured -= len(data)
+        room = self.limit - len(data)
+        if room < 0 or shrink_cache(room, self.folder) > room:
+            raise OSError(f"SRMU_CACHE_LIMIT of {self.limit / 1e9:g} GB is reached")
         if shutil.disk_usage(self.folder).free < len(data) + SPARE:
             raise OSError("the disk is full")
         temporary = self.folder.with_suffix(f".{os.getpid()}")

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -18,7 +17,7 @@ if TYPE_CHECKING:  # the command line asks for its rank before it imports torch
     from torch import Tensor, nn
     from torch.distributed.tensor import DTensor
 
-    from srmu.engine.batch import Batch
+    from srmu.engine.topic import Batch
 
 PATIENCE = timedelta(minutes=30)  # for which ranks wait for one that loads or writes
 T = TypeVar("T")
@@ -37,7 +36,6 @@ def get_size() -> int:
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes files."""
     return get_rank() == 0
 
 
@@ -68,14 +66,13 @@ def leave_group() -> None:
 
 
 def says_first(message: str) -> bool:
-    """Whether no other process has printed this message, so that it is printed once."""
+    """Whether no other process has printed this message."""
     if get_size() == 1:
         return True
     with suppress(Exception):  # the other processes may be gone, and their store too
         from torch.distributed.distributed_c10d import _get_default_store
 
-        key = hashlib.sha256(message.encode()).hexdigest()
-        return int(_get_default_store().add(f"said {key}", 1)) == 1
+        return int(_get_default_store().add(f"said {message}", 1)) == 1
     return True
 
 
@@ -91,7 +88,6 @@ def gather_values(value: T) -> list[T]:
 
 
 def agree_on(value: T) -> T:
-    """The value of the first process, on all of them."""
     return gather_values(value)[0]
 
 

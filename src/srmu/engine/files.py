@@ -1,4 +1,4 @@
-"""Folders and files that are whole or absent, JSON, and the place of the cache."""
+"""Folders and files that are whole or absent, JSON, and the cache of results that can be made again."""
 
 import hashlib
 import importlib.util
@@ -8,14 +8,18 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from srmu.engine import distributed
+from srmu.engine.progress import print_line
 from srmu.errors import SrmuError, first_line
 
 REQUIRED: Any = object()
+warn_once = cache(print_line)
 
 
 def cache_dir() -> Path:
@@ -137,3 +141,41 @@ def import_from_file(what: str, name: str) -> Any:
     except Exception as error:  # the user's code
         raise SrmuError(f"{what} {name}: {type(error).__name__}: {error}") from error
     return getattr(module, attribute, None)
+
+
+def cached(kind: str, key: Any, make: Callable[[], Any], *, together: bool = False) -> Any:
+    """The JSON value that `make` returns, or that it returned before for the same `key`, which decides it.
+
+    With `together` all processes make it, and the first one reads and writes; without, each is on its own.
+    """
+    value = find_cached(kind, key)
+    if together:
+        value = distributed.agree_on(value)
+    if value is None:
+        value = json.loads(format_json(make()))  # as the next caller will read it
+        if not together or distributed.is_first():
+            keep_cached(kind, key, value)
+    return value
+
+
+def find_cached(kind: str, key: Any) -> Any:
+    """A value that was kept; None if there is none, or its file is damaged."""
+    try:
+        entry = read_json(cache_file(kind, key))
+        return entry["value"] if entry["sha256"] == sha256(format_json(entry["value"]).encode()) else None
+    except (SrmuError, KeyError, TypeError):
+        return None
+
+
+def keep_cached(kind: str, key: Any, value: Any) -> None:
+    """Keep a JSON value; where the cache folder cannot be used, say so once and go on."""
+    path = cache_file(kind, key)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"sha256": sha256(format_json(value).encode()), "value": value})
+    except OSError as error:
+        warn_once(f"results are not kept in {cache_dir()}: {error.strerror}; going on without")
+
+
+def cache_file(kind: str, key: Any) -> Path:
+    return cache_dir() / kind / f"{sha256(json.dumps(key, sort_keys=True).encode())}.json"

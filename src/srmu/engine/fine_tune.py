@@ -6,10 +6,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from srmu.engine.batch import move_batch
 from srmu.engine.generate import Ids, join_responses
 from srmu.engine.losses import mean_nll
 from srmu.engine.model import EditableModel
+from srmu.engine.topic import move_batch
 from srmu.engine.train import master_of
 
 WARMUP = 0.05  # share of the steps in which the learning rate rises

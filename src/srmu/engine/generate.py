@@ -8,9 +8,9 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from srmu.engine.batch import Batch, move_batch
 from srmu.engine.losses import is_predicted, token_nll
 from srmu.engine.model import EditableModel
+from srmu.engine.topic import Batch, move_batch
 
 ROWS = 8  # texts scored at once: the logits of all their tokens are the largest tensor there is
 SAMPLED_ROWS = 32  # texts continued at once, which needs the logits of one token each

@@ -33,7 +33,6 @@ def read_config(folder: Path) -> Any:
 
 
 def refuse_quantised(folder: Path, config: Any) -> None:
-    """SrmuError if the weights of a checkpoint are quantised: they have no gradients."""
     if how := getattr(config, "quantization_config", None):
         kind = how.get("quant_method") if isinstance(how, dict) else type(how).__name__
         raise SrmuError(f"model {folder} is quantised ({kind}); unlearn the unquantised model, then quantise")
@@ -130,7 +129,6 @@ def cut_config(config: Any, depth: int) -> Any | None:
 
 
 def describe_module(module: nn.Module) -> dict[str, Any]:
-    """Names, kinds and settings of the parts of a module, and the shapes of their tensors."""
     parts: dict[str, Any] = {}
     for name, part in module.named_modules():
         settings = {k: v for k, v in vars(part).items() if isinstance(v, bool | int | float | str | None)}

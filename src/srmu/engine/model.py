@@ -17,10 +17,9 @@ from transformers.pytorch_utils import Conv1D
 
 from srmu.engine import distributed
 from srmu.engine.activation_cache import Activations, Output
-from srmu.engine.batch import Batch
-from srmu.engine.hooks import hook_outputs, swap_blocks
 from srmu.engine.loading import find_layers, load_module, read_config
-from srmu.engine.sites import Site, catch_value, in_role
+from srmu.engine.sites import Site, catch_value, hook_outputs, in_role, swap_blocks
+from srmu.engine.topic import Batch
 from srmu.errors import SrmuError
 
 
@@ -51,8 +50,7 @@ class EditableModel:
         self.fixed = min((int(m[1]) if m else 0 for m in places), default=0)
         self.original: dict[str, Tensor] = {}
         for name, parameter in self.trained.items():
-            # The original keeps the loaded memory, which may be the checkpoint's own file.
-            self.original[name] = parameter.data
+            self.original[name] = parameter.data  # the loaded memory, which may be the checkpoint's own file
             if copy:  # else `shard` copies its part only
                 parameter.data = parameter.data.clone()
             parameter.requires_grad_(True)
@@ -134,11 +132,12 @@ class EditableModel:
             return known
         layer = self.layers[site.layer]
         with self._layers_for(batch, site.layer + 1), catch_value(layer, site.stream) as caught:
-            self.module.base_model(**pick_inputs(batch), use_cache=False)
+            self.module.base_model(
+                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+            )
         value = caught[0]
         if value.ndim == 4 and hasattr(self.module.config, "altup_num_inputs"):
-            # Gemma 3n: the first dimension holds streams, all features of a token
-            value = value.permute(1, 2, 0, 3)
+            value = value.permute(1, 2, 0, 3)  # Gemma 3n: the first dimension holds streams, all features of a token
         value = value.reshape(*batch["input_ids"].shape, -1)  # OPT flattens inside its layers
         if self._frozen and keep:
             self.activations.keep(name, value)
@@ -156,15 +155,15 @@ class EditableModel:
             read = self.module.get_input_embeddings()(batch["input_ids"])
             extra = control.to(read.dtype).expand(len(read), -1).unsqueeze(1)
             mask = batch["attention_mask"]
-            # Not inside _layers_for: its keys do not cover the control.
-            logits = self.module(
+            logits = self.module(  # not inside _layers_for: its keys do not cover the control
                 inputs_embeds=torch.cat([read[:, :1], extra, read[:, 1:]], dim=1),
                 attention_mask=torch.cat([mask[:, :1], mask], dim=1),
                 use_cache=False,
             ).logits
             return logits[:, 1:]  # the first token predicts the control, which predicts the second
         with self._layers_for(batch, len(self.layers)):
-            return self.module(**pick_inputs(batch), use_cache=False).logits
+            out = self.module(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+        return out.logits
 
     @contextmanager
     def adapted(self, rank: int, alpha: int, seed: int) -> Iterator[None]:
@@ -320,11 +319,6 @@ class KnownOutput(nn.Module):
         return self.output
 
 
-def pick_inputs(batch: Batch) -> dict[str, Tensor]:
-    """The tensors of a batch that a model reads."""
-    return {name: batch[name] for name in ("input_ids", "attention_mask")}
-
-
 def return_freed_blocks() -> None:
     """Make glibc return freed blocks of 24 MB and more at once: a step on 8 layers of a 1B model takes 0.2 GB less."""
     with suppress(OSError, AttributeError, TypeError):  # another C library, which keeps less memory
@@ -332,7 +326,6 @@ def return_freed_blocks() -> None:
 
 
 def release_memory() -> None:
-    """Return the memory that this process has freed to the system."""
     gc.collect()
     with suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)

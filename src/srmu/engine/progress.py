@@ -24,7 +24,6 @@ _shown: list[str] = []  # the labels of what is shown now
 
 @contextmanager
 def ignore_progress(label: str, total: int) -> Iterator[Tick]:
-    """Show nothing."""
     yield lambda text: None
 
 
@@ -33,24 +32,19 @@ def show_progress(label: str, total: int) -> Iterator[Tick]:
     """Show progress over `total` steps on standard error; call the yielded function once a step."""
     _shown.append(label)
     try:
-        with (draw_bar if stderr.is_terminal else write_lines)(label, total) as tick:
-            yield tick
+        if not stderr.is_terminal:
+            yield write_lines(label, total)
+            return
+        numbers = BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn()
+        with Progress("{task.description}", *numbers, "{task.fields[text]}", console=stderr, transient=True) as bar:
+            task = bar.add_task(label, total=total, text="")
+            yield lambda text: bar.update(task, advance=1, text=text)
     finally:
         _shown.pop()
 
 
-@contextmanager
-def draw_bar(label: str, total: int) -> Iterator[Tick]:
-    """A bar in a terminal, which is gone at the end."""
-    numbers = BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress("{task.description}", *numbers, "{task.fields[text]}", console=stderr, transient=True) as bar:
-        task = bar.add_task(label, total=total, text="")
-        yield lambda text: bar.update(task, advance=1, text=text)
-
-
-@contextmanager
-def write_lines(label: str, total: int) -> Iterator[Tick]:
-    """A line that changes in a notebook, and now and then a new one elsewhere."""
+def write_lines(label: str, total: int) -> Tick:
+    """A function that writes a line that changes in a notebook, and now and then a new one elsewhere."""
     live = in_notebook()
     start = last = time.monotonic()
     done = width = 0
@@ -70,21 +64,17 @@ def write_lines(label: str, total: int) -> Iterator[Tick]:
             print_line(line)
         last, width = now, len(line)
 
-    yield tick
+    return tick
 
 
 def choose_progress() -> Watch:
-    """What a library function shows unless told otherwise: something where a person watches.
-
-    Nothing in the processes that share a work, nor inside of another progress.
-    """
+    """What a library function shows: progress where a person watches, unless it is part of another's work."""
     watched = stderr.is_terminal or in_notebook()
     alone = not _shown and multiprocessing.parent_process() is None
     return show_progress if watched and alone else ignore_progress
 
 
 def in_notebook() -> bool:
-    """Whether this process is the kernel of a notebook."""
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
     return type(shell).__name__ == "ZMQInteractiveShell"
 

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from srmu.engine.batch import Batch, move_batch
 from srmu.engine.losses import Mean, mean_kl, mean_nll
 from srmu.engine.model import EditableModel, copy_values
-from srmu.engine.topic import Topic
+from srmu.engine.topic import Batch, Topic, move_batch
 from srmu.errors import DivergedError
 
 if TYPE_CHECKING:

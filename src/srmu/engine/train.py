@@ -8,12 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from srmu.engine import distributed
-from srmu.engine.batch import Batch, move_batch
 from srmu.engine.losses import Mean
 from srmu.engine.model import EditableModel, copy_values
 from srmu.engine.resume import Checkpoints, pack_memory, unpack_memory
 from srmu.engine.stopping import ADVICE, StopRules
-from srmu.engine.topic import Padding, Topic
+from srmu.engine.topic import Batch, Padding, Topic, move_batch
 from srmu.errors import DivergedError, SrmuError
 
 LARGEST = 3e37  # AdamW multiplies in float32
@@ -74,12 +73,9 @@ class TrainOptions:
     checkpoint_seconds: float = 60.0  # between two checkpoints, from which a killed run resumes
 
     def __post_init__(self) -> None:
+        positive = ("learning_rate", "max_steps", "batch_size", "adam_epsilon", "check_every")
         for names, holds, condition in (
-            (
-                ("learning_rate", "max_steps", "batch_size", "adam_epsilon", "check_every"),
-                lambda value: 0 < value <= LARGEST,
-                f"above 0 and at most {LARGEST:g}",
-            ),
+            (positive, lambda value: 0 < value <= LARGEST, f"above 0 and at most {LARGEST:g}"),
             (("weight_decay",), lambda value: 0 <= value <= LARGEST, f"at least 0 and at most {LARGEST:g}"),
             (("max_grad_norm", "forget_ceiling", "kl_budget"), lambda value: value > 0, "above 0, or null"),
             (("utility_floor",), lambda value: 0 < value <= 1, "above 0 and at most 1, or null"),
@@ -101,11 +97,6 @@ class TrainOptions:
         if self.schedule == "linear":
             return self.learning_rate * (1 - (step - rising) / (self.max_steps - rising))
         return self.learning_rate
-
-    def first_rule(self) -> str | None:
-        """The name of the first stop rule that is set, if there is one."""
-        rules = ("forget_ceiling", "utility_floor", "kl_budget")
-        return next((name for name in rules if getattr(self, name) is not None), None)
 
 
 def fit_model(
@@ -188,12 +179,8 @@ class Training:
         self.good = [p.detach().clone() for p in self.parameters]  # the newest weights whose loss was finite
         # Sharded tensors and others lie in groups of their own: no operation may mix them.
         self.groups = [[m for m in self.masters if distributed.is_sharded(m) is kind] for kind in (True, False)]
-        self.optimiser = torch.optim.AdamW(
-            [{"params": group} for group in self.groups if group],
-            lr=options.rate(0),
-            weight_decay=options.weight_decay,
-            eps=options.adam_epsilon,
-        )
+        groups = [{"params": group} for group in self.groups if group]
+        self.optimiser = torch.optim.AdamW(groups, eps=options.adam_epsilon, weight_decay=options.weight_decay)
 
     def take_step(self, terms: Terms, step: int, topic: str, place: str) -> dict[str, Tensor]:
         """Descend the sum of the losses; returns the step's values over all processes."""

@@ -122,12 +122,10 @@ def checkpoint_names(folder: Path, originals: Tensors) -> dict[str, list[str]]:
         if not parts[0][0] and original.ndim == 3:
             layer = [key for key in where if layer_number(key) == layer_number(name)]
             parts = [([key for key in layer if expert_of(key) == i], part) for i, part in enumerate(original)]
-        names[name] = []
-        for close, part in parts:
-            matches = [key for key in close if stores_values(where[key], key, part)]
-            if len(matches) != 1:
-                raise SrmuError(f"{folder} does not store {name} in this form, once: cannot write it back")
-            names[name] += matches
+        matches = [[key for key in close if stores_values(where[key], key, part)] for close, part in parts]
+        if any(len(keys) != 1 for keys in matches):
+            raise SrmuError(f"{folder} does not store {name} in this form, once: cannot write it back")
+        names[name] = [key for (key,) in matches]
     return names
 
 
@@ -205,7 +203,6 @@ def stored_tensor(path: Path, key: str) -> Tensor:
 
 
 def raw_bytes(tensor: Tensor) -> bytes:
-    """The bytes of a tensor, as a file stores them."""
     return tensor.contiguous().view(torch.uint8).numpy().tobytes()
 
 
@@ -248,7 +245,7 @@ def export_checkpoint(
             copy.parent.mkdir(exist_ok=True)
             share = file.is_symlink() if link is None else link
             if share and file in where.values() and file not in patched:
-                with suppress(OSError):  # it lies on another file system, say, and is copied
+                with suppress(OSError):  # on another file system: copied
                     copy.hardlink_to(file.resolve())
             if not copy.exists():
                 shutil.copyfile(file.resolve(), copy)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from srmu.data.sources import read_texts
 from srmu.data.tokens import batch_rows, tokenise_texts
-from srmu.engine import generate, hooks, loading, losses, train
+from srmu.engine import generate, loading, losses, sites, train
 from srmu.engine.model import Batch, EditableModel, Site
 from srmu.engine.progress import Watch, ignore_progress
 from srmu.errors import DivergedError, SrmuError
@@ -233,7 +233,7 @@ def measure_layer(
 
         clean = model.module.base_model(**inputs, use_cache=False)[0][mask].float()
         for _ in range(draws):
-            with hooks.edit_outputs({model.layers[layer]: add_noise}):
+            with sites.edit_outputs({model.layers[layer]: add_noise}):
                 noisy = model.module.base_model(**inputs, use_cache=False)[0][mask].float()
             # Adaptive RMU (arXiv 2408.06223), noise sensitivity of a layer
             ratios.append((noisy - clean).square().sum(dim=-1) / clean.square().sum(dim=-1))

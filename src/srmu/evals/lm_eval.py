@@ -18,8 +18,7 @@ from typing import Any
 import yaml
 
 from srmu.engine import distributed, likelihoods
-from srmu.engine.cache import find_cached, keep_cached
-from srmu.engine.files import sha256
+from srmu.engine.files import find_cached, keep_cached, sha256
 from srmu.engine.progress import Watch, ignore_progress
 from srmu.errors import SrmuError
 from srmu.evals.results import Metrics, number_facts, write_answers

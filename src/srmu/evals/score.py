@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from srmu.engine import cache, distributed, files, weights
+from srmu.engine import distributed, files, weights
 from srmu.engine.loading import read_config
 from srmu.engine.progress import Watch, choose_progress, ignore_progress
 from srmu.errors import SrmuError
@@ -189,7 +189,7 @@ def measure_benchmark(
     asked = [name, data, request.revision, request.template, request.limit, request.reference]
     code = [files.sha256(path) for path in sorted(Path(benchmarks.__file__).parent.glob("*.*"))]
     versions = [version(package) for package in ("transformers", "torch", "rouge-score", "lm-eval")]
-    return dict(cache.cached("suites", [mark, own, asked, code, versions], measure, together=True))
+    return dict(files.cached("suites", [mark, own, asked, code, versions], measure, together=True))
 
 
 def reference_marks(folder: Path, name: str, request: base.BenchmarkRequest) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from srmu.data.overlap import Definition, measure_contamination, measure_coverage, ngram_overlap
 from srmu.data.tokens import batch_rows, tokenise_texts
-from srmu.engine import hooks, losses, train
+from srmu.engine import losses, sites, train
 from srmu.engine.model import Batch
 from srmu.engine.progress import Watch, ignore_progress
 from srmu.errors import SrmuError
@@ -164,7 +164,7 @@ def sample_activations(
     module: PreTrainedModel, sample: Sample, tick: Callable[[str], None]
 ) -> list[tuple[Array, Tensor]]:
     """The activations of the chosen tokens (N, D), and `sum_features` of all tokens, by layer."""
-    blocks = hooks.decoder_blocks(module)
+    blocks = sites.decoder_blocks(module)
     values: list[list[Tensor]] = [[] for _ in blocks]
     totals: list[Tensor | int] = [0 for _ in blocks]
     masks: list[Tensor] = []  # of the batch that is read: all tokens, the chosen ones
@@ -176,7 +176,7 @@ def sample_activations(
         totals[layer] = totals[layer] + sum_features(hidden, masks[0]).cpu()
         values[layer].append(hidden[masks[1]].float().cpu())
 
-    with hooks.edit_outputs({block: partial(see, i) for i, block in enumerate(blocks)}):
+    with sites.edit_outputs({block: partial(see, i) for i, block in enumerate(blocks)}):
         for batch, mask, chosen in zip(sample.batches, sample.masks, sample.chosen, strict=True):
             masks[:] = mask.to(module.device), chosen.to(module.device)
             read = train.move_batch({k: batch[k] for k in ("input_ids", "attention_mask")}, module.device)

@@ -14,11 +14,10 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, get_args
 
 from torch import Tensor, nn
 
-from srmu.engine.batch import Batch
 from srmu.engine.model import EditableModel
 from srmu.engine.progress import Watch, ignore_progress
 from srmu.engine.resume import Checkpoints
-from srmu.engine.topic import Topic
+from srmu.engine.topic import Batch, Topic
 from srmu.engine.train import FINISHED, NOWHERE, Log, LossFunction, Schedule, Terms, TrainOptions, fit_model
 from srmu.errors import SrmuError
 
@@ -148,18 +147,18 @@ class Method(ABC):
     def check(self, topics: Sequence[Topic], train: TrainOptions) -> None:
         """SrmuError if the method or a stop rule needs texts, or layers, that are not there."""
         readers = [f"method {self.name} needs"] if self.reads_retain else []
-        rules = [rule for rule in ("utility_floor", "kl_budget") if getattr(train, rule) is not None]
-        for reader in (*readers, *(f"train.{rule} is measured on" for rule in rules)):
+        rules = [rule for rule in ("forget_ceiling", "utility_floor", "kl_budget") if getattr(train, rule) is not None]
+        for reader in (*readers, *(f"train.{rule} is measured on" for rule in rules if rule != "forget_ceiling")):
             for topic in topics:
                 if not topic.retain:
                     raise SrmuError(f"{reader} retain texts: name topics.{topic.name}.retain (--retain)")
-        if (rule := train.first_rule()) and self.depth is not None:
+        if rules and self.depth is not None:
             raise SrmuError(
-                f"train.{rule} needs the whole model's output, but method {self.name} loads "
+                f"train.{rules[0]} needs the whole model's output, but method {self.name} loads "
                 f"{self.depth} layers; remove it"
             )
-        if rule and self.at_once:
-            raise SrmuError(f"train.{rule} has no effect: method {self.name} writes the weights at once; remove it")
+        if rules and self.at_once:
+            raise SrmuError(f"train.{rules[0]} has no effect: method {self.name} writes the weights at once; remove it")
 
     @property
     def at_once(self) -> bool:

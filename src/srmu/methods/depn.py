@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from srmu.engine.batch import move_batch
 from srmu.engine.sites import down_projection
+from srmu.engine.topic import move_batch
 from srmu.errors import SrmuError
 from srmu.methods.base import Amount, Count, Edit, EditableModel, Share, State, Topic, Watch
 from srmu.methods.gradients import attribute_neurons, split_batches

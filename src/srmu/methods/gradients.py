@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from srmu.engine.batch import move_batch
-from srmu.engine.hooks import edit_input
 from srmu.engine.losses import is_predicted, mean_nll, token_nll
+from srmu.engine.sites import edit_input
+from srmu.engine.topic import move_batch
 from srmu.methods.base import Batch, EditableModel
 
 

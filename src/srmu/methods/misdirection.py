@@ -11,10 +11,10 @@ from torch import Tensor
 
 from srmu.engine import distributed
 from srmu.engine.activation_cache import digest_tensors, open_activations
-from srmu.engine.batch import move_batch
 from srmu.engine.loading import check_layers
 from srmu.engine.losses import is_counted, token_cosine, token_mean, token_mse, without_first
 from srmu.engine.sites import Site, Stream
+from srmu.engine.topic import move_batch
 from srmu.engine.train import TrainOptions
 from srmu.errors import SrmuError
 from srmu.methods.base import Batch, Bounds, Count, EditableModel, Objective, Part, State, Terms, Topic, Weight

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import Annotated
 
-from srmu.engine.batch import move_batch
 from srmu.engine.generate import join_responses
 from srmu.engine.losses import is_predicted, token_entropy, token_kl, token_nll
+from srmu.engine.topic import move_batch
 from srmu.errors import SrmuError
 from srmu.methods.base import Batch, Bounds, Count, EditableModel, State, Terms, Topic, Weight
 from srmu.methods.logits import LogitObjective

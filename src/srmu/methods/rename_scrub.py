@@ -8,8 +8,8 @@ import torch
 import srmu.methods.own_texts as writing
 import srmu.methods.renaming as renaming
 from srmu.data.names import Names, find_names, names_in, read_names
-from srmu.engine.batch import move_batch
 from srmu.engine.losses import kl_divergence, token_kl
+from srmu.engine.topic import move_batch
 from srmu.errors import SrmuError
 from srmu.methods.base import Amount, Batch, Bounds, Count, EditableModel, Share, State, Terms, Topic, Weight
 from srmu.methods.logits import LogitObjective, kl_drift

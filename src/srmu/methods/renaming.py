@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from srmu.data.names import Item, Names, Template, names_in
-from srmu.engine.batch import move_batch
 from srmu.engine.generate import Ids, batch_texts
 from srmu.engine.losses import Mean, kl_divergence, masked_mean
+from srmu.engine.topic import move_batch
 from srmu.methods.base import Batch, EditableModel, Topic
 from srmu.methods.own_texts import Kind, Likeness
 

@@ -8,8 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from srmu.engine.hooks import edit_input
 from srmu.engine.losses import is_counted, mean_nll, token_mse
+from srmu.engine.sites import edit_input
 from srmu.methods.base import Batch, Count, EditableModel, Weight
 from srmu.methods.rmu import RMU
 

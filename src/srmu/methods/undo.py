@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from typing import Annotated
 
-from srmu.engine.batch import move_batch
 from srmu.engine.generate import batch_texts
 from srmu.engine.losses import mean_kl
 from srmu.engine.model import copy_values
+from srmu.engine.topic import move_batch
 from srmu.methods.base import Amount, Batch, Bounds, EditableModel, Share, State, Terms, Topic, Weight
 from srmu.methods.own_texts import free_samples
 from srmu.methods.suppressing import Suppressing, perturb_weights

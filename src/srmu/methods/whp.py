@@ -8,10 +8,9 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from srmu.engine.batch import move_batch
 from srmu.engine.losses import generic_logits, is_predicted, masked_mean
 from srmu.engine.model import copy_values
-from srmu.engine.topic import interleave_batches
+from srmu.engine.topic import interleave_batches, move_batch
 from srmu.methods.base import Batch, Count, EditableModel, MethodOutcome, Rate, Session, State, Terms, Topic, Weight
 from srmu.methods.logits import LogitObjective, strengthen_weights
 from srmu.methods.two_models import combine_logits

@@ -18,8 +18,7 @@ from torch import Tensor
 from yaml import YAMLError
 
 from srmu.engine import weights
-from srmu.engine.cache import cached
-from srmu.engine.files import read_json, sha256, write_json
+from srmu.engine.files import cached, read_json, sha256, write_json
 from srmu.engine.progress import Watch, ignore_progress
 from srmu.errors import SrmuError, first_line
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from helpers.models import pico_module
-from srmu.engine.hooks import cut_blocks, decoder_blocks, edit_input, edit_outputs, hook_outputs
+from srmu.engine.sites import cut_blocks, decoder_blocks, edit_input, edit_outputs, hook_outputs
 
 IDS = torch.tensor([[1, 9, 8, 7]])
 
