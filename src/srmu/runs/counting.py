@@ -110,12 +110,14 @@ def count_step(model: EditableModel, batches: list[Batch], site: Site | None) ->
     model.activations = Activations(EVERYTHING)
     with model.using({}):
         outputs = [site_output(model, batch, site) for batch in batches]
-    own = {id_of(tensor) for tensor in (*model.module.parameters(), *model.module.buffers())}
+    tensors = (*model.module.parameters(), *model.module.buffers())
+    own = {tensor.untyped_storage()._cdata for tensor in tensors}
     saved: dict[int, torch.UntypedStorage] = {}  # held, so that no other takes its number
 
     def keep(tensor: Tensor) -> Tensor:
-        if id_of(tensor) not in own:
-            saved[id_of(tensor)] = tensor.untyped_storage()
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            saved[storage._cdata] = storage
         return tensor
 
     def step() -> None:
@@ -128,11 +130,6 @@ def count_step(model: EditableModel, batches: list[Batch], site: Site | None) ->
         value.grad = None
     ends = 2 * 4 * max(output.numel() for output in outputs)
     return flops, sum(storage.nbytes() for storage in saved.values()) + ends
-
-
-def id_of(tensor: Tensor) -> int:
-    """The number of the storage behind a tensor."""
-    return tensor.untyped_storage()._cdata
 
 
 def measure_speed(settings: Any, dtype: torch.dtype, device: str, site: Site | None, shapes: list[Shape]) -> float:

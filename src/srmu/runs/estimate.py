@@ -42,9 +42,8 @@ def plan_dry_run(config: Config) -> tuple[Config, dict[str, Any], list[str]]:
     found |= {"ranks": estimate_launches(plan, topics), "config": plan.config.to_dict()}
     if not plan.here:
         parameters = count_parameters(plan.base)
-        held = found["parameters_held"]
         found |= {"advice": "", "checkpoint_bytes": 2 * parameters}
-        found["dimensions"] = {"parameters": parameters, "held": held}
+        found["dimensions"] = {"parameters": parameters, "held": found["parameters_held"]}
     filters = {"gb": format_gb, "duration": format_duration}
     return plan.config, found, render_template("plan.txt", filters, **found).splitlines()
 
