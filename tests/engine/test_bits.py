@@ -24,7 +24,8 @@ from srmu.engine.topic import Topic
 from srmu.engine.train import TrainOptions
 from srmu.errors import SrmuError
 from srmu.methods import RMU, SRMU, AdaptiveRMU, Misdirection
-from srmu.methods.directions import draw_direction
+from srmu.methods.base import Session
+from srmu.methods.importance import draw_direction
 
 LAYER, STEPS, SIZE = 2, 4, 3
 ROOM = 1 << 30
@@ -128,7 +129,7 @@ def ours(model: EditableModel, method: Misdirection, topic: Topic, activations: 
     def log(step: int, values: dict[str, Any]) -> None:
         losses.append((values["forget"], values["retain"]))
 
-    method.apply(model, [topic], TrainOptions(**OPTIONS, **options), log)
+    method.apply(model, [topic], Session(TrainOptions(**OPTIONS, **options), log))
     for name, parameter in model.module.named_parameters():
         assert parameter.requires_grad == (name in model.trained)
         assert parameter.grad is None
@@ -297,7 +298,7 @@ def test_two_topics_of_the_same_texts_share_what_is_kept(arch: str, tmp_path: Pa
     def weights(method: Misdirection, activations: Activations) -> dict[str, Tensor]:
         model = EditableModel(copy.deepcopy(module), method.trainable, method.depth)
         model.activations = activations
-        method.apply(model, [one, other], TrainOptions(**OPTIONS), lambda *_: None)
+        method.apply(model, [one, other], Session(TrainOptions(**OPTIONS), lambda *_: None))
         return model.trained
 
     for method in (METHODS["srmu"], METHODS["rmu anchors"], METHODS["map of each batch"]):

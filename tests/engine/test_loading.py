@@ -22,6 +22,7 @@ from srmu.engine.train import TrainOptions
 from srmu.engine.weights import list_shards
 from srmu.errors import SrmuError
 from srmu.methods import RMU
+from srmu.methods.base import Session
 from srmu.runs.config import Config, make_config
 from srmu.runs.plan import plan_run
 from srmu.runs.run import unlearn_config
@@ -284,7 +285,7 @@ def test_unlearning_a_sharing_model_equals_two_whole_ones(name: str, tmp_path: P
         model = EditableModel.load(folder, depth=method.depth, trainable=method.trainable)
         assert model.fixed == 2
         model.activations = kept
-        state = method.apply(model, [topic], options, lambda *_: None).states["t"]
+        state = method.apply(model, [topic], Session(options, lambda *_: None)).states["t"]
         direction = state.tensors["direction"]
         results.append({n: p.detach() for n, p in model.trained.items()})
 

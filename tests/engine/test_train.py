@@ -20,6 +20,7 @@ from srmu.engine.topic import Topic
 from srmu.engine.train import FINISHED, Terms, TrainOptions, fit_model
 from srmu.errors import DivergedError, SrmuError
 from srmu.methods import METHODS, RMU, SRMU
+from srmu.methods.base import Session
 from srmu.runs.config import make_config
 from srmu.runs.run import unlearn_config
 
@@ -265,7 +266,7 @@ def test_a_run_that_explodes_leaves_a_working_model(method: Any) -> None:
 
     options = TrainOptions(learning_rate=1e25, max_steps=10)
     with pytest.raises(DivergedError, match="not finite at step 1"):
-        method.apply(model, [topic()], options, log)
+        method.apply(model, [topic()], Session(options, log))
     assert len(history) == 1
     assert model.delta() == {}  # the first update did the harm
 
@@ -322,7 +323,7 @@ class Stopped:
             self.weights.append(self.now())
 
         train = TrainOptions(**{"learning_rate": 1e-3, "max_steps": 20} | options)
-        self.reason = method.apply(self.model, topics or [topic()], train, log).stop_reason
+        self.reason = method.apply(self.model, topics or [topic()], Session(train, log)).stop_reason
 
     def now(self) -> list[torch.Tensor]:
         return [p.detach().clone() for p in self.model.trained.values()]
@@ -467,7 +468,7 @@ def test_measurements_that_are_not_numbers(rule: Any, rate: float, taught: Any) 
     model = EditableModel(copy.deepcopy(taught), ["*"])
     options = TrainOptions(learning_rate=rate, max_steps=3, check_every=1, **rule)
     with pytest.raises(DivergedError, match=r"not a number after step 0, topic bio.*lower train"):
-        GA().apply(model, [topic()], options, lambda *_: None)
+        GA().apply(model, [topic()], Session(options, lambda *_: None))
     assert model.delta() == {}
 
 
@@ -522,7 +523,7 @@ def test_a_run_leaves_the_global_random_state_alone() -> None:
     torch.manual_seed(1)
     model = EditableModel(pico_module(), method.trainable, method.depth)
     before = np.random.get_state()[1].tolist(), torch.get_rng_state()
-    method.apply(model, [topic()], TrainOptions(max_steps=3, learning_rate=1e-5), lambda *_: None)
+    method.apply(model, [topic()], Session(TrainOptions(max_steps=3, learning_rate=1e-5), lambda *_: None))
     after = np.random.get_state()[1].tolist(), torch.get_rng_state()
     assert before[0] == after[0]
     assert torch.equal(before[1], after[1])

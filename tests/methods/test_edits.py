@@ -19,19 +19,20 @@ from srmu.engine.topic import Batch, Topic
 from srmu.engine.train import TrainOptions
 from srmu.errors import DivergedError, SrmuError
 from srmu.methods import METHODS, RMU, Method
-from srmu.methods.depn import DEPN
-from srmu.methods.gradients import (
-    attribute_neurons,
+from srmu.methods.base import Session
+from srmu.methods.depn import DEPN, attribute_neurons
+from srmu.methods.edits import (
+    SSD,
+    RepSelect,
+    TaskArithmetic,
     batch_nlls,
     damp_directions,
+    dampening_factors,
     gradient_sums,
     group_alike,
     split_batches,
 )
-from srmu.methods.repselect import RepSelect
-from srmu.methods.rna import RNA
-from srmu.methods.ssd import SSD, dampening_factors
-from srmu.methods.task_arithmetic import TaskArithmetic
+from srmu.methods.rmu import RNA
 
 ARCHES = ("llama", "gpt2", "gemma2")
 TRAIN = TrainOptions(max_steps=3, batch_size=2, check_every=1)
@@ -56,7 +57,7 @@ def edited(
     log: Callable[..., None] = lambda step, values: None,
 ) -> tuple[EditableModel, Any]:
     model = EditableModel(pico_module(arch, dtype), method.trainable, method.depth)
-    return model, method.apply(model, topics or (topic(),), method.training(train), log)
+    return model, method.apply(model, topics or (topic(),), Session(method.training(train), log))
 
 
 def weights(model: EditableModel) -> Weights:
@@ -158,7 +159,7 @@ def test_forget_texts_become_less_likely(name: str, learnt: Weights) -> None:
 
     before = costs()
     train = TrainOptions(max_steps=30, learning_rate=0.01)
-    method.apply(model, [topic()], train, lambda step, values: None)
+    method.apply(model, [topic()], Session(train, lambda step, values: None))
     forget, retain = (b - a for a, b in zip(before, costs(), strict=True))
     assert forget > 0.2, (before, forget, retain)
     assert forget > retain, (before, forget, retain)
@@ -407,7 +408,7 @@ def test_ssd_says_when_it_selects_nothing() -> None:
     ):
         model = EditableModel(pico_module(), method.trainable)
         with pytest.raises(SrmuError, match=match):
-            method.apply(model, [topic()], TRAIN, lambda step, values: None)
+            method.apply(model, [topic()], Session(TRAIN, lambda step, values: None))
         assert not model.delta()
 
 
@@ -575,7 +576,7 @@ def test_a_planted_neuron_is_found_first_and_nothing_else_changes() -> None:
     other = next(b for b in batches(texts(2, 3, range(30)), size=2))
     with torch.no_grad():
         before, said = model.logits(other), model.logits(part.forget[0])
-    outcome = DEPN(most=1).apply(model, [part], TRAIN, lambda step, values: None)
+    outcome = DEPN(most=1).apply(model, [part], Session(TRAIN, lambda step, values: None))
     assert outcome.states["bio"].tensors["neurons"].tolist() == [[1, 17]]
     with torch.no_grad():
         torch.testing.assert_close(model.logits(other), before, rtol=0, atol=0)
@@ -811,7 +812,7 @@ def test_adapters_learn_the_forget_texts() -> None:
         return found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("srmu.methods.repselect.gradient_sums", spy)
+        patch.setattr("srmu.methods.edits.gradient_sums", spy)
         for rank in (0, 4):
             method = RepSelect(lora_rank=rank, **({"elicit_learning_rate": 1.0} if rank else {}))
             method.gradients(model, topic(), ignore_progress)
@@ -895,7 +896,7 @@ def test_elicitation_that_diverges_is_said() -> None:
     method = RepSelect(elicit_learning_rate=1e25)
     model = EditableModel(pico_module(), method.trainable)
     with pytest.raises(DivergedError, match=r"lower method\.elicit_learning_rate"):
-        method.apply(model, [topic()], method.training(TRAIN), lambda step, values: None)
+        method.apply(model, [topic()], Session(method.training(TRAIN), lambda step, values: None))
     assert not model.delta()
 
 

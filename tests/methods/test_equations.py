@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from srmu.engine.losses import is_counted, token_cosine, token_mean, token_mse, without_first
 from srmu.engine.topic import Batch
-from srmu.methods import RMU, SRMU, directions
-from srmu.methods.directions import Direction
+from srmu.methods import RMU, SRMU, importance
 from srmu.methods.importance import (
+    Direction,
     Fusion,
     Statistic,
     describe_importance,
@@ -182,7 +182,7 @@ def test_a_clipped_map_saturates_its_outliers() -> None:
 
 
 def draw(direction: Any, seed: int = 4) -> torch.Tensor:
-    return directions.draw_direction(direction, D, torch.Generator().manual_seed(seed))
+    return importance.draw_direction(direction, D, torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("c", [0.5, 7.0, 100.0])
@@ -240,13 +240,13 @@ def test_directions(direction: Any) -> None:
 
 def test_rmus_directions_are_nearly_alike() -> None:
     """Entries of U[0, 1): cosine 3/4 between two draws, sqrt(3)/2 with the all-ones vector."""
-    one, other = (directions.draw_direction("unit_uniform", 4096, torch.Generator().manual_seed(s)) for s in (0, 1))
+    one, other = (importance.draw_direction("unit_uniform", 4096, torch.Generator().manual_seed(s)) for s in (0, 1))
     assert float(one @ other) == pytest.approx(0.75, abs=0.02)
     assert float(one.sum()) / 64 == pytest.approx(math.sqrt(3) / 2, abs=0.02)
 
 
 def test_signs_are_balanced() -> None:
-    v = directions.draw_direction("signs", 4096, torch.Generator().manual_seed(0))
+    v = importance.draw_direction("signs", 4096, torch.Generator().manual_seed(0))
     assert abs(v.mean()) < 0.05  # three standard deviations of 1/64
 
 

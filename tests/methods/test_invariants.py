@@ -18,6 +18,7 @@ from srmu.engine.model import EditableModel, Site
 from srmu.engine.topic import Batch, Topic
 from srmu.engine.train import TrainOptions
 from srmu.methods import RMU, SRMU, AdaptiveRMU, Method
+from srmu.methods.base import Session
 
 SIZE, STEPS, LAYER = 3, 4, 2
 # Adam's epsilon is large so that rounding in a tiny gradient cannot turn into a whole step.
@@ -51,7 +52,7 @@ def run(
         logged.append(values)
         weights.append({n: p.detach().clone() for n, p in model.trained.items()})
 
-    return logged, weights, method.apply(model, topics, OPTIONS, log).states
+    return logged, weights, method.apply(model, topics, Session(OPTIONS, log)).states
 
 
 class Naive:
@@ -312,7 +313,7 @@ def test_weight_decay_and_clipping_equal_torchs(tmp_path: Any) -> None:
     topic = tokenised("one")
     options = TrainOptions(learning_rate=2e-3, max_steps=3, adam_epsilon=1e-2, weight_decay=0.1, max_grad_norm=0.05)
     model = EditableModel(pico_module(), method.trainable, method.depth)
-    states = method.apply(model, [topic], options, lambda *_: None).states
+    states = method.apply(model, [topic], Session(options, lambda *_: None)).states
     naive = Naive("llama")
     naive.optimiser(weight_names("llama"))
     parameters = list(naive.named.values())
@@ -355,7 +356,9 @@ def test_bf16_models_equal_a_naive_loop(arch: str, weights: str) -> None:
     history: list[dict[str, torch.Tensor]] = []
     options = TrainOptions(learning_rate=2e-3, max_steps=3, adam_epsilon=1e-2, weights=weights)
     states = method.apply(
-        model, [topic], options, lambda *_: history.append({n: p.detach().clone() for n, p in model.trained.items()})
+        model,
+        [topic],
+        Session(options, lambda *_: history.append({n: p.detach().clone() for n, p in model.trained.items()})),
     ).states
     u = states["one"].tensors["direction"]
 
@@ -403,7 +406,7 @@ def test_the_frozen_swap_equals_a_second_model(arch: str, dtype: torch.dtype) ->
     module = pico_module(arch, dtype)
     copied, values = copy.deepcopy(module), topic.forget[0]
     model = EditableModel(module, method.trainable)
-    method.apply(model, [topic], TrainOptions(learning_rate=1e-2, max_steps=2), lambda *_: None)
+    method.apply(model, [topic], Session(TrainOptions(learning_rate=1e-2, max_steps=2), lambda *_: None))
     inputs = {k: values[k] for k in ("input_ids", "attention_mask")}
     with torch.no_grad():
         expected = copied(**inputs, output_hidden_states=True)

@@ -22,8 +22,8 @@ from srmu.engine.train import Terms, TrainOptions
 from srmu.errors import SrmuError
 from srmu.methods import METHODS as ALL_METHODS
 from srmu.methods import RMU, SRMU, AdaptiveRMU, Method, Misdirection
-from srmu.methods.directions import Direction, draw_direction
-from srmu.methods.importance import Fusion, Statistic
+from srmu.methods.base import Session
+from srmu.methods.importance import Direction, Fusion, Statistic, draw_direction
 from srmu.methods.own_texts import write_anchors
 
 LAYER = 2
@@ -85,7 +85,7 @@ def run(
 ) -> tuple[EditableModel, list[dict[str, Any]], dict[str, Any]]:  # fmt: skip
     model = EditableModel(pico_module(arch), method.trainable, None if whole else method.depth)
     logged: list[dict[str, Any]] = []
-    states = method.apply(model, topics, train, lambda step, values: logged.append(values)).states
+    states = method.apply(model, topics, Session(train, lambda step, values: logged.append(values))).states
     return model, logged, states
 
 
@@ -555,13 +555,13 @@ def test_activations_of_own_texts_stay_in_memory(tmp_path: Path) -> None:
     method = SRMU(layer=LAYER, anchors="self", own_texts=100)
     model = EditableModel(pico_module(), method.trainable, method.depth)
     model.activations = Activations(0, tmp_path / "kept", 1 << 30)
-    method.apply(model, [topic()], TRAIN, lambda *args: None)
+    method.apply(model, [topic()], Session(TRAIN, lambda *args: None))
     assert model.activations.kept == "memory"
     assert not [*tmp_path.iterdir()]
 
 
 def test_no_own_text_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("srmu.methods.own_texts.typical_tokens", lambda *args: torch.arange(VOCABULARY))
+    monkeypatch.setattr("srmu.methods.own_texts.typical_tokens", lambda *args: set(range(VOCABULARY)))
     method = RMU(layer=LAYER, anchors="self", own_texts=8)
     with pytest.raises(SrmuError, match=r"each of 8 texts .* method\.anchors=random") as error:
         run(method, [topic()])
@@ -612,7 +612,7 @@ def test_columns_of_the_highest_ratio_change(arch: str, share: float) -> None:
 def test_columns_stay_in_half_precision() -> None:
     method = RMU(layer=LAYER, window=1, columns=0.5)
     model = EditableModel(pico_module(dtype=torch.bfloat16), method.trainable, method.depth)
-    method.apply(model, [topic()], replace(TRAIN, learning_rate=1e-2), lambda *args: None)
+    method.apply(model, [topic()], Session(replace(TRAIN, learning_rate=1e-2), lambda *args: None))
     (name,) = model.trained
     moved = model.trained[name].ne(model.original[name]).any(0)
     assert moved.sum() == len(moved) // 2
@@ -898,7 +898,7 @@ def planted(method: SRMU, steps: int, learning_rate: float) -> dict[str, Any]:
 
     options = TrainOptions(learning_rate=learning_rate, max_steps=steps)
     some = replace(some, forget=some.forget[:1], retain=some.retain[:1])
-    state = method.apply(model, [some], options, log).states["toy"]
+    state = method.apply(model, [some], Session(options, log)).states["toy"]
     target, map_ = state.tensors["target"], state.tensors["importance"]
     return {
         "distances": [float((h - target)[mask].norm()) for h in [before, *distances]],
@@ -950,5 +950,5 @@ def test_measuring_shows_each_batch(method: Any, batches: int) -> None:
     topic = Topic("t", shifted[:3], shifted[3:])
     made = method(layer=2, window=1, kappa=1.0)
     model = EditableModel(pico_module(), made.trainable, made.depth)
-    made.apply(model, [topic], TrainOptions(max_steps=2, learning_rate=1e-5), lambda *_: None, watch)
-    assert shown == [("measuring and preparing", batches, batches), (made.name, 2, 2)]
+    made.apply(model, [topic], Session(TrainOptions(max_steps=2, learning_rate=1e-5), lambda *_: None, watch))
+    assert shown == [("measuring and preparing", 0, batches), (made.name, 2, 2)]

@@ -15,15 +15,11 @@ from srmu.engine.model import EditableModel
 from srmu.engine.topic import Batch
 from srmu.engine.train import TrainOptions
 from srmu.errors import SrmuError
-from srmu.methods.iterated import Iterated
+from srmu.methods.base import Session
 from srmu.methods.logits import fine_tune
-from srmu.methods.multi_site import MultiSite
-from srmu.methods.rmu import RMU
-from srmu.methods.rmu_lat import RMULAT, shift_inputs
+from srmu.methods.rmu import RMU, RMULAT, shift_inputs
 from srmu.methods.srmu import SRMU
-from srmu.methods.suppressing import Suppressing
-from srmu.methods.tar import TAR
-from srmu.methods.undo import Undo
+from srmu.methods.suppressing import TAR, Iterated, MultiSite, Suppressing, Undo
 from srmu.runs import estimate, run
 from srmu.runs.config import make_config
 
@@ -108,7 +104,7 @@ def test_the_first_method_is_that_method(first: Any, scope: Any) -> None:
     assert set(model.delta()) == WINDOW
     other = EditableModel(pico_module(), alone.trainable, alone.depth)
     train = TrainOptions(max_steps=3, learning_rate=1e-3)
-    outcome = alone.apply(other, [topic()], train, lambda *row: None)
+    outcome = alone.apply(other, [topic()], Session(train, lambda *row: None))
     assert same(model.delta(), other.delta())
     assert torch.equal(state.tensors["target"], outcome.states["bio"].tensors["target"])
 
@@ -340,7 +336,8 @@ def test_tars_adversary_learns_other_batches_in_turn(monkeypatch: pytest.MonkeyP
     state = method.setup(model, part)
     learned: list[list[Any]] = []
     monkeypatch.setattr(
-        "srmu.methods.tar.fine_tune", lambda model, texts, steps, rate: learned.append([id(b) for b in texts.forget])
+        "srmu.methods.suppressing.fine_tune",
+        lambda model, texts, steps, rate: learned.append([id(b) for b in texts.forget]),
     )
     for turn in range(3):
         method.loss(model, state, part.forget[0], part.retain[0], turn)
@@ -372,7 +369,7 @@ def test_the_last_round_changes_the_window_only() -> None:
     with method.editing(before, [part]):
         method.setup(before, part)
     after = editable(method)
-    method.apply(after, [part], TrainOptions(max_steps=3, learning_rate=1e-3), lambda *row: None)
+    method.apply(after, [part], Session(TrainOptions(max_steps=3, learning_rate=1e-3), lambda *row: None))
     one, two = values(before), values(after)
     assert {name for name in one if not torch.equal(one[name], two[name])} == WINDOW
 

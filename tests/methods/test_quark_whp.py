@@ -36,13 +36,10 @@ from srmu.engine.topic import Batch, Topic
 from srmu.engine.train import TrainOptions
 from srmu.errors import SrmuError
 from srmu.evals.score import score_model
-from srmu.methods import METHODS, quark_pool
-from srmu.methods.base import State
-from srmu.methods.quark import Quark
-from srmu.methods.quark_pool import PoolEntry
-from srmu.methods.two_models import combine_logits
-from srmu.methods.whp import WHP
-from srmu.methods.whp_terms import Anchors, read_anchors, tokenise_terms, translate_batch
+from srmu.methods import METHODS, quark
+from srmu.methods.base import Session, State
+from srmu.methods.quark import PoolEntry, Quark
+from srmu.methods.whp import WHP, combine_logits, read_anchors, tokenise_terms, translate_batch
 from srmu.runs.config import build_config, load_config, make_config
 from srmu.runs.run import unlearn_config
 from srmu.testbed import build
@@ -58,7 +55,7 @@ def editable(arch: str = "llama", trainable: str = "*") -> EditableModel:
 def applied(method: Any, topics: list[Topic], train: TrainOptions = TRAIN) -> Any:
     """The model, the outcome, and the rows that were logged."""
     model, rows = editable(), []
-    outcome = method.apply(model, topics, train, lambda step, values: rows.append(values))
+    outcome = method.apply(model, topics, Session(train, lambda step, values: rows.append(values)))
     return model, outcome, rows
 
 
@@ -116,7 +113,7 @@ def test_a_control_is_not_mistaken_for_what_was_kept() -> None:
 @pytest.mark.parametrize("padding", ["mask", "count"])
 def test_texts_become_prompts_and_continuations(padding: Any) -> None:
     some = topic(padding=padding)
-    found = quark_pool.split_continuations(some, 99)
+    found = quark.split_continuations(some, 99)
     rows = [
         row[mask == 1].tolist()
         for batch in some.forget
@@ -124,8 +121,8 @@ def test_texts_become_prompts_and_continuations(padding: Any) -> None:
     ]
     assert [x + y for x, y in found] == rows
     assert all(len(x) >= 2 and len(y) >= 1 for x, y in found)  # a <s> and a word, a word
-    assert quark_pool.split_continuations(some, 3) == found[:3]
-    assert quark_pool.split_continuations(topic(), 99) == found  # wherever the padding is
+    assert quark.split_continuations(some, 3) == found[:3]
+    assert quark.split_continuations(topic(), 99) == found  # wherever the padding is
 
 
 def peaked(arch: str) -> Any:
@@ -203,7 +200,7 @@ def test_rewards_follow_the_original() -> None:
     with torch.no_grad():
         for parameter in model.trained.values():
             parameter.mul_(1.5)
-    entries = quark_pool.judge_responses(model, quark_pool.find_reward("likelihood"), 0.7, TEXTS, RESPONSES)
+    entries = quark.judge_responses(model, quark.find_reward("likelihood"), 0.7, TEXTS, RESPONSES)
     for (x, _), y, entry in zip(TEXTS, RESPONSES, entries, strict=True):
         expected = -naive_likelihood(module, x, y) + 0.7 * naive_likelihood(module, [1], y)
         assert entry.reward == pytest.approx(expected, abs=1e-4)
@@ -211,7 +208,7 @@ def test_rewards_follow_the_original() -> None:
 
 
 def test_overlap_is_of_bigrams() -> None:
-    reward = quark_pool.find_reward("overlap")
+    reward = quark.find_reward("overlap")
     model = editable()
     cases = [
         ([7, 8, 9], [7, 8, 9], -1.0),
@@ -240,11 +237,11 @@ what = 3
 def test_a_reward_of_ones_own(tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
     file.write_text(OWN_REWARD)
-    reward = quark_pool.find_reward(f"{file}:longest")
-    entries = quark_pool.judge_responses(editable(), reward, 0.0, TEXTS, RESPONSES)
+    reward = quark.find_reward(f"{file}:longest")
+    entries = quark.judge_responses(editable(), reward, 0.0, TEXTS, RESPONSES)
     assert [entry.reward for entry in entries] == [len(y) for y in RESPONSES]
     with pytest.raises(SrmuError, match="gave 1 numbers for 12 responses"):
-        quark_pool.judge_responses(editable(), quark_pool.find_reward(f"{file}:short"), 0.0, TEXTS, RESPONSES)
+        quark.judge_responses(editable(), quark.find_reward(f"{file}:short"), 0.0, TEXTS, RESPONSES)
     for name, says in (
         (f"{file}:what", "no such function"),
         (f"{file}:none", "no such function"),
@@ -278,7 +275,7 @@ def test_a_config_names_its_reward(tmp_path: Path) -> None:
 def test_quantiles(rewards: list[float], count: int) -> None:
     """Of equal sizes, the remainder in the worst, and none better than one of a better part."""
     pool = [PoolEntry([1], [i], reward) for i, reward in enumerate(rewards)]
-    parts = quark_pool.split_quantiles(pool, count)
+    parts = quark.split_quantiles(pool, count)
     assert len(parts) == count
     size = len(pool) // count
     assert [len(part) for part in parts[:-1]] == [size] * (count - 1)
@@ -295,7 +292,7 @@ def test_quantiles(rewards: list[float], count: int) -> None:
 def test_a_batch_is_drawn_evenly() -> None:
     state = Quark(quantiles=3, response=4).setup(editable(), topic())
     pool = state.memory["pool"]
-    parts = quark_pool.split_quantiles(pool.entries, 3)
+    parts = quark.split_quantiles(pool.entries, 3)
     counts = torch.zeros(3)
     for step in range(60):
         entries, ranks = pool.draw(4, 3, step)
@@ -403,14 +400,14 @@ def test_before_training_only_control_tokens_move_the_kl() -> None:
 
 def test_control_tokens_are_as_embeddings_are() -> None:
     model, some = editable(), topic()
-    rows = quark_pool.control_tokens(model, some, 4000)
+    rows = quark.control_tokens(model, some, 4000)
     known = model.module.get_input_embeddings().weight[some.vocabulary]
     torch.testing.assert_close(rows.mean(0), known.mean(0), atol=0.02, rtol=0)
     torch.testing.assert_close(rows.std(0), known.std(0), atol=0.02, rtol=0)
-    assert torch.equal(rows, quark_pool.control_tokens(model, some, 4000))
-    assert not torch.equal(rows, quark_pool.control_tokens(model, topic(seed=1), 4000))
+    assert torch.equal(rows, quark.control_tokens(model, some, 4000))
+    assert not torch.equal(rows, quark.control_tokens(model, topic(seed=1), 4000))
     half = EditableModel(pico_module(dtype=torch.bfloat16), ("*",))  # for train.weights=bf16
-    assert quark_pool.control_tokens(half, some, 3).dtype == torch.bfloat16
+    assert quark.control_tokens(half, some, 3).dtype == torch.bfloat16
 
 
 def test_a_run_trains_the_controls_and_leaves_an_ordinary_model() -> None:
@@ -444,13 +441,13 @@ def test_each_of_several_topics_is_sampled() -> None:
 def test_new_samples_come_from_the_model_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """And those of the beginning from the original; swapped names in public code hide which."""
     seen: list[tuple[bool, int]] = []
-    drawn = quark_pool.sample_continuations
+    drawn = quark.sample_continuations
 
     def watched(model: EditableModel, contexts: Any, length: int, seed: int) -> Any:
         seen.append((bool(model.delta()), seed))
         return drawn(model, contexts, length, seed)
 
-    monkeypatch.setattr(quark_pool, "sample_continuations", watched)
+    monkeypatch.setattr(quark, "sample_continuations", watched)
     applied(Quark(quantiles=2, response=3, sample_every=2), [topic()], replace(TRAIN, max_steps=5))
     assert [changed for changed, _ in seen] == [False, True, True]
     assert len({seed for _, seed in seen}) == 3
@@ -459,7 +456,7 @@ def test_new_samples_come_from_the_model_as_it_is(monkeypatch: pytest.MonkeyPatc
 def test_an_error_while_sampling_is_not_swallowed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Public code catches RuntimeError and skips the step."""
     method, model, state = started(sample_every=1)
-    monkeypatch.setattr(quark_pool, "judge_responses", lambda *_: 1 / 0)
+    monkeypatch.setattr(quark, "judge_responses", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         method.loss(model, state, topic().forget[0], Batch(), 1)
 
@@ -472,12 +469,10 @@ def test_the_reward_of_samples_rises(monkeypatch: pytest.MonkeyPatch) -> None:
         return sum(token < VOCABULARY // 2 for token in response) / len(response)
 
     def share(model: EditableModel) -> float:
-        drawn = generate.sample_continuations(
-            model, [x for x, _ in quark_pool.split_continuations(some, 12)] * 20, 3, 9
-        )
+        drawn = generate.sample_continuations(model, [x for x, _ in quark.split_continuations(some, 12)] * 20, 3, 9)
         return sum(map(early, drawn)) / len(drawn)
 
-    monkeypatch.setitem(quark_pool.REWARDS, "stub", lambda m, x, y, t: [early(r) for r in y])
+    monkeypatch.setitem(quark.REWARDS, "stub", lambda m, x, y, t: [early(r) for r in y])
     method = Quark(reward="stub", quantiles=3, response=3, sample_every=5, fluency=0.0, entropy=0.0)
     some = replace(topic(), forget=batches(texts(12, 1, range(30)), 4))
     model, *_ = applied(method, [some], replace(TRAIN, learning_rate=3e-3, max_steps=60))
@@ -544,7 +539,7 @@ def test_a_constant_added_to_raw_logits_changes_them() -> None:
     assert not torch.allclose(a, b, atol=1e-2)
 
 
-def whp_state(model: EditableModel, anchors: Anchors | None = None) -> State:
+def whp_state(model: EditableModel, anchors: Any = None) -> State:
     generator = torch.Generator().manual_seed(7)
     tuned = {
         name: tensor + 0.03 * torch.randn(tensor.shape, generator=generator) for name, tensor in model.original.items()
@@ -628,7 +623,7 @@ def encoded(text: str) -> list[int]:
     return word_tokenizer().encode(text)
 
 
-def anchors_of(terms: dict[str, str]) -> Anchors:
+def anchors_of(terms: dict[str, str]) -> Any:
     return tokenise_terms(terms, word_tokenizer())
 
 
@@ -636,7 +631,7 @@ def anchors_of(terms: dict[str, str]) -> Anchors:
 def test_no_anchors_are_the_identity(padding: Any) -> None:
     model = editable()
     for batch in topic(padding=padding).forget:
-        found = translate_batch(batch, anchors_of({}))
+        found = translate_batch(batch, *anchors_of({}))
         mask = batch["attention_mask"] == 1
         assert torch.equal(found.usable, mask)
         assert found.batch["input_ids"][found.batch["attention_mask"] == 1].tolist() == (
@@ -659,7 +654,7 @@ def test_a_translation(padding: Any) -> None:
     terms = {"w1 w2": "w40", "w1": "w41 w42 w43", "w5": "w50"}
     text = "w0 w1 w2 w3 w1 w4 w1 w2 w5 w1"
     batch = batches([text, "w9 w9"], padding=padding)[0]
-    found = translate_batch(batch, anchors_of(terms))
+    found = translate_batch(batch, *anchors_of(terms))
     row = found.batch["input_ids"][0][found.batch["attention_mask"][0] == 1]
     expected = "w0 w40 w3 w41 w42 w43 w4 w40 w50 w41 w42 w43"
     assert row.tolist() == encoded(expected)
@@ -714,7 +709,7 @@ def test_terms_in_subwords() -> None:
     anchors = tokenise_terms({"Harry": "Jon"}, Subwords())
     ids = torch.tensor([[5, 6, 3, 7, 4]])
     batch = Batch(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids)
-    found = translate_batch(batch, anchors)
+    found = translate_batch(batch, *anchors)
     assert found.batch["input_ids"].tolist() == [[8, 3, 9, 10, 4]]
     assert found.usable.int().tolist() == [[0, 1, 0, 1, 1]]  # both ways are one term's
 
@@ -896,7 +891,7 @@ def test_the_reinforced_model_is_what_is_left() -> None:
             before = float(F.cross_entropy(*rows(pico_module()(**batch).logits, batch)))
         assert after < before
     adapted = EditableModel(pico_module(), ("*.linear",))
-    WHP(lora_rank=2, **options).apply(adapted, two, TRAIN, lambda *_: None)
+    WHP(lora_rank=2, **options).apply(adapted, two, Session(TRAIN, lambda *_: None))
     assert set(adapted.delta()) == set(adapted.trained)
 
 
@@ -958,4 +953,4 @@ def test_retrain_knows_the_testbed_only(testbed: Path, tmp_path: Path) -> None:
         with pytest.raises(SrmuError, match="not the report of a testbed of this version"):
             unlearn_config(config)
     with pytest.raises(SrmuError, match="this is not a testbed's model"):
-        METHODS["retrain"]().apply(editable(), [topic()], TRAIN, lambda *_: None)
+        METHODS["retrain"]().apply(editable(), [topic()], Session(TRAIN, lambda *_: None))

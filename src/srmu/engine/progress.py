@@ -29,7 +29,7 @@ def ignore_progress(label: str, total: int) -> Iterator[Tick]:
 
 @contextmanager
 def show_progress(label: str, total: int) -> Iterator[Tick]:
-    """Show progress over `total` steps on standard error; call the yielded function once a step."""
+    """Show progress over `total` steps (0: nobody knows) on standard error; call the yielded function once a step."""
     _shown.append(label)
     try:
         if not stderr.is_terminal:
@@ -37,7 +37,7 @@ def show_progress(label: str, total: int) -> Iterator[Tick]:
             return
         numbers = BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn()
         with Progress("{task.description}", *numbers, "{task.fields[text]}", console=stderr, transient=True) as bar:
-            task = bar.add_task(label, total=total, text="")
+            task = bar.add_task(label, total=total or None, text="")
             yield lambda text: bar.update(task, advance=1, text=text)
     finally:
         _shown.pop()
@@ -55,8 +55,8 @@ def write_lines(label: str, total: int) -> Tick:
         now = time.monotonic()
         if now - last < (LIVE_SECONDS if live else LOG_SECONDS) and done != total:
             return
-        left = (now - start) / done * (total - done)
-        line = f"{label} {done}/{total} {text} {left:.0f} s left".replace("  ", " ")
+        left = f" {(now - start) / done * (total - done):.0f} s left" if total else ""
+        line = f"{label} {done}{f'/{total}' if total else ''} {text}".rstrip() + left
         if live:
             end = "\n" if done == total else ""
             print("\r" + line.ljust(width), end=end, file=sys.stderr, flush=True)

@@ -1,8 +1,4 @@
-"""What a method is: a frozen dataclass with its options as fields, and one function.
-
-The file of a method takes from here what nearly all of them name: the model, topics and batches, the
-result of a loss, and numbers with bounds.
-"""
+"""What a method is: a frozen dataclass with its options as fields, and one function."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -22,13 +18,7 @@ from srmu.engine.train import FINISHED, NOWHERE, Log, LossFunction, Schedule, Te
 from srmu.errors import SrmuError
 
 CHANGING = ("tensors", "numbers", "memory")  # the parts of a state that a loss may change
-SHOWN = {  # of a step's values, as progress
-    "forget": "forget {:.3g}",
-    "retain": "retain {:.3g}",
-    "target_ratio": "target/norm {:.2f}",
-    "forget_cos": "cos(forget, target) {:.3f}",
-    "retain_cos": "cos(retain) {:.4f}",
-}
+SHOWN = ("forget", "retain", "target_ratio", "forget_cos", "retain_cos")  # of a step's values, as progress
 
 
 class Bounds(NamedTuple):
@@ -87,8 +77,7 @@ class Method(ABC):
     uses: ClassVar[tuple[str, ...]] = ()  # besides the model and forget texts
     learning_rate: ClassVar[float] = 5e-5  # where train.learning_rate is not given
     schedule: ClassVar[Schedule] = "constant"  # where train.schedule is not given
-    # whether several processes can share its work, each with a part of each batch
-    spreads: ClassVar[bool] = False
+    spreads: ClassVar[bool] = False  # whether several processes can each work on a part of each batch
     endless: ClassVar[bool] = False  # its loss has no lower bound: a rule must stop it
 
     def __post_init__(self) -> None:
@@ -125,15 +114,6 @@ class Method(ABC):
         rate = options.learning_rate or self.learning_rate
         return replace(options, learning_rate=rate, schedule=options.schedule or self.schedule)
 
-    def read_at_once(self, shape: tuple[int, int]) -> tuple[int, int]:
-        """Rows and tokens that a step reads for a batch of forget texts of that shape."""
-        return shape
-
-    @property
-    def written_tokens(self) -> int:
-        """The number of tokens that the model writes for a topic before the first step."""
-        return 0
-
     def with_options(self, options: Mapping[str, Any]) -> Self:
         """This method with the options of a topic."""
         return replace(self, **options)
@@ -157,13 +137,8 @@ class Method(ABC):
                 f"train.{rules[0]} needs the whole model's output, but method {self.name} loads "
                 f"{self.depth} layers; remove it"
             )
-        if rules and self.at_once:
+        if rules and (isinstance(self, Edit) or self.no_checkpoint):
             raise SrmuError(f"train.{rules[0]} has no effect: method {self.name} writes the weights at once; remove it")
-
-    @property
-    def at_once(self) -> bool:
-        """Whether it writes the weights in one go, so that no stop rule applies."""
-        return isinstance(self, Edit)
 
     @property
     def no_checkpoint(self) -> str:
@@ -175,20 +150,9 @@ class Method(ABC):
         write()
         return nullcontext()
 
-    def apply(
-        self,
-        model: EditableModel,
-        topics: Sequence[Topic],
-        train: TrainOptions,
-        log: Log,
-        watch: Watch = ignore_progress,
-        checkpoints: Checkpoints = NOWHERE,
-    ) -> MethodOutcome:
-        """Change the model. Optimisation resumes from its checkpoint, if there is one."""
-        return self.change(model, topics, Session(train, log, watch, checkpoints))
-
     @abstractmethod
-    def change(self, model: EditableModel, topics: Sequence[Topic], session: Session) -> MethodOutcome: ...
+    def apply(self, model: EditableModel, topics: Sequence[Topic], session: Session) -> MethodOutcome:
+        """Change the model. Optimisation resumes from its checkpoint, if there is one."""
 
 
 class Edit(Method):
@@ -197,7 +161,7 @@ class Edit(Method):
     @abstractmethod
     def edit(self, model: EditableModel, topics: Sequence[Topic], watch: Watch) -> dict[str, State]: ...
 
-    def change(self, model: EditableModel, topics: Sequence[Topic], session: Session) -> MethodOutcome:
+    def apply(self, model: EditableModel, topics: Sequence[Topic], session: Session) -> MethodOutcome:
         return MethodOutcome(self.edit(model, topics, session.watch), "edited")
 
 
@@ -218,20 +182,16 @@ class Objective(Method):
         """The topic as the loss reads it."""
         return topic
 
-    def reads(self, topic: Topic) -> int:
-        """The number of batches of a topic that `setup` reads, for the progress."""
-        return 0
-
     def editing(self, model: EditableModel, topics: Sequence[Topic]) -> AbstractContextManager[Any]:
         """A context in which the model is trained."""
         return nullcontext()
 
-    def change(self, model: EditableModel, topics: Sequence[Topic], session: Session) -> MethodOutcome:
+    def apply(self, model: EditableModel, topics: Sequence[Topic], session: Session) -> MethodOutcome:
         train, log, watch, checkpoints = session
         parts: list[tuple[Topic, LossFunction]] = []
         states = {}
         with self.editing(model, topics):
-            with watch("measuring and preparing", sum(map(self.reads, topics))) as tick:
+            with watch("measuring and preparing", 0) as tick:  # how many batches each setup reads is its own
                 for topic in topics:
                     method = self.with_options(topic.options)
                     followed = topic.with_tick(partial(tick, topic.name))
@@ -245,7 +205,7 @@ class Objective(Method):
                     while next(steps) < step:
                         tick("from the checkpoint")
                     log(step, values)
-                    tick(" ".join(text.format(values[k]) for k, text in SHOWN.items() if k in values))
+                    tick(" ".join(f"{name} {values[name]:.4g}" for name in SHOWN if name in values))
 
                 extra = [p for state in states.values() for p in state.parameters.values()]
                 memory = {f"{n}.{k}": getattr(s, k) for n, s in states.items() for k in CHANGING}

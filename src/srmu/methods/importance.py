@@ -1,4 +1,4 @@
-"""Importance maps: which features belong to the forget knowledge (SRMU, arXiv 2512.16297)."""
+"""Parts of targets: importance maps (SRMU, arXiv 2512.16297), and random directions V or u."""
 
 from collections.abc import Iterable
 from typing import Literal
@@ -9,6 +9,8 @@ from torch import Tensor
 
 Statistic = Literal["abs_mean", "mean_abs", "rms", "square_mean", "relu_mean", "signed_clamped"]
 Fusion = Literal["ratio", "difference", "product", "product_inverse", "uniform", "shuffled"]
+
+Direction = Literal["signs", "plus", "minus", "uniform", "unit_uniform", "gaussian", "resampled", "zero"]
 
 FLAT = 0.1  # below this standard deviation a map selects next to nothing
 
@@ -26,11 +28,10 @@ def sum_features(hidden: Float[Tensor, "B T D"], mask: Bool[Tensor, "B T"]) -> F
 def measure_features(
     batches: Iterable[Float[Tensor, "5 D"]], kind: Statistic = "abs_mean"
 ) -> tuple[Float[Tensor, "D"], float]:
-    """v_f or v_r: the typical size of each feature over the counted tokens, and their mean norm.
+    """v_f or v_r, the typical size of each feature, and the mean norm of tokens, from `sum_features` of each batch.
 
-    Takes `sum_features` of each batch. The paper averages activations, but its maps need values >=
-    0, and means of zero-centred features are signed. `abs_mean` (the magnitude of the mean) is the
-    smallest change that repairs this; `signed_clamped` is the literal text.
+    The maps of the paper need values >= 0, and means are signed: `abs_mean` is the smallest change that repairs this,
+    `signed_clamped` the literal text.
     """
     total = torch.stack(list(batches)).sum(dim=0)
     norms, count = total[4, :2].tolist()
@@ -94,3 +95,18 @@ def describe_importance(map_: Float[Tensor, "D"]) -> dict[str, float]:
         "share_above_half": float((ordered > 0.5).double().mean()),
         "gini": gini,
     }
+
+
+def draw_direction(kind: Direction, width: int, generator: torch.Generator) -> Float[Tensor, " D"]:
+    """A direction of `width` features; `resampled` is `signs`, drawn again each step."""
+    if kind in ("plus", "minus"):
+        return torch.full((width,), 1.0 if kind == "plus" else -1.0)
+    if kind == "zero":
+        return torch.zeros(width)
+    if kind == "gaussian":
+        return torch.randn(width, generator=generator)
+    if kind in ("uniform", "unit_uniform"):
+        # Entries of U[0, 1) are not centred: RMU's directions for two topics have cosine 0.75.
+        values = torch.rand(width, generator=generator)
+        return values / values.norm() if kind == "unit_uniform" else values
+    return torch.randint(2, (width,), generator=generator) * 2.0 - 1.0

@@ -19,7 +19,7 @@ from srmu.engine.train import TrainOptions
 from srmu.errors import SrmuError
 from srmu.methods.base import Batch, Bounds, Count, EditableModel, Objective, Part, State, Terms, Topic, Weight
 from srmu.methods.importance import sum_features
-from srmu.methods.own_texts import count_chunks, write_anchors
+from srmu.methods.own_texts import write_anchors
 
 KAPPA = 8.0  # the default strength
 
@@ -28,8 +28,7 @@ KAPPA = 8.0  # the default strength
 class Misdirection(Objective):
     """Drives forget activations at one site to a target and holds retain activations in place.
 
-    The strength is `coeff` (the literal c of the papers) or `kappa` (the norm of the target over
-    the mean norm of forget activations, which compares across models); by default kappa 8.
+    The strength is `coeff` or `kappa`, which compares across models; by default kappa 8.
     """
 
     level = "representation"
@@ -155,12 +154,6 @@ class Misdirection(Objective):
         chosen[ratio.argsort(descending=True, stable=True)[: max(1, round(self.columns * len(ratio)))]] = True
         return chosen[:, None] if model.is_transposed(name) else chosen
 
-    def reads(self, topic: Topic) -> int:
-        looked_at = len(topic.forget) + len(topic.retain) + count_chunks(self.own_texts)
-        return looked_at * (self.anchors == "self") + sum(
-            min(self.map_batches, len(getattr(topic, role))) for role in self.measures
-        )
-
     @property
     def factor(self) -> float:
         """The norm of the target over the norm of forget activations."""
@@ -192,11 +185,7 @@ class Misdirection(Objective):
             yield sums
 
     def state(self, shape: Tensor, norm: float, **tensors: Tensor) -> State:
-        """The state of a topic: the target and the tensors that it was made of.
-
-        `shape` (D,) is the target before scaling, `norm` the mean norm of the original forget
-        activations.
-        """
+        """The target, from its `shape` (D,) and the forget activations' mean norm, and the tensors it was made of."""
         if not 0 < norm < float("inf"):
             raise SrmuError(f"the forget activations at {self.site} are {'not finite' if norm else 'all zero'}")
         target = self.scaled(shape, norm)

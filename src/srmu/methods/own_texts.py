@@ -1,22 +1,19 @@
-"""Texts that the original model writes, and what tells forget texts from others.
-
-They stay in memory: they may state what is to be forgotten.
-"""
+"""Texts that the original writes, which stay in memory, and what tells forget texts from others."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from math import log
+from pathlib import Path
 from typing import Any, Literal, Self
 
-import torch
-from torch import Tensor
+from transformers import AutoTokenizer
 
 from srmu.data.names import Names
 from srmu.engine.generate import Ids, sample_continuations
 from srmu.errors import SrmuError
 from srmu.methods.base import Batch, EditableModel, Topic
-from srmu.methods.gradients import split_batches
+from srmu.methods.edits import split_batches
 
 AT_ONCE = 128  # texts written at once
 RATIO = 2.5  # how many times as frequent a token typical of the forget set is in it
@@ -26,6 +23,13 @@ LEAST = 2  # occurrences that it needs: one may be chance
 def unpad_texts(batches: Sequence[Batch]) -> list[Ids]:
     """The texts of batches, without padding."""
     return [text["input_ids"][0].tolist() for text in split_batches(batches)]
+
+
+def tokenizer_of(folder: Path | None, who: str) -> Any:
+    """The tokenizer of the model in `folder`; without a folder SrmuError, naming who needs it."""
+    if folder is None:
+        raise SrmuError(f"{who} needs a tokenizer: load the model from a folder")
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def first_token(model: EditableModel) -> int:
@@ -38,17 +42,14 @@ def first_token(model: EditableModel) -> int:
     raise SrmuError("the model's config.json names no bos_token_id or eos_token_id for texts to begin with")
 
 
-def free_samples(
-    model: EditableModel, count: int, length: int, seed: int, tick: Callable[[], None] = lambda: None
-) -> list[Ids]:
+def free_samples(model: EditableModel, topic: Topic, count: int, length: int, purpose: str) -> list[Ids]:
     """Texts that the original writes from nothing, of at most `length` tokens in all."""
-    return continue_texts(model, [[first_token(model)]] * count, length, seed, tick)
+    return continue_texts(model, topic, [[first_token(model)]] * count, length, purpose)
 
 
-def continue_texts(
-    model: EditableModel, starts: Sequence[Ids], length: int, seed: int, tick: Callable[[], None] = lambda: None
-) -> list[Ids]:
-    """The starts, continued by the original at temperature 1 to `length` tokens in all, `count_chunks` at a time."""
+def continue_texts(model: EditableModel, topic: Topic, starts: list[Ids], length: int, purpose: str) -> list[Ids]:
+    """The starts, continued by the original at temperature 1 to `length` tokens in all, AT_ONCE at a time."""
+    seed = topic.number(purpose)
     written: list[Ids] = [list(start) for start in starts]
     order = sorted(range(len(starts)), key=lambda i: len(starts[i]))  # similar lengths together
     with model.frozen():
@@ -59,35 +60,25 @@ def continue_texts(
                 parts = sample_continuations(model, [starts[i] for i in rows], room, seed + first, AT_ONCE)
                 for i, part in zip(rows, parts, strict=True):
                     written[i] = (written[i] + part)[: max(length, len(starts[i]))]
-            tick()
+            topic.tick()
     return written
 
 
-def count_chunks(count: int) -> int:
-    """The number of parts in which `count` texts are written."""
-    return -(-count // AT_ONCE)
-
-
-def typical_tokens(forget: Sequence[Ids], own: Sequence[Ids], ratio: float = RATIO) -> Tensor:
+def typical_tokens(forget: Sequence[Ids], own: Sequence[Ids], ratio: float = RATIO) -> set[int]:
     """The tokens that are more than `ratio` times as frequent in forget texts as in `own` ones."""
     here, there = (Counter(i for row in rows for i in row) for rows in (forget, own))
     size, other = max(1, here.total()), there.total() + 1
     often = (token for token, count in here.items() if count >= LEAST)
-    tokens = (token for token in often if here[token] / size > ratio * (there[token] + 1) / other)
-    return torch.tensor(sorted(tokens), dtype=torch.long)
+    return {token for token in often if here[token] / size > ratio * (there[token] + 1) / other}
 
 
 def write_anchors(model: EditableModel, topic: Topic, count: int, ratio: float) -> tuple[list[Ids], int]:
-    """Texts by the original for `anchors=self`, and how many were dropped.
-
-    One with a token typical of forget texts is dropped: it would teach again what is to be forgotten.
-    """
+    """Texts by the original, and how many were dropped for a token typical of forget texts, which they would teach."""
     length = max(batch["input_ids"].shape[1] for batch in topic.retain)
-    own = free_samples(model, count, length, topic.number("own anchors"), topic.tick)
+    own = free_samples(model, topic, count, length, "own anchors")
     own = [row for row in own if len(row) > 1]
-    forget = unpad_texts(topic.forget)
     # in short texts special tokens are typical too
-    refused = {*typical_tokens(forget, own, ratio).tolist()} & {*topic.vocabulary.tolist()}
+    refused = typical_tokens(unpad_texts(topic.forget), own, ratio) & {*topic.vocabulary.tolist()}
     kept = [row for row in own if not refused & {*row}]
     if not kept:
         raise SrmuError(
@@ -151,11 +142,9 @@ class Spelling:
 class Likeness:
     """Tells sentences that are like forget texts from others by the frequency of their words.
 
-    It counts words, not tokens: a piece of a hazardous word also occurs in harmless names. It first
-    compares forget texts with `others`, some of which are like them; then it compares the sentences
-    found to be like them with the rest. Names do not count, because harmless texts have them. A
-    sentence with a goal belongs to the forget set, and its other words do not count: harmless
-    procedures have the same steps.
+    It counts words, because a piece of a hazardous word also occurs in harmless names. It compares forget texts with
+    `others`, some of which are like them, then the sentences found to be like them with the rest. Names do not count,
+    because harmless texts have them, nor words beside a goal, because harmless procedures have the same steps.
     """
 
     def __init__(self, forget: Sequence[Ids], others: Sequence[Ids], names: Names, spelling: Spelling) -> None:

@@ -1,15 +1,145 @@
 """Quark: quantised reward (Lu et al., arXiv 2205.13636)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated
+from itertools import pairwise
+from typing import Annotated, Any, NamedTuple
 
-from srmu.engine.generate import join_responses
-from srmu.engine.losses import is_predicted, token_entropy, token_kl, token_nll
+import torch
+
+from srmu.engine.files import import_from_file
+from srmu.engine.generate import Ids, join_responses, response_likelihoods, sample_continuations
+from srmu.engine.losses import is_counted, is_predicted, token_entropy, token_kl, token_nll
 from srmu.engine.topic import move_batch
-from srmu.errors import SrmuError
+from srmu.errors import SrmuError, suggest_word
 from srmu.methods.base import Batch, Bounds, Count, EditableModel, State, Terms, Topic, Weight
+from srmu.methods.edits import split_batches
 from srmu.methods.logits import LogitObjective
-from srmu.methods.quark_pool import Pool, control_tokens, controlled_logits, find_reward
+
+# (model, prompts, responses, true continuations) -> the reward of each response. The model is the
+# original, without gradients; use `response_likelihoods` or `model.logits`.
+Reward = Callable[[EditableModel, list[Ids], list[Ids], list[Ids]], list[float]]
+
+
+class PoolEntry(NamedTuple):
+    """A continuation of a prompt, with its reward."""
+
+    prompt: Ids
+    response: Ids
+    reward: float
+
+
+def split_continuations(topic: Topic, count: int) -> list[tuple[Ids, Ids]]:
+    """The first `count` forget texts, each as a prompt and its true continuation."""
+    texts = [(text["input_ids"][0], is_counted(text["labels"][0])) for text in split_batches(topic.split().forget)]
+    return [(ids[~answer].tolist(), ids[answer].tolist()) for ids, answer in texts[:count]]
+
+
+def reward_unlikely(model: EditableModel, prompts: list[Ids], responses: list[Ids], truths: list[Ids]) -> list[float]:
+    """Minus the mean log-likelihood of the response under the original: - mean log p0(y | x)."""
+    return [-value for value in response_likelihoods(model, prompts, responses)]
+
+
+def reward_different(model: EditableModel, prompts: list[Ids], responses: list[Ids], truths: list[Ids]) -> list[float]:
+    """Minus the share of the bigrams of a response that the true continuation has."""
+    rewards = []
+    for response, truth in zip(responses, truths, strict=True):
+        grams: list[Any] = list(pairwise(response)) or response  # a single token counts itself
+        known: set[Any] = {*pairwise(truth), *truth}
+        rewards.append(-sum(gram in known for gram in grams) / len(grams))
+    return rewards
+
+
+REWARDS: dict[str, Reward] = {"likelihood": reward_unlikely, "overlap": reward_different}
+
+
+def find_reward(name: str) -> Reward:
+    """A reward by its name, or the user's own: `path/to/file.py:function`."""
+    if name in REWARDS:
+        return REWARDS[name]
+    if ".py:" not in name:
+        raise SrmuError(f"unknown method.reward {name!r}{suggest_word(name, REWARDS)}, or path/to/file.py:function")
+    function: Any = import_from_file("method.reward", name)
+    if not callable(function):
+        raise SrmuError(f"method.reward {name}: there is no such function in that file")
+    return function
+
+
+def judge_responses(
+    model: EditableModel, reward: Reward, fluency: float, texts: list[tuple[Ids, Ids]], responses: list[Ids]
+) -> list[PoolEntry]:
+    """The responses with their rewards, plus `fluency` times the mean log p0 of a response after <s> alone."""
+    contexts, truths = [x for x, _ in texts], [y for _, y in texts]
+    with model.frozen():
+        values = reward(model, contexts, responses, truths)
+        fluent = response_likelihoods(model, [x[:1] for x in contexts], responses)
+    if len(values) != len(responses):
+        raise SrmuError(f"method.reward gave {len(values)} numbers for {len(responses)} responses")
+    rewards = [float(value) + fluency * extra for value, extra in zip(values, fluent, strict=True)]
+    return [PoolEntry(*row) for row in zip(contexts, responses, rewards, strict=True)]
+
+
+def split_quantiles(pool: list[PoolEntry], count: int) -> list[list[PoolEntry]]:
+    """The pool by reward in `count` equal parts, best first; the remainder joins the worst."""
+    ranked = sorted(pool, key=lambda entry: -entry.reward)
+    size = len(ranked) // count
+    ends = [*(i * size for i in range(count)), len(ranked)]
+    return [ranked[start:end] for start, end in pairwise(ends)]
+
+
+class Pool:
+    """The true continuations of a topic's prompts and samples, which are added as training goes on, with rewards."""
+
+    def __init__(self, model: EditableModel, topic: Topic, method: "Quark") -> None:
+        self.topic, self.method, self.reward = topic, method, find_reward(method.reward)
+        self.texts = split_continuations(topic, method.pool)
+        self.entries: list[PoolEntry] = []
+        self.add(model, [truth[: method.response] for _, truth in self.texts])
+        self.explore(model, 0)
+        self.fixed = len(self.entries)  # those that are the same in every run
+
+    def add(self, model: EditableModel, responses: list[Ids]) -> list[PoolEntry]:
+        """Add a response to each prompt."""
+        entries = judge_responses(model, self.reward, self.method.fluency, self.texts, responses)
+        self.entries += entries
+        return entries
+
+    def explore(self, model: EditableModel, step: int) -> None:
+        """Add a sample for each prompt, drawn without a control token, as for the best quantile."""
+        contexts = [prompt for prompt, _ in self.texts]
+        seed = self.topic.number(f"samples {step}")
+        entries = self.add(model, sample_continuations(model, contexts, self.method.response, seed))
+        self.explored, self.latest = step, torch.tensor([entry.reward for entry in entries]).mean()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What later samples added: responses and rewards, without the prompts."""
+        added = [(entry.response, entry.reward) for entry in self.entries[self.fixed :]]
+        return {"added": added, "explored": self.explored, "latest": float(self.latest)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for i, (response, reward) in enumerate(state["added"]):
+            prompt, _ = self.texts[i % len(self.texts)]
+            self.entries.append(PoolEntry(prompt, response, reward))
+        self.explored, self.latest = state["explored"], torch.tensor(state["latest"])
+
+    def draw(self, count: int, parts: int, step: int) -> tuple[list[PoolEntry], list[int]]:
+        """Entries, as many from each quantile as possible, with their quantiles, best (0) first."""
+        generator = self.topic.generator(f"batch {step}")
+        order = torch.randperm(parts, generator=generator).tolist()
+        ranks = sorted(order[i % parts] for i in range(count))
+        places = torch.rand(count, generator=generator).tolist()
+        ranked = split_quantiles(self.entries, parts)
+        chosen = [ranked[k][int(u * len(ranked[k]))] for k, u in zip(ranks, places, strict=True)]
+        return chosen, ranks
+
+
+def control_tokens(model: EditableModel, topic: Topic, count: int) -> torch.nn.Parameter:
+    """Embeddings of new tokens, (count, D), distributed like those of ordinary tokens."""
+    with torch.no_grad():
+        known = model.module.get_input_embeddings()(topic.vocabulary.to(model.device))
+    draw = torch.randn(count, known.shape[1], generator=topic.generator("control tokens"))
+    rows = known.float().mean(0) + known.float().std(0) * draw.to(model.device)
+    return torch.nn.Parameter(rows.to(known.dtype))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,11 +163,8 @@ class Quark(LogitObjective):
         super().__post_init__()
         find_reward(self.reward)
 
-    def reads(self, topic: Topic) -> int:
-        return len(topic.forget)
-
     def setup(self, model: EditableModel, topic: Topic) -> State:
-        pool = Pool(model, topic, find_reward(self.reward), self.fluency, prompts=self.pool, length=self.response)
+        pool = Pool(model, topic, self)
         if self.quantiles > (begun := len(pool.entries)):
             raise SrmuError(f"method.quantiles: topic {topic.name} has {begun} continuations")
         # One token fewer than quantiles: the best has none, because an export is an ordinary
@@ -53,7 +180,12 @@ class Quark(LogitObjective):
         batch = move_batch(join_responses([e.prompt for e in entries], [e.response for e in entries]), model.device)
         with model.frozen():
             before = model.logits(batch)  # the original sees no control token
-        logits = controlled_logits(model, batch, ranks, state.parameters["control"])
+        best = ranks.count(0)  # rows of rank 0, which come first and have no control token
+        parts = [model.logits(batch.cut(slice(best)))] if best else []
+        if best < len(ranks):
+            control = state.parameters["control"][[rank - 1 for rank in ranks[best:]]]
+            parts.append(model.logits(batch.cut(slice(best, None)), control))
+        logits = torch.cat(parts)
         mask = is_predicted(batch["labels"])
         tokens = {  # (B, S) each, 0 where no token of a response is predicted
             "forget": token_nll(logits, batch["labels"]),

@@ -70,23 +70,18 @@ def reference_page() -> str:
         options = list_options(cls).items()
         return [{"option": f"`{k}`", "default": f"`{format_default(v)}`", "": text} for k, (v, text) in options]
 
-    def draw_table(rows: list[dict[str, str]]) -> str:
-        return "\n".join(markdown_table([*rows[0]], [[*row.values()] for row in rows]))
-
-    names = ("equation", "file", "place")
-    equations = [{name: f"`{x}`" for name, x in zip(names, row, strict=True)} for row in find_equations()]
+    equations = [{"equation": f"`{t}`", "file": f"`{f}`", "place": f"`{p}`"} for t, f, p in find_equations()]
     environment = Environment(
         loader=PackageLoader("srmu.methods"), trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
-    environment.filters |= {"table": draw_table, "sentence": first_sentence, "options": tabulate_options}
-    page = environment.get_template("reference.md")
-    return page.render(rows=list_methods(), methods=METHODS, equations=equations)
+    environment.filters |= {"table": markdown_table, "sentence": first_sentence, "options": tabulate_options}
+    return environment.get_template("reference.md").render(rows=list_methods(), methods=METHODS, equations=equations)
 
 
-def markdown_table(head: list[str], rows: list[list[str]]) -> list[str]:
-    """Lines of a Markdown table."""
-    cells = [head, ["---"] * len(head), *rows]
-    return ["| " + " | ".join(c.replace("|", "\\|") for c in row) + " |" for row in cells]
+def markdown_table(rows: list[dict[str, str]]) -> str:
+    """A Markdown table of rows of the same keys."""
+    cells = [[*rows[0]], ["---"] * len(rows[0]), *([*row.values()] for row in rows)]
+    return "\n".join("| " + " | ".join(c.replace("|", "\\|") for c in row) + " |" for row in cells)
 
 
 def format_default(value: Any) -> str:

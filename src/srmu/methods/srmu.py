@@ -6,11 +6,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+import srmu.methods.importance as maps
 from srmu.engine.distributed import sum_values
 from srmu.errors import SrmuError
 from srmu.methods.base import Batch, EditableModel, State, Topic
-from srmu.methods.directions import Direction, draw_direction
-from srmu.methods.importance import Fusion, Statistic, describe_importance, importance_map, measure_features
 from srmu.methods.misdirection import Misdirection
 
 
@@ -22,11 +21,11 @@ class SRMU(Misdirection):
     paper = "arXiv 2512.16297"
     measures = ("forget", "retain")
 
-    importance: Fusion = "ratio"
-    statistic: Statistic = "abs_mean"
+    importance: maps.Fusion = "ratio"
+    statistic: maps.Statistic = "abs_mean"
     map_mode: Literal["static", "per_batch", "ema"] = "static"
     ema_decay: float = 0.9
-    direction: Direction = "signs"
+    direction: maps.Direction = "signs"
     shared_direction: bool = False  # one V for all topics
     target_mode: Literal["absolute", "additive"] = "absolute"  # additive: eq. 1, absolute: eq. 5
     lam: float = 1.0  # lambda of the difference map
@@ -46,30 +45,30 @@ class SRMU(Misdirection):
 
     def fuse(self, v_f: Tensor, v_r: Tensor, order: Tensor) -> Tensor:
         """I_norm (D,) from the two statistics; `order` is the permutation of `shuffled`."""
-        return importance_map(v_f, v_r, self.importance, self.lam, self.eps, self.clip_quantile, order)
+        return maps.importance_map(v_f, v_r, self.importance, self.lam, self.eps, self.clip_quantile, order)
 
     def setup(self, model: EditableModel, topic: Topic) -> State:
         sums = self.frozen_sums(model, topic.forget, keep=False)
-        v_f, norm = measure_features(sums, self.statistic)
-        v_r, _ = measure_features(self.frozen_sums(model, topic.retain), self.statistic)
+        v_f, norm = maps.measure_features(sums, self.statistic)
+        v_r, _ = maps.measure_features(self.frozen_sums(model, topic.retain), self.statistic)
         generator = topic.generator("direction", self.shared_direction)
-        direction = draw_direction(self.direction, len(v_f), generator).to(model.device)
+        direction = maps.draw_direction(self.direction, len(v_f), generator).to(model.device)
         order = torch.randperm(len(v_f), generator=topic.generator("shuffled map")).to(v_f.device)
         map_ = self.fuse(v_f, v_r, order)
         # eq: SRMU eq. 4, T = c_map V I_norm
         state = self.state(direction * map_, norm, direction=direction, importance=map_)
-        state.numbers["importance"] = describe_importance(map_)
+        state.numbers["importance"] = maps.describe_importance(map_)
         state.memory = {"generator": generator, "order": order}
         return state
 
     def target(self, model: EditableModel, state: State, forget: Batch, retain: Batch, hidden: Tensor) -> Tensor:
         tensors, memory = state.tensors, state.memory
         if self.direction == "resampled":
-            fresh = draw_direction(self.direction, len(tensors["direction"]), memory["generator"])
+            fresh = maps.draw_direction(self.direction, len(tensors["direction"]), memory["generator"])
             tensors["direction"] = fresh.to(model.device)
         if self.map_mode != "static":
             sums = [self.frozen_sums(model, [batch]) for batch in (forget, retain)]
-            parts = [measure_features(map(sum_values, one), self.statistic)[0] for one in sums]
+            parts = [maps.measure_features(map(sum_values, one), self.statistic)[0] for one in sums]
             values = torch.stack(parts)  # (2, D)
             if self.map_mode == "ema":
                 values = torch.lerp(values, memory.get("ema", values), self.ema_decay)

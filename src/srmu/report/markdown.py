@@ -33,8 +33,8 @@ def write_study(study: Study, out: Path) -> list[Path]:
                 write_whole(paths[-1], paint_svg(figure))
                 lines += [f"![{figure.words}]({name}.svg)", ""]
             if table := block.table:
-                rows = [[row[column] for column in table.columns] for row in table.rows]
-                lines += [f"{table.caption}:", "", *markdown_table(table.columns, rows), ""]
+                rows = [{column: row[column] for column in table.columns} for row in table.rows]
+                lines += [f"{table.caption}:", "", markdown_table(rows), ""]
     write_whole(paths[1], "\n".join(lines))
     return paths
 

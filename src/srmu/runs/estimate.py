@@ -16,7 +16,7 @@ from srmu.engine.loading import build_skeleton, needs_conversion, read_config
 from srmu.engine.model import EditableModel, Site
 from srmu.engine.topic import Topic
 from srmu.engine.train import check_precision
-from srmu.methods import Edit, MultiSite, WeightWalk
+from srmu.methods import Edit, MultiSite, RenameScrub, WeightWalk
 from srmu.methods.base import Method
 from srmu.methods.logits import LogitObjective
 from srmu.runs import counting
@@ -199,7 +199,7 @@ def count_run(
         )
     else:
         again = sum(map(sum, passes)) if any("original" in use for use in method.uses) else 0
-        once = round(sum(passes[0]) * method.written_tokens * len(topics) / prod(mean[0]))
+        once = round(sum(passes[0]) * getattr(method, "written_tokens", 0) * len(topics) / prod(mean[0]))
         cache_bytes = 0
     held = round(activations * size / model.module.dtype.itemsize)
     plain = describe_step(plan, model, lora=rank, adapters=adapters, activations=held, flops=step + again)
@@ -225,7 +225,9 @@ def batch_shapes(method: Method, topics: list[Topic], *, largest: bool) -> list[
         rows = max(shape[0] for shape in every)
         mean = rows, max(1, round(sum(map(prod, every)) / len(every) / rows))
         shapes.append(max(every, key=prod) if largest else mean)
-    return [method.read_at_once(shapes[0]), *shapes[1:]]
+    if isinstance(method, RenameScrub):  # it reads its own texts, each under several names
+        shapes[0] = shapes[0][0] * method.renamings + method.keep_rows, method.own_tokens
+    return shapes
 
 
 def count_pieces(model: EditableModel, tensors: Iterable[torch.Tensor]) -> TensorSizes:

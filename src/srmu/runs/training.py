@@ -24,7 +24,7 @@ from srmu.engine.resume import Checkpoints
 from srmu.engine.topic import Topic
 from srmu.engine.train import FINISHED, Log, check_precision
 from srmu.errors import DivergedError, SrmuError
-from srmu.methods.base import MethodOutcome
+from srmu.methods.base import MethodOutcome, Session
 from srmu.runs import counting, estimate
 from srmu.runs import record as audit
 from srmu.runs.config import Config
@@ -180,7 +180,7 @@ def apply_method(
         if callback is not None:
             callback(step, values)
 
-    progress.outcome = config.method.apply(model, topics, config.train, log, watch, progress.checkpoints)
+    progress.outcome = config.method.apply(model, topics, Session(config.train, log, watch, progress.checkpoints))
 
 
 def require_change(config: Config, model: EditableModel, changed: dict[str, Tensor], progress: Progress) -> None:
