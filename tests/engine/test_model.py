@@ -441,3 +441,13 @@ def test_a_folder_without_weights(tmp_path: Path) -> None:
         load_module(tmp_path)
     with pytest.raises(SrmuError, match=r"has no model\.safetensors"):
         load_module(tmp_path, depth=2)
+
+
+def test_only_inside_only_trains_what_it_names() -> None:
+    """What the outer block turned off gets gradients in the inner one, and is off again after it."""
+    model = EditableModel(pico_module(), ["1.mlp_down", "2.mlp_down"])
+    with model.only(["1.mlp_down"]):
+        with model.only(["2.mlp_down"]):
+            assert [p.requires_grad for p in model.trained.values()] == [False, True]
+        assert [p.requires_grad for p in model.trained.values()] == [True, False]
+    assert all(p.requires_grad for p in model.trained.values())

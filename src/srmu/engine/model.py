@@ -207,14 +207,14 @@ class EditableModel:
     def only(self, trainable: Sequence[str]) -> Iterator[None]:
         """Run the block with gradients for some of the trained tensors only."""
         chosen = self._select(trainable)
-        others = [p for name, p in self.trained.items() if name not in chosen and p.requires_grad]
-        for parameter in others:
-            parameter.requires_grad_(False)
+        before = {name: parameter.requires_grad for name, parameter in self.trained.items()}
+        for name, parameter in self.trained.items():
+            parameter.requires_grad_(name in chosen)
         try:
             yield
         finally:
-            for parameter in others:
-                parameter.requires_grad_(True)
+            for name, parameter in self.trained.items():
+                parameter.requires_grad_(before[name])
 
     @contextmanager
     def using(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
