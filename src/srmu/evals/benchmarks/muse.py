@@ -41,7 +41,9 @@ def read_oracle(request: base.BenchmarkRequest) -> base.Values | None:
         return None
     known = {kind: [*request.reference.get(kind, ())] for kind in KINDS}
     if missing := [kind for kind in KINDS if not known[kind]]:
-        raise SrmuError(f"the reference has no values {missing[0]}: measure it on this suite and part")
+        raise SrmuError(
+            f"the reference has no values {missing[0]}: measure a model that never saw the forget set on this suite and part"
+        )
     if measure_membership(known) == 1:
         raise SrmuError("PrivLeak has no value: the reference tells all forget texts from hold-out; name another")
     return known
