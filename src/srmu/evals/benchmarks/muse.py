@@ -42,7 +42,8 @@ def read_oracle(request: base.BenchmarkRequest) -> base.Values | None:
     known = {kind: [*request.reference.get(kind, ())] for kind in KINDS}
     if missing := [kind for kind in KINDS if not known[kind]]:
         raise SrmuError(
-            f"the reference has no values {missing[0]}: measure a model that never saw the forget set on this suite and part"
+            f"the reference has no values {missing[0]}: "
+            "measure a model that never saw the forget set on this suite and part"
         )
     if measure_membership(known) == 1:
         raise SrmuError("PrivLeak has no value: the reference tells all forget texts from hold-out; name another")
