@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
@@ -173,7 +174,7 @@ class Misdirection(Objective):
 
     def frozen_sums(self, model: EditableModel, batches: Sequence[Batch], keep: bool = True) -> Iterator[Tensor]:
         """The sums that statistics need of the original's activations; `keep`: whether later steps need these too."""
-        for batch in batches[: self.map_batches]:
+        for batch in islice(batches, self.map_batches):
             batch = move_batch(batch, model.device)
             mask = self.measured_tokens(batch)
             name = f"sums/{self.site}/{batch.key}/{digest_tensors(mask)}"
