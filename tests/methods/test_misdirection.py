@@ -951,4 +951,4 @@ def test_measuring_shows_each_batch(method: Any, batches: int) -> None:
     made = method(layer=2, window=1, kappa=1.0)
     model = EditableModel(pico_module(), made.trainable, made.depth)
     made.apply(model, [topic], Session(TrainOptions(max_steps=2, learning_rate=1e-5), lambda *_: None, watch))
-    assert shown == [("measuring and preparing", 0, batches), (made.name, 2, 2)]
+    assert shown == [("measuring and preparing", batches, batches), (made.name, 2, 2)]

@@ -838,6 +838,7 @@ def test_rklus_strengthened_model_fits_forget_texts_and_leaves_no_trace() -> Non
     with model.using(tuned):
         after = float(mean_nll(model.logits(part.forget[0]), part.forget[0]["labels"]).value)
     assert after < before - 0.1
+    assert method.reads(part) == 6
 
 
 def test_strengthening_is_fine_tuning_on_forget_texts_alone() -> None:

@@ -96,8 +96,7 @@ class Topic:
 
     def with_tick(self, tick: Callable[[], None]) -> Topic:
         """This topic, calling `tick` after each use of one of its batches."""
-        forget, retain = FollowedBatches(self.forget), FollowedBatches(self.retain)
-        forget.tick = retain.tick = tick
+        forget, retain = FollowedBatches(self.forget, tick), FollowedBatches(self.retain, tick)
         return replace(self, forget=forget, retain=retain, tick=tick)
 
     def generator(self, purpose: str, shared: bool = False) -> torch.Generator:
@@ -138,13 +137,22 @@ class Topic:
         return replace(self, retain=[mix(batch) for batch in self.retain])
 
 
-class FollowedBatches(list[Batch]):
-    """Batches that call `tick` after a loop has used each of them; a slice of them does not."""
+@dataclass(frozen=True)
+class FollowedBatches(Sequence[Batch]):
+    """Batches that call `tick` after a loop has used each of them."""
 
+    batches: Sequence[Batch]
     tick: Callable[[], None]
 
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, key: Any) -> Any:
+        part = self.batches[key]
+        return FollowedBatches(part, self.tick) if isinstance(key, slice) else part
+
     def __iter__(self) -> Iterator[Batch]:
-        for batch in super().__iter__():
+        for batch in self.batches:
             yield batch
             self.tick()
 

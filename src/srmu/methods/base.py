@@ -182,6 +182,10 @@ class Objective(Method):
         """The topic as the loss reads it."""
         return topic
 
+    def reads(self, topic: Topic) -> int:
+        """The number of batches of a topic that `setup` reads, for the progress."""
+        return 0
+
     def editing(self, model: EditableModel, topics: Sequence[Topic]) -> AbstractContextManager[Any]:
         """A context in which the model is trained."""
         return nullcontext()
@@ -191,7 +195,7 @@ class Objective(Method):
         parts: list[tuple[Topic, LossFunction]] = []
         states = {}
         with self.editing(model, topics):
-            with watch("measuring and preparing", 0) as tick:  # how many batches each setup reads is its own
+            with watch("measuring and preparing", sum(map(self.reads, topics))) as tick:
                 for topic in topics:
                     method = self.with_options(topic.options)
                     followed = topic.with_tick(partial(tick, topic.name))

@@ -266,7 +266,10 @@ class RepSelect(WeightWalk):
         ascent, source = self.gradients(model, topic, watch)
         with watch("damping main directions", len(ascent)) as tick:
             for name in ascent:
-                ascent[name] = damp_directions(ascent[name], source[name], self.components)
+                turned = model.is_transposed(name)
+                gradient, main = (x.T if turned else x for x in (ascent[name], source[name]))
+                damped = damp_directions(gradient, main, self.components)
+                ascent[name] = damped.T if turned else damped
                 tick("")
         return ascent
 

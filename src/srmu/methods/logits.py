@@ -210,6 +210,9 @@ class LLMU(LogitObjective):
     def prepared(self, topic: Topic) -> Topic:
         return topic.split()
 
+    def reads(self, topic: Topic) -> int:
+        return len(topic.retain)
+
     def setup(self, model: EditableModel, topic: Topic) -> State:
         tokens = torch.cat([b["input_ids"][losses.is_counted(b["labels"])] for b in topic.retain])
         return State(memory={"topic": topic, "tokens": tokens[torch.isin(tokens, topic.vocabulary)]})
@@ -279,6 +282,9 @@ class RKLU(Retaining):
     # Adding a constant to raw logits changes no distribution, but it changes their rise.
     logits: Literal["log_softmax", "raw"] = "log_softmax"
     select: Literal["none", "label_rise"] = "none"  # only tokens that fine-tuning made likelier
+
+    def reads(self, topic: Topic) -> int:
+        return self.teacher_steps
 
     def setup(self, model: EditableModel, topic: Topic) -> State:
         tuned = strengthen_weights(model, topic, self.teacher_steps, self.teacher_learning_rate)

@@ -4,7 +4,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
@@ -20,7 +19,7 @@ from srmu.engine.train import TrainOptions
 from srmu.errors import SrmuError
 from srmu.methods.base import Batch, Bounds, Count, EditableModel, Objective, Part, State, Terms, Topic, Weight
 from srmu.methods.importance import sum_features
-from srmu.methods.own_texts import write_anchors
+from srmu.methods.own_texts import count_chunks, write_anchors
 
 KAPPA = 8.0  # the default strength
 
@@ -121,6 +120,12 @@ class Misdirection(Objective):
         state.numbers["anchors"] = {"kept": len(rows), "dropped": dropped}
         return rows
 
+    def reads(self, topic: Topic) -> int:
+        looked_at = len(topic.forget) + len(topic.retain) + count_chunks(self.own_texts)
+        return looked_at * (self.anchors == "self") + sum(
+            min(self.map_batches, len(getattr(topic, role))) for role in self.measures
+        )
+
     def prepared(self, topic: Topic) -> Topic:
         return topic if self.anchors == "none" else topic.add_anchors(self.anchor_share)
 
@@ -174,7 +179,7 @@ class Misdirection(Objective):
 
     def frozen_sums(self, model: EditableModel, batches: Sequence[Batch], keep: bool = True) -> Iterator[Tensor]:
         """The sums that statistics need of the original's activations; `keep`: whether later steps need these too."""
-        for batch in islice(batches, self.map_batches):
+        for batch in batches[: self.map_batches]:
             batch = move_batch(batch, model.device)
             mask = self.measured_tokens(batch)
             name = f"sums/{self.site}/{batch.key}/{digest_tensors(mask)}"

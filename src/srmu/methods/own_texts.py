@@ -64,6 +64,11 @@ def continue_texts(model: EditableModel, topic: Topic, starts: list[Ids], length
     return written
 
 
+def count_chunks(count: int) -> int:
+    """The number of parts in which `count` texts are written."""
+    return -(-count // AT_ONCE)
+
+
 def typical_tokens(forget: Sequence[Ids], own: Sequence[Ids], ratio: float = RATIO) -> set[int]:
     """The tokens that are more than `ratio` times as frequent in forget texts as in `own` ones."""
     here, there = (Counter(i for row in rows for i in row) for rows in (forget, own))

@@ -163,6 +163,9 @@ class Quark(LogitObjective):
         super().__post_init__()
         find_reward(self.reward)
 
+    def reads(self, topic: Topic) -> int:
+        return len(topic.forget)
+
     def setup(self, model: EditableModel, topic: Topic) -> State:
         pool = Pool(model, topic, self)
         if self.quantiles > (begun := len(pool.entries)):

@@ -202,7 +202,14 @@ class RenameScrub(LogitObjective):
     @property
     def written_tokens(self) -> int:
         """The number of tokens that the model writes for a topic before the first step."""
-        return (2 if self.coverage == "elicited" else 1) * self.own_texts * self.own_tokens
+        return self.kinds * self.own_texts * self.own_tokens
+
+    @property
+    def kinds(self) -> int:  # of own texts: from nothing, and from forget prefixes
+        return 1 + (self.coverage == "elicited")
+
+    def reads(self, topic: Topic) -> int:
+        return len(topic.forget) + len(topic.retain) + self.kinds * writing.count_chunks(self.own_texts)
 
     def setup(self, model: EditableModel, topic: Topic) -> State:
         own = self.write_own_texts(model, topic)

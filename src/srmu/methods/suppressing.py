@@ -63,6 +63,9 @@ class Suppressing(Objective):
     def prepared(self, topic: Topic) -> Topic:
         return topic.add_anchors(self.anchor_share) if self.anchors == "random" else topic
 
+    def reads(self, topic: Topic) -> int:
+        return self.suppression.reads(topic) + 2 * self.teacher_steps
+
     def train_scope(self, model: EditableModel) -> AbstractContextManager[None]:
         """Train the tensors that the first method trains."""
         return model.only(self.suppression.trainable if self.scope == "window" else ("*",))
@@ -202,6 +205,9 @@ class Iterated(Suppressing):
     def editing(self, model: EditableModel, topics: Sequence[Topic]) -> AbstractContextManager[None]:
         return self.train_scope(model)
 
+    def reads(self, topic: Topic) -> int:
+        return self.rounds * super().reads(topic)
+
     def setup(self, model: EditableModel, topic: Topic) -> State:
         for _ in range(self.rounds):
             self.suppress(model, topic)
@@ -260,6 +266,9 @@ class MultiSite(Objective):
 
     def prepared(self, topic: Topic) -> Topic:
         return topic.add_anchors(self.anchor_share) if self.anchors == "random" else topic
+
+    def reads(self, topic: Topic) -> int:
+        return sum(self.part(layer).reads(topic) for layer in self.layers)
 
     def setup(self, model: EditableModel, topic: Topic) -> State:
         parts = {layer: self.part(layer).setup(model, topic) for layer in self.layers}

@@ -63,6 +63,9 @@ class WHP(LogitObjective):
             return super().at_inference(module, write)
         return combine_logits(module, write, partial(generic_logits, strength=self.strength))
 
+    def reads(self, topic: Topic) -> int:
+        return self.teacher_steps
+
     def setup(self, model: EditableModel, topic: Topic) -> State:
         anchors = None
         if self.anchors is not None:
