@@ -26,7 +26,7 @@ from srmu.attacks.residual import (
     embed_options,
     find_displacement_edits,
     last_residuals,
-    pad_rows,
+    pad_answers,
     pick_evenly,
     read_outputs,
 )
@@ -401,7 +401,7 @@ def test_soft_prompt_is_trained_on_other_facts_than_choose_it(monkeypatch: pytes
 
 def test_padding_and_placeholders() -> None:
     model = subject("original")
-    batch = pad_rows([([1, 2], [3]), ([1], [4, 5, 6])], model.device)
+    batch = pad_answers([([1, 2], [3]), ([1], [4, 5, 6])], model.device)
     assert batch["input_ids"].tolist() == [[1, 2, 3, 0], [1, 4, 5, 6]]
     assert batch["labels"].tolist() == [[-100, -100, 3, -100], [-100, 4, 5, 6]]
     assert unused_token(model, exam()) not in {0, *word_tokenizer().convert_tokens_to_ids(ANSWERS)}

@@ -313,7 +313,7 @@ def test_one_person(folder: Path, measured: BenchmarkScores) -> None:
         values = [one.metrics[name]["value"] for one in each]
         assert found["value"] == pytest.approx(np.mean(values)), name
         assert found["n"] == sum(one.metrics[name]["n"] for one in each)
-    few = rwku.read_rows(asked(folder, PEOPLE[1], limit=1), "forget_level3", {})
+    few = rwku.read_people(asked(folder, PEOPLE[1], limit=1), "forget_level3", {})
     assert [(row["subject"], row["type"]) for row in few] == [(PEOPLE[1], ATTACKS[0])]
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from srmu.attacks.base import Attack, AttackResult, Exam, Texts, ask_exam
-from srmu.attacks.residual import answer_nll, answer_rows, pad_rows
+from srmu.attacks.residual import answer_nll, answer_rows, pad_answers
 from srmu.engine.fine_tune import Row, descend
 from srmu.engine.sites import hook_outputs
 from srmu.evals.subject import Question, Subject, list_facts
@@ -187,7 +187,7 @@ class SoftPrompt(Attack, id="E13", name="soft_prompt", tier="deep"):
 
         def loss() -> Tensor:
             picked = torch.randperm(len(answers), generator=generator)[: self.batch].tolist()
-            batch = pad_rows([answers[i] for i in picked], model.device)
+            batch = pad_answers([answers[i] for i in picked], model.device)
             with insert_prompt(model, soft):
                 return answer_nll(model, batch["input_ids"], batch["labels"]).mean()
 

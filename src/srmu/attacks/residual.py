@@ -62,7 +62,7 @@ def answer_rows(model: Subject, pairs: Sequence[tuple[str, str]]) -> list[Row]:
     return [(before[-(model.max_length - len(after)) :], after) for before, after in split]
 
 
-def pad_rows(rows: Sequence[Row], device: torch.device) -> Batch:
+def pad_answers(rows: Sequence[Row], device: torch.device) -> Batch:
     return move_batch(join_responses(*zip(*rows, strict=True)), device)
 
 
@@ -71,7 +71,7 @@ def batch_answers(rows: Sequence[Row], size: int, device: torch.device) -> Itera
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]) + len(rows[i][1]))
     for start in range(0, len(order), size):
         chosen = order[start : start + size]
-        batch = pad_rows([rows[i] for i in chosen], device)
+        batch = pad_answers([rows[i] for i in chosen], device)
         yield chosen, batch["input_ids"], batch["labels"]
 
 

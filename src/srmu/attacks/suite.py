@@ -66,13 +66,7 @@ def attack_run(
     exam = load_exam(sources, run.config, seed)
     texts = load_texts(sources, run.config)
     subjects = Subjects(run, sources.oracle, find_device(device))
-    for name, one in [*chosen.items()]:
-        cost = ""
-        if type(one).cost is not Attack.cost:  # else no model need be loaded
-            with suppress(NotApplicable, torch.OutOfMemoryError):  # it will say so when it runs
-                cost = one.cost(subjects.unlearned)
-        if cost and not distributed.agree_on(distributed.is_first() and confirm(f"{name}: {cost}")):
-            del chosen[name]
+    chosen = {name: one for name, one in chosen.items() if confirm_attack(name, one, subjects, confirm)}
     given = files.sha256(repr((exam, texts, seed)).encode())
     prints = subjects.prints()
     pairs = [*product(prints, chosen)]
@@ -108,6 +102,15 @@ def attack_run(
         entry["seconds"] = round(sum(done[who, name][1] for who in prints), 3)
         entry["definition"] = code_of(chosen[name])[0]
     return merge_report(run.folder, report, [*ATTACKS])
+
+
+def confirm_attack(name: str, one: Attack, subjects: Subjects, confirm: Callable[[str], bool]) -> bool:
+    """Whether to run an attack: `confirm` is asked where it takes hours."""
+    cost = ""
+    if type(one).cost is not Attack.cost:  # else no model need be loaded
+        with suppress(NotApplicable, torch.OutOfMemoryError):  # it will say so when it runs
+            cost = one.cost(subjects.unlearned)
+    return not cost or distributed.agree_on(distributed.is_first() and confirm(f"{name}: {cost}"))
 
 
 def code_of(one: Attack) -> list[str]:

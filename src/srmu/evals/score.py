@@ -119,8 +119,7 @@ def score_benchmark(
     if run:
         results.load_results(run.folder)
     marks = reference_marks(opened.base, name, request)
-    known: dict[str, Any] = {"values": None}
-    scores: dict[str, dict[str, Any]] = {}
+    known, scores = {"values": None}, {}
     if oracle.endswith(".json"):
         known = read_log(Path(oracle), marks)
     elif oracle not in ("", "none"):

@@ -141,7 +141,7 @@ def list_settings(folder: Path) -> dict[str, Any]:
     return found | {f"{name}.{key}": value for name, block in blocks.items() for key, value in block.items()}
 
 
-def list_facts(folder: Path) -> dict[str, Any]:
+def list_record(folder: Path) -> dict[str, Any]:
     """The facts that a record keeps; of paths the last part, of texts only their counts."""
     record = read_json(folder / "record.json", {})
     found = {key: record.get(key) for key in FACTS}

@@ -177,7 +177,7 @@ def other_section(entries: Sequence[RunGroup], known: Sequence[str]) -> Section 
 def record_sections(entries: Sequence[RunGroup]) -> list[Section]:
     """The settings and the record of each entry's runs; where runs differ, the value of each."""
     sections = []
-    for title, read_facts in {"Settings": results.list_settings, "The record": results.list_facts}.items():
+    for title, read_facts in {"Settings": results.list_settings, "The record": results.list_record}.items():
         blocks = []
         for entry in entries:
             facts: dict[str, list[str]] = {}

@@ -221,7 +221,8 @@ def run_experiment(
     # what hands its strength to others comes first
     for stage in ([*(row for row in rows if not row.strength), *sources], [row for row in rows if row.strength]):
         found = {
-            (row, seed): find_run(experiment, row, seed, measured) for row, seed in product(stage, experiment.seeds)
+            (row, seed): find_measured_run(experiment, row, seed, measured)
+            for row, seed in product(stage, experiment.seeds)
         }
         missing = [*dict.fromkeys(run for run in found.values() if isinstance(run, RunJob))]
         made = make_runs(experiment, missing, watch) if make and missing else {}
@@ -232,7 +233,7 @@ def run_experiment(
     return measured
 
 
-def find_run(
+def find_measured_run(
     experiment: Experiment, row: PlannedRow, seed: int, measured: Mapping[PlannedRow, MeasuredRow]
 ) -> Outcome | RunJob:
     """What is there of a run, or the job that makes it; `measured` has the rows that hand over their strength."""

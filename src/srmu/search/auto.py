@@ -245,7 +245,7 @@ def run_search(
     say("measure", explain("measure", forget=", ".join(yardstick.forget), utility=", ".join(yardstick.utility)))
     if yardstick.kind == "texts":
         say("measure", explain("texts alone"))
-    say("entanglement", *advise_user(job, watch))
+    say("entanglement", *advise_on_texts(job, watch))
     run_trials(job, answer, say, watch)
     tried = [answer["defaults"], *answer["trials"]]
     chosen, sentence = choose_trial(job, tried)
@@ -272,7 +272,7 @@ def run_search(
     return answer
 
 
-def advise_user(job: AutoJob, watch: Watch) -> list[str]:
+def advise_on_texts(job: AutoJob, watch: Watch) -> list[str]:
     """What `srmu inspect texts` says, with the model and the questions to choose on."""
     model, tokenizer = open_model(job.config.model, job.config.device)
     asked = [part for part in job.yardstick.forget.values() if isinstance(part, TaskYardstick)]

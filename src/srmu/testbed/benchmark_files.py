@@ -135,7 +135,7 @@ def rwku_files(world: World) -> Parts:
     """The authors to forget are its famous people, other authors their neighbours."""
     hazard, authors = sample_facts(world.of_kind("hazard"), 144), list(world.shared)
     parts = {f"forget_level{level}": [probe_fact(fact, level) for fact in hazard] for level in "12"}
-    parts["forget_level3"] = attack_rows(world, hazard)
+    parts["forget_level3"] = make_attack_rows(world, hazard)
     near = sample_facts(neighbours_of(world), 96)
     for level in "12":
         parts[f"neighbor_level{level}"] = [
@@ -158,7 +158,7 @@ def probe_fact(fact: Fact, level: str) -> Row:
     return {"query": query, "answer": fact.answer, "subject": fact.subject, "level": level, "type": kind}
 
 
-def attack_rows(world: World, hazard: list[Fact]) -> list[Row]:
+def make_attack_rows(world: World, hazard: list[Fact]) -> list[Row]:
     """The nine attack types of RWKU's level 3 on each fact."""
     rows, back = [], people.reverse_questions(world)
     for i, fact in enumerate(hazard):

@@ -33,7 +33,7 @@ PROMPTS = yaml.safe_load(Path(__file__).with_name("rwku.yaml").read_text(encodin
 Choices = Annotated[base.Texts, Field(min_length=2, max_length=len(base.LETTERS))]
 
 
-class Question(TypedDict):
+class ExampleQuestion(TypedDict):
     """A worked example of MMLU."""
 
     question: str
@@ -73,7 +73,7 @@ def run_rwku(model: Subject, request: base.BenchmarkRequest) -> base.BenchmarkSc
     return base.BenchmarkScores(metrics, {name: each for name, each in measured.items() if not again.match(name)})
 
 
-def read_rows(request: base.BenchmarkRequest, config: str, fields: base.Fields) -> list[base.Row]:
+def read_people(request: base.BenchmarkRequest, config: str, fields: base.Fields) -> list[base.Row]:
     """The rows of a set that are about the person asked for, or about all."""
     whole = replace(request, limit=None)  # the limit is on rows about the person
     rows = whole.rows(config, "test", fields | ({"subject": base.Text} if request.part else {}))
@@ -109,7 +109,7 @@ def measure_probes(model: Subject, request: base.BenchmarkRequest, about: str, l
     probes = []
     for level in levels:
         fields = {"query": base.Text, "answer": base.Text} | ({"type": base.Text} if level == 3 else {})
-        probes += [(level, row) for row in read_rows(request, f"{about}_level{level}", fields)]
+        probes += [(level, row) for row in read_people(request, f"{about}_level{level}", fields)]
     prompts = [pose_question(model, request, row["query"], *pose_probe(row, level)) for level, row in probes]
     answers = base.write_continuations(model, prompts, ANSWERED, stops=("\n",), label=f"rwku {about} answers")
     recalled = score_recall(answers, [row["answer"] for _, row in probes])
@@ -130,7 +130,7 @@ def score_recall(answers: Sequence[str], truths: Sequence[str]) -> list[float]:
 
 def score_membership(model: Subject, request: base.BenchmarkRequest, about: str) -> base.Values:
     """The MEMBERSHIP scores of each text, with the sign of a loss."""
-    texts = [row["text"] for row in read_rows(request, about, {"text": base.Text})]
+    texts = [row["text"] for row in read_people(request, about, {"text": base.Text})]
     label = f"rwku {about.replace('_', ' ')}"
     table = np.array(base.do_parts(model, texts, 64, lambda part: -membership_scores(model, part), label))
     if not len(table):
@@ -142,7 +142,7 @@ def score_membership(model: Subject, request: base.BenchmarkRequest, about: str)
 def measure_mmlu(model: Subject, request: base.BenchmarkRequest) -> list[float]:
     """MMLU: 1 where the letter of the right choice is the likeliest, after worked examples."""
     fields = {"task": base.Text, "question": base.Text, "choices": Choices, "answer": base.Place}
-    rows = read_rows(request, "utility_general", fields | {"examples": list[Question]})
+    rows = read_people(request, "utility_general", fields | {"examples": list[ExampleQuestion]})
     questions = []
     for row in rows:
         text = PROMPTS["exam"].format(row["task"].replace("_", " "))
@@ -163,7 +163,7 @@ def list_question(row: base.Row) -> str:
 def measure_bbh(model: Subject, request: base.BenchmarkRequest) -> list[float]:
     """BBH: 1 where what the model concludes is an answer, but for articles and punctuation."""
     fields = {"question": base.Text, "cot": base.Text, "answer": base.Text | base.Texts}
-    rows = read_rows(request, "utility_reason", fields)
+    rows = read_people(request, "utility_reason", fields)
     prompts, truths = [], []
     for row in rows:
         content = f"{row['cot'].strip()}\n\n{PROMPTS['reason']}\nQ: {row['question']}"
@@ -190,7 +190,7 @@ def normalise_words(text: str) -> list[str]:
 def measure_truthfulqa(model: Subject, request: base.BenchmarkRequest) -> list[float]:
     """TruthfulQA's MC1: 1 where the true choice is likelier than every false one."""
     fields = {"question": base.Text, "mc1_targets": Annotated[Targets, AfterValidator(check_labels)]}
-    rows = read_rows(request, "utility_truthfulness", fields)
+    rows = read_people(request, "utility_truthfulness", fields)
     questions = []
     for row, content in zip(rows, prime_questions([row["question"] for row in rows]), strict=True):
         prompt = pose_question(model, request, row["question"], content, "A:")
@@ -213,7 +213,7 @@ def prime_questions(questions: Sequence[str]) -> list[str]:
 
 def measure_triviaqa(model: Subject, request: base.BenchmarkRequest) -> list[float]:
     """TriviaQA: F1 of each answer's words with those of the right answer it is closest to."""
-    rows = read_rows(request, "utility_factuality", {"question": base.Text, "answers": base.Texts})
+    rows = read_people(request, "utility_factuality", {"question": base.Text, "answers": base.Texts})
     posed = [(row["question"], f"{PROMPTS['trivia']}Q: {row['question']}\n") for row in rows]
     prompts = [pose_question(model, request, *pair, "A:") for pair in posed]
     written = base.write_continuations(model, prompts, ANSWERED, label="rwku facts")
@@ -231,7 +231,7 @@ def score_f1(answer: str, truth: str) -> float:
 
 def measure_fluency(model: Subject, request: base.BenchmarkRequest) -> list[float]:
     """The entropy of word pairs and triples of free texts: low where a model repeats itself."""
-    asked = [row["instruction"] for row in read_rows(request, "utility_fluency", {"instruction": base.Text})]
+    asked = [row["instruction"] for row in read_people(request, "utility_fluency", {"instruction": base.Text})]
     prompts = [pose_question(model, request, text, f"Instruction: {text}\n") for text in asked]
     written = base.write_continuations(model, prompts, WRITTEN, label="rwku free texts")
     return [measure_entropy(text) for text in written]
