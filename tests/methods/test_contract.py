@@ -324,9 +324,9 @@ def test_options_of_logits_that_make_no_sense(name: str, options: Any, says: str
 
 @pytest.mark.parametrize("name", METHODS)
 def test_what_a_class_says_of_itself(name: str) -> None:
-    """Its name is its key; people can read what it does, and its options run."""
+    """Its name is its key and its file's; people can read what it does, and its options run."""
     cls = METHODS[name]
-    assert cls.name == name
+    assert cls.name == name == Path(inspect.getfile(cls)).stem
     assert re.match(r"arXiv \d{4}\.\d{4,5}|ACL |none", cls.paper), cls.paper
     assert cls.level in get_args(Level)
     assert isinstance(cls.uses, tuple) and all(isinstance(what, str) for what in cls.uses)

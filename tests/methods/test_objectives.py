@@ -18,7 +18,15 @@ from srmu.engine.topic import Batch, Topic
 from srmu.engine.train import TrainOptions
 from srmu.errors import SrmuError
 from srmu.methods.base import Objective, Session, State
-from srmu.methods.logits import GA, LLMU, NPO, RKLU, SCRUB, UNDIAL, GradDiff, LogitObjective, SimNPO, strengthen_weights
+from srmu.methods.ga import GA
+from srmu.methods.graddiff import GradDiff
+from srmu.methods.llmu import LLMU
+from srmu.methods.logits import LogitObjective, strengthen_weights
+from srmu.methods.npo import NPO
+from srmu.methods.rklu import RKLU
+from srmu.methods.scrub import SCRUB
+from srmu.methods.simnpo import SimNPO
+from srmu.methods.undial import UNDIAL
 
 CLASSES: tuple[type[LogitObjective], ...] = (GA, GradDiff, NPO, SimNPO, UNDIAL, LLMU, SCRUB, RKLU)
 NEVER = math.inf  # as train.forget_ceiling

@@ -16,10 +16,15 @@ from srmu.engine.topic import Batch
 from srmu.engine.train import TrainOptions
 from srmu.errors import SrmuError
 from srmu.methods.base import Session
+from srmu.methods.iterated import Iterated
 from srmu.methods.logits import fine_tune
-from srmu.methods.rmu import RMU, RMULAT, shift_inputs
+from srmu.methods.multi_site import MultiSite
+from srmu.methods.rmu import RMU
+from srmu.methods.rmu_lat import RMULAT, shift_inputs
 from srmu.methods.srmu import SRMU
-from srmu.methods.suppressing import TAR, Iterated, MultiSite, Suppressing, Undo
+from srmu.methods.suppressing import Suppressing
+from srmu.methods.tar import TAR
+from srmu.methods.undo import Undo
 from srmu.runs import estimate, run
 from srmu.runs.config import make_config
 
@@ -336,8 +341,7 @@ def test_tars_adversary_learns_other_batches_in_turn(monkeypatch: pytest.MonkeyP
     state = method.setup(model, part)
     learned: list[list[Any]] = []
     monkeypatch.setattr(
-        "srmu.methods.suppressing.fine_tune",
-        lambda model, texts, steps, rate: learned.append([id(b) for b in texts.forget]),
+        "srmu.methods.tar.fine_tune", lambda model, texts, steps, rate: learned.append([id(b) for b in texts.forget])
     )
     for turn in range(3):
         method.loss(model, state, part.forget[0], part.retain[0], turn)

@@ -104,15 +104,6 @@ def attack_run(
     return merge_report(run.folder, report, [*ATTACKS])
 
 
-def confirm_attack(name: str, one: Attack, subjects: Subjects, confirm: Callable[[str], bool]) -> bool:
-    """Whether to run an attack: `confirm` is asked where it takes hours."""
-    cost = ""
-    if type(one).cost is not Attack.cost:  # else no model need be loaded
-        with suppress(NotApplicable, torch.OutOfMemoryError):  # it will say so when it runs
-            cost = one.cost(subjects.unlearned)
-    return not cost or distributed.agree_on(distributed.is_first() and confirm(f"{name}: {cost}"))
-
-
 def code_of(one: Attack) -> list[str]:
     """What decides a result besides an attack's fields: its code, that of its helpers, torch."""
     module = sys.modules[type(one).__module__]
@@ -246,3 +237,12 @@ class Subjects:
         module = self.inference.__enter__()
         changed = {name: self.before[name] for name, p in module.named_parameters() if not p.equal(self.before[name])}
         return Subject(module, self.base.tokenizer, changed, self.oracle, self.run.config.method.no_checkpoint)
+
+
+def confirm_attack(name: str, one: Attack, subjects: Subjects, confirm: Callable[[str], bool]) -> bool:
+    """Whether to run an attack: `confirm` is asked where it takes hours."""
+    cost = ""
+    if type(one).cost is not Attack.cost:  # else no model need be loaded
+        with suppress(NotApplicable, torch.OutOfMemoryError):  # it will say so when it runs
+            cost = one.cost(subjects.unlearned)
+    return not cost or distributed.agree_on(distributed.is_first() and confirm(f"{name}: {cost}"))

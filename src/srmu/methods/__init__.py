@@ -1,16 +1,32 @@
 """The methods: an explicit table, `METHODS`, from name to class."""
 
+from srmu.methods.adaptive_rmu import AdaptiveRMU
 from srmu.methods.base import Edit, Method, Objective
 from srmu.methods.depn import DEPN
-from srmu.methods.edits import SSD, RepSelect, TaskArithmetic, WeightWalk
-from srmu.methods.logits import GA, LLMU, NPO, RKLU, SCRUB, UNDIAL, GradDiff, SimNPO
+from srmu.methods.edits import WeightWalk
+from srmu.methods.ga import GA
+from srmu.methods.graddiff import GradDiff
+from srmu.methods.iterated import Iterated
+from srmu.methods.llmu import LLMU
 from srmu.methods.misdirection import Misdirection
+from srmu.methods.multi_site import MultiSite
+from srmu.methods.npo import NPO
 from srmu.methods.quark import Quark
 from srmu.methods.rename_scrub import RenameScrub
+from srmu.methods.repselect import RepSelect
 from srmu.methods.retrain import Retrain
-from srmu.methods.rmu import RMU, RMULAT, RNA, AdaptiveRMU
+from srmu.methods.rklu import RKLU
+from srmu.methods.rmu import RMU
+from srmu.methods.rmu_lat import RMULAT
+from srmu.methods.rna import RNA
+from srmu.methods.scrub import SCRUB
+from srmu.methods.simnpo import SimNPO
 from srmu.methods.srmu import SRMU
-from srmu.methods.suppressing import TAR, Iterated, MultiSite, Undo
+from srmu.methods.ssd import SSD
+from srmu.methods.tar import TAR
+from srmu.methods.task_arithmetic import TaskArithmetic
+from srmu.methods.undial import UNDIAL
+from srmu.methods.undo import Undo
 from srmu.methods.whp import WHP
 
 OF_ACTIVATIONS = (SRMU, RMU, AdaptiveRMU, RNA, RMULAT, MultiSite)

@@ -1,0 +1,65 @@
+"""Adaptive RMU: RMU whose strength follows the activation norm (arXiv 2408.06223)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Self
+
+from torch import Tensor
+
+from srmu.engine.distributed import sum_values
+from srmu.engine.losses import token_mean
+from srmu.methods.base import Batch, EditableModel, State
+from srmu.methods.rmu import RMU
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptiveRMU(RMU):
+    """Sends forget activations to scale * ||h(x_f)|| * coeff * u, or kappa * ||h(x_f)|| * u."""
+
+    name = "adaptive_rmu"
+    paper = "arXiv 2408.06223"
+
+    scale: float | None = None  # None: 5, as in the public code; only with coeff
+    norm_source: Literal["frozen", "updated"] = "frozen"  # the public code takes updated
+    norm_when: Literal["first_batch", "per_batch", "per_sample", "per_token"] = "first_batch"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.needs("scale", self.coeff is not None, "method.coeff; kappa takes its place")
+
+    @property
+    def factor(self) -> float:
+        """The norm of the target over the measured norm."""
+        if self.coeff is not None:
+            return (5.0 if self.scale is None else self.scale) * self.coeff
+        return super().factor
+
+    def with_options(self, options: Mapping[str, Any]) -> Self:
+        bare = replace(self, scale=None) if "kappa" in options else self
+        return super(AdaptiveRMU, bare).with_options(options)
+
+    def scaled(self, shape: Tensor, norm: float) -> Tensor:
+        """The target along a unit vector, for activations of norm `norm`."""
+        return self.factor * norm * shape
+
+    def target(self, model: EditableModel, state: State, forget: Batch, retain: Batch, hidden: Tensor) -> Tensor:
+        direction = state.tensors["direction"]
+        if self.norm_when == "first_batch" and "first_norm" in state.memory:
+            return self.factor * state.memory["first_norm"] * direction
+        if self.norm_source == "frozen":
+            with model.frozen():
+                hidden = model.hidden(forget, self.site)
+        norms = hidden.float().norm(dim=-1)  # (B, T)
+        if self.norm_when == "per_token":
+            # eq: Adaptive RMU, T = beta |h(x_f)| u
+            return self.factor * norms[..., None] * direction
+        mask = self.measured_tokens(forget)
+        if self.norm_when == "per_sample":
+            means = (norms * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+            return self.factor * means[:, None, None] * direction
+        part = token_mean(norms, mask)
+        mean = float(sum_values(part.share(sum_values(part.count))))
+        if self.norm_when == "first_batch":  # as the public code does
+            state.memory["first_norm"] = mean
+        state.tensors["target"] = self.factor * mean * direction
+        return state.tensors["target"]

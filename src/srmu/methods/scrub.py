@@ -1,0 +1,50 @@
+"""SCRUB: a student that leaves its teacher on forget texts only (arXiv 2302.09880)."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from srmu.engine import losses
+from srmu.engine.model import EditableModel
+from srmu.engine.topic import Topic
+from srmu.errors import SrmuError
+from srmu.methods.base import Batch, Bounds, Count, State, Terms, Weight
+from srmu.methods.logits import LogitObjective, kl_drift
+
+
+@dataclass(frozen=True, kw_only=True)
+class SCRUB(LogitObjective):
+    """Takes steps away from the original on forget texts, between steps that hold retain texts."""
+
+    name = "scrub"
+    paper = "arXiv 2302.09880"
+    spreads = True
+    endless = True
+    uses = ("retain texts", "the original's logits")
+
+    ascent_steps: Count = 30  # steps away per topic: one after each of its first retain steps
+    alpha: Weight = 0.5  # weight of KL(original || model) on retain texts
+    gamma: Weight = 1.0  # weight of their likelihood
+    temperature: Annotated[float, Bounds(1e-3, 1e3)] = 1.0  # of both distributions of the KL
+
+    def setup(self, model: EditableModel, topic: Topic) -> State:
+        if self.gamma == 0 and not model.delta():
+            raise SrmuError(
+                "method.gamma=0: at the start KL has no gradient, and nothing else would move the "
+                "model; give gamma a value above 0"
+            )
+        return State(memory={"turn": 0})
+
+    def loss(self, model: EditableModel, state: State, forget: Batch, retain: Batch, step: int) -> Terms:
+        # Turns count by topic: with two topics, one would get all odd steps.
+        turn = state.memory["turn"]
+        state.memory["turn"] = turn + 1
+        # Public code begins with the ascent, which moves because of dropout; here KL(p0 || p) is
+        # at its minimum, and Adam would turn rounding noise into full steps.
+        if turn % 2 and turn < 2 * self.ascent_steps:
+            # eq: SCRUB, max: L = -T^2 KL(p0 || p)(x_f)
+            return Terms({"forget": -kl_drift(model, forget, temperature=self.temperature)}, {})
+        # eq: SCRUB, min: L = alpha T^2 KL(p0 || p)(x_r) + gamma nll(x_r)
+        logits = model.logits(retain)
+        kl = kl_drift(model, retain, logits, self.temperature)
+        nll = losses.mean_nll(logits, retain["labels"])
+        return Terms({"retain": self.alpha * kl, "retain_nll": self.gamma * nll}, {})
