@@ -9,9 +9,11 @@ from types import ModuleType
 from typing import get_overloads
 
 import pytest
+from transformers import PreTrainedModel
 
 import srmu
 from srmu.methods import METHODS
+from srmu.runs.in_memory import InMemoryResult
 
 NAMES = {
     "unlearn", "Config", "load_config", "make_config", "Run", "Method", "Objective", "Edit",
@@ -54,9 +56,9 @@ def test_nothing_heavy_is_imported_before_it_is_used() -> None:
 def test_types_that_a_user_sees() -> None:
     """Both forms of `unlearn` say what they give, and a config has a Method."""
     config, in_memory = get_overloads(srmu.unlearn)
-    assert config.__annotations__["config"] == "Config"
-    assert config.__annotations__["return"] == "Run"
-    assert in_memory.__annotations__["method"] == "Method | type[Method] | str"
-    assert in_memory.__annotations__["return"] == "tuple[PreTrainedModel, InMemoryResult]"
+    assert config.__annotations__["config"] is srmu.Config
+    assert config.__annotations__["return"] is srmu.Run
+    assert in_memory.__annotations__["method"] == srmu.Method | type[srmu.Method] | str
+    assert in_memory.__annotations__["return"] == tuple[PreTrainedModel, InMemoryResult]
     assert srmu.Config.model_fields["method"].annotation is srmu.Method
     assert (Path(srmu.__file__).parent / "py.typed").exists()

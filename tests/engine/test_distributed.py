@@ -236,25 +236,25 @@ def test_two_processes_attack_as_one_does(
 
 @pytest.mark.slow
 def test_what_fails_on_one_rank_ends_all(attacked: Path, tmp_path: Path) -> None:
-    """One rank's attacks meet a cache that cannot be read; the others have done theirs."""
+    """One rank cannot read the code of an attack; the others have done theirs."""
     script = tmp_path / "attack.py"
     script.write_text(
         "import sys\n"
         "from srmu.cli.main import main\n"
-        "from srmu.engine import distributed, files\n"
+        "from srmu.attacks import suite\n"
+        "from srmu.engine import distributed\n"
         "from srmu.errors import SrmuError\n"
-        "find = files.find_cached\n"
-        "mine = distributed.get_rank()\n"
-        "def fail(kind, key):\n"
-        "    if mine == 1 and kind == 'attacks':\n"
-        '        raise SrmuError("this rank\'s cache cannot be read")\n'
-        "    return find(kind, key)\n"
-        "files.find_cached = fail\n"
+        "code_of, mine = suite.code_of, distributed.get_rank()\n"
+        "def fail(attack):\n"
+        "    if mine == 1:\n"
+        '        raise SrmuError("this rank\'s code cannot be read")\n'
+        "    return code_of(attack)\n"
+        "suite.code_of = fail\n"
         "main()\n"
     )
     failed = launch(str(script), *asked(attacked, "attack", "--attacks", "format_shift"))
     assert failed.returncode != 0
-    assert "srmu: rank 1 of 2: this rank's cache cannot be read" in failed.stderr
+    assert "srmu: rank 1 of 2: this rank's code cannot be read" in failed.stderr
 
 
 # --- without processes ---------------------------------------------------------------------------
