@@ -140,7 +140,7 @@ def measure_alignment(run: Run, model: EditableModel, tokenizer: Any, *, watch: 
     method = run.config.method
     vectors = load_file(run.folder / STATE) if (run.folder / STATE).exists() else {}
     if not isinstance(method, Misdirection) or not any(".direction" in name for name in vectors):
-        raise SrmuError(f"alignment needs a run with one direction, as of rmu or srmu; {method.name} has none")
+        raise SrmuError(f"alignment needs a run with one direction, as of rmu or srmu; {method.name} keeps none")
     site, count = method.site, len(model.layers)
     topics, panels = {}, []
     with watch("measuring directions", len(run.config.topics) * count) as tick:
