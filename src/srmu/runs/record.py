@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
-import numpy as np
 import torch
 from huggingface_hub import metadata_load
 from safetensors import safe_open
@@ -97,19 +96,35 @@ def digest_folder(folder: Path, watch: Watch = ignore_progress) -> dict[str, dic
 
 
 def digest_file(path: Path) -> dict[str, Any]:
-    """A file's size and SHA-256, and those of each tensor in a safetensors file."""
+    """A file's size and SHA-256, and those of each tensor in a safetensors file; in one pass."""
+    whole, head = hashlib.sha256(), hashlib.sha256()
+    tensors = {}
+    parts = []
+    if path.suffix == ".safetensors":
+        entries, start = weights.read_header(path)
+        spans = {n: [start + at for at in e["data_offsets"]] for n, e in entries.items()}
+        parts = sorted((low, high, name) for name, (low, high) in spans.items())
     size = path.stat().st_size
-    if path.suffix != ".safetensors":
-        return {"bytes": size, "sha256": sha256(path), "header": "", "tensors": {}}
-    entries, start = weights.read_header(path)
-    data = np.memmap(path, np.uint8, "r").data  # each tensor is read from the disk once
-    whole = hashlib.sha256(data[:start])
-    header, tensors = whole.hexdigest(), {}
-    for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
-        low, high = entry["data_offsets"]  # tensors leave no gaps
-        whole.update(data[start + low : start + high])
-        tensors[name] = hashlib.sha256(data[start + low : start + high]).hexdigest()
-    return {"bytes": size, "sha256": whole.hexdigest(), "header": header if tensors else "", "tensors": tensors}
+    with path.open("rb") as file:
+        for low, high, name in [*parts, (size, size, "")]:
+            update_codes(file, low - file.tell(), whole, head)  # tensors leave no gaps
+            if name:
+                part = hashlib.sha256()
+                update_codes(file, high - low, whole, part)
+                tensors[name] = part.hexdigest()
+    header = head.hexdigest() if parts else ""
+    return {"bytes": size, "sha256": whole.hexdigest(), "header": header, "tensors": tensors}
+
+
+def update_codes(file: Any, size: int, *codes: Any) -> None:
+    """Feed the next bytes of a file to hashes, a piece at a time."""
+    while size > 0:
+        block = file.read(min(size, 1 << 22))
+        if not block:
+            raise SrmuError(f"{file.name} ended while it was read")
+        for code in codes:
+            code.update(block)
+        size -= len(block)
 
 
 def describe_base(model: str, revision: str | None, folder: Path, watch: Watch) -> dict[str, Any]:
