@@ -27,6 +27,7 @@ from srmu.engine.activation_cache import (
     Activations,
     Output,
     cache_home,
+    check_code,
     digest_tensors,
     list_activations,
     open_activations,
@@ -436,6 +437,30 @@ def test_the_limit_holds_for_all_folders_together(folder: Path) -> None:
     assert said == []
 
 
+def test_writing_does_not_count_every_file_each_time(
+    fresh: Callable[..., Activations], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = []
+    shrink = activation_cache.shrink_cache
+    monkeypatch.setattr(activation_cache, "shrink_cache", lambda *given: counts.append(1) or shrink(*given))
+    kept = fresh(10**6)
+    for number in range(200):
+        kept.keep(f"target/{number}", value(number))
+    assert len(counts) == 1
+
+
+def test_what_another_process_wrote_is_counted_in_time(
+    folder: Path, fresh: Callable[..., Activations], said: list[str]
+) -> None:
+    size = 128 * 128 * 4 + 1000
+    kept, other = fresh(40 * size), fresh(40 * size)
+    for number in range(30):
+        kept.keep(f"target/{number}", value(number, (128, 128)))
+        other.keep(f"prefix/{number}", value(number, (128, 128)))
+    assert sum(entry["bytes"] for entry in list_activations()) <= 45 * size
+    assert len(said) == 2 and "SRMU_CACHE_LIMIT" in said[0]
+
+
 def test_a_write_that_fails_halfway(
     folder: Path, fresh: Callable[..., Activations], said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -741,7 +766,7 @@ def poison(kind: str) -> None:
     for file in of_kind(list_activations()[0]["folder"], kind):
         ((name, tensor),) = load_file(file).items()
         wrong = tensor * 1.01
-        save_file({name: wrong}, file, {"sha256": digest_tensors(wrong)})
+        save_file({name: wrong}, file, {"crc32": check_code(wrong)})
 
 
 @pytest.mark.slow(keep=1)
