@@ -170,6 +170,7 @@ OPTIONS: dict[str, tuple[list[str], list[str]]] = {
     "train option": (["train.learning_rat=1"], ["did you mean learning_rate?"]),
     "topic option": (["topics.topic.max_lenght=9"], ["did you mean max_length?"]),
     "source option": (["topics.topic.forget={pth: a}"], ["did you mean path?"]),
+    "purpose": (["purpose.reasn=law"], ["purpose.reasn is not an option", "did you mean reason?"]),
     "top level": (["sede=3"], ["sede is not an option", "did you mean seed?"]),
     "flag": (["--methd", "srmu"], ["--methd", "--method"]),
     "layer word": (["method.layer=seven"], ["method.layer=seven", "valid integer"]),

@@ -74,6 +74,11 @@ def test_nothing_to_compare(forget, retain):
         ngram_overlap(forget, retain)
 
 
+def test_an_unknown_definition_is_refused():
+    with pytest.raises(SrmuError, match=r"overlap 'pair_contain' does not exist; did you mean pair_containment\?"):
+        ngram_overlap(["a"], ["a"], "pair_contain")
+
+
 def test_coverage_leaves_stop_words_out_and_never_falls():
     assert measure_coverage(["the red fox"], ["the Red hen"]) == 1 / 2
     assert measure_coverage(["the red fox"], ["the Red hen", "a fox"]) == 1

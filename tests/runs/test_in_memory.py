@@ -163,6 +163,10 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
         {"forget": datasets.DatasetDict(train=datasets.Dataset.from_list([{"text": "w1"}]))},
         "forget is one DatasetDict: expected",
     ),
+    "tokens": (
+        {"forget": transformers.BatchEncoding({"input_ids": [[1, 2]]})},
+        "forget is one BatchEncoding: expected [text, ...]",
+    ),
     "a number": ({"forget": 5}, "forget is one int: expected [text, ...]"),
     "a number in it": ({"forget": ["w1 w2", 5]}, "forget: row 2: "),
     "no column": ({"forget": [{"body": "w1"}]}, "forget: row 1: no column 'text'; found body"),

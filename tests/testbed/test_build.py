@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers.testbeds import SUFFIXES, TINY, rows
 from srmu.data.overlap import measure_overlap
+from srmu.errors import SrmuError
 from srmu.testbed import build as building
 from srmu.testbed import train as training
 from srmu.testbed.build import build_testbed
@@ -360,6 +361,12 @@ def test_a_killed_training_ends_with_the_same_bits(tmp_path, monkeypatch, killed
     assert same(whole, weights(train(watch=lambda label, total: recording(losses))))
     assert len(losses) == TINY.steps - killed_at
     assert not checkpoint.exists()
+
+
+def test_entanglement_is_a_share(tmp_path):
+    for share in (50, -0.5):
+        with pytest.raises(SrmuError, match="outside 0-1"):
+            build_testbed(tmp_path / "out", entanglement=share, recipe=TINY)
 
 
 def test_another_entanglement_does_not_train_again(tmp_path, monkeypatch):

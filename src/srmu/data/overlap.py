@@ -2,9 +2,9 @@
 
 import random
 from collections import Counter
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from srmu.errors import SrmuError
+from srmu.errors import SrmuError, suggest_word
 
 Definition = Literal["pair_containment", "pair_multiset", "corpus_jaccard"]
 
@@ -53,6 +53,8 @@ def ngram_overlap(forget: list[str], retain: list[str], definition: Definition =
     compares the types of the two whole sets. The pairs are different, and their forget documents have
     an n-gram.
     """
+    if definition not in (known := get_args(Definition)):
+        raise SrmuError(f"overlap {definition!r} does not exist{suggest_word(definition, known)}")
     for name, texts in (("forget", forget), ("retain", retain)):
         if not any(map(str.strip, texts)):
             raise SrmuError(f"no {name} text has a word to compare")

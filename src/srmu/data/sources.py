@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from srmu.errors import SrmuError, first_line
+from srmu.errors import SrmuError, first_line, suggest_word
 
 MOST_BAD = 0.05  # share of rows that may be left out
+SHOWN = 80  # characters of a value that an error may print: longer ones are texts
 COLUMN = re.compile(r"\{([^{}]+)\}")  # where a template has a column's text
 BAD_BYTE = re.compile("[\udc80-\udcff]")  # as Python escapes what is no UTF-8
 
@@ -94,9 +95,12 @@ def read_counted(source: Source) -> tuple[list[str], int]:
     """
     texts: list[str] = []
     bad: list[SrmuError] = []  # what is wrong with the rows that are left out
+    seen: dict[str, set[str]] = {column: set() for column in source.where}  # values, until a row is taken
     count = 0
     for place, row in read_rows(source):
         count += 1
+        for column in seen if isinstance(row, dict) and not texts else ():
+            seen[column].add(str(row.get(column)))
         try:
             texts += read_row(source, row, place)
         except SrmuError as error:
@@ -109,8 +113,19 @@ def read_counted(source: Source) -> tuple[list[str], int]:
         raise SrmuError(f"{len(bad)} of {count} rows are no texts, more than {MOST_BAD:.0%}; the first: {bad[0]}")
     if source.where and not texts:
         wanted = ", ".join(f"{column} {str(value)!r}" for column, value in source.where.items())
-        raise SrmuError(f"{source.place}: no row has {wanted}; change where, or leave it out")
+        hint = suggest_value(source.where, seen)
+        raise SrmuError(f"{source.place}: no row has {wanted}; change where, or leave it out{hint}")
     return texts, len(bad)
+
+
+def suggest_value(where: dict[str, Any], seen: dict[str, set[str]]) -> str:
+    """What the first column that lacks its value holds instead; nothing where that would be long."""
+    for column, value in where.items():
+        known = sorted(text for text in seen[column] if len(text) <= SHOWN)
+        if known and str(value) not in known:
+            hint = suggest_word(str(value), known)
+            return hint if len(hint) <= 4 * SHOWN else ""
+    return ""
 
 
 def read_row(source: Source, row: Any, place: str) -> list[str]:

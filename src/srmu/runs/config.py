@@ -247,10 +247,9 @@ def explain_error(error: ValidationError, where: str, schema: Any) -> str:
     location = [str(part) for part in first["loc"]]
     key = ".".join([where, *location] if where else location)
     if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        if location[0] == "train":
-            schema = TrainOptions
-        elif location[0] == "topics":
-            schema = Source if len(location) > 3 else TopicConfig
+        if len(location) > 1:
+            topic = Source if len(location) > 3 else TopicConfig
+            schema = {"train": TrainOptions, "purpose": Purpose, "topics": topic}.get(location[0], schema)
         fields = schema.model_fields if issubclass(schema, BaseModel) else schema.__dataclass_fields__
         return f"{key} is not an option{suggest_word(location[-1], fields)}"
     if first["type"] in ("missing", "missing_argument"):

@@ -1,7 +1,7 @@
 """`srmu.unlearn`: a run from a config, or a model that is in memory already, changed in place."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -178,7 +178,7 @@ def check_model(model: Any, tokenizer: Any) -> None:
     if not kind.endswith(("ForCausalLM", "LMHeadModel")):
         raise SrmuError(f"{kind} is not a causal language model: load AutoModelForCausalLM")
     refuse_quantised(Path(model.name_or_path or kind), model.config)
-    places = {str(parameter.device) for parameter in model.parameters()}
+    places = sorted({str(parameter.device) for parameter in model.parameters()})
     if len(places) > 1 or "meta" in places:
         raise SrmuError(
             f"the model lies on {', '.join(places)}: in memory it must be on one device; "
@@ -193,7 +193,7 @@ def as_sources(texts: Texts, role: str) -> list[Source]:
     """Where the texts of an argument come from; SrmuError for what could be meant in two ways."""
     if isinstance(texts, Path | Source):
         texts = [texts]
-    if isinstance(texts, str | dict) or not hasattr(texts, "__iter__"):
+    if isinstance(texts, str | Mapping) or not hasattr(texts, "__iter__"):
         raise SrmuError(
             f"{role} is one {type(texts).__name__}: expected [text, ...], [row, ...] with a 'text', a "
             "datasets.Dataset (one split of a DatasetDict), or files as pathlib.Path"

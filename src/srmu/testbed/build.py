@@ -48,6 +48,8 @@ def build_testbed(
     """
     if world not in WORLDS:
         raise SrmuError(f"world {world!r} does not exist{suggest_word(world, WORLDS)}")
+    if not 0 <= entanglement <= 1:
+        raise SrmuError(f"entanglement {entanglement} is outside 0-1")
     create, usual = WORLDS[world]
     recipe = recipe or usual
     made = create(seed, recipe.size)
