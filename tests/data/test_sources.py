@@ -695,7 +695,7 @@ def test_rows_of_a_value(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert read_texts([replace(source, where=both)]) == [one["answer"]]
     with pytest.raises(SrmuError, match=r"no row has who 'An Lee'; change where.*; did you mean Ann Lee\?$"):
         read_texts([replace(source, where={"who": "An Lee"})])
-    with pytest.raises(SrmuError, match="no row has who 'x'; change where.*; choose one of Ann Lee, Bob$"):
+    with pytest.raises(SrmuError, match=r"no row has who 'x'; change where.*; choose one of Ann Lee, Bob$"):
         read_texts([replace(source, where={"who": "x"})])
     crossed = {"who": "Bob", "question": one["question"]}
     with pytest.raises(SrmuError, match="no row has who 'Bob', question"):
