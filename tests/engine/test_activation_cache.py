@@ -259,6 +259,10 @@ def of_kind(folder: Path, kind: str) -> list[Path]:
     return sorted(folder.glob(f"{kind}-*"))
 
 
+def other_kinds(folder: Path) -> list[Path]:
+    return sorted({*folder.glob("*.safetensors")} - {*of_kind(folder, "prefix")})
+
+
 DAMAGE: dict[str, Callable[[Path], Any]] = {
     "all cut": lambda folder: [cut(file, 100) for file in folder.glob("*.safetensors")],
     "all empty": lambda folder: [cut(file, 0) for file in folder.glob("*.safetensors")],
@@ -266,6 +270,9 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {
     "one cut at its end": lambda folder: cut(file := of_kind(folder, "prefix")[0], file.stat().st_size - 1),
     "flipped": lambda folder: flip(of_kind(folder, "prefix")[-1], -3),
     "flipped at its end": lambda folder: flip(of_kind(folder, "prefix")[0], -1),
+    "target cut": lambda folder: cut(other_kinds(folder)[0], 95),
+    "target flipped": lambda folder: flip(other_kinds(folder)[-1], -3),
+    "target flipped at its end": lambda folder: flip(other_kinds(folder)[0], -1),
     "gone": lambda folder: of_kind(folder, "prefix")[0].unlink(),
     "all gone": lambda folder: [file.unlink() for file in folder.glob("*.safetensors")],
     "longer": lambda folder: add(of_kind(folder, "prefix")[0], b"abc"),
@@ -706,11 +713,25 @@ def other_weights(model: Path) -> None:
         save_file({k: t.flip(0) * 1.1 for k, t in load_file(path).items()}, path, {"format": "pt"})
 
 
+def same_time(change: Change) -> Change:
+    """The change with the times of change put back, as `cp -p` and `rsync -t` do."""
+
+    def do(model: Path) -> None:
+        times = {path: path.stat().st_mtime_ns for path in model.iterdir()}
+        change(model)
+        for path, time in times.items():
+            os.utime(path, ns=(time, time))
+
+    return do
+
+
 def last_values(model: Path) -> None:
-    """The last row of one matrix below the trained layers."""
+    """The last row of one matrix below the trained layers, beyond the first page of its bytes."""
     name = "model.layers.0.mlp.down_proj.weight"
     path = weights.list_shards(model)[name]
-    tensor = load_file(path)[name].clone()
+    tensor = load_file(path)[name]
+    assert tensor.nbytes > weights.PAGE
+    tensor = tensor.clone()
     tensor[-1] += 0.5
     weights.patch_file(path, {name: tensor})
 
@@ -725,7 +746,9 @@ def settings(**changed: Any) -> Change:
 
 CHANGES: dict[str, Change] = {
     "weights": other_weights,
+    "weights at the same time": same_time(other_weights),
     "last values": last_values,
+    "last values at the same time": same_time(last_values),
     "epsilon": settings(rms_norm_eps=0.1),
     "rope": settings(rope_parameters={"rope_theta": 20.0, "rope_type": "default"}),
     "activation": settings(hidden_act="gelu"),

@@ -4,6 +4,7 @@ A delta holds the changed tensors under their checkpoint names. An export copies
 overwrites the changed tensors in place, so that everything else stays byte-identical.
 """
 
+import hashlib
 import json
 import re
 import shutil
@@ -23,6 +24,7 @@ from srmu.errors import SrmuError, first_line
 INDEX = "model.safetensors.index.json"
 KEPT = (".json", ".model", ".txt", ".jinja", ".tiktoken", ".md")  # copied unchanged by an export
 EXPORTED = "srmu-record.json"  # the record beside an export
+PAGE = 4096  # bytes
 TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 
 Tensors = dict[str, Tensor]
@@ -281,13 +283,23 @@ def patch_file(path: Path, tensors: Tensors) -> None:
             file.write(raw_bytes(tensor))
 
 
-def identify_base(folder: Path) -> str:
-    """A digest that tells models apart without reading them whole: by size, time of change and header of each file."""
-    marks = []
+def identify_base(folder: Path, depth: int | None) -> str:
+    """A digest that tells the first layers of two models apart without reading them whole.
+
+    It covers the size, time of change and header of each file, and, as `cp -p` keeps times, three pages of each tensor.
+    """
+    code = hashlib.sha256()
     for path in sorted(set(list_shards(folder).values())):
+        entries, start = read_header(path)
         stat = path.stat()
-        marks.append([path.name, stat.st_size, stat.st_mtime_ns, stat.st_ino, read_header(path)])
-    return sha256(json.dumps(marks).encode())
+        code.update(json.dumps([path.name, stat.st_size, stat.st_mtime_ns, stat.st_ino, entries]).encode())
+        spans = [e["data_offsets"] for n, e in entries.items() if depth is None or (layer_number(n) or 0) < depth]
+        with path.open("rb") as file:
+            for low, high in spans:
+                for place in (low, (low + high) // 2, max(low, high - PAGE)):
+                    file.seek(start + place)
+                    code.update(file.read(min(PAGE, high - place)))
+    return code.hexdigest()
 
 
 def fingerprint_model(folder: Path) -> str:

@@ -120,7 +120,7 @@ def load_model(
     # What a run's activations depend on, besides the machine and the libraries.
     key = {
         "model": config.model,
-        "weights": weights.identify_base(plan.base),
+        "weights": weights.identify_base(plan.base, method.depth),
         "settings": sha256(plan.base / "config.json"),
         "data": data,
         "fixed_layers": model.fixed,
@@ -148,7 +148,7 @@ def require_known_tokens(topics: list[Topic], known: int, tokenizer: str) -> Non
 def resume_run(plan: RunPlan, data: str) -> Progress:
     """Where a run that was killed goes on; its metrics are cut to the steps that a checkpoint holds."""
     config, folder = plan.config, plan.folder
-    belongs = {"run": config.id, "data": data, "base": weights.identify_base(plan.base)}
+    belongs = {"run": config.id, "data": data, "base": weights.identify_base(plan.base, config.method.depth)}
     progress = Progress(Checkpoints(folder / CHECKPOINTS, config.train.checkpoint_seconds, belongs))
     progress.resumed_at = (progress.checkpoints.load() or (0,))[0]
     if len({*distributed.gather_values(progress.resumed_at)}) > 1:
