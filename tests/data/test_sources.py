@@ -693,12 +693,13 @@ def test_rows_of_a_value(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
     one = rows[4]
     both = {"who": one["who"], "question": one["question"]}
     assert read_texts([replace(source, where=both)]) == [one["answer"]]
-    with pytest.raises(SrmuError, match=r"no row has who 'An Lee'; change where.*; did you mean Ann Lee\?$"):
+    with pytest.raises(SrmuError) as error:
         read_texts([replace(source, where={"who": "An Lee"})])
-    with pytest.raises(SrmuError, match=r"no row has who 'x'; change where.*; choose one of Ann Lee, Bob$"):
+    assert str(error.value).endswith(": no row has who 'An Lee'; did you mean Ann Lee?")
+    with pytest.raises(SrmuError, match="no row has who 'x'; choose one of Ann Lee, Bob"):
         read_texts([replace(source, where={"who": "x"})])
     crossed = {"who": "Bob", "question": one["question"]}
-    with pytest.raises(SrmuError, match="no row has who 'Bob', question"):
+    with pytest.raises(SrmuError, match="no row has all of who 'Bob', question"):
         read_texts([replace(source, where=crossed)])
     with pytest.raises(SrmuError, match="no column 'whom'; found who, question, answer"):
         read_texts([replace(source, where={"whom": "Bob"})])
@@ -721,9 +722,12 @@ def test_one_file_of_several_may_have_no_such_row(tmp_path: Path) -> None:
 def test_an_error_lists_few_values_and_no_texts(tmp_path: Path) -> None:
     rows = [{"who": f"person number {i}", "text": "w1 w2 " * 40} for i in range(60)]
     path = write_pairs(tmp_path / "a.jsonl", rows)
-    for column in ("who", "text"):
-        with pytest.raises(SrmuError, match=f"no row has {column} 'zzz'; change where, or leave it out$"):
-            load(path, where={column: "zzz"})
+    with pytest.raises(SrmuError) as error:
+        load(path, where={"who": "zzz"})
+    assert str(error.value).endswith("zzz'; the first of its 60 values is person number 0")
+    with pytest.raises(SrmuError) as error:
+        load(path, where={"text": "zzz"})
+    assert str(error.value) == f"{path}: no row has text 'zzz'"
 
 
 def test_rows_left_out_by_where_are_not_bad(tmp_path: Path) -> None:

@@ -112,20 +112,21 @@ def read_counted(source: Source) -> tuple[list[str], int]:
     if len(bad) > MOST_BAD * count:
         raise SrmuError(f"{len(bad)} of {count} rows are no texts, more than {MOST_BAD:.0%}; the first: {bad[0]}")
     if source.where and not texts:
-        wanted = ", ".join(f"{column} {str(value)!r}" for column, value in source.where.items())
-        hint = suggest_value(source.where, seen)
-        raise SrmuError(f"{source.place}: no row has {wanted}; change where, or leave it out{hint}")
+        raise explain_empty(source, seen)
     return texts, len(bad)
 
 
-def suggest_value(where: dict[str, Any], seen: dict[str, set[str]]) -> str:
-    """What the first column that lacks its value holds instead; nothing where that would be long."""
-    for column, value in where.items():
+def explain_empty(source: Source, seen: dict[str, set[str]]) -> SrmuError:
+    """The error for a `where` that leaves out all rows, with the values there are."""
+    for column, value in source.where.items():
         known = sorted(text for text in seen[column] if len(text) <= SHOWN)
-        if known and str(value) not in known:
-            hint = suggest_word(str(value), known)
-            return hint if len(hint) <= 4 * SHOWN else ""
-    return ""
+        if str(value) not in seen[column]:
+            hint = suggest_word(str(value), known) if known else ""
+            if len(hint) > 4 * SHOWN:
+                hint = f"; the first of its {len(known)} values is {known[0]}"
+            return SrmuError(f"{source.place}: no row has {column} {str(value)!r}{hint}")
+    wanted = ", ".join(f"{column} {value!r}" for column, value in source.where.items())
+    return SrmuError(f"{source.place}: no row has all of {wanted}; take one of them out")
 
 
 def read_row(source: Source, row: Any, place: str) -> list[str]:
