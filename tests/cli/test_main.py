@@ -232,6 +232,7 @@ def test_a_device_that_is_not_there(call: Call) -> None:
 
 VERBS: dict[str, tuple[list[str], list[str]]] = {
     "verb": (["unlern"], ["'unlern' is not a verb of srmu; did you mean unlearn?"]),
+    "old verb": (["organism", "out"], ["'organism' is not a verb", "choose one of demo, ", "testbed"]),
     "far from any verb": (["qqq"], ["'qqq' is not a verb", "choose one of demo, ", "testbed"]),
     "shell glob": (
         ["unlearn", "--model", "model", "--forget", "a.jsonl", "b.jsonl", "--retain", "r.jsonl"],
@@ -510,8 +511,9 @@ def test_the_cache_is_listed_and_cleared(call: Call, workplace: Path) -> None:
     kept = workplace / "cache" / "activations"
     answer = call("info", "cache", "ls")
     assert answer.code == 0 and "activations 0.000 of at most 20 GB" in answer.out
-    call("unlearn", *sources(), *QUICK)
-    call("unlearn", *sources(), *QUICK, "seed=1", "cache=none")
+    first = call("unlearn", *sources(), *QUICK)
+    assert "activations are kept for later runs; see srmu info cache" in first.out
+    assert "kept" not in call("unlearn", *sources(), *QUICK, "seed=1", "cache=none").out
     assert len(list(kept.iterdir())) == 1
     rows = json.loads(call("info", "cache", "ls", "--json").out)
     assert rows["activations_bytes"] == sum(p.stat().st_size for p in kept.rglob("*.*"))

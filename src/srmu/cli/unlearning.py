@@ -55,6 +55,8 @@ def unlearn_command(
         lines.append(f"stopped early: {record['stop_reason']}")
     if out:
         lines.append(f"wrote {out}")
+    if not again and record["activations"]["kept"] == "disk":
+        lines.append("activations are kept for later runs; see srmu info cache")
     lines.append(output.next_command("eval", folder, *([] if run.config.eval else ["--tasks", "TASK"])))
     if not out:
         lines.append(f"      {output.quote_command('export', folder, 'OUT')}")
