@@ -7,7 +7,7 @@ from helpers.attack_rules import rule_subject
 from helpers.attack_world import exam, subject, texts
 from helpers.models import pico_module, word_tokenizer
 from srmu.attacks.base import Exam, Texts
-from srmu.attacks.questions import EntangledQueries, find_term, replace_option
+from srmu.attacks.questions import EntangledQueries, find_term, put_in_front, replace_option
 from srmu.evals.subject import NotApplicable, Question, Subject
 
 NONE = Texts((), ())
@@ -63,7 +63,8 @@ def test_a_trigger_shows() -> None:
 def test_terms_in_questions() -> None:
     forget = list(EXAM.test)
     harmless = EXAM.utility["one"][5]
-    assert find_term(forget[3]) == "h3"
+    (begun,) = put_in_front([f"{find_term(forget[3])} "], [harmless])
+    assert begun.prompt == "h3 what is s5 ?"
     for seed in range(5):
         changed = replace_option(harmless, forget, 0, random.Random(seed))
         assert changed.answer == harmless.answer
@@ -77,7 +78,8 @@ def test_terms_in_questions() -> None:
     changed = replace_option(letters, [other], 0, random.Random(0))
     assert changed.options == letters.options
     assert changed.prompt.replace("ill", "_") in {lines.replace(c, "_") for c in "uyx"}
-    assert find_term(letters) == "v"
+    (begun,) = put_in_front([f"{find_term(letters)} "], [letters])
+    assert begun.prompt == f"v {lines}"
     assert " ah1" in replace_option(harmless, forget, 31, random.Random(0)).options  # the second of 30
 
 

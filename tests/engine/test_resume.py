@@ -150,6 +150,8 @@ def spoil(path: Path, how: str) -> None:
         data[-1] ^= 1
     elif how == "cut short":
         del data[100:]
+    elif how == "half a header":
+        del data[20:]
     elif how == "no mark":
         data = data.replace(b'"mark"', b'"marx"')
     elif how == "of other texts":
@@ -159,7 +161,7 @@ def spoil(path: Path, how: str) -> None:
 
 
 @pytest.mark.slow(keep=2)
-@pytest.mark.parametrize("how", ["a byte is another", "cut short", "no mark", "of other texts"])
+@pytest.mark.parametrize("how", ["a byte is another", "cut short", "no mark", "half a header", "of other texts"])
 def test_a_damaged_checkpoint_does_not_count(begun: Config, workplace: Path, tmp_path: Path, how: str) -> None:
     spoil(checkpoint(begun), how)
     again = unlearn_config(begun)

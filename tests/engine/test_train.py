@@ -105,7 +105,7 @@ def test_the_rate_rises_and_then_stays_or_falls(schedule: str, shares: list[floa
 
 @pytest.mark.parametrize("steps", [-1, 20])
 def test_a_warm_up_ends_before_the_training_does(steps: int) -> None:
-    with pytest.raises(SrmuError, match=rf"warmup_steps must be .* below train.max_steps, not {steps}"):
+    with pytest.raises(SrmuError, match=rf"warmup_steps must be .* below train.max_steps=20, not {steps}"):
         TrainOptions(warmup_steps=steps, max_steps=20)
 
 

@@ -292,12 +292,12 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "not json": (lambda f: (f / weights.INDEX).write_text("{"), "not a safetensors index"),
     "missing shard": (lambda f: first_shard(f).unlink(), "lacks model-00001-of-"),
     "missing tensor": (drop_tensor, "lacks the tensor"),
-    "truncated": (lambda f: cut(f, lambda data: data[:-9]), "is damaged"),
+    "truncated": (lambda f: cut(f, lambda data: data[:-9]), "is damaged: .+; fetch it again"),
     "extended": (lambda f: cut(f, lambda data: data + b"x"), "is damaged"),
     "wrong shape": (misstate_shape, "is damaged"),
     "emptied": (lambda f: cut(f, lambda data: b""), "is damaged"),
     "huge header": (lambda f: cut(f, lambda data: b"\xff" * 8 + data[8:]), "is damaged"),
-    "cut header": (lambda f: cut(f, lambda data: data[:40]), "is damaged"),
+    "cut header": (lambda f: cut(f, lambda data: data[:40]), "is damaged: .+; fetch it again"),
     "no weights": (lambda f: [p.unlink() for p in f.glob("*.safetensors*")], "has no model.safetensors"),
 }
 
@@ -313,6 +313,23 @@ def test_broken_folders_are_refused(case: str, tmp_path: Path) -> None:
     with pytest.raises(SrmuError, match=says):
         unlearned(folder)
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_shard_that_is_cut_short_is_refused(tmp_path: Path) -> None:
+    """Wherever the download stopped."""
+    folder = save_pico(tmp_path / "model")
+    path = first_shard(folder)
+    entries, start = weights.read_header(path)
+    data = path.read_bytes()
+    assert len(entries) > 1
+    for entry in entries.values():
+        for end in (entry["data_offsets"][0], entry["data_offsets"][1] - 1):
+            path.write_bytes(data[: start + end])
+            with pytest.raises(SrmuError) as caught:
+                weights.list_shards(folder)
+            assert f"{path} is damaged: " in str(caught.value) and str(caught.value).endswith("; fetch it again")
+    path.write_bytes(data)
+    weights.list_shards(folder)
 
 
 def test_a_tensor_that_neither_index_nor_files_hold_is_refused(tmp_path: Path) -> None:

@@ -81,7 +81,11 @@ class TrainOptions:
             (("utility_floor",), lambda value: 0 < value <= 1, "above 0 and at most 1, or null"),
             (("retain_spike",), lambda value: value > 1, "above 1, or null for no such stop"),
             (("checkpoint_seconds",), lambda value: value >= 0, "at least 0, or .inf for none"),
-            (("warmup_steps",), lambda value: 0 <= value < self.max_steps, "at least 0 and below train.max_steps"),
+            (
+                ("warmup_steps",),
+                lambda value: 0 <= value < self.max_steps,
+                f"at least 0 and below train.max_steps={self.max_steps}",
+            ),
         ):
             for name in names:
                 value = getattr(self, name)
