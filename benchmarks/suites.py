@@ -59,9 +59,8 @@ def score_run(run: Path, testbed: Path, name: str) -> dict[str, Any]:
     return score_benchmark(str(run), name, data=data, oracle=oracle, watch=show_progress)
 
 
-def format_section(title: str, rows: Sequence[dict[str, str]]) -> str:
-    table = markdown_table([*rows[0]], [[*row.values()] for row in rows])
-    return "\n".join([f"## {title}", "", *table, ""])
+def format_section(title: str, rows: list[dict[str, str]]) -> str:
+    return f"## {title}\n\n{markdown_table(rows)}\n"
 
 
 def compare_methods(testbed: Path, out: Path, name: str) -> str:

@@ -1,11 +1,13 @@
 """Many runs as one experiment: each made once, failures kept with a reason, stopped ones go on."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from srmu.engine.progress import ignore_progress
 from srmu.errors import DivergedError, SrmuError
 from srmu.reproduce import experiment as experiments
 from srmu.reproduce.experiment import (
@@ -42,7 +44,9 @@ class Written(Scored):
     def find_result(self, job: RunJob) -> Path | None:
         return self.folder(job) if self.folder(job).exists() else None
 
-    def measure_run(self, job: RunJob, watch: Any = None) -> Path:
+    def measure_run(self, job: RunJob, watch: Any = ignore_progress) -> Path:
+        with watch("steps", 1):
+            pass
         if "method.kappa=1000" in job.overrides:
             raise DivergedError("too strong")
         if "method.kappa=1" in job.overrides:
@@ -131,7 +135,14 @@ def test_on_one_model_a_failure_is_raised(tmp_path: Path) -> None:
     spec = {"methods": {k: {"config": "wmdp-zephyr-rmu.yaml"} for k in SETTINGS}, "regimes": {"low": []}}
     experiment = Experiment(tmp_path, OneModel("owner/model", spec), SETTINGS, (0,), (), Written(out=tmp_path / "made"))
     done, far = (PlannedRow(label, label, "low") for label in ("SRMU", "Far"))
-    measured = run_experiment(experiment, [done, far])
+    labels: list[str] = []
+
+    def watch(label: str, total: int) -> Any:
+        labels.append(label)
+        return nullcontext()
+
+    measured = run_experiment(experiment, [done, far], watch)
+    assert labels == ["run 1 of 2: steps", "run 2 of 2: steps"]
     assert measured[far].why == f"{DIVERGED} in 1 of 1 runs" and not measured[done].why
     with pytest.raises(ZeroDivisionError):
         run_experiment(experiment, [PlannedRow("Broken", "Broken", "low")])

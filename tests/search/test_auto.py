@@ -214,6 +214,7 @@ def test_what_is_said_of_a_choice() -> None:
     assert chosen == found[2]
     assert "Of 3 runs 2 lose at most 2.50% of utility" in said and "(0.5 of the budget," in said
     assert said.endswith("; of these this one forgets most, 50% for 2.00%: method.kappa=4.0.")
+    assert auto.choose_trial(job, [found[0], *found])[1] == said  # the defaults of a robust search are a trial
     job.limit = 0.01
     assert "within the whole budget this one" in auto.choose_trial(job, found)[1]
     assert objective.trial_worth(found[1]["values"], 0.01) == pytest.approx(0.2)

@@ -10,7 +10,6 @@ from typer import Argument, Option
 from srmu.cli import options, output
 from srmu.engine.progress import show_progress, silence_libraries
 from srmu.errors import SrmuError
-from srmu.report.format import format_with_error, print_table, read_estimate
 
 verbs = typer.Typer()
 GROUP = "Measure"
@@ -55,6 +54,7 @@ def eval_command(
     silence_libraries()
     from srmu.evals.benchmarks import BENCHMARKS, find_benchmark
     from srmu.evals.score import TITLES, benchmark_table, score_benchmark, score_model
+    from srmu.report.format import print_table
 
     names = output.split_names(tasks)
     asked = [name for name in names if name.partition("/")[0] in BENCHMARKS]
@@ -94,6 +94,8 @@ def eval_command(
 
 def print_scores(scores: dict[str, Any], titles: dict[str, str]) -> None:
     """Every metric with its standard error, a column a model."""
+    from srmu.report.format import format_with_error, print_table
+
     print_table(
         [
             {"metric": metric}
@@ -166,6 +168,8 @@ def attack_command(
 
 def attack_table(report: dict[str, Any]) -> list[dict[str, str]]:
     """The attacks as lines of a table, strongest first; accuracies in %."""
+    from srmu.report.format import read_estimate
+
     table = []
     order = {name: -entry.get("accuracy", {"value": -1})["value"] for name, entry in report["attacks"].items()}
     for name in sorted(order, key=order.__getitem__):
@@ -194,9 +198,8 @@ def compare_command(
     from dataclasses import asdict
 
     from srmu.evals.compare import compare_runs
-    from srmu.search.auto import parse_share
 
-    share = parse_share(budget)
+    share = output.parse_share(budget)
     rows = compare_runs(runs, share, output.split_names(metrics), output.split_names(utility_metrics))
     table = []
     for row in rows:
@@ -269,12 +272,12 @@ def inspect_command(
 def print_reach(target: str, method: str, settings: list[str], as_json: bool) -> None:
     """What a method would load and change in a model; what a run has changed."""
     from srmu.runs.plan import measure_reach
-    from srmu.runs.run import Run, list_changes
+    from srmu.runs.run import find_run, list_changes
 
-    if (Path(target) / "record.json").exists():
+    if run := find_run(target):
         if method or settings:
             raise SrmuError(f"{target} is a run, which has its method: leave out --method")
-        answer, rows = list_changes(Run.open(target))
+        answer, rows = list_changes(run)
         following = output.next_command("inspect", target, "--what", "sensitivity")
     else:
         answer, rows = measure_reach(target, method or "srmu", settings)

@@ -11,7 +11,6 @@ import typer
 
 from srmu.engine.progress import print_line
 from srmu.errors import SrmuError
-from srmu.report.format import print_table
 
 PLANNED = "next: the same without --dry-run"
 
@@ -24,6 +23,8 @@ def print_result(
         typer.echo(json.dumps(value))
         return
     if table:
+        from srmu.report.format import print_table
+
         print_table(table)
     for line in lines:
         typer.echo(line)
@@ -64,6 +65,18 @@ def split_seeds(text: str) -> tuple[int, ...]:
     if wrong := [name for name in names if not name.isdecimal()]:
         raise SrmuError(f"--seeds {text}: {wrong[0]!r} is not a seed; expected numbers, 0,1,2")
     return tuple(dict.fromkeys(map(int, names)))
+
+
+def parse_share(text: str) -> float:
+    """`1%` or `0.01` as a number; SrmuError for what is no share above 0 and below 1."""
+    number, percent = text.strip().removesuffix("%"), text.strip().endswith("%")
+    try:
+        value = float(number) / (100 if percent else 1)
+    except ValueError:
+        value = -1.0
+    if not 0 < value < 1:
+        raise SrmuError(f"--budget {text}: expected a share of accuracy, such as 1% or 0.01")
+    return value
 
 
 def shorten_path(path: Path) -> Path:

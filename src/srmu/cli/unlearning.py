@@ -113,7 +113,7 @@ def auto_command(
         model=model,
         forget=tuple(forget),
         retain=tuple(retain),
-        budget=search.parse_share(budget),
+        budget=output.parse_share(budget),
         tasks=output.split_names(tasks),
         utility=output.split_names(utility),
         tasks_dir=str(tasks_dir or ""),

@@ -222,7 +222,7 @@ def run_experiment(
     for stage in ([*(row for row in rows if not row.strength), *sources], [row for row in rows if row.strength]):
         found = {
             (row, seed): find_measured_run(experiment, row, seed, measured)
-            for row, seed in product(stage, experiment.seeds)
+            for row, seed in product(dict.fromkeys(stage), experiment.seeds)
         }
         missing = [*dict.fromkeys(run for run in found.values() if isinstance(run, RunJob))]
         made = make_runs(experiment, missing, watch) if make and missing else {}
@@ -288,12 +288,17 @@ def make_runs(experiment: Experiment, jobs: Sequence[RunJob], watch: Watch) -> d
         attempt = partial(attempt_run, experiment.measurement)
         return dict(zip(order, run_all(order, watch, function=attempt), strict=True))
     outcomes: dict[RunJob, Outcome] = {}
-    for job in jobs:
+    for number, job in enumerate(jobs, 1):
         try:
-            outcomes[job] = experiment.measurement.measure_run(job, watch)
+            outcomes[job] = experiment.measurement.measure_run(job, count_runs(watch, number, len(jobs)))
         except DivergedError:
             outcomes[job] = DIVERGED
     return outcomes
+
+
+def count_runs(watch: Watch, number: int, count: int) -> Watch:
+    """Progress of one of several runs, whose number its labels say."""
+    return lambda label, total: watch(f"run {number} of {count}: {label}", total)
 
 
 def attempt_run(measurement: Scored, job: RunJob) -> Outcome:

@@ -49,18 +49,6 @@ PASSES: dict[Tier, int] = {"smoke": 40, "standard": 320}  # of a model over the 
 Tell = Callable[[str, str], None]
 
 
-def parse_share(text: str) -> float:
-    """`1%` or `0.01` as a number; SrmuError for what is no share above 0 and below 1."""
-    number, percent = text.strip().removesuffix("%"), text.strip().endswith("%")
-    try:
-        value = float(number) / (100 if percent else 1)
-    except ValueError:
-        value = -1.0
-    if not 0 < value < 1:
-        raise SrmuError(f"--budget {text}: expected a share of accuracy, such as 1% or 0.01")
-    return value
-
-
 def prepare_job(request: AutoRequest) -> AutoJob:
     """Read and check all that was named; nothing is written. SrmuError for what cannot work."""
     base = check_request(request)
@@ -197,7 +185,9 @@ def choose_trial(job: AutoJob, tried: Sequence[Entry]) -> tuple[Entry | None, st
     fitting = [e for most in (limit, budget) for e in ranked if e["values"]["utility_loss"] <= most]
     if fitting:
         params, values = fitting[0]["params"], fitting[0]["values"]
-        losses = [entry["values"]["utility_loss"] for entry in tried if entry["values"]]
+        # in a robust search the defaults are one of the trials
+        runs_tried = [entry for i, entry in enumerate(tried) if entry["values"] and entry not in tried[:i]]
+        losses = [entry["values"]["utility_loss"] for entry in runs_tried]
         within = sum(loss <= limit for loss in losses)
         name = "chosen" if values["utility_loss"] <= limit else "chosen beyond the margin"
         settings = " ".join(f"{key}={value}" for key, value in params.items())

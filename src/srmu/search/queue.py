@@ -155,7 +155,9 @@ def redact_errors(url: URL) -> Iterator[None]:
         why = first_line(getattr(cause, "orig", None) or cause)
         for password in filter(None, (url.password, url.query.get("password"))):
             why = why.replace(str(password), "***")
-        raise SrmuError(f"storage {url.set(query={}).render_as_string()} cannot be used: {why}") from None
+        server = url.set(drivername="postgresql", query={}).render_as_string()  # hides the password
+        place = url.database if url.drivername == "sqlite" else f"--storage {server}"
+        raise SrmuError(f"{place} cannot be used: {why}") from None
 
 
 def require_same(name: str, known: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

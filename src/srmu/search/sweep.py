@@ -216,6 +216,8 @@ def yaml_line(value: Any) -> str:
 
 def run_sweep(sweep: Sweep, storage: str = "", watch: Watch = ignore_progress) -> dict[str, Any]:
     """Run a sweep, or what is left of it, with any other workers; what `sweep.json` says."""
+    if storage:
+        queue.locate_database(storage)  # a mistake in it must show before the original model is scored
     check_objectives(sweep, watch)
     study = queue.open_study(
         storage or sweep.out / queue.FILE,
