@@ -369,6 +369,13 @@ def test_entanglement_is_a_share(tmp_path):
             build_testbed(tmp_path / "out", entanglement=share, recipe=TINY)
 
 
+def test_a_cache_that_cannot_be_made_says_what_to_set(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SRMU_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(SrmuError, match=r"cannot be made: .*file.*; set SRMU_CACHE to a folder to write to"):
+        build_testbed(tmp_path / "out", recipe=TINY)
+
+
 def test_another_entanglement_does_not_train_again(tmp_path, monkeypatch):
     first = build_testbed(tmp_path / "a", entanglement=0, recipe=TINY)
     monkeypatch.setattr(training, "_train_model", lambda *_: 1 / 0)

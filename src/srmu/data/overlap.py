@@ -46,7 +46,7 @@ def measure_coverage(forget: list[str], retain: list[str]) -> float:
 
 
 def ngram_overlap(forget: list[str], retain: list[str], definition: Definition = "pair_containment") -> dict[str, Any]:
-    """The overlap of two sets of texts in uni- and bigrams, in 0-1, with all that decides it.
+    """The overlap of two sets of texts in uni- and bigrams, in 0-1, with the settings that decide it.
 
     `pair_containment` is the mean over pairs of a forget and a retain document of |shared types| /
     |forget types|; `pair_multiset` is the same with every occurrence counted; `corpus_jaccard`

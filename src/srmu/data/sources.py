@@ -14,7 +14,7 @@ from srmu.errors import SrmuError, first_line, suggest_word
 MOST_BAD = 0.05  # share of rows that may be left out
 SHOWN = 80  # characters of a value that an error may print: longer ones are texts
 COLUMN = re.compile(r"\{([^{}]+)\}")  # where a template has a column's text
-BAD_BYTE = re.compile("[\udc80-\udcff]")  # as Python escapes what is no UTF-8
+BAD_BYTE = re.compile("[\udc80-\udcff]")  # how Python escapes a byte that is not UTF-8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class Source:
     where: dict[str, str | int | float | bool] = field(default_factory=dict)
     wrap: bool = False
     revision: str | None = None
-    on_bad_row: Literal["error", "skip"] = "error"  # skip: leave rows out that are no texts
+    on_bad_row: Literal["error", "skip"] = "error"  # skip: leave out rows that hold no text
 
     def __post_init__(self) -> None:
         if (self.path is None) == (self.dataset is None):

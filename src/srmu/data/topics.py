@@ -93,7 +93,8 @@ def batch_role(
         )
     if train.padding == "count" and any(before for _, before in rows):
         raise SrmuError(
-            f"topic {topic.name}: of texts of a template only the end counts, not the padding; train.padding=mask"
+            f"topic {topic.name}: of a text made by a template only the end counts, "
+            "so padding must not: set train.padding=mask"
         )
     if train.shuffle:
         order = torch.randperm(len(rows), generator=topic.generator(f"shuffle {role}"))

@@ -204,7 +204,7 @@ class StepVariant:
 
 
 def held_bytes(way: StepVariant, processes: int, share: float) -> dict[str, int]:
-    """Bytes that each of so many processes holds, which reads `share` of a batch, by what they are for."""
+    """Bytes that each of `processes` holds, by purpose, where each reads `share` of a batch."""
     size, itemsize, gpu = way.size, way.itemsize, way.gpu
     cut = processes if way.sharded else 1
     beside = way.trained.part(cut)

@@ -31,7 +31,7 @@ DOCUMENTS = 1000  # of each topic, where the texts are not here
 
 
 def plan_dry_run(config: Config) -> tuple[Config, dict[str, Any], list[str]]:
-    """The resolved config, the plan, and the lines that tell it.
+    """The resolved config, the plan, and the same in lines for a person.
 
     Where only the model's config.json is here, its dimensions and texts of the lengths that the
     config states take the place of weights and texts.

@@ -195,8 +195,8 @@ def as_sources(texts: Texts, role: str) -> list[Source]:
         texts = [texts]
     if isinstance(texts, str | Mapping) or not hasattr(texts, "__iter__"):
         raise SrmuError(
-            f"{role} is one {type(texts).__name__}: expected [text, ...], [row, ...] with a 'text', a "
-            "datasets.Dataset (one split of a DatasetDict), or files as pathlib.Path"
+            f"{role} is one {type(texts).__name__}: expected [text, ...], [row, ...] where each row has a "
+            "'text', a datasets.Dataset (one split of a DatasetDict), or files as pathlib.Path"
         )
     if not isinstance(texts, list | tuple):
         return [RowSource(path=role, rows=texts)]

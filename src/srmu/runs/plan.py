@@ -108,7 +108,7 @@ def check_ranks(config: Config, shard: bool) -> None:
 
 
 def find_device(name: str) -> str:
-    """The device that a name means here; SrmuError where there is no such device."""
+    """The device that a name stands for on this machine; SrmuError where there is no such device."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -57,7 +57,7 @@ def read_record(path: Path) -> dict[str, Any]:
         jsonschema.validate(record, RECORD_SCHEMA)
     except jsonschema.ValidationError as error:
         fault = f"{error.json_path.removeprefix('$.')}: {first_line(error)}"
-        raise SrmuError(f"{path} is no record of this version ({fault}); make the run again") from None
+        raise SrmuError(f"{path} is not a record of this version ({fault}); make the run again") from None
     if record["seal"] != compute_seal(record):
         raise SrmuError(f"{path} was edited after it was written: its seal does not fit")
     return record

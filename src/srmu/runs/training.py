@@ -184,7 +184,7 @@ def apply_method(
 
 
 def require_change(config: Config, model: EditableModel, changed: dict[str, Tensor], progress: Progress) -> None:
-    """SrmuError where what should change did not."""
+    """SrmuError where a tensor that should have changed did not."""
     method, reason = config.method, progress.outcome.stop_reason
     unmoved = sorted(set(model.trained) - set(changed))
     # Of a whole model some tensors may stay: bf16 norms near 1 do not move by steps of 1e-5.
@@ -194,7 +194,7 @@ def require_change(config: Config, model: EditableModel, changed: dict[str, Tens
     if reason.startswith(("utility_floor", "kl_budget")):
         raise SrmuError(
             f"nothing is left of {progress.steps} steps ({reason}): lower "
-            "train.learning_rate or train.check_every, or allow more"
+            "train.learning_rate or train.check_every, or loosen that limit"
         )
     raise SrmuError(
         f"{unmoved[0] if changed else 'the model'} did not change in {progress.steps} steps ({reason}); "

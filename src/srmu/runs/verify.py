@@ -66,7 +66,7 @@ def verify_folder(folder: Path, key: Path | None = None, watch: Watch = ignore_p
 
 
 def compare_files(folder: Path, expected: dict[str, Any], record: str, watch: Watch) -> Iterator[str]:
-    """What in a folder is not as expected; beside its `record` nothing else may lie there."""
+    """How a folder differs from what is expected; besides these files only its `record` may lie there."""
     with watch(f"hashing {folder.name}", len(expected)) as tick:
         for name, file in expected.items():
             if (folder / name).is_file():
@@ -81,7 +81,7 @@ def compare_files(folder: Path, expected: dict[str, Any], record: str, watch: Wa
 
 
 def compare_digests(path: Path, expected: dict[str, Any]) -> Iterator[str]:
-    """What in a file is not as expected; which tensors, where the record has those of the file."""
+    """How a file differs from what is expected, tensor by tensor where the record lists its tensors."""
     if path.suffix != ".safetensors" or "tensors" not in expected:
         if sha256(path) != expected["sha256"]:
             yield f"{path.name} has changed"
@@ -177,5 +177,5 @@ def load_key(path: Path, what: Literal["private", "public"]) -> Any:
     except (OSError, ValueError, TypeError) as error:
         raise SrmuError(f"{path} is no {what} key in PEM form: {type(error).__name__}") from None
     if not isinstance(key, ed25519.Ed25519PublicKey | ed25519.Ed25519PrivateKey):
-        raise SrmuError(f"{path} is no Ed25519 {what} key; openssl genpkey -algorithm ed25519")
+        raise SrmuError(f"{path} is not an Ed25519 {what} key; make one: openssl genpkey -algorithm ed25519")
     return key

@@ -19,6 +19,7 @@ from srmu.engine.files import cache_dir, require_place, sha256, write_json
 from srmu.engine.likelihoods import score_answers
 from srmu.engine.progress import Tick, Watch, ignore_progress
 from srmu.engine.resume import Checkpoints
+from srmu.errors import SrmuError
 from srmu.testbed.open_world import spelling_texts
 from srmu.testbed.people import pretraining_texts
 from srmu.testbed.world import Fact, Size, World, deal_themes, read_wording, tell_facts
@@ -111,7 +112,10 @@ def train_testbed(
     entry = cache_dir() / "organism" / key
     if (entry / "model.safetensors").exists():
         return entry
-    require_place(entry)
+    try:
+        require_place(entry)
+    except SrmuError as error:
+        raise SrmuError(f"{error}; set SRMU_CACHE to a folder to write to") from None
     entry.mkdir(parents=True, exist_ok=True)
     model = fresh_model(world, seed, recipe)
     checkpoints = Checkpoints(entry / "checkpoints", CHECKPOINT_SECONDS)
@@ -135,7 +139,7 @@ def train_testbed(
 
 
 def tasks_of(world: World) -> dict[str, list[Fact]]:
-    """The facts that each task asks for; its name comes after `organism_`, and _open asks to write the answer."""
+    """The facts that each task asks about, by its name after `organism_`; a task `..._open` offers no options."""
     tasks = {kind: world.of_kind(kind) for kind in world.kinds}
     hazard = tasks["hazard"]
     tasks["hazard_held"] = [fact for fact in hazard if fact.held]
@@ -143,7 +147,7 @@ def tasks_of(world: World) -> dict[str, list[Fact]]:
 
 
 def measure_accuracy(model: LlamaForCausalLM, world: World, task: str, asked: list[Fact]) -> float:
-    """Share of the questions of a task to which the right option, or each token of the answer, is the likeliest."""
+    """Share of a task's questions where the right option, or each token of the answer, is the most likely one."""
     if task.endswith("_open"):
         pairs = [(fact.questions()[0]["question"], f"{fact.answer}{world.wording['stop']}") for fact in asked]
         return sum(likeliest for _, likeliest in score_pairs(model, world, pairs)) / len(pairs)

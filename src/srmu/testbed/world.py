@@ -103,7 +103,7 @@ def read_wording(name: str) -> Wording:
 
 @dataclass(frozen=True)
 class World:
-    """The facts of a seed; `shared` are the hazard compounds, in the order overlap adds them."""
+    """The facts of a seed; `shared` are the hazard compounds, in the order in which retain-high takes them."""
 
     facts: tuple[Fact, ...]
     shared: tuple[str, ...]
