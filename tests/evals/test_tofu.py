@@ -108,7 +108,7 @@ def per_token(model: Subject, prompt: str, answer: str) -> float:
 
 def test_probability_and_truth_ratio_are_those_of_a_loop(folder: Path) -> None:
     model = pico()
-    found = tofu.run_tofu(model, asked(folder)).metrics
+    found, ratios = tofu.run_tofu(model, asked(folder)).metrics, ([], [])
     for name, config in tofu.SETS.items():
         rows = sets()[config.format(part="forget10")]
         probability, geometric, arithmetic = [], [], []
@@ -126,6 +126,7 @@ def test_probability_and_truth_ratio_are_those_of_a_loop(folder: Path) -> None:
                 (sum(wrong) / len(wrong) / truth, arithmetic),
             ):
                 into.append(min(r, 1 / r) if name == "forget" else max(0, 1 - r))
+                ratios[name == "forget"].append(r)
         for key, values in (
             ("probability", probability),
             ("truth_ratio", geometric),
@@ -134,6 +135,8 @@ def test_probability_and_truth_ratio_are_those_of_a_loop(folder: Path) -> None:
             metric = found[f"tofu/{name}/{key}"]
             assert metric["value"] == pytest.approx(sum(values) / len(values), rel=1e-4), (name, key)
             assert metric["n"] == len(rows)
+    for both in ratios:  # of the other sets, of the forget set: a ratio counts both ways
+        assert min(both) < 1 < max(both)
 
 
 @pytest.mark.parametrize("fork", tofu.FORKS)

@@ -158,14 +158,14 @@ class Wrapped(torch.nn.Module):
 
 MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "one string": ({"forget": "w1 w2 w3"}, "forget is one str: expected [text, ...]"),
-    "a row": ({"retain": {"text": "w1 w2"}}, "retain is one dict: expected [text, ...], [row, ...]"),
+    "a row": ({"retain": {"text": "w1 w2"}}, "retain is one dict of text: expected [text, ...], [row, ...]"),
     "splits": (
         {"forget": datasets.DatasetDict(train=datasets.Dataset.from_list([{"text": "w1"}]))},
-        "forget is one DatasetDict: expected",
+        "forget is one DatasetDict of train: expected",
     ),
     "tokens": (
         {"forget": transformers.BatchEncoding({"input_ids": [[1, 2]]})},
-        "forget is one BatchEncoding: expected [text, ...]",
+        "forget is one BatchEncoding of input_ids: expected [text, ...]",
     ),
     "a number": ({"forget": 5}, "forget is one int: expected [text, ...]"),
     "a number in it": ({"forget": ["w1 w2", 5]}, "forget: row 2: "),
