@@ -1,4 +1,4 @@
-"""Benchmarks on a model and on a run: tables, an oracle and its log, the report, mistakes."""
+"""Benchmarks on a model and on a run: tables, an oracle, the report, mistakes."""
 
 import json
 import shutil
@@ -78,50 +78,6 @@ def test_forget_quality_and_privleak_are_those_of_the_oracle(folder: Path) -> No
     assert score_benchmark(oracle, **way(folder, "muse"))["after"]["muse/privleak"]["value"] == 0
 
 
-def test_a_log_stands_for_its_model(folder: Path, tmp_path: Path, call: Call) -> None:
-    log = tmp_path / "retain.json"
-    data = ["--data", str(folder / "suites/tofu")]
-    code, out, _ = call("eval", str(folder / "oracle"), "--tasks", "tofu", *data, "--log", str(log))
-    assert code == 0 and f"--tasks tofu --oracle {log}" in out
-    numbers = json.loads(log.read_text())["values"]
-    assert all(isinstance(v, float) for part in numbers.values() for v in part)
-    by_log, by_model = (
-        score_benchmark(str(folder / "model"), **way(folder, "tofu", oracle=str(oracle)))["after"]
-        for oracle in (log, folder / "oracle")
-    )
-    assert by_log == by_model
-    assert 0 < by_log["tofu/forget_quality"]["value"] < 0.05
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({"name": "tofu/forget05"}, "of another suite"),
-        ({"template": "{question}"}, "of another template"),
-        ({"limit": 3}, "of another limit"),
-    ],
-)
-def test_a_log_of_something_else(folder: Path, tmp_path: Path, call: Call, options: dict[str, Any], said: str) -> None:
-    log = tmp_path / "retain.json"
-    score_benchmark(str(folder / "oracle"), **way(folder, "tofu", oracle=""), log=log)
-    name = options.pop("name", "tofu")
-    extra = [word for key, value in options.items() for word in (f"--{key}", str(value))]
-    data = ["--data", str(folder / "suites/tofu"), "--oracle", str(log)]
-    code, _, err = call("eval", str(folder / "model"), "--tasks", name, *data, *extra)
-    assert code == 2 and said in err and "srmu eval MODEL" in err
-
-
-def test_a_log_of_other_rows(folder: Path, tmp_path: Path, call: Call) -> None:
-    log, changed = tmp_path / "retain.json", tmp_path / "tofu"
-    score_benchmark(str(folder / "oracle"), **way(folder, "tofu", oracle=""), log=log)
-    shutil.copytree(folder / "suites/tofu", changed)
-    rows = (changed / "forget10_perturbed/train.jsonl").read_text().splitlines()
-    (changed / "forget10_perturbed/train.jsonl").write_text("\n".join(rows[::-1]))
-    words = ["--data", str(changed), "--oracle", str(log)]
-    code, _, err = call("eval", str(folder / "model"), "--tasks", "tofu", *words)
-    assert code == 2 and "was made from other rows" in err
-
-
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -131,10 +87,8 @@ def test_a_log_of_other_rows(folder: Path, tmp_path: Path, call: Call) -> None:
         (["--tasks", "wmdp", "--data", "{}", "--revision", "abc"], "--revision does not apply"),
         (["--tasks", "rwku", "--data", "{}", "--template", "Q: {{q}}"], "has no {question} in it"),
         (["--tasks", "rwku", "--data", "{}", "--limit", "0"], "must be 1 or more"),
-        (["--tasks", "rwku", "--data", "{}", "--log", "{}/no/where.json"], "no/where.json"),
         (["--tasks", "quiz", "--data", "{}"], "go with a benchmark: --tasks tofu"),
         (["--tasks", "rwku", "--data", "{}/suites/tofu"], "jinzhuoran/RWKU"),
-        (["--tasks", "tofu", "--data", "{}/suites/tofu", "--oracle", "{}/high.json"], "not a log"),
         (["--tasks", "rwku/Nobody", "--data", "{}/suites/rwku"], "nothing about 'Nobody'"),
     ],
 )

@@ -185,17 +185,9 @@ def test_shots_are_not_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert seen == [f"{first}Question: {row['question']}\nAnswer: "]
 
 
-@pytest.mark.parametrize(
-    ("reference", "said"),
-    [
-        ({}, "the reference has no values min40_forget"),
-        ({"min40_forget": [1.0]}, "the reference has no values min40_holdout"),
-        ({"min40_forget": [1.0], "min40_holdout": [0.0]}, "PrivLeak has no value"),
-    ],
-)
-def test_references_that_cannot_be_one(folder: Path, reference: dict[str, list[float]], said: str) -> None:
-    with pytest.raises(SrmuError, match=said):
-        muse.run_muse(pico(), asked(folder, reference=reference))
+def test_an_oracle_that_tells_all_texts_apart(folder: Path) -> None:
+    with pytest.raises(SrmuError, match="PrivLeak has no value"):
+        muse.run_muse(pico(), asked(folder, reference={"min40_forget": [1.0], "min40_holdout": [0.0]}))
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,7 @@ def test_probability_and_truth_ratio_are_those_of_a_loop(folder: Path) -> None:
     found, ratios = tofu.run_tofu(model, asked(folder)).metrics, ([], [])
     for name, config in tofu.SETS.items():
         rows = sets()[config.format(part="forget10")]
-        probability, geometric, arithmetic = [], [], []
+        probability, geometric = [], []
         for row in rows:
             prompt = TEMPLATE.format(question=row["question"])
             p = per_token(model, prompt, row["answer"])
@@ -121,17 +121,10 @@ def test_probability_and_truth_ratio_are_those_of_a_loop(folder: Path) -> None:
             product = 1.0
             for q in wrong:
                 product *= q
-            for r, into in (
-                (product ** (1 / len(wrong)) / truth, geometric),
-                (sum(wrong) / len(wrong) / truth, arithmetic),
-            ):
-                into.append(min(r, 1 / r) if name == "forget" else max(0, 1 - r))
-                ratios[name == "forget"].append(r)
-        for key, values in (
-            ("probability", probability),
-            ("truth_ratio", geometric),
-            ("truth_ratio_arithmetic", arithmetic),
-        ):
+            r = product ** (1 / len(wrong)) / truth
+            geometric.append(min(r, 1 / r) if name == "forget" else max(0, 1 - r))
+            ratios[name == "forget"].append(r)
+        for key, values in (("probability", probability), ("truth_ratio", geometric)):
             metric = found[f"tofu/{name}/{key}"]
             assert metric["value"] == pytest.approx(sum(values) / len(values), rel=1e-4), (name, key)
             assert metric["n"] == len(rows)
@@ -139,16 +132,15 @@ def test_probability_and_truth_ratio_are_those_of_a_loop(folder: Path) -> None:
         assert min(both) < 1 < max(both)
 
 
-@pytest.mark.parametrize("fork", tofu.FORKS)
-def test_model_utility_is_the_harmonic_mean_of_nine(folder: Path, fork: str) -> None:
+def test_model_utility_is_the_harmonic_mean_of_nine(folder: Path) -> None:
     found = tofu.run_tofu(attack_world.subject("original"), asked(folder)).metrics
     nine = [
         found[f"tofu/{name}/{key}"]["value"]
         for name in ("retain", "real_authors", "world_facts")
-        for key in ("probability", "rouge", f"truth_ratio{fork}")
+        for key in ("probability", "rouge", "truth_ratio")
     ]
     expected = 0.0 if min(nine) == 0 else 9 / sum(1 / value for value in nine)
-    assert found[f"tofu/model_utility{fork}"] == {"value": pytest.approx(expected), "n": 12.0}
+    assert found["tofu/model_utility"] == {"value": pytest.approx(expected), "n": 12.0}
 
 
 def test_a_model_without_a_preference(folder: Path) -> None:
@@ -161,16 +153,8 @@ def test_a_model_without_a_preference(folder: Path) -> None:
     assert found["tofu/world_facts/probability"] == pytest.approx(1 / 4)
     assert found["tofu/forget/truth_ratio"] == pytest.approx(1)
     for name in SETS[1:]:
-        for fork in tofu.FORKS:
-            assert found[f"tofu/{name}/truth_ratio{fork}"] == pytest.approx(0, abs=1e-5)
+        assert found[f"tofu/{name}/truth_ratio"] == pytest.approx(0, abs=1e-5)
     assert found["tofu/model_utility"] == pytest.approx(0, abs=1e-5)
-
-
-def test_forks_agree_on_one_wrong_answer_and_not_on_more() -> None:
-    assert tofu.measure_ratios(-1.0, [-3.0]) == pytest.approx((-2.0, -2.0))
-    geometric, arithmetic = tofu.measure_ratios(math.log(0.5), [math.log(0.1), math.log(0.4)])
-    assert math.exp(geometric) == pytest.approx(0.2 / 0.5)
-    assert math.exp(arithmetic) == pytest.approx(0.25 / 0.5)
 
 
 def test_a_broken_model_gives_numbers(folder: Path) -> None:
@@ -268,17 +252,15 @@ def test_what_is_known_shows(known: dict[str, BenchmarkScores]) -> None:
 
 def test_forget_quality(known: dict[str, BenchmarkScores]) -> None:
     assert "tofu/forget_quality" not in known["oracle"].metrics
-    for fork in tofu.FORKS:
-        quality = {
-            name: known[name].metrics[f"tofu/forget_quality{fork}"]["value"]
-            for name in ("itself", "original", "unlearned")
-        }
-        assert quality["itself"] == 1
-        assert quality["original"] < 1e-6 * quality["unlearned"]
-        assert quality["unlearned"] < quality["itself"]
-        same = known["itself"].metrics
-        assert same[f"tofu/forget_quality_log10{fork}"]["value"] == 0
-        assert same[f"tofu/forget_quality_ks{fork}"]["value"] == 0
+    quality = {
+        name: known[name].metrics["tofu/forget_quality"]["value"] for name in ("itself", "original", "unlearned")
+    }
+    assert quality["itself"] == 1
+    assert quality["original"] < 1e-6 * quality["unlearned"]
+    assert quality["unlearned"] < quality["itself"]
+    same = known["itself"].metrics
+    assert same["tofu/forget_quality_log10"]["value"] == 0
+    assert same["tofu/forget_quality_ks"]["value"] == 0
 
 
 def test_forget_quality_is_of_the_largest_gap() -> None:
@@ -293,23 +275,6 @@ def test_forget_quality_is_of_the_largest_gap() -> None:
     apart = tofu.measure_forget_quality(list(range(300)), list(range(300, 600)))
     # 2 of the 600-choose-300 orders are as extreme
     assert apart["tofu/forget_quality_log10"]["value"] == pytest.approx(math.log10(2) - math.log10(math.comb(600, 300)))
-
-
-@pytest.mark.parametrize(
-    ("values", "said"),
-    [
-        ({}, "0 values truth_ratio, tofu/forget10 has 8 questions"),
-        ({"truth_ratio": [1.0] * 7}, "7 values truth_ratio, tofu/forget10 has 8 questions"),
-        ({"truth_ratio": [1.0] * 8}, "0 values truth_ratio_arithmetic"),
-    ],
-)
-def test_a_reference_of_other_questions(
-    folder: Path, values: dict[str, list[float]], said: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Said before anything is measured."""
-    monkeypatch.setattr(tofu, "measure_set", None)
-    with pytest.raises(SrmuError, match=said):
-        tofu.run_tofu(pico(), asked(folder, reference=values))
 
 
 @pytest.mark.parametrize(

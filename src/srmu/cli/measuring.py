@@ -46,7 +46,6 @@ def eval_command(
     revision: Annotated[str, Option(help="Commit of a benchmark's data set.")] = "",
     oracle: options.Oracle = "",
     template: Annotated[str, Option(help="How a benchmark asks, with {question}.")] = "",
-    log: Annotated[Path | None, Option(help="Write its numbers, for a later --oracle.")] = None,
     device: options.Device = "auto",
     as_json: options.Json = False,
 ) -> None:
@@ -58,12 +57,10 @@ def eval_command(
 
     names = output.split_names(tasks)
     asked = [name for name in names if name.partition("/")[0] in BENCHMARKS]
-    if not asked and (data or revision or oracle or template or log):
+    if not asked and (data or revision or oracle or template):
         raise SrmuError(
-            f"--data, --revision, --oracle, --template and --log go with a benchmark: --tasks {', '.join(BENCHMARKS)}"
+            f"--data, --revision, --oracle and --template go with a benchmark: --tasks {', '.join(BENCHMARKS)}"
         )
-    if log and len(asked) > 1:
-        raise SrmuError(f"--log {log}: it holds one benchmark's numbers; name one in --tasks")
     scores: dict[str, dict[str, Any]] = {}  # before, after, oracle -> metric -> value, n, ...
     others = tuple(name for name in names if name not in asked)
     if others or not asked:
@@ -72,7 +69,7 @@ def eval_command(
             print_scores(scores, {"before": "before", "after": "after" if "before" in scores else "value"})
     for name in asked:
         told: dict[str, Any] = {"data": data, "revision": revision, "oracle": oracle, "template": template}
-        measured = score_benchmark(target, name, **told, limit=limit, device=device, log=log, watch=show_progress)
+        measured = score_benchmark(target, name, **told, limit=limit, device=device, watch=show_progress)
         if not as_json:
             titles = TITLES if "before" in measured else TITLES | {"after": "model"}
             shown = {titles[when]: measured[when] for when in titles if when in measured}
@@ -80,14 +77,12 @@ def eval_command(
             print_scores(measured, titles)
         scores = {when: scores.get(when, {}) | one for when, one in (scores | measured).items()}
     is_run = "before" in scores
-    lines = [f"wrote {log}"] if log else []
+    lines = []
     following: list[object] = ["unlearn", "--model", target, "--forget", "F", "--retain", "R"]
     if is_run:
         run = output.shorten_path(Path(target))
         lines.append(f"wrote the scores into {run}")
         following = ["report", run] if asked else ["export", run, "OUT"]
-    elif log:
-        following = ["eval", "RUN", "--tasks", asked[0], "--oracle", log]
     answer = scores if asked or is_run else scores["after"]
     output.print_result(answer, as_json, *lines, output.next_command(*following))
 

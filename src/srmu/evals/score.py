@@ -1,6 +1,5 @@
 """Score a model, or a run before and after, on tasks and benchmarks; results go into the run's folder."""
 
-import json
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -12,7 +11,6 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from srmu.engine import distributed, files, weights
-from srmu.engine.loading import read_config
 from srmu.engine.progress import Watch, choose_progress, ignore_progress
 from srmu.errors import SrmuError
 from srmu.evals import benchmarks, results
@@ -20,7 +18,6 @@ from srmu.evals.benchmarks import base
 from srmu.evals.lm_eval import evaluate
 from srmu.evals.results import Metrics, merge_results, metric_rows, plain_metrics
 from srmu.evals.subject import Subject
-from srmu.runs.plan import load_tokenizer
 from srmu.runs.run import OpenedModel, Run, open_target
 
 TITLES = {"before": "original", "after": "unlearned", "oracle": "oracle"}
@@ -91,25 +88,21 @@ def score_benchmark(
     oracle: str = "",
     limit: int | None = None,
     device: str = "auto",
-    log: Path | None = None,
     watch: Watch = ignore_progress,
 ) -> dict[str, Metrics]:
     """Measure a model folder, a hub id or a run on a suite (`tofu/forget05`): `{"after": metrics, ...}`.
 
     The data set is in the folder `data`, else in `suites/NAME` beside the model, else on the hub. Of a run also
-    `before`. `oracle` is a model that never saw the forget set, which then has metrics too, a log of one (.json), or
-    "none". A run's metrics are merged into its `results.json`. `log` is where the values of each question are written,
-    which can serve as another's `oracle`; they are numbers, no texts.
+    `before`. `oracle` is a model that never saw the forget set, which then has metrics too, or "none". A run's metrics
+    are merged into its `results.json`.
     """
     asked = {"data": data, "revision": revision, "template": template, "oracle": oracle, "limit": limit}
     suite, _ = benchmarks.find_benchmark(name)
-    if suite.oracle and not oracle and not log:
+    if suite.oracle and not oracle:
         raise SrmuError(
             f"--tasks {name}: {suite.oracle} needs a model that never saw the forget set: give --oracle MODEL, "
-            "or a log of one (srmu eval MODEL --tasks ... --log FILE.json), or --oracle none to leave it out"
+            "or --oracle none to leave it out"
         )
-    if log and not log.parent.is_dir():
-        raise SrmuError(f"--log {log}: there is no folder {log.parent}")
     opened = open_target(target, device)
     run, first = opened.run, name.partition("/")[0]
     beside = opened.base.parent / "suites" / first  # as in a testbed
@@ -118,28 +111,20 @@ def score_benchmark(
     request = pose_request(name, data, revision, template, limit)  # what is wrong shows before the work
     if run:
         results.load_results(run.folder)
-    marks = reference_marks(opened.base, name, request)
-    known, scores = {"values": None}, {}
-    if oracle.endswith(".json"):
-        known = read_log(Path(oracle), marks)
-    elif oracle not in ("", "none"):
+    scores = {}
+    if oracle not in ("", "none"):
         model = OpenedModel(weights.locate_model(oracle), None, device)
-        known = scores["oracle"] = measure_benchmark(model, None, name, request, watch)
-    request = replace(request, reference=known["values"])
+        scores["oracle"] = measure_benchmark(model, None, name, request, watch)
+        request = replace(request, reference=scores["oracle"]["values"])
     for when, state in {"before": None, "after": run}.items() if run else {"after": None}.items():
         scores[when] = measure_benchmark(opened, state, name, request, watch)
-        if "rows" in known and scores[when]["rows"] != known["rows"]:
-            raise SrmuError(f"--oracle {oracle}: its log was made from other rows than these")
-    after = scores["after"]
-    if log and distributed.is_first():
-        files.write_whole(log, files.format_json(marks | {"rows": after["rows"], "values": after["values"]}))
     if run and distributed.is_first():
         rows = []
         for when, one in scores.items():
             answers = {f"{first}/{key}": {"answers": results.write_answers(v)} for key, v in one["values"].items()}
             metrics = {key: entry | answers.get(key, {}) for key, entry in one["metrics"].items()}
             rows += metric_rows(metrics, when, benchmark=name)
-        merge_results(run.folder, rows, benchmarks={name: {"asked": asked, "rows": after["rows"]}})
+        merge_results(run.folder, rows, benchmarks={name: {"asked": asked, "rows": scores["after"]["rows"]}})
     return {when: one["metrics"] for when, one in scores.items()}
 
 
@@ -189,38 +174,6 @@ def measure_benchmark(
     code = [files.sha256(path) for path in sorted(Path(benchmarks.__file__).parent.glob("*.*"))]
     versions = [version(package) for package in ("transformers", "torch", "rouge-score", "lm-eval")]
     return dict(files.cached("suites", [mark, own, asked, code, versions], measure, together=True))
-
-
-def reference_marks(folder: Path, name: str, request: base.BenchmarkRequest) -> dict[str, Any]:
-    """What two models must have in common for the log of one to serve the other."""
-    config, tokenizer = read_config(folder), load_tokenizer(folder)
-    shape = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
-    modules = ("base", name.partition("/")[0])
-    code = files.sha256(*(Path(benchmarks.__file__).with_name(f"{module}.py") for module in modules))
-    return {
-        "suite": name,
-        "model": {key: getattr(config, key, None) for key in shape},
-        "tokenizer": files.sha256(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode())[:16],
-        "template": request.template or tokenizer.chat_template or "",
-        "limit": request.limit,
-        "srmu": f"{version('srmu')}, {code[:16]}",
-    }
-
-
-def read_log(path: Path, marks: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of an oracle that was measured before, and which rows; SrmuError if of another."""
-    again = (
-        f"make one of a model that never saw the forget set: srmu eval MODEL --tasks {marks['suite']} --log FILE.json"
-    )
-    try:
-        log = files.read_json(path)
-        known = {"values": log["values"], "rows": log["rows"]}
-        other = [name for name in marks if log[name] != marks[name]]
-    except (SrmuError, KeyError, TypeError) as error:
-        raise SrmuError(f"--oracle {path} is not a log ({type(error).__name__}); {again}") from error
-    if other:
-        raise SrmuError(f"--oracle {path} is of another {', '.join(other)}; {again}")
-    return known
 
 
 def benchmark_table(suite: base.Benchmark, shown: Mapping[str, base.Metrics]) -> list[dict[str, str]]:

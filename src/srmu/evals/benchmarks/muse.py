@@ -22,12 +22,13 @@ KINDS = ("min40_forget", "min40_holdout")
 
 def run_muse(model: Subject, request: base.BenchmarkRequest) -> base.BenchmarkScores:
     """MUSE's numbers of one model (arXiv 2407.06460, section 3), each a share; docs/benchmarks.md defines them."""
-    known = read_oracle(request)
+    if request.reference and measure_membership(request.reference) == 1:
+        raise SrmuError("PrivLeak has no value: the oracle tells all forget texts from hold-out; name another")
     values: base.Values = {}
     for kind in KINDS:
         rows = request.rows("privleak", kind.removeprefix("min40_"), {"text": base.Text})
         values[kind] = score_min_k(model, kind, [row["text"] for row in rows])
-    metrics = measure_privacy(values, known)
+    metrics = measure_privacy(values, request.reference)
     values["verbmem_f"] = measure_verbatim(model, request)
     values["knowmem_f"] = measure_answers(model, request, "forget")
     values["knowmem_r"] = measure_answers(model, request, "retain")
@@ -35,23 +36,8 @@ def run_muse(model: Subject, request: base.BenchmarkRequest) -> base.BenchmarkSc
     return base.BenchmarkScores(metrics, values)
 
 
-def read_oracle(request: base.BenchmarkRequest) -> base.Values | None:
-    """The Min-40 % scores of the model that never saw the forget set, if there is one."""
-    if request.reference is None:
-        return None
-    known = {kind: [*request.reference.get(kind, ())] for kind in KINDS}
-    if missing := [kind for kind in KINDS if not known[kind]]:
-        raise SrmuError(
-            f"the reference has no values {missing[0]}: "
-            "measure a model that never saw the forget set on this suite and part"
-        )
-    if measure_membership(known) == 1:
-        raise SrmuError("PrivLeak has no value: the reference tells all forget texts from hold-out; name another")
-    return known
-
-
 def measure_privacy(own: base.Values, known: base.Values | None) -> base.Metrics:
-    """AUC and, against the reference, PrivLeak in both orientations."""
+    """AUC and, against a model that never saw the forget set, PrivLeak in both orientations."""
     auc = measure_membership(own)
     metrics = {"auc": auc}
     if known:

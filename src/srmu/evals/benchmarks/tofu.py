@@ -1,12 +1,11 @@
 """TOFU: has a model forgotten some made-up authors, but not others and real ones?"""
 
 from collections.abc import Sequence
-from math import log, log10
+from math import log10
 from warnings import catch_warnings
 
 import numpy as np
 
-from srmu.errors import SrmuError
 from srmu.evals.benchmarks import base
 from srmu.evals.subject import Subject
 
@@ -24,14 +23,10 @@ SETS = {
 MADE_UP = ("forget", "retain")  # these have the answer in other words
 UTILITY = ("retain", "real_authors", "world_facts")
 FIELDS: base.Fields = {"question": base.Text, "answer": base.Text, "perturbed_answer": base.Texts}
-FORKS = ("", "_arithmetic")  # how the truth ratio averages wrong answers
 
 
 def run_tofu(model: Subject, request: base.BenchmarkRequest) -> base.BenchmarkScores:
-    """TOFU's numbers (arXiv 2401.06121, section 2.2), each a share, as in the authors' code; see docs/benchmarks.md.
-
-    With the suffix `_arithmetic`, wrong answers are averaged as in the paper's equation, else geometrically.
-    """
+    """TOFU's numbers (arXiv 2401.06121, section 2.2), each a share, as in the authors' code; see docs/benchmarks.md."""
     from scipy.stats import hmean
 
     part = request.part or "forget10"
@@ -39,47 +34,36 @@ def run_tofu(model: Subject, request: base.BenchmarkRequest) -> base.BenchmarkSc
     for name, config in SETS.items():
         fields = FIELDS | ({"paraphrased_answer": base.Text} if name in MADE_UP else {})
         rows[name] = request.rows(config.format(part=part), "train", fields)[:MOST]
-    known = request.reference
-    for fork in FORKS:
-        count = len(rows["forget"] if known is None else known.get(f"truth_ratio{fork}", ()))
-        if count != len(rows["forget"]):
-            asked = f"tofu/{part} has {len(rows['forget'])} questions: measure it on the same rows"
-            raise SrmuError(f"the reference has {count} values truth_ratio{fork}, {asked}")
     sets = {name: measure_set(model, request, name, some) for name, some in rows.items()}
-    metrics: base.Metrics = {}
+    values = {"truth_ratio": sets["forget"]["truth_ratio"]}
     for name, numbers in sets.items():
-        for key, each in numbers.items():
-            if key.startswith("truth_ratio"):
-                each = [min(r, 1 / r) if name == "forget" else max(0.0, 1 - r) for r in each]
-            metrics[f"tofu/{name}/{key}"] = base.mean_metric(each)
-    values = {f"truth_ratio{fork}": sets["forget"][f"truth_ratio{fork}"] for fork in FORKS}
-    for fork in FORKS:
-        keys = ("probability", "rouge", f"truth_ratio{fork}")
-        nine = [metrics[f"tofu/{name}/{key}"]["value"] for name in UTILITY for key in keys]
-        count = sum(len(rows[name]) for name in UTILITY)
-        metrics[f"tofu/model_utility{fork}"] = {"value": float(hmean(nine)), "n": float(count)}
-        if known:
-            metrics |= measure_forget_quality(values[f"truth_ratio{fork}"], known[f"truth_ratio{fork}"], fork)
+        ratios = numbers["truth_ratio"]
+        numbers["truth_ratio"] = [min(r, 1 / r) if name == "forget" else max(0.0, 1 - r) for r in ratios]
+    metrics = {f"tofu/{name}/{key}": base.mean_metric(each) for name in sets for key, each in sets[name].items()}
+    keys = ("probability", "rouge", "truth_ratio")
+    nine = [metrics[f"tofu/{name}/{key}"]["value"] for name in UTILITY for key in keys]
+    count = sum(len(rows[name]) for name in UTILITY)
+    metrics["tofu/model_utility"] = {"value": float(hmean(nine)), "n": float(count)}
+    if request.reference:
+        metrics |= measure_forget_quality(values["truth_ratio"], request.reference["truth_ratio"])
     return base.BenchmarkScores(metrics, values)
 
 
 def measure_set(model: Subject, request: base.BenchmarkRequest, name: str, rows: Sequence[base.Row]) -> base.Values:
-    """Of each question of a set: probability and ROUGE of its answer, and R by each fork."""
+    """Of each question of a set: probability and ROUGE of its answer, and R, wrong answers averaged geometrically."""
     right = "paraphrased_answer" if name in MADE_UP else "answer"
     prompts = [base.prompt_of(model, row["question"], request.template) for row in rows]
     options = []
     for prompt, row in zip(prompts, rows, strict=True):
         texts = [row["answer"], row[right], *row["perturbed_answer"]]
         options.append((split_space(prompt, "")[0], [split_space(prompt, text)[1] for text in texts]))
-    read = base.option_likelihoods(model, options, label=f"tofu {name} likelihoods")
-    values: base.Values = {key: [] for key in ("probability", *(f"truth_ratio{fork}" for fork in FORKS))}
-    for each in read:
+    values: base.Values = {"probability": [], "truth_ratio": []}
+    for each in base.option_likelihoods(model, options, label=f"tofu {name} likelihoods"):
         # arXiv 2401.06121, P(a | q) = p(a | q) ** (1 / |a|), here its logarithm
         answer, truth, *wrong = (logp / tokens for logp, tokens in each)
         total = 0.0 if name in MADE_UP else float(np.logaddexp.reduce([answer, *wrong]))
         values["probability"].append(float(np.exp(answer - total)))
-        for fork, ratio in zip(FORKS, measure_ratios(truth, wrong), strict=True):
-            values[f"truth_ratio{fork}"].append(float(np.exp(np.clip(ratio, -BOUND, BOUND))))
+        values["truth_ratio"].append(float(np.exp(np.clip(float(np.mean(wrong)) - truth, -BOUND, BOUND))))
     starts = [start for start, _ in options]
     written = base.write_continuations(model, starts, NEW_TOKENS, label=f"tofu {name} answers")
     values["rouge"] = base.rouge_scores("recall", written, [row["answer"] for row in rows], use_stemmer=True)
@@ -92,14 +76,7 @@ def split_space(prompt: str, answer: str) -> tuple[str, str]:
     return start, (prompt[len(start) :] or ("" if start[-1:].isspace() else " ")) + answer
 
 
-def measure_ratios(truth: float, wrong: Sequence[float]) -> tuple[float, float]:
-    """log R by each of FORKS, of log P: wrong answers' geometric and arithmetic mean by the truth."""
-    # arXiv 2401.06121, equation 1 has the arithmetic one
-    arithmetic = float(np.logaddexp.reduce(wrong)) - log(len(wrong))
-    return float(np.mean(wrong)) - truth, arithmetic - truth
-
-
-def measure_forget_quality(own: Sequence[float], other: Sequence[float], fork: str = "") -> base.Metrics:
+def measure_forget_quality(own: Sequence[float], other: Sequence[float]) -> base.Metrics:
     """p, log10 p and D of a Kolmogorov-Smirnov test of two models' truth ratios."""
     from scipy.stats import ks_2samp
 
@@ -107,4 +84,4 @@ def measure_forget_quality(own: Sequence[float], other: Sequence[float], fork: s
         test = ks_2samp(own, other)
     p, count = float(test.pvalue), float(len(own))
     parts = {"": p, "_log10": log10(max(p, 1e-300)), "_ks": float(test.statistic)}
-    return {f"tofu/forget_quality{part}{fork}": {"value": value, "n": count} for part, value in parts.items()}
+    return {f"tofu/forget_quality{part}": {"value": value, "n": count} for part, value in parts.items()}
