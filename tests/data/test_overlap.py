@@ -2,7 +2,7 @@ from itertools import pairwise
 
 import pytest
 
-from srmu.data.overlap import measure_contamination, measure_coverage, measure_overlap, ngram_overlap
+from srmu.data.overlap import measure_contamination, measure_coverage, measure_jaccard, ngram_overlap
 from srmu.errors import SrmuError
 from srmu.testbed.world import Size, create_closed
 
@@ -10,32 +10,25 @@ from srmu.testbed.world import Size, create_closed
 def test_a_hand_example():
     forget = ["a b a", "c a"]  # a 3, b 1, c 1; ab, ba, ca
     retain = ["A b d", "c"]  # a, b, c, d; ab, bd
-    assert measure_overlap(forget, retain, 1) == {"jaccard": 3 / 4, "forget_types": 1, "forget_tokens": 1}
-    assert measure_overlap(forget, retain, 2) == pytest.approx(
-        {"jaccard": 1 / 4, "forget_types": 1 / 3, "forget_tokens": 1 / 3}
-    )
-
-
-def test_occurrences_count_in_tokens_only():
-    assert measure_overlap(["a a a b"], ["a c"], 1) == pytest.approx(
-        {"jaccard": 1 / 3, "forget_types": 1 / 2, "forget_tokens": 3 / 4}
-    )
+    assert measure_jaccard(forget, retain, 1) == 3 / 4
+    assert measure_jaccard(forget, retain, 2) == 1 / 4
+    assert measure_jaccard(["a a a b"], ["a c"], 1) == 1 / 3  # types, not occurrences
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])
 def test_identical_and_disjoint(n):
     texts = ["the red fox runs", "a b c d e"]
-    assert set(measure_overlap(texts, texts, n).values()) == {1}
-    assert set(measure_overlap(texts, ["u v w x y"], n).values()) == {0}
+    assert measure_jaccard(texts, texts, n) == 1
+    assert measure_jaccard(texts, ["u v w x y"], n) == 0
 
 
 def test_no_ngram_crosses_two_documents():
-    assert measure_overlap(["a b", "c d"], ["b c"], 2)["forget_types"] == 0
+    assert measure_jaccard(["a b", "c d"], ["b c"], 2) == 0
 
 
 def test_texts_too_short_share_nothing():
-    assert set(measure_overlap(["a"], ["a"], 2).values()) == {0}
-    assert set(measure_overlap([], [], 1).values()) == {0}
+    assert measure_jaccard(["a"], ["a"], 2) == 0
+    assert measure_jaccard([], [], 1) == 0
 
 
 def test_pairs_by_hand():
@@ -48,8 +41,8 @@ def test_pairs_by_hand():
     many = ngram_overlap(forget, retain, "pair_multiset")
     assert many["unigram"] == pytest.approx((2 / 3 + 1 / 3) / 4)
     whole = ngram_overlap(forget, retain, "corpus_jaccard")
-    assert whole["unigram"] == measure_overlap(forget, retain, 1)["jaccard"]
-    assert whole["bigram"] == measure_overlap(forget, retain, 2)["jaccard"]
+    assert whole["unigram"] == measure_jaccard(forget, retain, 1)
+    assert whole["bigram"] == measure_jaccard(forget, retain, 2)
     assert whole["pairs"] is whole["seed"] is None
 
 

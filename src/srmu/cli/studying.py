@@ -99,8 +99,8 @@ def testbed_command(
         out, seed=seed, entanglement=entanglement, oracle=with_oracle, watch=show_progress, world=world
     )
     lines = [
-        f"overlap of forget with {name.replace('/', ', ')}s: {values['jaccard']:.1%} of types"
-        for name, values in report["overlap"].items()
+        f"overlap of forget with {name.replace('/', ', ')}s: {share:.1%} of types"
+        for name, share in report["overlap"].items()
     ]
     for name in [name for name in ("model", "oracle") if name in report]:
         scores = ", ".join(f"{k} {v:.1%}" for k, v in report[name]["accuracy"].items())

@@ -88,10 +88,7 @@ class Names:
         return tuple(items)
 
     def draw_namings(self, template: Template, count: int, generator: torch.Generator) -> list[Naming]:
-        """`count` namings of a template: its own, then others at random.
-
-        Different names stay different, and each stays of its kind.
-        """
+        """`count` namings of a template: its own, then others at random; names stay different, and of their kind."""
         own = names_in(template)
         namings = [{name: name for name in own} for _ in range(count)]
         for naming in namings[1:]:
@@ -113,27 +110,27 @@ class Names:
 
 def read_names(path: str, option: str = "names") -> list[str]:
     """The names in a file, one a line; SrmuError saying what is wrong with it."""
+    where = f"method.{option}={path}"
     if not path.endswith(".txt"):
-        raise SrmuError(f"method.{option}={path}: expected a .txt file with a name on each line")
+        raise SrmuError(f"{where}: expected a .txt file with a name on each line")
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except FileNotFoundError:
+        raise SrmuError(f"{where}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
-        why = "no such file" if isinstance(error, FileNotFoundError) else first_line(error)
-        raise SrmuError(f"method.{option}={path}: {why}") from None
+        raise SrmuError(f"{where}: {first_line(error)}") from None
     names = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
     if len(names) < FEWEST:
-        raise SrmuError(
-            f"method.{option}={path}: {len(names)} names; {FEWEST} or more are needed, one on each "
-            "line, because each is replaced by the others"
-        )
+        why = "one on each line, because each is replaced by the others"
+        raise SrmuError(f"{where}: {len(names)} names; {FEWEST} or more are needed, {why}")
     return names
 
 
 def find_names(forget: Sequence[str], retain: Sequence[str] = ()) -> list[str]:
     """Guess the names in forget texts, most frequent first; a person should review them.
 
-    Words with a capital inside a sentence, joined where several stand together; in texts without
-    capitals, words that are rare in retain texts. SrmuError where there are too few.
+    Words with a capital inside a sentence, joined where several stand together; in texts without capitals, words that
+    are rare in retain texts. SrmuError where there are too few.
     """
     names = [name for name, count in count_proper_names(forget).most_common() if count >= OFTEN]
     if len(names) < FEWEST:
@@ -148,18 +145,13 @@ def find_names(forget: Sequence[str], retain: Sequence[str] = ()) -> list[str]:
             and spread[word] <= len(forget) / 5  # what all texts have is the topic's, not a name
         ]
     if len(names) < FEWEST:
-        raise SrmuError(
-            "no names were found in the forget texts; write them to a file, one on each line, and "
-            "give it as method.names=names.txt"
-        )
+        advice = "write them to a file, one on each line, and give it as method.names=names.txt"
+        raise SrmuError(f"no names were found in the forget texts; {advice}")
     return names
 
 
 def count_proper_names(texts: Sequence[str]) -> Counter[str]:
-    """How often each run of capitalised words occurs.
-
-    The first word of a sentence counts if it also has a capital inside some sentence.
-    """
+    """How often runs of capitalised words occur, those that only begin sentences left out."""
     sentences = [part for text in texts for part in SENTENCE.split(text)]
     inside = {w for part in sentences for w in WORD.findall(part)[1:] if w[0].isupper()}
     counts: Counter[str] = Counter()

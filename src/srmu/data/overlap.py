@@ -2,6 +2,7 @@
 
 import random
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, get_args
 
 from srmu.errors import SrmuError, suggest_word
@@ -20,26 +21,16 @@ was we were what when where whether which while who whom whose why will with wit
 STOP_WORDS = frozenset(COMMON.split())
 
 
-def measure_overlap(forget: list[str], retain: list[str], n: int) -> dict[str, float]:
-    """Compare the n-grams of lower-case, whitespace-separated words; none crosses two documents.
-
-    Fractions in 0-1: `jaccard`, shared types among all types; `forget_types`, the share of forget
-    types that occur in the retain corpus; `forget_tokens`, the same with each occurrence counted.
-    An empty denominator gives 0.
-    """
+def measure_jaccard(forget: list[str], retain: list[str], n: int) -> float:
+    """The share of the n-grams of two corpora that both have; none crosses two documents, and of none it is 0."""
     left, right = (count_grams([text.lower().split() for text in texts], n) for texts in (forget, retain))
-    shared = left.keys() & right.keys()
-    return {
-        "jaccard": len(shared) / max(1, len(left.keys() | right.keys())),
-        "forget_types": len(shared) / max(1, len(left)),
-        "forget_tokens": sum(left[gram] for gram in shared) / max(1, left.total()),
-    }
+    return len(left.keys() & right.keys()) / max(1, len(left.keys() | right.keys()))
 
 
 def measure_coverage(forget: list[str], retain: list[str]) -> float:
-    """The share of the forget set's different words, without English stop words, in the retain set.
+    """The share of the forget set's different words, lower-case and without STOP_WORDS, in the retain set.
 
-    It never falls when texts are added to the retain set. Words are lower-case.
+    It never falls when texts are added to the retain set.
     """
     left, right = ({*" ".join(texts).lower().split()} - STOP_WORDS for texts in (forget, retain))
     return len(left & right) / max(1, len(left))
@@ -48,10 +39,8 @@ def measure_coverage(forget: list[str], retain: list[str]) -> float:
 def ngram_overlap(forget: list[str], retain: list[str], definition: Definition = "pair_containment") -> dict[str, Any]:
     """The overlap of two sets of texts in uni- and bigrams, in 0-1, with the settings that decide it.
 
-    `pair_containment` is the mean over pairs of a forget and a retain document of |shared types| /
-    |forget types|; `pair_multiset` is the same with every occurrence counted; `corpus_jaccard`
-    compares the types of the two whole sets. The pairs are different, and their forget documents have
-    an n-gram.
+    `pair_containment` is the mean over pairs of a forget and a retain document of |shared types| / |forget types|;
+    `pair_multiset` is the same with every occurrence counted; `corpus_jaccard` compares the types of the whole sets.
     """
     if definition not in (known := get_args(Definition)):
         raise SrmuError(f"overlap {definition!r} does not exist{suggest_word(definition, known)}")
@@ -63,7 +52,7 @@ def ngram_overlap(forget: list[str], retain: list[str], definition: Definition =
     answer |= {"lower": True, "tokeniser": "words", "stop_words": "none", "truncation": None}
     for n, name in ((1, "unigram"), (2, "bigram")):
         if definition == "corpus_jaccard":
-            answer[name] = measure_overlap(forget, retain, n)["jaccard"]
+            answer[name] = measure_jaccard(forget, retain, n)
         else:
             shares = compare_pairs(forget, retain, n, counted=definition == "pair_multiset")
             answer |= {name: sum(shares) / max(1, len(shares)), "pairs": len(shares), "seed": SEED}
@@ -71,7 +60,7 @@ def ngram_overlap(forget: list[str], retain: list[str], definition: Definition =
 
 
 def compare_pairs(forget: list[str], retain: list[str], n: int, *, counted: bool) -> list[float]:
-    """How much of each drawn forget document its retain document contains."""
+    """How much of each drawn forget document, of those with an n-gram, its retain document contains."""
     rows = [row for text in forget if len(row := text.lower().split()) >= n]
     total = len(rows) * len(retain)
     shares = []
@@ -86,41 +75,32 @@ def compare_pairs(forget: list[str], retain: list[str], n: int, *, counted: bool
 def measure_contamination(questions: list[tuple[str, str, str]], texts: list[str]) -> dict[str, float]:
     """The share of questions, (prompt, answer, subject), that a set of texts gives away.
 
-    `copied`: `n` (8) words in a row of prompt and right answer (all of them where there are fewer)
-    occur in a text; `stated`: the answer and the subject occur in one text, whole words each;
-    `either`. An unknown subject is "": then nothing is stated. Case and the marks around a word
-    do not count.
+    `copied`: `n` (8) words in a row of prompt and right answer (all of them where there are fewer) occur in a text;
+    `stated`: the answer and the subject occur in one text, whole words each; `either`. An unknown subject is "": then
+    nothing is stated. Case and the marks around a word do not count.
     """
-    documents = [plain_words(text) for text in texts]
     rows = [plain_words(f"{prompt} {answer}") for prompt, answer, _ in questions]
-    sizes = [min(COPIED, len(row)) for row in rows]
-    known = {size: count_grams(documents, size) for size in {*sizes}}
-    copied = [
-        not known[size].keys().isdisjoint(count_grams([row], size)) for row, size in zip(rows, sizes, strict=True)
-    ]
+    copies = [[*list_grams(row, min(COPIED, len(row)))] for row in rows]
     spans = [(plain_words(answer), plain_words(subject)) for _, answer, subject in questions]
-    places: dict[tuple[str, ...], set[int]] = {span: set() for pair in spans for span in pair}
-    lengths = {len(span) for span in places}
-    for i, document in enumerate(documents):
-        for size in lengths:
-            for gram in count_grams([document], size).keys() & places.keys():
+    places: dict[tuple[str, ...], set[int]] = {gram: set() for grams in (*copies, *spans) for gram in grams}
+    sizes = {len(gram) for gram in places}
+    for i, words in enumerate(map(plain_words, texts)):
+        for size in sizes:
+            for gram in places.keys() & {*list_grams(words, size)}:
                 places[gram].add(i)
+    copied = [any(places[gram] for gram in grams) for grams in copies]
     stated = [bool(places[answer] & places[subject]) for answer, subject in spans]
-    return {
-        "copied": sum(copied) / len(rows),
-        "stated": sum(stated) / len(rows),
-        "either": sum(map(max, copied, stated)) / len(rows),
-        "questions": len(rows),
-        "n": COPIED,
-    }
+    shares = {"copied": copied, "stated": stated, "either": [*map(max, copied, stated)]}
+    return {name: sum(marks) / len(rows) for name, marks in shares.items()} | {"questions": len(rows), "n": COPIED}
 
 
-def count_grams(documents: list[Any], n: int) -> Counter[tuple[str, ...]]:
-    """How often each n-gram occurs in documents of words; there are none of 0 words."""
-    counts: Counter[tuple[str, ...]] = Counter()
-    for row in documents:
-        counts.update(zip(*(row[i:] for i in range(n)), strict=False))
-    return counts
+def count_grams(documents: list[list[str]], n: int) -> Counter[tuple[str, ...]]:
+    return Counter(gram for words in documents for gram in list_grams(words, n))
+
+
+def list_grams(words: Sequence[str], n: int) -> Iterator[tuple[str, ...]]:
+    """The n-grams of words; there are none of 0 words."""
+    return zip(*(words[i:] for i in range(n)), strict=False)
 
 
 def plain_words(text: str) -> tuple[str, ...]:

@@ -21,13 +21,11 @@ BAD_BYTE = re.compile("[\udc80-\udcff]")  # how Python escapes a byte that is no
 class Source:
     """Where texts come from: a file or glob (`path`), or a data set of the hub (`dataset`).
 
-    A `template` like "[INST] {question} [/INST]{answer}" makes a text of several columns. Losses
-    count only what follows from its last column on; the tokens before have the label -100, as
-    TOFU's code trains on answers after their questions (arXiv 2401.06121, data_module.py). Methods
-    that work on activations steer and hold those tokens only. `where` takes only the rows that
-    have these values. `wrap` joins all texts, a blank line between them, and cuts them into pieces
-    of exactly max_length tokens, as MUSE's code does (arXiv 2407.06460, baselines/dataset.py);
-    without it, each text is cut at max_length and loses its rest.
+    A `template` like "[INST] {question} [/INST]{answer}" makes a text of several columns. Losses, and methods that work
+    on activations, count only what follows from its last column on; the tokens before have the label -100, as TOFU's
+    code trains on answers after their questions (arXiv 2401.06121, data_module.py). `where` takes only the rows that
+    have these values. `wrap` joins all texts and cuts them into pieces of exactly max_length tokens, as MUSE's code
+    does (arXiv 2407.06460, baselines/dataset.py); without it, each text is cut at max_length and loses its rest.
     """
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
@@ -48,14 +46,18 @@ class Source:
             raise SrmuError("a text source takes one of path (files) or dataset (a hub id)")
         if self.path and (self.name or self.revision or self.split != "train"):
             raise SrmuError(f"name, split and revision do not apply to the file {self.path}")
-        if self.template is not None and self.column != "text":
-            raise SrmuError(f"{self.place}: a text source takes one of column and template")
-        if self.template is not None and not COLUMN.search(self.template):
-            raise SrmuError(
-                f"{self.place}: template {self.template!r} has no column; name one in braces: '{{question}} {{answer}}'"
-            )
-        if self.template and self.wrap:
-            raise SrmuError(f"{self.place}: wrap would part answers from their questions; leave out wrap or template")
+        if self.template is None:
+            return
+        for fault, message in (
+            (self.column != "text", "a text source takes one of column and template"),
+            (
+                not COLUMN.search(self.template),
+                f"template {self.template!r} has no column; name one in braces: '{{q}} {{a}}'",
+            ),
+            (self.wrap, "wrap would part answers from their questions; leave out wrap or template"),
+        ):
+            if fault:
+                raise SrmuError(f"{self.place}: {message}")
 
     @property
     def place(self) -> str:
@@ -79,7 +81,6 @@ class RowSource(Source):
 class TemplatedText(str):
     """A text made by a template; losses count it from the character `start` on."""
 
-    __slots__ = ("start",)
     start: int
 
 
@@ -89,18 +90,11 @@ def read_texts(sources: list[Source]) -> list[str]:
 
 
 def read_counted(source: Source) -> tuple[list[str], int]:
-    """All texts of a source, and the number of rows that were left out as they hold no text.
-
-    SrmuError where these are many: then the file or the column is the wrong one.
-    """
+    """All texts of a source, and the number of rows left out as they hold no text: many are a wrong file or column."""
     texts: list[str] = []
     bad: list[SrmuError] = []  # what is wrong with the rows that are left out
-    seen: dict[str, set[str]] = {column: set() for column in source.where}  # values, until a row is taken
     count = 0
-    for place, row in read_rows(source):
-        count += 1
-        for column in seen if isinstance(row, dict) and not texts else ():
-            seen[column].add(str(row.get(column)))
+    for count, (place, row) in enumerate(read_rows(source), 1):
         try:
             texts += read_row(source, row, place)
         except SrmuError as error:
@@ -112,15 +106,17 @@ def read_counted(source: Source) -> tuple[list[str], int]:
     if len(bad) > MOST_BAD * count:
         raise SrmuError(f"{len(bad)} of {count} rows are no texts, more than {MOST_BAD:.0%}; the first: {bad[0]}")
     if source.where and not texts:
-        raise explain_empty(source, seen)
+        raise explain_empty(source)
     return texts, len(bad)
 
 
-def explain_empty(source: Source, seen: dict[str, set[str]]) -> SrmuError:
+def explain_empty(source: Source) -> SrmuError:
     """The error for a `where` that leaves out all rows, with the values there are."""
+    rows = [row for _, row in read_rows(source) if isinstance(row, dict)]
     for column, value in source.where.items():
-        known = sorted(text for text in seen[column] if len(text) <= SHOWN)
-        if str(value) not in seen[column]:
+        seen = {str(row.get(column)) for row in rows}
+        if str(value) not in seen:
+            known = sorted(text for text in seen if len(text) <= SHOWN)
             hint = suggest_word(str(value), known) if known else ""
             if len(hint) > 4 * SHOWN:
                 hint = f"; the first of its {len(known)} values is {known[0]}"
@@ -190,9 +186,9 @@ def parse_file(path: Path, source: Source) -> Iterator[tuple[str, Any]]:
         with path.open(encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    yield f"{path}:{number}", parse_json(line, f"{path}:{number}")
+                    yield f"{path}:{number}", parse_json(line.strip(), path, number)
     elif suffix == ".json":
-        listed = parse_json(path.read_text(encoding="utf-8-sig"), str(path), several_lines=True)
+        listed = parse_json(path.read_text(encoding="utf-8-sig"), path)
         if isinstance(listed, SrmuError):
             raise listed
         if not isinstance(listed, list):
@@ -237,10 +233,8 @@ def read_hub(source: Source) -> Iterator[tuple[str, Any]]:
     try:
         table = load_dataset(source.dataset, source.name, split=source.split, revision=source.revision)
     except Exception as error:  # datasets raises many kinds; the user can mend each
-        raise SrmuError(
-            f"data set {source.dataset} cannot be loaded: {first_line(error)}; a gated set needs "
-            "`hf auth login`, a local copy goes in as path: file.jsonl"
-        ) from error
+        advice = "a gated set needs `hf auth login`, a local copy goes in as path: file.jsonl"
+        raise SrmuError(f"data set {source.dataset} cannot be loaded: {first_line(error)}; {advice}") from error
     if missing := [column for column in source.columns if column not in table.column_names]:
         found = ", ".join(table.column_names)
         raise SrmuError(f"data set {source.dataset} has no column {missing[0]!r}; found {found}")
@@ -250,15 +244,15 @@ def read_hub(source: Source) -> Iterator[tuple[str, Any]]:
             yield f"{source.dataset} row {number}", row
 
 
-def parse_json(text: str, place: str, several_lines: bool = False) -> Any:
-    """One JSON value, or the error that says where it is malformed."""
+def parse_json(text: str, path: Path, line: int = 1) -> Any:
+    """A JSON value that begins on that line of a file, or the error that says where it is malformed."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        reason, line = error.msg, f":{error.lineno}" if several_lines else ""
+        reason, line = error.msg, line + error.lineno - 1
     except (ValueError, RecursionError):
-        reason, line = "nested too deeply, or a number too long", ""
-    return SrmuError(f'{place}{line}: not JSON ({reason}); expected {{"text": "..."}}')
+        reason = "nested too deeply, or a number too long"
+    return SrmuError(f'{path}:{line}: not JSON ({reason}); expected {{"text": "..."}}')
 
 
 def read_cell(row: dict[str, Any], column: str, place: str) -> Any:

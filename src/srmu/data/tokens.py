@@ -21,15 +21,13 @@ def tokenise_texts(texts: Sequence[str], tokenizer: Any, max_length: int) -> lis
 def encode_texts(texts: Sequence[str], tokenizer: Any, max_length: int) -> list[tuple[list[int], int]]:
     """Token ids of each text, with the number of first tokens that losses leave out.
 
-    Of a template's text, losses count the tokens from the first one on that holds a part of its
-    last column; a text that is cut before that is too short.
+    Of a template's text, losses count the tokens from the first one on that holds a part of its last column; a text
+    that is cut before that is too short.
     """
     starts: list[int] = [getattr(text, "start", 0) for text in texts]  # of a TemplatedText
     if any(starts) and not tokenizer.is_fast:
-        raise SrmuError(
-            "a template needs a tokenizer that knows where its tokens are in a text: a fast one, "
-            "with a tokenizer.json; or leave the template out and name a column"
-        )
+        advice = "take one with a tokenizer.json, or leave the template out and name a column"
+        raise SrmuError(f"a template needs a tokenizer that knows where its tokens are in a text: {advice}")
     encoded = tokenizer(list(texts), truncation=True, max_length=max_length, return_offsets_mapping=any(starts))
     refuse_second_bos(encoded["input_ids"], tokenizer)
     special = set(tokenizer.all_special_ids)
@@ -44,19 +42,16 @@ def encode_texts(texts: Sequence[str], tokenizer: Any, max_length: int) -> list[
 
 
 def wrap_texts(texts: Sequence[str], tokenizer: Any, max_length: int, place: str = "texts") -> list[list[int]]:
-    """All texts, a blank line between them, in pieces of exactly `max_length` tokens.
+    """All texts, a blank line between them, in pieces of exactly `max_length` tokens, each after a BOS token if any.
 
-    Each begins with the BOS token if the tokenizer adds one. The last piece is filled up with the
-    start of the first (arXiv 2407.06460, load_data.py and baselines/dataset.py).
+    The last is filled up with the start of the first (arXiv 2407.06460, load_data.py and baselines/dataset.py).
     """
     ids = tokenizer("\n\n".join(texts), add_special_tokens=False)["input_ids"]
     bos = [i for i in tokenizer("")["input_ids"] if i == tokenizer.bos_token_id][:1]
     size = max_length - len(bos)
     if len(ids) < size:
-        raise SrmuError(
-            f"{place}: all texts together are {len(ids)} tokens, too few for a piece of "
-            f"{max_length}; lower max_length, or leave out wrap"
-        )
+        short = f"all texts together are {len(ids)} tokens, too few for a piece of {max_length}"
+        raise SrmuError(f"{place}: {short}; lower max_length, or leave out wrap")
     rows = [bos + ids[at : at + size] for at in range(0, len(ids), size)]
     rows[-1] = (rows[-1] + rows[0])[:max_length]
     refuse_second_bos(rows, tokenizer)
@@ -67,9 +62,8 @@ def refuse_second_bos(rows: Sequence[Sequence[int]], tokenizer: Any) -> None:
     """SrmuError where a row begins with two BOS tokens."""
     bos = tokenizer.bos_token_id
     if bos is not None and any([*row[:2]] == [bos, bos] for row in rows):
-        raise SrmuError(
-            f"texts begin with {tokenizer.bos_token}, and the tokenizer adds it again; take it out of the texts"
-        )
+        begin = f"texts begin with {tokenizer.bos_token}"
+        raise SrmuError(f"{begin}, and the tokenizer adds it again; take it out of the texts")
 
 
 def batch_rows(
@@ -77,8 +71,8 @@ def batch_rows(
 ) -> Iterator[Batch]:
     """Batches of rows, in order.
 
-    `mask` pads right and counts real tokens only; `count` pads left and counts the padding too, as
-    the public RMU code does. `before`: how many of each row's first tokens losses leave out.
+    `mask` pads right and counts real tokens only; `count` pads left and counts the padding too, as the public RMU code
+    does. `before`: how many of each row's first tokens losses leave out.
     """
     stack = partial(pad_sequence, batch_first=True, padding_side="right" if padding == "mask" else "left")
     for start in range(0, len(rows), batch_size):
@@ -97,6 +91,4 @@ def pad_id(tokenizer: Any) -> int:
     for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if token is not None:
             return int(token)
-    raise SrmuError(
-        "the tokenizer has neither a pad nor an eos token; set pad_token in the model's tokenizer_config.json"
-    )
+    raise SrmuError("the tokenizer has neither a pad nor an eos token: set pad_token in its tokenizer_config.json")

@@ -61,9 +61,8 @@ def load_topic(name: str, config: TopicConfig, tokenizer: Any, train: TrainOptio
     if not forget:
         raise SrmuError(f"topic {name}: no forget texts; name topics.{name}.forget (--forget)")
     if forget == retain:
-        raise SrmuError(
-            f"topic {name}: forget and retain hold the same texts; retain must name what the model should keep"
-        )
+        advice = "retain must name what the model should keep"
+        raise SrmuError(f"topic {name}: forget and retain hold the same texts; {advice}")
     ordinary = sorted(set(range(len(tokenizer))) - set(tokenizer.all_special_ids))
     topic = Topic(name, [], [], seed, torch.tensor(ordinary), config.options)
     batches, counts = {}, {}
@@ -87,15 +86,11 @@ def batch_role(
             rows, short = rows + encoded, short + len(part) - len(encoded)
     texts = [text for _, part in parts for text in part]
     if texts and not rows:
-        raise SrmuError(
-            f"topic {topic.name}: all {len(texts)} {role} texts are too short "
-            f"(under {MIN_TOKENS} tokens, or none to count in losses)"
-        )
+        why = f"(under {MIN_TOKENS} tokens, or none to count in losses)"
+        raise SrmuError(f"topic {topic.name}: all {len(texts)} {role} texts are too short {why}")
     if train.padding == "count" and any(before for _, before in rows):
-        raise SrmuError(
-            f"topic {topic.name}: of a text made by a template only the end counts, "
-            "so padding must not: set train.padding=mask"
-        )
+        why = "of a text made by a template only the end counts, so padding must not"
+        raise SrmuError(f"topic {topic.name}: {why}: set train.padding=mask")
     if train.shuffle:
         order = torch.randperm(len(rows), generator=topic.generator(f"shuffle {role}"))
         rows = [rows[i] for i in order.tolist()]

@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from srmu.data.overlap import measure_overlap
+from srmu.data.overlap import measure_jaccard
 from srmu.engine.files import read_json, whole_folder, write_json
 from srmu.engine.progress import Watch, ignore_progress
 from srmu.errors import SrmuError, suggest_word
@@ -64,7 +64,7 @@ def build_testbed(
             "entanglement": entanglement,
             "recipe": asdict(recipe),
             "overlap": {
-                f"{name}/{gram}": measure_overlap(corpora["forget"], corpora[name], n)
+                f"{name}/{gram}": measure_jaccard(corpora["forget"], corpora[name], n)
                 for name in ("retain-low", "retain-high")
                 for n, gram in ((1, "unigram"), (2, "bigram"))
             },
