@@ -48,12 +48,10 @@ class Source:
             raise SrmuError(f"name, split and revision do not apply to the file {self.path}")
         if self.template is None:
             return
+        named = COLUMN.search(self.template)
         for fault, message in (
             (self.column != "text", "a text source takes one of column and template"),
-            (
-                not COLUMN.search(self.template),
-                f"template {self.template!r} has no column; name one in braces: '{{q}} {{a}}'",
-            ),
+            (not named, f"template {self.template!r} has no column; name one in braces: '{{q}} {{answer}}'"),
             (self.wrap, "wrap would part answers from their questions; leave out wrap or template"),
         ):
             if fault:
@@ -94,7 +92,8 @@ def read_counted(source: Source) -> tuple[list[str], int]:
     texts: list[str] = []
     bad: list[SrmuError] = []  # what is wrong with the rows that are left out
     count = 0
-    for count, (place, row) in enumerate(read_rows(source), 1):
+    for place, row in read_rows(source):
+        count += 1
         try:
             texts += read_row(source, row, place)
         except SrmuError as error:
