@@ -12,7 +12,6 @@ from typing import Any
 import jsonschema
 import torch
 from huggingface_hub import metadata_load
-from safetensors import safe_open
 from torch import Tensor
 from yaml import YAMLError
 
@@ -73,16 +72,10 @@ def extend_record(folder: Path, files: list[str], **blocks: Any) -> None:
 
 
 def digest_folder(folder: Path, watch: Watch = ignore_progress) -> dict[str, dict[str, Any]]:
-    """Size and digests of every file of a checkpoint, by name.
-
-    They are kept in the cache folder while size and time of change stay the same.
-    """
+    """Size and digests of every file of a checkpoint, by name; kept in the cache folder until size or time change."""
     names = weights.list_carried(folder)
-    stats = [(folder / name).stat() for name in names]
-    marks = [
-        (str(folder.resolve()), name, stat.st_size, stat.st_mtime_ns, stat.st_ino)
-        for name, stat in zip(names, stats, strict=True)
-    ]
+    stats = {name: (folder / name).stat() for name in names}
+    marks = [(str(folder.resolve()), n, stat.st_size, stat.st_mtime_ns, stat.st_ino) for n, stat in stats.items()]
 
     def digest_files() -> dict[str, dict[str, Any]]:
         files = {}
@@ -95,36 +88,29 @@ def digest_folder(folder: Path, watch: Watch = ignore_progress) -> dict[str, dic
     return dict(cached("hashes", marks, digest_files))
 
 
+def list_foreign_files(folder: Path, record: dict[str, Any], watch: Watch = ignore_progress) -> list[str]:
+    """The files of a model's folder that are not those of a record's base model."""
+    known = record["base"]["files"]
+    return [
+        n for n, file in digest_folder(folder, watch).items() if n in known and file["sha256"] != known[n]["sha256"]
+    ]
+
+
 def digest_file(path: Path) -> dict[str, Any]:
     """A file's size and SHA-256, and those of each tensor in a safetensors file; in one pass."""
-    whole, head = hashlib.sha256(), hashlib.sha256()
-    tensors = {}
-    parts = []
-    if path.suffix == ".safetensors":
-        entries, start = weights.read_header(path)
-        spans = {n: [start + at for at in e["data_offsets"]] for n, e in entries.items()}
-        parts = sorted((low, high, name) for name, (low, high) in spans.items())
-    size = path.stat().st_size
+    entries, start = weights.read_header(path) if path.suffix == ".safetensors" else ({}, 0)
+    places = sorted((*entry["data_offsets"], name) for name, entry in entries.items())
+    ends = [("", start), *((name, start + high) for _, high, name in places)]
+    size, whole = path.stat().st_size, hashlib.sha256()
+    parts = {name: hashlib.sha256() for name, _ in ends}  # "": the header
     with path.open("rb") as file:
-        for low, high, name in [*parts, (size, size, "")]:
-            update_codes(file, low - file.tell(), whole, head)  # tensors leave no gaps
-            if name:
-                part = hashlib.sha256()
-                update_codes(file, high - low, whole, part)
-                tensors[name] = part.hexdigest()
-    header = head.hexdigest() if parts else ""
-    return {"bytes": size, "sha256": whole.hexdigest(), "header": header, "tensors": tensors}
-
-
-def update_codes(file: Any, size: int, *codes: Any) -> None:
-    """Feed the next bytes of a file to hashes, a piece at a time."""
-    while size > 0:
-        block = file.read(min(size, 1 << 22))
-        if not block:
-            raise SrmuError(f"{file.name} ended while it was read")
-        for code in codes:
-            code.update(block)
-        size -= len(block)
+        for name, end in [*ends, ("", size)]:  # tensors leave no gaps
+            while block := file.read(min(end - file.tell(), 1 << 22)):
+                whole.update(block)
+                parts[name].update(block)
+    digests = {name: code.hexdigest() for name, code in parts.items()}
+    header = digests.pop("")
+    return {"bytes": size, "sha256": whole.hexdigest(), "header": header if entries else "", "tensors": digests}
 
 
 def describe_base(model: str, revision: str | None, folder: Path, watch: Watch) -> dict[str, Any]:
@@ -149,14 +135,10 @@ def describe_base(model: str, revision: str | None, folder: Path, watch: Watch) 
 def describe_change(folder: Path, delta: Path) -> dict[str, Any]:
     """Each tensor of a delta, compared with the base's."""
     where = weights.list_shards(folder)
-    tensors = {}
-    if delta.exists():
-        with safe_open(delta, "pt") as file:
-            for name in file.keys():  # noqa: SIM118 - it is no mapping
-                before = weights.stored_tensor(where[name], name)
-                tensors[name] = compare_tensor(before, file.get_tensor(name))
-    others = len(where) - len(tensors)
-    return {"tensors": tensors, "others": others, "others_identical": True}
+    names = weights.read_header(delta)[0] if delta.exists() else {}
+    read = weights.stored_tensor
+    tensors = {name: compare_tensor(read(where[name], name), read(delta, name)) for name in names}
+    return {"tensors": tensors, "others": len(where) - len(tensors), "others_identical": True}
 
 
 def compare_tensor(before: Tensor, after: Tensor) -> dict[str, Any]:

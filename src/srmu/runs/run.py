@@ -66,22 +66,19 @@ class Run:
     def base(self) -> Path:
         """The folder of its model; SrmuError where a file there is not the one it was made from."""
         folder = locate_base(self.config)
-        known = self.record["base"]["files"]
-        for name, file in audit.digest_folder(folder).items():
-            if name in known and file["sha256"] != known[name]["sha256"]:
-                raise SrmuError(
-                    f"{folder}: {name} is not the file that {self.folder} was made from; "
-                    f"srmu verify {self.folder} says what differs"
-                )
+        if foreign := audit.list_foreign_files(folder, self.record):
+            raise SrmuError(
+                f"{folder}: {foreign[0]} is not the file that {self.folder} was made from; "
+                f"srmu verify {self.folder} says what differs"
+            )
         return folder
 
     def export(
         self, out: str | Path, link: bool | None = None, watch: Watch = ignore_progress, *, last_good: bool = False
     ) -> Path:
-        """Write the full checkpoint; `link`: shards that stay as they are become hard links.
+        """Write the full checkpoint, its record and a model card; `link`: shards that stay as they are become hard links.
 
-        Refuses a run that left no model by itself, and one that diverged, unless its `last_good`
-        weights are asked for. The record and a model card come along.
+        Refuses a run that left no model by itself, and one that diverged, unless its `last_good` weights are asked for.
         """
         if reason := self.config.method.no_checkpoint:
             raise SrmuError(reason)
@@ -98,10 +95,7 @@ class Run:
 
 
 def find_run(target: str | Path) -> Run | None:
-    """The run in a folder; None for a model's folder or a hub id.
-
-    SrmuError for a run that is unfinished.
-    """
+    """The run in a folder; None for a model's folder or a hub id; SrmuError for a run that is unfinished."""
     folder = Path(target)
     is_model = (folder / "config.json").exists()
     is_run = any((folder / name).exists() for name in (RECORD, CONFIG))
@@ -127,10 +121,7 @@ class OpenedModel:
 
     @contextmanager
     def after(self) -> Iterator[PreTrainedModel]:
-        """The model as the run leaves it; unchanged where there is no run.
-
-        The changed tensors stay in the module: ask the original first.
-        """
+        """The model as the run leaves it, and as it stays: ask the original first. Unchanged where there is no run."""
         if self.run is None:
             yield self.module
             return
@@ -140,10 +131,7 @@ class OpenedModel:
 
 
 def open_target(target: str | Path | Run, device: str = "auto") -> OpenedModel:
-    """A model folder, a hub id, a run or a run's folder.
-
-    SrmuError for a folder that is neither, and for a run that is unfinished or damaged.
-    """
+    """A model folder, a hub id, a run or its folder; SrmuError for a folder that is none, or a run that is damaged."""
     run = target if isinstance(target, Run) else find_run(target)
     base = run.base if run else weights.locate_model(str(target))
     read_config(base)
@@ -154,9 +142,8 @@ def open_target(target: str | Path | Run, device: str = "auto") -> OpenedModel:
 def unlearn_config(config: Config, *, shard: bool = False, offload: bool = False, **options: Any) -> Run:
     """Plan the run of a config and make it; `options` are those of `run_plan`.
 
-    Where a launcher started several processes, each reads a part of every batch, and with `shard`
-    also holds only a part of the weights; the first one writes. With `offload` the layers below
-    those that change stay out of the device's memory.
+    Where a launcher started several processes, each reads a part of every batch, and with `shard` also holds only a
+    part of the weights; the first one writes. With `offload` the layers below those that change stay on the disk.
     """
     return run_plan(plan_run(config, shard=shard, offload=offload), **options)
 
@@ -166,9 +153,8 @@ def run_plan(
 ) -> Run:
     """Unlearn a plan's topics; the run's folder holds the result, `out` a full checkpoint.
 
-    The same config on the same data is not run twice. Raises DivergedError with the last good
-    weights kept in the folder, SrmuError before anything is written for all that can be known
-    before. `callback(step, values)` is called after every step.
+    The same config on the same data is not run twice. Raises DivergedError with the last good weights kept in the
+    folder, SrmuError, before anything is written, for a mistake. `callback(step, values)` is called after every step.
     """
     distributed.join_group()
     if out is not None:
@@ -197,10 +183,7 @@ def run_plan(
 
 @contextmanager
 def hold_folder(folder: Path) -> Iterator[None]:
-    """Hold a run's folder while it is written; SrmuError where another process does.
-
-    The lock ends with the process that holds it, however that ends.
-    """
+    """Hold a run's folder while it is written; SrmuError where another process, which is still there, does."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK)
     try:
@@ -223,16 +206,11 @@ def find_finished(folder: Path, topics: list[Topic]) -> Run:
     run = Run.open(folder)
     known = run.record["data"]
     texts = [(known[topic.name][role], now) for topic in topics for role, now in topic.counts.items()]
-    sizes = ("documents", "too_short", "bad_rows", "tokens")
-    like = all(then[key] == now[key] for then, now in texts for key in sizes)
-    same = like and all(then["digest"] == now["digest"] for then, now in texts)
-    if like and not same and any(then["key"] != now["key"] for then, now in texts):
-        raise SrmuError(
-            f"{folder} holds a run of this config, made with another cache folder: set SRMU_CACHE to that one, "
-            "whose key tells whether it read these texts; or remove the run, or name another runs_dir"
-        )
-    if not same:
-        raise SrmuError(f"{folder} holds a run of this config on other texts; remove it, or name another runs_dir")
+    if any(then["digest"] != now["digest"] for then, now in texts):
+        how = "on other texts"
+        if any(then["key"] != now["key"] for then, now in texts):
+            how = "with another cache folder: set SRMU_CACHE to it, as its key tells whether these texts are the same"
+        raise SrmuError(f"{folder} holds a run of this config {how}; remove it, or name another runs_dir")
     if run.record["diverged"]:
         raise DivergedError(f"{folder} holds this run, which diverged: {run.record['stop_reason']}")
     _ = run.delta  # refuses a model that has changed since
@@ -241,7 +219,7 @@ def find_finished(folder: Path, topics: list[Topic]) -> Run:
 
 def list_changes(run: Run) -> tuple[dict[str, Any], list[dict[str, str]]]:
     """The tensors that a run changed and by how much, and a table of them."""
-    change = run.record["change"]
+    tensors, others = run.record["change"]["tensors"], run.record["change"]["others"]
     rows = [
         {
             "tensor": name,
@@ -249,11 +227,11 @@ def list_changes(run: Run) -> tuple[dict[str, Any], list[dict[str, str]]]:
             "moved by": f"{entry['relative_norm']:.3%} of its norm",
             "numbers changed": f"{entry['share_changed']:.1%}",
         }
-        for name, entry in change["tensors"].items()
+        for name, entry in tensors.items()
     ]
-    others = f"the other {change['others']} are as in {run.record['model']}"
-    sentence = f"{run.config.method.name} changed {len(rows)} tensors; {others}"
-    return {"run": str(run.folder), "tensors": change["tensors"], "sentence": sentence}, rows
+    unchanged = f"the other {others} are as in {run.record['model']}"
+    sentence = f"{run.config.method.name} changed {len(rows)} tensors; {unchanged}"
+    return {"run": str(run.folder), "tensors": tensors, "sentence": sentence}, rows
 
 
 def run_notes(run: Run) -> list[str]:

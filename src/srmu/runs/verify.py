@@ -1,12 +1,12 @@
 """Compute every digest of a run or an export again, or make the run again, and compare with the record."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
 from srmu.engine import weights
-from srmu.engine.files import sha256, write_json, write_whole
+from srmu.engine.files import write_json, write_whole
 from srmu.engine.progress import Watch, ignore_progress
 from srmu.errors import SrmuError
 from srmu.runs import record as audit
@@ -31,10 +31,9 @@ def find_record(folder: Path) -> Path:
 
 
 def verify_folder(folder: Path, key: Path | None = None, watch: Watch = ignore_progress) -> dict[str, Any]:
-    """Check a run or an export, and count the files and tensors that were compared.
+    """Check a run, with its base model, or an export, and count the files and tensors that were compared.
 
-    SrmuError naming everything that is not as recorded. For a run, the base model is read as well,
-    once, a piece at a time.
+    SrmuError naming everything that is not as recorded.
     """
     path = find_record(folder)
     record = audit.read_record(path)
@@ -42,31 +41,31 @@ def verify_folder(folder: Path, key: Path | None = None, watch: Watch = ignore_p
         check_signature(path, key)
     after = {name: entry["after"] for name, entry in record["change"]["tensors"].items()}
     base = record["base"]["files"]
-    if path.name == audit.RECORD:
-        own = {name: {"sha256": digest} for name, digest in record["files"].items()}
+    is_run = path.name == audit.RECORD
+    listed = record["files" if is_run else "exported"]
+    own: dict[str, dict[str, Any]] = {name: {"sha256": digest} for name, digest in listed.items()}
+    expected = {"": (folder, own)}
+    if is_run:
         if audit.DELTA in own:
             own[audit.DELTA]["tensors"] = after
-        differences = [*compare_files(folder, own, path.name, watch)]
         place = weights.locate_model(record["model"], record["reproduction"]["config"]["revision"])
-        differences += [f"base model: {text}" for text in compare_files(place, base, "", watch)]
-        files, tensors = len(own) + len(base), len(after) + sum(len(file["tensors"]) for file in base.values())
+        expected["base model: "] = place, base
     else:
-        own = {}
         for name, file in base.items():
-            changed = {tensor: after[tensor] for tensor in file["tensors"] if tensor in after}
-            # of a file with changed tensors, header and tensors decide
-            own[name] = file | {"tensors": file["tensors"] | changed} | ({"sha256": ""} if changed else {})
-        own |= {name: {"sha256": digest} for name, digest in record["exported"].items()}
-        differences = [*compare_files(folder, own, path.name, watch)]
-        files, tensors = len(base), len(after) + record["change"]["others"]
+            own[name] = file | {"tensors": file["tensors"] | {n: after[n] for n in file["tensors"] if n in after}}
+    differences = [f"{whose}{text}" for whose, files in expected.items() for text in compare_files(*files, watch)]
+    known = {*own, path.name, SIGNATURE, audit.RESULTS_LOCK}
+    inside = [file.relative_to(folder).as_posix() for file in sorted(folder.rglob("*")) if file.is_file()]
+    differences += [f"{name} is not in the record" for name in inside if name not in known]
     if differences:
-        listed = "; ".join(differences[:20])
-        raise SrmuError(f"{folder}: {len(differences)} not as recorded: {listed}")
-    return {"record": record["id"], "files": files, "tensors": tensors, "signed": key is not None}
+        raise SrmuError(f"{folder}: {len(differences)} not as recorded: {'; '.join(differences[:20])}")
+    compared = [file for _, files in expected.values() for file in files.values()]
+    tensors = sum(len(file.get("tensors", ())) for file in compared)
+    return {"record": record["id"], "files": len(compared), "tensors": tensors, "signed": key is not None}
 
 
-def compare_files(folder: Path, expected: dict[str, Any], record: str, watch: Watch) -> Iterator[str]:
-    """How a folder differs from what is expected; besides these files only its `record` may lie there."""
+def compare_files(folder: Path, expected: dict[str, dict[str, Any]], watch: Watch) -> Iterator[str]:
+    """How the files of a folder differ from what is expected of them."""
     with watch(f"hashing {folder.name}", len(expected)) as tick:
         for name, file in expected.items():
             if (folder / name).is_file():
@@ -74,60 +73,51 @@ def compare_files(folder: Path, expected: dict[str, Any], record: str, watch: Wa
             else:
                 yield f"{name} is missing"
             tick(name)
-    if record:
-        known = {*expected, record, SIGNATURE, audit.RESULTS_LOCK}
-        inside = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
-        yield from (f"{name} is not in the record" for name in inside if name not in known)
 
 
 def compare_digests(path: Path, expected: dict[str, Any]) -> Iterator[str]:
     """How a file differs from what is expected, tensor by tensor where the record lists its tensors."""
-    if path.suffix != ".safetensors" or "tensors" not in expected:
-        if sha256(path) != expected["sha256"]:
-            yield f"{path.name} has changed"
-        return
     try:
         actual = audit.digest_file(path)
     except SrmuError as error:
         yield str(error)
         return
-    same = True
-    for name in {**expected["tensors"], **actual["tensors"]}:
-        then, now = expected["tensors"].get(name), actual["tensors"].get(name)
-        if then != now:
-            same = False
-            what = "is missing" if now is None else "has changed" if then else "is not in the record"
-            yield f"{path.name}: the tensor {name} {what}"
-    if same and any(expected.get(part) and actual[part] != expected[part] for part in ("header", "sha256")):
-        yield f"{path.name}: its header has changed"
+    then, now = expected.get("tensors", actual["tensors"]), actual["tensors"]
+    changed = [name for name in {**then, **now} if then.get(name) != now.get(name)]
+    for name in changed:
+        what = "is not in the record" if name not in then else "has changed" if name in now else "is missing"
+        yield f"{path.name}: the tensor {name} {what}"
+    mark = "header" if expected.get("header") else "sha256"  # beside tensors the header decides: an export has others
+    if not changed and actual[mark] != expected[mark]:
+        yield f"{path.name}{': its header' if expected.get('tensors') else ''} has changed"
 
 
 def rerun_record(
-    path: Path, overrides: list[str] | None = None, watch: Watch = ignore_progress
+    path: Path, overrides: Sequence[str] = (), watch: Watch = ignore_progress
 ) -> tuple[Run, dict[str, Any]]:
     """Make the run of a record again, in `again/` beside it, and compare the two.
 
-    The comparison (`same`; if not, how data and environments differ) is written into the record.
-    SrmuError where the base model is not that of the record. `overrides` may change what does not
-    decide the result, such as `runs_dir`.
+    The comparison (`same`; how tensors, data and environments differ) is written into the record. SrmuError where the
+    base model is not that of the record. `overrides` may change what does not decide the result, such as `runs_dir`.
     """
     record = audit.read_record(path)
     again = f"runs_dir={path.resolve().parent.parent / 'again'}"
-    plan = plan_run(build_config(record["reproduction"]["config"], [again, *(overrides or [])]))
-    for name, file in audit.digest_folder(plan.base, watch).items():
-        if file["sha256"] != record["base"]["files"].get(name, {}).get("sha256"):
-            raise SrmuError(f"{plan.base} is not the base model of {path}: its {name} differs; nothing was run")
+    plan = plan_run(build_config(record["reproduction"]["config"], [again, *overrides]))
+    if foreign := audit.list_foreign_files(plan.base, record, watch):
+        raise SrmuError(f"{plan.base} is not the base model of {path}: its {foreign[0]} differs; nothing was run")
     if plan.folder.resolve() == path.resolve().parent:
         raise SrmuError("runs_dir: name another folder than the record's own")
     run = run_plan(plan, watch=watch)
-    now, outcome = run.record, {"same": True, "tensors": [], "differences": []}
-    if record["reproduction"]["expected"] != now["reproduction"]["expected"]:
-        new = now["change"]["tensors"]
-        old = record["change"]["tensors"].items()
-        tensors = [name for name, then in old if new.get(name, {}).get("after") != then["after"]]
-        differences = list_differences("", record["environment"], now["environment"])
-        differences += list_differences("data.", record["data"], now["data"])
-        outcome = {"same": False, "tensors": tensors, "differences": differences}
+    now = run.record
+    old, new = record["change"]["tensors"], now["change"]["tensors"]
+    outcome: dict[str, Any] = {
+        "same": record["reproduction"]["expected"] == now["reproduction"]["expected"],
+        "tensors": [name for name, then in old.items() if new.get(name, {}).get("after") != then["after"]],
+        "differences": [],
+    }
+    if not outcome["same"]:
+        outcome["differences"] = list_differences("", record["environment"], now["environment"])
+        outcome["differences"] += list_differences("data.", record["data"], now["data"])
     rerun = {"when": datetime.now(UTC).isoformat(timespec="seconds"), **outcome}
     reproduction = record["reproduction"] | {"rerun": rerun}
     write_json(path, audit.seal_record(record | {"reproduction": reproduction}))
