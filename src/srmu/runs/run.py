@@ -76,7 +76,7 @@ class Run:
     def export(
         self, out: str | Path, link: bool | None = None, watch: Watch = ignore_progress, *, last_good: bool = False
     ) -> Path:
-        """Write the full checkpoint, its record and a model card; `link`: shards that stay as they are become hard links.
+        """Write the full checkpoint, record and model card; `link`: shards that stay as they are become hard links.
 
         Refuses a run that left no model by itself, and one that diverged, unless its `last_good` weights are asked for.
         """
