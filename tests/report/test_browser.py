@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
@@ -80,6 +81,19 @@ def test_every_figure_draws(visit: Any, pages: dict[str, Path], name: str) -> No
         assert figure.locator("svg.main-svg").count() > 0
         assert figure.locator(".points path, path.js-line").count() > 0
         assert len(figure.get_attribute("aria-label")) > 30
+
+
+@pytest.mark.slow
+def test_a_figure_is_saved_as_an_svg_with_its_legend(visit: Any, tmp_path: Path) -> None:
+    figure = visit("again").locator(".plot").first
+    figure.hover()
+    with figure.page.expect_download() as saved:
+        figure.locator(".modebar-btn").click()
+    saved.value.save_as(tmp_path / "figure.svg")
+    drawn = ElementTree.parse(tmp_path / "figure.svg").getroot()
+    texts = {element.text for element in drawn.iter() if element.tag.endswith("text")}
+    assert {"RMU", "SRMU (ratio)", "accuracy forgotten", "accuracy kept"} <= texts
+    assert sum(element.get("class", "").startswith("point ") for element in drawn.iter()) == 33
 
 
 @pytest.mark.slow

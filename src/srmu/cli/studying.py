@@ -186,7 +186,7 @@ def reproduce_frontier(
     words = [word for name, value in asked.items() for word in (f"--{name}", value)]
     command = output.quote_command("reproduce", what, *words, *settings)
     tables = build_frontier_tables(frontier, cases, command)
-    finish_study(tables, out, as_json, lambda: write_frontier_reports(frontier, cases, command))
+    finish_study(tables, out, as_json, lambda: write_frontier_reports(frontier, cases, tables))
 
 
 def finish_study(tables: dict[str, Any], out: Path, as_json: bool, write_pages: Callable[[], list[Path]]) -> None:

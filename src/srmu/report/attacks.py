@@ -23,7 +23,10 @@ RELEARNING = {  # attacks that learn again: the unit that they count in, and set
 }
 OWN = "Unlearned\nunder attack"
 HEADS = {"": OWN, "original": "Original\ncontrol", "oracle": "Oracle\ncontrol"}
-CONTROLS = {"original": ("circle-open", GREY, "dot"), "oracle": ("diamond", COLOURS[1], "dash")}
+CONTROLS: dict[str, dict[str, Any]] = {
+    "original": {"colour": GREY, "symbol": "circle-open", "dash": "dot"},
+    "oracle": {"colour": COLOURS[1], "symbol": "diamond", "dash": "dash"},
+}
 
 
 @dataclass(frozen=True)
@@ -178,10 +181,10 @@ def draw_attacks(pairs: Sequence[tuple[RunGroup, Recovery]], labels: Sequence[st
         opacity = [0.35 if name in one.invalid else 1 for name in one.attacks]
         look = {**look, "marker": {**look["marker"], "opacity": opacity}}
         series.append(Series(entry.name, marks, look, entry.label if len(labels) > 1 else ""))
-        for who, (symbol, colour, _) in CONTROLS.items() if len(pairs) == 1 else ():
+        for who, look in CONTROLS.items() if len(pairs) == 1 else ():
             known = {name: row[HEADS[who]] for name, row in one.attacks.items() if row[HEADS[who]]}
             marks = [{ACCURACY: value, "attack": name} for name, value in known.items()]
-            series += [Series(who, marks, make_look(colour, symbol, size=9))] if marks else []
+            series += [Series(who, marks, make_look(**look, size=9))] if marks else []
     title, order = "Accuracy under each attack", {"categoryarray": names}
     figure = draw_figure(title, series, ACCURACY, "attack", x_axis={**PERCENT, "title": "accuracy"}, y_axis=order)
     mark_value(figure, "chance", x=pairs[0][1].chance)
@@ -206,8 +209,7 @@ def draw_relearning(pairs: Sequence[tuple[RunGroup, Recovery]], labels: Sequence
         for (name, label, who), curve in values.iterrows():
             look = label_look(labels.index(label), mode="lines+markers", size=7)
             if who:
-                symbol, colour, dash = CONTROLS[who]
-                look, label = make_look(colour, symbol, dash, "lines+markers", 7), ""
+                look, label = make_look(**CONTROLS[who], mode="lines+markers", size=7), ""
             marks = [{unit: str(count), "accuracy": value} for count, value in curve.dropna().items()]
             series.append(Series(name, marks, look, label if len(labels) > 1 else ""))
             cells = {f"{n}\n{unit if n else 'before'}": format_value(value, "%") for n, value in curve.items()}

@@ -3,7 +3,6 @@
 import re
 from collections import Counter
 from collections.abc import Hashable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -222,10 +221,7 @@ def make_sweep_page(folder: Path, study: studies.Study, command: str) -> Page:
 
 def make_reproduction_page(study: studies.Study, command: str) -> Page:
     """The page on a reproduction of the paper: the tables and figures that the docs have, too."""
-    parts = [
-        section._replace(blocks=[replace(b, figures=[replace(f, title="") for f in b.figures]) for b in section.blocks])
-        for section in markdown.reproduction_sections(study).values()
-    ]
+    parts = [*markdown.reproduction_sections(study).values()]
     claims = [one for part in (*study["tables"], *study["figures"]) for one in part["claims"]]
     headline = write_words(
         "repeated",

@@ -1,15 +1,14 @@
-"""Figures of pages and docs: from the rows of a table to a plotly figure, and that as an SVG."""
+"""From the rows of a table to a plotly figure, and what it shows in words."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from math import ceil, floor, log10
 from typing import Any, NamedTuple
 
 import plotly.graph_objects as go
 
 from srmu.evals.statistics import Estimate
-from srmu.report.format import Value, format_value, load_templates
+from srmu.report.format import Value, format_value
 
 # Read on white and on near-black alike. With five shapes and five dashes: 30 that differ.
 COLOURS = ("#2f7fd0", "#d4611c", "#1f9a6b", "#a45cc8", "#b08400", "#d1497b")
@@ -21,7 +20,7 @@ SHAPES = {  # plotly's name of a marker, and the same marker as an SVG path
     "triangle-up": "M0,-5.5L5.5,4.5H-5.5z",
     "cross": "M-5.5,-2h3.5v-3.5h4v3.5h3.5v4h-3.5v3.5h-4v-3.5h-3.5z",
 }
-DASHES = {"solid": "", "dash": "9 9", "dot": "3 3", "dashdot": "9 3 3 3", "longdash": "15 6"}
+DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 LISTED = 12  # rows of a series that the words of a figure list
 LONGEST = 26  # characters of a name on an axis
 
@@ -158,75 +157,9 @@ def make_look(
 def label_look(i: int, *, hollow: bool = False, **options: Any) -> Look:
     """The look of the i-th label."""
     symbol = [*SHAPES][i % len(SHAPES)] + "-open" * hollow
-    return make_look(COLOURS[i % len(COLOURS)], symbol, [*DASHES][i % len(DASHES)], **options)
+    return make_look(COLOURS[i % len(COLOURS)], symbol, DASHES[i % len(DASHES)], **options)
 
 
 def bar_look(i: int) -> Look:
     """The look of the i-th series of bars."""
     return {"marker": {"color": COLOURS[i % len(COLOURS)], "opacity": 0.65}}
-
-
-# ---- as an SVG for docs. Plotly's own export starts a Chrome, which not every machine has, writes
-# ---- other bytes each time, and does not follow light and dark.
-
-WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 820, 440, 64, 16, 560, 384
-LINE = 16  # between two names
-MIDDLE = LEFT + 0.6 * (RIGHT - LEFT)  # names of marks to the right of it stand beside the plot
-
-
-class Scale(NamedTuple):
-    """An axis on paper: its title, where a value lies, how it is written, and the ticks."""
-
-    title: str
-    place: Callable[[float], float]
-    form: str
-    ticks: Sequence[float]
-
-
-def paint_svg(figure: Figure) -> str:
-    """Paint a figure of marks and lines as an SVG that suits light and dark pages.
-
-    The names of traces whose mode has `text` stand beside their marks; others are in a legend.
-    """
-    traces = figure.plot.data
-    across = scale_axis(figure.plot.layout.xaxis, [value for trace in traces for value in trace.x], LEFT, RIGHT)
-    down = scale_axis(figure.plot.layout.yaxis, [value for trace in traces for value in trace.y], BOTTOM, TOP)
-    legend = [i for i, trace in enumerate(traces) if "text" not in trace.mode]
-    places: dict[int, tuple[float, float]] = {
-        i: (RIGHT + 32.0, TOP + 6 + 22 * number) for number, i in enumerate(legend)
-    }
-    firsts = {i: (across.place(t.x[0]), down.place(t.y[0])) for i, t in enumerate(traces) if i not in legend}
-    for is_right in (False, True):
-        places |= place_names({i: mark for i, mark in firsts.items() if (mark[0] >= MIDDLE) is is_right})
-    size = {"width": WIDTH, "height": HEIGHT, "left": LEFT, "top": TOP, "right": RIGHT, "bottom": BOTTOM}
-    looks = {"shapes": SHAPES, "dashes": DASHES}
-    template = load_templates().get_template("figure.svg")
-    return template.render(figure=figure, x=across, y=down, places=places, legend=legend, **looks, **size)
-
-
-def scale_axis(axis: Any, values: Sequence[float], start: float, end: float) -> Scale:
-    """The scale of an axis from `start` to `end`, over its range or else over the values."""
-    low, high = axis.range or (min(values, default=0.0), max(values, default=1.0))
-    size = 10 ** floor(log10((high - low) / 4 or 0.1))
-    step = axis.dtick or size * next(n for n in (1, 2, 5, 10) if size * n * 8 >= high - low)
-    if not axis.range:
-        low, high = step * floor(low / step), step * max(ceil(high / step), floor(low / step) + 1)
-
-    def place(value: float) -> float:
-        return round(start + (value - low) / (high - low) * (end - start), 1)
-
-    ticks = [step * i for i in range(ceil(low / step - 1e-9), floor(high / step + 1e-9) + 1)]
-    return Scale(axis.title.text, place, axis.tickformat or ".4g", ticks)
-
-
-def place_names(marks: Mapping[int, tuple[float, float]]) -> dict[int, tuple[float, float]]:
-    """Place each name as high as its mark, or as near to that as there is room."""
-    places, lowest = {}, TOP + 10.0
-    for i, (x, y) in sorted(marks.items(), key=lambda item: (item[1][1], item[1][0])):
-        places[i] = (x + 10 if x < MIDDLE else RIGHT + 14, max(y, lowest))
-        lowest = places[i][1] + LINE
-    highest = BOTTOM - 4.0
-    for i, (x, y) in sorted(places.items(), key=lambda item: -item[1][1]):
-        places[i] = (x, round(min(y, highest), 1))
-        highest = places[i][1] - LINE
-    return places

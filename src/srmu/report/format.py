@@ -77,7 +77,7 @@ def load_templates() -> Any:
 
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("srmu.report"),
-        autoescape=jinja2.select_autoescape(["html", "svg"]),
+        autoescape=jinja2.select_autoescape(),
         trim_blocks=True,
         lstrip_blocks=True,
     )

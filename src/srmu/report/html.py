@@ -84,18 +84,9 @@ class Page:
             raise SrmuError(f"{out} is a folder; name a file in it, such as {out / 'report.html'}")
         drawn = any(block.figures for section in self.sections for block in section.blocks)
         shapes = [*SHAPES.values()]
-        text = (
-            load_templates()
-            .get_template("page.html")
-            .render(
-                page=self,
-                glyphs={
-                    name: (COLOURS[i % len(COLOURS)], shapes[i % len(shapes)]) for i, name in enumerate(self.labels)
-                },
-                cell=make_cell,
-                plotly=get_plotlyjs() if drawn else "",
-            )
-        )
+        glyphs = {name: (COLOURS[i % len(COLOURS)], shapes[i % len(shapes)]) for i, name in enumerate(self.labels)}
+        template = load_templates().get_template("page.html")
+        text = template.render(page=self, glyphs=glyphs, cell=make_cell, plotly=get_plotlyjs() if drawn else "")
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
             write_whole(out, text)

@@ -1,13 +1,14 @@
-"""Studies as people read them: Markdown with pictures for the docs, and tables in the terminal."""
+"""Studies as people read them: Markdown for the docs, tables in the terminal, sections of pages."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import floor
 from pathlib import Path
 from typing import Any
 
 from srmu.engine.files import write_json, write_whole
 from srmu.methods.reference import markdown_table
-from srmu.report.figures import COLOURS, Figure, Series, draw_figure, label_look, make_look, paint_svg
+from srmu.report.attacks import CONTROLS
+from srmu.report.figures import Figure, Series, draw_figure, label_look, make_look
 from srmu.report.format import format_share, print_table, read_estimate, write_words
 from srmu.report.html import LABEL, Block, Section, Table
 
@@ -16,7 +17,7 @@ Rows = list[dict[str, str]]
 
 
 def write_study(study: Study, out: Path) -> list[Path]:
-    """Write a study as JSON and as Markdown, and a picture for each figure."""
+    """Write a study as JSON and as Markdown, which links the figures of its pages."""
     out.mkdir(parents=True, exist_ok=True)
     name = "reproduce" if study["kind"] == "reproduction" else study["kind"]
     paths = [out / f"{name}.json", out / f"{name}.md"]
@@ -28,10 +29,9 @@ def write_study(study: Study, out: Path) -> list[Path]:
         lines += [f"## {section.title}", ""]
         lines += [line for note in section.notes for line in (note, "")]
         for block in section.blocks:
-            for figure in block.figures:
-                paths.append(out / f"{name}.svg")
-                write_whole(paths[-1], paint_svg(figure))
-                lines += [f"![{figure.words}]({name}.svg)", ""]
+            if block.figures:
+                page = "report" if study["kind"] == "reproduction" else name
+                lines += [f"[The figure]({page}.html)", ""]
             if table := block.table:
                 rows = [{column: row[column] for column in table.columns} for row in table.rows]
                 lines += [f"{table.caption}:", "", markdown_table(rows), ""]
@@ -53,11 +53,10 @@ def print_study(study: Study) -> None:
 def describe_study(study: Study) -> tuple[str, dict[str, Section]]:
     """What the numbers of a study are, and its sections by their names."""
     if study["kind"] == "reproduction":
-        (words,) = write_words("reproduction", study=study)
-        return words, reproduction_sections(study)
-    (words,) = write_words("frontier", study=study)
+        return write_words("reproduction", study=study)[0], reproduction_sections(study)
     names = [f"{study['kind']}-{part['world']}-{part['regime']}" for part in study["parts"]]
-    return words, {name: frontier_section(study, part) for name, part in zip(names, study["parts"], strict=True)}
+    sections = [frontier_section(study, part) for part in study["parts"]]
+    return write_words("frontier", study=study)[0], dict(zip(names, sections, strict=True))
 
 
 def list_blocks(tables: Mapping[str, Rows], *figures: Figure) -> list[Block]:
@@ -145,53 +144,57 @@ def draw_reproduction(figure: Study, labels: list[str]) -> Figure:
         look = label_look(labels.index(one["label"]), mode="lines+markers", width=1.75)
         series.append(Series(one["label"], rows, look, one["label"]))
     axis = {"tickformat": ".0%"}
-    return draw_figure(figure["title"], series, *titles.values(), x_axis=axis, y_axis=axis)
+    return draw_figure("", series, *titles.values(), x_axis=axis, y_axis=axis, subject=figure["title"])
 
 
 # ---- what stays gone under attack
 
 
 def frontier_section(study: Study, part: Study) -> Section:
-    """The tables and the picture of a world and regime: accuracies, K*, attacks and costs."""
+    """The figure and the tables of a world and regime: accuracies, K*, attacks and costs."""
     measured = [row for row in part["rows"] if not row.get("why")]
     attacks = dict.fromkeys(name for row in measured for name in row["attacks"])
     under_attack = (
         "Accuracy under each attack, and in brackets the share of the original knowledge that is "
         "(x: the oracle recovers, too, and K* does not count it)"
     )
-    cost = f"Perplexity of texts, and cost; x: as often as {study['cost']}'s seconds"
     tables = {
         "At the same loss of utility": [accuracy_row(part, row) for row in part["rows"]],
         "K* of each kind of question": [
-            {"method": row["label"]} | {name: format_share(read_estimate(one)) for name, one in row["kinds"].items()}
+            name_row(row) | {name: format_share(read_estimate(one)) for name, one in row["kinds"].items()}
             for row in measured
             if row.get("kinds")
         ],
         under_attack: [
-            {"method": row["label"]} | {name: format_attack(row["attacks"].get(name)) for name in attacks}
+            name_row(row) | {name: format_attack(row["attacks"].get(name)) for name in attacks}
             for row in measured
             if attacks
         ],
-        cost: [cost_row(study, row) for row in measured],
+        f"Perplexity of texts, and cost; x: as often as {study['cost']}'s seconds": [
+            cost_row(study, row) for row in measured
+        ],
         "The runs whole, before any share is taken": [
-            {"method": row["label"]} | {name: str(read_estimate(one)) for name, one in row["whole"].items()}
+            name_row(row) | {name: str(read_estimate(one)) for name, one in row["whole"].items()}
             for row in measured
             if "whole" in row
         ],
     }
-    return Section(
-        part["title"], [], list_blocks(tables, *([draw_frontier(study, part, measured)] if measured else []))
-    )
+    figures = [draw_frontier(study, part, measured)] if measured else []
+    return Section(part["title"], [], list_blocks(tables, *figures))
+
+
+def name_row(row: Study) -> dict[str, str]:
+    """The first column of a row; the controls have no label, so that they are never hidden."""
+    return {LABEL: row["label"] if "share" in row else "", "method": row["label"]}
 
 
 def accuracy_row(part: Study, row: Study) -> dict[str, str]:
-    """A method's row; one that was not run or failed says so in the first column."""
+    """A method's row; one that was not run or failed says so in the first column of numbers."""
     names = [*part["columns"], "K*", "strongest attack"]
     if why := row.get("why"):
-        return {"method": row["label"], "share": "", **dict.fromkeys(names, ""), names[0]: why}
+        return name_row(row) | {"share": "", **dict.fromkeys(names, ""), names[0]: why}
     valid = {name: one["accuracy"] for name, one in row["attacks"].items() if one["valid"]}
-    return {
-        "method": row["label"],
+    return name_row(row) | {
         "share": f"{row['share']:.2f}" if "share" in row else "",
         **{name: str(read_estimate(row["cells"][name])) for name in part["columns"]},
         "K*": format_share(read_estimate(row["K*"])),
@@ -211,23 +214,20 @@ def cost_row(study: Study, row: Study) -> dict[str, str]:
     texts = {f"{kind} texts": f"{row['perplexity'][kind]:.3g}" for kind in study["texts"]}
     costs = {"seconds": ("seconds", ".1f"), "x": ("times", ".1f"), "memory, MB": ("megabytes", ".0f")}
     numbers = {head: "" if row.get(key) is None else format(row[key], form) for head, (key, form) in costs.items()}
-    return {"method": row["label"], **texts, **numbers}
+    return name_row(row) | texts | numbers
 
 
-def draw_frontier(study: Study, part: Study, rows: list[Study]) -> Figure:
+def draw_frontier(study: Study, part: Study, rows: Sequence[Study]) -> Figure:
     """What is kept against K*, a mark a method; the controls are rings."""
-    method = make_look(COLOURS[0], mode="markers+text")
-    control = make_look(COLOURS[1], "circle-open", mode="markers+text")
+    labels = [row["label"] for row in rows if "share" in row]
     series = []
     for row in rows:
         mark = {"K*": read_estimate(row["K*"]), "accuracy kept": read_estimate(row["kept"])}
-        series.append(Series(row["label"], [mark], method if "share" in row else control))
+        label = name_row(row)[LABEL]
+        look = label_look(labels.index(label), size=11) if label else make_look(**CONTROLS[row["label"]], size=11)
+        series.append(Series(row["label"], [mark], look, label))
     lowest = min(90, 10 * floor(10 * min(row["kept"]["low"] for row in rows))) / 100
-    found = "K*: share of the knowledge that the strongest attack found"
-    kept = f"accuracy kept, mean of {' and '.join(study['kept'])}"
-    return draw_figure(
-        f"{part['title']}: what is kept against what attacks find", series, "K*", "accuracy kept",
-        x_axis={"title": found, "range": [-0.03, 1.03], "dtick": 0.2, "tickformat": ".1f"},
-        y_axis={"title": kept, "range": [lowest, 1.003], "tickformat": ".0%",
-                "dtick": 0.1 if lowest < 0.8 else 0.05},
-    )  # fmt: skip
+    found, kept = "K*: share of the knowledge that the strongest attack found", " and ".join(study["kept"])
+    x_axis = {"title": found, "range": [-0.03, 1.03], "tickformat": ".1f"}
+    y_axis = {"title": f"accuracy kept, mean of {kept}", "range": [lowest, 1.003], "tickformat": ".0%"}
+    return draw_figure("", series, "K*", "accuracy kept", x_axis=x_axis, y_axis=y_axis, subject=part["title"])

@@ -16,6 +16,7 @@ from srmu.evals.matched import load_task
 from srmu.evals.results import load_results, read_attacks
 from srmu.evals.statistics import LEAST, Draws, residual_table, worst_case
 from srmu.report.build import make_runs_page
+from srmu.report.markdown import frontier_section
 from srmu.report.results import RunGroup
 from srmu.reproduce.claims import estimate_cells, format_interval, resample_mean
 from srmu.reproduce.experiment import MeasuredRow, PlannedRow, Scored, run_experiment
@@ -46,19 +47,20 @@ def build_frontier_tables(frontier: Frontier, measured: Sequence[Part], command:
     }
 
 
-def write_frontier_reports(frontier: Frontier, measured: Sequence[Part], command: str) -> list[Path]:
-    """A page a world and regime on its runs as they were attacked, with their recovery."""
+def write_frontier_reports(frontier: Frontier, measured: Sequence[Part], study: Mapping[str, Any]) -> list[Path]:
+    """A page a world and regime: its tables, and its runs as they were attacked, with their recovery."""
     paths = []
-    for part in measured:
+    for part, tables in zip(measured, study["parts"], strict=True):
         if groups := [RunGroup(row.label, "", row.runs) for row in part.rows if not row.why]:
             metrics = [metric for each in part.columns.values() for metric in each]
             page = make_runs_page(
                 groups,
                 forget=[metric for metric in metrics if metric not in part.kept],
                 utility=part.kept,
-                command=command,
+                command=study["command"],
                 title=part.title,
             )
+            page = replace(page, sections=[frontier_section(study, tables), *page.sections])
             paths.append(page.write(frontier.out / f"{frontier.kind}-{part.world}-{part.regime}.html"))
     return paths
 

@@ -11,14 +11,23 @@ const axis = {
 const base = {
   paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", showlegend: false, dragmode: false,
   hovermode: "closest", font: {family, size: 12, color: "#808890"},
-  hoverlabel: {align: "left", namelength: 0, font: {family, size: 13}}, margin: {l: 8, r: 12, t: 12, b: 8},
+  hoverlabel: {align: "left", namelength: 0, font: {family, size: 13}},
+  modebar: {bgcolor: "rgba(0,0,0,0)", color: "#808890", activecolor: "#808890"}, margin: {l: 8, r: 12, t: 12, b: 8},
 };
 const legend = {orientation: "h", traceorder: "normal", x: 0, y: 1.02, yanchor: "bottom", itemclick: false, itemdoubleclick: false};
+// what is saved stands alone: its legend takes the place of the page's buttons
+const save = ({data, layout}) => Plotly.downloadImage(
+  {data: data.map(trace => ({...trace, showlegend: true})), layout: {...layout, showlegend: data.length > 1}},
+  {format: "svg", width: 820, height: 480, filename: document.title},
+);
 for (const script of all("script.figure")) {
   const {data, layout} = JSON.parse(script.textContent);
   Plotly.newPlot(script.previousElementSibling, data, {
     ...base, legend, ...layout, xaxis: {...axis, ...layout.xaxis}, yaxis: {...axis, ...layout.yaxis},
-  }, {responsive: true, displayModeBar: false});
+  }, {
+    responsive: true, displaylogo: false,
+    modeBarButtons: [[{name: "Save as SVG", icon: Plotly.Icons.camera, click: save}]],
+  });
 }
 // paper is narrower than the screen: a drawing with a viewBox shrinks with its box, in shape
 addEventListener("beforeprint", () => {
