@@ -8,6 +8,7 @@ from helpers.models import VOCABULARY, batches, pico_module, texts, word_tokeniz
 from srmu.engine.losses import is_counted, without_first
 from srmu.engine.model import EditableModel, Site
 from srmu.errors import DivergedError, SrmuError
+from srmu.evals import analyses
 from srmu.evals.analyses import (
     measure_alignment,
     measure_confidence,
@@ -56,16 +57,12 @@ def test_sureness_by_hand():
 def test_confidence_of_a_model_that_says_all_alike(arch):
     model = plain(arch)
     nn.init.zeros_(model.module.get_output_embeddings().weight)
-    for tokens in ("predicted", "generated"):
-        found = measure_confidence(model, word_tokenizer(), TEXTS, tokens=tokens)
-        for name in TEXTS:
-            row = found.numbers["confidence"][name]["model"]
-            assert row["entropy"] == pytest.approx(math.log(VOCABULARY), rel=1e-5)
-            assert row["probability"] == pytest.approx(1 / VOCABULARY, rel=1e-5)
-            assert row["margin"] == 0 and row["logit"] == 0
-    words = sum(len(text.split()) for text in TEXTS["forget"])
-    predicted = measure_confidence(model, word_tokenizer(), TEXTS).numbers["confidence"]["forget"]
-    assert predicted["model"]["tokens"] == words  # each word comes after a token
+    found = measure_confidence(model, word_tokenizer(), TEXTS)
+    for name in TEXTS:
+        row = found.numbers["confidence"][name]["model"]
+        assert row["entropy"] == pytest.approx(math.log(VOCABULARY), rel=1e-5)
+        assert row["probability"] == pytest.approx(1 / VOCABULARY, rel=1e-5)
+        assert row["margin"] == 0 and row["logit"] == 0
 
 
 def test_padding_does_not_change_confidence():
@@ -91,7 +88,7 @@ def test_generated_tokens_are_the_greedy_ones():
             ids.append(int(logits.argmax()))
             if ids[-1] == model.module.generation_config.eos_token_id:
                 break
-    found = measure_confidence(model, tokenizer, {"forget": TEXTS["forget"]}, tokens="generated")
+    found = measure_confidence(model, tokenizer, {"forget": TEXTS["forget"]})
     row = found.numbers["confidence"]["forget"]["model"]
     assert row["tokens"] == len(naive) < 16 * len(TEXTS["forget"])
     mean = torch.cat(naive).double().mean(dim=0)
@@ -203,7 +200,7 @@ def test_before_and_after_a_run(workplace):
 
 
 @pytest.mark.slow
-def test_the_layer_sweep_goes_on_where_it_stopped(workplace, tmp_path):
+def test_the_layer_sweep_goes_on_where_it_stopped(workplace, tmp_path, monkeypatch):
     config, _ = a_run(workplace)
     scored = []
 
@@ -214,13 +211,14 @@ def test_the_layer_sweep_goes_on_where_it_stopped(workplace, tmp_path):
         after = {"hazard/acc": {"value": 0.9 - fall}, "rest/acc": {"value": 0.7}, "x/f1": {"value": 1}}
         return {"before": before, "after": after}
 
-    found = sweep_layers(config, score, ["hazard/acc"])
+    monkeypatch.setattr(analyses, "score_model", score)
+    found = sweep_layers(config, ["hazard/acc"])
     assert scored == [2, 3] and found.numbers["best"] == 2  # a window of three starts at layer 0
     row = found.numbers["layers"][0]
     assert row["forgetting"] == pytest.approx(0.5) and row["utility_loss"] == pytest.approx(0.1)
     assert "method.layer=2" in found.sentences[0]
     times = {p: p.stat().st_mtime_ns for p in (workplace / "runs").glob("*/record.json")}
-    assert sweep_layers(config, score, ["hazard/acc"]).numbers == found.numbers
+    assert sweep_layers(config, ["hazard/acc"]).numbers == found.numbers
     assert times == {p: p.stat().st_mtime_ns for p in (workplace / "runs").glob("*/record.json")}
     page = write_analysis(found, tmp_path / "sweep.html").read_text()
     assert "Unlearning at each layer" in page and str(workplace) not in page
@@ -230,14 +228,15 @@ def test_the_layer_sweep_goes_on_where_it_stopped(workplace, tmp_path):
             raise DivergedError("step 3: the loss is not finite")
         return score(run)
 
-    found = sweep_layers(config, refuse, ["hazard/acc"])
+    monkeypatch.setattr(analyses, "score_model", refuse)
+    found = sweep_layers(config, ["hazard/acc"])
     assert found.numbers["best"] == 3 and "Diverged at layers 2." in found.sentences
     assert found.panels[0].series["forgetting"][0] is None
     assert "\N{EN DASH}" in write_analysis(found, tmp_path / "lost.html").read_text()
     with pytest.raises(SrmuError, match="no accuracy other/acc"):
-        sweep_layers(config, score, ["other/acc"])
+        sweep_layers(config, ["other/acc"])
     with pytest.raises(SrmuError, match="another one to keep"):
-        sweep_layers(config, score, ["hazard/acc", "rest/acc"])
+        sweep_layers(config, ["hazard/acc", "rest/acc"])
 
 
 def test_wrong_input(workplace):
@@ -247,4 +246,4 @@ def test_wrong_input(workplace):
             measure_confidence(model, tokenizer, {"forget": rows})
     config, _ = a_run(workplace, "npo", "train.learning_rate=0.001")
     with pytest.raises(SrmuError, match="no layer to vary"):
-        sweep_layers(config, lambda run: {}, ["x/acc"])
+        sweep_layers(config, ["x/acc"])

@@ -28,7 +28,6 @@ Definition = Annotated[
     Literal["pair_containment", "pair_multiset", "corpus_jaccard"],
     Option(help="entanglement: which overlap of n-grams."),
 ]
-Tokens = Annotated[Literal["predicted", "generated"], Option(help="confidence: of which tokens.")]
 
 
 @verbs.command("eval", rich_help_panel=GROUP)
@@ -229,7 +228,6 @@ def inspect_command(
     tasks: Annotated[str, Option(help="entanglement: are they in the texts? a,b")] = "",
     tasks_dir: options.TasksDir = None,
     definition: Definition = "pair_containment",
-    tokens: Tokens = "predicted",
     metrics: options.Metrics = "",
     device: options.Device = "auto",
     out: Annotated[Path | None, Option(help="The page, WHAT.html; names: a .txt file.")] = None,
@@ -258,7 +256,7 @@ def inspect_command(
     if what == "entanglement":
         found = compare_texts(texts, tasks, tasks_dir, model, definition, device)
     else:
-        found = measure_activations(what, target, texts, tokens, metrics, device)
+        found = measure_activations(what, target, texts, metrics, device)
     page = write_analysis(found, out or Path(f"{what}.html"))
     answer = {"numbers": found.numbers, "sentences": found.sentences, "page": str(page)}
     output.print_result(answer, as_json, *found.sentences, f"wrote {page}", output.open_in_browser(page))
@@ -322,12 +320,9 @@ def compare_texts(
     )
 
 
-def measure_activations(
-    what: str, target: str, texts: dict[str, list[str]], tokens: Tokens, metrics: str, device: str
-) -> Any:
+def measure_activations(what: str, target: str, texts: dict[str, list[str]], metrics: str, device: str) -> Any:
     """One of the analyses of arXiv 2408.06223, of a model or a run."""
     from srmu.evals import analyses
-    from srmu.evals.score import score_model
     from srmu.runs.run import find_run
 
     run = find_run(target)
@@ -338,7 +333,7 @@ def measure_activations(
     if run and what == "layers":
         if not metrics:
             raise SrmuError("--metrics: name those that should fall, such as wmdp_bio/acc")
-        return analyses.sweep_layers(run.config, score_model, output.split_names(metrics), watch=show_progress)
+        return analyses.sweep_layers(run.config, output.split_names(metrics), watch=show_progress)
     if run and not any(texts.values()):
         texts = analyses.read_topic_texts(run.config)
     read = {role: rows for role, rows in texts.items() if rows}
@@ -346,5 +341,5 @@ def measure_activations(
         raise SrmuError(f"name texts to read {target} on: --forget F, --retain R, or both")
     model = analyses.open_model(target, device)
     if what == "confidence":
-        return analyses.measure_confidence(*model, read, tokens=tokens, watch=show_progress)
+        return analyses.measure_confidence(*model, read, watch=show_progress)
     return analyses.measure_sensitivity(*model, read, watch=show_progress)

@@ -1,12 +1,12 @@
 """The analyses of Adaptive RMU (arXiv 2408.06223) on a model, or on a run before and after."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +21,8 @@ from srmu.engine.model import Batch, EditableModel, Site
 from srmu.engine.progress import Watch, ignore_progress
 from srmu.errors import DivergedError, SrmuError
 from srmu.evals.figures import Analysis, Panel, draw_histogram, write_sentences
+from srmu.evals.results import Metrics
+from srmu.evals.score import score_model
 from srmu.methods import Misdirection
 from srmu.runs.config import Config
 from srmu.runs.plan import locate_base
@@ -30,13 +32,12 @@ from srmu.runs.run import Run, open_target, unlearn_config
 BATCH = 8  # texts read at once
 DOCUMENTS = 64  # of each set that are read at most
 LENGTH = 128  # tokens of a text that are read at most
-NEW_TOKENS = 16  # generated after half of a text
+NEW_TOKENS = 16  # written after half of a text
 # Of the noise sensitivity: documents, size of the noise, draws, seed.
 NOISY, SIZE, DRAWS, SEED = 16, 0.1, 2, 0
 MEASURES = ("logit", "probability", "margin", "entropy")  # of confidence
 KINDS = ("direction", "target")  # what forget activations are held against
 Texts = Mapping[str, Sequence[str]]  # "forget" and "retain"
-Scores = Mapping[str, Mapping[str, Mapping[str, float]]]  # before and after, by metric
 
 
 def open_model(target: str | Path, device: str = "auto") -> tuple[EditableModel, Any]:
@@ -74,20 +75,13 @@ def prepare_sets(texts: Texts, tokenizer: Any, documents: int = DOCUMENTS) -> di
 
 
 def measure_confidence(
-    model: EditableModel,
-    tokenizer: Any,
-    texts: Texts,
-    *,
-    tokens: Literal["predicted", "generated"] = "predicted",
-    watch: Watch = ignore_progress,
+    model: EditableModel, tokenizer: Any, texts: Texts, *, watch: Watch = ignore_progress
 ) -> Analysis:
-    """How sure a model is of its next token: means over tokens of MEASURES, the entropy in nats.
+    """How sure a model is of the tokens that it chooses greedily after the first half of each text.
 
-    `predicted`: at each token of the texts that another comes before. `generated`: at NEW_TOKENS greedily chosen ones
-    after the first half of each text, up to its end of sequence.
+    NEW_TOKENS of them, up to the text's end: means over tokens of MEASURES, the entropy in nats.
     """
-    parts = prepare_sets(texts, tokenizer)
-    states = list_states(model)
+    parts, states = prepare_sets(texts, tokenizer), list_states(model)
     means: dict[str, dict[str, dict[str, float]]] = {name: {} for name in parts}
     probabilities: dict[str, Tensor] = {}
     with watch("reading the model's confidence", sum(map(len, parts.values())) * len(states)) as tick:
@@ -95,18 +89,14 @@ def measure_confidence(
             rows = []
             for batch in batches:
                 with state():
-                    rows.append(measure_tokens(model, batch, NEW_TOKENS if tokens == "generated" else 0))
+                    rows.append(measure_tokens(model, batch))
                 tick("")
             table = torch.cat(rows)  # (N, 4)
             probabilities[f"{name}, {when}"] = table[:, 1]
             columns = zip(MEASURES, table.double().mean(dim=0).tolist(), strict=True)
             means[name][when] = {**dict(columns), "tokens": len(table)}
-    panel = draw_histogram(f"Largest probability of {tokens} tokens", "largest probability", probabilities, 0.0, 1.0)
-    numbers = {"tokens": tokens, "confidence": means}
-    pairs = {name: (row["before"], row["after"]) for name, row in means.items() if "after" in row}
-    changes = {name: after["probability"] - before["probability"] for name, (before, after) in pairs.items()}
-    sentences = write_sentences("confidence.txt", means=means, tokens=tokens, changes=changes)
-    return Analysis("Token confidence", numbers, sentences, [panel])
+    panel = draw_histogram("Largest probability of each token", "largest probability", probabilities, 0.0, 1.0)
+    return Analysis("Token confidence", {"confidence": means}, write_sentences("confidence.txt", means=means), [panel])
 
 
 def measure_logits(logits: Float[Tensor, "N V"]) -> Float[Tensor, "N 4"]:
@@ -118,16 +108,12 @@ def measure_logits(logits: Float[Tensor, "N V"]) -> Float[Tensor, "N 4"]:
     return torch.stack([logits.max(dim=-1).values, two[:, 0], two[:, 0] - two[:, 1], entropy], dim=-1)
 
 
-@torch.no_grad()
-def measure_tokens(model: EditableModel, batch: Batch, new_tokens: int = 0) -> Float[Tensor, "N 4"]:
-    """`measure_logits` at each token that another comes before, or at `new_tokens` generated after half of each row."""
-    if not new_tokens:
-        batch = train.move_batch(batch, model.device)
-        return measure_logits(model.logits(batch)[:, :-1][losses.is_predicted(batch["labels"])]).cpu()
+def measure_tokens(model: EditableModel, batch: Batch) -> Float[Tensor, "N 4"]:
+    """`measure_logits` at each token that the model writes after half of each row."""
     lengths = batch["attention_mask"].sum(dim=1).tolist()
     rows = zip(batch["input_ids"].tolist(), lengths, strict=True)
     halves = [row[: max(1, length // 2)] for row, length in rows]
-    _, logits = generate.write_on(model.module, halves, new_tokens, generate.list_ends(model.module), keep_logits=True)
+    _, logits = generate.write_on(model.module, halves, NEW_TOKENS, generate.list_ends(model.module), keep_logits=True)
     return measure_logits(torch.cat(logits)).cpu()
 
 
@@ -195,8 +181,7 @@ def measure_sensitivity(
     the final norm: up to what the unembedding reads; the mean over tokens and DRAWS draws. Each text's first token, an
     attention sink, stays as it is and is left out. A network that passes its input on unchanged has psi = SIZE^2.
     """
-    parts = prepare_sets(texts, tokenizer, NOISY)
-    count, states = len(model.layers), list_states(model)
+    parts, states, count = prepare_sets(texts, tokenizer, NOISY), list_states(model), len(model.layers)
     psi: dict[str, list[float]] = {}
     with watch("adding noise", count * len(parts) * len(states)) as tick:
         for (name, batches), (when, state) in product(parts.items(), states.items()):
@@ -240,13 +225,11 @@ def measure_layer(
     return float(torch.cat(ratios).double().mean())
 
 
-def sweep_layers(
-    config: Config, score: Callable[[Run], Scores], forget_metrics: Sequence[str], *, watch: Watch = ignore_progress
-) -> Analysis:
+def sweep_layers(config: Config, forget_metrics: Sequence[str], *, watch: Watch = ignore_progress) -> Analysis:
     """Unlearn at every layer (l-2, l-1, l) with a config and compare forgetting with utility.
 
-    `score` gives a run's metrics; `forget_metrics` (such as `wmdp_bio/acc`) say which should fall, all other accuracies
-    are utility. Runs that are there already are used again, so a stopped sweep goes on.
+    `forget_metrics` (such as `wmdp_bio/acc`) should fall; all other accuracies are utility. Runs that are there already
+    are used again, so a stopped sweep goes on.
     """
     method = config.method
     if not isinstance(method, Misdirection):
@@ -257,7 +240,7 @@ def sweep_layers(
         for layer in tried:
             at = config.model_copy(update={"method": replace(method, layer=layer)})
             try:
-                rows.append({"layer": layer, **compare_scores(score(unlearn_config(at)), forget_metrics)})
+                rows.append({"layer": layer, **compare_scores(score_model(unlearn_config(at)), forget_metrics)})
             except DivergedError as error:
                 rows.append({"layer": layer, "diverged": str(error)})
             tick(f"layer {layer}")
@@ -286,7 +269,7 @@ def candidate_layers(method: Misdirection, model_config: Any, at_most: int | Non
     return sorted({round(layer) for layer in np.linspace(low, high, at_most)})
 
 
-def compare_scores(scores: Scores, forget_metrics: Sequence[str]) -> dict[str, Any]:
+def compare_scores(scores: Mapping[str, Metrics], forget_metrics: Sequence[str]) -> dict[str, Any]:
     """Accuracies before and after a run, and the mean falls of forget and of other metrics."""
     before, after = (
         {metric: scores[when][metric]["value"] for metric in scores["after"] if metric.endswith("/acc")}

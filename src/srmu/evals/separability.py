@@ -137,9 +137,6 @@ def measure_separability(
         "layers": layers,
         "documents": [len(set(sample.owners.tolist())) for sample in samples],
         "tokens": [len(sample.owners) for sample in samples],
-        "components": COMPONENTS,
-        "max_length": LENGTH,
-        "seed": SEED,
     }
 
 
@@ -230,9 +227,5 @@ def choose_layer(layers: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def advise_user(numbers: dict[str, Any]) -> list[str]:
     """What the numbers of `measure_entanglement` mean, in sentences."""
     best = choose_layer(numbers["separability"]["layers"]) if "separability" in numbers else None
-    told: dict[str, Any] = {"contamination": {"forget": {}, "retain": {}}} | numbers
-    told |= {"is_low": numbers["entanglement"] < LOW, "is_high": numbers["entanglement"] > HIGH, "best": best}
-    if best:
-        told |= {"is_clear": best["accuracy"] >= CLEAR, "is_flat": best["importance"]["sd"] < FLAT}
-        told["window"] = best["layer"] + 1 if best["layer"] < 2 else None  # no more than there are layers
-    return write_sentences("entanglement.txt", **told, flat=FLAT, outlier=OUTLIER)
+    limits = {"low": LOW, "high": HIGH, "clear": CLEAR, "flat": FLAT, "outlier": OUTLIER}
+    return write_sentences("entanglement.txt", **numbers, **limits, best=best)
