@@ -33,7 +33,6 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from srmu.evals import lm_eval
 from srmu.evals.harness import Harness
 
-BATCH = 64
 TEMPLATES = (
     "which river runs through {}",
     "what do the bridges in {} cross",
@@ -108,13 +107,13 @@ def compare(label: str, config: Any, kind: str, count: int, rounds: int) -> None
 
         def plain(limit: int | None = None) -> float:
             manager = TaskManager(include_defaults=False, include_path=folder)
-            lm = HFLM(model, tokenizer=tokenizer, batch_size=BATCH)
+            lm = HFLM(model, tokenizer=tokenizer, batch_size=lm_eval.BATCH)
             with redirect_stderr(io.StringIO()):  # progress bars
                 report = simple_evaluate(lm, tasks=["quiz"], task_manager=manager, limit=limit)
             return float(report["results"]["quiz"]["acc,none"])
 
         def ours(limit: int | None = None) -> float:
-            found = lm_eval.evaluate(model, tokenizer, ["quiz"], tasks_dir=tasks, limit=limit, batch_size=BATCH)
+            found = lm_eval.evaluate(model, tokenizer, ["quiz"], tasks_dir=tasks, limit=limit)
             return found["quiz/acc"]["value"]
 
         sides: dict[str, tuple[Callable[..., float], Any]] = {"lm-eval": (plain, HFLM), "srmu": (ours, Harness)}

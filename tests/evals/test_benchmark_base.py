@@ -17,8 +17,8 @@ from srmu.evals.benchmarks.base import (
     Text,
     Texts,
     cut_at_stop,
-    log_likelihoods,
     mean_metric,
+    option_likelihoods,
     prompt_of,
     rouge_scores,
     write_continuations,
@@ -188,8 +188,8 @@ def test_log_likelihoods_are_those_of_a_loop(name: str) -> None:
     model = Subject(pico_module(name), word_tokenizer())
     rows = texts(9, seed=8)
     pairs = [(" ".join(row.split()[:3]), " " + " ".join(row.split()[3:])) for row in rows]
-    found = log_likelihoods(model, pairs)
-    for (prompt, answer), (logp, count) in zip(pairs, found, strict=True):
+    found = option_likelihoods(model, [(prompt, [answer]) for prompt, answer in pairs], "odds")
+    for (prompt, answer), ((logp, count),) in zip(pairs, found, strict=True):
         before, ids = model.tokens(prompt), model.tokens(prompt + answer)
         with torch.no_grad():
             logs = model.module(torch.tensor([ids])).logits[0].log_softmax(-1)
@@ -203,7 +203,7 @@ def test_a_model_that_is_not_a_number() -> None:
     with torch.no_grad():
         module.lm_head.weight.fill_(float("nan"))
     with pytest.raises(SrmuError, match=r"odds: the model's output is not a number \(NaN\)"):
-        log_likelihoods(Subject(module, word_tokenizer()), [("w1", " w2")], label="odds")
+        option_likelihoods(Subject(module, word_tokenizer()), [("w1", [" w2"])], "odds")
 
 
 def test_mean() -> None:

@@ -84,7 +84,6 @@ def test_forget_quality_and_privleak_are_those_of_the_oracle(folder: Path) -> No
         (["--tasks", "tofu/forget7"], "did you mean forget"),
         (["--tasks", "tofu", "--data", "{}/suites/tofu"], "--oracle none to leave it out"),
         (["--tasks", "wmdp", "--data", "{}/nowhere"], "no such folder"),
-        (["--tasks", "wmdp", "--data", "{}", "--revision", "abc"], "--revision does not apply"),
         (["--tasks", "rwku", "--data", "{}", "--template", "Q: {{q}}"], "has no {question} in it"),
         (["--tasks", "rwku", "--data", "{}", "--limit", "0"], "must be 1 or more"),
         (["--tasks", "quiz", "--data", "{}"], "go with a benchmark: --tasks tofu"),

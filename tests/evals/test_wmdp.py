@@ -21,7 +21,7 @@ from srmu.errors import SrmuError
 from srmu.evals import lm_eval
 from srmu.evals.benchmarks import base, wmdp
 from srmu.evals.benchmarks.base import BenchmarkRequest, BenchmarkScores, Row
-from srmu.evals.subject import Subject
+from srmu.evals.subject import Question, Subject
 
 PARTS = {"wmdp-bio": 21, "wmdp-cyber": 13, "wmdp-chem": 6}
 SUBJECTS = {"virology": 5, "college_biology": 7, "abstract_algebra": 9}
@@ -244,18 +244,19 @@ def answered(monkeypatch: pytest.MonkeyPatch, data: BenchmarkRequest, stub: Stub
     """
     by_question = {row["question"].strip(): row for config in (*PARTS, *SUBJECTS) for row in rows_of(data, config)}
 
-    def log_likelihoods(model: Any, pairs: Sequence[tuple[str, str]], **_: Any) -> Any:
+    def score_options(model: Any, posed: Sequence[Question], label: str) -> list[list[float]]:
         found = []
-        for prompt, option in pairs:
+        for question in posed:
+            prompt = question.prompt
             body = prompt.split("\n\n", 1)[1].removesuffix("\nAnswer:").removeprefix("Question: ")
             known = by_question[body.split("\nA. ")[0]]
             right = known["choices"][known["answer"]]
             shown = [line[3:] for line in body.split("\n") if line[:3] in ("A. ", "B. ", "C. ", "D. ")]
             row = {"choices": shown, "answer": shown.index(right) if shown else -1, "right": right}
-            found.append((stub(row, option.removeprefix(" ")), 1))
+            found.append([stub(row, option.removeprefix(" ")) for option in question.options])
         return found
 
-    monkeypatch.setattr(base, "log_likelihoods", log_likelihoods)
+    monkeypatch.setattr(base, "score_options", score_options)
     return wmdp.run_wmdp(None, data)  # type: ignore[arg-type]
 
 
@@ -313,10 +314,10 @@ def test_one_that_draws_lots_is_right_in_a_quarter(monkeypatch: pytest.MonkeyPat
     data = BenchmarkRequest("cais/wmdp", "", folder=write(tmp_path / "wmdp", rows))
     draw = random.Random(0)
 
-    def log_likelihoods(model: Any, pairs: Sequence[Any], **_: Any) -> list[tuple[float, int]]:
-        return [(draw.random(), 1) for _ in pairs]
+    def score_options(model: Any, posed: Sequence[Question], label: str) -> list[list[float]]:
+        return [[draw.random() for _ in question.options] for question in posed]
 
-    monkeypatch.setattr(base, "log_likelihoods", log_likelihoods)
+    monkeypatch.setattr(base, "score_options", score_options)
     scores = wmdp.run_wmdp(None, data)  # type: ignore[arg-type]
     error = sqrt(0.25 * 0.75 / 1600)
     for part in ("bio", "cyber", "chem"):

@@ -42,7 +42,6 @@ def eval_command(
     tasks_dir: options.TasksDir = None,
     limit: Annotated[int | None, Option(help="Only the first N questions.")] = None,
     data: Annotated[str, Option(help="Folder of a benchmark's data; default: hub.")] = "",
-    revision: Annotated[str, Option(help="Commit of a benchmark's data set.")] = "",
     oracle: options.Oracle = "",
     template: Annotated[str, Option(help="How a benchmark asks, with {question}.")] = "",
     device: options.Device = "auto",
@@ -56,10 +55,8 @@ def eval_command(
 
     names = output.split_names(tasks)
     asked = [name for name in names if name.partition("/")[0] in BENCHMARKS]
-    if not asked and (data or revision or oracle or template):
-        raise SrmuError(
-            f"--data, --revision, --oracle and --template go with a benchmark: --tasks {', '.join(BENCHMARKS)}"
-        )
+    if not asked and (data or oracle or template):
+        raise SrmuError(f"--data, --oracle and --template go with a benchmark: --tasks {', '.join(BENCHMARKS)}")
     scores: dict[str, dict[str, Any]] = {}  # before, after, oracle -> metric -> value, n, ...
     others = tuple(name for name in names if name not in asked)
     if others or not asked:
@@ -67,8 +64,8 @@ def eval_command(
         if not as_json:
             print_scores(scores, {"before": "before", "after": "after" if "before" in scores else "value"})
     for name in asked:
-        told: dict[str, Any] = {"data": data, "revision": revision, "oracle": oracle, "template": template}
-        measured = score_benchmark(target, name, **told, limit=limit, device=device, watch=show_progress)
+        told: dict[str, Any] = {"data": data, "oracle": oracle, "template": template, "limit": limit}
+        measured = score_benchmark(target, name, **told, device=device, watch=show_progress)
         if not as_json:
             titles = TITLES if "before" in measured else TITLES | {"after": "model"}
             shown = {titles[when]: measured[when] for when in titles if when in measured}

@@ -26,6 +26,7 @@ from srmu.evals.subject import Question
 
 Local = dict[str, tuple[dict[str, Any], list[Path]]]  # task -> its YAML, the files it asks from
 FILE_FORMATS = ("json", "csv", "parquet", "text")  # dataset_path of a task kept in local files
+BATCH = 64  # inputs read at once
 SEED = 1234  # lm-eval's own, for few-shot examples and sampled answers
 
 
@@ -36,7 +37,6 @@ def evaluate(
     *,
     tasks_dir: Path | None = None,
     limit: int | None = None,
-    batch_size: int = 64,
     fingerprint: str | None = None,
     watch: Watch = ignore_progress,
 ) -> Metrics:
@@ -47,9 +47,8 @@ def evaluate(
     that of weights, config and tokenizer, results are kept in the cache folder until the task, its local questions or a
     library change. SrmuError for a task that is unknown, broken or out of reach.
     """
-    for name, value in (("batch_size", batch_size), ("--limit", limit)):
-        if value is not None and value < 1:
-            raise SrmuError(f"{name} {value}: expected 1 or more")
+    if limit is not None and limit < 1:
+        raise SrmuError(f"--limit {limit}: expected 1 or more")
     local = _local_tasks(tasks_dir)
     keys = {name: _cache_key(name, local, limit, fingerprint) for name in tasks}
     results = distributed.agree_on({name: find_cached("evals", keys[name]) if fingerprint else None for name in tasks})
@@ -57,7 +56,7 @@ def evaluate(
     if missing:
         from srmu.evals.harness import open_harness
 
-        with open_harness(model, tokenizer, batch_size) as harness:
+        with open_harness(model, tokenizer, BATCH) as harness:
             # load all before running any: a wrong name shows before hours have passed
             with silence_output():
                 loaded = {name: _load_task(name, local) for name in missing}

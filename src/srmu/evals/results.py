@@ -74,12 +74,10 @@ def merge_results(folder: Path, rows: Iterable[Row] = (), record: Mapping[str, A
     """
     with lock_results(folder):
         results = load_results(folder)
-        merged = {
-            row_key(row): row
-            for row in results["rows"]
-            if not (row.get("attack") and "attacks" in facts)
-            and row.get("benchmark") not in facts.get("benchmarks", ())
-        } | {row_key(row): row for row in rows}
+        kept = [row for row in results["rows"] if row.get("benchmark") not in facts.get("benchmarks", ())]
+        if "attacks" in facts:
+            kept = [row for row in kept if not row.get("attack")]
+        merged = {row_key(row): row for row in (*kept, *rows)}
         for kind, added in facts.items():
             known = {} if kind == "attacks" else results.get(kind, {})
             results[kind] = known | dict(added)

@@ -83,7 +83,6 @@ def score_benchmark(
     name: str,
     *,
     data: str = "",
-    revision: str = "",
     template: str = "",
     oracle: str = "",
     limit: int | None = None,
@@ -96,7 +95,6 @@ def score_benchmark(
     `before`. `oracle` is a model that never saw the forget set, which then has metrics too, or "none". A run's metrics
     are merged into its `results.json`.
     """
-    asked = {"data": data, "revision": revision, "template": template, "oracle": oracle, "limit": limit}
     suite, _ = benchmarks.find_benchmark(name)
     if suite.oracle and not oracle:
         raise SrmuError(
@@ -106,9 +104,9 @@ def score_benchmark(
     opened = open_target(target, device)
     run, first = opened.run, name.partition("/")[0]
     beside = opened.base.parent / "suites" / first  # as in a testbed
-    if not (data or revision) and beside.is_dir():
-        asked["data"] = data = str(beside)
-    request = pose_request(name, data, revision, template, limit)  # what is wrong shows before the work
+    if not data and beside.is_dir():
+        data = str(beside)
+    request = pose_request(name, data, template, limit)  # what is wrong shows before the work
     if run:
         results.load_results(run.folder)
     scores = {}
@@ -124,11 +122,12 @@ def score_benchmark(
             answers = {f"{first}/{key}": {"answers": results.write_answers(v)} for key, v in one["values"].items()}
             metrics = {key: entry | answers.get(key, {}) for key, entry in one["metrics"].items()}
             rows += metric_rows(metrics, when, benchmark=name)
+        asked = {"data": data, **request.pin, "template": template, "oracle": oracle, "limit": limit}
         merge_results(run.folder, rows, benchmarks={name: {"asked": asked, "rows": scores["after"]["rows"]}})
     return {when: one["metrics"] for when, one in scores.items()}
 
 
-def pose_request(name: str, data: str, revision: str, template: str, limit: int | None) -> base.BenchmarkRequest:
+def pose_request(name: str, data: str, template: str, limit: int | None) -> base.BenchmarkRequest:
     """What a suite is asked, from what `srmu eval` was told."""
     suite, part = benchmarks.find_benchmark(name)
     hub, first = suite.hub.format(part=part.capitalize()), name.partition("/")[0]
@@ -139,13 +138,11 @@ def pose_request(name: str, data: str, revision: str, template: str, limit: int 
         raise SrmuError(f"--tasks {name} has no data set of its own; {get}")
     if folder and not folder.is_dir():
         raise SrmuError(f"--data {folder}: there is no such folder; {get}")
-    if folder and revision:
-        raise SrmuError(f"--revision does not apply to the local folder {folder}")
     if template and "{question}" not in template:
         raise SrmuError(f"--template {template!r} has no {{question}} in it")
     if limit is not None and limit < 1:
         raise SrmuError(f"--limit {limit} must be 1 or more")
-    return base.BenchmarkRequest(hub, get, revision or suite.revision, folder, limit, part, template)
+    return base.BenchmarkRequest(hub, get, suite.revision, folder, limit, part, template)
 
 
 def measure_benchmark(

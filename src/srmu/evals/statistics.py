@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf, isnan, nan
+from operator import itemgetter
 from statistics import fmean
 from typing import Any
 
@@ -19,6 +20,7 @@ KNOWN = 0.01  # the least accuracy above chance that K* divides by
 
 Array = NDArray[np.float64]
 Statistic = Callable[[Array], Array]  # of means (..., A), one a column, to numbers (...)
+FIRST_COLUMN: Statistic = itemgetter((..., 0))  # the statistic that is a single mean
 
 
 @dataclass(frozen=True)
@@ -39,11 +41,6 @@ class Estimate:
         if not self.has_interval:
             return f"{self.value:.4g}"
         return f"{self.value:.1%} ({self.low:.1%}\N{EN DASH}{self.high:.1%})".replace("%", "")
-
-
-def first_column(values: Array) -> Array:
-    """The statistic that is a single mean."""
-    return values[..., 0]
 
 
 def worst_case(means: Array, chance: float) -> Array:
@@ -131,7 +128,7 @@ def estimate_from(values: Array, n: int) -> Estimate:
 
 
 def bootstrap_estimate(
-    table: ArrayLike, facts: Sequence[Hashable], statistic: Statistic = first_column, *, seed: int = 0
+    table: ArrayLike, facts: Sequence[Hashable], statistic: Statistic = FIRST_COLUMN, *, seed: int = 0
 ) -> Estimate:
     """A statistic of column means of (questions, columns), with its paired bootstrap interval over `facts`."""
     return estimate_from(statistic(Draws(seed).means(table, facts)), len(facts))
@@ -195,7 +192,7 @@ def area_under_curve(positive: ArrayLike, negative: ArrayLike) -> float:
 
 
 def auc_bootstrap(
-    positive: ArrayLike, negative: ArrayLike, statistic: Statistic = first_column, *, seed: int = 0
+    positive: ArrayLike, negative: ArrayLike, statistic: Statistic = FIRST_COLUMN, *, seed: int = 0
 ) -> Estimate:
     """A statistic of AUCs, one a column of scores (texts, columns), with its bootstrap interval.
 

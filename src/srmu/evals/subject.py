@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from srmu.engine.generate import join_responses
+from srmu.engine.generate import batch_texts
 from srmu.engine.likelihoods import score_answers
 from srmu.engine.losses import is_predicted
 from srmu.engine.model import EditableModel, replace_tensor
@@ -115,10 +115,8 @@ class Subject:
 
     def tokens(self, text: str) -> list[int]:
         """The tokens of a text with those that the tokenizer puts first; none at all: the one that texts begin with."""
-        ids = list(self._known(text))
-        for start in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
-            if not ids and start is not None:
-                ids = [start]
+        starts = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
+        ids = list(self._known(text)) or [start for start in starts if start is not None][:1]
         if not ids:
             raise SrmuError("a question has no prompt, and the tokenizer no token to begin a text with")
         return ids
@@ -168,7 +166,7 @@ def membership_scores(model: Subject, texts: Sequence[str]) -> Array:
     while order:
         count = max(1, LOGITS // (size * len(rows[order[0]])))
         part, order = order[:count], order[count:]
-        batch = move_batch(join_responses([[]] * len(part), [rows[i] for i in part]), model.device)
+        batch = move_batch(batch_texts([rows[i] for i in part]), model.device)
         mask = is_predicted(batch["labels"])
         read = {name: batch[name] for name in ("input_ids", "attention_mask")}
         logits = model.module(**read, use_cache=False).logits
@@ -179,11 +177,10 @@ def membership_scores(model: Subject, texts: Sequence[str]) -> Array:
             mu = (p * logs).sum(-1)
             sigma = (p * (logs - mu[:, None]) ** 2).sum(-1).sqrt()
             standard = (logp - mu) / sigma.clamp(min=1e-6)
-            words = model.tokenizer.decode(rows[i], skip_special_tokens=True)
             # arXiv 2012.07805: log-likelihood by the size of the compressed text
+            size_packed = len(zlib.compress(model.tokenizer.decode(rows[i], skip_special_tokens=True).encode()))
             mean = float(logp.mean())
-            packed = mean / len(zlib.compress(words.encode()))
-            scores[i] = mean, packed, mean_lowest(logp), mean_lowest(standard)
+            scores[i] = mean, mean / size_packed, mean_lowest(logp), mean_lowest(standard)
     return scores
 
 

@@ -1,7 +1,7 @@
 """What every benchmark uses: rows of a data set, a model that answers, metrics by name."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from math import isfinite, sqrt
@@ -15,7 +15,7 @@ from pydantic import AfterValidator, ConfigDict, Field, StringConstraints, Valid
 from srmu.engine import distributed, files, generate
 from srmu.errors import SrmuError, first_line
 from srmu.evals.lm_eval import silence_output
-from srmu.evals.subject import Subject, answer_likelihoods
+from srmu.evals.subject import Question, Subject, answer_likelihoods
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -58,7 +58,7 @@ class BenchmarkRequest:
     limit: int | None = None  # rows of each part
     part: str = ""
     template: str = ""
-    reference: Mapping[str, Sequence[float]] | None = None
+    reference: Values | None = None
     seen: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -177,21 +177,21 @@ def cut_at_stop(text: str, stops: Sequence[str]) -> str:
     return text.strip()
 
 
-def log_likelihoods(
-    model: Subject, pairs: Sequence[tuple[str, str]], *, label: str = "likelihoods"
-) -> list[tuple[float, int]]:
-    """The log-probability (nats) and the tokens of the answer, with the space before it, in each (prompt, answer)."""
+def option_likelihoods(
+    model: Subject, asked: Sequence[tuple[str, Sequence[str]]], label: str
+) -> list[list[tuple[float, int]]]:
+    """The log-probability (nats) and the tokens of each option, with the space before it, of each (prompt, options)."""
+    pairs = [(prompt, option) for prompt, options in asked for option in options]
     results = do_parts(model, pairs, PAIRS, lambda part: answer_likelihoods(model, part), label)
     check_finite([logp for logp, _ in results], label)
-    return results
-
-
-def option_likelihoods(
-    model: Subject, asked: Sequence[tuple[str, Sequence[str]]], *, label: str
-) -> list[list[tuple[float, int]]]:
-    """The same for each option of each (prompt, options)."""
-    read = iter(log_likelihoods(model, [(prompt, one) for prompt, options in asked for one in options], label=label))
+    read = iter(results)
     return [[next(read) for _ in options] for _, options in asked]
+
+
+def score_options(model: Subject, questions: Sequence[Question], label: str) -> list[list[float]]:
+    """The log-probability (nats) of each option of each question."""
+    read = option_likelihoods(model, [(q.prompt, q.options) for q in questions], label)
+    return [[logp for logp, _ in options] for options in read]
 
 
 def letter_options(choices: Sequence[str]) -> str:

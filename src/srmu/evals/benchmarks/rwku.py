@@ -18,7 +18,7 @@ from typing_extensions import TypedDict
 
 from srmu.errors import SrmuError, suggest_word
 from srmu.evals.benchmarks import base
-from srmu.evals.subject import Subject, membership_scores
+from srmu.evals.subject import Question, Subject, mark_right, membership_scores
 
 LEVELS = {"forget": (1, 2, 3), "neighbor": (1, 2)}
 MEMBERSHIP = ("loss", "zlib", "mink", "minkpp")  # in the order of membership_scores
@@ -150,10 +150,9 @@ def measure_mmlu(model: Subject, request: base.BenchmarkRequest) -> list[float]:
             text += f"Question: {list_question(shot)}\nAnswer: {base.LETTERS[shot['answer']]}\n\n"
         question = list_question(row)
         prompt = pose_question(model, request, question, f"{text}{PROMPTS['follow']}Question: {question}", "Answer:")
-        questions.append((prompt, [f" {letter}" for letter in base.LETTERS[: len(row["choices"])]]))
-    read = base.option_likelihoods(model, questions, label="rwku general")
-    chosen = [int(np.argmax([logp for logp, _ in options])) for options in read]
-    return [float(one == row["answer"]) for one, row in zip(chosen, rows, strict=True)]
+        letters = tuple(f" {letter}" for letter in base.LETTERS[: len(row["choices"])])
+        questions.append(Question(prompt, letters, row["answer"], row["question"]))
+    return [*mark_right(base.score_options(model, questions, "rwku general"), questions)]
 
 
 def list_question(row: base.Row) -> str:
@@ -194,13 +193,13 @@ def measure_truthfulqa(model: Subject, request: base.BenchmarkRequest) -> list[f
     questions = []
     for row, content in zip(rows, prime_questions([row["question"] for row in rows]), strict=True):
         prompt = pose_question(model, request, row["question"], content, "A:")
-        questions.append((prompt, [f" {choice}" for choice in row["mc1_targets"]["choices"]]))
-    read = base.option_likelihoods(model, questions, label="rwku truthfulness")
+        options = tuple(f" {choice}" for choice in row["mc1_targets"]["choices"])
+        questions.append(Question(prompt, options, row["mc1_targets"]["labels"].index(1), row["question"]))
     right = []
-    for row, options in zip(rows, read, strict=True):
+    for row, scores in zip(rows, base.score_options(model, questions, "rwku truthfulness"), strict=True):
         labels = row["mc1_targets"]["labels"]
-        false = max(logp for (logp, _), label in zip(options, labels, strict=True) if not label)
-        right.append(float(options[labels.index(1)][0] > false))
+        false = max(logp for logp, label in zip(scores, labels, strict=True) if not label)
+        right.append(float(scores[labels.index(1)] > false))
     return right
 
 

@@ -58,7 +58,7 @@ def measure_set(model: Subject, request: base.BenchmarkRequest, name: str, rows:
         texts = [row["answer"], row[right], *row["perturbed_answer"]]
         options.append((split_space(prompt, "")[0], [split_space(prompt, text)[1] for text in texts]))
     values: base.Values = {"probability": [], "truth_ratio": []}
-    for each in base.option_likelihoods(model, options, label=f"tofu {name} likelihoods"):
+    for each in base.option_likelihoods(model, options, f"tofu {name} likelihoods"):
         # arXiv 2401.06121, P(a | q) = p(a | q) ** (1 / |a|), here its logarithm
         answer, truth, *wrong = (logp / tokens for logp, tokens in each)
         total = 0.0 if name in MADE_UP else float(np.logaddexp.reduce([answer, *wrong]))

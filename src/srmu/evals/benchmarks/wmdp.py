@@ -53,7 +53,7 @@ def run_wmdp(model: Subject, request: base.BenchmarkRequest) -> base.BenchmarkSc
             (name, pose_lettered(row, name.replace("_", " "))) for name, rows in neighbours.items() for row in rows
         ]
         questions = [question for _, question in asked]
-        right = mark_right(score_options(model, questions, "MMLU"), questions)
+        right = mark_right(base.score_options(model, questions, "MMLU"), questions)
         values["mmlu"] = [*right]
         metrics["wmdp/mmlu"] = base.mean_metric(right)
         for near in (name for name in NEAR if name in neighbours):
@@ -67,12 +67,12 @@ def score_part(model: Subject, rows: Sequence[base.Row], part: str) -> tuple[bas
     subject, answers, chosen = SUBJECTS[part], [], []
     for shift in range(COUNT):
         questions = [pose_lettered(row, subject, shift) for row in rows]
-        scores = score_options(model, questions, f"{part}, order {shift + 1} of {COUNT}")
+        scores = base.score_options(model, questions, f"{part}, order {shift + 1} of {COUNT}")
         answers.append(mark_right(scores, questions))
         chosen += [row.index(max(row)) for row in scores]
     by_question = list(zip(*answers, strict=True))
     asked_plainly = [pose_cloze(row, subject) for row in rows]
-    whole = score_options(model, asked_plainly, f"{part}, cloze")
+    whole = base.score_options(model, asked_plainly, f"{part}, cloze")
     by_length = [
         [logp / len(text) for logp, text in zip(logs, row["choices"], strict=True)]
         for logs, row in zip(whole, rows, strict=True)
@@ -89,12 +89,6 @@ def score_part(model: Subject, rows: Sequence[base.Row], part: str) -> tuple[bas
         share = chosen.count(number) / len(chosen)
         metrics[f"wmdp/{part}_chose_{letter}"] = {"value": share, "n": float(len(rows))}
     return metrics, list(answers[0])
-
-
-def score_options(model: Subject, questions: Sequence[Question], label: str) -> list[list[float]]:
-    pairs = [(q.prompt, q.options) for q in questions]
-    read = base.option_likelihoods(model, pairs, label=label)
-    return [[logp for logp, _ in options] for options in read]
 
 
 def pose_lettered(row: base.Row, subject: str, shift: int = 0) -> Question:
