@@ -48,10 +48,8 @@ def _method_dict(method: Method) -> dict[str, Any]:
         try:
             name = f"{inspect.getfile(type(method))}:{type(method).__name__}"
         except (TypeError, OSError):
-            raise SrmuError(
-                f"method {type(method).__name__} is in no file: put it into one, or hand model and "
-                "tokenizer to srmu.unlearn"
-            ) from None
+            instead = "put it into one, or hand model and tokenizer to srmu.unlearn"
+            raise SrmuError(f"method {type(method).__name__} is in no file: {instead}") from None
     return {"name": name} | dataclasses.asdict(method)
 
 
@@ -99,8 +97,8 @@ class Config(BaseModel):
     @property
     def id(self) -> str:
         """First 8 hex digits of the SHA-256 of all that decides the result."""
-        values = {k: v for k, v in self.to_dict().items() if k not in UNDECIDING}
-        del values["train"]["checkpoint_seconds"]
+        undeciding: dict[str, Any] = {**dict.fromkeys(UNDECIDING, True), "train": {"checkpoint_seconds"}}
+        values = self.model_dump(mode="json", exclude=undeciding)
         for key, value in values["method"].items():  # the code or data of one's own decides, too
             if file := NAMED_FILE.match(str(value)):
                 values["code" if key == "name" else f"method.{key}"] = sha256(Path(file[0]))
@@ -131,18 +129,14 @@ def read_tree(path: Path) -> dict[str, Any]:
 
 
 def build_config(tree: dict[str, Any], overrides: Sequence[str] = ()) -> Config:
-    """Check a tree of plain values with `key=value` overrides applied; SrmuError when wrong.
-
-    Relative paths that are left, those of overrides, start at the working folder.
-    """
+    """Check plain values with `key=value` overrides, whose paths start at the working folder; SrmuError if wrong."""
     values: dict[str, Any] = deepcopy({"runs_dir": "runs", **tree})
     if isinstance(values.get("method"), str):
         values["method"] = {"name": values["method"]}
-    names = "method.name="
     # Another method first: the file's options are those of its own method.
-    for override in sorted(overrides, key=lambda o: not o.startswith(names)):
-        if override.startswith(names):
-            forget_old_method(values, override.removeprefix(names))
+    for override in sorted(overrides, key=lambda o: not o.startswith("method.name=")):
+        if override.startswith("method.name="):
+            forget_old_method(values, override.removeprefix("method.name="))
         put_override(values, override)
     try:  # JSON values only: YAML also reads dates, and halves of characters
         values = json.loads(json.dumps(values, default=str))
@@ -161,10 +155,9 @@ def check_tree(tree: dict[str, Any]) -> Config:
 
 
 def forget_old_method(values: dict[str, Any], name: str) -> None:
-    """Drop the options of a config's method if the method `name` replaces it.
+    """Drop the options of a config's method, and its learning rate, if the method `name` replaces it.
 
-    Methods of one family keep them (kappa and alpha mean the same in SRMU and RMU); any other
-    starts from its own defaults, with its own learning rate.
+    Methods of one family keep them: kappa and alpha mean the same in SRMU and RMU.
     """
     method = values.get("method")
     old = METHODS.get(str(method.get("name", "srmu"))) if isinstance(method, dict) else None

@@ -35,9 +35,9 @@ Texts = Any  # texts, rows with a `text`, files (pathlib), a data set; see `as_s
 class InMemoryResult:
     """What a run would have written of unlearning in memory.
 
-    `record` holds what a run's record says but for files: method, data, topics, steps, why it
-    ended, what changed. `steps` are the lines of `metrics.jsonl`; `delta` the changed tensors by
-    parameter name, which are the model's own; `state` what the method drew or measured by topic.
+    `record` holds what a run's record says but for files: method, data, topics, steps, why it ended, what changed;
+    `steps` the lines of `metrics.jsonl`; `delta` the model's changed tensors by name; `state` what the method drew or
+    measured by topic.
     """
 
     record: dict[str, Any]
@@ -79,18 +79,16 @@ def unlearn(
 def unlearn(model: Any, tokenizer: Any = None, /, *, watch: Watch | None = None, **options: Any) -> Any:
     """Unlearn what a config says, in a run's folder, or change a model that is in memory.
 
-    `unlearn(config)` gives the Run: its folder holds the changed tensors and the record, `out` a
-    full checkpoint. `unlearn(model, tokenizer, forget=..., retain=...)` changes the model in place
-    and gives it with an InMemoryResult; nothing is written. Where an error ends it, the model is
-    as before.
+    `unlearn(config)` gives the Run: its folder holds the changed tensors and the record, `out` a full checkpoint.
+    `unlearn(model, tokenizer, forget=..., retain=...)` changes the model in place and gives it with an InMemoryResult;
+    nothing is written. Where an error ends it, the model is as before.
 
-    Texts are a list of strings, of rows like {"text": "..."}, a `datasets.Dataset` with a column
-    `text`, or files as `pathlib.Path`: a string is never taken for a path. `method` is a Method,
-    its class or its name; `train` is what stands under `train:` in a config file; `max_length`
-    cuts each text at so many tokens; `seed` draws what is random.
+    Texts are a list of strings, of rows like {"text": "..."}, a `datasets.Dataset` with a column `text`, or files as
+    `pathlib.Path`: a string is never taken for a path. `method` is a Method, its class or its name; `train` is what
+    stands under `train:` in a config file; `max_length` cuts each text at so many tokens; `seed` draws what is random.
 
-    `callback(step, values)` is called after every step. Progress shows in a terminal and in a
-    notebook; with `watch=srmu.engine.progress.ignore_progress` nothing does.
+    `callback(step, values)` is called after every step. Progress shows in a terminal and in a notebook; with
+    `watch=srmu.engine.progress.ignore_progress` nothing does.
     """
     watch = watch or choose_progress()
     if isinstance(model, Config):
@@ -144,9 +142,9 @@ def train_in_place(
     progress = training.Progress()
     with TemporaryDirectory() as scratch, edit_in_place(model, config.method) as edited:
         training.require_known_tokens(topics, edited.vocabulary_size, "the tokenizer")
-        if edited.folder is None:  # some methods read the tokenizer from there
-            tokenizer.save_pretrained(scratch)
-            edited.folder = Path(scratch)
+        tokenizer.save_pretrained(scratch)  # some methods read it from the model's folder
+        folder = Path(model.name_or_path or scratch)
+        edited.folder = folder if folder.is_dir() else Path(scratch)
         # Where the first layer changes, no activation comes twice.
         twice = edited.fixed or config.method.depth is not None
         edited.activations = open_activations("memory" if twice else "none", {}, edited.device)
@@ -208,10 +206,7 @@ def as_sources(texts: Texts, role: str) -> list[Source]:
 
 @contextmanager
 def edit_in_place(module: PreTrainedModel, method: Method) -> Iterator[EditableModel]:
-    """A model of the user's as the engine works on it; afterwards only the changed tensors differ.
-
-    Where the block fails, these are put back, too.
-    """
+    """A model of the user's as the engine works on it; only the changed tensors differ afterwards, on an error none."""
     owner, attribute = find_layers(module)
     layers = getattr(owner, attribute)
     flags = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
@@ -220,13 +215,10 @@ def edit_in_place(module: PreTrainedModel, method: Method) -> Iterator[EditableM
     try:
         edited = EditableModel(module, method.trainable, method.depth)
         original = edited.original
-        folder = Path(module.name_or_path or "-")
-        edited.folder = folder if folder.is_dir() else None
         yield edited
     except BaseException:
-        parameters = dict(module.named_parameters())
         for name, tensor in original.items():
-            parameters[name].data = tensor
+            module.get_parameter(name).data = tensor
         raise
     finally:
         setattr(owner, attribute, layers)

@@ -22,13 +22,8 @@ def render_template(name: str, /, filters: dict[str, Any] | None = None, **value
 def summarise_record(record: dict[str, Any]) -> str:
     """The record on one page of Markdown."""
     changed = [*record["change"]["tensors"].items()][:ROWS]
-    facts: dict[str, Any] = {
-        "name": name_base(record),
-        "local": is_local(record),
-        "changed": changed,
-        "exported": EXPORTED,
-    }
-    return render_template("card.md", record=record, **facts)
+    named = {"name": name_base(record), "local": is_local(record), "exported": EXPORTED}
+    return render_template("card.md", record=record, changed=changed, **named)
 
 
 def write_model_card(record: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, fields
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -57,10 +58,7 @@ class RunPlan:
 
 
 def plan_run(config: Config, *, shard: bool = False, offload: bool = False) -> RunPlan:
-    """Fill in what depends on the model and the machine; SrmuError where the run cannot work.
-
-    Reads the model's config and tensor index only.
-    """
+    """Fill in what depends on model and machine, without reading weights; SrmuError where the run cannot work."""
     base = locate_base(config)
     settings = read_config(base)
     refuse_quantised(base, settings)
@@ -76,35 +74,26 @@ def plan_run(config: Config, *, shard: bool = False, offload: bool = False) -> R
     config = config.model_copy(update=values)
     if weights.is_there(base):
         weights.list_shards(base)
-    check_ranks(config, shard)
-    if offload and (shard or method.depth is None):
-        raise SrmuError(
-            "--offload leaves layers below those that change on the disk: it goes with a method of "
-            "one layer (srmu, rmu, ...), and without --shard"
-        )
+    check_ranks(config, shard, offload)
     return RunPlan(config, base, settings, shard, offload)
 
 
-def check_ranks(config: Config, shard: bool) -> None:
-    """SrmuError where the method cannot be spread over the processes that were started."""
-    method, count = config.method, distributed.get_size()
+def check_ranks(config: Config, shard: bool, offload: bool = False) -> None:
+    """SrmuError where the method does not go with the processes that were started, or with these options."""
+    method, count, launcher = config.method, distributed.get_size(), "torchrun --nproc-per-node 2 -m srmu unlearn ..."
     if shard and count == 1:
-        raise SrmuError(
-            "--shard cuts the weights over several processes, but there is one: start "
-            "torchrun --nproc-per-node 2 -m srmu unlearn ... --shard"
-        )
-    if count == 1:
-        return
-    if not method.spreads:
-        raise SrmuError(
-            f"method {method.name} runs in one process, but {count} were started; start it without the launcher"
-        )
+        raise SrmuError(f"--shard cuts the weights over several processes; there is one: start {launcher} --shard")
+    if count > 1 and not method.spreads:
+        raise SrmuError(f"method {method.name} runs in one process, but {count} were started; leave out the launcher")
     if shard and getattr(method, "lora_rank", 0) > 0:
         raise SrmuError("--shard and method.lora_rank do not go together; leave one out")
     stream = getattr(method, "stream", "resid_post")
     if shard and stream != "resid_post":
         # FSDP gathers a layer again for its gradient when that of its output is there
         raise SrmuError(f"--shard needs method.stream=resid_post: {stream} lies inside a layer")
+    if offload and (shard or method.depth is None):
+        fits = "it goes with a method of one layer (srmu, rmu, ...), and without --shard"
+        raise SrmuError(f"--offload leaves layers below those that change on the disk: {fits}")
 
 
 def find_device(name: str) -> str:
@@ -126,23 +115,19 @@ def locate_base(config: Config) -> Path:
 def measure_reach(model: str, method: str, overrides: list[str]) -> tuple[dict[str, Any], list[dict[str, str]]]:
     """The layers a method would load and the tensors it would change, and a table of these; no weight is read."""
     plan = plan_run(make_config(model, "none", "none", method, overrides))  # no text is read
-    skeleton, depth = build_skeleton(plan.settings), plan.config.method.depth
-    total = sum(parameter.numel() for parameter in skeleton.parameters())
-    edited = EditableModel(skeleton, plan.config.method.trainable, depth, copy=False)
+    unlearner, layers, skeleton = plan.config.method, plan.settings.num_hidden_layers, build_skeleton(plan.settings)
+    total, loaded = skeleton.num_parameters(), unlearner.depth or layers
+    edited = EditableModel(skeleton, unlearner.trainable, unlearner.depth, copy=False)
     shapes = {name: list(parameter.shape) for name, parameter in edited.trained.items()}
-    numbers = sum(parameter.numel() for parameter in edited.trained.values())
-    layers = plan.settings.num_hidden_layers
-    loaded = layers if depth is None else depth
+    numbers = sum(map(prod, shapes.values()))
     answer = {
         "model": model,
-        "method": plan.config.method.name,
+        "method": unlearner.name,
         "layers": layers,
         "layers_loaded": loaded,
-        "fixed_layers": edited.fixed,
         "tensors": shapes,
         "numbers": numbers,
-        "share": numbers / total,
-        "sentence": f"{plan.config.method.name} loads {loaded} of {layers} layers of {type(skeleton).__name__} and "
+        "sentence": f"{unlearner.name} loads {loaded} of {layers} layers of {type(skeleton).__name__} and "
         f"trains {len(shapes)} tensors, {numbers / total:.2%} of {total:,} numbers",
     }
     return answer, [{"tensor": name, "shape": " x ".join(map(str, shape))} for name, shape in shapes.items()]
