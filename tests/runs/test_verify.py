@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from helpers.models import pico_module, texts, word_tokenizer, write_jsonl
 from srmu.engine import weights
+from srmu.engine.activation_cache import flat_bytes
 from srmu.errors import SrmuError
 from srmu.runs import record as audit
 from srmu.runs.config import Config, Purpose, make_config
@@ -80,8 +81,8 @@ def test_the_record_tells_of_the_change(made: Path) -> None:
     assert set(told["change"]["tensors"]) == set(run.delta) == set(told["changed"])
     for name, entry in told["change"]["tensors"].items():
         old, new = before[name], run.delta[name]
-        assert entry["before"] == audit.sha256(weights.raw_bytes(old))
-        assert entry["after"] == audit.sha256(weights.raw_bytes(new))
+        assert entry["before"] == audit.sha256(flat_bytes(old))
+        assert entry["after"] == audit.sha256(flat_bytes(new))
         assert entry["relative_norm"] == pytest.approx(float((new - old).norm() / old.norm()))
         assert entry["share_changed"] == pytest.approx(float((new != old).float().mean()))
     assert told["change"]["others"] == len(before) - len(run.delta)

@@ -4,9 +4,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
-import torch
-from torch.nn.utils.rnn import pad_sequence
-
+from srmu.engine.generate import pad_rows
 from srmu.engine.topic import Batch, Padding
 from srmu.errors import SrmuError
 
@@ -74,15 +72,15 @@ def batch_rows(
     `mask` pads right and counts real tokens only; `count` pads left and counts the padding too, as the public RMU code
     does. `before`: how many of each row's first tokens losses leave out.
     """
-    stack = partial(pad_sequence, batch_first=True, padding_side="right" if padding == "mask" else "left")
+    stack = partial(pad_rows, padding_side="right" if padding == "mask" else "left")
     for start in range(0, len(rows), batch_size):
-        chunk = [torch.tensor(row) for row in rows[start : start + batch_size]]
+        chunk = rows[start : start + batch_size]
         ids = stack(chunk, padding_value=pad_id(tokenizer))
-        mask = stack([torch.ones_like(row) for row in chunk])
+        mask = stack([1] * len(row) for row in chunk)
         labels = ids if padding == "count" else ids.masked_fill(mask == 0, -100)
         if any(first := before[start : start + batch_size]):
-            late = [torch.arange(len(row)) < count for row, count in zip(chunk, first, strict=True)]
-            labels = labels.masked_fill(stack(late), -100)
+            late = stack([i < count for i in range(len(row))] for row, count in zip(chunk, first, strict=True))
+            labels = labels.masked_fill(late, -100)
         yield Batch(input_ids=ids, attention_mask=mask, labels=labels)
 
 

@@ -6,7 +6,6 @@ name of an entry holds a digest of its tokens, the name of its folder all else t
 
 import hashlib
 import json
-import math
 import os
 import platform
 import re
@@ -71,8 +70,7 @@ class Activations:
     held: dict[str, Output] = field(default_factory=dict)
     recent: dict[str, Output] = field(default_factory=dict)
     hits: int = 0
-    counted: float = math.inf  # bytes of all folders, when they were last counted
-    written: int = 0  # bytes since then
+    allowed: int = 0  # bytes to write before the bytes of all folders are counted again
 
     def __post_init__(self) -> None:
         self.kept = "disk" if self.folder.name else "memory" if self.room else "none"  # where entries go
@@ -116,18 +114,18 @@ class Activations:
         kind, tensor = ("tuple", value[0]) if isinstance(value, tuple) else ("tensor", value)
         data = save({kind: tensor.detach().cpu().contiguous()}, {"crc32": check_code(tensor)})
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # another process may have cleared it
-        room = self.limit - len(data)
-        # to count looks at every file: it is done again when others may have written much, or little room is left
-        if room >= 0 and (self.written >= self.limit // 16 or self.counted + self.written > room):
-            self.counted, self.written = shrink_cache(room, self.folder), 0
-        if room < 0 or self.counted + self.written > room:
-            raise OSError(f"SRMU_CACHE_LIMIT of {self.limit / 1e9:g} GB is reached")
+        if len(data) > self.allowed:  # rarely, as to count looks at every file; others may have written meanwhile
+            room = self.limit - len(data)
+            held = shrink_cache(room, self.folder) if room >= 0 else self.limit
+            if held > room:
+                raise OSError(f"SRMU_CACHE_LIMIT of {self.limit / 1e9:g} GB is reached")
+            self.allowed = max(len(data), min(self.limit - held, self.limit // 16))
         if shutil.disk_usage(self.folder).free < len(data) + SPARE:
             raise OSError("the disk is full")
         temporary = self.folder / f".{os.getpid()}"
         temporary.write_bytes(data)
         temporary.replace(self.path(name))
-        self.written += len(data)
+        self.allowed -= len(data)
 
     def _load(self, name: str) -> Output | None:
         try:

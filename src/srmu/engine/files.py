@@ -118,11 +118,11 @@ def format_json(value: Any) -> str:
     return json.dumps(value, indent=2, sort_keys=True) + "\n"
 
 
-def sha256(*parts: bytes | Path) -> str:
+def sha256(*parts: bytes | memoryview | Path) -> str:
     """Hex digest of the concatenation of byte strings and file contents."""
     digest = hashlib.sha256()
     for part in parts:
-        with io.BytesIO(part) if isinstance(part, bytes) else part.open("rb") as file:
+        with part.open("rb") if isinstance(part, Path) else io.BytesIO(part) as file:
             hashlib.file_digest(file, lambda: digest)
     return digest.hexdigest()
 

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from srmu.engine.activation_cache import flat_bytes
 from srmu.engine.files import read_json, require_space, sha256, whole_folder
 from srmu.engine.progress import Watch, ignore_progress
 from srmu.errors import SrmuError, first_line
@@ -165,23 +166,11 @@ def save_delta(
         for key, part in zip(keys, tensor.unbind() if len(keys) > 1 else [tensor], strict=True):
             stored = stored_tensor(where[key], key)
             delta[key] = part.detach().cpu().to(stored.dtype).contiguous()
-            marks[f"base.{key}"] = sha256(raw_bytes(stored))
+            marks[key] = sha256(flat_bytes(stored))
     temporary = path.with_name(f".{path.name}")
-    save_file(delta, temporary, metadata={**metadata, **marks})
-    sort_metadata(temporary)
+    # one entry, as safetensors writes several in an order that differs between processes
+    save_file(delta, temporary, {"srmu": json.dumps({**metadata, "base": marks}, sort_keys=True)})
     temporary.replace(path)
-
-
-def sort_metadata(path: Path) -> None:
-    """Sort the metadata of a safetensors file, which the library writes in an order that differs between processes."""
-    with path.open("r+b") as file:
-        size = int.from_bytes(file.read(8), "little")
-        entries = json.loads(file.read(size))
-        entries["__metadata__"] = dict(sorted(entries["__metadata__"].items()))
-        text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-        assert len(text) <= size, "the same entries in another order are as long"
-        file.seek(8)
-        file.write(text.ljust(size))
 
 
 def load_delta(path: Path, folder: Path) -> Tensors:
@@ -190,11 +179,11 @@ def load_delta(path: Path, folder: Path) -> Tensors:
     try:
         delta = load_file(path)
         with safe_open(path, "pt") as file:
-            marks = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
+            marks = json.loads((file.metadata() or {}).get("srmu", "{}")).get("base", {})
+    except (SafetensorError, OSError, ValueError) as error:
         raise SrmuError(f"{path} is damaged: {first_line(error)}") from error
     for key in delta:
-        if key not in where or marks.get(f"base.{key}") != sha256(raw_bytes(stored_tensor(where[key], key))):
+        if key not in where or marks.get(key) != sha256(flat_bytes(stored_tensor(where[key], key))):
             raise SrmuError(f"{path} was made from another model than {folder} now is: {key} differs there")
     return delta
 
@@ -202,10 +191,6 @@ def load_delta(path: Path, folder: Path) -> Tensors:
 def stored_tensor(path: Path, key: str) -> Tensor:
     with safe_open(path, "pt") as file:
         return file.get_tensor(key)
-
-
-def raw_bytes(tensor: Tensor) -> bytes:
-    return tensor.contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def apply_delta(module: torch.nn.Module, folder: Path, delta: Tensors) -> None:
@@ -280,7 +265,7 @@ def patch_file(path: Path, tensors: Tensors) -> None:
             if (TYPES.get(entry["dtype"]), entry["shape"]) != (tensor.dtype, list(tensor.shape)):
                 raise SrmuError(f"{name} has another type or shape in the model; is it another one?")
             file.seek(start + entry["data_offsets"][0])
-            file.write(raw_bytes(tensor))
+            file.write(flat_bytes(tensor))
 
 
 def identify_base(folder: Path, depth: int | None) -> str:
@@ -310,5 +295,5 @@ def fingerprint_model(folder: Path) -> str:
 
 def changed_fingerprint(base: str, delta: Tensors) -> str:
     """The fingerprint of a model with a delta, whose base has the fingerprint `base`."""
-    changes = (part for name, tensor in sorted(delta.items()) for part in (name.encode(), raw_bytes(tensor)))
+    changes = (part for name, tensor in sorted(delta.items()) for part in (name.encode(), flat_bytes(tensor)))
     return sha256(base.encode(), *changes)

@@ -16,6 +16,7 @@ from torch import Tensor
 from yaml import YAMLError
 
 from srmu.engine import weights
+from srmu.engine.activation_cache import flat_bytes
 from srmu.engine.files import cached, read_json, sha256, write_json
 from srmu.engine.progress import Watch, ignore_progress
 from srmu.errors import SrmuError, first_line
@@ -147,8 +148,8 @@ def compare_tensor(before: Tensor, after: Tensor) -> dict[str, Any]:
     return {
         "shape": list(before.shape),
         "dtype": str(before.dtype).removeprefix("torch."),
-        "before": sha256(weights.raw_bytes(before)),
-        "after": sha256(weights.raw_bytes(after)),
+        "before": sha256(flat_bytes(before)),
+        "after": sha256(flat_bytes(after)),
         "relative_norm": moved / size if size else float(moved > 0),
         "share_changed": float((after != before).float().mean()),
     }
