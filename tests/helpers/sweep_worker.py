@@ -11,6 +11,7 @@ from pathlib import Path
 import optuna
 
 from srmu.engine.progress import ignore_progress
+from srmu.search import queue
 from srmu.search.queue import Study, open_study, work_queue
 
 POINTS = 5
@@ -24,7 +25,6 @@ def join(storage: str) -> Study:
         directions=["minimize"],
         sampler=optuna.samplers.RandomSampler(),
         queue=[{"x": float(i)} for i in range(POINTS)],
-        heartbeat=1,
     )
 
 
@@ -37,4 +37,5 @@ def objective(folder: Path, trial: optuna.Trial) -> float:
 
 
 if __name__ == "__main__":
+    queue.HEARTBEAT = queue.LOCAL_HEARTBEAT = 1
     work_queue(join(sys.argv[1]), lambda trial: objective(Path(sys.argv[2]), trial), ignore_progress)

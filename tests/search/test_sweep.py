@@ -74,13 +74,15 @@ def test_a_sampler_stays_in_a_range(given: Any, kind: type, low: float, high: fl
 # --- samplers
 
 
+@pytest.fixture(autouse=True)
+def short_heartbeat(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("srmu.search.queue.LOCAL_HEARTBEAT", 1)
+
+
 def study_of(folder: Path, count: int, sampler: Any, directions: Any = ("minimize",), **given: Any) -> Study:
     queue = given.pop("queue", [{}] * count)
     spec = given.pop("spec", {"a": 1})
-    return open_study(
-        folder / FILE, "study", spec=spec, directions=directions, sampler=sampler, queue=queue,
-        heartbeat=1, **given,
-    )  # fmt: skip
+    return open_study(folder / FILE, "study", spec=spec, directions=directions, sampler=sampler, queue=queue, **given)
 
 
 @pytest.mark.slow
@@ -298,9 +300,9 @@ def test_a_mistake_in_all_trials_stops_and_can_be_mended(tmp_path: Path) -> None
 
 
 def test_another_study_of_that_name_is_refused(tmp_path: Path) -> None:
-    study_of(tmp_path, 1, RandomSampler(), spec={"search": {"method.kappa": [8]}})
+    study_of(tmp_path, 1, RandomSampler(), spec={"search.method.kappa": [8]})
     with pytest.raises(SrmuError, match=r"another search\.method\.kappa: \[8\], here \[16\]"):
-        study_of(tmp_path, 1, RandomSampler(), spec={"search": {"method.kappa": [16]}})
+        study_of(tmp_path, 1, RandomSampler(), spec={"search.method.kappa": [16]})
 
 
 # --- sweep files
@@ -390,17 +392,6 @@ def test_samplers_choose_what_is_left(written: Any, trivial: list[dict[str, floa
     assert sum(found["importance"].values()) == pytest.approx(1)
 
 
-def test_pruning_stops_between_seeds(written: Any, trivial: list[dict[str, float]]) -> None:
-    kappas = [1, 2, 3, 4, 5, 6, 90, 91]  # the pruner watches five trials first
-    path = written(search={"method.kappa": kappas}, seeds=[0, 1, 2], prune=True)
-    found = sweep.run_sweep(read_sweep(path))
-    states = {one["params"]["method.kappa"]: one["state"] for one in found["trials"]}
-    assert states[90] == states[91] == "pruned" and states[1] == "complete"
-    assert Counter(run["kappa"] for run in trivial)[90] == 1
-    pruned = next(one for one in found["trials"] if one["state"] == "pruned")
-    assert pruned["why"] and len(pruned["replicates"]["task/acc"]) == 1
-
-
 @pytest.mark.parametrize(("name", "trials"), [("sweep-grid", 18), ("sweep-tpe", 40), ("sweep-nsga2", 60)])
 def test_the_sweeps_that_come_with_srmu(written: Any, name: str, trials: int) -> None:
     run = written().with_name("run.yaml")
@@ -457,11 +448,6 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
     "attack of another tier": ({"objectives": {"attack.gcg": "minimize"}}, ["attack.gcg"]),
     "attack option": ({"attack": {"teir": "smoke"}}, ["teir", "tier?"]),
     "unknown task": ({"objectives": {"nope/acc": "minimize"}}, ["nope", "does not exist"]),
-    "prune of two": (
-        {"objectives": {"a/b": "minimize", "c/d": "minimize"}, "prune": True, "seeds": [0, 1]},
-        ["one objective"],
-    ),
-    "prune of one seed": ({"prune": True}, ["two seeds"]),
     "seeds twice": ({"seeds": [1, 1]}, ["twice"]),
     "unknown user": ({"out": "~nobody-of-that-name/x"}, ["no such user"]),
     "no config": ({"config": "none.yaml"}, ["none.yaml", "no such file"]),

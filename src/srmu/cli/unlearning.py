@@ -160,7 +160,6 @@ def choose_strength(request: "AutoRequest", dry_run: bool, as_json: bool) -> Non
 @verbs.command("sweep", rich_help_panel=GROUP)
 def sweep_command(
     args: Annotated[list[str], Argument(metavar="CONFIG key=value", help="A sweep file, then overrides.")],
-    trials: Annotated[int | None, Option(min=1, help="How many trials; default for a grid: all.")] = None,
     storage: Annotated[str, Option(help="postgresql://..., for many machines.")] = "",
     as_json: options.Json = False,
 ) -> None:
@@ -168,8 +167,7 @@ def sweep_command(
     silence_libraries()
     from srmu.search import sweep as search
 
-    more = [] if trials is None else [f"trials={trials}"]
-    sweep = search.read_sweep(Path(args[0]), [*args[1:], *more])
+    sweep = search.read_sweep(Path(args[0]), args[1:])
     with output.explain_interrupt(KEPT):
         report = search.run_sweep(sweep, storage, show_progress)
     out = output.shorten_path(sweep.out)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -30,9 +31,9 @@ from srmu.engine.progress import Watch
 from srmu.engine.train import move_batch
 from srmu.errors import SrmuError
 from srmu.evals.analyses import candidate_layers
-from srmu.evals.results import merge_results, metric_rows, number_facts, read_metrics, write_answers
-from srmu.evals.statistics import KNOWN, LEAST, Array, Draws, estimate_from
-from srmu.evals.subject import Question, Subject, list_facts, mark_answers
+from srmu.evals.results import merge_results, metric_rows, number_facts, write_answers
+from srmu.evals.statistics import KNOWN, LEAST, Draws, estimate_from
+from srmu.evals.subject import LENGTH, Question, Subject, list_facts, mark_answers
 from srmu.methods import Misdirection
 from srmu.runs.config import Config
 from srmu.runs.plan import locate_base
@@ -47,10 +48,7 @@ HELD = 10  # one text in so many is held out for each half
 LAYERS = 8  # that a scan tries at most
 MARGIN = 0.5  # of the budget that trials may lose: the best of many flatters itself
 NOISE = 0.05  # less forgetting than this counts as none
-KEYS = (
-    "method.layer", "method.kappa", "method.alpha", "method.anchors", "method.hold", "method.keep",
-    "method.retain", "method.noise", "train.learning_rate",
-)  # fmt: skip
+OPTIONS = ("layer", "kappa", "alpha", "anchors", "hold", "keep", "retain", "noise")  # of the method, to be shown
 
 
 class MarkedAnswers(NamedTuple):
@@ -80,24 +78,21 @@ class TextYardstick:
     """Texts that no run was trained on."""
 
     halves: Mapping[Half, tuple[str, ...]]
-    max_length: int
     chance = 0.0
 
     @torch.no_grad()
     def take(self, model: Subject, half: Half) -> MarkedAnswers:
         """Each next token is an answer about its text."""
+        rows = tokenise_texts(self.halves[half], model.tokenizer, LENGTH)
         right: list[float] = []
         about: list[Hashable] = []
-        rows = tokenise_texts(self.halves[half], model.tokenizer, self.max_length)
-        for batch in batch_rows(rows, model.tokenizer, 8, "mask"):
+        for number, batch in enumerate(batch_rows(rows, model.tokenizer, 8, "mask")):
             batch = move_batch(batch, model.device)
-            inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
-            logits = model.module(**inputs, use_cache=False).logits
+            inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+            likeliest = model.module(**inputs, use_cache=False).logits[:, :-1].argmax(dim=-1)
             mask = is_predicted(batch["labels"])
-            hits = (logits[:, :-1].argmax(dim=-1) == batch["labels"][:, 1:])[mask]
-            first = len(set(about))
-            about += (mask.nonzero()[:, 0] + first).tolist()
-            right += hits.float().tolist()
+            right += (likeliest == batch["labels"][:, 1:])[mask].float().tolist()
+            about += [(number, row) for row in mask.nonzero()[:, 0].tolist()]
         return MarkedAnswers(right, about)
 
 
@@ -115,10 +110,6 @@ class Yardstick:
     before: dict[Half, dict[str, MarkedAnswers]] = field(default_factory=dict, compare=False)
 
     @property
-    def kind(self) -> str:
-        return "texts" if any(isinstance(part, TextYardstick) for part in self.forget.values()) else "tasks"
-
-    @property
     def parts(self) -> dict[str, Part]:
         return {**self.forget, **self.utility}
 
@@ -128,76 +119,57 @@ class Yardstick:
         read = [[one] if isinstance(one, str) else [one.prompt, *one.options] for one in asked]
         return sum(map(len, tokenizer([text for texts in read for text in texts])["input_ids"]))
 
-    def metric(self, name: str, half: Half) -> str:
-        return f"{name}{'_val' * (half == 'val')}/acc"
-
     def outcome(self, run: Run) -> dict[str, float]:
-        """Forgetting and utility loss (0-1) on the half to choose on; what is measured is kept in the run's folder.
+        """Forgetting and utility loss (0-1) on the half to choose on.
 
         SrmuError where the original model answers no more than a guess would.
         """
-        metrics = {name: self.metric(name, "val") for name in self.parts}
-        found = read_metrics(run.folder)
-        if not all({*metrics.values()} <= found[when].keys() for when in WHEN):
-            self.take(run, "val")
-            found = read_metrics(run.folder)
-        means = {k: np.array([found[when][metric]["value"] for when in WHEN]) for k, metric in metrics.items()}
+        found = self.estimate(run, "val")
         for name, part in self.forget.items():
-            if means[name][0] - part.chance < NOTHING:
+            known = found["parts"][name]["before"]["value"]
+            if known - part.chance < NOTHING:
                 raise SrmuError(
-                    f"the model gets {means[name][0]:.0%} of {name} right, where a guess gets "
+                    f"the model gets {known:.0%} of {name} right, where a guess gets "
                     f"{part.chance:.0%}: it knows nothing of this that it could forget"
                 )
-        forgetting, utility_loss = self.measure_falls(means)
-        return {"forgetting": float(forgetting), "utility_loss": float(utility_loss)}
-
-    def measure_falls(self, means: Mapping[str, Array]) -> tuple[Array, Array]:
-        """Forgetting and utility loss of accuracies (..., 2), before and after, by part."""
-        falls = {name: means[name][..., 0] - means[name][..., 1] for name in means}
-        gone = [falls[k] / np.maximum(means[k][..., 0] - part.chance, KNOWN) for k, part in self.forget.items()]
-        return np.mean(gone, axis=0), np.mean([falls[name] for name in self.utility], axis=0)
+        return {key: found[key]["value"] for key in ("forgetting", "utility_loss")}
 
     def estimate(self, run: Run, half: Half) -> dict[str, Any]:
         """Forgetting, utility loss, and each part before and after, with 95 % intervals."""
-        taken = self.take(run, half)
+        before, after = self.take(run, half)
         draws = Draws(self.seed)
         means, sizes = {}, {}
-        for name in self.parts:
-            before, after = taken["before"][name], taken["after"][name]
-            table = np.stack([before.right, after.right], axis=1)
-            means[name] = draws.means(table, [(name, about) for about in before.about])
-            sizes[name] = len(set(before.about))
-        gone, lost = self.measure_falls(means)
-        parts = {
-            name: {when: asdict(estimate_from(values[:, i], sizes[name])) for i, when in enumerate(WHEN)}
-            for name, values in means.items()
-        }
+        for name, (right, about) in before.items():
+            table = np.stack([right, after[name].right], axis=1)
+            means[name] = draws.means(table, [(name, one) for one in about])
+            sizes[name] = len(set(about))
+        falls = {name: values[:, 0] - values[:, 1] for name, values in means.items()}
+        gone = [falls[k] / np.maximum(means[k][:, 0] - part.chance, KNOWN) for k, part in self.forget.items()]
+        lost = [falls[name] for name in self.utility]
         return {
-            "forgetting": asdict(estimate_from(gone, min(sizes[name] for name in self.forget))),
-            "utility_loss": asdict(estimate_from(lost, min(sizes[name] for name in self.utility))),
-            "parts": parts,
+            "forgetting": asdict(estimate_from(np.mean(gone, axis=0), min(sizes[name] for name in self.forget))),
+            "utility_loss": asdict(estimate_from(np.mean(lost, axis=0), min(sizes[name] for name in self.utility))),
+            "parts": {
+                name: {when: asdict(estimate_from(values[:, i], sizes[name])) for i, when in enumerate(WHEN)}
+                for name, values in means.items()
+            },
         }
 
-    def take(self, run: Run, half: Half) -> dict[str, dict[str, MarkedAnswers]]:
-        """Every part, of the model before the run and after it; writes the accuracies, too."""
+    def take(self, run: Run, half: Half) -> list[dict[str, MarkedAnswers]]:
+        """Every part, of the model before the run and after it; the accuracies are kept in the run's folder."""
         opened = open_target(run, self.device)
         model = Subject(opened.module, opened.tokenizer)
         if half not in self.before:  # the same for all runs
             self.before[half] = {name: part.take(model, half) for name, part in self.parts.items()}
         with opened.after():
-            taken = {
-                "before": self.before[half],
-                "after": {k: part.take(model, half) for k, part in self.parts.items()},
-            }
+            taken = [self.before[half], {name: part.take(model, half) for name, part in self.parts.items()}]
         rows = []
-        for when, answers in taken.items():
-            for name, marked in answers.items():
-                value, asked = float(np.mean(marked.right)), isinstance(self.parts[name], TaskYardstick)
-                n = len(marked.right) if asked else len(set(marked.about))  # questions, or texts
-                entry = {"value": value, "stderr": (value * (1 - value) / n) ** 0.5, "n": n}
-                if asked:
-                    entry |= {"answers": write_answers(marked.right), "facts": number_facts(marked.about)}
-                rows += metric_rows({self.metric(name, half): entry}, when)
+        for when, answers in zip(WHEN, taken, strict=True):
+            for name, (right, about) in answers.items():
+                entry: dict[str, Any] = {"value": float(np.mean(right)), "n": len(set(about))}
+                if isinstance(self.parts[name], TaskYardstick):
+                    entry |= {"n": len(right), "answers": write_answers(right), "facts": number_facts(about)}
+                rows += metric_rows({f"{name}{'_val' * (half == 'val')}/acc": entry}, when)
         merge_results(run.folder, rows)
         return taken
 
@@ -254,6 +226,12 @@ class AutoJob:
         return MARGIN * self.request.budget
 
     @property
+    def layers(self) -> list[int]:
+        """The layers that a scan tries."""
+        assert isinstance(self.config.method, Misdirection)
+        return candidate_layers(self.config.method, read_config(locate_base(self.config)), LAYERS)
+
+    @property
     def tier(self) -> Tier:
         """What the result is attacked with: relearning, too, where that is the point."""
         return "standard" if self.request.robust else "smoke"
@@ -284,14 +262,12 @@ Entry = dict[str, Any]  # a trial, as `auto.json` has it
 def try_config(job: AutoJob, config: Config) -> Entry:
     """A run, made where it is missing, and what it does on the half to choose on."""
     run = unlearn_config(config)
-    values = {key: getattr(getattr(run.config, key.split(".")[0]), key.split(".")[1], None) for key in KEYS}
+    options = {f"method.{name}": getattr(run.config.method, name, None) for name in OPTIONS}
+    options["train.learning_rate"] = run.config.train.learning_rate
     return {
-        "state": "complete",
-        "params": {key: value for key, value in values.items() if value is not None},
+        "params": {key: value for key, value in options.items() if value is not None},
         "values": job.yardstick.outcome(run),
         "runs": [str(run.folder.relative_to(job.request.out.resolve()))],
-        "seconds": run.record["seconds"],
-        "why": "",
     }
 
 
@@ -308,26 +284,19 @@ def search_configs(job: AutoJob, name: str, settings: Sequence[Mapping[str, Any]
         trial.set_user_attr("measured", measured)
         return trial_worth(measured["values"], job.limit)
 
-    sampler = space.PlaceSampler(lambda place: space.make_sampler(job.config, job.yardstick.seed, place))
+    sampler = space.make_sampler(job.config, job.yardstick.seed)
     study = queue.open_study(
         job.request.out / queue.FILE, name, spec=job.spec, directions=["maximize"], sampler=sampler, queue=settings
     )
     queue.work_queue(study, objective, watch, in_turn=True)
-    ended = [trial for trial in study.get_trials(deepcopy=False) if queue.is_ended(trial)]
-    if any(settings):
-        ended.sort(key=lambda trial: trial.user_attrs["point"])
-    return [
-        queue.trial_entry(trial) | {"number": i, "state": "failed" if "why" in trial.user_attrs else "complete"}
-        for i, trial in enumerate(ended)
-    ]
+    entries = queue.list_entries(study)
+    return entries if any(settings) else sorted(entries, key=itemgetter("number"))
 
 
 def scan_layers(job: AutoJob, watch: Watch) -> tuple[Config, dict[str, Any]]:
     """The config at the layer that forgets most for what it costs, and what each layer did."""
     config = space.with_values(job.config, space.start_strength(job.config))
-    assert isinstance(config.method, Misdirection)
-    layers = candidate_layers(config.method, read_config(locate_base(config)), LAYERS)
-    settings = [{"method.layer": layer} for layer in layers]
+    settings = [{"method.layer": layer} for layer in job.layers]
     trials = search_configs(replace(job, config=config), "layers", settings, watch)
     rows = [{"layer": t["params"]["method.layer"], **t["values"]} for t in trials if t["values"]]
     if not rows:

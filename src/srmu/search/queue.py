@@ -1,9 +1,8 @@
 """Many trials shared by any number of workers: nothing is lost, nothing is done twice.
 
-Optuna keeps a study in a database: an SQLite file on one machine, a PostgreSQL server for several.
-All trials are queued when the study is made, each with its place in the queue, the *point*; workers
-take them off. A running trial gives a sign of life, its heartbeat. One that is silent for three
-beats has lost its worker, and its point is queued again.
+Optuna keeps a study in a database: an SQLite file on one machine, a PostgreSQL server for several. All trials are
+queued when the study is made, each with its place in the queue, the *point*; workers take them off. A running trial
+gives a sign of life, its heartbeat. One that is silent for three beats has lost its worker, and is queued again.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from typing import Any, Literal
 
 import optuna
 import torch
-from optuna.exceptions import DuplicatedStudyError, ExperimentalWarning, UpdateFinishedTrialError
+from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import event, exc
@@ -32,7 +31,7 @@ from srmu.errors import DivergedError, SrmuError, first_line
 FILE = "study.db"  # in the output folder
 RETRIES = 3  # of a point whose worker died; then it may be the point that kills them
 POLL = 0.5  # seconds between looks at what other workers do
-LOCAL_HEARTBEAT = 5  # seconds, at most, on one machine
+HEARTBEAT, LOCAL_HEARTBEAT = 60, 5  # seconds between signs of life, with a server and on one machine
 ANSWERED = (TrialState.COMPLETE, TrialState.PRUNED)
 PATIENCE = 60  # seconds to wait for another worker's hold on an SQLite file
 Objective = Callable[[optuna.Trial], float | Sequence[float]]
@@ -51,14 +50,17 @@ class SurplusTrialError(Exception):
 class QueueStorage(RDBStorage):
     """A database that hands a trial to one worker, and hears of the trial before it runs."""
 
-    def __init__(self, url: URL, heartbeat: int, connect_args: Mapping[str, Any]) -> None:
+    def __init__(self, url: URL) -> None:
+        local = url.drivername == "sqlite"
+        heartbeat = LOCAL_HEARTBEAT if local else HEARTBEAT
+        connect_args = {"timeout": PATIENCE, "isolation_level": None} if local else {"connect_timeout": 10}
         super().__init__(
             url.render_as_string(hide_password=False),
-            {"pool_pre_ping": True, "connect_args": dict(connect_args)},
+            {"pool_pre_ping": True, "connect_args": connect_args},
             heartbeat_interval=heartbeat,
             grace_period=3 * heartbeat,
         )
-        if self.engine.name == "sqlite":
+        if local:
             event.listen(self.engine, "begin", lock_file)
 
     def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
@@ -70,8 +72,7 @@ class QueueStorage(RDBStorage):
 def lock_file(connection: Any) -> None:
     """Lock an SQLite file from a transaction's start.
 
-    SQLite has no SELECT FOR UPDATE, and locks when something is written: of two workers both could
-    read that a trial waits, and take it.
+    It has no SELECT FOR UPDATE, and locks when something is written: two workers could read that a trial waits.
     """
     connection.exec_driver_sql("BEGIN IMMEDIATE")
 
@@ -83,29 +84,24 @@ def open_study(
     spec: Mapping[str, Any],
     directions: Sequence[Literal["minimize", "maximize"]],
     sampler: optuna.samplers.BaseSampler,
-    pruner: optuna.pruners.BasePruner | None = None,
     queue: Sequence[Mapping[str, Any]],
-    heartbeat: int = 60,
 ) -> Study:
     """Make a study with its queue of trials, or join it; in `{}` the sampler chooses all values.
 
-    `storage` is the path of an SQLite file or a server's URL. A worker that has not been heard of
-    for three times `heartbeat` seconds counts as dead. A longer queue than the study has is taken
-    over. SrmuError where the study exists with another `spec`, or cannot be reached.
+    `storage` is the path of an SQLite file or a server's URL. A longer queue than the study has is taken over.
+    SrmuError where the study exists with another `spec`, or cannot be reached.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
+    warnings.filterwarnings("ignore", category=ExperimentalWarning)  # of heartbeats, fixed samplers, metric names
     url = locate_database(storage)
-    with redact_errors(url), warnings.catch_warnings():
-        warnings.simplefilter("ignore", ExperimentalWarning)
-        database = connect_storage(url, heartbeat)
-        with suppress(DuplicatedStudyError):
-            optuna.create_study(storage=database, study_name=name, directions=[*directions])
-        study = Study(name, database, sampler=sampler, pruner=pruner)
+    with redact_errors(url):
+        database = connect_storage(url)
+        optuna.create_study(storage=database, study_name=name, directions=[*directions], load_if_exists=True)
+        study = Study(name, database, sampler=sampler)
         study.url = url
         wanted = json.loads(json.dumps(spec))
-        if "spec" not in study.user_attrs:
-            study.set_user_attr("spec", wanted)
-        require_same(name, study.user_attrs["spec"], wanted)
+        require_same(name, study.user_attrs.get("spec", wanted), wanted)
+        study.set_user_attr("spec", wanted)
         if len(queue) > len(study.user_attrs.get("queue", ())):
             study.set_user_attr("queue", [dict(params) for params in queue])
     return study
@@ -126,15 +122,11 @@ def locate_database(storage: str | Path) -> URL:
     )
 
 
-def connect_storage(url: URL, heartbeat: int) -> QueueStorage:
+def connect_storage(url: URL) -> QueueStorage:
     """The database of a study, which two workers may make at the same moment."""
-    connect_args: dict[str, Any] = {"connect_timeout": 10}
-    if url.drivername == "sqlite":
-        heartbeat = min(heartbeat, LOCAL_HEARTBEAT)
-        connect_args = {"timeout": PATIENCE, "isolation_level": None}  # see `lock_file`
     for attempts_left in reversed(range(5)):
         try:
-            return QueueStorage(url, heartbeat, connect_args)
+            return QueueStorage(url)
         except ImportError:
             raise SrmuError("PostgreSQL needs a driver: pip install 'srmu[postgres]'") from None
         except exc.DatabaseError as error:
@@ -164,15 +156,11 @@ def require_same(name: str, known: Mapping[str, Any], wanted: Mapping[str, Any])
     """SrmuError where the study was made for something else: says what."""
     for key in dict.fromkeys([*wanted, *known]):
         was, now = known.get(key, "nothing"), wanted.get(key, "nothing")
-        if was == now:
-            continue
-        if isinstance(was, dict) and isinstance(now, dict):
-            prefixed = [{f"{key}.{inner}": value for inner, value in tree.items()} for tree in (was, now)]
-            require_same(name, *prefixed)
-        raise SrmuError(
-            f"study {name!r} exists with another {key}: {str(was)[:60]}, here {str(now)[:60]}; "
-            "give this one another name or another out folder"
-        )
+        if was != now:
+            raise SrmuError(
+                f"study {name!r} exists with another {key}: {str(was)[:60]}, here {str(now)[:60]}; "
+                "give this one another name or another out folder"
+            )
 
 
 def work_queue(
@@ -185,10 +173,10 @@ def work_queue(
 ) -> None:
     """Take trials off the queue until all are done, those of other workers included.
 
-    A trial that raises DivergedError is pruned, one that raises SrmuError or runs out of memory
-    has failed: `user_attrs` say why. SrmuError where the first ones all fail. Whatever else ends a
-    trial, its point is queued again. `after` is called when some have ended, here or at another
-    worker. `in_turn`: no trial begins while another one runs, so that each knows all before it.
+    A trial that raises DivergedError is pruned, one that raises SrmuError or runs out of memory has failed:
+    `user_attrs` say why. SrmuError where the first ones all fail. Whatever else ends a trial, its point is queued
+    again. `after` is called when some have ended, here or at another worker. `in_turn`: no trial begins while another
+    one runs, so that each knows all before it.
     """
     failures: list[str] = []
     with redact_errors(study.url):
@@ -197,9 +185,7 @@ def work_queue(
         left = sum(not point.is_over for point in list_points(study))
         with watch("trials", left) as tick:
             while True:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore", ExperimentalWarning)
-                    optuna.storages.fail_stale_trials(study)
+                optuna.storages.fail_stale_trials(study)
                 points = list_points(study)
                 before, left = left, sum(not point.is_over for point in points)
                 for _ in range(before - left):
@@ -208,7 +194,7 @@ def work_queue(
                     after()
                 if not left:
                     return
-                states = {point.state for point in points}
+                states = {point.standing.state for point in points if point.standing}
                 if lost := [point for point in points if point.is_lost]:
                     queue_points(study, lost)
                 elif TrialState.WAITING not in states or (in_turn and TrialState.RUNNING in states):
@@ -230,12 +216,12 @@ def take_trial(study: Study, objective: Objective, failures: list[str], in_turn:
             raise SurplusTrialError
         try:
             return objective(trial)
-        except DivergedError as error:
-            trial.set_user_attr("why", shorten_message(error))
-            raise optuna.TrialPruned from None
         except (SrmuError, torch.OutOfMemoryError) as error:
-            failures.append(shorten_message(error))
-            trial.set_user_attr("why", failures[-1])
+            why = first_line(error).replace(f"{Path.cwd()}/", "")  # files as they are named from here
+            trial.set_user_attr("why", why)
+            if isinstance(error, DivergedError):
+                raise optuna.TrialPruned from None
+            failures.append(why)
             raise
         except KeyboardInterrupt:
             trial.set_user_attr("stopped", True)
@@ -262,13 +248,9 @@ class Point:
     is_lost: bool  # no worker has it; after `RETRIES` more dead workers it is given up
 
     @property
-    def state(self) -> TrialState | None:
-        return self.standing.state if self.standing else None
-
-    @property
     def is_over(self) -> bool:
         """Whether it needs no more work."""
-        return self.state is not None and self.state.is_finished() and not self.is_lost
+        return self.standing is not None and self.standing.state.is_finished() and not self.is_lost
 
 
 def list_points(study: Study) -> list[Point]:
@@ -299,39 +281,31 @@ def has_failed(trial: FrozenTrial | None) -> bool:
     return trial is not None and trial.state == TrialState.FAIL and "why" in trial.user_attrs
 
 
-def is_ended(trial: FrozenTrial) -> bool:
-    """Whether a trial came to an end of its own."""
-    return trial.state in ANSWERED or has_failed(trial)
+def list_entries(study: Study) -> list[dict[str, Any]]:
+    """The trials in the order of the queue, as `sweep.json` and `auto.json` have them.
 
-
-def trial_entry(trial: FrozenTrial) -> dict[str, Any]:
-    """A trial as `sweep.json` and `auto.json` have it; its objective leaves `measured` in it."""
-    failed = trial.state == TrialState.FAIL
-    params = trial.params or trial.system_attrs.get("fixed_params", {})
-    usual: dict[str, Any] = {"params": params, "values": {}, "runs": [], "seconds": 0.0}
-    return (
-        usual
-        | trial.user_attrs.get("measured", {})
-        | {
+    What an objective leaves in its trial as `measured` is a part of the entry.
+    """
+    entries = []
+    for trial in (point.standing for point in list_points(study) if point.standing):
+        failed = trial.state == TrialState.FAIL
+        entry = {
             "number": trial.number,
             "state": "failed" if failed else trial.state.name.lower(),
             "why": trial.user_attrs.get("why", "its worker died" if failed else ""),
+            "params": trial.params or trial.system_attrs.get("fixed_params", {}),
+            "values": {},
+            "runs": [],
         }
-    )
+        entries.append(entry | trial.user_attrs.get("measured", {}))
+    return entries
 
 
 def describe_best(study: Study) -> str:
     """The best so far in a few words."""
-    complete = [t for t in study.get_trials(deepcopy=False) if t.state == TrialState.COMPLETE]
-    if not complete:
+    front = study.best_trials
+    if not front:
         return "none is complete yet"
     if len(study.directions) > 1:
-        return f"{len(study.best_trials)} of {len(complete)} on the front"
-    return f"best {study.best_value:.4g} (trial {study.best_trial.number})"
-
-
-def shorten_message(error: Exception) -> str:
-    """An error's line, with files as they are named from here."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return f"out of memory: {first_line(error)}"
-    return str(error).replace(f"{Path.cwd()}/", "")
+        return f"{len(front)} on the front"
+    return f"best {front[0].value:.4g} (trial {front[0].number})"

@@ -15,7 +15,7 @@ from srmu.attacks.relearning import RelearningSteps
 from srmu.attacks.suite import Sources, fill_sources, load_exam, load_texts
 from srmu.attacks.summary import best_setting
 from srmu.evals.statistics import LEAST
-from srmu.evals.subject import NotApplicable, Question, Subject, list_facts
+from srmu.evals.subject import Question, Subject, list_facts
 from srmu.methods.rename_scrub import RenameScrub
 from srmu.runs.config import Config
 from srmu.runs.run import Run, open_target
@@ -42,30 +42,26 @@ def start_values(config: Config, keeping: float) -> dict[str, Any]:
 def measure_floor(run: Run, sources: Sources, report: Mapping[str, Any], names: Sequence[str]) -> Any:
     """What attacks find of facts that the model cannot know: `of` what, and the `share`.
 
-    With an oracle it is what they find in the oracle. Without one it is what relearning finds of
-    invented facts: the same questions, about names that nobody has. None where there are too few.
+    With an oracle it is what they find in the oracle. Without one it is what relearning finds of invented facts: the
+    same questions, about names that nobody has. None where there are too few.
     """
     chance, known = report["chance"], report["original"]["accuracy"]["value"]
     if report["oracle"]:
+        what = "an oracle that never knew"
         controls = [e.get("controls", {}).get("oracle", {}) for e in report["attacks"].values()]
         highest = max(c["accuracy"]["value"] for c in controls if "accuracy" in c)
-        what = "an oracle that never knew"
     else:
         sources = fill_sources(sources, run.config, run.base)
-        exam = load_exam(sources, run.config, report["seed"])
-        invented = invent_questions(exam, names, report["seed"])
-        if min(len({*list_facts(half)}) for half in (invented.test, invented.val)) < LEAST:
+        invented = invent_questions(load_exam(sources, run.config, report["seed"]), names, report["seed"])
+        test, val = (len({*list_facts(half)}) for half in (invented.test, invented.val))
+        if min(test, val) < LEAST:
             return None
-        texts = load_texts(sources, run.config)
+        what = f"{test} invented facts"
         opened = open_target(run, "cpu")
         with opened.after() as module:
-            subject = Subject(module, opened.tokenizer)
-            try:
-                result = RelearningSteps().run(subject, texts, invented, report["seed"])
-            except NotApplicable:
-                return None
+            subject, texts = Subject(module, opened.tokenizer), load_texts(sources, run.config)
+            result = RelearningSteps().run(subject, texts, invented, report["seed"])
         highest = float(np.mean(best_setting(result).test))
-        what = f"{len({*list_facts(invented.test)})} invented facts"
     return {"of": what, "share": max(0.0, (highest - chance) / max(known - chance, 1e-9))}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -10,7 +9,6 @@ from decimal import Decimal
 from typing import Annotated, Any, Self
 
 import optuna
-from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler, PartialFixedSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
 from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
@@ -18,7 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
 from srmu.engine.loading import read_config
 from srmu.runs.config import Config
 from srmu.runs.plan import locate_base
-from srmu.search.queue import is_ended
+from srmu.search.queue import ANSWERED, has_failed
 
 RANDOM = 6  # trials before the sampler learns from them
 WIDTH = 14336  # inputs of a down-projection of the 7B models that papers give rates for
@@ -107,17 +105,18 @@ class Dimension(BaseModel):
 class PlaceSampler(BaseSampler):
     """A sampler whose choice depends only on how many trials came before, and what they found.
 
-    `make` makes the sampler of a place: the number of earlier trials that ended or are running. So
-    a stopped search goes on as if it had not stopped, and two workers try different values.
+    `make` makes the sampler of a place: the number of earlier trials that ended or are running. So a stopped search
+    goes on as if it had not stopped, and two workers try different values.
     """
+
+    inner: BaseSampler  # of the trial at hand
 
     def __init__(self, make: Callable[[int], BaseSampler]) -> None:
         self.make = make
-        self.inner = make(0)
 
     def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
         earlier = [t for t in study.get_trials(deepcopy=False) if t.number < trial.number]
-        place = sum(is_ended(t) or t.state == TrialState.RUNNING for t in earlier)
+        place = sum(t.state in (*ANSWERED, TrialState.RUNNING) or has_failed(t) for t in earlier)
         self.inner = self.make(place)
         self.inner.before_trial(study, trial)
 
@@ -136,11 +135,10 @@ class PlaceSampler(BaseSampler):
 
 def with_values(config: Config, values: Mapping[str, Any]) -> Config:
     """The config with values of dotted keys of its method and its training."""
-    parts: dict[str, dict[str, Any]] = {"method": {}, "train": {}}
-    for key, value in values.items():
-        part, _, name = key.partition(".")
-        parts[part][name] = value
-    changed = {part: replace(getattr(config, part), **given) for part, given in parts.items()}
+    changed = {}
+    for part in ("method", "train"):
+        given = {key.removeprefix(f"{part}."): value for key, value in values.items() if key.startswith(part)}
+        changed[part] = replace(getattr(config, part), **given)
     return config.model_copy(update=changed)
 
 
@@ -152,8 +150,8 @@ def round_value(value: float) -> float:
 def scale_rate(config: Config, width: int = WIDTH) -> float:
     """The method's learning rate, which is meant for models of a `width`, at this model's width.
 
-    A step of Adam changes every weight alike, and what a matrix puts out then changes with the
-    number of its inputs: narrow models need larger steps.
+    A step of Adam changes every weight alike, and what a matrix puts out then changes with the number of its inputs:
+    narrow models need larger steps.
     """
     settings = read_config(locate_base(config))
     inputs = getattr(settings, "intermediate_size", None) or 4 * settings.hidden_size
@@ -180,11 +178,11 @@ def suggest_strength(config: Config, trial: optuna.Trial) -> dict[str, Any]:
     return {key: round_value(trial.suggest_float(key, low, high, log=True)) for key, (low, high) in ranges.items()}
 
 
-def make_sampler(config: Config, seed: int, place: int) -> BaseSampler:
+def make_sampler(config: Config, seed: int) -> PlaceSampler:
     """TPE, which begins with the moderate strength."""
-    sampler = TPESampler(seed=1000 * seed + place, n_startup_trials=RANDOM)
-    if place:
-        return sampler
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ExperimentalWarning)
-        return PartialFixedSampler(start_strength(config), sampler)
+
+    def make(place: int) -> BaseSampler:
+        sampler = TPESampler(seed=1000 * seed + place, n_startup_trials=RANDOM)
+        return sampler if place else PartialFixedSampler(start_strength(config), sampler)
+
+    return PlaceSampler(make)

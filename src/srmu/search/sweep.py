@@ -6,8 +6,6 @@ the sweep's folder, named by what decides them, and share the activations of the
 
 from __future__ import annotations
 
-import time
-import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial, reduce
 from itertools import product
@@ -18,9 +16,9 @@ from typing import Any, Literal, Self
 
 import optuna
 import yaml
-from optuna.exceptions import ExperimentalWarning
+from optuna.importance import FanovaImportanceEvaluator, get_param_importances
 from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESampler
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from srmu.attacks.base import Tier
@@ -65,11 +63,9 @@ class Sweep(BaseModel):
     seeds: list[int] = Field(default=[0], min_length=1)
     objectives: dict[str, Literal["minimize", "maximize"]] = Field(min_length=1)
     attack: AttackOptions = AttackOptions()
-    prune: bool = False
     seed: int = 0  # of the sampler
     name: str  # of the study
     out: Path
-    heartbeat: int = Field(default=60, ge=1)  # seconds between a worker's signs of life
 
     @model_validator(mode="after")
     def check_options(self) -> Self:
@@ -89,8 +85,6 @@ class Sweep(BaseModel):
             chosen = ["K*", *select_attacks(self.attack.tier, self.attack.names)]
             if name not in chosen:
                 raise SrmuError(f"objective {ATTACK + name!r}: no such attack is run{suggest_word(name, chosen)}")
-        if self.prune and (len(self.objectives) > 1 or len(self.seeds) < 2):
-            raise SrmuError("prune: needs one objective, and two seeds or more to stop between")
         if len({*self.seeds}) < len(self.seeds):
             raise SrmuError(f"seeds: one is there twice: {self.seeds}")
         return self
@@ -123,11 +117,11 @@ class Sweep(BaseModel):
     def spec(self) -> dict[str, Any]:
         """What a study is made for, the same wherever its files lie."""
         return {
-            "search": {key: one.written for key, one in self.search.items()},
+            **{f"search.{key}": one.written for key, one in self.search.items()},
             # in order: a study keeps its values so
             "objectives": [f"{metric}: {way}" for metric, way in self.objectives.items()],
-            **self.model_dump(include={"sampler", "seeds", "seed", "prune", "attack"}),
-            "config": dict(run_setting(load_config(self.config, self.set))),
+            **self.model_dump(include={"sampler", "seeds", "seed", "attack"}),
+            **{f"config.{key}": value for key, value in run_setting(load_config(self.config, self.set))},
         }
 
     def make_sampler(self) -> BaseSampler:
@@ -225,13 +219,9 @@ def run_sweep(sweep: Sweep, storage: str = "", watch: Watch = ignore_progress) -
         spec=sweep.spec,
         directions=[*sweep.objectives.values()],
         sampler=sweep.make_sampler(),
-        pruner=optuna.pruners.MedianPruner() if sweep.prune else None,
         queue=sweep.list_points(),
-        heartbeat=sweep.heartbeat,
     )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ExperimentalWarning)
-        study.set_metric_names([*sweep.objectives])  # for optuna-dashboard
+    study.set_metric_names([*sweep.objectives])  # for optuna-dashboard
     sweep.out.mkdir(parents=True, exist_ok=True)
 
     def write(final: bool = False) -> dict[str, Any]:
@@ -239,36 +229,26 @@ def run_sweep(sweep: Sweep, storage: str = "", watch: Watch = ignore_progress) -
         write_json(sweep.out / FILE, report)
         return report
 
-    try:
-        queue.work_queue(study, partial(measure_trial, sweep), watch, write)
-    except KeyboardInterrupt:
-        write()
-        raise
+    queue.work_queue(study, partial(measure_trial, sweep), watch, write)
     return write(final=True)
 
 
 def measure_trial(sweep: Sweep, trial: optuna.Trial) -> list[float]:
     """The objectives of a trial: the means over its seeds."""
     params = {key: one.suggest(trial, key, sweep.sampler == "grid") for key, one in sweep.search.items()}
-    started, folders, results = time.monotonic(), [], list[dict[str, dict[str, float]]]()
-    for number, seed in enumerate(sweep.seeds, 1):
-        run = unlearn_config(sweep.config_of(params, seed))
-        results.append(run_metrics(sweep, run))
-        folders.append(str(run.folder.relative_to(sweep.out)))
-        replicates = {metric: [result[metric]["value"] for result in results] for metric in sweep.objectives}
-        means = {metric: fmean(values) for metric, values in replicates.items()}
-        measured = {
-            "params": params, "values": means, "replicates": replicates,
-            "errors": {metric: [result[metric].get("stderr") for result in results] for metric in sweep.objectives},
-            "n": {metric: int(results[-1][metric]["n"]) for metric in sweep.objectives}, "runs": folders,
-            "seconds": round(time.monotonic() - started, 3),
-        }  # fmt: skip
-        trial.set_user_attr("measured", measured)
-        if sweep.prune and number < len(sweep.seeds):
-            trial.report(next(iter(means.values())), number - 1)
-            if trial.should_prune():
-                trial.set_user_attr("why", f"worse than the median after {number} seeds")
-                raise optuna.TrialPruned
+    runs = [unlearn_config(sweep.config_of(params, seed)) for seed in sweep.seeds]
+    results = [run_metrics(sweep, run) for run in runs]
+    replicates = {metric: [result[metric]["value"] for result in results] for metric in sweep.objectives}
+    means = {metric: fmean(values) for metric, values in replicates.items()}
+    measured = {
+        "params": params,
+        "values": means,
+        "replicates": replicates,
+        "errors": {metric: [result[metric].get("stderr") for result in results] for metric in sweep.objectives},
+        "n": {metric: int(results[-1][metric]["n"]) for metric in sweep.objectives},
+        "runs": [str(run.folder.relative_to(sweep.out)) for run in runs],
+    }
+    trial.set_user_attr("measured", measured)
     return [*means.values()]
 
 
@@ -278,11 +258,11 @@ def run_metrics(sweep: Sweep, run: Run) -> dict[str, dict[str, float]]:
     attacks: dict[str, Any] = {}
     if any(metric.startswith(ATTACK) for metric in sweep.objectives):
         report = attack_run(run, tier=sweep.attack.tier, names=sweep.attack.names, sources=sweep.sources)
-        attacks = report["attacks"]
-        found = {"K*": report["K*"]} | {k: entry["accuracy"] for k, entry in attacks.items() if "accuracy" in entry}
-        for name, entry in found.items():
-            error = (entry["high"] - entry["low"]) / (2 * 1.96)
-            metrics[ATTACK + name] = {"value": entry["value"], "stderr": error, "n": entry["n"]}
+        attacks = report["attacks"] | {"K*": {"accuracy": report["K*"]}}
+        for name, attack in attacks.items():
+            if found := attack.get("accuracy"):
+                error = (found["high"] - found["low"]) / (2 * 1.96)
+                metrics[ATTACK + name] = {"value": found["value"], "stderr": error, "n": found["n"]}
     for metric in sweep.objectives:
         if metric not in metrics:
             why = attacks.get(metric.removeprefix(ATTACK), {}).get("why") or "there is no such number"
@@ -292,11 +272,9 @@ def run_metrics(sweep: Sweep, run: Run) -> dict[str, dict[str, float]]:
 
 def report_sweep(sweep: Sweep, study: queue.Study, final: bool = False) -> dict[str, Any]:
     """What `sweep.json` says: each trial once, the best of them, and which keys matter."""
-    empty: dict[str, Any] = {"replicates": {}, "errors": {}, "n": {}}
-    trials = [empty | queue.trial_entry(point.standing) for point in queue.list_points(study) if point.standing]
+    trials = queue.list_entries(study)
     complete = [trial for trial in trials if trial["state"] == "complete"]
     return {
-        "kind": "sweep",
         **sweep.model_dump(include={"name", "sampler", "seeds", "objectives"}),
         "space": {key: one.written for key, one in sweep.search.items()},
         "trials": trials,
@@ -308,16 +286,13 @@ def report_sweep(sweep: Sweep, study: queue.Study, final: bool = False) -> dict[
 def key_importance(study: queue.Study) -> dict[str, float]:
     """The share of each key in what the objectives differ by (fANOVA); none where they do not."""
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
+    evaluator = FanovaImportanceEvaluator(seed=0)
 
-    def value(number: int, trial: FrozenTrial) -> float:
-        return float(trial.values[number])
+    def share_keys(number: int) -> dict[str, float]:
+        return get_param_importances(study, evaluator=evaluator, target=lambda trial: trial.values[number])
 
-    shares = [
-        optuna.importance.get_param_importances(study, evaluator=evaluator, target=partial(value, i))
-        for i in range(len(study.directions))
-        if len({trial.values[i] for trial in complete}) > 1
-    ]
+    numbers = [i for i in range(len(study.directions)) if len({trial.values[i] for trial in complete}) > 1]
+    shares = [*map(share_keys, numbers)]
     return {key: fmean(share[key] for share in shares) for key in (shares[0] if shares else ())}
 
 
