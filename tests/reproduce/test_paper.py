@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import yaml
 
 from helpers import attack_world
 from helpers.results import write_metrics
@@ -34,13 +33,11 @@ QUICK = ["train.max_steps=2", "method.layer=1", "method.window=1", "method.alpha
 def again(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A small reproduction made twice: what it found, its folder, and how many runs each made."""
     out = tmp_path_factory.mktemp("reproduction") / "out"
-    methods = out.with_name("methods.yaml")
-    settings = {
+    methods = {
         "SRMU": ["method.name=srmu", "method.kappa=4"],
         "RMU": ["method.name=rmu", "method.kappa=2"],
         "Another": ["method.name=adaptive_rmu", "method.kappa=1"],
     }
-    methods.write_text(yaml.safe_dump({"common": QUICK, "methods": settings}))
     spec = read_preset("reproduce.yaml")
     spec["figure2"]["coeffs"] = [1, 1.0e30]
     for label in ("difference", "product", "Adaptive RMU"):
@@ -50,8 +47,7 @@ def again(tmp_path_factory: pytest.TempPathFactory) -> Any:
         changes = spec["tables"][name]["changes"]
         kept = ("zero target", "no I_norm", "RMU", "full SRMU")
         spec["tables"][name]["changes"] = {label: changes[label] for label in kept}
-    spec["testbed"]["methods"] = str(methods)
-    plan = plan_paper(out, seeds=2, spec=spec)
+    presets = {"reproduce.yaml": spec, spec["testbed"]["methods"]: {"common": QUICK, "methods": methods}}
     made = []
 
     def run_all(jobs: Sequence[Any], watch: Any, function: Callable[[Any], Any]) -> list[Any]:
@@ -64,9 +60,11 @@ def again(tmp_path_factory: pytest.TempPathFactory) -> Any:
         patch.setattr(experiment, "build_testbed", build)
         patch.setattr(experiment, "RECIPE", TINY)
         patch.setattr(experiment, "run_all", run_all)
-        found = reproduce_paper("all", plan, command="srmu reproduce all", spec=spec)
+        patch.setattr(experiment, "read_preset", presets.__getitem__)
+        plan = plan_paper(out, seeds=2)
+        found = reproduce_paper("all", plan, command="srmu reproduce all")
         first, made = made, []
-        assert reproduce_paper("all", plan, command="srmu reproduce all", spec=spec) == found
+        assert reproduce_paper("all", plan, command="srmu reproduce all") == found
     markdown.write_study(found, out)
     return found, out, first, made
 
@@ -141,16 +139,15 @@ def test_ablations_share_a_coefficient_then_a_norm(again: Any) -> None:
 
 def test_diverged_points_are_marked(again: Any) -> None:
     found, _, _, _ = again
-    assert [figure["name"] for figure in found["figures"]] == ["figure2", "figure2-all"]
-    for figure in found["figures"]:
-        for series in figure["series"]:
-            small, large = series["points"]
-            assert small["x"]["low"] <= small["x"]["value"] <= small["x"]["high"]
-            assert large["x"] is None
-            assert large["why"] == "diverged in 2 of 2 runs"
-        assert {c["verdict"] for c in figure["claims"]} == {"not tested"}
-        (drawn,) = markdown.reproduction_sections(found)[figure["name"]].blocks[0].figures
-        assert [len(trace.x) for trace in drawn.plot.data] == [1, 1]  # a point of each series
+    (figure,) = found["figures"]
+    for series in figure["series"]:
+        small, large = series["points"]
+        assert small["x"]["low"] <= small["x"]["value"] <= small["x"]["high"]
+        assert large["x"] is None
+        assert large["why"] == "diverged in 2 of 2 runs"
+    assert {c["verdict"] for c in figure["claims"]} == {"not tested"}
+    (drawn,) = markdown.reproduction_sections(found)["figure2"].blocks[0].figures
+    assert [len(trace.x) for trace in drawn.plot.data] == [1, 1]  # a point of each series
 
 
 def test_a_second_call_makes_no_run(again: Any) -> None:
@@ -211,7 +208,7 @@ COLUMNS = {"utility": "t", "columns": {"t": ["t/acc"]}}
 
 
 def judged(one: MeasuredRow, other: MeasuredRow) -> dict[str, Any]:
-    return judge_row(CLAIM, {"A": one, "B": other}, COLUMNS, {}, "here")
+    return judge_row(CLAIM, {"A": one, "B": other}, COLUMNS, {})
 
 
 def test_a_difference_is_covered_and_paired(tmp_path: Path) -> None:
@@ -228,7 +225,6 @@ def test_a_difference_is_covered_and_paired(tmp_path: Path) -> None:
     # unpaired, the error of the difference of two accuracies near a half over 300 questions
     assert np.mean(widths) < 0.8 * 2 * 1.96 * (2 * 0.25 / 300) ** 0.5
     assert found["verdict"] == "holds"
-    assert found["sentence"].startswith("A is above B: holds. A less B, t: +")
 
 
 def test_claims_come_out_either_way_and_as_noise(tmp_path: Path) -> None:
@@ -240,7 +236,7 @@ def test_claims_come_out_either_way_and_as_noise(tmp_path: Path) -> None:
     assert judged(rows["L"], rows["O"])["verdict"] == "within noise"
     failed = judged(replace(rows["L"], runs=(), questions=(), why="diverged"), rows["O"])
     assert (failed["verdict"], failed["difference"]) == ("not tested", None)
-    assert judge_row(CLAIM, {}, COLUMNS, {}, "")["verdict"] == "not tested"
+    assert judge_row(CLAIM, {}, COLUMNS, {})["verdict"] == "not tested"
 
 
 def test_curves_are_read_at_equal_forgetting(tmp_path: Path) -> None:
@@ -253,12 +249,11 @@ def test_curves_are_read_at_equal_forgetting(tmp_path: Path) -> None:
     before = replace(point("before", 100, 100), when="before")
     curves = {"A": [point("a", 60, 100), point("b", 40, 80)], "B": [point("c", 40, 60)]}
     claim = {"claim": "A keeps more", "of": ["A", "B"], "at": [60, 80, 95]}
-    found = judge_curves(claim, curves, before, ["t/acc"], "u", ["u/acc"], "here")
+    found = judge_curves(claim, curves, before, ["t/acc"], ["u/acc"])
     # 60 % of 75 points are 45: A keeps 95 of 100; B, from the original, 100 - 40 * 45 / 60 = 70
     assert found[0]["difference"]["value"] == pytest.approx(0.25)
     assert found[1]["difference"]["value"] == pytest.approx(0.2)
     assert [one["verdict"] for one in found] == ["holds", "holds", "not tested"]
-    assert "never forgets 95 %" in found[2]["sentence"]
 
 
 def test_the_papers_own_noise() -> None:
@@ -266,12 +261,12 @@ def test_the_papers_own_noise() -> None:
     spec = read_preset("reproduce.yaml")["tables"]
     rows = {name: {label: add_mean(row) for label, row in one["rows"].items()} for name, one in spec.items()}
     high = rows["table3"]
-    assert claims.paper_gap(high["SRMU"], high["RMU"], "WMDP") == (
-        pytest.approx(-0.071), pytest.approx(-5.7, abs=0.1),
-    )  # fmt: skip
+    gap = claims.paper_gap(high["SRMU"], high["RMU"], "WMDP")
+    assert gap == {"difference": pytest.approx(-0.071), "z": pytest.approx(-5.7, abs=0.1)}
     low = rows["table2"]
-    assert claims.paper_gap(low["SRMU"], low["RMU"], "WMDP")[1] == pytest.approx(-1.1, abs=0.05)  # type: ignore[index]
-    assert claims.paper_gap(low["SRMU"], low["RMU"], "MMLU")[1] == pytest.approx(0.34, abs=0.02)  # type: ignore[index]
+    for column, z in (("WMDP", pytest.approx(-1.1, abs=0.05)), ("MMLU", pytest.approx(0.34, abs=0.02))):
+        gap = claims.paper_gap(low["SRMU"], low["RMU"], column)
+        assert gap and gap["z"] == z
     assert low["before"]["WMDP"] == pytest.approx(0.5475)
     assert high["Adaptive RMU"]["WMDP"] == pytest.approx(0.43535)
     assert claims.paper_gap(low["SRMU"], {}, "WMDP") is None
@@ -292,9 +287,8 @@ def test_claims_name_rows_that_there_are() -> None:
 @pytest.mark.slow
 def test_settings_of_the_real_thing_fit_the_schema(tmp_path: Path) -> None:
     """All that `--model` would run; and the derived high entanglement is the preset's."""
-    spec = read_preset("reproduce.yaml")
     plan = plan_paper(tmp_path / "out", ZEPHYR)
-    for row in {row._replace(label="") for row in plan_rows(read_paper("all", spec), plan)}:
+    for row in {row._replace(label="") for row in plan_rows(read_paper("all"), plan)}:
         job = plan.plan_job(row, 0)
         config = load_config(job.config, job.overrides)
         assert (config.model, config.seed) == (ZEPHYR, 0)
@@ -313,7 +307,7 @@ def test_dry_run_offline_says_what_is_needed(tmp_path: Path, monkeypatch: pytest
     said = "\n".join(lines)
     assert "14.48 GB: hf download HuggingFaceH4/zephyr-7b-beta" in said
     assert "cais/wmdp-corpora" in said and "hf auth login" in said
-    assert "mine.jsonl: a file" in said and str(tmp_path) not in said
+    assert str(tmp_path) not in said
     assert [*found["methods"]] == ["RMU", "Adaptive RMU", "SRMU"]
     one = found["methods"]["SRMU"]
     layer = 4096 * (4096 * 2 + 1024 * 2 + 3 * 14336 + 2)
@@ -332,7 +326,7 @@ def test_dry_run_of_the_testbed(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_model_of_ones_own(workplace: Path) -> None:
+def test_a_model_of_ones_own(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The presets on a tiny model: tables of its tasks, without answers question by question."""
     (workplace / "tasks").mkdir()
     for name in ("wmdp_bio", "wmdp_cyber", "mmlu"):
@@ -351,9 +345,10 @@ def test_a_model_of_ones_own(workplace: Path) -> None:
     kept = spec["tables"]["table4-matched"]["changes"]
     for label in ("fixed +1", "fixed -1", "U[0,1)", "shuffled map (ours)"):
         del kept[label]
+    monkeypatch.setattr(experiment, "read_preset", {"reproduce.yaml": spec}.__getitem__)
     plan = plan_paper(workplace / "out", str(workplace / "model"), overrides=overrides)
     assert isinstance(plan.place, OneModel) and plan.seeds == (0,)
-    one = table(reproduce_paper("table4", plan, command="", spec=spec), "table4-matched")
+    one = table(reproduce_paper("table4", plan, command=""), "table4-matched")
     assert one["columns"] == ["MMLU", "bio", "cyber", "WMDP"]
     assert {label for label, row in one["rows"].items() if row["cells"]} == {"before", *kept}
     kappas = [one["rows"][label]["kappa"] for label in ("no I_norm", "full SRMU", "RMU")]

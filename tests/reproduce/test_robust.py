@@ -81,8 +81,10 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def asked(out: Path, **given: Any) -> robust.Frontier:
-    options = {"spec": SPEC, "seeds": ("1", "2"), "regimes": ("high",), "tier": "standard"}
-    return plan_frontier(**{"kind": "robust", "out": out} | options | given)
+    options = {"seeds": ("1", "2"), "regimes": ("high",), "tier": "standard"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experiment, "read_preset", {"robust.yaml": SPEC}.__getitem__)
+        return plan_frontier(**{"kind": "robust", "out": out} | options | given)
 
 
 @pytest.fixture(scope="module")
@@ -322,13 +324,13 @@ def test_settings_fit_their_methods(tmp_path: Path) -> None:
         (tmp_path / name).write_text("Velmar\nOstin\nBor\n")
     (tmp_path / "anchors.json").write_text("{}")
     for kind in spec["tables"]:
-        plan = plan_frontier(kind, tmp_path / "out", spec=spec)
+        plan = plan_frontier(kind, tmp_path / "out")
         for one in plan.experiments.values():
             for label, settings in one.settings.items():
                 given = [s.replace("{testbed}", str(tmp_path)) for s in settings]
                 method = load_config(config, given).method.name
                 assert f"method.name={method}" in settings, label
-    (only,) = plan_frontier("ablations", tmp_path / "out", spec=spec).experiments
+    (only,) = plan_frontier("ablations", tmp_path / "out").experiments
     assert only == "closed"  # the open world has none
     assert spec["cost"] in spec["worlds"]["closed"]["methods"]
     assert 0 not in spec["seeds"]  # settings were tuned on it

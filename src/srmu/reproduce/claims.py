@@ -17,9 +17,9 @@ from srmu.report.results import Columns, RunGroup, aggregate_columns
 from srmu.reproduce.experiment import MeasuredRow
 
 CHANCE = 0.25  # four options
-NOISE = 1.96
 QUESTIONS = {"MMLU": 14042, "bio": 1273, "cyber": 1987}  # behind the paper's numbers
 Claim = Mapping[str, Any]
+Verdict = dict[str, Any]
 
 
 def resample_mean(row: MeasuredRow, metrics: Sequence[str], draws: Draws) -> Array:
@@ -43,27 +43,20 @@ def format_interval(estimate: Estimate) -> dict[str, float]:
 
 
 def judge_row(
-    claim: Claim,
-    rows: Mapping[str, MeasuredRow],
-    spec: Mapping[str, Any],
-    paper: Mapping[str, Mapping[str, float]],
-    source: str,
-) -> dict[str, Any]:
+    claim: Claim, rows: Mapping[str, MeasuredRow], spec: Mapping[str, Any], paper: Mapping[str, Mapping[str, float]]
+) -> Verdict:
     """A claim about how two rows differ in a column, with the paper's own difference beside it.
 
     `spec` has the columns, and which of them the claim's metric, forget or utility, is.
     """
-    column, draws, estimate, note = spec[claim["metric"]], seed_draws(claim), None, ""
-    if missing := [name for name in claim["of"] if name not in rows]:
-        note = f"{missing[0]} was not run"
-    elif failed := [rows[name] for name in claim["of"] if rows[name].why]:
-        note = f"{failed[0].label} {failed[0].why}"
-    else:
-        one, other = (resample_mean(rows[name], spec["columns"][column], draws) for name in claim["of"])
+    estimate, draws = None, seed_draws(claim)
+    if all(name in rows and not rows[name].why for name in claim["of"]):
+        metrics = spec["columns"][spec[claim["metric"]]]
+        one, other = (resample_mean(rows[name], metrics, draws) for name in claim["of"])
         estimate = draws.estimate(one - other)
-    theirs = [paper.get(name, {}) for name in claim["of"]]
-    own = paper_gap(theirs[0], theirs[1], "MMLU" if claim["metric"] == "utility" else "WMDP")
-    return judge_difference(claim, column, estimate, note, claim.get("source", source), own)
+    first, second = (paper.get(name, {}) for name in claim["of"])
+    gap = paper_gap(first, second, "MMLU" if claim["metric"] == "utility" else "WMDP")
+    return judge_difference(claim, estimate, gap)
 
 
 def judge_curves(
@@ -71,24 +64,17 @@ def judge_curves(
     curves: Mapping[str, Sequence[MeasuredRow]],
     before: MeasuredRow,
     forget: Sequence[str],
-    column: str,
     utility: Sequence[str],
-    source: str,
-) -> list[dict[str, Any]]:
+) -> list[Verdict]:
     """A claim about what two curves keep where they have forgotten as much, at each share."""
     verdicts = []
     for percent in claim["at"]:
-        draws, kept, note = seed_draws(claim), [], ""
-        for name in claim["of"]:
-            points = [row for row in curves.get(name, ()) if not row.why]
-            best = best_kept(points, before, forget, utility, percent / 100, draws)
-            if best is None:
-                note = f"{name} never forgets {percent} %"
-            else:
-                kept.append(best)
-        gap = None if note else draws.estimate(kept[0] - kept[1])
+        draws = seed_draws(claim)
+        points = ([row for row in curves.get(name, ()) if not row.why] for name in claim["of"])
+        one, other = (best_kept(rows, before, forget, utility, percent / 100, draws) for rows in points)
+        gap = None if one is None or other is None else draws.estimate(one - other)
         here = {**claim, "claim": f"{claim['claim']}, {percent} %", "above": 0}
-        verdicts.append(judge_difference(here, column, gap, note, source, None))
+        verdicts.append(judge_difference(here, gap, None))
     return verdicts
 
 
@@ -105,8 +91,6 @@ def best_kept(
     Read in each resample anew, in a straight line between the best points that forget more and
     less, the original model among them. None where a seed's curve does not go as far.
     """
-    if not points:
-        return None
     known = resample_mean(before, forget, draws)
     lost = np.stack([known - known, *(known - resample_mean(p, forget, draws) for p in points)])
     kept = np.stack([resample_mean(row, utility, draws) for row in (before, *points)])
@@ -127,27 +111,13 @@ def seed_draws(claim: Claim) -> Draws:
     return Draws(crc32(json.dumps(claim, sort_keys=True).encode()))
 
 
-def judge_difference(
-    claim: Claim, column: str, estimate: Estimate | None, note: str, source: str, own: tuple[float, float] | None
-) -> dict[str, Any]:
-    """A claim with its verdict, in numbers and in a sentence; `own` is what `paper_gap` gives."""
-    verdict = judge_interval(estimate, claim.get("above", -inf) / 100, claim.get("below", inf) / 100)
-    if estimate is None:
-        sentence = f"{claim['claim']}: not tested here, {note}."
-    else:
-        value, low, high = (f"{100 * x:+.1f}" for x in (estimate.value, estimate.low, estimate.high))
-        gap = f"{' less '.join(claim['of'])}, {column}: {value} points ({low} to {high})"
-        sentence = f"{claim['claim']}: {verdict}. {gap}."
-    if own:
-        noise = "within its own sampling noise" if abs(own[1]) < NOISE else "beyond sampling noise"
-        sentence += f" In the paper {100 * own[0]:+.1f}, {noise} (z = {own[1]:.1f})."
+def judge_difference(claim: Claim, estimate: Estimate | None, paper: Mapping[str, float] | None) -> Verdict:
+    """What is found of a claim; `paper` is what `paper_gap` gives."""
     return {
         "claim": claim["claim"],
-        "source": source,
-        "verdict": verdict,
+        "verdict": judge_interval(estimate, claim.get("above", -inf) / 100, claim.get("below", inf) / 100),
         "difference": format_interval(estimate) if estimate else None,
-        "paper": {"difference": own[0], "z": own[1]} if own else None,
-        "sentence": sentence,
+        "paper": paper,
     }
 
 
@@ -160,8 +130,8 @@ def judge_interval(estimate: Estimate | None, above: float, below: float) -> str
     return "does not hold" if estimate.high < above or estimate.low > below else "within noise"
 
 
-def paper_gap(one: Mapping[str, float], other: Mapping[str, float], column: str) -> tuple[float, float] | None:
-    """The paper's difference between two rows, and over its standard error.
+def paper_gap(one: Mapping[str, float], other: Mapping[str, float], column: str) -> dict[str, float] | None:
+    """The paper's difference between two rows, and z, the difference over its standard error.
 
     With questions drawn anew for each row: how many of the same ones changed is not printed.
     """
@@ -172,4 +142,4 @@ def paper_gap(one: Mapping[str, float], other: Mapping[str, float], column: str)
     shares = [(row.get(part, row[column]), part) for row in (one, other) for part in parts]
     variance = sum(p * (1 - p) / QUESTIONS[part] / len(parts) ** 2 for p, part in shares)
     gap = one[column] - other[column]
-    return gap, gap / variance**0.5
+    return {"difference": gap, "z": gap / variance**0.5}

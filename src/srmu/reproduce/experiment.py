@@ -26,7 +26,7 @@ from srmu.engine.progress import Watch, ignore_progress
 from srmu.errors import DivergedError, SrmuError, first_line
 from srmu.evals.results import read_metrics
 from srmu.evals.score import score_model
-from srmu.runs.config import load_config
+from srmu.runs.config import build_config, load_config
 from srmu.runs.plan import plan_run
 from srmu.runs.record import RECORD
 from srmu.runs.run import Run, unlearn_config
@@ -192,12 +192,17 @@ class Experiment:
     measurement: Scored = field(default_factory=Scored)
     overrides: tuple[str, ...] = ()
 
-    def plan_job(self, row: PlannedRow, seed: int, extra: Sequence[str] = ()) -> RunJob:
+    def __post_init__(self) -> None:
+        if isinstance(self.place, Testbeds):  # overrides of no method must show before a testbed is built
+            config = {"model": "model", "method": "srmu", "topics": {"organism": {"forget": "forget.jsonl"}}}
+            build_config(config, self.overrides)
+
+    def plan_job(self, row: PlannedRow, seed: int) -> RunJob:
         """A run's config with its overrides; later ones win."""
         config, own = self.place.find_config(row, seed)
         settings = (s.replace("{testbed}", str(config.parent)) for s in self.settings[row.method])
         common = (f"seed={seed}", f"runs_dir={(self.out / 'runs').resolve()}", *own)
-        options = (*settings, *common, *self.overrides, *row.extra, *extra)
+        options = (*settings, *common, *self.overrides, *row.extra)
         if isinstance(self.place, Testbeds) and not load_config(config, options).method.reads_retain:
             # the same run in each regime
             config, options = config.with_name("low.yaml"), (*options, "topics.organism.retain=[]")
@@ -239,12 +244,12 @@ def find_measured_run(
     """What is there of a run, or the job that makes it; `measured` has the rows that hand over their strength."""
     if isinstance(experiment.place, Testbeds) and not experiment.place.is_there(row.regime, seed):
         return NOT_RUN
-    extra: tuple[str, ...] = ()
     if row.strength:
         method, key = row.strength
-        extra = take_strength(measured[PlannedRow(method, method, row.regime)], experiment.seeds.index(seed), key)
+        source = measured[PlannedRow(method, method, row.regime)]
+        row = row._replace(extra=(*row.extra, *take_strength(source, experiment.seeds.index(seed), key)))
     try:
-        job = experiment.plan_job(row, seed, extra)
+        job = experiment.plan_job(row, seed)
         return experiment.measurement.find_result(job) or job
     except DivergedError:
         return DIVERGED

@@ -14,7 +14,7 @@ from srmu.evals.statistics import Draws
 from srmu.report.results import strip_paths
 from srmu.reproduce import claims, experiment, needs
 from srmu.reproduce.experiment import Experiment, MeasuredRow, OneModel, PlannedRow, Testbeds
-from srmu.runs.config import build_config, load_config
+from srmu.runs.config import load_config
 from srmu.runs.plan import load_tokenizer, load_topics, plan_run
 from srmu.runs.run import Run
 
@@ -23,19 +23,17 @@ Rows = Mapping[PlannedRow, MeasuredRow]
 Spec = Mapping[str, Any]  # the content of configs/reproduce.yaml, or a part of it
 
 
-def read_paper(what: str, spec: Spec | None = None) -> Spec:
-    """The tables that a name stands for, and the figure if it stands for that."""
-    spec = spec or experiment.read_preset("reproduce.yaml")
+def read_paper(what: str) -> Spec:
+    """What is run and claimed, with the tables and figures that a name stands for."""
+    spec = experiment.read_preset("reproduce.yaml")
     tables = {name: table for name, table in spec["tables"].items() if what in ("all", name.split("-")[0])}
-    return {**spec, "tables": tables, "figure2": spec["figure2"] if what in ("all", "figure2") else None}
+    return {**spec, "tables": tables, "figures": [spec["figure2"]] if what in ("all", "figure2") else []}
 
 
-def plan_paper(
-    out: Path, model: str = "", seeds: int | None = None, overrides: Sequence[str] = (), spec: Spec | None = None
-) -> Experiment:
+def plan_paper(out: Path, model: str = "", seeds: int | None = None, overrides: Sequence[str] = ()) -> Experiment:
     """The experiment on testbeds, or on the model that is named; SrmuError for what cannot be."""
     require_place(out)
-    own = read_paper("all", spec)["zephyr" if model else "testbed"]
+    own = read_paper("all")["zephyr" if model else "testbed"]
     place: Testbeds | OneModel = OneModel(model, own) if model else Testbeds(out)
     if model:
         settings = {label: tuple(one.get("set", ())) for label, one in own["methods"].items()}
@@ -45,36 +43,31 @@ def plan_paper(
     return Experiment(out, place, settings, (*count,), tuple(own["tasks"]), overrides=tuple(overrides))
 
 
-def reproduce_paper(
-    what: str, plan: Experiment, *, command: str, watch: Watch = ignore_progress, spec: Spec | None = None
-) -> dict[str, Any]:
+def reproduce_paper(what: str, plan: Experiment, *, command: str, watch: Watch = ignore_progress) -> dict[str, Any]:
     """Make the runs that are missing, and give the tables and figures: what `reproduce.json` holds.
 
     What is in the experiment's folder already is used again.
     """
-    spec = read_paper(what, spec)
-    check_settings(plan)
+    spec, place = read_paper(what), plan.place
+    model = place.name if isinstance(place, OneModel) else ""
+    if isinstance(place, OneModel):
+        check_sources(plan, place)
     rows = experiment.run_experiment(plan, plan_rows(spec, plan), watch)
     # what is run and asked there: the columns, and which of them claims call forget and utility
-    own = spec["zephyr" if isinstance(plan.place, OneModel) else "testbed"]
+    own = spec["zephyr" if model else "testbed"]
     return {
         "kind": "reproduction",
         "paper": "arXiv 2512.16297",
-        "model": strip_paths(plan.place.name) if isinstance(plan.place, OneModel) else "testbed",
+        "model": strip_paths(model) or "testbed",
         "command": command,
         "seeds": [*plan.seeds],
         "tables": [build_table(name, table, own, plan, rows) for name, table in spec["tables"].items()],
-        "figures": build_figures(spec["figure2"], own, rows) if spec["figure2"] else [],
+        "figures": [build_figure(figure, own, rows) for figure in spec["figures"]],
     }
 
 
-def check_settings(plan: Experiment) -> None:
-    """SrmuError, before anything is made, for overrides of no method and what is out of reach."""
-    place = plan.place
-    if isinstance(place, Testbeds):
-        topics = {"organism": {"forget": "forget.jsonl"}}
-        build_config({"model": "model", "method": "srmu", "topics": topics}, plan.overrides)
-        return
+def check_sources(plan: Experiment, place: OneModel) -> None:
+    """SrmuError, before anything is made, for a model or texts that are out of reach."""
     job = plan.plan_job(PlannedRow("SRMU", "SRMU", "low"), 0)
     config = load_config(job.config, job.overrides)
     try:
@@ -91,9 +84,8 @@ def check_settings(plan: Experiment) -> None:
 def plan_rows(spec: Spec, plan: Experiment) -> list[PlannedRow]:
     """All rows and points of what is asked for."""
     rows = [row for table in spec["tables"].values() for row in plan_table(table, plan)]
-    if spec["figure2"]:
-        rows += [row for points in plan_figure(spec["figure2"]).values() for row in points.values()]
-    return rows
+    series = [points for figure in spec["figures"] for points in plan_figure(figure).values()]
+    return rows + [row for points in series for row in points.values()]
 
 
 def plan_table(table: Spec, plan: Experiment) -> list[PlannedRow]:
@@ -118,10 +110,10 @@ def plan_figure(figure: Spec) -> dict[str, dict[float, PlannedRow]]:
     """The points of each series by their coefficients."""
     points: dict[str, dict[float, PlannedRow]] = {}
     for label, series in figure["series"].items():
+        points[label] = {}
         for coeff in map(float, figure["coeffs"]):
             extra = (*series.get("set", ()), "method.kappa=null", f"method.coeff={coeff}")
-            row = PlannedRow(f"{label} at {coeff:g}", series["of"], figure["regime"], extra)
-            points.setdefault(label, {})[coeff] = row
+            points[label][coeff] = PlannedRow(f"{label} at {coeff:g}", series["of"], figure["regime"], extra)
     return points
 
 
@@ -133,48 +125,40 @@ def build_table(name: str, table: Spec, own: Spec, plan: Experiment, measured: R
     rows = []
     for label in dict.fromkeys([*table["rows"], *lines]):
         row: dict[str, Any] = {"label": label, "cells": {}, "kappa": None, "paper": paper.get(label, {})}
-        line = lines.get(label)
-        if line is None or line.why:
-            row["why"] = line.why if line else experiment.NOT_RUN
+        line = lines.get(label) or MeasuredRow(label, (), (), why=experiment.NOT_RUN)
+        if line.why:
+            row["why"] = line.why
         else:
             row["cells"] = claims.estimate_cells(line, own["columns"])
             row["kappa"] = mean_kappa(line) if line.when == "after" else None
         rows.append(row)
-    source = table["title"].split(":")[0]
     return {
         "name": name,
         **{key: table[key] for key in ("title", "note", "paper_columns")},
         "columns": [*own["columns"]],
         "rows": rows,
-        "claims": [claims.judge_row(claim, lines, own, paper, source) for claim in table["claims"]],
+        "claims": [claims.judge_row(claim, lines, own, paper) for claim in table["claims"]],
     }
 
 
-def build_figures(figure: Spec, own: Spec, measured: Rows) -> list[dict[str, Any]]:
-    """Utility against forgetting over the coefficient; on testbeds also with all utility tasks."""
+def build_figure(figure: Spec, own: Spec, measured: Rows) -> dict[str, Any]:
+    """Utility against forgetting over the coefficient, and the claims at equal forgetting."""
     planned = plan_figure(figure)
     lines = {label: [measured[row] for row in points.values()] for label, points in planned.items()}
     before = original_row([row for points in lines.values() for row in points])
-    forget = own["columns"][own["forget"]]
-    kinds = {"figure2": (own["utility"], own["columns"][own["utility"]])}
-    if more := own.get("all_utility"):
-        kinds["figure2-all"] = ("mean of neighbour and general", more)
-    figures = []
-    for name, (column, utility) in kinds.items():
-        series = []
-        for label, rows in lines.items():
-            points = [
-                {"coeff": coeff, **build_point(row, before, forget, utility)}
-                for coeff, row in zip(planned[label], rows, strict=True)
-            ]
-            series.append({"label": label, "points": points})
-        verdicts: list[dict[str, Any]] = []
-        for claim in figure["claims"]:
-            verdicts += claims.judge_curves(claim, lines, before, forget, column, utility, "Figure 2")
-        x_title, y_title = f"{own['forget']}: points of accuracy forgotten", f"accuracy kept, {column}"
-        head = {"name": name, "title": figure["title"], "x_title": x_title, "y_title": y_title}
-        figures.append(head | {"series": series, "claims": verdicts})
-    return figures
+    forget, utility = (own["columns"][own[which]] for which in ("forget", "utility"))
+    series = []
+    for label, rows in planned.items():
+        points = [{"coeff": c, **build_point(measured[row], before, forget, utility)} for c, row in rows.items()]
+        series.append({"label": label, "points": points})
+    return {
+        "name": "figure2",
+        "title": figure["title"],
+        "x_title": f"{own['forget']}: points of accuracy forgotten",
+        "y_title": f"accuracy kept, {own['utility']}",
+        "series": series,
+        "claims": [v for claim in figure["claims"] for v in claims.judge_curves(claim, lines, before, forget, utility)],
+    }
 
 
 def build_point(row: MeasuredRow, before: MeasuredRow, forget: Sequence[str], utility: Sequence[str]) -> dict[str, Any]:

@@ -21,7 +21,6 @@ from srmu.evals.score import score_model
 from srmu.evals.subject import Subject
 from srmu.reproduce import experiment
 from srmu.reproduce.experiment import Experiment, MeasuredRow, PlannedRow, RunJob, Testbeds
-from srmu.runs.config import build_config
 from srmu.runs.run import Run, open_target
 
 
@@ -63,10 +62,9 @@ def plan_frontier(
     methods: Sequence[str] = (),
     tier: str = "",
     overrides: Sequence[str] = (),
-    spec: Mapping[str, Any] | None = None,
 ) -> Frontier:
     """What is asked for, with the defaults of configs/robust.yaml; SrmuError for what is not."""
-    spec = spec or experiment.read_preset("robust.yaml")
+    spec = experiment.read_preset("robust.yaml")
     table, tier = spec["tables"][kind], tier or spec["tier"]
     worlds = [name for name, one in spec["worlds"].items() if one.get(table["of"])] if world == "both" else [world]
     regimes = regimes or table["regimes"]
@@ -74,30 +72,19 @@ def plan_frontier(
     check_option("--regimes", regimes, spec["regimes"])
     check_option("--tier", [tier], TIERS)
     numbers = tuple(dict.fromkeys(map(int, seeds))) or tuple(table.get("seeds", spec["seeds"]))
-    build_config({"model": "m", "method": "srmu", "topics": {"organism": {"forget": "forget.jsonl"}}}, overrides)
     require_place(out)
     settings = {one: choose_settings(kind, one, spec) for one in worlds}
     check_option("--methods", methods, [label for each in settings.values() for label in each])
-    budget = table.get("budget", spec["budget"])
-    names = tuple(table.get("attacks", ()))
+    budget, names = table.get("budget", spec["budget"]), tuple(table.get("attacks", ()))
+    folder = f"matched-{budget:g}-{tier}" + (f"-{kind}" if names else "")
     experiments = {}
     for one in worlds:
         chosen = {k: v for k, v in settings[one].items() if not methods or k in methods}
-        tasks = [metric.split("/")[0] for each in spec["worlds"][one]["columns"].values() for metric in each]
-        attacked = Attacked(
-            home=(out / one).resolve(),
-            budget=budget,
-            judged=tuple(spec["judged"]),
-            asked=tuple(spec["worlds"][one]["attacked"].values()),
-            texts=tuple(spec["texts"].items()),
-            tier=tier,
-            names=names,
-            folder=f"{tier}-{kind}" if names else tier,
-        )
+        columns = spec["worlds"][one]["columns"].values()
+        tasks = dict.fromkeys(metric.split("/")[0] for metrics in columns for metric in metrics)
         place = Testbeds(out / one, spec["regimes"], "testbed{seed}-{regime}", one)
-        experiments[one] = Experiment(
-            out / one, place, chosen, numbers, tuple(dict.fromkeys(tasks)), attacked, tuple(overrides)
-        )
+        attacked = Attacked(spec, one, budget, tier, names, folder)
+        experiments[one] = Experiment(out / one, place, chosen, numbers, tuple(tasks), attacked, tuple(overrides))
     return Frontier(out, kind, tier, budget, numbers, tuple(regimes), experiments, spec)
 
 
@@ -159,25 +146,23 @@ class Attacked(experiment.Scored):
     """A run is made, brought to one loss of utility, scored and attacked, beside its controls.
 
     Numbers are of the largest share of the run's change that costs at most `budget` of the mean
-    accuracy on `judged`; they lie in a folder beside the runs.
+    accuracy on what is judged; they lie in a folder beside the runs.
     """
 
-    home: Path = Path()
-    budget: float = 0
-    judged: tuple[str, ...] = ()
-    asked: tuple[str, ...] = ()  # tasks that ask for what is to go
-    texts: tuple[tuple[str, str], ...] = ()  # kinds of text, and their files in the testbed
-    tier: str = "standard"
-    names: tuple[str, ...] = ()  # these attacks alone; (): all of the tier
-    folder: str = "standard"
+    spec: Mapping[str, Any]  # the content of configs/robust.yaml
+    world: str
+    budget: float
+    tier: str
+    names: tuple[str, ...]  # these attacks alone; (): all of the tier
+    folder: str
 
     def locate_result(self, run: Path) -> Path:
-        return self.home / f"matched-{self.budget:g}-{self.folder}" / run.name
+        return run.parents[1] / self.folder / run.name
 
     def find_result(self, job: RunJob) -> Path | None:
         """The folder, if it is complete: every attack of the tier included."""
         out = self.locate_result(experiment.locate_run(job))
-        folders = (out, *(locate_control(self.home, job.config.parent, who) for who in CONTROLS))
+        folders = (out, *(locate_control(out, job.config.parent, who) for who in CONTROLS))
         wanted = {*select_attacks(self.tier, self.names)}  # type: ignore[arg-type]
         tried = wanted <= {*read_attacks(out).get("attacks", ())}
         return out if tried and all("texts" in load_results(each) for each in folders) else None
@@ -185,33 +170,32 @@ class Attacked(experiment.Scored):
     def measure_run(self, job: RunJob, watch: Watch = ignore_progress) -> Path:
         whole = Run.open(super().measure_run(job, watch))
         out = self.locate_result(whole.folder)
-        match_utility(whole, out, self.budget, self.judged)
+        match_utility(whole, out, self.budget, self.spec["judged"])
         run = Run.open(out)
         score_model(run, job.tasks)
-        opened = open_target(run, "cpu")
-        with opened.after() as module:
-            self.read_texts(Subject(module, opened.tokenizer), out, job)
-        for who, folder in (("original", run.base), ("oracle", run.base.parent / "oracle")):
-            control = locate_control(self.home, job.config.parent, who)
+        self.read_texts(run, job.config.parent, out)
+        for who, model in zip(CONTROLS, (run.base, run.base.parent / "oracle"), strict=True):
+            control = locate_control(out, job.config.parent, who)
             if "texts" not in load_results(control):
                 control.mkdir(parents=True, exist_ok=True)
-                score_model(folder, job.tasks, tasks_dir=run.config.tasks_dir, out=control)
-                opened = open_target(folder, "cpu")
-                self.read_texts(Subject(opened.module, opened.tokenizer), control, job)
-        asked = Sources(tasks=self.asked, limit=10_000)
+                score_model(model, job.tasks, tasks_dir=run.config.tasks_dir, out=control)
+                self.read_texts(model, job.config.parent, control)
+        asked = Sources(tasks=tuple(self.spec["worlds"][self.world]["attacked"].values()), limit=10_000)
         attack_run(run, tier=self.tier, names=self.names, sources=asked)  # type: ignore[arg-type]
         return out
 
-    def read_texts(self, subject: Subject, out: Path, job: RunJob) -> None:
-        """Keep what a token of each kind of text costs a model, in nats."""
-        nats = {}
-        for kind, name in self.texts:
-            texts = sources.read_texts([sources.Source(path=str(job.config.parent / name))])
-            tokens = [subject.tokens(text)[: Utility.length] for text in texts[: Utility.count]]
-            nats[kind] = measure_texts(subject, tokens, 0)["nats a neutral token"].value
+    def read_texts(self, target: Path | Run, testbed: Path, out: Path) -> None:
+        """Keep what a token of each kind of text costs a model or a run, in nats."""
+        opened, nats = open_target(target, "cpu"), {}
+        with opened.after() as module:
+            subject = Subject(module, opened.tokenizer)
+            for kind, name in self.spec["texts"].items():
+                texts = sources.read_texts([sources.Source(path=str(testbed / name))])
+                tokens = [subject.tokens(text)[: Utility.length] for text in texts[: Utility.count]]
+                nats[kind] = measure_texts(subject, tokens, 0)["nats a neutral token"].value
         merge_results(out, texts=nats)
 
 
-def locate_control(home: Path, testbed: Path, who: str) -> Path:
-    """Where the numbers of a testbed's original or oracle are."""
-    return home / "controls" / testbed.name / who
+def locate_control(result: Path, testbed: Path, who: str) -> Path:
+    """Where the numbers of a testbed's original or oracle are, beside a run's result."""
+    return result.parents[1] / "controls" / testbed.name / who

@@ -19,8 +19,8 @@ from srmu.report.build import make_runs_page
 from srmu.report.markdown import frontier_section
 from srmu.report.results import RunGroup
 from srmu.reproduce.claims import estimate_cells, format_interval, resample_mean
-from srmu.reproduce.experiment import MeasuredRow, PlannedRow, Scored, run_experiment
-from srmu.reproduce.robust import Frontier, Part, choose_settings, locate_control
+from srmu.reproduce.experiment import MeasuredRow
+from srmu.reproduce.robust import Frontier, Part, locate_control
 from srmu.runs.run import Run
 
 Report = Mapping[str, Any]  # what attack_run gives
@@ -92,8 +92,7 @@ def build_control_rows(part: Part) -> list[dict[str, Any]]:
             known.setdefault(seed, run)
     found = []
     for who in CONTROLS if known else ():
-        home = part.frontier.out / part.world
-        folders = tuple(locate_control(home, part.testbeds[seed], who) for seed in known)
+        folders = tuple(locate_control(run, part.testbeds[seed], who) for seed, run in known.items())
         reports = [view_control(read_attacks(run), who) for run in known.values()]
         found.append(build_answers(part, MeasuredRow(who, folders, tuple(known)), reports))
     return found
@@ -124,13 +123,9 @@ def build_answers(part: Part, row: MeasuredRow, reports: Sequence[Report]) -> di
 
 
 def base_seconds(part: Part) -> float | None:
-    """Seconds of the method that the others' are divided by; None where it was not run here."""
-    spec = part.frontier.spec
-    base = PlannedRow(spec["cost"], spec["cost"], part.regime)
-    settings = choose_settings("robust", part.world, spec)
-    experiment = replace(part.frontier.experiments[part.world], settings=settings, measurement=Scored())
-    (row,) = run_experiment(experiment, [base], make=False).values()
-    return fmean(Run(run).record["seconds"] for run in row.runs) if row.runs else None
+    """Seconds of the method that the others' are divided by; None where it is not in this table."""
+    runs = next((row.runs for row in part.rows if row.label == part.frontier.spec["cost"]), ())
+    return fmean(Run(run).record["seconds"] for run in runs) if runs else None
 
 
 def estimate_mean(row: MeasuredRow, metrics: Sequence[str]) -> dict[str, float]:
