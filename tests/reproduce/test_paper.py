@@ -18,7 +18,7 @@ from srmu.errors import SrmuError
 from srmu.evals.results import load_results, read_metrics
 from srmu.evals.statistics import Estimate, parse_answers
 from srmu.report import markdown
-from srmu.reproduce import claims, experiment, needs
+from srmu.reproduce import claims, experiment, paper
 from srmu.reproduce.claims import judge_curves, judge_row
 from srmu.reproduce.experiment import MeasuredRow, OneModel, PlannedRow, find_preset, read_preset
 from srmu.reproduce.paper import add_mean, paper_needs, plan_paper, plan_rows, read_paper, reproduce_paper
@@ -300,7 +300,7 @@ def test_settings_of_the_real_thing_fit_the_schema(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_dry_run_offline_says_what_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(needs.estimate, "speed_elsewhere", lambda *given: 1e12)
+    monkeypatch.setattr(paper.estimate, "speed_elsewhere", lambda *given: 1e12)
     plan = plan_paper(tmp_path / "out", ZEPHYR, overrides=["topics.bio.forget=mine.jsonl"])
     found, lines = paper_needs("table3", plan)
     assert not (tmp_path / "out").exists()

@@ -22,11 +22,12 @@ from srmu.evals.results import RESULTS, load_results, read_attacks, read_metrics
 from srmu.report import markdown
 from srmu.reproduce import experiment, robust
 from srmu.reproduce.experiment import NOT_RUN, read_preset
-from srmu.reproduce.robust import measure_frontier, plan_frontier
-from srmu.reproduce.robust_tables import (
+from srmu.reproduce.robust import (
     average_attacks,
     build_frontier_tables,
     estimate_residual,
+    measure_frontier,
+    plan_frontier,
     view_control,
     write_frontier_reports,
 )

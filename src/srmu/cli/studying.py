@@ -172,7 +172,6 @@ def reproduce_frontier(
 ) -> None:
     """What stays gone under attack: `srmu reproduce robust`, `ablations` and `methods`."""
     from srmu.reproduce import robust
-    from srmu.reproduce.robust_tables import build_frontier_tables, write_frontier_reports
 
     listed = ("seeds", "regimes", "methods")
     wanted: dict[str, Any] = {k: output.split_names(v) if k in listed else v for k, v in asked.items()}
@@ -185,8 +184,8 @@ def reproduce_frontier(
         cases = robust.measure_frontier(frontier, show_progress, make=not show)
     words = [word for name, value in asked.items() for word in (f"--{name}", value)]
     command = output.quote_command("reproduce", what, *words, *settings)
-    tables = build_frontier_tables(frontier, cases, command)
-    finish_study(tables, out, as_json, lambda: write_frontier_reports(frontier, cases, tables))
+    tables = robust.build_frontier_tables(frontier, cases, command)
+    finish_study(tables, out, as_json, lambda: robust.write_frontier_reports(frontier, cases, tables))
 
 
 def finish_study(tables: dict[str, Any], out: Path, as_json: bool, write_pages: Callable[[], list[Path]]) -> None:
