@@ -249,7 +249,8 @@ def test_curves_are_read_at_equal_forgetting(tmp_path: Path) -> None:
     before = replace(point("before", 100, 100), when="before")
     curves = {"A": [point("a", 60, 100), point("b", 40, 80)], "B": [point("c", 40, 60)]}
     claim = {"claim": "A keeps more", "of": ["A", "B"], "at": [60, 80, 95]}
-    found = judge_curves(claim, curves, before, ["t/acc"], ["u/acc"])
+    spec = {"forget": "t", "utility": "u", "columns": {"t": ["t/acc"], "u": ["u/acc"]}}
+    found = judge_curves(claim, curves, before, spec)
     # 60 % of 75 points are 45: A keeps 95 of 100; B, from the original, 100 - 40 * 45 / 60 = 70
     assert found[0]["difference"]["value"] == pytest.approx(0.25)
     assert found[1]["difference"]["value"] == pytest.approx(0.2)

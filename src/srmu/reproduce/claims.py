@@ -19,6 +19,8 @@ from srmu.reproduce.experiment import MeasuredRow
 CHANCE = 0.25  # four options
 QUESTIONS = {"MMLU": 14042, "bio": 1273, "cyber": 1987}  # behind the paper's numbers
 Claim = Mapping[str, Any]
+Spec = Mapping[str, Any]  # what is asked: the columns, and which of them claims call forget and utility
+Rows = Mapping[str, MeasuredRow]
 Verdict = dict[str, Any]
 
 
@@ -42,17 +44,16 @@ def format_interval(estimate: Estimate) -> dict[str, float]:
     return {"value": estimate.value, "low": estimate.low, "high": estimate.high}
 
 
-def judge_row(
-    claim: Claim, rows: Mapping[str, MeasuredRow], spec: Mapping[str, Any], paper: Mapping[str, Mapping[str, float]]
-) -> Verdict:
-    """A claim about how two rows differ in a column, with the paper's own difference beside it.
+def resample_kind(row: MeasuredRow, spec: Spec, kind: str, draws: Draws) -> Array:
+    """The same for the column that `spec` calls "forget" or "utility"."""
+    return resample_mean(row, spec["columns"][spec[kind]], draws)
 
-    `spec` has the columns, and which of them the claim's metric, forget or utility, is.
-    """
+
+def judge_row(claim: Claim, rows: Rows, spec: Spec, paper: Mapping[str, Mapping[str, float]]) -> Verdict:
+    """A claim about how two rows differ in what is to be forgotten or kept, beside the paper's own difference."""
     estimate, draws = None, seed_draws(claim)
     if all(name in rows and not rows[name].why for name in claim["of"]):
-        metrics = spec["columns"][spec[claim["metric"]]]
-        one, other = (resample_mean(rows[name], metrics, draws) for name in claim["of"])
+        one, other = (resample_kind(rows[name], spec, claim["metric"], draws) for name in claim["of"])
         estimate = draws.estimate(one - other)
     first, second = (paper.get(name, {}) for name in claim["of"])
     gap = paper_gap(first, second, "MMLU" if claim["metric"] == "utility" else "WMDP")
@@ -60,18 +61,14 @@ def judge_row(
 
 
 def judge_curves(
-    claim: Claim,
-    curves: Mapping[str, Sequence[MeasuredRow]],
-    before: MeasuredRow,
-    forget: Sequence[str],
-    utility: Sequence[str],
+    claim: Claim, curves: Mapping[str, Sequence[MeasuredRow]], before: MeasuredRow, spec: Spec
 ) -> list[Verdict]:
     """A claim about what two curves keep where they have forgotten as much, at each share."""
     verdicts = []
     for percent in claim["at"]:
         draws = seed_draws(claim)
         points = ([row for row in curves.get(name, ()) if not row.why] for name in claim["of"])
-        one, other = (best_kept(rows, before, forget, utility, percent / 100, draws) for rows in points)
+        one, other = (best_kept(rows, before, spec, percent / 100, draws) for rows in points)
         gap = None if one is None or other is None else draws.estimate(one - other)
         here = {**claim, "claim": f"{claim['claim']}, {percent} %", "above": 0}
         verdicts.append(judge_difference(here, gap, None))
@@ -79,21 +76,16 @@ def judge_curves(
 
 
 def best_kept(
-    points: Sequence[MeasuredRow],
-    before: MeasuredRow,
-    forget: Sequence[str],
-    utility: Sequence[str],
-    share: float,
-    draws: Draws,
+    points: Sequence[MeasuredRow], before: MeasuredRow, spec: Spec, share: float, draws: Draws
 ) -> Array | None:
     """The most that a curve keeps where it has forgotten `share` of what can be, a column a seed.
 
-    Read in each resample anew, in a straight line between the best points that forget more and
-    less, the original model among them. None where a seed's curve does not go as far.
+    Read in each resample anew, in a straight line between the best points that forget more and less, the original model
+    among them. None where a seed's curve does not go as far.
     """
-    known = resample_mean(before, forget, draws)
-    lost = np.stack([known - known, *(known - resample_mean(p, forget, draws) for p in points)])
-    kept = np.stack([resample_mean(row, utility, draws) for row in (before, *points)])
+    known = resample_kind(before, spec, "forget", draws)
+    lost = np.stack([known - known, *(known - resample_kind(p, spec, "forget", draws) for p in points)])
+    kept = np.stack([resample_kind(row, spec, "utility", draws) for row in (before, *points)])
     level = share * (known - CHANCE)
     if (lost[:, 0].max(axis=0) < level[0] - 1e-9).any():
         return None

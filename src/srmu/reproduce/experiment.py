@@ -1,8 +1,7 @@
 """Method x regime x seed -> rows: every table of many runs is made here.
 
-An `Experiment` says where runs are made, with which settings, and what is done to each. Its rows
-are planned (`PlannedRow`), then `run_experiment` makes the runs that are missing, in parallel, and
-gives each row with the folders of its runs (`MeasuredRow`). Runs that exist are used again.
+An `Experiment` says where runs are made, with which settings, and what is done to each. Its rows are planned
+(`PlannedRow`), then `run_experiment` makes the runs that are missing, and gives each row with its runs (`MeasuredRow`).
 """
 
 from __future__ import annotations
@@ -57,17 +56,13 @@ def read_settings(name: str) -> dict[str, tuple[str, ...]]:
 
 
 class PlannedRow(NamedTuple):
-    """A row of a table or a point of a figure before its runs are made, one run a seed.
-
-    `method` names the settings it takes, `extra` is set besides. `strength` names another method
-    and a key, coeff or kappa, whose value that method's run of the same seed hands over.
-    """
+    """A row of a table or a point of a figure before its runs are made, one run a seed."""
 
     label: str
-    method: str
+    method: str  # whose settings it takes
     regime: str
-    extra: tuple[str, ...] = ()
-    strength: tuple[str, str] | None = None
+    extra: tuple[str, ...] = ()  # settings besides
+    strength: tuple[str, str] | None = None  # a method whose run hands over its "coeff" or "kappa", seed by seed
 
 
 class RunJob(NamedTuple):
@@ -80,18 +75,14 @@ class RunJob(NamedTuple):
 
 @dataclass(frozen=True)
 class MeasuredRow:
-    """A row with its runs, which differ only in their seed; `why` says why there are none.
-
-    `questions` says which questions each run was asked: the same number, the same questions.
-    `missing` counts the runs that are still to be made.
-    """
+    """A row with its runs, which differ only in their seed."""
 
     label: str
     runs: tuple[Path, ...]
-    questions: tuple[int, ...]
+    questions: tuple[int, ...]  # that each run was asked: the same number, the same questions
     when: Literal["before", "after"] = "after"
-    why: str = ""
-    missing: int = 0
+    why: str = ""  # there are no runs
+    missing: int = 0  # runs that are still to be made
 
 
 # ---- where runs are made
@@ -214,8 +205,8 @@ def run_experiment(
 ) -> dict[PlannedRow, MeasuredRow]:
     """Make the runs of the rows that are missing, each different one once; without `make`, only look for them.
 
-    A run that diverges or fails costs its own row only, which says why. On one model a failure is
-    raised: what the next run would need hours for may fail in the same way.
+    A run that diverges or fails costs its own row only, which says why. On one model a failure is raised: what the next
+    run would need hours for may fail in the same way.
     """
     rows = [*rows]
     if make and isinstance(experiment.place, Testbeds):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -104,8 +105,8 @@ def plan_table(table: Spec, plan: Experiment) -> list[PlannedRow]:
     rows = []
     for label, change in table["changes"].items():
         method, extra = change.get("of", source), tuple(change.get("set", ()))
-        # a coefficient means something within one method only; the source has its own
-        alike = bool(extra) or method != source if key == "kappa" else extra and method == source
+        # the source has its own strength; a coefficient means something within one method only
+        alike = bool(extra) if method == source else key == "kappa"
         rows.append(PlannedRow(label, method, regime, extra, (source, key) if alike else None))
     return rows
 
@@ -150,10 +151,9 @@ def build_figure(figure: Spec, own: Spec, measured: Rows) -> dict[str, Any]:
     planned = plan_figure(figure)
     lines = {label: [measured[row] for row in points.values()] for label, points in planned.items()}
     before = original_row([row for points in lines.values() for row in points])
-    forget, utility = (own["columns"][own[which]] for which in ("forget", "utility"))
     series = []
     for label, rows in planned.items():
-        points = [{"coeff": c, **build_point(measured[row], before, forget, utility)} for c, row in rows.items()]
+        points = [{"coeff": coeff, **build_point(measured[row], before, own)} for coeff, row in rows.items()]
         series.append({"label": label, "points": points})
     return {
         "name": "figure2",
@@ -161,18 +161,18 @@ def build_figure(figure: Spec, own: Spec, measured: Rows) -> dict[str, Any]:
         "x_title": f"{own['forget']}: points of accuracy forgotten",
         "y_title": f"accuracy kept, {own['utility']}",
         "series": series,
-        "claims": [v for claim in figure["claims"] for v in claims.judge_curves(claim, lines, before, forget, utility)],
+        "claims": [*chain.from_iterable(claims.judge_curves(claim, lines, before, own) for claim in figure["claims"])],
     }
 
 
-def build_point(row: MeasuredRow, before: MeasuredRow, forget: Sequence[str], utility: Sequence[str]) -> dict[str, Any]:
+def build_point(row: MeasuredRow, before: MeasuredRow, own: Spec) -> dict[str, Any]:
     """A point of the figure: what is forgotten, what is kept; or why there is none."""
     if row.why:
         return {"kappa": None, "x": None, "y": None, "why": row.why}
     draws = Draws()
-    drop = claims.resample_mean(before, forget, draws) - claims.resample_mean(row, forget, draws)
-    kept = claims.estimate_cells(row, {"y": utility})["y"]
-    return {"kappa": mean_kappa(row), "x": claims.format_interval(draws.estimate(drop)), "y": kept}
+    known, left = (claims.resample_kind(one, own, "forget", draws) for one in (before, row))
+    kept = claims.estimate_cells(row, own["columns"])[own["utility"]]
+    return {"kappa": mean_kappa(row), "x": claims.format_interval(draws.estimate(known - left)), "y": kept}
 
 
 def add_mean(row: Mapping[str, float]) -> dict[str, float]:

@@ -156,8 +156,8 @@ def frontier_needs(frontier: Frontier) -> tuple[dict[str, int], str]:
 class Attacked(experiment.Scored):
     """A run is made, brought to one loss of utility, scored and attacked, beside its controls.
 
-    Numbers are of the largest share of the run's change that costs at most `budget` of the mean
-    accuracy on what is judged; they lie in a folder beside the runs.
+    Numbers are of the largest share of the run's change that costs at most `budget` of the mean accuracy on what is
+    judged; they lie in a folder beside the runs.
     """
 
     spec: Mapping[str, Any]  # the content of configs/robust.yaml
@@ -219,8 +219,9 @@ def build_frontier_tables(frontier: Frontier, measured: Sequence[Part], command:
     """All rows in numbers: what `robust.json` holds."""
     spec, parts = frontier.spec, []
     for part in measured:
-        seconds = base_seconds(part)
-        rows = [*build_control_rows(part), *(build_row(part, row, seconds) for row in part.rows)]
+        rows = [*build_control_rows(part), *(build_row(part, row) for row in part.rows)]
+        base = next((row["seconds"] for row in rows if row["label"] == spec["cost"] and "seconds" in row), None)
+        rows = [row | {"times": row["seconds"] / base} if base and "seconds" in row else row for row in rows]
         head = {"world": part.world, "regime": part.regime, "title": part.title, "columns": [*part.columns]}
         parts.append(head | {"rows": rows})
     return {
@@ -257,17 +258,15 @@ def write_frontier_reports(frontier: Frontier, measured: Sequence[Part], study: 
 # ---- rows
 
 
-def build_row(part: Part, row: MeasuredRow, base: float | None) -> dict[str, Any]:
+def build_row(part: Part, row: MeasuredRow) -> dict[str, Any]:
     """A method's numbers: estimates over facts and testbeds, and what it cost."""
     if row.why:
         return {"label": row.label, "why": row.why}
     records = [Run(run).record for run in row.runs]
-    seconds = fmean(record["seconds"] for record in records)
     whole = replace(row, runs=tuple(run.parents[1] / "runs" / run.name for run in row.runs))
     return build_answers(part, row, [read_attacks(run) for run in row.runs]) | {
         "share": fmean(load_results(run)["matched"]["share"] for run in row.runs),
-        "seconds": seconds,
-        "times": seconds / base if base else None,
+        "seconds": fmean(record["seconds"] for record in records),
         "megabytes": fmean(record["memory"]["peak"] - record["memory"]["before"] for record in records) / 1e6,
         "whole": estimate_cells(whole, part.columns),
     }
@@ -288,8 +287,7 @@ def build_control_rows(part: Part) -> list[dict[str, Any]]:
 
 
 def view_control(report: Report, who: str) -> dict[str, Any]:
-    """A run's attacks as if the control had been attacked alone; those count that count for the
-    run."""
+    """A run's attacks as if the control had been attacked alone; those that count for the run count."""
     attacks = {
         name: entry | entry["controls"][who]
         for name, entry in report["attacks"].items()
@@ -311,12 +309,6 @@ def build_answers(part: Part, row: MeasuredRow, reports: Sequence[Report]) -> di
     }
 
 
-def base_seconds(part: Part) -> float | None:
-    """Seconds of the method that the others' are divided by; None where it is not in this table."""
-    runs = next((row.runs for row in part.rows if row.label == part.frontier.spec["cost"]), ())
-    return fmean(Run(run).record["seconds"] for run in runs) if runs else None
-
-
 def estimate_mean(row: MeasuredRow, metrics: Sequence[str]) -> dict[str, float]:
     draws = Draws()
     return format_interval(draws.estimate(resample_mean(row, metrics, draws), clip=(0, 1)))
@@ -326,8 +318,7 @@ def estimate_mean(row: MeasuredRow, metrics: Sequence[str]) -> dict[str, float]:
 
 
 def estimate_residuals(part: Part, row: MeasuredRow, reports: Sequence[Report]) -> dict[str, Any]:
-    """K* over facts and testbeds, of the answers under all attacks; of each kind of questions too,
-    where several are asked."""
+    """K* over facts and testbeds under all attacks; of each kind of questions too, where several are asked."""
     kinds = part.frontier.spec["worlds"][part.world]["attacked"]
     slices: dict[str, list[slice]] = {name: [] for name in kinds}
     for seed in row.questions:
@@ -358,8 +349,7 @@ def estimate_residual(reports: Sequence[Report], seeds: Sequence[int], slices: S
 
 
 def average_attacks(reports: Sequence[Report]) -> dict[str, dict[str, Any]]:
-    """Of each attack the accuracy it reaches and the share of the knowledge that is, means over
-    testbeds; `valid` is false where the oracle recovers, too: K* does not count it."""
+    """The mean accuracy and share of the knowledge that each attack reaches; `valid`: whether K* counts it."""
     found = {}
     for name in dict.fromkeys(name for report in reports for name in report["attacks"]):
         entries = [report["attacks"].get(name, {}) for report in reports]
