@@ -145,10 +145,7 @@ class Activations:
 def open_activations(
     mode: str, key: dict[str, Any], device: torch.device, say: Callable[[str], None] = print
 ) -> Activations:
-    """The store of a run's activations: on `disk`, in `memory` (while they fit), or `none`.
-
-    `key` holds everything that could change them except the tokens; versions and hardware are added here.
-    """
+    """The store of a run's activations; `key` holds all that could change them but tokens, versions and hardware."""
     cuda = device.type == "cuda"
     free = torch.cuda.mem_get_info(device)[0] if cuda else psutil.virtual_memory().available
     if mode != "disk":

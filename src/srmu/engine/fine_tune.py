@@ -29,10 +29,7 @@ def tune_model(
     schedule: Literal["linear", "constant"] = "linear",
     after: Callable[[int], None] | None = None,
 ) -> int:
-    """Raise the likelihood of the rows, dealt anew each epoch; the steps taken, see `descend`.
-
-    No weight decay and no clipping; SGD has a momentum of 0.9.
-    """
+    """Raise the likelihood of the rows, dealt anew each epoch, without decay and clipping; the steps taken."""
     pairs = [(p, master_of(name, p, "fp32")) for name, p in model.trained.items()]
     masters = [master for _, master in pairs]
     stepper: torch.optim.Optimizer = torch.optim.SGD(masters, lr=learning_rate, momentum=0.9)

@@ -116,10 +116,7 @@ def write_on(
 
 @torch.no_grad()
 def next_logits(module: PreTrainedModel, rows: Sequence[Ids], width: int) -> Float[Tensor, "B {width} V"]:
-    """Logits after each of the last `width` tokens of each row.
-
-    A row's own come last; where it has fewer tokens, those before are its first token's.
-    """
+    """Logits after each of the last `width` tokens of each row; a shorter row begins with its first token's again."""
     ids = pad_rows(rows)  # padding on the right cannot be seen from the tokens before it
     keep = torch.tensor([[max(len(row) + i, 0) for i in range(-width, 0)] for row in rows])
     read = move_batch({"input_ids": ids, "logits_to_keep": keep}, module.device)

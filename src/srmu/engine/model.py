@@ -48,9 +48,9 @@ class EditableModel:
         # Layers at the bottom that cannot change. A parameter outside the layers may be the embedding, below them all.
         places = [re.match(rf"{re.escape(self._prefix)}\.(\d+)\.", name) for name in self.trained]
         self.fixed = min((int(m[1]) if m else 0 for m in places), default=0)
-        self.original: dict[str, Tensor] = {}
-        for name, parameter in self.trained.items():
-            self.original[name] = parameter.data  # the loaded memory, which may be the checkpoint's own file
+        # the loaded memory, which may be the checkpoint's own file
+        self.original: dict[str, Tensor] = {name: parameter.data for name, parameter in self.trained.items()}
+        for parameter in self.trained.values():
             if copy:  # else `shard` copies its part only
                 parameter.data = parameter.data.clone()
             parameter.requires_grad_(True)
@@ -122,10 +122,7 @@ class EditableModel:
         return isinstance(self.module.get_submodule(name.rpartition(".")[0]), Conv1D)
 
     def hidden(self, batch: Batch, site: Site, keep: bool = True) -> Float[Tensor, "B T D"]:
-        """Activations at `site`; the layers above it do not run.
-
-        Inside `frozen()` they come from `activations`, and are kept there unless `keep` is false.
-        """
+        """Activations at `site`, where the model stops; inside `frozen()` from `activations`, which may `keep` them."""
         self._check_loaded(site.layer)
         name = f"{site}/{batch.key}"
         if self._frozen and isinstance(known := self.activations.find(name), Tensor):
@@ -167,10 +164,7 @@ class EditableModel:
 
     @contextmanager
     def adapted(self, rank: int, alpha: int, seed: int) -> Iterator[None]:
-        """Train low-rank adapters (LoRA, arXiv 2106.09685) in place of the trained matrices.
-
-        They start as no change and are removed when the block ends; `merge` keeps what they have learned.
-        """
+        """Train low-rank adapters (LoRA, arXiv 2106.09685) for the trained matrices; `merge` keeps what they learn."""
         from peft import LoraConfig, inject_adapter_in_model
 
         dense = self.trained, self.original

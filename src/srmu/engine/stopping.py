@@ -27,7 +27,7 @@ class StopRules:
     """The stop rules, checked every few steps on the first batches of each topic.
 
     An `endless` loss stops, unless `train.forget_ceiling` is set, when a forget token costs as much as a guess among
-    all tokens. A broken utility floor or KL budget puts the model back to the weights of the last check that passed.
+    all tokens. A broken KL budget puts the model back to the weights of the last check that passed.
     """
 
     def __init__(self, model: EditableModel, topics: Sequence[Topic], options: TrainOptions, endless: bool) -> None:
@@ -35,8 +35,7 @@ class StopRules:
         self.ceiling = options.forget_ceiling
         if endless and self.ceiling is None:
             self.ceiling = math.log(model.vocabulary_size)
-        self.restores = options.utility_floor is not None or options.kl_budget is not None
-        checked = CHECKED_BATCHES if self.restores or self.ceiling is not None else 0
+        checked = 0 if self.ceiling is None and options.kl_budget is None else CHECKED_BATCHES
         self.forget, self.retain = (
             [move_batch(b, model.device) for t in topics for b in getattr(t, role)[:checked]]
             for role in ("forget", "retain")
@@ -46,7 +45,8 @@ class StopRules:
         self.recent: dict[str, list[float]] = {}  # retain losses, by topic
 
     def copy_weights(self) -> list[Tensor]:
-        return [p.detach().clone() for p in self.model.trained.values()] if self.restores else []
+        wanted = self.options.kl_budget is not None
+        return [p.detach().clone() for p in self.model.trained.values()] if wanted else []
 
     @torch.no_grad()
     def check_step(self, step: int, place: str) -> tuple[str, dict[str, float]]:
@@ -61,25 +61,20 @@ class StopRules:
         if self.ceiling is not None and nll >= self.ceiling:
             bound = f"train.forget_ceiling={self.ceiling:.3g}"
             return f"forget_ceiling: {nll:.3g} nats a forget token after step {step} ({bound})", measured
-        kept = f"step {self.kept_step}" if self.kept_step >= 0 else "the start"
-        for rule, name, sign in (("utility_floor", "utility", 1), ("kl_budget", "kl", -1)):
-            bound = getattr(options, rule)
-            if bound is not None and sign * measured[name] < sign * bound:
-                copy_values([*self.model.trained.values()], self.kept)
-                found = f"{name} {measured[name]:.3g} after step {step}"
-                return f"{rule}: {found} (train.{rule}={bound:g}); put back to {kept}", measured
+        if options.kl_budget is not None and measured["kl"] > options.kl_budget:
+            copy_values([*self.model.trained.values()], self.kept)
+            kept = f"step {self.kept_step}" if self.kept_step >= 0 else "the start"
+            found = f"kl {measured['kl']:.3g} after step {step} (train.kl_budget={options.kl_budget:g})"
+            return f"kl_budget: {found}; put back to {kept}", measured
         self.kept, self.kept_step = self.copy_weights(), step
         return "", measured
 
     def measure_batches(self) -> dict[str, float]:
-        """What the rules in force bound: nats of a forget token, utility and KL of retain tokens."""
+        """What the rules in force bound: nats of a forget token, KL of a retain token."""
         measured = {}
         if self.ceiling is not None:
             measured["forget_nll"] = self.average(self.forget, self.nll)
-        if self.restores:
-            with self.model.frozen():
-                before = self.average(self.retain, self.nll)
-            measured["utility"] = math.exp(before - self.average(self.retain, self.nll))
+        if self.options.kl_budget is not None:
             measured["kl"] = self.average(self.retain, self.kl)
         return measured
 

@@ -108,10 +108,7 @@ class Topic:
         return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1
 
     def add_anchors(self, share: float) -> Topic:
-        """This topic with a share of each retain batch replaced by rows of random tokens, or by its `own` texts.
-
-        The rows of a batch are fixed, so that activations computed from it can be kept.
-        """
+        """This topic with a share of each retain batch replaced, once, by random tokens or by its `own` texts."""
         generator = self.generator("anchors")
         texts = cycle(self.own)
         largest = max(len(batch["input_ids"]) for batch in self.retain)
@@ -137,22 +134,19 @@ class Topic:
         return replace(self, retain=[mix(batch) for batch in self.retain])
 
 
-@dataclass(frozen=True)
-class FollowedBatches(Sequence[Batch]):
+class FollowedBatches(list[Batch]):
     """Batches that call `tick` after a loop has used each of them."""
 
-    batches: Sequence[Batch]
-    tick: Callable[[], None]
-
-    def __len__(self) -> int:
-        return len(self.batches)
+    def __init__(self, batches: Sequence[Batch], tick: Callable[[], None]) -> None:
+        super().__init__(batches)
+        self.tick = tick
 
     def __getitem__(self, key: Any) -> Any:
-        part = self.batches[key]
+        part = super().__getitem__(key)
         return FollowedBatches(part, self.tick) if isinstance(key, slice) else part
 
     def __iter__(self) -> Iterator[Batch]:
-        for batch in self.batches:
+        for batch in super().__iter__():
             yield batch
             self.tick()
 

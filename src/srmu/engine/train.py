@@ -66,26 +66,21 @@ class TrainOptions:
     weights: Literal["fp32", "bf16"] = "fp32"  # bf16: no float32 masters, as the public code
     # Stop rules. None: no rule, but ln V for `forget_ceiling` where a loss has no lower bound.
     forget_ceiling: float | None = None  # nats of a forget token at which to stop; .inf: never
-    utility_floor: float | None = None  # likelihood of a retain token, as a share of the start
     kl_budget: float | None = None  # nats of KL(before || after) per retain token, at most
     retain_spike: float | None = 1000.0  # times its recent median, above which it has diverged
     check_every: int = 5  # steps between two checks of these rules
     checkpoint_seconds: float = 60.0  # between two checkpoints, from which a killed run resumes
 
     def __post_init__(self) -> None:
+        steps = self.max_steps
         positive = ("learning_rate", "max_steps", "batch_size", "adam_epsilon", "check_every")
         for names, holds, condition in (
             (positive, lambda value: 0 < value <= LARGEST, f"above 0 and at most {LARGEST:g}"),
             (("weight_decay",), lambda value: 0 <= value <= LARGEST, f"at least 0 and at most {LARGEST:g}"),
             (("max_grad_norm", "forget_ceiling", "kl_budget"), lambda value: value > 0, "above 0, or null"),
-            (("utility_floor",), lambda value: 0 < value <= 1, "above 0 and at most 1, or null"),
             (("retain_spike",), lambda value: value > 1, "above 1, or null for no such stop"),
             (("checkpoint_seconds",), lambda value: value >= 0, "at least 0, or .inf for none"),
-            (
-                ("warmup_steps",),
-                lambda value: 0 <= value < self.max_steps,
-                f"at least 0 and below train.max_steps={self.max_steps}",
-            ),
+            (("warmup_steps",), lambda value: 0 <= value < steps, f"at least 0 and below train.max_steps={steps}"),
         ):
             for name in names:
                 value = getattr(self, name)

@@ -127,7 +127,7 @@ class Method(ABC):
     def check(self, topics: Sequence[Topic], train: TrainOptions) -> None:
         """SrmuError if the method or a stop rule needs texts, or layers, that are not there."""
         readers = [f"method {self.name} needs"] if self.reads_retain else []
-        rules = [rule for rule in ("forget_ceiling", "utility_floor", "kl_budget") if getattr(train, rule) is not None]
+        rules = [rule for rule in ("forget_ceiling", "kl_budget") if getattr(train, rule) is not None]
         for reader in (*readers, *(f"train.{rule} is measured on" for rule in rules if rule != "forget_ceiling")):
             for topic in topics:
                 if not topic.retain:

@@ -191,7 +191,7 @@ def require_change(config: Config, model: EditableModel, changed: dict[str, Tens
     if not unmoved or (changed and (method.depth is None or reason != FINISHED)):
         return
     progress.checkpoints.clear()  # it would end there again
-    if reason.startswith(("utility_floor", "kl_budget")):
+    if reason.startswith("kl_budget"):
         raise SrmuError(
             f"nothing is left of {progress.steps} steps ({reason}): lower "
             "train.learning_rate or train.check_every, or loosen that limit"
