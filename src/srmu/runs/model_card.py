@@ -22,7 +22,7 @@ def render_template(name: str, /, filters: dict[str, Any] | None = None, **value
 def summarise_record(record: dict[str, Any]) -> str:
     """The record on one page of Markdown."""
     changed = [*record["change"]["tensors"].items()][:ROWS]
-    named = {"name": name_base(record), "local": is_local(record), "exported": EXPORTED}
+    named: dict[str, Any] = {"name": name_base(record), "local": is_local(record), "exported": EXPORTED}
     return render_template("card.md", record=record, changed=changed, **named)
 
 

@@ -167,14 +167,7 @@ def run_plan(
         run = find_finished(plan.folder, topics)
     else:
         with hold_folder(plan.folder) if distributed.is_first() else nullcontext():
-            try:
-                train_run(plan, topics, watch, callback)
-            except BaseException:
-                resumable = any((plan.folder / name).exists() for name in (RECORD, CHECKPOINTS))
-                if distributed.is_first() and not resumable:
-                    for name in (CONFIG, METRICS, DELTA, STATE):
-                        (plan.folder / name).unlink(missing_ok=True)
-                raise
+            train_run(plan, topics, watch, callback)
         run = Run.open(plan.folder)
     if out is not None and distributed.is_first():
         run.export(out, watch=watch)
@@ -183,7 +176,10 @@ def run_plan(
 
 @contextmanager
 def hold_folder(folder: Path) -> Iterator[None]:
-    """Hold a run's folder while it is written; SrmuError where another process, which is still there, does."""
+    """Hold a run's folder while it is written; SrmuError where another process, which is still there, does.
+
+    Where a run ends with nothing to go on from, its files are removed.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK)
     try:
@@ -193,6 +189,9 @@ def hold_folder(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
+        if not any((folder / name).exists() for name in (RECORD, CHECKPOINTS)):
+            for name in (CONFIG, METRICS, DELTA, STATE):
+                (folder / name).unlink(missing_ok=True)
         # before the release: a lock that was waited for would be that of a file without a name
         (folder / LOCK).unlink(missing_ok=True)
         lock.release()

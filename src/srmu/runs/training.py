@@ -52,10 +52,7 @@ class Progress:
 
 
 def train_run(plan: RunPlan, topics: list[Topic], watch: Watch, callback: Log | None = None) -> None:
-    """Load the model, apply the method, and write the run's folder; the record comes last.
-
-    Raises DivergedError when the folder is written, with the last good weights.
-    """
+    """Load the model, apply the method, and write the run's folder, its record last; only then DivergedError."""
     config, folder, first = plan.config, plan.folder, distributed.is_first()
     require_memory(plan)
     held = {"before": reset_peak_memory(config.device)}
@@ -99,10 +96,7 @@ def train_run(plan: RunPlan, topics: list[Topic], watch: Watch, callback: Log | 
 def load_model(
     plan: RunPlan, topics: list[Topic], data: str, watch: Watch
 ) -> tuple[EditableModel, dict[str, list[str]]]:
-    """The model to train, and the checkpoint's names of what it trains.
-
-    SrmuError where the tokens are not the model's, or what is trained could not be written.
-    """
+    """The model to train, and the checkpoint's names of what it trains; SrmuError where tokens or names do not fit."""
     config, method = plan.config, plan.config.method
     model = EditableModel.load(
         plan.base,
@@ -192,10 +186,8 @@ def require_change(config: Config, model: EditableModel, changed: dict[str, Tens
         return
     progress.checkpoints.clear()  # it would end there again
     if reason.startswith("kl_budget"):
-        raise SrmuError(
-            f"nothing is left of {progress.steps} steps ({reason}): lower "
-            "train.learning_rate or train.check_every, or loosen that limit"
-        )
+        mend = "lower train.learning_rate or train.check_every, or loosen that limit"
+        raise SrmuError(f"nothing is left of {progress.steps} steps ({reason}): {mend}")
     raise SrmuError(
         f"{unmoved[0] if changed else 'the model'} did not change in {progress.steps} steps ({reason}); "
         f"raise train.learning_rate, or see the options of {method.name}: srmu info methods"
@@ -303,10 +295,7 @@ def read_peak_memory(device: str) -> int:
 
 
 def measure_pair_overlap(topic: Topic) -> float:
-    """The share of the forget texts' distinct pairs of neighbouring tokens that retain texts have.
-
-    0 without retain texts. Of tokens, because these are what the run has read.
-    """
+    """The share of the forget texts' distinct pairs of neighbouring tokens that the retain texts have."""
     pairs = {}
     for role in ("forget", "retain"):
         found = [torch.zeros(0, dtype=torch.long)]
@@ -321,8 +310,8 @@ def measure_pair_overlap(topic: Topic) -> float:
 def count_dense_flops(model: EditableModel, topics: list[Topic], steps: int) -> float:
     """FLOPs of the steps in products with weight matrices, without attention and what is cached.
 
-    Two a token and weight forward, in the layers that change also two for each of the gradients of
-    inputs and of weights, and two for the frozen pass of the retain texts.
+    Two a token and weight forward; in the layers that change also two for each of the gradients of inputs and of
+    weights, and two for the frozen pass of the retain texts.
     """
     sizes = [sum(p.numel() for p in layer.parameters()) for layer in model.layers]
     fixed, moving = sum(sizes[: model.fixed]), sum(sizes[model.fixed :])
