@@ -149,17 +149,14 @@ def train_in_place(
         twice = edited.fixed or config.method.depth is not None
         edited.activations = open_activations("memory" if twice else "none", {}, edited.device)
         training.apply_method(config, edited, topics, progress, steps.append, watch, callback)
-        delta = edited.delta()
-        training.require_change(config, edited, delta, progress)
-        changes = {
-            name: compare_tensor(edited.original[name].cpu(), tensor.detach().cpu()) for name, tensor in delta.items()
-        }
+        training.collect_changes(config, edited, progress)
+        delta, original = progress.changed, edited.original
+        changes = {name: compare_tensor(original[name].cpu(), delta[name].detach().cpu()) for name in delta}
         record = {
             **training.describe_training(config, edited, topics, progress),
             "options": dataclasses.asdict(config.method),
             "train": dataclasses.asdict(config.train),
             "seed": config.seed,
-            "changed": sorted(delta),
             "change": {"tensors": changes},
         }
     return InMemoryResult(record, steps, delta, training.list_state(progress.outcome))

@@ -36,14 +36,16 @@ CHECKPOINTS = "checkpoint"  # only there while the run is made
 
 @dataclass
 class Progress:
-    """How far a training has come, for its record."""
+    """How far a training has come and what it has changed, for its record."""
 
     checkpoints: Checkpoints = field(default_factory=Checkpoints)
     started: datetime = field(default_factory=lambda: datetime.now(UTC))
     clock: float = field(default_factory=time.monotonic)  # when it would have started in one go
+    memory: dict[str, int] = field(default_factory=dict)  # bytes: `before` the training, and at its `peak`
     resumed_at: int = 0
     steps: int = 0
     outcome: MethodOutcome = field(default_factory=lambda: MethodOutcome({}))
+    changed: dict[str, Tensor] = field(default_factory=dict)
     error: DivergedError | None = None
 
     @property
@@ -55,7 +57,7 @@ def train_run(plan: RunPlan, topics: list[Topic], watch: Watch, callback: Log | 
     """Load the model, apply the method, and write the run's folder, its record last; only then DivergedError."""
     config, folder, first = plan.config, plan.folder, distributed.is_first()
     require_memory(plan)
-    held = {"before": reset_peak_memory(config.device)}
+    before = reset_peak_memory(config.device)
     batches = [batch for topic in topics for batch in (*topic.forget, *topic.retain)]
     data = digest_tensors(*(batch[part] for batch in batches for part in ("input_ids", "attention_mask")))
     model, names = load_model(plan, topics, data, watch)
@@ -66,27 +68,21 @@ def train_run(plan: RunPlan, topics: list[Topic], watch: Watch, callback: Log | 
         write_whole(folder / CONFIG, config.to_yaml())
     progress = resume_run(plan, data)
     with (folder / METRICS if first else Path(os.devnull)).open("a", buffering=1) as metrics:
-
-        def write(line: dict[str, Any]) -> None:
-            metrics.write(json.dumps(line) + "\n")
-
         try:
-            apply_method(config, model, topics, progress, write, watch, callback)
+            apply_method(
+                config, model, topics, progress, lambda line: metrics.write(json.dumps(line) + "\n"), watch, callback
+            )
         except DivergedError as error:
             progress.error, progress.outcome = error, MethodOutcome({}, str(error))
-    held["peak"] = max(distributed.gather_values(read_peak_memory(config.device)))
-    changed = model.delta()
-    if progress.error is None:
-        require_change(config, model, changed, progress)
+    progress.memory = {"before": before, "peak": max(distributed.gather_values(read_peak_memory(config.device)))}
+    collect_changes(config, model, progress)
     if first:
-        if changed:
+        if progress.changed:
             meta = {"base_model": config.model, "method": config.method.name, "run": config.id}
-            weights.save_delta(folder / DELTA, plan.base, names, changed, meta)
+            weights.save_delta(folder / DELTA, plan.base, names, progress.changed, meta)
         if tensors := list_state(progress.outcome):
             save_file(tensors, folder / STATE)
-        record = build_record(plan, model, topics, progress, watch) | {"memory": held, "changed": sorted(changed)}
-        finished = datetime.now(UTC).isoformat(timespec="seconds")
-        write_json(folder / audit.RECORD, audit.seal_record(record | {"finished": finished}))
+        write_json(folder / audit.RECORD, audit.seal_record(build_record(plan, model, topics, progress, watch)))
         progress.checkpoints.clear()
     distributed.agree_on(None)  # the first one has written
     if progress.error is not None:
@@ -160,7 +156,7 @@ def apply_method(
     model: EditableModel,
     topics: list[Topic],
     progress: Progress,
-    write: Callable[[dict[str, Any]], None],
+    write: Callable[[dict[str, Any]], object],
     watch: Watch,
     callback: Log | None,
 ) -> None:
@@ -177,12 +173,13 @@ def apply_method(
     progress.outcome = config.method.apply(model, topics, Session(config.train, log, watch, progress.checkpoints))
 
 
-def require_change(config: Config, model: EditableModel, changed: dict[str, Tensor], progress: Progress) -> None:
-    """SrmuError where a tensor that should have changed did not."""
+def collect_changes(config: Config, model: EditableModel, progress: Progress) -> None:
+    """Take what the training changed; SrmuError where a tensor that should have changed did not."""
     method, reason = config.method, progress.outcome.stop_reason
+    changed = progress.changed = model.delta()
     unmoved = sorted(set(model.trained) - set(changed))
     # Of a whole model some tensors may stay: bf16 norms near 1 do not move by steps of 1e-5.
-    if not unmoved or (changed and (method.depth is None or reason != FINISHED)):
+    if not unmoved or progress.error or (changed and (method.depth is None or reason != FINISHED)):
         return
     progress.checkpoints.clear()  # it would end there again
     if reason.startswith("kl_budget"):
@@ -206,7 +203,7 @@ def list_state(outcome: MethodOutcome) -> dict[str, Tensor]:
 def build_record(
     plan: RunPlan, model: EditableModel, topics: list[Topic], progress: Progress, watch: Watch
 ) -> dict[str, Any]:
-    """The run's record, but for what only `train_run` knows: memory, changed, finished."""
+    """The run's record."""
     config, folder = plan.config, plan.folder
     files = {name: sha256(folder / name) for name in (CONFIG, METRICS, DELTA, STATE) if (folder / name).exists()}
     return {
@@ -214,10 +211,12 @@ def build_record(
         "schema_version": audit.SCHEMA,
         "id": config.id,
         "started": progress.started.isoformat(timespec="seconds"),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "purpose": config.purpose.model_dump(),
         "base": audit.describe_base(config.model, config.revision, plan.base, watch),
         "resumed_at": progress.resumed_at,
         "checkpoint_failed": progress.checkpoints.failed,
+        "memory": progress.memory,
         "diverged": progress.error is not None,
         "weights": config.train.weights,
         "activations": {
@@ -254,6 +253,7 @@ def describe_training(config: Config, model: EditableModel, topics: list[Topic],
         "stop_reason": progress.outcome.stop_reason,
         "seconds": round(progress.seconds, 3),
         "steps": progress.steps,
+        "changed": sorted(progress.changed),
         "flops": count_dense_flops(model, topics, progress.steps),
         "environment": audit.describe_environment(),
     }
@@ -301,8 +301,7 @@ def measure_pair_overlap(topic: Topic) -> float:
         found = [torch.zeros(0, dtype=torch.long)]
         for batch in getattr(topic, role):
             ids, real = batch["input_ids"].long(), batch["attention_mask"].bool()
-            both = real[:, 1:] & real[:, :-1]
-            found.append((ids[:, :-1] * (1 << 31) + ids[:, 1:])[both].unique())
+            found.append((ids[:, :-1] * (1 << 31) + ids[:, 1:])[real[:, 1:] & real[:, :-1]].unique())
         pairs[role] = torch.cat(found).unique()
     return float(torch.isin(pairs["forget"], pairs["retain"]).float().mean()) if len(pairs["forget"]) else 0.0
 
