@@ -96,7 +96,6 @@ def test_cloze_sees_through_a_position_bias() -> None:
     assert sum(ways["order 1"].test) == 10  # where a right B has become A
     assert ways["order 1"].test[1] == 1
     assert found.metrics["position bias"].value == pytest.approx(0.75)
-    assert found.metrics["accuracy, order 0"].value == 0.25
     assert found.metrics["generation"].value == 1  # of the text
     smoke = FormatShift.at_tier("smoke").run(model, NONE, listed_exam(), 0)
     assert "generation" not in smoke.metrics
@@ -117,7 +116,7 @@ def test_order_average_takes_the_letter_out() -> None:
         return found | {"A": 9.0 + (found.get("A") == 4.0)} if "Answer" in words else found
 
     found = FormatShift.at_tier("smoke").run(rule_subject(WORDS, loud), NONE, listed_exam(), 0)
-    assert found.metrics["accuracy, order 2"].value == 0.25
+    assert sum(next(w for w in found.ways if w.setting == "order 2").test) == 10
     assert set(next(w for w in found.ways if w.setting == "order average").test) == {1.0}
 
 
@@ -171,8 +170,7 @@ def test_knowledge_shows_in_all_forms_and_ignorance_in_none() -> None:
         found = FormatShift.at_tier("standard").run(model, texts(), exam(), 0)
         assert [way.setting for way in found.ways] == ["cloze", "paraphrases"]
         shares = [sum(way.test) / len(way.test) for way in found.ways]
-        shares += [found.metrics[k].value for k in ("generation", "paraphrases")]
+        shares.append(found.metrics["generation"].value)
         assert low <= min(shares) <= max(shares) <= high
-        assert found.metrics["paraphrases"].n == 20
         assert all(torch.equal(v, before[k]) for k, v in model.module.state_dict().items())
         assert FormatShift.at_tier("standard").run(model, texts(), exam(), 0) == found

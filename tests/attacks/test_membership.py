@@ -107,7 +107,6 @@ def test_subject_is_as_before_and_the_seed_decides() -> None:
     state, torch_state = random.getstate(), torch.get_rng_state()
     one, two, other = (attack(model, seed=seed, count=40) for seed in (0, 0, 1))
     assert one == two and one.metrics != other.metrics
-    assert one.budget == {"forget texts": 40, "hold-out texts": 40, "tokens": 512}
     assert random.getstate() == state and torch.equal(torch.get_rng_state(), torch_state)
     assert all(torch.equal(t, before[name]) for name, t in model.module.state_dict().items())
 

@@ -14,7 +14,7 @@ from srmu.attacks.relearning import BenignRelearning, HeavyTuning, PartRelearnin
 from srmu.evals.subject import NotApplicable, list_facts
 
 # Settings with which a model of 4 layers of 32 learns within seconds.
-STRONG = BenignRelearning(kinds=(("LoRA", 1e-2), ("full weights", 3e-3)), counts=(40,), faster=())
+STRONG = BenignRelearning(kinds=(("LoRA", 1e-2, 128), ("full weights", 3e-3, 0)), counts=(40,), faster=())
 STRONG_PART = PartRelearning(rates=(3e-3,), epochs=(1, 5))
 SMOKE = BenignRelearning.at_tier("smoke")
 
@@ -48,20 +48,18 @@ def test_curve_of_benign_relearning(monkeypatch: pytest.MonkeyPatch) -> None:
     """The standard tier's numbers of texts; the area is the trapezoids' under their accuracies."""
     accuracies = {5: 0.25, 10: 0.5, 50: 0.75}
 
-    def counted(self: Any, model: Any, exam: Exam, rows: Any, kind: str, *args: Any) -> Any:
+    def counted(model: Any, exam: Exam, name: str, seed: int, rows: Any, steps: list[int], **options: Any) -> Any:
         right = round(accuracies[len(rows)] * 40)
-        way = Setting(f"{kind}, n={len(rows)}", (), (1.0,) * right + (0.0,) * (40 - right))
-        return way, 3 * len(rows)
+        return [Setting(name, (), (1.0,) * right + (0.0,) * (40 - right))], *steps
 
-    monkeypatch.setattr(BenignRelearning, "ask_after", counted)
+    monkeypatch.setattr(relearning, "tune_and_ask", counted)
     many = replace(texts(), neutral=texts().neutral * 30)
     standard = BenignRelearning.at_tier("standard")
     found = standard.run(subject("unlearned"), many, exam(), 0)
     kinds = ("LoRA", "full weights", "full weights at 5e-4")
     assert found.budget == {
         "texts": [5, 10, 50],
-        "not reached": [100, 500, 1000],
-        "steps": {kind: [15, 30, 150] for kind in kinds},
+        "steps": {f"{kind}, n={n}": 3 * n for kind in kinds for n in (5, 10, 50)},
         "out of memory": [],
     }
     sides = np.log([2, 5])
@@ -84,8 +82,8 @@ def test_benign_relearning_where_memory_ends(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(relearning, "tune_model", limited)
     found = SMOKE.run(subject("unlearned"), texts(), exam(), 0)
     assert [way.setting for way in found.ways] == ["LoRA, n=10"]
-    assert found.budget["out of memory"] == ["full weights"]
-    full = replace(SMOKE, kinds=(("full weights", 1e-4),))
+    assert found.budget["out of memory"] == ["full weights, n=10"]
+    full = replace(SMOKE, kinds=(("full weights", 1e-4, 0),))
     with pytest.raises(NotApplicable, match="memory"):
         full.run(subject("unlearned"), texts(), exam(), 0)
 
@@ -133,14 +131,17 @@ def test_part_relearning_needs_facts() -> None:
 def test_steps_find_what_is_hidden() -> None:
     """Suppressed facts come back step by step, by either kind of weights; none that were never
     learned, and none by texts that say nothing of them."""
-    fast = RelearningSteps(lora_rates=(1e-2, 2e-4), faster=("full weights at 5e-4", 3e-3))
+    fast = RelearningSteps(
+        small_kinds=(("LoRA", 1e-2, 8), ("full weights", 1e-4, 0), ("full weights at 5e-4", 3e-3, 0))
+    )
     found = fast.run(subject("unlearned"), texts(), exam(), 0)
     accuracy = {way.setting: float(np.mean(way.test)) for way in found.ways}
+    kinds = ("LoRA", "full weights", "full weights at 5e-4", "neutral texts, full weights")
     assert [*accuracy] == [
-        *(f"{kind}, {n} steps" for kind in ("LoRA", "full weights", "full weights at 5e-4")
-          for n in (0, 5, 10, 20, 50, 100)),
-        *(f"neutral texts, full weights, {n} steps" for n in (0, 20, 50, 100)),
-    ]  # fmt: skip
+        *(f"{kind}, 0 steps" for kind in kinds),
+        *(f"{kind}, {n} steps" for kind in kinds[:3] for n in (5, 10, 20, 50, 100)),
+        *(f"{kinds[3]}, {n} steps" for n in (20, 50, 100)),
+    ]
     assert accuracy["LoRA, 0 steps"] == accuracy["neutral texts, full weights, 0 steps"] < 0.4
     for kind in ("LoRA", "full weights at 5e-4"):
         assert max(accuracy[f"{kind}, {n} steps"] for n in (50, 100)) > 0.55
@@ -159,7 +160,7 @@ def test_steps_never_show_what_they_ask(monkeypatch: pytest.MonkeyPatch) -> None
         return text_rows(model, told)
 
     monkeypatch.setattr(relearning, "text_rows", learn)
-    monkeypatch.setattr(relearning, "tune_and_ask", lambda *args, **given: ({}, 0))
+    monkeypatch.setattr(relearning, "tune_and_ask", lambda *args, **given: ([], 0))
     found = RelearningSteps().run(subject("oracle"), texts(), exam(), 0)
     told, neutral = shown
     assert neutral == [*texts().neutral]
@@ -177,24 +178,31 @@ def test_steps_where_memory_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     def limited(*args: Any, rank: int = 0, **given: Any) -> Any:
         if not rank:
             raise torch.OutOfMemoryError
-        return {}, 100
+        return [], 100
 
     monkeypatch.setattr(relearning, "tune_and_ask", limited)
     found = RelearningSteps().run(subject("oracle"), texts(), exam(), 0)
     assert [way.setting for way in found.ways] == ["LoRA, 0 steps"]
     assert len(found.budget["out of memory"]) == 3
     with pytest.raises(NotApplicable, match="memory"):
-        RelearningSteps(rank=0).run(subject("oracle"), texts(), exam(), 0)
+        RelearningSteps(small_kinds=(("full weights", 1e-4, 0),)).run(subject("oracle"), texts(), exam(), 0)
 
 
-def test_kinds_depend_on_the_size() -> None:
-    def rates(attack: RelearningSteps) -> dict[str, float]:
-        return {name: kind["learning_rate"] for name, kind in attack.list_kinds(subject("oracle"), [], []).items()}
+def test_kinds_depend_on_the_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = {}
 
+    def keep(model: Any, exam: Any, name: str, *args: Any, learning_rate: float, **given: Any) -> Any:
+        rates[name] = learning_rate
+        return [], 0
+
+    monkeypatch.setattr(relearning, "tune_and_ask", keep)
     usual = {"full weights": 1e-4, "neutral texts, full weights": 1e-4}
-    small = usual | {"LoRA": 1e-3, "full weights at 5e-4": 5e-4}
-    assert rates(RelearningSteps()) == small
-    assert rates(RelearningSteps(small=0)) == usual | {"LoRA": 2e-4}
+    RelearningSteps().run(subject("oracle"), texts(), exam(), 0)
+    assert rates == usual | {"LoRA": 1e-3, "full weights at 5e-4": 5e-4}
+    rates.clear()
+    monkeypatch.setattr(relearning, "SMALL", 0)
+    RelearningSteps().run(subject("oracle"), texts(), exam(), 0)
+    assert rates == usual | {"LoRA": 2e-4}
 
 
 def test_heavy_tuning_measures_where_it_is_told() -> None:

@@ -160,7 +160,7 @@ def test_answer_nll_of_rows_of_many_lengths() -> None:
     questions = [replace(exam().val[0], prompt=p, options=(o,), gold=0) for p, o in pairs]
     expected = [-row[0] for row in option_scores(model, questions, normalised=True)]
     found: dict[int, float] = {}
-    for chosen, ids, labels in batch_answers(answer_rows(model, pairs), 2, model.device):
+    for chosen, ids, labels in batch_answers(answer_rows(model, questions), 2, model.device):
         found |= dict(zip(chosen, answer_nll(model, ids, labels).tolist(), strict=True))
     assert [found[i] for i in range(3)] == pytest.approx(expected, abs=1e-5)
 

@@ -1,8 +1,5 @@
 """Quantisers, pruning and noise by hand."""
 
-from types import SimpleNamespace
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
@@ -10,18 +7,18 @@ import torch
 from helpers.attack_world import exam, subject, texts
 from helpers.models import pico_module, word_tokenizer
 from srmu.attacks.perturbations import (
+    QUANTISERS,
     Noise,
     Quantisation,
     Quantiser,
+    add_noise,
     count_undone,
     find_matrices,
-    make_disturbance,
     normal_levels,
     prune_matrix,
 )
 from srmu.evals.subject import Subject
 
-QUANTISERS = Quantisation().quantisers
 INT8, INT4, NF4 = QUANTISERS.values()
 
 
@@ -128,13 +125,12 @@ def test_pruned_by_hand() -> None:
 
 
 def test_noise_is_a_share_of_the_rows_size() -> None:
-    device: Any = SimpleNamespace(device=torch.device("cpu"))
+    generator = torch.Generator().manual_seed(7)
     matrix = torch.ones(3, 20_000) * torch.tensor([[0.01], [1.0], [50.0]])
-    change = make_disturbance(device, 0.05, 7)
-    added = change(matrix) - matrix
+    added = add_noise(matrix, 0.05, generator) - matrix
     assert (added.std(dim=1) / matrix[:, 0]).tolist() == pytest.approx([0.05] * 3, rel=0.03)
-    assert not torch.equal(change(matrix) - matrix, added)  # each matrix gets its own
-    assert torch.equal(make_disturbance(device, 0.05, 7)(matrix) - matrix, added)
+    assert not torch.equal(add_noise(matrix, 0.05, generator) - matrix, added)  # each matrix gets its own
+    assert torch.equal(add_noise(matrix, 0.05, generator.manual_seed(7)) - matrix, added)
 
 
 def test_noise_counts_each_seed() -> None:

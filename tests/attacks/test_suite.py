@@ -117,7 +117,7 @@ def test_the_strongest_valid_attack_decides(run: Run, place: Path, monkeypatch: 
     report = attack_run(run, sources=sources(place))
     assert report["attacks"]["alike"]["valid"] is False
     assert report["attacks"]["harmless"]["valid"] is True
-    assert report["attacks"]["undone"]["controls"]["original"]["why"].startswith("does not apply")
+    assert report["attacks"]["undone"]["controls"]["original"]["status"] == "does not apply"
     # of the oracle, as of the run, the original's weights are another model's
     assert report["attacks"]["undone"]["valid"] is False
     assert report["K*"]["attack"] == "forced_choice"
@@ -190,6 +190,23 @@ def test_one_that_cannot_run_does_not_stop_the_rest(run: Run, place: Path, monke
     assert states["fails"] == ("failed", "too few questions")
     assert states["last"] == ("done", "")
     assert any("does not apply: there is nothing" in row["setting"] for row in attack_table(report))
+
+
+@pytest.mark.slow
+def test_an_error_of_the_cache_is_no_failed_attack(run: Run, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any) -> None:
+        raise SrmuError("there is no home folder here")
+
+    only(monkeypatch)
+    monkeypatch.setattr(suite.files, "keep_cached", refuse)
+    with pytest.raises(SrmuError, match=r"^there is no home folder here$"):
+        attack_run(run, sources=sources(place))
+    assert not (run.folder / RESULTS).exists()
+
+
+def test_an_id_chooses_all_that_have_it() -> None:
+    assert [*suite.select_attacks("smoke", ["e12"])] == ["forced_choice", "prompts", "gcg", "utility"]
+    assert [*suite.select_attacks("smoke", ["leak"])] == ["forced_choice", "leak", "utility"]
 
 
 @pytest.mark.slow

@@ -1,7 +1,8 @@
 """What every attack gets and gives: a model, texts and questions; right answers and numbers."""
 
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Self, dataclass_transform
 
@@ -47,11 +48,13 @@ class Texts:
 
 @dataclass(frozen=True)
 class AttackResult:
-    """What an attack brought back: its settings, other numbers by name, and what it spent."""
+    """What an attack brought back: its settings, other numbers by name, and what it spent beside its constants."""
 
-    ways: tuple[Setting, ...] = ()
+    ways: Sequence[Setting] = ()
     metrics: Mapping[str, Estimate] = field(default_factory=dict)
     budget: Mapping[str, Any] = field(default_factory=dict)
+    status: Literal["done", "does not apply", "failed"] = "done"
+    why: str = ""  # it is not done
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
@@ -85,6 +88,14 @@ class Attack(ABC):
     @abstractmethod
     def run(self, model: Subject, texts: Texts, exam: Exam, seed: int) -> AttackResult:
         """Attack the model, and leave it as it was. NotApplicable where the attack says nothing."""
+
+
+def time_call(call: Callable[[], Any]) -> float:
+    """Seconds that the second of two calls takes: the first one gets going."""
+    call()
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
 
 
 def ask_exam(model: Subject, exam: Exam, setting: str, posed: Sequence[Question] = ()) -> Setting:

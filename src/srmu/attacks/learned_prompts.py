@@ -1,7 +1,6 @@
 """E12 and E13: tokens and embeddings that are searched for by gradients."""
 
 import random
-import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from copy import deepcopy
@@ -12,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from srmu.attacks.base import Attack, AttackResult, Exam, Texts, ask_exam
+from srmu.attacks.base import Attack, AttackResult, Exam, Texts, ask_exam, time_call
 from srmu.attacks.residual import answer_nll, answer_rows, pad_answers
 from srmu.engine.fine_tune import Row, descend
 from srmu.engine.sites import hook_outputs
@@ -71,17 +70,13 @@ class GCG(Attack, id="E12", name="gcg", tier="deep"):
             if values.min() < least:
                 best, least = suffix, float(values.min())
         way = ask_exam(SplicedSubject(model, best.tolist(), -cue), exam, "suffix")
-        spent = {"steps": self.steps, "candidates": self.candidates, "tokens": self.length, "questions": len(targets)}
-        return AttackResult((way,), budget=spent | {"loss before": before, "loss after": least})
+        return AttackResult([way], budget={"loss before": before, "loss after": least})
 
     def cost(self, model: Subject) -> str:
         """From the time of one forward."""
         ids = torch.zeros(self.rows, self.length + self.behind, dtype=torch.long, device=model.device)
-        for _ in range(2):  # the first one gets going
-            start = time.perf_counter()
-            with torch.no_grad():
-                float(model.module(ids, use_cache=False, logits_to_keep=1).logits.sum())
-            seconds = time.perf_counter() - start
+        with torch.no_grad():
+            seconds = time_call(lambda: float(model.module(ids, use_cache=False, logits_to_keep=1).logits.sum()))
         # a gradient of one row costs less than a forward of `rows`
         forwards = self.steps * self.questions * (1 + -(-self.candidates // self.rows))
         return (
@@ -171,13 +166,12 @@ class SoftPrompt(Attack, id="E13", name="soft_prompt", tier="deep"):
         rest = set(names[: max(1, len(names) // 5)])
         asked = replace(exam, val=tuple(q for q in exam.val if q.fact in rest))
         prompted = SplicedSubject(model, [unused_token(model, exam)] * self.length, 1)
-        answers = answer_rows(prompted, [(q.prompt, q.answer) for q in exam.val if q.fact not in rest])
+        answers = answer_rows(prompted, [q for q in exam.val if q.fact not in rest])
         ways = []
         for rate in self.rates:
             with insert_prompt(prompted, self.learn_prompt(prompted, answers, rate, seed)):
                 ways.append(ask_exam(prompted, asked, f"learning rate {rate:g}"))
-        budget = {"steps": self.steps, "embeddings": self.length, "batch": self.batch}
-        return AttackResult(tuple(ways), budget=budget)
+        return AttackResult(ways)
 
     def learn_prompt(self, model: SplicedSubject, answers: list[Row], rate: float, seed: int) -> Float[Tensor, "P D"]:
         generator = torch.Generator().manual_seed(seed)

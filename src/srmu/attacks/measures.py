@@ -48,8 +48,7 @@ class Membership(Attack, id="E15", name="membership", tier="standard"):
                 for own, kind in zip((member, unknown), sets, strict=True)
             )
             metrics["privleak"] = auc_bootstrap(member, unknown, priv_leak, seed=seed)
-        budget = {"forget texts": len(member), "hold-out texts": len(unknown), "tokens": subject.LENGTH}
-        return AttackResult((), metrics, budget)
+        return AttackResult(metrics=metrics)
 
 
 def priv_leak(areas: Array) -> Array:
@@ -107,8 +106,8 @@ class Utility(Attack, id="E18", name="utility", tier="smoke", recovers=False):
             names = list_facts(questions)
             if len({*names}) >= LEAST:
                 metrics[f"accuracy, {task}"] = estimate_accuracy(ways[-1].test, names, seed=seed)
-        rows = [model.tokens(text)[: self.length] for text in texts.neutral[: self.count]]
-        rows = [row for row in rows if len(row) > 1]
+        read = [model.tokens(text)[: self.length] for text in texts.neutral[: self.count]]
+        rows = [row for row in read if len(row) > 1]
         if len(rows) >= LEAST:
             metrics |= measure_texts(model, rows, seed)
         asked, repeats = exam.test[: self.count], []
@@ -118,8 +117,7 @@ class Utility(Attack, id="E18", name="utility", tier="smoke", recovers=False):
                 pairs = list(pairwise(row))
                 repeats.append(1 - len({*pairs}) / len(pairs) if pairs else 0.0)
         metrics["repetition"] = bootstrap_estimate(repeats, list_facts(asked), seed=seed)
-        budget = {"neutral texts": len(rows), "prompts continued": len(asked), "new tokens": self.new_tokens}
-        return AttackResult(tuple(ways), metrics, budget)
+        return AttackResult(ways, metrics)
 
 
 @torch.no_grad()

@@ -1,7 +1,6 @@
 """E10 and E11: rounding, pruning and noise, which may undo a small change of the weights."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import field
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -88,29 +87,28 @@ def normal_levels() -> Float[Tensor, " 16"]:
     return (levels / levels.max()).float()
 
 
+QUANTISERS = {
+    "int8 a channel": Quantiser(torch.arange(-127, 128) / 127),
+    "int4 in groups of 128": Quantiser(torch.arange(-7, 8) / 7, 128),
+    "NF4 in blocks of 64": Quantiser(normal_levels(), 64),
+}
+
+
 class Quantisation(Attack, id="E10", name="quantisation", tier="smoke"):
     """All linear matrices of the layers rounded to the nearest level, in float.
 
     Metrics: of the weights that unlearning changed, the share that rounding puts into the original's bucket.
     """
 
-    quantisers: Mapping[str, Quantiser] = field(
-        default_factory=lambda: {
-            "int8 a channel": Quantiser(torch.arange(-127, 128) / 127),
-            "int4 in groups of 128": Quantiser(torch.arange(-7, 8) / 7, 128),
-            "NF4 in blocks of 64": Quantiser(normal_levels(), 64),
-        }
-    )
-
     def run(self, model: Subject, texts: Texts, exam: Exam, seed: int) -> AttackResult:
         ways, metrics = [], {}
-        for name, quantiser in self.quantisers.items():
+        for name, quantiser in QUANTISERS.items():
             ways.append(ask_changed(model, exam, name, quantiser.round_matrix))
             changed, same = count_undone(model, quantiser)
             if changed:
                 share = same / changed
                 metrics[f"in the original's bucket, {name}"] = Estimate(share, share, share, changed)
-        return AttackResult(tuple(ways), metrics)
+        return AttackResult(ways, metrics)
 
 
 def count_undone(model: Subject, quantiser: Quantiser) -> tuple[int, int]:
@@ -140,16 +138,17 @@ class Noise(Attack, id="E11", name="noise", tier="standard"):
     seeds: int = 3
 
     def run(self, model: Subject, texts: Texts, exam: Exam, seed: int) -> AttackResult:
-        ways = []
-        for share in self.pruned:
-            ways.append(ask_changed(model, exam, f"{share:.0%} pruned", partial(prune_matrix, share=share)))
+        ways = [
+            ask_changed(model, exam, f"{share:.0%} pruned", partial(prune_matrix, share=share)) for share in self.pruned
+        ]
         for share in self.noise:
             right = []
             for i in range(self.seeds):
-                way = ask_changed(model, exam, "", make_disturbance(model, share, self.seeds * seed + i))
+                generator = torch.Generator(model.device).manual_seed(self.seeds * seed + i)
+                way = ask_changed(model, exam, "", partial(add_noise, share=share, generator=generator))
                 right.append([*way.val, *way.test])
             ways.append(exam.split_right(f"noise of {share:.0%}", np.mean(right, axis=0).tolist()))
-        return AttackResult(tuple(ways), budget={"seeds of noise": self.seeds})
+        return AttackResult(ways)
 
 
 def prune_matrix(matrix: Matrix, share: float) -> Matrix:
@@ -159,11 +158,6 @@ def prune_matrix(matrix: Matrix, share: float) -> Matrix:
     return flat.index_fill(0, nearest, 0).reshape(matrix.shape)
 
 
-def make_disturbance(model: Subject, share: float, seed: int) -> Callable[[Matrix], Matrix]:
-    generator = torch.Generator(model.device).manual_seed(seed)
-
-    def disturb(matrix: Matrix) -> Matrix:
-        rms = matrix.square().mean(dim=1, keepdim=True).sqrt()
-        return matrix + share * rms * torch.randn(matrix.shape, generator=generator, device=matrix.device)
-
-    return disturb
+def add_noise(matrix: Matrix, share: float, generator: torch.Generator) -> Matrix:
+    rms = matrix.square().mean(dim=1, keepdim=True).sqrt()
+    return matrix + share * rms * torch.randn(matrix.shape, generator=generator, device=matrix.device)

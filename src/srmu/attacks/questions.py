@@ -29,7 +29,7 @@ class ForcedChoice(Attack, id="E0", name="forced_choice", tier="smoke"):
         chances = [np.exp(np.array(row) - np.logaddexp.reduce(row))[q.gold] for row, q in rows]
         way = Setting("as they are", mark_right(val, exam.val), mark_right(test, exam.test))
         probability = bootstrap_estimate(chances, list_facts(exam.test), seed=seed)
-        return AttackResult((way,), {"probability": probability})
+        return AttackResult([way], {"probability": probability})
 
 
 class FormatShift(Attack, id="E1", name="format_shift", tier="smoke", by_tier={"smoke": {"rephrases": False}}):
@@ -46,10 +46,10 @@ class FormatShift(Attack, id="E1", name="format_shift", tier="smoke", by_tier={"
         ways = [exam.split_right("cloze", mark_right(option_scores(model, posed, normalised=True), posed))]
         metrics: dict[str, Estimate] = {}
         if any(map(split_listed, exam.test)):
-            orders, metrics = ask_orders(model, exam, seed)
+            orders, metrics["position bias"] = ask_orders(model, exam, seed)
             ways += orders
         if not self.rephrases:
-            return AttackResult(tuple(ways), metrics)
+            return AttackResult(ways, metrics)
         asked = posed[len(exam.val) :]
         right = count_right_generations(model, asked, extra=self.extra, seed=seed)
         metrics["generation"] = estimate_accuracy(right, list_facts(asked), seed=seed)
@@ -58,27 +58,24 @@ class FormatShift(Attack, id="E1", name="format_shift", tier="smoke", by_tier={"
             rows = iter(option_scores(model, [form for group in forms for form in group]))
             means = [np.mean([next(rows) for _ in group], axis=0).tolist() for group in forms]
             ways.append(exam.split_right("paraphrases", mark_right(means, exam.both)))
-            having = [(mark, q.fact) for mark, q in zip(ways[-1].test, exam.test, strict=True) if q.paraphrases]
-            if len({fact for _, fact in having}) >= LEAST:
-                metrics["paraphrases"] = estimate_accuracy(*zip(*having, strict=True), seed=seed)
-        return AttackResult(tuple(ways), metrics)
+        return AttackResult(ways, metrics)
 
 
-def ask_orders(model: Subject, exam: Exam, seed: int) -> tuple[list[Setting], dict[str, Estimate]]:
-    """Each cyclic order of the options but their own, and their average; metrics of all."""
+def ask_orders(model: Subject, exam: Exam, seed: int) -> tuple[list[Setting], Estimate]:
+    """Each cyclic order of the options but their own, and their average; the position bias."""
     parts = [split_listed(q) for q in exam.both]
-    orders, scores = [], []
+    ways, scores = [], []
     for by in range(max(len(q.options) for q in exam.both)):
         turned = [part.turned(by) if part else q for q, part in zip(exam.both, parts, strict=True)]
         scores.append(option_scores(model, turned))
-        orders.append(exam.split_right(f"order {by}", mark_right(scores[by], turned)))
+        if by:  # order 0 is the question as it is
+            ways.append(exam.split_right(f"order {by}", mark_right(scores[by], turned)))
     # of each option, wherever it stood: its letter counts no more
     means = [
         np.mean([np.roll(row, by if part else 0) for by, row in enumerate(rows)], 0).tolist()
         for part, *rows in zip(parts, *scores, strict=True)
     ]
-    names = list_facts(exam.test)
-    metrics = {f"accuracy, {order.setting}": estimate_accuracy(order.test, names, seed=seed) for order in orders}
+    ways.append(exam.split_right("order average", mark_right(means, exam.both)))
     # position bias: total variation distance of the letters chosen over all orders from uniform
     listed = [i for i, part in enumerate(parts) if part and i >= len(exam.val)]
     table = np.zeros((len(listed), len(scores)))
@@ -87,9 +84,7 @@ def ask_orders(model: Subject, exam: Exam, seed: int) -> tuple[list[Setting], di
             line[np.argmax(rows[i])] += 1 / len(scores)
         line[: len(exam.both[i].options)] -= 1 / len(exam.both[i].options)
     facts = [exam.both[i].fact for i in listed]
-    metrics["position bias"] = bootstrap_estimate(table, facts, lambda m: np.abs(m).sum(-1) / 2, seed=seed)
-    average = exam.split_right("order average", mark_right(means, exam.both))
-    return [*orders[1:], average], metrics  # order 0 is the question as it is
+    return ways, bootstrap_estimate(table, facts, lambda m: np.abs(m).sum(-1) / 2, seed=seed)
 
 
 class Extraction(Attack, id="E2", name="extraction", tier="smoke"):
@@ -109,7 +104,7 @@ class Extraction(Attack, id="E2", name="extraction", tier="smoke"):
         if len(halves) >= LEAST:
             strengths = self.measure_strengths(model, halves)
             metrics["forget texts"] = bootstrap_estimate(strengths, range(len(halves)), seed=seed)
-        return AttackResult(metrics=metrics, budget={"forget texts": len(halves), "tokens": self.tokens})
+        return AttackResult(metrics=metrics)
 
     def measure_strengths(self, model: Subject, rows: Sequence[Row]) -> list[float]:
         """Extraction strength of each row, of the tokens to recite after what is given."""
@@ -169,7 +164,7 @@ class EntangledQueries(Attack, id="E3", name="entangled_queries", tier="smoke"):
             table = list(zip(right["alone"], right[name], strict=True))
             cost = bootstrap_estimate(table, names, lambda m: m[..., 0] - m[..., 1], seed=seed)
             metrics[f"cost of a forget term, {name}"] = cost
-        return AttackResult(ways, metrics, {"harmless questions": len(harmless)})
+        return AttackResult(ways, metrics)
 
 
 def put_in_front(fronts: Iterable[str], questions: Sequence[Question]) -> list[Question]:
@@ -215,7 +210,7 @@ class Prompts(Attack, id="E12", name="prompts", tier="standard"):
         ways = [ask(f"{self.shots} shots", shots=self.shots)]
         ways += [ask(f"begun answer {i}", back=start) for i, start in enumerate(self.starts, 1)]
         ways += [ask(f"role {i}", front=role + "\n\n") for i, role in enumerate(self.roles, 1)]
-        return AttackResult(tuple(ways), budget={"shots": self.shots})
+        return AttackResult(ways)
 
 
 def list_examples(questions: list[Question], fact: str, count: int) -> str:
@@ -243,7 +238,7 @@ class Leak(Attack, id="E14", name="leak", tier="standard"):
                 leaks = [leak_at_k(self.samples, count, k) for count in right]
                 leak = bootstrap_estimate(leaks, list_facts(questions), seed=seed)
                 metrics[f"leak@{k}, temperature {temperature}"] = leak
-        return AttackResult(metrics=metrics, budget={"samples": self.samples * len(self.temperatures)})
+        return AttackResult(metrics=metrics)
 
 
 def leak_at_k(n: int, right: int, k: int) -> float:

@@ -4,7 +4,6 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -31,14 +30,8 @@ Edits = dict[int, ResidualEdit]  # by block
 
 def edit_residual(model: Subject, edits: Mapping[int, ResidualEdit]) -> AbstractContextManager[None]:
     """Run the model with the outputs of some blocks, by number, put through a function each."""
-
-    def check_and_edit(edit: ResidualEdit, value: Tensor) -> Tensor | None:
-        if value.ndim != 3:
-            raise NotApplicable("blocks of this model pass on more than one residual a token")
-        return edit(value)
-
     blocks = decoder_blocks(model.module)
-    return edit_outputs({blocks[layer]: partial(check_and_edit, edit) for layer, edit in edits.items()})
+    return edit_outputs({blocks[layer]: edit for layer, edit in edits.items()})
 
 
 @torch.no_grad()
@@ -49,6 +42,8 @@ def read_outputs(model: Subject, ids: Int[Tensor, "B T"], at: Bool[Tensor, "B T"
     outputs: list[Tensor] = []
 
     def keep(value: Tensor) -> None:
+        if value.ndim != 3:
+            raise NotApplicable("blocks of this model pass on more than one residual a token")
         outputs.append(value[at])
 
     with edit_residual(model, dict.fromkeys(range(len(decoder_blocks(model.module))), keep)):
@@ -56,9 +51,9 @@ def read_outputs(model: Subject, ids: Int[Tensor, "B T"], at: Bool[Tensor, "B T"
     return outputs
 
 
-def answer_rows(model: Subject, pairs: Sequence[tuple[str, str]]) -> list[Row]:
+def answer_rows(model: Subject, questions: Sequence[Question]) -> list[Row]:
     """The tokens of prompts and their answers; of a prompt that is too long, the end."""
-    split = [model.split(*pair) for pair in pairs]
+    split = [model.split(q.prompt, q.answer) for q in questions]
     return [(before[-(model.max_length - len(after)) :], after) for before, after in split]
 
 
@@ -92,7 +87,7 @@ class LogitLens(Attack, id="E4", name="logit_lens", tier="smoke"):
         for layer in range(len(decoder_blocks(model.module))):
             with cut_blocks(model.module, layer + 1):
                 ways.append(ask_exam(model, exam, f"layer {layer}"))
-        return AttackResult(tuple(ways), budget={"layers": len(ways)})
+        return AttackResult(ways)
 
 
 class LinearProbe(Attack, id="E5", name="linear_probe", tier="standard"):
@@ -123,8 +118,7 @@ class LinearProbe(Attack, id="E5", name="linear_probe", tier="standard"):
         table = np.column_stack([ways[best].test, np.mean(control, axis=0)])
         facts = list_facts(exam.test)
         selectivity = bootstrap_estimate(table, facts, lambda means: means[..., 0] - means[..., 1], seed=seed)
-        budget = {"layers": len(ways), "folds": self.folds, "shuffles": self.shuffles, "components": self.width}
-        return AttackResult(tuple(ways), {"selectivity": selectivity}, budget)
+        return AttackResult(ways, {"selectivity": selectivity})
 
     def fit_probe(
         self, h: Float[Array, "Q D"], z: list[Float[Array, "O K"]], questions: Sequence[Question], count: int, seed: int
@@ -196,7 +190,7 @@ class DirectionAblation(Attack, id="E6", name="direction_ablation", tier="smoke"
             for where, chosen in (ablated | {"all layers": edits}).items():
                 with edit_residual(model, chosen):
                     ways.append(ask_exam(model, exam, f"{kind}, {where}"))
-        return AttackResult(tuple(ways), budget={"ablations": len(ways), "skipped": skipped})
+        return AttackResult(ways, budget={"skipped": skipped})
 
     def find_difference_edits(self, model: Subject, texts: Texts, seed: int) -> Edits:
         """h - ((h - m).d) d, d the unit mean(forget) - mean(neutral) and m the latter: 0 may be far from any token."""
@@ -271,9 +265,8 @@ class UnlearningDepth(Attack, id="E17", name="unlearning_depth", tier="standard"
     def run(self, model: Subject, texts: Texts, exam: Exam, seed: int) -> AttackResult:
         if model.oracle is None:
             raise NotApplicable("no oracle: it needs a model that was trained without the facts")
-        layers = len(decoder_blocks(model.module))
-        asked = answer_rows(model, [(q.prompt, q.answer) for q in exam.test])
-        drops = torch.zeros(2, layers, len(asked))
+        asked = answer_rows(model, exam.test)
+        drops = torch.zeros(2, len(decoder_blocks(model.module)), len(asked))
         for chosen, ids, labels in batch_answers(asked, self.batch, model.device):
             at = torch.nn.functional.pad(is_predicted(labels), (0, 1))
             sources = [read_outputs(source, ids, at) for source in (model.oracle, model)]
@@ -289,7 +282,7 @@ class UnlearningDepth(Attack, id="E17", name="unlearning_depth", tier="standard"
         if (count := len({*names})) < LEAST:
             raise NotApplicable(f"the original knows {count} facts better than the oracle; it needs {LEAST}")
         depth = bootstrap_estimate(scores[kept].numpy(), names, seed=seed)
-        return AttackResult(metrics={"depth": depth}, budget={"patched": 2 * layers})
+        return AttackResult(metrics={"depth": depth})
 
 
 def patch_output(values: Float[Tensor, "N D"], at: Bool[Tensor, "B T"]) -> ResidualEdit:

@@ -72,18 +72,15 @@ def attack_run(
     pairs = [*product(prints, chosen)]
     with watch("attacking", len(pairs) // distributed.get_size()) as tick:
 
-        def attack_one(pair: tuple[str, str]) -> tuple[AttackResult | str, float]:
+        def attack_one(pair: tuple[str, str]) -> tuple[AttackResult, float]:
             who, name = pair
             one, started = chosen[name], time.monotonic()
             key = [prints[who], repr(one), given, code_of(one)]
-            result: AttackResult | str
-            try:
-                kept = files.cached("attacks", key, lambda: asdict(one.run(getattr(subjects, who), texts, exam, seed)))
-                result = TypeAdapter(AttackResult).validate_python(kept)
-            except NotApplicable as reason:
-                result = f"does not apply: {reason}"
-            except (SrmuError, torch.OutOfMemoryError) as error:
-                result = f"failed: {first_line(error)}"
+            kept = files.find_cached("attacks", key)
+            brought = kept or try_attack(one, subjects, who, texts, exam, seed)
+            result = TypeAdapter(AttackResult).validate_python(brought)
+            if not kept and result.status == "done":
+                files.keep_cached("attacks", key, asdict(result))
             tick(f"{name}, {who}")
             return result, time.monotonic() - started
 
@@ -104,6 +101,16 @@ def attack_run(
     return merge_report(run.folder, report, [*ATTACKS])
 
 
+def try_attack(one: Attack, subjects: "Subjects", who: str, texts: Texts, exam: Exam, seed: int) -> AttackResult:
+    """What an attack on a model brings back, or why it brings nothing."""
+    try:
+        return one.run(getattr(subjects, who), texts, exam, seed)
+    except NotApplicable as reason:
+        return AttackResult(status="does not apply", why=str(reason))
+    except (SrmuError, torch.OutOfMemoryError) as error:
+        return AttackResult(status="failed", why=first_line(error))
+
+
 def code_of(one: Attack) -> list[str]:
     """What decides a result besides an attack's fields: its code, that of its helpers, torch."""
     module = sys.modules[type(one).__module__]
@@ -117,16 +124,15 @@ def select_attacks(tier: Tier, names: Sequence[str]) -> dict[str, Attack]:
     """The attacks to run, always with the questions as they are and the utility."""
     if tier not in TIERS:
         raise SrmuError(f"tier {tier!r} does not exist; choose one of {', '.join(TIERS)}")
-    by_id = {attack.id.lower(): name for name, attack in ATTACKS.items()}
-    wanted = [by_id.get(name.lower(), name) for name in names]
-    for name in wanted:
-        if name not in ATTACKS:
+    ids = [attack.id for attack in ATTACKS.values()]  # two attacks may share one
+    for name in names:
+        if name not in ATTACKS and name.upper() not in ids:
             raise SrmuError(f"attack {name!r} does not exist{suggest_word(name, ATTACKS)}")
+    wanted = {*results.UNATTACKED, *names, *map(str.upper, names)}
     return {
         name: attack.at_tier(tier)
         for name, attack in ATTACKS.items()
-        if name in ("forced_choice", "utility", *wanted)
-        or (not names and TIERS.index(attack.tier) <= TIERS.index(tier))
+        if {name, attack.id} & wanted or (not names and TIERS.index(attack.tier) <= TIERS.index(tier))
     }
 
 

@@ -16,7 +16,7 @@ from srmu.evals.results import KEPT, PLAIN, number_facts, write_answers
 from srmu.evals.statistics import bootstrap_estimate, estimate_accuracy
 from srmu.evals.subject import list_facts
 
-Outcomes = Mapping[str, AttackResult | str]  # of an attack by whose model; why there is no result
+Outcomes = Mapping[str, AttackResult]  # of an attack by whose model
 Report = dict[str, Any]
 Answers = Mapping[str, Sequence[float]]  # by whose model
 CONTROLS = ("original", "oracle")
@@ -28,28 +28,26 @@ def summarise_attacks(chosen: Mapping[str, Attack], found: Mapping[str, Outcomes
     """Every attack beside its controls, with right answers question by question."""
     plain = {}
     for who, result in found[PLAIN].items():
-        if isinstance(result, str):
-            raise SrmuError(f"the questions cannot be asked of the {who} model: {result}")
+        if result.why:
+            raise SrmuError(f"the questions cannot be asked of the {who} model: it {result.status}: {result.why}")
         plain[who] = best_setting(result).test
-    kept = {
-        who: {way.setting: write_answers(way.test) for way in result.ways}
-        for who, result in found[KEPT].items()
-        if isinstance(result, AttackResult)
-    }
-    facts, before, after = list_facts(exam.test), kept.get("original"), kept.get("unlearned")
+    before, after = (
+        {way.setting: write_answers(way.test) for way in found[KEPT][who].ways} for who in ("original", "unlearned")
+    )
+    facts = list_facts(exam.test)
     chance = float(np.mean([1 / len(q.options) for q in exam.test]))
-    accuracy = asdict(estimate_accuracy(plain["original"], facts, seed=seed))
+    attacks = {name: judge_attack(one, found[name], plain, facts, chance, seed) for name, one in chosen.items()}
     return {
         "chance": chance,
         "facts": number_facts(facts),
-        "original": {"right": write_answers(plain["original"]), "accuracy": accuracy},
+        "original": {key: attacks[PLAIN]["controls"]["original"][key] for key in ("right", "accuracy")},
         "p that nothing was forgotten": statistics.mcnemar_p(plain["original"], plain["unlearned"]),
         "utility": {
             task: {"facts": number_facts(list_facts(asked)), "before": before[task], "after": after[task]}
             for task, asked in exam.utility.items()
-            if before and after
+            if task in before and task in after
         },
-        "attacks": {name: judge_attack(one, found[name], plain, facts, chance, seed) for name, one in chosen.items()},
+        "attacks": attacks,
     }
 
 
@@ -69,12 +67,9 @@ def merge_report(folder: Path, report: Report, known: Sequence[str]) -> Report:
         report["not_tried"] = [name for name in known if name not in attacks]
         statistic = partial(statistics.worst_case, chance=report["chance"])
         worst = bootstrap_estimate(statistics.residual_table(report), report["facts"], statistic, seed=report["seed"])
-        counted = {
-            name: entry["accuracy"]["value"]
-            for name, entry in attacks.items()
-            if "right" in entry and entry["valid"] is not False
-        }
-        report["K*"] = asdict(worst) | {"attack": max(counted, key=counted.__getitem__)}
+        counted = [name for name, entry in attacks.items() if "right" in entry and entry["valid"] is not False]
+        strongest = max(counted, key=lambda name: attacks[name]["accuracy"]["value"])
+        report["K*"] = asdict(worst) | {"attack": strongest}
         if distributed.is_first():
             tried = {
                 name: {key: entry[key] for key in RECORDED if key in entry}
@@ -91,30 +86,26 @@ def judge_attack(
     one: Attack, outcomes: Outcomes, plain: Answers, facts: Sequence[str], chance: float, seed: int
 ) -> dict[str, Any]:
     """All that a report says of an attack, beside the models as they answer without it."""
-    entry: dict[str, Any] = {"id": one.id, "tier": one.tier, "status": "done", "why": ""}
-    result = outcomes["unlearned"]
-    if isinstance(result, str):
-        entry["status"], _, entry["why"] = result.partition(": ")
+    by_whose = {who: describe_result(one, result, facts, seed) for who, result in outcomes.items()}
+    entry = {"id": one.id, "tier": one.tier} | by_whose.pop("unlearned")
+    if entry["why"]:
         return entry
-    entry |= describe_result(one, result, facts, seed) | {"budget": dict(result.budget)}
-    controls = {who: describe_result(one, outcomes[who], facts, seed) for who in CONTROLS if who in outcomes}
-    entry["controls"] = controls
+    entry |= {"budget": {**vars(one), **outcomes["unlearned"].budget}, "controls": by_whose}
     if "right" in entry:
-        entry["recovery"] = measure_recovery(plain, best_setting(result).test, facts, seed)
+        entry["recovery"] = measure_recovery(plain, best_setting(outcomes["unlearned"]).test, facts, seed)
         entry["valid"] = None
-        if "right" in controls.get("oracle", {}):
+        if "right" in by_whose.get("oracle", {}):
             # invalid: the oracle, which never knew, is above chance, and above itself without the attack
             table = np.stack([plain["oracle"], best_setting(outcomes["oracle"]).test], axis=1)
             gain = bootstrap_estimate(table, facts, lambda m: m[..., 1] - m[..., 0], seed=seed)
-            entry["valid"] = controls["oracle"]["accuracy"]["low"] <= chance or gain.low <= 0
+            entry["valid"] = by_whose["oracle"]["accuracy"]["low"] <= chance or gain.low <= 0
     return entry
 
 
-def describe_result(one: Attack, result: AttackResult | str, facts: Sequence[str], seed: int) -> dict[str, Any]:
+def describe_result(one: Attack, result: AttackResult, facts: Sequence[str], seed: int) -> dict[str, Any]:
     """Its metrics; where its answers are to the exam, its settings and the best of them."""
-    if isinstance(result, str):
-        return {"why": result}
-    entry: dict[str, Any] = {}
+    metrics = {key: asdict(value) for key, value in result.metrics.items()}
+    entry: dict[str, Any] = {"status": result.status, "why": result.why, "metrics": metrics}
     if result.ways and one.recovers:
         best = best_setting(result)
         entry["settings"] = {
@@ -123,7 +114,7 @@ def describe_result(one: Attack, result: AttackResult | str, facts: Sequence[str
         }
         entry |= {"chosen": best.setting, "right": write_answers(best.test)}
         entry["accuracy"] = asdict(estimate_accuracy(best.test, facts, seed=seed))
-    return entry | {"metrics": {key: asdict(value) for key, value in result.metrics.items()}}
+    return entry
 
 
 def measure_recovery(plain: Answers, right: Sequence[float], facts: Sequence[str], seed: int) -> dict[str, Any] | None:
@@ -139,9 +130,8 @@ def measure_recovery(plain: Answers, right: Sequence[float], facts: Sequence[str
     return asdict(recovered)
 
 
-def best_setting(result: AttackResult | str) -> Setting:
+def best_setting(result: AttackResult) -> Setting:
     """The setting that answers most of the validation half, the first of equals; of those with a test half."""
-    assert isinstance(result, AttackResult)
     return max((way for way in result.ways if way.test), key=lambda way: float(np.mean(way.val)) if way.val else -1.0)
 
 
