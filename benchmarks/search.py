@@ -32,7 +32,7 @@ from srmu.engine.fine_tune import tune_model
 from srmu.engine.progress import Watch, ignore_progress, show_progress
 from srmu.evals.results import load_results, merge_results, read_metrics
 from srmu.evals.subject import mark_answers
-from srmu.report.results import RunGroup, aggregate_metrics
+from srmu.report.results import RunGroup, aggregate_columns
 from srmu.reproduce.experiment import Experiment, PlannedRow, RunJob, Scored, Testbeds, run_experiment
 from srmu.runs.run import Run
 
@@ -65,7 +65,7 @@ def search_grid(space: Space, out: Path) -> list[Row]:
             rows[plan.label].setdefault("failed", made.why[:80])
         else:
             metrics = [f"{task}/acc" for task in TASKS]
-            (found,) = aggregate_metrics([RunGroup(made.label, "", made.runs)], metrics)
+            (found,) = aggregate_columns([RunGroup(made.label, "", made.runs)], {name: [name] for name in metrics})
             means = [found.after[metric].value for metric in metrics]
         hazard, neighbour, general = means
         rows[plan.label][plan.regime] = [round(mean, 4) for mean in means]

@@ -85,17 +85,16 @@ def eval_command(
 
 def print_scores(scores: dict[str, Any], titles: dict[str, str]) -> None:
     """Every metric with its standard error, a column a model."""
-    from srmu.report.format import format_with_error, print_table
+    from srmu.report.format import print_table
 
-    print_table(
-        [
-            {"metric": metric}
-            | {title: format_with_error(scores[when][metric]) for when, title in titles.items() if when in scores}
-            | {"n": f"{after['n']:.0f}"}
-            for metric, after in scores["after"].items()
-            if all(metric in results for results in scores.values())
-        ]
-    )
+    rows = []
+    for metric in [name for name in scores["after"] if all(name in results for results in scores.values())]:
+        row = {"metric": metric}
+        for when in [when for when in titles if when in scores]:
+            entry = scores[when][metric]
+            row[titles[when]] = f"{entry['value']:.3f}" + (f" ± {entry['stderr']:.3f}" if "stderr" in entry else "")
+        rows.append(row | {"n": f"{scores['after'][metric]['n']:.0f}"})
+    print_table(rows)
 
 
 @verbs.command("attack", rich_help_panel=GROUP)
@@ -107,8 +106,8 @@ def attack_command(
     val: Annotated[str, Option(help="Tasks to choose settings on, or split.")] = "",
     utility: options.Utility = "",
     tasks_dir: options.TasksDir = None,
-    neutral: Annotated[Path | None, Option(help="File of texts unrelated to the forget texts.")] = None,
-    holdout: Annotated[Path | None, Option(help="File of similar texts that the model never saw.")] = None,
+    neutral: Annotated[str, Option(help="File of texts unrelated to the forget texts.")] = "",
+    holdout: Annotated[str, Option(help="File of similar texts that the model never saw.")] = "",
     oracle: options.Oracle = "",
     limit: Annotated[int, Option(help="Questions per task and half.")] = 400,
     seed: int = 0,
@@ -128,33 +127,13 @@ def attack_command(
             return yes
         return typer.confirm(f"{text} Run it?", err=True)
 
-    sources = suite.Sources(
-        tasks=output.split_names(tasks),
-        val=val,
-        utility=output.split_names(utility),
-        tasks_dir=str(tasks_dir or ""),
-        neutral=str(neutral or ""),
-        holdout=str(holdout or ""),
-        oracle=oracle,
-        limit=limit,
-    )
-    report = suite.attack_run(
-        Run.open(run),
-        tier=tier,
-        names=output.split_names(attacks),
-        sources=sources,
-        seed=seed,
-        device=device,
-        confirm=confirm,
-        watch=show_progress,
-    )
+    asked, kept, names = (output.split_names(text) for text in (tasks, utility, attacks))
+    sources = suite.Sources(asked, val, kept, str(tasks_dir or ""), neutral, holdout, oracle, limit)
+    how: dict[str, Any] = {"seed": seed, "device": device, "confirm": confirm, "watch": show_progress}
+    report = suite.attack_run(Run.open(run), tier=tier, names=names, sources=sources, **how)
     folder = output.shorten_path(run)
-    lines = [
-        *describe_attacks(report),
-        f"wrote {folder / RESULTS}",
-        output.next_command("compare", folder, "OTHER_RUN"),
-    ]
-    output.print_result(report, as_json, *lines, table=attack_table(report))
+    lines = [f"wrote {folder / RESULTS}", output.next_command("compare", folder, "OTHER_RUN")]
+    output.print_result(report, as_json, *describe_attacks(report), *lines, table=attack_table(report))
 
 
 def attack_table(report: dict[str, Any]) -> list[dict[str, str]]:
@@ -162,9 +141,9 @@ def attack_table(report: dict[str, Any]) -> list[dict[str, str]]:
     from srmu.report.format import read_estimate
 
     table = []
-    order = {name: -entry.get("accuracy", {"value": -1})["value"] for name, entry in report["attacks"].items()}
-    for name in sorted(order, key=order.__getitem__):
-        entry = report["attacks"][name]
+    attacks = report["attacks"]
+    for name in sorted(attacks, key=lambda name: -attacks[name].get("accuracy", {"value": -1})["value"]):
+        entry = attacks[name]
         whose = {who: entry.get("controls", {}).get(who, {}).get("accuracy") for who in ("original", "oracle")}
         numbers = {"accuracy": entry.get("accuracy"), "recovered": entry.get("recovery"), **whose}
         setting = entry.get("chosen", "")
@@ -192,22 +171,23 @@ def compare_command(
 
     share = output.parse_share(budget)
     rows = compare_runs(runs, share, output.split_names(metrics), output.split_names(utility_metrics))
-    table = []
-    for row in rows:
-        measured = {
-            "utility lost": row.utility_loss,
-            "forget accuracy": row.forget_accuracy,
-            "K*": row.residual,
-            "K* less the first's": row.residual_difference,
+    table = [
+        {
+            "method": row.method,
+            "runs": f"{row.points} x {row.seeds}",
+            "utility lost": str(row.utility_loss),
+            "forget accuracy": str(row.forget_accuracy),
+            "K*": str(row.residual or ""),
+            "K* less the first's": str(row.residual_difference or ""),
+            "verdict": ", ".join(filter(None, [row.verdict, row.note])),
         }
-        cells = {head: "" if one is None else str(one) for head, one in measured.items()}
-        verdict = ", ".join(filter(None, [row.verdict, row.note]))
-        table.append({"method": row.method, "runs": f"{row.points} x {row.seeds}", **cells, "verdict": verdict})
+        for row in rows
+    ]
     lines = [f"In %, with 95 % intervals, at {share:.1%} of utility lost; runs: strengths x seeds."]
-    more = ["--tier", "standard"]
-    if all(row.residual is None for row in rows):
+    attacked = any(row.residual for row in rows)
+    if not attacked:
         lines.append("no attack was run on all of these: accuracy alone says little")
-        more = []
+    more = ["--tier", "standard"] if attacked else []
     lines.append(output.next_command("attack", output.shorten_path(runs[0]), *more))
     answer = {"budget": share, "rows": [asdict(row) for row in rows]}
     output.print_result(answer, as_json, *lines, table=table)

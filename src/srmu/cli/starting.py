@@ -61,13 +61,12 @@ def list_methods_command(
         return
     chosen = {name: find_method(name)} if name else reference.METHODS
     table = reference.list_methods()
-    facts = {row["method"]: {head: text for head, text in row.items() if head != "method"} for row in table}
-    answer, lines = {}, []
+    answer: dict[str, dict[str, Any]] = {row["method"]: {**row} for row in table if row["method"] in chosen}
+    lines = []
     for key, cls in chosen.items():
         known, about = reference.list_options(cls), reference.first_sentence(cls)
-        options_known = {option: value for option, (value, _) in known.items()}
-        more = {"about": about, "learning_rate": cls.learning_rate, "options": options_known}
-        answer[key] = facts.get(key, {}) | more
+        defaults = {option: value for option, (value, _) in known.items()}
+        answer.setdefault(key, {}).update(about=about, learning_rate=cls.learning_rate, options=defaults)
         lines += [f"{key} ({cls.paper}): {about}", f"    train.learning_rate: {cls.learning_rate:g}"]
         for option, (value, text) in known.items():
             lines.append(f"    {option}: {reference.format_default(value)}" + (f"  # {text}" if text else ""))

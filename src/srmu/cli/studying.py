@@ -190,10 +190,11 @@ def reproduce_frontier(
 
 def finish_study(tables: dict[str, Any], out: Path, as_json: bool, write_pages: Callable[[], list[Path]]) -> None:
     """Write a study's tables, then its pages, which read them; print the tables for a person."""
-    from srmu.report import markdown
+    from srmu.report.format import print_markdown
+    from srmu.report.markdown import write_study
 
-    pages = [*markdown.write_study(tables, out), *write_pages()]
+    pages = [*write_study(tables, out), *write_pages()]
     if not as_json:
-        markdown.print_study(tables)
+        print_markdown(pages[1].read_text(encoding="utf-8"))
     wrote = ", ".join(str(output.shorten_path(path)) for path in pages)
     output.print_result(tables, as_json, f"wrote {wrote}", output.open_in_browser(pages[-1]))

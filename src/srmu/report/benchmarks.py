@@ -1,16 +1,16 @@
 """The benchmarks in a report: for each suite its paper's table, and a figure of two columns."""
 
 from collections.abc import Mapping, Sequence
+from math import nan
 from statistics import fmean, stdev
 from typing import Any
 
 from srmu.evals.benchmarks import find_benchmark
 from srmu.evals.benchmarks.base import Metrics, TableColumn
 from srmu.evals.results import read_benchmarks
-from srmu.evals.score import format_metric
 from srmu.evals.statistics import Estimate
 from srmu.report.figures import GREY, Row, Series, draw_figure, label_look, make_look
-from srmu.report.format import write_words
+from srmu.report.format import format_value, write_words
 from srmu.report.html import LABEL, Block, Section, Table
 from srmu.report.results import RunGroup
 
@@ -42,19 +42,20 @@ def benchmark_section(
     for entry, seeds in measured:
         if after := [one[name]["after"] for one in seeds if name in one]:
             models.append((entry.name, entry.label, label_look(labels.index(entry.label), size=11), after))
+    means = [{c.title: estimate_column(c, seeds) for c in suite.columns} for _, _, _, seeds in models]
     rows: list[Row] = [
         {LABEL: label, "Model": title}
-        | {f"{c.title}\n{HINTS[c.better]}": format_column(c, seeds) for c in suite.columns}
-        for title, label, _, seeds in models
+        | {f"{c.title}\n{HINTS[c.better]}": format_value(mean[c.title], "") for c in suite.columns}
+        for (title, label, _, _), mean in zip(models, means, strict=True)
     ]
     caption = f"{suite.title}{f', {part}' if part else ''}: as in {suite.paper}"
     blocks = [Block(table=Table(caption, rows, first))]
     if suite.axes[0]:
         x, y = (next(c for c in suite.columns if c.title == title) for title in suite.axes)
         series = [
-            Series(title, [{c.title: estimate_column(c, seeds) for c in (x, y)}], look, label)
-            for title, label, look, seeds in models
-            if all(c.metric in metrics for c in (x, y) for metrics in seeds)
+            Series(title, [{axis: mean[axis] for axis in suite.axes}], look, label)
+            for (title, label, look, _), mean in zip(models, means, strict=True)
+            if mean[x.title] and mean[y.title]
         ]
         titles = [{"title": f"{c.title} {ARROWS[c.better]}"} for c in (x, y)]
         figure = draw_figure(suite.title, series, x.title, y.title, x_axis=titles[0], y_axis=titles[1])
@@ -62,25 +63,11 @@ def benchmark_section(
     return Section(f"Benchmark: {suite.title}", write_words("benchmark"), blocks)
 
 
-def format_column(column: TableColumn, seeds: Sequence[Metrics]) -> str | None:
-    """A column's mean over seeds, with its standard error; None where it was left out."""
-    known = [metrics for metrics in seeds if column.metric in metrics]
-    if not known:
+def estimate_column(column: TableColumn, seeds: Sequence[Metrics]) -> Estimate | None:
+    """The mean over seeds in the column's scale, with a standard error to each side; None where it was left out."""
+    entries = [metrics[column.metric] for metrics in seeds if column.metric in metrics]
+    if not entries:
         return None
-    one = estimate_column(column, known)
-    text = format_metric(column, {column.metric: {"value": one.value / column.scale, "n": 0}})
-    return f"{text} (\N{PLUS-MINUS SIGN}{one.high - one.value:.2g})" if one.has_interval else text
-
-
-def estimate_column(column: TableColumn, seeds: Sequence[Metrics]) -> Estimate:
-    """The mean over seeds in the column's scale, between one standard error below and above."""
-    entries = [metrics[column.metric] for metrics in seeds]
     values = [column.scale * entry["value"] for entry in entries]
-    middle, count = fmean(values), len(values)
-    if count > 1:
-        error = stdev(values) / count**0.5
-    elif "stderr" in entries[0]:
-        error = column.scale * entries[0]["stderr"]
-    else:
-        return Estimate(middle)
-    return Estimate(middle, middle - error, middle + error)
+    error = stdev(values) / len(values) ** 0.5 if len(values) > 1 else column.scale * entries[0].get("stderr", nan)
+    return Estimate(fmean(values), fmean(values) - error, fmean(values) + error)

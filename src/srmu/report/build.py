@@ -175,7 +175,7 @@ def make_sections(
         runs.training_section(entries, labels),
         runs.importance_section(entries, labels),
         runs.other_section(entries, known),
-        *runs.record_sections(entries),
+        runs.record_section(entries),
     ]
     return [part for part in parts if part]
 

@@ -21,7 +21,6 @@ SHAPES = {  # plotly's name of a marker, and the same marker as an SVG path
     "cross": "M-5.5,-2h3.5v-3.5h4v3.5h3.5v4h-3.5v3.5h-4v-3.5h-3.5z",
 }
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
-LISTED = 12  # rows of a series that the words of a figure list
 LONGEST = 26  # characters of a name on an axis
 
 Row = Mapping[str, Any]  # a Value by column
@@ -120,7 +119,7 @@ def make_axis(title: str, values: Sequence[Value], options: Look) -> dict[str, A
 
 
 def describe_series(one: Series, x: str, y: str, forms: Mapping[str, str]) -> str:
-    """A series in words: one row whole, some by name and value, of many the lowest and highest."""
+    """A series in words: one row whole, of several the lowest and the highest."""
     rows = [row for row in one.rows if row[x] is not None and row[y] is not None]
     if not rows:
         return f"{one.name}: not measured"
@@ -128,12 +127,9 @@ def describe_series(one: Series, x: str, y: str, forms: Mapping[str, str]) -> st
         return f"{one.name}: " + ", ".join(f"{c} {format_value(v, forms.get(c))}" for c, v in rows[0].items())
     if isinstance(rows[0][y], str):
         x, y = y, x
-    if len(rows) > LISTED:
-        rows = sorted(rows, key=lambda row: getattr(row[y], "value", row[y]) or 0.0)
-    pairs = [f"{format_value(row[y], forms[y])} at {format_value(row[x], forms[x])}" for row in rows]
-    if len(rows) > LISTED:
-        return f"{one.name}: lowest {pairs[0]}, highest {pairs[-1]}"
-    return f"{one.name}: {', '.join(pairs)}"
+    rows.sort(key=lambda row: getattr(row[y], "value", row[y]) or 0.0)
+    low, high = (f"{format_value(row[y], forms[y])} at {format_value(row[x], forms[x])}" for row in (rows[0], rows[-1]))
+    return f"{one.name}: lowest {low}, highest {high}"
 
 
 def mark_value(figure: Figure, name: str, *, x: float | None = None, y: float | None = None) -> None:

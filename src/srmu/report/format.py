@@ -47,26 +47,32 @@ def format_share(share: Estimate) -> str:
     return f"{share.value:.2f} ({share.low:.2f}\N{EN DASH}{share.high:.2f})"
 
 
-def format_with_error(entry: Mapping[str, float]) -> str:
-    """`0.312 ± 0.033`: the value and its standard error."""
-    error = f" ± {entry['stderr']:.3f}" if "stderr" in entry else ""
-    return f"{entry['value']:.3f}{error}"
-
-
 def print_table(rows: Sequence[Mapping[str, str]]) -> None:
     """Rows with the same keys, as a table on standard output."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     table = Table(*rows[0], box=box.SIMPLE_HEAD)
     for row in rows:
         table.add_row(*map(Text, row.values()))  # as it is: no markup, no emoji
+    print_wide(table)
+
+
+def print_markdown(text: str) -> None:
+    from rich.markdown import Markdown
+
+    print_wide(Markdown(text, hyperlinks=False))
+
+
+def print_wide(content: Any) -> None:
+    """What rich draws, on standard output, where it would cut tables at 80 columns if that is no terminal."""
+    from rich.console import Console
+
     console = Console(highlight=False)
     if not console.is_terminal:
-        console.width = 160  # rich would cut the table at 80 columns
-    console.print(table)
+        console.width = 160
+    console.print(content)
 
 
 @cache

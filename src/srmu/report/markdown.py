@@ -1,4 +1,4 @@
-"""Studies as people read them: Markdown for the docs, tables in the terminal, sections of pages."""
+"""Studies as people read them: Markdown for the docs and the terminal, sections of pages."""
 
 from collections.abc import Mapping, Sequence
 from math import floor
@@ -9,7 +9,7 @@ from srmu.engine.files import write_json, write_whole
 from srmu.methods.reference import markdown_table
 from srmu.report.attacks import CONTROLS
 from srmu.report.figures import Figure, Series, draw_figure, label_look, make_look
-from srmu.report.format import format_share, print_table, read_estimate, write_words
+from srmu.report.format import format_share, read_estimate, write_words
 from srmu.report.html import LABEL, Block, Section, Table
 
 Study = Mapping[str, Any]  # what `reproduce_paper` or `build_frontier_tables` gives
@@ -37,17 +37,6 @@ def write_study(study: Study, out: Path) -> list[Path]:
                 lines += [f"{table.caption}:", "", markdown_table(rows), ""]
     write_whole(paths[1], "\n".join(lines))
     return paths
-
-
-def print_study(study: Study) -> None:
-    """Print the tables."""
-    words, sections = describe_study(study)
-    print(words)
-    for section in sections.values():
-        print(f"\n{section.title}", *section.notes, sep="\n")
-        for table in (block.table for block in section.blocks if block.table):
-            print(f"\n{table.caption}:")
-            print_table([{column: row[column] for column in table.columns} for row in table.rows])
 
 
 def describe_study(study: Study) -> tuple[str, dict[str, Section]]:

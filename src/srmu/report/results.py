@@ -45,24 +45,17 @@ class GroupRow:
     after: Mapping[str, Estimate]
 
 
-def aggregate_metrics(entries: Sequence[RunGroup], metrics: Sequence[str]) -> list[GroupRow]:
-    """The aggregated numbers before and after unlearning, one row an entry."""
-    return aggregate_columns(entries, {metric: [metric] for metric in metrics})
-
-
 def aggregate_columns(entries: Sequence[RunGroup], columns: Columns) -> list[GroupRow]:
-    """The aggregated numbers in columns that are each the mean of some metrics."""
-    found = []
-    for entry in entries:
-        for folder in entry.runs:
-            read_config_tree(folder)  # a folder without one is no run
-            if not has_results(folder):
-                raise SrmuError(f"{folder} has no results; run `srmu eval {folder}` first")
-        found.append(aggregate_runs(entry, columns))
+    """The aggregated numbers before and after unlearning, one row an entry."""
+    for folder in [folder for entry in entries for folder in entry.runs]:
+        read_config_tree(folder)  # a folder without one is no run
+        if not has_results(folder):
+            raise SrmuError(f"{folder} has no results; run `srmu eval {folder}` first")
+    rows = [aggregate_runs(entry, columns) for entry in entries]
     for name in columns:
-        if not any(name in row.after for row in found):
+        if not any(name in row.after for row in rows):
             raise SrmuError(f"no run has the result {name}; evaluate it or leave it out")
-    return found
+    return rows
 
 
 def aggregate_runs(entry: RunGroup, columns: Columns | None = None) -> GroupRow:
@@ -71,17 +64,12 @@ def aggregate_runs(entry: RunGroup, columns: Columns | None = None) -> GroupRow:
     Without columns, of all that was measured after.
     """
     seeds = [read_results(folder) for folder in entry.runs]
-    if columns is None:
-        columns = {name: [name] for seed in seeds for name in seed["after"]}
-    before, after = (
-        {
-            name: estimate
-            for name, metrics in columns.items()
-            if (estimate := average_seeds([seed[when] for seed in seeds], metrics)) is not None
-        }
-        for when in ("before", "after")
-    )
-    return GroupRow(entry.label, entry.group, len(entry.runs), before, after)
+    columns = columns or {name: [name] for seed in seeds for name in seed["after"]}
+    numbers = {}
+    for when in ("before", "after"):
+        means = {name: average_seeds([seed[when] for seed in seeds], metrics) for name, metrics in columns.items()}
+        numbers[when] = {name: mean for name, mean in means.items() if mean}
+    return GroupRow(entry.label, entry.group, len(entry.runs), **numbers)
 
 
 def has_results(folder: Path) -> bool:
@@ -131,28 +119,22 @@ def importance_maps(entries: Sequence[RunGroup]) -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def list_settings(folder: Path) -> dict[str, Any]:
-    """How a run was made."""
-    tree = read_config_tree(folder)
-    found = {"seed": tree.get("seed"), "topics": list(tree.get("topics", ()))}
-    blocks = {"method": tree.get("method", {}), "train": tree.get("train", {})}  # the others hold paths
-    for topic, facts in read_json(folder / "record.json", {}).get("topics", {}).items():
+def list_facts(folder: Path) -> dict[str, Any]:
+    """How a run was made, from its config and its record; of paths the last part, of texts only their counts."""
+    tree, record = read_config_tree(folder), read_json(folder / "record.json", {})
+    blocks = {name: tree.get(name, {}) for name in ("method", "train")}  # the others hold paths
+    for topic, facts in record.get("topics", {}).items():
         blocks[topic] = {key: value for key, value in facts.items() if isinstance(value, int | float)}
-    return found | {f"{name}.{key}": value for name, block in blocks.items() for key, value in block.items()}
-
-
-def list_record(folder: Path) -> dict[str, Any]:
-    """The facts that a record keeps; of paths the last part, of texts only their counts."""
-    record = read_json(folder / "record.json", {})
-    found = {key: record.get(key) for key in FACTS}
+    blocks["environment"] = {key: record.get("environment", {}).get(key) for key in ENVIRONMENT}
+    found = {"seed": tree.get("seed"), "topics": list(tree.get("topics", ()))}
+    found |= {f"{name}.{key}": value for name, block in blocks.items() for key, value in block.items()}
+    found |= {key: record.get(key) for key in FACTS}
     if "peak" in record.get("memory", {}):
         found["peak memory"] = f"{record['memory']['peak'] / 1e6:.0f} MB"
     if changed := record.get("changed"):
         found["changed tensors"] = f"{len(changed)}: {', '.join(changed[:12])}" + (", …" if len(changed) > 12 else "")
     data = record.get("data", {})
-    found |= {f"{topic}.{name} texts": facts for topic, sets in data.items() for name, facts in sets.items()}
-    environment = record.get("environment", {})
-    return found | {f"environment.{key}": environment.get(key) for key in ENVIRONMENT}
+    return found | {f"{topic}.{name} texts": facts for topic, sets in data.items() for name, facts in sets.items()}
 
 
 def format_fact(value: Any) -> str:

@@ -174,24 +174,19 @@ def other_section(entries: Sequence[RunGroup], known: Sequence[str]) -> Section 
 # ---- how it was made
 
 
-def record_sections(entries: Sequence[RunGroup]) -> list[Section]:
+def record_section(entries: Sequence[RunGroup]) -> Section | None:
     """The settings and the record of each entry's runs; where runs differ, the value of each."""
-    sections = []
-    for title, read_facts in {"Settings": results.list_settings, "The record": results.list_record}.items():
-        blocks = []
-        for entry in entries:
-            facts: dict[str, list[str]] = {}
-            for name, value in (pair for folder in entry.runs for pair in read_facts(folder).items()):
-                if value is not None:
-                    facts.setdefault(name_words(name), []).append(results.format_fact(value))
-            rows = [
-                {title: name.replace(".", " \N{MIDDLE DOT} "), "Value": "; ".join(dict.fromkeys(values))}
-                for name, values in facts.items()
-            ]
-            name = f"{entry.name} \N{MIDDLE DOT} {count_words(len(entry.runs), 'run')}"
-            fold = name if len(entries) > 1 else ""
-            if rows:
-                blocks.append(Block(table=Table(f"{title} of {name}", rows, words=True, fold=fold, label=entry.label)))
-        if blocks:
-            sections.append(Section(title, [], blocks))
-    return sections
+    blocks = []
+    for entry in entries:
+        facts: dict[str, list[str]] = {}
+        for name, value in (pair for folder in entry.runs for pair in results.list_facts(folder).items()):
+            if value is not None:
+                facts.setdefault(name_words(name), []).append(results.format_fact(value))
+        rows = [
+            {"Fact": name.replace(".", " \N{MIDDLE DOT} "), "Value": "; ".join(dict.fromkeys(values))}
+            for name, values in facts.items()
+        ]
+        name = f"{entry.name} \N{MIDDLE DOT} {count_words(len(entry.runs), 'run')}"
+        fold = name if len(entries) > 1 else ""
+        blocks.append(Block(table=Table(f"Settings of {name}", rows, words=True, fold=fold, label=entry.label)))
+    return Section("Settings and record", [], blocks) if blocks else None

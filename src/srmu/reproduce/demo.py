@@ -10,7 +10,7 @@ from typing import Any
 from srmu.engine.progress import Watch, ignore_progress
 from srmu.errors import SrmuError
 from srmu.report.build import make_runs_page
-from srmu.report.results import RunGroup, aggregate_metrics
+from srmu.report.results import RunGroup, aggregate_columns
 from srmu.reproduce.experiment import Experiment, PlannedRow, Testbeds, run_experiment
 
 # Each method's best of the same nine settings, by `python benchmarks/search.py
@@ -57,7 +57,7 @@ def terminal_table(groups: Sequence[RunGroup]) -> list[dict[str, Any]]:
     """The report's table as rows of strings: the original model first in each regime."""
     metrics = {metric: metric.split("_", 1)[1].split("/")[0] for metric in FORGET + UTILITY}
     rows: list[dict[str, Any]] = []
-    for row in aggregate_metrics(groups, list(metrics)):
+    for row in aggregate_columns(groups, {metric: [metric] for metric in metrics}):
         for method, cells in (("before", row.before), (row.label, row.after)):
             line = {"entangled": row.group.removesuffix(" entanglement"), "method": method}
             line |= {name: str(cells[metric]) for metric, name in metrics.items()}
