@@ -47,8 +47,7 @@ class Recovery:
 
 def estimate_recovery(entry: RunGroup) -> Recovery | None:
     """What the attacks on an entry's runs brought back; None where none was attacked."""
-    files = {run: read_attacks(run) for run in entry.runs}
-    attacked = {run: attacks for run, attacks in files.items() if attacks}
+    attacked = {run: attacks for run in entry.runs if (attacks := read_attacks(run))}
     if not attacked:
         return None
     draws = Draws()
@@ -85,7 +84,7 @@ def estimate_recovery(entry: RunGroup) -> Recovery | None:
             setting = f"invalid: the oracle recovers, too; {setting}"
         numbers = {head: accuracies.get((name, who)) for who, head in HEADS.items()}
         rows[words] = {"Attack": f"{words} ({one['id']})", **numbers, "Strongest setting": setting}
-    first = next(iter(attacked.values()))
+    first, *_ = attacked.values()
     return Recovery(
         tier=first["tier"],
         chance=first["chance"],
@@ -126,11 +125,11 @@ def relearning_curves(runs: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
 
 def attack_section(
     entries: Sequence[RunGroup], labels: Sequence[str], recoveries: Sequence[Recovery | None]
-) -> Section | None:
-    """Recovery by attack; None where no run was attacked."""
+) -> Section:
+    """Recovery by attack of the entries that were attacked."""
     pairs = [(entry, one) for entry, one in zip(entries, recoveries, strict=True) if one]
     if not pairs:
-        return None
+        return Section("Recovery by attack", [], [])
     notes = write_words(
         "attacks",
         tiers=[*dict.fromkeys(one.tier for _, one in pairs)],

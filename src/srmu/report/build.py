@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from srmu.report.html import Page, Section
 from srmu.report.results import RunGroup
 from srmu.runs.run import Run
 
+STUDIES = ("sweep.json", "reproduce.json", "auto.json")
 MEAN = "mean utility"  # the column that the vertical axis of the trade-off plot shows
 
 
@@ -32,15 +33,14 @@ def write_report(paths: Sequence[Path], out: Path, *, forget: Sequence[str] = ()
         if not path.is_dir():
             raise SrmuError(f"{path} is not a folder; name that of a run, or one that holds runs")
     command = " ".join(["srmu report", *(path.resolve().name for path in paths), "-o", out.name])
-    kinds = {"sweep.json": "sweep", "reproduce.json": "reproduction", "auto.json": "choice"}
-    named = [(path, name) for path in paths for name in kinds if (path / name).is_file()]
+    named = [(path, name) for path in paths for name in STUDIES if (path / name).is_file()]
     if not named:
         entries, notes = list_entries(paths)
         forget, utility = find_metrics(entries, forget, utility)
         return make_runs_page(entries, forget, utility, command, notes=notes).write(out)
     (path, name), *_ = named
     if len(paths) > 1:
-        raise SrmuError(f"{path} holds a {kinds[name]}, which has a report of its own: name it alone")
+        raise SrmuError(f"{path} holds {name}, which has a report of its own: name it alone")
     study = read_json(path / name)
     try:
         if name == "sweep.json":
@@ -84,21 +84,19 @@ def list_entries(paths: Sequence[Path]) -> tuple[list[RunGroup], list[str]]:
 
 def group_runs(made: Sequence[Run]) -> list[RunGroup]:
     """An entry for each method and strength; strengths of one method are in its label."""
-    kinds = {run.folder: setting_words(run.config) for run in made}
-    points: dict[Hashable, list[Run]] = {}
-    for run in made:
-        points.setdefault(run_setting(run.config), []).append(run)
-    named: dict[str, list[tuple[dict[str, Any], list[Run]]]] = {}
-    for same in points.values():
-        name = re.sub(r"\.jsonl?\b", "", method_label(kinds[same[0].folder], kinds.values()))
-        named.setdefault(name, []).append((dict(run_setting(same[0].config)), same))
+    kinds = [setting_words(run.config) for run in made]
+    named: dict[str, dict[tuple[tuple[str, Any], ...], list[Path]]] = {}  # by a method's name and its setting
+    for run, kind in zip(made, kinds, strict=True):
+        name = re.sub(r"\.jsonl?\b", "", method_label(kind, kinds))
+        named.setdefault(name, {}).setdefault(run_setting(run.config), []).append(run.folder)
     entries = []
-    for name, strengths in sorted(named.items()):
+    for name, points in sorted(named.items()):
+        strengths = [(dict(setting), folders) for setting, folders in points.items()]
         first = strengths[0][0]
         apart = [key for key in first if any(other.get(key) != first[key] for other, _ in strengths)]
-        for options, same in sorted(strengths, key=lambda one: [one[0].get(key) or 0 for key in apart]):
+        for options, folders in sorted(strengths, key=lambda one: [one[0].get(key) or 0 for key in apart]):
             label = ", ".join([name, *(f"{key.rpartition('.')[2]}={options.get(key)}" for key in apart)])
-            entries.append(RunGroup(label, "", tuple(run.folder for run in same)))
+            entries.append(RunGroup(label, "", tuple(folders)))
     return entries
 
 
@@ -109,7 +107,7 @@ def find_metrics(
     folders = [run for entry in entries for run in entry.runs]
     if not any(results.has_results(run) for run in folders):
         return [], []
-    known = list(dict.fromkeys(name for run in folders for name in results.read_results(run)["after"]))
+    known = [*dict.fromkeys(name for run in folders for name in results.read_results(run)["after"])]
     for name in (*forget, *utility):
         if name not in known:
             raise SrmuError(f"no run has the result {name}; there are {', '.join(known)}")
@@ -154,7 +152,7 @@ def make_runs_page(
             rows=rows,
             groups=[*dict.fromkeys(row.group for row in rows)],
             ways=count_words(len(labels), "way"),
-            seeds=sorted({row.seeds for row in rows}),
+            seeds=sorted({len(row.runs) for row in rows}),
             forget=[*map(name_words, forget)],
             ends=[(name_words(name), rows[0].before.get(name), rows[0].after.get(name))
                   for name in (forget[0], list(columns)[-1])],
@@ -177,7 +175,7 @@ def make_sections(
         runs.other_section(entries, known),
         runs.record_section(entries),
     ]
-    return [part for part in parts if part]
+    return [part for part in parts if part.blocks]
 
 
 def describe_attempts(recoveries: Sequence[Recovery | None], whose: str = "methods") -> list[str]:
@@ -227,7 +225,6 @@ def make_reproduction_page(study: studies.Study, command: str) -> Page:
         "repeated",
         model=str(study["model"]).rpartition("/")[2],
         seeds=count_words(len(study["seeds"]), "seed"),
-        claims=len(claims),
         verdicts=Counter(one["verdict"] for one in claims),
     )
     command = results.strip_paths(study.get("command") or command)

@@ -108,10 +108,7 @@ def make_axis(title: str, values: Sequence[Value], options: Look) -> dict[str, A
     axis: dict[str, Any] = {"title": title}
     if names := list(dict.fromkeys(value for value in values if isinstance(value, str))):
         short = [n if len(n) <= LONGEST else f"{n[: LONGEST - 1]}\N{HORIZONTAL ELLIPSIS}" for n in names]
-        axis |= {
-            "type": "category", "categoryorder": "array", "categoryarray": names,
-            "tickmode": "array", "tickvals": names, "ticktext": [*map(escape, short)],
-        }  # fmt: skip
+        axis |= {"type": "category", "categoryarray": names, "tickvals": names, "ticktext": [*map(escape, short)]}
     axis |= options
     if axis["title"] is not None:
         axis["title"] = {"text": escape(axis["title"]), "standoff": 8}

@@ -35,12 +35,9 @@ class RunGroup:
 
 
 @dataclass(frozen=True)
-class GroupRow:
-    """An entry's numbers by metric; a metric that its runs lack is not in the mapping."""
+class GroupRow(RunGroup):
+    """A line with its numbers by metric; a metric that its runs lack is not in the mapping."""
 
-    label: str
-    group: str
-    seeds: int
     before: Mapping[str, Estimate]
     after: Mapping[str, Estimate]
 
@@ -69,7 +66,7 @@ def aggregate_runs(entry: RunGroup, columns: Columns | None = None) -> GroupRow:
     for when in ("before", "after"):
         means = {name: average_seeds([seed[when] for seed in seeds], metrics) for name, metrics in columns.items()}
         numbers[when] = {name: mean for name, mean in means.items() if mean}
-    return GroupRow(entry.label, entry.group, len(entry.runs), **numbers)
+    return GroupRow(**vars(entry) | numbers)
 
 
 def has_results(folder: Path) -> bool:
@@ -112,10 +109,9 @@ def importance_maps(entries: Sequence[RunGroup]) -> list[dict[str, Any]]:
         for name, values in load_file(state).items() if state.exists() else ():
             topic, _, kind = name.rpartition(".")
             if kind == "importance":
-                facts = topics.get(topic, {}).get("importance", {})
                 item = {"labels": [], "group": entry.group, "topic": topic, "values": values.astype(float)}
-                found.setdefault((entry.group, topic, values.tobytes()), item | {"facts": facts})
-                found[entry.group, topic, values.tobytes()]["labels"].append(entry.label)
+                item["facts"] = topics.get(topic, {}).get("importance", {})
+                found.setdefault((entry.group, topic, values.tobytes()), item)["labels"].append(entry.label)
     return list(found.values())
 
 

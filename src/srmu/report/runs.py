@@ -73,7 +73,7 @@ def results_rows(pairs: Sequence[tuple[GroupRow, Recovery | None]], heads: Mappi
     for row, _ in pairs:
         if row.before and row.before not in [numbers for _, numbers, _, _ in models]:
             models.append(("", row.before, None, ""))
-    models += [(row.label, row.after, one, row.seeds) for row, one in pairs]
+    models += [(row.label, row.after, one, len(row.runs)) for row, one in pairs]
     lines: list[Row] = []
     for label, numbers, one, seeds in models:
         line: dict[str, Any] = {LABEL: label, "Method": label or "Before: original model"}
@@ -88,25 +88,19 @@ def results_rows(pairs: Sequence[tuple[GroupRow, Recovery | None]], heads: Mappi
 # ---- training curves
 
 
-def training_section(entries: Sequence[RunGroup], labels: Sequence[str]) -> Section | None:
-    """The curves of metrics.jsonl; None where no run has one."""
+def training_section(entries: Sequence[RunGroup], labels: Sequence[str]) -> Section:
+    """The curves of metrics.jsonl, and where they start and end."""
     curves = [(entry, known) for entry in entries if (known := results.training_curves(entry.runs, [*CURVES]))]
-    if not curves:
-        return None
     blocks = []
     for group in dict.fromkeys(entry.group for entry, _ in curves):
         figures = []
         for key, title in CURVES.items():
-            series = [
-                Series(
-                    entry.label,
-                    [{"step": step, "value": value} for step, value in known[key].items()],
-                    label_look(labels.index(entry.label), mode="lines", width=1.75),
-                    entry.label,
-                )
-                for entry, known in curves
-                if entry.group == group and key in known
-            ]
+            series = []
+            for entry, known in curves:
+                if entry.group == group and key in known:
+                    look = label_look(labels.index(entry.label), mode="lines", width=1.75)
+                    marks = [{"step": step, "value": value} for step, value in known[key].items()]
+                    series.append(Series(entry.label, marks, look, entry.label))
             scale = {"type": "log", "dtick": 1, "exponentformat": "power"} if key == "retain" else {"nticks": 5}
             y_axis = {"title": None, **scale}
             if series:
@@ -114,21 +108,20 @@ def training_section(entries: Sequence[RunGroup], labels: Sequence[str]) -> Sect
         blocks.append(Block(figures, title=group))
     rows: list[Row] = []
     for entry, known in curves:
-        ends = {key: [f"{value:.4g}" for value in curve.iloc[[0, -1]]] for key, curve in known.items()}
-        texts = {key: " \N{RIGHTWARDS ARROW} ".join(values) for key, values in ends.items()}
-        cells = {f"{title}\nfirst to last": texts.get(key) for key, title in CURVES.items()}
+        ends = {key: "{:.4g} \N{RIGHTWARDS ARROW} {:.4g}".format(*curve.iloc[[0, -1]]) for key, curve in known.items()}
+        cells = {f"{title}\nfirst to last": ends.get(key) for key, title in CURVES.items()}
         rows.append({LABEL: entry.label, "Method": entry.name, **cells})
-    blocks.append(Block(table=Table("Where the curves start and end", rows)))
+    blocks += [Block(table=Table("Where the curves start and end", rows))] if rows else []
     return Section("Training curves", write_words("training"), blocks)
 
 
 # ---- importance maps
 
 
-def importance_section(entries: Sequence[RunGroup], labels: Sequence[str]) -> Section | None:
-    """The importance maps, sortable and with outliers named; None where no method has one."""
+def importance_section(entries: Sequence[RunGroup], labels: Sequence[str]) -> Section:
+    """The importance maps, sortable and with outliers named."""
     blocks = [draw_map(one, labels) for one in results.importance_maps(entries)]
-    return Section("Importance maps", write_words("importance"), blocks) if blocks else None
+    return Section("Importance maps", write_words("importance"), blocks)
 
 
 def draw_map(one: Mapping[str, Any], labels: Sequence[str]) -> Block:
@@ -157,7 +150,7 @@ def draw_map(one: Mapping[str, Any], labels: Sequence[str]) -> Block:
 # ---- what else was measured
 
 
-def other_section(entries: Sequence[RunGroup], known: Sequence[str]) -> Section | None:
+def other_section(entries: Sequence[RunGroup], known: Sequence[str]) -> Section:
     """What was measured beyond the columns that the first table has, such as each subject of MMLU."""
     lines = []
     for entry in entries:
@@ -166,15 +159,14 @@ def other_section(entries: Sequence[RunGroup], known: Sequence[str]) -> Section 
         for name in [name for name in row.after if name not in known]:
             numbers = {"Before": row.before.get(name), "After": row.after[name]}
             lines.append({LABEL: entry.label, "Metric": name_words(name) + own, **numbers})
-    if not lines:
-        return None
-    return Section("Other measurements", [], [Block(table=Table("Means over seeds; accuracies in per cent", lines))])
+    table = Table("Means over seeds; accuracies in per cent", lines)
+    return Section("Other measurements", [], [Block(table=table)] if lines else [])
 
 
 # ---- how it was made
 
 
-def record_section(entries: Sequence[RunGroup]) -> Section | None:
+def record_section(entries: Sequence[RunGroup]) -> Section:
     """The settings and the record of each entry's runs; where runs differ, the value of each."""
     blocks = []
     for entry in entries:
@@ -189,4 +181,4 @@ def record_section(entries: Sequence[RunGroup]) -> Section | None:
         name = f"{entry.name} \N{MIDDLE DOT} {count_words(len(entry.runs), 'run')}"
         fold = name if len(entries) > 1 else ""
         blocks.append(Block(table=Table(f"Settings of {name}", rows, words=True, fold=fold, label=entry.label)))
-    return Section("Settings and record", [], blocks) if blocks else None
+    return Section("Settings and record", [], blocks)

@@ -41,10 +41,8 @@ def draw_panel(panel: Panel) -> Block:
         look = bar_look(i) if panel.kind == "bars" else label_look(i, mode="lines+markers")
         rows = [{panel.x_title: x, panel.y_title: y} for x, y in zip(panel.x, values, strict=True)]
         series.append(Series(name, rows, look))
-    lines = [
-        {panel.x_title: x} | dict(zip(panel.series, values, strict=True))
-        for x, *values in zip(panel.x, *panel.series.values(), strict=True)
-    ]
+    columns = {panel.x_title: panel.x, **panel.series}
+    lines = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
     figure = draw_figure("", series, panel.x_title, panel.y_title, subject=panel.title)
     return Block([figure], Table(panel.y_title, lines))
 
@@ -156,8 +154,7 @@ def trial_section(
     """The table of the trials, in every state; without a front, of shares."""
     keys = [*dict.fromkeys(key for trial in trials for key in trial["params"]), *map(name_words, metrics)]
     rows: list[Row] = []
-    for number, trial in enumerate(trials):
-        trial = {"number": number, **trial}
+    for trial in trials:
         state = trial["state"] + (f": {strip_paths(trial['why'])}" if trial.get("why") else "")
         if trial["number"] in front:
             state = FRONT if len(metrics) > 1 else "the best"
