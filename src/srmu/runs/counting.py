@@ -34,6 +34,7 @@ MORE = (16, 64)  # where a part of 8 is more than `LARGE` holds
 LARGE = 80e9
 STANDING = ("originals", "last_good", "masters", "moments")  # held from the first step to the last
 KEPT_PIECES = 4  # on the CPU: what stays with a process of pieces it gathered and freed, measured
+KEPT_ACTIVATIONS = 1.35  # on the CPU: heap of the C library over the activations in it, measured
 
 
 def count_flops(action: Callable[[], object]) -> int:
@@ -219,7 +220,8 @@ def held_bytes(way: StepVariant, processes: int, share: float) -> dict[str, int]
         gathered = itemsize * (2 * max(*size.layers, *size.ends) + largest) + 4 * largest
         if not gpu:  # gloo sums in a copy of its own
             gathered += 4 * largest + KEPT_PIECES * itemsize * max(*size.layers, *size.ends)
-    backward = gathered + max(way.activations * share, trained * each)
+    activations = way.activations * share * (1 if gpu else KEPT_ACTIVATIONS)
+    backward = gathered + max(activations, trained * each)
     # On a GPU AdamW works on all tensors at once, and makes one more copy of them. On the CPU it
     # takes one by one, and the C library keeps what a pass has freed: gradients come beside it.
     update = exact * (2 * trained if gpu else trained + (0 if way.lora else largest // cut))
