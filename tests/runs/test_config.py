@@ -100,6 +100,13 @@ def test_numbers_as_yaml_reads_them(config_file: Path) -> None:
     assert load_config(config_file).train.learning_rate == 5e-5
 
 
+@pytest.mark.parametrize("value", ["&a [*a]", "[" * 999 + "]" * 999])
+def test_values_without_an_end(value: str, config_file: Path) -> None:
+    config_file.write_text(f"{config_file.read_text()}seed: {value}\n")
+    with pytest.raises(SrmuError, match="holds itself, or values lie too deep"):
+        load_config(config_file)
+
+
 def test_the_resolved_config_round_trips(config_file: Path, tmp_path: Path) -> None:
     overrides = ["topics.bio.forget=x.jsonl", "train.learning_rate=1e-3", "seed=3"]
     config = load_config(config_file, overrides)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, InstanceOf, PlainSerializer, TypeAdapter, ValidationError
+from pydantic import BaseModel, BeforeValidator, InstanceOf, PlainSerializer, TypeAdapter, ValidationError
 
 from srmu.data.sources import Source
 from srmu.data.topics import TopicConfig
@@ -25,6 +25,7 @@ UNDECIDING = ("runs_dir", "eval", "tasks_dir", "cache", "purpose")
 PATHS = ("forget", "retain", "path", "tasks_dir", "runs_dir")
 # code or data that an option of a method names
 NAMED_FILE = re.compile(r".+\.(py(?=:)|(json|txt)$)")
+Files = str | Path | Sequence[str | Path]
 
 
 def _method(value: Any) -> Any:
@@ -53,10 +54,8 @@ def _method_dict(method: Method) -> dict[str, Any]:
     return {"name": name} | dataclasses.asdict(method)
 
 
-class Purpose(BaseModel):
+class Purpose(BaseModel, extra="forbid"):
     """Why the run was made, in the operator's words, for its record; never the texts."""
-
-    model_config = ConfigDict(extra="forbid")
 
     reason: str = ""
     target: str = ""  # what is to be forgotten, described
@@ -67,10 +66,8 @@ class Purpose(BaseModel):
     not_covered: list[str] = []  # models that this run does not change
 
 
-class Config(BaseModel):
+class Config(BaseModel, extra="forbid", frozen=True):
     """Everything that decides a run."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
 
     model: str
     revision: str | None = None
@@ -115,6 +112,7 @@ def read_tree(path: Path) -> dict[str, Any]:
     """The keys and values of a YAML file; SrmuError where it has none."""
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        json.dumps(tree, default=str, skipkeys=True)  # refuses a value that holds itself
     except FileNotFoundError:
         raise SrmuError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -123,6 +121,8 @@ def read_tree(path: Path) -> dict[str, Any]:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         raise SrmuError(f"{path}{line}: not YAML: {getattr(error, 'problem', error)}") from None
+    except (ValueError, RecursionError):
+        raise SrmuError(f"{path}: a value holds itself, or values lie too deep in each other") from None
     if not isinstance(tree, dict):
         raise SrmuError(f"{path}: expected keys and values like 'model: folder'")
     return tree
@@ -170,11 +170,7 @@ def forget_old_method(values: dict[str, Any], name: str) -> None:
 
 
 def make_config(
-    model: str,
-    forget: str | Path | Sequence[str | Path],
-    retain: str | Path | Sequence[str | Path] = (),
-    method: str | Method = "srmu",
-    overrides: Sequence[str] = (),
+    model: str, forget: Files, retain: Files = (), method: str | Method = "srmu", overrides: Sequence[str] = ()
 ) -> Config:
     """A config for one topic from a model, two sets of text files, and a method or its name."""
     named = _method_dict(method) if isinstance(method, Method) else {"name": method}

@@ -33,8 +33,7 @@ DOCUMENTS = 1000  # of each topic, where the texts are not here
 def plan_dry_run(config: Config) -> tuple[Config, dict[str, Any], list[str]]:
     """The resolved config, the plan, and the same in lines for a person.
 
-    Where only the model's config.json is here, its dimensions and texts of the lengths that the
-    config states take the place of weights and texts.
+    Where only config.json is here, its dimensions and the config's lengths take the place of weights and texts.
     """
     plan = plan_run(config)
     topics = load_topics(plan.config, load_tokenizer(plan.base)) if plan.here else blank_topics(plan)
@@ -175,9 +174,8 @@ def count_run(
 ) -> tuple[list[StepVariant], dict[str, int]]:
     """Count a step on a model without memory, with adapters of a rank or without.
 
-    The ways to make a step: cached, with layers left on the disk, uncached, with `--shard`; and the
-    FLOPs of a step as the config has it and of the whole run, with the bytes of all activations
-    that are kept.
+    The ways to make a step: cached, with layers left on the disk, uncached, with `--shard`; and the FLOPs of a step as
+    the config has it and of the whole run, with the bytes of all activations that are kept.
     """
     config, method, site = plan.config, plan.config.method, site_of(plan.config.method)
     size, caching = plan.dtype.itemsize, site is not None and config.cache != "none"
@@ -262,8 +260,7 @@ def equivalent_steps(config: Config, topics: list[Topic]) -> int:
 def plan_cache(config: Config, topics: list[Topic], model: EditableModel, size: int) -> tuple[int, list[list[int]]]:
     """Bytes of the cache, and batches of each role that are recorded, run frozen, and measured.
 
-    Frozen passes over forget texts serve the statistics alone, and are not kept, unless the target
-    is made from them.
+    Frozen passes over forget texts serve the statistics alone, and are kept only where the target is made from them.
     """
     method, settings = config.method, model.module.config
     width = wide = settings.hidden_size
