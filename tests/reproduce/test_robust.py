@@ -346,7 +346,7 @@ def test_without_retain_texts_a_run_serves_each_regime(tmp_path: Path) -> None:
         topics = f"{{organism: {{forget: f.jsonl, retain: {regime}.jsonl}}}}"
         (bed / f"{regime}.yaml").write_text(f"model: model\ntopics: {topics}\n")
     plans = plan.experiments["closed"]
-    rows = [experiment.PlannedRow(k, k, regime) for regime in plan.regimes for k in plans.settings]
+    rows = [experiment.PlannedRow(k, k, regime) for regime in plan.spec["in"] for k in plans.settings]
     jobs = {row: plans.plan_job(row, 1) for row in rows}
     assert [(row.label, row.regime) for row in jobs] == [
         ("SRMU", "low"), ("GA", "low"), ("SRMU", "high"), ("GA", "high"),
@@ -355,7 +355,7 @@ def test_without_retain_texts_a_run_serves_each_regime(tmp_path: Path) -> None:
         2, 1,
     ]  # fmt: skip
     assert {job.config.parent for job in jobs.values()} == {bed}
-    assert plan.budget == 0.05
+    assert plan.spec["budget"] == 0.05
 
 
 @pytest.mark.parametrize("world", ["closed", "open"])

@@ -33,6 +33,11 @@ def resample_mean(row: MeasuredRow, metrics: Sequence[str], draws: Draws) -> Arr
     return np.mean(values, axis=1).T
 
 
+def resample_kind(row: MeasuredRow, spec: Spec, kind: str, draws: Draws) -> Array:
+    """The same for the column that `spec` calls "forget" or "utility"."""
+    return resample_mean(row, spec["columns"][spec[kind]], draws)
+
+
 def estimate_cells(row: MeasuredRow, columns: Columns) -> dict[str, dict[str, Any]]:
     """A row's accuracies with their intervals, as in every other table of ours."""
     (numbers,) = aggregate_columns([RunGroup(row.label, "", row.runs)], columns)
@@ -42,11 +47,6 @@ def estimate_cells(row: MeasuredRow, columns: Columns) -> dict[str, dict[str, An
 
 def format_interval(estimate: Estimate) -> dict[str, float]:
     return {"value": estimate.value, "low": estimate.low, "high": estimate.high}
-
-
-def resample_kind(row: MeasuredRow, spec: Spec, kind: str, draws: Draws) -> Array:
-    """The same for the column that `spec` calls "forget" or "utility"."""
-    return resample_mean(row, spec["columns"][spec[kind]], draws)
 
 
 def judge_row(claim: Claim, rows: Rows, spec: Spec, paper: Mapping[str, Mapping[str, float]]) -> Verdict:

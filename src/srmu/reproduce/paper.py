@@ -248,15 +248,8 @@ def estimate_needs(plan: Experiment, place: OneModel, rows: Sequence[PlannedRow]
         f"in all  {runs} runs, {total / 1e15:.3g} PFLOP: here {duration(total / speed)}; "
         f"{duration(total / FAST)} where {FAST / 1e12:.0f} TFLOP a second are reached",
     ]
-    needs = {
-        "model": {"name": place.name, "there": planned.here, "bytes": 2 * size},
-        "sources": spec["sources"],
-        "methods": methods,
-        "flops_a_second": speed,
-        "questions": questions,
-        "evaluation_flops": scoring,
-    }
-    return needs, lines
+    model = {"name": place.name, "there": planned.here, "bytes": 2 * size}
+    return {"model": model, "sources": spec["sources"], "methods": methods, "evaluation_flops": scoring}, lines
 
 
 def find_model(name: str, spec: Spec) -> Path:

@@ -33,6 +33,7 @@ from srmu.reproduce.experiment import Experiment, MeasuredRow, PlannedRow, RunJo
 from srmu.runs.run import Run, open_target
 
 Report = Mapping[str, Any]  # what attack_run gives
+Spec = Mapping[str, Any]  # the content of configs/robust.yaml, with what its table and a person ask for instead
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,8 @@ class Frontier:
 
     out: Path
     kind: str
-    tier: str
-    budget: float
-    seeds: tuple[int, ...]
-    regimes: tuple[str, ...]
     experiments: Mapping[str, Experiment]  # by world
-    spec: Mapping[str, Any]  # the content of configs/robust.yaml
+    spec: Spec
 
 
 @dataclass(frozen=True)
@@ -75,31 +72,31 @@ def plan_frontier(
     overrides: Sequence[str] = (),
 ) -> Frontier:
     """What is asked for, with the defaults of configs/robust.yaml; SrmuError for what is not."""
-    spec = experiment.read_preset("robust.yaml")
-    table, tier = spec["tables"][kind], tier or spec["tier"]
-    worlds = [name for name, one in spec["worlds"].items() if one.get(table["of"])] if world == "both" else [world]
-    regimes = regimes or table["regimes"]
+    preset = experiment.read_preset("robust.yaml")
+    asked = {"tier": tier, "in": regimes, "seeds": [*dict.fromkeys(map(int, seeds))]}
+    spec = {**preset, **preset["tables"][kind], **{key: value for key, value in asked.items() if value}}
+    worlds = [name for name, one in spec["worlds"].items() if one.get(spec["of"])] if world == "both" else [world]
     check_option("--world", worlds, [*spec["worlds"], "both"])
-    check_option("--regimes", regimes, spec["regimes"])
-    check_option("--tier", [tier], TIERS)
-    numbers = tuple(dict.fromkeys(map(int, seeds))) or tuple(table.get("seeds", spec["seeds"]))
+    check_option("--regimes", spec["in"], spec["regimes"])
+    check_option("--tier", [spec["tier"]], TIERS)
     require_place(out)
     settings = {one: choose_settings(kind, one, spec) for one in worlds}
     check_option("--methods", methods, [label for each in settings.values() for label in each])
-    budget, names = table.get("budget", spec["budget"]), tuple(table.get("attacks", ()))
-    folder = f"matched-{budget:g}-{tier}" + (f"-{kind}" if names else "")
+    folder = f"matched-{spec['budget']:g}-{spec['tier']}" + (f"-{kind}" if "attacks" in spec else "")
     experiments = {}
     for one in worlds:
         chosen = {k: v for k, v in settings[one].items() if not methods or k in methods}
         columns = spec["worlds"][one]["columns"].values()
-        tasks = dict.fromkeys(metric.split("/")[0] for metrics in columns for metric in metrics)
+        tasks = tuple(dict.fromkeys(metric.split("/")[0] for metrics in columns for metric in metrics))
         place = Testbeds(out / one, spec["regimes"], "testbed{seed}-{regime}", one)
-        attacked = Attacked(spec, one, budget, tier, names, folder)
-        experiments[one] = Experiment(out / one, place, chosen, numbers, tuple(tasks), attacked, tuple(overrides))
-    return Frontier(out, kind, tier, budget, numbers, tuple(regimes), experiments, spec)
+        attacked = Attacked(spec, one, folder)
+        experiments[one] = Experiment(
+            out / one, place, chosen, tuple(spec["seeds"]), tasks, attacked, overrides=tuple(overrides)
+        )
+    return Frontier(out, kind, experiments, spec)
 
 
-def choose_settings(kind: str, world: str, spec: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+def choose_settings(kind: str, world: str, spec: Spec) -> dict[str, tuple[str, ...]]:
     """What each label of a world is run with."""
     own = spec["worlds"][world]
     if kind == "methods":
@@ -127,13 +124,13 @@ def measure_frontier(frontier: Frontier, watch: Watch = ignore_progress, *, make
     spec, parts = frontier.spec, []
     for world, one in frontier.experiments.items():
         assert isinstance(one.place, Testbeds)
-        planned = [PlannedRow(label, label, regime) for regime, label in product(frontier.regimes, one.settings)]
+        planned = [PlannedRow(label, label, regime) for regime, label in product(spec["in"], one.settings)]
         measured = experiment.run_experiment(one, planned, watch, make=make)
         own = spec["worlds"][world]
         kept = [metric for name in spec["kept"] for metric in own["columns"][name]]
-        for regime in frontier.regimes:
+        for regime in spec["in"]:
             rows = [measured[plan] for plan in planned if plan.regime == regime]
-            beds = {seed: one.place.locate(regime, seed) for seed in frontier.seeds}
+            beds = {seed: one.place.locate(regime, seed) for seed in one.seeds}
             title = f"{own['title']}, {spec['regimes'][regime]['title']}"
             parts.append(Part(frontier, world, regime, rows, own["columns"], kept, beds, title))
     return parts
@@ -147,8 +144,8 @@ def frontier_needs(frontier: Frontier) -> tuple[dict[str, int], str]:
     built, missing = sum((folder / "organism.json").exists() for folder in beds), sum(row.missing for row in rows)
     return {"testbeds": len(beds) - built, "runs": missing}, (
         f"{len(beds) - built} testbeds to build, some minutes each where none was built before, "
-        f"and {missing} of {len(rows) * len(frontier.seeds)} runs to make, a minute or more each with attacks "
-        f"of tier {frontier.tier}; nothing is fetched"
+        f"and {missing} of {len(rows) * len(frontier.spec['seeds'])} runs to make, a minute or more each with attacks "
+        f"of tier {frontier.spec['tier']}; nothing is fetched"
     )
 
 
@@ -156,15 +153,12 @@ def frontier_needs(frontier: Frontier) -> tuple[dict[str, int], str]:
 class Attacked(experiment.Scored):
     """A run is made, brought to one loss of utility, scored and attacked, beside its controls.
 
-    Numbers are of the largest share of the run's change that costs at most `budget` of the mean accuracy on what is
-    judged; they lie in a folder beside the runs.
+    Numbers are of the largest share of the run's change that costs at most the budget of the mean accuracy on what is
+    judged; they lie in `folder` beside the runs.
     """
 
-    spec: Mapping[str, Any]  # the content of configs/robust.yaml
+    spec: Spec
     world: str
-    budget: float
-    tier: str
-    names: tuple[str, ...]  # these attacks alone; (): all of the tier
     folder: str
 
     def locate_result(self, run: Path) -> Path:
@@ -174,14 +168,14 @@ class Attacked(experiment.Scored):
         """The folder, if it is complete: every attack of the tier included."""
         out = self.locate_result(experiment.locate_run(job))
         folders = (out, *(locate_control(out, job.config.parent, who) for who in CONTROLS))
-        wanted = {*select_attacks(self.tier, self.names)}  # type: ignore[arg-type]
+        wanted = {*select_attacks(self.spec["tier"], self.spec.get("attacks", ()))}
         tried = wanted <= {*read_attacks(out).get("attacks", ())}
         return out if tried and all("texts" in load_results(each) for each in folders) else None
 
     def measure_run(self, job: RunJob, watch: Watch = ignore_progress) -> Path:
         whole = Run.open(super().measure_run(job, watch))
         out = self.locate_result(whole.folder)
-        match_utility(whole, out, self.budget, self.spec["judged"])
+        match_utility(whole, out, self.spec["budget"], self.spec["judged"])
         run = Run.open(out)
         score_model(run, job.tasks)
         self.read_texts(run, job.config.parent, out)
@@ -192,7 +186,7 @@ class Attacked(experiment.Scored):
                 score_model(model, job.tasks, tasks_dir=run.config.tasks_dir, out=control)
                 self.read_texts(model, job.config.parent, control)
         asked = Sources(tasks=tuple(self.spec["worlds"][self.world]["attacked"].values()), limit=10_000)
-        attack_run(run, tier=self.tier, names=self.names, sources=asked)  # type: ignore[arg-type]
+        attack_run(run, tier=self.spec["tier"], names=self.spec.get("attacks", ()), sources=asked)
         return out
 
     def read_texts(self, target: Path | Run, testbed: Path, out: Path) -> None:
@@ -227,12 +221,8 @@ def build_frontier_tables(frontier: Frontier, measured: Sequence[Part], command:
     return {
         "kind": frontier.kind,
         "command": command,
-        "tier": frontier.tier,
-        "budget": frontier.budget,
-        "seeds": list(frontier.seeds),
+        **{key: spec[key] for key in ("tier", "budget", "seeds", "kept", "cost")},
         "texts": list(spec["texts"]),
-        "kept": spec["kept"],
-        "cost": spec["cost"],
         "parts": parts,
     }
 
