@@ -89,10 +89,8 @@ def plan_frontier(
         columns = spec["worlds"][one]["columns"].values()
         tasks = tuple(dict.fromkeys(metric.split("/")[0] for metrics in columns for metric in metrics))
         place = Testbeds(out / one, spec["regimes"], "testbed{seed}-{regime}", one)
-        attacked = Attacked(spec, one, folder)
-        experiments[one] = Experiment(
-            out / one, place, chosen, tuple(spec["seeds"]), tasks, attacked, overrides=tuple(overrides)
-        )
+        how = Attacked(spec, one, folder)
+        experiments[one] = Experiment(out / one, place, chosen, tuple(spec["seeds"]), tasks, how, tuple(overrides))
     return Frontier(out, kind, experiments, spec)
 
 
