@@ -648,7 +648,7 @@ def test_rows_that_a_template_does_not_fit(row: Any, says: str, tmp_path: Path) 
 
 def test_other_places_that_a_template_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.txt").write_text("w1 w2\n")
-    with pytest.raises(SrmuError, match=r"a\.txt: where and template take columns; a \.txt file"):
+    with pytest.raises(SrmuError, match=r"a\.txt: row 1: where and template take columns"):
         load(tmp_path / "a.txt", template="{q}")
     on_hub(monkeypatch, [{"q": "w1", "a": "w2"}, {"q": "w1", "a": " "}])
     with pytest.raises(SrmuError, match="data set owner/set has no column 'c'; found q, a"):

@@ -216,8 +216,6 @@ def parse_file(path: Path, source: Source) -> Iterator[tuple[str, Any]]:
             raise SrmuError(f"{path}: not Parquet: {first_line(error)}") from None
         yield from number_rows(path, table.to_pylist())
     elif suffix == ".txt":
-        if source.where or source.template:
-            raise SrmuError(f"{path}: where and template take columns; a .txt file has none")
         text = path.read_text(encoding="utf-8-sig").strip()
         # Paragraphs where blank lines part them, else a document a line.
         yield from number_rows(path, filter(str.strip, text.split("\n\n" if "\n\n" in text else "\n")))
@@ -238,8 +236,7 @@ def read_hub(source: Source) -> Iterator[tuple[str, Any]]:
         found = ", ".join(table.column_names)
         raise SrmuError(f"data set {source.dataset} has no column {missing[0]!r}; found {found}")
     for number, row in enumerate(table.select_columns(source.columns), 1):
-        text = "" if source.template else row[source.column]
-        if source.template or not isinstance(text, str) or text.strip():
+        if source.template or str(row[source.column]).strip():
             yield f"{source.dataset} row {number}", row
 
 

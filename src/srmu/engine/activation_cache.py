@@ -14,8 +14,8 @@ import zlib
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from importlib.metadata import version
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from srmu.engine.files import cache_dir, read_json, write_json
+from srmu.engine.files import cache_dir, read_json, sha256, write_json
 from srmu.errors import SrmuError
 
 Output = Tensor | tuple[Tensor]  # what a decoder layer returns
@@ -157,12 +157,12 @@ def open_activations(
         "matmul": torch.get_float32_matmul_precision(),
         "versions": [version(name) for name in ("srmu", "torch", "transformers")],
     }
-    folder = cache_home() / hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
+    folder = cache_home() / sha256(json.dumps(about, sort_keys=True).encode())[:16]
     store = Activations(free // 4 if cuda else 0, folder, limit_bytes(), device, say)
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         if not (folder / "about.json").exists():
-            write_json(folder / "about.json", about | {"made": datetime.now(UTC).isoformat(timespec="seconds")})
+            write_json(folder / "about.json", about)
         os.utime(folder / "about.json")  # the time of the last use
     except OSError as error:
         store.give_up(error)
@@ -192,14 +192,13 @@ def list_activations() -> list[dict[str, Any]]:
     """The folders of activations: `folder`, `bytes`, `used`, ...; the one used last comes last."""
     entries = []
     for folder in cache_home().glob("*/"):
+        about = folder / "about.json"
         with suppress(OSError):  # another process may be removing it
-            about = folder / "about.json"
             used = (about if about.exists() else folder).stat().st_mtime
-            entry = {"folder": folder, "bytes": folder_bytes(folder), "used": used}
+            entries.append({"folder": folder, "bytes": folder_bytes(folder), "used": used})
             with suppress(ValueError, TypeError):  # SrmuError is a ValueError
-                entry = {**read_json(about), **entry}
-            entries.append(entry)
-    return sorted(entries, key=lambda entry: entry["used"])
+                entries[-1] = {**read_json(about), **entries[-1]}
+    return sorted(entries, key=itemgetter("used"))
 
 
 def shrink_cache(limit: int, spare: Path | None = None) -> int:

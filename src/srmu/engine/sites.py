@@ -56,16 +56,13 @@ class Site:
 def catch_value(layer: nn.Module, stream: Stream) -> Iterator[list[Tensor]]:
     """Catch the value of a stream of a layer: a list that the next forward fills."""
     caught: list[Tensor] = []
-    if stream == "mlp_post":
-        with edit_input(down_projection(layer), caught.append):
-            yield caught
-    else:
-        place = layer if stream == "resid_post" else getattr(layer, "mlp", None)
-        if place is None:
-            names = ", ".join(n for n, _ in layer.named_children())
-            raise SrmuError(f"{type(layer).__name__} has no 'mlp'; it has {names}")
-        with edit_outputs({place: caught.append}):
-            yield caught
+    place: Any = layer if stream == "resid_post" else getattr(layer, "mlp", None)
+    if stream == "mlp_out" and place is None:
+        names = ", ".join(n for n, _ in layer.named_children())
+        raise SrmuError(f"{type(layer).__name__} has no 'mlp'; it has {names}")
+    neurons = stream == "mlp_post"
+    with edit_input(down_projection(layer), caught.append) if neurons else edit_outputs({place: caught.append}):
+        yield caught
 
 
 def in_role(layer: nn.Module, role: str) -> list[str]:
@@ -86,10 +83,8 @@ def down_projection(layer: nn.Module) -> nn.Module:
     """The linear map that reads a layer's neurons; SrmuError in a mixture of experts."""
     (name,) = in_role(layer, "mlp_down")
     if layer.get_parameter(name).ndim != 2:
-        raise SrmuError(
-            "this model is a mixture of experts, each with neurons of its own: read resid_post or "
-            "mlp_out, or take a method that needs no neurons, for example method.name=ssd"
-        )
+        advice = "read resid_post or mlp_out, or take a method that needs no neurons, for example method.name=ssd"
+        raise SrmuError(f"this model is a mixture of experts, each with neurons of its own: {advice}")
     return layer.get_submodule(name.removesuffix(".weight"))
 
 

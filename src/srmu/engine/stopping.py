@@ -92,16 +92,12 @@ class StopRules:
         return sum(float(mean.total) for mean in means) / sum(int(mean.count) for mean in means)
 
     def check_spike(self, topic: str, losses: Mapping[str, Tensor], total: float) -> str:
-        """What is wrong with the retain loss of a step; "" for nothing.
-
-        It must be `train.retain_spike` times its median over the last steps of its topic, and above the whole loss of
-        the first step, as a retain loss begins at 0.
-        """
+        """Why the retain loss of a step has run away, or "": it is many times its median over a topic's last steps."""
         times = self.options.retain_spike
         if times is None or "retain" not in losses:
             return ""
         if self.first_loss is None:
-            self.first_loss = abs(total)
+            self.first_loss = abs(total)  # to be exceeded too, as a retain loss begins at 0
         recent = self.recent.setdefault(topic, [])
         retain = float(losses["retain"])
         usual = median(recent) if len(recent) == RECENT else math.inf

@@ -226,14 +226,15 @@ class Training:
         norms = [distributed.gather_tensor(torch.nn.utils.get_total_norm(group)) for group in groups if group]
         return norms[0] if len(norms) == 1 else torch.stack(norms).norm()
 
-    def lists(self) -> dict[str, Sequence[Tensor]]:
+    def tensors(self) -> dict[str, Tensor]:
         """The tensors that exist from the start, which `resume` fills in place."""
         masters = [master for _, master in self.copies]
-        return {"parameter": self.parameters, "master": masters, "good": self.good, "kept": self.rules.kept}
+        kinds = ("parameter", self.parameters), ("master", masters), ("good", self.good), ("kept", self.rules.kept)
+        return {f"{name}/{i}": tensor for name, tensors in kinds for i, tensor in enumerate(tensors)}
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The state as tensors and JSON values; every process must call this, the first gets it."""
-        tensors = {f"{k}/{i}": t for k, ts in self.lists().items() for i, t in enumerate(ts)}
+        tensors = self.tensors()
         for i, master in enumerate(self.masters):
             entry = self.optimiser.state.get(master, {})
             tensors |= {f"optimiser/{i}/{key}": value for key, value in entry.items()}
@@ -252,9 +253,8 @@ class Training:
         def find(prefix: str) -> dict[str, Tensor]:
             return {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
 
-        for key, places in self.lists().items():
-            kept = [tensors[f"{key}/{i}"] for i in range(len(places))]
-            copy_values(places, [*map(distributed.shard_like, kept, places)])
+        for name, place in self.tensors().items():
+            place.data.copy_(distributed.shard_like(tensors[name], place))
         for i, master in enumerate(self.masters):
             if entry := find(f"optimiser/{i}/"):
                 like = {k: distributed.shard_like(v.to(master.device), master) for k, v in entry.items() if v.ndim}

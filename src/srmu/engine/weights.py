@@ -246,14 +246,9 @@ def export_checkpoint(
 def list_carried(folder: Path) -> list[str]:
     """The files of a checkpoint that an export includes; weights not loaded are not, as they would keep old tensors."""
     loaded = set(list_shards(folder).values())
-    return [
-        file.relative_to(folder).as_posix()
-        for file in sorted([*folder.iterdir(), *folder.glob("additional_chat_templates/*")])
-        if file.is_file()
-        and (file.suffix in KEPT or file in loaded)
-        and not file.name.startswith(".")
-        and file.name != EXPORTED
-    ]
+    files = [file for file in (*folder.iterdir(), *folder.glob("additional_chat_templates/*")) if file.is_file()]
+    wanted = (file for file in sorted(files) if file.suffix in KEPT or file in loaded)
+    return [file.relative_to(folder).as_posix() for file in wanted if not file.name.startswith((".", EXPORTED))]
 
 
 def patch_file(path: Path, tensors: Tensors) -> None:
