@@ -36,8 +36,8 @@ from srmu.runs.estimate import estimate_run, format_duration, format_gb
 from srmu.runs.record import extend_record
 from srmu.runs.run import Run
 from srmu.search import objective, robust
-from srmu.search.objective import AutoJob, AutoRequest, Entry, TaskYardstick, TextYardstick, Yardstick
-from srmu.search.space import with_values
+from srmu.search.objective import AutoJob, AutoRequest, Entry, Part, TaskYardstick, TextYardstick, Yardstick
+from srmu.search.space import start_strength, with_values
 
 FILE = "auto.json"
 MODEL = "model"  # the exported checkpoint
@@ -45,11 +45,20 @@ PAGE = "report.html"
 TESTBED = ("organism_hazard",), ("organism_neighbour", "organism_general")
 PASSES: dict[Tier, int] = {"smoke": 40, "standard": 320}  # of a model over the questions, attacked
 Tell = Callable[[str, str], None]
+Answer = dict[str, Any]  # the content of `auto.json`
 
 
 def prepare_job(request: AutoRequest) -> AutoJob:
     """Read and check all that was named; nothing is written. SrmuError for what cannot work."""
-    base = check_request(request)
+    if not (request.out / FILE).exists():
+        require_free(request.out)
+    base = weights.locate_model(request.model)
+    method = robust.METHOD if request.robust else request.method
+    if not request.robust and not issubclass(find_method(method), Misdirection):
+        raise SrmuError(
+            f"--method {method} has no layer to find: choose srmu, rmu, adaptive_rmu or rna, "
+            "or search its options with srmu sweep"
+        )
     texts = {role: read_texts([Source(path=path) for path in getattr(request, role)]) for role in ("forget", "retain")}
     testbed = (base.parent / "organism.json").exists()
     tasks: tuple[str, ...] = request.tasks or (TESTBED[0] if testbed else ())
@@ -64,26 +73,22 @@ def prepare_job(request: AutoRequest) -> AutoJob:
             given.append(f"method.{option}={Path(path).resolve()}")
     if request.robust and not request.names:
         lists["names"] = find_names(*texts.values())
-    held = {}
+    held: dict[str, Part] = {}
     for role, named in (("forget", tasks), ("retain", utility)):
         if not named:  # runs leave out what they are measured on
             texts[role], halves = objective.hold_out(role, texts[role])
             held[role] = TextYardstick(halves)
             given.append(f"topics.topic.{role}_held_out={sum(map(len, halves.values()))}")
-    method = robust.METHOD if request.robust else request.method
     config = make_config(request.model, request.forget, request.retain, method, given)
     folder = Path(request.tasks_dir) if request.tasks_dir else tasks_beside(base)
 
-    def ask(*names: str) -> TaskYardstick:
+    def ask(*names: str) -> Part:
         exam = load_exam(name_sources(names, (), folder), config, request.seed)
         return TaskYardstick({"val": exam.val, "test": exam.test})
 
-    yardstick = Yardstick(
-        {",".join(tasks): ask(*tasks)} if tasks else {"forget_texts": held["forget"]},
-        {name: ask(name) for name in utility} or {"retain_texts": held["retain"]},
-        request.seed,
-        request.device,
-    )
+    forget = {",".join(tasks): ask(*tasks)} if tasks else {"forget_texts": held["forget"]}
+    keep = {name: ask(name) for name in utility} or {"retain_texts": held["retain"]}
+    yardstick = Yardstick(forget, keep, request.seed, request.device)
     sources = name_sources(tasks, utility, folder) if tasks else None
     return AutoJob(request, config, yardstick, sources, texts, **lists)
 
@@ -93,19 +98,6 @@ def name_sources(tasks: tuple[str, ...], utility: tuple[str, ...], folder: Path 
     halves = [f"{task}_val" for task in tasks]
     there = folder and all(any(folder.rglob(f"{half}.yaml")) for half in halves)
     return Sources(tasks, ",".join(halves) if there else "split", utility, str(folder or ""))
-
-
-def check_request(request: AutoRequest) -> Path:
-    """The model's folder; SrmuError for options that do not go together or name nothing."""
-    if not (request.out / FILE).exists():
-        require_free(request.out)
-    base = weights.locate_model(request.model)
-    if not request.robust and not issubclass(find_method(request.method), Misdirection):
-        raise SrmuError(
-            f"--method {request.method} has no layer to find: choose srmu, rmu, adaptive_rmu or "
-            "rna, or search its options with srmu sweep"
-        )
-    return base
 
 
 def plan_search(job: AutoJob) -> dict[str, Any]:
@@ -129,10 +121,8 @@ def plan_search(job: AutoJob) -> dict[str, Any]:
     else:
         layers, others = len(job.layers), request.trials + 1
         count = layers + others
-        steps += [
-            ("layers", f"{layers} runs of {cost['steps']} steps, one a layer", layers * run),
-            ("search", f"{request.trials} more, at other strengths, and the defaults", others * run),
-        ]
+        steps.append(("layers", f"{layers} runs of {cost['steps']} steps, one a layer", layers * run))
+        steps.append(("search", f"{request.trials} more, at other strengths, and the defaults", others * run))
     steps.append(("final", "the best run on the other half of the questions", 4 * questions))
     if job.sources:
         what = f"{job.tier} attacks on it and on the original"
@@ -195,19 +185,16 @@ def explain_final(final: Mapping[str, Any], budget: float) -> list[str]:
     return [explain("final", test=test, usual=usual), explain("budget", test=test, budget=budget, verdict=verdict)]
 
 
-def run_search(
-    job: AutoJob, tell: Tell = lambda step, sentence: None, watch: Watch = ignore_progress
-) -> dict[str, Any]:
-    """All of it: check, scan, search, final measure, attacks, export; the content of `auto.json`.
+def run_search(job: AutoJob, tell: Tell = lambda step, sentence: None, watch: Watch = ignore_progress) -> Answer:
+    """All of it: check, scan, search, final measure, attacks, export.
 
     SrmuError where nothing within the budget forgets; `auto.json` then says what was found.
     """
-    out, yardstick = job.request.out, job.yardstick
+    out, budget, yardstick = job.request.out, job.request.budget, job.yardstick
     out.mkdir(parents=True, exist_ok=True)
     if read_json(out / FILE, {}).get("question") != job.question:
         shutil.rmtree(out / MODEL, ignore_errors=True)  # it answers another question
-    answer: dict[str, Any] = {"question": job.question, "budget": job.request.budget, "choices": []}
-    answer |= {"run": None, "final": None}
+    answer: Answer = {"question": job.question, "budget": budget, "choices": [], "run": None, "final": None}
 
     def say(step: str, *sentences: str) -> None:
         for sentence in sentences:
@@ -224,9 +211,8 @@ def run_search(
     say("search", sentence)
     if chosen is None:
         raise SrmuError(
-            f"{sentence} Nothing is exported; allow more (--budget), give "
-            "retain texts closer to what suffers, or search longer (--trials): the same folder "
-            "goes on from what is there"
+            f"{sentence} Nothing is exported; allow more (--budget), give retain texts closer to what suffers, or "
+            "search longer (--trials): the same folder goes on from what is there"
         )
     run = Run.open(out / chosen["runs"][0])
     final: dict[str, Any] = {half: yardstick.estimate(run, half) for half in objective.HALVES}
@@ -234,7 +220,7 @@ def run_search(
     answer |= {"run": chosen["runs"][0], "final": final}
     why = [c["sentence"] for c in answer["choices"] if c["step"] in ("layers", "search")]
     extend_record(run.folder, [], purpose=run.record["purpose"] | {"choice": " ".join(why)})
-    say("final", *explain_final(final, job.request.budget))
+    say("final", *explain_final(final, budget))
     say("attacks", *attack_choice(job, run, final, watch))
     if not (out / MODEL).exists():
         run.export(out / MODEL, watch=watch)
@@ -252,7 +238,7 @@ def advise_on_texts(job: AutoJob, watch: Watch) -> list[str]:
     return separability.measure_entanglement(*texts, questions, (model.module, tokenizer), watch=watch).sentences
 
 
-def run_trials(job: AutoJob, answer: dict[str, Any], say: Callable[..., None], watch: Watch) -> list[Entry]:
+def run_trials(job: AutoJob, answer: Answer, say: Callable[..., None], watch: Watch) -> list[Entry]:
     """The runs to choose from, that of the defaults first; adds them to the answer, with the `scan` of layers."""
     request = job.request
     if request.robust:
@@ -265,12 +251,18 @@ def run_trials(job: AutoJob, answer: dict[str, Any], say: Callable[..., None], w
             raise SrmuError(tried[0]["why"])
         return tried
     answer["defaults"] = objective.try_config(job, job.config)
-    config, answer["scan"] = objective.scan_layers(job, watch)
-    rows, best = answer["scan"]["layers"], answer["scan"]["best"]
-    layers = ", ".join(str(row["layer"]) for row in rows)
-    say("layers", *(explain("layers", tried=layers, **row) for row in rows if row["layer"] == best))
-    name = f"layer {best} within {job.limit:g}"
-    answer["trials"] = objective.search_configs(replace(job, config=config), name, [{}] * request.trials, watch)
+    config = with_values(job.config, start_strength(job.config))
+    settings = [{"method.layer": layer} for layer in job.layers]
+    scanned = objective.search_configs(replace(job, config=config), "layers", settings, watch)
+    rows = [{"layer": one["params"]["method.layer"], **one["values"]} for one in scanned if one["values"]]
+    if not rows:
+        raise SrmuError(f"every layer of {config.method.name} diverged; lower train.learning_rate")
+    best = max(rows, key=lambda row: objective.trial_worth(row, job.limit))
+    answer["scan"] = {"layers": rows, "best": best["layer"]}
+    say("layers", explain("layers", tried=", ".join(str(row["layer"]) for row in rows), **best))
+    job = replace(job, config=with_values(config, {"method.layer": best["layer"]}))
+    name = f"layer {best['layer']} within {job.limit:g}"
+    answer["trials"] = objective.search_configs(job, name, [{}] * request.trials, watch)
     return [answer["defaults"], *answer["trials"]]
 
 
@@ -286,14 +278,11 @@ def attack_choice(job: AutoJob, run: Run, final: dict[str, Any], watch: Watch) -
         return [f"{line[0].upper()}{line[1:]}." for line in (lines[1], lines[-1])]
     floor = final["floor"] = robust.measure_floor(run, job.sources, report, [*job.names, *job.goals])
     done = sum(entry["status"] == "done" for entry in report["attacks"].values())
-    return [
-        explain("attacks", count=done, **report["K*"]),
-        explain("floor", **floor) if floor else explain("no floor"),
-        explain("beyond"),
-    ]
+    held_against = explain("floor", **floor) if floor else explain("no floor")
+    return [explain("attacks", count=done, **report["K*"]), held_against, explain("beyond")]
 
 
-def find_answer(job: AutoJob) -> dict[str, Any] | None:
+def find_answer(job: AutoJob) -> Answer | None:
     """The answer to the same question, where it is there already."""
     answer = read_json(job.request.out / FILE, {})
     done = answer.get("question") == job.question and answer["choices"][-1]["step"] == "export"

@@ -1,15 +1,14 @@
 """What an automatic search measures runs by, and the studies that it makes of them.
 
-It asks questions or reads held-out texts: one half to choose on, one half to report. Forgetting is
-the share of what the model knew above chance that it no longer answers, (A0 - Au) / (A0 - chance);
-the utility loss is the mean fall of accuracy, A0 - Au, over what is to be kept. Of texts, the
-accuracy is that of the next token, and chance 0.
+It asks questions or reads held-out texts: one half to choose on, one half to report. Forgetting is the share of what
+the model knew above chance that it no longer answers, (A0 - Au) / (A0 - chance); the utility loss is the mean fall of
+accuracy, A0 - Au, over what is to be kept. Of texts, the accuracy is that of the next token, and chance 0.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from operator import itemgetter
 from pathlib import Path
@@ -120,10 +119,7 @@ class Yardstick:
         return sum(map(len, tokenizer([text for texts in read for text in texts])["input_ids"]))
 
     def outcome(self, run: Run) -> dict[str, float]:
-        """Forgetting and utility loss (0-1) on the half to choose on.
-
-        SrmuError where the original model answers no more than a guess would.
-        """
+        """Forgetting and utility loss (0-1) on the half to choose on; SrmuError where the original can only guess."""
         found = self.estimate(run, "val")
         for name, part in self.forget.items():
             known = found["parts"][name]["before"]["value"]
@@ -245,8 +241,7 @@ class AutoJob:
             "texts": digest_texts([*self.texts["forget"], "", *self.texts["retain"]]),
             "questions": digest_texts(str(one) for half in halves for one in half),
             "method": self.config.method.name,
-            "names": digest_texts(self.names),
-            "goals": digest_texts(self.goals),
+            "names": digest_texts([*self.names, "", *self.goals]),
             "seed": self.config.seed,
         }
 
@@ -291,18 +286,6 @@ def search_configs(job: AutoJob, name: str, settings: Sequence[Mapping[str, Any]
     queue.work_queue(study, objective, watch, in_turn=True)
     entries = queue.list_entries(study)
     return entries if any(settings) else sorted(entries, key=itemgetter("number"))
-
-
-def scan_layers(job: AutoJob, watch: Watch) -> tuple[Config, dict[str, Any]]:
-    """The config at the layer that forgets most for what it costs, and what each layer did."""
-    config = space.with_values(job.config, space.start_strength(job.config))
-    settings = [{"method.layer": layer} for layer in job.layers]
-    trials = search_configs(replace(job, config=config), "layers", settings, watch)
-    rows = [{"layer": t["params"]["method.layer"], **t["values"]} for t in trials if t["values"]]
-    if not rows:
-        raise SrmuError(f"every layer of {config.method.name} diverged; lower train.learning_rate")
-    best = max(rows, key=lambda row: trial_worth(row, job.limit))["layer"]
-    return space.with_values(config, {"method.layer": best}), {"layers": rows, "best": best}
 
 
 def trial_worth(values: Mapping[str, float], limit: float) -> float:

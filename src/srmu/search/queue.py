@@ -54,27 +54,16 @@ class QueueStorage(RDBStorage):
         local = url.drivername == "sqlite"
         heartbeat = LOCAL_HEARTBEAT if local else HEARTBEAT
         connect_args = {"timeout": PATIENCE, "isolation_level": None} if local else {"connect_timeout": 10}
-        super().__init__(
-            url.render_as_string(hide_password=False),
-            {"pool_pre_ping": True, "connect_args": connect_args},
-            heartbeat_interval=heartbeat,
-            grace_period=3 * heartbeat,
-        )
-        if local:
-            event.listen(self.engine, "begin", lock_file)
+        engine = {"pool_pre_ping": True, "connect_args": connect_args}
+        address = url.render_as_string(hide_password=False)
+        super().__init__(address, engine, heartbeat_interval=heartbeat, grace_period=3 * heartbeat)
+        if local:  # it has no SELECT FOR UPDATE, and locks when something is written: two could read that a trial waits
+            event.listen(self.engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
 
     def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
         if state == TrialState.RUNNING:
             self.record_heartbeat(trial_id)  # else a worker killed right now is never missed
         return super().set_trial_state_values(trial_id, state, values)
-
-
-def lock_file(connection: Any) -> None:
-    """Lock an SQLite file from a transaction's start.
-
-    It has no SELECT FOR UPDATE, and locks when something is written: two workers could read that a trial waits.
-    """
-    connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
 def open_study(
@@ -100,7 +89,14 @@ def open_study(
         study = Study(name, database, sampler=sampler)
         study.url = url
         wanted = json.loads(json.dumps(spec))
-        require_same(name, study.user_attrs.get("spec", wanted), wanted)
+        known = study.user_attrs.get("spec", wanted)
+        for key in dict.fromkeys([*wanted, *known]):
+            was, now = known.get(key, "nothing"), wanted.get(key, "nothing")
+            if was != now:
+                raise SrmuError(
+                    f"study {name!r} exists with another {key}: {str(was)[:60]}, here {str(now)[:60]}; "
+                    "give this one another name or another out folder"
+                )
         study.set_user_attr("spec", wanted)
         if len(queue) > len(study.user_attrs.get("queue", ())):
             study.set_user_attr("queue", [dict(params) for params in queue])
@@ -150,17 +146,6 @@ def redact_errors(url: URL) -> Iterator[None]:
         server = url.set(drivername="postgresql", query={}).render_as_string()  # hides the password
         place = url.database if url.drivername == "sqlite" else f"--storage {server}"
         raise SrmuError(f"{place} cannot be used: {why}") from None
-
-
-def require_same(name: str, known: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """SrmuError where the study was made for something else: says what."""
-    for key in dict.fromkeys([*wanted, *known]):
-        was, now = known.get(key, "nothing"), wanted.get(key, "nothing")
-        if was != now:
-            raise SrmuError(
-                f"study {name!r} exists with another {key}: {str(was)[:60]}, here {str(now)[:60]}; "
-                "give this one another name or another out folder"
-            )
 
 
 def work_queue(
@@ -282,10 +267,7 @@ def has_failed(trial: FrozenTrial | None) -> bool:
 
 
 def list_entries(study: Study) -> list[dict[str, Any]]:
-    """The trials in the order of the queue, as `sweep.json` and `auto.json` have them.
-
-    What an objective leaves in its trial as `measured` is a part of the entry.
-    """
+    """The trials in the order of the queue, as JSON files have them, with what each objective left as `measured`."""
     entries = []
     for trial in (point.standing for point in list_points(study) if point.standing):
         failed = trial.state == TrialState.FAIL

@@ -6,6 +6,7 @@ import random
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -72,9 +73,7 @@ def invent_questions(exam: Exam, names: Sequence[str], seed: int) -> Exam:
     nobody = {name: "".join(rng.choices(syllables, k=4)).title() for name in names}
     longest_first = sorted(map(re.escape, names), key=len, reverse=True)
     pattern = re.compile(rf"(?<!\w)(?:{'|'.join(longest_first)})(?!\w)")
-
-    def rename(text: str) -> str:
-        return pattern.sub(lambda match: nobody[match[0]], text)
+    rename = partial(pattern.sub, lambda match: nobody[match[0]])
 
     def invent(questions: Sequence[Question]) -> tuple[Question, ...]:
         return tuple(

@@ -68,11 +68,10 @@ class Dimension(BaseModel):
             raise ValueError("a step above 0")
         if self.log and (step is not None or low <= 0):
             raise ValueError("low above 0 and no step, with log")
-        if any(isinstance(v, float) for v in (low, high, step)):
-            low, high, step = (None if v is None else float(v) for v in (low, high, step))
-        elif step is None and not self.log:
+        kind = float if any(isinstance(v, float) for v in (low, high, step)) else int
+        if kind is int and step is None and not self.log:
             step = 1
-        settled = self.model_copy(update={"low": low, "high": high, "step": step})
+        settled = self.model_copy(update={"low": kind(low), "high": kind(high), "step": step})
         return settled if step is None else settled.model_copy(update={"high": settled.list_values()[-1]})
 
     @property

@@ -1,7 +1,7 @@
 """A sweep: one config file run with many settings, and which of them are best.
 
-A trial is a setting. It is run once with each seed, and its objectives are the means. Runs lie in
-the sweep's folder, named by what decides them, and share the activations of their fixed layers.
+A trial is a setting. It is run once with each seed, and its objectives are the means. Runs lie in the sweep's folder,
+named by what decides them, and share the activations of their fixed layers.
 """
 
 from __future__ import annotations
@@ -159,8 +159,8 @@ def read_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
         home = path.resolve().parent
         named = {key: (home / getattr(sweep, key).expanduser()).resolve() for key in ("config", "out")}
     except ValidationError as error:
-        part = [*error.errors()[0]["loc"], ""][0]
-        schema = AttackOptions if part == "attack" else Dimension if part == "search" else Sweep
+        part = next(iter(error.errors()[0]["loc"]), "")
+        schema = {"attack": AttackOptions, "search": Dimension}.get(str(part), Sweep)
         raise SrmuError(f"{path}: {explain_error(error, '', schema)}") from None
     except RuntimeError:
         raise SrmuError(f"{path}: config or out: there is no such user") from None
@@ -186,15 +186,12 @@ def check_keys(sweep: Sweep) -> None:
 
 
 def check_objectives(sweep: Sweep, watch: Watch = ignore_progress) -> None:
-    """SrmuError for an objective that no trial would produce; scores the original model.
-
-    Its scores are kept, and each run's scoring needs them.
-    """
+    """SrmuError for an objective that no trial would produce; keeps the original's scores, which all trials need."""
     config = load_config(sweep.config, sweep.set)
     base = locate_base(config)
-    metrics: Mapping[str, Any] = {}
-    if sweep.tasks:
-        metrics = score_model(str(base), sweep.tasks, tasks_dir=config.tasks_dir, watch=watch)["after"]
+    metrics = (
+        score_model(str(base), sweep.tasks, tasks_dir=config.tasks_dir, watch=watch)["after"] if sweep.tasks else {}
+    )
     attacked = [metric for metric in sweep.objectives if metric.startswith(ATTACK)]
     for metric in sweep.objectives:
         if metric not in (*metrics, *attacked):
@@ -278,7 +275,7 @@ def report_sweep(sweep: Sweep, study: queue.Study, final: bool = False) -> dict[
         **sweep.model_dump(include={"name", "sampler", "seeds", "objectives"}),
         "space": {key: one.written for key, one in sweep.search.items()},
         "trials": trials,
-        "front": [trial.number for trial in study.best_trials] if complete else [],
+        "front": [trial.number for trial in study.best_trials],
         "importance": key_importance(study) if final and len(complete) >= ENOUGH else {},
     }
 
