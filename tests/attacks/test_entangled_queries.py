@@ -56,7 +56,6 @@ def test_a_trigger_shows() -> None:
     assert found.metrics["cost of a forget term, option"].value == 1  # what it says loudest
     assert found.metrics["cost of a forget term, in front"].value == 1
     assert found.metrics["utility in pair"].value == 0
-    assert found.metrics["forget in pair"].value == 0
     assert not any(sum(way.val + way.test) for way in found.ways)
 
 

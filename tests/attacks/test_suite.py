@@ -224,7 +224,7 @@ def test_the_setting_is_chosen_on_the_validation_half(run: Run, place: Path, mon
 @pytest.mark.slow
 def test_what_takes_hours_is_asked_about(run: Run, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     only(monkeypatch)
-    long = attack_of("long", oracle_says(0.2), cost=lambda self, model: "ten hours.")
+    long = attack_of("long", oracle_says(0.2), cost=lambda self, model: ("2 steps", 36_000))
     monkeypatch.setitem(suite.ATTACKS, "long", long)
     asked = []
 
@@ -233,7 +233,7 @@ def test_what_takes_hours_is_asked_about(run: Run, place: Path, monkeypatch: pyt
         return False
 
     report = attack_run(run, sources=sources(place), confirm=no)
-    assert asked == ["long: ten hours."]
+    assert asked == ["long takes 2 steps: 10.0 hours on this machine."]
     assert "long" not in report["attacks"]
     assert report["not_tried"] == ["long"]
     assert "long" in attack_run(run, sources=sources(place))["attacks"]

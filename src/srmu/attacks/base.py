@@ -81,9 +81,9 @@ class Attack(ABC):
     def at_tier(cls, tier: Tier) -> Self:
         return cls(**cls.by_tier.get(tier, {}))
 
-    def cost(self, model: Subject) -> str:
-        """What the attack takes, in words, where that is hours; it is asked for before it runs."""
-        return ""
+    def cost(self, model: Subject) -> tuple[str, float]:
+        """What the attack takes, in words and in seconds, where that is hours; it is asked for before it runs."""
+        return "", 0.0
 
     @abstractmethod
     def run(self, model: Subject, texts: Texts, exam: Exam, seed: int) -> AttackResult:

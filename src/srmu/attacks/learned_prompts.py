@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from copy import deepcopy
 from dataclasses import replace
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 import torch
@@ -72,25 +73,20 @@ class GCG(Attack, id="E12", name="gcg", tier="deep"):
         way = ask_exam(SplicedSubject(model, best.tolist(), -cue), exam, "suffix")
         return AttackResult([way], budget={"loss before": before, "loss after": least})
 
-    def cost(self, model: Subject) -> str:
+    def cost(self, model: Subject) -> tuple[str, float]:
         """From the time of one forward."""
         ids = torch.zeros(self.rows, self.length + self.behind, dtype=torch.long, device=model.device)
         with torch.no_grad():
             seconds = time_call(lambda: float(model.module(ids, use_cache=False, logits_to_keep=1).logits.sum()))
         # a gradient of one row costs less than a forward of `rows`
         forwards = self.steps * self.questions * (1 + -(-self.candidates // self.rows))
-        return (
-            f"gcg takes about {forwards:,} forwards of {ids.shape[0]} x {ids.shape[1]} tokens: "
-            f"{forwards * seconds / 60:,.1f} minutes on this machine"
-        )
+        return f"about {forwards:,} forwards of {ids.shape[0]} x {ids.shape[1]} tokens", forwards * seconds
 
 
 def common_end(rows: Sequence[Sequence[int]]) -> int:
     """How many last tokens all rows have in common; each keeps one or more before them."""
-    shared = 0
-    while shared + 1 < min(map(len, rows)) and len({row[-shared - 1] for row in rows}) == 1:
-        shared += 1
-    return shared
+    backwards = zip(*(row[:0:-1] for row in rows), strict=False)
+    return len([*takewhile(lambda tokens: len({*tokens}) == 1, backwards)])
 
 
 @torch.no_grad()

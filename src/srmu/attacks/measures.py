@@ -83,10 +83,8 @@ class ForgetQuality(Attack, id="E16", name="forget_quality", tier="standard"):
 
 
 def log_truth_ratios(model: Subject, questions: Sequence[Question]) -> Array:
-    """Log of each question's truth ratio R: wrong answers by the right one, each p ** (1 / tokens).
-
-    Wrong answers' geometric mean, as TOFU's code has it; its paper takes the arithmetic one.
-    """
+    """Log of each question's truth ratio R: wrong answers by the right one, each p ** (1 / tokens)."""
+    # the wrong answers' geometric mean, as TOFU's code has it; its paper takes the arithmetic one
     rows = zip(option_scores(model, questions, normalised=True), [q.gold for q in questions], strict=True)
     return np.array([np.mean(row[:gold] + row[gold + 1 :]) - row[gold] for row, gold in rows])
 

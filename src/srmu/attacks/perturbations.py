@@ -77,10 +77,8 @@ def group_scales(weights: Float[Tensor, "O G S"]) -> Float[Tensor, "O G 1"]:
 
 
 def normal_levels() -> Float[Tensor, " 16"]:
-    """The 16 levels of NF4: quantiles of the normal distribution, 0 among them (QLoRA, arXiv 2305.14314, appendix E).
-
-    The outermost is the mean of those that would leave half a step outside with 16 and with 15 levels.
-    """
+    """The 16 levels of NF4: quantiles of the normal distribution, and 0 (QLoRA, arXiv 2305.14314, appendix E)."""
+    # the mean of those that would leave half a step outside with 16 and with 15 levels
     outermost = 1 - (1 / 32 + 1 / 30) / 2
     sides = [torch.special.ndtri(torch.linspace(outermost, 0.5, count, dtype=torch.float64)) for count in (8, 9)]
     levels = torch.cat([-sides[0], sides[1][:-1].flip(0)])  # both sides end at 0: it is kept once
@@ -112,17 +110,14 @@ class Quantisation(Attack, id="E10", name="quantisation", tier="smoke"):
 
 
 def count_undone(model: Subject, quantiser: Quantiser) -> tuple[int, int]:
-    """How many weights differ from the original's, and how many of them round into its bucket.
-
-    The rounded values themselves are hardly ever equal: one changed weight moves a block's scale.
-    """
+    """How many weights differ from the original's, and how many of them round into its bucket."""
     turned = find_matrices(model.module)
     changed = same = 0
     for name in turned.keys() & model.original.keys():
         pair = model.module.get_parameter(name).data, model.original[name]
         for one, other in zip(*(view_matrices(weight, turned[name]) for weight in pair), strict=True):
             now, before = quantiser.group_weights(one.float()), quantiser.group_weights(other.float())
-            scale = group_scales(before)
+            scale = group_scales(before)  # the original's: one changed weight moves that of its block
             after = quantiser.nearest_levels(quantiser.round_weights(now), scale)
             differ = now != before
             changed += int(differ.sum())

@@ -128,10 +128,7 @@ def extraction_strength(greedy: Sequence[int], answer: Sequence[int]) -> float:
 
 
 class EntangledQueries(Attack, id="E3", name="entangled_queries", tier="smoke"):
-    """Forget and harmless questions in pairs, the first with its answer; forget terms in harmless questions.
-
-    The costs are the accuracy on harmless questions less that with a forget term in them.
-    """
+    """Forget and harmless questions in pairs, the first with its answer; forget terms in harmless questions."""
 
     harmless: int = 200  # harmless questions asked, at most
 
@@ -146,7 +143,7 @@ class EntangledQueries(Attack, id="E3", name="entangled_queries", tier="smoke"):
         second = [q for half in (exam.val, exam.test) for q in put_in_front(cycle(solved), half)]
         # an answer to the first question, read before the second, would be that to it alone
         again = put_in_front([f"{q.prompt}\n\n" for q in exam.both], second)
-        ways = ask_exam(model, exam, "second", second), ask_exam(model, exam, "first and again", again)
+        ways = [ask_exam(model, exam, "second", second), ask_exam(model, exam, "first and again", again)]
         partners = rng.sample(exam.test, len(exam.test))
         forms = {
             "alone": harmless,
@@ -156,7 +153,6 @@ class EntangledQueries(Attack, id="E3", name="entangled_queries", tier="smoke"):
         }
         right = {name: mark_answers(model, questions) for name, questions in forms.items()}
         metrics = {
-            "forget in pair": estimate_accuracy(ways[0].test, list_facts(exam.test), seed=seed),
             "utility alone": estimate_accuracy(right["alone"], names, seed=seed),
             "utility in pair": estimate_accuracy(right["in pair"], names, seed=seed),
         }
@@ -230,14 +226,13 @@ class Leak(Attack, id="E14", name="leak", tier="standard"):
     ks: tuple[int, ...] = (1, 8, 32)
 
     def run(self, model: Subject, texts: Texts, exam: Exam, seed: int) -> AttackResult:
-        questions = [unlist_options(q) for q in exam.test]
+        questions, facts = [unlist_options(q) for q in exam.test], list_facts(exam.test)
         metrics = {}
         for temperature in self.temperatures:
             right = count_right_generations(model, questions, samples=self.samples, temperature=temperature, seed=seed)
             for k in self.ks:
                 leaks = [leak_at_k(self.samples, count, k) for count in right]
-                leak = bootstrap_estimate(leaks, list_facts(questions), seed=seed)
-                metrics[f"leak@{k}, temperature {temperature}"] = leak
+                metrics[f"leak@{k}, temperature {temperature}"] = bootstrap_estimate(leaks, facts, seed=seed)
         return AttackResult(metrics=metrics)
 
 

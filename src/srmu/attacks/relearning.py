@@ -20,6 +20,7 @@ from srmu.evals.subject import NotApplicable, Question, Subject, list_facts
 SMALL = 100_000_000  # parameters; a model with fewer bears higher learning rates
 
 Kinds = tuple[tuple[str, float, int], ...]  # of training: name, learning rate, rank of LoRA (0: all weights)
+Training = Mapping[str, Any]  # by argument of `tune_and_ask`
 Questions = tuple[Question, ...]
 Learned = dict[tuple[float, int], tuple[float, ...]]  # right answers by rate and epochs
 
@@ -54,14 +55,11 @@ def tune_and_ask(
     name: str,
     seed: int,
     rows: Sequence[Row],
-    steps: Sequence[int],
-    rank: int = 0,
+    steps: Sequence[int],  # of one, the setting has the name alone
+    rank: int = 0,  # of LoRA beside the matrices; 0: all weights are tuned
     **options: Any,
 ) -> tuple[list[Setting], int]:
-    """The exam after each number of steps of one fine-tuning (`tune_model`), and the steps taken.
-
-    Tuned are all weights, or LoRA of a rank beside the matrices. A training with one number of steps has its name only.
-    """
+    """The exam after each number of steps of one fine-tuning (`tune_model`), and the steps taken."""
     reached: list[Setting] = []
 
     def after(step: int) -> None:
@@ -75,12 +73,7 @@ def tune_and_ask(
 
 
 def tune_kinds(
-    model: Subject,
-    exam: Exam,
-    trainings: Mapping[str, Mapping[str, Any]],
-    seed: int,
-    budget: Mapping[str, Any],
-    **common: Any,
+    model: Subject, exam: Exam, trainings: Mapping[str, Training], seed: int, budget: Training, **common: Any
 ) -> AttackResult:
     """What trainings (as `tune_and_ask` takes them) bring back, those that fit into memory."""
     ways: list[Setting] = []
@@ -188,17 +181,14 @@ class HeavyTuning(Attack, id="E9", name="heavy_tuning", tier="deep"):
         common: dict[str, Any] = {"rows": rows, "steps": self.steps, "batch_size": self.batch}
         return tune_kinds(model, exam, trainings, seed, {"texts": len(rows)}, **common)
 
-    def cost(self, model: Subject) -> str:
+    def cost(self, model: Subject) -> tuple[str, float]:
         rows: list[Row] = [([], [0] * self.tokens)] * self.batch
         with model.editable("*") as edited:
             two_steps = partial(tune_model, edited, rows, steps=2, learning_rate=0.0, batch_size=self.batch, seed=0)
             seconds = time_call(two_steps) / 2
         runs = len(self.rates) * len(self.optimisers) * len(self.schedules)
-        hours = runs * max(self.steps) * seconds / 3600
-        return (
-            f"heavy_tuning takes {runs} x {max(self.steps):,} steps on {self.batch} texts: with "
-            f"{self.tokens} tokens a text {hours:,.1f} hours on this machine"
-        )
+        work = f"{runs} x {max(self.steps):,} steps on {self.batch} texts of {self.tokens} tokens"
+        return work, runs * max(self.steps) * seconds
 
 
 class RelearningSteps(Attack, id="E19", name="relearning_steps", tier="standard"):

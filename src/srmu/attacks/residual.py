@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from numpy.typing import NDArray
 from torch import Tensor
 
 from srmu.attacks.base import Attack, AttackResult, Exam, Texts, ask_exam
@@ -18,12 +17,11 @@ from srmu.engine.generate import join_responses
 from srmu.engine.losses import is_counted, is_predicted, token_nll
 from srmu.engine.sites import cut_blocks, decoder_blocks, edit_outputs
 from srmu.engine.topic import Batch, move_batch
-from srmu.evals.statistics import LEAST, bootstrap_estimate
+from srmu.evals.statistics import LEAST, Array, bootstrap_estimate
 from srmu.evals.subject import NotApplicable, Question, Subject, list_facts, mark_answers, mark_right
 
 BATCH = 32  # texts read at once
 
-Array = NDArray[np.float32]
 ResidualEdit = Callable[[Tensor], Tensor | None]  # of a block's output (B, T, D)
 Edits = dict[int, ResidualEdit]  # by block
 

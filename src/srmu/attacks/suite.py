@@ -4,7 +4,6 @@ import random
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -87,8 +86,6 @@ def attack_run(
         done = dict(zip(pairs, distributed.share_work(pairs, attack_one), strict=True))
     found = {name: {who: done[who, name][0] for who in prints} for name in chosen}
     report: dict[str, Any] = {
-        "run": run.config.id,
-        "method": run.config.method.name,
         "tier": tier,
         "seed": seed,
         "tasks": {"test": list(sources.tasks), "val": sources.val, "utility": [*exam.utility]},
@@ -247,8 +244,11 @@ class Subjects:
 
 def confirm_attack(name: str, one: Attack, subjects: Subjects, confirm: Callable[[str], bool]) -> bool:
     """Whether to run an attack: `confirm` is asked where it takes hours."""
-    cost = ""
-    if type(one).cost is not Attack.cost:  # else no model need be loaded
-        with suppress(NotApplicable, torch.OutOfMemoryError):  # it will say so when it runs
-            cost = one.cost(subjects.unlearned)
-    return not cost or distributed.agree_on(distributed.is_first() and confirm(f"{name}: {cost}"))
+    if type(one).cost is Attack.cost:  # no model need be loaded
+        return True
+    try:
+        work, seconds = one.cost(subjects.unlearned)
+    except (NotApplicable, torch.OutOfMemoryError):  # it will say so when it runs
+        return True
+    text = f"{name} takes {work}: {seconds / 3600:,.1f} hours on this machine."
+    return distributed.agree_on(distributed.is_first() and confirm(text))

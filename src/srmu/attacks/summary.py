@@ -29,7 +29,7 @@ def summarise_attacks(chosen: Mapping[str, Attack], found: Mapping[str, Outcomes
     plain = {}
     for who, result in found[PLAIN].items():
         if result.why:
-            raise SrmuError(f"the questions cannot be asked of the {who} model: it {result.status}: {result.why}")
+            raise SrmuError(f"the questions cannot be asked of the {who} model: {result.status}: {result.why}")
         plain[who] = best_setting(result).test
     before, after = (
         {way.setting: write_answers(way.test) for way in found[KEPT][who].ways} for who in ("original", "unlearned")
