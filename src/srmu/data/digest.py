@@ -11,10 +11,7 @@ PROCESS_KEY = os.urandom(32)
 
 
 def own_key() -> bytes:
-    """This user's secret of 32 bytes, drawn on first use; processes that race get the same.
-
-    Where the cache folder cannot be used, it lasts as long as the process.
-    """
+    """This user's secret of 32 bytes, drawn on first use; processes that race get the same."""
     path = cache_dir() / "key"
     try:
         if not path.exists():
@@ -27,7 +24,7 @@ def own_key() -> bytes:
             fresh.unlink()
         return path.read_bytes()
     except OSError:
-        return PROCESS_KEY
+        return PROCESS_KEY  # which lasts as long as the process
 
 
 def digest_texts(texts: Iterable[str]) -> str:

@@ -110,10 +110,7 @@ def wanted_dtype(config: Any, dtype: str) -> torch.dtype | None:
 
 
 def cut_config(config: Any, depth: int) -> Any | None:
-    """The configuration of the first `depth` layers; None if these would differ from those of the whole model.
-
-    Some models count a pattern of layers from the end, so both modules are built without memory and compared.
-    """
+    """The configuration of the first `depth` layers; None if these would differ from those of the whole model."""
     count = config.num_hidden_layers
     short = deepcopy(config)
     try:
@@ -121,6 +118,7 @@ def cut_config(config: Any, depth: int) -> Any | None:
         for name, value in vars(config).items():
             if isinstance(value, list | tuple) and len(value) == count:
                 setattr(short, name, value[:depth])
+        # some models count a pattern of layers from the end: both are built, without memory, and compared
         whole, cut = (describe_module(build_skeleton(c)) for c in (config, short))
     except Exception:  # architectures refuse a depth in many ways
         return None

@@ -69,15 +69,12 @@ class EditableModel:
         offload: bool = False,
         copy: bool = True,
     ) -> "EditableModel":
-        """Load the first `depth` layers of a checkpoint (None: all); the others are never read from disk.
-
-        With `offload` those below the first trained one stay in main memory, and move to the device one at a time.
-        """
+        """Load the first `depth` layers of a checkpoint (None: all); the others are never read from disk."""
         return_freed_blocks()
         model = cls(load_module(folder, dtype, depth), trainable, depth, copy)
         model.folder = folder
         model.shallow = len(model.layers) < read_config(folder).num_hidden_layers
-        if offload:
+        if offload:  # layers below the trained ones stay in main memory, and move to the device one at a time
             from accelerate import cpu_offload
 
             for layer in model.layers[: model.fixed]:
@@ -143,8 +140,7 @@ class EditableModel:
     def logits(self, batch: Batch, control: Tensor | None = None) -> Float[Tensor, "B T V"]:
         """Next-token logits; SrmuError if the model was not loaded whole.
 
-        `control` is an embedding, (D,) or (B, D), that the model reads after the first token of each text; texts are
-        then padded on the right.
+        `control`, (D,) or (B, D), is an embedding to read after the first token of each text, padded on the right.
         """
         if self.shallow:
             raise SrmuError(f"logits need the whole model; only {len(self.layers)} layers loaded")

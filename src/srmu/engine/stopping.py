@@ -54,7 +54,11 @@ class StopRules:
         options = self.options
         if (step + 1) % options.check_every and step != options.max_steps - 1:
             return "", {}
-        measured = self.measure_batches()
+        measured = {}  # nats of a forget token, KL of a retain token
+        if self.ceiling is not None:
+            measured["forget_nll"] = self.average(self.forget, self.nll)
+        if options.kl_budget is not None:
+            measured["kl"] = self.average(self.retain, self.kl)
         if any(map(math.isnan, measured.values())):
             raise DivergedError(f"what the stop rules measure is not a number after {place}; {ADVICE}")
         nll = measured.get("forget_nll", 0.0)
@@ -68,15 +72,6 @@ class StopRules:
             return f"kl_budget: {found}; put back to {kept}", measured
         self.kept, self.kept_step = self.copy_weights(), step
         return "", measured
-
-    def measure_batches(self) -> dict[str, float]:
-        """What the rules in force bound: nats of a forget token, KL of a retain token."""
-        measured = {}
-        if self.ceiling is not None:
-            measured["forget_nll"] = self.average(self.forget, self.nll)
-        if self.options.kl_budget is not None:
-            measured["kl"] = self.average(self.retain, self.kl)
-        return measured
 
     def nll(self, batch: Batch) -> Mean:
         return mean_nll(self.model.logits(batch), batch["labels"])

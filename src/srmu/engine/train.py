@@ -26,14 +26,11 @@ KEPT_NUMBERS = ("kept_step", "first_loss", "recent")  # of the stop rules, in a 
 
 
 class Terms(NamedTuple):
-    """Losses to sum and minimise, and values to log: means, or tensors if one process has the whole batch.
-
-    `stop` says why the training ends before this step.
-    """
+    """Losses to sum and minimise, and values to log: means, or tensors if one process has the whole batch."""
 
     losses: Mapping[str, Mean | Tensor]
     logged: Mapping[str, Mean | Tensor]
-    stop: str = ""
+    stop: str = ""  # why the training ends before this step
 
     @property
     def loss_values(self) -> dict[str, Tensor]:
