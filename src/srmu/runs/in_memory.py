@@ -21,13 +21,13 @@ from srmu.engine.progress import Watch, choose_progress, ignore_progress
 from srmu.engine.train import Log, TrainOptions
 from srmu.errors import SrmuError
 from srmu.methods import Method
+from srmu.methods.base import Session
 from srmu.runs import training
 from srmu.runs.config import Config, check_tree
 from srmu.runs.plan import load_topics
 from srmu.runs.record import compare_tensor
 from srmu.runs.run import Run, unlearn_config
 
-TOPIC = "topic"  # as make_config names it: random numbers depend on it
 Texts = Any  # texts, rows with a `text`, files (pathlib), a data set; see `as_sources`
 
 
@@ -121,7 +121,7 @@ def unlearn_in_memory(
         {
             "model": model.name_or_path or type(model).__name__,
             "method": method() if isinstance(method, type) else method,
-            "topics": {TOPIC: texts | {"max_length": max_length}},
+            "topics": {"topic": texts | {"max_length": max_length}},  # random numbers depend on this name
             "train": train or {},
             "seed": seed,
         }
@@ -141,14 +141,15 @@ def train_in_place(
     steps: list[dict[str, Any]] = []
     progress = training.Progress()
     with TemporaryDirectory() as scratch, edit_in_place(model, config.method) as edited:
-        training.require_known_tokens(topics, edited.vocabulary_size, "the tokenizer")
+        training.require_fit(config, edited, topics, "the tokenizer")
         tokenizer.save_pretrained(scratch)  # some methods read it from the model's folder
         folder = Path(model.name_or_path or scratch)
         edited.folder = folder if folder.is_dir() else Path(scratch)
         # Where the first layer changes, no activation comes twice.
         twice = edited.fixed or config.method.depth is not None
         edited.activations = open_activations("memory" if twice else "none", {}, edited.device)
-        training.apply_method(config, edited, topics, progress, steps.append, watch, callback)
+        log = progress.log_steps(steps.append, callback)
+        progress.outcome = config.method.apply(edited, topics, Session(config.train, log, watch))
         training.collect_changes(config, edited, progress)
         delta, original = progress.changed, edited.original
         changes = {name: compare_tensor(original[name].cpu(), delta[name].detach().cpu()) for name in delta}

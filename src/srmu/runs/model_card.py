@@ -20,33 +20,27 @@ def render_template(name: str, /, filters: dict[str, Any] | None = None, **value
 
 
 def summarise_record(record: dict[str, Any]) -> str:
-    """The record on one page of Markdown."""
-    changed = [*record["change"]["tensors"].items()][:ROWS]
-    named: dict[str, Any] = {"name": name_base(record), "local": is_local(record), "exported": EXPORTED}
+    """The record on one page of Markdown; of a model in a folder it names the folder alone, not its path."""
+    base, changed = Path(record["base"]["id"]), [*record["change"]["tensors"].items()][:ROWS]
+    named: dict[str, Any] = {"name": base.name, "local": base.is_absolute(), "exported": EXPORTED}
     return render_template("card.md", record=record, changed=changed, **named)
 
 
 def write_model_card(record: dict[str, Any]) -> str:
     """The `README.md` of an export: the hub's metadata, then the record's page."""
+    base = Path(record["base"]["id"])
     results = []
     for name, entry in record["results"].get("after", {}).items():
         task, _, metric = name.partition("/")
         results.append(EvalResult("multiple-choice", task, task, metric, entry["value"]))
-    base = {} if is_local(record) else {"base_model": record["base"]["id"], "base_model_relation": "finetune"}
+    on_hub: dict[str, Any] = (
+        {} if base.is_absolute() else {"base_model": base.as_posix(), "base_model_relation": "finetune"}
+    )
     facts = ModelCardData(
-        model_name=f"{name_base(record)}-{record['method']}",
+        model_name=f"{base.name}-{record['method']}",
         license=record["base"]["licence"],
         tags=["unlearning", record["method"]],
         eval_results=results or None,
-        **base,
+        **on_hub,
     )
     return f"---\n{facts.to_yaml().strip()}\n---\n\n{summarise_record(record)}"
-
-
-def is_local(record: dict[str, Any]) -> bool:
-    """Whether the base model was a folder, whose path stays private."""
-    return Path(record["base"]["id"]).is_absolute() or Path(record["base"]["id"]).exists()
-
-
-def name_base(record: dict[str, Any]) -> str:
-    return str(record["base"]["id"]).replace("\\", "/").rstrip("/").rpartition("/")[2]

@@ -52,6 +52,17 @@ class Progress:
     def seconds(self) -> float:
         return time.monotonic() - self.clock
 
+    def log_steps(self, write: Callable[[dict[str, Any]], object], callback: Log | None) -> Log:
+        """A log that counts the steps, and hands each to `write` as a line, and to the callback."""
+
+        def log(step: int, values: dict[str, float | str]) -> None:
+            self.steps = step + 1
+            write({"step": step, **values, "seconds": round(self.seconds, 4)})
+            if callback is not None:
+                callback(step, values)
+
+        return log
+
 
 def train_run(plan: RunPlan, topics: list[Topic], watch: Watch, callback: Log | None = None) -> None:
     """Load the model, apply the method, and write the run's folder, its record last; only then DivergedError."""
@@ -68,10 +79,10 @@ def train_run(plan: RunPlan, topics: list[Topic], watch: Watch, callback: Log | 
         write_whole(folder / CONFIG, config.to_yaml())
     progress = resume_run(plan, data)
     with (folder / METRICS if first else Path(os.devnull)).open("a", buffering=1) as metrics:
+        log = progress.log_steps(lambda line: metrics.write(json.dumps(line) + "\n"), callback)
+        session = Session(config.train, log, watch, progress.checkpoints)
         try:
-            apply_method(
-                config, model, topics, progress, lambda line: metrics.write(json.dumps(line) + "\n"), watch, callback
-            )
+            progress.outcome = config.method.apply(model, topics, session)
         except DivergedError as error:
             progress.error, progress.outcome = error, MethodOutcome({}, str(error))
     progress.memory = {"before": before, "peak": max(distributed.gather_values(read_peak_memory(config.device)))}
@@ -103,7 +114,7 @@ def load_model(
         offload=plan.offload,
         copy=not plan.shard,
     )
-    require_known_tokens(topics, model.vocabulary_size, f"{plan.base}: its tokenizer")
+    require_fit(config, model, topics, f"{plan.base}: its tokenizer")
     names = weights.checkpoint_names(plan.base, model.original)
     if plan.shard:
         model.shard(config.device)
@@ -126,8 +137,11 @@ def load_model(
     return model, names
 
 
-def require_known_tokens(topics: list[Topic], known: int, tokenizer: str) -> None:
-    """SrmuError where a text has a token that the model has no row for."""
+def require_fit(config: Config, model: EditableModel, topics: list[Topic], tokenizer: str) -> None:
+    """SrmuError where a text has a token that the model has no row for, or a tensor is too coarse to be trained."""
+    for name, parameter in model.trained.items():
+        check_precision(name, parameter.dtype, config.train.weights)
+    known = model.vocabulary_size
     highest = max(int(b["input_ids"].max()) for t in topics for b in (*t.forget, *t.retain))
     if highest >= known:
         raise SrmuError(
@@ -149,28 +163,6 @@ def resume_run(plan: RunPlan, data: str) -> Progress:
         path.write_text("".join(f"{line}\n" for line in lines))
         progress.clock -= float(json.loads(lines[-1])["seconds"]) if lines else 0.0
     return progress
-
-
-def apply_method(
-    config: Config,
-    model: EditableModel,
-    topics: list[Topic],
-    progress: Progress,
-    write: Callable[[dict[str, Any]], object],
-    watch: Watch,
-    callback: Log | None,
-) -> None:
-    """Run the method, from its last checkpoint where there is one; `write` takes a line for each step."""
-    for name, parameter in model.trained.items():
-        check_precision(name, parameter.dtype, config.train.weights)
-
-    def log(step: int, values: dict[str, float | str]) -> None:
-        progress.steps = step + 1
-        write({"step": step, **values, "seconds": round(progress.seconds, 4)})
-        if callback is not None:
-            callback(step, values)
-
-    progress.outcome = config.method.apply(model, topics, Session(config.train, log, watch, progress.checkpoints))
 
 
 def collect_changes(config: Config, model: EditableModel, progress: Progress) -> None:
