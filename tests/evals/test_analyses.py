@@ -125,11 +125,9 @@ def test_alignment_of_a_run(workplace):
     found = measure_alignment(run, model, tokenizer)
     (rows,) = found.numbers["topics"].values()
     site = found.numbers["layer"]
-    assert rows[site]["direction"]["displacement"] > 0.3
-    assert rows[site]["direction"]["after"] > rows[site]["direction"]["before"]
-    # RMU's target is parallel to its direction
-    assert rows[site]["target"]["after"] == pytest.approx(rows[site]["direction"]["after"], abs=1e-5)
-    assert len(found.panels) == 3
+    assert rows[site]["displacement"] > 0.3
+    assert rows[site]["after"] > rows[site]["before"]
+    assert len(found.panels) == 2
     for panel in found.panels:
         draw_panel(panel)
     bars = found.panels[-1].series

@@ -36,7 +36,6 @@ NEW_TOKENS = 16  # written after half of a text
 # Of the noise sensitivity: documents, size of the noise, draws, seed.
 NOISY, SIZE, DRAWS, SEED = 16, 0.1, 2, 0
 MEASURES = ("logit", "probability", "margin", "entropy")  # of confidence
-KINDS = ("direction", "target")  # what forget activations are held against
 Texts = Mapping[str, Sequence[str]]  # "forget" and "retain"
 
 
@@ -77,10 +76,7 @@ def prepare_sets(texts: Texts, tokenizer: Any, documents: int = DOCUMENTS) -> di
 def measure_confidence(
     model: EditableModel, tokenizer: Any, texts: Texts, *, watch: Watch = ignore_progress
 ) -> Analysis:
-    """How sure a model is of the tokens that it chooses greedily after the first half of each text.
-
-    NEW_TOKENS of them, up to the text's end: means over tokens of MEASURES, the entropy in nats.
-    """
+    """Means of MEASURES (entropy in nats) over NEW_TOKENS that a model writes greedily after half of each text."""
     parts, states = prepare_sets(texts, tokenizer), list_states(model)
     means: dict[str, dict[str, dict[str, float]]] = {name: {} for name in parts}
     probabilities: dict[str, Tensor] = {}
@@ -118,10 +114,10 @@ def measure_tokens(model: EditableModel, batch: Batch) -> Float[Tensor, "N 4"]:
 
 
 def measure_alignment(run: Run, model: EditableModel, tokenizer: Any, *, watch: Watch = ignore_progress) -> Analysis:
-    """Compare forget activations with a run's direction and its target, by their cosine.
+    """The cosine of forget activations, and of their displacement h - h0, with a run's direction.
 
-    Before the run, after it, and for the displacement h - h0 (`None` where nothing moved): means by layer, and a
-    histogram at the run's own layer. Each text's first token is left out. `model` is `open_model` of the run.
+    Before the run and after it: means by layer (`None` where nothing moved), and a histogram at the run's own layer.
+    Each text's first token is left out. `model` is `open_model` of the run.
     """
     method = run.config.method
     vectors = load_file(run.folder / STATE) if (run.folder / STATE).exists() else {}
@@ -135,15 +131,14 @@ def measure_alignment(run: Run, model: EditableModel, tokenizer: Any, *, watch: 
             layers = []
             for layer in range(count):
                 at = Site(layer, site.stream)
-                layers.append({kind: measure_cosines(model, batches, at, vectors[f"{name}.{kind}"]) for kind in KINDS})
+                layers.append(measure_cosines(model, batches, at, vectors[f"{name}.direction"]))
                 tick("")
-            topics[name] = means = [{kind: average_cosines(row[kind]) for kind in KINDS} for row in layers]
-            for kind in KINDS:
-                series = {key: [row[kind][key] for row in means] for key in means[0][kind]}
-                title = f"Cosine with the {kind}, topic {number}"
-                panels.append(Panel(title, "layer", "mean cosine", [*range(count)], series))
-            title = f"Cosines with the target at layer {site.layer}, topic {number}"
-            panels.append(draw_histogram(title, "cosine", layers[site.layer]["target"], -1.0, 1.0))
+            topics[name] = means = [average_cosines(row) for row in layers]
+            series = {key: [row[key] for row in means] for key in means[0]}
+            title = f"Cosine with the direction, topic {number}"
+            panels.append(Panel(title, "layer", "mean cosine", [*range(count)], series))
+            title = f"Cosines at layer {site.layer}, topic {number}"
+            panels.append(draw_histogram(title, "cosine", layers[site.layer], -1.0, 1.0))
     numbers = {"layer": site.layer, "stream": site.stream, "topics": topics}
     sentences = write_sentences("alignment.txt", rows=[rows[site.layer] for rows in topics.values()], layer=site.layer)
     return Analysis("Alignment with the direction", numbers, sentences, panels)
@@ -228,8 +223,7 @@ def measure_layer(
 def sweep_layers(config: Config, forget_metrics: Sequence[str], *, watch: Watch = ignore_progress) -> Analysis:
     """Unlearn at every layer (l-2, l-1, l) with a config and compare forgetting with utility.
 
-    `forget_metrics` (such as `wmdp_bio/acc`) should fall; all other accuracies are utility. Runs that are there already
-    are used again, so a stopped sweep goes on.
+    `forget_metrics` (`wmdp_bio/acc`) should fall; all other accuracies are utility. Runs that are there are used again.
     """
     method = config.method
     if not isinstance(method, Misdirection):
@@ -250,8 +244,7 @@ def sweep_layers(config: Config, forget_metrics: Sequence[str], *, watch: Watch 
     best = max(known, key=lambda row: row["forgetting"] - row["utility_loss"])
     lost = [row["layer"] for row in rows if "diverged" in row]
     sentences = write_sentences("layer_sweep.txt", best=best, lost=lost)
-    falls = {"forgetting": "forgetting", "utility loss": "utility_loss"}
-    series = {name: [row.get(key) for row in rows] for name, key in falls.items()}
+    series = {key.replace("_", " "): [row.get(key) for row in rows] for key in ("forgetting", "utility_loss")}
     panel = Panel("Unlearning at each layer", "layer", "fall in accuracy", [row["layer"] for row in rows], series)
     return Analysis("Layer sweep", {"layers": rows, "best": best["layer"]}, sentences, [panel])
 
@@ -269,18 +262,14 @@ def candidate_layers(method: Misdirection, model_config: Any, at_most: int | Non
     return sorted({round(layer) for layer in np.linspace(low, high, at_most)})
 
 
-def compare_scores(scores: Mapping[str, Metrics], forget_metrics: Sequence[str]) -> dict[str, Any]:
-    """Accuracies before and after a run, and the mean falls of forget and of other metrics."""
-    before, after = (
-        {metric: scores[when][metric]["value"] for metric in scores["after"] if metric.endswith("/acc")}
-        for when in ("before", "after")
-    )
-    falls = {metric: before[metric] - after[metric] for metric in after}
+def compare_scores(scores: Mapping[str, Metrics], forget_metrics: Sequence[str]) -> dict[str, float]:
+    """How much a run lowered the forget accuracies and the others, on average."""
+    before, after = scores["before"], scores["after"]
+    falls = {name: before[name]["value"] - after[name]["value"] for name in after if name.endswith("/acc")}
     for metric in forget_metrics:
         if metric not in falls:
             raise SrmuError(f"no accuracy {metric} was measured; there are {', '.join(falls) or 'none'}")
     others = [fall for metric, fall in falls.items() if metric not in forget_metrics]
     if not forget_metrics or not others:
         raise SrmuError("a layer sweep needs an accuracy to lower and another one to keep")
-    forgetting = fmean(falls[metric] for metric in forget_metrics)
-    return {"forgetting": forgetting, "utility_loss": fmean(others), "before": before, "after": after}
+    return {"forgetting": fmean(falls[metric] for metric in forget_metrics), "utility_loss": fmean(others)}

@@ -98,8 +98,7 @@ def compare_runs(
     metrics = [read_metrics(run.folder) for run in opened]
     if not attacks and all(one["after"] for one in metrics):
         shared = [name for name in metrics[0]["after"] if all(name in both[w] for both in metrics for w in both)]
-        forget, utility = choose_metrics(shared, *named, opened[0].config.eval)
-        named = tuple(forget), tuple(utility)
+        named = choose_metrics(shared, *named, opened[0].config.eval)
     check_attacks(opened, attacks)
     measured = [
         from_attacks(run, attacks[run.folder], draws) if run.folder in attacks else from_metrics(run, *named, draws)
@@ -157,7 +156,7 @@ def metrics_of(attacks: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, 
 
 def choose_metrics(
     known: Sequence[str], forget: Sequence[str], utility: Sequence[str], tasks: Sequence[str]
-) -> tuple[list[str], list[str]]:
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The metrics of what should be forgotten and of what should stay, where names tell them apart.
 
     Accuracies on HAZARDS are forgotten; of the others those on `tasks`, which the runs were to be evaluated on, stay.
@@ -171,7 +170,7 @@ def choose_metrics(
             "--metrics, --utility-metrics: name the metrics that should fall and those that should stay, a,b; "
             f"there are {', '.join(known) or 'none that all runs have'}"
         )
-    return list(forget), list(utility)
+    return tuple(forget), tuple(utility)
 
 
 def check_attacks(runs: Sequence[Run], attacks: Mapping[Path, dict[str, Any]]) -> None:
@@ -245,18 +244,16 @@ def resample_row(row: Row, draws: statistics.Draws, exam: Hashable, key: Hashabl
 
 def by_method(measured: Sequence[RunNumbers]) -> list[tuple[str, list[dict[Where, RunNumbers]]]]:
     """Each method with its points, each point's runs by where they were made."""
-    methods: dict[Hashable, dict[Hashable, dict[Where, RunNumbers]]] = {}
-    kinds: dict[Hashable, dict[str, Any]] = {}
+    methods: dict[tuple[tuple[str, Any], ...], dict[Hashable, dict[Where, RunNumbers]]] = {}
     for one in measured:
         config = one.run.config
-        kind = setting_words(config)
-        kinds[tuple(kind.items())] = kind
-        point = methods.setdefault(tuple(kind.items()), {}).setdefault(run_setting(config), {})
-        where = config.model, config.seed
+        points = methods.setdefault(tuple(setting_words(config).items()), {})
+        point, where = points.setdefault(run_setting(config), {}), (config.model, config.seed)
         if where in point:
             raise SrmuError(f"{point[where].run.folder} and {one.run.folder} are the same run")
         point[where] = one
-    return [(method_label(kinds[key], kinds.values()), [*points.values()]) for key, points in methods.items()]
+    kinds = [dict(words) for words in methods]
+    return [(method_label(dict(words), kinds), [*points.values()]) for words, points in methods.items()]
 
 
 def read_method(method: str, points: Sequence[dict[Where, RunNumbers]], budget: float) -> MethodReading:
@@ -303,19 +300,16 @@ def read_along(curve: Sequence[RunNumbers], budget: float) -> statistics.Array:
 
 def run_setting(config: Config) -> tuple[tuple[str, Any], ...]:
     """What a run did, whichever its seed and testbed: keys and values in a row, paths by name."""
-    tree = config.to_dict()
-    for key in (*UNDECIDING, "seed", "device"):
-        tree.pop(key)
 
     def leaves(value: Any, key: str) -> list[tuple[str, Any]]:
-        if isinstance(value, dict):
-            return [leaf for k, v in value.items() for leaf in leaves(v, f"{key}.{k}")]
-        if isinstance(value, list):
-            return [leaf for i, v in enumerate(value) for leaf in leaves(v, f"{key}.{i}")]
+        if isinstance(value, dict | list):
+            items = value.items() if isinstance(value, dict) else enumerate(value)
+            return [leaf for k, v in items for leaf in leaves(v, f"{key}.{k}")]
         is_path = isinstance(value, str) and not TEXTS & {*key.split(".")}
         return [(key.lstrip("."), Path(value).name if is_path else value)]
 
-    return tuple(leaves(tree, ""))
+    decided = {key: value for key, value in config.to_dict().items() if key not in (*UNDECIDING, "seed", "device")}
+    return tuple(leaves(decided, ""))
 
 
 def setting_words(config: Config) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
-from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -20,9 +19,8 @@ from srmu.engine.model import Batch
 from srmu.engine.progress import Watch, ignore_progress
 from srmu.errors import SrmuError
 from srmu.evals.figures import Analysis, Panel, write_sentences
+from srmu.evals.statistics import Array
 from srmu.methods.importance import FLAT, describe_importance, importance_map, measure_features, sum_features
-
-Array = NDArray[Any]
 
 DOCUMENTS = 200  # of each set that are read at most
 TOKENS = 1000  # of each set that are compared at most

@@ -68,9 +68,7 @@ def run_rwku(model: Subject, request: base.BenchmarkRequest) -> base.BenchmarkSc
         measured |= {f"{about}/{name}": numbers for name, numbers in scores.items()}
     measured |= {name: measure(model, request) for name, measure in UTILITY.items()}
     metrics = {f"rwku/{name}": base.mean_metric(numbers) for name, numbers in measured.items()}
-    # what is left out says the levels' numbers again
-    again = re.compile(r".*/(all|empty|level3/.*)")
-    return base.BenchmarkScores(metrics, {name: each for name, each in measured.items() if not again.match(name)})
+    return base.BenchmarkScores(metrics, measured)
 
 
 def read_people(request: base.BenchmarkRequest, config: str, fields: base.Fields) -> list[base.Row]:
