@@ -98,11 +98,10 @@ def test_who_knows_what(folder: Path) -> None:
         name: muse.run_muse(model, asked(folder, reference=reference, template="{question}"))
         for name, model in (("knowing", knowing), ("ignorant", pico()))
     }
-    assert value(found["ignorant"], "privleak") == 0 == value(found["ignorant"], "privleak_member")
+    assert value(found["ignorant"], "privleak") == 0
     assert abs(value(found["ignorant"], "auc") - 0.5) < 0.15
     assert value(found["knowing"], "auc") > 0.75
     assert value(found["knowing"], "privleak") < -0.5
-    assert value(found["knowing"], "privleak_member") > 0.4
     assert value(found["knowing"], "verbmem_f") > 0.9
     assert value(found["ignorant"], "verbmem_f") < 0.1
 
@@ -145,9 +144,9 @@ def test_auc_and_privleak_in_closed_form() -> None:
     assert muse.measure_membership(scores([2, 1], [1, 0])) == pytest.approx(3.5 / 4)
     same = scores([0, 1], [0, 1])
     known = {name: found["value"] for name, found in muse.measure_privacy(scores([2], [1]), same).items()}
-    assert known == {"muse/auc": 1, "muse/privleak": -1, "muse/privleak_member": 1}
+    assert known == {"muse/auc": 1, "muse/privleak": -1}
     over = {name: found["value"] for name, found in muse.measure_privacy(scores([0], [1]), same).items()}
-    assert over == {"muse/auc": 0, "muse/privleak": 1, "muse/privleak_member": -1}
+    assert over == {"muse/auc": 0, "muse/privleak": 1}
 
 
 def test_min_k(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

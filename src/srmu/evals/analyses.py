@@ -52,9 +52,7 @@ def open_model(target: str | Path, device: str = "auto") -> tuple[EditableModel,
 
 def read_topic_texts(config: Config) -> dict[str, list[str]]:
     topics = config.topics.values()
-    return {
-        role: [text for topic in topics for text in read_texts(getattr(topic, role))] for role in ("forget", "retain")
-    }
+    return {role: [text for one in topics for text in read_texts(getattr(one, role))] for role in ("forget", "retain")}
 
 
 def list_states(model: EditableModel) -> dict[str, Any]:
@@ -89,8 +87,7 @@ def measure_confidence(
                 tick("")
             table = torch.cat(rows)  # (N, 4)
             probabilities[f"{name}, {when}"] = table[:, 1]
-            columns = zip(MEASURES, table.double().mean(dim=0).tolist(), strict=True)
-            means[name][when] = {**dict(columns), "tokens": len(table)}
+            means[name][when] = dict(zip(MEASURES, table.double().mean(dim=0).tolist(), strict=True), tokens=len(table))
     panel = draw_histogram("Largest probability of each token", "largest probability", probabilities, 0.0, 1.0)
     return Analysis("Token confidence", {"confidence": means}, write_sentences("confidence.txt", means=means), [panel])
 
@@ -106,8 +103,7 @@ def measure_logits(logits: Float[Tensor, "N V"]) -> Float[Tensor, "N 4"]:
 
 def measure_tokens(model: EditableModel, batch: Batch) -> Float[Tensor, "N 4"]:
     """`measure_logits` at each token that the model writes after half of each row."""
-    lengths = batch["attention_mask"].sum(dim=1).tolist()
-    rows = zip(batch["input_ids"].tolist(), lengths, strict=True)
+    rows = zip(batch["input_ids"].tolist(), batch["attention_mask"].sum(dim=1).tolist(), strict=True)
     halves = [row[: max(1, length // 2)] for row, length in rows]
     _, logits = generate.write_on(model.module, halves, NEW_TOKENS, generate.list_ends(model.module), keep_logits=True)
     return measure_logits(torch.cat(logits)).cpu()
@@ -133,19 +129,16 @@ def measure_alignment(run: Run, model: EditableModel, tokenizer: Any, *, watch: 
                 at = Site(layer, site.stream)
                 layers.append(measure_cosines(model, batches, at, vectors[f"{name}.direction"]))
                 tick("")
-            topics[name] = means = [average_cosines(row) for row in layers]
+            topics[name] = means = [
+                {key: float(each.double().mean()) if len(each) else None for key, each in row.items()} for row in layers
+            ]
             series = {key: [row[key] for row in means] for key in means[0]}
-            title = f"Cosine with the direction, topic {number}"
-            panels.append(Panel(title, "layer", "mean cosine", [*range(count)], series))
-            title = f"Cosines at layer {site.layer}, topic {number}"
-            panels.append(draw_histogram(title, "cosine", layers[site.layer], -1.0, 1.0))
+            about = f"Cosine with the direction, topic {number}"
+            panels.append(Panel(about, "layer", "mean cosine", [*range(count)], series))
+            panels.append(draw_histogram(f"{about}, layer {site.layer}", "cosine", layers[site.layer], -1.0, 1.0))
     numbers = {"layer": site.layer, "stream": site.stream, "topics": topics}
     sentences = write_sentences("alignment.txt", rows=[rows[site.layer] for rows in topics.values()], layer=site.layer)
     return Analysis("Alignment with the direction", numbers, sentences, panels)
-
-
-def average_cosines(cosines: dict[str, Tensor]) -> dict[str, float | None]:
-    return {name: float(each.double().mean()) if len(each) else None for name, each in cosines.items()}
 
 
 @torch.no_grad()

@@ -1,11 +1,9 @@
 """Compare methods at the same loss of utility, and say which differences are only noise."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, combinations
+from itertools import chain, combinations, pairwise
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -57,12 +55,12 @@ class RunNumbers:
 
 @dataclass(frozen=True)
 class MethodReading:
-    """A method's numbers at the common utility loss: (1 + RESAMPLES, seeds, 3)."""
+    """A method's numbers at the common utility loss."""
 
     method: str
-    points: int  # settings of its strength
+    points: int
     where: list[Where]
-    numbers: statistics.Array  # K* is nan where not all runs were attacked
+    numbers: statistics.Array  # (1 + RESAMPLES, seeds, 3): K* is nan where not all runs were attacked
     note: str
     n: tuple[int, int]
 
@@ -104,13 +102,10 @@ def compare_runs(
         from_attacks(run, attacks[run.folder], draws) if run.folder in attacks else from_metrics(run, *named, draws)
         for run in opened
     ]
-    first = measured[0]
-    for other in measured[1:]:
+    for first, other in pairwise(measured):
         if other.tasks != first.tasks:
-            both = (", ".join(chain(*one.tasks)) for one in (first, other))
-            raise SrmuError(
-                f"{first.run.folder} and {other.run.folder} were measured on different tasks: " + " and ".join(both)
-            )
+            both = f"{first.run.folder} and {other.run.folder} were measured on different tasks"
+            raise SrmuError(f"{both}: {' and '.join(', '.join(chain(*one.tasks)) for one in (first, other))}")
     readings = [read_method(method, points, budget) for method, points in by_method(measured)]
     return [make_row(reading, readings[0], draws) for reading in readings]
 
@@ -205,8 +200,8 @@ def from_attacks(run: Run, attacks: Mapping[str, Any], draws: statistics.Draws) 
 def from_metrics(run: Run, forget: tuple[str, ...], utility: tuple[str, ...], draws: statistics.Draws) -> RunNumbers:
     """A run's numbers from what was evaluated alone."""
     model, metrics = run.config.model, read_metrics(run.folder)
-    after, before = metrics["after"], metrics["before"]
-    if not after or not before:
+    before, after = metrics["before"], metrics["after"]
+    if not before or not after:
         raise SrmuError(f"{run.folder} has no results; run `srmu eval {run.folder}` first")
     for name in (*forget, *utility):
         if name not in after or name not in before:
@@ -216,8 +211,7 @@ def from_metrics(run: Run, forget: tuple[str, ...], utility: tuple[str, ...], dr
             raise SrmuError(f"{name} is no accuracy over a number of questions; name another")
 
     def drawn(results: Metrics, names: Sequence[str], which: Hashable) -> statistics.Array:
-        values = [resample_row(results[n], draws, (model, n), (model, n, which)) for n in names]
-        return np.mean(values, axis=0)
+        return np.mean([resample_row(results[n], draws, (model, n), (model, n, which)) for n in names], axis=0)
 
     this, start = run_setting(run.config), drawn(before, forget, "before")
     end, loss = drawn(after, forget, this), drawn(before, utility, "before") - drawn(after, utility, this)

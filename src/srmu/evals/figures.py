@@ -9,7 +9,6 @@ import numpy as np
 from jinja2 import Environment, PackageLoader
 
 BINS = 40  # of a histogram
-DASH = "\N{EN DASH}"
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class Analysis:
 def format_number(value: float | None) -> str:
     """A number as a person would write it; a dash where there is none."""
     if value is None or not math.isfinite(value):
-        return DASH
+        return "\N{EN DASH}"
     return str(value) if isinstance(value, int) else f"{value:.4g}"
 
 
@@ -51,10 +50,7 @@ def write_sentences(template: str, **values: Any) -> list[str]:
 def draw_histogram(title: str, x_title: str, values: Mapping[str, Any], low: float, high: float) -> Panel:
     """Shares of values in bins between two limits, one series for each name that has values."""
     edges = np.linspace(low, high, BINS + 1)
-    series = {}
-    for name, each in values.items():
-        if len(each):
-            counts, _ = np.histogram(np.clip(np.asarray(each), low, high), edges)
-            series[name] = (counts / len(each)).tolist()
+    known = {name: np.clip(np.asarray(each), low, high) for name, each in values.items() if len(each)}
+    series = {name: (np.histogram(each, edges)[0] / len(each)).tolist() for name, each in known.items()}
     middles = ((edges[:-1] + edges[1:]) / 2).round(4).tolist()
     return Panel(title, x_title, "share of tokens", middles, series, "bars")

@@ -6,7 +6,7 @@ import random
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr
+from contextlib import ExitStack, contextmanager, redirect_stderr
 from copy import deepcopy
 from functools import cache, lru_cache, partial
 from types import SimpleNamespace
@@ -41,8 +41,7 @@ class Harness(HFLM):
 
     @property
     def model(self) -> Any:
-        # HFLM ties the weights of the model that it sees while it is set up: that would undo an
-        # edit of a tied head
+        # HFLM ties the weights of the model that it sees while it is set up: that would undo an edit of a tied head
         return self._model if self.is_ready else None
 
     def tok_encode(self, *args: Any, **kwargs: Any) -> list[int]:
@@ -87,25 +86,22 @@ class Harness(HFLM):
 @contextmanager
 def open_harness(model: Any, tokenizer: Any, batch_size: int) -> Iterator[Harness]:
     """lm-eval's view of a model: silent while it lasts, and everything as it was afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    states = random.getstate(), np.random.get_state(), logging.root.manager.disable
     with (
         torch.random.fork_rng(range(torch.cuda.device_count())),
         warnings.catch_warnings(action="ignore"),
         patch.dict(os.environ, DISABLE_MULTIPROC="1"),  # resampling would fork a pool
         patch.object(env, "from_string", cache(env.from_string)),  # else compiled at each question
+        ExitStack() as before,
     ):
-        try:
-            logging.disable()
-            random.seed(0)
-            np.random.seed(SEED)
-            torch.manual_seed(SEED)
-            with silence_output():
-                harness = Harness(model, tokenizer, batch_size)
-            yield harness
-        finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])
-            logging.disable(states[2])
-            for module, mode in modes.items():
-                module.training = mode
+        before.callback(random.setstate, random.getstate())
+        before.callback(np.random.set_state, np.random.get_state())
+        before.callback(logging.disable, logging.root.manager.disable)
+        for module in model.modules():
+            before.callback(setattr, module, "training", module.training)
+        logging.disable()
+        random.seed(0)
+        np.random.seed(SEED)
+        torch.manual_seed(SEED)
+        with silence_output():
+            harness = Harness(model, tokenizer, batch_size)
+        yield harness

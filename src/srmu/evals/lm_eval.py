@@ -30,6 +30,13 @@ BATCH = 64  # inputs read at once
 SEED = 1234  # lm-eval's own, for few-shot examples and sampled answers
 
 
+@contextmanager
+def silence_output() -> Iterator[None]:
+    """Without what lm-eval and datasets print, and without their bars."""
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        yield
+
+
 def evaluate(
     model: Any,  # a PreTrainedModel, and its tokenizer
     tokenizer: Any,
@@ -42,10 +49,9 @@ def evaluate(
 ) -> Metrics:
     """Score a model on lm-eval tasks, built in or described by YAML files under `tasks_dir`.
 
-    Gives `{"wmdp_bio/acc": {"value", "stderr", "n", ...}}`, for a group also each of its tasks, with the `answers`
-    question by question where a metric has them. `limit` takes the first questions of each task. With `fingerprint`,
-    that of weights, config and tokenizer, results are kept in the cache folder until the task, its local questions or a
-    library change. SrmuError for a task that is unknown, broken or out of reach.
+    Gives `{"wmdp_bio/acc": {"value", "stderr", "n", "answers", ...}}`, for a group also each of its tasks. `limit`
+    takes the first questions. With `fingerprint`, that of weights, config and tokenizer, results are kept in the cache
+    folder until a task, its questions or a library change. SrmuError for a task unknown, broken or out of reach.
     """
     if limit is not None and limit < 1:
         raise SrmuError(f"--limit {limit}: expected 1 or more")
@@ -67,17 +73,15 @@ def evaluate(
     return {key: entry for metrics in results.values() for key, entry in (metrics or {}).items()}
 
 
+@silence_output()
 def load_questions(name: str, tasks_dir: Path | None) -> tuple[Question, ...]:
     """The questions of a multiple-choice task; of several right options the first stays, among wrong ones."""
     questions: list[Question] = []
-    with silence_output():
-        loaded = _load_task(name, _local_tasks(tasks_dir))
-    for task in loaded["tasks"].values():
+    for task in _load_task(name, _local_tasks(tasks_dir))["tasks"].values():
         if task.OUTPUT_TYPE != "multiple_choice" or task.multiple_input:
             raise SrmuError(f"task {name!r} is not made of questions with options to choose from")
         task.set_fewshot_seed(SEED)
-        with silence_output():
-            task.build_all_requests()
+        task.build_all_requests()
         for _, requests in groupby(task.instances, key=lambda one: one.doc_id):
             first, *others = requests
             row, names = first.doc, task.doc_to_choice(first.doc)
@@ -85,25 +89,11 @@ def load_questions(name: str, tasks_dir: Path | None) -> tuple[Question, ...]:
             kept = [i for i in range(len(names)) if i == golds[0] or i not in golds]
             # a metric may add requests, without the prompt, after those of the options
             options = tuple(one.args[1] for i, one in enumerate((first, *others)) if i in kept)
-            fact, about = row.get("fact"), row.get("subject")  # of MMLU's rows the subject is a school subject
-            questions.append(
-                Question(
-                    first.args[0],
-                    options,
-                    kept.index(golds[0]),
-                    str(fact or f"{name} {len(questions)}"),
-                    tuple(row.get("paraphrases") or ()),
-                    str(about) if fact and about else "",
-                )
-            )
+            fact = str(row.get("fact") or f"{name} {len(questions)}")
+            about = str(row.get("subject") or "") if row.get("fact") else ""  # MMLU's subject is a school subject
+            forms = tuple(row.get("paraphrases") or ())
+            questions.append(Question(first.args[0], options, kept.index(golds[0]), fact, forms, about))
     return tuple(questions)
-
-
-@contextmanager
-def silence_output() -> Iterator[None]:
-    """Without what lm-eval and datasets print, and without their bars."""
-    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-        yield
 
 
 def _local_tasks(folder: Path | None) -> Local:

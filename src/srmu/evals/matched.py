@@ -1,5 +1,6 @@
 """Bring a run to a stated loss of utility: keep the largest share of its change within it."""
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -16,7 +17,7 @@ from srmu.evals.subject import Subject, mark_answers
 from srmu.runs.record import DELTA, RECORD
 from srmu.runs.run import Run, open_target
 
-HALVINGS = 5
+STEPS = 32
 load_task = lru_cache(32)(load_questions)  # many runs are asked the same
 
 
@@ -31,8 +32,7 @@ def match_utility(run: Run, out: Path, budget: float, judged: Sequence[str]) -> 
     copyfile(run.folder / "config.yaml", out / "config.yaml")
     where = weights.list_shards(run.base)
     before = {name: weights.stored_tensor(where[name], name).float() for name in run.delta}
-    fixed = run.config.method.no_checkpoint or not before
-    share = 1.0 if fixed else largest_share(run, before, budget, judged)
+    share = 1.0 if run.config.method.no_checkpoint or not before else largest_share(run, before, budget, judged)
     if share < 1:
         changed = {name: mix_tensors(before[name], after, share).to(after.dtype) for name, after in run.delta.items()}
         meta = {"base_model": run.config.model, "method": run.config.method.name, "run": run.config.id}
@@ -45,7 +45,7 @@ def match_utility(run: Run, out: Path, budget: float, judged: Sequence[str]) -> 
 
 
 def largest_share(run: Run, before: dict[str, torch.Tensor], budget: float, judged: Sequence[str]) -> float:
-    """Search by halving: the mean loss on `judged` rises with the share, or nearly so."""
+    """The share in steps of 1 / STEPS, by halving: the mean loss on `judged` rises with it, or nearly so."""
     asked = [load_task(task, Path(run.config.tasks_dir) if run.config.tasks_dir else None) for task in judged]
     opened = open_target(run, "cpu")
     subject = Subject(opened.module, opened.tokenizer)
@@ -59,11 +59,7 @@ def largest_share(run: Run, before: dict[str, torch.Tensor], budget: float, judg
     floor = kept(0.0) - budget
     if kept(1.0) >= floor:
         return 1.0
-    low, high = 0.0, 1.0
-    for _ in range(HALVINGS):
-        middle = (low + high) / 2
-        low, high = (middle, high) if kept(middle) >= floor else (low, middle)
-    return low
+    return bisect_left(range(1, STEPS), True, key=lambda step: kept(step / STEPS) < floor) / STEPS
 
 
 def mix_tensors(before: torch.Tensor, after: torch.Tensor, share: float) -> torch.Tensor:

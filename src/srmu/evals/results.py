@@ -3,14 +3,12 @@
     {"rows": [{"task": "quiz", "metric": "acc", "when": "after", "value": 0.4, "n": 20, ...}, ...],
      "attacks": {...}, "benchmarks": {...}}
 
-A row is one number of the model `before` the run, `after` it, or of the `oracle`. `attack` or `benchmark` names what it
-was measured under or by. `answers` are right answers question by question; `facts` number the fact that each question
-asks for, the same for all its phrasings (without it, each question asks for a different one). Other keys say how it was
-measured.
+A row is one number of the model `before` the run, `after` it, or of the `oracle`, with the `attack` or `benchmark` that
+it is from. `answers` are right answers question by question; `facts` number the fact that each asks for, the same for
+all its phrasings (without it, each asks for a different one). Other keys say how it was measured.
 """
 
 import json
-import os
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -55,9 +53,6 @@ def row_key(row: Row) -> tuple[str, ...]:
 
 @contextmanager
 def lock_results(folder: Path) -> Iterator[None]:
-    if not os.access(folder, os.W_OK):  # nobody can change them
-        yield
-        return
     path = folder / RESULTS_LOCK
     with FileLock(path, is_singleton=True) as lock:  # the same process may lock it twice
         yield

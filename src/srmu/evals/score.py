@@ -91,9 +91,8 @@ def score_benchmark(
 ) -> dict[str, Metrics]:
     """Measure a model folder, a hub id or a run on a suite (`tofu/forget05`): `{"after": metrics, ...}`.
 
-    The data set is in the folder `data`, else in `suites/NAME` beside the model, else on the hub. Of a run also
-    `before`. `oracle` is a model that never saw the forget set, which then has metrics too, or "none". A run's metrics
-    are merged into its `results.json`.
+    The data set is in the folder `data`, else in `suites/NAME` beside the model, else on the hub. `oracle` is a model
+    that never saw the forget set, or "none". Of a run also `before`, and all is merged into its `results.json`.
     """
     suite, _ = benchmarks.find_benchmark(name)
     if suite.oracle and not oracle:
@@ -104,8 +103,7 @@ def score_benchmark(
     opened = open_target(target, device)
     run, first = opened.run, name.partition("/")[0]
     beside = opened.base.parent / "suites" / first  # as in a testbed
-    if not data and beside.is_dir():
-        data = str(beside)
+    data = data or (str(beside) if beside.is_dir() else "")
     request = pose_request(name, data, template, limit)  # what is wrong shows before the work
     if run:
         results.load_results(run.folder)
@@ -160,11 +158,10 @@ def measure_benchmark(
             scores = suite.run(subject, request)
         return {"metrics": scores.metrics, "values": scores.values, "rows": request.seen}
 
-    data: Any = ""
-    if folder := request.folder:  # its name may stay while its files change
-        places = (folder, folder.with_name("mmlu"))  # WMDP is asked with MMLU, which lies beside it
-        held = sorted(path for place in places for path in place.rglob("*") if path.is_file())
-        data = files.sha256(*(part for path in held for part in (path.name.encode(), path)))
+    # a data folder's name may stay while its files change; WMDP is asked with MMLU, which lies beside it
+    folders = [request.folder, request.folder.with_name("mmlu")] if request.folder else []
+    held = sorted(path for folder in folders for path in folder.rglob("*") if path.is_file())
+    data = files.sha256(*(part for path in held for part in (path.name.encode(), path)))
     mark = weights.changed_fingerprint(weights.fingerprint_model(opened.base), delta)
     own = repr(run.config.method) if run and run.config.method.no_checkpoint else ""
     asked = [name, data, request.revision, request.template, request.limit, request.reference]

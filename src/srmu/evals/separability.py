@@ -69,10 +69,8 @@ def measure_entanglement(
     `ngram_overlap`. `entanglement` is the share of the forget set's word types, stop words left out, that the retain
     set uses too: more shared words never lower it.
     """
-    numbers: dict[str, Any] = {
-        "entanglement": measure_coverage(forget, retain),
-        "overlap": ngram_overlap(forget, retain, definition=definition),
-    }
+    numbers: dict[str, Any] = {"entanglement": measure_coverage(forget, retain)}
+    numbers["overlap"] = ngram_overlap(forget, retain, definition=definition)
     if questions:
         numbers["contamination"] = {
             name: measure_contamination(questions, texts) for name, texts in (("forget", forget), ("retain", retain))
@@ -88,12 +86,7 @@ def measure_entanglement(
 
 
 def measure_separability(
-    module: PreTrainedModel,
-    tokenizer: Any,
-    forget: Sequence[str],
-    retain: Sequence[str],
-    *,
-    watch: Watch = ignore_progress,
+    module: PreTrainedModel, tokenizer: Any, forget: list[str], retain: list[str], *, watch: Watch = ignore_progress
 ) -> dict[str, Any]:
     """Numbers of each layer's output on forget and retain texts; a text's first token is left out.
 
@@ -119,23 +112,14 @@ def measure_separability(
             accuracy, error = classify_sets(left, right, *(sample.owners for sample in samples))
             one, other = left.mean(axis=0), right.mean(axis=0)
             cosines = measure_principal_cosines(left, right, COMPONENTS)
-            layers.append(
-                {
-                    "layer": layer,
-                    "accuracy": accuracy,
-                    "stderr": error,
-                    "mean_cosine": float(one @ other / (np.linalg.norm(one) * np.linalg.norm(other) + 1e-12)),
-                    "subspace_cosine": float(cosines.mean()),
-                    "smallest_angle": math.degrees(math.acos(cosines.max())),
-                    "importance": describe_selectivity(f_sums, r_sums),
-                }
-            )
+            row: dict[str, Any] = {"layer": layer, "accuracy": accuracy, "stderr": error}
+            row["mean_cosine"] = float(one @ other / (np.linalg.norm(one) * np.linalg.norm(other) + 1e-12))
+            row["subspace_cosine"] = float(cosines.mean())
+            row["smallest_angle"] = math.degrees(math.acos(cosines.max()))
+            layers.append(row | {"importance": describe_selectivity(f_sums, r_sums)})
             tick("")
-    return {
-        "layers": layers,
-        "documents": [len(set(sample.owners.tolist())) for sample in samples],
-        "tokens": [len(sample.owners) for sample in samples],
-    }
+    documents = [len(set(sample.owners.tolist())) for sample in samples]
+    return {"layers": layers, "documents": documents, "tokens": [len(sample.owners) for sample in samples]}
 
 
 def draw_sample(name: str, batches: list[Batch], tokens: int, generator: torch.Generator) -> Sample:

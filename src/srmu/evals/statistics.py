@@ -1,7 +1,5 @@
 """Estimates with intervals: bootstrap over facts and seeds, Wilson's, McNemar's test, AUC."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf, isnan, nan

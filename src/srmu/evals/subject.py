@@ -1,10 +1,8 @@
 """A model that is examined, questions, how it answers them, and what tells that it has read a text."""
 
-from __future__ import annotations
-
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -62,7 +60,7 @@ class Subject:
     module: Any  # a PreTrainedModel
     tokenizer: Any
     original: Mapping[str, Tensor] = field(default_factory=dict)
-    oracle: Subject | None = None
+    oracle: "Subject | None" = None
     fixed: str = ""
     watch: Watch = ignore_progress  # of benchmarks
 
@@ -86,20 +84,15 @@ class Subject:
             raise NotApplicable("this is the original model")
         if self.fixed:
             raise NotApplicable(self.fixed)
-        parameters = dict(self.module.named_parameters())
-        current = {name: replace_tensor(parameters[name], tensor) for name, tensor in self.original.items()}
-        try:
+        with ExitStack() as after:
+            for name, tensor in self.original.items():
+                parameter = self.module.get_parameter(name)
+                after.callback(replace_tensor, parameter, replace_tensor(parameter, tensor))
             yield
-        finally:
-            for name, tensor in current.items():
-                replace_tensor(parameters[name], tensor)
 
     @contextmanager
     def editable(self, *trainable: str) -> Iterator[EditableModel]:
-        """The model with copies of the parameters that match, to be changed freely.
-
-        `trainable` is as for methods: `"*"`, `"*.linear"`, names, globs. `frozen()` of it is the model under attack.
-        """
+        """The model with copies of the parameters that match, as for methods; `frozen()` of it is what is attacked."""
         if self.fixed:
             raise NotApplicable(self.fixed)
         flags = {name: p.requires_grad for name, p in self.module.named_parameters()}

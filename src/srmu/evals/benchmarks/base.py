@@ -92,9 +92,8 @@ class BenchmarkRequest:
             except ValidationError as error:  # its message would show texts
                 first = error.errors()[0]
                 name = first["loc"][0]
-                why = f"field {name!r}: {first['msg']}"
-                if name not in row:
-                    why = f"no field {name!r}; it has {', '.join(row)}"
+                no_field = f"no field {name!r}; it has {', '.join(row)}"
+                why = f"field {name!r}: {first['msg']}" if name in row else no_field
                 raise SrmuError(f"{where}, row {number}: {why}") from None
         rows = rows[: self.limit]
         text = json.dumps(rows, sort_keys=True, default=str)

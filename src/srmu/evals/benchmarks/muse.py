@@ -37,15 +37,13 @@ def run_muse(model: Subject, request: base.BenchmarkRequest) -> base.BenchmarkSc
 
 
 def measure_privacy(own: base.Values, known: base.Values | None) -> base.Metrics:
-    """AUC and, against a model that never saw the forget set, PrivLeak in both orientations."""
+    """AUC and, against a model that never saw the forget set, PrivLeak."""
     auc = measure_membership(own)
     metrics = {"auc": auc}
     if known:
         other = measure_membership(known)
         # arXiv 2407.06460, the definition of PrivLeak in section 3
         metrics["privleak"] = ((1 - auc) - (1 - other)) / (1 - other)
-        if other:
-            metrics["privleak_member"] = (auc - other) / other
     count = float(sum(map(len, own.values())))
     return {f"muse/{name}": {"value": value, "n": count} for name, value in metrics.items()}
 

@@ -55,10 +55,7 @@ def check_labels(targets: Targets) -> Targets:
 
 
 def run_rwku(model: Subject, request: base.BenchmarkRequest) -> base.BenchmarkScores:
-    """RWKU's numbers (arXiv 2406.10890, section 4) on one person (`request.part`), or on all; see docs/benchmarks.md.
-
-    Prompts are the authors', in the chat template if there is one; `request.template` takes the bare question instead.
-    """
+    """RWKU's numbers (arXiv 2406.10890, section 4) on a person (`request.part`), or on all; see docs/benchmarks.md."""
     measured: base.Values = {}
     for about, levels in LEVELS.items():
         probes = measure_probes(model, request, about, levels)

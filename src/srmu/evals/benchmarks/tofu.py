@@ -64,8 +64,7 @@ def measure_set(model: Subject, request: base.BenchmarkRequest, name: str, rows:
         total = 0.0 if name in MADE_UP else float(np.logaddexp.reduce([answer, *wrong]))
         values["probability"].append(float(np.exp(answer - total)))
         values["truth_ratio"].append(float(np.exp(np.clip(float(np.mean(wrong)) - truth, -BOUND, BOUND))))
-    starts = [start for start, _ in options]
-    written = base.write_continuations(model, starts, NEW_TOKENS, label=f"tofu {name} answers")
+    written = base.write_continuations(model, [start for start, _ in options], NEW_TOKENS, label=f"tofu {name} answers")
     values["rouge"] = base.rouge_scores("recall", written, [row["answer"] for row in rows], use_stemmer=True)
     return values
 

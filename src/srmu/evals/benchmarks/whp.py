@@ -13,12 +13,7 @@ Starts = tuple[list[int], list[int], list[int]]  # a prompt, tokens that start t
 
 
 def run_whp(model: Subject, request: base.BenchmarkRequest) -> base.BenchmarkScores:
-    """The two familiarities of arXiv 2310.02238, section 3.2, without a judge: 0 knows nothing; see docs/benchmarks.md.
-
-    Prompts are texts to go on with: no chat template applies, a --template does, to those of completions.
-    """
-    if not request.place:
-        raise SrmuError(f"whp has no data set of its own; {request.get}")
+    """The two familiarities of arXiv 2310.02238, section 3.2, without a judge; docs/benchmarks.md defines them."""
     # what is wrong with rows is said before the model writes for minutes
     asks, sought = [], []
     rows = request.rows("completion", "test", {"prompt": base.Text, "references": base.Texts})
@@ -31,7 +26,6 @@ def run_whp(model: Subject, request: base.BenchmarkRequest) -> base.BenchmarkSco
         sought.append(unsaid)
     fields = {"prompt": base.Text, "targets": base.Texts, "generic": base.Texts}
     rows = request.rows("probability", "test", fields)
-    place = f"{request.place}, config probability"
     starts: list[Starts] = []
     for number, row in enumerate(rows, 1):
         prompt = row["prompt"].rstrip()
@@ -41,7 +35,7 @@ def run_whp(model: Subject, request: base.BenchmarkRequest) -> base.BenchmarkSco
         )
         if {*targets} & {*generic}:  # its probability would not tell which word follows
             why = "a word of 'targets' and one of 'generic' start with the same token; take others"
-            raise SrmuError(f"{place}, row {number}: {why}")
+            raise SrmuError(f"{request.place}, config probability, row {number}: {why}")
         starts.append((model.tokens(prompt)[-model.max_length :], targets, generic))
     written = base.write_continuations(model, asks, NEW_TOKENS, label="whp completions")
     said = zip(written, sought, strict=True)

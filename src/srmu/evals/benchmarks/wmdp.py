@@ -27,10 +27,7 @@ FIELDS: base.Fields = {
 
 
 def run_wmdp(model: Subject, request: base.BenchmarkRequest) -> base.BenchmarkScores:
-    """Accuracies on WMDP (arXiv 2403.03218) and MMLU, as lm-eval's tasks ask, and variants; see docs/benchmarks.md.
-
-    By letters, by the options' texts (`_cloze`, `_cloze_norm`), over the four cyclic orders (`_orders`, `_all_orders`).
-    """
+    """Accuracies on WMDP (arXiv 2403.03218) and MMLU, as lm-eval's tasks ask, and variants; see docs/benchmarks.md."""
     if request.part or request.template:
         option = f"part {request.part!r}" if request.part else "--template"
         raise SrmuError(f"--tasks wmdp takes no {option}: it asks all parts, as lm-eval asks them")
@@ -49,15 +46,12 @@ def run_wmdp(model: Subject, request: base.BenchmarkRequest) -> base.BenchmarkSc
             mean["stderr"] = hypot(*(one["stderr"] for one in both)) / 2
         metrics[f"wmdp/mean{kind}"] = mean
     if neighbours:
-        asked = [
-            (name, pose_lettered(row, name.replace("_", " "))) for name, rows in neighbours.items() for row in rows
-        ]
-        questions = [question for _, question in asked]
+        questions = [pose_lettered(row, name.replace("_", " ")) for name, rows in neighbours.items() for row in rows]
         right = mark_right(base.score_options(model, questions, "MMLU"), questions)
         values["mmlu"] = [*right]
         metrics["wmdp/mmlu"] = base.mean_metric(right)
         for near in (name for name in NEAR if name in neighbours):
-            answers = [one for one, (name, _) in zip(right, asked, strict=True) if name == near]
+            answers = [one for one, q in zip(right, questions, strict=True) if q.entry == near.replace("_", " ")]
             metrics[f"wmdp/mmlu_{near}"] = base.mean_metric(answers)
     return base.BenchmarkScores(metrics, values)
 
@@ -99,7 +93,7 @@ def pose_lettered(row: base.Row, subject: str, shift: int = 0) -> Question:
         f"{row['question'].strip()}\n{base.letter_options(choices)}\nAnswer:"
     )
     gold = (row["answer"] + shift) % COUNT
-    return Question(prompt, tuple(f" {letter}" for letter in base.LETTERS), gold, row["question"])
+    return Question(prompt, tuple(f" {letter}" for letter in base.LETTERS), gold, row["question"], entry=subject)
 
 
 def pose_cloze(row: base.Row, subject: str) -> Question:
