@@ -29,20 +29,13 @@ class Harness(HFLM):
     """A model with its tokenizer as lm-eval takes them; `task` names what it is asked for now."""
 
     def __init__(self, model: Any, tokenizer: Any, batch_size: int) -> None:
-        self.is_ready = False
-        # a copy, because HFLM may give the tokenizer a padding token
-        super().__init__(model, tokenizer=deepcopy(tokenizer), batch_size=batch_size)
-        self.is_ready = True
-        self.model.eval()
+        with patch.object(model, "tie_weights"):  # HFLM calls it, which would undo an edit of a tied head
+            # a copy, because HFLM may give the tokenizer a padding token
+            super().__init__(model, tokenizer=deepcopy(tokenizer), batch_size=batch_size)
         self.encode_once = lru_cache(64)(super().tok_encode)  # a question comes with each option
         self.task = ""
         self.watch: Watch = ignore_progress
         self.screen = sys.stderr
-
-    @property
-    def model(self) -> Any:
-        # HFLM ties the weights of the model that it sees while it is set up: that would undo an edit of a tied head
-        return self._model if self.is_ready else None
 
     def tok_encode(self, *args: Any, **kwargs: Any) -> list[int]:
         return list(self.encode_once(*args, **kwargs))

@@ -147,15 +147,13 @@ def measure_benchmark(
     opened: OpenedModel, run: Run | None, name: str, request: base.BenchmarkRequest, watch: Watch
 ) -> dict[str, Any]:
     """Metrics and values of a model as `run` leaves it, and `rows`, digests of those it read; kept in the cache."""
-    delta = dict(run.delta) if run else {}
-    suite, _ = benchmarks.find_benchmark(name)
-    request = replace(request, seen={})
+    delta, request = dict(run.delta) if run else {}, replace(request, seen={})
 
     def measure() -> dict[str, Any]:
         with opened.after() if run else nullcontext(opened.module) as module:
             # only that there is one is looked at: nothing may take these for the original's
             subject = Subject(module, opened.tokenizer, delta, fixed="suites change no weights", watch=watch)
-            scores = suite.run(subject, request)
+            scores = benchmarks.find_benchmark(name)[0].run(subject, request)
         return {"metrics": scores.metrics, "values": scores.values, "rows": request.seen}
 
     # a data folder's name may stay while its files change; WMDP is asked with MMLU, which lies beside it

@@ -29,11 +29,10 @@ def run_tofu(model: Subject, request: base.BenchmarkRequest) -> base.BenchmarkSc
     """TOFU's numbers (arXiv 2401.06121, section 2.2), each a share, as in the authors' code; see docs/benchmarks.md."""
     from scipy.stats import hmean
 
-    part = request.part or "forget10"
     rows = {}
     for name, config in SETS.items():
         fields = FIELDS | ({"paraphrased_answer": base.Text} if name in MADE_UP else {})
-        rows[name] = request.rows(config.format(part=part), "train", fields)[:MOST]
+        rows[name] = request.rows(config.format(part=request.part or "forget10"), "train", fields)[:MOST]
     sets = {name: measure_set(model, request, name, some) for name, some in rows.items()}
     values = {"truth_ratio": sets["forget"]["truth_ratio"]}
     for name, numbers in sets.items():
@@ -52,9 +51,9 @@ def run_tofu(model: Subject, request: base.BenchmarkRequest) -> base.BenchmarkSc
 def measure_set(model: Subject, request: base.BenchmarkRequest, name: str, rows: Sequence[base.Row]) -> base.Values:
     """Of each question of a set: probability and ROUGE of its answer, and R, wrong answers averaged geometrically."""
     right = "paraphrased_answer" if name in MADE_UP else "answer"
-    prompts = [base.prompt_of(model, row["question"], request.template) for row in rows]
     options = []
-    for prompt, row in zip(prompts, rows, strict=True):
+    for row in rows:
+        prompt = base.prompt_of(model, row["question"], request.template)
         texts = [row["answer"], row[right], *row["perturbed_answer"]]
         options.append((split_space(prompt, "")[0], [split_space(prompt, text)[1] for text in texts]))
     values: base.Values = {"probability": [], "truth_ratio": []}

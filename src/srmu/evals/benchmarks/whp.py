@@ -24,8 +24,7 @@ def run_whp(model: Subject, request: base.BenchmarkRequest) -> base.BenchmarkSco
             raise SrmuError(f"{place}: the prompt has each of its 'references'; expected others")
         asks.append((request.template or "{question}").format(question=row["prompt"]))
         sought.append(unsaid)
-    fields = {"prompt": base.Text, "targets": base.Texts, "generic": base.Texts}
-    rows = request.rows("probability", "test", fields)
+    rows = request.rows("probability", "test", {"prompt": base.Text, "targets": base.Texts, "generic": base.Texts})
     starts: list[Starts] = []
     for number, row in enumerate(rows, 1):
         prompt = row["prompt"].rstrip()
