@@ -87,6 +87,7 @@ def choose_config(args: list[str], model: str, forget: list[str], retain: list[s
 
 @verbs.command("auto", rich_help_panel=GROUP)
 def auto_command(
+    context: typer.Context,
     model: Annotated[str, Argument(help="Folder or hub id.")],
     forget: Annotated[list[str], options.FORGET],
     retain: Annotated[list[str], options.RETAIN],
@@ -107,25 +108,14 @@ def auto_command(
 ) -> None:
     """One command: find layer and strength within a budget of utility, unlearn, attack, export."""
     silence_libraries()
+    from dataclasses import fields
+
     from srmu.search import auto as search
 
-    request = search.AutoRequest(
-        model=model,
-        forget=tuple(forget),
-        retain=tuple(retain),
-        budget=output.parse_share(budget),
-        tasks=output.split_names(tasks),
-        utility=output.split_names(utility),
-        tasks_dir=str(tasks_dir or ""),
-        method=method,
-        robust=robust,
-        names=names,
-        goals=goals,
-        trials=trials,
-        out=out.resolve(),
-        seed=seed,
-        device=device,
-    )
+    parsed = {"budget": output.parse_share(budget), "tasks_dir": str(tasks_dir or ""), "out": out.resolve()}
+    parsed |= {"tasks": output.split_names(tasks), "utility": output.split_names(utility)}
+    given = context.params | parsed  # an option is a field of the request
+    request = search.AutoRequest(**{field.name: given[field.name] for field in fields(search.AutoRequest)})
     choose_strength(request, dry_run, as_json)
 
 

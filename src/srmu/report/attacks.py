@@ -13,7 +13,9 @@ from srmu.evals.statistics import Array, Draws, Estimate, parse_answers, residua
 from srmu.report.figures import COLOURS, GREY, Figure, Row, Series, draw_figure, label_look, make_look, mark_value
 from srmu.report.format import format_value, name_words, write_words
 from srmu.report.html import LABEL, Block, Section, Table
-from srmu.report.results import RunGroup, read_config_tree, strip_paths
+from srmu.report.results import RunGroup, strip_paths
+from srmu.runs.config import read_tree
+from srmu.runs.record import CONFIG
 
 ACCURACY = "accuracy on the knowledge to forget"
 PERCENT = {"range": [0, 1.04], "tickformat": ".0%"}
@@ -54,7 +56,7 @@ def estimate_recovery(entry: RunGroup) -> Recovery | None:
     worst: list[Array] = []
     answers: dict[tuple[str, str], list[Array]] = {}  # of an attack on "" or on a control
     for run, attacks in attacked.items():
-        model = read_config_tree(run)["model"]  # questions of one testbed are drawn alike for all
+        model = read_tree(run / CONFIG)["model"]  # questions of one testbed are drawn alike for all
         facts = [(model, fact) for fact in attacks["facts"]]
         worst.append(worst_case(draws.means(residual_table(attacks), facts), attacks["chance"]))
         asked = {

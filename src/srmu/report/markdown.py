@@ -87,8 +87,8 @@ def table_rows(table: Study) -> Rows:
         cells = dict.fromkeys(table["columns"], "") | {table["columns"][0]: row.get("why", "")}
         cells |= {name: str(read_estimate(cell)) for name, cell in row["cells"].items()}
         kappa = "" if row["kappa"] is None else f"{row['kappa']:.3g}"
-        paper = {f"paper {name}": "" for name in table["paper_columns"]}
-        paper |= {f"paper {k}": f"{100 * v:.1f}" for k, v in row["paper"].items() if f"paper {k}" in paper}
+        theirs = {name: f"{100 * value:.1f}" for name, value in row["paper"].items()}
+        paper = {f"paper {name}": theirs.get(name, "") for name in table["paper_columns"]}
         rows.append({LABEL: row["label"], "method": row["label"], **cells, "kappa": kappa, **paper})
     return rows
 

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import yaml
 
 from srmu.engine.files import read_json
 from srmu.errors import SrmuError
 from srmu.evals.results import UNATTACKED, Metrics, load_results, read_metrics
 from srmu.evals.statistics import Estimate, average_seeds
+from srmu.runs.config import read_tree
+from srmu.runs.record import CONFIG
 
 POINTS = 120  # at most this many points a curve
 Columns = Mapping[str, Sequence[str]]  # a column's name: the metrics it is the mean of
@@ -44,10 +45,6 @@ class GroupRow(RunGroup):
 
 def aggregate_columns(entries: Sequence[RunGroup], columns: Columns) -> list[GroupRow]:
     """The aggregated numbers before and after unlearning, one row an entry."""
-    for folder in [folder for entry in entries for folder in entry.runs]:
-        read_config_tree(folder)  # a folder without one is no run
-        if not has_results(folder):
-            raise SrmuError(f"{folder} has no results; run `srmu eval {folder}` first")
     rows = [aggregate_runs(entry, columns) for entry in entries]
     for name in columns:
         if not any(name in row.after for row in rows):
@@ -117,7 +114,7 @@ def importance_maps(entries: Sequence[RunGroup]) -> list[dict[str, Any]]:
 
 def list_facts(folder: Path) -> dict[str, Any]:
     """How a run was made, from its config and its record; of paths the last part, of texts only their counts."""
-    tree, record = read_config_tree(folder), read_json(folder / "record.json", {})
+    tree, record = read_tree(folder / CONFIG), read_json(folder / "record.json", {})
     blocks = {name: tree.get(name, {}) for name in ("method", "train")}  # the others hold paths
     for topic, facts in record.get("topics", {}).items():
         blocks[topic] = {key: value for key, value in facts.items() if isinstance(value, int | float)}
@@ -146,10 +143,3 @@ def format_fact(value: Any) -> str:
 def strip_paths(text: str) -> str:
     """A sentence with only the last part of each absolute path in it."""
     return re.sub(r"(?<![\w.])(?:~|[A-Za-z]:)?[/\\][^\s'\"(]*[/\\]", "", text)
-
-
-def read_config_tree(folder: Path) -> dict[str, Any]:
-    """The tree of a run's config, as it was written."""
-    if not (folder / "config.yaml").exists():
-        raise SrmuError(f"{folder} has no config.yaml; run `srmu unlearn CONFIG` first")
-    return yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
