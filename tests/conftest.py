@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from helpers.models import Answer, Call, save_pico, texts, write_jsonl
+from srmu.engine.progress import silence_libraries
 
+silence_libraries()  # the command line does so before they are loaded, which is too late here
 # workers that tests start in processes of their own import the helpers, too
 HERE = str(Path(__file__).parent)
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (HERE, os.environ.get("PYTHONPATH"))))

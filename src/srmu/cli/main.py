@@ -15,9 +15,15 @@ from srmu.engine import distributed
 from srmu.engine.progress import print_line
 from srmu.errors import SrmuError, suggest_word
 
-# Threads that wait for others must sleep: spinning, a busy machine is ten times slower. It has to
-# be set before torch is loaded.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# What libraries read when they are loaded. Threads that wait for others must sleep: spinning, a busy machine is ten
+# times slower. Warnings and progress bars of others would stand between our lines.
+for name, value in (
+    ("OMP_WAIT_POLICY", "passive"),
+    ("TRANSFORMERS_VERBOSITY", "error"),
+    ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),
+    ("TOKENIZERS_PARALLELISM", "false"),
+):
+    os.environ.setdefault(name, value)
 
 SHARED = ("unlearn", "eval", "attack")  # verbs that several processes share
 

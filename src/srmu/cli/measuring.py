@@ -8,7 +8,7 @@ import typer
 from typer import Argument, Option
 
 from srmu.cli import options, output
-from srmu.engine.progress import show_progress, silence_libraries
+from srmu.engine.progress import show_progress
 from srmu.errors import SrmuError
 
 verbs = typer.Typer()
@@ -48,7 +48,6 @@ def eval_command(
     as_json: options.Json = False,
 ) -> None:
     """Measure a model, or a run before and after, on tasks and benchmarks."""
-    silence_libraries()
     from srmu.evals.benchmarks import BENCHMARKS, find_benchmark
     from srmu.evals.score import TITLES, benchmark_table, score_benchmark, score_model
     from srmu.report.format import print_table
@@ -116,7 +115,6 @@ def attack_command(
     as_json: options.Json = False,
 ) -> None:
     """Attack a run: what brings the knowledge back, beside the original and the oracle."""
-    silence_libraries()
     from srmu.attacks import suite
     from srmu.attacks.summary import describe_attacks
     from srmu.evals.results import RESULTS
@@ -211,7 +209,6 @@ def inspect_command(
     as_json: options.Json = False,
 ) -> None:
     """Look inside a model, a run or texts: what a method changes, how entangled texts are."""
-    silence_libraries()
     what = what or ("entanglement" if target == TEXTS else "reach")
     if (what in OF_TEXTS) != (target == TEXTS):
         wanted = "the word texts" if what in OF_TEXTS else "a run" if what in OF_RUNS else "a model or a run"

@@ -7,7 +7,7 @@ import typer
 from typer import Argument, Option
 
 from srmu.cli import options, output
-from srmu.engine.progress import show_progress, silence_libraries
+from srmu.engine.progress import show_progress
 
 KINDS = {"testbeds": "organism", "evals": "evals", "attacks": "attacks", "suites": "suites", "hashes": "hashes"}
 
@@ -25,7 +25,6 @@ def play_demo_command(
     as_json: options.Json = False,
 ) -> None:
     """The whole story offline: a testbed, four methods, two regimes, a table and a picture."""
-    silence_libraries()
     from srmu.reproduce.demo import play_demo, terminal_table
 
     numbers = output.split_seeds(seeds)

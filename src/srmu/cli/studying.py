@@ -8,7 +8,7 @@ import typer
 from typer import Argument, Option
 
 from srmu.cli import options, output
-from srmu.engine.progress import show_progress, silence_libraries
+from srmu.engine.progress import show_progress
 from srmu.errors import SrmuError
 
 verbs = typer.Typer()
@@ -24,7 +24,6 @@ def report_command(
     as_json: options.Json = False,
 ) -> None:
     """Draw runs, a sweep, a choice or a reproduction as one page that opens anywhere."""
-    silence_libraries()
     from srmu.report.build import write_report
 
     kept = output.split_names(utility_metrics)
@@ -45,7 +44,6 @@ def verify_command(
     as_json: options.Json = False,
 ) -> None:
     """Recompute every digest of a run or an export, and of its base model, against the record."""
-    silence_libraries()
     from srmu.engine.files import write_whole
     from srmu.runs import verify as checks
     from srmu.runs.model_card import summarise_record
@@ -92,7 +90,6 @@ def testbed_command(
     as_json: options.Json = False,
 ) -> None:
     """Train the small model of a fictional world and write its texts and questions."""
-    silence_libraries()
     from srmu.testbed.build import build_testbed
 
     report = build_testbed(
@@ -131,7 +128,6 @@ def reproduce_command(
     `robust` holds methods that resist relearning against others, at one loss of utility;
     `methods` holds all methods.
     """
-    silence_libraries()
     numbers = output.split_seeds(seeds)
     own = {"world": world, "regimes": regimes, "methods": methods, "tier": tier}
     if what in ("robust", "ablations", "methods"):

@@ -8,7 +8,7 @@ import typer
 from typer import Argument, Option
 
 from srmu.cli import options, output
-from srmu.engine.progress import print_line, show_progress, silence_libraries
+from srmu.engine.progress import print_line, show_progress
 from srmu.errors import SrmuError
 
 if TYPE_CHECKING:
@@ -34,7 +34,6 @@ def unlearn_command(
     as_json: options.Json = False,
 ) -> None:
     """Unlearn: one run, from a config file or from --model, --forget and --retain."""
-    silence_libraries()
     from srmu.runs import run as runs
 
     config = choose_config(args or [], model, forget or [], retain or [], method)
@@ -107,7 +106,6 @@ def auto_command(
     as_json: options.Json = False,
 ) -> None:
     """One command: find layer and strength within a budget of utility, unlearn, attack, export."""
-    silence_libraries()
     from dataclasses import fields
 
     from srmu.search import auto as search
@@ -154,7 +152,6 @@ def sweep_command(
     as_json: options.Json = False,
 ) -> None:
     """Try many settings of a config, alone or with other workers; a stopped sweep goes on."""
-    silence_libraries()
     from srmu.search import sweep as search
 
     sweep = search.read_sweep(Path(args[0]), args[1:])
@@ -177,7 +174,6 @@ def export_command(
     as_json: options.Json = False,
 ) -> None:
     """Write a run's full model, which plain transformers loads."""
-    silence_libraries()
     from srmu.runs.run import Run
 
     opened = Run.open(run)
