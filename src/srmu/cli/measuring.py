@@ -15,7 +15,7 @@ verbs = typer.Typer()
 GROUP = "Measure"
 
 TEXTS = "texts"  # the target that is neither a model nor a run
-OF_TEXTS, OF_RUNS = ("entanglement", "names"), ("alignment", "layers")
+SUBJECTS = {"entanglement": "the word texts", "names": "the word texts", "alignment": "a run", "layers": "a run"}
 What = Literal["reach", "confidence", "sensitivity", "alignment", "layers", "entanglement", "names"]
 Subject = Annotated[
     What | None,
@@ -210,8 +210,8 @@ def inspect_command(
 ) -> None:
     """Look inside a model, a run or texts: what a method changes, how entangled texts are."""
     what = what or ("entanglement" if target == TEXTS else "reach")
-    if (what in OF_TEXTS) != (target == TEXTS):
-        wanted = "the word texts" if what in OF_TEXTS else "a run" if what in OF_RUNS else "a model or a run"
+    wanted = SUBJECTS.get(what, "a model or a run")
+    if (wanted == "the word texts") != (target == TEXTS):
         raise SrmuError(f"inspect {target} --what {what}: {what} is of {wanted}; name that instead")
     if what == "reach":
         print_reach(target, method, settings or [], as_json)
@@ -300,7 +300,7 @@ def measure_activations(what: str, target: str, texts: dict[str, list[str]], met
     from srmu.runs.run import find_run
 
     run = find_run(target)
-    if what in OF_RUNS and run is None:
+    if SUBJECTS.get(what) == "a run" and run is None:
         raise SrmuError(f"{what} needs a run, which {target} is not: srmu unlearn makes one")
     if run and what == "alignment":
         return analyses.measure_alignment(run, *analyses.open_model(target, device), watch=show_progress)

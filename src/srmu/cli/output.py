@@ -45,9 +45,10 @@ def next_command(*words: object) -> str:
     return f"next: {quote_command(*words)}"
 
 
-def quote_command(*words: object) -> str:
-    """A command of srmu as a shell takes it."""
-    return shlex.join(["srmu", *map(str, words)])
+def quote_command(*words: object, **options: object) -> str:
+    """A command of srmu as a shell takes it, with those of its options that have a value."""
+    given = [word for name, value in options.items() if value for word in (f"--{name}", value)]
+    return shlex.join(["srmu", *map(str, [*words, *given])])
 
 
 def open_in_browser(page: Path) -> str:

@@ -1,6 +1,5 @@
 """The verbs that look at results and check them, and those that make many runs: pages, digests, testbeds, tables."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -146,6 +145,7 @@ def reproduce_tables(
 ) -> None:
     """The paper's tables and figure: `srmu reproduce table2` and so on."""
     from srmu.report.build import write_report
+    from srmu.report.markdown import write_study
     from srmu.report.results import strip_paths
     from srmu.reproduce import paper
 
@@ -156,17 +156,17 @@ def reproduce_tables(
         needs, lines = paper.paper_needs(what, place)
         output.print_result(needs, as_json, *lines, output.PLANNED)
         return
-    given = {"--model": model, "--seeds": ",".join(map(str, seeds))}
-    words = [word for option, value in given.items() if value for word in (option, value)]
-    command = strip_paths(output.quote_command("reproduce", what, *words, *settings))
-    tables = paper.reproduce_paper(what, place, command=command, watch=show_progress)
-    finish_study(tables, out, as_json, lambda: [write_report([out], out / "report.html")])
+    command = output.quote_command("reproduce", what, *settings, model=model, seeds=",".join(map(str, seeds)))
+    tables = paper.reproduce_paper(what, place, command=strip_paths(command), watch=show_progress)
+    pages = [*write_study(tables, out), write_report([out], out / "report.html")]
+    print_study(tables, pages, as_json)
 
 
 def reproduce_frontier(
     what: str, out: Path, asked: dict[str, str], settings: list[str], dry_run: bool, show: bool, as_json: bool
 ) -> None:
     """What stays gone under attack: `srmu reproduce robust`, `ablations` and `methods`."""
+    from srmu.report.markdown import write_study
     from srmu.reproduce import robust
 
     listed = ("seeds", "regimes", "methods")
@@ -178,18 +178,16 @@ def reproduce_frontier(
         return
     with output.explain_interrupt("finished runs are kept: the same command goes on, and --show prints the tables"):
         cases = robust.measure_frontier(frontier, show_progress, make=not show)
-    words = [word for name, value in asked.items() for word in (f"--{name}", value)]
-    command = output.quote_command("reproduce", what, *words, *settings)
+    command = output.quote_command("reproduce", what, *settings, **asked)
     tables = robust.build_frontier_tables(frontier, cases, command)
-    finish_study(tables, out, as_json, lambda: robust.write_frontier_reports(frontier, cases, tables))
+    pages = [*write_study(tables, out), *robust.write_frontier_reports(frontier, cases, tables)]
+    print_study(tables, pages, as_json)
 
 
-def finish_study(tables: dict[str, Any], out: Path, as_json: bool, write_pages: Callable[[], list[Path]]) -> None:
-    """Write a study's tables, then its pages, which read them; print the tables for a person."""
+def print_study(tables: dict[str, Any], pages: list[Path], as_json: bool) -> None:
+    """Print a study, of whose files the second is its Markdown, and where it was written."""
     from srmu.report.format import print_markdown
-    from srmu.report.markdown import write_study
 
-    pages = [*write_study(tables, out), *write_pages()]
     if not as_json:
         print_markdown(pages[1].read_text(encoding="utf-8"))
     wrote = ", ".join(str(output.shorten_path(path)) for path in pages)

@@ -15,7 +15,6 @@ from srmu.report.html import LABEL, Block, Section, Table
 from srmu.report.results import RunGroup
 
 HINTS = {"high": "higher is better", "low": "lower is better", "zero": "0 is best"}
-ARROWS = {"high": "\N{UPWARDS ARROW}", "low": "\N{DOWNWARDS ARROW}", "zero": "0"}
 RINGS = {"before": ("Original model", "circle-open"), "oracle": ("Oracle", "diamond-open")}
 
 
@@ -57,7 +56,7 @@ def benchmark_section(
             for (title, label, look, _), mean in zip(models, means, strict=True)
             if mean[x.title] and mean[y.title]
         ]
-        titles = [{"title": f"{c.title} {ARROWS[c.better]}"} for c in (x, y)]
+        titles = [{"title": f"{c.title} ({HINTS[c.better]})"} for c in (x, y)]
         figure = draw_figure(suite.title, series, x.title, y.title, x_axis=titles[0], y_axis=titles[1])
         blocks.insert(0, Block([figure]))
     return Section(f"Benchmark: {suite.title}", write_words("benchmark"), blocks)

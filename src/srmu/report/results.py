@@ -14,7 +14,7 @@ from srmu.errors import SrmuError
 from srmu.evals.results import UNATTACKED, Metrics, load_results, read_metrics
 from srmu.evals.statistics import Estimate, average_seeds
 from srmu.runs.config import read_tree
-from srmu.runs.record import CONFIG
+from srmu.runs.record import CONFIG, METRICS, RECORD, STATE
 
 POINTS = 120  # at most this many points a curve
 Columns = Mapping[str, Sequence[str]]  # a column's name: the metrics it is the mean of
@@ -82,39 +82,34 @@ def read_results(folder: Path) -> dict[str, Metrics]:
 
 def training_curves(runs: Sequence[Path], keys: Sequence[str]) -> dict[str, pd.Series]:
     """By step, of each key that there is: means over seeds, and over steps where topics take turns."""
-    lines = pd.DataFrame([line for folder in runs for line in read_json(folder / "metrics.jsonl", [])])
+    lines = pd.DataFrame([line for folder in runs for line in read_json(folder / METRICS, [])])
     if lines.empty:
         return {}
     width = max(lines["topic"].nunique(), math.ceil((lines["step"].max() + 1) / POINTS))
-    means = {}
-    for key in keys:
-        if key in lines:
-            values = lines[key].astype(float)
-            values = values[abs(values) < math.inf]  # a run may diverge
-            means[key] = values.groupby(lines["step"] // width * width).mean().map(lambda value: float(f"{value:.4g}"))
-    return {key: curve for key, curve in means.items() if len(curve)}
+    values = lines.reindex(columns=keys).astype(float)
+    values = values.where(values.abs() < math.inf)  # a run may diverge
+    means = values.groupby(lines["step"] // width * width).mean()
+    curves = {key: means[key].dropna().map(lambda value: float(f"{value:.4g}")) for key in keys}
+    return {key: curve for key, curve in curves.items() if len(curve)}
 
 
-def importance_maps(entries: Sequence[RunGroup]) -> list[dict[str, Any]]:
-    """The importance maps of each entry's first run; methods with the same map share one item."""
+def importance_maps(entries: Sequence[RunGroup]) -> dict[tuple[str, str, tuple[float, ...]], list[str]]:
+    """By group, topic and importance map of each entry's first run: the labels of the methods that share it."""
     from safetensors.numpy import load_file
 
-    found: dict[Any, dict[str, Any]] = {}
+    found: dict[tuple[str, str, tuple[float, ...]], list[str]] = {}
     for entry in entries:
-        state = entry.runs[0] / "state.safetensors"
-        topics = read_json(entry.runs[0] / "record.json", {}).get("topics", {})
+        state = entry.runs[0] / STATE
         for name, values in load_file(state).items() if state.exists() else ():
             topic, _, kind = name.rpartition(".")
             if kind == "importance":
-                item = {"labels": [], "group": entry.group, "topic": topic, "values": values.astype(float)}
-                item["facts"] = topics.get(topic, {}).get("importance", {})
-                found.setdefault((entry.group, topic, values.tobytes()), item)["labels"].append(entry.label)
-    return list(found.values())
+                found.setdefault((entry.group, topic, tuple(values.tolist())), []).append(entry.label)
+    return found
 
 
 def list_facts(folder: Path) -> dict[str, Any]:
     """How a run was made, from its config and its record; of paths the last part, of texts only their counts."""
-    tree, record = read_tree(folder / CONFIG), read_json(folder / "record.json", {})
+    tree, record = read_tree(folder / CONFIG), read_json(folder / RECORD, {})
     blocks = {name: tree.get(name, {}) for name in ("method", "train")}  # the others hold paths
     for topic, facts in record.get("topics", {}).items():
         blocks[topic] = {key: value for key, value in facts.items() if isinstance(value, int | float)}

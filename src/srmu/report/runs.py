@@ -3,8 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import pandas as pd
+import torch
+
 from srmu.evals.statistics import Estimate
-from srmu.methods.importance import FLAT
+from srmu.methods.importance import FLAT, describe_importance
 from srmu.report import results
 from srmu.report.attacks import Recovery
 from srmu.report.figures import GREY, Row, Series, draw_figure, label_look, make_look, mark_value
@@ -120,31 +123,29 @@ def training_section(entries: Sequence[RunGroup], labels: Sequence[str]) -> Sect
 
 def importance_section(entries: Sequence[RunGroup], labels: Sequence[str]) -> Section:
     """The importance maps, sortable and with outliers named."""
-    blocks = [draw_map(one, labels) for one in results.importance_maps(entries)]
+    blocks = [draw_map(*key, owners, labels) for key, owners in results.importance_maps(entries).items()]
     return Section("Importance maps", write_words("importance"), blocks)
 
 
-def draw_map(one: Mapping[str, Any], labels: Sequence[str]) -> Block:
-    """The sorted weights of a map beside a table of the largest, and which stand out."""
-    order = (-one["values"]).argsort(kind="stable")
-    sizes = one["values"][order].round(4)
-    mean, sd = sizes.mean(), sizes.std()
-    rows = [
-        {"rank": rank, "importance": float(size), "dimension": str(dimension)}
-        for rank, (dimension, size) in enumerate(zip(order, sizes, strict=True), 1)
+def draw_map(group: str, topic: str, values: Sequence[float], owners: Sequence[str], labels: Sequence[str]) -> Block:
+    """The sorted weights of a map of the methods `owners` beside a table of the largest, and which stand out."""
+    facts = describe_importance(torch.tensor(values))
+    sizes = pd.Series(values).sort_values(ascending=False, kind="stable")
+    marks = [
+        {"rank": rank, "importance": round(size, 4), "dimension": str(dimension)}
+        for rank, (dimension, size) in enumerate(sizes.items(), 1)
     ]
-    series = [Series("importance", rows, label_look(labels.index(one["labels"][0]), mode="lines"))]
+    series = [Series("importance", marks, label_look(labels.index(owners[0]), mode="lines"))]
     x_axis, y_axis = {"title": "dimensions, from most to least important"}, {"range": [0, 1.02]}
-    subject = f"{len(sizes)} dimensions; a uniform map of the same mean is at {mean:.3f}"
+    subject = f"{len(sizes)} dimensions; a uniform map of the same mean is at {facts['mean']:.3f}"
     figure = draw_figure("", series, "rank", "importance", x_axis=x_axis, y_axis=y_axis, subject=subject)
-    mark_value(figure, "uniform", y=mean)
-    lines = [{"Dimension": row["dimension"], "Importance": f"{row['importance']:.3f}"} for row in rows[:LARGEST]]
+    mark_value(figure, "uniform", y=facts["mean"])
+    lines = [{"Dimension": mark["dimension"], "Importance": f"{mark['importance']:.3f}"} for mark in marks[:LARGEST]]
     caption = "Importance by dimension" if len(sizes) <= LARGEST else f"The largest {LARGEST}"
-    heading = filter(None, [", ".join(one["labels"]), one["group"], f"topic {one['topic']}"])
-    stand_out = order[sizes > mean + STANDS_OUT * sd].tolist()
-    words = write_words("map", mean=mean, sd=sd, flat=sd < FLAT, facts=one["facts"], stand_out=stand_out)
-    title = " \N{MIDDLE DOT} ".join(heading)
-    return Block([figure], Table(caption, lines), title, words, one["labels"])
+    stand_out = [*sizes[sizes > facts["mean"] + STANDS_OUT * facts["sd"]].index]
+    words = write_words("map", facts=facts, flat=facts["sd"] < FLAT, stand_out=stand_out)
+    title = " \N{MIDDLE DOT} ".join(filter(None, [", ".join(owners), group, f"topic {topic}"]))
+    return Block([figure], Table(caption, lines), title, words, owners)
 
 
 # ---- what else was measured
