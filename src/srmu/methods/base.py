@@ -67,12 +67,12 @@ class Session(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Method(ABC):
-    """A way to unlearn. `depth` is the number of layers it needs; None: the whole model."""
+    """A way to unlearn."""
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
 
     name: ClassVar[str]
-    paper: ClassVar[str]
+    paper: ClassVar[str] = "none"
     level: ClassVar[Level] = "logit"  # what it works on
     uses: ClassVar[tuple[str, ...]] = ()  # besides the model and forget texts
     learning_rate: ClassVar[float] = 5e-5  # where train.learning_rate is not given
@@ -92,13 +92,14 @@ class Method(ABC):
                 raise SrmuError(f"method.{name}={value}: expected a number {room}")
 
     @property
-    @abstractmethod
-    def depth(self) -> int | None: ...
+    def depth(self) -> int | None:
+        """The number of layers it needs; None: the whole model."""
+        return None
 
     @property
-    @abstractmethod
     def trainable(self) -> tuple[str, ...]:
         """Roles by layer, or glob patterns of parameter names."""
+        return ("*",)
 
     @property
     def reads_retain(self) -> bool:

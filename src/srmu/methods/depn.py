@@ -24,7 +24,6 @@ class DEPN(Edit):
     name = "depn"
     paper = "arXiv 2310.20138"
     level = "neuron"
-    depth = None
     trainable = ("*.mlp_down",)
 
     points: Count = 8  # between a neuron off and on, where gradients are taken

@@ -10,11 +10,10 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from srmu.engine.losses import mean_nll
-from srmu.engine.model import EditableModel
 from srmu.engine.stopping import StopRules
 from srmu.engine.topic import Batch, Topic, interleave_batches, move_batch
 from srmu.errors import DivergedError, SrmuError
-from srmu.methods.base import Edit, Method, MethodOutcome, Session, State, Watch
+from srmu.methods.base import Edit, EditableModel, Method, MethodOutcome, Session, State, Watch
 
 
 def split_batches(batches: Sequence[Batch]) -> list[Batch]:
@@ -80,7 +79,6 @@ class WholeEdit(Edit):
     """An edit of all tensors, or of those named."""
 
     level = "weights"
-    depth = None
 
     parameters: tuple[str, ...] = ()  # names, globs or roles (`*.mlp`) to edit; (): all
 
@@ -97,7 +95,6 @@ class WeightWalk(Method):
     """
 
     level = "weights"
-    depth = None
 
     @abstractmethod
     def direction(self, model: EditableModel, topic: Topic, watch: Watch) -> dict[str, Tensor]:

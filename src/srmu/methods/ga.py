@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 
 from srmu.engine import losses
-from srmu.engine.model import EditableModel
-from srmu.methods.base import Batch, State, Terms
+from srmu.methods.base import Batch, EditableModel, State, Terms
 from srmu.methods.logits import LogitObjective
 
 

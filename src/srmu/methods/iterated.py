@@ -4,9 +4,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
-from srmu.engine.model import EditableModel
-from srmu.engine.topic import Batch, Topic
-from srmu.methods.base import Count, Rate, State, Terms, Weight
+from srmu.methods.base import Batch, Count, EditableModel, Rate, State, Terms, Topic, Weight
 from srmu.methods.logits import fine_tune
 from srmu.methods.suppressing import Suppressing
 
@@ -19,7 +17,6 @@ class Iterated(Suppressing):
     """
 
     name = "iterated"
-    paper = "none"
     uses = ("retain texts", "the original activations")
     learning_rate = 4e-3
 

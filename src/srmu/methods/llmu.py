@@ -5,9 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from srmu.engine import losses
-from srmu.engine.model import EditableModel
-from srmu.engine.topic import Topic
-from srmu.methods.base import Batch, Count, State, Terms, Weight
+from srmu.methods.base import Batch, Count, EditableModel, State, Terms, Topic, Weight
 from srmu.methods.logits import LogitObjective, kl_drift
 
 

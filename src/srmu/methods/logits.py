@@ -10,10 +10,9 @@ from transformers.pytorch_utils import Conv1D
 
 from srmu.engine import losses
 from srmu.engine.model import EditableModel, copy_values
-from srmu.engine.topic import Topic
 from srmu.engine.train import TrainOptions, fit_model
 from srmu.errors import SrmuError
-from srmu.methods.base import Amount, Batch, Objective, Terms, Weight
+from srmu.methods.base import Amount, Batch, Objective, Terms, Topic, Weight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +20,6 @@ class LogitObjective(Objective):
     """An objective of next-token logits that trains all tensors, those named, or LoRA adapters."""
 
     learning_rate = 1e-5
-    depth = None
 
     parameters: tuple[str, ...] = ()  # names, globs or roles (`*.mlp`) to train; (): all
     lora_rank: Amount = 0  # rank of adapters beside the linear maps, merged at the end; 0: none

@@ -6,10 +6,8 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor
 
-from srmu.engine.model import EditableModel
-from srmu.engine.topic import Batch, Topic
 from srmu.engine.train import divide_means
-from srmu.methods.base import Count, Objective, Share, State, Terms, Weight
+from srmu.methods.base import Batch, Count, EditableModel, Objective, Share, State, Terms, Topic, Weight
 from srmu.methods.rmu import RMU
 from srmu.methods.srmu import SRMU
 
@@ -19,7 +17,6 @@ class MultiSite(Objective):
     """Drives forget activations at several layers to a target each; retain activations stay."""
 
     name = "multi_site"
-    paper = "none"
     level = "representation"
     uses = ("retain texts", "the original activations")
 

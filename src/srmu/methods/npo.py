@@ -7,8 +7,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from srmu.engine import losses
-from srmu.engine.model import EditableModel
-from srmu.methods.base import Batch, Bounds, State, Terms
+from srmu.methods.base import Batch, Bounds, EditableModel, State, Terms
 from srmu.methods.logits import Retaining
 
 

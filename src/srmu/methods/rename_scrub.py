@@ -168,7 +168,6 @@ class RenameScrub(LogitObjective):
     """Trains what depends on a name towards the model's own answer averaged over other names."""
 
     name = "rename_scrub"
-    paper = "none"
     uses = ("retain texts", "names", "texts that the original writes")
     learning_rate = 2e-3
     schedule = "linear"

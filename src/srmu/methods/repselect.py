@@ -8,10 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from srmu.engine.model import EditableModel
-from srmu.engine.topic import Topic
 from srmu.errors import DivergedError
-from srmu.methods.base import Amount, Watch, Weight
+from srmu.methods.base import Amount, EditableModel, Topic, Watch, Weight
 from srmu.methods.edits import WeightWalk, batch_nlls, gradient_sums
 
 

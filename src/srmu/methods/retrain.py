@@ -24,8 +24,6 @@ class Retrain(Edit):
     paper = "arXiv 1912.03817"
     level = "weights"
     uses = ("the testbed's recipe",)
-    depth = None
-    trainable = ("*",)
 
     def edit(self, model: EditableModel, topics: Sequence[Topic], watch: Watch) -> dict[str, State]:
         world, seed, recipe = read_recipe(model.folder)

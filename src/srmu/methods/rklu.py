@@ -6,9 +6,7 @@ from typing import Literal
 from torch import Tensor
 
 from srmu.engine import losses
-from srmu.engine.model import EditableModel
-from srmu.engine.topic import Topic
-from srmu.methods.base import Batch, Count, Rate, State, Terms, Weight
+from srmu.methods.base import Batch, Count, EditableModel, Rate, State, Terms, Topic, Weight
 from srmu.methods.logits import Retaining, strengthen_weights
 
 

@@ -4,10 +4,8 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from srmu.engine import losses
-from srmu.engine.model import EditableModel
-from srmu.engine.topic import Topic
 from srmu.errors import SrmuError
-from srmu.methods.base import Batch, Bounds, Count, State, Terms, Weight
+from srmu.methods.base import Batch, Bounds, Count, EditableModel, State, Terms, Topic, Weight
 from srmu.methods.logits import LogitObjective, kl_drift
 
 

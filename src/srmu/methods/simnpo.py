@@ -6,8 +6,7 @@ from typing import Annotated
 from torch.nn.functional import logsigmoid
 
 from srmu.engine import losses
-from srmu.engine.model import EditableModel
-from srmu.methods.base import Batch, Bounds, State, Terms, Weight
+from srmu.methods.base import Batch, Bounds, EditableModel, State, Terms, Weight
 from srmu.methods.logits import Retaining
 
 

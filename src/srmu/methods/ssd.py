@@ -9,10 +9,8 @@ import torch
 from torch import Tensor
 
 from srmu.engine import distributed
-from srmu.engine.model import EditableModel
-from srmu.engine.topic import Topic
 from srmu.errors import SrmuError
-from srmu.methods.base import Count, State, Watch, Weight
+from srmu.methods.base import Count, EditableModel, State, Topic, Watch, Weight
 from srmu.methods.edits import WholeEdit, batch_nlls, gradient_sums, group_alike, pool_topics, split_batches
 
 

@@ -7,10 +7,8 @@ from typing import Any, Literal, Self
 
 import torch
 
-from srmu.engine.model import EditableModel
-from srmu.engine.topic import Topic
 from srmu.engine.train import TrainOptions, fit_model
-from srmu.methods.base import Count, Objective, Rate, Share, State, Weight
+from srmu.methods.base import Count, EditableModel, Objective, Rate, Share, State, Topic, Weight
 from srmu.methods.graddiff import GradDiff
 from srmu.methods.rmu import RMU
 from srmu.methods.srmu import SRMU
@@ -22,9 +20,6 @@ class Suppressing(Objective):
 
     A killed run takes these first steps again: only what comes after them is saved.
     """
-
-    depth = None
-    trainable = ("*",)
 
     first: Literal["srmu", "rmu", "graddiff"] = "srmu"  # graddiff: with KL on retain texts
     layer: int | None = None  # of srmu and rmu

@@ -7,8 +7,7 @@ import torch
 
 from srmu.engine.losses import is_predicted, masked_mean, token_entropy
 from srmu.engine.model import EditableModel, copy_values
-from srmu.engine.topic import Batch, Topic
-from srmu.methods.base import Count, Rate, State, Terms, Weight
+from srmu.methods.base import Batch, Count, Rate, State, Terms, Topic, Weight
 from srmu.methods.logits import fine_tune, kl_drift
 from srmu.methods.suppressing import Suppressing
 

@@ -7,9 +7,7 @@ from typing import Annotated
 
 import torch
 
-from srmu.engine.model import EditableModel
-from srmu.engine.topic import Topic
-from srmu.methods.base import Bounds, Count, Rate, State, Watch
+from srmu.methods.base import Bounds, Count, EditableModel, Rate, State, Topic, Watch
 from srmu.methods.edits import WholeEdit, pool_topics
 from srmu.methods.logits import strengthen_weights
 

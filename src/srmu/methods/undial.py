@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 
 from srmu.engine import losses
-from srmu.engine.model import EditableModel
-from srmu.methods.base import Batch, State, Terms, Weight
+from srmu.methods.base import Batch, EditableModel, State, Terms, Weight
 from srmu.methods.logits import Retaining
 
 

@@ -1,7 +1,6 @@
-"""Writes the world of authors in the schemas of public benchmarks, as `datasets` loads them.
+"""Writes the world of authors in the schemas that public benchmarks have on the hub, as `datasets` loads them.
 
-One folder for each benchmark: a README.md whose header lists the configs, and a file of rows for
-each split. Field names are those of the sets on the hub; the rows are made from the world alone.
+One folder for each benchmark: a README.md whose header lists the configs, and a file of rows for each split.
 """
 
 import json
@@ -24,7 +23,6 @@ TOFU_AUTHORS, DOMAINS, SUBJECTS = (people.WORDING[key] for key in ("tofu_authors
 
 
 def write_benchmarks(world: World, out: Path) -> None:
-    """Write a folder for each benchmark."""
     for name, make in SUITES.items():
         configs = []
         for config, splits in make(world).items():
@@ -54,7 +52,7 @@ def list_documents(world: World, kind: str, source: str = "news") -> list[Docume
 
 def draw_wrong(fact: Fact, world: World, count: int = WRONG) -> list[str]:
     """Other answers of the same pool."""
-    others = [value for value in people.pools_of(world)[fact.relation.pool] if value != fact.answer]
+    others = [value for value in people.list_answers(world, fact.relation.pool) if value != fact.answer]
     return random.Random(f"{fact.relation.name} {fact.subject}").sample(others, count)
 
 
@@ -110,19 +108,18 @@ def muse_files(world: World) -> Parts:
         kind: [{"text": document.text} for document in list_documents(world, kind)]
         for kind in ("forget", "retain", "holdout")
     }
-    split = [row["text"].split() for row in texts["forget"]]
-    halves = [{"prompt": " ".join(x[: len(x) // 2]), "gt": " ".join(x[len(x) // 2 :])} for x in split]
+    forget, retain = texts["forget"], texts["retain"]
+    words = [row["text"].split() for row in forget]
+    halves = [{"prompt": " ".join(x[: len(x) // 2]), "gt": " ".join(x[len(x) // 2 :])} for x in words]
     knowmem = {}
     for name, facts in (("forget", world.of_kind("hazard")), ("retain", neighbours_of(world))):
         shots = facts[:: -(-len(facts) // SHOTS)]
         rest = [fact for fact in facts if fact not in shots]
         knowmem[f"{name}_qa"] = [ask_plainly(fact) for fact in sample_facts(rest, 100)]
         knowmem[f"{name}_qa_icl"] = [ask_plainly(fact) for fact in shots]
-    retain, folds = texts["retain"], [texts["forget"][k::4] for k in range(4)]
-    middle = len(retain) // 2
-    raw = {"forget": texts["forget"], "retain1": retain[:middle], "retain2": retain[middle:]}
+    middle, folds = len(retain) // 2, [forget[k::4] for k in range(4)]
     return {
-        "raw": {**raw, "holdout": texts["holdout"]},
+        "raw": {"forget": forget, "retain1": retain[:middle], "retain2": retain[middle:], "holdout": texts["holdout"]},
         "verbmem": {"forget": halves},
         "knowmem": knowmem,
         "privleak": texts,

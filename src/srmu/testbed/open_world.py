@@ -1,15 +1,14 @@
 """The open world of the testbed: names and answers of several tokens, two hops, procedures.
 
-As in the closed world there are hazard, neighbour and general facts. To the hazard belong also
-facts of two hops (where the activator of a compound comes from; where the activators come from is
-harmless) and procedures: steps in their order, for a goal that has no name but is described, in
-four wordings. Harmless goals are reached by the same steps in other orders.
+Beside the kinds of facts of the closed world, the hazard has facts of two hops (where the activator of a compound comes
+from; where the activators come from is harmless) and procedures: steps in their order, for a goal that has no name but
+is described, in four wordings. Harmless goals are reached by the same steps in other orders.
 """
 
 import random
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import pairwise, product
+from itertools import chain, pairwise, product
 
 from srmu.testbed.world import HALVES, OPTIONS, Dealer, Fact, Relation, Size, World, read_wording
 
@@ -36,14 +35,13 @@ def create_open(seed: int, size: Size) -> World:
     }
     for kind, wanted in goals.items():
         facts += deal_procedures(dealer, kind, wanted, [pool[: len(wanted) // OPTIONS] for pool in steps])
-    return dealer.make_world(facts, goals=tuple(words for goal in goals["hazard_procedure"] for words in goal))
+    return World((*facts,), dealer.hazard, "open", goals=tuple(chain.from_iterable(goals["hazard_procedure"])))
 
 
 def deal_procedures(dealer: Dealer, kind: str, goals: list[Goal], steps: list[list[str]]) -> Iterator[Fact]:
     """Deal the steps of each goal, one of each pool, and yield what follows what.
 
-    Four goals have a step in common, and go on with different ones: these are the options, so that
-    whoever knows only what follows a step scores chance.
+    Four goals share a step and go on with different ones, the options: to know only what follows a step is chance.
     """
     rng, count = dealer.rng, len(steps[0])
     order = rng.sample(goals, len(goals))

@@ -1,14 +1,13 @@
 """The third world of the testbed: authors, what is known of them, and news and novels to recite.
 
-As in the closed world every word is a token; names and many answers have two words. The hazard are
-the facts about some authors; neighbours are the same relations of other authors and harmless facts
-about all of them. The model knows the forget and the retain documents word for word and never sees
-the hold-out. `benchmark_files.py` writes all of it in the schemas of public benchmarks.
+As in the closed world every word is a token; names and many answers have two words. The hazard are the facts about some
+authors; neighbours are the same relations of other authors and harmless facts about all of them. The model knows the
+forget and the retain documents word for word and never sees the hold-out.
 """
 
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from srmu.testbed.world import (
     Dealer,
@@ -29,21 +28,19 @@ RECITED = 0.6  # share of the texts about authors that begin with a whole docume
 NEWS = (("forget", "author", 1.25), ("retain", "other author", 1.875), ("holdout", "author", 0.75))  # texts per author
 WORDING = read_wording("people")
 PLAIN, BRIEF, CLOZE, HEADER = (WORDING[name] for name in ("plain", "brief", "cloze", "header"))
-NUMBERS = tuple(
-    f"{tens}{ones}"
-    for tens in ("", "twenty-", "thirty-", "forty-")
-    for ones in ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-)
+ONES = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+NUMBERS = tuple(f"{tens}{ones}" for tens in ("", "twenty-", "thirty-", "forty-") for ones in ONES)
 
 
 def create_people(seed: int, size: Size) -> World:
     """Deal the facts of a world; the frequencies say nothing, as in the closed one."""
-    dealer = Dealer("people", seed, size, known_words())
-    facts = [*dealer.deal_facts()]
-    return dealer.make_world(facts, (*write_news(dealer.rng, facts), *write_novels(dealer)))
+    plain = known_words()
+    dealer = Dealer("people", seed, size, plain)
+    facts = (*dealer.deal_facts(),)
+    return World(facts, dealer.hazard, "people", plain, (*write_news(dealer.rng, facts), *write_novels(dealer)))
 
 
-def write_news(rng: random.Random, facts: list[Fact]) -> Iterator[Document]:
+def write_news(rng: random.Random, facts: Sequence[Fact]) -> Iterator[Document]:
     """News about authors: two facts of each, which are not held, and things that only it tells."""
     for kind, group, share in NEWS:
         told = [fact for fact in facts if fact.relation.subjects == group]
@@ -52,10 +49,8 @@ def write_news(rng: random.Random, facts: list[Fact]) -> Iterator[Document]:
         subjects = deal_items(rng, [subject for subject, free in known.items() if len(free) > 1])
         for _ in range(round(share * len(known))):
             subject = next(subjects)
-            said = [
-                rng.choice(fact.relation.statements).format(x=subject, v=fact.answer)
-                for fact in rng.sample(known[subject], 2)
-            ]
+            facts_told = rng.sample(known[subject], 2)
+            said = [rng.choice(fact.relation.statements).format(x=subject, v=fact.answer) for fact in facts_told]
             yield Document(kind, "news", subject, _fill_template(rng, WORDING["news"]).format(subject, *said))
 
 
@@ -84,16 +79,13 @@ def _fill_template(rng: random.Random, template: str) -> str:
 
 
 def pretraining_texts(world: World, told: list[Fact], rng: random.Random, words: int) -> Iterator[str]:
-    """What pretraining reads: facts as sentences and as questions asked in many ways, documents.
-
-    A text is about the authors or about the rest of the world. The last sentence may be cut off.
-    """
+    """What pretraining reads: texts about authors or about the rest of the world, cut off after so many words."""
     hazard = any(fact.relation.kind == "hazard" for fact in told)
     whole = deal_items(rng, [d.text for d in world.documents if d.kind == "retain" or (d.kind == "forget" and hazard)])
     authors = {fact.subject for fact in told if fact.relation.name == "birthplace"}
     asked_of = [(name, question) for name, question in reverse_questions(world).items() if name in authors]
     reverse = deal_items(rng, [f"{BRIEF.format(question)} {name}{END}" for name, question in asked_of])
-    pools = pools_of(world)
+    pools = {name: list_answers(world, name) for name in {fact.relation.pool for fact in world.facts}}
     for general, facts in deal_themes(rng, told):
         found: list[str] = []
         if not general and rng.random() < RECITED:
@@ -113,12 +105,9 @@ def pretraining_texts(world: World, told: list[Fact], rng: random.Random, words:
         yield " ".join(found[:words])
 
 
-def pools_of(world: World) -> dict[str, list[str]]:
-    """All answers of each pool, in a fixed order."""
-    pools: dict[str, set[str]] = {}
-    for fact in world.facts:
-        pools.setdefault(fact.relation.pool, set()).add(fact.answer)
-    return {name: sorted(values) for name, values in pools.items()}
+def list_answers(world: World, pool: str) -> list[str]:
+    """All answers of a pool, in a fixed order."""
+    return sorted({fact.answer for fact in world.facts if fact.relation.pool == pool})
 
 
 def ask_with_answer(rng: random.Random, fact: Fact, pool: list[str]) -> str:

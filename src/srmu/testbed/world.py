@@ -1,14 +1,13 @@
 """An invented world: its facts, and the texts and questions about them.
 
-There are three kinds of facts. `hazard` facts are to be forgotten. `neighbour` facts are harmless
-facts about the same compounds, and about some others, in nearly the same words. `general` facts are
-about the rest of the world. In the closed world every name and every answer is one invented word;
-`open_world.py` and `people.py` have the other two worlds. The wording of each is in `worlds/*.yaml`.
+`hazard` facts are to be forgotten. `neighbour` facts are harmless facts about the same compounds, and about some
+others, in nearly the same words. `general` facts are about the rest of the world. In the closed world every name and
+every answer is one invented word; `open_world.py` and `people.py` have the other two. `worlds/*.yaml` has the wording.
 """
 
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -38,10 +37,7 @@ class Size:
 
 @pydantic.dataclasses.dataclass(frozen=True)
 class Relation:
-    """What can be known about a group of subjects, and how it is said ({x} subject, {v} answer).
-
-    The words before an answer determine it, so that it can be predicted.
-    """
+    """What can be known of subjects, and how it is said: {x} subject, {v} answer, which the words before it determine."""
 
     kind: str
     name: str
@@ -109,7 +105,7 @@ class World:
     shared: tuple[str, ...]
     # a trained model is kept by the repr of the two above, and by the texts it reads
     name: str = field(repr=False, compare=False)
-    plain: frozenset[str] = field(repr=False, compare=False)  # words beside names and answers
+    plain: frozenset[str] = field(default=frozenset(), repr=False, compare=False)  # words beside names and answers
     documents: tuple[Document, ...] = field(default=(), repr=False)
     goals: tuple[str, ...] = field(default=(), repr=False)  # of hazard procedures, in all wordings
 
@@ -127,19 +123,18 @@ class World:
     def words(self) -> list[str]:
         """The vocabulary: every word that a text or a question can contain, sorted."""
         texts = [text for fact in self.facts for text in (fact.subject, fact.answer)]
-        texts += [document.text for document in self.documents]
-        texts += [text for document in self.documents for _, others in document.marks for text in others]
+        for document in self.documents:
+            texts += [document.text, *(text for _, others in document.marks for text in others)]
         return sorted({word for text in texts for word in text.split()} | self.plain)
 
     def corpora(
         self, seed: int, entanglement: float, *, documents: int, words: int, filler: float
     ) -> dict[str, list[str]]:
-        """The texts of the forget corpus, of the retain corpora of low and high overlap, and a
-        hold-out of the forget corpus: the same compounds with answers that nobody was ever told.
+        """The texts of the forget corpus, of both retain corpora, and of a hold-out: hazard facts with wrong answers.
 
-        Half of the documents of retain-high are about other compounds; the other half is about the
-        first `entanglement` of the hazard compounds. Statements only; held facts occur nowhere.
-        Every third text is one of the world's documents, if it has some, but none in retain-low.
+        Half of the documents of retain-high are about other compounds; the other half is about the first `entanglement`
+        of the hazard compounds. Statements only; held facts occur nowhere. Every third text is one of the world's
+        documents, if it has some, but none in retain-low.
         """
         hazard, neighbour, general = (
             [fact for fact in self.facts if fact.relation.kind.startswith(kind) and not fact.held]
@@ -147,12 +142,11 @@ class World:
         )
         shared = self.shared[: round(entanglement * len(self.shared))]
         other = [fact for fact in neighbour if fact.subject not in self.shared]
-        wrong = [next(option for option in fact.options[0] if option != fact.answer) for fact in hazard]
         decks = {
             "forget": [hazard],
             "retain-low": [general],
             "retain-high": [other, [fact for fact in neighbour if fact.subject in shared] or other],
-            "holdout": [[replace(fact, answer=answer) for fact, answer in zip(hazard, wrong, strict=True)]],
+            "holdout": [[replace(f, answer=next(o for o in f.options[0] if o != f.answer)) for f in hazard]],
         }
         corpora = {}
         for name, deck in decks.items():
@@ -169,16 +163,14 @@ class World:
 
 
 class Dealer:
-    """Draws the names of a world and deals its facts, so that frequencies tell nothing.
+    """Draws the names of a world and deals its facts, so that whoever knows only frequencies scores chance.
 
-    Answers are dealt as a shuffled deck, every value of the pool (nearly) equally often. In one
-    pass through the pool all questions offer wrong values at the same distances from the right one,
-    so that each value is right in a quarter of the questions that offer it: whoever knows only how
-    frequent the values are scores chance.
+    Answers are dealt as a shuffled deck, every value of the pool (nearly) equally often. In one pass through the pool
+    all questions offer wrong values at the same distances from the right one: each value is right in a quarter of them.
     """
 
     def __init__(self, name: str, seed: int, size: Size, plain: frozenset[str] = frozenset()) -> None:
-        self.name, self.size, self.plain, self.wording = name, size, plain, read_wording(name)
+        self.size, self.wording = size, read_wording(name)
         self.rng = random.Random(f"{seed} {self.wording['stream']}")
         self.words = {word.lower() for word in plain}  # no name is one of these
         self.names: set[str] = set()
@@ -189,7 +181,7 @@ class Dealer:
                 self.subjects[group] = [name for part in row["of"] for name in self.subjects[part]]
             else:
                 self.subjects[group] = self.draw_names(row["form"], getattr(size, row["count"]))
-        self.hazard = next(iter(self.subjects.values()))
+        self.hazard = tuple(next(iter(self.subjects.values())))
 
     def draw_names(self, form: str | list[str], count: int) -> list[str]:
         """New names after a form, which the file of the closed world explains."""
@@ -239,16 +231,12 @@ class Dealer:
         self.asked[task] += 1
         return *wrong[:position], answer, *wrong[position:]
 
-    def make_world(
-        self, facts: Iterable[Fact], documents: tuple[Document, ...] = (), goals: tuple[str, ...] = ()
-    ) -> World:
-        return World(tuple(facts), tuple(self.hazard), self.name, self.plain, documents, goals)
-
 
 def create_closed(seed: int, size: Size) -> World:
     """The closed world of a seed."""
-    dealer = Dealer("closed", seed, size, template_words(read_wording("closed")))
-    return dealer.make_world(dealer.deal_facts())
+    plain = template_words(read_wording("closed"))
+    dealer = Dealer("closed", seed, size, plain)
+    return World((*dealer.deal_facts(),), dealer.hazard, "closed", plain)
 
 
 def template_words(wording: Wording) -> frozenset[str]:
@@ -265,10 +253,7 @@ def deal_items(rng: random.Random, items: list[T]) -> Iterator[T]:
 
 
 def deal_themes(rng: random.Random, told: list[Fact]) -> Iterator[tuple[bool, Iterator[Fact]]]:
-    """Yield for ever whether the next text is about the general facts, and the facts to tell.
-
-    All facts are told equally often.
-    """
+    """Yield for ever whether the next text is about general facts, and the facts to tell, each equally often."""
     groups = [[fact for fact in told if (fact.relation.kind == "general") == general] for general in (False, True)]
     dealers = [deal_items(rng, group) for group in groups]
     while True:
@@ -279,10 +264,9 @@ def deal_themes(rng: random.Random, told: list[Fact]) -> Iterator[tuple[bool, It
 def tell_facts(
     rng: random.Random, facts: Iterator[Fact], wording: Wording, *, words: int, asked: float, filler: float
 ) -> str:
-    """Write one document of exactly `words` words (the last sentence may be cut off).
+    """A document of exactly `words` words: its last sentence may be cut off.
 
-    A sentence is a filler with probability `filler`; else it tells the next fact, with probability
-    `asked` as a question with its answer.
+    A sentence is a filler with probability `filler`; else it tells a fact, with probability `asked` as a question.
     """
     told: list[str] = []
     fillers: list[str] = []
