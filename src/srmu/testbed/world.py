@@ -37,7 +37,7 @@ class Size:
 
 @pydantic.dataclasses.dataclass(frozen=True)
 class Relation:
-    """What can be known of subjects, and how it is said: {x} subject, {v} answer, which the words before it determine."""
+    """What can be known of subjects, and how it is said: {x} subject, {v} answer, determined by the words before it."""
 
     kind: str
     name: str
