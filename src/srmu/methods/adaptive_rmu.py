@@ -2,13 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from torch import Tensor
 
 from srmu.engine.distributed import sum_values
 from srmu.engine.losses import token_mean
-from srmu.methods.base import Batch, EditableModel, State
+from srmu.methods.base import Batch, EditableModel, Needs, State
 from srmu.methods.rmu import RMU
 
 
@@ -19,13 +19,9 @@ class AdaptiveRMU(RMU):
     name = "adaptive_rmu"
     paper = "arXiv 2408.06223"
 
-    scale: float | None = None  # None: 5, as in the public code; only with coeff
+    scale: Annotated[float | None, Needs("method.coeff")] = None  # None: 5, as in the public code
     norm_source: Literal["frozen", "updated"] = "frozen"  # the public code takes updated
     norm_when: Literal["first_batch", "per_batch", "per_sample", "per_token"] = "first_batch"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.needs("scale", self.coeff is not None, "method.coeff; kappa takes its place")
 
     @property
     def factor(self) -> float:

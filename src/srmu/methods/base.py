@@ -1,7 +1,7 @@
 """What a method is: a frozen dataclass with its options as fields, and one function."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -26,6 +26,34 @@ class Bounds(NamedTuple):
 
     low: float
     high: float
+
+    def find_fault(self, method: "Method", option: str) -> str:
+        value = getattr(method, option)
+        if value is None or self.low <= value <= self.high:
+            return ""
+        room = f"from {self.low:g} to {self.high:g}" if self.high < LARGE else f"at least {self.low:g}"
+        room = f"above 0 and at most {self.high:g}" if self.low == TINY else room
+        return f"={value}: expected a number {room}"
+
+
+class Needs(NamedTuple):
+    """What an option has no effect without: `method.lora_rank` above 0, `anchors=random or self`."""
+
+    condition: str
+
+    def find_fault(self, method: "Method", option: str) -> str:
+        other, _, values = self.condition.removeprefix("method.").partition("=")
+        value = getattr(method, other)
+        holds = value in values.split(" or ") if values else value not in (None, 0, "none")
+        changed = getattr(method, option) != type(method).__dataclass_fields__[option].default
+        return f" has no effect without {self.condition}" if changed and not holds else ""
+
+
+def list_marks(cls: type["Method"]) -> Iterator[tuple[str, Bounds | Needs]]:
+    """The bounds and needs of a method's options, which stand in their types."""
+    for option, hint in get_type_hints(cls, include_extras=True).items():
+        marks = (mark for kind in (hint, *get_args(hint)) for mark in getattr(kind, "__metadata__", ()))
+        yield from ((option, mark) for mark in marks if isinstance(mark, Bounds | Needs))
 
 
 LARGE, TINY = 1 << 30, 1e-12
@@ -81,15 +109,9 @@ class Method(ABC):
     endless: ClassVar[bool] = False  # its loss has no lower bound: a rule must stop it
 
     def __post_init__(self) -> None:
-        for name, hint in get_type_hints(type(self), include_extras=True).items():
-            marks = [mark for kind in (hint, *get_args(hint)) for mark in getattr(kind, "__metadata__", ())]
-            for low, high in (mark for mark in marks if isinstance(mark, Bounds)):
-                value = getattr(self, name)
-                if value is None or low <= value <= high:
-                    continue
-                room = f"from {low:g} to {high:g}" if high < LARGE else f"at least {low:g}"
-                room = f"above 0 and at most {high:g}" if low == TINY else room
-                raise SrmuError(f"method.{name}={value}: expected a number {room}")
+        for option, mark in list_marks(type(self)):
+            if fault := mark.find_fault(self, option):
+                raise SrmuError(f"method.{option}{fault}")
 
     @property
     def depth(self) -> int | None:
@@ -118,12 +140,6 @@ class Method(ABC):
     def with_options(self, options: Mapping[str, Any]) -> Self:
         """This method with the options of a topic."""
         return replace(self, **options)
-
-    def needs(self, option: str, holds: bool, condition: str) -> None:
-        """SrmuError if an option was changed that has no effect."""
-        default = type(self).__dataclass_fields__[option].default
-        if not holds and getattr(self, option) != default:
-            raise SrmuError(f"method.{option} has no effect without {condition}")
 
     def check(self, topics: Sequence[Topic], train: TrainOptions) -> None:
         """SrmuError if the method or a stop rule needs texts, or layers, that are not there."""

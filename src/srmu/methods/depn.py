@@ -74,17 +74,15 @@ class DEPN(Edit):
 def attribute_neurons(model: EditableModel, downs: Sequence[Any], text: Batch, points: int) -> Float[Tensor, "L F"]:
     """What each neuron adds to the mean log-likelihood of the tokens of a single text.
 
-    `downs` are the linear maps that read the neurons of each layer. The neurons of a layer are
-    scaled at all positions that predict a counted token; their attributions sum to what they add
-    together. All points between neurons off and on are rows of one batch.
+    `downs` are the linear maps that read the neurons of each layer. These are scaled at all positions that predict a
+    counted token; attributions sum to what they add together. All points between off and on are rows of one batch.
 
-    Behind a norm that reads the output of the MLP (Gemma 2, OLMo 2) all points but those next to
-    `off` look alike: attributions still rank the neurons, but their sum is too small.
+    Behind a norm that reads the output of the MLP (Gemma 2, OLMo 2) all points but those next to `off` look alike:
+    attributions still rank the neurons, but their sum is too small.
     """
     rows = text.map(lambda tensor: tensor.expand(points, -1))
     ahead = nn.functional.pad(is_predicted(rows["labels"]), (0, 1)).unsqueeze(-1)  # (m, T, 1)
-    # Midpoints, whose error falls with m^2. (Public code takes left ends, from all neurons off
-    # to not quite on: their error falls with m.)
+    # Midpoints, whose error falls with m^2. (Public code takes left ends, whose error falls with m.)
     scales = (torch.arange(points, device=model.device) + 0.5) / points
     seen: list[Tensor] = []
 

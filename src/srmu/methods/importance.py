@@ -55,8 +55,8 @@ def importance_map(
 ) -> Float[Tensor, "D"]:
     """I_norm in [0, 1], from the statistics of forget and retain activations.
 
-    `order` is the permutation of `shuffled`: the values of the ratio map on other features, the
-    control for any claim about the map. `uniform` is the paper's ablation without a map.
+    `shuffled`, the control for any claim about the map, is the ratio map on other features, permuted by `order`;
+    `uniform` is the paper's ablation without a map.
     """
     if kind == "uniform":
         return torch.ones_like(v_f)
@@ -79,7 +79,7 @@ def importance_map(
         return 1 - normal  # ours: the paper calls entangled features risky, yet pushes them most
     if kind == "shuffled":
         assert order is not None
-        normal = normal[order]
+        return normal[order]
     return normal
 
 
@@ -99,10 +99,8 @@ def describe_importance(map_: Float[Tensor, "D"]) -> dict[str, float]:
 
 def draw_direction(kind: Direction, width: int, generator: torch.Generator) -> Float[Tensor, " D"]:
     """A direction of `width` features; `resampled` is `signs`, drawn again each step."""
-    if kind in ("plus", "minus"):
-        return torch.full((width,), 1.0 if kind == "plus" else -1.0)
-    if kind == "zero":
-        return torch.zeros(width)
+    if kind in ("plus", "minus", "zero"):
+        return torch.full((width,), {"plus": 1.0, "minus": -1.0, "zero": 0.0}[kind])
     if kind == "gaussian":
         return torch.randn(width, generator=generator)
     if kind in ("uniform", "unit_uniform"):

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Annotated, Literal
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -12,7 +12,7 @@ from srmu.engine import losses
 from srmu.engine.model import EditableModel, copy_values
 from srmu.engine.train import TrainOptions, fit_model
 from srmu.errors import SrmuError
-from srmu.methods.base import Amount, Batch, Objective, Terms, Topic, Weight
+from srmu.methods.base import Amount, Batch, Needs, Objective, Terms, Topic, Weight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,11 +23,7 @@ class LogitObjective(Objective):
 
     parameters: tuple[str, ...] = ()  # names, globs or roles (`*.mlp`) to train; (): all
     lora_rank: Amount = 0  # rank of adapters beside the linear maps, merged at the end; 0: none
-    lora_alpha: int = 16  # adapters are scaled by lora_alpha / lora_rank
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.needs("lora_alpha", self.lora_rank > 0, "method.lora_rank")
+    lora_alpha: Annotated[int, Needs("method.lora_rank")] = 16  # adapters are scaled by lora_alpha / lora_rank
 
     @property
     def trainable(self) -> tuple[str, ...]:
@@ -57,11 +53,7 @@ class Retaining(LogitObjective):
     spreads = True
 
     retain: Literal["none", "nll", "kl"] = "none"  # their likelihood, or KL(original || model)
-    alpha: Weight = 1.0  # weight of the retain loss
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.needs("alpha", self.retain != "none", "method.retain")
+    alpha: Annotated[Weight, Needs("method.retain")] = 1.0  # weight of the retain loss
 
     @property
     def reads_retain(self) -> bool:

@@ -17,11 +17,12 @@ from srmu.engine.sites import Site, Stream
 from srmu.engine.topic import move_batch
 from srmu.engine.train import TrainOptions
 from srmu.errors import SrmuError
-from srmu.methods.base import Batch, Bounds, Count, EditableModel, Objective, Part, State, Terms, Topic, Weight
+from srmu.methods.base import Batch, Bounds, Count, EditableModel, Needs, Objective, Part, State, Terms, Topic, Weight
 from srmu.methods.importance import sum_features
 from srmu.methods.own_texts import count_chunks, write_anchors
 
 KAPPA = 8.0  # the default strength
+OWN = Needs("anchors=self")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +44,9 @@ class Misdirection(Objective):
     kappa: Weight | None = None  # the strength as the norm of the target over that of activations
     alpha: Weight = 1200.0  # weight of the retain loss
     anchors: Literal["none", "random", "self"] = "none"  # rows to retain: random tokens, own texts
-    anchor_share: Part = 0.5  # of each retain batch
-    own_texts: Count = 480  # that the original writes for anchors=self
-    own_ratio: Annotated[float, Bounds(1, 1e30)] = 2.5  # drops texts with a token so much more frequent in forget texts
+    anchor_share: Annotated[Part, Needs("anchors=random or self")] = 0.5  # of each retain batch
+    own_texts: Annotated[Count, OWN] = 480  # that the original writes
+    own_ratio: Annotated[float, Bounds(1, 1e30), OWN] = 2.5  # drops those with a token so much likelier in forget texts
     columns: Part = 1.0  # share of each matrix' input columns that is updated
     skip_first: bool = True  # leave the first token of each text out of means and norms
     map_batches: Count = 64  # batches over which activations are averaged before the first step
@@ -57,9 +58,6 @@ class Misdirection(Objective):
                 "method.coeff and method.kappa both set the strength; give one of them, "
                 "for example method.coeff=6.5 method.kappa=null"
             )
-        self.needs("anchor_share", self.anchors != "none", "anchors=random or self")
-        for name in ("own_texts", "own_ratio"):
-            self.needs(name, self.anchors == "self", "anchors=self")
 
     @property
     def site(self) -> Site:

@@ -1,13 +1,13 @@
 """Misdirection at several layers at once."""
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import torch
 from torch import Tensor
 
 from srmu.engine.train import divide_means
-from srmu.methods.base import Batch, Count, EditableModel, Objective, Share, State, Terms, Topic, Weight
+from srmu.methods.base import Batch, Count, EditableModel, Needs, Objective, Share, State, Terms, Topic, Weight
 from srmu.methods.rmu import RMU
 from srmu.methods.srmu import SRMU
 
@@ -26,11 +26,7 @@ class MultiSite(Objective):
     kappa: Weight = 32.0  # norm of each target over mean norm of forget activations there
     alpha: Weight = 1200.0  # weight of the retain loss
     anchors: Literal["none", "random"] = "none"  # random: rows of random tokens to retain
-    anchor_share: Share = 0.5  # of each retain batch
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.needs("anchor_share", self.anchors != "none", "anchors=random")
+    anchor_share: Annotated[Share, Needs("anchors=random")] = 0.5  # of each retain batch
 
     def part(self, layer: int) -> SRMU | RMU:
         """The method at one of the layers."""

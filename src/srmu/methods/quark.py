@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import cycle, pairwise
 from typing import Annotated, Any, NamedTuple
 
 import torch
@@ -16,8 +16,7 @@ from srmu.methods.base import Batch, Bounds, Count, EditableModel, State, Terms,
 from srmu.methods.edits import split_batches
 from srmu.methods.logits import LogitObjective
 
-# (model, prompts, responses, true continuations) -> the reward of each response. The model is the
-# original, without gradients; use `response_likelihoods` or `model.logits`.
+# (the original model, prompts, responses, true continuations) -> the reward of each response
 Reward = Callable[[EditableModel, list[Ids], list[Ids], list[Ids]], list[float]]
 
 
@@ -69,7 +68,7 @@ def judge_responses(
     model: EditableModel, reward: Reward, fluency: float, texts: list[tuple[Ids, Ids]], responses: list[Ids]
 ) -> list[PoolEntry]:
     """The responses with their rewards, plus `fluency` times the mean log p0 of a response after <s> alone."""
-    contexts, truths = [x for x, _ in texts], [y for _, y in texts]
+    contexts, truths = map(list, zip(*texts, strict=True))
     with model.frozen():
         values = reward(model, contexts, responses, truths)
         fluent = response_likelihoods(model, [x[:1] for x in contexts], responses)
@@ -82,8 +81,7 @@ def judge_responses(
 def split_quantiles(pool: list[PoolEntry], count: int) -> list[list[PoolEntry]]:
     """The pool by reward in `count` equal parts, best first; the remainder joins the worst."""
     ranked = sorted(pool, key=lambda entry: -entry.reward)
-    size = len(ranked) // count
-    ends = [*(i * size for i in range(count)), len(ranked)]
+    ends = [*(i * (len(ranked) // count) for i in range(count)), len(ranked)]
     return [ranked[start:end] for start, end in pairwise(ends)]
 
 
@@ -117,9 +115,8 @@ class Pool:
         return {"added": added, "explored": self.explored, "latest": float(self.latest)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for i, (response, reward) in enumerate(state["added"]):
-            prompt, _ = self.texts[i % len(self.texts)]
-            self.entries.append(PoolEntry(prompt, response, reward))
+        prompts = cycle(prompt for prompt, _ in self.texts)
+        self.entries += [PoolEntry(prompt, *row) for prompt, row in zip(prompts, state["added"], strict=False)]
         self.explored, self.latest = state["explored"], torch.tensor(state["latest"])
 
     def draw(self, count: int, parts: int, step: int) -> tuple[list[PoolEntry], list[int]]:
@@ -170,8 +167,7 @@ class Quark(LogitObjective):
         pool = Pool(model, topic, self)
         if self.quantiles > (begun := len(pool.entries)):
             raise SrmuError(f"method.quantiles: topic {topic.name} has {begun} continuations")
-        # One token fewer than quantiles: the best has none, because an export is an ordinary
-        # checkpoint, used without tokens (the paper uses its model with the token of the best).
+        # The best quantile has none: an export is used without (the paper uses its model with the best one's token).
         control = control_tokens(model, topic, self.quantiles - 1)
         return State(memory={"pool": pool}, parameters={"control": control})
 
@@ -183,7 +179,7 @@ class Quark(LogitObjective):
         batch = move_batch(join_responses([e.prompt for e in entries], [e.response for e in entries]), model.device)
         with model.frozen():
             before = model.logits(batch)  # the original sees no control token
-        best = ranks.count(0)  # rows of rank 0, which come first and have no control token
+        best = ranks.count(0)  # rows without a control token, which come first
         parts = [model.logits(batch.cut(slice(best)))] if best else []
         if best < len(ranks):
             control = state.parameters["control"][[rank - 1 for rank in ranks[best:]]]

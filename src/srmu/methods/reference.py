@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from srmu.methods import METHODS, Method, Misdirection
+from srmu.methods.base import Needs, list_marks
 
 PACKAGE = Path(__file__).parents[1]
+LINE = r"^( *)(?:(?:def|class) (\w+)[(:]|# eq: (.*)|[^ \n)])"
 ROLES = {"*": "all tensors", "*.mlp_down": "MLP down-projections", "*.mlp": "the MLPs' matrices"}
 
 
@@ -30,36 +32,30 @@ def first_sentence(cls: type[Method]) -> str:
 
 
 def list_options(cls: type[Method]) -> dict[str, tuple[Any, str]]:
-    """The default of each option, and the comment behind it in the source."""
+    """The default of each option, and what it may be: the comment behind it in the source, and what it needs."""
     comments: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         if issubclass(base, Method):
             comments |= re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(base), re.MULTILINE)
-    options = {}
-    kinds = get_type_hints(cls)
+    needs = {option: f"only with {mark.condition}" for option, mark in list_marks(cls) if isinstance(mark, Needs)}
+    options, kinds = {}, get_type_hints(cls)
     for f in fields(cls):
         chosen = get_origin(kinds[f.name]) is Literal
         choices = [f"one of {', '.join(map(str, get_args(kinds[f.name])))}"] if chosen else []
-        options[f.name] = f.default, "; ".join([*choices, *filter(None, [comments.get(f.name)])])
+        options[f.name] = f.default, "; ".join([*choices, *filter(None, (comments.get(f.name), needs.get(f.name)))])
     return options
 
 
 def find_equations() -> Iterator[tuple[str, str, str]]:
-    """The text of each equation in the code, the file, and the class or function that computes it.
-
-    Equations are comments that begin with `eq:`.
-    """
+    """The text of each comment that begins with `eq:`, the file, and the class or function that computes it."""
     for path in sorted(PACKAGE.rglob("*.py")):
-        around: dict[int, str] = {}  # the names of what encloses a line, by their indentation
-        for line in path.read_text(encoding="utf-8").splitlines():
-            if not line.strip() or line.lstrip().startswith(")"):
-                continue
-            indent = len(line) - len(line.lstrip())
-            around = {i: name for i, name in around.items() if i < indent}
-            if found := re.match(r" *(?:def|class) (\w+)[(:]", line):
-                around[indent] = found[1]
-            elif found := re.match(r" *# eq: (.*)", line):
-                yield found[1], path.relative_to(PACKAGE).as_posix(), ".".join([*around.values()][:2])
+        around: dict[str, str] = {}  # the names of what encloses a line, by their indentation
+        for indent, name, equation in re.findall(LINE, path.read_text(encoding="utf-8"), re.MULTILINE):
+            around = {outer: place for outer, place in around.items() if len(outer) < len(indent)}
+            if name:
+                around[indent] = name
+            elif equation:
+                yield equation, path.relative_to(PACKAGE).as_posix(), ".".join([*around.values()][:2])
 
 
 def reference_page() -> str:

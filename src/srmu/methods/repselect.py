@@ -2,14 +2,14 @@
 
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from srmu.errors import DivergedError
-from srmu.methods.base import Amount, EditableModel, Topic, Watch, Weight
+from srmu.methods.base import Amount, EditableModel, Needs, Topic, Watch, Weight
 from srmu.methods.edits import WeightWalk, batch_nlls, gradient_sums
 
 
@@ -27,11 +27,7 @@ class RepSelect(WeightWalk):
     components: Amount = 64  # main directions to damp in the gradient of each matrix
     spectrum: Literal["forget", "retain"] = "forget"  # texts whose gradient gives the directions
     lora_rank: Amount = 8  # of adapters trained on forget texts first, to elicit more; 0: none
-    elicit_learning_rate: Weight = 0.01  # of the adapters, by plain gradient descent
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.needs("elicit_learning_rate", self.lora_rank > 0, "method.lora_rank")
+    elicit_learning_rate: Annotated[Weight, Needs("method.lora_rank")] = 0.01  # of the adapters, by gradient descent
 
     @property
     def reads_retain(self) -> bool:

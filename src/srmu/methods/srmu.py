@@ -1,16 +1,19 @@
 """SRMU: selective representation misdirection for unlearning (arXiv 2512.16297)."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
 import srmu.methods.importance as maps
 from srmu.engine.distributed import sum_values
-from srmu.errors import SrmuError
-from srmu.methods.base import Batch, EditableModel, State, Topic
+from srmu.methods.base import LARGE, TINY, Batch, Bounds, EditableModel, Needs, Part, State, Topic
 from srmu.methods.misdirection import Misdirection
+
+A_MAP = Needs("importance=ratio or difference or product or product_inverse or shuffled")
+A_QUOTIENT = Needs("importance=ratio or product or product_inverse or shuffled")
+DRAWN = Needs("direction=signs or uniform or unit_uniform or gaussian or resampled")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,26 +25,15 @@ class SRMU(Misdirection):
     measures = ("forget", "retain")
 
     importance: maps.Fusion = "ratio"
-    statistic: maps.Statistic = "abs_mean"
-    map_mode: Literal["static", "per_batch", "ema"] = "static"
-    ema_decay: float = 0.9
+    statistic: Annotated[maps.Statistic, A_MAP] = "abs_mean"
+    map_mode: Annotated[Literal["static", "per_batch", "ema"], A_MAP] = "static"
+    ema_decay: Annotated[float, Bounds(0, 0.9999), Needs("map_mode=ema")] = 0.9
     direction: maps.Direction = "signs"
-    shared_direction: bool = False  # one V for all topics
+    shared_direction: Annotated[bool, DRAWN] = False  # one V for all topics
     target_mode: Literal["absolute", "additive"] = "absolute"  # additive: eq. 1, absolute: eq. 5
-    lam: float = 1.0  # lambda of the difference map
-    eps: float = 1e-6  # of the ratio and product maps
-    clip_quantile: float = 1.0  # quantile that caps the map before it is normalised
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.needs("ema_decay", self.map_mode == "ema", "map_mode=ema")
-        self.needs("lam", self.importance == "difference", "importance=difference")
-        self.needs("eps", self.importance not in ("difference", "uniform"), "a ratio or product")
-        self.needs("shared_direction", self.direction not in ("plus", "minus", "zero"), "a direction that is drawn")
-        for option in ("map_mode", "statistic", "clip_quantile"):
-            self.needs(option, self.importance != "uniform", "a map that is not uniform")
-        if not 0 < self.clip_quantile <= 1 or not 0 <= self.ema_decay < 1 or self.eps <= 0:
-            raise SrmuError("method: 0 < clip_quantile <= 1, 0 <= ema_decay < 1 and eps > 0")
+    lam: Annotated[float, Needs("importance=difference")] = 1.0  # lambda of the difference map
+    eps: Annotated[float, Bounds(TINY, LARGE), A_QUOTIENT] = 1e-6  # of the ratio and product maps
+    clip_quantile: Annotated[Part, A_MAP] = 1.0  # quantile that caps the map before it is normalised
 
     def fuse(self, v_f: Tensor, v_r: Tensor, order: Tensor) -> Tensor:
         """I_norm (D,) from the two statistics; `order` is the permutation of `shuffled`."""

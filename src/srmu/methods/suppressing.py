@@ -3,15 +3,17 @@
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import torch
 
 from srmu.engine.train import TrainOptions, fit_model
-from srmu.methods.base import Count, EditableModel, Objective, Rate, Share, State, Topic, Weight
+from srmu.methods.base import Count, EditableModel, Needs, Objective, Rate, Share, State, Topic, Weight
 from srmu.methods.graddiff import GradDiff
 from srmu.methods.rmu import RMU
 from srmu.methods.srmu import SRMU
+
+STEERS = Needs("first=srmu or rmu")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,21 +25,14 @@ class Suppressing(Objective):
 
     first: Literal["srmu", "rmu", "graddiff"] = "srmu"  # graddiff: with KL on retain texts
     layer: int | None = None  # of srmu and rmu
-    kappa: Weight = 16.0  # of srmu and rmu
+    kappa: Annotated[Weight, STEERS] = 16.0
     alpha: Weight = 100.0  # weight of the first method's retain loss
-    gamma: Weight = 10.0  # weight of graddiff's ascent
+    gamma: Annotated[Weight, Needs("first=graddiff")] = 10.0  # weight of graddiff's ascent
     anchors: Literal["none", "random"] = "none"  # random: rows of random tokens to retain
-    anchor_share: Share = 0.5  # of each retain batch
-    scope: Literal["window", "all"] = "window"  # tensors of the first method: its own, or all
+    anchor_share: Annotated[Share, Needs("anchors=random")] = 0.5  # of each retain batch
+    scope: Annotated[Literal["window", "all"], STEERS] = "window"  # tensors of the first method: its own, or all
     teacher_steps: Count = 80  # of the first method
     teacher_learning_rate: Rate = 4e-3  # of the first method
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.needs("anchor_share", self.anchors != "none", "anchors=random")
-        for option in ("kappa", "scope"):
-            self.needs(option, self.first != "graddiff", "first=srmu or rmu")
-        self.needs("gamma", self.first == "graddiff", "first=graddiff")
 
     @property
     def suppression(self) -> Objective:

@@ -7,7 +7,7 @@ from srmu.engine.generate import batch_texts
 from srmu.engine.losses import mean_kl
 from srmu.engine.model import EditableModel, copy_values
 from srmu.engine.topic import Batch, Topic, move_batch
-from srmu.methods.base import Amount, Bounds, Share, State, Terms, Weight
+from srmu.methods.base import Amount, Bounds, Needs, Share, State, Terms, Weight
 from srmu.methods.own_texts import free_samples
 from srmu.methods.suppressing import Suppressing, perturb_weights
 
@@ -26,14 +26,9 @@ class Undo(Suppressing):
     schedule = "linear"
 
     noise: Share = 0.4  # share of the weights that noise replaces
-    beta: Weight = 1.0  # size of the noise relative to fresh weights
+    beta: Annotated[Weight, Needs("method.noise")] = 1.0  # size of the noise relative to fresh weights
     own_texts: Amount = 480  # that the original writes, to distil on besides retain texts
-    own_tokens: Annotated[int, Bounds(2, 1 << 20)] = 32  # of each, at most
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.needs("beta", self.noise > 0, "method.noise")
-        self.needs("own_tokens", self.own_texts > 0, "method.own_texts")
+    own_tokens: Annotated[int, Bounds(2, 1 << 20), Needs("method.own_texts")] = 32  # of each, at most
 
     def setup(self, model: EditableModel, topic: Topic) -> State:
         copy_values([*model.trained.values()], [model.original[name] for name in model.trained])

@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -15,11 +15,22 @@ from srmu.data.names import Names, Slot
 from srmu.engine.files import read_json
 from srmu.engine.generate import Ids, batch_texts
 from srmu.engine.losses import generic_logits, is_predicted, masked_mean
-from srmu.engine.model import copy_values
 from srmu.engine.topic import interleave_batches, move_batch
 from srmu.errors import SrmuError
-from srmu.methods.base import Batch, Count, EditableModel, MethodOutcome, Rate, Session, State, Terms, Topic, Weight
-from srmu.methods.logits import LogitObjective, strengthen_weights
+from srmu.methods.base import (
+    Batch,
+    Count,
+    EditableModel,
+    MethodOutcome,
+    Needs,
+    Rate,
+    Session,
+    State,
+    Terms,
+    Topic,
+    Weight,
+)
+from srmu.methods.logits import LogitObjective, fine_tune, strengthen_weights
 from srmu.methods.own_texts import tokenizer_of
 
 
@@ -35,11 +46,10 @@ class WHP(LogitObjective):
     strength: Weight = 5.0  # factor of the rise of a logit that is subtracted
     teacher_steps: Count = 40  # of fine-tuning on the forget texts
     teacher_learning_rate: Rate = 1e-5  # of that fine-tuning
-    anchors: str | None = None  # a JSON file of {term: generic term}
+    anchors: Annotated[str | None, Needs("method.mode=soft or argmax")] = None  # a JSON file of {term: generic term}
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.needs("anchors", self.mode != "logits", "method.mode=soft or argmax")
         if self.anchors is not None:
             read_anchors(self.anchors)
 
@@ -54,8 +64,7 @@ class WHP(LogitObjective):
         texts = replace(topics[0], forget=interleave_batches([topic.forget for topic in topics]))
         with self.editing(model, topics), session.watch("strengthening", self.teacher_steps) as tick:
             texts = texts.with_tick(partial(tick, self.name))
-            tuned = strengthen_weights(model, texts, self.teacher_steps, self.teacher_learning_rate)
-            copy_values([model.trained[name] for name in tuned], [*tuned.values()])
+            fine_tune(model, texts, self.teacher_steps, self.teacher_learning_rate)
         return MethodOutcome({}, "strengthened")
 
     def at_inference(self, module: nn.Module, write: Callable[[], None]) -> AbstractContextManager[Any]:
@@ -137,10 +146,9 @@ def tokenise_terms(terms: dict[str, str], tokenizer: Any) -> tuple[Names, Names]
 def translate_batch(batch: Batch, terms: Names, generics: Names) -> Translation:
     """The batch with generic terms, padded on the right.
 
-    A token outside terms has its own place; the last token of a term has that of the last token of
-    its generic term, and its other tokens have none. From the second occurrence of a term in a text
-    on, its tokens are not learned: after "He is called Harry" nobody is "Jon", and a model that
-    learns to rename a person in mid-text contradicts itself. The paper leaves those tokens out too.
+    A token outside terms has its own place; the last token of a term has that of the last token of its generic term,
+    and its other tokens have none. From the second occurrence of a term in a text on, its tokens are not learned, as in
+    the paper: after "He is called Harry" nobody is "Jon", and to rename a person in mid-text is to contradict oneself.
     """
     shape = batch["input_ids"].shape
     places, usable = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.bool)
@@ -186,8 +194,8 @@ def combine_logits(
 
     # Evals and `generate` choose what to pass by these names: positions, but no past.
     def forward(input_ids: Tensor, attention_mask: Any = None, position_ids: Any = None, **options: Any) -> Any:
-        options |= {"attention_mask": attention_mask, "position_ids": position_ids}
-        options |= {"use_cache": False, "past_key_values": None}
+        options |= {"attention_mask": attention_mask, "position_ids": position_ids, "use_cache": False}
+        options["past_key_values"] = None
         put(before)
         try:
             old = inner(input_ids, **options).logits
