@@ -54,10 +54,8 @@ class Misdirection(Objective):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.coeff is not None and self.kappa is not None:
-            raise SrmuError(
-                "method.coeff and method.kappa both set the strength; give one of them, "
-                "for example method.coeff=6.5 method.kappa=null"
-            )
+            one = "give one of them, for example method.coeff=6.5 method.kappa=null"
+            raise SrmuError(f"method.coeff and method.kappa both set the strength; {one}")
 
     @property
     def site(self) -> Site:
@@ -100,15 +98,12 @@ class Misdirection(Objective):
 
     def check(self, topics: Sequence[Topic], train: TrainOptions) -> None:
         super().check(topics, train)
-        if distributed.get_size() > 1 and (self.columns < 1 or self.anchors == "self"):
+        if (size := distributed.get_size()) > 1 and (self.columns < 1 or self.anchors == "self"):
+            started = f"{size} were started; start it without the launcher"
+            raise SrmuError(f"method.columns below 1 and anchors=self run in one process, but {started}")
+        if self.columns < 1 and (decay := train.weight_decay):
             raise SrmuError(
-                "method.columns below 1 and anchors=self run in one process, but "
-                f"{distributed.get_size()} were started; start it without the launcher"
-            )
-        if self.columns < 1 and train.weight_decay:
-            raise SrmuError(
-                f"train.weight_decay={train.weight_decay:g} would move the columns that "
-                "method.columns holds; set it to 0"
+                f"train.weight_decay={decay:g} would move the columns that method.columns holds; set it to 0"
             )
 
     def write_texts(self, model: EditableModel, topic: Topic, state: State) -> Sequence[Sequence[int]]:
@@ -218,10 +213,8 @@ class Misdirection(Objective):
         held = model.hidden(retain, self.site)
         drift = float(token_mse(held.detach(), anchor, retain_mask).value) if step == 0 else 0.0
         if drift > 0 and not model.delta():
-            raise SrmuError(
-                f"the first retain loss is {drift:.3g} and not 0: the cached activations do not "
-                "belong to this run; srmu info cache clear, or cache=none"
-            )
+            why = f"the first retain loss is {drift:.3g} and not 0: the cached activations do not belong to this run"
+            raise SrmuError(f"{why}; srmu info cache clear, or cache=none")
         losses = {
             # eq: SRMU eq. 5 and RMU, L = E |h(x_f) - T|^2 + alpha E |h(x_r) - h0(x_r)|^2
             "forget": token_mse(hidden, target, forget_mask),

@@ -86,10 +86,8 @@ def write_anchors(model: EditableModel, topic: Topic, count: int, ratio: float) 
     refused = typical_tokens(unpad_texts(topic.forget), own, ratio) & {*topic.vocabulary.tolist()}
     kept = [row for row in own if not refused & {*row}]
     if not kept:
-        raise SrmuError(
-            f"anchors=self: each of {len(own)} texts that the model wrote has a token typical of "
-            f"topic {topic.name}'s forget texts; raise method.own_texts, or set method.anchors=random"
-        )
+        why = f"each of {len(own)} texts that the model wrote has a token typical of topic {topic.name}'s forget texts"
+        raise SrmuError(f"anchors=self: {why}; raise method.own_texts, or set method.anchors=random")
     return kept, len(own) - len(kept)
 
 

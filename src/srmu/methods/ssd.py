@@ -44,10 +44,8 @@ class SSD(WholeEdit):
             selected += int((factors < 1).sum())
             total += float(factors[factors < 1].sum())
         if not selected:
-            raise SrmuError(
-                f"no weight is over {method.alpha:g} times as important to the forget texts; lower "
-                "method.alpha" + ", or method.reference=retain" * (method.reference == "all")
-            )
+            advice = "lower method.alpha" + ", or method.reference=retain" * (method.reference == "all")
+            raise SrmuError(f"no weight is over {method.alpha:g} times as important to the forget texts; {advice}")
         count = sum(p.numel() for p in model.trained.values())
         numbers = {"dampened_share": selected / count, "mean_factor": total / selected}
         return {topic.name: State(numbers=numbers) for topic in topics}
