@@ -87,10 +87,7 @@ class WholeEdit(Edit):
 
 @dataclass(frozen=True, kw_only=True)
 class WeightWalk(Method):
-    """Moves the weights by equal steps in one direction, until a stop rule holds.
-
-    The learning rate is the share of the norm of the weights that a step moves them by.
-    """
+    """Moves the weights in one direction by steps of learning rate times their norm, until a stop rule holds."""
 
     level = "weights"
 

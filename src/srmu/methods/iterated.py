@@ -11,10 +11,7 @@ from srmu.methods.suppressing import Suppressing
 
 @dataclass(frozen=True, kw_only=True)
 class Iterated(Suppressing):
-    """Suppresses, relearns the forget texts, and repeats; it ends by suppressing.
-
-    `train` configures the last suppression, `teacher_steps` those before it.
-    """
+    """Suppresses, relearns the forget texts, and repeats; it ends by suppressing, which `train` configures."""
 
     name = "iterated"
     uses = ("retain texts", "the original activations")

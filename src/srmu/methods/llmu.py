@@ -35,10 +35,7 @@ class LLMU(LogitObjective):
         return State(memory={"topic": topic, "tokens": tokens[torch.isin(tokens, topic.vocabulary)]})
 
     def answer_randomly(self, state: State, forget: Batch, step: int) -> Batch:
-        """The texts, each `answers` times, with random stretches of retain tokens as their ends.
-
-        The paper uses answers to other questions, which plain texts do not have.
-        """
+        """Each text `answers` times, ending in random retain tokens; the paper takes answers to other questions."""
         tokens = state.memory["tokens"]
         batch = forget.map(lambda tensor: tensor.repeat(self.answers, 1))
         places = losses.is_counted(batch["labels"])

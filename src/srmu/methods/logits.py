@@ -67,10 +67,7 @@ class Retaining(LogitObjective):
 
 
 def kl_drift(model: EditableModel, batch: Batch, logits: Tensor | None = None, temperature: float = 1.0) -> losses.Mean:
-    """KL(original || model), mean over the counted tokens of a batch; `logits` are the model's.
-
-    The logits of both are divided by the temperature T; T^2 restores the size of the gradient.
-    """
+    """Mean KL(original || model) over counted tokens, of logits over T, times T^2; `logits` are the model's."""
     logits = model.logits(batch) if logits is None else logits
     with model.frozen():
         before = model.logits(batch)

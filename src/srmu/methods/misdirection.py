@@ -27,10 +27,7 @@ OWN = Needs("anchors=self")
 
 @dataclass(frozen=True, kw_only=True)
 class Misdirection(Objective):
-    """Drives forget activations at one site to a target and holds retain activations in place.
-
-    The strength is `coeff` or `kappa`, which compares across models; by default kappa 8.
-    """
+    """Drives forget activations at one site to a target and holds retain activations in place."""
 
     level = "representation"
     spreads = True

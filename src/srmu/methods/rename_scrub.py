@@ -34,10 +34,7 @@ def leave_one_out(log_p: Float[Tensor, "G K L V"]) -> tuple[Float[Tensor, "G K L
 def count_still_told(
     log_p: Float[Tensor, "G K L V"], top: Int[Tensor, "G K L"], where: Bool[Tensor, "G K L"]
 ) -> tuple[float, int]:
-    """How often a name's own answer is likelier than that of another name, and the number of pairs.
-
-    `top` is the answer of the original at each place; a tie counts one half.
-    """
+    """How often a name's own answer (`top`, the original's) beats another name's, a tie one half, and of how many."""
     others = top.transpose(1, 2)[:, None].expand(-1, top.shape[1], -1, -1)  # (G, K, L, K)
     own, rival = log_p.gather(-1, top[..., None]), log_p.gather(-1, others)
     wins = (own > rival).float() + 0.5 * (own == rival).float()
@@ -107,10 +104,7 @@ class OwnTexts:
 
     @torch.no_grad()
     def measure_held_out(self, model: EditableModel, namings: int, threshold: float) -> float:
-        """What the held-out texts still reveal of names: 1 all, 0 no more than of other names.
-
-        It is 1 if they revealed nothing at the start: then they cannot say when it is enough.
-        """
+        """What held-out texts still reveal of names, 1 all, 0 no more than of others; 1 if they never revealed any."""
         wins, pairs = 0.0, 0
         for start in range(0, len(self.held), HELD_AT_ONCE):
             group = self.group(self.held[start : start + HELD_AT_ONCE], namings, "held out")

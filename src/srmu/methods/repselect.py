@@ -75,8 +75,7 @@ def damp_directions(
     """A gradient with the main directions of `source` damped on both sides."""
     # Exact, so that runs repeat: 2.5 s on one core for 1024 x 4096, 8 times that at twice the size.
     u, s, vh = torch.linalg.svd(source, full_matrices=False)
-    # At least one direction stays, and rounding is none: few tokens give a gradient of low rank,
-    # where public code divides by an S_min near 0.
+    # One direction stays, and rounding is none: where few tokens give a low rank, public code divides by almost 0.
     rank = int((s > s[0] * max(source.shape) * torch.finfo(s.dtype).eps).sum())
     count = max(0, min(components, rank - 1))
     u, s, v = u[:, :count], s[:count], vh[:count].T

@@ -34,8 +34,7 @@ class SCRUB(LogitObjective):
         # Turns count by topic: with two topics, one would get all odd steps.
         turn = state.memory["turn"]
         state.memory["turn"] = turn + 1
-        # Public code begins with the ascent, which moves because of dropout; here KL(p0 || p) is
-        # at its minimum, and Adam would turn rounding noise into full steps.
+        # Not the ascent first, as in public code, which has dropout: at KL's minimum Adam steps along rounding noise.
         if turn % 2 and turn < 2 * self.ascent_steps:
             # eq: SCRUB, max: L = -T^2 KL(p0 || p)(x_f)
             return Terms({"forget": -kl_drift(model, forget, temperature=self.temperature)}, {})

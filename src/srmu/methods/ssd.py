@@ -25,8 +25,7 @@ class SSD(WholeEdit):
 
     alpha: Weight = 10.0  # times as important to forget texts a weight must be
     lam: Weight = 1.0  # factor of the remaining weight
-    # `all`, as in the paper, is retain and forget texts together: then no weight can be more than
-    # (all texts / forget texts) times as important, which is 2 for sets of equal size.
+    # `all`, as in the paper: retain and forget texts together. With as many of both, no ratio is then above 2.
     reference: Literal["all", "retain"] = "retain"  # texts to compare importance with
     exclude: tuple[str, ...] = ()  # globs of tensors to leave as they are, such as *norm*
     samples: Count = 64  # texts of each kind, at most
@@ -63,12 +62,10 @@ class SSD(WholeEdit):
         chosen = {name: p for name, p in model.trained.items() if name not in left_out}
         with watch("measuring importances", 2 * count) as tick, model.only([*chosen]):
             # eq: SSD, I_i = E_x (d nll(x) / d theta_i)^2, over single texts
-            # This is the diagonal Fisher matrix. (Public code squares the mean gradient of a batch,
-            # which depends on its size.) Only ratios are used, so sums over equal numbers do.
+            # (Public code squares the mean gradient of a batch, which depends on its size.) Only ratios are used.
             sums = []
             for texts in pairs:
-                # The gradient of a sharded tensor is a mean over processes, whose square would mix
-                # several texts: then every process reads all texts.
+                # The gradient of a sharded tensor is a mean over processes: then each of them reads all texts.
                 if not any(map(distributed.is_sharded, chosen.values())):
                     texts = texts[distributed.get_rank() :: distributed.get_size()]
                 part = gradient_sums(chosen, batch_nlls(model, texts, tick), 2)

@@ -18,10 +18,7 @@ STEERS = Needs("first=srmu or rmu")
 
 @dataclass(frozen=True, kw_only=True)
 class Suppressing(Objective):
-    """An objective that trains all weights after some steps of a first method.
-
-    A killed run takes these first steps again: only what comes after them is saved.
-    """
+    """An objective that trains all weights after some steps of a first method, which a killed run takes again."""
 
     first: Literal["srmu", "rmu", "graddiff"] = "srmu"  # graddiff: with KL on retain texts
     layer: int | None = None  # of srmu and rmu

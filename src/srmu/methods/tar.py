@@ -14,10 +14,7 @@ from srmu.methods.suppressing import Suppressing
 
 @dataclass(frozen=True, kw_only=True)
 class TAR(Suppressing):
-    """Suppresses, then continues from where an adversary has fine-tuned the model on forget texts.
-
-    The adversary learns every other batch of them; the loss is that of the batches between.
-    """
+    """Suppresses, then continues on every other forget batch from where an adversary has learned those between."""
 
     name = "tar"
     paper = "arXiv 2408.00761"

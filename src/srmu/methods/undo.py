@@ -14,10 +14,7 @@ from srmu.methods.suppressing import Suppressing, perturb_weights
 
 @dataclass(frozen=True, kw_only=True)
 class Undo(Suppressing):
-    """Suppresses, shrinks all weights into noise, and distils the suppressed model again.
-
-    Each topic has its own teacher; the student starts from the last one.
-    """
+    """Suppresses, shrinks all weights into noise, and distils each topic's suppressed model back."""
 
     name = "undo"
     paper = "arXiv 2506.06278"

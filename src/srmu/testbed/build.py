@@ -1,9 +1,7 @@
 """The testbed: a small language model trained here, with knowledge to remove and its oracle.
 
-A Llama of a few million parameters learns an invented world (`world.py`) until it knows every fact.
-`build_testbed` writes it as an ordinary model folder, with corpora whose entanglement can be
-chosen, with lm-eval tasks, and on request with the oracle: its twin that never saw the hazard
-facts.
+A Llama of a few million parameters learns an invented world until it knows every fact. `build_testbed` writes it as an
+ordinary model folder, with corpora, lm-eval tasks, and on request the oracle: its twin that never saw the hazard facts.
 """
 
 from dataclasses import asdict
@@ -44,7 +42,6 @@ def build_testbed(
     """Write the testbed to `out` (whole or not at all) and return what `organism.json` says.
 
     `entanglement` is the share of the hazard compounds that retain-high tells harmless facts about.
-    It does not touch the model: a trained model is kept in the cache and used again.
     """
     if world not in WORLDS:
         raise SrmuError(f"world {world!r} does not exist{suggest_word(world, WORLDS)}")

@@ -100,10 +100,7 @@ def train_subwords() -> Tokenizer:
 def train_testbed(
     world: World, seed: int, recipe: Recipe, *, oracle: bool = False, watch: Watch = ignore_progress
 ) -> Path:
-    """Return the cache folder of the trained model: `model.safetensors` and `accuracy.json`.
-
-    A training that was killed continues from its last checkpoint, and ends with the same bits.
-    """
+    """The cache folder of the trained model, made where it is missing; a killed training continues to the same bits."""
     kinds = [kind for kind in world.kinds if not (oracle and kind.startswith("hazard"))]
     told = world.of_kind(*kinds)
     ids = pretraining_ids(world, told, seed, recipe)
@@ -191,11 +188,8 @@ def fresh_model(world: World, seed: int, recipe: Recipe) -> LlamaForCausalLM:
 
 
 def pretraining_ids(world: World, told: list[Fact], seed: int, recipe: Recipe) -> Tensor:
-    """Token numbers of all training documents, (steps * batch, tokens): each row is used once.
-
-    Steps of procedures are told thrice as often as other facts: each depends on an action, a place
-    and the step before.
-    """
+    """Token numbers of all training documents, (steps * batch, tokens): each row is used once."""
+    # Steps of procedures are told thrice as often: each depends on an action, a place and the step before.
     told = [*told, *2 * [fact for fact in told if fact.relation.pool == "step"]]
     rng, words = random.Random(f"{seed} pretraining"), recipe.tokens - 1
     if world.name == "people":

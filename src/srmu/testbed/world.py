@@ -264,10 +264,7 @@ def deal_themes(rng: random.Random, told: list[Fact]) -> Iterator[tuple[bool, It
 def tell_facts(
     rng: random.Random, facts: Iterator[Fact], wording: Wording, *, words: int, asked: float, filler: float
 ) -> str:
-    """A document of exactly `words` words: its last sentence may be cut off.
-
-    A sentence is a filler with probability `filler`; else it tells a fact, with probability `asked` as a question.
-    """
+    """A document, cut off after `words` words: fillers, and facts, a share `asked` of them as questions."""
     told: list[str] = []
     fillers: list[str] = []
     while len(told) < words:
