@@ -102,12 +102,11 @@ def write_tasks(world: World, folder: Path) -> None:
         for task, facts in train.tasks_of(world).items():
             name = f"organism_{task}{'_val' if half == 'val' else ''}"
             is_open = task.endswith("_open")
-            members = [fact for fact in facts if fact.half == half]
             # an open answer is asked for in the first phrasing only: generating takes long
-            rows = [row for fact in members for row in fact.questions()[: 1 if is_open else None]]
-            write_rows(folder / f"{name}.jsonl", rows)
-            template = "task_open" if is_open else "task"
-            (folder / f"{name}.yaml").write_text(fill_template(template, name=name, prompt=prompt))
+            asked = (fact.questions()[: 1 if is_open else None] for fact in facts if fact.half == half)
+            write_rows(folder / f"{name}.jsonl", [row for rows in asked for row in rows])
+            text = fill_template("task_open" if is_open else "task", name=name, prompt=prompt)
+            (folder / f"{name}.yaml").write_text(text)
 
 
 def fill_template(template: str, **values: Any) -> str:

@@ -9,17 +9,7 @@ import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from srmu.testbed.world import (
-    Dealer,
-    Document,
-    Fact,
-    Size,
-    World,
-    deal_items,
-    deal_themes,
-    read_wording,
-    template_words,
-)
+from srmu.testbed.world import Dealer, Document, Fact, Size, World, deal_items, deal_themes, read_wording
 
 LETTERS = "ABCD"
 BLANK = "___"  # for the answer
@@ -186,4 +176,4 @@ def known_words() -> frozenset[str]:
         fact = Fact(relation, "", "", False, "", ())
         said += [foreign_question(fact), *phrase_questions(fact)]
     found = {word for text in said for word in text.split()}
-    return template_words(WORDING) | {word for word in found if not {*"{}<>"} & {*word}}
+    return WORDING["words"] | {word for word in found if not {*"{}<>"} & {*word}}

@@ -89,11 +89,14 @@ class Document:
 
 @cache
 def read_wording(name: str) -> Wording:
-    """The wording of a world, with its relations as `Relation`s."""
+    """The wording of a world, with its relations as `Relation`s, and the `words` of its sentences."""
     path = Path(__file__).parent / "worlds" / f"{name}.yaml"
     wording: Wording = yaml.safe_load(path.read_text(encoding="utf-8"))
     wording["prefixes"] = [""] * wording["plain_starts"] + wording["prefixes"]
     wording["relations"] = [Relation(**row) for row in wording["relations"]]
+    texts = [*wording["prefixes"], *wording["domain_fillers"], *wording["general_fillers"], wording["question"]]
+    texts += [text for relation in wording["relations"] for text in relation.statements + relation.questions]
+    wording["words"] = frozenset(word for text in texts for word in text.split() if "{" not in word)
     return wording
 
 
@@ -234,16 +237,9 @@ class Dealer:
 
 def create_closed(seed: int, size: Size) -> World:
     """The closed world of a seed."""
-    plain = template_words(read_wording("closed"))
+    plain = read_wording("closed")["words"]
     dealer = Dealer("closed", seed, size, plain)
     return World((*dealer.deal_facts(),), dealer.hazard, "closed", plain)
-
-
-def template_words(wording: Wording) -> frozenset[str]:
-    """The words of the sentences, questions and fillers, without placeholders."""
-    texts = [*wording["prefixes"], *wording["domain_fillers"], *wording["general_fillers"], wording["question"]]
-    texts += [text for relation in wording["relations"] for text in relation.statements + relation.questions]
-    return frozenset(word for text in texts for word in text.split() if "{" not in word)
 
 
 def deal_items(rng: random.Random, items: list[T]) -> Iterator[T]:
