@@ -15,6 +15,8 @@ from srmu.engine.topic import Batch, Topic, interleave_batches, move_batch
 from srmu.errors import DivergedError, SrmuError
 from srmu.methods.base import Edit, EditableModel, Method, MethodOutcome, Session, State, Watch
 
+Tensors = dict[str, Tensor]  # by name of parameter
+
 
 def split_batches(batches: Sequence[Batch]) -> list[Batch]:
     """Each text as a batch of its own, without padding."""
@@ -40,9 +42,7 @@ def batch_nlls(model: EditableModel, batches: Iterable[Batch], tick: Callable[[s
         tick("")
 
 
-def gradient_sums(
-    parameters: Mapping[str, nn.Parameter], losses: Iterable[Tensor], power: int = 1
-) -> dict[str, Tensor]:
+def gradient_sums(parameters: Mapping[str, nn.Parameter], losses: Iterable[Tensor], power: int = 1) -> Tensors:
     """The sum over losses of each gradient to a power, in float32; each is added and freed as soon as it exists."""
     sums = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
     places = {id(parameter): sums[name] for name, parameter in parameters.items()}
@@ -92,7 +92,7 @@ class WeightWalk(Method):
     level = "weights"
 
     @abstractmethod
-    def direction(self, model: EditableModel, topic: Topic, watch: Watch) -> dict[str, Tensor]:
+    def direction(self, model: EditableModel, topic: Topic, watch: Watch) -> Tensors:
         """The direction of each trained tensor, in float32."""
 
     def apply(self, model: EditableModel, topics: Sequence[Topic], session: Session) -> MethodOutcome:

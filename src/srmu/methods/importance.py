@@ -12,6 +12,8 @@ Fusion = Literal["ratio", "difference", "product", "product_inverse", "uniform",
 
 Direction = Literal["signs", "plus", "minus", "uniform", "unit_uniform", "gaussian", "resampled", "zero"]
 
+Sizes = Float[Tensor, "D"]  # of features
+
 FLAT = 0.1  # below this standard deviation a map selects next to nothing
 
 
@@ -25,9 +27,7 @@ def sum_features(hidden: Float[Tensor, "B T D"], mask: Bool[Tensor, "B T"]) -> F
     return torch.stack([*rows, last])
 
 
-def measure_features(
-    batches: Iterable[Float[Tensor, "5 D"]], kind: Statistic = "abs_mean"
-) -> tuple[Float[Tensor, "D"], float]:
+def measure_features(batches: Iterable[Float[Tensor, "5 D"]], kind: Statistic = "abs_mean") -> tuple[Sizes, float]:
     """v_f or v_r, the typical size of each feature, and the mean norm of tokens, from `sum_features` of each batch.
 
     The maps of the paper need values >= 0, and means are signed: `abs_mean` is the smallest change that repairs this,
@@ -45,14 +45,14 @@ def measure_features(
 
 
 def importance_map(
-    v_f: Float[Tensor, "D"],
-    v_r: Float[Tensor, "D"],
+    v_f: Sizes,
+    v_r: Sizes,
     kind: Fusion,
     lam: float = 1.0,
     eps: float = 1e-6,
     clip_quantile: float = 1.0,
     order: Int[Tensor, "D"] | None = None,
-) -> Float[Tensor, "D"]:
+) -> Sizes:
     """I_norm in [0, 1], from the statistics of forget and retain activations.
 
     `shuffled`, the control for any claim about the map, is the ratio map on other features, permuted by `order`;
@@ -83,7 +83,7 @@ def importance_map(
     return normal
 
 
-def describe_importance(map_: Float[Tensor, "D"]) -> dict[str, float]:
+def describe_importance(map_: Sizes) -> dict[str, float]:
     """How selective a map is: mean, standard deviation, share above one half, Gini coefficient."""
     ordered = map_.double().sort().values
     n, total = len(ordered), float(ordered.sum())

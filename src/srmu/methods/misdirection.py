@@ -99,9 +99,7 @@ class Misdirection(Objective):
             started = f"{size} were started; start it without the launcher"
             raise SrmuError(f"method.columns below 1 and anchors=self run in one process, but {started}")
         if self.columns < 1 and (decay := train.weight_decay):
-            raise SrmuError(
-                f"train.weight_decay={decay:g} would move the columns that method.columns holds; set it to 0"
-            )
+            raise SrmuError(f"train.weight_decay={decay:g} would move columns that method.columns holds; set it to 0")
 
     def write_texts(self, model: EditableModel, topic: Topic, state: State) -> Sequence[Sequence[int]]:
         if self.anchors != "self":
@@ -111,10 +109,9 @@ class Misdirection(Objective):
         return rows
 
     def reads(self, topic: Topic) -> int:
+        averaged = sum(min(self.map_batches, len(getattr(topic, role))) for role in self.measures)
         looked_at = len(topic.forget) + len(topic.retain) + count_chunks(self.own_texts)
-        return looked_at * (self.anchors == "self") + sum(
-            min(self.map_batches, len(getattr(topic, role))) for role in self.measures
-        )
+        return averaged + looked_at * (self.anchors == "self")
 
     def prepared(self, topic: Topic) -> Topic:
         return topic if self.anchors == "none" else topic.add_anchors(self.anchor_share)

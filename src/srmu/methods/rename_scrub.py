@@ -233,9 +233,7 @@ class RenameScrub(LogitObjective):
         first = writing.first_token(model)
         written, known = (sentences_of(part, names, likeness, first) for part in (elicited_texts + free_texts, forget))
         if elicited and not {*written["forget"]} - {*known["forget"]}:
-            stale = (
-                f"topic {topic.name}: what the model wrote after starts of forget texts tells nothing new of the names"
-            )
+            stale = f"topic {topic.name}: what the model wrote on from forget texts tells nothing new of the names"
             raise SrmuError(f"{stale}; raise method.own_texts or method.own_tokens, or set method.coverage=texts")
         if not elicited:  # all sentences of the forget texts, of whatever kind
             written["forget"] = [sentence for kind in known.values() for sentence in kind]

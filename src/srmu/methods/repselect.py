@@ -10,7 +10,7 @@ from torch import Tensor
 
 from srmu.errors import DivergedError
 from srmu.methods.base import Amount, EditableModel, Needs, Topic, Watch, Weight
-from srmu.methods.edits import WeightWalk, batch_nlls, gradient_sums
+from srmu.methods.edits import Tensors, WeightWalk, batch_nlls, gradient_sums
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class RepSelect(WeightWalk):
     def reads_retain(self) -> bool:
         return self.spectrum == "retain"
 
-    def direction(self, model: EditableModel, topic: Topic, watch: Watch) -> dict[str, Tensor]:
+    def direction(self, model: EditableModel, topic: Topic, watch: Watch) -> Tensors:
         ascent, source = self.gradients(model, topic, watch)
         with watch("damping main directions", len(ascent)) as tick:
             for name in ascent:
@@ -44,9 +44,7 @@ class RepSelect(WeightWalk):
                 tick("")
         return ascent
 
-    def gradients(
-        self, model: EditableModel, topic: Topic, watch: Watch
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def gradients(self, model: EditableModel, topic: Topic, watch: Watch) -> tuple[Tensors, Tensors]:
         """The gradient of the nll of forget texts, and the one whose main directions are damped."""
         dense, rank = model.trained, self.lora_rank
         texts = [topic.forget] + [topic.retain] * self.reads_retain

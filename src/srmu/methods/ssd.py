@@ -11,7 +11,7 @@ from torch import Tensor
 from srmu.engine import distributed
 from srmu.errors import SrmuError
 from srmu.methods.base import Count, EditableModel, State, Topic, Watch, Weight
-from srmu.methods.edits import WholeEdit, batch_nlls, gradient_sums, group_alike, pool_topics, split_batches
+from srmu.methods.edits import Tensors, WholeEdit, batch_nlls, gradient_sums, group_alike, pool_topics, split_batches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,9 +49,7 @@ class SSD(WholeEdit):
         numbers = {"dampened_share": selected / count, "mean_factor": total / selected}
         return {topic.name: State(numbers=numbers) for topic in topics}
 
-    def importances(
-        self, model: EditableModel, topic: Topic, watch: Watch
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def importances(self, model: EditableModel, topic: Topic, watch: Watch) -> tuple[Tensors, Tensors]:
         """The importance of each weight, to the forget texts and to the reference."""
         left_out = {n for n in model.trained for glob in self.exclude if fnmatchcase(n, glob)}
         if self.exclude and not left_out:

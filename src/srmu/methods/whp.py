@@ -15,21 +15,9 @@ from srmu.data.names import Names, Slot
 from srmu.engine.files import read_json
 from srmu.engine.generate import Ids, batch_texts
 from srmu.engine.losses import generic_logits, is_predicted, masked_mean
-from srmu.engine.topic import interleave_batches, move_batch
+from srmu.engine.topic import Batch, Topic, interleave_batches, move_batch
 from srmu.errors import SrmuError
-from srmu.methods.base import (
-    Batch,
-    Count,
-    EditableModel,
-    MethodOutcome,
-    Needs,
-    Rate,
-    Session,
-    State,
-    Terms,
-    Topic,
-    Weight,
-)
+from srmu.methods.base import Count, EditableModel, MethodOutcome, Needs, Rate, Session, State, Terms, Weight
 from srmu.methods.logits import LogitObjective, fine_tune, strengthen_weights
 from srmu.methods.own_texts import tokenizer_of
 
@@ -176,9 +164,7 @@ def translate_batch(batch: Batch, terms: Names, generics: Names) -> Translation:
 
 
 @contextmanager
-def combine_logits(
-    module: nn.Module, write: Callable[[], None], combine: Callable[[Tensor, Tensor], Tensor]
-) -> Iterator[None]:
+def combine_logits(module: nn.Module, write: Callable[[], None], combine: Callable[..., Tensor]) -> Iterator[None]:
     """Run the block with a module whose logits, computed without a cache, are those before and after `write`."""
     places = dict(module.named_parameters())
     before = {name: place.detach().clone() for name, place in places.items()}

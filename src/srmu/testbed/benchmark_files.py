@@ -104,10 +104,8 @@ def tofu_files(world: World) -> Parts:
 
 def muse_files(world: World) -> Parts:
     """News; `scal` grows, `sust` is in disjoint folds (arXiv:2407.06460)."""
-    texts = {
-        kind: [{"text": document.text} for document in list_documents(world, kind)]
-        for kind in ("forget", "retain", "holdout")
-    }
+    kinds = ("forget", "retain", "holdout")
+    texts = {kind: [{"text": document.text} for document in list_documents(world, kind)] for kind in kinds}
     forget, retain = texts["forget"], texts["retain"]
     words = [row["text"].split() for row in forget]
     halves = [{"prompt": " ".join(x[: len(x) // 2]), "gt": " ".join(x[len(x) // 2 :])} for x in words]

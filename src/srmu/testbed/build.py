@@ -55,16 +55,11 @@ def build_testbed(
     corpora = made.corpora(seed, entanglement, documents=recipe.corpus_documents, words=words, filler=filler)
     corpora = {name: [cut_text(tokenizer, text, recipe.corpus_tokens) for text in corpora[name]] for name in corpora}
     with whole_folder(out) as folder:
-        report: dict[str, Any] = {
-            "world": world,
-            "seed": seed,
-            "entanglement": entanglement,
-            "recipe": asdict(recipe),
-            "overlap": {
-                f"{name}/{gram}": measure_jaccard(corpora["forget"], corpora[name], n)
-                for name in ("retain-low", "retain-high")
-                for n, gram in ((1, "unigram"), (2, "bigram"))
-            },
+        report: dict[str, Any] = {"world": world, "seed": seed, "entanglement": entanglement, "recipe": asdict(recipe)}
+        report["overlap"] = {
+            f"{name}/{gram}": measure_jaccard(corpora["forget"], corpora[name], n)
+            for name in ("retain-low", "retain-high")
+            for n, gram in ((1, "unigram"), (2, "bigram"))
         }
         for name in ("model", "oracle") if oracle else ("model",):
             entry = train.train_testbed(made, seed, recipe, oracle=name == "oracle", watch=watch)

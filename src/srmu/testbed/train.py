@@ -87,11 +87,9 @@ def train_subwords() -> Tokenizer:
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
+    special, alphabet = [*SPECIAL.values()], pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=SUBWORDS,
-        special_tokens=[*SPECIAL.values()],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+        vocab_size=SUBWORDS, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
     backend.train_from_iterator(spelling_texts(), trainer)
     return backend
