@@ -161,9 +161,7 @@ def open_activations(
     store = Activations(free // 4 if cuda else 0, folder, limit_bytes(), device, say)
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if not (folder / "about.json").exists():
-            write_json(folder / "about.json", about)
-        os.utime(folder / "about.json")  # the time of the last use
+        write_json(folder / "about.json", about)  # its time is that of the last use
     except OSError as error:
         store.give_up(error)
     return store

@@ -60,9 +60,8 @@ def leave_group() -> None:
     if get_size() > 1:
         import torch.distributed as dist
 
-        if dist.is_initialized():
-            dist.barrier()
-            dist.destroy_process_group()
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def says_first(message: str) -> bool:

@@ -104,10 +104,8 @@ def write_on(
         out = generator.generate(**read)
     finally:
         generator.generation_config = own
-    written = []
-    for row in out.sequences[:, ids.shape[1] :].tolist():
-        stop = next((i for i, token in enumerate(row, 1) if token in ends), len(row))
-        written.append(row[:stop])
+    rows = out.sequences[:, ids.shape[1] :].tolist()
+    written = [row[: next((i for i, token in enumerate(row, 1) if token in ends), None)] for row in rows]
     if not keep_logits:
         return written, []
     logits = torch.stack(out.logits, dim=1)
