@@ -16,7 +16,7 @@ from torch import Tensor
 
 from srmu.data.sources import read_texts
 from srmu.data.tokens import batch_rows, tokenise_texts
-from srmu.engine import generate, loading, losses, sites, train
+from srmu.engine import generate, loading, losses, sites, train, weights
 from srmu.engine.model import Batch, EditableModel, Site
 from srmu.engine.progress import Watch, ignore_progress
 from srmu.errors import DivergedError, SrmuError
@@ -25,7 +25,6 @@ from srmu.evals.results import Metrics
 from srmu.evals.score import score_model
 from srmu.methods import Misdirection
 from srmu.runs.config import Config
-from srmu.runs.plan import locate_base
 from srmu.runs.record import STATE
 from srmu.runs.run import Run, open_target, unlearn_config
 
@@ -221,7 +220,7 @@ def sweep_layers(config: Config, forget_metrics: Sequence[str], *, watch: Watch 
     method = config.method
     if not isinstance(method, Misdirection):
         raise SrmuError(f"method {method.name} has no layer to vary; use rmu, adaptive_rmu or srmu")
-    tried = candidate_layers(method, loading.read_config(locate_base(config)))
+    tried = candidate_layers(method, loading.read_config(weights.locate_model(config.model, config.revision)))
     rows: list[dict[str, Any]] = []
     with watch("layer sweep", len(tried)) as tick:
         for layer in tried:

@@ -59,7 +59,7 @@ class RunPlan:
 
 def plan_run(config: Config, *, shard: bool = False, offload: bool = False) -> RunPlan:
     """Fill in what depends on model and machine, without reading weights; SrmuError where the run cannot work."""
-    base = locate_base(config)
+    base = weights.locate_model(config.model, config.revision)
     settings = read_config(base)
     refuse_quantised(base, settings)
     limit_bytes()  # report a bad limit before the model is loaded
@@ -105,11 +105,6 @@ def find_device(name: str) -> str:
     except (RuntimeError, AssertionError) as error:
         raise SrmuError(f"device {name} is not there: {first_line(error)}") from None
     return name
-
-
-def locate_base(config: Config) -> Path:
-    """The folder of the config's model."""
-    return weights.locate_model(config.model, config.revision)
 
 
 def measure_reach(model: str, method: str, overrides: list[str]) -> tuple[dict[str, Any], list[dict[str, str]]]:

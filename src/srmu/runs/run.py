@@ -22,7 +22,7 @@ from srmu.methods.importance import FLAT
 from srmu.runs import record as audit
 from srmu.runs.config import Config, load_config
 from srmu.runs.model_card import render_template, write_model_card
-from srmu.runs.plan import RunPlan, find_device, load_tokenizer, load_topics, locate_base, plan_run
+from srmu.runs.plan import RunPlan, find_device, load_tokenizer, load_topics, plan_run
 from srmu.runs.record import CONFIG, DELTA, METRICS, RECORD, STATE
 from srmu.runs.training import CHECKPOINTS, train_run
 
@@ -65,7 +65,7 @@ class Run:
     @cached_property
     def base(self) -> Path:
         """The folder of its model; SrmuError where a file there is not the one it was made from."""
-        folder = locate_base(self.config)
+        folder = weights.locate_model(self.config.model, self.config.revision)
         if foreign := audit.list_foreign_files(folder, self.record):
             raise SrmuError(
                 f"{folder}: {foreign[0]} is not the file that {self.folder} was made from; "

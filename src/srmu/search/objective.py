@@ -35,7 +35,6 @@ from srmu.evals.statistics import KNOWN, LEAST, Draws, estimate_from
 from srmu.evals.subject import LENGTH, Question, Subject, list_facts, mark_answers
 from srmu.methods import Misdirection
 from srmu.runs.config import Config
-from srmu.runs.plan import locate_base
 from srmu.runs.run import Run, open_target, unlearn_config
 from srmu.search import queue, space
 
@@ -225,7 +224,7 @@ class AutoJob:
     def layers(self) -> list[int]:
         """The layers that a scan tries."""
         assert isinstance(self.config.method, Misdirection)
-        return candidate_layers(self.config.method, read_config(locate_base(self.config)), LAYERS)
+        return candidate_layers(self.config.method, read_config(weights.locate_model(self.config.model)), LAYERS)
 
     @property
     def tier(self) -> Tier:
@@ -237,7 +236,7 @@ class AutoJob:
         """What all trials depend on, without a path or a word of a text."""
         halves = [half for part in self.yardstick.parts.values() for half in part.halves.values()]
         return {
-            "model": weights.fingerprint_model(locate_base(self.config)),
+            "model": weights.fingerprint_model(weights.locate_model(self.config.model)),
             "texts": digest_texts([*self.texts["forget"], "", *self.texts["retain"]]),
             "questions": digest_texts(str(one) for half in halves for one in half),
             "method": self.config.method.name,

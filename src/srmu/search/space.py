@@ -14,8 +14,8 @@ from optuna.trial import FrozenTrial, TrialState
 from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
 
 from srmu.engine.loading import read_config
+from srmu.engine.weights import locate_model
 from srmu.runs.config import Config
-from srmu.runs.plan import locate_base
 from srmu.search.queue import ANSWERED, has_failed
 
 RANDOM = 6  # trials before the sampler learns from them
@@ -152,7 +152,7 @@ def scale_rate(config: Config, width: int = WIDTH) -> float:
     A step of Adam changes every weight alike, and what a matrix puts out then changes with the number of its inputs:
     narrow models need larger steps.
     """
-    settings = read_config(locate_base(config))
+    settings = read_config(locate_model(config.model, config.revision))
     inputs = getattr(settings, "intermediate_size", None) or 4 * settings.hidden_size
     return type(config.method).learning_rate * width / inputs
 

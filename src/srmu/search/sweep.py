@@ -25,11 +25,12 @@ from srmu.attacks.base import Tier
 from srmu.attacks.suite import Sources, attack_run, fill_sources, load_exam, select_attacks
 from srmu.engine.files import require_place, write_json
 from srmu.engine.progress import Watch, ignore_progress
+from srmu.engine.weights import locate_model
 from srmu.errors import SrmuError, suggest_word
 from srmu.evals.compare import run_setting
 from srmu.evals.score import score_model
 from srmu.runs.config import Config, explain_error, load_config, put_override, read_tree
-from srmu.runs.plan import locate_base, plan_run
+from srmu.runs.plan import plan_run
 from srmu.runs.run import Run, unlearn_config
 from srmu.search import queue
 from srmu.search.space import Dimension, PlaceSampler
@@ -188,7 +189,7 @@ def check_keys(sweep: Sweep) -> None:
 def check_objectives(sweep: Sweep, watch: Watch = ignore_progress) -> None:
     """SrmuError for an objective that no trial would produce; keeps the original's scores, which all trials need."""
     config = load_config(sweep.config, sweep.set)
-    base = locate_base(config)
+    base = locate_model(config.model, config.revision)
     metrics = (
         score_model(str(base), sweep.tasks, tasks_dir=config.tasks_dir, watch=watch)["after"] if sweep.tasks else {}
     )
