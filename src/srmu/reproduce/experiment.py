@@ -208,36 +208,35 @@ def run_experiment(
     A run that diverges or fails costs its own row only, which says why. On one model a failure is raised: what the next
     run would need hours for may fail in the same way.
     """
-    rows = [*rows]
+    rows = [*dict.fromkeys(rows)]
     if make and isinstance(experiment.place, Testbeds):
         for regime, seed in product(dict.fromkeys(row.regime for row in rows), experiment.seeds):
             experiment.place.prepare(regime, seed, watch)
-    sources = [PlannedRow(row.strength[0], row.strength[0], row.regime) for row in rows if row.strength]
-    measured: dict[PlannedRow, MeasuredRow] = {}
     # what hands its strength to others comes first
-    for stage in ([*(row for row in rows if not row.strength), *sources], [row for row in rows if row.strength]):
-        found = {
-            (row, seed): find_measured_run(experiment, row, seed, measured)
-            for row, seed in product(dict.fromkeys(stage), experiment.seeds)
-        }
-        missing = [*dict.fromkeys(run for run in found.values() if isinstance(run, RunJob))]
-        made = make_runs(experiment, missing, watch) if make and missing else {}
-        for row in stage:
-            runs = {seed: found[row, seed] for seed in experiment.seeds}
-            outcomes = {k: made.get(run, NOT_RUN) if isinstance(run, RunJob) else run for k, run in runs.items()}
-            measured[row] = collect_row(experiment, row, outcomes)
+    sources = [PlannedRow(row.strength[0], row.strength[0], row.regime) for row in rows if row.strength]
+    strong = run_experiment(experiment, sources, watch, make=make) if sources else {}
+    found = {
+        (row, seed): find_measured_run(experiment, row, seed, strong) for row, seed in product(rows, experiment.seeds)
+    }
+    missing = [*dict.fromkeys(run for run in found.values() if isinstance(run, RunJob))]
+    made = make_runs(experiment, missing, watch) if make and missing else {}
+    measured = {}
+    for row in rows:
+        runs = {seed: found[row, seed] for seed in experiment.seeds}
+        outcomes = {k: made.get(run, NOT_RUN) if isinstance(run, RunJob) else run for k, run in runs.items()}
+        measured[row] = collect_row(experiment, row, outcomes)
     return measured
 
 
 def find_measured_run(
-    experiment: Experiment, row: PlannedRow, seed: int, measured: Mapping[PlannedRow, MeasuredRow]
+    experiment: Experiment, row: PlannedRow, seed: int, strong: Mapping[PlannedRow, MeasuredRow]
 ) -> Outcome | RunJob:
-    """What is there of a run, or the job that makes it; `measured` has the rows that hand over their strength."""
+    """What is there of a run, or the job that makes it; `strong` has the rows that hand over their strength."""
     if isinstance(experiment.place, Testbeds) and not experiment.place.is_there(row.regime, seed):
         return NOT_RUN
     if row.strength:
         method, key = row.strength
-        source = measured[PlannedRow(method, method, row.regime)]
+        source = strong[PlannedRow(method, method, row.regime)]
         row = row._replace(extra=(*row.extra, *take_strength(source, experiment.seeds.index(seed), key)))
     try:
         job = experiment.plan_job(row, seed)

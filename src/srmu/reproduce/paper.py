@@ -87,10 +87,10 @@ def check_sources(plan: Experiment, place: OneModel) -> None:
 
 
 def plan_rows(spec: Spec, plan: Experiment) -> list[PlannedRow]:
-    """All rows and points of what is asked for."""
+    """All rows and points of what is asked for, each once."""
     rows = [row for table in spec["tables"].values() for row in plan_table(table, plan)]
     series = [points for figure in spec["figures"] for points in plan_figure(figure).values()]
-    return rows + [row for points in series for row in points.values()]
+    return [*dict.fromkeys([*rows, *(row for points in series for row in points.values())])]
 
 
 def plan_table(table: Spec, plan: Experiment) -> list[PlannedRow]:
@@ -203,7 +203,7 @@ def mean_kappa(row: MeasuredRow) -> float | None:
 
 def paper_needs(what: str, plan: Experiment) -> tuple[dict[str, Any], list[str]]:
     """What the runs need, in numbers and in lines; makes and fetches nothing."""
-    rows = [*dict.fromkeys(plan_rows(read_paper(what), plan))]
+    rows = plan_rows(read_paper(what), plan)
     count, place = len(plan.seeds), plan.place
     if isinstance(place, Testbeds):
         return {"testbeds": count, "runs": len(rows) * count}, [
@@ -220,8 +220,8 @@ def estimate_needs(plan: Experiment, place: OneModel, rows: Sequence[PlannedRow]
     """
     spec, folder = place.spec, find_model(place.name, place.spec)
     gb, duration = estimate.format_gb, estimate.format_duration
-    size, asked = estimate.count_parameters(folder), spec["asked"].values()
-    scoring = 2 * size * sum(one["questions"] * one["tokens"] for one in asked)  # FLOPs for one model
+    size, asked = estimate.count_parameters(folder), spec["asked"]
+    scoring = 2 * size * asked["tokens"]  # FLOPs for one model
     counts, methods, lines = Counter(row.method for row in rows), dict[str, Any](), list[str]()
     speed: Any = None  # FLOPs a second, measured once
     for method, regime in {row.method: row.regime for row in rows}.items():
@@ -237,14 +237,14 @@ def estimate_needs(plan: Experiment, place: OneModel, rows: Sequence[PlannedRow]
         memory = f"{most}{gb(found['memory_private'])} of memory beside {gb(found['bytes_read'])} of the model's files"
         work = f"{found['flops'] / 1e15:.3g} PFLOP, here {duration(found['seconds'])}"
         lines.append(f"runs    {runs} of {method}: {memory}, {work}")
-    questions, runs = sum(one["questions"] for one in asked), sum(one["runs"] for one in methods.values())
+    runs = sum(one["runs"] for one in methods.values())
     total = sum(one["runs"] * one["flops"] for one in methods.values()) + (runs + 1) * scoring  # and the original
     source = "is here" if planned.here else f"hf download {place.name} (planned from its published dimensions)"
     lines = [
         f"model   {place.name}, {gb(2 * size)}: {source}",
         *(f"data    {name}: {how}" for name, how in spec["sources"].items()),
         *lines,
-        f"scores  {questions:,} questions a run: {scoring / 1e15:.3g} PFLOP, here {duration(scoring / speed)}",
+        f"scores  {asked['questions']:,} questions a run: {scoring / 1e15:.3g} PFLOP, here {duration(scoring / speed)}",
         f"in all  {runs} runs, {total / 1e15:.3g} PFLOP: here {duration(total / speed)}; "
         f"{duration(total / FAST)} where {FAST / 1e12:.0f} TFLOP a second are reached",
     ]
