@@ -84,13 +84,13 @@ def open_harness(model: Any, tokenizer: Any, batch_size: int) -> Iterator[Harnes
         warnings.catch_warnings(action="ignore"),
         patch.dict(os.environ, DISABLE_MULTIPROC="1"),  # resampling would fork a pool
         patch.object(env, "from_string", cache(env.from_string)),  # else compiled at each question
-        ExitStack() as before,
+        ExitStack() as restore,
     ):
-        before.callback(random.setstate, random.getstate())
-        before.callback(np.random.set_state, np.random.get_state())
-        before.callback(logging.disable, logging.root.manager.disable)
+        restore.callback(random.setstate, random.getstate())
+        restore.callback(np.random.set_state, np.random.get_state())
+        restore.callback(logging.disable, logging.root.manager.disable)
         for module in model.modules():
-            before.callback(setattr, module, "training", module.training)
+            restore.callback(setattr, module, "training", module.training)
         logging.disable()
         random.seed(0)
         np.random.seed(SEED)

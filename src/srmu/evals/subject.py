@@ -84,10 +84,10 @@ class Subject:
             raise NotApplicable("this is the original model")
         if self.fixed:
             raise NotApplicable(self.fixed)
-        with ExitStack() as after:
+        with ExitStack() as restore:
             for name, tensor in self.original.items():
                 parameter = self.module.get_parameter(name)
-                after.callback(replace_tensor, parameter, replace_tensor(parameter, tensor))
+                restore.callback(replace_tensor, parameter, replace_tensor(parameter, tensor))
             yield
 
     @contextmanager
@@ -171,9 +171,9 @@ def membership_scores(model: Subject, texts: Sequence[str]) -> Array:
             sigma = (p * (logs - mu[:, None]) ** 2).sum(-1).sqrt()
             standard = (logp - mu) / sigma.clamp(min=1e-6)
             # arXiv 2012.07805: log-likelihood by the size of the compressed text
-            size_packed = len(zlib.compress(model.tokenizer.decode(rows[i], skip_special_tokens=True).encode()))
+            packed = zlib.compress(model.tokenizer.decode(rows[i], skip_special_tokens=True).encode())
             mean = float(logp.mean())
-            scores[i] = mean, mean / size_packed, mean_lowest(logp), mean_lowest(standard)
+            scores[i] = mean, mean / len(packed), mean_lowest(logp), mean_lowest(standard)
     return scores
 
 
