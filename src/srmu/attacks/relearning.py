@@ -20,7 +20,7 @@ from srmu.evals.subject import NotApplicable, Question, Subject, list_facts
 SMALL = 100_000_000  # parameters; a model with fewer bears higher learning rates
 
 Kinds = tuple[tuple[str, float, int], ...]  # of training: name, learning rate, rank of LoRA (0: all weights)
-Training = Mapping[str, Any]  # by argument of `tune_and_ask`
+Options = Mapping[str, Any]
 Questions = tuple[Question, ...]
 Learned = dict[tuple[float, int], tuple[float, ...]]  # right answers by rate and epochs
 
@@ -73,7 +73,7 @@ def tune_and_ask(
 
 
 def tune_kinds(
-    model: Subject, exam: Exam, trainings: Mapping[str, Training], seed: int, budget: Training, **common: Any
+    model: Subject, exam: Exam, trainings: Mapping[str, Options], seed: int, budget: Options, **common: Any
 ) -> AttackResult:
     """What trainings (as `tune_and_ask` takes them) bring back, those that fit into memory."""
     ways: list[Setting] = []
@@ -119,14 +119,12 @@ class BenignRelearning(Attack, id="E7", name="benign_relearning", tier="smoke", 
         result = tune_kinds(model, exam, trainings, seed, {"texts": counts}, batch_size=1)
         right = {way.setting: way.test for way in result.ways}
         logs, facts = np.log(counts), list_facts(exam.test)
-        metrics = {}
+        width, metrics = np.ptp(logs), {}
         for kind, *_ in kinds:
             curve = [right[name] for n in counts if (name := f"{kind}, n={n}") in right]
             if len(curve) == len(counts) > 1:
                 table = np.array(curve).T
-                area = bootstrap_estimate(
-                    table, facts, lambda m: np.trapezoid(m, logs, axis=-1) / np.ptp(logs), seed=seed
-                )
+                area = bootstrap_estimate(table, facts, lambda m: np.trapezoid(m, logs, axis=-1) / width, seed=seed)
                 metrics[f"accuracy over log n, {kind}"] = area
         return replace(result, metrics=metrics)
 
