@@ -5,12 +5,12 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import torch
 
-from srmu.errors import SrmuError, first_line
+from srmu.data.sources import Source, read_texts
+from srmu.errors import SrmuError
 
 FEWEST = 3  # names: of two, each could only become the other
 FORMS = ("", " ")  # what may come before a name: tokenizers join a space to the next word
@@ -110,19 +110,16 @@ class Names:
 
 def read_names(path: str, option: str = "names") -> list[str]:
     """The names in a file, one a line; SrmuError saying what is wrong with it."""
-    where = f"method.{option}={path}"
     if not path.endswith(".txt"):
-        raise SrmuError(f"{where}: expected a .txt file with a name on each line")
+        raise SrmuError(f"method.{option}={path}: expected a .txt file with a name on each line")
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except FileNotFoundError:
-        raise SrmuError(f"{where}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise SrmuError(f"{where}: {first_line(error)}") from None
-    names = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
+        texts = read_texts([Source(path=path)])
+    except SrmuError as error:
+        raise SrmuError(f"method.{option}={error}") from None
+    names = list(dict.fromkeys(line.strip() for text in texts for line in text.splitlines() if line.strip()))
     if len(names) < FEWEST:
         why = "one on each line, because each is replaced by the others"
-        raise SrmuError(f"{where}: {len(names)} names; {FEWEST} or more are needed, {why}")
+        raise SrmuError(f"method.{option}={path}: {len(names)} names; {FEWEST} or more are needed, {why}")
     return names
 
 

@@ -39,7 +39,6 @@ class Terms(NamedTuple):
 
 
 NOWHERE = Checkpoints()
-NOTHING: Memory = {}
 
 LossFunction = Callable[[Batch, Batch, int], Terms]
 
@@ -102,7 +101,7 @@ def fit_model(
     log: Log,
     extra: Sequence[nn.Parameter] = (),
     checkpoints: Checkpoints = NOWHERE,
-    memory: Memory = NOTHING,
+    memory: Memory | None = None,
     *,
     spread: bool = False,
     endless: bool = False,
@@ -116,7 +115,7 @@ def fit_model(
     topics = [topic for topic, _ in parts]
     rules = StopRules(model, topics, options, endless)
     spread = spread and distributed.get_size() > 1
-    training = Training(rules, extra, memory, spread)
+    training = Training(rules, extra, memory or {}, spread)
     done = training.resume(checkpoints)
     streams = [topic.pairs() for topic in topics]
     place = "the start"
