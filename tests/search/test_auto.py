@@ -31,7 +31,7 @@ TASKS = ("--tasks", "hazard", "--utility", "harmless", "--tasks-dir", "tasks")
 
 
 def asked(place: Path, out: str = "auto", **given: Any) -> auto.AutoRequest:
-    names = {"tasks": ("hazard",), "utility": ("harmless",), "tasks_dir": str(place / "tasks")}
+    names = {"tasks": ("hazard",), "utility": ("harmless",), "tasks_dir": place / "tasks"}
     return auto.AutoRequest(
         **{
             "model": str(place / "model"),

@@ -80,7 +80,7 @@ def prepare_job(request: AutoRequest) -> AutoJob:
             held[role] = TextYardstick(halves)
             given.append(f"topics.topic.{role}_held_out={sum(map(len, halves.values()))}")
     config = make_config(request.model, request.forget, request.retain, method, given)
-    folder = Path(request.tasks_dir) if request.tasks_dir else tasks_beside(base)
+    folder = request.tasks_dir or tasks_beside(base)
 
     def ask(*names: str) -> Part:
         exam = load_exam(name_sources(names, (), folder), config, request.seed)

@@ -21,13 +21,10 @@ import torch
 from srmu.attacks.base import Tier
 from srmu.attacks.suite import Sources
 from srmu.data.digest import digest_texts
-from srmu.data.tokens import batch_rows, tokenise_texts
 from srmu.data.topics import split_held_out
 from srmu.engine import weights
 from srmu.engine.loading import read_config
-from srmu.engine.losses import is_predicted
 from srmu.engine.progress import Watch
-from srmu.engine.train import move_batch
 from srmu.errors import SrmuError
 from srmu.evals.analyses import candidate_layers
 from srmu.evals.results import merge_results, metric_rows, number_facts, write_answers
@@ -81,16 +78,13 @@ class TextYardstick:
     @torch.no_grad()
     def take(self, model: Subject, half: Half) -> MarkedAnswers:
         """Each next token is an answer about its text."""
-        rows = tokenise_texts(self.halves[half], model.tokenizer, LENGTH)
         right: list[float] = []
-        about: list[Hashable] = []
-        for number, batch in enumerate(batch_rows(rows, model.tokenizer, 8, "mask")):
-            batch = move_batch(batch, model.device)
-            inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-            likeliest = model.module(**inputs, use_cache=False).logits[:, :-1].argmax(dim=-1)
-            mask = is_predicted(batch["labels"])
-            right += (likeliest == batch["labels"][:, 1:])[mask].float().tolist()
-            about += [(number, row) for row in mask.nonzero()[:, 0].tolist()]
+        about: list[str] = []
+        for text in self.halves[half]:
+            ids = torch.tensor(model.tokens(text)[:LENGTH], device=model.device)
+            logits = model.module(ids[None], use_cache=False).logits[0, :-1]
+            right += (logits.argmax(dim=-1) == ids[1:]).float().tolist()
+            about += [text] * (len(ids) - 1)
         return MarkedAnswers(right, about)
 
 
@@ -192,7 +186,7 @@ class AutoRequest:
     budget: float = 0.01  # the most utility to lose
     tasks: tuple[str, ...] = ()  # ask for what is to be forgotten
     utility: tuple[str, ...] = ()  # ask for what is to be kept
-    tasks_dir: str = ""
+    tasks_dir: Path | None = None
     method: str = "srmu"
     robust: bool = False  # rename_scrub in place of a method with a layer
     names: str = ""  # a file of the names to swap; "": those found

@@ -221,12 +221,7 @@ def run_sweep(sweep: Sweep, storage: str = "", watch: Watch = ignore_progress) -
     )
     study.set_metric_names([*sweep.objectives])  # for optuna-dashboard
     sweep.out.mkdir(parents=True, exist_ok=True)
-
-    def write(final: bool = False) -> dict[str, Any]:
-        report = report_sweep(sweep, study, final)
-        write_json(sweep.out / FILE, report)
-        return report
-
+    write = partial(write_sweep, sweep, study)
     queue.work_queue(study, partial(measure_trial, sweep), watch, write)
     return write(final=True)
 
@@ -268,29 +263,29 @@ def run_metrics(sweep: Sweep, run: Run) -> dict[str, dict[str, float]]:
     return metrics
 
 
-def report_sweep(sweep: Sweep, study: queue.Study, final: bool = False) -> dict[str, Any]:
-    """What `sweep.json` says: each trial once, the best of them, and which keys matter."""
-    trials = queue.list_entries(study)
-    complete = [trial for trial in trials if trial["state"] == "complete"]
-    return {
+def write_sweep(sweep: Sweep, study: queue.Study, final: bool = False) -> dict[str, Any]:
+    """Write `sweep.json`: each trial once, the best of them and, at the end, which keys matter."""
+    report = {
         **sweep.model_dump(include={"name", "sampler", "seeds", "objectives"}),
         "space": {key: one.written for key, one in sweep.search.items()},
-        "trials": trials,
+        "trials": queue.list_entries(study),
         "front": [trial.number for trial in study.best_trials],
-        "importance": key_importance(study) if final and len(complete) >= ENOUGH else {},
+        "importance": key_importance(study) if final else {},
     }
+    write_json(sweep.out / FILE, report)
+    return report
 
 
 def key_importance(study: queue.Study) -> dict[str, float]:
-    """The share of each key in what the objectives differ by (fANOVA); none where they do not."""
+    """The share of each key in what the objectives differ by (fANOVA); none where they do not, or trials are few."""
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     evaluator = FanovaImportanceEvaluator(seed=0)
 
     def share_keys(number: int) -> dict[str, float]:
         return get_param_importances(study, evaluator=evaluator, target=lambda trial: trial.values[number])
 
-    numbers = [i for i in range(len(study.directions)) if len({trial.values[i] for trial in complete}) > 1]
-    shares = [*map(share_keys, numbers)]
+    numbers = range(len(study.directions)) if len(complete) >= ENOUGH else ()
+    shares = [share_keys(i) for i in numbers if len({trial.values[i] for trial in complete}) > 1]
     return {key: fmean(share[key] for share in shares) for key in (shares[0] if shares else ())}
 
 
