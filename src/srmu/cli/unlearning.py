@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer import Argument, Option
@@ -110,7 +110,7 @@ def auto_command(
 
     from srmu.search import auto as search
 
-    parsed = {"budget": output.parse_share(budget), "tasks_dir": tasks_dir, "out": out.resolve()}
+    parsed: dict[str, Any] = {"budget": output.parse_share(budget), "tasks_dir": tasks_dir, "out": out.resolve()}
     parsed |= {"tasks": output.split_names(tasks), "utility": output.split_names(utility)}
     given = context.params | parsed  # an option is a field of the request
     request = search.AutoRequest(**{field.name: given[field.name] for field in fields(search.AutoRequest)})
