@@ -35,9 +35,8 @@ Texts = Any  # texts, rows with a `text`, files (pathlib), a data set; see `as_s
 class InMemoryResult:
     """What a run would have written of unlearning in memory.
 
-    `record` holds what a run's record says but for files: method, data, topics, steps, why it ended, what changed;
-    `steps` the lines of `metrics.jsonl`; `delta` the model's changed tensors by name; `state` what the method drew or
-    measured by topic.
+    `record` holds what a run's record says, but for files; `steps` the lines of `metrics.jsonl`; `delta` the model's
+    changed tensors by name; `state` what the method drew or measured by topic.
     """
 
     record: dict[str, Any]

@@ -97,9 +97,8 @@ class Run:
 def find_run(target: str | Path) -> Run | None:
     """The run in a folder; None for a model's folder or a hub id; SrmuError for a run that is unfinished."""
     folder = Path(target)
-    is_model = (folder / "config.json").exists()
     is_run = any((folder / name).exists() for name in (RECORD, CONFIG))
-    return Run.open(folder) if is_run and not is_model else None
+    return Run.open(folder) if is_run and not (folder / "config.json").exists() else None
 
 
 @dataclass(frozen=True)

@@ -196,7 +196,7 @@ def build_record(
     plan: RunPlan, model: EditableModel, topics: list[Topic], progress: Progress, watch: Watch
 ) -> dict[str, Any]:
     """The run's record."""
-    config, folder = plan.config, plan.folder
+    config, folder, kept = plan.config, plan.folder, model.activations
     files = {name: sha256(folder / name) for name in (CONFIG, METRICS, DELTA, STATE) if (folder / name).exists()}
     return {
         **describe_training(config, model, topics, progress),
@@ -211,11 +211,7 @@ def build_record(
         "memory": progress.memory,
         "diverged": progress.error is not None,
         "weights": config.train.weights,
-        "activations": {
-            "kept": model.activations.kept,
-            "found": model.activations.hits,
-            "folder": model.activations.folder.name,  # in srmu info cache ls
-        },
+        "activations": {"kept": kept.kept, "found": kept.hits, "folder": kept.folder.name},  # in srmu info cache
         "change": audit.describe_change(plan.base, folder / DELTA),
         "processes": {"count": distributed.get_size(), "sharded": plan.shard},
         "reproduction": {
