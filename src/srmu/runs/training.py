@@ -305,6 +305,5 @@ def count_dense_flops(model: EditableModel, topics: list[Topic], steps: int) -> 
     total = 0.0
     for role, passes in (("forget", 6), ("retain", 8)):
         tokens = [b["input_ids"].numel() for t in topics for b in getattr(t, role)]
-        mean = sum(tokens) / max(1, len(tokens))
-        total += steps * mean * (2 * fixed + passes * moving)
+        total += steps * (sum(tokens) / max(1, len(tokens))) * (2 * fixed + passes * moving)
     return total
