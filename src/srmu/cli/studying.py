@@ -25,8 +25,7 @@ def report_command(
     """Draw runs, a sweep, a choice or a reproduction as one page that opens anywhere."""
     from srmu.report.build import write_report
 
-    kept = output.split_names(utility_metrics)
-    page = write_report(paths, out, forget=output.split_names(metrics), utility=kept)
+    page = write_report(paths, out, forget=output.split_names(metrics), utility=output.split_names(utility_metrics))
     size = page.stat().st_size
     wrote = f"wrote {output.shorten_path(page)} ({size / 1e6:.1f} MB)"
     output.print_result({"page": str(page), "bytes": size}, as_json, wrote, output.open_in_browser(page))

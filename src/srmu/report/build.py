@@ -9,7 +9,7 @@ from typing import Any
 from srmu.engine.files import read_json
 from srmu.errors import SrmuError
 from srmu.evals.compare import choose_metrics, method_label, metrics_of, run_setting, setting_words
-from srmu.evals.results import PLAIN, read_attacks, read_benchmarks
+from srmu.evals.results import PLAIN, load_results, read_attacks
 from srmu.report import markdown, results, runs, studies
 from srmu.report.attacks import Recovery, attack_section, estimate_recovery
 from srmu.report.benchmarks import benchmark_sections
@@ -73,7 +73,7 @@ def list_entries(paths: Sequence[Path]) -> tuple[list[RunGroup], list[str]]:
             raise SrmuError(
                 f"{path} holds no run, sweep or reproduction: srmu unlearn, srmu sweep and srmu reproduce make them"
             )
-        measured = [run for run in made if results.has_results(run)] or [run for run in made if read_benchmarks(run)]
+        measured = [run for run in made if load_results(run)["rows"]]
         if not measured:
             raise SrmuError(f"{made[0]} has no results; run `srmu eval {made[0]}` first")
         unmeasured += len(made) - len(measured)
@@ -102,12 +102,12 @@ def group_runs(made: Sequence[Run]) -> list[RunGroup]:
 
 def find_metrics(
     entries: Sequence[RunGroup], forget: Sequence[str], utility: Sequence[str]
-) -> tuple[list[str], list[str]]:
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The metrics of what is to be forgotten and kept; none of runs with benchmarks alone."""
     folders = [run for entry in entries for run in entry.runs]
-    if not any(results.has_results(run) for run in folders):
-        return [], []
     known = [*dict.fromkeys(name for run in folders for name in results.read_results(run)["after"])]
+    if not known:
+        return (), ()
     for name in (*forget, *utility):
         if name not in known:
             raise SrmuError(f"no run has the result {name}; there are {', '.join(known)}")

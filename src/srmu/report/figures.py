@@ -72,8 +72,8 @@ def draw_figure(
     legend = len(series) > 1 and not all(one.label for one in series)  # labels have buttons
     plot.update_layout(template=None, showlegend=legend, xaxis=axes[0], yaxis=axes[1], bargap=0.35, barmode="overlay")
     words = "; ".join(describe_series(one, x, y, forms) for one in series)
-    about = " ".join(filter(None, [subject, title]))
-    return Figure(title, f"{f'{about}: ' if about else ''}{y} by {x}. {words}.", plot, len(names))
+    about = f"{title or subject}: " if title or subject else ""
+    return Figure(title, f"{about}{y} by {x}. {words}.", plot, len(names))
 
 
 def draw_series(one: Series, x: str, y: str, forms: Mapping[str, str]) -> Any:

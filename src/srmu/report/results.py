@@ -66,11 +66,6 @@ def aggregate_runs(entry: RunGroup, columns: Columns | None = None) -> GroupRow:
     return GroupRow(**vars(entry) | numbers)
 
 
-def has_results(folder: Path) -> bool:
-    """Whether a run was evaluated or attacked; the attacks asked what an evaluation asks."""
-    return any(not row.get("benchmark") for row in load_results(folder)["rows"])
-
-
 def read_results(folder: Path) -> dict[str, Metrics]:
     """A run's flat results before and after, with those of its attacks' questions."""
     found = read_metrics(folder)

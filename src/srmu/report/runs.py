@@ -1,7 +1,6 @@
 """The parts of a page about runs: what was forgotten and kept, and how it was made."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import pandas as pd
 import torch
@@ -71,21 +70,21 @@ def tradeoff_section(
 
 
 def results_rows(pairs: Sequence[tuple[GroupRow, Recovery | None]], heads: Mapping[str, str]) -> list[Row]:
-    """The models that a setting's methods started from, then the methods; K* where any was attacked."""
-    models: list[tuple[str, Mapping[str, Estimate], Recovery | None, int | str]] = []
+    """The models that a setting's methods started from, then the methods, with K* or that they were not attacked."""
+    befores: list[Mapping[str, Estimate]] = []
     for row, _ in pairs:
-        if row.before and row.before not in [numbers for _, numbers, _, _ in models]:
-            models.append(("", row.before, None, ""))
-    models += [(row.label, row.after, one, len(row.runs)) for row, one in pairs]
-    lines: list[Row] = []
-    for label, numbers, one, seeds in models:
-        line: dict[str, Any] = {LABEL: label, "Method": label or "Before: original model"}
-        line |= {head: numbers.get(column) for column, head in heads.items()}
-        if any(recovery for _, recovery in pairs):
-            line["K*\nlower is better"] = format_share(one.worst) if one else ""
-            line["Strongest attack"] = one.strongest if one else "not attacked" if label else ""
-        lines.append(line | {"Seeds": seeds})
-    return lines
+        if row.before and row.before not in befores:
+            befores.append(row.before)
+    models = [("", "Before: original model", numbers, "", "", "") for numbers in befores]
+    for row, one in pairs:
+        attacked = (format_share(one.worst), one.strongest) if one else ("", "not attacked")
+        models.append((row.label, row.label, row.after, *attacked, str(len(row.runs))))
+    return [
+        {LABEL: label, "Method": name}
+        | {head: numbers.get(column) for column, head in heads.items()}
+        | {"K*\nlower is better": share, "Strongest attack": strongest, "Seeds": seeds}
+        for label, name, numbers, share, strongest, seeds in models
+    ]
 
 
 # ---- training curves
