@@ -196,7 +196,7 @@ def describe_attempts(recoveries: Sequence[Recovery | None], whose: str = "metho
 
 def make_sweep_page(folder: Path, study: studies.Study, command: str) -> Page:
     """The page on a sweep, with the runs on its front that are still there."""
-    done = studies.complete_trials(study)
+    done = studies.complete_trials(study["trials"])
     if not done:
         raise SrmuError(f"{folder} has no finished trial yet; go on with `srmu sweep`")
     entries = [
@@ -214,7 +214,7 @@ def make_sweep_page(folder: Path, study: studies.Study, command: str) -> Page:
     labels = [entry.label for entry in entries]
     parts = studies.sweep_sections(study)
     parts += make_sections(entries, labels, recoveries, list(study["objectives"]))
-    return Page(f"Sweep {study['name']}", headline, parts, command, [*studies.sweep_labels(study), *labels])
+    return Page(f"Sweep {study['name']}", headline, parts, command, [studies.FRONT, studies.BEHIND, *labels])
 
 
 def make_reproduction_page(study: studies.Study, command: str) -> Page:

@@ -52,8 +52,7 @@ def draw_panel(panel: Panel) -> Block:
 
 def sweep_sections(study: Study) -> list[Section]:
     """A sweep's front or history, what mattered, and its trials."""
-    labels = sweep_labels(study)
-    sections = [search_section(study, labels)]
+    sections = [search_section(study)]
     if study["importance"]:
         order = sorted(study["importance"].items(), key=lambda item: -item[1])
         share = "share of the variation"
@@ -61,26 +60,12 @@ def sweep_sections(study: Study) -> list[Section]:
         figure = draw_figure("", series, share, "key", x_axis={"range": [0, 1.02], **PERCENT})
         table = Table("Share of the variation, per cent", [{"Key": k, "Share": format_value(v, "%")} for k, v in order])
         sections.append(Section("What mattered", write_words("keys"), [Block([figure], table)]))
-    sections.append(trial_section(study["trials"], [*study["objectives"]], study["front"], labels))
+    sections.append(trial_section(study["trials"], [*study["objectives"]], study["front"]))
     return sections
 
 
-def sweep_labels(study: Study) -> list[str]:
-    """What a click shows and hides: the methods, where the space has several, else the front."""
-    methods = {str(t["params"]["method.name"]): None for t in study["trials"] if "method.name" in t["params"]}
-    if len(methods) > 1:
-        return [*methods]
-    return [FRONT, BEHIND] if len(study["objectives"]) > 1 else []
-
-
-def trial_label(trial: Trial, labels: Sequence[str], front: Sequence[int]) -> str:
-    if FRONT in labels:
-        return FRONT if trial["number"] in front else BEHIND
-    return str(trial["params"].get("method.name", "")) if labels else ""
-
-
-def complete_trials(study: Study) -> list[Trial]:
-    return [trial for trial in study["trials"] if trial["state"] == "complete"]
+def complete_trials(trials: Sequence[Trial]) -> list[Trial]:
+    return [trial for trial in trials if trial["state"] == "complete"]
 
 
 def trial_estimate(trial: Trial, metric: str) -> Estimate:
@@ -102,31 +87,26 @@ def trial_row(trial: Trial, metrics: Sequence[str]) -> dict[str, Any]:
     return settings | {name_words(metric): trial_estimate(trial, metric) for metric in metrics}
 
 
-def trial_series(study: Study, labels: Sequence[str], hollow: bool) -> list[Series]:
-    """The trials as marks, a series a label and whether it is on the front."""
-    groups: dict[tuple[bool, str], list[Row]] = {}
-    for trial in complete_trials(study):
-        inside = trial["number"] in study["front"] or not hollow
-        group = inside, trial_label(trial, labels, study["front"])
-        row = {"trial": trial["number"], **trial_row(trial, [*study["objectives"]])}
-        groups.setdefault(group, []).append(row)
-    series = []
-    for (inside, label), rows in sorted(groups.items()):
-        look = label_look(labels.index(label) if label else 0, size=11 if inside else 8, hollow=not inside)
-        series.append(Series(label or "trials", rows, look, label))
-    return series
+def trial_series(trials: Sequence[Trial], metrics: Sequence[str], front: Sequence[int]) -> list[Series]:
+    """Complete trials as marks: those on the front filled, the others hollow."""
+    rows: dict[str, list[Row]] = {BEHIND: [], FRONT: []}
+    for trial in trials:
+        label = FRONT if trial["number"] in front else BEHIND
+        rows[label].append({"trial": trial["number"], **trial_row(trial, metrics)})
+    looks = {FRONT: label_look(0, size=11), BEHIND: label_look(1, size=8, hollow=True)}
+    return [Series(label, some, looks[label], label) for label, some in rows.items() if some]
 
 
 def objective_axis(study: Study, metric: str) -> dict[str, Any]:
     """The axis of an objective, in per cent where all numbers on it are accuracies."""
-    values = [trial["values"][metric] for trial in complete_trials(study)]
+    values = [trial["values"][metric] for trial in complete_trials(study["trials"])]
     title = f"{name_words(metric)} ({BETTER[study['objectives'][metric]]})"
     return {"title": title} | (PERCENT if all(0 <= value <= 1 for value in values) else {})
 
 
-def search_section(study: Study, labels: Sequence[str]) -> Section:
+def search_section(study: Study) -> Section:
     """The trials at the first two objectives with the front joined; of one objective in their order."""
-    objectives, done = study["objectives"], complete_trials(study)
+    objectives, done = study["objectives"], complete_trials(study["trials"])
     look = make_look(GREY, dash="dot", mode="lines", width=1.25)
     if len(objectives) > 1:
         # what should be low goes along, what should be high goes up
@@ -142,28 +122,24 @@ def search_section(study: Study, labels: Sequence[str]) -> Section:
         notes = write_words("history")
         look = {**look, "line": {**look["line"], "shape": "hv"}}
     line = Series(name, [{name_words(x): across, name_words(y): up} for across, up in best], look)
-    series = [line, *trial_series(study, labels, len(objectives) > 1)]
+    series = [line, *trial_series(done, [*objectives], study["front"])]
     axes["y_axis"] = objective_axis(study, y)
     figure = draw_figure("", series, name_words(x), name_words(y), subject="The trials", **axes)
     return Section(title, notes, [Block([figure])])
 
 
-def trial_section(
-    trials: Sequence[Trial], metrics: Sequence[str], front: Sequence[int] = (), labels: Sequence[str] = ()
-) -> Section:
+def trial_section(trials: Sequence[Trial], metrics: Sequence[str], front: Sequence[int] = ()) -> Section:
     """The table of the trials, in every state; without a front, of shares."""
     keys = [*dict.fromkeys(key for trial in trials for key in trial["params"]), *map(name_words, metrics)]
     rows: list[Row] = []
     for trial in trials:
         state = trial["state"] + (f": {strip_paths(trial['why'])}" if trial.get("why") else "")
-        if trial["number"] in front:
-            state = FRONT if len(metrics) > 1 else "the best"
+        label = FRONT if trial["number"] in front else BEHIND
         known = [m for m in metrics if m in trial["values"]] if trial["state"] == "complete" else []
         cells = dict.fromkeys(keys) | trial_row(trial, known)
         if not front:
             cells |= {name_words(metric): format_value(trial["values"][metric], "%") for metric in known}
-        label = trial_label(trial, labels, front)
-        rows.append({LABEL: label, "Trial": str(trial["number"]), **cells, "State": state})
+        rows.append({LABEL: label, "Trial": str(trial["number"]), **cells, "State": label if label == FRONT else state})
     count = ", ".join(f"{many} {state}" for state, many in Counter(trial["state"] for trial in trials).items())
     return Section("Trials", [], [Block(table=Table(f"{len(trials)} trials: {count}", rows))])
 
@@ -183,7 +159,7 @@ def auto_sections(study: Study) -> list[Section]:
         mark_value(block.figures[0], "chosen", x=scan["best"])
         block.figures[0].plot.update_xaxes(dtick=1 if len(layers) <= 16 else 4)
         sections.append(Section("Layer scan", write_words("scan", best=scan["best"]), [block]))
-    if done := [trial for trial in study.get("trials", []) if trial["state"] == "complete"]:
+    if done := complete_trials(study.get("trials", [])):
         sections.append(strength_section(done, study["budget"]))
         sections.append(trial_section(study["trials"], both))
     if final := study.get("final"):
@@ -198,11 +174,10 @@ def auto_sections(study: Study) -> list[Section]:
 
 def strength_section(done: Sequence[Trial], budget: float) -> Section:
     """Forgetting against utility loss, a mark a strength."""
-    series = []
-    for name, look in {"within": label_look(0, size=11), "above": make_look(GREY, "circle-open", size=9)}.items():
-        chosen = [trial for trial in done if (trial["values"]["utility_loss"] <= budget) is (name == "within")]
-        rows = [trial_row(trial, ["forgetting", "utility_loss"]) for trial in chosen]
-        series.append(Series(f"{name} the budget", rows, look))
+    within = [trial["number"] for trial in done if trial["values"]["utility_loss"] <= budget]
+    names = {FRONT: "within the budget", BEHIND: "above the budget"}  # a legend of its own, no labels of the page
+    marks = trial_series(done, ["forgetting", "utility_loss"], within)
+    series = [one._replace(name=names[one.label], label="") for one in marks]
     x_axis = {"title": "utility loss (lower is better)", "tickformat": ".1%"}
     y_axis = {"title": "forgetting (higher is better)", **PERCENT}
     figure = draw_figure("", series, "utility loss", "forgetting", x_axis=x_axis, y_axis=y_axis)
