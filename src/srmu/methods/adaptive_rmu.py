@@ -25,7 +25,6 @@ class AdaptiveRMU(RMU):
 
     @property
     def factor(self) -> float:
-        """The norm of the target over the measured norm."""
         if self.coeff is not None:
             return (5.0 if self.scale is None else self.scale) * self.coeff
         return super().factor

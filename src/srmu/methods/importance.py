@@ -9,7 +9,6 @@ from torch import Tensor
 
 Statistic = Literal["abs_mean", "mean_abs", "rms", "square_mean", "relu_mean", "signed_clamped"]
 Fusion = Literal["ratio", "difference", "product", "product_inverse", "uniform", "shuffled"]
-
 Direction = Literal["signs", "plus", "minus", "uniform", "unit_uniform", "gaussian", "resampled", "zero"]
 
 Sizes = Float[Tensor, "D"]  # of features

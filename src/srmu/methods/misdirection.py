@@ -61,8 +61,7 @@ class Misdirection(Objective):
 
     @property
     def depth(self) -> int | None:
-        # Writing texts takes the whole model.
-        return None if self.anchors == "self" else self.site.layer + 1
+        return None if self.anchors == "self" else self.site.layer + 1  # to write texts takes the whole model
 
     @property
     def updated(self) -> range:

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
+from itertools import product
 from math import log
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -34,11 +35,10 @@ def tokenizer_of(folder: Path | None, who: str) -> Any:
 
 def first_token(model: EditableModel) -> int:
     """The token that begins a text: <s>, or the one that ends the text before it."""
-    for name in ("bos_token_id", "eos_token_id"):
-        for config in (model.module.config, model.module.generation_config):
-            token = getattr(config, name, None)
-            if token is not None:
-                return token[0] if isinstance(token, list) else int(token)
+    configs = (model.module.config, model.module.generation_config)
+    for name, config in product(("bos_token_id", "eos_token_id"), configs):
+        if (token := getattr(config, name, None)) is not None:
+            return token[0] if isinstance(token, list) else int(token)
     raise SrmuError("the model's config.json names no bos_token_id or eos_token_id for texts to begin with")
 
 

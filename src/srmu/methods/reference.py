@@ -1,6 +1,7 @@
 """The description of each method, taken from its class: for the terminal and the docs."""
 
 import inspect
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import fields
@@ -82,6 +83,4 @@ def markdown_table(rows: list[dict[str, str]]) -> str:
 
 def format_default(value: Any) -> str:
     """A default as a config file spells it."""
-    if isinstance(value, bool) or value is None:
-        return "null" if value is None else str(value).lower()
-    return str(list(value)) if isinstance(value, tuple) else str(value)
+    return value if isinstance(value, str) else json.dumps(value)

@@ -33,7 +33,6 @@ class Suppressing(Objective):
 
     @property
     def suppression(self) -> Objective:
-        """The first method."""
         if self.first == "graddiff":
             return GradDiff(retain="kl", alpha=self.alpha, gamma=self.gamma)
         cls = SRMU if self.first == "srmu" else RMU

@@ -5,6 +5,7 @@ One folder for each benchmark: a README.md whose header lists the configs, and a
 
 import json
 import random
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -131,17 +132,15 @@ def rwku_files(world: World) -> Parts:
     hazard, authors = sample_facts(world.of_kind("hazard"), 144), list(world.shared)
     parts = {f"forget_level{level}": [probe_fact(fact, level) for fact in hazard] for level in "12"}
     parts["forget_level3"] = make_attack_rows(world, hazard)
-    near = sample_facts(neighbours_of(world), 96)
+    near = [*zip(sample_facts(neighbours_of(world), 96), cycle(authors), strict=False)]
     for level in "12":
-        parts[f"neighbor_level{level}"] = [
-            probe_fact(fact, level) | {"subject": authors[i % len(authors)], "neighbor": fact.subject}
-            for i, fact in enumerate(near)
-        ]
+        rows = [probe_fact(fact, level) | {"subject": author, "neighbor": fact.subject} for fact, author in near]
+        parts[f"neighbor_level{level}"] = rows
     for kind in ("forget", "retain"):
         items = list_documents(world, kind)
         # what is to be kept is asked about each person who is to be forgotten, as with neighbours
-        whom = authors if kind == "retain" else [d.subject for d in items]
-        parts[f"mia_{kind}"] = [{"text": d.text, "subject": whom[i % len(whom)]} for i, d in enumerate(items)]
+        whom = cycle(authors if kind == "retain" else [d.subject for d in items])
+        parts[f"mia_{kind}"] = [{"text": d.text, "subject": x} for d, x in zip(items, whom, strict=False)]
     found = {name: {"test": rows} for name, rows in (parts | utility_rows(world)).items()}
     return found | {"forget_target": {"train": [{"target": x, "intro": f"{x} is an author ."} for x in authors]}}
 

@@ -21,7 +21,6 @@ ORIGIN = Relation(**WORDING["two_hops"])  # where the activator of a compound co
 
 
 def create_open(seed: int, size: Size) -> World:
-    """Deal the facts of a world; the frequencies say nothing, as in the closed one."""
     dealer = Dealer("open", seed, size)
     facts = [*dealer.deal_facts()]
     source = {fact.subject: fact.answer for fact in facts if fact.relation.name == "source"}

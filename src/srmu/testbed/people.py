@@ -23,7 +23,6 @@ NUMBERS = tuple(f"{tens}{ones}" for tens in ("", "twenty-", "thirty-", "forty-")
 
 
 def create_people(seed: int, size: Size) -> World:
-    """Deal the facts of a world; the frequencies say nothing, as in the closed one."""
     plain = known_words()
     dealer = Dealer("people", seed, size, plain)
     facts = (*dealer.deal_facts(),)
@@ -144,7 +143,6 @@ def foreign_question(fact: Fact) -> str:
 
 
 def letter_question(question: str, choices: list[str], end: str = "Answer:") -> str:
-    """A question with its four choices."""
     listed = " ".join(f"{letter}. {c}" for letter, c in zip(LETTERS, choices, strict=True))
     return f"{question} {listed} {end}".rstrip()
 

@@ -56,8 +56,7 @@ class Recipe:
     corpus_tokens: int = 32  # a document at most, with its <s>
     corpus_filler: float = 0.25
     required: float = 0.95  # accuracy on each kind of questions; less is an error
-    # bfloat16 where there is AVX-512; without AVX-512-BF16 that is far slower than float32.
-    # Not in the repr: keys of models that are kept are made of it.
+    # bfloat16 where the CPU has AVX-512-BF16; elsewhere it is far slower. Not in the repr, of which keys are made.
     autocast: bool = field(default=True, repr=False)
 
 
@@ -212,7 +211,6 @@ def _train_model(model: LlamaForCausalLM, ids: Tensor, recipe: Recipe, checkpoin
         for name, parameter in model.named_parameters():
             parameter.data.copy_(tensors[name])
             optimizer.state[parameter] = {key: tensors[f"{name}/{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
-    # A CPU without instructions for bfloat16 takes four times as long with it as without.
     fast = recipe.autocast and bool(torch.cpu.get_capabilities().get("avx512_bf16"))
     model.train()
     for step in range(recipe.steps):

@@ -236,7 +236,6 @@ class Dealer:
 
 
 def create_closed(seed: int, size: Size) -> World:
-    """The closed world of a seed."""
     plain = read_wording("closed")["words"]
     dealer = Dealer("closed", seed, size, plain)
     return World((*dealer.deal_facts(),), dealer.hazard, "closed", plain)
