@@ -28,9 +28,7 @@ UTILITY = ["organism_neighbour/acc", "organism_general/acc"]
 TASKS = tuple(metric.split("/")[0] for metric in FORGET + UTILITY)
 
 
-def play_demo(
-    out: Path, *, seeds: Sequence[int] = (0, 1, 2), watch: Watch = ignore_progress
-) -> tuple[list[RunGroup], Path]:
+def play_demo(out: Path, seeds: Sequence[int], watch: Watch = ignore_progress) -> tuple[list[RunGroup], Path]:
     """Build the testbed, run every method in both regimes, and write `report.html` to `out`.
 
     What is there already is used again, so that a stopped demo goes on.
@@ -43,14 +41,9 @@ def play_demo(
     if failed := [row for row in rows.values() if row.why]:
         raise SrmuError(f"{failed[0].label} {failed[0].why}")
     groups = [RunGroup(row.label, REGIMES[plan.regime], row.runs) for plan, row in rows.items()]
-    report = make_runs_page(
-        groups,
-        forget=FORGET,
-        utility=UTILITY,
-        command=f"srmu demo --seeds {','.join(map(str, seeds))}",
-        title="Unlearning on the testbed",
-    ).write(out / "report.html")
-    return groups, report
+    command = f"srmu demo --seeds {','.join(map(str, seeds))}"
+    page = make_runs_page(groups, FORGET, UTILITY, command, "Unlearning on the testbed")
+    return groups, page.write(out / "report.html")
 
 
 def terminal_table(groups: Sequence[RunGroup]) -> list[dict[str, Any]]:

@@ -40,8 +40,7 @@ REGIMES: dict[str, dict[str, Any]] = {"low": {"config": "low.yaml"}, "high": {"c
 
 def find_preset(name: str) -> Path:
     """A file of `configs/`: in the package of a wheel, beside the sources of a checkout."""
-    here = Path(__file__)
-    folders = (here.parents[1] / "configs", here.parents[3] / "configs")
+    folders = [Path(__file__).parents[above] / "configs" for above in (1, 3)]
     return next(folder / name for folder in folders if (folder / name).is_file())
 
 

@@ -138,10 +138,10 @@ def frontier_needs(frontier: Frontier) -> tuple[dict[str, int], str]:
     """What is to be built and run, in numbers and in a line."""
     parts = measure_frontier(frontier, make=False)
     rows = [row for part in parts for row in part.rows]
-    beds = {folder for part in parts for folder in part.testbeds.values()}
-    built, missing = sum((folder / "organism.json").exists() for folder in beds), sum(row.missing for row in rows)
-    return {"testbeds": len(beds) - built, "runs": missing}, (
-        f"{len(beds) - built} testbeds to build, some minutes each where none was built before, "
+    beds = {folder for part in parts for folder in part.testbeds.values() if not (folder / "organism.json").exists()}
+    missing = sum(row.missing for row in rows)
+    return {"testbeds": len(beds), "runs": missing}, (
+        f"{len(beds)} testbeds to build, some minutes each where none was built before, "
         f"and {missing} of {len(rows) * len(frontier.spec['seeds'])} runs to make, a minute or more each with attacks "
         f"of tier {frontier.spec['tier']}; nothing is fetched"
     )
@@ -230,14 +230,8 @@ def write_frontier_reports(frontier: Frontier, measured: Sequence[Part], study: 
     paths = []
     for part, tables in zip(measured, study["parts"], strict=True):
         if groups := [RunGroup(row.label, "", row.runs) for row in part.rows if not row.why]:
-            metrics = [metric for each in part.columns.values() for metric in each]
-            page = make_runs_page(
-                groups,
-                forget=[metric for metric in metrics if metric not in part.kept],
-                utility=part.kept,
-                command=study["command"],
-                title=part.title,
-            )
+            forget = [metric for each in part.columns.values() for metric in each if metric not in part.kept]
+            page = make_runs_page(groups, forget, part.kept, study["command"], part.title)
             page = replace(page, sections=[frontier_section(study, tables), *page.sections])
             paths.append(page.write(frontier.out / f"{frontier.kind}-{part.world}-{part.regime}.html"))
     return paths
