@@ -369,7 +369,7 @@ def test_the_command_names_no_folder(tmp_path: Path, call: Any, monkeypatch: pyt
     monkeypatch.setattr("srmu.reproduce.paper.reproduce_paper", stop)
     given = [f"topics.bio.forget={tmp_path}/mine.jsonl", "--seeds", "0,1", "--out", tmp_path / "out"]
     call("reproduce", "table4", "--model", tmp_path / "model", *given)
-    assert said == ["srmu reproduce table4 --model model --seeds 0,1 topics.bio.forget=mine.jsonl"]
+    assert said == ["srmu reproduce table4 topics.bio.forget=mine.jsonl --model model --seeds 0,1"]
 
 
 @pytest.mark.parametrize(
