@@ -78,8 +78,7 @@ class ForgetQuality(Attack, id="E16", name="forget_quality", tier="standard"):
         with catch_warnings(action="ignore"):  # of many questions the exact p is out of reach
             p = float(ks_2samp(own, other).pvalue)
         ratio = bootstrap_estimate(np.exp(-np.abs(own)), names, seed=seed)
-        metrics = {"truth ratio": ratio, "ks distance": gap, "ks p": Estimate(p, p, p, len(names))}
-        return AttackResult(metrics=metrics)
+        return AttackResult(metrics={"truth ratio": ratio, "ks distance": gap, "ks p": Estimate(p, p, p, len(names))})
 
 
 def log_truth_ratios(model: Subject, questions: Sequence[Question]) -> Array:

@@ -93,10 +93,7 @@ QUANTISERS = {
 
 
 class Quantisation(Attack, id="E10", name="quantisation", tier="smoke"):
-    """All linear matrices of the layers rounded to the nearest level, in float.
-
-    Metrics: of the weights that unlearning changed, the share that rounding puts into the original's bucket.
-    """
+    """All linear matrices of the layers rounded to the nearest level, in float."""
 
     def run(self, model: Subject, texts: Texts, exam: Exam, seed: int) -> AttackResult:
         ways, metrics = [], {}

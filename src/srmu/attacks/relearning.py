@@ -94,10 +94,7 @@ BY_TIER: dict[Tier, dict[str, Any]] = {"smoke": {"counts": (10,), "faster": ()},
 
 
 class BenignRelearning(Attack, id="E7", name="benign_relearning", tier="smoke", by_tier=BY_TIER):
-    """A run of its own for each number of texts: batch 1, 3 epochs, the rate falling to 0.
-
-    Metrics: the area under the curve of accuracy against the logarithm of that number, as a mean accuracy.
-    """
+    """A run of its own for each number of texts: batch 1, 3 epochs, the rate falling to 0."""
 
     counts: tuple[int, ...] = (5, 10, 50, 100, 500, 1000)  # texts
     epochs: int = 3
@@ -124,6 +121,7 @@ class BenignRelearning(Attack, id="E7", name="benign_relearning", tier="smoke", 
             curve = [right[name] for n in counts if (name := f"{kind}, n={n}") in right]
             if len(curve) == len(counts) > 1:
                 table = np.array(curve).T
+                # the area under the curve of accuracy against log n, as a mean accuracy
                 area = bootstrap_estimate(table, facts, lambda m: np.trapezoid(m, logs, axis=-1) / width, seed=seed)
                 metrics[f"accuracy over log n, {kind}"] = area
         return replace(result, metrics=metrics)
@@ -192,8 +190,7 @@ class HeavyTuning(Attack, id="E9", name="heavy_tuning", tier="deep"):
 class RelearningSteps(Attack, id="E19", name="relearning_steps", tier="standard"):
     """One training a kind, its rate constant after the warm-up; the exam is held on its way.
 
-    Learned are four fifths of the validation facts, as questions and as statements; `val` of a way
-    holds the last fifth. Rates are those of E7 and, for adapters, the usual ones of rank 8.
+    Learned are four fifths of the validation facts, as questions and statements; `val` of a way holds the last fifth.
     """
 
     steps: tuple[int, ...] = (5, 10, 20, 50, 100)  # after which the exam is held

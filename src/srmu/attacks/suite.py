@@ -85,13 +85,12 @@ def attack_run(
 
         done = dict(zip(pairs, distributed.share_work(pairs, attack_one), strict=True))
     found = {name: {who: done[who, name][0] for who in prints} for name in chosen}
-    report: dict[str, Any] = {
+    report = summarise_attacks(chosen, found, exam, seed) | {
         "tier": tier,
         "seed": seed,
         "tasks": {"test": list(sources.tasks), "val": sources.val, "utility": [*exam.utility]},
         "oracle": bool(sources.oracle),
     }
-    report |= summarise_attacks(chosen, found, exam, seed)
     for name, entry in report["attacks"].items():
         entry["seconds"] = round(sum(done[who, name][1] for who in prints), 3)
         entry["definition"] = code_of(chosen[name])[0]
