@@ -9,7 +9,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from srmu.report.build import write_report
 from srmu.report.format import read_estimate
 from srmu.runs import plan as runs
 from srmu.runs.config import find_method, make_config
-from srmu.runs.estimate import estimate_run, format_duration, format_gb
+from srmu.runs.estimate import count_parameters, estimate_run, format_duration, format_gb
 from srmu.runs.record import extend_record
 from srmu.runs.run import Run
 from srmu.search import objective, robust
@@ -108,10 +107,9 @@ def plan_search(job: AutoJob) -> dict[str, Any]:
     tokenizer = runs.load_tokenizer(plan.base)
     topics = runs.load_topics(plan.config, tokenizer)
     cost = estimate_run(plan, topics)
-    size = sum(prod(entry["shape"]) for entry in weights.stored_entries(plan.base).values())
     rows = [batch["input_ids"] for topic in topics for batch in (*topic.forget, *topic.retain)]
     read = min(1.0, 2 * separability.DOCUMENTS / sum(map(len, rows))) * sum(batch.numel() for batch in rows)
-    token_seconds = 2 * size / cost["flops_a_second"]
+    token_seconds = 2 * count_parameters(plan.base) / cost["flops_a_second"]
     questions = job.yardstick.count_tokens(tokenizer) * token_seconds
     run = cost["seconds"] + questions
     steps = [("entanglement", "what forget and retain texts share", read * token_seconds)]
@@ -153,8 +151,7 @@ def explain_search(plan: Mapping[str, Any]) -> list[str]:
 def explain(name: str, /, **facts: Any) -> str:
     """A sentence of `templates/choices.yaml`, filled in."""
     path = Path(__file__).with_name("templates") / "choices.yaml"
-    sentence: str = yaml.safe_load(path.read_text(encoding="utf-8"))[name]
-    return sentence.format(**facts)
+    return str(yaml.safe_load(path.read_text(encoding="utf-8"))[name]).format(**facts)
 
 
 def choose_trial(job: AutoJob, tried: Sequence[Entry]) -> tuple[Entry | None, str]:

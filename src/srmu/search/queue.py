@@ -118,19 +118,18 @@ def locate_database(storage: str | Path) -> URL:
     )
 
 
-def connect_storage(url: URL) -> QueueStorage:
+def connect_storage(url: URL, attempts: int = 5) -> QueueStorage:
     """The database of a study, which two workers may make at the same moment."""
-    for attempts_left in reversed(range(5)):
-        try:
-            return QueueStorage(url)
-        except ImportError:
-            raise SrmuError("PostgreSQL needs a driver: pip install 'srmu[postgres]'") from None
-        except exc.DatabaseError as error:
-            two_at_once = isinstance(error, exc.IntegrityError) or "already exists" in str(error)
-            if not (two_at_once and attempts_left):
-                raise
-            time.sleep(POLL)
-    raise AssertionError
+    try:
+        return QueueStorage(url)
+    except ImportError:
+        raise SrmuError("PostgreSQL needs a driver: pip install 'srmu[postgres]'") from None
+    except exc.DatabaseError as error:
+        two_at_once = isinstance(error, exc.IntegrityError) or "already exists" in str(error)
+        if attempts == 1 or not two_at_once:
+            raise
+    time.sleep(POLL)
+    return connect_storage(url, attempts - 1)
 
 
 @contextmanager
