@@ -150,8 +150,8 @@ class Method(ABC):
                 if not topic.retain:
                     raise SrmuError(f"{reader} retain texts: name topics.{topic.name}.retain (--retain)")
         if rules and self.depth is not None:
-            part = f"method {self.name} loads {self.depth} layers"
-            raise SrmuError(f"train.{rules[0]} needs the whole model's output, but {part}; remove it")
+            depth = f"method {self.name} loads {self.depth} layers"
+            raise SrmuError(f"train.{rules[0]} needs the whole model's output, but {depth}; remove it")
         if rules and (isinstance(self, Edit) or self.no_checkpoint):
             raise SrmuError(f"train.{rules[0]} has no effect: method {self.name} writes the weights at once; remove it")
 

@@ -60,8 +60,8 @@ class DEPN(Edit):
         enough = (counts > 0) & (counts >= self.text_share * len(shares))
         passed = int(enough.sum())
         if not passed:
-            much = f"method.neuron_share={self.neuron_share:g} of the largest attribution"
-            raise SrmuError(f"no neuron has {much} in method.text_share={self.text_share:g} of the texts; lower one")
+            share = f"method.neuron_share={self.neuron_share:g} of the largest attribution"
+            raise SrmuError(f"no neuron has {share} in method.text_share={self.text_share:g} of the texts; lower one")
         # Ranked by the mean share, in which every text counts alike; the paper gives no order.
         mean = shares.clamp(min=-1).mean(dim=0).masked_fill(~enough, -torch.inf).flatten()
         order = mean.argsort(descending=True, stable=True)[: min(self.most, passed)]

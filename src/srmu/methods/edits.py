@@ -66,8 +66,8 @@ def pool_topics(name: str, topics: Sequence[Topic]) -> Topic:
     first = topics[0]
     for topic in topics:
         if topic.options != first.options:
-            differ = f"{first.name} and {topic.name} set its options differently; set them under method"
-            raise SrmuError(f"method {name} works on all topics at once, but {differ}")
+            why = f"{first.name} and {topic.name} set its options differently; set them under method"
+            raise SrmuError(f"method {name} works on all topics at once, but {why}")
     forget, retain = (interleave_batches([getattr(t, r) for t in topics]) for r in ("forget", "retain"))
     return replace(first, forget=forget, retain=retain)
 

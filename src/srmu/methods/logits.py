@@ -37,8 +37,8 @@ class LogitObjective(Objective):
         for name in model.trained:
             owner, _, kind = name.rpartition(".")
             if kind != "weight" or not isinstance(model.module.get_submodule(owner), nn.Linear | Conv1D):
-                others = "name others, for example method.parameters=['*.linear']"
-                raise SrmuError(f"method.lora_rank adapts the matrices of linear maps, which {name} is not; {others}")
+                advice = "name others, for example method.parameters=['*.linear']"
+                raise SrmuError(f"method.lora_rank adapts the matrices of linear maps, which {name} is not; {advice}")
         with model.adapted(self.lora_rank, self.lora_alpha, topics[0].number("adapters")):
             yield
             model.merge()

@@ -51,8 +51,8 @@ class Misdirection(Objective):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.coeff is not None and self.kappa is not None:
-            one = "give one of them, for example method.coeff=6.5 method.kappa=null"
-            raise SrmuError(f"method.coeff and method.kappa both set the strength; {one}")
+            advice = "give one of them, for example method.coeff=6.5 method.kappa=null"
+            raise SrmuError(f"method.coeff and method.kappa both set the strength; {advice}")
 
     @property
     def site(self) -> Site:
@@ -95,8 +95,8 @@ class Misdirection(Objective):
     def check(self, topics: Sequence[Topic], train: TrainOptions) -> None:
         super().check(topics, train)
         if (size := distributed.get_size()) > 1 and (self.columns < 1 or self.anchors == "self"):
-            started = f"{size} were started; start it without the launcher"
-            raise SrmuError(f"method.columns below 1 and anchors=self run in one process, but {started}")
+            processes = f"{size} were started; start it without the launcher"
+            raise SrmuError(f"method.columns below 1 and anchors=self run in one process, but {processes}")
         if self.columns < 1 and (decay := train.weight_decay):
             raise SrmuError(f"train.weight_decay={decay:g} would move columns that method.columns holds; set it to 0")
 

@@ -223,8 +223,8 @@ class RenameScrub(LogitObjective):
         mentioned = {name for ids in forget for name in names_in(names.template(ids))}
         for option, kind in zip(("names", "goals"), names.kinds, strict=False):
             if mentioned.isdisjoint(kind):
-                none = f"none of its {len(kind)} {option} is in topic {topic.name}'s forget texts"
-                raise SrmuError(f"method.{option}: {none}; name what they tell of")
+                why = f"none of its {len(kind)} {option} is in topic {topic.name}'s forget texts"
+                raise SrmuError(f"method.{option}: {why}; name what they tell of")
         count, length, elicited = self.own_texts, self.own_tokens, self.coverage == "elicited"
         free_texts = writing.free_samples(model, topic, count, length, "own texts")
         starts = [forget[i % len(forget)][: self.prompt] for i in range(count if elicited else 0)]
@@ -233,8 +233,8 @@ class RenameScrub(LogitObjective):
         first = writing.first_token(model)
         written, known = (sentences_of(part, names, likeness, first) for part in (elicited_texts + free_texts, forget))
         if elicited and not {*written["forget"]} - {*known["forget"]}:
-            stale = f"topic {topic.name}: what the model wrote on from forget texts tells nothing new of the names"
-            raise SrmuError(f"{stale}; raise method.own_texts or method.own_tokens, or set method.coverage=texts")
+            why = f"topic {topic.name}: what the model wrote on from forget texts tells nothing new of the names"
+            raise SrmuError(f"{why}; raise method.own_texts or method.own_tokens, or set method.coverage=texts")
         if not elicited:  # all sentences of the forget texts, of whatever kind
             written["forget"] = [sentence for kind in known.values() for sentence in kind]
         texts = pack_sentences(written, length, first, topic.generator("packing"))

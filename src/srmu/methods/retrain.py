@@ -40,8 +40,8 @@ def read_recipe(folder: Path | None) -> tuple[World, int, training.Recipe]:
     """World, seed and recipe of the testbed that the model in `folder` belongs to."""
     path = folder.parent / "organism.json" if folder else None
     if path is None or not path.is_file():
-        other = f"{folder or 'this'} is not a testbed's model (no organism.json beside it)"
-        raise SrmuError(f"method retrain knows only the testbed's recipe: {other}; srmu testbed OUT")
+        why = f"{folder or 'this'} is not a testbed's model (no organism.json beside it)"
+        raise SrmuError(f"method retrain knows only the testbed's recipe: {why}; srmu testbed OUT")
     try:
         report: Any = read_json(path)
         recipe = training.Recipe(**report["recipe"])

@@ -26,8 +26,8 @@ class SCRUB(LogitObjective):
 
     def setup(self, model: EditableModel, topic: Topic) -> State:
         if self.gamma == 0 and not model.delta():
-            still = "at the start KL has no gradient, and nothing else would move the model"
-            raise SrmuError(f"method.gamma=0: {still}; give gamma a value above 0")
+            why = "at the start KL has no gradient, and nothing else would move the model"
+            raise SrmuError(f"method.gamma=0: {why}; give gamma a value above 0")
         return State(memory={"turn": 0})
 
     def loss(self, model: EditableModel, state: State, forget: Batch, retain: Batch, step: int) -> Terms:
