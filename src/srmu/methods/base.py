@@ -143,12 +143,11 @@ class Method(ABC):
 
     def check(self, topics: Sequence[Topic], train: TrainOptions) -> None:
         """SrmuError if the method or a stop rule needs texts, or layers, that are not there."""
-        readers = [f"method {self.name} needs"] if self.reads_retain else []
         rules = [rule for rule in ("forget_ceiling", "kl_budget") if getattr(train, rule) is not None]
-        for reader in (*readers, *(f"train.{rule} is measured on" for rule in rules if rule != "forget_ceiling")):
-            for topic in topics:
-                if not topic.retain:
-                    raise SrmuError(f"{reader} retain texts: name topics.{topic.name}.retain (--retain)")
+        bare = [topic.name for topic in topics if not topic.retain]
+        if bare and (self.reads_retain or "kl_budget" in rules):
+            reader = f"method {self.name} needs" if self.reads_retain else "train.kl_budget is measured on"
+            raise SrmuError(f"{reader} retain texts: name topics.{bare[0]}.retain (--retain)")
         if rules and self.depth is not None:
             depth = f"method {self.name} loads {self.depth} layers"
             raise SrmuError(f"train.{rules[0]} needs the whole model's output, but {depth}; remove it")
