@@ -66,7 +66,7 @@ def print_markdown(text: str) -> None:
 
 
 def print_wide(content: Any) -> None:
-    """What rich draws, on standard output, where it would cut tables at 80 columns if that is no terminal."""
+    """Print what rich draws; 160 columns wide where the output is no terminal, as rich would cut tables at 80."""
     from rich.console import Console
 
     console = Console(highlight=False)
