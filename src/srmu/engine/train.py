@@ -232,8 +232,7 @@ class Training:
         """The state as tensors and JSON values; every process must call this, the first gets it."""
         tensors = self.tensors()
         for i, master in enumerate(self.masters):
-            entry = self.optimiser.state.get(master, {})
-            tensors |= {f"optimiser/{i}/{key}": value for key, value in entry.items()}
+            tensors |= {f"optimiser/{i}/{key}": value for key, value in self.optimiser.state.get(master, {}).items()}
         numbers = {key: getattr(self.rules, key) for key in KEPT_NUMBERS} | {"memory": {}}
         for name, memory in self.memory.items():
             changing, numbers["memory"][name] = pack_memory(memory)
