@@ -40,8 +40,7 @@ def verify_folder(folder: Path, key: Path | None = None, watch: Watch = ignore_p
     if key is not None:
         check_signature(path, key)
     after = {name: entry["after"] for name, entry in record["change"]["tensors"].items()}
-    base = record["base"]["files"]
-    is_run = path.name == audit.RECORD
+    base, is_run = record["base"]["files"], path.name == audit.RECORD
     listed = record["files" if is_run else "exported"]
     own: dict[str, dict[str, Any]] = {name: {"sha256": digest} for name, digest in listed.items()}
     expected = {"": (folder, own)}
