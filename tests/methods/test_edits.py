@@ -21,7 +21,7 @@ from srmu.errors import DivergedError, SrmuError
 from srmu.methods import METHODS, RMU, Method
 from srmu.methods.base import Session
 from srmu.methods.depn import DEPN, attribute_neurons
-from srmu.methods.edits import batch_nlls, gradient_sums, group_alike, split_batches
+from srmu.methods.edits import batch_nlls, gradient_sums
 from srmu.methods.repselect import RepSelect, damp_directions
 from srmu.methods.rna import RNA
 from srmu.methods.ssd import SSD, dampening_factors
@@ -260,9 +260,7 @@ def naive_ssd(arch: str, part: Topic, alpha: float, lam: float, all_texts: bool)
     """The paper's equation, element by element where it selects; and the share selected."""
     module = pico_module(arch)
     module.requires_grad_(True)
-    forget, retain = (sorted(rows(p), key=len) for p in (part.forget, part.retain))
-    cut = [min(len(a), len(b)) for a, b in zip(forget, retain, strict=True)]
-    i_f, i_r = (naive_importance(module, [ids[:n] for ids, n in zip(p, cut, strict=True)]) for p in (forget, retain))
+    i_f, i_r = (naive_importance(module, rows(p)) for p in (part.forget, part.retain))
     new, selected = {}, 0
     for name, p in module.named_parameters():
         i_d = (i_f[name] + i_r[name]) / 2 if all_texts else i_r[name]
@@ -289,7 +287,8 @@ def test_ssd_equals_the_naive_loop(arch: str, alpha: float, reference: Any) -> N
         far = (found[name] - value).abs() > 1e-4 * fresh[name].abs() + 1e-7
         assert far.sum() <= 1e-4 * far.numel() + 1, name
     numbers = outcome.states["bio"].numbers
-    assert numbers["dampened_share"] == pytest.approx(selected, rel=1e-3)
+    # (the biases of GPT-2's keys have a gradient of 0, but for rounding)
+    assert numbers["dampened_share"] == pytest.approx(selected, rel=2e-3)
     assert 0 < numbers["mean_factor"] < 1
     if arch in ("gemma2", "gpt2"):
         head, embedding = (model.module.get_output_embeddings().weight, model.module.get_input_embeddings().weight)
@@ -332,19 +331,19 @@ def test_ssd_does_not_depend_on_batches(padding: Any) -> None:
     assert all(torch.equal(v, results[1][k]) for k, v in results[0].items())
 
 
-def test_ssd_caps_texts_and_lengths_alike() -> None:
-    """As many texts of the same lengths in both passes."""
+def test_ssd_reads_as_many_texts_of_both_whole() -> None:
+    """A text is never cut to the length of another: it is as important as its authors' code finds it."""
     part = replace(topic(), forget=batches(texts(9, 1)), retain=batches(texts(5, 2)))
-    forget, retain = group_alike(split_batches(part.forget)[:5], split_batches(part.retain)[:5])
-    lengths = [[t["input_ids"].shape[1] for t in side] for side in (forget, retain)]
-    assert lengths[0] == lengths[1] and len(lengths[0]) == 5
-    longest = [sorted(map(len, rows(side)[:5])) for side in (part.forget, part.retain)]
-    assert lengths[0] == [min(pair) for pair in zip(*longest, strict=True)]
     ticks: list[str] = []
-    SSD(alpha=1.0, samples=3).importances(
-        EditableModel(pico_module(), ["*"]), part, lambda label, total: counting(ticks, total)
-    )
+    model = EditableModel(pico_module(), ["*"])
+    found = SSD(alpha=1.0, samples=3).importances(model, part, lambda label, total: counting(ticks, total))
     assert len(ticks) == 6
+    module = pico_module()
+    module.requires_grad_(True)
+    for side, batches_ in zip(found, (part.forget, part.retain), strict=True):
+        assert len({len(ids) for ids in rows(batches_)[:3]}) > 1
+        for name, value in naive_importance(module, rows(batches_)[:3]).items():
+            torch.testing.assert_close(side[name], 3 * value, rtol=1e-3, atol=1e-9)
 
 
 class counting:  # noqa: N801 - a context manager

@@ -357,6 +357,8 @@ def test_options_that_cannot_take_effect_are_errors(cls: Any, options: Any, name
 def test_kappa_sets_the_targets_norm(cls: Any, kappa: float | None) -> None:
     """||target|| = kappa * mean norm of forget activations; 8 where no strength is given."""
     method, some = cls(layer=LAYER, kappa=kappa), topic()
+    if cls is AdaptiveRMU:  # whose target follows the first batch
+        some = replace(some, forget=some.forget[:1])
     state = run(method, [some])[2]["bio"]
     module = pico_module()
     norms = []
@@ -374,8 +376,7 @@ def test_kappa_sets_the_targets_norm(cls: Any, kappa: float | None) -> None:
     assert state.numbers["activation_norm"] == pytest.approx(mean, rel=1e-5)
     assert state.numbers["kappa"] == pytest.approx(expected, rel=1e-5)
     assert state.numbers["target_norm"] == pytest.approx(expected * mean, rel=1e-5)
-    if cls is not AdaptiveRMU:  # whose target follows the first batch
-        assert state.tensors["target"].norm() == pytest.approx(expected * mean, rel=1e-5)
+    assert state.tensors["target"].norm() == pytest.approx(expected * mean, rel=1e-5)
 
 
 @pytest.mark.parametrize("scale", [None, 2.0])
@@ -386,6 +387,30 @@ def test_adaptive_numbers_tell_its_strength(scale: float | None) -> None:
     factor = 0.5 * (5.0 if scale is None else scale)
     assert numbers["kappa"] == pytest.approx(factor, rel=1e-5)
     assert numbers["target_norm"] == pytest.approx(factor * numbers["activation_norm"], rel=1e-5)
+
+
+@pytest.mark.parametrize("source", ["frozen", "updated"])
+@pytest.mark.parametrize("when", ["first_batch", "per_batch", "per_sample", "per_token"])
+def test_adaptive_rmu_records_the_norm_that_it_used(when: Any, source: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the first batch, or of the last: not the mean over all forget texts, measured before the first step."""
+    used, plain = [], AdaptiveRMU.target
+
+    def target(self: Any, model: Any, state: Any, forget: Any, *rest: Any) -> torch.Tensor:
+        found = plain(self, model, state, forget, *rest)
+        wide = found.expand(*forget["labels"].shape, found.shape[-1])
+        used.append(float(wide.norm(dim=-1)[self.measured_tokens(forget)].mean()))
+        return found
+
+    monkeypatch.setattr(AdaptiveRMU, "target", target)
+    method = AdaptiveRMU(layer=LAYER, kappa=3.0, norm_when=when, norm_source=source)
+    before = method.setup(EditableModel(pico_module(), method.trainable, method.depth), topic()).numbers
+    state = run(method, [topic()], replace(TRAIN, max_steps=2))[2]["bio"]
+    assert len(used) == 2 and (used[0] == pytest.approx(used[1], rel=1e-6)) == (when == "first_batch")
+    if when != "per_sample":  # whose mean over texts weighs short ones as much
+        assert state.numbers["target_norm"] == pytest.approx(used[1], rel=1e-5)
+    assert state.numbers["target_norm"] == pytest.approx(3 * state.numbers["activation_norm"], rel=1e-6)
+    assert state.tensors["target"].norm() == pytest.approx(state.numbers["target_norm"], rel=1e-5)
+    assert state.numbers["target_norm"] != pytest.approx(before["target_norm"], rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -746,7 +771,7 @@ def test_adaptive_rmu_reproduces_rmu(seed: int) -> None:
     some = topic(seed=seed)
     expected = run(RMU(layer=LAYER, coeff=6.5), [some])[0].delta()
     probe = AdaptiveRMU(layer=LAYER, coeff=1.0, scale=1.0)
-    norm = run(probe, [some])[2]["bio"].memory["first_norm"]
+    norm = run(probe, [some])[2]["bio"].numbers["activation_norm"]
     method = AdaptiveRMU(layer=LAYER, coeff=1.0, scale=6.5 / norm)
     assert equal(run(method, [some])[0].delta(), expected)
 

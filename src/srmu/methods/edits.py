@@ -27,13 +27,6 @@ def split_batches(batches: Sequence[Batch]) -> list[Batch]:
     ]
 
 
-def group_alike(*parts: list[Batch]) -> list[list[Batch]]:
-    """Lists of as many single texts, each cut to the length of its partners: a longer text has a smaller gradient."""
-    parts = tuple(sorted(part, key=lambda text: text["labels"].shape[1]) for part in parts)
-    ends = [min(text["labels"].shape[1] for text in texts) for texts in zip(*parts, strict=True)]
-    return [[text.cut(tokens=slice(end)) for text, end in zip(part, ends, strict=True)] for part in parts]
-
-
 def batch_nlls(model: EditableModel, batches: Iterable[Batch], tick: Callable[[str], None]) -> Iterator[Tensor]:
     """The mean cost of a token of each batch; `tick` is called once a batch has been used."""
     for batch in batches:

@@ -11,7 +11,7 @@ from torch import Tensor
 from srmu.engine import distributed
 from srmu.errors import SrmuError
 from srmu.methods.base import Count, EditableModel, State, Topic, Watch, Weight
-from srmu.methods.edits import Tensors, WholeEdit, batch_nlls, gradient_sums, group_alike, pool_topics, split_batches
+from srmu.methods.edits import Tensors, WholeEdit, batch_nlls, gradient_sums, pool_topics, split_batches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,13 +56,12 @@ class SSD(WholeEdit):
             raise SrmuError(f"method.exclude={self.exclude}: matches no tensor that is edited")
         forget, retain = split_batches(topic.forget), split_batches(topic.retain)
         count = min(self.samples, len(forget), len(retain))
-        pairs = group_alike(forget[:count], retain[:count])
         chosen = {name: p for name, p in model.trained.items() if name not in left_out}
         with watch("measuring importances", 2 * count) as tick, model.only([*chosen]):
             # eq: SSD, I_i = E_x (d nll(x) / d theta_i)^2, over single texts
             # (Public code squares the mean gradient of a batch, which depends on its size.) Only ratios are used.
             sums = []
-            for texts in pairs:
+            for texts in (forget[:count], retain[:count]):
                 # The gradient of a sharded tensor is a mean over processes: then each of them reads all texts.
                 if not any(map(distributed.is_sharded, chosen.values())):
                     texts = texts[distributed.get_rank() :: distributed.get_size()]
