@@ -49,15 +49,13 @@ def strip_prefix(folder: Path) -> None:
     save_file(bare, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def unlearned(folder: Path, *overrides: str, **options: Any) -> Run:
+def unlearned(folder: Path, *overrides: str, method: str = "srmu", **options: Any) -> Run:
     write_jsonl(folder.parent / "forget.jsonl", texts(6, 1, range(30)))
     write_jsonl(folder.parent / "retain.jsonl", texts(6, 2, range(20, 60)))
     sources = [str(folder.parent / f"{name}.jsonl") for name in ("forget", "retain")]
-    quick = [
-        f"runs_dir={folder.parent / 'runs'}", "method.layer=2", "train.max_steps=2",
-        "train.learning_rate=0.01", *overrides,
-    ]  # fmt: skip
-    return unlearn_config(make_config(str(folder), *sources, "srmu", quick), **options)
+    quick = [f"runs_dir={folder.parent / 'runs'}", "train.max_steps=2", "train.learning_rate=0.01", *overrides]
+    layer = [] if method == "npo" else ["method.layer=2"]
+    return unlearn_config(make_config(str(folder), *sources, method, [*layer, *quick]), **options)
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -243,7 +241,51 @@ def test_the_file_that_transformers_loads_is_the_one_that_is_patched(tmp_path: P
     assert all(torch.equal(loaded[name], tensor) for name, tensor in run.delta.items())
 
 
+def store_head_too(folder: Path) -> None:
+    """A checkpoint that ties its ends, and holds the head all the same."""
+    config = ARCHITECTURES["llama"][0](**ARCHITECTURES["llama"][1], tie_word_embeddings=True)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    word_tokenizer().save_pretrained(folder)
+
+
+def test_a_tied_head_that_is_stored_too_is_written_too(tmp_path: Path) -> None:
+    store_head_too(tmp_path / "model")
+    run = unlearned(tmp_path / "model", method="npo", out=tmp_path / "out")
+    assert torch.equal(run.delta["lm_head.weight"], run.delta["model.embed_tokens.weight"])
+    with runs.open_target(run, "cpu").after() as module, torch.no_grad():
+        assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "out")(IDS).logits, module(IDS).logits)
+
+
+def test_an_export_that_loads_as_another_model_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = unlearned(save_pico(tmp_path / "model"))
+    monkeypatch.setattr(weights, "patch_file", lambda path, tensors: None)
+    with pytest.raises(SrmuError, match=r"nothing was written: the export of .* another model than the run measured"):
+        run.export(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_export_holds_the_code_and_the_licence(tmp_path: Path) -> None:
+    folder = save_pico(tmp_path / "model")
+    for name in ("modeling_my.py", "LICENSE", "tokenizer.model.v3"):
+        (folder / name).write_text(name)
+    pico_module().save_pretrained(folder)  # one file: the index beside it names shards that are not loaded
+    unlearned(folder, out=tmp_path / "out")
+    assert {"modeling_my.py", "LICENSE", "tokenizer.model.v3"} <= {p.name for p in (tmp_path / "out").iterdir()}
+    assert not (tmp_path / "out" / weights.INDEX).exists()
+
+
 # --- what is refused
+
+
+def test_an_adapter_beside_the_model_is_not_merged_unsaid(tmp_path: Path) -> None:
+    folder = save_pico(tmp_path / "model")
+    (folder / "adapter_config.json").write_text("{}")
+    for use in (load_module, runs.open_target, unlearned):
+        with pytest.raises(SrmuError, match="holds an adapter beside the model: merge it"):
+            use(folder)
 
 
 def edit_index(folder: Path, change: Callable[[dict[str, str]], Any]) -> None:
@@ -418,7 +460,7 @@ def test_locate_asks_the_hub_for_safe_files_only(tmp_path: Path, monkeypatch: py
 
     def snapshot_download(model: str, **options: Any) -> str:
         calls.append((model, options["revision"]))
-        assert not any("bin" in p or "*.py" in p for p in options["allow_patterns"])
+        assert not any("bin" in p or "pt" in p for p in options["allow_patterns"])  # pickles; code is never run
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -306,6 +307,82 @@ def test_kept_results_are_used_until_something_changes(model, tokenizer, tmp_pat
     assert runs() == (False, first)
 
 
+def test_a_local_folder_of_data_decides_the_score(model, tokenizer, tmp_path):
+    """Not only what `data_files` names: a data set may be a folder, whose answers change."""
+    rows = [row | {"answer": 0} for row in questions(20)]
+    tasks_dir = write_task(tmp_path / "tasks", rows)
+    (tasks_dir / "data").mkdir()
+    data = tasks_dir / "quiz.jsonl"
+    for path, kwargs in (("data", ""), (str(tasks_dir / "data"), ""), ("json", "dataset_kwargs: {data_dir: data}\n")):
+        text = YAML.format(name="quiz", file="x").replace("dataset_path: json", f"dataset_path: {path}")
+        lines = [line for line in text.splitlines() if "dataset_kwargs" not in line]
+        (tasks_dir / "quiz.yaml").write_text("\n".join(lines) + f"\n{kwargs}")
+        for answer in (1, 2):
+            changed = [row | {"answer": answer} for row in rows]
+            lines = "".join(json.dumps(row) + "\n" for row in changed)
+            (tasks_dir / "data" / "test.jsonl").write_text(lines)
+            found = evaluate(model, tokenizer, ["quiz"], tasks_dir=tasks_dir, fingerprint=path)
+            assert found["quiz/acc"]["value"] == naive_accuracy(model, tokenizer, changed)
+    assert data.is_file()
+
+
+# --- what a folder of tasks may hold
+
+
+@pytest.mark.parametrize("folder", ["tasks", "tasks[1]", "what? *", "été ✓"])
+def test_a_folder_of_tasks_and_its_files_may_have_any_name(model, tokenizer, tmp_path, folder):
+    rows, name = questions(5), "a[1].jsonl"
+    tasks_dir = write_task(tmp_path / folder, rows)
+    write_task(tmp_path / "tasks1", questions(7, seed=1))
+    (tasks_dir / "quiz.jsonl").rename(tasks_dir / name)
+    write_task(tasks_dir, questions(9, seed=1), "a1")  # which the name matches as a pattern
+    replaced("quiz.yaml", "quiz.jsonl", f'"{name}"')(tasks_dir)
+    found = evaluate(model, tokenizer, ["quiz"], tasks_dir=tasks_dir)
+    assert found["quiz/acc"]["n"] == 5
+    assert found["quiz/acc"]["value"] == naive_accuracy(model, tokenizer, rows)
+
+
+def test_a_pattern_of_data_files(model, tokenizer, tmp_path):
+    tasks_dir = write_task(tmp_path / "tasks", questions(5))
+    write_task(tasks_dir, questions(3), "quiz2")
+    replaced("quiz.yaml", "quiz.jsonl", '"quiz*.jsonl"')(tasks_dir)
+    assert evaluate(model, tokenizer, ["quiz"], tasks_dir=tasks_dir)["quiz/acc"]["n"] == 8
+
+
+def test_includes_groups_and_tags(model, tokenizer, tmp_path):
+    """As lm-eval --include_path takes them; a file that is not asked for may hold code, and copies are passed over."""
+    tasks_dir = write_task(tmp_path / "tasks", questions(5))
+    base = (tasks_dir / "quiz.yaml").read_text().replace("task: quiz\n", "")
+    (tasks_dir / "quiz.yaml").unlink()
+    (tasks_dir / "more").mkdir()
+    (tasks_dir / "_base").write_text(base)
+    (tasks_dir / "more" / "_again.yaml").write_text("include: ../_base\ntag: [easy]\n")
+    for name in ("one", "two"):
+        (tasks_dir / "more" / f"{name}.yaml").write_text(f"include: _again.yaml\ntask: {name}\n")
+    (tasks_dir / "code.yaml").write_text("task: code\ndoc_to_text: !function utils.text\n")
+    (tasks_dir / ".ipynb_checkpoints").mkdir()
+    (tasks_dir / ".ipynb_checkpoints" / "one-checkpoint.yaml").write_text("task: one\n")
+    inline = {"task": "three", **yaml.safe_load(base)}
+    group = {"group": "all", "task": ["one", {"group": "inner", "task": ["two", inline]}]}
+    metric = [{"metric": "acc", "aggregation": "mean", "weight_by_size": True}]
+    (tasks_dir / "all.yaml").write_text(json.dumps(group | {"aggregate_metric_list": metric}))
+
+    def ask(name: str) -> dict:
+        found = evaluate(model, tokenizer, [name], tasks_dir=tasks_dir, fingerprint="a")
+        return {key: entry["n"] for key, entry in found.items()}
+
+    assert ask("one") == {"one/acc": 5}
+    assert ask("easy") == {"one/acc": 5, "two/acc": 5}
+    found = ask("all")
+    assert {"one/acc", "two/acc", "all/acc"} <= set(found)
+    assert sorted(found.values())[-1] == 15
+    write_task(tasks_dir, questions(4))
+    (tasks_dir / "quiz.yaml").unlink()
+    assert max(ask("all").values()) == 12 and ask("easy") == {"one/acc": 4, "two/acc": 4}
+    with pytest.raises(SrmuError, match=r"code\.yaml: !function utils\.text is code, which srmu does not run"):
+        ask("code")
+
+
 @pytest.mark.parametrize("damage", ["", "{", "[1]", '{"quiz/acc": {"n": 3}}', '{"a": {"value": NaN}}'])
 def test_damaged_file_is_made_again(model, tokenizer, tmp_path, damage):
     tasks_dir = write_task(tmp_path / "tasks", questions(5))
@@ -338,7 +415,7 @@ def replaced(file: str, old: str, new: str) -> Callable[[Path], None]:
         (lambda d: (d / "quiz.jsonl").write_text('{"question": '), "'quiz' cannot be loaded: .*Error"),
         (lambda d: write_task(d, [GOOD, GOOD | {"answer": 4}]), "question 2: answer 4 is none of"),
         (replaced("quiz.jsonl", '"question"', '"prompt"'), "'quiz' cannot be loaded: .*question"),
-        (replaced("quiz.yaml", "answer", "!function code.answer"), r"quiz\.yaml: .*!function"),
+        (replaced("quiz.yaml", "answer", "!function code.answer"), r"quiz\.yaml: !function code\.answer is code"),
         (replaced("quiz.yaml", "acc", "accuracy"), "'quiz' gives no finite number"),
         (replaced("quiz.yaml", "test_split: test", "test_split: dev"), "'quiz' cannot be loaded"),
         (replaced("quiz.yaml", "version: 1.0", "version: ["), r"task file .*quiz\.yaml: "),

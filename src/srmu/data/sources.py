@@ -1,7 +1,6 @@
 """Readers of texts, which name the file and line of a bad row."""
 
 import csv
-import glob
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -9,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from srmu.engine.files import find_paths
 from srmu.errors import SrmuError, first_line, suggest_word
 
 MOST_BAD = 0.05  # share of rows that may be left out
@@ -149,9 +149,8 @@ def read_rows(source: Source) -> Iterator[tuple[str, Any]]:
     elif source.dataset is not None:
         yield from read_hub(source)
     else:
-        pattern = str(Path(source.place).expanduser())
-        for path in sorted(glob.glob(pattern, recursive=True)) or [pattern]:  # noqa: PTH207 - absolute patterns
-            yield from read_file(Path(path), source)
+        for path in find_paths(source.place) or [Path(source.place)]:
+            yield from read_file(path, source)
 
 
 def number_rows(place: str | Path, rows: Iterable[Any]) -> Iterator[tuple[str, Any]]:

@@ -1,5 +1,6 @@
 """Folders and files that are whole or absent, JSON, and the cache of results that can be made again."""
 
+import glob
 import hashlib
 import importlib.util
 import io
@@ -19,6 +20,7 @@ from srmu.engine.progress import print_line
 from srmu.errors import SrmuError, first_line
 
 REQUIRED: Any = object()
+SHOWN = 80  # characters of a name that an error repeats: a text given for a file is longer
 warn_once = cache(print_line)
 
 
@@ -28,6 +30,19 @@ def cache_dir() -> Path:
         return Path(os.environ.get("SRMU_CACHE") or Path.home() / ".cache" / "srmu")
     except RuntimeError:
         raise SrmuError("there is no home folder here; set SRMU_CACHE to a folder") from None
+
+
+def find_paths(name: str, folder: Path = Path()) -> list[Path]:
+    """The file or folder of that very name, else those that match it as a pattern; none where nothing does."""
+    try:
+        path = folder / Path(name).expanduser()
+        if path.exists():
+            return [path]
+        base = next(parent for parent in path.parents if parent.exists())  # whose own signs are no pattern
+        found = glob.glob(str(path.relative_to(base)), root_dir=base, recursive=True)  # noqa: PTH207
+    except (OSError, RuntimeError, ValueError) as error:
+        raise SrmuError(f"{name[:SHOWN]}: no such file ({first_line(error)})") from None
+    return sorted(base / one for one in found)
 
 
 def require_free(path: Path) -> None:

@@ -10,17 +10,22 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, logging
 
 from srmu.engine.weights import in_layer, layer_number, stored_types
 from srmu.errors import SrmuError, first_line
+
+ADAPTER = "adapter_config.json"
 
 
 def read_config(folder: Path) -> Any:
     """The configuration of a model; SrmuError if it is not a causal language model."""
     if not (folder / "config.json").is_file():
         raise SrmuError(f"model folder {folder} has no config.json; name a Hugging Face model")
+    if (folder / ADAPTER).is_file():  # transformers would put it on top, unsaid
+        mend = f"merge it (merge_and_unload) into a folder of its own, or take {ADAPTER} out"
+        raise SrmuError(f"model folder {folder} holds an adapter beside the model: {mend}")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, OSError, KeyError) as error:
@@ -60,21 +65,32 @@ def load_module(folder: Path, dtype: str = "auto", depth: int | None = None) -> 
     if depth is not None and depth < config.num_hidden_layers:
         missing = lost_tensors(folder, config)
         config = cut_config(config, depth) or config
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # else it lists the layers that were left out
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
-        )
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise SrmuError(f"model {folder} cannot be loaded: {first_line(error)}") from error
-    finally:
-        logging.set_verbosity(verbosity)
-    module, info = loaded
+    options = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
+    module, info = load_pretrained(folder, config=config, **options)
     if missing := missing or sorted(info["missing_keys"]):
         what = f"model {folder} lacks {len(missing)} tensors, the first is {missing[0]}"
         raise SrmuError(f"{what}; transformers would fill them with random numbers")
     return module
+
+
+def load_pretrained(folder: Path, **options: Any) -> Any:
+    """What transformers loads from a folder; without options, as its user would."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # else it lists the layers that were left out
+    try:
+        return AutoModelForCausalLM.from_pretrained(folder, **options)
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise SrmuError(f"model {folder} cannot be loaded: {first_line(error)}") from error
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+@torch.no_grad()
+def sample_logits(module: PreTrainedModel) -> Tensor:
+    """Logits for a few texts of random tokens, by which two models are compared."""
+    size = module.get_input_embeddings().weight.shape[0]
+    tokens = torch.randint(size, (2, 8), generator=torch.Generator().manual_seed(0)).to(module.device)
+    return module(input_ids=tokens, use_cache=False).logits.float().cpu()
 
 
 def lost_tensors(folder: Path, config: Any) -> list[str]:

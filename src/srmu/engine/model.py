@@ -223,6 +223,11 @@ class EditableModel:
         """Run the block as the original model."""
         return self.using(self.original)
 
+    def list_aliases(self) -> dict[str, list[str]]:
+        """All names of each trained parameter: a tied one stands in several places."""
+        every = [*self.module.named_parameters(remove_duplicate=False)]
+        return {name: [other for other, p in every if p is mine] for name, mine in self.trained.items()}
+
     def delta(self) -> dict[str, Tensor]:
         """The trained tensors that differ from their originals; every process calls this, the first gets them whole."""
         changed = {}

@@ -8,8 +8,11 @@ import hashlib
 import json
 import re
 import shutil
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from itertools import repeat
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -23,7 +26,8 @@ from srmu.engine.progress import Watch, ignore_progress
 from srmu.errors import SrmuError, first_line
 
 INDEX = "model.safetensors.index.json"
-KEPT = (".json", ".model", ".txt", ".jinja", ".tiktoken", ".md")  # copied unchanged by an export
+# copied unchanged by an export, as is what has no suffix (LICENSE); no other kind, which may be the same weights again
+KEPT = (".json", ".model", ".txt", ".jinja", ".tiktoken", ".md", ".py", ".bpe", ".vocab", ".v1", ".v2", ".v3", "")
 EXPORTED = "srmu-record.json"  # the record beside an export
 PAGE = 4096  # bytes
 TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
@@ -43,7 +47,7 @@ def locate_model(model: str, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+        patterns = ["*.safetensors", "LICENSE*", *(f"*{kind}" for kind in KEPT if kind)]
         return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
     except Exception as error:  # the hub client raises many kinds
         raise SrmuError(f"model {model}: no such folder, and the hub says: {first_line(error)}") from error
@@ -116,12 +120,18 @@ def in_layer(name: str) -> str:
     return re.split(r"(?:^|\.)\d+\.", name, maxsplit=1)[-1]
 
 
-def checkpoint_names(folder: Path, originals: Tensors) -> dict[str, list[str]]:
-    """The checkpoint's name for each parameter, where the same values lie; one for each expert that lies apart."""
+def checkpoint_names(
+    folder: Path, originals: Tensors, aliases: Mapping[str, Sequence[str]] = MappingProxyType({})
+) -> dict[str, list[str]]:
+    """The checkpoint's name for each parameter, where the same values lie; one for each expert that lies apart.
+
+    `aliases` are the names of a parameter that stands in several places, such as a tied head: each may be stored, too.
+    """
     where = list_shards(folder)
     names: dict[str, list[str]] = {}
     for name, original in originals.items():
-        parts = [([key for key in where if are_alike(key, name)], original)]
+        close = ([key for key in where if are_alike(key, one)] for one in aliases.get(name, [name]))
+        parts = [(keys, original) for keys in close if keys] or [([], original)]
         if not parts[0][0] and original.ndim == 3:
             layer = [key for key in where if layer_number(key) == layer_number(name)]
             parts = [([key for key in layer if expert_of(key) == i], part) for i, part in enumerate(original)]
@@ -163,9 +173,10 @@ def save_delta(
         if not tensor.isfinite().all():
             raise SrmuError(f"{name} holds NaN or infinity; nothing was saved")
         keys = names[name]
-        for key, part in zip(keys, tensor.unbind() if len(keys) > 1 else [tensor], strict=True):
+        experts = tensor.unbind() if tensor.ndim == 3 and len(keys) > 1 else repeat(tensor, len(keys))
+        for key, part in zip(keys, experts, strict=True):
             stored = stored_tensor(where[key], key)
-            delta[key] = part.detach().cpu().to(stored.dtype).contiguous()
+            delta[key] = part.detach().cpu().to(stored.dtype, copy=len(keys) > 1).contiguous()
             marks[key] = sha256(flat_bytes(stored))
     temporary = path.with_name(f".{path.name}")
     # one entry, as safetensors writes several in an order that differs between processes
@@ -195,7 +206,7 @@ def stored_tensor(path: Path, key: str) -> Tensor:
 
 def apply_delta(module: torch.nn.Module, folder: Path, delta: Tensors) -> None:
     """Copy the tensors of a delta into a loaded model."""
-    parameters = dict(module.named_parameters())
+    parameters = dict(module.named_parameters(remove_duplicate=False))  # a tied head is stored where its file has it
     for name, tensor in delta.items():
         places = [p.data for known, p in parameters.items() if are_alike(known, name)]
         if not places and (number := expert_of(name)) is not None:
@@ -214,8 +225,11 @@ def export_checkpoint(
     link: bool | None = None,
     watch: Watch = ignore_progress,
     texts: dict[str, str] | None = None,
+    check: Callable[[Path], None] = lambda folder: None,
 ) -> None:
     """Write a full checkpoint: the files of the base, with the tensors of the delta, and `texts` by file name.
+
+    It appears in its place only after `check` of the folder that holds it.
 
     Shards without a changed tensor become hard links if `link` is true, and by default where the base lies in the hub's
     cache, whose files nobody edits.
@@ -241,13 +255,15 @@ def export_checkpoint(
             patch_file(temporary / path.name, {n: t for n, t in delta.items() if where[n] == path})
         for name, text in (texts or {}).items():
             (temporary / name).write_text(text, encoding="utf-8")
+        check(temporary)
 
 
 def list_carried(folder: Path) -> list[str]:
     """The files of a checkpoint that an export includes; weights not loaded are not, as they would keep old tensors."""
     loaded = set(list_shards(folder).values())
     files = [file for file in (*folder.iterdir(), *folder.glob("additional_chat_templates/*")) if file.is_file()]
-    wanted = (file for file in sorted(files) if file.suffix in KEPT or file in loaded)
+    stale = (INDEX,) if folder / "model.safetensors" in loaded else ()  # of shards that are not loaded
+    wanted = (file for file in sorted(files) if file in loaded or (file.suffix in KEPT and file.name not in stale))
     return [file.relative_to(folder).as_posix() for file in wanted if not file.name.startswith((".", EXPORTED))]
 
 
@@ -284,7 +300,8 @@ def identify_base(folder: Path, depth: int | None) -> str:
 
 def fingerprint_model(folder: Path) -> str:
     """SHA-256 over a model's weights, config and tokenizer."""
-    names = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", *KEPT) and p.suffix != ".md")
+    deciding = {".safetensors", *KEPT} - {".md", ""}
+    names = sorted(p for p in folder.iterdir() if p.suffix in deciding)
     return sha256(*(part for path in names for part in (path.name.encode(), path)))
 
 

@@ -15,17 +15,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import yaml
-
 from srmu.engine import distributed, likelihoods
 from srmu.engine.files import find_cached, keep_cached, sha256
 from srmu.engine.progress import Watch, ignore_progress
 from srmu.errors import SrmuError
+from srmu.evals.local_tasks import Local, as_list, describe_local, find_parts, read_local_tasks, write_parts
 from srmu.evals.results import Metrics, number_facts, write_answers
 from srmu.evals.subject import Question
 
-Local = dict[str, tuple[dict[str, Any], list[Path]]]  # task -> its YAML, the files it asks from
-FILE_FORMATS = ("json", "csv", "parquet", "text")  # dataset_path of a task kept in local files
 BATCH = 64  # inputs read at once
 SEED = 1234  # lm-eval's own, for few-shot examples and sampled answers
 
@@ -55,7 +52,7 @@ def evaluate(
     """
     if limit is not None and limit < 1:
         raise SrmuError(f"--limit {limit}: expected 1 or more")
-    local = _local_tasks(tasks_dir)
+    local = read_local_tasks(tasks_dir)
     keys = {name: _cache_key(name, local, limit, fingerprint) for name in tasks}
     results = distributed.agree_on({name: find_cached("evals", keys[name]) if fingerprint else None for name in tasks})
     missing = [name for name in results if results[name] is None]
@@ -77,7 +74,7 @@ def evaluate(
 def load_questions(name: str, tasks_dir: Path | None) -> tuple[Question, ...]:
     """The questions of a multiple-choice task; of several right options the first stays, among wrong ones."""
     questions: list[Question] = []
-    for task in _load_task(name, _local_tasks(tasks_dir))["tasks"].values():
+    for task in _load_task(name, read_local_tasks(tasks_dir))["tasks"].values():
         if task.OUTPUT_TYPE != "multiple_choice" or task.multiple_input:
             raise SrmuError(f"task {name!r} is not made of questions with options to choose from")
         task.set_fewshot_seed(SEED)
@@ -85,7 +82,7 @@ def load_questions(name: str, tasks_dir: Path | None) -> tuple[Question, ...]:
         for _, requests in groupby(task.instances, key=lambda one: one.doc_id):
             first, *others = requests
             row, names = first.doc, task.doc_to_choice(first.doc)
-            golds = [names.index(gold) if gold in names else int(gold) for gold in _as_list(task.doc_to_target(row))]
+            golds = [names.index(gold) if gold in names else int(gold) for gold in as_list(task.doc_to_target(row))]
             kept = [i for i in range(len(names)) if i == golds[0] or i not in golds]
             # a metric may add requests, without the prompt, after those of the options
             options = tuple(one.args[1] for i, one in enumerate((first, *others)) if i in kept)
@@ -96,36 +93,9 @@ def load_questions(name: str, tasks_dir: Path | None) -> tuple[Question, ...]:
     return tuple(questions)
 
 
-def _local_tasks(folder: Path | None) -> Local:
-    """The tasks described under `folder`, their data files made absolute."""
-    tasks: Local = {}
-    for path in sorted(folder.rglob("*.yaml")) if folder else ():
-        try:
-            config = yaml.safe_load(path.read_bytes())  # refuses !function, which runs code
-        except (ValueError, yaml.YAMLError) as error:
-            raise SrmuError(f"task file {path}: {getattr(error, 'problem', error)}") from error
-        if not isinstance(config, dict) or not isinstance(config.get("task"), str):
-            continue  # another kind of file
-        if config["task"] in tasks:
-            raise SrmuError(f"task file {path}: another file has task {config['task']!r} too")
-        files = (config.get("dataset_kwargs") or {}).get("data_files")
-        paths = {}
-        if files and config.get("dataset_path") in FILE_FORMATS:
-            splits = files if isinstance(files, dict) else {"train": files}
-            paths = {k: [path.parent.resolve() / v for v in _as_list(vs)] for k, vs in splits.items()}
-            config["dataset_kwargs"]["data_files"] = {k: [*map(str, v)] for k, v in paths.items()}
-        tasks[config["task"]] = config, [path for part in paths.values() for path in part]
-    return tasks
-
-
 def _cache_key(name: str, local: Local, limit: int | None, fingerprint: str | None) -> list[Any]:
     """Everything that decides a task's results."""
-    config, files = local.get(name, ({}, []))
-    text = json.dumps(config, sort_keys=True, default=str)
-    for file in files:
-        if not file.is_file():
-            raise SrmuError(f"task {name!r}: its data file {file} does not exist")
-        text = text.replace(json.dumps(str(file)), sha256(file))  # what it holds, not where it is
+    text = describe_local(name, local)
     code = sha256(Path(likelihoods.__file__), Path(__file__), Path(__file__).with_name("harness.py"))
     versions = [version(package) for package in ("lm-eval", "transformers", "torch")]
     return [fingerprint, name, text, limit, [*versions, code]]
@@ -150,26 +120,23 @@ def _load_task(name: str, local: Local) -> Any:
     try:
         if name not in local:
             return _builtin_tasks().load([name])
-        config, files = local[name]
-        with TemporaryDirectory() as scratch:  # the user's cache gains and lends nothing
-            if files:
-                config["dataset_kwargs"] |= {"cache_dir": scratch, "keep_in_memory": True}
-            loaded = TaskManager(include_defaults=False).load([config])
+        with TemporaryDirectory() as scratch:
+            members = {one for task in find_parts(name, local).values() for one in task.members}
+            folder = write_parts(name, local, Path(scratch))
+            loaded = TaskManager(include_path=str(folder), include_defaults=bool(members - {*local})).load([name])
         for task in loaded["tasks"].values():
             for row, doc in enumerate(task.eval_docs if task.OUTPUT_TYPE == "multiple_choice" else (), 1):
                 # lm-eval would count such a question as wrong
                 options = task.doc_to_choice(doc)
-                for gold in _as_list((task.doc_to_text if task.multiple_input else task.doc_to_target)(doc)):
+                for gold in as_list((task.doc_to_text if task.multiple_input else task.doc_to_target)(doc)):
                     if gold not in options and gold not in range(len(options)):
                         raise ValueError(f"question {row}: answer {gold!r} is none of {options}")
+    except SrmuError:
+        raise
     except Exception as error:  # whatever lm-eval or datasets cannot use is the user's to mend
         why = f"{type(error).__name__}: {error}".splitlines()[0]
         raise SrmuError(f"task {name!r} cannot be loaded: {why}") from error
     return loaded
-
-
-def _as_list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
 
 
 def describe_task(task: Any) -> dict[str, Any]:

@@ -49,11 +49,10 @@ def largest_share(run: Run, before: dict[str, torch.Tensor], budget: float, judg
     asked = [load_task(task, Path(run.config.tasks_dir) if run.config.tasks_dir else None) for task in judged]
     opened = open_target(run, "cpu")
     subject = Subject(opened.module, opened.tokenizer)
-    parameters = dict(subject.module.named_parameters())
 
     def kept(share: float) -> float:
-        for name, tensor in run.delta.items():
-            parameters[name].data = mix_tensors(before[name], tensor, share)
+        mixed = {name: mix_tensors(before[name], tensor, share) for name, tensor in run.delta.items()}
+        weights.apply_delta(subject.module, run.base, mixed)
         return float(np.mean([np.mean(mark_answers(subject, task)) for task in asked]))
 
     floor = kept(0.0) - budget

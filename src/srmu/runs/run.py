@@ -7,13 +7,14 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Self
 
+import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from srmu.engine import distributed, weights
 from srmu.engine.files import format_json, read_json, require_free, require_place, sha256
-from srmu.engine.loading import load_module, read_config
+from srmu.engine.loading import load_module, load_pretrained, read_config, sample_logits
 from srmu.engine.progress import Watch, ignore_progress
 from srmu.engine.topic import Topic
 from srmu.engine.train import Log
@@ -90,8 +91,19 @@ class Run:
         card = write_model_card(record)
         record = audit.seal_record(record | {"exported": {CARD: sha256(card.encode())}})
         texts = {CARD: card, weights.EXPORTED: format_json(record)}
-        weights.export_checkpoint(self.base, self.delta, Path(out), link, watch, texts)
+        weights.export_checkpoint(self.base, self.delta, Path(out), link, watch, texts, self.require_same)
         return Path(out)
+
+    def require_same(self, folder: Path) -> None:
+        """SrmuError where the model that plain transformers loads from a folder answers otherwise than the run's."""
+        with open_target(self, "cpu").after() as module:
+            expected = sample_logits(module)
+        got = sample_logits(load_pretrained(folder))
+        if not torch.allclose(got, expected, rtol=1e-4, atol=1e-4 * float(expected.std()), equal_nan=True):
+            raise SrmuError(
+                f"nothing was written: the export of {self.folder} would load as another model than the run measured; "
+                f"does plain transformers load its base {self.base} as srmu does?"
+            )
 
 
 def find_run(target: str | Path) -> Run | None:

@@ -115,7 +115,7 @@ def load_model(
         copy=not plan.shard,
     )
     require_fit(config, model, topics, f"{plan.base}: its tokenizer")
-    names = weights.checkpoint_names(plan.base, model.original)
+    names = weights.checkpoint_names(plan.base, model.original, model.list_aliases())
     if plan.shard:
         model.shard(config.device)
     # What a run's activations depend on, besides the machine and the libraries.
