@@ -109,7 +109,8 @@ def place_folder(name: str, folder: Path) -> str:
 
 def list_members(config: Config) -> Iterator[str]:
     """The names of the tasks and groups that a group's config names, those inside it too."""
-    for one in as_list(config.get("task")) if isinstance(config.get("task"), list) else ():
+    members = config.get("task")
+    for one in members if isinstance(members, list) else ():
         if isinstance(one, dict):
             yield from list_members(one)
             one = next((one[key] for key in ("task", "group") if isinstance(one.get(key), str)), None)
@@ -131,14 +132,14 @@ def find_parts(name: str, local: Local) -> Local:
 def walk_configs(config: Config) -> Iterator[Config]:
     """A config, and those inside it."""
     yield config
-    for one in config.get("task") if isinstance(config.get("task"), list) else ():
+    for one in as_list(config.get("task")):
         if isinstance(one, dict):
             yield from walk_configs(one)
 
 
 def list_data(config: Config) -> Iterator[Path]:
     """The local files and folders that a config asks from; SrmuError where one is not there."""
-    kwargs = config.get("dataset_kwargs") if isinstance(config.get("dataset_kwargs"), dict) else {}
+    kwargs: Config = config.get("dataset_kwargs") or {}
     splits = kwargs.get("data_files") or {}
     for name in (one for names in splits.values() for one in names):
         path = Path(name)
