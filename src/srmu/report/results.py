@@ -102,7 +102,7 @@ def importance_maps(entries: Sequence[RunGroup]) -> dict[tuple[str, str, tuple[f
     return found
 
 
-def list_facts(folder: Path) -> dict[str, Any]:
+def list_run_facts(folder: Path) -> dict[str, Any]:
     """How a run was made, from its config and its record; of paths the last part, of texts only their counts."""
     tree, record = read_tree(folder / CONFIG), read_json(folder / RECORD, {})
     blocks = {name: tree.get(name, {}) for name in ("method", "train")}  # the others hold paths

@@ -171,7 +171,7 @@ def record_section(entries: Sequence[RunGroup]) -> Section:
     blocks = []
     for entry in entries:
         facts: dict[str, list[str]] = {}
-        for name, value in (pair for folder in entry.runs for pair in results.list_facts(folder).items()):
+        for name, value in (pair for folder in entry.runs for pair in results.list_run_facts(folder).items()):
             if value is not None:
                 facts.setdefault(name_words(name), []).append(results.format_fact(value))
         rows = [

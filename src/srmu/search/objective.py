@@ -277,7 +277,7 @@ def search_configs(job: AutoJob, name: str, settings: Sequence[Mapping[str, Any]
         job.request.out / queue.FILE, name, spec=job.spec, directions=["maximize"], sampler=sampler, queue=settings
     )
     queue.work_queue(study, objective, watch, in_turn=True)
-    entries = queue.list_entries(study)
+    entries = queue.list_trials(study)
     return entries if any(settings) else sorted(entries, key=itemgetter("number"))
 
 

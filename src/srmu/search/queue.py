@@ -265,7 +265,7 @@ def has_failed(trial: FrozenTrial | None) -> bool:
     return trial is not None and trial.state == TrialState.FAIL and "why" in trial.user_attrs
 
 
-def list_entries(study: Study) -> list[dict[str, Any]]:
+def list_trials(study: Study) -> list[dict[str, Any]]:
     """The trials in the order of the queue, as JSON files have them, with what each objective left as `measured`."""
     entries = []
     for trial in (point.standing for point in list_points(study) if point.standing):

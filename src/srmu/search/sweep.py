@@ -268,7 +268,7 @@ def write_sweep(sweep: Sweep, study: queue.Study, final: bool = False) -> dict[s
     report = {
         **sweep.model_dump(include={"name", "sampler", "seeds", "objectives"}),
         "space": {key: one.written for key, one in sweep.search.items()},
-        "trials": queue.list_entries(study),
+        "trials": queue.list_trials(study),
         "front": [trial.number for trial in study.best_trials],
         "importance": key_importance(study) if final else {},
     }
