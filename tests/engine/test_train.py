@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from helpers.models import VOCABULARY, pico_module, save_pico, texts, word_tokenizer
 from srmu.data.tokens import batch_rows, tokenise_texts
@@ -90,10 +91,15 @@ def test_adam_steps_by_the_learning_rate(slope: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("schedule", "shares"), [("constant", [1 / 3, 2 / 3, 1, 1, 1, 1]), ("linear", [1 / 3, 2 / 3, 1, 1, 2 / 3, 1 / 3])]
+    ("schedule", "shares"),
+    [
+        ("constant", [0, 1 / 3, 2 / 3, 1, 1, 1]),
+        ("linear", [0, 1 / 3, 2 / 3, 1, 2 / 3, 1 / 3]),
+        ("cosine", [0, 1 / 3, 2 / 3, 1, 3 / 4, 1 / 4]),
+    ],
 )
-def test_the_rate_rises_and_then_stays_or_falls(schedule: str, shares: list[float]) -> None:
-    """As transformers' schedules: over `warmup_steps` to the whole rate, then to 0 or level."""
+def test_the_rate_rises_and_then_stays_or_falls(schedule: Any, shares: list[float]) -> None:
+    """As transformers' schedules: from 0 over `warmup_steps` to the whole rate, then to 0 or level."""
     model, steps = editable(), len(shares)
     options = {"schedule": schedule, "warmup_steps": 3, "max_steps": steps}
     _, weights = train(model, linear(model, 1.0), **options)
@@ -101,6 +107,51 @@ def test_the_rate_rises_and_then_stays_or_falls(schedule: str, shares: list[floa
         for old, new in zip(before, after, strict=True):
             expected = torch.full_like(new, -1e-3 * share)
             torch.testing.assert_close(new - old, expected, rtol=0, atol=1e-6)
+    theirs = transformers.get_scheduler(
+        "constant_with_warmup" if schedule == "constant" else schedule,
+        torch.optim.SGD([torch.zeros(1)], lr=1e-3),
+        num_warmup_steps=3,
+        num_training_steps=steps,
+    )
+    for step in range(steps):
+        rate = TrainOptions(learning_rate=1e-3, **options).rate(step)
+        assert rate == pytest.approx(theirs.get_last_lr()[0], rel=1e-6), step
+        theirs.optimizer.step()
+        theirs.step()
+
+
+def old_adamw(gradients: list[float], weight: float, rate: float, epsilon: float) -> list[float]:
+    """transformers' former AdamW of one weight, in plain numbers: epsilon beside the root of v as it is."""
+    m = v = 0.0
+    weights = []
+    for t, g in enumerate(gradients, 1):
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+        weight -= rate * math.sqrt(1 - 0.999**t) / (1 - 0.9**t) * m / (math.sqrt(v) + epsilon)
+        weights.append(weight)
+    return weights
+
+
+@pytest.mark.parametrize("size", [2e-7, 2e-5, 2e-4, 1.0])
+def test_epsilon_beside_the_uncorrected_root_is_the_former_adamw(size: float) -> None:
+    """With gradients as small as those of RMU the first steps are up to 1 / sqrt(0.001) times smaller."""
+    slopes = [1.0, -0.5, 2.0, 0.25]
+    moves = {}
+    for form in ("torch", "transformers"):
+        model = editable()
+        for parameter in model.trained.values():
+            parameter.data.zero_()
+
+        def loss(forget: Any, retain: Any, step: int, model: Any = model) -> Terms:
+            return Terms({"forget": sum(size * slopes[step] * p.sum() for p in model.trained.values())}, {})
+
+        options = {"max_steps": len(slopes), "adam_epsilon": 1e-6, "adam_epsilon_form": form}
+        _, history = train(model, loss, **options)
+        assert all(t.unique().numel() == 1 for tensors in history for t in tensors)
+        moves[form] = [float(tensors[0].flatten()[0]) for tensors in history[1:]]
+    expected = old_adamw([size * slope for slope in slopes], 0.0, 1e-3, 1e-6)
+    assert moves["transformers"] == pytest.approx(expected, rel=1e-5)
+    ratio = moves["torch"][0] / moves["transformers"][0]
+    assert ratio == pytest.approx((size + 1e-6 / 0.001**0.5) / (size + 1e-6), rel=1e-3)  # 27 at 2e-7
 
 
 @pytest.mark.parametrize("steps", [-1, 20])

@@ -1,6 +1,7 @@
 """The configs for the benchmarks: each parses, and its dry run needs no hub, weights or texts."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -123,3 +124,27 @@ def test_texts_are_what_the_authors_train_on(name: str) -> None:
             assert source.where == {"subject": "Stephen King"}
     if name.startswith("tofu"):
         assert len({source.template for source in own}) == 1
+
+
+def test_presets_have_the_defaults_of_their_authors_trainer() -> None:
+    """transformers' Trainer clips at 1 where nothing is said; DeepSpeed, with a file of its own, does not."""
+    for name in NAMES:
+        train = load_config(CONFIGS / name).train
+        if tree(name)["method"]["name"] in ("npo", "graddiff", "simnpo"):
+            assert train.max_grad_norm == (None if name.startswith("tofu") else 1.0), name
+            assert train.weight_decay == (0.01 if name.startswith("tofu") else 0), name
+            assert train.adam_epsilon == 1e-8 and train.adam_epsilon_form == "torch", name
+    assert load_config(CONFIGS / "rwku-npo.yaml").train.schedule == "cosine"
+    muse = [load_config(CONFIGS / f"muse-{part}-npo.yaml").train for part in ("news", "books")]
+    assert [(train.batch_size, train.weights, train.schedule) for train in muse] == [(4, "bf16", "constant")] * 2
+
+
+def test_presets_of_wmdp_differ_in_their_methods_alone() -> None:
+    """A comparison of methods whose optimisers differ says nothing about the methods."""
+    paths = sorted(CONFIGS.glob("wmdp-zephyr*.yaml"))
+    assert len(paths) == 4
+    configs = [load_config(path) for path in paths]
+    first = replace(configs[0].train, max_steps=150)  # Adaptive RMU's authors take 500
+    assert (first.adam_epsilon, first.adam_epsilon_form, first.weights) == (1e-6, "transformers", "bf16")
+    assert all(replace(config.train, max_steps=150) == first for config in configs)
+    assert {config.dtype for config in configs} == {"bfloat16"}

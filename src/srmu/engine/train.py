@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import cos, pi, sqrt
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ LARGEST = 3e37  # AdamW multiplies in float32
 FINISHED = "max_steps"  # the stop reason of a run that nothing stopped
 
 Log = Callable[[int, dict[str, float | str]], None]
-Schedule = Literal["constant", "linear"]
+Schedule = Literal["constant", "linear", "cosine"]
 Memory = Mapping[str, dict[str, Any]]  # what the losses carry from step to step, by name
 
 KEPT_NUMBERS = ("kept_step", "first_loss", "recent")  # of the stop rules, in a checkpoint
@@ -50,12 +51,14 @@ class TrainOptions:
     __pydantic_config__: ClassVar = {"extra": "forbid"}
 
     learning_rate: float | None = None  # None: the method's own
-    schedule: Schedule | None = None  # linear: falls to 0 at max_steps; None: the method's own
-    warmup_steps: int = 0  # over which the learning rate rises from 0
+    schedule: Schedule | None = None  # linear, cosine: falls to 0 at max_steps; None: the method's own
+    warmup_steps: int = 0  # over which the learning rate rises from 0, that of the first step
     max_steps: int = 150  # over all topics together
     batch_size: int = 4  # documents of each of forget and retain
     weight_decay: float = 0.0  # torch's AdamW would take 0.01; the public RMU code has none
     adam_epsilon: float = 1e-8
+    # transformers: added to the root of v before its correction, as its former AdamW did; torch: after.
+    adam_epsilon_form: Literal["torch", "transformers"] = "torch"
     max_grad_norm: float | None = None
     shuffle: bool = True
     padding: Padding = "mask"  # count: left padding that the losses count, as the public code
@@ -84,14 +87,19 @@ class TrainOptions:
                     raise SrmuError(f"train.{name} must be {condition}, not {value:g}")
 
     def rate(self, step: int) -> float:
-        """The learning rate of a step; the first step is 0."""
+        """The learning rate of a step, as transformers' schedules; the first step is 0."""
         assert self.learning_rate is not None
         rising = self.warmup_steps
         if step < rising:
-            return self.learning_rate * (step + 1) / rising
-        if self.schedule == "linear":
-            return self.learning_rate * (1 - (step - rising) / (self.max_steps - rising))
-        return self.learning_rate
+            return self.learning_rate * step / rising
+        done = (step - rising) / (self.max_steps - rising)
+        shares = {"linear": 1 - done, "cosine": (1 + cos(pi * done)) / 2}
+        return self.learning_rate * shares.get(self.schedule or "", 1.0)
+
+    def epsilon(self, step: int, beta: float) -> float:
+        """Adam's epsilon in a step, in torch's form; `beta` is that of its mean of squares v."""
+        # eq: AdamW, m' / (sqrt(v / (1 - beta^t)) + eps) in torch, m' sqrt(1 - beta^t) / (sqrt(v) + eps) in transformers
+        return self.adam_epsilon / (1.0 if self.adam_epsilon_form == "torch" else sqrt(1 - beta ** (step + 1)))
 
 
 def fit_model(
@@ -175,7 +183,7 @@ class Training:
         # Sharded tensors and others lie in groups of their own: no operation may mix them.
         self.groups = [[m for m in self.masters if distributed.is_sharded(m) is kind] for kind in (True, False)]
         groups = [{"params": group} for group in self.groups if group]
-        self.optimiser = torch.optim.AdamW(groups, eps=options.adam_epsilon, weight_decay=options.weight_decay)
+        self.optimiser = torch.optim.AdamW(groups, weight_decay=options.weight_decay)
 
     def take_step(self, terms: Terms, step: int, topic: str, place: str) -> dict[str, Tensor]:
         """Descend the sum of the losses; returns the step's values over all processes."""
@@ -199,7 +207,7 @@ class Training:
         for group in self.optimiser.param_groups:
             if self.options.max_grad_norm is not None:
                 torch.nn.utils.clip_grads_with_norm_(group["params"], self.options.max_grad_norm, norm)
-            group["lr"] = self.options.rate(step)
+            group["lr"], group["eps"] = self.options.rate(step), self.options.epsilon(step, group["betas"][1])
         self.optimiser.step()
         self.optimiser.zero_grad()
         for parameter, master in self.copies:
