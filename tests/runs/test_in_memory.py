@@ -91,6 +91,18 @@ def test_the_model_is_otherwise_as_it_was() -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
+@pytest.mark.parametrize("kind", ["layer", "edit"])
+def test_gradients_that_were_left_there_stay_and_count_for_nothing(kind: str) -> None:
+    clean, used = pico_module(), pico_module()
+    used(torch.tensor([[1, 5, 6]])).logits.sum().backward()
+    left = {name: p.grad.clone() for name, p in used.named_parameters()}
+    _, expected = unlearn(clean, method=KINDS[kind])
+    _, result = unlearn(used, method=KINDS[kind])
+    assert result.delta.keys() == expected.delta.keys()
+    assert all(torch.equal(result.delta[name], tensor) for name, tensor in expected.delta.items())
+    assert all(torch.equal(p.grad, left[name]) for name, p in used.named_parameters())
+
+
 def test_texts_in_every_form(tmp_path: Path) -> None:
     """Texts, rows, a data set and files are the same texts, alone and side by side."""
     file = write_jsonl(tmp_path / "some.jsonl", FORGET)

@@ -208,8 +208,10 @@ def edit_in_place(module: PreTrainedModel, method: Method) -> Iterator[EditableM
     layers = getattr(owner, attribute)
     flags = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
     modes = [(part, part.training) for part in module.modules()]
+    gradients = [(parameter, parameter.grad) for parameter in module.parameters()]
     original: dict[str, Tensor] = {}
     try:
+        module.zero_grad()  # else the first step would add what the user left there
         edited = EditableModel(module, method.trainable, method.depth)
         original = edited.original
         yield edited
@@ -221,7 +223,7 @@ def edit_in_place(module: PreTrainedModel, method: Method) -> Iterator[EditableM
         setattr(owner, attribute, layers)
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
-        for name in original:
-            module.get_parameter(name).grad = None
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
         for part, mode in modes:
             part.training = mode
