@@ -128,8 +128,9 @@ def mean(values: Any) -> float:
     return sum(values) / len(values)
 
 
-def loop_nll(rows: Guesses) -> float:
-    return mean(cost(guess) for guess in flat(rows))
+def loop_nll(rows: Guesses, average: str = "tokens") -> float:
+    parts = [flat(rows)] if average == "tokens" else [row for row in rows if row]
+    return mean(mean(map(cost, part)) for part in parts)
 
 
 def loop_kl(one: Guesses, other: Guesses, temperature: float = 1) -> float:
@@ -200,8 +201,8 @@ LOOPS: dict[type[LogitObjective], Callable[[Reference, Any], dict[str, float]]] 
     UNDIAL: lambda r, m: {"forget": loop_undial(r, m), **held(r, m)},
     RKLU: lambda r, m: {"forget": loop_rklu(r, m), **held(r, m)},
     LLMU: lambda r, m: {
-        "forget": -m.forget_weight * loop_nll(r.now),
-        "random": m.random_weight * loop_nll(r.random),
+        "forget": -m.forget_weight * loop_nll(r.now, m.average),
+        "random": m.random_weight * loop_nll(r.random, m.average),
         "retain": m.retain_weight * loop_kl(r.kept, r.retain),
     },
     SCRUB: lambda r, m: {
@@ -227,6 +228,7 @@ LOOPS: dict[type[LogitObjective], Callable[[Reference, Any], dict[str, float]]] 
         UNDIAL(strength=1.5, retain="nll"),
         LLMU(answers=2),
         LLMU(forget_weight=0.3, random_weight=0.6, retain_weight=7.0),
+        LLMU(average="texts"),
         SCRUB(),
         SCRUB(alpha=0.2, gamma=0.3, temperature=2.5),
         RKLU(teacher_steps=2, teacher_learning_rate=1e-2),
@@ -708,15 +710,39 @@ def test_scrubs_steps_alternate_in_each_topic(count: int) -> None:
         assert all(("retain" in row) != ("forget" in row) for row in mine)
 
 
+def test_scrubs_turns_may_be_whole_passes() -> None:
+    """As in the public code: all forget batches away, after all retain batches. Its own first pass away moves
+    nothing, as KL has no gradient at the original."""
+    method, part = SCRUB(ascent_steps=2, turns="epochs"), topic()
+    part = replace(part, retain=part.retain[:1])
+    assert (len(part.retain), len(part.forget)) == (1, 2)
+    read: list[Tensor] = []
+
+    class Seen(SCRUB):
+        def loss(self, model: Any, state: Any, forget: Any, retain: Any, step: int) -> Any:
+            terms = super().loss(model, state, forget, retain, step)
+            read.append((forget if "forget" in terms.losses else retain)["input_ids"])
+            return terms
+
+    method = Seen(ascent_steps=2, turns="epochs")
+    _, rows = apply(method, editable(method), [part], max_steps=8)
+    kinds = ["max" if "forget" in row else "min" for row in rows]
+    assert kinds == ["min", "max", "max", "min", "max", "max", "min", "min"]
+    for first in (1, 4):  # each pass has all texts
+        seen = [batch["input_ids"] for batch in part.forget]
+        assert all(any(torch.equal(a, b) for b in seen) for a in read[first : first + 2])
+        assert not torch.equal(read[first], read[first + 1])
+
+
 def test_scrubs_ascent_leaves_the_original_on_forget_texts() -> None:
     method, part = SCRUB(), bio()
     model = editable(method)
     state = method.setup(model, part)
     perturb(model)
-    state.memory["turn"] = 1
+    state.memory["step"] = 1
 
     def ascent() -> Tensor:
-        state.memory["turn"] = 1
+        state.memory["step"] = 1
         return method.loss(model, state, part.forget[0], part.retain[0], 1).loss_values["forget"]
 
     start = ascent()

@@ -93,6 +93,12 @@ def mean_nll(logits: Float[Tensor, "B T V"], labels: Int[Tensor, "B T"]) -> Mean
     return Mean(token_nll(logits, labels).sum(), is_predicted(labels).sum())
 
 
+def text_nlls(logits: Float[Tensor, "B T V"], labels: Int[Tensor, "B T"]) -> Float[Tensor, B]:
+    """Nats that a counted token of each text costs on average; 0 where none is predicted."""
+    # Public ports of SimNPO divide by the unshifted labels: one too many per text.
+    return token_nll(logits, labels).sum(dim=1) / is_predicted(labels).sum(dim=1).clamp(min=1)
+
+
 def row_mean(values: Float[Tensor, B], labels: Int[Tensor, "B T"]) -> Mean:
     """Mean over the rows that have a counted token to predict."""
     rows = is_predicted(labels).any(dim=1)

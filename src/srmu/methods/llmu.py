@@ -1,6 +1,7 @@
 """LLMU: ascent, random answers, and a hold on retain texts (Yao et al., arXiv 2310.10683)."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -23,6 +24,7 @@ class LLMU(LogitObjective):
     random_weight: Weight = 1.0  # of the random ends' likelihood
     retain_weight: Weight = 1.0  # of KL(original || model) on retain texts
     answers: Count = 5  # random ends per text and step
+    average: Literal["tokens", "texts"] = "tokens"  # of likelihoods; the public code averages over texts
 
     def prepared(self, topic: Topic) -> Topic:
         return topic.split()
@@ -47,7 +49,10 @@ class LLMU(LogitObjective):
 
     def loss(self, model: EditableModel, state: State, forget: Batch, retain: Batch, step: int) -> Terms:
         def nll(batch: Batch) -> losses.Mean:
-            return losses.mean_nll(model.logits(batch), batch["labels"])
+            logits, labels = model.logits(batch), batch["labels"]
+            if self.average == "texts":
+                return losses.row_mean(losses.text_nlls(logits, labels), labels)
+            return losses.mean_nll(logits, labels)
 
         # eq: LLMU, L = -e1 nll(answer) + e2 mean_K nll(random answer) + e3 KL(p0 || p)(x_r)
         # (public code: an ascent on no token, random answers scored with their prompts)

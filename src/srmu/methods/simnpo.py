@@ -24,10 +24,8 @@ class SimNPO(Retaining):
 
     def loss(self, model: EditableModel, state: State, forget: Batch, retain: Batch, step: int) -> Terms:
         labels = forget["labels"]
-        nll = losses.token_nll(model.logits(forget), labels).sum(dim=1)  # (B,)
-        # Public ports divide by the unshifted labels: one too many per text.
-        length = losses.is_predicted(labels).sum(dim=1).clamp(min=1)
+        nlls = losses.text_nlls(model.logits(forget), labels)  # (B,)
         # eq: SimNPO, L = -(2/beta) E log sigmoid(beta (nll/|y| - gamma))
         # gamma as in the code; in the paper it stands outside: gamma_paper = beta gamma
-        terms = -2 / self.beta * logsigmoid(self.beta * (nll / length - self.gamma))
+        terms = -2 / self.beta * logsigmoid(self.beta * (nlls - self.gamma))
         return Terms({"forget": self.weight * losses.row_mean(terms, labels), **self.retain_loss(model, retain)}, {})
