@@ -124,6 +124,72 @@ def test_byte_order_mark_and_crlf_are_accepted(name: str, text: str, tmp_path: P
     assert load(tmp_path / name) == ["one", "two"]
 
 
+@pytest.mark.parametrize("coding", ["utf-16", "utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv"])
+def test_utf_16_is_read(suffix: str, coding: str, tmp_path: Path) -> None:
+    path = tmp_path / f"rows.{suffix}"
+    WRITERS[suffix](path, ["été one", "two"])
+    path.write_bytes(path.read_text(encoding="utf-8").encode(coding))
+    assert load(path) == ["été one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        ("Müller\n".encode("cp1252"), "a.txt:1: not UTF-8 text; convert it, perhaps iconv -f CP1252"),
+        (b"PK\x03\x04\xff", r"not UTF-8 text; it is packed \(zip\): unpack it"),
+    ],
+)
+def test_what_is_not_text_is_named(data: bytes, says: str, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(data)
+    with pytest.raises(SrmuError, match=says):
+        load(tmp_path / "a.txt")
+
+
+def test_what_datasets_writes_is_read(tmp_path: Path) -> None:
+    """JSON lines under .json, a folder that it saved, a file of that folder; of several splits one is to be named."""
+    from datasets import Dataset, DatasetDict
+
+    table = Dataset.from_dict({"text": ROWS})
+    table.to_json(tmp_path / "lines.json")
+    table.to_json(tmp_path / "rows.json", lines=False)
+    table.select(range(1)).to_json(tmp_path / "one.json")
+    DatasetDict(train=table, test=table).save_to_disk(tmp_path / "splits")
+    arrow = next((tmp_path / "splits" / "train").glob("*.arrow"))
+    for path in (tmp_path / "lines.json", tmp_path / "rows.json", tmp_path / "splits" / "train", arrow):
+        assert load(path) == ROWS
+    assert load(tmp_path / "one.json") == ROWS[:1]
+    with pytest.raises(SrmuError, match=r"splits holds splits; name one of them: .*splits/train, .*splits/test"):
+        load(tmp_path / "splits")
+    (tmp_path / "state.json").write_text("{")
+    with pytest.raises(SrmuError, match="not a saved data set"):
+        load(tmp_path)
+
+
+def test_a_table_between_tabs(tmp_path: Path) -> None:
+    (tmp_path / "a.tsv").write_text("n\ttext\n1\tone, two\n")
+    assert load(tmp_path / "a.tsv") == ["one, two"]
+
+
+@pytest.mark.parametrize("name", ["forget[1].jsonl", "[a]*?.jsonl", "d[1]/a.jsonl", "ü #%&;=: .jsonl"])
+def test_a_file_of_that_very_name_comes_before_a_pattern(name: str, tmp_path: Path) -> None:
+    for other in ("forget1.jsonl", "ax.jsonl", "d1/a.jsonl"):
+        (tmp_path / other).parent.mkdir(exist_ok=True)
+        write_jsonl(tmp_path / other, ["another"])
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    write_jsonl(tmp_path / name, ["this one"])
+    assert load(tmp_path / name) == ["this one"]
+    if "/" in name:  # the signs of a folder that is there are no pattern
+        assert load(tmp_path / "d[1]" / "*.jsonl") == ["this one"]
+
+
+def test_a_text_in_place_of_a_file_is_a_line(tmp_path: Path) -> None:
+    for text in ("a long text " * 500, "a\0b", "~nobody-of-that-name/x"):
+        with pytest.raises(SrmuError, match="no such file") as caught:
+            load(text)
+        assert len(str(caught.value)) < 200
+
+
 def test_a_csv_field_may_be_long(tmp_path: Path) -> None:
     long = "word " * 40_000
     write_csv(tmp_path / "a.csv", [long])
@@ -612,6 +678,10 @@ def test_anchors_go_with_a_template(tmp_path: Path) -> None:
     [
         ({"template": "w1 {q}", "column": "a"}, "f.jsonl: a text source takes one of column and"),
         ({"template": "w1 w2"}, "f.jsonl: template 'w1 w2' has no column; name one in braces"),
+        (
+            {"template": "{{q}} {{ a }}"},
+            "f.jsonl: template '{{q}} {{ a }}': a column stands in one pair of braces: {q}",
+        ),
         ({"template": ""}, "f.jsonl: template '' has no column"),
         ({"template": "{q} {a}", "wrap": True}, "f.jsonl: wrap would part answers from"),
     ],

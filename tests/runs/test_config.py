@@ -66,6 +66,16 @@ def test_paths_of_overrides_start_at_the_working_folder(config_file: Path, tmp_p
     assert load_config(write(config_file, tree)).runs_dir == str(tmp_path / "here" / "runs")
 
 
+@pytest.mark.parametrize("name", ["a #b", "[1]", "a: b", "123", "no", "'q", "{x}", "a=b", "%41 &"])
+def test_paths_of_overrides_are_taken_as_they_are(
+    name: str, config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).mkdir()
+    config = load_config(config_file, [f"tasks_dir={name}", f"topics.bio.forget={name}", f"runs_dir={name}"])
+    assert {config.tasks_dir, config.runs_dir, config.topics["bio"].forget[0].path} == {str(tmp_path / name)}
+
+
 def test_a_hub_id_is_left_alone(config_file: Path) -> None:
     assert load_config(config_file, ["model=owner/name"]).model == "owner/name"
 

@@ -21,6 +21,7 @@ from srmu.evals.score import score_model
 from srmu.runs import run as runs
 from srmu.runs.config import Config, build_config, make_config
 from srmu.runs.run import Run, unlearn_config
+from srmu.runs.verify import verify_folder
 
 QUICK = ["method.layer=2", "train.max_steps=3", "train.learning_rate=0.01"]
 WIDTH = 32
@@ -147,6 +148,18 @@ def test_the_same_config_is_not_run_twice(workplace: Path) -> None:
     assert {p: p.stat().st_mtime_ns for p in first.folder.iterdir()} == times
     assert (workplace / "out" / "config.json").exists()
     assert unlearn_config(first.config).folder == first.folder  # its own config.yaml means the same run
+
+
+def test_the_same_config_takes_over_what_does_not_decide_it(workplace: Path) -> None:
+    first = unlearn_config(config(workplace, "purpose.reason=why"))
+    given = ["eval=[quiz]", f"tasks_dir={workplace / 'a #[1]'}", "purpose.ticket=T-1"]
+    for overrides in (given, []):  # what is left open stays
+        run = unlearn_config(config(workplace, *overrides))
+        assert run.folder == first.folder and run.config.eval == ["quiz"]
+        assert run.config.tasks_dir == str(workplace / "a #[1]")
+        assert (run.record["purpose"]["reason"], run.record["purpose"]["ticket"]) == ("why", "T-1")
+        assert build_config(run.record["reproduction"]["config"]) == run.config
+        verify_folder(run.folder)
 
 
 def test_other_texts_under_the_same_config_are_refused(workplace: Path) -> None:

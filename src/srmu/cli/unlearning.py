@@ -49,7 +49,9 @@ def unlearn_command(
     run = runs.run_plan(plan, out, watch=show_progress)
     record, folder = run.record, output.shorten_path(run.folder)
     done = f"{record['steps']} steps in {record['seconds']:.1f} s; wrote {folder}"
-    lines = [*runs.run_notes(run), f"this run was there already: {folder}" if again else done]
+    given = [key for key in ("eval", "tasks_dir", "purpose") if key in config.model_dump(exclude_defaults=True)]
+    taken = f"; it takes over {', '.join(given)}" if given else ""
+    lines = [*runs.run_notes(run), f"this run was there already: {folder}{taken}" if again else done]
     if record["stop_reason"] not in ("max_steps", "edited"):
         lines.append(f"stopped early: {record['stop_reason']}")
     if out:
@@ -66,7 +68,7 @@ def choose_config(args: list[str], model: str, forget: list[str], retain: list[s
     """The config from a file or from options; SrmuError for neither and for both."""
     from srmu.runs.config import load_config, make_config
 
-    file = args[0] if args and "=" not in args[0] else ""
+    file = args[0] if args and ("=" not in args[0] or Path(args[0]).is_file()) else ""
     if file and (forget or retain) and Path(file).suffix not in (".yaml", ".yml"):
         raise SrmuError(
             f"{file}: expected key=value; where a shell spread a glob behind --forget or --retain, "

@@ -1,6 +1,8 @@
 """Readers of texts, which name the file and line of a bad row."""
 
+import codecs
 import csv
+import io
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -13,7 +15,10 @@ from srmu.errors import SrmuError, first_line, suggest_word
 
 MOST_BAD = 0.05  # share of rows that may be left out
 SHOWN = 80  # characters of a value that an error may print: longer ones are texts
+SAVED = ("state.json", "dataset_dict.json")  # in a folder that `datasets` saved
+PACKED = {b"\x1f\x8b": "gzip", b"PK": "zip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ": "xz"}
 COLUMN = re.compile(r"\{([^{}]+)\}")  # where a template has a column's text
+JINJA = re.compile(r"\{\{\s*\w+\s*\}\}")
 BAD_BYTE = re.compile("[\udc80-\udcff]")  # how Python escapes a byte that is not UTF-8
 
 
@@ -52,6 +57,7 @@ class Source:
         for fault, message in (
             (self.column != "text", "a text source takes one of column and template"),
             (not named, f"template {self.template!r} has no column; name one in braces: '{{q}} {{answer}}'"),
+            (JINJA.search(self.template), f"template {self.template!r}: a column stands in one pair of braces: {{q}}"),
             (self.wrap, "wrap would part answers from their questions; leave out wrap or template"),
         ):
             if fault:
@@ -161,16 +167,18 @@ def read_file(path: Path, source: Source) -> Iterator[tuple[str, Any]]:
     """The rows of one file."""
     if not path.exists():
         raise SrmuError(f"{path}: no such file")
-    if path.is_dir():
+    if path.is_dir() and not any((path / name).is_file() for name in SAVED):
         raise SrmuError(f"{path} is a folder; name the files in it, for example '{path}/*.jsonl'")
     row = None
     try:
         for row in parse_file(path, source):
             yield row
     except UnicodeDecodeError:
-        good = BAD_BYTE.split(path.read_bytes().decode(errors="surrogateescape"))[0]
-        line = good.count("\n") + 1
-        raise SrmuError(f"{path}:{line}: not UTF-8 text; is it compressed?") from None
+        data = path.read_bytes()
+        line = BAD_BYTE.split(data.decode(errors="surrogateescape"))[0].count("\n") + 1
+        packed = next((kind for mark, kind in PACKED.items() if data.startswith(mark)), None)
+        mend = f"it is packed ({packed}): unpack it" if packed else "convert it, perhaps iconv -f CP1252 -t UTF-8"
+        raise SrmuError(f"{path}:{line}: not UTF-8 text; {mend}") from None
     except OSError as error:
         raise SrmuError(f"{path}: cannot be read: {first_line(error)}") from None
     if row is None:
@@ -179,23 +187,35 @@ def read_file(path: Path, source: Source) -> Iterator[tuple[str, Any]]:
 
 def parse_file(path: Path, source: Source) -> Iterator[tuple[str, Any]]:
     """The rows of a file, by its suffix; for a line that is not JSON, the error instead of its row."""
-    suffix = path.suffix.lower()
-    if suffix == ".jsonl":
-        with path.open(encoding="utf-8-sig") as file:
+    suffix, encoding = path.suffix.lower(), find_encoding(path)
+    if path.is_dir() or suffix == ".arrow":
+        yield from number_rows(path, read_saved(path))
+    elif suffix in (".jsonl", ".ndjson"):
+        with path.open(encoding=encoding) as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     yield f"{path}:{number}", parse_json(line.strip(), path, number)
     elif suffix == ".json":
-        listed = parse_json(path.read_text(encoding="utf-8-sig"), path)
+        text = path.read_text(encoding=encoding)
+        listed = parse_json(text, path)
         if isinstance(listed, SrmuError):
+            lines = text.split("\n")
+            # as `datasets` and pandas write with lines=True
+            if isinstance(parse_json(lines[0], path), dict | str):
+                yield from (
+                    (f"{path}:{i}", parse_json(line, path, i)) for i, line in enumerate(lines, 1) if line.strip()
+                )
+                return
             raise listed
+        if isinstance(listed, dict) and {*source.columns} <= {*listed} and len(text.splitlines()) == 1:
+            listed = [listed]
         if not isinstance(listed, list):
             raise SrmuError(f"{path}: expected a list of texts or of objects with {', '.join(source.columns)}")
         yield from number_rows(path, listed)
-    elif suffix == ".csv":
-        with path.open(encoding="utf-8-sig", newline="") as file:
+    elif suffix in (".csv", ".tsv"):
+        with path.open(encoding=encoding, newline="") as file:
             csv.field_size_limit(2**31 - 1)  # documents are longer than the 128 KiB of the default
-            reader = csv.DictReader(file, strict=True)
+            reader = csv.DictReader(file, strict=True, delimiter="\t" if suffix == ".tsv" else ",")
             try:
                 for row in reader:
                     if None in row:  # an unquoted comma would cut the text
@@ -215,11 +235,34 @@ def parse_file(path: Path, source: Source) -> Iterator[tuple[str, Any]]:
             raise SrmuError(f"{path}: not Parquet: {first_line(error)}") from None
         yield from number_rows(path, table.to_pylist())
     elif suffix == ".txt":
-        text = path.read_text(encoding="utf-8-sig").strip()
+        text = path.read_text(encoding=encoding).strip()
         # Paragraphs where blank lines part them, else a document a line.
         yield from number_rows(path, filter(str.strip, text.split("\n\n" if "\n\n" in text else "\n")))
     else:
-        raise SrmuError(f"{path}: {suffix or 'no'} suffix; srmu reads .jsonl .json .csv .parquet .txt")
+        raise SrmuError(f"{path}: {suffix or 'no'} suffix; srmu reads .jsonl .json .csv .tsv .parquet .arrow .txt")
+
+
+def find_encoding(path: Path) -> str:
+    """UTF-16 where a file begins with its mark, or like its letters; else UTF-8, with a mark or without."""
+    with path.open("rb") if path.is_file() else io.BytesIO() as file:
+        start = file.read(4)
+    if start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        return "utf-16"
+    zeros = [byte == 0 for byte in start]
+    return {(False, True) * 2: "utf-16-le", (True, False) * 2: "utf-16-be"}.get(tuple(zeros), "utf-8-sig")
+
+
+def read_saved(path: Path) -> Iterable[Any]:
+    """The rows of a data set that `datasets` saved: a folder, or one of its .arrow files."""
+    from datasets import Dataset, DatasetDict, load_from_disk
+
+    try:
+        table = load_from_disk(path) if path.is_dir() else Dataset.from_file(str(path))
+    except Exception as error:  # datasets raises many kinds
+        raise SrmuError(f"{path}: not a saved data set: {first_line(error)}") from None
+    if isinstance(table, DatasetDict):
+        raise SrmuError(f"{path} holds splits; name one of them: {', '.join(str(path / split) for split in table)}")
+    return table
 
 
 def read_hub(source: Source) -> Iterator[tuple[str, Any]]:

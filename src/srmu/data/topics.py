@@ -60,9 +60,9 @@ def load_topic(name: str, config: TopicConfig, tokenizer: Any, train: TrainOptio
     forget, retain = ({text for _, texts in parts[role] for text in texts} for role in ROLES)
     if not forget:
         raise SrmuError(f"topic {name}: no forget texts; name topics.{name}.forget (--forget)")
-    if forget == retain:
-        advice = "retain must name what the model should keep"
-        raise SrmuError(f"topic {name}: forget and retain hold the same texts; {advice}")
+    if forget <= retain:
+        what = "forget and retain hold the same texts" if forget == retain else "retain holds all of the forget texts"
+        raise SrmuError(f"topic {name}: {what}; retain must name what the model should keep")
     ordinary = sorted(set(range(len(tokenizer))) - set(tokenizer.all_special_ids))
     topic = Topic(name, [], [], seed, torch.tensor(ordinary), config.options)
     batches, counts = {}, {}

@@ -41,7 +41,9 @@ def find_paths(name: str, folder: Path = Path()) -> list[Path]:
         base = next(parent for parent in path.parents if parent.exists())  # whose own signs are no pattern
         found = glob.glob(str(path.relative_to(base)), root_dir=base, recursive=True)  # noqa: PTH207
     except (OSError, RuntimeError, ValueError) as error:
-        raise SrmuError(f"{name[:SHOWN]}: no such file ({first_line(error)})") from None
+        raise SrmuError(
+            f"{name[:SHOWN]}: no such file ({getattr(error, 'strerror', '') or first_line(error)})"
+        ) from None
     return sorted(base / one for one in found)
 
 

@@ -114,6 +114,15 @@ class EditableModel:
     def vocabulary_size(self) -> int:
         return self.module.get_input_embeddings().weight.shape[0]
 
+    @property
+    def position_count(self) -> int | None:
+        """The most tokens of a text where each position has a row of a table; None where there is no such table."""
+        limit = getattr(self.module.config, "max_position_embeddings", None)
+        tables = [*self.module.named_parameters(), *self.module.named_buffers()]
+        sizes = [len(table) for name, table in tables if table.ndim == 2 and re.search(r"pos|\bwpe\b", name)]
+        # some keep a row or two before that of the first token
+        return limit if limit and any(size in range(limit, limit + 3) for size in sizes) else None
+
     def is_transposed(self, name: str) -> bool:
         """Whether the matrix of that name is stored as (in, out), as in a Conv1D."""
         return isinstance(self.module.get_submodule(name.rpartition(".")[0]), Conv1D)

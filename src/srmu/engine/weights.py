@@ -127,7 +127,7 @@ def checkpoint_names(
 
     `aliases` are the names of a parameter that stands in several places, such as a tied head: each may be stored, too.
     """
-    where = list_shards(folder)
+    where, entries = list_shards(folder), stored_entries(folder)
     names: dict[str, list[str]] = {}
     for name, original in originals.items():
         close = ([key for key in where if are_alike(key, one)] for one in aliases.get(name, [name]))
@@ -135,6 +135,9 @@ def checkpoint_names(
         if not parts[0][0] and original.ndim == 3:
             layer = [key for key in where if layer_number(key) == layer_number(name)]
             parts = [([key for key in layer if expert_of(key) == i], part) for i, part in enumerate(original)]
+        elif not parts[0][0]:  # transformers may give it another name: embed_out of GPT-NeoX is its lm_head
+            shape, layer = list(original.shape), [key for key in where if layer_number(key) == layer_number(name)]
+            parts = [([key for key in layer if entries[key]["shape"] == shape], original)]
         matches = [[key for key in close if stores_values(where[key], key, part)] for close, part in parts]
         if any(len(keys) != 1 for keys in matches):
             raise SrmuError(f"{folder} does not store {name} in this form, once: cannot write it back")
@@ -206,6 +209,7 @@ def stored_tensor(path: Path, key: str) -> Tensor:
 
 def apply_delta(module: torch.nn.Module, folder: Path, delta: Tensors) -> None:
     """Copy the tensors of a delta into a loaded model."""
+    where = list_shards(folder)
     parameters = dict(module.named_parameters(remove_duplicate=False))  # a tied head is stored where its file has it
     for name, tensor in delta.items():
         places = [p.data for known, p in parameters.items() if are_alike(known, name)]
@@ -213,6 +217,11 @@ def apply_delta(module: torch.nn.Module, folder: Path, delta: Tensors) -> None:
             layer = [p for known, p in parameters.items() if layer_number(known) == layer_number(name)]
             stacks = [p for p in layer if p.shape[1:] == tensor.shape and number < len(p)]
             places = [p.data[number] for p in stacks if p.ndim == 3]
+        if not places:  # under the name that transformers gives it
+            others = {n: p for n, p in parameters.items() if not any(are_alike(n, key) for key in where)}
+            places = [
+                p.data for n, p in others.items() if layer_number(n) == layer_number(name) and p.shape == tensor.shape
+            ]
         if len(places) != 1 or places[0].shape != tensor.shape:
             raise SrmuError(f"the delta's tensor {name} does not fit the model {folder}")
         places[0].copy_(tensor)

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import inspect
 import json
+import os
 import re
 from collections.abc import Sequence
 from copy import deepcopy
@@ -195,15 +196,20 @@ def rebase_paths(value: Any, folder: Path, key: str = "") -> Any:
 
 
 def put_override(tree: dict[str, Any], override: str) -> None:
-    """Set `a.b.c=value` in a tree; the value is read as YAML."""
+    """Set `a.b.c=value` in a tree; the value is read as YAML, but a path as it is."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise SrmuError(f"{override!r}: expected key=value, for example method.kappa=8")
+    *parents, last = key.split(".")
+    is_path = last in ("model", *PATHS) and text not in ("", "null")
     try:
         value = yaml.safe_load(text) if text else None
     except yaml.YAMLError:
-        raise SrmuError(f"{override!r}: the value is not YAML") from None
-    *parents, last = key.split(".")
+        if not is_path:
+            raise SrmuError(f"{override!r}: the value is not YAML") from None
+        value = text
+    if is_path and (not isinstance(value, list | dict) or os.path.exists(text)):  # noqa: PTH110 - of any length
+        value = text
     for parent in parents:
         if tree.get(parent) is None:
             tree[parent] = {}

@@ -140,7 +140,7 @@ def train_in_place(
     steps: list[dict[str, Any]] = []
     progress = training.Progress()
     with TemporaryDirectory() as scratch, edit_in_place(model, config.method) as edited:
-        training.require_fit(config, edited, topics, "the tokenizer")
+        topics = training.fit_topics(config, edited, topics, "the tokenizer")
         tokenizer.save_pretrained(scratch)  # some methods read it from the model's folder
         folder = Path(model.name_or_path or scratch)
         edited.folder = folder if folder.is_dir() else Path(scratch)

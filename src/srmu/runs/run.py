@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from srmu.engine import distributed, weights
-from srmu.engine.files import format_json, read_json, require_free, require_place, sha256
+from srmu.engine.files import format_json, read_json, require_free, require_place, sha256, write_whole
 from srmu.engine.loading import load_module, load_pretrained, read_config, sample_logits
 from srmu.engine.progress import Watch, ignore_progress
 from srmu.engine.topic import Topic
@@ -175,7 +175,7 @@ def run_plan(
     require_place(plan.folder)
     topics = load_topics(plan.config, load_tokenizer(plan.base))
     if distributed.agree_on((plan.folder / RECORD).exists()):
-        run = find_finished(plan.folder, topics)
+        run = find_finished(plan, topics)
     else:
         with hold_folder(plan.folder) if distributed.is_first() else nullcontext():
             train_run(plan, topics, watch, callback)
@@ -211,8 +211,12 @@ def hold_folder(folder: Path) -> Iterator[None]:
             folder.parent.rmdir()
 
 
-def find_finished(folder: Path, topics: list[Topic]) -> Run:
-    """The run that is already there, if it was made from the same texts and model."""
+def find_finished(plan: RunPlan, topics: list[Topic]) -> Run:
+    """The run that is already there, if it was made from the same texts and model; it takes over what decides nothing.
+
+    That is what the plan's config asks to evaluate, and the purpose that it states.
+    """
+    folder = plan.folder
     run = Run.open(folder)
     known = run.record["data"]
     texts = [(known[topic.name][role], now) for topic in topics for role, now in topic.counts.items()]
@@ -224,7 +228,16 @@ def find_finished(folder: Path, topics: list[Topic]) -> Run:
     if run.record["diverged"]:
         raise DivergedError(f"{folder} holds this run, which diverged: {run.record['stop_reason']}")
     _ = run.delta  # refuses a model that has changed since
-    return run
+    config, given = run.config, plan.config
+    purpose = config.purpose.model_copy(update=given.purpose.model_dump(exclude_defaults=True))
+    values = {"eval": given.eval or config.eval, "tasks_dir": given.tasks_dir or config.tasks_dir, "purpose": purpose}
+    now = config.model_copy(update=values)
+    if now != config and distributed.is_first():
+        write_whole(folder / CONFIG, now.to_yaml())
+        reproduction = run.record["reproduction"] | {"config": now.to_dict()}
+        audit.extend_record(folder, [CONFIG], purpose=purpose.model_dump(), reproduction=reproduction)
+    distributed.agree_on(None)  # the first one has written
+    return Run.open(folder)
 
 
 def list_changes(run: Run) -> tuple[dict[str, Any], list[dict[str, str]]]:

@@ -5,7 +5,7 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,11 @@ from torch import Tensor
 from srmu.engine import distributed, weights
 from srmu.engine.activation_cache import digest_tensors, open_activations
 from srmu.engine.files import require_space, sha256, write_json, write_whole
+from srmu.engine.losses import is_counted
 from srmu.engine.model import EditableModel, release_memory
 from srmu.engine.progress import Watch, ignore_progress, print_line
 from srmu.engine.resume import Checkpoints
-from srmu.engine.topic import Topic
+from srmu.engine.topic import Batch, Topic
 from srmu.engine.train import FINISHED, Log, check_precision
 from srmu.errors import DivergedError, SrmuError
 from srmu.methods.base import MethodOutcome, Session
@@ -71,7 +72,7 @@ def train_run(plan: RunPlan, topics: list[Topic], watch: Watch, callback: Log | 
     before = reset_peak_memory(config.device)
     batches = [batch for topic in topics for batch in (*topic.forget, *topic.retain)]
     data = digest_tensors(*(batch[part] for batch in batches for part in ("input_ids", "attention_mask")))
-    model, names = load_model(plan, topics, data, watch)
+    model, topics, names = load_model(plan, topics, data, watch)
     if first:
         require_space(folder, sum(t.numel() * t.element_size() for t in model.original.values()))
         folder.mkdir(parents=True, exist_ok=True)
@@ -102,8 +103,8 @@ def train_run(plan: RunPlan, topics: list[Topic], watch: Watch, callback: Log | 
 
 def load_model(
     plan: RunPlan, topics: list[Topic], data: str, watch: Watch
-) -> tuple[EditableModel, dict[str, list[str]]]:
-    """The model to train, and the checkpoint's names of what it trains; SrmuError where tokens or names do not fit."""
+) -> tuple[EditableModel, list[Topic], dict[str, list[str]]]:
+    """The model to train, the topics as they fit it, and the checkpoint's names of what it trains."""
     config, method = plan.config, plan.config.method
     model = EditableModel.load(
         plan.base,
@@ -114,7 +115,7 @@ def load_model(
         offload=plan.offload,
         copy=not plan.shard,
     )
-    require_fit(config, model, topics, f"{plan.base}: its tokenizer")
+    topics = fit_topics(config, model, topics, f"{plan.base}: its tokenizer")
     names = weights.checkpoint_names(plan.base, model.original, model.list_aliases())
     if plan.shard:
         model.shard(config.device)
@@ -134,19 +135,35 @@ def load_model(
     # layers at once: none may find what others must compute.
     twice = (model.fixed or method.depth is not None) and not plan.shard
     model.activations = open_activations(config.cache if twice else "none", key, model.device, say)
-    return model, names
+    return model, topics, names
 
 
-def require_fit(config: Config, model: EditableModel, topics: list[Topic], tokenizer: str) -> None:
-    """SrmuError where a text has a token that the model has no row for, or a tensor is too coarse to be trained."""
+def fit_topics(config: Config, model: EditableModel, topics: list[Topic], tokenizer: str) -> list[Topic]:
+    """The topics with padding and random tokens that the model knows.
+
+    SrmuError where it has no row for a token or a position of a text, or a tensor is too coarse to be trained.
+    """
     for name, parameter in model.trained.items():
         check_precision(name, parameter.dtype, config.train.weights)
-    known = model.vocabulary_size
-    highest = max(int(b["input_ids"].max()) for t in topics for b in (*t.forget, *t.retain))
-    if highest >= known:
-        raise SrmuError(
-            f"{tokenizer} gives token {highest}, but the model knows {known} tokens; they do not belong together"
-        )
+    known, most = model.vocabulary_size, model.position_count
+
+    def fit_batch(batch: Batch) -> Batch:
+        ids, read = batch["input_ids"], batch["attention_mask"].bool() | is_counted(batch["labels"])
+        if (highest := int(ids[read].max())) >= known:
+            raise SrmuError(
+                f"{tokenizer} gives token {highest}, but the model knows {known} tokens; they do not belong together"
+            )
+        return batch if int(ids.max()) < known else batch.replace(input_ids=ids.masked_fill(~read, 0))
+
+    fitted = []
+    for topic in topics:
+        longest = max(batch["input_ids"].shape[1] for batch in (*topic.forget, *topic.retain))
+        if most and longest > most:
+            mend = f"set topics.{topic.name}.max_length={most}"
+            raise SrmuError(f"topic {topic.name}: a text has {longest} tokens, and the model {most} positions: {mend}")
+        batches = {role: [fit_batch(batch) for batch in getattr(topic, role)] for role in ("forget", "retain")}
+        fitted.append(replace(topic, vocabulary=topic.vocabulary[topic.vocabulary < known], **batches))
+    return fitted
 
 
 def resume_run(plan: RunPlan, data: str) -> Progress:
