@@ -248,8 +248,8 @@ def find_encoding(path: Path) -> str:
         start = file.read(4)
     if start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
         return "utf-16"
-    zeros = [byte == 0 for byte in start]
-    return {(False, True) * 2: "utf-16-le", (True, False) * 2: "utf-16-be"}.get(tuple(zeros), "utf-8-sig")
+    zeros = [i for i, byte in enumerate(start) if byte == 0]
+    return "utf-16-le" if zeros == [1, 3] else "utf-16-be" if zeros == [0, 2] else "utf-8-sig"
 
 
 def read_saved(path: Path) -> Iterable[Any]:

@@ -88,7 +88,7 @@ def load_pretrained(folder: Path, **options: Any) -> Any:
 @torch.no_grad()
 def sample_logits(module: PreTrainedModel) -> Tensor:
     """Logits for a few texts of random tokens, by which two models are compared."""
-    size = module.get_input_embeddings().weight.shape[0]
+    size = len(next(module.get_input_embeddings().parameters()))
     tokens = torch.randint(size, (2, 8), generator=torch.Generator().manual_seed(0)).to(module.device)
     return module(input_ids=tokens, use_cache=False).logits.float().cpu()
 

@@ -161,8 +161,9 @@ def fit_topics(config: Config, model: EditableModel, topics: list[Topic], tokeni
         if most and longest > most:
             mend = f"set topics.{topic.name}.max_length={most}"
             raise SrmuError(f"topic {topic.name}: a text has {longest} tokens, and the model {most} positions: {mend}")
-        batches = {role: [fit_batch(batch) for batch in getattr(topic, role)] for role in ("forget", "retain")}
-        fitted.append(replace(topic, vocabulary=topic.vocabulary[topic.vocabulary < known], **batches))
+        forget, retain = ([fit_batch(batch) for batch in part] for part in (topic.forget, topic.retain))
+        vocabulary = topic.vocabulary[topic.vocabulary < known]
+        fitted.append(replace(topic, forget=forget, retain=retain, vocabulary=vocabulary))
     return fitted
 
 
