@@ -236,7 +236,7 @@ def test_two_processes_attack_as_one_does(
 
 @pytest.mark.slow
 def test_what_fails_on_one_rank_ends_all(attacked: Path, tmp_path: Path) -> None:
-    """One rank cannot read the code of an attack; the others have done theirs."""
+    """One rank cannot attack; the others have done theirs."""
     script = tmp_path / "attack.py"
     script.write_text(
         "import sys\n"
@@ -244,17 +244,17 @@ def test_what_fails_on_one_rank_ends_all(attacked: Path, tmp_path: Path) -> None
         "from srmu.attacks import suite\n"
         "from srmu.engine import distributed\n"
         "from srmu.errors import SrmuError\n"
-        "code_of, mine = suite.code_of, distributed.get_rank()\n"
-        "def fail(attack):\n"
+        "try_attack, mine = suite.try_attack, distributed.get_rank()\n"
+        "def fail(*given):\n"
         "    if mine == 1:\n"
-        '        raise SrmuError("this rank\'s code cannot be read")\n'
-        "    return code_of(attack)\n"
-        "suite.code_of = fail\n"
+        '        raise SrmuError("this rank cannot attack")\n'
+        "    return try_attack(*given)\n"
+        "suite.try_attack = fail\n"
         "main()\n"
     )
     failed = launch(str(script), *asked(attacked, "attack", "--attacks", "format_shift"))
     assert failed.returncode != 0
-    assert "srmu: rank 1 of 2: this rank's code cannot be read" in failed.stderr
+    assert "srmu: rank 1 of 2: this rank cannot attack" in failed.stderr
 
 
 # --- without processes ---------------------------------------------------------------------------

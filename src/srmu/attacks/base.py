@@ -1,8 +1,7 @@
 """What every attack gets and gives: a model, texts and questions; right answers and numbers."""
 
-import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Self, dataclass_transform
 
@@ -59,17 +58,13 @@ class AttackResult:
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 class Attack(ABC):
-    """A way to get at what a model should have forgotten.
+    """A way to get at what a model should have forgotten: each subclass is a frozen dataclass of its constants."""
 
-    Each subclass is a frozen dataclass of the attack's constants. `id` is its number in docs/attacks.md, `tier` the
-    first one at which it runs, `by_tier` has constants that differ at a tier; with `recovers` it counts for K*.
-    """
-
-    id: ClassVar[str]
+    id: ClassVar[str]  # in docs/attacks.md
     name: ClassVar[str]
-    tier: ClassVar[Tier]
-    recovers: ClassVar[bool]
-    by_tier: ClassVar[Mapping[Tier, Mapping[str, Any]]]
+    tier: ClassVar[Tier]  # the first one at which it runs
+    recovers: ClassVar[bool]  # it counts for K*
+    by_tier: ClassVar[Mapping[Tier, Mapping[str, Any]]]  # constants that differ at a tier
 
     def __init_subclass__(
         cls, id: str, name: str, tier: Tier, recovers: bool = True, by_tier: Mapping[Tier, Mapping[str, Any]] = {}
@@ -88,14 +83,6 @@ class Attack(ABC):
     @abstractmethod
     def run(self, model: Subject, texts: Texts, exam: Exam, seed: int) -> AttackResult:
         """Attack the model, and leave it as it was. NotApplicable where the attack says nothing."""
-
-
-def time_call(call: Callable[[], Any]) -> float:
-    """Seconds that the second of two calls takes: the first one gets going."""
-    call()
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
 
 
 def ask_exam(model: Subject, exam: Exam, setting: str, posed: Sequence[Question] = ()) -> Setting:

@@ -5,14 +5,16 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from itertools import takewhile
+from timeit import repeat
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from srmu.attacks.base import Attack, AttackResult, Exam, Texts, ask_exam, time_call
+from srmu.attacks.base import Attack, AttackResult, Exam, Texts, ask_exam
 from srmu.attacks.residual import answer_nll, answer_rows, pad_answers
 from srmu.engine.fine_tune import Row, descend
 from srmu.engine.sites import hook_outputs
@@ -76,8 +78,9 @@ class GCG(Attack, id="E12", name="gcg", tier="deep"):
     def cost(self, model: Subject) -> tuple[str, float]:
         """From the time of one forward."""
         ids = torch.zeros(self.rows, self.length + self.behind, dtype=torch.long, device=model.device)
+        read = partial(model.module, ids, use_cache=False, logits_to_keep=1)
         with torch.no_grad():
-            seconds = time_call(lambda: float(model.module(ids, use_cache=False, logits_to_keep=1).logits.sum()))
+            seconds = repeat(lambda: float(read().logits.sum()), repeat=2, number=1)[1]  # the first call gets going
         # a gradient of one row costs less than a forward of `rows`
         forwards = self.steps * self.questions * (1 + -(-self.candidates // self.rows))
         return f"about {forwards:,} forwards of {ids.shape[0]} x {ids.shape[1]} tokens", forwards * seconds

@@ -50,9 +50,8 @@ class FormatShift(Attack, id="E1", name="format_shift", tier="smoke", by_tier={"
             ways += orders
         if not self.rephrases:
             return AttackResult(ways, metrics)
-        asked = posed[len(exam.val) :]
-        right = count_right_generations(model, asked, extra=self.extra, seed=seed)
-        metrics["generation"] = estimate_accuracy(right, list_facts(asked), seed=seed)
+        right = count_right_generations(model, posed[len(exam.val) :], extra=self.extra, seed=seed)
+        metrics["generation"] = estimate_accuracy(right, list_facts(exam.test), seed=seed)
         if any(q.paraphrases for q in exam.both):
             forms = [[replace(q, prompt=p) for p in q.paraphrases or (q.prompt,)] for q in exam.both]
             rows = iter(option_scores(model, [form for group in forms for form in group]))
@@ -82,7 +81,7 @@ def ask_orders(model: Subject, exam: Exam, seed: int) -> tuple[list[Setting], Es
     for line, i in zip(table, listed, strict=True):
         for rows in scores:
             line[np.argmax(rows[i])] += 1 / len(scores)
-        line[: len(exam.both[i].options)] -= 1 / len(exam.both[i].options)
+        line[: len(scores[0][i])] -= 1 / len(scores[0][i])
     facts = [exam.both[i].fact for i in listed]
     return ways, bootstrap_estimate(table, facts, lambda m: np.abs(m).sum(-1) / 2, seed=seed)
 
@@ -152,14 +151,11 @@ class EntangledQueries(Attack, id="E3", name="entangled_queries", tier="smoke"):
             "in front": put_in_front(cycle(f"{find_term(f)} " for f in partners), harmless),
         }
         right = {name: mark_answers(model, questions) for name, questions in forms.items()}
-        metrics = {
-            "utility alone": estimate_accuracy(right["alone"], names, seed=seed),
-            "utility in pair": estimate_accuracy(right["in pair"], names, seed=seed),
-        }
+        metrics = {f"utility {name}": estimate_accuracy(right[name], names, seed=seed) for name in ("alone", "in pair")}
         for name in ("option", "in front"):
-            table = list(zip(right["alone"], right[name], strict=True))
-            cost = bootstrap_estimate(table, names, lambda m: m[..., 0] - m[..., 1], seed=seed)
-            metrics[f"cost of a forget term, {name}"] = cost
+            table = np.stack([right["alone"], right[name]], axis=1)
+            lost = bootstrap_estimate(table, names, lambda m: m[..., 0] - m[..., 1], seed=seed)
+            metrics[f"cost of a forget term, {name}"] = lost
         return AttackResult(ways, metrics)
 
 

@@ -208,9 +208,8 @@ class DirectionAblation(Attack, id="E6", name="direction_ablation", tier="smoke"
 
 def pick_evenly(layers: Sequence[int], most: int | None) -> Sequence[int]:
     """At most so many, evenly spaced, the first and the last among them."""
-    if most is None or len(layers) <= most:
-        return layers
-    return [layers[round(i * (len(layers) - 1) / (most - 1))] for i in range(most)]
+    count = min(most or len(layers), len(layers))
+    return [layers[i] for i in np.linspace(0, len(layers) - 1, count).round().astype(int)]
 
 
 def find_displacement_edits(model: Subject, exam: Exam) -> Edits:

@@ -1,7 +1,6 @@
 """Attack a run: what comes back, beside the same attacks on the original and the oracle."""
 
 import random
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -26,6 +25,8 @@ from srmu.evals.subject import NotApplicable, Question, Subject
 from srmu.runs.config import Config
 from srmu.runs.plan import find_device
 from srmu.runs.run import OpenedModel, Run
+
+ROOMS = ("attacks", "engine", "evals")  # whose code decides a result
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,8 @@ def attack_run(
     texts = load_texts(sources, run.config)
     subjects = Subjects(run, sources.oracle, find_device(device))
     chosen = {name: one for name, one in chosen.items() if confirm_attack(name, one, subjects, confirm)}
-    given = files.sha256(repr((exam, texts, seed)).encode())
+    paths = (path for room in ROOMS for path in (Path(__file__).parents[1] / room).glob("*.py"))
+    code, given = files.sha256(*sorted(paths)), files.sha256(repr((exam, texts, seed)).encode())
     prints = subjects.prints()
     pairs = [*product(prints, chosen)]
     with watch("attacking", len(pairs) // distributed.get_size()) as tick:
@@ -74,7 +76,7 @@ def attack_run(
         def attack_one(pair: tuple[str, str]) -> tuple[AttackResult, float]:
             who, name = pair
             one, started = chosen[name], time.monotonic()
-            key = [prints[who], repr(one), given, code_of(one)]
+            key = [prints[who], repr(one), given, code, version("torch"), version("transformers")]
             kept = files.find_cached("attacks", key)
             brought = kept or try_attack(one, subjects, who, texts, exam, seed)
             result = TypeAdapter(AttackResult).validate_python(brought)
@@ -93,7 +95,7 @@ def attack_run(
     }
     for name, entry in report["attacks"].items():
         entry["seconds"] = round(sum(done[who, name][1] for who in prints), 3)
-        entry["definition"] = code_of(chosen[name])[0]
+        entry["definition"] = code
     return merge_report(run.folder, report, [*ATTACKS])
 
 
@@ -105,15 +107,6 @@ def try_attack(one: Attack, subjects: "Subjects", who: str, texts: Texts, exam: 
         return AttackResult(status="does not apply", why=str(reason))
     except (SrmuError, torch.OutOfMemoryError) as error:
         return AttackResult(status="failed", why=first_line(error))
-
-
-def code_of(one: Attack) -> list[str]:
-    """What decides a result besides an attack's fields: its code, that of its helpers, torch."""
-    module = sys.modules[type(one).__module__]
-    names = {module.__name__, *(getattr(value, "__module__", "") or "" for value in vars(module).values())}
-    rooms = ("srmu.attacks.", "srmu.engine.", "srmu.evals.")
-    sources = [Path(str(sys.modules[name].__file__)) for name in sorted(names) if name.startswith(rooms)]
-    return [files.sha256(*sources), version("torch"), version("transformers")]
 
 
 def select_attacks(tier: Tier, names: Sequence[str]) -> dict[str, Attack]:

@@ -18,14 +18,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from srmu.engine.files import cache_dir, require_place, sha256, write_json
 from srmu.engine.likelihoods import score_answers
 from srmu.engine.progress import Tick, Watch, ignore_progress
-from srmu.engine.resume import Checkpoints
 from srmu.errors import SrmuError
 from srmu.testbed.open_world import spelling_texts
 from srmu.testbed.people import pretraining_texts
 from srmu.testbed.world import Fact, Size, World, deal_themes, read_wording, tell_facts
 
 VERSION = 1  # raise it when the same recipe and seed would train another model
-CHECKPOINT_SECONDS = 30.0
 SUBWORDS = 1280  # tokens of the open world
 MAX_LENGTH = 512  # tokens that the model can read
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
@@ -97,7 +95,7 @@ def train_subwords() -> Tokenizer:
 def train_testbed(
     world: World, seed: int, recipe: Recipe, *, oracle: bool = False, watch: Watch = ignore_progress
 ) -> Path:
-    """The cache folder of the trained model, made where it is missing; a killed training continues to the same bits."""
+    """The cache folder of the trained model, which is trained where it is missing."""
     kinds = [kind for kind in world.kinds if not (oracle and kind.startswith("hazard"))]
     told = world.of_kind(*kinds)
     ids = pretraining_ids(world, told, seed, recipe)
@@ -112,12 +110,11 @@ def train_testbed(
         raise SrmuError(f"{error}; set SRMU_CACHE to a folder to write to") from None
     entry.mkdir(parents=True, exist_ok=True)
     model = fresh_model(world, seed, recipe)
-    checkpoints = Checkpoints(entry / "checkpoints", CHECKPOINT_SECONDS)
     threads = torch.get_num_threads()
     torch.set_num_threads(recipe.threads)
     try:
         with watch(f"training the testbed {'oracle' if oracle else 'model'}", recipe.steps) as tick:
-            _train_model(model, ids, recipe, checkpoints, tick)
+            _train_model(model, ids, recipe, tick)
         accuracy = {name: measure_accuracy(model, world, name, asked) for name, asked in tasks_of(world).items()}
     finally:
         torch.set_num_threads(threads)
@@ -128,7 +125,6 @@ def train_testbed(
     temporary = entry / f".model.{os.getpid()}"
     save_file(model.state_dict(), temporary, metadata={"format": "pt"})
     temporary.replace(entry / "model.safetensors")
-    checkpoints.clear()
     return entry
 
 
@@ -201,23 +197,13 @@ def pretraining_ids(world: World, told: list[Fact], seed: int, recipe: Recipe) -
     return torch.tensor(tokenizer_for(world)(texts, truncation=True, max_length=recipe.tokens)["input_ids"])
 
 
-def _train_model(model: LlamaForCausalLM, ids: Tensor, recipe: Recipe, checkpoints: Checkpoints, tick: Tick) -> None:
-    """Train on all of `ids`, from the checkpoint if there is one."""
+def _train_model(model: LlamaForCausalLM, ids: Tensor, recipe: Recipe, tick: Tick) -> None:
+    """Train on all of `ids`, each row once."""
     rate, betas, decay = recipe.learning_rate, (recipe.beta1, recipe.beta2), recipe.weight_decay
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=betas, weight_decay=decay, fused=True)
-    done = 0
-    if saved := checkpoints.load():
-        done, tensors, _ = saved
-        for name, parameter in model.named_parameters():
-            parameter.data.copy_(tensors[name])
-            optimizer.state[parameter] = {key: tensors[f"{name}/{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
     fast = recipe.autocast and bool(torch.cpu.get_capabilities().get("avx512_bf16"))
     model.train()
-    for step in range(recipe.steps):
-        if step < done:
-            tick("from the checkpoint")
-            continue
-        batch = ids[step * recipe.batch : (step + 1) * recipe.batch]
+    for step, batch in enumerate(ids.split(recipe.batch)):
         late = 0.9 * (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)
         for group in optimizer.param_groups:
             group["lr"] = rate * ((step + 1) / recipe.warmup if step < recipe.warmup else 1 - late)
@@ -228,11 +214,6 @@ def _train_model(model: LlamaForCausalLM, ids: Tensor, recipe: Recipe, checkpoin
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
         optimizer.step()
-        if checkpoints.due():
-            tensors = dict(model.named_parameters())
-            for name, parameter in model.named_parameters():
-                tensors |= {f"{name}/{key}": value for key, value in optimizer.state[parameter].items()}
-            checkpoints.save(step + 1, tensors, {})
         tick(f"loss {loss.item():.2f}")
     model.eval()
 
