@@ -380,26 +380,10 @@ LAYOUTS: dict[str, Any] = {
             "linear_value_head_dim": 8,
         },
     ),
+    "lfm2": (transformers.Lfm2Config, {**BARE, "full_attn_idxs": [1, 3]}),
     "smollm3": (transformers.SmolLM3Config, BARE),
     "stablelm": (transformers.StableLmConfig, BARE),
     "starcoder2": (transformers.Starcoder2Config, BARE),
-}  # fmt: skip
-REFUSED: dict[str, Any] = {
-    "jamba": (
-        transformers.JambaConfig,
-        {
-            **BARE, "num_experts": 2, "use_mamba_kernels": False, "mamba_d_state": 4,
-            "mamba_dt_rank": 4, "attn_layer_period": 2, "attn_layer_offset": 1,
-            "expert_layer_period": 2, "expert_layer_offset": 1,
-        },
-        "feed_forward.",
-    ),
-    "lfm2": (transformers.Lfm2Config, {**BARE, "full_attn_idxs": [1, 3]}, "feed_forward.w1.weight"),
-    "mamba": (
-        transformers.MambaConfig,
-        {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 4, "state_size": 4},
-        "mixer.in_proj.weight",
-    ),
 }  # fmt: skip
 
 
@@ -433,13 +417,11 @@ def test_other_layouts_equal_a_plain_hook(name: str, tmp_path: Path) -> None:
             assert torch.equal(model.hidden(batch, Site(LAYER)), wanted)
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_layers_without_a_down_projection_are_refused(name: str, tmp_path: Path) -> None:
-    cls, sizes, part = REFUSED[name]
-    folder = other(cls(**sizes), tmp_path)
-    with pytest.raises(SrmuError, match=r"has no weight in the role 'mlp_down'; it has .*") as stop:
+def test_layers_without_a_down_projection_are_refused(tmp_path: Path) -> None:
+    config = transformers.MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=4, state_size=4)
+    folder = other(config, tmp_path)
+    with pytest.raises(SrmuError, match=r"has no weight in the role 'mlp_down'; it has .*mixer.in_proj.weight"):
         EditableModel.load(folder, depth=DEPTH, trainable=[f"{LAYER}.mlp_down"])
-    assert part in str(stop.value)
 
 
 # --- what cannot be loaded -----------------------------------------------------------------------

@@ -26,7 +26,7 @@ from helpers.models import (
 from srmu.data.tokens import batch_rows, tokenise_texts
 from srmu.engine.loading import check_layers, find_layers, load_module, read_config
 from srmu.engine.model import EditableModel
-from srmu.engine.sites import Site, Stream
+from srmu.engine.sites import Site, Stream, decoder_blocks, in_role
 from srmu.engine.topic import Batch
 from srmu.errors import SrmuError
 
@@ -343,13 +343,28 @@ def test_a_layer_without_an_mlp_module() -> None:
 
 
 def test_a_layer_without_the_role() -> None:
-    """MPT names its MLP otherwise; a pattern of names still reaches it."""
-    config = transformers.MptConfig(d_model=32, n_heads=4, n_layers=2, vocab_size=VOCABULARY)
+    """A Mamba layer has no MLP; a pattern of names still reaches a matrix."""
+    config = transformers.MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, state_size=4)
     module = other_module(config)
-    with pytest.raises(SrmuError, match=r"no weight in the role 'mlp_down'; it has .*ffn.down_pro"):
+    with pytest.raises(SrmuError, match=r"no weight in the role 'mlp_down'; it has .*mixer.out_pro"):
         EditableModel(module, ["1.mlp_down"])
-    name = "transformer.blocks.1.ffn.down_proj.weight"
-    assert list(EditableModel(module, ["*.1.ffn.down_proj.*"]).trained) == [name]
+    name = "backbone.layers.1.mixer.out_proj.weight"
+    assert list(EditableModel(module, ["*.1.mixer.out_proj.*"]).trained) == [name]
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        (transformers.MptConfig(d_model=32, n_heads=4, n_layers=2, vocab_size=64), "ffn.down_proj.weight"),
+        (transformers.Lfm2Config(num_hidden_layers=2, hidden_size=32, vocab_size=64), "feed_forward.w2.weight"),
+        (transformers.GraniteMoeConfig(**SIZES, intermediate_size=8), "block_sparse_moe.experts.down_proj"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else x.model_type,
+)
+def test_mlps_of_other_names(config: Any, name: str) -> None:
+    with torch.device("meta"):
+        module = transformers.AutoModelForCausalLM.from_config(config)
+    assert in_role(decoder_blocks(module)[1], "mlp_down") == [name]
 
 
 def test_a_model_without_a_list_of_layers() -> None:

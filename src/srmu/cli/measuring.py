@@ -238,7 +238,7 @@ def inspect_command(
 
 def print_reach(target: str, method: str, settings: list[str], as_json: bool) -> None:
     """What a method would load and change in a model; what a run has changed."""
-    from srmu.runs.plan import measure_reach
+    from srmu.runs.reach import inspect_reach
     from srmu.runs.run import find_run, list_changes
 
     if run := find_run(target):
@@ -247,7 +247,7 @@ def print_reach(target: str, method: str, settings: list[str], as_json: bool) ->
         answer, rows = list_changes(run)
         following = output.next_command("inspect", target, "--what", "sensitivity")
     else:
-        answer, rows = measure_reach(target, method or "srmu", settings)
+        answer, rows = inspect_reach(target, method or "srmu", settings)
         following = output.next_command("unlearn", "--model", target, "--forget", "F", "--retain", "R")
     output.print_result(answer, as_json, answer["sentence"], following, table=rows)
 

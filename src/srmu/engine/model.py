@@ -178,7 +178,8 @@ class EditableModel:
         settings = LoraConfig(r=rank, lora_alpha=alpha, target_modules=[*owners], fan_in_fan_out=turned)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            inject_adapter_in_model(settings, self.module)
+            # not the model itself: peft would give the experts other adapters
+            inject_adapter_in_model(settings, nn.ModuleDict({"model": self.module}))
         self._adapters = {name: self.module.get_submodule(m) for m, name in owners.items()}
         for parameter in dense[0].values():
             parameter.requires_grad_(False)
@@ -189,7 +190,6 @@ class EditableModel:
         finally:
             for module, name in owners.items():
                 self.module.set_submodule(module, self._adapters[name].get_base_layer())
-            vars(self.module).pop("peft_config", None)  # else peft warns at the next adapters
             self.trained, self.original = dense
             self._adapters = {}
             for parameter in self.trained.values():

@@ -17,19 +17,13 @@ from srmu.errors import SrmuError
 Edit = Callable[[Tensor], Tensor | None]  # of one tensor; None leaves it as it is
 Stream = Literal["resid_post", "mlp_out", "mlp_post"]
 
-# Role -> where that weight sits inside a decoder layer, by architecture. Never by position: the seventh parameter of a
-# layer is down_proj on Llama, o_proj on Qwen2, gate_proj on Qwen3.
-ROLES: dict[str, tuple[str, ...]] = {
-    "mlp_down": (
-        "mlp.down_proj.weight",  # Llama, Mistral, Qwen, Gemma, Phi-3, OLMo
-        "mlp.experts.down_proj",  # Mixtral, Qwen-MoE: all experts in one tensor
-        "mlp.c_proj.weight",  # GPT-2
-        "mlp.dense_4h_to_h.weight",  # GPT-NeoX, Falcon, BLOOM
-        "mlp.fc2.weight",  # Phi
-        "mlp.fc_out.weight",  # GPT-J
-        "fc2.weight",  # OPT
-    )
-}
+# The down-projection of an MLP by its name in a decoder layer, never by position: the seventh parameter of a layer is
+# down_proj on Llama, o_proj on Qwen2, gate_proj on Qwen3. fc2 alone is OPT's, w2 LFM2's, output.dense BERT's.
+DOWN = re.compile(
+    r"(.*\.)?(down_proj|proj_down|c_proj|dense_4h_to_h|fc2|fc_out|w2|w_out|Wo|ffn\.2|feed_forward\.(output|value)"
+    r"|output_linear|output\.dense)(\.weight)?"
+)
+ELSEWHERE = re.compile("attn|attention|router|gate\\.")  # names of matrices that are no part of an MLP
 
 
 @dataclass(frozen=True)
@@ -66,17 +60,29 @@ def catch_value(layer: nn.Module, stream: Stream) -> Iterator[list[Tensor]]:
 
 
 def in_role(layer: nn.Module, role: str) -> list[str]:
-    """The names, in a decoder layer, of the weights in a role: of ROLES, all `linear` maps, or those of the `mlp`."""
+    """The names, in a decoder layer, of the weights in a role: `mlp_down`, all `linear` maps, or those of the `mlp`.
+
+    In a mixture of experts `mlp_down` is the one tensor of all routed experts.
+    """
     if role in ("linear", "mlp"):
         names = [f"{n}.weight" for n, m in layer.named_modules() if isinstance(m, nn.Linear | Conv1D)]
         return [n for n in names if role == "linear" or not re.search("attn|attention", n)]
-    if role not in ROLES:
-        raise SrmuError(f"role {role!r} does not exist; choose one of {', '.join([*ROLES, 'linear', 'mlp'])}")
+    if role != "mlp_down":
+        raise SrmuError(f"role {role!r} does not exist; choose one of mlp_down, linear, mlp")
     names = [name for name, _ in layer.named_parameters()]
-    for name in ROLES[role]:
-        if name in names:
-            return [name]
-    raise SrmuError(f"{type(layer).__name__} has no weight in the role {role!r}; it has {', '.join(names)}")
+    downs = [name for name in names if "mlp_down" in name_roles(name) and "shared" not in name]
+    if not downs:
+        raise SrmuError(f"{type(layer).__name__} has no weight in the role {role!r}; it has {', '.join(names)}")
+    return sorted(downs, key=lambda name: "experts" in name)[:1]
+
+
+def name_roles(name: str) -> set[str]:
+    """What the matrix of that name in a decoder layer does; a fused one does what its parts do."""
+    place = "attention." if re.search("attn|attention", name) else "mlp."
+    if ELSEWHERE.search(name) is None and DOWN.fullmatch(name):
+        return {"mlp_down"}
+    last = name.removesuffix(".weight").rpartition(".")[2]
+    return {place + part for part in (["gate_proj", "up_proj"] if last == "gate_up_proj" else [last])}
 
 
 def down_projection(layer: nn.Module) -> nn.Module:

@@ -24,6 +24,7 @@ from srmu.runs.config import Config
 from srmu.runs.counting import StepVariant, TensorSizes
 from srmu.runs.model_card import render_template
 from srmu.runs.plan import RunPlan, load_tokenizer, load_topics, plan_run
+from srmu.runs.reach import describe_reach, explain_reach
 
 HEADS = ("lm_head", "embed_out")  # which a model cut to its first layers lacks
 NARROW = 1024  # features of the product that is timed where the model is not here
@@ -91,6 +92,7 @@ def estimate_run(plan: RunPlan, topics: list[Topic], speed: float | None = None)
         "tensors_read": len(read),
         "bytes_read": sum(read),
         "trained_parameters": trained,
+        "reach": explain_reach(describe_reach(build_skeleton(plan.settings), model.trained)),
         "parameters_held": sum(p.numel() for p in model.module.parameters()),
         "memory": parts,
         "memory_mapped_from_the_file": mapped,

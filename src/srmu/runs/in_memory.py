@@ -153,7 +153,7 @@ def train_in_place(
         delta, original = progress.changed, edited.original
         changes = {name: compare_tensor(original[name].cpu(), delta[name].detach().cpu()) for name in delta}
         record = {
-            **training.describe_training(config, edited, topics, progress),
+            **training.describe_training(config, model.config, edited, topics, progress),
             "options": dataclasses.asdict(config.method),
             "train": dataclasses.asdict(config.train),
             "seed": config.seed,

@@ -6,6 +6,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from srmu.engine.weights import EXPORTED
+from srmu.runs.reach import explain_reach
 
 ROWS = 12  # changed tensors that are listed
 
@@ -23,6 +24,7 @@ def summarise_record(record: dict[str, Any]) -> str:
     """The record on one page of Markdown; of a model in a folder it names the folder alone, not its path."""
     base, changed = Path(record["base"]["id"]), [*record["change"]["tensors"].items()][:ROWS]
     named: dict[str, Any] = {"name": base.name, "local": base.is_absolute(), "exported": EXPORTED}
+    named["reach"] = explain_reach(record["reach"])
     return render_template("card.md", record=record, changed=changed, **named)
 
 

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, fields
 from functools import cached_property
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,9 @@ from srmu.data.topics import load_topic
 from srmu.engine import distributed, weights
 from srmu.engine.activation_cache import limit_bytes
 from srmu.engine.loading import build_skeleton, read_config, refuse_quantised, wanted_dtype
-from srmu.engine.model import EditableModel
 from srmu.engine.topic import Topic
 from srmu.errors import SrmuError, first_line
-from srmu.runs.config import Config, make_config
+from srmu.runs.config import Config
 
 
 @dataclass(frozen=True)
@@ -104,27 +102,6 @@ def find_device(name: str) -> str:
     except (RuntimeError, AssertionError) as error:
         raise SrmuError(f"device {name} is not there: {first_line(error)}") from None
     return name
-
-
-def measure_reach(model: str, method: str, overrides: list[str]) -> tuple[dict[str, Any], list[dict[str, str]]]:
-    """The layers a method would load and the tensors it would change, and a table of these; no weight is read."""
-    plan = plan_run(make_config(model, "none", "none", method, overrides))  # no text is read
-    unlearner, layers, skeleton = plan.config.method, plan.settings.num_hidden_layers, build_skeleton(plan.settings)
-    total, loaded = skeleton.num_parameters(), unlearner.depth or layers
-    edited = EditableModel(skeleton, unlearner.trainable, unlearner.depth, copy=False)
-    shapes = {name: list(parameter.shape) for name, parameter in edited.trained.items()}
-    numbers = sum(map(prod, shapes.values()))
-    answer = {
-        "model": model,
-        "method": unlearner.name,
-        "layers": layers,
-        "layers_loaded": loaded,
-        "tensors": shapes,
-        "numbers": numbers,
-        "sentence": f"{unlearner.name} loads {loaded} of {layers} layers of {type(skeleton).__name__} and "
-        f"trains {len(shapes)} tensors, {numbers / total:.2%} of {total:,} numbers",
-    }
-    return answer, [{"tensor": name, "shape": " x ".join(map(str, shape))} for name, shape in shapes.items()]
 
 
 def load_tokenizer(folder: Path) -> Any:

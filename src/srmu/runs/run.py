@@ -24,6 +24,7 @@ from srmu.runs import record as audit
 from srmu.runs.config import Config, load_config
 from srmu.runs.model_card import render_template, write_model_card
 from srmu.runs.plan import RunPlan, find_device, load_tokenizer, load_topics, plan_run
+from srmu.runs.reach import explain_reach
 from srmu.runs.record import CONFIG, DELTA, METRICS, RECORD, STATE
 from srmu.runs.training import CHECKPOINTS, train_run
 
@@ -258,6 +259,7 @@ def list_changes(run: Run) -> tuple[dict[str, Any], list[dict[str, str]]]:
 
 
 def run_notes(run: Run) -> list[str]:
-    """What a person should know of a run's strength and map, a sentence each."""
+    """What a person should know of a run's strength, map and reach, a sentence each."""
     uniform = getattr(run.config.method, "importance", "") == "uniform"
-    return render_template("notes.txt", topics=run.record["topics"], flat=FLAT, uniform=uniform).splitlines()
+    notes = render_template("notes.txt", topics=run.record["topics"], flat=FLAT, uniform=uniform).splitlines()
+    return [*notes, f"changed: {explain_reach(run.record['reach'])}"]

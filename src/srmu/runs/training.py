@@ -19,6 +19,7 @@ from srmu.engine import distributed, weights
 from srmu.engine.activation_cache import digest_tensors, open_activations
 from srmu.engine.files import require_space, sha256, write_json, write_whole
 from srmu.engine.losses import is_counted
+from srmu.engine.loading import build_skeleton
 from srmu.engine.model import EditableModel, release_memory
 from srmu.engine.progress import Watch, ignore_progress, print_line
 from srmu.engine.resume import Checkpoints
@@ -30,6 +31,7 @@ from srmu.runs import counting, estimate
 from srmu.runs import record as audit
 from srmu.runs.config import Config
 from srmu.runs.plan import RunPlan
+from srmu.runs.reach import describe_reach
 from srmu.runs.record import CONFIG, DELTA, METRICS, STATE
 
 CHECKPOINTS = "checkpoint"  # only there while the run is made
@@ -217,7 +219,7 @@ def build_record(
     config, folder, kept = plan.config, plan.folder, model.activations
     files = {name: sha256(folder / name) for name in (CONFIG, METRICS, DELTA, STATE) if (folder / name).exists()}
     return {
-        **describe_training(config, model, topics, progress),
+        **describe_training(config, plan.settings, model, topics, progress),
         "schema_version": audit.SCHEMA,
         "id": config.id,
         "started": progress.started.isoformat(timespec="seconds"),
@@ -246,8 +248,10 @@ def build_record(
     }
 
 
-def describe_training(config: Config, model: EditableModel, topics: list[Topic], progress: Progress) -> dict[str, Any]:
-    """What a record says of a training whether or not it has a folder."""
+def describe_training(
+    config: Config, settings: Any, model: EditableModel, topics: list[Topic], progress: Progress
+) -> dict[str, Any]:
+    """What a record says of a training whether or not it has a folder; `settings` are the whole model's."""
     return {
         "tool": audit.describe_tool(),
         "method": config.method.name,
@@ -260,6 +264,7 @@ def describe_training(config: Config, model: EditableModel, topics: list[Topic],
         "seconds": round(progress.seconds, 3),
         "steps": progress.steps,
         "changed": sorted(progress.changed),
+        "reach": describe_reach(build_skeleton(settings), progress.changed),
         "flops": count_dense_flops(model, topics, progress.steps),
         "environment": audit.describe_environment(),
     }

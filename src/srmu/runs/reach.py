@@ -1,0 +1,80 @@
+"""What a method reaches in a model: the matrices that change, and those of the same role that stay."""
+
+import re
+from collections.abc import Collection
+from math import prod
+from typing import Any
+
+from torch import nn
+
+from srmu.engine.loading import build_skeleton
+from srmu.engine.model import EditableModel
+from srmu.engine.sites import decoder_blocks, name_roles
+from srmu.runs.config import make_config
+from srmu.runs.plan import plan_run
+
+Table = list[dict[str, str]]
+
+
+def inspect_reach(model: str, method: str, overrides: list[str]) -> tuple[dict[str, Any], Table]:
+    """The layers a method would load and the tensors it would change, and a table of these; no weight is read."""
+    plan = plan_run(make_config(model, "none", "none", method, overrides))  # no text is read
+    unlearner, layers, skeleton = plan.config.method, plan.settings.num_hidden_layers, build_skeleton(plan.settings)
+    loaded, edited = unlearner.depth or layers, EditableModel(skeleton, unlearner.trainable, copy=False)
+    shapes = {name: list(parameter.shape) for name, parameter in edited.trained.items()}
+    numbers, reach = sum(map(prod, shapes.values())), describe_reach(skeleton, shapes)
+    answer = {
+        "model": model,
+        "method": unlearner.name,
+        "layers": layers,
+        "layers_loaded": loaded,
+        "tensors": shapes,
+        "numbers": numbers,
+        "reach": reach,
+        "sentence": f"{unlearner.name} loads {loaded} of {layers} layers of {type(skeleton).__name__} and "
+        f"trains {len(shapes)} tensors, {numbers / skeleton.num_parameters():.2%} of "
+        f"{skeleton.num_parameters():,} numbers; {explain_reach(reach)}",
+    }
+    left = {name: list(skeleton.get_parameter(name).shape) for name in reach["left"]}
+    rows = {True: shapes, False: left}
+    return answer, [
+        {"tensor": name, "shape": " x ".join(map(str, shape)), "": "" if trained else "stays, of the same role"}
+        for trained, part in rows.items()
+        for name, shape in part.items()
+    ]
+
+
+def describe_reach(skeleton: Any, changed: Collection[str]) -> dict[str, Any]:
+    """How many matrices change, which of the same role in the same layer stay, and the share of a token's path.
+
+    The path is what a token passes: of experts it is routed to, as many as the router takes of all.
+    """
+    sizes = dict.fromkeys((True, False), 0.0)  # numbers on a token's path: those that change, and others
+    for name, parameter in skeleton.named_parameters():
+        sizes[name in changed] += parameter.numel()
+    matrices, left, prefix = 0, [], next(n for n, m in skeleton.named_modules() if m is decoder_blocks(skeleton))
+    for number, layer in enumerate(decoder_blocks(skeleton)):
+        inside = {name: p for name, p in layer.named_parameters() if p.ndim > 1 and "conv" not in name}
+        whole = {name: f"{prefix}.{number}.{name}" for name in inside}
+        roles = {role for name in inside if whole[name] in changed for role in name_roles(name)}
+        matrices += sum(name in changed for name in whole.values())
+        left += [full for name, full in whole.items() if full not in changed and roles & name_roles(name)]
+        for name, parameter in inside.items():
+            if parameter.ndim == 3 and "shared" not in name:
+                sizes[whole[name] in changed] -= parameter.numel() * (1 - share_routed(layer, len(parameter)))
+    return {"matrices": matrices, "left": left, "share_of_path": sizes[True] / sum(sizes.values())}
+
+
+def share_routed(layer: nn.Module, count: int) -> float:
+    """The share of a layer's experts that a token is sent to; 1 where there is no router."""
+    taken = (getattr(part, "top_k", None) for part in layer.modules())
+    return min(1.0, next((k for k in taken if isinstance(k, int)), count) / count)
+
+
+def explain_reach(reach: dict[str, Any]) -> str:
+    """A record's or an inspection's reach, as a person reads it."""
+    text = f"{reach['matrices']} matrices of layers, {reach['share_of_path']:.2%} of the numbers that a token passes"
+    if not reach["left"]:
+        return f"{text}; none of the same role is left in these layers"
+    kinds = sorted({re.sub(r"^.*?\.\d+\.", "", name) for name in reach["left"]})
+    return f"{text}; LEFT as they were, of the same role in these layers: {len(reach['left'])} ({', '.join(kinds)})"
