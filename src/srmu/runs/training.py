@@ -18,8 +18,8 @@ from torch import Tensor
 from srmu.engine import distributed, weights
 from srmu.engine.activation_cache import digest_tensors, open_activations
 from srmu.engine.files import require_space, sha256, write_json, write_whole
-from srmu.engine.losses import is_counted
 from srmu.engine.loading import build_skeleton
+from srmu.engine.losses import is_counted
 from srmu.engine.model import EditableModel, release_memory
 from srmu.engine.progress import Watch, ignore_progress, print_line
 from srmu.engine.resume import Checkpoints
