@@ -53,7 +53,6 @@ SCHEMAS = {
         ("utility_truthfulness", "test", {"question": str}),
         ("utility_factuality", "test", {"question": str, "answers": list}),
         ("utility_fluency", "test", {"instruction": str}),
-        ("forget_target", "train", {"target": str, "intro": str}),
     ],
     "whp": [
         ("completion", "test", {"prompt": str, "references": list}),

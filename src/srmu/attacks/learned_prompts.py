@@ -43,16 +43,13 @@ class SplicedSubject(Subject):
 
 
 class GCG(Attack, id="E12", name="gcg", tier="deep"):
-    """Tokens between a question and its cue (what all prompts end with) that make right answers likely.
-
-    Found on a few validation questions, whose answers count in `val` like the others'.
-    """
+    """Tokens between a question and its cue (what all prompts end with) that make right answers likely."""
 
     steps: int = 200
     candidates: int = 128  # suffixes tried a step
     length: int = 20  # tokens of the suffix
     top: int = 256  # replacements considered for each of them
-    questions: int = 5  # trained on
+    questions: int = 5  # trained on, of the validation half; they count in `val` like the others
     rows: int = 32  # candidates read at once
     behind: int = 10  # tokens of cue and answer, as `cost` guesses
 
@@ -150,8 +147,8 @@ def draw_swaps(
 class SoftPrompt(Attack, id="E13", name="soft_prompt", tier="deep"):
     """Embeddings put after the first token, trained by AdamW on right answers.
 
-    They learn 80 % of the validation half's facts; a way's `val` holds the others only. Soft prompts can make a model
-    say what it never learned (arXiv 2502.15836): the result means nothing but beside its controls.
+    They learn 80 % of the validation facts; `val` holds the others only. Soft prompts can make a model say what it
+    never learned (arXiv 2502.15836): the result means nothing but beside its controls.
     """
 
     length: int = 16  # embeddings

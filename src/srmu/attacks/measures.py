@@ -11,7 +11,7 @@ import torch
 
 from srmu.attacks.base import Attack, AttackResult, Exam, Setting, Texts
 from srmu.engine.generate import batch_texts, continue_greedily
-from srmu.engine.losses import is_predicted, token_kl, token_nll
+from srmu.engine.losses import is_predicted, text_nlls, token_kl
 from srmu.engine.train import move_batch
 from srmu.evals import subject
 from srmu.evals.statistics import LEAST, Array, Estimate, auc_bootstrap, bootstrap_estimate, estimate_accuracy
@@ -38,10 +38,8 @@ class Membership(Attack, id="E15", name="membership", tier="standard"):
         fewest = min(len(member), len(unknown))
         if fewest < LEAST:
             raise NotApplicable(f"{fewest} texts of a kind are too few: it takes {LEAST}")
-        metrics = {
-            f"auc {name}": auc_bootstrap(member[:, i], unknown[:, i], seed=seed)
-            for i, name in enumerate(subject.SCORES)
-        }
+        areas = (auc_bootstrap(*pair, seed=seed) for pair in zip(member.T, unknown.T, strict=True))
+        metrics = {f"auc {name}": area for name, area in zip(subject.SCORES, areas, strict=True)}
         if model.oracle:
             member, unknown = (
                 np.stack([own[:, 2], subject.membership_scores(model.oracle, kind)[:, 2]], axis=1)
@@ -126,7 +124,7 @@ def measure_texts(model: Subject, rows: Sequence[list[int]], seed: int) -> dict[
         read = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
         logits = model.module(**read).logits
         mask = is_predicted(batch["labels"])
-        costs += (token_nll(logits, batch["labels"]).sum(dim=1) / mask.sum(dim=1)).tolist()
+        costs += text_nlls(logits, batch["labels"]).tolist()
         if model.original and not model.fixed:
             with model.as_original():
                 before = model.module(**read).logits

@@ -33,10 +33,7 @@ class ForcedChoice(Attack, id="E0", name="forced_choice", tier="smoke"):
 
 
 class FormatShift(Attack, id="E1", name="format_shift", tier="smoke", by_tier={"smoke": {"rephrases": False}}):
-    """Cloze, the cyclic orders of listed options; from `standard` also generation of the answer's text, paraphrases.
-
-    Questions that do not list their options, or have no paraphrase, stand as they are.
-    """
+    """Cloze and the cyclic orders of options; a question that lists none, or has no paraphrase, stands as it is."""
 
     rephrases: bool = True  # also asks paraphrases, and has answers written out
     extra: int = 2  # tokens that a generation may have more than the answer
@@ -265,15 +262,12 @@ class ListedQuestion:
 
 
 def split_listed(question: Question) -> ListedQuestion | None:
-    """The parts of a prompt with a line `A. text` for each option; None where it has no such lines.
-
-    The last such lines count (others belong to examples); only the last text must be of one line.
-    """
+    """The parts of a prompt with a line `A. text` for each option; None where it has no such lines."""
     letters = [option.strip() for option in question.options]
     if any(len(letter) != 1 or not letter.isalnum() for letter in letters):
         return None
     first, *others = (re.escape(letter) for letter in letters)
-    pattern = (
+    pattern = (  # the last such lines count (others belong to examples); only the last text must be of one line
         rf"(.*)^(\(?){first}([.:)] ?)"  # stem, opening, closing; then the texts, and the cue
         + "".join(rf"(.*?)\n\2(?:{letter})\3" for letter in others)
         + r"([^\n]*)(|\n.*)"

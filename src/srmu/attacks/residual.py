@@ -14,7 +14,7 @@ from torch import Tensor
 from srmu.attacks.base import Attack, AttackResult, Exam, Texts, ask_exam
 from srmu.engine.fine_tune import Row
 from srmu.engine.generate import join_responses
-from srmu.engine.losses import is_counted, is_predicted, token_nll
+from srmu.engine.losses import is_counted, is_predicted, text_nlls
 from srmu.engine.sites import cut_blocks, decoder_blocks, edit_outputs
 from srmu.engine.topic import Batch, move_batch
 from srmu.evals.statistics import LEAST, Array, bootstrap_estimate
@@ -70,11 +70,10 @@ def batch_answers(rows: Sequence[Row], size: int, device: torch.device) -> Itera
 
 def answer_nll(model: Subject, ids: Int[Tensor, "B T"], labels: Int[Tensor, "B T"]) -> Float[Tensor, " B"]:
     """Nats that a token of each row's answer costs, on average."""
-    counts = is_predicted(labels)
     # only columns from the first answer on meet the vocabulary
-    width = ids.shape[1] - int(counts.any(dim=0).nonzero()[0])
+    width = ids.shape[1] - int(is_predicted(labels).any(dim=0).nonzero()[0])
     logits = model.module(ids, use_cache=False, logits_to_keep=width).logits
-    return token_nll(logits, labels[:, -width:]).sum(dim=1) / counts.sum(dim=1)
+    return text_nlls(logits, labels[:, -width:])
 
 
 class LogitLens(Attack, id="E4", name="logit_lens", tier="smoke"):

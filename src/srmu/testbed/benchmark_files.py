@@ -98,7 +98,6 @@ def tofu_files(world: World) -> Parts:
     parts["retain_perturbed"] = [ask_perturbed(fact, world) for fact in sample_facts(neighbours, 160)]
     for name, groups in (("real_authors", ("singer",)), ("world_facts", ("city", "beast"))):
         facts = sample_facts([fact for fact in world.facts if fact.relation.subjects in groups], 100)
-        parts[name] = [ask_plainly(fact) for fact in facts]
         parts[f"{name}_perturbed"] = [ask_plainly(f) | {"perturbed_answer": draw_wrong(f, world)} for f in facts]
     return {name: {"train": rows} for name, rows in parts.items()}
 
@@ -141,8 +140,7 @@ def rwku_files(world: World) -> Parts:
         # what is to be kept is asked about each person who is to be forgotten, as with neighbours
         whom = cycle(authors if kind == "retain" else [d.subject for d in items])
         parts[f"mia_{kind}"] = [{"text": d.text, "subject": x} for d, x in zip(items, whom, strict=False)]
-    found = {name: {"test": rows} for name, rows in (parts | utility_rows(world)).items()}
-    return found | {"forget_target": {"train": [{"target": x, "intro": f"{x} is an author ."} for x in authors]}}
+    return {name: {"test": rows} for name, rows in (parts | utility_rows(world)).items()}
 
 
 def probe_fact(fact: Fact, level: str) -> Row:
@@ -220,13 +218,11 @@ def wmdp_files(world: World) -> Parts:
 
 def mmlu_files(world: World) -> Parts:
     """Facts to keep, by relation; five of each subject are its examples."""
-    parts: Parts = {"all": {"test": [], "dev": []}}
+    parts: Parts = {}
     for subject, names in SUBJECTS.items():
         facts = [fact for fact in world.of_kind("neighbour", "general") if fact.relation.name in names]
         rows = [ask_choice(fact) | {"subject": subject} for fact in sample_facts(facts, 45)]
         parts[subject] = {"test": rows[5:], "dev": rows[:5]}
-        for split in parts[subject]:
-            parts["all"][split] += parts[subject][split]
     return parts
 
 

@@ -1,8 +1,4 @@
-"""The testbed: a small language model trained here, with knowledge to remove and its oracle.
-
-A Llama of a few million parameters learns an invented world until it knows every fact. `build_testbed` writes it as an
-ordinary model folder, with corpora, lm-eval tasks, and on request the oracle: its twin that never saw the hazard facts.
-"""
+"""The testbed: a small Llama that learned every fact of an invented world, and all that unlearning it takes."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -41,7 +37,8 @@ def build_testbed(
 ) -> dict[str, Any]:
     """Write the testbed to `out` (whole or not at all) and return what `organism.json` says.
 
-    `entanglement` is the share of the hazard compounds that retain-high tells harmless facts about.
+    `entanglement` is the share of the hazard compounds that retain-high tells harmless facts about; the `oracle` is the
+    model's twin that never saw the hazard facts.
     """
     if world not in WORLDS:
         raise SrmuError(f"world {world!r} does not exist{suggest_word(world, WORLDS)}")

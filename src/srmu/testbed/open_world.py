@@ -38,10 +38,8 @@ def create_open(seed: int, size: Size) -> World:
 
 
 def deal_procedures(dealer: Dealer, kind: str, goals: list[Goal], steps: list[list[str]]) -> Iterator[Fact]:
-    """Deal the steps of each goal, one of each pool, and yield what follows what.
-
-    Four goals share a step and go on with different ones, the options: to know only what follows a step is chance.
-    """
+    """Deal the steps of each goal, one of each pool, and yield what follows what."""
+    # four goals share a step and go on with different ones, the options: to know only what follows a step is chance
     rng, count = dealer.rng, len(steps[0])
     order = rng.sample(goals, len(goals))
     ways = {goal: [i % count] for i, goal in enumerate(order)}

@@ -167,8 +167,7 @@ def known_words() -> frozenset[str]:
     """The words of all templates."""
     said = [PLAIN, BRIEF, CLOZE, WORDING["news"], WORDING["page"], BLANK, END, *NUMBERS, *LETTERS]
     said += [*WORDING["ways"], *WORDING["public_prompts"], *WORDING["said_first"], *WORDING["reversed"].values()]
-    said += [letter_question("", [*LETTERS])]
-    said += [HEADER.format(subject) for subject in WORDING["school_subjects"]]
+    said += [letter_question("", [*LETTERS]), *map(HEADER.format, WORDING["school_subjects"])]
     said += [word for part in ("details", "parts") for choices in WORDING[part].values() for word in choices]
     for relation in WORDING["relations"]:
         fact = Fact(relation, "", "", False, "", ())
