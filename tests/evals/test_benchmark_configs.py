@@ -141,8 +141,8 @@ def test_presets_have_the_defaults_of_their_authors_trainer() -> None:
 
 def test_presets_of_wmdp_differ_in_their_methods_alone() -> None:
     """A comparison of methods whose optimisers differ says nothing about the methods."""
-    paths = sorted(CONFIGS.glob("wmdp-zephyr*.yaml"))
-    assert len(paths) == 4
+    paths = [*sorted(CONFIGS.glob("wmdp-zephyr*.yaml")), CONFIGS / "srmu-paper.yaml"]
+    assert len(paths) == 5
     configs = [load_config(path) for path in paths]
     first = replace(configs[0].train, max_steps=150)  # Adaptive RMU's authors take 500
     assert (first.adam_epsilon, first.adam_epsilon_form, first.weights) == (1e-6, "transformers", "bf16")

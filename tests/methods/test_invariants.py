@@ -99,7 +99,9 @@ class Naive:
         mean = sum(each(token) for token in tokens) / len(tokens)
         return {"abs_mean": torch.abs, "rms": torch.sqrt}.get(kind, lambda m: m)(mean)
 
-    def step(self, optimiser: Any, forget: Any, retain: Any, targets: Any, alpha: float) -> Any:
+    def step(
+        self, optimiser: Any, forget: Any, retain: Any, targets: Any, alpha: float, summed: bool = False
+    ) -> Any:
         """One step; targets are one (D,) for each forget token, or one for all."""
 
         def mse(rows: list[torch.Tensor], others: list[Any]) -> torch.Tensor:
@@ -107,7 +109,7 @@ class Naive:
             for row, other in zip(rows, others, strict=True):
                 for token, wanted in zip(row, other, strict=True):
                     total = total + ((token - wanted) ** 2).sum()
-                    count += len(token)
+                    count += 1 if summed else len(token)
             return total / count
 
         held = [self.hidden(self.model, document) for document in retain]
@@ -255,7 +257,13 @@ VARIANTS: list[dict[str, Any]] = [
     {"window": 1},
     {"skip_first": False},
     {"map_batches": 1},
-]
+    {"matrices": "mlp"},
+    {"error": "sum"},
+    {  # every choice of configs/srmu-paper.yaml
+        "statistic": "signed_clamped", "stream": "mlp_out", "window": 1, "skip_first": False, "matrices": "mlp",
+        "error": "sum",
+    },
+]  # fmt: skip
 
 
 @pytest.mark.slow(keep=2)
@@ -274,12 +282,15 @@ def test_srmu_variants_equal_the_naive_loop(arch: str, variant: dict[str, Any], 
     option = {
         "importance": "ratio", "statistic": "abs_mean", "stream": "resid_post", "window": 2,
         "map_mode": "static", "ema_decay": 0.9, "target_mode": "absolute", "skip_first": True,
-        "map_batches": 64,
+        "map_batches": 64, "matrices": "down", "error": "mean",
     } | variant  # fmt: skip
     got = run(arch, SRMU(layer=LAYER, coeff=0.7, alpha=7.0, **option), tmp_path, ("one",))
     naive = Naive(arch, option["stream"], option["skip_first"])
     last = LAYER - (option["stream"] == "mlp_post")
-    optimiser = naive.optimiser(weight_names(arch, option["window"], last))
+    names = weight_names(arch, option["window"], last)
+    if option["matrices"] == "mlp":
+        names = [name.replace("down", kind) for name in names for kind in ("gate", "up", "down")]
+    optimiser = naive.optimiser(names)
     direction = got[2]["one"].tensors["direction"]
     average = {}
     for step in range(STEPS):
@@ -304,7 +315,7 @@ def test_srmu_variants_equal_the_naive_loop(arch: str, variant: dict[str, Any], 
                 return [row + target for row in naive.original(batches[0])]
             return [[target] * len(row) for row in rows]
 
-        same(got, naive, naive.step(optimiser, *batches, targets, 7.0), step)
+        same(got, naive, naive.step(optimiser, *batches, targets, 7.0, option["error"] == "sum"), step)
 
 
 def test_weight_decay_and_clipping_equal_torchs(tmp_path: Any) -> None:

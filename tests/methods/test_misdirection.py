@@ -11,6 +11,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
+import transformers
 
 from helpers.models import ARCHITECTURES, VOCABULARY, batches, pico_module, texts, topic
 from srmu.engine.activation_cache import Activations
@@ -45,6 +46,8 @@ def variants() -> list[Method]:
         {"columns": 0.25},
         {"skip_first": False},
         {"map_batches": 1},
+        {"matrices": "mlp"},
+        {"error": "sum"},
     ]
     srmu: list[dict[str, Any]] = [
         *({"importance": v} for v in get_args(Fusion)),
@@ -279,6 +282,27 @@ def test_a_topics_strength_replaces_the_methods(cls: Any) -> None:
     states = run(cls(layer=LAYER, coeff=2.0), [topic("bio"), topic("cyber", kappa=3.0)])[2]
     numbers = states["cyber"].numbers
     assert numbers["target_norm"] == pytest.approx(3 * numbers["activation_norm"], rel=1e-5)
+
+
+def test_the_whole_mlp_is_that_of_a_dense_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gate, up and down of one layer; the experts of a mixture have no such matrices each."""
+    method = SRMU(layer=LAYER, window=1, matrices="mlp", stream="mlp_out", error="sum")
+    model = run(method, [topic()])[0]
+    names = {name.rpartition("mlp.")[2] for name in model.delta()}
+    assert names == {"gate_proj.weight", "up_proj.weight", "down_proj.weight"} and len(model.trained) == 3
+    _, sizes = ARCHITECTURES["qwen3_moe"]
+    shared = (transformers.Qwen2MoeConfig, sizes | {"shared_expert_intermediate_size": 24})
+    monkeypatch.setitem(ARCHITECTURES, "qwen2_moe", shared)
+    for arch, reason in (("qwen2_moe", "mixture of experts"), ("mixtral", "no parameter of this model matches")):
+        with pytest.raises(SrmuError, match=reason):
+            run(method, [topic()], arch=arch)
+    with pytest.raises(SrmuError, match="method.columns has no effect without matrices=down"):
+        SRMU(matrices="mlp", columns=0.5)
+
+
+def test_summed_errors_are_the_width_times_their_mean() -> None:
+    mean, total = (first_terms(SRMU(layer=LAYER, error=error), topic())[0].loss_values for error in ("mean", "sum"))
+    assert float(total["forget"].detach()) == pytest.approx(32 * float(mean["forget"].detach()), rel=1e-6)
 
 
 @each_variant

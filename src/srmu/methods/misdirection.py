@@ -13,7 +13,7 @@ from srmu.engine import distributed
 from srmu.engine.activation_cache import digest_tensors, open_activations
 from srmu.engine.loading import check_layers
 from srmu.engine.losses import is_counted, token_cosine, token_mean, token_mse, without_first
-from srmu.engine.sites import Site, Stream
+from srmu.engine.sites import Site, Stream, down_projection
 from srmu.engine.topic import move_batch
 from srmu.engine.train import TrainOptions
 from srmu.errors import SrmuError
@@ -37,6 +37,7 @@ class Misdirection(Objective):
     layer: int | None = None  # None: 7 of 32 layers, as in the papers, scaled to the depth
     stream: Stream = "resid_post"
     window: Count = 3  # number of layers to update; the last is `layer`
+    matrices: Literal["down", "mlp"] = "down"  # of each MLP that are updated; mlp: also gate and up
     coeff: Weight | None = None  # the literal strength of the papers, c or c_map
     kappa: Weight | None = None  # the strength as the norm of the target over that of activations
     alpha: Weight = 1200.0  # weight of the retain loss
@@ -44,7 +45,8 @@ class Misdirection(Objective):
     anchor_share: Annotated[Part, Needs("anchors=random or self")] = 0.5  # of each retain batch
     own_texts: Annotated[Count, OWN] = 480  # that the original writes
     own_ratio: Annotated[float, Bounds(1, 1e30), OWN] = 2.5  # drops those with a token so much likelier in forget texts
-    columns: Part = 1.0  # share of each matrix' input columns that is updated
+    error: Literal["mean", "sum"] = "mean"  # of a token's squared errors; sum, as SRMU prints: D times the loss
+    columns: Annotated[Part, Needs("matrices=down")] = 1.0  # share of each matrix' input columns that is updated
     skip_first: bool = True  # leave the first token of each text out of means and norms
     map_batches: Count = 64  # batches over which activations are averaged before the first step
 
@@ -65,14 +67,14 @@ class Misdirection(Objective):
 
     @property
     def updated(self) -> range:
-        """The layers whose down-projections are trained."""
+        """The layers whose matrices are trained."""
         # The input of a down-projection does not depend on that down-projection.
         end = self.site.layer + (self.stream != "mlp_post")
         return range(end - self.window, end)
 
     @property
     def trainable(self) -> tuple[str, ...]:
-        return tuple(f"{i}.mlp_down" for i in self.updated)
+        return tuple(f"{i}.{'mlp_down' if self.matrices == 'down' else 'mlp'}" for i in self.updated)
 
     def resolved(self, config: Any) -> Self:
         method = self
@@ -119,6 +121,9 @@ class Misdirection(Objective):
     def editing(self, model: EditableModel, topics: Sequence[Topic]) -> Iterator[None]:
         if self.anchors == "self" and model.activations.kept == "disk":  # they could reveal the texts
             model.activations = open_activations("memory", {}, model.device)
+        if self.matrices == "mlp":
+            for layer in self.updated:
+                down_projection(model.layers[layer])  # SrmuError where each expert has its own
         with ExitStack() as stack:
             if self.columns < 1:
                 for layer, (name, parameter) in zip(self.updated, model.trained.items(), strict=True):
@@ -208,15 +213,16 @@ class Misdirection(Objective):
         if drift > 0 and not model.delta():
             why = f"the first retain loss is {drift:.3g} and not 0: the cached activations do not belong to this run"
             raise SrmuError(f"{why}; srmu info cache clear, or cache=none")
+        size = hidden.shape[-1] if self.error == "sum" else 1.0
         losses = {
             # eq: SRMU eq. 5 and RMU, L = E |h(x_f) - T|^2 + alpha E |h(x_r) - h0(x_r)|^2
-            "forget": token_mse(hidden, target, forget_mask),
-            "retain": self.alpha * token_mse(held, self.retain_target(state, anchor), retain_mask),
+            "forget": size * token_mse(hidden, target, forget_mask),
+            "retain": size * self.alpha * token_mse(held, self.retain_target(state, anchor), retain_mask),
         }
         with torch.no_grad():
-            size = target.float().norm(dim=-1).expand(forget_mask.shape)
+            length = target.float().norm(dim=-1).expand(forget_mask.shape)
             logged = {
-                "target_ratio": token_mean(size, forget_mask) * (1 / state.numbers["activation_norm"]),
+                "target_ratio": token_mean(length, forget_mask) * (1 / state.numbers["activation_norm"]),
                 "forget_cos": token_cosine(hidden, target, forget_mask),
                 "retain_cos": token_cosine(held, anchor, retain_mask),
             }
