@@ -99,9 +99,7 @@ class Naive:
         mean = sum(each(token) for token in tokens) / len(tokens)
         return {"abs_mean": torch.abs, "rms": torch.sqrt}.get(kind, lambda m: m)(mean)
 
-    def step(
-        self, optimiser: Any, forget: Any, retain: Any, targets: Any, alpha: float, summed: bool = False
-    ) -> Any:
+    def step(self, optimiser: Any, forget: Any, retain: Any, targets: Any, alpha: float, summed: bool = False) -> Any:
         """One step; targets are one (D,) for each forget token, or one for all."""
 
         def mse(rows: list[torch.Tensor], others: list[Any]) -> torch.Tensor:

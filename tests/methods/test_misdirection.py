@@ -296,7 +296,7 @@ def test_the_whole_mlp_is_that_of_a_dense_model(monkeypatch: pytest.MonkeyPatch)
     for arch, reason in (("qwen2_moe", "mixture of experts"), ("mixtral", "no parameter of this model matches")):
         with pytest.raises(SrmuError, match=reason):
             run(method, [topic()], arch=arch)
-    with pytest.raises(SrmuError, match="method.columns has no effect without matrices=down"):
+    with pytest.raises(SrmuError, match=r"method\.columns has no effect without matrices=down"):
         SRMU(matrices="mlp", columns=0.5)
 
 
