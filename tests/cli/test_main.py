@@ -504,7 +504,7 @@ def test_eval(call: Call, workplace: Path, builtin: None) -> None:
     assert plain_metrics(read_metrics(run)["after"]) == both["after"]
     shown = call("eval", run, "--tasks", "quiz").out
     value = both["after"]["quiz/acc"]["value"]
-    assert "quiz/acc" in shown and f"{value:.3f} ±" in shown and "before" in shown
+    assert "quiz/acc" in shown and f"{value:.3f} ±" in shown and "original" in shown
     assert f"next: srmu export {run} OUT" in shown
 
 

@@ -157,7 +157,7 @@ def test_report_of_benchmarks_alone(folder: Path, run: Path, tmp_path: Path, cal
 def test_cells() -> None:
     suite = benchmarks.BENCHMARKS["tofu"]
     metrics = {suite.columns[0].metric: {"value": 0.51234, "n": 3.0}}
-    (row,) = benchmark_table(suite, {"model": metrics})
+    (row,) = benchmark_table(suite, {"after": metrics})
     assert row[suite.columns[0].title] == "0.512" and row[suite.columns[1].title] == ""
     column = TableColumn("a", "tofu/model_utility", "high")
     assert format_metric(column, {"tofu/model_utility": {"value": 0.51234}}) == "51.2"

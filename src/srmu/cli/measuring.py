@@ -1,6 +1,7 @@
 """The verbs that measure a model, a run or texts, and change nothing."""
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -8,6 +9,7 @@ import typer
 from typer import Argument, Option
 
 from srmu.cli import options, output
+from srmu.data.overlap import Definition
 from srmu.engine.progress import show_progress
 from srmu.errors import SrmuError
 
@@ -16,17 +18,12 @@ GROUP = "Measure"
 
 TEXTS = "texts"  # the target that is neither a model nor a run
 SUBJECTS = {"entanglement": "the word texts", "names": "the word texts", "alignment": "a run", "layers": "a run"}
-What = Literal["reach", "confidence", "sensitivity", "alignment", "layers", "entanglement", "names"]
 Subject = Annotated[
-    What | None,
+    Literal["reach", "confidence", "sensitivity", "alignment", "layers", "entanglement", "names"] | None,
     Option(
         help="Of a model or a run: reach (default), confidence, sensitivity; of a run: alignment, "
         "layers; of texts: entanglement (default), names."
     ),
-]
-Definition = Annotated[
-    Literal["pair_containment", "pair_multiset", "corpus_jaccard"],
-    Option(help="entanglement: which overlap of n-grams."),
 ]
 
 
@@ -49,7 +46,7 @@ def eval_command(
 ) -> None:
     """Measure a model, or a run before and after, on tasks and benchmarks."""
     from srmu.evals.benchmarks import BENCHMARKS, find_benchmark
-    from srmu.evals.score import TITLES, benchmark_table, score_benchmark, score_model
+    from srmu.evals.score import benchmark_table, score_benchmark, score_model
     from srmu.report.format import print_table
 
     names = output.split_names(tasks)
@@ -60,40 +57,34 @@ def eval_command(
     others = tuple(name for name in names if name not in asked)
     if others or not asked:
         scores = score_model(target, others, tasks_dir=tasks_dir, limit=limit, device=device, watch=show_progress)
-        if not as_json:
-            print_scores(scores, {"before": "before", "after": "after" if "before" in scores else "value"})
     for name in asked:
         told: dict[str, Any] = {"data": data, "oracle": oracle, "template": template, "limit": limit}
         measured = score_benchmark(target, name, **told, device=device, watch=show_progress)
         if not as_json:
-            titles = TITLES if "before" in measured else TITLES | {"after": "model"}
-            shown = {titles[when]: measured[when] for when in titles if when in measured}
-            print_table(benchmark_table(find_benchmark(name)[0], shown))
-            print_scores(measured, titles)
+            print_table(benchmark_table(find_benchmark(name)[0], measured))
         scores = {when: scores.get(when, {}) | one for when, one in (scores | measured).items()}
-    is_run = "before" in scores
-    lines = []
-    following: list[object] = ["unlearn", "--model", target, "--forget", "F", "--retain", "R"]
-    if is_run:
+    lines = [output.next_command("unlearn", "--model", target, "--forget", "F", "--retain", "R")]
+    if "before" in scores:
         run = output.shorten_path(Path(target))
-        lines.append(f"wrote the scores into {run}")
-        following = ["report", run] if asked else ["export", run, "OUT"]
-    answer = scores if asked or is_run else scores["after"]
-    output.print_result(answer, as_json, *lines, output.next_command(*following))
+        following = output.next_command("report", run) if asked else output.next_command("export", run, "OUT")
+        lines = [f"wrote the scores into {run}", following]
+    answer = scores if asked or "before" in scores else scores["after"]
+    output.print_result(answer, as_json, *lines, table=score_table(scores))
 
 
-def print_scores(scores: dict[str, Any], titles: dict[str, str]) -> None:
-    """Every metric with its standard error, a column a model."""
-    from srmu.report.format import print_table
+def score_table(scores: Mapping[str, Any]) -> list[dict[str, str]]:
+    """A row a metric: of each model that has it, the value with its standard error."""
+    from srmu.evals.score import title_models
 
-    rows = []
-    for metric in [name for name in scores["after"] if all(name in results for results in scores.values())]:
-        row = {"metric": metric}
-        for when in [when for when in titles if when in scores]:
-            entry = scores[when][metric]
-            row[titles[when]] = f"{entry['value']:.3f}" + (f" ± {entry['stderr']:.3f}" if "stderr" in entry else "")
-        rows.append(row | {"n": f"{scores['after'][metric]['n']:.0f}"})
-    print_table(rows)
+    def write(entry: Mapping[str, float]) -> str:
+        return f"{entry['value']:.3f}" + (f" ± {entry['stderr']:.3f}" if "stderr" in entry else "")
+
+    columns = title_models(scores).items()
+    return [
+        {"metric": name, **{title: write(of_it[name]) if name in of_it else "" for title, of_it in columns}}
+        | {"n": f"{entry['n']:.0f}"}
+        for name, entry in scores["after"].items()
+    ]
 
 
 @verbs.command("attack", rich_help_panel=GROUP)
@@ -202,7 +193,7 @@ def inspect_command(
     model: Annotated[str, Option(help="entanglement: compare its activations, too.")] = "",
     tasks: Annotated[str, Option(help="entanglement: are they in the texts? a,b")] = "",
     tasks_dir: options.TasksDir = None,
-    definition: Definition = "pair_containment",
+    definition: Annotated[Definition, Option(help="entanglement: which overlap of n-grams.")] = "pair_containment",
     metrics: options.Metrics = "",
     device: options.Device = "auto",
     out: Annotated[Path | None, Option(help="The page, WHAT.html; names: a .txt file.")] = None,

@@ -213,10 +213,7 @@ def measure_layer(
 
 
 def sweep_layers(config: Config, forget_metrics: Sequence[str], *, watch: Watch = ignore_progress) -> Analysis:
-    """Unlearn at every layer (l-2, l-1, l) with a config and compare forgetting with utility.
-
-    `forget_metrics` (`wmdp_bio/acc`) should fall; all other accuracies are utility. Runs that are there are used again.
-    """
+    """Unlearn at every layer with a config: `forget_metrics` (`wmdp_bio/acc`) should fall, other accuracies stay."""
     method = config.method
     if not isinstance(method, Misdirection):
         raise SrmuError(f"method {method.name} has no layer to vary; use rmu, adaptive_rmu or srmu")

@@ -25,10 +25,7 @@ LOSS, FORGET, RESIDUAL = range(3)  # columns: drop of utility, accuracy on what 
 
 @dataclass(frozen=True)
 class ComparisonRow:
-    """A method at the utility loss that all are compared at; differences are to the first method's.
-
-    `verdict` is that of K* where both have it, else of the forget accuracy; "" for the first method itself.
-    """
+    """A method at the utility loss that all are compared at; differences are to the first method's."""
 
     method: str
     points: int  # settings of its strength
@@ -38,7 +35,7 @@ class ComparisonRow:
     residual: statistics.Estimate | None  # K*, where all runs were attacked
     forget_difference: statistics.Estimate | None
     residual_difference: statistics.Estimate | None
-    verdict: str
+    verdict: str  # of K* where both have it, else of the forget accuracy; "" for the first method itself
     note: str
 
 
@@ -152,10 +149,7 @@ def metrics_of(attacks: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, 
 def choose_metrics(
     known: Sequence[str], forget: Sequence[str], utility: Sequence[str], tasks: Sequence[str]
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The metrics of what should be forgotten and of what should stay, where names tell them apart.
-
-    Accuracies on HAZARDS are forgotten; of the others those on `tasks`, which the runs were to be evaluated on, stay.
-    """
+    """What should be forgotten, accuracies on HAZARDS, and stay: of the others those on `tasks`, which a run names."""
     whole = [name for name in known if re.search(r"(?<!_val)(?<!_held)/acc$", name)]
     forget = forget or [name for name in whole if name.startswith(HAZARDS)]
     rest = [name for name in whole if name not in forget]
@@ -255,20 +249,20 @@ def read_method(method: str, points: Sequence[dict[Where, RunNumbers]], budget: 
     where = [*dict.fromkeys(place for point in points for place in point)]
     curves = [[point[place] for point in points if place in point] for place in where]
     attacked = [not np.isnan(one.numbers[0, RESIDUAL]) for curve in curves for one in curve]
-    notes = []
-    if any(max(one.numbers[0, LOSS] for one in curve) < budget for curve in curves):
-        notes.append(f"its strongest setting, where that loses less than {budget:.1%}")
-    if any(min(one.numbers[0, LOSS] for one in curve) > budget for curve in curves):
-        notes.append("read between the original model and its weakest setting: add weaker ones")
-    if any(set(point) != set(where) for point in points):
-        notes.append("not every seed has every setting")
-    if any(attacked) and not all(attacked):
-        notes.append("no K*: not all of its runs were attacked")
+    losses = [[one.numbers[0, LOSS] for one in curve] for curve in curves]
+    notes = {
+        f"its strongest setting, where that loses less than {budget:.1%}": any(max(one) < budget for one in losses),
+        "read between the original model and its weakest setting: add weaker ones": max(map(min, losses)) > budget,
+        "not every seed has every setting": any(set(point) != set(where) for point in points),
+        "no K*: not all of its runs were attacked": any(attacked) and not all(attacked),
+    }
     numbers = np.stack([read_along(curve, budget) for curve in curves], axis=1)
     if not all(attacked):
         numbers[..., RESIDUAL] = np.nan
     n = min(one.n for curve in curves for one in curve)
-    return MethodReading(method, len(points), where, numbers, "; ".join(notes), n)
+    return MethodReading(
+        method, len(points), where, numbers, "; ".join(note for note, holds in notes.items() if holds), n
+    )
 
 
 def read_along(curve: Sequence[RunNumbers], budget: float) -> statistics.Array:

@@ -167,10 +167,7 @@ def describe_local(name: str, local: Local) -> str:
 
 
 def write_parts(name: str, local: Local, scratch: Path) -> Path:
-    """Write a task and its parts for lm-eval, with copies of their data under names without signs of a glob.
-
-    SrmuError for a task that names code: nothing of a folder is run.
-    """
+    """Write a task and its parts for lm-eval, their data under plain names; SrmuError where one names code."""
     folder = scratch / "tasks"
     folder.mkdir()
     for number, task in enumerate(task for task in find_parts(name, local).values() if task.config):

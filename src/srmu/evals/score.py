@@ -20,8 +20,6 @@ from srmu.evals.results import Metrics, merge_results, metric_rows, plain_metric
 from srmu.evals.subject import Subject
 from srmu.runs.run import OpenedModel, Run, open_target
 
-TITLES = {"before": "original", "after": "unlearned", "oracle": "oracle"}
-
 
 def score_model(
     target: str | Path | Run | PreTrainedModel,
@@ -61,12 +59,9 @@ def score_model(
     ask = partial(evaluate, opened.module, opened.tokenizer, tasks, tasks_dir=tasks_dir, limit=limit, watch=watch)
     metrics = {"before" if run else "after": ask(fingerprint=weights.changed_fingerprint(base, {}))}
     if run:
-        method = run.config.method
-        fingerprint = weights.changed_fingerprint(base, run.delta)
-        if method.no_checkpoint:  # its options decide the answers, too
-            fingerprint = files.sha256(fingerprint.encode(), repr(method).encode())
+        own = repr(run.config.method) if run.config.method.no_checkpoint else ""  # its options decide the answers, too
         with opened.after():
-            metrics["after"] = ask(fingerprint=fingerprint)
+            metrics["after"] = ask(fingerprint=weights.changed_fingerprint(base, run.delta) + own)
     if out and distributed.is_first():
         merge_results(out, [row for when, of_it in metrics.items() for row in metric_rows(of_it, when)])
     return {when: plain_metrics(of_it) for when, of_it in metrics.items()}
@@ -168,11 +163,17 @@ def measure_benchmark(
     return dict(files.cached("suites", [mark, own, asked, code, versions], measure, together=True))
 
 
-def benchmark_table(suite: base.Benchmark, shown: Mapping[str, base.Metrics]) -> list[dict[str, str]]:
-    """The table of a suite's paper: a row for each model, by title; "" for what was left out."""
+def title_models(scores: Mapping[str, Metrics]) -> dict[str, Metrics]:
+    """Scores by what a table calls the model that they are of."""
+    titles = {"before": "original", "after": "unlearned" if "before" in scores else "model", "oracle": "oracle"}
+    return {title: scores[when] for when, title in titles.items() if when in scores}
+
+
+def benchmark_table(suite: base.Benchmark, scores: Mapping[str, Metrics]) -> list[dict[str, str]]:
+    """The table of a suite's paper: a row for each model; "" for what was left out."""
     return [
         {"": title} | {column.title: format_metric(column, metrics) for column in suite.columns}
-        for title, metrics in shown.items()
+        for title, metrics in title_models(scores).items()
     ]
 
 

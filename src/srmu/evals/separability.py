@@ -1,6 +1,5 @@
 """How well each layer of a model tells forget from retain texts, and advice for a run."""
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -39,7 +38,6 @@ LOW, HIGH = 0.2, 0.5
 PANELS = (
     ("Telling forget from retain tokens", "balanced accuracy", {"accuracy": "accuracy"}),
     ("How alike the two sets are", "cosine", {"of the means": "mean_cosine", "of the subspaces": "subspace_cosine"}),
-    ("Smallest principal angle", "degrees", {"angle": "smallest_angle"}),
     ("Importance map", "in 0-1", {"Gini coefficient": "gini", "share above 0.5": "share_above_half"}),
 )
 
@@ -92,8 +90,8 @@ def measure_separability(
 
     By layer: `accuracy`, the balanced one of a logistic regression between the tokens of the two sets, cross-validated
     by document, with its standard error over folds; `mean_cosine` of the two means; `subspace_cosine`, the mean over
-    principal angles, and `smallest_angle` (degrees) between the first COMPONENTS principal directions of each set;
-    `importance`, SRMU's map there, of all tokens that are read.
+    the principal angles between the first COMPONENTS principal directions of each set; `importance`, SRMU's map there,
+    of all tokens that are read.
     """
     generator = torch.Generator().manual_seed(SEED)
     samples = []
@@ -111,11 +109,9 @@ def measure_separability(
         for layer, ((left, f_sums), (right, r_sums)) in enumerate(zip(*read_all, strict=True)):
             accuracy, error = classify_sets(left, right, *(sample.owners for sample in samples))
             one, other = left.mean(axis=0), right.mean(axis=0)
-            cosines = measure_principal_cosines(left, right, COMPONENTS)
             row: dict[str, Any] = {"layer": layer, "accuracy": accuracy, "stderr": error}
             row["mean_cosine"] = float(one @ other / (np.linalg.norm(one) * np.linalg.norm(other) + 1e-12))
-            row["subspace_cosine"] = float(cosines.mean())
-            row["smallest_angle"] = math.degrees(math.acos(cosines.max()))
+            row["subspace_cosine"] = float(measure_principal_cosines(left, right, COMPONENTS).mean())
             layers.append(row | {"importance": describe_selectivity(f_sums, r_sums)})
             tick("")
     documents = [len(set(sample.owners.tolist())) for sample in samples]

@@ -42,12 +42,10 @@ class Estimate:
 
 
 def worst_case(means: Array, chance: float) -> Array:
-    """K*, the share of knowledge that the best attack finds, of accuracies (..., 1 + A), the original's first.
-
-    The best is taken in each resample anew, on the questions it is measured on: if anything, K* is too high.
-    """
+    """K*, the share of knowledge that the best attack finds, of accuracies (..., 1 + A), the original's first."""
     # a resample in which the original knows next to nothing must not divide by zero
     known = np.maximum(means[..., 0] - chance, KNOWN)
+    # the best in each resample anew, on the questions it is measured on: if anything, K* is too high
     return (means[..., 1:].max(axis=-1) - chance) / known
 
 
@@ -64,14 +62,11 @@ def parse_answers(right: str | Sequence[float]) -> Array:
 
 
 class Draws:
-    """Questions drawn again and again, as a bootstrap does: whole facts, whose phrasings are right or wrong together.
-
-    What asks for the same facts gets the same draw, so that differences are paired.
-    """
+    """Questions drawn again and again, as a bootstrap does: whole facts, whose phrasings are right or wrong alike."""
 
     def __init__(self, seed: int = 0) -> None:
         self.rng = np.random.default_rng(seed)
-        self.drawn: dict[tuple[Hashable, ...], Array] = {}
+        self.drawn: dict[tuple[Hashable, ...], Array] = {}  # of the same facts once, so that differences are paired
 
     def weights(self, facts: Sequence[Hashable], what: str = "facts") -> Array:
         """How often each fact counts, as they are and in each resample: (1 + RESAMPLES, facts)."""
@@ -154,27 +149,21 @@ def accuracy_interval(accuracies: Sequence[float], n: int) -> tuple[float, float
 
 
 def average_seeds(seeds: Sequence[Mapping[str, Mapping[str, Any]]], metrics: Sequence[str]) -> Estimate | None:
-    """The mean of some metrics, then over the seeds that have them all; None where none has.
-
-    `seeds` are metrics by name. A number that is no share, or of an unknown number of questions, has no interval.
-    """
+    """The mean of some metrics, then over the seeds (metrics by name) that have them all; None where none has."""
     whole = [[seed[m] for m in metrics] for seed in seeds if all(m in seed for m in metrics)]
     if not whole:
         return None
     values = [fmean(entry["value"] for entry in entries) for entries in whole]
     counts = [entry.get("n") or 0 for entry in whole[0]]
     if not all(counts) or not all(0 <= value <= 1 for value in values):
-        return Estimate(fmean(values))
+        return Estimate(fmean(values))  # only a share of a known number of questions has an interval
     # with so many questions one accuracy varies as much as the mean of several
     n = round(len(counts) ** 2 / sum(1 / count for count in counts))
     return Estimate(fmean(values), *accuracy_interval(values, n), n)
 
 
 def mcnemar_p(before: ArrayLike, after: ArrayLike) -> float:
-    """Exact p-value that the same questions are answered as well after as before.
-
-    Each question counts for itself: where facts are asked for in several phrasings p is too small.
-    """
+    """Exact p that the same questions are answered as well after as before: too small where some share a fact."""
     from scipy.stats import binomtest
 
     one, two = np.asarray(before, dtype=bool), np.asarray(after, dtype=bool)
@@ -192,10 +181,7 @@ def area_under_curve(positive: ArrayLike, negative: ArrayLike) -> float:
 def auc_bootstrap(
     positive: ArrayLike, negative: ArrayLike, statistic: Statistic = FIRST_COLUMN, *, seed: int = 0
 ) -> Estimate:
-    """A statistic of AUCs, one a column of scores (texts, columns), with its bootstrap interval.
-
-    Texts are drawn within each of the two sets, the same for all columns.
-    """
+    """A statistic of the AUCs of columns (texts, columns), with its interval: texts are drawn within each set."""
     ones, others = (np.atleast_2d(np.asarray(x, dtype=float).T) for x in (positive, negative))  # (columns, texts)
     draws = Draws(seed)
     first = draws.weights([("positive", i) for i in range(ones.shape[1])], "texts")

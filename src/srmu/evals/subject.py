@@ -32,17 +32,14 @@ class NotApplicable(Exception):  # noqa: N818 (nothing went wrong)
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt and the options that can follow it, each with the space before it.
-
-    `fact` is the same in all phrasings of what is asked; `entry` the thing that it is about, if that is known.
-    """
+    """A prompt and the options that can follow it, each with the space before it."""
 
     prompt: str
     options: tuple[str, ...]
     gold: int
-    fact: str
+    fact: str  # the same in all phrasings of what is asked
     paraphrases: tuple[str, ...] = ()
-    entry: str = ""
+    entry: str = ""  # the thing that it is about, if that is known
 
     @property
     def answer(self) -> str:

@@ -183,10 +183,7 @@ def explain_final(final: Mapping[str, Any], budget: float) -> list[str]:
 
 
 def run_search(job: AutoJob, tell: Tell = lambda step, sentence: None, watch: Watch = ignore_progress) -> Answer:
-    """All of it: check, scan, search, final measure, attacks, export.
-
-    SrmuError where nothing within the budget forgets; `auto.json` then says what was found.
-    """
+    """Do all of it; SrmuError where nothing within the budget forgets: `auto.json` then says what was found."""
     out, budget, yardstick = job.request.out, job.request.budget, job.yardstick
     out.mkdir(parents=True, exist_ok=True)
     if read_json(out / FILE, {}).get("question") != job.question:

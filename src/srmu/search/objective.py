@@ -260,10 +260,7 @@ def try_config(job: AutoJob, config: Config) -> Entry:
 
 
 def search_configs(job: AutoJob, name: str, settings: Sequence[Mapping[str, Any]], watch: Watch) -> list[Entry]:
-    """A study of the config with each of the settings, values of dotted keys; for `{}` the sampler finds a strength.
-
-    The trials of an earlier search are among them. Settings that are given keep their order.
-    """
+    """A study of the config with each of the settings, values of dotted keys; for `{}` the sampler finds a strength."""
 
     def objective(trial: optuna.Trial) -> float:
         given = study.user_attrs["queue"][trial.user_attrs["point"]]
@@ -277,15 +274,12 @@ def search_configs(job: AutoJob, name: str, settings: Sequence[Mapping[str, Any]
         job.request.out / queue.FILE, name, spec=job.spec, directions=["maximize"], sampler=sampler, queue=settings
     )
     queue.work_queue(study, objective, watch, in_turn=True)
-    entries = queue.list_trials(study)
+    entries = queue.list_trials(study)  # those of an earlier search are among them
     return entries if any(settings) else sorted(entries, key=itemgetter("number"))
 
 
 def trial_worth(values: Mapping[str, float], limit: float) -> float:
-    """What a search maximises: forgetting, beyond the limit in proportion less.
-
-    As if half the change cost half as much and did half: what costs twice the limit counts half.
-    """
+    """What a search maximises: forgetting, beyond the limit in proportion less; at twice the limit it counts half."""
     return values["forgetting"] * limit / max(values["utility_loss"], limit)
 
 

@@ -285,8 +285,6 @@ def list_trials(study: Study) -> list[dict[str, Any]]:
 def describe_best(study: Study) -> str:
     """The best so far in a few words."""
     front = study.best_trials
-    if not front:
-        return "none is complete yet"
     if len(study.directions) > 1:
         return f"{len(front)} on the front"
-    return f"best {front[0].value:.4g} (trial {front[0].number})"
+    return f"best {front[0].value:.4g} (trial {front[0].number})" if front else "none is complete yet"

@@ -56,13 +56,9 @@ def check_labels(targets: Targets) -> Targets:
 
 def run_rwku(model: Subject, request: base.BenchmarkRequest) -> base.BenchmarkScores:
     """RWKU's numbers (arXiv 2406.10890, section 4) on a person (`request.part`), or on all; see docs/benchmarks.md."""
-    measured: base.Values = {}
-    for about, levels in LEVELS.items():
-        probes = measure_probes(model, request, about, levels)
-        measured |= {f"{about}/{name}": numbers for name, numbers in probes.items()}
-    for about in ("mia_forget", "mia_retain"):
-        scores = score_membership(model, request, about)
-        measured |= {f"{about}/{name}": numbers for name, numbers in scores.items()}
+    parts = {about: measure_probes(model, request, about, levels) for about, levels in LEVELS.items()}
+    parts |= {about: score_membership(model, request, about) for about in ("mia_forget", "mia_retain")}
+    measured = {f"{about}/{name}": numbers for about, part in parts.items() for name, numbers in part.items()}
     measured |= {name: measure(model, request) for name, measure in UTILITY.items()}
     metrics = {f"rwku/{name}": base.mean_metric(numbers) for name, numbers in measured.items()}
     return base.BenchmarkScores(metrics, measured)
