@@ -24,6 +24,7 @@ from srmu.evals.separability import (
     measure_separability,
     sample_activations,
 )
+from srmu.evals.subject import Question
 from srmu.methods.importance import describe_importance, importance_map, measure_features, sum_features
 from srmu.report.studies import write_analysis
 
@@ -175,7 +176,7 @@ def test_advice():
 
 
 def test_the_whole_and_its_page(tmp_path):
-    questions = [("w1 w2 w3", " w4", "w1"), ("zz", " yy", "")]
+    questions = [Question("w1 w2 w3", (" w4",), 0, "one", entry="w1"), Question("zz", (" yy",), 0, "other")]
     found = measure_entanglement(
         FORGET, RETAIN, questions, (pico_module(), word_tokenizer()), definition="corpus_jaccard"
     )
@@ -185,7 +186,7 @@ def test_the_whole_and_its_page(tmp_path):
     body = unescape(page.replace(get_plotlyjs(), ""))
     for sentence in found.sentences:
         assert sentence in body
-    assert body.count("<table ") == len(found.panels) == 4
+    assert body.count("<table ") == len(found.panels) == 3
     assert "src=" not in body and "w4" not in body and '<link rel="stylesheet' not in body
     accuracy = found.numbers["separability"]["layers"][0]["accuracy"]
     assert f"{accuracy:.4g}" in body  # the table says what the picture shows

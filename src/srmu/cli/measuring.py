@@ -273,11 +273,7 @@ def compare_texts(
     from srmu.evals.lm_eval import load_questions
     from srmu.evals.separability import measure_entanglement
 
-    questions = [
-        (question.prompt, question.answer, question.entry)
-        for task in output.split_names(tasks)
-        for question in load_questions(task, tasks_dir)
-    ]
+    questions = [question for task in output.split_names(tasks) for question in load_questions(task, tasks_dir)]
     opened = open_model(model, device) if model else None
     inside = (opened[0].module, opened[1]) if opened else None
     return measure_entanglement(

@@ -181,10 +181,6 @@ def export_command(
     opened = Run.open(run)
     opened.export(out, link, show_progress, last_good=last_good)
     changed = list(opened.delta)
-    output.print_result(
-        {"out": str(out), "changed": changed},
-        as_json,
-        f"{len(changed)} tensors changed: {', '.join(changed)}",
-        f"wrote {out}, with its model card and record",
-        f"{output.next_command('verify', out)}, then AutoModelForCausalLM.from_pretrained({str(out)!r})",
-    )
+    lines = [f"{len(changed)} tensors changed: {', '.join(changed)}", f"wrote {out}, with its model card and record"]
+    lines.append(f"{output.next_command('verify', out)}, then AutoModelForCausalLM.from_pretrained({str(out)!r})")
+    output.print_result({"out": str(out), "changed": changed}, as_json, *lines)

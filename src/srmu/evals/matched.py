@@ -22,16 +22,14 @@ load_task = lru_cache(32)(load_questions)  # many runs are asked the same
 
 
 def match_utility(run: Run, out: Path, budget: float, judged: Sequence[str]) -> None:
-    """Write to `out` the run with the share of its change by which the mean accuracy on `judged` falls by `budget`.
-
-    What is there is kept. Where a method needs more than its weights to answer, the run is taken whole.
-    """
+    """Write to `out` the run with the share of its change by which the mean accuracy on `judged` falls by `budget`."""
     if (out / RECORD).exists():
         return
     out.mkdir(parents=True, exist_ok=True)
     copyfile(run.folder / "config.yaml", out / "config.yaml")
     where = weights.list_shards(run.base)
     before = {name: weights.stored_tensor(where[name], name).float() for name in run.delta}
+    # a method that needs more than its weights to answer is taken whole
     share = 1.0 if run.config.method.no_checkpoint or not before else largest_share(run, before, budget, judged)
     if share < 1:
         changed = {name: mix_tensors(before[name], after, share).to(after.dtype) for name, after in run.delta.items()}

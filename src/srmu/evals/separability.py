@@ -19,6 +19,7 @@ from srmu.engine.progress import Watch, ignore_progress
 from srmu.errors import SrmuError
 from srmu.evals.figures import Analysis, Panel, write_sentences
 from srmu.evals.statistics import Array
+from srmu.evals.subject import Question
 from srmu.methods.importance import FLAT, describe_importance, importance_map, measure_features, sum_features
 
 DOCUMENTS = 200  # of each set that are read at most
@@ -55,7 +56,7 @@ class Sample:
 def measure_entanglement(
     forget: list[str],
     retain: list[str],
-    questions: list[tuple[str, str, str]] | None = None,
+    questions: Sequence[Question] = (),
     model: tuple[PreTrainedModel, Any] | None = None,
     *,
     definition: Definition = "pair_containment",
@@ -63,16 +64,14 @@ def measure_entanglement(
 ) -> Analysis:
     """Measure what can be known about a forget and a retain set before training, with advice.
 
-    `questions` are (prompt, right answer, subject or ""); `model` a module with its tokenizer; `definition` that of
-    `ngram_overlap`. `entanglement` is the share of the forget set's word types, stop words left out, that the retain
-    set uses too: more shared words never lower it.
+    `model` is a module with its tokenizer; `definition` that of `ngram_overlap`. `entanglement` is the share of the
+    forget set's word types, stop words left out, that the retain set uses too: more shared words never lower it.
     """
     numbers: dict[str, Any] = {"entanglement": measure_coverage(forget, retain)}
     numbers["overlap"] = ngram_overlap(forget, retain, definition=definition)
-    if questions:
-        numbers["contamination"] = {
-            name: measure_contamination(questions, texts) for name, texts in (("forget", forget), ("retain", retain))
-        }
+    if asked := [(question.prompt, question.answer, question.entry) for question in questions]:
+        sets = {"forget": forget, "retain": retain}
+        numbers["contamination"] = {name: measure_contamination(asked, texts) for name, texts in sets.items()}
     panels = []
     if model is not None:
         numbers["separability"] = measure_separability(*model, forget, retain, watch=watch)

@@ -48,17 +48,13 @@ class Question:
 
 @dataclass(eq=False)
 class Subject:
-    """A model under attack. Whatever an attack does to it is undone afterwards.
-
-    `original` holds the tensors before unlearning that differ from its own, by parameter name. `fixed` says why its
-    weights cannot be attacked (it answers with more than them).
-    """
+    """A model under attack. Whatever an attack does to it is undone afterwards."""
 
     module: Any  # a PreTrainedModel
     tokenizer: Any
-    original: Mapping[str, Tensor] = field(default_factory=dict)
+    original: Mapping[str, Tensor] = field(default_factory=dict)  # tensors before unlearning that differ from its own
     oracle: "Subject | None" = None
-    fixed: str = ""
+    fixed: str = ""  # why its weights cannot be attacked: it answers with more than them
     watch: Watch = ignore_progress  # of benchmarks
 
     def __post_init__(self) -> None:

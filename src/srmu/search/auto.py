@@ -227,7 +227,7 @@ def advise_on_texts(job: AutoJob, watch: Watch) -> list[str]:
     """What `srmu inspect texts` says, with the model and the questions to choose on."""
     model, tokenizer = open_model(job.config.model, job.config.device)
     asked = [part for part in job.yardstick.forget.values() if isinstance(part, TaskYardstick)]
-    questions = [(one.prompt, one.answer, one.entry) for part in asked for one in part.halves["val"]]
+    questions = [question for part in asked for question in part.halves["val"]]
     texts = [*job.texts["forget"]], [*job.texts["retain"]]
     return separability.measure_entanglement(*texts, questions, (model.module, tokenizer), watch=watch).sentences
 

@@ -233,7 +233,6 @@ class Point:
 
     @property
     def is_over(self) -> bool:
-        """Whether it needs no more work."""
         return self.standing is not None and self.standing.state.is_finished() and not self.is_lost
 
 

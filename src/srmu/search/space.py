@@ -102,11 +102,7 @@ class Dimension(BaseModel):
 
 
 class PlaceSampler(BaseSampler):
-    """A sampler whose choice depends only on how many trials came before, and what they found.
-
-    `make` makes the sampler of a place: the number of earlier trials that ended or are running. So a stopped search
-    goes on as if it had not stopped, and two workers try different values.
-    """
+    """A sampler that `make` makes anew for each trial by how many came before: a stopped search goes on the same."""
 
     inner: BaseSampler  # of the trial at hand
 
@@ -147,13 +143,10 @@ def round_value(value: float) -> float:
 
 
 def scale_rate(config: Config, width: int = WIDTH) -> float:
-    """The method's learning rate, which is meant for models of a `width`, at this model's width.
-
-    A step of Adam changes every weight alike, and what a matrix puts out then changes with the number of its inputs:
-    narrow models need larger steps.
-    """
+    """The method's learning rate, which is meant for models of a `width`, at this model's width."""
     settings = read_config(locate_model(config.model, config.revision))
     inputs = getattr(settings, "intermediate_size", None) or 4 * settings.hidden_size
+    # a step of Adam changes every weight alike, and what a matrix puts out with the number of its inputs
     return type(config.method).learning_rate * width / inputs
 
 

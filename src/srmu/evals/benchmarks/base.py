@@ -44,22 +44,17 @@ Place = Annotated[int, AfterValidator(check_place)]  # of the right one of a row
 
 @dataclass
 class BenchmarkRequest:
-    """What a benchmark is to measure and how, and its data set: on the hub, or in a folder that `datasets` loads.
-
-    `get` says how to come by it. `part` is what follows the slash in `--tasks tofu/forget10`. `template` has
-    `{question}`; "" stands for the chat template, else PLAIN. `reference` holds the values of a model that never saw
-    the forget set, if there is one. `seen` gathers digests of the rows that were read.
-    """
+    """What a benchmark is to measure and how, and its data set: on the hub, or in a folder that `datasets` loads."""
 
     hub: str
-    get: str
+    get: str  # how to come by it
     revision: str = "main"
     folder: Path | None = None
     limit: int | None = None  # rows of each part
-    part: str = ""
-    template: str = ""
-    reference: Values | None = None
-    seen: dict[str, str] = field(default_factory=dict)
+    part: str = ""  # what follows the slash in `--tasks tofu/forget10`
+    template: str = ""  # has {question}; "": the chat template, else PLAIN
+    reference: Values | None = None  # of a model that never saw the forget set
+    seen: dict[str, str] = field(default_factory=dict)  # digests of the rows that were read
 
     @property
     def place(self) -> str:
