@@ -57,7 +57,6 @@ def describe_program(
 
 def main() -> None:
     """Run the program. Exit codes: 0 done, 1 our fault, 2 the user's, 130 interrupted."""
-    debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"] or ["--help"]
     streams = sys.stdout, sys.stderr
     for stream in streams:
@@ -68,7 +67,7 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         code = 130
     except Exception as error:
-        if debug:
+        if "--debug" in sys.argv:
             raise
         code = explain_failure(error, streams)
     if code == 130:  # what typer, too, makes of an interrupt
@@ -86,9 +85,7 @@ def run_verb(arguments: Sequence[str]) -> int:
     if not distributed.is_first():  # the first process speaks for all, but for its errors
         sys.stdout = sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115
     if distributed.get_size() > 1 and verb not in SHARED:
-        raise SrmuError(
-            f"srmu {verb} runs in one process: start it without the launcher, which is for {', '.join(SHARED)}"
-        )
+        raise SrmuError(f"srmu {verb} runs in one process; start it alone, as the launcher is for {', '.join(SHARED)}")
     distributed.join_group()
     code = program(arguments, prog_name="srmu", standalone_mode=False)
     distributed.leave_group()
@@ -97,8 +94,7 @@ def run_verb(arguments: Sequence[str]) -> int:
 
 def explain_failure(error: Exception, streams: tuple[TextIO, TextIO]) -> int:
     """Say an error in one line on standard error; the exit code."""
-    users = isinstance(error, SrmuError | PermissionError)
-    code: int = 2 if users else getattr(error, "exit_code", 1)
+    code: int = 2 if isinstance(error, SrmuError | PermissionError) else getattr(error, "exit_code", 1)
     message = getattr(error, "format_message", lambda: str(error))()
     if code == 1:
         message = f"internal error: {type(error).__name__}: {message} (--debug shows where)"

@@ -112,9 +112,7 @@ def attack_command(
     from srmu.runs.run import Run
 
     def confirm(text: str) -> bool:
-        if yes or not sys.stdin.isatty():
-            return yes
-        return typer.confirm(f"{text} Run it?", err=True)
+        return yes or (sys.stdin.isatty() and typer.confirm(f"{text} Run it?", err=True))
 
     asked, kept, names = (output.split_names(text) for text in (tasks, utility, attacks))
     sources = suite.Sources(asked, val, kept, str(tasks_dir or ""), neutral, holdout, oracle, limit)
@@ -178,8 +176,7 @@ def compare_command(
         lines.append("no attack was run on all of these: accuracy alone says little")
     more = ["--tier", "standard"] if attacked else []
     lines.append(output.next_command("attack", output.shorten_path(runs[0]), *more))
-    answer = {"budget": share, "rows": [asdict(row) for row in rows]}
-    output.print_result(answer, as_json, *lines, table=table)
+    output.print_result({"budget": share, "rows": [asdict(row) for row in rows]}, as_json, *lines, table=table)
 
 
 @verbs.command("inspect", rich_help_panel=GROUP)
@@ -276,9 +273,7 @@ def compare_texts(
     questions = [question for task in output.split_names(tasks) for question in load_questions(task, tasks_dir)]
     opened = open_model(model, device) if model else None
     inside = (opened[0].module, opened[1]) if opened else None
-    return measure_entanglement(
-        texts["forget"], texts["retain"], questions, inside, definition=definition, watch=show_progress
-    )
+    return measure_entanglement(*texts.values(), questions, inside, definition=definition, watch=show_progress)
 
 
 def measure_activations(what: str, target: str, texts: dict[str, list[str]], metrics: str, device: str) -> Any:
@@ -300,7 +295,5 @@ def measure_activations(what: str, target: str, texts: dict[str, list[str]], met
     read = {role: rows for role, rows in texts.items() if rows}
     if not read:
         raise SrmuError(f"name texts to read {target} on: --forget F, --retain R, or both")
-    model = analyses.open_model(target, device)
-    if what == "confidence":
-        return analyses.measure_confidence(*model, read, watch=show_progress)
-    return analyses.measure_sensitivity(*model, read, watch=show_progress)
+    measure = analyses.measure_confidence if what == "confidence" else analyses.measure_sensitivity
+    return measure(*analyses.open_model(target, device), read, watch=show_progress)

@@ -13,9 +13,7 @@ KINDS = {"testbeds": "organism", "evals": "evals", "attacks": "attacks", "suites
 
 verbs = typer.Typer()
 topics = typer.Typer(no_args_is_help=True)
-verbs.add_typer(
-    topics, name="info", rich_help_panel="Start", help="What srmu knows: its methods, its cache, this machine."
-)
+verbs.add_typer(topics, name="info", rich_help_panel="Start", help="What srmu knows: methods, cache, this machine.")
 
 
 @verbs.command("demo", rich_help_panel="Start")

@@ -68,8 +68,7 @@ def verify_command(
         lines.append("the same delta, byte for byte")
     else:
         lines.append(f"another delta: {', '.join(outcome['tensors']) or 'no tensor, but the file'} differ")
-        same = "environment and data are the same: the hardware or its load differs"
-        lines += outcome["differences"] or [same]
+        lines += outcome["differences"] or ["environment and data are the same: the hardware or its load differs"]
     lines.append(f"wrote {again}, and the outcome into {output.shorten_path(record)}")
     answer["rerun"] = {"run": str(run.folder), **outcome}
     output.print_result(answer, as_json, *lines, output.next_command("verify", again))
@@ -98,8 +97,7 @@ def testbed_command(
         for name, share in report["overlap"].items()
     ]
     for name in [name for name in ("model", "oracle") if name in report]:
-        scores = ", ".join(f"{k} {v:.1%}" for k, v in report[name]["accuracy"].items())
-        lines.append(f"{name}: {scores}")
+        lines.append(f"{name}: {', '.join(f'{k} {v:.1%}' for k, v in report[name]['accuracy'].items())}")
     output.print_result(report, as_json, *lines, f"wrote {out}", output.next_command("unlearn", out / "high.yaml"))
 
 
@@ -157,8 +155,7 @@ def reproduce_tables(
         return
     command = output.quote_command("reproduce", what, *settings, model=model, seeds=",".join(map(str, seeds)))
     tables = paper.reproduce_paper(what, place, command=strip_paths(command), watch=show_progress)
-    pages = [*write_study(tables, out), write_report([out], out / "report.html")]
-    print_study(tables, pages, as_json)
+    print_study(tables, [*write_study(tables, out), write_report([out], out / "report.html")], as_json)
 
 
 def reproduce_frontier(
@@ -179,8 +176,8 @@ def reproduce_frontier(
         cases = robust.measure_frontier(frontier, show_progress, make=not show)
     command = output.quote_command("reproduce", what, *settings, **asked)
     tables = robust.build_frontier_tables(frontier, cases, command)
-    pages = [*write_study(tables, out), *robust.write_frontier_reports(frontier, cases, tables)]
-    print_study(tables, pages, as_json)
+    reports = robust.write_frontier_reports(frontier, cases, tables)
+    print_study(tables, [*write_study(tables, out), *reports], as_json)
 
 
 def print_study(tables: dict[str, Any], pages: list[Path], as_json: bool) -> None:

@@ -55,8 +55,7 @@ def read_topic_texts(config: Config) -> dict[str, list[str]]:
 
 
 def list_states(model: EditableModel) -> dict[str, Any]:
-    both = {"before": model.frozen, "after": nullcontext}
-    return both if model.trained else {"model": nullcontext}
+    return {"before": model.frozen, "after": nullcontext} if model.trained else {"model": nullcontext}
 
 
 def prepare_sets(texts: Texts, tokenizer: Any, documents: int = DOCUMENTS) -> dict[str, list[Batch]]:
@@ -125,8 +124,7 @@ def measure_alignment(run: Run, model: EditableModel, tokenizer: Any, *, watch: 
             batches = prepare_sets({name: read_texts(topic.forget)}, tokenizer)[name]
             layers = []
             for layer in range(count):
-                at = Site(layer, site.stream)
-                layers.append(measure_cosines(model, batches, at, vectors[f"{name}.direction"]))
+                layers.append(measure_cosines(model, batches, Site(layer, site.stream), vectors[f"{name}.direction"]))
                 tick("")
             topics[name] = means = [
                 {key: float(each.double().mean()) if len(each) else None for key, each in row.items()} for row in layers

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import chain, combinations, pairwise
 from math import inf
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from zlib import crc32
 
 import numpy as np
@@ -39,8 +39,7 @@ class ComparisonRow:
     note: str
 
 
-@dataclass(frozen=True)
-class RunNumbers:
+class RunNumbers(NamedTuple):
     """A run's numbers as they are and in each resample of the questions."""
 
     run: Run
@@ -50,8 +49,7 @@ class RunNumbers:
     n: tuple[int, int]  # questions on what is to be forgotten, and on utility
 
 
-@dataclass(frozen=True)
-class MethodReading:
+class MethodReading(NamedTuple):
     """A method's numbers at the common utility loss."""
 
     method: str
@@ -260,9 +258,8 @@ def read_method(method: str, points: Sequence[dict[Where, RunNumbers]], budget: 
     if not all(attacked):
         numbers[..., RESIDUAL] = np.nan
     n = min(one.n for curve in curves for one in curve)
-    return MethodReading(
-        method, len(points), where, numbers, "; ".join(note for note, holds in notes.items() if holds), n
-    )
+    note = "; ".join(note for note, holds in notes.items() if holds)
+    return MethodReading(method, len(points), where, numbers, note, n)
 
 
 def read_along(curve: Sequence[RunNumbers], budget: float) -> statistics.Array:

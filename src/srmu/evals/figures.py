@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jinja2 import Environment, PackageLoader
@@ -11,8 +11,7 @@ from jinja2 import Environment, PackageLoader
 BINS = 40  # of a histogram
 
 
-@dataclass(frozen=True)
-class Panel:
+class Panel(NamedTuple):
     """One picture and the table of the same numbers: a line, or bars, for each series over `x`."""
 
     title: str

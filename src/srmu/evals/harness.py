@@ -65,8 +65,7 @@ class Harness(HFLM):
         """Of several processes each answers some, neighbours together: they share their prompts."""
         each = max(1, -(-len(requests) // distributed.get_size()))
         parts = [requests[low : low + each] for low in range(0, len(requests), each)]
-        count = len(requests) // distributed.get_size()
-        with redirect_stderr(self.screen), self.watch(self.task, count) as tick:
+        with redirect_stderr(self.screen), self.watch(self.task, len(requests) // distributed.get_size()) as tick:
             self.set_cache_hook(SimpleNamespace(add_partial=lambda *answered: tick("")))
             work = partial(ask, disable_tqdm=True)
             answers = [one for part in distributed.share_work(parts, work) for one in part]

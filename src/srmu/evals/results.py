@@ -163,9 +163,7 @@ def read_attacks(folder: Path) -> dict[str, Any]:
 
 def write_answers(right: Sequence[float]) -> str | list[float]:
     """A digit a question; numbers where some are neither right nor wrong."""
-    if {*right} <= {0.0, 1.0}:
-        return "".join(f"{value:.0f}" for value in right)
-    return list(right)
+    return "".join(f"{value:.0f}" for value in right) if {*right} <= {0.0, 1.0} else list(right)
 
 
 def number_facts(names: Sequence[Hashable]) -> list[int]:

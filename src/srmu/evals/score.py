@@ -43,8 +43,7 @@ def score_model(
         if tokenizer is None:
             raise SrmuError("a model in memory is scored with its tokenizer: tokenizer=...")
         place = None if tasks_dir is None else Path(tasks_dir)
-        scores = evaluate(target, tokenizer, tasks, tasks_dir=place, limit=limit, watch=watch)
-        return {"after": plain_metrics(scores)}
+        return {"after": plain_metrics(evaluate(target, tokenizer, tasks, tasks_dir=place, limit=limit, watch=watch))}
     opened = open_target(target, device)
     folder, run = opened.base, opened.run
     if run:

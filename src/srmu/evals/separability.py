@@ -1,9 +1,8 @@
 """How well each layer of a model tells forget from retain texts, and advice for a run."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -43,8 +42,7 @@ PANELS = (
 )
 
 
-@dataclass(frozen=True)
-class Sample:
+class Sample(NamedTuple):
     """Documents of a set as batches, which tokens are kept (`chosen`), and the document of each (`owners`)."""
 
     batches: list[Batch]
@@ -97,8 +95,7 @@ def measure_separability(
     for name, texts in (("forget", forget), ("retain", retain)):
         few = [texts[i] for i in torch.randperm(len(texts), generator=generator)[:DOCUMENTS]]
         rows = tokenise_texts(few, tokenizer, LENGTH) if few else []
-        batches = list(batch_rows(rows, tokenizer, BATCH, "mask"))
-        samples.append(draw_sample(name, batches, TOKENS, generator))
+        samples.append(draw_sample(name, [*batch_rows(rows, tokenizer, BATCH, "mask")], TOKENS, generator))
     if (least := min(len(sample.owners) for sample in samples)) <= COMPONENTS:
         raise SrmuError(f"{least} tokens of a set are too few to compare: it takes over {COMPONENTS}, so more texts")
     with watch("reading the texts", sum(len(s.batches) for s in samples)) as tick:

@@ -109,9 +109,7 @@ class Draws:
     def estimate_accuracy(self, values: Array, facts: int, n: int = 0) -> Estimate:
         """The same for accuracies; at 0 and 1, where no resample differs, with Wilson's interval."""
         found = self.estimate(values, n)
-        if found.low < found.high:
-            return found
-        return Estimate(found.value, *accuracy_interval([found.value], facts), n)
+        return found if found.low < found.high else Estimate(found.value, *accuracy_interval([found.value], facts), n)
 
 
 def estimate_from(values: Array, n: int) -> Estimate:
@@ -128,7 +126,6 @@ def bootstrap_estimate(
 
 
 def estimate_accuracy(right: ArrayLike, facts: Sequence[Hashable], *, seed: int = 0) -> Estimate:
-    """A share of right answers with its interval."""
     draws = Draws(seed)
     return draws.estimate_accuracy(draws.means(right, facts), len(set(facts)), len(facts))
 

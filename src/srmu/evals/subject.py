@@ -73,10 +73,8 @@ class Subject:
     @contextmanager
     def as_original(self) -> Iterator[None]:
         """Run the block as the model before unlearning; NotApplicable where this is it."""
-        if not self.original:
-            raise NotApplicable("this is the original model")
-        if self.fixed:
-            raise NotApplicable(self.fixed)
+        if self.fixed or not self.original:
+            raise NotApplicable(self.fixed or "this is the original model")
         with ExitStack() as restore:
             for name, tensor in self.original.items():
                 parameter = self.module.get_parameter(name)

@@ -88,8 +88,7 @@ def prepare_job(request: AutoRequest) -> AutoJob:
     forget = {",".join(tasks): ask(*tasks)} if tasks else {"forget_texts": held["forget"]}
     keep = {name: ask(name) for name in utility} or {"retain_texts": held["retain"]}
     yardstick = Yardstick(forget, keep, request.seed, request.device)
-    sources = name_sources(tasks, utility, folder) if tasks else None
-    return AutoJob(request, config, yardstick, sources, texts, **lists)
+    return AutoJob(request, config, yardstick, name_sources(tasks, utility, folder) if tasks else None, texts, **lists)
 
 
 def name_sources(tasks: tuple[str, ...], utility: tuple[str, ...], folder: Path | None) -> Sources:
@@ -127,16 +126,11 @@ def plan_search(job: AutoJob) -> dict[str, Any]:
         steps.append(("attacks", what, 2 * PASSES[job.tier] * questions))
     steps.append(("export", f"the whole model, {format_gb(cost['checkpoint_bytes'])}", 0.0))
     listed = [{"step": step, "what": what, "seconds": max(1, round(seconds))} for step, what, seconds in steps]
-    return {
-        "steps": listed,
-        "runs": count,
-        "seconds": sum(step["seconds"] for step in listed),
-        **{key: cost[key] for key in ("memory_private", "memory_free", "advice")},
-    }
+    summary = {"steps": listed, "runs": count, "seconds": sum(step["seconds"] for step in listed)}
+    return summary | {key: cost[key] for key in ("memory_private", "memory_free", "advice")}
 
 
 def explain_search(plan: Mapping[str, Any]) -> list[str]:
-    """A plan in lines for a person."""
     lines = [
         f"{number}. {step['step']:13} {step['what']:58} about {format_duration(step['seconds'])}"
         for number, step in enumerate(plan["steps"], 1)
@@ -236,8 +230,7 @@ def run_trials(job: AutoJob, answer: Answer, say: Callable[..., None], watch: Wa
     """The runs to choose from, that of the defaults first; adds them to the answer, with the `scan` of layers."""
     request = job.request
     if request.robust:
-        found = "names of a file" if request.names else "names found"
-        say("names", explain(found, count=len(job.names)))
+        say("names", explain("names of a file" if request.names else "names found", count=len(job.names)))
         settings = [robust.start_values(job.config, keeping) for keeping in robust.KEEPING[: request.trials]]
         tried = objective.search_configs(job, "weights", settings, watch)
         answer |= {"trials": tried, "defaults": tried[0]}

@@ -129,8 +129,7 @@ class Yardstick:
         draws = Draws(self.seed)
         means, sizes = {}, {}
         for name, (right, about) in before.items():
-            table = np.stack([right, after[name].right], axis=1)
-            means[name] = draws.means(table, [(name, one) for one in about])
+            means[name] = draws.means(np.stack([right, after[name].right], axis=1), [(name, one) for one in about])
             sizes[name] = len(set(about))
         falls = {name: values[:, 0] - values[:, 1] for name, values in means.items()}
         gone = [falls[k] / np.maximum(means[k][:, 0] - part.chance, KNOWN) for k, part in self.forget.items()]
@@ -216,7 +215,6 @@ class AutoJob:
 
     @property
     def layers(self) -> list[int]:
-        """The layers that a scan tries."""
         assert isinstance(self.config.method, Misdirection)
         return candidate_layers(self.config.method, read_config(weights.locate_model(self.config.model)), LAYERS)
 
@@ -264,8 +262,7 @@ def search_configs(job: AutoJob, name: str, settings: Sequence[Mapping[str, Any]
 
     def objective(trial: optuna.Trial) -> float:
         given = study.user_attrs["queue"][trial.user_attrs["point"]]
-        values = given or space.suggest_strength(job.config, trial)
-        measured = try_config(job, space.with_values(job.config, values))
+        measured = try_config(job, space.with_values(job.config, given or space.suggest_strength(job.config, trial)))
         trial.set_user_attr("measured", measured)
         return trial_worth(measured["values"], job.limit)
 

@@ -282,7 +282,6 @@ def list_trials(study: Study) -> list[dict[str, Any]]:
 
 
 def describe_best(study: Study) -> str:
-    """The best so far in a few words."""
     front = study.best_trials
     if len(study.directions) > 1:
         return f"{len(front)} on the front"

@@ -92,7 +92,6 @@ class Dimension(BaseModel):
         return tuple(type(self.low)(low + i * step) for i in range(int((high - low) // step) + 1))
 
     def suggest(self, trial: optuna.Trial, key: str, grid: bool) -> Any:
-        """The trial's value of the key."""
         if grid or self.choices:
             return trial.suggest_categorical(key, self.list_values())
         if isinstance(self.low, int):

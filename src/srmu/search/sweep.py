@@ -77,9 +77,7 @@ class Sweep(BaseModel):
             if self.trials is not None:
                 raise SrmuError("trials: a grid has as many as its points; leave it out")
             if endless := [key for key, one in self.search.items() if not one.list_values()]:
-                raise SrmuError(
-                    f"search.{endless[0]}: a grid needs a list or a step; sampler=tpe takes a range without"
-                )
+                raise SrmuError(f"search.{endless[0]}: a grid needs a list or a step; sampler=tpe takes any range")
         elif self.trials is None:
             raise SrmuError(f"trials: say how many sampler={self.sampler} is to try")
         for name in [metric.removeprefix(ATTACK) for metric in self.objectives if metric.startswith(ATTACK)]:
@@ -190,9 +188,7 @@ def check_objectives(sweep: Sweep, watch: Watch = ignore_progress) -> None:
     """SrmuError for an objective that no trial would produce; keeps the original's scores, which all trials need."""
     config = load_config(sweep.config, sweep.set)
     base = locate_model(config.model, config.revision)
-    metrics = (
-        score_model(str(base), sweep.tasks, tasks_dir=config.tasks_dir, watch=watch)["after"] if sweep.tasks else {}
-    )
+    metrics = score_model(base, sweep.tasks, tasks_dir=config.tasks_dir, watch=watch)["after"] if sweep.tasks else {}
     attacked = [metric for metric in sweep.objectives if metric.startswith(ATTACK)]
     for metric in sweep.objectives:
         if metric not in (*metrics, *attacked):

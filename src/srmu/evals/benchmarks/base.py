@@ -7,7 +7,7 @@ from itertools import chain
 from math import isfinite, sqrt
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import numpy as np
 from pydantic import AfterValidator, ConfigDict, Field, StringConstraints, ValidationError, ValidationInfo, create_model
@@ -104,8 +104,7 @@ class BenchmarkScores:
     values: Values = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class TableColumn:
+class TableColumn(NamedTuple):
     """A column of a suite's table, as its paper prints it: a metric times `scale`."""
 
     title: str
@@ -137,9 +136,8 @@ def prompt_of(model: Subject, question: str, template: str = "") -> str:
     messages = [{"role": "user", "content": question}]
     text = model.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     start = model.tokenizer.bos_token or ""
-    # the tokenizer puts its own first token there
-    twice = start and model.tokens("")[:1] == [model.tokenizer.bos_token_id]
-    return text.removeprefix(start) if twice else text
+    # where the tokenizer puts its own first token there
+    return text.removeprefix(start) if start and model.tokens("")[:1] == [model.tokenizer.bos_token_id] else text
 
 
 def write_continuations(

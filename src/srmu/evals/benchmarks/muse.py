@@ -73,8 +73,7 @@ def read_log_p(model: Subject, text: str) -> torch.Tensor:
 def measure_verbatim(model: Subject, request: base.BenchmarkRequest) -> list[float]:
     """ROUGE-L F1 of what follows each prompt of a forget text with what the model writes."""
     rows = request.rows("verbmem", "forget", {"prompt": base.Text, "gt": base.Text})
-    prompts = [row["prompt"] for row in rows]
-    written = base.write_continuations(model, prompts, RECITED, label="muse verbatim")
+    written = base.write_continuations(model, [row["prompt"] for row in rows], RECITED, label="muse verbatim")
     return base.rouge_scores("fmeasure", written, [shorten_truth(model, row["gt"]) for row in rows])
 
 
@@ -94,6 +93,5 @@ def measure_answers(model: Subject, request: base.BenchmarkRequest, about: str) 
     form = request.template or SHOT
     first = "".join(f"{form.format(question=shot['question']).rstrip()} {shot['answer']}\n\n" for shot in shots)
     prompts = [first + form.format(question=row["question"]) for row in rows]
-    label = f"muse {about} answers"
-    written = base.write_continuations(model, prompts, ANSWERED, stops=STOPS, label=label)
+    written = base.write_continuations(model, prompts, ANSWERED, stops=STOPS, label=f"muse {about} answers")
     return base.rouge_scores("fmeasure", written, [row["answer"] for row in rows])

@@ -41,8 +41,7 @@ def run_tofu(model: Subject, request: base.BenchmarkRequest) -> base.BenchmarkSc
     metrics = {f"tofu/{name}/{key}": base.mean_metric(each) for name in sets for key, each in sets[name].items()}
     keys = ("probability", "rouge", "truth_ratio")
     nine = [metrics[f"tofu/{name}/{key}"]["value"] for name in UTILITY for key in keys]
-    count = sum(len(rows[name]) for name in UTILITY)
-    metrics["tofu/model_utility"] = {"value": float(hmean(nine)), "n": float(count)}
+    metrics["tofu/model_utility"] = {"value": float(hmean(nine)), "n": float(sum(len(rows[name]) for name in UTILITY))}
     if request.reference:
         metrics |= measure_forget_quality(values["truth_ratio"], request.reference["truth_ratio"])
     return base.BenchmarkScores(metrics, values)

@@ -80,8 +80,7 @@ def score_part(model: Subject, rows: Sequence[base.Row], part: str) -> tuple[bas
     }
     metrics = {f"wmdp/{part}{kind}": base.mean_metric(right) for kind, right in named.items()}
     for number, letter in enumerate(base.LETTERS.lower()):
-        share = chosen.count(number) / len(chosen)
-        metrics[f"wmdp/{part}_chose_{letter}"] = {"value": share, "n": float(len(rows))}
+        metrics[f"wmdp/{part}_chose_{letter}"] = {"value": chosen.count(number) / len(chosen), "n": float(len(rows))}
     return metrics, list(answers[0])
 
 
