@@ -273,7 +273,8 @@ def compare_texts(
     questions = [question for task in output.split_names(tasks) for question in load_questions(task, tasks_dir)]
     opened = open_model(model, device) if model else None
     inside = (opened[0].module, opened[1]) if opened else None
-    return measure_entanglement(*texts.values(), questions, inside, definition=definition, watch=show_progress)
+    forget, retain = texts["forget"], texts["retain"]
+    return measure_entanglement(forget, retain, questions, inside, definition=definition, watch=show_progress)
 
 
 def measure_activations(what: str, target: str, texts: dict[str, list[str]], metrics: str, device: str) -> Any:

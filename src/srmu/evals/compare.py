@@ -147,7 +147,7 @@ def metrics_of(attacks: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, 
 def choose_metrics(
     known: Sequence[str], forget: Sequence[str], utility: Sequence[str], tasks: Sequence[str]
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """What should be forgotten, accuracies on HAZARDS, and stay: of the others those on `tasks`, which a run names."""
+    """Metrics that should fall, accuracies on HAZARDS, and that should stay: of the others those on a run's `tasks`."""
     whole = [name for name in known if re.search(r"(?<!_val)(?<!_held)/acc$", name)]
     forget = forget or [name for name in whole if name.startswith(HAZARDS)]
     rest = [name for name in whole if name not in forget]

@@ -36,8 +36,7 @@ def run_whp(model: Subject, request: base.BenchmarkRequest) -> base.BenchmarkSco
             why = "a word of 'targets' and one of 'generic' start with the same token; take others"
             raise SrmuError(f"{request.place}, config probability, row {number}: {why}")
         starts.append((model.tokens(prompt)[-model.max_length :], targets, generic))
-    written = base.write_continuations(model, asks, NEW_TOKENS, label="whp completions")
-    said = zip(written, sought, strict=True)
+    said = zip(base.write_continuations(model, asks, NEW_TOKENS, label="whp completions"), sought, strict=True)
     familiar = [float(any(has_words(text, word) for word in words)) for text, words in said]
     label = "whp probabilities"
     masses = base.do_parts(model, starts, 1, lambda part: [measure_mass(model, *part[0])], label)
