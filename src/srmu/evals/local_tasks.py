@@ -3,10 +3,9 @@
 import json
 import re
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -29,13 +28,12 @@ class FunctionName(str):
 TaskLoader.add_multi_constructor("!", lambda loader, tag, node: FunctionName(f"!{tag} {node.value}"))
 
 
-@dataclass(frozen=True)
-class LocalTask:
+class LocalTask(NamedTuple):
     """A task or a group of a folder, or a tag, which has no config; configs name files by their whole paths."""
 
     config: Config
     path: Path = Path()  # of its YAML file
-    members: list[str] = field(default_factory=list)  # of a group or a tag: the names of others
+    members: Sequence[str] = ()  # of a group or a tag: the names of others
 
 
 Local = dict[str, LocalTask]
@@ -57,7 +55,7 @@ def read_local_tasks(folder: Path | None) -> Local:
             continue  # another kind of file
         if name in tasks:
             raise SrmuError(f"task file {path}: another file has task {name!r} too")
-        tasks[name] = LocalTask(config, path, [*list_members(config)])
+        tasks[name] = LocalTask(config, path, list_members(config))
         # `group` of one task is how earlier versions of lm-eval wrote a tag
         for tag in (*as_list(config.get("tag")), *(as_list(config.pop("group", None)) if kind == "task" else ())):
             tags.setdefault(str(tag), []).append(name)
@@ -107,15 +105,11 @@ def place_folder(name: str, folder: Path) -> str:
     return str(next((path for path in (*find_paths(name, folder), *here) if path.is_dir()), name))
 
 
-def list_members(config: Config) -> Iterator[str]:
+def list_members(config: Config) -> list[str]:
     """The names of the tasks and groups that a group's config names, those inside it too."""
-    members = config.get("task")
-    for one in members if isinstance(members, list) else ():
-        if isinstance(one, dict):
-            yield from list_members(one)
-            one = next((one[key] for key in ("task", "group") if isinstance(one.get(key), str)), None)
-        if isinstance(one, str):
-            yield one
+    inside = [one for each in walk_configs(config) if isinstance(each.get("task"), list) for one in each["task"]]
+    named = [(one.get("task"), one.get("group")) if isinstance(one, dict) else (one,) for one in inside]
+    return [name for names in named for name in names if isinstance(name, str)]
 
 
 def find_parts(name: str, local: Local) -> Local:

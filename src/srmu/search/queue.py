@@ -13,9 +13,8 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import optuna
 import torch
@@ -222,8 +221,7 @@ def take_trial(study: Study, objective: Objective, failures: list[str], in_turn:
             raise  # of the objective
 
 
-@dataclass(frozen=True)
-class Point:
+class Point(NamedTuple):
     """A place in the queue, with the trial that counts: the first that has not failed, else the last."""
 
     number: int

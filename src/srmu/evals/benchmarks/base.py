@@ -96,12 +96,11 @@ class BenchmarkRequest:
         return rows
 
 
-@dataclass(frozen=True)
-class BenchmarkScores:
+class BenchmarkScores(NamedTuple):
     """A benchmark's metrics of a model, and the values of single questions behind them."""
 
     metrics: Metrics
-    values: Values = field(default_factory=dict)
+    values: Values
 
 
 class TableColumn(NamedTuple):

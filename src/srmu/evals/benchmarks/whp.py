@@ -46,7 +46,7 @@ def run_whp(model: Subject, request: base.BenchmarkRequest) -> base.BenchmarkSco
         "probability_familiarity": [mass for mass, _ in masses],
         "probability_share": [share for _, share in masses],
     }
-    return base.BenchmarkScores({f"whp/{name}": base.mean_metric(each) for name, each in values.items()})
+    return base.BenchmarkScores({f"whp/{name}": base.mean_metric(each) for name, each in values.items()}, {})
 
 
 def has_words(text: str, words: str) -> bool:
