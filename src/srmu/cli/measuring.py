@@ -31,10 +31,7 @@ Subject = Annotated[
 def eval_command(
     target: Annotated[str, Argument(metavar="MODEL_OR_RUN", help="Folder or hub id.")],
     tasks: Annotated[
-        str,
-        Option(
-            help="lm-eval or local tasks, and tofu, muse, rwku, whp, wmdp (tofu/forget05), a,b; default: the run's own."
-        ),
+        str, Option(help="lm-eval or local tasks, tofu, muse, rwku, whp, wmdp (tofu/forget05), a,b; or the run's own.")
     ] = "",
     tasks_dir: options.TasksDir = None,
     limit: Annotated[int | None, Option(help="Only the first N questions.")] = None,

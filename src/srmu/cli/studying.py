@@ -80,18 +80,14 @@ def testbed_command(
     out: Annotated[Path, Argument(help="Folder to write.")],
     world: Annotated[str, Option(help="closed; open: harder; people: benchmarks.")] = "closed",
     seed: Annotated[int, Option(help="Each seed gives another world and model.")] = 0,
-    entanglement: Annotated[
-        float, Option(min=0, max=1, help="How much the forget and retain-high texts share, 0 to 1.")
-    ] = 0.5,
-    with_oracle: Annotated[bool, Option("--with-oracle", help="Also a twin that never saw the hazard facts.")] = False,
+    entanglement: Annotated[float, Option(min=0, max=1, help="What forget and retain-high texts share, 0 to 1.")] = 0.5,
+    oracle: Annotated[bool, Option("--with-oracle", help="Also a twin that never saw the hazard facts.")] = False,
     as_json: options.Json = False,
 ) -> None:
     """Train the small model of a fictional world and write its texts and questions."""
     from srmu.testbed.build import build_testbed
 
-    report = build_testbed(
-        out, seed=seed, entanglement=entanglement, oracle=with_oracle, watch=show_progress, world=world
-    )
+    report = build_testbed(out, seed=seed, entanglement=entanglement, oracle=oracle, watch=show_progress, world=world)
     lines = [
         f"overlap of forget with {name.replace('/', ', ')}s: {share:.1%} of types"
         for name, share in report["overlap"].items()

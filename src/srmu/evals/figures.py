@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -22,14 +21,13 @@ class Panel(NamedTuple):
     kind: Literal["lines", "bars"] = "lines"
 
 
-@dataclass(frozen=True)
-class Analysis:
+class Analysis(NamedTuple):
     """Plain numbers (JSON values), what they say in sentences, and pictures of them: no word of a text."""
 
     title: str
     numbers: dict[str, Any]
     sentences: list[str]
-    panels: list[Panel] = field(default_factory=list)
+    panels: Sequence[Panel] = ()
 
 
 def format_number(value: float | None) -> str:
