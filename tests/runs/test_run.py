@@ -347,6 +347,30 @@ def test_scores_need_no_cache_folder(
     assert capsys.readouterr().err.count("results are not kept in") == 1
 
 
+@pytest.mark.parametrize("spoilt", ["disk", "lock"])
+def test_scores_outlive_a_folder_that_cannot_be_written(
+    spoilt: str, workplace: Path, quiz: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(path: Path, value: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    run = unlearn_config(config(workplace, "eval=[quiz]"))
+    monkeypatch.setattr("srmu.evals.results.write_json", refuse)
+    if spoilt == "lock":
+        (run.folder / ".results.lock").mkdir()
+    assert score_model(run)["after"]["quiz/acc"]["n"] > 0
+    assert f"what was measured is not kept in {run.folder}: No space left" in capsys.readouterr().err
+
+
+def test_a_record_that_was_edited_is_found_before_the_work(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = unlearn_config(config(workplace))
+    path = run.folder / "record.json"
+    path.write_text(path.read_text().replace('"steps": 3', '"steps": 4'))
+    monkeypatch.setattr("srmu.evals.score.evaluate", lambda *a, **b: pytest.fail("it was measured first"))
+    with pytest.raises(SrmuError, match="was edited after it was written"):
+        score_model(run.folder, ["quiz"])
+
+
 def test_a_base_that_changed_is_refused(workplace: Path) -> None:
     """Its bytes would go into the export beside tensors made for other ones."""
     run = unlearn_config(config(workplace))

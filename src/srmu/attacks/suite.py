@@ -61,7 +61,7 @@ def attack_run(
     """
     watch = watch or progress.choose_progress()
     chosen = select_attacks(tier, names)
-    results.load_results(run.folder)  # what is wrong with them must show before the work
+    results.check_results(run.folder)  # what is wrong with them must show before the work
     sources = fill_sources(sources, run.config, run.base)
     exam = load_exam(sources, run.config, seed)
     texts = load_texts(sources, run.config)

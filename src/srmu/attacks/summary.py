@@ -78,7 +78,8 @@ def merge_report(folder: Path, report: Report, known: Sequence[str]) -> Report:
             }
             record = {name: report[name] for name in ("tier", "seed", "chance", "tasks", "oracle", "not_tried", "K*")}
             rows, left = results.attack_rows(report)
-            results.merge_results(folder, rows, {"attacks": record | {"tried": tried}}, attacks=left)
+            with results.keep_going(folder):
+                results.merge_results(folder, rows, {"attacks": record | {"tried": tried}}, attacks=left)
     return report
 
 

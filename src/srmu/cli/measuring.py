@@ -43,6 +43,7 @@ def eval_command(
 ) -> None:
     """Measure a model, or a run before and after, on tasks and benchmarks."""
     from srmu.evals.benchmarks import BENCHMARKS, find_benchmark
+    from srmu.evals.results import RESULTS
     from srmu.evals.score import benchmark_table, score_benchmark, score_model
     from srmu.report.format import print_table
 
@@ -50,6 +51,8 @@ def eval_command(
     asked = [name for name in names if name.partition("/")[0] in BENCHMARKS]
     if not asked and (data or oracle or template):
         raise SrmuError(f"--data, --oracle and --template go with a benchmark: --tasks {', '.join(BENCHMARKS)}")
+    results = Path(target) / RESULTS
+    before = output.read_stamp(results)
     scores: dict[str, dict[str, Any]] = {}  # before, after, oracle -> metric -> value, n, ...
     others = tuple(name for name in names if name not in asked)
     if others or not asked:
@@ -64,7 +67,8 @@ def eval_command(
     if "before" in scores:
         run = output.shorten_path(Path(target))
         following = output.next_command("report", run) if asked else output.next_command("export", run, "OUT")
-        lines = [f"wrote the scores into {run}", following]
+        wrote = [f"wrote the scores into {run}"] if output.read_stamp(results) > before else []
+        lines = [*wrote, following]
     answer = scores if asked or "before" in scores else scores["after"]
     output.print_result(answer, as_json, *lines, table=score_table(scores))
 
@@ -114,9 +118,11 @@ def attack_command(
     asked, kept, names = (output.split_names(text) for text in (tasks, utility, attacks))
     sources = suite.Sources(asked, val, kept, str(tasks_dir or ""), neutral, holdout, oracle, limit)
     how: dict[str, Any] = {"seed": seed, "device": device, "confirm": confirm, "watch": show_progress}
+    before = output.read_stamp(run / RESULTS)
     report = suite.attack_run(Run.open(run), tier=tier, names=names, sources=sources, **how)
     folder = output.shorten_path(run)
-    lines = [f"wrote {folder / RESULTS}", output.next_command("compare", folder, "OTHER_RUN")]
+    lines = [f"wrote {folder / RESULTS}"] if output.read_stamp(run / RESULTS) > before else []
+    lines.append(output.next_command("compare", folder, "OTHER_RUN"))
     output.print_result(report, as_json, *describe_attacks(report), *lines, table=attack_table(report))
 
 

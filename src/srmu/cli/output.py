@@ -80,6 +80,11 @@ def parse_share(text: str) -> float:
     return value
 
 
+def read_stamp(path: Path) -> int:
+    """When a file was last written; 0 where there is none."""
+    return path.stat().st_mtime_ns if path.exists() else 0
+
+
 def shorten_path(path: Path) -> Path:
     """The path as one would type it here."""
     here = Path.cwd()

@@ -97,9 +97,13 @@ def require_space(path: Path, size: int) -> None:
     """SrmuError if `size` bytes plus a tenth do not fit on the disk of a path."""
     place = next(p for p in [path.resolve(), *path.resolve().parents] if p.exists())
     free = shutil.disk_usage(place).free
-    if free < 1.1 * size:
-        needs = f"{path} needs {1.1 * size / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free there"
+    if free < (needed := 1.1 * size):
+        needs = f"{path} needs {format_gb(needed)}, {format_gb(needed - free)} more than are free there"
         raise SrmuError(f"{needs}; free some, or name another disk")
+
+
+def format_gb(count: float) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e7 else f"{count / 1e6:.2f} MB" if count >= 1e4 else f"{count:.0f} bytes"
 
 
 def write_whole(path: Path, text: str) -> None:

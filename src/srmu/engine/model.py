@@ -3,6 +3,7 @@
 import ctypes
 import gc
 import re
+import signal
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
@@ -330,6 +331,25 @@ def return_freed_blocks() -> None:
 
 
 def release_memory() -> None:
-    gc.collect()
+    with hold_interrupt():  # inside a finaliser it would be swallowed
+        gc.collect()
     with suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+@contextmanager
+def hold_interrupt() -> Iterator[None]:
+    """Run the block, and only then the handler of an interrupt that came meanwhile."""
+    before = signal.getsignal(signal.SIGINT)
+    came: list[Any] = []
+    try:
+        signal.signal(signal.SIGINT, lambda *how: came.append(how))
+    except ValueError:  # not in the main thread, which is the one that is interrupted
+        before = None
+    try:
+        yield
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGINT, before)
+    if came and callable(before):
+        before(*came[0])

@@ -10,7 +10,7 @@ all its phrasings (without it, each asks for a different one). Other keys say ho
 
 import json
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from itertools import product
 from pathlib import Path
@@ -20,9 +20,10 @@ import numpy as np
 from filelock import FileLock
 
 from srmu.engine.files import write_json
+from srmu.engine.progress import print_line
 from srmu.errors import SrmuError
 from srmu.evals.statistics import average_seeds, parse_answers
-from srmu.runs.record import RECORD, RESULTS_LOCK, extend_record
+from srmu.runs.record import RECORD, RESULTS_LOCK, extend_record, read_record
 
 RESULTS = "results.json"
 KEYS = ("task", "metric", "when", "benchmark", "attack")
@@ -47,6 +48,22 @@ def load_results(folder: Path) -> dict[str, Any]:
     return dict(results)
 
 
+def check_results(folder: Path) -> None:
+    """SrmuError where a folder's results, or the record beside them, are damaged: before the work."""
+    load_results(folder)
+    if (folder / RECORD).exists():
+        read_record(folder / RECORD)
+
+
+@contextmanager
+def keep_going(folder: Path) -> Iterator[None]:
+    """Where a folder cannot be written to, say so and go on: what was measured is still to be shown."""
+    try:
+        yield
+    except OSError as error:
+        print_line(f"what was measured is not kept in {folder}: {error.strerror or error}")
+
+
 def row_key(row: Row) -> tuple[str, ...]:
     return tuple(row.get(key, "") for key in KEYS)
 
@@ -54,11 +71,16 @@ def row_key(row: Row) -> tuple[str, ...]:
 @contextmanager
 def lock_results(folder: Path) -> Iterator[None]:
     path = folder / RESULTS_LOCK
-    with FileLock(path, is_singleton=True) as lock:  # the same process may lock it twice
+    lock = FileLock(path, is_singleton=True)  # the same process may lock it twice
+    with suppress(OSError):  # it cannot be written to, which the writing will say
+        lock.acquire()
+    try:
         yield
         if lock.lock_counter == 1:
             # before the release: who waits sees that the file has no name, and makes it anew
             path.unlink(missing_ok=True)
+    finally:
+        lock.release()
 
 
 def merge_results(folder: Path, rows: Iterable[Row] = (), record: Mapping[str, Any] = {}, **facts: Any) -> None:

@@ -52,7 +52,7 @@ def score_model(
     if not tasks:
         raise SrmuError("no task named; give --tasks a,b")
     if out:
-        results.load_results(out)  # what is wrong with them must show before the work
+        results.check_results(out)  # what is wrong with them must show before the work
     tasks_dir = Path(tasks_dir) if tasks_dir is not None else tasks_beside(folder)
     base = weights.fingerprint_model(folder)
     ask = partial(evaluate, opened.module, opened.tokenizer, tasks, tasks_dir=tasks_dir, limit=limit, watch=watch)
@@ -62,7 +62,8 @@ def score_model(
         with opened.after():
             metrics["after"] = ask(fingerprint=weights.changed_fingerprint(base, run.delta) + own)
     if out and distributed.is_first():
-        merge_results(out, [row for when, of_it in metrics.items() for row in metric_rows(of_it, when)])
+        with results.keep_going(out):
+            merge_results(out, [row for when, of_it in metrics.items() for row in metric_rows(of_it, when)])
     return {when: plain_metrics(of_it) for when, of_it in metrics.items()}
 
 
@@ -100,7 +101,7 @@ def score_benchmark(
     data = data or (str(beside) if beside.is_dir() else "")
     request = pose_request(name, data, template, limit)  # what is wrong shows before the work
     if run:
-        results.load_results(run.folder)
+        results.check_results(run.folder)
     scores = {}
     if oracle not in ("", "none"):
         model = OpenedModel(weights.locate_model(oracle), None, device)
@@ -115,7 +116,8 @@ def score_benchmark(
             metrics = {key: entry | answers.get(key, {}) for key, entry in one["metrics"].items()}
             rows += metric_rows(metrics, when, benchmark=name)
         asked = {"data": data, **request.pin, "template": template, "oracle": oracle, "limit": limit}
-        merge_results(run.folder, rows, benchmarks={name: {"asked": asked, "rows": scores["after"]["rows"]}})
+        with results.keep_going(run.folder):
+            merge_results(run.folder, rows, benchmarks={name: {"asked": asked, "rows": scores["after"]["rows"]}})
     return {when: one["metrics"] for when, one in scores.items()}
 
 

@@ -22,6 +22,7 @@ from srmu.methods.importance import sum_features
 from srmu.methods.own_texts import count_chunks, write_anchors
 
 KAPPA = 8.0  # the default strength
+ROUNDING = 1e-9  # of the mean square of activations: two passes of some models differ by as much
 OWN = Needs("anchors=self")
 
 
@@ -210,7 +211,8 @@ class Misdirection(Objective):
         target = self.target(model, state, forget, retain, hidden.detach())
         held = model.hidden(retain, self.site)
         drift = float(token_mse(held.detach(), anchor, retain_mask).value) if step == 0 else 0.0
-        if drift > 0 and not model.delta():
+        # some models repeat themselves to the last bits only
+        if drift > ROUNDING * float(anchor.float().square().mean()) and not model.delta():
             why = f"the first retain loss is {drift:.3g} and not 0: the cached activations do not belong to this run"
             raise SrmuError(f"{why}; srmu info cache clear, or cache=none")
         size = hidden.shape[-1] if self.error == "sum" else 1.0

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from srmu.engine.files import require_place
+from srmu.engine.files import format_gb, require_place
 from srmu.engine.progress import Watch, ignore_progress
 from srmu.errors import SrmuError
 from srmu.evals.statistics import Draws
@@ -219,7 +219,7 @@ def estimate_needs(plan: Experiment, place: OneModel, rows: Sequence[PlannedRow]
     Texts have the lengths that the configs state; a model that is not here has its published dimensions.
     """
     spec, folder = place.spec, find_model(place.name, place.spec)
-    gb, duration = estimate.format_gb, estimate.format_duration
+    gb, duration = format_gb, estimate.format_duration
     size, asked = estimate.count_parameters(folder), spec["asked"]
     scoring = 2 * size * asked["tokens"]  # FLOPs for one model
     counts, methods, lines = Counter(row.method for row in rows), dict[str, Any](), list[str]()

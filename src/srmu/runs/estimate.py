@@ -12,6 +12,7 @@ import psutil
 import torch
 
 from srmu.engine import weights
+from srmu.engine.files import format_gb
 from srmu.engine.loading import build_skeleton, needs_conversion, read_config
 from srmu.engine.model import EditableModel, Site
 from srmu.engine.topic import Topic
@@ -314,10 +315,6 @@ def blank_topics(plan: RunPlan, documents: dict[str, int] | None = None) -> list
         forget, retain = ([counting.blank_batch((rows, length), cpu, False)] * count for length in lengths)
         topics.append(Topic(name, forget, retain, vocabulary=vocabulary, options=topic.options))
     return topics
-
-
-def format_gb(count: float) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e7 else f"{count / 1e6:.2f} MB"
 
 
 def format_duration(seconds: float) -> str:

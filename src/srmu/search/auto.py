@@ -20,7 +20,7 @@ from srmu.attacks.summary import describe_attacks
 from srmu.data.names import find_names, read_names
 from srmu.data.sources import Source, read_texts
 from srmu.engine import weights
-from srmu.engine.files import read_json, require_free, write_json
+from srmu.engine.files import format_gb, read_json, require_free, write_json
 from srmu.engine.progress import Watch, ignore_progress
 from srmu.errors import SrmuError
 from srmu.evals import separability
@@ -31,7 +31,7 @@ from srmu.report.build import write_report
 from srmu.report.format import read_estimate
 from srmu.runs import plan as runs
 from srmu.runs.config import find_method, make_config
-from srmu.runs.estimate import count_parameters, estimate_run, format_duration, format_gb
+from srmu.runs.estimate import count_parameters, estimate_run, format_duration
 from srmu.runs.record import extend_record
 from srmu.runs.run import Run
 from srmu.search import objective, robust
