@@ -784,12 +784,21 @@ def test_another_architecture_in_the_same_place(workplace: Path) -> None:
     assert len(list_activations()) == 2
 
 
-def poison(kind: str) -> None:
+def poison(kind: str, factor: float = 1.01) -> None:
     """Other values for the entries of a kind, under digests that are theirs."""
     for file in of_kind(list_activations()[0]["folder"], kind):
         ((name, tensor),) = load_file(file).items()
-        wrong = tensor * 1.01
+        wrong = tensor * factor
         save_file({name: wrong}, file, {"crc32": check_code(wrong)})
+
+
+def test_activations_that_differ_in_the_last_bit_belong_to_the_run(workplace: Path) -> None:
+    """Two passes of some models, Doge and Inkling, do."""
+    unlearn_config(config(workplace, "runs0"))
+    poison("2.resid_post", 1 + 2**-23)
+    run = unlearn_config(config(workplace, "runs1"))
+    first = json.loads((run.folder / "metrics.jsonl").read_text().splitlines()[0])
+    assert 0 < first["retain"] < 1e-9
 
 
 @pytest.mark.slow(keep=1)

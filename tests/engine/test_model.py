@@ -2,6 +2,8 @@
 
 import copy
 import json
+import os
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args
@@ -25,7 +27,7 @@ from helpers.models import (
 )
 from srmu.data.tokens import batch_rows, tokenise_texts
 from srmu.engine.loading import check_layers, find_layers, load_module, read_config
-from srmu.engine.model import EditableModel
+from srmu.engine.model import EditableModel, release_memory
 from srmu.engine.sites import Site, Stream, decoder_blocks, in_role
 from srmu.engine.topic import Batch
 from srmu.errors import SrmuError
@@ -466,3 +468,21 @@ def test_only_inside_only_trains_what_it_names() -> None:
             assert [p.requires_grad for p in model.trained.values()] == [False, True]
         assert [p.requires_grad for p in model.trained.values()] == [True, False]
     assert all(p.requires_grad for p in model.trained.values())
+
+
+def test_an_interrupt_while_memory_is_released_is_not_lost() -> None:
+    """Python only prints what a finaliser raises."""
+
+    class Interrupts:
+        def __init__(self) -> None:
+            self.me = self  # only the collector finds it
+
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    Interrupts()
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        release_memory()
+    assert signal.getsignal(signal.SIGINT) is before
+    release_memory()

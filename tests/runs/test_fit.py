@@ -52,6 +52,12 @@ def test_random_tokens_are_drawn_from_those_that_the_model_has(workplace: Path, 
     assert result.record["steps"] == 2
 
 
+BASE = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "pad_token_id": 0}
+SEVERAL = {**BASE, "intermediate_size": 48, "num_key_value_heads": 2}
+OTHERS = {
+    "openai-gpt": transformers.OpenAIGPTConfig(vocab_size=64, n_embd=32, n_layer=4, n_head=4, n_positions=64),
+    "granitemoe": transformers.GraniteMoeConfig(**SEVERAL, num_local_experts=4, num_experts_per_tok=2),
+}
 SHORT = {
     "gpt2": transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=4, n_head=4, n_positions=8),
     "opt": transformers.OPTConfig(
@@ -75,6 +81,28 @@ def test_a_text_longer_than_the_table_of_positions_is_named(name: str, workplace
 @pytest.mark.parametrize("name", ["llama", "falcon", "gpt_neox"])
 def test_rotary_positions_have_no_end(name: str) -> None:
     assert EditableModel(pico_module(name), ["*"]).position_count is None
+
+
+@pytest.mark.parametrize("method", ["rmu", "npo"])
+@pytest.mark.parametrize("name", OTHERS)
+def test_models_of_other_forms(name: str, method: str, workplace: Path) -> None:
+    """Layers that return a list; experts that are stored as they are, under another name."""
+    transformers.AutoModelForCausalLM.from_config(OTHERS[name]).save_pretrained(workplace / "other")
+    word_tokenizer().save_pretrained(workplace / "other")
+    layer = ["method.layer=2"] if method == "rmu" else []
+    run = make_run(workplace, f"model={workplace / 'other'}", *layer, method=method, out=workplace / "out")
+    assert run.delta and (workplace / "out").is_dir()
+
+
+def test_a_tokenizer_that_needs_a_library_says_which(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("srmu.runs.plan.find_spec", lambda name: None)
+    (workplace / "model" / "tokenizer.json").unlink()
+    (workplace / "model" / "tokenizer.model").write_bytes(b"\n\x0e\n")
+    (workplace / "model" / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    with pytest.raises(
+        SrmuError, match=r"a tokenizer\.model alone, needs a library: pip install sentencepiece protobuf"
+    ):
+        make_run(workplace)
 
 
 def test_a_head_under_another_name_is_written_back(tmp_path: Path) -> None:

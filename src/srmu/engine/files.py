@@ -103,7 +103,9 @@ def require_space(path: Path, size: int) -> None:
 
 
 def format_gb(count: float) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e7 else f"{count / 1e6:.2f} MB" if count >= 1e4 else f"{count:.0f} bytes"
+    return (
+        f"{count / 1e9:.2f} GB" if count >= 1e7 else f"{count / 1e6:.2f} MB" if count >= 1e4 else f"{count:.0f} bytes"
+    )
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -286,7 +286,7 @@ class EditableModel:
             else:
 
                 def record(args: Any, output: Any) -> None:
-                    if not isinstance(output, tuple):
+                    if not isinstance(output, tuple | list):
                         self.activations.keep(name, output.detach())
                     elif not any(isinstance(t, Tensor) and not t.is_floating_point() for t in output[1:]):
                         # else the next layer takes more than the first of them, such as indices: keep nothing

@@ -127,11 +127,12 @@ def edit_outputs(edits: Mapping[nn.Module, Edit]) -> AbstractContextManager[None
     """Put each module's output, the first of them where it is a tuple, through a function."""
 
     def hook(edit: Edit, args: Any, output: Any) -> Any:
-        value, *others = output if isinstance(output, tuple) else (output,)
+        several = isinstance(output, tuple | list)
+        value, *others = output if several else (output,)
         new = edit(value)
         if new is None:
             return None
-        return (new.to(value.dtype), *others) if isinstance(output, tuple) else new.to(value.dtype)
+        return type(output)((new.to(value.dtype), *others)) if several else new.to(value.dtype)
 
     return hook_outputs({module: partial(hook, edit) for module, edit in edits.items()})
 

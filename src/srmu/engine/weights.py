@@ -132,12 +132,12 @@ def checkpoint_names(
     for name, original in originals.items():
         close = ([key for key in where if are_alike(key, one)] for one in aliases.get(name, [name]))
         parts = [(keys, original) for keys in close if keys] or [([], original)]
-        if not parts[0][0] and original.ndim == 3:
+        if not parts[0][0]:
             layer = [key for key in where if layer_number(key) == layer_number(name)]
-            parts = [([key for key in layer if expert_of(key) == i], part) for i, part in enumerate(original)]
-        elif not parts[0][0]:  # transformers may give it another name: embed_out of GPT-NeoX is its lm_head
-            shape, layer = list(original.shape), [key for key in where if layer_number(key) == layer_number(name)]
-            parts = [([key for key in layer if entries[key]["shape"] == shape], original)]
+            # transformers may give it another name: embed_out of GPT-NeoX is its lm_head
+            parts = [([key for key in layer if entries[key]["shape"] == list(original.shape)], original)]
+            if not parts[0][0] and original.ndim == 3:
+                parts = [([key for key in layer if expert_of(key) == i], part) for i, part in enumerate(original)]
         matches = [[key for key in close if stores_values(where[key], key, part)] for close, part in parts]
         if any(len(keys) != 1 for keys in matches):
             raise SrmuError(f"{folder} does not store {name} in this form, once: cannot write it back")

@@ -111,7 +111,9 @@ def load_tokenizer(folder: Path) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds
         if (folder / "tokenizer.model").is_file() and find_spec("sentencepiece") is None:
-            mend = "pip install sentencepiece protobuf; AutoTokenizer's save_pretrained then writes one that needs neither"
+            mend = (
+                "pip install sentencepiece protobuf; AutoTokenizer's save_pretrained then writes one that needs neither"
+            )
             raise SrmuError(f"the tokenizer of {folder}, a tokenizer.model alone, needs a library: {mend}") from error
         raise SrmuError(f"the tokenizer of {folder} cannot be loaded: {first_line(error)}") from error
     if len(tokenizer) <= len(tokenizer.all_special_ids):
