@@ -96,7 +96,7 @@ def test_a_real_limit_of_the_file_size(made: Path, tmp_path: Path) -> None:
 def test_free_space_is_asked_for_first(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, 1000))
-    with pytest.raises(SrmuError, match="bytes more than are free there; free some"):
+    with pytest.raises(SrmuError, match=r"\d MB more than are free there; free some"):
         Run.open(made / "run").export(tmp_path / "out")
     with pytest.raises(SrmuError, match="are free there; free some"):
         start(made, f"runs_dir={tmp_path / 'runs'}", "seed=5")
