@@ -4,15 +4,7 @@ from torch import Tensor
 
 from helpers.attack_world import exam, subject, texts
 from helpers.models import pico_module, word_tokenizer
-from srmu.attacks.learned_prompts import (
-    GCG,
-    SplicedSubject,
-    common_end,
-    draw_swaps,
-    make_target,
-    suffix_gradient,
-    suffix_losses,
-)
+from srmu.attacks.learned_prompts import GCG, SplicedSubject, common_end, make_target, suffix_gradient, suffix_losses
 from srmu.evals.subject import Subject, mark_answers
 
 
@@ -70,12 +62,12 @@ def test_swaps_change_one_token_to_a_promising_one() -> None:
     generator = torch.Generator().manual_seed(0)
     suffix, allowed = torch.tensor([5, 6, 7]), torch.tensor([2, 4, 5, 6, 7, 9])
     steep = torch.arange(30.0).reshape(3, 10)
-    tried = draw_swaps(steep, suffix, allowed, 100, 256, generator)
+    tried = GCG(candidates=100).draw_swaps(steep, suffix, allowed, generator)
     assert len(tried) == 18  # all there are
     assert len({tuple(row) for row in tried.tolist()}) == 16  # three of them change nothing
     assert all((row != suffix).sum() <= 1 for row in tried)
     assert {*tried.flatten().tolist()} <= {*allowed.tolist()}
-    assert len(draw_swaps(steep, suffix, allowed, 4, 256, generator)) == 4
+    assert len(GCG(candidates=4).draw_swaps(steep, suffix, allowed, generator)) == 4
 
 
 @pytest.mark.slow

@@ -63,13 +63,10 @@ class Attack(ABC):
     id: ClassVar[str]  # in docs/attacks.md
     name: ClassVar[str]
     tier: ClassVar[Tier]  # the first one at which it runs
-    recovers: ClassVar[bool]  # it counts for K*
     by_tier: ClassVar[Mapping[Tier, Mapping[str, Any]]]  # constants that differ at a tier
 
-    def __init_subclass__(
-        cls, id: str, name: str, tier: Tier, recovers: bool = True, by_tier: Mapping[Tier, Mapping[str, Any]] = {}
-    ) -> None:
-        cls.id, cls.name, cls.tier, cls.recovers, cls.by_tier = id, name, tier, recovers, by_tier
+    def __init_subclass__(cls, id: str, name: str, tier: Tier, by_tier: Mapping[Tier, Mapping[str, Any]] = {}) -> None:
+        cls.id, cls.name, cls.tier, cls.by_tier = id, name, tier, by_tier
         dataclass(frozen=True, kw_only=True)(cls)
 
     @classmethod

@@ -64,13 +64,21 @@ class GCG(Attack, id="E12", name="gcg", tier="deep"):
         before = least = float(suffix_losses(model, targets, suffix[None], self.rows))
         for _ in range(self.steps):
             slopes = suffix_gradient(model, targets, suffix)
-            tried = draw_swaps(slopes, suffix, allowed, self.candidates, self.top, generator)
+            tried = self.draw_swaps(slopes, suffix, allowed, generator)
             values = suffix_losses(model, targets, tried, self.rows)
             suffix = tried[values.argmin()]  # Algorithm 2: also where it is worse
             if values.min() < least:
                 best, least = suffix, float(values.min())
         way = ask_exam(SplicedSubject(model, best.tolist(), -cue), exam, "suffix")
         return AttackResult([way], budget={"loss before": before, "loss after": least})
+
+    def draw_swaps(self, slopes: Tensor, suffix: Tensor, allowed: Tensor, generator: torch.Generator) -> Tensor:
+        """Different suffixes, each with one token replaced by one of the `top` that promise most."""
+        promising = allowed[slopes[:, allowed].topk(min(self.top, len(allowed)), largest=False).indices]
+        drawn = torch.randperm(promising.numel(), generator=generator)[: self.candidates]
+        tried = suffix.repeat(len(drawn), 1)
+        tried[torch.arange(len(drawn)), drawn // promising.shape[1]] = promising.flatten()[drawn]
+        return tried
 
     def cost(self, model: Subject) -> tuple[str, float]:
         """From the time of one forward."""
@@ -131,17 +139,6 @@ def suffix_gradient(model: Subject, targets: Sequence[Target], suffix: Tensor) -
         loss = target_nll(model, one, 1, inputs_embeds=read).sum()
         total += torch.autograd.grad(loss, read)[0][0, : len(suffix)].float()
     return (total.to(weight.dtype) @ weight.T).float().cpu()
-
-
-def draw_swaps(
-    slopes: Tensor, suffix: Tensor, allowed: Tensor, count: int, top: int, generator: torch.Generator
-) -> Tensor:
-    """Different suffixes, each with one token replaced by one of the `top` that promise most."""
-    promising = allowed[slopes[:, allowed].topk(min(top, len(allowed)), largest=False).indices]
-    drawn = torch.randperm(promising.numel(), generator=generator)[:count]
-    tried = suffix.repeat(len(drawn), 1)
-    tried[torch.arange(len(drawn)), drawn // promising.shape[1]] = promising.flatten()[drawn]
-    return tried
 
 
 class SoftPrompt(Attack, id="E13", name="soft_prompt", tier="deep"):

@@ -86,7 +86,7 @@ def log_truth_ratios(model: Subject, questions: Sequence[Question]) -> Array:
     return np.array([np.mean(row[:gold] + row[gold + 1 :]) - row[gold] for row, gold in rows])
 
 
-class Utility(Attack, id="E18", name="utility", tier="smoke", recovers=False):
+class Utility(Attack, id="E18", name="utility", tier="smoke"):
     """Answers to the tasks to keep, a way each; what neutral texts cost, and KL(original || model) on them; of greedy
     continuations of forget prompts, the share of token pairs that occurred before."""
 

@@ -130,9 +130,8 @@ class Noise(Attack, id="E11", name="noise", tier="standard"):
     seeds: int = 3
 
     def run(self, model: Subject, texts: Texts, exam: Exam, seed: int) -> AttackResult:
-        ways = [
-            ask_changed(model, exam, f"{share:.0%} pruned", partial(prune_matrix, share=share)) for share in self.pruned
-        ]
+        changes = {f"{share:.0%} pruned": partial(prune_matrix, share=share) for share in self.pruned}
+        ways = [ask_changed(model, exam, name, change) for name, change in changes.items()]
         for share in self.noise:
             right = []
             for i in range(self.seeds):

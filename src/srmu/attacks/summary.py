@@ -107,7 +107,7 @@ def describe_result(one: Attack, result: AttackResult, facts: Sequence[str], see
     """Its metrics; where its answers are to the exam, its settings and the best of them."""
     metrics = {key: asdict(value) for key, value in result.metrics.items()}
     entry: dict[str, Any] = {"status": result.status, "why": result.why, "metrics": metrics}
-    if result.ways and one.recovers:
+    if result.ways and one.name != KEPT:
         best = best_setting(result)
         entry["settings"] = {
             way.setting: {half: float(np.mean(r)) if r else None for half, r in (("val", way.val), ("test", way.test))}
