@@ -88,6 +88,22 @@ def test_benign_relearning_where_memory_ends(monkeypatch: pytest.MonkeyPatch) ->
         full.run(subject("unlearned"), texts(), exam(), 0)
 
 
+def test_texts_of_one_token_do_not_take_the_place_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[list[int]] = []
+
+    def tune(*given: Any, **_: Any) -> AttackResult:
+        read.append(given[4]["texts"])
+        raise NotApplicable("enough was seen")
+
+    monkeypatch.setattr(relearning, "tune_kinds", tune)
+    model = subject("oracle")
+    monkeypatch.setattr(model, "tokens", lambda text: [1] * len(text.split()), raising=False)
+    short = replace(texts(), neutral=[*texts().neutral[:5], *["w1"] * 40])
+    with pytest.raises(NotApplicable, match="enough"):
+        BenignRelearning(counts=(5,)).run(model, short, exam(), 0)
+    assert read == [[5]]
+
+
 def test_part_relearning_finds_what_is_hidden() -> None:
     """Suppressed facts come back with others; those never learned do not."""
     assert best(STRONG_PART.run(subject("unlearned"), texts(), exam(), 0)) > 0.55

@@ -104,16 +104,25 @@ def test_a_method_may_be_only_a_name(config_file: Path) -> None:
     assert (config.method.name, config.method.alpha) == ("rmu", 3.0)
 
 
+def test_a_train_option_that_is_none_names_those_there_are(config_file: Path) -> None:
+    with pytest.raises(SrmuError, match=r"train.utility is not an option") as told:
+        load_config(config_file, ["train.utility=1"])
+    assert "__" not in str(told.value)
+
+
 def test_numbers_as_yaml_reads_them(config_file: Path) -> None:
     config_file.write_text(config_file.read_text() + "train: {learning_rate: 5e-5}\n")
     assert yaml.safe_load("5e-5") == "5e-5"  # the trap
     assert load_config(config_file).train.learning_rate == 5e-5
 
 
-@pytest.mark.parametrize("value", ["&a [*a]", "[" * 999 + "]" * 999])
-def test_values_without_an_end(value: str, config_file: Path) -> None:
+@pytest.mark.parametrize(
+    ("value", "why"),
+    [("&a [*a]", "Circular"), ("[" * 999 + "]" * 999, "recursion"), ("2024-13-45", "month"), ("9" * 5000, "digits")],
+)
+def test_values_that_cannot_be_read(value: str, why: str, config_file: Path) -> None:
     config_file.write_text(f"{config_file.read_text()}seed: {value}\n")
-    with pytest.raises(SrmuError, match="holds itself, or values lie too deep"):
+    with pytest.raises(SrmuError, match=f"not YAML of a config: .*{why}"):
         load_config(config_file)
 
 

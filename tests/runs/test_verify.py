@@ -29,6 +29,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("made")
     pico_module().save_pretrained(folder / "model", max_shard_size="40KB")
     word_tokenizer().save_pretrained(folder / "model")
+    (folder / "model" / "README.md").write_text("# A model, as hubs have them: an export has a card of its own\n")
+    settings = json.loads((folder / "model" / "config.json").read_text())
+    (folder / "model" / "config.json").write_text(json.dumps(settings | {"license": "apache-2.0"}))
     for number, role in enumerate(("forget", "retain")):
         write_jsonl(folder / f"{role}.jsonl", texts(12, seed=number))
     run = unlearn_config(config(folder))
@@ -72,6 +75,10 @@ def test_the_record_is_what_the_schema_says(made: Path) -> None:
     wrong = record(made) | {"steps": "many"}
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(wrong, schema)
+
+
+def test_a_licence_of_the_config_is_recorded(made: Path) -> None:
+    assert record(made)["base"]["licence"] == "apache-2.0"
 
 
 def test_the_record_tells_of_the_change(made: Path) -> None:
@@ -271,6 +278,15 @@ def test_a_rerun_needs_the_same_base(copy: Path) -> None:
     with pytest.raises(SrmuError, match=r"is not the base model .*config.json differs"):
         rerun_record(path)
     assert not (copy / "again").exists()
+
+
+def test_a_rerun_refuses_a_file_that_came_to_the_base(copy: Path) -> None:
+    told = record(copy)
+    del told["base"]["files"]["generation_config.json"]
+    path = copy / "run" / "record.json"
+    path.write_text(audit_text(audit.seal_record(told)))
+    with pytest.raises(SrmuError, match=r"is not the base model .*generation_config.json differs"):
+        rerun_record(path)
 
 
 def test_a_manifest_is_read_once(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from srmu.evals.statistics import bootstrap_estimate
 from srmu.evals.subject import NotApplicable, Question, Subject, list_facts
 
 SMALL = 100_000_000  # parameters; a model with fewer bears higher learning rates
+POOL = 1000  # neutral texts, of which those of one token are left out
 
 Kinds = tuple[tuple[str, float, int], ...]  # of training: name, learning rate, rank of LoRA (0: all weights)
 Options = Mapping[str, Any]
@@ -104,7 +105,8 @@ class BenignRelearning(Attack, id="E7", name="benign_relearning", tier="smoke", 
     most: int | None = None  # steps of each kind on a small model; None: no limit
 
     def run(self, model: Subject, texts: Texts, exam: Exam, seed: int) -> AttackResult:
-        rows = text_rows(model, random.Random(seed).sample(texts.neutral, len(texts.neutral))[: max(self.counts)])
+        drawn = random.Random(seed).sample(texts.neutral, len(texts.neutral))[:POOL]
+        rows = text_rows(model, drawn)[: max(self.counts)]
         counts = [n for n in self.counts if n <= len(rows)] or [len(rows)]
         if is_small(model) and self.most is not None:
             counts = [n for n, read in zip(counts, accumulate(counts), strict=True) if self.epochs * read <= self.most]

@@ -27,7 +27,7 @@ class SRMU(Misdirection):
     importance: maps.Fusion = "ratio"
     statistic: Annotated[maps.Statistic, A_MAP] = "abs_mean"
     map_mode: Annotated[Literal["static", "per_batch", "ema"], A_MAP] = "static"
-    ema_decay: Annotated[float, Bounds(0, 0.9999), Needs("map_mode=ema")] = 0.9
+    ema_decay: Annotated[float, Bounds(0, 1 - TINY), Needs("map_mode=ema")] = 0.9
     direction: maps.Direction = "signs"
     shared_direction: Annotated[bool, DRAWN] = False  # one V for all topics
     target_mode: Literal["absolute", "additive"] = "absolute"  # additive: eq. 1, absolute: eq. 5

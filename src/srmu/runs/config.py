@@ -18,7 +18,7 @@ from srmu.data.sources import Source
 from srmu.data.topics import TopicConfig
 from srmu.engine.files import import_from_file, sha256
 from srmu.engine.train import TrainOptions
-from srmu.errors import SrmuError, suggest_word
+from srmu.errors import SrmuError, first_line, suggest_word
 from srmu.methods import METHODS, Method, Misdirection
 
 # keys that the weights do not depend on
@@ -122,8 +122,8 @@ def read_tree(path: Path) -> dict[str, Any]:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         raise SrmuError(f"{path}{line}: not YAML: {getattr(error, 'problem', error)}") from None
-    except (ValueError, RecursionError):
-        raise SrmuError(f"{path}: a value holds itself, or values lie too deep in each other") from None
+    except (ValueError, RecursionError) as error:
+        raise SrmuError(f"{path}: not YAML of a config: {first_line(error)}") from None
     if not isinstance(tree, dict):
         raise SrmuError(f"{path}: expected keys and values like 'model: folder'")
     return tree
@@ -245,7 +245,11 @@ def explain_error(error: ValidationError, where: str, schema: Any) -> str:
         if len(location) > 1:
             topic = Source if len(location) > 3 else TopicConfig
             schema = {"train": TrainOptions, "purpose": Purpose, "topics": topic}.get(location[0], schema)
-        fields = schema.model_fields if issubclass(schema, BaseModel) else schema.__dataclass_fields__
+        fields = (
+            schema.model_fields
+            if issubclass(schema, BaseModel)
+            else [field.name for field in dataclasses.fields(schema)]
+        )
         return f"{key} is not an option{suggest_word(location[-1], fields)}"
     if first["type"] in ("missing", "missing_argument"):
         return f"{key} is missing from the config"

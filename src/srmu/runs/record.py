@@ -121,11 +121,12 @@ def describe_base(model: str, revision: str | None, folder: Path, watch: Watch) 
     facts = {}
     with suppress(OSError, ValueError, YAMLError):  # no model card, or none that can be read
         facts = metadata_load(folder / "README.md") or {}
+    licence = facts.get("license") or read_json(folder / "config.json").get("license")
     return {
         "id": model,
         # the folder of a hub snapshot is named by its commit
         "revision": revision or (folder.name if folder.parent.name == "snapshots" else None),
-        "licence": str(facts["license"]) if facts.get("license") else None,
+        "licence": str(licence) if licence else None,
         "dtype": ", ".join(sorted(types)),
         "tokenizer": sha256(*(files[name]["sha256"].encode() for name in sorted(words))),
         "files": files,

@@ -51,7 +51,8 @@ def verify_folder(folder: Path, key: Path | None = None, watch: Watch = ignore_p
         expected["base model: "] = place, base
     else:
         for name, file in base.items():
-            own[name] = file | {"tensors": file["tensors"] | {n: after[n] for n in file["tensors"] if n in after}}
+            changed = {n: after[n] for n in file["tensors"] if n in after}
+            own.setdefault(name, file | {"tensors": file["tensors"] | changed})  # the card is the export's own
     differences = [f"{whose}{text}" for whose, files in expected.items() for text in compare_files(*files, watch)]
     known = {*own, path.name, SIGNATURE, audit.RESULTS_LOCK}
     inside = [file.relative_to(folder).as_posix() for file in sorted(folder.rglob("*")) if file.is_file()]
@@ -102,7 +103,8 @@ def rerun_record(
     record = audit.read_record(path)
     again = f"runs_dir={path.resolve().parent.parent / 'again'}"
     plan = plan_run(build_config(record["reproduction"]["config"], [again, *overrides]))
-    if foreign := audit.list_foreign_files(plan.base, record, watch):
+    added = {*audit.digest_folder(plan.base, watch)} - {*record["base"]["files"]}
+    if foreign := audit.list_foreign_files(plan.base, record, watch) or sorted(added):
         raise SrmuError(f"{plan.base} is not the base model of {path}: its {foreign[0]} differs; nothing was run")
     if plan.folder.resolve() == path.resolve().parent:
         raise SrmuError("runs_dir: name another folder than the record's own")

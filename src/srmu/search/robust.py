@@ -16,7 +16,7 @@ from srmu.attacks.relearning import RelearningSteps
 from srmu.attacks.suite import Sources, fill_sources, load_exam, load_texts
 from srmu.attacks.summary import best_setting
 from srmu.evals.statistics import LEAST
-from srmu.evals.subject import Question, Subject, list_facts
+from srmu.evals.subject import NotApplicable, Question, Subject, list_facts
 from srmu.methods.rename_scrub import RenameScrub
 from srmu.runs.config import Config
 from srmu.runs.run import Run, open_target
@@ -61,7 +61,10 @@ def measure_floor(run: Run, sources: Sources, report: Mapping[str, Any], names: 
         opened = open_target(run, "cpu")
         with opened.after() as module:
             subject, texts = Subject(module, opened.tokenizer), load_texts(sources, run.config)
-            result = RelearningSteps().run(subject, texts, invented, report["seed"])
+            try:
+                result = RelearningSteps().run(subject, texts, invented, report["seed"])
+            except NotApplicable:
+                return None
         highest = float(np.mean(best_setting(result).test))
     return {"of": what, "share": max(0.0, (highest - chance) / max(known - chance, 1e-9))}
 
