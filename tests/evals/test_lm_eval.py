@@ -420,6 +420,12 @@ def replaced(file: str, old: str, new: str) -> Callable[[Path], None]:
         (replaced("quiz.yaml", "test_split: test", "test_split: dev"), "'quiz' cannot be loaded"),
         (replaced("quiz.yaml", "version: 1.0", "version: ["), r"task file .*quiz\.yaml: "),
         (lambda d: write_task(d / "more", questions(1)), r"task file .*quiz\.yaml: another file has"),
+        (
+            replaced("quiz.yaml", "{data_files: {test: quiz.jsonl}}", "json"),
+            r"quiz\.yaml: dataset_kwargs: expected keys",
+        ),
+        (replaced("quiz.yaml", "{test: quiz.jsonl}", "[3]"), "'quiz': its data file 3 does not exist"),
+        (replaced("quiz.yaml", "task: quiz", "task: quiz\ninclude: quiz.yaml"), r"quiz\.yaml: it includes itself"),
         (replaced("quiz.yaml", "json\n", "org/unknown\n"), "'quiz' cannot be loaded: .*org/unknown"),
     ],
 )

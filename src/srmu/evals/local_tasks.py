@@ -68,11 +68,11 @@ def read_task_file(path: Path, seen: tuple[Path, ...]) -> Config:
         raise SrmuError(f"task file {path}: it includes itself")
     try:
         config = yaml.load(path.read_bytes(), TaskLoader)
+        if not isinstance(config, dict):
+            return {}
+        config = place_files(config, path.parent.resolve())
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise SrmuError(f"task file {path}: {getattr(error, 'problem', error)}") from error
-    if not isinstance(config, dict):
-        return {}
-    config = place_files(config, path.parent.resolve())
     merged: Config = {}
     for name in as_list(config.pop("include", None)):
         merged |= read_task_file(path.parent / str(name), (*seen, path.resolve()))
@@ -86,14 +86,17 @@ def place_files(config: Config, folder: Path) -> Config:
         placed["task"] = [place_files(one, folder) if isinstance(one, dict) else one for one in config["task"]]
     if isinstance(name := config.get("dataset_path"), str) and name not in FILE_FORMATS:
         placed["dataset_path"] = place_folder(name, folder)
-    if isinstance(kwargs := config.get("dataset_kwargs"), dict):
+    kwargs = config.get("dataset_kwargs")
+    if not isinstance(kwargs, dict | type(None)):
+        raise SrmuError("dataset_kwargs: expected keys and values like data_files: {test: quiz.jsonl}")
+    if kwargs:
         placed["dataset_kwargs"] = kwargs = dict(kwargs)
         if isinstance(name := kwargs.get("data_dir"), str):
             kwargs["data_dir"] = place_folder(name, folder)
         if files := kwargs.get("data_files"):
             splits = files if isinstance(files, dict) else {"train": files}
             kwargs["data_files"] = {
-                split: [path for name in as_list(names) for path in map(str, find_paths(name, folder) or [name])]
+                split: [path for name in as_list(names) for path in map(str, find_paths(str(name), folder) or [name])]
                 for split, names in splits.items()
             }
     return placed
@@ -149,7 +152,7 @@ def list_data(config: Config) -> Iterator[Path]:
 def describe_local(name: str, local: Local) -> str:
     """All that a folder says of a task, with what its files hold in place of where they are."""
     configs = {key: task.config for key, task in find_parts(name, local).items()}
-    text = json.dumps(configs, sort_keys=True, default=str)
+    text = json.dumps(configs, skipkeys=True, default=str)
     try:
         for path in [path for config in configs.values() for one in walk_configs(config) for path in list_data(one)]:
             inside = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
