@@ -31,7 +31,7 @@ from srmu.engine.topic import Batch, Topic
 from srmu.engine.train import FINISHED, TrainOptions
 from srmu.errors import SrmuError
 from srmu.methods import METHODS, Edit, Method, Misdirection, Objective
-from srmu.methods.base import Level, Session
+from srmu.methods.base import Level, Session, State
 from srmu.methods.logits import LogitObjective
 from srmu.runs import run as runs
 from srmu.runs.config import build_config, make_config
@@ -70,7 +70,7 @@ PADDED: dict[str, dict[str, Any]] = {"rna": {"noise": 0.0}}
 # Methods that do not change a given model.
 EXEMPT = {"retrain": "it trains the small models of the testbed from their first weights on"}
 # The lines of code of a method's class and of its file, without imports: 50, but for
-LINES = {"srmu": 60, "ssd": 55, "whp": 66, "rename_scrub": 115}
+LINES = {"srmu": 60, "ssd": 55, "whp": 67, "rename_scrub": 115}
 FILES = {"srmu": 60, "ssd": 55, "depn": 60, "repselect": 60, "quark": 130, "whp": 135, "rename_scrub": 210}
 CHEAP = ("llama", "gpt2", "mixtral", "gemma2")  # of the architectures
 
@@ -190,6 +190,17 @@ def test_the_seed_and_nothing_else_decides(method: Method) -> None:
     assert equal(one.delta, other.delta)
     assert one.logged == other.logged
     assert one.outcome.stop_reason == other.outcome.stop_reason
+
+
+@pytest.mark.slow(keep=2)
+@each_variant
+def test_to_measure_the_effect_changes_nothing(method: Method) -> None:
+    got = run(method, [topic()])
+    state = got.outcome.states.get("bio", State())
+    delta, drawn = copy.deepcopy(got.delta), {name: tensor.clone() for name, tensor in state.tensors.items()}
+    with torch.no_grad():
+        assert method.measure_effect(got.model, topic(), state)
+    assert equal(got.model.delta(), delta) and equal(state.tensors, drawn)
 
 
 def right(batch: Any) -> Any:
@@ -518,6 +529,9 @@ def test_a_run_from_texts_to_an_exported_checkpoint(
     expected = ("edited", 0) if issubclass(METHODS[name], Edit) else (FINISHED, 2)
     assert (record["stop_reason"], len(steps)) == expected
     assert record["steps"] == len(steps)
+    (numbers,), (sentence,) = record["effect"]["topics"].values(), record["effect"]["sentences"]
+    assert numbers and all(map(math.isfinite, numbers.values())) and record["effect"]["weights"] > 0
+    assert "try " in sentence or "srmu " in sentence  # what to type next
     assert run.config == runs.plan_run(config).config
     assert runs.unlearn_config(config).folder == run.folder  # found, not run again
     (model,) = seen

@@ -506,7 +506,6 @@ def test_sentences_lose_their_folders(text, left):
     [
         (lambda p: p / "typo", "typo is not a folder"),
         (lambda p: p, "holds no run, sweep or reproduction"),
-        (lambda p: (seeds_of(p)[0] / "results.json").unlink() or p / "SRMU-0", "srmu eval"),
         (lambda p: (write_sweep(p / "s") / "sweep.json").write_text("{}") and p / "s", "damaged"),
         (lambda p: (write_sweep(p / "s") / "sweep.json").write_text("{") and p / "s", "damaged"),
     ],
@@ -517,6 +516,22 @@ def test_wrong_folders_are_one_line(tmp_path, make, message, call):
     assert message in said
     assert len(said.strip().splitlines()) == 1
     assert not (tmp_path / "r.html").exists()
+
+
+def test_a_run_that_nothing_measured_was_attempted(tmp_path):
+    """Its page says so and shows what the run itself says; nothing is called suppressed."""
+    measured, other = seeds_of(tmp_path, count=2)
+    (other / "results.json").unlink()
+    record = json.loads((other / "record.json").read_text())
+    said = "organism: forget activations moved 1 % of the way: little was learned"
+    record["effect"] = {"sentences": [said], "warnings": ["organism: one forget document"]}
+    (other / "record.json").write_text(json.dumps(record))
+    page = Page(write_report([other], tmp_path / "r.html").read_text(encoding="utf-8"))
+    assert "attempted; effect not measured" in page.text
+    assert said in page.text and "organism: one forget document" in page.text
+    assert "suppress" not in page.text.lower()
+    both = Page(write_report([measured, other], tmp_path / "both.html").read_text(encoding="utf-8"))
+    assert "attempted" not in both.text and "1 run without results left out" in both.text
 
 
 def test_unclear_metrics_are_asked_for(tmp_path):

@@ -302,7 +302,7 @@ def test_the_page_and_the_card(made: Path) -> None:
         assert f"| {name} |" in page
     assert "a request" in page
     assert "other-model" in page
-    assert "No attack was run" in page
+    assert "attempted; effect not measured" in page
     card = write_model_card(told)
     head = card.split("---")[1]
     assert "unlearning" in head
@@ -314,6 +314,7 @@ def test_the_page_and_the_card(made: Path) -> None:
     assert "base_model_relation: finetune" in head
     assert "license: mit" in head
     scored = hub | {"results": {"before": {}, "after": {"quiz/acc": {"value": 0.25, "n": 4.0}}}}
+    assert "No attack was run" in write_model_card(scored)
     (entry,) = yaml.safe_load(write_model_card(scored).split("---")[1])["model-index"]
     assert entry["name"] == "name-srmu"
     assert entry["results"][0]["metrics"] == [{"type": "acc", "value": 0.25}]

@@ -5,6 +5,7 @@ A loss is a `Mean`: processes that share a batch each have a part of its sum and
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -41,6 +42,11 @@ class Mean:
 
     def __neg__(self) -> Mean:
         return self * -1.0
+
+
+def average_means(means: Sequence[Mean]) -> float:
+    """The mean over the values of all, each with weight 1; 0 over nothing."""
+    return sum(float(mean.total) for mean in means) / max(1, sum(int(mean.count) for mean in means))
 
 
 def masked_mean(values: Float[Tensor, "*B"], mask: Bool[Tensor, "*B"], least: int = 0) -> Mean:
@@ -86,6 +92,11 @@ def token_nll(logits: Float[Tensor, "B T V"], labels: Int[Tensor, "B T"]) -> Flo
     return torch.nn.functional.cross_entropy(
         logits[:, :-1].float().transpose(1, 2), labels[:, 1:], ignore_index=-100, reduction="none"
     )
+
+
+def token_distance(hidden: Float[Tensor, "B T D"], other: Float[Tensor, "*#BTD"]) -> Float[Tensor, "B T"]:
+    """Euclidean distance of each token's features."""
+    return (hidden.float() - other.float()).norm(dim=-1)
 
 
 def mean_nll(logits: Float[Tensor, "B T V"], labels: Int[Tensor, "B T"]) -> Mean:

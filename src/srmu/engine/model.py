@@ -247,6 +247,16 @@ class EditableModel:
                 changed[name] = distributed.gather_to_first(parameter.detach())
         return changed
 
+    def measure_change(self) -> float:
+        """|after - before| / |before| over all trained tensors; every process must call this."""
+        norms = torch.zeros(2)
+        for name, parameter in self.trained.items():
+            before = self.original[name].float()
+            parts = (parameter.detach().float() - before).norm(), before.norm()
+            norms = torch.hypot(norms, torch.stack([distributed.gather_tensor(part).cpu() for part in parts]))
+        moved, size = norms.tolist()
+        return moved / size if size else 0.0
+
     def _select(self, trainable: Sequence[str]) -> dict[str, nn.Parameter]:
         names = dict(self.module.named_parameters())
         chosen: dict[str, nn.Parameter] = {}

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from srmu.engine.losses import Mean, mean_kl, mean_nll
+from srmu.engine.losses import Mean, average_means, mean_kl, mean_nll
 from srmu.engine.model import EditableModel, copy_values
 from srmu.engine.topic import Batch, Topic, move_batch
 from srmu.errors import DivergedError
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from srmu.engine.train import TrainOptions
 
 ADVICE = "lower train.learning_rate or the strength (method.kappa or method.coeff)"
-CHECKED_BATCHES = 4  # of each role and topic, on which the stop rules are checked
+CHECKED_BATCHES = 4  # of each role and topic, on which stop rules are checked and the effect is measured
 RECENT = 10  # steps of a topic, whose median is its usual retain loss
 
 
@@ -56,9 +56,9 @@ class StopRules:
             return "", {}
         measured = {}  # nats of a forget token, KL of a retain token
         if self.ceiling is not None:
-            measured["forget_nll"] = self.average(self.forget, self.nll)
+            measured["forget_nll"] = average_means([*map(self.nll, self.forget)])
         if options.kl_budget is not None:
-            measured["kl"] = self.average(self.retain, self.kl)
+            measured["kl"] = average_means([*map(self.kl, self.retain)])
         if any(map(math.isnan, measured.values())):
             raise DivergedError(f"what the stop rules measure is not a number after {place}; {ADVICE}")
         nll = measured.get("forget_nll", 0.0)
@@ -80,11 +80,6 @@ class StopRules:
         with self.model.frozen():
             before = self.model.logits(batch)
         return mean_kl(before, self.model.logits(batch), batch["labels"])
-
-    def average(self, batches: Sequence[Batch], loss: Callable[[Batch], Mean]) -> float:
-        """The mean over the counted tokens of all batches."""
-        means = [loss(batch) for batch in batches]
-        return sum(float(mean.total) for mean in means) / sum(int(mean.count) for mean in means)
 
     def check_spike(self, topic: str, losses: Mapping[str, Tensor], total: float) -> str:
         """Why the retain loss of a step has run away, or "": it is many times its median over a topic's last steps."""

@@ -10,10 +10,12 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, get_args
 
 from torch import Tensor, nn
 
+from srmu.engine.losses import average_means, mean_nll
 from srmu.engine.model import EditableModel
 from srmu.engine.progress import Watch, ignore_progress
 from srmu.engine.resume import Checkpoints
-from srmu.engine.topic import Batch, Topic
+from srmu.engine.stopping import CHECKED_BATCHES
+from srmu.engine.topic import Batch, Topic, move_batch
 from srmu.engine.train import FINISHED, NOWHERE, Log, LossFunction, Schedule, Terms, TrainOptions, fit_model
 from srmu.errors import SrmuError
 
@@ -163,6 +165,23 @@ class Method(ABC):
         """Turn the original module into the result; `write` puts the changed tensors into it."""
         write()
         return nullcontext()
+
+    def result_logits(self, model: EditableModel, batch: Batch) -> Tensor:
+        """What the result answers, (B, T, V)."""
+        return model.logits(batch)
+
+    def measure_effect(self, model: EditableModel, topic: Topic, state: State) -> dict[str, float]:
+        """How far a run moved the first batches of a topic: nats of a token before and after."""
+        numbers: dict[str, float] = {}
+        for role in ("forget", "retain"):
+            batches = [move_batch(batch, model.device) for batch in getattr(topic, role)[:CHECKED_BATCHES]]
+            with model.frozen():
+                before = [mean_nll(model.logits(batch), batch["labels"]) for batch in batches]
+            after = [mean_nll(self.result_logits(model, batch), batch["labels"]) for batch in batches]
+            if batches:
+                both = {"before": before, "after": after}
+                numbers |= {f"{role}_nll_{when}": average_means(means) for when, means in both.items()}
+        return numbers
 
     @abstractmethod
     def apply(self, model: EditableModel, topics: Sequence[Topic], session: Session) -> MethodOutcome:

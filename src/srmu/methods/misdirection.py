@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
@@ -12,8 +13,17 @@ from torch import Tensor
 from srmu.engine import distributed
 from srmu.engine.activation_cache import digest_tensors, open_activations
 from srmu.engine.loading import check_layers
-from srmu.engine.losses import is_counted, token_cosine, token_mean, token_mse, without_first
+from srmu.engine.losses import (
+    average_means,
+    is_counted,
+    token_cosine,
+    token_distance,
+    token_mean,
+    token_mse,
+    without_first,
+)
 from srmu.engine.sites import Site, Stream, down_projection
+from srmu.engine.stopping import CHECKED_BATCHES
 from srmu.engine.topic import move_batch
 from srmu.engine.train import TrainOptions
 from srmu.errors import SrmuError
@@ -23,6 +33,7 @@ from srmu.methods.own_texts import count_chunks, write_anchors
 
 KAPPA = 8.0  # the default strength
 ROUNDING = 1e-9  # of the mean square of activations: two passes of some models differ by as much
+LEAST = 1e-30  # avoids a division by 0
 OWN = Needs("anchors=self")
 
 
@@ -202,6 +213,30 @@ class Misdirection(Objective):
     def retain_target(self, state: State, anchor: Tensor) -> Tensor:
         """Where retain activations are held, (B, T, D): at `anchor`, those of the original."""
         return anchor
+
+    def measure_effect(self, model: EditableModel, topic: Topic, state: State) -> dict[str, float]:
+        """How far activations moved: forget ones on the way to the target and in norms, retain ones in norms."""
+        state = State({**state.tensors}, {**state.numbers}, {**state.memory})  # `target` writes to it
+        ways, shifts, drifts = [], [], []
+        for pair in islice(topic.pairs(), min(CHECKED_BATCHES, len(topic.forget))):
+            forget, retain = (move_batch(batch, model.device) for batch in pair)
+            with model.frozen():
+                before = model.hidden(forget, self.site, keep=False)
+            after, mask = model.hidden(forget, self.site), self.measured_tokens(forget)
+            target = self.target(model, state, forget, retain, after)
+            left, way = (token_distance(hidden, target) for hidden in (after, before))
+            ways.append(token_mean(1 - left / way.clamp(min=LEAST), mask))
+            shifts.append(token_mean((way - left) / before.float().norm(dim=-1).clamp(min=LEAST), mask))
+        for batch in topic.retain[:CHECKED_BATCHES]:
+            batch = move_batch(batch, model.device)
+            with model.frozen():
+                anchor = model.hidden(batch, self.site, keep=False)
+            drift = token_distance(model.hidden(batch, self.site), anchor) / anchor.float().norm(dim=-1).clamp(
+                min=LEAST
+            )
+            drifts.append(token_mean(drift, self.measured_tokens(batch)))
+        means = {"forget_moved": ways, "forget_shift": shifts, "retain_moved": drifts}
+        return {name: average_means(each) for name, each in means.items()}
 
     def loss(self, model: EditableModel, state: State, forget: Batch, retain: Batch, step: int) -> Terms:
         with model.frozen():

@@ -62,6 +62,11 @@ class MultiSite(Objective):
         tensors = {f"{i}/{key}": t for i, part in parts.items() for key, t in part.tensors.items()}
         return State(tensors, {str(i): p.numbers for i, p in parts.items()}, {"parts": parts})
 
+    def measure_effect(self, model: EditableModel, topic: Topic, state: State) -> dict[str, float]:
+        parts = state.memory["parts"].items()
+        rows = [self.part(layer).measure_effect(model, topic, part) for layer, part in parts]
+        return {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
+
     def loss(self, model: EditableModel, state: State, forget: Batch, retain: Batch, step: int) -> Terms:
         def average(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
             return {key: torch.stack([row[key] for row in rows]).mean() for key in rows[0]}

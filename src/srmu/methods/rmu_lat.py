@@ -11,9 +11,8 @@ from torch import Tensor
 from srmu.engine.losses import is_counted, mean_nll, token_mse
 from srmu.engine.sites import edit_input
 from srmu.methods.base import Batch, Count, EditableModel, Weight
+from srmu.methods.misdirection import LEAST
 from srmu.methods.rmu import RMU
-
-LEAST = 1e-30  # avoids a division by 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -60,6 +60,11 @@ class WHP(LogitObjective):
             return super().at_inference(module, write)
         return combine_logits(module, write, partial(generic_logits, strength=self.strength))
 
+    def result_logits(self, model: EditableModel, batch: Batch) -> Tensor:
+        logits = model.logits(batch)
+        with model.frozen():
+            return generic_logits(model.logits(batch), logits, self.strength) if self.mode == "logits" else logits
+
     def reads(self, topic: Topic) -> int:
         return self.teacher_steps
 

@@ -60,10 +60,10 @@ def write_report(paths: Sequence[Path], out: Path, *, forget: Sequence[str] = ()
 def list_entries(paths: Sequence[Path]) -> tuple[list[RunGroup], list[str]]:
     """The runs in these folders, those together that differ in their seed or testbed alone.
 
-    And notes on runs that were left out.
+    Where some were measured, these alone, with a note on the others.
     """
     folders: dict[Path, Path] = {}
-    unmeasured = 0
+    measured: dict[Path, Path] = {}
     for path in paths:
         records = [*path.glob("*/record.json"), *path.glob("*/*/record.json")]
         made = [path] if (path / "record.json").is_file() else sorted(record.parent for record in records)
@@ -73,13 +73,12 @@ def list_entries(paths: Sequence[Path]) -> tuple[list[RunGroup], list[str]]:
             raise SrmuError(
                 f"{path} holds no run, sweep or reproduction: srmu unlearn, srmu sweep and srmu reproduce make them"
             )
-        measured = [run for run in made if load_results(run)["rows"]]
-        if not measured:
-            raise SrmuError(f"{made[0]} has no results; run `srmu eval {made[0]}` first")
-        unmeasured += len(made) - len(measured)
-        folders |= {run.resolve(): run for run in measured}
+        measured |= {run.resolve(): run for run in made if load_results(run)["rows"]}
+        folders |= {run.resolve(): run for run in made}
+    unmeasured = len(folders) - len(measured)
     left_out = f"{count_words(unmeasured, 'run')} without results left out: srmu eval measures a run."
-    return group_runs([Run.open(folder) for folder in folders.values()]), [left_out] if unmeasured else []
+    opened = [Run.open(folder) for folder in (measured or folders).values()]
+    return group_runs(opened), [left_out] if measured and unmeasured else []
 
 
 def group_runs(made: Sequence[Run]) -> list[RunGroup]:
@@ -131,7 +130,7 @@ def make_runs_page(
     title: str = "",
     notes: Sequence[str] = (),
 ) -> Page:
-    """The page on runs: one, or several to compare; without metrics one on their benchmarks.
+    """The page on runs: one, or several to compare; without metrics one on their benchmarks, or on what was attempted.
 
     The trade-off plot shows the first forget metric against the mean of the utility metrics, so
     these must be accuracies. `title`, `command` and the labels are printed as they are: keep
@@ -143,6 +142,8 @@ def make_runs_page(
     if len(utility) > 1:
         columns[MEAN] = list(utility)
     parts = make_sections(entries, labels, recoveries, list(columns))
+    folders = [run for entry in entries for run in entry.runs]
+    measured = any(load_results(run)["rows"] for run in folders)
     own = f"{labels[0]}: what was forgotten, and what came back" if columns else f"{labels[0]}: benchmarks"
     if columns:
         rows = results.aggregate_columns(entries, columns)
@@ -157,10 +158,15 @@ def make_runs_page(
             ends=[(name_words(name), rows[0].before.get(name), rows[0].after.get(name))
                   for name in (forget[0], list(columns)[-1])],
         )  # fmt: skip
-    else:
+    elif measured:
         words = write_words("benchmarks")
+    else:
+        own = f"{labels[0]}: attempted; effect not measured"
+        said = [text for run in folders for text in results.read_effect(run)]
+        words = write_words("attempted", runs=count_words(len(folders), "run"), said=said)
     title = title or ("Ways of unlearning side by side" if len(entries) > 1 else own)
-    return Page(title, [*words, *describe_attempts(recoveries), *notes], parts, command, labels)
+    attempts = describe_attempts(recoveries) if measured else []
+    return Page(title, [*words, *attempts, *notes], parts, command, labels)
 
 
 def make_sections(

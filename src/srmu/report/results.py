@@ -116,8 +116,15 @@ def list_run_facts(folder: Path) -> dict[str, Any]:
         found["peak memory"] = f"{record['memory']['peak'] / 1e6:.0f} MB"
     if changed := record.get("changed"):
         found["changed tensors"] = f"{len(changed)}: {', '.join(changed[:12])}" + (", …" if len(changed) > 12 else "")
+    found["effect"] = "; ".join(read_effect(folder)) or None
     data = record.get("data", {})
     return found | {f"{topic}.{name} texts": facts for topic, sets in data.items() for name, facts in sets.items()}
+
+
+def read_effect(folder: Path) -> list[str]:
+    """What a run said of its effect when it ended."""
+    effect = read_json(folder / RECORD, {}).get("effect", {})
+    return [*effect.get("warnings", ()), *effect.get("sentences", ())]
 
 
 def format_fact(value: Any) -> str:

@@ -24,6 +24,7 @@ from srmu.methods import Method
 from srmu.methods.base import Session
 from srmu.runs import training
 from srmu.runs.config import Config, check_tree
+from srmu.runs.effect import measure_effect
 from srmu.runs.plan import load_topics
 from srmu.runs.record import compare_tensor
 from srmu.runs.run import Run, unlearn_config
@@ -35,8 +36,9 @@ Texts = Any  # texts, rows with a `text`, files (pathlib), a data set; see `as_s
 class InMemoryResult:
     """What a run would have written of unlearning in memory.
 
-    `record` holds what a run's record says, but for files; `steps` the lines of `metrics.jsonl`; `delta` the model's
-    changed tensors by name; `state` what the method drew or measured by topic.
+    `record` holds what a run's record says, but for files; `record["effect"]["sentences"]` say what it did.
+    `steps` holds the lines of `metrics.jsonl`, `delta` the model's changed tensors by name, `state` what the method
+    drew or measured by topic.
     """
 
     record: dict[str, Any]
@@ -150,6 +152,7 @@ def train_in_place(
         log = progress.log_steps(steps.append, callback)
         progress.outcome = config.method.apply(edited, topics, Session(config.train, log, watch))
         training.collect_changes(config, edited, progress)
+        progress.effect = measure_effect(config, edited, topics, progress.outcome.states, steps, watch)
         delta, original = progress.changed, edited.original
         changes = {name: compare_tensor(original[name].cpu(), delta[name].detach().cpu()) for name in delta}
         record = {

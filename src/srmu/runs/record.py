@@ -30,7 +30,7 @@ RESULTS_LOCK = ".results.lock"  # there while the results are written
 SCHEMA = 1  # raised when a field changes its meaning
 RECORD_SCHEMA: dict[str, Any] = read_json(Path(__file__).with_name("record.schema.json"))
 LIMITS = (
-    "Suppressed, not shown to be absent: other attacks, or more of the same, may recover more.",
+    "Not shown to be absent: other attacks, or more of the same, may recover more than was found.",
     "Nothing is said of copies, quantised or earlier versions, or models trained from this one.",
     "Test again after any fine-tuning, merging, quantisation or change of the system prompt.",
 )

@@ -19,7 +19,6 @@ from srmu.engine.progress import Watch, ignore_progress
 from srmu.engine.topic import Topic
 from srmu.engine.train import Log
 from srmu.errors import DivergedError, SrmuError
-from srmu.methods.importance import FLAT
 from srmu.runs import record as audit
 from srmu.runs.config import Config, load_config
 from srmu.runs.model_card import render_template, write_model_card
@@ -259,7 +258,8 @@ def list_changes(run: Run) -> tuple[dict[str, Any], list[dict[str, str]]]:
 
 
 def run_notes(run: Run) -> list[str]:
-    """What a person should know of a run's strength, map and reach, a sentence each."""
-    uniform = getattr(run.config.method, "importance", "") == "uniform"
-    notes = render_template("notes.txt", topics=run.record["topics"], flat=FLAT, uniform=uniform).splitlines()
-    return [*notes, f"changed: {explain_reach(run.record['reach'])}"]
+    """What a person should know of a run's strength, map, reach and effect, a sentence each."""
+    record = run.record
+    notes = render_template("notes.txt", topics=record["topics"]).splitlines()
+    reach = f"changed: {explain_reach(record['reach'])}"
+    return [*notes, reach, *record["effect"]["warnings"], *record["effect"]["sentences"]]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from srmu.engine import distributed, weights
 from srmu.engine.activation_cache import digest_tensors, open_activations
-from srmu.engine.files import require_space, sha256, write_json, write_whole
+from srmu.engine.files import read_json, require_space, sha256, write_json, write_whole
 from srmu.engine.loading import build_skeleton
 from srmu.engine.losses import is_counted
 from srmu.engine.model import EditableModel, release_memory
@@ -30,6 +30,7 @@ from srmu.methods.base import MethodOutcome, Session
 from srmu.runs import counting, estimate
 from srmu.runs import record as audit
 from srmu.runs.config import Config
+from srmu.runs.effect import measure_effect
 from srmu.runs.plan import RunPlan
 from srmu.runs.reach import describe_reach
 from srmu.runs.record import CONFIG, DELTA, METRICS, STATE
@@ -49,6 +50,7 @@ class Progress:
     steps: int = 0
     outcome: MethodOutcome = field(default_factory=lambda: MethodOutcome({}))
     changed: dict[str, Tensor] = field(default_factory=dict)
+    effect: dict[str, Any] = field(default_factory=dict)
     error: DivergedError | None = None
 
     @property
@@ -90,6 +92,9 @@ def train_run(plan: RunPlan, topics: list[Topic], watch: Watch, callback: Log | 
             progress.error, progress.outcome = error, MethodOutcome({}, str(error))
     progress.memory = {"before": before, "peak": max(distributed.gather_values(read_peak_memory(config.device)))}
     collect_changes(config, model, progress)
+    ended = topics if progress.error is None else []
+    lines = read_json(folder / METRICS) if first else []
+    progress.effect = measure_effect(config, model, ended, progress.outcome.states, lines, watch)
     if first:
         if progress.changed:
             meta = {"base_model": config.model, "method": config.method.name, "run": config.id}
@@ -265,6 +270,7 @@ def describe_training(
         "steps": progress.steps,
         "changed": sorted(progress.changed),
         "reach": describe_reach(build_skeleton(settings), progress.changed),
+        "effect": progress.effect,
         "flops": count_dense_flops(model, topics, progress.steps),
         "environment": audit.describe_environment(),
     }

@@ -1,0 +1,120 @@
+"""What a run did, measured at its end on texts that it holds: numbers, a sentence a topic, and warnings."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from srmu.engine.model import EditableModel
+from srmu.engine.progress import Watch
+from srmu.engine.stopping import RECENT
+from srmu.engine.topic import Topic
+from srmu.methods.base import Edit, Method, State
+from srmu.methods.importance import FLAT
+from srmu.methods.misdirection import KAPPA
+from srmu.runs.config import Config
+
+# In norms of an activation and in nats of a token. On testbeds, runs below LEARNED leave most questions answered, and
+# runs above SPOILT lose knowledge that they were to keep.
+LEARNED = {"forget_shift": 1.0, "forget_nll": 0.5}
+SPOILT = {"retain_moved": 0.5, "retain_nll": 0.5}
+MOST = 20.0  # times by which an advice changes a learning rate
+SPIKE = 1000.0  # times its first value, to which a retain loss must not rise in the first steps
+JUMP = 10.0  # times the first loss, likewise
+
+
+def measure_effect(
+    config: Config,
+    model: EditableModel,
+    topics: Sequence[Topic],
+    states: Mapping[str, State],
+    steps: Sequence[Mapping[str, Any]],
+    watch: Watch,
+) -> dict[str, Any]:
+    """What a record says of a run's effect; `steps` are the lines of its metrics. Every process must call this."""
+    weights = model.measure_change()
+    found: dict[str, Any] = {"weights": keep_finite(weights), "topics": {}, "sentences": [], "warnings": []}
+    with torch.no_grad(), watch("measuring the effect", len(topics)) as tick:
+        for topic in topics:
+            method, state = config.method.with_options(topic.options), states.get(topic.name, State())
+            numbers = method.measure_effect(model, topic, state)
+            said = f"{describe_numbers(numbers, weights)}: {judge_numbers(method, numbers, config.train.learning_rate)}"
+            own = [line for line in steps if line.get("topic") == topic.name]
+            found["topics"][topic.name] = {name: keep_finite(value) for name, value in numbers.items()}
+            found["sentences"].append(f"{topic.name}: {said}")
+            found["warnings"] += [f"{topic.name}: {text}" for text in list_warnings(method, topic, state, own)]
+            tick(topic.name)
+    return found
+
+
+def describe_numbers(numbers: Mapping[str, float], weights: float) -> str:
+    parts = []
+    if "forget_moved" in numbers:
+        way, norms, kept = (numbers[name] for name in ("forget_moved", "forget_shift", "retain_moved"))
+        parts.append(
+            f"forget activations moved {format_percent(way)} of the way to the target ({norms:.2g} times their norm)"
+        )
+        parts.append(f"retain activations {format_percent(kept)} of their norm")
+    for role in ("forget", "retain"):
+        if (rise := rise_of(numbers, role)) is not None:
+            parts.append(f"{role} tokens are {math.exp(min(-rise, 700.0)):.2g} times as likely as before")
+    return ", ".join([*parts, f"the weights changed by {format_percent(weights)}"])
+
+
+def judge_numbers(method: Method, numbers: Mapping[str, float], rate: float | None) -> str:
+    """What the numbers mean, and what to type next."""
+    rises = {f"{role}_nll": rise for role in ("forget", "retain") if (rise := rise_of(numbers, role)) is not None}
+    known = {**numbers, **rises}
+    reached = [known[name] / least for name, least in LEARNED.items() if name in known]
+    spoilt = [known[name] / most for name, most in SPOILT.items() if name in known]
+    at_once = isinstance(method, Edit) or bool(method.no_checkpoint)
+
+    def advise(factor: float) -> str:
+        if at_once or rate is None:
+            return f"see its options: srmu info methods {method.name}"
+        return f"try train.learning_rate={rate * factor:.1g}" + ", or srmu auto" * (factor > 1)
+
+    if not all(map(math.isfinite, [*reached, *spoilt])):
+        return f"the model is broken; {advise(1 / MOST)}"
+    if spoilt and max(spoilt) > 1:
+        return f"the retain texts suffered; {advise(1 / min(MOST, 2 * max(spoilt)))}"
+    if reached and min(reached) < 1:
+        if numbers.get("forget_moved", 0.0) > 0.5:
+            return f"little was asked for; try method.kappa={KAPPA:g}"
+        return f"little was learned; {advise(min(MOST, 2 / max(min(reached), 1e-9)))}"
+    return "srmu eval and srmu attack say what is left of the knowledge"
+
+
+def rise_of(numbers: Mapping[str, float], role: str) -> float | None:
+    """By how many nats a token of these texts became more costly."""
+    after = numbers.get(f"{role}_nll_after")
+    return None if after is None else after - numbers[f"{role}_nll_before"]
+
+
+def keep_finite(value: float) -> float | None:
+    """The value for JSON, which has no infinity."""
+    return value if math.isfinite(value) else None
+
+
+def format_percent(share: float) -> str:
+    return f"{100 * share:.0f} %" if abs(share) >= 0.1 else f"{100 * share:.2g} %"
+
+
+def list_warnings(method: Method, topic: Topic, state: State, steps: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """What makes a topic's run worth little whatever it reached."""
+    if 0 in (getattr(method, "kappa", None), getattr(method, "coeff", None)):
+        yield f"the strength is 0: forget activations shrink and go to no target; set method.kappa={KAPPA:g}"
+    if topic.counts.get("forget", {}).get("documents") == 1:
+        yield "one forget document: its wording may be unlearned rather than what it says; add texts that say the same"
+    for numbers in (state.numbers, *state.numbers.values()):  # of several layers: by layer
+        map_ = numbers.get("importance") if isinstance(numbers, dict) else None
+        if map_ and map_["sd"] < FLAT and getattr(method, "importance", "") != "uniform":
+            yield f"the map is nearly flat (sd under {FLAT}): it selects nothing; try method.importance=difference"
+    retain = [abs(line["retain"]) for line in steps[:RECENT] if "retain" in line]
+    if retain:
+        first = abs(steps[0].get("forget", 0.0)) + retain[0]
+        usual = next((value for value in retain if value > 0), math.inf)
+        if max(retain) > min(JUMP * first, max(SPIKE * usual, first)):
+            rise = f"the retain loss rose to {max(retain):.3g} in the first {len(retain)} steps"
+            yield f"{rise}; lower train.learning_rate"
