@@ -244,6 +244,7 @@ def test_a_map_that_is_nearly_flat(cls: type[Method], monkeypatch: pytest.Monkey
         ([0, 1e-4, 0.09], False),  # a thousandfold of next to nothing
         ([0, 1e-3, 0.5, 2.0], True),
         ([0, 0.9, 5.0], False),
+        ([1e-8, 0.9, 5.0], False),  # some models round
         ([0, 11.0], True),  # at once
         ([2.0, 2.5, 1.0], False),  # a likelihood, which does not begin at 0
         ([0, *[1e-3] * 9, 2.0], False),  # later the stop rule watches

@@ -114,7 +114,7 @@ def list_warnings(method: Method, topic: Topic, state: State, steps: Sequence[Ma
     retain = [abs(line["retain"]) for line in steps[:RECENT] if "retain" in line]
     if retain:
         first = abs(steps[0].get("forget", 0.0)) + retain[0]
-        usual = next((value for value in retain if value > 0), math.inf)
+        usual = next((value for value in retain if value > 1e-6 * first), math.inf)  # not of rounding
         if max(retain) > min(JUMP * first, max(SPIKE * usual, first)):
             rise = f"the retain loss rose to {max(retain):.3g} in the first {len(retain)} steps"
             yield f"{rise}; lower train.learning_rate"
