@@ -246,6 +246,13 @@ def test_attacked_and_evaluated_runs_together(tmp_path: Path) -> None:
     assert srmu.verdict == "noise"
 
 
+def test_there_is_no_share_of_knowledge_that_the_original_lacks(tmp_path: Path) -> None:
+    guessing = marked("0001" * (QUESTIONS // 4))
+    guessing["accuracy"] |= {"value": 0.25, "low": 0.2}
+    (row,) = compare_runs([attacked(tmp_path, "rmu", 0.25, 0.9, original=guessing)], 0.025)
+    assert row.residual is None and inside(row)
+
+
 def test_named_metrics_are_read_from_attacked_runs_too(tmp_path: Path) -> None:
     """Those that the attacks asked with K*; others from the evaluation, without."""
     runs = [attacked(tmp_path, "rmu", 0.5, 0.9), evaluated(tmp_path, "srmu", 0.5, 0.95)]

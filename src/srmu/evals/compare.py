@@ -184,7 +184,10 @@ def from_attacks(run: Run, attacks: Mapping[str, Any], draws: statistics.Draws) 
         both = np.stack([parse(kept["before"]), parse(kept["after"])], axis=1)
         before, after = draws.means(both, [(model, task, fact) for fact in kept["facts"]]).T
         drops.append(before - after)
-    numbers = [np.mean(drops, axis=0), right[:, -1], statistics.worst_case(right[:, :-1], attacks["chance"])]
+    residual = statistics.worst_case(right[:, :-1], attacks["chance"])
+    if attacks["original"]["accuracy"]["low"] <= attacks["chance"]:
+        residual = np.full_like(residual, np.nan)  # a share of no knowledge
+    numbers = [np.mean(drops, axis=0), right[:, -1], residual]
     asked = len(table), sum(len(kept["facts"]) for kept in attacks["utility"].values())
     return RunNumbers(run, metrics_of(attacks), right[:, 0], np.stack(numbers, axis=1), asked)
 
@@ -252,7 +255,7 @@ def read_method(method: str, points: Sequence[dict[Where, RunNumbers]], budget: 
         f"its strongest setting, where that loses less than {budget:.1%}": any(max(one) < budget for one in losses),
         "read between the original model and its weakest setting: add weaker ones": max(map(min, losses)) > budget,
         "not every seed has every setting": any(set(point) != set(where) for point in points),
-        "no K*: not all of its runs were attacked": any(attacked) and not all(attacked),
+        "no K*: of some runs no attack says one": any(attacked) and not all(attacked),
     }
     numbers = np.stack([read_along(curve, budget) for curve in curves], axis=1)
     if not all(attacked):
