@@ -142,9 +142,14 @@ def save(folder: Path, name: str) -> Path:
 
 def write(folder: Path) -> Path:
     """A testbed of the tiny world: `model`, `oracle`, tasks and texts."""
-    asked, told = exam(), texts()
     save(folder / "model", "original")
     save(folder / "oracle", "oracle")
+    return write_sets(folder)
+
+
+def write_sets(folder: Path) -> Path:
+    """Its tasks and texts alone."""
+    asked, told = exam(), texts()
     (folder / "tasks").mkdir()
     named = {"hazard": asked.test, "hazard_val": asked.val, **asked.utility}
     for name, questions in named.items():

@@ -40,7 +40,7 @@ def read_outputs(model: Subject, ids: Int[Tensor, "B T"], at: Bool[Tensor, "B T"
     outputs: list[Tensor] = []
 
     def keep(value: Tensor) -> None:
-        if value.ndim != 3:
+        if value.ndim != 3 or value.shape[:2] != ids.shape:
             raise NotApplicable("blocks of this model pass on more than one residual a token")
         outputs.append(value[at])
 

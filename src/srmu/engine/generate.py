@@ -101,7 +101,11 @@ def write_on(
     own = generator.generation_config
     generator.generation_config = settings  # else the checkpoint's own would fill in, say, a penalty on repetition
     try:
-        out = generator.generate(**read)
+        try:
+            out = generator.generate(**read)
+        except (ValueError, TypeError, AttributeError, IndexError):  # no cache that `generate` could use
+            settings.use_cache = False
+            out = generator.generate(**read)
     finally:
         generator.generation_config = own
     rows = out.sequences[:, ids.shape[1] :].tolist()

@@ -34,6 +34,8 @@ def read_config(folder: Path) -> Any:
     if not names[0].endswith(("ForCausalLM", "LMHeadModel")):
         what = f"{folder} is not a causal language model: its architecture is {names[0]}"
         raise SrmuError(f"{what}; srmu needs one that transformers loads with AutoModelForCausalLM")
+    if not hasattr(config, "num_hidden_layers"):
+        raise SrmuError(f"{folder} has no single stack of decoder layers (num_hidden_layers); srmu needs one")
     return config
 
 
@@ -157,5 +159,10 @@ def find_layers(module: PreTrainedModel) -> tuple[nn.Module, str]:
     for owner in module.base_model.modules():
         for attribute, inner in owner.named_children():
             if isinstance(inner, nn.ModuleList) and len(inner) == count:
+                lists = [part for part in owner.children() if isinstance(part, nn.ModuleList) and len(part) == count]
+                if len(lists) > 1:
+                    raise SrmuError(
+                        f"{type(module).__name__} keeps the parts of its layers in {len(lists)} lists; cannot be cut"
+                    )
                 return owner, attribute
     raise SrmuError(f"{type(module).__name__} has no list of {count} decoder layers; cannot be cut")

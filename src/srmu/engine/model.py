@@ -19,9 +19,9 @@ from transformers.pytorch_utils import Conv1D
 from srmu.engine import distributed
 from srmu.engine.activation_cache import Activations, Output
 from srmu.engine.loading import find_layers, load_module, read_config
-from srmu.engine.sites import Site, catch_value, hook_outputs, in_role, swap_blocks
+from srmu.engine.sites import Site, catch_value, hook_outputs, in_role, shape_by_token, swap_blocks
 from srmu.engine.topic import Batch
-from srmu.errors import SrmuError
+from srmu.errors import SrmuError, first_line
 
 
 class EditableModel:
@@ -142,7 +142,7 @@ class EditableModel:
         value = caught[0]
         if value.ndim == 4 and hasattr(self.module.config, "altup_num_inputs"):
             value = value.permute(1, 2, 0, 3)  # Gemma 3n: the first dimension holds streams, all features of a token
-        value = value.reshape(*batch["input_ids"].shape, -1)  # OPT flattens inside its layers
+        value = shape_by_token(value, *batch["input_ids"].shape)
         if self._frozen and keep:
             self.activations.keep(name, value)
         return value
@@ -158,11 +158,17 @@ class EditableModel:
             read = self.module.get_input_embeddings()(batch["input_ids"])
             extra = control.to(read.dtype).expand(len(read), -1).unsqueeze(1)
             mask = batch["attention_mask"]
-            logits = self.module(  # not inside _layers_for: its keys do not cover the control
-                inputs_embeds=torch.cat([read[:, :1], extra, read[:, 1:]], dim=1),
-                attention_mask=torch.cat([mask[:, :1], mask], dim=1),
-                use_cache=False,
-            ).logits
+            try:
+                logits = self.module(  # not inside _layers_for: its keys do not cover the control
+                    inputs_embeds=torch.cat([read[:, :1], extra, read[:, 1:]], dim=1),
+                    attention_mask=torch.cat([mask[:, :1], mask], dim=1),
+                    use_cache=False,
+                ).logits
+            except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise
+                what = f"{type(self.module).__name__} takes no embeddings in place of tokens ({first_line(error)})"
+                raise SrmuError(f"{what}; choose another method, such as method.name=npo") from error
             return logits[:, 1:]  # the first token predicts the control, which predicts the second
         with self._layers_for(batch, len(self.layers)):
             out = self.module(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)

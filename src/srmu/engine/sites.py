@@ -65,7 +65,7 @@ def in_role(layer: nn.Module, role: str) -> list[str]:
     In a mixture of experts `mlp_down` is the one tensor of all routed experts.
     """
     if role in ("linear", "mlp"):
-        names = [f"{n}.weight" for n, m in layer.named_modules() if isinstance(m, nn.Linear | Conv1D)]
+        names = [f"{n}.weight" for n, m in layer.named_modules() if is_linear(m)]
         return [n for n in names if role == "linear" or not re.search("attn|attention", n)]
     if role != "mlp_down":
         raise SrmuError(f"role {role!r} does not exist; choose one of mlp_down, linear, mlp")
@@ -74,6 +74,11 @@ def in_role(layer: nn.Module, role: str) -> list[str]:
     if not downs:
         raise SrmuError(f"{type(layer).__name__} has no weight in the role {role!r}; it has {', '.join(names)}")
     return sorted(downs, key=lambda name: "experts" in name)[:1]
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a plain product with its matrix, beside which an adapter can lie."""
+    return getattr(type(module), "forward", None) in (nn.Linear.forward, Conv1D.forward)
 
 
 def name_roles(name: str) -> set[str]:
@@ -92,6 +97,16 @@ def down_projection(layer: nn.Module) -> nn.Module:
         advice = "read resid_post or mlp_out, or take a method that needs no neurons, for example method.name=ssd"
         raise SrmuError(f"this model is a mixture of experts, each with neurons of its own: {advice}")
     return layer.get_submodule(name.removesuffix(".weight"))
+
+
+def shape_by_token(value: Tensor, batch: int, tokens: int) -> Tensor:
+    """Activations as (B, T, D), all that a token has together; SrmuError where a layer reads more than the tokens."""
+    if value.shape[:2] != (batch, tokens) and value.shape[0] != batch * tokens:  # OPT flattens inside its layers
+        raise SrmuError(
+            f"a layer gives {tuple(value.shape)} for {batch} texts of {tokens} tokens: this architecture reads more "
+            "than its tokens there; take a method of logits or weights, such as method.name=npo"
+        )
+    return value.reshape(batch, tokens, -1)
 
 
 def decoder_blocks(module: PreTrainedModel) -> nn.ModuleList:

@@ -31,7 +31,7 @@ class Harness(HFLM):
     def __init__(self, model: Any, tokenizer: Any, batch_size: int) -> None:
         with patch.object(model, "tie_weights"):  # HFLM calls it, which would undo an edit of a tied head
             # a copy, because HFLM may give the tokenizer a padding token
-            super().__init__(model, tokenizer=deepcopy(tokenizer), batch_size=batch_size)
+            super().__init__(model, tokenizer=deepcopy(tokenizer), batch_size=batch_size, backend="causal")
         self.encode_once = lru_cache(64)(super().tok_encode)  # a question comes with each option
         self.task = ""
         self.watch: Watch = ignore_progress

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from srmu.engine.losses import is_predicted, token_nll
-from srmu.engine.sites import down_projection, edit_input
+from srmu.engine.sites import down_projection, edit_input, shape_by_token
 from srmu.engine.topic import move_batch
 from srmu.errors import SrmuError
 from srmu.methods.base import Amount, Batch, Count, Edit, EditableModel, Share, State, Topic, Watch
@@ -85,7 +85,7 @@ def attribute_neurons(model: EditableModel, downs: Sequence[Any], text: Batch, p
     seen: list[Tensor] = []
 
     def scale(read: Tensor) -> Tensor:
-        w = read.detach().reshape(*ahead.shape[:2], -1)  # OPT flattens inside its layers
+        w = shape_by_token(read.detach(), *ahead.shape[:2])
         scaled = torch.where(ahead, scales[:, None, None].to(w.dtype) * w, w).requires_grad_()
         seen[:] = w, scaled
         return scaled.reshape(read.shape)

@@ -5,11 +5,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from torch import Tensor
 
 from srmu.engine import losses
 from srmu.engine.model import EditableModel, copy_values
+from srmu.engine.sites import is_linear
 from srmu.engine.train import TrainOptions, fit_model
 from srmu.errors import SrmuError
 from srmu.methods.base import Amount, Batch, Needs, Objective, Terms, Topic, Weight
@@ -36,7 +36,7 @@ class LogitObjective(Objective):
             return
         for name in model.trained:
             owner, _, kind = name.rpartition(".")
-            if kind != "weight" or not isinstance(model.module.get_submodule(owner), nn.Linear | Conv1D):
+            if kind != "weight" or not is_linear(model.module.get_submodule(owner)):
                 advice = "name others, for example method.parameters=['*.linear']"
                 raise SrmuError(f"method.lora_rank adapts the matrices of linear maps, which {name} is not; {advice}")
         with model.adapted(self.lora_rank, self.lora_alpha, topics[0].number("adapters")):
