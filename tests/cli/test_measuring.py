@@ -7,6 +7,7 @@ import pytest
 
 from helpers import attack_world as world
 from helpers.models import Call, write_jsonl
+from srmu.cli.measuring import attack_table, describe_metrics
 from srmu.evals.results import read_attacks
 
 
@@ -17,6 +18,7 @@ def inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
+TEXTS = ("--forget", "forget.jsonl", "--retain", "neutral.jsonl")
 GIVEN = ("--tasks", "hazard", "--neutral", "neutral.jsonl", "--attacks", "logit_lens,E2")
 
 
@@ -49,7 +51,8 @@ def test_attack_and_compare(call: Call, tmp_path: Path) -> None:
         (("attack", "RUN", *GIVEN, "--attacks", "logitlens"), "did you mean logit_lens"),
         (("attack", "RUN", *GIVEN, "--tier", "quick"), "'quick' is not one of"),
         (("attack", "RUN", *GIVEN, "--limit", "10"), "too few for an interval"),
-        (("compare", "RUN"), "srmu eval"),
+        (("compare", "RUN"), "--tasks TASK"),
+        (("inspect", "texts", *TEXTS, "--model", "model", "--tasks", "quizz"), "--tasks-dir names another"),
         (("compare", "model"), "model is not a finished run"),
         (("inspect", "model", "--what", "alignment"), "alignment needs a run"),
         (("inspect", "RUN", "--what", "alignment"), "alignment needs a run with one direction"),
@@ -88,9 +91,27 @@ def test_entanglement(call: Call, tmp_path: Path) -> None:
     assert "wrote pages/one.html" in done.out
     page = (tmp_path / "pages/one.html").read_text()
     assert "Plotly" in page and not any(text in page for text in world.texts().forget)
+    beside = call("inspect", "texts", *texts, "--model", "model", "--tasks", "hazard")
+    assert beside.code == 0, beside.err
     other = write_jsonl(tmp_path / "other.jsonl", ["w53 w54 w55"] * 3)
     answer = call("inspect", "texts", "--forget", "forget.jsonl", "--retain", other, "--json")
     assert json.loads(answer.out)["numbers"]["entanglement"] == 0
+
+
+def test_what_a_method_changes_leads_to_a_run_of_that_method(call: Call) -> None:
+    done = call("inspect", "model", "--method", "npo", "method.beta=0.2")
+    assert done.code == 0, done.err
+    assert "--retain R --method npo method.beta=0.2" in done.out
+
+
+def test_a_measure_without_answers_shows_its_number() -> None:
+    """Of what should stay the accuracy, and what the original's is; else the first number."""
+    kept = {"accuracy, kept": {"value": 0.91}, "repetition": {"value": 0.2}}
+    before = {"original": {"metrics": {"accuracy, kept": {"value": 0.95}}}}
+    assert describe_metrics({"metrics": kept, "controls": before}) == "accuracy, kept 0.91, original 0.95"
+    assert describe_metrics({"metrics": {"answers": {"value": 0.3}, "forget texts": {"value": 0.5}}}) == "answers 0.3"
+    report = {"attacks": {"utility": {"id": "E18", "why": "", "metrics": kept, "controls": before}}}
+    assert attack_table(report)[0]["setting"] == "accuracy, kept 0.91, original 0.95"
 
 
 @pytest.mark.slow(keep=1)

@@ -10,7 +10,7 @@ import pytest
 
 from helpers.results import keep_rows, write_metrics, write_report
 from srmu.errors import SrmuError
-from srmu.evals.compare import ComparisonRow, compare_runs, run_setting
+from srmu.evals.compare import ComparisonRow, compare_runs, run_setting, suggest_attack
 from srmu.evals.results import read_attacks
 from srmu.runs.config import build_config, make_config
 
@@ -314,6 +314,18 @@ def test_what_cannot_be_compared_is_refused_in_one_line(tmp_path: Path, case: st
     with pytest.raises(SrmuError) as caught:
         call(attacked(tmp_path, "rmu", 0.5, 0.9), make)
     assert expected in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_what_is_missing_is_named_as_a_command(tmp_path: Path) -> None:
+    """A run without results: what the other was asked; of attacks: the run without one, and how the other was."""
+    done, other = attacked(tmp_path, "rmu", 0.5, 0.9), folder_of(tmp_path, "npo", [], 0, "bed0")
+    with pytest.raises(SrmuError, match=rf"`srmu eval {other} --tasks hazard,near,far` first"):
+        compare_runs([done, other])
+    named = {"tasks": "hazard", "utility": "near,far", "seed": "0", "val": "hazard_val"}
+    assert suggest_attack([done, other], (), ()) == (other, named | {"tier": "smoke"})
+    assert suggest_attack([done], (), ()) == (done, named | {"tier": "standard"})
+    plain = evaluated(tmp_path, "simnpo", 0.5, 0.9)
+    assert suggest_attack([plain], ["hazard/acc"], ()) == (plain, {"tasks": "hazard", "utility": "near", "val": "split"})
 
 
 def test_a_setting_has_paths_by_name_and_templates_whole() -> None:

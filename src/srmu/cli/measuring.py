@@ -136,7 +136,7 @@ def attack_table(report: dict[str, Any]) -> list[dict[str, str]]:
         entry = attacks[name]
         whose = {who: entry.get("controls", {}).get(who, {}).get("accuracy") for who in ("original", "oracle")}
         numbers = {"accuracy": entry.get("accuracy"), "recovered": entry.get("recovery"), **whose}
-        setting = entry.get("chosen", "")
+        setting = entry.get("chosen") or describe_metrics(entry)
         if entry["why"]:
             setting = f"{entry['status']}: {entry['why']}"
         elif entry.get("valid") is False:
@@ -144,6 +144,14 @@ def attack_table(report: dict[str, Any]) -> list[dict[str, str]]:
         cells = {head: str(read_estimate(one)) if one else "" for head, one in numbers.items()}
         table.append({"attack": f"{entry['id']} {name}", **cells, "setting": setting})
     return table
+
+
+def describe_metrics(entry: Mapping[str, Any]) -> str:
+    """The first number of an attack that answers no questions, or the accuracies on what should stay, and before."""
+    metrics, before = entry["metrics"], entry.get("controls", {}).get("original", {}).get("metrics", {})
+    names = [name for name in metrics if name.startswith("accuracy")] or [*metrics][:1]
+    told = {name: f", original {before[name]['value']:.3g}" if name in before else "" for name in names}
+    return "; ".join(f"{name} {metrics[name]['value']:.3g}{other}" for name, other in told.items())
 
 
 @verbs.command("compare", rich_help_panel=GROUP)
@@ -157,10 +165,10 @@ def compare_command(
     """Compare methods at the same loss of utility, and say which differences are noise."""
     from dataclasses import asdict
 
-    from srmu.evals.compare import compare_runs
+    from srmu.evals.compare import compare_runs, suggest_attack
 
-    share = output.parse_share(budget)
-    rows = compare_runs(runs, share, output.split_names(metrics), output.split_names(utility_metrics))
+    share, named = output.parse_share(budget), (output.split_names(metrics), output.split_names(utility_metrics))
+    rows = compare_runs(runs, share, *named)
     table = [
         {
             "method": row.method,
@@ -177,8 +185,8 @@ def compare_command(
     attacked = any(row.residual for row in rows)
     if not attacked:
         lines.append("no attack was run on all of these: accuracy alone says little")
-    more = ["--tier", "standard"] if attacked else []
-    lines.append(output.next_command("attack", output.shorten_path(runs[0]), *more))
+    folder, more = suggest_attack(runs, *named)
+    lines.append(f"next: {output.quote_command('attack', output.shorten_path(folder), **more)}")
     output.print_result({"budget": share, "rows": [asdict(row) for row in rows]}, as_json, *lines, table=table)
 
 
@@ -239,7 +247,8 @@ def print_reach(target: str, method: str, settings: list[str], as_json: bool) ->
         following = output.next_command("inspect", target, "--what", "sensitivity")
     else:
         answer, rows = inspect_reach(target, method or "srmu", settings)
-        following = output.next_command("unlearn", "--model", target, "--forget", "F", "--retain", "R")
+        chosen = ["--method", method] if method else []
+        following = output.next_command("unlearn", "--model", target, "--forget", "F", "--retain", "R", *chosen, *settings)
     output.print_result(answer, as_json, answer["sentence"], following, table=rows)
 
 
@@ -271,8 +280,12 @@ def compare_texts(
     """How entangled two sets of texts are, and what to do about it."""
     from srmu.evals.analyses import open_model
     from srmu.evals.lm_eval import load_questions
+    from srmu.evals.score import tasks_beside
     from srmu.evals.separability import measure_entanglement
+    from srmu.runs.run import open_target
 
+    if model and tasks and tasks_dir is None:
+        tasks_dir = tasks_beside(open_target(model, device).base)
     questions = [question for task in output.split_names(tasks) for question in load_questions(task, tasks_dir)]
     opened = open_model(model, device) if model else None
     inside = (opened[0].module, opened[1]) if opened else None

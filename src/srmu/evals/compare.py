@@ -89,7 +89,12 @@ def compare_runs(
     for report in attacks.values():  # what was attacked says what to look up elsewhere
         named = named[0] or metrics_of(report)[0], named[1] or metrics_of(report)[1]
     metrics = [read_metrics(run.folder) for run in opened]
-    if not attacks and all(one["after"] for one in metrics):
+    for run, own in zip(opened, metrics, strict=True):
+        if run.folder not in attacks and not (own["before"] and own["after"]):
+            asked = [*chain(*named)] or [name for one in metrics for name in one["after"]] or ["TASK/acc"]
+            tasks = ",".join(dict.fromkeys(name.rpartition("/")[0] for name in asked))
+            raise SrmuError(f"{run.folder} has no results; run `srmu eval {run.folder} --tasks {tasks}` first")
+    if not attacks:
         shared = [name for name in metrics[0]["after"] if all(name in both[w] for both in metrics for w in both)]
         named = choose_metrics(shared, *named, opened[0].config.eval)
     check_attacks(opened, attacks)
@@ -144,6 +149,22 @@ def metrics_of(attacks: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, 
     return test, utility
 
 
+def suggest_attack(runs: Sequence[Path], forget: Sequence[str], utility: Sequence[str]) -> tuple[Path, dict[str, str]]:
+    """Which of some compared runs to attack next, and the options of `srmu attack` with which the others were."""
+    reports = [read_attacks(folder) for folder in runs]
+    folder = next((run for run, own in zip(runs, reports, strict=True) if not own), runs[0])
+    config = Run.open(folder).config
+    if report := next(filter(None, reports), None):
+        known = [*metrics_of(report)]
+        tier = report["tier"] if not all(reports) else "deep" if report["tier"] == "standard" else "standard"
+        more = {"val": report["tasks"]["val"], "tier": tier, "seed": str(report["seed"])}
+    else:
+        known = [*choose_metrics([*read_metrics(folder)["after"]], forget, utility, config.eval)]
+        more = {"val": "split"}
+    tasks, kept = (",".join(name.rpartition("/")[0] for name in names) for names in known)
+    return folder, {"tasks": tasks, "utility": kept, **more}
+
+
 def choose_metrics(
     known: Sequence[str], forget: Sequence[str], utility: Sequence[str], tasks: Sequence[str]
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -196,8 +217,6 @@ def from_metrics(run: Run, forget: tuple[str, ...], utility: tuple[str, ...], dr
     """A run's numbers from what was evaluated alone."""
     model, metrics = run.config.model, read_metrics(run.folder)
     before, after = metrics["before"], metrics["after"]
-    if not before or not after:
-        raise SrmuError(f"{run.folder} has no results; run `srmu eval {run.folder}` first")
     for name in (*forget, *utility):
         if name not in after or name not in before:
             why = f"{suggest_word(name, after)}; srmu eval {run.folder} --tasks TASK measures more"
