@@ -325,7 +325,10 @@ def test_what_is_missing_is_named_as_a_command(tmp_path: Path) -> None:
     assert suggest_attack([done, other], (), ()) == (other, named | {"tier": "smoke"})
     assert suggest_attack([done], (), ()) == (done, named | {"tier": "standard"})
     plain = evaluated(tmp_path, "simnpo", 0.5, 0.9)
-    assert suggest_attack([plain], ["hazard/acc"], ()) == (plain, {"tasks": "hazard", "utility": "near", "val": "split"})
+    assert suggest_attack([plain], ["hazard/acc"], ()) == (
+        plain,
+        {"tasks": "hazard", "utility": "near", "val": "split"},
+    )
 
 
 def test_a_setting_has_paths_by_name_and_templates_whole() -> None:

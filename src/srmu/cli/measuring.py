@@ -248,7 +248,9 @@ def print_reach(target: str, method: str, settings: list[str], as_json: bool) ->
     else:
         answer, rows = inspect_reach(target, method or "srmu", settings)
         chosen = ["--method", method] if method else []
-        following = output.next_command("unlearn", "--model", target, "--forget", "F", "--retain", "R", *chosen, *settings)
+        following = output.next_command(
+            "unlearn", "--model", target, "--forget", "F", "--retain", "R", *chosen, *settings
+        )
     output.print_result(answer, as_json, answer["sentence"], following, table=rows)
 
 

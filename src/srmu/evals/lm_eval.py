@@ -116,7 +116,9 @@ def _load_task(name: str, local: Local) -> Any:
         close = get_close_matches(name, {*local, *_builtin_tasks().all_tasks})
         meant = f", did you mean {' or '.join(close)}?" if close else ";"
         where = f"the tasks folder ({', '.join(local) or 'none there'}) and in lm-eval's own"
-        raise SrmuError(f"task {name!r} does not exist{meant} looked in {where} (lm-eval ls tasks); --tasks-dir names another")
+        raise SrmuError(
+            f"task {name!r} does not exist{meant} looked in {where} (lm-eval ls tasks); --tasks-dir names another"
+        )
     try:
         if name not in local:
             return _builtin_tasks().load([name])
