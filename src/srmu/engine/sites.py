@@ -78,7 +78,8 @@ def in_role(layer: nn.Module, role: str) -> list[str]:
 
 def is_linear(module: nn.Module) -> bool:
     """Whether a module is a plain product with its matrix, beside which an adapter can lie."""
-    return getattr(type(module), "forward", None) in (nn.Linear.forward, Conv1D.forward)
+    # routers give choices beside scores, and grouped maps multiply parts: each calls itself so
+    return isinstance(module, nn.Linear | Conv1D) and not re.search("Router|Grouped", type(module).__name__)
 
 
 def name_roles(name: str) -> set[str]:
