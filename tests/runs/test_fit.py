@@ -10,6 +10,7 @@ import transformers
 from helpers.models import pico_module, save_pico, texts, word_tokenizer, write_jsonl
 from srmu.engine.model import EditableModel
 from srmu.errors import SrmuError
+from srmu.evals.analyses import measure_confidence, open_model
 from srmu.methods import SRMU
 from srmu.runs.config import make_config
 from srmu.runs.in_memory import unlearn
@@ -75,6 +76,8 @@ def test_a_text_longer_than_the_table_of_positions_is_named(name: str, workplace
     model = ["model=" + str(workplace / "short"), "method.layer=2"]
     with pytest.raises(SrmuError, match=r"topic topic: a text has \d+ tokens, and the model 8 positions: set topics"):
         make_run(workplace, *model)
+    lists = {"forget": texts(6, 1), "retain": texts(6, 2)}
+    measure_confidence(*open_model(workplace / "short"), lists)  # reads what the table has room for
     assert make_run(workplace, *model, "topics.topic.max_length=8").record["steps"] == 2
 
 

@@ -117,12 +117,7 @@ class EditableModel:
 
     @property
     def position_count(self) -> int | None:
-        """The most tokens of a text where each position has a row of a table; None where there is no such table."""
-        limit = getattr(self.module.config, "max_position_embeddings", None)
-        tables = [*self.module.named_parameters(), *self.module.named_buffers()]
-        sizes = [len(table) for name, table in tables if table.ndim == 2 and re.search(r"pos|\bwpe\b", name)]
-        # some keep a row or two before that of the first token
-        return limit if limit and any(size in range(limit, limit + 3) for size in sizes) else None
+        return count_positions(self.module)
 
     def is_transposed(self, name: str) -> bool:
         """Whether the matrix of that name is stored as (in, out), as in a Conv1D."""
@@ -311,6 +306,15 @@ class EditableModel:
                 hooks[kept[self.fixed - 1]] = record
         with swap_blocks(self._place, kept), hook_outputs(hooks):
             yield
+
+
+def count_positions(module: PreTrainedModel) -> int | None:
+    """The most tokens of a text where each position has a row of a table; None where there is no such table."""
+    limit = getattr(module.config, "max_position_embeddings", None)
+    tables = [*module.named_parameters(), *module.named_buffers()]
+    sizes = [len(table) for name, table in tables if table.ndim == 2 and re.search(r"pos|\bwpe\b", name)]
+    # some keep a row or two before that of the first token
+    return limit if limit and any(size in range(limit, limit + 3) for size in sizes) else None
 
 
 def copy_values(places: Sequence[Tensor], values: Sequence[Tensor]) -> None:

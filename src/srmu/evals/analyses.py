@@ -58,11 +58,13 @@ def list_states(model: EditableModel) -> dict[str, Any]:
     return {"before": model.frozen, "after": nullcontext} if model.trained else {"model": nullcontext}
 
 
-def prepare_sets(texts: Texts, tokenizer: Any, documents: int = DOCUMENTS) -> dict[str, list[Batch]]:
+def prepare_sets(
+    model: EditableModel, texts: Texts, tokenizer: Any, documents: int = DOCUMENTS
+) -> dict[str, list[Batch]]:
     """The first `documents` texts of each set as batches; SrmuError where none has two tokens."""
-    sets = {}
+    sets, length = {}, min(LENGTH, model.position_count or LENGTH)
     for name, some in texts.items():
-        rows = tokenise_texts(list(some)[:documents], tokenizer, LENGTH) if some else []
+        rows = tokenise_texts(list(some)[:documents], tokenizer, length) if some else []
         if not rows:
             raise SrmuError("no text of two tokens or more to analyse; name forget and retain texts")
         sets[name] = list(batch_rows(rows, tokenizer, BATCH, "mask"))
@@ -73,7 +75,7 @@ def measure_confidence(
     model: EditableModel, tokenizer: Any, texts: Texts, *, watch: Watch = ignore_progress
 ) -> Analysis:
     """Means of MEASURES (entropy in nats) over NEW_TOKENS that a model writes greedily after half of each text."""
-    parts, states = prepare_sets(texts, tokenizer), list_states(model)
+    parts, states = prepare_sets(model, texts, tokenizer), list_states(model)
     means: dict[str, dict[str, dict[str, float]]] = {name: {} for name in parts}
     probabilities: dict[str, Tensor] = {}
     with watch("reading the model's confidence", sum(map(len, parts.values())) * len(states)) as tick:
@@ -103,7 +105,9 @@ def measure_tokens(model: EditableModel, batch: Batch) -> Float[Tensor, "N 4"]:
     """`measure_logits` at each token that the model writes after half of each row."""
     rows = zip(batch["input_ids"].tolist(), batch["attention_mask"].sum(dim=1).tolist(), strict=True)
     halves = [row[: max(1, length // 2)] for row, length in rows]
-    _, logits = generate.write_on(model.module, halves, NEW_TOKENS, generate.list_ends(model.module), keep_logits=True)
+    room = (model.position_count or LENGTH + NEW_TOKENS) - max(map(len, halves))
+    ends = generate.list_ends(model.module)
+    _, logits = generate.write_on(model.module, halves, min(NEW_TOKENS, room), ends, keep_logits=True)
     return measure_logits(torch.cat(logits)).cpu()
 
 
@@ -121,7 +125,7 @@ def measure_alignment(run: Run, model: EditableModel, tokenizer: Any, *, watch: 
     topics, panels = {}, []
     with watch("measuring directions", len(run.config.topics) * count) as tick:
         for number, (name, topic) in enumerate(run.config.topics.items(), 1):
-            batches = prepare_sets({name: read_texts(topic.forget)}, tokenizer)[name]
+            batches = prepare_sets(model, {name: read_texts(topic.forget)}, tokenizer)[name]
             layers = []
             for layer in range(count):
                 layers.append(measure_cosines(model, batches, Site(layer, site.stream), vectors[f"{name}.direction"]))
@@ -166,7 +170,7 @@ def measure_sensitivity(
     the final norm: up to what the unembedding reads; the mean over tokens and DRAWS draws. Each text's first token, an
     attention sink, stays as it is and is left out. A network that passes its input on unchanged has psi = SIZE^2.
     """
-    parts, states, count = prepare_sets(texts, tokenizer, NOISY), list_states(model), len(model.layers)
+    parts, states, count = prepare_sets(model, texts, tokenizer, NOISY), list_states(model), len(model.layers)
     psi: dict[str, list[float]] = {}
     with watch("adding noise", count * len(parts) * len(states)) as tick:
         for (name, batches), (when, state) in product(parts.items(), states.items()):

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from srmu.data.overlap import Definition, measure_contamination, measure_coverage, ngram_overlap
 from srmu.data.tokens import batch_rows, tokenise_texts
 from srmu.engine import losses, sites, train
-from srmu.engine.model import Batch
+from srmu.engine.model import Batch, count_positions
 from srmu.engine.progress import Watch, ignore_progress
 from srmu.errors import SrmuError
 from srmu.evals.figures import Analysis, Panel, write_sentences
@@ -94,7 +94,7 @@ def measure_separability(
     samples = []
     for name, texts in (("forget", forget), ("retain", retain)):
         few = [texts[i] for i in torch.randperm(len(texts), generator=generator)[:DOCUMENTS]]
-        rows = tokenise_texts(few, tokenizer, LENGTH) if few else []
+        rows = tokenise_texts(few, tokenizer, min(LENGTH, count_positions(module) or LENGTH)) if few else []
         samples.append(draw_sample(name, [*batch_rows(rows, tokenizer, BATCH, "mask")], TOKENS, generator))
     if (least := min(len(sample.owners) for sample in samples)) <= COMPONENTS:
         raise SrmuError(f"{least} tokens of a set are too few to compare: it takes over {COMPONENTS}, so more texts")
