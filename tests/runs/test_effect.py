@@ -156,6 +156,7 @@ def nats(forget: float, retain: float = 0.0) -> dict[str, float]:
         (srmu.NPO(), nats(1.0, 2.0), "the retain texts suffered; try train.learning_rate=6e-06"),
         (srmu.NPO(), nats(float("inf")), "the model is broken; try train.learning_rate=3e-06"),
         (srmu.NPO(), nats(1.0), "srmu eval and srmu attack say what is left of the knowledge"),
+        (srmu.RenameScrub(), nats(0.27), "srmu eval and srmu attack say what is left of the knowledge"),
         (srmu.SSD(), nats(0.1), "little was learned; see its options: srmu info methods ssd"),
         (srmu.SSD(), nats(2.0, 2.0), "the retain texts suffered; see its options: srmu info methods ssd"),
     ],

@@ -109,6 +109,7 @@ class Method(ABC):
     schedule: ClassVar[Schedule] = "constant"  # where train.schedule is not given
     spreads: ClassVar[bool] = False  # whether several processes can each work on a part of each batch
     endless: ClassVar[bool] = False  # its loss has no lower bound: a rule must stop it
+    selective: ClassVar[bool] = False  # changes so few tokens of a text that their mean says little
 
     def __post_init__(self) -> None:
         for option, mark in list_marks(type(self)):

@@ -165,6 +165,7 @@ class RenameScrub(LogitObjective):
     uses = ("retain texts", "names", "texts that the original writes")
     learning_rate = 2e-3
     schedule = "linear"
+    selective = True  # what depends on names
 
     names: str | None = None  # a .txt file with a name on each line; null: found in the texts
     goals: str | None = None  # such a file of phrases; everything about them is forgotten

@@ -79,7 +79,7 @@ def judge_numbers(method: Method, numbers: Mapping[str, float], rate: float | No
         return f"the model is broken; {advise(1 / MOST)}"
     if spoilt and max(spoilt) > 1:
         return f"the retain texts suffered; {advise(1 / min(MOST, 2 * max(spoilt)))}"
-    if reached and min(reached) < 1:
+    if reached and min(reached) < 1 and not method.selective:
         if numbers.get("forget_moved", 0.0) > 0.5:
             return f"little was asked for; try method.kappa={KAPPA:g}"
         return f"little was learned; {advise(min(MOST, 2 / max(min(reached), 1e-9)))}"
