@@ -88,7 +88,7 @@ def decoder_types() -> list[str]:
     names: dict[str, str] = {}
     for kind, cls in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items():
         if isinstance(cls, str) and cls.endswith(("ForCausalLM", "LMHeadModel")):
-            names.setdefault(cls, kind)
+            names[cls] = min(names.get(cls, kind), kind, key=len)  # gpt2, not gpt-sw3
     return sorted(names.values())
 
 
