@@ -251,6 +251,7 @@ VERBS: dict[str, tuple[list[str], list[str]]] = {
     "missing config": (["unlearn", "c.yaml"], ["c.yaml: no such file"]),
     "folder config": (["unlearn", "model"], ["model: cannot be read"]),
     "eval nothing": (["eval"], ["Missing argument"]),
+    "no sweep": (["sweep"], ["srmu sweep configs/sweep-grid.yaml"]),
     "no tasks": (["eval", "model"], ["no task named; give --tasks a,b"]),
     "no model": (["eval", "nowhere", "--tasks", "a"], ["nowhere: no such folder"]),
     "no model in it": (["eval", ".", "--tasks", "a"], ["has no config.json"]),

@@ -21,7 +21,7 @@ from srmu.evals.matched import match_utility
 from srmu.evals.results import RESULTS, load_results, read_attacks, read_metrics
 from srmu.report import markdown
 from srmu.reproduce import experiment, robust
-from srmu.reproduce.experiment import NOT_RUN, read_preset
+from srmu.reproduce.experiment import read_preset
 from srmu.reproduce.robust import (
     average_attacks,
     build_frontier_tables,
@@ -409,9 +409,9 @@ def test_the_verb_refuses_in_one_line(tmp_path: Path, call: Any, words: Any, sai
 
 def test_nothing_there_is_shown_as_such(tmp_path: Path, call: Any) -> None:
     out = tmp_path / "out"
-    code, said, _ = call("reproduce", "robust", "--show", "--world", "closed", "--out", str(out))
-    assert code == 0 and NOT_RUN in said
-    assert json.loads((out / "robust.json").read_text())["seeds"] == [1, 2, 3]
+    code, _, said = call("reproduce", "robust", "--show", "--world", "closed", "--out", str(out))
+    assert code == 2 and "nothing was run" in said and "srmu reproduce robust --world closed" in said
+    assert said.count("\n") == 1 and not out.exists()
     code, said, _ = call("reproduce", "robust", "--dry-run", "--out", str(tmp_path / "other"))
     assert code == 0 and "12 testbeds to build" in said
     assert not (tmp_path / "other").exists()

@@ -87,5 +87,7 @@ def read_stamp(path: Path) -> int:
 
 def shorten_path(path: Path) -> Path:
     """The path as one would type it here."""
-    here = Path.cwd()
+    from srmu.engine.files import tidy_path
+
+    here, path = Path.cwd(), tidy_path(path)
     return path.relative_to(here) if path.is_relative_to(here) else path

@@ -171,6 +171,9 @@ def reproduce_frontier(
     with output.explain_interrupt("finished runs are kept: the same command goes on, and --show prints the tables"):
         cases = robust.measure_frontier(frontier, show_progress, make=not show)
     command = output.quote_command("reproduce", what, *settings, **asked)
+    if show and not any(row.runs for part in cases for row in part.rows):
+        again = output.quote_command("reproduce", what, *settings, **asked, out=out)
+        raise SrmuError(f"nothing was run in {out} yet; this runs it, and with --dry-run says what it takes: {again}")
     tables = robust.build_frontier_tables(frontier, cases, command)
     reports = robust.write_frontier_reports(frontier, cases, tables)
     print_study(tables, [*write_study(tables, out), *reports], as_json)

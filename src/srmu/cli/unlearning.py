@@ -35,13 +35,16 @@ def unlearn_command(
 ) -> None:
     """Unlearn: one run, from a config file or from --model, --forget and --retain."""
     from srmu.runs import run as runs
+    from srmu.runs.plan import FETCH
 
     config = choose_config(args or [], model, forget or [], retain or [], method)
     if dry_run:
         from srmu.runs.estimate import plan_dry_run
 
         config, estimate, lines = plan_dry_run(config)
-        output.print_result(estimate, as_json, config.to_yaml(), *lines, output.PLANNED)
+        fetched = f"next: {FETCH}, then the same with model=OWNER/NAME and without --dry-run"
+        following = fetched if "dimensions" in estimate else output.PLANNED
+        output.print_result(estimate, as_json, config.to_yaml(), *lines, following)
         return
     sharded = shard or os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1")
     plan = runs.plan_run(config, shard=sharded, offload=offload)
@@ -149,13 +152,20 @@ def choose_strength(request: "AutoRequest", dry_run: bool, as_json: bool) -> Non
 
 @verbs.command("sweep", rich_help_panel=GROUP)
 def sweep_command(
-    args: Annotated[list[str], Argument(metavar="CONFIG key=value", help="A sweep file, then overrides.")],
+    args: Annotated[
+        list[str] | None, Argument(metavar="CONFIG key=value", help="A sweep file, then overrides.")
+    ] = None,
     storage: Annotated[str, Option(help="postgresql://..., for many machines.")] = "",
     as_json: options.Json = False,
 ) -> None:
     """Try many settings of a config, alone or with other workers; a stopped sweep goes on."""
     from srmu.search import sweep as search
 
+    if not args:
+        raise SrmuError(
+            "name a sweep file, which says what to try in which config; configs/sweep-grid.yaml is one: "
+            "srmu sweep configs/sweep-grid.yaml"
+        )
     sweep = search.read_sweep(Path(args[0]), args[1:])
     with output.explain_interrupt(KEPT):
         report = search.run_sweep(sweep, storage, show_progress)

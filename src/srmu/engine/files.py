@@ -32,6 +32,12 @@ def cache_dir() -> Path:
         raise SrmuError("there is no home folder here; set SRMU_CACHE to a folder") from None
 
 
+def tidy_path(path: Path) -> Path:
+    """The path without `..`, where that is the same place: behind a link it may be another."""
+    plain = Path(os.path.normpath(path))
+    return plain if plain.resolve() == path.resolve() else path
+
+
 def find_paths(name: str, folder: Path = Path()) -> list[Path]:
     """The file or folder of that very name, else those that match it as a pattern; none where nothing does."""
     try:

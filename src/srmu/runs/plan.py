@@ -13,10 +13,13 @@ from srmu.data.tokens import pad_id
 from srmu.data.topics import load_topic
 from srmu.engine import distributed, weights
 from srmu.engine.activation_cache import limit_bytes
+from srmu.engine.files import tidy_path
 from srmu.engine.loading import build_skeleton, read_config, refuse_quantised, wanted_dtype
 from srmu.engine.topic import Topic
 from srmu.errors import SrmuError, first_line
 from srmu.runs.config import Config
+
+FETCH = "hf download OWNER/NAME"  # of a model on the hub
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class RunPlan:
 
     @cached_property
     def folder(self) -> Path:
-        return Path(self.config.runs_dir) / f"{self.config.id}-{self.config.method.name}"
+        return tidy_path(Path(self.config.runs_dir)) / f"{self.config.id}-{self.config.method.name}"
 
     @cached_property
     def here(self) -> bool:
@@ -115,10 +118,14 @@ def load_tokenizer(folder: Path) -> Any:
                 "pip install sentencepiece protobuf; AutoTokenizer's save_pretrained then writes one that needs neither"
             )
             raise SrmuError(f"the tokenizer of {folder}, a tokenizer.model alone, needs a library: {mend}") from error
-        raise SrmuError(f"the tokenizer of {folder} cannot be loaded: {first_line(error)}") from error
-    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        if not (reason := first_line(error).strip()).endswith(":"):  # else a list of what transformers looked for
+            raise SrmuError(f"the tokenizer of {folder} cannot be loaded: {reason}") from error
+        tokenizer = None
+    if tokenizer is None or len(tokenizer) <= len(tokenizer.all_special_ids):
         # Without files transformers makes an empty one, to which every text is unknown.
-        raise SrmuError(f"model folder {folder} has no tokenizer; copy its tokenizer.json there")
+        raise SrmuError(
+            f"model folder {folder} has no tokenizer; copy its tokenizer.json there, or fetch the model: {FETCH}"
+        )
     pad_id(tokenizer)
     return tokenizer
 
