@@ -39,6 +39,7 @@ def test_row(row: str, tmp_path: Path) -> None:
         ("deepseek_v4", "LoRA", ""),  # a linear map of its own kind
         ("deepseek_v4", "reward", "takes no embeddings in place of tokens"),
         ("gemma4_text", "reward", "takes no embeddings in place of tokens"),
+        ("axk2", "neurons", "MLPs of several widths"),
         ("mamba", "LoRA", ""),
         ("falcon", "LoRA", ""),
         ("phimoe", "LoRA", ""),  # its router is a linear map that gives more than a product

@@ -97,4 +97,6 @@ def attribute_neurons(model: EditableModel, downs: Sequence[Any], text: Batch, p
         (slope,) = torch.autograd.grad(-cost / is_predicted(text["labels"]).sum(), seen[1])
         # eq: DEPN, Att_k = w_k / m sum_j dP/dw_k at s_j w, summed over the predicted tokens
         attributions.append((seen[0].float() * slope.float() * ahead).sum(dim=(0, 1)) / points)
+    if len({len(one) for one in attributions}) > 1:
+        raise SrmuError("this model's layers have MLPs of several widths; take another method, such as method.name=ssd")
     return torch.stack(attributions)
