@@ -1,8 +1,6 @@
 """Readers of texts, which name the file and line of a bad row."""
 
-import codecs
 import csv
-import io
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -187,26 +185,23 @@ def read_file(path: Path, source: Source) -> Iterator[tuple[str, Any]]:
 
 def parse_file(path: Path, source: Source) -> Iterator[tuple[str, Any]]:
     """The rows of a file, by its suffix; for a line that is not JSON, the error instead of its row."""
-    suffix, encoding = path.suffix.lower(), find_encoding(path)
+    suffix = path.suffix.lower()
     if path.is_dir() or suffix == ".arrow":
         yield from number_rows(path, read_saved(path))
-    elif suffix in (".jsonl", ".ndjson"):
+        return
+    with path.open("rb") as start:
+        encoding = json.detect_encoding(start.read(4)).replace("utf-8", "utf-8-sig")  # with a mark or without
+    if suffix in (".jsonl", ".ndjson"):
         with path.open(encoding=encoding) as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield f"{path}:{number}", parse_json(line.strip(), path, number)
+            yield from parse_lines(file, path)
     elif suffix == ".json":
         text = path.read_text(encoding=encoding)
         listed = parse_json(text, path)
         if isinstance(listed, SrmuError):
-            lines = text.split("\n")
-            # as `datasets` and pandas write with lines=True
-            if isinstance(parse_json(lines[0], path), dict | str):
-                yield from (
-                    (f"{path}:{i}", parse_json(line, path, i)) for i, line in enumerate(lines, 1) if line.strip()
-                )
-                return
-            raise listed
+            if not isinstance(parse_json(text.partition("\n")[0], path), dict | str):
+                raise listed
+            yield from parse_lines(text.split("\n"), path)  # as `datasets` and pandas write with lines=True
+            return
         if isinstance(listed, dict) and {*source.columns} <= {*listed} and len(text.splitlines()) == 1:
             listed = [listed]
         if not isinstance(listed, list):
@@ -242,16 +237,6 @@ def parse_file(path: Path, source: Source) -> Iterator[tuple[str, Any]]:
         raise SrmuError(f"{path}: {suffix or 'no'} suffix; srmu reads .jsonl .json .csv .tsv .parquet .arrow .txt")
 
 
-def find_encoding(path: Path) -> str:
-    """UTF-16 where a file begins with its mark, or like its letters; else UTF-8, with a mark or without."""
-    with path.open("rb") if path.is_file() else io.BytesIO() as file:
-        start = file.read(4)
-    if start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-        return "utf-16"
-    zeros = [i for i, byte in enumerate(start) if byte == 0]
-    return "utf-16-le" if zeros == [1, 3] else "utf-16-be" if zeros == [0, 2] else "utf-8-sig"
-
-
 def read_saved(path: Path) -> Iterable[Any]:
     """The rows of a data set that `datasets` saved: a folder, or one of its .arrow files."""
     from datasets import Dataset, DatasetDict, load_from_disk
@@ -280,6 +265,10 @@ def read_hub(source: Source) -> Iterator[tuple[str, Any]]:
     for number, row in enumerate(table.select_columns(source.columns), 1):
         if source.template or str(row[source.column]).strip():
             yield f"{source.dataset} row {number}", row
+
+
+def parse_lines(lines: Iterable[str], path: Path) -> Iterator[tuple[str, Any]]:
+    return ((f"{path}:{i}", parse_json(line.strip(), path, i)) for i, line in enumerate(lines, 1) if line.strip())
 
 
 def parse_json(text: str, path: Path, line: int = 1) -> Any:

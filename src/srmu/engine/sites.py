@@ -39,8 +39,7 @@ class Site:
 
     def __post_init__(self) -> None:
         if self.stream not in get_args(Stream):
-            known = ", ".join(get_args(Stream))
-            raise SrmuError(f"stream {self.stream!r} does not exist; choose one of {known}")
+            raise SrmuError(f"stream {self.stream!r} does not exist; choose one of {', '.join(get_args(Stream))}")
 
     def __str__(self) -> str:
         return f"{self.layer}.{self.stream}"
@@ -52,8 +51,9 @@ def catch_value(layer: nn.Module, stream: Stream) -> Iterator[list[Tensor]]:
     caught: list[Tensor] = []
     place: Any = layer if stream == "resid_post" else getattr(layer, "mlp", None)
     if stream == "mlp_out" and place is None:
-        names = ", ".join(n for n, _ in layer.named_children())
-        raise SrmuError(f"{type(layer).__name__} has no 'mlp'; it has {names}")
+        raise SrmuError(
+            f"{type(layer).__name__} has no 'mlp'; it has {', '.join(n for n, _ in layer.named_children())}"
+        )
     neurons = stream == "mlp_post"
     with edit_input(down_projection(layer), caught.append) if neurons else edit_outputs({place: caught.append}):
         yield caught

@@ -213,15 +213,13 @@ def apply_delta(module: torch.nn.Module, folder: Path, delta: Tensors) -> None:
     parameters = dict(module.named_parameters(remove_duplicate=False))  # a tied head is stored where its file has it
     for name, tensor in delta.items():
         places = [p.data for known, p in parameters.items() if are_alike(known, name)]
+        layer = {known: p for known, p in parameters.items() if layer_number(known) == layer_number(name)}
         if not places and (number := expert_of(name)) is not None:
-            layer = [p for known, p in parameters.items() if layer_number(known) == layer_number(name)]
-            stacks = [p for p in layer if p.shape[1:] == tensor.shape and number < len(p)]
-            places = [p.data[number] for p in stacks if p.ndim == 3]
+            stacks = [p for p in layer.values() if p.ndim == 3 and p.shape[1:] == tensor.shape]
+            places = [p.data[number] for p in stacks if number < len(p)]
         if not places:  # under the name that transformers gives it
-            others = {n: p for n, p in parameters.items() if not any(are_alike(n, key) for key in where)}
-            places = [
-                p.data for n, p in others.items() if layer_number(n) == layer_number(name) and p.shape == tensor.shape
-            ]
+            renamed = [p for known, p in layer.items() if not any(are_alike(known, key) for key in where)]
+            places = [p.data for p in renamed if p.shape == tensor.shape]
         if len(places) != 1 or places[0].shape != tensor.shape:
             raise SrmuError(f"the delta's tensor {name} does not fit the model {folder}")
         places[0].copy_(tensor)
@@ -238,10 +236,8 @@ def export_checkpoint(
 ) -> None:
     """Write a full checkpoint: the files of the base, with the tensors of the delta, and `texts` by file name.
 
-    It appears in its place only after `check` of the folder that holds it.
-
-    Shards without a changed tensor become hard links if `link` is true, and by default where the base lies in the hub's
-    cache, whose files nobody edits.
+    It appears in its place only after `check` of the folder that holds it. Shards without a changed tensor become hard
+    links if `link` is true, and by default where the base lies in the hub's cache, whose files nobody edits.
     """
     where = list_shards(folder)
     if lost := sorted(set(delta) - set(where)):
@@ -309,8 +305,7 @@ def identify_base(folder: Path, depth: int | None) -> str:
 
 def fingerprint_model(folder: Path) -> str:
     """SHA-256 over a model's weights, config and tokenizer."""
-    deciding = {".safetensors", *KEPT} - {".md", ""}
-    names = sorted(p for p in folder.iterdir() if p.suffix in deciding)
+    names = sorted(p for p in folder.iterdir() if p.suffix in {".safetensors", *KEPT} - {".md", ""})
     return sha256(*(part for path in names for part in (path.name.encode(), path)))
 
 

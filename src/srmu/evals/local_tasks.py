@@ -3,9 +3,10 @@
 import json
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import yaml
 
@@ -15,6 +16,9 @@ from srmu.errors import SrmuError
 FILE_FORMATS = ("json", "csv", "parquet", "text", "arrow")  # dataset_path of a task kept in local files
 SIGNS = re.compile(r"[^\w\s./-]")  # that `datasets` may take for more than a name
 Config = dict[str, Any]
+Kind = Literal["folder", "file", "other"]
+# of the name of data and its kind: a folder, a local file, or another, which may be of the hub
+Change = Callable[[str, Kind], list[str]]
 
 
 class TaskLoader(yaml.SafeLoader):
@@ -70,7 +74,7 @@ def read_task_file(path: Path, seen: tuple[Path, ...]) -> Config:
         config = yaml.load(path.read_bytes(), TaskLoader)
         if not isinstance(config, dict):
             return {}
-        config = place_files(config, path.parent.resolve())
+        config = map_data(config, partial(place_data, folder=path.parent.resolve()))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise SrmuError(f"task file {path}: {getattr(error, 'problem', error)}") from error
     merged: Config = {}
@@ -79,40 +83,67 @@ def read_task_file(path: Path, seen: tuple[Path, ...]) -> Config:
     return merged | config
 
 
-def place_files(config: Config, folder: Path) -> Config:
-    """A config whose files and folders are named by their whole paths, where they lie in `folder`."""
-    placed = dict(config)
-    if isinstance(config.get("task"), list):
-        placed["task"] = [place_files(one, folder) if isinstance(one, dict) else one for one in config["task"]]
-    if isinstance(name := config.get("dataset_path"), str) and name not in FILE_FORMATS:
-        placed["dataset_path"] = place_folder(name, folder)
-    kwargs = config.get("dataset_kwargs")
+def map_data(config: Config, change: Change, more: Config | None = None) -> Config:
+    """A config, and those inside it, with what `change` makes of its data's names, and `more` kwargs for local data."""
+    changed = dict(config)
+    if isinstance(inside := config.get("task"), list):
+        changed["task"] = [map_data(one, change, more) if isinstance(one, dict) else one for one in inside]
+    path, kwargs = config.get("dataset_path"), config.get("dataset_kwargs")
+    in_files = path in FILE_FORMATS
+    if isinstance(path, str) and not in_files:
+        (changed["dataset_path"],) = change(path, "folder")
     if not isinstance(kwargs, dict | type(None)):
         raise SrmuError("dataset_kwargs: expected keys and values like data_files: {test: quiz.jsonl}")
-    if kwargs:
-        placed["dataset_kwargs"] = kwargs = dict(kwargs)
-        if isinstance(name := kwargs.get("data_dir"), str):
-            kwargs["data_dir"] = place_folder(name, folder)
+    if kwargs is not None:
+        is_local = in_files or Path(str(path)).is_absolute()
+        changed["dataset_kwargs"] = kwargs = kwargs | ((more or {}) if is_local else {})
+        if isinstance(kwargs.get("data_dir"), str):
+            (kwargs["data_dir"],) = change(kwargs["data_dir"], "folder")
         if files := kwargs.get("data_files"):
             splits = files if isinstance(files, dict) else {"train": files}
+            kind: Kind = "file" if in_files else "other"
             kwargs["data_files"] = {
-                split: [path for name in as_list(names) for path in map(str, find_paths(str(name), folder) or [name])]
+                split: [one for name in as_list(names) for one in change(str(name), kind)]
                 for split, names in splits.items()
             }
-    return placed
+    return changed
 
 
-def place_folder(name: str, folder: Path) -> str:
-    """The whole path of a folder that is named from that of the task, or from where one is; else the name."""
-    here = (Path(name).resolve(),) if Path(name).is_dir() else ()
-    return str(next((path for path in (*find_paths(name, folder), *here) if path.is_dir()), name))
+def place_data(name: str, kind: Kind, folder: Path) -> list[str]:
+    """The whole paths of what is named from the folder of the task, a folder also from where one is; else the name."""
+    found = find_paths(name, folder)
+    if kind == "folder":
+        found = [path for path in (*found, Path(name).resolve()) if path.is_dir()][:1]
+    return list(map(str, found)) or [name]
+
+
+def digest_data(name: str, kind: Kind) -> list[str]:
+    """What a file or folder holds; SrmuError where it is not there."""
+    path = Path(name)
+    if not path.is_absolute():
+        if kind == "file" and "://" not in name:
+            raise SrmuError(f"its data file {name} does not exist")
+        return [name]
+    inside = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    return [sha256(*(part for file in inside for part in (file.relative_to(path).as_posix().encode(), file)))]
+
+
+def copy_data(name: str, kind: Kind, folder: Path) -> list[str]:
+    """Data as it is, or its copy in `folder` where `datasets` would take its path for a pattern."""
+    path = Path(name)
+    if not (path.is_absolute() and SIGNS.search(name) and path.exists()):
+        return [name]
+    copy = folder / f"{len([*folder.iterdir()])}{path.suffix}"
+    (shutil.copytree if path.is_dir() else shutil.copyfile)(path, copy)
+    return [str(copy)]
 
 
 def list_members(config: Config) -> list[str]:
     """The names of the tasks and groups that a group's config names, those inside it too."""
-    inside = [one for each in walk_configs(config) if isinstance(each.get("task"), list) for one in each["task"]]
-    named = [(one.get("task"), one.get("group")) if isinstance(one, dict) else (one,) for one in inside]
-    return [name for names in named for name in names if isinstance(name, str)]
+    inside = config["task"] if isinstance(config.get("task"), list) else []
+    parts = [one if isinstance(one, dict) else {"task": one} for one in inside]
+    names = [name for one in parts for name in (one.get("task"), one.get("group"), *list_members(one))]
+    return [name for name in names if isinstance(name, str)]
 
 
 def find_parts(name: str, local: Local) -> Local:
@@ -126,73 +157,29 @@ def find_parts(name: str, local: Local) -> Local:
     return parts
 
 
-def walk_configs(config: Config) -> Iterator[Config]:
-    """A config, and those inside it."""
-    yield config
-    for one in as_list(config.get("task")):
-        if isinstance(one, dict):
-            yield from walk_configs(one)
-
-
-def list_data(config: Config) -> Iterator[Path]:
-    """The local files and folders that a config asks from; SrmuError where one is not there."""
-    kwargs: Config = config.get("dataset_kwargs") or {}
-    splits = kwargs.get("data_files") or {}
-    for name in (one for names in splits.values() for one in names):
-        path = Path(name)
-        if path.is_absolute():
-            yield path
-        elif config.get("dataset_path") in FILE_FORMATS and "://" not in name:
-            raise SrmuError(f"its data file {name} does not exist")
-    for name in (config.get("dataset_path"), kwargs.get("data_dir")):
-        if isinstance(name, str) and Path(name).is_absolute() and Path(name).is_dir():
-            yield Path(name)
-
-
 def describe_local(name: str, local: Local) -> str:
     """All that a folder says of a task, with what its files hold in place of where they are."""
-    configs = {key: task.config for key, task in find_parts(name, local).items()}
-    text = json.dumps(configs, skipkeys=True, default=str)
     try:
-        for path in [path for config in configs.values() for one in walk_configs(config) for path in list_data(one)]:
-            inside = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-            parts = (part for file in inside for part in (file.relative_to(path).as_posix().encode(), file))
-            text = text.replace(json.dumps(str(path)), sha256(*parts))
+        configs = {key: map_data(task.config, digest_data) for key, task in find_parts(name, local).items()}
     except (SrmuError, OSError) as error:
         raise SrmuError(f"task {name!r}: {error}") from None
-    return text
+    return json.dumps(configs, skipkeys=True, default=str)
 
 
 def write_parts(name: str, local: Local, scratch: Path) -> Path:
     """Write a task and its parts for lm-eval, their data under plain names; SrmuError where one names code."""
-    folder = scratch / "tasks"
+    folder, data = scratch / "tasks", scratch / "data"
     folder.mkdir()
+    data.mkdir()
+    own = {"cache_dir": str(scratch / "cache"), "keep_in_memory": True}  # the user's cache gains and lends nothing
     for number, task in enumerate(task for task in find_parts(name, local).values() if task.config):
-        text = yaml.safe_dump(copy_data(task.config, scratch / "data", task.path), allow_unicode=True)
+        try:
+            text = yaml.safe_dump(map_data(task.config, partial(copy_data, folder=data), own), allow_unicode=True)
+        except yaml.representer.RepresenterError as error:
+            what = f"{error.args[1]} is code, which srmu does not run"
+            raise SrmuError(f"task file {task.path}: {what}; write a template instead") from None
         (folder / f"{number}.yaml").write_text(text, encoding="utf-8")
     return folder
-
-
-def copy_data(value: Any, folder: Path, path: Path) -> Any:
-    """A task's values, with its data kept in `folder` where `datasets` would take a path for a pattern."""
-    if isinstance(value, FunctionName):
-        raise SrmuError(f"task file {path}: {value} is code, which srmu does not run; write a template instead")
-    if isinstance(value, list):
-        return [copy_data(one, folder, path) for one in value]
-    if isinstance(value, dict):
-        values = {key: copy_data(one, folder, path) for key, one in value.items()}
-        if isinstance(value.get("dataset_kwargs"), dict):
-            local = value.get("dataset_path") in FILE_FORMATS or Path(str(value.get("dataset_path"))).is_absolute()
-            # the user's cache gains and lends nothing
-            own = {"cache_dir": str(folder.parent / "cache"), "keep_in_memory": True} if local else {}
-            values["dataset_kwargs"] = values["dataset_kwargs"] | own
-        return values
-    if isinstance(value, str) and Path(value).is_absolute() and SIGNS.search(value) and Path(value).exists():
-        folder.mkdir(exist_ok=True)
-        copy = folder / f"{len([*folder.iterdir()])}{Path(value).suffix}"
-        (shutil.copytree if Path(value).is_dir() else shutil.copyfile)(value, copy)
-        return str(copy)
-    return value
 
 
 def as_list(value: Any) -> list[Any]:

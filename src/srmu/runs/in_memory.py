@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, overload
@@ -115,7 +116,7 @@ def unlearn_in_memory(
     callback: Log | None = None,
     watch: Watch = ignore_progress,
 ) -> tuple[PreTrainedModel, InMemoryResult]:
-    """Change a model in place; see `unlearn`. The same tensors as a run's, bit for bit."""
+    """Change a model in place; see `unlearn`. The same tensors as a run's, bit for bit; on an error none."""
     check_model(model, tokenizer)
     texts = {"forget": as_sources(forget, "forget"), "retain": as_sources(retain, "retain")}
     config = check_tree(
@@ -131,13 +132,6 @@ def unlearn_in_memory(
     if why := resolved.no_checkpoint:
         raise SrmuError(f"{why}; unlearn from a config")
     config = config.model_copy(update={"method": resolved, "train": resolved.training(config.train)})
-    return model, train_in_place(model, tokenizer, config, callback, watch)
-
-
-def train_in_place(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: Config, callback: Log | None, watch: Watch
-) -> InMemoryResult:
-    """Apply the method of a config with nothing left open; where an error ends it, the model is as before."""
     topics = load_topics(config, tokenizer)
     steps: list[dict[str, Any]] = []
     progress = training.Progress()
@@ -149,7 +143,7 @@ def train_in_place(
         # Where the first layer changes, no activation comes twice.
         twice = edited.fixed or config.method.depth is not None
         edited.activations = open_activations("memory" if twice else "none", {}, edited.device)
-        log = progress.log_steps(steps.append, callback)
+        log = partial(progress.log_step, steps.append, callback)
         progress.outcome = config.method.apply(edited, topics, Session(config.train, log, watch))
         training.collect_changes(config, edited, progress)
         progress.effect = measure_effect(config, edited, topics, progress.outcome.states, steps, watch)
@@ -162,7 +156,7 @@ def train_in_place(
             "seed": config.seed,
             "change": {"tensors": changes},
         }
-    return InMemoryResult(record, steps, delta, training.list_state(progress.outcome))
+    return model, InMemoryResult(record, steps, delta, training.list_state(progress.outcome))
 
 
 def check_model(model: Any, tokenizer: Any) -> None:
@@ -209,9 +203,8 @@ def edit_in_place(module: PreTrainedModel, method: Method) -> Iterator[EditableM
     """A model of the user's as the engine works on it; only the changed tensors differ afterwards, on an error none."""
     owner, attribute = find_layers(module)
     layers = getattr(owner, attribute)
-    flags = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
+    kept = [(parameter, parameter.requires_grad, parameter.grad) for parameter in module.parameters()]
     modes = [(part, part.training) for part in module.modules()]
-    gradients = [(parameter, parameter.grad) for parameter in module.parameters()]
     original: dict[str, Tensor] = {}
     try:
         module.zero_grad()  # else the first step would add what the user left there
@@ -224,9 +217,8 @@ def edit_in_place(module: PreTrainedModel, method: Method) -> Iterator[EditableM
         raise
     finally:
         setattr(owner, attribute, layers)
-        for parameter, flag in flags:
+        for parameter, flag, gradient in kept:
             parameter.requires_grad_(flag)
-        for parameter, gradient in gradients:
             parameter.grad = gradient
         for part, mode in modes:
             part.training = mode

@@ -13,10 +13,8 @@ from srmu.engine.sites import decoder_blocks, name_roles
 from srmu.runs.config import make_config
 from srmu.runs.plan import plan_run
 
-Table = list[dict[str, str]]
 
-
-def inspect_reach(model: str, method: str, overrides: list[str]) -> tuple[dict[str, Any], Table]:
+def inspect_reach(model: str, method: str, overrides: list[str]) -> tuple[dict[str, Any], list[dict[str, str]]]:
     """The layers a method would load and the tensors it would change, and a table of these; no weight is read."""
     plan = plan_run(make_config(model, "none", "none", method, overrides))  # no text is read
     unlearner, layers, skeleton = plan.config.method, plan.settings.num_hidden_layers, build_skeleton(plan.settings)
@@ -35,12 +33,13 @@ def inspect_reach(model: str, method: str, overrides: list[str]) -> tuple[dict[s
         f"trains {len(shapes)} tensors, {numbers / skeleton.num_parameters():.2%} of "
         f"{skeleton.num_parameters():,} numbers; {explain_reach(reach)}",
     }
-    left = {name: list(skeleton.get_parameter(name).shape) for name in reach["left"]}
-    rows = {True: shapes, False: left}
     return answer, [
-        {"tensor": name, "shape": " x ".join(map(str, shape)), "": "" if trained else "stays, of the same role"}
-        for trained, part in rows.items()
-        for name, shape in part.items()
+        {
+            "tensor": name,
+            "shape": " x ".join(map(str, skeleton.get_parameter(name).shape)),
+            "": "" if name in shapes else "stays, of the same role",
+        }
+        for name in (*shapes, *reach["left"])
     ]
 
 
@@ -49,20 +48,19 @@ def describe_reach(skeleton: Any, changed: Collection[str]) -> dict[str, Any]:
 
     The path is what a token passes: of experts it is routed to, as many as the router takes of all.
     """
-    sizes = dict.fromkeys((True, False), 0.0)  # numbers on a token's path: those that change, and others
-    for name, parameter in skeleton.named_parameters():
-        sizes[name in changed] += parameter.numel()
+    sizes = {name: float(parameter.numel()) for name, parameter in skeleton.named_parameters()}  # on a token's path
     matrices, left, prefix = 0, [], next(n for n, m in skeleton.named_modules() if m is decoder_blocks(skeleton))
     for number, layer in enumerate(decoder_blocks(skeleton)):
-        inside = {name: p for name, p in layer.named_parameters() if p.ndim > 1 and "conv" not in name}
-        whole = {name: f"{prefix}.{number}.{name}" for name in inside}
-        roles = {role for name in inside if whole[name] in changed for role in name_roles(name)}
-        matrices += sum(name in changed for name in whole.values())
-        left += [full for name, full in whole.items() if full not in changed and roles & name_roles(name)]
+        named = {f"{prefix}.{number}.{name}": parameter for name, parameter in layer.named_parameters()}
+        inside = {name: parameter for name, parameter in named.items() if parameter.ndim > 1 and "conv" not in name}
+        roles = {role for name in inside if name in changed for role in name_roles(name)}
+        matrices += sum(name in changed for name in inside)
+        left += [name for name in inside if name not in changed and roles & name_roles(name)]
         for name, parameter in inside.items():
             if parameter.ndim == 3 and "shared" not in name:
-                sizes[whole[name] in changed] -= parameter.numel() * (1 - share_routed(layer, len(parameter)))
-    return {"matrices": matrices, "left": left, "share_of_path": sizes[True] / sum(sizes.values())}
+                sizes[name] *= share_routed(layer, len(parameter))
+    share = sum(size for name, size in sizes.items() if name in changed) / sum(sizes.values())
+    return {"matrices": matrices, "left": left, "share_of_path": share}
 
 
 def share_routed(layer: nn.Module, count: int) -> float:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,16 +58,14 @@ class Progress:
     def seconds(self) -> float:
         return time.monotonic() - self.clock
 
-    def log_steps(self, write: Callable[[dict[str, Any]], object], callback: Log | None) -> Log:
-        """A log that counts the steps, and hands each to `write` as a line, and to the callback."""
-
-        def log(step: int, values: dict[str, float | str]) -> None:
-            self.steps = step + 1
-            write({"step": step, **values, "seconds": round(self.seconds, 4)})
-            if callback is not None:
-                callback(step, values)
-
-        return log
+    def log_step(
+        self, write: Callable[[dict[str, Any]], object], callback: Log | None, step: int, values: dict[str, float | str]
+    ) -> None:
+        """Count a step, and hand it to `write` as a line, and to the callback."""
+        self.steps = step + 1
+        write({"step": step, **values, "seconds": round(self.seconds, 4)})
+        if callback is not None:
+            callback(step, values)
 
 
 def train_run(plan: RunPlan, topics: list[Topic], watch: Watch, callback: Log | None = None) -> None:
@@ -84,7 +83,7 @@ def train_run(plan: RunPlan, topics: list[Topic], watch: Watch, callback: Log | 
         write_whole(folder / CONFIG, config.to_yaml())
     progress = resume_run(plan, data)
     with (folder / METRICS if first else Path(os.devnull)).open("a", buffering=1) as metrics:
-        log = progress.log_steps(lambda line: metrics.write(json.dumps(line) + "\n"), callback)
+        log = partial(progress.log_step, lambda line: metrics.write(json.dumps(line) + "\n"), callback)
         session = Session(config.train, log, watch, progress.checkpoints)
         try:
             progress.outcome = config.method.apply(model, topics, session)
@@ -306,8 +305,7 @@ def read_peak_memory(device: str) -> int:
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device)
     with suppress(OSError):
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return int(dict(line.split(":") for line in lines)["VmHWM"].split()[0]) * 1024
+        return 1024 * int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
     return psutil.Process().memory_info().rss
 
 
