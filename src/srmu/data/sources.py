@@ -190,7 +190,7 @@ def parse_file(path: Path, source: Source) -> Iterator[tuple[str, Any]]:
         yield from number_rows(path, read_saved(path))
         return
     with path.open("rb") as start:
-        encoding = json.detect_encoding(start.read(4)).replace("utf-8", "utf-8-sig")  # with a mark or without
+        encoding = json.detect_encoding(start.read(4))
     if suffix in (".jsonl", ".ndjson"):
         with path.open(encoding=encoding) as file:
             yield from parse_lines(file, path)
