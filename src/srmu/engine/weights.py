@@ -69,8 +69,7 @@ def list_shards(folder: Path) -> dict[str, Path]:
         found = f", only {pickles[0]}: convert it with save_pretrained" if pickles else ""
         raise SrmuError(f"model folder {folder} has no model.safetensors{found}")
     try:
-        listed = read_json(folder / INDEX)["weight_map"]
-        files = {str(name): str(file) for name, file in listed.items()}
+        files = {str(name): str(file) for name, file in read_json(folder / INDEX)["weight_map"].items()}
     except (SrmuError, KeyError, AttributeError, TypeError) as error:
         raise SrmuError(f"{folder / INDEX} is not a safetensors index") from error
     for file in sorted(set(files.values())):
