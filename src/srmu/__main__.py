@@ -10,13 +10,13 @@ def end_early(*how: Any) -> None:
     sys.exit(130)
 
 
-def main() -> None:
+def start_program() -> None:
     usual = signal.signal(signal.SIGINT, end_early)
-    from srmu.cli.main import main as run_program
+    from srmu.cli.main import main
 
     signal.signal(signal.SIGINT, usual)
-    run_program()
+    main()
 
 
 if __name__ == "__main__":
-    main()
+    start_program()
