@@ -1,6 +1,7 @@
 """The verbs that measure, as they are typed: what they print, and what they say of mistakes."""
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,21 @@ def test_attack_and_compare(call: Call, tmp_path: Path) -> None:
     assert "graddiff" in done.out and "2 x 1" in done.out
     rows = json.loads(call("compare", run, other, "--json").out)["rows"]
     assert rows[0]["method"] == "graddiff" and rows[0]["residual"]["n"] == 40
+
+
+@pytest.mark.slow
+def test_what_compare_tells_to_type_works(call: Call, tmp_path: Path) -> None:
+    """Typed as it stands: the evaluation that is missing, then the attack that is missing, until all is there."""
+    run, other = (world.unlearned(tmp_path, **{"train.max_steps": n}).folder for n in (4, 8))
+    assert call("attack", run, *GIVEN, "--utility", "harmless").code == 0
+    told = call("compare", run, other).err
+    assert call(*shlex.split(told.split("`")[1])[1:]).code == 0
+    told = call("compare", run, other).out.splitlines()[-1]
+    assert str(other.relative_to(tmp_path)) in told
+    done = call(*shlex.split(told.removeprefix("next: srmu ")))
+    assert done.code == 0, done.err
+    done = call("compare", run, other)
+    assert done.code == 0 and "--tier standard" in done.out, done.err
 
 
 @pytest.mark.slow(keep=2)
