@@ -324,6 +324,8 @@ def test_what_is_missing_is_named_as_a_command(tmp_path: Path) -> None:
     named = {"tasks": "hazard", "utility": "near,far", "seed": "0", "val": "hazard_val"}
     assert suggest_attack([done, other], (), ()) == (other, named | {"tier": "smoke"})
     assert suggest_attack([done], (), ()) == (done, named | {"tier": "standard"})
+    deep = attacked(tmp_path, "rmu", 0.5, 0.9, seed=1, tier="deep")
+    assert suggest_attack([deep], (), ())[1]["tier"] == "deep"
     plain = evaluated(tmp_path, "simnpo", 0.5, 0.9)
     assert suggest_attack([plain], ["hazard/acc"], ()) == (
         plain,

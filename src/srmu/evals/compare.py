@@ -156,7 +156,7 @@ def suggest_attack(runs: Sequence[Path], forget: Sequence[str], utility: Sequenc
     config = Run.open(folder).config
     if report := next(filter(None, reports), None):
         known = [*metrics_of(report)]
-        tier = report["tier"] if not all(reports) else "deep" if report["tier"] == "standard" else "standard"
+        tier = report["tier"] if not all(reports) else "standard" if report["tier"] == "smoke" else "deep"
         more = {"val": report["tasks"]["val"], "tier": tier, "seed": str(report["seed"])}
     else:
         known = [*choose_metrics([*read_metrics(folder)["after"]], forget, utility, config.eval)]
