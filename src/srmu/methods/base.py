@@ -174,6 +174,8 @@ class Method(ABC):
     def measure_effect(self, model: EditableModel, topic: Topic, state: State) -> dict[str, float]:
         """How far a run moved the first batches of a topic: nats of a token before and after."""
         numbers: dict[str, float] = {}
+        if self.depth is not None:
+            return numbers  # a part of a model has no likelihoods
         for role in ("forget", "retain"):
             batches = [move_batch(batch, model.device) for batch in getattr(topic, role)[:CHECKED_BATCHES]]
             with model.frozen():

@@ -250,7 +250,7 @@ class Misdirection(Objective):
         if drift > ROUNDING * float(anchor.float().square().mean()) and not model.delta():
             why = f"the first retain loss is {drift:.3g} and not 0: the cached activations do not belong to this run"
             raise SrmuError(f"{why}; srmu info cache clear, or cache=none")
-        size = hidden.shape[-1] if self.error == "sum" else 1.0
+        size = float(hidden.shape[-1]) if self.error == "sum" else 1.0
         losses = {
             # eq: SRMU eq. 5 and RMU, L = E |h(x_f) - T|^2 + alpha E |h(x_r) - h0(x_r)|^2
             "forget": size * token_mse(hidden, target, forget_mask),

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from srmu.engine.activation_cache import Activations
 from srmu.engine.model import EditableModel
 from srmu.engine.progress import Watch
 from srmu.engine.stopping import RECENT
@@ -34,6 +35,7 @@ def measure_effect(
 ) -> dict[str, Any]:
     """What a record says of a run's effect; `steps` are the lines of its metrics. Every process must call this."""
     weights = model.measure_change()
+    kept, model.activations = model.activations, Activations()  # those that are kept are the steps'
     found: dict[str, Any] = {"weights": keep_finite(weights), "topics": {}, "sentences": [], "warnings": []}
     with torch.no_grad(), watch("measuring the effect", len(topics)) as tick:
         for topic in topics:
@@ -45,6 +47,7 @@ def measure_effect(
             found["sentences"].append(f"{topic.name}: {said}")
             found["warnings"] += [f"{topic.name}: {text}" for text in list_warnings(method, topic, state, own)]
             tick(topic.name)
+    model.activations = kept
     return found
 
 
