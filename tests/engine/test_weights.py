@@ -1,9 +1,11 @@
 """Checkpoints on disk: what an export keeps, what is refused, and that others can load it."""
 
+import gc
 import json
 import shutil
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -265,6 +267,27 @@ def test_an_export_that_loads_as_another_model_is_not_written(tmp_path: Path, mo
     with pytest.raises(SrmuError, match=r"nothing was written: the export of .* another model than the run measured"):
         run.export(tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_an_export_is_compared_with_one_model_in_memory_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = unlearned(save_pico(tmp_path / "model"))
+    sample, load, seen = runs.sample_logits, runs.load_pretrained, list[Any]()
+
+    def sample_noted(module: Any) -> Any:
+        seen.append(weakref.ref(module))
+        return sample(module)
+
+    def load_alone(folder: Path) -> Any:
+        gc.collect()
+        assert [ref() for ref in seen] == [None]
+        return load(folder)
+
+    monkeypatch.setattr(runs, "sample_logits", sample_noted)
+    monkeypatch.setattr(runs, "load_pretrained", load_alone)
+    run.export(tmp_path / "out")
+    assert len(seen) == 2
 
 
 def test_an_export_holds_the_code_and_the_licence(tmp_path: Path) -> None:

@@ -74,6 +74,26 @@ def test_any_architecture(name: str) -> None:
     model(torch.tensor([[1, 5, 6]]))
 
 
+@pytest.mark.parametrize("kind", ["layer", "whole"])
+def test_a_model_of_a_class_that_only_its_user_knows(kind: str) -> None:
+    """Nothing is built from its config; what was reached is counted in the whole model, not in the layers read."""
+
+    class OwnConfig(transformers.LlamaConfig):
+        model_type = "own"
+
+    class OwnForCausalLM(transformers.LlamaForCausalLM):
+        config_class = OwnConfig
+
+    known = pico_module()
+    model = OwnForCausalLM(OwnConfig(**known.config.to_dict()))
+    model.load_state_dict(known.state_dict())
+    _, result = unlearn(model, method=KINDS[kind])
+    _, expected = unlearn(known, method=KINDS[kind])
+    assert result.record["reach"] == expected.record["reach"]
+    share = sum(tensor.numel() for tensor in result.delta.values()) / model.num_parameters()
+    assert result.record["reach"]["share_of_path"] == pytest.approx(share)
+
+
 def test_a_method_that_reads_the_tokenizer() -> None:
     """rename_scrub swaps names, whose tokens it must know, on a model that no folder holds."""
     few = {"own_texts": 12, "own_tokens": 10, "prompt": 2, "renamings": 3, "keep_rows": 2}

@@ -27,6 +27,7 @@ from srmu.runs import training
 from srmu.runs.config import Config, check_tree
 from srmu.runs.effect import measure_effect
 from srmu.runs.plan import load_topics
+from srmu.runs.reach import describe_reach
 from srmu.runs.record import compare_tensor
 from srmu.runs.run import Run, unlearn_config
 
@@ -150,12 +151,13 @@ def unlearn_in_memory(
         delta, original = progress.changed, edited.original
         changes = {name: compare_tensor(original[name].cpu(), delta[name].detach().cpu()) for name in delta}
         record = {
-            **training.describe_training(config, model.config, edited, topics, progress),
+            **training.describe_training(config, edited, topics, progress),
             "options": dataclasses.asdict(config.method),
             "train": dataclasses.asdict(config.train),
             "seed": config.seed,
             "change": {"tensors": changes},
         }
+    record["reach"] = describe_reach(model, delta)  # now that the model has all its layers again
     return model, InMemoryResult(record, steps, delta, training.list_state(progress.outcome))
 
 

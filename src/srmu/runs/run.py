@@ -98,6 +98,7 @@ class Run:
         """SrmuError where the model that plain transformers loads from a folder answers otherwise than the run's."""
         with open_target(self, "cpu").after() as module:
             expected = sample_logits(module)
+        del module  # two models at once may not fit into memory
         got = sample_logits(load_pretrained(folder))
         if not torch.allclose(got, expected, rtol=1e-4, atol=1e-4 * float(expected.std()), equal_nan=True):
             raise SrmuError(

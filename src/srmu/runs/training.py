@@ -223,7 +223,8 @@ def build_record(
     config, folder, kept = plan.config, plan.folder, model.activations
     files = {name: sha256(folder / name) for name in (CONFIG, METRICS, DELTA, STATE) if (folder / name).exists()}
     return {
-        **describe_training(config, plan.settings, model, topics, progress),
+        **describe_training(config, model, topics, progress),
+        "reach": describe_reach(build_skeleton(plan.settings), progress.changed),
         "schema_version": audit.SCHEMA,
         "id": config.id,
         "started": progress.started.isoformat(timespec="seconds"),
@@ -252,10 +253,8 @@ def build_record(
     }
 
 
-def describe_training(
-    config: Config, settings: Any, model: EditableModel, topics: list[Topic], progress: Progress
-) -> dict[str, Any]:
-    """What a record says of a training whether or not it has a folder; `settings` are the whole model's."""
+def describe_training(config: Config, model: EditableModel, topics: list[Topic], progress: Progress) -> dict[str, Any]:
+    """What a record says of a training whether or not it has a folder."""
     return {
         "tool": audit.describe_tool(),
         "method": config.method.name,
@@ -268,7 +267,6 @@ def describe_training(
         "seconds": round(progress.seconds, 3),
         "steps": progress.steps,
         "changed": sorted(progress.changed),
-        "reach": describe_reach(build_skeleton(settings), progress.changed),
         "effect": progress.effect,
         "flops": count_dense_flops(model, topics, progress.steps),
         "environment": audit.describe_environment(),
