@@ -20,6 +20,7 @@ from srmu.runs.run import Run
 HAZARDS = ("organism_hazard", "wmdp", "forget_texts")  # how tasks on what is to go are named
 TEXTS = {"template", "where"}  # options of texts whose values are no paths
 Where = tuple[str, int]  # a run's model and seed: what is compared in pairs
+Named = tuple[tuple[str, ...], tuple[str, ...]]  # metrics of what is to be forgotten, and of utility
 LOSS, FORGET, RESIDUAL = range(3)  # columns: drop of utility, accuracy on what is to be forgotten, K*
 
 
@@ -43,7 +44,7 @@ class RunNumbers(NamedTuple):
     """A run's numbers as they are and in each resample of the questions."""
 
     run: Run
-    tasks: tuple[tuple[str, ...], tuple[str, ...]]  # metrics of what is forgotten and of utility
+    tasks: Named
     before: statistics.Array  # (1 + RESAMPLES,): accuracy of the original model on what is to be forgotten
     numbers: statistics.Array  # (1 + RESAMPLES, 3): LOSS, FORGET and, where the run was attacked, RESIDUAL, else nan
     n: tuple[int, int]  # questions on what is to be forgotten, and on utility
@@ -99,8 +100,8 @@ def compare_runs(
         named = choose_metrics(shared, *named, opened[0].config.eval)
     check_attacks(opened, attacks)
     measured = [
-        from_attacks(run, attacks[run.folder], draws) if run.folder in attacks else from_metrics(run, *named, draws)
-        for run in opened
+        from_attacks(run, attacks[run.folder], draws) if run.folder in attacks else from_metrics(run, own, named, draws)
+        for run, own in zip(opened, metrics, strict=True)
     ]
     for first, other in pairwise(measured):
         if other.tasks != first.tasks:
@@ -143,7 +144,7 @@ def make_row(reading: MethodReading, base: MethodReading, draws: statistics.Draw
     )
 
 
-def metrics_of(attacks: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def metrics_of(attacks: Mapping[str, Any]) -> Named:
     """What attacks asked, as the names of metrics: on what is forgotten, and on utility."""
     test, utility = (tuple(f"{task}/acc" for task in attacks["tasks"][kind]) for kind in ("test", "utility"))
     return test, utility
@@ -153,21 +154,18 @@ def suggest_attack(runs: Sequence[Path], forget: Sequence[str], utility: Sequenc
     """Which of some compared runs to attack next, and the options of `srmu attack` with which the others were."""
     reports = [read_attacks(folder) for folder in runs]
     folder = next((run for run, own in zip(runs, reports, strict=True) if not own), runs[0])
-    config = Run.open(folder).config
     if report := next(filter(None, reports), None):
         known = [*metrics_of(report)]
         tier = report["tier"] if not all(reports) else "standard" if report["tier"] == "smoke" else "deep"
         more = {"val": report["tasks"]["val"], "tier": tier, "seed": str(report["seed"])}
     else:
-        known = [*choose_metrics([*read_metrics(folder)["after"]], forget, utility, config.eval)]
+        known = [*choose_metrics([*read_metrics(folder)["after"]], forget, utility, Run.open(folder).config.eval)]
         more = {"val": "split"}
     tasks, kept = (",".join(name.rpartition("/")[0] for name in names) for names in known)
     return folder, {"tasks": tasks, "utility": kept, **more}
 
 
-def choose_metrics(
-    known: Sequence[str], forget: Sequence[str], utility: Sequence[str], tasks: Sequence[str]
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def choose_metrics(known: Sequence[str], forget: Sequence[str], utility: Sequence[str], tasks: Sequence[str]) -> Named:
     """Metrics that should fall, accuracies on HAZARDS, and that should stay: of the others those on a run's `tasks`."""
     whole = [name for name in known if re.search(r"(?<!_val)(?<!_held)/acc$", name)]
     forget = forget or [name for name in whole if name.startswith(HAZARDS)]
@@ -213,9 +211,9 @@ def from_attacks(run: Run, attacks: Mapping[str, Any], draws: statistics.Draws) 
     return RunNumbers(run, metrics_of(attacks), right[:, 0], np.stack(numbers, axis=1), asked)
 
 
-def from_metrics(run: Run, forget: tuple[str, ...], utility: tuple[str, ...], draws: statistics.Draws) -> RunNumbers:
+def from_metrics(run: Run, metrics: Mapping[str, Metrics], named: Named, draws: statistics.Draws) -> RunNumbers:
     """A run's numbers from what was evaluated alone."""
-    model, metrics = run.config.model, read_metrics(run.folder)
+    (forget, utility), model = named, run.config.model
     before, after = metrics["before"], metrics["after"]
     for name in (*forget, *utility):
         if name not in after or name not in before:
@@ -230,7 +228,7 @@ def from_metrics(run: Run, forget: tuple[str, ...], utility: tuple[str, ...], dr
     this, start = run_setting(run.config), drawn(before, forget, "before")
     end, loss = drawn(after, forget, this), drawn(before, utility, "before") - drawn(after, utility, this)
     asked = sum(int(after[name]["n"]) for name in forget), sum(int(after[name]["n"]) for name in utility)
-    return RunNumbers(run, (forget, utility), start, np.stack([loss, end, np.full_like(loss, np.nan)], axis=1), asked)
+    return RunNumbers(run, named, start, np.stack([loss, end, np.full_like(loss, np.nan)], axis=1), asked)
 
 
 def resample_row(row: Row, draws: statistics.Draws, exam: Hashable, key: Hashable) -> statistics.Array:
