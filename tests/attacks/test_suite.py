@@ -281,12 +281,10 @@ def test_nothing_forgotten_is_no_recovery() -> None:
 
 
 @pytest.mark.slow
-def test_halves(run: Run, place: Path) -> None:
-    config = run.config
-
+def test_halves(place: Path) -> None:
     def exam(**given: Any) -> Exam:
         given = {"tasks_dir": str(place / "tasks"), "utility": ("harmless",)} | given
-        return load_exam(sources(place, **given), config, 0)
+        return load_exam(sources(place, **given), 0)
 
     given = exam(val="hazard_val")
     known = world.exam()

@@ -63,7 +63,7 @@ def attack_run(
     chosen = select_attacks(tier, names)
     results.check_results(run.folder)  # what is wrong with them must show before the work
     sources = fill_sources(sources, run.config, run.base)
-    exam = load_exam(sources, run.config, seed)
+    exam = load_exam(sources, seed)
     texts = load_texts(sources, run.config)
     subjects = Subjects(run, sources.oracle, find_device(device))
     chosen = {name: one for name, one in chosen.items() if confirm_attack(name, one, subjects, confirm)}
@@ -148,7 +148,7 @@ def fill_sources(sources: Sources, config: Config, base: Path) -> Sources:
     )
 
 
-def load_exam(sources: Sources, config: Config, seed: int) -> Exam:
+def load_exam(sources: Sources, seed: int) -> Exam:
     """The questions in two halves that share no fact; SrmuError where they cannot be halved."""
 
     def load(tasks: Sequence[str]) -> list[Question]:

@@ -19,7 +19,6 @@ from srmu.evals.subject import list_facts
 Outcomes = Mapping[str, AttackResult]  # of an attack by whose model
 Report = dict[str, Any]
 Answers = Mapping[str, Sequence[float]]  # by whose model
-CONTROLS = ("original", "oracle")
 ALIKE = ("tier", "seed", "chance", "tasks", "oracle", "facts")  # decide what an attack can find
 RECORDED = ("id", "status", "why", "accuracy", "recovery", "valid", "budget", "seconds", "definition")
 

@@ -14,7 +14,6 @@ import numpy as np
 
 from srmu.attacks.measures import Utility, measure_texts
 from srmu.attacks.suite import TIERS, Sources, attack_run, select_attacks
-from srmu.attacks.summary import CONTROLS
 from srmu.data import sources
 from srmu.engine.files import require_place
 from srmu.engine.progress import Watch, ignore_progress
@@ -32,6 +31,7 @@ from srmu.reproduce.claims import estimate_cells, format_interval, resample_mean
 from srmu.reproduce.experiment import Experiment, MeasuredRow, PlannedRow, RunJob, Testbeds
 from srmu.runs.run import Run, open_target
 
+CONTROLS = ("original", "oracle")  # shown beside the methods
 Report = Mapping[str, Any]  # what attack_run gives
 Spec = Mapping[str, Any]  # the content of configs/robust.yaml, with what its table and a person ask for instead
 

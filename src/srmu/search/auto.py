@@ -82,7 +82,7 @@ def prepare_job(request: AutoRequest) -> AutoJob:
     folder = request.tasks_dir or tasks_beside(base)
 
     def ask(*names: str) -> Part:
-        exam = load_exam(name_sources(names, (), folder), config, request.seed)
+        exam = load_exam(name_sources(names, (), folder), request.seed)
         return TaskYardstick({"val": exam.val, "test": exam.test})
 
     forget = {",".join(tasks): ask(*tasks)} if tasks else {"forget_texts": held["forget"]}

@@ -53,7 +53,7 @@ def measure_floor(run: Run, sources: Sources, report: Mapping[str, Any], names: 
         highest = max(c["accuracy"]["value"] for c in controls if "accuracy" in c)
     else:
         sources = fill_sources(sources, run.config, run.base)
-        invented = invent_questions(load_exam(sources, run.config, report["seed"]), names, report["seed"])
+        invented = invent_questions(load_exam(sources, report["seed"]), names, report["seed"])
         test, val = (len({*list_facts(half)}) for half in (invented.test, invented.val))
         if min(test, val) < LEAST:
             return None

@@ -194,7 +194,7 @@ def check_objectives(sweep: Sweep, watch: Watch = ignore_progress) -> None:
         if metric not in (*metrics, *attacked):
             raise SrmuError(f"objective {metric!r} is not measured{suggest_word(metric, metrics)}")
     if attacked:
-        load_exam(fill_sources(sweep.sources, config, base), config, 0)
+        load_exam(fill_sources(sweep.sources, config, base), 0)
 
 
 def yaml_line(value: Any) -> str:
