@@ -48,7 +48,7 @@ def evaluate(
 
     Gives `{"wmdp_bio/acc": {"value", "stderr", "n", "answers", ...}}`, for a group also each of its tasks. `limit`
     takes the first questions. With `fingerprint`, that of weights, config and tokenizer, results are kept in the cache
-    folder until a task, its questions or a library change. SrmuError for a task unknown, broken or out of reach.
+    folder until a task, its questions or a library change. SrmuError if a task is unknown, broken or out of reach.
     """
     if limit is not None and limit < 1:
         raise SrmuError(f"--limit {limit}: expected 1 or more")
@@ -72,7 +72,7 @@ def evaluate(
 
 @silence_output()
 def load_questions(name: str, tasks_dir: Path | None) -> tuple[Question, ...]:
-    """The questions of a multiple-choice task; of several right options the first stays, among wrong ones."""
+    """The questions of a multiple-choice task; of several right options only the first is kept."""
     questions: list[Question] = []
     for task in _load_task(name, read_local_tasks(tasks_dir))["tasks"].values():
         if task.OUTPUT_TYPE != "multiple_choice" or task.multiple_input:
@@ -96,7 +96,8 @@ def load_questions(name: str, tasks_dir: Path | None) -> tuple[Question, ...]:
 def _cache_key(name: str, local: Local, limit: int | None, fingerprint: str | None) -> list[Any]:
     """Everything that decides a task's results."""
     text = describe_local(name, local)
-    code = sha256(Path(likelihoods.__file__), Path(__file__), Path(__file__).with_name("harness.py"))
+    own = (Path(__file__).with_name(f"{module}.py") for module in ("lm_eval", "local_tasks", "harness"))
+    code = sha256(Path(likelihoods.__file__), *own)
     versions = [version(package) for package in ("lm-eval", "transformers", "torch")]
     return [fingerprint, name, text, limit, [*versions, code]]
 
@@ -135,7 +136,7 @@ def _load_task(name: str, local: Local) -> Any:
                         raise ValueError(f"question {row}: answer {gold!r} is none of {options}")
     except SrmuError:
         raise
-    except Exception as error:  # whatever lm-eval or datasets cannot use is the user's to mend
+    except Exception as error:  # whatever lm-eval or datasets cannot use is for the user to fix
         why = f"{type(error).__name__}: {error}".splitlines()[0]
         raise SrmuError(f"task {name!r} cannot be loaded: {why}") from error
     return loaded

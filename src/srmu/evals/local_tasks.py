@@ -1,4 +1,4 @@
-"""Tasks of one's own, as lm-eval's YAML files describe them: tasks, groups, tags, and the files that they ask from."""
+"""The user's own tasks, as lm-eval's YAML files describe them: tasks, groups, tags and the files that they read."""
 
 import json
 import re
@@ -14,7 +14,7 @@ from srmu.engine.files import find_paths, sha256
 from srmu.errors import SrmuError
 
 FILE_FORMATS = ("json", "csv", "parquet", "text", "arrow")  # dataset_path of a task kept in local files
-SIGNS = re.compile(r"[^\w\s./-]")  # that `datasets` may take for more than a name
+SIGNS = re.compile(r"[^\w\s./-]")  # that `datasets` may take for a pattern or an address
 Config = dict[str, Any]
 Kind = Literal["folder", "file", "other"]
 # of the name of data and its kind: a folder, a local file, or another, which may be of the hub
@@ -33,7 +33,7 @@ TaskLoader.add_multi_constructor("!", lambda loader, tag, node: FunctionName(f"!
 
 
 class LocalTask(NamedTuple):
-    """A task or a group of a folder, or a tag, which has no config; configs name files by their whole paths."""
+    """A task or a group of a folder, or a tag, which has no config; configs name files by their absolute paths."""
 
     config: Config
     path: Path = Path()  # of its YAML file
@@ -84,7 +84,7 @@ def read_task_file(path: Path, seen: tuple[Path, ...]) -> Config:
 
 
 def map_data(config: Config, change: Change, more: Config | None = None) -> Config:
-    """A config, and those inside it, with what `change` makes of its data's names, and `more` kwargs for local data."""
+    """A config and those inside it, names of data replaced by what `change` gives, and `more` kwargs for local data."""
     changed = dict(config)
     if isinstance(inside := config.get("task"), list):
         changed["task"] = [map_data(one, change, more) if isinstance(one, dict) else one for one in inside]
@@ -110,7 +110,7 @@ def map_data(config: Config, change: Change, more: Config | None = None) -> Conf
 
 
 def place_data(name: str, kind: Kind, folder: Path) -> list[str]:
-    """The whole paths of what is named from the folder of the task, a folder also from where one is; else the name."""
+    """The absolute paths that a name means in the task's folder, a folder's also in the current one; else the name."""
     found = find_paths(name, folder)
     if kind == "folder":
         found = [path for path in (*found, Path(name).resolve()) if path.is_dir()][:1]
