@@ -171,7 +171,7 @@ def test_advice():
     assert "clip_quantile" in advice(0.3, [row(0, 0.9, outliers=[{"dimension": 1, "value": 1.0}])])
     dirty = {"either": 0.5, "questions": 10}
     clean = {"either": 0.0, "questions": 10}
-    assert "take out those" in advice(0.3, contamination={"forget": clean, "retain": dirty})
+    assert "remove those" in advice(0.3, contamination={"forget": clean, "retain": dirty})
     assert "given away" not in advice(0.3, contamination={"forget": clean, "retain": clean})
 
 

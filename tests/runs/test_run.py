@@ -359,7 +359,7 @@ def test_scores_outlive_a_folder_that_cannot_be_written(
     if spoilt == "lock":
         (run.folder / ".results.lock").mkdir()
     assert score_model(run)["after"]["quiz/acc"]["n"] > 0
-    assert f"what was measured is not kept in {run.folder}: No space left" in capsys.readouterr().err
+    assert f"results were not saved in {run.folder}: No space left" in capsys.readouterr().err
 
 
 def test_a_record_that_was_edited_is_found_before_the_work(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:

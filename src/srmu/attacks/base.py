@@ -53,7 +53,7 @@ class AttackResult:
     metrics: Mapping[str, Estimate] = field(default_factory=dict)
     budget: Mapping[str, Any] = field(default_factory=dict)
     status: Literal["done", "does not apply", "failed"] = "done"
-    why: str = ""  # it is not done
+    why: str = ""  # the reason, where it is not done
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)

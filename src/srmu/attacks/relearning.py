@@ -193,7 +193,7 @@ class HeavyTuning(Attack, id="E9", name="heavy_tuning", tier="deep"):
 class RelearningSteps(Attack, id="E19", name="relearning_steps", tier="standard"):
     """One training a kind, its rate constant after the warm-up; the exam is held on its way.
 
-    Learned are four fifths of the validation facts, as questions and statements; `val` of a way holds the last fifth.
+    It learns four fifths of the validation facts, as questions and statements; `val` of a way holds the last fifth.
     """
 
     steps: tuple[int, ...] = (5, 10, 20, 50, 100)  # after which the exam is held

@@ -272,7 +272,7 @@ def read_method(method: str, points: Sequence[dict[Where, RunNumbers]], budget: 
         f"its strongest setting, where that loses less than {budget:.1%}": any(max(one) < budget for one in losses),
         "read between the original model and its weakest setting: add weaker ones": max(map(min, losses)) > budget,
         "not every seed has every setting": any(set(point) != set(where) for point in points),
-        "no K*: of some runs no attack says one": any(attacked) and not all(attacked),
+        "no K*: some of its runs have none": any(attacked) and not all(attacked),
     }
     numbers = np.stack([read_along(curve, budget) for curve in curves], axis=1)
     if not all(attacked):

@@ -57,11 +57,11 @@ def check_results(folder: Path) -> None:
 
 @contextmanager
 def keep_going(folder: Path) -> Iterator[None]:
-    """Where a folder cannot be written to, say so and go on: what was measured is still to be shown."""
+    """Where a folder cannot be written to, say so and go on: the results can still be shown."""
     try:
         yield
     except OSError as error:
-        print_line(f"what was measured is not kept in {folder}: {error.strerror or error}")
+        print_line(f"results were not saved in {folder}: {error.strerror or error}")
 
 
 def row_key(row: Row) -> tuple[str, ...]:

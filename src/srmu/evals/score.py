@@ -122,7 +122,7 @@ def score_benchmark(
 
 
 def pose_request(name: str, data: str, template: str, limit: int | None) -> base.BenchmarkRequest:
-    """What a suite is asked, from what `srmu eval` was told."""
+    """The request to a suite that the options of `srmu eval` describe."""
     suite, part = benchmarks.find_benchmark(name)
     hub, first = suite.hub.format(part=part.capitalize()), name.partition("/")[0]
     fetch = f"hf download {hub} --repo-type dataset --local-dir {first}"

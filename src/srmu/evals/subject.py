@@ -162,9 +162,9 @@ def membership_scores(model: Subject, texts: Sequence[str]) -> Array:
             sigma = (p * (logs - mu[:, None]) ** 2).sum(-1).sqrt()
             standard = (logp - mu) / sigma.clamp(min=1e-6)
             # arXiv 2012.07805: log-likelihood by the size of the compressed text
-            packed = zlib.compress(model.tokenizer.decode(rows[i], skip_special_tokens=True).encode())
+            compressed = zlib.compress(model.tokenizer.decode(rows[i], skip_special_tokens=True).encode())
             mean = float(logp.mean())
-            scores[i] = mean, mean / len(packed), mean_lowest(logp), mean_lowest(standard)
+            scores[i] = mean, mean / len(compressed), mean_lowest(logp), mean_lowest(standard)
     return scores
 
 

@@ -75,7 +75,7 @@ class BenchmarkRequest:
             with TemporaryDirectory() as scratch, silence_output():
                 kept = {"cache_dir": scratch, "keep_in_memory": True} if self.folder else {}
                 rows = [*map(dict, datasets.load_dataset(self.place, config, split=split, **self.pin, **kept))]
-        except Exception as error:  # whatever the library cannot read is the user's to mend
+        except Exception as error:  # whatever the library cannot read is for the user to fix
             raise SrmuError(f"{where} cannot be read: {first_line(error.__cause__ or error)}; {self.get}") from error
         if not rows:
             raise SrmuError(f"{where} has no rows; {self.get}")

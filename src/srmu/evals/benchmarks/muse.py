@@ -23,7 +23,7 @@ KINDS = ("min40_forget", "min40_holdout")
 def run_muse(model: Subject, request: base.BenchmarkRequest) -> base.BenchmarkScores:
     """MUSE's numbers of one model (arXiv 2407.06460, section 3), each a share; docs/benchmarks.md defines them."""
     if request.reference and measure_membership(request.reference) == 1:
-        raise SrmuError("PrivLeak has no value: the oracle tells all forget texts from hold-out; name another")
+        raise SrmuError("PrivLeak has no value: the oracle tells all forget texts from the hold-out ones; name another")
     values: base.Values = {}
     for kind in KINDS:
         rows = request.rows("privleak", kind.removeprefix("min40_"), {"text": base.Text})

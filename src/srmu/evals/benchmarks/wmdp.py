@@ -112,7 +112,7 @@ def read_mmlu(request: base.BenchmarkRequest) -> dict[str, list[base.Row]]:
     own = base.BenchmarkRequest(MMLU, MMLU_GET, MMLU_REVISION, beside, request.limit)
     try:
         configs = datasets.get_dataset_config_names(own.place, **own.pin)
-    except Exception as error:  # whatever the library cannot read is the user's to mend
+    except Exception as error:  # whatever the library cannot read is for the user to fix
         raise SrmuError(f"{own.place} cannot be read: {first_line(error)}; {own.get}") from error
     subjects = {name: own.rows(name, "test", FIELDS) for name in sorted({*configs} - {*NOT_SUBJECTS})}
     request.seen |= {f"mmlu/{part}": digest for part, digest in own.seen.items()}
