@@ -26,8 +26,9 @@ from helpers.models import (
     word_tokenizer,
 )
 from srmu.data.tokens import batch_rows, tokenise_texts
+from srmu.engine.devices import release_memory
 from srmu.engine.loading import check_layers, find_layers, load_module, read_config
-from srmu.engine.model import EditableModel, release_memory
+from srmu.engine.model import EditableModel
 from srmu.engine.sites import Site, Stream, decoder_blocks, in_role
 from srmu.engine.topic import Batch
 from srmu.errors import SrmuError

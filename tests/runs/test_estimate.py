@@ -1,5 +1,6 @@
 """The plan of a run against what the run then loads and computes."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +166,7 @@ def test_time_follows_from_the_speed(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_advice_where_it_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(counting, "free_bytes", lambda device: 1000)
+    monkeypatch.setattr(plan, "free_bytes", lambda device: 1000)
     ready, estimate, _ = planned(tmp_path)
     assert estimate["advice"].startswith("train.batch_size=2")
     _, one, _ = planned(tmp_path / "b", "train.batch_size=1", "method.layer=2", "method.window=2")
@@ -238,8 +239,15 @@ def test_what_each_process_holds(name: str, tmp_path: Path, monkeypatch: Any) ->
     assert first["flops_per_rank_per_step"] <= last["flops_per_rank_per_step"] * 4
     assert last["sharded"] and last["parts"]["originals"] < first["parts"]["originals"]
     assert first["parts"]["originals"] == 4 * estimate["trained_parameters"]
-    monkeypatch.setattr(counting, "free_bytes", lambda device: 1)
+    monkeypatch.setattr(plan, "free_bytes", lambda device: 1)
     assert not any(row["fits"] for row in plan.estimate_launches(ready, topics))
+
+
+def test_one_gpu_of_any_kind_holds_one_process(tmp_path: Path, monkeypatch: Any) -> None:
+    ready, _, topics = planned(tmp_path)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
+    ready = replace(ready, config=ready.config.model_copy(update={"device": "mps"}))
+    assert {row["processes"] for row in plan.estimate_launches(ready, topics) if row["fits"]} == {1}
 
 
 @pytest.mark.slow

@@ -85,6 +85,12 @@ def study_of(folder: Path, count: int, sampler: Any, directions: Any = ("minimiz
     return open_study(folder / FILE, "study", spec=spec, directions=directions, sampler=sampler, queue=queue, **given)
 
 
+def test_a_database_lies_where_its_path_says(tmp_path: Path) -> None:
+    folder = tmp_path / r"C:\Users\Anna M\50% #1? {0} @ü"
+    study_of(folder, 1, RandomSampler())
+    assert [path.name for path in folder.iterdir()] == [FILE]
+
+
 @pytest.mark.slow
 def test_a_resumed_sampler_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
     """After more trials were asked for, after Ctrl-C in the middle of one, after kill -9."""

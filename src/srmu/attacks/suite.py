@@ -18,12 +18,12 @@ from srmu.attacks.base import AttackResult, Exam, Texts, Tier
 from srmu.attacks.summary import merge_report, summarise_attacks
 from srmu.data.sources import Source, read_texts
 from srmu.engine import distributed, files, loading, progress, weights
+from srmu.engine.devices import find_device
 from srmu.errors import SrmuError, first_line, suggest_word
 from srmu.evals import lm_eval, results, score
 from srmu.evals.statistics import LEAST
 from srmu.evals.subject import NotApplicable, Question, Subject
 from srmu.runs.config import Config
-from srmu.runs.plan import find_device
 from srmu.runs.run import OpenedModel, Run
 
 ROOMS = ("attacks", "engine", "evals")  # whose code decides a result

@@ -16,12 +16,14 @@ from srmu.engine.progress import print_line
 from srmu.errors import SrmuError, suggest_word
 
 # What libraries read when they are loaded. Threads that wait for others must sleep: spinning, a busy machine is ten
-# times slower. Warnings and progress bars of others would stand between our lines.
+# times slower. Warnings and progress bars of others would stand between our lines. What Apple's GPU cannot compute, the
+# processor does.
 for name, value in (
     ("OMP_WAIT_POLICY", "passive"),
     ("TRANSFORMERS_VERBOSITY", "error"),
     ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),
     ("TOKENIZERS_PARALLELISM", "false"),
+    ("PYTORCH_ENABLE_MPS_FALLBACK", "1"),
 ):
     os.environ.setdefault(name, value)
 

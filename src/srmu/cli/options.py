@@ -7,7 +7,7 @@ from typer import Option
 
 Json = Annotated[bool, Option("--json", help="Print JSON, alone, on standard output.")]
 DryRun = Annotated[bool, Option("--dry-run", help="Show the plan, do nothing.")]
-Device = Annotated[str, Option(help="auto, cpu, cuda, cuda:1.")]
+Device = Annotated[str, Option(help="auto, cpu, cuda, cuda:1, mps.")]
 Oracle = Annotated[str, Option(help="A model that never saw the forget set, as a control.")]
 FORGET = Option(help="Texts to forget (file, glob).")
 RETAIN = Option(help="Texts to keep (file, glob).")

@@ -117,8 +117,7 @@ def show_cache(
 @topics.command("environment")
 def show_environment(as_json: options.Json = False) -> None:
     """Versions, processor, GPU and free memory: what the bits of a result may depend on."""
-    from srmu.runs.counting import free_bytes
-    from srmu.runs.plan import find_device
+    from srmu.engine.devices import find_device, free_bytes
     from srmu.runs.record import describe_environment, describe_tool
 
     device = find_device("auto")

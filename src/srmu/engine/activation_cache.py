@@ -19,12 +19,12 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from srmu.engine.devices import free_bytes, name_gpu
 from srmu.engine.files import cache_dir, read_json, sha256, write_json
 from srmu.errors import SrmuError
 
@@ -146,19 +146,19 @@ def open_activations(
     mode: str, key: dict[str, Any], device: torch.device, say: Callable[[str], None] = print
 ) -> Activations:
     """The store of a run's activations; `key` holds all that could change them but tokens, versions and hardware."""
-    cuda = device.type == "cuda"
-    free = torch.cuda.mem_get_info(device)[0] if cuda else psutil.virtual_memory().available
+    room = free_bytes(device) // 4
     if mode != "disk":
-        return Activations(free // 4 if mode == "memory" else 0)
+        return Activations(room if mode == "memory" else 0)
+    gpu = device.type != "cpu"
     about = {
         **key,
-        "device": torch.cuda.get_device_name(device) if cuda else processor_name(),
+        "device": name_gpu(device) if gpu else processor_name(),
         "threads": torch.get_num_threads(),
         "matmul": torch.get_float32_matmul_precision(),
         "versions": [version(name) for name in ("srmu", "torch", "transformers")],
     }
     folder = cache_home() / sha256(json.dumps(about, sort_keys=True).encode())[:16]
-    store = Activations(free // 4 if cuda else 0, folder, limit_bytes(), device, say)
+    store = Activations(room if gpu else 0, folder, limit_bytes(), device, say)
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         write_json(folder / "about.json", about)  # its time is that of the last use

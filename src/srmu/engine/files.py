@@ -10,10 +10,12 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from filelock import BaseFileLock
 
 from srmu.engine import distributed
 from srmu.engine.progress import print_line
@@ -88,6 +90,18 @@ def whole_folder(path: Path) -> Iterator[Path]:
         raise
 
 
+def end_lock(lock: BaseFileLock) -> None:
+    """Release a lock and leave no file of it.
+
+    The file goes first: who waits sees that it has no name, and makes it anew. Windows removes no file that is open;
+    there the release does it.
+    """
+    if lock.lock_counter == 1:  # the same process may have locked it twice
+        with suppress(OSError):
+            Path(lock.lock_file).unlink()
+    lock.release()
+
+
 def flush_path(path: Path) -> None:
     """Wait until a file, or the list of files of a folder, is on the disk."""
     if os.name == "nt":  # Windows opens no folder, and flushes no file that is open for reading
@@ -118,7 +132,7 @@ def write_whole(path: Path, text: str) -> None:
     """Write a text file so that a reader sees the old text or the new one, never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", newline="\n")  # the same bytes on Windows
         flush_path(temporary)
         temporary.replace(path)
     finally:

@@ -53,7 +53,7 @@ def sample_continuations(
 ) -> list[Ids]:
     """A continuation of each context, of `length` tokens at most, drawn at temperature 1 from all tokens."""
     rows: list[Ids] = []
-    with torch.random.fork_rng(range(torch.cuda.device_count())):
+    with torch.random.fork_rng(range(torch.accelerator.device_count())):
         torch.manual_seed(seed)
         for start in range(0, len(contexts), at_once):
             part = contexts[start : start + at_once]

@@ -1,11 +1,8 @@
 """A causal language model, cut to the depth needed, that keeps the originals of trained tensors."""
 
-import ctypes
-import gc
 import re
-import signal
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -18,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from srmu.engine import distributed
 from srmu.engine.activation_cache import Activations, Output
+from srmu.engine.devices import return_freed_blocks
 from srmu.engine.loading import find_layers, load_module, read_config
 from srmu.engine.sites import Site, catch_value, hook_outputs, in_role, shape_by_token, swap_blocks
 from srmu.engine.topic import Batch
@@ -178,7 +176,7 @@ class EditableModel:
         owners = {name.rpartition(".")[0]: name for name in self.trained}
         turned = any(map(self.is_transposed, owners.values()))
         settings = LoraConfig(r=rank, lora_alpha=alpha, target_modules=[*owners], fan_in_fan_out=turned)
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(range(torch.accelerator.device_count())):
             torch.manual_seed(seed)
             # not the model itself: peft would give the experts other adapters
             inject_adapter_in_model(settings, nn.ModuleDict({"model": self.module}))
@@ -342,34 +340,3 @@ class KnownOutput(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Output:
         return self.output
-
-
-def return_freed_blocks() -> None:
-    """Make glibc return freed blocks of 24 MB and more at once: a step on 8 layers of a 1B model takes 0.2 GB less."""
-    with suppress(OSError, AttributeError, TypeError):  # another C library, which keeps less memory
-        ctypes.CDLL(None).mallopt(-3, 24 << 20)  # M_MMAP_THRESHOLD
-
-
-def release_memory() -> None:
-    with hold_interrupt():  # inside a finaliser it would be swallowed
-        gc.collect()
-    with suppress(OSError, AttributeError, TypeError):
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-@contextmanager
-def hold_interrupt() -> Iterator[None]:
-    """Run the block, and only then the handler of an interrupt that came meanwhile."""
-    before = signal.getsignal(signal.SIGINT)
-    came: list[Any] = []
-    try:
-        signal.signal(signal.SIGINT, lambda *how: came.append(how))
-    except ValueError:  # not in the main thread, which is the one that is interrupted
-        before = None
-    try:
-        yield
-    finally:
-        if before is not None:
-            signal.signal(signal.SIGINT, before)
-    if came and callable(before):
-        before(*came[0])

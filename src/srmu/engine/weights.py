@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from srmu.engine.activation_cache import flat_bytes
-from srmu.engine.files import read_json, require_space, sha256, whole_folder
+from srmu.engine.files import read_json, require_space, sha256, whole_folder, write_whole
 from srmu.engine.progress import Watch, ignore_progress
 from srmu.errors import SrmuError, first_line
 
@@ -258,7 +258,7 @@ def export_checkpoint(
         for path in sorted(patched):
             patch_file(temporary / path.name, {n: t for n, t in delta.items() if where[n] == path})
         for name, text in (texts or {}).items():
-            (temporary / name).write_text(text, encoding="utf-8")
+            write_whole(temporary / name, text)
         check(temporary)
 
 

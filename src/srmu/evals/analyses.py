@@ -211,7 +211,7 @@ def measure_layer(
                 noisy = model.module.base_model(**inputs, use_cache=False)[0][mask].float()
             # Adaptive RMU (arXiv 2408.06223), noise sensitivity of a layer
             ratios.append((noisy - clean).square().sum(dim=-1) / clean.square().sum(dim=-1))
-    return float(torch.cat(ratios).double().mean())
+    return float(torch.cat(ratios).cpu().double().mean())
 
 
 def sweep_layers(config: Config, forget_metrics: Sequence[str], *, watch: Watch = ignore_progress) -> Analysis:

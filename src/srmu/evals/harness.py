@@ -79,7 +79,7 @@ class Harness(HFLM):
 def open_harness(model: Any, tokenizer: Any, batch_size: int) -> Iterator[Harness]:
     """lm-eval's view of a model: silent while it lasts, and everything as it was afterwards."""
     with (
-        torch.random.fork_rng(range(torch.cuda.device_count())),
+        torch.random.fork_rng(range(torch.accelerator.device_count())),
         warnings.catch_warnings(action="ignore"),
         patch.dict(os.environ, DISABLE_MULTIPROC="1"),  # resampling would fork a pool
         patch.object(env, "from_string", cache(env.from_string)),  # else compiled at each question

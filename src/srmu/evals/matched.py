@@ -39,7 +39,7 @@ def match_utility(run: Run, out: Path, budget: float, judged: Sequence[str]) -> 
         copyfile(run.folder / DELTA, out / DELTA)
     merge_results(out, matched={"share": share, "budget": budget, "judged": list(judged)})
     # last, as in a run; the change that it tells of is the whole run's
-    write_whole(out / RECORD, (run.folder / RECORD).read_text())
+    write_whole(out / RECORD, (run.folder / RECORD).read_text(encoding="utf-8"))
 
 
 def largest_share(run: Run, before: dict[str, torch.Tensor], budget: float, judged: Sequence[str]) -> float:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 
-from srmu.engine.files import write_json
+from srmu.engine.files import end_lock, write_json
 from srmu.engine.progress import print_line
 from srmu.errors import SrmuError
 from srmu.evals.statistics import average_seeds, parse_answers
@@ -70,17 +70,13 @@ def row_key(row: Row) -> tuple[str, ...]:
 
 @contextmanager
 def lock_results(folder: Path) -> Iterator[None]:
-    path = folder / RESULTS_LOCK
-    lock = FileLock(path, is_singleton=True)  # the same process may lock it twice
+    lock = FileLock(folder / RESULTS_LOCK, is_singleton=True)  # the same process may lock it twice
     with suppress(OSError):  # it cannot be written to, which the writing will say
         lock.acquire()
     try:
         yield
-        if lock.lock_counter == 1:
-            # before the release: who waits sees that the file has no name, and makes it anew
-            path.unlink(missing_ok=True)
     finally:
-        lock.release()
+        end_lock(lock)
 
 
 def merge_results(folder: Path, rows: Iterable[Row] = (), record: Mapping[str, Any] = {}, **facts: Any) -> None:

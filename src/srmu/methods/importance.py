@@ -18,11 +18,12 @@ FLAT = 0.1  # below this standard deviation a map selects next to nothing
 
 def sum_features(hidden: Float[Tensor, "B T D"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "5 D"]:
     """Sums over counted tokens of x, |x|, x^2 and relu(x), in float64; a last row starts with norms and count."""
+    wide = torch.float32 if hidden.device.type == "mps" else torch.float64  # MPS has no float64
     values = hidden.float()[mask]  # (tokens, D)
     each = (values, values.abs(), values.square(), values.relu())
-    rows = [x.double().sum(dim=0) for x in each]
+    rows = [x.to(wide).sum(dim=0) for x in each]
     last = torch.zeros_like(rows[0])
-    last[0], last[1] = values.norm(dim=-1).double().sum(), len(values)
+    last[0], last[1] = values.norm(dim=-1).to(wide).sum(), len(values)
     return torch.stack([*rows, last])
 
 
@@ -84,9 +85,9 @@ def importance_map(
 
 def describe_importance(map_: Sizes) -> dict[str, float]:
     """How selective a map is: mean, standard deviation, share above one half, Gini coefficient."""
-    ordered = map_.double().sort().values
+    ordered = map_.cpu().double().sort().values
     n, total = len(ordered), float(ordered.sum())
-    ranks = torch.arange(1, n + 1, dtype=torch.float64, device=ordered.device)
+    ranks = torch.arange(1, n + 1, dtype=torch.float64)
     gini = 2 * float((ranks * ordered).sum()) / (n * total) - (n + 1) / n if total else 0.0
     return {
         "mean": float(ordered.mean()),

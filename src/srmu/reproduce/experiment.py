@@ -262,9 +262,10 @@ def run_all(jobs: Sequence[RunJob], watch: Watch, *, function: Callable[[RunJob]
     """Do the jobs in as many processes as there are processors; what came of each, in order."""
     # on Linux, those that this process may use
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = min(cpus, len(jobs), *[61] * (os.name == "nt"))  # Windows cannot wait for more
     outcomes = []
     with (
-        ProcessPoolExecutor(min(cpus, len(jobs)), multiprocessing.get_context("spawn")) as pool,
+        ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool,
         watch("unlearning and measuring", len(jobs)) as tick,
     ):
         for outcome in pool.map(function, jobs):  # Ctrl-C drops those that have not begun

@@ -270,13 +270,6 @@ def plan_launches(ways: list[StepVariant], rows: int, spreads: bool) -> list[dic
     return launches
 
 
-def free_bytes(device: str) -> int:
-    """Memory of the device that nothing holds."""
-    if device.startswith("cuda"):
-        return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
-
-
 def private_bytes() -> int:
     """The memory of this process that no file lies behind."""
     info = psutil.Process().memory_info()

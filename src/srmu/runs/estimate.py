@@ -12,6 +12,7 @@ import psutil
 import torch
 
 from srmu.engine import weights
+from srmu.engine.devices import free_bytes
 from srmu.engine.files import format_gb
 from srmu.engine.loading import build_skeleton, needs_conversion, read_config
 from srmu.engine.model import EditableModel, Site
@@ -76,7 +77,7 @@ def estimate_run(plan: RunPlan, topics: list[Topic], speed: float | None = None)
         parts["teacher"] = trained * plan.dtype.itemsize
     shapes = batch_shapes(method, topics, largest=False)
     speed = speed or counting.measure_speed(plan.settings, plan.dtype, config.device, site_of(method), shapes)
-    free, total = counting.free_bytes(config.device), sum(parts.values())
+    free, total = free_bytes(config.device), sum(parts.values())
     private = total - (parts["weights"] if mapped else 0)
     libraries = psutil.Process().memory_info().rss - counting.private_bytes()
     return {
@@ -138,7 +139,7 @@ def estimate_launches(plan: RunPlan, topics: list[Topic]) -> list[dict[str, Any]
         ways += count_run(plan, bare_model(plan), topics, rank)[0]
     ways = [replace(way, gpu=not (plan.here and cpu)) for way in ways]
     rows = counting.plan_launches(ways, config.train.batch_size, method.spreads)
-    free, devices = counting.free_bytes(config.device), torch.cuda.device_count()
+    free, devices = free_bytes(config.device), torch.accelerator.device_count()
     for row in rows:
         taken, count = row["memory_per_rank"], row["processes"]
         # the processes share a CPU's memory

@@ -13,6 +13,7 @@ from srmu.data.tokens import pad_id
 from srmu.data.topics import load_topic
 from srmu.engine import distributed, weights
 from srmu.engine.activation_cache import limit_bytes
+from srmu.engine.devices import find_device
 from srmu.engine.files import tidy_path
 from srmu.engine.loading import build_skeleton, read_config, refuse_quantised, wanted_dtype
 from srmu.engine.topic import Topic
@@ -95,17 +96,6 @@ def check_ranks(config: Config, shard: bool, offload: bool = False) -> None:
     if offload and (shard or method.depth is None):
         fits = "it goes with a method of one layer (srmu, rmu, ...), and without --shard"
         raise SrmuError(f"--offload leaves layers below those that change on the disk: {fits}")
-
-
-def find_device(name: str) -> str:
-    """The device that a name stands for on this machine; SrmuError where there is no such device."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise SrmuError(f"device {name} is not there: {first_line(error)}") from None
-    return name
 
 
 def load_tokenizer(folder: Path) -> Any:

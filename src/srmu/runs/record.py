@@ -17,6 +17,7 @@ from yaml import YAMLError
 
 from srmu.engine import weights
 from srmu.engine.activation_cache import flat_bytes
+from srmu.engine.devices import name_gpu
 from srmu.engine.files import cached, read_json, sha256, write_json
 from srmu.engine.progress import Watch, ignore_progress
 from srmu.errors import SrmuError, first_line
@@ -171,7 +172,7 @@ def describe_environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "processor": torch.backends.cpu.get_cpu_capability(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu": name_gpu(),
         "threads": torch.get_num_threads(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "packages": {name: version(name) for name in PACKAGES},

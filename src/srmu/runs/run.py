@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from srmu.engine import distributed, weights
-from srmu.engine.files import format_json, read_json, require_free, require_place, sha256, write_whole
+from srmu.engine.devices import find_device
+from srmu.engine.files import end_lock, format_json, read_json, require_free, require_place, sha256, write_whole
 from srmu.engine.loading import load_module, load_pretrained, read_config, sample_logits
 from srmu.engine.progress import Watch, ignore_progress
 from srmu.engine.topic import Topic
@@ -22,7 +23,7 @@ from srmu.errors import DivergedError, SrmuError
 from srmu.runs import record as audit
 from srmu.runs.config import Config, load_config
 from srmu.runs.model_card import render_template, write_model_card
-from srmu.runs.plan import RunPlan, find_device, load_tokenizer, load_topics, plan_run
+from srmu.runs.plan import RunPlan, load_tokenizer, load_topics, plan_run
 from srmu.runs.reach import explain_reach
 from srmu.runs.record import CONFIG, DELTA, METRICS, RECORD, STATE
 from srmu.runs.training import CHECKPOINTS, train_run
@@ -204,9 +205,7 @@ def hold_folder(folder: Path) -> Iterator[None]:
         if not any((folder / name).exists() for name in (RECORD, CHECKPOINTS)):
             for name in (CONFIG, METRICS, DELTA, STATE):
                 (folder / name).unlink(missing_ok=True)
-        # before the release: a lock that was waited for would be that of a file without a name
-        (folder / LOCK).unlink(missing_ok=True)
-        lock.release()
+        end_lock(lock)
         with suppress(OSError):
             folder.rmdir()
             folder.parent.rmdir()

@@ -4,24 +4,23 @@ import json
 import os
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from srmu.engine import distributed, weights
 from srmu.engine.activation_cache import digest_tensors, open_activations
+from srmu.engine.devices import free_bytes, read_peak_memory, reset_peak_memory
 from srmu.engine.files import read_json, require_space, sha256, write_json, write_whole
 from srmu.engine.loading import build_skeleton
 from srmu.engine.losses import is_counted
-from srmu.engine.model import EditableModel, release_memory
+from srmu.engine.model import EditableModel
 from srmu.engine.progress import Watch, ignore_progress, print_line
 from srmu.engine.resume import Checkpoints
 from srmu.engine.topic import Batch, Topic
@@ -184,7 +183,7 @@ def resume_run(plan: RunPlan, data: str) -> Progress:
     if distributed.is_first():
         path = folder / METRICS
         lines = path.read_text().splitlines()[: progress.resumed_at] if progress.resumed_at else []
-        path.write_text("".join(f"{line}\n" for line in lines))
+        write_whole(path, "".join(f"{line}\n" for line in lines))
         progress.clock -= float(json.loads(lines[-1])["seconds"]) if lines else 0.0
     return progress
 
@@ -279,32 +278,12 @@ def require_memory(plan: RunPlan) -> None:
     step = estimate.describe_step(plan, model, lora=getattr(method, "lora_rank", 0), sharded=plan.shard)
     parts = counting.held_bytes(step, distributed.get_size(), 1.0)
     needed = sum(parts[name] for name in counting.STANDING)
-    if needed > (free := counting.free_bytes(plan.config.device)):
+    if needed > (free := free_bytes(plan.config.device)):
         raise SrmuError(
             f"method {method.name} trains {step.trained.part(1):,} numbers: with their originals and the "
             f"optimiser they take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free; "
             "srmu unlearn --dry-run says what would help"
         )
-
-
-def reset_peak_memory(device: str) -> int:
-    """Count the peak of the device's memory anew; the bytes that this process holds now."""
-    if device.startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.memory_allocated(device)
-    release_memory()
-    with suppress(OSError):  # not Linux
-        Path("/proc/self/clear_refs").write_text("5")
-    return psutil.Process().memory_info().rss
-
-
-def read_peak_memory(device: str) -> int:
-    """The most bytes held since `reset_peak_memory`: allocated on a GPU, else resident."""
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated(device)
-    with suppress(OSError):
-        return 1024 * int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
-    return psutil.Process().memory_info().rss
 
 
 def measure_pair_overlap(topic: Topic) -> float:

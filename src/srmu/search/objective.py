@@ -253,7 +253,7 @@ def try_config(job: AutoJob, config: Config) -> Entry:
     return {
         "params": {key: value for key, value in options.items() if value is not None},
         "values": job.yardstick.outcome(run),
-        "runs": [str(run.folder.relative_to(job.request.out.resolve()))],
+        "runs": [run.folder.relative_to(job.request.out.resolve()).as_posix()],
     }
 
 

@@ -235,7 +235,7 @@ def measure_trial(sweep: Sweep, trial: optuna.Trial) -> list[float]:
         "replicates": replicates,
         "errors": {metric: [result[metric].get("stderr") for result in results] for metric in sweep.objectives},
         "n": {metric: int(results[-1][metric]["n"]) for metric in sweep.objectives},
-        "runs": [str(run.folder.relative_to(sweep.out)) for run in runs],
+        "runs": [run.folder.relative_to(sweep.out).as_posix() for run in runs],
     }
     trial.set_user_attr("measured", measured)
     return [*means.values()]

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from srmu.engine.files import write_whole
 from srmu.testbed import people
 from srmu.testbed.people import answer_sentence, phrase_questions
 from srmu.testbed.world import Document, Fact, World
@@ -34,11 +35,11 @@ def write_benchmarks(world: World, out: Path) -> None:
             configs.append({"config_name": config, "data_files": files})
         header = yaml.safe_dump({"configs": configs}, sort_keys=False)
         title = f"A fictional world in the schema of {name.upper()}; nothing in it is real."
-        (out / name / "README.md").write_text(f"---\n{header}---\n\n{title}\n")
+        write_whole(out / name / "README.md", f"---\n{header}---\n\n{title}\n")
 
 
 def write_rows(path: Path, rows: list[Row]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def sample_facts(facts: list[Fact], count: int) -> list[Fact]:

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 
 from srmu.data.overlap import measure_jaccard
-from srmu.engine.files import read_json, whole_folder, write_json
+from srmu.engine.files import read_json, whole_folder, write_json, write_whole
 from srmu.engine.progress import Watch, ignore_progress
 from srmu.errors import SrmuError, suggest_word
 from srmu.testbed import train
@@ -64,15 +64,15 @@ def build_testbed(
             report[name] = {"key": entry.name, "accuracy": read_json(entry / "accuracy.json")}
         for name, texts in corpora.items():
             write_rows(folder / f"{name}.jsonl", [{"text": text} for text in texts])
-        (folder / "names.txt").write_text("".join(f"{name}\n" for name in made.shared))
+        write_whole(folder / "names.txt", "".join(f"{name}\n" for name in made.shared))
         if made.goals:
-            (folder / "goals.txt").write_text("".join(f"{goal}\n" for goal in made.goals))
+            write_whole(folder / "goals.txt", "".join(f"{goal}\n" for goal in made.goals))
         write_tasks(made, folder / "tasks")
         if made.documents:
             write_benchmarks(made, folder / "suites")
         for name in ("low", "high"):
             config = fill_template("config", name=name, seed=seed, alpha=made.wording["alpha"])
-            (folder / f"{name}.yaml").write_text(config)
+            write_whole(folder / f"{name}.yaml", config)
         write_json(folder / "organism.json", report)
     return report
 
@@ -98,9 +98,10 @@ def write_tasks(world: World, folder: Path) -> None:
             asked = (fact.questions()[: 1 if is_open else None] for fact in facts if fact.half == half)
             write_rows(folder / f"{name}.jsonl", [row for rows in asked for row in rows])
             text = fill_template("task_open" if is_open else "task", name=name, prompt=prompt)
-            (folder / f"{name}.yaml").write_text(text)
+            write_whole(folder / f"{name}.yaml", text)
 
 
 def fill_template(template: str, **values: Any) -> str:
     """The text of a file in `templates/` with these values."""
-    return Template((Path(__file__).parent / "templates" / f"{template}.yaml").read_text()).substitute(values)
+    path = Path(__file__).parent / "templates" / f"{template}.yaml"
+    return Template(path.read_text(encoding="utf-8")).substitute(values)

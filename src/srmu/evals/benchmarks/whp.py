@@ -60,6 +60,6 @@ def measure_mass(model: Subject, ids: list[int], targets: list[int], generic: li
     """The probability that a target token is next, and its part in that of both."""
     logits = model.module(torch.tensor([ids]).to(model.device), use_cache=False).logits
     # in double precision, and of logarithms: the share of two tiny masses is still one
-    logs = logits[0, -1].double().log_softmax(-1)
+    logs = logits[0, -1].cpu().double().log_softmax(-1)
     target, other = (logs[some].logsumexp(0) for some in (targets, generic))
     return float(target.exp()), float((target - other).sigmoid())
