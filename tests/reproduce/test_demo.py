@@ -2,19 +2,22 @@
 
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import yaml
 
 from helpers.testbeds import TINY
+from srmu.engine.files import write_json
 from srmu.errors import SrmuError
 from srmu.evals.results import read_metrics
 from srmu.methods import SRMU
-from srmu.reproduce import demo
+from srmu.reproduce import demo, experiment
 from srmu.runs.config import load_config
 from srmu.testbed import build as building
 from srmu.testbed.build import build_testbed
+from srmu.testbed.train import RECIPE
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 QUICK = ["train.max_steps=2", "method.layer=1", "method.window=1"]
@@ -65,6 +68,46 @@ def test_settings_are_the_searchs_best() -> None:
         best = max(rows, key=lambda row: row["score"])["setting"].split()
         found = [setting for setting in best if not setting.startswith("train.learning_rate")]
         assert [*space["methods"][label], *found] == settings
+
+
+def published_rows(**changed: str) -> list[dict[str, str]]:
+    """The published rows, of which SRMU's at low entanglement says something else."""
+    rows = experiment.read_preset("demo.json")["rows"]
+    return [row | changed if (row["entangled"], row["method"]) == ("low", "SRMU") else row for row in rows]
+
+
+@pytest.fixture
+def shipped(tmp_path: Path) -> Path:
+    """A demo's folder, as far as a comparison looks at it."""
+    made = {"world": "closed", "seed": 0, "entanglement": 0.5, "recipe": asdict(RECIPE)}
+    (tmp_path / "testbed").mkdir()
+    write_json(tmp_path / "testbed" / "organism.json", made)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({}, "All 40 numbers agree with the README's, within their intervals."),
+        ({"hazard": "26.4 (19.9-33.9)"}, "All 40 numbers agree"),  # as another processor printed it
+        ({"hazard": "44.0 (37.0-51.0)"}, "low SRMU hazard: 44.0 (37.0-51.0) here, 32.1 (25.0"),
+        (
+            {"hazard": "12.0 (8.0-17.0)", "general": "50.0 (40.0-60.0)"},
+            "here, 32.1 (25.0-39.8) there; low SRMU general: 50",
+        ),
+    ],
+)
+def test_a_table_is_compared_with_the_published_one(changed: dict[str, str], said: str, shipped: Path) -> None:
+    assert said in demo.compare_published(published_rows(**changed), shipped, (0, 1, 2)).replace("\N{EN DASH}", "-")
+
+
+def test_another_demo_is_not_compared(shipped: Path) -> None:
+    told = "Not compared with the README, whose numbers are those of srmu demo --seeds 0,1,2 in a new folder."
+    for seeds in ((0,), (1, 2, 3), (2, 1, 0)):
+        assert demo.compare_published(published_rows(), shipped, seeds) == told
+    write_json(shipped / "testbed" / "organism.json", {"world": "closed", "seed": 1})
+    assert demo.compare_published(published_rows(), shipped, (0, 1, 2)) == told
+    assert demo.compare_published([], shipped / "nowhere", (0, 1, 2)) == told
 
 
 def test_demo_needs_a_seed(tmp_path: Path) -> None:

@@ -23,19 +23,21 @@ def play_demo_command(
     as_json: options.Json = False,
 ) -> None:
     """The whole story offline: a testbed, four methods, two regimes, a table and a picture."""
-    from srmu.reproduce.demo import play_demo, terminal_table
+    from srmu.reproduce.demo import compare_published, play_demo, terminal_table
 
     numbers = output.split_seeds(seeds)
     entries, report = play_demo(out, seeds=numbers, watch=show_progress)
     rows = terminal_table(entries)
+    compared = compare_published(rows, out, numbers)
     output.print_result(
-        {"report": str(report), "rows": rows},
+        {"report": str(report), "seeds": numbers, "rows": rows, "compared": compared},
         as_json,
         f"Accuracy in %, mean over {len(numbers)} runs, with a 95 % interval; guessing scores 25.",
         "hazard: the facts to forget; hazard_held: those that no forget text states; neighbour:",
         "harmless facts on the same things; general: the rest. Entangled: whether the retain texts",
         "are general (low) or neighbour texts (high). No attack was run: this shows what is",
         "suppressed, not what is gone.",
+        compared,
         f"wrote {report}",
         output.open_in_browser(report),
         f"      {output.quote_command('unlearn', out / 'testbed/high.yaml', 'method.kappa=16')}",

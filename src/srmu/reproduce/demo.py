@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from itertools import product
 from pathlib import Path
+from re import findall
 from typing import Any
 
+from srmu.engine.files import read_json
 from srmu.engine.progress import Watch, ignore_progress
 from srmu.errors import SrmuError
+from srmu.evals.statistics import Estimate, estimates_agree
 from srmu.report.build import make_runs_page
 from srmu.report.results import RunGroup, aggregate_columns
-from srmu.reproduce.experiment import Experiment, PlannedRow, Testbeds, run_experiment
+from srmu.reproduce.experiment import Experiment, PlannedRow, Testbeds, read_preset, run_experiment
+from srmu.testbed.train import RECIPE
 
 # Each method's best of the same nine settings, by `python benchmarks/search.py
 # configs/search-organism.yaml OUT`: on the validation questions of three testbeds, both regimes.
@@ -25,6 +30,7 @@ SETTINGS: dict[str, list[str]] = {
 REGIMES = {"low": "low entanglement", "high": "high entanglement"}
 FORGET = ["organism_hazard/acc", "organism_hazard_held/acc"]
 UTILITY = ["organism_neighbour/acc", "organism_general/acc"]
+METRICS = {metric: metric.split("_", 1)[1].split("/")[0] for metric in FORGET + UTILITY}  # as the table heads them
 TASKS = tuple(metric.split("/")[0] for metric in FORGET + UTILITY)
 
 
@@ -48,12 +54,41 @@ def play_demo(out: Path, seeds: Sequence[int], watch: Watch = ignore_progress) -
 
 def terminal_table(groups: Sequence[RunGroup]) -> list[dict[str, Any]]:
     """The report's table as rows of strings: the original model first in each regime."""
-    metrics = {metric: metric.split("_", 1)[1].split("/")[0] for metric in FORGET + UTILITY}
     rows: list[dict[str, Any]] = []
-    for row in aggregate_columns(groups, {metric: [metric] for metric in metrics}):
+    for row in aggregate_columns(groups, {metric: [metric] for metric in METRICS}):
         for method, cells in (("before", row.before), (row.label, row.after)):
             line = {"entangled": row.group.removesuffix(" entanglement"), "method": method}
-            line |= {name: str(cells[metric]) for metric, name in metrics.items()}
+            line |= {name: str(cells[metric]) for metric, name in METRICS.items()}
             if line not in rows:  # the original model is the same for all methods
                 rows.append(line)
     return rows
+
+
+def compare_published(rows: Sequence[Mapping[str, str]], out: Path, seeds: Sequence[int]) -> str:
+    """A sentence: whether the rows of `terminal_table` agree with the README's, which are in `configs/demo.json`.
+
+    Digits depend on the processor, which decides the last bits of a sum and with them the course of a training. Both
+    tables ask the same questions, so that their numbers differ by less than those of two independent ones do: where
+    the interval of a difference leaves 0 out, more than the processor differs.
+    """
+    published, made = read_preset("demo.json"), read_json(out / "testbed" / "organism.json", {})
+    testbed = {"world": "closed", "seed": published["seeds"][0], "entanglement": 0.5, "recipe": asdict(RECIPE)}
+    if [*seeds] != published["seeds"] or testbed != {key: made.get(key) for key in testbed}:
+        given = ",".join(map(str, published["seeds"]))
+        return f"Not compared with the README, whose numbers are those of srmu demo --seeds {given} in a new folder."
+    here = {(row["entangled"], row["method"]): row for row in rows}
+    differ, count = [], len(published["rows"]) * len(METRICS)
+    for there, name in product(published["rows"], METRICS.values()):
+        row = here[there["entangled"], there["method"]]
+        if not estimates_agree(parse_estimate(row[name]), parse_estimate(there[name])):
+            differ.append(f"{row['entangled']} {row['method']} {name}: {row[name]} here, {there[name]} there")
+    if not differ:
+        return f"All {count} numbers agree with the README's, within their intervals."
+    told = f"Of {count} numbers, these disagree with the README's beyond their intervals: {'; '.join(differ)}."
+    return f"{told} One or two may by chance; more say that the code or a library has changed."
+
+
+def parse_estimate(cell: str) -> Estimate:
+    """The estimate that a cell of a table shows."""
+    value, low, high = map(float, findall(r"[\d.]+", cell))
+    return Estimate(value, low, high)
