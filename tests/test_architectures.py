@@ -1,5 +1,6 @@
 """Every decoder class of transformers that can be built tiny: it works, or a line says why it does not."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,10 +8,17 @@ import torch
 import transformers
 
 from helpers import architectures
-from helpers.models import VOCABULARY
-from srmu.engine.generate import write_on
+from helpers.architectures import tiny_module
+from helpers.models import VOCABULARY, word_tokenizer
+from srmu.engine.activation_cache import open_activations
+from srmu.engine.generate import batch_texts, next_logits, write_on
 from srmu.engine.loading import read_config
+from srmu.engine.model import EditableModel
 from srmu.errors import SrmuError
+from srmu.evals.harness import open_harness
+from srmu.runs.config import make_config
+from srmu.runs.estimate import plan_dry_run
+from srmu.runs.run import open_target
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 ROWS = [line for line in PAGE.read_text().splitlines() if line.startswith("| `") and "`model_type`" not in line]
@@ -33,8 +41,9 @@ def test_row(row: str, tmp_path: Path) -> None:
     ("kind", "family", "line"),
     [
         ("openai-gpt", "activations", ""),  # its layers give lists
-        ("prophetnet", "activations", "this architecture reads more than its tokens there"),
-        ("prophetnet", "neurons", "this architecture reads more than its tokens there"),
+        ("prophetnet", "likelihood", "this architecture reads more than its tokens there"),
+        ("xlnet", "likelihood", "lets a token read those after it"),
+        ("cpmant", "likelihood", "this architecture reads more than its tokens there"),
         ("xlm", "activations", "keeps the parts of its layers in 4 lists"),
         ("deepseek_v4", "LoRA", ""),  # a linear map of its own kind
         ("deepseek_v4", "reward", "takes no embeddings in place of tokens"),
@@ -63,6 +72,65 @@ def test_a_stack_without_attention_writes_on() -> None:
     for _ in range(3):
         ids.append(int(module(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
     assert rows == [ids[3:]]
+
+
+@pytest.mark.parametrize("kind", ["bart", "rwkv", "deepseek_v4", "llama"])
+def test_contexts_of_several_lengths_are_continued_as_each_alone(kind: str) -> None:
+    """Where padding before a text shifts its positions, texts of one length are continued at once."""
+    module = tiny_module(kind)
+    contexts = [[1, 5, 6, 7], [1, 8], [1, 9, 10, 11, 12]]
+    rows, logits = write_on(module, contexts, 3, set(), keep_logits=True)
+    assert rows == [write_on(module, [context], 3, set())[0][0] for context in contexts]
+    assert [one.argmax(-1).tolist() for one in logits] == rows
+
+
+@pytest.mark.parametrize("kind", ["whisper", "xlstm", "bailing_hybrid", "llama"])
+def test_answers_are_scored_as_each_alone(kind: str) -> None:
+    """A model that cannot leave out positions, or keep what it read, is asked for all of them."""
+    module = tiny_module(kind)
+    pairs = [((1, 5, 6, 7, 8), (9,)), ((1, 5), (10, 11)), ((1, 5, 6, 7), (12, 13, 14))]
+    with open_harness(module, word_tokenizer(), 4) as harness:
+        scores = [score for score, _ in harness._loglikelihood_tokens([("", *pair) for pair in pairs])]
+    for (before, answer), score in zip(pairs, scores, strict=True):
+        with torch.no_grad():
+            logs = module(torch.tensor([[*before, *answer]]), use_cache=False).logits[0].log_softmax(-1)
+        expected = sum(float(logs[len(before) + i - 1, token]) for i, token in enumerate(answer))
+        assert score == pytest.approx(expected, abs=1e-4)
+    one = next_logits(module, [[1, 5, 6], [1, 5, 6, 7, 8]], 2)
+    torch.testing.assert_close(one[0], next_logits(module, [[1, 5, 6]], 2)[0], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["bamba", "nemotron_h", "rwkv", "xlstm", "xmod", "gpt2"])
+def test_layers_that_do_not_change_run_once(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a layer gives beside its activations, and whatever else the model reads of it."""
+    monkeypatch.setenv("SRMU_CACHE", str(tmp_path))
+    batch = batch_texts([[1, 5, 6, 7], [1, 8]])
+    for mode in ("memory", "disk"):
+        model = EditableModel(tiny_module(kind), ["3.linear"])
+        with torch.no_grad():
+            expected = model.module(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+            for hits in (0, 1):
+                model.activations = open_activations(mode, {}, model.device)
+                assert torch.equal(model.logits(batch), expected)
+                if mode == "memory":
+                    assert torch.equal(model.logits(batch), expected) and model.activations.hits == 1
+                else:
+                    assert model.activations.hits == hits
+
+
+def test_a_model_that_reads_ahead_is_refused(tmp_path: Path) -> None:
+    """BERT without `is_decoder`: its numbers would mean nothing."""
+    assert architectures.write_world("bert", tmp_path)
+    settings = json.loads((tmp_path / "model" / "config.json").read_text()) | {"is_decoder": False}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(settings))
+    line = "BertLMHeadModel lets a token read those after it"
+    assert line in architectures.try_run(tmp_path, "likelihood")
+    assert line in architectures.try_in_memory(tmp_path, "likelihood")
+    texts = [tmp_path / "forget.jsonl", tmp_path / "neutral.jsonl"]
+    with pytest.raises(SrmuError, match=line):
+        plan_dry_run(make_config(str(tmp_path / "model"), *texts, "npo", []))
+    with pytest.raises(SrmuError, match=line):
+        open_target(tmp_path / "model").module  # noqa: B018
 
 
 def test_a_model_of_parts_is_refused(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from srmu.methods.base import Edit
 from srmu.runs.config import make_config
 from srmu.runs.run import open_target, unlearn_config
 
-LARGEST = 400_000  # numbers
+LARGEST = 800_000  # numbers
 # The first pattern that a size's name matches gives it.
 SIZES: dict[str, Any] = {
     r"vocab_size|vocab_size_per_layer_input|n_vocab|bigram_vocab_size": VOCABULARY,
@@ -51,8 +51,11 @@ SIZES: dict[str, Any] = {
     r"hidden_size_per_layer_input": 4,
     r"max_position_embeddings|n_positions|max_seq_len(gth)?": 64,
     r"(mamba_)?d_state|state_size|mamba_d_state": 4,
-    r"mamba_n_heads|mamba_num_heads|mamba_d_head|mamba_head_dim": 8,
-    r"index_n_heads|index_topk": 4,
+    r"mamba_n_heads|mamba_num_heads|mamba_d_head|mamba_head_dim|n_mamba_heads": 8,
+    r"(mamba_)?chunk_size": 8,
+    r"index_n_heads": 4,
+    r"index_topk": 64,  # all tokens: scores of random indexers tie
+    r"is_decoder": True,
     r"pad_token_id": 0,
     r"bos_token_id": 1,
     r"eos_token_id|sep_token_id": 2,
@@ -70,16 +73,38 @@ OTHERS: dict[str, dict[str, Any]] = {
         "num_kv_shared_layers": 0,
         "laurel_rank": 4,
         "layer_types": ["full_attention"] * 4,
-        "activation_sparsity_pattern": 0.0,
+        "activation_sparsity_pattern": [0.0] * 4,
     },
     "inkling_text": {"n_shared_experts": 1},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
-    "roc_bert": {"enable_pronunciation": False, "enable_shape": False},
+    "kimi_linear": {"linear_head_dim": 8, "linear_num_heads": 4, "num_local_experts": 4},
+    "longcat_flash": {"expert_ffn_hidden_size": 48, "zero_expert_num": 2},
+    "moshi": {"audio_vocab_size": VOCABULARY},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 4,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+        "indexer_budget": 64,
+        "indexer_compress_ratio": 1,
+        "ngram_vocab_size_base": 8,
+        "ple_embed_dim": 8,
+        "hc_lowrank": 4,
+        "make_ngram_vocab_size_divisible_by": 8,
+        "split_ngram_parts": 1,
+        "layer_types": ["linear_attention", "full_attention"] * 2,
+    },
+    "roc_bert": {
+        "enable_pronunciation": False,
+        "enable_shape": False,
+        "shape_vocab_size": 8,
+        "pronunciation_vocab_size": 8,
+    },
     "xmod": {"default_language": "en_XX"},
     "zaya": {"num_experts_per_tok": 1},
-    "zamba2": {"layer_types": ["mamba", "hybrid"] * 2},
+    "zamba": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "use_mamba_kernels": False},
+    "zamba2": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "use_mamba_kernels": False},
 }
 
 
@@ -88,13 +113,18 @@ def decoder_types() -> list[str]:
     names: dict[str, str] = {}
     for kind, cls in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items():
         if isinstance(cls, str) and cls.endswith(("ForCausalLM", "LMHeadModel")):
-            names[cls] = min(names.get(cls, kind), kind, key=len)  # gpt2, not gpt-sw3
+            # llama4_text, not llama4 with its images; gpt2, not gpt-sw3
+            names[cls] = min(names.get(cls, kind), kind, key=lambda name: (not name.endswith("_text"), len(name)))
     return sorted(names.values())
 
 
 def tiny_config(kind: str) -> Any:
     """The config of a model type, 32 wide and 4 layers deep."""
-    cls = CONFIG_MAPPING[kind]
+    return CONFIG_MAPPING[kind](**(list_sizes(CONFIG_MAPPING[kind]) | OTHERS.get(kind, {})))
+
+
+def list_sizes(cls: Any) -> dict[str, Any]:
+    """The sizes of a config and of the configs inside it."""
     known = {*inspect.signature(cls.__init__).parameters} | {f.name for f in dataclasses.fields(cls)}
     sizes = {}
     for name in known - {"self", "kwargs"}:
@@ -103,7 +133,8 @@ def tiny_config(kind: str) -> Any:
             sizes[name] = value
     if "kv_lora_rank" in known:  # latent attention: each head has keys of its own
         sizes["num_key_value_heads"] = 4
-    return cls(**(sizes | OTHERS.get(kind, {})))
+    inner = {name: part for name, part in cls.sub_configs.items() if dataclasses.is_dataclass(part)}
+    return sizes | {name: list_sizes(part) for name, part in inner.items()}
 
 
 def tiny_module(kind: str) -> Any:
@@ -122,6 +153,8 @@ def tiny_module(kind: str) -> Any:
     for parameter in module.parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.1)
+        else:  # no two alike, as in a trained model
+            parameter.data += 0.1 * torch.rand_like(parameter)
     return module
 
 
@@ -147,6 +180,7 @@ REASONS = {
     "no embeddings in place": "its code reads tokens, not embeddings",
     "in 4 lists": "its layers are four lists",
     "reads more than its tokens": "a layer reads more than the tokens",
+    "read those after it": "a token reads those after it",
     "no list of": "no list of its layers",
     "in this form, once": "a tensor is stored otherwise than it is held",
     "no weight in the role": "a layer without an MLP has no down-projection",

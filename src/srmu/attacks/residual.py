@@ -73,7 +73,7 @@ def answer_nll(model: Subject, ids: Int[Tensor, "B T"], labels: Int[Tensor, "B T
     # only columns from the first answer on meet the vocabulary
     width = ids.shape[1] - int(is_predicted(labels).any(dim=0).nonzero()[0])
     logits = model.module(ids, use_cache=False, logits_to_keep=width).logits
-    return text_nlls(logits, labels[:, -width:])
+    return text_nlls(logits[:, -width:], labels[:, -width:])
 
 
 class LogitLens(Attack, id="E4", name="logit_lens", tier="smoke"):

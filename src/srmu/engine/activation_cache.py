@@ -28,7 +28,7 @@ from srmu.engine.devices import free_bytes, name_gpu
 from srmu.engine.files import cache_dir, read_json, sha256, write_json
 from srmu.errors import SrmuError
 
-Output = Tensor | tuple[Tensor]  # what a decoder layer returns
+Output = Tensor | tuple[Any, ...]  # what a decoder layer returns: of several values the first is kept, None for others
 
 FEW = 6  # entries of one step: prefix, target and sums of a forget and a retain batch
 LIMIT_GB = 20.0  # for all activations together, unless SRMU_CACHE_LIMIT is set
@@ -111,7 +111,7 @@ class Activations:
         return self.folder / f"{name.replace('/', '-')}.safetensors"
 
     def _save(self, name: str, value: Output) -> None:
-        kind, tensor = ("tuple", value[0]) if isinstance(value, tuple) else ("tensor", value)
+        kind, tensor = (f"tuple{len(value)}", value[0]) if isinstance(value, tuple) else ("tensor", value)
         data = save({kind: tensor.detach().cpu().contiguous()}, {"crc32": check_code(tensor)})
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # another process may have cleared it
         if len(data) > self.allowed:  # rarely, as to count looks at every file; others may have written meanwhile
@@ -135,7 +135,7 @@ class Activations:
                 if file.metadata()["crc32"] != check_code(tensor):
                     raise ValueError
             tensor = tensor.to(self.device)
-            return {"tensor": tensor, "tuple": (tensor,)}[kind]
+            return tensor if kind == "tensor" else (tensor, *[None] * (int(kind.removeprefix("tuple")) - 1))
         except Exception:  # missing, or damaged in some way
             with suppress(OSError):
                 self.path(name).unlink()

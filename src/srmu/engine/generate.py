@@ -1,6 +1,8 @@
 """Continuations that a model writes, and how likely it finds texts."""
 
 from collections.abc import Iterable, Sequence
+from inspect import signature
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -8,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
+from srmu.engine.likelihoods import read_logits
 from srmu.engine.losses import is_predicted, token_nll
 from srmu.engine.model import EditableModel
 from srmu.engine.topic import Batch, move_batch
@@ -85,7 +88,17 @@ def write_on(
     do_sample: bool = False,
     keep_logits: bool = False,
 ) -> tuple[list[Ids], list[Float[Tensor, "S V"]]]:
-    """Continuations of contexts read at once, each with the token that ends it, and their logits."""
+    """Continuations of contexts, read at once where padding allows, each with the token that ends it; their logits."""
+    lengths = [len(row) for row in contexts]
+    if len({*lengths}) > 1 and not hides_padding(module):
+        found: dict[int, Any] = {}
+        for size in sorted({*lengths}):
+            which = [i for i, count in enumerate(lengths) if count == size]
+            part = [contexts[i] for i in which]
+            both = write_on(module, part, length, ends, do_sample=do_sample, keep_logits=keep_logits)
+            found |= zip(which, zip_longest(*both), strict=True)
+        texts = [found[i] for i in range(len(contexts))]
+        return [text for text, _ in texts], [logits for _, logits in texts if keep_logits]
     drawn = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0} if do_sample else {}
     settings = GenerationConfig(
         max_new_tokens=length,
@@ -116,13 +129,18 @@ def write_on(
     return written, [part[: len(row)] for part, row in zip(logits, written, strict=True)]
 
 
+def hides_padding(module: PreTrainedModel) -> bool:
+    """Whether padding before a text changes nothing: its positions can be given, and no tokens are read in blocks."""
+    kinds = getattr(module.config, "layer_types", None) or ()
+    return "position_ids" in signature(module.forward).parameters and not any("compress" in kind for kind in kinds)
+
+
 @torch.no_grad()
 def next_logits(module: PreTrainedModel, rows: Sequence[Ids], width: int) -> Float[Tensor, "B {width} V"]:
     """Logits after each of the last `width` tokens of each row; a shorter row begins with its first token's again."""
     ids = pad_rows(rows)  # padding on the right cannot be seen from the tokens before it
     keep = torch.tensor([[max(len(row) + i, 0) for i in range(-width, 0)] for row in rows])
-    read = move_batch({"input_ids": ids, "logits_to_keep": keep}, module.device)
-    return module(**read, use_cache=False).logits
+    return read_logits(module, ids.to(module.device), keep.to(module.device), use_cache=False)
 
 
 def draw_tokens(

@@ -8,6 +8,7 @@ from operator import and_, eq
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from srmu.errors import SrmuError
@@ -51,8 +52,8 @@ def score_answers(
             if shared:
                 past = model(ids[:1, :shared], use_cache=True, logits_to_keep=1).past_key_values
                 past.batch_repeat_interleave(len(rows))
-            states: Any = {"past_key_values": past, "use_cache": bool(shared)}
-            logits = model(ids[:, shared:], **states, logits_to_keep=keep).logits
+            states: Any = {"past_key_values": past} if shared else {}
+            logits = read_logits(model, ids[:, shared:], keep, use_cache=bool(shared), **states)
             logs = logits.log_softmax(-1, dtype=dtype)
         which = [i for row in rows for i in askers[row]]
         at = tensor([[n] for n, row in enumerate(rows) for _ in askers[row]])
@@ -64,6 +65,13 @@ def score_answers(
             results[i] = (result[0], result[1])
             done(i, results[i])
     return [results[i] for i in range(len(pairs))]
+
+
+def read_logits(model: Any, ids: Tensor, keep: Tensor, **options: Any) -> Tensor:
+    """Logits at some positions of each row, (B, W, V) for the (B, W) of `keep`; only they meet the vocabulary."""
+    if "logits_to_keep" in signature(model.forward).parameters:
+        return model(ids, **options, logits_to_keep=keep).logits
+    return model(ids, **options).logits[torch.arange(len(ids), device=ids.device)[:, None], keep]
 
 
 def keeps_past(model: Any) -> bool:

@@ -2,10 +2,11 @@
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from jaxtyping import Float
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from srmu.engine import distributed
-from srmu.engine.activation_cache import Activations, Output
+from srmu.engine.activation_cache import Activations
 from srmu.engine.devices import return_freed_blocks
 from srmu.engine.loading import find_layers, load_module, read_config
 from srmu.engine.sites import Site, catch_value, hook_outputs, in_role, shape_by_token, swap_blocks
@@ -71,6 +72,7 @@ class EditableModel:
         """Load the first `depth` layers of a checkpoint (None: all); the others are never read from disk."""
         return_freed_blocks()
         model = cls(load_module(folder, dtype, depth), trainable, depth, copy)
+        model.check_causal()
         model.folder = folder
         model.shallow = len(model.layers) < read_config(folder).num_hidden_layers
         if offload:  # layers below the trained ones stay in main memory, and move to the device one at a time
@@ -85,6 +87,19 @@ class EditableModel:
             model.module.to(device)
         model.original = {name: tensor.to(device) for name, tensor in model.original.items()}
         return model
+
+    @torch.no_grad()
+    def check_causal(self) -> None:
+        """SrmuError for a model, such as BERT, whose first layer lets a token read those after it."""
+        ids = torch.arange(16, device=self.device)[None] % self.vocabulary_size
+        text = Batch(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids)
+        whole, part = (self.hidden(text.cut(tokens=slice(n)), Site(0)) for n in (16, 4))
+        noise = max(1e-3, 4 * torch.finfo(part.dtype).eps)
+        if (whole[:, :4] - part).norm() > noise * part.norm():
+            raise SrmuError(
+                f"{type(self.module).__name__} lets a token read those after it, so it cannot learn to predict them; "
+                'name a causal language model (BERT and its kin are one with "is_decoder": true in config.json)'
+            )
 
     def shard(self, device: str) -> None:
         """Shard layers, embeddings and head over the processes (FSDP2), before any training."""
@@ -285,13 +300,15 @@ class EditableModel:
         """
         kept = self.layers[:depth]
         hooks: dict[nn.Module, Any] = {}
+        stack = ExitStack()
         # Gemma 3n and 4: the last layers read keys and values of layers that must then be run.
         sharing = getattr(self.module.config, "num_kv_shared_layers", None) or 0
         reads = sharing and depth > self.module.config.num_hidden_layers - sharing
         if 0 < self.fixed < depth and not reads:
             name = f"prefix/{batch.key}"
             if (output := self.activations.find(name)) is not None:
-                kept = nn.ModuleList([*[KnownOutput(output)] * self.fixed, *kept[self.fixed :]])
+                for layer in kept[: self.fixed]:  # not another module: some models read more of their layers
+                    stack.enter_context(patch.object(layer, "forward", lambda *_, **__: output))
             else:
 
                 def record(args: Any, output: Any) -> None:
@@ -299,10 +316,10 @@ class EditableModel:
                         self.activations.keep(name, output.detach())
                     elif not any(isinstance(t, Tensor) and not t.is_floating_point() for t in output[1:]):
                         # else the next layer takes more than the first of them, such as indices: keep nothing
-                        self.activations.keep(name, (output[0].detach(),))
+                        self.activations.keep(name, (output[0].detach(), *[None] * (len(output) - 1)))
 
                 hooks[kept[self.fixed - 1]] = record
-        with swap_blocks(self._place, kept), hook_outputs(hooks):
+        with stack, swap_blocks(self._place, kept), hook_outputs(hooks):
             yield
 
 
@@ -329,14 +346,3 @@ def replace_tensor(parameter: nn.Parameter, tensor: Tensor) -> Tensor:
     before = part.clone()
     part.copy_(distributed.local_part(tensor))
     return before
-
-
-class KnownOutput(nn.Module):
-    """Stands in for a layer whose output is known."""
-
-    def __init__(self, output: Output) -> None:
-        super().__init__()
-        self.output = output
-
-    def forward(self, *args: Any, **kwargs: Any) -> Output:
-        return self.output

@@ -105,7 +105,7 @@ def shape_by_token(value: Tensor, batch: int, tokens: int) -> Tensor:
     if value.shape[:2] != (batch, tokens) and value.shape[0] != batch * tokens:  # OPT flattens inside its layers
         raise SrmuError(
             f"a layer gives {tuple(value.shape)} for {batch} texts of {tokens} tokens: this architecture reads more "
-            "than its tokens there; take a method of logits or weights, such as method.name=npo"
+            "than its tokens there, and srmu does not support it"
         )
     return value.reshape(batch, tokens, -1)
 

@@ -19,7 +19,8 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import env
 
 from srmu.engine import distributed
-from srmu.engine.likelihoods import keeps_past, score_answers
+from srmu.engine.generate import hides_padding
+from srmu.engine.likelihoods import score_answers
 from srmu.engine.progress import Watch, ignore_progress
 from srmu.errors import SrmuError
 from srmu.evals.lm_eval import SEED, silence_output
@@ -41,9 +42,6 @@ class Harness(HFLM):
         return list(self.encode_once(*args, **kwargs))
 
     def _loglikelihood_tokens(self, requests: Sequence[Any], **options: Any) -> list[Any]:
-        if not keeps_past(self.model):
-            return list(super()._loglikelihood_tokens(requests, **options))
-
         def done(number: int, result: tuple[float, bool]) -> None:
             if requests[number][0] is not None:  # else a part of a rolling request
                 self.cache_hook.add_partial("loglikelihood", requests[number][0], result)
@@ -59,7 +57,9 @@ class Harness(HFLM):
         return self.answer(requests, super().loglikelihood_rolling)
 
     def generate_until(self, requests: list[Any], **options: Any) -> list[Any]:
-        return self.answer(requests, super().generate_until)
+        rows = self.batch_size if hides_padding(self.model) else 1
+        with patch.object(self, "batch_size_per_gpu", rows):
+            return self.answer(requests, super().generate_until)
 
     def answer(self, requests: list[Any], ask: Any) -> list[Any]:
         """Of several processes each answers some, neighbours together: they share their prompts."""

@@ -146,6 +146,7 @@ def measure_speed(settings: Any, dtype: torch.dtype, device: str, site: Site | N
     short.pad_token_id = None
     module = AutoModelForCausalLM.from_config(short, dtype=dtype).to(device)
     model = EditableModel(module, ["0.mlp_down" if site else "*"], 1 if site else None)
+    model.check_causal()
     place = Site(0) if site else None
     batches = [
         blank_batch((rows, max(2, min(tokens, PROBE_TOKENS // rows))), model.device, False) for rows, tokens in shapes

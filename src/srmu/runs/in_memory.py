@@ -212,6 +212,7 @@ def edit_in_place(module: PreTrainedModel, method: Method) -> Iterator[EditableM
         module.zero_grad()  # else the first step would add what the user left there
         edited = EditableModel(module, method.trainable, method.depth)
         original = edited.original
+        edited.check_causal()
         yield edited
     except BaseException:
         for name, tensor in original.items():

@@ -16,6 +16,7 @@ from srmu.engine import distributed, weights
 from srmu.engine.devices import find_device
 from srmu.engine.files import end_lock, format_json, read_json, require_free, require_place, sha256, write_whole
 from srmu.engine.loading import load_module, load_pretrained, read_config, sample_logits
+from srmu.engine.model import EditableModel
 from srmu.engine.progress import Watch, ignore_progress
 from srmu.engine.topic import Topic
 from srmu.engine.train import Log
@@ -130,7 +131,9 @@ class OpenedModel:
     @cached_property
     def module(self) -> PreTrainedModel:
         """The model as it was before the run, ready to answer."""
-        return load_module(self.base).eval().to(find_device(self.device))
+        model = EditableModel(load_module(self.base), ())
+        model.check_causal()
+        return model.module.to(find_device(self.device))
 
     @contextmanager
     def after(self) -> Iterator[PreTrainedModel]:
