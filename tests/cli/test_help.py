@@ -14,7 +14,7 @@ from helpers.models import Call, save_pico, texts, write_jsonl
 from srmu.cli import main, output
 
 VERBS = [
-    "demo", "info", "unlearn", "auto", "sweep", "export", "eval", "attack", "compare", "inspect",
+    "demo", "info", "unlearn", "auto", "sweep", "export", "eval", "ask", "attack", "compare", "inspect",
     "report", "verify", "testbed", "reproduce",
 ]  # fmt: skip
 PROGRAM: Any = typer.main.get_command(main.app)

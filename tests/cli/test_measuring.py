@@ -1,8 +1,10 @@
 """The verbs that measure, as they are typed: what they print, and what they say of mistakes."""
 
 import json
+import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,6 +23,64 @@ def inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 TEXTS = ("--forget", "forget.jsonl", "--retain", "neutral.jsonl")
 GIVEN = ("--tasks", "hazard", "--neutral", "neutral.jsonl", "--attacks", "logit_lens,E2")
+
+
+def test_eval_says_that_a_model_degenerated(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shares = iter([0.04, 0.83])
+
+    def measure(*given: Any, **options: Any) -> dict[str, Any]:
+        return {"repetition/forget": {"value": next(shares), "n": 16.0}}
+
+    monkeypatch.setattr("srmu.evals.score.measure_repetition", measure)
+    done = call("eval", world.unlearned(tmp_path).folder, "--tasks", "harmless")
+    assert done.code == 0, done.err
+    says = "after forget prompts the model repeats itself: 83 % of its four-token sequences, 4 % before"
+    assert says in done.out.splitlines()
+    assert "0.040" in done.out and "0.830" in done.out
+
+
+# --- ask
+
+
+def test_answers_stand_side_by_side(call: Call, tmp_path: Path) -> None:
+    run = world.unlearned(tmp_path).folder.relative_to(tmp_path)
+    before = sorted(path for path in tmp_path.rglob("*") if "cache" not in path.parts)
+    done = call("ask", run, "w50 w3", "w52 w9", "--tokens", "3")
+    assert done.code == 0, done.err
+    prompt, _, titles, _, answers, *_, following = done.out.splitlines()
+    assert (prompt, titles.split()) == ("w50 w3", ["original", "unlearned"])
+    assert following == f"next: srmu eval {run}" and "w52 w9" in done.out
+    (first, _) = json.loads(call("ask", run, "w50 w3", "w52 w9", "--tokens", "3", "--json").out)["answers"]
+    assert first["prompt"] == "w50 w3" and first["before"].split()[0] == world.facts()["w3"][0]
+    assert answers.split() == first["before"].split() + first["after"].split()
+    of_model = call("ask", "model", "w50 w3").out
+    assert " model" in of_model and of_model.splitlines()[-1].startswith("next: srmu unlearn --model model")
+    assert before == sorted(path for path in tmp_path.rglob("*") if "cache" not in path.parts)
+    assert not any(b"w50 w3" in path.read_bytes() for path in (tmp_path / "cache").rglob("*") if path.is_file())
+    done = call("ask", run, "w50 w3", "--tokens", "3", "--out", "answers.json")
+    assert "wrote answers.json" in done.out
+    assert json.loads((tmp_path / "answers.json").read_text())["answers"] == [first]
+    done = call("ask", run, "w50 w3", "--out", "answers.json")
+    assert done.code == 2 and "answers.json is a file" in done.err
+
+
+def test_what_a_model_writes_cannot_steer_the_terminal(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No escape sequence, no other direction of writing, no markup; and nothing is cut that is wider than a column."""
+    wild = "\x1b[2J\x07\r\x9b31m [red]a[/red] :smile: \u202e" + "|" * 200
+    answers = [{"prompt": "\x1b]0;title\x07p", "before": wild, "after": ""}]
+    monkeypatch.setattr("srmu.evals.continuations.ask_model", lambda *given, **options: answers)
+    monkeypatch.setenv("COLUMNS", "80")
+    for options in ({}, {"FORCE_COLOR": "1"}):
+        for name, value in options.items():
+            monkeypatch.setenv(name, value)
+        done = call("ask", "model", "p")
+        shown = re.sub(r"\x1b\[[0-9;]*m", "", done.out)  # colours of the table's head
+        assert all(sign.isprintable() or sign == "\n" for sign in shown)
+        whole = re.sub(r"\s|\(nothing\)", "", shown)  # its lines put together
+        assert "\\x1b[2J\\x07\\r\\x9b31m[red]a[/red]:smile:\\u202e" + "|" * 200 in whole
+        assert "(nothing)" in shown
+    assert max(map(len, shown.splitlines())) <= 80
+    assert json.loads(call("ask", "model", "p", "--json").out)["answers"] == answers
 
 
 @pytest.mark.slow
@@ -70,6 +130,15 @@ def test_what_compare_tells_to_type_works(call: Call, tmp_path: Path) -> None:
         (("compare", "RUN"), "--tasks TASK"),
         (("inspect", "texts", *TEXTS, "--model", "model", "--tasks", "quizz"), "--tasks-dir names another"),
         (("compare", "model"), "model is not a finished run"),
+        (("ask", "nothing", "w1"), "nothing: no such folder"),
+        (("ask", "RUN"), "Missing argument 'PROMPT...'"),
+        (("ask", "RUN", "w1", " "), "prompt 2: the prompt is empty"),
+        (("ask", "RUN", "w1 " * 64), "prompt 1 has 65 tokens, and the model reads 64: shorten it"),
+        (("ask", "RUN", "<s> w1"), "texts begin with <s>, and the tokenizer adds it again"),
+        (("ask", "RUN", "w1", "--chat"), "model has no chat template; leave it out"),
+        (("ask", "RUN", "w1", "--tokens", "0"), "'--tokens'"),
+        (("ask", "RUN", "w1", "--device", "gpu"), "device gpu is not there"),
+        (("ask", "MOVED", "w1"), "no such folder"),
         (("inspect", "model", "--what", "alignment"), "alignment needs a run"),
         (("inspect", "RUN", "--what", "alignment"), "alignment needs a run with one direction"),
         (("inspect", "RUN", "--what", "layers"), "--metrics: name those"),
@@ -86,7 +155,9 @@ def test_what_compare_tells_to_type_works(call: Call, tmp_path: Path) -> None:
 )
 def test_mistakes(call: Call, tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
     """One line, exit code 2, nothing written."""
-    given = [str(world.unlearned(tmp_path).folder) if a == "RUN" else a for a in arguments]
+    given = [str(world.unlearned(tmp_path).folder) if a in ("RUN", "MOVED") else a for a in arguments]
+    if "MOVED" in arguments:
+        (tmp_path / "model").rename(tmp_path / "elsewhere")
     before = sorted(tmp_path.rglob("*.json")) + sorted(tmp_path.glob("*.html"))
     answer = call(*given)
     assert answer.code == 2, answer.err

@@ -18,11 +18,11 @@ from srmu.evals.analyses import (
     measure_sensitivity,
     measure_tokens,
     open_model,
-    read_topic_texts,
     sweep_layers,
 )
 from srmu.report.studies import draw_panel, write_analysis
 from srmu.runs.config import make_config
+from srmu.runs.plan import read_topic_texts
 from srmu.runs.run import unlearn_config
 
 TEXTS = {"forget": texts(6, 1, range(30)), "retain": texts(5, 2, range(20, 60))}

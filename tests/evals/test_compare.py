@@ -321,12 +321,15 @@ def test_what_is_missing_is_named_as_a_command(tmp_path: Path) -> None:
     done, other = attacked(tmp_path, "rmu", 0.5, 0.9), folder_of(tmp_path, "npo", [], 0, "bed0")
     with pytest.raises(SrmuError, match=rf"`srmu eval {other} --tasks hazard,near,far` first"):
         compare_runs([done, other])
+    plain = evaluated(tmp_path, "simnpo", 0.5, 0.9)
+    write_metrics(plain, after={"repetition/forget": {"value": 0.5, "n": 16}})  # no task that one could type
+    with pytest.raises(SrmuError, match=rf"`srmu eval {other} --tasks hazard,near` first"):
+        compare_runs([plain, other])
     named = {"tasks": "hazard", "utility": "near,far", "seed": "0", "val": "hazard_val"}
     assert suggest_attack([done, other], (), ()) == (other, named | {"tier": "smoke"})
     assert suggest_attack([done], (), ()) == (done, named | {"tier": "standard"})
     deep = attacked(tmp_path, "rmu", 0.5, 0.9, seed=1, tier="deep")
     assert suggest_attack([deep], (), ())[1]["tier"] == "deep"
-    plain = evaluated(tmp_path, "simnpo", 0.5, 0.9)
     assert suggest_attack([plain], ["hazard/acc"], ()) == (
         plain,
         {"tasks": "hazard", "utility": "near", "val": "split"},

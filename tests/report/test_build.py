@@ -417,6 +417,17 @@ def test_what_else_was_measured_is_in_a_table(tmp_path):
     assert others.index("mmlu law 60.0") > 0
 
 
+def test_a_model_that_repeats_itself_is_in_the_headline(tmp_path):
+    entries = [one_run(tmp_path / name, label) for name, label in (("one", "RMU"), ("two", "SRMU"))]
+    for when, share in (("before", 0.04), ("after", 0.83)):
+        write_metrics(entries[0].runs[0], **{when: {"repetition/forget": {"value": share, "n": 16}}})
+    text = Page(page_text(entries, tmp_path / "report.html")).text
+    says = "after forget prompts the model repeats itself: 83 % of its four-token sequences, 4 % before."
+    assert text.count(f"{entries[0].name}: {says}") == text.count("repeats itself") == 1
+    assert "repetition forget, RMU 4.0" in text and "83.0" in text
+    assert "repeats itself" not in page_text(entries[1:], tmp_path / "report.html")
+
+
 def test_a_benchmark_shows_each_model_once():
     """Seeds that started from one model share a row; axes of another scale are not in per cent."""
     suite, _ = find_benchmark("wmdp")

@@ -12,7 +12,7 @@ from srmu.engine.model import EditableModel
 from srmu.engine.train import TrainOptions
 from srmu.methods.base import Method, Session, State
 from srmu.runs import in_memory
-from srmu.runs.effect import judge_numbers, list_warnings
+from srmu.runs.effect import explain_repetition, judge_numbers, list_warnings
 from srmu.runs.model_card import summarise_record
 from srmu.runs.record import read_record
 from srmu.runs.run import Run, unlearn_config
@@ -275,3 +275,23 @@ def test_each_topic_has_its_own_sentence_and_warnings(tmp_path: Path) -> None:
     effect = unlearn_config(srmu.Config.model_validate(tree)).record["effect"]
     assert [text.split(":")[0] for text in effect["sentences"]] == ["many", "single"] == list(effect["topics"])
     assert [text.split(":")[0] for text in effect["warnings"]] == ["many", "single"]
+
+
+# --- a model that repeats itself
+
+
+@pytest.mark.parametrize("known", [{}, {"quiz/acc": {"value": 0.5}}])
+def test_a_model_that_repeats_itself_is_named(known: dict[str, Any]) -> None:
+    def results(before: float, after: float) -> dict[str, Any]:
+        shares = {"before": before, "after": after}
+        return {when: known | {f"repetition/{kind}": {"value": share}} for when, share in shares.items()}
+
+    kind = "forget"
+    says = "after forget prompts the model repeats itself: 83 % of its four-token sequences, 4 % before"
+    assert explain_repetition(results(0.04, 0.83)) == [says]
+    assert explain_repetition(results(0.04, 0.18)) == explain_repetition(results(0.83, 0.04)) == []
+    kind = "neutral"
+    (damage,) = explain_repetition(results(0.04, 0.83))
+    assert damage == says.replace("forget", "neutral") + ", which is damage: try a weaker setting"
+    # what was not measured, on one side or on both, says nothing
+    assert explain_repetition({"after": results(0, 1)["after"]}) == explain_repetition({}) == []

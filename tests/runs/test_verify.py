@@ -318,3 +318,9 @@ def test_the_page_and_the_card(made: Path) -> None:
     (entry,) = yaml.safe_load(write_model_card(scored).split("---")[1])["model-index"]
     assert entry["name"] == "name-srmu"
     assert entry["results"][0]["metrics"] == [{"type": "acc", "value": 0.25}]
+    shares = {"before": 0.04, "after": 0.83}
+    repeats = {when: {"repetition/forget": {"value": share, "n": 16.0}} for when, share in shares.items()}
+    card = write_model_card(hub | {"results": repeats})
+    assert "| repetition/forget | 0.040 | 0.830 | 16 |" in card
+    assert "**Degenerated**: after forget prompts the model repeats itself: 83 %" in card
+    assert "type: text-generation" in card and "Degenerated" not in write_model_card(scored)

@@ -2,7 +2,6 @@
 
 import random
 from collections.abc import Sequence
-from itertools import pairwise
 from math import exp
 from warnings import catch_warnings
 
@@ -14,6 +13,7 @@ from srmu.engine.generate import batch_texts, continue_greedily
 from srmu.engine.losses import is_predicted, text_nlls, token_kl
 from srmu.engine.train import move_batch
 from srmu.evals import subject
+from srmu.evals.continuations import repeated_share
 from srmu.evals.statistics import LEAST, Array, Estimate, auc_bootstrap, bootstrap_estimate, estimate_accuracy
 from srmu.evals.subject import NotApplicable, Question, Subject, list_facts, mark_answers, option_scores
 
@@ -88,7 +88,7 @@ def log_truth_ratios(model: Subject, questions: Sequence[Question]) -> Array:
 
 class Utility(Attack, id="E18", name="utility", tier="smoke"):
     """Answers to the tasks to keep, a way each; what neutral texts cost, and KL(original || model) on them; of greedy
-    continuations of forget prompts, the share of token pairs that occurred before."""
+    continuations of forget prompts, the share of four-token sequences that occurred before."""
 
     count: int = 64  # texts read, and prompts continued
     length: int = 256  # tokens of a text
@@ -105,12 +105,11 @@ class Utility(Attack, id="E18", name="utility", tier="smoke"):
         rows = [row for row in read if len(row) > 1]
         if len(rows) >= LEAST:
             metrics |= measure_texts(model, rows, seed)
-        asked, repeats = exam.test[: self.count], []
+        asked, repeats = exam.test[: self.count], list[float]()
         for start in range(0, len(asked), ROWS):
             prompts = [model.tokens(q.prompt) for q in asked[start : start + ROWS]]
-            for row in continue_greedily(model.module, model.tokenizer, prompts, self.new_tokens):
-                pairs = list(pairwise(row))
-                repeats.append(1 - len({*pairs}) / len(pairs) if pairs else 0.0)
+            written = continue_greedily(model.module, model.tokenizer, prompts, self.new_tokens)
+            repeats += map(repeated_share, written)
         metrics["repetition"] = bootstrap_estimate(repeats, list_facts(asked), seed=seed)
         return AttackResult(ways, metrics)
 

@@ -24,6 +24,7 @@ from srmu.evals import lm_eval, results, score
 from srmu.evals.statistics import LEAST
 from srmu.evals.subject import NotApplicable, Question, Subject
 from srmu.runs.config import Config
+from srmu.runs.plan import read_topic_texts
 from srmu.runs.run import OpenedModel, Run
 
 ROOMS = ("attacks", "engine", "evals")  # whose code decides a result
@@ -188,12 +189,11 @@ def load_exam(sources: Sources, seed: int) -> Exam:
 
 def load_texts(sources: Sources, config: Config) -> Texts:
     """The run's forget texts, and neutral ones: its retain texts where no others are named."""
-    topics = config.topics.values()
-    forget, retain = ([t for one in topics for t in read_texts(getattr(one, part))] for part in ("forget", "retain"))
+    own = read_topic_texts(config)
     neutral, holdout = (read_texts([Source(path=name)]) if name else [] for name in (sources.neutral, sources.holdout))
-    if not neutral and not retain:
+    if not neutral and not own["retain"]:
         raise SrmuError("--neutral: name a file of texts that are far from the forget knowledge")
-    return Texts(tuple(forget), tuple(neutral or retain), tuple(holdout))
+    return Texts(tuple(own["forget"]), tuple(neutral or own["retain"]), tuple(holdout))
 
 
 class Subjects:

@@ -46,6 +46,7 @@ def eval_command(
     from srmu.evals.results import RESULTS
     from srmu.evals.score import benchmark_table, score_benchmark, score_model
     from srmu.report.format import print_table
+    from srmu.runs.effect import explain_repetition
 
     names = output.split_names(tasks)
     asked = [name for name in names if name.partition("/")[0] in BENCHMARKS]
@@ -63,12 +64,12 @@ def eval_command(
         if not as_json:
             print_table(benchmark_table(find_benchmark(name)[0], measured))
         scores = {when: scores.get(when, {}) | one for when, one in (scores | measured).items()}
-    lines = [output.next_command("unlearn", "--model", target, "--forget", "F", "--retain", "R")]
+    lines = [output.next_unlearning(target)]
     if "before" in scores:
         run = output.shorten_path(Path(target))
         following = output.next_command("report", run) if asked else output.next_command("export", run, "OUT")
         wrote = [f"wrote the scores into {run}"] if output.read_stamp(results) > before else []
-        lines = [*wrote, following]
+        lines = [*explain_repetition(scores), *wrote, following]
     answer = scores if asked or "before" in scores else scores["after"]
     output.print_result(answer, as_json, *lines, table=score_table(scores))
 
@@ -86,6 +87,39 @@ def score_table(scores: Mapping[str, Any]) -> list[dict[str, str]]:
         | {"n": f"{entry['n']:.0f}"}
         for name, entry in scores["after"].items()
     ]
+
+
+@verbs.command("ask", rich_help_panel=GROUP)
+def ask_command(
+    target: Annotated[str, Argument(metavar="RUN_OR_MODEL", help="Folder or hub id.")],
+    prompts: Annotated[list[str], Argument(metavar="PROMPT...", help="What to continue, each in quotes.")],
+    chat: Annotated[bool, Option("--chat", help="Ask as a user, by the model's chat template.")] = False,
+    tokens: Annotated[int, Option(min=1, help="The most tokens to write.")] = 48,
+    device: options.Device = "auto",
+    out: Annotated[Path | None, Option(help="Write prompts and answers here (JSON); else nothing is.")] = None,
+    as_json: options.Json = False,
+) -> None:
+    """Show what a model writes after a prompt; of a run, before and after side by side."""
+    from srmu.engine.files import require_free, write_json
+    from srmu.evals.continuations import ask_model
+    from srmu.evals.score import title_models
+    from srmu.report.format import escape_controls, print_table
+    from srmu.runs.run import find_run
+
+    if out:
+        require_free(out)
+    answers = ask_model(target, prompts, tokens, chat=chat, device=device, watch=show_progress)
+    for one in [] if as_json else answers:
+        typer.echo(escape_controls(one["prompt"]))
+        print_table(
+            [{title: escape_controls(text.strip(" ")) or "(nothing)" for title, text in title_models(one).items()}]
+        )
+    result = {"target": target, "chat": chat, "tokens": tokens, "answers": answers}
+    if out:
+        write_json(out, result)
+    wrote, run = [f"wrote {out}"] if out else [], find_run(target)
+    following = output.next_evaluation(run) if run else output.next_unlearning(target)
+    output.print_result(result, as_json, *wrote, following)
 
 
 @verbs.command("attack", rich_help_panel=GROUP)
@@ -248,9 +282,7 @@ def print_reach(target: str, method: str, settings: list[str], as_json: bool) ->
     else:
         answer, rows = inspect_reach(target, method or "srmu", settings)
         chosen = ["--method", method] if method else []
-        following = output.next_command(
-            "unlearn", "--model", target, "--forget", "F", "--retain", "R", *chosen, *settings
-        )
+        following = output.next_unlearning(target, *chosen, *settings)
     output.print_result(answer, as_json, answer["sentence"], following, table=rows)
 
 
@@ -298,6 +330,7 @@ def compare_texts(
 def measure_activations(what: str, target: str, texts: dict[str, list[str]], metrics: str, device: str) -> Any:
     """One of the analyses of arXiv 2408.06223, of a model or a run."""
     from srmu.evals import analyses
+    from srmu.runs.plan import read_topic_texts
     from srmu.runs.run import find_run
 
     run = find_run(target)
@@ -310,7 +343,7 @@ def measure_activations(what: str, target: str, texts: dict[str, list[str]], met
             raise SrmuError("--metrics: name those that should fall, such as wmdp_bio/acc")
         return analyses.sweep_layers(run.config, output.split_names(metrics), watch=show_progress)
     if run and not any(texts.values()):
-        texts = analyses.read_topic_texts(run.config)
+        texts = read_topic_texts(run.config)
     read = {role: rows for role, rows in texts.items() if rows}
     if not read:
         raise SrmuError(f"name texts to read {target} on: --forget F, --retain R, or both")

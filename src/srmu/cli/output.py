@@ -5,12 +5,15 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from srmu.engine.progress import print_line
 from srmu.errors import SrmuError
+
+if TYPE_CHECKING:
+    from srmu.runs.run import Run
 
 PLANNED = "next: the same without --dry-run"
 
@@ -43,6 +46,14 @@ def explain_interrupt(text: str) -> Iterator[None]:
 def next_command(*words: object) -> str:
     """The last line of a verb: the command to type next, quoted for a shell."""
     return f"next: {quote_command(*words)}"
+
+
+def next_unlearning(model: object, *more: object) -> str:
+    return next_command("unlearn", "--model", model, "--forget", "F", "--retain", "R", *more)
+
+
+def next_evaluation(run: "Run") -> str:
+    return next_command("eval", shorten_path(run.folder), *([] if run.config.eval else ["--tasks", "TASK"]))
 
 
 def quote_command(*words: object, **options: object) -> str:

@@ -61,7 +61,7 @@ def unlearn_command(
         lines.append(f"wrote {out}")
     if not again and record["activations"]["kept"] == "disk":
         lines.append("activations are kept for later runs; see srmu info cache")
-    lines.append(output.next_command("eval", folder, *([] if run.config.eval else ["--tasks", "TASK"])))
+    lines += [output.next_evaluation(run), f"      {output.quote_command('ask', folder, 'PROMPT')}"]
     if not out:
         lines.append(f"      {output.quote_command('export', folder, 'OUT')}")
     output.print_result({"run": str(run.folder), "out": out and str(out), "record": record}, as_json, *lines)

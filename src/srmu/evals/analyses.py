@@ -49,11 +49,6 @@ def open_model(target: str | Path, device: str = "auto") -> tuple[EditableModel,
         return model, opened.tokenizer
 
 
-def read_topic_texts(config: Config) -> dict[str, list[str]]:
-    topics = config.topics.values()
-    return {role: [text for one in topics for text in read_texts(getattr(one, role))] for role in ("forget", "retain")}
-
-
 def list_states(model: EditableModel) -> dict[str, Any]:
     return {"before": model.frozen, "after": nullcontext} if model.trained else {"model": nullcontext}
 

@@ -15,6 +15,7 @@ from srmu.errors import SrmuError, suggest_word
 from srmu.evals import statistics
 from srmu.evals.results import PLAIN, Metrics, Row, read_attacks, read_metrics
 from srmu.runs.config import UNDECIDING, Config
+from srmu.runs.effect import REPETITION
 from srmu.runs.run import Run
 
 HAZARDS = ("organism_hazard", "wmdp", "forget_texts")  # how tasks on what is to go are named
@@ -93,7 +94,7 @@ def compare_runs(
     for run, own in zip(opened, metrics, strict=True):
         if run.folder not in attacks and not (own["before"] and own["after"]):
             asked = [*chain(*named)] or [name for one in metrics for name in one["after"]] or ["TASK/acc"]
-            tasks = ",".join(dict.fromkeys(name.rpartition("/")[0] for name in asked))
+            tasks = ",".join(task for task in dict.fromkeys(n.rpartition("/")[0] for n in asked) if task != REPETITION)
             raise SrmuError(f"{run.folder} has no results; run `srmu eval {run.folder} --tasks {tasks}` first")
     if not attacks:
         shared = [name for name in metrics[0]["after"] if all(name in both[w] for both in metrics for w in both)]

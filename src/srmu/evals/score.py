@@ -3,10 +3,9 @@
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -15,10 +14,13 @@ from srmu.engine.progress import Watch, choose_progress, ignore_progress
 from srmu.errors import SrmuError
 from srmu.evals import benchmarks, results
 from srmu.evals.benchmarks import base
+from srmu.evals.continuations import Prompts, measure_repetition, read_prompts
 from srmu.evals.lm_eval import evaluate
 from srmu.evals.results import Metrics, merge_results, metric_rows, plain_metrics
 from srmu.evals.subject import Subject
 from srmu.runs.run import OpenedModel, Run, open_target
+
+T = TypeVar("T")
 
 
 def score_model(
@@ -35,8 +37,9 @@ def score_model(
     """Score a model folder, a hub id or a run: `{"after": ...}`, for a run also `"before"`.
 
     A model that is in memory comes with its `tokenizer`, and is scored where it lies. A run's own `eval` tasks are the
-    default; local tasks are in `tasks_dir`, else in the run's, else in `tasks/` beside the model. Scores are merged
-    into the `results.json` of the run, or of the folder `out`.
+    default; local tasks are in `tasks_dir`, else in the run's, else in `tasks/` beside the model. Of a run comes also
+    how much it repeats itself: `repetition/forget`, `repetition/neutral`. Scores are merged into the `results.json` of
+    the run, or of the folder `out`.
     """
     watch = watch or choose_progress()
     if isinstance(target, PreTrainedModel):
@@ -55,16 +58,22 @@ def score_model(
         results.check_results(out)  # what is wrong with them must show before the work
     tasks_dir = Path(tasks_dir) if tasks_dir is not None else tasks_beside(folder)
     base = weights.fingerprint_model(folder)
-    ask = partial(evaluate, opened.module, opened.tokenizer, tasks, tasks_dir=tasks_dir, limit=limit, watch=watch)
-    metrics = {"before" if run else "after": ask(fingerprint=weights.changed_fingerprint(base, {}))}
-    if run:
-        own = repr(run.config.method) if run.config.method.no_checkpoint else ""  # its options decide the answers, too
-        with opened.after():
-            metrics["after"] = ask(fingerprint=weights.changed_fingerprint(base, run.delta) + own)
+    prompts, metrics = read_prompts(opened), {}
+    for when, module in opened.states():
+        mark = fingerprint_state(base, run if when == "after" else None)
+        how: dict[str, Any] = {"fingerprint": mark, "watch": watch}
+        metrics[when] = evaluate(module, opened.tokenizer, tasks, tasks_dir=tasks_dir, limit=limit, **how)
+        metrics[when] |= measure_repetition(module, opened.tokenizer, prompts, **how)
     if out and distributed.is_first():
         with results.keep_going(out):
             merge_results(out, [row for when, of_it in metrics.items() for row in metric_rows(of_it, when)])
     return {when: plain_metrics(of_it) for when, of_it in metrics.items()}
+
+
+def fingerprint_state(base: str, run: Run | None) -> str:
+    """What tells a model as a run leaves it from all others; `base` is its fingerprint before that."""
+    own = repr(run.config.method) if run and run.config.method.no_checkpoint else ""  # its options decide, too
+    return weights.changed_fingerprint(base, run.delta if run else {}) + own
 
 
 def tasks_beside(folder: Path) -> Path | None:
@@ -102,23 +111,23 @@ def score_benchmark(
     request = pose_request(name, data, template, limit)  # what is wrong shows before the work
     if run:
         results.check_results(run.folder)
-    scores = {}
+    scores, prompts = {}, read_prompts(opened)
     if oracle not in ("", "none"):
         model = OpenedModel(weights.locate_model(oracle), None, device)
-        scores["oracle"] = measure_benchmark(model, None, name, request, watch)
+        scores["oracle"] = measure_benchmark(model, None, name, request, {}, watch)
         request = replace(request, reference=scores["oracle"]["values"])
     for when, state in {"before": None, "after": run}.items() if run else {"after": None}.items():
-        scores[when] = measure_benchmark(opened, state, name, request, watch)
+        scores[when] = measure_benchmark(opened, state, name, request, prompts, watch)
     if run and distributed.is_first():
         rows = []
         for when, one in scores.items():
             answers = {f"{first}/{key}": {"answers": results.write_answers(v)} for key, v in one["values"].items()}
             metrics = {key: entry | answers.get(key, {}) for key, entry in one["metrics"].items()}
-            rows += metric_rows(metrics, when, benchmark=name)
+            rows += [*metric_rows(metrics, when, benchmark=name), *metric_rows(one["repetition"], when)]
         asked = {"data": data, **request.pin, "template": template, "oracle": oracle, "limit": limit}
         with results.keep_going(run.folder):
             merge_results(run.folder, rows, benchmarks={name: {"asked": asked, "rows": scores["after"]["rows"]}})
-    return {when: one["metrics"] for when, one in scores.items()}
+    return {when: one["metrics"] | one["repetition"] for when, one in scores.items()}
 
 
 def pose_request(name: str, data: str, template: str, limit: int | None) -> base.BenchmarkRequest:
@@ -140,9 +149,13 @@ def pose_request(name: str, data: str, template: str, limit: int | None) -> base
 
 
 def measure_benchmark(
-    opened: OpenedModel, run: Run | None, name: str, request: base.BenchmarkRequest, watch: Watch
+    opened: OpenedModel, run: Run | None, name: str, request: base.BenchmarkRequest, prompts: Prompts, watch: Watch
 ) -> dict[str, Any]:
-    """Metrics and values of a model as `run` leaves it, and `rows`, digests of those it read; kept in the cache."""
+    """Metrics and values of a model as `run` leaves it, and `rows`, digests of those it read; kept in the cache.
+
+    Also its `repetition` after `prompts`.
+    """
+    mark = fingerprint_state(weights.fingerprint_model(opened.base), run)
     delta, request = dict(run.delta) if run else {}, replace(request, seen={})
 
     def measure() -> dict[str, Any]:
@@ -150,22 +163,21 @@ def measure_benchmark(
             # only that there is one is looked at: nothing may take these for the original's
             subject = Subject(module, opened.tokenizer, delta, fixed="suites change no weights", watch=watch)
             scores = benchmarks.find_benchmark(name)[0].run(subject, request)
-        return {"metrics": scores.metrics, "values": scores.values, "rows": request.seen}
+            repetition = measure_repetition(module, opened.tokenizer, prompts, mark, watch)
+        return {"metrics": scores.metrics, "values": scores.values, "rows": request.seen, "repetition": repetition}
 
     # a data folder's name may stay while its files change; WMDP is asked with MMLU, which lies beside it
     folders = [request.folder, request.folder.with_name("mmlu")] if request.folder else []
     held = sorted(path for folder in folders for path in folder.rglob("*") if path.is_file())
     data = files.sha256(*(part for path in held for part in (path.name.encode(), path)))
-    mark = weights.changed_fingerprint(weights.fingerprint_model(opened.base), delta)
-    own = repr(run.config.method) if run and run.config.method.no_checkpoint else ""
-    asked = [name, data, request.revision, request.template, request.limit, request.reference]
+    asked = [name, data, request.revision, request.template, request.limit, request.reference, prompts]
     code = [files.sha256(path) for path in sorted(Path(benchmarks.__file__).parent.glob("*.*"))]
     versions = [version(package) for package in ("transformers", "torch", "rouge-score", "lm-eval")]
-    return dict(files.cached("suites", [mark, own, asked, code, versions], measure, together=True))
+    return dict(files.cached("suites", [mark, asked, code, versions], measure, together=True))
 
 
-def title_models(scores: Mapping[str, Metrics]) -> dict[str, Metrics]:
-    """Scores by what a table calls the model that they are of."""
+def title_models(scores: Mapping[str, T]) -> dict[str, T]:
+    """Scores, or answers, by what a table calls the model that they are of."""
     titles = {"before": "original", "after": "unlearned" if "before" in scores else "model", "oracle": "oracle"}
     return {title: scores[when] for when, title in titles.items() if when in scores}
 

@@ -68,7 +68,7 @@ class Subject:
     @property
     def max_length(self) -> int:
         """The most tokens the model can read."""
-        return getattr(self.module.config, "max_position_embeddings", None) or 2048
+        return read_positions(self.module.config)
 
     @contextmanager
     def as_original(self) -> Iterator[None]:
@@ -109,6 +109,11 @@ class Subject:
         """The tokens of a prompt, and those that the answer after it adds."""
         before, whole = self._known(prompt), self._known(prompt + answer)
         return self.tokens(prompt), list(whole[len(before) :])
+
+
+def read_positions(config: Any) -> int:
+    """The most tokens that a model with this config can read."""
+    return getattr(config, "max_position_embeddings", None) or 2048
 
 
 def answer_likelihoods(model: Subject, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, int]]:

@@ -166,7 +166,8 @@ def make_runs_page(
         words = write_words("attempted", runs=count_words(len(folders), "run"), said=said)
     title = title or ("Ways of unlearning side by side" if len(entries) > 1 else own)
     attempts = describe_attempts(recoveries) if measured else []
-    return Page(title, [*words, *attempts, *notes], parts, command, labels)
+    headline = [*words, *results.explain_degeneration(entries), *attempts, *notes]
+    return Page(title, headline, parts, command, labels)
 
 
 def make_sections(

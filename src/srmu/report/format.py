@@ -47,13 +47,19 @@ def format_share(share: Estimate) -> str:
     return f"{share.value:.2f} ({share.low:.2f}\N{EN DASH}{share.high:.2f})"
 
 
+def escape_controls(text: str) -> str:
+    """A text that cannot steer a terminal: what is not printed stands there as Python writes it."""
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
+
+
 def print_table(rows: Sequence[Mapping[str, str]]) -> None:
     """Rows with the same keys, as a table on standard output."""
     from rich import box
-    from rich.table import Table
+    from rich.table import Column, Table
     from rich.text import Text
 
-    table = Table(*rows[0], box=box.SIMPLE_HEAD)
+    # a word that is wider than its column goes on in the next line: nothing is cut
+    table = Table(*(Column(head, overflow="fold") for head in rows[0]), box=box.SIMPLE_HEAD)
     for row in rows:
         table.add_row(*map(Text, row.values()))  # as it is: no markup, no emoji
     print_wide(table)

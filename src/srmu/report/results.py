@@ -14,6 +14,7 @@ from srmu.errors import SrmuError
 from srmu.evals.results import UNATTACKED, Metrics, load_results, read_metrics
 from srmu.evals.statistics import Estimate, average_seeds
 from srmu.runs.config import read_tree
+from srmu.runs.effect import explain_repetition
 from srmu.runs.record import CONFIG, METRICS, RECORD, STATE
 
 POINTS = 120  # at most this many points a curve
@@ -125,6 +126,16 @@ def read_effect(folder: Path) -> list[str]:
     """What a run said of its effect when it ended."""
     effect = read_json(folder / RECORD, {}).get("effect", {})
     return [*effect.get("warnings", ()), *effect.get("sentences", ())]
+
+
+def explain_degeneration(entries: Sequence[RunGroup]) -> list[str]:
+    """A paragraph on the entries whose models repeat themselves; none where none does."""
+    said = []
+    for row in map(aggregate_runs, entries):
+        numbers = {"before": row.before, "after": row.after}
+        plain = {when: {name: vars(one) for name, one in of_it.items()} for when, of_it in numbers.items()}
+        said += [f"{row.name}: {sentence}" for sentence in explain_repetition(plain)]
+    return [f"{'; '.join(said)}."] if said else []
 
 
 def format_fact(value: Any) -> str:

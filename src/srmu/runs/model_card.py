@@ -6,6 +6,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from srmu.engine.weights import EXPORTED
+from srmu.runs.effect import REPETITION, explain_repetition
 from srmu.runs.reach import explain_reach
 
 ROWS = 12  # changed tensors that are listed
@@ -24,7 +25,7 @@ def summarise_record(record: dict[str, Any]) -> str:
     """The record on one page of Markdown; of a model in a folder it names the folder alone, not its path."""
     base, changed = Path(record["base"]["id"]), [*record["change"]["tensors"].items()][:ROWS]
     named: dict[str, Any] = {"name": base.name, "local": base.is_absolute(), "exported": EXPORTED}
-    named["reach"] = explain_reach(record["reach"])
+    named |= {"reach": explain_reach(record["reach"]), "repetition": explain_repetition(record["results"])}
     return render_template("card.md", record=record, changed=changed, **named)
 
 
@@ -34,7 +35,8 @@ def write_model_card(record: dict[str, Any]) -> str:
     results = []
     for name, entry in record["results"].get("after", {}).items():
         task, _, metric = name.partition("/")
-        results.append(EvalResult("multiple-choice", task, task, metric, entry["value"]))
+        kind = "text-generation" if task == REPETITION else "multiple-choice"
+        results.append(EvalResult(kind, task, task, metric, entry["value"]))
     on_hub: dict[str, Any] = (
         {} if base.is_absolute() else {"base_model": base.as_posix(), "base_model_relation": "finetune"}
     )

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
+from srmu.data.sources import read_texts
 from srmu.data.tokens import pad_id
-from srmu.data.topics import load_topic
+from srmu.data.topics import ROLES, load_topic
 from srmu.engine import distributed, weights
 from srmu.engine.activation_cache import limit_bytes
 from srmu.engine.devices import find_device
@@ -127,3 +128,9 @@ def load_topics(config: Config, tokenizer: Any) -> list[Topic]:
     topics = [load_topic(name, topic, tokenizer, config.train, config.seed) for name, topic in config.topics.items()]
     config.method.check(topics, config.train)
     return topics
+
+
+def read_topic_texts(config: Config) -> dict[str, list[str]]:
+    """The texts of all topics of a config, by role."""
+    topics = config.topics.values()
+    return {role: [text for one in topics for text in read_texts(getattr(one, role))] for role in ROLES}

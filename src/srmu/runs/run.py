@@ -145,6 +145,13 @@ class OpenedModel:
         with self.run.config.method.at_inference(self.module, write):
             yield self.module
 
+    def states(self) -> Iterator[tuple[str, PreTrainedModel]]:
+        """The model "before" the run, then "after" it; without a run only "after"."""
+        if self.run:
+            yield "before", self.module
+        with self.after() as module:
+            yield "after", module
+
 
 def open_target(target: str | Path | Run, device: str = "auto") -> OpenedModel:
     """A model folder, a hub id, a run or its folder; SrmuError for a folder that is none, or a run that is damaged."""
