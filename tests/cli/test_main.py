@@ -379,6 +379,28 @@ def test_bad_models(case: str, call: Call) -> None:
     refused(call, ["unlearn", *sources(model="other"), *QUICK, "--out", "out"], *says)
 
 
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--model", "m\udce9"], ["'m\\udce9' is not UTF-8"]),
+        (["--forget", "f\udce9.jsonl"], ["'f\\udce9.jsonl' is not UTF-8"]),
+        (["runs_dir=r\udce9"], ["'r\\udce9' is not UTF-8"]),
+        (["--out", "o\udce9"], ["/o\\udce9: the name is not UTF-8; rename it"]),
+        ([], ["the name is not UTF-8"]),
+    ],
+)
+def test_names_that_are_not_utf8(
+    options: list[str], says: list[str], call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Linux takes any bytes for a name, and safetensors does not."""
+    if not options:  # the working folder
+        shutil.copytree("model", "w\udce9/model")
+        for role in ("forget", "retain"):
+            shutil.copy(f"{role}.jsonl", "w\udce9")
+        monkeypatch.chdir("w\udce9")
+    refused(call, ["unlearn", *sources(), *QUICK, *options], *says)
+
+
 # --- a loss that is not finite
 
 

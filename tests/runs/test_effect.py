@@ -229,6 +229,11 @@ def test_one_forget_document() -> None:
     assert "one forget document" in says
 
 
+def test_texts_in_both_sets() -> None:
+    (says,) = warnings(retain=[*RETAIN, FORGET[0], FORGET[1], FORGET[1]])
+    assert f"2 of {len(FORGET)} forget texts are retain texts, too" in says
+
+
 @pytest.mark.parametrize("cls", [srmu.SRMU, srmu.MultiSite])
 def test_a_map_that_is_nearly_flat(cls: type[Method], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("srmu.runs.effect.FLAT", 1.0)

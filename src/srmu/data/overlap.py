@@ -27,6 +27,12 @@ def measure_jaccard(forget: list[str], retain: list[str], n: int) -> float:
     return len(left.keys() & right.keys()) / max(1, len(left.keys() | right.keys()))
 
 
+def count_shared(texts: Sequence[str], others: Sequence[str]) -> int:
+    """How many of the texts are among the others, word for word."""
+    known = {*others}
+    return sum(text in known for text in texts)
+
+
 def measure_coverage(forget: list[str], retain: list[str]) -> float:
     """The share of the forget set's words, without STOP_WORDS, in the retain set; more retain texts never lower it."""
     left, right = ({*" ".join(texts).lower().split()} - STOP_WORDS for texts in (forget, retain))

@@ -10,6 +10,7 @@ import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from srmu.data.digest import digest_texts, own_key
+from srmu.data.overlap import count_shared
 from srmu.data.sources import Source, read_counted
 from srmu.data.tokens import MIN_TOKENS, batch_rows, encode_texts, wrap_texts
 from srmu.engine.topic import Batch, Topic
@@ -57,18 +58,20 @@ def load_topic(name: str, config: TopicConfig, tokenizer: Any, train: TrainOptio
         texts = [text for _, part, _ in read for text in part]
         held = {*split_held_out(texts, getattr(config, f"{role}_held_out"))[1]}
         parts[role] = [(source, [text for text in part if text not in held]) for source, part, _ in read]
-    forget, retain = ({text for _, texts in parts[role] for text in texts} for role in ROLES)
+    forget, retain = ([text for _, texts in parts[role] for text in texts] for role in ROLES)
     if not forget:
         raise SrmuError(f"topic {name}: no forget texts; name topics.{name}.forget (--forget)")
-    if forget <= retain:
-        what = "forget and retain hold the same texts" if forget == retain else "retain holds all of the forget texts"
+    shared = {"forget": count_shared(forget, retain), "retain": count_shared(retain, forget)}
+    if shared["forget"] == len(forget):
+        same = shared["retain"] == len(retain)
+        what = "forget and retain hold the same texts" if same else "retain holds all of the forget texts"
         raise SrmuError(f"topic {name}: {what}; retain must name what the model should keep")
     ordinary = sorted(set(range(len(tokenizer))) - set(tokenizer.all_special_ids))
     topic = Topic(name, [], [], seed, torch.tensor(ordinary), config.options)
     batches, counts = {}, {}
     for role, length in zip(ROLES, (config.max_length, config.retain_max_length or config.max_length), strict=True):
         batches[role], counts[role] = batch_role(topic, role, parts[role], length, tokenizer, train)
-        counts[role]["bad_rows"] = bad_rows[role]
+        counts[role] |= {"bad_rows": bad_rows[role], "shared": shared[role]}
     return replace(topic, forget=batches["forget"], retain=batches["retain"], counts=counts)
 
 

@@ -29,9 +29,18 @@ warn_once = cache(print_line)
 def cache_dir() -> Path:
     """The folder of results that can be computed again: `SRMU_CACHE`, else `~/.cache/srmu`."""
     try:
-        return Path(os.environ.get("SRMU_CACHE") or Path.home() / ".cache" / "srmu")
+        return require_utf8(Path(os.environ.get("SRMU_CACHE") or Path.home() / ".cache" / "srmu"))
     except RuntimeError:
         raise SrmuError("there is no home folder here; set SRMU_CACHE to a folder") from None
+
+
+def require_utf8(path: Path) -> Path:
+    """The path; SrmuError where safetensors could open no file there."""
+    try:
+        str(path.resolve()).encode()
+    except UnicodeEncodeError:
+        raise SrmuError(f"{ascii(str(path.resolve()))[1:-1]}: the name is not UTF-8; rename it") from None
+    return path
 
 
 def tidy_path(path: Path) -> Path:
@@ -65,6 +74,7 @@ def require_free(path: Path) -> None:
 
 def require_place(path: Path) -> None:
     """Refuse a folder that cannot be created."""
+    require_utf8(path)
     parent = next(p for p in path.resolve().parents if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise SrmuError(f"folder {path} cannot be made: {parent} is not a folder to write to")

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from srmu.engine.activation_cache import flat_bytes
-from srmu.engine.files import read_json, require_space, sha256, whole_folder, write_whole
+from srmu.engine.files import read_json, require_space, require_utf8, sha256, whole_folder, write_whole
 from srmu.engine.progress import Watch, ignore_progress
 from srmu.errors import SrmuError, first_line
 
@@ -41,7 +41,7 @@ def locate_model(model: str, revision: str | None = None) -> Path:
     if folder.is_dir():
         if revision:
             raise SrmuError(f"revision does not apply to the local folder {folder}")
-        return folder
+        return require_utf8(folder)
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
         raise SrmuError(f"model {model}: no such folder, and not a hub id like owner/name")
     from huggingface_hub import snapshot_download

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from srmu.data.overlap import Definition, measure_contamination, measure_coverage, ngram_overlap
+from srmu.data.overlap import Definition, count_shared, measure_contamination, measure_coverage, ngram_overlap
 from srmu.data.tokens import batch_rows, tokenise_texts
 from srmu.engine import losses, sites, train
 from srmu.engine.model import Batch, count_positions
@@ -66,6 +66,7 @@ def measure_entanglement(
     forget set's word types, stop words left out, that the retain set uses too: more shared words never lower it.
     """
     numbers: dict[str, Any] = {"entanglement": measure_coverage(forget, retain)}
+    numbers["shared"] = count_shared(forget, retain)
     numbers["overlap"] = ngram_overlap(forget, retain, definition=definition)
     if asked := [(question.prompt, question.answer, question.entry) for question in questions]:
         sets = {"forget": forget, "retain": retain}

@@ -24,6 +24,8 @@ from srmu.methods import METHODS, Method, Misdirection
 # keys that the weights do not depend on
 UNDECIDING = ("runs_dir", "eval", "tasks_dir", "cache", "purpose")
 PATHS = ("forget", "retain", "path", "tasks_dir", "runs_dir")
+# a JSON string with half of a character, or with a byte of a path that is not UTF-8
+BROKEN = re.compile(r'[^"]*[\ud800-\udfff][^"]*')
 # code or data that an option of a method names
 NAMED_FILE = re.compile(r".+\.(py(?=:)|(json|txt)$)")
 Files = str | Path | Sequence[str | Path]
@@ -139,11 +141,12 @@ def build_config(tree: dict[str, Any], overrides: Sequence[str] = ()) -> Config:
         if override.startswith("method.name="):
             forget_old_method(values, override.removeprefix("method.name="))
         put_override(values, override)
-    try:  # JSON values only: YAML also reads dates, and halves of characters
-        values = json.loads(json.dumps(values, default=str))
-        json.dumps(values, ensure_ascii=False).encode()
+    try:  # JSON values only: YAML also reads dates
+        values = json.loads(text := json.dumps(values, default=str, ensure_ascii=False))
     except (TypeError, ValueError):
-        raise SrmuError("config: the keys must be text, of whole characters") from None
+        raise SrmuError("config: the keys must be text") from None
+    if broken := BROKEN.search(text):
+        raise SrmuError(f"config: {broken[0]!a} is not UTF-8; rename the file or the folder, or mend the value")
     return check_tree(rebase_paths(values, Path.cwd()))
 
 

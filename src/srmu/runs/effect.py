@@ -111,7 +111,11 @@ def list_warnings(method: Method, topic: Topic, state: State, steps: Sequence[Ma
     """What makes a topic's run worth little whatever it reached."""
     if 0 in (getattr(method, "kappa", None), getattr(method, "coeff", None)):
         yield f"the strength is 0: forget activations shrink and go to no target; set method.kappa={KAPPA:g}"
-    if topic.counts.get("forget", {}).get("documents") == 1:
+    forget = topic.counts.get("forget", {})
+    if shared := forget.get("shared"):
+        total = forget["documents"] + forget["too_short"]
+        yield f"{shared} of {total} forget texts are retain texts, too, and pull both ways; take them out of one set"
+    if forget.get("documents") == 1:
         yield "one forget document: its wording may be unlearned rather than what it says; add texts that say the same"
     for numbers in (state.numbers, *state.numbers.values()):  # of several layers: by layer
         map_ = numbers.get("importance") if isinstance(numbers, dict) else None
