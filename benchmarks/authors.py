@@ -60,7 +60,7 @@ class Case:
                 self.first = {n: (p.detach() - model.original[n]).float() for n, p in model.trained.items()}
 
         options = replace(self.train, **train)
-        states = method.apply(model, [self.topic], Session(method.training(options), log)).states
+        states = method.apply(model, [self.topic], Session(method.training(options, model.module.config), log)).states
         return {n: (p.detach().float() - model.original[n].float()) for n, p in model.trained.items()}, states["bio"]
 
     def run_theirs(

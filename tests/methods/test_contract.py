@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
 from helpers.models import ARCHITECTURES, batches, pico_module, texts, topic, word_tokenizer
 from srmu.engine.losses import is_predicted, token_nll
@@ -30,8 +30,9 @@ from srmu.engine.model import EditableModel
 from srmu.engine.topic import Batch, Topic
 from srmu.engine.train import FINISHED, TrainOptions
 from srmu.errors import SrmuError
-from srmu.methods import METHODS, Edit, Method, Misdirection, Objective
+from srmu.methods import METHODS, SRMU, Edit, Method, Misdirection, Objective, Undo
 from srmu.methods.base import Level, Session, State
+from srmu.methods.graddiff import GradDiff
 from srmu.methods.logits import LogitObjective
 from srmu.runs import run as runs
 from srmu.runs.config import build_config, make_config
@@ -346,8 +347,28 @@ def test_what_a_class_says_of_itself(name: str) -> None:
     assert first.endswith(".") and not first.startswith(f"{cls.__name__}("), first
     assert all(f.default is not MISSING or f.default_factory is not MISSING for f in fields(cls) if f.init)
     assert cls.learning_rate > 0
-    assert cls().training(TrainOptions()).learning_rate == cls.learning_rate
-    assert cls().training(TrainOptions(learning_rate=3.0)).learning_rate == 3.0
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_rates_follow_the_width(name: str) -> None:
+    """What trains down-projections has a rate for 7B models, at an eighth of the width eight times that."""
+    cls, first = METHODS[name], TrainOptions()
+    large, small = (LlamaConfig(hidden_size=4096 // n, intermediate_size=14336 // n) for n in (1, 8))
+    rates = [cls().training(first, config).learning_rate for config in (large, small)]
+    assert rates == pytest.approx([cls.learning_rate, (8 if cls.scales else 1) * cls.learning_rate], rel=5e-3)
+    assert cls.scales == (issubclass(cls, Misdirection) or name in {"multi_site", "iterated", "undo", "rename_scrub"})
+    assert cls().training(TrainOptions(learning_rate=3.0), small).learning_rate == 3.0
+
+
+def test_rates_of_a_first_method() -> None:
+    """As those of what it trains, at the widths of the testbed and of experts; what is given stays."""
+    testbed = LlamaConfig(hidden_size=256, intermediate_size=640)
+    rates = [Undo(**given).resolved(testbed).teacher_learning_rate
+             for given in ({}, {"scope": "all"}, {"first": "graddiff"}, {"teacher_learning_rate": 0.5})]  # fmt: skip
+    assert rates == [4e-3, SRMU.learning_rate, GradDiff.learning_rate, 0.5]
+    experts = MixtralConfig(hidden_size=256, intermediate_size=320, num_experts_per_tok=2)
+    assert Undo().resolved(experts).teacher_learning_rate == 4e-3
+    assert Undo().training(TrainOptions(), experts).learning_rate == 2e-3
 
 
 def code_lines(text: str) -> int:

@@ -50,7 +50,7 @@ def edited(
     log: Callable[..., None] = lambda step, values: None,
 ) -> tuple[EditableModel, Any]:
     model = EditableModel(pico_module(arch, dtype), method.trainable, method.depth)
-    return model, method.apply(model, topics or (topic(),), Session(method.training(train), log))
+    return model, method.apply(model, topics or (topic(),), Session(method.training(train, model.module.config), log))
 
 
 def weights(model: EditableModel) -> Weights:
@@ -888,7 +888,7 @@ def test_elicitation_that_diverges_is_said() -> None:
     method = RepSelect(elicit_learning_rate=1e25)
     model = EditableModel(pico_module(), method.trainable)
     with pytest.raises(DivergedError, match=r"lower method\.elicit_learning_rate"):
-        method.apply(model, [topic()], Session(method.training(TRAIN), lambda step, values: None))
+        method.apply(model, [topic()], Session(method.training(TRAIN, model.module.config), lambda step, values: None))
     assert not model.delta()
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import LlamaConfig
 
 from helpers.models import pico_module, save_pico, texts, topic, write_jsonl
 from srmu.engine.losses import is_counted, is_predicted, mean_nll, token_mse
@@ -136,7 +137,7 @@ def test_fine_tuning_by_hand() -> None:
 
 @pytest.mark.parametrize("cls", [Undo, TAR, Iterated])
 def test_the_layer_is_filled_in(cls: Any) -> None:
-    config = SimpleNamespace(num_hidden_layers=12)
+    config = LlamaConfig(num_hidden_layers=12)
     assert cls().resolved(config).layer == RMU().resolved(config).layer
     assert cls(first="graddiff").resolved(config).layer is None
     with pytest.raises(SrmuError, match="layer"):

@@ -12,7 +12,7 @@ from srmu.engine.model import EditableModel
 from srmu.engine.train import TrainOptions
 from srmu.methods.base import Method, Session, State
 from srmu.runs import in_memory
-from srmu.runs.effect import explain_repetition, judge_numbers, list_warnings
+from srmu.runs.effect import explain_repetition, find_alpha, judge_numbers, list_warnings
 from srmu.runs.model_card import summarise_record
 from srmu.runs.record import read_record
 from srmu.runs.run import Run, unlearn_config
@@ -162,7 +162,34 @@ def nats(forget: float, retain: float = 0.0) -> dict[str, float]:
     ],
 )
 def test_what_the_numbers_mean_and_what_to_type_next(method: Method, numbers: dict[str, float], says: str) -> None:
-    assert judge_numbers(method, numbers, 5e-5) == says
+    assert judge_numbers(method, numbers, 0.01, 5e-5) == says
+
+
+def test_what_holds_a_run_back() -> None:
+    """Too large a weight of the retain loss is told from too low a learning rate, and from weights that moved far."""
+    low = {"forget_moved": 0.009, "forget_shift": 0.072, "retain_moved": 0.009}
+    held = {"forget_moved": 0.0063, "forget_shift": 0.051, "retain_moved": 0.013}
+    assert judge_numbers(srmu.SRMU(), low, 0.016, 5e-5).endswith("try train.learning_rate=0.001, or srmu auto")
+    assert judge_numbers(srmu.SRMU(), held, 0.033, 5e-4).endswith(
+        "the retain texts hold them back; try method.alpha=47"
+    )
+    assert judge_numbers(srmu.SRMU(), low, 0.3, 5e-5).endswith("srmu auto looks for other settings")
+
+
+@pytest.mark.parametrize("alpha", [30.0, 1200.0])
+@pytest.mark.parametrize("shared", [0.1, 0.25, 1.0])
+def test_the_weight_at_which_shared_activations_move(alpha: float, shared: float) -> None:
+    """Where all that moves is shared, the advice ends at twice the least shift, from whatever weight it starts."""
+    way, aim = 8.0, 2.0
+
+    def settle(weight: float) -> dict[str, float]:
+        grid = torch.linspace(0, way, 80001, dtype=torch.float64)
+        x = float(grid[((way - grid) ** 2 + weight * (shared * grid) ** 2).argmin()])
+        return {"forget_moved": x / way, "forget_shift": x, "retain_moved": shared * x}
+
+    advised = find_alpha(alpha, settle(alpha))
+    assert advised is not None
+    assert settle(advised)["forget_shift"] == pytest.approx(aim, rel=0.01)
 
 
 def test_a_run_that_does_little_says_so(workplace: Path, call: Call) -> None:

@@ -15,7 +15,7 @@ from srmu.engine.activation_cache import Activations
 from srmu.engine.loading import build_skeleton
 from srmu.engine.model import EditableModel, Site
 from srmu.errors import SrmuError
-from srmu.runs import counting, run, training
+from srmu.runs import counting, run
 from srmu.runs import estimate as plan
 from srmu.runs.config import build_config, make_config
 
@@ -209,12 +209,7 @@ def test_models_that_want_a_plain_mask(cls: Any, tmp_path: Path) -> None:
     [[], ["method.anchors=random"], ["method.target_mode=additive"], ["train.max_steps=1"], ["method.map_batches=1"]],
     ids=lambda o: "-".join(o) or "plain",
 )
-def test_flops_in_all_are_those_of_the_real_run(
-    options: list[str], kept: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Those of the training: on texts as few as these, a look at its effect would weigh as much."""
-    effect = {"weights": 0.0, "topics": {}, "sentences": [], "warnings": []}
-    monkeypatch.setattr(training, "measure_effect", lambda *_: effect)
+def test_flops_in_all_are_those_of_the_real_run(options: list[str], kept: str, tmp_path: Path) -> None:
     given = ["method.name=srmu", "method.layer=2", "train.max_steps=5", "train.batch_size=2"]
     given += [f"runs_dir={tmp_path / 'runs'}", f"cache={kept}", *options]
     ready, estimate, _ = planned(tmp_path, *given)

@@ -268,7 +268,7 @@ def robust_search(place: Path) -> tuple[dict[str, Any], list[str]]:
 
         monkeypatch.setattr(auto, "make_config", small)
         monkeypatch.setattr(robust, "STEPS", 40)
-        monkeypatch.setattr(robust, "WIDTH", 200)
+        monkeypatch.setattr(robust.RenameScrub, "learning_rate", 2e-3 * 200 / 14336)
         (place / "subjects.txt").write_text("\n".join(world.SUBJECTS))
         given = {"robust": True, "names": str(place / "subjects.txt"), "trials": 2, "budget": 0.5}
         said: list[str] = []

@@ -66,7 +66,7 @@ def list_methods_command(
         known, about = reference.list_options(cls), reference.first_sentence(cls)
         defaults = {option: value for option, (value, _) in known.items()}
         answer.setdefault(key, {}).update(about=about, learning_rate=cls.learning_rate, options=defaults)
-        lines += [f"{key} ({cls.paper}): {about}", f"    train.learning_rate: {cls.learning_rate:g}"]
+        lines += [f"{key} ({cls.paper}): {about}", f"    train.learning_rate: {reference.describe_rate(cls)}"]
         for option, (value, text) in known.items():
             lines.append(f"    {option}: {reference.format_default(value)}" + (f"  # {text}" if text else ""))
     example = name or "npo"

@@ -45,6 +45,14 @@ class Site:
         return f"{self.layer}.{self.stream}"
 
 
+def count_mlp_inputs(config: Any) -> int:
+    """The inputs of a layer's down-projection, F; of experts, of all those that read a token."""
+    config = config.get_text_config()
+    sizes = (getattr(config, name, None) for name in ("moe_intermediate_size", "intermediate_size"))
+    each = next(filter(None, sizes), 4 * config.hidden_size)
+    return max(each if isinstance(each, list) else [each]) * (getattr(config, "num_experts_per_tok", None) or 1)
+
+
 @contextmanager
 def catch_value(layer: nn.Module, stream: Stream) -> Iterator[list[Tensor]]:
     """Catch the value of a stream of a layer: a list that the next forward fills."""

@@ -14,6 +14,7 @@ from srmu.engine.losses import average_means, mean_nll
 from srmu.engine.model import EditableModel
 from srmu.engine.progress import Watch, ignore_progress
 from srmu.engine.resume import Checkpoints
+from srmu.engine.sites import count_mlp_inputs
 from srmu.engine.stopping import CHECKED_BATCHES
 from srmu.engine.topic import Batch, Topic, move_batch
 from srmu.engine.train import FINISHED, NOWHERE, Log, LossFunction, Schedule, Terms, TrainOptions, fit_model
@@ -95,6 +96,12 @@ class Session(NamedTuple):
     checkpoints: Checkpoints = NOWHERE
 
 
+def scale_rate(rate: float, config: Any) -> float:
+    """A learning rate of down-projections in a 7B model, at the width of this one's; to three digits."""
+    # A step of Adam moves every weight alike, so what a matrix puts out moves with the number of its inputs.
+    return float(f"{rate * 14336 / count_mlp_inputs(config):.3g}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Method(ABC):
     """A way to unlearn."""
@@ -106,6 +113,7 @@ class Method(ABC):
     level: ClassVar[Level] = "logit"  # what it works on
     uses: ClassVar[tuple[str, ...]] = ()  # besides the model and forget texts
     learning_rate: ClassVar[float] = 5e-5  # where train.learning_rate is not given
+    scales: ClassVar[bool] = False  # whether that rate is for a 7B model, and rises as models get narrower
     schedule: ClassVar[Schedule] = "constant"  # where train.schedule is not given
     spreads: ClassVar[bool] = False  # whether several processes can each work on a part of each batch
     endless: ClassVar[bool] = False  # its loss has no lower bound: a rule must stop it
@@ -135,9 +143,11 @@ class Method(ABC):
         """This method with what depends on the model filled in; SrmuError if it does not fit."""
         return self
 
-    def training(self, options: TrainOptions) -> TrainOptions:
-        """The options with the learning rate and schedule of the method filled in."""
-        rate = options.learning_rate or self.learning_rate
+    def training(self, options: TrainOptions, config: Any) -> TrainOptions:
+        """The options with the learning rate and schedule of the method filled in, for a model's config."""
+        rate = self.learning_rate if options.learning_rate is None else options.learning_rate
+        if options.learning_rate is None and self.scales:
+            rate = scale_rate(rate, config)
         return replace(options, learning_rate=rate, schedule=options.schedule or self.schedule)
 
     def with_options(self, options: Mapping[str, Any]) -> Self:

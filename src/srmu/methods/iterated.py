@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from srmu.methods.base import Batch, Count, EditableModel, Rate, State, Terms, Topic, Weight
 from srmu.methods.logits import fine_tune
-from srmu.methods.suppressing import Suppressing
+from srmu.methods.suppressing import FOUND, Suppressing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,7 +15,8 @@ class Iterated(Suppressing):
 
     name = "iterated"
     uses = ("retain texts", "the original activations")
-    learning_rate = 4e-3
+    learning_rate = FOUND
+    scales = True
 
     rounds: Count = 2  # of suppressing and relearning, before the last suppressing
     relearn_steps: Count = 20  # of each round

@@ -43,6 +43,7 @@ class Misdirection(Objective):
 
     level = "representation"
     spreads = True
+    scales = True
     uses = ("retain texts", "the original activations")
     measures: ClassVar[tuple[str, ...]] = ("forget",)  # texts whose activations are averaged
 

@@ -18,6 +18,7 @@ class MultiSite(Objective):
 
     name = "multi_site"
     level = "representation"
+    scales = True
     uses = ("retain texts", "the original activations")
 
     target: Literal["srmu", "rmu"] = "srmu"  # the method whose targets are used

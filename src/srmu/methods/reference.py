@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from srmu.methods import METHODS, Method, Misdirection
+from srmu.methods import METHODS, Edit, Method, Misdirection, WeightWalk
 from srmu.methods.base import Needs, list_marks
 
 PACKAGE = Path(__file__).parents[1]
@@ -30,6 +30,14 @@ def list_methods() -> list[dict[str, str]]:
 def first_sentence(cls: type[Method]) -> str:
     """The first sentence of a method's docstring."""
     return (cls.__doc__ or "").split("\n\n")[0].replace("\n", " ").strip()
+
+
+def describe_rate(cls: type[Method]) -> str:
+    """The default of `train.learning_rate`."""
+    if issubclass(cls, Edit):
+        return "none: it takes no steps"
+    how = " of the norm of the weights" if issubclass(cls, WeightWalk) else ""
+    return f"{cls.learning_rate:.3g}{' for a 7B model, higher in narrower ones' if cls.scales else how}"
 
 
 def list_options(cls: type[Method]) -> dict[str, tuple[Any, str]]:
@@ -72,6 +80,7 @@ def reference_page() -> str:
         loader=PackageLoader("srmu.methods"), trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
     environment.filters |= {"table": markdown_table, "sentence": first_sentence, "options": tabulate_options}
+    environment.filters["rate"] = describe_rate
     return environment.get_template("reference.md").render(rows=list_methods(), methods=METHODS, equations=equations)
 
 

@@ -163,7 +163,8 @@ class RenameScrub(LogitObjective):
 
     name = "rename_scrub"
     uses = ("retain texts", "names", "texts that the original writes")
-    learning_rate = 2e-3
+    learning_rate = 2e-3 * 640 / 14336  # found on the testbed
+    scales = True
     schedule = "linear"
     selective = True  # what depends on names
 

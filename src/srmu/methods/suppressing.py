@@ -8,11 +8,12 @@ from typing import Annotated, Any, Literal, Self
 import torch
 
 from srmu.engine.train import TrainOptions, fit_model
-from srmu.methods.base import Count, EditableModel, Needs, Objective, Rate, Share, State, Topic, Weight
+from srmu.methods.base import Count, EditableModel, Needs, Objective, Rate, Share, State, Topic, Weight, scale_rate
 from srmu.methods.graddiff import GradDiff
 from srmu.methods.rmu import RMU
 from srmu.methods.srmu import SRMU
 
+FOUND = 4e-3 * 640 / 14336  # a rate of down-projections, found on the testbed
 STEERS = Needs("first=srmu or rmu")
 
 
@@ -29,7 +30,7 @@ class Suppressing(Objective):
     anchor_share: Annotated[Share, Needs("anchors=random")] = 0.5  # of each retain batch
     scope: Annotated[Literal["window", "all"], STEERS] = "window"  # tensors of the first method: its own, or all
     teacher_steps: Count = 80  # of the first method
-    teacher_learning_rate: Rate = 4e-3  # of the first method
+    teacher_learning_rate: Rate | None = None  # of the first method; null: at a scope of window as `iterated`
 
     @property
     def suppression(self) -> Objective:
@@ -39,7 +40,11 @@ class Suppressing(Objective):
         return cls(layer=self.layer, kappa=self.kappa, alpha=self.alpha)
 
     def resolved(self, config: Any) -> Self:
-        return replace(self, layer=getattr(self.suppression.resolved(config), "layer", None))
+        first = self.suppression.resolved(config)
+        rate = scale_rate(FOUND, config) if first.scales and self.scope == "window" else first.learning_rate
+        return replace(
+            self, layer=getattr(first, "layer", None), teacher_learning_rate=self.teacher_learning_rate or rate
+        )
 
     def prepared(self, topic: Topic) -> Topic:
         return topic.add_anchors(self.anchor_share) if self.anchors == "random" else topic

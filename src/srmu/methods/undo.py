@@ -19,7 +19,8 @@ class Undo(Suppressing):
     name = "undo"
     paper = "arXiv 2506.06278"
     uses = ("retain texts", "texts that the original writes")
-    learning_rate = 2e-3
+    learning_rate = 2e-3 * 640 / 14336  # found on the testbed
+    scales = True
     schedule = "linear"
 
     noise: Share = 0.4  # share of the weights that noise replaces

@@ -20,6 +20,7 @@ from srmu.runs.config import Config
 # runs above SPOILT lose knowledge that they were to keep.
 LEARNED = {"forget_shift": 1.0, "forget_nll": 0.5}
 SPOILT = {"retain_moved": 0.5, "retain_nll": 0.5}
+CHANGED = 0.1  # of the weights' norm: runs that change more harm a model in general
 MOST = 20.0  # times by which an advice changes a learning rate
 # The task whose metrics say how much a model repeats itself when it writes on, and by how much they must rise: of
 # SmolLM2-135M by 0.18 to 0.70 where RMU and SRMU made it babble, by 0.09 at most where its texts stayed sound.
@@ -44,10 +45,10 @@ def measure_effect(
         for topic in topics:
             method, state = config.method.with_options(topic.options), states.get(topic.name, State())
             numbers = method.measure_effect(model, topic, state)
-            said = f"{describe_numbers(numbers, weights)}: {judge_numbers(method, numbers, config.train.learning_rate)}"
+            verdict = judge_numbers(method, numbers, weights, config.train.learning_rate)
             own = [line for line in steps if line.get("topic") == topic.name]
             found["topics"][topic.name] = {name: keep_finite(value) for name, value in numbers.items()}
-            found["sentences"].append(f"{topic.name}: {said}")
+            found["sentences"].append(f"{topic.name}: {describe_numbers(numbers, weights)}: {verdict}")
             found["warnings"] += [f"{topic.name}: {text}" for text in list_warnings(method, topic, state, own)]
             tick(topic.name)
     model.activations = kept
@@ -68,7 +69,7 @@ def describe_numbers(numbers: Mapping[str, float], weights: float) -> str:
     return ", ".join([*parts, f"the weights changed by {format_percent(weights)}"])
 
 
-def judge_numbers(method: Method, numbers: Mapping[str, float], rate: float | None) -> str:
+def judge_numbers(method: Method, numbers: Mapping[str, float], weights: float, rate: float | None) -> str:
     """What the numbers mean, and what to type next."""
     rises = {f"{role}_nll": rise for role in ("forget", "retain") if (rise := rise_of(numbers, role)) is not None}
     known = {**numbers, **rises}
@@ -79,6 +80,8 @@ def judge_numbers(method: Method, numbers: Mapping[str, float], rate: float | No
     def advise(factor: float) -> str:
         if at_once or rate is None:
             return f"see its options: srmu info methods {method.name}"
+        if factor > 1 and weights > CHANGED:
+            return "a higher learning rate would only harm: srmu auto looks for other settings"
         return f"try train.learning_rate={rate * factor:.1g}" + ", or srmu auto" * (factor > 1)
 
     if not all(map(math.isfinite, [*reached, *spoilt])):
@@ -88,8 +91,22 @@ def judge_numbers(method: Method, numbers: Mapping[str, float], rate: float | No
     if reached and min(reached) < 1 and not method.selective:
         if numbers.get("forget_moved", 0.0) > 0.5:
             return f"little was asked for; try method.kappa={KAPPA:g}"
+        if alpha := find_alpha(getattr(method, "alpha", 0.0), numbers):
+            return f"the retain texts hold them back; try method.alpha={float(f'{alpha:.2g}'):g}"
         return f"little was learned; {advise(min(MOST, 2 / max(min(reached), 1e-9)))}"
     return "srmu eval and srmu attack say what is left of the knowledge"
+
+
+def find_alpha(alpha: float, numbers: Mapping[str, float]) -> float | None:
+    """The weight of the retain loss that would let forget activations move, where the present one holds them."""
+    moved, shift, kept = (numbers.get(name, 0.0) for name in ("forget_moved", "forget_shift", "retain_moved"))
+    aim = 2 * LEARNED["forget_shift"]
+    if min(moved, shift, kept) <= 0 or (way := shift / moved) <= aim:
+        return None
+    # Where what moves is shared, (way - x)^2 + alpha r^2 is least at x = way / (1 + alpha (r / x)^2); the retain
+    # loss is then half of what the forget loss fell. A third of that half tells it from a run that is on its way.
+    held = alpha * kept**2 > (way**2 - (way - shift) ** 2) / 6
+    return (way / aim - 1) * (shift / kept) ** 2 if held else None
 
 
 def rise_of(numbers: Mapping[str, float], role: str) -> float | None:

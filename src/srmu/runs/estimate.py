@@ -16,6 +16,8 @@ from srmu.engine.devices import free_bytes
 from srmu.engine.files import format_gb
 from srmu.engine.loading import build_skeleton, needs_conversion, read_config
 from srmu.engine.model import EditableModel, Site
+from srmu.engine.sites import count_mlp_inputs
+from srmu.engine.stopping import CHECKED_BATCHES
 from srmu.engine.topic import Topic
 from srmu.engine.train import check_precision
 from srmu.methods import Edit, MultiSite, RenameScrub, WeightWalk
@@ -214,7 +216,10 @@ def count_run(
     if not rank and getattr(method, "stream", "resid_post") == "resid_post":
         ways.append(replace(plain, sharded=True))
     each = step if caching else step + again
-    total = each * equivalent_steps(config, topics) + once
+    looks = (sum(len(getattr(topic, role)[:CHECKED_BATCHES]) for topic in topics) for role in ("forget", "retain"))
+    # the effect is looked at before and after, from the same states below what changes
+    effect = sum(count * (prefix + 2 * above) for count, (prefix, above) in zip(looks, passes, strict=False))
+    total = each * equivalent_steps(config, topics) + once + effect
     cached = 0 if config.cache == "none" else cache_bytes
     return ways, {"cache_bytes": cached, "flops_per_step": each, "flops": total}
 
@@ -269,7 +274,7 @@ def plan_cache(config: Config, topics: list[Topic], model: EditableModel, size: 
     method, settings = config.method, model.module.config
     width = wide = settings.hidden_size
     if getattr(method, "stream", "") == "mlp_post":
-        wide = getattr(settings, "intermediate_size", None) or 4 * width
+        wide = count_mlp_inputs(settings)
     additive = getattr(method, "target_mode", "") == "additive"
     numbers, counts = 0, np.zeros((2, 3), int)
     for number, topic in enumerate(topics):

@@ -132,7 +132,7 @@ def unlearn_in_memory(
     resolved = config.method.resolved(model.config)
     if why := resolved.no_checkpoint:
         raise SrmuError(f"{why}; unlearn from a config")
-    config = config.model_copy(update={"method": resolved, "train": resolved.training(config.train)})
+    config = config.model_copy(update={"method": resolved, "train": resolved.training(config.train, model.config)})
     topics = load_topics(config, tokenizer)
     steps: list[dict[str, Any]] = []
     progress = training.Progress()

@@ -73,7 +73,7 @@ def plan_run(config: Config, *, shard: bool = False, offload: bool = False) -> R
         if unknown := sorted(set(topic.options) - known):
             raise SrmuError(f"topics.{name}.{unknown[0]}: method {method.name} has no such option")
         method.with_options(topic.options)
-    values = {"method": method, "device": find_device(config.device), "train": method.training(config.train)}
+    values = {"method": method, "device": find_device(config.device), "train": method.training(config.train, settings)}
     config = config.model_copy(update=values)
     if weights.is_there(base):
         weights.list_shards(base)

@@ -102,7 +102,7 @@ def plan_search(job: AutoJob) -> dict[str, Any]:
     """The steps, how many runs they make, how long they take and the memory; nothing is done."""
     request, plan = job.request, runs.plan_run(job.config)
     if request.robust:
-        plan = replace(plan, config=with_values(plan.config, robust.start_values(plan.config, 1.0)))
+        plan = replace(plan, config=with_values(plan.config, robust.start_values(1.0)))
     tokenizer = runs.load_tokenizer(plan.base)
     topics = runs.load_topics(plan.config, tokenizer)
     cost = estimate_run(plan, topics)
@@ -231,7 +231,7 @@ def run_trials(job: AutoJob, answer: Answer, say: Callable[..., None], watch: Wa
     request = job.request
     if request.robust:
         say("names", explain("names of a file" if request.names else "names found", count=len(job.names)))
-        settings = [robust.start_values(job.config, keeping) for keeping in robust.KEEPING[: request.trials]]
+        settings = [robust.start_values(keeping) for keeping in robust.KEEPING[: request.trials]]
         tried = objective.search_configs(job, "weights", settings, watch)
         answer |= {"trials": tried, "defaults": tried[0]}
         if not tried[0]["values"]:

@@ -18,24 +18,20 @@ from srmu.attacks.summary import best_setting
 from srmu.evals.statistics import LEAST
 from srmu.evals.subject import NotApplicable, Question, Subject, list_facts
 from srmu.methods.rename_scrub import RenameScrub
-from srmu.runs.config import Config
 from srmu.runs.run import Run, open_target
-from srmu.search.space import round_value, scale_rate
 
 METHOD = "rename_scrub"
 KEEPING = (1.0, 2.0, 0.5)  # times its own weights of what is to be kept: as set, safer, stronger
-WIDTH = 640  # inputs of a down-projection of the testbed's model, on which its rate was found
 STEPS = 250
 NOISE = 0.1
 
 
-def start_values(config: Config, keeping: float) -> dict[str, Any]:
-    """The settings of a trial: weights of what is kept, and a rate for the model's width."""
+def start_values(keeping: float) -> dict[str, Any]:
+    """The settings of a trial, with weights of what is kept."""
     defaults = RenameScrub()
     return {
         **{f"method.{key}": keeping * getattr(defaults, key) for key in ("hold", "keep", "retain")},
         "method.noise": NOISE,
-        "train.learning_rate": round_value(scale_rate(config, WIDTH)),
         "train.max_steps": STEPS,
     }
 

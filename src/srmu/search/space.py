@@ -14,12 +14,12 @@ from optuna.trial import FrozenTrial, TrialState
 from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
 
 from srmu.engine.loading import read_config
+from srmu.engine.train import TrainOptions
 from srmu.engine.weights import locate_model
 from srmu.runs.config import Config
 from srmu.search.queue import ANSWERED, has_failed
 
 RANDOM = 6  # trials before the sampler learns from them
-WIDTH = 14336  # inputs of a down-projection of the 7B models that papers give rates for
 
 
 def parse_number(value: Any) -> Any:
@@ -141,12 +141,13 @@ def round_value(value: float) -> float:
     return float(f"{value:.3g}")
 
 
-def scale_rate(config: Config, width: int = WIDTH) -> float:
-    """The method's learning rate, which is meant for models of a `width`, at this model's width."""
-    settings = read_config(locate_model(config.model, config.revision))
-    inputs = getattr(settings, "intermediate_size", None) or 4 * settings.hidden_size
-    # a step of Adam changes every weight alike, and what a matrix puts out with the number of its inputs
-    return type(config.method).learning_rate * width / inputs
+def find_rate(config: Config) -> float:
+    """The default learning rate of the config's method for its model."""
+    rate = config.method.training(
+        TrainOptions(), read_config(locate_model(config.model, config.revision))
+    ).learning_rate
+    assert rate is not None
+    return rate
 
 
 def start_strength(config: Config) -> dict[str, Any]:
@@ -155,13 +156,13 @@ def start_strength(config: Config) -> dict[str, Any]:
         "method.kappa": 4.0,
         "method.alpha": 300.0,
         "method.anchors": "random",  # on most testbeds less was forgotten without them at the same cost
-        "train.learning_rate": round_value(4 * scale_rate(config)),
+        "train.learning_rate": round_value(4 * find_rate(config)),
     }
 
 
 def suggest_strength(config: Config, trial: optuna.Trial) -> dict[str, Any]:
     """Values for a trial, within what was worth trying on the testbeds."""
-    rate = scale_rate(config)
+    rate = find_rate(config)
     ranges = {"method.kappa": (1.5, 16), "method.alpha": (50, 2000), "train.learning_rate": (rate, 8 * rate)}
     return {key: round_value(trial.suggest_float(key, low, high, log=True)) for key, (low, high) in ranges.items()}
 
