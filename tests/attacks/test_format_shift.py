@@ -163,6 +163,15 @@ def test_a_longer_word_is_another_one() -> None:
     assert count_right_generations(model, asked, extra=2) == [0]
 
 
+def test_a_sign_after_the_answer_is_no_part_of_it() -> None:
+    """Scripts without spaces: what follows is the next word."""
+    model = rule_subject(["q", "can", "did"], lambda words: {"did" if words[-1] == "can" else "can": 9})
+    model.tokenizer.decode = lambda ids: "".join(["<unk>", "", "q", "北京", "市"][i] for i in ids)
+    model.split = lambda prompt, answer: ([2], [3])  # type: ignore[method-assign]
+    asked = [Question("q", (answer, "q"), 0, "x") for answer in ("北京", "市")]
+    assert count_right_generations(model, asked, extra=2) == [1, 0]
+
+
 def test_knowledge_shows_in_all_forms_and_ignorance_in_none() -> None:
     for name, low, high in (("original", 1.0, 1.0), ("oracle", 0.0, 0.45)):
         model = subject(name)

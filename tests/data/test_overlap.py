@@ -72,6 +72,27 @@ def test_an_unknown_definition_is_refused():
         ngram_overlap(["a"], ["a"], "pair_contain")
 
 
+FACTS = ["北京是中国的首都。", "ข้าวไทยปลูกในนา", "東京は日本の首都です"]
+
+
+@pytest.mark.parametrize("text", FACTS)
+def test_scripts_without_spaces(text: str):
+    """A text was one word: two that say nearly the same shared nothing, and no answer was ever stated."""
+    longer = f"{text[:-1]}ก和"
+    assert measure_jaccard([text], [longer], 1) > 0.5 and measure_jaccard([text], [longer], 2) > 0.5
+    assert measure_coverage([text], [longer]) > 0.5
+    others = [one for one in FACTS if one != text]
+    assert measure_coverage([text], others) < 0.2
+    assert ngram_overlap([text], [longer])["bigram"] > 0.5
+    asked = [("", text[3:5], text[:2]), ("", f"{text[4]}{text[3]}", text[:2])]
+    assert measure_contamination(asked, [text])["stated"] == 1 / 2
+
+
+def test_words_beside_other_scripts_are_whole():
+    assert measure_jaccard(["GPT模型 runs"], ["gpt 模 型 runs"], 1) == 1
+    assert measure_jaccard(["한국어 문장"], ["한국어 글"], 1) == 1 / 3  # Korean has spaces
+
+
 def test_coverage_leaves_stop_words_out_and_never_falls():
     assert measure_coverage(["the red fox"], ["the Red hen"]) == 1 / 2
     assert measure_coverage(["the red fox"], ["the Red hen", "a fox"]) == 1

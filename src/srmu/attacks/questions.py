@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from srmu.attacks.base import Attack, AttackResult, Exam, Setting, Texts, ask_exam
+from srmu.data.overlap import WORD_OVER
 from srmu.engine.fine_tune import Row
 from srmu.engine.generate import draw_tokens, next_logits
 from srmu.evals.statistics import LEAST, Estimate, bootstrap_estimate, estimate_accuracy
@@ -322,7 +323,7 @@ def count_right_generations(
                     over = token in model.tokenizer.all_special_ids
                     text = normalise_text(model.tokenizer.decode(begun if over else tokens))
                     over |= len(tokens) == len(parts[i][1]) + extra
-                    if re.match(re.escape(wanted[i]) + (r"(?!\w)" if over else r"\W"), text):
+                    if re.match(re.escape(wanted[i]) + (WORD_OVER if over else rf"(?=.){WORD_OVER}"), text):
                         right[i] += count
                     elif not over and wanted[i].startswith(text):
                         going[i, tokens] += count

@@ -1,6 +1,7 @@
 """How much forget texts share with others: n-grams of the two sets, answers to questions."""
 
 import random
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, get_args
@@ -19,11 +20,20 @@ some such than that the their them then there these they this those through thus
 was we were what when where whether which while who whom whose why will with within without would yet you your
 """
 STOP_WORDS = frozenset(COMMON.split())
+# Characters of scripts without spaces between words: Thai to Myanmar, Khmer, Chinese and Japanese.
+SPACELESS = (
+    r"\u0e00-\u109f\u1780-\u17ff\u2e80-\u2fff\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u9fff\uf900-\ufaff"
+    r"\uff66-\uff9f\U00020000-\U0003ffff"
+)
+WORD_OVER = rf"(?![^\W{SPACELESS}])"  # no letter of the same word follows
+SPACED_WORD = re.compile(rf"[^\s{SPACELESS}]+")
+WORD_OR_SIGN = re.compile(rf"[{SPACELESS}]|[^\s{SPACELESS}]+")
+TWO_SIGNS = re.compile(rf"(?=([{SPACELESS}]{{2}}))")
 
 
 def measure_jaccard(forget: list[str], retain: list[str], n: int) -> float:
     """The share of the n-grams of two corpora that both have; none crosses two documents, and of none it is 0."""
-    left, right = (count_grams([text.lower().split() for text in texts], n) for texts in (forget, retain))
+    left, right = (count_grams([split_words(text) for text in texts], n) for texts in (forget, retain))
     return len(left.keys() & right.keys()) / max(1, len(left.keys() | right.keys()))
 
 
@@ -34,8 +44,14 @@ def count_shared(texts: Sequence[str], others: Sequence[str]) -> int:
 
 
 def measure_coverage(forget: list[str], retain: list[str]) -> float:
-    """The share of the forget set's words, without STOP_WORDS, in the retain set; more retain texts never lower it."""
-    left, right = ({*" ".join(texts).lower().split()} - STOP_WORDS for texts in (forget, retain))
+    """The share of the forget set's words, without STOP_WORDS, in the retain set; more retain texts never lower it.
+
+    Of a script without spaces, two signs in a row count as a word: single ones are in all texts.
+    """
+    left, right = (
+        {*TWO_SIGNS.findall(text)} | {*SPACED_WORD.findall(text)} - STOP_WORDS
+        for text in (" ".join(texts).lower() for texts in (forget, retain))
+    )
     return len(left & right) / max(1, len(left))
 
 
@@ -64,12 +80,12 @@ def ngram_overlap(forget: list[str], retain: list[str], definition: Definition =
 
 def compare_pairs(forget: list[str], retain: list[str], n: int, *, counted: bool) -> list[float]:
     """How much of each drawn forget document, of those with an n-gram, its retain document contains."""
-    rows = [row for text in forget if len(row := text.lower().split()) >= n]
+    rows = [row for text in forget if len(row := split_words(text)) >= n]
     total = len(rows) * len(retain)
     shares = []
     for pair in sorted(random.Random(SEED).sample(range(total), min(PAIRS, total))):
         left = count_grams([rows[pair // len(retain)]], n)
-        right = count_grams([retain[pair % len(retain)].lower().split()], n)
+        right = count_grams([split_words(retain[pair % len(retain)])], n)
         types = len(left.keys() & right.keys()) / len(left)
         shares.append((left & right).total() / left.total() if counted else types)
     return shares
@@ -106,7 +122,12 @@ def list_grams(words: Sequence[str], n: int) -> Iterator[tuple[str, ...]]:
     return zip(*(words[i:] for i in range(n)), strict=False)
 
 
+def split_words(text: str) -> list[str]:
+    """The words of a text in lower case; of a script without spaces, its signs."""
+    return WORD_OR_SIGN.findall(text.lower())
+
+
 def plain_words(text: str) -> tuple[str, ...]:
     """The lower-case words of a text, without the punctuation around them."""
-    stripped = (word.strip(".,;:!?\"'()[]{}") for word in text.lower().split())
+    stripped = (word.strip(".,;:!?\"'()[]{}") for word in split_words(text))
     return tuple(word for word in stripped if word)

@@ -15,6 +15,7 @@ from srmu.attacks.base import Exam
 from srmu.attacks.relearning import RelearningSteps
 from srmu.attacks.suite import Sources, fill_sources, load_exam, load_texts
 from srmu.attacks.summary import best_setting
+from srmu.data.overlap import SPACELESS, WORD_OVER
 from srmu.evals.statistics import LEAST
 from srmu.evals.subject import NotApplicable, Question, Subject, list_facts
 from srmu.methods.rename_scrub import RenameScrub
@@ -71,7 +72,7 @@ def invent_questions(exam: Exam, names: Sequence[str], seed: int) -> Exam:
     syllables = [c + v for c in "bdfglmnrst" for v in "aeiou"]
     nobody = {name: "".join(rng.choices(syllables, k=4)).title() for name in names}
     longest_first = sorted(map(re.escape, names), key=len, reverse=True)
-    pattern = re.compile(rf"(?<!\w)(?:{'|'.join(longest_first)})(?!\w)")
+    pattern = re.compile(rf"(?<![^\W{SPACELESS}])(?:{'|'.join(longest_first)}){WORD_OVER}")
     rename = partial(pattern.sub, lambda match: nobody[match[0]])
 
     def invent(questions: Sequence[Question]) -> tuple[Question, ...]:
