@@ -18,7 +18,7 @@ from srmu.engine.losses import is_counted, is_predicted, text_nlls
 from srmu.engine.sites import cut_blocks, decoder_blocks, edit_outputs
 from srmu.engine.topic import Batch, move_batch
 from srmu.evals.statistics import LEAST, Array, bootstrap_estimate
-from srmu.evals.subject import NotApplicable, Question, Subject, list_facts, mark_answers, mark_right
+from srmu.evals.subject import NotApplicable, Question, Subject, list_facts, mark_answers, mark_right, pick_evenly
 
 BATCH = 32  # texts read at once
 
@@ -203,12 +203,6 @@ class DirectionAblation(Attack, id="E6", name="direction_ablation", tier="smoke"
             means.append(total / sum(len(tokens) for _, tokens in rows))
         pairs = enumerate(zip(*means, strict=True))
         return {layer: make_ablation(forget - neutral, neutral) for layer, (forget, neutral) in pairs}
-
-
-def pick_evenly(layers: Sequence[int], most: int | None) -> Sequence[int]:
-    """At most so many, evenly spaced, the first and the last among them."""
-    count = min(most or len(layers), len(layers))
-    return [layers[i] for i in np.linspace(0, len(layers) - 1, count).round().astype(int)]
 
 
 def find_displacement_edits(model: Subject, exam: Exam) -> Edits:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -16,7 +16,7 @@ from srmu.engine.progress import Watch, ignore_progress, print_line
 from srmu.errors import SrmuError
 from srmu.evals.benchmarks.base import mean_metric
 from srmu.evals.results import Metrics
-from srmu.evals.subject import read_positions
+from srmu.evals.subject import pick_evenly, read_positions
 from srmu.runs.effect import REPETITION
 from srmu.runs.plan import read_topic_texts
 from srmu.runs.run import OpenedModel, open_target
@@ -27,7 +27,6 @@ WRITTEN = 32  # tokens after it; of more, a model that is sound repeats more, as
 GRAM = 4  # tokens of the sequences that are counted
 NEUTRAL = Path(__file__).parent / "templates" / "neutral.txt"
 
-T = TypeVar("T")
 Prompts = dict[str, list[Ids]]  # by kind: "forget", "neutral"
 
 
@@ -60,16 +59,10 @@ def read_prompts(opened: OpenedModel) -> Prompts:
 
 def cut_openings(texts: Sequence[str], tokenizer: Any, positions: int) -> list[Ids]:
     """Different openings of texts from all over a set, as tokens."""
-    some = [
-        str(text) for text in pick_evenly(texts, 4 * PROMPTS)
-    ]  # of a template's text the losses' start is no matter
+    some = [str(text) for text in pick_evenly(texts, 4 * PROMPTS)]  # plain: of a template's text losses skip the start
     rows = tokenise_texts(some, tokenizer, min(2 * OPENING, positions)) if some else []
-    return [[*row] for row in pick_evenly([*dict.fromkeys(tuple(row[: (len(row) + 1) // 2]) for row in rows)], PROMPTS)]
-
-
-def pick_evenly(items: Sequence[T], most: int) -> list[T]:
-    count = min(len(items), most)
-    return [items[i * len(items) // count] for i in range(count)]
+    halves = dict.fromkeys(tuple(row[: (len(row) + 1) // 2]) for row in rows)
+    return [[*half] for half in pick_evenly([*halves], PROMPTS)]
 
 
 def measure_repetition(

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +24,8 @@ LENGTH = 512  # tokens of a text
 SHARE = 0.2  # of the tokens that Min-K looks at
 SCORES = ("loss", "zlib", "min-k", "min-k++")
 LOGITS = 2**26  # numbers in a batch's logits: 256 MB in float32
+
+T = TypeVar("T")
 
 
 class NotApplicable(Exception):  # noqa: N818 (nothing went wrong)
@@ -114,6 +116,12 @@ class Subject:
 def read_positions(config: Any) -> int:
     """The most tokens that a model with this config can read."""
     return getattr(config, "max_position_embeddings", None) or 2048
+
+
+def pick_evenly(items: Sequence[T], most: int | None) -> list[T]:
+    """At most so many, evenly spaced, the first and the last among them."""
+    count = min(most or len(items), len(items))
+    return [items[i] for i in np.linspace(0, len(items) - 1, count).round().astype(int)]
 
 
 def answer_likelihoods(model: Subject, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, int]]:
