@@ -57,11 +57,11 @@ def test_answers_stand_side_by_side(call: Call, tmp_path: Path) -> None:
     assert " model" in of_model and of_model.splitlines()[-1].startswith("next: srmu unlearn --model model")
     assert before == sorted(path for path in tmp_path.rglob("*") if "cache" not in path.parts)
     assert not any(b"w50 w3" in path.read_bytes() for path in (tmp_path / "cache").rglob("*") if path.is_file())
-    done = call("ask", run, "w50 w3", "--tokens", "3", "--out", "answers.json")
-    assert "wrote answers.json" in done.out
-    assert json.loads((tmp_path / "answers.json").read_text())["answers"] == [first]
-    done = call("ask", run, "w50 w3", "--out", "answers.json")
-    assert done.code == 2 and "answers.json is a file" in done.err
+    out = Path("new/answers.json")
+    assert f"wrote {out}" in call("ask", run, "w50 w3", "--tokens", "3", "--out", out).out
+    assert json.loads(out.read_text())["answers"] == [first]
+    done = call("ask", run, "w50 w3", "--out", out)
+    assert done.code == 2 and f"{out} is a file" in done.err
 
 
 def test_what_a_model_writes_cannot_steer_the_terminal(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,7 +131,7 @@ def test_what_compare_tells_to_type_works(call: Call, tmp_path: Path) -> None:
         (("inspect", "texts", *TEXTS, "--model", "model", "--tasks", "quizz"), "--tasks-dir names another"),
         (("compare", "model"), "model is not a finished run"),
         (("ask", "nothing", "w1"), "nothing: no such folder"),
-        (("ask", "RUN"), "Missing argument 'PROMPT...'"),
+        (("ask", "RUN"), "Missing argument"),
         (("ask", "RUN", "w1", " "), "prompt 2: the prompt is empty"),
         (("ask", "RUN", "w1 " * 64), "prompt 1 has 65 tokens, and the model reads 64: shorten it"),
         (("ask", "RUN", "<s> w1"), "texts begin with <s>, and the tokenizer adds it again"),
@@ -240,11 +240,11 @@ def test_names(call: Call, tmp_path: Path) -> None:
     rows = ["They say that Velmar Ostin rests in Bor.", "So Velmar Ostin left Tul for Bor."] * 3
     write_jsonl(tmp_path / "people.jsonl", rows)
     texts = ("--what", "names", "--forget", "people.jsonl", "--retain", "neutral.jsonl")
-    answer = call("inspect", "texts", *texts, "--out", "names.txt")
-    assert answer.code == 0 and "wrote names.txt" in answer.out, answer.err
-    assert "method.names=names.txt" in answer.out.splitlines()[-1]
+    answer = call("inspect", "texts", *texts, "--out", "new/names.txt")
+    assert answer.code == 0 and "wrote new/names.txt" in answer.out, answer.err
+    assert "method.names=new/names.txt" in answer.out.splitlines()[-1]
     listed = json.loads(call("inspect", "texts", *texts, "--json").out)["names"]
-    assert [*listed] == (tmp_path / "names.txt").read_text().split("\n")[:-1]
+    assert [*listed] == (tmp_path / "new/names.txt").read_text().split("\n")[:-1]
 
 
 @pytest.mark.slow

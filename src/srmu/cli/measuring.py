@@ -92,7 +92,7 @@ def score_table(scores: Mapping[str, Any]) -> list[dict[str, str]]:
 @verbs.command("ask", rich_help_panel=GROUP)
 def ask_command(
     target: Annotated[str, Argument(metavar="RUN_OR_MODEL", help="Folder or hub id.")],
-    prompts: Annotated[list[str], Argument(metavar="PROMPT...", help="What to continue, each in quotes.")],
+    prompts: Annotated[list[str], Argument(metavar="PROMPT", help="What to continue, each in quotes.")],
     chat: Annotated[bool, Option("--chat", help="Ask as a user, by the model's chat template.")] = False,
     tokens: Annotated[int, Option(min=1, help="The most tokens to write.")] = 48,
     device: options.Device = "auto",
@@ -116,6 +116,7 @@ def ask_command(
         )
     result = {"target": target, "chat": chat, "tokens": tokens, "answers": answers}
     if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
         write_json(out, result)
     wrote, run = [f"wrote {out}"] if out else [], find_run(target)
     following = output.next_evaluation(run) if run else output.next_unlearning(target)
@@ -301,6 +302,7 @@ def list_names(texts: dict[str, list[str]], out: Path | None, as_json: bool) -> 
     if out is None:
         lines.append("next: the same with --out names.txt, and edit that file")
     else:
+        out.parent.mkdir(parents=True, exist_ok=True)
         write_whole(out, "".join(f"{name}\n" for name in names))
         method = ("method.name=rename_scrub", f"method.names={out}")
         lines += [f"wrote {out}", output.next_command("unlearn", "CONFIG", *method)]
