@@ -129,7 +129,7 @@ def test_half_a_surrogate_pair(tmp_path: Path) -> None:
 def test_a_gzip_named_jsonl(tmp_path: Path) -> None:
     path = tmp_path / "texts.jsonl"
     path.write_bytes(gzip.compress(b'{"text": "a b c"}\n'))
-    with pytest.raises(SrmuError, match=r"texts.jsonl:1: not UTF-8 text; it is packed \(gzip\)"):
+    with pytest.raises(SrmuError, match=r"texts.jsonl:1: not UTF-8 text; it is compressed \(gzip\)"):
         read_texts([Source(path=str(path))])
 
 

@@ -137,7 +137,7 @@ def test_utf_16_is_read(suffix: str, coding: str, tmp_path: Path) -> None:
     ("data", "says"),
     [
         ("Müller\n".encode("cp1252"), "a.txt:1: not UTF-8 text; convert it, perhaps iconv -f CP1252"),
-        (b"PK\x03\x04\xff", r"not UTF-8 text; it is packed \(zip\): unpack it"),
+        (b"PK\x03\x04\xff", r"not UTF-8 text; it is compressed \(zip\): unpack it"),
     ],
 )
 def test_what_is_not_text_is_named(data: bytes, says: str, tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def test_what_stays_of_a_role_is_said(
     before = json.loads(call("inspect", "experts", *given[:2], *given[2:3], "--json").out)
     answer = call("unlearn", *TEXTS, *given)
     assert answer.code == 0, answer.err
-    assert "LEFT as they were, of the same role in these layers" in answer.out
+    assert "NOT changed, though of that role" in answer.out
     assert words in answer.out
     (folder,) = Path("runs").iterdir()
     record = Run.open(folder).record
@@ -78,7 +78,7 @@ def test_a_dense_model_is_covered() -> None:
     reach = describe_reach(module, downs)
     share = sum(module.get_parameter(name).numel() for name in downs) / module.num_parameters()
     assert reach == {"matrices": 3, "left": [], "share_of_path": pytest.approx(share)}
-    assert "none of the same role is left" in explain_reach(reach)
+    assert "no other matrices of that role" in explain_reach(reach)
 
 
 @pytest.mark.parametrize("name", sorted(set(METHODS) - {"retrain"}))

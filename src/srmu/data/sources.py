@@ -175,8 +175,8 @@ def read_file(path: Path, source: Source) -> Iterator[tuple[str, Any]]:
         data = path.read_bytes()
         line = BAD_BYTE.split(data.decode(errors="surrogateescape"))[0].count("\n") + 1
         packed = next((kind for mark, kind in PACKED.items() if data.startswith(mark)), None)
-        mend = f"it is packed ({packed}): unpack it" if packed else "convert it, perhaps iconv -f CP1252 -t UTF-8"
-        raise SrmuError(f"{path}:{line}: not UTF-8 text; {mend}") from None
+        advice = f"it is compressed ({packed}): unpack it" if packed else "convert it, perhaps iconv -f CP1252 -t UTF-8"
+        raise SrmuError(f"{path}:{line}: not UTF-8 text; {advice}") from None
     except OSError as error:
         raise SrmuError(f"{path}: cannot be read: {first_line(error)}") from None
     if row is None:

@@ -127,7 +127,7 @@ def format_percent(share: float) -> str:
 def list_warnings(method: Method, topic: Topic, state: State, steps: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """What makes a topic's run worth little whatever it reached."""
     if 0 in (getattr(method, "kappa", None), getattr(method, "coeff", None)):
-        yield f"the strength is 0: forget activations shrink and go to no target; set method.kappa={KAPPA:g}"
+        yield f"the strength is 0: the target is zero, so forget activations only shrink; set method.kappa={KAPPA:g}"
     forget = topic.counts.get("forget", {})
     if shared := forget.get("shared"):
         total = forget["documents"] + forget["too_short"]

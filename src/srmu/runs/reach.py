@@ -71,8 +71,8 @@ def share_routed(layer: nn.Module, count: int) -> float:
 
 def explain_reach(reach: dict[str, Any]) -> str:
     """A record's or an inspection's reach, as a person reads it."""
-    text = f"{reach['matrices']} matrices of layers, {reach['share_of_path']:.2%} of the numbers that a token passes"
+    text = f"{reach['matrices']} matrices of layers, {reach['share_of_path']:.2%} of the parameters that a token uses"
     if not reach["left"]:
-        return f"{text}; none of the same role is left in these layers"
+        return f"{text}; these layers have no other matrices of that role"
     kinds = sorted({re.sub(r"^.*?\.\d+\.", "", name) for name in reach["left"]})
-    return f"{text}; LEFT as they were, of the same role in these layers: {len(reach['left'])} ({', '.join(kinds)})"
+    return f"{text}; NOT changed, though of that role: {len(reach['left'])} in these layers ({', '.join(kinds)})"
