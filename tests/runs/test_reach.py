@@ -56,7 +56,7 @@ def test_what_stays_of_a_role_is_said(
     before = json.loads(call("inspect", "experts", *given[:2], *given[2:3], "--json").out)
     answer = call("unlearn", *TEXTS, *given)
     assert answer.code == 0, answer.err
-    assert "NOT changed, though of that role" in answer.out
+    assert "NOT changed, though of that role in these layers" in answer.out
     assert words in answer.out
     (folder,) = Path("runs").iterdir()
     record = Run.open(folder).record

@@ -75,4 +75,4 @@ def explain_reach(reach: dict[str, Any]) -> str:
     if not reach["left"]:
         return f"{text}; these layers have no other matrices of that role"
     kinds = sorted({re.sub(r"^.*?\.\d+\.", "", name) for name in reach["left"]})
-    return f"{text}; NOT changed, though of that role: {len(reach['left'])} in these layers ({', '.join(kinds)})"
+    return f"{text}; NOT changed, though of that role in these layers: {len(reach['left'])} ({', '.join(kinds)})"
