@@ -48,7 +48,10 @@ def read_prompts(opened: OpenedModel) -> Prompts:
     positions = read_positions(read_config(opened.base))
     try:
         texts = read_topic_texts(opened.run.config)
-        kinds = {"forget": texts["forget"], "neutral": texts["retain"] or NEUTRAL.read_text().splitlines()}
+        kinds = {
+            "forget": texts["forget"],
+            "neutral": texts["retain"] or NEUTRAL.read_text(encoding="utf-8").splitlines(),
+        }
         prompts = {kind: cut_openings(part, opened.tokenizer, positions) for kind, part in kinds.items()}
     except SrmuError as error:
         if distributed.is_first():
