@@ -465,6 +465,7 @@ def test_again(call: Call) -> None:
     answer = call("unlearn", *sources(), *QUICK)
     assert answer.code == 0
     assert "this run was there already: runs/" in answer.out
+    assert f"srmu ask {next(Path('runs').iterdir())} PROMPT" in answer.out
     assert listing() == before
     assert call("unlearn", next(Path("runs").iterdir()) / "config.yaml").code == 0
     assert listing() == before
