@@ -12,7 +12,7 @@ from srmu.engine.model import EditableModel
 from srmu.engine.train import TrainOptions
 from srmu.methods.base import Method, Session, State
 from srmu.runs import in_memory
-from srmu.runs.effect import explain_repetition, find_alpha, judge_numbers, list_warnings
+from srmu.runs.effect import LEARNED, explain_repetition, find_alpha, judge_numbers, list_warnings
 from srmu.runs.model_card import summarise_record
 from srmu.runs.record import read_record
 from srmu.runs.run import Run, unlearn_config
@@ -128,6 +128,14 @@ def test_measuring_changes_nothing(method: Method, monkeypatch: pytest.MonkeyPat
     for one, two in ((result.delta, plain.delta), (result.state, plain.state)):
         assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
     assert result.record["topics"] == plain.record["topics"]
+
+
+@pytest.mark.parametrize("cls", [srmu.SRMU, srmu.RMU, srmu.AdaptiveRMU])
+def test_the_default_rate_moves_forget_activations(cls: Any) -> None:
+    """Where no retain loss holds them, by what a run does not call little, whatever the width; 5e-5 does not."""
+    rates = {"default": {}, "of a 7B model": {"learning_rate": 5e-5}}
+    shifts = {name: measured(method=cls(layer=LAYER, alpha=0.0), train=given) for name, given in rates.items()}
+    assert shifts["default"]["forget_shift"] > LEARNED["forget_shift"] > shifts["of a 7B model"]["forget_shift"]
 
 
 # --- the sentence
