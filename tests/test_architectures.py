@@ -1,7 +1,9 @@
 """Every decoder class of transformers that can be built tiny: it works, or a line says why it does not."""
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -131,6 +133,45 @@ def test_a_model_that_reads_ahead_is_refused(tmp_path: Path) -> None:
         plan_dry_run(make_config(str(tmp_path / "model"), *texts, "npo", []))
     with pytest.raises(SrmuError, match=line):
         open_target(tmp_path / "model").module  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "line"),
+    [
+        ("big_bird", {"attention_type": "block_sparse"}, "reads long texts otherwise than short ones"),
+        ("git", {}, "answers without .*; cannot be cut"),
+        ("llama", {"model_type": "emu3_text_model"}, "is of type emu3_text_model, which AutoModelForCausalLM does not"),
+    ],
+)
+def test_a_model_that_cannot_be_trained_is_refused(kind: str, change: Any, line: str, tmp_path: Path) -> None:
+    assert architectures.write_world(kind, tmp_path)
+    settings = json.loads((tmp_path / "model" / "config.json").read_text()) | change
+    (tmp_path / "model" / "config.json").write_text(json.dumps(settings))
+    assert re.search(line, str(architectures.try_run(tmp_path, "likelihood")))
+
+
+@pytest.mark.parametrize("kind", ["axk2", "mixtral"])
+def test_a_model_stored_otherwise_is_written_back_whole(kind: str, tmp_path: Path) -> None:
+    """Tensors of other names, and experts whose gate and up projections lie apart."""
+    assert architectures.write_world(kind, tmp_path)
+    run = architectures.try_run(tmp_path, "likelihood")
+    with open_target(run).after() as module:
+        changed = module.state_dict()
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(run.export(tmp_path / "out")).state_dict()
+    before = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model").state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in changed.items())
+    stacks = [name for name in before if "experts.gate_up_proj" in name]
+    assert stacks and not any(torch.equal(before[name], changed[name]) for name in stacks)
+
+
+def test_a_dry_run_refuses_what_cannot_be_written_back(tmp_path: Path) -> None:
+    """OLMo Hybrid keeps three stored convolutions as one."""
+    assert architectures.write_world("olmo_hybrid", tmp_path)
+    texts = [tmp_path / "forget.jsonl", tmp_path / "neutral.jsonl"]
+    line = r"does not store model\.layers\.0\.linear_attn\.conv1d\.weight in this form"
+    assert re.search(line, architectures.try_run(tmp_path, "likelihood"))
+    with pytest.raises(SrmuError, match=line):
+        plan_dry_run(make_config(str(tmp_path / "model"), *texts, "npo", []))
 
 
 def test_a_model_of_parts_is_refused(tmp_path: Path) -> None:

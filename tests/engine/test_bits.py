@@ -123,7 +123,9 @@ def ours(model: EditableModel, method: Misdirection, topic: Topic, activations: 
             # A gradient starts at the first trained tensor, inside this layer or above it.
             assert number > model.fixed or not value.requires_grad
 
-        layer.register_forward_pre_hook(count, with_kwargs=True)
+        next(layer.children()).register_forward_pre_hook(
+            count, with_kwargs=True
+        )  # of one whose output is known none runs
     losses = []
 
     def log(step: int, values: dict[str, Any]) -> None:

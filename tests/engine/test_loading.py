@@ -399,7 +399,7 @@ def test_other_layouts_equal_a_plain_hook(name: str, tmp_path: Path) -> None:
         model.activations = Activations(1 << 30)
         ran: list[int] = []
         for number, layer in enumerate(model.layers):
-            layer.register_forward_pre_hook(lambda *_, n=number, ran=ran: ran.append(n))
+            next(layer.children()).register_forward_pre_hook(lambda *_, n=number, ran=ran: ran.append(n))
         for batch in (batches()[0], batches("count")[0]):
             ran.clear()
             wanted = plain(expected, batch)

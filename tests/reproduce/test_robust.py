@@ -254,7 +254,7 @@ def test_the_share_is_the_largest_that_the_budget_allows(tmp_path: Path) -> None
     assert 0 < share < 1
     step = round(32 * share)
     assert rights[step] >= rights[0] - 0.1 > rights[step + 1]
-    kept = load_delta(tmp_path / "out" / "delta.safetensors", run.base)
+    kept, _ = load_delta(tmp_path / "out" / "delta.safetensors", run.base)
     for name, tensor in kept.items():
         torch.testing.assert_close(tensor, before[name] + share * (run.delta[name] - before[name]))
 

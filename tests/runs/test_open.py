@@ -61,7 +61,7 @@ def test_a_run_is_its_model_before_and_with_its_delta_after(place: Path, kind: A
     assert isinstance(opened.run, Run) and opened.base == place / "model"
     expected = load_module(place / "model")
     assert same(values(opened.module), values(expected))
-    apply_delta(expected, place / "model", opened.run.delta)
+    apply_delta(expected, *opened.run.changes)
     with opened.after() as module:
         assert same(values(module), values(expected))
 

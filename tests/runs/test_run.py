@@ -313,7 +313,7 @@ def test_scores_of_a_run(workplace: Path, quiz: Path) -> None:
     direct = plain_metrics(evaluate(module, tokenizer, ["quiz"], tasks_dir=quiz))
     repeated = {when: {k: one for k, one in of_it.items() if "repetition" in k} for when, of_it in scores.items()}
     assert scores["before"] == direct | repeated["before"]
-    apply_delta(module, run.base, run.delta)
+    apply_delta(module, *run.changes)
     again = evaluate(module, tokenizer, ["quiz"], tasks_dir=quiz)
     assert scores["after"] == plain_metrics(again) | repeated["after"]
     assert scores["after"] != scores["before"]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, logging
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel, logging
 
 from srmu.engine.weights import in_layer, layer_number, stored_types
 from srmu.errors import SrmuError, first_line
@@ -34,6 +34,8 @@ def read_config(folder: Path) -> Any:
     if not names[0].endswith(("ForCausalLM", "LMHeadModel")):
         what = f"{folder} is not a causal language model: its architecture is {names[0]}"
         raise SrmuError(f"{what}; srmu needs one that transformers loads with AutoModelForCausalLM")
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise SrmuError(f"{folder} is of type {config.model_type}, which AutoModelForCausalLM does not load")
     if not hasattr(config, "num_hidden_layers"):
         raise SrmuError(f"{folder} has no single stack of decoder layers (num_hidden_layers); srmu needs one")
     return config

@@ -91,6 +91,11 @@ class EditableModel:
     @torch.no_grad()
     def check_causal(self) -> None:
         """SrmuError for a model, such as BERT, whose first layer lets a token read those after it."""
+        if any(getattr(layer, "attention_type", "") == "block_sparse" for layer in self.layers):
+            raise SrmuError(
+                f"{type(self.module).__name__} reads long texts otherwise than short ones; srmu needs one with "
+                '"attention_type": "original_full" in config.json'
+            )
         ids = torch.arange(16, device=self.device)[None] % self.vocabulary_size
         text = Batch(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids)
         whole, part = (self.hidden(text.cut(tokens=slice(n)), Site(0)) for n in (16, 4))
@@ -147,6 +152,8 @@ class EditableModel:
             self.module.base_model(
                 input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
             )
+        if not caught:
+            raise SrmuError(f"{type(self.module).__name__} answers without {self._prefix}.{site.layer}; cannot be cut")
         value = caught[0]
         if value.ndim == 4 and hasattr(self.module.config, "altup_num_inputs"):
             value = value.permute(1, 2, 0, 3)  # Gemma 3n: the first dimension holds streams, all features of a token

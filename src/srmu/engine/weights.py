@@ -10,7 +10,6 @@ import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from itertools import repeat
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -33,6 +32,7 @@ PAGE = 4096  # bytes
 TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 
 Tensors = dict[str, Tensor]
+Places = Mapping[str, Sequence[str]]  # the checkpoint's names of each parameter
 
 
 def locate_model(model: str, revision: str | None = None) -> Path:
@@ -120,28 +120,45 @@ def in_layer(name: str) -> str:
 
 
 def checkpoint_names(
-    folder: Path, originals: Tensors, aliases: Mapping[str, Sequence[str]] = MappingProxyType({})
+    folder: Path, originals: Mapping[str, Tensor], aliases: Places = MappingProxyType({})
 ) -> dict[str, list[str]]:
-    """The checkpoint's name for each parameter, where the same values lie; one for each expert that lies apart.
-
-    `aliases` are the names of a parameter that stands in several places, such as a tied head: each may be stored, too.
-    """
-    where, entries = list_shards(folder), stored_entries(folder)
-    names: dict[str, list[str]] = {}
-    for name, original in originals.items():
-        close = ([key for key in where if are_alike(key, one)] for one in aliases.get(name, [name]))
-        parts = [(keys, original) for keys in close if keys] or [([], original)]
-        if not parts[0][0]:
-            layer = [key for key in where if layer_number(key) == layer_number(name)]
-            # transformers may give it another name: embed_out of GPT-NeoX is its lm_head
-            parts = [([key for key in layer if entries[key]["shape"] == list(original.shape)], original)]
-            if not parts[0][0] and original.ndim == 3:
-                parts = [([key for key in layer if expert_of(key) == i], part) for i, part in enumerate(original)]
-        matches = [[key for key in close if stores_values(where[key], key, part)] for close, part in parts]
+    """The checkpoint's name for each parameter, where the same values lie; one for each part that lies apart."""
+    where, names = list_shards(folder), {}
+    for name, parts in list_candidates(folder, originals, aliases).items():
+        matches = [[key for key in keys if stores_values(where[key], key, part)] for keys, part in parts]
         if any(len(keys) != 1 for keys in matches):
             raise SrmuError(f"{folder} does not store {name} in this form, once: cannot write it back")
         names[name] = [key for (key,) in matches]
     return names
+
+
+def list_candidates(
+    folder: Path, originals: Mapping[str, Tensor], aliases: Places = MappingProxyType({})
+) -> dict[str, list[tuple[list[str], Tensor]]]:
+    """The parts of each parameter with the names of stored tensors that may hold them; SrmuError where there is none.
+
+    `aliases` are the names of a parameter that stands in several places, such as a tied head: each may be stored, too.
+    """
+    entries, found = stored_entries(folder), {}
+    for name, original in originals.items():
+        close = ([key for key in entries if are_alike(key, one)] for one in aliases.get(name, [name]))
+        parts = [(keys, original) for keys in close if keys]
+        if not parts:
+            # transformers may give it another name: embed_out of GPT-NeoX is its lm_head
+            layer = [key for key in entries if layer_number(key) == layer_number(name)]
+            parts = [([key for key in layer if entries[key]["shape"] == [*original.shape]], original)]
+            if not parts[0][0] and original.ndim == 3:  # experts, whose gate and up projection may lie apart, too
+                inside = [[key for key in layer if expert_of(key) == i] for i in range(len(original))]
+                shapes = [entries[key]["shape"] for key in inside[0]]
+                heights = {shape[0] for shape in shapes if shape[1:] == [*original.shape[2:]]}
+                fits = [n for n in heights if n <= original.shape[1] and original.shape[1] % n == 0]
+                pieces = [part.split(max(fits, default=len(part))) for part in original]
+                parts = [(keys, piece) for keys, part in zip(inside, pieces, strict=True) for piece in part]
+        parts = [([key for key in keys if entries[key]["shape"] == [*part.shape]], part) for keys, part in parts]
+        if not all(keys for keys, _ in parts):
+            raise SrmuError(f"{folder} does not store {name} in this form: cannot write it back")
+        found[name] = parts
+    return found
 
 
 def expert_of(name: str) -> int | None:
@@ -165,9 +182,7 @@ def are_alike(a: str, b: str) -> bool:
     return a == b or a.endswith("." + b) or b.endswith("." + a)
 
 
-def save_delta(
-    path: Path, folder: Path, names: dict[str, list[str]], changed: Tensors, metadata: dict[str, str]
-) -> None:
+def save_delta(path: Path, folder: Path, names: Places, changed: Tensors, metadata: dict[str, Any]) -> None:
     """Write the changed tensors under their `checkpoint_names`, in the dtypes of the checkpoint."""
     where = list_shards(folder)
     delta, marks = {}, {}
@@ -175,30 +190,38 @@ def save_delta(
         if not tensor.isfinite().all():
             raise SrmuError(f"{name} holds NaN or infinity; nothing was saved")
         keys = names[name]
-        experts = tensor.unbind() if tensor.ndim == 3 and len(keys) > 1 else repeat(tensor, len(keys))
-        for key, part in zip(keys, experts, strict=True):
-            stored = stored_tensor(where[key], key)
+        old = [stored_tensor(where[key], key) for key in keys]
+        for key, stored, part in zip(keys, old, split_parts(tensor, keys, old[0]), strict=True):
             delta[key] = part.detach().cpu().to(stored.dtype, copy=len(keys) > 1).contiguous()
             marks[key] = sha256(flat_bytes(stored))
+    metadata = {"places": {name: names[name] for name in changed}, **metadata, "base": marks}
     temporary = path.with_name(f".{path.name}")
     # one entry, as safetensors writes several in an order that differs between processes
-    save_file(delta, temporary, {"srmu": json.dumps({**metadata, "base": marks}, sort_keys=True)})
+    save_file(delta, temporary, {"srmu": json.dumps(metadata, sort_keys=True)})
     temporary.replace(path)
 
 
-def load_delta(path: Path, folder: Path) -> Tensors:
-    """The tensors of a delta by checkpoint name; SrmuError if its base model has changed."""
+def split_parts(tensor: Tensor, keys: Sequence[str], stored: Tensor) -> Sequence[Tensor]:
+    """The parts of a parameter that a checkpoint has under `keys`: each is all of it, or some of its rows."""
+    if tensor.shape == stored.shape:
+        return [tensor] * len(keys)
+    return tensor.view(-1, tensor.shape[-1]).chunk(len(keys))
+
+
+def load_delta(path: Path, folder: Path) -> tuple[Tensors, Places]:
+    """The tensors of a delta by checkpoint name, and where they belong; SrmuError if its base model has changed."""
     where = list_shards(folder)
     try:
         with safe_open(path, "pt") as file:
             delta = {key: file.get_tensor(key) for key in file.offset_keys()}
-            marks = json.loads((file.metadata() or {}).get("srmu", "{}")).get("base", {})
-    except (SafetensorError, OSError, ValueError) as error:
-        raise SrmuError(f"{path} is damaged: {first_line(error)}") from error
+            about = json.loads((file.metadata() or {})["srmu"])
+            marks, places = about["base"], about["places"]
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise SrmuError(f"{path} is damaged, or of another version: {first_line(error)}") from error
     for key in delta:
         if key not in where or marks.get(key) != sha256(flat_bytes(stored_tensor(where[key], key))):
             raise SrmuError(f"{path} was made from another model than {folder} now is: {key} differs there")
-    return delta
+    return delta, places
 
 
 def stored_tensor(path: Path, key: str) -> Tensor:
@@ -206,22 +229,19 @@ def stored_tensor(path: Path, key: str) -> Tensor:
         return file.get_tensor(key)
 
 
-def apply_delta(module: torch.nn.Module, folder: Path, delta: Tensors) -> None:
-    """Copy the tensors of a delta into a loaded model."""
-    where = list_shards(folder)
-    parameters = dict(module.named_parameters(remove_duplicate=False))  # a tied head is stored where its file has it
-    for name, tensor in delta.items():
-        places = [p.data for known, p in parameters.items() if are_alike(known, name)]
-        layer = {known: p for known, p in parameters.items() if layer_number(known) == layer_number(name)}
-        if not places and (number := expert_of(name)) is not None:
-            stacks = [p for p in layer.values() if p.ndim == 3 and p.shape[1:] == tensor.shape]
-            places = [p.data[number] for p in stacks if number < len(p)]
-        if not places:  # under the name that transformers gives it
-            renamed = [p for known, p in layer.items() if not any(are_alike(known, key) for key in where)]
-            places = [p.data for p in renamed if p.shape == tensor.shape]
-        if len(places) != 1 or places[0].shape != tensor.shape:
-            raise SrmuError(f"the delta's tensor {name} does not fit the model {folder}")
-        places[0].copy_(tensor)
+def apply_delta(module: torch.nn.Module, delta: Tensors, places: Places) -> None:
+    """Copy the tensors of a delta into a loaded model, to the parameters from which they came."""
+    parameters = dict(module.named_parameters())
+    for name, keys in places.items():
+        for i, key in enumerate(keys):
+            if key not in delta:
+                continue
+            part = split_parts(parameters[name].data, keys, delta[key])[i] if name in parameters else None
+            if part is None or part.shape != delta[key].shape:
+                raise SrmuError(
+                    f"the delta's tensor {key} does not fit the parameter {name} of {type(module).__name__}"
+                )
+            part.copy_(delta[key])
 
 
 def export_checkpoint(

@@ -34,7 +34,8 @@ def match_utility(run: Run, out: Path, budget: float, judged: Sequence[str]) -> 
     if share < 1:
         changed = {name: mix_tensors(before[name], after, share).to(after.dtype) for name, after in run.delta.items()}
         meta = {"base_model": run.config.model, "method": run.config.method.name, "run": run.config.id}
-        weights.save_delta(out / DELTA, run.base, {name: [name] for name in changed}, changed, meta)
+        names = {name: [name] for name in changed}
+        weights.save_delta(out / DELTA, run.base, names, changed, {**meta, "places": run.changes[1]})
     elif (run.folder / DELTA).exists():
         copyfile(run.folder / DELTA, out / DELTA)
     merge_results(out, matched={"share": share, "budget": budget, "judged": list(judged)})
@@ -50,7 +51,7 @@ def largest_share(run: Run, before: dict[str, torch.Tensor], budget: float, judg
 
     def kept(share: float) -> float:
         mixed = {name: mix_tensors(before[name], tensor, share) for name, tensor in run.delta.items()}
-        weights.apply_delta(subject.module, run.base, mixed)
+        weights.apply_delta(subject.module, mixed, run.changes[1])
         return float(np.mean([np.mean(mark_answers(subject, task)) for task in asked]))
 
     floor = kept(0.0) - budget

@@ -68,6 +68,8 @@ def estimate_run(plan: RunPlan, topics: list[Topic], speed: float | None = None)
         if method.depth is None or ((weights.layer_number(name) or 0) < method.depth and not name.startswith(HEADS))
     ]
     model = bare_model(plan)
+    if plan.here:
+        weights.list_candidates(plan.base, model.trained, model.list_aliases())
     ways, counted = count_run(plan, model, topics)
     trained = sum(p.numel() for p in model.trained.values())
     # the weights can stay in the file, mapped into memory

@@ -57,13 +57,18 @@ class Run:
     def record(self) -> dict[str, Any]:
         return read_json(self.folder / RECORD)
 
-    @cached_property
+    @property
     def delta(self) -> dict[str, Tensor]:
         """The changed tensors by checkpoint name; none where the run changed nothing."""
+        return self.changes[0]
+
+    @cached_property
+    def changes(self) -> tuple[dict[str, Tensor], weights.Places]:
+        """The delta, and the checkpoint's names of each changed parameter."""
         path = self.folder / DELTA
         if not path.exists() and self.record["changed"]:
             raise SrmuError(f"{self.folder} is damaged: it has no {DELTA}; make the run again")
-        return weights.load_delta(path, self.base) if path.exists() else {}
+        return weights.load_delta(path, self.base) if path.exists() else ({}, {})
 
     @cached_property
     def base(self) -> Path:
@@ -141,7 +146,7 @@ class OpenedModel:
         if self.run is None:
             yield self.module
             return
-        write = partial(weights.apply_delta, self.module, self.base, self.run.delta)
+        write = partial(weights.apply_delta, self.module, *self.run.changes)
         with self.run.config.method.at_inference(self.module, write):
             yield self.module
 
