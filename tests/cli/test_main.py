@@ -122,6 +122,7 @@ TEXTS: dict[str, tuple[str, bytes | None, list[str]]] = {
     "csv column": ("a.csv", b"id,body\n1,w1\n", ["a.csv:2: no column 'text'; found id, body"]),
     "csv comma": ("a.csv", b"text\nw1 w2\nw1, w2\n", ["a.csv:3: not CSV: more fields"]),
     "csv short": ("a.csv", b"id,text\n1,w1\n2\n", ["a.csv:3: 'text' is NoneType"]),
+    "csv twice": ("a.csv", b"text,text\nw1 w2,w3 w4\n", ["a.csv:1: not CSV: two columns are called 'text'"]),
     "csv quote": ("a.csv", b'text\n"w1 w2\n', ["a.csv:2: not CSV"]),
     "no parquet": ("a.parquet", b"PAR1 no", ["a.parquet: not Parquet"]),
     "spoilt parquet": ("a.parquet", spoilt(parquet(text=["w1"])), ["a.parquet: not Parquet"]),
@@ -602,6 +603,8 @@ def test_debug_shows_the_traceback(call: Call, monkeypatch: pytest.MonkeyPatch) 
         (ZeroDivisionError("a\nb"), 1, "srmu: internal error: ZeroDivisionError: a b (--debug"),
         (KeyboardInterrupt(), 130, "srmu: interrupted"),
         (PermissionError(13, "Permission denied", "/x"), 2, "Permission denied: '/x'"),
+        (OSError(28, "No space left on device"), 2, "srmu: [Errno 28] No space left on device"),
+        (OSError("of a library"), 1, "srmu: internal error: OSError: of a library"),
     ],
 )
 def test_exit_codes(error: BaseException, code: int, says: str, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:

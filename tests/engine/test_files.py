@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from srmu.engine.files import cache_dir, require_free, sha256, whole_folder, write_json, write_whole
+from srmu.engine.files import cache_dir, require_free, sha256, whole_folder, write_json, write_output, write_whole
 from srmu.errors import SrmuError
 
 
@@ -43,6 +43,25 @@ def test_an_output_that_is_a_file_or_lies_in_one_is_refused(tmp_path: Path) -> N
         with pytest.raises(SrmuError, match=r"is a file|not a folder"):
             require_free(tmp_path / name)
     require_free(tmp_path / "new" / "newer")
+
+
+def test_a_link_that_leads_to_itself_is_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    # which of them depends on Python's version; both are one line
+    with pytest.raises((SrmuError, OSError)), whole_folder(tmp_path / "loop") as folder:
+        (folder / "a").touch()
+
+
+def test_a_file_that_a_person_names(tmp_path: Path) -> None:
+    write_output(tmp_path / "new" / "deep" / "a.md", "text\n")
+    assert (tmp_path / "new" / "deep" / "a.md").read_text() == "text\n"
+    for place, says in (
+        (tmp_path, "is a folder; name a file in it"),
+        (Path(), "is a folder"),
+        (tmp_path / "new" / "deep" / "a.md" / "b", "cannot be written: "),
+    ):
+        with pytest.raises(SrmuError, match=says):
+            write_output(place, "text")
 
 
 def test_write_json_is_sorted_and_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

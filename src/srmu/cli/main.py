@@ -96,7 +96,9 @@ def run_verb(arguments: Sequence[str]) -> int:
 
 def explain_failure(error: Exception, streams: tuple[TextIO, TextIO]) -> int:
     """Say an error in one line on standard error; the exit code."""
-    code: int = 2 if isinstance(error, SrmuError | PermissionError) else getattr(error, "exit_code", 1)
+    # what the system refuses, by its number: a full disk, a file that may not be written
+    refused = isinstance(error, SrmuError) or (isinstance(error, OSError) and error.errno is not None)
+    code: int = 2 if refused else getattr(error, "exit_code", 1)
     message = getattr(error, "format_message", lambda: str(error))()
     if code == 1:
         message = f"internal error: {type(error).__name__}: {message} (--debug shows where)"

@@ -100,7 +100,7 @@ def ask_command(
     as_json: options.Json = False,
 ) -> None:
     """Show what a model writes after a prompt; of a run, before and after side by side."""
-    from srmu.engine.files import require_free, write_json
+    from srmu.engine.files import format_json, require_free, write_output
     from srmu.evals.continuations import ask_model
     from srmu.evals.score import title_models
     from srmu.report.format import escape_controls, print_table
@@ -116,8 +116,7 @@ def ask_command(
         )
     result = {"target": target, "chat": chat, "tokens": tokens, "answers": answers}
     if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_json(out, result)
+        write_output(out, format_json(result))
     wrote, run = [f"wrote {out}"] if out else [], find_run(target)
     following = output.next_evaluation(run) if run else output.next_unlearning(target)
     output.print_result(result, as_json, *wrote, following)
@@ -290,7 +289,7 @@ def print_reach(target: str, method: str, settings: list[str], as_json: bool) ->
 def list_names(texts: dict[str, list[str]], out: Path | None, as_json: bool) -> None:
     """List what look like names in forget texts, for a review: rename_scrub swaps them."""
     from srmu.data.names import find_names
-    from srmu.engine.files import require_free, write_whole
+    from srmu.engine.files import require_free, write_output
 
     if out and out.suffix != ".txt":
         raise SrmuError(f"--out {out}: expected a .txt file")
@@ -302,8 +301,7 @@ def list_names(texts: dict[str, list[str]], out: Path | None, as_json: bool) -> 
     if out is None:
         lines.append("next: the same with --out names.txt, and edit that file")
     else:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(out, "".join(f"{name}\n" for name in names))
+        write_output(out, "".join(f"{name}\n" for name in names))
         method = ("method.name=rename_scrub", f"method.names={out}")
         lines += [f"wrote {out}", output.next_command("unlearn", "CONFIG", *method)]
     table = [{"name": name, "texts": str(count)} for name, count in counts.items()]

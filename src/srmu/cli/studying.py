@@ -42,7 +42,7 @@ def verify_command(
     as_json: options.Json = False,
 ) -> None:
     """Recompute every digest of a run or an export, and of its base model, against the record."""
-    from srmu.engine.files import write_whole
+    from srmu.engine.files import write_output
     from srmu.runs import verify as checks
     from srmu.runs.model_card import summarise_record
     from srmu.runs.record import read_record
@@ -56,7 +56,7 @@ def verify_command(
         lines.append(f"wrote {checks.sign_record(folder, sign)}")
     record = checks.find_record(folder)
     if summary:
-        write_whole(summary, summarise_record(read_record(record)))
+        write_output(summary, summarise_record(read_record(record)))
         lines.append(f"wrote {summary}")
     if not rerun:
         lines.append(output.next_command("verify", output.shorten_path(folder), "--rerun"))

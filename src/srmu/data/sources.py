@@ -212,6 +212,8 @@ def parse_file(path: Path, source: Source) -> Iterator[tuple[str, Any]]:
             csv.field_size_limit(2**31 - 1)  # documents are longer than the 128 KiB of the default
             reader = csv.DictReader(file, strict=True, delimiter="\t" if suffix == ".tsv" else ",")
             try:
+                if twice := [name for name in source.columns if (reader.fieldnames or []).count(name) > 1]:
+                    raise csv.Error(f"two columns are called {twice[0]!r}")
                 for row in reader:
                     if None in row:  # an unquoted comma would cut the text
                         raise csv.Error("more fields than the first line names")

@@ -40,6 +40,8 @@ def require_utf8(path: Path) -> Path:
         str(path.resolve()).encode()
     except UnicodeEncodeError:
         raise SrmuError(f"{ascii(str(path.resolve()))[1:-1]}: the name is not UTF-8; rename it") from None
+    except RuntimeError:
+        raise SrmuError(f"{path} is a link that leads to itself") from None
     return path
 
 
@@ -147,6 +149,17 @@ def write_whole(path: Path, text: str) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_output(path: Path, text: str) -> None:
+    """Write a file that a person named, with the folders above it; SrmuError where it cannot be."""
+    if path.is_dir():
+        raise SrmuError(f"{path} is a folder; name a file in it")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, text)
+    except OSError as error:
+        raise SrmuError(f"{path} cannot be written: {error.strerror}") from None
 
 
 def write_json(path: Path, value: Any) -> None:

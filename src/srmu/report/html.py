@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from srmu.engine.files import write_whole
-from srmu.errors import SrmuError
+from srmu.engine.files import write_output
 from srmu.report.figures import COLOURS, SHAPES, Figure, Row
 from srmu.report.format import Value, format_value, load_templates
 
@@ -80,18 +79,12 @@ class Page:
         """Write the page as one HTML file that needs nothing from elsewhere."""
         from plotly.offline import get_plotlyjs
 
-        if out.is_dir():
-            raise SrmuError(f"{out} is a folder; name a file in it, such as {out / 'report.html'}")
         drawn = any(block.figures for section in self.sections for block in section.blocks)
         shapes = [*SHAPES.values()]
         glyphs = {name: (COLOURS[i % len(COLOURS)], shapes[i % len(shapes)]) for i, name in enumerate(self.labels)}
         template = load_templates().get_template("page.html")
         text = template.render(page=self, glyphs=glyphs, cell=make_cell, plotly=get_plotlyjs() if drawn else "")
-        try:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(out, text)
-        except OSError as error:
-            raise SrmuError(f"{out} cannot be written: {error.strerror}") from None
+        write_output(out, text)
         return out
 
 
