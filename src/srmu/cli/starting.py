@@ -9,7 +9,14 @@ from typer import Argument, Option
 from srmu.cli import options, output
 from srmu.engine.progress import show_progress
 
-KINDS = {"testbeds": "organism", "evals": "evals", "attacks": "attacks", "suites": "suites", "hashes": "hashes"}
+KINDS = {
+    "testbeds": "organism",
+    "evals": "evals",
+    "attacks": "attacks",
+    "suites": "suites",
+    "hashes": "hashes",
+    "models from GGUF": "gguf",
+}
 
 verbs = typer.Typer()
 topics = typer.Typer(no_args_is_help=True)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from srmu.engine.activation_cache import flat_bytes
 from srmu.engine.files import read_json, require_space, require_utf8, sha256, whole_folder, write_whole
+from srmu.engine.gguf import convert_gguf
 from srmu.engine.progress import Watch, ignore_progress
 from srmu.errors import SrmuError, first_line
 
@@ -36,8 +37,10 @@ Places = Mapping[str, Sequence[str]]  # the checkpoint's names of each parameter
 
 
 def locate_model(model: str, revision: str | None = None) -> Path:
-    """The folder of a model: a local one, or the cached snapshot of a hub id."""
+    """The folder of a model: a local one, that of a GGUF file, or the cached snapshot of a hub id."""
     folder = Path(model).expanduser()
+    if folder.suffix == ".gguf" and folder.is_file():
+        return convert_gguf(folder)
     if folder.is_dir():
         if revision:
             raise SrmuError(f"revision does not apply to the local folder {folder}")
