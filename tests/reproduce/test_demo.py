@@ -90,7 +90,7 @@ def shipped(tmp_path: Path) -> Path:
     [
         ({}, "All 40 numbers agree with the README's, within their intervals."),
         ({"hazard": "26.4 (19.9-33.9)"}, "All 40 numbers agree"),  # as another processor printed it
-        ({"hazard": "44.0 (37.0-51.0)"}, "low SRMU hazard: 44.0 (37.0-51.0) here, 32.1 (25.0"),
+        ({"hazard": "52.0 (45.0-59.0)"}, "low SRMU hazard: 52.0 (45.0-59.0) here, 32.1 (25.0"),
         (
             {"hazard": "12.0 (8.0-17.0)", "general": "50.0 (40.0-60.0)"},
             "here, 32.1 (25.0-39.8) there; low SRMU general: 50",

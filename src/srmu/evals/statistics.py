@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from math import hypot, inf, isnan, nan
+from math import inf, isnan, nan
 from operator import itemgetter
 from statistics import fmean
 from typing import Any
@@ -143,12 +143,6 @@ def accuracy_interval(accuracies: Sequence[float], n: int) -> tuple[float, float
     spread = 1.96 * np.std(accuracies, ddof=1) / seeds**0.5 if seeds > 1 else 0.0
     low, high = mean - np.hypot(mean - low, spread), mean + np.hypot(high - mean, spread)
     return max(0.0, float(low)), min(1.0, float(high))
-
-
-def estimates_agree(one: Estimate, other: Estimate) -> bool:
-    """Whether the 95 % interval of the difference, Newcombe's of two independent estimates, holds 0."""
-    low, high = sorted((one, other), key=lambda estimate: estimate.value)
-    return high.value - low.value <= hypot(high.value - high.low, low.high - low.value)
 
 
 def average_seeds(seeds: Sequence[Mapping[str, Mapping[str, Any]]], metrics: Sequence[str]) -> Estimate | None:
