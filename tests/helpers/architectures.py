@@ -18,6 +18,7 @@ import torch
 import transformers
 from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
 import srmu
 from helpers import attack_world
@@ -63,6 +64,7 @@ SIZES: dict[str, Any] = {
 # What an architecture wants besides.
 OTHERS: dict[str, dict[str, Any]] = {
     "big_bird": {"attention_type": "original_full"},
+    "bailing_hybrid": {"layer_types": ["full_attention"] * 3 + ["linear_attention"]},  # which is slow
     "bamba": {"attn_layer_indices": [1]},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "mamba2": {"num_heads": 8, "head_dim": 8},
@@ -80,7 +82,12 @@ OTHERS: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
-    "kimi_linear": {"linear_head_dim": 8, "linear_num_heads": 4, "num_local_experts": 4},
+    "kimi_linear": {
+        "layer_types": ["full_attention"] * 3 + ["linear_attention"],
+        "linear_head_dim": 8,
+        "linear_num_heads": 4,
+        "num_local_experts": 4,
+    },
     "longcat_flash": {"expert_ffn_hidden_size": 48, "zero_expert_num": 2},
     "moshi": {"audio_vocab_size": VOCABULARY},
     "qwen4_exp_text": {
@@ -183,9 +190,14 @@ REASONS = {
     "reads more than its tokens": "a layer reads more than the tokens",
     "read those after it": "a token reads those after it",
     "no list of": "no list of its layers",
+    "answers without": "the list of layers that is found is not the one it runs",
+    "AutoModelForCausalLM does not load": "AutoModelForCausalLM does not know its config",
     "in this form": "a tensor is stored otherwise than it is held",
     "no weight in the role": "a layer without an MLP has no down-projection",
+    "MLPs of several widths": "its MLPs have several widths",
     "mixture of experts, each with neurons": "neurons belong to one expert",
+    "names no bos_token_id": "its config names no token to begin a text",
+    "tells nothing new of the names": "the tiny model wrote none of the names",
 }
 ATTACKS = ("extraction", "logit_lens", "direction_ablation", "quantisation")
 
@@ -195,6 +207,7 @@ def write_world(kind: str, place: Path) -> bool:
     if (module := tiny_module(kind)) is None:
         return False
     attack_world.write_sets(place)
+    TOKENIZER_MAPPING_NAMES.pop(kind, None)  # else transformers reads the words as that type's own pieces
     module.save_pretrained(place / "model")
     word_tokenizer().save_pretrained(place / "model")
     (place / "names.txt").write_text("\n".join(attack_world.SUBJECTS))
@@ -257,9 +270,9 @@ def try_rest(run: Any, place: Path) -> dict[str, str]:
 
 
 def describe_type(kind: str, place: Path) -> str:
-    """A model type's row of the table; "" where no tiny model of it can be built."""
+    """What srmu does with a model type, as the cells of the table beside its name."""
     if not write_world(kind, place):
-        return ""
+        return f"{'| ' * len((*FAMILIES, *REST))}| not tried: sizes alone build no tiny model |"
     first = try_run(place, "likelihood")
     line = first if isinstance(first, str) else ""
     run = try_run(place, "activations") if line else first
@@ -270,7 +283,7 @@ def describe_type(kind: str, place: Path) -> str:
         found = {"likelihood": line} | found | try_rest(run, place)
     notes = sorted({str(name_reason(line)) for line in found.values() if line})
     cells = ["" if line else "yes" for line in found.values()]
-    return f"| `{kind}` | {' | '.join(cells)} | {'; '.join(notes)} |"
+    return f"| {' | '.join(cells)} | {'; '.join(notes)} |"
 
 
 def name_reason(line: str) -> str:
@@ -278,22 +291,27 @@ def name_reason(line: str) -> str:
     return next((short for part, short in REASONS.items() if part in line), line)
 
 
+def print_table(outcomes: dict[str, str]) -> None:
+    """The table of docs/models.md: types with the same outcome in one row, the most common first."""
+    print(f"| `model_type` | {' | '.join([*FAMILIES, *REST])} | what is refused |")
+    print("|---" * (len(FAMILIES) + len(REST) + 2) + "|")
+    rows = {cells: [kind for kind in sorted(outcomes) if outcomes[kind] == cells] for cells in outcomes.values()}
+    for cells, kinds in sorted(rows.items(), key=lambda row: (-len(row[1]), row[1])):
+        print(f"| {', '.join(f'`{kind}`' for kind in kinds)} {cells}")
+
+
 def main() -> None:
-    """Print the table of docs/models.md, or the rows of the types that are named."""
-    if not sys.argv[1:]:
-        print(f"| `model_type` | {' | '.join([*FAMILIES, *REST])} | what is refused |")
-        print("|---" * (len(FAMILIES) + len(REST) + 2) + "|")
+    """Print the table of docs/models.md, or that of the types that are named; what ended in an error goes to stderr."""
+    outcomes: dict[str, str] = {}
     gc.freeze()  # runs collect garbage, of which this is none
     for kind in sys.argv[1:] or decoder_types():
         with tempfile.TemporaryDirectory() as place:
             os.environ["SRMU_CACHE"] = f"{place}/cache"
             try:
-                row = describe_type(kind, Path(place))
+                outcomes[kind] = describe_type(kind, Path(place))
             except Exception:
                 print(kind, traceback.format_exc(), file=sys.stderr, flush=True)
-                continue
-            if row:
-                print(row, flush=True)
+    print_table(outcomes)
 
 
 if __name__ == "__main__":

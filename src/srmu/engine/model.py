@@ -279,7 +279,8 @@ class EditableModel:
         return moved / size if size else 0.0
 
     def _select(self, trainable: Sequence[str]) -> dict[str, nn.Parameter]:
-        names = dict(self.module.named_parameters())
+        first = {parameter: name for name, parameter in self.module.named_parameters()}  # layers may share a block
+        every = dict(self.module.named_parameters(remove_duplicate=False))
         chosen: dict[str, nn.Parameter] = {}
         for pattern in trainable:
             if match := re.fullmatch(r"(\d+|\*)\.(\w+)", pattern):
@@ -289,10 +290,10 @@ class EditableModel:
                     inside = in_role(self.layers[layer], match[2])
                     matches += [f"{self._prefix}.{layer}.{name}" for name in inside]
             else:
-                matches = [name for name in names if fnmatchcase(name, pattern)]
+                matches = [name for name in every if fnmatchcase(name, pattern)]
             if not matches:
                 raise SrmuError(f"no parameter of this model matches {pattern!r}")
-            chosen |= {name: names[name] for name in matches}
+            chosen |= {first[every[name]]: every[name] for name in matches}
         return chosen
 
     def _check_loaded(self, layer: int) -> None:
