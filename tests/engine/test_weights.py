@@ -441,6 +441,13 @@ def test_a_parameter_stored_in_another_form_is_refused(tmp_path: Path) -> None:
         weights.checkpoint_names(folder, {"absent.weight": original})
 
 
+def test_a_delta_of_another_version_is_named(tmp_path: Path) -> None:
+    base = save_pico(tmp_path / "base")
+    save_file({"a": torch.zeros(2)}, tmp_path / "delta.safetensors", {"srmu": json.dumps({"base": {}})})
+    with pytest.raises(SrmuError, match=r"delta\.safetensors was written by another version of srmu; unlearn again"):
+        weights.load_delta(tmp_path / "delta.safetensors", base)
+
+
 def test_a_damaged_delta_is_named(tmp_path: Path) -> None:
     path = tmp_path / "delta.safetensors"
     path.write_bytes(b"nothing")

@@ -19,7 +19,7 @@ SOURCE = "gguf.json"  # beside the folder of a model: the file that it was made 
 
 def convert_gguf(path: Path) -> Path:
     """The folder of the model in a GGUF file, in bfloat16; SrmuError where transformers cannot dequantise it."""
-    place = cache_dir() / "gguf" / digest_file(path, path.stat().st_size, path.stat().st_mtime_ns)
+    place = cache_dir() / "gguf" / hash_unchanged(path, path.stat().st_size, path.stat().st_mtime_ns)
     folder = place / "model"
     if not folder.is_dir():
         write_folder(path, place)
@@ -27,7 +27,7 @@ def convert_gguf(path: Path) -> Path:
 
 
 @cache
-def digest_file(path: Path, size: int, changed: int) -> str:
+def hash_unchanged(path: Path, size: int, changed: int) -> str:
     """The SHA-256 of a file, read once by a process as long as it stays as it is."""
     return sha256(path)
 

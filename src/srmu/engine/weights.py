@@ -219,8 +219,10 @@ def load_delta(path: Path, folder: Path) -> tuple[Tensors, Places]:
             delta = {key: file.get_tensor(key) for key in file.offset_keys()}
             about = json.loads((file.metadata() or {})["srmu"])
             marks, places = about["base"], about["places"]
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise SrmuError(f"{path} is damaged, or of another version: {first_line(error)}") from error
+    except KeyError:
+        raise SrmuError(f"{path} was written by another version of srmu; unlearn again, or use that version") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise SrmuError(f"{path} is damaged: {first_line(error)}") from error
     for key in delta:
         if key not in where or marks.get(key) != sha256(flat_bytes(stored_tensor(where[key], key))):
             raise SrmuError(f"{path} was made from another model than {folder} now is: {key} differs there")
