@@ -9,12 +9,12 @@ export HF_HUB_OFFLINE ?= 1
 export OMP_WAIT_POLICY ?= passive
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: demo test test-all test-full check bench bench-7b docs clean
+.PHONY: demo test test-all test-full test-lowest check bench bench-7b docs clean
 
 demo: $(STAMP)
 	$(BIN)/srmu demo
 
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --jaxtyping-packages=$(SHAPED),beartype.beartype
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --jaxtyping-packages=$(SHAPED),beartype.beartype
 
 # five minutes on two cores; CI runs test-all: with whole worlds, several processes, a browser
 test: $(STAMP)
@@ -26,6 +26,12 @@ test-all: $(STAMP)
 # trains the full testbeds, for an hour
 test-full: $(STAMP)
 	$(BIN)/pytest -q -m full
+
+# with the oldest libraries that pyproject.toml names: on Python 3.11 or 3.12, which they have builds for
+LOWEST := .venv-lowest
+test-lowest: BIN := $(LOWEST)/bin
+test-lowest: $(LOWEST)/.installed
+	CUDA_VISIBLE_DEVICES= $(PYTEST)
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .
@@ -55,5 +61,9 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,docs]'
 	@touch $@
 
+$(LOWEST)/.installed: pyproject.toml constraints-lowest.txt .ci/lowest
+	.ci/lowest $(LOWEST) $(PYTHON)
+	@touch $@
+
 clean:
-	rm -rf $(VENV) site dist .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(LOWEST) site dist .mypy_cache .ruff_cache .pytest_cache

@@ -52,7 +52,9 @@ def test_one_option_means_the_same_in_every_verb() -> None:
         for option in getattr(command, "params", ()):
             for word in option.opts:
                 if word.startswith("--"):
-                    kind = f"{option.type_descriptor.annotation} {option.multiple}"
+                    # typer 0.19 has the type of click
+                    kind = option.type_descriptor.annotation if hasattr(option, "type_descriptor") else option.type
+                    kind = f"{kind} {option.multiple}"
                     types.setdefault(word, {})[name] = kind
     differ = {word: kinds for word, kinds in types.items() if len({*kinds.values()}) > 1}
     # how much is tried: reproduce takes the tier of its own settings where none is named

@@ -4,6 +4,7 @@ import copy
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,15 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from helpers.models import ARCHITECTURES, GROUPED, SIZES, VOCABULARY, pico_module, save_pico, texts, word_tokenizer
 from srmu.data.tokens import batch_rows, tokenise_texts
 from srmu.engine.activation_cache import Activations
-from srmu.engine.loading import check_layers, cut_config, find_layers, load_module, needs_conversion, read_config
+from srmu.engine.loading import (
+    check_layers,
+    cut_config,
+    find_layers,
+    load_module,
+    needs_conversion,
+    read_config,
+    refuse_sharing,
+)
 from srmu.engine.model import EditableModel, Site
 from srmu.engine.topic import Batch, Topic
 from srmu.engine.train import TrainOptions
@@ -202,7 +211,8 @@ GEMMA: dict[str, Any] = {
             "activation_sparsity_pattern": [0.0] * 6,
         },
     ),
-    "gemma4": (transformers.Gemma4TextConfig, {**SHARING, "global_head_dim": 8}),
+    # of a later transformers than the lowest
+    "gemma4": (getattr(transformers, "Gemma4TextConfig", None), {**SHARING, "global_head_dim": 8}),
 }  # fmt: skip
 
 
@@ -220,7 +230,20 @@ def other(config: Any, folder: Path) -> Path:
 
 def gemma(name: str, folder: Path) -> Path:
     cls, sizes = GEMMA[name]
-    return other(cls(**sizes), folder)
+    if cls is None:
+        pytest.skip(f"transformers {transformers.__version__} has no {name}")
+    try:
+        refuse_sharing(config := cls(**sizes))
+    except SrmuError as error:
+        pytest.skip(str(error))
+    return other(config, folder)
+
+
+def test_an_old_transformers_that_would_share_keys_wrongly(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = transformers.Gemma3nTextConfig(**SHARING)
+    monkeypatch.setitem(refuse_sharing.__globals__, "transformers", SimpleNamespace(__version__="5.5.4"))
+    with pytest.raises(SrmuError, match=r"share keys and values, which .* 5\.5\.4 .*install transformers 5\.6"):
+        refuse_sharing(config)
 
 
 def by_token(value: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import re
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -358,16 +359,20 @@ def test_a_layer_without_the_role() -> None:
 @pytest.mark.parametrize(
     ("config", "name"),
     [
-        (transformers.MptConfig(d_model=32, n_heads=4, n_layers=2, vocab_size=64), "ffn.down_proj.weight"),
-        (transformers.Lfm2Config(num_hidden_layers=2, hidden_size=32, vocab_size=64), "feed_forward.w2.weight"),
-        (transformers.GraniteMoeConfig(**SIZES, intermediate_size=8), "block_sparse_moe.experts.down_proj"),
+        (transformers.MptConfig(d_model=32, n_heads=4, n_layers=2, vocab_size=64), r"ffn\.down_proj\.weight"),
+        (transformers.Lfm2Config(num_hidden_layers=2, hidden_size=32, vocab_size=64), r"feed_forward\.w2\.weight"),
+        (
+            transformers.GraniteMoeConfig(**SIZES, intermediate_size=8),
+            r"block_sparse_moe\.(experts\.down_proj|output_linear\.weight)",  # renamed after transformers 5.0
+        ),
     ],
     ids=lambda x: x if isinstance(x, str) else x.model_type,
 )
 def test_mlps_of_other_names(config: Any, name: str) -> None:
     with torch.device("meta"):
         module = transformers.AutoModelForCausalLM.from_config(config)
-    assert in_role(decoder_blocks(module)[1], "mlp_down") == [name]
+    [found] = in_role(decoder_blocks(module)[1], "mlp_down")
+    assert re.fullmatch(name, found)
 
 
 def test_a_model_without_a_list_of_layers() -> None:

@@ -561,7 +561,7 @@ def test_rolling_windows_are_lm_evals(name):
 
 def test_only_positions_that_predict_an_answer_meet_the_vocabulary(model, tokenizer, tmp_path):
     shapes: list[tuple[int, ...]] = []
-    model.lm_head.register_forward_pre_hook(lambda module, args: shapes.append(args[0].shape[:2]))
+    model.lm_head.register_forward_hook(lambda module, args, logits: shapes.append(logits.shape[:2]))
     evaluate(model, tokenizer, ["quiz"], tasks_dir=write_task(tmp_path / "tasks", questions(20)))
     assert shapes == [(20, 1)]
 

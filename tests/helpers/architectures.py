@@ -133,7 +133,7 @@ def tiny_config(kind: str) -> Any:
 
 def list_sizes(cls: Any) -> dict[str, Any]:
     """The sizes of a config and of the configs inside it."""
-    known = {*inspect.signature(cls.__init__).parameters} | {f.name for f in dataclasses.fields(cls)}
+    known = {*inspect.signature(cls.__init__).parameters, *getattr(cls, "__dataclass_fields__", ())}
     sizes = {}
     for name in known - {"self", "kwargs"}:
         value = next((v for pattern, v in SIZES.items() if re.fullmatch(pattern, name)), None)

@@ -28,6 +28,10 @@ class RuleModel(torch.nn.Module):
         self.words, self.rule, self.device = words, rule, torch.device("cpu")
         self.config = SimpleNamespace(max_position_embeddings=4096)
         self._is_stateful = False
+        self.head = torch.nn.Identity()
+
+    def get_output_embeddings(self) -> torch.nn.Module:
+        return self.head
 
     def forward(
         self, input_ids: torch.Tensor, past_key_values: Any = None, use_cache: bool = False, logits_to_keep: Any = 0
@@ -39,10 +43,7 @@ class RuleModel(torch.nn.Module):
             for at, line in enumerate(row, len(old) + 1):
                 for word, value in self.rule([self.words[i] for i in ids[:at]]).items():
                     line[self.words.index(word)] = value
-        if isinstance(logits_to_keep, torch.Tensor):
-            logits = logits.take_along_dim(logits_to_keep[..., None], 1)
-        elif logits_to_keep:
-            logits = logits[:, -logits_to_keep:]
+        logits = self.head(logits[:, -logits_to_keep:])
         return SimpleNamespace(logits=logits, past_key_values=Past(rows) if use_cache else None)
 
 

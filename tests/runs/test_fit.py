@@ -116,4 +116,4 @@ def test_a_head_under_another_name_is_written_back(tmp_path: Path) -> None:
     run = make_run(tmp_path, method="npo", out=tmp_path / "out")  # compared with the run before it is written
     assert "embed_out.weight" in run.delta
     with open_target(run, "cpu").after() as module:
-        assert torch.equal(module.lm_head.weight, run.delta["embed_out.weight"])
+        assert torch.equal(module.get_output_embeddings().weight, run.delta["embed_out.weight"])

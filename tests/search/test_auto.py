@@ -374,7 +374,7 @@ def test_layers_of_a_deep_model_are_spread() -> None:
         ({"model": "nowhere"}, "nowhere"),
         ({"--forget": "missing.jsonl"}, "missing.jsonl: no such file"),
         ({"--retain": "forget.jsonl"}, "forget and retain hold the same texts"),
-        ({"--tasks-dir": "nowhere"}, "'--tasks-dir': dir 'nowhere' does not exist"),
+        ({"--tasks-dir": "nowhere"}, "'nowhere' does not exist"),
         ({"--method": "npo"}, "--method npo has no layer to find"),
         ({"--method": "smru"}, "did you mean srmu?"),
         ({"--out": "tasks"}, "output folder"),

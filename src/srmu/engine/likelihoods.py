@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from srmu.engine.sites import edit_input
 from srmu.errors import SrmuError
 
 Tokens = tuple[int, ...]
@@ -70,7 +71,9 @@ def score_answers(
 def read_logits(model: Any, ids: Tensor, keep: Tensor, **options: Any) -> Tensor:
     """Logits at some positions of each row, (B, W, V) for the (B, W) of `keep`; only they meet the vocabulary."""
     if "logits_to_keep" in signature(model.forward).parameters:
-        return model(ids, **options, logits_to_keep=keep).logits
+        # not as logits_to_keep, which transformers before 5.20 does not take row by row
+        with edit_input(model.get_output_embeddings(), lambda value: value.take_along_dim(keep[..., None], 1)):
+            return model(ids, **options).logits
     return model(ids, **options).logits[torch.arange(len(ids), device=ids.device)[:, None], keep]
 
 

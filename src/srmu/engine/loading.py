@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel, logging
@@ -38,6 +39,7 @@ def read_config(folder: Path) -> Any:
         raise SrmuError(f"{folder} is of type {config.model_type}, which AutoModelForCausalLM does not load")
     if not hasattr(config, "num_hidden_layers"):
         raise SrmuError(f"{folder} has no single stack of decoder layers (num_hidden_layers); srmu needs one")
+    refuse_sharing(config)
     return config
 
 
@@ -45,6 +47,14 @@ def refuse_quantised(folder: Path, config: Any) -> None:
     if how := getattr(config, "quantization_config", None):
         kind = how.get("quant_method") if isinstance(how, dict) else type(how).__name__
         raise SrmuError(f"model {folder} is quantised ({kind}); unlearn the unquantised model, then quantise")
+
+
+def refuse_sharing(config: Any) -> None:
+    """SrmuError if layers share keys and values and transformers is too old to do so without a cache."""
+    release = transformers.__version__
+    if getattr(config, "num_kv_shared_layers", None) and tuple(map(int, release.split(".")[:2])) < (5, 6):
+        what = f"layers of {config.model_type} share keys and values, which transformers {release} computes wrongly"
+        raise SrmuError(f"{what}; install transformers 5.6 or later")
 
 
 def check_layers(config: Any, layer: int, window: int = 1) -> None:
@@ -109,7 +119,9 @@ def build_skeleton(config: Any, dtype: torch.dtype | None = None) -> PreTrainedM
     """The module of a configuration, without memory for its tensors."""
     with torch.device("meta"):
         # A copy: from_config writes the dtype into its config.
-        return AutoModelForCausalLM.from_config(deepcopy(config), dtype=dtype or config.dtype)
+        module = AutoModelForCausalLM.from_config(deepcopy(config), dtype=dtype or config.dtype)
+    module.tie_weights()  # transformers 5.0 leaves the ends of such a module untied
+    return module
 
 
 def needs_conversion(folder: Path, config: Any, dtype: str) -> bool:
@@ -157,6 +169,7 @@ def describe_module(module: nn.Module) -> dict[str, Any]:
 
 def find_layers(module: PreTrainedModel) -> tuple[nn.Module, str]:
     """The module that owns the list of decoder layers, and that list's attribute name."""
+    refuse_sharing(module.config)
     count = module.config.num_hidden_layers
     for owner in module.base_model.modules():
         for attribute, inner in owner.named_children():

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from srmu.engine.activation_cache import flat_bytes
@@ -215,8 +215,8 @@ def load_delta(path: Path, folder: Path) -> tuple[Tensors, Places]:
     """The tensors of a delta by checkpoint name, and where they belong; SrmuError if its base model has changed."""
     where = list_shards(folder)
     try:
+        delta = load_file(path)
         with safe_open(path, "pt") as file:
-            delta = {key: file.get_tensor(key) for key in file.offset_keys()}
             about = json.loads((file.metadata() or {})["srmu"])
             marks, places = about["base"], about["places"]
     except KeyError:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
 from typing import Any
+from unittest.mock import patch
 
 import psutil
 import torch
@@ -39,7 +40,7 @@ KEPT_ACTIVATIONS = 1.35  # on the CPU: heap of the C library over the activation
 
 def count_flops(action: Callable[[], object]) -> int:
     """FLOPs of what an action computes, by torch's own counter."""
-    experts = {torch.ops.aten._grouped_mm: grouped_flops}
+    experts = {getattr(torch.ops.aten, "_grouped_mm", None): grouped_flops}  # unknown to torch 2.6
     with FlopCounterMode(display=False, custom_mapping=experts) as counter:
         action()
     return counter.get_total_flops()
@@ -76,6 +77,8 @@ def takes_whole_masks(model: EditableModel, site: Site | None) -> bool:
     )
 
 
+# before 5.4, transformers asks for the autocast of tensors without memory, which torch does not know
+@patch.object(torch, "is_autocast_enabled", lambda *_: False)
 def site_output(model: EditableModel, batch: Batch, site: Site | None) -> Tensor:
     """Activations at the site, or logits where there is none."""
     return model.hidden(batch, site) if site is not None else model.logits(batch)

@@ -201,7 +201,7 @@ def _train_model(model: LlamaForCausalLM, ids: Tensor, recipe: Recipe, tick: Tic
     """Train on all of `ids`, each row once."""
     rate, betas, decay = recipe.learning_rate, (recipe.beta1, recipe.beta2), recipe.weight_decay
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=betas, weight_decay=decay, fused=True)
-    fast = recipe.autocast and bool(torch.cpu.get_capabilities().get("avx512_bf16"))
+    fast = recipe.autocast and torch.cpu._is_avx512_bf16_supported()
     model.train()
     for step, batch in enumerate(ids.split(recipe.batch)):
         late = 0.9 * (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)
