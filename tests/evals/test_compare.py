@@ -10,7 +10,7 @@ import pytest
 
 from helpers.results import keep_rows, write_metrics, write_report
 from srmu.errors import SrmuError
-from srmu.evals.compare import ComparisonRow, compare_runs, run_setting, suggest_attack
+from srmu.evals.compare import ComparisonRow, choose_metrics, compare_runs, run_setting, suggest_attack
 from srmu.evals.results import read_attacks
 from srmu.runs.config import build_config, make_config
 
@@ -360,3 +360,9 @@ def test_evaluated_runs_are_compared_on_what_both_measured(tmp_path: Path) -> No
         keep_rows(run, lambda row: row["task"] == "organism_general")
     with pytest.raises(SrmuError, match=r"--metrics, --utility-metrics: .*; there are organism_general/acc$"):
         compare_runs(runs)
+
+
+def test_repetition_is_offered_neither_as_knowledge_nor_as_utility() -> None:
+    """A rise of it would have counted as utility that was kept."""
+    with pytest.raises(SrmuError, match=r"; there are quiz/acc$"):
+        choose_metrics(["quiz/acc", "repetition/forget", "repetition/neutral"], (), (), ())

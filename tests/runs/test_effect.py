@@ -12,6 +12,7 @@ from srmu.engine.model import EditableModel
 from srmu.engine.train import TrainOptions
 from srmu.methods.base import Method, Session, State
 from srmu.runs import in_memory
+from srmu.runs.config import build_config
 from srmu.runs.effect import LEARNED, explain_repetition, find_alpha, judge_numbers, list_warnings
 from srmu.runs.model_card import summarise_record
 from srmu.runs.record import read_record
@@ -182,6 +183,32 @@ def test_what_holds_a_run_back() -> None:
         "the retain texts hold them back; try method.alpha=47"
     )
     assert judge_numbers(srmu.SRMU(), low, 0.3, 5e-5).endswith("srmu auto looks for other settings")
+
+
+@pytest.mark.parametrize(("method", "numbers"), [(srmu.SRMU(), moved(0.71, 0.46)), (srmu.NPO(), nats(0.2, 0.3))])
+def test_more_is_not_advised_where_it_would_cost_the_retain_texts(method: Method, numbers: dict[str, float]) -> None:
+    """The first numbers are SmolLM2-135M's at alpha=16; at the lower weight that was advised retain texts suffered."""
+    assert judge_numbers(method, numbers, 0.08, 5e-4) == (
+        "the retain texts suffer before the forget texts do; srmu auto looks for other settings"
+    )
+
+
+def test_a_topic_with_options_of_its_own_is_advised_to_change_them(tmp_path: Path) -> None:
+    """Those of the method do not reach it."""
+    parts = {"forget": write_jsonl(tmp_path / "f.jsonl", FORGET), "retain": write_jsonl(tmp_path / "r.jsonl", RETAIN)}
+    config = {
+        "model": str(save_pico(tmp_path / "model")),
+        "method": {"name": "srmu", "layer": LAYER, "alpha": 0.0},
+        "topics": {"a": parts | {"kappa": 0.0}, "b": parts},
+        "train": {"max_steps": 2},
+        "runs_dir": str(tmp_path / "runs"),
+    }
+    (warning,) = unlearn_config(build_config(config)).record["effect"]["warnings"]
+    assert warning.startswith("a: the strength is 0") and warning.endswith("set topics.a.kappa=8")
+    assert "try topics.a.alpha=" in judge_numbers(
+        srmu.SRMU(),
+        {"forget_moved": 0.0063, "forget_shift": 0.051, "retain_moved": 0.013}, 0.033, 5e-4, "topics.a",
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("alpha", [30.0, 1200.0])

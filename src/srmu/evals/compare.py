@@ -173,9 +173,10 @@ def choose_metrics(known: Sequence[str], forget: Sequence[str], utility: Sequenc
     rest = [name for name in whole if name not in forget]
     utility = utility or [name for name in rest if name.removesuffix("/acc") in tasks] or rest
     if not (forget and utility):
+        there = ", ".join(name for name in known if not name.startswith(REPETITION))  # neither: it is to stay low
         raise SrmuError(
             "--metrics, --utility-metrics: name the metrics that should fall and those that should stay, a,b; "
-            f"there are {', '.join(known) or 'none that all runs have'}"
+            f"there are {there or 'none that all runs have'}"
         )
     return tuple(forget), tuple(utility)
 

@@ -45,7 +45,7 @@ def measure_effect(
         for topic in topics:
             method, state = config.method.with_options(topic.options), states.get(topic.name, State())
             numbers = method.measure_effect(model, topic, state)
-            verdict = judge_numbers(method, numbers, weights, config.train.learning_rate)
+            verdict = judge_numbers(method, numbers, weights, config.train.learning_rate, option_place(topic))
             own = [line for line in steps if line.get("topic") == topic.name]
             found["topics"][topic.name] = {name: keep_finite(value) for name, value in numbers.items()}
             found["sentences"].append(f"{topic.name}: {describe_numbers(numbers, weights)}: {verdict}")
@@ -69,8 +69,15 @@ def describe_numbers(numbers: Mapping[str, float], weights: float) -> str:
     return ", ".join([*parts, f"the weights changed by {format_percent(weights)}"])
 
 
-def judge_numbers(method: Method, numbers: Mapping[str, float], weights: float, rate: float | None) -> str:
-    """What the numbers mean, and what to type next."""
+def option_place(topic: Topic) -> str:
+    """Where a topic's strength and weight are set: a topic's own options win over the method's."""
+    return f"topics.{topic.name}" if topic.options else "method"
+
+
+def judge_numbers(
+    method: Method, numbers: Mapping[str, float], weights: float, rate: float | None, place: str = "method"
+) -> str:
+    """What the numbers mean, and what to type next; `place` holds the method's options."""
     rises = {f"{role}_nll": rise for role in ("forget", "retain") if (rise := rise_of(numbers, role)) is not None}
     known = {**numbers, **rises}
     reached = [known[name] / least for name, least in LEARNED.items() if name in known]
@@ -89,10 +96,12 @@ def judge_numbers(method: Method, numbers: Mapping[str, float], weights: float, 
     if spoilt and max(spoilt) > 1:
         return f"the retain texts suffered; {advise(1 / min(MOST, 2 * max(spoilt)))}"
     if reached and min(reached) < 1 and not method.selective:
+        if not at_once and spoilt and max(spoilt) > max(0.5, min(reached)):
+            return "the retain texts suffer before the forget texts do; srmu auto looks for other settings"
         if numbers.get("forget_moved", 0.0) > 0.5:
-            return f"little was asked for; try method.kappa={KAPPA:g}"
+            return f"little was asked for; try {place}.kappa={KAPPA:g}"
         if alpha := find_alpha(getattr(method, "alpha", 0.0), numbers):
-            return f"the retain texts hold them back; try method.alpha={float(f'{alpha:.2g}'):g}"
+            return f"the retain texts hold them back; try {place}.alpha={float(f'{alpha:.2g}'):g}"
         return f"little was learned; {advise(min(MOST, 2 / max(min(reached), 1e-9)))}"
     return "srmu eval and srmu attack say what is left of the knowledge"
 
@@ -127,7 +136,8 @@ def format_percent(share: float) -> str:
 def list_warnings(method: Method, topic: Topic, state: State, steps: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """What makes a topic's run worth little whatever it reached."""
     if 0 in (getattr(method, "kappa", None), getattr(method, "coeff", None)):
-        yield f"the strength is 0: the target is zero, so forget activations only shrink; set method.kappa={KAPPA:g}"
+        advice = f"set {option_place(topic)}.kappa={KAPPA:g}"
+        yield f"the strength is 0: the target is zero, so forget activations only shrink; {advice}"
     forget = topic.counts.get("forget", {})
     if shared := forget.get("shared"):
         total = forget["documents"] + forget["too_short"]
