@@ -28,7 +28,7 @@ def find_device(name: str) -> str:
     there = list_devices()
     name = there[0] if name == "auto" else name
     if name not in there:
-        raise SrmuError(f"device {name} is not there; expected auto or one of {', '.join(there)}")
+        raise SrmuError(f"device {name} is not there; expected auto, or {' or '.join(there)}")
     try:
         torch.empty(0, device=name)
     except RuntimeError as error:
