@@ -22,7 +22,10 @@ from srmu.runs.config import make_config
 from srmu.runs.estimate import plan_dry_run
 from srmu.runs.run import open_target
 
-PAGE = Path(__file__).parents[1] / "docs" / "models.md"
+ROOT = Path(__file__).parents[1]
+# older than the one that the table is of: it has not all of these classes
+OLD = f"transformers=={transformers.__version__}\n" not in (ROOT / "constraints.txt").read_text()
+PAGE = ROOT / "docs" / "models.md"
 LINES = [line for line in PAGE.read_text().splitlines() if line.startswith("| `") and "`model_type`" not in line]
 LISTED = [(kind, "|" + line.split("|", 2)[2]) for line in LINES for kind in re.findall("`(.+?)`", line.split("|")[1])]
 # one or more of each outcome and each kind of layer; the others take an hour
@@ -30,6 +33,18 @@ FEW = """axk2 bert bloom deepseek_v4 falcon gpt2 jamba lfm2 llama mamba mixtral 
     whisper xlm""".split()  # noqa: SIM905
 
 
+def build(kind: str) -> Any:
+    if (module := tiny_module(kind)) is None and OLD:
+        pytest.skip(f"transformers {transformers.__version__} builds no tiny {kind}")
+    return module
+
+
+def write_world(kind: str, place: Path) -> None:
+    build(kind)
+    assert architectures.write_world(kind, place)
+
+
+@pytest.mark.skipif(OLD, reason="the table is of a newer transformers")
 def test_the_table_has_every_class_once() -> None:
     assert sorted(kind for kind, _ in LISTED) == architectures.decoder_types()
 
@@ -62,7 +77,7 @@ def test_row(kind: str, cells: str, tmp_path: Path) -> None:
     ],
 )
 def test_what_was_an_internal_error(kind: str, family: str, line: str, tmp_path: Path) -> None:
-    assert architectures.write_world(kind, tmp_path)
+    write_world(kind, tmp_path)
     found = architectures.try_in_memory(tmp_path, family)
     assert line in found
     assert bool(line) == bool(found)
@@ -84,7 +99,7 @@ def test_a_stack_without_attention_writes_on() -> None:
 @pytest.mark.parametrize("kind", ["bart", "rwkv", "deepseek_v4", "llama"])
 def test_contexts_of_several_lengths_are_continued_as_each_alone(kind: str) -> None:
     """Where padding before a text shifts its positions, texts of one length are continued at once."""
-    module = tiny_module(kind)
+    module = build(kind)
     contexts = [[1, 5, 6, 7], [1, 8], [1, 9, 10, 11, 12]]
     rows, logits = write_on(module, contexts, 3, set(), keep_logits=True)
     assert rows == [write_on(module, [context], 3, set())[0][0] for context in contexts]
@@ -95,7 +110,7 @@ def test_contexts_of_several_lengths_are_continued_as_each_alone(kind: str) -> N
 def test_answers_are_scored_as_each_alone(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model that cannot leave out positions is asked for all of them, and one of linear attention makes no cache."""
     monkeypatch.delitem(architectures.OTHERS, "bailing_hybrid")
-    module = tiny_module(kind)
+    module = build(kind)
     pairs = [((1, 5, 6, 7, 8), (9,)), ((1, 5), (10, 11)), ((1, 5, 6, 7), (12, 13, 14))]
     with open_harness(module, word_tokenizer(), 4) as harness:
         scores = [score for score, _ in harness._loglikelihood_tokens([("", *pair) for pair in pairs])]
@@ -114,7 +129,7 @@ def test_layers_that_do_not_change_run_once(kind: str, tmp_path: Path, monkeypat
     monkeypatch.setenv("SRMU_CACHE", str(tmp_path))
     batch = batch_texts([[1, 5, 6, 7], [1, 8]])
     for mode in ("memory", "disk"):
-        model = EditableModel(tiny_module(kind), ["3.linear"])
+        model = EditableModel(build(kind), ["3.linear"])
         with torch.no_grad():
             expected = model.module(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
             for hits in (0, 1):
@@ -128,7 +143,7 @@ def test_layers_that_do_not_change_run_once(kind: str, tmp_path: Path, monkeypat
 
 def test_a_model_that_reads_ahead_is_refused(tmp_path: Path) -> None:
     """BERT without `is_decoder`: its numbers would mean nothing."""
-    assert architectures.write_world("bert", tmp_path)
+    write_world("bert", tmp_path)
     settings = json.loads((tmp_path / "model" / "config.json").read_text()) | {"is_decoder": False}
     (tmp_path / "model" / "config.json").write_text(json.dumps(settings))
     line = "BertLMHeadModel lets a token read those after it"
@@ -150,7 +165,9 @@ def test_a_model_that_reads_ahead_is_refused(tmp_path: Path) -> None:
     ],
 )
 def test_a_model_that_cannot_be_trained_is_refused(kind: str, change: Any, line: str, tmp_path: Path) -> None:
-    assert architectures.write_world(kind, tmp_path)
+    write_world(kind, tmp_path)
+    if OLD and "model_type" in change:
+        pytest.skip("an older transformers knows no such type, and says so itself")
     settings = json.loads((tmp_path / "model" / "config.json").read_text()) | change
     (tmp_path / "model" / "config.json").write_text(json.dumps(settings))
     assert re.search(line, str(architectures.try_run(tmp_path, "likelihood")))
@@ -159,7 +176,7 @@ def test_a_model_that_cannot_be_trained_is_refused(kind: str, change: Any, line:
 @pytest.mark.parametrize("kind", ["axk2", "mixtral"])
 def test_a_model_stored_otherwise_is_written_back_whole(kind: str, tmp_path: Path) -> None:
     """Tensors of other names, and experts whose gate and up projections lie apart."""
-    assert architectures.write_world(kind, tmp_path)
+    write_world(kind, tmp_path)
     run = architectures.try_run(tmp_path, "likelihood")
     with open_target(run).after() as module:
         changed = module.state_dict()
@@ -172,7 +189,7 @@ def test_a_model_stored_otherwise_is_written_back_whole(kind: str, tmp_path: Pat
 
 def test_a_dry_run_refuses_what_cannot_be_written_back(tmp_path: Path) -> None:
     """OLMo Hybrid keeps three stored convolutions as one."""
-    assert architectures.write_world("olmo_hybrid", tmp_path)
+    write_world("olmo_hybrid", tmp_path)
     texts = [tmp_path / "forget.jsonl", tmp_path / "neutral.jsonl"]
     line = r"does not store model\.layers\.0\.linear_attn\.conv1d\.weight in this form"
     assert re.search(line, architectures.try_run(tmp_path, "likelihood"))
@@ -180,6 +197,7 @@ def test_a_dry_run_refuses_what_cannot_be_written_back(tmp_path: Path) -> None:
         plan_dry_run(make_config(str(tmp_path / "model"), *texts, "npo", []))
 
 
+@pytest.mark.skipif(OLD, reason="an older FuyuConfig has a number of layers")
 def test_a_model_of_parts_is_refused(tmp_path: Path) -> None:
     transformers.FuyuConfig(vocab_size=VOCABULARY, architectures=["FuyuForCausalLM"]).save_pretrained(tmp_path)
     with pytest.raises(SrmuError, match="has no single stack of decoder layers"):

@@ -10,7 +10,7 @@ from packaging.version import Version
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-USED = [Requirement(line) for line in (*PROJECT["dependencies"], *EXTRAS["postgres"], *EXTRAS["sign"])]
+USED = [Requirement(line) for line in (*PROJECT["dependencies"], *EXTRAS["postgres"], *EXTRAS["sign"], *EXTRAS["real"])]
 
 
 def read_pins(name: str) -> dict[str, Version]:

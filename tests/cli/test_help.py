@@ -53,7 +53,7 @@ def test_one_option_means_the_same_in_every_verb() -> None:
             for word in option.opts:
                 if word.startswith("--"):
                     # typer 0.19 has the type of click
-                    kind = option.type_descriptor.annotation if hasattr(option, "type_descriptor") else option.type
+                    kind = option.type_descriptor.annotation if hasattr(option, "type_descriptor") else option.type.name
                     kind = f"{kind} {option.multiple}"
                     types.setdefault(word, {})[name] = kind
     differ = {word: kinds for word, kinds in types.items() if len({*kinds.values()}) > 1}

@@ -111,6 +111,7 @@ def test_tables_stand_beside_the_papers(again: Any) -> None:
 def test_answers_are_those_of_the_scores(again: Any) -> None:
     _, out, _, _ = again
     rows = [row for path in out.glob("runs/*") for row in load_results(path)["rows"]]
+    rows = [row for row in rows if row["task"] != "repetition"]  # of no question
     assert rows
     for row in rows:
         assert parse_answers(row["answers"]).mean() == pytest.approx(row["value"]), row

@@ -96,11 +96,12 @@ class EditableModel:
                 f"{type(self.module).__name__} reads long texts otherwise than short ones; srmu needs one with "
                 '"attention_type": "original_full" in config.json'
             )
-        ids = torch.arange(16, device=self.device)[None] % self.vocabulary_size
+        length = min(16, self.position_count or 16)
+        ids = torch.arange(length, device=self.device)[None] % self.vocabulary_size
         text = Batch(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids)
-        whole, part = (self.hidden(text.cut(tokens=slice(n)), Site(0)) for n in (16, 4))
+        whole, part = (self.hidden(text.cut(tokens=slice(n)), Site(0)) for n in (length, length // 4))
         noise = max(1e-3, 4 * torch.finfo(part.dtype).eps)
-        if (whole[:, :4] - part).norm() > noise * part.norm():
+        if (whole[:, : length // 4] - part).norm() > noise * part.norm():
             raise SrmuError(
                 f"{type(self.module).__name__} lets a token read those after it, so it cannot learn to predict them; "
                 'name a causal language model (BERT and its kin are one with "is_decoder": true in config.json)'
