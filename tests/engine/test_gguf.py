@@ -68,9 +68,9 @@ def write_gguf(path: Path, arch: str = "llama", kind: Any = None) -> dict[str, t
         writer.add_sliding_window(config.sliding_window)
         writer.add_token_scores([-float(i) for i in range(len(TOKENS))])
     else:
-        writer.add_token_merges(["w 1"])
+        writer.add_token_merges(["w 1", "w 2"])  # older transformers reads one alone as a word
     writer.add_tokenizer_model("llama" if arch == "gemma3" else "gpt2")
-    writer.add_token_list([*TOKENS[:15], "w1", *TOKENS[16:]])
+    writer.add_token_list([*TOKENS[:15], "w1", "w2", *TOKENS[17:]])
     writer.add_token_types([3, 3, 3, 2] + [1] * (len(TOKENS) - 4))
     for add, token in zip((writer.add_bos_token_id, writer.add_eos_token_id, writer.add_pad_token_id), range(3)):  # noqa: B905
         add(token)
