@@ -26,6 +26,19 @@ def test_whole_folder_leaves_nothing_behind(tmp_path: Path, error: type[BaseExce
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no pipes with names in folders")
+def test_a_pipe_is_written_into_and_stays(tmp_path: Path) -> None:
+    """Else an output to /dev/null, by root, would leave a file in its place."""
+    os.mkfifo(tmp_path / "pipe")
+    end = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        write_output(tmp_path / "pipe", "a text")
+        assert os.read(end, 100) == b"a text" and (tmp_path / "pipe").is_fifo()
+    finally:
+        os.close(end)
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
+
+
 def test_whole_folder_takes_an_empty_folder_and_refuses_a_full_one(tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()

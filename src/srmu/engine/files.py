@@ -142,6 +142,9 @@ def format_gb(count: float) -> str:
 
 def write_whole(path: Path, text: str) -> None:
     """Write a text file so that a reader sees the old text or the new one, never a part."""
+    if path.exists() and not path.is_file():  # a device or a pipe, such as /dev/null, stays one
+        path.write_text(text, encoding="utf-8", newline="\n")
+        return
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         temporary.write_text(text, encoding="utf-8", newline="\n")  # the same bytes on Windows
