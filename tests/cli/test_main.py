@@ -129,7 +129,7 @@ TEXTS: dict[str, tuple[str, bytes | None, list[str]]] = {
     "parquet column": ("a.parquet", parquet(body=["w1"]), ["row 1: no column 'text'; found body"]),
     "parquet null": ("a.parquet", parquet(text=["w1 w2", None]), ["row 2: 'text' is NoneType"]),
     "parquet bytes": ("a.parquet", parquet(text=[b"w1"]), ["row 1: 'text' is bytes"]),
-    "gzip": ("a.jsonl", gzip.compress(GOOD.encode()), ["a.jsonl:1: not UTF-8", "packed (gzip)"]),
+    "gzip": ("a.jsonl", gzip.compress(GOOD.encode()), ["a.jsonl:1: not UTF-8", "compressed (gzip)"]),
     "latin-1": ("a.jsonl", (GOOD + '"w1 é"').encode("latin-1"), ["a.jsonl:2: not UTF-8 text"]),
     "latin-1 csv": ("a.csv", "text\nw1\nw2 é\n".encode("latin-1"), ["a.csv:3: not UTF-8 text"]),
     "suffix": ("a.docx", b"w1 w2", ["a.docx: .docx suffix; srmu reads .jsonl"]),

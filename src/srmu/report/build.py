@@ -16,6 +16,7 @@ from srmu.report.benchmarks import benchmark_sections
 from srmu.report.format import count_words, format_share, name_words, write_words
 from srmu.report.html import Page, Section
 from srmu.report.results import RunGroup
+from srmu.runs.effect import REPETITION
 from srmu.runs.run import Run
 
 STUDIES = ("sweep.json", "reproduce.json", "auto.json")
@@ -104,7 +105,8 @@ def find_metrics(
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The metrics of what is to be forgotten and kept; none of runs with benchmarks alone."""
     folders = [run for entry in entries for run in entry.runs]
-    known = [*dict.fromkeys(name for run in folders for name in results.read_results(run)["after"])]
+    every = dict.fromkeys(name for run in folders for name in results.read_results(run)["after"])
+    known = [name for name in every if not name.startswith(REPETITION)]  # which every evaluation of a run has
     if not known:
         return (), ()
     for name in (*forget, *utility):
