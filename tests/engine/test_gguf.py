@@ -149,6 +149,8 @@ def test_what_is_no_gguf_file(tmp_path: Path, call: Call, monkeypatch: pytest.Mo
     code, _, error = call("inspect", broken)
     assert code == 2 and "broken.gguf is not a GGUF file" in error
     write_gguf(tmp_path / "m.gguf")
+    with pytest.raises(SrmuError, match=r"revision does not apply to the local file .*m\.gguf"):
+        locate_model(str(tmp_path / "m.gguf"), "main")
     odd = (tmp_path / "m.gguf").read_bytes().replace(b"llama", b"lllll")
     (tmp_path / "odd.gguf").write_bytes(odd)
     with pytest.raises(SrmuError, match=r"odd.gguf cannot be dequantised: .*name its safetensors checkpoint"):

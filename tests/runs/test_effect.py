@@ -180,7 +180,7 @@ def test_what_holds_a_run_back() -> None:
     held = {"forget_moved": 0.0063, "forget_shift": 0.051, "retain_moved": 0.013}
     assert judge_numbers(srmu.SRMU(), low, 0.016, 5e-5).endswith("try train.learning_rate=0.001, or srmu auto")
     assert judge_numbers(srmu.SRMU(), held, 0.033, 5e-4).endswith(
-        "the retain texts hold them back; try method.alpha=47"
+        "the retain loss holds the forget activations back; try method.alpha=47"
     )
     assert judge_numbers(srmu.SRMU(), low, 0.3, 5e-5).endswith("srmu auto looks for other settings")
 

@@ -46,7 +46,7 @@ def count_shared(texts: Sequence[str], others: Sequence[str]) -> int:
 def measure_coverage(forget: list[str], retain: list[str]) -> float:
     """The share of the forget set's words, without STOP_WORDS, in the retain set; more retain texts never lower it.
 
-    Of a script without spaces, two signs in a row count as a word: single ones are in all texts.
+    In a script without spaces, two characters in a row count as a word: single ones occur in every text.
     """
     left, right = (
         {*TWO_SIGNS.findall(text)} | {*SPACED_WORD.findall(text)} - STOP_WORDS
@@ -123,7 +123,7 @@ def list_grams(words: Sequence[str], n: int) -> Iterator[tuple[str, ...]]:
 
 
 def split_words(text: str) -> list[str]:
-    """The words of a text in lower case; of a script without spaces, its signs."""
+    """The words of a text in lower case; in a script without spaces, its characters."""
     return WORD_OR_SIGN.findall(text.lower())
 
 

@@ -1,7 +1,7 @@
 """Models in GGUF files: dequantised once, through transformers, into an ordinary folder in the cache."""
 
 from collections import Counter
-from functools import cache
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from srmu.engine.files import cache_dir, format_gb, read_json, require_space, sha256, whole_folder, write_json
+from srmu.engine.files import cache_dir, cached, format_gb, read_json, require_space, sha256, whole_folder, write_json
 from srmu.engine.progress import print_line
 from srmu.errors import SrmuError, first_line
 
@@ -19,24 +19,20 @@ SOURCE = "gguf.json"  # beside the folder of a model: the file that it was made 
 
 def convert_gguf(path: Path) -> Path:
     """The folder of the model in a GGUF file, in bfloat16; SrmuError where transformers cannot dequantise it."""
-    place = cache_dir() / "gguf" / hash_unchanged(path, path.stat().st_size, path.stat().st_mtime_ns)
+    stat = path.stat()
+    key = [str(path.resolve()), stat.st_size, stat.st_mtime_ns]  # a file that stays as it is need not be read again
+    place = cache_dir() / "gguf" / cached("hashes", key, partial(sha256, path))
     folder = place / "model"
     if not folder.is_dir():
         write_folder(path, place)
     return folder
 
 
-@cache
-def hash_unchanged(path: Path, size: int, changed: int) -> str:
-    """The SHA-256 of a file, read once by a process as long as it stays as it is."""
-    return sha256(path)
-
-
 def write_folder(path: Path, place: Path) -> None:
     """Dequantise a GGUF file into `place/model`, and write beside it what the file is."""
     if find_spec("gguf") is None:
         raise SrmuError(f"{path}: to read GGUF files takes a library: pip install gguf (or srmu[real])")
-    source = describe_gguf(path)
+    source = describe_gguf(path, place.name)
     require_space(place, 2 * source["parameters"])
     size = f"{format_gb(path.stat().st_size)}, {source['quantisation']}"
     print_line(f"dequantising {path} ({size}), once, to {format_gb(2 * source['parameters'])} in {place}")
@@ -66,8 +62,8 @@ def write_folder(path: Path, place: Path) -> None:
             raise
 
 
-def describe_gguf(path: Path) -> dict[str, Any]:
-    """Name, digest, numbers and commonest quantisation of a GGUF file; SrmuError where it is none."""
+def describe_gguf(path: Path, digest: str) -> dict[str, Any]:
+    """Name, digest, size and commonest quantisation of a GGUF file; SrmuError where it is not one."""
     from gguf import GGUFReader
 
     try:
@@ -78,7 +74,7 @@ def describe_gguf(path: Path) -> dict[str, Any]:
     for tensor in tensors:
         kinds[tensor.tensor_type.name] += int(tensor.n_elements)
     quantisation = kinds.most_common(1)[0][0] if kinds else "none"
-    return {"file": path.name, "sha256": sha256(path), "parameters": kinds.total(), "quantisation": quantisation}
+    return {"file": path.name, "sha256": digest, "parameters": kinds.total(), "quantisation": quantisation}
 
 
 def read_source(folder: Path) -> dict[str, Any] | None:

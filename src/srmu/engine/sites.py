@@ -46,7 +46,7 @@ class Site:
 
 
 def count_mlp_inputs(config: Any) -> int:
-    """The inputs of a layer's down-projection, F; of experts, of all those that read a token."""
+    """The inputs F of a layer's down-projection; of experts, of all those together that a token is sent to."""
     config = config.get_text_config()
     sizes = (getattr(config, name, None) for name in ("moe_intermediate_size", "intermediate_size"))
     each = next(filter(None, sizes), 4 * config.hidden_size)

@@ -39,12 +39,11 @@ Places = Mapping[str, Sequence[str]]  # the checkpoint's names of each parameter
 def locate_model(model: str, revision: str | None = None) -> Path:
     """The folder of a model: a local one, that of a GGUF file, or the cached snapshot of a hub id."""
     folder = Path(model).expanduser()
-    if folder.suffix == ".gguf" and folder.is_file():
-        return convert_gguf(folder)
-    if folder.is_dir():
+    gguf = folder.suffix == ".gguf" and folder.is_file()
+    if gguf or folder.is_dir():
         if revision:
-            raise SrmuError(f"revision does not apply to the local folder {folder}")
-        return require_utf8(folder)
+            raise SrmuError(f"revision does not apply to the local {'file' if gguf else 'folder'} {folder}")
+        return convert_gguf(folder) if gguf else require_utf8(folder)
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
         raise SrmuError(f"model {model}: no such folder, and not a hub id like owner/name")
     from huggingface_hub import snapshot_download

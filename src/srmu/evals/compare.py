@@ -93,8 +93,9 @@ def compare_runs(
     metrics = [read_metrics(run.folder) for run in opened]
     for run, own in zip(opened, metrics, strict=True):
         if run.folder not in attacks and not (own["before"] and own["after"]):
-            asked = [*chain(*named)] or [name for one in metrics for name in one["after"]] or ["TASK/acc"]
-            tasks = ",".join(task for task in dict.fromkeys(n.rpartition("/")[0] for n in asked) if task != REPETITION)
+            there = leave_out_repetition(name for one in metrics for name in one["after"])
+            asked = [*chain(*named)] or there or ["TASK/acc"]
+            tasks = ",".join(dict.fromkeys(name.rpartition("/")[0] for name in asked))
             raise SrmuError(f"{run.folder} has no results; run `srmu eval {run.folder} --tasks {tasks}` first")
     if not attacks:
         shared = [name for name in metrics[0]["after"] if all(name in both[w] for both in metrics for w in both)]
@@ -173,12 +174,17 @@ def choose_metrics(known: Sequence[str], forget: Sequence[str], utility: Sequenc
     rest = [name for name in whole if name not in forget]
     utility = utility or [name for name in rest if name.removesuffix("/acc") in tasks] or rest
     if not (forget and utility):
-        there = ", ".join(name for name in known if not name.startswith(REPETITION))  # neither: it is to stay low
+        there = ", ".join(leave_out_repetition(known))
         raise SrmuError(
             "--metrics, --utility-metrics: name the metrics that should fall and those that should stay, a,b; "
             f"there are {there or 'none that all runs have'}"
         )
     return tuple(forget), tuple(utility)
+
+
+def leave_out_repetition(names: Iterable[str]) -> list[str]:
+    """The metrics but for repetition, which every evaluation of a run has: it is neither to fall nor to stay."""
+    return [name for name in names if name.partition("/")[0] != REPETITION]
 
 
 def check_attacks(runs: Sequence[Run], attacks: Mapping[Path, dict[str, Any]]) -> None:

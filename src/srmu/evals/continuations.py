@@ -38,10 +38,10 @@ def repeated_share(ids: Sequence[int]) -> float:
 
 
 def read_prompts(opened: OpenedModel) -> Prompts:
-    """Openings of a run's forget texts and of neutral ones; of a model without a run none.
+    """Openings of a run's forget texts and of neutral texts; none for a model without a run.
 
-    Neutral are the run's retain texts: they are in the model's own language, which fixed sentences need not be. Only a
-    run without any, which protects nothing, gets fixed ones. Where the texts are gone a line says so: tasks need none.
+    Neutral are the run's retain texts: they are in the model's own language, which fixed sentences need not be. A run
+    that has none gets fixed ones. Where the texts are gone, a line says so, and the tasks are scored all the same.
     """
     if opened.run is None:
         return {}

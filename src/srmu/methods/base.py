@@ -97,7 +97,7 @@ class Session(NamedTuple):
 
 
 def scale_rate(rate: float, config: Any) -> float:
-    """A learning rate of down-projections in a 7B model, at the width of this one's; to three digits."""
+    """A learning rate for the down-projections of a 7B model, adapted to the width of this one; three digits."""
     # A step of Adam moves every weight alike, so what a matrix puts out moves with the number of its inputs.
     return float(f"{rate * 14336 / count_mlp_inputs(config):.3g}")
 
@@ -113,7 +113,7 @@ class Method(ABC):
     level: ClassVar[Level] = "logit"  # what it works on
     uses: ClassVar[tuple[str, ...]] = ()  # besides the model and forget texts
     learning_rate: ClassVar[float] = 5e-5  # where train.learning_rate is not given
-    scales: ClassVar[bool] = False  # whether that rate is for a 7B model, and rises as models get narrower
+    scales: ClassVar[bool] = False  # whether that rate is meant for a 7B model, and grows for narrower ones
     schedule: ClassVar[Schedule] = "constant"  # where train.schedule is not given
     spreads: ClassVar[bool] = False  # whether several processes can each work on a part of each batch
     endless: ClassVar[bool] = False  # its loss has no lower bound: a rule must stop it
@@ -143,11 +143,13 @@ class Method(ABC):
         """This method with what depends on the model filled in; SrmuError if it does not fit."""
         return self
 
+    def choose_rate(self, config: Any) -> float:
+        """The learning rate where none is given, for a model's config."""
+        return scale_rate(self.learning_rate, config) if self.scales else self.learning_rate
+
     def training(self, options: TrainOptions, config: Any) -> TrainOptions:
         """The options with the learning rate and schedule of the method filled in, for a model's config."""
-        rate = self.learning_rate if options.learning_rate is None else options.learning_rate
-        if options.learning_rate is None and self.scales:
-            rate = scale_rate(rate, config)
+        rate = options.learning_rate or self.choose_rate(config)
         return replace(options, learning_rate=rate, schedule=options.schedule or self.schedule)
 
     def with_options(self, options: Mapping[str, Any]) -> Self:

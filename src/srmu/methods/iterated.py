@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from srmu.methods.base import Batch, Count, EditableModel, Rate, State, Terms, Topic, Weight
 from srmu.methods.logits import fine_tune
-from srmu.methods.suppressing import FOUND, Suppressing
+from srmu.methods.suppressing import TEACHER_RATE, Suppressing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,7 +15,7 @@ class Iterated(Suppressing):
 
     name = "iterated"
     uses = ("retain texts", "the original activations")
-    learning_rate = FOUND
+    learning_rate = TEACHER_RATE
     scales = True
 
     rounds: Count = 2  # of suppressing and relearning, before the last suppressing

@@ -13,7 +13,7 @@ from srmu.methods.graddiff import GradDiff
 from srmu.methods.rmu import RMU
 from srmu.methods.srmu import SRMU
 
-FOUND = 4e-3 * 640 / 14336  # a rate of down-projections, found on the testbed
+TEACHER_RATE = 4e-3 * 640 / 14336  # what suits down-projections, by a search on the testbed
 STEERS = Needs("first=srmu or rmu")
 
 
@@ -30,7 +30,7 @@ class Suppressing(Objective):
     anchor_share: Annotated[Share, Needs("anchors=random")] = 0.5  # of each retain batch
     scope: Annotated[Literal["window", "all"], STEERS] = "window"  # tensors of the first method: its own, or all
     teacher_steps: Count = 80  # of the first method
-    teacher_learning_rate: Rate | None = None  # of the first method; null: 4e-3 on the testbed, by width
+    teacher_learning_rate: Rate | None = None  # of the first method; null: 4e-3 on the testbed, scaled by width
 
     @property
     def suppression(self) -> Objective:
@@ -41,7 +41,7 @@ class Suppressing(Objective):
 
     def resolved(self, config: Any) -> Self:
         first = self.suppression.resolved(config)
-        rate = scale_rate(FOUND, config) if first.scales and self.scope == "window" else first.learning_rate
+        rate = scale_rate(TEACHER_RATE, config) if first.scales and self.scope == "window" else first.learning_rate
         return replace(
             self, layer=getattr(first, "layer", None), teacher_learning_rate=self.teacher_learning_rate or rate
         )

@@ -8,7 +8,14 @@ from typing import Any
 
 from srmu.engine.files import read_json
 from srmu.errors import SrmuError
-from srmu.evals.compare import choose_metrics, method_label, metrics_of, run_setting, setting_words
+from srmu.evals.compare import (
+    choose_metrics,
+    leave_out_repetition,
+    method_label,
+    metrics_of,
+    run_setting,
+    setting_words,
+)
 from srmu.evals.results import PLAIN, load_results, read_attacks
 from srmu.report import markdown, results, runs, studies
 from srmu.report.attacks import Recovery, attack_section, estimate_recovery
@@ -16,7 +23,6 @@ from srmu.report.benchmarks import benchmark_sections
 from srmu.report.format import count_words, format_share, name_words, write_words
 from srmu.report.html import Page, Section
 from srmu.report.results import RunGroup
-from srmu.runs.effect import REPETITION
 from srmu.runs.run import Run
 
 STUDIES = ("sweep.json", "reproduce.json", "auto.json")
@@ -105,8 +111,7 @@ def find_metrics(
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The metrics of what is to be forgotten and kept; none of runs with benchmarks alone."""
     folders = [run for entry in entries for run in entry.runs]
-    every = dict.fromkeys(name for run in folders for name in results.read_results(run)["after"])
-    known = [name for name in every if not name.startswith(REPETITION)]  # which every evaluation of a run has
+    known = leave_out_repetition(dict.fromkeys(name for run in folders for name in results.read_results(run)["after"]))
     if not known:
         return (), ()
     for name in (*forget, *utility):

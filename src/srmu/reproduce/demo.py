@@ -86,7 +86,8 @@ def compare_published(rows: Sequence[Mapping[str, str]], out: Path, seeds: Seque
     if not differ:
         return f"All {count} numbers agree with the README's, within their intervals."
     told = f"Of {count} numbers, these have intervals apart from the README's: {'; '.join(differ)}."
-    return f"{told} A processor alone makes no such difference: the code or a library may have changed."
+    advice = "On the two machines tried, the processor alone made no such difference"
+    return f"{told} {advice}: check whether the code or a library changed."
 
 
 def parse_estimate(cell: str) -> Estimate:

@@ -88,7 +88,7 @@ def judge_numbers(
         if at_once or rate is None:
             return f"see its options: srmu info methods {method.name}"
         if factor > 1 and weights > CHANGED:
-            return "a higher learning rate would only harm: srmu auto looks for other settings"
+            return "a higher learning rate would only do harm; srmu auto looks for other settings"
         return f"try train.learning_rate={rate * factor:.1g}" + ", or srmu auto" * (factor > 1)
 
     if not all(map(math.isfinite, [*reached, *spoilt])):
@@ -101,7 +101,7 @@ def judge_numbers(
         if numbers.get("forget_moved", 0.0) > 0.5:
             return f"little was asked for; try {place}.kappa={KAPPA:g}"
         if alpha := find_alpha(getattr(method, "alpha", 0.0), numbers):
-            return f"the retain texts hold them back; try {place}.alpha={float(f'{alpha:.2g}'):g}"
+            return f"the retain loss holds the forget activations back; try {place}.alpha={float(f'{alpha:.2g}'):g}"
         return f"little was learned; {advise(min(MOST, 2 / max(min(reached), 1e-9)))}"
     return "srmu eval and srmu attack say what is left of the knowledge"
 

@@ -14,7 +14,6 @@ from optuna.trial import FrozenTrial, TrialState
 from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
 
 from srmu.engine.loading import read_config
-from srmu.engine.train import TrainOptions
 from srmu.engine.weights import locate_model
 from srmu.runs.config import Config
 from srmu.search.queue import ANSWERED, has_failed
@@ -143,11 +142,7 @@ def round_value(value: float) -> float:
 
 def find_rate(config: Config) -> float:
     """The default learning rate of the config's method for its model."""
-    rate = config.method.training(
-        TrainOptions(), read_config(locate_model(config.model, config.revision))
-    ).learning_rate
-    assert rate is not None
-    return rate
+    return config.method.choose_rate(read_config(locate_model(config.model, config.revision)))
 
 
 def start_strength(config: Config) -> dict[str, Any]:
