@@ -142,16 +142,16 @@ def format_gb(count: float) -> str:
 
 def write_whole(path: Path, text: str) -> None:
     """Write a text file so that a reader sees the old text or the new one, never a part."""
-    if path.exists() and not path.is_file():  # a device or a pipe, such as /dev/null, stays one
-        path.write_text(text, encoding="utf-8", newline="\n")
-        return
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    stays = path.exists() and not path.is_file()  # a device or a pipe, such as /dev/null, is written into
+    target = path if stays else path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_text(text, encoding="utf-8", newline="\n")  # the same bytes on Windows
-        flush_path(temporary)
-        temporary.replace(path)
+        target.write_text(text, encoding="utf-8", newline="\n")  # the same bytes on Windows
+        if not stays:
+            flush_path(target)
+            target.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)
+        if not stays:
+            target.unlink(missing_ok=True)
 
 
 def write_output(path: Path, text: str) -> None:
