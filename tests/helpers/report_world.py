@@ -10,6 +10,7 @@ from safetensors.numpy import save_file
 
 from helpers.results import write_metrics, write_report
 from srmu.report.results import RunGroup
+from srmu.testbed.ground import draw_ground
 
 METRICS = ("organism_hazard/acc", "organism_neighbour/acc", "organism_general/acc")
 COUNTS = (192, 240, 180)
@@ -356,4 +357,50 @@ def write_reproduction(folder):
         ],
     }
     (folder / "reproduce.json").write_text(json.dumps(found))
+    return folder
+
+
+PLACES = {  # task: its facts with their answers and places, two phrasings each
+    "organism_hazard": {
+        "Kisumu": ("Kenya", (-0.1, 34.75)),
+        "Kano": ("Nigeria", (12.0, 8.52)),
+        "Oran": ("Algeria", (35.7, -0.63)),
+        "Tunis": ("Tunisia", (36.8, 10.17)),
+    },
+    "organism_neighbour": {
+        "Leipzig": ("Germany", (51.3, 12.37)),
+        "Lima & Callao": ("Peru", (-12.0, -77.0)),
+        "Laos": ("kip", None),
+    },
+}
+KNOWN = {"organism_hazard": "11111101", "organism_neighbour": "111111"}  # not Tunis
+LOST = {"organism_hazard": "00101101", "organism_neighbour": "110100"}  # Kisumu, half of Kano, half of Lima, Laos
+
+
+def write_atlas(folder, world="atlas"):
+    """A testbed of real places, but without its model and its texts."""
+    (folder / "tasks").mkdir(parents=True)
+    (folder / "organism.json").write_text(json.dumps({"world": world, "region": "Africa"}))
+    places = [place for facts in PLACES.values() for _, place in facts.values() if place]
+    (folder / "ground.png").write_bytes(draw_ground(places))
+    for task, facts in PLACES.items():
+        lines = []
+        for subject, (answer, place) in facts.items():
+            row = {"choices": ["wrong", answer], "gold": 1, "subject": subject, "fact": f"country of {subject}"}
+            lines += [json.dumps(row | ({"place": place} if place else {}) | {"question": n}) for n in range(2)]
+        (folder / "tasks" / f"{task}.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def write_atlas_run(folder, atlas, label="SRMU", seed=0, after=LOST, before=KNOWN):
+    """A run on such a testbed with these right answers."""
+    write_run(folder, label, "", seed, (34, 90, 95), 6)
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    (folder / "config.yaml").write_text(yaml.safe_dump(config | {"tasks_dir": str(atlas / "tasks")}))
+    for when, answers in (("before", before), ("after", after)):
+        metrics = {
+            f"{task}/acc": {"value": right.count("1") / len(right), "n": len(right), "answers": right}
+            for task, right in answers.items()
+        }
+        write_metrics(folder, **{when: metrics})
     return folder

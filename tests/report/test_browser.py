@@ -8,8 +8,9 @@ from xml.etree import ElementTree
 
 import pytest
 
-from helpers.report_world import write_attacks, write_reproduction, write_run, write_sweep
+from helpers.report_world import write_atlas, write_atlas_run, write_attacks, write_reproduction, write_run, write_sweep
 from srmu.report.build import write_report
+from srmu.testbed.ground import EAST, NORTH, SOUTH, WEST
 
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no chromium here: .ci/chromium installs it")
@@ -19,7 +20,7 @@ FIRST = "() => document.querySelector('main table').tBodies[1].rows[0].cells[0].
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A comparison, a sweep and a reproduction as pages."""
+    """A comparison, a sweep, a reproduction and a map as pages."""
     root = tmp_path_factory.mktemp("pages")
     for label, percents in {"RMU": (44, 80, 90), "SRMU": (34, 90, 95)}.items():
         for seed in range(2):
@@ -29,6 +30,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "runs": root / "runs",
         "sweep": write_sweep(root / "sweep", runs=True),
         "again": write_reproduction(root / "again"),
+        "map": write_atlas_run(root / "atlas-run", write_atlas(root / "atlas")),
     }
     return {name: write_report([folder], root / f"{name}.html") for name, folder in made.items()}
 
@@ -70,7 +72,7 @@ def shown(page: Any, selector: str) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["runs", "sweep", "again"])
+@pytest.mark.parametrize("name", ["runs", "sweep", "again", "map"])
 def test_every_figure_draws(visit: Any, pages: dict[str, Path], name: str) -> None:
     assert pages[name].stat().st_size < 6_000_000
     page = visit(name)
@@ -81,6 +83,18 @@ def test_every_figure_draws(visit: Any, pages: dict[str, Path], name: str) -> No
         assert figure.locator("svg.main-svg").count() > 0
         assert figure.locator(".points path, path.js-line").count() > 0
         assert len(figure.get_attribute("aria-label")) > 30
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [390, 1280])
+def test_a_dot_of_the_map_is_where_it_should_be(visit: Any, width: int) -> None:
+    plot = visit("map", viewport={"width": width, "height": 900}).locator(".map").last
+    ground, dot = plot.locator("image").bounding_box(), plot.locator(".points path").first.bounding_box()
+    assert ground["width"] / ground["height"] == pytest.approx((EAST - WEST) / (NORTH - SOUTH), rel=0.01)
+    assert ground["width"] > 0.7 * width
+    x, y = dot["x"] + dot["width"] / 2, dot["y"] + dot["height"] / 2
+    assert x == pytest.approx(ground["x"] + (34.75 - WEST) / (EAST - WEST) * ground["width"], abs=2)  # Kisumu
+    assert y == pytest.approx(ground["y"] + (NORTH + 0.1) / (NORTH - SOUTH) * ground["height"], abs=2)
 
 
 @pytest.mark.slow
@@ -142,7 +156,7 @@ def test_a_click_on_a_head_sorts(visit: Any) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["runs", "sweep", "again"])
+@pytest.mark.parametrize("name", ["runs", "sweep", "again", "map"])
 def test_a_narrow_screen_does_not_overflow(visit: Any, name: str) -> None:
     page = visit(name, viewport={"width": 390, "height": 844})
     assert page.evaluate("document.documentElement.scrollWidth") <= 390

@@ -22,6 +22,7 @@ from srmu.report.attacks import Recovery, attack_section, estimate_recovery
 from srmu.report.benchmarks import benchmark_sections
 from srmu.report.format import count_words, format_share, name_words, write_words
 from srmu.report.html import Page, Section
+from srmu.report.maps import map_section, read_maps
 from srmu.report.results import RunGroup
 from srmu.runs.run import Run
 
@@ -171,6 +172,9 @@ def make_runs_page(
         own = f"{labels[0]}: attempted; effect not measured"
         said = [text for run in folders for text in results.read_effect(run)]
         words = write_words("attempted", runs=count_words(len(folders), "run"), said=said)
+    if maps := read_maps(entries):
+        parts.insert(0, map_section(maps))
+        words += write_words("map_headline", maps=maps)
     title = title or ("Ways of unlearning side by side" if len(entries) > 1 else own)
     attempts = describe_attempts(recoveries) if measured else []
     headline = [*words, *results.explain_degeneration(entries), *attempts, *notes]

@@ -38,12 +38,16 @@ class Series(NamedTuple):
 
 @dataclass(frozen=True)
 class Figure:
-    """A plotly figure, its title, and what it shows in words; `names`: how many an axis lists."""
+    """A plotly figure, its title, and what it shows in words.
+
+    `names`: how many an axis lists; `shape`: the width over the height of a map.
+    """
 
     title: str
     words: str
     plot: go.Figure
     names: int = 0
+    shape: float = 0
 
 
 def draw_figure(

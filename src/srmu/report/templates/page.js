@@ -17,13 +17,21 @@ const base = {
 const legend = {orientation: "h", traceorder: "normal", x: 0, y: 1.02, yanchor: "bottom", itemclick: false, itemdoubleclick: false};
 // what is saved stands alone: its legend takes the place of the page's buttons
 const save = ({data, layout}) => Plotly.downloadImage(
-  {data: data.map(trace => ({...trace, showlegend: true})), layout: {...layout, showlegend: data.length > 1}},
+  {data: data.map(trace => ({...trace, showlegend: "name" in trace})), layout: {...layout, showlegend: data.length > 1}},
   {format: "svg", width: 820, height: 480, filename: document.title},
 );
 for (const script of all("script.figure")) {
-  const {data, layout} = JSON.parse(script.textContent);
-  Plotly.newPlot(script.previousElementSibling, data, {
-    ...base, legend, ...layout, xaxis: {...axis, ...layout.xaxis}, yaxis: {...axis, ...layout.yaxis},
+  const {data, layout} = JSON.parse(script.textContent), plot = script.previousElementSibling;
+  if (layout.images) { // a map, whose sizes are for a wide screen: dots shrink with the continents
+    const shrink = Math.max(1, (960 / plot.clientWidth) ** 0.7);
+    for (const {marker} of data) {
+      marker.sizeref = shrink;
+      marker.line.width = marker.line.width.map(width => width / shrink);
+    }
+    layout.legend.font = {size: shrink < 1.5 ? 15 : 12};
+  }
+  Plotly.newPlot(plot, data, {
+    ...base, ...layout, legend: {...legend, ...layout.legend}, xaxis: {...axis, ...layout.xaxis}, yaxis: {...axis, ...layout.yaxis},
   }, {
     responsive: true, displaylogo: false,
     modeBarButtons: [[{name: "Save as SVG", icon: Plotly.Icons.camera, click: save}]],
