@@ -92,6 +92,21 @@ def test_a_report_of_attacks_comes_back_as_it_was(tmp_path: Path) -> None:
     assert read_metrics(tmp_path)["after"].keys() == {"a/acc"}
 
 
+def test_a_floor_comes_back_as_it_was(tmp_path: Path) -> None:
+    """Facts that were never known have rows of their own, under their own tasks."""
+    controls = {"original": marked("1111"), "unknown": marked("01")}
+    report = {
+        "facts": [0, 0, 1, 1], "unknown": [0, 1], "tasks": {"test": ["a"], "utility": [], "unknown": ["b", "c"]},
+        "attacks": {"forced_choice": marked("0011") | {"controls": controls, "floor": 0.5}},
+        "original": marked("1111"), "utility": {},
+    }  # fmt: skip
+    rows, left = attack_rows(report)
+    assert [(row["task"], row["answers"]) for row in rows if row["when"] == "unknown"] == [("b + c", "01")]
+    merge_results(tmp_path, rows, attacks=left)
+    assert read_attacks(tmp_path) == report
+    assert read_metrics(tmp_path) == {"before": {}, "after": {}}
+
+
 def test_many_at_once_lose_nothing(tmp_path: Path) -> None:
     def measure(number: int) -> None:
         merge_results(tmp_path, metric_rows(metrics(f"task{number}/acc"), "after"))

@@ -2,6 +2,7 @@
 
 from functools import partial
 from math import sqrt
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,9 @@ from srmu.evals.statistics import (
     auc_bootstrap,
     average_seeds,
     bootstrap_estimate,
+    draw_floors,
     estimate_accuracy,
+    estimate_from,
     mcnemar_p,
     parse_answers,
     residual_table,
@@ -213,6 +216,86 @@ def test_residual_leaves_out_what_says_nothing() -> None:
     found = bootstrap_estimate(np.tile(columns, (10, 1)), range(40), partial(worst_case, chance=0.25))
     assert found.value == pytest.approx(0.5) and found.low < 0.5 < found.high
     assert parse_answers("01").tolist() == parse_answers([0, 1]).tolist() == [0, 1]
+
+
+# --- K* above what was never known
+
+
+def attacked(right: str | list[float], never: str, valid: bool | None = None) -> dict[str, Any]:
+    """An attack, with its answers about facts that were never known."""
+    return {"status": "done", "right": right, "valid": valid, "controls": {"unknown": {"right": never}}}
+
+
+def floored(unknown: list[int], **attacks: Any) -> dict[str, Any]:
+    """A report on 40 facts that the original knows, and on some that it never knew."""
+    return {
+        "chance": 0.25, "facts": [*range(40)], "unknown": unknown,
+        "original": {"right": "1" * 40}, "attacks": attacks,
+    }  # fmt: skip
+
+
+def measure_worst(report: dict[str, Any]) -> Estimate:
+    draws = Draws()
+    means = draws.means(residual_table(report), report["facts"])
+    return estimate_from(worst_case(means, report["chance"], draw_floors(report, draws)), 40)
+
+
+def test_each_attack_is_scored_above_its_floor() -> None:
+    """By hand: 0.9 above 0.8 is less than 0.7 above chance; under 0.9 it is the best again."""
+    means = np.array([[1, 0.7, 0.9], [1, 0.4, 0.9], [1, 0.4, 0.5]])
+    floors = np.array([[0.25, 0.8], [0.25, 0.8], [0.25, 0.6]])
+    assert worst_case(means, 0.25, floors) == pytest.approx([0.6, 0.5, 0.2])
+    # an original that knows 60 % and guesses the rest: all of it is found, however the attack guesses
+    guessed = np.array([0.25, 0.5, 0.9])
+    whole = np.stack([np.full(3, 0.7), 0.6 + 0.4 * guessed], axis=1)
+    assert worst_case(whole, 0.25, guessed[:, None]) == pytest.approx([1, 1, 1])
+    # nothing divides by zero where an attack teaches all
+    assert np.isfinite(worst_case(np.ones(2), 0.25, np.ones(1)))
+
+
+def test_a_floor_at_chance_changes_no_bit() -> None:
+    rng = np.random.default_rng(0)
+    for chance in (0.25, 0.2, 1 / 3, 0.1):
+        means = rng.random((500, 4))
+        plain = (means[:, 1:].max(axis=1) - chance) / np.maximum(means[:, 0] - chance, 0.01)
+        assert worst_case(means, chance).tolist() == plain.tolist()
+        assert worst_case(means, chance, np.full((500, 3), chance)).tolist() == plain.tolist()
+
+
+def test_the_interval_draws_the_floor_too() -> None:
+    """The attack is right on 0.7 in every resample, so that only the floor varies: binomial, half of 40."""
+    report = floored([*range(40)], one=attacked([0.7] * 40, "01" * 20))
+    found = measure_worst(report)
+    assert found.value == pytest.approx(0.4)  # 0.2 above 0.5
+    assert found.low == pytest.approx((0.7 - 0.65) / 0.35, abs=0.04)  # 26 of 40, its 97.5 % quantile
+    assert found.high == pytest.approx((0.7 - 0.35) / 0.65, abs=0.04)
+    # phrasings of one fact are drawn together: 20 facts vary more than 40
+    pairs = floored([i // 2 for i in range(40)], one=attacked([0.7] * 40, "0011" * 10))
+    assert measure_worst(pairs).high - measure_worst(pairs).low > 1.2 * (found.high - found.low)
+    constant = measure_worst(floored([*range(40)], one=attacked([0.7] * 40, "0" * 40)))
+    assert constant.low == pytest.approx(constant.high) == pytest.approx(0.6)  # chance, in every resample
+
+
+def test_known_and_unknown_facts_are_drawn_apart() -> None:
+    """Both are numbered from 0: drawn alike, an attack that does the same to both would have no interval."""
+    found = measure_worst(floored([*range(40)], one=attacked("01" * 20, "01" * 20)))
+    assert found.value == 0 and found.low < -0.2 and found.high > 0.2
+
+
+def test_floors_go_with_the_attacks_that_count() -> None:
+    """No answers: guessing; under chance: guessing; an invalid attack has no column."""
+    attacks = {
+        "plain": attacked("1" * 40, "0" * 20),
+        "none": {"status": "done", "right": "1" * 40, "controls": {"unknown": {"why": "no"}}},
+        "left_out": attacked("1" * 40, "1" * 20, valid=False),
+        "taught": attacked("1" * 40, "1" * 15 + "0" * 5),
+    }
+    report = floored([*range(20)], **attacks)
+    floors = draw_floors(report, Draws())
+    assert floors is not None and floors[0].tolist() == [0.25, 0.25, 0.75]
+    assert (floors[:, :2] == 0.25).all() and floors[:, 2].std() > 0.05
+    del report["unknown"]
+    assert draw_floors(report, Draws()) is None
 
 
 # --- the interval of an accuracy without its answers

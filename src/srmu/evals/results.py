@@ -4,8 +4,9 @@
      "attacks": {...}, "benchmarks": {...}}
 
 A row is one number of the model `before` the run, `after` it, or of the `oracle`, with the `attack` or `benchmark` that
-it is from. `answers` are right answers question by question; `facts` number the fact that each asks for, the same for
-all its phrasings (without it, each asks for a different one). Other keys say how it was measured.
+it is from; `unknown`: of the model before the run, on facts that it never knew. `answers` are right answers question by
+question; `facts` number the fact that each asks for, the same for all its phrasings (without it, each asks for a
+different one). Other keys say how it was measured.
 """
 
 import json
@@ -27,7 +28,7 @@ from srmu.runs.record import RECORD, RESULTS_LOCK, extend_record, read_record
 
 RESULTS = "results.json"
 KEYS = ("task", "metric", "when", "benchmark", "attack")
-WHEN = {"original": "before", "oracle": "oracle"}  # what a control's rows are called
+WHEN = {"original": "before", "oracle": "oracle", "unknown": "unknown"}  # what a control's rows are called
 WHOSE = {when: who for who, when in WHEN.items()}
 UNATTACKED = PLAIN, KEPT = "forced_choice", "utility"  # attacks that only ask the questions
 Row = dict[str, Any]
@@ -145,13 +146,13 @@ def read_benchmarks(folder: Path) -> dict[str, dict[str, Any]]:
 def attack_rows(report: Mapping[str, Any]) -> tuple[list[Row], dict[str, Any]]:
     """Split a report of attacks into rows and the rest, which says how the attacks were made."""
     rest = deepcopy({key: value for key, value in report.items() if key not in ("original", "utility")})
-    tasks = " + ".join(report["tasks"]["test"])
+    tasks, unknown = (" + ".join(report["tasks"].get(kind, ())) for kind in ("test", "unknown"))
     rows: list[Row] = []
     for name, entry in rest["attacks"].items():
         entries = {"after": entry} | {WHEN[who]: control for who, control in entry.get("controls", {}).items()}
         for when, one in entries.items():
             if "right" in one:
-                row = {"task": tasks, "metric": "acc", "when": when, "attack": name}
+                row = {"task": unknown if when == "unknown" else tasks, "metric": "acc", "when": when, "attack": name}
                 rows.append(row | {"answers": one.pop("right"), **one.pop("accuracy")})
     for (task, kept), when in product(report["utility"].items(), ("before", "after")):
         right = {"answers": kept[when], "facts": kept["facts"], "n": len(kept[when])}

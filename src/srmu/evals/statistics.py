@@ -41,19 +41,53 @@ class Estimate:
         return f"{self.value:.1%} ({self.low:.1%}\N{EN DASH}{self.high:.1%})".replace("%", "")
 
 
-def worst_case(means: Array, chance: float) -> Array:
-    """K*, the share of knowledge that the best attack finds, of accuracies (..., 1 + A), the original's first."""
+def worst_case(means: Array, chance: float, floors: ArrayLike | None = None) -> Array:
+    """K*, the share of knowledge that the best attack finds, of accuracies (..., 1 + A), the original's first.
+
+    `floors` (..., A): the accuracy that each attack reaches on facts that were never known; else `chance`.
+    """
     # a resample in which the original knows next to nothing must not divide by zero
     known = np.maximum(means[..., 0] - chance, KNOWN)
+    floors = np.asarray(chance if floors is None else floors)
+    # who knows a share k and gets a share f of the rest right answers k + (1 - k) f; of the original, f is chance
+    shares = (means[..., 1:] - floors) * ((1 - chance) / np.maximum(1 - floors, KNOWN))
     # the best in each resample anew, on the questions it is measured on: if anything, K* is too high
-    return (means[..., 1:].max(axis=-1) - chance) / known
+    return shares.max(axis=-1) / known
+
+
+def attack_share(attacks: Mapping[str, Any], one: Mapping[str, Any]) -> float:
+    """The share of the knowledge that one attack of a report finds."""
+    means = np.array([attacks["original"]["accuracy"]["value"], one["accuracy"]["value"]])
+    return float(worst_case(means, attacks["chance"], one.get("floor")))
+
+
+def list_counted(attacks: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The attacks of a report that count for K*: those that asked the questions and are not invalid."""
+    tried = [one for one in attacks["attacks"].values() if one["status"] == "done" and one.get("right")]
+    return [one for one in tried if one.get("valid") is not False]
 
 
 def residual_table(attacks: Mapping[str, Any]) -> Array:
     """The right answers that `worst_case` takes the means of, from a report of attacks: (questions, 1 + A)."""
-    tried = [one for one in attacks["attacks"].values() if one["status"] == "done" and one.get("right")]
-    counted = [attacks["original"], *(one for one in tried if one.get("valid") is not False)]
+    counted = [attacks["original"], *list_counted(attacks)]
     return np.stack([parse_answers(one["right"]) for one in counted], axis=1)
+
+
+def draw_floors(attacks: Mapping[str, Any], draws: "Draws", testbed: Hashable = "") -> Array | None:
+    """The floors that `worst_case` takes, as they are and in each resample: (1 + RESAMPLES, A).
+
+    The accuracy on facts that the original never knew, under the same attack on the original, and chance at least.
+    None where none were asked for.
+    """
+    if "unknown" not in attacks:
+        return None
+    facts = attacks["unknown"]
+    controls = [one.get("controls", {}).get("unknown", {}) for one in list_counted(attacks)]
+    # not asked: nothing is known to be above chance
+    table = np.stack([parse_answers(one.get("right", [0] * len(facts))) for one in controls], axis=1)
+    # named apart from the questions' own facts, which have the same numbers, and are drawn for themselves
+    means = draws.means(table, [(testbed, "unknown", fact) for fact in facts])
+    return np.maximum(means, attacks["chance"])
 
 
 def parse_answers(right: str | Sequence[float]) -> Array:
