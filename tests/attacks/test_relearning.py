@@ -137,6 +137,16 @@ def test_part_relearning_never_learns_what_it_asks(monkeypatch: pytest.MonkeyPat
     assert not any(q.prompt + q.answer in rows for rows in trained for q in exam().test)
 
 
+def test_part_relearning_asks_every_setting_where_another_model_chooses() -> None:
+    attack = PartRelearning(epochs=(1, 2), rates=(1e-4, 5e-4))
+    asked = attack.run(subject("original"), texts(), replace(exam(), every=True), 0)
+    assert [len(way.test) for way in asked.ways] == [40] * 4
+    plain = attack.run(subject("original"), texts(), exam(), 0)
+    assert [way.setting for way in plain.ways] == [way.setting for way in asked.ways]
+    (best,) = (way for way in plain.ways if way.test)
+    assert best in asked.ways
+
+
 def test_part_relearning_needs_facts() -> None:
     few = replace(exam(), val=exam().val[:8])  # 4 facts
     with pytest.raises(NotApplicable, match="5 or more facts"):

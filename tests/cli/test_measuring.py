@@ -127,6 +127,7 @@ def test_what_compare_tells_to_type_works(call: Call, tmp_path: Path) -> None:
         (("attack", "RUN", *GIVEN, "--attacks", "logitlens"), "did you mean logit_lens"),
         (("attack", "RUN", *GIVEN, "--tier", "quick"), "'quick' is not one of"),
         (("attack", "RUN", *GIVEN, "--limit", "10"), "too few for an interval"),
+        (("attack", "RUN", *GIVEN, "--unknown", "never", "--oracle", "oracle"), "name one of them"),
         (("compare", "RUN"), "--tasks TASK"),
         (("inspect", "texts", *TEXTS, "--model", "model", "--tasks", "quizz"), "--tasks-dir names another"),
         (("compare", "model"), "model is not a finished run"),

@@ -17,7 +17,7 @@ class Setting:
 
     setting: str
     val: tuple[float, ...]  # of the validation half, or a part of it
-    test: tuple[float, ...]  # may be empty but for the best setting
+    test: tuple[float, ...]  # may be empty but for the best setting, unless the exam asks `every`
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Exam:
     test: tuple[Question, ...]
     val: tuple[Question, ...]  # on which settings of an attack are chosen
     utility: Mapping[str, tuple[Question, ...]] = field(default_factory=dict)  # by task
+    every: bool = False  # every setting answers the test half, the costly ones too
 
     @property
     def both(self) -> tuple[Question, ...]:

@@ -134,7 +134,8 @@ class PartRelearning(Attack, id="E8", name="part_relearning", tier="standard"):
     """All weights learn questions with their answers; others are asked (arXiv 2410.08827).
 
     `val` of a way holds a fifth of the validation facts, asked after learning the rest. Only the best setting has a
-    `test`: it learns the whole validation half. At a constant rate, one training gives all numbers of epochs.
+    `test`, but where the exam asks `every`: it learns the whole validation half. At a constant rate, one training gives
+    all numbers of epochs.
     """
 
     epochs: tuple[int, ...] = (1, 2, 4)
@@ -154,7 +155,10 @@ class PartRelearning(Attack, id="E8", name="part_relearning", tier="standard"):
         for rate in self.rates:
             tried |= relearn(rest, held, rate, self.epochs)
         rate, n = best = max(tried, key=lambda setting: sum(tried[setting]), default=(0.0, 0))
-        final = relearn(exam.val, exam.test, rate, [n]) if tried else {}
+        wanted = dict.fromkeys(self.rates, self.epochs) if exam.every else {rate: (n,)}
+        final: Learned = {}
+        for r, epochs in wanted.items() if tried else ():
+            final |= relearn(exam.val, exam.test, r, epochs)
         if best not in final:
             raise NotApplicable("fine-tuning this model gives losses that are not finite")
         ways = [Setting(f"{n} epochs at {r:g}", right, final.get((r, n), ())) for (r, n), right in tried.items()]

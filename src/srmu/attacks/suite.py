@@ -1,10 +1,10 @@
-"""Attack a run: what comes back, beside the same attacks on the original and the oracle."""
+"""Attack a run: what comes back, beside the same attacks on the original, the oracle and what was never known."""
 
 import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
@@ -15,19 +15,21 @@ from pydantic import TypeAdapter
 
 from srmu.attacks import ATTACKS, TIERS, Attack
 from srmu.attacks.base import AttackResult, Exam, Texts, Tier
-from srmu.attacks.summary import merge_report, summarise_attacks
+from srmu.attacks.summary import guess_share, merge_report, summarise_attacks
 from srmu.data.sources import Source, read_texts
 from srmu.engine import distributed, files, loading, progress, weights
 from srmu.engine.devices import find_device
 from srmu.errors import SrmuError, first_line, suggest_word
 from srmu.evals import lm_eval, results, score
+from srmu.evals.results import KEPT
 from srmu.evals.statistics import LEAST
-from srmu.evals.subject import NotApplicable, Question, Subject
+from srmu.evals.subject import NotApplicable, Question, Subject, list_facts
 from srmu.runs.config import Config
 from srmu.runs.plan import read_topic_texts
 from srmu.runs.run import OpenedModel, Run
 
 ROOMS = ("attacks", "engine", "evals")  # whose code decides a result
+HAZARD, UNKNOWN = "organism_hazard", ("organism_unknown", "organism_unknown_val")  # a testbed's tasks
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class Sources:
     neutral: str = ""  # a file of texts far from the forget knowledge
     holdout: str = ""  # a file of texts like the forget set that the model never saw
     oracle: str = ""  # a model that never saw the forget knowledge
+    unknown: tuple[str, ...] = ()  # tasks that ask for facts of the kind that the original never knew
     limit: int = 400  # questions of each task and half, drawn by the seed
 
 
@@ -57,29 +60,32 @@ def attack_run(
 ) -> dict[str, Any]:
     """Attack a run with those of a tier, or of `names`; merge the report into its results.
 
-    Each runs on the original and on the oracle, too, and is kept in the cache folder, so that an interrupted suite goes
-    on. `confirm` is asked about each attack that takes hours.
+    Each runs on the original and on the oracle, too, or asks the original what it never knew, and is kept in the cache
+    folder, so that an interrupted suite goes on. `confirm` is asked about each attack that takes hours.
     """
     watch = watch or progress.choose_progress()
     chosen = select_attacks(tier, names)
     results.check_results(run.folder)  # what is wrong with them must show before the work
     sources = fill_sources(sources, run.config, run.base)
     exam = load_exam(sources, seed)
+    unknown = load_unknown(sources, exam, seed)
     texts = load_texts(sources, run.config)
     subjects = Subjects(run, sources.oracle, find_device(device))
     chosen = {name: one for name, one in chosen.items() if confirm_attack(name, one, subjects, confirm)}
     paths = (path for room in ROOMS for path in (Path(__file__).parents[1] / room).glob("*.py"))
-    code, given = files.sha256(*sorted(paths)), files.sha256(repr((exam, texts, seed)).encode())
-    prints = subjects.prints()
-    pairs = [*product(prints, chosen)]
+    code, prints = files.sha256(*sorted(paths)), subjects.prints(unknown=bool(unknown))
+    # what is learned from is the same; each setting is asked, as it is the run that chooses one
+    exams = {who: replace(exam, test=unknown, every=True) if who == "unknown" else exam for who in prints}
+    given = {who: files.sha256(repr((asked, texts, seed)).encode()) for who, asked in exams.items()}
+    pairs = [pair for pair in product(prints, chosen) if pair != ("unknown", KEPT)]
     with watch("attacking", len(pairs) // distributed.get_size()) as tick:
 
         def attack_one(pair: tuple[str, str]) -> tuple[AttackResult, float]:
             who, name = pair
             one, started = chosen[name], time.monotonic()
-            key = [prints[who], repr(one), given, code, version("torch"), version("transformers")]
+            key = [prints[who], repr(one), given[who], code, version("torch"), version("transformers")]
             kept = files.find_cached("attacks", key)
-            brought = kept or try_attack(one, subjects, who, texts, exam, seed)
+            brought = kept or try_attack(one, subjects, who, texts, exams[who], seed)
             result = TypeAdapter(AttackResult).validate_python(brought)
             if not kept and result.status == "done":
                 files.keep_cached("attacks", key, asdict(result))
@@ -87,15 +93,16 @@ def attack_run(
             return result, time.monotonic() - started
 
         done = dict(zip(pairs, distributed.share_work(pairs, attack_one), strict=True))
-    found = {name: {who: done[who, name][0] for who in prints} for name in chosen}
-    report = summarise_attacks(chosen, found, exam, seed) | {
+    found = {name: {who: done[who, name][0] for who in prints if (who, name) in done} for name in chosen}
+    tasks = {"test": list(sources.tasks), "val": sources.val, "utility": [*exam.utility]}
+    report = summarise_attacks(chosen, found, exam, seed, unknown) | {
         "tier": tier,
         "seed": seed,
-        "tasks": {"test": list(sources.tasks), "val": sources.val, "utility": [*exam.utility]},
+        "tasks": tasks | ({"unknown": list(sources.unknown)} if unknown else {}),
         "oracle": bool(sources.oracle),
     }
     for name, entry in report["attacks"].items():
-        entry["seconds"] = round(sum(done[who, name][1] for who in prints), 3)
+        entry["seconds"] = round(sum(seconds for (_, other), (_, seconds) in done.items() if other == name), 3)
         entry["definition"] = code
     return merge_report(run.folder, report, [*ATTACKS])
 
@@ -127,42 +134,55 @@ def select_attacks(tier: Tier, names: Sequence[str]) -> dict[str, Attack]:
 
 
 def fill_sources(sources: Sources, config: Config, base: Path) -> Sources:
-    """What was not given, from the testbed around the model or from the run's own config."""
+    """What was not given, from the testbed around the model or from the run's own config.
+
+    Unknown facts are asked for where there is no oracle; those that are named take the place of a testbed's oracle.
+    """
+    if sources.unknown and sources.oracle:
+        raise SrmuError("--unknown and --oracle: name one of them; with an oracle its own answers are the control")
     home = base.parent
     testbed = (home / "organism.json").exists()
 
     def of_testbed(name: str) -> str:
         return str(home / name) if testbed and (home / name).exists() else ""
 
-    tasks = sources.tasks or (("organism_hazard",) if testbed else ())
+    tasks = sources.tasks or ((HAZARD,) if testbed else ())
     if not tasks:
         raise SrmuError("--tasks: name the lm-eval tasks that ask for what is to be forgotten")
+    tasks_dir = sources.tasks_dir or str(config.tasks_dir or score.tasks_beside(base) or "")
+    oracle = sources.oracle or ("" if sources.unknown else of_testbed("oracle"))
+    never = UNKNOWN if testbed and tasks_dir and HAZARD in tasks and not oracle else ()
     return replace(
         sources,
         tasks=tasks,
         val=sources.val or ",".join(f"{task}_val" for task in tasks),
         utility=sources.utility or tuple(task for task in config.eval if task not in tasks),
-        tasks_dir=sources.tasks_dir or str(config.tasks_dir or score.tasks_beside(base) or ""),
+        tasks_dir=tasks_dir,
         neutral=sources.neutral or of_testbed("retain-low.jsonl"),
         holdout=sources.holdout or of_testbed("holdout.jsonl"),
-        oracle=sources.oracle or of_testbed("oracle"),
+        oracle=oracle,
+        unknown=sources.unknown or tuple(task for task in never if (Path(tasks_dir) / f"{task}.yaml").exists()),
     )
+
+
+def load_tasks(tasks: Sequence[str], sources: Sources) -> list[Question]:
+    folder = Path(sources.tasks_dir) if sources.tasks_dir else None
+    return [question for task in tasks for question in lm_eval.load_questions(task, folder)]
+
+
+def draw_questions(questions: Sequence[Question], limit: int, seed: int) -> tuple[Question, ...]:
+    """At most so many of the questions, fact by fact, in their order."""
+    facts = sorted({q.fact for q in questions})
+    random.Random(f"{seed} questions").shuffle(facts)
+    order = {fact: i for i, fact in enumerate(facts)}
+    drawn = sorted(range(len(questions)), key=lambda i: order[questions[i].fact])[:limit]
+    return tuple(questions[i] for i in sorted(drawn))
 
 
 def load_exam(sources: Sources, seed: int) -> Exam:
     """The questions in two halves that share no fact; SrmuError where they cannot be halved."""
 
-    def load(tasks: Sequence[str]) -> list[Question]:
-        folder = Path(sources.tasks_dir) if sources.tasks_dir else None
-        return [question for task in tasks for question in lm_eval.load_questions(task, folder)]
-
-    def draw(questions: Sequence[Question]) -> tuple[Question, ...]:
-        facts = sorted({q.fact for q in questions})
-        random.Random(f"{seed} questions").shuffle(facts)
-        order = {fact: i for i, fact in enumerate(facts)}
-        drawn = sorted(range(len(questions)), key=lambda i: order[questions[i].fact])[: sources.limit]
-        return tuple(questions[i] for i in sorted(drawn))
-
+    load, draw = partial(load_tasks, sources=sources), partial(draw_questions, limit=sources.limit, seed=seed)
     test = load(sources.tasks)
     if sources.val == "split":
         facts = sorted({q.fact for q in test})
@@ -187,6 +207,26 @@ def load_exam(sources: Sources, seed: int) -> Exam:
     return Exam(draw(test), draw(val), {task: draw(load([task])) for task in sources.utility})
 
 
+def load_unknown(sources: Sources, exam: Exam, seed: int) -> tuple[Question, ...]:
+    """The questions on facts that the original never knew; none where they are too few for an interval."""
+    unknown = draw_questions(load_tasks(sources.unknown, sources), sources.limit, seed)
+    facts, tasks = {*list_facts(unknown)}, ", ".join(sources.unknown)
+    if both := facts & {*list_facts(exam.both)}:
+        raise SrmuError(f"--unknown: {len(both)} facts of {tasks} are asked for by --tasks or their --val, too")
+    chances = [guess_share(asked) for asked in (unknown, exam.test)] if unknown else [0.0]
+    if max(chances) - min(chances) > 0.01:
+        shares = " and ".join(f"{chance:.1%}" for chance in chances)
+        raise SrmuError(f"--unknown: guessing answers {shares} of {tasks} and of --tasks; they need as many options")
+    if unknown and len(facts) < LEAST:
+        if distributed.is_first():
+            progress.print_line(
+                f"{tasks}: {len(facts)} facts that were never known are too few, of {LEAST} or more: "
+                "K* is counted above guessing"
+            )
+        return ()
+    return unknown
+
+
 def load_texts(sources: Sources, config: Config) -> Texts:
     """The run's forget texts, and neutral ones: its retain texts where no others are named."""
     own = read_topic_texts(config)
@@ -205,12 +245,13 @@ class Subjects:
         if self.reference:
             loading.read_config(self.reference.base)  # before anything is loaded: is it a model?
 
-    def prints(self) -> dict[str, list[str]]:
-        """By name: the weights that its attacks may read."""
+    def prints(self, *, unknown: bool) -> dict[str, list[str]]:
+        """By name: the weights that its attacks may read. `unknown` is the original, asked what it never knew."""
         prints = [weights.fingerprint_model(opened.base) for opened in (self.base, self.reference) if opened]
         run = [weights.changed_fingerprint(prints[0], self.run.delta), self.run.config.id]
-        found = {"original": prints, "oracle": prints, "unlearned": [*prints, *run]}
-        return {who: [who, *key] for who, key in found.items() if who != "oracle" or self.reference}
+        found = {"original": prints, "oracle": prints, "unlearned": [*prints, *run], "unknown": prints}
+        left_out = {"oracle": not self.reference, "unknown": not unknown}
+        return {who: [who, *key] for who, key in found.items() if not left_out.get(who)}
 
     @cached_property
     def before(self) -> dict[str, torch.Tensor]:
@@ -220,6 +261,10 @@ class Subjects:
     @cached_property
     def original(self) -> Subject:
         return Subject(self.base.module, self.base.tokenizer, oracle=self.oracle)
+
+    @property
+    def unknown(self) -> Subject:
+        return self.original
 
     @cached_property
     def oracle(self) -> Subject | None:

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +13,23 @@ from srmu.errors import SrmuError
 from srmu.evals import results, statistics
 from srmu.evals.results import KEPT, PLAIN, number_facts, write_answers
 from srmu.evals.statistics import bootstrap_estimate, estimate_accuracy
-from srmu.evals.subject import list_facts
+from srmu.evals.subject import Question, list_facts
 
 Outcomes = Mapping[str, AttackResult]  # of an attack by whose model
 Report = dict[str, Any]
 Answers = Mapping[str, Sequence[float]]  # by whose model
-ALIKE = ("tier", "seed", "chance", "tasks", "oracle", "facts")  # decide what an attack can find
-RECORDED = ("id", "status", "why", "accuracy", "recovery", "valid", "budget", "seconds", "definition")
+ALIKE = ("tier", "seed", "chance", "tasks", "oracle", "facts", "unknown")  # decide what an attack can find
+RECORDED = ("id", "status", "why", "accuracy", "recovery", "valid", "floor", "budget", "seconds", "definition")
 
 
-def summarise_attacks(chosen: Mapping[str, Attack], found: Mapping[str, Outcomes], exam: Exam, seed: int) -> Report:
+def guess_share(questions: Sequence[Question]) -> float:
+    """The accuracy of guessing."""
+    return float(np.mean([1 / len(q.options) for q in questions]))
+
+
+def summarise_attacks(
+    chosen: Mapping[str, Attack], found: Mapping[str, Outcomes], exam: Exam, seed: int, unknown: Sequence[Question] = ()
+) -> Report:
     """Every attack beside its controls, with right answers question by question."""
     plain = {}
     for who, result in found[PLAIN].items():
@@ -34,11 +40,21 @@ def summarise_attacks(chosen: Mapping[str, Attack], found: Mapping[str, Outcomes
         {way.setting: write_answers(way.test) for way in found[KEPT][who].ways} for who in ("original", "unlearned")
     )
     facts = list_facts(exam.test)
-    chance = float(np.mean([1 / len(q.options) for q in exam.test]))
+    chance, never = guess_share(exam.test), list_facts(unknown)
     attacks = {name: judge_attack(one, found[name], plain, facts, chance, seed) for name, one in chosen.items()}
+    if unknown:
+        if (own := estimate_accuracy(plain["unknown"], never, seed=seed)).low > chance:
+            raise SrmuError(f"--unknown: the original answers {own.value:.1%} of these, which is more than guessing")
+        for name, entry in attacks.items():
+            if "unknown" in found[name] and not entry["why"]:
+                control = describe_result(chosen[name], found[name]["unknown"], never, seed, entry.get("chosen"))
+                entry["controls"]["unknown"] = control
+                if "right" in entry:  # of a setting that only the run has nothing is known to be above chance
+                    entry["floor"] = max(chance, control.get("accuracy", {"value": 0})["value"])
     return {
         "chance": chance,
         "facts": number_facts(facts),
+        **({"unknown": number_facts(never)} if unknown else {}),
         "original": {key: attacks[PLAIN]["controls"]["original"][key] for key in ("right", "accuracy")},
         "p that nothing was forgotten": statistics.mcnemar_p(plain["original"], plain["unlearned"]),
         "utility": {
@@ -55,7 +71,7 @@ def merge_report(folder: Path, report: Report, known: Sequence[str]) -> Report:
 
     def exam_of(report: Report) -> list[Any]:  # alike where attacks can stand side by side
         answers = [control["right"] for control in report["attacks"][PLAIN]["controls"].values()]
-        return [*(report[key] for key in ALIKE), report["original"], answers]
+        return [*(report.get(key) for key in ALIKE), report["original"], answers]
 
     with results.lock_results(folder):
         earlier = results.read_attacks(folder)
@@ -64,11 +80,12 @@ def merge_report(folder: Path, report: Report, known: Sequence[str]) -> Report:
             both = earlier["attacks"] | both
         report["attacks"] = attacks = {name: both[name] for name in known if name in both}
         report["not_tried"] = [name for name in known if name not in attacks]
-        statistic = partial(statistics.worst_case, chance=report["chance"])
-        worst = bootstrap_estimate(statistics.residual_table(report), report["facts"], statistic, seed=report["seed"])
+        draws = statistics.Draws(report["seed"])
+        means = draws.means(statistics.residual_table(report), report["facts"])
+        shares = statistics.worst_case(means, report["chance"], statistics.draw_floors(report, draws))
+        report["K*"] = asdict(statistics.estimate_from(shares, len(report["facts"])))
         counted = [name for name, entry in attacks.items() if "right" in entry and entry["valid"] is not False]
-        strongest = max(counted, key=lambda name: attacks[name]["accuracy"]["value"])
-        report["K*"] = asdict(worst) | {"attack": strongest}
+        report["K*"]["attack"] = max(counted, key=lambda name: statistics.attack_share(report, attacks[name]))
         if distributed.is_first():
             tried = {
                 name: {key: entry[key] for key in RECORDED if key in entry}
@@ -85,8 +102,9 @@ def merge_report(folder: Path, report: Report, known: Sequence[str]) -> Report:
 def judge_attack(
     one: Attack, outcomes: Outcomes, plain: Answers, facts: Sequence[str], chance: float, seed: int
 ) -> dict[str, Any]:
-    """All that a report says of an attack, beside the models as they answer without it."""
-    by_whose = {who: describe_result(one, result, facts, seed) for who, result in outcomes.items()}
+    """All that a report says of an attack on the exam, beside the models as they answer without it."""
+    asked = {who: result for who, result in outcomes.items() if who != "unknown"}
+    by_whose = {who: describe_result(one, result, facts, seed) for who, result in asked.items()}
     entry = {"id": one.id, "tier": one.tier} | by_whose.pop("unlearned")
     if entry["why"]:
         return entry
@@ -102,18 +120,22 @@ def judge_attack(
     return entry
 
 
-def describe_result(one: Attack, result: AttackResult, facts: Sequence[str], seed: int) -> dict[str, Any]:
-    """Its metrics; where its answers are to the exam, its settings and the best of them."""
+def describe_result(
+    one: Attack, result: AttackResult, facts: Sequence[str], seed: int, chosen: str | None = None
+) -> dict[str, Any]:
+    """Its metrics; where its answers are to the exam, its settings, and the `chosen` or else the best of them."""
     metrics = {key: asdict(value) for key, value in result.metrics.items()}
     entry: dict[str, Any] = {"status": result.status, "why": result.why, "metrics": metrics}
     if result.ways and one.name != KEPT:
-        best = best_setting(result)
+        ways = [way for way in result.ways if way.test and way.setting == chosen]
+        best = best_setting(result) if chosen is None else next(iter(ways), None)
         entry["settings"] = {
             way.setting: {half: float(np.mean(r)) if r else None for half, r in (("val", way.val), ("test", way.test))}
             for way in result.ways
         }
-        entry |= {"chosen": best.setting, "right": write_answers(best.test)}
-        entry["accuracy"] = asdict(estimate_accuracy(best.test, facts, seed=seed))
+        if best:
+            entry |= {"chosen": best.setting, "right": write_answers(best.test)}
+            entry["accuracy"] = asdict(estimate_accuracy(best.test, facts, seed=seed))
     return entry
 
 
@@ -147,8 +169,22 @@ def describe_attacks(report: Mapping[str, Any]) -> list[str]:
     ]
     if original["low"] <= report["chance"]:
         lines.append("the original does no better than guessing on these: K* says nothing here")
-    if not report["oracle"]:
+    if "unknown" in report:
+        lines.append(f"no oracle: {describe_floor(report)}")
+    elif not report["oracle"]:
         lines.append("no oracle: whether an attack finds what was never known is not checked")
     if report["not_tried"]:
         lines.append(f"not tried: {', '.join(report['not_tried'])}")
     return [*lines, "what no attack found may still be there"]
+
+
+def describe_floor(report: Mapping[str, Any]) -> str:
+    """Above what K* is counted, where there are facts that the original never knew."""
+    attack, count = report["attacks"][report["K*"]["attack"]], len({*report["unknown"]})
+    control = attack["controls"].get("unknown", {})
+    if "accuracy" not in control:
+        why = control.get("why") or "its setting is of the run alone"
+        return f"K* is counted above guessing, as the attack cannot be made on facts that were never known: {why}"
+    words = f"K* is counted above what the attack does to {count} facts that the original never knew"
+    less = ", no more than guessing" if attack["floor"] <= report["chance"] else ""
+    return f"{words}: there it reaches {control['accuracy']['value']:.1%}{less}"

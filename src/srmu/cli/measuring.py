@@ -134,6 +134,7 @@ def attack_command(
     neutral: Annotated[str, Option(help="File of texts unrelated to the forget texts.")] = "",
     holdout: Annotated[str, Option(help="File of similar texts that the model never saw.")] = "",
     oracle: options.Oracle = "",
+    unknown: Annotated[str, Option(help="No oracle: tasks on facts that the model never knew, a,b.")] = "",
     limit: Annotated[int, Option(help="Questions per task and half.")] = 400,
     seed: int = 0,
     device: options.Device = "auto",
@@ -150,7 +151,8 @@ def attack_command(
         return yes or (sys.stdin.isatty() and typer.confirm(f"{text} Run it?", err=True))
 
     asked, kept, names = (output.split_names(text) for text in (tasks, utility, attacks))
-    sources = suite.Sources(asked, val, kept, str(tasks_dir or ""), neutral, holdout, oracle, limit)
+    never = output.split_names(unknown)
+    sources = suite.Sources(asked, val, kept, str(tasks_dir or ""), neutral, holdout, oracle, never, limit)
     how: dict[str, Any] = {"seed": seed, "device": device, "confirm": confirm, "watch": show_progress}
     before = output.read_stamp(run / RESULTS)
     report = suite.attack_run(Run.open(run), tier=tier, names=names, sources=sources, **how)
@@ -166,9 +168,11 @@ def attack_table(report: dict[str, Any]) -> list[dict[str, str]]:
 
     table = []
     attacks = report["attacks"]
+    heads = {"original": "original", "oracle": "oracle"} | ({"unknown": "never known"} if "unknown" in report else {})
     for name in sorted(attacks, key=lambda name: -attacks[name].get("accuracy", {"value": -1})["value"]):
         entry = attacks[name]
-        whose = {who: entry.get("controls", {}).get(who, {}).get("accuracy") for who in ("original", "oracle")}
+        controls = entry.get("controls", {})
+        whose = {head: controls.get(who, {}).get("accuracy") for who, head in heads.items()}
         numbers = {"accuracy": entry.get("accuracy"), "recovered": entry.get("recovery"), **whose}
         setting = entry.get("chosen") or describe_metrics(entry)
         if entry["why"]:
