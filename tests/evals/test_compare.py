@@ -273,6 +273,35 @@ def test_the_same_call_gives_the_same_rows(tmp_path: Path) -> None:
     assert compare_runs(runs) == compare_runs(runs) != compare_runs(runs, seed=1)
 
 
+def with_floor(share: float) -> dict[str, Any]:
+    """Two attacks: one answers 0.9 of the questions and, of facts that were never known, a share; one 0.6 of them."""
+    original, never = marked("1" * QUESTIONS), [i // 2 for i in range(40)]
+    found = {
+        "forced_choice": marked(answers(0.6)) | {"controls": {"original": original}},
+        "prompts": marked(answers(0.9)) | {"controls": {"unknown": marked(right_share(share, 40))}},
+    }
+    tasks = {"test": ["hazard"], "val": "hazard_val", "utility": ["near", "far"], "unknown": ["never"]}
+    return {"attacks": found, "unknown": never, "tasks": tasks}
+
+
+def right_share(share: float, count: int) -> str:
+    return "".join(str(int(i < share * count)) for i in range(count))
+
+
+def test_k_star_is_above_what_was_never_known(tmp_path: Path) -> None:
+    taught = attacked(tmp_path, "rmu", 0.6, 0.9, **with_floor(0.85))
+    found = attacked(tmp_path, "srmu", 0.6, 0.9, **with_floor(0.2))
+    first, second = compare_runs([taught], 0.05)[0].residual, compare_runs([found], 0.05)[0].residual
+    assert first is not None and second is not None
+    assert first.value == pytest.approx((0.6 - 0.25) / 0.75)  # 0.05 above 0.85 is a third
+    assert second.value == pytest.approx((0.9 - 0.25) / 0.75)
+    with pytest.raises(SrmuError, match="--unknown and without it"):
+        compare_runs([found, attacked(tmp_path, "graddiff", 0.6, 0.9, bed="bed1")])
+    with pytest.raises(SrmuError, match="with other questions"):
+        compare_runs([found, attacked(tmp_path, "ssd", 0.6, 0.9)])
+    assert suggest_attack([found], (), ())[1]["unknown"] == "never"
+
+
 CANNOT: dict[str, tuple[Any, str]] = {
     "none": (lambda one, make: compare_runs([]), "name the folders"),
     "budget": (lambda one, make: compare_runs([one], 5), "utility loss 5: it is a share"),

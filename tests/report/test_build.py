@@ -16,6 +16,7 @@ from helpers.report_world import (
     SECRET_PATH,
     SECRET_TEXT,
     flat,
+    interval,
     write_attacks,
     write_auto,
     write_comparison,
@@ -24,9 +25,11 @@ from helpers.report_world import (
     write_sweep,
 )
 from helpers.results import keep_rows, write_metrics
+from helpers.results import write_report as write_attack_report
 from srmu.cli import main
 from srmu.errors import SrmuError
 from srmu.evals.benchmarks import find_benchmark
+from srmu.evals.results import read_attacks
 from srmu.evals.statistics import Estimate
 from srmu.report.attacks import attack_section, estimate_recovery
 from srmu.report.benchmarks import benchmark_section
@@ -367,6 +370,37 @@ def test_one_run_under_attack(tmp_path):
     assert page.text.count(curves) == 2  # after 0, 20 and 100 steps
     assert "Not tried: heavy tuning" in page.text
     assert "suppressed, not attacked" not in page.text
+
+
+def test_a_floor_of_facts_that_were_never_known(tmp_path):
+    """The soft prompt, which an oracle would make invalid, counts above its floor; relearning is under its own."""
+    (run,) = seeds_of(tmp_path, count=1)
+    write_attacks(run, 0.86)
+    report = read_attacks(run)
+    before = estimate_recovery(RunGroup("SRMU", "", (run,)))
+    report |= {"oracle": False, "unknown": [i // 2 for i in range(50)]}
+    report["tasks"]["unknown"] = ["never"]
+    for name, entry in report["attacks"].items():
+        if "right" in entry:
+            taught = 10 if name in ("prompts", "forced_choice") else 45
+            control = {"right": "1" * taught + "0" * (50 - taught), "accuracy": interval(taught / 50), "metrics": {}}
+            entry["controls"] = {"original": entry["controls"]["original"], "unknown": control}
+            entry |= {"valid": None, "floor": max(0.25, taught / 50)}
+    keep_rows(run, lambda row: row["when"] != "oracle")
+    write_attack_report(run, report)
+    found = estimate_recovery(RunGroup("SRMU", "", (run,)))
+    assert (before.strongest, before.unknown) == ("benign relearning", 0)
+    assert (found.strongest, found.unknown) == ("soft prompt", 25)  # 0.97 above 0.9
+    assert found.worst.value == pytest.approx((0.96875 - 0.9) / 0.1, abs=0.02)
+    row = found.attacks["prompts"]
+    assert row["Never known\ncontrol"].value == 0.2 and "Never known\ncontrol" not in before.attacks["prompts"]
+    page = Page(write_report([run], tmp_path / "r.html").read_text())
+    assert (
+        "Without an oracle the original is also asked, under each attack, 25 facts of the kind that it never"
+        in page.text
+    )
+    assert "Never known" in page.text and "never known" in page.text
+    assert "invalid: the oracle recovers, too" not in page.text
 
 
 def test_relearning_by_steps_of_several_methods(tmp_path):

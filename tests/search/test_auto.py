@@ -307,6 +307,15 @@ def test_the_oracle_is_the_floor_where_there_is_one() -> None:
     assert found == {"of": "an oracle that never knew", "share": pytest.approx(0.12)}
 
 
+def test_unknown_facts_are_the_floor_where_there_is_no_oracle() -> None:
+    report = {
+        "chance": 0.25, "original": {"accuracy": {"value": 1.0}}, "oracle": False, "unknown": [0, 0, 1, 1],
+        "attacks": {"one": {"floor": 0.25}, "two": {"floor": 0.4}, "three": {}},
+    }  # fmt: skip
+    found = robust.measure_floor(None, None, report, ())  # type: ignore[arg-type]
+    assert found["share"] == pytest.approx(0.2) and found["of"].startswith("2 facts that the original never knew")
+
+
 def test_invented_facts_are_about_nobody() -> None:
     exam = world.exam()
     asked_for = robust.invent_questions(exam, world.SUBJECTS[:30], seed=1)

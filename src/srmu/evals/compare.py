@@ -160,6 +160,8 @@ def suggest_attack(runs: Sequence[Path], forget: Sequence[str], utility: Sequenc
         known = [*metrics_of(report)]
         tier = report["tier"] if not all(reports) else "standard" if report["tier"] == "smoke" else "deep"
         more = {"val": report["tasks"]["val"], "tier": tier, "seed": str(report["seed"])}
+        if unknown := report["tasks"].get("unknown"):
+            more["unknown"] = ",".join(unknown)
     else:
         known = [*choose_metrics([*read_metrics(folder)["after"]], forget, utility, Run.open(folder).config.eval)]
         more = {"val": "split"}
@@ -192,8 +194,11 @@ def check_attacks(runs: Sequence[Run], attacks: Mapping[Path, dict[str, Any]]) -
     for one, other in combinations([run for run in runs if run.folder in attacks], 2):
         first, second = attacks[one.folder], attacks[other.folder]
         words = [f"{key} {first[key]} and {second[key]}" for key in ("tier", "chance") if first[key] != second[key]]
-        if one.config.model == other.config.model and any(first[key] != second[key] for key in ("seed", "facts")):
+        deciding = ("seed", "facts", "unknown")
+        if one.config.model == other.config.model and any(first.get(key) != second.get(key) for key in deciding):
             words.append("other questions")
+        elif ("unknown" in first) != ("unknown" in second):
+            words.append("--unknown and without it")
         if words:
             unlike = f"{one.folder} and {other.folder} were attacked with {', '.join(words)}"
             raise SrmuError(f"{unlike}; attack all with the same --tier, --tasks, --seed and --limit")
@@ -211,7 +216,8 @@ def from_attacks(run: Run, attacks: Mapping[str, Any], draws: statistics.Draws) 
         both = np.stack([parse(kept["before"]), parse(kept["after"])], axis=1)
         before, after = draws.means(both, [(model, task, fact) for fact in kept["facts"]]).T
         drops.append(before - after)
-    residual = statistics.worst_case(right[:, :-1], attacks["chance"])
+    floors = statistics.draw_floors(attacks, draws, model)
+    residual = statistics.worst_case(right[:, :-1], attacks["chance"], floors)
     if attacks["original"]["accuracy"]["low"] <= attacks["chance"]:
         residual = np.full_like(residual, np.nan)  # a share of no knowledge
     numbers = [np.mean(drops, axis=0), right[:, -1], residual]

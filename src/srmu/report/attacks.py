@@ -3,13 +3,14 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from srmu.evals.results import PLAIN, read_attacks
-from srmu.evals.statistics import Array, Draws, Estimate, parse_answers, residual_table, worst_case
+from srmu.evals.statistics import Array, Draws, Estimate, draw_floors, parse_answers, residual_table, worst_case
 from srmu.report.figures import COLOURS, GREY, Figure, Row, Series, draw_figure, label_look, make_look, mark_value
 from srmu.report.format import format_value, name_words, write_words
 from srmu.report.html import LABEL, Block, Section, Table
@@ -25,9 +26,12 @@ RELEARNING = {  # attacks that learn again: the unit that they count in, and set
 }
 OWN = "Unlearned\nunder attack"
 HEADS = {"": OWN, "original": "Original\ncontrol", "oracle": "Oracle\ncontrol"}
+NEVER = {"unknown": "Never known\ncontrol"}  # of the original; where such facts were asked for
+LEGEND = {"unknown": "never known"}
 CONTROLS: dict[str, dict[str, Any]] = {
     "original": {"colour": GREY, "symbol": "circle-open", "dash": "dot"},
     "oracle": {"colour": COLOURS[1], "symbol": "diamond", "dash": "dash"},
+    "unknown": {"colour": COLOURS[2], "symbol": "square-open", "dash": "dashdot"},
 }
 
 
@@ -37,6 +41,7 @@ class Recovery:
 
     tier: str
     chance: float
+    unknown: int  # facts that the original never knew; 0: none were asked for
     worst: Estimate  # K*
     strongest: str
     attacks: Mapping[str, Row]  # rows of a table by the attack's name: accuracies, strongest setting
@@ -58,19 +63,19 @@ def estimate_recovery(entry: RunGroup) -> Recovery | None:
     for run, attacks in attacked.items():
         model = read_tree(run / CONFIG)["model"]  # questions of one testbed are drawn alike for all
         facts = [(model, fact) for fact in attacks["facts"]]
-        worst.append(worst_case(draws.means(residual_table(attacks), facts), attacks["chance"]))
-        asked = {
-            (name, who): parse_answers(one["right"])
-            for name, attack in attacks["attacks"].items()
-            for who, one in by_whose(attack).items()
-            if one.get("right")
-        }
-        means = draws.means(np.stack([*asked.values()], axis=1), facts)
-        for key, column in zip(asked, means.T, strict=True):
+        means = draws.means(residual_table(attacks), facts)
+        worst.append(worst_case(means, attacks["chance"], draw_floors(attacks, draws, model)))
+        for key, column in resample_answers(attacks, draws, model).items():
             answers.setdefault(key, []).append(column)
-    count = min(len({*attacks["facts"]}) for attacks in attacked.values())
-    accuracies = {key: draws.estimate_accuracy(np.stack(each, axis=1), count) for key, each in answers.items()}
-    rows, invalid, other, failed = {}, [], [], []
+    first, *_ = attacked.values()
+    facts_of = {kind: [len({*a[kind]}) for a in attacked.values() if kind in a] for kind in ("facts", "unknown")}
+    count = {kind: min(counts, default=0) for kind, counts in facts_of.items()}
+    accuracies = {
+        (name, who): draws.estimate_accuracy(np.stack(each, axis=1), count["unknown" if who == "unknown" else "facts"])
+        for (name, who), each in answers.items()
+    }
+    heads = HEADS | (NEVER if count["unknown"] else {})
+    rows, shares, invalid, other, failed = {}, {}, [], [], []
     for name, one in {name: one for a in attacked.values() for name, one in a["attacks"].items()}.items():
         words, setting = name_words(name), one.get("chosen", "")
         if one["status"] != "done":
@@ -78,20 +83,23 @@ def estimate_recovery(entry: RunGroup) -> Recovery | None:
         if (name, "") not in accuracies:
             for measure in one.get("metrics", {}):
                 whose = {who: it.get("metrics", {}).get(measure, {}).get("value") for who, it in by_whose(one).items()}
-                numbers = {head.split("\n")[0]: whose.get(who) for who, head in HEADS.items()}
+                numbers = {head.split("\n")[0]: whose.get(who) for who, head in heads.items()}
                 other.append({"Attack": words, "Measure": measure, **numbers})
             continue
         if one.get("valid") is False:
             invalid.append(words)
             setting = f"invalid: the oracle recovers, too; {setting}"
-        numbers = {head: accuracies.get((name, who)) for who, head in HEADS.items()}
+        numbers = {head: accuracies.get((name, who)) for who, head in heads.items()}
         rows[words] = {"Attack": f"{words} ({one['id']})", **numbers, "Strongest setting": setting}
-    first, *_ = attacked.values()
+        floors = [e["floor"] for a in attacked.values() if "floor" in (e := a["attacks"].get(name, {}))]
+        reached = np.array([1.0, accuracies[name, ""].value])
+        shares[words] = float(worst_case(reached, first["chance"], fmean(floors) if floors else None))
     return Recovery(
         tier=first["tier"],
         chance=first["chance"],
+        unknown=count["unknown"],
         worst=draws.estimate(np.stack(worst, axis=1)),
-        strongest=max((name for name in rows if name not in invalid), key=lambda name: rows[name][OWN].value),
+        strongest=max((name for name in rows if name not in invalid), key=lambda name: shares[name]),
         attacks=rows,
         invalid=invalid,
         other=other,
@@ -99,6 +107,23 @@ def estimate_recovery(entry: RunGroup) -> Recovery | None:
         not_tried=[*map(name_words, first["not_tried"])],
         curves=relearning_curves([*attacked.values()]),
     )
+
+
+def resample_answers(attacks: Mapping[str, Any], draws: Draws, model: str) -> dict[tuple[str, str], Array]:
+    """The accuracy of each attack on "" or on a control, as it is and in each resample of the facts asked for."""
+    found: dict[tuple[str, str], Array] = {}
+    for unknown in (False, True):
+        asked = {
+            (name, who): parse_answers(one["right"])
+            for name, attack in attacks["attacks"].items()
+            for who, one in by_whose(attack).items()
+            if one.get("right") and (who == "unknown") == unknown
+        }
+        numbers = attacks["unknown" if unknown else "facts"] if asked else []
+        facts = [(model, "unknown", number) if unknown else (model, number) for number in numbers]
+        if asked:
+            found |= dict(zip(asked, draws.means(np.stack([*asked.values()], axis=1), facts).T, strict=True))
+    return found
 
 
 def by_whose(attack: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
@@ -136,6 +161,7 @@ def attack_section(
         "attacks",
         tiers=[*dict.fromkeys(one.tier for _, one in pairs)],
         not_tried=[*dict.fromkeys(name for _, one in pairs for name in one.not_tried)],
+        unknown=[*dict.fromkeys(one.unknown for _, one in pairs if one.unknown)],
     )
     means = pd.Series({(e.name, k): row[OWN].value for e, one in pairs for k, row in one.attacks.items()})
     names = [*means.groupby(level=1).mean().sort_values(ascending=False, kind="stable").index]
@@ -183,9 +209,10 @@ def draw_attacks(pairs: Sequence[tuple[RunGroup, Recovery]], labels: Sequence[st
         look = {**look, "marker": {**look["marker"], "opacity": opacity}}
         series.append(Series(entry.name, marks, look, entry.label if len(labels) > 1 else ""))
         for who, look in CONTROLS.items() if len(pairs) == 1 else ():
-            known = {name: row[HEADS[who]] for name, row in one.attacks.items() if row[HEADS[who]]}
+            head = (HEADS | NEVER)[who]
+            known = {name: row[head] for name, row in one.attacks.items() if row.get(head)}
             marks = [{ACCURACY: value, "attack": name} for name, value in known.items()]
-            series += [Series(who, marks, make_look(**look, size=9))] if marks else []
+            series += [Series(LEGEND.get(who, who), marks, make_look(**look, size=9))] if marks else []
     title, order = "Accuracy under each attack", {"categoryarray": names}
     figure = draw_figure(title, series, ACCURACY, "attack", x_axis={**PERCENT, "title": "accuracy"}, y_axis=order)
     mark_value(figure, "chance", x=pairs[0][1].chance)
@@ -198,7 +225,7 @@ def draw_relearning(pairs: Sequence[tuple[RunGroup, Recovery]], labels: Sequence
     frames = [one.curves.assign(name=entry.name, label=entry.label) for entry, one in pairs]
     curves = pd.concat(frames, ignore_index=True)
     is_own = curves["whose"] == ""
-    curves["name"] = curves["name"].where(is_own, curves["whose"])
+    curves["name"] = curves["name"].where(is_own, curves["whose"].replace(LEGEND))
     # the controls of the first method that has them stand for all
     controls = curves[~is_own].drop_duplicates(["unit", "kind", "whose", "count"])
     keys = ["name", "label", "whose"]

@@ -21,7 +21,7 @@ from srmu.errors import SrmuError, suggest_word
 from srmu.evals.matched import load_task, match_utility
 from srmu.evals.results import load_results, merge_results, read_attacks
 from srmu.evals.score import score_model
-from srmu.evals.statistics import LEAST, Draws, residual_table, worst_case
+from srmu.evals.statistics import LEAST, Draws, attack_share, draw_floors, residual_table, worst_case
 from srmu.evals.subject import Subject
 from srmu.report.build import make_runs_page
 from srmu.report.markdown import frontier_section
@@ -326,7 +326,7 @@ def estimate_residual(reports: Sequence[Report], seeds: Sequence[int], slices: S
     for report, seed, some in zip(reports, seeds, slices, strict=True):
         facts = [(seed, fact) for fact in report["facts"][some]]
         means = draws.means(residual_table(report)[some], facts)
-        values.append(worst_case(means, report["chance"]))
+        values.append(worst_case(means, report["chance"], draw_floors(report, draws, seed)))
     return format_interval(draws.estimate(np.stack(values, axis=1), clip=(0, 1)))
 
 
@@ -337,8 +337,7 @@ def average_attacks(reports: Sequence[Report]) -> dict[str, dict[str, Any]]:
         entries = [report["attacks"].get(name, {}) for report in reports]
         if all("accuracy" in entry for entry in entries):
             values = [entry["accuracy"]["value"] for entry in entries]
-            known = [report["original"]["accuracy"]["value"] for report in reports]
-            shares = [worst_case(np.array(pair), r["chance"]) for *pair, r in zip(known, values, reports, strict=True)]
+            shares = map(attack_share, reports, entries)
             valid = all(entry.get("valid") is not False for entry in entries)
-            found[name] = {"accuracy": fmean(values), "share": fmean(map(float, shares)), "valid": valid}
+            found[name] = {"accuracy": fmean(values), "share": fmean(shares), "valid": valid}
     return found

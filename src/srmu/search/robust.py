@@ -40,14 +40,17 @@ def start_values(keeping: float) -> dict[str, Any]:
 def measure_floor(run: Run, sources: Sources, report: Mapping[str, Any], names: Sequence[str]) -> Any:
     """What attacks find of facts that the model cannot know: `of` what, and the `share`.
 
-    With an oracle it is what they find in the oracle. Without one it is what relearning finds of invented facts: the
-    same questions, about names that nobody has. None where there are too few.
+    With an oracle it is what they find in the oracle, with unknown facts what they find of those. Else it is what
+    relearning finds of invented facts: the same questions, about names that nobody has. None where there are too few.
     """
     chance, known = report["chance"], report["original"]["accuracy"]["value"]
     if report["oracle"]:
         what = "an oracle that never knew"
         controls = [e.get("controls", {}).get("oracle", {}) for e in report["attacks"].values()]
         highest = max(c["accuracy"]["value"] for c in controls if "accuracy" in c)
+    elif "unknown" in report:
+        what = f"{len({*report['unknown']})} facts that the original never knew, and K* is counted above it"
+        highest = max(entry.get("floor", chance) for entry in report["attacks"].values())
     else:
         sources = fill_sources(sources, run.config, run.base)
         invented = invent_questions(load_exam(sources, report["seed"]), names, report["seed"])
