@@ -1,7 +1,6 @@
 """Log-probabilities of answers in few forward passes, in place of lm-eval's own."""
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Sequence, Set
 from inspect import signature
 from itertools import accumulate, pairwise
 from operator import and_, eq
@@ -10,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from transformers import DynamicCache
 
 from srmu.engine.sites import edit_input
 from srmu.errors import SrmuError
 
 Tokens = tuple[int, ...]
+HELD = 1024  # tokens whose keys and values a batch keeps, before answers are read on
 
 
 def score_answers(
@@ -28,44 +29,87 @@ def score_answers(
 ) -> list[tuple[float, bool]]:
     """Of each pair (tokens before, tokens of the answer): log p, and whether each is the likeliest; as lm-eval's.
 
-    An input that several answers need is run once, a start that the inputs of a batch share too, and only positions
-    that predict an answer meet the vocabulary. `dtype` is that of the softmax; `done` is told of each result.
+    What several answers come after is run once, a start that the inputs of a batch share too, and only positions that
+    predict an answer meet the vocabulary. `dtype` is that of the softmax; `done` is told of each result.
     """
-    askers: dict[Tokens, list[int]] = {}
-    for i, (before, answer) in enumerate(pairs):
-        if not before or not 0 < len(answer) <= max_length:
-            size = f"{len(answer)} tokens after {len(before)}; the model takes 1 to {max_length}"
-            raise SrmuError(f"an answer cannot be scored: {size}")  # its text may be to forget
-        askers.setdefault((*before, *answer)[-max_length - 1 : -1], []).append(i)
-    tails = {row: max(len(pairs[i][1]) for i in ids) for row, ids in askers.items()}
-    setup = 96 if model.device.type == "cpu" else 2048  # tokens read while a forward gets going
-    tensor = partial(torch.tensor, device=model.device)
-    results: dict[int, tuple[float, bool]] = {}
     past_kept = keeps_past(model)
-    for rows, shared in plan_batches(tails, batch_size, setup):
-        shared = shared if past_kept else 0
-        ids = pad_sequence([tensor(row) for row in rows], batch_first=True)
-        width = max(tails[row] for row in rows)
-        last = range(-width, 0)
-        keep = tensor([[max(len(row) - shared + i, 0) for i in last] for row in rows])
+    inputs = [cut_input(before, answer, max_length) for before, answer in pairs]
+    answers: dict[Tokens, set[Tokens]] = {}  # of several tokens, by what comes before them
+    for row, (_, answer) in zip(inputs, pairs, strict=True):
+        if past_kept and len(answer) > 1:
+            answers.setdefault(row[: len(row) + 1 - len(answer)], set()).add((*answer,))
+    askers: dict[Tokens, list[tuple[int, int]]] = {}  # of each row to run: pairs, and how many tokens it predicts
+    for i, (row, (_, answer)) in enumerate(zip(inputs, pairs, strict=True)):
+        stem = row[: len(row) + 1 - len(answer)]
+        apart = len(answers.get(stem, ())) > 1
+        askers.setdefault(stem if apart else row, []).append((i, 1 if apart else len(answer)))
+    tails = {row: max(count for _, count in of_it) for row, of_it in askers.items()}
+    stems = {row for row, of_it in askers.items() if any(count < len(pairs[i][1]) for i, count in of_it)}
+    setup = 96 if model.device.type == "cpu" else 2048  # tokens read while a forward gets going
+    results: dict[int, tuple[float, bool]] = {}
+    for rows, shared in plan_batches(tails, batch_size, setup, stems):
+        asked = [(n, i, pairs[i][1][:count]) for n, row in enumerate(rows) for i, count in askers[row]]
+        past = None
         with torch.no_grad():
-            past = None
-            if shared:
+            ids = pad_sequence([torch.tensor(row, device=model.device) for row in rows], batch_first=True)
+            if past_kept and shared:
                 past = model(ids[:1, :shared], use_cache=True, logits_to_keep=1).past_key_values
                 past.batch_repeat_interleave(len(rows))
-            states: Any = {"past_key_values": past} if shared else {}
-            logits = read_logits(model, ids[:, shared:], keep, use_cache=bool(shared), **states)
-            logs = logits.log_softmax(-1, dtype=dtype)
-        which = [i for row in rows for i in askers[row]]
-        at = tensor([[n] for n, row in enumerate(rows) for _ in askers[row]])
-        # an answer ends at its input's last position; -1 before it, where others are longer
-        words = tensor([[-1] * (width - len(pairs[i][1])) + [*pairs[i][1]] for i in which])
-        picked = logs[at, tensor(last), words.clamp(min=0)].masked_fill(words < 0, 0)
-        likeliest = (logs.argmax(-1)[at[:, 0]] == words) | (words < 0)
-        for i, *result in zip(which, picked.sum(-1).tolist(), likeliest.all(-1).tolist(), strict=True):
-            results[i] = (result[0], result[1])
+            elif not stems.isdisjoint(rows):
+                past = DynamicCache(config=model.config)
+            start = shared if past_kept else 0
+            width = max(tails[row] for row in rows)
+            keep = [[max(len(row) - start + i, 0) for i in range(-width, 0)] for row in rows]
+            states: Any = {"past_key_values": past} if past else {}
+            keeps = torch.tensor(keep, device=model.device)
+            logits = read_logits(model, ids[:, start:], keeps, use_cache=past is not None, **states)
+            # an answer ends at its input's last position; -1 before it, where others are longer
+            words = [[-1] * (width - len(answer)) + [*answer] for _, _, answer in asked]
+            found = pick_words(logits, [n for n, _, _ in asked], words, dtype)
+            rest = [(n, i, pairs[i][1]) for n, i, answer in asked if len(answer) < len(pairs[i][1])]
+            more = dict(zip((i for _, i, _ in rest), read_on(model, past, rest, dtype), strict=True))
+        for (_, i, _), (log, likeliest) in zip(asked, found, strict=True):
+            further, also = more.get(i, (0.0, True))
+            results[i] = (log + further, likeliest and also)
             done(i, results[i])
     return [results[i] for i in range(len(pairs))]
+
+
+def cut_input(before: Sequence[int], answer: Sequence[int], max_length: int) -> Tokens:
+    """What a model reads to predict an answer: the last `max_length` tokens before the answer's last one."""
+    if not before or not 0 < len(answer) <= max_length:
+        size = f"{len(answer)} tokens after {len(before)}; the model takes 1 to {max_length}"
+        raise SrmuError(f"an answer cannot be scored: {size}")  # its text may be to forget
+    return (*before, *answer)[-max_length - 1 : -1]
+
+
+def read_on(
+    model: Any, past: Any, rest: Sequence[tuple[int, int, Sequence[int]]], dtype: torch.dtype | None
+) -> list[tuple[float, bool]]:
+    """What the tokens of answers after their first one get: (row of `past`, anything, answer) of each.
+
+    All rows of `past` have one length, so that no position is empty.
+    """
+    if not rest:
+        return []
+    rows = [*dict.fromkeys((n, (*answer[:-1],)) for n, _, answer in rest)]
+    past.batch_select_indices(torch.tensor([n for n, _ in rows], device=model.device))
+    ids = pad_sequence([torch.tensor(tokens, device=model.device) for _, tokens in rows], batch_first=True)
+    logits = model(ids, past_key_values=past, use_cache=True).logits
+    places = {row: at for at, row in enumerate(rows)}
+    words = [[*answer[1:]] + [-1] * (ids.shape[1] + 1 - len(answer)) for _, _, answer in rest]
+    return pick_words(logits, [places[n, (*answer[:-1],)] for n, _, answer in rest], words, dtype)
+
+
+def pick_words(
+    logits: Tensor, rows: Sequence[int], words: Sequence[Sequence[int]], dtype: torch.dtype | None
+) -> list[tuple[float, bool]]:
+    """Log p of words in those rows of logits (B, W, V) that ask for them, and whether each is likeliest; -1: none."""
+    logs = logits.log_softmax(-1, dtype=dtype)
+    at, wanted = (torch.tensor(value, device=logits.device) for value in (rows, words))
+    picked = logs[at].gather(-1, wanted.clamp(min=0)[..., None])[..., 0].masked_fill(wanted < 0, 0)
+    likeliest = (logs.argmax(-1)[at] == wanted) | (wanted < 0)
+    return [*zip(picked.sum(-1).tolist(), likeliest.all(-1).tolist(), strict=True)]
 
 
 def read_logits(model: Any, ids: Tensor, keep: Tensor, **options: Any) -> Tensor:
@@ -85,22 +129,29 @@ def keeps_past(model: Any) -> bool:
     return known and not model._is_stateful and attends
 
 
-def plan_batches(tails: dict[Tokens, int], most: int, setup: int) -> list[tuple[list[Tokens], int]]:
+def plan_batches(
+    tails: dict[Tokens, int], most: int, setup: int, stems: Set[Tokens] = frozenset()
+) -> list[tuple[list[Tokens], int]]:
     """Split inputs into the batches with the fewest tokens to read, longest first.
 
     With each batch comes the length of the prefix to read once for all rows, without the `tails` that answers need; 0
-    where the extra forward (worth `setup` tokens) would cost more.
+    where the extra forward (worth `setup` tokens) would cost more. Of `stems`, after which answers are read on, those
+    of a batch have one length, and HELD tokens at most, as their keys and values are kept.
     """
-    order = sorted(tails, key=lambda row: (len(row), row))
+    order = sorted(tails, key=lambda row: (row in stems, len(row), row))
     free = [len(row) - tails[row] for row in order]
     # the number of first tokens that each row shares with the one before
     common = [0, *(sum(accumulate(map(eq, *pair), and_)) for pair in pairwise(order))]
     best = [(0, 0, 0)]  # for the first n rows: cost, start of the last batch, its prefix
     for end in range(1, len(order) + 1):
-        shared, plans = free[end - 1], []
+        last, shared, plans = order[end - 1], free[end - 1], []
         for start in range(end - 1, max(end - most, 0) - 1, -1):
+            size = (end - start) * len(last)
+            alike = order[start] in stems and len(order[start]) == len(last) and size <= HELD
+            if last in stems and start < end - 1 and not alike:
+                break
             shared = min(shared, free[start])
-            whole = best[start][0] + setup + (end - start) * len(order[end - 1])
+            whole = best[start][0] + setup + size
             split = whole + setup - (end - start - 1) * shared
             plans.append((whole, start, 0) if whole <= split else (split, start, shared))
             shared = min(shared, common[start])
