@@ -251,7 +251,7 @@ class Subjects:
         run = [weights.changed_fingerprint(prints[0], self.run.delta), self.run.config.id]
         found = {"original": prints, "oracle": prints, "unlearned": [*prints, *run], "unknown": prints}
         left_out = {"oracle": not self.reference, "unknown": not unknown}
-        return {who: [who, *key] for who, key in found.items() if not left_out.get(who)}
+        return {who: [who, *key, self.base.dtype] for who, key in found.items() if not left_out.get(who)}
 
     @cached_property
     def before(self) -> dict[str, torch.Tensor]:

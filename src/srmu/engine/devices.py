@@ -3,8 +3,10 @@
 import ctypes
 import gc
 import signal
+import timeit
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,9 @@ import torch
 
 from srmu.engine.distributed import get_size
 from srmu.errors import SrmuError, first_line
+
+PROBED = 256  # rows and columns of the matrices whose product is timed
+SLOWER = 5  # times as slow as float32 is too slow
 
 
 def list_devices() -> list[str]:
@@ -48,6 +53,18 @@ def free_bytes(device: str | torch.device) -> int:
     if torch.device(device).type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return psutil.virtual_memory().available
+
+
+@cache
+def computes_bf16() -> bool:
+    """Whether this processor multiplies in bfloat16 as fast as in float32, or nearly; without instructions for it
+    that takes some thirty times as long.
+    """
+    seconds = []
+    for dtype in (torch.bfloat16, torch.float32):
+        matrix = torch.ones(PROBED, PROBED, dtype=dtype)
+        seconds.append(min(timeit.repeat(lambda: matrix @ matrix, repeat=3, number=1)))  # noqa: B023 (called at once)
+    return seconds[0] < SLOWER * seconds[1]
 
 
 def reset_peak_memory(device: str) -> int:

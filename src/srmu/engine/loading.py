@@ -8,13 +8,15 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel, logging
 
-from srmu.engine.weights import in_layer, layer_number, stored_types
+from srmu.engine.devices import computes_bf16
+from srmu.engine.weights import in_layer, is_there, layer_number, stored_entries, stored_types
 from srmu.errors import SrmuError, first_line
 
 ADAPTER = "adapter_config.json"
@@ -85,6 +87,19 @@ def load_module(folder: Path, dtype: str = "auto", depth: int | None = None) -> 
         what = f"model {folder} lacks {len(missing)} tensors, the first is {missing[0]}"
         raise SrmuError(f"{what}; transformers would fill them with random numbers")
     return module
+
+
+def choose_dtype(folder: Path, device: str, dtype: str = "auto") -> str:
+    """The dtype to load a model in: `auto`, the checkpoint's own, becomes float32 where that is much faster.
+
+    So it is on a processor that does not compute in bfloat16, if the model then takes at most half of the memory.
+    """
+    if dtype != "auto" or device != "cpu" or not is_there(folder):
+        return dtype
+    entries = [one for one in stored_entries(folder).values() if one["dtype"] in ("BF16", "F16")]
+    size = sum(one["data_offsets"][1] - one["data_offsets"][0] for one in entries)
+    fits = 2 * size <= psutil.virtual_memory().total / 2
+    return "float32" if entries and fits and not computes_bf16() else dtype
 
 
 def load_pretrained(folder: Path, **options: Any) -> Any:

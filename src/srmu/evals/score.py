@@ -60,7 +60,7 @@ def score_model(
     base = weights.fingerprint_model(folder)
     prompts, metrics = read_prompts(opened), {}
     for when, module in opened.states():
-        mark = fingerprint_state(base, run if when == "after" else None)
+        mark = fingerprint_state(base, opened.dtype, run if when == "after" else None)
         how: dict[str, Any] = {"fingerprint": mark, "watch": watch}
         metrics[when] = evaluate(module, opened.tokenizer, tasks, tasks_dir=tasks_dir, limit=limit, **how)
         metrics[when] |= measure_repetition(module, opened.tokenizer, prompts, **how)
@@ -70,8 +70,9 @@ def score_model(
     return {when: plain_metrics(of_it) for when, of_it in metrics.items()}
 
 
-def fingerprint_state(base: str, run: Run | None) -> str:
+def fingerprint_state(base: str, dtype: str, run: Run | None) -> str:
     """What tells a model as a run leaves it from all others; `base` is its fingerprint before that."""
+    base += dtype.replace("auto", "")
     own = repr(run.config.method) if run and run.config.method.no_checkpoint else ""  # its options decide, too
     return weights.changed_fingerprint(base, run.delta if run else {}) + own
 
@@ -155,7 +156,7 @@ def measure_benchmark(
 
     Also its `repetition` after `prompts`.
     """
-    mark = fingerprint_state(weights.fingerprint_model(opened.base), run)
+    mark = fingerprint_state(weights.fingerprint_model(opened.base), opened.dtype, run)
     delta, request = dict(run.delta) if run else {}, replace(request, seen={})
 
     def measure() -> dict[str, Any]:

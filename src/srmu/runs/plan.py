@@ -16,7 +16,7 @@ from srmu.engine import distributed, weights
 from srmu.engine.activation_cache import limit_bytes
 from srmu.engine.devices import find_device
 from srmu.engine.files import tidy_path
-from srmu.engine.loading import build_skeleton, read_config, refuse_quantised, wanted_dtype
+from srmu.engine.loading import build_skeleton, choose_dtype, read_config, refuse_quantised, wanted_dtype
 from srmu.engine.topic import Topic
 from srmu.errors import SrmuError, first_line
 from srmu.runs.config import Config
@@ -73,7 +73,9 @@ def plan_run(config: Config, *, shard: bool = False, offload: bool = False) -> R
         if unknown := sorted(set(topic.options) - known):
             raise SrmuError(f"topics.{name}.{unknown[0]}: method {method.name} has no such option")
         method.with_options(topic.options)
-    values = {"method": method, "device": find_device(config.device), "train": method.training(config.train, settings)}
+    device = find_device(config.device)
+    values = {"method": method, "device": device, "train": method.training(config.train, settings)}
+    values["dtype"] = choose_dtype(base, device, config.dtype)
     config = config.model_copy(update=values)
     if weights.is_there(base):
         weights.list_shards(base)

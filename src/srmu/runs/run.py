@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from srmu.engine import distributed, weights
 from srmu.engine.devices import find_device
 from srmu.engine.files import end_lock, format_json, read_json, require_free, require_place, sha256, write_whole
-from srmu.engine.loading import load_module, load_pretrained, read_config, sample_logits
+from srmu.engine.loading import choose_dtype, load_module, load_pretrained, read_config, sample_logits
 from srmu.engine.model import EditableModel
 from srmu.engine.progress import Watch, ignore_progress
 from srmu.engine.topic import Topic
@@ -134,9 +134,14 @@ class OpenedModel:
         return load_tokenizer(self.base)
 
     @cached_property
+    def dtype(self) -> str:
+        """The dtype in which it answers, `auto` as it is stored."""
+        return choose_dtype(self.base, find_device(self.device))
+
+    @cached_property
     def module(self) -> PreTrainedModel:
         """The model as it was before the run, ready to answer."""
-        model = EditableModel(load_module(self.base), ())
+        model = EditableModel(load_module(self.base, self.dtype), ())
         model.check_causal()
         return model.module.to(find_device(self.device))
 
